@@ -1,0 +1,47 @@
+"""Lownibble: LoRA or QLoRA for your model, data and card, measured side by side; then trained, merged and served.
+
+Importing this does no work: each name is fetched from its module when it is first used, so that torch is loaded only by what
+needs it. `__all__` is the public interface; everything else may change.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from lownibble.config import CompareConfig, DataConfig, LoraConfig, QuantConfig, RunConfig, TrainConfig
+    from lownibble.kernels.ops import use_backend
+    from lownibble.lora import add_lora, load_adapter, save_adapter, set_adapter, trainable_summary
+    from lownibble.models import load
+    from lownibble.quant import QuantizedTensor, QuantLinear, dequantize, quantize
+    from lownibble.study import compare
+    from lownibble.training import TrainResult, run, train
+
+__version__ = "0.1.0"
+
+_HOME = {
+    "CompareConfig": "config", "DataConfig": "config", "LoraConfig": "config", "QuantConfig": "config", "RunConfig": "config",
+    "TrainConfig": "config", "QuantLinear": "quant", "QuantizedTensor": "quant", "TrainResult": "training", "add_lora": "lora",
+    "compare": "study", "dequantize": "quant", "load": "models", "load_adapter": "lora", "quantize": "quant", "run": "training",
+    "save_adapter": "lora", "set_adapter": "lora", "train": "training", "trainable_summary": "lora", "use_backend": "kernels.ops",
+}  # fmt: skip
+"""Public name -> the module it lives in."""
+
+__all__ = [
+    "CompareConfig", "DataConfig", "LoraConfig", "QuantConfig", "QuantLinear", "QuantizedTensor", "RunConfig", "TrainConfig",
+    "TrainResult", "__version__", "add_lora", "compare", "dequantize", "load", "load_adapter", "quantize", "run",
+    "save_adapter", "set_adapter", "train", "trainable_summary", "use_backend",
+]  # fmt: skip
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'lownibble' has no attribute '{name}'")
+    value = getattr(importlib.import_module(f"lownibble.{_HOME[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

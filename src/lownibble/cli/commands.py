@@ -1,0 +1,101 @@
+"""What each command does: read its options, make one library call, show the result."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from lownibble.cli.flags import read
+from lownibble.config import CompareConfig, RunConfig
+
+BENCHES = ("kernels", "train")
+
+
+def _console(arguments: argparse.Namespace) -> Console:
+    return Console(file=sys.stderr if arguments.json else sys.stdout, highlight=False)
+
+
+def doctor(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Show what this machine offers."""
+    from lownibble.models import pick_device
+    from lownibble.training import record
+
+    found = record.environment(pick_device())
+    console = _console(arguments)
+    console.print(f"device    {found['device']} ({found['device_type']}), {found['threads']} threads, {found['cpu_capability']}")
+    console.print(f"memory    {found['ram_bytes'] / 2**30:.1f} GiB")
+    isa = f" ({found['kernel_isa']})" if "kernel_isa" in found else ""
+    console.print(f"kernels   {found['kernels']}{isa}")
+    for name, status in found["kernel_status"].items():
+        console.print(f"  {name:<10}{status}", soft_wrap=True)
+    console.print(f"python    {found['python']} on {found['platform']}", soft_wrap=True)
+    for package, version in found["versions"].items():
+        console.print(f"  {package:<14}{version}")
+    for package, purpose in (("peft", "peer"), ("bitsandbytes", "peer")):
+        if package not in found["versions"]:
+            console.print(f"  {package:<14}missing ({purpose}; pip install 'lownibble\\[peers]')")
+    return {"status": "ok", **found}
+
+
+def train(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Train one run."""
+    config: RunConfig = read(arguments, RunConfig, arguments.config)
+    if config.train.output_dir is None:
+        from datetime import datetime
+
+        folder = f"runs/{config.method}-{datetime.now():%Y%m%d-%H%M%S}"
+        config = config.with_options(train=config.train.with_options(output_dir=folder))
+    from lownibble.training import ProgressSink, run
+
+    result = run(config, sinks=[ProgressSink(config.method)])
+    first, last = result.record["evaluations"][0], result.record["evaluations"][-1]
+    console = _console(arguments)
+    console.print(f"evaluation loss {first['loss']:.4f} -> {last['loss']:.4f} on {last['label_tokens']} label tokens")
+    for name, value in last["scores"].items():
+        console.print(f"{name} {first['scores'].get(name, float('nan')):.3f} -> {value:.3f}")
+    console.print(
+        f"{result.record['speed'].get('tokens_per_s', 0):.0f} tokens/s, files in {config.train.output_dir}", soft_wrap=True
+    )
+    return result.record
+
+
+def compare(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Compare methods and show the table and the advice."""
+    config: CompareConfig = read(arguments, CompareConfig, arguments.config)
+    from lownibble.study import compare as run_compare
+    from lownibble.study.table import comparison_table
+
+    result = run_compare(config)
+    console = _console(arguments)
+    console.print(comparison_table(result["methods"]))
+    chosen = result["advice"]["method"]
+    console.print(f"Recommendation: {chosen}" if chosen else "No method finished.", style="bold")
+    for reason in result["advice"]["reasons"]:
+        console.print(f"  {reason}", soft_wrap=True)
+    console.print(f"Report: {Path(result['output']) / 'report.html'}", soft_wrap=True)
+    return result
+
+
+def bench(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Run a benchmark and show its figures."""
+    from lownibble import bench as benches
+    from lownibble.training import record
+
+    options = {"repeats": arguments.repeats} if arguments.repeats else {}
+    measured = {"kernels": benches.bench_kernels, "train": benches.bench_train}[arguments.what](peers=arguments.peers, **options)
+    result = {**record.new(f"bench-{arguments.what}"), "status": "ok", "environment": record.environment(), **measured}
+    if arguments.output:
+        record.write(arguments.output, result)
+    console = _console(arguments)
+    table = Table(title=f"bench {arguments.what}", title_justify="left")
+    table.add_column("figure")
+    table.add_column("median", justify="right")
+    for name, value in benches.headlines(result).items():
+        table.add_row(name, f"{value:,.3g}" if isinstance(value, float) else str(value))
+    console.print(table)
+    return result

@@ -1,0 +1,94 @@
+"""Command-line flags, derived from `config.py`: one flag per option, with its type, choices, default and description.
+
+A flag left out is absent from the result, so that a TOML file underneath keeps its say. Values are handed on as text (or parsed
+as TOML where an option takes lists and tables); what they must be is checked in one place, by the configuration classes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import tomllib
+from contextlib import suppress
+from typing import Any, get_args, get_origin
+
+from pydantic.fields import FieldInfo
+
+from lownibble.config import GROUPS, Options, build, flag_name, leaves, read_toml
+from lownibble.errors import ConfigError
+
+
+def add_flags(parser: argparse.ArgumentParser, config: type[Options]) -> None:
+    """Add every option of `config` to the parser, grouped as in the configuration."""
+    groups = {name: parser.add_argument_group(f"{name} options ([{name}] in TOML)") for name in GROUPS}
+    for path, field in leaves(config):
+        target = groups[path[0]] if len(path) > 1 else parser
+        default = _default(config, path, field)
+        shown = "" if default is None else f" (default: {default})"
+        text = f"{field.description or path[-1]}{shown}".replace("%", "%%")
+        name, dest = "--" + flag_name(path, field), ".".join(path)
+        if _is_bool(field):
+            action = argparse.BooleanOptionalAction
+            target.add_argument(name, dest=dest, action=action, default=argparse.SUPPRESS, help=text)
+        elif get_origin(field.annotation) is list and path == ("methods",):
+            target.add_argument(name, dest=dest, nargs="+", default=argparse.SUPPRESS, help=text, metavar="METHOD")
+        else:
+            target.add_argument(name, dest=dest, default=argparse.SUPPRESS, help=text, metavar=_metavar(field))
+
+
+def read(arguments: argparse.Namespace, config: type[Options], toml: str | None = None) -> Any:
+    """The configuration from defaults, a TOML file (if given) and the flags, the later ones winning.
+
+    Raises:
+        ConfigError: an unknown key or a bad value, from either.
+    """
+    given: dict[str, Any] = {}
+    for path, field in leaves(config):
+        dest = ".".join(path)
+        if hasattr(arguments, dest):
+            value = _parse(getattr(arguments, dest), field, flag_name(path, field))
+            if len(path) > 1:
+                given.setdefault(path[0], {})[path[1]] = value
+            else:
+                given[path[0]] = value
+    return build(config, read_toml(toml) if toml else {}, given)
+
+
+def _default(config: type[Options], path: tuple[str, ...], field: FieldInfo) -> Any:
+    if len(path) > 1:
+        return getattr(config.model_fields[path[0]].default, path[1])
+    return field.default
+
+
+def _is_bool(field: FieldInfo) -> bool:
+    return field.annotation is bool
+
+
+def _kinds(field: FieldInfo) -> set[Any]:
+    return {get_origin(a) or a for a in (field.annotation, *get_args(field.annotation))}
+
+
+def _metavar(field: FieldInfo) -> str:
+    kinds = _kinds(field)
+    return next((word for kind, word in ((int, "N"), (float, "X"), (list, "LIST"), (dict, "TABLE")) if kind in kinds), "VALUE")
+
+
+def _parse(value: Any, field: FieldInfo, flag: str) -> Any:
+    """Text as the option takes it: 'none' where None is allowed, TOML or comma-separated text for lists, TOML for tables."""
+    if not isinstance(value, str):
+        return value
+    kinds = _kinds(field)
+    if value.lower() == "none" and type(None) in kinds:
+        return None
+    if value.lower() in ("true", "false") and bool in kinds:
+        return value.lower() == "true"
+    if dict in kinds or (list in kinds and value.startswith("[")):
+        try:
+            return tomllib.loads(f"value = {value}")["value"]
+        except tomllib.TOMLDecodeError:
+            raise ConfigError(f'--{flag} takes a TOML value such as {{q_proj = 8}} or ["a", "b"]. Got {value!r}.') from None
+    if kinds & {int, float} and str not in kinds:
+        with suppress(ValueError):
+            return int(value) if value.lstrip("-").isdecimal() else float(value)
+    if list in kinds and (str not in kinds or "," in value or value == ""):
+        return [item for item in value.split(",") if item]
+    return value

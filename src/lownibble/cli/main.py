@@ -1,0 +1,97 @@
+"""The command line: `lownibble COMMAND`. Each command is one library call.
+
+Standard output carries the result: a table, or with `--json` one JSON document and nothing else. Messages and progress go to
+standard error. Exit code 0: done; 1: failed; 2: bad usage or input.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import signal
+import sys
+from collections.abc import Callable
+from typing import Any
+
+from lownibble import __version__
+from lownibble.cli import commands
+from lownibble.cli.flags import add_flags
+from lownibble.config import CompareConfig, RunConfig
+from lownibble.errors import ConfigError, InputError, LownibbleError
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> Any:
+        raise ConfigError(f"{message[:1].upper()}{message[1:]}. See '{self.prog} --help'.")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(prog="lownibble", description="LoRA and QLoRA, measured side by side; then trained, merged and served.")
+    parser.add_argument("--version", action="version", version=f"lownibble {__version__}")
+    commands_ = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=_Parser)
+
+    def add(name: str, run: Callable[[argparse.Namespace], dict[str, Any]], text: str, example: str) -> argparse.ArgumentParser:
+        sub = commands_.add_parser(
+            name, help=text, description=text, epilog=f"example: {example}", allow_abbrev=False
+        )  # fmt: skip
+        sub.add_argument("--json", action="store_true", help="print one JSON document and nothing else on standard output")
+        sub.set_defaults(run=run)
+        return sub
+
+    add(
+        "doctor",
+        commands.doctor,
+        "Show the device, the kernels in use and why, versions, and what is missing.",
+        "lownibble doctor",
+    )
+
+    train = add("train", commands.train, "Fine-tune a model in full, with LoRA or with QLoRA.",
+                "lownibble train --model demo --data demo --method qlora --max-steps 40 --output runs/first")  # fmt: skip
+    train.add_argument("config", nargs="?", metavar="CONFIG.toml", help="options from a TOML file; flags win over it")
+    add_flags(train, RunConfig)
+
+    compare = add("compare", commands.compare, "Train the same model and data with several methods, side by side, and advise.",
+                  "lownibble compare --methods lora qlora --output runs/compare")  # fmt: skip
+    compare.add_argument("config", nargs="?", metavar="CONFIG.toml", help="options from a TOML file; flags win over it")
+    add_flags(compare, CompareConfig)
+
+    bench = add("bench", commands.bench, "Measure kernels or the training step, next to peers.", "lownibble bench train --peers")
+    bench.add_argument("what", choices=commands.BENCHES, help="what to measure")
+    bench.add_argument("--peers", action="store_true", help="measure PEFT and bitsandbytes beside it, in turn")
+    bench.add_argument("--repeats", type=int, help="interleaved repeats")
+    bench.add_argument("--output", help="write the record to this .json file")
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one command; returns the exit code."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    as_json = "--json" in (sys.argv[1:] if argv is None else argv)
+    try:
+        arguments = _parser().parse_args(argv)
+        result = arguments.run(arguments)
+        if arguments.json:
+            print(json.dumps(result, allow_nan=False))
+        return 0 if result.get("status", "ok") == "ok" else 1
+    except InputError as error:
+        return _fail(error, 2, as_json)
+    except LownibbleError as error:
+        return _fail(error, 1, as_json)
+    except KeyboardInterrupt:
+        print("Interrupted.", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+
+
+def _fail(error: LownibbleError, code: int, as_json: bool) -> int:
+    print(f"error: {error}", file=sys.stderr)
+    if as_json:
+        print(json.dumps({"status": "failed", "error": str(error), "kind": type(error).__name__}))
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main())

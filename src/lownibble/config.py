@@ -1,0 +1,272 @@
+"""Every option of Lownibble, defined once.
+
+The same classes feed Python (`ln.LoraConfig(r=8)`), TOML files (tables `[lora]`, `[train]`, ...), command-line flags (derived
+in `cli/flags.py`) and the resolved configuration stored with every result. Names are PEFT's, transformers' and bitsandbytes'
+where the meaning is the same. A leaf's name is unique over all groups, so that it can be a flag of its own.
+
+An unknown key, a wrong type or a value out of range raises `ConfigError` naming the option, what it must be and what it got;
+all problems are reported at once. No torch here: reading a configuration is instant.
+"""
+
+from __future__ import annotations
+
+import difflib
+import tomllib
+from collections.abc import Iterator
+from pathlib import Path
+from types import NoneType, UnionType
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
+
+from annotated_types import Ge, Gt, Le, Lt
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic.fields import FieldInfo
+from pydantic_core import ErrorDetails
+
+from lownibble.errors import ConfigError
+
+Method = Literal["full", "lora", "qlora"]
+
+_WORDS = {int: "an integer", float: "a number", str: "text", bool: "true or false", Path: "a path"}
+
+
+def _expectation(annotation: Any, metadata: tuple[Any, ...]) -> str:
+    """What an option must be, in words, from its type and bounds."""
+    if get_origin(annotation) is Annotated:
+        annotation, *extra = get_args(annotation)
+        metadata = (*metadata, *extra)
+    if get_origin(annotation) is Literal:
+        return "one of " + ", ".join(repr(choice) for choice in get_args(annotation))
+    if get_origin(annotation) in (Union, UnionType):
+        kinds = [_expectation(a, metadata) for a in get_args(annotation) if a is not NoneType]
+        return " or ".join([*kinds, "none"] if NoneType in get_args(annotation) else kinds)
+    if get_origin(annotation) is list:
+        return "a list of " + _expectation(get_args(annotation)[0], ()).removeprefix("an ").removeprefix("a ") + " items"
+    if get_origin(annotation) is dict:
+        return "a table of name = value"
+    words = _WORDS.get(annotation, f"a table of {annotation.__name__} options" if isinstance(annotation, type) else "valid")
+    for bound in metadata:
+        for kind, attribute, sign in ((Ge, "ge", ">="), (Gt, "gt", ">"), (Le, "le", "<="), (Lt, "lt", "<")):
+            if isinstance(bound, kind):
+                words += f" {sign} {getattr(bound, attribute):g}"
+    return words
+
+
+def _problem(owner: type[Options], error: ErrorDetails) -> str:
+    """One line for one pydantic error, in the house's form."""
+    inner = error.get("ctx", {}).get("error")
+    if isinstance(inner, ConfigError):
+        return str(inner)
+    if not error["loc"]:
+        return f"{owner.__name__}: {error['msg'].removeprefix('Value error, ')}"
+    key = str(error["loc"][0])
+    if error["type"] == "extra_forbidden":
+        near = difflib.get_close_matches(key, owner.model_fields, n=1, cutoff=0.5)
+        hint = f"Did you mean '{near[0]}'?" if near else f"Known options: {', '.join(owner.model_fields)}."
+        return f"{owner.__name__} has no option '{key}'. {hint}"
+    field = owner.model_fields[key]
+    if error["type"] == "value_error":
+        return f"The '{key}' of {owner.__name__}: {error['msg'].removeprefix('Value error, ')}"
+    expected = _expectation(field.annotation, tuple(field.metadata))
+    return f"The '{key}' of {owner.__name__} must be {expected}. Got {error['input']!r}."
+
+
+class Options(BaseModel):
+    """A group of options: frozen, no unknown keys, errors in the house's form."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, allow_inf_nan=False)
+
+    def __init__(self, **values: Any) -> None:
+        try:
+            super().__init__(**values)
+        except ValidationError as error:
+            lines = dict.fromkeys(_problem(type(self), detail) for detail in error.errors())
+            raise ConfigError("\n".join(lines)) from None
+
+    def with_options(self, **changes: Any) -> Any:
+        """A copy with top-level options replaced, validated like new."""
+        return type(self)(**{**{name: getattr(self, name) for name in self.model_fields_set}, **changes})
+
+    def to_dict(self) -> dict[str, Any]:
+        """Every option with its resolved value, ready for JSON."""
+        return self.model_dump(mode="json")
+
+
+class QuantConfig(Options):
+    """How the frozen base weights are stored (QLoRA). bitsandbytes' `BitsAndBytesConfig` for 4 bits."""
+
+    quant_type: Literal["nf4", "fp4"] = Field("nf4", description="4-bit data type")
+    block_size: Literal[32, 64, 128, 256, 512, 1024, 2048, 4096] = Field(64, description="weights that share one constant")
+    double_quant: bool = Field(True, description="quantise the block constants to 8 bits as well")
+    compute: Literal["auto", "exact"] = Field(
+        "auto", description="matrix products of the frozen base; 'auto' is 'exact' (the activations' dtype) for now"
+    )
+    skip_modules: list[str] = Field(["lm_head"], description="linear modules left in full precision, by last name or path")
+
+
+class LoraConfig(Options):
+    """Low-rank adapters; names and meanings are PEFT's `LoraConfig`."""
+
+    r: Annotated[int, Ge(1)] = Field(16, description="rank of the update")
+    lora_alpha: Annotated[float, Gt(0)] = Field(32, description="scale: the update is multiplied by lora_alpha / r")
+    lora_dropout: Annotated[float, Ge(0), Lt(1)] = Field(0.0, description="dropout on the adapter's input")
+    target_modules: str | list[str] = Field(
+        "all-linear", description="'all-linear', a list of module names, or a regular expression over full module paths"
+    )
+    bias: Literal["none", "all", "lora_only"] = Field("none", description="which biases are trained too")
+    use_rslora: bool = Field(False, description="scale by lora_alpha / sqrt(r) instead")
+    init_lora_weights: bool | Literal["gaussian"] = Field(
+        True, description="true: A kaiming-uniform, B zero; 'gaussian': A normal / r, B zero; false: B random too (for tests)"
+    )
+    modules_to_save: list[str] = Field([], description="modules trained in full and saved with the adapter")
+    layers_to_transform: list[Annotated[int, Ge(0)]] | None = Field(None, description="only the layers with these indices")
+    rank_pattern: dict[str, Annotated[int, Ge(1)]] = Field({}, description="rank by module name or regular expression")
+    alpha_pattern: dict[str, Annotated[float, Gt(0)]] = Field({}, description="lora_alpha by module name or regular expression")
+
+
+class DataConfig(Options):
+    """Where rows come from and how they become prompt and completion."""
+
+    path: str = Field(
+        "demo",
+        description="'demo', a .jsonl/.csv/.parquet file, a folder with train and test files, or a hub data set id",
+        json_schema_extra={"flag": "data"},
+    )
+    eval_path: str | None = Field(
+        None, description="evaluation file; default: the test side of --data", json_schema_extra={"flag": "eval-data"}
+    )
+    split: str = Field("train", description="training split of a hub data set or folder")
+    eval_split: str = Field("test", description="evaluation split of a hub data set or folder")
+    eval_fraction: Annotated[float, Gt(0), Lt(1)] = Field(0.1, description="rows held out where the data has no test side")
+    prompt_template: str | None = Field(None, description="prompt made from a row's fields, e.g. 'Review: {text}\\nSentiment:'")
+    completion_template: str | None = Field(None, description="completion made from a row's fields, e.g. ' {label}'")
+    use_chat_template: bool = Field(False, description="wrap prompt and completion as user and assistant turns")
+    mask_prompt: bool = Field(True, description="take the loss on completions and assistant turns only")
+    max_rows: Annotated[int, Ge(1)] | None = Field(None, description="use at most this many training rows")
+    max_eval_rows: Annotated[int, Ge(1)] | None = Field(None, description="use at most this many evaluation rows")
+
+
+class TrainConfig(Options):
+    """The training run; names are transformers' `TrainingArguments` where the meaning is the same."""
+
+    learning_rate: Annotated[float, Gt(0)] = Field(2e-4, description="peak learning rate")
+    max_steps: Annotated[int, Ge(1)] | None = Field(None, description="optimiser steps; default: num_train_epochs over the data")
+    num_train_epochs: Annotated[float, Gt(0)] = Field(1.0, description="passes over the data where max_steps is not given")
+    batch_size: Annotated[int, Ge(1)] = Field(8, description="rows in one forward pass")
+    gradient_accumulation_steps: Annotated[int, Ge(1)] = Field(1, description="forward passes in one optimiser step")
+    lr_scheduler_type: Literal["constant", "linear", "cosine"] = Field("linear", description="schedule after the warm-up")
+    warmup_ratio: Annotated[float, Ge(0), Le(1)] = Field(0.03, description="share of the steps that warm up")
+    max_grad_norm: Annotated[float, Gt(0)] | None = Field(1.0, description="clip the gradient to this norm")
+    weight_decay: Annotated[float, Ge(0)] = Field(0.0, description="decoupled weight decay")
+    optim: Literal["adamw"] = Field("adamw", description="optimiser")
+    max_length: Annotated[int, Ge(2)] = Field(512, description="tokens in a row; longer rows are cut")
+    group_by_length: bool = Field(False, description="batch rows of like length together (less padding)")
+    gradient_checkpointing: bool = Field(False, description="recompute activations in backward: less memory, slower")
+    seed: Annotated[int, Ge(0), Lt(2**32)] = Field(0, description="seed of data order, initialisation and dropout")
+    eval_steps: Annotated[int, Ge(1)] | None = Field(None, description="evaluate every so many steps; default: before and after")
+    save_steps: Annotated[int, Ge(1)] | None = Field(None, description="checkpoint every so many steps; default: at the end")
+    output_dir: str | None = Field(
+        None, description="folder for adapter, record and checkpoints", json_schema_extra={"flag": "output"}
+    )
+    report_to: Literal["none", "tensorboard"] = Field(
+        "none", description="also write curves for TensorBoard into the output folder"
+    )
+    resume: bool = Field(False, description="go on from the newest checkpoint in the output folder")
+
+
+def _path_means_data(value: Any) -> Any:
+    return {"path": value} if isinstance(value, str) else value
+
+
+class _Subject(Options):
+    """What every run shares: the model, the data and the groups of options."""
+
+    model: str = Field("demo", description="'demo', a local folder, a .gguf file or a hub id")
+    revision: str | None = Field(None, description="hub revision of the model")
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+        "auto", description="dtype of unquantised weights and activations; auto: bfloat16 on CUDA, float32 on a CPU"
+    )
+    device: str = Field("auto", description="auto, cpu, cuda or cuda:N")
+    data: Annotated[DataConfig, BeforeValidator(_path_means_data)] = DataConfig()
+    quant: QuantConfig = QuantConfig()
+    lora: LoraConfig = LoraConfig()
+    train: TrainConfig = TrainConfig()
+
+
+class RunConfig(_Subject):
+    """One training run (`lownibble train`)."""
+
+    method: Method = Field("qlora", description="full, lora (16/32-bit base) or qlora (4-bit base)")
+
+
+COMPARE_TRAIN = TrainConfig(
+    max_steps=40, batch_size=16, learning_rate=5e-4, lr_scheduler_type="linear", warmup_ratio=0.1, max_length=128,
+    group_by_length=True, eval_steps=10, output_dir="runs/compare",
+)  # fmt: skip
+
+
+class CompareConfig(_Subject):
+    """The same model and data with several methods, side by side (`lownibble compare`)."""
+
+    methods: list[Method] = Field(["lora", "qlora"], min_length=1, description="methods to compare, in this order")
+    data: Annotated[DataConfig, BeforeValidator(_path_means_data)] = DataConfig(max_eval_rows=256)
+    train: TrainConfig = COMPARE_TRAIN
+
+    @model_validator(mode="after")
+    def _distinct(self) -> CompareConfig:
+        if len(set(self.methods)) != len(self.methods):
+            raise ValueError(f"The 'methods' of CompareConfig must be distinct. Got {self.methods}.")
+        return self
+
+
+GROUPS = ("data", "quant", "lora", "train")
+"""Fields of a run's configuration that are groups; in TOML they are tables."""
+
+
+def leaves(config: type[Options]) -> Iterator[tuple[tuple[str, ...], FieldInfo]]:
+    """(path, field) of every option of a run's configuration, groups opened: ('model',), ('lora', 'r'), ..."""
+    for name, field in config.model_fields.items():
+        if name in GROUPS and issubclass(config, _Subject):
+            group = next(a for a in (field.annotation, *get_args(field.annotation)) if isinstance(a, type))
+            for inner, inner_field in group.model_fields.items():
+                yield (name, inner), inner_field
+        else:
+            yield (name,), field
+
+
+def flag_name(path: tuple[str, ...], field: FieldInfo) -> str:
+    """The command-line name of an option, without dashes: 'max-steps', or the field's own 'flag'."""
+    extra = field.json_schema_extra
+    return str(extra["flag"]) if isinstance(extra, dict) and "flag" in extra else path[-1].replace("_", "-")
+
+
+def read_toml(path: str | Path) -> dict[str, Any]:
+    """The contents of a TOML configuration file.
+
+    Raises:
+        ConfigError: the file is missing or is not TOML.
+    """
+    try:
+        with open(path, "rb") as file:
+            return tomllib.load(file)
+    except OSError as error:
+        raise ConfigError(f"Cannot read the configuration file '{path}': {error.strerror}. Check the path.") from None
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigError(f"'{path}' is not valid TOML: {error}. Mend that line.") from None
+
+
+def build(config: type[Options], *layers: dict[str, Any]) -> Any:
+    """A configuration from defaults and layers of values, later ones winning key by key; groups merge with their defaults."""
+    merged: dict[str, Any] = {}
+    for layer in layers:
+        for key, value in layer.items():
+            if key == "data" and isinstance(value, str):
+                value = {"path": value}
+            if key in GROUPS and isinstance(value, dict):
+                merged[key] = {**merged.get(key, {}), **value}
+            else:
+                merged[key] = value
+    for key in GROUPS:
+        if isinstance(merged.get(key), dict) and key in config.model_fields:
+            default: Options = config.model_fields[key].default
+            merged[key] = {**{name: getattr(default, name) for name in default.model_fields_set}, **merged[key]}
+    return config(**merged)

@@ -1,0 +1,24 @@
+"""Rows to batches: `load` a data set, `encode` it with a tokenizer, `collate` examples in the order of `stream`."""
+
+from lownibble.data.batches import Batch, collate, epoch_batches, eval_batches, n_batches, stream
+from lownibble.data.choices import Choice, choices
+from lownibble.data.rows import Dataset, Row
+from lownibble.data.sources import load
+from lownibble.data.template import Encoded, Example, encode
+
+__all__ = [
+    "Batch",
+    "Choice",
+    "Dataset",
+    "Encoded",
+    "Example",
+    "Row",
+    "choices",
+    "collate",
+    "encode",
+    "epoch_batches",
+    "eval_batches",
+    "load",
+    "n_batches",
+    "stream",
+]

@@ -1,0 +1,155 @@
+"""Files to rows: JSON Lines, CSV and Parquet.
+
+Text files are read as bytes and decoded here, so that a wrong byte is reported with its line. Blank lines are no rows. A
+byte order mark is dropped. JSON Lines and CSV may be compressed (.gz, .bz2). CSV cells stay text, empty ones too: whether an
+empty cell matters is known only where the fields are used (`forms`). CSV is read strictly, with the first line as its
+header; pandas' guesses (types, NaN words such as "NA", separators) are what this avoids.
+"""
+
+from __future__ import annotations
+
+import bz2
+import csv
+import gzip
+import io
+import json
+import sys
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NoReturn
+
+from lownibble.data.rows import Problems, Row
+from lownibble.errors import DataError
+
+_COMPRESSION: dict[str, Callable[[bytes], bytes]] = {".gz": gzip.decompress, ".bz2": bz2.decompress}
+
+
+def read_file(path: Path) -> list[Row]:
+    """All rows of a data file; the reader is chosen by the suffix (`SUFFIXES`).
+
+    Raises:
+        DataError: unknown suffix, unreadable or damaged file, bad rows (with their lines), or no row at all.
+    """
+    for suffix, reader in _READERS.items():
+        if path.name.lower().endswith(suffix):
+            rows = reader(path)
+            break
+    else:
+        raise DataError(f"Cannot tell the format of '{path}'. Give it one of the suffixes {', '.join(SUFFIXES)}.")
+    if not rows:
+        raise DataError(f"'{path}' holds no rows. Check that it is the right file and was written to the end.")
+    return rows
+
+
+def _read_bytes(path: Path) -> bytes:
+    try:
+        content = path.read_bytes()
+        decompress = _COMPRESSION.get(path.suffix.lower())
+        return decompress(content) if decompress else content
+    except (OSError, EOFError, ValueError, zlib.error) as error:
+        raise DataError(f"Cannot read '{path}': {error}. Check the path, or copy the file again if it is damaged.") from error
+
+
+def _without_mark(content: bytes) -> bytes:
+    return content.removeprefix(b"\xef\xbb\xbf")
+
+
+def _not_utf8(error: UnicodeDecodeError) -> str:
+    return f"byte 0x{error.object[error.start]:02x} is not valid UTF-8. Save the file as UTF-8."
+
+
+def _read_jsonl(path: Path) -> list[Row]:
+    rows, problems = [], Problems(str(path))
+    content = _without_mark(_read_bytes(path))
+    if content.lstrip().startswith(b"["):
+        raise DataError(f"'{path}' is one JSON array. Write one object a line: jq -c '.[]' {path.name} > rows.jsonl")
+    for number, line in enumerate(content.split(b"\n"), 1):
+        if not line.strip():
+            continue
+        origin = f"{path.name}:{number}"
+        try:
+            value = json.loads(line.decode("utf-8"), parse_constant=_reject_constant)
+        except UnicodeDecodeError as error:
+            problems.add(origin, _not_utf8(error))
+        except json.JSONDecodeError as error:
+            hint = "Mend or remove that line; each line must hold one whole JSON object."
+            problems.add(origin, f"invalid JSON: {error.msg} at column {error.colno}. {hint}")
+        except ValueError as error:
+            problems.add(origin, str(error))
+        except RecursionError:
+            problems.add(origin, "JSON nested too deeply. Remove that line.")
+        else:
+            if isinstance(value, dict):
+                rows.append(Row(value, origin))
+            else:
+                kind = {list: "an array", str: "text", type(None): "null"}.get(type(value), "a bare value")
+                problems.add(origin, f"the line holds {kind}, not a JSON object. Write one {{...}} object a line.")
+    problems.check()
+    return rows
+
+
+def _reject_constant(word: str) -> NoReturn:
+    raise ValueError(f"{word} is not a usable value. Replace it, or remove the row.")
+
+
+def _read_csv(path: Path) -> list[Row]:
+    content = _without_mark(_read_bytes(path))
+    try:
+        text = content.decode("utf-8")
+    except UnicodeDecodeError as error:
+        line = content.count(b"\n", 0, error.start) + 1
+        raise DataError(f"{path.name}:{line}: {_not_utf8(error)}") from None
+    limit = csv.field_size_limit(sys.maxsize)
+    try:
+        return _csv_rows(path, text)
+    finally:
+        csv.field_size_limit(limit)
+
+
+def _csv_rows(path: Path, text: str) -> list[Row]:
+    rows, problems = [], Problems(str(path))
+    reader = csv.reader(io.StringIO(text, newline=""), strict=True)
+    header: list[str] = []
+    line = 1
+    try:
+        for cells in reader:
+            origin = f"{path.name}:{line}"
+            line = reader.line_num + 1
+            if not cells:
+                continue
+            if not header:
+                header = cells
+                if "" in header or len(set(header)) < len(header):
+                    raise DataError(f"{origin}: the header has empty or repeated names: {header}. Name every column once.")
+            elif len(cells) != len(header):
+                hint = "Quote cells that hold a comma, a quote or a line break."
+                problems.add(origin, f"{len(cells)} cells where the header has {len(header)}. {hint}")
+            else:
+                rows.append(Row(dict(zip(header, cells, strict=True)), origin))
+    except csv.Error as error:
+        problems.add(f"{path.name}:{line}", f"invalid CSV from here on: {error}. Check the quotes around this row.")
+    problems.check()
+    return rows
+
+
+def _read_parquet(path: Path) -> list[Row]:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        table = pq.ParquetFile(path).read()
+    except (OSError, pa.ArrowException) as error:
+        raise DataError(f"Cannot read '{path}' as Parquet: {error}. Copy the file again if it is damaged.") from error
+    records: list[dict[str, Any]] = table.to_pylist()
+    return [Row(fields, f"{path.name}:{number}") for number, fields in enumerate(records, 1)]
+
+
+_READERS: dict[str, Callable[[Path], list[Row]]] = {
+    **{base + packed: _read_jsonl for base in (".jsonl", ".ndjson", ".json") for packed in ("", ".gz", ".bz2")},
+    **{".csv" + packed: _read_csv for packed in ("", ".gz", ".bz2")},
+    ".parquet": _read_parquet,
+}
+
+SUFFIXES = tuple(_READERS)
+"""File-name endings that can be read. `.json` is read as JSON Lines."""

@@ -1,0 +1,213 @@
+"""What a row means: its form, and the text or conversation that it gives.
+
+Four forms, seen from the fields of the first row; every other row must have the same one:
+
+    messages            a list of {role, content}
+    prompt-completion   `prompt` and `completion`, or anything that the templates make into them
+    text-label          `text` and `label`, put into a short default template where none is given
+    text                `text` alone: language modelling
+
+Where a row fits several, the first in this list wins. Templates are `str.format` over the row's fields; a template in the
+configuration wins over the one a data set brings (`demo`), and that over the form's default. Only the fields that are used
+are checked, so an empty or NaN cell elsewhere in the row does no harm.
+
+Everything here is about strings; `template` turns them into tokens.
+"""
+
+from __future__ import annotations
+
+import math
+import string
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from lownibble.config import DataConfig
+from lownibble.data.rows import Dataset, Problems, Row, canonical
+from lownibble.errors import ConfigError, DataError
+
+Form = Literal["messages", "prompt-completion", "text-label", "text"]
+
+FIELDS: dict[Form, tuple[str, ...]] = {
+    "messages": ("messages",),
+    "prompt-completion": ("prompt", "completion"),
+    "text-label": ("text", "label"),
+    "text": ("text",),
+}
+"""The fields that make each form, in order of precedence."""
+
+LABEL_PROMPT = "{text}\nLabel:"
+LABEL_COMPLETION = " {label}"
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How the rows of one data set become text; see `recipe_for`."""
+
+    form: Form
+    prompt_template: str | None
+    completion_template: str | None
+    use_chat_template: bool
+
+    @property
+    def chat(self) -> bool:
+        """Whether the tokenizer's chat template is needed."""
+        return self.form == "messages" or self.use_chat_template
+
+    def pair(self, row: Row) -> tuple[str, str]:
+        """Prompt and completion of a row that has them (every form but `messages` and `text`)."""
+        assert self.prompt_template is not None
+        assert self.completion_template is not None
+        return self.prompt_template.format(**row.fields), self.completion_template.format(**row.fields)
+
+    def messages(self, row: Row) -> list[dict[str, Any]]:
+        """The conversation of a row; with `use_chat_template`, its prompt and completion as two turns."""
+        if self.form == "messages":
+            return [{key: value for key, value in turn.items() if value is not None} for turn in row.fields["messages"]]
+        prompt, completion = self.pair(row)
+        return as_turns(prompt, completion)
+
+    def identity(self, row: Row) -> bytes:
+        """What a row asks, without its answer: rows of equal identity must stay on one side of a split."""
+        if self.form in ("messages", "text"):
+            return canonical(row.fields[self.form])
+        assert self.prompt_template is not None
+        return canonical([row.fields[name] for name in sorted(set(_field_names(self.prompt_template)))])
+
+
+def as_turns(prompt: str, completion: str) -> list[dict[str, Any]]:
+    """A prompt and its completion as a user and an assistant turn, white space around them dropped."""
+    return [{"role": "user", "content": prompt.strip()}, {"role": "assistant", "content": completion.strip()}]
+
+
+def recipe_for(dataset: Dataset, config: DataConfig) -> Recipe:
+    """The form and the templates of a data set; every row is checked against them.
+
+    Raises:
+        ConfigError: a template is malformed, has no partner, or `use_chat_template` does not apply.
+        DataError: a row lacks a field, or has one of the wrong type, empty or NaN; or the rows are of mixed forms.
+    """
+    first = dataset.rows[0]
+    form = _form_of(first)
+    prompt = config.prompt_template
+    completion = config.completion_template
+    if prompt is not None or completion is not None:
+        defaults = _default_templates(dataset, form)
+        if defaults is None and (prompt is None or completion is None):
+            missing = "prompt_template" if prompt is None else "completion_template"
+            raise ConfigError(f"The '{missing}' of DataConfig is missing: these rows have no default one. Give both templates.")
+        prompt, completion = (own or default for own, default in zip((prompt, completion), defaults or (None, None), strict=True))
+        labelled = form == "text-label" and completion is not None and "label" in _field_names(completion)
+        form = "text-label" if labelled else "prompt-completion"
+    elif form is None:
+        raise DataError(
+            f"{first.origin}: cannot tell what these rows are; their fields are {_listed(first.fields)}. Name the fields "
+            "messages, prompt + completion, text + label or text, or set prompt_template and completion_template."
+        )
+    else:
+        prompt, completion = _default_templates(dataset, form) or (None, None)
+    assert form is not None
+    if config.use_chat_template and form == "text":
+        raise ConfigError(
+            "'use_chat_template' of DataConfig needs a prompt and a completion; these rows are text alone. Unset it."
+        )
+    recipe = Recipe(form, prompt, completion, config.use_chat_template)
+    templated = config.prompt_template is not None or config.completion_template is not None
+    _check_rows(dataset, recipe, templated)
+    return recipe
+
+
+def _form_of(row: Row) -> Form | None:
+    return next((form for form, fields in FIELDS.items() if all(name in row.fields for name in fields)), None)
+
+
+def _default_templates(dataset: Dataset, form: Form | None) -> tuple[str, str] | None:
+    if dataset.prompt_template is not None and dataset.completion_template is not None:
+        return dataset.prompt_template, dataset.completion_template
+    return {"prompt-completion": ("{prompt}", "{completion}"), "text-label": (LABEL_PROMPT, LABEL_COMPLETION)}.get(form or "")
+
+
+def _field_names(template: str) -> list[str]:
+    """The row fields that a template uses.
+
+    Raises:
+        ConfigError: the template is not a valid format string, or has a field without a name.
+    """
+    try:
+        names = [name for _, name, _, _ in string.Formatter().parse(template) if name is not None]
+    except ValueError as error:
+        raise ConfigError(f"The template {template!r} is malformed: {error}. Write {{{{ and }}}} for literal braces.") from None
+    if not all(name and not name.isdigit() and not set(name) & set(".[") for name in names):
+        raise ConfigError(
+            f"The template {template!r} has a field that is no plain field name. Name a row's field, as in {{text}}."
+        )
+    return names
+
+
+def _check_rows(dataset: Dataset, recipe: Recipe, templated: bool) -> None:
+    problems = Problems(dataset.name)
+    if recipe.prompt_template is None or recipe.completion_template is None:
+        names: list[str] = list(FIELDS[recipe.form])
+    else:
+        names = list(dict.fromkeys(_field_names(recipe.prompt_template) + _field_names(recipe.completion_template)))
+    for row in dataset.rows:
+        problem = _row_problem(row, recipe, names, None if templated else _form_of(row))
+        if problem:
+            problems.add(row.origin, problem)
+    problems.check()
+
+
+def _row_problem(row: Row, recipe: Recipe, names: list[str], form: Form | None) -> str | None:
+    """What is wrong with a row, or None. `form` is the row's own where it must be the data set's."""
+    missing = [name for name in names if name not in row.fields]
+    if missing:
+        return f"the field '{missing[0]}' is missing; the row has {_listed(row.fields)}. Give all rows the fields they need."
+    if form is not None and form != recipe.form:
+        return f"a {form} row among {recipe.form} rows. Give all rows of a data set the same fields."
+    if recipe.form == "messages":
+        return _messages_problem(row.fields["messages"])
+    for name in names:
+        problem = _value_problem(row.fields[name], text=name in ("text", "prompt", "completion"))
+        if problem:
+            return f"the field '{name}' {problem}. Fill it, or remove the row."
+    if recipe.form == "text":
+        return None
+    try:
+        prompt, completion = recipe.pair(row)
+    except (ValueError, TypeError) as error:
+        return f"the template does not fit the row's values: {error}. Mend the template's format."
+    if not prompt.strip() or not completion.strip():
+        return f"the {'completion' if prompt.strip() else 'prompt'} is empty. Fill it, or remove the row."
+    return None
+
+
+def _value_problem(value: Any, text: bool) -> str | None:
+    if value is None:
+        return "is null"
+    if isinstance(value, float) and not math.isfinite(value):
+        return f"is {value}"
+    if isinstance(value, (list, dict)) or (text and not isinstance(value, str)):
+        return f"must be text, not {type(value).__name__} ({str(value)[:40]})"
+    if isinstance(value, str):
+        if text and not value.strip():
+            return "is empty"
+        try:
+            value.encode("utf-8")
+        except UnicodeEncodeError:
+            return "has half of a surrogate pair, which is no character"
+    return None
+
+
+def _messages_problem(messages: Any) -> str | None:
+    if not isinstance(messages, list) or not messages:
+        return "'messages' must be a list of {role, content} that is not empty. Mend or remove the row."
+    for number, turn in enumerate(messages, 1):
+        if not isinstance(turn, dict) or not isinstance(turn.get("role"), str):
+            return f"message {number} must be an object with 'role' and 'content'. Mend or remove the row."
+        problem = _value_problem(turn.get("content"), text=True)
+        if problem and not (problem == "is empty" and turn["role"] == "system"):
+            return f"the content of message {number} {problem}. Fill it, or remove the row."
+    return None
+
+
+def _listed(fields: dict[str, Any]) -> str:
+    return ", ".join(fields) if fields else "none"

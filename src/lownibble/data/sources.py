@@ -1,0 +1,177 @@
+"""From a `DataConfig` to a training and an evaluation data set.
+
+A path that exists is read here; only what does not exist, or a folder without train files, goes to the `datasets` library
+(imported when it is needed). Every row is checked when it is loaded, so a bad row stops a run before a model is loaded.
+
+The evaluation side is, in this order: `eval_path`; the source's own test side; `eval_fraction` of the training rows. For
+that last one, and for `max_rows` and `max_eval_rows`, a row's place is a hash of its own content:
+
+- rows that ask the same thing are never on both sides, whatever their other fields say;
+- adding rows, or another training seed, moves no row to the other side: figures of different runs stay comparable;
+- a limit takes a random sample of the rows, then in file order: a file sorted by label gives no one-sided sample, and a
+  smaller limit is a subset of a larger one.
+
+A shuffle by seed, the usual way, has none of the three. The price is that the share is kept only on average.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Callable, Collection
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from lownibble.config import DataConfig
+from lownibble.data.demo import load_demo
+from lownibble.data.files import SUFFIXES, read_file
+from lownibble.data.forms import Recipe, recipe_for
+from lownibble.data.rows import Dataset, Row, canonical
+from lownibble.errors import ConfigError, DataError
+
+__all__ = ["Dataset", "Row", "load"]
+
+DEFAULT_EVAL_SPLIT = DataConfig.model_fields["eval_split"].default
+EVAL_FALLBACKS = ("validation", "eval")
+"""Tried where the default evaluation split does not exist; a split named by the user is never replaced."""
+
+_HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?(:[\w.-]+)?")
+
+
+def load(config: DataConfig) -> tuple[Dataset, Dataset]:
+    """The training and the evaluation data set that a configuration describes, read, checked, split and limited.
+
+    `config.path` (and `eval_path`) is 'demo'; a .jsonl, .csv (both also .gz, .bz2) or .parquet file; a folder with files
+    named after the splits (train.jsonl, test.jsonl; 'validation' and 'eval' are taken where there is no 'test'); or a hub
+    data set id, 'owner/name' or 'owner/name:configuration'. Class ids of a hub data set become the class names.
+
+    Raises:
+        DataError: nothing is there, a file is damaged or empty, or rows are bad (with file and line).
+        ConfigError: the options do not fit the data.
+    """
+    train, evaluation = _load_source(config.path, config.split, config.eval_split)
+    if train is None:
+        raise DataError(f"The data '{config.path}' has no '{config.split}' side. Name one that it has with 'split'.")
+    if config.eval_path is not None:
+        other, test_side = _load_source(config.eval_path, config.split, config.eval_split)
+        evaluation = test_side or other
+    recipe = recipe_for(train, config)
+    if evaluation is None:
+        train, evaluation = _hold_out(train, recipe, config.eval_fraction)
+    else:
+        evaluation = replace(evaluation, prompt_template=train.prompt_template, completion_template=train.completion_template)
+        other_form = recipe_for(evaluation, config).form
+        if other_form != recipe.form:
+            raise DataError(
+                f"The training rows are {recipe.form} and the evaluation rows {other_form}. Give both the same fields."
+            )
+    return _sample(train, config.max_rows), _sample(evaluation, config.max_eval_rows)
+
+
+def _load_source(path: str, split: str, eval_split: str) -> tuple[Dataset | None, Dataset | None]:
+    """(training side, test side) of one source; a single file is a training side only."""
+    local = Path(path).expanduser()
+    if path == "demo" or local.is_file():
+        if (split, eval_split) != ("train", DEFAULT_EVAL_SPLIT):
+            raise ConfigError(
+                f"'split' and 'eval_split' of DataConfig do not apply to '{path}': it has no named splits. Unset them."
+            )
+        return load_demo() if path == "demo" else (Dataset(local.name, read_file(local)), None)
+    if local.is_dir():
+        files = _split_files(local)
+        if split in files or eval_split in files:
+            return _pick(path, files, lambda name: Dataset(f"{path}/{name}", read_file(files[name])), split, eval_split)
+    elif path.endswith(SUFFIXES) or path.startswith((".", "/", "~")) or not _HUB_ID.fullmatch(path):
+        raise DataError(f"There is no data file or folder '{path}' (looked in '{Path.cwd()}'). Check the path.")
+    splits = _load_hub(path, local.is_dir())
+    return _pick(path, splits, splits.__getitem__, split, eval_split)
+
+
+def _split_files(folder: Path) -> dict[str, Path]:
+    """The folder's data files by name without suffix: {'train': .../train.jsonl, ...}."""
+    files: dict[str, Path] = {}
+    for path in sorted(folder.iterdir()):
+        suffix = next((suffix for suffix in SUFFIXES if path.name.endswith(suffix)), None)
+        if suffix and path.is_file():
+            name = path.name.removesuffix(suffix)
+            if name in files:
+                raise DataError(f"'{folder}' holds both {files[name].name} and {path.name}. Keep one of them.")
+            files[name] = path
+    return files
+
+
+def _pick(
+    path: str, available: Collection[str], read: Callable[[str], Dataset], split: str, eval_split: str
+) -> tuple[Dataset | None, Dataset | None]:
+    """The named sides among the available ones; a side that was not asked for by name may be absent."""
+    candidates = (eval_split, *EVAL_FALLBACKS) if eval_split == DEFAULT_EVAL_SPLIT else (eval_split,)
+    test = next((name for name in candidates if name in available), None)
+    if test is None and eval_split != DEFAULT_EVAL_SPLIT:
+        raise DataError(f"The data '{path}' has no '{eval_split}' side; it has {', '.join(available)}. Set 'eval_split' to one.")
+    if split not in available and test is None:
+        raise DataError(f"The data '{path}' has no '{split}' side; it has {', '.join(available)}. Set 'split' to one of them.")
+    return read(split) if split in available else None, read(test) if test else None
+
+
+def _load_hub(path: str, is_folder: bool) -> dict[str, Dataset]:
+    """Every split of a hub data set, or of a local folder in the hub's layout."""
+    import datasets
+
+    name, _, configuration = (path, "", "") if is_folder else path.partition(":")
+    try:
+        loaded = datasets.load_dataset(name, configuration or None)
+    except Exception as error:  # whatever a loader, a parser or the network throws: the reason is passed on
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        if is_folder:
+            looked = f"The folder '{path}' holds no train.* file that can be read ({', '.join(SUFFIXES)})"
+            remedy = "Name its files train.jsonl and test.jsonl, or mend its hub layout."
+        else:
+            looked = f"There is no file or folder '{path}' in '{Path.cwd()}'"
+            remedy = "Check the spelling (owner/name, or owner/name:configuration) and the network."
+        raise DataError(f"{looked}, and the datasets library cannot load '{name}': {reason}. {remedy}") from error
+    splits = {}
+    for split, table in loaded.items():
+        names = {key: kind.names for key, kind in table.features.items() if isinstance(kind, datasets.ClassLabel)}
+        records = [{key: _class_name(value, names.get(key)) for key, value in record.items()} for record in table.to_list()]
+        rows = [Row(fields, f"{path}/{split}:{number}") for number, fields in enumerate(records, 1)]
+        if rows:
+            splits[str(split)] = Dataset(f"{path}/{split}", rows)
+    if not splits:
+        raise DataError(f"The data '{path}' holds no rows. Check that it is the right one.")
+    return splits
+
+
+def _class_name(value: Any, names: list[str] | None) -> Any:
+    """A class id as the class's name; -1, the hub's mark of a hidden label, as null."""
+    if names is None or not isinstance(value, int):
+        return value
+    return names[value] if value >= 0 else None
+
+
+def _hold_out(dataset: Dataset, recipe: Recipe, fraction: float) -> tuple[Dataset, Dataset]:
+    keys = [_hash("split", recipe.identity(row)) for row in dataset.rows]
+    if len(set(keys)) < 2:
+        raise DataError(
+            f"'{dataset.name}' has no two different rows to split. Add rows, or give the evaluation rows with eval_path."
+        )
+    limit = int(fraction * 2**64)
+    held = {key for key in keys if key < limit} or {min(keys)}
+    if len(held) == len(set(keys)):
+        held.remove(max(keys))
+    sides: tuple[list[Row], list[Row]] = ([], [])
+    for key, row in zip(keys, dataset.rows, strict=True):
+        sides[key in held].append(row)
+    return replace(dataset, rows=sides[0]), replace(dataset, name=f"{dataset.name} (held out)", rows=sides[1])
+
+
+def _sample(dataset: Dataset, limit: int | None) -> Dataset:
+    if limit is None or len(dataset.rows) <= limit:
+        return dataset
+    order = sorted(range(len(dataset.rows)), key=lambda index: (_hash("sample", canonical(dataset.rows[index].fields)), index))
+    return replace(dataset, rows=[dataset.rows[index] for index in sorted(order[:limit])])
+
+
+def _hash(salt: str, content: bytes) -> int:
+    """A number in [0, 2^64) that depends on the content alone."""
+    return int.from_bytes(hashlib.sha256(salt.encode() + b"\0" + content).digest()[:8], "big")

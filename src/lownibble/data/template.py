@@ -1,0 +1,261 @@
+"""Rows to token ids with a loss mask.
+
+*Prompt and completion* are tokenised apart and concatenated: just what happens at inference, where the completion's tokens
+follow a prompt that was tokenised alone. Tokenising them together could merge tokens over the border. The completion ends
+with the end-of-sequence token, which is trained even where it is also the padding token. Special tokens that the tokenizer
+puts in front (BOS) are added to the prompt once, unless the template has written them already.
+
+*Conversations* are rendered by the tokenizer's own chat template and tokenised whole, without further special tokens, as
+`apply_chat_template` does. Templates seldom mark the assistant's part, so it is found by rendering prefixes of the
+conversation: up to the assistant's header (generation prompt) and up to the end of its turn. Both must be prefixes of the
+whole text, or the row is refused: some templates rewrite earlier turns. They must be prefixes in tokens as well; where a
+merge runs over the border (a content that starts with a line break, say), the pieces are tokenised apart, which is what
+inference gives. The token that ends the turn is trained, white space that the template puts after it is not.
+
+*Text alone* gets the end-of-sequence token, and every token but the first is a label.
+
+A row that is too long loses the left of its prompt (special tokens in front stay), so that the completion stays whole; text
+and messages lose their end.
+"""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from lownibble.config import DataConfig
+from lownibble.data.forms import Form, Recipe, recipe_for
+from lownibble.data.rows import Dataset, Problems, Row
+from lownibble.errors import DataError, ModelError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+class Example(NamedTuple):
+    """One tokenised row: T token ids, T flags that say which of them are labels (unshifted), and where it came from."""
+
+    input_ids: list[int]
+    is_label: list[bool]
+    origin: str
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """A tokenised data set: its examples in row order, its form, and how many rows were cut to `max_length`."""
+
+    examples: list[Example]
+    form: Form
+    n_cut: int
+
+
+def encode(dataset: Dataset, tokenizer: PreTrainedTokenizerBase, config: DataConfig, max_length: int) -> Encoded:
+    """Tokenise a data set into examples of at most `max_length` tokens, each with at least one label token.
+
+    Raises:
+        DataError: rows that are bad, or are left without a label token (with their origins).
+        ConfigError: templates that do not fit.
+        ModelError: the tokenizer lacks a chat template or an end-of-sequence token that is needed.
+    """
+    recipe = recipe_for(dataset, config)
+    coder = TokenCoder(tokenizer)
+    problems = Problems(dataset.name)
+    examples: list[Example] = []
+    n_cut = 0
+    for row, tokens in zip(dataset.rows, _tokenise(dataset.rows, recipe, coder, problems), strict=True):
+        ids, is_label = _fit(tokens, coder, recipe.form, max_length)
+        if not config.mask_prompt:
+            is_label = [True] * len(ids)
+        if is_label:
+            is_label[0] = False
+        n_tokens = len(tokens.prompt) + len(tokens.rest)
+        n_cut += n_tokens > max_length
+        if not any(is_label):
+            problems.add(row.origin, _no_label(n_tokens, max_length, recipe.form))
+        examples.append(Example(ids, is_label, row.origin))
+    problems.check()
+    return Encoded(examples, recipe.form, n_cut)
+
+
+class _Tokens(NamedTuple):
+    """A row before it is cut: a prompt without labels, and the rest with its label flags."""
+
+    prompt: list[int]
+    rest: list[int]
+    is_label: list[bool]
+
+
+class TokenCoder:
+    """A tokenizer with what training asks of it: plain ids, the ids in front, the end, and chat spans."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        self.tokenizer: Any = tokenizer
+
+    def batch(self, texts: list[str]) -> list[list[int]]:
+        """Token ids of each text, without special tokens."""
+        if not texts:
+            return []
+        ids: list[list[int]] = self.tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
+        return ids
+
+    @cached_property
+    def front(self) -> list[int]:
+        """The special tokens that the tokenizer puts before a text (often BOS, often none)."""
+        plain = self.batch(["a"])[0]
+        whole: list[int] = self.tokenizer("a", add_special_tokens=True)["input_ids"]
+        starts = (n for n in range(len(whole)) if whole[n : n + len(plain)] == plain)
+        return whole[: next(starts, 0)]
+
+    @cached_property
+    def end(self) -> int:
+        """The end-of-sequence token.
+
+        Raises:
+            ModelError: the tokenizer has none.
+        """
+        if self.tokenizer.eos_token_id is None:
+            raise ModelError("The tokenizer has no end-of-sequence token. Set its eos_token in tokenizer_config.json.")
+        return int(self.tokenizer.eos_token_id)
+
+    @cached_property
+    def special_ids(self) -> frozenset[int]:
+        """Ids of all control tokens."""
+        added = (index for index, token in self.tokenizer.added_tokens_decoder.items() if token.special)
+        return frozenset(self.tokenizer.all_special_ids).union(added)
+
+    def prompts(self, texts: list[str]) -> list[list[int]]:
+        """Token ids of each text as a sequence's start: with the tokens in front, once."""
+        return [ids if self._starts(ids) else self.front + ids for ids in self.batch(texts)]
+
+    def ended(self, ids: list[int]) -> list[int]:
+        """The ids with the end-of-sequence token, once."""
+        return ids if ids and ids[-1] == self.end else [*ids, self.end]
+
+    def cut_left(self, prompt: list[int], room: int) -> list[int]:
+        """The last `room` tokens of a prompt, its tokens in front kept; never less than one token after those."""
+        kept = len(self.front) if self._starts(prompt) else 0
+        room = max(room, kept + 1)
+        return prompt if len(prompt) <= room else prompt[:kept] + prompt[len(prompt) - room + kept :]
+
+    def render(self, messages: list[dict[str, Any]], generation: bool = False) -> str:
+        """The text of a conversation; `generation` adds the header of the assistant's next turn.
+
+        Raises:
+            ModelError: the tokenizer has no chat template.
+            DataError: the template refuses the conversation (the message is the template's).
+        """
+        from jinja2 import TemplateError
+
+        if not self.tokenizer.chat_template:
+            raise ModelError(
+                "The tokenizer has no chat template, which messages and use_chat_template need. "
+                "Take a chat (instruct) model, or give prompt_template and completion_template."
+            )
+        try:
+            text: str = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=generation)
+        except TemplateError as error:
+            raise DataError(f"the chat template refuses this conversation: {error} Mend the order of its roles.") from error
+        return text
+
+    def _starts(self, ids: list[int]) -> bool:
+        return ids[: len(self.front)] == self.front
+
+
+class ChatText(NamedTuple):
+    """A rendered conversation and, for each assistant turn, its text up to the answer and up to the turn's end."""
+
+    full: str
+    turns: list[tuple[str, str]]
+
+
+def render_chat(coder: TokenCoder, messages: list[dict[str, Any]]) -> ChatText:
+    """Render a conversation and find its assistant turns.
+
+    Raises:
+        DataError: the template refuses the conversation, or does not keep its start unchanged.
+    """
+    full = coder.render(messages)
+    turns = []
+    for number, message in enumerate(messages):
+        if message["role"] != "assistant":
+            continue
+        start = coder.render(messages[:number], generation=True)
+        end = full if number == len(messages) - 1 else coder.render(messages[: number + 1])
+        if not (end.startswith(start) and full.startswith(end)):
+            raise DataError(
+                f"the chat template rewrites the conversation around message {number + 1}, so its tokens cannot be told "
+                "from the prompt's. Make each assistant turn the last of a row of its own, or use another model."
+            )
+        turns.append((start, end))
+    return ChatText(full, turns)
+
+
+def tokenise_chats(coder: TokenCoder, chats: list[ChatText]) -> list[tuple[list[int], list[tuple[int, int]]]]:
+    """Token ids of each conversation, and the span [start, end) of each assistant turn in them."""
+    texts = [[chat.full, *itertools.chain.from_iterable(chat.turns)] for chat in chats]
+    tokenised = iter(coder.batch(list(itertools.chain.from_iterable(texts))))
+    result = []
+    for chat, parts in zip(chats, texts, strict=True):
+        ids, *prefixes = itertools.islice(tokenised, len(parts))
+        lengths = [len(prefix) for prefix in prefixes]
+        if any(ids[: len(prefix)] != prefix for prefix in prefixes):
+            bounds = [0, *(len(part) for part in parts[1:]), len(chat.full)]
+            pieces = coder.batch([chat.full[a:b] for a, b in itertools.pairwise(bounds)])
+            ids = list(itertools.chain.from_iterable(pieces))
+            lengths = list(itertools.accumulate(len(piece) for piece in pieces))[:-1]
+        spans = [(a, _turn_end(coder, ids, a, b)) for a, b in zip(lengths[::2], lengths[1::2], strict=True)]
+        result.append((ids, spans))
+    return result
+
+
+def _turn_end(coder: TokenCoder, ids: list[int], start: int, end: int) -> int:
+    """The end of a turn without white space after the token that closes it."""
+    closing = next((n for n in range(end - 1, start - 1, -1) if ids[n] in coder.special_ids), end - 1)
+    return closing + 1 if not coder.tokenizer.decode(ids[closing + 1 : end]).strip() else end
+
+
+def _tokenise(rows: list[Row], recipe: Recipe, coder: TokenCoder, problems: Problems) -> list[_Tokens]:
+    if recipe.chat:
+        chats = []
+        for row in rows:
+            try:
+                chats.append(render_chat(coder, recipe.messages(row)))
+            except DataError as error:
+                problems.add(row.origin, str(error))
+        problems.check()
+        return [_chat_tokens(ids, spans, recipe.form) for ids, spans in tokenise_chats(coder, chats)]
+    if recipe.form == "text":
+        texts = coder.prompts([row.fields["text"] for row in rows])
+        return [_Tokens([], ended, [True] * len(ended)) for ended in map(coder.ended, texts)]
+    pairs = [recipe.pair(row) for row in rows]
+    prompts = coder.prompts([prompt for prompt, _ in pairs])
+    completions = [coder.ended(ids) for ids in coder.batch([completion for _, completion in pairs])]
+    return [_Tokens(prompt, rest, [True] * len(rest)) for prompt, rest in zip(prompts, completions, strict=True)]
+
+
+def _chat_tokens(ids: list[int], spans: list[tuple[int, int]], form: Form) -> _Tokens:
+    is_label = [False] * len(ids)
+    for start, end in spans:
+        is_label[start:end] = [True] * (end - start)
+    n_prompt = 0 if form == "messages" else spans[0][0]
+    return _Tokens(ids[:n_prompt], ids[n_prompt:], is_label[n_prompt:])
+
+
+def _fit(tokens: _Tokens, coder: TokenCoder, form: Form, max_length: int) -> tuple[list[int], list[bool]]:
+    prompt = tokens.prompt
+    if form not in ("messages", "text"):
+        prompt = coder.cut_left(prompt, max_length - len(tokens.rest))
+    ids, is_label = prompt + tokens.rest, [False] * len(prompt) + tokens.is_label
+    return ids[:max_length], is_label[:max_length]
+
+
+def _no_label(n_tokens: int, max_length: int, form: Form) -> str:
+    if n_tokens > max_length:
+        return (
+            f"no label token is left of its {n_tokens} tokens within max_length {max_length}. "
+            "Raise max_length, or shorten or remove the row."
+        )
+    cause = "it has no assistant turn" if form == "messages" else f"it has {n_tokens} token"
+    return f"no label token: {cause}. Mend or remove the row."

@@ -1,0 +1,289 @@
+// The five operations, written once against a `Simd` type that the including isa_*.cpp defines:
+//
+//   Simd::Lanes, Simd::Table      16 floats in registers; 16 floats in the form that lookup needs
+//   load, store, zero, fill, add, multiply, fma, sum, absolute, maximum, largest, clamp_to_one
+//   table, scaled, lookup         a table, a table times a constant, 16 values for 8 bytes of codes
+//   Coder, coder, encode          bounds and order in registers; 16 scaled values to 8 bytes of codes
+//   kTile                         how many rows of x the matrix-vector product keeps in registers
+//
+// 16 because a block has at least 16 elements and a power of two of them: a full block is a whole number of groups, and only
+// the end of the tensor and the ends of rows need the scalar tail.
+#pragma once
+
+#include "kernels.h"
+
+namespace lownibble {
+namespace {
+
+constexpr std::int64_t kLanes = 16;
+constexpr std::int64_t kLargestBlock = 4096;
+constexpr float kTiny = 1e-38f;  // bitsandbytes' floor for the scale of an all-zero block
+
+inline std::int64_t smaller(std::int64_t a, std::int64_t b) { return a < b ? a : b; }
+inline std::int64_t larger(std::int64_t a, std::int64_t b) { return a > b ? a : b; }
+
+inline float block_constant(const Weight4bit& w, std::int64_t block) {
+    if (!w.nested_values) return static_cast<const float*>(w.absmax)[block];
+    const std::uint8_t code = static_cast<const std::uint8_t*>(w.absmax)[block];
+    const float product = w.nested_values[code] * w.nested_absmax[block >> w.nested_shift];
+    return product + *w.nested_offset;
+}
+
+inline int code_at(const std::uint8_t* codes, std::int64_t i) { return i & 1 ? codes[i >> 1] & 15 : codes[i >> 1] >> 4; }
+
+// Decode elements [begin, end) of one block into out; begin is a multiple of 16.
+template <class Simd, class Out>
+inline void decode_span(const Weight4bit& w, const typename Simd::Table& table, float constant, std::int64_t begin,
+                        std::int64_t end, Out* out) {
+    const typename Simd::Table scaled = Simd::scaled(table, constant);
+    std::int64_t i = begin;
+    for (; i + kLanes <= end; i += kLanes, out += kLanes) Simd::store(out, Simd::lookup(scaled, w.codes + i / 2));
+    for (; i < end; ++i, ++out) from_float(out, w.values[code_at(w.codes, i)] * constant);
+}
+
+template <class Simd, class Out>
+void dequantize_4bit(const Weight4bit& w, Out* out, Range blocks) {
+    const typename Simd::Table table = Simd::table(w.values);
+    for (std::int64_t block = blocks.begin; block < blocks.end; ++block) {
+        const std::int64_t begin = block << w.block_shift, end = smaller((block + 1) << w.block_shift, w.n);
+        decode_span<Simd>(w, table, block_constant(w, block), begin, end, out + begin);
+    }
+}
+
+inline int encode_one(const Encoder4bit& encoder, float scaled) {
+    int index = 0;
+    for (int i = 0; i < 15; ++i) index += scaled > encoder.bounds[i];
+    return encoder.order[index];
+}
+
+inline float clamped(float value) { return value < -1.0f ? -1.0f : value > 1.0f ? 1.0f : value; }
+inline float magnitude(float value) { return float_of(bits_of(value) & 0x7FFFFFFF); }
+
+// The short last block: divided by its constant, not multiplied by the reciprocal, and the floor shows in the constant.
+template <class In>
+void quantize_short_block(const In* x, std::int64_t count, const Encoder4bit& encoder, std::uint8_t* codes, float* absmax) {
+    float largest = kTiny;
+    for (std::int64_t i = 0; i < count; ++i) {
+        const float size = magnitude(to_float(x[i]));
+        largest = size > largest ? size : largest;
+    }
+    *absmax = largest;
+    for (std::int64_t i = 0; i < count; i += 2) {
+        const int first = encode_one(encoder, clamped(to_float(x[i]) / largest));
+        const int second = encode_one(encoder, i + 1 < count ? clamped(to_float(x[i + 1]) / largest) : 0.0f);
+        codes[i / 2] = static_cast<std::uint8_t>(first << 4 | second);
+    }
+}
+
+template <class Simd, class In>
+void quantize_4bit(const In* x, std::int64_t n, std::int32_t block_shift, const Encoder4bit& encoder, std::uint8_t* codes,
+                   float* absmax, Range blocks) {
+    const typename Simd::Coder coder = Simd::coder(encoder);
+    const std::int64_t block_size = std::int64_t{1} << block_shift;
+    for (std::int64_t block = blocks.begin; block < blocks.end; ++block) {
+        const std::int64_t begin = block << block_shift;
+        if (begin + block_size > n) {
+            quantize_short_block(x + begin, n - begin, encoder, codes + begin / 2, absmax + block);
+            continue;
+        }
+        typename Simd::Lanes sizes = Simd::zero();
+        for (std::int64_t i = 0; i < block_size; i += kLanes) {
+            sizes = Simd::maximum(sizes, Simd::absolute(Simd::load(x + begin + i)));
+        }
+        const float largest = Simd::largest(sizes);
+        absmax[block] = largest;
+        const typename Simd::Lanes reciprocal = Simd::fill(1.0f / (largest < kTiny ? kTiny : largest));
+        for (std::int64_t i = begin; i < begin + block_size; i += kLanes) {
+            const typename Simd::Lanes scaled = Simd::clamp_to_one(Simd::multiply(Simd::load(x + i), reciprocal));
+            Simd::encode(codes + i / 2, scaled, coder);
+        }
+    }
+}
+
+// 8-bit codes are for block constants, one in 64 elements: plain loops, no intrinsics.
+inline void quantize_8bit(const float* x, std::int64_t n, std::int32_t block_shift, const std::uint8_t* lookup,
+                          std::uint8_t* codes, float* absmax, Range blocks) {
+    for (std::int64_t block = blocks.begin; block < blocks.end; ++block) {
+        const std::int64_t begin = block << block_shift, end = smaller((block + 1) << block_shift, n);
+        float largest = 0.0f;
+        for (std::int64_t i = begin; i < end; ++i) {
+            const float size = magnitude(x[i]);
+            largest = size > largest ? size : largest;
+        }
+        absmax[block] = largest;
+        const float reciprocal = 1.0f / largest;
+        for (std::int64_t i = begin; i < end; ++i) {
+            const float scaled = clamped(x[i] * reciprocal);  // 0 * infinity is NaN, whose grid point is 0
+            const float stretched = (scaled + 1.0f) * 32767.5f;
+            codes[i] = lookup[scaled == scaled ? static_cast<std::int32_t>(stretched + 0.5f) : 0];
+        }
+    }
+}
+
+inline void dequantize_8bit(const std::uint8_t* codes, const float* absmax, const float* values, std::int64_t n,
+                            std::int32_t block_shift, float* out, Range blocks) {
+    for (std::int64_t block = blocks.begin; block < blocks.end; ++block) {
+        const std::int64_t begin = block << block_shift, end = smaller((block + 1) << block_shift, n);
+        for (std::int64_t i = begin; i < end; ++i) out[i] = values[codes[i]] * absmax[block];
+    }
+}
+
+template <class Simd, class In>
+void to_float32(const In* x, std::int64_t n, float* out) {
+    std::int64_t i = 0;
+    for (; i + kLanes <= n; i += kLanes) Simd::store(out + i, Simd::load(x + i));
+    for (; i < n; ++i) out[i] = to_float(x[i]);
+}
+
+// R rows of w by T rows of x when every row starts a block: decode a group, use it T times, never store it. Several rows of w
+// at once give FMA independent sums to work on, and halve or quarter the reads of x. Each block prefetches the one below it,
+// R rows on: a row of codes is too short for the hardware to notice.
+template <class Simd, int R, int T>
+inline void dot_whole_blocks(const float* x, std::int64_t K, const Weight4bit& w, const typename Simd::Table& table,
+                             std::int64_t row, float (&sums)[R][T]) {
+    using Lanes = typename Simd::Lanes;
+    Lanes totals[R][T];
+    for (int r = 0; r < R; ++r) {
+        for (int t = 0; t < T; ++t) totals[r][t] = Simd::zero();
+    }
+    const std::int64_t block_size = std::int64_t{1} << w.block_shift, row_bytes = K / 2, row_blocks = K >> w.block_shift;
+    const std::uint8_t* codes = w.codes + row * row_bytes;
+    for (std::int64_t b = 0; b < row_blocks; ++b) {
+        typename Simd::Table scaled[R];
+        for (int r = 0; r < R; ++r) {
+            scaled[r] = Simd::scaled(table, block_constant(w, (row + r) * row_blocks + b));
+            __builtin_prefetch(codes + (r + R) * row_bytes + (b << w.block_shift) / 2);
+        }
+        for (std::int64_t k = b << w.block_shift, end = k + block_size; k < end; k += kLanes) {
+            for (int r = 0; r < R; ++r) {
+                const Lanes weights = Simd::lookup(scaled[r], codes + r * row_bytes + k / 2);
+                for (int t = 0; t < T; ++t) totals[r][t] = Simd::fma(weights, Simd::load(x + t * K + k), totals[r][t]);
+            }
+        }
+    }
+    for (int r = 0; r < R; ++r) {
+        for (int t = 0; t < T; ++t) sums[r][t] = Simd::sum(totals[r][t]);
+    }
+}
+
+// The general case: rows start and end anywhere in a block. Decodes the row's part of each block to the stack.
+template <class Simd, int T>
+inline void dot_any(const float* x, std::int64_t K, const Weight4bit& w, const typename Simd::Table& table, std::int64_t row,
+                    float* sums) {
+    typename Simd::Lanes totals[T];
+    for (int t = 0; t < T; ++t) totals[t] = Simd::zero();
+    float tails[T] = {};
+    float decoded[kLargestBlock];
+    const std::int64_t row_begin = row * K, row_end = row_begin + K;
+    for (std::int64_t i = row_begin; i < row_end;) {
+        const std::int64_t block = i >> w.block_shift;
+        const std::int64_t end = smaller((block + 1) << w.block_shift, row_end);
+        const std::int64_t aligned = i / kLanes * kLanes;
+        decode_span<Simd>(w, table, block_constant(w, block), aligned, end, decoded);
+        const float* weights = decoded + (i - aligned);
+        const float* inputs = x + (i - row_begin);
+        const std::int64_t count = end - i, whole = count / kLanes * kLanes;
+        for (std::int64_t k = 0; k < whole; k += kLanes) {
+            const typename Simd::Lanes group = Simd::load(weights + k);
+            for (int t = 0; t < T; ++t) totals[t] = Simd::fma(group, Simd::load(inputs + t * K + k), totals[t]);
+        }
+        for (int t = 0; t < T; ++t) {
+            for (std::int64_t k = whole; k < count; ++k) tails[t] += weights[k] * inputs[t * K + k];
+        }
+        i = end;
+    }
+    for (int t = 0; t < T; ++t) sums[t] = Simd::sum(totals[t]) + tails[t];
+}
+
+template <class Simd, int T, class Out>
+void gemv_rows(const float* x, std::int64_t K, const Weight4bit& w, Out* out, std::int64_t N, Range rows) {
+    constexpr int kRows = Simd::kRows;
+    const typename Simd::Table table = Simd::table(w.values);
+    const bool whole_blocks = (K & ((std::int64_t{1} << w.block_shift) - 1)) == 0;
+    std::int64_t row = rows.begin;
+    for (; whole_blocks && row + kRows <= rows.end; row += kRows) {
+        float sums[kRows][T];
+        dot_whole_blocks<Simd, kRows, T>(x, K, w, table, row, sums);
+        for (int r = 0; r < kRows; ++r) {
+            for (int t = 0; t < T; ++t) from_float(out + t * N + row + r, sums[r][t]);
+        }
+    }
+    for (; row < rows.end; ++row) {
+        float sums[1][T];
+        if (whole_blocks) {
+            dot_whole_blocks<Simd, 1, T>(x, K, w, table, row, sums);
+        } else {
+            dot_any<Simd, T>(x, K, w, table, row, sums[0]);
+        }
+        for (int t = 0; t < T; ++t) from_float(out + t * N + row, sums[0][t]);
+    }
+}
+
+template <int Rows>
+struct Tile {
+    static constexpr int size = Rows;
+};
+
+// Rows of w go in strips that stay in the second-level cache while the tiles of x pass over them.
+template <class Simd, class Out>
+void gemv_4bit(const float* x, std::int64_t T, std::int64_t K, const Weight4bit& w, Out* out, std::int64_t N, Range rows) {
+    constexpr std::int64_t kStripElements = 1 << 19;
+    const std::int64_t strip = larger(1, kStripElements / larger(1, K));
+    for (std::int64_t begin = rows.begin; begin < rows.end; begin += strip) {
+        const Range part{begin, smaller(begin + strip, rows.end)};
+        std::int64_t t = 0;
+        const auto advance = [&](auto tile) {
+            for (; t + tile.size <= T; t += tile.size) gemv_rows<Simd, tile.size>(x + t * K, K, w, out + t * N, N, part);
+        };
+        if constexpr (Simd::kTile >= 4) advance(Tile<4>{});
+        if constexpr (Simd::kTile >= 2) advance(Tile<2>{});
+        advance(Tile<1>{});
+    }
+}
+
+// Call body with `data` as a pointer to its own type.
+template <class Body>
+inline void with_type(DType dtype, const void* data, Body body) {
+    switch (dtype) {
+        case DType::float32: return body(static_cast<const float*>(data));
+        case DType::bfloat16: return body(static_cast<const BFloat16*>(data));
+        case DType::float16: return body(static_cast<const Float16*>(data));
+    }
+}
+
+template <class Body>
+inline void with_type(DType dtype, void* data, Body body) {
+    switch (dtype) {
+        case DType::float32: return body(static_cast<float*>(data));
+        case DType::bfloat16: return body(static_cast<BFloat16*>(data));
+        case DType::float16: return body(static_cast<Float16*>(data));
+    }
+}
+
+template <class Simd>
+constexpr Kernels kernels_for(const char* name) {
+    return Kernels{
+        name,
+        [](const Weight4bit& w, DType dtype, void* out, Range blocks) {
+            with_type(dtype, out, [&](auto* typed) { dequantize_4bit<Simd>(w, typed, blocks); });
+        },
+        [](DType dtype, const void* x, std::int64_t n, std::int32_t block_shift, const Encoder4bit& encoder,
+           std::uint8_t* codes, float* absmax, Range blocks) {
+            with_type(dtype, x, [&](const auto* typed) {
+                quantize_4bit<Simd>(typed, n, block_shift, encoder, codes, absmax, blocks);
+            });
+        },
+        quantize_8bit,
+        dequantize_8bit,
+        [](DType dtype, const void* x, std::int64_t n, float* out) {
+            with_type(dtype, x, [&](const auto* typed) { to_float32<Simd>(typed, n, out); });
+        },
+        [](const float* x, std::int64_t T, std::int64_t K, const Weight4bit& w, DType dtype, void* out, std::int64_t N,
+           Range rows) {
+            with_type(dtype, out, [&](auto* typed) { gemv_4bit<Simd>(x, T, K, w, typed, N, rows); });
+        },
+    };
+}
+
+}  // namespace
+}  // namespace lownibble

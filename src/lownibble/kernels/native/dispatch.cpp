@@ -1,0 +1,150 @@
+// The exported C functions: choice of the instruction set, and threads.
+//
+// Threads. OpenMP, with the caller's thread count. torch bundles its own libgomp under the same SONAME, so when torch is
+// imported first the loader gives this library the same runtime and the same thread pool: no second pool that fights for the
+// cores. A call uses one thread or all of them: libgomp rebuilds its team when the size changes, which costs more than it
+// brings. Small calls stay on the calling thread. Each share is a contiguous range of whole blocks (or rows), so results do
+// not depend on the number of threads.
+//
+// Lengths and types are checked by the caller (kernels/cpu.py).
+#include <cstdint>
+#include <cstdlib>
+#include <cstring>
+
+#include "kernels.h"
+
+using namespace lownibble;
+
+#define LOWNIBBLE_EXPORT extern "C" __attribute__((visibility("default")))
+
+namespace {
+
+constexpr std::int64_t kSerialElements = 1 << 16;  // about 5 microseconds of work, a few times the cost of a fork
+
+#if defined(__x86_64__)
+bool has_avx512() {
+    return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
+           __builtin_cpu_supports("avx512dq");
+}
+bool has_avx2() { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c"); }
+#endif
+
+// What this machine runs, fastest first, ended by null.
+struct Available {
+    const Kernels* kernels[4] = {};
+    char names[64] = {};
+
+    Available() {
+        int count = 0;
+#if defined(__x86_64__)
+        __builtin_cpu_init();
+        if (has_avx512()) kernels[count++] = &kAvx512Kernels;
+        if (has_avx2()) kernels[count++] = &kAvx2Kernels;
+#elif defined(__aarch64__)
+        kernels[count++] = &kNeonKernels;
+#endif
+        kernels[count++] = &kScalarKernels;
+        for (int i = 0; i < count; ++i) {
+            if (i) std::strcat(names, ",");
+            std::strcat(names, kernels[i]->name);
+        }
+    }
+};
+
+const Available& available() {
+    static const Available instance;
+    return instance;
+}
+
+const Kernels* active = available().kernels[0];
+
+// Split `count` items of `elements` elements in all over the threads, in contiguous ranges.
+template <class Body>
+void in_parallel(std::int64_t count, std::int64_t elements, std::int32_t num_threads, Body body) {
+    if (num_threads < 2 || elements < kSerialElements || count < 2) {
+        if (count) body(Range{0, count});
+        return;
+    }
+    const std::int64_t parts = num_threads;
+#pragma omp parallel for num_threads(num_threads) schedule(static, 1)
+    for (std::int64_t part = 0; part < parts; ++part) {
+        const Range range{count * part / parts, count * (part + 1) / parts};
+        if (range.begin < range.end) body(range);
+    }
+}
+
+std::int64_t blocks_of(std::int64_t n, std::int32_t block_shift) { return (n + (std::int64_t{1} << block_shift) - 1) >> block_shift; }
+
+}  // namespace
+
+// Raised whenever a signature below changes; kernels/cpu.py refuses another number.
+LOWNIBBLE_EXPORT std::int32_t lownibble_abi() { return 1; }
+
+// Comma-separated names of the instruction sets that run here, fastest first.
+LOWNIBBLE_EXPORT const char* lownibble_available() { return available().names; }
+
+LOWNIBBLE_EXPORT const char* lownibble_isa() { return active->name; }
+
+// Use the instruction set called `name` from now on. 0, or -1 when it cannot run here.
+LOWNIBBLE_EXPORT std::int32_t lownibble_select(const char* name) {
+    for (const Kernels* kernels : available().kernels) {
+        if (kernels && std::strcmp(kernels->name, name) == 0) {
+            active = kernels;
+            return 0;
+        }
+    }
+    return -1;
+}
+
+LOWNIBBLE_EXPORT void lownibble_dequantize_4bit(const std::uint8_t* codes, const float* values, const void* absmax,
+                                                const float* nested_values, const float* nested_absmax,
+                                                const float* nested_offset, std::int64_t n, std::int32_t block_shift,
+                                                std::int32_t nested_shift, std::int32_t out_dtype, void* out,
+                                                std::int32_t num_threads) {
+    const Weight4bit w{codes, values, absmax, nested_values, nested_absmax, nested_offset, n, block_shift, nested_shift};
+    in_parallel(blocks_of(n, block_shift), n, num_threads,
+                [&](Range blocks) { active->dequantize_4bit(w, static_cast<DType>(out_dtype), out, blocks); });
+}
+
+LOWNIBBLE_EXPORT void lownibble_quantize_4bit(const void* x, std::int32_t x_dtype, std::int64_t n, std::int32_t block_shift,
+                                              const float* bounds, const std::uint8_t* order, std::uint8_t* codes,
+                                              float* absmax, std::int32_t num_threads) {
+    const Encoder4bit encoder{bounds, order};
+    in_parallel(blocks_of(n, block_shift), n, num_threads, [&](Range blocks) {
+        active->quantize_4bit(static_cast<DType>(x_dtype), x, n, block_shift, encoder, codes, absmax, blocks);
+    });
+}
+
+LOWNIBBLE_EXPORT void lownibble_quantize_8bit(const float* x, std::int64_t n, std::int32_t block_shift,
+                                              const std::uint8_t* lookup, std::uint8_t* codes, float* absmax,
+                                              std::int32_t num_threads) {
+    in_parallel(blocks_of(n, block_shift), n, num_threads,
+                [&](Range blocks) { active->quantize_8bit(x, n, block_shift, lookup, codes, absmax, blocks); });
+}
+
+LOWNIBBLE_EXPORT void lownibble_dequantize_8bit(const std::uint8_t* codes, const float* absmax, const float* values,
+                                                std::int64_t n, std::int32_t block_shift, float* out,
+                                                std::int32_t num_threads) {
+    in_parallel(blocks_of(n, block_shift), n, num_threads,
+                [&](Range blocks) { active->dequantize_8bit(codes, absmax, values, n, block_shift, out, blocks); });
+}
+
+// 0, or -1 when there is no memory for x in float32.
+LOWNIBBLE_EXPORT std::int32_t lownibble_gemv_4bit(const void* x, std::int32_t x_dtype, std::int64_t T, std::int64_t K,
+                                                  const std::uint8_t* codes, const float* values, const void* absmax,
+                                                  const float* nested_values, const float* nested_absmax,
+                                                  const float* nested_offset, std::int64_t N, std::int32_t block_shift,
+                                                  std::int32_t nested_shift, void* out, std::int32_t num_threads) {
+    const Weight4bit w{codes, values, absmax, nested_values, nested_absmax, nested_offset, N * K, block_shift, nested_shift};
+    const DType dtype = static_cast<DType>(x_dtype);
+    float* converted = nullptr;
+    if (dtype != DType::float32 && T * K > 0) {
+        converted = static_cast<float*>(std::malloc(static_cast<std::size_t>(T * K) * sizeof(float)));
+        if (!converted) return -1;
+        active->to_float32(dtype, x, T * K, converted);
+    }
+    const float* x_32 = converted ? converted : static_cast<const float*>(x);
+    in_parallel(T ? N : 0, N * K, num_threads, [&](Range rows) { active->gemv_4bit(x_32, T, K, w, dtype, out, N, rows); });
+    std::free(converted);
+    return 0;
+}

@@ -1,0 +1,196 @@
+"""The kernel operations: one signature each, and the choice of who runs it.
+
+Every operation exists as plain torch in `reference.py` (the oracle) and, where it pays, in a faster backend with the same
+signature. `BACKENDS` maps a name to a function that returns the backend's namespace or raises `BackendError` with the
+reason. Without an explicit choice the fastest backend that loads and handles the tensors' device is used; an explicit
+choice (`use_backend`) that cannot run is an error, never a silent slow path.
+
+Layout (bitsandbytes'): a tensor of n elements is flattened row-major and cut into blocks of `block_size` elements (the last
+may be short). `codes` is uint8 of ceil(n/2) bytes, two codes a byte, the first element in the high nibble. `absmax` has one
+value per block. A value is `values[code] * absmax[block]`, computed in float32 and rounded once to the output dtype.
+With double quantisation `absmax` is uint8 and `Nested` holds what decodes it:
+`absmax[b] = nested.values[codes[b]] * nested.absmax[b // nested.block_size] + nested.offset` (two roundings, no FMA).
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import NamedTuple, Protocol, cast
+
+import torch
+from torch import Tensor
+
+from lownibble.errors import BackendError
+
+
+class Nested(NamedTuple):
+    """What decodes doubly quantised block constants.
+
+    values: (256,) float32 table; absmax: (ceil(n_blocks / block_size),) float32; offset: () float32.
+    """
+
+    values: Tensor
+    absmax: Tensor
+    offset: Tensor
+    block_size: int = 256
+
+
+class Backend(Protocol):
+    """What a backend module provides. Tensors are contiguous and share one device."""
+
+    name: str
+
+    def quantize_4bit(self, x: Tensor, bounds: Tensor, order: Tensor, block_size: int) -> tuple[Tensor, Tensor]: ...
+
+    def dequantize_4bit(
+        self, codes: Tensor, absmax: Tensor, values: Tensor, block_size: int, out: Tensor, nested: Nested | None = None
+    ) -> Tensor: ...
+
+    def quantize_8bit(self, x: Tensor, lookup: Tensor, block_size: int) -> tuple[Tensor, Tensor]: ...
+
+    def dequantize_8bit(self, codes: Tensor, absmax: Tensor, values: Tensor, block_size: int) -> Tensor: ...
+
+    def gemv_4bit(
+        self,
+        x_TK: Tensor,
+        codes: Tensor,
+        absmax: Tensor,
+        values: Tensor,
+        block_size: int,
+        out_features: int,
+        nested: Nested | None = None,
+    ) -> Tensor: ...
+
+
+def _load_reference() -> Backend:
+    return cast(Backend, importlib.import_module("lownibble.kernels.reference"))
+
+
+def _load_cpu() -> Backend:
+    module = importlib.import_module("lownibble.kernels.cpu")
+    module.library()  # raises BackendError with the reason when the compiled library is missing
+    return cast(Backend, module)
+
+
+BACKENDS = {"reference": _load_reference, "cpu": _load_cpu}
+"""name -> loader. Order does not matter; `_automatic` decides."""
+
+_loaded: dict[str, Backend | BackendError] = {}
+_forced: ContextVar[str | None] = ContextVar("lownibble_backend", default=None)
+
+
+def _try_load(name: str) -> Backend | BackendError:
+    if name not in _loaded:
+        try:
+            _loaded[name] = BACKENDS[name]()
+        except BackendError as error:
+            _loaded[name] = error
+    return _loaded[name]
+
+
+def backend(name: str) -> Backend:
+    """The backend called `name`, or `BackendError` saying why it cannot run here."""
+    if name not in BACKENDS:
+        raise BackendError(f"There is no kernel backend '{name}'. Known backends: {', '.join(sorted(BACKENDS))}.")
+    loaded = _try_load(name)
+    if isinstance(loaded, BackendError):
+        raise loaded
+    return loaded
+
+
+@contextmanager
+def use_backend(name: str) -> Iterator[None]:
+    """Run every kernel operation inside the block on backend `name`: `reference` or `cpu`.
+
+    Raises:
+        BackendError: the backend is unknown or cannot run here; the message says why.
+    """
+    backend(name)
+    token = _forced.set(name)
+    try:
+        yield
+    finally:
+        _forced.reset(token)
+
+
+def active_backend(device: torch.device | str = "cpu") -> str:
+    """Name of the backend that runs operations on tensors of `device` now."""
+    forced = _forced.get()
+    if forced is not None:
+        return forced
+    if torch.device(device).type == "cpu" and not isinstance(_try_load("cpu"), BackendError):
+        return "cpu"
+    return "reference"
+
+
+def backend_status() -> dict[str, str]:
+    """name -> 'ok' or the reason why the backend cannot run here."""
+    return {name: str(s) if isinstance(s := _try_load(name), BackendError) else "ok" for name in BACKENDS}
+
+
+def _for(tensor: Tensor) -> Backend:
+    name = active_backend(tensor.device)
+    if name == "cpu" and tensor.device.type != "cpu":
+        raise BackendError(f"The 'cpu' kernels cannot run on a tensor on '{tensor.device}'. Move it, or use another backend.")
+    return backend(name)
+
+
+def quantize_4bit(x: Tensor, bounds: Tensor, order: Tensor, block_size: int) -> tuple[Tensor, Tensor]:
+    """Codes and block constants of a flat tensor.
+
+    Args:
+        x: (n,) float32, bfloat16 or float16; finite (the caller checks).
+        bounds: (15,) float32, ascending midpoints between neighbouring code values.
+        order: (16,) uint8, code of the i-th smallest value.
+    Returns:
+        codes (ceil(n/2),) uint8 and absmax (ceil(n/block_size),) float32.
+    """
+    return _for(x).quantize_4bit(x, bounds, order, block_size)
+
+
+def dequantize_4bit(
+    codes: Tensor, absmax: Tensor, values: Tensor, block_size: int, out: Tensor, nested: Nested | None = None
+) -> Tensor:
+    """Decode into `out` (contiguous, n elements, float32/bfloat16/float16) and return it.
+
+    Args:
+        codes: (ceil(n/2),) uint8.
+        absmax: (ceil(n/block_size),) float32, or uint8 with `nested`.
+        values: (16,) float32, value of each code.
+    """
+    return _for(codes).dequantize_4bit(codes, absmax, values, block_size, out, nested)
+
+
+def quantize_8bit(x: Tensor, lookup: Tensor, block_size: int) -> tuple[Tensor, Tensor]:
+    """Blockwise 8-bit codes (n,) uint8 and block constants float32 of `x` (n,) float32.
+
+    lookup: (65536,) uint8, the code for each point of an even grid over [-1, 1]; the nearest grid point decides. A block of
+    zeros gets code 0 and constant 0.
+    """
+    return _for(x).quantize_8bit(x, lookup, block_size)
+
+
+def dequantize_8bit(codes: Tensor, absmax: Tensor, values: Tensor, block_size: int) -> Tensor:
+    """Inverse of `quantize_8bit`: (n,) float32."""
+    return _for(codes).dequantize_8bit(codes, absmax, values, block_size)
+
+
+def gemv_4bit(
+    x_TK: Tensor,
+    codes: Tensor,
+    absmax: Tensor,
+    values: Tensor,
+    block_size: int,
+    out_features: int,
+    nested: Nested | None = None,
+) -> Tensor:
+    """`x_TK @ W_NK.T` with W decoded on the fly, never stored: (T, N) in x's dtype. Made for few rows (decoding).
+
+    Args:
+        x_TK: (T, K) float32/bfloat16/float16, contiguous. Accumulates in float32.
+        codes, absmax, values, block_size, nested: W (N, K) as in `dequantize_4bit`; blocks run on over row ends.
+    """
+    return _for(x_TK).gemv_4bit(x_TK, codes, absmax, values, block_size, out_features, nested)

@@ -1,0 +1,78 @@
+"""Plain torch version of every kernel operation: the oracle that fast backends are tested against.
+
+Written for exactness, not speed. Follows bitsandbytes 0.50 (`backends/default/ops.py` and its CPU kernels) operation by
+operation, because the bytes must be equal: full blocks are scaled by a reciprocal, the short last block is divided, and a
+value on the boundary between two codes takes the lower one.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from lownibble.kernels.ops import Nested
+
+name = "reference"
+
+_TINY = 1e-38  # bitsandbytes' floor for the scale of an all-zero block
+
+
+def quantize_4bit(x: Tensor, bounds: Tensor, order: Tensor, block_size: int) -> tuple[Tensor, Tensor]:
+    x_32 = x.float()
+    n_full = x_32.numel() // block_size * block_size
+    blocks = x_32[:n_full].view(-1, block_size)
+    absmax = blocks.abs().amax(dim=1) if n_full else x_32.new_empty(0)
+    scaled = (blocks * (1.0 / absmax.clamp(min=_TINY)).unsqueeze(1)).clamp(-1, 1).view(-1)
+    if n_full < x_32.numel():
+        last = x_32[n_full:]
+        last_absmax = last.abs().max().clamp(min=_TINY)
+        absmax = torch.cat([absmax, last_absmax.view(1)])
+        scaled = torch.cat([scaled, (last / last_absmax).clamp(-1, 1)])
+    if scaled.numel() % 2:
+        scaled = torch.nn.functional.pad(scaled, (0, 1))
+    index = order[torch.bucketize(scaled, bounds)]
+    return (index[::2] << 4) | index[1::2], absmax
+
+
+def _block_constants(absmax: Tensor, nested: Nested | None) -> Tensor:
+    if nested is None:
+        return absmax
+    return dequantize_8bit(absmax, nested.absmax, nested.values, nested.block_size) + nested.offset
+
+
+def dequantize_4bit(
+    codes: Tensor, absmax: Tensor, values: Tensor, block_size: int, out: Tensor, nested: Nested | None = None
+) -> Tensor:
+    n = out.numel()
+    decoded = values[torch.stack([codes >> 4, codes & 0xF], dim=1).view(-1).long()][:n]
+    scale = _block_constants(absmax, nested).repeat_interleave(block_size)[:n]
+    out.view(-1).copy_(decoded * scale)
+    return out
+
+
+def quantize_8bit(x: Tensor, lookup: Tensor, block_size: int) -> tuple[Tensor, Tensor]:
+    n = x.numel()
+    n_blocks = -(-n // block_size)
+    blocks = torch.nn.functional.pad(x, (0, n_blocks * block_size - n)).view(n_blocks, block_size)
+    absmax = blocks.abs().amax(dim=1) if n else x.new_empty(0)
+    scaled = (blocks * (1.0 / absmax).unsqueeze(1)).view(-1)[:n]  # an all-zero block gives NaN, whose code is 0
+    index = ((scaled.clamp(-1, 1) + 1.0) * 32767.5 + 0.5).nan_to_num(nan=0.0).long().clamp(max=65535)
+    return lookup[index], absmax
+
+
+def dequantize_8bit(codes: Tensor, absmax: Tensor, values: Tensor, block_size: int) -> Tensor:
+    return values[codes.long()] * absmax.repeat_interleave(block_size)[: codes.numel()]
+
+
+def gemv_4bit(
+    x_TK: Tensor,
+    codes: Tensor,
+    absmax: Tensor,
+    values: Tensor,
+    block_size: int,
+    out_features: int,
+    nested: Nested | None = None,
+) -> Tensor:
+    weight_NK = x_TK.new_empty((out_features, x_TK.shape[1]), dtype=torch.float32)
+    dequantize_4bit(codes, absmax, values, block_size, weight_NK, nested)
+    return (x_TK.float() @ weight_NK.t()).to(x_TK.dtype)

@@ -1,0 +1,189 @@
+"""Adapter files in PEFT's layout, both ways.
+
+A folder with `adapter_config.json` and `adapter_model.safetensors`. Keys are `base_model.model.<path>.lora_A.weight`,
+`...lora_B.weight`, `...base_layer.bias` for trained biases of adapted layers and `<path>.<parameter>` for modules_to_save.
+Files are written aside and renamed, so that a reader never sees half a file. Only safetensors is read: never pickle.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from lownibble.config import LoraConfig
+from lownibble.errors import AdapterError, ConfigError
+from lownibble.lora.inject import (
+    adapter_configs,
+    add_lora,
+    lora_layers,
+    named_linears,
+    remove_adapter,
+    saved_modules,
+    trained_biases,
+)
+
+CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
+_PREFIX = "base_model.model."
+
+_INERT: dict[str, Any] = {
+    "alora_invocation_tokens": None, "arrow_config": None, "auto_mapping": ..., "base_model_name_or_path": ...,
+    "corda_config": None, "ensure_weight_tying": False, "eva_config": None, "exclude_modules": None, "fan_in_fan_out": False,
+    "inference_mode": ..., "layer_replication": None, "layers_pattern": None, "loftq_config": ..., "lora_bias": False,
+    "megatron_config": None, "megatron_core": ..., "peft_type": "LORA", "peft_version": ..., "qalora_group_size": ...,
+    "revision": ..., "runtime_config": ..., "target_parameters": None, "task_type": ..., "trainable_token_indices": None,
+    "use_dora": False, "use_qalora": False, "use_rslora": ..., "use_bdlora": None,
+}  # fmt: skip
+"""PEFT options that Lownibble has no counterpart for -> the value that means 'off' (`...`: no effect on the weights)."""
+
+
+def _tensors(model: nn.Module, name: str) -> dict[str, Tensor]:
+    """File key -> the live tensor, for everything the adapter `name` trained."""
+    tensors: dict[str, Tensor] = {}
+    for path, layer in lora_layers(model, name):
+        tensors[f"{_PREFIX}{path}.lora_A.weight"] = layer.adapters[name].lora_A  # type: ignore[assignment]
+        tensors[f"{_PREFIX}{path}.lora_B.weight"] = layer.adapters[name].lora_B  # type: ignore[assignment]
+    for path, module in saved_modules(model, name):
+        tensors |= {f"{_PREFIX}{path}.{key}": value for key, value in module.named_parameters()}
+    for path, bias in trained_biases(model, adapter_configs(model)[name]):
+        tensors[_PREFIX + path] = bias
+    return tensors
+
+
+def _portable_targets(model: nn.Module, config: LoraConfig, name: str) -> str | list[str]:
+    """'all-linear' as module names (PEFT resolves it the same way): last names where they say the same, else paths."""
+    if config.target_modules != "all-linear":
+        return config.target_modules
+    paths = {path for path, _ in lora_layers(model, name)}
+    names = {path.rsplit(".", 1)[-1] for path in paths}
+    same = {path for path in named_linears(model) if path.rsplit(".", 1)[-1] in names} == paths
+    return sorted(names if same and config.layers_to_transform is None else paths)
+
+
+def _config_json(model: nn.Module, config: LoraConfig, name: str) -> dict[str, Any]:
+    base = getattr(getattr(model, "config", None), "_name_or_path", None)
+    values = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": base or None,
+        "inference_mode": True,
+        "fan_in_fan_out": False,
+        **config.to_dict(),
+        "target_modules": _portable_targets(model, config, name),
+        "modules_to_save": config.modules_to_save or None,
+    }
+    if isinstance(values["target_modules"], list) and config.target_modules == "all-linear":
+        values["layers_to_transform"] = None  # the paths say it
+    return values
+
+
+def save_adapter(model: nn.Module, folder: str | Path, *, name: str = "default") -> Path:
+    """Write the adapter `name` as PEFT does; returns the folder.
+
+    Raises:
+        AdapterError: the model has no such adapter, or a trained tensor is not finite.
+    """
+    configs = adapter_configs(model)
+    if name not in configs:
+        raise AdapterError(f"The model has no adapter '{name}' to save. It has: {', '.join(configs) or 'none'}.")
+    tensors = {key: value.detach().cpu().contiguous() for key, value in sorted(_tensors(model, name).items())}
+    for key, value in tensors.items():
+        if not torch.isfinite(value).all():
+            raise AdapterError(
+                f"'{key}' holds NaN or infinite values; nothing was written. Lower the learning rate and train again."
+            )
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file(tensors, folder / f".{WEIGHTS_FILE}.part", metadata={"format": "pt"})
+    text = json.dumps(_config_json(model, configs[name], name), indent=2, sort_keys=True) + "\n"
+    (folder / f".{CONFIG_FILE}.part").write_text(text)
+    for file in (WEIGHTS_FILE, CONFIG_FILE):
+        part = folder / f".{file}.part"
+        with part.open("rb+") as handle:
+            os.fsync(handle.fileno())
+        part.replace(folder / file)
+    return folder
+
+
+def read_config(folder: str | Path) -> LoraConfig:
+    """The `LoraConfig` of an adapter folder written by Lownibble or PEFT.
+
+    Raises:
+        AdapterError: no such file, not JSON, not LoRA, or it uses something Lownibble does not implement (named).
+    """
+    path = Path(folder) / CONFIG_FILE
+    try:
+        values = json.loads(path.read_text())
+    except FileNotFoundError:
+        raise AdapterError(f"'{folder}' holds no adapter: {CONFIG_FILE} is missing. Point to the folder that has it.") from None
+    except (OSError, ValueError) as error:
+        raise AdapterError(f"Cannot read '{path}': {error}. Save the adapter again.") from None
+    known = {key: value for key, value in values.items() if key in LoraConfig.model_fields}
+    for key, value in values.items():
+        off = _INERT.get(key)
+        if key not in known and off is not ... and value != off and value not in (None, False, [], {}):
+            raise AdapterError(f"'{path}' uses {key} = {value!r}, which Lownibble does not implement. Merge it with PEFT first.")
+    known["modules_to_save"] = known.get("modules_to_save") or []
+    if isinstance(known.get("layers_to_transform"), int):
+        known["layers_to_transform"] = [known["layers_to_transform"]]
+    if known.get("init_lora_weights") not in (True, False, "gaussian"):
+        known["init_lora_weights"] = True  # how it started does not matter any more
+    try:
+        return LoraConfig(**known)
+    except ConfigError as error:
+        raise AdapterError(f"'{path}' cannot be used: {error}") from None
+
+
+def load_adapter(model: nn.Module, folder: str | Path, *, name: str = "default", trainable: bool = False) -> nn.Module:
+    """Inject what the folder's adapter_config.json says, read its weights, and make it active; returns the model.
+
+    Args:
+        trainable: leave the adapter's parameters with gradient, to train on.
+    Raises:
+        AdapterError: files missing or damaged, or tensors that are missing, extra or of another shape (named).
+    """
+    config = read_config(folder)
+    path = Path(folder) / WEIGHTS_FILE
+    if not path.exists():
+        raise AdapterError(f"'{path}' is missing. Only safetensors adapters are read; convert others with PEFT.")
+    try:
+        stored = load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise AdapterError(f"'{path}' is damaged: {error}. Copy or save it again.") from None
+    _check_shapes(model, config, stored, path)
+    add_lora(model, config, name=name)
+    live = _tensors(model, name)
+    missing, extra = sorted(live.keys() - stored.keys()), sorted(stored.keys() - live.keys())
+    wrong = [k for k in live.keys() & stored.keys() if live[k].shape != stored[k].shape]
+    if missing or extra or wrong:
+        remove_adapter(model, name)
+        parts = [
+            f"{len(keys)} tensors {what} (first: {keys[0]})"
+            for what, keys in (("missing", missing), ("without a place", extra), ("of another shape", wrong)) if keys
+        ]  # fmt: skip
+        raise AdapterError(f"'{path}' does not fit this model: {'; '.join(parts)}. Load it on the base it was trained on.")
+    for key, tensor in live.items():
+        tensor.data.copy_(stored[key])
+        tensor.requires_grad_(trainable)
+    return model
+
+
+def _check_shapes(model: nn.Module, config: LoraConfig, stored: dict[str, Tensor], path: Path) -> None:
+    """Refuse, before anything is injected, an adapter whose matrices do not fit the layers of the same name."""
+    linears = named_linears(model)
+    for key, tensor in stored.items():
+        module_path, _, kind = key.removeprefix(_PREFIX).rpartition(".lora_")
+        layer: Any = linears.get(module_path)
+        if layer is None or kind not in ("A.weight", "B.weight"):
+            continue
+        if tensor.shape[kind[0] == "A"] != (layer.in_features if kind[0] == "A" else layer.out_features):
+            raise AdapterError(
+                f"'{path}': '{key}' has shape {tuple(tensor.shape)}, but that layer maps {layer.in_features} to "
+                f"{layer.out_features} features. Load it on the base it was trained on."
+            )

@@ -1,0 +1,95 @@
+"""bitsandbytes' 4-bit checkpoints: which tensors belong together, read without bitsandbytes and byte for byte.
+
+For a linear layer at PATH such a checkpoint holds `PATH.weight` (packed codes), `PATH.weight.absmax`, `PATH.weight.quant_map`,
+with double quantisation `PATH.weight.nested_absmax` and `PATH.weight.nested_quant_map`, and the rest as JSON in a uint8 tensor
+`PATH.weight.quant_state.bitsandbytes__nf4` (or `__fp4`). The maps must be the standard tables; others are refused.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from lownibble.config import QuantConfig
+from lownibble.errors import ModelError
+from lownibble.quant import QuantizedTensor
+from lownibble.quant.codebook import codebook, dynamic8
+from lownibble.quant.tensor import NESTED_BLOCK_SIZE
+
+_STATE = ".weight.quant_state.bitsandbytes__"
+
+
+class _Reader(Protocol):
+    name: str
+    file_of: dict[str, Any]
+
+    def read(self, key: str) -> Tensor: ...
+
+
+def check_config(config: Any, name: str) -> None:
+    """Refuse checkpoints quantised by anything but bitsandbytes 4-bit."""
+    stored = getattr(config, "quantization_config", None)
+    if stored and not (stored.get("quant_method") == "bitsandbytes" and stored.get("load_in_4bit", stored.get("_load_in_4bit"))):
+        method = stored.get("quant_method", "an unknown method")
+        raise ModelError(
+            f"'{name}' is quantised with {method}. Only bitsandbytes 4-bit checkpoints and dense ones can be loaded."
+        )
+
+
+def check_same(stored: dict[str, Any], config: QuantConfig, name: str) -> None:
+    """Refuse to pretend that a checkpoint holds another 4-bit type than it does."""
+    held = stored.get("bnb_4bit_quant_type", "fp4")
+    if held != config.quant_type:
+        raise ModelError(f"'{name}' is quantised as {held} already, but {config.quant_type} was asked for. Ask for {held}.")
+
+
+def packed_modules(keys: Iterable[str]) -> set[str]:
+    """Paths of the layers that are stored packed."""
+    return {key.partition(_STATE)[0] for key in keys if _STATE in key}
+
+
+def owner(key: str, packed: set[str]) -> str:
+    """The parameter that a stored tensor belongs to: `PATH.weight` for every part of a packed weight."""
+    path, found, _ = key.partition(".weight.")
+    return f"{path}.weight" if found and path in packed else key
+
+
+def read(checkpoint: _Reader, path: str, dtype: torch.dtype) -> QuantizedTensor:
+    """The packed weight of the layer at `path`, its bytes untouched; `dtype` is what it decodes to by default.
+
+    Raises:
+        ModelError: a part is missing, or a table is not the standard one.
+    """
+    prefix = f"{path}.weight"
+
+    def part(name: str) -> Tensor:
+        key = f"{prefix}.{name}" if name else prefix
+        if key not in checkpoint.file_of:
+            raise ModelError(
+                f"'{checkpoint.name}': packed weight '{prefix}' lacks its '{name or 'codes'}'. Download the model again."
+            )
+        return checkpoint.read(key).clone()  # a copy never keeps the file mapped
+
+    state_key = next(key for key in checkpoint.file_of if key.startswith(path + _STATE))
+    state = json.loads(bytes(checkpoint.read(state_key).tolist()))
+    quant_type = state["quant_type"]
+    _check_table(part("quant_map"), codebook(quant_type).values, prefix, checkpoint.name)
+    nested_absmax = offset = None
+    if "nested_offset" in state:
+        _check_table(part("nested_quant_map"), dynamic8(), prefix, checkpoint.name)
+        if state.get("nested_blocksize", NESTED_BLOCK_SIZE) != NESTED_BLOCK_SIZE:
+            raise ModelError(f"'{prefix}' has nested blocks of {state['nested_blocksize']}; only {NESTED_BLOCK_SIZE} is known.")
+        nested_absmax, offset = part("nested_absmax"), torch.tensor(float(state["nested_offset"]))
+    return QuantizedTensor(
+        part("").view(torch.uint8).view(-1, 1), part("absmax"), nested_absmax, offset, torch.Size(state["shape"]), dtype,
+        quant_type, int(state["blocksize"]),
+    )  # fmt: skip
+
+
+def _check_table(stored: Tensor, standard: Tensor, key: str, name: str) -> None:
+    if not torch.equal(stored.float(), standard):
+        raise ModelError(f"'{name}': '{key}' uses a table of values that is not bitsandbytes' standard one. It cannot be loaded.")

@@ -1,0 +1,272 @@
+"""Loading a model, quantising while it streams in.
+
+The skeleton is built by transformers on the meta device; then one tensor at a time is read from safetensors, placed or
+quantised, and dropped, so the peak is the final size plus the tensor at hand and its working copy. Each tensor is read through
+its own short mapping: a mapping kept open would count every page read so far. The checkpoint must fit exactly: a missing,
+extra or misshapen tensor is an error, where transformers would start from random weights with a warning.
+
+Rejected: `from_pretrained` with a quantizer plug-in as the only path (it keeps several tensors in flight and tolerates
+missing ones); the plug-in comes on top of this one for users of transformers.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import init_empty_weights
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+
+from lownibble.config import QuantConfig
+from lownibble.errors import ModelError
+from lownibble.models import bnb4bit
+from lownibble.models.sources import ModelSource, resolve
+from lownibble.quant import QuantizedTensor, QuantLinear, quantize
+
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def pick_device(device: str = "auto") -> torch.device:
+    """The device that a name stands for; auto: CUDA when there is one, else the CPU.
+
+    Raises:
+        ModelError: no such device here.
+    """
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        chosen = torch.device(device)
+    except RuntimeError:
+        raise ModelError(f"There is no device '{device}'. Give auto, cpu, cuda or cuda:N.") from None
+    if chosen.type == "cuda" and not torch.cuda.is_available():
+        raise ModelError(f"Device '{device}' was asked for, but torch sees no CUDA device. Use --device cpu.")
+    return chosen
+
+
+def pick_dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype:
+    """The dtype that a name stands for; auto: bfloat16 on CUDA, float32 on a CPU."""
+    if isinstance(dtype, torch.dtype):
+        return dtype
+    if dtype == "auto":
+        return torch.bfloat16 if device.type == "cuda" else torch.float32
+    return _DTYPES[dtype]
+
+
+def load(
+    model: str = "demo", *, quant: str | QuantConfig | None = None, dtype: str | torch.dtype = "auto", device: str = "auto",
+    revision: str | None = None,
+) -> tuple[Any, Any]:  # fmt: skip
+    """Load a causal language model and its tokenizer, its linear weights dense or quantised.
+
+    Args:
+        model: 'demo', a folder in Hugging Face layout (one or many safetensors shards, also bitsandbytes 4-bit
+            checkpoints), a .gguf file, or a hub id.
+        quant: None for dense, 'nf4' or 'fp4', or a `QuantConfig`. A checkpoint that is 4-bit already stays as it is.
+        dtype: of everything that is not quantised, and of the activations.
+        device: where the model goes.
+        revision: of a hub id.
+    Returns:
+        (model, tokenizer): transformers' own classes; the model is in eval mode, its parameters without gradient only
+        where they are quantised.
+    Raises:
+        ModelError: the model is missing, damaged or not supported; says which file or tensor.
+        QuantizationError: a weight holds NaN or infinite values; names it.
+    """
+    config = QuantConfig(quant_type=quant) if isinstance(quant, str) else quant
+    source = resolve(model, revision)
+    target_device = pick_device(device)
+    target_dtype = pick_dtype(dtype, target_device)
+    skeleton = _skeleton(source, target_dtype)
+    _fill(skeleton, source, config, target_device, target_dtype)
+    skeleton.config._name_or_path = source.name
+    return skeleton.eval(), load_tokenizer(source)
+
+
+def load_tokenizer(source: ModelSource) -> Any:
+    """The tokenizer of a model folder; a missing pad token becomes the end-of-sequence token (masked by position, not by id)."""
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source.folder)
+    except (OSError, ValueError, KeyError) as error:
+        raise ModelError(f"'{source.name}' has no usable tokenizer: {str(error).splitlines()[0]}") from None
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def _skeleton(source: ModelSource, dtype: torch.dtype) -> Any:
+    """The model on the meta device, weights tied, buffers real."""
+    try:
+        config = AutoConfig.from_pretrained(source.folder)
+    except (OSError, ValueError, KeyError) as error:
+        raise ModelError(f"'{source.name}': config.json cannot be used: {str(error).splitlines()[0]}") from None
+    bnb4bit.check_config(config, source.name)
+    stored_quantization = config.__dict__.pop("quantization_config", None)
+    try:
+        with init_empty_weights(include_buffers=False):
+            model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    except ValueError as error:
+        raise ModelError(
+            f"'{source.name}' is not a causal language model transformers knows: {str(error).splitlines()[0]}"
+        ) from None
+    model.tie_weights()
+    model.lownibble_stored_quantization = stored_quantization
+    if (source.folder / "generation_config.json").is_file():
+        model.generation_config = GenerationConfig.from_pretrained(source.folder)
+    return model
+
+
+class _Checkpoint:
+    """The tensors of a model folder: names at once, contents one at a time."""
+
+    def __init__(self, source: ModelSource) -> None:
+        self.name = source.name
+        index = source.folder / "model.safetensors.index.json"
+        if index.is_file():
+            files = sorted({source.folder / f for f in json.loads(index.read_text())["weight_map"].values()})
+        else:
+            files = sorted(source.folder.glob("*.safetensors"))
+        if not files:
+            raise ModelError(
+                f"'{source.name}' holds no *.safetensors file. Convert its weights to safetensors; pickle is not read."
+            )
+        self.file_of: dict[str, Path] = {}
+        for file in files:
+            if not file.is_file():
+                raise ModelError(f"'{source.name}': shard {file.name} is missing. Download the model again.")
+            try:
+                with safe_open(file, "pt") as handle:
+                    self.file_of |= dict.fromkeys(handle.keys(), file)
+            except SafetensorError as error:
+                raise ModelError(f"'{file}' is damaged or cut short ({error}). Download it again.") from None
+
+    def read(self, key: str) -> Tensor:
+        """One tensor, through a mapping of its own."""
+        with safe_open(self.file_of[key], "pt") as handle:
+            return handle.get_tensor(key)
+
+
+def _tied_aliases(model: nn.Module) -> set[str]:
+    """Names of parameters that are another name for a tied one."""
+    first = {name for name, _ in model.named_parameters()}
+    return {name for name, _ in model.named_parameters(remove_duplicate=False)} - first
+
+
+def _skipped(path: str, skip_modules: list[str]) -> bool:
+    return any(path == skip or path.endswith(f".{skip}") or f".{skip}." in f".{path}." for skip in skip_modules)
+
+
+def quantizable(model: nn.Module, config: QuantConfig) -> set[str]:
+    """Paths of the linear layers that `config` quantises: every `nn.Linear` that is not skipped and not tied to another.
+
+    Raises:
+        ModelError: a skip_modules entry matches nothing that could be quantised, unless it is the default.
+    """
+    shared = _tied_aliases(model)
+    tied_parameters = {id(p) for name, p in model.named_parameters(remove_duplicate=False) if name in shared}
+    linears = {path: m for path, m in model.named_modules() if isinstance(m, nn.Linear)}
+    for skip in config.skip_modules:
+        if skip != "lm_head" and not any(_skipped(path, [skip]) for path in linears):
+            raise ModelError(f"skip_modules '{skip}' matches no linear module. Linear modules: {_last_names(linears)}.")
+    return {
+        path for path, linear in linears.items()
+        if not _skipped(path, config.skip_modules) and id(linear.weight) not in tied_parameters
+    }  # fmt: skip
+
+
+def _last_names(paths: Any) -> str:
+    return ", ".join(sorted({path.rsplit(".", 1)[-1] for path in paths}))
+
+
+def _fill(model: Any, source: ModelSource, config: QuantConfig | None, device: torch.device, dtype: torch.dtype) -> None:
+    checkpoint = _Checkpoint(source)
+    packed = bnb4bit.packed_modules(checkpoint.file_of)
+    if model.lownibble_stored_quantization and config is not None and packed:
+        bnb4bit.check_same(model.lownibble_stored_quantization, config, source.name)
+    to_quantize = quantizable(model, config) if config is not None and not packed else set()
+    expected = {name for name, _ in model.named_parameters()} | set(_persistent_buffers(model))
+    aliases = _tied_aliases(model)
+    _check_names(expected, checkpoint, packed, aliases, model, source)
+    for path in sorted(packed):
+        weight = bnb4bit.read(checkpoint, path, dtype)
+        _place_quantized(model, path, weight, device)
+    for key in checkpoint.file_of:
+        if key not in expected or any(key == f"{path}.weight" for path in packed):
+            continue
+        tensor = _read_checked(checkpoint, key, model)
+        path, _, last = key.rpartition(".")
+        if path in to_quantize and last == "weight":
+            quantized = quantize(tensor.to(device), config or "nf4", name=key)
+            _place_quantized(model, path, _as_dtype(quantized, dtype), device)
+        else:
+            _place_dense(model, key, tensor, device, dtype)
+    model.tie_weights()
+    for name, buffer in model.named_buffers():  # not in checkpoints: rotary frequencies and the like
+        _set_tensor(model, name, buffer.to(device))
+
+
+def _as_dtype(weight: QuantizedTensor, dtype: torch.dtype) -> QuantizedTensor:
+    return QuantizedTensor(**{**weight.__dict__, "dtype": dtype})
+
+
+def _read_checked(checkpoint: _Checkpoint, key: str, model: nn.Module) -> Tensor:
+    tensor = checkpoint.read(key)
+    path, _, last = key.rpartition(".")
+    wanted = getattr(model.get_submodule(path), last).shape
+    if tensor.shape != wanted:
+        raise ModelError(
+            f"'{checkpoint.name}': tensor '{key}' has shape {tuple(tensor.shape)}, the configuration says {tuple(wanted)}. "
+            "The weights and config.json do not belong together."
+        )
+    return tensor
+
+
+def _place_dense(model: nn.Module, key: str, tensor: Tensor, device: torch.device, dtype: torch.dtype) -> None:
+    wanted = dtype if tensor.is_floating_point() else tensor.dtype
+    _set_tensor(model, key, tensor.to(device=device, dtype=wanted, copy=True))  # a copy never keeps the file mapped
+
+
+def _set_tensor(model: nn.Module, key: str, tensor: Tensor) -> None:
+    path, _, last = key.rpartition(".")
+    module = model.get_submodule(path)
+    if last in module._buffers:
+        module._buffers[last] = tensor
+    else:
+        frozen = isinstance(module, QuantLinear)
+        module.register_parameter(last, nn.Parameter(tensor, requires_grad=tensor.is_floating_point() and not frozen))
+
+
+def _place_quantized(model: nn.Module, path: str, weight: QuantizedTensor, device: torch.device) -> None:
+    linear: Any = model.get_submodule(path)
+    if weight.shape != (linear.out_features, linear.in_features):
+        raise ModelError(f"The packed weight of '{path}' has shape {tuple(weight.shape)}; config.json says otherwise.")
+    parent, _, last = path.rpartition(".")
+    setattr(model.get_submodule(parent), last, QuantLinear(weight, linear.bias).to(device))
+
+
+def _persistent_buffers(model: nn.Module) -> Iterator[str]:
+    for path, module in model.named_modules():
+        for name in module._buffers:
+            if name not in module._non_persistent_buffers_set:
+                yield f"{path}.{name}" if path else name
+
+
+def _check_names(
+    expected: set[str], checkpoint: _Checkpoint, packed: set[str], aliases: set[str], model: Any, source: ModelSource
+) -> None:
+    stored = {bnb4bit.owner(key, packed) for key in checkpoint.file_of}
+    ignorable = getattr(model, "_keys_to_ignore_on_load_unexpected", None) or []
+    missing = sorted(expected - stored)
+    extra = sorted(k for k in stored - expected - aliases if not any(re.search(pattern, k) for pattern in ignorable))
+    for keys, what in ((missing, "lacks"), (extra, "has unknown")):
+        if keys:
+            more = f" and {len(keys) - 3} more" if len(keys) > 3 else ""
+            raise ModelError(
+                f"'{source.name}': the checkpoint {what} {len(keys)} tensor{'s' * (len(keys) > 1)}: {', '.join(keys[:3])}{more}. "
+                "The weights and config.json do not belong together; download the model again."
+            )

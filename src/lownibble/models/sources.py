@@ -1,0 +1,131 @@
+"""Where a model comes from: a name or path becomes a local folder in Hugging Face layout.
+
+`demo` is the embedded model (see `embedded.py`); a `.gguf` file is converted once, through transformers' own reader, into a
+folder in the cache, keyed by its content; a folder is used as it is; anything else is a hub id. After this file every model is
+`config.json`, safetensors and a tokenizer, and there is one loading path. Only safetensors is accepted, never pickle.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lownibble import embedded
+from lownibble.errors import ModelError
+
+_PRE_TOKENIZERS: dict[str, dict[str, Any]] = {
+    "smollm": {
+        "type": "Sequence",
+        "pretokenizers": [
+            {"type": "Digits", "individual_digits": True},
+            {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True},
+        ],
+    }
+}
+"""GGUF's `tokenizer.ggml.pre` -> the pre-tokenizer it stands for, where transformers' conversion loses it."""
+
+
+@dataclass(frozen=True)
+class ModelSource:
+    """A model folder on this machine, and the name to remember it by."""
+
+    folder: Path
+    name: str
+
+
+def resolve(model: str, revision: str | None = None) -> ModelSource:
+    """The local folder of `demo`, a folder, a .gguf file or a hub id (downloaded if need be).
+
+    Raises:
+        ModelError: nothing of that name, no safetensors in it, or the download failed.
+    """
+    if model == "demo":
+        return ModelSource(from_gguf(embedded.fetch("model")), "demo")
+    path = Path(model).expanduser()
+    if path.suffix == ".gguf":
+        if not path.is_file():
+            raise ModelError(f"There is no file '{model}'. Check the path.")
+        return ModelSource(from_gguf(path), str(path.resolve()))
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise ModelError(f"'{model}' is not a model folder: config.json is missing. Point to the folder that holds it.")
+        return ModelSource(path, str(path.resolve()))
+    if path.is_absolute() or model.startswith((".", "~")) or model.count("/") != 1:
+        raise ModelError(f"There is no model '{model}'. Give 'demo', a model folder, a .gguf file or a hub id (owner/name).")
+    return ModelSource(_download(model, revision), model)
+
+
+def _download(repo: str, revision: str | None) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError, RepositoryNotFoundError, RevisionNotFoundError
+
+    wanted = ["*.safetensors", "*.json", "*.jinja", "*.txt", "tokenizer.model", "*.tiktoken"]
+    try:
+        return Path(snapshot_download(repo, revision=revision, allow_patterns=wanted))
+    except (RepositoryNotFoundError, RevisionNotFoundError, HFValidationError) as error:
+        raise ModelError(f"There is no folder '{repo}' and no such model on the hub: {str(error).splitlines()[0]}") from None
+    except (LocalEntryNotFoundError, OSError) as error:
+        raise ModelError(
+            f"There is no folder '{repo}', and the hub cannot be reached ({str(error).splitlines()[0]}). "
+            "Check the name, or download the model first and give its folder."
+        ) from None
+
+
+def from_gguf(path: Path) -> Path:
+    """The Hugging Face folder (bfloat16) made from a GGUF file; converted once and kept in the cache by content."""
+    with path.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    folder = embedded.cache_dir() / "models" / f"gguf-{digest[:16]}"
+    if folder.is_dir():
+        return folder
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    aside = Path(tempfile.mkdtemp(dir=folder.parent, prefix=".converting-"))
+    try:
+        _convert(path, aside)
+        try:
+            aside.rename(folder)
+        except OSError:  # another process finished first; its result is the same
+            if not folder.is_dir():
+                raise
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+    return folder
+
+
+def _convert(path: Path, folder: Path) -> None:
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            path.parent, gguf_file=path.name, quantization_config=GgufConfig(dequantize=True), dtype=torch.bfloat16
+        )
+        tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+    except (ValueError, KeyError, OSError, NotImplementedError) as error:
+        raise ModelError(
+            f"Cannot read '{path}': {error}. The file is damaged, or transformers does not know its architecture."
+        ) from error
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    pre_tokenizer = _PRE_TOKENIZERS.get(_gguf_pre_tokenizer(path))
+    if pre_tokenizer is not None:
+        file = folder / "tokenizer.json"
+        content = json.loads(file.read_text(encoding="utf-8"))
+        content["pre_tokenizer"] = pre_tokenizer
+        file.write_text(json.dumps(content, ensure_ascii=False), encoding="utf-8")
+    for file in folder.iterdir():
+        with file.open("rb+") as handle:
+            os.fsync(handle.fileno())
+
+
+def _gguf_pre_tokenizer(path: Path) -> str:
+    from gguf import GGUFReader
+
+    field = GGUFReader(path).get_field("tokenizer.ggml.pre")
+    return str(field.contents()) if field is not None else ""

@@ -1,0 +1,7 @@
+"""Quantised tensors: codebooks, codecs and the linear layer that computes on them."""
+
+from lownibble.quant.codec import CODECS, dequantize, quantize
+from lownibble.quant.linear import QuantLinear, release_scratch, scratch
+from lownibble.quant.tensor import QuantizedTensor
+
+__all__ = ["CODECS", "QuantLinear", "QuantizedTensor", "dequantize", "quantize", "release_scratch", "scratch"]

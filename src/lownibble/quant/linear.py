@@ -1,0 +1,122 @@
+"""QuantLinear: a frozen linear layer on 4-bit weights, and the scratch buffer that decoding writes into.
+
+The packed tensors are `nn.Parameter(requires_grad=False)` (uint8 and float32), so `state_dict`, `.to()`, safetensors and
+sharding treat them like any other weight. Casting the module (`.half()`, `.to(bfloat16)`) must not touch float32 constants,
+so `_apply` is narrowed to moves between devices.
+
+A matrix product decodes the whole weight into one buffer per thread, device and dtype that all layers share, and gives that
+to the dense kernel: at training sizes the decode costs a few percent of the product, and reusing hot memory is what makes it
+cheap (a fresh allocation page-faults for longer than the decode takes). The buffer is only valid until the next decode.
+With few rows and no gradient (token-by-token generation) the fused matrix-vector kernel reads the codes directly.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lownibble.config import QuantConfig
+from lownibble.quant.codec import quantize
+from lownibble.quant.tensor import QuantizedTensor
+
+MATVEC_MAX_ROWS = 4
+"""Up to this many rows the fused kernel beats decode-then-multiply (measured on AVX-512, 2 threads; `lownibble bench kernels`)."""
+
+_scratch = threading.local()
+
+
+def scratch(shape: torch.Size, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """An uninitialised tensor over this thread's shared buffer: overwritten by the next call with the same dtype and device."""
+    buffers: dict[tuple[torch.dtype, torch.device], Tensor] = _scratch.__dict__
+    key = (dtype, device)
+    numel = shape.numel()
+    if key not in buffers or buffers[key].numel() < numel:
+        buffers[key] = torch.empty(numel, dtype=dtype, device=device)
+    return buffers[key][:numel].view(shape)
+
+
+def release_scratch() -> int:
+    """Free this thread's decode buffers; returns their bytes."""
+    freed = sum(buffer.nbytes for buffer in _scratch.__dict__.values())
+    _scratch.__dict__.clear()
+    return freed
+
+
+class _FrozenMatmul(torch.autograd.Function):
+    """y = x W^T for a quantised W that needs no gradient; saves nothing but the packed weight."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: QuantizedTensor) -> Tensor:
+        ctx.weight = weight
+        return x @ weight.dequantize(out=scratch(weight.shape, x.dtype, x.device)).t()
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        weight: QuantizedTensor = ctx.weight
+        return dy @ weight.dequantize(out=scratch(weight.shape, dy.dtype, dy.device)), None
+
+
+class QuantLinear(nn.Module):
+    """`nn.Linear` with a frozen quantised weight.
+
+    Parameters (all without gradient): `codes` (ceil(n/2), 1) uint8, `absmax` float32 or uint8, with double quantisation
+    `nested_absmax` float32 and `offset` () float32, and `bias` (out_features,) when there is one.
+    """
+
+    codes: nn.Parameter
+    absmax: nn.Parameter
+    nested_absmax: nn.Parameter | None
+    offset: nn.Parameter | None
+    bias: nn.Parameter | None
+
+    def __init__(self, weight: QuantizedTensor, bias: Tensor | None = None) -> None:
+        super().__init__()
+        self.out_features, self.in_features = weight.shape
+        self.quant_type, self.block_size, self.weight_dtype = weight.quant_type, weight.block_size, weight.dtype
+        for name in ("codes", "absmax", "nested_absmax", "offset"):
+            tensor: Tensor | None = getattr(weight, name)
+            self.register_parameter(name, None if tensor is None else nn.Parameter(tensor, requires_grad=False))
+        self.register_parameter("bias", None if bias is None else nn.Parameter(bias.detach(), requires_grad=False))
+
+    @classmethod
+    def from_linear(cls, linear: nn.Linear, quant: str | QuantConfig = "nf4", *, name: str = "weight") -> QuantLinear:
+        """Quantise a dense linear layer; `name` is how an error calls its weight."""
+        return cls(quantize(linear.weight, quant, name=name), linear.bias)
+
+    @property
+    def weight(self) -> QuantizedTensor:
+        """The packed weight, (out_features, in_features)."""
+        return QuantizedTensor(
+            self.codes, self.absmax, self.nested_absmax, self.offset,
+            torch.Size((self.out_features, self.in_features)), self.weight_dtype, self.quant_type, self.block_size,
+        )  # fmt: skip
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (..., in_features) -> (..., out_features), computed in x's dtype."""
+        x_TK = x.reshape(-1, self.in_features)
+        if x_TK.shape[0] <= MATVEC_MAX_ROWS and not (torch.is_grad_enabled() and x.requires_grad):
+            y_TN = self.weight.matvec(x_TK)
+        else:
+            y_TN = _FrozenMatmul.apply(x_TK, self.weight)
+        if self.bias is not None:
+            y_TN = y_TN + self.bias.to(y_TN.dtype)
+        return y_TN.view(*x.shape[:-1], self.out_features)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantLinear:
+        # Constants stay float32 and codes uint8 whatever dtype the model is cast to; moves between devices pass through.
+        for name, parameter in self.named_parameters(recurse=False):
+            moved = fn(parameter.data)
+            kept = moved if name == "bias" else parameter.data.to(moved.device)
+            self.register_parameter(name, nn.Parameter(kept, requires_grad=parameter.requires_grad))
+        return self
+
+    def extra_repr(self) -> str:
+        """Shown by `print(model)`."""
+        double = ", double_quant" if self.nested_absmax is not None else ""
+        return (
+            f"{self.in_features}, {self.out_features}, bias={self.bias is not None}, {self.quant_type}/{self.block_size}{double}"
+        )

@@ -1,0 +1,81 @@
+"""The recommendation: which method to use, and why, from the measured summaries of one comparison.
+
+The rules are few and their thresholds are data. A difference in quality counts only when it is larger than twice its standard
+error over the evaluation rows; one run has one seed, which the advice says. Among methods of equal quality the one that needs
+less memory wins if it saves enough to matter, else the faster one.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+MEMORY_MATTERS = 0.05
+"""Share of the peak that a method must save before memory decides."""
+
+SPEED_MATTERS = 0.10
+"""Share of the rate that a method must lose before speed is named against it."""
+
+LOSS_MATTERS = 0.05
+"""Relative difference in evaluation loss that counts as a difference where there are no scored rows."""
+
+
+def paired_difference(before: list[bool], after: list[bool]) -> dict[str, float] | None:
+    """Mean of after - before over the same rows with its standard error; None without scored rows."""
+    if len(before) < 2 or len(before) != len(after):
+        return None
+    differences = [int(b) - int(a) for a, b in zip(before, after, strict=True)]
+    mean = sum(differences) / len(differences)
+    variance = sum((d - mean) ** 2 for d in differences) / (len(differences) - 1)
+    return {"mean": mean, "standard_error": math.sqrt(variance / len(differences)), "rows": len(differences)}
+
+
+def better_in_quality(a: dict[str, Any], b: dict[str, Any]) -> tuple[bool, str]:
+    """Whether `a` is shown to be better than `b`, and the figures in words."""
+    paired = paired_difference(b.get("correct", []), a.get("correct", []))
+    if paired is not None:
+        clear = paired["mean"] > 2 * paired["standard_error"] and paired["mean"] > 0
+        points, error = 100 * paired["mean"], 100 * paired["standard_error"]
+        return clear, f"accuracy differs by {points:+.1f} ± {error:.1f} points over {paired['rows']} rows"
+    relative = (b["eval_loss"] - a["eval_loss"]) / b["eval_loss"]
+    return relative > LOSS_MATTERS, f"evaluation loss differs by {100 * -relative:+.1f} %"
+
+
+def advise(summaries: list[dict[str, Any]]) -> dict[str, Any]:
+    """The recommended method (None if all failed) and the reasons, one sentence each."""
+    finished = [s for s in summaries if s["status"] == "ok"]
+    reasons = [f"{s['method']} failed: {s['error']}" for s in summaries if s["status"] != "ok"]
+    if not finished:
+        return {"method": None, "reasons": reasons}
+    if len(finished) == 1:
+        return {"method": finished[0]["method"], "reasons": [*reasons, f"{finished[0]['method']} is the only one that finished."]}
+    beaten = {b["method"] for a in finished for b in finished if a is not b and better_in_quality(a, b)[0]}
+    equal = [s for s in finished if s["method"] not in beaten] or finished
+    lean = min(equal, key=lambda s: s["peak_bytes"])
+    fast = max(equal, key=lambda s: s["tokens_per_s"])
+    saved = 1 - lean["peak_bytes"] / fast["peak_bytes"]
+    chosen = lean if saved >= MEMORY_MATTERS else fast
+    reasons += _reasons(chosen, [s for s in finished if s is not chosen])
+    reasons.append("This is one seed: differences in quality smaller than twice their error were not counted.")
+    return {"method": chosen["method"], "reasons": reasons}
+
+
+def _reasons(chosen: dict[str, Any], others: list[dict[str, Any]]) -> list[str]:
+    lines = []
+    for other in others:
+        clear, words = better_in_quality(chosen, other)
+        worse, _ = better_in_quality(other, chosen)
+        verdict = "better than" if clear else "worse than" if worse else "not distinguishable from"
+        lines.append(f"Quality: {chosen['method']} is {verdict} {other['method']} ({words}).")
+        memory = chosen["peak_bytes"] / other["peak_bytes"]
+        lines.append(
+            f"Memory: {chosen['method']} peaks at {memory:.2f} x {other['method']}'s ({_gib(chosen)} against {_gib(other)})."
+        )
+        speed = chosen["tokens_per_s"] / other["tokens_per_s"]
+        note = ", a loss to weigh" if speed < 1 - SPEED_MATTERS else ""
+        lines.append(f"Speed: {chosen['method']} runs at {speed:.2f} x {other['method']}'s tokens/s{note}.")
+    return lines
+
+
+def _gib(summary: dict[str, Any]) -> str:
+    return f"{summary['peak_bytes'] / 2**30:.2f} GiB"

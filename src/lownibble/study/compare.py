@@ -1,0 +1,149 @@
+"""`compare`: the same model and data with several methods, one process each, side by side.
+
+    OUTPUT/<method>/record.json     each run's record, with adapter, events and checkpoints
+    OUTPUT/record.json              the comparison: configuration, a summary per method, the advice
+    OUTPUT/report.html              all of it to look at
+
+A method that fails is a recorded result, and the others go on. With `resume`, methods that have finished are not run again.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import signal
+import subprocess
+import sys
+import tempfile
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from lownibble.config import CompareConfig, RunConfig
+from lownibble.errors import OutputError
+from lownibble.study import advice, report
+from lownibble.study.worker import failed
+from lownibble.training import record
+
+
+def compare(config: CompareConfig | None = None) -> dict[str, Any]:
+    """Run every method and judge them; returns the comparison's record, which is also written.
+
+    Raises:
+        InputError: the configuration, the data or the model cannot be used by any method; nothing was run.
+        OutputError: the output folder holds another run and `resume` is off.
+    """
+    config = config or CompareConfig()
+    folder = Path(config.train.output_dir or f"runs/compare-{datetime.now():%Y%m%d-%H%M%S}")
+    if (folder / "record.json").exists() and not config.train.resume:
+        raise OutputError(f"'{folder}' holds another run. Choose another --output, or go on with --resume.")
+    runs = [run_in_process(_run_config(config, method, folder)) for method in config.methods]
+    summaries = [summarize(run) for run in runs]
+    add_steps_to_target(summaries, runs)
+    result = {
+        **record.new("compare"),
+        "status": "ok" if any(run["status"] == "ok" for run in runs) else "failed",
+        "config": config.to_dict(),
+        "environment": next((run["environment"] for run in runs if "environment" in run), {}),
+        "output": str(folder),
+        "methods": summaries,
+        "advice": advice.advise(summaries),
+    }
+    record.write(folder / "record.json", result)
+    report.write(folder / "report.html", result, runs)
+    return result
+
+
+def _run_config(config: CompareConfig, method: str, folder: Path) -> RunConfig:
+    shared = {name: getattr(config, name) for name in RunConfig.model_fields if name in CompareConfig.model_fields}
+    output = str(folder / method)
+    resume = config.train.resume or _crashed(folder / method)
+    return RunConfig(
+        **{**shared, "method": method, "train": config.train.model_copy(update={"output_dir": output, "resume": resume})}
+    )
+
+
+def _crashed(folder: Path) -> bool:
+    """Whether a run was started in `folder` and left no record."""
+    return (folder / "checkpoints").exists() and not (folder / "record.json").exists()
+
+
+def run_in_process(config: RunConfig) -> dict[str, Any]:
+    """Run `config` in a process of its own and return its record; a finished one is read, not run again."""
+    path = Path(config.train.output_dir or ".") / "record.json"
+    if config.train.resume and path.exists():
+        found: dict[str, Any] = json.loads(path.read_text())
+        if found["status"] == "ok":
+            return found
+    path.unlink(missing_ok=True)
+    with tempfile.NamedTemporaryFile("w", suffix=".json") as spec:
+        json.dump(config.to_dict(), spec)
+        spec.flush()
+        code = subprocess.call([sys.executable, "-m", "lownibble.study.worker", spec.name], stdout=sys.stderr)
+    if not path.exists():
+        why = signal.Signals(-code).name if code < 0 else f"exit code {code}"
+        hint = " (the system's out-of-memory killer sends it)" if code == -signal.SIGKILL else ""
+        record.write(path, failed(config, f"The process ended with {why}{hint} and left no record."))
+    return json.loads(path.read_text())  # type: ignore[no-any-return]
+
+
+def summarize(run: dict[str, Any]) -> dict[str, Any]:
+    """The figures of one run that a comparison shows."""
+    summary: dict[str, Any] = {"method": run["config"]["method"], "status": run["status"]}
+    if run["status"] != "ok":
+        return {**summary, "error": run["error"]}
+    memory, speed, evaluations = run["memory"], run["speed"], run["evaluations"]
+    held = ("weights_bytes", "codes_bytes", "constants_bytes", "adapters_bytes", "gradients_bytes", "optimizer_bytes")
+    peak = max(memory["train_peak_bytes"], memory["load_peak_bytes"])
+    first, last = evaluations[0], evaluations[-1]
+    return {
+        **summary,
+        "peak_bytes": peak,
+        "load_peak_bytes": memory["load_peak_bytes"],
+        "train_peak_bytes": memory["train_peak_bytes"],
+        "bytes_by_kind": {
+            **{key.removesuffix("_bytes"): memory[key] for key in held},
+            "activations": memory["saved_activation_bytes"],
+            "other": max(0, peak - sum(memory[key] for key in held) - memory["saved_activation_bytes"]),
+        },
+        "tokens_per_s": speed["tokens_per_s"],
+        "tokens_per_s_quartiles": speed["tokens_per_s_quartiles"],
+        "samples_per_s": speed["samples_per_s"],
+        "step_s": speed["step_s"],
+        "seconds": run["seconds"],
+        "trainable_parameters": run["model"]["trainable_parameters"],
+        "adapter_bytes": run["adapter_bytes"],
+        "eval_loss_before": first["loss"],
+        "eval_loss": last["loss"],
+        "perplexity": math.exp(min(last["loss"], 50)),
+        "scores_before": first["scores"],
+        "scores": last["scores"],
+        "score_gain": advice.paired_difference(first["correct"], last["correct"]),
+        "correct": last["correct"],
+    }
+
+
+def add_steps_to_target(summaries: list[dict[str, Any]], runs: list[dict[str, Any]]) -> None:
+    """To each finished summary: the target loss that all reached, and steps and seconds until then.
+
+    The target is the highest of the methods' lowest evaluation losses; between evaluations the loss is taken as linear.
+    """
+    finished = [(s, r) for s, r in zip(summaries, runs, strict=True) if s["status"] == "ok"]
+    if not finished:
+        return
+    target = max(min(e["loss"] for e in run["evaluations"]) for _, run in finished)
+    for summary, run in finished:
+        steps = crossing([(e["step"], e["loss"]) for e in run["evaluations"]], target)
+        summary["target_loss"] = target
+        summary["steps_to_target"] = steps
+        summary["seconds_to_target"] = steps * summary["step_s"]
+
+
+def crossing(curve: list[tuple[int, float]], target: float) -> float:
+    """The step at which a piecewise linear (step, loss) curve first comes down to `target`; it must reach it."""
+    if curve[0][1] <= target:
+        return float(curve[0][0])
+    for (step_0, loss_0), (step_1, loss_1) in zip(curve, curve[1:], strict=False):
+        if loss_1 <= target:
+            return step_0 + (step_1 - step_0) * (loss_0 - target) / (loss_0 - loss_1)
+    raise ValueError(f"The curve does not reach {target}.")

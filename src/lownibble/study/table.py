@@ -1,0 +1,64 @@
+"""The comparison as a table: one column per method, one row per figure. Terminal, README and report show the same rows."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from rich.table import Table
+
+
+def _gib(value: float) -> str:
+    return f"{value / 2**30:.2f} GiB"
+
+
+def _mib(value: float) -> str:
+    return f"{value / 2**20:.1f} MiB"
+
+
+def rows(summaries: list[dict[str, Any]]) -> list[tuple[str, list[str]]]:
+    """(figure, one text per method); failed methods show '-' and their error in the first row."""
+
+    def row(name: str, text: Any) -> tuple[str, list[str]]:
+        return name, [text(s) if s["status"] == "ok" else "-" for s in summaries]
+
+    def quartiles(s: dict[str, Any]) -> str:
+        low, _, high = s["tokens_per_s_quartiles"]
+        return f"{s['tokens_per_s']:.0f} ({low:.0f} to {high:.0f})"
+
+    found = [
+        ("result", ["finished" if s["status"] == "ok" else f"failed: {s['error']}" for s in summaries]),
+        row("peak memory above imports", lambda s: _gib(s["peak_bytes"])),
+        row("  weights and constants", lambda s: _mib(sum(s["bytes_by_kind"][k] for k in ("weights", "codes", "constants")))),
+        row("  saved activations", lambda s: _mib(s["bytes_by_kind"]["activations"])),
+        row("tokens/s (quartiles over steps)", quartiles),
+        row("samples/s", lambda s: f"{s['samples_per_s']:.1f}"),
+        row("evaluation loss, before -> after", lambda s: f"{s['eval_loss_before']:.3f} -> {s['eval_loss']:.3f}"),
+    ]
+    names = dict.fromkeys(name for s in summaries if s["status"] == "ok" for name in s["scores"])
+    for name in names:
+        label = name.replace("_", " ") + ", before -> after"
+        found.append(row(label, lambda s, name=name: f"{s['scores_before'][name]:.3f} -> {s['scores'][name]:.3f}"))
+    finished = next((s for s in summaries if s["status"] == "ok"), None)
+    if finished is not None:
+        label = f"steps to evaluation loss {finished['target_loss']:.3f}"
+        found.append(row(label, lambda s: f"{s['steps_to_target']:.1f} ({s['seconds_to_target']:.0f} s)"))
+    found.append(row("adapter on disk", lambda s: _mib(s["adapter_bytes"])))
+    return found
+
+
+def comparison_table(summaries: list[dict[str, Any]]) -> Table:
+    """The rows as a terminal table."""
+    table = Table(title_justify="left")
+    table.add_column("")
+    for summary in summaries:
+        table.add_column(summary["method"], justify="right")
+    for name, cells in rows(summaries):
+        table.add_row(name, *cells)
+    return table
+
+
+def markdown(summaries: list[dict[str, Any]]) -> str:
+    """The rows as a Markdown table."""
+    lines = ["| | " + " | ".join(s["method"] for s in summaries) + " |", "| --- |" + " ---: |" * len(summaries)]
+    lines += [f"| {name.strip()} | " + " | ".join(cells) + " |" for name, cells in rows(summaries)]
+    return "\n".join(lines)

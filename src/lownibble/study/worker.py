@@ -1,0 +1,42 @@
+"""One run in a process of its own: `python -m lownibble.study.worker SPEC.json`.
+
+A process per run keeps memory figures apart and turns any failure, also a kill by the system, into a recorded result. The
+specification is a `RunConfig`; the record goes into its output folder. Exit code 0 when the run succeeded, 1 when it failed and
+a record says why.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from lownibble.config import RunConfig
+
+
+def main(spec: str) -> int:
+    """Run the specification in the file `spec`."""
+    config = RunConfig(**json.loads(Path(spec).read_text()))
+    from lownibble.training import ProgressSink, record, run
+
+    try:
+        run(config, sinks=[ProgressSink(config.method)])
+    except Exception as error:  # every failure becomes a record; the parent reports it and goes on
+        failure = failed(config, f"{type(error).__name__}: {error}")
+        failure["environment"] = record.environment()
+        record.write(Path(config.train.output_dir or ".") / "record.json", failure)
+        print(f"{config.method}: failed: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def failed(config: RunConfig, error: str) -> dict[str, Any]:
+    """The record of a run that failed."""
+    from lownibble.training import record
+
+    return {**record.new("train"), "status": "failed", "error": error, "config": config.to_dict()}
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1]))

@@ -1,0 +1,89 @@
+"""Evaluation: loss over the label tokens of the held-out rows and, where the data are labels, how often the right one wins.
+
+The model answers a label row by likelihood: whichever candidate completion it finds most probable after the prompt. Where every
+candidate is one token, the pass that gives the loss gives the answer too (the logits at the last prompt position); longer
+candidates cost a pass each.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lownibble.data import Choice, Example, collate, eval_batches
+from lownibble.training.loss import Head, hidden_states, token_losses
+
+
+@dataclass
+class Evaluation:
+    """Mean loss over `label_tokens`; for label data the scores and, by row, the probability of the right label and whether it won."""
+
+    loss: float
+    label_tokens: int
+    scores: dict[str, float] = field(default_factory=dict)
+    correct: list[bool] = field(default_factory=list)
+
+
+class Evaluator:
+    """Evaluates a model on fixed rows; `choices` are the same rows as questions, or None."""
+
+    def __init__(
+        self, examples: list[Example], choices: list[Choice] | None, pad_token_id: int, batch_size: int, device: torch.device
+    ) -> None:
+        self.examples, self.choices, self.pad_token_id, self.device = examples, choices, pad_token_id, device
+        self.batch_size = batch_size
+        self.single_token = choices is not None and all(len(c) == 1 for c in choices[0].candidates)
+
+    @torch.no_grad()
+    def __call__(self, model: Any) -> Evaluation:
+        """Evaluate; the model's mode is left as it was."""
+        was_training = model.training
+        model.eval()
+        head, total, n_labels = Head(model), 0.0, 0
+        scores_NC = torch.empty(len(self.examples), len(self.choices[0].candidates) if self.choices else 0)
+        for rows in eval_batches(self.examples, self.batch_size):
+            batch = collate([self.examples[i] for i in rows], self.pad_token_id).to(self.device)
+            hidden_BTH = hidden_states(model, batch.input_ids, batch.attention_mask)
+            is_label_BT = batch.labels[:, 1:] != -100
+            losses_L = token_losses(head, hidden_BTH[:, :-1][is_label_BT], batch.labels[:, 1:][is_label_BT])
+            total += float(losses_L.sum(dtype=torch.float64))
+            n_labels += len(losses_L)
+            if self.choices is not None and self.single_token:
+                last_prompt = torch.tensor([len(self.choices[i].prompt_ids) - 1 for i in rows], device=self.device)
+                logits_BV = head(hidden_BTH[torch.arange(len(rows), device=self.device), last_prompt]).float()
+                candidates = torch.tensor([c[0] for c in self.choices[0].candidates], device=self.device)
+                scores_NC[rows] = logits_BV.log_softmax(1)[:, candidates].cpu()
+        if self.choices is not None and not self.single_token:
+            scores_NC = self._candidate_likelihoods(model, head)
+        model.train(was_training)
+        return self._result(total / n_labels, n_labels, scores_NC)
+
+    def _candidate_likelihoods(self, model: Any, head: Head) -> Tensor:
+        """(rows, candidates): log-probability of each candidate's tokens after the prompt."""
+        assert self.choices is not None
+        rows = [
+            Example(c.prompt_ids + candidate, [False] * len(c.prompt_ids) + [True] * len(candidate), c.origin)
+            for c in self.choices for candidate in c.candidates
+        ]  # fmt: skip
+        scores = torch.empty(len(rows))
+        for batch_rows in eval_batches(rows, self.batch_size):
+            batch = collate([rows[i] for i in batch_rows], self.pad_token_id).to(self.device)
+            hidden_BTH = hidden_states(model, batch.input_ids, batch.attention_mask)[:, :-1]
+            is_label_BT = batch.labels[:, 1:] != -100
+            losses_L = token_losses(head, hidden_BTH[is_label_BT], batch.labels[:, 1:][is_label_BT])
+            owner_L = is_label_BT.nonzero()[:, 0]
+            sums_B = torch.zeros(len(batch_rows), device=self.device).index_add_(0, owner_L, -losses_L)
+            scores[batch_rows] = sums_B.cpu()
+        return scores.view(len(self.choices), -1)
+
+    def _result(self, loss: float, n_labels: int, scores_NC: Tensor) -> Evaluation:
+        if self.choices is None:
+            return Evaluation(loss, n_labels)
+        answers = torch.tensor([choice.answer for choice in self.choices])
+        correct = (scores_NC.argmax(1) == answers).tolist()
+        probability = scores_NC.softmax(1).gather(1, answers.unsqueeze(1)).mean().item()
+        accuracy = sum(correct) / len(correct)
+        return Evaluation(loss, n_labels, {"accuracy": accuracy, "label_probability": probability}, correct)

@@ -1,0 +1,66 @@
+"""What a training run reports, in order: `Started`, then `Stepped`, `Evaluated` and `Saved`, then `Finished`.
+
+The loop yields these and never prints; sinks (`sinks.py`) turn them into bars, files and curves.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True)
+class Started:
+    """Before the first step. `first_step` is above 0 after a resume."""
+
+    total_steps: int
+    first_step: int
+    rows: int
+    cut_rows: int
+    trainable_parameters: int
+    all_parameters: int
+
+
+@dataclass(frozen=True)
+class Stepped:
+    """One optimiser step. `tokens` are real ones (no padding); `loss` is the mean over the step's label tokens."""
+
+    step: int
+    loss: float
+    learning_rate: float
+    grad_norm: float
+    tokens: int
+    padded_tokens: int
+    label_tokens: int
+    samples: int
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Evaluated:
+    """Mean loss over the label tokens of the evaluation rows after `step` steps; for label data the scores and, by row, `correct`."""
+
+    step: int
+    loss: float
+    label_tokens: int
+    seconds: float
+    scores: dict[str, float] = field(default_factory=dict)
+    correct: list[bool] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Saved:
+    """A checkpoint was written."""
+
+    step: int
+    path: str
+
+
+@dataclass(frozen=True)
+class Finished:
+    """After the last step."""
+
+    steps: int
+    seconds: float
+
+
+Event = Started | Stepped | Evaluated | Saved | Finished

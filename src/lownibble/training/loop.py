@@ -1,0 +1,160 @@
+"""The training loop: a generator of events. One loop for full, LoRA and QLoRA; the model says what is trained.
+
+A step is `gradient_accumulation_steps` forward and backward passes whose losses are divided by the label tokens of all of them
+(a mean over tokens, not a mean of means), clipping, and one optimiser step. Everything random is a function of the seed and the
+position, so a run can be cut and resumed anywhere with the same bits.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterator
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from lownibble.config import TrainConfig
+from lownibble.data import Batch, Choice, Example, collate, n_batches, stream
+from lownibble.errors import ConfigError, TrainingError
+from lownibble.lora import count_parameters
+from lownibble.lora.inject import adapter_configs
+from lownibble.optim import learning_rate, make_optimizer, set_learning_rate, warmup_steps
+from lownibble.quant import QuantLinear
+from lownibble.training import checkpoint, memory
+from lownibble.training.evaluate import Evaluator
+from lownibble.training.events import Evaluated, Event, Finished, Saved, Started, Stepped
+from lownibble.training.loss import check_head, label_loss
+
+_SEED_STRIDE = 1_000_003  # keeps the seeds of neighbouring runs' micro-batches apart
+
+
+class Trainer:
+    """One run over prepared examples. `events()` runs it; the attributes are for those who look on.
+
+    Attributes:
+        optimizer: the optimiser, from the start of `events()`.
+        kinds: live bytes by kind when the first step ended, gradients and optimiser states included.
+        saved_activation_bytes: what autograd kept in the first forward pass (the largest one with group_by_length).
+        total_steps: optimiser steps of the whole run.
+    """
+
+    def __init__(
+        self, model: Any, tokenizer: Any, train: list[Example], evaluation: list[Example], config: TrainConfig, *,
+        choices: list[Choice] | None = None, cut_rows: int = 0, identity: dict[str, Any] | None = None,
+    ) -> None:  # fmt: skip
+        if not any(p.requires_grad for p in model.parameters()):
+            raise ConfigError("The model has no trainable parameters. Call add_lora first, or load it dense to train it in full.")
+        if any(isinstance(m, QuantLinear) for m in model.modules()) and not adapter_configs(model):
+            raise ConfigError(
+                "The model's weights are quantised and it has no adapter. Call add_lora, or load it with quant=None."
+            )
+        self.model, self.config, self.train_rows = model, config, train
+        self.pad_token_id = int(tokenizer.pad_token_id)
+        self.device: torch.device = model.get_input_embeddings().weight.device
+        self.evaluator = Evaluator(evaluation, choices, self.pad_token_id, config.batch_size, self.device)
+        batches = n_batches(len(train), config.batch_size)
+        per_epoch = max(1, batches // config.gradient_accumulation_steps)
+        self.total_steps = config.max_steps or math.ceil(per_epoch * config.num_train_epochs)
+        self.cut_rows = cut_rows
+        self.identity = {"train": config.to_dict(), **(identity or {})}
+        self.optimizer = make_optimizer(config.optim, model.parameters(), config.learning_rate, config.weight_decay)
+        self.saved_activation_bytes = 0
+        self.kinds: dict[str, int] = {}
+        self.checkpoints = Path(config.output_dir) / "checkpoints" if config.output_dir else None
+
+    def events(self) -> Iterator[Event]:
+        """Run; yields `Started`, then `Stepped`, `Evaluated` and `Saved`, then `Finished`.
+
+        Raises:
+            TrainingError: a loss or gradient is not finite; says at which step.
+        """
+        config, began = self.config, time.perf_counter()
+        check_head(self.model)
+        self._set_checkpointing()
+        first = self._restore()
+        yield Started(
+            self.total_steps, first, len(self.train_rows), self.cut_rows, *count_parameters(self.model)
+        )  # fmt: skip
+        if first == 0:
+            yield self.evaluate(0)
+        accumulation = config.gradient_accumulation_steps
+        order = stream(self.train_rows, config.batch_size, config.seed, config.group_by_length, first * accumulation)
+        for step in range(first, self.total_steps):
+            batches = [collate([self.train_rows[i] for i in rows], self.pad_token_id) for rows in islice(order, accumulation)]
+            yield self._step(step, batches)
+            done = step + 1
+            last = done == self.total_steps
+            if last or (config.eval_steps and done % config.eval_steps == 0):
+                yield self.evaluate(done)
+            if self.checkpoints and (last or (config.save_steps and done % config.save_steps == 0)):
+                path = checkpoint.save(self.checkpoints, done, self.model, self.optimizer, self.identity)
+                yield Saved(done, str(path))
+        self.model.eval()
+        yield Finished(self.total_steps, time.perf_counter() - began)
+
+    def evaluate(self, step: int) -> Evaluated:
+        """Loss and, for label data, accuracy on the evaluation rows."""
+        began = time.perf_counter()
+        found = self.evaluator(self.model)
+        return Evaluated(step, found.loss, found.label_tokens, time.perf_counter() - began, found.scores, found.correct)
+
+    def _loss(self, batch: Batch, n_total: int) -> torch.Tensor:
+        batch = batch.to(self.device)
+        return label_loss(self.model, batch.input_ids, batch.attention_mask, batch.labels, n_total)
+
+    def _step(self, step: int, batches: list[Batch]) -> Stepped:
+        began = time.perf_counter()
+        config = self.config
+        self.model.train()
+        n_labels = sum(batch.n_label_tokens for batch in batches)
+        loss = 0.0
+        for index, batch in enumerate(batches):
+            torch.manual_seed(config.seed * _SEED_STRIDE + step * len(batches) + index)  # dropout
+            if not self.kinds and index == 0:
+                watch = memory.SavedActivations()
+                with watch.watch(self.model):
+                    part = self._loss(batch, n_labels)
+                self.saved_activation_bytes = watch.bytes
+            else:
+                part = self._loss(batch, n_labels)
+            part.backward()  # type: ignore[no-untyped-call]
+            loss += float(part.detach())
+        norm = self._clip()
+        if not math.isfinite(loss) or not math.isfinite(norm):
+            raise TrainingError(
+                f"Step {step + 1}: the loss is {loss} and the gradient's norm {norm}. The step was not taken. "
+                "Lower the learning rate, or look for bad rows."
+            )
+        warmup = warmup_steps(self.total_steps, config.warmup_ratio)
+        rate = learning_rate(config.lr_scheduler_type, config.learning_rate, step, self.total_steps, warmup)
+        set_learning_rate(self.optimizer, rate)
+        self.optimizer.step()
+        if not self.kinds:
+            self.kinds = memory.bytes_by_kind(self.model, self.optimizer)
+        self.optimizer.zero_grad(set_to_none=True)
+        return Stepped(
+            step + 1, loss, rate, norm, sum(b.n_tokens for b in batches), sum(b.input_ids.numel() for b in batches), n_labels,
+            sum(len(b.input_ids) for b in batches), time.perf_counter() - began,
+        )  # fmt: skip
+
+    def _clip(self) -> float:
+        trained = [p for p in self.model.parameters() if p.requires_grad]
+        norm = nn.utils.get_total_norm([p.grad for p in trained if p.grad is not None])
+        if self.config.max_grad_norm is not None:
+            nn.utils.clip_grads_with_norm_(trained, self.config.max_grad_norm, norm)
+        return float(norm)
+
+    def _set_checkpointing(self) -> None:
+        if self.config.gradient_checkpointing:  # transformers 5.23 renamed it
+            new_name = getattr(self.model, "activation_checkpointing_enable", None)
+            (new_name or self.model.gradient_checkpointing_enable)({"use_reentrant": False})
+
+    def _restore(self) -> int:
+        if not (self.config.resume and self.checkpoints):
+            return 0
+        newest = checkpoint.complete(self.checkpoints)
+        return checkpoint.restore(newest[-1], self.model, self.optimizer, self.identity) if newest else 0

@@ -1,0 +1,172 @@
+"""The loss: mean cross-entropy over label tokens, computed in chunks, with the head's gradient made in forward.
+
+Full logits never exist. Hidden states at label positions are gathered, go through the head a chunk at a time, and each chunk's
+logits are turned in place into their own gradient, which goes straight back through the head; what is kept for backward is the
+gradient of the hidden states, (L, H). The method is Liger's fused linear cross-entropy; the head may be any module (dense,
+tied, quantised, adapted), because its backward is autograd's.
+
+The backbone is called without the head, so what a model does between head and logits must be known: `_LOGIT_TRANSFORMS` lists
+the configuration keys for it, and `check_head` compares with the model's own logits once, before training.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lownibble.errors import ModelError
+
+CHUNK_BYTES = 32 * 2**20
+"""Size of one chunk of float32 logits: large enough for the matrix product, small enough to stay off the peak."""
+
+_LOGIT_TRANSFORMS: dict[str, Callable[[Tensor, float], Tensor]] = {
+    "final_logit_softcapping": lambda logits, cap: cap * torch.tanh(logits / cap),
+    "logits_scaling": lambda logits, scale: logits / scale,
+    "logit_scale": lambda logits, scale: logits * scale,
+}
+"""Text-configuration key -> what the model does to its logits when the key is set (Gemma 2, Granite, Cohere)."""
+
+
+class _LabelLoss(torch.autograd.Function):
+    """Sum of cross-entropies over L label tokens, divided by `n_total`; gradients made on the way."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, hidden_LH: Tensor, labels_L: Tensor, head: Callable[[Tensor], Tensor], n_total: int, n_parameters: int,
+        *parameters: Tensor,
+    ) -> Tensor:  # fmt: skip
+        wants_hidden = ctx.needs_input_grad[0]
+        wants_any = wants_hidden or n_parameters > 0
+        dhidden = torch.empty_like(hidden_LH) if wants_hidden else None
+        dparameters = [torch.zeros_like(p) for p in parameters]
+        total = torch.zeros((), dtype=torch.float32, device=hidden_LH.device)
+        start = 0
+        while start < len(labels_L):
+            chunk_LH = hidden_LH[start : start + _chunk_tokens(head)].detach().requires_grad_(wants_hidden)
+            with torch.set_grad_enabled(wants_any):
+                logits = head(chunk_LH)
+            loss, dlogits = _cross_entropy(logits.detach(), labels_L[start : start + len(chunk_LH)], n_total, wants_any)
+            total += loss
+            if wants_any:
+                inputs = [chunk_LH] * wants_hidden + list(parameters)
+                grads = list(torch.autograd.grad(logits, inputs, dlogits))
+                if dhidden is not None:
+                    dhidden[start : start + len(chunk_LH)] = grads.pop(0)
+                for accumulated, grad in zip(dparameters, grads, strict=True):
+                    accumulated += grad
+            start += len(chunk_LH)
+        ctx.gradients = (dhidden, dparameters)
+        return total / n_total
+
+    @staticmethod
+    def backward(ctx: Any, dloss: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        dhidden, dparameters = ctx.gradients
+        scaled = dhidden.mul_(dloss) if dhidden is not None else None
+        return (scaled, None, None, None, None, *(g.mul_(dloss) for g in dparameters))
+
+
+def _cross_entropy(logits_LV: Tensor, labels_L: Tensor, n_total: int, wants_gradient: bool) -> tuple[Tensor, Tensor]:
+    """Sum of cross-entropies, and its gradient divided by n_total, made in place of the logits."""
+    dtype = logits_LV.dtype
+    scores = logits_LV.float()
+    maximum = scores.amax(1, keepdim=True)
+    chosen = scores.gather(1, labels_L.unsqueeze(1))
+    scores.sub_(maximum).exp_()
+    normaliser = scores.sum(1, keepdim=True)
+    loss = (normaliser.log() + maximum - chosen).sum()
+    if wants_gradient:
+        scores.mul_(1 / (normaliser * n_total))
+        scores.scatter_add_(1, labels_L.unsqueeze(1), scores.new_full((len(labels_L), 1), -1 / n_total))
+    return loss, scores.to(dtype)
+
+
+def _chunk_tokens(head: Callable[[Tensor], Tensor]) -> int:
+    return max(16, CHUNK_BYTES // (4 * int(head.vocab_size)))  # type: ignore[attr-defined]
+
+
+class Head:
+    """A model's way from hidden states (L, H) to logits (L, V)."""
+
+    def __init__(self, model: Any) -> None:
+        self.module: nn.Module = model.get_output_embeddings()
+        if self.module is None:
+            raise ModelError(f"{type(model).__name__} has no output embeddings. Give a causal language model.")
+        config = model.config.get_text_config()
+        self.transforms = [
+            (transform, float(value)) for key, transform in _LOGIT_TRANSFORMS.items()
+            if (value := getattr(config, key, None)) not in (None, 1.0)
+        ]  # fmt: skip
+        self.vocab_size = int(self.module.weight.shape[0])  # type: ignore[union-attr,index]
+
+    def __call__(self, hidden_LH: Tensor) -> Tensor:
+        logits: Tensor = self.module(hidden_LH)
+        for transform, value in self.transforms:
+            logits = transform(logits, value)
+        return logits
+
+    @property
+    def trained(self) -> list[nn.Parameter]:
+        """The head's parameters that want a gradient."""
+        return [p for p in self.module.parameters() if p.requires_grad]
+
+
+def hidden_states(model: Any, input_ids_BT: Tensor, attention_mask_BT: Tensor) -> Tensor:
+    """Last hidden states (B, T, H) of the model without its head."""
+    full = bool(attention_mask_BT.all())  # no mask at all lets attention take its causal fast path
+    output = model.base_model(
+        input_ids=input_ids_BT, attention_mask=None if full else attention_mask_BT, use_cache=False
+    )  # fmt: skip
+    return output.last_hidden_state  # type: ignore[no-any-return]
+
+
+def label_loss(
+    model: Any, input_ids_BT: Tensor, attention_mask_BT: Tensor, labels_BT: Tensor, n_total: int | None = None
+) -> Tensor:
+    """Mean cross-entropy of the next token over label positions.
+
+    Args:
+        input_ids_BT, attention_mask_BT: int64.
+        labels_BT: int64, unshifted, -100 where there is no loss.
+        n_total: label tokens of the whole accumulated batch; default: of this one.
+    Returns:
+        () float32, ready for backward.
+    """
+    head = Head(model)
+    targets_BT = labels_BT[:, 1:]
+    is_label_BT = targets_BT != -100
+    labels_L = targets_BT[is_label_BT]
+    hidden_LH = hidden_states(model, input_ids_BT, attention_mask_BT)[:, :-1][is_label_BT]
+    trained = head.trained if torch.is_grad_enabled() else []
+    return _LabelLoss.apply(hidden_LH, labels_L, head, n_total or len(labels_L), len(trained), *trained)  # type: ignore[no-any-return]
+
+
+@torch.no_grad()
+def token_losses(head: Head, hidden_LH: Tensor, labels_L: Tensor) -> Tensor:
+    """Cross-entropy of each of L label tokens, (L,) float32, a chunk of logits at a time."""
+    size = _chunk_tokens(head)
+    pieces = zip(hidden_LH.split(size), labels_L.split(size), strict=True)
+    return torch.cat([nn.functional.cross_entropy(head(h).float(), labels, reduction="none") for h, labels in pieces])
+
+
+@torch.no_grad()
+def check_head(model: Any) -> None:
+    """Compare this module's logits with the model's own on eight tokens.
+
+    Raises:
+        ModelError: they differ, so the model does something to its logits that is not known here.
+    """
+    device = model.get_input_embeddings().weight.device
+    was_training = model.training
+    model.eval()
+    input_ids = torch.arange(1, 9, device=device).unsqueeze(0) % Head(model).vocab_size
+    own = model(input_ids=input_ids, use_cache=False).logits[0].float()
+    ours = Head(model)(hidden_states(model, input_ids, torch.ones_like(input_ids))[0]).float()
+    model.train(was_training)
+    if own.shape != ours.shape or (own - ours).abs().max() > 1e-3 * own.abs().max().clamp(min=1):
+        raise ModelError(
+            f"{type(model).__name__} changes its logits in a way that is not known (configuration keys known: "
+            f"{', '.join(_LOGIT_TRANSFORMS)}). Its loss would be wrong; it cannot be trained here yet."
+        )

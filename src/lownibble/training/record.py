@@ -1,0 +1,86 @@
+"""Records: one JSON document per run, from which every table, plot and figure is rendered.
+
+Keys carry their unit (`_bytes`, `_s`, `_tokens`). A record says what was asked (the resolved configuration), where it ran, on
+what data (digest) and what was measured. It is written aside and renamed.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import sys
+from datetime import UTC, datetime
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+
+from lownibble.kernels import ops
+
+SCHEMA = 1
+_PACKAGES = ("lownibble", "torch", "transformers", "safetensors", "peft", "bitsandbytes", "trl")
+
+
+def environment(device: torch.device | None = None) -> dict[str, Any]:
+    """Machine, device, versions and the kernels in use."""
+    device = device or torch.device("cpu")
+    versions = {}
+    for package in _PACKAGES:
+        try:
+            versions[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            continue
+    found = {
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu_name(),
+        "device_type": device.type,
+        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        "threads": torch.get_num_threads(),
+        "ram_bytes": psutil.virtual_memory().total,
+        "platform": platform.platform(),
+        "python": platform.python_version(),
+        "versions": versions,
+        "kernels": ops.active_backend(device),
+        "kernel_status": ops.backend_status(),
+    }
+    if found["kernels"] == "cpu":
+        from lownibble.kernels import cpu
+
+        found["kernel_isa"] = cpu.isa()
+    return found
+
+
+def _cpu_name() -> str:
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()
+
+
+def new(kind: str) -> dict[str, Any]:
+    """The start of a record: its kind, schema and time."""
+    return {
+        "kind": kind,
+        "schema": SCHEMA,
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+        "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
+    }
+
+
+def write(path: str | Path, record: dict[str, Any]) -> Path:
+    """Write a record, whole or not at all; returns its path."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_name(f".{path.name}.part")
+    with aside.open("w", encoding="utf-8") as file:
+        json.dump(record, file, indent=2, allow_nan=False)
+        file.write("\n")
+        file.flush()
+        os.fsync(file.fileno())
+    aside.replace(path)
+    return path

@@ -1,0 +1,205 @@
+"""One run from end to end: data, loop, adapter, record.
+
+`train` works on a model the caller made; `run` makes it from a `RunConfig`. Both leave the same files (see `output.py`) and
+return the same result.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Iterable
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from lownibble.config import DataConfig, RunConfig, TrainConfig
+from lownibble.data import Dataset, Encoded, choices, encode
+from lownibble.data import load as load_data
+from lownibble.errors import ModelError
+from lownibble.lora import add_lora, count_parameters, save_adapter
+from lownibble.lora.inject import adapter_configs
+from lownibble.models import load, pick_device
+from lownibble.quant import QuantLinear
+from lownibble.training import memory, record
+from lownibble.training.events import Evaluated, Finished, Stepped
+from lownibble.training.loop import Trainer
+from lownibble.training.output import claim
+from lownibble.training.sinks import JsonlSink, Sink, TensorBoardSink, deliver
+
+WARMUP_STEPS = 2
+"""Steps left out of the speed figures: allocators and caches settle."""
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """What a run gave: the trained model, its record, and where the files are (None without an output folder)."""
+
+    model: Any
+    tokenizer: Any
+    record: dict[str, Any]
+    adapter_dir: Path | None
+
+    @property
+    def losses(self) -> list[float]:
+        """Training loss of each step."""
+        return [step["loss"] for step in self.record["steps"]]
+
+    @property
+    def eval_loss(self) -> float:
+        """Evaluation loss at the end."""
+        return float(self.record["evaluations"][-1]["loss"])
+
+
+def train(
+    model: Any, tokenizer: Any, data: DataConfig | None = None, config: TrainConfig | None = None, *,
+    sinks: Iterable[Sink] = (),
+) -> TrainResult:  # fmt: skip
+    """Train a model that has adapters (or a dense one in full); the model is changed in place.
+
+    Args:
+        model, tokenizer: from `load`, with `add_lora` for LoRA and QLoRA; or any causal model of transformers.
+        data: where the rows come from; default: the embedded demo.
+        config: the training options.
+        sinks: take every event; a progress bar, a file.
+    Raises:
+        InputError: data, options or output folder cannot be used; nothing was trained.
+        TrainingError: a loss or gradient was not finite.
+    """
+    data, config = data or DataConfig(), config or TrainConfig()
+    asked = {"model": getattr(model.config, "_name_or_path", ""), "data": data.to_dict(), "train": config.to_dict()}
+    sides = load_data(data)
+    return _train(model, tokenizer, sides, data, config, asked, sinks)
+
+
+def run(config: RunConfig, *, sinks: Iterable[Sink] = ()) -> TrainResult:
+    """Load, adapt and train as `config` says; sinks take every event. Errors are those of `load`, `add_lora` and `train`."""
+    device = pick_device(config.device)
+    sides = load_data(config.data)
+    memory.reset_peak(device)
+    baseline = memory.used_bytes(device)
+    quant = config.quant if config.method == "qlora" else None
+    dtype = (
+        "float32" if config.method == "full" and config.dtype == "auto" else config.dtype
+    )  # optimiser steps are below bf16's grain
+    model, tokenizer = load(config.model, quant=quant, dtype=dtype, device=config.device, revision=config.revision)
+    packed = any(isinstance(module, QuantLinear) for module in model.modules())
+    if packed and config.method != "qlora":
+        raise ModelError(f"'{config.model}' holds 4-bit weights. Train it with --method qlora, or give a dense checkpoint.")
+    if config.method != "full":
+        add_lora(model, config.lora, seed=config.train.seed)
+    else:
+        model.requires_grad_(True)
+    loaded = {"baseline_bytes": baseline, "load_peak_bytes": max(0, memory.peak_bytes(device) - baseline)}
+    return _train(model, tokenizer, sides, config.data, config.train, config.to_dict(), sinks, loaded)
+
+
+def _train(
+    model: Any, tokenizer: Any, sides: tuple[Dataset, Dataset], data: DataConfig, config: TrainConfig, asked: dict[str, Any],
+    sinks: Iterable[Sink], loaded: dict[str, int] | None = None,
+) -> TrainResult:  # fmt: skip
+    encoded = [encode(side, tokenizer, data, config.max_length) for side in sides]
+    identity = {"data": {"train": sides[0].digest, "eval": sides[1].digest}, **_subject(model)}
+    with ExitStack() as stack:
+        folder = stack.enter_context(claim(config.output_dir, resume=config.resume)) if config.output_dir else None
+        sinks = [*sinks, *_file_sinks(folder, config)]
+        trainer = Trainer(
+            model, tokenizer, encoded[0].examples, encoded[1].examples, config,
+            choices=choices(*sides, tokenizer, data, config.max_length), cut_rows=encoded[0].n_cut, identity=identity,
+        )  # fmt: skip
+        baseline = loaded["baseline_bytes"] if loaded else memory.used_bytes(trainer.device)
+        memory.reset_peak(trainer.device)
+        events = list(deliver(trainer.events(), sinks))
+        peak = memory.peak_bytes(trainer.device)
+        result = {
+            **record.new("train"),
+            "status": "ok",
+            "config": asked,
+            "environment": record.environment(trainer.device),
+            "data": _data_facts(sides, encoded),
+            "model": _model_facts(model),
+            "memory": {
+                "baseline_bytes": baseline,
+                **(loaded or {}),
+                "train_peak_bytes": max(0, peak - baseline),
+                "saved_activation_bytes": trainer.saved_activation_bytes,
+                **{f"{kind}_bytes": n for kind, n in trainer.kinds.items()},
+            },
+            "speed": _speed([e for e in events if isinstance(e, Stepped)]),
+            "steps": [asdict(e) for e in events if isinstance(e, Stepped)],
+            "evaluations": [asdict(e) for e in events if isinstance(e, Evaluated)],
+            "seconds": next((e.seconds for e in events if isinstance(e, Finished)), None),
+        }
+        adapter = _save(model, tokenizer, folder, result) if folder else None
+    return TrainResult(model, tokenizer, result, adapter)
+
+
+def _file_sinks(folder: Path | None, config: TrainConfig) -> list[Sink]:
+    if folder is None:
+        return []
+    sinks: list[Sink] = [JsonlSink(folder / "events.jsonl", append=config.resume)]
+    if config.report_to == "tensorboard":
+        sinks.append(TensorBoardSink(folder / "tensorboard"))
+    return sinks
+
+
+def _subject(model: Any) -> dict[str, Any]:
+    """What is trained, as a resumption must find it again."""
+    return {
+        "base": getattr(model.config, "_name_or_path", ""),
+        "lora": {name: config.to_dict() for name, config in adapter_configs(model).items()},
+        "quant": sorted({f"{m.quant_type}/{m.block_size}" for m in model.modules() if isinstance(m, QuantLinear)}),
+    }
+
+
+def _model_facts(model: Any) -> dict[str, Any]:
+    trainable, total = count_parameters(model)
+    quantized = [m for m in model.modules() if isinstance(m, QuantLinear)]
+    return {
+        "class": type(model).__name__,
+        "parameters": total,
+        "trainable_parameters": trainable,
+        "quantized_parameters": sum(m.in_features * m.out_features for m in quantized),
+        "dtype": str(model.dtype).removeprefix("torch."),
+    }
+
+
+def _data_facts(sides: tuple[Dataset, Dataset], encoded: list[Encoded]) -> dict[str, Any]:
+    return {
+        "name": sides[0].name,
+        "form": encoded[0].form,
+        **{f"{side}_rows": len(d.rows) for side, d in zip(("train", "eval"), sides, strict=True)},
+        **{f"{side}_digest": d.digest for side, d in zip(("train", "eval"), sides, strict=True)},
+        "cut_rows": encoded[0].n_cut,
+    }
+
+
+def _speed(steps: list[Stepped]) -> dict[str, Any]:
+    """Rates after warm-up, over all steps together; quartiles over steps show the spread."""
+    counted = steps[WARMUP_STEPS:] or steps
+    if not counted:
+        return {}
+    seconds = sum(s.seconds for s in counted)
+    rates = [s.tokens / s.seconds for s in counted]
+    low, middle, high = statistics.quantiles(rates, n=4) if len(rates) > 1 else rates * 3
+    return {
+        "warmup_steps": len(steps) - len(counted),
+        "tokens_per_s": sum(s.tokens for s in counted) / seconds,
+        "samples_per_s": sum(s.samples for s in counted) / seconds,
+        "step_s": seconds / len(counted),
+        "tokens_per_s_quartiles": [low, middle, high],
+        "padding_share": 1 - sum(s.tokens for s in counted) / sum(s.padded_tokens for s in counted),
+    }
+
+
+def _save(model: Any, tokenizer: Any, folder: Path, result: dict[str, Any]) -> Path | None:
+    adapter = None
+    if adapter_configs(model):
+        adapter = save_adapter(model, folder / "adapter")
+        result["adapter_bytes"] = (adapter / "adapter_model.safetensors").stat().st_size
+    else:
+        model.save_pretrained(folder / "model")
+        tokenizer.save_pretrained(folder / "model")
+        result["adapter_bytes"] = sum(f.stat().st_size for f in (folder / "model").glob("*.safetensors"))
+    record.write(folder / "record.json", result)
+    return adapter

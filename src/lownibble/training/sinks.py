@@ -1,0 +1,115 @@
+"""Where events go: a progress bar, a JSONL file, TensorBoard. A sink is a callable that takes an event, and a context manager."""
+
+from __future__ import annotations
+
+import json
+import sys
+from abc import abstractmethod
+from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager, ExitStack
+from dataclasses import asdict
+from pathlib import Path
+from types import TracebackType
+from typing import IO, Any, Self
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from lownibble.errors import ConfigError
+from lownibble.training.events import Evaluated, Event, Finished, Started, Stepped
+
+
+class Sink(AbstractContextManager["Sink"]):
+    """Takes events until it is closed."""
+
+    @abstractmethod
+    def __call__(self, event: Event) -> None:
+        """Take one event."""
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        """Release what the sink holds."""
+
+
+class ProgressSink(Sink):
+    """A bar with rate and time left on a terminal; elsewhere one line per evaluation. Writes to standard error."""
+
+    def __init__(self, label: str = "train", file: IO[str] | None = None) -> None:
+        self.console = Console(file=file or sys.stderr, highlight=False, soft_wrap=True)
+        self.label = label
+        columns = (
+            TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[figures]}"),
+            TimeRemainingColumn(),
+        )  # fmt: skip
+        self.progress = Progress(*columns, console=self.console, disable=not self.console.is_terminal)
+
+    def __enter__(self) -> Self:
+        self.progress.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.progress.stop()
+
+    def __call__(self, event: Event) -> None:
+        """Show one event."""
+        if isinstance(event, Started):
+            self.task = self.progress.add_task(self.label, total=event.total_steps, completed=event.first_step, figures="")
+        elif isinstance(event, Stepped):
+            figures = f"loss {event.loss:.3f}  {event.tokens / event.seconds:.0f} tok/s"
+            self.progress.update(self.task, completed=event.step, figures=figures)
+        elif isinstance(event, Evaluated):
+            scores = "".join(f", {name} {value:.3f}" for name, value in event.scores.items())
+            self.console.print(f"{self.label}: step {event.step}: evaluation loss {event.loss:.4f}{scores}")
+        elif isinstance(event, Finished):
+            self.console.print(f"{self.label}: {event.steps} steps in {event.seconds:.0f} s")
+
+
+class JsonlSink(Sink):
+    """One JSON object a line, flushed at once: `{"event": "Stepped", ...}`."""
+
+    def __init__(self, path: str | Path, append: bool = False) -> None:
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        self.file = Path(path).open("a" if append else "w", encoding="utf-8")
+
+    def __exit__(self, *_: object) -> None:
+        self.file.close()
+
+    def __call__(self, event: Event) -> None:
+        """Write one event."""
+        self.file.write(json.dumps({"event": type(event).__name__, **asdict(event)}) + "\n")
+        self.file.flush()
+
+
+class TensorBoardSink(Sink):
+    """Scalars for TensorBoard; needs the `tensorboard` extra."""
+
+    def __init__(self, folder: str | Path) -> None:
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError:
+            raise ConfigError("TensorBoard is not installed. Run: pip install 'lownibble[tensorboard]'") from None
+        self.writer: Any = SummaryWriter(str(folder))
+
+    def __exit__(self, *_: object) -> None:
+        self.writer.close()
+
+    def __call__(self, event: Event) -> None:
+        """Write one event's scalars."""
+        if isinstance(event, Stepped):
+            self.writer.add_scalar("train/loss", event.loss, event.step)
+            self.writer.add_scalar("train/learning_rate", event.learning_rate, event.step)
+            self.writer.add_scalar("train/grad_norm", event.grad_norm, event.step)
+            self.writer.add_scalar("train/tokens_per_s", event.tokens / event.seconds, event.step)
+        elif isinstance(event, Evaluated):
+            self.writer.add_scalar("eval/loss", event.loss, event.step)
+            for name, value in event.scores.items():
+                self.writer.add_scalar(f"eval/{name}", value, event.step)
+
+
+def deliver(events: Iterable[Event], sinks: Iterable[Sink]) -> Iterator[Event]:
+    """Pass events on after handing each to every sink; closes the sinks at the end, also after an error."""
+    with ExitStack() as stack:
+        opened = [stack.enter_context(sink) for sink in sinks]
+        for event in events:
+            for sink in opened:
+                sink(event)
+            yield event

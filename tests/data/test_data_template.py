@@ -1,0 +1,281 @@
+"""Encoding. Oracles: `apply_chat_template` for ids, its {% generation %} masks for labels, hand concatenation for pairs."""
+
+import copy
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from lownibble.config import DataConfig
+from lownibble.data import Dataset, Row, encode
+from lownibble.data.demo import COMPLETION_TEMPLATE, PROMPT_TEMPLATE
+from lownibble.errors import ConfigError, DataError, ModelError
+
+MARKED = (
+    "{{ bos_token or '' }}{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' }}{% if m.role == 'assistant' %}"
+    "{% generation %}{{ m.content + '<|im_end|>' }}{% endgeneration %}{% else %}{{ m.content + '<|im_end|>' }}{% endif %}"
+    "{{ '\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+CHAT = [
+    {"role": "system", "content": "be good"},
+    {"role": "user", "content": "a film"},
+    {"role": "assistant", "content": "positive"},
+    {"role": "user", "content": "a bad film"},
+    {"role": "assistant", "content": "negative, I think"},
+]
+
+
+def data(*fields, **templates) -> Dataset:
+    return Dataset("rows", [Row(dict(f), f"rows.jsonl:{n}") for n, f in enumerate(fields, 1)], **templates)
+
+
+def one(tokenizer, fields, max_length=512, **options):
+    encoded = encode(data(fields), tokenizer, DataConfig(**options), max_length)
+    return encoded.examples[0]
+
+
+def labels(example) -> list[int]:
+    return [index for index, flag in zip(example.input_ids, example.is_label, strict=True) if flag]
+
+
+def plain(tokenizer, text) -> list[int]:
+    return tokenizer(text, add_special_tokens=False)["input_ids"]
+
+
+def test_prompt_and_completion_as_at_inference(any_tokenizer):
+    fields = {"prompt": "Review: good film\n", "completion": "\npositive"}
+    example = one(any_tokenizer, fields)
+    prompt = any_tokenizer(fields["prompt"])["input_ids"]
+    completion = [*plain(any_tokenizer, fields["completion"]), any_tokenizer.eos_token_id]
+    assert example.input_ids == prompt + completion
+    assert example.is_label == [False] * len(prompt) + [True] * len(completion)
+    assert example.origin == "rows.jsonl:1"
+    assert any_tokenizer(fields["prompt"] + fields["completion"])["input_ids"] != prompt + completion[:-1]  # "\n\n" would merge
+
+
+def test_end_of_sequence_is_trained_once_although_it_is_the_padding(tokenizer):
+    assert tokenizer.pad_token_id == tokenizer.eos_token_id
+    for completion in ("yes", "yes<|im_end|>"):
+        ids = labels(one(tokenizer, {"prompt": "a", "completion": completion}))
+        assert ids == [*plain(tokenizer, "yes"), tokenizer.eos_token_id]
+
+
+def test_bos_is_not_doubled(bos_tokenizer):
+    example = one(bos_tokenizer, {"text": "film", "label": "x"}, prompt_template="<s>{text}", completion_template="{label}")
+    assert example.input_ids.count(bos_tokenizer.bos_token_id) == 1
+    for fields, options in (({"messages": CHAT}, {}), ({"prompt": "a", "completion": "b"}, {"use_chat_template": True})):
+        assert one(bos_tokenizer, fields, **options).input_ids.count(bos_tokenizer.bos_token_id) == 1
+
+
+def test_text_label_default_and_own_templates(tokenizer):
+    fields = {"text": "a film", "label": 1}
+    assert tokenizer.decode(one(tokenizer, fields).input_ids) == "a film\nLabel: 1<|im_end|>"
+    example = one(tokenizer, fields, prompt_template="{text}?", completion_template=" {label:02d}")
+    assert tokenizer.decode(example.input_ids) == "a film? 01<|im_end|>"
+    assert tokenizer.decode(one(tokenizer, fields, prompt_template="Q {text}").input_ids) == "Q a film 1<|im_end|>"
+
+
+def test_templates_of_the_data_set_and_of_the_configuration(tokenizer):
+    demo = data({"text": "good", "label": "positive"}, prompt_template=PROMPT_TEMPLATE, completion_template=COMPLETION_TEMPLATE)
+    encoded = encode(demo, tokenizer, DataConfig(), 64)
+    assert tokenizer.decode(encoded.examples[0].input_ids) == "Review: good\nSentiment: positive<|im_end|>"
+    encoded = encode(demo, tokenizer, DataConfig(prompt_template="{text} is"), 64)
+    assert tokenizer.decode(encoded.examples[0].input_ids) == "good is positive<|im_end|>"
+
+
+def test_text_alone_is_language_modelling(any_tokenizer):
+    example = one(any_tokenizer, {"text": "a good film"})
+    assert example.input_ids == [*any_tokenizer("a good film")["input_ids"], any_tokenizer.eos_token_id]
+    assert example.is_label == [False] + [True] * (len(example.input_ids) - 1)
+
+
+def test_unmasked_prompt(tokenizer):
+    for fields in ({"prompt": "a good", "completion": "film"}, {"messages": CHAT}):
+        example = one(tokenizer, fields, mask_prompt=False)
+        assert example.is_label == [False] + [True] * (len(example.input_ids) - 1)
+
+
+def with_marks(tokenizer):
+    marked = copy.deepcopy(tokenizer)
+    marked.chat_template = MARKED
+    return marked
+
+
+def test_messages_equal_apply_chat_template_and_its_generation_mask(any_tokenizer):
+    example = one(any_tokenizer, {"messages": CHAT, "id": 3})
+    oracle = with_marks(any_tokenizer).apply_chat_template(CHAT, return_dict=True, return_assistant_tokens_mask=True)
+    assert example.input_ids == oracle["input_ids"]
+    assert example.is_label == [bool(flag) for flag in oracle["assistant_masks"]]
+    assert any_tokenizer.decode(labels(example)) == "positive<|im_end|>negative, I think<|im_end|>"
+
+
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.lists(st.text(min_size=1).filter(str.strip), min_size=2, max_size=4))
+def test_messages_of_any_text_train_just_what_the_assistant_said(tokenizer, contents):
+    chat = [{"role": ("user", "assistant")[n % 2], "content": text} for n, text in enumerate(contents)]
+    example = one(tokenizer, {"messages": chat}, max_length=100_000)
+    assert tokenizer.decode(example.input_ids) == tokenizer.apply_chat_template(chat, tokenize=False)
+    assert tokenizer.decode(labels(example)) == "".join(text + "<|im_end|>" for text in contents[1::2])
+
+
+def test_a_merge_over_the_border_is_tokenised_in_pieces(tokenizer):
+    chat = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "\nfilm"}]
+    merged = tokenizer.apply_chat_template(chat, return_dict=False)
+    example = one(tokenizer, {"messages": chat})
+    assert example.input_ids != merged
+    header = plain(tokenizer, "<|im_start|>user\na<|im_end|>\n<|im_start|>assistant\n")
+    assert example.input_ids[: len(header)] == header
+    assert labels(example) == plain(tokenizer, "\nfilm<|im_end|>")
+
+
+def test_chat_template_around_prompt_and_completion(any_tokenizer):
+    example = one(any_tokenizer, {"prompt": "a good ", "completion": " film"}, use_chat_template=True)
+    chat = [{"role": "user", "content": "a good"}, {"role": "assistant", "content": "film"}]
+    assert example.input_ids == any_tokenizer.apply_chat_template(chat, return_dict=False)
+    assert any_tokenizer.decode(labels(example)) == "film<|im_end|>"
+
+
+def test_end_of_turn_without_a_token_is_trained(tokenizer):
+    bare = copy.deepcopy(tokenizer)
+    bare.chat_template = (
+        "{% for m in messages %}{{ m.role + ': ' + m.content + '\n' }}{% endfor %}"
+        "{% if add_generation_prompt %}assistant: {% endif %}"
+    )
+    chat = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "film"}]
+    assert bare.decode(labels(one(bare, {"messages": chat}))) == "film\n"
+
+
+def test_a_long_prompt_is_cut_from_its_left(any_tokenizer):
+    fields = {"prompt": "abcdefghijkl", "completion": " yes"}
+    whole = one(any_tokenizer, fields)
+    front = 1 if any_tokenizer.bos_token_id is not None else 0
+    encoded = encode(data(fields, {"prompt": "a", "completion": "b"}), any_tokenizer, DataConfig(), 9)
+    cut = encoded.examples[0]
+    assert encoded.n_cut == 1
+    assert len(cut.input_ids) == 9
+    assert labels(cut) == labels(whole)
+    assert cut.input_ids == whole.input_ids[:front] + whole.input_ids[len(whole.input_ids) - 9 + front :]
+
+
+def test_a_completion_longer_than_all_keeps_one_prompt_token(tokenizer):
+    whole = one(tokenizer, {"prompt": "xyz", "completion": "qrstuvw"})
+    cut = one(tokenizer, {"prompt": "xyz", "completion": "qrstuvw"}, max_length=4)
+    assert cut.input_ids == whole.input_ids[2:6]
+    assert cut.is_label == [False, True, True, True]
+
+
+@pytest.mark.parametrize("fields", [{"text": "a good film, I think it is"}, {"messages": CHAT[1:3] * 3}])
+def test_text_and_messages_are_cut_at_their_end(tokenizer, fields):
+    whole = one(tokenizer, fields)
+    encoded = encode(data(fields), tokenizer, DataConfig(), 20)
+    assert encoded.n_cut == (len(whole.input_ids) > 20)
+    assert encoded.examples[0].input_ids == whole.input_ids[:20]
+    assert encoded.examples[0].is_label == whole.is_label[:20]
+
+
+def test_rows_without_a_label_token(tokenizer):
+    with pytest.raises(DataError, match=r"rows.jsonl:1: no label token is left of its \d+ tokens within max_length 8. Raise"):
+        one(tokenizer, {"messages": CHAT}, max_length=8)
+    with pytest.raises(DataError, match=r"rows.jsonl:1: no label token: it has no assistant turn"):
+        one(tokenizer, {"messages": CHAT[:2]})
+
+
+def test_missing_chat_template_and_end_of_sequence(tokenizer):
+    bare = copy.deepcopy(tokenizer)
+    bare.chat_template = None
+    for fields, options in (({"messages": CHAT}, {}), ({"prompt": "a", "completion": "b"}, {"use_chat_template": True})):
+        with pytest.raises(ModelError, match="no chat template"):
+            one(bare, fields, **options)
+    bare.eos_token = None
+    with pytest.raises(ModelError, match="no end-of-sequence token"):
+        one(bare, {"prompt": "a", "completion": "b"})
+
+
+def test_templates_that_rewrite_or_refuse(tokenizer):
+    odd = copy.deepcopy(tokenizer)
+    odd.chat_template = "{% for m in messages %}{{ m.role }}{% if loop.last %}{{ m.content }}{% endif %}{% endfor %}<|im_end|>"
+    with pytest.raises(DataError, match=r"rows.jsonl:1: the chat template rewrites the conversation around message 3"):
+        one(odd, {"messages": CHAT})
+    odd.chat_template = "{{ raise_exception('roles must alternate.') }}"
+    with pytest.raises(DataError, match=r"rows.jsonl:1: the chat template refuses this conversation: roles must alternate"):
+        one(odd, {"messages": CHAT})
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"messages": []}, "must be a list"),
+        ({"messages": "hi"}, "must be a list"),
+        ({"messages": [3]}, "message 1 must be an object"),
+        ({"messages": [{"content": "a"}]}, "message 1 must be an object"),
+        ({"messages": [{"role": "user", "content": None}]}, "the content of message 1 is null"),
+        ({"messages": [{"role": "user", "content": ["a"]}]}, "the content of message 1 must be text, not list"),
+        ({"messages": [*CHAT, {"role": "user", "content": " "}]}, "the content of message 6 is empty"),
+        ({"text": ""}, "the field 'text' is empty"),
+        ({"text": 3}, "the field 'text' must be text, not int"),
+        ({"text": None}, "the field 'text' is null"),
+        ({"text": "\ud800"}, "half of a surrogate pair"),
+        ({"text": "a", "label": float("nan")}, "the field 'label' is nan"),
+        ({"text": "a", "label": ["x"]}, "the field 'label' must be text, not list"),
+        ({"text": "a", "label": ""}, "the completion is empty"),
+        ({"prompt": "a", "completion": "\n"}, "the field 'completion' is empty"),
+    ],
+)
+def test_bad_values(tokenizer, fields, message):
+    with pytest.raises(DataError, match=f"rows.jsonl:1: .*{message}"):
+        one(tokenizer, fields)
+
+
+def test_unused_fields_may_be_anything(tokenizer):
+    one(tokenizer, {"text": "a", "score": float("nan"), "note": "", "tags": None})
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        ([{"text": "a"}, {"text": "b", "label": "x"}], "rows.jsonl:2: a text-label row among text rows"),
+        ([{"text": "b", "label": "x"}, {"text": "a"}], "rows.jsonl:2: the field 'label' is missing; the row has text"),
+        ([{"messages": CHAT}, {"prompt": "a", "completion": "b"}], "rows.jsonl:2: the field 'messages' is missing"),
+        ([{"x": 1}], "rows.jsonl:1: cannot tell what these rows are; their fields are x"),
+    ],
+)
+def test_mixed_and_unknown_forms(tokenizer, rows, message):
+    with pytest.raises(DataError, match=message):
+        encode(data(*rows), tokenizer, DataConfig(), 64)
+
+
+def test_bad_rows_are_reported_together_up_to_five(tokenizer):
+    with pytest.raises(DataError) as caught:
+        encode(data(*[{"text": ""}] * 8), tokenizer, DataConfig(), 64)
+    lines = str(caught.value).splitlines()
+    assert [line.split(": ")[0] for line in lines[:5]] == [f"rows.jsonl:{n}" for n in range(1, 6)]
+    assert lines[5:] == ["and 3 more bad rows in rows"]
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"prompt_template": "{nope}"}, DataError, "rows.jsonl:1: the field 'nope' is missing; the row has text, label"),
+        ({"prompt_template": "{text"}, ConfigError, "malformed"),
+        ({"prompt_template": "{}"}, ConfigError, "no plain field name"),
+        ({"prompt_template": "{text.__class__}"}, ConfigError, "no plain field name"),
+        ({"completion_template": "{label:d}"}, DataError, "rows.jsonl:1: the template does not fit"),
+    ],
+)
+def test_bad_templates(tokenizer, options, error, message):
+    with pytest.raises(error, match=message):
+        one(tokenizer, {"text": "a", "label": "b"}, **options)
+
+
+def test_templates_without_a_partner(tokenizer):
+    with pytest.raises(ConfigError, match="'completion_template' of DataConfig is missing"):
+        one(tokenizer, {"text": "a"}, prompt_template="{text}")
+    with pytest.raises(ConfigError, match="'prompt_template' of DataConfig is missing"):
+        one(tokenizer, {"messages": CHAT}, completion_template="{messages}")
+    with pytest.raises(ConfigError, match="use_chat_template"):
+        one(tokenizer, {"text": "a"}, use_chat_template=True)
+
+
+def test_no_rows(tokenizer):
+    with pytest.raises(DataError, match="'rows' has no rows"):
+        encode(data(), tokenizer, DataConfig(), 64)
