@@ -15,7 +15,7 @@ from pathlib import Path
 
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
-from setuptools.errors import BaseError, CompileError
+from setuptools.errors import BaseError, CCompilerError
 
 KERNELS = Path("src/lownibble/kernels")
 COMMON_FLAGS = ["-std=c++17", "-O3", "-g0", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off", "-fno-math-errno"]
@@ -46,20 +46,27 @@ class BuildNative(build_ext):
                 marker.unlink(missing_ok=True)
 
     def build_extension(self, ext):
-        try:
-            self.compile_and_link(ext, Path(self.get_ext_fullpath(ext.name)))
-        except BaseError as error:
-            self.reason = str(error)
+        self.reason = self.obstacle()
+        if not self.reason:
+            try:
+                self.compile_and_link(ext, Path(self.get_ext_fullpath(ext.name)))
+            except (BaseError, CCompilerError) as error:
+                self.warn(str(error))
+                self.reason = "the C++ compiler failed at install time; reinstall with 'pip install -v' to see why."
+        if self.reason:
             self.warn(f"lownibble runs without compiled CPU kernels (slower): {self.reason}")
 
-    def compile_and_link(self, ext, target):
+    def obstacle(self):
         if os.environ.get("LOWNIBBLE_NO_NATIVE", "0") not in ("", "0"):
-            raise CompileError("LOWNIBBLE_NO_NATIVE was set at install time; unset it and reinstall.")
+            return "LOWNIBBLE_NO_NATIVE was set at install time; unset it and reinstall."
         if self.compiler.compiler_type != "unix":
-            raise CompileError(f"the '{self.compiler.compiler_type}' compiler is not supported; use GCC or Clang.")
+            return f"the '{self.compiler.compiler_type}' compiler is not supported; use Linux or macOS with GCC or Clang."
         compiler = (getattr(self.compiler, "compiler_so_cxx", None) or self.compiler.compiler_so)[0]
         if not shutil.which(compiler):
-            raise CompileError(f"no C++ compiler was found at install time ('{compiler}'); install one (e.g. g++) and reinstall.")
+            return f"no C++ compiler was found at install time ('{compiler}'); install one (e.g. g++) and reinstall."
+        return ""
+
+    def compile_and_link(self, ext, target):
         objects = []
         for source in ext.sources:
             flags = COMMON_FLAGS + OPENMP_FLAGS + ISA_FLAGS.get(Path(source).name, [])

@@ -13,18 +13,19 @@ if TYPE_CHECKING:
     from lownibble.config import CompareConfig, DataConfig, LoraConfig, QuantConfig, RunConfig, TrainConfig
     from lownibble.kernels.ops import use_backend
     from lownibble.lora import add_lora, load_adapter, save_adapter, set_adapter, trainable_summary
-    from lownibble.models import load
+    from lownibble.models.load import load
     from lownibble.quant import QuantizedTensor, QuantLinear, dequantize, quantize
-    from lownibble.study import compare
-    from lownibble.training import TrainResult, run, train
+    from lownibble.study.compare import compare
+    from lownibble.training.run import TrainResult, run, train
 
 __version__ = "0.1.0"
 
 _HOME = {
     "CompareConfig": "config", "DataConfig": "config", "LoraConfig": "config", "QuantConfig": "config", "RunConfig": "config",
     "TrainConfig": "config", "QuantLinear": "quant", "QuantizedTensor": "quant", "TrainResult": "training", "add_lora": "lora",
-    "compare": "study", "dequantize": "quant", "load": "models", "load_adapter": "lora", "quantize": "quant", "run": "training",
-    "save_adapter": "lora", "set_adapter": "lora", "train": "training", "trainable_summary": "lora", "use_backend": "kernels.ops",
+    "compare": "study.compare", "dequantize": "quant", "load": "models", "load_adapter": "lora", "quantize": "quant",
+    "run": "training", "save_adapter": "lora", "set_adapter": "lora", "train": "training", "trainable_summary": "lora",
+    "use_backend": "kernels.ops",
 }  # fmt: skip
 """Public name -> the module it lives in."""
 

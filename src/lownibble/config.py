@@ -226,7 +226,9 @@ def leaves(config: type[Options]) -> Iterator[tuple[tuple[str, ...], FieldInfo]]
     """(path, field) of every option of a run's configuration, groups opened: ('model',), ('lora', 'r'), ..."""
     for name, field in config.model_fields.items():
         if name in GROUPS and issubclass(config, _Subject):
-            group = next(a for a in (field.annotation, *get_args(field.annotation)) if isinstance(a, type))
+            group = next(
+                a for a in (field.annotation, *get_args(field.annotation)) if isinstance(a, type) and issubclass(a, Options)
+            )
             for inner, inner_field in group.model_fields.items():
                 yield (name, inner), inner_field
         else:
@@ -246,7 +248,7 @@ def read_toml(path: str | Path) -> dict[str, Any]:
         ConfigError: the file is missing or is not TOML.
     """
     try:
-        with open(path, "rb") as file:
+        with Path(path).open("rb") as file:
             return tomllib.load(file)
     except OSError as error:
         raise ConfigError(f"Cannot read the configuration file '{path}': {error.strerror}. Check the path.") from None

@@ -139,6 +139,17 @@ def test_4bit_equals_reference_across_threads(kernels: ops.Backend) -> None:
     _check_4bit(kernels, x, "nf4", 64)
 
 
+@pytest.mark.parametrize("offset", [0, 1])
+def test_large_outputs_equal_reference(kernels: ops.Backend, offset: int) -> None:
+    """From 2^23 elements on, aligned outputs are written around the caches; an output that starts inside a line is not."""
+    n, table = 2**23 + 2**15 + 70, codebook("nf4")
+    codes = torch.randint(256, (n // 2,), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    absmax = torch.rand(-(-n // 4096), generator=torch.Generator().manual_seed(1))
+    out = torch.empty(n + offset)[offset:]
+    kernels.dequantize_4bit(codes, absmax, table.values, 4096, out)
+    _assert_same_bits(out, reference.dequantize_4bit(codes, absmax, table.values, 4096, torch.empty(n)))
+
+
 @pytest.mark.parametrize("bits", range(0, 1 << 16, 1 << 12))
 def test_rounding_to_half_types_equals_torch(kernels: ops.Backend, bits: int) -> None:
     """Every float32 exponent with fractions around the rounding points of both 16-bit types, through `values` = 1."""
@@ -354,9 +365,7 @@ def test_wrong_inputs_and_outputs_raise() -> None:
 
 
 def _python(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-c", code], env=os.environ | environment, capture_output=True, text=True, check=False
-    )
+    return subprocess.run([sys.executable, "-c", code], env=os.environ | environment, capture_output=True, text=True, check=False)
 
 
 @pytest.mark.skipif(len(_variants()) == 1, reason="no compiled library")

@@ -1,0 +1,25 @@
+"""Benchmarks: ours next to peers, interleaved in one run, reported as medians and pairwise ratios."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+
+def _kernels(**options: Any) -> dict[str, Any]:
+    from lownibble.bench.kernels import bench_kernels
+
+    return bench_kernels(**options)
+
+
+def _train(**options: Any) -> dict[str, Any]:
+    from lownibble.bench.train import bench_train
+
+    return bench_train(**options)
+
+
+BENCHES: dict[str, Callable[..., dict[str, Any]]] = {"kernels": _kernels, "train": _train}
+"""What `lownibble bench` measures: name -> function (peers, repeats), which returns the figures of a record.
+
+`headlines` in the result are the figures to show.
+"""

@@ -10,10 +10,9 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from lownibble.bench import BENCHES
 from lownibble.cli.flags import read
 from lownibble.config import CompareConfig, RunConfig
-
-BENCHES = ("kernels", "train")
 
 
 def _console(arguments: argparse.Namespace) -> Console:
@@ -67,7 +66,7 @@ def train(arguments: argparse.Namespace) -> dict[str, Any]:
 def compare(arguments: argparse.Namespace) -> dict[str, Any]:
     """Compare methods and show the table and the advice."""
     config: CompareConfig = read(arguments, CompareConfig, arguments.config)
-    from lownibble.study import compare as run_compare
+    from lownibble.study.compare import compare as run_compare
     from lownibble.study.table import comparison_table
 
     result = run_compare(config)
@@ -83,11 +82,10 @@ def compare(arguments: argparse.Namespace) -> dict[str, Any]:
 
 def bench(arguments: argparse.Namespace) -> dict[str, Any]:
     """Run a benchmark and show its figures."""
-    from lownibble import bench as benches
     from lownibble.training import record
 
     options = {"repeats": arguments.repeats} if arguments.repeats else {}
-    measured = {"kernels": benches.bench_kernels, "train": benches.bench_train}[arguments.what](peers=arguments.peers, **options)
+    measured = BENCHES[arguments.what](peers=arguments.peers, **options)
     result = {**record.new(f"bench-{arguments.what}"), "status": "ok", "environment": record.environment(), **measured}
     if arguments.output:
         record.write(arguments.output, result)
@@ -95,7 +93,7 @@ def bench(arguments: argparse.Namespace) -> dict[str, Any]:
     table = Table(title=f"bench {arguments.what}", title_justify="left")
     table.add_column("figure")
     table.add_column("median", justify="right")
-    for name, value in benches.headlines(result).items():
+    for name, value in result["headlines"].items():
         table.add_row(name, f"{value:,.3g}" if isinstance(value, float) else str(value))
     console.print(table)
     return result

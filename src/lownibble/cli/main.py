@@ -15,6 +15,7 @@ from collections.abc import Callable
 from typing import Any
 
 from lownibble import __version__
+from lownibble.bench import BENCHES
 from lownibble.cli import commands
 from lownibble.cli.flags import add_flags
 from lownibble.config import CompareConfig, RunConfig
@@ -57,7 +58,7 @@ def _parser() -> argparse.ArgumentParser:
     add_flags(compare, CompareConfig)
 
     bench = add("bench", commands.bench, "Measure kernels or the training step, next to peers.", "lownibble bench train --peers")
-    bench.add_argument("what", choices=commands.BENCHES, help="what to measure")
+    bench.add_argument("what", choices=list(BENCHES), help="what to measure")
     bench.add_argument("--peers", action="store_true", help="measure PEFT and bitsandbytes beside it, in turn")
     bench.add_argument("--repeats", type=int, help="interleaved repeats")
     bench.add_argument("--output", help="write the record to this .json file")

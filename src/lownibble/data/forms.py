@@ -86,6 +86,8 @@ def recipe_for(dataset: Dataset, config: DataConfig) -> Recipe:
         ConfigError: a template is malformed, has no partner, or `use_chat_template` does not apply.
         DataError: a row lacks a field, or has one of the wrong type, empty or NaN; or the rows are of mixed forms.
     """
+    if not dataset.rows:
+        raise DataError(f"The data set '{dataset.name}' has no rows. Give it at least one.")
     first = dataset.rows[0]
     form = _form_of(first)
     prompt = config.prompt_template

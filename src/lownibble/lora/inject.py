@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 import torch
 from torch import nn
@@ -89,7 +89,7 @@ def candidates(model: nn.Module) -> str:
     return ", ".join(sorted({path.rsplit(".", 1)[-1] for path in named_linears(model)})) or "none (no nn.Linear in this model)"
 
 
-def _by_pattern(path: str, patterns: dict[str, float], default: float) -> float:
+def _by_pattern(path: str, patterns: Mapping[str, float], default: float) -> float:
     return next((value for key, value in patterns.items() if re.match(rf"(.*\.)?({key})$", path)), default)
 
 
@@ -198,7 +198,7 @@ def set_adapter(model: nn.Module, name: str | None) -> None:
     for module in model.modules():
         if isinstance(module, (LoraLinear, TrainedCopy)):
             parts = module.adapters if isinstance(module, LoraLinear) else module.copies
-            module.active = name if name in parts else None
+            module.active = name if name is not None and name in parts else None
             for key, part in parts.items():
                 part.requires_grad_(key == name)
 

@@ -148,7 +148,8 @@ class _Checkpoint:
     def read(self, key: str) -> Tensor:
         """One tensor, through a mapping of its own."""
         with safe_open(self.file_of[key], "pt") as handle:
-            return handle.get_tensor(key)
+            tensor: Tensor = handle.get_tensor(key)
+            return tensor
 
 
 def _tied_aliases(model: nn.Module) -> set[str]:

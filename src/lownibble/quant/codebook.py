@@ -28,9 +28,11 @@ _NF4_OFFSET = 0.9677083  # (31/32 + 29/30) / 2 as bitsandbytes rounds it
 
 def _nf4_values() -> Tensor:
     def quantiles(count: int) -> Tensor:  # rounded to float32 before and after, as there: the table's last bits depend on it
-        return torch.special.ndtri(torch.linspace(_NF4_OFFSET, 0.5, count + 1)[:-1].double()).float()
+        probabilities = torch.linspace(_NF4_OFFSET, 0.5, count + 1)[:-1]
+        values: Tensor = torch.special.ndtri(probabilities.double())
+        return values.float()
 
-    values = torch.cat([-quantiles(7), torch.zeros(1), quantiles(8)]).sort().values
+    values: Tensor = torch.cat([-quantiles(7), torch.zeros(1), quantiles(8)]).sort().values
     return values / values.max()
 
 

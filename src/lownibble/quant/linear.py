@@ -24,14 +24,20 @@ from lownibble.quant.codec import quantize
 from lownibble.quant.tensor import QuantizedTensor
 
 MATVEC_MAX_ROWS = 4
-"""Up to this many rows the fused kernel beats decode-then-multiply (measured on AVX-512, 2 threads; `lownibble bench kernels`)."""
+"""Up to this many rows the fused kernel beats decode-then-multiply (AVX-512, 2 threads; see `lownibble bench kernels`)."""
 
-_scratch = threading.local()
+
+class _Scratch(threading.local):
+    def __init__(self) -> None:
+        self.buffers: dict[tuple[torch.dtype, torch.device], Tensor] = {}
+
+
+_scratch = _Scratch()
 
 
 def scratch(shape: torch.Size, dtype: torch.dtype, device: torch.device) -> Tensor:
     """An uninitialised tensor over this thread's shared buffer: overwritten by the next call with the same dtype and device."""
-    buffers: dict[tuple[torch.dtype, torch.device], Tensor] = _scratch.__dict__
+    buffers = _scratch.buffers
     key = (dtype, device)
     numel = shape.numel()
     if key not in buffers or buffers[key].numel() < numel:
@@ -41,8 +47,8 @@ def scratch(shape: torch.Size, dtype: torch.dtype, device: torch.device) -> Tens
 
 def release_scratch() -> int:
     """Free this thread's decode buffers; returns their bytes."""
-    freed = sum(buffer.nbytes for buffer in _scratch.__dict__.values())
-    _scratch.__dict__.clear()
+    freed = sum(int(buffer.nbytes) for buffer in _scratch.buffers.values())
+    _scratch.buffers.clear()
     return freed
 
 

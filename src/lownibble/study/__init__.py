@@ -1,5 +1,1 @@
 """Studies: runs in processes of their own, compared and reported."""
-
-from lownibble.study.compare import compare
-
-__all__ = ["compare"]

@@ -16,6 +16,7 @@ import subprocess
 import sys
 import tempfile
 from datetime import datetime
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -143,7 +144,7 @@ def crossing(curve: list[tuple[int, float]], target: float) -> float:
     """The step at which a piecewise linear (step, loss) curve first comes down to `target`; it must reach it."""
     if curve[0][1] <= target:
         return float(curve[0][0])
-    for (step_0, loss_0), (step_1, loss_1) in zip(curve, curve[1:], strict=False):
+    for (step_0, loss_0), (step_1, loss_1) in pairwise(curve):
         if loss_1 <= target:
             return step_0 + (step_1 - step_0) * (loss_0 - target) / (loss_0 - loss_1)
     raise ValueError(f"The curve does not reach {target}.")

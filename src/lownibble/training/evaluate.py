@@ -19,7 +19,7 @@ from lownibble.training.loss import Head, hidden_states, token_losses
 
 @dataclass
 class Evaluation:
-    """Mean loss over `label_tokens`; for label data the scores and, by row, the probability of the right label and whether it won."""
+    """Mean loss over `label_tokens`; for label data the scores and, by row, whether the right label won."""
 
     loss: float
     label_tokens: int

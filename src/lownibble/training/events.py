@@ -37,7 +37,7 @@ class Stepped:
 
 @dataclass(frozen=True)
 class Evaluated:
-    """Mean loss over the label tokens of the evaluation rows after `step` steps; for label data the scores and, by row, `correct`."""
+    """Mean loss over the label tokens of the evaluation rows; for label data the scores and, by row, `correct`."""
 
     step: int
     loss: float

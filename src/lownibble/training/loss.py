@@ -102,6 +102,7 @@ class Head:
         self.vocab_size = int(self.module.weight.shape[0])  # type: ignore[union-attr,index]
 
     def __call__(self, hidden_LH: Tensor) -> Tensor:
+        """Logits (L, V) of hidden states (L, H)."""
         logits: Tensor = self.module(hidden_LH)
         for transform, value in self.transforms:
             logits = transform(logits, value)

@@ -68,7 +68,7 @@ class JsonlSink(Sink):
 
     def __init__(self, path: str | Path, append: bool = False) -> None:
         Path(path).parent.mkdir(parents=True, exist_ok=True)
-        self.file = Path(path).open("a" if append else "w", encoding="utf-8")
+        self.file = Path(path).open("a" if append else "w", encoding="utf-8")  # noqa: SIM115 - closed in __exit__
 
     def __exit__(self, *_: object) -> None:
         self.file.close()

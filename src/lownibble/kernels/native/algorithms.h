@@ -4,7 +4,8 @@
 //   load, store, zero, fill, add, multiply, fma, sum, absolute, maximum, largest, clamp_to_one
 //   table, scaled, lookup         a table, a table times a constant, 16 values for 8 bytes of codes
 //   Coder, coder, encode          bounds and order in registers; 16 scaled values to 8 bytes of codes
-//   kTile                         how many rows of x the matrix-vector product keeps in registers
+//   kStreams, stream, fence       whether there are stores that go around the caches, for float; and these
+//   kTile, kRows                  how many rows of x and of w the matrix-vector product takes at once (registers)
 //
 // 16 because a block has at least 16 elements and a power of two of them: a full block is a whole number of groups, and only
 // the end of the tensor and the ends of rows need the scalar tail.
@@ -17,6 +18,7 @@ namespace {
 
 constexpr std::int64_t kLanes = 16;
 constexpr std::int64_t kLargestBlock = 4096;
+constexpr std::int64_t kStreamElements = 1 << 23;
 constexpr float kTiny = 1e-38f;  // bitsandbytes' floor for the scale of an all-zero block
 
 inline std::int64_t smaller(std::int64_t a, std::int64_t b) { return a < b ? a : b; }
@@ -31,23 +33,47 @@ inline float block_constant(const Weight4bit& w, std::int64_t block) {
 
 inline int code_at(const std::uint8_t* codes, std::int64_t i) { return i & 1 ? codes[i >> 1] & 15 : codes[i >> 1] >> 4; }
 
-// Decode elements [begin, end) of one block into out; begin is a multiple of 16.
-template <class Simd, class Out>
+// Decode elements [begin, end) of one block into out; begin is a multiple of 16. With `Stream`, out is aligned to 64 bytes.
+template <class Simd, bool Stream = false, class Out>
 inline void decode_span(const Weight4bit& w, const typename Simd::Table& table, float constant, std::int64_t begin,
                         std::int64_t end, Out* out) {
     const typename Simd::Table scaled = Simd::scaled(table, constant);
     std::int64_t i = begin;
-    for (; i + kLanes <= end; i += kLanes, out += kLanes) Simd::store(out, Simd::lookup(scaled, w.codes + i / 2));
+    for (; i + kLanes <= end; i += kLanes, out += kLanes) {
+        const typename Simd::Lanes decoded = Simd::lookup(scaled, w.codes + i / 2);
+        if constexpr (Stream) {
+            Simd::stream(out, decoded);
+        } else {
+            Simd::store(out, decoded);
+        }
+    }
     for (; i < end; ++i, ++out) from_float(out, w.values[code_at(w.codes, i)] * constant);
 }
 
-template <class Simd, class Out>
-void dequantize_4bit(const Weight4bit& w, Out* out, Range blocks) {
+template <class Simd, bool Stream, class Out>
+void decode_blocks(const Weight4bit& w, Out* out, Range blocks) {
     const typename Simd::Table table = Simd::table(w.values);
     for (std::int64_t block = blocks.begin; block < blocks.end; ++block) {
         const std::int64_t begin = block << w.block_shift, end = smaller((block + 1) << w.block_shift, w.n);
-        decode_span<Simd>(w, table, block_constant(w, block), begin, end, out + begin);
+        decode_span<Simd, Stream>(w, table, block_constant(w, block), begin, end, out + begin);
     }
+}
+
+// Outputs of 32 MiB and more are written around the caches: an ordinary store first reads the line that it overwrites.
+// Measured on one Xeon (Sapphire Rapids, 2 MiB second-level cache) with a matmul reading the output right after, time against
+// ordinary stores: 1.2 at 3 MiB, 1.1 at 16 MiB, 0.97 at 32 MiB, 0.82 at 64 MiB for 16 tokens; within 5% for 256 tokens.
+// Decoding alone at 64 MiB: 0.43. The price: an output that was just allocated has its zeroed lines in the cache, and costs 1.2
+// times as much; hot paths reuse their buffer.
+template <class Simd, class Out>
+void dequantize_4bit(const Weight4bit& w, Out* out, Range blocks) {
+    if constexpr (Simd::kStreams && sizeof(Out) == sizeof(float)) {
+        if (w.n >= kStreamElements && reinterpret_cast<std::uintptr_t>(out) % 64 == 0) {
+            decode_blocks<Simd, true>(w, out, blocks);
+            Simd::fence();
+            return;
+        }
+    }
+    decode_blocks<Simd, false>(w, out, blocks);
 }
 
 inline int encode_one(const Encoder4bit& encoder, float scaled) {

@@ -66,7 +66,9 @@ void in_parallel(std::int64_t count, std::int64_t elements, std::int32_t num_thr
         return;
     }
     const std::int64_t parts = num_threads;
+#if defined(_OPENMP)
 #pragma omp parallel for num_threads(num_threads) schedule(static, 1)
+#endif
     for (std::int64_t part = 0; part < parts; ++part) {
         const Range range{count * part / parts, count * (part + 1) / parts};
         if (range.begin < range.end) body(range);

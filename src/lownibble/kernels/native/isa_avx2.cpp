@@ -17,6 +17,7 @@ struct Avx2 {
         const float* bounds;
         __m128i order;  // 16 bytes
     };
+    static constexpr bool kStreams = true;
     static constexpr int kTile = 4, kRows = 1;
 
     static Lanes load(const float* p) { return {_mm256_loadu_ps(p), _mm256_loadu_ps(p + 8)}; }
@@ -35,6 +36,12 @@ struct Avx2 {
         _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_cvtps_ph(v.low, _MM_FROUND_TO_NEAREST_INT));
         _mm_storeu_si128(reinterpret_cast<__m128i*>(p + 8), _mm256_cvtps_ph(v.high, _MM_FROUND_TO_NEAREST_INT));
     }
+
+    static void stream(float* p, Lanes v) {
+        _mm256_stream_ps(p, v.low);
+        _mm256_stream_ps(p + 8, v.high);
+    }
+    static void fence() { _mm_sfence(); }
 
     static Lanes zero() { return fill(0.0f); }
     static Lanes fill(float value) { return {_mm256_set1_ps(value), _mm256_set1_ps(value)}; }

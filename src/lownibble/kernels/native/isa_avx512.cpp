@@ -22,6 +22,7 @@ struct Avx512 {
         __m512 bounds;   // 15, padded
         __m128i order;   // 16 bytes
     };
+    static constexpr bool kStreams = true;
     static constexpr int kTile = 4, kRows = 4;
 
     static Lanes load(const float* p) { return _mm512_loadu_ps(p); }
@@ -47,6 +48,9 @@ struct Avx512 {
         const __m256i halves = _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
         _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), halves);
     }
+
+    static void stream(float* p, Lanes v) { _mm512_stream_ps(p, v); }
+    static void fence() { _mm_sfence(); }
 
     static Lanes zero() { return _mm512_setzero_ps(); }
     static Lanes fill(float value) { return _mm512_set1_ps(value); }

@@ -17,6 +17,7 @@ struct Neon {
         const float* bounds;
         uint8x16_t order;
     };
+    static constexpr bool kStreams = false;
     static constexpr int kTile = 4, kRows = 1;
 
     static Lanes load(const float* p) {

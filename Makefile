@@ -1,0 +1,45 @@
+# Everything sets itself up: Python 3.11+, make, and (for speed) a C++ compiler are all it takes.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+OUTPUT ?= runs/demo
+
+.PHONY: demo test check format bench bench-kernels bench-train readme clean
+
+demo: $(VENV)/.ready  ## set up, then compare LoRA and QLoRA on the embedded model and data
+	$(BIN)/lownibble compare --output $(OUTPUT)
+
+test: $(VENV)/.ready-dev  ## set up, then run the tests
+	$(BIN)/python -m pytest
+
+check: $(VENV)/.ready-dev  ## format, lint, types, tests
+	$(BIN)/ruff format --check src tests setup.py tools
+	$(BIN)/ruff check src tests setup.py tools
+	$(BIN)/mypy
+	$(BIN)/python -m pytest
+
+format: $(VENV)/.ready-dev
+	$(BIN)/ruff format src tests setup.py tools
+	$(BIN)/ruff check --fix src tests setup.py tools
+
+bench: bench-kernels bench-train  ## measure again what the README shows
+
+bench-kernels: $(VENV)/.ready-dev
+	$(BIN)/lownibble bench kernels --peers --output benchmarks/results/kernels-cpu.json
+
+bench-train: $(VENV)/.ready-dev
+	$(BIN)/lownibble bench train --peers --output benchmarks/results/train-cpu.json
+
+readme: $(VENV)/.ready-dev  ## put the recorded figures into README.md
+	$(BIN)/python tools/readme.py
+
+$(VENV)/.ready: pyproject.toml setup.py constraints.txt tools/install.py $(wildcard src/lownibble/kernels/native/*)
+	$(PYTHON) tools/install.py $(VENV)
+	@touch $@
+
+$(VENV)/.ready-dev: $(VENV)/.ready
+	$(PYTHON) tools/install.py $(VENV) --dev
+	@touch $@
+
+clean:
+	rm -rf $(VENV) build src/*.egg-info src/lownibble/kernels/_native*

@@ -1,0 +1,112 @@
+"""One contender of the training benchmark, in a process of its own: `python -m lownibble.bench.contender NAME`.
+
+It builds its model, then takes turns: a line `N` on standard input makes it do N training steps on the next fixed batches and
+answer with one JSON line. Contenders wait while others run, so that drift of the machine hits all alike, and each has its own
+memory figures. All do the same work: same weights, batches, rank, targets, optimiser, clipping; loss on every token.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lownibble.config import DataConfig, LoraConfig
+from lownibble.data import load as load_data
+from lownibble.lora import add_lora
+from lownibble.models import load, load_tokenizer, resolve
+from lownibble.optim import make_optimizer
+from lownibble.training import memory
+from lownibble.training.loss import label_loss
+
+LEARNING_RATE, CLIP, R, ALPHA = 2e-4, 1.0, 16, 32
+StepLoss = Callable[[Tensor], Tensor]
+
+
+def _ours(quant: str | None) -> tuple[nn.Module, StepLoss]:
+    model, _ = load("demo", quant=quant)
+    add_lora(model, LoraConfig(r=R, lora_alpha=ALPHA))
+    mask = None
+
+    def loss(input_ids_BT: Tensor) -> Tensor:
+        nonlocal mask
+        mask = torch.ones_like(input_ids_BT) if mask is None else mask
+        return label_loss(model, input_ids_BT, mask, input_ids_BT)
+
+    return model, loss
+
+
+def _peft(quantized: bool) -> tuple[nn.Module, StepLoss]:
+    import peft
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+    extra: dict[str, Any] = {}
+    if quantized:
+        extra["quantization_config"] = BitsAndBytesConfig(
+            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=torch.float32
+        )
+    base = AutoModelForCausalLM.from_pretrained(resolve("demo").folder, dtype=torch.float32, **extra)
+    if quantized:
+        base = peft.prepare_model_for_kbit_training(base, use_gradient_checkpointing=False)
+    model = peft.get_peft_model(base, peft.LoraConfig(r=R, lora_alpha=ALPHA, target_modules="all-linear", task_type="CAUSAL_LM"))
+    return model, lambda input_ids_BT: model(input_ids=input_ids_BT, labels=input_ids_BT, use_cache=False).loss
+
+
+CONTENDERS: dict[str, Callable[[], tuple[nn.Module, StepLoss]]] = {
+    "lora": lambda: _ours(None),
+    "qlora": lambda: _ours("nf4"),
+    "peft_lora": lambda: _peft(quantized=False),
+    "peft_bnb_qlora": lambda: _peft(quantized=True),
+}
+"""name -> what makes the model and its loss on a (B, T) batch."""
+
+
+def batches(batch_size: int, length: int) -> Tensor:
+    """(N, B, T) token ids: the demo's training sentences, end to end, cut into rows."""
+    tokenizer = load_tokenizer(resolve("demo"))
+    train, _ = load_data(DataConfig(max_rows=2000))
+    ids = torch.tensor(tokenizer("\n".join(str(row.fields["text"]) for row in train.rows))["input_ids"])
+    count = len(ids) // (batch_size * length)
+    return ids[: count * batch_size * length].view(count, batch_size, length)
+
+
+def main(name: str, batch_size: int, length: int) -> None:
+    """Build the contender `name` and take turns until standard input ends."""
+    if name.startswith("peft"):
+        import peft  # noqa: F401 - before the baseline: a peer's imports are not its working memory
+    data_NBT = batches(batch_size, length)
+    device = torch.device("cpu")
+    memory.reset_peak(device)
+    baseline = memory.used_bytes(device)
+    torch.manual_seed(0)
+    model, loss_of = CONTENDERS[name]()
+    load_peak = memory.peak_bytes(device) - baseline
+    memory.reset_peak(device)
+    model.train()
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = make_optimizer("adamw", trained, LEARNING_RATE, 0.0)
+    step = 0
+    print(json.dumps({"load_peak_bytes": load_peak, "trainable_parameters": sum(p.numel() for p in trained)}), flush=True)
+    for line in sys.stdin:
+        seconds, losses = [], []
+        for _ in range(int(line)):
+            began = time.perf_counter()
+            loss = loss_of(data_NBT[step % len(data_NBT)])
+            loss.backward()
+            nn.utils.clip_grad_norm_(trained, CLIP)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            losses.append(float(loss.detach()))
+            seconds.append(time.perf_counter() - began)
+            step += 1
+        peak = memory.peak_bytes(device) - baseline
+        print(json.dumps({"seconds": seconds, "losses": losses, "train_peak_bytes": peak}), flush=True)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]))

@@ -1,0 +1,220 @@
+// Compares every instruction set that this machine runs with the scalar kernels on random data, without Python or torch.
+//
+// For machines that the test suite does not run on: cross-compile together with src/lownibble/kernels/native/*.cpp and run
+// under an emulator (test_native_check.py does so for aarch64), or build with sanitizers. Buffers end where the tensors end, so
+// that AddressSanitizer sees a read or write past them. Prints one line for each instruction set; exits with 1 on a difference.
+#include <cmath>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <string>
+#include <vector>
+
+#include "kernels.h"
+
+extern "C" {
+const char* lownibble_available();
+std::int32_t lownibble_select(const char*);
+void lownibble_dequantize_4bit(const std::uint8_t*, const float*, const void*, const float*, const float*, const float*,
+                               std::int64_t, std::int32_t, std::int32_t, std::int32_t, void*, std::int32_t);
+void lownibble_quantize_4bit(const void*, std::int32_t, std::int64_t, std::int32_t, const float*, const std::uint8_t*,
+                             std::uint8_t*, float*, std::int32_t);
+void lownibble_quantize_8bit(const float*, std::int64_t, std::int32_t, const std::uint8_t*, std::uint8_t*, float*, std::int32_t);
+void lownibble_dequantize_8bit(const std::uint8_t*, const float*, const float*, std::int64_t, std::int32_t, float*,
+                               std::int32_t);
+std::int32_t lownibble_gemv_4bit(const void*, std::int32_t, std::int64_t, std::int64_t, const std::uint8_t*, const float*,
+                                 const void*, const float*, const float*, const float*, std::int64_t, std::int32_t,
+                                 std::int32_t, void*, std::int32_t);
+}
+
+namespace {
+
+using namespace lownibble;
+
+constexpr std::int32_t kThreads = 2, kNestedShift = 8;
+using Bytes = std::vector<std::uint8_t>;
+using Floats = std::vector<float>;
+
+std::uint32_t random_state = 1;
+
+std::uint32_t random_bits() { return random_state = random_state * 1664525 + 1013904223; }
+
+// Roughly normal, with a few outliers.
+float random_float() {
+    float sum = 0;
+    for (int i = 0; i < 6; ++i) sum += static_cast<float>(random_bits() >> 8) / 16777216.0f - 0.5f;
+    return random_bits() >> 24 == 0 ? sum * 1000 : sum;
+}
+
+std::size_t width_of(std::int32_t dtype) { return dtype == 0 ? 4 : 2; }
+
+Bytes encode_as(std::int32_t dtype, const Floats& values) {
+    Bytes bytes(values.size() * width_of(dtype));
+    for (std::size_t i = 0; i < values.size(); ++i) {
+        BFloat16 brain;
+        Float16 half;
+        from_float(&brain, values[i]);
+        from_float(&half, values[i]);
+        const void* source = dtype == 0 ? static_cast<const void*>(&values[i]) : dtype == 1 ? static_cast<const void*>(&brain) : &half;
+        std::memcpy(bytes.data() + i * width_of(dtype), source, width_of(dtype));
+    }
+    return bytes;
+}
+
+float decode_at(std::int32_t dtype, const Bytes& bytes, std::size_t i) {
+    float value;
+    BFloat16 brain;
+    Float16 half;
+    if (dtype == 0) return std::memcpy(&value, bytes.data() + 4 * i, 4), value;
+    if (dtype == 1) return std::memcpy(&brain, bytes.data() + 2 * i, 2), to_float(brain);
+    return std::memcpy(&half, bytes.data() + 2 * i, 2), to_float(half);
+}
+
+struct Case {
+    std::int64_t N, K;
+    std::int32_t block_shift, dtype;
+    std::int64_t T;
+};
+
+// Everything that an instruction set computes for one case, from the same inputs.
+struct Results {
+    Bytes codes, absmax_codes, decoded, decoded_nested, gemv, gemv_nested;
+    Floats absmax, nested_absmax, decoded_absmax;
+};
+
+struct Tables {
+    Floats values, bounds, nested_values;
+    Bytes order, lookup;
+};
+
+Tables make_tables() {
+    Tables tables;
+    for (int i = 0; i < 16; ++i) tables.values.push_back((i * 2 - 15) / 15.0f);
+    for (int i = 0; i < 15; ++i) tables.bounds.push_back((tables.values[i] + tables.values[i + 1]) / 2);
+    for (int i = 0; i < 16; ++i) tables.order.push_back(static_cast<std::uint8_t>(i));
+    for (int i = 0; i < 256; ++i) tables.nested_values.push_back((i - 127.5f) / 127.5f);
+    for (int i = 0; i < 65536; ++i) tables.lookup.push_back(static_cast<std::uint8_t>(i >> 8));
+    return tables;
+}
+
+std::int64_t divided_up(std::int64_t n, std::int32_t shift) { return (n + (std::int64_t{1} << shift) - 1) >> shift; }
+
+Results compute(const Case& c, const Tables& tables, const Bytes& weights, const Bytes& x) {
+    const std::int64_t n = c.N * c.K, blocks = divided_up(n, c.block_shift), nested_blocks = divided_up(blocks, kNestedShift);
+    const float offset = 0.5f;
+    Results r;
+    r.codes.resize((n + 1) / 2);
+    r.absmax.resize(blocks);
+    lownibble_quantize_4bit(weights.data(), c.dtype, n, c.block_shift, tables.bounds.data(), tables.order.data(), r.codes.data(),
+                            r.absmax.data(), kThreads);
+    Floats centred = r.absmax;
+    for (float& value : centred) value -= offset;
+    r.absmax_codes.resize(blocks);
+    r.nested_absmax.resize(nested_blocks);
+    r.decoded_absmax.resize(blocks);
+    lownibble_quantize_8bit(centred.data(), blocks, kNestedShift, tables.lookup.data(), r.absmax_codes.data(),
+                            r.nested_absmax.data(), kThreads);
+    lownibble_dequantize_8bit(r.absmax_codes.data(), r.nested_absmax.data(), tables.nested_values.data(), blocks, kNestedShift,
+                              r.decoded_absmax.data(), kThreads);
+    for (bool nested : {false, true}) {
+        const void* absmax = nested ? static_cast<const void*>(r.absmax_codes.data()) : r.absmax.data();
+        const float* nested_values = nested ? tables.nested_values.data() : nullptr;
+        Bytes& decoded = nested ? r.decoded_nested : r.decoded;
+        decoded.resize(n * width_of(c.dtype));
+        lownibble_dequantize_4bit(r.codes.data(), tables.values.data(), absmax, nested_values, r.nested_absmax.data(), &offset, n,
+                                  c.block_shift, kNestedShift, c.dtype, decoded.data(), kThreads);
+        Bytes& product = nested ? r.gemv_nested : r.gemv;
+        product.resize(c.T * c.N * width_of(c.dtype));
+        if (lownibble_gemv_4bit(x.data(), c.dtype, c.T, c.K, r.codes.data(), tables.values.data(), absmax, nested_values,
+                                r.nested_absmax.data(), &offset, c.N, c.block_shift, kNestedShift, product.data(), kThreads)) {
+            std::abort();
+        }
+    }
+    return r;
+}
+
+// Same products, summed in another order: the differences stay within K roundings of the sum of magnitudes, plus one rounding
+// to the output type on each side.
+bool close_products(const Case& c, const Bytes& x, const Tables& tables, const Results& scalar, const Bytes& a, const Bytes& b,
+                    bool nested) {
+    const double roundoff = c.dtype == 0 ? std::ldexp(1.0, -24) : c.dtype == 1 ? std::ldexp(1.0, -8) : std::ldexp(1.0, -11);
+    for (std::int64_t t = 0; t < c.T; ++t) {
+        for (std::int64_t row = 0; row < c.N; ++row) {
+            double magnitudes = 0;
+            for (std::int64_t k = 0; k < c.K; ++k) {
+                const std::int64_t i = row * c.K + k, block = i >> c.block_shift;
+                const int code = i & 1 ? scalar.codes[i / 2] & 15 : scalar.codes[i / 2] >> 4;
+                const float constant = nested ? scalar.decoded_absmax[block] + 0.5f : scalar.absmax[block];
+                magnitudes += std::fabs(static_cast<double>(tables.values[code]) * constant * decode_at(c.dtype, x, t * c.K + k));
+            }
+            const double first = decode_at(c.dtype, a, t * c.N + row), second = decode_at(c.dtype, b, t * c.N + row);
+            const double bound = 2 * (c.K + 1) * std::ldexp(magnitudes, -24) + 2 * roundoff * std::fabs(first) + std::ldexp(1.0, -24);
+            if (first != second && !(std::fabs(first - second) <= bound)) return false;  // equal covers infinities
+        }
+    }
+    return true;
+}
+
+template <class Value>
+bool same(const std::vector<Value>& a, const std::vector<Value>& b) {
+    return a.size() == b.size() && (a.empty() || std::memcmp(a.data(), b.data(), a.size() * sizeof(Value)) == 0);
+}
+
+const char* difference(const Case& c, const Tables& tables, const Bytes& x, const Results& scalar, const Results& other) {
+    if (!same(scalar.codes, other.codes)) return "quantize_4bit codes";
+    if (!same(scalar.absmax, other.absmax)) return "quantize_4bit absmax";
+    if (!same(scalar.absmax_codes, other.absmax_codes)) return "quantize_8bit codes";
+    if (!same(scalar.nested_absmax, other.nested_absmax)) return "quantize_8bit absmax";
+    if (!same(scalar.decoded_absmax, other.decoded_absmax)) return "dequantize_8bit";
+    if (!same(scalar.decoded, other.decoded)) return "dequantize_4bit";
+    if (!same(scalar.decoded_nested, other.decoded_nested)) return "dequantize_4bit with nested constants";
+    if (!close_products(c, x, tables, scalar, scalar.gemv, other.gemv, false)) return "gemv_4bit";
+    if (!close_products(c, x, tables, scalar, scalar.gemv_nested, other.gemv_nested, true)) return "gemv_4bit, nested constants";
+    return nullptr;
+}
+
+std::vector<std::string> available() {
+    std::vector<std::string> names(1);
+    for (const char* p = lownibble_available(); *p; ++p) {
+        if (*p == ',') {
+            names.emplace_back();
+        } else {
+            names.back() += *p;
+        }
+    }
+    return names;
+}
+
+}  // namespace
+
+int main() {
+    const Tables tables = make_tables();
+    const std::int64_t shapes[][2] = {{0, 0}, {1, 1}, {1, 17}, {3, 5}, {7, 64}, {5, 100}, {9, 333}, {6, 48}, {3, 4100}, {130, 576}};
+    for (const std::string& name : available()) {
+        int cases = 0;
+        for (const auto& shape : shapes) {
+            for (std::int32_t block_shift : {4, 6, 7, 12}) {
+                for (std::int32_t dtype : {0, 1, 2}) {
+                    const Case c{shape[0], shape[1], block_shift, dtype, 1 + cases % 7};
+                    Floats weights(c.N * c.K), inputs(c.T * c.K);
+                    for (float& value : weights) value = random_float();
+                    for (float& value : inputs) value = random_float();
+                    const Bytes weight_bytes = encode_as(dtype, weights), x = encode_as(dtype, inputs);
+                    if (lownibble_select("scalar")) std::abort();
+                    const Results scalar = compute(c, tables, weight_bytes, x);
+                    if (lownibble_select(name.c_str())) std::abort();
+                    const Results other = compute(c, tables, weight_bytes, x);
+                    if (const char* what = difference(c, tables, x, scalar, other)) {
+                        std::printf("%s: %s differs from scalar, N=%lld K=%lld block=%d dtype=%d T=%lld\n", name.c_str(), what,
+                                    static_cast<long long>(c.N), static_cast<long long>(c.K), 1 << block_shift, dtype,
+                                    static_cast<long long>(c.T));
+                        return 1;
+                    }
+                    ++cases;
+                }
+            }
+        }
+        std::printf("%s: %d cases equal scalar\n", name.c_str(), cases);
+    }
+    return 0;
+}

@@ -1,0 +1,45 @@
+"""The front door: exactly these names, all of them real, and none hidden by a module of the same name."""
+
+import importlib
+import inspect
+
+import lownibble as ln
+
+PUBLIC = {
+    "CompareConfig", "DataConfig", "LoraConfig", "QuantConfig", "QuantLinear", "QuantizedTensor", "RunConfig", "TrainConfig",
+    "TrainResult", "__version__", "add_lora", "compare", "dequantize", "load", "load_adapter", "quantize", "run",
+    "save_adapter", "set_adapter", "train", "trainable_summary", "use_backend",
+}  # fmt: skip
+
+
+def test_all_is_the_public_interface():
+    assert set(ln.__all__) == PUBLIC
+    assert set(dir(ln)) == PUBLIC
+
+
+def test_every_name_resolves_to_a_documented_object():
+    for name in PUBLIC - {"__version__"}:
+        value = getattr(ln, name)
+        assert callable(value), name
+        assert inspect.getdoc(value), name
+
+
+def test_names_stay_functions_after_their_modules_are_imported():
+    for module in ("lownibble.training.run", "lownibble.models.load", "lownibble.study.compare"):
+        importlib.import_module(module)
+    assert all(inspect.isfunction(getattr(ln, name)) for name in ("train", "load", "compare", "run"))
+
+
+def test_unknown_name_is_an_attribute_error():
+    try:
+        ln.no_such_thing  # noqa: B018
+    except AttributeError as error:
+        assert "no_such_thing" in str(error)
+    else:
+        raise AssertionError("expected AttributeError")
+
+
+def test_version_is_the_package_metadata():
+    from importlib.metadata import version
+
+    assert ln.__version__ == version("lownibble")

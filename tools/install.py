@@ -1,0 +1,56 @@
+"""Create the virtual environment and install Lownibble into it: `python tools/install.py VENV [--dev]`. Needs Python alone.
+
+torch is installed first and by itself: from whatever index pip is set up for if that offers the pinned version as a CPU build,
+else from PyTorch's CPU index, else plain. Otherwise a machine without a GPU would fetch gigabytes of CUDA libraries.
+"""
+
+from __future__ import annotations
+
+import platform
+import shutil
+import subprocess
+import sys
+import venv
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+CPU_INDEX = "https://download.pytorch.org/whl/cpu"
+
+
+def main(folder: str, *flags: str) -> int:
+    """Install into the virtual environment `folder`, creating it; with --dev the tests' needs as well."""
+    if sys.version_info < (3, 11):
+        print(f"Lownibble needs Python 3.11 or newer; this is {platform.python_version()}. Set PYTHON=...", file=sys.stderr)
+        return 2
+    target = Path(folder)
+    python = target / "bin" / "python"
+    if not python.exists():
+        print(f"creating {folder}", file=sys.stderr)
+        venv.create(target, with_pip=True, symlinks=True)
+    pip = [str(python), "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
+    constraints = ["--constraint", str(ROOT / "constraints.txt")]
+    if subprocess.call([str(python), "-c", "import torch"], stderr=subprocess.DEVNULL) != 0:
+        print("installing torch", file=sys.stderr)
+        wanted = next(line for line in (ROOT / "constraints.txt").read_text().split() if line.startswith("torch=="))
+        ways = [[wanted]] if shutil.which("nvidia-smi") else [[wanted, "--index-url", CPU_INDEX], [wanted]]
+        if _pip_has_local_torch(python, wanted):
+            ways = [[wanted]]
+        if all(subprocess.call([*pip, *way]) != 0 for way in ways):
+            print("torch could not be installed; see pip's message above.", file=sys.stderr)
+            return 1
+    print("installing lownibble", file=sys.stderr)
+    extra = "[dev]" if "--dev" in flags else ""
+    return subprocess.call([*pip, *constraints, "--editable", f"{ROOT}{extra}"])
+
+
+def _pip_has_local_torch(python: Path, wanted: str) -> bool:
+    """Whether pip's configured places offer a CPU wheel of torch (a file with a +cpu version)."""
+    found = subprocess.run(
+        [str(python), "-m", "pip", "install", "--dry-run", "--no-deps", "--disable-pip-version-check", wanted],
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    return "+cpu" in found.stdout
+
+
+if __name__ == "__main__":
+    sys.exit(main(*sys.argv[1:]))
