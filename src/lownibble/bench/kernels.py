@@ -1,7 +1,7 @@
 """How fast the CPU kernels are, against filling memory, dense float32 and bitsandbytes, measured side by side.
 
 Method: the calls of a group take turns (A B C A B C ...), so that other load on the machine hits all of them; a ratio is taken
-within each turn, and its median reported. Times are medians with minimum and maximum. Absolute figures on a shared machine
+within each turn, and its median reported. Two native calls are never neighbours: the first would warm the cache for the second. Times are medians with minimum and maximum. Absolute figures on a shared machine
 are noise; the ratios are the result.
 
 What each figure is compared with:
@@ -97,8 +97,8 @@ def _bench_dequantize(weight: _Weight, repeats: int, bitsandbytes: Any) -> Recor
     out_NK = torch.empty_like(weight.dense_NK)
     arguments = (weight.values, BLOCK_SIZE, out_NK)
     calls: Calls = {
-        "fill": lambda: out_NK.fill_(1.0),
         "native": lambda: cpu.dequantize_4bit(weight.codes, weight.absmax, *arguments),
+        "fill": lambda: out_NK.fill_(1.0),
         "native_double_quant": lambda: cpu.dequantize_4bit(weight.codes, weight.absmax_8bit, *arguments, weight.nested),
     }
     if bitsandbytes:
@@ -167,8 +167,8 @@ def _bench_gemv(weight: _Weight, T: int, repeats: int, bitsandbytes: Any, layer:
     x_TK = torch.randn(T, K, generator=torch.Generator().manual_seed(1))
     arguments = (weight.values, BLOCK_SIZE, N)
     calls: Calls = {
-        "dense": lambda: F.linear(x_TK, weight.dense_NK),
         "native": lambda: cpu.gemv_4bit(x_TK, weight.codes, weight.absmax, *arguments),
+        "dense": lambda: F.linear(x_TK, weight.dense_NK),
         "native_double_quant": lambda: cpu.gemv_4bit(x_TK, weight.codes, weight.absmax_8bit, *arguments, weight.nested),
     }
     if T == 1:
