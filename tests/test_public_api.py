@@ -3,6 +3,8 @@
 import importlib
 import inspect
 
+import pytest
+
 import lownibble as ln
 
 PUBLIC = {
@@ -31,12 +33,8 @@ def test_names_stay_functions_after_their_modules_are_imported():
 
 
 def test_unknown_name_is_an_attribute_error():
-    try:
+    with pytest.raises(AttributeError, match="no_such_thing"):
         ln.no_such_thing  # noqa: B018
-    except AttributeError as error:
-        assert "no_such_thing" in str(error)
-    else:
-        raise AssertionError("expected AttributeError")
 
 
 def test_version_is_the_package_metadata():

@@ -55,7 +55,8 @@ Bytes encode_as(std::int32_t dtype, const Floats& values) {
         Float16 half;
         from_float(&brain, values[i]);
         from_float(&half, values[i]);
-        const void* source = dtype == 0 ? static_cast<const void*>(&values[i]) : dtype == 1 ? static_cast<const void*>(&brain) : &half;
+        const void* const sources[] = {&values[i], &brain, &half};
+        const void* source = sources[dtype];
         std::memcpy(bytes.data() + i * width_of(dtype), source, width_of(dtype));
     }
     return bytes;
@@ -148,7 +149,8 @@ bool close_products(const Case& c, const Bytes& x, const Tables& tables, const R
                 magnitudes += std::fabs(static_cast<double>(tables.values[code]) * constant * decode_at(c.dtype, x, t * c.K + k));
             }
             const double first = decode_at(c.dtype, a, t * c.N + row), second = decode_at(c.dtype, b, t * c.N + row);
-            const double bound = 2 * (c.K + 1) * std::ldexp(magnitudes, -24) + 2 * roundoff * std::fabs(first) + std::ldexp(1.0, -24);
+            const double summed = 2 * (c.K + 1) * std::ldexp(magnitudes, -24);
+            const double bound = summed + 2 * roundoff * std::fabs(first) + std::ldexp(1.0, -24);
             if (first != second && !(std::fabs(first - second) <= bound)) return false;  // equal covers infinities
         }
     }
@@ -189,7 +191,8 @@ std::vector<std::string> available() {
 
 int main() {
     const Tables tables = make_tables();
-    const std::int64_t shapes[][2] = {{0, 0}, {1, 1}, {1, 17}, {3, 5}, {7, 64}, {5, 100}, {9, 333}, {6, 48}, {3, 4100}, {130, 576}};
+    const std::int64_t shapes[][2] = {{0, 0},   {1, 1},   {1, 17}, {3, 5},    {7, 64},
+                                      {5, 100}, {9, 333}, {6, 48}, {3, 4100}, {130, 576}};
     for (const std::string& name : available()) {
         int cases = 0;
         for (const auto& shape : shapes) {
@@ -205,8 +208,8 @@ int main() {
                     if (lownibble_select(name.c_str())) std::abort();
                     const Results other = compute(c, tables, weight_bytes, x);
                     if (const char* what = difference(c, tables, x, scalar, other)) {
-                        std::printf("%s: %s differs from scalar, N=%lld K=%lld block=%d dtype=%d T=%lld\n", name.c_str(), what,
-                                    static_cast<long long>(c.N), static_cast<long long>(c.K), 1 << block_shift, dtype,
+                        std::printf("%s: %s differs from scalar, N=%lld K=%lld block=%d dtype=%d T=%lld\n", name.c_str(),
+                                    what, static_cast<long long>(c.N), static_cast<long long>(c.K), 1 << block_shift, dtype,
                                     static_cast<long long>(c.T));
                         return 1;
                     }

@@ -1,11 +1,13 @@
 """How fast the CPU kernels are, against filling memory, dense float32 and bitsandbytes, measured side by side.
 
-Method: the calls of a group take turns (A B C A B C ...), so that other load on the machine hits all of them; a ratio is taken
-within each turn, and its median reported. Two native calls are never neighbours: the first would warm the cache for the second. Times are medians with minimum and maximum. Absolute figures on a shared machine
-are noise; the ratios are the result.
+Method: the calls of a group take turns (A B C A B C ...), so that other load on the machine hits all of them; a ratio is
+taken within each turn, and its median reported. Two native calls are never neighbours: the first would warm the cache for
+the second. Times are medians with minimum and maximum. Absolute figures on a shared machine are noise; the ratios are the
+result.
 
 What each figure is compared with:
-- decoding 4-bit to float32 writes 8 times what it reads, so its ceiling is the rate of `Tensor.fill_` on the same output;
+- decoding 4-bit to float32 writes 8 times what it reads, so its yardstick is `Tensor.fill_` on the same output (stores
+  that go around the caches, used for large outputs, beat it: they do not read the lines first);
 - a matrix-vector product on 4-bit weights reads 1/8 of the dense one, which is what it competes with when decoding tokens;
 - bitsandbytes' CPU kernels do the same work on the same bytes. Its API allocates the output of every decoding, and for large
   outputs the page faults of that cost more than the kernel; `_kernel` is the kernel alone, on the same preallocated output,

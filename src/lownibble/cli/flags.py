@@ -9,7 +9,8 @@ from __future__ import annotations
 import argparse
 import tomllib
 from contextlib import suppress
-from typing import Any, get_args, get_origin
+from types import UnionType
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from pydantic.fields import FieldInfo
 
@@ -29,7 +30,7 @@ def add_flags(parser: argparse.ArgumentParser, config: type[Options]) -> None:
         if _is_bool(field):
             action = argparse.BooleanOptionalAction
             target.add_argument(name, dest=dest, action=action, default=argparse.SUPPRESS, help=text)
-        elif get_origin(field.annotation) is list and path == ("methods",):
+        elif path == ("methods",):
             target.add_argument(name, dest=dest, nargs="+", default=argparse.SUPPRESS, help=text, metavar="METHOD")
         else:
             target.add_argument(name, dest=dest, default=argparse.SUPPRESS, help=text, metavar=_metavar(field))
@@ -64,7 +65,13 @@ def _is_bool(field: FieldInfo) -> bool:
 
 
 def _kinds(field: FieldInfo) -> set[Any]:
-    return {get_origin(a) or a for a in (field.annotation, *get_args(field.annotation))}
+    """The types an option takes: members of a union, or the types of its literal choices."""
+    union = get_origin(field.annotation) in (Union, UnionType)
+    members = [
+        get_args(m)[0] if get_origin(m) is Annotated else m for m in (get_args(field.annotation) if union else [field.annotation])
+    ]
+    literal = {type(c) for m in members if get_origin(m) is Literal for c in get_args(m)}
+    return literal | {get_origin(m) or m for m in members if get_origin(m) is not Literal}
 
 
 def _metavar(field: FieldInfo) -> str:

@@ -18,13 +18,15 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from lownibble.config import LoraConfig
-from lownibble.errors import AdapterError, ConfigError
+from lownibble.errors import AdapterError, ConfigError, TargetError
 from lownibble.lora.inject import (
+    Plan,
     adapter_configs,
     add_lora,
     lora_layers,
     named_linears,
-    remove_adapter,
+    plan,
+    rank_of,
     saved_modules,
     trained_biases,
 )
@@ -42,6 +44,9 @@ _INERT: dict[str, Any] = {
 }  # fmt: skip
 """PEFT options that Lownibble has no counterpart for -> the value that means 'off' (`...`: no effect on the weights)."""
 
+_INITS_THAT_CHANGE_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
+"""PEFT's `init_lora_weights` (or how they begin) whose adapters only fit the base weights they left behind."""
+
 
 def _tensors(model: nn.Module, name: str) -> dict[str, Tensor]:
     """File key -> the live tensor, for everything the adapter `name` trained."""
@@ -51,9 +56,7 @@ def _tensors(model: nn.Module, name: str) -> dict[str, Tensor]:
         tensors[f"{_PREFIX}{path}.lora_B.weight"] = layer.adapters[name].lora_B  # type: ignore[assignment]
     for path, module in saved_modules(model, name):
         tensors |= {f"{_PREFIX}{path}.{key}": value for key, value in module.named_parameters()}
-    for path, bias in trained_biases(model, adapter_configs(model)[name]):
-        tensors[_PREFIX + path] = bias
-    return tensors
+    return tensors | {_PREFIX + path: bias for path, bias in trained_biases(model, name)}
 
 
 def _portable_targets(model: nn.Module, config: LoraConfig, name: str) -> str | list[str]:
@@ -124,12 +127,22 @@ def read_config(folder: str | Path) -> LoraConfig:
         raise AdapterError(f"'{folder}' holds no adapter: {CONFIG_FILE} is missing. Point to the folder that has it.") from None
     except (OSError, ValueError) as error:
         raise AdapterError(f"Cannot read '{path}': {error}. Save the adapter again.") from None
-    known = {key: value for key, value in values.items() if key in LoraConfig.model_fields}
+    if not isinstance(values, dict):
+        raise AdapterError(f"Cannot read '{path}': it is not a JSON object. Save the adapter again.")
+    known = {key: value for key, value in values.items() if key in LoraConfig.model_fields and value is not None}
     for key, value in values.items():
         off = _INERT.get(key)
         if key not in known and off is not ... and value != off and value not in (None, False, [], {}):
             raise AdapterError(f"'{path}' uses {key} = {value!r}, which Lownibble does not implement. Merge it with PEFT first.")
-    known["modules_to_save"] = known.get("modules_to_save") or []
+    absent = [key for key in ("r", "lora_alpha", "target_modules") if key not in known]
+    if absent:
+        raise AdapterError(f"'{path}' does not say {', '.join(absent)}. Save the adapter again.")
+    start = known.get("init_lora_weights")
+    if isinstance(start, str) and start.startswith(_INITS_THAT_CHANGE_THE_BASE):
+        raise AdapterError(
+            f"'{path}' was started with init_lora_weights = {start!r}, which changes the base weights. "
+            "Save it again with PEFT's path_initial_model_for_weight_conversion."
+        )
     if isinstance(known.get("layers_to_transform"), int):
         known["layers_to_transform"] = [known["layers_to_transform"]]
     if known.get("init_lora_weights") not in (True, False, "gaussian"):
@@ -156,34 +169,50 @@ def load_adapter(model: nn.Module, folder: str | Path, *, name: str = "default",
         stored = load_file(path)
     except (SafetensorError, OSError) as error:
         raise AdapterError(f"'{path}' is damaged: {error}. Copy or save it again.") from None
-    _check_shapes(model, config, stored, path)
+    try:
+        expected = _expected_shapes(plan(model, config, name), config)
+    except TargetError as error:
+        raise AdapterError(f"'{folder}' does not fit this model: {error}") from None
+    stored = {key: tensor for key, tensor in stored.items() if key in expected or not _repeats_base(model, key, tensor)}
+    _check_fit(expected, {key: tensor.shape for key, tensor in stored.items()}, path)
     add_lora(model, config, name=name)
-    live = _tensors(model, name)
-    missing, extra = sorted(live.keys() - stored.keys()), sorted(stored.keys() - live.keys())
-    wrong = [k for k in live.keys() & stored.keys() if live[k].shape != stored[k].shape]
-    if missing or extra or wrong:
-        remove_adapter(model, name)
-        parts = [
-            f"{len(keys)} tensors {what} (first: {keys[0]})"
-            for what, keys in (("missing", missing), ("without a place", extra), ("of another shape", wrong)) if keys
-        ]  # fmt: skip
-        raise AdapterError(f"'{path}' does not fit this model: {'; '.join(parts)}. Load it on the base it was trained on.")
-    for key, tensor in live.items():
+    for key, tensor in _tensors(model, name).items():
         tensor.data.copy_(stored[key])
         tensor.requires_grad_(trainable)
     return model
 
 
-def _check_shapes(model: nn.Module, config: LoraConfig, stored: dict[str, Tensor], path: Path) -> None:
-    """Refuse, before anything is injected, an adapter whose matrices do not fit the layers of the same name."""
-    linears = named_linears(model)
-    for key, tensor in stored.items():
-        module_path, _, kind = key.removeprefix(_PREFIX).rpartition(".lora_")
-        layer: Any = linears.get(module_path)
-        if layer is None or kind not in ("A.weight", "B.weight"):
-            continue
-        if tensor.shape[kind[0] == "A"] != (layer.in_features if kind[0] == "A" else layer.out_features):
-            raise AdapterError(
-                f"'{path}': '{key}' has shape {tuple(tensor.shape)}, but that layer maps {layer.in_features} to "
-                f"{layer.out_features} features. Load it on the base it was trained on."
-            )
+def _expected_shapes(planned: Plan, config: LoraConfig) -> dict[str, torch.Size]:
+    """File key -> shape of every tensor that the adapter's file must hold."""
+    shapes: dict[str, torch.Size] = {}
+    for path, layer in planned.targets.items():
+        r = rank_of(path, config)
+        shapes[f"{path}.lora_A.weight"] = torch.Size((r, layer.in_features))  # type: ignore[arg-type]
+        shapes[f"{path}.lora_B.weight"] = torch.Size((layer.out_features, r))  # type: ignore[arg-type]
+    for path, module in planned.saved.items():
+        shapes |= {f"{path}.{key}": parameter.shape for key, parameter in module.named_parameters()}
+    shapes |= {path: bias.shape for path, bias in planned.biases.items()}
+    return {_PREFIX + key: shape for key, shape in shapes.items()}
+
+
+def _repeats_base(model: nn.Module, key: str, tensor: Tensor) -> bool:
+    """Whether a stored tensor says nothing new: PEFT adds the base weight of an adapted head, and biases a second time."""
+    if ".modules_to_save." in key or ".original_module." in key:
+        return True
+    path, _, last = key.removeprefix(_PREFIX).replace(".base_layer.", ".").rpartition(".")
+    own = getattr(named_linears(model).get(path), last, None)
+    return isinstance(own, Tensor) and own.shape == tensor.shape and torch.equal(tensor.to(own), own)
+
+
+def _check_fit(expected: dict[str, torch.Size], stored: dict[str, torch.Size], path: Path) -> None:
+    problems = [f"lacks '{key}'" for key in sorted(expected.keys() - stored.keys())]
+    problems += [f"has no place for '{key}'" for key in sorted(stored.keys() - expected.keys())]
+    problems += [
+        f"'{key}' has shape {tuple(stored[key])}, not {tuple(expected[key])}"
+        for key in sorted(expected.keys() & stored.keys()) if stored[key] != expected[key]
+    ]  # fmt: skip
+    if problems:
+        more = f"; and {len(problems) - 3} more" if len(problems) > 3 else ""
+        raise AdapterError(
+            f"'{path}' does not fit this model: {'; '.join(problems[:3])}{more}. Load it on the base it was trained on."
+        )

@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from lownibble.quant import QuantizedTensor, QuantLinear, scratch
 
@@ -56,14 +57,17 @@ class _LoraMatmul(torch.autograd.Function):
         return y
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         x, lora_A, lora_B, low, *dense = ctx.saved_tensors
         weight = ctx.weight if ctx.weight is not None else dense[0]
         dlow = (dy @ lora_B.to(dy.dtype)).mul_(ctx.scale)
         mask = _keep_mask(x, ctx.dropout, ctx.seed) if ctx.dropout else None
-        dA = (dlow.t() @ (x if mask is None else x * mask)).to(lora_A.dtype)
-        dB = (dy.t() @ low).mul_(ctx.scale).to(lora_B.dtype)
-        dx = None
+        dA = dB = dx = None
+        if ctx.needs_input_grad[3]:
+            dA = (dlow.t() @ (x if mask is None else x * mask)).to(lora_A.dtype)
+        if ctx.needs_input_grad[4]:
+            dB = (dy.t() @ low).mul_(ctx.scale).to(lora_B.dtype)
         if ctx.needs_input_grad[0]:
             dx = dy @ _dense(weight, dy.dtype)
             if mask is None:
@@ -165,5 +169,16 @@ class TrainedCopy(nn.Module):
         return getattr(self.current, "bias", None)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """The current module's output."""
-        return self.current(*args, **kwargs)
+        """The current module's output, in the original's dtype; a float32 copy computes in float32."""
+        if self.active is None:
+            return self.original(*args, **kwargs)
+        master, outside = (next(m.parameters()).dtype for m in (self.current, self.original))
+        kwargs = {key: _cast(value, master) for key, value in kwargs.items()}
+        return _cast(self.current(*(_cast(a, master) for a in args), **kwargs), outside)
+
+
+def _cast(value: Any, dtype: torch.dtype) -> Any:
+    """Floating tensors, also in a tuple, in `dtype`; anything else as it is."""
+    if isinstance(value, tuple):
+        return tuple(_cast(item, dtype) for item in value)
+    return value.to(dtype) if isinstance(value, Tensor) and value.is_floating_point() else value

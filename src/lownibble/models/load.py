@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 from accelerate import init_empty_weights
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
@@ -44,8 +45,12 @@ def pick_device(device: str = "auto") -> torch.device:
         chosen = torch.device(device)
     except RuntimeError:
         raise ModelError(f"There is no device '{device}'. Give auto, cpu, cuda or cuda:N.") from None
-    if chosen.type == "cuda" and not torch.cuda.is_available():
-        raise ModelError(f"Device '{device}' was asked for, but torch sees no CUDA device. Use --device cpu.")
+    if chosen.type not in ("cpu", "cuda"):
+        raise ModelError(f"Device '{device}' is not supported. Give auto, cpu, cuda or cuda:N.")
+    if chosen.type == "cuda" and (chosen.index or 0) >= torch.cuda.device_count():
+        raise ModelError(
+            f"Device '{device}' was asked for, but torch sees {torch.cuda.device_count()} CUDA devices. Use another."
+        )
     return chosen
 
 
@@ -91,9 +96,9 @@ def load(
 def load_tokenizer(source: ModelSource) -> Any:
     """The tokenizer of a model folder; a missing pad token becomes the end-of-sequence token (masked by position, not by id)."""
     try:
-        tokenizer = AutoTokenizer.from_pretrained(source.folder)
+        tokenizer = AutoTokenizer.from_pretrained(source.folder, trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:
-        raise ModelError(f"'{source.name}' has no usable tokenizer: {str(error).splitlines()[0]}") from None
+        raise ModelError(f"'{source.name}' has no usable tokenizer: {_reason(error)}") from None
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
@@ -102,23 +107,30 @@ def load_tokenizer(source: ModelSource) -> Any:
 def _skeleton(source: ModelSource, dtype: torch.dtype) -> Any:
     """The model on the meta device, weights tied, buffers real."""
     try:
-        config = AutoConfig.from_pretrained(source.folder)
-    except (OSError, ValueError, KeyError) as error:
-        raise ModelError(f"'{source.name}': config.json cannot be used: {str(error).splitlines()[0]}") from None
+        config = AutoConfig.from_pretrained(source.folder, trust_remote_code=False)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, StrictDataclassError) as error:
+        raise ModelError(f"'{source.name}': config.json cannot be used: {_reason(error)}") from None
     bnb4bit.check_config(config, source.name)
     stored_quantization = config.__dict__.pop("quantization_config", None)
     try:
         with init_empty_weights(include_buffers=False):
-            model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+            model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
     except ValueError as error:
-        raise ModelError(
-            f"'{source.name}' is not a causal language model transformers knows: {str(error).splitlines()[0]}"
-        ) from None
+        raise ModelError(f"'{source.name}' is not a causal language model transformers knows: {_reason(error)}") from None
     model.tie_weights()
     model.lownibble_stored_quantization = stored_quantization
     if (source.folder / "generation_config.json").is_file():
-        model.generation_config = GenerationConfig.from_pretrained(source.folder)
+        try:
+            model.generation_config = GenerationConfig.from_pretrained(source.folder)
+        except (OSError, ValueError, TypeError) as error:
+            raise ModelError(f"'{source.name}': generation_config.json cannot be used: {_reason(error)}") from None
     return model
+
+
+def _reason(error: Exception) -> str:
+    """An error of transformers on one line: its first sentence or what follows a heading."""
+    first, *rest = str(error).splitlines() or [type(error).__name__]
+    return f"{first} {rest[0].strip()}" if first.endswith(":") and rest else first
 
 
 class _Checkpoint:
@@ -126,11 +138,7 @@ class _Checkpoint:
 
     def __init__(self, source: ModelSource) -> None:
         self.name = source.name
-        index = source.folder / "model.safetensors.index.json"
-        if index.is_file():
-            files = sorted({source.folder / f for f in json.loads(index.read_text())["weight_map"].values()})
-        else:
-            files = sorted(source.folder.glob("*.safetensors"))
+        files = self._files(source.folder)
         if not files:
             raise ModelError(
                 f"'{source.name}' holds no *.safetensors file. Convert its weights to safetensors; pickle is not read."
@@ -144,6 +152,17 @@ class _Checkpoint:
                     self.file_of |= dict.fromkeys(handle.keys(), file)
             except SafetensorError as error:
                 raise ModelError(f"'{file}' is damaged or cut short ({error}). Download it again.") from None
+
+    @staticmethod
+    def _files(folder: Path) -> list[Path]:
+        """The shards that the index names, else model.safetensors, else every safetensors file."""
+        index, whole = folder / "model.safetensors.index.json", folder / "model.safetensors"
+        if index.is_file():
+            try:
+                return sorted({folder / file for file in json.loads(index.read_text())["weight_map"].values()})
+            except (ValueError, KeyError, TypeError, AttributeError) as error:
+                raise ModelError(f"'{index}' is damaged ({type(error).__name__}: {error}). Download the model again.") from None
+        return [whole] if whole.is_file() else sorted(folder.glob("*.safetensors"))
 
     def read(self, key: str) -> Tensor:
         """One tensor, through a mapping of its own."""
@@ -247,7 +266,10 @@ def _place_quantized(model: nn.Module, path: str, weight: QuantizedTensor, devic
     if weight.shape != (linear.out_features, linear.in_features):
         raise ModelError(f"The packed weight of '{path}' has shape {tuple(weight.shape)}; config.json says otherwise.")
     parent, _, last = path.rpartition(".")
-    setattr(model.get_submodule(parent), last, QuantLinear(weight, linear.bias).to(device))
+    layer = QuantLinear(weight).to(device)
+    if linear.bias is not None:  # still on the meta device when its shard comes later
+        layer.register_parameter("bias", linear.bias.requires_grad_(False))
+    setattr(model.get_submodule(parent), last, layer)
 
 
 def _persistent_buffers(model: nn.Module) -> Iterator[str]:

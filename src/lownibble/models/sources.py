@@ -52,7 +52,7 @@ def resolve(model: str, revision: str | None = None) -> ModelSource:
         if not path.is_file():
             raise ModelError(f"There is no file '{model}'. Check the path.")
         return ModelSource(from_gguf(path), str(path.resolve()))
-    if path.is_dir():
+    if model and path.is_dir():
         if not (path / "config.json").is_file():
             raise ModelError(f"'{model}' is not a model folder: config.json is missing. Point to the folder that holds it.")
         return ModelSource(path, str(path.resolve()))
@@ -63,11 +63,19 @@ def resolve(model: str, revision: str | None = None) -> ModelSource:
 
 def _download(repo: str, revision: str | None) -> Path:
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError, RepositoryNotFoundError, RevisionNotFoundError
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        HFValidationError,
+        LocalEntryNotFoundError,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
 
     wanted = ["*.safetensors", "*.json", "*.jinja", "*.txt", "tokenizer.model", "*.tiktoken"]
     try:
-        return Path(snapshot_download(repo, revision=revision, allow_patterns=wanted))
+        return Path(snapshot_download(repo, revision=revision, allow_patterns=wanted, ignore_patterns=["consolidated*"]))
+    except GatedRepoError:
+        raise ModelError(f"'{repo}' is gated. Accept its licence on its hub page and log in with: hf auth login") from None
     except (RepositoryNotFoundError, RevisionNotFoundError, HFValidationError) as error:
         raise ModelError(f"There is no folder '{repo}' and no such model on the hub: {str(error).splitlines()[0]}") from None
     except (LocalEntryNotFoundError, OSError) as error:

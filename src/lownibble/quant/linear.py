@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from lownibble.config import QuantConfig
 from lownibble.quant.codec import quantize
@@ -41,7 +42,8 @@ def scratch(shape: torch.Size, dtype: torch.dtype, device: torch.device) -> Tens
     key = (dtype, device)
     numel = shape.numel()
     if key not in buffers or buffers[key].numel() < numel:
-        buffers[key] = torch.empty(numel, dtype=dtype, device=device)
+        with torch.inference_mode(False):  # or training after generation could not use it
+            buffers[key] = torch.empty(numel, dtype=dtype, device=device)
     return buffers[key][:numel].view(shape)
 
 
@@ -61,6 +63,7 @@ class _FrozenMatmul(torch.autograd.Function):
         return x @ weight.dequantize(out=scratch(weight.shape, x.dtype, x.device)).t()
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
         weight: QuantizedTensor = ctx.weight
         return dy @ weight.dequantize(out=scratch(weight.shape, dy.dtype, dy.device)), None
@@ -117,7 +120,7 @@ class QuantLinear(nn.Module):
         for name, parameter in self.named_parameters(recurse=False):
             moved = fn(parameter.data)
             kept = moved if name == "bias" else parameter.data.to(moved.device)
-            self.register_parameter(name, nn.Parameter(kept, requires_grad=parameter.requires_grad))
+            parameter.data = kept
         return self
 
     def extra_repr(self) -> str:

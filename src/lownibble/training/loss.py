@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from lownibble.errors import ModelError
 
@@ -62,6 +63,7 @@ class _LabelLoss(torch.autograd.Function):
         return total / n_total
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, dloss: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         dhidden, dparameters = ctx.gradients
         scaled = dhidden.mul_(dloss) if dhidden is not None else None

@@ -75,7 +75,9 @@ void in_parallel(std::int64_t count, std::int64_t elements, std::int32_t num_thr
     }
 }
 
-std::int64_t blocks_of(std::int64_t n, std::int32_t block_shift) { return (n + (std::int64_t{1} << block_shift) - 1) >> block_shift; }
+std::int64_t blocks_of(std::int64_t n, std::int32_t block_shift) {
+    return (n + (std::int64_t{1} << block_shift) - 1) >> block_shift;
+}
 
 }  // namespace
 

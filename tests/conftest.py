@@ -1,0 +1,107 @@
+"""Tiny models of several families, and the third-party warnings that a comparison with peers cannot avoid."""
+
+import copy
+import importlib
+import warnings
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+TINY = {
+    "hidden_size": 32, "intermediate_size": 80, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
+    "vocab_size": 96, "max_position_embeddings": 64, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
+}  # fmt: skip
+
+
+def tiny_config(family: str = "llama", **options):
+    """A configuration of a few thousand parameters; odd sizes, so that blocks run on over row ends."""
+    extra = {"head_dim": 8} if family in ("gemma2", "mistral") else {}
+    return AutoConfig.for_model(family, **{**TINY, **extra, **options})
+
+
+def tiny_model(family: str = "llama", *, seed: int = 0, dtype: torch.dtype = torch.float32, **options):
+    """A random model: every parameter random, biases too (transformers starts them at zero), and logits of order 1."""
+    model = AutoModelForCausalLM.from_config(tiny_config(family, **options)).to(dtype).eval()
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            noise = torch.randn(parameter.shape, generator=generator)
+            parameter.copy_(1 + 0.1 * noise if "norm" in name and name.endswith("weight") else 0.15 * noise)
+    return model
+
+
+def tiny_batch(seed: int = 0, rows: int = 2, length: int = 9):
+    """(input_ids, attention_mask, labels): the second row padded on the right, a few prompt positions without label."""
+    ids = torch.randint(3, 96, (rows, length), generator=torch.Generator().manual_seed(seed))
+    mask = torch.ones_like(ids)
+    mask[1:, -2:] = 0
+    labels = ids.masked_fill(mask == 0, -100)
+    labels[:, :2] = -100
+    return ids, mask, labels
+
+
+PEFT_WARNINGS = [
+    "ignore:`is_gradient_checkpointing` is deprecated:FutureWarning",
+    "ignore:Setting `save_embedding_layers` to `True`:UserWarning",
+    "ignore:Model has `tie_word_embeddings=True`:UserWarning",
+]
+"""What PEFT 0.21 says about itself or about choices that its files are compared on."""
+
+
+def pytest_collection_modifyitems(items):
+    for item in items:
+        if "peft" in getattr(item, "fixturenames", ()):
+            for warning in PEFT_WARNINGS:
+                item.add_marker(pytest.mark.filterwarnings(warning))
+
+
+@pytest.fixture
+def tiny():
+    """The builder `tiny_model`. One thread: on tiny tensors more of them only wait for each other."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield tiny_model
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def batch():
+    """The builder `tiny_batch`."""
+    return tiny_batch
+
+
+@pytest.fixture
+def clone():
+    """A copy of a model that shares nothing with it."""
+    return copy.deepcopy
+
+
+@pytest.fixture(scope="session")
+def _peers():
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return {name: _import(name) for name in ("peft", "bitsandbytes")}
+
+
+def _import(name: str):
+    try:
+        return importlib.import_module(name)
+    except ImportError:
+        return None
+
+
+@pytest.fixture
+def peft(_peers):
+    """PEFT, or a skip."""
+    if _peers["peft"] is None:
+        pytest.skip("peft is not installed")
+    return _peers["peft"]
+
+
+@pytest.fixture
+def bitsandbytes(_peers):
+    """bitsandbytes, or a skip."""
+    if _peers["bitsandbytes"] is None:
+        pytest.skip("bitsandbytes is not installed")
+    return _peers["bitsandbytes"]

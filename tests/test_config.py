@@ -1,0 +1,141 @@
+"""Options: each leaf arrives through Python, TOML and flags; bad ones are named. Oracle: the definitions in config.py."""
+
+import argparse
+
+import pytest
+
+from lownibble.cli.flags import add_flags, read
+from lownibble.config import CompareConfig, LoraConfig, QuantConfig, RunConfig, TrainConfig, build, flag_name, leaves, read_toml
+from lownibble.errors import ConfigError
+
+VALUES = {
+    "model": "some/model", "revision": "v1", "dtype": "bfloat16", "device": "cpu", "method": "lora", "methods": ["full", "lora"],
+    "path": "x.jsonl", "eval_path": "y.jsonl", "split": "a", "eval_split": "b", "eval_fraction": 0.3, "prompt_template": "{q}",
+    "completion_template": "{a}", "use_chat_template": True, "mask_prompt": False, "max_rows": 7, "max_eval_rows": 8,
+    "quant_type": "fp4", "block_size": 128, "double_quant": False, "compute": "exact", "skip_modules": ["lm_head", "o_proj"],
+    "r": 3, "lora_alpha": 5.0, "lora_dropout": 0.25, "target_modules": ["q_proj", "v_proj"], "bias": "all", "use_rslora": True,
+    "init_lora_weights": "gaussian", "modules_to_save": ["lm_head"], "layers_to_transform": [0, 2], "rank_pattern": {"q_proj": 2},
+    "alpha_pattern": {"v_proj": 9.0}, "learning_rate": 0.5, "max_steps": 11, "num_train_epochs": 2.5, "batch_size": 3,
+    "gradient_accumulation_steps": 2, "lr_scheduler_type": "cosine", "warmup_ratio": 0.2, "max_grad_norm": 0.3, "weight_decay": 0.1,
+    "optim": "adamw", "max_length": 99, "group_by_length": True, "gradient_checkpointing": True, "seed": 4, "eval_steps": 5,
+    "save_steps": 6, "output_dir": "out", "report_to": "tensorboard", "resume": True,
+}  # fmt: skip
+ONLY_VALUE = {"optim"}
+"""Options with a single permitted value so far: setting them cannot differ from the default."""
+
+
+def _toml(value):
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, str):
+        return f'"{value}"'
+    if isinstance(value, list):
+        return "[" + ", ".join(map(_toml, value)) + "]"
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{k} = {_toml(v)}" for k, v in value.items()) + "}"
+    return str(value)
+
+
+def _get(config, path):
+    for name in path:
+        config = getattr(config, name)
+    return config
+
+
+def _leaves(config):
+    return [pytest.param(config, path, field, id=f"{config.__name__}-{'.'.join(path)}") for path, field in leaves(config)]
+
+
+ALL = _leaves(RunConfig) + [p for p in _leaves(CompareConfig) if p.values[1] == ("methods",)]
+
+
+@pytest.mark.parametrize(("config", "path", "field"), ALL)
+def test_each_leaf_arrives_by_python_toml_and_flag(config, path, field, tmp_path):
+    value = VALUES[path[-1]]
+    assert path[-1] in ONLY_VALUE or _get(config(), path) != value, "the test must change something"
+
+    nested = value
+    for name in reversed(path):
+        nested = {name: nested}
+    assert _get(build(config, nested), path) == value
+
+    file = tmp_path / "run.toml"
+    table = f"[{path[0]}]\n" if len(path) > 1 else ""
+    file.write_text(f"{table}{path[-1]} = {_toml(value)}\n")
+    assert _get(build(config, read_toml(file)), path) == value
+
+    parser = argparse.ArgumentParser()
+    add_flags(parser, config)
+    flag = "--" + flag_name(path, field)
+    if isinstance(value, bool):
+        given = [flag if value else flag.replace("--", "--no-", 1)]
+    elif path == ("methods",):
+        given = [flag, *value]
+    elif isinstance(value, list):
+        given = [flag, ",".join(map(str, value))]
+    else:
+        given = [flag, _toml(value) if isinstance(value, dict) else str(value)]
+    assert _get(read(parser.parse_args(given), config), path) == value
+
+
+def test_values_cover_exactly_the_leaves():
+    names = {path[-1] for config in (RunConfig, CompareConfig) for path, _ in leaves(config)}
+    assert names == set(VALUES)
+
+
+@pytest.mark.parametrize("config", [RunConfig, CompareConfig])
+def test_leaf_names_and_flags_are_unique(config):
+    flags = [flag_name(path, field) for path, field in leaves(config)]
+    assert len(flags) == len(set(flags))
+    assert len(flags) <= 55
+
+
+def test_flags_win_over_toml_and_both_over_defaults(tmp_path):
+    file = tmp_path / "c.toml"
+    file.write_text("[train]\nmax_steps = 3\nbatch_size = 5\n")
+    parser = argparse.ArgumentParser()
+    add_flags(parser, CompareConfig)
+    config = read(parser.parse_args(["--max-steps", "9"]), CompareConfig, str(file))
+    assert (config.train.max_steps, config.train.batch_size) == (9, 5)
+    assert config.train.group_by_length, "what neither sets keeps compare's own default"
+
+
+def test_none_can_be_given_by_flag():
+    parser = argparse.ArgumentParser()
+    add_flags(parser, RunConfig)
+    assert read(parser.parse_args(["--max-grad-norm", "none"]), RunConfig).train.max_grad_norm is None
+
+
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        (lambda: LoraConfig(r=0), ["The 'r' of LoraConfig must be an integer >= 1. Got 0."]),
+        (lambda: LoraConfig(ranks=8, r=8), ["LoraConfig has no option 'ranks'"]),
+        (lambda: LoraConfig(lora_alfa=8), ["Did you mean 'lora_alpha'?"]),
+        (lambda: LoraConfig(r=0, lora_dropout=1.0), ["'r' of LoraConfig", "'lora_dropout' of LoraConfig"]),
+        (lambda: QuantConfig(quant_type="nf3"), ["must be one of 'nf4', 'fp4'. Got 'nf3'."]),
+        (lambda: QuantConfig(block_size=60), ["'block_size'", "Got 60"]),
+        (lambda: TrainConfig(learning_rate=float("nan")), ["'learning_rate'"]),
+        (lambda: RunConfig(train={"max_stepz": 1}), ["TrainConfig has no option 'max_stepz'. Did you mean 'max_steps'?"]),
+        (lambda: CompareConfig(methods=["lora", "lora"]), ["distinct"]),
+        (lambda: CompareConfig(methods=[]), ["'methods' of CompareConfig"]),
+    ],
+)
+def test_bad_values_are_named_with_what_they_must_be(make, words):
+    with pytest.raises(ConfigError) as caught:
+        make()
+    assert all(word in str(caught.value) for word in words), str(caught.value)
+
+
+def test_bad_toml_names_the_file(tmp_path):
+    file = tmp_path / "bad.toml"
+    file.write_text("r = = 1")
+    with pytest.raises(ConfigError, match=r"bad\.toml"):
+        read_toml(file)
+    with pytest.raises(ConfigError, match="Cannot read"):
+        read_toml(tmp_path / "absent.toml")
+
+
+def test_a_resolved_configuration_survives_json():
+    config = RunConfig(lora=LoraConfig(rank_pattern={"q_proj": 2}), data="rows.jsonl")
+    assert RunConfig(**config.to_dict()) == config

@@ -1,0 +1,253 @@
+"""Runs end to end on a tiny model. Oracles: the same run again, the run not interrupted, PEFT, a mean over all tokens by hand."""
+
+import json
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import lownibble as ln
+from lownibble.config import DataConfig, LoraConfig, QuantConfig, RunConfig, TrainConfig
+from lownibble.errors import ConfigError, ModelError, OutputError, TargetError, TrainingError
+from lownibble.training import Evaluated, Finished, JsonlSink, Saved, Sink, Started, Stepped, run
+from lownibble.training.output import claim
+
+DATA_TEMPLATES = {"prompt_template": "review : {text} sentiment :", "completion_template": " {label}"}
+
+
+def _config(tiny_model, tiny_data, method="lora", **options):
+    train = {
+        "max_steps": 6, "batch_size": 8, "learning_rate": 5e-3, "max_length": 32, "eval_steps": 3, "group_by_length": True
+    } | options  # fmt: skip
+    return RunConfig(
+        model=str(tiny_model), method=method, data=DataConfig(path=str(tiny_data), **DATA_TEMPLATES),
+        lora=LoraConfig(r=4, lora_alpha=8, lora_dropout=0.1), quant=QuantConfig(block_size=32), train=TrainConfig(**train),
+    )  # fmt: skip
+
+
+class _Keep(Sink):
+    def __init__(self):
+        self.events = []
+
+    def __call__(self, event):
+        self.events.append(event)
+
+
+@pytest.mark.parametrize("method", ["full", "lora", "qlora"])
+def test_a_run_learns_and_leaves_its_files(tiny_model, tiny_data, tmp_path, method):
+    sink = _Keep()
+    rate = 5e-3 if method == "full" else 5e-2  # adapters take about ten times the rate of full fine-tuning
+    config = _config(tiny_model, tiny_data, method, max_steps=30, learning_rate=rate, output_dir=str(tmp_path / "out"))
+    result = run(config, sinks=[sink])
+    kinds = [type(event) for event in sink.events]
+    assert kinds[0] is Started
+    assert kinds[-1] is Finished
+    assert kinds.count(Stepped) == 30
+    assert kinds.count(Evaluated) == 11
+    assert kinds.count(Saved) == 1
+    # the base is random and frozen under the adapters, so they cannot get as far as full fine-tuning
+    assert result.eval_loss < (0.6 if method == "full" else 0.9) * result.record["evaluations"][0]["loss"]
+    if method == "full":
+        assert result.record["evaluations"][-1]["scores"]["accuracy"] > 0.7
+    record = json.loads((tmp_path / "out" / "record.json").read_text())
+    assert record == result.record
+    assert RunConfig(**record["config"]).method == method
+    artefact = "model/model.safetensors" if method == "full" else "adapter/adapter_model.safetensors"
+    assert (tmp_path / "out" / artefact).stat().st_size > 0
+    assert len((tmp_path / "out" / "events.jsonl").read_text().splitlines()) == len(sink.events)
+    assert record["memory"]["codes_bytes"] > 0 if method == "qlora" else record["memory"]["codes_bytes"] == 0
+
+
+def test_the_same_seed_gives_the_same_bits(tiny_model, tiny_data, tmp_path):
+    for name in ("a", "b"):
+        run(_config(tiny_model, tiny_data, "qlora", output_dir=str(tmp_path / name)))
+    one, two = (load_file(tmp_path / name / "adapter" / "adapter_model.safetensors") for name in ("a", "b"))
+    assert all(torch.equal(one[key], two[key]) for key in one)
+
+
+@pytest.mark.parametrize("method", ["full", "lora", "qlora"])
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_a_run_cut_and_resumed_gives_the_same_bits(tiny_model, tiny_data, tmp_path, method, accumulation):
+    class _Stop(Sink):
+        def __call__(self, event):
+            if isinstance(event, Stepped) and event.step == 5:
+                raise KeyboardInterrupt
+
+    options = {"max_steps": 8, "save_steps": 2, "gradient_accumulation_steps": accumulation}
+    whole = run(_config(tiny_model, tiny_data, method, output_dir=str(tmp_path / "whole"), **options))
+    cut = _config(tiny_model, tiny_data, method, output_dir=str(tmp_path / "cut"), **options)
+    with pytest.raises(KeyboardInterrupt):
+        run(cut, sinks=[_Stop()])
+    resumed = run(cut.with_options(train=cut.train.with_options(resume=True)))
+    assert resumed.losses == whole.losses[4:]
+    trained = [dict(r.model.named_parameters()) for r in (whole, resumed)]
+    assert all(torch.equal(trained[0][name], trained[1][name]) for name in trained[0])
+
+
+def test_resume_refuses_other_options(tiny_model, tiny_data, tmp_path):
+    config = _config(tiny_model, tiny_data, output_dir=str(tmp_path / "out"))
+    run(config)
+    changed = config.with_options(train=config.train.with_options(resume=True, learning_rate=1e-4))
+    with pytest.raises(OutputError, match="learning_rate"):
+        run(changed)
+
+
+def test_a_damaged_checkpoint_is_named(tiny_model, tiny_data, tmp_path):
+    config = _config(tiny_model, tiny_data, output_dir=str(tmp_path / "out"))
+    run(config)
+    state = next((tmp_path / "out" / "checkpoints").glob("step-*/state.safetensors"))
+    state.write_bytes(state.read_bytes()[:-100])
+    with pytest.raises(OutputError, match="damaged"):
+        run(config.with_options(train=config.train.with_options(resume=True)))
+
+
+def test_a_killed_process_resumes_to_the_same_bits(tiny_model, tiny_data, tmp_path):
+    options = {"max_steps": 40, "save_steps": 5, "eval_steps": 40}
+    whole = run(_config(tiny_model, tiny_data, output_dir=str(tmp_path / "whole"), **options))
+    cut = _config(tiny_model, tiny_data, output_dir=str(tmp_path / "cut"), **options)
+    code = f"from lownibble.config import RunConfig; from lownibble.training import run; run(RunConfig(**{cut.to_dict()!r}))"
+    process = subprocess.Popen([sys.executable, "-c", code])
+    checkpoints = tmp_path / "cut" / "checkpoints"
+    while process.poll() is None and not list(checkpoints.glob("step-*")):
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    resumed = run(cut.with_options(train=cut.train.with_options(resume=True)))
+    assert all(torch.equal(a, b) for a, b in zip(whole.model.parameters(), resumed.model.parameters(), strict=True))
+
+
+def test_a_folder_with_a_run_is_refused(tiny_model, tiny_data, tmp_path):
+    config = _config(tiny_model, tiny_data, output_dir=str(tmp_path / "out"))
+    run(config)
+    before = (tmp_path / "out" / "record.json").read_bytes()
+    with pytest.raises(OutputError, match="holds another run"):
+        run(config)
+    assert (tmp_path / "out" / "record.json").read_bytes() == before
+
+
+def test_two_runs_in_one_folder_are_refused(tmp_path):
+    with claim(tmp_path / "out", resume=False):
+        code = f"from lownibble.training.output import claim; claim({str(tmp_path / 'out')!r}, resume=False).__enter__()"
+        second = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert "Another process is training" in second.stderr
+
+
+def test_an_output_that_is_a_file_is_refused(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OutputError, match="Cannot write"), claim(tmp_path / "file" / "out", resume=False):
+        pass
+
+
+def test_accumulation_equals_one_large_batch(tiny_model, tiny_data):
+    config = {"max_steps": 3, "group_by_length": False, "max_grad_norm": None, "eval_steps": None}
+    no_dropout = LoraConfig(r=4, lora_alpha=8)
+    one = _config(tiny_model, tiny_data, batch_size=12, **config).with_options(lora=no_dropout)
+    four = _config(tiny_model, tiny_data, batch_size=3, gradient_accumulation_steps=4, **config).with_options(lora=no_dropout)
+    # the same rows in the same order: batches of 3 are quarters of batches of 12
+    assert run(one).losses == pytest.approx(run(four).losses, rel=1e-5)
+
+
+def test_gradient_checkpointing_changes_memory_and_nothing_else(tiny_model, tiny_data):
+    plain, checkpointed = (
+        run(_config(tiny_model, tiny_data, "qlora", gradient_checkpointing=flag)) for flag in (False, True)
+    )  # fmt: skip
+    assert plain.losses == pytest.approx(checkpointed.losses, rel=1e-6)
+    saved = [r.record["memory"]["saved_activation_bytes"] for r in (plain, checkpointed)]
+    assert saved[1] < 0.5 * saved[0]
+
+
+def test_a_loss_that_is_not_finite_stops_with_the_step(tiny_model, tiny_data, tmp_path):
+    model, tokenizer = ln.load(str(tiny_model))
+    ln.add_lora(model, LoraConfig(r=4))
+    with torch.no_grad():
+        model.model.norm.weight.fill_(float("nan"))
+    data = DataConfig(path=str(tiny_data), **DATA_TEMPLATES)
+    with pytest.raises(TrainingError, match="Step 1"):
+        ln.train(model, tokenizer, data, TrainConfig(max_steps=2, max_length=32, output_dir=str(tmp_path / "out")))
+    assert not (tmp_path / "out" / "adapter").exists()
+
+
+def test_a_model_without_anything_to_train_is_refused(tiny_model, tiny_data):
+    data = DataConfig(path=str(tiny_data), **DATA_TEMPLATES)
+    model, tokenizer = ln.load(str(tiny_model), quant="nf4")
+    with pytest.raises(ConfigError, match="add_lora"):
+        ln.train(model, tokenizer, data, TrainConfig(max_steps=1))
+    model, tokenizer = ln.load(str(tiny_model))
+    model.requires_grad_(False)
+    with pytest.raises(ConfigError, match="no trainable parameters"):
+        ln.train(model, tokenizer, data, TrainConfig(max_steps=1))
+
+
+def test_inputs_that_cannot_be_used_are_named_before_training(tiny_model, tiny_data, tmp_path):
+    good = _config(tiny_model, tiny_data, output_dir=str(tmp_path / "out"))
+    with pytest.raises(TargetError, match="q_proj"):
+        run(good.with_options(lora=LoraConfig(target_modules=["nothing_here"])))
+    with pytest.raises(ModelError, match="There is no model"):
+        run(good.with_options(model=str(tmp_path / "absent")))
+    assert not (tmp_path / "out").exists(), "nothing is left behind"
+
+
+def test_evaluation_is_the_mean_over_label_tokens(tiny_model, tiny_data):
+    result = run(_config(tiny_model, tiny_data, max_steps=1))
+    model, tokenizer = result.model.eval(), result.tokenizer
+    total, count, right = 0.0, 0, 0
+    for line in (tiny_data / "test.jsonl").read_text().splitlines():
+        row = json.loads(line)
+        prompt = tokenizer(f"review : {row['text']} sentiment :")["input_ids"]
+        answer = [*tokenizer(f" {row['label']}")["input_ids"], tokenizer.eos_token_id]
+        with torch.no_grad():
+            logits = model(input_ids=torch.tensor([prompt + answer])).logits[0, len(prompt) - 1 : -1]
+        total += torch.nn.functional.cross_entropy(logits, torch.tensor(answer), reduction="sum").item()
+        count += len(answer)
+        candidates = [tokenizer.convert_tokens_to_ids(label) for label in ("negative", "positive")]
+        right += ("negative", "positive")[int(logits[0, candidates].argmax())] == row["label"]
+    last = result.record["evaluations"][-1]
+    assert last["loss"] == pytest.approx(total / count, rel=1e-5)
+    assert last["label_tokens"] == count
+    assert last["scores"]["accuracy"] == pytest.approx(right / len(last["correct"]))
+
+
+def test_longer_candidates_are_scored_by_all_their_tokens(tiny_model, tiny_data):
+    templates = {"prompt_template": "review : {text} sentiment :", "completion_template": " very {label}"}
+    config = _config(tiny_model, tiny_data, max_steps=1)
+    result = run(config.with_options(data=DataConfig(path=str(tiny_data), **templates)))
+    model, tokenizer = result.model.eval(), result.tokenizer
+    right = []
+    for line in (tiny_data / "test.jsonl").read_text().splitlines():
+        row, scores = json.loads(line), {}
+        prompt = tokenizer(f"review : {row['text']} sentiment :")["input_ids"]
+        for label in ("negative", "positive"):
+            answer = tokenizer(f" very {label}")["input_ids"]
+            with torch.no_grad():
+                logits = model(input_ids=torch.tensor([prompt + answer])).logits[0, len(prompt) - 1 : -1].log_softmax(1)
+            scores[label] = sum(logits[i, token].item() for i, token in enumerate(answer))
+        right.append(max(scores, key=scores.get) == row["label"])
+    assert result.record["evaluations"][-1]["correct"] == right
+
+
+def test_training_goes_on_from_a_loaded_adapter(tiny_model, tiny_data, tmp_path):
+    first = run(_config(tiny_model, tiny_data, max_steps=20, output_dir=str(tmp_path / "out")))
+    model, tokenizer = ln.load(str(tiny_model))
+    ln.load_adapter(model, tmp_path / "out" / "adapter", trainable=True)
+    data = DataConfig(path=str(tiny_data), **DATA_TEMPLATES)
+    again = ln.train(model, tokenizer, data, TrainConfig(max_steps=2, max_length=32, learning_rate=1e-4))
+    assert again.record["evaluations"][0]["loss"] == pytest.approx(first.eval_loss, rel=1e-5)
+
+
+def test_tensorboard_gets_the_curves(tiny_model, tiny_data, tmp_path):
+    event_accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    result = run(_config(tiny_model, tiny_data, output_dir=str(tmp_path / "out"), report_to="tensorboard"))
+    found = event_accumulator.EventAccumulator(str(tmp_path / "out" / "tensorboard")).Reload()
+    assert [e.value for e in found.Scalars("train/loss")] == pytest.approx(result.losses, rel=1e-6)
+    assert {"eval/loss", "eval/accuracy"} <= set(found.Tags()["scalars"])
+
+
+def test_the_jsonl_sink_writes_each_event_at_once(tmp_path):
+    path = tmp_path / "deep" / "events.jsonl"
+    with JsonlSink(path) as sink:
+        sink(Saved(3, "x"))
+        assert json.loads(path.read_text()) == {"event": "Saved", "step": 3, "path": "x"}
