@@ -33,10 +33,8 @@ def _imports() -> list[tuple[str, str, str]]:
         for node in ast.walk(ast.parse(path.read_text())):
             modules = []
             if isinstance(node, ast.ImportFrom) and node.level == 0 and node.module:
-                if node.module == "lownibble":
-                    modules = [f"lownibble.{alias.name}" for alias in node.names]
-                else:
-                    modules = [node.module]
+                front_door = node.module == "lownibble"
+                modules = [f"lownibble.{alias.name}" for alias in node.names] if front_door else [node.module]
             elif isinstance(node, ast.Import):
                 modules = [alias.name for alias in node.names]
             elif isinstance(node, ast.ImportFrom) and node.level > 0:

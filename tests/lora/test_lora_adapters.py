@@ -101,6 +101,21 @@ def test_copies_compute_in_float32_inside_a_bfloat16_model(tiny, batch, tmp_path
     assert {t.dtype for t in load_file(tmp_path / WEIGHTS).values()} == {torch.float32}
 
 
+@pytest.mark.parametrize("case", OPTIONS)
+def test_recomputed_activations_give_the_same_gradients(tiny, batch, case):
+    ids, mask, labels = batch()
+    found = []
+    for recompute in (False, True):
+        model = ln.add_lora(tiny(attention_bias=True), ln.LoraConfig(**OPTIONS[case], lora_dropout=0.2)).train()
+        if recompute:
+            enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+            enable({"use_reentrant": False})
+        torch.manual_seed(0)
+        model(input_ids=ids, attention_mask=mask, labels=labels, use_cache=False).loss.backward()
+        found.append({name: p.grad for name, p in model.named_parameters() if p.requires_grad})
+    assert all(torch.equal(found[0][name], found[1][name]) for name in found[0])
+
+
 def test_deepcopy_is_independent(tiny, batch, clone):
     model = tiny(attention_bias=True)
     ln.add_lora(model, ln.LoraConfig(**OPTIONS["biases"]))

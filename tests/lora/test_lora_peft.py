@@ -43,8 +43,10 @@ FAMILIES = {
     "mistral": {},
     "phi": {},
 }
-UNLIKE_PHI = {"regex", "regex of some layers", "full path", "end of a path", "patterns", "layers", "block copied", "bias lora_only",
-              "norms copied"}  # fmt: skip
+UNLIKE_PHI = {
+    "regex", "regex of some layers", "full path", "end of a path", "patterns", "layers", "block copied", "bias lora_only",
+    "norms copied",
+}  # fmt: skip
 """Cases that name modules Phi does not have."""
 STEPS, RELATIVE = 10, 1e-5  # issue 2: fp32, sums in another order
 LOGITS = {"rtol": 1e-5, "atol": 2e-5}  # fp32: (x A^T) B^T is added inside or outside the product, over two layers
@@ -167,6 +169,23 @@ def test_files_move_between_lownibble_and_peft(tiny, batch, clone, peft, case, t
     torch.testing.assert_close(logits(read, batch), logits(mine, batch), **LOGITS)
     again = ln.load_adapter(clone(base), tmp_path / "ours")
     torch.testing.assert_close(logits(again, batch), logits(mine, batch), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("case", ["all-linear", "bias all", "head copied"])
+def test_counts_of_a_packed_base_equal_pefts(tiny, clone, peft, bitsandbytes, case, capsys):
+    ours = make(tiny)
+    theirs = clone(ours)
+    for path, linear in list(ours.model.named_modules(prefix="model")):
+        if isinstance(linear, torch.nn.Linear):
+            parent, _, name = path.rpartition(".")
+            setattr(ours.get_submodule(parent), name, QuantLinear.from_linear(linear))
+            packed = bitsandbytes.nn.Linear4bit(linear.in_features, linear.out_features, quant_type="nf4")
+            packed.load_state_dict(linear.state_dict())
+            setattr(theirs.get_submodule(parent), name, packed.to("cpu"))
+    theirs.is_loaded_in_4bit = True
+    ln.add_lora(ours, ln.LoraConfig(**options(case)))
+    peft_model(peft, theirs, case).print_trainable_parameters()
+    assert ln.trainable_summary(ours) == capsys.readouterr().out.strip()
 
 
 def test_options_that_peft_resolves_elsewhere_survive_its_files(tiny, clone, batch, peft, tmp_path):

@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM
 
 import lownibble as ln
 from lownibble.errors import ModelError
+from lownibble.lora import match_targets
 from lownibble.models.load import quantizable
 from lownibble.quant import QuantLinear
 
@@ -122,6 +123,26 @@ def test_quantizable_leaves_tied_heads(tiny):
     config = ln.QuantConfig(skip_modules=[])
     assert "lm_head" in quantizable(tiny(), config)
     assert "lm_head" not in quantizable(tiny(tie_word_embeddings=True), config)
+
+
+def test_nothing_to_quantise(write):
+    """GPT-2's layers are no `nn.Linear`; a 4-bit model was asked for and would silently not be one."""
+    with pytest.raises(ModelError, match=r"GPT2LMHeadModel has no linear module to quantise .*Load it with quant=None"):
+        ln.load(str(write("gpt2")), quant="nf4")
+
+
+def test_linears_with_a_forward_of_their_own_are_left(tiny):
+    """Routers derive from `nn.Linear` and return something else."""
+
+    class Router(nn.Linear):
+        def forward(self, x):
+            return super().forward(x).topk(2)
+
+    model = tiny()
+    model.model.layers[0].mlp.router = Router(32, 4)
+    path = "model.layers.0.mlp.router"
+    assert path not in quantizable(model, ln.QuantConfig())
+    assert path not in match_targets(model, ln.LoraConfig())
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma2", "phi"])

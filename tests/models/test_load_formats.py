@@ -1,4 +1,4 @@
-"""4-bit checkpoints of bitsandbytes and GGUF files. Oracles: transformers with bitsandbytes, and the model a GGUF was made from."""
+"""bitsandbytes 4-bit checkpoints and GGUF files. Oracles: transformers with bitsandbytes; the model a GGUF was made from."""
 
 import json
 import random
@@ -24,8 +24,8 @@ STORED = {
     "fp4": ("fp4", False, torch.float32),
     "nf4 bf16": ("nf4", True, torch.bfloat16),
 }
-LOGITS = {torch.float32: 2e-5, torch.bfloat16: 0.08}
-"""Absolute, on logits of order 3: the same values through other kernels; bf16 rounds each layer's output, sums in other order."""
+LOGITS = {torch.float32: 2e-5, torch.bfloat16: 0.2}
+"""Absolute, on logits of order 3: the same values through other kernels. bf16: both are 0.07 to 0.11 away from float32."""
 
 PACKED = "model.layers.0.self_attn.q_proj.weight"
 WEIGHTS = "model.safetensors"
@@ -77,6 +77,7 @@ def test_bitsandbytes_checkpoint(write_4bit, batch, stored, family, tied):
             assert torch.equal(module.nested_absmax.data, weight.quant_state.state2.absmax)
             assert torch.equal(module.offset.data, weight.quant_state.offset)
         assert module.weight.double_quant == double_quant
+    theirs.train()  # in eval mode bitsandbytes 0.50 repacks the codes for the CPU and computes in bfloat16
     torch.testing.assert_close(logits(model, batch), logits(theirs, batch), rtol=0, atol=LOGITS[dtype])
     assert (model.lm_head.weight is model.model.embed_tokens.weight) == tied
     assert not any(t.is_meta for t in (*model.parameters(), *model.buffers()))
@@ -108,7 +109,7 @@ BNB_DAMAGE = {
     "constants cut": (replaced(f"{PACKED}.absmax", lambda t: t[:-1].clone()), f"'{PACKED}' has .* do not belong together"),
     "state is not JSON": (
         replaced(f"{PACKED}.quant_state.bitsandbytes__nf4", lambda t: t[:5].clone()),
-        f"'{PACKED}' .* cannot be read",
+        f"'{PACKED}.quant_state.* cannot be read",
     ),
 }
 
@@ -160,7 +161,7 @@ def write_gguf(path, model, quantise=None) -> None:
     writer.add_rope_freq_base(10000.0)
     writer.add_vocab_size(config.vocab_size)
     alphabet = [chr(c) for c in (*range(33, 127), 288)][: config.vocab_size - 3]
-    tokens = ["<pad>", "<s>", "</s>", *alphabet, *(f"extra{i}" for i in range(config.vocab_size))][: config.vocab_size]
+    tokens = ["<pad>", "<s>", "</s>", *alphabet[:-1], "ab"]
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre("smollm")
     writer.add_token_list(tokens)
@@ -223,7 +224,7 @@ def test_quantised_gguf(tiny, batch, cache, tmp_path):
     original = tiny(intermediate_size=96)
     write_gguf(tmp_path / "tiny.gguf", original, gguf.GGMLQuantizationType.Q8_0)
     model, _ = ln.load(str(tmp_path / "tiny.gguf"))
-    for name, parameter in original.named_parameters():
+    for parameter in original.parameters():
         if parameter.ndim == 2:
             data = gguf.quantize(parameter.detach().numpy(), gguf.GGMLQuantizationType.Q8_0)
             parameter.data = torch.from_numpy(gguf.dequantize(data, gguf.GGMLQuantizationType.Q8_0).copy())

@@ -19,7 +19,7 @@ from lownibble.config import LoraConfig
 from lownibble.errors import TargetError
 from lownibble.lora.init import INITS
 from lownibble.lora.layer import LoraLinear, TrainedCopy
-from lownibble.quant import QuantLinear
+from lownibble.quant import QuantLinear, is_plain_linear
 
 _LAYER_INDEX = re.compile(r".*?\.[^.]*\.(?P<index>\d+)\.")
 
@@ -28,7 +28,8 @@ def named_linears(model: nn.Module) -> dict[str, nn.Module]:
     """Path -> every linear layer that can carry an adapter, adapted ones included, the output head too."""
     found: dict[str, nn.Module] = {}
     for path, module in model.named_modules():
-        if isinstance(module, LoraLinear) or (isinstance(module, (nn.Linear, QuantLinear)) and not _inside_wrapper(path, model)):
+        linear = is_plain_linear(module) or isinstance(module, QuantLinear)
+        if isinstance(module, LoraLinear) or (linear and not _inside_wrapper(path, model)):
             found[path] = module
     return found
 

@@ -75,8 +75,11 @@ def read(checkpoint: _Reader, path: str, dtype: torch.dtype) -> QuantizedTensor:
         return checkpoint.read(key).clone()  # a copy never keeps the file mapped
 
     state_key = next(key for key in checkpoint.file_of if key.startswith(path + _STATE))
-    state = json.loads(bytes(checkpoint.read(state_key).tolist()))
-    quant_type = state["quant_type"]
+    try:
+        state = json.loads(bytes(checkpoint.read(state_key).tolist()))
+        quant_type, shape, block_size = state["quant_type"], torch.Size(state["shape"]), int(state["blocksize"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise ModelError(f"'{checkpoint.name}': '{state_key}' cannot be read ({error}). Download the model again.") from None
     _check_table(part("quant_map"), codebook(quant_type).values, prefix, checkpoint.name)
     nested_absmax = offset = None
     if "nested_offset" in state:
@@ -84,10 +87,16 @@ def read(checkpoint: _Reader, path: str, dtype: torch.dtype) -> QuantizedTensor:
         if state.get("nested_blocksize", NESTED_BLOCK_SIZE) != NESTED_BLOCK_SIZE:
             raise ModelError(f"'{prefix}' has nested blocks of {state['nested_blocksize']}; only {NESTED_BLOCK_SIZE} is known.")
         nested_absmax, offset = part("nested_absmax"), torch.tensor(float(state["nested_offset"]))
-    return QuantizedTensor(
-        part("").view(torch.uint8).view(-1, 1), part("absmax"), nested_absmax, offset, torch.Size(state["shape"]), dtype,
-        quant_type, int(state["blocksize"]),
-    )  # fmt: skip
+    codes, absmax = part("").view(torch.uint8).view(-1, 1), part("absmax")
+    n_blocks = -(-shape.numel() // block_size)
+    n_nested = -(-n_blocks // NESTED_BLOCK_SIZE)
+    counts = (codes.numel(), absmax.numel(), n_nested if nested_absmax is None else nested_absmax.numel())
+    if counts != (-(-shape.numel() // 2), n_blocks, n_nested):
+        raise ModelError(
+            f"'{checkpoint.name}': packed weight '{prefix}' has codes and constants that do not belong together "
+            f"({counts[0]} bytes and {counts[1]} blocks for {shape.numel()} values). Download the model again."
+        )
+    return QuantizedTensor(codes, absmax, nested_absmax, offset, shape, dtype, quant_type, block_size)
 
 
 def _check_table(stored: Tensor, standard: Tensor, key: str, name: str) -> None:

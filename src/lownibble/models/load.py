@@ -28,7 +28,7 @@ from lownibble.config import QuantConfig
 from lownibble.errors import ModelError
 from lownibble.models import bnb4bit
 from lownibble.models.sources import ModelSource, resolve
-from lownibble.quant import QuantizedTensor, QuantLinear, quantize
+from lownibble.quant import QuantizedTensor, QuantLinear, is_plain_linear, quantize
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -49,7 +49,7 @@ def pick_device(device: str = "auto") -> torch.device:
         raise ModelError(f"Device '{device}' is not supported. Give auto, cpu, cuda or cuda:N.")
     if chosen.type == "cuda" and (chosen.index or 0) >= torch.cuda.device_count():
         raise ModelError(
-            f"Device '{device}' was asked for, but torch sees {torch.cuda.device_count()} CUDA devices. Use another."
+            f"Device '{device}' was asked for, but torch sees {torch.cuda.device_count()} CUDA devices. Use --device cpu."
         )
     return chosen
 
@@ -182,21 +182,27 @@ def _skipped(path: str, skip_modules: list[str]) -> bool:
 
 
 def quantizable(model: nn.Module, config: QuantConfig) -> set[str]:
-    """Paths of the linear layers that `config` quantises: every `nn.Linear` that is not skipped and not tied to another.
+    """Paths of the linear layers that `config` quantises: every plain `nn.Linear` that is not skipped and not tied to another.
 
     Raises:
-        ModelError: a skip_modules entry matches nothing that could be quantised, unless it is the default.
+        ModelError: a skip_modules entry matches nothing that could be quantised, unless it is the default; or nothing is left.
     """
     shared = _tied_aliases(model)
     tied_parameters = {id(p) for name, p in model.named_parameters(remove_duplicate=False) if name in shared}
-    linears = {path: m for path, m in model.named_modules() if isinstance(m, nn.Linear)}
+    linears = {path: m for path, m in model.named_modules() if is_plain_linear(m)}
     for skip in config.skip_modules:
         if skip != "lm_head" and not any(_skipped(path, [skip]) for path in linears):
             raise ModelError(f"skip_modules '{skip}' matches no linear module. Linear modules: {_last_names(linears)}.")
-    return {
+    found = {
         path for path, linear in linears.items()
         if not _skipped(path, config.skip_modules) and id(linear.weight) not in tied_parameters
     }  # fmt: skip
+    if not found:
+        raise ModelError(
+            f"{type(model).__name__} has no linear module to quantise (skip_modules: {', '.join(config.skip_modules)}; linear: "
+            f"{_last_names(linears) or 'none'}). Load it with quant=None."
+        )
+    return found
 
 
 def _last_names(paths: Any) -> str:
@@ -286,10 +292,13 @@ def _check_names(
     ignorable = getattr(model, "_keys_to_ignore_on_load_unexpected", None) or []
     missing = sorted(expected - stored)
     extra = sorted(k for k in stored - expected - aliases if not any(re.search(pattern, k) for pattern in ignorable))
-    for keys, what in ((missing, "lacks"), (extra, "has unknown")):
-        if keys:
-            more = f" and {len(keys) - 3} more" if len(keys) > 3 else ""
-            raise ModelError(
-                f"'{source.name}': the checkpoint {what} {len(keys)} tensor{'s' * (len(keys) > 1)}: {', '.join(keys[:3])}{more}. "
-                "The weights and config.json do not belong together; download the model again."
-            )
+    problems = [
+        f"{what} {len(keys)} tensor{'s' * (len(keys) > 1)}: {', '.join(keys[:3])}{f' and {len(keys) - 3} more' * (len(keys) > 3)}"
+        for keys, what in ((missing, "lacks"), (extra, "has unknown")) if keys
+    ]  # fmt: skip
+    if problems:
+        joined = " (or the architecture stores its experts apart, which cannot be read yet)" if missing and extra else ""
+        raise ModelError(
+            f"'{source.name}': the checkpoint {'; it '.join(problems)}. "
+            f"The weights and config.json do not belong together{joined}; download the model again."
+        )

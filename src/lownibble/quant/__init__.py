@@ -1,7 +1,9 @@
 """Quantised tensors: codebooks, codecs and the linear layer that computes on them."""
 
 from lownibble.quant.codec import CODECS, dequantize, quantize
-from lownibble.quant.linear import QuantLinear, release_scratch, scratch
+from lownibble.quant.linear import QuantLinear, is_plain_linear, release_scratch, scratch
 from lownibble.quant.tensor import QuantizedTensor
 
-__all__ = ["CODECS", "QuantLinear", "QuantizedTensor", "dequantize", "quantize", "release_scratch", "scratch"]
+__all__ = [
+    "CODECS", "QuantLinear", "QuantizedTensor", "dequantize", "is_plain_linear", "quantize", "release_scratch", "scratch",
+]  # fmt: skip

@@ -54,6 +54,11 @@ def release_scratch() -> int:
     return freed
 
 
+def is_plain_linear(module: nn.Module) -> bool:
+    """Whether a module is `nn.Linear` in what it computes; a subclass with a forward of its own (a router) is not."""
+    return isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward
+
+
 class _FrozenMatmul(torch.autograd.Function):
     """y = x W^T for a quantised W that needs no gradient; saves nothing but the packed weight."""
 

@@ -21,7 +21,10 @@ from pathlib import Path
 from typing import Any
 
 from lownibble.config import CompareConfig, RunConfig
+from lownibble.data import encode
+from lownibble.data import load as load_data
 from lownibble.errors import OutputError
+from lownibble.models import load_tokenizer, pick_device, resolve
 from lownibble.study import advice, report
 from lownibble.study.worker import failed
 from lownibble.training import record
@@ -38,6 +41,7 @@ def compare(config: CompareConfig | None = None) -> dict[str, Any]:
     folder = Path(config.train.output_dir or f"runs/compare-{datetime.now():%Y%m%d-%H%M%S}")
     if (folder / "record.json").exists() and not config.train.resume:
         raise OutputError(f"'{folder}' holds another run. Choose another --output, or go on with --resume.")
+    _check_inputs(config)
     runs = [run_in_process(_run_config(config, method, folder)) for method in config.methods]
     summaries = [summarize(run) for run in runs]
     add_steps_to_target(summaries, runs)
@@ -53,6 +57,15 @@ def compare(config: CompareConfig | None = None) -> dict[str, Any]:
     record.write(folder / "record.json", result)
     report.write(folder / "report.html", result, runs)
     return result
+
+
+def _check_inputs(config: CompareConfig) -> None:
+    """Raise now what every method would fail on: an input error is the caller's, not a result."""
+    pick_device(config.device)
+    source = resolve(config.model, config.revision)
+    tokenizer = load_tokenizer(source)
+    for side in load_data(config.data):
+        encode(side, tokenizer, config.data, config.train.max_length)
 
 
 def _run_config(config: CompareConfig, method: str, folder: Path) -> RunConfig:
@@ -77,7 +90,7 @@ def run_in_process(config: RunConfig) -> dict[str, Any]:
         if found["status"] == "ok":
             return found
     path.unlink(missing_ok=True)
-    with tempfile.NamedTemporaryFile("w", suffix=".json") as spec:
+    with tempfile.NamedTemporaryFile("w", prefix=f"spec-{config.method}-", suffix=".json") as spec:
         json.dump(config.to_dict(), spec)
         spec.flush()
         code = subprocess.call([sys.executable, "-m", "lownibble.study.worker", spec.name], stdout=sys.stderr)

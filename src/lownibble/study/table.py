@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 from rich.table import Table
@@ -13,6 +14,11 @@ def _gib(value: float) -> str:
 
 def _mib(value: float) -> str:
     return f"{value / 2**20:.1f} MiB"
+
+
+def _change(summary: dict[str, Any], score: str) -> str:
+    before, after = summary["scores_before"].get(score), summary["scores"].get(score)
+    return "-" if before is None or after is None else f"{before:.3f} -> {after:.3f}"
 
 
 def rows(summaries: list[dict[str, Any]]) -> list[tuple[str, list[str]]]:
@@ -37,7 +43,7 @@ def rows(summaries: list[dict[str, Any]]) -> list[tuple[str, list[str]]]:
     names = dict.fromkeys(name for s in summaries if s["status"] == "ok" for name in s["scores"])
     for name in names:
         label = name.replace("_", " ") + ", before -> after"
-        found.append(row(label, lambda s, name=name: f"{s['scores_before'][name]:.3f} -> {s['scores'][name]:.3f}"))
+        found.append(row(label, partial(_change, score=name)))
     finished = next((s for s in summaries if s["status"] == "ok"), None)
     if finished is not None:
         label = f"steps to evaluation loss {finished['target_loss']:.3f}"

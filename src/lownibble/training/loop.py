@@ -63,7 +63,8 @@ class Trainer:
         self.identity = {"train": config.to_dict(), **(identity or {})}
         self.optimizer = make_optimizer(config.optim, model.parameters(), config.learning_rate, config.weight_decay)
         self.saved_activation_bytes = 0
-        self.kinds: dict[str, int] = {}
+        self.kinds = memory.bytes_by_kind(model, None)
+        self._measured = False
         self.checkpoints = Path(config.output_dir) / "checkpoints" if config.output_dir else None
 
     def events(self) -> Iterator[Event]:
@@ -79,8 +80,8 @@ class Trainer:
         yield Started(
             self.total_steps, first, len(self.train_rows), self.cut_rows, *count_parameters(self.model)
         )  # fmt: skip
-        if first == 0:
-            yield self.evaluate(0)
+        if first in (0, self.total_steps):
+            yield self.evaluate(first)
         accumulation = config.gradient_accumulation_steps
         order = stream(self.train_rows, config.batch_size, config.seed, config.group_by_length, first * accumulation)
         for step in range(first, self.total_steps):
@@ -114,7 +115,7 @@ class Trainer:
         loss = 0.0
         for index, batch in enumerate(batches):
             torch.manual_seed(config.seed * _SEED_STRIDE + step * len(batches) + index)  # dropout
-            if not self.kinds and index == 0:
+            if not self._measured and index == 0:
                 watch = memory.SavedActivations()
                 with watch.watch(self.model):
                     part = self._loss(batch, n_labels)
@@ -133,8 +134,8 @@ class Trainer:
         rate = learning_rate(config.lr_scheduler_type, config.learning_rate, step, self.total_steps, warmup)
         set_learning_rate(self.optimizer, rate)
         self.optimizer.step()
-        if not self.kinds:
-            self.kinds = memory.bytes_by_kind(self.model, self.optimizer)
+        if not self._measured:
+            self.kinds, self._measured = memory.bytes_by_kind(self.model, self.optimizer), True
         self.optimizer.zero_grad(set_to_none=True)
         return Stepped(
             step + 1, loss, rate, norm, sum(b.n_tokens for b in batches), sum(b.input_ids.numel() for b in batches), n_labels,

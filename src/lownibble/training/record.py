@@ -63,12 +63,13 @@ def _cpu_name() -> str:
 
 
 def new(kind: str) -> dict[str, Any]:
-    """The start of a record: its kind, schema and time."""
+    """The start of a record: its kind, schema, time and the command it came from."""
+    program = Path(sys.argv[0]).name
     return {
         "kind": kind,
         "schema": SCHEMA,
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
-        "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
+        "command": ["lownibble" if program in ("main.py", "lownibble") else program, *sys.argv[1:]],
     }
 
 

@@ -22,10 +22,10 @@ from lownibble.lora.inject import adapter_configs
 from lownibble.models import load, pick_device
 from lownibble.quant import QuantLinear
 from lownibble.training import memory, record
-from lownibble.training.events import Evaluated, Finished, Stepped
+from lownibble.training.events import Evaluated, Event, Finished, Started, Stepped
 from lownibble.training.loop import Trainer
 from lownibble.training.output import claim
-from lownibble.training.sinks import JsonlSink, Sink, TensorBoardSink, deliver
+from lownibble.training.sinks import JsonlSink, Sink, TensorBoardSink, deliver, read_events
 
 WARMUP_STEPS = 2
 """Steps left out of the speed figures: allocators and caches settle."""
@@ -109,7 +109,8 @@ def _train(
         )  # fmt: skip
         baseline = loaded["baseline_bytes"] if loaded else memory.used_bytes(trainer.device)
         memory.reset_peak(trainer.device)
-        events = list(deliver(trainer.events(), sinks))
+        past = read_events(folder / "events.jsonl") if folder and config.resume else []
+        events = _history(past, list(deliver(trainer.events(), sinks)))
         peak = memory.peak_bytes(trainer.device)
         result = {
             **record.new("train"),
@@ -132,6 +133,14 @@ def _train(
         }
         adapter = _save(model, tokenizer, folder, result) if folder else None
     return TrainResult(model, tokenizer, result, adapter)
+
+
+def _history(past: list[Event], events: list[Event]) -> list[Event]:
+    """The events of the whole run: those before the checkpoint it was resumed from, then those of this process."""
+    first = next(event.first_step for event in events if isinstance(event, Started))
+    kept = {(type(e), e.step): e for e in past if isinstance(e, (Stepped, Evaluated)) and e.step <= first}
+    now = {(type(e), e.step) for e in events if isinstance(e, (Stepped, Evaluated))}
+    return [*(event for key, event in kept.items() if key not in now), *events]
 
 
 def _file_sinks(folder: Path | None, config: TrainConfig) -> list[Sink]:

@@ -6,11 +6,11 @@ import json
 import sys
 from abc import abstractmethod
 from collections.abc import Iterable, Iterator
-from contextlib import AbstractContextManager, ExitStack
+from contextlib import AbstractContextManager, ExitStack, suppress
 from dataclasses import asdict
 from pathlib import Path
 from types import TracebackType
-from typing import IO, Any, Self
+from typing import IO, Any, Self, get_args
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -68,7 +68,10 @@ class JsonlSink(Sink):
 
     def __init__(self, path: str | Path, append: bool = False) -> None:
         Path(path).parent.mkdir(parents=True, exist_ok=True)
+        cut_short = append and Path(path).exists() and Path(path).read_bytes()[-1:] not in (b"", b"\n")
         self.file = Path(path).open("a" if append else "w", encoding="utf-8")  # noqa: SIM115 - closed in __exit__
+        if cut_short:
+            self.file.write("\n")
 
     def __exit__(self, *_: object) -> None:
         self.file.close()
@@ -77,6 +80,17 @@ class JsonlSink(Sink):
         """Write one event."""
         self.file.write(json.dumps({"event": type(event).__name__, **asdict(event)}) + "\n")
         self.file.flush()
+
+
+def read_events(path: Path) -> list[Event]:
+    """The events in a file that `JsonlSink` wrote; a last line cut short by a kill is left out."""
+    kinds = {kind.__name__: kind for kind in get_args(Event)}
+    events: list[Event] = []
+    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
+        with suppress(ValueError):
+            values = json.loads(line)
+            events.append(kinds[values.pop("event")](**values))
+    return events
 
 
 class TensorBoardSink(Sink):

@@ -1,0 +1,114 @@
+"""The command line as a user meets it: exit codes, one JSON document, one clear error. Runs the installed entry point."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+import lownibble
+
+TEMPLATES = ["--prompt-template", "review : {text} sentiment :", "--completion-template", " {label}"]
+SMALL = [*TEMPLATES, "--max-steps", "2", "--batch-size", "4", "--max-length", "32", "--r", "2", "--block-size", "32"]
+
+
+def lownibble_(*arguments, env=None):
+    """Run the command; (exit code, standard output, standard error)."""
+    done = subprocess.run(
+        [sys.executable, "-m", "lownibble.cli.main", *map(str, arguments)], capture_output=True, text=True, check=False,
+        env={**os.environ, **(env or {})},
+    )  # fmt: skip
+    return done.returncode, done.stdout, done.stderr
+
+
+def test_version_and_help():
+    assert lownibble_("--version")[1].strip() == f"lownibble {lownibble.__version__}"
+    for command in ("doctor", "train", "compare", "bench"):
+        code, out, _ = lownibble_(command, "--help")
+        assert code == 0
+        assert f"example: lownibble {command}" in out.replace("\n", " ")
+
+
+def test_doctor_prints_one_json_document():
+    code, out, err = lownibble_("doctor", "--json")
+    assert code == 0
+    found = json.loads(out)
+    assert found["kernels"] in ("cpu", "reference")
+    assert found["versions"]["torch"] in err
+
+
+def test_train_leaves_the_contract_files_and_resumes(tiny_model, tiny_data, tmp_path):
+    output = tmp_path / "out"
+    arguments = ["train", "--model", tiny_model, "--data", tiny_data, "--method", "qlora", "--output", output, *SMALL, "--json"]
+    code, out, err = lownibble_(*arguments)
+    assert code == 0, err
+    assert json.loads(out) == json.loads((output / "record.json").read_text())
+    assert (output / "adapter" / "adapter_model.safetensors").exists()
+    assert list((output / "checkpoints").iterdir())
+    code, out, err = lownibble_(*arguments)
+    assert code == 2
+    assert "holds another run" in json.loads(out)["error"]
+    code, _, err = lownibble_(*arguments, "--resume")
+    assert code == 0, err
+
+
+def test_train_reads_toml_and_flags_win(tiny_model, tiny_data, tmp_path):
+    toml = tmp_path / "run.toml"
+    toml.write_text(
+        f'model = "{tiny_model}"\nmethod = "lora"\n[data]\npath = "{tiny_data}"\nprompt_template = "{{text}} :"\n'
+        'completion_template = " {label}"\n[lora]\nr = 3\n[train]\nmax_steps = 5\nbatch_size = 4\nmax_length = 32\n'
+    )
+    code, out, err = lownibble_("train", toml, "--max-steps", 1, "--output", tmp_path / "out", "--json")
+    assert code == 0, err
+    config = json.loads(out)["config"]
+    assert (config["train"]["max_steps"], config["train"]["batch_size"], config["lora"]["r"]) == (1, 4, 3)
+
+
+@pytest.fixture
+def bad(tiny_model, tiny_data, tmp_path):
+    """Name -> arguments of `train` that cannot work."""
+    empty = tmp_path / "empty.jsonl"
+    empty.write_text("")
+    broken = tmp_path / "broken.jsonl"
+    broken.write_text('{"text": "a film", "label": "positive"}\n{"text": \n')
+    unlabelled = tmp_path / "unlabelled.jsonl"
+    unlabelled.write_text("".join(f'{{"messages": [{{"role": "user", "content": "hi {i}"}}]}}\n' for i in range(9)))
+    toml = tmp_path / "bad.toml"
+    toml.write_text("[lora]\nranks = 4\n")
+    base = ["--model", tiny_model, "--data", tiny_data, *SMALL]
+    return {
+        "rank of 0": ([*base, "--r", "0"], "'r' of LoraConfig"),
+        "unknown flag": ([*base, "--lora-alfa", "1"], "--lora-alfa"),
+        "unknown key": ([str(toml), *base], "no option 'ranks'"),
+        "unknown model": (["--model", str(tmp_path / "no-model"), "--data", tiny_data], "There is no model"),
+        "target that matches nothing": ([*base, "--target-modules", "query,value"], "q_proj"),
+        "absent data": (["--model", tiny_model, "--data", str(tmp_path / "no.jsonl")], "no.jsonl"),
+        "empty data": (["--model", tiny_model, "--data", empty], "empty.jsonl"),
+        "broken row": (["--model", tiny_model, "--data", broken], "broken.jsonl:2"),
+        "no label tokens": (["--model", tiny_model, "--data", unlabelled], "unlabelled.jsonl:1"),
+        "missing CUDA": ([*base, "--device", "cuda"], "--device cpu"),
+    }
+
+
+BAD = (
+    "rank of 0", "unknown flag", "unknown key", "unknown model", "target that matches nothing", "absent data", "empty data",
+    "broken row", "no label tokens", "missing CUDA",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_input_is_one_clear_error_and_exit_code_2(name, bad, tmp_path):
+    arguments, words = bad[name]
+    code, out, err = lownibble_("train", *arguments, "--output", tmp_path / "out", "--json", env={"CUDA_VISIBLE_DEVICES": ""})
+    assert code == 2, err
+    assert words in json.loads(out)["error"]
+    assert "Traceback" not in err
+    assert not (tmp_path / "out" / "record.json").exists()
+
+
+def test_an_output_that_cannot_be_written_is_exit_code_2(tiny_model, tiny_data, tmp_path):
+    (tmp_path / "file").write_text("")
+    code, _, err = lownibble_("train", "--model", tiny_model, "--data", tiny_data, *SMALL, "--output", tmp_path / "file" / "x")
+    assert code == 2
+    assert "error: Cannot write to the output folder" in err

@@ -1,0 +1,144 @@
+"""Comparisons on a tiny model, and the rules of the advice. Oracles: the runs' own records, arithmetic by hand."""
+
+import json
+import math
+import subprocess
+import sys
+
+import pytest
+
+from lownibble.config import CompareConfig, DataConfig, LoraConfig, QuantConfig, TrainConfig
+from lownibble.errors import DataError, OutputError
+from lownibble.study import advice
+from lownibble.study.compare import compare, crossing
+from lownibble.study.table import markdown
+
+
+def _config(tiny_model, tiny_data, output, **changes):
+    data = DataConfig(path=str(tiny_data), prompt_template="review : {text} sentiment :", completion_template=" {label}")
+    options = {
+        "model": str(tiny_model), "data": data, "lora": LoraConfig(r=2), "quant": QuantConfig(block_size=32),
+        "train": TrainConfig(max_steps=4, batch_size=8, max_length=32, eval_steps=2, output_dir=str(output)),
+    }  # fmt: skip
+    return CompareConfig(**(options | changes))
+
+
+def test_compare_runs_each_method_and_writes_its_files(tiny_model, tiny_data, tmp_path):
+    output = tmp_path / "cmp"
+    result = compare(_config(tiny_model, tiny_data, output, methods=["full", "lora", "qlora"]))
+    assert [s["status"] for s in result["methods"]] == ["ok", "ok", "ok"]
+    assert result["advice"]["method"] in ("full", "lora", "qlora")
+    assert json.loads((output / "record.json").read_text()) == result
+    for summary in result["methods"]:
+        run = json.loads((output / summary["method"] / "record.json").read_text())
+        assert summary["tokens_per_s"] == run["speed"]["tokens_per_s"]
+        assert summary["eval_loss"] == run["evaluations"][-1]["loss"]
+        assert sum(summary["bytes_by_kind"].values()) >= summary["peak_bytes"]
+        assert summary["perplexity"] == pytest.approx(math.exp(summary["eval_loss"]))
+        assert summary["target_loss"] >= min(e["loss"] for e in run["evaluations"])
+    page = (output / "report.html").read_text()
+    assert "<svg" in page
+    with pytest.raises(OutputError, match="holds another run"):
+        compare(_config(tiny_model, tiny_data, output))
+
+
+def test_a_method_that_fails_is_recorded_and_the_others_go_on(tiny_model, tiny_data, tmp_path, monkeypatch):
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    (tmp_path / "sitecustomize.py").write_text(
+        "import sys\n"
+        "if any('spec-qlora' in a for a in sys.orig_argv):\n"
+        "    import os, signal; os.kill(os.getpid(), signal.SIGKILL)\n"
+    )
+    result = compare(_config(tiny_model, tiny_data, tmp_path / "cmp", methods=["qlora", "lora"]))
+    assert [s["status"] for s in result["methods"]] == ["failed", "ok"]
+    assert "SIGKILL" in result["methods"][0]["error"]
+    assert result["advice"]["method"] == "lora"
+    assert "SIGKILL" in json.loads((tmp_path / "cmp" / "qlora" / "record.json").read_text())["error"]
+    assert "SIGKILL" in (tmp_path / "cmp" / "report.html").read_text()
+
+
+def test_resume_reads_finished_methods(tiny_model, tiny_data, tmp_path):
+    config = _config(tiny_model, tiny_data, tmp_path / "cmp")
+    first = compare(config)
+    again = compare(config.with_options(train=config.train.with_options(resume=True)))
+    assert again["methods"] == first["methods"]
+
+
+def test_bad_input_is_an_error_before_any_run(tiny_model, tmp_path):
+    (tmp_path / "empty.jsonl").write_text("")
+    config = _config(tiny_model, tmp_path, tmp_path / "cmp", data=DataConfig(path=str(tmp_path / "empty.jsonl")))
+    with pytest.raises(DataError, match=r"empty\.jsonl"):
+        compare(config)
+    assert not (tmp_path / "cmp").exists()
+
+
+def test_worker_exit_code_says_that_the_run_failed(tiny_model, tiny_data, tmp_path):
+    config = _config(tiny_model, tiny_data, tmp_path / "out")
+    spec = {k: v for k, v in config.to_dict().items() if k != "methods"} | {"method": "lora"}
+    spec["train"]["learning_rate"] = 1e30
+    (tmp_path / "spec.json").write_text(json.dumps(spec))
+    done = subprocess.run(
+        [sys.executable, "-m", "lownibble.study.worker", tmp_path / "spec.json"], check=False, capture_output=True
+    )
+    assert done.returncode == 1
+    record = json.loads((tmp_path / "out" / "record.json").read_text())
+    assert record["status"] == "failed"
+    assert "TrainingError" in record["error"]
+
+
+@pytest.mark.parametrize(
+    ("curve", "target", "step"),
+    [
+        ([(0, 4.0), (10, 2.0)], 3.0, 5.0),
+        ([(0, 4.0), (10, 2.0)], 2.0, 10.0),
+        ([(0, 4.0), (10, 5.0), (20, 1.0)], 3.0, 15.0),
+        ([(0, 1.0), (10, 2.0)], 1.5, 0.0),
+    ],
+)
+def test_crossing_is_linear_between_evaluations(curve, target, step):
+    assert crossing(curve, target) == pytest.approx(step)
+
+
+def _summary(method, peak, rate, correct=(), loss=1.0, status="ok"):
+    if status != "ok":
+        return {"method": method, "status": status, "error": "no memory"}
+    return {
+        "method": method, "status": "ok", "peak_bytes": peak, "tokens_per_s": rate, "correct": list(correct), "eval_loss": loss
+    }  # fmt: skip
+
+
+GOOD, MIXED = [True] * 100, [True, False] * 50
+
+
+@pytest.mark.parametrize(
+    ("summaries", "method"),
+    [
+        pytest.param([_summary("lora", 100, 10, GOOD), _summary("qlora", 60, 9, GOOD)], "qlora", id="equal quality: memory"),
+        pytest.param([_summary("lora", 100, 10, GOOD), _summary("qlora", 98, 9, GOOD)], "lora", id="little saved: speed"),
+        pytest.param([_summary("lora", 100, 10, GOOD), _summary("qlora", 60, 9, MIXED)], "lora", id="clearly better quality"),
+        pytest.param([_summary("lora", 100, 10, loss=1.0), _summary("qlora", 60, 9, loss=1.2)], "lora", id="loss without rows"),
+        pytest.param([_summary("lora", 0, 0, status="failed"), _summary("qlora", 60, 9)], "qlora", id="only one finished"),
+        pytest.param([_summary("lora", 0, 0, status="failed")], None, id="none finished"),
+    ],
+)
+def test_advice_follows_its_rules(summaries, method):
+    found = advice.advise(summaries)
+    assert found["method"] == method
+    assert found["reasons"]
+    assert all("no memory" in r for r, s in zip(found["reasons"], summaries, strict=False) if s["status"] == "failed")
+
+
+def test_paired_difference_is_the_textbook_formula():
+    found = advice.paired_difference([True, False, False, True], [True, True, True, False])
+    differences = [0, 1, 1, -1]
+    mean = sum(differences) / 4
+    error = math.sqrt(sum((d - mean) ** 2 for d in differences) / 3 / 4)
+    assert found == {"mean": mean, "standard_error": pytest.approx(error), "rows": 4}
+    assert advice.paired_difference([], []) is None
+
+
+def test_markdown_has_a_column_per_method(tiny_model, tiny_data, tmp_path):
+    result = compare(_config(tiny_model, tiny_data, tmp_path / "cmp"))
+    lines = markdown(result["methods"]).splitlines()
+    assert lines[0].count("|") == 4
+    assert all(line.count("|") == 4 for line in lines)
