@@ -19,7 +19,7 @@ CPU_INDEX = "https://download.pytorch.org/whl/cpu"
 
 def main(folder: str, *flags: str) -> int:
     """Install into the virtual environment `folder`, creating it; with --dev the tests' needs as well."""
-    if sys.version_info < (3, 11):
+    if sys.version_info < (3, 11):  # noqa: UP036 - run by whatever Python is there
         print(f"Lownibble needs Python 3.11 or newer; this is {platform.python_version()}. Set PYTHON=...", file=sys.stderr)
         return 2
     target = Path(folder)
