@@ -7,7 +7,7 @@ OUTPUT ?= runs/demo
 .PHONY: demo test check format bench bench-kernels bench-train readme clean
 
 demo: $(VENV)/.ready  ## set up, then compare LoRA and QLoRA on the embedded model and data
-	$(BIN)/lownibble compare --output $(OUTPUT)
+	$(BIN)/lownibble compare --output $(OUTPUT) --resume
 
 test: $(VENV)/.ready-dev  ## set up, then run the tests
 	$(BIN)/python -m pytest

@@ -230,7 +230,6 @@ def bench_kernels(repeats: int = 15, peers: bool = True) -> Record:
     finally:
         torch.set_num_threads(all_threads)
     return {
-        "benchmark": "kernels",
         "isa": library_isa,
         "quant_type": "nf4",
         "block_size_elements": BLOCK_SIZE,
@@ -241,4 +240,21 @@ def bench_kernels(repeats: int = 15, peers: bool = True) -> Record:
         "load_average_1min": os.getloadavg()[0],
         "elapsed_s": time.perf_counter() - start,
         "threads": by_threads,
+        "headlines": _headlines(by_threads[str(all_threads)]),
+    }
+
+
+def _headlines(record: Record) -> Record:
+    """The ratios to look at first: other time / native time, all threads, doubly quantised weights."""
+    large, gemv = record["dequantize_4bit"]["4096x4096"], record["gemv_4bit"]["1x4096 by 4096x4096"]
+    return {
+        "dequantize 4096x4096 / fill of the same memory": large["ratio_double_quant_vs_fill"],
+        "dequantize 576x1536 / fill of the same memory": record["dequantize_4bit"]["576x1536"]["ratio_double_quant_vs_fill"],
+        "dequantize 4096x4096 / bitsandbytes dequantize_4bit (which allocates)": large["ratio_double_quant_vs_bitsandbytes"],
+        "dequantize 4096x4096 / bitsandbytes' kernel alone, same output": large["ratio_vs_bitsandbytes_kernel"],
+        "dequantize 4096x4096 / bitsandbytes, both allocating": large["ratio_allocating_vs_bitsandbytes"],
+        "quantize 4096x4096 / bitsandbytes": record["quantize_4bit"]["4096x4096"]["ratio_vs_bitsandbytes"],
+        "matrix-vector 4096x4096 / dense float32": gemv["ratio_double_quant_vs_dense"],
+        "matrix-vector 4096x4096 / bitsandbytes matmul_4bit, float32": gemv["ratio_double_quant_vs_bitsandbytes_matmul_4bit"],
+        "matrix-vector 4096x4096 / bitsandbytes layer, bfloat16": gemv["ratio_double_quant_vs_bitsandbytes_layer_bfloat16"],
     }
