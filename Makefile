@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 OUTPUT ?= runs/demo
 
-.PHONY: demo test check format bench bench-kernels bench-train readme clean
+.PHONY: demo test check format bench bench-parity bench-kernels bench-train readme clean
 
 demo: $(VENV)/.ready  ## set up, then compare LoRA and QLoRA on the embedded model and data
 	$(BIN)/lownibble compare --output $(OUTPUT) --resume
@@ -22,7 +22,10 @@ format: $(VENV)/.ready-dev
 	$(BIN)/ruff format src tests setup.py tools
 	$(BIN)/ruff check --fix src tests setup.py tools
 
-bench: bench-kernels bench-train  ## measure again what the README shows
+bench: bench-parity bench-kernels bench-train  ## measure again what the README shows
+
+bench-parity: $(VENV)/.ready-dev
+	$(BIN)/lownibble bench parity --peers --output benchmarks/results/parity-cpu.json
 
 bench-kernels: $(VENV)/.ready-dev
 	$(BIN)/lownibble bench kernels --peers --output benchmarks/results/kernels-cpu.json

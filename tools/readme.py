@@ -53,15 +53,24 @@ def train() -> str:
     return "\n".join(lines) + f"\n\n({what}; {_where(record)}; `benchmarks/results/train-cpu.json`)"
 
 
+def _headlines(name: str) -> str:
+    record = _record(name)
+    lines = ["| figure | |", "| --- | ---: |"]
+    lines += [f"| {key} | {value:.3g} |" for key, value in record["headlines"].items() if value is not None]
+    return "\n".join(lines) + f"\n\n({_where(record)}; `benchmarks/results/{name}.json`)"
+
+
+def parity() -> str:
+    """The same arithmetic as bitsandbytes and PEFT."""
+    return _headlines("parity-cpu")
+
+
 def kernels() -> str:
     """The kernels next to memory fill, dense products and bitsandbytes."""
-    record = _record("kernels-cpu")
-    lines = ["| figure | median |", "| --- | ---: |"]
-    lines += [f"| {name} | {value:.3g} |" for name, value in record["headlines"].items() if isinstance(value, float)]
-    return "\n".join(lines) + f"\n\n({_where(record)}; `benchmarks/results/kernels-cpu.json`)"
+    return _headlines("kernels-cpu")
 
 
-SECTIONS: dict[str, Callable[[], str]] = {"compare": compare, "train": train, "kernels": kernels}
+SECTIONS: dict[str, Callable[[], str]] = {"compare": compare, "train": train, "kernels": kernels, "parity": parity}
 
 
 def rendered(text: str) -> str:

@@ -18,7 +18,13 @@ def _train(**options: Any) -> dict[str, Any]:
     return bench_train(**options)
 
 
-BENCHES: dict[str, Callable[..., dict[str, Any]]] = {"kernels": _kernels, "train": _train}
+def _parity(**options: Any) -> dict[str, Any]:
+    from lownibble.bench.parity import bench_parity
+
+    return bench_parity(**options)
+
+
+BENCHES: dict[str, Callable[..., dict[str, Any]]] = {"kernels": _kernels, "parity": _parity, "train": _train}
 """What `lownibble bench` measures: name -> function (peers, repeats), which returns the figures of a record.
 
 `headlines` in the result are the figures to show.

@@ -92,7 +92,7 @@ def bench(arguments: argparse.Namespace) -> dict[str, Any]:
     console = _console(arguments)
     table = Table(title=f"bench {arguments.what}", title_justify="left")
     table.add_column("figure")
-    table.add_column("median", justify="right")
+    table.add_column("value", justify="right")
     for name, value in result["headlines"].items():
         table.add_row(name, f"{value:,.3g}" if isinstance(value, float) else str(value))
     console.print(table)
