@@ -107,6 +107,21 @@ def test_bad_input_is_one_clear_error_and_exit_code_2(name, bad, tmp_path):
     assert not (tmp_path / "out" / "record.json").exists()
 
 
+def test_a_full_disk_is_one_clear_error(tiny_model, tiny_data, tmp_path):
+    """A limit on file sizes stands in for the full disk: the adapter's file is larger, the lock is not."""
+    limited = (
+        "import resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096)); "
+        "from lownibble.cli.main import main; sys.exit(main(sys.argv[1:]))"
+    )
+    arguments = ["train", "--model", tiny_model, "--data", tiny_data, *SMALL, "--output", tmp_path / "out"]
+    done = subprocess.run([sys.executable, "-c", limited, *map(str, arguments)], capture_output=True, text=True, check=False)
+    assert done.returncode == 2, done.stderr
+    assert "error: Cannot write into" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not list((tmp_path / "out").glob("adapter/*.safetensors")), "no half adapter is left"
+    assert not list((tmp_path / "out").glob("checkpoints/step-*")), "no half checkpoint is left"
+
+
 def test_an_output_that_cannot_be_written_is_exit_code_2(tiny_model, tiny_data, tmp_path):
     (tmp_path / "file").write_text("")
     code, _, err = lownibble_("train", "--model", tiny_model, "--data", tiny_data, *SMALL, "--output", tmp_path / "file" / "x")

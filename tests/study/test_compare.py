@@ -7,10 +7,11 @@ import sys
 
 import pytest
 
-from lownibble.config import CompareConfig, DataConfig, LoraConfig, QuantConfig, TrainConfig
-from lownibble.errors import DataError, OutputError
+from lownibble.config import CompareConfig, DataConfig, LoraConfig, QuantConfig, RunConfig, TrainConfig
+from lownibble.errors import DataError, OutputError, TargetError
 from lownibble.study import advice
 from lownibble.study.compare import compare, crossing
+from lownibble.study.paired import paired_speed
 from lownibble.study.table import markdown
 
 
@@ -36,6 +37,12 @@ def test_compare_runs_each_method_and_writes_its_files(tiny_model, tiny_data, tm
         assert sum(summary["bytes_by_kind"].values()) >= summary["peak_bytes"]
         assert summary["perplexity"] == pytest.approx(math.exp(summary["eval_loss"]))
         assert summary["target_loss"] >= min(e["loss"] for e in run["evaluations"])
+    paired = result["paired_speed"]
+    assert set(paired["ratios"]) == {"lora_vs_full", "qlora_vs_full", "qlora_vs_lora"}
+    for name, ratio in paired["ratios"].items():
+        assert 0 < ratio["min"] <= ratio["median"] <= ratio["max"], name
+    assert set(paired["tokens_per_s"]) == {"full", "lora", "qlora"}
+    assert all(s["paired_tokens_per_s"] == paired["tokens_per_s"][s["method"]] for s in result["methods"])
     page = (output / "report.html").read_text()
     assert "<svg" in page
     with pytest.raises(OutputError, match="holds another run"):
@@ -70,6 +77,18 @@ def test_bad_input_is_an_error_before_any_run(tiny_model, tmp_path):
     with pytest.raises(DataError, match=r"empty\.jsonl"):
         compare(config)
     assert not (tmp_path / "cmp").exists()
+
+
+def test_targets_that_match_nothing_are_an_error_before_any_run(tiny_model, tiny_data, tmp_path):
+    with pytest.raises(TargetError, match="q_proj"):
+        compare(_config(tiny_model, tiny_data, tmp_path / "cmp", lora=LoraConfig(target_modules=["query"])))
+    assert not (tmp_path / "cmp").exists()
+
+
+def test_a_comparison_that_was_interrupted_is_refused_without_resume(tiny_model, tiny_data, tmp_path):
+    (tmp_path / "cmp" / "lora").mkdir(parents=True)
+    with pytest.raises(OutputError, match="holds another run"):
+        compare(_config(tiny_model, tiny_data, tmp_path / "cmp"))
 
 
 def test_worker_exit_code_says_that_the_run_failed(tiny_model, tiny_data, tmp_path):
@@ -126,6 +145,22 @@ def test_advice_follows_its_rules(summaries, method):
     assert found["method"] == method
     assert found["reasons"]
     assert all("no memory" in r for r, s in zip(found["reasons"], summaries, strict=False) if s["status"] == "failed")
+
+
+@pytest.mark.parametrize(("ratios", "words"), [
+    ({"qlora_vs_lora": {"median": 0.8, "min": 0.5, "max": 1.0}}, "0.80 x lora's tokens/s (taking turns, 0.50 to 1.00), a loss"),
+    ({"lora_vs_qlora": {"median": 0.8, "min": 0.5, "max": 1.0}}, "1.25 x lora's tokens/s (taking turns, 1.00 to 2.00)"),
+    ({}, "0.90 x lora's tokens/s (one after the other"),
+])  # fmt: skip
+def test_speed_is_taken_from_turns_where_there_were_any(ratios, words):
+    found = advice.advise([_summary("lora", 100, 10, GOOD), _summary("qlora", 60, 9, GOOD)], ratios)
+    assert any(words in reason for reason in found["reasons"]), found["reasons"]
+
+
+def test_turns_are_left_out_where_the_models_do_not_fit_at_once(tiny_model, tiny_data, tmp_path):
+    config = RunConfig(model=str(tiny_model), device="cpu")
+    found = paired_speed([config, config], [2**60, 2**60])
+    assert "GiB are free" in found["skipped"]
 
 
 def test_paired_difference_is_the_textbook_formula():

@@ -1,13 +1,11 @@
-"""One contender of the training benchmark, in a process of its own: `python -m lownibble.bench.contender NAME`.
+"""One contender of the training benchmark, in a process of its own: `python -m lownibble.bench.contender NAME B T`.
 
-It builds its model, then takes turns: a line `N` on standard input makes it do N training steps on the next fixed batches and
-answer with one JSON line. Contenders wait while others run, so that drift of the machine hits all alike, and each has its own
-memory figures. All do the same work: same weights, batches, rank, targets, optimiser, clipping; loss on every token.
+It builds its model, then takes turns (`training/turns.py`): a turn is some training steps on the next fixed batches. All
+contenders do the same work: same weights, batches, rank, targets, optimiser, clipping; loss on every token.
 """
 
 from __future__ import annotations
 
-import json
 import sys
 import time
 from collections.abc import Callable
@@ -23,6 +21,7 @@ from lownibble.models import load, load_tokenizer, resolve
 from lownibble.optim import make_optimizer
 from lownibble.training import memory
 from lownibble.training.loss import label_loss
+from lownibble.training.turns import answer_turns
 
 LEARNING_RATE, CLIP, R, ALPHA = 2e-4, 1.0, 16, 32
 StepLoss = Callable[[Tensor], Tensor]
@@ -91,10 +90,11 @@ def main(name: str, batch_size: int, length: int) -> None:
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = make_optimizer("adamw", trained, LEARNING_RATE, 0.0)
     step = 0
-    print(json.dumps({"load_peak_bytes": load_peak, "trainable_parameters": sum(p.numel() for p in trained)}), flush=True)
-    for line in sys.stdin:
+
+    def do(steps: int) -> dict[str, Any]:
+        nonlocal step
         seconds, losses = [], []
-        for _ in range(int(line)):
+        for _ in range(steps):
             began = time.perf_counter()
             loss = loss_of(data_NBT[step % len(data_NBT)])
             loss.backward()
@@ -104,8 +104,9 @@ def main(name: str, batch_size: int, length: int) -> None:
             losses.append(float(loss.detach()))
             seconds.append(time.perf_counter() - began)
             step += 1
-        peak = memory.peak_bytes(device) - baseline
-        print(json.dumps({"seconds": seconds, "losses": losses, "train_peak_bytes": peak}), flush=True)
+        return {"seconds": seconds, "losses": losses, "train_peak_bytes": memory.peak_bytes(device) - baseline}
+
+    answer_turns({"load_peak_bytes": load_peak, "trainable_parameters": sum(p.numel() for p in trained)}, do)
 
 
 if __name__ == "__main__":

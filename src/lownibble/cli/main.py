@@ -79,15 +79,17 @@ def main(argv: list[str] | None = None) -> int:
         return _fail(error, 2, as_json)
     except LownibbleError as error:
         return _fail(error, 1, as_json)
-    except KeyboardInterrupt:
-        print("Interrupted.", file=sys.stderr)
-        return 130
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+    except OSError as error:
+        return _fail(error, 1, as_json)
+    except KeyboardInterrupt:
+        print("Interrupted.", file=sys.stderr)
+        return 130
 
 
-def _fail(error: LownibbleError, code: int, as_json: bool) -> int:
+def _fail(error: LownibbleError | OSError, code: int, as_json: bool) -> int:
     print(f"error: {error}", file=sys.stderr)
     if as_json:
         print(json.dumps({"status": "failed", "error": str(error), "kind": type(error).__name__}))

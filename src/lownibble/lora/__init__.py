@@ -6,6 +6,7 @@ from lownibble.lora.inject import (
     count_parameters,
     lora_layers,
     match_targets,
+    plan,
     remove_adapter,
     set_adapter,
     trainable_summary,
@@ -13,6 +14,6 @@ from lownibble.lora.inject import (
 from lownibble.lora.layer import LoraLinear, LowRank
 
 __all__ = [
-    "LoraLinear", "LowRank", "add_lora", "count_parameters", "load_adapter", "lora_layers", "match_targets", "read_config",
-    "remove_adapter", "save_adapter", "set_adapter", "trainable_summary",
+    "LoraLinear", "LowRank", "add_lora", "count_parameters", "load_adapter", "lora_layers", "match_targets", "plan",
+    "read_config", "remove_adapter", "save_adapter", "set_adapter", "trainable_summary",
 ]  # fmt: skip

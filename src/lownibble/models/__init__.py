@@ -1,6 +1,6 @@
 """Models: where weights come from, and the streaming load."""
 
-from lownibble.models.load import load, load_tokenizer, pick_device, pick_dtype
+from lownibble.models.load import load, load_tokenizer, pick_device, pick_dtype, skeleton
 from lownibble.models.sources import ModelSource, resolve
 
-__all__ = ["ModelSource", "load", "load_tokenizer", "pick_device", "pick_dtype", "resolve"]
+__all__ = ["ModelSource", "load", "load_tokenizer", "pick_device", "pick_dtype", "resolve", "skeleton"]

@@ -87,10 +87,10 @@ def load(
     source = resolve(model, revision)
     target_device = pick_device(device)
     target_dtype = pick_dtype(dtype, target_device)
-    skeleton = _skeleton(source, target_dtype)
-    _fill(skeleton, source, config, target_device, target_dtype)
-    skeleton.config._name_or_path = source.name
-    return skeleton.eval(), load_tokenizer(source)
+    empty = skeleton(source, target_dtype)
+    _fill(empty, source, config, target_device, target_dtype)
+    empty.config._name_or_path = source.name
+    return empty.eval(), load_tokenizer(source)
 
 
 def load_tokenizer(source: ModelSource) -> Any:
@@ -104,7 +104,7 @@ def load_tokenizer(source: ModelSource) -> Any:
     return tokenizer
 
 
-def _skeleton(source: ModelSource, dtype: torch.dtype) -> Any:
+def skeleton(source: ModelSource, dtype: torch.dtype) -> Any:
     """The model on the meta device, weights tied, buffers real."""
     try:
         config = AutoConfig.from_pretrained(source.folder, trust_remote_code=False)

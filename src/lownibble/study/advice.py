@@ -41,8 +41,11 @@ def better_in_quality(a: dict[str, Any], b: dict[str, Any]) -> tuple[bool, str]:
     return relative > LOSS_MATTERS, f"evaluation loss differs by {100 * -relative:+.1f} %"
 
 
-def advise(summaries: list[dict[str, Any]]) -> dict[str, Any]:
-    """The recommended method (None if all failed) and the reasons, one sentence each."""
+def advise(summaries: list[dict[str, Any]], ratios: dict[str, dict[str, float]] | None = None) -> dict[str, Any]:
+    """The recommended method (None if all failed) and the reasons, one sentence each.
+
+    `ratios` are tokens/s of pairs measured in turns, "b_vs_a" -> median, min, max; without them the runs' own rates are used.
+    """
     finished = [s for s in summaries if s["status"] == "ok"]
     reasons = [f"{s['method']} failed: {s['error']}" for s in summaries if s["status"] != "ok"]
     if not finished:
@@ -55,12 +58,24 @@ def advise(summaries: list[dict[str, Any]]) -> dict[str, Any]:
     fast = max(equal, key=lambda s: s["tokens_per_s"])
     saved = 1 - lean["peak_bytes"] / fast["peak_bytes"]
     chosen = lean if saved >= MEMORY_MATTERS else fast
-    reasons += _reasons(chosen, [s for s in finished if s is not chosen])
+    reasons += _reasons(chosen, [s for s in finished if s is not chosen], ratios or {})
     reasons.append("This is one seed: differences in quality smaller than twice their error were not counted.")
     return {"method": chosen["method"], "reasons": reasons}
 
 
-def _reasons(chosen: dict[str, Any], others: list[dict[str, Any]]) -> list[str]:
+def _speed(chosen: dict[str, Any], other: dict[str, Any], ratios: dict[str, dict[str, float]]) -> tuple[float, str]:
+    """Tokens/s of `chosen` relative to `other`, and how it was measured."""
+    a, b = chosen["method"], other["method"]
+    if f"{a}_vs_{b}" in ratios:
+        paired = ratios[f"{a}_vs_{b}"]
+        return paired["median"], f"taking turns, {paired['min']:.2f} to {paired['max']:.2f}"
+    if f"{b}_vs_{a}" in ratios:
+        paired = ratios[f"{b}_vs_{a}"]
+        return 1 / paired["median"], f"taking turns, {1 / paired['max']:.2f} to {1 / paired['min']:.2f}"
+    return chosen["tokens_per_s"] / other["tokens_per_s"], "one after the other: the machine's drift is in it"
+
+
+def _reasons(chosen: dict[str, Any], others: list[dict[str, Any]], ratios: dict[str, dict[str, float]]) -> list[str]:
     lines = []
     for other in others:
         clear, words = better_in_quality(chosen, other)
@@ -71,9 +86,9 @@ def _reasons(chosen: dict[str, Any], others: list[dict[str, Any]]) -> list[str]:
         lines.append(
             f"Memory: {chosen['method']} peaks at {memory:.2f} x {other['method']}'s ({_gib(chosen)} against {_gib(other)})."
         )
-        speed = chosen["tokens_per_s"] / other["tokens_per_s"]
+        speed, how = _speed(chosen, other, ratios)
         note = ", a loss to weigh" if speed < 1 - SPEED_MATTERS else ""
-        lines.append(f"Speed: {chosen['method']} runs at {speed:.2f} x {other['method']}'s tokens/s{note}.")
+        lines.append(f"Speed: {chosen['method']} runs at {speed:.2f} x {other['method']}'s tokens/s ({how}){note}.")
     return lines
 
 

@@ -1,6 +1,7 @@
 """`compare`: the same model and data with several methods, one process each, side by side.
 
     OUTPUT/<method>/record.json     each run's record, with adapter, events and checkpoints
+    OUTPUT/paired.json              speed with the methods taking turns
     OUTPUT/record.json              the comparison: configuration, a summary per method, the advice
     OUTPUT/report.html              all of it to look at
 
@@ -20,12 +21,16 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from lownibble.config import CompareConfig, RunConfig
 from lownibble.data import encode
 from lownibble.data import load as load_data
-from lownibble.errors import OutputError
-from lownibble.models import load_tokenizer, pick_device, resolve
+from lownibble.errors import OutputError, TrainingError
+from lownibble.lora import plan
+from lownibble.models import load_tokenizer, pick_device, resolve, skeleton
 from lownibble.study import advice, report
+from lownibble.study.paired import paired_speed
 from lownibble.study.worker import failed
 from lownibble.training import record
 
@@ -39,12 +44,19 @@ def compare(config: CompareConfig | None = None) -> dict[str, Any]:
     """
     config = config or CompareConfig()
     folder = Path(config.train.output_dir or f"runs/compare-{datetime.now():%Y%m%d-%H%M%S}")
-    if (folder / "record.json").exists() and not config.train.resume:
-        raise OutputError(f"'{folder}' holds another run. Choose another --output, or go on with --resume.")
+    held = [name for name in ("record.json", *config.methods) if (folder / name).exists()]
+    if held and not config.train.resume:
+        raise OutputError(f"'{folder}' holds another run ({', '.join(held)}). Choose another --output, or go on with --resume.")
     _check_inputs(config)
     runs = [run_in_process(_run_config(config, method, folder)) for method in config.methods]
     summaries = [summarize(run) for run in runs]
     add_steps_to_target(summaries, runs)
+    finished = [s for s in summaries if s["status"] == "ok"]
+    paired = _paired_speed(
+        folder, [_run_config(config, s["method"], folder) for s in finished], [s["peak_bytes"] for s in finished]
+    )
+    for summary in finished:
+        summary["paired_tokens_per_s"] = paired.get("tokens_per_s", {}).get(summary["method"])
     result = {
         **record.new("compare"),
         "status": "ok" if any(run["status"] == "ok" for run in runs) else "failed",
@@ -52,11 +64,25 @@ def compare(config: CompareConfig | None = None) -> dict[str, Any]:
         "environment": next((run["environment"] for run in runs if "environment" in run), {}),
         "output": str(folder),
         "methods": summaries,
-        "advice": advice.advise(summaries),
+        "paired_speed": paired,
+        "advice": advice.advise(summaries, paired.get("ratios", {})),
     }
     record.write(folder / "record.json", result)
     report.write(folder / "report.html", result, runs)
     return result
+
+
+def _paired_speed(folder: Path, configs: list[RunConfig], peaks: list[int]) -> dict[str, Any]:
+    """Measured once for a folder and kept: a resumed comparison shows what was found."""
+    path = folder / "paired.json"
+    if not path.exists():
+        print("speed: the methods take turns", file=sys.stderr)
+        try:
+            found = paired_speed(configs, peaks)
+        except TrainingError as error:
+            found = {"skipped": str(error)}
+        record.write(path, found)
+    return json.loads(path.read_text())  # type: ignore[no-any-return]
 
 
 def _check_inputs(config: CompareConfig) -> None:
@@ -66,20 +92,14 @@ def _check_inputs(config: CompareConfig) -> None:
     tokenizer = load_tokenizer(source)
     for side in load_data(config.data):
         encode(side, tokenizer, config.data, config.train.max_length)
+    if set(config.methods) != {"full"}:
+        plan(skeleton(source, torch.float32), config.lora, "default")
 
 
 def _run_config(config: CompareConfig, method: str, folder: Path) -> RunConfig:
     shared = {name: getattr(config, name) for name in RunConfig.model_fields if name in CompareConfig.model_fields}
     output = str(folder / method)
-    resume = config.train.resume or _crashed(folder / method)
-    return RunConfig(
-        **{**shared, "method": method, "train": config.train.model_copy(update={"output_dir": output, "resume": resume})}
-    )
-
-
-def _crashed(folder: Path) -> bool:
-    """Whether a run was started in `folder` and left no record."""
-    return (folder / "checkpoints").exists() and not (folder / "record.json").exists()
+    return RunConfig(**{**shared, "method": method, "train": config.train.model_copy(update={"output_dir": output})})
 
 
 def run_in_process(config: RunConfig) -> dict[str, Any]:

@@ -31,12 +31,17 @@ def rows(summaries: list[dict[str, Any]]) -> list[tuple[str, list[str]]]:
         low, _, high = s["tokens_per_s_quartiles"]
         return f"{s['tokens_per_s']:.0f} ({low:.0f} to {high:.0f})"
 
+    def turns(s: dict[str, Any]) -> str:
+        paired = s.get("paired_tokens_per_s")
+        return f"{paired['median']:.0f} ({paired['min']:.0f} to {paired['max']:.0f})" if paired else "-"
+
     found = [
         ("result", ["finished" if s["status"] == "ok" else f"failed: {s['error']}" for s in summaries]),
         row("peak memory above imports", lambda s: _gib(s["peak_bytes"])),
         row("  weights and constants", lambda s: _mib(sum(s["bytes_by_kind"][k] for k in ("weights", "codes", "constants")))),
         row("  saved activations", lambda s: _mib(s["bytes_by_kind"]["activations"])),
-        row("tokens/s (quartiles over steps)", quartiles),
+        row("tokens/s in its run (quartiles over steps)", quartiles),
+        row("tokens/s taking turns (min to max)", turns),
         row("samples/s", lambda s: f"{s['samples_per_s']:.1f}"),
         row("evaluation loss, before -> after", lambda s: f"{s['eval_loss_before']:.3f} -> {s['eval_loss']:.3f}"),
     ]

@@ -2,7 +2,7 @@
 
 A process per run keeps memory figures apart and turns any failure, also a kill by the system, into a recorded result. The
 specification is a `RunConfig`; the record goes into its output folder. Exit code 0 when the run succeeded, 1 when it failed and
-a record says why.
+a record says why, 130 when it was interrupted.
 """
 
 from __future__ import annotations
@@ -22,6 +22,8 @@ def main(spec: str) -> int:
 
     try:
         run(config, sinks=[ProgressSink(config.method)])
+    except KeyboardInterrupt:
+        return 130
     except Exception as error:  # every failure becomes a record; the parent reports it and goes on
         failure = failed(config, f"{type(error).__name__}: {error}")
         failure["environment"] = record.environment()

@@ -82,11 +82,8 @@ class Trainer:
         )  # fmt: skip
         if first in (0, self.total_steps):
             yield self.evaluate(first)
-        accumulation = config.gradient_accumulation_steps
-        order = stream(self.train_rows, config.batch_size, config.seed, config.group_by_length, first * accumulation)
-        for step in range(first, self.total_steps):
-            batches = [collate([self.train_rows[i] for i in rows], self.pad_token_id) for rows in islice(order, accumulation)]
-            yield self._step(step, batches)
+        for step, batches in zip(range(first, self.total_steps), self.batches(first), strict=False):
+            yield self.step(step, batches)
             done = step + 1
             last = done == self.total_steps
             if last or (config.eval_steps and done % config.eval_steps == 0):
@@ -96,6 +93,13 @@ class Trainer:
                 yield Saved(done, str(path))
         self.model.eval()
         yield Finished(self.total_steps, time.perf_counter() - began)
+
+    def batches(self, first_step: int = 0) -> Iterator[list[Batch]]:
+        """The batches of each step from `first_step` on, without end."""
+        config, count = self.config, self.config.gradient_accumulation_steps
+        order = stream(self.train_rows, config.batch_size, config.seed, config.group_by_length, first_step * count)
+        while True:
+            yield [collate([self.train_rows[i] for i in rows], self.pad_token_id) for rows in islice(order, count)]
 
     def evaluate(self, step: int) -> Evaluated:
         """Loss and, for label data, accuracy on the evaluation rows."""
@@ -107,7 +111,8 @@ class Trainer:
         batch = batch.to(self.device)
         return label_loss(self.model, batch.input_ids, batch.attention_mask, batch.labels, n_total)
 
-    def _step(self, step: int, batches: list[Batch]) -> Stepped:
+    def step(self, step: int, batches: list[Batch]) -> Stepped:
+        """Take optimiser step number `step` (0-based) on its batches."""
         began = time.perf_counter()
         config = self.config
         self.model.train()

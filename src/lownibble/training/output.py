@@ -17,6 +17,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from safetensors import SafetensorError
+
 from lownibble.errors import OutputError
 
 _RUN_FILES = ("record.json", "adapter", "model", "checkpoints")
@@ -27,7 +29,8 @@ def claim(folder: str | Path, *, resume: bool) -> Iterator[Path]:
     """Hold an output folder for one run.
 
     Raises:
-        OutputError: it holds another run, another process trains in it, or it cannot be written.
+        OutputError: it holds another run, another process trains in it, or it cannot be written (now, or later inside the
+            block: a full disk).
     """
     folder = Path(folder)
     try:
@@ -45,4 +48,7 @@ def claim(folder: str | Path, *, resume: bool) -> Iterator[Path]:
             raise OutputError(
                 f"'{folder}' holds another run ({', '.join(found)}). Choose another --output, or go on with --resume."
             )
-        yield folder
+        try:
+            yield folder
+        except (OSError, SafetensorError) as error:  # all reading is done: this is the disk
+            raise OutputError(f"Cannot write into '{folder}': {error}. Free some space, then go on with --resume.") from error

@@ -78,10 +78,22 @@ def run(config: RunConfig, *, sinks: Iterable[Sink] = ()) -> TrainResult:
     sides = load_data(config.data)
     memory.reset_peak(device)
     baseline = memory.used_bytes(device)
+    model, tokenizer = _make_model(config)
+    loaded = {"baseline_bytes": baseline, "load_peak_bytes": max(0, memory.peak_bytes(device) - baseline)}
+    return _train(model, tokenizer, sides, config.data, config.train, config.to_dict(), sinks, loaded)
+
+
+def prepare(config: RunConfig) -> Trainer:
+    """The trainer of a run, ready to take steps, for those who measure; `run` is for those who train."""
+    model, tokenizer = _make_model(config)
+    return _trainer(model, tokenizer, load_data(config.data), config.data, config.train)[0]
+
+
+def _make_model(config: RunConfig) -> tuple[Any, Any]:
+    """The model as the method trains it, and its tokenizer."""
     quant = config.quant if config.method == "qlora" else None
-    dtype = (
-        "float32" if config.method == "full" and config.dtype == "auto" else config.dtype
-    )  # optimiser steps are below bf16's grain
+    # in full fine-tuning a step is often smaller than bfloat16 can tell apart
+    dtype = "float32" if config.method == "full" and config.dtype == "auto" else config.dtype
     model, tokenizer = load(config.model, quant=quant, dtype=dtype, device=config.device, revision=config.revision)
     packed = any(isinstance(module, QuantLinear) for module in model.modules())
     if packed and config.method != "qlora":
@@ -90,23 +102,30 @@ def run(config: RunConfig, *, sinks: Iterable[Sink] = ()) -> TrainResult:
         add_lora(model, config.lora, seed=config.train.seed)
     else:
         model.requires_grad_(True)
-    loaded = {"baseline_bytes": baseline, "load_peak_bytes": max(0, memory.peak_bytes(device) - baseline)}
-    return _train(model, tokenizer, sides, config.data, config.train, config.to_dict(), sinks, loaded)
+    return model, tokenizer
+
+
+def _trainer(
+    model: Any, tokenizer: Any, sides: tuple[Dataset, Dataset], data: DataConfig, config: TrainConfig
+) -> tuple[Trainer, list[Encoded]]:
+    """The trainer over both sides' rows, and the encoded rows."""
+    encoded = [encode(side, tokenizer, data, config.max_length) for side in sides]
+    identity = {"data": {"train": sides[0].digest, "eval": sides[1].digest}, **_subject(model)}
+    trainer = Trainer(
+        model, tokenizer, encoded[0].examples, encoded[1].examples, config,
+        choices=choices(*sides, tokenizer, data, config.max_length), cut_rows=encoded[0].n_cut, identity=identity,
+    )  # fmt: skip
+    return trainer, encoded
 
 
 def _train(
     model: Any, tokenizer: Any, sides: tuple[Dataset, Dataset], data: DataConfig, config: TrainConfig, asked: dict[str, Any],
     sinks: Iterable[Sink], loaded: dict[str, int] | None = None,
 ) -> TrainResult:  # fmt: skip
-    encoded = [encode(side, tokenizer, data, config.max_length) for side in sides]
-    identity = {"data": {"train": sides[0].digest, "eval": sides[1].digest}, **_subject(model)}
+    trainer, encoded = _trainer(model, tokenizer, sides, data, config)
     with ExitStack() as stack:
         folder = stack.enter_context(claim(config.output_dir, resume=config.resume)) if config.output_dir else None
         sinks = [*sinks, *_file_sinks(folder, config)]
-        trainer = Trainer(
-            model, tokenizer, encoded[0].examples, encoded[1].examples, config,
-            choices=choices(*sides, tokenizer, data, config.max_length), cut_rows=encoded[0].n_cut, identity=identity,
-        )  # fmt: skip
         baseline = loaded["baseline_bytes"] if loaded else memory.used_bytes(trainer.device)
         memory.reset_peak(trainer.device)
         past = read_events(folder / "events.jsonl") if folder and config.resume else []

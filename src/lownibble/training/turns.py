@@ -1,0 +1,78 @@
+"""Taking turns: processes that wait while others run, so that drift of the machine hits all of them alike.
+
+A child answers each line `N` on its standard input with one JSON line on its standard output; the parent gives turns in an order
+that rotates from round to round. Ratios are taken within a round and their median is reported, with the spread.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from typing import IO, Any
+
+from lownibble.errors import TrainingError
+
+
+class TurnTaker:
+    """A child process that works only when it is given a turn; a context manager. `facts` is its first answer."""
+
+    def __init__(self, name: str, module: str, *arguments: str) -> None:
+        self.name = name
+        command = [sys.executable, "-m", module, *arguments]
+        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        self.facts: dict[str, Any] = {}
+
+    def __enter__(self) -> TurnTaker:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.process.kill()
+        self.process.communicate()
+
+    def ready(self) -> None:
+        """Wait until the child has built what it needs."""
+        self.facts = self._answer()
+
+    def turn(self, steps: int) -> dict[str, Any]:
+        """Let the child do `steps` steps; returns its answer."""
+        stdin: IO[str] = self.process.stdin  # type: ignore[assignment]
+        stdin.write(f"{steps}\n")
+        stdin.flush()
+        return self._answer()
+
+    def _answer(self) -> dict[str, Any]:
+        stdout: IO[str] = self.process.stdout  # type: ignore[assignment]
+        line = stdout.readline()
+        if not line:
+            raise TrainingError(f"The process '{self.name}' ended with exit code {self.process.wait()}. Its messages are above.")
+        return json.loads(line)  # type: ignore[no-any-return]
+
+
+def answer_turns(facts: dict[str, Any], do: Callable[[int], dict[str, Any]]) -> None:
+    """The child's side: say `facts`, then answer every turn with `do(steps)` until standard input ends."""
+    print(json.dumps(facts), flush=True)
+    for line in sys.stdin:
+        print(json.dumps(do(int(line))), flush=True)
+
+
+def play(takers: Sequence[TurnTaker], rounds: int, steps: int, warmup: int = 1) -> dict[str, list[dict[str, Any]]]:
+    """Give turns for `warmup` + `rounds` rounds; name -> the answers of all rounds, warm-up first."""
+    answers: dict[str, list[dict[str, Any]]] = {taker.name: [] for taker in takers}
+    for index in range(warmup + rounds):
+        shift = index % len(takers)
+        for taker in [*takers[shift:], *takers[:shift]]:
+            answers[taker.name].append(taker.turn(steps))
+    return answers
+
+
+def spread(values: Sequence[float]) -> dict[str, float]:
+    """Median, minimum and maximum."""
+    return {"median": statistics.median(values), "min": min(values), "max": max(values)}
+
+
+def ratio(a: Sequence[float], b: Sequence[float]) -> dict[str, float]:
+    """Spread of a / b, round by round."""
+    return spread([x / y for x, y in zip(a, b, strict=True)])
