@@ -27,7 +27,7 @@ def main(folder: str, *flags: str) -> int:
     if not python.exists():
         print(f"creating {folder}", file=sys.stderr)
         venv.create(target, with_pip=True, symlinks=True)
-    pip = [str(python), "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
+    pip = [str(python), "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--no-compile"]
     constraints = ["--constraint", str(ROOT / "constraints.txt")]
     if subprocess.call([str(python), "-c", "import torch"], stderr=subprocess.DEVNULL) != 0:
         print("installing torch", file=sys.stderr)

@@ -55,7 +55,7 @@ class Trainer:
         self.model, self.config, self.train_rows = model, config, train
         self.pad_token_id = int(tokenizer.pad_token_id)
         self.device: torch.device = model.get_input_embeddings().weight.device
-        self.evaluator = Evaluator(evaluation, choices, self.pad_token_id, config.batch_size, self.device)
+        self.evaluator = Evaluator(evaluation, choices, self.pad_token_id, 2 * config.batch_size, self.device)
         batches = n_batches(len(train), config.batch_size)
         per_epoch = max(1, batches // config.gradient_accumulation_steps)
         self.total_steps = config.max_steps or math.ceil(per_epoch * config.num_train_epochs)
