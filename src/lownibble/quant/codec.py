@@ -54,7 +54,7 @@ def quantize(tensor: Tensor, quant: str | QuantConfig = "nf4", *, name: str = "t
         )
     if tensor.is_meta:
         raise QuantizationError(f"Cannot quantise '{name}': it has no data (meta device). Load its weights first.")
-    if tensor.numel() and not torch.isfinite(tensor.detach().abs().amax()):  # amax propagates NaN
+    if tensor.numel() and not torch.isfinite(torch.stack(tensor.detach().aminmax())).all():  # aminmax propagates NaN
         bad = int((~torch.isfinite(tensor)).sum())
         raise QuantizationError(
             f"Cannot quantise '{name}': {bad} of its {tensor.numel()} values are NaN or infinite. "
