@@ -201,7 +201,7 @@ class RunConfig(_Subject):
 
 
 COMPARE_TRAIN = TrainConfig(
-    max_steps=52, batch_size=16, learning_rate=5e-4, warmup_ratio=0.1, max_length=128, group_by_length=True, eval_steps=26
+    max_steps=48, batch_size=16, learning_rate=5e-4, warmup_ratio=0.1, max_length=128, group_by_length=True, eval_steps=24
 )  # fmt: skip
 """What `compare` trains where nothing else is said: minutes on two cores with the embedded model."""
 

@@ -24,7 +24,7 @@ from lownibble.config import RunConfig
 from lownibble.models import pick_device
 from lownibble.training.turns import TurnTaker, answer_turns, play, ratio, spread
 
-ROUNDS, STEPS = 4, 2
+ROUNDS, STEPS = 6, 1
 
 
 def paired_speed(configs: list[RunConfig], peaks: list[int]) -> dict[str, Any]:
