@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lownibble.config import DataConfig, LoraConfig
+from lownibble.config import DataConfig, LoraConfig, QuantConfig
 from lownibble.data import load as load_data
 from lownibble.lora import add_lora
 from lownibble.models import load, load_tokenizer, resolve
@@ -27,7 +27,7 @@ LEARNING_RATE, CLIP, R, ALPHA = 2e-4, 1.0, 16, 32
 StepLoss = Callable[[Tensor], Tensor]
 
 
-def _ours(quant: str | None) -> tuple[nn.Module, StepLoss]:
+def _ours(quant: QuantConfig | None) -> tuple[nn.Module, StepLoss]:
     model, _ = load("demo", quant=quant)
     add_lora(model, LoraConfig(r=R, lora_alpha=ALPHA))
     mask = None
@@ -58,7 +58,8 @@ def _peft(quantized: bool) -> tuple[nn.Module, StepLoss]:
 
 CONTENDERS: dict[str, Callable[[], tuple[nn.Module, StepLoss]]] = {
     "lora": lambda: _ours(None),
-    "qlora": lambda: _ours("nf4"),
+    "qlora": lambda: _ours(QuantConfig(compute="exact")),
+    "qlora_int8": lambda: _ours(QuantConfig(compute="int8")),
     "peft_lora": lambda: _peft(quantized=False),
     "peft_bnb_qlora": lambda: _peft(quantized=True),
 }

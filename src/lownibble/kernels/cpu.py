@@ -23,11 +23,11 @@ import torch
 from torch import Tensor
 
 from lownibble.errors import BackendError, InputError
-from lownibble.kernels.ops import Nested
+from lownibble.kernels.ops import Addition, Nested, Rows8bit
 
 name = "cpu"
 
-_ABI = 1
+_ABI = 2
 _FOLDER = Path(__file__).parent
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _SHIFTS = {1 << shift: shift for shift in range(4, 13)}
@@ -41,8 +41,14 @@ _SIGNATURES = {
     "quantize_4bit": [_pointer, _int32, _int64, _int32, _pointer, _pointer, _pointer, _pointer, _int32],
     "quantize_8bit": [_pointer, _int64, _int32, _pointer, _pointer, _pointer, _int32],
     "dequantize_8bit": [_pointer, _pointer, _pointer, _int64, _int32, _pointer, _int32],
+    "row_scales": [*_WEIGHT, _int64, _int64, _int32, _int32, _pointer, _int32],
+    "quantize_rows": [_pointer, _pointer, _int64, _int64, _pointer, _pointer, _pointer, _int32],
+    "matmul_int8": [
+        *[_pointer] * 3, _int64, *_WEIGHT, _int64, _int64, _int32, _int32, _int32, *[_pointer] * 4, *[_int64] * 3,
+        ctypes.c_float, _pointer, _int32,
+    ],
     "gemv_4bit": [_pointer, _int32, _int64, _int64, *_WEIGHT, _int64, _int32, _int32, _pointer, _int32],
-}
+}  # fmt: skip
 
 
 class _Library:
@@ -58,7 +64,7 @@ class _Library:
             raise BackendError(f"The compiled library {path} is of another version (ABI {abi}, not {_ABI}). Reinstall lownibble.")
         for function, argument_types in _SIGNATURES.items():
             getattr(library, f"lownibble_{function}").argtypes = argument_types
-        for function in ("dequantize_4bit", "quantize_4bit", "quantize_8bit", "dequantize_8bit"):
+        for function in ("dequantize_4bit", "quantize_4bit", "quantize_8bit", "dequantize_8bit", "row_scales", "quantize_rows"):
             getattr(library, f"lownibble_{function}").restype = None
         library.lownibble_isa.restype = library.lownibble_available.restype = ctypes.c_char_p
         self.dequantize_4bit = library.lownibble_dequantize_4bit
@@ -66,6 +72,10 @@ class _Library:
         self.quantize_8bit = library.lownibble_quantize_8bit
         self.dequantize_8bit = library.lownibble_dequantize_8bit
         self.gemv_4bit = library.lownibble_gemv_4bit
+        self.row_scales = library.lownibble_row_scales
+        self.quantize_rows = library.lownibble_quantize_rows
+        self.matmul_int8 = library.lownibble_matmul_int8
+        self.has_int8 = library.lownibble_has_int8
         self.select = library.lownibble_select
         self.isa = library.lownibble_isa
         self.available_isas = library.lownibble_available().decode().split(",")
@@ -246,3 +256,86 @@ def gemv_4bit(
     if failed:
         raise MemoryError(f"No memory for {T * K * 4} bytes: x_TK in float32.")
     return out_TN
+
+
+_TILE_ROWS, _GROUP_COLUMNS, _LARGEST_SUM = 12, 4, 65_536
+
+
+def has_int8() -> bool:
+    """Whether the 8-bit products run with the instruction set in use."""
+    return bool(library().has_int8())
+
+
+def _need_int8() -> None:
+    if not has_int8():
+        raise BackendError(
+            f"8-bit products need the AVX-512 VNNI instructions; this process uses '{isa()}' kernels. Use compute='exact'."
+        )
+
+
+def row_scales(
+    codes: Tensor, absmax: Tensor, values: Tensor, block_size: int, shape: torch.Size, nested: Nested | None = None
+) -> Tensor:
+    """As `ops.row_scales`."""
+    N, K, shift, addresses, nested_shift = _weight_int8(codes, absmax, values, block_size, shape, nested)
+    scale = torch.empty(N, dtype=torch.float32)
+    library().row_scales(*addresses, N, K, shift, nested_shift, scale.data_ptr(), torch.get_num_threads())
+    return scale
+
+
+def _weight_int8(
+    codes: Tensor, absmax: Tensor, values: Tensor, block_size: int, shape: torch.Size, nested: Nested | None
+) -> tuple[int, int, int, list[int | None], int]:
+    _need_int8()
+    N, K = shape
+    if K % 64 or block_size < 32 or max(N, K) > _LARGEST_SUM:
+        raise InputError(
+            f"8-bit products take weights whose rows are a multiple of 64 long, in blocks of at least 32, up to {_LARGEST_SUM} "
+            f"a side. Got {N} x {K} in blocks of {block_size}. Use compute='exact'."
+        )
+    *addresses, nested_shift = _weight(codes, absmax, values, N * K, -(-N * K // block_size), nested)
+    return N, K, _shift(block_size), addresses, nested_shift
+
+
+def quantize_rows(x_TC: Tensor, column_scale: Tensor | None = None) -> Rows8bit:
+    """As `ops.quantize_rows`; codes in tiles of 12 rows, see `native/int8.h`."""
+    _need_int8()
+    T, C = x_TC.shape
+    padded = -(-T // _TILE_ROWS) * _TILE_ROWS * -(-C // _GROUP_COLUMNS) * _GROUP_COLUMNS
+    rows = Rows8bit(torch.empty(padded, dtype=torch.int8), torch.empty(T), torch.empty(T, dtype=torch.int32), C)
+    library().quantize_rows(
+        _data(x_TC, "x_TC", torch.float32, T * C),
+        None if column_scale is None else _data(column_scale, "column_scale", torch.float32, C),
+        T, C, rows.codes.data_ptr(), rows.scale.data_ptr(), rows.sum.data_ptr(), torch.get_num_threads(),
+    )  # fmt: skip
+    return rows
+
+
+def matmul_int8(
+    x: Rows8bit, codes: Tensor, absmax: Tensor, values: Tensor, block_size: int, shape: torch.Size, row_scale: Tensor,
+    transposed: bool, addition: Addition, nested: Nested | None = None,
+) -> Tensor:  # fmt: skip
+    """As `ops.matmul_int8`."""
+    N, K, shift, addresses, nested_shift = _weight_int8(codes, absmax, values, block_size, shape, nested)
+    T, columns = len(x.scale), K if transposed else N
+    if x.columns != (N if transposed else K):
+        raise InputError(f"'x' must have {N if transposed else K} columns. Got {x.columns}.")
+    low, factor, r, step, stride = addition.low, addition.factor, 0, 0, 0
+    if low is not None and factor is not None:
+        r, step, stride = low.shape[1], factor.stride(0), factor.stride(1)
+        if factor.shape != (r, columns) or factor.dtype != torch.float32 or not factor.is_cpu:
+            raise InputError(
+                f"'factor' must be a float32 CPU tensor of {(r, columns)}. Got {factor.dtype} {tuple(factor.shape)}."
+            )
+    out = torch.empty((T, columns), dtype=torch.float32)
+    failed = library().matmul_int8(
+        x.codes.data_ptr(), x.scale.data_ptr(), x.sum.data_ptr(), T, *addresses, N, K, shift, nested_shift, int(transposed),
+        _data(row_scale, "row_scale", torch.float32, N),
+        None if addition.bias is None else _data(addition.bias, "bias", torch.float32, columns),
+        None if low is None else _data(low, "low", torch.float32, T * r),
+        None if factor is None else factor.data_ptr(),
+        r, step, stride, addition.scale, out.data_ptr(), torch.get_num_threads(),
+    )  # fmt: skip
+    if failed:
+        raise MemoryError("No memory for one packed panel of a weight.")
+    return out

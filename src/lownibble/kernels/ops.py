@@ -38,6 +38,30 @@ class Nested(NamedTuple):
     block_size: int = 256
 
 
+class Rows8bit(NamedTuple):
+    """Rows scaled to 8 bits: value [t, c] is about `code[t, c] * scale[t]`.
+
+    codes: int8, laid out as the backend likes; scale: (T,) float32; sum: (T,) int32, of each row's codes; columns: C.
+    """
+
+    codes: Tensor
+    scale: Tensor
+    sum: Tensor
+    columns: int
+
+
+class Addition(NamedTuple):
+    """What `matmul_int8` adds to its product, in float32: `bias + scale * low @ factor`.
+
+    bias: (columns,) or None; low: (T, r) contiguous and factor: (r, columns) with any strides, or both None.
+    """
+
+    bias: Tensor | None = None
+    low: Tensor | None = None
+    factor: Tensor | None = None
+    scale: float = 1.0
+
+
 class Backend(Protocol):
     """What a backend module provides. Tensors are contiguous and share one device."""
 
@@ -61,6 +85,26 @@ class Backend(Protocol):
         values: Tensor,
         block_size: int,
         out_features: int,
+        nested: Nested | None = None,
+    ) -> Tensor: ...
+
+    def row_scales(
+        self, codes: Tensor, absmax: Tensor, values: Tensor, block_size: int, shape: torch.Size, nested: Nested | None = None
+    ) -> Tensor: ...
+
+    def quantize_rows(self, x_TC: Tensor, column_scale: Tensor | None = None) -> Rows8bit: ...
+
+    def matmul_int8(
+        self,
+        x: Rows8bit,
+        codes: Tensor,
+        absmax: Tensor,
+        values: Tensor,
+        block_size: int,
+        shape: torch.Size,
+        row_scale: Tensor,
+        transposed: bool,
+        addition: Addition,
         nested: Nested | None = None,
     ) -> Tensor: ...
 
@@ -114,6 +158,11 @@ def use_backend(name: str) -> Iterator[None]:
         yield
     finally:
         _forced.reset(token)
+
+
+def is_forced() -> bool:
+    """Whether `use_backend` has chosen the backend."""
+    return _forced.get() is not None
 
 
 def active_backend(device: torch.device | str = "cpu") -> str:
@@ -194,3 +243,40 @@ def gemv_4bit(
         codes, absmax, values, block_size, nested: W (N, K) as in `dequantize_4bit`; blocks run on over row ends.
     """
     return _for(x_TK).gemv_4bit(x_TK, codes, absmax, values, block_size, out_features, nested)
+
+
+def row_scales(
+    codes: Tensor, absmax: Tensor, values: Tensor, block_size: int, shape: torch.Size, nested: Nested | None = None
+) -> Tensor:
+    """(N,) float32: what one step of 8 bits is worth in each row of W (N, K), the row's largest constant / 127."""
+    return _for(codes).row_scales(codes, absmax, values, block_size, shape, nested)
+
+
+def quantize_rows(x_TC: Tensor, column_scale: Tensor | None = None) -> Rows8bit:
+    """`x_TC * column_scale` with each row scaled to integers in [-127, 127] by its largest magnitude, rounded to even.
+
+    A row with a NaN or infinite value gets a scale that is not finite, and so does every product with it.
+
+    Args:
+        x_TC: (T, C) float32, contiguous.
+        column_scale: (C,) float32.
+    """
+    return _for(x_TC).quantize_rows(x_TC, column_scale)
+
+
+def matmul_int8(
+    x: Rows8bit, codes: Tensor, absmax: Tensor, values: Tensor, block_size: int, shape: torch.Size, row_scale: Tensor,
+    transposed: bool, addition: Addition, nested: Nested | None = None,
+) -> Tensor:  # fmt: skip
+    """A product with W (N, K) in 8-bit integers, summed exactly in 32 bits, plus `addition`; float32.
+
+    W becomes integers in [-127, 127], `q[n, k] = round(W[n, k] / row_scale[n])`. Forward, x (T, K): (T, N) is
+    `x.scale[t] * row_scale[n] * sum_k x.code[t, k] q[n, k]`. Transposed, x (T, N) with `row_scale` already multiplied into it:
+    (T, K) is `x.scale[t] * sum_n x.code[t, n] q[n, k]`.
+
+    Args:
+        x: from `quantize_rows` of the same backend.
+        row_scale: (N,) from `row_scales`.
+        K and the block size are multiples of 64 and 32; a sum has at most 65,536 terms.
+    """
+    return _for(codes).matmul_int8(x, codes, absmax, values, block_size, shape, row_scale, transposed, addition, nested)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lownibble.kernels.ops import Nested
+from lownibble.kernels.ops import Addition, Nested, Rows8bit
 
 name = "reference"
 
@@ -76,3 +76,37 @@ def gemv_4bit(
     weight_NK = x_TK.new_empty((out_features, x_TK.shape[1]), dtype=torch.float32)
     dequantize_4bit(codes, absmax, values, block_size, weight_NK, nested)
     return (x_TK.float() @ weight_NK.t()).to(x_TK.dtype)
+
+
+def row_scales(
+    codes: Tensor, absmax: Tensor, values: Tensor, block_size: int, shape: torch.Size, nested: Nested | None = None
+) -> Tensor:
+    sizes = _block_constants(absmax, nested).abs().repeat_interleave(block_size)[: shape.numel()]
+    return sizes.view(shape).amax(dim=1) / 127
+
+
+def quantize_rows(x_TC: Tensor, column_scale: Tensor | None = None) -> Rows8bit:
+    scaled = x_TC if column_scale is None else x_TC * column_scale
+    largest = scaled.abs().amax(dim=1)
+    factor = torch.where(largest > 0, torch.full_like(largest, 127) / largest, 0.0)  # 127 / tensor would round twice
+    codes = (scaled * factor.unsqueeze(1)).round().nan_to_num(nan=0.0).to(torch.int8)
+    return Rows8bit(codes, largest / 127, codes.sum(dim=1, dtype=torch.int32), x_TC.shape[1])
+
+
+def matmul_int8(
+    x: Rows8bit, codes: Tensor, absmax: Tensor, values: Tensor, block_size: int, shape: torch.Size, row_scale: Tensor,
+    transposed: bool, addition: Addition, nested: Nested | None = None,
+) -> Tensor:  # fmt: skip
+    steps = torch.where(row_scale > 0, 1 / row_scale, 0.0).unsqueeze(1)
+    constants = _block_constants(absmax, nested).repeat_interleave(block_size)[: shape.numel()].view(shape) * steps
+    index = torch.stack([codes >> 4, codes & 0xF], dim=1).view(-1).long()[: shape.numel()]
+    q_NK = (values[index].view(shape) * constants).round().double()  # sums of integers are exact in float64
+    sums = (x.codes.double() @ (q_NK if transposed else q_NK.t())).float()
+    out = sums * x.scale.unsqueeze(1)
+    if not transposed:
+        out = out * row_scale
+    if addition.bias is not None:
+        out = out + addition.bias
+    if addition.low is not None and addition.factor is not None:
+        out = out + addition.low @ (addition.factor * addition.scale)
+    return out

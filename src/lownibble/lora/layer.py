@@ -21,7 +21,8 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from lownibble.quant import QuantizedTensor, QuantLinear, scratch
+from lownibble.kernels.ops import Addition, Rows8bit
+from lownibble.quant import QuantizedTensor, QuantLinear, int8, scratch
 
 
 def _dense(weight: Tensor | QuantizedTensor, dtype: torch.dtype) -> Tensor:
@@ -38,21 +39,26 @@ def _keep_mask(x: Tensor, p: float, seed: int) -> Tensor:
 
 
 class _LoraMatmul(torch.autograd.Function):
-    """x (T, K) -> (T, N). `weight` is frozen: (N, K) dense or quantised."""
+    """x (T, K) -> (T, N). `weight` is frozen: (N, K) dense or quantised. `rows`: x in 8 bits, for 8-bit products, or None."""
 
     @staticmethod
     def forward(
         ctx: Any, x: Tensor, weight: Tensor | QuantizedTensor, bias: Tensor | None, lora_A: Tensor, lora_B: Tensor,
-        scale: float, dropout: float, seed: int,
+        scale: float, dropout: float, seed: int, rows: Rows8bit | None,
     ) -> Tensor:  # fmt: skip
-        dense = _dense(weight, x.dtype)
-        y = x @ dense.t() if bias is None else torch.addmm(bias.to(x.dtype), x, dense.t())
         dropped = x if dropout == 0 else x * _keep_mask(x, dropout, seed)
         low = dropped @ lora_A.to(x.dtype).t()
-        y.addmm_(low, lora_B.to(x.dtype).t(), alpha=scale)
+        if rows is not None and isinstance(weight, QuantizedTensor):
+            bias_32 = None if bias is None else bias.float()
+            y = int8.forward(rows, weight, Addition(bias_32, low.float(), lora_B.t(), scale), x.dtype)
+        else:
+            dense = _dense(weight, x.dtype)
+            y = x @ dense.t() if bias is None else torch.addmm(bias.to(x.dtype), x, dense.t())
+            y.addmm_(low, lora_B.to(x.dtype).t(), alpha=scale)
         packed = not isinstance(weight, Tensor)
         ctx.save_for_backward(x, lora_A, lora_B, low, *(() if packed else (weight,)))
         ctx.weight = weight if packed else None
+        ctx.int8 = rows is not None
         ctx.scale, ctx.dropout, ctx.seed = scale, dropout, seed
         return y
 
@@ -69,13 +75,16 @@ class _LoraMatmul(torch.autograd.Function):
         if ctx.needs_input_grad[4]:
             dB = (dy.t() @ low).mul_(ctx.scale).to(lora_B.dtype)
         if ctx.needs_input_grad[0]:
-            dx = dy @ _dense(weight, dy.dtype)
-            if mask is None:
-                dx.addmm_(dlow, lora_A.to(dy.dtype))
+            if ctx.int8:
+                dx = int8.backward(dy, weight, Addition(low=dlow.float(), factor=lora_A) if mask is None else Addition())
             else:
+                dx = dy @ _dense(weight, dy.dtype)
+                if mask is None:
+                    dx.addmm_(dlow, lora_A.to(dy.dtype))
+            if mask is not None:
                 dx.add_((dlow @ lora_A.to(dy.dtype)).mul_(mask))
         dbias = dy.sum(0) if ctx.needs_input_grad[2] else None
-        return dx, None, dbias, dA, dB, None, None, None
+        return dx, None, dbias, dA, dB, None, None, None, None
 
 
 class LowRank(nn.Module):
@@ -137,9 +146,10 @@ class LoraLinear(nn.Module):
             low = x @ adapter.lora_A.to(x.dtype).t()
             return self.base(x) + (low @ adapter.lora_B.to(x.dtype).t()).mul_(adapter.scale)  # type: ignore[no-any-return]
         seed = int(torch.randint(2**62, ())) if dropout else 0
+        rows = int8.shared_rows(x) if isinstance(self.base, QuantLinear) and self.base.compute == "int8" else None
         y_TN = _LoraMatmul.apply(
             x.reshape(-1, self.in_features), self.base.weight, self.base.bias, adapter.lora_A, adapter.lora_B,
-            adapter.scale, dropout, seed,
+            adapter.scale, dropout, seed, rows,
         )  # fmt: skip
         return y_TN.view(*x.shape[:-1], self.out_features)  # type: ignore[no-any-return]
 

@@ -28,7 +28,7 @@ from lownibble.config import QuantConfig
 from lownibble.errors import ModelError
 from lownibble.models import bnb4bit
 from lownibble.models.sources import ModelSource, resolve
-from lownibble.quant import QuantizedTensor, QuantLinear, is_plain_linear, quantize
+from lownibble.quant import QuantizedTensor, QuantLinear, int8, is_plain_linear, quantize
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -214,13 +214,14 @@ def _fill(model: Any, source: ModelSource, config: QuantConfig | None, device: t
     packed = bnb4bit.packed_modules(checkpoint.file_of)
     if model.lownibble_stored_quantization and config is not None and packed:
         bnb4bit.check_same(model.lownibble_stored_quantization, config, source.name)
+    compute = int8.choose(config.compute, device) if config is not None else "exact"
     to_quantize = quantizable(model, config) if config is not None and not packed else set()
     expected = {name for name, _ in model.named_parameters()} | set(_persistent_buffers(model))
     aliases = _tied_aliases(model)
     _check_names(expected, checkpoint, packed, aliases, model, source)
     for path in sorted(packed):
         weight = bnb4bit.read(checkpoint, path, dtype)
-        _place_quantized(model, path, weight, device)
+        _place_quantized(model, path, weight, device, compute)
     for key in checkpoint.file_of:
         if key not in expected or any(key == f"{path}.weight" for path in packed):
             continue
@@ -228,7 +229,7 @@ def _fill(model: Any, source: ModelSource, config: QuantConfig | None, device: t
         path, _, last = key.rpartition(".")
         if path in to_quantize and last == "weight":
             quantized = quantize(tensor.to(device), config or "nf4", name=key)
-            _place_quantized(model, path, _as_dtype(quantized, dtype), device)
+            _place_quantized(model, path, _as_dtype(quantized, dtype), device, compute)
         else:
             _place_dense(model, key, tensor, device, dtype)
     model.tie_weights()
@@ -267,12 +268,14 @@ def _set_tensor(model: nn.Module, key: str, tensor: Tensor) -> None:
         module.register_parameter(last, nn.Parameter(tensor, requires_grad=tensor.is_floating_point() and not frozen))
 
 
-def _place_quantized(model: nn.Module, path: str, weight: QuantizedTensor, device: torch.device) -> None:
+def _place_quantized(model: nn.Module, path: str, weight: QuantizedTensor, device: torch.device, compute: str) -> None:
     linear: Any = model.get_submodule(path)
     if weight.shape != (linear.out_features, linear.in_features):
         raise ModelError(f"The packed weight of '{path}' has shape {tuple(weight.shape)}; config.json says otherwise.")
     parent, _, last = path.rpartition(".")
-    layer = QuantLinear(weight).to(device)
+    if compute == "int8":
+        int8.check_weight(weight, path)
+    layer = QuantLinear(weight, compute=compute).to(device)
     if linear.bias is not None:  # still on the meta device when its shard comes later
         layer.register_parameter("bias", linear.bias.requires_grad_(False))
     setattr(model.get_submodule(parent), last, layer)

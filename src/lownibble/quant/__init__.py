@@ -1,9 +1,10 @@
 """Quantised tensors: codebooks, codecs and the linear layer that computes on them."""
 
+from lownibble.quant import int8
 from lownibble.quant.codec import CODECS, dequantize, quantize
 from lownibble.quant.linear import QuantLinear, is_plain_linear, release_scratch, scratch
 from lownibble.quant.tensor import QuantizedTensor
 
 __all__ = [
-    "CODECS", "QuantLinear", "QuantizedTensor", "dequantize", "is_plain_linear", "quantize", "release_scratch", "scratch",
+    "CODECS", "QuantLinear", "QuantizedTensor", "dequantize", "int8", "is_plain_linear", "quantize", "release_scratch", "scratch",
 ]  # fmt: skip

@@ -21,6 +21,8 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from lownibble.config import QuantConfig
+from lownibble.kernels.ops import Addition, Rows8bit
+from lownibble.quant import int8
 from lownibble.quant.codec import quantize
 from lownibble.quant.tensor import QuantizedTensor
 
@@ -60,25 +62,30 @@ def is_plain_linear(module: nn.Module) -> bool:
 
 
 class _FrozenMatmul(torch.autograd.Function):
-    """y = x W^T for a quantised W that needs no gradient; saves nothing but the packed weight."""
+    """y = x W^T for a quantised W that needs no gradient; saves nothing but the packed weight. `rows`: x in 8 bits, or None."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: QuantizedTensor) -> Tensor:
-        ctx.weight = weight
+    def forward(ctx: Any, x: Tensor, weight: QuantizedTensor, rows: Rows8bit | None) -> Tensor:
+        ctx.weight, ctx.int8 = weight, rows is not None
+        if rows is not None:
+            return int8.forward(rows, weight, Addition(), x.dtype)
         return x @ weight.dequantize(out=scratch(weight.shape, x.dtype, x.device)).t()
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
         weight: QuantizedTensor = ctx.weight
-        return dy @ weight.dequantize(out=scratch(weight.shape, dy.dtype, dy.device)), None
+        if ctx.int8:
+            return int8.backward(dy, weight, Addition()), None, None
+        return dy @ weight.dequantize(out=scratch(weight.shape, dy.dtype, dy.device)), None, None
 
 
 class QuantLinear(nn.Module):
     """`nn.Linear` with a frozen quantised weight.
 
     Parameters (all without gradient): `codes` (ceil(n/2), 1) uint8, `absmax` float32 or uint8, with double quantisation
-    `nested_absmax` float32 and `offset` () float32, and `bias` (out_features,) when there is one.
+    `nested_absmax` float32 and `offset` () float32, and `bias` (out_features,) when there is one. `compute`: 'exact' (in the
+    activations' dtype) or 'int8' (see `int8.py`; products with a few rows are exact all the same).
     """
 
     codes: nn.Parameter
@@ -87,8 +94,9 @@ class QuantLinear(nn.Module):
     offset: nn.Parameter | None
     bias: nn.Parameter | None
 
-    def __init__(self, weight: QuantizedTensor, bias: Tensor | None = None) -> None:
+    def __init__(self, weight: QuantizedTensor, bias: Tensor | None = None, *, compute: str = "exact") -> None:
         super().__init__()
+        self.compute = compute
         self.out_features, self.in_features = weight.shape
         self.quant_type, self.block_size, self.weight_dtype = weight.quant_type, weight.block_size, weight.dtype
         for name in ("codes", "absmax", "nested_absmax", "offset"):
@@ -99,7 +107,9 @@ class QuantLinear(nn.Module):
     @classmethod
     def from_linear(cls, linear: nn.Linear, quant: str | QuantConfig = "nf4", *, name: str = "weight") -> QuantLinear:
         """Quantise a dense linear layer; `name` is how an error calls its weight."""
-        return cls(quantize(linear.weight, quant, name=name), linear.bias)
+        config = QuantConfig(quant_type=quant) if isinstance(quant, str) else quant
+        weight = quantize(linear.weight, config, name=name)
+        return cls(weight, linear.bias, compute=int8.choose(config.compute, weight.device))
 
     @property
     def weight(self) -> QuantizedTensor:
@@ -115,7 +125,7 @@ class QuantLinear(nn.Module):
         if x_TK.shape[0] <= MATVEC_MAX_ROWS and not (torch.is_grad_enabled() and x.requires_grad):
             y_TN = self.weight.matvec(x_TK)
         else:
-            y_TN = _FrozenMatmul.apply(x_TK, self.weight)
+            y_TN = _FrozenMatmul.apply(x_TK, self.weight, int8.shared_rows(x) if self.compute == "int8" else None)
         if self.bias is not None:
             y_TN = y_TN + self.bias.to(y_TN.dtype)
         return y_TN.view(*x.shape[:-1], self.out_features)
@@ -133,4 +143,5 @@ class QuantLinear(nn.Module):
         double = ", double_quant" if self.nested_absmax is not None else ""
         return (
             f"{self.in_features}, {self.out_features}, bias={self.bias is not None}, {self.quant_type}/{self.block_size}{double}"
+            f"{', int8 compute' if self.compute == 'int8' else ''}"
         )

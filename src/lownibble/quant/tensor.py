@@ -62,22 +62,22 @@ class QuantizedTensor:
         """Elements of the tensor it stands for."""
         return math.prod(self.shape)
 
-    def _nested(self) -> ops.Nested | None:
+    def nested(self) -> ops.Nested | None:
+        """What decodes doubly quantised constants."""
         if self.nested_absmax is None or self.offset is None:
             return None
         return ops.Nested(dynamic8(str(self.device)), self.nested_absmax, self.offset, NESTED_BLOCK_SIZE)
+
+    def parts(self) -> tuple[Tensor, Tensor, Tensor, int]:
+        """Flat codes, constants, values by code, and block size: how kernel operations take a weight."""
+        return self.codes.view(-1), self.absmax, codebook(self.quant_type, str(self.device)).values, self.block_size
 
     def dequantize(self, dtype: torch.dtype | None = None, out: Tensor | None = None) -> Tensor:
         """The values, in `dtype` (default: the original one), of `shape`; written into `out` when given."""
         if out is None:
             out = torch.empty(self.shape, dtype=dtype or self.dtype, device=self.device)
-        values = codebook(self.quant_type, str(self.device)).values
-        ops.dequantize_4bit(self.codes.view(-1), self.absmax, values, self.block_size, out, self._nested())
-        return out
+        return ops.dequantize_4bit(*self.parts(), out, self.nested())
 
     def matvec(self, x_TK: Tensor) -> Tensor:
         """`x_TK @ W.T` with W (N, K) decoded on the fly: (T, N) in x's dtype. For a few rows; no gradient."""
-        values = codebook(self.quant_type, str(self.device)).values
-        return ops.gemv_4bit(
-            x_TK.contiguous(), self.codes.view(-1), self.absmax, values, self.block_size, self.shape[0], self._nested()
-        )
+        return ops.gemv_4bit(x_TK.contiguous(), *self.parts(), self.shape[0], self.nested())

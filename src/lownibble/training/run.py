@@ -187,6 +187,7 @@ def _model_facts(model: Any) -> dict[str, Any]:
         "class": type(model).__name__,
         "parameters": total,
         "trainable_parameters": trainable,
+        "compute": sorted({m.compute for m in quantized}),
         "quantized_parameters": sum(m.in_features * m.out_features for m in quantized),
         "dtype": str(model.dtype).removeprefix("torch."),
     }

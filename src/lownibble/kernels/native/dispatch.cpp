@@ -11,6 +11,7 @@
 #include <cstdlib>
 #include <cstring>
 
+#include "int8.h"
 #include "kernels.h"
 
 using namespace lownibble;
@@ -26,6 +27,7 @@ bool has_avx512() {
     return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
            __builtin_cpu_supports("avx512dq");
 }
+bool has_vnni() { return __builtin_cpu_supports("avx512vnni"); }
 bool has_avx2() { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c"); }
 #endif
 
@@ -58,6 +60,14 @@ const Available& available() {
 
 const Kernels* active = available().kernels[0];
 
+// The 8-bit products that go with the instruction set in use, or null.
+const Int8Kernels* active_int8() {
+#if defined(__x86_64__)
+    if (active == &kAvx512Kernels && has_vnni()) return &kAvx512VnniInt8Kernels;
+#endif
+    return nullptr;
+}
+
 // Split `count` items of `elements` elements in all over the threads, in contiguous ranges.
 template <class Body>
 void in_parallel(std::int64_t count, std::int64_t elements, std::int32_t num_threads, Body body) {
@@ -82,7 +92,7 @@ std::int64_t blocks_of(std::int64_t n, std::int32_t block_shift) {
 }  // namespace
 
 // Raised whenever a signature below changes; kernels/cpu.py refuses another number.
-LOWNIBBLE_EXPORT std::int32_t lownibble_abi() { return 1; }
+LOWNIBBLE_EXPORT std::int32_t lownibble_abi() { return 2; }
 
 // Comma-separated names of the instruction sets that run here, fastest first.
 LOWNIBBLE_EXPORT const char* lownibble_available() { return available().names; }
@@ -151,4 +161,51 @@ LOWNIBBLE_EXPORT std::int32_t lownibble_gemv_4bit(const void* x, std::int32_t x_
     in_parallel(T ? N : 0, N * K, num_threads, [&](Range rows) { active->gemv_4bit(x_32, T, K, w, dtype, out, N, rows); });
     std::free(converted);
     return 0;
+}
+
+// 1 when the functions below may be called with the instruction set in use.
+LOWNIBBLE_EXPORT std::int32_t lownibble_has_int8() { return active_int8() != nullptr; }
+
+LOWNIBBLE_EXPORT void lownibble_row_scales(const std::uint8_t* codes, const float* values, const void* absmax,
+                                           const float* nested_values, const float* nested_absmax,
+                                           const float* nested_offset, std::int64_t N, std::int64_t K,
+                                           std::int32_t block_shift, std::int32_t nested_shift, float* scale,
+                                           std::int32_t num_threads) {
+    const Weight4bit w{codes, values, absmax, nested_values, nested_absmax, nested_offset, N * K, block_shift, nested_shift};
+    in_parallel(N, (N * K) >> block_shift, num_threads, [&](Range rows) { active_int8()->row_scales(w, K, scale, rows); });
+}
+
+LOWNIBBLE_EXPORT void lownibble_quantize_rows(const float* x, const float* column_scale, std::int64_t T, std::int64_t C,
+                                              std::int8_t* codes, float* scale, std::int32_t* sum,
+                                              std::int32_t num_threads) {
+    const Rows8bit rows{codes, scale, sum, T, C};
+    in_parallel((T + kRowTile - 1) / kRowTile, T * C, num_threads,
+                [&](Range tiles) { active_int8()->quantize_rows(x, column_scale, rows, tiles); });
+}
+
+// 0, or -1 when there is no memory for a panel a thread.
+LOWNIBBLE_EXPORT std::int32_t lownibble_matmul_int8(
+    const std::int8_t* x_codes, const float* x_scale, const std::int32_t* x_sum, std::int64_t T, const std::uint8_t* codes,
+    const float* values, const void* absmax, const float* nested_values, const float* nested_absmax,
+    const float* nested_offset, std::int64_t N, std::int64_t K, std::int32_t block_shift, std::int32_t nested_shift,
+    std::int32_t transposed, const float* row_scale, const float* bias, const float* low, const float* factor,
+    std::int64_t r, std::int64_t factor_step, std::int64_t factor_stride, float factor_scale, float* out,
+    std::int32_t num_threads) {
+    const Weight4bit w{codes, values, absmax, nested_values, nested_absmax, nested_offset, N * K, block_shift, nested_shift};
+    const std::int64_t C = transposed ? N : K, columns = transposed ? K : N;
+    const Rows8bit x{const_cast<std::int8_t*>(x_codes), const_cast<float*>(x_scale), const_cast<std::int32_t*>(x_sum), T, C};
+    const Addition addition{bias, low, factor, r, factor_step, factor_stride, factor_scale};
+    const std::size_t bytes = static_cast<std::size_t>(kPanel * ((C + kGroup - 1) / kGroup * kGroup + 4 * r) + 64);
+    std::int32_t failed = 0;
+    in_parallel((columns + kPanel - 1) / kPanel, T * C * columns, num_threads, [&](Range panels) {
+        void* buffer = std::malloc(bytes);
+        if (!buffer) {
+            failed = -1;
+            return;
+        }
+        void* aligned = reinterpret_cast<void*>((reinterpret_cast<std::uintptr_t>(buffer) + 63) & ~std::uintptr_t{63});
+        active_int8()->matmul(x, w, N, K, transposed != 0, row_scale, addition, out, aligned, panels);
+        std::free(buffer);
+    });
+    return failed;
 }

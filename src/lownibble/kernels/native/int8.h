@@ -1,0 +1,53 @@
+// Products with the frozen 4-bit base on 8-bit units: what dispatch.cpp calls and what an instruction set provides.
+//
+// Method (ops.py states it in formulas). Each row of x is scaled to 8 bits by its largest value. A weight row is brought from 4
+// bits to 8 with one scale a row, through a table of 16 bytes a block, while its panel of 32 output columns is packed for the
+// product; the panel is used for all rows of x, so the weight is decoded once a call and never stored. The 32-bit sums are exact.
+// Scales, bias and the low-rank branch (float32) are applied while the sums are still in registers or the first cache.
+//
+// The packed weights are unsigned (128 is added), because the instruction takes unsigned by signed; 128 times the sum of a row of
+// x is subtracted again. Rows of x are stored in tiles of 12: the four bytes of twelve rows lie side by side for each four
+// columns, so that one pointer serves a tile.
+//
+// For x W^T (forward) columns of a panel are rows of W and the sum runs over K; for dy W (backward) columns are columns of W and
+// the sum runs over N: same product, other packing. The row scales then belong to the summed index and are multiplied into dy
+// before it is scaled to 8 bits.
+#pragma once
+
+#include "kernels.h"
+
+namespace lownibble {
+
+constexpr std::int64_t kRowTile = 12, kPanel = 32, kGroup = 4;
+
+// T rows of C values each, in tiles of 12 rows (the last padded with zeros) and groups of 4 columns (padded with zeros).
+struct Rows8bit {
+    std::int8_t* codes;    // tiles * groups * 48
+    float* scale;          // T: a value is code * scale
+    std::int32_t* sum;     // T: sum of the row's codes
+    std::int64_t T, C;
+};
+
+// Added to the product: bias (or null), and low (T, r) times factor, whose element (i, column) is factor[i * step + column * stride].
+struct Addition {
+    const float* bias;
+    const float* low;
+    const float* factor;
+    std::int64_t r, step, stride;
+    float scale;
+};
+
+struct Int8Kernels {
+    // scale[n] = the largest constant of row n / 127, for rows [begin, end) of w (N, K).
+    void (*row_scales)(const Weight4bit& w, std::int64_t K, float* scale, Range rows);
+    // x (T, C) times column_scale (C) or null -> rows, for a range of tiles.
+    void (*quantize_rows)(const float* x, const float* column_scale, const Rows8bit& rows, Range tiles);
+    // out (T, N) = x W^T, or (T, K) = x W when `transposed`; for a range of panels. `scratch` holds a panel: 32 * (C padded to 4)
+    // bytes and 32 * r floats, aligned to 64.
+    void (*matmul)(const Rows8bit& x, const Weight4bit& w, std::int64_t N, std::int64_t K, bool transposed,
+                   const float* row_scale, const Addition& addition, float* out, void* scratch, Range panels);
+};
+
+extern const Int8Kernels kAvx512VnniInt8Kernels;
+
+}  // namespace lownibble

@@ -1,0 +1,272 @@
+// 8-bit products on AVX-512 VNNI (vpdpbusd: 64 products of a byte by a byte an instruction, summed by fours into 32 bits).
+#if defined(__x86_64__)
+
+// GCC 12 warns about its own header: https://gcc.gnu.org/bugzilla/show_bug.cgi?id=105593
+#pragma GCC diagnostic push
+#if defined(__GNUC__) && !defined(__clang__)
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#pragma GCC diagnostic ignored "-Wuninitialized"
+#endif
+#include <immintrin.h>
+#pragma GCC diagnostic pop
+
+#include "int8.h"
+
+namespace lownibble {
+namespace {
+
+inline std::int64_t smaller(std::int64_t a, std::int64_t b) { return a < b ? a : b; }
+inline std::int64_t groups_of(std::int64_t columns) { return (columns + kGroup - 1) / kGroup; }
+
+inline float constant_of(const Weight4bit& w, std::int64_t block) {
+    if (!w.nested_values) return static_cast<const float*>(w.absmax)[block];
+    const std::uint8_t code = static_cast<const std::uint8_t*>(w.absmax)[block];
+    const float product = w.nested_values[code] * w.nested_absmax[block >> w.nested_shift];
+    return product + *w.nested_offset;
+}
+
+void row_scales(const Weight4bit& w, std::int64_t K, float* scale, Range rows) {
+    for (std::int64_t n = rows.begin; n < rows.end; ++n) {
+        const std::int64_t first = (n * K) >> w.block_shift, last = (n * K + K - 1) >> w.block_shift;
+        float largest = 0.0f;
+        for (std::int64_t block = first; block <= last; ++block) {
+            const float constant = constant_of(w, block), size = constant < 0 ? -constant : constant;
+            largest = size > largest ? size : largest;
+        }
+        scale[n] = largest / 127.0f;
+    }
+}
+
+void quantize_rows(const float* x, const float* column_scale, const Rows8bit& rows, Range tiles) {
+    const std::int64_t C = rows.C, groups = groups_of(C);
+    const __m512i magnitude = _mm512_set1_epi32(0x7FFFFFFF);
+    for (std::int64_t tile = tiles.begin; tile < tiles.end; ++tile) {
+        std::int8_t* codes = rows.codes + tile * groups * kRowTile * kGroup;
+        for (std::int64_t i = 0; i < kRowTile; ++i) {
+            const std::int64_t t = tile * kRowTile + i;
+            if (t >= rows.T) {
+                for (std::int64_t g = 0; g < groups; ++g) std::memset(codes + (g * kRowTile + i) * kGroup, 0, kGroup);
+                continue;
+            }
+            const float* row = x + t * C;
+            const auto values = [&](std::int64_t c, __mmask16 mask) {
+                const __m512 v = _mm512_maskz_loadu_ps(mask, row + c);
+                return column_scale ? _mm512_mul_ps(v, _mm512_maskz_loadu_ps(mask, column_scale + c)) : v;
+            };
+            const auto mask_at = [&](std::int64_t c) { return static_cast<__mmask16>((1u << smaller(16, C - c)) - 1); };
+            __m512i largest_bits = _mm512_setzero_si512();  // as integers: NaN is larger than infinity, and stays
+            for (std::int64_t c = 0; c < C; c += 16) {
+                const __m512i bits = _mm512_castps_si512(values(c, mask_at(c)));
+                largest_bits = _mm512_max_epu32(largest_bits, _mm512_and_si512(bits, magnitude));
+            }
+            const float largest = float_of(_mm512_reduce_max_epu32(largest_bits));
+            const __m512 factor = _mm512_set1_ps(largest > 0 ? 127.0f / largest : 0.0f);
+            __m512i sum = _mm512_setzero_si512();
+            for (std::int64_t c = 0; c < C; c += 16) {
+                const __m512i code = _mm512_cvtps_epi32(_mm512_mul_ps(values(c, mask_at(c)), factor));
+                sum = _mm512_add_epi32(sum, code);
+                alignas(16) std::int32_t four[4];
+                _mm_store_si128(reinterpret_cast<__m128i*>(four), _mm512_cvtsepi32_epi8(code));
+                const std::int64_t count = smaller(4, groups - c / kGroup);
+                for (std::int64_t g = 0; g < count; ++g) {
+                    std::memcpy(codes + ((c / kGroup + g) * kRowTile + i) * kGroup, four + g, kGroup);
+                }
+            }
+            rows.scale[t] = largest / 127.0f;
+            rows.sum[t] = _mm512_reduce_add_epi32(sum);
+        }
+    }
+}
+
+// The 16 weights that a block's codes stand for, as unsigned bytes: 128 + value * constant / row scale.
+inline __m128i byte_table(const Weight4bit& w, __m512 values, std::int64_t block, float inverse_scale) {
+    const __m512 scaled = _mm512_mul_ps(values, _mm512_set1_ps(constant_of(w, block) * inverse_scale));
+    return _mm512_cvtepi32_epi8(_mm512_add_epi32(_mm512_cvtps_epi32(scaled), _mm512_set1_epi32(128)));
+}
+
+inline float inverse(float scale) { return scale > 0 ? 1.0f / scale : 0.0f; }
+
+// Elements [index, index + 64) of w as unsigned bytes; index is a multiple of 64, all of one row.
+inline __m512i decode_64(const Weight4bit& w, __m512 values, std::int64_t index, float inverse_scale) {
+    const std::int64_t block = index >> w.block_shift;
+    const __m128i first = byte_table(w, values, block, inverse_scale);
+    __m512i table = _mm512_broadcast_i32x4(first);
+    if (w.block_shift < 6) {  // blocks of 32
+        const __m256i second = _mm256_broadcastsi128_si256(byte_table(w, values, block + 1, inverse_scale));
+        table = _mm512_inserti64x4(table, second, 1);
+    }
+    const __m256i packed = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(w.codes + index / 2));
+    const __m512i pairs = _mm512_cvtepu8_epi16(packed);
+    const __m512i high = _mm512_srli_epi16(pairs, 4);
+    const __m512i low = _mm512_and_si512(_mm512_slli_epi16(pairs, 8), _mm512_set1_epi16(0x0F00));
+    return _mm512_shuffle_epi8(table, _mm512_or_si512(high, low));
+}
+
+inline __m256i decode_32(const Weight4bit& w, __m512 values, std::int64_t index, float inverse_scale) {
+    const __m256i table = _mm256_broadcastsi128_si256(byte_table(w, values, index >> w.block_shift, inverse_scale));
+    const __m256i pairs = _mm256_cvtepu8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(w.codes + index / 2)));
+    const __m256i high = _mm256_srli_epi16(pairs, 4);
+    const __m256i low = _mm256_and_si256(_mm256_slli_epi16(pairs, 8), _mm256_set1_epi16(0x0F00));
+    return _mm256_shuffle_epi8(table, _mm256_or_si256(high, low));
+}
+
+template <int Lane>
+inline void store_lane(std::uint8_t* to, __m512i v) {
+    _mm_store_si128(reinterpret_cast<__m128i*>(to), _mm512_extracti32x4_epi32(v, Lane));
+}
+
+// Panel for x W^T: 32 rows of W from n0 on; for each group of 4 columns k, the 4 bytes of each of the 32 rows.
+void pack_rows(const Weight4bit& w, __m512 values, const float* row_scale, std::int64_t N, std::int64_t K, std::int64_t n0,
+               std::uint8_t* panel) {
+    for (std::int64_t quad = 0; quad < kPanel / 4; ++quad) {
+        std::int64_t rows[4];
+        float inverses[4];
+        for (int i = 0; i < 4; ++i) {  // past the end the last row again: never stored
+            rows[i] = smaller(n0 + quad * 4 + i, N - 1);
+            inverses[i] = inverse(row_scale[rows[i]]);
+        }
+        for (std::int64_t k = 0; k < K; k += 64) {
+            const __m512i a = decode_64(w, values, rows[0] * K + k, inverses[0]);
+            const __m512i b = decode_64(w, values, rows[1] * K + k, inverses[1]);
+            const __m512i c = decode_64(w, values, rows[2] * K + k, inverses[2]);
+            const __m512i d = decode_64(w, values, rows[3] * K + k, inverses[3]);
+            const __m512i ab_low = _mm512_unpacklo_epi32(a, b), ab_high = _mm512_unpackhi_epi32(a, b);
+            const __m512i cd_low = _mm512_unpacklo_epi32(c, d), cd_high = _mm512_unpackhi_epi32(c, d);
+            const __m512i groups[4] = {_mm512_unpacklo_epi64(ab_low, cd_low), _mm512_unpackhi_epi64(ab_low, cd_low),
+                                       _mm512_unpacklo_epi64(ab_high, cd_high), _mm512_unpackhi_epi64(ab_high, cd_high)};
+            std::uint8_t* to = panel + k / kGroup * (kPanel * kGroup) + quad * 16;
+            for (int j = 0; j < 4; ++j) {  // lane l of vector j is group 4 l + j
+                store_lane<0>(to + (0 + j) * (kPanel * kGroup), groups[j]);
+                store_lane<1>(to + (4 + j) * (kPanel * kGroup), groups[j]);
+                store_lane<2>(to + (8 + j) * (kPanel * kGroup), groups[j]);
+                store_lane<3>(to + (12 + j) * (kPanel * kGroup), groups[j]);
+            }
+        }
+    }
+}
+
+// Panel for x W: 32 columns of W from k0 on; for each group of 4 rows n, the 4 bytes of each of the 32 columns.
+void pack_columns(const Weight4bit& w, __m512 values, const float* row_scale, std::int64_t N, std::int64_t K, std::int64_t k0,
+                  std::uint8_t* panel) {
+    for (std::int64_t n = 0; n < N; n += kGroup) {
+        __m256i rows[4];
+        for (int i = 0; i < 4; ++i) {  // past the end anything: the codes of x are zero there
+            const std::int64_t row = smaller(n + i, N - 1);
+            rows[i] = decode_32(w, values, row * K + k0, inverse(row_scale[row]));
+        }
+        const __m256i ab_low = _mm256_unpacklo_epi8(rows[0], rows[1]), ab_high = _mm256_unpackhi_epi8(rows[0], rows[1]);
+        const __m256i cd_low = _mm256_unpacklo_epi8(rows[2], rows[3]), cd_high = _mm256_unpackhi_epi8(rows[2], rows[3]);
+        const __m256i columns[4] = {_mm256_unpacklo_epi16(ab_low, cd_low), _mm256_unpackhi_epi16(ab_low, cd_low),
+                                    _mm256_unpacklo_epi16(ab_high, cd_high), _mm256_unpackhi_epi16(ab_high, cd_high)};
+        std::uint8_t* to = panel + n / kGroup * (kPanel * kGroup);
+        for (int j = 0; j < 4; ++j) {  // lane l of vector j is columns 16 l + 4 j to 16 l + 4 j + 3
+            _mm_store_si128(reinterpret_cast<__m128i*>(to + j * 16), _mm256_castsi256_si128(columns[j]));
+            _mm_store_si128(reinterpret_cast<__m128i*>(to + 64 + j * 16), _mm256_extracti128_si256(columns[j], 1));
+        }
+    }
+}
+
+// 12 rows by 32 columns: the sums over all groups, in 24 registers; written to sums (12, 32) at the end.
+void multiply_tile(const std::int8_t* codes, const std::uint8_t* panel, std::int64_t groups, std::int32_t* sums) {
+    __m512i left[kRowTile], right[kRowTile];
+#pragma GCC unroll 12
+    for (int i = 0; i < kRowTile; ++i) left[i] = right[i] = _mm512_setzero_si512();
+    for (std::int64_t g = 0; g < groups; ++g, codes += kRowTile * kGroup, panel += kPanel * kGroup) {
+        const __m512i w_left = _mm512_load_si512(panel), w_right = _mm512_load_si512(panel + 64);
+#pragma GCC unroll 12
+        for (int i = 0; i < kRowTile; ++i) {
+            std::int32_t four;
+            std::memcpy(&four, codes + i * kGroup, sizeof four);
+            const __m512i x = _mm512_set1_epi32(four);
+            left[i] = _mm512_dpbusd_epi32(left[i], w_left, x);
+            right[i] = _mm512_dpbusd_epi32(right[i], w_right, x);
+        }
+    }
+#pragma GCC unroll 12
+    for (int i = 0; i < kRowTile; ++i) {
+        _mm512_store_si512(sums + i * kPanel, left[i]);
+        _mm512_store_si512(sums + i * kPanel + 16, right[i]);
+    }
+}
+
+// `Rows` rows of a tile from t on: scales, bias and the low-rank branch on the sums of 32 columns.
+template <int Rows>
+inline void finish_rows(const Rows8bit& x, const std::int32_t* sums, std::int64_t t, const __m512 (&column_scale)[2],
+                        const __m512 (&bias)[2], const Addition& addition, const float* factor, const __mmask16 (&masks)[2],
+                        float* out, std::int64_t columns) {
+    __m512 y[Rows][2];
+#pragma GCC unroll 8
+    for (int i = 0; i < Rows; ++i) {
+        const __m512i surplus = _mm512_set1_epi32(128 * x.sum[t + i]);
+        const __m512 scale = _mm512_set1_ps(x.scale[t + i]);
+#pragma GCC unroll 2
+        for (int half = 0; half < 2; ++half) {
+            const __m512i sum = _mm512_sub_epi32(_mm512_load_si512(sums + i * kPanel + half * 16), surplus);
+            y[i][half] = _mm512_fmadd_ps(_mm512_mul_ps(_mm512_cvtepi32_ps(sum), scale), column_scale[half], bias[half]);
+        }
+    }
+    for (std::int64_t j = 0; j < addition.r; ++j) {
+        const __m512 left = _mm512_load_ps(factor + j * kPanel), right = _mm512_load_ps(factor + j * kPanel + 16);
+#pragma GCC unroll 8
+        for (int i = 0; i < Rows; ++i) {
+            const __m512 low = _mm512_set1_ps(addition.low[(t + i) * addition.r + j]);
+            y[i][0] = _mm512_fmadd_ps(low, left, y[i][0]);
+            y[i][1] = _mm512_fmadd_ps(low, right, y[i][1]);
+        }
+    }
+#pragma GCC unroll 8
+    for (int i = 0; i < Rows; ++i) {
+        _mm512_mask_storeu_ps(out + (t + i) * columns, masks[0], y[i][0]);
+        _mm512_mask_storeu_ps(out + (t + i) * columns + 16, masks[1], y[i][1]);
+    }
+}
+
+void matmul(const Rows8bit& x, const Weight4bit& w, std::int64_t N, std::int64_t K, bool transposed, const float* row_scale,
+            const Addition& addition, float* out, void* scratch, Range panels) {
+    const std::int64_t groups = groups_of(x.C), columns = transposed ? K : N, tiles = (x.T + kRowTile - 1) / kRowTile;
+    const __m512 values = _mm512_loadu_ps(w.values);
+    std::uint8_t* panel = static_cast<std::uint8_t*>(scratch);
+    float* factor = reinterpret_cast<float*>(panel + groups * kPanel * kGroup);  // (r, 32)
+    for (std::int64_t p = panels.begin; p < panels.end; ++p) {
+        const std::int64_t first = p * kPanel, count = smaller(kPanel, columns - first);
+        if (transposed) {
+            pack_columns(w, values, row_scale, N, K, first, panel);
+        } else {
+            pack_rows(w, values, row_scale, N, K, first, panel);
+        }
+        for (std::int64_t i = 0; i < addition.r; ++i) {
+            for (std::int64_t c = 0; c < kPanel; ++c) {
+                const float* element = addition.factor + i * addition.step + (first + c) * addition.stride;
+                factor[i * kPanel + c] = c < count ? *element * addition.scale : 0.0f;
+            }
+        }
+        const std::uint32_t mask = count < 32 ? (1u << count) - 1 : 0xFFFFFFFFu;
+        const __mmask16 masks[2] = {static_cast<__mmask16>(mask), static_cast<__mmask16>(mask >> 16)};
+        __m512 column_scale[2], bias[2];
+        for (int half = 0; half < 2; ++half) {
+            const std::int64_t c = first + half * 16;
+            column_scale[half] = transposed ? _mm512_set1_ps(1.0f) : _mm512_maskz_loadu_ps(masks[half], row_scale + c);
+            bias[half] = addition.bias ? _mm512_maskz_loadu_ps(masks[half], addition.bias + c) : _mm512_setzero_ps();
+        }
+        for (std::int64_t tile = 0; tile < tiles; ++tile) {
+            alignas(64) std::int32_t sums[kRowTile * kPanel];
+            multiply_tile(x.codes + tile * groups * kRowTile * kGroup, panel, groups, sums);
+            const std::int64_t t0 = tile * kRowTile, count_t = smaller(kRowTile, x.T - t0);
+            std::int64_t i = 0;
+            for (; i + 6 <= count_t; i += 6) {
+                finish_rows<6>(x, sums + i * kPanel, t0 + i, column_scale, bias, addition, factor, masks, out + first, columns);
+            }
+            for (; i < count_t; ++i) {
+                finish_rows<1>(x, sums + i * kPanel, t0 + i, column_scale, bias, addition, factor, masks, out + first, columns);
+            }
+        }
+    }
+}
+
+}  // namespace
+
+const Int8Kernels kAvx512VnniInt8Kernels = {row_scales, quantize_rows, matmul};
+
+}  // namespace lownibble
+
+#endif

@@ -1,0 +1,97 @@
+"""`compute="int8"`: products of a frozen 4-bit weight on 8-bit units.
+
+The activations are scaled to 8 bits by token, the weight is brought from 4 to 8 bits by output row, sums are exact integers, and
+the low-rank branch is added in float32 (see `kernels/ops.py` for the formulas, DESIGN section 6 for the idea). The gradient of
+the input is the same product with the same integers: dx = rowquant(dy * row_scale) Wq. What it changes are the values of the
+frozen product, by about one part in a hundred; gradients of the adapters are exact given those.
+
+q, k and v, and gate and up, read the same input: it is scaled once. `shared_rows` remembers the last input by identity and
+version, without keeping it alive.
+"""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lownibble.errors import BackendError, InputError
+from lownibble.kernels import ops
+from lownibble.kernels.ops import Addition, Rows8bit
+from lownibble.quant.tensor import QuantizedTensor
+
+
+def choose(compute: str, device: torch.device) -> str:
+    """'exact' or 'int8' for a `QuantConfig.compute`; 'auto' is exact.
+
+    Raises:
+        BackendError: 8-bit products do not run on `device` with the kernels in use; says what is missing and what to use.
+    """
+    if compute != "int8":
+        return "exact"
+    if device.type != "cpu":
+        raise BackendError(f"compute='int8' has no kernel for '{device}' yet. Use compute='exact'.")
+    if ops.active_backend(device) == "cpu":
+        from lownibble.kernels import cpu
+
+        if not cpu.has_int8():
+            raise BackendError(
+                f"compute='int8' needs the AVX-512 VNNI instructions; the kernels in use are '{cpu.isa()}'. Use compute='exact'."
+            )
+    elif not ops.is_forced():
+        raise BackendError(
+            f"compute='int8' needs the compiled kernels ({ops.backend_status()['cpu']}). Use compute='exact', or install them."
+        )
+    return "int8"
+
+
+def check_weight(weight: QuantizedTensor, name: str) -> None:
+    """Raise unless the weight's shape and blocks suit 8-bit products.
+
+    Raises:
+        InputError: names the weight and what to do.
+    """
+    if weight.shape[1] % 64 or max(weight.shape) > 65_536:
+        raise InputError(
+            f"compute='int8' takes weights whose rows are a multiple of 64 long and at most 65,536 a side. '{name}' is "
+            f"{weight.shape[0]} x {weight.shape[1]}. Use compute='exact', or add it to skip_modules."
+        )
+
+
+class _Last(threading.local):
+    def __init__(self) -> None:
+        self.source: Any = None
+        self.state: tuple[int, str] | None = None
+        self.rows: Rows8bit | None = None
+
+
+_last = _Last()
+
+
+def shared_rows(x: Tensor) -> Rows8bit:
+    """`x` (..., C) as rows of 8 bits; the same tensor asked for again, unchanged, is not scaled again."""
+    state = None if x.is_inference() else (x._version, ops.active_backend(x.device))  # inference tensors have no version
+    if _last.rows is not None and _last.source() is x and _last.state == state:
+        return _last.rows
+    rows = ops.quantize_rows(x.detach().reshape(-1, x.shape[-1]).float().contiguous())
+    if state is not None:
+        _last.source, _last.state, _last.rows = weakref.ref(x), state, rows
+    return rows
+
+
+def forward(rows: Rows8bit, weight: QuantizedTensor, addition: Addition, dtype: torch.dtype) -> Tensor:
+    """(T, N) in `dtype`: rows (T, K) times W^T for W (N, K), plus `addition`."""
+    parts = weight.parts()
+    scale = ops.row_scales(*parts, weight.shape, weight.nested())
+    return ops.matmul_int8(rows, *parts, weight.shape, scale, False, addition, weight.nested()).to(dtype)
+
+
+def backward(dy_TN: Tensor, weight: QuantizedTensor, addition: Addition) -> Tensor:
+    """(T, K) in dy's dtype: the gradient of the input, dy W, plus `addition`."""
+    parts = weight.parts()
+    scale = ops.row_scales(*parts, weight.shape, weight.nested())
+    rows = ops.quantize_rows(dy_TN.float().contiguous(), scale)
+    return ops.matmul_int8(rows, *parts, weight.shape, scale, True, addition, weight.nested()).to(dy_TN.dtype)
