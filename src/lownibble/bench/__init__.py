@@ -18,13 +18,24 @@ def _train(**options: Any) -> dict[str, Any]:
     return bench_train(**options)
 
 
+def _decode(**options: Any) -> dict[str, Any]:
+    from lownibble.bench.decode import bench_decode
+
+    return bench_decode(**options)
+
+
 def _parity(**options: Any) -> dict[str, Any]:
     from lownibble.bench.parity import bench_parity
 
     return bench_parity(**options)
 
 
-BENCHES: dict[str, Callable[..., dict[str, Any]]] = {"kernels": _kernels, "parity": _parity, "train": _train}
+BENCHES: dict[str, Callable[..., dict[str, Any]]] = {
+    "kernels": _kernels,
+    "parity": _parity,
+    "train": _train,
+    "decode": _decode,
+}
 """What `lownibble bench` measures: name -> function (peers, repeats), which returns the figures of a record.
 
 `headlines` in the result are the figures to show.
