@@ -2,6 +2,7 @@
 
 import json
 import math
+import random
 from collections import Counter
 
 import pytest
@@ -164,14 +165,16 @@ def test_the_steps_of_whole_epochs_see_each_row_once_an_epoch(tiny_model, uneven
     assert beyond == 0 if epochs == whole else 0.25 < beyond / once.total() < 0.75
 
 
-def test_accumulated_epochs_are_whole_steps(tiny_model, uneven_data):
+def test_accumulated_epochs_are_whole_steps(tiny_model):
     """Two packs a step: each epoch counts as many steps as it has pairs of packs, and epochs may differ."""
-    one = trainer(tiny_model, data_of(uneven_data), num_train_epochs=1)
-    packs = [
-        len(epoch_batches(one.train_rows, 1, 0, epoch, pack_to=32)) for epoch in range(3)
-    ]  # fmt: skip
-    accumulated = trainer(tiny_model, data_of(uneven_data), num_train_epochs=2.5, gradient_accumulation_steps=2)
-    assert accumulated.total_steps == packs[0] // 2 + packs[1] // 2 + math.ceil(packs[2] // 2 * 0.5)
+    generator = random.Random(0)
+    rows = [Example([1] * n, [False] + [True] * (n - 1), "r") for n in (generator.randint(2, 32) for _ in range(3000))]
+    config = TrainConfig(batch_size=1, max_length=32, packing=True, num_train_epochs=2.5, gradient_accumulation_steps=2)
+    packs = [len(epoch_batches(rows, 1, 0, epoch, pack_to=32)) for epoch in range(3)]
+    assert len({n // 2 for n in packs}) == 3, "the test needs epochs that differ"
+    model, tokenizer = ln.load(str(tiny_model))
+    steps = Trainer(model.requires_grad_(True), tokenizer, rows, rows[:1], config).total_steps
+    assert steps == packs[0] // 2 + packs[1] // 2 + math.ceil(packs[2] // 2 * 0.5)
 
 
 @pytest.mark.parametrize("method", ["lora", "qlora"])
@@ -236,6 +239,22 @@ def test_a_model_that_cannot_be_packed_is_refused_before_the_first_step(tiny_mod
     with pytest.raises(ModelError, match="cannot be trained with packing: its attention cannot be swapped"):
         ln.train(model, tokenizer, data_of(uneven_data), TrainConfig(max_steps=1, max_length=32, packing=True))
     assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
+
+
+def test_the_check_looks_at_the_longest_row(tiny_model, uneven_data, tiny):
+    """A model whose window is in its mask only: refused where rows are longer than the window, trained where none is."""
+    _, tokenizer = ln.load(str(tiny_model))
+    data = data_of(uneven_data, "text")
+    for max_length in (32, 8):
+        model = tiny("gemma2", sliding_window=8, attn_logit_softcapping=None).requires_grad_(True)
+        for layer in model.model.layers:
+            layer.self_attn.sliding_window = None
+        config = TrainConfig(max_steps=1, max_length=max_length, packing=True)
+        if max_length > 8:
+            with pytest.raises(ModelError, match="not the same packed as alone"):
+                ln.train(model, tokenizer, data, config)
+        else:
+            ln.train(model, tokenizer, data, config)
 
 
 def test_a_window_shorter_than_the_rows_is_kept(tiny_model, uneven_data, tiny):
