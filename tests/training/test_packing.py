@@ -231,12 +231,22 @@ def test_steps_for_those_who_measure_are_packed_too(tiny_model, uneven_data):
     assert stepped.tokens == stepped.padded_tokens <= 64
 
 
-def test_a_model_that_cannot_be_packed_is_refused_before_the_first_step(tiny_model, uneven_data, tiny):
+@pytest.mark.parametrize(
+    ("family", "options", "reason"),
+    [
+        (
+            "gpt_neo",
+            {"num_layers": 2, "num_heads": 4, "attention_types": [[["global", "local"], 1]], "window_size": 4},
+            "its attention cannot be swapped",
+        ),
+        ("jamba", {"num_experts": 4, "use_mamba_kernels": False}, "its rows are not the same packed as alone"),
+    ],
+)
+def test_a_model_that_cannot_be_packed_is_refused_before_the_first_step(tiny_model, uneven_data, tiny, family, options, reason):
     _, tokenizer = ln.load(str(tiny_model))
-    model = tiny("gpt_neo", num_layers=2, num_heads=4, attention_types=[[["global", "local"], 1]], window_size=4)
-    model.requires_grad_(True)
+    model = tiny(family, **options).requires_grad_(True)
     before = [p.clone() for p in model.parameters()]
-    with pytest.raises(ModelError, match="cannot be trained with packing: its attention cannot be swapped"):
+    with pytest.raises(ModelError, match=f"cannot be trained with packing: {reason}"):
         ln.train(model, tokenizer, data_of(uneven_data), TrainConfig(max_steps=1, max_length=32, packing=True))
     assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
 
