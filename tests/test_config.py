@@ -18,7 +18,8 @@ VALUES = {
     "alpha_pattern": {"v_proj": 9.0}, "learning_rate": 0.5, "max_steps": 11, "num_train_epochs": 2.5, "batch_size": 3,
     "gradient_accumulation_steps": 2, "lr_scheduler_type": "cosine", "warmup_ratio": 0.2, "max_grad_norm": 0.3,
     "weight_decay": 0.1,
-    "optim": "adamw", "max_length": 99, "group_by_length": True, "gradient_checkpointing": True, "seed": 4, "eval_steps": 5,
+    "optim": "adamw", "max_length": 99, "group_by_length": True, "packing": True,
+    "gradient_checkpointing": True, "seed": 4, "eval_steps": 5,
     "save_steps": 6, "output_dir": "out", "report_to": "tensorboard", "resume": True,
 }  # fmt: skip
 ONLY_VALUE = {"optim"}
@@ -119,6 +120,11 @@ def test_none_can_be_given_by_flag():
         (lambda: TrainConfig(learning_rate=float("nan")), ["'learning_rate'"]),
         (lambda: RunConfig(train={"max_stepz": 1}), ["TrainConfig has no option 'max_stepz'. Did you mean 'max_steps'?"]),
         (lambda: CompareConfig(methods=["lora", "lora"]), ["distinct"]),
+        (
+            lambda: TrainConfig(packing=True, group_by_length=True),
+            ["'group_by_length' of TrainConfig must be false", "--no-group"],
+        ),
+        (lambda: RunConfig(train={"packing": True, "group_by_length": True}), ["'group_by_length' of TrainConfig must be false"]),
         (lambda: CompareConfig(methods=[]), ["'methods' of CompareConfig"]),
     ],
 )

@@ -153,7 +153,7 @@ class TrainConfig(Options):
     learning_rate: Annotated[float, Gt(0)] = Field(2e-4, description="peak learning rate")
     max_steps: Annotated[int, Ge(1)] | None = Field(None, description="optimiser steps; default: num_train_epochs over the data")
     num_train_epochs: Annotated[float, Gt(0)] = Field(1.0, description="passes over the data where max_steps is not given")
-    batch_size: Annotated[int, Ge(1)] = Field(8, description="rows in one forward pass")
+    batch_size: Annotated[int, Ge(1)] = Field(8, description="rows (with packing: packs) in one forward pass")
     gradient_accumulation_steps: Annotated[int, Ge(1)] = Field(1, description="forward passes in one optimiser step")
     lr_scheduler_type: Literal["constant", "linear", "cosine"] = Field("linear", description="schedule after the warm-up")
     warmup_ratio: Annotated[float, Ge(0), Le(1)] = Field(0.03, description="share of the steps that warm up")
@@ -162,6 +162,7 @@ class TrainConfig(Options):
     optim: Literal["adamw"] = Field("adamw", description="optimiser")
     max_length: Annotated[int, Ge(2)] = Field(512, description="tokens in a row; longer rows are cut")
     group_by_length: bool = Field(False, description="batch rows of like length together (less padding)")
+    packing: bool = Field(False, description="rows one after the other up to max_length, no padding; each row sees itself only")
     gradient_checkpointing: bool = Field(False, description="recompute activations in backward: less memory, slower")
     seed: Annotated[int, Ge(0), Lt(2**32)] = Field(0, description="seed of data order, initialisation and dropout")
     eval_steps: Annotated[int, Ge(1)] | None = Field(None, description="evaluate every so many steps; default: before and after")
@@ -175,6 +176,15 @@ class TrainConfig(Options):
         "none", description="also write curves for TensorBoard into the output folder"
     )
     resume: bool = Field(False, description="go on from the newest checkpoint in the output folder")
+
+    @model_validator(mode="after")
+    def _one_remedy_for_padding(self) -> TrainConfig:
+        if self.packing and self.group_by_length:
+            raise ConfigError(
+                "The 'group_by_length' of TrainConfig must be false with packing, which leaves no padding. Got true. "
+                "Set group_by_length=False (--no-group-by-length)."
+            )
+        return self
 
 
 def _path_means_data(value: Any) -> Any:

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.nn.utils.rnn import pad_sequence
 
-from lownibble.data import Example, collate, epoch_batches, eval_batches, n_batches, stream
+from lownibble.data import Example, collate, epoch_batches, eval_batches, stream
 
 
 def examples_of(lengths) -> list[Example]:
@@ -44,7 +44,7 @@ def test_each_example_once_an_epoch_in_an_order_of_seed_and_epoch(lengths, size,
     examples = examples_of(lengths)
     batches = epoch_batches(examples, size, seed, epoch, grouped)
     assert sorted(index for batch in batches for index in batch) == list(range(len(lengths)))
-    assert len(batches) == n_batches(len(lengths), size)
+    assert len(batches) == -(-len(lengths) // size)
     assert sorted(len(batch) for batch in batches)[1:] == [size] * (len(batches) - 1)
     assert batches == epoch_batches(examples, size, seed, epoch, grouped)
 
@@ -86,7 +86,7 @@ def test_a_stream_can_start_anywhere(n, size, start, grouped):
     examples = examples_of(range(1, n + 1))
     whole = list(islice(stream(examples, size, 3, grouped), start + 10))
     assert list(islice(stream(examples, size, 3, grouped, start_batch=start), 10)) == whole[start:]
-    epoch = n_batches(n, size)
+    epoch = -(-n // size)
     assert whole[:epoch] == epoch_batches(examples, size, 3, 0, grouped)[: start + 10]
 
 

@@ -1,6 +1,6 @@
 """Rows to batches: `load` a data set, `encode` it with a tokenizer, `collate` examples in the order of `stream`."""
 
-from lownibble.data.batches import Batch, collate, epoch_batches, eval_batches, n_batches, stream
+from lownibble.data.batches import Batch, collate, epoch_batches, eval_batches, flatten, stream
 from lownibble.data.choices import Choice, choices
 from lownibble.data.rows import Dataset, Row
 from lownibble.data.sources import load
@@ -18,7 +18,7 @@ __all__ = [
     "encode",
     "epoch_batches",
     "eval_batches",
+    "flatten",
     "load",
-    "n_batches",
     "stream",
 ]

@@ -1,20 +1,23 @@
-"""Examples to batches: padding, and the order in which batches come.
+"""Examples to batches: padding or packing, and the order in which batches come.
 
 The order is a function of (seed, epoch) alone, from a generator of its own: global random state is neither read nor
-advanced, so evaluation, dropout and data loading cannot disturb each other. A resumed run asks for the stream from batch k;
-only the order of k's epoch is worked out, no batch is skipped one by one.
+advanced, so evaluation, dropout and data loading cannot disturb each other. A resumed run asks for the stream from batch k:
+the orders of the epochs up to k's are worked out (packed epochs differ in their number of batches), no batch is made.
 
 `group_by_length` is transformers' scheme: shuffle, cut into chunks of 50 batches, sort each by length, cut into batches.
-Batches then come in shuffled order, except that the largest comes first: if memory does not suffice, it shows at once.
+Packing (`packing.py`) puts rows one after the other without any padding. In both, batches come in shuffled order, except that
+the largest comes first: if memory does not suffice, it shows at once.
 """
 
 from __future__ import annotations
 
+import itertools
 import random
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
+from lownibble.data.packing import packed_batches
 from lownibble.data.template import Example
 
 if TYPE_CHECKING:
@@ -28,14 +31,21 @@ CHUNK_BATCHES = 50
 
 @dataclass
 class Batch:
-    """Padded examples; each tensor is (B, T) int64.
+    """Examples padded, or one after the other in a single row; each tensor is (B, T) int64.
 
-    `labels` are unshifted and -100 where there is no loss, as transformers' models take them.
+    `labels` are unshifted and -100 where there is no loss, as transformers' models take them. `segments` are the lengths of
+    packed examples (then B is 1 and T their sum), or None.
     """
 
     input_ids: torch.Tensor
     attention_mask: torch.Tensor
     labels: torch.Tensor
+    segments: tuple[int, ...] | None = None
+
+    @property
+    def n_rows(self) -> int:
+        """Examples in the batch."""
+        return len(self.segments) if self.segments else len(self.input_ids)
 
     @property
     def n_tokens(self) -> int:
@@ -49,7 +59,8 @@ class Batch:
 
     def to(self, device: torch.device | str) -> Batch:
         """The batch on a device."""
-        return Batch(self.input_ids.to(device), self.attention_mask.to(device), self.labels.to(device))
+        tensors = {name: getattr(self, name).to(device) for name in ("input_ids", "attention_mask", "labels")}
+        return replace(self, **tensors)
 
 
 def collate(examples: Sequence[Example], pad_token_id: int) -> Batch:
@@ -71,41 +82,56 @@ def collate(examples: Sequence[Example], pad_token_id: int) -> Batch:
     return Batch(input_ids, attention_mask, labels)
 
 
-def n_batches(n_examples: int, batch_size: int) -> int:
-    """Batches in one epoch; the last may be short."""
-    return -(-n_examples // batch_size)
+def flatten(examples: Sequence[Example]) -> Batch:
+    """Examples as one row (1, sum of lengths) without padding; the first token of an example is never a label."""
+    import torch
+
+    segments = tuple(len(example.input_ids) for example in examples)
+    input_ids = torch.tensor([[token for example in examples for token in example.input_ids]])
+    is_label = torch.tensor([[flag for example in examples for flag in [False, *example.is_label[1:]]]])
+    return Batch(input_ids, torch.ones_like(input_ids), input_ids.masked_fill(~is_label, IGNORE), segments)
 
 
 def epoch_batches(
-    examples: Sequence[Example], batch_size: int, seed: int, epoch: int, group_by_length: bool = False
-) -> list[list[int]]:
-    """The batches of one epoch as lists of example indices; each example occurs once."""
+    examples: Sequence[Example], batch_size: int, seed: int, epoch: int, group_by_length: bool = False,
+    pack_to: int | None = None,
+) -> list[list[int]]:  # fmt: skip
+    """The batches of one epoch as lists of example indices; each example occurs once and the last batch may be short.
+
+    With `pack_to`, a batch is `batch_size` packs of at most so many tokens.
+    """
     generator = random.Random(f"{seed}:{epoch}")
     order = list(range(len(examples)))
     generator.shuffle(order)
-    if not group_by_length:
+    if not group_by_length and pack_to is None:
         return _cut(order, batch_size)
     lengths = [len(example.input_ids) for example in examples]
-    by_length = [
-        index
-        for chunk in _cut(order, CHUNK_BATCHES * batch_size)
-        for index in sorted(chunk, key=lengths.__getitem__, reverse=True)
-    ]
-    batches = _cut(by_length, batch_size)
-    generator.shuffle(batches)
-    largest = max(range(len(batches)), key=lambda i: len(batches[i]) * max(lengths[j] for j in batches[i]))
+    if pack_to is not None:
+        batches = packed_batches(order, lengths, batch_size, pack_to, generator)
+        sizes = [sum(lengths[j] for j in batch) for batch in batches]
+    else:
+        by_length = [
+            index
+            for chunk in _cut(order, CHUNK_BATCHES * batch_size)
+            for index in sorted(chunk, key=lengths.__getitem__, reverse=True)
+        ]
+        batches = _cut(by_length, batch_size)
+        generator.shuffle(batches)
+        sizes = [len(batch) * max(lengths[j] for j in batch) for batch in batches]
+    largest = sizes.index(max(sizes))
     batches[0], batches[largest] = batches[largest], batches[0]
     return batches
 
 
 def stream(
-    examples: Sequence[Example], batch_size: int, seed: int, group_by_length: bool = False, start_batch: int = 0
-) -> Iterator[list[int]]:
+    examples: Sequence[Example], batch_size: int, seed: int, group_by_length: bool = False, start_batch: int = 0,
+    pack_to: int | None = None,
+) -> Iterator[list[int]]:  # fmt: skip
     """Batches without end, epoch after epoch, from batch number `start_batch` on, as lists of example indices."""
-    epoch, skip = divmod(start_batch, n_batches(len(examples), batch_size))
-    while True:
-        yield from epoch_batches(examples, batch_size, seed, epoch, group_by_length)[skip:]
-        epoch, skip = epoch + 1, 0
+    for epoch in itertools.count():
+        batches = epoch_batches(examples, batch_size, seed, epoch, group_by_length, pack_to)
+        yield from batches[start_batch:]
+        start_batch = max(0, start_batch - len(batches))
 
 
 def eval_batches(examples: Sequence[Example], batch_size: int) -> list[list[int]]:

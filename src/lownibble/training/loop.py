@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterator
+from contextlib import nullcontext
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -18,16 +19,17 @@ import torch
 from torch import nn
 
 from lownibble.config import TrainConfig
-from lownibble.data import Batch, Choice, Example, collate, n_batches, stream
+from lownibble.data import Batch, Choice, Example, collate, epoch_batches, flatten, stream
 from lownibble.errors import ConfigError, TrainingError
 from lownibble.lora import count_parameters
 from lownibble.lora.inject import adapter_configs
+from lownibble.models.attention import packed_attention
 from lownibble.optim import learning_rate, make_optimizer, set_learning_rate, warmup_steps
 from lownibble.quant import QuantLinear
 from lownibble.training import checkpoint, memory
 from lownibble.training.evaluate import Evaluator
 from lownibble.training.events import Evaluated, Event, Finished, Saved, Started, Stepped
-from lownibble.training.loss import check_head, label_loss
+from lownibble.training.loss import check_head, check_packing, label_loss
 
 _SEED_STRIDE = 1_000_003  # keeps the seeds of neighbouring runs' micro-batches apart
 
@@ -38,7 +40,7 @@ class Trainer:
     Attributes:
         optimizer: the optimiser, from the start of `events()`.
         kinds: live bytes by kind when the first step ended, gradients and optimiser states included.
-        saved_activation_bytes: what autograd kept in the first forward pass (the largest one with group_by_length).
+        saved_activation_bytes: what autograd kept in the first forward pass (the largest one with group_by_length or packing).
         total_steps: optimiser steps of the whole run.
     """
 
@@ -56,9 +58,9 @@ class Trainer:
         self.pad_token_id = int(tokenizer.pad_token_id)
         self.device: torch.device = model.get_input_embeddings().weight.device
         self.evaluator = Evaluator(evaluation, choices, self.pad_token_id, 2 * config.batch_size, self.device)
-        batches = n_batches(len(train), config.batch_size)
-        per_epoch = max(1, batches // config.gradient_accumulation_steps)
-        self.total_steps = config.max_steps or math.ceil(per_epoch * config.num_train_epochs)
+        self._pack_to = config.max_length if config.packing else None
+        self._attention = packed_attention if config.packing else nullcontext
+        self.total_steps = config.max_steps or self._steps_of_epochs(config.num_train_epochs)
         self.cut_rows = cut_rows
         self.identity = {"train": config.to_dict(), **(identity or {})}
         self.optimizer = make_optimizer(config.optim, model.parameters(), config.learning_rate, config.weight_decay)
@@ -75,6 +77,9 @@ class Trainer:
         """
         config, began = self.config, time.perf_counter()
         check_head(self.model)
+        if config.packing:
+            by_length = sorted((row.input_ids for row in self.train_rows), key=len)
+            check_packing(self.model, [by_length[-1], by_length[0]])
         self._set_checkpointing()
         first = self._restore()
         yield Started(
@@ -97,9 +102,25 @@ class Trainer:
     def batches(self, first_step: int = 0) -> Iterator[list[Batch]]:
         """The batches of each step from `first_step` on, without end."""
         config, count = self.config, self.config.gradient_accumulation_steps
-        order = stream(self.train_rows, config.batch_size, config.seed, config.group_by_length, first_step * count)
+        order = stream(
+            self.train_rows, config.batch_size, config.seed, config.group_by_length, first_step * count, self._pack_to
+        )  # fmt: skip
         while True:
-            yield [collate([self.train_rows[i] for i in rows], self.pad_token_id) for rows in islice(order, count)]
+            yield [self._batch([self.train_rows[i] for i in rows]) for rows in islice(order, count)]
+
+    def _batch(self, rows: list[Example]) -> Batch:
+        return flatten(rows) if self.config.packing else collate(rows, self.pad_token_id)
+
+    def _steps_of_epochs(self, epochs: float) -> int:
+        """Optimiser steps of so many epochs; packed epochs differ in their number of batches."""
+        config = self.config
+        whole, part = divmod(epochs, 1)
+        steps = []
+        for epoch in range(math.ceil(epochs)):
+            batches = epoch_batches(self.train_rows, config.batch_size, config.seed, epoch, config.group_by_length, self._pack_to)
+            steps.append(max(1, len(batches) // config.gradient_accumulation_steps))
+        last = math.ceil(round(steps[-1] * part, 6)) if part else 0
+        return sum(steps[: int(whole)]) + last
 
     def evaluate(self, step: int) -> Evaluated:
         """Loss and, for label data, accuracy on the evaluation rows."""
@@ -109,7 +130,7 @@ class Trainer:
 
     def _loss(self, batch: Batch, n_total: int) -> torch.Tensor:
         batch = batch.to(self.device)
-        return label_loss(self.model, batch.input_ids, batch.attention_mask, batch.labels, n_total)
+        return label_loss(self.model, batch.input_ids, batch.attention_mask, batch.labels, n_total, batch.segments)
 
     def step(self, step: int, batches: list[Batch]) -> Stepped:
         """Take optimiser step number `step` (0-based) on its batches."""
@@ -118,17 +139,18 @@ class Trainer:
         self.model.train()
         n_labels = sum(batch.n_label_tokens for batch in batches)
         loss = 0.0
-        for index, batch in enumerate(batches):
-            torch.manual_seed(config.seed * _SEED_STRIDE + step * len(batches) + index)  # dropout
-            if not self._measured and index == 0:
-                watch = memory.SavedActivations()
-                with watch.watch(self.model):
+        with self._attention(self.model):
+            for index, batch in enumerate(batches):
+                torch.manual_seed(config.seed * _SEED_STRIDE + step * len(batches) + index)  # dropout
+                if not self._measured and index == 0:
+                    watch = memory.SavedActivations()
+                    with watch.watch(self.model):
+                        part = self._loss(batch, n_labels)
+                    self.saved_activation_bytes = watch.bytes
+                else:
                     part = self._loss(batch, n_labels)
-                self.saved_activation_bytes = watch.bytes
-            else:
-                part = self._loss(batch, n_labels)
-            part.backward()  # type: ignore[no-untyped-call]
-            loss += float(part.detach())
+                part.backward()  # type: ignore[no-untyped-call]
+                loss += float(part.detach())
         norm = self._clip()
         if not math.isfinite(loss) or not math.isfinite(norm):
             raise TrainingError(
@@ -144,7 +166,7 @@ class Trainer:
         self.optimizer.zero_grad(set_to_none=True)
         return Stepped(
             step + 1, loss, rate, norm, sum(b.n_tokens for b in batches), sum(b.input_ids.numel() for b in batches), n_labels,
-            sum(len(b.input_ids) for b in batches), time.perf_counter() - began,
+            sum(b.n_rows for b in batches), time.perf_counter() - began,
         )  # fmt: skip
 
     def _clip(self) -> float:
