@@ -225,7 +225,7 @@ def test_the_first_batch_is_the_largest_of_its_epoch(tiny_model, uneven_data):
 
 
 def test_steps_for_those_who_measure_are_packed_too(tiny_model, uneven_data):
-    ready = prepare(config_of(tiny_model, data_of(uneven_data)))
+    ready, _ = prepare(config_of(tiny_model, data_of(uneven_data)))
     stepped = ready.step(0, next(ready.batches()))
     assert stepped.samples > 2
     assert stepped.tokens == stepped.padded_tokens <= 64

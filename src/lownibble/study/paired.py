@@ -3,18 +3,14 @@
 The runs of a comparison come one after the other, so a machine that slows down halfway slows one method only. Here each method is
 loaded in a process of its own and they alternate; the ratio within a round is what the advice uses. It needs all models at once:
 where their measured peaks do not fit, it is left out and the record says why.
-
-As a program (`python -m lownibble.study.paired SPEC.json`) this is one of the processes.
 """
 
 from __future__ import annotations
 
 import json
-import sys
 import tempfile
 from contextlib import ExitStack
-from itertools import combinations, islice
-from pathlib import Path
+from itertools import combinations
 from typing import Any
 
 import psutil
@@ -22,7 +18,7 @@ import torch
 
 from lownibble.config import RunConfig
 from lownibble.models import pick_device
-from lownibble.training.turns import TurnTaker, answer_turns, play, ratio, spread
+from lownibble.training.turns import TurnTaker, play, ratio, spread
 
 ROUNDS, STEPS = 6, 1
 
@@ -47,7 +43,7 @@ def paired_speed(configs: list[RunConfig], peaks: list[int]) -> dict[str, Any]:
             spec = stack.enter_context(tempfile.NamedTemporaryFile("w", prefix=f"turns-{config.method}-", suffix=".json"))
             json.dump(config.to_dict(), spec)
             spec.flush()
-            takers.append(stack.enter_context(TurnTaker(config.method, "lownibble.study.paired", spec.name)))
+            takers.append(stack.enter_context(TurnTaker(config.method, "lownibble.training.turns", spec.name)))
         for taker in takers:
             taker.ready()
         answers = play(takers, ROUNDS, STEPS)
@@ -63,22 +59,3 @@ def paired_speed(configs: list[RunConfig], peaks: list[int]) -> dict[str, Any]:
 def _free_bytes(device: str) -> int:
     chosen = pick_device(device)
     return int(torch.cuda.mem_get_info(chosen)[0] if chosen.type == "cuda" else psutil.virtual_memory().available)
-
-
-def main(spec: str) -> None:
-    """Build the run of the specification, then take turns training it."""
-    from lownibble.training.run import prepare
-
-    config = RunConfig(**json.loads(Path(spec).read_text()))
-    trainer = prepare(config.with_options(train=config.train.with_options(output_dir=None, resume=False)))
-    steps = enumerate(trainer.batches())
-
-    def do(count: int) -> dict[str, Any]:
-        done = [trainer.step(index, batches) for index, batches in islice(steps, count)]
-        return {"tokens": sum(s.tokens for s in done), "seconds": sum(s.seconds for s in done)}
-
-    answer_turns({"method": config.method}, do)
-
-
-if __name__ == "__main__":
-    main(sys.argv[1])

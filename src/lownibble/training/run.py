@@ -83,10 +83,14 @@ def run(config: RunConfig, *, sinks: Iterable[Sink] = ()) -> TrainResult:
     return _train(model, tokenizer, sides, config.data, config.train, config.to_dict(), sinks, loaded)
 
 
-def prepare(config: RunConfig) -> Trainer:
-    """The trainer of a run, ready to take steps, for those who measure; `run` is for those who train."""
+def prepare(config: RunConfig) -> tuple[Trainer, int]:
+    """The trainer of a run, ready to take steps, and the bytes in use before its model was loaded; for those who measure."""
+    device = pick_device(config.device)
+    sides = load_data(config.data)
+    memory.reset_peak(device)
+    baseline = memory.used_bytes(device)
     model, tokenizer = _make_model(config)
-    return _trainer(model, tokenizer, load_data(config.data), config.data, config.train)[0]
+    return _trainer(model, tokenizer, sides, config.data, config.train)[0], baseline
 
 
 def _make_model(config: RunConfig) -> tuple[Any, Any]:

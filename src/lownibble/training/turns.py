@@ -2,6 +2,8 @@
 
 A child answers each line `N` on its standard input with one JSON line on its standard output; the parent gives turns in an order
 that rotates from round to round. Ratios are taken within a round and their median is reported, with the spread.
+
+As a program (`python -m lownibble.training.turns SPEC.json`) this is one such child: a training run, prepared and never finished.
 """
 
 from __future__ import annotations
@@ -11,8 +13,11 @@ import statistics
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
+from itertools import islice
+from pathlib import Path
 from typing import IO, Any
 
+from lownibble.config import RunConfig
 from lownibble.errors import TrainingError
 
 
@@ -76,3 +81,29 @@ def spread(values: Sequence[float]) -> dict[str, float]:
 def ratio(a: Sequence[float], b: Sequence[float]) -> dict[str, float]:
     """Spread of a / b, round by round."""
     return spread([x / y for x, y in zip(a, b, strict=True)])
+
+
+def main(spec: str) -> None:
+    """Build the run of the specification, then take turns training it; a turn counts real tokens, padding not."""
+    from lownibble.training import memory
+    from lownibble.training.run import prepare
+
+    config = RunConfig(**json.loads(Path(spec).read_text()))
+    trainer, baseline = prepare(config.with_options(train=config.train.with_options(output_dir=None, resume=False)))
+    steps = enumerate(trainer.batches())
+
+    def do(count: int) -> dict[str, Any]:
+        done = [trainer.step(index, batches) for index, batches in islice(steps, count)]
+        return {
+            "tokens": sum(s.tokens for s in done),
+            "padded_tokens": sum(s.padded_tokens for s in done),
+            "seconds": sum(s.seconds for s in done),
+            "losses": [s.loss for s in done],
+            "peak_bytes": memory.peak_bytes(trainer.device) - baseline,
+        }
+
+    answer_turns({"method": config.method}, do)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])
