@@ -40,9 +40,9 @@ if INTERPRETED:
     _load_interpreted()
 
 WORTH_INTERPRETING = {
-    "test_4bit_equals_reference": lambda p: p["n"] in (0, 1, 17, 4097) or (p["n"], p["block_size"]) == (32965, 64),
-    "test_rounding_to_half_types_equals_torch": lambda p: p["bits"] == 0x3000,
-    "test_bytes_equal_bitsandbytes": lambda p: (p["quant_type"], p["block_size"], p["double_quant"]) == ("nf4", 64, True),
+    "test_4bit_equals_reference": lambda p: p["n"] in (0, 17, 4097) or (p["n"], p["block_size"]) == (32965, 64),
+    "test_rounding_to_half_types_equals_torch": lambda p: False,  # the interpreter's rounding is not a GPU's
+    "test_bytes_equal_bitsandbytes": lambda p: False,  # the reference's are, and these equal the reference's
     "test_gemv_4bit": lambda p: p["N"] < 100 and (p["K"] < 200 or p["dtype"] == torch.float32),
     "test_4bit_equals_reference_across_threads": lambda p: False,
     "test_large_outputs_equal_reference": lambda p: False,
