@@ -1,7 +1,8 @@
 """Every kernel operation on every backend, instruction set, type and awkward shape.
 
-Oracles: the plain-torch reference for the compiled kernels (bit for bit, except the matrix-vector product), bitsandbytes for
-the bytes (codes, constants, nested constants) of every backend, and a float64 product for the matrix-vector product.
+The Triton kernels run on the GPU where there is one, else in Triton's interpreter, on the cases chosen in `conftest.py`. Oracles:
+the plain-torch reference for the compiled and the Triton kernels (bit for bit, except the matrix-vector product), bitsandbytes
+for the bytes (codes, constants, nested constants) of every backend, and a float64 product for the matrix-vector product.
 """
 
 import os
@@ -11,13 +12,15 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.utils._pytree import tree_map
 
-from lownibble.errors import BackendError
+from lownibble.errors import BackendError, InputError
 from lownibble.kernels import cpu, ops, reference
 from lownibble.quant.codebook import codebook, dynamic8, dynamic8_lookup
 
@@ -32,15 +35,35 @@ ROUNDOFF = {torch.float32: 2.0**-24, torch.bfloat16: 2.0**-8, torch.float16: 2.0
 
 
 def _variants() -> list[str]:
-    try:
-        return ["reference", *(f"cpu-{isa}" for isa in cpu.available_isas())]
-    except BackendError:
-        return ["reference"]
+    status = ops.backend_status()
+    isas = [f"cpu-{isa}" for isa in cpu.available_isas()] if status["cpu"] == "ok" else []
+    return ["reference", *isas, *(["triton"] if status["triton"] == "ok" else [])]
+
+
+class _OnCuda:
+    """The Triton kernels on the GPU for tests written with CPU tensors: arguments go there, results come back."""
+
+    name = "triton"
+
+    def __getattr__(self, operation: str):
+        def call(*arguments):
+            there = tree_map(lambda a: a.cuda() if isinstance(a, Tensor) else a, arguments)
+            result = getattr(ops.backend("triton"), operation)(*there)
+            if operation == "dequantize_4bit":
+                assert result is there[4]
+                return arguments[4].copy_(result)
+            return tree_map(Tensor.cpu, result)
+
+        return call
 
 
 @contextmanager
 def _running(variant: str) -> Iterator[ops.Backend]:
     backend_name, _, isa = variant.partition("-")
+    if backend_name == "triton":
+        with np.errstate(all="ignore"):  # the interpreter computes in numpy, which warns where a GPU gives infinity or NaN
+            yield _OnCuda() if torch.cuda.is_available() else ops.backend("triton")
+        return
     if not isa:
         yield ops.backend(backend_name)
         return
@@ -193,6 +216,7 @@ def _gemv_bound(x_TK: Tensor, weight_NK: Tensor, exact_TN: Tensor) -> Tensor:
         (5, 100, 64),  # rows start inside blocks
         (33, 333, 128),  # odd rows start in the middle of a byte
         (9, 4096, 4096),
+        (6, 1088, 64),  # whole blocks; columns in several steps, the last one short
         (6, 48, 16),
         (2, 5000, 4096),
         (259, 576, 64),  # parallel
@@ -331,44 +355,67 @@ BAD = {
 }
 
 
+@pytest.fixture(params=[variant for variant in _variants() if variant in ("cpu-scalar", "triton")])
+def unsafe_kernels(request: pytest.FixtureRequest) -> Iterator[ops.Backend]:
+    """The backends that work on bare pointers; they check their arguments alike, whatever the device."""
+    with _running(request.param):
+        yield ops.backend(request.param.partition("-")[0])
+
+
+def _accepts_cpu_tensors(kernels: ops.Backend) -> bool:
+    return kernels.name != "triton" or not torch.cuda.is_available()
+
+
 @pytest.mark.parametrize("case", BAD)
-@pytest.mark.skipif(len(_variants()) == 1, reason="no compiled library")
-def test_wrong_tensors_raise(case: str) -> None:
+def test_wrong_tensors_raise(unsafe_kernels: ops.Backend, case: str) -> None:
     call = _good_call()
-    cpu.dequantize_4bit(out=torch.empty(256), **call)  # type: ignore[arg-type]
+    if _accepts_cpu_tensors(unsafe_kernels):
+        unsafe_kernels.dequantize_4bit(out=torch.empty(256), **call)  # type: ignore[arg-type]
     call |= BAD[case]
-    with pytest.raises(ValueError):
-        cpu.dequantize_4bit(out=torch.empty(256), **call)  # type: ignore[arg-type]
-    with pytest.raises(ValueError):
-        cpu.gemv_4bit(torch.ones(1, 64), out_features=4, **call)  # type: ignore[arg-type]
+    with pytest.raises(InputError):
+        unsafe_kernels.dequantize_4bit(out=torch.empty(256), **call)  # type: ignore[arg-type]
+    with pytest.raises(InputError):
+        unsafe_kernels.gemv_4bit(torch.ones(1, 64), out_features=4, **call)  # type: ignore[arg-type]
 
 
-@pytest.mark.skipif(len(_variants()) == 1, reason="no compiled library")
-def test_wrong_inputs_and_outputs_raise() -> None:
+def test_wrong_inputs_and_outputs_raise(unsafe_kernels: ops.Backend) -> None:
     call, table = _good_call(), codebook("nf4")
-    with pytest.raises(ValueError, match="'out' must be float32, bfloat16 or float16"):
-        cpu.dequantize_4bit(out=torch.empty(256, dtype=torch.float64), **call)  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match="'out' must be a contiguous CPU tensor of 256 elements"):
-        cpu.dequantize_4bit(out=torch.empty(32, 8).t(), **call)  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match="'x_TK' must be a contiguous"):
-        cpu.gemv_4bit(torch.ones(64, 2).t(), out_features=4, **call)  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match="'x' must be a contiguous"):
-        cpu.quantize_4bit(torch.ones(64)[::2], table.bounds, table.order, 64)
-    with pytest.raises(ValueError, match="'x' must be float32"):
-        cpu.quantize_4bit(torch.ones(64, dtype=torch.int32), table.bounds, table.order, 64)
-    with pytest.raises(ValueError, match="'bounds' must be"):
-        cpu.quantize_4bit(torch.ones(64), table.values, table.order, 64)
-    with pytest.raises(ValueError, match="'lookup' must be"):
-        cpu.quantize_8bit(torch.ones(64), dynamic8_lookup()[:256], 256)
-    with pytest.raises(ValueError, match="'absmax' must be"):
-        cpu.dequantize_8bit(torch.zeros(257, dtype=torch.uint8), torch.ones(1), dynamic8(), 256)
+    with pytest.raises(InputError, match="'out' must be float32, bfloat16 or float16"):
+        unsafe_kernels.dequantize_4bit(out=torch.empty(256, dtype=torch.float64), **call)  # type: ignore[arg-type]
+    with pytest.raises(InputError, match=r"'out' must be a contiguous tensor of 256 elements of torch\.float32 on cpu"):
+        unsafe_kernels.dequantize_4bit(out=torch.empty(32, 8).t(), **call)  # type: ignore[arg-type]
+    with pytest.raises(InputError, match="'x_TK' must be a contiguous"):
+        unsafe_kernels.gemv_4bit(torch.ones(64, 2).t(), out_features=4, **call)  # type: ignore[arg-type]
+    with pytest.raises(InputError, match="'x' must be a contiguous"):
+        unsafe_kernels.quantize_4bit(torch.ones(64)[::2], table.bounds, table.order, 64)
+    with pytest.raises(InputError, match="'x' must be float32"):
+        unsafe_kernels.quantize_4bit(torch.ones(64, dtype=torch.int32), table.bounds, table.order, 64)
+    with pytest.raises(InputError, match="'bounds' must be"):
+        unsafe_kernels.quantize_4bit(torch.ones(64), table.values, table.order, 64)
+    with pytest.raises(InputError, match="'lookup' must be"):
+        unsafe_kernels.quantize_8bit(torch.ones(64), dynamic8_lookup()[:256], 256)
+    with pytest.raises(InputError, match="'absmax' must be"):
+        unsafe_kernels.dequantize_8bit(torch.zeros(257, dtype=torch.uint8), torch.ones(1), dynamic8(), 256)
+
+
+@pytest.mark.parametrize("block_size", [0, 8, 48, 8192])
+def test_block_sizes_that_a_kernel_cannot_do_raise(unsafe_kernels: ops.Backend, block_size: int) -> None:
+    table, words = codebook("nf4"), f"a power of two from 16 to 4096. Got {block_size}. .*'reference' backend"
+    with pytest.raises(InputError, match=words):
+        unsafe_kernels.quantize_4bit(torch.ones(64), table.bounds, table.order, block_size)
+    with pytest.raises(InputError, match=words):
+        unsafe_kernels.quantize_8bit(torch.ones(64), dynamic8_lookup(), block_size)
+    with pytest.raises(InputError, match=words):
+        unsafe_kernels.dequantize_8bit(torch.zeros(64, dtype=torch.uint8), torch.ones(1), dynamic8(), block_size)
+    with pytest.raises(InputError, match=words):
+        unsafe_kernels.dequantize_4bit(out=torch.empty(256), **_good_call() | {"block_size": block_size})  # type: ignore[arg-type]
 
 
 def _python(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, "-c", code], env=os.environ | environment, capture_output=True, text=True, check=False)
 
 
-@pytest.mark.skipif(len(_variants()) == 1, reason="no compiled library")
+@pytest.mark.skipif("cpu-scalar" not in _variants(), reason="no compiled library")
 def test_environment_variable_forces_the_instruction_set() -> None:
     code = "from lownibble.kernels import cpu; print(cpu.isa())"
     assert _python(code, LOWNIBBLE_ISA="scalar").stdout == "scalar\n"
@@ -377,7 +424,7 @@ def test_environment_variable_forces_the_instruction_set() -> None:
     assert "BackendError: The instruction set 'mmx' cannot run here. Available: " in refused.stderr
 
 
-@pytest.mark.skipif(len(_variants()) == 1, reason="no compiled library")
+@pytest.mark.skipif("cpu-scalar" not in _variants(), reason="no compiled library")
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
 def test_one_openmp_runtime_in_the_process() -> None:
     code = (

@@ -1,18 +1,22 @@
-"""How fast the CPU kernels are, against filling memory, dense float32 and bitsandbytes, measured side by side.
+"""How fast the kernels of this device are, against filling memory, dense products and bitsandbytes, measured side by side.
 
 Method: the calls of a group take turns (A B C A B C ...), so that other load on the machine hits all of them; a ratio is
 taken within each turn, and its median reported. Two native calls are never neighbours: the first would warm the cache for
 the second. Times are medians with minimum and maximum. Absolute figures on a shared machine are noise; the ratios are the
 result.
 
+"Native" is the device's own backend: the compiled kernels and float32 on a CPU, Triton and bfloat16 on CUDA. There a call's time
+is the GPU's, between two events; a large buffer is cleared before each call, which empties the second-level cache and keeps the
+GPU busy while the call is queued, so that Python's launch overhead (tens of microseconds with Triton) is not in the figure.
+
 What each figure is compared with:
-- decoding 4-bit to float32 writes 8 times what it reads, so its yardstick is `Tensor.fill_` on the same output (stores
-  that go around the caches, used for large outputs, beat it: they do not read the lines first);
+- decoding 4-bit to float32 writes 8 times what it reads (bfloat16: 4 times), so its yardstick is `Tensor.fill_` on the same
+  output (on a CPU, stores that go around the caches, used for large outputs, beat it: they do not read the lines first);
 - a matrix-vector product on 4-bit weights reads 1/8 of the dense one, which is what it competes with when decoding tokens;
-- bitsandbytes' CPU kernels do the same work on the same bytes. Its API allocates the output of every decoding, and for large
+- bitsandbytes' kernels do the same work on the same bytes. Its API allocates the output of every decoding, and for large
   outputs the page faults of that cost more than the kernel; `_kernel` is the kernel alone, on the same preallocated output,
-  and `native_allocating` the native one with a new output each time. Its inference layer repacks the weight and computes in
-  bfloat16; its other path decodes the weight and multiplies in float32.
+  and `native_allocating` the native one with a new output each time. Its inference layer on a CPU repacks the weight and computes
+  in bfloat16; its other path there decodes the weight and multiplies in float32.
 """
 
 from __future__ import annotations
@@ -23,6 +27,7 @@ import os
 import statistics
 import time
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import torch
@@ -30,40 +35,69 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from lownibble.kernels import cpu, ops, reference
-from lownibble.quant.codebook import codebook, dynamic8, dynamic8_lookup
+from lownibble.models import pick_device
+from lownibble.quant.codebook import Codebook, codebook, dynamic8, dynamic8_lookup
+from lownibble.training import record as records
 
 BLOCK_SIZE = 64
 NESTED_BLOCK_SIZE = 256
 SHAPES_NK = [(4096, 4096), (576, 1536)]
 """A layer of a 7B model (64 MiB decoded: main memory), and one of a 135M model (3.4 MiB: cache)."""
 ROWS = [1, 4, 8]
+NATIVE = {"cpu": ("cpu", torch.float32), "cuda": ("triton", torch.bfloat16)}
+"""device type -> backend, and type of the dense tensors."""
+_FLUSH_BYTES = 512 * 2**20
+"""More than any second-level cache; clearing it takes longer than queueing a call."""
 
 Record = dict[str, Any]
 Calls = dict[str, Callable[[], object]]
 
 
 class _Weight:
-    """A random weight, dense and in NF4 with plain and doubly quantised constants."""
+    """A random weight on a device, dense and in NF4 with plain and doubly quantised constants."""
 
-    def __init__(self, N: int, K: int) -> None:
-        table = codebook("nf4")
-        self.dense_NK = torch.randn(N, K, generator=torch.Generator().manual_seed(0))
-        self.values = table.values
-        self.codes, self.absmax = cpu.quantize_4bit(self.dense_NK, table.bounds, table.order, BLOCK_SIZE)
+    def __init__(self, N: int, K: int, device: torch.device) -> None:
+        backend, dtype = NATIVE[device.type]
+        self.native = ops.backend(backend)
+        self.table: Codebook = codebook("nf4", str(device))
+        self.values = self.table.values
+        self.dense_NK = torch.randn(N, K, generator=torch.Generator().manual_seed(0)).to(device, dtype)
+        flat = self.dense_NK.view(-1)
+        self.codes, self.absmax = self.native.quantize_4bit(flat, self.table.bounds, self.table.order, BLOCK_SIZE)
         offset = self.absmax.mean()
-        self.absmax_8bit, nested_absmax = cpu.quantize_8bit(self.absmax - offset, dynamic8_lookup(), NESTED_BLOCK_SIZE)
-        self.nested = ops.Nested(dynamic8(), nested_absmax, offset, NESTED_BLOCK_SIZE)
+        lookup = dynamic8_lookup(str(device))
+        self.absmax_8bit, nested_absmax = self.native.quantize_8bit(self.absmax - offset, lookup, NESTED_BLOCK_SIZE)
+        self.nested = ops.Nested(dynamic8(str(device)), nested_absmax, offset, NESTED_BLOCK_SIZE)
 
 
-def _take_turns(calls: Calls, repeats: int) -> dict[str, list[float]]:
+@cache
+def _flush(device: torch.device) -> Tensor:
+    return torch.empty(_FLUSH_BYTES, dtype=torch.uint8, device=device)
+
+
+def _seconds(call: Callable[[], object], device: torch.device) -> float:
+    """How long one call takes; on CUDA the GPU's time of all that it queued."""
+    if device.type == "cpu":
+        start_s = time.perf_counter()
+        call()
+        return time.perf_counter() - start_s
+    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    _flush(device).zero_()
+    start.record()
+    call()
+    end.record()
+    end.synchronize()
+    return float(start.elapsed_time(end)) / 1e3
+
+
+def _take_turns(calls: Calls, repeats: int, device: torch.device) -> dict[str, list[float]]:
     """Seconds of each call in each turn, after one turn that does not count."""
     seconds: dict[str, list[float]] = {name: [] for name in calls}
     for turn in range(repeats + 1):
         for name, call in calls.items():
-            start = time.perf_counter()
-            call()
+            taken = _seconds(call, device)
             if turn:
-                seconds[name].append(time.perf_counter() - start)
+                seconds[name].append(taken)
     return seconds
 
 
@@ -96,30 +130,34 @@ def _peers(wanted: bool) -> tuple[Any, str | None]:
 
 
 def _bench_dequantize(weight: _Weight, repeats: int, bitsandbytes: Any) -> Record:
-    out_NK = torch.empty_like(weight.dense_NK)
+    out_NK, device, native = torch.empty_like(weight.dense_NK), weight.dense_NK.device, weight.native
     arguments = (weight.values, BLOCK_SIZE, out_NK)
     calls: Calls = {
-        "native": lambda: cpu.dequantize_4bit(weight.codes, weight.absmax, *arguments),
+        "native": lambda: native.dequantize_4bit(weight.codes, weight.absmax, *arguments),
         "fill": lambda: out_NK.fill_(1.0),
-        "native_double_quant": lambda: cpu.dequantize_4bit(weight.codes, weight.absmax_8bit, *arguments, weight.nested),
+        "native_double_quant": lambda: native.dequantize_4bit(weight.codes, weight.absmax_8bit, *arguments, weight.nested),
     }
     if bitsandbytes:
-        decode = torch.ops.bitsandbytes.dequantize_4bit.default
+        decode = torch.ops.bitsandbytes.dequantize_4bit
         codes, shape = weight.codes.view(-1, 1), list(weight.dense_NK.shape)
-        pointers = [ctypes.c_void_p(tensor.data_ptr()) for tensor in (weight.codes, weight.absmax, out_NK)]
-        sizes = [ctypes.c_longlong(size) for size in (BLOCK_SIZE, *shape)]
-        kernel = bitsandbytes.cextension.lib.cdequantize_blockwise_cpu_nf4_fp32
-        calls["native_allocating"] = lambda: cpu.dequantize_4bit(
+        theirs = (codes, weight.absmax, BLOCK_SIZE, "nf4", shape, out_NK.dtype)
+        calls["native_allocating"] = lambda: native.dequantize_4bit(
             weight.codes, weight.absmax, weight.values, BLOCK_SIZE, torch.empty_like(out_NK)
         )
-        calls["bitsandbytes"] = lambda: decode(codes, weight.absmax, BLOCK_SIZE, "nf4", shape, torch.float32)
-        calls["bitsandbytes_kernel"] = lambda: kernel(*pointers, *sizes)
-    seconds = _take_turns(calls, repeats)
+        calls["bitsandbytes"] = lambda: decode.default(*theirs)
+        if device.type == "cuda":
+            calls["bitsandbytes_kernel"] = lambda: decode.out(*theirs, out_NK)
+        else:
+            pointers = [ctypes.c_void_p(tensor.data_ptr()) for tensor in (weight.codes, weight.absmax, out_NK)]
+            sizes = [ctypes.c_longlong(size) for size in (BLOCK_SIZE, *shape)]
+            kernel = bitsandbytes.cextension.lib.cdequantize_blockwise_cpu_nf4_fp32
+            calls["bitsandbytes_kernel"] = lambda: kernel(*pointers, *sizes)
+    seconds = _take_turns(calls, repeats, device)
     slow_calls: Calls = {
         "native": calls["native"],
         "reference": lambda: reference.dequantize_4bit(weight.codes, weight.absmax, *arguments),
     }
-    slow_seconds = _take_turns(slow_calls, max(1, repeats // 5))
+    slow_seconds = _take_turns(slow_calls, max(1, repeats // 5), device)
     n_bytes = out_NK.numel() * out_NK.element_size()
     return {
         "out_bytes": n_bytes,
@@ -138,16 +176,15 @@ def _bench_dequantize(weight: _Weight, repeats: int, bitsandbytes: Any) -> Recor
 
 
 def _bench_quantize(weight: _Weight, repeats: int, bitsandbytes: Any) -> Record:
-    table = codebook("nf4")
-    arguments = (weight.dense_NK.view(-1), table.bounds, table.order, BLOCK_SIZE)
+    arguments = (weight.dense_NK.view(-1), weight.table.bounds, weight.table.order, BLOCK_SIZE)
     calls: Calls = {
-        "native": lambda: cpu.quantize_4bit(*arguments),
+        "native": lambda: weight.native.quantize_4bit(*arguments),
         "reference": lambda: reference.quantize_4bit(*arguments),
     }
     if bitsandbytes:
         encode = torch.ops.bitsandbytes.quantize_4bit.default
         calls["bitsandbytes"] = lambda: encode(weight.dense_NK, BLOCK_SIZE, "nf4", torch.uint8)
-    seconds = _take_turns(calls, max(1, repeats // 5))
+    seconds = _take_turns(calls, max(1, repeats // 5), weight.dense_NK.device)
     return {
         "times": _times(seconds),
         "quantize_Melements_per_s": weight.dense_NK.numel() / statistics.median(seconds["native"]) / 1e6,
@@ -159,19 +196,19 @@ def _bench_quantize(weight: _Weight, repeats: int, bitsandbytes: Any) -> Record:
 def _bitsandbytes_layer(bitsandbytes: Any, dense_NK: Tensor) -> Any:
     """Its layer in evaluation mode, as a user who wants to decode tokens gets it."""
     N, K = dense_NK.shape
-    layer = bitsandbytes.nn.Linear4bit(K, N, bias=False, compute_dtype=torch.float32, quant_type="nf4")
+    layer = bitsandbytes.nn.Linear4bit(K, N, bias=False, compute_dtype=dense_NK.dtype, quant_type="nf4")
     layer.weight = bitsandbytes.nn.Params4bit(dense_NK.clone(), requires_grad=False, quant_type="nf4")
-    return layer.to("cpu").eval()
+    return layer.to(dense_NK.device).eval()
 
 
 def _bench_gemv(weight: _Weight, T: int, repeats: int, bitsandbytes: Any, layer: Any) -> Record:
     N, K = weight.dense_NK.shape
-    x_TK = torch.randn(T, K, generator=torch.Generator().manual_seed(1))
+    x_TK = torch.randn(T, K, generator=torch.Generator().manual_seed(1)).to(weight.dense_NK)
     arguments = (weight.values, BLOCK_SIZE, N)
     calls: Calls = {
-        "native": lambda: cpu.gemv_4bit(x_TK, weight.codes, weight.absmax, *arguments),
+        "native": lambda: weight.native.gemv_4bit(x_TK, weight.codes, weight.absmax, *arguments),
         "dense": lambda: F.linear(x_TK, weight.dense_NK),
-        "native_double_quant": lambda: cpu.gemv_4bit(x_TK, weight.codes, weight.absmax_8bit, *arguments, weight.nested),
+        "native_double_quant": lambda: weight.native.gemv_4bit(x_TK, weight.codes, weight.absmax_8bit, *arguments, weight.nested),
     }
     if T == 1:
         calls["dense_mv"] = lambda: torch.mv(weight.dense_NK, x_TK[0])
@@ -181,7 +218,7 @@ def _bench_gemv(weight: _Weight, T: int, repeats: int, bitsandbytes: Any, layer:
         )
         calls["bitsandbytes_matmul_4bit"] = lambda: bitsandbytes.matmul_4bit(x_TK, codes.t(), quant_state=state)
         calls["bitsandbytes_layer_bfloat16"] = lambda: layer(x_TK)
-    seconds = _take_turns(calls, repeats)
+    seconds = _take_turns(calls, repeats, weight.dense_NK.device)
     return {
         "times": _times(seconds),
         "gemv_4bit_GFLOPps": 2 * T * N * K / statistics.median(seconds["native"]) / 1e9,
@@ -197,27 +234,30 @@ def _bench_gemv(weight: _Weight, T: int, repeats: int, bitsandbytes: Any, layer:
 
 
 @torch.no_grad()
-def bench_kernels(repeats: int = 15, peers: bool = True) -> Record:
-    """Measure the CPU kernels with one thread and with torch's number of threads; under a minute on two cores.
+def bench_kernels(repeats: int = 15, peers: bool = True, device: str = "auto") -> Record:
+    """Measure the kernels of a device; a CPU's with one thread and with torch's number of threads. Under a minute on two cores.
 
     Args:
         repeats: turns of each group; the slow plain-torch versions get a fifth of them.
         peers: also measure bitsandbytes when it is installed; otherwise its figures are None and `peers_missing` says why.
+        device: auto (CUDA when there is one, else the CPU), cpu, cuda or cuda:N.
     Returns:
         A JSON-able record: `threads` -> count -> operation -> shape -> figures, each with its unit in its name. A ratio is
         other time / native time: above 1 the native kernel is faster.
     Raises:
-        BackendError: the compiled library is missing or cannot load; the message says why.
+        BackendError: the device's kernels are missing or cannot load; the message says why.
     """
-    library_isa = cpu.isa()
+    place = pick_device(device)
+    if place.index is not None and place.type == "cuda":
+        torch.cuda.set_device(place)
     bitsandbytes, peers_missing = _peers(peers)
     all_threads = torch.get_num_threads()
-    weights = [_Weight(N, K) for N, K in SHAPES_NK]
+    weights = [_Weight(N, K, place) for N, K in SHAPES_NK]
     layers = [_bitsandbytes_layer(bitsandbytes, weight.dense_NK) if bitsandbytes else None for weight in weights]
     by_threads: Record = {}
     start = time.perf_counter()
     try:
-        for threads in sorted({1, all_threads}):
+        for threads in sorted({1, all_threads}) if place.type == "cpu" else [all_threads]:
             torch.set_num_threads(threads)
             record: Record = {"dequantize_4bit": {}, "quantize_4bit": {}, "gemv_4bit": {}}
             for weight, layer in zip(weights, layers, strict=True):
@@ -230,7 +270,9 @@ def bench_kernels(repeats: int = 15, peers: bool = True) -> Record:
     finally:
         torch.set_num_threads(all_threads)
     return {
-        "isa": library_isa,
+        "environment": records.environment(place),
+        "isa": cpu.isa() if place.type == "cpu" else None,
+        "dtype": str(NATIVE[place.type][1]).removeprefix("torch."),
         "quant_type": "nf4",
         "block_size_elements": BLOCK_SIZE,
         "repeats": repeats,
@@ -240,21 +282,23 @@ def bench_kernels(repeats: int = 15, peers: bool = True) -> Record:
         "load_average_1min": os.getloadavg()[0],
         "elapsed_s": time.perf_counter() - start,
         "threads": by_threads,
-        "headlines": _headlines(by_threads[str(all_threads)]),
+        "headlines": _headlines(by_threads[str(all_threads)], NATIVE[place.type][1]),
     }
 
 
-def _headlines(record: Record) -> Record:
+def _headlines(record: Record, dtype: torch.dtype) -> Record:
     """The ratios to look at first: other time / native time, all threads, doubly quantised weights."""
-    large, gemv = record["dequantize_4bit"]["4096x4096"], record["gemv_4bit"]["1x4096 by 4096x4096"]
+    (N, K), (n, k) = SHAPES_NK
+    big, small, dense = f"{N}x{K}", f"{n}x{k}", str(dtype).removeprefix("torch.")
+    large, gemv = record["dequantize_4bit"][big], record["gemv_4bit"][f"1x{K} by {big}"]
     return {
-        "dequantize 4096x4096 / fill of the same memory": large["ratio_double_quant_vs_fill"],
-        "dequantize 576x1536 / fill of the same memory": record["dequantize_4bit"]["576x1536"]["ratio_double_quant_vs_fill"],
-        "dequantize 4096x4096 / bitsandbytes dequantize_4bit (which allocates)": large["ratio_double_quant_vs_bitsandbytes"],
-        "dequantize 4096x4096 / bitsandbytes' kernel alone, same output": large["ratio_vs_bitsandbytes_kernel"],
-        "dequantize 4096x4096 / bitsandbytes, both allocating": large["ratio_allocating_vs_bitsandbytes"],
-        "quantize 4096x4096 / bitsandbytes": record["quantize_4bit"]["4096x4096"]["ratio_vs_bitsandbytes"],
-        "matrix-vector 4096x4096 / dense float32": gemv["ratio_double_quant_vs_dense"],
-        "matrix-vector 4096x4096 / bitsandbytes matmul_4bit, float32": gemv["ratio_double_quant_vs_bitsandbytes_matmul_4bit"],
-        "matrix-vector 4096x4096 / bitsandbytes layer, bfloat16": gemv["ratio_double_quant_vs_bitsandbytes_layer_bfloat16"],
+        f"dequantize {big} / fill of the same memory": large["ratio_double_quant_vs_fill"],
+        f"dequantize {small} / fill of the same memory": record["dequantize_4bit"][small]["ratio_double_quant_vs_fill"],
+        f"dequantize {big} / bitsandbytes dequantize_4bit (which allocates)": large["ratio_double_quant_vs_bitsandbytes"],
+        f"dequantize {big} / bitsandbytes' kernel alone, same output": large["ratio_vs_bitsandbytes_kernel"],
+        f"dequantize {big} / bitsandbytes, both allocating": large["ratio_allocating_vs_bitsandbytes"],
+        f"quantize {big} / bitsandbytes": record["quantize_4bit"][big]["ratio_vs_bitsandbytes"],
+        f"matrix-vector {big} / dense {dense}": gemv["ratio_double_quant_vs_dense"],
+        f"matrix-vector {big} / bitsandbytes matmul_4bit, {dense}": gemv["ratio_double_quant_vs_bitsandbytes_matmul_4bit"],
+        f"matrix-vector {big} / bitsandbytes layer, bfloat16": gemv["ratio_double_quant_vs_bitsandbytes_layer_bfloat16"],
     }

@@ -23,15 +23,16 @@ import torch
 from torch import Tensor
 
 from lownibble.errors import BackendError, InputError
+from lownibble.kernels.checks import check_block_size, check_float, check_tensor, check_weight
 from lownibble.kernels.ops import Addition, Nested, Rows8bit
 
 name = "cpu"
+device_types = ("cpu",)
 
 _ABI = 2
 _FOLDER = Path(__file__).parent
+_CPU = torch.device("cpu")
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-_SHIFTS = {1 << shift: shift for shift in range(4, 13)}
-"""block size -> its logarithm: 16 to 4096."""
 
 _pointer, _int64, _int32 = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32
 _WEIGHT = [_pointer] * 6
@@ -129,47 +130,31 @@ def select_isa(isa_name: str) -> None:
 
 
 def _shift(block_size: int) -> int:
-    shift = _SHIFTS.get(block_size)
-    if shift is None:
-        raise InputError(f"The CPU kernels take block sizes that are powers of two from 16 to 4096. Got {block_size}.")
-    return shift
+    check_block_size(block_size)
+    return block_size.bit_length() - 1
 
 
 def _dtype(tensor: Tensor, role: str) -> int:
-    dtype = _DTYPES.get(tensor.dtype)
-    if dtype is None:
-        raise InputError(f"'{role}' must be float32, bfloat16 or float16. Got {tensor.dtype}.")
-    return dtype
+    check_float(tensor, role)
+    return _DTYPES[tensor.dtype]
 
 
 def _data(tensor: Tensor, role: str, dtype: torch.dtype, length: int) -> int:
     """Address of a contiguous CPU tensor of `length` elements of `dtype`; anything else raises."""
-    if tensor.numel() != length or tensor.dtype is not dtype or not tensor.is_contiguous() or not tensor.is_cpu:
-        raise InputError(
-            f"'{role}' must be a contiguous CPU tensor of {length} elements of {dtype}. Got shape {tuple(tensor.shape)} "
-            f"(contiguous: {tensor.is_contiguous()}) of {tensor.dtype} on {tensor.device}."
-        )
+    check_tensor(tensor, role, dtype, length, _CPU)
     return tensor.data_ptr()
 
 
 def _weight(
-    codes: Tensor, absmax: Tensor, values: Tensor, n: int, n_blocks: int, nested: Nested | None
+    codes: Tensor, absmax: Tensor, values: Tensor, n: int, block_size: int, nested: Nested | None
 ) -> tuple[int, int, int, int | None, int | None, int | None, int]:
     """The six addresses of a 4-bit weight and the logarithm of the nested block size."""
-    codes_data = _data(codes, "codes", torch.uint8, (n + 1) // 2)
-    values_data = _data(values, "values", torch.float32, 16)
+    check_weight(codes, absmax, values, n, block_size, nested, _CPU)
+    plain = codes.data_ptr(), values.data_ptr(), absmax.data_ptr()
     if nested is None:
-        return codes_data, values_data, _data(absmax, "absmax", torch.float32, n_blocks), None, None, None, 0
-    n_nested = -(-n_blocks // nested.block_size)
-    return (
-        codes_data,
-        values_data,
-        _data(absmax, "absmax", torch.uint8, n_blocks),
-        _data(nested.values, "nested.values", torch.float32, 256),
-        _data(nested.absmax, "nested.absmax", torch.float32, n_nested),
-        _data(nested.offset, "nested.offset", torch.float32, 1),
-        _shift(nested.block_size),
-    )
+        return *plain, None, None, None, 0
+    nested_pointers = nested.values.data_ptr(), nested.absmax.data_ptr(), nested.offset.data_ptr()
+    return *plain, *nested_pointers, _shift(nested.block_size)
 
 
 def quantize_4bit(x: Tensor, bounds: Tensor, order: Tensor, block_size: int) -> tuple[Tensor, Tensor]:
@@ -196,7 +181,7 @@ def dequantize_4bit(
 ) -> Tensor:
     """As `ops.dequantize_4bit`."""
     n, shift, dtype = out.numel(), _shift(block_size), _dtype(out, "out")
-    *addresses, nested_shift = _weight(codes, absmax, values, n, -(-n // block_size), nested)
+    *addresses, nested_shift = _weight(codes, absmax, values, n, block_size, nested)
     out_data = _data(out, "out", out.dtype, n)
     library().dequantize_4bit(*addresses, n, shift, nested_shift, dtype, out_data, torch.get_num_threads())
     return out
@@ -247,7 +232,7 @@ def gemv_4bit(
     """As `ops.gemv_4bit`."""
     T, K = x_TK.shape
     n, shift, dtype = out_features * K, _shift(block_size), _dtype(x_TK, "x_TK")
-    *addresses, nested_shift = _weight(codes, absmax, values, n, -(-n // block_size), nested)
+    *addresses, nested_shift = _weight(codes, absmax, values, n, block_size, nested)
     x_data = _data(x_TK, "x_TK", x_TK.dtype, T * K)
     out_TN = torch.empty((T, out_features), dtype=x_TK.dtype)
     failed = library().gemv_4bit(
@@ -293,7 +278,7 @@ def _weight_int8(
             f"8-bit products take weights whose rows are a multiple of 64 long, in blocks of at least 32, up to {_LARGEST_SUM} "
             f"a side. Got {N} x {K} in blocks of {block_size}. Use compute='exact'."
         )
-    *addresses, nested_shift = _weight(codes, absmax, values, N * K, -(-N * K // block_size), nested)
+    *addresses, nested_shift = _weight(codes, absmax, values, N * K, block_size, nested)
     return N, K, _shift(block_size), addresses, nested_shift
 
 

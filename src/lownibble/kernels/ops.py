@@ -15,6 +15,8 @@ With double quantisation `absmax` is uint8 and `Nested` holds what decodes it:
 from __future__ import annotations
 
 import importlib
+import importlib.util
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -63,9 +65,13 @@ class Addition(NamedTuple):
 
 
 class Backend(Protocol):
-    """What a backend module provides. Tensors are contiguous and share one device."""
+    """What a backend module provides. Tensors are contiguous and share one device.
+
+    device_types: the types of device it runs on; None is any.
+    """
 
     name: str
+    device_types: tuple[str, ...] | None
 
     def quantize_4bit(self, x: Tensor, bounds: Tensor, order: Tensor, block_size: int) -> tuple[Tensor, Tensor]: ...
 
@@ -119,8 +125,20 @@ def _load_cpu() -> Backend:
     return cast(Backend, module)
 
 
-BACKENDS = {"reference": _load_reference, "cpu": _load_cpu}
+def _load_triton() -> Backend:
+    # Both obstacles are found without importing triton, which costs a second and memory that runs would be charged for.
+    if importlib.util.find_spec("triton") is None:
+        raise BackendError("triton is not installed. Run: pip install triton")
+    if not torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1":
+        raise BackendError("There is no CUDA device here. Use the 'cpu' or 'reference' backend.")
+    return cast(Backend, importlib.import_module("lownibble.kernels.triton"))
+
+
+BACKENDS = {"reference": _load_reference, "cpu": _load_cpu, "triton": _load_triton}
 """name -> loader. Order does not matter; `_automatic` decides."""
+
+_FASTEST = {"cpu": "cpu", "cuda": "triton"}
+"""device type -> the backend to use when it loads; otherwise, and elsewhere, it is the reference."""
 
 _loaded: dict[str, Backend | BackendError] = {}
 _forced: ContextVar[str | None] = ContextVar("lownibble_backend", default=None)
@@ -147,7 +165,7 @@ def backend(name: str) -> Backend:
 
 @contextmanager
 def use_backend(name: str) -> Iterator[None]:
-    """Run every kernel operation inside the block on backend `name`: `reference` or `cpu`.
+    """Run every kernel operation inside the block on backend `name`: `reference`, `cpu` or `triton`.
 
     Raises:
         BackendError: the backend is unknown or cannot run here; the message says why.
@@ -168,11 +186,12 @@ def is_forced() -> bool:
 def active_backend(device: torch.device | str = "cpu") -> str:
     """Name of the backend that runs operations on tensors of `device` now."""
     forced = _forced.get()
-    if forced is not None:
-        return forced
-    if torch.device(device).type == "cpu" and not isinstance(_try_load("cpu"), BackendError):
-        return "cpu"
-    return "reference"
+    return forced if forced is not None else _automatic(torch.device(device).type)
+
+
+def _automatic(device_type: str) -> str:
+    fastest = _FASTEST.get(device_type, "reference")
+    return "reference" if isinstance(_try_load(fastest), BackendError) else fastest
 
 
 def backend_status() -> dict[str, str]:
@@ -181,10 +200,13 @@ def backend_status() -> dict[str, str]:
 
 
 def _for(tensor: Tensor) -> Backend:
-    name = active_backend(tensor.device)
-    if name == "cpu" and tensor.device.type != "cpu":
-        raise BackendError(f"The 'cpu' kernels cannot run on a tensor on '{tensor.device}'. Move it, or use another backend.")
-    return backend(name)
+    chosen, device = backend(active_backend(tensor.device)), tensor.device
+    if chosen.device_types is not None and device.type not in chosen.device_types:
+        raise BackendError(
+            f"The '{chosen.name}' kernels cannot run on a tensor on '{device}', only on {' and '.join(chosen.device_types)}. "
+            f"Move it, or use the '{_automatic(device.type)}' backend."
+        )
+    return chosen
 
 
 def quantize_4bit(x: Tensor, bounds: Tensor, order: Tensor, block_size: int) -> tuple[Tensor, Tensor]:

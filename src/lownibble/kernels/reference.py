@@ -13,6 +13,7 @@ from torch import Tensor
 from lownibble.kernels.ops import Addition, Nested, Rows8bit
 
 name = "reference"
+device_types = None  # any
 
 _TINY = 1e-38  # bitsandbytes' floor for the scale of an all-zero block
 

@@ -34,13 +34,16 @@ def choose(compute: str, device: torch.device) -> str:
         return "exact"
     if device.type != "cpu":
         raise BackendError(f"compute='int8' has no kernel for '{device}' yet. Use compute='exact'.")
-    if ops.active_backend(device) == "cpu":
+    active = ops.active_backend(device)
+    if active == "cpu":
         from lownibble.kernels import cpu
 
         if not cpu.has_int8():
             raise BackendError(
                 f"compute='int8' needs the AVX-512 VNNI instructions; the kernels in use are '{cpu.isa()}'. Use compute='exact'."
             )
+    elif active != "reference":
+        raise BackendError(f"compute='int8' has no '{active}' kernel yet. Use compute='exact'.")
     elif not ops.is_forced():
         raise BackendError(
             f"compute='int8' needs the compiled kernels ({ops.backend_status()['cpu']}). Use compute='exact', or install them."

@@ -7,6 +7,9 @@ so `_apply` is narrowed to moves between devices.
 A matrix product decodes the whole weight into one buffer per thread, device and dtype that all layers share, and gives that
 to the dense kernel: at training sizes the decode costs a few percent of the product, and reusing hot memory is what makes it
 cheap (a fresh allocation page-faults for longer than the decode takes). The buffer is only valid until the next decode.
+On CUDA "next" is an order of the stream, not of time: a decode is queued behind the product that reads the buffer because both go
+to one stream. That is assumed, not checked: a thread that alternates between streams would have to release the buffer between
+them. Autograd runs a GPU's backward on a thread of its own (and on the forward's stream), so training holds two buffers a device.
 With few rows and no gradient (token-by-token generation) the fused matrix-vector kernel reads the codes directly.
 """
 

@@ -21,7 +21,7 @@ import torch
 from lownibble.kernels import ops
 
 SCHEMA = 1
-_PACKAGES = ("lownibble", "torch", "transformers", "safetensors", "peft", "bitsandbytes", "trl")
+_PACKAGES = ("lownibble", "torch", "transformers", "safetensors", "peft", "bitsandbytes", "trl", "triton")
 
 
 def environment(device: torch.device | None = None) -> dict[str, Any]:

@@ -1,0 +1,57 @@
+"""What kernels that work on bare pointers need to be true of their arguments, checked before a pointer is handed over.
+
+The compiled and the Triton kernels trust lengths, types and places; a wrong one would read or write memory that is not theirs
+(and on a GPU take the whole process's context with it). Plain functions of a few attribute reads: a call costs microseconds.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from lownibble.errors import InputError
+from lownibble.kernels.ops import Nested
+
+FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+BLOCK_SIZES = frozenset(1 << shift for shift in range(4, 13))
+"""16 to 4096."""
+
+
+def check_block_size(block_size: int) -> None:
+    """A block size that the fast kernels can do."""
+    if block_size not in BLOCK_SIZES:
+        raise InputError(
+            f"The block size of these kernels must be a power of two from 16 to 4096. Got {block_size}. "
+            "Quantise with one of those, or use the 'reference' backend."
+        )
+
+
+def check_float(tensor: Tensor, role: str) -> None:
+    """One of the three float types that are read and written."""
+    if tensor.dtype not in FLOATS:
+        raise InputError(f"'{role}' must be float32, bfloat16 or float16. Got {tensor.dtype}.")
+
+
+def check_tensor(tensor: Tensor, role: str, dtype: torch.dtype, length: int, device: torch.device) -> None:
+    """Contiguous, of `length` elements of `dtype`, on `device`."""
+    if tensor.numel() != length or tensor.dtype is not dtype or not tensor.is_contiguous() or tensor.device != device:
+        raise InputError(
+            f"'{role}' must be a contiguous tensor of {length} elements of {dtype} on {device}. Got shape {tuple(tensor.shape)} "
+            f"(contiguous: {tensor.is_contiguous()}) of {tensor.dtype} on {tensor.device}."
+        )
+
+
+def check_weight(
+    codes: Tensor, absmax: Tensor, values: Tensor, n: int, block_size: int, nested: Nested | None, device: torch.device
+) -> None:
+    """The tensors of a 4-bit weight of `n` elements."""
+    check_block_size(block_size)
+    n_blocks = -(-n // block_size)
+    check_tensor(codes, "codes", torch.uint8, (n + 1) // 2, device)
+    check_tensor(values, "values", torch.float32, 16, device)
+    check_tensor(absmax, "absmax", torch.float32 if nested is None else torch.uint8, n_blocks, device)
+    if nested is not None:
+        check_block_size(nested.block_size)
+        check_tensor(nested.values, "nested.values", torch.float32, 256, device)
+        check_tensor(nested.absmax, "nested.absmax", torch.float32, -(-n_blocks // nested.block_size), device)
+        check_tensor(nested.offset, "nested.offset", torch.float32, 1, device)

@@ -1,0 +1,253 @@
+"""The kernels in Triton, for CUDA devices; on a CPU through Triton's interpreter, which is how they are tested without a GPU.
+
+Each program takes TILE elements: whole blocks, one a row of a two-dimensional tile, so that a block's constant is loaded (and,
+doubly quantised, decoded) once and its largest magnitude is a reduction along the row. A byte's two codes are decoded side by
+side and interleaved, so that loads and stores stay contiguous. Tables are read through the first-level cache: 16 values are 64
+bytes, one transaction for a warp whatever the codes are.
+
+Bits equal the reference's. Three things would break that and are ruled out:
+- contraction of `a * b + c` into one rounding: every launch has `enable_fp_fusion=False` (LLVM does not fuse, ptxas gets
+  `--fmad=false`), and the matrix-vector product asks for its multiply-adds by name (`tl.fma`);
+- division: `/` is the approximate `div.full.f32` on NVIDIA; `tl.div_rn` rounds correctly;
+- subnormals: float32 multiplications and `div_rn` keep them (no `.ftz` in the PTX).
+`tests/kernels/test_triton_compile.py` compiles every kernel for a GPU, which needs none, and reads that off the PTX.
+
+The interpreter is chosen when triton is imported (TRITON_INTERPRET=1), not when a kernel runs. Launches go to the current
+stream of the tensors' device and return at once.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.runtime.interpreter import InterpretedFunction
+
+from lownibble.errors import BackendError
+from lownibble.kernels.checks import check_block_size, check_float, check_tensor, check_weight
+from lownibble.kernels.ops import Nested
+
+name = "triton"
+
+TILE = 4096
+"""Elements of a program: one block of the largest size."""
+GEMV_COLUMNS, GEMV_TILE, GEMV_ROWS = 512, 2048, 4
+"""The product's columns at a time, weight elements at a time and rows of x in one program; more rows are more programs."""
+TINY = tl.constexpr(1e-38)  # as in reference.py
+
+
+@triton.jit
+def _constants(absmax, block, inside, nested_values, nested_absmax, offset, NESTED_BLOCK: tl.constexpr):
+    """The float32 constants of the blocks `block`; NESTED_BLOCK is 0 without double quantisation."""
+    if NESTED_BLOCK == 0:
+        constants = tl.load(absmax + block, mask=inside, other=0.0)
+    else:
+        code = tl.load(absmax + block, mask=inside, other=0).to(tl.int32)
+        outer = tl.load(nested_absmax + block // NESTED_BLOCK, mask=inside, other=0.0)
+        constants = tl.load(nested_values + code) * outer + tl.load(offset)
+    return constants
+
+
+@triton.jit
+def _dequantize_4bit(
+    codes, absmax, values, nested_values, nested_absmax, offset, out, n, n_bytes,
+    BLOCKS: tl.constexpr, BLOCK: tl.constexpr, NESTED_BLOCK: tl.constexpr,
+):  # fmt: skip
+    block = tl.program_id(0).to(tl.int64) * BLOCKS + tl.arange(0, BLOCKS)
+    scale = _constants(absmax, block, block * BLOCK < n, nested_values, nested_absmax, offset, NESTED_BLOCK)
+    pair = block[:, None] * (BLOCK // 2) + tl.arange(0, BLOCK // 2)[None, :]
+    byte = tl.load(codes + pair, mask=pair < n_bytes, other=0).to(tl.int32)
+    value = tl.interleave(tl.load(values + (byte >> 4)), tl.load(values + (byte & 15)))
+    element = block[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :]
+    tl.store(out + element, (value * scale[:, None]).to(out.dtype.element_ty), mask=element < n)
+
+
+@triton.jit
+def _quantize_4bit(x, bounds, order, codes, absmax, n, n_bytes, BLOCKS: tl.constexpr, BLOCK: tl.constexpr):
+    block = tl.program_id(0).to(tl.int64) * BLOCKS + tl.arange(0, BLOCKS)
+    element = block[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :]
+    value = tl.load(x + element, mask=element < n, other=0.0).to(tl.float32)
+    largest = tl.max(tl.abs(value), axis=1)
+    divisor = tl.maximum(largest, tl.full((), TINY, tl.float32))
+    short = (block + 1) * BLOCK > n  # the last block, where it is not full: divided, and its constant has the floor
+    reciprocal = tl.div_rn(1.0, divisor)
+    scaled = tl.where(short[:, None], tl.div_rn(value, divisor[:, None]), value * reciprocal[:, None])
+    tl.store(absmax + block, tl.where(short, divisor, largest), mask=block * BLOCK < n)
+    rank = tl.zeros((BLOCKS, BLOCK), tl.int32)
+    for i in tl.static_range(15):
+        rank += (scaled > tl.load(bounds + i)).to(tl.int32)
+    high, low = tl.split(tl.reshape(tl.load(order + rank), (BLOCKS, BLOCK // 2, 2)))
+    pair = block[:, None] * (BLOCK // 2) + tl.arange(0, BLOCK // 2)[None, :]
+    tl.store(codes + pair, (high << 4) | low, mask=pair < n_bytes)
+
+
+@triton.jit
+def _quantize_8bit(x, lookup, codes, absmax, n, BLOCKS: tl.constexpr, BLOCK: tl.constexpr):
+    block = tl.program_id(0).to(tl.int64) * BLOCKS + tl.arange(0, BLOCKS)
+    element = block[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :]
+    value = tl.load(x + element, mask=element < n, other=0.0)
+    largest = tl.max(tl.abs(value), axis=1)
+    tl.store(absmax + block, largest, mask=block * BLOCK < n)
+    scaled = value * tl.div_rn(1.0, largest)[:, None]
+    scaled = tl.where(scaled == scaled, scaled, -1.0)  # 0 * inf in a block of zeros: the first grid point
+    scaled = tl.minimum(tl.maximum(scaled, -1.0), 1.0)
+    index = ((scaled + 1.0) * 32767.5 + 0.5).to(tl.int32)
+    tl.store(codes + element, tl.load(lookup + index), mask=element < n)
+
+
+@triton.jit
+def _dequantize_8bit(codes, absmax, values, out, n, BLOCKS: tl.constexpr, BLOCK: tl.constexpr):
+    block = tl.program_id(0).to(tl.int64) * BLOCKS + tl.arange(0, BLOCKS)
+    element = block[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :]
+    code = tl.load(codes + element, mask=element < n, other=0).to(tl.int32)
+    scale = tl.load(absmax + block, mask=block * BLOCK < n, other=0.0)
+    tl.store(out + element, tl.load(values + code) * scale[:, None], mask=element < n)
+
+
+@triton.jit
+def _gemv_4bit(
+    x, codes, absmax, values, nested_values, nested_absmax, offset, out, T, N, K,
+    TS: tl.constexpr, NS: tl.constexpr, KS: tl.constexpr, BLOCK: tl.constexpr, NESTED_BLOCK: tl.constexpr, WHOLE: tl.constexpr,
+):  # fmt: skip
+    """A tile (TS, NS) of the output. WHOLE: each row of W is whole blocks; else every element finds its own byte and block."""
+    n_tiles = tl.cdiv(N, NS)
+    n = (tl.program_id(0) % n_tiles).to(tl.int64) * NS + tl.arange(0, NS)
+    t = (tl.program_id(0) // n_tiles).to(tl.int64) * TS + tl.arange(0, TS)
+    total = tl.zeros((TS, NS, KS // BLOCK, BLOCK // 2) if WHOLE else (TS, NS, KS), tl.float32)
+    for k_first in range(0, K, KS):
+        k = k_first + tl.arange(0, KS)
+        x_tile = tl.load(x + t[:, None] * K + k[None, :], mask=(t < T)[:, None] & (k < K)[None, :], other=0.0).to(tl.float32)
+        if WHOLE:
+            k_block = k_first // BLOCK + tl.arange(0, KS // BLOCK)
+            block = n[:, None] * (K // BLOCK) + k_block[None, :]
+            inside = (n < N)[:, None] & (k_block * BLOCK < K)[None, :]
+            scale = _constants(absmax, block, inside, nested_values, nested_absmax, offset, NESTED_BLOCK)[:, :, None]
+            pair = block[:, :, None] * (BLOCK // 2) + tl.arange(0, BLOCK // 2)[None, None, :]
+            byte = tl.load(codes + pair, mask=inside[:, :, None], other=0).to(tl.int32)
+            even, odd = tl.split(tl.reshape(x_tile, (TS, KS // BLOCK, BLOCK // 2, 2)))
+            total = tl.fma((tl.load(values + (byte >> 4)) * scale)[None, :, :, :], even[:, None, :, :], total)
+            total = tl.fma((tl.load(values + (byte & 15)) * scale)[None, :, :, :], odd[:, None, :, :], total)
+        else:
+            element = n[:, None] * K + k[None, :]
+            inside = (n < N)[:, None] & (k < K)[None, :]
+            scale = _constants(absmax, element // BLOCK, inside, nested_values, nested_absmax, offset, NESTED_BLOCK)
+            byte = tl.load(codes + element // 2, mask=inside, other=0).to(tl.int32)
+            code = tl.where(element % 2 == 0, byte >> 4, byte & 15)
+            total = tl.fma((tl.load(values + code) * scale)[None, :, :], x_tile[:, None, :], total)
+    if WHOLE:
+        total = tl.reshape(total, (TS, NS, KS // 2))
+    y = tl.sum(total, axis=2)
+    tl.store(out + t[:, None] * N + n[None, :], y.to(out.dtype.element_ty), mask=(t < T)[:, None] & (n < N)[None, :])
+
+
+_interpreted = isinstance(_dequantize_4bit, InterpretedFunction)
+if _interpreted != isinstance(tl.interleave, InterpretedFunction):
+    raise BackendError(
+        "TRITON_INTERPRET was set or unset after triton had been imported. Set it before Python starts, or leave it unset."
+    )
+device_types = ("cpu", "cuda") if _interpreted else ("cuda",)
+
+
+def _launch(kernel: Any, programs: int, *arguments: Any, **constants: int) -> None:
+    """Start `programs` programs on the device of the first argument, without contraction; none is no launch."""
+    if programs:
+        with torch.cuda.device_of(arguments[0]):
+            kernel[(programs,)](*arguments, **constants, enable_fp_fusion=False)
+
+
+def _per_tile(n: int, block_size: int) -> tuple[int, dict[str, int]]:
+    """Programs for `n` elements, and the kernels' block constants."""
+    return triton.cdiv(n, TILE), {"BLOCKS": TILE // block_size, "BLOCK": block_size}
+
+
+def _nested_arguments(absmax: Tensor, nested: Nested | None) -> tuple[tuple[Tensor, Tensor, Tensor], int]:
+    """Pointers of the nested constants and their block size; without them any pointer, never read, and 0."""
+    if nested is None:
+        return (absmax, absmax, absmax), 0
+    return (nested.values, nested.absmax, nested.offset), nested.block_size
+
+
+def quantize_4bit(x: Tensor, bounds: Tensor, order: Tensor, block_size: int) -> tuple[Tensor, Tensor]:
+    """As `ops.quantize_4bit`."""
+    n, device = x.numel(), x.device
+    check_block_size(block_size)
+    check_float(x, "x")
+    check_tensor(x, "x", x.dtype, n, device)
+    check_tensor(bounds, "bounds", torch.float32, 15, device)
+    check_tensor(order, "order", torch.uint8, 16, device)
+    codes = torch.empty((n + 1) // 2, dtype=torch.uint8, device=device)
+    absmax = torch.empty(-(-n // block_size), dtype=torch.float32, device=device)
+    programs, blocks = _per_tile(n, block_size)
+    _launch(_quantize_4bit, programs, x, bounds, order, codes, absmax, n, codes.numel(), **blocks)
+    return codes, absmax
+
+
+def dequantize_4bit(
+    codes: Tensor, absmax: Tensor, values: Tensor, block_size: int, out: Tensor, nested: Nested | None = None
+) -> Tensor:
+    """As `ops.dequantize_4bit`."""
+    n, device = out.numel(), out.device
+    check_weight(codes, absmax, values, n, block_size, nested, device)
+    check_float(out, "out")
+    check_tensor(out, "out", out.dtype, n, device)
+    pointers, nested_block = _nested_arguments(absmax, nested)
+    programs, blocks = _per_tile(n, block_size)
+    arguments = codes, absmax, values, *pointers, out, n, codes.numel()
+    _launch(_dequantize_4bit, programs, *arguments, **blocks, NESTED_BLOCK=nested_block)
+    return out
+
+
+def quantize_8bit(x: Tensor, lookup: Tensor, block_size: int) -> tuple[Tensor, Tensor]:
+    """As `ops.quantize_8bit`."""
+    n, device = x.numel(), x.device
+    check_block_size(block_size)
+    check_tensor(x, "x", torch.float32, n, device)
+    check_tensor(lookup, "lookup", torch.uint8, 65536, device)
+    codes = torch.empty(n, dtype=torch.uint8, device=device)
+    absmax = torch.empty(-(-n // block_size), dtype=torch.float32, device=device)
+    programs, blocks = _per_tile(n, block_size)
+    _launch(_quantize_8bit, programs, x, lookup, codes, absmax, n, **blocks)
+    return codes, absmax
+
+
+def dequantize_8bit(codes: Tensor, absmax: Tensor, values: Tensor, block_size: int) -> Tensor:
+    """As `ops.dequantize_8bit`."""
+    n, device = codes.numel(), codes.device
+    check_block_size(block_size)
+    check_tensor(codes, "codes", torch.uint8, n, device)
+    check_tensor(absmax, "absmax", torch.float32, -(-n // block_size), device)
+    check_tensor(values, "values", torch.float32, 256, device)
+    out = torch.empty(n, dtype=torch.float32, device=device)
+    programs, blocks = _per_tile(n, block_size)
+    _launch(_dequantize_8bit, programs, codes, absmax, values, out, n, **blocks)
+    return out
+
+
+def gemv_4bit(
+    x_TK: Tensor,
+    codes: Tensor,
+    absmax: Tensor,
+    values: Tensor,
+    block_size: int,
+    out_features: int,
+    nested: Nested | None = None,
+) -> Tensor:
+    """As `ops.gemv_4bit`."""
+    (T, K), N, device = x_TK.shape, out_features, x_TK.device
+    check_weight(codes, absmax, values, N * K, block_size, nested, device)
+    check_float(x_TK, "x_TK")
+    check_tensor(x_TK, "x_TK", x_TK.dtype, T * K, device)
+    out_TN = torch.empty((T, N), dtype=x_TK.dtype, device=device)
+    whole = K % block_size == 0
+    ts = min(triton.next_power_of_2(max(T, 1)), GEMV_ROWS)
+    ks = max(GEMV_COLUMNS, block_size) if whole else GEMV_COLUMNS
+    ns = max(1, GEMV_TILE // ks)
+    pointers, nested_block = _nested_arguments(absmax, nested)
+    _launch(
+        _gemv_4bit, triton.cdiv(T, ts) * triton.cdiv(N, ns), x_TK, codes, absmax, values, *pointers, out_TN, T, N, K,
+        TS=ts, NS=ns, KS=ks, BLOCK=block_size, NESTED_BLOCK=nested_block, WHOLE=whole,
+    )  # fmt: skip
+    return out_TN

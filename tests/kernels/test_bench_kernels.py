@@ -1,0 +1,34 @@
+"""`lownibble bench kernels` on small shapes, on each device that is here. Oracle: the figures' own definitions, never a speed."""
+
+import json
+import math
+
+import pytest
+import torch
+
+from lownibble.bench import kernels as bench
+
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here"))]
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_every_figure_is_measured_on_the_devices_own_kernels(monkeypatch, bitsandbytes, device):
+    monkeypatch.setattr(bench, "SHAPES_NK", [(128, 128), (32, 64)])
+    record = bench.bench_kernels(repeats=2, device=device)
+    json.dumps(record, allow_nan=False)
+    assert record["environment"]["device_type"] == device
+    assert record["environment"]["kernels"] == bench.NATIVE[device][0]
+    assert record["dtype"] == ("float32" if device == "cpu" else "bfloat16")
+    assert record["peers_missing"] is None
+    assert all(value > 0 and math.isfinite(value) for value in record["headlines"].values())
+    figures = next(iter(record["threads"].values()))["dequantize_4bit"]["128x128"]
+    assert figures["out_bytes"] == 128 * 128 * (4 if device == "cpu" else 2)
+    assert {"native", "fill", "bitsandbytes", "bitsandbytes_kernel", "native_allocating", "reference"} <= figures["times"].keys()
+    assert all(t["min_us"] <= t["median_us"] <= t["max_us"] for t in figures["times"].values())
+
+
+def test_without_peers_the_record_says_so(monkeypatch):
+    monkeypatch.setattr(bench, "SHAPES_NK", [(32, 64), (16, 64)])
+    record = bench.bench_kernels(repeats=1, peers=False, device="cpu")
+    assert record["peers_missing"] == "not asked for"
+    assert {value is None for name, value in record["headlines"].items() if "bitsandbytes" in name} == {True}

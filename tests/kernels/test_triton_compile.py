@@ -1,0 +1,92 @@
+"""What the interpreter cannot show: that every Triton kernel compiles for a GPU, and which instructions come out. Needs no GPU.
+
+Oracle: the PTX and the machine code's resources. Bits equal the reference's only without contraction (`fma`), without the
+approximate division (`div.full`) and with subnormals kept (no `.ftz`). Runs in a process of its own, where triton compiles.
+"""
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+pytestmark = pytest.mark.skipif(not importlib.util.find_spec("triton"), reason="triton is not installed")
+
+COMPILE = """
+import json, re, sys
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from lownibble.kernels import triton as ours
+
+NESTED = {"nested_values": "fp32", "nested_absmax": "fp32", "offset": "fp32"}
+POINTERS = {
+    "_dequantize_4bit": {"codes": "u8", "absmax": "u8", "values": "fp32", **NESTED, "out": "bf16"},
+    "_quantize_4bit": {"x": "bf16", "bounds": "fp32", "order": "u8", "codes": "u8", "absmax": "fp32"},
+    "_quantize_8bit": {"x": "fp32", "lookup": "u8", "codes": "u8", "absmax": "fp32"},
+    "_dequantize_8bit": {"codes": "u8", "absmax": "fp32", "values": "fp32", "out": "fp32"},
+    "_gemv_4bit": {"x": "bf16", "codes": "u8", "absmax": "u8", "values": "fp32", **NESTED, "out": "bf16"},
+}
+DIVISIBLE = [["tt.divisibility", 16]]
+
+def compiled(name, fusion=False, **constants):
+    kernel, pointers = getattr(ours, name), POINTERS[name]
+    signature = {n: "constexpr" if n in constants else "*" + pointers[n] if n in pointers else "i32" for n in kernel.arg_names}
+    attributes = {(i,): DIVISIBLE for i, n in enumerate(kernel.arg_names) if n not in constants}
+    result = triton.compile(ASTSource(kernel, signature, constants, attributes), target=GPUTarget("cuda", 80, 32),
+                            options={"enable_fp_fusion": fusion})
+    return result.asm["ptx"]
+
+BLOCKS = {"BLOCKS": 64, "BLOCK": 64}
+GEMV = {"TS": 4, "NS": 4, "KS": 512, "BLOCK": 64, "NESTED_BLOCK": 256}
+cases = {
+    "dequantize_4bit": compiled("_dequantize_4bit", **BLOCKS, NESTED_BLOCK=256),
+    "dequantize_4bit fused": compiled("_dequantize_4bit", True, **BLOCKS, NESTED_BLOCK=256),
+    "dequantize_4bit, one block": compiled("_dequantize_4bit", BLOCKS=1, BLOCK=4096, NESTED_BLOCK=0),
+    "quantize_4bit": compiled("_quantize_4bit", **BLOCKS),
+    "quantize_8bit": compiled("_quantize_8bit", BLOCKS=16, BLOCK=256),
+    "dequantize_8bit": compiled("_dequantize_8bit", BLOCKS=16, BLOCK=256),
+    "gemv_4bit, whole blocks": compiled("_gemv_4bit", **GEMV, WHOLE=True),
+    "gemv_4bit": compiled("_gemv_4bit", **GEMV, WHOLE=False),
+}
+words = ("fma.rn.f32", ".ftz", "div.full", "div.rn.f32", "cvt.rn.bf16", "st.global.v4", ".local.")
+print(json.dumps({name: {word: ptx.count(word) for word in words} for name, ptx in cases.items()}))
+"""
+
+
+@pytest.fixture(scope="module")
+def ptx(tmp_path_factory):
+    """Kernel -> how often each word stands in its PTX, compiled for compute capability 8.0."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment["TRITON_CACHE_DIR"] = str(tmp_path_factory.mktemp("triton"))
+    done = subprocess.run([sys.executable, "-c", COMPILE], env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+def test_no_kernel_rounds_otherwise_than_the_reference(ptx):
+    for name, counts in ptx.items():
+        assert counts[".ftz"] == counts["div.full"] == 0, name
+        if not name.startswith("gemv") and not name.endswith("fused"):
+            assert counts["fma.rn.f32"] == 0, name
+    assert ptx["dequantize_4bit fused"]["fma.rn.f32"] > 0, "contraction would happen if launches did not forbid it"
+    assert ptx["quantize_4bit"]["div.rn.f32"] > 0
+    assert ptx["quantize_8bit"]["div.rn.f32"] > 0
+
+
+def test_bfloat16_is_rounded_to_nearest(ptx):
+    for name in ("dequantize_4bit", "dequantize_4bit, one block", "gemv_4bit", "gemv_4bit, whole blocks"):
+        assert ptx[name]["cvt.rn.bf16"] > 0, name
+
+
+def test_the_product_has_one_multiply_add_an_element(ptx):
+    """A tile of 4 x 4 x 512 over 128 threads is 64 multiply-adds; the decoding of constants has none."""
+    assert ptx["gemv_4bit"]["fma.rn.f32"] == ptx["gemv_4bit, whole blocks"]["fma.rn.f32"] == 64
+
+
+def test_decoded_weights_are_stored_in_whole_vectors(ptx):
+    """4096 bfloat16 values over 128 threads are four stores of 16 bytes; nothing is spilled to local memory."""
+    assert ptx["dequantize_4bit"]["st.global.v4"] == ptx["dequantize_4bit, one block"]["st.global.v4"] == 4
+    assert all(counts[".local."] == 0 for counts in ptx.values())
