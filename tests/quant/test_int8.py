@@ -41,9 +41,7 @@ def untiled(rows, T):
 
 @needs_vnni
 @pytest.mark.parametrize("threads", [1, 2])
-@pytest.mark.parametrize(
-    ("block_size", "double_quant", "quant_type"), [(64, True, "nf4"), (32, False, "fp4"), (4096, True, "nf4")]
-)
+@pytest.mark.parametrize("codec", [(64, True, "nf4"), (32, False, "fp4"), (4096, True, "nf4")], ids=str)
 @pytest.mark.parametrize(("T", "N", "K"), SHAPES)
 def test_compiled_kernels_equal_the_reference(T, N, K, codec, threads):
     weight = make(N, K, *codec)
