@@ -6,6 +6,7 @@ import warnings
 
 import pytest
 import torch
+import triton_interpreter  # noqa: F401 - before anything imports triton
 from transformers import AutoConfig, AutoModelForCausalLM
 
 TINY = {

@@ -1,0 +1,41 @@
+"""Without a GPU the Triton kernels are tested in Triton's interpreter, which is chosen when triton is imported: here, before
+`conftest.py` imports anything that imports it. The variable is taken back at once:
+child processes of tests are not to inherit it."""
+
+import importlib.util
+
+import pytest
+import torch
+
+from lownibble.kernels import ops
+
+
+def _load_interpreted() -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TRITON_INTERPRET", "1")
+        ops.backend("triton")
+        importlib.import_module("triton.experimental.gluon")  # the first launch imports it, and it looks at the variable too
+    _mend_bfloat16()
+
+
+def _mend_bfloat16() -> None:
+    """triton 3.7's interpreter truncates where it converts float32 to bfloat16; GPUs round to nearest, ties to even, as torch
+    does (`test_triton_compile.py` sees the instruction). Its way back is wrong for subnormals."""
+    from triton import language as tl
+    from triton.runtime import interpreter
+
+    theirs = interpreter._convert_float
+
+    def convert(data, source, target, rounding):
+        if (source, target) == (tl.float32, tl.bfloat16):
+            return torch.from_numpy(data).bfloat16().view(torch.uint16).numpy()
+        if (source, target) == (tl.bfloat16, tl.float32):
+            return torch.from_numpy(data).view(torch.bfloat16).float().numpy()
+        return theirs(data, source, target, rounding)
+
+    interpreter._convert_float = convert
+
+
+INTERPRETED = importlib.util.find_spec("triton") is not None and not torch.cuda.is_available()
+if INTERPRETED:
+    _load_interpreted()
