@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 OUTPUT ?= runs/demo
 
-.PHONY: demo test check format bench bench-parity bench-kernels bench-train readme clean
+.PHONY: demo test check format bench bench-parity bench-kernels bench-train bench-train-real bench-decode readme clean
 
 demo: $(VENV)/.ready  ## set up, then compare LoRA and QLoRA on the embedded model and data
 	$(BIN)/lownibble compare --output $(OUTPUT) --resume
@@ -22,7 +22,7 @@ format: $(VENV)/.ready-dev
 	$(BIN)/ruff format src tests setup.py tools
 	$(BIN)/ruff check --fix src tests setup.py tools
 
-bench: bench-parity bench-kernels bench-train  ## measure again what the README shows
+bench: bench-parity bench-kernels bench-train bench-decode  ## measure again what the README shows
 
 bench-parity: $(VENV)/.ready-dev
 	$(BIN)/lownibble bench parity --peers --output benchmarks/results/parity-cpu.json
@@ -32,6 +32,12 @@ bench-kernels: $(VENV)/.ready-dev
 
 bench-train: $(VENV)/.ready-dev
 	$(BIN)/lownibble bench train --peers --output benchmarks/results/train-cpu.json
+
+bench-train-real: $(VENV)/.ready-dev  ## real rows of messages: make bench-train-real DATA=rows.jsonl
+	$(BIN)/lownibble bench train --peers --data $(DATA) --output benchmarks/results/train-real-cpu.json
+
+bench-decode: $(VENV)/.ready-dev
+	$(BIN)/lownibble bench decode --peers --output benchmarks/results/decode-cpu.json
 
 readme: $(VENV)/.ready-dev  ## put the recorded figures into README.md
 	$(BIN)/python tools/readme.py

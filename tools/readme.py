@@ -35,22 +35,44 @@ def compare() -> str:
     return f"{markdown(record['methods'])}\n\n{advice}\n\n({_where(record)}; `benchmarks/results/compare-cpu.json`)"
 
 
-def train() -> str:
-    """The training step next to peers."""
-    record = _record("train-cpu")
-    lines = ["| contender | tokens/s, median (min to max) | peak GiB |", "| --- | ---: | ---: |"]
-    for name, figures in record["contenders"].items():
-        rate = figures["tokens_per_s"]
-        spread = f"{rate['median']:.0f} ({rate['min']:.0f} to {rate['max']:.0f})"
-        lines.append(f"| {name} | {spread} | {figures['peak_bytes'] / 2**30:.2f} |")
+def _turns(name: str, what: Callable[[dict[str, Any]], str], peak: bool = True) -> str:
+    """Contenders that took turns: their rates, and the ratios within a round."""
+    record = _record(name)
+    share = any("limit_share" in figures for figures in record["contenders"].values())
+    columns = ["contender", "tokens/s, median (min to max)", *["peak GiB"] * peak, *["of the matmul limit"] * share]
+    lines = [f"| {' | '.join(columns)} |", f"| --- |{' ---: |' * (len(columns) - 1)}"]
+    for contender, figures in record["contenders"].items():
+        cells = [contender, _spread(figures["tokens_per_s"], 0 if peak else 1)]
+        cells += [f"{figures['peak_bytes'] / 2**30:.2f}"] * peak
+        cells += [f"{figures['limit_share']['median']:.2f}" if "limit_share" in figures else ""] * share
+        lines.append(f"| {' | '.join(cells)} |")
     lines += ["", "| ratio of tokens/s within a round | median (min to max) |", "| --- | ---: |"]
-    for name, ratio in record["ratios"].items():
-        lines.append(f"| {name.replace('_vs_', ' / ')} | {ratio['median']:.2f} ({ratio['min']:.2f} to {ratio['max']:.2f}) |")
+    lines += [f"| {pair.replace('_vs_', ' / ')} | {_spread(ratio, 2)} |" for pair, ratio in record["ratios"].items()]
     work = record["workload"]
-    what = (
-        f"{work['batch_size']} x {work['length']} tokens a step, r={work['r']} {work['targets']}, {work['rounds']} rounds in turn"
+    source = f"{what(work)}, {work['rounds']} rounds in turn; {_where(record)}; `benchmarks/results/{name}.json`"
+    return "\n".join(lines) + f"\n\n({source})"
+
+
+def _spread(found: dict[str, float], digits: int) -> str:
+    return f"{found['median']:.{digits}f} ({found['min']:.{digits}f} to {found['max']:.{digits}f})"
+
+
+def train() -> str:
+    """The training step next to peers, at fixed work."""
+    return _turns("train-cpu", lambda w: f"{w['batch_size']} x {w['length']} tokens a step, r={w['r']} {w['targets']}")
+
+
+def train_real() -> str:
+    """Training on real rows of uneven length next to TRL."""
+    return _turns(
+        "train-real-cpu",
+        lambda w: f"{w['batch_size']} rows or packs of up to {w['length']} tokens a step, r={w['r']} {w['targets']}",
     )
-    return "\n".join(lines) + f"\n\n({what}; {_where(record)}; `benchmarks/results/train-cpu.json`)"
+
+
+def decode() -> str:
+    """Token-by-token generation."""
+    return _turns("decode-cpu", lambda w: f"{w['new_tokens']} tokens, one sequence, greedy", peak=False)
 
 
 def _headlines(name: str) -> str:
@@ -70,7 +92,14 @@ def kernels() -> str:
     return _headlines("kernels-cpu")
 
 
-SECTIONS: dict[str, Callable[[], str]] = {"compare": compare, "train": train, "kernels": kernels, "parity": parity}
+SECTIONS: dict[str, Callable[[], str]] = {
+    "compare": compare,
+    "train": train,
+    "train-real": train_real,
+    "decode": decode,
+    "kernels": kernels,
+    "parity": parity,
+}
 
 
 def rendered(text: str) -> str:

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from lownibble.config import DataConfig, LoraConfig, QuantConfig
 from lownibble.data import load as load_data
@@ -85,8 +86,6 @@ def main(name: str, batch_size: int, length: int) -> None:
     baseline = memory.used_bytes(device)
     torch.manual_seed(0)
     model, loss_of = CONTENDERS[name]()
-    load_peak = memory.peak_bytes(device) - baseline
-    memory.reset_peak(device)
     model.train()
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = make_optimizer("adamw", trained, LEARNING_RATE, 0.0)
@@ -94,7 +93,7 @@ def main(name: str, batch_size: int, length: int) -> None:
 
     def do(steps: int) -> dict[str, Any]:
         nonlocal step
-        seconds, losses = [], []
+        seconds, losses = 0.0, []
         for _ in range(steps):
             began = time.perf_counter()
             loss = loss_of(data_NBT[step % len(data_NBT)])
@@ -103,11 +102,27 @@ def main(name: str, batch_size: int, length: int) -> None:
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
             losses.append(float(loss.detach()))
-            seconds.append(time.perf_counter() - began)
+            seconds += time.perf_counter() - began
             step += 1
-        return {"seconds": seconds, "losses": losses, "train_peak_bytes": memory.peak_bytes(device) - baseline}
+        return {
+            "tokens": steps * batch_size * length,
+            "seconds": seconds,
+            "losses": losses,
+            "peak_bytes": memory.peak_bytes(device) - baseline,
+        }
 
-    answer_turns({"load_peak_bytes": load_peak, "trainable_parameters": sum(p.numel() for p in trained)}, do)
+    facts: dict[str, Any] = {"trainable_parameters": sum(p.numel() for p in trained)}
+    if name == "lora":
+        facts["flops_per_token"] = _flops(lambda: loss_of(data_NBT[0])) / (batch_size * length)
+        optimizer.zero_grad(set_to_none=True)
+    answer_turns(facts, do)
+
+
+def _flops(loss: Callable[[], Tensor]) -> int:
+    """Floating-point operations of the matrix products (attention's too) in one forward and backward pass."""
+    with FlopCounterMode(display=False) as counter:
+        loss().backward()
+    return int(counter.get_total_flops())
 
 
 if __name__ == "__main__":

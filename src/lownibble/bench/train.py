@@ -1,55 +1,122 @@
-"""`lownibble bench train`: the training step of LoRA and QLoRA, next to PEFT and PEFT + bitsandbytes.
+"""`lownibble bench train`: the training step of LoRA and QLoRA next to peers.
 
-Each contender lives in its own process (`contender.py`) and they take turns (`training/turns.py`). The first round warms up
-and is not counted.
+Without `data`, fixed work: `batch_size` x `length` tokens a step, all of them labels, next to PEFT and PEFT + bitsandbytes
+(`contender.py`), and next to what the machine's matrix product can do (`matmul.py`). With `data`, real rows of uneven length: our
+runs with packing next to TRL's SFTTrainer, padded and packed (`trl_run.py`), in real tokens a second; padding does not count.
+
+Each contender lives in its own process and they take turns (`training/turns.py`). The first round warms up and is not counted.
 """
 
 from __future__ import annotations
 
+import json
 import sys
+import tempfile
 from contextlib import ExitStack
+from pathlib import Path
 from typing import Any
 
+from lownibble.config import DataConfig, QuantConfig, RunConfig, TrainConfig
+from lownibble.data import load as load_data
+from lownibble.errors import DataError
 from lownibble.training.turns import TurnTaker, play, ratio, spread
 
-OURS, PEERS = ("lora", "qlora"), ("peft_lora", "peft_bnb_qlora")
-RATIOS = (("qlora", "lora"), ("lora", "peft_lora"), ("qlora", "peft_bnb_qlora"), ("qlora", "peft_lora"))
+Answers = dict[str, list[dict[str, Any]]]
+
+RATIOS = (
+    ("qlora", "lora"), ("qlora_int8", "lora"), ("qlora_int8", "qlora"), ("lora", "peft_lora"), ("qlora", "peft_lora"),
+    ("qlora", "peft_bnb_qlora"), ("qlora_int8", "peft_bnb_qlora"), ("qlora", "trl"), ("qlora", "trl_packed"),
+    ("qlora_int8", "trl"), ("qlora_int8", "trl_packed"),
+)  # fmt: skip
+"""Pairs whose tokens/s are divided, round by round."""
 
 
 def bench_train(
-    *, peers: bool = False, repeats: int = 5, steps: int = 2, batch_size: int = 4, length: int = 256
-) -> dict[str, Any]:
-    """Measure training steps of `batch_size` x `length` tokens, all of them labels, on the embedded model.
+    *, peers: bool = False, repeats: int = 5, steps: int = 2, batch_size: int = 4, length: int | None = None,
+    data: str | None = None,
+) -> dict[str, Any]:  # fmt: skip
+    """Measure training steps on the embedded model.
 
     Args:
-        peers: measure PEFT and PEFT + bitsandbytes too (they must be installed).
+        peers: measure the peers too (they must be installed).
         repeats: counted rounds, of `steps` steps a contender.
+        batch_size: rows of a step; with `data`, packs where a contender packs.
+        length: tokens in a row (default 256); with `data`, the longest row and the length of a pack (default 512).
+        data: rows of `messages`; None for fixed work.
     Raises:
+        DataError: the data are not rows of messages.
         TrainingError: a contender's process failed.
     """
-    names = OURS + (PEERS if peers else ())
-    tokens = batch_size * length * steps
+    length = length or (512 if data else 256)
     with ExitStack() as stack:
+        commands = _real_rows(stack, data, peers, batch_size, length) if data else _fixed_work(peers, batch_size, length)
         takers = []
-        for name in names:  # one after the other: a peer's load should not disturb another's memory figures
-            takers.append(stack.enter_context(TurnTaker(name, "lownibble.bench.contender", name, str(batch_size), str(length))))
+        for name, command in commands.items():  # one after the other: a load should not disturb another's memory figures
+            takers.append(stack.enter_context(TurnTaker(name, *command)))
             takers[-1].ready()
             print(f"bench train: {name} is ready", file=sys.stderr)
         answers = play(takers, repeats, steps)
-    rates = {name: [tokens / sum(answer["seconds"]) for answer in given[1:]] for name, given in answers.items()}
+    facts = {taker.name: taker.facts for taker in takers}
+    limit = _limit(answers.pop("matmul", []), facts.get("lora", {}))
+    figures = {name: _figures(given, facts[name], limit) for name, given in answers.items()}
+    rates = {name: _rates(given) for name, given in answers.items()}
     ratios = {f"{a}_vs_{b}": ratio(rates[a], rates[b]) for a, b in RATIOS if a in rates and b in rates}
-    figures = {}
-    for taker in takers:
-        train_peak = max(answer["train_peak_bytes"] for answer in answers[taker.name])
-        figures[taker.name] = {
-            "tokens_per_s": spread(rates[taker.name]),
-            "peak_bytes": max(train_peak, taker.facts["load_peak_bytes"]),
-            "train_peak_bytes": train_peak,
-            **taker.facts,
-            "losses": [loss for answer in answers[taker.name] for loss in answer["losses"]],
-        }
-    workload = {"model": "demo", "batch_size": batch_size, "length": length, "r": 16, "targets": "all-linear", "rounds": repeats}
     headlines = {f"{n}: tokens/s": f["tokens_per_s"]["median"] for n, f in figures.items()}
     headlines |= {f"{n}: peak GiB": f["peak_bytes"] / 2**30 for n, f in figures.items()}
+    headlines |= {f"{n}: share of the matmul limit": f["limit_share"]["median"] for n, f in figures.items() if "limit_share" in f}
     headlines |= {f"{n} (tokens/s)": r["median"] for n, r in ratios.items()}
-    return {"workload": {**workload, "steps_per_round": steps}, "contenders": figures, "ratios": ratios, "headlines": headlines}
+    workload = {"model": "demo", "data": data, "batch_size": batch_size, "length": length, "r": 16, "targets": "all-linear"}
+    workload |= {"rounds": repeats, "steps_per_round": steps}
+    return {"workload": workload, "limit": limit, "contenders": figures, "ratios": ratios, "headlines": headlines}
+
+
+def _fixed_work(peers: bool, batch_size: int, length: int) -> dict[str, tuple[str, ...]]:
+    names = ("lora", "qlora", "qlora_int8", *(("peft_lora", "peft_bnb_qlora") if peers else ()))
+    commands = {name: ("lownibble.bench.contender", name, str(batch_size), str(length)) for name in names}
+    return {"matmul": ("lownibble.bench.matmul",), **commands}
+
+
+def _real_rows(stack: ExitStack, data: str, peers: bool, batch_size: int, length: int) -> dict[str, tuple[str, ...]]:
+    config = DataConfig(path=data, mask_prompt=False)  # TRL's default: the loss is taken on every token
+    if "messages" not in load_data(config)[0].rows[0].fields:
+        raise DataError(f"'{data}' has no rows of 'messages'. Give an instruction data set in chat form.")
+    folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+
+    def spec(method: str, compute: str) -> str:
+        train = TrainConfig(batch_size=batch_size, max_length=length, packing=True, max_steps=1000)
+        run = RunConfig(method=method, data=config, quant=QuantConfig(compute=compute), train=train)  # type: ignore[arg-type]
+        path = folder / f"{method}-{compute}.json"
+        path.write_text(json.dumps(run.to_dict()))
+        return str(path)
+
+    ours = {"lora": ("lora", "exact"), "qlora": ("qlora", "exact"), "qlora_int8": ("qlora", "int8")}
+    commands: dict[str, tuple[str, ...]] = {name: ("lownibble.training.turns", spec(*how)) for name, how in ours.items()}
+    if peers:
+        commands["trl"] = ("lownibble.bench.trl_run", spec("qlora", "exact"), "padded")
+        commands["trl_packed"] = ("lownibble.bench.trl_run", spec("qlora", "exact"), "packed")
+    return commands
+
+
+def _rates(given: list[dict[str, Any]]) -> list[float]:
+    return [answer["tokens"] / answer["seconds"] for answer in given[1:]]
+
+
+def _limit(given: list[dict[str, Any]], lora: dict[str, Any]) -> dict[str, Any]:
+    """The machine's float32 matrix product in each round, and the work of a token in products."""
+    if not given:
+        return {}
+    rates = [answer["flops"] / answer["seconds"] for answer in given[1:]]
+    return {"flops_per_s": spread(rates), "rounds": rates, "flops_per_token": lora["flops_per_token"]}
+
+
+def _figures(given: list[dict[str, Any]], facts: dict[str, Any], limit: dict[str, Any]) -> dict[str, Any]:
+    rates = _rates(given)
+    figures = {"tokens_per_s": spread(rates), "peak_bytes": max(answer["peak_bytes"] for answer in given), **facts}
+    if any("padded_tokens" in answer for answer in given):
+        figures["padding_share"] = 1 - sum(a["tokens"] for a in given) / sum(a["padded_tokens"] for a in given)
+    if any("losses" in answer for answer in given):
+        figures["losses"] = [loss for answer in given for loss in answer["losses"]]
+    if limit:
+        work = [rate * limit["flops_per_token"] for rate in rates]
+        figures["limit_share"] = ratio(work, limit["rounds"])
+    return figures

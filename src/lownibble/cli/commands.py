@@ -13,6 +13,7 @@ from rich.table import Table
 from lownibble.bench import BENCHES
 from lownibble.cli.flags import read
 from lownibble.config import CompareConfig, RunConfig
+from lownibble.errors import ConfigError
 
 
 def _console(arguments: argparse.Namespace) -> Console:
@@ -84,7 +85,11 @@ def bench(arguments: argparse.Namespace) -> dict[str, Any]:
     """Run a benchmark and show its figures."""
     from lownibble.training import record
 
-    options = {"repeats": arguments.repeats} if arguments.repeats else {}
+    options: dict[str, Any] = {"repeats": arguments.repeats} if arguments.repeats else {}
+    if arguments.data:
+        if arguments.what != "train":
+            raise ConfigError(f"--data is for 'bench train'; 'bench {arguments.what}' has work of its own. Leave it out.")
+        options["data"] = arguments.data
     measured = BENCHES[arguments.what](peers=arguments.peers, **options)
     result = {**record.new(f"bench-{arguments.what}"), "status": "ok", "environment": record.environment(), **measured}
     if arguments.output:

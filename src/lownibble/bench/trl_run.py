@@ -1,0 +1,95 @@
+"""TRL's SFTTrainer as a contender on real rows: `python -m lownibble.bench.trl_run SPEC.json padded|packed`.
+
+The specification is the `RunConfig` that our own contenders get: same model, rows, batch size, length, rank, targets and learning
+rate. PEFT on bitsandbytes 4-bit layers, float32, loss on every token, SFTConfig's defaults otherwise, but no gradient
+checkpointing (a default of TRL that would cost it a third of its speed; ours are run without it too). Packed is TRL's `bfd`.
+
+A turn is some optimiser steps of the one `train()` call, which waits in a callback while others have theirs. Time is taken from
+the start of a step to its end, without tokenising and collating, as ours is; tokens are the real ones.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+
+from lownibble.config import RunConfig
+from lownibble.data import load as load_data
+from lownibble.models import load_tokenizer, resolve
+from lownibble.training import memory
+
+
+def main(spec: str, packing: bool) -> None:
+    """Build the trainer and take turns until standard input ends."""
+    import peft
+    from datasets import Dataset
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PrinterCallback, TrainerCallback
+    from trl.trainer.sft_config import SFTConfig
+    from trl.trainer.sft_trainer import SFTTrainer
+
+    config = RunConfig(**json.loads(Path(spec).read_text()))
+    rows = [{"messages": row.fields["messages"]} for row in load_data(config.data)[0].rows]
+    source, device = resolve(config.model), torch.device("cpu")
+    memory.reset_peak(device)
+    baseline = memory.used_bytes(device)
+    quantization = BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=torch.float32
+    )
+    model = AutoModelForCausalLM.from_pretrained(source.folder, dtype=torch.float32, quantization_config=quantization)
+
+    class Timed(SFTTrainer):  # type: ignore[misc]
+        tokens = padded_tokens = 0
+
+        def training_step(self, model: Any, inputs: Any, *arguments: Any) -> Any:
+            mask = inputs.get("attention_mask")
+            self.padded_tokens += inputs["input_ids"].numel()
+            self.tokens += int(inputs["input_ids"].numel() if mask is None else mask.sum())
+            return super().training_step(model, inputs, *arguments)
+
+    class Turns(TrainerCallback):  # type: ignore[misc]
+        left, seconds, began = 0, 0.0, 0.0
+
+        def on_step_begin(self, *_: Any, **__: Any) -> None:
+            if self.left == 0:
+                line = sys.stdin.readline()
+                if not line:
+                    sys.exit(0)
+                self.left, self.seconds, trainer.tokens, trainer.padded_tokens = int(line), 0.0, 0, 0
+            self.began = time.perf_counter()
+
+        def on_step_end(self, *_: Any, **__: Any) -> None:
+            self.seconds += time.perf_counter() - self.began
+            self.left -= 1
+            if self.left == 0:
+                peak = memory.peak_bytes(device) - baseline
+                found = {"tokens": trainer.tokens, "padded_tokens": trainer.padded_tokens}
+                print(json.dumps({**found, "seconds": self.seconds, "peak_bytes": peak}), flush=True)
+
+    with TemporaryDirectory() as folder:
+        trainer = Timed(
+            model,
+            args=SFTConfig(
+                folder, per_device_train_batch_size=config.train.batch_size, max_length=config.train.max_length, packing=packing,
+                learning_rate=config.train.learning_rate, num_train_epochs=1e6, gradient_checkpointing=False, bf16=False,
+                use_cpu=True, disable_tqdm=True, logging_strategy="no", save_strategy="no", report_to="none",
+            ),
+            train_dataset=Dataset.from_list(rows),
+            processing_class=load_tokenizer(source),
+            peft_config=peft.LoraConfig(
+                r=config.lora.r, lora_alpha=int(config.lora.lora_alpha), target_modules="all-linear", task_type="CAUSAL_LM"
+            ),
+            callbacks=[Turns()],
+        )  # fmt: skip
+        trainer.remove_callback(PrinterCallback)  # standard output is for the answers
+        print(json.dumps({"rows": len(rows)}), flush=True)
+        trainer.train()
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], sys.argv[2] == "packed")
