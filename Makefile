@@ -10,13 +10,13 @@ demo: $(VENV)/.ready  ## set up, then compare LoRA and QLoRA on the embedded mod
 	$(BIN)/lownibble compare --output $(OUTPUT) --resume
 
 test: $(VENV)/.ready-dev  ## set up, then run the tests
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto
 
 check: $(VENV)/.ready-dev  ## format, lint, types, tests
 	$(BIN)/ruff format --check src tests setup.py tools
 	$(BIN)/ruff check src tests setup.py tools
 	$(BIN)/mypy
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto
 
 format: $(VENV)/.ready-dev
 	$(BIN)/ruff format src tests setup.py tools

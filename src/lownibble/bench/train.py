@@ -32,14 +32,14 @@ RATIOS = (
 
 
 def bench_train(
-    *, peers: bool = False, repeats: int = 5, steps: int = 2, batch_size: int = 4, length: int | None = None,
+    *, peers: bool = False, repeats: int = 5, steps: int | None = None, batch_size: int = 4, length: int | None = None,
     data: str | None = None,
 ) -> dict[str, Any]:  # fmt: skip
     """Measure training steps on the embedded model.
 
     Args:
         peers: measure the peers too (they must be installed).
-        repeats: counted rounds, of `steps` steps a contender.
+        repeats: counted rounds, of `steps` steps a contender (default 2; 1 with `data`).
         batch_size: rows of a step; with `data`, packs where a contender packs.
         length: tokens in a row (default 256); with `data`, the longest row and the length of a pack (default 512).
         data: rows of `messages`; None for fixed work.
@@ -48,6 +48,7 @@ def bench_train(
         TrainingError: a contender's process failed.
     """
     length = length or (512 if data else 256)
+    steps = steps or (1 if data else 2)
     with ExitStack() as stack:
         commands = _real_rows(stack, data, peers, batch_size, length) if data else _fixed_work(peers, batch_size, length)
         takers = []
