@@ -13,7 +13,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
 
 from lownibble.config import DataConfig, LoraConfig, QuantConfig
 from lownibble.data import load as load_data
@@ -118,11 +119,23 @@ def main(name: str, batch_size: int, length: int) -> None:
     answer_turns(facts, do)
 
 
+class _Products(TorchDispatchMode):
+    """Counts the operations of matrix products with torch's own formulas."""
+
+    total: int = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if func._overloadpacket in flop_registry:
+            self.total += flop_registry[func._overloadpacket](*args, **(kwargs or {}), out_val=out)
+        return out
+
+
 def _flops(loss: Callable[[], Tensor]) -> int:
     """Floating-point operations of the matrix products (attention's too) in one forward and backward pass."""
-    with FlopCounterMode(display=False) as counter:
-        loss().backward()
-    return int(counter.get_total_flops())
+    with _Products() as counted:
+        loss().backward()  # type: ignore[no-untyped-call]
+    return int(counted.total)
 
 
 if __name__ == "__main__":

@@ -32,7 +32,7 @@ RATIOS = (
 
 
 def bench_train(
-    *, peers: bool = False, repeats: int = 5, steps: int | None = None, batch_size: int = 4, length: int | None = None,
+    *, peers: bool = False, repeats: int = 5, steps: int | None = None, batch_size: int | None = None, length: int | None = None,
     data: str | None = None,
 ) -> dict[str, Any]:  # fmt: skip
     """Measure training steps on the embedded model.
@@ -40,15 +40,15 @@ def bench_train(
     Args:
         peers: measure the peers too (they must be installed).
         repeats: counted rounds, of `steps` steps a contender (default 2; 1 with `data`).
-        batch_size: rows of a step; with `data`, packs where a contender packs.
+        batch_size: rows of a step (default 4); with `data`, packs where a contender packs (default 2: all contenders are in
+            memory at once).
         length: tokens in a row (default 256); with `data`, the longest row and the length of a pack (default 512).
         data: rows of `messages`; None for fixed work.
     Raises:
         DataError: the data are not rows of messages.
         TrainingError: a contender's process failed.
     """
-    length = length or (512 if data else 256)
-    steps = steps or (1 if data else 2)
+    length, batch_size, steps = length or (512 if data else 256), batch_size or (2 if data else 4), steps or (1 if data else 2)
     with ExitStack() as stack:
         commands = _real_rows(stack, data, peers, batch_size, length) if data else _fixed_work(peers, batch_size, length)
         takers = []
@@ -90,7 +90,7 @@ def _real_rows(stack: ExitStack, data: str, peers: bool, batch_size: int, length
         path.write_text(json.dumps(run.to_dict()))
         return str(path)
 
-    ours = {"lora": ("lora", "exact"), "qlora": ("qlora", "exact"), "qlora_int8": ("qlora", "int8")}
+    ours = {"qlora": ("qlora", "exact"), "qlora_int8": ("qlora", "int8")}
     commands: dict[str, tuple[str, ...]] = {name: ("lownibble.training.turns", spec(*how)) for name, how in ours.items()}
     if peers:
         commands["trl"] = ("lownibble.bench.trl_run", spec("qlora", "exact"), "padded")
