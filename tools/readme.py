@@ -43,8 +43,10 @@ def _turns(name: str, what: Callable[[dict[str, Any]], str], peak: bool = True) 
     lines = [f"| {' | '.join(columns)} |", f"| --- |{' ---: |' * (len(columns) - 1)}"]
     for contender, figures in record["contenders"].items():
         cells = [contender, _spread(figures["tokens_per_s"], 0 if peak else 1)]
-        cells += [f"{figures['peak_bytes'] / 2**30:.2f}"] * peak
-        cells += [f"{figures['limit_share']['median']:.2f}" if "limit_share" in figures else ""] * share
+        if peak:
+            cells.append(f"{figures['peak_bytes'] / 2**30:.2f}")
+        if share:
+            cells.append(f"{figures['limit_share']['median']:.2f}")
         lines.append(f"| {' | '.join(cells)} |")
     lines += ["", "| ratio of tokens/s within a round | median (min to max) |", "| --- | ---: |"]
     lines += [f"| {pair.replace('_vs_', ' / ')} | {_spread(ratio, 2)} |" for pair, ratio in record["ratios"].items()]
