@@ -52,11 +52,11 @@ def test_compiled_kernels_equal_the_reference(T, N, K, codec, threads):
     torch.set_num_threads(threads)
     try:
         for backend in (reference, cpu):
-            scale = backend.row_scales(*weight.parts(), weight.shape, weight.nested())
+            scale = backend.row_scales(*weight.parts, weight.shape, weight.nested)
             x_rows, dy_rows = backend.quantize_rows(x), backend.quantize_rows(dy, scale)
-            arguments = (*weight.parts(), weight.shape, scale)
-            y = backend.matmul_int8(x_rows, *arguments, False, ops.Addition(bias, low, lora_B.t(), 0.5), weight.nested())
-            dx = backend.matmul_int8(dy_rows, *arguments, True, ops.Addition(None, low, lora_A, 2.0), weight.nested())
+            arguments = (*weight.parts, weight.shape, scale)
+            y = backend.matmul_int8(x_rows, *arguments, False, ops.Addition(bias, low, lora_B.t(), 0.5), weight.nested)
+            dx = backend.matmul_int8(dy_rows, *arguments, True, ops.Addition(None, low, lora_A, 2.0), weight.nested)
             found[backend] = scale, x_rows, dy_rows, y, dx
     finally:
         torch.set_num_threads(before)
@@ -73,14 +73,14 @@ def test_compiled_kernels_equal_the_reference(T, N, K, codec, threads):
 @pytest.mark.parametrize("transposed", [False, True])
 def test_reference_sums_equal_int_mm(transposed):
     weight, scale_of = make(48, 128), reference.row_scales
-    scale = scale_of(*weight.parts(), weight.shape, weight.nested())
+    scale = scale_of(*weight.parts, weight.shape, weight.nested)
     assert torch.equal(scale, weight.dequantize().abs().amax(1) / 127)  # every row has a value at a constant: +-1 is in the table
     q_NK = (weight.dequantize() / scale.unsqueeze(1)).round().to(torch.int8)
     x = random(20, 48 if transposed else 128)
     rows = reference.quantize_rows(x, scale if transposed else None)
     sums = torch._int_mm(rows.codes, q_NK if transposed else q_NK.t().contiguous())
     expected = sums * rows.scale.unsqueeze(1) * (1 if transposed else scale)
-    found = reference.matmul_int8(rows, *weight.parts(), weight.shape, scale, transposed, ops.Addition(), weight.nested())
+    found = reference.matmul_int8(rows, *weight.parts, weight.shape, scale, transposed, ops.Addition(), weight.nested)
     torch.testing.assert_close(found, expected, rtol=0, atol=ROUNDING * float(expected.abs().max()))
 
 
@@ -185,11 +185,11 @@ def test_other_instruction_sets_are_refused():
 @needs_vnni
 def test_compiled_arguments_are_checked():
     weight = make(64, 64)
-    scale = cpu.row_scales(*weight.parts(), weight.shape, weight.nested())
+    scale = cpu.row_scales(*weight.parts, weight.shape, weight.nested)
     rows = cpu.quantize_rows(random(3, 128))
     with pytest.raises(InputError, match=r"'x' must have 64 columns\. Got 128"):
-        cpu.matmul_int8(rows, *weight.parts(), weight.shape, scale, False, ops.Addition(), weight.nested())
+        cpu.matmul_int8(rows, *weight.parts, weight.shape, scale, False, ops.Addition(), weight.nested)
     rows = cpu.quantize_rows(random(3, 64))
     wrong = ops.Addition(None, random(3, 2), random(64, 2))
     with pytest.raises(InputError, match="'factor' must be"):
-        cpu.matmul_int8(rows, *weight.parts(), weight.shape, scale, False, wrong, weight.nested())
+        cpu.matmul_int8(rows, *weight.parts, weight.shape, scale, False, wrong, weight.nested)

@@ -182,3 +182,20 @@ def test_gradient_penalties_are_refused():
 
 def test_repr_says_what_it_is():
     assert "80, 33, bias=True, nf4/64, double_quant" in repr(pair()[0])
+
+
+def test_the_view_of_the_weight_follows_the_parameters():
+    packed, _ = pair()
+    other, _ = pair(seed=1)
+    x, first = torch.randn(3, 80), packed.weight
+    assert packed.weight is first  # made once
+    before = packed(x)
+    twin = copy.deepcopy(packed)
+    assert twin.weight.codes is twin.codes
+    packed.load_state_dict(other.state_dict())  # copied into the same parameters
+    torch.testing.assert_close(packed(x), other(x), rtol=0, atol=0)
+    packed.load_state_dict(twin.state_dict(), assign=True)  # other parameters
+    torch.testing.assert_close(packed(x), before, rtol=0, atol=0)
+    packed.codes.data = other.codes.data.clone()  # moved: another place, the same parameter
+    assert torch.equal(packed.weight.parts[0], other.codes.view(-1))
+    torch.testing.assert_close(twin(x), before, rtol=0, atol=0)

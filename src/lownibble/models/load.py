@@ -14,6 +14,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -229,16 +230,12 @@ def _fill(model: Any, source: ModelSource, config: QuantConfig | None, device: t
         path, _, last = key.rpartition(".")
         if path in to_quantize and last == "weight":
             quantized = quantize(tensor.to(device), config or "nf4", name=key)
-            _place_quantized(model, path, _as_dtype(quantized, dtype), device, compute)
+            _place_quantized(model, path, replace(quantized, dtype=dtype), device, compute)
         else:
             _place_dense(model, key, tensor, device, dtype)
     model.tie_weights()
     for name, buffer in model.named_buffers():  # not in checkpoints: rotary frequencies and the like
         _set_tensor(model, name, buffer.to(device))
-
-
-def _as_dtype(weight: QuantizedTensor, dtype: torch.dtype) -> QuantizedTensor:
-    return QuantizedTensor(**{**weight.__dict__, "dtype": dtype})
 
 
 def _read_checked(checkpoint: _Checkpoint, key: str, model: nn.Module) -> Tensor:

@@ -87,14 +87,14 @@ def shared_rows(x: Tensor) -> Rows8bit:
 
 def forward(rows: Rows8bit, weight: QuantizedTensor, addition: Addition, dtype: torch.dtype) -> Tensor:
     """(T, N) in `dtype`: rows (T, K) times W^T for W (N, K), plus `addition`."""
-    parts = weight.parts()
-    scale = ops.row_scales(*parts, weight.shape, weight.nested())
-    return ops.matmul_int8(rows, *parts, weight.shape, scale, False, addition, weight.nested()).to(dtype)
+    parts = weight.parts
+    scale = ops.row_scales(*parts, weight.shape, weight.nested)
+    return ops.matmul_int8(rows, *parts, weight.shape, scale, False, addition, weight.nested).to(dtype)
 
 
 def backward(dy_TN: Tensor, weight: QuantizedTensor, addition: Addition) -> Tensor:
     """(T, K) in dy's dtype: the gradient of the input, dy W, plus `addition`."""
-    parts = weight.parts()
-    scale = ops.row_scales(*parts, weight.shape, weight.nested())
+    parts = weight.parts
+    scale = ops.row_scales(*parts, weight.shape, weight.nested)
     rows = ops.quantize_rows(dy_TN.float().contiguous(), scale)
-    return ops.matmul_int8(rows, *parts, weight.shape, scale, True, addition, weight.nested()).to(dy_TN.dtype)
+    return ops.matmul_int8(rows, *parts, weight.shape, scale, True, addition, weight.nested).to(dy_TN.dtype)

@@ -100,6 +100,7 @@ class QuantLinear(nn.Module):
     def __init__(self, weight: QuantizedTensor, bias: Tensor | None = None, *, compute: str = "exact") -> None:
         super().__init__()
         self.compute = compute
+        self._view: tuple[tuple[int, ...], QuantizedTensor] | None = None
         self.out_features, self.in_features = weight.shape
         self.quant_type, self.block_size, self.weight_dtype = weight.quant_type, weight.block_size, weight.dtype
         for name in ("codes", "absmax", "nested_absmax", "offset"):
@@ -116,11 +117,19 @@ class QuantLinear(nn.Module):
 
     @property
     def weight(self) -> QuantizedTensor:
-        """The packed weight, (out_features, in_features)."""
-        return QuantizedTensor(
-            self.codes, self.absmax, self.nested_absmax, self.offset,
-            torch.Size((self.out_features, self.in_features)), self.weight_dtype, self.quant_type, self.block_size,
-        )  # fmt: skip
+        """The packed weight, (out_features, in_features); made once, and anew when a parameter was replaced or has moved."""
+        held = self._parameters
+        tensors = (held["codes"], held["absmax"], held["nested_absmax"], held["offset"])
+        state = (*map(id, tensors), self.codes.data_ptr())
+        if self._view is None or self._view[0] != state:
+            shape = torch.Size((self.out_features, self.in_features))
+            view = QuantizedTensor(*tensors, shape, self.weight_dtype, self.quant_type, self.block_size)  # type: ignore[arg-type]
+            self._view = (state, view)
+        return self._view[1]
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without the view of the weight: a copy makes its own, and none is written to a file."""
+        return {**self.__dict__, "_view": None}
 
     def forward(self, x: Tensor) -> Tensor:
         """x (..., in_features) -> (..., out_features), computed in x's dtype."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -62,12 +63,14 @@ class QuantizedTensor:
         """Elements of the tensor it stands for."""
         return math.prod(self.shape)
 
+    @cached_property
     def nested(self) -> ops.Nested | None:
         """What decodes doubly quantised constants."""
         if self.nested_absmax is None or self.offset is None:
             return None
         return ops.Nested(dynamic8(str(self.device)), self.nested_absmax, self.offset, NESTED_BLOCK_SIZE)
 
+    @cached_property
     def parts(self) -> tuple[Tensor, Tensor, Tensor, int]:
         """Flat codes, constants, values by code, and block size: how kernel operations take a weight."""
         return self.codes.view(-1), self.absmax, codebook(self.quant_type, str(self.device)).values, self.block_size
@@ -76,8 +79,8 @@ class QuantizedTensor:
         """The values, in `dtype` (default: the original one), of `shape`; written into `out` when given."""
         if out is None:
             out = torch.empty(self.shape, dtype=dtype or self.dtype, device=self.device)
-        return ops.dequantize_4bit(*self.parts(), out, self.nested())
+        return ops.dequantize_4bit(*self.parts, out, self.nested)
 
     def matvec(self, x_TK: Tensor) -> Tensor:
         """`x_TK @ W.T` with W (N, K) decoded on the fly: (T, N) in x's dtype. For a few rows; no gradient."""
-        return ops.gemv_4bit(x_TK.contiguous(), *self.parts(), self.shape[0], self.nested())
+        return ops.gemv_4bit(x_TK.contiguous(), *self.parts, self.shape[0], self.nested)
