@@ -1,0 +1,69 @@
+"""Training on 8-bit products. Oracles: the same run in exact compute, and the same run again."""
+
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import LlamaConfig, LlamaForCausalLM
+
+import lownibble as ln
+from lownibble.config import DataConfig, LoraConfig, QuantConfig, RunConfig, TrainConfig
+from lownibble.errors import BackendError, InputError
+from lownibble.kernels import cpu
+from lownibble.training import run
+from lownibble.training.loss import check_packing
+
+DATA = {"prompt_template": "review : {text} sentiment :", "completion_template": " {label}"}
+
+try:
+    pytestmark = pytest.mark.skipif(not cpu.has_int8(), reason="no AVX-512 VNNI")
+except BackendError:
+    pytestmark = pytest.mark.skip(reason="no compiled kernels")
+
+
+@pytest.fixture(scope="module")
+def wide_model(tiny_model, tmp_path_factory):
+    """The tiny model, as wide as 8-bit products need."""
+    folder = tmp_path_factory.mktemp("wide") / "model"
+    shutil.copytree(tiny_model, folder)
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4, "num_key_value_heads": 2}
+    torch.manual_seed(0)
+    LlamaForCausalLM(LlamaConfig.from_pretrained(tiny_model, **sizes, head_dim=16)).save_pretrained(folder)
+    return folder
+
+
+def train(model, data, output, compute, **options):
+    config = {"max_steps": 12, "batch_size": 4, "learning_rate": 1e-2, "max_length": 32, "output_dir": str(output)} | options
+    return run(RunConfig(
+        model=str(model), method="qlora", data=DataConfig(path=str(data), **DATA), lora=LoraConfig(r=4, lora_alpha=8),
+        quant=QuantConfig(compute=compute), train=TrainConfig(**config),
+    ))  # fmt: skip
+
+
+@pytest.mark.parametrize("packing", [False, True])
+@pytest.mark.parametrize("gradient_checkpointing", [False, True])
+def test_losses_follow_exact_compute_and_repeat_bit_for_bit(wide_model, tiny_data, tmp_path, packing, gradient_checkpointing):
+    options = {"packing": packing, "gradient_checkpointing": gradient_checkpointing}
+    exact = train(wide_model, tiny_data, tmp_path / "exact", "exact", **options)
+    first = train(wide_model, tiny_data, tmp_path / "first", "int8", **options)
+    again = train(wide_model, tiny_data, tmp_path / "again", "int8", **options)
+    assert exact.record["model"]["compute"] == ["exact"]
+    assert first.record["model"]["compute"] == ["int8"]
+    assert first.losses != exact.losses
+    assert first.losses == pytest.approx(exact.losses, rel=0.05)
+    assert first.losses[-1] < 0.8 * first.losses[0]
+    assert first.losses == again.losses
+    files = [load_file(tmp_path / name / "adapter" / "adapter_model.safetensors") for name in ("first", "again")]
+    assert all(torch.equal(tensor, files[1][key]) for key, tensor in files[0].items())
+
+
+def test_the_packing_check_allows_for_steps_of_8_bits(wide_model):
+    """A row of two tokens is computed exactly when it is alone."""
+    model, _ = ln.load(str(wide_model), quant=QuantConfig(compute="int8"))
+    check_packing(model, [list(range(3, 20)), [3, 4]])
+
+
+def test_a_model_that_is_too_narrow_is_refused_by_name(tiny_model):
+    with pytest.raises(InputError, match=r"multiple of 64 long.*'model\.layers\.0\.\S+' is \d+ x \d+"):
+        ln.load(str(tiny_model), quant=QuantConfig(compute="int8"))
