@@ -24,9 +24,11 @@ def _config(tiny_model, tiny_data, output, **changes):
     return CompareConfig(**(options | changes))
 
 
-def test_compare_runs_each_method_and_writes_its_files(tiny_model, tiny_data, tmp_path):
+def test_compare_runs_each_method_writes_its_files_and_resumes(tiny_model, tiny_data, tmp_path):
+    """One test, because each comparison costs three processes that load torch."""
     output = tmp_path / "cmp"
-    result = compare(_config(tiny_model, tiny_data, output, methods=["full", "lora", "qlora"]))
+    config = _config(tiny_model, tiny_data, output, methods=["full", "lora", "qlora"])
+    result = compare(config)
     assert [s["status"] for s in result["methods"]] == ["ok", "ok", "ok"]
     assert result["advice"]["method"] in ("full", "lora", "qlora")
     assert json.loads((output / "record.json").read_text()) == result
@@ -45,8 +47,12 @@ def test_compare_runs_each_method_and_writes_its_files(tiny_model, tiny_data, tm
     assert all(s["paired_tokens_per_s"] == paired["tokens_per_s"][s["method"]] for s in result["methods"])
     page = (output / "report.html").read_text()
     assert "<svg" in page
+    table = markdown(result["methods"]).splitlines()
+    assert all(line.count("|") == 5 for line in table)  # a column a method, and the names
     with pytest.raises(OutputError, match="holds another run"):
-        compare(_config(tiny_model, tiny_data, output))
+        compare(config)
+    again = compare(config.with_options(train=config.train.with_options(resume=True)))
+    assert again["methods"] == result["methods"]
 
 
 def test_a_method_that_fails_is_recorded_and_the_others_go_on(tiny_model, tiny_data, tmp_path, monkeypatch):
@@ -62,13 +68,6 @@ def test_a_method_that_fails_is_recorded_and_the_others_go_on(tiny_model, tiny_d
     assert result["advice"]["method"] == "lora"
     assert "SIGKILL" in json.loads((tmp_path / "cmp" / "qlora" / "record.json").read_text())["error"]
     assert "SIGKILL" in (tmp_path / "cmp" / "report.html").read_text()
-
-
-def test_resume_reads_finished_methods(tiny_model, tiny_data, tmp_path):
-    config = _config(tiny_model, tiny_data, tmp_path / "cmp")
-    first = compare(config)
-    again = compare(config.with_options(train=config.train.with_options(resume=True)))
-    assert again["methods"] == first["methods"]
 
 
 def test_bad_input_is_an_error_before_any_run(tiny_model, tmp_path):
@@ -170,10 +169,3 @@ def test_paired_difference_is_the_textbook_formula():
     error = math.sqrt(sum((d - mean) ** 2 for d in differences) / 3 / 4)
     assert found == {"mean": mean, "standard_error": pytest.approx(error), "rows": 4}
     assert advice.paired_difference([], []) is None
-
-
-def test_markdown_has_a_column_per_method(tiny_model, tiny_data, tmp_path):
-    result = compare(_config(tiny_model, tiny_data, tmp_path / "cmp"))
-    lines = markdown(result["methods"]).splitlines()
-    assert lines[0].count("|") == 4
-    assert all(line.count("|") == 4 for line in lines)
