@@ -100,7 +100,7 @@ class QuantConfig(Options):
     compute: Literal["auto", "exact", "int8"] = Field(
         "auto",
         description="products of the frozen base: 'exact' in the activations' dtype, 'int8' on 8-bit units (faster; values "
-        "differ by about 1%, the adapter stays exact); 'auto' is 'exact'",
+        "differ a little, the adapter stays exact); 'auto' is 'exact'",
     )
     skip_modules: list[str] = Field(["lm_head"], description="linear modules left in full precision, by last name or path")
 

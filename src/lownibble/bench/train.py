@@ -14,9 +14,10 @@ import sys
 import tempfile
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from lownibble.config import DataConfig, QuantConfig, RunConfig, TrainConfig
+from lownibble.data import Dataset
 from lownibble.data import load as load_data
 from lownibble.errors import DataError
 from lownibble.training.turns import TurnTaker, play, ratio, spread
@@ -49,8 +50,11 @@ def bench_train(
         TrainingError: a contender's process failed.
     """
     length, batch_size, steps = length or (512 if data else 256), batch_size or (2 if data else 4), steps or (1 if data else 2)
+    config = DataConfig(path=data or "demo", mask_prompt=False)  # TRL's default: the loss is taken on every token
+    rows = load_data(config)[0] if data else None
     with ExitStack() as stack:
-        commands = _real_rows(stack, data, peers, batch_size, length) if data else _fixed_work(peers, batch_size, length)
+        work = (batch_size, length)
+        commands = _real_rows(stack, rows, config, peers, *work) if rows else _fixed_work(peers, *work)
         takers = []
         for name, command in commands.items():  # one after the other: a load should not disturb another's memory figures
             takers.append(stack.enter_context(TurnTaker(name, *command)))
@@ -67,6 +71,8 @@ def bench_train(
     headlines |= {f"{n}: share of the matmul limit": f["limit_share"]["median"] for n, f in figures.items() if "limit_share" in f}
     headlines |= {f"{n} (tokens/s)": r["median"] for n, r in ratios.items()}
     workload = {"model": "demo", "data": data, "batch_size": batch_size, "length": length, "r": 16, "targets": "all-linear"}
+    if rows:
+        workload |= {"data_rows": len(rows.rows), "data_digest": rows.digest}
     workload |= {"rounds": repeats, "steps_per_round": steps}
     return {"workload": workload, "limit": limit, "contenders": figures, "ratios": ratios, "headlines": headlines}
 
@@ -77,24 +83,27 @@ def _fixed_work(peers: bool, batch_size: int, length: int) -> dict[str, tuple[st
     return {"matmul": ("lownibble.bench.matmul",), **commands}
 
 
-def _real_rows(stack: ExitStack, data: str, peers: bool, batch_size: int, length: int) -> dict[str, tuple[str, ...]]:
-    config = DataConfig(path=data, mask_prompt=False)  # TRL's default: the loss is taken on every token
-    if "messages" not in load_data(config)[0].rows[0].fields:
-        raise DataError(f"'{data}' has no rows of 'messages'. Give an instruction data set in chat form.")
+def _real_rows(
+    stack: ExitStack, rows: Dataset, config: DataConfig, peers: bool, batch_size: int, length: int
+) -> dict[str, tuple[str, ...]]:
+    if "messages" not in rows.rows[0].fields:
+        raise DataError(f"'{config.path}' has no rows of 'messages'. Give an instruction data set in chat form.")
     folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
 
-    def spec(method: str, compute: str) -> str:
+    def spec(compute: Literal["exact", "int8"]) -> str:
         train = TrainConfig(batch_size=batch_size, max_length=length, packing=True, max_steps=1000)
-        run = RunConfig(method=method, data=config, quant=QuantConfig(compute=compute), train=train)  # type: ignore[arg-type]
-        path = folder / f"{method}-{compute}.json"
+        run = RunConfig(method="qlora", data=config, quant=QuantConfig(compute=compute), train=train)
+        path = folder / f"{compute}.json"
         path.write_text(json.dumps(run.to_dict()))
         return str(path)
 
-    ours = {"qlora": ("qlora", "exact"), "qlora_int8": ("qlora", "int8")}
-    commands: dict[str, tuple[str, ...]] = {name: ("lownibble.training.turns", spec(*how)) for name, how in ours.items()}
+    exact, in_int8 = spec("exact"), spec("int8")
+    commands: dict[str, tuple[str, ...]] = {
+        "qlora": ("lownibble.training.turns", exact), "qlora_int8": ("lownibble.training.turns", in_int8),
+    }  # fmt: skip
     if peers:
-        commands["trl"] = ("lownibble.bench.trl_run", spec("qlora", "exact"), "padded")
-        commands["trl_packed"] = ("lownibble.bench.trl_run", spec("qlora", "exact"), "packed")
+        commands["trl"] = ("lownibble.bench.trl_run", exact, "padded")
+        commands["trl_packed"] = ("lownibble.bench.trl_run", exact, "packed")
     return commands
 
 

@@ -2,7 +2,7 @@
 
 The specification is the `RunConfig` that our own contenders get: same model, rows, batch size, length, rank, targets and learning
 rate. PEFT on bitsandbytes 4-bit layers, float32, loss on every token, SFTConfig's defaults otherwise, but no gradient
-checkpointing (a default of TRL that would cost it a third of its speed; ours are run without it too). Packed is TRL's `bfd`.
+checkpointing (a default of TRL that would slow it down; ours are run without it too). Packed is TRL's `bfd`.
 
 A turn is some optimiser steps of the one `train()` call, which waits in a callback while others have theirs. Time is taken from
 the start of a step to its end, without tokenising and collating, as ours is; tokens are the real ones.

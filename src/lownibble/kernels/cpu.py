@@ -251,10 +251,15 @@ def has_int8() -> bool:
     return bool(library().has_int8())
 
 
-def _need_int8() -> None:
+def need_int8() -> None:
+    """Raise unless the 8-bit products run.
+
+    Raises:
+        BackendError: the instruction set in use has none.
+    """
     if not has_int8():
         raise BackendError(
-            f"8-bit products need the AVX-512 VNNI instructions; this process uses '{isa()}' kernels. Use compute='exact'."
+            f"compute='int8' needs the AVX-512 VNNI instructions; the kernels in use are '{isa()}'. Use compute='exact'."
         )
 
 
@@ -271,7 +276,7 @@ def row_scales(
 def _weight_int8(
     codes: Tensor, absmax: Tensor, values: Tensor, block_size: int, shape: torch.Size, nested: Nested | None
 ) -> tuple[int, int, int, list[int | None], int]:
-    _need_int8()
+    need_int8()
     N, K = shape
     if K % 64 or block_size < 32 or max(N, K) > _LARGEST_SUM:
         raise InputError(
@@ -284,7 +289,7 @@ def _weight_int8(
 
 def quantize_rows(x_TC: Tensor, column_scale: Tensor | None = None) -> Rows8bit:
     """As `ops.quantize_rows`; codes in tiles of 12 rows, see `native/int8.h`."""
-    _need_int8()
+    need_int8()
     T, C = x_TC.shape
     padded = -(-T // _TILE_ROWS) * _TILE_ROWS * -(-C // _GROUP_COLUMNS) * _GROUP_COLUMNS
     rows = Rows8bit(torch.empty(padded, dtype=torch.int8), torch.empty(T), torch.empty(T, dtype=torch.int32), C)

@@ -3,7 +3,7 @@
 The activations are scaled to 8 bits by token, the weight is brought from 4 to 8 bits by output row, sums are exact integers, and
 the low-rank branch is added in float32 (see `kernels/ops.py` for the formulas, DESIGN section 6 for the idea). The gradient of
 the input is the same product with the same integers: dx = rowquant(dy * row_scale) Wq. What it changes are the values of the
-frozen product, by about one part in a hundred; gradients of the adapters are exact given those.
+frozen product, a little (`tests/quant/test_int8.py` holds the bound); gradients of the adapters are exact given those.
 
 q, k and v, and gate and up, read the same input: it is scaled once. `shared_rows` remembers the last input by identity and
 version, without keeping it alive.
@@ -38,10 +38,7 @@ def choose(compute: str, device: torch.device) -> str:
     if active == "cpu":
         from lownibble.kernels import cpu
 
-        if not cpu.has_int8():
-            raise BackendError(
-                f"compute='int8' needs the AVX-512 VNNI instructions; the kernels in use are '{cpu.isa()}'. Use compute='exact'."
-            )
+        cpu.need_int8()
     elif active != "reference":
         raise BackendError(f"compute='int8' has no '{active}' kernel yet. Use compute='exact'.")
     elif not ops.is_forced():

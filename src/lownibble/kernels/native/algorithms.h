@@ -21,15 +21,7 @@ constexpr std::int64_t kLargestBlock = 4096;
 constexpr std::int64_t kStreamElements = 1 << 23;
 constexpr float kTiny = 1e-38f;  // bitsandbytes' floor for the scale of an all-zero block
 
-inline std::int64_t smaller(std::int64_t a, std::int64_t b) { return a < b ? a : b; }
 inline std::int64_t larger(std::int64_t a, std::int64_t b) { return a > b ? a : b; }
-
-inline float block_constant(const Weight4bit& w, std::int64_t block) {
-    if (!w.nested_values) return static_cast<const float*>(w.absmax)[block];
-    const std::uint8_t code = static_cast<const std::uint8_t*>(w.absmax)[block];
-    const float product = w.nested_values[code] * w.nested_absmax[block >> w.nested_shift];
-    return product + *w.nested_offset;
-}
 
 inline int code_at(const std::uint8_t* codes, std::int64_t i) { return i & 1 ? codes[i >> 1] & 15 : codes[i >> 1] >> 4; }
 

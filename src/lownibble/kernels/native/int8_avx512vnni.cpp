@@ -1,36 +1,20 @@
 // 8-bit products on AVX-512 VNNI (vpdpbusd: 64 products of a byte by a byte an instruction, summed by fours into 32 bits).
 #if defined(__x86_64__)
 
-// GCC 12 warns about its own header: https://gcc.gnu.org/bugzilla/show_bug.cgi?id=105593
-#pragma GCC diagnostic push
-#if defined(__GNUC__) && !defined(__clang__)
-#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
-#pragma GCC diagnostic ignored "-Wuninitialized"
-#endif
-#include <immintrin.h>
-#pragma GCC diagnostic pop
-
+#include "avx512.h"
 #include "int8.h"
 
 namespace lownibble {
 namespace {
 
-inline std::int64_t smaller(std::int64_t a, std::int64_t b) { return a < b ? a : b; }
 inline std::int64_t groups_of(std::int64_t columns) { return (columns + kGroup - 1) / kGroup; }
-
-inline float constant_of(const Weight4bit& w, std::int64_t block) {
-    if (!w.nested_values) return static_cast<const float*>(w.absmax)[block];
-    const std::uint8_t code = static_cast<const std::uint8_t*>(w.absmax)[block];
-    const float product = w.nested_values[code] * w.nested_absmax[block >> w.nested_shift];
-    return product + *w.nested_offset;
-}
 
 void row_scales(const Weight4bit& w, std::int64_t K, float* scale, Range rows) {
     for (std::int64_t n = rows.begin; n < rows.end; ++n) {
         const std::int64_t first = (n * K) >> w.block_shift, last = (n * K + K - 1) >> w.block_shift;
         float largest = 0.0f;
         for (std::int64_t block = first; block <= last; ++block) {
-            const float constant = constant_of(w, block), size = constant < 0 ? -constant : constant;
+            const float constant = block_constant(w, block), size = constant < 0 ? -constant : constant;
             largest = size > largest ? size : largest;
         }
         scale[n] = largest / 127.0f;
@@ -80,7 +64,7 @@ void quantize_rows(const float* x, const float* column_scale, const Rows8bit& ro
 
 // The 16 weights that a block's codes stand for, as unsigned bytes: 128 + value * constant / row scale.
 inline __m128i byte_table(const Weight4bit& w, __m512 values, std::int64_t block, float inverse_scale) {
-    const __m512 scaled = _mm512_mul_ps(values, _mm512_set1_ps(constant_of(w, block) * inverse_scale));
+    const __m512 scaled = _mm512_mul_ps(values, _mm512_set1_ps(block_constant(w, block) * inverse_scale));
     return _mm512_cvtepi32_epi8(_mm512_add_epi32(_mm512_cvtps_epi32(scaled), _mm512_set1_epi32(128)));
 }
 

@@ -1,16 +1,8 @@
 // AVX-512 (F, BW, VL, DQ): 16 lanes are one register, and so is the whole table, which vpermps looks up in one instruction.
 #if defined(__x86_64__)
 
-// GCC 12 warns about its own header: https://gcc.gnu.org/bugzilla/show_bug.cgi?id=105593
-#pragma GCC diagnostic push
-#if defined(__GNUC__) && !defined(__clang__)
-#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
-#pragma GCC diagnostic ignored "-Wuninitialized"
-#endif
-#include <immintrin.h>
-#pragma GCC diagnostic pop
-
 #include "algorithms.h"
+#include "avx512.h"
 
 namespace lownibble {
 namespace {

@@ -76,6 +76,16 @@ extern const Kernels kAvx2Kernels;
 extern const Kernels kAvx512Kernels;
 extern const Kernels kNeonKernels;
 
+static inline std::int64_t smaller(std::int64_t a, std::int64_t b) { return a < b ? a : b; }
+
+// The constant of a block: as stored, or decoded with two roundings.
+static inline float block_constant(const Weight4bit& w, std::int64_t block) {
+    if (!w.nested_values) return static_cast<const float*>(w.absmax)[block];
+    const std::uint8_t code = static_cast<const std::uint8_t*>(w.absmax)[block];
+    const float product = w.nested_values[code] * w.nested_absmax[block >> w.nested_shift];
+    return product + *w.nested_offset;
+}
+
 static inline std::uint32_t bits_of(float value) {
     std::uint32_t bits;
     std::memcpy(&bits, &value, sizeof bits);
