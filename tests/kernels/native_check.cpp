@@ -25,6 +25,11 @@ void lownibble_dequantize_8bit(const std::uint8_t*, const float*, const float*, 
 std::int32_t lownibble_gemv_4bit(const void*, std::int32_t, std::int64_t, std::int64_t, const std::uint8_t*, const float*,
                                  const void*, const float*, const float*, const float*, std::int64_t, std::int32_t,
                                  std::int32_t, void*, std::int32_t);
+std::int32_t lownibble_has_matmul();
+std::int32_t lownibble_matmul_4bit(const float*, std::int64_t, const std::uint8_t*, const float*, const void*, const float*,
+                                   const float*, const float*, std::int64_t, std::int64_t, std::int32_t, std::int32_t,
+                                   std::int32_t, const float*, const float*, const float*, std::int64_t, std::int64_t,
+                                   std::int64_t, float, float*, std::int32_t);
 }
 
 namespace {
@@ -175,6 +180,46 @@ const char* difference(const Case& c, const Tables& tables, const Bytes& x, cons
     return nullptr;
 }
 
+// x W^T and x W with a bias and two terms of a low-rank branch, against sums in double precision. Buffers have their exact sizes.
+bool products_hold(std::int64_t T, std::int64_t N, std::int64_t K, std::int32_t block_shift, const Tables& tables) {
+    const std::int64_t n = N * K, r = 2;
+    Bytes codes(n / 2);
+    for (std::uint8_t& code : codes) code = static_cast<std::uint8_t>(random_bits() >> 24);
+    Floats absmax(divided_up(n, block_shift));
+    for (float& value : absmax) value = random_float();
+    for (bool transposed : {false, true}) {
+        const std::int64_t terms = transposed ? N : K, columns = transposed ? K : N;
+        Floats x(T * terms), bias(columns), low(T * r), factor(r * columns), out(T * columns);
+        for (Floats* values : {&x, &bias, &low, &factor}) {
+            for (float& value : *values) value = random_float();
+        }
+        if (lownibble_matmul_4bit(x.data(), T, codes.data(), tables.values.data(), absmax.data(), nullptr, nullptr, nullptr, N,
+                                  K, block_shift, 0, transposed, bias.data(), low.data(), factor.data(), r, columns, 1, 0.5f,
+                                  out.data(), kThreads)) {
+            return false;
+        }
+        for (std::int64_t t = 0; t < T; ++t) {
+            for (std::int64_t c = 0; c < columns; ++c) {
+                double sum = bias[c], magnitudes = std::fabs(sum);
+                for (std::int64_t k = 0; k < terms; ++k) {
+                    const std::int64_t i = transposed ? k * K + c : c * K + k;
+                    const int code = i & 1 ? codes[i / 2] & 15 : codes[i / 2] >> 4;
+                    const double term = static_cast<double>(x[t * terms + k]) * (tables.values[code] * absmax[i >> block_shift]);
+                    sum += term;
+                    magnitudes += std::fabs(term);
+                }
+                for (std::int64_t j = 0; j < r; ++j) {
+                    const double term = 0.5 * low[t * r + j] * factor[j * columns + c];
+                    sum += term;
+                    magnitudes += std::fabs(term);
+                }
+                if (std::fabs(out[t * columns + c] - sum) > (terms + r + 3) * std::ldexp(magnitudes, -24)) return false;
+            }
+        }
+    }
+    return true;
+}
+
 std::vector<std::string> available() {
     std::vector<std::string> names(1);
     for (const char* p = lownibble_available(); *p; ++p) {
@@ -218,6 +263,17 @@ int main() {
             }
         }
         std::printf("%s: %d cases equal scalar\n", name.c_str(), cases);
+        const std::int64_t products[][3] = {{1, 1, 64}, {7, 33, 64}, {8, 48, 192}, {17, 97, 704}, {21, 650, 64}};
+        for (const auto& shape : products) {
+            for (std::int32_t block_shift : {5, 6, 12}) {
+                if (lownibble_has_matmul() && !products_hold(shape[0], shape[1], shape[2], block_shift, tables)) {
+                    std::printf("%s: matmul_4bit is wrong, T=%lld N=%lld K=%lld block=%d\n", name.c_str(),
+                                static_cast<long long>(shape[0]), static_cast<long long>(shape[1]),
+                                static_cast<long long>(shape[2]), 1 << block_shift);
+                    return 1;
+                }
+            }
+        }
     }
     return 0;
 }

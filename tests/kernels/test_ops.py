@@ -1,8 +1,8 @@
 """Every kernel operation on every backend, instruction set, type and awkward shape.
 
 The Triton kernels run on the GPU where there is one, else in Triton's interpreter, on the cases chosen in `conftest.py`. Oracles:
-the plain-torch reference for the compiled and the Triton kernels (bit for bit, except the matrix-vector product), bitsandbytes
-for the bytes (codes, constants, nested constants) of every backend, and a float64 product for the matrix-vector product.
+the plain-torch reference for the compiled and the Triton kernels (bit for bit, except the products), bitsandbytes for the bytes
+(codes, constants, nested constants) of every backend, and float64 products for the products.
 """
 
 import os
@@ -32,6 +32,12 @@ SIZES = [0, 1, 2, 15, 16, 17, 63, 64, 65, 127, 1000, 4096, 4097, 64 * 256 * 2 + 
 
 ROUNDOFF = {torch.float32: 2.0**-24, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}
 """Largest relative error of one rounding to the type: half the gap between neighbours, from the number of mantissa bits."""
+
+
+try:
+    HAS_MATMUL = bool(cpu.library().has_matmul())
+except BackendError:
+    HAS_MATMUL = False
 
 
 def _variants() -> list[str]:
@@ -236,6 +242,108 @@ def test_gemv_4bit(kernels: ops.Backend, N: int, K: int, block_size: int, dtype:
             assert y_TN.dtype == dtype
             assert y_TN.shape == (T, N)
             assert bool(((y_TN.double() - exact_TN).abs() <= _gemv_bound(x_TK, weight_NK, exact_TN)).all())
+
+
+def _matmul_bound(x_TC: Tensor, factor_CM: Tensor, addition: ops.Addition, exact_TM: Tensor) -> Tensor:
+    """Largest error of `ops.matmul_4bit`: operands rounded to x's dtype, terms summed in float32 in any order with the low-rank
+    branch (scaled before or after), each of up to three parts of the sum rounded to the output type."""
+    low, factor = addition.low, addition.factor
+    terms = x_TC.shape[1]
+    sizes = x_TC.double().abs() @ factor_CM.double().abs()
+    if low is not None and factor is not None:
+        terms += low.shape[1] + 1
+        sizes += abs(addition.scale) * low.double().abs() @ factor.double().abs()
+    if addition.bias is not None:
+        sizes += addition.bias.double().abs()
+    return (terms + 2) * ROUNDOFF[torch.float32] * sizes + 4 * ROUNDOFF[x_TC.dtype] * (sizes + exact_TM.abs()) + 2.0**-24
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize(
+    ("T", "N", "K", "block_size", "r"),
+    [
+        (1, 1, 64, 64, 1),
+        (3, 5, 100, 64, 2),  # rows that start inside blocks: decoded first
+        (8, 48, 64, 16, 4),  # blocks too small for the kernel: decoded first
+        (7, 33, 64, 32, 3),  # one short tile, one short panel
+        (9, 100, 192, 4096, 16),  # one block
+        (17, 130, 704, 64, 5),  # two parts of the sum
+        (50, 700, 64, 128, 16),  # blocks run on over row ends; two parts, transposed
+        (0, 3, 64, 64, 2),
+        (3, 0, 64, 64, 2),
+    ],
+)
+def test_matmul_4bit(
+    kernels: ops.Backend, T: int, N: int, K: int, block_size: int, r: int, transposed: bool, dtype: torch.dtype
+) -> None:
+    if kernels.name == "triton" and N * K > 20_000:
+        pytest.skip("too slow in the interpreter")
+    table = codebook("nf4")
+    codes, absmax = reference.quantize_4bit(_random(N * K, seed=K), table.bounds, table.order, block_size)
+    absmax_8bit, nested = _nested(absmax)
+    terms, columns = (N, K) if transposed else (K, N)
+    x, low = _random(T * terms, dtype, seed=1).view(T, terms), _random(T * r, dtype, seed=2).view(T, r)
+    bias, lora = _random(columns, seed=3), _random(columns * r, seed=4)
+    additions = [
+        ops.Addition(),
+        ops.Addition(bias),
+        ops.Addition(None, low, lora.view(r, columns), 0.5),
+        ops.Addition(bias, low, lora.view(columns, r).t(), 2.0),
+    ]
+    for constants, decode_with in ((absmax, None), (absmax_8bit, nested)):
+        weight_NK = reference.dequantize_4bit(codes, constants, table.values, block_size, torch.empty(N, K), decode_with)
+        factor_CM = weight_NK if transposed else weight_NK.t()
+        for addition in additions:
+            exact = x.double() @ factor_CM.double()
+            if addition.bias is not None:
+                exact += addition.bias.double()
+            if addition.low is not None and addition.factor is not None:
+                exact += addition.scale * addition.low.double() @ addition.factor.double()
+            y = kernels.matmul_4bit(
+                x, codes, constants, table.values, block_size, torch.Size((N, K)), transposed, addition, decode_with
+            )
+            assert y.dtype == dtype
+            assert y.shape == (T, columns)
+            assert bool(((y.double() - exact).abs() <= _matmul_bound(x, factor_CM, addition, exact)).all())
+
+
+@pytest.mark.skipif(not HAS_MATMUL, reason="no compiled product with the instruction set of this machine")
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("N", [48, 500])
+def test_matmul_4bit_does_not_depend_on_threads_nor_on_other_rows(N: int, transposed: bool) -> None:
+    table, K, T = codebook("nf4"), 640, 61
+    codes, absmax = reference.quantize_4bit(_random(N * K), table.bounds, table.order, 64)
+    x, low = _random(T * (N if transposed else K)).view(T, -1), _random(T * 3).view(T, 3)
+    addition = ops.Addition(None, low, _random(3 * (K if transposed else N)).view(3, -1), 0.5)
+    weight = codes, absmax, table.values, 64, torch.Size((N, K)), transposed
+    threads, results = torch.get_num_threads(), []
+    for count in (1, 2, 3, 40):
+        torch.set_num_threads(count)
+        results.append(cpu.matmul_4bit(x, *weight, addition))
+    torch.set_num_threads(threads)
+    for other in results[1:]:
+        _assert_same_bits(other, results[0])
+    few = cpu.matmul_4bit(x[:5].contiguous(), *weight, addition._replace(low=low[:5].contiguous()))
+    _assert_same_bits(few, results[0][:5])
+
+
+@pytest.mark.skipif(not HAS_MATMUL, reason="no compiled product with the instruction set of this machine")
+def test_matmul_4bit_refuses_wrong_tensors() -> None:
+    weight = torch.zeros(64 * 32, dtype=torch.uint8), torch.ones(64), codebook("nf4").values, 64, torch.Size((64, 64)), False
+    x, nothing = torch.ones(2, 64), ops.Addition()
+    cpu.matmul_4bit(x, *weight, nothing)
+    for wrong in (torch.ones(2, 63), torch.ones(64, 2).t(), torch.ones(2, 64, device="meta")):
+        with pytest.raises(InputError, match="'x_TC' must be a contiguous"):
+            cpu.matmul_4bit(wrong, *weight, nothing)
+    for addition, words in (
+        (ops.Addition(torch.ones(63)), "'bias' must be"),
+        (ops.Addition(None, torch.ones(3, 4), torch.ones(4, 64)), "'low' must be"),
+        (ops.Addition(None, torch.ones(2, 4), torch.ones(4, 63)), "'factor' must be"),
+        (ops.Addition(None, torch.ones(2, 4), torch.ones(4, 64).double()), "'factor' must be"),
+    ):
+        with pytest.raises(InputError, match=words):
+            cpu.matmul_4bit(x, *weight, addition)
 
 
 @pytest.mark.parametrize(("T", "N", "K"), [(0, 3, 64), (2, 0, 64), (2, 3, 0), (0, 0, 0)])

@@ -15,7 +15,8 @@ from torch import nn
 import lownibble as ln
 from lownibble.errors import BackendError
 from lownibble.kernels import ops
-from lownibble.quant import QuantLinear, release_scratch, scratch
+from lownibble.kernels.decoded import release_scratch, scratch
+from lownibble.quant import QuantLinear
 from lownibble.quant.codebook import codebook
 from lownibble.training.loss import label_loss
 

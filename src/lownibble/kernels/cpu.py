@@ -23,13 +23,14 @@ import torch
 from torch import Tensor
 
 from lownibble.errors import BackendError, InputError
+from lownibble.kernels import decoded
 from lownibble.kernels.checks import check_block_size, check_float, check_tensor, check_weight
 from lownibble.kernels.ops import Addition, Nested, Rows8bit
 
 name = "cpu"
 device_types = ("cpu",)
 
-_ABI = 2
+_ABI = 3
 _FOLDER = Path(__file__).parent
 _CPU = torch.device("cpu")
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
@@ -46,6 +47,10 @@ _SIGNATURES = {
     "quantize_rows": [_pointer, _pointer, _int64, _int64, _pointer, _pointer, _pointer, _int32],
     "matmul_int8": [
         *[_pointer] * 3, _int64, *_WEIGHT, _int64, _int64, _int32, _int32, _int32, *[_pointer] * 4, *[_int64] * 3,
+        ctypes.c_float, _pointer, _int32,
+    ],
+    "matmul_4bit": [
+        _pointer, _int64, *_WEIGHT, _int64, _int64, _int32, _int32, _int32, *[_pointer] * 3, *[_int64] * 3,
         ctypes.c_float, _pointer, _int32,
     ],
     "gemv_4bit": [_pointer, _int32, _int64, _int64, *_WEIGHT, _int64, _int32, _int32, _pointer, _int32],
@@ -76,6 +81,8 @@ class _Library:
         self.row_scales = library.lownibble_row_scales
         self.quantize_rows = library.lownibble_quantize_rows
         self.matmul_int8 = library.lownibble_matmul_int8
+        self.matmul_4bit = library.lownibble_matmul_4bit
+        self.has_matmul = library.lownibble_has_matmul
         self.has_int8 = library.lownibble_has_int8
         self.select = library.lownibble_select
         self.isa = library.lownibble_isa
@@ -243,6 +250,40 @@ def gemv_4bit(
     return out_TN
 
 
+def _addition(addition: Addition, T: int, columns: int) -> tuple[int | None, tuple[int | None, int | None, int, int, int]]:
+    """Address of the bias; addresses of the low-rank branch, its rank and the strides of its factor."""
+    bias = None if addition.bias is None else _data(addition.bias, "bias", torch.float32, columns)
+    low, factor = addition.low, addition.factor
+    if low is None or factor is None:
+        return bias, (None, None, 0, 0, 0)
+    r = low.shape[1]
+    if factor.shape != (r, columns) or factor.dtype != torch.float32 or not factor.is_cpu:
+        raise InputError(f"'factor' must be a float32 CPU tensor of {(r, columns)}. Got {factor.dtype} {tuple(factor.shape)}.")
+    return bias, (_data(low, "low", torch.float32, T * r), factor.data_ptr(), r, factor.stride(0), factor.stride(1))
+
+
+def matmul_4bit(
+    x_TC: Tensor, codes: Tensor, absmax: Tensor, values: Tensor, block_size: int, shape: torch.Size, transposed: bool,
+    addition: Addition, nested: Nested | None = None,
+) -> Tensor:  # fmt: skip
+    """As `ops.matmul_4bit`: with a kernel in float32 on AVX-512 (`native/matmul.h`), else the weight is decoded first."""
+    N, K = shape
+    if x_TC.dtype != torch.float32 or K % 64 or N * K == 0 or block_size < 32 or not library().has_matmul():
+        return decoded.matmul(dequantize_4bit, x_TC, codes, absmax, values, block_size, shape, transposed, addition, nested)
+    T, terms, columns = len(x_TC), N if transposed else K, K if transposed else N
+    *addresses, nested_shift = _weight(codes, absmax, values, N * K, block_size, nested)
+    bias, low_branch = _addition(addition, T, columns)
+    x_data = _data(x_TC, "x_TC", torch.float32, T * terms)
+    out = torch.empty((T, columns), dtype=torch.float32)
+    failed = library().matmul_4bit(
+        x_data, T, *addresses, N, K, _shift(block_size), nested_shift, int(transposed),
+        bias, *low_branch, addition.scale, out.data_ptr(), torch.get_num_threads(),
+    )  # fmt: skip
+    if failed:
+        raise MemoryError("No memory for the decoded panels of a weight.")
+    return out
+
+
 _TILE_ROWS, _GROUP_COLUMNS, _LARGEST_SUM = 12, 4, 65_536
 
 
@@ -310,21 +351,12 @@ def matmul_int8(
     T, columns = len(x.scale), K if transposed else N
     if x.columns != (N if transposed else K):
         raise InputError(f"'x' must have {N if transposed else K} columns. Got {x.columns}.")
-    low, factor, r, step, stride = addition.low, addition.factor, 0, 0, 0
-    if low is not None and factor is not None:
-        r, step, stride = low.shape[1], factor.stride(0), factor.stride(1)
-        if factor.shape != (r, columns) or factor.dtype != torch.float32 or not factor.is_cpu:
-            raise InputError(
-                f"'factor' must be a float32 CPU tensor of {(r, columns)}. Got {factor.dtype} {tuple(factor.shape)}."
-            )
+    bias, low_branch = _addition(addition, T, columns)
     out = torch.empty((T, columns), dtype=torch.float32)
     failed = library().matmul_int8(
         x.codes.data_ptr(), x.scale.data_ptr(), x.sum.data_ptr(), T, *addresses, N, K, shift, nested_shift, int(transposed),
         _data(row_scale, "row_scale", torch.float32, N),
-        None if addition.bias is None else _data(addition.bias, "bias", torch.float32, columns),
-        None if low is None else _data(low, "low", torch.float32, T * r),
-        None if factor is None else factor.data_ptr(),
-        r, step, stride, addition.scale, out.data_ptr(), torch.get_num_threads(),
+        bias, *low_branch, addition.scale, out.data_ptr(), torch.get_num_threads(),
     )  # fmt: skip
     if failed:
         raise MemoryError("No memory for one packed panel of a weight.")

@@ -53,7 +53,7 @@ class Rows8bit(NamedTuple):
 
 
 class Addition(NamedTuple):
-    """What `matmul_int8` adds to its product, in float32: `bias + scale * low @ factor`.
+    """What a product with a 4-bit weight adds to itself: `bias + scale * low @ factor`.
 
     bias: (columns,) or None; low: (T, r) contiguous and factor: (r, columns) with any strides, or both None.
     """
@@ -91,6 +91,19 @@ class Backend(Protocol):
         values: Tensor,
         block_size: int,
         out_features: int,
+        nested: Nested | None = None,
+    ) -> Tensor: ...
+
+    def matmul_4bit(
+        self,
+        x_TC: Tensor,
+        codes: Tensor,
+        absmax: Tensor,
+        values: Tensor,
+        block_size: int,
+        shape: torch.Size,
+        transposed: bool,
+        addition: Addition,
         nested: Nested | None = None,
     ) -> Tensor: ...
 
@@ -267,6 +280,17 @@ def gemv_4bit(
     return _for(x_TK).gemv_4bit(x_TK, codes, absmax, values, block_size, out_features, nested)
 
 
+def matmul_4bit(
+    x_TC: Tensor, codes: Tensor, absmax: Tensor, values: Tensor, block_size: int, shape: torch.Size, transposed: bool,
+    addition: Addition, nested: Nested | None = None,
+) -> Tensor:  # fmt: skip
+    """`x @ W.T` (T, N) or, transposed, `x @ W` (T, K), with W (N, K) decoded exactly, plus `addition`; in x's dtype.
+
+    Made for many rows (training). What `addition` holds is float32 or of x's dtype.
+    """
+    return _for(x_TC).matmul_4bit(x_TC, codes, absmax, values, block_size, shape, transposed, addition, nested)
+
+
 def row_scales(
     codes: Tensor, absmax: Tensor, values: Tensor, block_size: int, shape: torch.Size, nested: Nested | None = None
 ) -> Tensor:
@@ -292,8 +316,8 @@ def matmul_int8(
 ) -> Tensor:  # fmt: skip
     """A product with W (N, K) in 8-bit integers, summed exactly in 32 bits, plus `addition`; float32.
 
-    W becomes integers in [-127, 127], `q[n, k] = round(W[n, k] / row_scale[n])`. Forward, x (T, K): (T, N) is
-    `x.scale[t] * row_scale[n] * sum_k x.code[t, k] q[n, k]`. Transposed, x (T, N) with `row_scale` already multiplied into it:
+    `addition` is float32. W becomes integers in [-127, 127], `q[n, k] = round(W[n, k] / row_scale[n])`. Forward, x (T, K): (T, N)
+    is `x.scale[t] * row_scale[n] * sum_k x.code[t, k] q[n, k]`. Transposed, x (T, N) with `row_scale` already multiplied into it:
     (T, K) is `x.scale[t] * sum_n x.code[t, n] q[n, k]`.
 
     Args:

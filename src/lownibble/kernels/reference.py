@@ -10,6 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from lownibble.kernels import decoded
 from lownibble.kernels.ops import Addition, Nested, Rows8bit
 
 name = "reference"
@@ -77,6 +78,13 @@ def gemv_4bit(
     weight_NK = x_TK.new_empty((out_features, x_TK.shape[1]), dtype=torch.float32)
     dequantize_4bit(codes, absmax, values, block_size, weight_NK, nested)
     return (x_TK.float() @ weight_NK.t()).to(x_TK.dtype)
+
+
+def matmul_4bit(
+    x_TC: Tensor, codes: Tensor, absmax: Tensor, values: Tensor, block_size: int, shape: torch.Size, transposed: bool,
+    addition: Addition, nested: Nested | None = None,
+) -> Tensor:  # fmt: skip
+    return decoded.matmul(dequantize_4bit, x_TC, codes, absmax, values, block_size, shape, transposed, addition, nested)
 
 
 def row_scales(

@@ -27,8 +27,9 @@ from torch import Tensor
 from triton.runtime.interpreter import InterpretedFunction
 
 from lownibble.errors import BackendError
+from lownibble.kernels import decoded
 from lownibble.kernels.checks import check_block_size, check_float, check_tensor, check_weight
-from lownibble.kernels.ops import Nested
+from lownibble.kernels.ops import Addition, Nested
 
 name = "triton"
 
@@ -251,3 +252,11 @@ def gemv_4bit(
         TS=ts, NS=ns, KS=ks, BLOCK=block_size, NESTED_BLOCK=nested_block, WHOLE=whole,
     )  # fmt: skip
     return out_TN
+
+
+def matmul_4bit(
+    x_TC: Tensor, codes: Tensor, absmax: Tensor, values: Tensor, block_size: int, shape: torch.Size, transposed: bool,
+    addition: Addition, nested: Nested | None = None,
+) -> Tensor:  # fmt: skip
+    """As `ops.matmul_4bit`: decoded into a reused buffer, then the vendor's product."""
+    return decoded.matmul(dequantize_4bit, x_TC, codes, absmax, values, block_size, shape, transposed, addition, nested)

@@ -3,7 +3,7 @@
     y = x W^T + bias + scale * (dropout(x) A^T) B^T          A (r, in), B (out, r), scale = lora_alpha / r
 
 One `autograd.Function` serves dense and quantised bases. It saves x, the small product x A^T and the packed weight; never a
-decoded weight (decoded again in backward, into the buffer all layers share) and never a dropout mask (drawn again from its
+decoded weight (decoded again in backward) and never a dropout mask (drawn again from its
 seed). No gradient of the input is computed where none is wanted, which spares the first layer a product and a decode.
 Adapters are float32 master weights; with 16-bit activations they are cast for the product and their gradient is cast back.
 
@@ -22,20 +22,24 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from lownibble.kernels.ops import Addition, Rows8bit
-from lownibble.quant import QuantizedTensor, QuantLinear, int8, scratch
-
-
-def _dense(weight: Tensor | QuantizedTensor, dtype: torch.dtype) -> Tensor:
-    """The weight as a tensor for one product: itself, or decoded into the shared buffer."""
-    if isinstance(weight, QuantizedTensor):
-        return weight.dequantize(out=scratch(weight.shape, dtype, weight.device))
-    return weight.to(dtype)
+from lownibble.quant import QuantizedTensor, QuantLinear, int8
 
 
 def _keep_mask(x: Tensor, p: float, seed: int) -> Tensor:
     """The inverted-dropout mask that `seed` stands for: 0 or 1 / (1 - p), in x's shape and dtype."""
     generator = torch.Generator(x.device).manual_seed(seed)
     return torch.empty_like(x).bernoulli_(1 - p, generator=generator).div_(1 - p)
+
+
+def _input_gradient(dy: Tensor, weight: Tensor | QuantizedTensor, addition: Addition, in_int8: bool) -> Tensor:
+    """dy W, (T, K), plus `addition`."""
+    low, factor = addition.low, addition.factor
+    if isinstance(weight, Tensor):
+        dx = dy @ weight.to(dy.dtype)
+        return dx if low is None or factor is None else dx.addmm_(low, factor.to(dy.dtype))
+    if in_int8:
+        return int8.backward(dy, weight, addition._replace(low=None if low is None else low.float()))
+    return weight.matmul(dy, transposed=True, addition=addition)
 
 
 class _LoraMatmul(torch.autograd.Function):
@@ -48,13 +52,15 @@ class _LoraMatmul(torch.autograd.Function):
     ) -> Tensor:  # fmt: skip
         dropped = x if dropout == 0 else x * _keep_mask(x, dropout, seed)
         low = dropped @ lora_A.to(x.dtype).t()
-        if rows is not None and isinstance(weight, QuantizedTensor):
+        if isinstance(weight, Tensor):
+            w = weight.to(x.dtype).t()
+            y = x @ w if bias is None else torch.addmm(bias.to(x.dtype), x, w)
+            y.addmm_(low, lora_B.to(x.dtype).t(), alpha=scale)
+        elif rows is None:
+            y = weight.matmul(x, addition=Addition(bias, low, lora_B.t(), scale))
+        else:
             bias_32 = None if bias is None else bias.float()
             y = int8.forward(rows, weight, Addition(bias_32, low.float(), lora_B.t(), scale), x.dtype)
-        else:
-            dense = _dense(weight, x.dtype)
-            y = x @ dense.t() if bias is None else torch.addmm(bias.to(x.dtype), x, dense.t())
-            y.addmm_(low, lora_B.to(x.dtype).t(), alpha=scale)
         packed = not isinstance(weight, Tensor)
         ctx.save_for_backward(x, lora_A, lora_B, low, *(() if packed else (weight,)))
         ctx.weight = weight if packed else None
@@ -73,14 +79,9 @@ class _LoraMatmul(torch.autograd.Function):
         if ctx.needs_input_grad[3]:
             dA = (dlow.t() @ (x if mask is None else x * mask)).to(lora_A.dtype)
         if ctx.needs_input_grad[4]:
-            dB = (dy.t() @ low).mul_(ctx.scale).to(lora_B.dtype)
+            dB = (low.t() @ dy).mul_(ctx.scale).t().to(lora_B.dtype, memory_format=torch.contiguous_format)
         if ctx.needs_input_grad[0]:
-            if ctx.int8:
-                dx = int8.backward(dy, weight, Addition(low=dlow.float(), factor=lora_A) if mask is None else Addition())
-            else:
-                dx = dy @ _dense(weight, dy.dtype)
-                if mask is None:
-                    dx.addmm_(dlow, lora_A.to(dy.dtype))
+            dx = _input_gradient(dy, weight, Addition(low=dlow, factor=lora_A) if mask is None else Addition(), ctx.int8)
             if mask is not None:
                 dx.add_((dlow @ lora_A.to(dy.dtype)).mul_(mask))
         dbias = dy.sum(0) if ctx.needs_input_grad[2] else None

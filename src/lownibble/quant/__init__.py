@@ -2,9 +2,7 @@
 
 from lownibble.quant import int8
 from lownibble.quant.codec import CODECS, dequantize, quantize
-from lownibble.quant.linear import QuantLinear, is_plain_linear, release_scratch, scratch
+from lownibble.quant.linear import QuantLinear, is_plain_linear
 from lownibble.quant.tensor import QuantizedTensor
 
-__all__ = [
-    "CODECS", "QuantLinear", "QuantizedTensor", "dequantize", "int8", "is_plain_linear", "quantize", "release_scratch", "scratch",
-]  # fmt: skip
+__all__ = ["CODECS", "QuantLinear", "QuantizedTensor", "dequantize", "int8", "is_plain_linear", "quantize"]

@@ -1,21 +1,15 @@
-"""QuantLinear: a frozen linear layer on 4-bit weights, and the scratch buffer that decoding writes into.
+"""QuantLinear: a frozen linear layer on 4-bit weights.
 
 The packed tensors are `nn.Parameter(requires_grad=False)` (uint8 and float32), so `state_dict`, `.to()`, safetensors and
 sharding treat them like any other weight. Casting the module (`.half()`, `.to(bfloat16)`) must not touch float32 constants,
 so `_apply` is narrowed to moves between devices.
 
-A matrix product decodes the whole weight into one buffer per thread, device and dtype that all layers share, and gives that
-to the dense kernel: at training sizes the decode costs a few percent of the product, and reusing hot memory is what makes it
-cheap (a fresh allocation page-faults for longer than the decode takes). The buffer is only valid until the next decode.
-On CUDA "next" is an order of the stream, not of time: a decode is queued behind the product that reads the buffer because both go
-to one stream. That is assumed, not checked: a thread that alternates between streams would have to release the buffer between
-them. Autograd runs a GPU's backward on a thread of its own (and on the forward's stream), so training holds two buffers a device.
+Products are the backend's (`ops.matmul_4bit`, exact, or `ops.matmul_int8`): the weight is decoded on the way and not kept.
 With few rows and no gradient (token-by-token generation) the fused matrix-vector kernel reads the codes directly.
 """
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -33,32 +27,6 @@ MATVEC_MAX_ROWS = 4
 """Up to this many rows the fused kernel beats decode-then-multiply (AVX-512, 2 threads; see `lownibble bench kernels`)."""
 
 
-class _Scratch(threading.local):
-    def __init__(self) -> None:
-        self.buffers: dict[tuple[torch.dtype, torch.device], Tensor] = {}
-
-
-_scratch = _Scratch()
-
-
-def scratch(shape: torch.Size, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """An uninitialised tensor over this thread's shared buffer: overwritten by the next call with the same dtype and device."""
-    buffers = _scratch.buffers
-    key = (dtype, device)
-    numel = shape.numel()
-    if key not in buffers or buffers[key].numel() < numel:
-        with torch.inference_mode(False):  # or training after generation could not use it
-            buffers[key] = torch.empty(numel, dtype=dtype, device=device)
-    return buffers[key][:numel].view(shape)
-
-
-def release_scratch() -> int:
-    """Free this thread's decode buffers; returns their bytes."""
-    freed = sum(int(buffer.nbytes) for buffer in _scratch.buffers.values())
-    _scratch.buffers.clear()
-    return freed
-
-
 def is_plain_linear(module: nn.Module) -> bool:
     """Whether a module is `nn.Linear` in what it computes; a subclass with a forward of its own (a router) is not."""
     return isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward
@@ -72,7 +40,7 @@ class _FrozenMatmul(torch.autograd.Function):
         ctx.weight, ctx.int8 = weight, rows is not None
         if rows is not None:
             return int8.forward(rows, weight, Addition(), x.dtype)
-        return x @ weight.dequantize(out=scratch(weight.shape, x.dtype, x.device)).t()
+        return weight.matmul(x)
 
     @staticmethod
     @once_differentiable
@@ -80,7 +48,7 @@ class _FrozenMatmul(torch.autograd.Function):
         weight: QuantizedTensor = ctx.weight
         if ctx.int8:
             return int8.backward(dy, weight, Addition()), None, None
-        return dy @ weight.dequantize(out=scratch(weight.shape, dy.dtype, dy.device)), None, None
+        return weight.matmul(dy, transposed=True), None, None
 
 
 class QuantLinear(nn.Module):

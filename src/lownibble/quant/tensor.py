@@ -17,6 +17,7 @@ from lownibble.kernels import ops
 from lownibble.quant.codebook import codebook, dynamic8
 
 NESTED_BLOCK_SIZE = 256
+_NOTHING = ops.Addition()
 
 
 @dataclass(frozen=True)
@@ -80,6 +81,10 @@ class QuantizedTensor:
         if out is None:
             out = torch.empty(self.shape, dtype=dtype or self.dtype, device=self.device)
         return ops.dequantize_4bit(*self.parts, out, self.nested)
+
+    def matmul(self, x_TC: Tensor, *, transposed: bool = False, addition: ops.Addition = _NOTHING) -> Tensor:
+        """`x_TC @ W.T` with W (N, K), or `x_TC @ W` when transposed, plus `addition`, in x's dtype; no gradient."""
+        return ops.matmul_4bit(x_TC.contiguous(), *self.parts, self.shape, transposed, addition, self.nested)
 
     def matvec(self, x_TK: Tensor) -> Tensor:
         """`x_TK @ W.T` with W (N, K) decoded on the fly: (T, N) in x's dtype. For a few rows; no gradient."""

@@ -3,8 +3,8 @@
 // Threads. OpenMP, with the caller's thread count. torch bundles its own libgomp under the same SONAME, so when torch is
 // imported first the loader gives this library the same runtime and the same thread pool: no second pool that fights for the
 // cores. A call uses one thread or all of them: libgomp rebuilds its team when the size changes, which costs more than it
-// brings. Small calls stay on the calling thread. Each share is a contiguous range of whole blocks (or rows), so results do
-// not depend on the number of threads.
+// brings. Small calls stay on the calling thread. Shares are whole blocks, rows or panels, so results do not depend on the number
+// of threads.
 //
 // Lengths and types are checked by the caller (kernels/cpu.py).
 #include <cstdint>
@@ -13,6 +13,7 @@
 
 #include "int8.h"
 #include "kernels.h"
+#include "matmul.h"
 
 using namespace lownibble;
 
@@ -68,6 +69,33 @@ const Int8Kernels* active_int8() {
     return nullptr;
 }
 
+// The exact products that go with the instruction set in use, or null.
+const MatmulKernels* active_matmul() {
+#if defined(__x86_64__)
+    if (active == &kAvx512Kernels) return &kAvx512MatmulKernels;
+#endif
+    return nullptr;
+}
+
+// A thread's memory for panels, aligned to 64 bytes, kept from call to call (a fresh allocation would page-fault); about half a megabyte for
+// exact products.
+struct Scratch {
+    void* memory = nullptr;
+    std::size_t size = 0;
+
+    // At least `bytes`, or null when there is no memory.
+    void* of(std::size_t bytes) {
+        if (bytes > size) {
+            std::free(memory);
+            memory = std::aligned_alloc(64, (bytes + 63) / 64 * 64);
+            size = memory ? bytes : 0;
+        }
+        return memory;
+    }
+    ~Scratch() { std::free(memory); }
+};
+thread_local Scratch scratch;
+
 // Split `count` items of `elements` elements in all over the threads, in contiguous ranges.
 template <class Body>
 void in_parallel(std::int64_t count, std::int64_t elements, std::int32_t num_threads, Body body) {
@@ -85,6 +113,20 @@ void in_parallel(std::int64_t count, std::int64_t elements, std::int32_t num_thr
     }
 }
 
+// Do `count` items of `elements` elements in all, each by whichever thread is free next: for long items, since the threads of a
+// shared machine are seldom equally fast. Items must not depend on who does them.
+template <class Body>
+void in_turns(std::int64_t count, std::int64_t elements, std::int32_t num_threads, Body body) {
+    if (num_threads < 2 || elements < kSerialElements || count < 2) {
+        for (std::int64_t item = 0; item < count; ++item) body(item);
+        return;
+    }
+#if defined(_OPENMP)
+#pragma omp parallel for num_threads(num_threads) schedule(dynamic, 1)
+#endif
+    for (std::int64_t item = 0; item < count; ++item) body(item);
+}
+
 std::int64_t blocks_of(std::int64_t n, std::int32_t block_shift) {
     return (n + (std::int64_t{1} << block_shift) - 1) >> block_shift;
 }
@@ -92,7 +134,7 @@ std::int64_t blocks_of(std::int64_t n, std::int32_t block_shift) {
 }  // namespace
 
 // Raised whenever a signature below changes; kernels/cpu.py refuses another number.
-LOWNIBBLE_EXPORT std::int32_t lownibble_abi() { return 2; }
+LOWNIBBLE_EXPORT std::int32_t lownibble_abi() { return 3; }
 
 // Comma-separated names of the instruction sets that run here, fastest first.
 LOWNIBBLE_EXPORT const char* lownibble_available() { return available().names; }
@@ -195,17 +237,47 @@ LOWNIBBLE_EXPORT std::int32_t lownibble_matmul_int8(
     const std::int64_t C = transposed ? N : K, columns = transposed ? K : N;
     const Rows8bit x{const_cast<std::int8_t*>(x_codes), const_cast<float*>(x_scale), const_cast<std::int32_t*>(x_sum), T, C};
     const Addition addition{bias, low, factor, r, factor_step, factor_stride, factor_scale};
-    const std::size_t bytes = static_cast<std::size_t>(kPanel * ((C + kGroup - 1) / kGroup * kGroup + 4 * r) + 64);
+    const std::size_t bytes = static_cast<std::size_t>(kPanel * ((C + kGroup - 1) / kGroup * kGroup + 4 * r));
     std::int32_t failed = 0;
-    in_parallel((columns + kPanel - 1) / kPanel, T * C * columns, num_threads, [&](Range panels) {
-        void* buffer = std::malloc(bytes);
-        if (!buffer) {
+    in_turns((columns + kPanel - 1) / kPanel, T * C * columns, num_threads, [&](std::int64_t panel) {
+        void* memory = scratch.of(bytes);
+        if (!memory) {
             failed = -1;
             return;
         }
-        void* aligned = reinterpret_cast<void*>((reinterpret_cast<std::uintptr_t>(buffer) + 63) & ~std::uintptr_t{63});
-        active_int8()->matmul(x, w, N, K, transposed != 0, row_scale, addition, out, aligned, panels);
-        std::free(buffer);
+        active_int8()->matmul(x, w, N, K, transposed != 0, row_scale, addition, out, memory, Range{panel, panel + 1});
+    });
+    return failed;
+}
+
+// 1 when lownibble_matmul_4bit may be called with the instruction set in use.
+LOWNIBBLE_EXPORT std::int32_t lownibble_has_matmul() { return active_matmul() != nullptr; }
+
+// 0, or -1 when there is no memory for a group of panels a thread. Where groups are fewer than threads, rows are shared out too.
+LOWNIBBLE_EXPORT std::int32_t lownibble_matmul_4bit(
+    const float* x, std::int64_t T, const std::uint8_t* codes, const float* values, const void* absmax,
+    const float* nested_values, const float* nested_absmax, const float* nested_offset, std::int64_t N, std::int64_t K,
+    std::int32_t block_shift, std::int32_t nested_shift, std::int32_t transposed, const float* bias, const float* low,
+    const float* factor, std::int64_t r, std::int64_t factor_step, std::int64_t factor_stride, float factor_scale, float* out,
+    std::int32_t num_threads) {
+    const Weight4bit w{codes, values, absmax, nested_values, nested_absmax, nested_offset, N * K, block_shift, nested_shift};
+    const std::int64_t columns = transposed ? K : N, panels = (columns + kMatmulPanel - 1) / kMatmulPanel;
+    const Addition addition{bias, low, factor, r, factor_step, factor_stride, factor_scale};
+    // As many groups for each thread, of the same size but for one panel.
+    const std::int64_t wanted = (panels + kMatmulGroup - 1) / kMatmulGroup;
+    const std::int64_t groups = smaller(panels, (wanted + num_threads - 1) / num_threads * num_threads);
+    const std::int64_t shares = groups && groups < num_threads ? smaller(T, num_threads / groups) : smaller(T, 1);
+    std::int32_t failed = 0;
+    in_turns(groups * shares, T * N * K, num_threads, [&](std::int64_t item) {
+        void* memory = scratch.of(static_cast<std::size_t>(matmul_scratch(r)));
+        if (!memory) {
+            failed = -1;
+            return;
+        }
+        const std::int64_t i = item / shares, j = item % shares;
+        active_matmul()->matmul_4bit(x, w, N, K, transposed != 0, addition, out, memory,
+                                     Range{panels * i / groups, panels * (i + 1) / groups},
+                                     Range{T * j / shares, T * (j + 1) / shares});
     });
     return failed;
 }

@@ -28,15 +28,6 @@ struct Rows8bit {
     std::int64_t T, C;
 };
 
-// Added to the product: bias (or null), and low (T, r) times factor, whose element (i, column) is factor[i * step + column * stride].
-struct Addition {
-    const float* bias;
-    const float* low;
-    const float* factor;
-    std::int64_t r, step, stride;
-    float scale;
-};
-
 struct Int8Kernels {
     // scale[n] = the largest constant of row n / 127, for rows [begin, end) of w (N, K).
     void (*row_scales)(const Weight4bit& w, std::int64_t K, float* scale, Range rows);

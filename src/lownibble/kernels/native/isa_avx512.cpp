@@ -57,15 +57,7 @@ struct Avx512 {
 
     static Table table(const float* values) { return load(values); }
     static Table scaled(Table t, float constant) { return _mm512_mul_ps(t, fill(constant)); }
-    // Byte i/2 goes to lane i, shifted so that the lane's code is in its low four bits; vpermps ignores the others.
-    static Lanes lookup(Table t, const std::uint8_t* codes) {
-        std::int64_t bytes;
-        std::memcpy(&bytes, codes, sizeof bytes);
-        const __m512i spread = _mm512_set_epi32(7, 7, 6, 6, 5, 5, 4, 4, 3, 3, 2, 2, 1, 1, 0, 0);
-        const __m512i shifts = _mm512_set_epi32(0, 4, 0, 4, 0, 4, 0, 4, 0, 4, 0, 4, 0, 4, 0, 4);
-        const __m512i lanes = _mm512_shuffle_epi8(_mm512_set1_epi64(bytes), spread);
-        return _mm512_permutexvar_ps(_mm512_srlv_epi32(lanes, shifts), t);
-    }
+    static Lanes lookup(Table t, const std::uint8_t* codes) { return lookup_16(t, codes); }
 
     static Coder coder(const Encoder4bit& encoder) {
         return {_mm512_maskz_loadu_ps(0x7FFF, encoder.bounds),

@@ -55,6 +55,15 @@ struct Encoder4bit {
     const std::uint8_t* order;    // 16, code of the i-th smallest value
 };
 
+// Added to the product: bias (or null), and low (T, r) times factor, whose element (i, column) is factor[i * step + column * stride].
+struct Addition {
+    const float* bias;
+    const float* low;
+    const float* factor;
+    std::int64_t r, step, stride;
+    float scale;
+};
+
 // One instruction set's kernels, single-threaded, each over a range.
 struct Kernels {
     const char* name;

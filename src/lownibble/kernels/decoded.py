@@ -1,0 +1,64 @@
+"""Products with a 4-bit weight that decode it first: into one buffer that all layers share, then torch's dense product.
+
+What a backend uses where it has no product of its own. At training sizes the decode costs a few percent of the product, and
+reusing hot memory is what makes it cheap (a fresh allocation page-faults for longer than the decode takes). There is one buffer
+per thread, device and dtype, only valid until the next decode. On CUDA "next" is an order of the stream, not of time: a decode
+is queued behind the product that reads the buffer because both go to one stream. That is assumed, not checked: a thread that
+alternates between streams would have to release the buffer between them. Autograd runs a GPU's backward on a thread of its own
+(and on the forward's stream), so training holds two buffers a device.
+"""
+
+from __future__ import annotations
+
+import threading
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from lownibble.kernels.ops import Addition, Nested
+
+
+class _Scratch(threading.local):
+    def __init__(self) -> None:
+        self.buffers: dict[tuple[torch.dtype, torch.device], Tensor] = {}
+
+
+_scratch = _Scratch()
+
+
+def scratch(shape: torch.Size, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """An uninitialised tensor over this thread's shared buffer: overwritten by the next call with the same dtype and device."""
+    buffers = _scratch.buffers
+    key = (dtype, device)
+    numel = shape.numel()
+    if key not in buffers or buffers[key].numel() < numel:
+        with torch.inference_mode(False):  # or training after generation could not use it
+            buffers[key] = torch.empty(numel, dtype=dtype, device=device)
+    return buffers[key][:numel].view(shape)
+
+
+def release_scratch() -> int:
+    """Free this thread's decode buffers; returns their bytes."""
+    freed = sum(int(buffer.nbytes) for buffer in _scratch.buffers.values())
+    _scratch.buffers.clear()
+    return freed
+
+
+class _Dequantize(Protocol):
+    def __call__(
+        self, codes: Tensor, absmax: Tensor, values: Tensor, block_size: int, out: Tensor, nested: Nested | None, /
+    ) -> Tensor: ...
+
+
+def matmul(
+    dequantize: _Dequantize, x_TC: Tensor, codes: Tensor, absmax: Tensor, values: Tensor, block_size: int, shape: torch.Size,
+    transposed: bool, addition: Addition, nested: Nested | None,
+) -> Tensor:  # fmt: skip
+    """`ops.matmul_4bit` with a backend's `dequantize_4bit`."""
+    weight_NK = dequantize(codes, absmax, values, block_size, scratch(shape, x_TC.dtype, x_TC.device), nested)
+    factor_CM = weight_NK if transposed else weight_NK.t()
+    out = x_TC @ factor_CM if addition.bias is None else torch.addmm(addition.bias.to(x_TC.dtype), x_TC, factor_CM)
+    if addition.low is not None and addition.factor is not None:
+        out.addmm_(addition.low.to(x_TC.dtype), addition.factor.to(x_TC.dtype), alpha=addition.scale)
+    return out
