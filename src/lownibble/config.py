@@ -164,6 +164,9 @@ class TrainConfig(Options):
     group_by_length: bool = Field(False, description="batch rows of like length together (less padding)")
     packing: bool = Field(False, description="rows one after the other up to max_length, no padding; each row sees itself only")
     gradient_checkpointing: bool = Field(False, description="recompute activations in backward: less memory, slower")
+    torch_compile: bool | Literal["auto"] = Field(
+        "auto", description="compile one decoder layer and use it for all; auto: where the run is long enough for it to pay"
+    )
     seed: Annotated[int, Ge(0), Lt(2**32)] = Field(0, description="seed of data order, initialisation and dropout")
     eval_steps: Annotated[int, Ge(1)] | None = Field(None, description="evaluate every so many steps; default: before and after")
     save_steps: Annotated[int, Ge(1)] | None = Field(None, description="checkpoint every so many steps; default: at the end")

@@ -8,7 +8,7 @@ from torch.utils.checkpoint import checkpoint
 import lownibble as ln
 from lownibble.kernels.decoded import release_scratch
 from lownibble.lora import LoraLinear
-from lownibble.lora.layer import _keep_mask, _LoraMatmul
+from lownibble.lora.product import LoraMatmul, _keep_mask
 from lownibble.quant import QuantLinear
 
 T, K, N, R = 5, 24, 10, 3
@@ -51,7 +51,7 @@ def test_gradcheck_dense(bias, dropout):
         tensor.requires_grad_()
     b = None if bias is None else b
     assert torch.autograd.gradcheck(
-        lambda *t: _LoraMatmul.apply(t[0], weight, b if bias != "trained" else t[3], t[1], t[2], 1.5, dropout, 7, None),
+        lambda *t: LoraMatmul.apply(t[0], weight, b if bias != "trained" else t[3], t[1], t[2], 1.5, dropout, 7, None),
         (x, lora_A, lora_B, *([b] if bias == "trained" else [])),
     )
 

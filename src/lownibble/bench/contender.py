@@ -9,6 +9,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -22,6 +23,7 @@ from lownibble.lora import add_lora
 from lownibble.models import load, load_tokenizer, resolve
 from lownibble.optim import make_optimizer
 from lownibble.training import memory
+from lownibble.training.compiling import Compiled
 from lownibble.training.loss import label_loss
 from lownibble.training.turns import answer_turns
 
@@ -29,15 +31,14 @@ LEARNING_RATE, CLIP, R, ALPHA = 2e-4, 1.0, 16, 32
 StepLoss = Callable[[Tensor], Tensor]
 
 
-def _ours(quant: QuantConfig | None) -> tuple[nn.Module, StepLoss]:
+def _ours(quant: QuantConfig | None, compiled: bool = True) -> tuple[nn.Module, StepLoss]:
     model, _ = load("demo", quant=quant)
     add_lora(model, LoraConfig(r=R, lora_alpha=ALPHA))
-    mask = None
+    layers = Compiled(model) if compiled else nullcontext
 
     def loss(input_ids_BT: Tensor) -> Tensor:
-        nonlocal mask
-        mask = torch.ones_like(input_ids_BT) if mask is None else mask
-        return label_loss(model, input_ids_BT, mask, input_ids_BT)
+        with layers():
+            return label_loss(model, input_ids_BT, torch.ones_like(input_ids_BT), input_ids_BT)
 
     return model, loss
 
@@ -62,6 +63,8 @@ CONTENDERS: dict[str, Callable[[], tuple[nn.Module, StepLoss]]] = {
     "lora": lambda: _ours(None),
     "qlora": lambda: _ours(QuantConfig(compute="exact")),
     "qlora_int8": lambda: _ours(QuantConfig(compute="int8")),
+    "lora_eager": lambda: _ours(None, compiled=False),
+    "qlora_eager": lambda: _ours(QuantConfig(compute="exact"), compiled=False),
     "peft_lora": lambda: _peft(quantized=False),
     "peft_bnb_qlora": lambda: _peft(quantized=True),
 }
@@ -113,9 +116,13 @@ def main(name: str, batch_size: int, length: int) -> None:
         }
 
     facts: dict[str, Any] = {"trainable_parameters": sum(p.numel() for p in trained)}
-    if name == "lora":
+    if name == "lora_eager":  # the same products in all; here they are torch's, and can be counted
         facts["flops_per_token"] = _flops(lambda: loss_of(data_NBT[0])) / (batch_size * length)
-        optimizer.zero_grad(set_to_none=True)
+    elif name in ("lora", "qlora", "qlora_int8"):
+        began = time.perf_counter()
+        torch.autograd.backward(loss_of(data_NBT[0]))
+        facts["compile_seconds"] = time.perf_counter() - began
+    optimizer.zero_grad(set_to_none=True)
     answer_turns(facts, do)
 
 

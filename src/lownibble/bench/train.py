@@ -25,8 +25,9 @@ from lownibble.training.turns import TurnTaker, play, ratio, spread
 Answers = dict[str, list[dict[str, Any]]]
 
 RATIOS = (
-    ("qlora", "lora"), ("qlora_int8", "lora"), ("qlora_int8", "qlora"), ("lora", "peft_lora"), ("qlora", "peft_lora"),
-    ("qlora", "peft_bnb_qlora"), ("qlora_int8", "peft_bnb_qlora"), ("qlora", "trl"), ("qlora", "trl_packed"),
+    ("qlora", "lora"), ("qlora_int8", "lora"), ("qlora_int8", "qlora"), ("qlora_eager", "lora_eager"), ("lora", "lora_eager"),
+    ("qlora", "qlora_eager"), ("lora", "peft_lora"), ("qlora", "peft_lora"), ("qlora", "peft_bnb_qlora"),
+    ("qlora_eager", "peft_bnb_qlora"), ("qlora_int8", "peft_bnb_qlora"), ("qlora", "trl"), ("qlora", "trl_packed"),
     ("qlora_int8", "trl"), ("qlora_int8", "trl_packed"),
 )  # fmt: skip
 """Pairs whose tokens/s are divided, round by round."""
@@ -62,7 +63,7 @@ def bench_train(
             print(f"bench train: {name} is ready", file=sys.stderr)
         answers = play(takers, repeats, steps)
     facts = {taker.name: taker.facts for taker in takers}
-    limit = _limit(answers.pop("matmul", []), facts.get("lora", {}))
+    limit = _limit(answers.pop("matmul", []), facts.get("lora_eager", {}))
     figures = {name: _figures(given, facts[name], limit) for name, given in answers.items()}
     rates = {name: _rates(given) for name, given in answers.items()}
     ratios = {f"{a}_vs_{b}": ratio(rates[a], rates[b]) for a, b in RATIOS if a in rates and b in rates}
@@ -78,7 +79,7 @@ def bench_train(
 
 
 def _fixed_work(peers: bool, batch_size: int, length: int) -> dict[str, tuple[str, ...]]:
-    names = ("lora", "qlora", "qlora_int8", *(("peft_lora", "peft_bnb_qlora") if peers else ()))
+    names = ("lora", "qlora", "qlora_int8", "lora_eager", "qlora_eager", *(("peft_lora", "peft_bnb_qlora") if peers else ()))
     commands = {name: ("lownibble.bench.contender", name, str(batch_size), str(length)) for name in names}
     return {"matmul": ("lownibble.bench.matmul",), **commands}
 
@@ -91,7 +92,7 @@ def _real_rows(
     folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
 
     def spec(compute: Literal["exact", "int8"]) -> str:
-        train = TrainConfig(batch_size=batch_size, max_length=length, packing=True, max_steps=1000)
+        train = TrainConfig(batch_size=batch_size, max_length=length, packing=True, max_steps=1000, torch_compile=True)
         run = RunConfig(method="qlora", data=config, quant=QuantConfig(compute=compute), train=train)
         path = folder / f"{compute}.json"
         path.write_text(json.dumps(run.to_dict()))

@@ -332,14 +332,18 @@ def quantize_rows(x_TC: Tensor, column_scale: Tensor | None = None) -> Rows8bit:
     """As `ops.quantize_rows`; codes in tiles of 12 rows, see `native/int8.h`."""
     need_int8()
     T, C = x_TC.shape
-    padded = -(-T // _TILE_ROWS) * _TILE_ROWS * -(-C // _GROUP_COLUMNS) * _GROUP_COLUMNS
-    rows = Rows8bit(torch.empty(padded, dtype=torch.int8), torch.empty(T), torch.empty(T, dtype=torch.int32), C)
+    rows = Rows8bit(torch.empty(row_codes(T, C), dtype=torch.int8), torch.empty(T), torch.empty(T, dtype=torch.int32), C)
     library().quantize_rows(
         _data(x_TC, "x_TC", torch.float32, T * C),
         None if column_scale is None else _data(column_scale, "column_scale", torch.float32, C),
         T, C, rows.codes.data_ptr(), rows.scale.data_ptr(), rows.sum.data_ptr(), torch.get_num_threads(),
     )  # fmt: skip
     return rows
+
+
+def row_codes(T: int, C: int) -> int:
+    """As `ops.Backend.row_codes`: tiles and groups are padded."""
+    return -(-T // _TILE_ROWS) * _TILE_ROWS * -(-C // _GROUP_COLUMNS) * _GROUP_COLUMNS
 
 
 def matmul_int8(

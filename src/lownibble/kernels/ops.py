@@ -113,6 +113,10 @@ class Backend(Protocol):
 
     def quantize_rows(self, x_TC: Tensor, column_scale: Tensor | None = None) -> Rows8bit: ...
 
+    def row_codes(self, T: int, C: int) -> int:
+        """Elements of `Rows8bit.codes` for T rows of C values."""
+        ...
+
     def matmul_int8(
         self,
         x: Rows8bit,

@@ -102,6 +102,10 @@ def quantize_rows(x_TC: Tensor, column_scale: Tensor | None = None) -> Rows8bit:
     return Rows8bit(codes, largest / 127, codes.sum(dim=1, dtype=torch.int32), x_TC.shape[1])
 
 
+def row_codes(T: int, C: int) -> int:
+    return T * C
+
+
 def matmul_int8(
     x: Rows8bit, codes: Tensor, absmax: Tensor, values: Tensor, block_size: int, shape: torch.Size, row_scale: Tensor,
     transposed: bool, addition: Addition, nested: Nested | None = None,
@@ -110,7 +114,7 @@ def matmul_int8(
     constants = _block_constants(absmax, nested).repeat_interleave(block_size)[: shape.numel()].view(shape) * steps
     index = torch.stack([codes >> 4, codes & 0xF], dim=1).view(-1).long()[: shape.numel()]
     q_NK = (values[index].view(shape) * constants).round().double()  # sums of integers are exact in float64
-    sums = (x.codes.double() @ (q_NK if transposed else q_NK.t())).float()
+    sums = (x.codes.view(-1, x.columns).double() @ (q_NK if transposed else q_NK.t())).float()
     out = sums * x.scale.unsqueeze(1)
     if not transposed:
         out = out * row_scale

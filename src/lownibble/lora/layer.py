@@ -1,11 +1,4 @@
-"""LoraLinear: any linear layer plus a low-rank branch, computed and differentiated as one operation.
-
-    y = x W^T + bias + scale * (dropout(x) A^T) B^T          A (r, in), B (out, r), scale = lora_alpha / r
-
-One `autograd.Function` serves dense and quantised bases. It saves x, the small product x A^T and the packed weight; never a
-decoded weight (decoded again in backward) and never a dropout mask (drawn again from its
-seed). No gradient of the input is computed where none is wanted, which spares the first layer a product and a decode.
-Adapters are float32 master weights; with 16-bit activations they are cast for the product and their gradient is cast back.
+"""LoraLinear: any linear layer plus named low-rank branches. What it computes is in `product.py`.
 
 Composition (a frozen base module and adapters by name) was chosen over subclasses per codec: a new codec only has to
 provide `QuantizedTensor.dequantize`.
@@ -19,73 +12,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
-from lownibble.kernels.ops import Addition, Rows8bit
+from lownibble.lora.product import LoraMatmul, lora_matmul
 from lownibble.quant import QuantizedTensor, QuantLinear, int8
-
-
-def _keep_mask(x: Tensor, p: float, seed: int) -> Tensor:
-    """The inverted-dropout mask that `seed` stands for: 0 or 1 / (1 - p), in x's shape and dtype."""
-    generator = torch.Generator(x.device).manual_seed(seed)
-    return torch.empty_like(x).bernoulli_(1 - p, generator=generator).div_(1 - p)
-
-
-def _input_gradient(dy: Tensor, weight: Tensor | QuantizedTensor, addition: Addition, in_int8: bool) -> Tensor:
-    """dy W, (T, K), plus `addition`."""
-    low, factor = addition.low, addition.factor
-    if isinstance(weight, Tensor):
-        dx = dy @ weight.to(dy.dtype)
-        return dx if low is None or factor is None else dx.addmm_(low, factor.to(dy.dtype))
-    if in_int8:
-        return int8.backward(dy, weight, addition._replace(low=None if low is None else low.float()))
-    return weight.matmul(dy, transposed=True, addition=addition)
-
-
-class _LoraMatmul(torch.autograd.Function):
-    """x (T, K) -> (T, N). `weight` is frozen: (N, K) dense or quantised. `rows`: x in 8 bits, for 8-bit products, or None."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, weight: Tensor | QuantizedTensor, bias: Tensor | None, lora_A: Tensor, lora_B: Tensor,
-        scale: float, dropout: float, seed: int, rows: Rows8bit | None,
-    ) -> Tensor:  # fmt: skip
-        dropped = x if dropout == 0 else x * _keep_mask(x, dropout, seed)
-        low = dropped @ lora_A.to(x.dtype).t()
-        if isinstance(weight, Tensor):
-            w = weight.to(x.dtype).t()
-            y = x @ w if bias is None else torch.addmm(bias.to(x.dtype), x, w)
-            y.addmm_(low, lora_B.to(x.dtype).t(), alpha=scale)
-        elif rows is None:
-            y = weight.matmul(x, addition=Addition(bias, low, lora_B.t(), scale))
-        else:
-            bias_32 = None if bias is None else bias.float()
-            y = int8.forward(rows, weight, Addition(bias_32, low.float(), lora_B.t(), scale), x.dtype)
-        packed = not isinstance(weight, Tensor)
-        ctx.save_for_backward(x, lora_A, lora_B, low, *(() if packed else (weight,)))
-        ctx.weight = weight if packed else None
-        ctx.int8 = rows is not None
-        ctx.scale, ctx.dropout, ctx.seed = scale, dropout, seed
-        return y
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        x, lora_A, lora_B, low, *dense = ctx.saved_tensors
-        weight = ctx.weight if ctx.weight is not None else dense[0]
-        dlow = (dy @ lora_B.to(dy.dtype)).mul_(ctx.scale)
-        mask = _keep_mask(x, ctx.dropout, ctx.seed) if ctx.dropout else None
-        dA = dB = dx = None
-        if ctx.needs_input_grad[3]:
-            dA = (dlow.t() @ (x if mask is None else x * mask)).to(lora_A.dtype)
-        if ctx.needs_input_grad[4]:
-            dB = (low.t() @ dy).mul_(ctx.scale).t().to(lora_B.dtype, memory_format=torch.contiguous_format)
-        if ctx.needs_input_grad[0]:
-            dx = _input_gradient(dy, weight, Addition(low=dlow, factor=lora_A) if mask is None else Addition(), ctx.int8)
-            if mask is not None:
-                dx.add_((dlow @ lora_A.to(dy.dtype)).mul_(mask))
-        dbias = dy.sum(0) if ctx.needs_input_grad[2] else None
-        return dx, None, dbias, dA, dB, None, None, None, None
 
 
 class LowRank(nn.Module):
@@ -146,11 +75,18 @@ class LoraLinear(nn.Module):
         if not torch.is_grad_enabled() and dropout == 0:
             low = x @ adapter.lora_A.to(x.dtype).t()
             return self.base(x) + (low @ adapter.lora_B.to(x.dtype).t()).mul_(adapter.scale)  # type: ignore[no-any-return]
-        seed = int(torch.randint(2**62, ())) if dropout else 0
-        rows = int8.shared_rows(x) if isinstance(self.base, QuantLinear) and self.base.compute == "int8" else None
-        y_TN = _LoraMatmul.apply(
+        in_int8 = isinstance(self.base, QuantLinear) and self.base.compute == "int8"
+        seed = torch.randint(2**62, ()) if dropout else None
+        if torch.compiler.is_compiling():
+            weight, codec = (self.base.flat, self.base.codec) if isinstance(self.base, QuantLinear) else ([self.base.weight], "")
+            y, _ = lora_matmul(
+                x, weight, codec, self.base.bias, adapter.lora_A, adapter.lora_B, adapter.scale, dropout, seed,
+                int8.rows_of(x) if in_int8 else [],
+            )  # fmt: skip
+            return y  # type: ignore[no-any-return]
+        y_TN = LoraMatmul.apply(
             x.reshape(-1, self.in_features), self.base.weight, self.base.bias, adapter.lora_A, adapter.lora_B,
-            adapter.scale, dropout, seed, rows,
+            adapter.scale, dropout, 0 if seed is None else int(seed), int8.shared_rows(x) if in_int8 else None,
         )  # fmt: skip
         return y_TN.view(*x.shape[:-1], self.out_features)  # type: ignore[no-any-return]
 

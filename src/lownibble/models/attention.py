@@ -101,6 +101,11 @@ def _attend(
 AttentionInterface.register(NAME, _attend)
 
 
+def keep_out_of_graphs() -> None:
+    """Tell torch.compile to leave packed attention alone: its calls follow the lengths of the rows, new in each batch."""
+    AttentionInterface.register(NAME, torch.compiler.disable(_attend))
+
+
 def _takes_varlen(query: Tensor, value: Tensor) -> bool:
     """Whether torch's variable-length kernel (flash attention) takes these."""
     return (

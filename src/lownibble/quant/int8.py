@@ -82,6 +82,24 @@ def shared_rows(x: Tensor) -> Rows8bit:
     return rows
 
 
+@torch.library.custom_op("lownibble::quantize_rows", mutates_args=())
+def _quantize_rows(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    rows = ops.quantize_rows(x.reshape(-1, x.shape[-1]).float().contiguous())
+    return rows.codes.view(-1), rows.scale, rows.sum
+
+
+@_quantize_rows.register_fake
+def _(x):  # type: ignore[no-untyped-def]
+    T, C = x.numel() // x.shape[-1], x.shape[-1]
+    codes = x.new_empty(ops.backend(ops.active_backend(x.device)).row_codes(T, C), dtype=torch.int8)
+    return codes, x.new_empty(T, dtype=torch.float32), x.new_empty(T, dtype=torch.int32)
+
+
+def rows_of(x: Tensor) -> list[Tensor]:
+    """The tensors of `x` (..., C) as rows of 8 bits, by an operator that a compiler can call: it merges equal calls itself."""
+    return list(_quantize_rows(x.detach()))
+
+
 def forward(rows: Rows8bit, weight: QuantizedTensor, addition: Addition, dtype: torch.dtype) -> Tensor:
     """(T, N) in `dtype`: rows (T, K) times W^T for W (N, K), plus `addition`."""
     parts = weight.parts

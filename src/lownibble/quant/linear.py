@@ -51,6 +51,46 @@ class _FrozenMatmul(torch.autograd.Function):
         return weight.matmul(dy, transposed=True), None, None
 
 
+@torch.library.custom_op("lownibble::frozen_matmul", mutates_args=())
+def frozen_matmul(x_TK: Tensor, weight: list[Tensor], codec: str, out_features: int, rows: list[Tensor]) -> Tensor:
+    """What a compiler calls, for it cannot see into a packed weight: (T, K) -> (T, N). `rows`: from `int8.rows_of`, or empty."""
+    frozen = QuantizedTensor.unflatten(weight, codec, torch.Size((out_features, x_TK.shape[1])))
+    if rows:
+        return int8.forward(Rows8bit(rows[0], rows[1], rows[2], x_TK.shape[1]), frozen, Addition(), x_TK.dtype)
+    return frozen.matmul(x_TK)
+
+
+@frozen_matmul.register_fake
+def _(x_TK, weight, codec, out_features, rows):  # type: ignore[no-untyped-def]
+    return x_TK.new_empty((len(x_TK), out_features))
+
+
+@torch.library.custom_op("lownibble::frozen_matmul_backward", mutates_args=())
+def _frozen_matmul_backward(dy_TN: Tensor, weight: list[Tensor], codec: str, in_features: int, in_int8: bool) -> Tensor:
+    frozen = QuantizedTensor.unflatten(weight, codec, torch.Size((dy_TN.shape[1], in_features)))
+    return int8.backward(dy_TN, frozen, Addition()) if in_int8 else frozen.matmul(dy_TN, transposed=True)
+
+
+@_frozen_matmul_backward.register_fake
+def _(dy_TN, weight, codec, in_features, in_int8):  # type: ignore[no-untyped-def]
+    return dy_TN.new_empty((len(dy_TN), in_features))
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x_TK, weight, codec, _, rows = inputs
+    ctx.save_for_backward(*weight)
+    ctx.rest = codec, x_TK.shape[1], len(rows)
+
+
+def _differentiate(ctx: Any, dy_TN: Tensor) -> tuple[Any, ...]:
+    weight, (codec, in_features, n_rows) = list(ctx.saved_tensors), ctx.rest
+    dx = _frozen_matmul_backward(dy_TN, weight, codec, in_features, n_rows > 0)
+    return dx, [None] * len(weight), None, None, [None] * n_rows
+
+
+frozen_matmul.register_autograd(_differentiate, setup_context=_save)
+
+
 class QuantLinear(nn.Module):
     """`nn.Linear` with a frozen quantised weight.
 
@@ -95,6 +135,16 @@ class QuantLinear(nn.Module):
             self._view = (state, view)
         return self._view[1]
 
+    @property
+    def flat(self) -> list[Tensor]:
+        """The weight's tensors, for an operator that a compiler can call; see `QuantizedTensor.unflatten`."""
+        return [t for t in (self.codes, self.absmax, self.nested_absmax, self.offset) if t is not None]
+
+    @property
+    def codec(self) -> str:
+        """Type and block size, e.g. 'nf4/64'."""
+        return f"{self.quant_type}/{self.block_size}"
+
     def __getstate__(self) -> dict[str, Any]:
         """Without the view of the weight: a copy makes its own, and none is written to a file."""
         return {**self.__dict__, "_view": None}
@@ -102,13 +152,17 @@ class QuantLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """x (..., in_features) -> (..., out_features), computed in x's dtype."""
         x_TK = x.reshape(-1, self.in_features)
-        if x_TK.shape[0] <= MATVEC_MAX_ROWS and not (torch.is_grad_enabled() and x.requires_grad):
+        if torch.compiler.is_compiling():
+            y_TN = frozen_matmul(
+                x_TK, self.flat, self.codec, self.out_features, int8.rows_of(x) if self.compute == "int8" else []
+            )  # fmt: skip
+        elif x_TK.shape[0] <= MATVEC_MAX_ROWS and not (torch.is_grad_enabled() and x.requires_grad):
             y_TN = self.weight.matvec(x_TK)
         else:
             y_TN = _FrozenMatmul.apply(x_TK, self.weight, int8.shared_rows(x) if self.compute == "int8" else None)
         if self.bias is not None:
             y_TN = y_TN + self.bias.to(y_TN.dtype)
-        return y_TN.view(*x.shape[:-1], self.out_features)
+        return y_TN.view(*x.shape[:-1], self.out_features)  # type: ignore[no-any-return]
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantLinear:
         # Constants stay float32 and codes uint8 whatever dtype the model is cast to; moves between devices pass through.

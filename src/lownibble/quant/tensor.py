@@ -76,6 +76,13 @@ class QuantizedTensor:
         """Flat codes, constants, values by code, and block size: how kernel operations take a weight."""
         return self.codes.view(-1), self.absmax, codebook(self.quant_type, str(self.device)).values, self.block_size
 
+    @classmethod
+    def unflatten(cls, tensors: list[Tensor], codec: str, shape: torch.Size) -> QuantizedTensor:
+        """The weight of `shape` whose tensors and codec, e.g. 'nf4/64', a `QuantLinear` holds as `flat` and `codec`."""
+        quant_type, _, block_size = codec.partition("/")
+        nested_absmax, offset = tensors[2:] if len(tensors) == 4 else (None, None)
+        return cls(tensors[0], tensors[1], nested_absmax, offset, shape, torch.float32, quant_type, int(block_size))
+
     def dequantize(self, dtype: torch.dtype | None = None, out: Tensor | None = None) -> Tensor:
         """The values, in `dtype` (default: the original one), of `shape`; written into `out` when given."""
         if out is None:

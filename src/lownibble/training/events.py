@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 
 @dataclass(frozen=True)
 class Started:
-    """Before the first step. `first_step` is above 0 after a resume."""
+    """Before the first step. `first_step` is above 0 after a resume; `compile_seconds` is the time to compile the layers."""
 
     total_steps: int
     first_step: int
@@ -18,6 +18,9 @@ class Started:
     cut_rows: int
     trainable_parameters: int
     all_parameters: int
+    compiled: bool = False
+    compile_seconds: float = 0.0
+    compile_reason: str = ""
 
 
 @dataclass(frozen=True)

@@ -26,7 +26,7 @@ from lownibble.lora.inject import adapter_configs
 from lownibble.models.attention import packed_attention
 from lownibble.optim import learning_rate, make_optimizer, set_learning_rate, warmup_steps
 from lownibble.quant import QuantLinear
-from lownibble.training import checkpoint, memory
+from lownibble.training import checkpoint, compiling, memory
 from lownibble.training.evaluate import Evaluator
 from lownibble.training.events import Evaluated, Event, Finished, Saved, Started, Stepped
 from lownibble.training.loss import check_head, check_packing, label_loss
@@ -41,6 +41,7 @@ class Trainer:
         optimizer: the optimiser, from the start of `events()`.
         kinds: live bytes by kind when the first step ended, gradients and optimiser states included.
         saved_activation_bytes: what autograd kept in the first forward pass (the largest one with group_by_length or packing).
+        compiled, compile_reason, compile_seconds: whether the layers are compiled, why, and how long it took, after `set_up`.
         total_steps: optimiser steps of the whole run.
     """
 
@@ -60,11 +61,13 @@ class Trainer:
         self.evaluator = Evaluator(evaluation, choices, self.pad_token_id, 2 * config.batch_size, self.device)
         self._pack_to = config.max_length if config.packing else None
         self._attention = packed_attention if config.packing else nullcontext
+        self._compiled: compiling.Compiled | type[nullcontext[None]] = nullcontext
         self.total_steps = config.max_steps or self._steps_of_epochs(config.num_train_epochs)
         self.cut_rows = cut_rows
         self.identity = {"train": config.to_dict(), **(identity or {})}
         self.optimizer = make_optimizer(config.optim, model.parameters(), config.learning_rate, config.weight_decay)
         self.saved_activation_bytes = 0
+        self.compiled, self.compile_reason, self.compile_seconds = False, "", 0.0
         self.kinds = memory.bytes_by_kind(model, None)
         self._measured = False
         self.checkpoints = Path(config.output_dir) / "checkpoints" if config.output_dir else None
@@ -76,14 +79,11 @@ class Trainer:
             TrainingError: a loss or gradient is not finite; says at which step.
         """
         config, began = self.config, time.perf_counter()
-        check_head(self.model)
-        if config.packing:
-            by_length = sorted((row.input_ids for row in self.train_rows), key=len)
-            check_packing(self.model, [by_length[-1], by_length[0]])
-        self._set_checkpointing()
         first = self._restore()
+        self.set_up()
         yield Started(
-            self.total_steps, first, len(self.train_rows), self.cut_rows, *count_parameters(self.model)
+            self.total_steps, first, len(self.train_rows), self.cut_rows, *count_parameters(self.model),
+            compiled=self.compiled, compile_seconds=self.compile_seconds, compile_reason=self.compile_reason,
         )  # fmt: skip
         if first in (0, self.total_steps):
             yield self.evaluate(first)
@@ -98,6 +98,42 @@ class Trainer:
                 yield Saved(done, str(path))
         self.model.eval()
         yield Finished(self.total_steps, time.perf_counter() - began)
+
+    def set_up(self) -> None:
+        """Check that this model can be trained this way, and compile its layers if that pays; to be called before any step.
+
+        Raises:
+            ModelError, ConfigError: it cannot; nothing was trained.
+        """
+        check_head(self.model)
+        if self.config.packing:
+            by_length = sorted((row.input_ids for row in self.train_rows), key=len)
+            check_packing(self.model, [by_length[-1], by_length[0]])
+        self._set_checkpointing()
+        option = self.config.torch_compile
+        self.compiled, self.compile_reason = compiling.choose(option, self.model, self.device, self._planned_tokens())
+        if self.compiled:
+            began = time.perf_counter()
+            self._compiled = compiling.Compiled(self.model)
+            for batch in self._kinds_of_batches():
+                self._backward(batch, batch.n_label_tokens)
+            self.model.zero_grad(set_to_none=True)
+            self.compile_seconds = time.perf_counter() - began
+
+    def _planned_tokens(self) -> int:
+        """About how many tokens the run reads."""
+        rows, config = self.train_rows, self.config
+        mean = sum(len(row.input_ids) for row in rows) / len(rows)
+        batch = config.batch_size * config.max_length if config.packing else min(config.batch_size, len(rows)) * mean
+        return int(self.total_steps * config.gradient_accumulation_steps * batch)
+
+    def _kinds_of_batches(self) -> list[Batch]:
+        """A batch of each kind that is compiled apart (padded or full, of one row or of more), from the first hundred steps."""
+        kinds: dict[tuple[bool, bool], Batch] = {}
+        for batches in islice(self.batches(), min(100, self.total_steps)):
+            for batch in batches:
+                kinds.setdefault((bool(batch.attention_mask.all()), len(batch.input_ids) == 1), batch)
+        return list(kinds.values())
 
     def batches(self, first_step: int = 0) -> Iterator[list[Batch]]:
         """The batches of each step from `first_step` on, without end."""
@@ -132,25 +168,29 @@ class Trainer:
         batch = batch.to(self.device)
         return label_loss(self.model, batch.input_ids, batch.attention_mask, batch.labels, n_total, batch.segments)
 
+    def _backward(self, batch: Batch, n_total: int, measured: bool = False) -> float:
+        """Add the gradients of a batch; returns its loss. `measured`: count what autograd saves."""
+        self.model.train()
+        with self._attention(self.model), self._compiled():
+            if measured:
+                watch = memory.SavedActivations()
+                with watch.watch(self.model):
+                    loss = self._loss(batch, n_total)
+                self.saved_activation_bytes = watch.bytes
+            else:
+                loss = self._loss(batch, n_total)
+            torch.autograd.backward(loss)
+        return float(loss.detach())
+
     def step(self, step: int, batches: list[Batch]) -> Stepped:
         """Take optimiser step number `step` (0-based) on its batches."""
         began = time.perf_counter()
         config = self.config
-        self.model.train()
         n_labels = sum(batch.n_label_tokens for batch in batches)
         loss = 0.0
-        with self._attention(self.model):
-            for index, batch in enumerate(batches):
-                torch.manual_seed(config.seed * _SEED_STRIDE + step * len(batches) + index)  # dropout
-                if not self._measured and index == 0:
-                    watch = memory.SavedActivations()
-                    with watch.watch(self.model):
-                        part = self._loss(batch, n_labels)
-                    self.saved_activation_bytes = watch.bytes
-                else:
-                    part = self._loss(batch, n_labels)
-                part.backward()  # type: ignore[no-untyped-call]
-                loss += float(part.detach())
+        for index, batch in enumerate(batches):
+            torch.manual_seed(config.seed * _SEED_STRIDE + step * len(batches) + index)  # dropout
+            loss += self._backward(batch, n_labels, measured=not self._measured and index == 0)
         norm = self._clip()
         if not math.isfinite(loss) or not math.isfinite(norm):
             raise TrainingError(

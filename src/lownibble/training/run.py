@@ -149,7 +149,7 @@ def _train(
                 "saved_activation_bytes": trainer.saved_activation_bytes,
                 **{f"{kind}_bytes": n for kind, n in trainer.kinds.items()},
             },
-            "speed": _speed([e for e in events if isinstance(e, Stepped)]),
+            "speed": {**_compilation(trainer), **_speed([e for e in events if isinstance(e, Stepped)])},
             "steps": [asdict(e) for e in events if isinstance(e, Stepped)],
             "evaluations": [asdict(e) for e in events if isinstance(e, Evaluated)],
             "seconds": next((e.seconds for e in events if isinstance(e, Finished)), None),
@@ -205,6 +205,12 @@ def _data_facts(sides: tuple[Dataset, Dataset], encoded: list[Encoded]) -> dict[
         **{f"{side}_digest": d.digest for side, d in zip(("train", "eval"), sides, strict=True)},
         "cut_rows": encoded[0].n_cut,
     }
+
+
+def _compilation(trainer: Trainer) -> dict[str, Any]:
+    return {
+        "compiled": trainer.compiled, "compile_reason": trainer.compile_reason, "compile_seconds": trainer.compile_seconds
+    }  # fmt: skip
 
 
 def _speed(steps: list[Stepped]) -> dict[str, Any]:

@@ -52,6 +52,8 @@ class ProgressSink(Sink):
     def __call__(self, event: Event) -> None:
         """Show one event."""
         if isinstance(event, Started):
+            if event.compiled:
+                self.console.print(f"{self.label}: layers compiled in {event.compile_seconds:.0f} s ({event.compile_reason})")
             self.task = self.progress.add_task(self.label, total=event.total_steps, completed=event.first_step, figures="")
         elif isinstance(event, Stepped):
             figures = f"loss {event.loss:.3f}  {event.tokens / event.seconds:.0f} tok/s"

@@ -90,6 +90,7 @@ def main(spec: str) -> None:
 
     config = RunConfig(**json.loads(Path(spec).read_text()))
     trainer, baseline = prepare(config.with_options(train=config.train.with_options(output_dir=None, resume=False)))
+    trainer.set_up()
     steps = enumerate(trainer.batches())
 
     def do(count: int) -> dict[str, Any]:
@@ -102,7 +103,7 @@ def main(spec: str) -> None:
             "peak_bytes": memory.peak_bytes(trainer.device) - baseline,
         }
 
-    answer_turns({"method": config.method}, do)
+    answer_turns({"method": config.method, "compiled": trainer.compiled, "compile_seconds": trainer.compile_seconds}, do)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,171 @@
+"""The product of an adapted layer and its gradients, written once and registered twice.
+
+    y = x W^T + bias + scale * (dropout(x) A^T) B^T          A (r, in), B (out, r)
+
+`forward` and `backward` are plain functions. An `autograd.Function` is what runs; it saves x, the small product x A^T and the
+packed weight, never a decoded weight (decoded again in backward) and never a dropout mask (drawn again from its seed). No
+gradient of the input is computed where none is wanted, which spares the first layer a product. Inside `torch.compile` a custom
+operator takes its place, because a compiler can see neither through a kernel that works on pointers nor into a packed weight:
+it costs some tens of microseconds more a call, but a decoder layer becomes one graph, whose norms, rotary embedding and
+activation function are fused and partly recomputed in backward instead of saved.
+
+Adapters are float32 master weights; with 16-bit activations they are cast for the product and their gradient is cast back.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from lownibble.kernels.ops import Addition, Rows8bit
+from lownibble.quant import QuantizedTensor, int8
+
+
+def _keep_mask(x: Tensor, p: float, seed: int) -> Tensor:
+    """The inverted-dropout mask that `seed` stands for: 0 or 1 / (1 - p), in x's shape and dtype."""
+    generator = torch.Generator(x.device).manual_seed(seed)
+    return torch.empty_like(x).bernoulli_(1 - p, generator=generator).div_(1 - p)
+
+
+def _input_gradient(dy: Tensor, weight: Tensor | QuantizedTensor, addition: Addition, in_int8: bool) -> Tensor:
+    """dy W, (T, K), plus `addition`."""
+    low, factor = addition.low, addition.factor
+    if isinstance(weight, Tensor):
+        dx = dy @ weight.to(dy.dtype)
+        return dx if low is None or factor is None else dx.addmm_(low, factor.to(dy.dtype))
+    if in_int8:
+        return int8.backward(dy, weight, addition._replace(low=None if low is None else low.float()))
+    return weight.matmul(dy, transposed=True, addition=addition)
+
+
+def forward(
+    x: Tensor, weight: Tensor | QuantizedTensor, bias: Tensor | None, lora_A: Tensor, lora_B: Tensor, scale: float,
+    dropout: float, seed: int, rows: Rows8bit | None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """x (T, K) -> y (T, N) and dropout(x) A^T (T, r). `rows`: x in 8 bits, for 8-bit products, or None."""
+    dropped = x if dropout == 0 else x * _keep_mask(x, dropout, seed)
+    low = dropped @ lora_A.to(x.dtype).t()
+    if isinstance(weight, Tensor):
+        w = weight.to(x.dtype).t()
+        y = x @ w if bias is None else torch.addmm(bias.to(x.dtype), x, w)
+        y.addmm_(low, lora_B.to(x.dtype).t(), alpha=scale)
+    elif rows is None:
+        y = weight.matmul(x, addition=Addition(bias, low, lora_B.t(), scale))
+    else:
+        bias_32 = None if bias is None else bias.float()
+        y = int8.forward(rows, weight, Addition(bias_32, low.float(), lora_B.t(), scale), x.dtype)
+    return y, low
+
+
+def backward(
+    dy: Tensor, x: Tensor, weight: Tensor | QuantizedTensor, lora_A: Tensor, lora_B: Tensor, low: Tensor, scale: float,
+    dropout: float, seed: int, in_int8: bool, wants_dx: bool,
+) -> tuple[Tensor | None, Tensor, Tensor]:  # fmt: skip
+    """dy (T, N) -> dx (T, K) if wanted, dA and dB."""
+    dlow = (dy @ lora_B.to(dy.dtype)).mul_(scale)
+    mask = _keep_mask(x, dropout, seed) if dropout else None
+    dA = (dlow.t() @ (x if mask is None else x * mask)).to(lora_A.dtype)
+    dB = (low.t() @ dy).mul_(scale).t().to(lora_B.dtype).contiguous()
+    if not wants_dx:
+        return None, dA, dB
+    dx = _input_gradient(dy, weight, Addition(low=dlow, factor=lora_A) if mask is None else Addition(), in_int8)
+    if mask is not None:
+        dx.add_((dlow @ lora_A.to(dy.dtype)).mul_(mask))
+    return dx, dA, dB
+
+
+class LoraMatmul(torch.autograd.Function):
+    """`forward` and `backward` for autograd: x (T, K) -> (T, N). `weight` is frozen, (N, K), dense or quantised."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor | QuantizedTensor, bias: Tensor | None, lora_A: Tensor, lora_B: Tensor,
+        scale: float, dropout: float, seed: int, rows: Rows8bit | None,
+    ) -> Tensor:  # fmt: skip
+        """The module's `forward`, without x A^T."""
+        y, low = forward(x, weight, bias, lora_A, lora_B, scale, dropout, seed, rows)
+        packed = not isinstance(weight, Tensor)
+        ctx.save_for_backward(x, lora_A, lora_B, low, *(() if packed else (weight,)))
+        ctx.weight = weight if packed else None
+        ctx.rest = scale, dropout, seed, rows is not None
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        """The module's `backward`, and the bias's gradient where it is wanted."""
+        x, lora_A, lora_B, low, *dense = ctx.saved_tensors
+        weight = ctx.weight if ctx.weight is not None else dense[0]
+        scale, dropout, seed, in_int8 = ctx.rest
+        dx, dA, dB = backward(
+            dy, x, weight, lora_A, lora_B, low, scale, dropout, seed, in_int8, ctx.needs_input_grad[0]
+        )  # fmt: skip
+        dbias = dy.sum(0) if ctx.needs_input_grad[2] else None
+        return dx, None, dbias, dA, dB, None, None, None, None
+
+
+def _weight(tensors: list[Tensor], codec: str, lora_A: Tensor, lora_B: Tensor) -> Tensor | QuantizedTensor:
+    shape = torch.Size((lora_B.shape[0], lora_A.shape[1]))
+    return QuantizedTensor.unflatten(tensors, codec, shape) if codec else tensors[0]
+
+
+@torch.library.custom_op("lownibble::lora_matmul", mutates_args=())
+def lora_matmul(
+    x: Tensor, weight: list[Tensor], codec: str, bias: Tensor | None, lora_A: Tensor, lora_B: Tensor, scale: float,
+    dropout: float, seed: Tensor | None, rows: list[Tensor],
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """What a compiler calls: x (..., K) -> y (..., N) and (T, r).
+
+    `weight`: a dense one, or with a `codec` what `QuantizedTensor.flatten` gave. `seed`: () int64, with dropout. `rows`: x in
+    8 bits as `int8.rows_of` gave them, or empty.
+    """
+    x_TK = x.reshape(-1, x.shape[-1])
+    as_rows = Rows8bit(rows[0], rows[1], rows[2], x.shape[-1]) if rows else None
+    frozen = _weight(weight, codec, lora_A, lora_B)
+    y, low = forward(x_TK, frozen, bias, lora_A, lora_B, scale, dropout, 0 if seed is None else int(seed), as_rows)
+    return y.view(*x.shape[:-1], -1), low
+
+
+@lora_matmul.register_fake
+def _(x, weight, codec, bias, lora_A, lora_B, scale, dropout, seed, rows):  # type: ignore[no-untyped-def]
+    return x.new_empty((*x.shape[:-1], lora_B.shape[0])), x.new_empty((x.numel() // x.shape[-1], lora_A.shape[0]))
+
+
+@torch.library.custom_op("lownibble::lora_matmul_backward", mutates_args=())
+def _lora_matmul_backward(
+    dy: Tensor, x: Tensor, weight: list[Tensor], codec: str, lora_A: Tensor, lora_B: Tensor, low: Tensor, scale: float,
+    dropout: float, seed: Tensor | None, in_int8: bool, wants_dx: bool,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    dy_TN, x_TK = dy.reshape(-1, dy.shape[-1]), x.reshape(-1, x.shape[-1])
+    frozen, drawn = _weight(weight, codec, lora_A, lora_B), 0 if seed is None else int(seed)
+    dx, dA, dB = backward(dy_TN, x_TK, frozen, lora_A, lora_B, low, scale, dropout, drawn, in_int8, wants_dx)
+    return x.new_empty(0) if dx is None else dx.view(x.shape), dA, dB
+
+
+@_lora_matmul_backward.register_fake
+def _(dy, x, weight, codec, lora_A, lora_B, low, scale, dropout, seed, in_int8, wants_dx):  # type: ignore[no-untyped-def]
+    return x.new_empty(x.shape if wants_dx else 0), torch.empty_like(lora_A), torch.empty_like(lora_B)
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    x, weight, codec, _, lora_A, lora_B, scale, dropout, seed, rows = inputs
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(x, lora_A, lora_B, output[1], seed, *weight)
+    ctx.rest = codec, scale, dropout, len(weight), len(rows)
+
+
+def _differentiate(ctx: Any, dy: Tensor, _: None) -> tuple[Any, ...]:
+    x, lora_A, lora_B, low, seed, *weight = ctx.saved_tensors
+    codec, scale, dropout, n_weight, n_rows = ctx.rest
+    wants_dx = ctx.needs_input_grad[0]
+    dx, dA, dB = _lora_matmul_backward(
+        dy, x, weight, codec, lora_A, lora_B, low, scale, dropout, seed, n_rows > 0, wants_dx
+    )  # fmt: skip
+    dbias = dy.flatten(0, -2).sum(0) if ctx.needs_input_grad[3] else None
+    return dx if wants_dx else None, [None] * n_weight, None, dbias, dA, dB, None, None, None, [None] * n_rows
+
+
+lora_matmul.register_autograd(_differentiate, setup_context=_save)
