@@ -73,6 +73,14 @@ def repeated_layers(model: Any) -> list[nn.Module]:
     return [module for module in model.modules() if type(module).__name__ in names]
 
 
+@contextmanager
+def _torchs_own_warnings_off() -> Iterator[None]:
+    """The compiler's parts warn about each other (deprecated functions that they import); a user can do nothing about it."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", module=r"torch\.")
+        yield
+
+
 class Compiled:
     """The model's decoder layers, compiled; a context manager for training steps. The first use compiles."""
 
@@ -81,9 +89,10 @@ class Compiled:
         if not model.get_input_embeddings().weight.requires_grad:
             layers = layers[1:]
         attention.keep_out_of_graphs()
-        self.forwards: list[tuple[nn.Module, Callable[..., Any]]] = [
-            (layer, torch.compile(layer.forward, dynamic=True)) for layer in layers
-        ]
+        with _torchs_own_warnings_off():
+            self.forwards: list[tuple[nn.Module, Callable[..., Any]]] = [
+                (layer, torch.compile(layer.forward, dynamic=True)) for layer in layers
+            ]
 
     @contextmanager
     def __call__(self) -> Iterator[None]:
@@ -97,8 +106,7 @@ class Compiled:
         for layer, forward in self.forwards:
             layer.forward = forward
         try:
-            with warnings.catch_warnings():
-                warnings.filterwarnings("ignore", module=r"torch\.(_dynamo|_inductor|_functorch|fx)")
+            with _torchs_own_warnings_off():
                 yield
         except TorchDynamoException as error:
             first_line = (str(error).splitlines() or [type(error).__name__])[0]

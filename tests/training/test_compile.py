@@ -1,0 +1,164 @@
+"""Regional compilation. Oracles: the same run without it; torch's own check of custom operators; the same run again."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import nn
+from transformers import LlamaConfig, LlamaForCausalLM
+
+import lownibble as ln
+from lownibble.config import DataConfig, LoraConfig, QuantConfig, RunConfig, TrainConfig
+from lownibble.errors import BackendError, ConfigError, TrainingError
+from lownibble.kernels import cpu
+from lownibble.lora.layer import LoraLinear
+from lownibble.lora.product import lora_matmul
+from lownibble.quant import QuantLinear, int8
+from lownibble.quant.linear import frozen_matmul
+from lownibble.training import compiling, run
+
+DATA = {"prompt_template": "review : {text} sentiment :", "completion_template": " {label}"}
+CPU = torch.device("cpu")
+
+try:
+    HAS_INT8 = cpu.has_int8()
+except BackendError:
+    HAS_INT8 = False
+needs_vnni = pytest.mark.skipif(not HAS_INT8, reason="no compiled kernels, or no AVX-512 VNNI")
+
+
+@pytest.fixture(scope="module")
+def wide_model(tiny_model, tmp_path_factory):
+    """The tiny model with two layers, as wide as the kernels want."""
+    folder = tmp_path_factory.mktemp("wide") / "model"
+    shutil.copytree(tiny_model, folder)
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4, "num_key_value_heads": 2}
+    torch.manual_seed(0)
+    config = LlamaConfig.from_pretrained(tiny_model, **sizes, head_dim=16, num_hidden_layers=2)
+    LlamaForCausalLM(config).save_pretrained(folder)
+    return folder
+
+
+def train(model, data, output, compiled, *, method="qlora", compute="exact", lora=None, **options):
+    config = {"max_steps": 6, "batch_size": 4, "learning_rate": 1e-2, "max_length": 32, "output_dir": str(output)} | options
+    return run(RunConfig(
+        model=str(model), method=method, data=DataConfig(path=str(data), **DATA), quant=QuantConfig(compute=compute),
+        lora=LoraConfig(**{"r": 4, "lora_alpha": 8} | (lora or {})), train=TrainConfig(torch_compile=compiled, **config),
+    ))  # fmt: skip
+
+
+CASES = {
+    "some layers without adapters, checkpointing": {
+        "lora": {"target_modules": ["q_proj", "down_proj"]}, "gradient_checkpointing": True, "eval_steps": 3,
+    },
+    "packing, biases": {"lora": {"bias": "lora_only"}, "packing": True},
+    "dense": {"method": "lora", "gradient_accumulation_steps": 2},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_compiled_run_is_the_plain_one_but_for_rounding(case, wide_model, tiny_data, tmp_path):
+    plain = train(wide_model, tiny_data, tmp_path / "plain", False, **CASES[case])
+    compiled = train(wide_model, tiny_data, tmp_path / "compiled", True, **CASES[case])
+    assert compiled.losses == pytest.approx(plain.losses, rel=1e-3)
+    assert compiled.eval_loss == pytest.approx(plain.eval_loss, rel=1e-3)
+    assert compiled.losses[-1] < compiled.losses[0]
+    for result, expected in ((plain, False), (compiled, True)):
+        assert result.record["speed"]["compiled"] is expected
+        assert (result.record["speed"]["compile_seconds"] > 0) is expected
+        assert all("forward" not in vars(module) for module in result.model.modules()), "the model is as it came"
+    assert compiled.record["memory"]["saved_activation_bytes"] > 0
+    started = json.loads((tmp_path / "compiled" / "events.jsonl").read_text().splitlines()[0])
+    assert started["compiled"]
+    assert started["compile_reason"] == "torch_compile is on"
+
+
+@needs_vnni
+def test_8bit_products_and_dropout_repeat_and_resume_bit_for_bit(wide_model, tiny_data, tmp_path):
+    options = {"compute": "int8", "lora": {"lora_dropout": 0.2}, "save_steps": 3}
+    whole = train(wide_model, tiny_data, tmp_path / "whole", True, **options)
+    plain = train(wide_model, tiny_data, tmp_path / "plain", False, **options | {"lora": {"lora_dropout": 0.0}})
+    assert whole.losses == pytest.approx(plain.losses, rel=0.2)
+    shutil.copytree(tmp_path / "whole", tmp_path / "cut")
+    shutil.rmtree(sorted((tmp_path / "cut" / "checkpoints").iterdir())[-1])
+    resumed = train(wide_model, tiny_data, tmp_path / "cut", True, **options, resume=True)
+    assert resumed.losses == whole.losses
+    files = [load_file(tmp_path / name / "adapter" / "adapter_model.safetensors") for name in ("whole", "cut")]
+    assert all(torch.equal(tensor, files[1][key]) for key, tensor in files[0].items())
+
+
+def layer(quantized, compute="exact", dropout=0.0, bias=True):
+    torch.manual_seed(0)
+    linear = nn.Linear(64, 96, bias=bias).requires_grad_(False)
+    base = QuantLinear.from_linear(linear, QuantConfig(compute=compute)) if quantized else linear
+    adapted = LoraLinear(base)
+    adapted.add("a", r=4, alpha=8, dropout=dropout, use_rslora=False)
+    nn.init.normal_(adapted.adapters["a"].lora_A)
+    nn.init.normal_(adapted.adapters["a"].lora_B)
+    return adapted
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
+@pytest.mark.parametrize("kind", ["dense", "nf4", pytest.param("int8", marks=needs_vnni)])
+def test_the_operator_keeps_torchs_rules(kind, dropout):
+    """Schema, shapes under fake tensors, autograd registration, and tracing, by torch's own check."""
+    adapted = layer(kind != "dense", "int8" if kind == "int8" else "exact")
+    adapter, x = adapted.adapters["a"], torch.randn(2, 13, 64, requires_grad=True)
+    weight, codec = ([adapted.base.weight], "") if kind == "dense" else (adapted.base.flat, adapted.base.codec)
+    rows = int8.rows_of(x) if kind == "int8" else []
+    seed = torch.tensor(7) if dropout else None
+    torch.library.opcheck(
+        lora_matmul, (x, weight, codec, adapted.bias, adapter.lora_A, adapter.lora_B, 0.5, dropout, seed, rows)
+    )  # fmt: skip
+    if kind != "dense" and not dropout:
+        flat_rows = int8.rows_of(x.view(-1, 64)) if kind == "int8" else []
+        flat = x.detach().view(-1, 64).requires_grad_()
+        torch.library.opcheck(frozen_matmul, (flat, weight, codec, 96, flat_rows))
+
+
+def test_when_it_is_chosen(wide_model):
+    model, _ = ln.load(str(wide_model), quant=None)
+    parameters = sum(p.numel() for p in model.parameters())
+    enough = int(compiling.PAYS_AFTER_FLOPS["cpu"] / 6 / parameters) + 1
+    assert compiling.choose(False, model, CPU, enough) == (False, "torch_compile is off")
+    assert compiling.choose(True, model, CPU, 1) == (True, "torch_compile is on")
+    assert compiling.choose("auto", model, CPU, enough)[0]
+    chosen, why = compiling.choose("auto", model, CPU, enough // 2)
+    assert not chosen
+    assert "compiling pays from 1e+14" in why
+
+
+@pytest.mark.parametrize("missing", ["compiler", "headers", "layers", "device"])
+def test_what_is_missing_is_said(missing, wide_model, monkeypatch, tmp_path):
+    model, _ = ln.load(str(wide_model), quant=None)
+    device, words = (
+        CPU,
+        {"compiler": "C\\+\\+ compiler", "headers": "headers", "layers": "not known", "device": "'meta'"}[missing],
+    )
+    if missing == "compiler":
+        monkeypatch.setattr(compiling.shutil, "which", lambda name: None)
+    elif missing == "headers":
+        monkeypatch.setattr(compiling.sysconfig, "get_path", lambda name: str(tmp_path))
+    elif missing == "layers":
+        monkeypatch.setattr(type(model), "_no_split_modules", None)
+        model._no_split_modules = None
+    else:
+        device = torch.device("meta")
+    assert not compiling.choose("auto", model, device, 10**15)[0]
+    with pytest.raises(ConfigError, match=f"{words}.*torch_compile=False"):
+        compiling.choose(True, model, device, 1)
+
+
+def test_a_layer_that_cannot_be_compiled_is_a_clear_error(wide_model):
+    model, _ = ln.load(str(wide_model), quant=None)
+    compiled = compiling.Compiled(model)
+
+    def broken(*_, **__):
+        raise torch._dynamo.exc.InternalTorchDynamoError("no luck")
+
+    compiled.forwards = [(layer, broken) for layer, _ in compiled.forwards]
+    with pytest.raises(TrainingError, match=r"could not be compiled.*--torch-compile false"), compiled():
+        model(torch.tensor([[1, 2, 3]]))
+    assert all("forward" not in vars(module) for module in model.modules())
