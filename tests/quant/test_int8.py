@@ -34,9 +34,11 @@ def random(*shape, seed=1):
 
 
 def untiled(rows, T):
-    """(T, C) codes from the compiled kernels' tiles of 12 rows and groups of 4 columns."""
-    groups = -(-rows.columns // 4)
-    return rows.codes.view(-1, groups, 12, 4).transpose(1, 2).reshape(-1, groups * 4)[:T, : rows.columns]
+    """(T, C) codes, (T, parts) scales and starts from the compiled kernels' tiles of 12 rows and groups of 4 columns."""
+    groups, parts = -(-rows.columns // 4), -(-rows.columns // 64)
+    codes = rows.codes.view(-1, groups, 12, 4).transpose(1, 2).reshape(-1, groups * 4)[:T, : rows.columns]
+    scale, start = (t.view(-1, parts, 12).transpose(1, 2).reshape(-1, parts)[:T] for t in (rows.scale, rows.start))
+    return codes, scale, start
 
 
 @needs_vnni
@@ -63,9 +65,11 @@ def test_compiled_kernels_equal_the_reference(T, N, K, codec, threads):
     (scale, x_rows, dy_rows, y, dx), (scale_c, x_rows_c, dy_rows_c, y_c, dx_c) = found[reference], found[cpu]
     assert torch.equal(scale, scale_c)
     for plain, compiled in ((x_rows, x_rows_c), (dy_rows, dy_rows_c)):
-        assert torch.equal(plain.codes, untiled(compiled, T))
-        assert torch.equal(plain.scale, compiled.scale)
-        assert torch.equal(plain.sum, compiled.sum)
+        codes, scales, start = untiled(compiled, T)
+        assert torch.equal(plain.codes, codes)
+        assert torch.equal(plain.scale, scales)
+        sums = [part.sum(1, dtype=torch.int32) for part in codes.split(64, 1)]
+        assert torch.equal(start, -128 * torch.stack(sums, 1))
     for plain, compiled in ((y, y_c), (dx, dx_c)):
         torch.testing.assert_close(compiled, plain, rtol=0, atol=ROUNDING * float(plain.abs().max()))
 
@@ -78,8 +82,8 @@ def test_reference_sums_equal_int_mm(transposed):
     q_NK = (weight.dequantize() / scale.unsqueeze(1)).round().to(torch.int8)
     x = random(20, 48 if transposed else 128)
     rows = reference.quantize_rows(x, scale if transposed else None)
-    sums = torch._int_mm(rows.codes, q_NK if transposed else q_NK.t().contiguous())
-    expected = sums * rows.scale.unsqueeze(1) * (1 if transposed else scale)
+    values = rows.codes * rows.scale.repeat_interleave(64, 1)[:, : rows.columns]  # x as its codes stand for it
+    expected = (values.double() @ (q_NK if transposed else q_NK.t()).double()).float() * (1 if transposed else scale)
     found = reference.matmul_int8(rows, *weight.parts, weight.shape, scale, transposed, ops.Addition(), weight.nested)
     torch.testing.assert_close(found, expected, rtol=0, atol=ROUNDING * float(expected.abs().max()))
 

@@ -25,7 +25,7 @@ from torch import Tensor
 from lownibble.errors import BackendError, InputError
 from lownibble.kernels import decoded
 from lownibble.kernels.checks import check_block_size, check_float, check_tensor, check_weight
-from lownibble.kernels.ops import Addition, Nested, Rows8bit
+from lownibble.kernels.ops import PART, Addition, Nested, Rows8bit
 
 name = "cpu"
 device_types = ("cpu",)
@@ -332,18 +332,21 @@ def quantize_rows(x_TC: Tensor, column_scale: Tensor | None = None) -> Rows8bit:
     """As `ops.quantize_rows`; codes in tiles of 12 rows, see `native/int8.h`."""
     need_int8()
     T, C = x_TC.shape
-    rows = Rows8bit(torch.empty(row_codes(T, C), dtype=torch.int8), torch.empty(T), torch.empty(T, dtype=torch.int32), C)
+    n_codes, n_scales = row_sizes(T, C)
+    codes, scale = torch.empty(n_codes, dtype=torch.int8), torch.empty(n_scales)
+    rows = Rows8bit(codes, scale, torch.empty(n_scales, dtype=torch.int32), T, C)
     library().quantize_rows(
         _data(x_TC, "x_TC", torch.float32, T * C),
         None if column_scale is None else _data(column_scale, "column_scale", torch.float32, C),
-        T, C, rows.codes.data_ptr(), rows.scale.data_ptr(), rows.sum.data_ptr(), torch.get_num_threads(),
+        T, C, rows.codes.data_ptr(), rows.scale.data_ptr(), rows.start.data_ptr(), torch.get_num_threads(),
     )  # fmt: skip
     return rows
 
 
-def row_codes(T: int, C: int) -> int:
-    """As `ops.Backend.row_codes`: tiles and groups are padded."""
-    return -(-T // _TILE_ROWS) * _TILE_ROWS * -(-C // _GROUP_COLUMNS) * _GROUP_COLUMNS
+def row_sizes(T: int, C: int) -> tuple[int, int]:
+    """As `ops.Backend.row_sizes`: tiles and groups are padded."""
+    padded_rows = -(-T // _TILE_ROWS) * _TILE_ROWS
+    return padded_rows * -(-C // _GROUP_COLUMNS) * _GROUP_COLUMNS, padded_rows * -(-C // PART)
 
 
 def matmul_int8(
@@ -352,13 +355,15 @@ def matmul_int8(
 ) -> Tensor:  # fmt: skip
     """As `ops.matmul_int8`."""
     N, K, shift, addresses, nested_shift = _weight_int8(codes, absmax, values, block_size, shape, nested)
-    T, columns = len(x.scale), K if transposed else N
+    T, columns = x.rows, K if transposed else N
     if x.columns != (N if transposed else K):
         raise InputError(f"'x' must have {N if transposed else K} columns. Got {x.columns}.")
+    n_codes, n_scales = row_sizes(T, x.columns)
     bias, low_branch = _addition(addition, T, columns)
     out = torch.empty((T, columns), dtype=torch.float32)
     failed = library().matmul_int8(
-        x.codes.data_ptr(), x.scale.data_ptr(), x.sum.data_ptr(), T, *addresses, N, K, shift, nested_shift, int(transposed),
+        _data(x.codes, "codes", torch.int8, n_codes), _data(x.scale, "scale", torch.float32, n_scales),
+        _data(x.start, "start", torch.int32, n_scales), T, *addresses, N, K, shift, nested_shift, int(transposed),
         _data(row_scale, "row_scale", torch.float32, N),
         bias, *low_branch, addition.scale, out.data_ptr(), torch.get_num_threads(),
     )  # fmt: skip

@@ -40,15 +40,21 @@ class Nested(NamedTuple):
     block_size: int = 256
 
 
-class Rows8bit(NamedTuple):
-    """Rows scaled to 8 bits: value [t, c] is about `code[t, c] * scale[t]`.
+PART = 64
+"""Values of a row that share an 8-bit scale. With one scale a token, a few large channels took the others' precision (ADR 7)."""
 
-    codes: int8, laid out as the backend likes; scale: (T,) float32; sum: (T,) int32, of each row's codes; columns: C.
+
+class Rows8bit(NamedTuple):
+    """Rows scaled to 8 bits in parts of 64 columns: value [t, c] is about `code[t, c] * scale[t, c // 64]`.
+
+    codes: int8; scale: float32; start: int32, where a backend's sums with a part start; all laid out as the backend likes.
+    rows, columns: T, C.
     """
 
     codes: Tensor
     scale: Tensor
-    sum: Tensor
+    start: Tensor
+    rows: int
     columns: int
 
 
@@ -113,8 +119,8 @@ class Backend(Protocol):
 
     def quantize_rows(self, x_TC: Tensor, column_scale: Tensor | None = None) -> Rows8bit: ...
 
-    def row_codes(self, T: int, C: int) -> int:
-        """Elements of `Rows8bit.codes` for T rows of C values."""
+    def row_sizes(self, T: int, C: int) -> tuple[int, int]:
+        """Elements of a `Rows8bit`'s codes, and of its scales, for T rows of C values."""
         ...
 
     def matmul_int8(
@@ -303,9 +309,9 @@ def row_scales(
 
 
 def quantize_rows(x_TC: Tensor, column_scale: Tensor | None = None) -> Rows8bit:
-    """`x_TC * column_scale` with each row scaled to integers in [-127, 127] by its largest magnitude, rounded to even.
+    """`x_TC * column_scale`, 64 columns of a row scaled to integers in [-127, 127] by their largest magnitude, rounded to even.
 
-    A row with a NaN or infinite value gets a scale that is not finite, and so does every product with it.
+    A part with a NaN or infinite value gets a scale that is not finite, and no product with its row is finite.
 
     Args:
         x_TC: (T, C) float32, contiguous.
@@ -321,8 +327,8 @@ def matmul_int8(
     """A product with W (N, K) in 8-bit integers, summed exactly in 32 bits, plus `addition`; float32.
 
     `addition` is float32. W becomes integers in [-127, 127], `q[n, k] = round(W[n, k] / row_scale[n])`. Forward, x (T, K): (T, N)
-    is `x.scale[t] * row_scale[n] * sum_k x.code[t, k] q[n, k]`. Transposed, x (T, N) with `row_scale` already multiplied into it:
-    (T, K) is `x.scale[t] * sum_n x.code[t, n] q[n, k]`.
+    is `row_scale[n] * sum_k x.scale[t, k // 64] x.code[t, k] q[n, k]`. Transposed, x (T, N) with `row_scale` multiplied into it:
+    (T, K) is `sum_n x.scale[t, n // 64] x.code[t, n] q[n, k]`. Integers are summed exactly, parts in float32.
 
     Args:
         x: from `quantize_rows` of the same backend.

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from lownibble.kernels import decoded
-from lownibble.kernels.ops import Addition, Nested, Rows8bit
+from lownibble.kernels.ops import PART, Addition, Nested, Rows8bit
 
 name = "reference"
 device_types = None  # any
@@ -96,14 +96,16 @@ def row_scales(
 
 def quantize_rows(x_TC: Tensor, column_scale: Tensor | None = None) -> Rows8bit:
     scaled = x_TC if column_scale is None else x_TC * column_scale
-    largest = scaled.abs().amax(dim=1)
+    T, C = x_TC.shape
+    parts_TPG = torch.nn.functional.pad(scaled, (0, -C % PART)).view(T, -(-C // PART), PART)
+    largest = parts_TPG.abs().amax(dim=2)
     factor = torch.where(largest > 0, torch.full_like(largest, 127) / largest, 0.0)  # 127 / tensor would round twice
-    codes = (scaled * factor.unsqueeze(1)).round().nan_to_num(nan=0.0).to(torch.int8)
-    return Rows8bit(codes, largest / 127, codes.sum(dim=1, dtype=torch.int32), x_TC.shape[1])
+    codes = (parts_TPG * factor.unsqueeze(2)).round().nan_to_num(nan=0.0).to(torch.int8)
+    return Rows8bit(codes.flatten(1)[:, :C].contiguous(), largest / 127, torch.zeros_like(largest, dtype=torch.int32), T, C)
 
 
-def row_codes(T: int, C: int) -> int:
-    return T * C
+def row_sizes(T: int, C: int) -> tuple[int, int]:
+    return T * C, T * -(-C // PART)
 
 
 def matmul_int8(
@@ -114,8 +116,11 @@ def matmul_int8(
     constants = _block_constants(absmax, nested).repeat_interleave(block_size)[: shape.numel()].view(shape) * steps
     index = torch.stack([codes >> 4, codes & 0xF], dim=1).view(-1).long()[: shape.numel()]
     q_NK = (values[index].view(shape) * constants).round().double()  # sums of integers are exact in float64
-    sums = (x.codes.view(-1, x.columns).double() @ (q_NK if transposed else q_NK.t())).float()
-    out = sums * x.scale.unsqueeze(1)
+    codes_TC, scale_TP = x.codes.view(x.rows, x.columns).double(), x.scale.view(x.rows, -(-x.columns // PART))
+    out = row_scale.new_zeros(x.rows, shape[1] if transposed else shape[0])
+    q_CM = q_NK if transposed else q_NK.t()
+    for part, (codes_TG, q_GM) in enumerate(zip(codes_TC.split(PART, 1), q_CM.split(PART), strict=True)):
+        out += (codes_TG @ q_GM).float() * scale_TP[:, part : part + 1]
     if not transposed:
         out = out * row_scale
     if addition.bias is not None:

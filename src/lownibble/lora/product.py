@@ -123,7 +123,7 @@ def lora_matmul(
     8 bits as `int8.rows_of` gave them, or empty.
     """
     x_TK = x.reshape(-1, x.shape[-1])
-    as_rows = Rows8bit(rows[0], rows[1], rows[2], x.shape[-1]) if rows else None
+    as_rows = Rows8bit(rows[0], rows[1], rows[2], *x_TK.shape) if rows else None
     frozen = _weight(weight, codec, lora_A, lora_B)
     y, low = forward(x_TK, frozen, bias, lora_A, lora_B, scale, dropout, 0 if seed is None else int(seed), as_rows)
     return y.view(*x.shape[:-1], -1), low

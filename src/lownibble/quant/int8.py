@@ -1,8 +1,8 @@
-"""`compute="int8"`: products of a frozen 4-bit weight on 8-bit units.
+"""Frozen products on 8-bit units: `compute="int8"`.
 
-The activations are scaled to 8 bits by token, the weight is brought from 4 to 8 bits by output row, sums are exact integers, and
-the low-rank branch is added in float32 (see `kernels/ops.py` for the formulas, DESIGN section 6 for the idea). The gradient of
-the input is the same product with the same integers: dx = rowquant(dy * row_scale) Wq. What it changes are the values of the
+The activations are scaled to 8 bits by token and 64 columns, the weight is brought from 4 to 8 bits by output row, integers are
+summed exactly, and the low-rank branch is added in float32 (`kernels/ops.py` has the formulas, ADR 7 the reasons). The gradient
+of the input is the same product with the same integers: dx = rowquant(dy * row_scale) Wq. What it changes are the values of the
 frozen product, a little (`tests/quant/test_int8.py` holds the bound); gradients of the adapters are exact given those.
 
 q, k and v, and gate and up, read the same input: it is scaled once. `shared_rows` remembers the last input by identity and
@@ -85,14 +85,15 @@ def shared_rows(x: Tensor) -> Rows8bit:
 @torch.library.custom_op("lownibble::quantize_rows", mutates_args=())
 def _quantize_rows(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     rows = ops.quantize_rows(x.reshape(-1, x.shape[-1]).float().contiguous())
-    return rows.codes.view(-1), rows.scale, rows.sum
+    return rows.codes.view(-1), rows.scale.view(-1), rows.start.view(-1)
 
 
 @_quantize_rows.register_fake
 def _(x):  # type: ignore[no-untyped-def]
     T, C = x.numel() // x.shape[-1], x.shape[-1]
-    codes = x.new_empty(ops.backend(ops.active_backend(x.device)).row_codes(T, C), dtype=torch.int8)
-    return codes, x.new_empty(T, dtype=torch.float32), x.new_empty(T, dtype=torch.int32)
+    n_codes, n_scales = ops.backend(ops.active_backend(x.device)).row_sizes(T, C)
+    scales = (x.new_empty(n_scales, dtype=dtype) for dtype in (torch.float32, torch.int32))
+    return x.new_empty(n_codes, dtype=torch.int8), *scales
 
 
 def rows_of(x: Tensor) -> list[Tensor]:

@@ -56,7 +56,7 @@ def frozen_matmul(x_TK: Tensor, weight: list[Tensor], codec: str, out_features: 
     """What a compiler calls, for it cannot see into a packed weight: (T, K) -> (T, N). `rows`: from `int8.rows_of`, or empty."""
     frozen = QuantizedTensor.unflatten(weight, codec, torch.Size((out_features, x_TK.shape[1])))
     if rows:
-        return int8.forward(Rows8bit(rows[0], rows[1], rows[2], x_TK.shape[1]), frozen, Addition(), x_TK.dtype)
+        return int8.forward(Rows8bit(rows[0], rows[1], rows[2], *x_TK.shape), frozen, Addition(), x_TK.dtype)
     return frozen.matmul(x_TK)
 
 

@@ -218,16 +218,16 @@ LOWNIBBLE_EXPORT void lownibble_row_scales(const std::uint8_t* codes, const floa
 }
 
 LOWNIBBLE_EXPORT void lownibble_quantize_rows(const float* x, const float* column_scale, std::int64_t T, std::int64_t C,
-                                              std::int8_t* codes, float* scale, std::int32_t* sum,
+                                              std::int8_t* codes, float* scale, std::int32_t* start,
                                               std::int32_t num_threads) {
-    const Rows8bit rows{codes, scale, sum, T, C};
+    const Rows8bit rows{codes, scale, start, T, C};
     in_parallel((T + kRowTile - 1) / kRowTile, T * C, num_threads,
                 [&](Range tiles) { active_int8()->quantize_rows(x, column_scale, rows, tiles); });
 }
 
 // 0, or -1 when there is no memory for a panel a thread.
 LOWNIBBLE_EXPORT std::int32_t lownibble_matmul_int8(
-    const std::int8_t* x_codes, const float* x_scale, const std::int32_t* x_sum, std::int64_t T, const std::uint8_t* codes,
+    const std::int8_t* x_codes, const float* x_scale, const std::int32_t* x_start, std::int64_t T, const std::uint8_t* codes,
     const float* values, const void* absmax, const float* nested_values, const float* nested_absmax,
     const float* nested_offset, std::int64_t N, std::int64_t K, std::int32_t block_shift, std::int32_t nested_shift,
     std::int32_t transposed, const float* row_scale, const float* bias, const float* low, const float* factor,
@@ -235,7 +235,7 @@ LOWNIBBLE_EXPORT std::int32_t lownibble_matmul_int8(
     std::int32_t num_threads) {
     const Weight4bit w{codes, values, absmax, nested_values, nested_absmax, nested_offset, N * K, block_shift, nested_shift};
     const std::int64_t C = transposed ? N : K, columns = transposed ? K : N;
-    const Rows8bit x{const_cast<std::int8_t*>(x_codes), const_cast<float*>(x_scale), const_cast<std::int32_t*>(x_sum), T, C};
+    const Rows8bit x{const_cast<std::int8_t*>(x_codes), const_cast<float*>(x_scale), const_cast<std::int32_t*>(x_start), T, C};
     const Addition addition{bias, low, factor, r, factor_step, factor_stride, factor_scale};
     const std::size_t bytes = static_cast<std::size_t>(kPanel * ((C + kGroup - 1) / kGroup * kGroup + 4 * r));
     std::int32_t failed = 0;

@@ -1,12 +1,12 @@
 // Products with the frozen 4-bit base on 8-bit units: what dispatch.cpp calls and what an instruction set provides.
 //
-// Method (ops.py states it in formulas). Each row of x is scaled to 8 bits by its largest value. A weight row is brought from 4
+// Method (ops.py states it in formulas). Each row of x is scaled to 8 bits in parts of 64 values, each by its largest. A weight row is brought from 4
 // bits to 8 with one scale a row, through a table of 16 bytes a block, while its panel of 32 output columns is packed for the
-// product; the panel is used for all rows of x, so the weight is decoded once a call and never stored. The 32-bit sums are exact.
-// Scales, bias and the low-rank branch (float32) are applied while the sums are still in registers or the first cache.
+// product; the panel is used for all rows of x, so the weight is decoded once a call and never stored. The 32-bit sums of a part are
+// exact; scaled, they are added in float32. Column scales, bias and the low-rank branch (float32) are applied while the sums are still in registers or the first cache.
 //
-// The packed weights are unsigned (128 is added), because the instruction takes unsigned by signed; 128 times the sum of a row of
-// x is subtracted again. Rows of x are stored in tiles of 12: the four bytes of twelve rows lie side by side for each four
+// The packed weights are unsigned (128 is added), because the instruction takes unsigned by signed; minus 128 times the sum of a
+// part of x is where its sums start. Rows of x are stored in tiles of 12: the four bytes of twelve rows lie side by side for each four
 // columns, so that one pointer serves a tile.
 //
 // For x W^T (forward) columns of a panel are rows of W and the sum runs over K; for dy W (backward) columns are columns of W and
@@ -18,13 +18,13 @@
 
 namespace lownibble {
 
-constexpr std::int64_t kRowTile = 12, kPanel = 32, kGroup = 4;
+constexpr std::int64_t kRowTile = 12, kPanel = 32, kGroup = 4, kPart = 64;
 
 // T rows of C values each, in tiles of 12 rows (the last padded with zeros) and groups of 4 columns (padded with zeros).
 struct Rows8bit {
     std::int8_t* codes;    // tiles * groups * 48
-    float* scale;          // T: a value is code * scale
-    std::int32_t* sum;     // T: sum of the row's codes
+    float* scale;          // tiles * parts * 12: a value is code * scale
+    std::int32_t* start;   // tiles * parts * 12: where sums with the part start, -128 times the sum of its codes
     std::int64_t T, C;
 };
 

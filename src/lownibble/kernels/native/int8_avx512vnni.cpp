@@ -8,6 +8,7 @@ namespace lownibble {
 namespace {
 
 inline std::int64_t groups_of(std::int64_t columns) { return (columns + kGroup - 1) / kGroup; }
+inline std::int64_t parts_of(std::int64_t columns) { return (columns + kPart - 1) / kPart; }
 
 void row_scales(const Weight4bit& w, std::int64_t K, float* scale, Range rows) {
     for (std::int64_t n = rows.begin; n < rows.end; ++n) {
@@ -21,15 +22,44 @@ void row_scales(const Weight4bit& w, std::int64_t K, float* scale, Range rows) {
     }
 }
 
-void quantize_rows(const float* x, const float* column_scale, const Rows8bit& rows, Range tiles) {
-    const std::int64_t C = rows.C, groups = groups_of(C);
+// Columns [c, end) of a row, one part: its codes into `codes` (a row of a tile), its scale and where its sums start.
+template <class Values>
+void quantize_part(const Values& values, std::int64_t c, std::int64_t end, std::int8_t* codes, float* scale, std::int32_t* start) {
     const __m512i magnitude = _mm512_set1_epi32(0x7FFFFFFF);
+    const auto mask_at = [&](std::int64_t at) { return static_cast<__mmask16>((1u << smaller(16, end - at)) - 1); };
+    __m512i largest_bits = _mm512_setzero_si512();  // as integers: NaN is larger than infinity, and stays
+    for (std::int64_t at = c; at < end; at += 16) {
+        const __m512i bits = _mm512_castps_si512(values(at, mask_at(at)));
+        largest_bits = _mm512_max_epu32(largest_bits, _mm512_and_si512(bits, magnitude));
+    }
+    const float largest = float_of(_mm512_reduce_max_epu32(largest_bits));
+    const __m512 factor = _mm512_set1_ps(largest > 0 ? 127.0f / largest : 0.0f);
+    __m512i total = _mm512_setzero_si512();
+    for (std::int64_t at = c; at < end; at += 16) {
+        const __m512i code = _mm512_cvtps_epi32(_mm512_mul_ps(values(at, mask_at(at)), factor));
+        total = _mm512_add_epi32(total, code);
+        alignas(16) std::int32_t four[4];
+        _mm_store_si128(reinterpret_cast<__m128i*>(four), _mm512_cvtsepi32_epi8(code));
+        const std::int64_t count = smaller(4, groups_of(end - at));
+        for (std::int64_t g = 0; g < count; ++g) {
+            std::memcpy(codes + (at / kGroup + g) * kRowTile * kGroup, four + g, kGroup);
+        }
+    }
+    *scale = largest / 127.0f;
+    *start = -128 * _mm512_reduce_add_epi32(total);
+}
+
+void quantize_rows(const float* x, const float* column_scale, const Rows8bit& rows, Range tiles) {
+    const std::int64_t C = rows.C, groups = groups_of(C), parts = parts_of(C);
     for (std::int64_t tile = tiles.begin; tile < tiles.end; ++tile) {
-        std::int8_t* codes = rows.codes + tile * groups * kRowTile * kGroup;
         for (std::int64_t i = 0; i < kRowTile; ++i) {
+            std::int8_t* codes = rows.codes + (tile * groups * kRowTile + i) * kGroup;
+            float* scale = rows.scale + tile * parts * kRowTile + i;
+            std::int32_t* start = rows.start + tile * parts * kRowTile + i;
             const std::int64_t t = tile * kRowTile + i;
             if (t >= rows.T) {
-                for (std::int64_t g = 0; g < groups; ++g) std::memset(codes + (g * kRowTile + i) * kGroup, 0, kGroup);
+                for (std::int64_t g = 0; g < groups; ++g) std::memset(codes + g * kRowTile * kGroup, 0, kGroup);
+                for (std::int64_t p = 0; p < parts; ++p) scale[p * kRowTile] = 0, start[p * kRowTile] = 0;
                 continue;
             }
             const float* row = x + t * C;
@@ -37,27 +67,10 @@ void quantize_rows(const float* x, const float* column_scale, const Rows8bit& ro
                 const __m512 v = _mm512_maskz_loadu_ps(mask, row + c);
                 return column_scale ? _mm512_mul_ps(v, _mm512_maskz_loadu_ps(mask, column_scale + c)) : v;
             };
-            const auto mask_at = [&](std::int64_t c) { return static_cast<__mmask16>((1u << smaller(16, C - c)) - 1); };
-            __m512i largest_bits = _mm512_setzero_si512();  // as integers: NaN is larger than infinity, and stays
-            for (std::int64_t c = 0; c < C; c += 16) {
-                const __m512i bits = _mm512_castps_si512(values(c, mask_at(c)));
-                largest_bits = _mm512_max_epu32(largest_bits, _mm512_and_si512(bits, magnitude));
+            for (std::int64_t p = 0; p < parts; ++p) {
+                const std::int64_t end = smaller((p + 1) * kPart, C);
+                quantize_part(values, p * kPart, end, codes, scale + p * kRowTile, start + p * kRowTile);
             }
-            const float largest = float_of(_mm512_reduce_max_epu32(largest_bits));
-            const __m512 factor = _mm512_set1_ps(largest > 0 ? 127.0f / largest : 0.0f);
-            __m512i sum = _mm512_setzero_si512();
-            for (std::int64_t c = 0; c < C; c += 16) {
-                const __m512i code = _mm512_cvtps_epi32(_mm512_mul_ps(values(c, mask_at(c)), factor));
-                sum = _mm512_add_epi32(sum, code);
-                alignas(16) std::int32_t four[4];
-                _mm_store_si128(reinterpret_cast<__m128i*>(four), _mm512_cvtsepi32_epi8(code));
-                const std::int64_t count = smaller(4, groups - c / kGroup);
-                for (std::int64_t g = 0; g < count; ++g) {
-                    std::memcpy(codes + ((c / kGroup + g) * kRowTile + i) * kGroup, four + g, kGroup);
-                }
-            }
-            rows.scale[t] = largest / 127.0f;
-            rows.sum[t] = _mm512_reduce_add_epi32(sum);
         }
     }
 }
@@ -150,43 +163,63 @@ void pack_columns(const Weight4bit& w, __m512 values, const float* row_scale, st
     }
 }
 
-// 12 rows by 32 columns: the sums over all groups, in 24 registers; written to sums (12, 32) at the end.
-void multiply_tile(const std::int8_t* codes, const std::uint8_t* panel, std::int64_t groups, std::int32_t* sums) {
+// sums += 64 products of a byte by a byte, in fours. As assembly: GCC 12 copies the result of its intrinsic from register to register
+// and to the stack when a loop's sums are used as floats after it, which halves the speed.
+inline void add_products(__m512i& sums, __m512i w, __m512i x) { asm("vpdpbusd %2, %1, %0" : "+v"(sums) : "v"(w), "v"(x)); }
+
+// One part of 12 rows by 32 columns: its integer sums live in 24 registers, start at `start` (12), and are added, scaled, to sums
+// (12, 32).
+template <bool First>
+void multiply_part(const std::int8_t* codes, const float* scale, const std::int32_t* start, const std::uint8_t* panel,
+                   std::int64_t groups, float* sums) {
     __m512i left[kRowTile], right[kRowTile];
 #pragma GCC unroll 12
-    for (int i = 0; i < kRowTile; ++i) left[i] = right[i] = _mm512_setzero_si512();
-    for (std::int64_t g = 0; g < groups; ++g, codes += kRowTile * kGroup, panel += kPanel * kGroup) {
+    for (int i = 0; i < kRowTile; ++i) left[i] = right[i] = _mm512_set1_epi32(start[i]);
+    const std::uint8_t* const end = panel + groups * kPanel * kGroup;
+    do {
         const __m512i w_left = _mm512_load_si512(panel), w_right = _mm512_load_si512(panel + 64);
 #pragma GCC unroll 12
         for (int i = 0; i < kRowTile; ++i) {
             std::int32_t four;
             std::memcpy(&four, codes + i * kGroup, sizeof four);
             const __m512i x = _mm512_set1_epi32(four);
-            left[i] = _mm512_dpbusd_epi32(left[i], w_left, x);
-            right[i] = _mm512_dpbusd_epi32(right[i], w_right, x);
+            add_products(left[i], w_left, x);
+            add_products(right[i], w_right, x);
         }
-    }
+        codes += kRowTile * kGroup;
+        panel += kPanel * kGroup;
+    } while (panel != end);
 #pragma GCC unroll 12
-    for (int i = 0; i < kRowTile; ++i) {
-        _mm512_store_si512(sums + i * kPanel, left[i]);
-        _mm512_store_si512(sums + i * kPanel + 16, right[i]);
+    for (int i = 0; i < kRowTile; ++i, sums += kPanel) {
+        const __m512 s = _mm512_set1_ps(scale[i]), a = _mm512_cvtepi32_ps(left[i]), b = _mm512_cvtepi32_ps(right[i]);
+        _mm512_store_ps(sums, First ? _mm512_mul_ps(a, s) : _mm512_fmadd_ps(a, s, _mm512_load_ps(sums)));
+        _mm512_store_ps(sums + 16, First ? _mm512_mul_ps(b, s) : _mm512_fmadd_ps(b, s, _mm512_load_ps(sums + 16)));
     }
 }
 
-// `Rows` rows of a tile from t on: scales, bias and the low-rank branch on the sums of 32 columns.
+void multiply_tile(const std::int8_t* codes, const float* scale, const std::int32_t* start, const std::uint8_t* panel,
+                   std::int64_t groups, float* sums) {
+    constexpr std::int64_t kPartGroups = kPart / kGroup;
+    multiply_part<true>(codes, scale, start, panel, smaller(kPartGroups, groups), sums);
+    for (std::int64_t g = kPartGroups; g < groups; g += kPartGroups) {
+        scale += kRowTile;
+        start += kRowTile;
+        multiply_part<false>(codes + g * kRowTile * kGroup, scale, start, panel + g * kPanel * kGroup,
+                             smaller(kPartGroups, groups - g), sums);
+    }
+}
+
+// `Rows` rows of a tile, t the first: column scales, bias and the low-rank branch on the sums of 32 columns.
 template <int Rows>
-inline void finish_rows(const Rows8bit& x, const std::int32_t* sums, std::int64_t t, const __m512 (&column_scale)[2],
-                        const __m512 (&bias)[2], const Addition& addition, const float* factor, const __mmask16 (&masks)[2],
-                        float* out, std::int64_t columns) {
+inline void finish_rows(const float* sums, std::int64_t t, const __m512 (&column_scale)[2], const __m512 (&bias)[2],
+                        const Addition& addition, const float* factor, const __mmask16 (&masks)[2], float* out,
+                        std::int64_t columns) {
     __m512 y[Rows][2];
 #pragma GCC unroll 8
     for (int i = 0; i < Rows; ++i) {
-        const __m512i surplus = _mm512_set1_epi32(128 * x.sum[t + i]);
-        const __m512 scale = _mm512_set1_ps(x.scale[t + i]);
 #pragma GCC unroll 2
         for (int half = 0; half < 2; ++half) {
-            const __m512i sum = _mm512_sub_epi32(_mm512_load_si512(sums + i * kPanel + half * 16), surplus);
-            y[i][half] = _mm512_fmadd_ps(_mm512_mul_ps(_mm512_cvtepi32_ps(sum), scale), column_scale[half], bias[half]);
+            y[i][half] = _mm512_fmadd_ps(_mm512_load_ps(sums + i * kPanel + half * 16), column_scale[half], bias[half]);
         }
     }
     for (std::int64_t j = 0; j < addition.r; ++j) {
@@ -233,15 +266,17 @@ void matmul(const Rows8bit& x, const Weight4bit& w, std::int64_t N, std::int64_t
             bias[half] = addition.bias ? _mm512_maskz_loadu_ps(masks[half], addition.bias + c) : _mm512_setzero_ps();
         }
         for (std::int64_t tile = 0; tile < tiles; ++tile) {
-            alignas(64) std::int32_t sums[kRowTile * kPanel];
-            multiply_tile(x.codes + tile * groups * kRowTile * kGroup, panel, groups, sums);
+            alignas(64) float sums[kRowTile * kPanel];
+            const std::int64_t first_part = tile * parts_of(x.C) * kRowTile;
+            multiply_tile(x.codes + tile * groups * kRowTile * kGroup, x.scale + first_part, x.start + first_part, panel, groups,
+                          sums);
             const std::int64_t t0 = tile * kRowTile, count_t = smaller(kRowTile, x.T - t0);
             std::int64_t i = 0;
             for (; i + 6 <= count_t; i += 6) {
-                finish_rows<6>(x, sums + i * kPanel, t0 + i, column_scale, bias, addition, factor, masks, out + first, columns);
+                finish_rows<6>(sums + i * kPanel, t0 + i, column_scale, bias, addition, factor, masks, out + first, columns);
             }
             for (; i < count_t; ++i) {
-                finish_rows<1>(x, sums + i * kPanel, t0 + i, column_scale, bias, addition, factor, masks, out + first, columns);
+                finish_rows<1>(sums + i * kPanel, t0 + i, column_scale, bias, addition, factor, masks, out + first, columns);
             }
         }
     }
