@@ -129,7 +129,7 @@ def test_an_output_that_cannot_be_written_is_exit_code_2(tiny_model, tiny_data, 
     assert "error: Cannot write to the output folder" in err
 
 
-@pytest.mark.parametrize(("what", "words"), [("decode", "--data is for 'bench train'"), ("train", "no rows of 'messages'")])
+@pytest.mark.parametrize(("what", "words"), [("decode", "--data is for 'bench train' and"), ("train", "no rows of 'messages'")])
 def test_bench_takes_real_rows_of_messages_and_only_for_training(what, words, tiny_data):
     code, _, err = lownibble_("bench", what, "--data", tiny_data)
     assert code == 2

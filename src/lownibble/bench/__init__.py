@@ -30,11 +30,18 @@ def _parity(**options: Any) -> dict[str, Any]:
     return bench_parity(**options)
 
 
+def _quality(**options: Any) -> dict[str, Any]:
+    from lownibble.bench.quality import bench_quality
+
+    return bench_quality(**options)
+
+
 BENCHES: dict[str, Callable[..., dict[str, Any]]] = {
     "kernels": _kernels,
     "parity": _parity,
     "train": _train,
     "decode": _decode,
+    "quality": _quality,
 }
 """What `lownibble bench` measures: name -> function (peers, repeats), which returns the figures of a record.
 

@@ -87,8 +87,10 @@ def bench(arguments: argparse.Namespace) -> dict[str, Any]:
 
     options: dict[str, Any] = {"repeats": arguments.repeats} if arguments.repeats else {}
     if arguments.data:
-        if arguments.what != "train":
-            raise ConfigError(f"--data is for 'bench train'; 'bench {arguments.what}' has work of its own. Leave it out.")
+        if arguments.what not in ("train", "quality"):
+            raise ConfigError(
+                f"--data is for 'bench train' and 'bench quality'; 'bench {arguments.what}' has work of its own. Leave it out."
+            )
         options["data"] = arguments.data
     measured = BENCHES[arguments.what](peers=arguments.peers, **options)
     result = {**record.new(f"bench-{arguments.what}"), "status": "ok", "environment": record.environment(), **measured}

@@ -1,0 +1,75 @@
+"""`lownibble bench quality`: does QLoRA on 8-bit products learn as well as in exact compute?
+
+The same run in both, for several seeds and one or two tasks: the embedded one and the rows of `data`. A seed decides the order of
+the rows and the start of the adapter, so runs of one seed are compared in pairs. The yardstick is what another seed does to the
+exact run: a mean difference smaller than the standard deviation over seeds cannot be told from chance here.
+"""
+
+from __future__ import annotations
+
+import statistics
+import sys
+from typing import Any
+
+from lownibble.config import COMPARE_TRAIN, DataConfig, QuantConfig, RunConfig
+from lownibble.errors import ConfigError
+from lownibble.training import run
+
+COMPUTES = ("exact", "int8")
+
+NLI = {"prompt_template": "{premise}\nClaim: {hypothesis}\nThe claim is a", "completion_template": " {label}"}
+"""How rows of natural-language inference (premise, hypothesis, label) are put to the model."""
+
+
+def bench_quality(*, peers: bool = False, repeats: int = 3, data: str | None = None, max_eval_rows: int = 256) -> dict[str, Any]:
+    """Train on the embedded model in both kinds of compute.
+
+    Args:
+        peers: not taken.
+        repeats: seeds; at least two.
+        data: a second task: labelled rows of natural-language inference.
+        max_eval_rows: evaluation rows of a task.
+    Raises:
+        ConfigError: `peers`, or fewer than two seeds.
+        BackendError: 8-bit products do not run here.
+    """
+    if peers or repeats < 2:
+        raise ConfigError(
+            "'bench quality' compares Lownibble with itself over at least two seeds. Leave --peers out, --repeats 3."
+        )
+    tasks: dict[str, dict[str, Any]] = {}
+    for path in ("demo", *([data] if data else [])):
+        runs: dict[str, list[dict[str, float]]] = {compute: [] for compute in COMPUTES}
+        for seed in range(repeats):
+            for compute in COMPUTES:
+                runs[compute].append(_run(path, max_eval_rows, seed, compute))
+                print(f"bench quality: {path}, seed {seed}, {compute}: {runs[compute][-1]}", file=sys.stderr)
+        tasks[path] = {"runs": runs, "figures": {name: _compare(runs, name) for name in runs["exact"][0]}}
+    headlines = {
+        f"{path}: {name}, {what}": figure[what]
+        for path, task in tasks.items() for name, figure in task["figures"].items()
+        for what in ("exact_mean", "exact_sd", "int8_mean", "difference_mean")
+    }  # fmt: skip
+    headlines["within the seeds' noise"] = str(all(f["within"] for task in tasks.values() for f in task["figures"].values()))
+    workload = {"model": "demo", "seeds": repeats, "train": COMPARE_TRAIN.to_dict(), "max_eval_rows": max_eval_rows}
+    return {"workload": workload, "tasks": tasks, "headlines": headlines}
+
+
+def _run(path: str, max_eval_rows: int, seed: int, compute: Any) -> dict[str, float]:
+    """Evaluation loss and scores at the end of one run."""
+    train = COMPARE_TRAIN.with_options(seed=seed, eval_steps=None, torch_compile=False)
+    data = DataConfig(path=path, max_eval_rows=max_eval_rows, **({} if path == "demo" else NLI))
+    result = run(RunConfig(method="qlora", data=data, quant=QuantConfig(compute=compute), train=train))
+    last = result.record["evaluations"][-1]
+    return {"loss": last["loss"], **last["scores"]}
+
+
+def _compare(runs: dict[str, list[dict[str, float]]], name: str) -> dict[str, Any]:
+    exact, int8 = ([found[name] for found in runs[compute]] for compute in COMPUTES)
+    differences = [b - a for a, b in zip(exact, int8, strict=True)]
+    mean, deviation = statistics.fmean(differences), statistics.stdev(exact)
+    return {
+        "exact_mean": statistics.fmean(exact), "exact_sd": deviation,
+        "int8_mean": statistics.fmean(int8), "int8_sd": statistics.stdev(int8),
+        "difference_mean": mean, "differences": differences, "within": abs(mean) <= deviation,
+    }  # fmt: skip
