@@ -1,7 +1,8 @@
 """One contender of the training benchmark, in a process of its own: `python -m lownibble.bench.contender NAME B T`.
 
 It builds its model, then takes turns (`training/turns.py`): a turn is some training steps on the next fixed batches. All
-contenders do the same work: same weights, batches, rank, targets, optimiser, clipping; loss on every token.
+contenders do the same work: same weights, batches, rank, targets, optimiser, clipping; loss on every token. They run on CUDA
+where there is one, in bfloat16, else on the CPU in float32.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from torch.utils.flop_counter import flop_registry
 from lownibble.config import DataConfig, LoraConfig, QuantConfig
 from lownibble.data import load as load_data
 from lownibble.lora import add_lora
-from lownibble.models import load, load_tokenizer, resolve
+from lownibble.models import load, load_tokenizer, pick_device, pick_dtype, resolve
 from lownibble.optim import make_optimizer
 from lownibble.training import memory
 from lownibble.training.compiling import Compiled
@@ -47,12 +48,16 @@ def _peft(quantized: bool) -> tuple[nn.Module, StepLoss]:
     import peft
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
+    device = pick_device()
+    dtype = pick_dtype("auto", device)
     extra: dict[str, Any] = {}
     if quantized:
         extra["quantization_config"] = BitsAndBytesConfig(
-            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=torch.float32
+            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype
         )
-    base = AutoModelForCausalLM.from_pretrained(resolve("demo").folder, dtype=torch.float32, **extra)
+    if device.type != "cpu":
+        extra["device_map"] = {"": device}
+    base = AutoModelForCausalLM.from_pretrained(resolve("demo").folder, dtype=dtype, **extra)
     if quantized:
         base = peft.prepare_model_for_kbit_training(base, use_gradient_checkpointing=False)
     model = peft.get_peft_model(base, peft.LoraConfig(r=R, lora_alpha=ALPHA, target_modules="all-linear", task_type="CAUSAL_LM"))
@@ -84,8 +89,8 @@ def main(name: str, batch_size: int, length: int) -> None:
     """Build the contender `name` and take turns until standard input ends."""
     if name.startswith("peft"):
         import peft  # noqa: F401 - before the baseline: a peer's imports are not its working memory
-    data_NBT = batches(batch_size, length)
-    device = torch.device("cpu")
+    device = pick_device()
+    data_NBT = batches(batch_size, length).to(device)
     memory.reset_peak(device)
     baseline = memory.used_bytes(device)
     torch.manual_seed(0)
@@ -105,7 +110,7 @@ def main(name: str, batch_size: int, length: int) -> None:
             nn.utils.clip_grad_norm_(trained, CLIP)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-            losses.append(float(loss.detach()))
+            losses.append(float(loss.detach()))  # waits for a GPU to finish the step
             seconds += time.perf_counter() - began
             step += 1
         return {

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from lownibble.models import load, load_tokenizer, resolve
+from lownibble.models import load, load_tokenizer, pick_device, pick_dtype, resolve
 from lownibble.training.turns import TurnTaker, answer_turns, play, ratio, spread
 
 PROMPT = "The film follows a retired watchmaker who"
@@ -51,10 +51,14 @@ def bench_decode(*, peers: bool = False, repeats: int = 5, tokens: int = 48) -> 
 def _bitsandbytes() -> Any:
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
+    device = pick_device()
+    dtype = pick_dtype("auto", device)
     config = BitsAndBytesConfig(
-        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=torch.float32
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype
     )
-    return AutoModelForCausalLM.from_pretrained(resolve("demo").folder, dtype=torch.float32, quantization_config=config).eval()
+    placed = {} if device.type == "cpu" else {"device_map": {"": device}}
+    folder = resolve("demo").folder
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, quantization_config=config, **placed).eval()
 
 
 CONTENDERS: dict[str, Callable[[], Any]] = {
@@ -68,7 +72,7 @@ CONTENDERS: dict[str, Callable[[], Any]] = {
 def main(name: str) -> None:
     """Build the contender `name` and take turns until standard input ends."""
     model, tokenizer = CONTENDERS[name](), load_tokenizer(resolve("demo"))
-    prompt = tokenizer(PROMPT, return_tensors="pt")
+    prompt = tokenizer(PROMPT, return_tensors="pt").to(pick_device())
 
     def do(tokens: int) -> dict[str, Any]:
         began = time.perf_counter()
@@ -76,8 +80,8 @@ def main(name: str) -> None:
             output = model.generate(
                 **prompt, max_new_tokens=tokens, min_new_tokens=tokens, do_sample=False, pad_token_id=tokenizer.pad_token_id
             )
+        new = output[0, prompt["input_ids"].shape[1] :].tolist()  # waits for a GPU
         seconds = time.perf_counter() - began
-        new = output[0, prompt["input_ids"].shape[1] :]
         return {"tokens": len(new), "seconds": seconds, "text": tokenizer.decode(new)}
 
     answer_turns({"contender": name}, do)

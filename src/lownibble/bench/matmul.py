@@ -1,7 +1,7 @@
-"""What this machine's float32 matrix product can do, measured in turn with everything else: `python -m lownibble.bench.matmul`.
+"""What this machine's matrix product can do, measured in turn with everything else: `python -m lownibble.bench.matmul`.
 
-A square product whose operands fit the caches, written into the same output: no training step can be faster than its products at
-this rate.
+In float32, or bfloat16 on CUDA. A square product whose operands fit the caches, written into the same output: no training step
+can be faster than its products at this rate.
 """
 
 from __future__ import annotations
@@ -11,20 +11,25 @@ from typing import Any
 
 import torch
 
+from lownibble.models import pick_device, pick_dtype
 from lownibble.training.turns import answer_turns
 
-SIZE, REPEATS = 2048, 6
+SIZE, SIZE_CUDA, REPEATS = 2048, 8192, 6
 
 
 def main() -> None:
     """Take turns until standard input ends; a turn is `REPEATS` products for each step asked for."""
-    a, b, out = torch.randn(SIZE, SIZE), torch.randn(SIZE, SIZE), torch.empty(SIZE, SIZE)
+    device = pick_device()
+    size = SIZE if device.type == "cpu" else SIZE_CUDA
+    a = torch.randn(size, size, device=device, dtype=pick_dtype("auto", device))
+    b, out = torch.randn_like(a), torch.empty_like(a)
 
     def do(steps: int) -> dict[str, Any]:
         began = time.perf_counter()
         for _ in range(steps * REPEATS):
             torch.mm(a, b, out=out)
-        return {"flops": 2.0 * SIZE**3 * REPEATS * steps, "seconds": time.perf_counter() - began}
+        out[0, 0].item()  # waits for a GPU
+        return {"flops": 2.0 * size**3 * REPEATS * steps, "seconds": time.perf_counter() - began}
 
     answer_turns({}, do)
 

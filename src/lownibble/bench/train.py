@@ -19,7 +19,9 @@ from typing import Any, Literal
 from lownibble.config import DataConfig, QuantConfig, RunConfig, TrainConfig
 from lownibble.data import Dataset
 from lownibble.data import load as load_data
-from lownibble.errors import DataError
+from lownibble.errors import BackendError, DataError
+from lownibble.models import pick_device
+from lownibble.quant import int8
 from lownibble.training.turns import TurnTaker, play, ratio, spread
 
 Answers = dict[str, list[dict[str, Any]]]
@@ -78,8 +80,17 @@ def bench_train(
     return {"workload": workload, "limit": limit, "contenders": figures, "ratios": ratios, "headlines": headlines}
 
 
+def _int8() -> tuple[str, ...]:
+    """The contender on 8-bit products, where the device has them."""
+    try:
+        int8.choose("int8", pick_device())
+    except BackendError:
+        return ()
+    return ("qlora_int8",)
+
+
 def _fixed_work(peers: bool, batch_size: int, length: int) -> dict[str, tuple[str, ...]]:
-    names = ("lora", "qlora", "qlora_int8", "lora_eager", "qlora_eager", *(("peft_lora", "peft_bnb_qlora") if peers else ()))
+    names = ("lora", "qlora", *_int8(), "lora_eager", "qlora_eager", *(("peft_lora", "peft_bnb_qlora") if peers else ()))
     commands = {name: ("lownibble.bench.contender", name, str(batch_size), str(length)) for name in names}
     return {"matmul": ("lownibble.bench.matmul",), **commands}
 
@@ -98,10 +109,9 @@ def _real_rows(
         path.write_text(json.dumps(run.to_dict()))
         return str(path)
 
-    exact, in_int8 = spec("exact"), spec("int8")
-    commands: dict[str, tuple[str, ...]] = {
-        "qlora": ("lownibble.training.turns", exact), "qlora_int8": ("lownibble.training.turns", in_int8),
-    }  # fmt: skip
+    exact = spec("exact")
+    commands: dict[str, tuple[str, ...]] = {"qlora": ("lownibble.training.turns", exact)}
+    commands |= {name: ("lownibble.training.turns", spec("int8")) for name in _int8()}
     if peers:
         commands["trl"] = ("lownibble.bench.trl_run", exact, "padded")
         commands["trl_packed"] = ("lownibble.bench.trl_run", exact, "packed")

@@ -1,8 +1,8 @@
 """TRL's SFTTrainer as a contender on real rows: `python -m lownibble.bench.trl_run SPEC.json padded|packed`.
 
 The specification is the `RunConfig` that our own contenders get: same model, rows, batch size, length, rank, targets and learning
-rate. PEFT on bitsandbytes 4-bit layers, float32, loss on every token, SFTConfig's defaults otherwise, but no gradient
-checkpointing (a default of TRL that would slow it down; ours are run without it too). Packed is TRL's `bfd`.
+rate. PEFT on bitsandbytes 4-bit layers, float32 (bfloat16 on CUDA), loss on every token, SFTConfig's defaults otherwise, but no
+gradient checkpointing (a default of TRL that would slow it down; ours are run without it too). Packed is TRL's `bfd`.
 
 A turn is some optimiser steps of the one `train()` call, which waits in a callback while others have theirs. Time is taken from
 the start of a step to its end, without tokenising and collating, as ours is; tokens are the real ones.
@@ -21,7 +21,7 @@ import torch
 
 from lownibble.config import RunConfig
 from lownibble.data import load as load_data
-from lownibble.models import load_tokenizer, resolve
+from lownibble.models import load_tokenizer, pick_device, pick_dtype, resolve
 from lownibble.training import memory
 
 
@@ -35,13 +35,15 @@ def main(spec: str, packing: bool) -> None:
 
     config = RunConfig(**json.loads(Path(spec).read_text()))
     rows = [{"messages": row.fields["messages"]} for row in load_data(config.data)[0].rows]
-    source, device = resolve(config.model), torch.device("cpu")
+    source, device = resolve(config.model), pick_device()
+    dtype = pick_dtype("auto", device)
     memory.reset_peak(device)
     baseline = memory.used_bytes(device)
     quantization = BitsAndBytesConfig(
-        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=torch.float32
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype
     )
-    model = AutoModelForCausalLM.from_pretrained(source.folder, dtype=torch.float32, quantization_config=quantization)
+    placed = {} if device.type == "cpu" else {"device_map": {"": device}}
+    model = AutoModelForCausalLM.from_pretrained(source.folder, dtype=dtype, quantization_config=quantization, **placed)
 
     class Timed(SFTTrainer):  # type: ignore[misc]
         tokens = padded_tokens = 0
@@ -64,6 +66,8 @@ def main(spec: str, packing: bool) -> None:
             self.began = time.perf_counter()
 
         def on_step_end(self, *_: Any, **__: Any) -> None:
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
             self.seconds += time.perf_counter() - self.began
             self.left -= 1
             if self.left == 0:
@@ -76,8 +80,9 @@ def main(spec: str, packing: bool) -> None:
             model,
             args=SFTConfig(
                 folder, per_device_train_batch_size=config.train.batch_size, max_length=config.train.max_length, packing=packing,
-                learning_rate=config.train.learning_rate, num_train_epochs=1e6, gradient_checkpointing=False, bf16=False,
-                use_cpu=True, disable_tqdm=True, logging_strategy="no", save_strategy="no", report_to="none",
+                learning_rate=config.train.learning_rate, num_train_epochs=1e6, gradient_checkpointing=False,
+                bf16=dtype == torch.bfloat16, use_cpu=device.type == "cpu", disable_tqdm=True, logging_strategy="no",
+                save_strategy="no", report_to="none",
             ),
             train_dataset=Dataset.from_list(rows),
             processing_class=load_tokenizer(source),

@@ -83,6 +83,7 @@ def compare(arguments: argparse.Namespace) -> dict[str, Any]:
 
 def bench(arguments: argparse.Namespace) -> dict[str, Any]:
     """Run a benchmark and show its figures."""
+    from lownibble.models import pick_device
     from lownibble.training import record
 
     options: dict[str, Any] = {"repeats": arguments.repeats} if arguments.repeats else {}
@@ -93,7 +94,12 @@ def bench(arguments: argparse.Namespace) -> dict[str, Any]:
             )
         options["data"] = arguments.data
     measured = BENCHES[arguments.what](peers=arguments.peers, **options)
-    result = {**record.new(f"bench-{arguments.what}"), "status": "ok", "environment": record.environment(), **measured}
+    result = {
+        **record.new(f"bench-{arguments.what}"),
+        "status": "ok",
+        "environment": record.environment(pick_device()),
+        **measured,
+    }
     if arguments.output:
         record.write(arguments.output, result)
     console = _console(arguments)
