@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -149,6 +150,20 @@ def test_what_is_missing_is_said(missing, wide_model, monkeypatch, tmp_path):
     assert not compiling.choose("auto", model, device, 10**15)[0]
     with pytest.raises(ConfigError, match=f"{words}.*torch_compile=False"):
         compiling.choose(True, model, device, 1)
+
+
+def test_graphs_of_other_versions_are_not_used(tmp_path, monkeypatch):
+    """torch's cache on disk knows an operator by its name; the digest of the code behind it is part of the key."""
+    rooms = tmp_path / "lownibble"
+    for room in ("kernels", "quant", "lora"):
+        shutil.copytree(Path(ln.__file__).parent / room, rooms / room, ignore=shutil.ignore_patterns("*.so", "native"))
+    tags = [compiling._operators.__wrapped__()]
+    monkeypatch.setattr(ln, "__file__", str(rooms / "__init__.py"))
+    tags.append(compiling._operators.__wrapped__())
+    with (rooms / "lora" / "product.py").open("a") as file:
+        file.write("# another version\n")
+    tags.append(compiling._operators.__wrapped__())
+    assert tags[0] == tags[1] != tags[2]
 
 
 def test_a_layer_that_cannot_be_compiled_is_a_clear_error(wide_model):

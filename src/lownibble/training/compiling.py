@@ -11,17 +11,20 @@ caller see the model as it came.
 
 from __future__ import annotations
 
+import hashlib
 import shutil
 import sysconfig
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from torch import nn
 
+import lownibble
 from lownibble.errors import ConfigError, TrainingError
 from lownibble.lora import count_parameters
 from lownibble.models import attention
@@ -73,6 +76,15 @@ def repeated_layers(model: Any) -> list[nn.Module]:
     return [module for module in model.modules() if type(module).__name__ in names]
 
 
+@cache
+def _operators() -> str:
+    """A digest of the code behind the custom operators. torch keeps compiled graphs on disk and knows a graph by the names of its
+    operators: without this, a graph compiled with an older version of Lownibble would be used with this one."""
+    folder = Path(lownibble.__file__).parent
+    files = sorted(file for room in ("kernels", "quant", "lora") for file in (folder / room).glob("*.py"))
+    return "lownibble-" + hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:16]
+
+
 @contextmanager
 def _torchs_own_warnings_off() -> Iterator[None]:
     """The compiler's parts warn about each other (deprecated functions that they import); a user can do nothing about it."""
@@ -89,6 +101,7 @@ class Compiled:
         if not model.get_input_embeddings().weight.requires_grad:
             layers = layers[1:]
         attention.keep_out_of_graphs()
+        torch.compiler.config.cache_key_tag = _operators()
         with _torchs_own_warnings_off():
             self.forwards: list[tuple[nn.Module, Callable[..., Any]]] = [
                 (layer, torch.compile(layer.forward, dynamic=True)) for layer in layers
