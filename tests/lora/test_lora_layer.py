@@ -118,6 +118,20 @@ def test_dropout_follows_the_seed_and_the_mode():
     assert mask.mean().item() == pytest.approx(1, abs=0.05)  # 9600 draws: 5 standard deviations
 
 
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
+def test_a_bias_of_another_dtype(backend):
+    """A bfloat16 bias in the base, float32 activations."""
+    layer = LoraLinear(QuantLinear.from_linear(nn.Linear(64, 48).bfloat16()))
+    layer.add("a", r=4, alpha=8, dropout=0.0, use_rslora=False)
+    x = random(9, 64).requires_grad_()
+    with ln.use_backend(backend):
+        y = layer(x)
+        y.sum().backward()
+        expected = layer.base(x)
+    assert y.dtype == torch.float32
+    torch.testing.assert_close(y, expected, rtol=0, atol=ROUNDING[torch.float32])
+
+
 def test_no_input_gradient_where_none_is_wanted(monkeypatch):
     layer = make("nf4")
     products = []

@@ -12,7 +12,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import lownibble as ln
 from lownibble.config import DataConfig, LoraConfig, QuantConfig, RunConfig, TrainConfig
-from lownibble.errors import BackendError, ConfigError, TrainingError
+from lownibble.errors import BackendError, ConfigError, OutputError, TrainingError
 from lownibble.kernels import cpu
 from lownibble.lora.layer import LoraLinear
 from lownibble.lora.product import lora_matmul
@@ -32,12 +32,12 @@ needs_vnni = pytest.mark.skipif(not HAS_INT8, reason="no compiled kernels, or no
 
 @pytest.fixture(scope="module")
 def wide_model(tiny_model, tmp_path_factory):
-    """The tiny model with two layers, as wide as the kernels want."""
+    """The tiny model with three layers and biases in attention, as wide as the kernels want."""
     folder = tmp_path_factory.mktemp("wide") / "model"
     shutil.copytree(tiny_model, folder)
     sizes = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4, "num_key_value_heads": 2}
     torch.manual_seed(0)
-    config = LlamaConfig.from_pretrained(tiny_model, **sizes, head_dim=16, num_hidden_layers=2)
+    config = LlamaConfig.from_pretrained(tiny_model, **sizes, head_dim=16, num_hidden_layers=3, attention_bias=True)
     LlamaForCausalLM(config).save_pretrained(folder)
     return folder
 
@@ -62,7 +62,10 @@ CASES = {
 @pytest.mark.parametrize("case", CASES)
 def test_a_compiled_run_is_the_plain_one_but_for_rounding(case, wide_model, tiny_data, tmp_path):
     plain = train(wide_model, tiny_data, tmp_path / "plain", False, **CASES[case])
+    graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
     compiled = train(wide_model, tiny_data, tmp_path / "compiled", True, **CASES[case])
+    if case == "dense":  # both kinds of batch, with and without padding, and one graph of each for two layers
+        assert torch._dynamo.utils.counters["stats"]["unique_graphs"] - graphs in (1, 2)
     assert compiled.losses == pytest.approx(plain.losses, rel=1e-3)
     assert compiled.eval_loss == pytest.approx(plain.eval_loss, rel=1e-3)
     assert compiled.losses[-1] < compiled.losses[0]
@@ -86,6 +89,9 @@ def test_8bit_products_and_dropout_repeat_and_resume_bit_for_bit(wide_model, tin
     shutil.rmtree(sorted((tmp_path / "cut" / "checkpoints").iterdir())[-1])
     resumed = train(wide_model, tiny_data, tmp_path / "cut", True, **options, resume=True)
     assert resumed.losses == whole.losses
+    shutil.rmtree(sorted((tmp_path / "cut" / "checkpoints").iterdir())[-1])
+    with pytest.raises(OutputError, match="compiled: True -> False"):
+        train(wide_model, tiny_data, tmp_path / "cut", False, **options, resume=True)
     files = [load_file(tmp_path / name / "adapter" / "adapter_model.safetensors") for name in ("whole", "cut")]
     assert all(torch.equal(tensor, files[1][key]) for key, tensor in files[0].items())
 
@@ -129,27 +135,73 @@ def test_when_it_is_chosen(wide_model):
     chosen, why = compiling.choose("auto", model, CPU, enough // 2)
     assert not chosen
     assert "compiling pays from 1e+14" in why
+    chosen, why = compiling.choose("auto", model, torch.device("cuda"), enough)
+    assert not chosen
+    assert "has not been measured on 'cuda'" in why
 
 
-@pytest.mark.parametrize("missing", ["compiler", "headers", "layers", "device"])
+@pytest.mark.parametrize("missing", ["compiler", "headers", "layers"])
 def test_what_is_missing_is_said(missing, wide_model, monkeypatch, tmp_path):
     model, _ = ln.load(str(wide_model), quant=None)
-    device, words = (
-        CPU,
-        {"compiler": "C\\+\\+ compiler", "headers": "headers", "layers": "not known", "device": "'meta'"}[missing],
-    )
+    words = {"compiler": "no C\\+\\+ compiler", "headers": "headers", "layers": "not known"}[missing]
     if missing == "compiler":
-        monkeypatch.setattr(compiling.shutil, "which", lambda name: None)
+        monkeypatch.setattr("torch._inductor.cpp_builder.get_cpp_compiler", lambda: "/nonexistent/g++")
     elif missing == "headers":
         monkeypatch.setattr(compiling.sysconfig, "get_path", lambda name: str(tmp_path))
-    elif missing == "layers":
-        monkeypatch.setattr(type(model), "_no_split_modules", None)
-        model._no_split_modules = None
     else:
-        device = torch.device("meta")
-    assert not compiling.choose("auto", model, device, 10**15)[0]
+        model._no_split_modules = None
+    chosen, why = compiling.choose("auto", model, CPU, 10**15)
+    assert not chosen
+    assert why.startswith(compiling.IMPOSSIBLE)
     with pytest.raises(ConfigError, match=f"{words}.*torch_compile=False"):
-        compiling.choose(True, model, device, 1)
+        compiling.choose(True, model, CPU, 1)
+
+
+@pytest.mark.parametrize("option", ["auto", True])
+def test_auto_goes_on_where_compiling_fails_and_true_does_not(option, wide_model, tiny_data, tmp_path, monkeypatch, capfd):
+    monkeypatch.setitem(compiling.PAYS_AFTER_FLOPS, "cpu", 1.0)
+
+    def broken(*_, **__):
+        return lambda *a, **k: (_ for _ in ()).throw(torch._dynamo.exc.InternalTorchDynamoError("no luck"))
+
+    monkeypatch.setattr(compiling.torch, "compile", broken)
+    if option is True:
+        with pytest.raises(TrainingError, match="could not be compiled: no luck"):
+            train(wide_model, tiny_data, tmp_path / "out", option, max_steps=1)
+        return
+    result = train(wide_model, tiny_data, tmp_path / "out", option, max_steps=1)
+    speed = result.record["speed"]
+    assert not speed["compiled"]
+    assert speed["compile_reason"].startswith("not possible here: A decoder layer could not be compiled: no luck")
+
+
+def test_too_many_graphs_are_an_error_not_a_slow_path(wide_model, monkeypatch):
+    torch._dynamo.reset()
+    monkeypatch.setattr(compiling, "GRAPHS", 1)
+    model, _ = ln.load(str(wide_model), quant="nf4")
+    ln.add_lora(model, LoraConfig(r=5, rank_pattern={"layers.1.mlp.up_proj": 6, "layers.2.mlp.up_proj": 7}))
+    compiled, ids = compiling.Compiled(model.train()), torch.arange(8).view(2, 4)
+    with (
+        compiling.torchs_own_warnings_off(),
+        pytest.raises(TrainingError, match="more than 1 graphs.*--torch-compile false"),
+        compiled(),
+    ):
+        model(ids)
+
+
+def test_hooks_on_a_layer_stay(wide_model):
+    model, _ = ln.load(str(wide_model), quant=None)
+    layer, calls = model.base_model.layers[1], []
+    plain = layer.forward
+
+    def hooked(*arguments, **options):
+        calls.append(1)
+        return plain(*arguments, **options)
+
+    layer.forward = hooked
+    with compiling.Compiled(model)():
+        assert layer.forward is not hooked
+    assert layer.forward is hooked
 
 
 def test_graphs_of_other_versions_are_not_used(tmp_path, monkeypatch):

@@ -61,7 +61,12 @@ def _peft(quantized: bool) -> tuple[nn.Module, StepLoss]:
     if quantized:
         base = peft.prepare_model_for_kbit_training(base, use_gradient_checkpointing=False)
     model = peft.get_peft_model(base, peft.LoraConfig(r=R, lora_alpha=ALPHA, target_modules="all-linear", task_type="CAUSAL_LM"))
-    return model, lambda input_ids_BT: model(input_ids=input_ids_BT, labels=input_ids_BT, use_cache=False).loss
+
+    def loss(input_ids_BT: Tensor) -> Tensor:
+        with torch.autocast(device.type, dtype, enabled=dtype == torch.bfloat16):  # kbit training makes norms and head float32
+            return model(input_ids=input_ids_BT, labels=input_ids_BT, use_cache=False).loss  # type: ignore[no-any-return]
+
+    return model, loss
 
 
 CONTENDERS: dict[str, Callable[[], tuple[nn.Module, StepLoss]]] = {

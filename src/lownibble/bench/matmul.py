@@ -1,6 +1,6 @@
 """What this machine's matrix product can do, measured in turn with everything else: `python -m lownibble.bench.matmul`.
 
-In float32, or bfloat16 on CUDA. A square product whose operands fit the caches, written into the same output: no training step
+In float32, or bfloat16 on CUDA. A large square product, written into the same output: no training step
 can be faster than its products at this rate.
 """
 

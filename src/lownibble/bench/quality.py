@@ -1,8 +1,9 @@
 """`lownibble bench quality`: does QLoRA on 8-bit products learn as well as in exact compute?
 
-The same run in both, for several seeds and one or two tasks: the embedded one and the rows of `data`. A seed decides the order of
-the rows and the start of the adapter, so runs of one seed are compared in pairs. The yardstick is what another seed does to the
-exact run: a mean difference smaller than the standard deviation over seeds cannot be told from chance here.
+The same run in both, for several seeds and one or two tasks: the embedded one and the rows of `data`. A seed decides the
+order of the rows and the start of the adapter, so runs of one seed are compared in pairs, and the mean difference comes with its
+standard error. The yardstick is what another seed does to the exact run: `within` says that the mean difference is smaller than
+the standard deviation over seeds, so that the choice of compute matters less than that of the seed; not that there is none.
 """
 
 from __future__ import annotations
@@ -12,10 +13,13 @@ import sys
 from typing import Any
 
 from lownibble.config import COMPARE_TRAIN, DataConfig, QuantConfig, RunConfig
+from lownibble.data import load as load_data
 from lownibble.errors import ConfigError
 from lownibble.training import run
 
 COMPUTES = ("exact", "int8")
+
+HEADLINES = ("exact_mean", "exact_sd", "int8_mean", "difference_mean", "difference_se")
 
 NLI = {"prompt_template": "{premise}\nClaim: {hypothesis}\nThe claim is a", "completion_template": " {label}"}
 """How rows of natural-language inference (premise, hypothesis, label) are put to the model."""
@@ -37,6 +41,8 @@ def bench_quality(*, peers: bool = False, repeats: int = 3, data: str | None = N
         raise ConfigError(
             "'bench quality' compares Lownibble with itself over at least two seeds. Leave --peers out, --repeats 3."
         )
+    if data:
+        load_data(DataConfig(path=data, **NLI))  # bad rows are found before anything is trained
     tasks: dict[str, dict[str, Any]] = {}
     for path in ("demo", *([data] if data else [])):
         runs: dict[str, list[dict[str, float]]] = {compute: [] for compute in COMPUTES}
@@ -48,9 +54,11 @@ def bench_quality(*, peers: bool = False, repeats: int = 3, data: str | None = N
     headlines = {
         f"{path}: {name}, {what}": figure[what]
         for path, task in tasks.items() for name, figure in task["figures"].items()
-        for what in ("exact_mean", "exact_sd", "int8_mean", "difference_mean")
+        for what in HEADLINES
     }  # fmt: skip
-    headlines["within the seeds' noise"] = str(all(f["within"] for task in tasks.values() for f in task["figures"].values()))
+    headlines["differences smaller than between seeds"] = str(
+        all(f["within"] for task in tasks.values() for f in task["figures"].values())
+    )
     workload = {"model": "demo", "seeds": repeats, "train": COMPARE_TRAIN.to_dict(), "max_eval_rows": max_eval_rows}
     return {"workload": workload, "tasks": tasks, "headlines": headlines}
 
@@ -70,6 +78,7 @@ def _compare(runs: dict[str, list[dict[str, float]]], name: str) -> dict[str, An
     mean, deviation = statistics.fmean(differences), statistics.stdev(exact)
     return {
         "exact_mean": statistics.fmean(exact), "exact_sd": deviation,
-        "int8_mean": statistics.fmean(int8), "int8_sd": statistics.stdev(int8),
-        "difference_mean": mean, "differences": differences, "within": abs(mean) <= deviation,
+        "int8_mean": statistics.fmean(int8), "int8_sd": statistics.stdev(int8), "difference_mean": mean,
+        "difference_se": statistics.stdev(differences) / len(differences) ** 0.5, "differences": differences,
+        "within": abs(mean) <= deviation,
     }  # fmt: skip

@@ -60,7 +60,10 @@ def _parser() -> argparse.ArgumentParser:
     bench = add("bench", commands.bench, "Measure kernels or the training step, next to peers.", "lownibble bench train --peers")
     bench.add_argument("what", choices=list(BENCHES), help="what to measure")
     bench.add_argument("--peers", action="store_true", help="measure PEFT, bitsandbytes and TRL beside it, in turn")
-    bench.add_argument("--data", help="train: real rows of messages instead of fixed work, next to TRL; quality: a second task")
+    bench.add_argument(
+        "--data",
+        help="train: rows of messages instead of fixed work, next to TRL; quality: rows of premise, hypothesis and label",
+    )
     bench.add_argument("--repeats", type=int, help="interleaved repeats; quality: seeds")
     bench.add_argument("--output", help="write the record to this .json file")
     return parser

@@ -25,7 +25,7 @@ from torch import Tensor
 from lownibble.errors import BackendError, InputError
 from lownibble.kernels import decoded
 from lownibble.kernels.checks import check_block_size, check_float, check_tensor, check_weight
-from lownibble.kernels.ops import PART, Addition, Nested, Rows8bit
+from lownibble.kernels.ops import Addition, Nested, Rows8bit, row_sizes
 
 name = "cpu"
 device_types = ("cpu",)
@@ -284,9 +284,6 @@ def matmul_4bit(
     return out
 
 
-_TILE_ROWS, _GROUP_COLUMNS, _LARGEST_SUM = 12, 4, 65_536
-
-
 def has_int8() -> bool:
     """Whether the 8-bit products run with the instruction set in use."""
     return bool(library().has_int8())
@@ -319,10 +316,10 @@ def _weight_int8(
 ) -> tuple[int, int, int, list[int | None], int]:
     need_int8()
     N, K = shape
-    if K % 64 or block_size < 32 or max(N, K) > _LARGEST_SUM:
+    if K % 64 or block_size < 32:
         raise InputError(
-            f"8-bit products take weights whose rows are a multiple of 64 long, in blocks of at least 32, up to {_LARGEST_SUM} "
-            f"a side. Got {N} x {K} in blocks of {block_size}. Use compute='exact'."
+            "8-bit products take weights whose rows are a multiple of 64 long, in blocks of at least 32. "
+            f"Got {N} x {K} in blocks of {block_size}. Use compute='exact'."
         )
     *addresses, nested_shift = _weight(codes, absmax, values, N * K, block_size, nested)
     return N, K, _shift(block_size), addresses, nested_shift
@@ -343,12 +340,6 @@ def quantize_rows(x_TC: Tensor, column_scale: Tensor | None = None) -> Rows8bit:
     return rows
 
 
-def row_sizes(T: int, C: int) -> tuple[int, int]:
-    """As `ops.Backend.row_sizes`: tiles and groups are padded."""
-    padded_rows = -(-T // _TILE_ROWS) * _TILE_ROWS
-    return padded_rows * -(-C // _GROUP_COLUMNS) * _GROUP_COLUMNS, padded_rows * -(-C // PART)
-
-
 def matmul_int8(
     x: Rows8bit, codes: Tensor, absmax: Tensor, values: Tensor, block_size: int, shape: torch.Size, row_scale: Tensor,
     transposed: bool, addition: Addition, nested: Nested | None = None,
@@ -361,6 +352,8 @@ def matmul_int8(
     n_codes, n_scales = row_sizes(T, x.columns)
     bias, low_branch = _addition(addition, T, columns)
     out = torch.empty((T, columns), dtype=torch.float32)
+    if N * K == 0:
+        return decoded.matmul_dense(torch.zeros(T, 1), torch.zeros(1, columns), True, addition)
     failed = library().matmul_int8(
         _data(x.codes, "codes", torch.int8, n_codes), _data(x.scale, "scale", torch.float32, n_scales),
         _data(x.start, "start", torch.int32, n_scales), T, *addresses, N, K, shift, nested_shift, int(transposed),

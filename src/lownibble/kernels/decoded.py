@@ -57,6 +57,11 @@ def matmul(
 ) -> Tensor:  # fmt: skip
     """`ops.matmul_4bit` with a backend's `dequantize_4bit`."""
     weight_NK = dequantize(codes, absmax, values, block_size, scratch(shape, x_TC.dtype, x_TC.device), nested)
+    return matmul_dense(x_TC, weight_NK, transposed, addition)
+
+
+def matmul_dense(x_TC: Tensor, weight_NK: Tensor, transposed: bool, addition: Addition) -> Tensor:
+    """`x @ W.T` or, transposed, `x @ W`, plus `addition`, by torch; in x's dtype."""
     factor_CM = weight_NK if transposed else weight_NK.t()
     out = x_TC @ factor_CM if addition.bias is None else torch.addmm(addition.bias.to(x_TC.dtype), x_TC, factor_CM)
     if addition.low is not None and addition.factor is not None:

@@ -44,11 +44,20 @@ PART = 64
 """Values of a row that share an 8-bit scale. With one scale a token, a few large channels took the others' precision (ADR 7)."""
 
 
+def row_sizes(T: int, C: int) -> tuple[int, int]:
+    """Elements of a `Rows8bit`'s codes, and of its scales, for T rows of C values.
+
+    Padded to tiles of 12 rows and groups of 4 columns; the same for every backend, so that a compiled graph is too.
+    """
+    rows = -(-T // 12) * 12
+    return rows * -(-C // 4) * 4, rows * -(-C // PART)
+
+
 class Rows8bit(NamedTuple):
     """Rows scaled to 8 bits in parts of 64 columns: value [t, c] is about `code[t, c] * scale[t, c // 64]`.
 
-    codes: int8; scale: float32; start: int32, where a backend's sums with a part start; all laid out as the backend likes.
-    rows, columns: T, C.
+    codes: int8; scale: float32; start: int32, where a backend's sums with a part start; flat, of `row_sizes` elements, laid out
+    as the backend likes. rows, columns: T, C.
     """
 
     codes: Tensor
@@ -118,10 +127,6 @@ class Backend(Protocol):
     ) -> Tensor: ...
 
     def quantize_rows(self, x_TC: Tensor, column_scale: Tensor | None = None) -> Rows8bit: ...
-
-    def row_sizes(self, T: int, C: int) -> tuple[int, int]:
-        """Elements of a `Rows8bit`'s codes, and of its scales, for T rows of C values."""
-        ...
 
     def matmul_int8(
         self,
@@ -333,6 +338,6 @@ def matmul_int8(
     Args:
         x: from `quantize_rows` of the same backend.
         row_scale: (N,) from `row_scales`.
-        K and the block size are multiples of 64 and 32; a sum has at most 65,536 terms.
+        K and the block size are multiples of 64 and 32.
     """
     return _for(codes).matmul_int8(x, codes, absmax, values, block_size, shape, row_scale, transposed, addition, nested)

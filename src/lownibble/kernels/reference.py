@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from lownibble.kernels import decoded
-from lownibble.kernels.ops import PART, Addition, Nested, Rows8bit
+from lownibble.kernels.ops import PART, Addition, Nested, Rows8bit, row_sizes
 
 name = "reference"
 device_types = None  # any
@@ -91,7 +91,7 @@ def row_scales(
     codes: Tensor, absmax: Tensor, values: Tensor, block_size: int, shape: torch.Size, nested: Nested | None = None
 ) -> Tensor:
     sizes = _block_constants(absmax, nested).abs().repeat_interleave(block_size)[: shape.numel()]
-    return sizes.view(shape).amax(dim=1) / 127
+    return (sizes.view(shape).amax(dim=1) if shape.numel() else sizes.new_zeros(shape[0])) / 127
 
 
 def quantize_rows(x_TC: Tensor, column_scale: Tensor | None = None) -> Rows8bit:
@@ -101,11 +101,13 @@ def quantize_rows(x_TC: Tensor, column_scale: Tensor | None = None) -> Rows8bit:
     largest = parts_TPG.abs().amax(dim=2)
     factor = torch.where(largest > 0, torch.full_like(largest, 127) / largest, 0.0)  # 127 / tensor would round twice
     codes = (parts_TPG * factor.unsqueeze(2)).round().nan_to_num(nan=0.0).to(torch.int8)
-    return Rows8bit(codes.flatten(1)[:, :C].contiguous(), largest / 127, torch.zeros_like(largest, dtype=torch.int32), T, C)
-
-
-def row_sizes(T: int, C: int) -> tuple[int, int]:
-    return T * C, T * -(-C // PART)
+    n_codes, n_scales = row_sizes(T, C)
+    padded = (n_codes - T * C, n_scales - largest.numel())
+    flat_codes, flat_scale = codes.flatten(1)[:, :C].flatten(), (largest / 127).flatten()
+    return Rows8bit(
+        torch.nn.functional.pad(flat_codes, (0, padded[0])), torch.nn.functional.pad(flat_scale, (0, padded[1])),
+        flat_scale.new_zeros(n_scales, dtype=torch.int32), T, C,
+    )  # fmt: skip
 
 
 def matmul_int8(
@@ -116,11 +118,13 @@ def matmul_int8(
     constants = _block_constants(absmax, nested).repeat_interleave(block_size)[: shape.numel()].view(shape) * steps
     index = torch.stack([codes >> 4, codes & 0xF], dim=1).view(-1).long()[: shape.numel()]
     q_NK = (values[index].view(shape) * constants).round().double()  # sums of integers are exact in float64
-    codes_TC, scale_TP = x.codes.view(x.rows, x.columns).double(), x.scale.view(x.rows, -(-x.columns // PART))
+    T, C, n_parts = x.rows, x.columns, -(-x.columns // PART)
+    codes_TC, scale_TP = x.codes[: T * C].view(T, C).double(), x.scale[: T * n_parts].view(T, n_parts)
     out = row_scale.new_zeros(x.rows, shape[1] if transposed else shape[0])
     q_CM = q_NK if transposed else q_NK.t()
-    for part, (codes_TG, q_GM) in enumerate(zip(codes_TC.split(PART, 1), q_CM.split(PART), strict=True)):
-        out += (codes_TG @ q_GM).float() * scale_TP[:, part : part + 1]
+    for part in range(n_parts):
+        terms = slice(part * PART, (part + 1) * PART)
+        out += (codes_TC[:, terms] @ q_CM[terms]).float() * scale_TP[:, part : part + 1]
     if not transposed:
         out = out * row_scale
     if addition.bias is not None:

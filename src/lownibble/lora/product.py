@@ -53,7 +53,8 @@ def forward(
         y = x @ w if bias is None else torch.addmm(bias.to(x.dtype), x, w)
         y.addmm_(low, lora_B.to(x.dtype).t(), alpha=scale)
     elif rows is None:
-        y = weight.matmul(x, addition=Addition(bias, low, lora_B.t(), scale))
+        own_bias = None if bias is None else bias.to(x.dtype)
+        y = weight.matmul(x, addition=Addition(own_bias, low, lora_B.t(), scale))
     else:
         bias_32 = None if bias is None else bias.float()
         y = int8.forward(rows, weight, Addition(bias_32, low.float(), lora_B.t(), scale), x.dtype)

@@ -54,9 +54,9 @@ def check_weight(weight: QuantizedTensor, name: str) -> None:
     Raises:
         InputError: names the weight and what to do.
     """
-    if weight.shape[1] % 64 or max(weight.shape) > 65_536:
+    if weight.shape[1] % 64:
         raise InputError(
-            f"compute='int8' takes weights whose rows are a multiple of 64 long and at most 65,536 a side. '{name}' is "
+            f"compute='int8' takes weights whose rows are a multiple of 64 long. '{name}' is "
             f"{weight.shape[0]} x {weight.shape[1]}. Use compute='exact', or add it to skip_modules."
         )
 
@@ -85,13 +85,13 @@ def shared_rows(x: Tensor) -> Rows8bit:
 @torch.library.custom_op("lownibble::quantize_rows", mutates_args=())
 def _quantize_rows(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     rows = ops.quantize_rows(x.reshape(-1, x.shape[-1]).float().contiguous())
-    return rows.codes.view(-1), rows.scale.view(-1), rows.start.view(-1)
+    return rows.codes, rows.scale, rows.start
 
 
 @_quantize_rows.register_fake
 def _(x):  # type: ignore[no-untyped-def]
     T, C = x.numel() // x.shape[-1], x.shape[-1]
-    n_codes, n_scales = ops.backend(ops.active_backend(x.device)).row_sizes(T, C)
+    n_codes, n_scales = ops.row_sizes(T, C)
     scales = (x.new_empty(n_scales, dtype=dtype) for dtype in (torch.float32, torch.int32))
     return x.new_empty(n_codes, dtype=torch.int8), *scales
 

@@ -29,9 +29,15 @@ from lownibble.errors import ConfigError, TrainingError
 from lownibble.lora import count_parameters
 from lownibble.models import attention
 
-PAYS_AFTER_FLOPS = {"cpu": 1e14, "cuda": 2e16}
-"""Type of device -> operations of a run (6 x parameters x tokens) from which the time saved exceeds the time to compile. CPU: see
-`benchmarks/results/train-cpu.json` (ten seconds, one part in ten of a step); CUDA: a guess, nothing was measured."""
+PAYS_AFTER_FLOPS = {"cpu": 1e14}
+"""Type of device -> operations of a run (6 x parameters x tokens) from which the time saved exceeds the time to compile: by
+`benchmarks/results/train-cpu.json` about ten to twenty seconds, for a tenth of each step. CUDA has not been measured."""
+
+IMPOSSIBLE = "not possible here: "
+"""How the reason begins where `auto` would compile, and something is missing."""
+
+GRAPHS = 64
+"""Most graphs that torch keeps for the decoder layers of a process; past it a run ends instead of going on uncompiled."""
 
 
 def choose(option: bool | Literal["auto"], model: Any, device: torch.device, tokens: int) -> tuple[bool, str]:
@@ -42,31 +48,36 @@ def choose(option: bool | Literal["auto"], model: Any, device: torch.device, tok
     """
     if option is False:
         return False, "torch_compile is off"
+    if option == "auto":
+        if device.type not in PAYS_AFTER_FLOPS:
+            return False, f"it has not been measured on '{device.type}'; torch_compile=True tries it"
+        flops, needed = 6 * count_parameters(model)[1] * tokens, PAYS_AFTER_FLOPS[device.type]
+        reason = f"the run takes about {flops:.0e} operations; compiling pays from {needed:.0e}"
+        if flops < needed:
+            return False, reason
     obstacle = _obstacle(model, device)
-    if option is True:
-        if obstacle:
-            raise ConfigError(f"torch_compile=True cannot be done: {obstacle}. Use torch_compile=False (--torch-compile false).")
-        return True, "torch_compile is on"
+    if obstacle and option is True:
+        raise ConfigError(f"torch_compile=True cannot be done: {obstacle}. Use torch_compile=False (--torch-compile false).")
     if obstacle:
-        return False, obstacle
-    flops = 6 * count_parameters(model)[1] * tokens
-    needed = PAYS_AFTER_FLOPS[device.type]
-    pays = flops >= needed
-    return pays, f"the run takes about {flops:.0e} operations; compiling pays from {needed:.0e}"
+        return False, IMPOSSIBLE + obstacle
+    return True, "torch_compile is on" if option is True else reason
 
 
 def _obstacle(model: Any, device: torch.device) -> str:
-    if device.type not in PAYS_AFTER_FLOPS:
-        return f"it is not tested on '{device.type}'"
     if not repeated_layers(model):
         return f"the decoder layers of {type(model).__name__} are not known"
     if device.type == "cpu":
-        compiler = sysconfig.get_config_var("CXX") or "g++"
-        names = (compiler.split()[0], "g++", "clang++")
-        if not any(shutil.which(name) for name in names):
-            return "there is no C++ compiler here (g++)"
         if not Path(sysconfig.get_path("include"), "Python.h").exists():
             return "Python's headers are not installed (python3-dev)"
+        with torchs_own_warnings_off():
+            from torch._inductor.cpp_builder import get_cpp_compiler
+            from torch._inductor.exc import InvalidCxxCompiler
+        try:
+            found = shutil.which(get_cpp_compiler())
+        except InvalidCxxCompiler:
+            found = None
+        if not found:
+            return "torch finds no C++ compiler (g++, or what the environment variable CXX names)"
     return ""
 
 
@@ -86,23 +97,24 @@ def _operators() -> str:
 
 
 @contextmanager
-def _torchs_own_warnings_off() -> Iterator[None]:
-    """The compiler's parts warn about each other (deprecated functions that they import); a user can do nothing about it."""
+def torchs_own_warnings_off() -> Iterator[None]:
+    """For importing the compiler and compiling: its parts warn about each other, and a user can do nothing about it."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", module=r"torch\.")
         yield
 
 
 class Compiled:
-    """The model's decoder layers, compiled; a context manager for training steps. The first use compiles."""
+    """The model's decoder layers, compiled; called, a context manager for training steps. The first use compiles."""
 
     def __init__(self, model: Any) -> None:
         layers = repeated_layers(model)
         if not model.get_input_embeddings().weight.requires_grad:
             layers = layers[1:]
         attention.keep_out_of_graphs()
-        torch.compiler.config.cache_key_tag = _operators()
-        with _torchs_own_warnings_off():
+        if _operators() not in torch.compiler.config.cache_key_tag:
+            torch.compiler.config.cache_key_tag += _operators()
+        with torchs_own_warnings_off():
             self.forwards: list[tuple[nn.Module, Callable[..., Any]]] = [
                 (layer, torch.compile(layer.forward, dynamic=True)) for layer in layers
             ]
@@ -114,18 +126,28 @@ class Compiled:
         Raises:
             TrainingError: the layer cannot be compiled.
         """
-        from torch._dynamo.exc import TorchDynamoException
+        from torch._dynamo import config
+        from torch._dynamo.exc import FailOnRecompileLimitHit, TorchDynamoException
 
+        before = [vars(layer).get("forward") for layer, _ in self.forwards]  # accelerate's hooks, for one
         for layer, forward in self.forwards:
             layer.forward = forward
         try:
-            with _torchs_own_warnings_off():
+            with config.patch(recompile_limit=GRAPHS, fail_on_recompile_limit_hit=True):
                 yield
+        except FailOnRecompileLimitHit as error:
+            raise TrainingError(
+                f"The decoder layers of this process came to more than {GRAPHS} graphs (ranks, kinds of layers and of batches "
+                "each take one). Use torch_compile=False (--torch-compile false), or a process for each run."
+            ) from error
         except TorchDynamoException as error:
             first_line = (str(error).splitlines() or [type(error).__name__])[0]
             raise TrainingError(
                 f"A decoder layer could not be compiled: {first_line} Use torch_compile=False (--torch-compile false)."
             ) from error
         finally:
-            for layer, _ in self.forwards:
-                del layer.forward
+            for (layer, _), own in zip(self.forwards, before, strict=True):
+                if own is None:
+                    del layer.forward
+                else:
+                    layer.forward = own

@@ -41,7 +41,8 @@ class Trainer:
         optimizer: the optimiser, from the start of `events()`.
         kinds: live bytes by kind when the first step ended, gradients and optimiser states included.
         saved_activation_bytes: what autograd kept in the first forward pass (the largest one with group_by_length or packing).
-        compiled, compile_reason, compile_seconds: whether the layers are compiled, why, and how long it took, after `set_up`.
+        compiled, compile_reason, compile_seconds, compile_peak_bytes: whether the layers are compiled, why, how long it took and
+            the highest memory until then, after `set_up`.
         total_steps: optimiser steps of the whole run.
     """
 
@@ -67,7 +68,7 @@ class Trainer:
         self.identity = {"train": config.to_dict(), **(identity or {})}
         self.optimizer = make_optimizer(config.optim, model.parameters(), config.learning_rate, config.weight_decay)
         self.saved_activation_bytes = 0
-        self.compiled, self.compile_reason, self.compile_seconds = False, "", 0.0
+        self.compiled, self.compile_reason, self.compile_seconds, self.compile_peak_bytes = False, "", 0.0, 0
         self.kinds = memory.bytes_by_kind(model, None)
         self._measured = False
         self.checkpoints = Path(config.output_dir) / "checkpoints" if config.output_dir else None
@@ -79,8 +80,7 @@ class Trainer:
             TrainingError: a loss or gradient is not finite; says at which step.
         """
         config, began = self.config, time.perf_counter()
-        first = self._restore()
-        self.set_up()
+        first = self.set_up()
         yield Started(
             self.total_steps, first, len(self.train_rows), self.cut_rows, *count_parameters(self.model),
             compiled=self.compiled, compile_seconds=self.compile_seconds, compile_reason=self.compile_reason,
@@ -99,11 +99,13 @@ class Trainer:
         self.model.eval()
         yield Finished(self.total_steps, time.perf_counter() - began)
 
-    def set_up(self) -> None:
-        """Check that this model can be trained this way, and compile its layers if that pays; to be called before any step.
+    def set_up(self) -> int:
+        """Check that this model can be trained this way, restore it, compile its layers if that pays; before any step.
 
+        Returns:
+            the step to begin with: 0, or where the checkpoint in the output folder ended.
         Raises:
-            ModelError, ConfigError: it cannot; nothing was trained.
+            ModelError, ConfigError, TrainingError: it cannot; nothing was trained.
         """
         check_head(self.model)
         if self.config.packing:
@@ -112,13 +114,33 @@ class Trainer:
         self._set_checkpointing()
         option = self.config.torch_compile
         self.compiled, self.compile_reason = compiling.choose(option, self.model, self.device, self._planned_tokens())
-        if self.compiled:
-            began = time.perf_counter()
-            self._compiled = compiling.Compiled(self.model)
-            for batch in self._kinds_of_batches():
-                self._backward(batch, batch.n_label_tokens)
+        self.identity["compiled"] = self.compiled
+        first = self._restore()
+        if self.compiled and first < self.total_steps:
+            try:
+                self._compile()
+            except TrainingError as error:
+                if option is True or first:  # a run cut and resumed must go on as it began
+                    raise
+                self.compiled, self.compile_reason = False, f"{compiling.IMPOSSIBLE}{error}"
+                self.identity["compiled"] = False
+        return first
+
+    def _compile(self) -> None:
+        began = time.perf_counter()
+        self._compiled = compiling.Compiled(self.model)
+        try:
+            with compiling.torchs_own_warnings_off():
+                for batch in self._kinds_of_batches():
+                    self._backward(batch, batch.n_label_tokens)
+        except TrainingError:
+            self._compiled = nullcontext
+            raise
+        finally:
             self.model.zero_grad(set_to_none=True)
-            self.compile_seconds = time.perf_counter() - began
+        self.compile_seconds = time.perf_counter() - began
+        self.compile_peak_bytes = memory.peak_bytes(self.device)
+        memory.reset_peak(self.device)  # the compiler's memory is not the step's
 
     def _planned_tokens(self) -> int:
         """About how many tokens the run reads."""

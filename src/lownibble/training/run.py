@@ -146,6 +146,7 @@ def _train(
                 "baseline_bytes": baseline,
                 **(loaded or {}),
                 "train_peak_bytes": max(0, peak - baseline),
+                "compile_peak_bytes": max(0, trainer.compile_peak_bytes - baseline),
                 "saved_activation_bytes": trainer.saved_activation_bytes,
                 **{f"{kind}_bytes": n for kind, n in trainer.kinds.items()},
             },

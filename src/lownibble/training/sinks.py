@@ -16,6 +16,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from lownibble.errors import ConfigError
+from lownibble.training.compiling import IMPOSSIBLE
 from lownibble.training.events import Evaluated, Event, Finished, Started, Stepped
 
 
@@ -54,6 +55,8 @@ class ProgressSink(Sink):
         if isinstance(event, Started):
             if event.compiled:
                 self.console.print(f"{self.label}: layers compiled in {event.compile_seconds:.0f} s ({event.compile_reason})")
+            elif event.compile_reason.startswith(IMPOSSIBLE):
+                self.console.print(f"{self.label}: layers are not compiled, which would pay: {event.compile_reason}")
             self.task = self.progress.add_task(self.label, total=event.total_steps, completed=event.first_step, figures="")
         elif isinstance(event, Stepped):
             figures = f"loss {event.loss:.3f}  {event.tokens / event.seconds:.0f} tok/s"
