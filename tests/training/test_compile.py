@@ -183,7 +183,7 @@ def test_too_many_graphs_are_an_error_not_a_slow_path(wide_model, monkeypatch):
     compiled, ids = compiling.Compiled(model.train()), torch.arange(8).view(2, 4)
     with (
         compiling.torchs_own_warnings_off(),
-        pytest.raises(TrainingError, match="more than 1 graphs.*--torch-compile false"),
+        pytest.raises(TrainingError, match=r"more than 1 graphs.*--torch-compile false"),
         compiled(),
     ):
         model(ids)
