@@ -25,6 +25,16 @@ void lownibble_dequantize_8bit(const std::uint8_t*, const float*, const float*, 
 std::int32_t lownibble_gemv_4bit(const void*, std::int32_t, std::int64_t, std::int64_t, const std::uint8_t*, const float*,
                                  const void*, const float*, const float*, const float*, std::int64_t, std::int32_t,
                                  std::int32_t, void*, std::int32_t);
+std::int32_t lownibble_has_int8();
+void lownibble_row_scales(const std::uint8_t*, const float*, const void*, const float*, const float*, const float*, std::int64_t,
+                          std::int64_t, std::int32_t, std::int32_t, float*, std::int32_t);
+void lownibble_quantize_rows(const float*, const float*, std::int64_t, std::int64_t, std::int8_t*, float*, std::int32_t*,
+                             std::int32_t);
+std::int32_t lownibble_matmul_int8(const std::int8_t*, const float*, const std::int32_t*, std::int64_t, const std::uint8_t*,
+                                   const float*, const void*, const float*, const float*, const float*, std::int64_t,
+                                   std::int64_t, std::int32_t, std::int32_t, std::int32_t, const float*, const float*,
+                                   const float*, const float*, std::int64_t, std::int64_t, std::int64_t, float, float*,
+                                   std::int32_t);
 std::int32_t lownibble_has_matmul();
 std::int32_t lownibble_matmul_4bit(const float*, std::int64_t, const std::uint8_t*, const float*, const void*, const float*,
                                    const float*, const float*, std::int64_t, std::int64_t, std::int32_t, std::int32_t,
@@ -220,6 +230,45 @@ bool products_hold(std::int64_t T, std::int64_t N, std::int64_t K, std::int32_t 
     return true;
 }
 
+// The same in 8 bits; this is about memory, the values are held to the reference elsewhere.
+bool products_8bit_hold(std::int64_t T, std::int64_t N, std::int64_t K, std::int32_t block_shift, const Tables& tables) {
+    Bytes codes(N * K / 2);
+    for (std::uint8_t& code : codes) code = static_cast<std::uint8_t>(random_bits() >> 24);
+    const Floats absmax(divided_up(N * K, block_shift), 0.5f);
+    Floats row_scale(N);
+    lownibble_row_scales(codes.data(), tables.values.data(), absmax.data(), nullptr, nullptr, nullptr, N, K, block_shift, 0,
+                         row_scale.data(), kThreads);
+    for (bool transposed : {false, true}) {
+        const std::int64_t terms = transposed ? N : K, columns = transposed ? K : N;
+        const std::int64_t padded = (T + 11) / 12 * 12, parts = (terms + 63) / 64;
+        Floats x(T * terms), out(T * columns), scale(padded * parts), low(T), factor(columns);
+        for (Floats* values : {&x, &low, &factor}) {
+            for (float& value : *values) value = static_cast<float>(random_bits() >> 8) / 8388608.0f - 1.0f;
+        }
+        std::vector<std::int8_t> x_codes(padded * ((terms + 3) / 4 * 4));
+        std::vector<std::int32_t> start(padded * parts);
+        lownibble_quantize_rows(x.data(), transposed ? row_scale.data() : nullptr, T, terms, x_codes.data(), scale.data(),
+                                start.data(), kThreads);
+        if (lownibble_matmul_int8(x_codes.data(), scale.data(), start.data(), T, codes.data(), tables.values.data(),
+                                  absmax.data(), nullptr, nullptr, nullptr, N, K, block_shift, 0, transposed, row_scale.data(),
+                                  nullptr, low.data(), factor.data(), 1, columns, 1, 1.0f, out.data(), kThreads)) {
+            return false;
+        }
+        for (std::int64_t t = 0; t < T; ++t) {
+            for (std::int64_t c = 0; c < columns; ++c) {
+                double sum = static_cast<double>(low[t]) * factor[c];
+                for (std::int64_t k = 0; k < terms; ++k) {
+                    const std::int64_t i = transposed ? k * K + c : c * K + k;
+                    const int code = i & 1 ? codes[i / 2] & 15 : codes[i / 2] >> 4;
+                    sum += static_cast<double>(x[t * terms + k]) * tables.values[code] * 0.5;
+                }
+                if (std::fabs(out[t * columns + c] - sum) > 0.005 * terms) return false;  // half a step of each factor of a term
+            }
+        }
+    }
+    return true;
+}
+
 std::vector<std::string> available() {
     std::vector<std::string> names(1);
     for (const char* p = lownibble_available(); *p; ++p) {
@@ -266,6 +315,12 @@ int main() {
         const std::int64_t products[][3] = {{1, 1, 64}, {7, 33, 64}, {8, 48, 192}, {17, 97, 704}, {21, 650, 64}};
         for (const auto& shape : products) {
             for (std::int32_t block_shift : {5, 6, 12}) {
+                if (lownibble_has_int8() && !products_8bit_hold(shape[0], shape[1], shape[2], block_shift, tables)) {
+                    std::printf("%s: matmul_int8 is wrong, T=%lld N=%lld K=%lld block=%d\n", name.c_str(),
+                                static_cast<long long>(shape[0]), static_cast<long long>(shape[1]),
+                                static_cast<long long>(shape[2]), 1 << block_shift);
+                    return 1;
+                }
                 if (lownibble_has_matmul() && !products_hold(shape[0], shape[1], shape[2], block_shift, tables)) {
                     std::printf("%s: matmul_4bit is wrong, T=%lld N=%lld K=%lld block=%d\n", name.c_str(),
                                 static_cast<long long>(shape[0]), static_cast<long long>(shape[1]),
