@@ -19,7 +19,7 @@ VALUES = {
     "gradient_accumulation_steps": 2, "lr_scheduler_type": "cosine", "warmup_ratio": 0.2, "max_grad_norm": 0.3,
     "weight_decay": 0.1,
     "optim": "adamw", "max_length": 99, "group_by_length": True, "packing": True,
-    "gradient_checkpointing": True, "seed": 4, "eval_steps": 5,
+    "gradient_checkpointing": True, "torch_compile": True, "seed": 4, "eval_steps": 5,
     "save_steps": 6, "output_dir": "out", "report_to": "tensorboard", "resume": True,
 }  # fmt: skip
 ONLY_VALUE = {"optim"}
