@@ -69,14 +69,14 @@ def test_each_leaf_arrives_by_python_toml_and_flag(config, path, field, tmp_path
     parser = argparse.ArgumentParser()
     add_flags(parser, config)
     flag = "--" + flag_name(path, field)
-    if isinstance(value, bool):
+    if field.annotation is bool:
         given = [flag if value else flag.replace("--", "--no-", 1)]
     elif path == ("methods",):
         given = [flag, *value]
     elif isinstance(value, list):
         given = [flag, ",".join(map(str, value))]
     else:
-        given = [flag, _toml(value) if isinstance(value, dict) else str(value)]
+        given = [flag, _toml(value) if isinstance(value, (dict, bool)) else str(value)]
     assert _get(read(parser.parse_args(given), config), path) == value
 
 
