@@ -8,7 +8,6 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch import nn
-from transformers import LlamaConfig, LlamaForCausalLM
 
 import lownibble as ln
 from lownibble.config import DataConfig, LoraConfig, QuantConfig, RunConfig, TrainConfig
@@ -31,15 +30,9 @@ needs_vnni = pytest.mark.skipif(not HAS_INT8, reason="no compiled kernels, or no
 
 
 @pytest.fixture(scope="module")
-def wide_model(tiny_model, tmp_path_factory):
+def wide_model(widen):
     """The tiny model with three layers and biases in attention, as wide as the kernels want."""
-    folder = tmp_path_factory.mktemp("wide") / "model"
-    shutil.copytree(tiny_model, folder)
-    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4, "num_key_value_heads": 2}
-    torch.manual_seed(0)
-    config = LlamaConfig.from_pretrained(tiny_model, **sizes, head_dim=16, num_hidden_layers=3, attention_bias=True)
-    LlamaForCausalLM(config).save_pretrained(folder)
-    return folder
+    return widen(num_hidden_layers=3, attention_bias=True)
 
 
 def train(model, data, output, compiled, *, method="qlora", compute="exact", lora=None, **options):

@@ -1,11 +1,8 @@
 """Training on 8-bit products. Oracles: the same run in exact compute, and the same run again."""
 
-import shutil
-
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import LlamaConfig, LlamaForCausalLM
 
 import lownibble as ln
 from lownibble.config import DataConfig, LoraConfig, QuantConfig, RunConfig, TrainConfig
@@ -23,14 +20,9 @@ except BackendError:
 
 
 @pytest.fixture(scope="module")
-def wide_model(tiny_model, tmp_path_factory):
+def wide_model(widen):
     """The tiny model, as wide as 8-bit products need."""
-    folder = tmp_path_factory.mktemp("wide") / "model"
-    shutil.copytree(tiny_model, folder)
-    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4, "num_key_value_heads": 2}
-    torch.manual_seed(0)
-    LlamaForCausalLM(LlamaConfig.from_pretrained(tiny_model, **sizes, head_dim=16)).save_pretrained(folder)
-    return folder
+    return widen()
 
 
 def train(model, data, output, compute, **options):

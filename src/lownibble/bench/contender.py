@@ -64,7 +64,8 @@ def _peft(quantized: bool) -> tuple[nn.Module, StepLoss]:
 
     def loss(input_ids_BT: Tensor) -> Tensor:
         with torch.autocast(device.type, dtype, enabled=dtype == torch.bfloat16):  # kbit training makes norms and head float32
-            return model(input_ids=input_ids_BT, labels=input_ids_BT, use_cache=False).loss  # type: ignore[no-any-return]
+            found: Tensor = model(input_ids=input_ids_BT, labels=input_ids_BT, use_cache=False).loss
+        return found
 
     return model, loss
 

@@ -69,12 +69,14 @@ class LoraLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """x (..., in_features) -> (..., out_features), in x's dtype."""
         if self.active is None:
-            return self.base(x)  # type: ignore[no-any-return]
+            base: Tensor = self.base(x)
+            return base
         adapter: LowRank = self.adapters[self.active]  # type: ignore[assignment]
         dropout = adapter.dropout if self.training else 0.0
         if not torch.is_grad_enabled() and dropout == 0:
             low = x @ adapter.lora_A.to(x.dtype).t()
-            return self.base(x) + (low @ adapter.lora_B.to(x.dtype).t()).mul_(adapter.scale)  # type: ignore[no-any-return]
+            branch = (low @ adapter.lora_B.to(x.dtype).t()).mul_(adapter.scale)
+            return branch.add_(self.base(x))
         in_int8 = isinstance(self.base, QuantLinear) and self.base.compute == "int8"
         seed = torch.randint(2**62, ()) if dropout else None
         if torch.compiler.is_compiling():

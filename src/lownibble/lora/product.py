@@ -6,7 +6,7 @@
 packed weight, never a decoded weight (decoded again in backward) and never a dropout mask (drawn again from its seed). No
 gradient of the input is computed where none is wanted, which spares the first layer a product. Inside `torch.compile` a custom
 operator takes its place, because a compiler can see neither through a kernel that works on pointers nor into a packed weight:
-it costs some tens of microseconds more a call, but a decoder layer becomes one graph, whose norms, rotary embedding and
+it costs more Python a call, but a decoder layer becomes one graph, whose norms, rotary embedding and
 activation function are fused and partly recomputed in backward instead of saved.
 
 Adapters are float32 master weights; with 16-bit activations they are cast for the product and their gradient is cast back.
@@ -120,7 +120,7 @@ def lora_matmul(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """What a compiler calls: x (..., K) -> y (..., N) and (T, r).
 
-    `weight`: a dense one, or with a `codec` what `QuantizedTensor.flatten` gave. `seed`: () int64, with dropout. `rows`: x in
+    `weight`: a dense one, or with a `codec` the `flat` of a `QuantLinear`. `seed`: () int64, with dropout. `rows`: x in
     8 bits as `int8.rows_of` gave them, or empty.
     """
     x_TK = x.reshape(-1, x.shape[-1])
