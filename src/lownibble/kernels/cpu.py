@@ -23,14 +23,15 @@ import torch
 from torch import Tensor
 
 from lownibble.errors import BackendError, InputError
-from lownibble.kernels import decoded
+from lownibble.kernels import cpu_decoder, decoded
 from lownibble.kernels.checks import check_block_size, check_float, check_tensor, check_weight
+from lownibble.kernels.decoder import DecoderLayer, Segment, Step
 from lownibble.kernels.ops import Addition, Nested, Rows8bit, row_sizes
 
 name = "cpu"
 device_types = ("cpu",)
 
-_ABI = 3
+_ABI = 4
 _FOLDER = Path(__file__).parent
 _CPU = torch.device("cpu")
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
@@ -54,6 +55,9 @@ _SIGNATURES = {
         ctypes.c_float, _pointer, _int32,
     ],
     "gemv_4bit": [_pointer, _int32, _int64, _int64, *_WEIGHT, _int64, _int32, _int32, _pointer, _int32],
+    "decoder_sizes": [_int32],
+    "decoder_workspace": [_pointer, _int64, _int64, _int64, _int32],
+    "decoder_layer": [_pointer, _pointer, _int64, _pointer, _int32],
 }  # fmt: skip
 
 
@@ -82,6 +86,10 @@ class _Library:
         self.quantize_rows = library.lownibble_quantize_rows
         self.matmul_int8 = library.lownibble_matmul_int8
         self.matmul_4bit = library.lownibble_matmul_4bit
+        library.lownibble_decoder_workspace.restype = _int64
+        self.decoder_sizes = library.lownibble_decoder_sizes
+        self.decoder_workspace = library.lownibble_decoder_workspace
+        self.decoder_layer = library.lownibble_decoder_layer
         self.has_matmul = library.lownibble_has_matmul
         self.has_int8 = library.lownibble_has_int8
         self.select = library.lownibble_select
@@ -363,3 +371,10 @@ def matmul_int8(
     if failed:
         raise MemoryError("No memory for one packed panel of a weight.")
     return out
+
+
+def decoder_layer(
+    x_TH: Tensor, layer: DecoderLayer, keys: Tensor, values: Tensor, step: Step, segments: Sequence[Segment]
+) -> None:
+    """As `ops.decoder_layer`."""
+    cpu_decoder.decoder_layer(library(), x_TH, layer, keys, values, step, segments)

@@ -17,15 +17,18 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import NamedTuple, Protocol, cast
+from typing import TYPE_CHECKING, NamedTuple, Protocol, cast
 
 import torch
 from torch import Tensor
 
 from lownibble.errors import BackendError
+
+if TYPE_CHECKING:
+    from lownibble.kernels.decoder import DecoderLayer, Segment, Step
 
 
 class Nested(NamedTuple):
@@ -141,6 +144,10 @@ class Backend(Protocol):
         addition: Addition,
         nested: Nested | None = None,
     ) -> Tensor: ...
+
+    def decoder_layer(
+        self, x_TH: Tensor, layer: DecoderLayer, keys: Tensor, values: Tensor, step: Step, segments: Sequence[Segment]
+    ) -> None: ...
 
 
 def _load_reference() -> Backend:
@@ -341,3 +348,16 @@ def matmul_int8(
         K and the block size are multiples of 64 and 32.
     """
     return _for(codes).matmul_int8(x, codes, absmax, values, block_size, shape, row_scale, transposed, addition, nested)
+
+
+def decoder_layer(
+    x_TH: Tensor, layer: DecoderLayer, keys: Tensor, values: Tensor, step: Step, segments: Sequence[Segment] = ()
+) -> None:
+    """Take tokens through a decoder layer, in place, and write their keys and values to the cache. No gradient.
+
+    Args:
+        x_TH: (T, hidden) float32, contiguous; replaced by the layer's output.
+        keys, values: (slots, key_heads, capacity, head_dim) float32, contiguous; positions are below `capacity`.
+        segments: in order, without overlap; tokens in none of them have no adapter.
+    """
+    _for(x_TH).decoder_layer(x_TH, layer, keys, values, step, segments)

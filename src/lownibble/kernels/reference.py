@@ -10,7 +10,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lownibble.kernels import decoded
+from lownibble.kernels import decoded, decoder
+from lownibble.kernels.decoder import DecoderLayer, Segment, Step
 from lownibble.kernels.ops import PART, Addition, Nested, Rows8bit, row_sizes
 
 name = "reference"
@@ -132,3 +133,9 @@ def matmul_int8(
     if addition.low is not None and addition.factor is not None:
         out = out + addition.low @ (addition.factor * addition.scale)
     return out
+
+
+def decoder_layer(
+    x_TH: Tensor, layer: DecoderLayer, keys: Tensor, values: Tensor, step: Step, segments: Sequence[Segment]
+) -> None:
+    decoder.decoder_layer(gemv_4bit, x_TH, layer, keys, values, step, segments)

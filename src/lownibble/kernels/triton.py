@@ -27,8 +27,9 @@ from torch import Tensor
 from triton.runtime.interpreter import InterpretedFunction
 
 from lownibble.errors import BackendError
-from lownibble.kernels import decoded
+from lownibble.kernels import decoded, decoder
 from lownibble.kernels.checks import check_block_size, check_float, check_tensor, check_weight
+from lownibble.kernels.decoder import DecoderLayer, Segment, Step
 from lownibble.kernels.ops import Addition, Nested
 
 name = "triton"
@@ -260,3 +261,10 @@ def matmul_4bit(
 ) -> Tensor:  # fmt: skip
     """As `ops.matmul_4bit`: decoded into a reused buffer, then the vendor's product."""
     return decoded.matmul(dequantize_4bit, x_TC, codes, absmax, values, block_size, shape, transposed, addition, nested)
+
+
+def decoder_layer(
+    x_TH: Tensor, layer: DecoderLayer, keys: Tensor, values: Tensor, step: Step, segments: Sequence[Segment]
+) -> None:
+    """As `ops.decoder_layer`: in torch, around the matrix-vector product."""
+    decoder.decoder_layer(gemv_4bit, x_TH, layer, keys, values, step, segments)

@@ -1,4 +1,4 @@
-// The five operations, written once against a `Simd` type that the including isa_*.cpp defines:
+// The operations, written once against a `Simd` type that the including isa_*.cpp defines:
 //
 //   Simd::Lanes, Simd::Table      16 floats in registers; 16 floats in the form that lookup needs
 //   load, store, zero, fill, add, multiply, fma, sum, absolute, maximum, largest, clamp_to_one
@@ -259,6 +259,84 @@ void gemv_4bit(const float* x, std::int64_t T, std::int64_t K, const Weight4bit&
     }
 }
 
+template <class Simd>
+float dot(const float* a, const float* b, std::int64_t n) {
+    typename Simd::Lanes even = Simd::zero(), odd = Simd::zero();
+    std::int64_t i = 0;
+    for (; i + 2 * kLanes <= n; i += 2 * kLanes) {
+        even = Simd::fma(Simd::load(a + i), Simd::load(b + i), even);
+        odd = Simd::fma(Simd::load(a + i + kLanes), Simd::load(b + i + kLanes), odd);
+    }
+    for (; i + kLanes <= n; i += kLanes) even = Simd::fma(Simd::load(a + i), Simd::load(b + i), even);
+    float tail = 0.0f;
+    for (; i < n; ++i) tail += a[i] * b[i];
+    return Simd::sum(Simd::add(even, odd)) + tail;
+}
+
+template <class Simd>
+void rms_norm(const float* x, const float* weight, std::int64_t n, float eps, float* out) {
+    const float factor = 1.0f / __builtin_sqrtf(dot<Simd>(x, x, n) / static_cast<float>(n) + eps);
+    for (std::int64_t i = 0; i < n; ++i) out[i] = weight[i] * (x[i] * factor);
+}
+
+inline void rotate(const float* x, const float* cosine, const float* sine, std::int64_t n, float* out) {
+    const std::int64_t half = n / 2;
+    for (std::int64_t i = 0; i < half; ++i) {
+        const float a = x[i], b = x[i + half];
+        out[i] = a * cosine[i] - b * sine[i];
+        out[i + half] = b * cosine[i + half] + a * sine[i + half];
+    }
+}
+
+// e^x to about two units in the last place, without a branch so that loops become vectors: 2^n e^r with |r| <= ln(2) / 2. Below
+// -87 it is e^-87. NaN stays NaN.
+inline float exponential(float x) {
+    const float low = x < -87.0f ? -87.0f : x, bounded = low > 88.0f ? 88.0f : low;
+    const float shifted = bounded * 1.44269504f + 12582912.0f;  // 1.5 * 2^23: the integer is in the low bits
+    const float n = shifted - 12582912.0f;
+    const float r = (bounded - n * 0.693359375f) + n * 2.12194440e-4f;
+    float sum = 1.9875691500e-4f;
+    sum = sum * r + 1.3981999507e-3f;
+    sum = sum * r + 8.3334519073e-3f;
+    sum = sum * r + 4.1665795894e-2f;
+    sum = sum * r + 1.6666665459e-1f;
+    sum = sum * r + 5.0000001201e-1f;
+    sum = sum * r * r + r + 1.0f;
+    return sum * float_of((bits_of(shifted) - 0x4B400000u + 127u) << 23);
+}
+
+inline void silu_multiply(const float* gate, const float* up, std::int64_t n, float* out) {
+    for (std::int64_t i = 0; i < n; ++i) out[i] = gate[i] / (1.0f + exponential(-gate[i])) * up[i];
+}
+
+template <class Simd>
+void attend(const float* q, const float* keys, const float* values, std::int64_t count, std::int64_t n, float scaling,
+            float* scores, float* out) {
+    float largest = -__builtin_inff();
+    for (std::int64_t i = 0; i < count; ++i) {
+        scores[i] = scaling * dot<Simd>(q, keys + i * n, n);
+        largest = scores[i] > largest ? scores[i] : largest;
+    }
+    for (std::int64_t i = 0; i < count; ++i) scores[i] = exponential(scores[i] - largest);
+    float total = 0.0f;
+    for (std::int64_t i = 0; i < count; ++i) total += scores[i];
+    const float factor = 1.0f / total;
+    std::int64_t d = 0;
+    for (; d + 4 * kLanes <= n; d += 4 * kLanes) {
+        typename Simd::Lanes sums[4] = {Simd::zero(), Simd::zero(), Simd::zero(), Simd::zero()};
+        for (std::int64_t i = 0; i < count; ++i) {
+            const typename Simd::Lanes weight = Simd::fill(scores[i]);
+            for (int j = 0; j < 4; ++j) sums[j] = Simd::fma(weight, Simd::load(values + i * n + d + j * kLanes), sums[j]);
+        }
+        for (int j = 0; j < 4; ++j) Simd::store(out + d + j * kLanes, Simd::multiply(sums[j], Simd::fill(factor)));
+    }
+    for (; d < n; ++d) {
+        float sum = 0.0f;
+        for (std::int64_t i = 0; i < count; ++i) sum += scores[i] * values[i * n + d];
+        out[d] = sum * factor;
+    }
+}
+
 // Call body with `data` as a pointer to its own type.
 template <class Body>
 inline void with_type(DType dtype, const void* data, Body body) {
@@ -300,6 +378,11 @@ constexpr Kernels kernels_for(const char* name) {
            Range rows) {
             with_type(dtype, out, [&](auto* typed) { gemv_4bit<Simd>(x, T, K, w, typed, N, rows); });
         },
+        dot<Simd>,
+        rms_norm<Simd>,
+        rotate,
+        silu_multiply,
+        attend<Simd>,
     };
 }
 

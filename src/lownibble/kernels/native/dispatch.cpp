@@ -11,9 +11,14 @@
 #include <cstdlib>
 #include <cstring>
 
+#include "decoder.h"
 #include "int8.h"
 #include "kernels.h"
 #include "matmul.h"
+
+#if defined(_OPENMP)
+#include <omp.h>
+#endif
 
 using namespace lownibble;
 
@@ -134,7 +139,7 @@ std::int64_t blocks_of(std::int64_t n, std::int32_t block_shift) {
 }  // namespace
 
 // Raised whenever a signature below changes; kernels/cpu.py refuses another number.
-LOWNIBBLE_EXPORT std::int32_t lownibble_abi() { return 3; }
+LOWNIBBLE_EXPORT std::int32_t lownibble_abi() { return 4; }
 
 // Comma-separated names of the instruction sets that run here, fastest first.
 LOWNIBBLE_EXPORT const char* lownibble_available() { return available().names; }
@@ -279,5 +284,51 @@ LOWNIBBLE_EXPORT std::int32_t lownibble_matmul_4bit(
                                      Range{panels * i / groups, panels * (i + 1) / groups},
                                      Range{T * j / shares, T * (j + 1) / shares});
     });
+    return failed;
+}
+
+// Bytes of the structures in decoder.h, in order, for kernels/cpu.py to compare with its own.
+LOWNIBBLE_EXPORT std::int32_t lownibble_decoder_sizes(std::int32_t which) {
+    const std::size_t sizes[] = {sizeof(Linear4bit), sizeof(DecoderLayer), sizeof(LowRank), sizeof(Segment), sizeof(Tokens)};
+    return static_cast<std::int32_t>(sizes[which]);
+}
+
+LOWNIBBLE_EXPORT std::int64_t lownibble_decoder_workspace(const DecoderLayer* layer, std::int64_t T, std::int64_t largest_r,
+                                                          std::int64_t capacity, std::int32_t num_threads) {
+    return decoder_workspace(*layer, T, largest_r, capacity, num_threads);
+}
+
+// 0, or -1 when there is no memory for a group of panels a thread; then nothing was computed.
+LOWNIBBLE_EXPORT std::int32_t lownibble_decoder_layer(const DecoderLayer* layer, const Tokens* tokens, std::int64_t largest_r,
+                                                      float* workspace, std::int32_t num_threads) {
+    std::int32_t failed = 0;
+    const std::size_t bytes = static_cast<std::size_t>(matmul_scratch(0));
+#if defined(_OPENMP)
+#pragma omp parallel num_threads(num_threads)
+    {
+        void* const memory = scratch.of(bytes);
+        if (!memory) {
+#pragma omp atomic write
+            failed = -1;
+        }
+#pragma omp barrier
+        if (!failed) {
+            const Worker worker{active,
+                                active_matmul(),
+                                memory,
+                                omp_get_thread_num(),
+                                omp_get_num_threads(),
+                                [] {
+#pragma omp barrier
+                                }};
+            decoder_layer(*layer, *tokens, largest_r, workspace, worker);
+        }
+    }
+#else
+    (void)num_threads;
+    void* const memory = scratch.of(bytes);
+    if (!memory) return -1;
+    decoder_layer(*layer, *tokens, largest_r, workspace, Worker{active, active_matmul(), memory, 0, 1, [] {}});
+#endif
     return failed;
 }

@@ -4,7 +4,8 @@
 // Design. One shared library, plain C ABI, plain pointers, no libtorch: it builds in seconds and works with any torch.
 //
 //   isa_scalar.cpp isa_avx2.cpp isa_avx512.cpp isa_neon.cpp   16 lanes of float and a 16-entry table, in that instruction set
-//   algorithms.h                                             the five operations, once, written against those 16 lanes
+//   algorithms.h                                             the operations, once, written against those 16 lanes
+//   decoder.cpp                                              a whole decoder layer out of them
 //   dispatch.cpp                                             choice by CPUID, threads, the exported C functions
 //
 // Each isa_*.cpp is compiled with its own flags, so nothing that is not inlined may be shared between them: a function in a
@@ -78,6 +79,14 @@ struct Kernels {
     // x (T, K) float32 by w (N, K) -> out (T, N), for the rows of w in `rows`.
     void (*gemv_4bit)(const float* x, std::int64_t T, std::int64_t K, const Weight4bit& w, DType, void* out, std::int64_t N,
                       Range rows);
+    // For decoder.cpp, each over one row of n floats. `out` may be `x`.
+    float (*dot)(const float* a, const float* b, std::int64_t n);
+    void (*rms_norm)(const float* x, const float* weight, std::int64_t n, float eps, float* out);
+    void (*rotate)(const float* x, const float* cosine, const float* sine, std::int64_t n, float* out);  // halves; n is even
+    void (*silu_multiply)(const float* gate, const float* up, std::int64_t n, float* out);
+    // softmax(scaling * q K^T) V over `count` rows of `keys` and `values`, (count, n); `scores` is memory for `count` floats.
+    void (*attend)(const float* q, const float* keys, const float* values, std::int64_t count, std::int64_t n, float scaling,
+                   float* scores, float* out);
 };
 
 extern const Kernels kScalarKernels;

@@ -1,0 +1,152 @@
+"""A decoder layer of a Llama-like model as data, and the operation on it in plain torch.
+
+The form: `x += O attention(rotate(Q norm(x)), rotate(K norm(x)), V norm(x))`, then `x += Down(silu(Gate norm(x)) * Up norm(x))`, norms
+being RMS norms and the seven projections 4-bit, each with an optional low-rank branch. `native/decoder.h` says why the layer is one
+operation. Which models have this form is for `decoding/` to find out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from lownibble.errors import InputError
+from lownibble.kernels.ops import Nested
+
+PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+"""In the order of every list of projections here; transformers' names."""
+
+
+class Linear4bit(NamedTuple):
+    """A frozen 4-bit linear layer: a weight (N, K) as in `ops.dequantize_4bit`, and a bias (N,) float32 or None."""
+
+    codes: Tensor
+    absmax: Tensor
+    values: Tensor
+    block_size: int
+    shape: torch.Size
+    nested: Nested | None = None
+    bias: Tensor | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class DecoderLayer:
+    """Weights of a layer. Norms are float32: (hidden,), and (head_dim,) for `q_norm` and `k_norm`, which may be missing.
+
+    `prepared` is where a backend keeps the layer in a form of its own.
+    """
+
+    projections: Sequence[Linear4bit]
+    input_norm: Tensor
+    post_norm: Tensor
+    q_norm: Tensor | None
+    k_norm: Tensor | None
+    heads: int
+    key_heads: int
+    head_dim: int
+    eps: float
+    scaling: float
+    prepared: dict[str, Any] = field(default_factory=dict)
+
+
+class LowRank(NamedTuple):
+    """A branch of one projection, `scale * B A`: A (r, K) and B (N, r), float32 and contiguous."""
+
+    A: Tensor
+    B: Tensor
+    scale: float
+
+
+@dataclass(frozen=True, eq=False)
+class Branches:
+    """An adapter's part in one layer: a branch, or None, for each projection. `prepared` as in `DecoderLayer`."""
+
+    of: Sequence[LowRank | None]
+    prepared: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def largest_r(self) -> int:
+        """The largest rank."""
+        return max((branch.A.shape[0] for branch in self.of if branch), default=0)
+
+
+class Segment(NamedTuple):
+    """Tokens [begin, end) and their adapter in this layer, or None."""
+
+    begin: int
+    end: int
+    branches: Branches | None
+
+
+@dataclass(frozen=True, eq=False)
+class Step:
+    """Which tokens go through the layers: the same for all layers of a step.
+
+    slots, positions: (T,) int64, a token's sequence in the cache and its place in that sequence. cosine, sine: (T, head_dim) float32.
+    All earlier positions of a token's sequence are in the cache or in the step.
+    """
+
+    slots: Tensor
+    positions: Tensor
+    cosine: Tensor
+    sine: Tensor
+
+    @cached_property
+    def fits(self) -> tuple[int, int]:
+        """The least number of slots, and of positions, that a cache must have for this step."""
+        slots, positions = self.slots.tolist(), self.positions.tolist()
+        if min(slots, default=0) < 0 or min(positions, default=0) < 0:
+            raise InputError("Slots and positions must not be negative.")
+        return max(slots, default=-1) + 1, max(positions, default=-1) + 1
+
+
+Gemv = Callable[..., Tensor]
+
+
+def decoder_layer(
+    gemv: Gemv, x_TH: Tensor, layer: DecoderLayer, keys: Tensor, values: Tensor, step: Step, segments: Sequence[Segment]
+) -> None:
+    """`ops.decoder_layer` in torch, with the products of `gemv`."""
+    T, D = len(x_TH), layer.head_dim
+
+    def project(index: int, x: Tensor) -> Tensor:
+        linear = layer.projections[index]
+        y = gemv(x, linear.codes, linear.absmax, linear.values, linear.block_size, linear.shape[0], linear.nested)
+        if linear.bias is not None:
+            y = y + linear.bias
+        for begin, end, branches in segments:
+            if branches is not None and (branch := branches.of[index]) is not None:
+                y[begin:end] += (x[begin:end] @ branch.A.t()) @ branch.B.t() * branch.scale
+        return y
+
+    def norm(x: Tensor, weight: Tensor) -> Tensor:
+        return weight * (x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + layer.eps))
+
+    def turn(x_TND: Tensor) -> Tensor:
+        a, b = x_TND.chunk(2, dim=-1)
+        return x_TND * step.cosine.unsqueeze(1) + torch.cat([-b, a], dim=-1) * step.sine.unsqueeze(1)
+
+    normed = norm(x_TH, layer.input_norm)
+    q, k, v = (project(i, normed).unflatten(1, (-1, D)) for i in range(3))
+    if layer.q_norm is not None:
+        q = norm(q, layer.q_norm)
+    if layer.k_norm is not None:
+        k = norm(k, layer.k_norm)
+    q = turn(q)
+    keys[step.slots, :, step.positions] = turn(k)
+    values[step.slots, :, step.positions] = v
+    attended = x_TH.new_empty(T, layer.heads * D)
+    for t, (slot, position) in enumerate(zip(step.slots.tolist(), step.positions.tolist(), strict=True)):
+        past_keys, past_values = (
+            cache[slot, :, : position + 1].repeat_interleave(layer.heads // layer.key_heads, dim=0) for cache in (keys, values)
+        )
+        scores = (past_keys @ q[t].unsqueeze(2)).squeeze(2) * layer.scaling  # (heads, position + 1)
+        attended[t] = (scores.softmax(dim=1).unsqueeze(1) @ past_values).flatten()
+    x_TH += project(3, attended)
+    normed = norm(x_TH, layer.post_norm)
+    x_TH += project(6, torch.nn.functional.silu(project(4, normed)) * project(5, normed))

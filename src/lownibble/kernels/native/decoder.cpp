@@ -1,0 +1,166 @@
+// The stages of a decoder layer and who does what in each. Arithmetic is in algorithms.h, in each instruction set.
+#include "decoder.h"
+
+namespace lownibble {
+namespace {
+
+constexpr std::int64_t kFewTokens = 4;  // up to here the matrix-vector product, which decodes the weight once for four tokens
+constexpr std::int64_t kRowStep = 4;    // shares of rows begin at multiples of it: what that product takes at once
+
+Range share(std::int64_t n, std::int64_t step, const Worker& worker) {
+    const std::int64_t steps = (n + step - 1) / step;
+    return {smaller(n, steps * worker.index / worker.count * step), smaller(n, steps * (worker.index + 1) / worker.count * step)};
+}
+
+// out (T, N) = x W^T for this thread's share of the rows of W, which is returned.
+Range product(const Linear4bit& linear, const float* x, std::int64_t T, float* out, const Worker& worker) {
+    const Weight4bit w{linear.codes,         linear.values,        linear.absmax,        linear.nested_values,
+                       linear.nested_absmax, linear.nested_offset, linear.N * linear.K,  linear.block_shift,
+                       linear.nested_shift};
+    if (T <= kFewTokens || !worker.matmul || linear.K % 64 || linear.block_shift < 5) {
+        const Range rows = share(linear.N, kRowStep, worker);
+        if (rows.begin < rows.end) worker.kernels->gemv_4bit(x, T, linear.K, w, DType::float32, out, linear.N, rows);
+        for (std::int64_t t = 0; linear.bias && t < T; ++t) {
+            for (std::int64_t n = rows.begin; n < rows.end; ++n) out[t * linear.N + n] += linear.bias[n];
+        }
+        return rows;
+    }
+    const Range rows = share(linear.N, kMatmulPanel, worker);
+    const Addition addition{linear.bias, nullptr, nullptr, 0, 0, 0, 0.0f};
+    const std::int64_t end = (rows.end + kMatmulPanel - 1) / kMatmulPanel;
+    for (std::int64_t panel = rows.begin / kMatmulPanel; panel < end; panel += kMatmulGroup) {
+        worker.matmul->matmul_4bit(x, w, linear.N, linear.K, false, addition, out, worker.scratch,
+                                   Range{panel, smaller(end, panel + kMatmulGroup)}, Range{0, T});
+    }
+    return rows;
+}
+
+}  // namespace
+
+void decoder_layer(const DecoderLayer& layer, const Tokens& tokens, std::int64_t largest_r, float* workspace,
+                   const Worker& worker) {
+    const Kernels& kernels = *worker.kernels;
+    const std::int64_t T = tokens.T, H = layer.hidden, D = layer.head_dim, r = largest_r;
+    const std::int64_t q_size = layer.heads * D, kv_size = layer.key_heads * D, inner = layer.projections[kGate].N;
+    float* const normed = workspace;
+    float* const attended = normed + T * H;
+    float* const low = attended + T * q_size;  // (projection, T, r)
+    float* const q = low + kProjections * T * r;
+    float* const k = q + T * q_size;
+    float* const v = k + T * kv_size;
+    float* const gate = v + T * kv_size;
+    float* const up = gate + T * inner;
+    float* const scores = up + T * inner + worker.index * tokens.capacity;
+
+    const auto norm = [&](const float* weight) {
+        const Range rows = share(T, 1, worker);
+        for (std::int64_t t = rows.begin; t < rows.end; ++t) kernels.rms_norm(tokens.x + t * H, weight, H, layer.eps, normed + t * H);
+        worker.meet();
+    };
+    // The r values of each branch of projections [first, last], whose input is x; rows of A in turns.
+    const auto reduce = [&](const float* x, int first, int last) {
+        if (!r) return;
+        std::int64_t turn = 0;
+        for (std::int64_t s = 0; s < tokens.n_segments; ++s) {
+            const Segment& segment = tokens.segments[s];
+            for (int p = first; segment.branches && p <= last; ++p) {
+                const LowRank& branch = segment.branches[p];
+                const std::int64_t K = layer.projections[p].K;
+                for (std::int64_t t = segment.begin; branch.A && t < segment.end; ++t) {
+                    for (std::int64_t i = 0; i < branch.r; i += kRowStep) {
+                        if (turn++ % worker.count != worker.index) continue;
+                        const std::int64_t end = smaller(branch.r, i + kRowStep);
+                        for (std::int64_t j = i; j < end; ++j) {
+                            low[(p * T + t) * r + j] = branch.scale * kernels.dot(x + t * K, branch.A + j * K, K);
+                        }
+                    }
+                }
+            }
+        }
+        worker.meet();
+    };
+    // Projection p of x with its branches, for this thread's share of the columns, which is returned.
+    const auto project = [&](int p, const float* x, float* out) {
+        const Linear4bit& linear = layer.projections[p];
+        const Range rows = product(linear, x, T, out, worker);
+        for (std::int64_t s = 0; r && s < tokens.n_segments; ++s) {
+            const Segment& segment = tokens.segments[s];
+            if (!segment.branches || !segment.branches[p].A) continue;
+            const LowRank& branch = segment.branches[p];
+            for (std::int64_t t = segment.begin; t < segment.end; ++t) {
+                const float* values = low + (p * T + t) * r;
+                for (std::int64_t n = rows.begin; n < rows.end; ++n) {
+                    out[t * linear.N + n] += kernels.dot(values, branch.B + n * branch.r, branch.r);
+                }
+            }
+        }
+        return rows;
+    };
+    // x += the projection of `input`, whose output lies in `out`.
+    const auto add_projection = [&](int p, const float* input, float* out) {
+        const Range rows = project(p, input, out);
+        for (std::int64_t t = 0; t < T; ++t) {
+            for (std::int64_t n = rows.begin; n < rows.end; ++n) tokens.x[t * H + n] += out[t * H + n];
+        }
+        worker.meet();
+    };
+
+    norm(layer.input_norm);
+    reduce(normed, kQ, kV);
+    project(kQ, normed, q);
+    project(kK, normed, k);
+    project(kV, normed, v);
+    worker.meet();
+
+    const std::int64_t heads = layer.heads + 2 * layer.key_heads;
+    const Range turned = share(T * heads, 1, worker);
+    for (std::int64_t item = turned.begin; item < turned.end; ++item) {
+        const std::int64_t t = item / heads, head = item % heads;
+        const float *cosine = tokens.cosine + t * D, *sine = tokens.sine + t * D;
+        if (head < layer.heads) {
+            float* const at = q + t * q_size + head * D;
+            if (layer.q_norm) kernels.rms_norm(at, layer.q_norm, D, layer.eps, at);
+            kernels.rotate(at, cosine, sine, D, at);
+            continue;
+        }
+        const std::int64_t key_head = (head - layer.heads) % layer.key_heads;
+        const std::int64_t place = ((tokens.slots[t] * layer.key_heads + key_head) * tokens.capacity + tokens.positions[t]) * D;
+        if (head < layer.heads + layer.key_heads) {
+            float* const at = k + t * kv_size + key_head * D;
+            if (layer.k_norm) kernels.rms_norm(at, layer.k_norm, D, layer.eps, at);
+            kernels.rotate(at, cosine, sine, D, tokens.keys + place);
+        } else {
+            std::memcpy(tokens.values + place, v + t * kv_size + key_head * D, static_cast<std::size_t>(D) * sizeof(float));
+        }
+    }
+    worker.meet();
+
+    std::int64_t turn = 0;  // in turns, since later tokens of a prompt attend to more
+    for (std::int64_t t = 0; t < T; ++t) {
+        for (std::int64_t head = 0; head < layer.heads; ++head) {
+            if (turn++ % worker.count != worker.index) continue;
+            const std::int64_t key_head = head / (layer.heads / layer.key_heads);
+            const std::int64_t place = (tokens.slots[t] * layer.key_heads + key_head) * tokens.capacity * D;
+            kernels.attend(q + t * q_size + head * D, tokens.keys + place, tokens.values + place, tokens.positions[t] + 1, D,
+                           layer.scaling, scores, attended + t * q_size + head * D);
+        }
+    }
+    worker.meet();
+
+    reduce(attended, kO, kO);
+    add_projection(kO, attended, normed);
+
+    norm(layer.post_norm);
+    reduce(normed, kGate, kUp);
+    project(kGate, normed, gate);
+    const Range columns = project(kUp, normed, up);
+    for (std::int64_t t = 0; t < T; ++t) {
+        const std::int64_t begin = t * inner + columns.begin;
+        kernels.silu_multiply(gate + begin, up + begin, columns.end - columns.begin, gate + begin);
+    }
+    worker.meet();
+    reduce(gate, kDown, kDown);
+    add_projection(kDown, gate, normed);
+}
+
+}  // namespace lownibble

@@ -1,0 +1,86 @@
+// One decoder layer of a Llama-like model over a few tokens, with a key-value cache: what dispatch.cpp calls.
+//
+// Why a whole layer. Token by token, a layer of a small model is a dozen products of a few tens of microseconds; called one at a
+// time, norms, rotary embedding, activation and the interpreter between them take longer than the products. Here they are one call
+// and one team of threads that meets at barriers.
+//
+// Tokens may belong to different sequences (each names its slot of the cache and its position) and to different adapters
+// (segments of tokens, so that the base product is done once for all of them).
+#pragma once
+
+#include "kernels.h"
+#include "matmul.h"
+
+namespace lownibble {
+
+enum Projection { kQ, kK, kV, kO, kGate, kUp, kDown, kProjections };
+
+// The structures below are mirrored in kernels/cpu.py.
+
+struct Linear4bit {
+    const std::uint8_t* codes;
+    const float* values;
+    const void* absmax;
+    const float* nested_values;
+    const float* nested_absmax;
+    const float* nested_offset;
+    const float* bias;  // (N,) or null
+    std::int64_t N, K;
+    std::int32_t block_shift, nested_shift;
+};
+
+struct DecoderLayer {
+    Linear4bit projections[kProjections];
+    const float *input_norm, *post_norm;  // (hidden,)
+    const float *q_norm, *k_norm;         // (head_dim,) or null
+    std::int64_t hidden, heads, key_heads, head_dim;
+    float eps, scaling;
+};
+
+// A low-rank branch of one projection: scale * B (N, r) A (r, K); without one, A is null.
+struct LowRank {
+    const float *A, *B;
+    std::int64_t r;
+    float scale;
+};
+
+// Tokens [begin, end) and their adapter: a branch for each projection, or null.
+struct Segment {
+    std::int64_t begin, end;
+    const LowRank* branches;
+};
+
+struct Tokens {
+    float* x;                        // (T, hidden), replaced by the layer's output
+    std::int64_t T;
+    const float *cosine, *sine;      // (T, head_dim)
+    float *keys, *values;            // (slots, key_heads, capacity, head_dim)
+    std::int64_t capacity;
+    const std::int64_t *slots, *positions;  // (T,); the keys and values of a token are written before any token attends
+    const Segment* segments;
+    std::int64_t n_segments;
+};
+
+// Floats that a call needs as working memory: norm and attention output, the projections' outputs, the branches' r values, and a
+// row of scores a thread.
+static inline std::int64_t decoder_workspace(const DecoderLayer& layer, std::int64_t T, std::int64_t largest_r,
+                                             std::int64_t capacity, std::int64_t threads) {
+    const std::int64_t q = layer.heads * layer.head_dim, kv = layer.key_heads * layer.head_dim;
+    const std::int64_t inner = layer.projections[kGate].N;
+    return T * (layer.hidden + 2 * q + 2 * kv + 2 * inner + kProjections * largest_r) + threads * capacity;
+}
+
+// One thread's part of the layer. `meet` waits for the other threads; `scratch` is matmul_scratch(0) bytes, aligned to 64, or null
+// where `matmul` is. `workspace`: decoder_workspace() floats, shared by the threads.
+struct Worker {
+    const Kernels* kernels;
+    const MatmulKernels* matmul;
+    void* scratch;
+    std::int64_t index, count;
+    void (*meet)();
+};
+
+void decoder_layer(const DecoderLayer& layer, const Tokens& tokens, std::int64_t largest_r, float* workspace,
+                   const Worker& worker);
+
+}  // namespace lownibble

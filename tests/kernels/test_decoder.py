@@ -1,0 +1,189 @@
+"""The decoder layer on every backend and instruction set. Oracles: the plain-torch layer, and transformers' own layers."""
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config, Qwen3Config
+
+from lownibble.config import QuantConfig
+from lownibble.errors import BackendError, InputError
+from lownibble.kernels import cpu, ops
+from lownibble.kernels.decoder import PROJECTIONS, Branches, DecoderLayer, Linear4bit, LowRank, Segment, Step
+from lownibble.quant import quantize
+
+BACKENDS = ["reference"]
+try:
+    BACKENDS += [f"cpu-{isa}" for isa in cpu.available_isas()]
+except BackendError:
+    pass
+
+CLOSE = {"rtol": 1e-4, "atol": 1e-4}
+"""Sums of up to 192 terms of order one in another order, through a norm and a softmax: some hundred roundings of 2^-24."""
+
+
+@pytest.fixture(params=BACKENDS)
+def backend(request):
+    name, _, isa = request.param.partition("-")
+    before = cpu.isa() if isa else ""
+    if isa:
+        cpu.select_isa(isa)
+    with ops.use_backend(name):
+        yield name
+    if isa:
+        cpu.select_isa(before)
+
+
+def _layer(hidden=128, heads=4, key_heads=2, head_dim=32, inner=192, *, norms=False, biases=False, nested=True, block_size=64):
+    torch.manual_seed(0)
+    q, kv = heads * head_dim, key_heads * head_dim
+    shapes = ((q, hidden), (kv, hidden), (kv, hidden), (hidden, q), (inner, hidden), (inner, hidden), (hidden, inner))
+    projections = []
+    for N, K in shapes:
+        weight = quantize(torch.randn(N, K) / K**0.5, QuantConfig(double_quant=nested, block_size=block_size))
+        projections.append(Linear4bit(*weight.parts, weight.shape, weight.nested, torch.randn(N) if biases else None))
+    own = (torch.rand(head_dim) + 0.5, torch.rand(head_dim) + 0.5) if norms else (None, None)
+    return DecoderLayer(
+        projections, torch.rand(hidden) + 0.5, torch.rand(hidden) + 0.5, *own, heads, key_heads, head_dim, 1e-5, head_dim**-0.5
+    )
+
+
+def _branches(layer, r):
+    made = [
+        None if r + index == 7 else LowRank(torch.randn(r + index, K) / 8, torch.randn(N, r + index) / 8, 0.5 + index)
+        for index, (N, K) in enumerate(linear.shape for linear in layer.projections)
+    ]  # rank 7 is left out: a projection without a branch
+    return Branches(made)
+
+
+def _step(slots, positions, head_dim):
+    angles = torch.tensor(positions).unsqueeze(1) / 10 ** torch.linspace(0, 4, head_dim // 2)
+    return Step(
+        torch.tensor(slots, dtype=torch.long), torch.tensor(positions, dtype=torch.long), torch.cat([angles.cos()] * 2, 1), torch.cat([angles.sin()] * 2, 1)
+    )
+
+
+def _run(layer, slots, positions, segments=(), capacity=40):
+    """Output of the layer and the cache after it; the cache was full of other numbers."""
+    torch.manual_seed(1)
+    keys, values = torch.randn(2, 3, layer.key_heads, capacity, layer.head_dim).unbind()
+    x = torch.randn(len(slots), layer.input_norm.numel())
+    ops.decoder_layer(x, layer, keys, values, _step(slots, positions, layer.head_dim), segments)
+    return x, keys, values
+
+
+CASES = {
+    "one token": ([1], [17]),
+    "first token": ([0], [0]),
+    "three sequences": ([2, 0, 1], [3, 30, 0]),
+    "a prompt": ([1] * 13, list(range(13))),
+    "a prompt among others": ([0] + [1] * 6 + [2], [9, 4, 5, 6, 7, 8, 9, 39]),
+    "nothing": ([], []),
+}
+FORMS = {
+    "plain": {},
+    "norms and biases": {"norms": True, "biases": True},
+    "odd sizes": {"hidden": 72, "heads": 3, "key_heads": 1, "head_dim": 10, "inner": 37},
+    "wide heads": {"heads": 2, "key_heads": 2, "head_dim": 80, "nested": False, "block_size": 32},
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("form", FORMS)
+def test_equals_plain_torch(backend, form, case):
+    layer, (slots, positions) = _layer(**FORMS[form]), CASES[case]
+    found = _run(layer, slots, positions)
+    with ops.use_backend("reference"):
+        expected = _run(layer, slots, positions)
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(a, b, **CLOSE)
+
+
+@pytest.mark.parametrize("r", [1, 6, 16])
+def test_adapters_by_segment(backend, r):
+    layer = _layer()
+    first, second = _branches(layer, r), _branches(layer, 2 * r)
+    slots, positions = [0, 1, 1, 1, 2], [5, 2, 3, 4, 8]
+    segments = [Segment(0, 1, first), Segment(1, 4, second)]  # the last token has none
+    mixed = _run(layer, slots, positions, segments)[0]
+    torch.manual_seed(1)
+    for rows, branches in ((slice(0, 1), first), (slice(1, 4), second), (slice(4, 5), None)):
+        with ops.use_backend("reference"):
+            alone = _run(layer, slots, positions, [Segment(0, 5, branches)] if branches else [])[0]
+        torch.testing.assert_close(mixed[rows], alone[rows], **CLOSE)
+    assert not torch.allclose(mixed[:4], _run(layer, slots, positions)[0][:4], atol=0.1)
+
+
+def test_threads_do_not_change_the_result(backend):
+    layer, before = _layer(), torch.get_num_threads()
+    segments = [Segment(0, 3, _branches(layer, 4))]
+    found = []
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            found.append(_run(layer, [0, 1, 2], [4, 0, 20], segments)[0])
+    finally:
+        torch.set_num_threads(before)
+    if backend == "cpu":
+        assert torch.equal(found[0], found[1]) and torch.equal(found[0], found[2])
+    else:
+        torch.testing.assert_close(found[0], found[2], **CLOSE)
+
+
+TINY = {
+    "vocab_size": 64, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 1, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "max_position_embeddings": 64, "attn_implementation": "eager",
+}  # fmt: skip
+MODELS = {
+    "llama": LlamaConfig(**TINY, attention_bias=True),
+    "qwen2": Qwen2Config(**TINY),
+    "qwen3": Qwen3Config(**TINY, head_dim=16),
+}
+
+
+@pytest.mark.parametrize("family", MODELS)
+def test_equals_transformers_layer(backend, family):
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(MODELS[family]).eval()
+    theirs = model.model.layers[0]
+    projections = []
+    for name in PROJECTIONS:
+        linear = getattr(theirs.self_attn if name in PROJECTIONS[:4] else theirs.mlp, name)
+        weight = quantize(linear.weight)
+        linear.weight.data = weight.dequantize()
+        if linear.bias is not None:
+            torch.nn.init.normal_(linear.bias)
+        projections.append(
+            Linear4bit(*weight.parts, weight.shape, weight.nested, None if linear.bias is None else linear.bias.detach())
+        )
+    norms = [getattr(theirs.self_attn, name, None) for name in ("q_norm", "k_norm")]
+    layer = DecoderLayer(
+        projections, theirs.input_layernorm.weight.detach(), theirs.post_attention_layernorm.weight.detach(),
+        *(None if norm is None else norm.weight.detach() for norm in norms), 4, 2, 16, 1e-6, theirs.self_attn.scaling,
+    )  # fmt: skip
+    x, positions = torch.randn(1, 9, 64), torch.arange(9)
+    with torch.no_grad():
+        cosine, sine = model.model.rotary_emb(x, positions.unsqueeze(0))
+        mask = torch.full((9, 9), float("-inf")).triu(1)[None, None]
+        expected = theirs(x, attention_mask=mask, position_embeddings=(cosine, sine), position_ids=positions.unsqueeze(0))
+    keys, values = torch.zeros(2, 1, 2, 9, 16).unbind()
+    found = x[0].clone()
+    ops.decoder_layer(found, layer, keys, values, Step(torch.zeros(9, dtype=torch.long), positions, cosine[0], sine[0]))
+    torch.testing.assert_close(found, expected[0] if expected.dim() == 3 else expected, **CLOSE)
+
+
+@pytest.mark.parametrize(
+    ("slots", "positions", "says"), [([3], [0], "3 slots"), ([0], [40], "40 positions"), ([-1], [0], "negative")]
+)
+def test_a_place_outside_the_cache_is_refused(slots, positions, says):
+    if "cpu" not in ops.active_backend():
+        pytest.skip("needs the compiled kernels")
+    with pytest.raises(InputError, match=says):
+        _run(_layer(), slots, positions)
+
+
+def test_a_branch_of_the_wrong_size_is_refused():
+    if "cpu" not in ops.active_backend():
+        pytest.skip("needs the compiled kernels")
+    layer = _layer()
+    wrong = Branches([LowRank(torch.zeros(4, 100), torch.zeros(128, 4), 1.0), *[None] * 6])
+    with pytest.raises(InputError, match=r"q_proj.*4 x 128"):
+        _run(layer, [0], [0], [Segment(0, 1, wrong)])
