@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from lownibble.config import CompareConfig, DataConfig, LoraConfig, QuantConfig, RunConfig, TrainConfig
+    from lownibble.decoding.generate import decode
     from lownibble.kernels.ops import use_backend
     from lownibble.lora import add_lora, load_adapter, save_adapter, set_adapter, trainable_summary
     from lownibble.models.load import load
@@ -23,7 +24,7 @@ __version__ = "0.1.0"
 _HOME = {
     "CompareConfig": "config", "DataConfig": "config", "LoraConfig": "config", "QuantConfig": "config", "RunConfig": "config",
     "TrainConfig": "config", "QuantLinear": "quant", "QuantizedTensor": "quant", "TrainResult": "training", "add_lora": "lora",
-    "compare": "study.compare", "dequantize": "quant", "load": "models", "load_adapter": "lora", "quantize": "quant",
+    "compare": "study.compare", "decode": "decoding.generate", "dequantize": "quant", "load": "models", "load_adapter": "lora", "quantize": "quant",
     "run": "training", "save_adapter": "lora", "set_adapter": "lora", "train": "training", "trainable_summary": "lora",
     "use_backend": "kernels.ops",
 }  # fmt: skip
@@ -31,7 +32,7 @@ _HOME = {
 
 __all__ = [
     "CompareConfig", "DataConfig", "LoraConfig", "QuantConfig", "QuantLinear", "QuantizedTensor", "RunConfig", "TrainConfig",
-    "TrainResult", "__version__", "add_lora", "compare", "dequantize", "load", "load_adapter", "quantize", "run",
+    "TrainResult", "__version__", "add_lora", "compare", "decode", "dequantize", "load", "load_adapter", "quantize", "run",
     "save_adapter", "set_adapter", "train", "trainable_summary", "use_backend",
 ]  # fmt: skip
 

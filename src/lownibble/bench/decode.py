@@ -1,7 +1,8 @@
 """`lownibble bench decode`: token-by-token generation on a 4-bit base, next to the dense model and to bitsandbytes.
 
 Each contender is a process of its own and they take turns (`training/turns.py`). A turn greedily continues the same prompt by the
-same number of tokens, through transformers' `generate` with its key-value cache; the first round warms up and is not counted.
+same number of tokens through transformers' `generate`: `nf4` with Lownibble's loop (`decoding/`), the others, and `nf4_layers`, with
+transformers' own. The first round warms up and is not counted.
 
 As a program (`python -m lownibble.bench.decode NAME`) this is one of the processes.
 """
@@ -16,12 +17,13 @@ from typing import Any
 
 import torch
 
+from lownibble.decoding import decode
 from lownibble.models import load, load_tokenizer, pick_device, pick_dtype, resolve
 from lownibble.training.turns import TurnTaker, answer_turns, play, ratio, spread
 
 PROMPT = "The film follows a retired watchmaker who"
-OURS, PEERS = ("dense", "nf4"), ("bitsandbytes",)
-RATIOS = (("nf4", "dense"), ("nf4", "bitsandbytes"))
+OURS, PEERS = ("dense", "nf4", "nf4_layers"), ("bitsandbytes",)
+RATIOS = (("nf4", "dense"), ("nf4", "nf4_layers"), ("nf4", "bitsandbytes"))
 
 
 def bench_decode(*, peers: bool = False, repeats: int = 5, tokens: int = 48) -> dict[str, Any]:
@@ -64,6 +66,7 @@ def _bitsandbytes() -> Any:
 CONTENDERS: dict[str, Callable[[], Any]] = {
     "dense": lambda: load("demo")[0],
     "nf4": lambda: load("demo", quant="nf4")[0],
+    "nf4_layers": lambda: load("demo", quant="nf4")[0],
     "bitsandbytes": _bitsandbytes,
 }
 """name -> what makes the model."""
@@ -73,12 +76,13 @@ def main(name: str) -> None:
     """Build the contender `name` and take turns until standard input ends."""
     model, tokenizer = CONTENDERS[name](), load_tokenizer(resolve("demo"))
     prompt = tokenizer(PROMPT, return_tensors="pt").to(pick_device())
+    loop = {"custom_generate": decode} if name == "nf4" and prompt["input_ids"].device.type == "cpu" else {}
 
     def do(tokens: int) -> dict[str, Any]:
         began = time.perf_counter()
         with torch.inference_mode():
             output = model.generate(
-                **prompt, max_new_tokens=tokens, min_new_tokens=tokens, do_sample=False, pad_token_id=tokenizer.pad_token_id
+                **prompt, **loop, max_new_tokens=tokens, min_new_tokens=tokens, do_sample=False, pad_token_id=tokenizer.pad_token_id
             )
         new = output[0, prompt["input_ids"].shape[1] :].tolist()  # waits for a GPU
         seconds = time.perf_counter() - began

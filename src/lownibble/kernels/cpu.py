@@ -25,7 +25,7 @@ from torch import Tensor
 from lownibble.errors import BackendError, InputError
 from lownibble.kernels import cpu_decoder, decoded
 from lownibble.kernels.checks import check_block_size, check_float, check_tensor, check_weight
-from lownibble.kernels.decoder import DecoderLayer, Segment, Step
+from lownibble.kernels.decoder import DecoderLayers, Segment, Step
 from lownibble.kernels.ops import Addition, Nested, Rows8bit, row_sizes
 
 name = "cpu"
@@ -57,7 +57,8 @@ _SIGNATURES = {
     "gemv_4bit": [_pointer, _int32, _int64, _int64, *_WEIGHT, _int64, _int32, _int32, _pointer, _int32],
     "decoder_sizes": [_int32],
     "decoder_workspace": [_pointer, _int64, _int64, _int64, _int32],
-    "decoder_layer": [_pointer, _pointer, _int64, _pointer, _int32],
+    "decoder_layers": [_pointer, _int64, _pointer, _int64, _pointer, _int32],
+    "gemv_bf16": [_pointer, _int64, _int64, _pointer, _pointer, _int64, _int32],
 }  # fmt: skip
 
 
@@ -74,7 +75,7 @@ class _Library:
             raise BackendError(f"The compiled library {path} is of another version (ABI {abi}, not {_ABI}). Reinstall lownibble.")
         for function, argument_types in _SIGNATURES.items():
             getattr(library, f"lownibble_{function}").argtypes = argument_types
-        for function in ("dequantize_4bit", "quantize_4bit", "quantize_8bit", "dequantize_8bit", "row_scales", "quantize_rows"):
+        for function in ("dequantize_4bit", "quantize_4bit", "quantize_8bit", "dequantize_8bit", "row_scales", "quantize_rows", "gemv_bf16"):
             getattr(library, f"lownibble_{function}").restype = None
         library.lownibble_isa.restype = library.lownibble_available.restype = ctypes.c_char_p
         self.dequantize_4bit = library.lownibble_dequantize_4bit
@@ -89,7 +90,8 @@ class _Library:
         library.lownibble_decoder_workspace.restype = _int64
         self.decoder_sizes = library.lownibble_decoder_sizes
         self.decoder_workspace = library.lownibble_decoder_workspace
-        self.decoder_layer = library.lownibble_decoder_layer
+        self.decoder_layers = library.lownibble_decoder_layers
+        self.gemv_bf16 = library.lownibble_gemv_bf16
         self.has_matmul = library.lownibble_has_matmul
         self.has_int8 = library.lownibble_has_int8
         self.select = library.lownibble_select
@@ -373,8 +375,17 @@ def matmul_int8(
     return out
 
 
-def decoder_layer(
-    x_TH: Tensor, layer: DecoderLayer, keys: Tensor, values: Tensor, step: Step, segments: Sequence[Segment]
+def gemv_bf16(x_TK: Tensor, weight_NK: Tensor) -> Tensor:
+    """As `ops.gemv_bf16`."""
+    (T, K), N = x_TK.shape, len(weight_NK)
+    out_TN = torch.empty((T, N))
+    x_data, weight = _data(x_TK, "x_TK", torch.float32, T * K), _data(weight_NK, "weight_NK", torch.bfloat16, N * K)
+    library().gemv_bf16(x_data, T, K, weight, out_TN.data_ptr(), N, torch.get_num_threads())
+    return out_TN
+
+
+def decoder_layers(
+    x_TH: Tensor, layers: DecoderLayers, keys: Tensor, values: Tensor, step: Step, segments: Sequence[Segment]
 ) -> None:
-    """As `ops.decoder_layer`."""
-    cpu_decoder.decoder_layer(library(), x_TH, layer, keys, values, step, segments)
+    """As `ops.decoder_layers`."""
+    cpu_decoder.decoder_layers(library(), x_TH, layers, keys, values, step, segments)

@@ -1,8 +1,9 @@
-"""The compiled decoder layer (`native/decoder.h`): its structures in ctypes, filled once for each layer and adapter."""
+"""The compiled decoder layers (`native/decoder.h`): their structures in ctypes, filled once for a model and an adapter."""
 
 from __future__ import annotations
 
 import ctypes
+import threading
 from collections.abc import Sequence
 from functools import cache
 from typing import Any
@@ -12,7 +13,7 @@ from torch import Tensor
 
 from lownibble.errors import BackendError, InputError
 from lownibble.kernels.checks import check_block_size, check_tensor, check_weight
-from lownibble.kernels.decoder import PROJECTIONS, Branches, DecoderLayer, Linear4bit, Segment, Step
+from lownibble.kernels.decoder import PROJECTIONS, Adapter, DecoderLayer, DecoderLayers, Linear4bit, Segment, Step
 
 _CPU = torch.device("cpu")
 _pointer, _int64, _int32, _float = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32, ctypes.c_float
@@ -45,11 +46,8 @@ class _Segment(ctypes.Structure):
 class _Tokens(ctypes.Structure):
     _fields_ = [
         ("x", _pointer), ("T", _int64), ("cosine", _pointer), ("sine", _pointer), ("keys", _pointer), ("values", _pointer),
-        ("capacity", _int64), ("slots", _pointer), ("positions", _pointer), ("segments", _pointer), ("n_segments", _int64),
+        ("n_slots", _int64), ("capacity", _int64), ("slots", _pointer), ("positions", _pointer), ("segments", _pointer), ("n_segments", _int64),
     ]  # fmt: skip
-
-
-_LowRanks = _LowRank * len(PROJECTIONS)
 
 
 def _shift(size: int) -> int:
@@ -76,46 +74,49 @@ def _linear(name: str, linear: Linear4bit, N: int, K: int) -> _Linear4bit:
 
 
 def _layer(layer: DecoderLayer) -> _DecoderLayer:
-    """The layer's structure; addresses are those of the layer's own tensors, which it keeps alive."""
-    if "cpu" in layer.prepared:
-        return layer.prepared["cpu"]  # type: ignore[no-any-return]
     hidden, inner = layer.input_norm.numel(), layer.projections[4].shape[0]
     q, kv = layer.heads * layer.head_dim, layer.key_heads * layer.head_dim
     if layer.heads % layer.key_heads or layer.head_dim % 2:
         raise InputError(f"{layer.heads} heads of {layer.head_dim} over {layer.key_heads} key heads cannot be computed.")
     sizes = ((q, hidden), (kv, hidden), (kv, hidden), (hidden, q), (inner, hidden), (inner, hidden), (hidden, inner))
-    linears = [
-        _linear(name, linear, *size) for name, linear, size in zip(PROJECTIONS, layer.projections, sizes, strict=True)
-    ]  # fmt: skip
+    linears = [_linear(name, linear, *size) for name, linear, size in zip(PROJECTIONS, layer.projections, sizes, strict=True)]
+    lengths = {"input_norm": hidden, "post_norm": hidden, "q_norm": layer.head_dim, "k_norm": layer.head_dim}
     norms = [
-        None if norm is None else _floats(norm, "norm", length)
-        for norm, length in (
-            (layer.input_norm, hidden), (layer.post_norm, hidden), (layer.q_norm, layer.head_dim), (layer.k_norm, layer.head_dim)
-        )
+        None if (norm := getattr(layer, name)) is None else _floats(norm, name, length) for name, length in lengths.items()
     ]  # fmt: skip
-    made = _DecoderLayer(
+    return _DecoderLayer(
         (_Linear4bit * len(linears))(*linears), *norms, hidden, layer.heads, layer.key_heads, layer.head_dim, layer.eps, layer.scaling
     )  # fmt: skip
-    layer.prepared["cpu"] = made
-    return made
 
 
-def _branches(branches: Branches, layer: DecoderLayer) -> Any:
-    if "cpu" not in branches.prepared:
-        made = _LowRanks()
-        for index, branch in enumerate(branches.of):
-            if branch is None:
-                continue
-            (N, K), r, name = layer.projections[index].shape, branch.A.shape[0], PROJECTIONS[index]
-            if tuple(branch.A.shape) != (r, K) or tuple(branch.B.shape) != (N, r):
-                raise InputError(
-                    f"The branch of '{name}' must be {r} x {K} and {N} x {r}. Got {tuple(branch.A.shape)} and {tuple(branch.B.shape)}."
-                )
-            made[index] = _LowRank(
-                _floats(branch.A, f"{name}.A", r * K), _floats(branch.B, f"{name}.B", N * r), r, branch.scale
-            )  # fmt: skip
-        branches.prepared["cpu"] = made
-    return branches.prepared["cpu"]
+def _layers(layers: DecoderLayers) -> Any:
+    """The layers' structures; addresses are those of the layers' own tensors, which `layers` keeps alive."""
+    if "cpu" not in layers.prepared:
+        made = [_layer(layer) for layer in layers.of]
+        if len({(one.hidden, one.heads, one.key_heads, one.head_dim, one.projections[4].N) for one in made}) != 1:
+            raise InputError("All decoder layers must be of the same sizes, and there must be one.")
+        layers.prepared["cpu"] = (_DecoderLayer * len(made))(*made)
+    return layers.prepared["cpu"]
+
+
+def _adapter(adapter: Adapter, layers: DecoderLayers) -> Any:
+    """The branches' structures, (layers, projections)."""
+    if "cpu" not in adapter.prepared:
+        made = (_LowRank * (len(layers.of) * len(PROJECTIONS)))()
+        for i, (layer, branches) in enumerate(zip(layers.of, adapter.of, strict=True)):
+            for p, (name, linear, branch) in enumerate(zip(PROJECTIONS, layer.projections, branches, strict=True)):
+                if branch is None:
+                    continue
+                (N, K), r = linear.shape, branch.A.shape[0]
+                if tuple(branch.A.shape) != (r, K) or tuple(branch.B.shape) != (N, r):
+                    raise InputError(
+                        f"The branch of '{name}' of layer {i} must be {r} x {K} and {N} x {r}. "
+                        f"Got {tuple(branch.A.shape)} and {tuple(branch.B.shape)}."
+                    )
+                low, factor = _floats(branch.A, f"{name}.A", r * K), _floats(branch.B, f"{name}.B", N * r)
+                made[i * len(PROJECTIONS) + p] = _LowRank(low, factor, r, branch.scale)
+        adapter.prepared["cpu"] = made
+    return adapter.prepared["cpu"]
 
 
 @cache
@@ -127,36 +128,44 @@ def _checked(library: Any) -> Any:
     return library
 
 
-_workspace: list[Tensor] = [torch.empty(0)]
+_memory = threading.local()
 
 
-def decoder_layer(
-    library: Any, x_TH: Tensor, layer: DecoderLayer, keys: Tensor, values: Tensor, step: Step, segments: Sequence[Segment]
+def _workspace(floats: int) -> int:
+    """Address of the calling thread's working memory; kept from call to call."""
+    if getattr(_memory, "workspace", _EMPTY).numel() < floats:
+        _memory.workspace = torch.empty(floats)
+    return int(_memory.workspace.data_ptr())
+
+
+_EMPTY = torch.empty(0)
+
+
+def decoder_layers(
+    library: Any, x_TH: Tensor, layers: DecoderLayers, keys: Tensor, values: Tensor, step: Step, segments: Sequence[Segment]
 ) -> None:
-    """As `ops.decoder_layer`."""
-    made, T, D = _layer(layer), len(x_TH), layer.head_dim
-    slots, key_heads, capacity, _ = keys.shape
-    size = slots * key_heads * capacity * D
-    if key_heads != layer.key_heads or keys.shape != values.shape or keys.shape[3] != D:
-        raise InputError(f"The cache must be (slots, {layer.key_heads}, capacity, {D}), twice. Got {tuple(keys.shape)}.")
+    """As `ops.decoder_layers`."""
+    made, T = _layers(layers), len(x_TH)
+    slots, capacity, D = keys.shape[1], keys.shape[3], made[0].head_dim
+    shape = (len(made), slots, made[0].key_heads, capacity, D)
+    if keys.shape != shape or values.shape != shape:
+        raise InputError(f"Keys and values must be (layers, slots, key heads, capacity, head_dim) = {shape}. Got {tuple(keys.shape)}.")
     if step.fits[0] > slots or step.fits[1] > capacity:
         raise InputError(f"The cache has {slots} slots of {capacity} positions; the step needs {step.fits[0]} of {step.fits[1]}.")
     array = (_Segment * len(segments))()
-    for index, (begin, end, branches) in enumerate(segments):
+    for index, (begin, end, adapter) in enumerate(segments):
         if not 0 <= begin <= end <= T:
             raise InputError(f"A segment must lie within {T} tokens. Got {begin} to {end}.")
-        array[index] = _Segment(begin, end, None if branches is None else ctypes.addressof(_branches(branches, layer)))
-    largest_r = max((branches.largest_r for _, _, branches in segments if branches), default=0)
+        array[index] = _Segment(begin, end, ctypes.addressof(_adapter(adapter, layers)))
+    largest_r = max((adapter.largest_r for _, _, adapter in segments), default=0)
     for name in ("slots", "positions"):
         check_tensor(getattr(step, name), name, torch.int64, T, _CPU)
     tokens = _Tokens(
-        _floats(x_TH, "x_TH", T * made.hidden), T, _floats(step.cosine, "cosine", T * D), _floats(step.sine, "sine", T * D),
-        _floats(keys, "keys", size), _floats(values, "values", size), capacity,
+        _floats(x_TH, "x_TH", T * made[0].hidden), T, _floats(step.cosine, "cosine", T * D), _floats(step.sine, "sine", T * D),
+        _floats(keys, "keys", keys.numel()), _floats(values, "values", keys.numel()), slots, capacity,
         step.slots.data_ptr(), step.positions.data_ptr(), ctypes.addressof(array), len(segments),
     )  # fmt: skip
     native, threads = _checked(library), torch.get_num_threads()
-    needed = native.decoder_workspace(ctypes.byref(made), T, largest_r, capacity, threads)
-    if _workspace[0].numel() < needed:
-        _workspace[0] = torch.empty(needed)
-    if native.decoder_layer(ctypes.byref(made), ctypes.byref(tokens), largest_r, _workspace[0].data_ptr(), threads):
+    workspace = _workspace(native.decoder_workspace(ctypes.byref(made[0]), T, largest_r, capacity, threads))
+    if native.decoder_layers(ctypes.byref(made), len(made), ctypes.byref(tokens), largest_r, workspace, threads):
         raise MemoryError("No memory for the decoded panels of a weight.")

@@ -1,7 +1,7 @@
-"""A decoder layer of a Llama-like model as data, and the operation on it in plain torch.
+"""The decoder layers of a Llama-like model as data, and the operation on them in plain torch.
 
 The form: `x += O attention(rotate(Q norm(x)), rotate(K norm(x)), V norm(x))`, then `x += Down(silu(Gate norm(x)) * Up norm(x))`, norms
-being RMS norms and the seven projections 4-bit, each with an optional low-rank branch. `native/decoder.h` says why the layer is one
+being RMS norms and the seven projections 4-bit, each with an optional low-rank branch. `native/decoder.h` says why the layers are one
 operation. Which models have this form is for `decoding/` to find out.
 """
 
@@ -34,12 +34,8 @@ class Linear4bit(NamedTuple):
     bias: Tensor | None = None
 
 
-@dataclass(frozen=True, eq=False)
-class DecoderLayer:
-    """Weights of a layer. Norms are float32: (hidden,), and (head_dim,) for `q_norm` and `k_norm`, which may be missing.
-
-    `prepared` is where a backend keeps the layer in a form of its own.
-    """
+class DecoderLayer(NamedTuple):
+    """Weights of a layer. Norms are float32: (hidden,), and (head_dim,) for `q_norm` and `k_norm`, which may be missing."""
 
     projections: Sequence[Linear4bit]
     input_norm: Tensor
@@ -51,6 +47,13 @@ class DecoderLayer:
     head_dim: int
     eps: float
     scaling: float
+
+
+@dataclass(frozen=True, eq=False)
+class DecoderLayers:
+    """All layers; at least one, of the same sizes. `prepared` is where a backend keeps them in a form of its own."""
+
+    of: Sequence[DecoderLayer]
     prepared: dict[str, Any] = field(default_factory=dict)
 
 
@@ -63,29 +66,29 @@ class LowRank(NamedTuple):
 
 
 @dataclass(frozen=True, eq=False)
-class Branches:
-    """An adapter's part in one layer: a branch, or None, for each projection. `prepared` as in `DecoderLayer`."""
+class Adapter:
+    """A branch, or None, for each projection of each layer. `prepared` as in `DecoderLayers`."""
 
-    of: Sequence[LowRank | None]
+    of: Sequence[Sequence[LowRank | None]]
     prepared: dict[str, Any] = field(default_factory=dict)
 
-    @property
+    @cached_property
     def largest_r(self) -> int:
         """The largest rank."""
-        return max((branch.A.shape[0] for branch in self.of if branch), default=0)
+        return max((branch.A.shape[0] for branches in self.of for branch in branches if branch), default=0)
 
 
 class Segment(NamedTuple):
-    """Tokens [begin, end) and their adapter in this layer, or None."""
+    """Tokens [begin, end) and their adapter."""
 
     begin: int
     end: int
-    branches: Branches | None
+    adapter: Adapter
 
 
 @dataclass(frozen=True, eq=False)
 class Step:
-    """Which tokens go through the layers: the same for all layers of a step.
+    """Which tokens go through the layers.
 
     slots, positions: (T,) int64, a token's sequence in the cache and its place in that sequence. cosine, sine: (T, head_dim) float32.
     All earlier positions of a token's sequence are in the cache or in the step.
@@ -108,10 +111,19 @@ class Step:
 Gemv = Callable[..., Tensor]
 
 
-def decoder_layer(
-    gemv: Gemv, x_TH: Tensor, layer: DecoderLayer, keys: Tensor, values: Tensor, step: Step, segments: Sequence[Segment]
+def decoder_layers(
+    gemv: Gemv, x_TH: Tensor, layers: DecoderLayers, keys: Tensor, values: Tensor, step: Step, segments: Sequence[Segment]
 ) -> None:
-    """`ops.decoder_layer` in torch, with the products of `gemv`."""
+    """`ops.decoder_layers` in torch, with the products of `gemv`."""
+    for index, layer in enumerate(layers.of):
+        branches = [(begin, end, adapter.of[index]) for begin, end, adapter in segments]
+        _decoder_layer(gemv, x_TH, layer, keys[index], values[index], step, branches)
+
+
+def _decoder_layer(
+    gemv: Gemv, x_TH: Tensor, layer: DecoderLayer, keys: Tensor, values: Tensor, step: Step,
+    branches: Sequence[tuple[int, int, Sequence[LowRank | None]]],
+) -> None:  # fmt: skip
     T, D = len(x_TH), layer.head_dim
 
     def project(index: int, x: Tensor) -> Tensor:
@@ -119,8 +131,9 @@ def decoder_layer(
         y = gemv(x, linear.codes, linear.absmax, linear.values, linear.block_size, linear.shape[0], linear.nested)
         if linear.bias is not None:
             y = y + linear.bias
-        for begin, end, branches in segments:
-            if branches is not None and (branch := branches.of[index]) is not None:
+        for begin, end, of_projection in branches:
+            branch = of_projection[index]
+            if branch is not None:
                 y[begin:end] += (x[begin:end] @ branch.A.t()) @ branch.B.t() * branch.scale
         return y
 

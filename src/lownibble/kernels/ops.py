@@ -28,7 +28,7 @@ from torch import Tensor
 from lownibble.errors import BackendError
 
 if TYPE_CHECKING:
-    from lownibble.kernels.decoder import DecoderLayer, Segment, Step
+    from lownibble.kernels.decoder import DecoderLayers, Segment, Step
 
 
 class Nested(NamedTuple):
@@ -145,8 +145,10 @@ class Backend(Protocol):
         nested: Nested | None = None,
     ) -> Tensor: ...
 
-    def decoder_layer(
-        self, x_TH: Tensor, layer: DecoderLayer, keys: Tensor, values: Tensor, step: Step, segments: Sequence[Segment]
+    def gemv_bf16(self, x_TK: Tensor, weight_NK: Tensor) -> Tensor: ...
+
+    def decoder_layers(
+        self, x_TH: Tensor, layers: DecoderLayers, keys: Tensor, values: Tensor, step: Step, segments: Sequence[Segment]
     ) -> None: ...
 
 
@@ -350,14 +352,19 @@ def matmul_int8(
     return _for(codes).matmul_int8(x, codes, absmax, values, block_size, shape, row_scale, transposed, addition, nested)
 
 
-def decoder_layer(
-    x_TH: Tensor, layer: DecoderLayer, keys: Tensor, values: Tensor, step: Step, segments: Sequence[Segment] = ()
+def gemv_bf16(x_TK: Tensor, weight_NK: Tensor) -> Tensor:
+    """`x_TK @ weight_NK.T` (T, N) float32, the weight being stored in bfloat16: half the bytes to read where that loses nothing."""
+    return _for(x_TK).gemv_bf16(x_TK, weight_NK)
+
+
+def decoder_layers(
+    x_TH: Tensor, layers: DecoderLayers, keys: Tensor, values: Tensor, step: Step, segments: Sequence[Segment] = ()
 ) -> None:
-    """Take tokens through a decoder layer, in place, and write their keys and values to the cache. No gradient.
+    """Take tokens through the decoder layers, in place, and write their keys and values to the cache. No gradient.
 
     Args:
-        x_TH: (T, hidden) float32, contiguous; replaced by the layer's output.
-        keys, values: (slots, key_heads, capacity, head_dim) float32, contiguous; positions are below `capacity`.
+        x_TH: (T, hidden) float32, contiguous; replaced by the last layer's output.
+        keys, values: (layers, slots, key_heads, capacity, head_dim) float32, contiguous; positions are below `capacity`.
         segments: in order, without overlap; tokens in none of them have no adapter.
     """
-    _for(x_TH).decoder_layer(x_TH, layer, keys, values, step, segments)
+    _for(x_TH).decoder_layers(x_TH, layers, keys, values, step, segments)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from lownibble.kernels import decoded, decoder
-from lownibble.kernels.decoder import DecoderLayer, Segment, Step
+from lownibble.kernels.decoder import DecoderLayers, Segment, Step
 from lownibble.kernels.ops import PART, Addition, Nested, Rows8bit, row_sizes
 
 name = "reference"
@@ -135,7 +135,11 @@ def matmul_int8(
     return out
 
 
-def decoder_layer(
-    x_TH: Tensor, layer: DecoderLayer, keys: Tensor, values: Tensor, step: Step, segments: Sequence[Segment]
+def gemv_bf16(x_TK: Tensor, weight_NK: Tensor) -> Tensor:
+    return x_TK @ weight_NK.float().t()
+
+
+def decoder_layers(
+    x_TH: Tensor, layers: DecoderLayers, keys: Tensor, values: Tensor, step: Step, segments: Sequence[Segment]
 ) -> None:
-    decoder.decoder_layer(gemv_4bit, x_TH, layer, keys, values, step, segments)
+    decoder.decoder_layers(gemv_4bit, x_TH, layers, keys, values, step, segments)

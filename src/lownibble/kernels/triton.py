@@ -29,7 +29,7 @@ from triton.runtime.interpreter import InterpretedFunction
 from lownibble.errors import BackendError
 from lownibble.kernels import decoded, decoder
 from lownibble.kernels.checks import check_block_size, check_float, check_tensor, check_weight
-from lownibble.kernels.decoder import DecoderLayer, Segment, Step
+from lownibble.kernels.decoder import DecoderLayers, Segment, Step
 from lownibble.kernels.ops import Addition, Nested
 
 name = "triton"
@@ -263,8 +263,13 @@ def matmul_4bit(
     return decoded.matmul(dequantize_4bit, x_TC, codes, absmax, values, block_size, shape, transposed, addition, nested)
 
 
-def decoder_layer(
-    x_TH: Tensor, layer: DecoderLayer, keys: Tensor, values: Tensor, step: Step, segments: Sequence[Segment]
+def gemv_bf16(x_TK: Tensor, weight_NK: Tensor) -> Tensor:
+    """As `ops.gemv_bf16`: in torch."""
+    return x_TK @ weight_NK.float().t()
+
+
+def decoder_layers(
+    x_TH: Tensor, layers: DecoderLayers, keys: Tensor, values: Tensor, step: Step, segments: Sequence[Segment]
 ) -> None:
-    """As `ops.decoder_layer`: in torch, around the matrix-vector product."""
-    decoder.decoder_layer(gemv_4bit, x_TH, layer, keys, values, step, segments)
+    """As `ops.decoder_layers`: in torch, around the matrix-vector product."""
+    decoder.decoder_layers(gemv_4bit, x_TH, layers, keys, values, step, segments)

@@ -273,6 +273,48 @@ float dot(const float* a, const float* b, std::int64_t n) {
     return Simd::sum(Simd::add(even, odd)) + tail;
 }
 
+// R rows of w by T rows of x; see dot_whole_blocks.
+template <class Simd, int R, int T>
+inline void dot_bf16(const float* x, std::int64_t K, const BFloat16* w, float* out, std::int64_t N) {
+    typename Simd::Lanes totals[R][T];
+    for (int r = 0; r < R; ++r) {
+        for (int t = 0; t < T; ++t) totals[r][t] = Simd::zero();
+    }
+    std::int64_t k = 0;
+    for (; k + kLanes <= K; k += kLanes) {
+        for (int r = 0; r < R; ++r) {
+            const typename Simd::Lanes weights = Simd::load(w + r * K + k);
+            if (k % (2 * kLanes) == 0) __builtin_prefetch(w + (r + R) * K + k);
+            for (int t = 0; t < T; ++t) totals[r][t] = Simd::fma(weights, Simd::load(x + t * K + k), totals[r][t]);
+        }
+    }
+    for (int r = 0; r < R; ++r) {
+        for (int t = 0; t < T; ++t) {
+            float tail = 0.0f;
+            for (std::int64_t i = k; i < K; ++i) tail += to_float(w[r * K + i]) * x[t * K + i];
+            out[t * N + r] = Simd::sum(totals[r][t]) + tail;
+        }
+    }
+}
+
+template <class Simd>
+void gemv_bf16(const float* x, std::int64_t T, std::int64_t K, const BFloat16* w, float* out, std::int64_t N, Range rows) {
+    constexpr int kRows = Simd::kRows;
+    std::int64_t t = 0;
+    const auto advance = [&](auto tile) {
+        for (; t + tile.size <= T; t += tile.size) {
+            std::int64_t row = rows.begin;
+            for (; row + kRows <= rows.end; row += kRows) {
+                dot_bf16<Simd, kRows, tile.size>(x + t * K, K, w + row * K, out + t * N + row, N);
+            }
+            for (; row < rows.end; ++row) dot_bf16<Simd, 1, tile.size>(x + t * K, K, w + row * K, out + t * N + row, N);
+        }
+    };
+    if constexpr (Simd::kTile >= 4) advance(Tile<4>{});
+    if constexpr (Simd::kTile >= 2) advance(Tile<2>{});
+    advance(Tile<1>{});
+}
+
 template <class Simd>
 void rms_norm(const float* x, const float* weight, std::int64_t n, float eps, float* out) {
     const float factor = 1.0f / __builtin_sqrtf(dot<Simd>(x, x, n) / static_cast<float>(n) + eps);
@@ -378,6 +420,7 @@ constexpr Kernels kernels_for(const char* name) {
            Range rows) {
             with_type(dtype, out, [&](auto* typed) { gemv_4bit<Simd>(x, T, K, w, typed, N, rows); });
         },
+        gemv_bf16<Simd>,
         dot<Simd>,
         rms_norm<Simd>,
         rotate,

@@ -4,7 +4,7 @@
 namespace lownibble {
 namespace {
 
-constexpr std::int64_t kFewTokens = 4;  // up to here the matrix-vector product, which decodes the weight once for four tokens
+constexpr std::int64_t kFewTokens = 8;  // up to here the matrix-vector product is faster (AVX-512, 2 threads)
 constexpr std::int64_t kRowStep = 4;    // shares of rows begin at multiples of it: what that product takes at once
 
 Range share(std::int64_t n, std::int64_t step, const Worker& worker) {
@@ -35,9 +35,8 @@ Range product(const Linear4bit& linear, const float* x, std::int64_t T, float* o
     return rows;
 }
 
-}  // namespace
-
-void decoder_layer(const DecoderLayer& layer, const Tokens& tokens, std::int64_t largest_r, float* workspace,
+// `index`: which of the layers it is.
+void decoder_layer(const DecoderLayer& layer, std::int64_t index, const Tokens& tokens, std::int64_t largest_r, float* workspace,
                    const Worker& worker) {
     const Kernels& kernels = *worker.kernels;
     const std::int64_t T = tokens.T, H = layer.hidden, D = layer.head_dim, r = largest_r;
@@ -50,6 +49,8 @@ void decoder_layer(const DecoderLayer& layer, const Tokens& tokens, std::int64_t
     float* const v = k + T * kv_size;
     float* const gate = v + T * kv_size;
     float* const up = gate + T * inner;
+    const std::int64_t cache_size = tokens.n_slots * layer.key_heads * tokens.capacity * D;
+    float *const keys = tokens.keys + index * cache_size, *const values = tokens.values + index * cache_size;
     float* const scores = up + T * inner + worker.index * tokens.capacity;
 
     const auto norm = [&](const float* weight) {
@@ -63,8 +64,8 @@ void decoder_layer(const DecoderLayer& layer, const Tokens& tokens, std::int64_t
         std::int64_t turn = 0;
         for (std::int64_t s = 0; s < tokens.n_segments; ++s) {
             const Segment& segment = tokens.segments[s];
-            for (int p = first; segment.branches && p <= last; ++p) {
-                const LowRank& branch = segment.branches[p];
+            for (int p = first; p <= last; ++p) {
+                const LowRank& branch = segment.branches[index * kProjections + p];
                 const std::int64_t K = layer.projections[p].K;
                 for (std::int64_t t = segment.begin; branch.A && t < segment.end; ++t) {
                     for (std::int64_t i = 0; i < branch.r; i += kRowStep) {
@@ -85,12 +86,12 @@ void decoder_layer(const DecoderLayer& layer, const Tokens& tokens, std::int64_t
         const Range rows = product(linear, x, T, out, worker);
         for (std::int64_t s = 0; r && s < tokens.n_segments; ++s) {
             const Segment& segment = tokens.segments[s];
-            if (!segment.branches || !segment.branches[p].A) continue;
-            const LowRank& branch = segment.branches[p];
+            const LowRank& branch = segment.branches[index * kProjections + p];
+            if (!branch.A) continue;
             for (std::int64_t t = segment.begin; t < segment.end; ++t) {
-                const float* values = low + (p * T + t) * r;
+                const float* reduced = low + (p * T + t) * r;
                 for (std::int64_t n = rows.begin; n < rows.end; ++n) {
-                    out[t * linear.N + n] += kernels.dot(values, branch.B + n * branch.r, branch.r);
+                    out[t * linear.N + n] += kernels.dot(reduced, branch.B + n * branch.r, branch.r);
                 }
             }
         }
@@ -128,9 +129,9 @@ void decoder_layer(const DecoderLayer& layer, const Tokens& tokens, std::int64_t
         if (head < layer.heads + layer.key_heads) {
             float* const at = k + t * kv_size + key_head * D;
             if (layer.k_norm) kernels.rms_norm(at, layer.k_norm, D, layer.eps, at);
-            kernels.rotate(at, cosine, sine, D, tokens.keys + place);
+            kernels.rotate(at, cosine, sine, D, keys + place);
         } else {
-            std::memcpy(tokens.values + place, v + t * kv_size + key_head * D, static_cast<std::size_t>(D) * sizeof(float));
+            std::memcpy(values + place, v + t * kv_size + key_head * D, static_cast<std::size_t>(D) * sizeof(float));
         }
     }
     worker.meet();
@@ -141,7 +142,7 @@ void decoder_layer(const DecoderLayer& layer, const Tokens& tokens, std::int64_t
             if (turn++ % worker.count != worker.index) continue;
             const std::int64_t key_head = head / (layer.heads / layer.key_heads);
             const std::int64_t place = (tokens.slots[t] * layer.key_heads + key_head) * tokens.capacity * D;
-            kernels.attend(q + t * q_size + head * D, tokens.keys + place, tokens.values + place, tokens.positions[t] + 1, D,
+            kernels.attend(q + t * q_size + head * D, keys + place, values + place, tokens.positions[t] + 1, D,
                            layer.scaling, scores, attended + t * q_size + head * D);
         }
     }
@@ -161,6 +162,13 @@ void decoder_layer(const DecoderLayer& layer, const Tokens& tokens, std::int64_t
     worker.meet();
     reduce(gate, kDown, kDown);
     add_projection(kDown, gate, normed);
+}
+
+}  // namespace
+
+void decoder_layers(const DecoderLayer* layers, std::int64_t n_layers, const Tokens& tokens, std::int64_t largest_r,
+                    float* workspace, const Worker& worker) {
+    for (std::int64_t i = 0; i < n_layers; ++i) decoder_layer(layers[i], i, tokens, largest_r, workspace, worker);
 }
 
 }  // namespace lownibble

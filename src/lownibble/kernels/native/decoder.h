@@ -1,7 +1,7 @@
-// One decoder layer of a Llama-like model over a few tokens, with a key-value cache: what dispatch.cpp calls.
+// The decoder layers of a Llama-like model over a few tokens, with a key-value cache: what dispatch.cpp calls.
 //
-// Why a whole layer. Token by token, a layer of a small model is a dozen products of a few tens of microseconds; called one at a
-// time, norms, rotary embedding, activation and the interpreter between them take longer than the products. Here they are one call
+// Why all in one. Token by token, a layer of a small model is a dozen products of a few tens of microseconds; called one at a time,
+// norms, rotary embedding, activation and the interpreter between them take longer than the products. Here the layers are one call
 // and one team of threads that meets at barriers.
 //
 // Tokens may belong to different sequences (each names its slot of the cache and its position) and to different adapters
@@ -44,18 +44,18 @@ struct LowRank {
     float scale;
 };
 
-// Tokens [begin, end) and their adapter: a branch for each projection, or null.
+// Tokens [begin, end) and their adapter: a branch for each projection of each layer.
 struct Segment {
     std::int64_t begin, end;
-    const LowRank* branches;
+    const LowRank* branches;  // (layers, kProjections)
 };
 
 struct Tokens {
-    float* x;                        // (T, hidden), replaced by the layer's output
+    float* x;                        // (T, hidden), replaced by the last layer's output
     std::int64_t T;
     const float *cosine, *sine;      // (T, head_dim)
-    float *keys, *values;            // (slots, key_heads, capacity, head_dim)
-    std::int64_t capacity;
+    float *keys, *values;            // (layers, slots, key_heads, capacity, head_dim)
+    std::int64_t n_slots, capacity;
     const std::int64_t *slots, *positions;  // (T,); the keys and values of a token are written before any token attends
     const Segment* segments;
     std::int64_t n_segments;
@@ -70,7 +70,7 @@ static inline std::int64_t decoder_workspace(const DecoderLayer& layer, std::int
     return T * (layer.hidden + 2 * q + 2 * kv + 2 * inner + kProjections * largest_r) + threads * capacity;
 }
 
-// One thread's part of the layer. `meet` waits for the other threads; `scratch` is matmul_scratch(0) bytes, aligned to 64, or null
+// One thread's part of the work. `meet` waits for the other threads; `scratch` is matmul_scratch(0) bytes, aligned to 64, or null
 // where `matmul` is. `workspace`: decoder_workspace() floats, shared by the threads.
 struct Worker {
     const Kernels* kernels;
@@ -80,7 +80,8 @@ struct Worker {
     void (*meet)();
 };
 
-void decoder_layer(const DecoderLayer& layer, const Tokens& tokens, std::int64_t largest_r, float* workspace,
-                   const Worker& worker);
+// Take the tokens through the layers, which have the same sizes.
+void decoder_layers(const DecoderLayer* layers, std::int64_t n_layers, const Tokens& tokens, std::int64_t largest_r,
+                    float* workspace, const Worker& worker);
 
 }  // namespace lownibble

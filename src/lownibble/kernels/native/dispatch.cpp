@@ -299,8 +299,8 @@ LOWNIBBLE_EXPORT std::int64_t lownibble_decoder_workspace(const DecoderLayer* la
 }
 
 // 0, or -1 when there is no memory for a group of panels a thread; then nothing was computed.
-LOWNIBBLE_EXPORT std::int32_t lownibble_decoder_layer(const DecoderLayer* layer, const Tokens* tokens, std::int64_t largest_r,
-                                                      float* workspace, std::int32_t num_threads) {
+LOWNIBBLE_EXPORT std::int32_t lownibble_decoder_layers(const DecoderLayer* layers, std::int64_t n_layers, const Tokens* tokens,
+                                                       std::int64_t largest_r, float* workspace, std::int32_t num_threads) {
     std::int32_t failed = 0;
     const std::size_t bytes = static_cast<std::size_t>(matmul_scratch(0));
 #if defined(_OPENMP)
@@ -321,14 +321,21 @@ LOWNIBBLE_EXPORT std::int32_t lownibble_decoder_layer(const DecoderLayer* layer,
                                 [] {
 #pragma omp barrier
                                 }};
-            decoder_layer(*layer, *tokens, largest_r, workspace, worker);
+            decoder_layers(layers, n_layers, *tokens, largest_r, workspace, worker);
         }
     }
 #else
     (void)num_threads;
     void* const memory = scratch.of(bytes);
     if (!memory) return -1;
-    decoder_layer(*layer, *tokens, largest_r, workspace, Worker{active, active_matmul(), memory, 0, 1, [] {}});
+    decoder_layers(layers, n_layers, *tokens, largest_r, workspace, Worker{active, active_matmul(), memory, 0, 1, [] {}});
 #endif
     return failed;
+}
+
+// out (T, N) = x (T, K) W^T, with W (N, K) in bfloat16.
+LOWNIBBLE_EXPORT void lownibble_gemv_bf16(const float* x, std::int64_t T, std::int64_t K, const void* w, float* out,
+                                          std::int64_t N, std::int32_t num_threads) {
+    in_parallel(T ? N : 0, N * K, num_threads,
+                [&](Range rows) { active->gemv_bf16(x, T, K, static_cast<const BFloat16*>(w), out, N, rows); });
 }

@@ -79,6 +79,8 @@ struct Kernels {
     // x (T, K) float32 by w (N, K) -> out (T, N), for the rows of w in `rows`.
     void (*gemv_4bit)(const float* x, std::int64_t T, std::int64_t K, const Weight4bit& w, DType, void* out, std::int64_t N,
                       Range rows);
+    // x (T, K) by w (N, K) -> out (T, N), for the rows of w in `rows`.
+    void (*gemv_bf16)(const float* x, std::int64_t T, std::int64_t K, const BFloat16* w, float* out, std::int64_t N, Range rows);
     // For decoder.cpp, each over one row of n floats. `out` may be `x`.
     float (*dot)(const float* a, const float* b, std::int64_t n);
     void (*rms_norm)(const float* x, const float* weight, std::int64_t n, float eps, float* out);

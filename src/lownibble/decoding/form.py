@@ -1,0 +1,113 @@
+"""Reads a transformers model's decoder layers as data for `ops.decoder_layers`, or says why that cannot be done.
+
+No list of model names: a layer qualifies by what is in it (the seven projections on 4-bit weights, two norms, perhaps norms of
+queries and keys). That its modules also compute what their names say is not read but measured, see `decoder.py`.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lownibble.errors import ModelError
+from lownibble.kernels.decoder import PROJECTIONS, Adapter, DecoderLayer, DecoderLayers, Linear4bit, LowRank
+from lownibble.lora.layer import LoraLinear
+from lownibble.quant import QuantLinear
+
+ROPE_TYPES = ("default", "linear", "llama3", "yarn")
+"""Rotary embeddings whose angles follow from the position alone."""
+
+_LAYER = {"self_attn", "mlp", "input_layernorm", "post_attention_layernorm"}
+_ATTENTION, _MLP = set(PROJECTIONS[:4]), set(PROJECTIONS[4:])
+
+
+def refusal(who: object, why: str) -> ModelError:
+    """The error for a model that cannot be decoded here."""
+    return ModelError(
+        f"{type(who).__name__} cannot be decoded by Lownibble: {why}. Use transformers' own loop (leave custom_generate out)."
+    )
+
+
+def read_layers(model: Any) -> DecoderLayers:
+    """The decoder layers of a causal model, which share the model's tensors.
+
+    Raises:
+        ModelError: a layer is of another form.
+    """
+    base = model.base_model
+    layers = getattr(base, "layers", None)
+    if layers is None or not all(hasattr(base, name) for name in ("norm", "rotary_emb")):
+        raise refusal(model, "its parts are not called 'layers', 'norm' and 'rotary_emb'")
+    if model.config.get_text_config().hidden_act not in ("silu", "swish"):
+        raise refusal(model, f"its activation is {model.config.get_text_config().hidden_act}, not silu")
+    if base.rotary_emb.rope_type not in ROPE_TYPES:
+        raise refusal(model, f"its rotary embedding is '{base.rotary_emb.rope_type}', which depends on more than the position")
+    return DecoderLayers([_layer(model, f"layer {index}", layer) for index, layer in enumerate(layers)])
+
+
+def read_adapter(model: Any, adapter: str | None = None) -> Adapter | None:
+    """The low-rank branches of the adapter called so, or of the active one; None where there are none."""
+    found = [[_branch(module, adapter) for module in _projections(layer)] for layer in model.base_model.layers]
+    return Adapter(found) if any(branch for branches in found for branch in branches) else None
+
+
+def _branch(module: nn.Module, adapter: str | None) -> LowRank | None:
+    if not isinstance(module, LoraLinear):
+        return None
+    name = adapter or module.active
+    if name is None or name not in module.adapters:
+        return None
+    low: Any = module.adapters[name]
+    return LowRank(low.lora_A.detach(), low.lora_B.detach(), low.scale)
+
+
+def _projections(layer: Any) -> list[nn.Module]:
+    return [getattr(layer.self_attn if name in _ATTENTION else layer.mlp, name) for name in PROJECTIONS]
+
+
+def _layer(model: Any, name: str, layer: Any) -> DecoderLayer:
+    def holds(module: nn.Module, needed: set[str], allowed: set[str]) -> bool:
+        found = {child for child, _ in module.named_children()}
+        return needed <= found <= needed | allowed
+
+    if not holds(layer, _LAYER, set()):
+        raise refusal(model, f"{name} is made of {', '.join(child for child, _ in layer.named_children())}")
+    attention = layer.self_attn
+    if not holds(attention, _ATTENTION, {"q_norm", "k_norm"}) or not holds(layer.mlp, _MLP, {"act_fn"}):
+        raise refusal(model, f"attention or feed-forward part of {name} has other projections than {', '.join(PROJECTIONS)}")
+    if getattr(attention, "sliding_window", None) is not None:
+        raise refusal(model, f"attention of {name} sees a window of {attention.sliding_window} tokens")
+    linears = [
+        _linear(model, f"{name}'s {projection}", module)
+        for projection, module in zip(PROJECTIONS, _projections(layer), strict=True)
+    ]
+    head_dim = attention.head_dim
+    norms = [
+        None if norm is None else _norm(model, norm)
+        for norm in (
+            layer.input_layernorm, layer.post_attention_layernorm, getattr(attention, "q_norm", None), getattr(attention, "k_norm", None)
+        )
+    ]  # fmt: skip
+    heads, key_heads = (linears[index].shape[0] // head_dim for index in (0, 1))
+    eps = layer.input_layernorm.variance_epsilon
+    return DecoderLayer(linears, *norms, heads, key_heads, head_dim, eps, attention.scaling)  # type: ignore[arg-type]
+
+
+def _norm(model: Any, norm: nn.Module) -> Tensor:
+    weight = getattr(norm, "weight", None)
+    if not isinstance(weight, Tensor) or not hasattr(norm, "variance_epsilon"):
+        raise refusal(model, f"{type(norm).__name__} is not an RMS norm")
+    return weight.detach()
+
+
+def _linear(model: Any, name: str, module: nn.Module) -> Linear4bit:
+    base = module.base if isinstance(module, LoraLinear) else module
+    if not isinstance(base, QuantLinear):
+        raise refusal(model, f"{name} is a {type(base).__name__}, not on a 4-bit weight")
+    bias = base.bias
+    if bias is not None and bias.dtype != torch.float32:
+        raise refusal(model, f"the bias of {name} is {bias.dtype}, not float32")
+    weight = base.weight
+    return Linear4bit(*weight.parts, weight.shape, weight.nested, None if bias is None else bias.detach())

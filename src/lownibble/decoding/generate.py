@@ -1,0 +1,73 @@
+"""`decode`: a loop for transformers' `generate` that runs on the 4-bit decoder, `model.generate(..., custom_generate=lownibble.decode)`.
+
+Everything around the loop stays transformers': options, logits processors, stopping criteria, streamers.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.generation import GenerateDecoderOnlyOutput
+
+from lownibble.decoding.decoder import Cache, Decoder
+from lownibble.decoding.form import refusal
+
+
+@torch.inference_mode()
+def decode(
+    model: Any, input_ids: Tensor, logits_processor: Any, stopping_criteria: Any, generation_config: Any,
+    synced_gpus: bool = False, streamer: Any = None, **model_kwargs: Any,
+) -> Any:  # fmt: skip
+    """Greedy search or sampling, for `custom_generate`; arguments and results are those of transformers' own loop.
+
+    input_ids: (B, T), padded on the left where `attention_mask` says so.
+
+    Raises:
+        ModelError: the model or an option cannot be decoded here.
+    """
+    refused = [name for name in ("output_attentions", "output_hidden_states") if getattr(generation_config, name, False)]
+    refused += ["num_beams"] if (generation_config.num_beams or 1) > 1 else []
+    refused += [name for name in ("inputs_embeds", "encoder_outputs") if model_kwargs.get(name) is not None]
+    refused += ["synced_gpus"] if synced_gpus else []
+    if refused:
+        raise refusal(model, f"it does not do {', '.join(refused)}")
+    past = model_kwargs.get("past_key_values")
+    if past is not None and past.get_seq_length():
+        raise refusal(model, "it cannot go on from a cache of transformers'")
+    decoder = Decoder(model)
+    B, T = input_ids.shape
+    mask = model_kwargs.get("attention_mask")
+    mask = torch.ones_like(input_ids) if mask is None else mask
+    lengths = mask.sum(dim=1)
+    cache = Cache(decoder, B, generation_config.max_length)
+    logits = torch.cat([decoder.prompt(input_ids[row][mask[row] != 0], row, cache) for row in range(B)])
+
+    pad, sample = generation_config._pad_token_tensor, generation_config.do_sample
+    with_scores, with_logits = generation_config.output_scores, generation_config.output_logits
+    scores: tuple[Tensor, ...] = ()
+    raw: tuple[Tensor, ...] = ()
+    unfinished, slots = torch.ones(B, dtype=torch.bool), torch.arange(B)
+    while True:
+        processed = logits_processor(input_ids, logits)
+        scores += (processed,) if with_scores else ()
+        raw += (logits,) if with_logits else ()
+        chosen = torch.multinomial(processed.softmax(dim=-1), 1)[:, 0] if sample else processed.argmax(dim=-1)
+        if pad is not None:
+            chosen = torch.where(unfinished, chosen, pad)
+        input_ids = torch.cat([input_ids, chosen.unsqueeze(1)], dim=1)
+        if streamer is not None:
+            streamer.put(chosen)
+        unfinished &= ~stopping_criteria(input_ids, scores)
+        if not unfinished.any():
+            break
+        logits = decoder.step(chosen, slots, lengths, cache)
+        lengths = lengths + 1
+    if streamer is not None:
+        streamer.end()
+    if not generation_config.return_dict_in_generate:
+        return input_ids
+    return GenerateDecoderOnlyOutput(
+        sequences=input_ids, scores=scores if with_scores else None, logits=raw if with_logits else None  # type: ignore[arg-type]
+    )  # fmt: skip
