@@ -9,7 +9,7 @@ import lownibble as ln
 
 PUBLIC = {
     "CompareConfig", "DataConfig", "LoraConfig", "QuantConfig", "QuantLinear", "QuantizedTensor", "RunConfig", "TrainConfig",
-    "TrainResult", "__version__", "add_lora", "compare", "dequantize", "load", "load_adapter", "quantize", "run",
+    "TrainResult", "__version__", "add_lora", "compare", "decode", "dequantize", "load", "load_adapter", "quantize", "run",
     "save_adapter", "set_adapter", "train", "trainable_summary", "use_backend",
 }  # fmt: skip
 

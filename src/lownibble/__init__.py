@@ -24,9 +24,9 @@ __version__ = "0.1.0"
 _HOME = {
     "CompareConfig": "config", "DataConfig": "config", "LoraConfig": "config", "QuantConfig": "config", "RunConfig": "config",
     "TrainConfig": "config", "QuantLinear": "quant", "QuantizedTensor": "quant", "TrainResult": "training", "add_lora": "lora",
-    "compare": "study.compare", "decode": "decoding.generate", "dequantize": "quant", "load": "models", "load_adapter": "lora", "quantize": "quant",
-    "run": "training", "save_adapter": "lora", "set_adapter": "lora", "train": "training", "trainable_summary": "lora",
-    "use_backend": "kernels.ops",
+    "compare": "study.compare", "decode": "decoding.generate", "dequantize": "quant", "load": "models", "load_adapter": "lora",
+    "quantize": "quant", "run": "training", "save_adapter": "lora", "set_adapter": "lora", "train": "training",
+    "trainable_summary": "lora", "use_backend": "kernels.ops",
 }  # fmt: skip
 """Public name -> the module it lives in."""
 

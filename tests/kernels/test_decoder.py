@@ -1,5 +1,7 @@
 """The decoder layers on every backend and instruction set. Oracles: the plain-torch layer, and transformers' own layers."""
 
+import contextlib
+
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config, Qwen3Config
@@ -11,13 +13,11 @@ from lownibble.kernels.decoder import PROJECTIONS, Adapter, DecoderLayer, Decode
 from lownibble.quant import quantize
 
 BACKENDS = ["reference"]
-try:
+with contextlib.suppress(BackendError):
     BACKENDS += [f"cpu-{isa}" for isa in cpu.available_isas()]
-except BackendError:
-    pass
 
 CLOSE = {"rtol": 2e-4, "atol": 2e-4}
-"""Two layers: sums of up to 192 terms of order one in another order, through a norm and a softmax: some hundred roundings of 2^-24."""
+"""Two layers: sums of up to 192 terms of order one in another order, norms and a softmax: hundreds of roundings of 2^-24."""
 
 
 @pytest.fixture(params=BACKENDS)
@@ -63,7 +63,10 @@ def _adapter(layers, r):
 def _step(slots, positions, head_dim):
     angles = torch.tensor(positions).unsqueeze(1) / 10 ** torch.linspace(0, 4, head_dim // 2)
     return Step(
-        torch.tensor(slots, dtype=torch.long), torch.tensor(positions, dtype=torch.long), torch.cat([angles.cos()] * 2, 1), torch.cat([angles.sin()] * 2, 1)
+        torch.tensor(slots, dtype=torch.long),
+        torch.tensor(positions, dtype=torch.long),
+        torch.cat([angles.cos()] * 2, 1),
+        torch.cat([angles.sin()] * 2, 1),
     )
 
 
@@ -130,7 +133,8 @@ def test_threads_do_not_change_the_result(backend):
     finally:
         torch.set_num_threads(before)
     if backend == "cpu":
-        assert torch.equal(found[0], found[1]) and torch.equal(found[0], found[2])
+        assert torch.equal(found[0], found[1])
+        assert torch.equal(found[0], found[2])
     else:
         torch.testing.assert_close(found[0], found[2], **CLOSE)
 
@@ -173,7 +177,9 @@ def test_equals_transformers_layer(backend, family):
         expected = theirs(x, attention_mask=mask, position_embeddings=(cosine, sine), position_ids=positions.unsqueeze(0))
     keys, values = torch.zeros(2, 1, 1, 2, 9, 16).unbind()
     found = x[0].clone()
-    ops.decoder_layers(found, DecoderLayers([layer]), keys, values, Step(torch.zeros(9, dtype=torch.long), positions, cosine[0], sine[0]))
+    ops.decoder_layers(
+        found, DecoderLayers([layer]), keys, values, Step(torch.zeros(9, dtype=torch.long), positions, cosine[0], sine[0])
+    )
     torch.testing.assert_close(found, expected[0] if expected.dim() == 3 else expected, **CLOSE)
 
 

@@ -1,8 +1,8 @@
 """`lownibble bench decode`: token-by-token generation on a 4-bit base, next to the dense model and to bitsandbytes.
 
 Each contender is a process of its own and they take turns (`training/turns.py`). A turn greedily continues the same prompt by the
-same number of tokens through transformers' `generate`: `nf4` with Lownibble's loop (`decoding/`), the others, and `nf4_layers`, with
-transformers' own. The first round warms up and is not counted.
+same number of tokens through transformers' `generate`: `nf4` with Lownibble's loop (`decoding/`); the others, and `nf4_layers`,
+with transformers' own. The first round warms up and is not counted.
 
 As a program (`python -m lownibble.bench.decode NAME`) this is one of the processes.
 """
@@ -82,7 +82,12 @@ def main(name: str) -> None:
         began = time.perf_counter()
         with torch.inference_mode():
             output = model.generate(
-                **prompt, **loop, max_new_tokens=tokens, min_new_tokens=tokens, do_sample=False, pad_token_id=tokenizer.pad_token_id
+                **prompt,
+                **loop,
+                max_new_tokens=tokens,
+                min_new_tokens=tokens,
+                do_sample=False,
+                pad_token_id=tokenizer.pad_token_id,
             )
         new = output[0, prompt["input_ids"].shape[1] :].tolist()  # waits for a GPU
         seconds = time.perf_counter() - began

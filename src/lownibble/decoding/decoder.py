@@ -1,15 +1,15 @@
 """Decoder: a causal model on a 4-bit base, taken from token to token with one call a layer.
 
-transformers' layers are read once (`form.py`); embedding, last norm and head stay its modules. A model that qualifies by its parts
-may still compute something else with them (a scaled residual, capped scores, norms around one), so before its first use the
+transformers' layers are read once (`form.py`); embedding, last norm and head stay its modules. A model that qualifies by its
+parts may still compute something else with them (a scaled residual, capped scores, norms around one), so before its first use the
 logits of a few tokens are compared with the model's own; a difference beyond rounding is an error. That is why the room needs no
 list of models, and it is what packing does too (`models/attention.py`).
 
 A step takes any number of tokens: a prompt, one token of one sequence, or one of each of many, with an adapter for each range of
 them. Everything is float32 and on the CPU. `compute='int8'` means training: a step's products are exact.
 
-A head whose weight is exact in bfloat16 (as in most checkpoints) is read from a copy in bfloat16: reading it is a third of the time
-of a small model's token. The copy takes 2 bytes a weight, for as long as the model lives.
+A head whose weight is exact in bfloat16 (as in most checkpoints) is read from a copy in bfloat16: reading it is a third
+of the time of a small model's token. The copy takes 2 bytes a weight, for as long as the model lives.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from lownibble.decoding.form import read_adapter, read_layers, refusal
+from lownibble.decoding.form import read_adapter, read_layers, read_window, refusal
 from lownibble.kernels import ops
 from lownibble.kernels.decoder import Adapter, Segment, Step
 
@@ -30,7 +30,7 @@ PROMPT_TOKENS = 256
 """Tokens of a prompt that are taken in one step; bounds the working memory."""
 
 _CHECKED_TOKENS, _TOLERANCE = 12, 1e-3
-"""Tokens of the comparison, and the largest difference allowed, as a part of the largest logit: rounding stays below a hundredth of it."""
+"""Tokens of the comparison, and the largest difference, as a part of the largest logit; rounding stays far below it."""
 
 _HEAD_ROWS = 16
 """Up to this many rows the head is read in bfloat16; more are a product that is not bound by reading."""
@@ -50,9 +50,17 @@ _models: WeakKeyDictionary[Any, _Known] = WeakKeyDictionary()
 
 
 class Cache:
-    """Keys and values of `slots` sequences of up to `capacity` tokens: (layers, slots, key heads, capacity, head_dim) float32 each."""
+    """Keys and values of `slots` sequences of up to `capacity` tokens, (layers, slots, key heads, capacity, head_dim) float32."""
 
     def __init__(self, decoder: Decoder, slots: int, capacity: int) -> None:
+        """Allocate it.
+
+        Raises:
+            ModelError: the model's attention does not see `capacity` tokens.
+        """
+        window = read_window(decoder.model)
+        if window is not None and capacity > window:
+            raise refusal(decoder.model, f"its attention sees a window of {window} tokens, and {capacity} were asked for")
         layer = decoder.layers.of[0]
         shape = (2, len(decoder.layers.of), slots, layer.key_heads, capacity, layer.head_dim)
         self.slots, self.capacity = slots, capacity
@@ -154,4 +162,6 @@ class Decoder:
         expected = self.model(tokens.unsqueeze(0), use_cache=False).logits[0]
         difference = float((found - expected).abs().max() / expected.abs().max())
         if not difference <= _TOLERANCE:
-            raise refusal(self.model, f"its layers compute something else than their parts say (logits differ by {difference:.0e})")
+            raise refusal(
+                self.model, f"its layers compute something else than their parts say (logits differ by {difference:.0e})"
+            )

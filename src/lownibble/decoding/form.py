@@ -40,11 +40,21 @@ def read_layers(model: Any) -> DecoderLayers:
     layers = getattr(base, "layers", None)
     if layers is None or not all(hasattr(base, name) for name in ("norm", "rotary_emb")):
         raise refusal(model, "its parts are not called 'layers', 'norm' and 'rotary_emb'")
-    if model.config.get_text_config().hidden_act not in ("silu", "swish"):
-        raise refusal(model, f"its activation is {model.config.get_text_config().hidden_act}, not silu")
+    activation = getattr(model.config.get_text_config(), "hidden_act", None)
+    if activation not in ("silu", "swish"):
+        raise refusal(model, f"its activation is {activation}, not silu")
     if base.rotary_emb.rope_type not in ROPE_TYPES:
         raise refusal(model, f"its rotary embedding is '{base.rotary_emb.rope_type}', which depends on more than the position")
     return DecoderLayers([_layer(model, f"layer {index}", layer) for index, layer in enumerate(layers)])
+
+
+def read_window(model: Any) -> int | None:
+    """Tokens that attention sees where that is limited: longer sequences cannot be decoded."""
+    config = model.config.get_text_config()
+    kinds = getattr(config, "layer_types", None)
+    if kinds and all(kind == "full_attention" for kind in kinds):
+        return None
+    return getattr(config, "sliding_window", None)
 
 
 def read_adapter(model: Any, adapter: str | None = None) -> Adapter | None:
@@ -77,22 +87,17 @@ def _layer(model: Any, name: str, layer: Any) -> DecoderLayer:
     attention = layer.self_attn
     if not holds(attention, _ATTENTION, {"q_norm", "k_norm"}) or not holds(layer.mlp, _MLP, {"act_fn"}):
         raise refusal(model, f"attention or feed-forward part of {name} has other projections than {', '.join(PROJECTIONS)}")
-    if getattr(attention, "sliding_window", None) is not None:
-        raise refusal(model, f"attention of {name} sees a window of {attention.sliding_window} tokens")
     linears = [
         _linear(model, f"{name}'s {projection}", module)
         for projection, module in zip(PROJECTIONS, _projections(layer), strict=True)
     ]
     head_dim = attention.head_dim
-    norms = [
-        None if norm is None else _norm(model, norm)
-        for norm in (
-            layer.input_layernorm, layer.post_attention_layernorm, getattr(attention, "q_norm", None), getattr(attention, "k_norm", None)
-        )
-    ]  # fmt: skip
+    norm, post_norm = (_norm(model, module) for module in (layer.input_layernorm, layer.post_attention_layernorm))
+    of_heads = [getattr(attention, name, None) for name in ("q_norm", "k_norm")]
+    q_norm, k_norm = (None if module is None else _norm(model, module) for module in of_heads)
     heads, key_heads = (linears[index].shape[0] // head_dim for index in (0, 1))
     eps = layer.input_layernorm.variance_epsilon
-    return DecoderLayer(linears, *norms, heads, key_heads, head_dim, eps, attention.scaling)  # type: ignore[arg-type]
+    return DecoderLayer(linears, norm, post_norm, q_norm, k_norm, heads, key_heads, head_dim, eps, attention.scaling)
 
 
 def _norm(model: Any, norm: nn.Module) -> Tensor:

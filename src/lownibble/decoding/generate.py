@@ -1,6 +1,7 @@
-"""`decode`: a loop for transformers' `generate` that runs on the 4-bit decoder, `model.generate(..., custom_generate=lownibble.decode)`.
+"""`decode`: a loop for transformers' `generate` on the 4-bit decoder, `model.generate(..., custom_generate=lownibble.decode)`.
 
-Everything around the loop stays transformers': options, logits processors, stopping criteria, streamers.
+Everything around the loop stays transformers': options, logits processors, stopping criteria. Only a streamer goes by another
+name: `generate` does not hand `streamer` on to a loop that is not its own.
 """
 
 from __future__ import annotations
@@ -18,11 +19,12 @@ from lownibble.decoding.form import refusal
 @torch.inference_mode()
 def decode(
     model: Any, input_ids: Tensor, logits_processor: Any, stopping_criteria: Any, generation_config: Any,
-    synced_gpus: bool = False, streamer: Any = None, **model_kwargs: Any,
+    token_streamer: Any = None, **model_kwargs: Any,
 ) -> Any:  # fmt: skip
     """Greedy search or sampling, for `custom_generate`; arguments and results are those of transformers' own loop.
 
-    input_ids: (B, T), padded on the left where `attention_mask` says so.
+    input_ids: (B, T), padded on the left where `attention_mask` says so. token_streamer: gets the prompt and each token, like
+    transformers' `streamer`.
 
     Raises:
         ModelError: the model or an option cannot be decoded here.
@@ -30,14 +32,15 @@ def decode(
     refused = [name for name in ("output_attentions", "output_hidden_states") if getattr(generation_config, name, False)]
     refused += ["num_beams"] if (generation_config.num_beams or 1) > 1 else []
     refused += [name for name in ("inputs_embeds", "encoder_outputs") if model_kwargs.get(name) is not None]
-    refused += ["synced_gpus"] if synced_gpus else []
     if refused:
         raise refusal(model, f"it does not do {', '.join(refused)}")
     past = model_kwargs.get("past_key_values")
     if past is not None and past.get_seq_length():
         raise refusal(model, "it cannot go on from a cache of transformers'")
+    if token_streamer is not None:
+        token_streamer.put(input_ids)
     decoder = Decoder(model)
-    B, T = input_ids.shape
+    B = len(input_ids)
     mask = model_kwargs.get("attention_mask")
     mask = torch.ones_like(input_ids) if mask is None else mask
     lengths = mask.sum(dim=1)
@@ -57,15 +60,15 @@ def decode(
         if pad is not None:
             chosen = torch.where(unfinished, chosen, pad)
         input_ids = torch.cat([input_ids, chosen.unsqueeze(1)], dim=1)
-        if streamer is not None:
-            streamer.put(chosen)
+        if token_streamer is not None:
+            token_streamer.put(chosen)
         unfinished &= ~stopping_criteria(input_ids, scores)
         if not unfinished.any():
             break
         logits = decoder.step(chosen, slots, lengths, cache)
         lengths = lengths + 1
-    if streamer is not None:
-        streamer.end()
+    if token_streamer is not None:
+        token_streamer.end()
     if not generation_config.return_dict_in_generate:
         return input_ids
     return GenerateDecoderOnlyOutput(

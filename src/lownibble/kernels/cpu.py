@@ -16,6 +16,7 @@ from __future__ import annotations
 import ctypes
 import os
 import sysconfig
+from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 
@@ -75,7 +76,15 @@ class _Library:
             raise BackendError(f"The compiled library {path} is of another version (ABI {abi}, not {_ABI}). Reinstall lownibble.")
         for function, argument_types in _SIGNATURES.items():
             getattr(library, f"lownibble_{function}").argtypes = argument_types
-        for function in ("dequantize_4bit", "quantize_4bit", "quantize_8bit", "dequantize_8bit", "row_scales", "quantize_rows", "gemv_bf16"):
+        for function in (
+            "dequantize_4bit",
+            "quantize_4bit",
+            "quantize_8bit",
+            "dequantize_8bit",
+            "row_scales",
+            "quantize_rows",
+            "gemv_bf16",
+        ):
             getattr(library, f"lownibble_{function}").restype = None
         library.lownibble_isa.restype = library.lownibble_available.restype = ctypes.c_char_p
         self.dequantize_4bit = library.lownibble_dequantize_4bit

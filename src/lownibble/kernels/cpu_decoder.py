@@ -45,8 +45,10 @@ class _Segment(ctypes.Structure):
 
 class _Tokens(ctypes.Structure):
     _fields_ = [
-        ("x", _pointer), ("T", _int64), ("cosine", _pointer), ("sine", _pointer), ("keys", _pointer), ("values", _pointer),
-        ("n_slots", _int64), ("capacity", _int64), ("slots", _pointer), ("positions", _pointer), ("segments", _pointer), ("n_segments", _int64),
+        ("x", _pointer), ("T", _int64),
+        *((name, _pointer) for name in ("cosine", "sine", "keys", "values")),
+        ("n_slots", _int64), ("capacity", _int64),
+        *((name, _pointer) for name in ("slots", "positions", "segments")), ("n_segments", _int64),
     ]  # fmt: skip
 
 
@@ -84,9 +86,8 @@ def _layer(layer: DecoderLayer) -> _DecoderLayer:
     norms = [
         None if (norm := getattr(layer, name)) is None else _floats(norm, name, length) for name, length in lengths.items()
     ]  # fmt: skip
-    return _DecoderLayer(
-        (_Linear4bit * len(linears))(*linears), *norms, hidden, layer.heads, layer.key_heads, layer.head_dim, layer.eps, layer.scaling
-    )  # fmt: skip
+    sizes_of_heads = (layer.heads, layer.key_heads, layer.head_dim)
+    return _DecoderLayer((_Linear4bit * len(linears))(*linears), *norms, hidden, *sizes_of_heads, layer.eps, layer.scaling)
 
 
 def _layers(layers: DecoderLayers) -> Any:
@@ -149,7 +150,9 @@ def decoder_layers(
     slots, capacity, D = keys.shape[1], keys.shape[3], made[0].head_dim
     shape = (len(made), slots, made[0].key_heads, capacity, D)
     if keys.shape != shape or values.shape != shape:
-        raise InputError(f"Keys and values must be (layers, slots, key heads, capacity, head_dim) = {shape}. Got {tuple(keys.shape)}.")
+        raise InputError(
+            f"Keys and values must be (layers, slots, key heads, capacity, head_dim) = {shape}. Got {tuple(keys.shape)}."
+        )
     if step.fits[0] > slots or step.fits[1] > capacity:
         raise InputError(f"The cache has {slots} slots of {capacity} positions; the step needs {step.fits[0]} of {step.fits[1]}.")
     array = (_Segment * len(segments))()

@@ -1,8 +1,8 @@
 """The decoder layers of a Llama-like model as data, and the operation on them in plain torch.
 
-The form: `x += O attention(rotate(Q norm(x)), rotate(K norm(x)), V norm(x))`, then `x += Down(silu(Gate norm(x)) * Up norm(x))`, norms
-being RMS norms and the seven projections 4-bit, each with an optional low-rank branch. `native/decoder.h` says why the layers are one
-operation. Which models have this form is for `decoding/` to find out.
+The form: `x += O attention(rotate(Q norm(x)), rotate(K norm(x)), V norm(x))`, then `x += Down(silu(Gate norm(x)) * Up norm(x))`,
+norms being RMS norms and the seven projections 4-bit, each with an optional low-rank branch. `native/decoder.h` says why the
+layers are one operation. Which models have this form is for `decoding/` to find out.
 """
 
 from __future__ import annotations
@@ -90,7 +90,7 @@ class Segment(NamedTuple):
 class Step:
     """Which tokens go through the layers.
 
-    slots, positions: (T,) int64, a token's sequence in the cache and its place in that sequence. cosine, sine: (T, head_dim) float32.
+    slots, positions: (T,) int64, a token's sequence in the cache and its place in it. cosine, sine: (T, head_dim) float32.
     All earlier positions of a token's sequence are in the cache or in the step.
     """
 

@@ -353,7 +353,7 @@ def matmul_int8(
 
 
 def gemv_bf16(x_TK: Tensor, weight_NK: Tensor) -> Tensor:
-    """`x_TK @ weight_NK.T` (T, N) float32, the weight being stored in bfloat16: half the bytes to read where that loses nothing."""
+    """`x_TK @ weight_NK.T` (T, N) float32, with a weight stored in bfloat16: half the bytes to read, where that loses nothing."""
     return _for(x_TK).gemv_bf16(x_TK, weight_NK)
 
 

@@ -7,6 +7,8 @@ value on the boundary between two codes takes the lower one.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 

@@ -18,6 +18,7 @@ stream of the tensors' device and return at once.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch

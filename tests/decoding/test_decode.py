@@ -1,0 +1,184 @@
+"""Decoding on the 4-bit base. Oracle: transformers' own `generate` and forward on the same layers."""
+
+import pytest
+import torch
+from torch import nn
+from transformers import TextStreamer
+
+import lownibble as ln
+from lownibble.decoding import Cache, Decoder
+from lownibble.errors import ModelError
+from lownibble.quant import QuantLinear
+
+CLOSE = {"rtol": 1e-4, "atol": 1e-4}
+"""Two layers and a head in float32, summed in another order, on logits of order one."""
+
+
+@pytest.fixture
+def quantized(tiny):
+    """A tiny model of a family with all linear layers but the head on 4-bit weights."""
+
+    def make(family="llama", **options):
+        model = tiny(family, **options)
+        for name, module in list(model.named_modules()):
+            if isinstance(module, nn.Linear) and name != "lm_head":
+                model.set_submodule(name, QuantLinear.from_linear(module))
+        return model
+
+    return make
+
+
+def _adapt(model, r=4):
+    ln.add_lora(model, ln.LoraConfig(r=r, target_modules=["q_proj", "down_proj", "v_proj"]))
+    generator = torch.Generator().manual_seed(5)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            parameter.data = torch.randn(parameter.shape, generator=generator) / 4
+    return model.eval()
+
+
+def _prompts():
+    """Two prompts, the first shorter: padded on the left."""
+    ids = torch.randint(3, 96, (2, 7), generator=torch.Generator().manual_seed(1))
+    mask = torch.ones_like(ids)
+    ids[0, :3], mask[0, :3] = 0, 0
+    return {"input_ids": ids, "attention_mask": mask}
+
+
+FAMILIES = {
+    "llama": {},
+    "llama with biases": {"attention_bias": True, "mlp_bias": True},
+    "llama 3": {
+        "rope_parameters": {
+            "rope_type": "llama3", "rope_theta": 500000.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 32,
+        }
+    },
+    "mistral": {"sliding_window": None},
+    "qwen2": {},
+    "qwen3": {"head_dim": 8},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_same_tokens_as_transformers(quantized, family):
+    model = quantized(family.split()[0], **FAMILIES[family])
+    asked = {**_prompts(), "max_new_tokens": 12, "do_sample": False, "return_dict_in_generate": True, "output_logits": True}
+    expected, found = model.generate(**asked), model.generate(**asked, custom_generate=ln.decode)
+    assert torch.equal(found.sequences, expected.sequences)
+    for a, b in zip(found.logits, expected.logits, strict=True):
+        torch.testing.assert_close(a, b, **CLOSE)
+
+
+def test_with_an_adapter(quantized):
+    model = quantized()
+    plain = model.generate(**_prompts(), max_new_tokens=10, do_sample=False, custom_generate=ln.decode)
+    _adapt(model)
+    expected = model.generate(**_prompts(), max_new_tokens=10, do_sample=False)
+    found = model.generate(**_prompts(), max_new_tokens=10, do_sample=False, custom_generate=ln.decode)
+    assert torch.equal(found, expected)
+    assert not torch.equal(found, plain)
+
+
+def test_a_changed_adapter_and_head_are_seen(quantized):
+    """What is kept from call to call must not outlive what it was made from."""
+    model = _adapt(quantized())
+    for change in (lambda p: p.mul_(-2), lambda p: p.neg_()):
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name or name == "lm_head.weight":
+                with torch.no_grad():
+                    change(parameter)
+        asked = {**_prompts(), "max_new_tokens": 6, "do_sample": False}
+        assert torch.equal(model.generate(**asked, custom_generate=ln.decode), model.generate(**asked))
+
+
+def test_sampling_draws_the_same_tokens(quantized):
+    model = quantized()
+    asked = {**_prompts(), "max_new_tokens": 12, "do_sample": True, "top_k": 20, "temperature": 0.8, "repetition_penalty": 1.2}
+    torch.manual_seed(3)
+    expected = model.generate(**asked)
+    torch.manual_seed(3)
+    assert torch.equal(model.generate(**asked, custom_generate=ln.decode), expected)
+
+
+def test_stops_where_transformers_stops(quantized, capsys, tmp_path):
+    """A row that has met its end is padded on; the streamer gets each token."""
+    model = quantized()
+    asked = {**_prompts(), "max_new_tokens": 20, "do_sample": False}
+    rows = model.generate(**asked)
+    asked["eos_token_id"] = int(rows[0, 9])  # the third new token of the first row
+    expected = model.generate(**asked)
+    assert torch.equal(model.generate(**asked, custom_generate=ln.decode), expected)
+
+    class Words:
+        def decode(self, ids, **_):
+            return " ".join(map(str, torch.as_tensor(ids).flatten().tolist())) + "\n"
+
+    one = {**asked, "input_ids": asked["input_ids"][1:], "attention_mask": asked["attention_mask"][1:]}
+    shown = []
+    streamer = TextStreamer(Words())
+    for options in ({"streamer": streamer}, {"token_streamer": streamer, "custom_generate": ln.decode}):
+        model.generate(**one, **options)
+        shown.append(capsys.readouterr().out)
+    assert shown[0] == shown[1] != ""
+
+
+def test_head_exact_in_bfloat16_is_read_from_a_copy(quantized):
+    model = quantized()
+    assert Decoder(model)._half is None
+    other = quantized(seed=1)
+    with torch.no_grad():
+        other.lm_head.weight.copy_(other.lm_head.weight.bfloat16())
+    assert Decoder(other)._half is not None
+    asked = {**_prompts(), "max_new_tokens": 8, "do_sample": False, "return_dict_in_generate": True, "output_logits": True}
+    for a, b in zip(
+        other.generate(**asked).logits, other.generate(**asked, custom_generate=ln.decode).logits, strict=True
+    ):  # fmt: skip
+        torch.testing.assert_close(a, b, **CLOSE)
+
+
+def test_long_prompts_go_in_parts(quantized, monkeypatch):
+    model = quantized()
+    tokens = torch.randint(3, 96, (23,), generator=torch.Generator().manual_seed(2))
+    whole, parts = (Cache(Decoder(model), 1, 23) for _ in range(2))
+    expected = Decoder(model).prompt(tokens, 0, whole)
+    monkeypatch.setattr("lownibble.decoding.decoder.PROMPT_TOKENS", 5)
+    torch.testing.assert_close(Decoder(model).prompt(tokens, 0, parts), expected, **CLOSE)
+    torch.testing.assert_close(parts.keys, whole.keys, **CLOSE)
+    assert parts.nbytes == 2 * 2 * 2 * 23 * 8 * 4
+
+
+REFUSED = {
+    "gemma2": ({}, "activation is None"),
+    "olmo2": ({}, "is made of"),
+    "mistral": ({"sliding_window": 8}, "window of 8 tokens, and 12"),
+    "gpt2": ({}, "not called 'layers'"),
+    "llama": ({"hidden_act": "gelu"}, "gelu"),
+    "llama long": ({"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}}, "dynamic"),
+    "granite": ({"residual_multiplier": 0.5}, "something else"),
+    "mixtral": ({"num_local_experts": 2}, "is made of|other projections"),
+}
+
+
+@pytest.mark.parametrize("family", REFUSED)
+def test_models_of_another_form_are_refused(quantized, family):
+    options, says = REFUSED[family]
+    model = quantized(family.split()[0], **options)
+    with pytest.raises(ModelError, match=f"(?s)({says}).*leave custom_generate out"):
+        model.generate(**_prompts(), max_new_tokens=2, do_sample=False, custom_generate=ln.decode)
+
+
+def test_dense_layers_training_mode_and_half_precision_are_refused(tiny, quantized):
+    for model, says in (
+        (tiny(), "not on a 4-bit weight"),
+        (quantized().train(), "training mode"),
+        (quantized().bfloat16(), "bfloat16"),
+    ):
+        with pytest.raises(ModelError, match=says):
+            Decoder(model)
+
+
+@pytest.mark.parametrize("option", [{"num_beams": 2}, {"output_attentions": True, "return_dict_in_generate": True}])
+def test_options_that_are_not_done_are_refused(quantized, option):
+    with pytest.raises(ModelError, match=next(iter(option))):
+        quantized().generate(**_prompts(), max_new_tokens=2, do_sample=False, custom_generate=ln.decode, **option)
