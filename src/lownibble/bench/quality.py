@@ -3,8 +3,8 @@
 The same run in both, for several seeds and one or two tasks: the embedded one and the rows of `data`. A seed decides the
 order of the rows and the start of the adapter, so runs of one seed are compared in pairs, and the mean difference comes with its
 standard error. The yardstick is what another seed does to the exact run: `within` says that the mean difference is smaller than
-the standard deviation over seeds, so that the choice of compute matters less than that of the seed; not that there is none. A score
-over n rows has an error of its own (0.016 for an accuracy of a half over 1000 rows), which is why many rows are evaluated.
+the standard deviation over seeds, so that the choice of compute matters less than that of the seed; not that there is none. A
+score over n rows has an error of its own (0.016 for an accuracy of a half over 1000 rows), which is why many rows are evaluated.
 """
 
 from __future__ import annotations
