@@ -8,8 +8,10 @@
 #include <cstdlib>
 #include <cstring>
 #include <string>
+#include <utility>
 #include <vector>
 
+#include "decoder.h"
 #include "kernels.h"
 
 extern "C" {
@@ -40,6 +42,16 @@ std::int32_t lownibble_matmul_4bit(const float*, std::int64_t, const std::uint8_
                                    const float*, const float*, std::int64_t, std::int64_t, std::int32_t, std::int32_t,
                                    std::int32_t, const float*, const float*, const float*, std::int64_t, std::int64_t,
                                    std::int64_t, float, float*, std::int32_t);
+std::int64_t lownibble_decoder_workspace(const lownibble::DecoderLayer*, std::int64_t, std::int64_t, std::int64_t, std::int32_t);
+std::int32_t lownibble_decoder_layers(const lownibble::DecoderLayer*, std::int64_t, const lownibble::Tokens*, std::int64_t, float*,
+                                      std::int32_t);
+std::int32_t lownibble_has_attention();
+std::int32_t lownibble_attention(const float*, const float*, const float*, float*, const std::int64_t*, float*, const std::int64_t*,
+                                 std::int64_t, std::int64_t, std::int64_t, std::int64_t, std::int64_t, float, std::int32_t);
+std::int32_t lownibble_attention_backward(const float*, const float*, const float*, const float*, const float*, float*, float*,
+                                          float*, const std::int64_t*, const float*, const std::int64_t*, std::int64_t,
+                                          std::int64_t, std::int64_t, std::int64_t, std::int64_t, float, std::int32_t);
+void lownibble_gemv_bf16(const float*, std::int64_t, std::int64_t, const void*, float*, std::int64_t, std::int32_t);
 }
 
 namespace {
@@ -269,6 +281,148 @@ bool products_8bit_hold(std::int64_t T, std::int64_t N, std::int64_t K, std::int
     return true;
 }
 
+// What a decoder layer and a product with a bfloat16 weight leave behind; odd sizes, buffers of their exact lengths.
+Floats decode(std::int64_t T, std::int64_t D, std::int64_t inner, std::int32_t block_shift, const Tables& tables) {
+    random_state = 7;
+    const std::int64_t heads = 3, key_heads = 1, hidden = 2 * D, capacity = T + 2, n_slots = 2;
+    const std::int64_t q = heads * D, kv = key_heads * D;
+    const std::int64_t shapes[kProjections][2] = {{q, hidden},     {kv, hidden},    {kv, hidden},   {hidden, q},
+                                                  {inner, hidden}, {inner, hidden}, {hidden, inner}};
+    const auto floats = [](std::int64_t n) {
+        Floats made(n);
+        for (float& value : made) value = static_cast<float>(random_bits() >> 8) / 16777216.0f - 0.5f;
+        return made;
+    };
+    DecoderLayer layer{};
+    std::vector<Bytes> codes;
+    std::vector<Floats> kept;
+    LowRank branches[kProjections] = {};
+    kept.reserve(8 * kProjections);
+    codes.reserve(kProjections);
+    std::int64_t r = 0;
+    for (int p = 0; p < kProjections; ++p) {
+        const std::int64_t N = shapes[p][0], K = shapes[p][1];
+        codes.emplace_back((N * K + 1) / 2);
+        for (std::uint8_t& code : codes.back()) code = static_cast<std::uint8_t>(random_bits() >> 24);
+        kept.push_back(floats(divided_up(N * K, block_shift)));
+        const float* absmax = kept.back().data();
+        kept.push_back(floats(N));
+        layer.projections[p] = {codes.back().data(), tables.values.data(), absmax, nullptr, nullptr, nullptr, kept.back().data(),
+                                N, K, block_shift, 0};
+        if (p == kK) continue;  // a projection without a branch
+        r = p + 1;
+        kept.push_back(floats(r * K));
+        const float* A = kept.back().data();
+        kept.push_back(floats(N * r));
+        branches[p] = {A, kept.back().data(), r, 0.5f};
+    }
+    const Floats norm = floats(hidden), head_norm = floats(D), cosine = floats(T * D), sine = floats(T * D);
+    layer.input_norm = layer.post_norm = norm.data();
+    layer.q_norm = layer.k_norm = head_norm.data();
+    layer.hidden = hidden, layer.heads = heads, layer.key_heads = key_heads, layer.head_dim = D;
+    layer.eps = 1e-5f, layer.scaling = 0.3f;
+    Floats x = floats(T * hidden), keys = floats(n_slots * kv * capacity), values = floats(n_slots * kv * capacity);
+    std::vector<std::int64_t> slots(T, 1), positions(T);
+    for (std::int64_t t = 0; t < T; ++t) positions[t] = t + 1;
+    const Segment segment{T / 3, T, branches};
+    const Tokens tokens{x.data(),    T,        cosine.data(), sine.data(),      keys.data(), values.data(),
+                        n_slots,     capacity, slots.data(),  positions.data(), &segment,    1};
+    Floats workspace(lownibble_decoder_workspace(&layer, T, r, capacity, kThreads));
+    if (lownibble_decoder_layers(&layer, 1, &tokens, r, workspace.data(), kThreads)) std::abort();
+    for (const Floats* more : {&keys, &values}) x.insert(x.end(), more->begin(), more->end());
+    std::vector<std::uint16_t> half(inner * hidden);
+    for (std::uint16_t& bits : half) bits = static_cast<std::uint16_t>(0x3F80 + (random_bits() >> 26));
+    Floats product(T * inner), input = floats(T * hidden);
+    lownibble_gemv_bf16(input.data(), T, hidden, half.data(), product.data(), inner, kThreads);
+    x.insert(x.end(), product.begin(), product.end());
+    return x;
+}
+
+// Attention of 4 heads over 2 pairs of keys and values in one row of three segments, against sums in double precision; backward is
+// compared with finite differences of the sum of the output times `dout`, for a few elements. Buffers have their exact sizes.
+bool attention_holds(std::int64_t T, std::int64_t D) {
+    const std::int64_t heads = 4, key_heads = 2, borders[] = {0, T / 3, T / 3 + 1, T};
+    const float scaling = 0.2f;
+    Floats q(T * heads * D), k(T * key_heads * D), v(T * key_heads * D), out(T * heads * D), dout(T * heads * D), lse(T * heads);
+    for (Floats* values : {&q, &k, &v, &dout}) {
+        for (float& value : *values) value = static_cast<float>(random_bits() >> 8) / 8388608.0f - 1.0f;
+    }
+    const std::int64_t wide[3] = {T * heads * D, heads * D, D}, narrow[3] = {T * key_heads * D, key_heads * D, D};
+    std::vector<std::int64_t> strides, more;
+    for (const auto* one : {wide, narrow, narrow, wide}) strides.insert(strides.end(), one, one + 3);
+    for (const auto* one : {wide, wide, narrow, narrow, wide, wide, narrow, narrow}) more.insert(more.end(), one, one + 3);
+    if (lownibble_attention(q.data(), k.data(), v.data(), out.data(), strides.data(), lse.data(), borders, 3, T, heads, key_heads, D,
+                            scaling, kThreads)) {
+        return false;
+    }
+    const auto total = [&](std::vector<double>* result) {  // the sum of output times dout, in double precision
+        double sum = 0;
+        for (int segment = 0; segment < 3; ++segment) {
+            for (std::int64_t t = borders[segment]; t < borders[segment + 1]; ++t) {
+                for (std::int64_t h = 0; h < heads; ++h) {
+                    std::vector<double> weights;
+                    double all = 0;
+                    for (std::int64_t u = borders[segment]; u <= t; ++u) {
+                        double score = 0;
+                        for (std::int64_t d = 0; d < D; ++d) {
+                            score += static_cast<double>(q[(t * heads + h) * D + d]) * k[(u * key_heads + h / 2) * D + d];
+                        }
+                        weights.push_back(std::exp(score * scaling));
+                        all += weights.back();
+                    }
+                    for (std::int64_t d = 0; d < D; ++d) {
+                        double value = 0;
+                        for (std::size_t u = 0; u < weights.size(); ++u) {
+                            value += weights[u] / all * v[((borders[segment] + u) * key_heads + h / 2) * D + d];
+                        }
+                        if (result) result->push_back(value);
+                        sum += value * dout[(t * heads + h) * D + d];
+                    }
+                }
+            }
+        }
+        return sum;
+    };
+    std::vector<double> expected;
+    total(&expected);
+    for (std::size_t i = 0; i < expected.size(); ++i) {
+        if (std::fabs(out[i] - expected[i]) > 1e-5) return false;
+    }
+    Floats dq(q.size()), dk(k.size()), dv(v.size());
+    if (lownibble_attention_backward(dout.data(), q.data(), k.data(), v.data(), out.data(), dq.data(), dk.data(), dv.data(),
+                                     more.data(), lse.data(), borders, 3, T, heads, key_heads, D, scaling, kThreads)) {
+        return false;
+    }
+    const struct {
+        Floats *input, *gradient;
+    } pairs[] = {{&q, &dq}, {&k, &dk}, {&v, &dv}};
+    for (const auto& pair : pairs) {
+        for (int i = 0; i < 4; ++i) {
+            const std::size_t at = random_bits() % pair.input->size();
+            const float kept = (*pair.input)[at];
+            (*pair.input)[at] = kept + 0.0078125f;
+            const double above = total(nullptr);
+            (*pair.input)[at] = kept - 0.0078125f;
+            const double below = total(nullptr);
+            (*pair.input)[at] = kept;
+            if (std::fabs((above - below) / 0.015625 - (*pair.gradient)[at]) > 1e-3) return false;
+        }
+    }
+    return true;
+}
+
+bool decoder_holds(const std::string& name, std::int64_t T, std::int64_t D, std::int64_t inner, std::int32_t block_shift,
+                   const Tables& tables) {
+    if (lownibble_select("scalar")) std::abort();
+    const Floats scalar = decode(T, D, inner, block_shift, tables);
+    if (lownibble_select(name.c_str())) std::abort();
+    const Floats other = decode(T, D, inner, block_shift, tables);
+    for (std::size_t i = 0; i < scalar.size(); ++i) {
+        if (!(std::fabs(scalar[i] - other[i]) <= 1e-3f + 1e-3f * std::fabs(scalar[i]))) return false;
+    }
+    return true;
+}
+
 std::vector<std::string> available() {
     std::vector<std::string> names(1);
     for (const char* p = lownibble_available(); *p; ++p) {
@@ -312,6 +466,21 @@ int main() {
             }
         }
         std::printf("%s: %d cases equal scalar\n", name.c_str(), cases);
+        const std::int64_t decoders[][4] = {{1, 10, 37, 5}, {3, 32, 192, 6}, {9, 64, 130, 6}, {11, 18, 64, 4}, {2, 96, 65, 7}};
+        for (const auto& shape : decoders) {
+            if (!decoder_holds(name, shape[0], shape[1], shape[2], static_cast<std::int32_t>(shape[3]), tables)) {
+                std::printf("%s: the decoder layer differs from scalar, T=%lld head_dim=%lld\n", name.c_str(),
+                            static_cast<long long>(shape[0]), static_cast<long long>(shape[1]));
+                return 1;
+            }
+        }
+        for (const auto& [T, D] : {std::pair<std::int64_t, std::int64_t>{1, 16}, {7, 48}, {40, 64}, {130, 16}}) {
+            if (lownibble_has_attention() && !attention_holds(T, D)) {
+                std::printf("%s: attention is wrong, T=%lld D=%lld\n", name.c_str(), static_cast<long long>(T),
+                            static_cast<long long>(D));
+                return 1;
+            }
+        }
         const std::int64_t products[][3] = {{1, 1, 64}, {7, 33, 64}, {8, 48, 192}, {17, 97, 704}, {21, 650, 64}};
         for (const auto& shape : products) {
             for (std::int32_t block_shift : {5, 6, 12}) {

@@ -1,6 +1,7 @@
 """Attention over packed rows. Oracle: the same rows alone, under the model's own attention."""
 
 import copy
+import re
 
 import pytest
 import torch
@@ -8,9 +9,10 @@ from torch import nn
 from torch.nn import functional as F
 
 from lownibble.errors import ModelError
+from lownibble.kernels import ops
 from lownibble.models import attention
-from lownibble.models.attention import packed_attention, packed_inputs
-from lownibble.training.loss import check_packing, hidden_states
+from lownibble.models.attention import inputs, segment_attention
+from lownibble.training.loss import check_packing, check_rows, hidden_states
 
 LENGTHS = (12, 12, 7, 3, 1)
 MODELS = {
@@ -48,7 +50,7 @@ def some_rows(lengths=LENGTHS):
 def alone_and_packed(model, rows):
     alone = torch.cat([hidden_states(model, row, torch.ones_like(row)) for row in rows], 1)
     whole = torch.cat(rows, 1)
-    with packed_attention(model):
+    with segment_attention(model):
         return alone, hidden_states(model, whole, torch.ones_like(whole), [row.shape[1] for row in rows])
 
 
@@ -88,8 +90,8 @@ def test_no_mask_is_built(tiny, monkeypatch):
     seen = []
     model = tiny("mistral", sliding_window=4)
     monkeypatch.setitem(
-        attention.AttentionInterface()._global_mapping, attention.NAME,
-        lambda *args, **kwargs: (seen.append(args[4]), attention._attend(*args, **kwargs))[1],
+        attention.AttentionInterface()._global_mapping, attention.PACKED,
+        lambda *args, **kwargs: (seen.append(args[4]), attention._attend_packed(*args, **kwargs))[1],
     )  # fmt: skip
     alone_and_packed(model, some_rows())
     assert seen == [None, None]
@@ -100,7 +102,7 @@ def test_rows_of_one_length_are_one_call(tiny, monkeypatch):
     sdpa = F.scaled_dot_product_attention
     monkeypatch.setattr(F, "scaled_dot_product_attention", lambda q, *a, **k: (shapes.append(q.shape), sdpa(q, *a, **k))[1])
     model = tiny()
-    with torch.no_grad(), packed_attention(model):
+    with torch.no_grad(), segment_attention(model):
         whole = torch.cat(some_rows(), 1)
         hidden_states(model, whole, torch.ones_like(whole), LENGTHS)
     assert shapes == [(2, 4, 12, 8), (1, 4, 7, 8), (1, 4, 3, 8), (1, 4, 1, 8)] * 2  # two layers
@@ -110,20 +112,83 @@ def test_the_models_own_attention_comes_back(tiny):
     for family, options in (("llama", {}), ("gemma2", {"attn_logit_softcapping": None})):
         model = tiny(family, **options)
         before = model.config._attn_implementation
-        with packed_attention(model):
-            assert model.config._attn_implementation == attention.NAME
+        with segment_attention(model):
+            assert model.config._attn_implementation == attention.PACKED
         assert model.config._attn_implementation == before
-        with pytest.raises(IndexError), packed_attention(model):
+        with pytest.raises(IndexError), segment_attention(model):
             model.base_model(input_ids=torch.tensor([[10**6]]))
         assert model.config._attn_implementation == before
 
 
 def test_the_borders(tiny):
-    inputs = packed_inputs([3, 1, 2], torch.device("cpu"))
-    assert inputs["position_ids"].tolist() == [[0, 1, 2, 0, 0, 1]]
-    assert inputs["cu_seq_lens_q"].tolist() == inputs["cu_seq_lens_k"].tolist() == [0, 3, 4, 6]
-    assert inputs["cu_seq_lens_q"].dtype == torch.int32
-    assert inputs["max_length_q"] == inputs["max_length_k"] == 3
+    found = inputs(tiny(), torch.ones(1, 6), [3, 1, 2])
+    assert found["position_ids"].tolist() == [[0, 1, 2, 0, 0, 1]]
+    assert found["cu_seq_lens_q"].tolist() == found["cu_seq_lens_k"].tolist() == [0, 3, 4, 6]
+    assert found["cu_seq_lens_q"].dtype == torch.int32
+    assert found["max_length_q"] == found["max_length_k"] == 3
+
+
+KERNEL = {
+    "llama": ("llama", {"head_dim": 16}),
+    "no groups": ("llama", {"head_dim": 32, "num_key_value_heads": 4}),
+    "qwen3": ("qwen3", {"head_dim": 16}),
+    "granite": ("granite", {"head_dim": 16, "hidden_size": 64, "attention_multiplier": 0.3}),
+}
+"""Models whose attention runs on our kernel: a scale of its own, norms of queries and keys."""
+
+
+@pytest.fixture
+def kernel():
+    if not getattr(ops.backend(ops.active_backend()), "has_attention", lambda _: False)(16):
+        pytest.skip("this machine has no attention kernel")
+
+
+@pytest.mark.parametrize("name", KERNEL)
+def test_packed_rows_on_the_kernel(kernel, tiny, name):
+    family, options = KERNEL[name]
+    model = tiny(family, **options)
+    with segment_attention(model):
+        assert model.config._attn_implementation == attention.ROWS
+    other = copy.deepcopy(model)
+    alone, _ = alone_and_packed(other, some_rows())
+    _, packed = alone_and_packed(model, some_rows())
+    assert_same(packed.detach(), alone.detach())
+    weights = torch.randn(alone.shape, generator=torch.Generator().manual_seed(1))
+    (alone * weights).sum().backward()
+    (packed * weights).sum().backward()
+    for (name, a), b in zip(model.named_parameters(), other.parameters(), strict=True):
+        if b.grad is not None:
+            torch.testing.assert_close(a.grad, b.grad, rtol=0, atol=1e-4 * float(b.grad.abs().max()), msg=name)
+
+
+@pytest.mark.parametrize("name", KERNEL)
+def test_a_padded_batch_on_the_kernel(kernel, tiny, batch, name):
+    family, options = KERNEL[name]
+    model = tiny(family, **options)
+    ids, mask, _ = batch()
+    assert check_rows(model, ids, mask) == ""
+    other, kept = copy.deepcopy(model), mask.bool()
+    expected = hidden_states(other, ids, mask)
+    with segment_attention(model):
+        found = hidden_states(model, ids, mask)
+        assert_same(found[kept].detach(), expected[kept].detach())
+        (found[kept] * torch.arange(found.shape[-1])).sum().backward()
+    (expected[kept] * torch.arange(found.shape[-1])).sum().backward()
+    for a, b in zip(model.parameters(), other.parameters(), strict=True):
+        if b.grad is not None:
+            torch.testing.assert_close(a.grad, b.grad, rtol=0, atol=1e-4 * float(b.grad.abs().max()))
+
+
+@pytest.mark.parametrize(
+    ("family", "options", "says"),
+    [
+        ("llama", {}, "no kernel for heads of 8"), ("mistral", {"head_dim": 16, "sliding_window": 4}, "a window"),
+        ("llama", {"head_dim": 16, "attention_dropout": 0.1}, "has dropout"), ("gemma2", {"head_dim": 16}, "a window|softcap"),
+    ],
+)  # fmt: skip
+def test_other_attention_stays_the_models_own(kernel, tiny, batch, family, options, says):
+    ids, mask, _ = batch()
+    assert re.search(says, check_rows(tiny(family, **options), ids, mask))
 
 
 @pytest.mark.parametrize("family", REFUSED)

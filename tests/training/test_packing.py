@@ -14,7 +14,7 @@ from lownibble.config import DataConfig, LoraConfig, QuantConfig, RunConfig, Tra
 from lownibble.data import Example, collate, encode, epoch_batches, flatten
 from lownibble.data import load as load_data
 from lownibble.errors import ModelError
-from lownibble.models.attention import packed_attention
+from lownibble.models.attention import segment_attention
 from lownibble.training import Evaluated, Sink, Stepped, run
 from lownibble.training.loop import Trainer
 from lownibble.training.loss import label_loss
@@ -92,7 +92,7 @@ def test_a_packed_batch_has_the_loss_and_gradients_of_its_rows(tiny_model, uneve
     assert batch.n_label_tokens == padded.n_label_tokens
     expected = label_loss(plain, padded.input_ids, padded.attention_mask, padded.labels)
     expected.backward()
-    with packed_attention(packed):
+    with segment_attention(packed):
         loss = label_loss(packed, batch.input_ids, batch.attention_mask, batch.labels, None, batch.segments)
         loss.backward()
     assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
@@ -114,7 +114,7 @@ def test_a_first_token_that_is_a_label_is_nobodys_target(tiny_model):
     assert batch.n_label_tokens == 4
     plain, packed = models(tiny_model, "full")
     padded = collate(examples, tokenizer.pad_token_id)
-    with packed_attention(packed):
+    with segment_attention(packed):
         loss = label_loss(packed, batch.input_ids, batch.attention_mask, batch.labels, None, batch.segments)
     expected = label_loss(plain, padded.input_ids, padded.attention_mask, padded.labels)
     assert loss.item() == pytest.approx(expected.item(), rel=1e-6)

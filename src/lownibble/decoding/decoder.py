@@ -22,9 +22,10 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from lownibble.decoding.form import read_adapter, read_layers, read_window, refusal
+from lownibble.decoding.form import read_adapter, read_layers, refusal
 from lownibble.kernels import ops
 from lownibble.kernels.decoder import Adapter, Segment, Step
+from lownibble.models import attention
 
 PROMPT_TOKENS = 256
 """Tokens of a prompt that are taken in one step; bounds the working memory."""
@@ -58,7 +59,7 @@ class Cache:
         Raises:
             ModelError: the model's attention does not see `capacity` tokens.
         """
-        window = read_window(decoder.model)
+        window = attention.window(decoder.model)
         if window is not None and capacity > window:
             raise refusal(decoder.model, f"its attention sees a window of {window} tokens, and {capacity} were asked for")
         layer = decoder.layers.of[0]

@@ -48,15 +48,6 @@ def read_layers(model: Any) -> DecoderLayers:
     return DecoderLayers([_layer(model, f"layer {index}", layer) for index, layer in enumerate(layers)])
 
 
-def read_window(model: Any) -> int | None:
-    """Tokens that attention sees where that is limited: longer sequences cannot be decoded."""
-    config = model.config.get_text_config()
-    kinds = getattr(config, "layer_types", None)
-    if kinds and all(kind == "full_attention" for kind in kinds):
-        return None
-    return getattr(config, "sliding_window", None)
-
-
 def read_adapter(model: Any, adapter: str | None = None) -> Adapter | None:
     """The low-rank branches of the adapter called so, or of the active one; None where there are none."""
     found = [[_branch(module, adapter) for module in _projections(layer)] for layer in model.base_model.layers]

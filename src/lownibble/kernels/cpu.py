@@ -18,7 +18,9 @@ import os
 import sysconfig
 from collections.abc import Sequence
 from functools import cache
+from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -32,7 +34,7 @@ from lownibble.kernels.ops import Addition, Nested, Rows8bit, row_sizes
 name = "cpu"
 device_types = ("cpu",)
 
-_ABI = 4
+_ABI = 5
 _FOLDER = Path(__file__).parent
 _CPU = torch.device("cpu")
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
@@ -59,6 +61,8 @@ _SIGNATURES = {
     "decoder_sizes": [_int32],
     "decoder_workspace": [_pointer, _int64, _int64, _int64, _int32],
     "decoder_layers": [_pointer, _int64, _pointer, _int64, _pointer, _int32],
+    "attention": [*[_pointer] * 7, *[_int64] * 5, ctypes.c_float, _int32],
+    "attention_backward": [*[_pointer] * 11, *[_int64] * 5, ctypes.c_float, _int32],
     "gemv_bf16": [_pointer, _int64, _int64, _pointer, _pointer, _int64, _int32],
 }  # fmt: skip
 
@@ -101,6 +105,9 @@ class _Library:
         self.decoder_workspace = library.lownibble_decoder_workspace
         self.decoder_layers = library.lownibble_decoder_layers
         self.gemv_bf16 = library.lownibble_gemv_bf16
+        self.attention = library.lownibble_attention
+        self.attention_backward = library.lownibble_attention_backward
+        self.has_attention = library.lownibble_has_attention
         self.has_matmul = library.lownibble_has_matmul
         self.has_int8 = library.lownibble_has_int8
         self.select = library.lownibble_select
@@ -398,3 +405,65 @@ def decoder_layers(
 ) -> None:
     """As `ops.decoder_layers`."""
     cpu_decoder.decoder_layers(library(), x_TH, layers, keys, values, step, segments)
+
+
+def has_attention(head_dim: int) -> bool:
+    """Whether there is an attention kernel for heads of this size with the instruction set in use."""
+    return bool(library().has_attention()) and head_dim % 16 == 0
+
+
+def _heads(tensors: dict[str, Tensor], T: int) -> tuple[list[int], Any]:
+    """Addresses and strides (row, token, head) of (B, heads, T, D) tensors."""
+    strides = []
+    for role, tensor in tensors.items():
+        if tensor.dtype != torch.float32 or not tensor.is_cpu or tensor.shape[2] != T or tensor.stride(3) != 1:
+            raise InputError(f"'{role}' must be float32 on the CPU, of {T} tokens and contiguous heads. Got {tensor.dtype}.")
+        strides += [tensor.stride(0), tensor.stride(2), tensor.stride(1)]
+    return [tensor.data_ptr() for tensor in tensors.values()], (_int64 * len(strides))(*strides)
+
+
+def _attention_shape(q: Tensor, k: Tensor, v: Tensor, borders: Tensor) -> tuple[int, int, int, int]:
+    """T, heads, key heads and head_dim, once all shapes are known to fit the kernel."""
+    (B, heads, T, D), key_heads = q.shape, k.shape[1]
+    if k.shape != (B, key_heads, T, D) or v.shape != k.shape or heads % key_heads:
+        raise InputError(f"'k' and 'v' must be ({B}, key heads, {T}, {D}). Got {tuple(k.shape)} and {tuple(v.shape)}.")
+    if not has_attention(D):
+        raise InputError(f"The attention kernel needs AVX-512 and heads of a multiple of 16. Got {D} with '{isa()}'.")
+    check_tensor(borders, "borders", torch.int64, borders.numel(), _CPU)
+    places = borders.tolist()
+    if places[:1] != [0] or places[-1:] != [B * T] or any(b > a // T * T + T or b < a for a, b in pairwise(places)):
+        raise InputError(f"'borders' must rise from 0 to {B * T} without leaving a row of {T} tokens between two of them.")
+    return T, heads, key_heads, D
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, borders: Tensor, scaling: float) -> tuple[Tensor, Tensor]:
+    """As `ops.attention`."""
+    T, heads, key_heads, D = _attention_shape(q, k, v, borders)
+    out, lse = torch.empty(len(q), T, heads, D), torch.empty(len(q) * T, heads)
+    addresses, strides = _heads({"q": q, "k": k, "v": v, "out": out.transpose(1, 2)}, T)
+    failed = library().attention(
+        *addresses, strides, lse.data_ptr(), borders.data_ptr(), len(borders) - 1, T, heads, key_heads, D, scaling,
+        torch.get_num_threads(),
+    )  # fmt: skip
+    if failed:
+        raise MemoryError("No memory for the scores of attention.")
+    return out, lse
+
+
+def attention_backward(
+    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, borders: Tensor, scaling: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """As `ops.attention_backward`."""
+    T, heads, key_heads, D = _attention_shape(q, k, v, borders)
+    if dout.shape != out.shape or out.shape != (len(q), T, heads, D):
+        raise InputError(f"'dout' and 'out' must be {(len(q), T, heads, D)}. Got {tuple(dout.shape)} and {tuple(out.shape)}.")
+    gradients = {f"d{role}": torch.empty(len(q), T, t.shape[1], D).transpose(1, 2) for role, t in (("q", q), ("k", k), ("v", v))}
+    given = {"dout": dout.contiguous().transpose(1, 2), "q": q, "k": k, "v": v, "out": out.transpose(1, 2)}
+    addresses, strides = _heads({**given, **gradients}, T)
+    failed = library().attention_backward(
+        *addresses, strides, _data(lse, "lse", torch.float32, len(q) * T * heads), borders.data_ptr(), len(borders) - 1, T,
+        heads, key_heads, D, scaling, torch.get_num_threads(),
+    )  # fmt: skip
+    if failed:
+        raise MemoryError("No memory for the scores of attention.")
+    return gradients["dq"], gradients["dk"], gradients["dv"]

@@ -145,6 +145,12 @@ class Backend(Protocol):
         nested: Nested | None = None,
     ) -> Tensor: ...
 
+    def attention(self, q: Tensor, k: Tensor, v: Tensor, borders: Tensor, scaling: float) -> tuple[Tensor, Tensor]: ...
+
+    def attention_backward(
+        self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, borders: Tensor, scaling: float
+    ) -> tuple[Tensor, Tensor, Tensor]: ...
+
     def gemv_bf16(self, x_TK: Tensor, weight_NK: Tensor) -> Tensor: ...
 
     def decoder_layers(
@@ -350,6 +356,25 @@ def matmul_int8(
         K and the block size are multiples of 64 and 32.
     """
     return _for(codes).matmul_int8(x, codes, absmax, values, block_size, shape, row_scale, transposed, addition, nested)
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, borders: Tensor, scaling: float) -> tuple[Tensor, Tensor]:
+    """Causal attention over rows of tokens that are cut into segments, each attending to itself only; for training.
+
+    Args:
+        q: (B, heads, T, D) float32; k, v: (B, key_heads, T, D); the last dimension contiguous.
+        borders: (S + 1,) int64 from 0 to B T: segment i is tokens [borders[i], borders[i + 1]), counted through the rows.
+    Returns:
+        (B, T, heads, D), and the log-sum-exp of each query's scaled scores (B T, heads), for backward.
+    """
+    return _for(q).attention(q, k, v, borders, scaling)
+
+
+def attention_backward(
+    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, borders: Tensor, scaling: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of q, k and v, in their shapes, from `attention`'s results and the gradient of its first one."""
+    return _for(q).attention_backward(dout, q, k, v, out, lse, borders, scaling)
 
 
 def gemv_bf16(x_TK: Tensor, weight_NK: Tensor) -> Tensor:

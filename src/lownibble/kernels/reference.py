@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 
 from lownibble.kernels import decoded, decoder
+from lownibble.kernels.attention import attention as attention
+from lownibble.kernels.attention import attention_backward as attention_backward
 from lownibble.kernels.decoder import DecoderLayers, Segment, Step
 from lownibble.kernels.ops import PART, Addition, Nested, Rows8bit, row_sizes
 

@@ -29,6 +29,8 @@ from triton.runtime.interpreter import InterpretedFunction
 
 from lownibble.errors import BackendError
 from lownibble.kernels import decoded, decoder
+from lownibble.kernels.attention import attention as attention
+from lownibble.kernels.attention import attention_backward as attention_backward
 from lownibble.kernels.checks import check_block_size, check_float, check_tensor, check_weight
 from lownibble.kernels.decoder import DecoderLayers, Segment, Step
 from lownibble.kernels.ops import Addition, Nested

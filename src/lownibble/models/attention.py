@@ -1,10 +1,15 @@
-"""Attention over packed rows: rows one after the other in a single sequence, each attending to itself only.
+"""Attention over segments of tokens, each attending to itself only: packed rows, one after the other in a single sequence, or the
+rows of a padded batch.
 
 transformers lets a function be registered as an attention implementation and hands the keyword arguments of a model's forward
-down to it; a model that is set to `lownibble_packed` gets no mask (there is no mask function of that name, so none is built) and
-its layers call `_attend` with the borders of the rows, under the names that transformers' flash attention uses. Nothing else
-of the model changes. On CUDA, where torch can (half precision, capability 8.0, same head sizes), this is one variable-length
-kernel; everywhere else one SDPA call for each run of rows of the same length, which is why a batch holds its rows sorted.
+down to it; a model that is set to one of ours gets no mask (there is no mask function of that name, so none is built) and
+its layers call the function with the borders of the segments, under the names that transformers' flash attention uses. Nothing
+else of the model changes. There are two:
+
+- `lownibble_rows` is our kernel (`kernels/ops.py`), for float32 on CPUs that have it: packed or padded, also in compiled layers.
+- `lownibble_packed` is for packed rows anywhere else. On CUDA, where torch can (half precision, capability 8.0, same head sizes),
+  it is one variable-length kernel; elsewhere one SDPA call for each run of rows of the same length, which is why a batch holds
+  its rows sorted.
 
 The implementation is set for a training step and taken back after it, so that evaluation, generation and the caller see the
 attention the model came with. There is no fallback inside: a layer that gets no borders, or asks for something that is not done
@@ -28,28 +33,73 @@ from torch import Tensor
 from torch.nn.attention.varlen import varlen_attn
 from transformers import AttentionInterface
 
-from lownibble.errors import ModelError
+from lownibble.errors import BackendError, ModelError
+from lownibble.kernels import ops
 
-NAME = "lownibble_packed"
+PACKED, ROWS = "lownibble_packed", "lownibble_rows"
 
 _REFUSED = ("softcap", "s_aux", "position_bias")
 """Arguments of attention functions that neither SDPA nor the variable-length kernel takes: capped scores, sinks, biases."""
 
 
-def packed_inputs(segments: Sequence[int], device: torch.device) -> dict[str, Any]:
-    """What a model's forward takes besides the token ids of rows of these lengths, (1, sum of lengths)."""
+def inputs(model: Any, mask_BT: Tensor, segments: Sequence[int] | None) -> dict[str, Any]:
+    """What the model's forward takes besides token ids, inside `segment_attention`.
+
+    Args:
+        mask_BT: 1 for tokens, then 0 for padding, which is computed as a segment of its own.
+        segments: the lengths of packed rows; then B is 1.
+    """
+    device = mask_BT.device
+    packed = {}
+    if segments:
+        packed = {"position_ids": torch.cat([torch.arange(length) for length in segments]).unsqueeze(0).to(device)}
+    if _implementation(model) == ROWS:
+        if segments:
+            borders = torch.tensor([0, *accumulate(segments)])
+        else:
+            begins = torch.arange(len(mask_BT)) * mask_BT.shape[1]
+            ends = torch.stack([begins + mask_BT.sum(1), begins + mask_BT.shape[1]], dim=1).flatten()
+            borders = torch.cat([begins[:1], ends])
+        return {**packed, "cu_seq_lens_q": borders}
+    assert segments, "only the kernel takes padded rows"
     borders = torch.tensor([0, *accumulate(segments)], dtype=torch.int32, device=device)
-    positions = torch.cat([torch.arange(length) for length in segments]).unsqueeze(0).to(device)
     return {
-        "position_ids": positions,
+        **packed,
         **dict.fromkeys(("cu_seq_lens_q", "cu_seq_lens_k"), borders),
         **dict.fromkeys(("max_length_q", "max_length_k"), max(segments)),
     }
 
 
+def kernel_obstacle(model: Any) -> str:
+    """Why the model's attention cannot run on our kernel here, or nothing."""
+    weight, config = model.get_input_embeddings().weight, model.config.get_text_config()
+    if weight.device.type != "cpu" or weight.dtype != torch.float32:
+        return f"it is {weight.dtype} on '{weight.device}'"
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    try:
+        backend = ops.backend(ops.active_backend("cpu"))
+        has_kernel = getattr(backend, "has_attention", lambda _: False)(head_dim)
+    except BackendError as error:
+        return str(error)
+    if not has_kernel:
+        return f"there is no kernel for heads of {head_dim} with these instructions"
+    if getattr(config, "attention_dropout", 0.0):
+        return "its attention has dropout"
+    return "" if window(model) is None else "its attention has a window"
+
+
+def window(model: Any) -> int | None:
+    """Tokens that the model's attention sees, where some layer's is limited."""
+    config = model.config.get_text_config()
+    kinds = getattr(config, "layer_types", None)
+    if kinds and all(kind == "full_attention" for kind in kinds):
+        return None
+    return getattr(config, "sliding_window", None)
+
+
 @contextmanager
-def packed_attention(model: Any) -> Iterator[None]:
-    """Inside the block the model's forward and backward take packed rows, and nothing else.
+def segment_attention(model: Any) -> Iterator[None]:
+    """Inside the block the model's forward and backward take segments, and nothing else; padded rows on the kernel only.
 
     Raises:
         ModelError: the model's attention cannot be swapped.
@@ -58,18 +108,22 @@ def packed_attention(model: Any) -> Iterator[None]:
     if "position_ids" not in parameters or not any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
         raise refusal(type(model).__name__, "its forward takes no position_ids or hands no arguments on to attention")
     before = model.config._attn_implementation
-    model.set_attn_implementation(NAME)
+    model.set_attn_implementation(PACKED if kernel_obstacle(model) else ROWS)
     try:
-        if not is_packed(model):
+        if not takes_segments(model):
             raise refusal(type(model).__name__, "its attention cannot be swapped")
         yield
     finally:
         model.set_attn_implementation(before)
 
 
-def is_packed(model: Any) -> bool:
-    """Whether the model takes packed rows now."""
-    return bool(model.config._attn_implementation == NAME)
+def takes_segments(model: Any) -> bool:
+    """Whether the model is inside `segment_attention`."""
+    return _implementation(model) in (PACKED, ROWS)
+
+
+def _implementation(model: Any) -> str:
+    return str(model.config._attn_implementation)
 
 
 def refusal(who: str, why: str) -> ModelError:
@@ -80,17 +134,78 @@ def refusal(who: str, why: str) -> ModelError:
     )
 
 
-def _attend(
-    module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, dropout: float = 0.0,
-    scaling: float | None = None, sliding_window: int | None = None, cu_seq_lens_q: Tensor | None = None,
-    max_length_q: int | None = None, is_causal: bool | None = None, **others: Any,
-) -> tuple[Tensor, None]:  # fmt: skip
-    """transformers' attention function: query (1, heads, T, D), key and value (1, key heads, T, D) -> (1, T, heads, D)."""
+def _refuse(module: Any, attention_mask: Tensor | None, is_causal: bool | None, others: dict[str, Any]) -> None:
+    """Raise where a layer asks for what is not done here."""
     asked = [name for name in _REFUSED if others.get(name) is not None]
     if asked:
         raise refusal(type(module).__name__, f"it asks for {', '.join(asked)}, which is not done for packed rows")
     if attention_mask is not None or not (getattr(module, "is_causal", True) if is_causal is None else is_causal):
         raise refusal(type(module).__name__, "its attention is not plainly causal")
+
+
+@torch.library.custom_op("lownibble::attention", mutates_args=())
+def _attention(q: Tensor, k: Tensor, v: Tensor, borders: Tensor, scaling: float) -> tuple[Tensor, Tensor]:
+    q, k, v = (t if t.stride(3) == 1 else t.contiguous() for t in (q, k, v))
+    return ops.attention(q, k, v, borders, scaling)
+
+
+@_attention.register_fake
+def _(q, k, v, borders, scaling):  # type: ignore[no-untyped-def]
+    B, heads, T, D = q.shape
+    return q.new_empty(B, T, heads, D), q.new_empty(B * T, heads)
+
+
+@torch.library.custom_op("lownibble::attention_backward", mutates_args=())
+def _attention_backward(
+    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, borders: Tensor, scaling: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    q, k, v = (t if t.stride(3) == 1 else t.contiguous() for t in (q, k, v))
+    return ops.attention_backward(dout, q, k, v, out, lse, borders, scaling)
+
+
+@_attention_backward.register_fake
+def _(dout, q, k, v, out, lse, borders, scaling):  # type: ignore[no-untyped-def]
+    return tuple(t.new_empty(t.shape[0], t.shape[2], t.shape[1], t.shape[3]).transpose(1, 2) for t in (q, k, v))
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    q, k, v, borders, ctx.scaling = inputs
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(q, k, v, *output, borders)
+
+
+def _differentiate(ctx: Any, dout: Tensor, _: None) -> tuple[Any, ...]:
+    q, k, v, out, lse, borders = ctx.saved_tensors
+    return (*_attention_backward(dout, q, k, v, out, lse, borders, ctx.scaling), None, None)
+
+
+_attention.register_autograd(_differentiate, setup_context=_save)
+
+
+def _attend_rows(
+    module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, scaling: float | None = None,
+    cu_seq_lens_q: Tensor | None = None, is_causal: bool | None = None, **others: Any,
+) -> tuple[Tensor, None]:  # fmt: skip
+    """transformers' attention function: query (B, heads, T, D), key and value (B, key heads, T, D) -> (B, T, heads, D)."""
+    _refuse(module, attention_mask, is_causal, others)
+    if cu_seq_lens_q is None:
+        raise refusal(type(module).__name__, "the borders of the rows do not arrive at its attention")
+    if others.get("dropout") or others.get("sliding_window") is not None or value.shape != key.shape:
+        raise refusal(type(module).__name__, "its attention has dropout, a window, or values of another size")
+    output, _ = _attention(query, key, value, cu_seq_lens_q, query.shape[-1] ** -0.5 if scaling is None else scaling)
+    return output, None
+
+
+AttentionInterface.register(ROWS, _attend_rows)
+
+
+def _attend_packed(
+    module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, dropout: float = 0.0,
+    scaling: float | None = None, sliding_window: int | None = None, cu_seq_lens_q: Tensor | None = None,
+    max_length_q: int | None = None, is_causal: bool | None = None, **others: Any,
+) -> tuple[Tensor, None]:  # fmt: skip
+    """transformers' attention function: query (1, heads, T, D), key and value (1, key heads, T, D) -> (1, T, heads, D)."""
+    _refuse(module, attention_mask, is_causal, others)
     if cu_seq_lens_q is None or max_length_q is None or len(query) != 1:
         raise refusal(type(module).__name__, "the borders of the rows do not arrive at its attention")
     if dropout == 0 and _takes_varlen(query, value):
@@ -98,12 +213,12 @@ def _attend(
     return _by_runs(module, query, key, value, dropout, scaling, sliding_window, cu_seq_lens_q), None
 
 
-AttentionInterface.register(NAME, _attend)
+AttentionInterface.register(PACKED, _attend_packed)
 
 
 def keep_out_of_graphs() -> None:
-    """Tell torch.compile to leave packed attention alone: its calls follow the lengths of the rows, new in each batch."""
-    AttentionInterface.register(NAME, torch.compiler.disable(_attend))
+    """Tell torch.compile to leave `lownibble_packed` alone: its calls follow the lengths of the rows, new in each batch."""
+    AttentionInterface.register(PACKED, torch.compiler.disable(_attend_packed))
 
 
 def _takes_varlen(query: Tensor, value: Tensor) -> bool:

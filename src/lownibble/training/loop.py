@@ -23,13 +23,13 @@ from lownibble.data import Batch, Choice, Example, collate, epoch_batches, flatt
 from lownibble.errors import ConfigError, TrainingError
 from lownibble.lora import count_parameters
 from lownibble.lora.inject import adapter_configs
-from lownibble.models.attention import packed_attention
+from lownibble.models.attention import kernel_obstacle, segment_attention
 from lownibble.optim import learning_rate, make_optimizer, set_learning_rate, warmup_steps
 from lownibble.quant import QuantLinear
 from lownibble.training import checkpoint, compiling, memory
 from lownibble.training.evaluate import Evaluator
 from lownibble.training.events import Evaluated, Event, Finished, Saved, Started, Stepped
-from lownibble.training.loss import check_head, check_packing, label_loss
+from lownibble.training.loss import check_head, check_packing, check_rows, label_loss
 
 _SEED_STRIDE = 1_000_003  # keeps the seeds of neighbouring runs' micro-batches apart
 
@@ -41,6 +41,7 @@ class Trainer:
         optimizer: the optimiser, from the start of `events()`.
         kinds: live bytes by kind when the first step ended, gradients and optimiser states included.
         saved_activation_bytes: what autograd kept in the first forward pass (the largest one with group_by_length or packing).
+        attention_reason: why attention does not run on our kernel, or nothing where it does.
         compiled, compile_reason, compile_seconds, compile_peak_bytes: whether the layers are compiled, why, how long it took and
             the highest memory until then, after `set_up`.
         total_steps: optimiser steps of the whole run.
@@ -61,7 +62,8 @@ class Trainer:
         self.device: torch.device = model.get_input_embeddings().weight.device
         self.evaluator = Evaluator(evaluation, choices, self.pad_token_id, 2 * config.batch_size, self.device)
         self._pack_to = config.max_length if config.packing else None
-        self._attention = packed_attention if config.packing else nullcontext
+        self._attention = segment_attention if config.packing else nullcontext
+        self.attention_reason = ""
         self._compiled: compiling.Compiled | type[nullcontext[None]] = nullcontext
         self.total_steps = config.max_steps or self._steps_of_epochs(config.num_train_epochs)
         self.cut_rows = cut_rows
@@ -111,6 +113,9 @@ class Trainer:
         if self.config.packing:
             by_length = sorted((row.input_ids for row in self.train_rows), key=len)
             check_packing(self.model, [by_length[-1], by_length[0]])
+            self.attention_reason = kernel_obstacle(self.model)
+        else:
+            self._choose_attention()
         self._set_checkpointing()
         option = self.config.torch_compile
         self.compiled, self.compile_reason = compiling.choose(option, self.model, self.device, self._planned_tokens())
@@ -125,6 +130,13 @@ class Trainer:
                 self.compiled, self.compile_reason = False, f"{compiling.IMPOSSIBLE}{error}"
                 self.identity["compiled"] = False
         return first
+
+    def _choose_attention(self) -> None:
+        """Our attention kernel, where this machine has it and the model's attention is what it computes."""
+        batch = self._batch([self.train_rows[0], min(self.train_rows, key=lambda row: len(row.input_ids))]).to(self.device)
+        self.attention_reason = check_rows(self.model, batch.input_ids, batch.attention_mask)
+        if not self.attention_reason:
+            self._attention = segment_attention
 
     def _compile(self) -> None:
         began = time.perf_counter()

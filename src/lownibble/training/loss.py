@@ -123,14 +123,16 @@ def hidden_states(
 ) -> Tensor:  # fmt: skip
     """Last hidden states (B, T, H) of the model without its head.
 
-    With `segments`, the lengths of packed rows, B is 1, and the call and its backward belong inside `packed_attention`.
+    With `segments`, the lengths of packed rows, B is 1, and the call and its backward belong inside `segment_attention`. Other
+    rows are padded on the right.
     """
-    packed = attention.packed_inputs(segments, input_ids_BT.device) if segments else {}
-    assert not packed or attention.is_packed(model)
-    full = bool(packed) or bool(attention_mask_BT.all())  # no mask at all lets attention take its causal fast path
-    output = model.base_model(
-        input_ids=input_ids_BT, attention_mask=None if full else attention_mask_BT, use_cache=False, **packed
-    )  # fmt: skip
+    if attention.takes_segments(model):
+        extra = attention.inputs(model, attention_mask_BT, segments)
+    else:
+        assert not segments
+        full = bool(attention_mask_BT.all())  # no mask at all lets attention take its causal fast path
+        extra = {"attention_mask": None if full else attention_mask_BT}
+    output = model.base_model(input_ids=input_ids_BT, use_cache=False, **extra)
     return output.last_hidden_state  # type: ignore[no-any-return]
 
 
@@ -209,7 +211,7 @@ def check_packing(model: Any, rows: Sequence[Sequence[int]]) -> None:
     model.eval()
     ids = [torch.tensor([row], device=device) for row in rows]
     alone = [hidden_states(model, row, torch.ones_like(row))[0] for row in ids]
-    with attention.packed_attention(model):
+    with attention.segment_attention(model):
         try:
             whole = torch.cat(ids, 1)
             packed = hidden_states(model, whole, torch.ones_like(whole), [len(row) for row in rows])[0]
@@ -221,3 +223,25 @@ def check_packing(model: Any, rows: Sequence[Sequence[int]]) -> None:
     tolerance = INT8_PACKING_TOLERANCE if in_int8 else PACKING_TOLERANCE[packed.dtype]
     if max(float((a - b).norm() / b.float().norm()) for a, b in pairs) > tolerance:
         raise attention.refusal(type(model).__name__, "its rows are not the same packed as alone")
+
+
+@torch.no_grad()
+def check_rows(model: Any, input_ids_BT: Tensor, attention_mask_BT: Tensor) -> str:
+    """Why a padded batch cannot run on our attention kernel, found by comparing its hidden states with those of the model's own
+    attention; or nothing."""
+    obstacle = attention.kernel_obstacle(model)
+    if obstacle:
+        return obstacle
+    was_training = model.training
+    model.eval()
+    expected = hidden_states(model, input_ids_BT, attention_mask_BT)
+    try:
+        with attention.segment_attention(model):
+            found = hidden_states(model, input_ids_BT, attention_mask_BT)
+    except ModelError as error:
+        return str(error)
+    finally:
+        model.train(was_training)
+    kept = attention_mask_BT.bool()
+    difference = float((found - expected)[kept].norm() / expected[kept].norm())
+    return "" if difference <= PACKING_TOLERANCE[torch.float32] else "its attention computes something else"

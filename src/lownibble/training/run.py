@@ -210,7 +210,8 @@ def _data_facts(sides: tuple[Dataset, Dataset], encoded: list[Encoded]) -> dict[
 
 def _compilation(trainer: Trainer) -> dict[str, Any]:
     return {
-        "compiled": trainer.compiled, "compile_reason": trainer.compile_reason, "compile_seconds": trainer.compile_seconds
+        "attention": f"torch's: {trainer.attention_reason}" if trainer.attention_reason else "lownibble",
+        "compiled": trainer.compiled, "compile_reason": trainer.compile_reason, "compile_seconds": trainer.compile_seconds,
     }  # fmt: skip
 
 

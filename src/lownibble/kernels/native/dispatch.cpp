@@ -11,6 +11,7 @@
 #include <cstdlib>
 #include <cstring>
 
+#include "attention.h"
 #include "decoder.h"
 #include "int8.h"
 #include "kernels.h"
@@ -82,6 +83,14 @@ const MatmulKernels* active_matmul() {
     return nullptr;
 }
 
+// The attention that goes with the instruction set in use, or null.
+const AttentionKernels* active_attention() {
+#if defined(__x86_64__)
+    if (active == &kAvx512Kernels) return &kAvx512AttentionKernels;
+#endif
+    return nullptr;
+}
+
 // A thread's memory for panels, aligned to 64 bytes, kept from call to call (a fresh allocation would page-fault); about half a megabyte for
 // exact products.
 struct Scratch {
@@ -132,6 +141,19 @@ void in_turns(std::int64_t count, std::int64_t elements, std::int32_t num_thread
     for (std::int64_t item = 0; item < count; ++item) body(item);
 }
 
+// A tensor of (tokens of a row, heads, head_dim) for each row, whose last dimension is contiguous.
+struct Heads {
+    float* data;
+    const std::int64_t* strides;  // row, token, head
+
+    // One head from token `n` on; rows are `row_tokens` tokens long.
+    HeadRows at(std::int64_t n, std::int64_t head, std::int64_t row_tokens) const {
+        return {data + n / row_tokens * strides[0] + n % row_tokens * strides[1] + head * strides[2], strides[1]};
+    }
+};
+
+Heads heads_of(const float* data, const std::int64_t* strides) { return {const_cast<float*>(data), strides}; }
+
 std::int64_t blocks_of(std::int64_t n, std::int32_t block_shift) {
     return (n + (std::int64_t{1} << block_shift) - 1) >> block_shift;
 }
@@ -139,7 +161,7 @@ std::int64_t blocks_of(std::int64_t n, std::int32_t block_shift) {
 }  // namespace
 
 // Raised whenever a signature below changes; kernels/cpu.py refuses another number.
-LOWNIBBLE_EXPORT std::int32_t lownibble_abi() { return 4; }
+LOWNIBBLE_EXPORT std::int32_t lownibble_abi() { return 5; }
 
 // Comma-separated names of the instruction sets that run here, fastest first.
 LOWNIBBLE_EXPORT const char* lownibble_available() { return available().names; }
@@ -338,4 +360,63 @@ LOWNIBBLE_EXPORT void lownibble_gemv_bf16(const float* x, std::int64_t T, std::i
                                           std::int64_t N, std::int32_t num_threads) {
     in_parallel(T ? N : 0, N * K, num_threads,
                 [&](Range rows) { active->gemv_bf16(x, T, K, static_cast<const BFloat16*>(w), out, N, rows); });
+}
+
+// 1 when the two functions below may be called with the instruction set in use.
+LOWNIBBLE_EXPORT std::int32_t lownibble_has_attention() { return active_attention() != nullptr; }
+
+// 0, or -1 when there is no memory for a thread's scores. `strides`: three for each of q, k, v and out. Tokens are numbered through the
+// rows; segment i is [borders[i], borders[i + 1]) and lies within a row. lse (tokens, heads).
+LOWNIBBLE_EXPORT std::int32_t lownibble_attention(const float* q, const float* k, const float* v, float* out,
+                                                  const std::int64_t* strides, float* lse, const std::int64_t* borders,
+                                                  std::int64_t n_segments, std::int64_t row_tokens, std::int64_t heads,
+                                                  std::int64_t key_heads, std::int64_t D, float scaling,
+                                                  std::int32_t num_threads) {
+    const Heads q_heads = heads_of(q, strides), k_heads = heads_of(k, strides + 3), v_heads = heads_of(v, strides + 6);
+    const Heads out_heads = heads_of(out, strides + 9);
+    std::int32_t failed = 0;
+    in_turns(n_segments * heads, INT64_MAX, num_threads, [&](std::int64_t item) {
+        const std::int64_t begin = borders[item / heads], L = borders[item / heads + 1] - begin, head = item % heads;
+        if (!L) return;
+        float* const memory = static_cast<float*>(scratch.of(static_cast<std::size_t>(attention_scratch(L, D, false)) * 4));
+        if (!memory) {
+            failed = -1;
+            return;
+        }
+        const std::int64_t key_head = head / (heads / key_heads);
+        active_attention()->forward(q_heads.at(begin, head, row_tokens), k_heads.at(begin, key_head, row_tokens),
+                                    v_heads.at(begin, key_head, row_tokens), out_heads.at(begin, head, row_tokens),
+                                    lse + begin * heads + head, heads, L, D, scaling, memory);
+    });
+    return failed;
+}
+
+// As above, with strides of dout, q, k, v, out, dq, dk and dv.
+LOWNIBBLE_EXPORT std::int32_t lownibble_attention_backward(const float* dout, const float* q, const float* k, const float* v,
+                                                           const float* out, float* dq, float* dk, float* dv,
+                                                           const std::int64_t* strides, const float* lse,
+                                                           const std::int64_t* borders, std::int64_t n_segments,
+                                                           std::int64_t row_tokens, std::int64_t heads, std::int64_t key_heads,
+                                                           std::int64_t D, float scaling, std::int32_t num_threads) {
+    const float* const data[8] = {dout, q, k, v, out, dq, dk, dv};
+    Heads all[8];
+    for (int i = 0; i < 8; ++i) all[i] = heads_of(data[i], strides + 3 * i);
+    const std::int64_t group = heads / key_heads;
+    const std::int64_t head_steps[4] = {all[0].strides[2], all[1].strides[2], all[4].strides[2], all[5].strides[2]};
+    std::int32_t failed = 0;
+    in_turns(n_segments * key_heads, INT64_MAX, num_threads, [&](std::int64_t item) {
+        const std::int64_t begin = borders[item / key_heads], L = borders[item / key_heads + 1] - begin;
+        if (!L) return;
+        float* const memory = static_cast<float*>(scratch.of(static_cast<std::size_t>(attention_scratch(L, D, true)) * 4));
+        if (!memory) {
+            failed = -1;
+            return;
+        }
+        const std::int64_t key_head = item % key_heads, head = key_head * group;
+        const auto at = [&](int i, std::int64_t which) { return all[i].at(begin, which, row_tokens); };
+        active_attention()->backward(at(0, head), at(1, head), at(2, key_head), at(3, key_head), at(4, head),
+                                     lse + begin * heads + head, heads, at(5, head), at(6, key_head), at(7, key_head), group,
+                                     head_steps, L, D, scaling, memory);
+    });
+    return failed;
 }
