@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 OUTPUT ?= runs/demo
 
-.PHONY: demo test check format bench bench-parity bench-kernels bench-train bench-train-real bench-decode readme clean
+.PHONY: demo test check format bench bench-parity bench-kernels bench-train bench-train-real bench-decode bench-quality readme clean
 
 demo: $(VENV)/.ready  ## set up, then compare LoRA and QLoRA on the embedded model and data
 	$(BIN)/lownibble compare --output $(OUTPUT) --resume
@@ -38,6 +38,9 @@ bench-train-real: $(VENV)/.ready-dev  ## real rows of messages: make bench-train
 
 bench-decode: $(VENV)/.ready-dev
 	$(BIN)/lownibble bench decode --peers --output benchmarks/results/decode-cpu.json
+
+bench-quality: $(VENV)/.ready-dev  ## about an hour: make bench-quality DATA=nli/ (premise, hypothesis, label)
+	$(BIN)/lownibble bench quality --data $(DATA) --output benchmarks/results/quality-cpu.json
 
 readme: $(VENV)/.ready-dev  ## put the recorded figures into README.md
 	$(BIN)/python tools/readme.py

@@ -77,6 +77,22 @@ def decode() -> str:
     return _turns("decode-cpu", lambda w: f"{w['new_tokens']} tokens, one sequence, greedy", peak=False)
 
 
+def quality() -> str:
+    """8-bit products against exact compute."""
+    record = _record("quality-cpu")
+    lines = ["| task, figure | exact (sd over seeds) | int8 (sd) | difference (standard error) | |", "| --- | ---: | ---: | ---: | --- |"]
+    for task, found in record["tasks"].items():
+        for name, figure in found["figures"].items():
+            cells = [f"{figure[f'{compute}_mean']:.4f} ({figure[f'{compute}_sd']:.4f})" for compute in ("exact", "int8")]
+            difference = f"{figure['difference_mean']:+.4f} ({figure['difference_se']:.4f})"
+            verdict = "smaller than between seeds" if figure["within"] else "larger than between seeds"
+            lines.append(f"| {task}, {name.replace('_', ' ')} | {' | '.join(cells)} | {difference} | {verdict} |")
+    work = record["workload"]
+    source = f"{work['seeds']} seeds, {work['train']['max_steps']} steps of {work['train']['batch_size']} rows"
+    source += f", up to {work['max_eval_rows']} evaluation rows; {_where(record)}; `benchmarks/results/quality-cpu.json`"
+    return "\n".join(lines) + f"\n\n({source})"
+
+
 def _headlines(name: str) -> str:
     record = _record(name)
     lines = ["| figure | |", "| --- | ---: |"]
@@ -99,6 +115,7 @@ SECTIONS: dict[str, Callable[[], str]] = {
     "train": train,
     "train-real": train_real,
     "decode": decode,
+    "quality": quality,
     "kernels": kernels,
     "parity": parity,
 }
