@@ -15,7 +15,7 @@ from lownibble.errors import BackendError, ConfigError, OutputError, TrainingErr
 from lownibble.kernels import cpu
 from lownibble.lora.layer import LoraLinear
 from lownibble.lora.product import lora_matmul
-from lownibble.quant import QuantLinear, int8
+from lownibble.quant import QuantLinear, eightbit
 from lownibble.quant.linear import frozen_matmul
 from lownibble.training import compiling, run
 
@@ -107,13 +107,13 @@ def test_the_operator_keeps_torchs_rules(kind, dropout):
     adapted = layer(kind != "dense", "int8" if kind == "int8" else "exact")
     adapter, x = adapted.adapters["a"], torch.randn(2, 13, 64, requires_grad=True)
     weight, codec = ([adapted.base.weight], "") if kind == "dense" else (adapted.base.flat, adapted.base.codec)
-    rows = int8.rows_of(x) if kind == "int8" else []
+    rows = eightbit.rows_of(x) if kind == "int8" else []
     seed = torch.tensor(7) if dropout else None
     torch.library.opcheck(
         lora_matmul, (x, weight, codec, adapted.bias, adapter.lora_A, adapter.lora_B, 0.5, dropout, seed, rows)
     )  # fmt: skip
     if kind != "dense" and not dropout:
-        flat_rows = int8.rows_of(x.view(-1, 64)) if kind == "int8" else []
+        flat_rows = eightbit.rows_of(x.view(-1, 64)) if kind == "int8" else []
         flat = x.detach().view(-1, 64).requires_grad_()
         torch.library.opcheck(frozen_matmul, (flat, weight, codec, 96, flat_rows))
 

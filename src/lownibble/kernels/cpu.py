@@ -359,11 +359,11 @@ def quantize_rows(x_TC: Tensor, column_scale: Tensor | None = None) -> Rows8bit:
     return rows
 
 
-def matmul_int8(
+def matmul_8bit(
     x: Rows8bit, codes: Tensor, absmax: Tensor, values: Tensor, block_size: int, shape: torch.Size, row_scale: Tensor,
     transposed: bool, addition: Addition, nested: Nested | None = None,
 ) -> Tensor:  # fmt: skip
-    """As `ops.matmul_int8`."""
+    """As `ops.matmul_8bit`."""
     N, K, shift, addresses, nested_shift = _weight_int8(codes, absmax, values, block_size, shape, nested)
     T, columns = x.rows, K if transposed else N
     if x.columns != (N if transposed else K):

@@ -131,7 +131,7 @@ class Backend(Protocol):
 
     def quantize_rows(self, x_TC: Tensor, column_scale: Tensor | None = None) -> Rows8bit: ...
 
-    def matmul_int8(
+    def matmul_8bit(
         self,
         x: Rows8bit,
         codes: Tensor,
@@ -334,7 +334,7 @@ def quantize_rows(x_TC: Tensor, column_scale: Tensor | None = None) -> Rows8bit:
     return _for(x_TC).quantize_rows(x_TC, column_scale)
 
 
-def matmul_int8(
+def matmul_8bit(
     x: Rows8bit, codes: Tensor, absmax: Tensor, values: Tensor, block_size: int, shape: torch.Size, row_scale: Tensor,
     transposed: bool, addition: Addition, nested: Nested | None = None,
 ) -> Tensor:  # fmt: skip
@@ -349,7 +349,7 @@ def matmul_int8(
         row_scale: (N,) from `row_scales`.
         K and the block size are multiples of 64 and 32.
     """
-    return _for(codes).matmul_int8(x, codes, absmax, values, block_size, shape, row_scale, transposed, addition, nested)
+    return _for(codes).matmul_8bit(x, codes, absmax, values, block_size, shape, row_scale, transposed, addition, nested)
 
 
 def gemv_bf16(x_TK: Tensor, weight_NK: Tensor) -> Tensor:

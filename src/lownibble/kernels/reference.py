@@ -113,7 +113,7 @@ def quantize_rows(x_TC: Tensor, column_scale: Tensor | None = None) -> Rows8bit:
     )  # fmt: skip
 
 
-def matmul_int8(
+def matmul_8bit(
     x: Rows8bit, codes: Tensor, absmax: Tensor, values: Tensor, block_size: int, shape: torch.Size, row_scale: Tensor,
     transposed: bool, addition: Addition, nested: Nested | None = None,
 ) -> Tensor:  # fmt: skip

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from lownibble.lora.product import LoraMatmul, lora_matmul
-from lownibble.quant import QuantizedTensor, QuantLinear, int8
+from lownibble.quant import QuantizedTensor, QuantLinear, eightbit
 
 
 class LowRank(nn.Module):
@@ -83,12 +83,12 @@ class LoraLinear(nn.Module):
             weight, codec = (self.base.flat, self.base.codec) if isinstance(self.base, QuantLinear) else ([self.base.weight], "")
             y, _ = lora_matmul(
                 x, weight, codec, self.base.bias, adapter.lora_A, adapter.lora_B, adapter.scale, dropout, seed,
-                int8.rows_of(x) if in_int8 else [],
+                eightbit.rows_of(x) if in_int8 else [],
             )  # fmt: skip
             return y  # type: ignore[no-any-return]
         y_TN = LoraMatmul.apply(
             x.reshape(-1, self.in_features), self.base.weight, self.base.bias, adapter.lora_A, adapter.lora_B,
-            adapter.scale, dropout, 0 if seed is None else int(seed), int8.shared_rows(x) if in_int8 else None,
+            adapter.scale, dropout, 0 if seed is None else int(seed), eightbit.shared_rows(x) if in_int8 else None,
         )  # fmt: skip
         return y_TN.view(*x.shape[:-1], self.out_features)  # type: ignore[no-any-return]
 

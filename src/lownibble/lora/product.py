@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from lownibble.kernels.ops import Addition, Rows8bit
-from lownibble.quant import QuantizedTensor, int8
+from lownibble.quant import QuantizedTensor, eightbit
 
 
 def _keep_mask(x: Tensor, p: float, seed: int) -> Tensor:
@@ -37,7 +37,7 @@ def _input_gradient(dy: Tensor, weight: Tensor | QuantizedTensor, addition: Addi
         dx = dy @ weight.to(dy.dtype)
         return dx if low is None or factor is None else dx.addmm_(low, factor.to(dy.dtype))
     if in_int8:
-        return int8.backward(dy, weight, addition._replace(low=None if low is None else low.float()))
+        return eightbit.backward(dy, weight, addition._replace(low=None if low is None else low.float()))
     return weight.matmul(dy, transposed=True, addition=addition)
 
 
@@ -57,7 +57,7 @@ def forward(
         y = weight.matmul(x, addition=Addition(own_bias, low, lora_B.t(), scale))
     else:
         bias_32 = None if bias is None else bias.float()
-        y = int8.forward(rows, weight, Addition(bias_32, low.float(), lora_B.t(), scale), x.dtype)
+        y = eightbit.forward(rows, weight, Addition(bias_32, low.float(), lora_B.t(), scale), x.dtype)
     return y, low
 
 
@@ -121,7 +121,7 @@ def lora_matmul(
     """What a compiler calls: x (..., K) -> y (..., N) and (T, r).
 
     `weight`: a dense one, or with a `codec` the `flat` of a `QuantLinear`. `seed`: () int64, with dropout. `rows`: x in
-    8 bits as `int8.rows_of` gave them, or empty.
+    8 bits as `eightbit.rows_of` gave them, or empty.
     """
     x_TK = x.reshape(-1, x.shape[-1])
     as_rows = Rows8bit(rows[0], rows[1], rows[2], *x_TK.shape) if rows else None

@@ -4,7 +4,7 @@ The packed tensors are `nn.Parameter(requires_grad=False)` (uint8 and float32), 
 sharding treat them like any other weight. Casting the module (`.half()`, `.to(bfloat16)`) must not touch float32 constants,
 so `_apply` is narrowed to moves between devices.
 
-Products are the backend's (`ops.matmul_4bit`, exact, or `ops.matmul_int8`): the weight is decoded on the way and not kept.
+Products are the backend's (`ops.matmul_4bit`, exact, or `ops.matmul_8bit`): the weight is decoded on the way and not kept.
 With few rows and no gradient (token-by-token generation) the fused matrix-vector kernel reads the codes directly.
 """
 
@@ -19,7 +19,7 @@ from torch.autograd.function import once_differentiable
 
 from lownibble.config import QuantConfig
 from lownibble.kernels.ops import Addition, Rows8bit
-from lownibble.quant import int8
+from lownibble.quant import eightbit
 from lownibble.quant.codec import quantize
 from lownibble.quant.tensor import QuantizedTensor
 
@@ -39,7 +39,7 @@ class _FrozenMatmul(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, weight: QuantizedTensor, rows: Rows8bit | None) -> Tensor:
         ctx.weight, ctx.int8 = weight, rows is not None
         if rows is not None:
-            return int8.forward(rows, weight, Addition(), x.dtype)
+            return eightbit.forward(rows, weight, Addition(), x.dtype)
         return weight.matmul(x)
 
     @staticmethod
@@ -47,16 +47,16 @@ class _FrozenMatmul(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
         weight: QuantizedTensor = ctx.weight
         if ctx.int8:
-            return int8.backward(dy, weight, Addition()), None, None
+            return eightbit.backward(dy, weight, Addition()), None, None
         return weight.matmul(dy, transposed=True), None, None
 
 
 @torch.library.custom_op("lownibble::frozen_matmul", mutates_args=())
 def frozen_matmul(x_TK: Tensor, weight: list[Tensor], codec: str, out_features: int, rows: list[Tensor]) -> Tensor:
-    """What a compiler calls, for it cannot see into a packed weight: (T, K) -> (T, N). `rows`: from `int8.rows_of`, or empty."""
+    """What a compiler calls, for it cannot see into a packed weight: (T, K) -> (T, N). `rows`: `eightbit.rows_of(x)`, or empty."""
     frozen = QuantizedTensor.unflatten(weight, codec, torch.Size((out_features, x_TK.shape[1])))
     if rows:
-        return int8.forward(Rows8bit(rows[0], rows[1], rows[2], *x_TK.shape), frozen, Addition(), x_TK.dtype)
+        return eightbit.forward(Rows8bit(rows[0], rows[1], rows[2], *x_TK.shape), frozen, Addition(), x_TK.dtype)
     return frozen.matmul(x_TK)
 
 
@@ -68,7 +68,7 @@ def _(x_TK, weight, codec, out_features, rows):  # type: ignore[no-untyped-def]
 @torch.library.custom_op("lownibble::frozen_matmul_backward", mutates_args=())
 def _frozen_matmul_backward(dy_TN: Tensor, weight: list[Tensor], codec: str, in_features: int, in_int8: bool) -> Tensor:
     frozen = QuantizedTensor.unflatten(weight, codec, torch.Size((dy_TN.shape[1], in_features)))
-    return int8.backward(dy_TN, frozen, Addition()) if in_int8 else frozen.matmul(dy_TN, transposed=True)
+    return eightbit.backward(dy_TN, frozen, Addition()) if in_int8 else frozen.matmul(dy_TN, transposed=True)
 
 
 @_frozen_matmul_backward.register_fake
@@ -96,7 +96,7 @@ class QuantLinear(nn.Module):
 
     Parameters (all without gradient): `codes` (ceil(n/2), 1) uint8, `absmax` float32 or uint8, with double quantisation
     `nested_absmax` float32 and `offset` () float32, and `bias` (out_features,) when there is one. `compute`: 'exact' (in the
-    activations' dtype) or 'int8' (see `int8.py`; products with a few rows are exact all the same).
+    activations' dtype) or 'int8' (see `eightbit.py`; products with a few rows are exact all the same).
     """
 
     codes: nn.Parameter
@@ -121,7 +121,7 @@ class QuantLinear(nn.Module):
         """Quantise a dense linear layer; `name` is how an error calls its weight."""
         config = QuantConfig(quant_type=quant) if isinstance(quant, str) else quant
         weight = quantize(linear.weight, config, name=name)
-        return cls(weight, linear.bias, compute=int8.choose(config.compute, weight.device))
+        return cls(weight, linear.bias, compute=eightbit.choose(config.compute, weight.device))
 
     @property
     def weight(self) -> QuantizedTensor:
@@ -154,12 +154,12 @@ class QuantLinear(nn.Module):
         x_TK = x.reshape(-1, self.in_features)
         if torch.compiler.is_compiling():
             y_TN = frozen_matmul(
-                x_TK, self.flat, self.codec, self.out_features, int8.rows_of(x) if self.compute == "int8" else []
+                x_TK, self.flat, self.codec, self.out_features, eightbit.rows_of(x) if self.compute == "int8" else []
             )  # fmt: skip
         elif x_TK.shape[0] <= MATVEC_MAX_ROWS and not (torch.is_grad_enabled() and x.requires_grad):
             y_TN = self.weight.matvec(x_TK)
         else:
-            y_TN = _FrozenMatmul.apply(x_TK, self.weight, int8.shared_rows(x) if self.compute == "int8" else None)
+            y_TN = _FrozenMatmul.apply(x_TK, self.weight, eightbit.shared_rows(x) if self.compute == "int8" else None)
         if self.bias is not None:
             y_TN = y_TN + self.bias.to(y_TN.dtype)
         return y_TN.view(*x.shape[:-1], self.out_features)  # type: ignore[no-any-return]

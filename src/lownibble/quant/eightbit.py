@@ -3,7 +3,7 @@
 The activations are scaled to 8 bits by token and 64 columns, the weight is brought from 4 to 8 bits by output row, integers are
 summed exactly, and the low-rank branch is added in float32 (`kernels/ops.py` has the formulas, ADR 7 the reasons). The gradient
 of the input is the same product with the same integers: dx = rowquant(dy * row_scale) Wq. What it changes are the values of the
-frozen product, a little (`tests/quant/test_int8.py` holds the bound); gradients of the adapters are exact given those.
+frozen product, a little (`tests/quant/test_eightbit.py` holds the bound); gradients of the adapters are exact given those.
 
 q, k and v, and gate and up, read the same input: it is scaled once. `shared_rows` remembers the last input by identity and
 version, without keeping it alive.
@@ -105,7 +105,7 @@ def forward(rows: Rows8bit, weight: QuantizedTensor, addition: Addition, dtype: 
     """(T, N) in `dtype`: rows (T, K) times W^T for W (N, K), plus `addition`."""
     parts = weight.parts
     scale = ops.row_scales(*parts, weight.shape, weight.nested)
-    return ops.matmul_int8(rows, *parts, weight.shape, scale, False, addition, weight.nested).to(dtype)
+    return ops.matmul_8bit(rows, *parts, weight.shape, scale, False, addition, weight.nested).to(dtype)
 
 
 def backward(dy_TN: Tensor, weight: QuantizedTensor, addition: Addition) -> Tensor:
@@ -113,4 +113,4 @@ def backward(dy_TN: Tensor, weight: QuantizedTensor, addition: Addition) -> Tens
     parts = weight.parts
     scale = ops.row_scales(*parts, weight.shape, weight.nested)
     rows = ops.quantize_rows(dy_TN.float().contiguous(), scale)
-    return ops.matmul_int8(rows, *parts, weight.shape, scale, True, addition, weight.nested).to(dy_TN.dtype)
+    return ops.matmul_8bit(rows, *parts, weight.shape, scale, True, addition, weight.nested).to(dy_TN.dtype)

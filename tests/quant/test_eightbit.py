@@ -8,7 +8,7 @@ import lownibble as ln
 from lownibble.errors import BackendError, InputError
 from lownibble.kernels import cpu, ops, reference
 from lownibble.lora.layer import LoraLinear
-from lownibble.quant import QuantLinear, int8, quantize
+from lownibble.quant import QuantLinear, eightbit, quantize
 
 try:
     HAS_INT8 = cpu.has_int8()
@@ -57,8 +57,8 @@ def test_compiled_kernels_equal_the_reference(T, N, K, codec, threads):
             scale = backend.row_scales(*weight.parts, weight.shape, weight.nested)
             x_rows, dy_rows = backend.quantize_rows(x), backend.quantize_rows(dy, scale)
             arguments = (*weight.parts, weight.shape, scale)
-            y = backend.matmul_int8(x_rows, *arguments, False, ops.Addition(bias, low, lora_B.t(), 0.5), weight.nested)
-            dx = backend.matmul_int8(dy_rows, *arguments, True, ops.Addition(None, low, lora_A, 2.0), weight.nested)
+            y = backend.matmul_8bit(x_rows, *arguments, False, ops.Addition(bias, low, lora_B.t(), 0.5), weight.nested)
+            dx = backend.matmul_8bit(dy_rows, *arguments, True, ops.Addition(None, low, lora_A, 2.0), weight.nested)
             found[backend] = scale, x_rows, dy_rows, y, dx
     finally:
         torch.set_num_threads(before)
@@ -85,7 +85,7 @@ def test_reference_sums_equal_int_mm(transposed):
     codes, scales = rows.codes[: x.numel()].view_as(x), rows.scale[: 20 * -(-rows.columns // 64)].view(20, -1)
     values = codes * scales.repeat_interleave(64, 1)[:, : rows.columns]  # x as its codes stand for it
     expected = (values.double() @ (q_NK if transposed else q_NK.t()).double()).float() * (1 if transposed else scale)
-    found = reference.matmul_int8(rows, *weight.parts, weight.shape, scale, transposed, ops.Addition(), weight.nested)
+    found = reference.matmul_8bit(rows, *weight.parts, weight.shape, scale, transposed, ops.Addition(), weight.nested)
     torch.testing.assert_close(found, expected, rtol=0, atol=ROUNDING * float(expected.abs().max()))
 
 
@@ -95,8 +95,8 @@ def test_products_of_nothing(backend, T, N, K):
     weight = make(N, K) if N * K else quantize(torch.empty(N, K), "nf4")
     bias = random(N)
     with ln.use_backend(backend):
-        y = int8.forward(ops.quantize_rows(torch.ones(T, K)), weight, ops.Addition(bias), torch.float32)
-        dx = int8.backward(torch.ones(T, N), weight, ops.Addition())
+        y = eightbit.forward(ops.quantize_rows(torch.ones(T, K)), weight, ops.Addition(bias), torch.float32)
+        dx = eightbit.backward(torch.ones(T, N), weight, ops.Addition())
     assert y.shape == (T, N)
     assert dx.shape == (T, K)
     if K == 0:
@@ -112,8 +112,8 @@ def test_special_rows(backend):
     x[1] = 0
     x[2, 5], x[3, 63] = float("nan"), float("inf")
     with ln.use_backend(backend):
-        y = int8.forward(int8.shared_rows(x), weight, ops.Addition(), torch.float32)
-        empty = int8.forward(int8.shared_rows(x[:0]), weight, ops.Addition(), torch.float32)
+        y = eightbit.forward(eightbit.shared_rows(x), weight, ops.Addition(), torch.float32)
+        empty = eightbit.forward(eightbit.shared_rows(x[:0]), weight, ops.Addition(), torch.float32)
     assert torch.isfinite(y[:2]).all()
     assert not torch.isfinite(y[2:]).any()  # never a silent number
     assert (y[1] == 0).all()
@@ -184,10 +184,10 @@ def test_rows_are_of_the_backend_in_use():
 
 def test_refusals():
     with pytest.raises(InputError, match=r"multiple of 64 long.* 'odd' is 8 x 80\. Use compute='exact', or add"):
-        int8.check_weight(make(8, 80), "odd")
+        eightbit.check_weight(make(8, 80), "odd")
     with pytest.raises(BackendError, match=r"no kernel for 'cuda:0' yet\. Use compute='exact'"):
-        int8.choose("int8", torch.device("cuda:0"))
-    assert int8.choose("auto", torch.device("cuda:0")) == "exact"
+        eightbit.choose("int8", torch.device("cuda:0"))
+    assert eightbit.choose("auto", torch.device("cuda:0")) == "exact"
 
 
 @needs_vnni
@@ -196,7 +196,7 @@ def test_other_instruction_sets_are_refused():
     cpu.select_isa("scalar")
     try:
         with pytest.raises(BackendError, match=r"AVX-512 VNNI.* 'scalar'.* Use compute='exact'"):
-            int8.choose("int8", torch.device("cpu"))
+            eightbit.choose("int8", torch.device("cpu"))
         with pytest.raises(BackendError, match="AVX-512 VNNI"):
             cpu.quantize_rows(random(3, 64))
     finally:
@@ -209,8 +209,8 @@ def test_compiled_arguments_are_checked():
     scale = cpu.row_scales(*weight.parts, weight.shape, weight.nested)
     rows = cpu.quantize_rows(random(3, 128))
     with pytest.raises(InputError, match=r"'x' must have 64 columns\. Got 128"):
-        cpu.matmul_int8(rows, *weight.parts, weight.shape, scale, False, ops.Addition(), weight.nested)
+        cpu.matmul_8bit(rows, *weight.parts, weight.shape, scale, False, ops.Addition(), weight.nested)
     rows = cpu.quantize_rows(random(3, 64))
     wrong = ops.Addition(None, random(3, 2), random(64, 2))
     with pytest.raises(InputError, match="'factor' must be"):
-        cpu.matmul_int8(rows, *weight.parts, weight.shape, scale, False, wrong, weight.nested)
+        cpu.matmul_8bit(rows, *weight.parts, weight.shape, scale, False, wrong, weight.nested)
