@@ -270,8 +270,8 @@ def _place_quantized(model: nn.Module, path: str, weight: QuantizedTensor, devic
     if weight.shape != (linear.out_features, linear.in_features):
         raise ModelError(f"The packed weight of '{path}' has shape {tuple(weight.shape)}; config.json says otherwise.")
     parent, _, last = path.rpartition(".")
-    if compute == "int8":
-        eightbit.check_weight(weight, path)
+    if compute in eightbit.CODE_TYPES:
+        eightbit.check_weight(weight, path, compute)
     layer = QuantLinear(weight, compute=compute).to(device)
     if linear.bias is not None:  # still on the meta device when its shard comes later
         layer.register_parameter("bias", linear.bias.requires_grad_(False))
