@@ -15,12 +15,13 @@ def _load_interpreted() -> None:
         patch.setenv("TRITON_INTERPRET", "1")
         ops.backend("triton")
         importlib.import_module("triton.experimental.gluon")  # the first launch imports it, and it looks at the variable too
-    _mend_bfloat16()
+    _mend_conversions()
 
 
-def _mend_bfloat16() -> None:
+def _mend_conversions() -> None:
     """triton 3.7's interpreter truncates where it converts float32 to bfloat16; GPUs round to nearest, ties to even, as torch
-    does (`test_triton_compile.py` sees the instruction). Its way back is wrong for subnormals."""
+    does (`test_triton_compile.py` sees the instructions). Its way back is wrong for subnormals. To float8 (e4m3) it rounds ties
+    away, loses what is carried into the exponent, and is wrong for subnormals; GPUs round as torch does, and saturate."""
     from triton import language as tl
     from triton.runtime import interpreter
 
@@ -31,6 +32,8 @@ def _mend_bfloat16() -> None:
             return torch.from_numpy(data).bfloat16().view(torch.uint16).numpy()
         if (source, target) == (tl.bfloat16, tl.float32):
             return torch.from_numpy(data).view(torch.bfloat16).float().numpy()
+        if (source, target) == (tl.float32, tl.float8e4nv):
+            return torch.from_numpy(data).to(torch.float8_e4m3fn).view(torch.uint8).numpy()
         return theirs(data, source, target, rounding)
 
     interpreter._convert_float = convert

@@ -97,10 +97,10 @@ class QuantConfig(Options):
     quant_type: Literal["nf4", "fp4"] = Field("nf4", description="4-bit data type")
     block_size: Literal[32, 64, 128, 256, 512, 1024, 2048, 4096] = Field(64, description="weights that share one constant")
     double_quant: bool = Field(True, description="quantise the block constants to 8 bits as well")
-    compute: Literal["auto", "exact", "int8"] = Field(
+    compute: Literal["auto", "exact", "int8", "fp8"] = Field(
         "auto",
         description="products of the frozen base: 'exact' in the activations' dtype, 'int8' on 8-bit units (faster; values "
-        "differ a little, the adapter stays exact); 'auto' is 'exact'",
+        "differ a little, the adapter stays exact), 'fp8' on those of newer CUDA devices (values differ more); 'auto' is 'exact'",
     )
     skip_modules: list[str] = Field(["lm_head"], description="linear modules left in full precision, by last name or path")
 

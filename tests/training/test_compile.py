@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,7 @@ from lownibble.errors import BackendError, ConfigError, OutputError, TrainingErr
 from lownibble.kernels import cpu
 from lownibble.lora.layer import LoraLinear
 from lownibble.lora.product import lora_matmul
-from lownibble.quant import QuantLinear, int8
+from lownibble.quant import QuantLinear, eightbit
 from lownibble.quant.linear import frozen_matmul
 from lownibble.training import compiling, run
 
@@ -89,6 +90,16 @@ def test_8bit_products_and_dropout_repeat_and_resume_bit_for_bit(wide_model, tin
     assert all(torch.equal(tensor, files[1][key]) for key, tensor in files[0].items())
 
 
+def test_fp8_products_compile_too(wide_model, tiny_data, tmp_path):
+    """On the reference kernels. A rounding elsewhere may become a step of float8, 2^-3 of one value of many in a sum."""
+    with ln.use_backend("reference"):
+        runs = [train(wide_model, tiny_data, tmp_path / str(c), c, compute="fp8", max_steps=2) for c in (False, True)]
+    plain, compiled = runs
+    assert compiled.record["speed"]["compiled"]
+    assert compiled.record["model"]["compute"] == ["fp8"]
+    assert compiled.losses == pytest.approx(plain.losses, rel=0.02)
+
+
 def layer(quantized, compute="exact", dropout=0.0, bias=True):
     torch.manual_seed(0)
     linear = nn.Linear(64, 96, bias=bias).requires_grad_(False)
@@ -101,21 +112,27 @@ def layer(quantized, compute="exact", dropout=0.0, bias=True):
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.5])
-@pytest.mark.parametrize("kind", ["dense", "nf4", pytest.param("int8", marks=needs_vnni)])
+@pytest.mark.parametrize("kind", ["dense", "nf4", pytest.param("int8", marks=needs_vnni), "fp8"])
 def test_the_operator_keeps_torchs_rules(kind, dropout):
-    """Schema, shapes under fake tensors, autograd registration, and tracing, by torch's own check."""
-    adapted = layer(kind != "dense", "int8" if kind == "int8" else "exact")
-    adapter, x = adapted.adapters["a"], torch.randn(2, 13, 64, requires_grad=True)
-    weight, codec = ([adapted.base.weight], "") if kind == "dense" else (adapted.base.flat, adapted.base.codec)
-    rows = int8.rows_of(x) if kind == "int8" else []
-    seed = torch.tensor(7) if dropout else None
-    torch.library.opcheck(
-        lora_matmul, (x, weight, codec, adapted.bias, adapter.lora_A, adapter.lora_B, 0.5, dropout, seed, rows)
-    )  # fmt: skip
-    if kind != "dense" and not dropout:
-        flat_rows = int8.rows_of(x.view(-1, 64)) if kind == "int8" else []
-        flat = x.detach().view(-1, 64).requires_grad_()
-        torch.library.opcheck(frozen_matmul, (flat, weight, codec, 96, flat_rows))
+    """Schema, shapes under fake tensors, autograd registration, and tracing, by torch's own check.
+
+    The schema's multiplies arguments on the CPU, which torch cannot do with float8; it is the same schema with int8.
+    """
+    checks = ("test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
+    checks = checks if kind == "fp8" else ("test_schema", *checks)
+    code_type, seed = eightbit.CODE_TYPES.get(kind), torch.tensor(7) if dropout else None
+    with ln.use_backend("reference") if kind == "fp8" else nullcontext():
+        adapted = layer(kind != "dense", "exact" if code_type is None else kind)
+        adapter, x = adapted.adapters["a"], torch.randn(2, 13, 64, requires_grad=True)
+        weight, codec = ([adapted.base.weight], "") if kind == "dense" else (adapted.base.flat, adapted.base.codec)
+        rows = eightbit.rows_of(x, code_type)
+        torch.library.opcheck(
+            lora_matmul, (x, weight, codec, adapted.bias, adapter.lora_A, adapter.lora_B, 0.5, dropout, seed, rows),
+            test_utils=checks,
+        )  # fmt: skip
+        if kind != "dense" and not dropout:
+            flat = x.detach().view(-1, 64).requires_grad_()
+            torch.library.opcheck(frozen_matmul, (flat, weight, codec, 96, eightbit.rows_of(flat, code_type)), test_utils=checks)
 
 
 def test_when_it_is_chosen(wide_model):

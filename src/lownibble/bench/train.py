@@ -21,7 +21,7 @@ from lownibble.data import Dataset
 from lownibble.data import load as load_data
 from lownibble.errors import BackendError, DataError
 from lownibble.models import pick_device
-from lownibble.quant import int8
+from lownibble.quant import eightbit
 from lownibble.training.turns import TurnTaker, play, ratio, spread
 
 Answers = dict[str, list[dict[str, Any]]]
@@ -83,7 +83,7 @@ def bench_train(
 def _int8() -> tuple[str, ...]:
     """The contender on 8-bit products, where the device has them."""
     try:
-        int8.choose("int8", pick_device())
+        eightbit.choose("int8", pick_device())
     except BackendError:
         return ()
     return ("qlora_int8",)

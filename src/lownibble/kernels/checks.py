@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from lownibble.errors import InputError
-from lownibble.kernels.ops import Nested
+from lownibble.kernels.ops import PART, Nested
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 BLOCK_SIZES = frozenset(1 << shift for shift in range(4, 13))
@@ -38,6 +38,15 @@ def check_tensor(tensor: Tensor, role: str, dtype: torch.dtype, length: int, dev
         raise InputError(
             f"'{role}' must be a contiguous tensor of {length} elements of {dtype} on {device}. Got shape {tuple(tensor.shape)} "
             f"(contiguous: {tensor.is_contiguous()}) of {tensor.dtype} on {tensor.device}."
+        )
+
+
+def check_weight_8bit(shape: torch.Size, block_size: int) -> None:
+    """A weight whose rows are whole parts, so that a part has one or two constants."""
+    if shape[1] % PART or block_size < 32:
+        raise InputError(
+            f"8-bit products take weights whose rows are a multiple of {PART} long, in blocks of at least 32. "
+            f"Got {shape[0]} x {shape[1]} in blocks of {block_size}. Use compute='exact'."
         )
 
 

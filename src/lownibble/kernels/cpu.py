@@ -27,7 +27,7 @@ from torch import Tensor
 
 from lownibble.errors import BackendError, InputError
 from lownibble.kernels import cpu_decoder, decoded
-from lownibble.kernels.checks import check_block_size, check_float, check_tensor, check_weight
+from lownibble.kernels.checks import check_block_size, check_float, check_tensor, check_weight, check_weight_8bit
 from lownibble.kernels.decoder import DecoderLayers, Segment, Step
 from lownibble.kernels.ops import Addition, Nested, Rows8bit, row_sizes
 
@@ -315,12 +315,17 @@ def has_int8() -> bool:
     return bool(library().has_int8())
 
 
-def need_int8() -> None:
-    """Raise unless the 8-bit products run.
+def need_int8(code_type: torch.dtype = torch.int8) -> None:
+    """Raise unless the 8-bit products run, with codes of that type.
 
     Raises:
-        BackendError: the instruction set in use has none.
+        BackendError: the instruction set in use has none, or the codes are not integers.
     """
+    if code_type is not torch.int8:
+        raise BackendError(
+            "compute='fp8' needs a CUDA device of compute capability 8.9 or later; the compiled CPU kernels have int8 only. "
+            "Use compute='int8' or compute='exact'."
+        )
     if not has_int8():
         raise BackendError(
             f"compute='int8' needs the AVX-512 VNNI instructions; the kernels in use are '{isa()}'. Use compute='exact'."
@@ -328,9 +333,11 @@ def need_int8() -> None:
 
 
 def row_scales(
-    codes: Tensor, absmax: Tensor, values: Tensor, block_size: int, shape: torch.Size, nested: Nested | None = None
-) -> Tensor:
-    """As `ops.row_scales`."""
+    codes: Tensor, absmax: Tensor, values: Tensor, block_size: int, shape: torch.Size, nested: Nested | None = None,
+    code_type: torch.dtype = torch.int8,
+) -> Tensor:  # fmt: skip
+    """As `ops.row_scales`, for int8."""
+    need_int8(code_type)
     N, K, shift, addresses, nested_shift = _weight_int8(codes, absmax, values, block_size, shape, nested)
     scale = torch.empty(N, dtype=torch.float32)
     library().row_scales(*addresses, N, K, shift, nested_shift, scale.data_ptr(), torch.get_num_threads())
@@ -342,18 +349,14 @@ def _weight_int8(
 ) -> tuple[int, int, int, list[int | None], int]:
     need_int8()
     N, K = shape
-    if K % 64 or block_size < 32:
-        raise InputError(
-            "8-bit products take weights whose rows are a multiple of 64 long, in blocks of at least 32. "
-            f"Got {N} x {K} in blocks of {block_size}. Use compute='exact'."
-        )
+    check_weight_8bit(shape, block_size)
     *addresses, nested_shift = _weight(codes, absmax, values, N * K, block_size, nested)
     return N, K, _shift(block_size), addresses, nested_shift
 
 
-def quantize_rows(x_TC: Tensor, column_scale: Tensor | None = None) -> Rows8bit:
-    """As `ops.quantize_rows`; codes in tiles of 12 rows, see `native/int8.h`."""
-    need_int8()
+def quantize_rows(x_TC: Tensor, column_scale: Tensor | None = None, code_type: torch.dtype = torch.int8) -> Rows8bit:
+    """As `ops.quantize_rows`, for int8; codes in tiles of 12 rows, see `native/int8.h`."""
+    need_int8(code_type)
     T, C = x_TC.shape
     n_codes, n_scales = row_sizes(T, C)
     codes, scale = torch.empty(n_codes, dtype=torch.int8), torch.empty(n_scales)
@@ -366,11 +369,11 @@ def quantize_rows(x_TC: Tensor, column_scale: Tensor | None = None) -> Rows8bit:
     return rows
 
 
-def matmul_int8(
+def matmul_8bit(
     x: Rows8bit, codes: Tensor, absmax: Tensor, values: Tensor, block_size: int, shape: torch.Size, row_scale: Tensor,
     transposed: bool, addition: Addition, nested: Nested | None = None,
 ) -> Tensor:  # fmt: skip
-    """As `ops.matmul_int8`."""
+    """As `ops.matmul_8bit`."""
     N, K, shift, addresses, nested_shift = _weight_int8(codes, absmax, values, block_size, shape, nested)
     T, columns = x.rows, K if transposed else N
     if x.columns != (N if transposed else K):

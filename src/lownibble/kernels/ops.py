@@ -46,6 +46,9 @@ class Nested(NamedTuple):
 PART = 64
 """Values of a row that share an 8-bit scale. With one scale a token, a few large channels took the others' precision (ADR 7)."""
 
+LARGEST_CODE = {torch.int8: 127, torch.float8_e4m3fn: 448}
+"""Types of 8-bit codes -> what the largest magnitude of a part, or of a weight's row, becomes."""
+
 
 def row_sizes(T: int, C: int) -> tuple[int, int]:
     """Elements of a `Rows8bit`'s codes, and of its scales, for T rows of C values.
@@ -59,8 +62,8 @@ def row_sizes(T: int, C: int) -> tuple[int, int]:
 class Rows8bit(NamedTuple):
     """Rows scaled to 8 bits in parts of 64 columns: value [t, c] is about `code[t, c] * scale[t, c // 64]`.
 
-    codes: int8; scale: float32; start: int32, where a backend's sums with a part start; flat, of `row_sizes` elements, laid out
-    as the backend likes. rows, columns: T, C.
+    codes: int8 or float8_e4m3fn; scale: float32; start: int32, where a backend's sums with a part start; flat, of `row_sizes`
+    elements, laid out as the backend likes. rows, columns: T, C.
     """
 
     codes: Tensor
@@ -126,12 +129,21 @@ class Backend(Protocol):
     ) -> Tensor: ...
 
     def row_scales(
-        self, codes: Tensor, absmax: Tensor, values: Tensor, block_size: int, shape: torch.Size, nested: Nested | None = None
+        self,
+        codes: Tensor,
+        absmax: Tensor,
+        values: Tensor,
+        block_size: int,
+        shape: torch.Size,
+        nested: Nested | None = None,
+        code_type: torch.dtype = torch.int8,
     ) -> Tensor: ...
 
-    def quantize_rows(self, x_TC: Tensor, column_scale: Tensor | None = None) -> Rows8bit: ...
+    def quantize_rows(
+        self, x_TC: Tensor, column_scale: Tensor | None = None, code_type: torch.dtype = torch.int8
+    ) -> Rows8bit: ...
 
-    def matmul_int8(
+    def matmul_8bit(
         self,
         x: Rows8bit,
         codes: Tensor,
@@ -322,40 +334,44 @@ def matmul_4bit(
 
 
 def row_scales(
-    codes: Tensor, absmax: Tensor, values: Tensor, block_size: int, shape: torch.Size, nested: Nested | None = None
-) -> Tensor:
-    """(N,) float32: what one step of 8 bits is worth in each row of W (N, K), the row's largest constant / 127."""
-    return _for(codes).row_scales(codes, absmax, values, block_size, shape, nested)
+    codes: Tensor, absmax: Tensor, values: Tensor, block_size: int, shape: torch.Size, nested: Nested | None = None,
+    code_type: torch.dtype = torch.int8,
+) -> Tensor:  # fmt: skip
+    """(N,) float32: what a code of 1 is worth in each row of W (N, K), the row's largest constant / `LARGEST_CODE[code_type]`."""
+    return _for(codes).row_scales(codes, absmax, values, block_size, shape, nested, code_type)
 
 
-def quantize_rows(x_TC: Tensor, column_scale: Tensor | None = None) -> Rows8bit:
-    """`x_TC * column_scale`, 64 columns of a row scaled to integers in [-127, 127] by their largest magnitude, rounded to even.
+def quantize_rows(x_TC: Tensor, column_scale: Tensor | None = None, code_type: torch.dtype = torch.int8) -> Rows8bit:
+    """`x_TC * column_scale`, 64 columns of a row scaled by their largest magnitude to codes of at most `LARGEST_CODE[code_type]`.
 
-    A part with a NaN or infinite value gets a scale that is not finite, and no product with its row is finite.
+    Rounded to the nearest code, ties to even. A part with a NaN or infinite value gets a scale that is not finite, and no
+    product with its row is finite.
 
     Args:
         x_TC: (T, C) float32, contiguous.
         column_scale: (C,) float32.
+        code_type: int8 or float8_e4m3fn.
     """
-    return _for(x_TC).quantize_rows(x_TC, column_scale)
+    return _for(x_TC).quantize_rows(x_TC, column_scale, code_type)
 
 
-def matmul_int8(
+def matmul_8bit(
     x: Rows8bit, codes: Tensor, absmax: Tensor, values: Tensor, block_size: int, shape: torch.Size, row_scale: Tensor,
     transposed: bool, addition: Addition, nested: Nested | None = None,
 ) -> Tensor:  # fmt: skip
-    """A product with W (N, K) in 8-bit integers, summed exactly in 32 bits, plus `addition`; float32.
+    """A product of 8-bit codes, those of `x` and of W (N, K) in the same type, plus `addition`; float32.
 
-    `addition` is float32. W becomes integers in [-127, 127], `q[n, k] = round(W[n, k] / row_scale[n])`. Forward, x (T, K): (T, N)
+    `addition` is float32. W becomes codes of x's type, `q[n, k] = round(W[n, k] / row_scale[n])`. Forward, x (T, K): (T, N)
     is `row_scale[n] * sum_k x.scale[t, k // 64] x.code[t, k] q[n, k]`. Transposed, x (T, N) with `row_scale` multiplied into it:
-    (T, K) is `sum_n x.scale[t, n // 64] x.code[t, n] q[n, k]`. Integers are summed exactly, parts in float32.
+    (T, K) is `sum_n x.scale[t, n // 64] x.code[t, n] q[n, k]`. In a part integers are summed exactly, in 32 bits, and float8
+    codes in as many bits as the device's units keep; parts are summed in float32.
 
     Args:
         x: from `quantize_rows` of the same backend.
-        row_scale: (N,) from `row_scales`.
+        row_scale: (N,) from `row_scales` for the type of x's codes.
         K and the block size are multiples of 64 and 32.
     """
-    return _for(codes).matmul_int8(x, codes, absmax, values, block_size, shape, row_scale, transposed, addition, nested)
+    return _for(codes).matmul_8bit(x, codes, absmax, values, block_size, shape, row_scale, transposed, addition, nested)
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, borders: Tensor, scaling: float) -> tuple[Tensor, Tensor]:

@@ -16,7 +16,7 @@ from lownibble.kernels import decoded, decoder
 from lownibble.kernels.attention import attention as attention
 from lownibble.kernels.attention import attention_backward as attention_backward
 from lownibble.kernels.decoder import DecoderLayers, Segment, Step
-from lownibble.kernels.ops import PART, Addition, Nested, Rows8bit, row_sizes
+from lownibble.kernels.ops import LARGEST_CODE, PART, Addition, Nested, Rows8bit, row_sizes
 
 name = "reference"
 device_types = None  # any
@@ -92,37 +92,44 @@ def matmul_4bit(
     return decoded.matmul(dequantize_4bit, x_TC, codes, absmax, values, block_size, shape, transposed, addition, nested)
 
 
+def _codes(scaled: Tensor, code_type: torch.dtype) -> Tensor:
+    """The nearest codes, ties to even. float8's is torch's rounding, which does not saturate: 448 must not be passed by much."""
+    return (scaled if code_type.is_floating_point else scaled.round()).to(code_type)
+
+
 def row_scales(
-    codes: Tensor, absmax: Tensor, values: Tensor, block_size: int, shape: torch.Size, nested: Nested | None = None
-) -> Tensor:
+    codes: Tensor, absmax: Tensor, values: Tensor, block_size: int, shape: torch.Size, nested: Nested | None = None,
+    code_type: torch.dtype = torch.int8,
+) -> Tensor:  # fmt: skip
     sizes = _block_constants(absmax, nested).abs().repeat_interleave(block_size)[: shape.numel()]
-    return (sizes.view(shape).amax(dim=1) if shape.numel() else sizes.new_zeros(shape[0])) / 127
+    return (sizes.view(shape).amax(dim=1) if shape.numel() else sizes.new_zeros(shape[0])) / LARGEST_CODE[code_type]
 
 
-def quantize_rows(x_TC: Tensor, column_scale: Tensor | None = None) -> Rows8bit:
+def quantize_rows(x_TC: Tensor, column_scale: Tensor | None = None, code_type: torch.dtype = torch.int8) -> Rows8bit:
     scaled = x_TC if column_scale is None else x_TC * column_scale
-    T, C = x_TC.shape
+    (T, C), top = x_TC.shape, LARGEST_CODE[code_type]
     parts_TPG = torch.nn.functional.pad(scaled, (0, -C % PART)).view(T, -(-C // PART), PART)
     largest = parts_TPG.abs().amax(dim=2)
-    factor = torch.where(largest > 0, torch.full_like(largest, 127) / largest, 0.0)  # 127 / tensor would round twice
-    codes = (parts_TPG * factor.unsqueeze(2)).round().nan_to_num(nan=0.0).to(torch.int8)
+    factor = torch.where(largest > 0, torch.full_like(largest, top) / largest, 0.0)  # a number / tensor would round twice
+    scaled_TPG = (parts_TPG * factor.unsqueeze(2)).nan_to_num(nan=0.0).clamp(-top, top)  # the factor of the smallest is infinite
+    codes = _codes(scaled_TPG, code_type)
     n_codes, n_scales = row_sizes(T, C)
     padded = (n_codes - T * C, n_scales - largest.numel())
-    flat_codes, flat_scale = codes.flatten(1)[:, :C].flatten(), (largest / 127).flatten()
+    flat_codes, flat_scale = codes.flatten(1)[:, :C].flatten(), (largest / top).flatten()
     return Rows8bit(
         torch.nn.functional.pad(flat_codes, (0, padded[0])), torch.nn.functional.pad(flat_scale, (0, padded[1])),
         flat_scale.new_zeros(n_scales, dtype=torch.int32), T, C,
     )  # fmt: skip
 
 
-def matmul_int8(
+def matmul_8bit(
     x: Rows8bit, codes: Tensor, absmax: Tensor, values: Tensor, block_size: int, shape: torch.Size, row_scale: Tensor,
     transposed: bool, addition: Addition, nested: Nested | None = None,
 ) -> Tensor:  # fmt: skip
     steps = torch.where(row_scale > 0, 1 / row_scale, 0.0).unsqueeze(1)
     constants = _block_constants(absmax, nested).repeat_interleave(block_size)[: shape.numel()].view(shape) * steps
     index = torch.stack([codes >> 4, codes & 0xF], dim=1).view(-1).long()[: shape.numel()]
-    q_NK = (values[index].view(shape) * constants).round().double()  # sums of integers are exact in float64
+    q_NK = _codes(values[index].view(shape) * constants, x.codes.dtype).double()  # sums of codes are exact in float64
     T, C, n_parts = x.rows, x.columns, -(-x.columns // PART)
     codes_TC, scale_TP = x.codes[: T * C].view(T, C).double(), x.scale[: T * n_parts].view(T, n_parts)
     out = row_scale.new_zeros(x.rows, shape[1] if transposed else shape[0])

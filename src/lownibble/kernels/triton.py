@@ -12,6 +12,13 @@ Bits equal the reference's. Three things would break that and are ruled out:
 - subnormals: float32 multiplications and `div_rn` keep them (no `.ftz` in the PTX).
 `tests/kernels/test_triton_compile.py` compiles every kernel for a GPU, which needs none, and reads that off the PTX.
 
+8-bit products: a program makes a tile of the output, and goes over the sum part by part (64 terms). It decodes the 4-bit weights
+to 8-bit codes in registers, multiplies on the 8-bit units (`tl.dot` of int8 to int32, or of float8 to float32), and adds the
+part, times its scale, in float32. A tile is high, since each decodes the weights for itself. A part's sum starts from zero:
+int8's is exact, and float8's has no more than 64 terms, for the units of capability 9.0 keep fewer bits of a sum than float32
+(some 14, says DeepSeek-V3's report, 2412.19437). Codes equal the reference's, but on capability 8.9 float8's are rounded
+through float16, so a value next to a tie may get the other neighbour. Bias and low-rank branch are added afterwards, by torch.
+
 The interpreter is chosen when triton is imported (TRITON_INTERPRET=1), not when a kernel runs. Launches go to the current
 stream of the tensors' device and return at once.
 """
@@ -27,13 +34,13 @@ import triton.language as tl
 from torch import Tensor
 from triton.runtime.interpreter import InterpretedFunction
 
-from lownibble.errors import BackendError
+from lownibble.errors import BackendError, InputError
 from lownibble.kernels import decoded, decoder
 from lownibble.kernels.attention import attention as attention
 from lownibble.kernels.attention import attention_backward as attention_backward
-from lownibble.kernels.checks import check_block_size, check_float, check_tensor, check_weight
+from lownibble.kernels.checks import check_block_size, check_float, check_tensor, check_weight, check_weight_8bit
 from lownibble.kernels.decoder import DecoderLayers, Segment, Step
-from lownibble.kernels.ops import Addition, Nested
+from lownibble.kernels.ops import LARGEST_CODE, PART, Addition, Nested, Rows8bit, row_sizes
 
 name = "triton"
 
@@ -41,7 +48,11 @@ TILE = 4096
 """Elements of a program: one block of the largest size."""
 GEMV_COLUMNS, GEMV_TILE, GEMV_ROWS = 512, 2048, 4
 """The product's columns at a time, weight elements at a time and rows of x in one program; more rows are more programs."""
+MATMUL_ROWS, MATMUL_ROWS_A_WARP = 128, 16
+"""The 8-bit product's rows of x in one program; half of them where x has no more."""
 TINY = tl.constexpr(1e-38)  # as in reference.py
+TERMS = tl.constexpr(PART)
+ROUND = tl.constexpr(1.5 * 2**23)  # added to a small float32, it leaves the nearest integer in the lowest bits
 
 
 @triton.jit
@@ -148,6 +159,107 @@ def _gemv_4bit(
     tl.store(out + t[:, None] * N + n[None, :], y.to(out.dtype.element_ty), mask=(t < T)[:, None] & (n < N)[None, :])
 
 
+@triton.jit
+def _largest(value):
+    """The bits of the largest magnitude in each row, which order as the magnitudes do, with NaN above all."""
+    return tl.max(value.to(tl.int32, bitcast=True) & 0x7FFFFFFF, axis=1)
+
+
+@triton.jit
+def _codes(value, code_type: tl.constexpr):
+    """The nearest codes, ties to even, of values below 2^22 (int8: the bits are modulo 256) or not much above 448 (float8)."""
+    return (value + ROUND).to(tl.int32, bitcast=True).to(tl.int8) if code_type == tl.int8 else value.to(code_type)
+
+
+@triton.jit
+def _row_scales(
+    absmax, nested_values, nested_absmax, offset, out, N, K, TOP: tl.constexpr,
+    ROWS: tl.constexpr, BLOCKS: tl.constexpr, BLOCK: tl.constexpr, NESTED_BLOCK: tl.constexpr,
+):  # fmt: skip
+    n = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    largest = tl.zeros((ROWS,), tl.int32)
+    for first in range(0, K // BLOCK + 2, BLOCKS):
+        block = (n * K // BLOCK)[:, None] + first + tl.arange(0, BLOCKS)[None, :]
+        inside = (n < N)[:, None] & (block * BLOCK < ((n + 1) * K)[:, None])
+        constants = _constants(absmax, block, inside, nested_values, nested_absmax, offset, NESTED_BLOCK)
+        largest = tl.maximum(largest, _largest(tl.where(inside, constants, 0.0)))
+    tl.store(out + n, tl.div_rn(largest.to(tl.float32, bitcast=True), TOP), mask=n < N)
+
+
+@triton.jit
+def _quantize_rows(
+    x, column_scale, codes, scale, n_parts, parts, C, TOP: tl.constexpr, SCALED: tl.constexpr, PARTS: tl.constexpr
+):  # fmt: skip
+    """PARTS parts of 64 columns, one a row of the tile. `parts` of them make a row of x, the last of which may be short."""
+    part = tl.program_id(0).to(tl.int64) * PARTS + tl.arange(0, PARTS)
+    column = (part % parts)[:, None] * TERMS + tl.arange(0, TERMS)[None, :]
+    element = (part // parts)[:, None] * C + column
+    inside = (part < n_parts)[:, None] & (column < C)
+    value = tl.load(x + element, mask=inside, other=0.0)
+    if SCALED:
+        value = value * tl.load(column_scale + column, mask=inside, other=0.0)
+    largest = _largest(value).to(tl.float32, bitcast=True)
+    factor = tl.div_rn(TOP, tl.where(largest > 0, largest, float("inf")))  # 0 for zeros and NaN
+    scaled = value * factor[:, None]
+    scaled = tl.where(scaled == scaled, scaled, 0.0)  # the part's scale tells
+    scaled = tl.minimum(tl.maximum(scaled, -TOP), TOP)
+    tl.store(codes + element, _codes(scaled, codes.dtype.element_ty), mask=inside)
+    tl.store(scale + part, tl.div_rn(largest, TOP), mask=part < n_parts)
+
+
+@triton.jit
+def _weight_codes(
+    codes, absmax, values, nested_values, nested_absmax, offset, row_scale, n, N, K, k_first,
+    code_type: tl.constexpr, BLOCK: tl.constexpr, NESTED_BLOCK: tl.constexpr,
+):  # fmt: skip
+    """(rows `n`, 64): the weight's 8-bit codes from column `k_first`, a multiple of 64. A part has one constant, or two of 32.
+
+    The 16 values are scaled once a constant, and looked up by exchange within a warp: reads of a table in memory would be
+    pipelined as copies of four bytes each (triton 3.7). Rounding comes last, or its compiler refuses the transposed product.
+    """
+    GROUPS: tl.constexpr = 1 if BLOCK >= TERMS else TERMS // BLOCK
+    element = n * K + k_first
+    block = (element // BLOCK)[:, None] + tl.arange(0, GROUPS)[None, :]
+    constants = _constants(absmax, block, (n < N)[:, None], nested_values, nested_absmax, offset, NESTED_BLOCK)
+    size = tl.load(row_scale + n, mask=n < N, other=0.0)
+    steps = constants * tl.div_rn(1.0, tl.where(size > 0, size, float("inf")))[:, None]
+    pair = tl.arange(0, GROUPS)[:, None] * (TERMS // GROUPS // 2) + tl.arange(0, TERMS // GROUPS // 2)[None, :]
+    byte = tl.load(codes + (element // 2)[:, None, None] + pair[None, :, :], mask=(n < N)[:, None, None], other=0).to(tl.int32)
+    table = tl.load(values + tl.arange(0, 16))[None, None, :] * steps[:, :, None]
+    scaled = tl.interleave(tl.gather(table, byte >> 4, 2), tl.gather(table, byte & 15, 2))
+    return _codes(tl.reshape(scaled, (n.shape[0], TERMS)), code_type)
+
+
+@triton.jit
+def _matmul_8bit(
+    x_codes, x_scale, codes, absmax, values, nested_values, nested_absmax, offset, row_scale, out, T, N, K,
+    TS: tl.constexpr, BLOCK: tl.constexpr, NESTED_BLOCK: tl.constexpr, TRANSPOSED: tl.constexpr,
+):  # fmt: skip
+    """A tile (TS, 64) of the output. Its columns are rows of W, which are scaled at the end; transposed, columns of W."""
+    terms, columns = (N, K) if TRANSPOSED else (K, N)
+    tiles, parts = tl.cdiv(columns, TERMS), tl.cdiv(terms, TERMS)
+    tile = tl.program_id(0) % tiles
+    column = tile.to(tl.int64) * TERMS + tl.arange(0, TERMS)
+    t = (tl.program_id(0) // tiles).to(tl.int64) * TS + tl.arange(0, TS)
+    total = tl.zeros((TS, TERMS), tl.float32)
+    for part in range(0, parts):
+        term = part * TERMS + tl.arange(0, TERMS)
+        inside = (t < T)[:, None] & (term < terms)[None, :]
+        x_tile = tl.load(x_codes + t[:, None] * terms + term[None, :], mask=inside, other=0.0)
+        n = term.to(tl.int64) if TRANSPOSED else column
+        k_first = (tile if TRANSPOSED else part) * TERMS
+        w_tile = _weight_codes(
+            codes, absmax, values, nested_values, nested_absmax, offset, row_scale, n, N, K, k_first,
+            x_tile.dtype, BLOCK, NESTED_BLOCK,
+        )  # fmt: skip
+        sums = tl.dot(x_tile, w_tile if TRANSPOSED else tl.trans(w_tile)).to(tl.float32)
+        scale = tl.load(x_scale + t * parts + part, mask=t < T, other=0.0)
+        total = tl.fma(sums, scale[:, None], total)
+    if not TRANSPOSED:
+        total *= tl.load(row_scale + column, mask=column < N, other=0.0)[None, :]
+    tl.store(out + t[:, None] * columns + column[None, :], total, mask=(t < T)[:, None] & (column < columns)[None, :])
+
+
 _interpreted = isinstance(_dequantize_4bit, InterpretedFunction)
 if _interpreted != isinstance(tl.interleave, InterpretedFunction):
     raise BackendError(
@@ -156,7 +268,7 @@ if _interpreted != isinstance(tl.interleave, InterpretedFunction):
 device_types = ("cpu", "cuda") if _interpreted else ("cuda",)
 
 
-def _launch(kernel: Any, programs: int, *arguments: Any, **constants: int) -> None:
+def _launch(kernel: Any, programs: int, *arguments: Any, **constants: float) -> None:
     """Start `programs` programs on the device of the first argument, without contraction; none is no launch."""
     if programs:
         with torch.cuda.device_of(arguments[0]):
@@ -264,6 +376,69 @@ def matmul_4bit(
 ) -> Tensor:  # fmt: skip
     """As `ops.matmul_4bit`: decoded into a reused buffer, then the vendor's product."""
     return decoded.matmul(dequantize_4bit, x_TC, codes, absmax, values, block_size, shape, transposed, addition, nested)
+
+
+def row_scales(
+    codes: Tensor, absmax: Tensor, values: Tensor, block_size: int, shape: torch.Size, nested: Nested | None = None,
+    code_type: torch.dtype = torch.int8,
+) -> Tensor:  # fmt: skip
+    """As `ops.row_scales`."""
+    (N, K), device = shape, codes.device
+    check_weight(codes, absmax, values, N * K, block_size, nested, device)
+    out_N = torch.empty(N, dtype=torch.float32, device=device)
+    pointers, nested_block = _nested_arguments(absmax, nested)
+    sizes = {"ROWS": 16, "BLOCKS": 64, "BLOCK": block_size, "NESTED_BLOCK": nested_block}
+    _launch(_row_scales, triton.cdiv(N, 16), absmax, *pointers, out_N, N, K, TOP=float(LARGEST_CODE[code_type]), **sizes)
+    return out_N
+
+
+def quantize_rows(x_TC: Tensor, column_scale: Tensor | None = None, code_type: torch.dtype = torch.int8) -> Rows8bit:
+    """As `ops.quantize_rows`; codes and scales row by row, `start` is not used."""
+    (T, C), device = x_TC.shape, x_TC.device
+    check_tensor(x_TC, "x_TC", torch.float32, T * C, device)
+    if column_scale is not None:
+        check_tensor(column_scale, "column_scale", torch.float32, C, device)
+    n_codes, n_scales = row_sizes(T, C)
+    codes = torch.empty(n_codes, dtype=code_type, device=device)
+    scale, start = (torch.empty(n_scales, dtype=dtype, device=device) for dtype in (torch.float32, torch.int32))
+    parts = triton.cdiv(C, PART)
+    sizes = {"TOP": float(LARGEST_CODE[code_type]), "SCALED": column_scale is not None, "PARTS": TILE // PART}
+    arguments = x_TC, x_TC if column_scale is None else column_scale, codes, scale, T * parts, parts, C
+    _launch(_quantize_rows, triton.cdiv(T * parts, TILE // PART), *arguments, **sizes)
+    return Rows8bit(codes, scale, start, T, C)
+
+
+def matmul_8bit(
+    x: Rows8bit, codes: Tensor, absmax: Tensor, values: Tensor, block_size: int, shape: torch.Size, row_scale: Tensor,
+    transposed: bool, addition: Addition, nested: Nested | None = None,
+) -> Tensor:  # fmt: skip
+    """As `ops.matmul_8bit`."""
+    (N, K), T, device = shape, x.rows, codes.device
+    check_weight_8bit(shape, block_size)
+    check_weight(codes, absmax, values, N * K, block_size, nested, device)
+    terms, columns = (N, K) if transposed else (K, N)
+    if x.columns != terms:
+        raise InputError(f"'x' must have {terms} columns. Got {x.columns}.")
+    n_codes, n_scales = row_sizes(T, terms)
+    if x.codes.dtype not in LARGEST_CODE:
+        raise InputError(f"The codes of 'x' must be {' or '.join(map(str, LARGEST_CODE))}. Got {x.codes.dtype}.")
+    check_tensor(x.codes, "codes", x.codes.dtype, n_codes, device)
+    check_tensor(x.scale, "scale", torch.float32, n_scales, device)
+    check_tensor(row_scale, "row_scale", torch.float32, N, device)
+    out = torch.empty((T, columns), dtype=torch.float32, device=device)
+    ts = MATMUL_ROWS if T > MATMUL_ROWS // 2 else MATMUL_ROWS // 2
+    pointers, nested_block = _nested_arguments(absmax, nested)
+    _launch(
+        _matmul_8bit, triton.cdiv(T, ts) * triton.cdiv(columns, PART),
+        x.codes, x.scale, codes, absmax, values, *pointers, row_scale, out, T, N, K,
+        TS=ts, BLOCK=block_size, NESTED_BLOCK=nested_block, TRANSPOSED=transposed,
+        num_warps=ts // MATMUL_ROWS_A_WARP,
+    )  # fmt: skip
+    if addition.bias is not None:
+        out += addition.bias
+    if addition.low is not None and addition.factor is not None:
+        out.addmm_(addition.low, addition.factor, alpha=addition.scale)
+    return out
 
 
 def gemv_bf16(x_TK: Tensor, weight_NK: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from lownibble.lora.product import LoraMatmul, lora_matmul
-from lownibble.quant import QuantizedTensor, QuantLinear, int8
+from lownibble.quant import QuantizedTensor, QuantLinear, eightbit
 
 
 class LowRank(nn.Module):
@@ -77,18 +77,19 @@ class LoraLinear(nn.Module):
             low = x @ adapter.lora_A.to(x.dtype).t()
             branch = (low @ adapter.lora_B.to(x.dtype).t()).mul_(adapter.scale)
             return branch.add_(self.base(x))
-        in_int8 = isinstance(self.base, QuantLinear) and self.base.compute == "int8"
+        code_type = self.base.code_type if isinstance(self.base, QuantLinear) else None
         seed = torch.randint(2**62, ()) if dropout else None
         if torch.compiler.is_compiling():
             weight, codec = (self.base.flat, self.base.codec) if isinstance(self.base, QuantLinear) else ([self.base.weight], "")
             y, _ = lora_matmul(
                 x, weight, codec, self.base.bias, adapter.lora_A, adapter.lora_B, adapter.scale, dropout, seed,
-                int8.rows_of(x) if in_int8 else [],
+                eightbit.rows_of(x, code_type),
             )  # fmt: skip
             return y  # type: ignore[no-any-return]
+        rows = None if code_type is None else eightbit.shared_rows(x, code_type)
         y_TN = LoraMatmul.apply(
             x.reshape(-1, self.in_features), self.base.weight, self.base.bias, adapter.lora_A, adapter.lora_B,
-            adapter.scale, dropout, 0 if seed is None else int(seed), int8.shared_rows(x) if in_int8 else None,
+            adapter.scale, dropout, 0 if seed is None else int(seed), rows,
         )  # fmt: skip
         return y_TN.view(*x.shape[:-1], self.out_features)  # type: ignore[no-any-return]
 

@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from lownibble.kernels.ops import Addition, Rows8bit
-from lownibble.quant import QuantizedTensor, int8
+from lownibble.quant import QuantizedTensor, eightbit
 
 
 def _keep_mask(x: Tensor, p: float, seed: int) -> Tensor:
@@ -30,14 +30,14 @@ def _keep_mask(x: Tensor, p: float, seed: int) -> Tensor:
     return torch.empty_like(x).bernoulli_(1 - p, generator=generator).div_(1 - p)
 
 
-def _input_gradient(dy: Tensor, weight: Tensor | QuantizedTensor, addition: Addition, in_int8: bool) -> Tensor:
+def _input_gradient(dy: Tensor, weight: Tensor | QuantizedTensor, addition: Addition, code_type: torch.dtype | None) -> Tensor:
     """dy W, (T, K), plus `addition`."""
     low, factor = addition.low, addition.factor
     if isinstance(weight, Tensor):
         dx = dy @ weight.to(dy.dtype)
         return dx if low is None or factor is None else dx.addmm_(low, factor.to(dy.dtype))
-    if in_int8:
-        return int8.backward(dy, weight, addition._replace(low=None if low is None else low.float()))
+    if code_type is not None:
+        return eightbit.backward(dy, weight, addition._replace(low=None if low is None else low.float()), code_type)
     return weight.matmul(dy, transposed=True, addition=addition)
 
 
@@ -57,22 +57,22 @@ def forward(
         y = weight.matmul(x, addition=Addition(own_bias, low, lora_B.t(), scale))
     else:
         bias_32 = None if bias is None else bias.float()
-        y = int8.forward(rows, weight, Addition(bias_32, low.float(), lora_B.t(), scale), x.dtype)
+        y = eightbit.forward(rows, weight, Addition(bias_32, low.float(), lora_B.t(), scale), x.dtype)
     return y, low
 
 
 def backward(
     dy: Tensor, x: Tensor, weight: Tensor | QuantizedTensor, lora_A: Tensor, lora_B: Tensor, low: Tensor, scale: float,
-    dropout: float, seed: int, in_int8: bool, wants_dx: bool,
+    dropout: float, seed: int, code_type: torch.dtype | None, wants_dx: bool,
 ) -> tuple[Tensor | None, Tensor, Tensor]:  # fmt: skip
-    """dy (T, N) -> dx (T, K) if wanted, dA and dB."""
+    """dy (T, N) -> dx (T, K) if wanted, dA and dB. `code_type`: for 8-bit products, the forward's, or None."""
     dlow = (dy @ lora_B.to(dy.dtype)).mul_(scale)
     mask = _keep_mask(x, dropout, seed) if dropout else None
     dA = (dlow.t() @ (x if mask is None else x * mask)).to(lora_A.dtype)
     dB = (low.t() @ dy).mul_(scale).t().to(lora_B.dtype).contiguous()
     if not wants_dx:
         return None, dA, dB
-    dx = _input_gradient(dy, weight, Addition(low=dlow, factor=lora_A) if mask is None else Addition(), in_int8)
+    dx = _input_gradient(dy, weight, Addition(low=dlow, factor=lora_A) if mask is None else Addition(), code_type)
     if mask is not None:
         dx.add_((dlow @ lora_A.to(dy.dtype)).mul_(mask))
     return dx, dA, dB
@@ -91,7 +91,7 @@ class LoraMatmul(torch.autograd.Function):
         packed = not isinstance(weight, Tensor)
         ctx.save_for_backward(x, lora_A, lora_B, low, *(() if packed else (weight,)))
         ctx.weight = weight if packed else None
-        ctx.rest = scale, dropout, seed, rows is not None
+        ctx.rest = scale, dropout, seed, None if rows is None else rows.codes.dtype
         return y
 
     @staticmethod
@@ -100,9 +100,9 @@ class LoraMatmul(torch.autograd.Function):
         """The module's `backward`, and the bias's gradient where it is wanted."""
         x, lora_A, lora_B, low, *dense = ctx.saved_tensors
         weight = ctx.weight if ctx.weight is not None else dense[0]
-        scale, dropout, seed, in_int8 = ctx.rest
+        scale, dropout, seed, code_type = ctx.rest
         dx, dA, dB = backward(
-            dy, x, weight, lora_A, lora_B, low, scale, dropout, seed, in_int8, ctx.needs_input_grad[0]
+            dy, x, weight, lora_A, lora_B, low, scale, dropout, seed, code_type, ctx.needs_input_grad[0]
         )  # fmt: skip
         dbias = dy.sum(0) if ctx.needs_input_grad[2] else None
         return dx, None, dbias, dA, dB, None, None, None, None
@@ -121,7 +121,7 @@ def lora_matmul(
     """What a compiler calls: x (..., K) -> y (..., N) and (T, r).
 
     `weight`: a dense one, or with a `codec` the `flat` of a `QuantLinear`. `seed`: () int64, with dropout. `rows`: x in
-    8 bits as `int8.rows_of` gave them, or empty.
+    8 bits as `eightbit.rows_of` gave them, or empty.
     """
     x_TK = x.reshape(-1, x.shape[-1])
     as_rows = Rows8bit(rows[0], rows[1], rows[2], *x_TK.shape) if rows else None
@@ -138,16 +138,16 @@ def _(x, weight, codec, bias, lora_A, lora_B, scale, dropout, seed, rows):  # ty
 @torch.library.custom_op("lownibble::lora_matmul_backward", mutates_args=())
 def _lora_matmul_backward(
     dy: Tensor, x: Tensor, weight: list[Tensor], codec: str, lora_A: Tensor, lora_B: Tensor, low: Tensor, scale: float,
-    dropout: float, seed: Tensor | None, in_int8: bool, wants_dx: bool,
+    dropout: float, seed: Tensor | None, code_type: torch.dtype | None, wants_dx: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     dy_TN, x_TK = dy.reshape(-1, dy.shape[-1]), x.reshape(-1, x.shape[-1])
     frozen, drawn = _weight(weight, codec, lora_A, lora_B), 0 if seed is None else int(seed)
-    dx, dA, dB = backward(dy_TN, x_TK, frozen, lora_A, lora_B, low, scale, dropout, drawn, in_int8, wants_dx)
+    dx, dA, dB = backward(dy_TN, x_TK, frozen, lora_A, lora_B, low, scale, dropout, drawn, code_type, wants_dx)
     return x.new_empty(0) if dx is None else dx.view(x.shape), dA, dB
 
 
 @_lora_matmul_backward.register_fake
-def _(dy, x, weight, codec, lora_A, lora_B, low, scale, dropout, seed, in_int8, wants_dx):  # type: ignore[no-untyped-def]
+def _(dy, x, weight, codec, lora_A, lora_B, low, scale, dropout, seed, code_type, wants_dx):  # type: ignore[no-untyped-def]
     return x.new_empty(x.shape if wants_dx else 0), torch.empty_like(lora_A), torch.empty_like(lora_B)
 
 
@@ -155,18 +155,18 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> N
     x, weight, codec, _, lora_A, lora_B, scale, dropout, seed, rows = inputs
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(x, lora_A, lora_B, output[1], seed, *weight)
-    ctx.rest = codec, scale, dropout, len(weight), len(rows)
+    ctx.rest = codec, scale, dropout, len(weight), [tensor.dtype for tensor in rows]
 
 
 def _differentiate(ctx: Any, dy: Tensor, _: None) -> tuple[Any, ...]:
     x, lora_A, lora_B, low, seed, *weight = ctx.saved_tensors
-    codec, scale, dropout, n_weight, n_rows = ctx.rest
-    wants_dx = ctx.needs_input_grad[0]
+    codec, scale, dropout, n_weight, row_types = ctx.rest
+    wants_dx, code_type = ctx.needs_input_grad[0], row_types[0] if row_types else None
     dx, dA, dB = _lora_matmul_backward(
-        dy, x, weight, codec, lora_A, lora_B, low, scale, dropout, seed, n_rows > 0, wants_dx
+        dy, x, weight, codec, lora_A, lora_B, low, scale, dropout, seed, code_type, wants_dx
     )  # fmt: skip
     dbias = dy.flatten(0, -2).sum(0) if ctx.needs_input_grad[3] else None
-    return dx if wants_dx else None, [None] * n_weight, None, dbias, dA, dB, None, None, None, [None] * n_rows
+    return dx if wants_dx else None, [None] * n_weight, None, dbias, dA, dB, None, None, None, [None] * len(row_types)
 
 
 lora_matmul.register_autograd(_differentiate, setup_context=_save)

@@ -29,7 +29,7 @@ from lownibble.config import QuantConfig
 from lownibble.errors import ModelError
 from lownibble.models import bnb4bit
 from lownibble.models.sources import ModelSource, resolve
-from lownibble.quant import QuantizedTensor, QuantLinear, int8, is_plain_linear, quantize
+from lownibble.quant import QuantizedTensor, QuantLinear, eightbit, is_plain_linear, quantize
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -215,7 +215,7 @@ def _fill(model: Any, source: ModelSource, config: QuantConfig | None, device: t
     packed = bnb4bit.packed_modules(checkpoint.file_of)
     if model.lownibble_stored_quantization and config is not None and packed:
         bnb4bit.check_same(model.lownibble_stored_quantization, config, source.name)
-    compute = int8.choose(config.compute, device) if config is not None else "exact"
+    compute = eightbit.choose(config.compute, device) if config is not None else "exact"
     to_quantize = quantizable(model, config) if config is not None and not packed else set()
     expected = {name for name, _ in model.named_parameters()} | set(_persistent_buffers(model))
     aliases = _tied_aliases(model)
@@ -270,8 +270,8 @@ def _place_quantized(model: nn.Module, path: str, weight: QuantizedTensor, devic
     if weight.shape != (linear.out_features, linear.in_features):
         raise ModelError(f"The packed weight of '{path}' has shape {tuple(weight.shape)}; config.json says otherwise.")
     parent, _, last = path.rpartition(".")
-    if compute == "int8":
-        int8.check_weight(weight, path)
+    if compute in eightbit.CODE_TYPES:
+        eightbit.check_weight(weight, path, compute)
     layer = QuantLinear(weight, compute=compute).to(device)
     if linear.bias is not None:  # still on the meta device when its shard comes later
         layer.register_parameter("bias", linear.bias.requires_grad_(False))

@@ -4,7 +4,7 @@ The packed tensors are `nn.Parameter(requires_grad=False)` (uint8 and float32), 
 sharding treat them like any other weight. Casting the module (`.half()`, `.to(bfloat16)`) must not touch float32 constants,
 so `_apply` is narrowed to moves between devices.
 
-Products are the backend's (`ops.matmul_4bit`, exact, or `ops.matmul_int8`): the weight is decoded on the way and not kept.
+Products are the backend's (`ops.matmul_4bit`, exact, or `ops.matmul_8bit`): the weight is decoded on the way and not kept.
 With few rows and no gradient (token-by-token generation) the fused matrix-vector kernel reads the codes directly.
 """
 
@@ -19,7 +19,7 @@ from torch.autograd.function import once_differentiable
 
 from lownibble.config import QuantConfig
 from lownibble.kernels.ops import Addition, Rows8bit
-from lownibble.quant import int8
+from lownibble.quant import eightbit
 from lownibble.quant.codec import quantize
 from lownibble.quant.tensor import QuantizedTensor
 
@@ -37,26 +37,26 @@ class _FrozenMatmul(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: QuantizedTensor, rows: Rows8bit | None) -> Tensor:
-        ctx.weight, ctx.int8 = weight, rows is not None
+        ctx.weight, ctx.code_type = weight, None if rows is None else rows.codes.dtype
         if rows is not None:
-            return int8.forward(rows, weight, Addition(), x.dtype)
+            return eightbit.forward(rows, weight, Addition(), x.dtype)
         return weight.matmul(x)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
         weight: QuantizedTensor = ctx.weight
-        if ctx.int8:
-            return int8.backward(dy, weight, Addition()), None, None
+        if ctx.code_type is not None:
+            return eightbit.backward(dy, weight, Addition(), ctx.code_type), None, None
         return weight.matmul(dy, transposed=True), None, None
 
 
 @torch.library.custom_op("lownibble::frozen_matmul", mutates_args=())
 def frozen_matmul(x_TK: Tensor, weight: list[Tensor], codec: str, out_features: int, rows: list[Tensor]) -> Tensor:
-    """What a compiler calls, for it cannot see into a packed weight: (T, K) -> (T, N). `rows`: from `int8.rows_of`, or empty."""
+    """What a compiler calls, which cannot see into a packed weight: (T, K) -> (T, N). `rows`: from `eightbit.rows_of`."""
     frozen = QuantizedTensor.unflatten(weight, codec, torch.Size((out_features, x_TK.shape[1])))
     if rows:
-        return int8.forward(Rows8bit(rows[0], rows[1], rows[2], *x_TK.shape), frozen, Addition(), x_TK.dtype)
+        return eightbit.forward(Rows8bit(rows[0], rows[1], rows[2], *x_TK.shape), frozen, Addition(), x_TK.dtype)
     return frozen.matmul(x_TK)
 
 
@@ -66,26 +66,30 @@ def _(x_TK, weight, codec, out_features, rows):  # type: ignore[no-untyped-def]
 
 
 @torch.library.custom_op("lownibble::frozen_matmul_backward", mutates_args=())
-def _frozen_matmul_backward(dy_TN: Tensor, weight: list[Tensor], codec: str, in_features: int, in_int8: bool) -> Tensor:
+def _frozen_matmul_backward(
+    dy_TN: Tensor, weight: list[Tensor], codec: str, in_features: int, code_type: torch.dtype | None
+) -> Tensor:
     frozen = QuantizedTensor.unflatten(weight, codec, torch.Size((dy_TN.shape[1], in_features)))
-    return int8.backward(dy_TN, frozen, Addition()) if in_int8 else frozen.matmul(dy_TN, transposed=True)
+    if code_type is not None:
+        return eightbit.backward(dy_TN, frozen, Addition(), code_type)
+    return frozen.matmul(dy_TN, transposed=True)
 
 
 @_frozen_matmul_backward.register_fake
-def _(dy_TN, weight, codec, in_features, in_int8):  # type: ignore[no-untyped-def]
+def _(dy_TN, weight, codec, in_features, code_type):  # type: ignore[no-untyped-def]
     return dy_TN.new_empty((len(dy_TN), in_features))
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     x_TK, weight, codec, _, rows = inputs
     ctx.save_for_backward(*weight)
-    ctx.rest = codec, x_TK.shape[1], len(rows)
+    ctx.rest = codec, x_TK.shape[1], [tensor.dtype for tensor in rows]
 
 
 def _differentiate(ctx: Any, dy_TN: Tensor) -> tuple[Any, ...]:
-    weight, (codec, in_features, n_rows) = list(ctx.saved_tensors), ctx.rest
-    dx = _frozen_matmul_backward(dy_TN, weight, codec, in_features, n_rows > 0)
-    return dx, [None] * len(weight), None, None, [None] * n_rows
+    weight, (codec, in_features, row_types) = list(ctx.saved_tensors), ctx.rest
+    dx = _frozen_matmul_backward(dy_TN, weight, codec, in_features, row_types[0] if row_types else None)
+    return dx, [None] * len(weight), None, None, [None] * len(row_types)
 
 
 frozen_matmul.register_autograd(_differentiate, setup_context=_save)
@@ -96,7 +100,7 @@ class QuantLinear(nn.Module):
 
     Parameters (all without gradient): `codes` (ceil(n/2), 1) uint8, `absmax` float32 or uint8, with double quantisation
     `nested_absmax` float32 and `offset` () float32, and `bias` (out_features,) when there is one. `compute`: 'exact' (in the
-    activations' dtype) or 'int8' (see `int8.py`; products with a few rows are exact all the same).
+    activations' dtype), 'int8' or 'fp8' (see `eightbit.py`; products with a few rows are exact all the same).
     """
 
     codes: nn.Parameter
@@ -121,7 +125,7 @@ class QuantLinear(nn.Module):
         """Quantise a dense linear layer; `name` is how an error calls its weight."""
         config = QuantConfig(quant_type=quant) if isinstance(quant, str) else quant
         weight = quantize(linear.weight, config, name=name)
-        return cls(weight, linear.bias, compute=int8.choose(config.compute, weight.device))
+        return cls(weight, linear.bias, compute=eightbit.choose(config.compute, weight.device))
 
     @property
     def weight(self) -> QuantizedTensor:
@@ -141,6 +145,11 @@ class QuantLinear(nn.Module):
         return [t for t in (self.codes, self.absmax, self.nested_absmax, self.offset) if t is not None]
 
     @property
+    def code_type(self) -> torch.dtype | None:
+        """The type of the codes of 8-bit products; None where products are exact."""
+        return eightbit.CODE_TYPES.get(self.compute)
+
+    @property
     def codec(self) -> str:
         """Type and block size, e.g. 'nf4/64'."""
         return f"{self.quant_type}/{self.block_size}"
@@ -151,15 +160,14 @@ class QuantLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x (..., in_features) -> (..., out_features), computed in x's dtype."""
-        x_TK = x.reshape(-1, self.in_features)
+        x_TK, code_type = x.reshape(-1, self.in_features), self.code_type
         if torch.compiler.is_compiling():
-            y_TN = frozen_matmul(
-                x_TK, self.flat, self.codec, self.out_features, int8.rows_of(x) if self.compute == "int8" else []
-            )  # fmt: skip
+            y_TN = frozen_matmul(x_TK, self.flat, self.codec, self.out_features, eightbit.rows_of(x, code_type))
         elif x_TK.shape[0] <= MATVEC_MAX_ROWS and not (torch.is_grad_enabled() and x.requires_grad):
             y_TN = self.weight.matvec(x_TK)
         else:
-            y_TN = _FrozenMatmul.apply(x_TK, self.weight, int8.shared_rows(x) if self.compute == "int8" else None)
+            rows = None if code_type is None else eightbit.shared_rows(x, code_type)
+            y_TN = _FrozenMatmul.apply(x_TK, self.weight, rows)
         if self.bias is not None:
             y_TN = y_TN + self.bias.to(y_TN.dtype)
         return y_TN.view(*x.shape[:-1], self.out_features)  # type: ignore[no-any-return]
@@ -177,5 +185,5 @@ class QuantLinear(nn.Module):
         double = ", double_quant" if self.nested_absmax is not None else ""
         return (
             f"{self.in_features}, {self.out_features}, bias={self.bias is not None}, {self.quant_type}/{self.block_size}{double}"
-            f"{', int8 compute' if self.compute == 'int8' else ''}"
+            f"{'' if self.code_type is None else f', {self.compute} compute'}"
         )

@@ -192,8 +192,9 @@ PACKING_TOLERANCE = {torch.float32: 1e-3, torch.float16: 0.1, torch.bfloat16: 0.
 """Permitted relative difference of a row's hidden states, packed and alone. On the embedded model rounding gives 2e-6 in float32
 and 0.01 in bfloat16; a row that sees its neighbours is 0.6 away."""
 
-INT8_PACKING_TOLERANCE = 0.1
-"""The same with 8-bit products: a rounding apart may be a whole step of 8 bits, and rows of a few tokens are computed exactly."""
+EIGHT_BIT_PACKING_TOLERANCE = {"int8": 0.1, "fp8": 0.2}
+"""The same with 8-bit products: a rounding apart may be a whole step of 8 bits, and rows of a few tokens are computed exactly.
+On the embedded model two rows were 0.07 (int8) and 0.13 (fp8) from exact compute."""
 
 
 @torch.no_grad()
@@ -219,8 +220,9 @@ def check_packing(model: Any, rows: Sequence[Sequence[int]]) -> None:
             raise error if isinstance(error, ModelError) else attention.refusal(type(model).__name__, str(error)) from None
     model.train(was_training)
     pairs = zip(packed.float().split([len(row) for row in rows]), alone, strict=True)
-    in_int8 = any(isinstance(module, QuantLinear) and module.compute == "int8" for module in model.modules())
-    tolerance = INT8_PACKING_TOLERANCE if in_int8 else PACKING_TOLERANCE[packed.dtype]
+    computes = {module.compute for module in model.modules() if isinstance(module, QuantLinear)}
+    eight_bit = [EIGHT_BIT_PACKING_TOLERANCE[compute] for compute in computes if compute != "exact"]
+    tolerance = max(eight_bit, default=PACKING_TOLERANCE[packed.dtype])
     if max(float((a - b).norm() / b.float().norm()) for a, b in pairs) > tolerance:
         raise attention.refusal(type(model).__name__, "its rows are not the same packed as alone")
 

@@ -14,9 +14,9 @@ from lownibble.training.loss import check_packing
 DATA = {"prompt_template": "review : {text} sentiment :", "completion_template": " {label}"}
 
 try:
-    pytestmark = pytest.mark.skipif(not cpu.has_int8(), reason="no AVX-512 VNNI")
+    needs_vnni = pytest.mark.skipif(not cpu.has_int8(), reason="no AVX-512 VNNI")
 except BackendError:
-    pytestmark = pytest.mark.skip(reason="no compiled kernels")
+    needs_vnni = pytest.mark.skip(reason="no compiled kernels")
 
 
 @pytest.fixture(scope="module")
@@ -33,6 +33,7 @@ def train(model, data, output, compute, **options):
     ))  # fmt: skip
 
 
+@needs_vnni
 @pytest.mark.parametrize("packing", [False, True])
 @pytest.mark.parametrize("gradient_checkpointing", [False, True])
 def test_losses_follow_exact_compute_and_repeat_bit_for_bit(wide_model, tiny_data, tmp_path, packing, gradient_checkpointing):
@@ -50,12 +51,27 @@ def test_losses_follow_exact_compute_and_repeat_bit_for_bit(wide_model, tiny_dat
     assert all(torch.equal(tensor, files[1][key]) for key, tensor in files[0].items())
 
 
-def test_the_packing_check_allows_for_steps_of_8_bits(wide_model):
+def test_fp8_follows_exact_compute_on_the_reference_kernels(wide_model, tiny_data, tmp_path):
+    """No CPU has float8 units; the kernels' equality with the reference is held elsewhere. Observed: 0.3 % at most, and less than
+    0.1 % at the first step, from products that are 4 % apart."""
+    with ln.use_backend("reference"):
+        exact = train(wide_model, tiny_data, tmp_path / "exact", "exact")
+        fp8 = train(wide_model, tiny_data, tmp_path / "fp8", "fp8")
+    assert fp8.record["model"]["compute"] == ["fp8"]
+    assert fp8.losses != exact.losses
+    assert fp8.losses == pytest.approx(exact.losses, rel=0.02)
+    assert fp8.losses[-1] < 0.8 * fp8.losses[0]
+
+
+@pytest.mark.parametrize("compute", [pytest.param("int8", marks=needs_vnni), "fp8"])
+def test_the_packing_check_allows_for_steps_of_8_bits(wide_model, compute):
     """A row of two tokens is computed exactly when it is alone."""
-    model, _ = ln.load(str(wide_model), quant=QuantConfig(compute="int8"))
-    check_packing(model, [list(range(3, 20)), [3, 4]])
+    with ln.use_backend("cpu" if compute == "int8" else "reference"):
+        model, _ = ln.load(str(wide_model), quant=QuantConfig(compute=compute))
+        check_packing(model, [list(range(3, 20)), [3, 4]])
 
 
+@needs_vnni
 def test_a_model_that_is_too_narrow_is_refused_by_name(tiny_model):
     with pytest.raises(InputError, match=r"multiple of 64 long.*'model\.layers\.0\.\S+' is \d+ x \d+"):
         ln.load(str(tiny_model), quant=QuantConfig(compute="int8"))

@@ -1,0 +1,137 @@
+"""Frozen products on 8-bit units: `compute="int8"` and `compute="fp8"`.
+
+The activations are scaled to 8 bits by token and 64 columns, the weight is brought from 4 to 8 bits by output row, codes are
+multiplied and summed, and the low-rank branch is added in float32 (`kernels/ops.py` has the formulas, ADR 7 the reasons). The
+gradient of the input is the same product with the same codes: dx = rowquant(dy * row_scale) Wq. What it changes are the values of
+the frozen product, a little (`tests/quant/test_eightbit.py` holds the bounds); gradients of the adapters are exact given those.
+
+Codes are integers, or float8 (e4m3: four bits of exponent and three of mantissa), which takes small values of a part along but
+rounds the large ones more coarsely (ADR 11).
+
+q, k and v, and gate and up, read the same input: it is scaled once. `shared_rows` remembers the last input by identity and
+version, without keeping it alive.
+"""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lownibble.errors import BackendError, InputError
+from lownibble.kernels import ops
+from lownibble.kernels.ops import Addition, Rows8bit
+from lownibble.quant.tensor import QuantizedTensor
+
+CODE_TYPES = {"int8": torch.int8, "fp8": torch.float8_e4m3fn}
+"""The values of `compute` that are 8-bit products -> the type of their codes."""
+
+CAPABILITY = {"int8": (8, 0), "fp8": (8, 9)}
+"""The first compute capability of CUDA whose units the kernels use; before it Triton would multiply on others, slowly."""
+
+
+def choose(compute: str, device: torch.device) -> str:
+    """'exact', 'int8' or 'fp8' for a `QuantConfig.compute`; 'auto' is exact.
+
+    A backend that `use_backend` chose may be slow: the plain-torch kernels do both anywhere, and so does Triton's interpreter.
+
+    Raises:
+        BackendError: 8-bit products do not run on `device` with the kernels in use; says what is missing and what to use.
+    """
+    if compute not in CODE_TYPES:
+        return "exact"
+    active = ops.active_backend(device)
+    if active == "cpu":
+        from lownibble.kernels import cpu
+
+        cpu.need_int8(CODE_TYPES[compute])
+    elif active == "triton" and device.type == "cuda":
+        _need_capability(compute, device)
+    elif not ops.is_forced():
+        reasons = " ".join(f"{name}: {why}" for name, why in ops.backend_status().items() if why != "ok")
+        raise BackendError(f"compute='{compute}' has no fast kernel on '{device}'. {reasons} Use compute='exact'.")
+    return compute
+
+
+def _need_capability(compute: str, device: torch.device) -> None:
+    needed, found = CAPABILITY[compute], torch.cuda.get_device_capability(device)
+    if found < needed:
+        others = " or ".join(f"compute='{name}'" for name in ("int8", "exact") if found >= CAPABILITY.get(name, (0, 0)))
+        raise BackendError(
+            f"compute='{compute}' needs CUDA devices of compute capability {needed[0]}.{needed[1]} or later. "
+            f"'{device}' has {found[0]}.{found[1]}. Use {others}."
+        )
+
+
+def check_weight(weight: QuantizedTensor, name: str, compute: str) -> None:
+    """Raise unless the weight's shape and blocks suit 8-bit products.
+
+    Raises:
+        InputError: names the weight and what to do.
+    """
+    if weight.shape[1] % 64:
+        raise InputError(
+            f"compute='{compute}' takes weights whose rows are a multiple of 64 long. '{name}' is "
+            f"{weight.shape[0]} x {weight.shape[1]}. Use compute='exact', or add it to skip_modules."
+        )
+
+
+class _Last(threading.local):
+    def __init__(self) -> None:
+        self.source: Any = None
+        self.state: tuple[int, str, torch.dtype] | None = None
+        self.rows: Rows8bit | None = None
+
+
+_last = _Last()
+
+
+def shared_rows(x: Tensor, code_type: torch.dtype) -> Rows8bit:
+    """`x` (..., C) as rows of 8 bits; the same tensor asked for again, unchanged, is not scaled again."""
+    state = None if x.is_inference() else (x._version, ops.active_backend(x.device), code_type)  # inference: no version
+    if _last.rows is not None and _last.source() is x and _last.state == state:
+        return _last.rows
+    rows = ops.quantize_rows(x.detach().reshape(-1, x.shape[-1]).float().contiguous(), None, code_type)
+    if state is not None:
+        _last.source, _last.state, _last.rows = weakref.ref(x), state, rows
+    return rows
+
+
+@torch.library.custom_op("lownibble::quantize_rows", mutates_args=())
+def _quantize_rows(x: Tensor, code_type: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    rows = ops.quantize_rows(x.reshape(-1, x.shape[-1]).float().contiguous(), None, code_type)
+    return rows.codes, rows.scale, rows.start
+
+
+@_quantize_rows.register_fake
+def _(x, code_type):  # type: ignore[no-untyped-def]
+    T, C = x.numel() // x.shape[-1], x.shape[-1]
+    n_codes, n_scales = ops.row_sizes(T, C)
+    scales = (x.new_empty(n_scales, dtype=dtype) for dtype in (torch.float32, torch.int32))
+    return x.new_empty(n_codes, dtype=code_type), *scales
+
+
+def rows_of(x: Tensor, code_type: torch.dtype | None) -> list[Tensor]:
+    """The tensors of `x` (..., C) as rows of 8 bits, by an operator that a compiler can call: it merges equal calls itself.
+
+    None without a type: where products are exact.
+    """
+    return [] if code_type is None else list(_quantize_rows(x.detach(), code_type))
+
+
+def forward(rows: Rows8bit, weight: QuantizedTensor, addition: Addition, dtype: torch.dtype) -> Tensor:
+    """(T, N) in `dtype`: rows (T, K) times W^T for W (N, K), plus `addition`."""
+    parts = weight.parts
+    scale = ops.row_scales(*parts, weight.shape, weight.nested, rows.codes.dtype)
+    return ops.matmul_8bit(rows, *parts, weight.shape, scale, False, addition, weight.nested).to(dtype)
+
+
+def backward(dy_TN: Tensor, weight: QuantizedTensor, addition: Addition, code_type: torch.dtype) -> Tensor:
+    """(T, K) in dy's dtype: the gradient of the input, dy W, plus `addition`."""
+    parts = weight.parts
+    scale = ops.row_scales(*parts, weight.shape, weight.nested, code_type)
+    rows = ops.quantize_rows(dy_TN.float().contiguous(), scale, code_type)
+    return ops.matmul_8bit(rows, *parts, weight.shape, scale, True, addition, weight.nested).to(dy_TN.dtype)
