@@ -86,7 +86,7 @@ def quality() -> str:
             cells = [f"{figure[f'{compute}_mean']:.4f} ({figure[f'{compute}_sd']:.4f})" for compute in ("exact", "int8")]
             difference = f"{figure['difference_mean']:+.4f} ({figure['difference_se']:.4f})"
             verdict = "smaller than between seeds" if figure["within"] else "larger than between seeds"
-            lines.append(f"| {task}, {name.replace('_', ' ')} | {' | '.join(cells)} | {difference} | {verdict} |")
+            lines.append(f"| {Path(task).name}, {name.replace('_', ' ')} | {' | '.join(cells)} | {difference} | {verdict} |")
     work = record["workload"]
     source = f"{work['seeds']} seeds, {work['train']['max_steps']} steps of {work['train']['batch_size']} rows"
     source += f", up to {work['max_eval_rows']} evaluation rows; {_where(record)}; `benchmarks/results/quality-cpu.json`"

@@ -34,7 +34,7 @@ from lownibble.kernels.ops import Addition, Nested, Rows8bit, row_sizes
 name = "cpu"
 device_types = ("cpu",)
 
-_ABI = 5
+_ABI = 6
 _FOLDER = Path(__file__).parent
 _CPU = torch.device("cpu")
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
@@ -63,6 +63,7 @@ _SIGNATURES = {
     "decoder_layers": [_pointer, _int64, _pointer, _int64, _pointer, _int32],
     "attention": [*[_pointer] * 7, *[_int64] * 5, ctypes.c_float, _int32],
     "attention_backward": [*[_pointer] * 11, *[_int64] * 5, ctypes.c_float, _int32],
+    "softmax_rows": [_pointer, _int64, _int64, ctypes.c_float, _pointer, _int32],
     "gemv_bf16": [_pointer, _int64, _int64, _pointer, _pointer, _int64, _int32],
 }  # fmt: skip
 
@@ -88,6 +89,7 @@ class _Library:
             "row_scales",
             "quantize_rows",
             "gemv_bf16",
+            "softmax_rows",
         ):
             getattr(library, f"lownibble_{function}").restype = None
         library.lownibble_isa.restype = library.lownibble_available.restype = ctypes.c_char_p
@@ -108,6 +110,7 @@ class _Library:
         self.attention = library.lownibble_attention
         self.attention_backward = library.lownibble_attention_backward
         self.has_attention = library.lownibble_has_attention
+        self.softmax_rows = library.lownibble_softmax_rows
         self.has_matmul = library.lownibble_has_matmul
         self.has_int8 = library.lownibble_has_int8
         self.select = library.lownibble_select
@@ -401,6 +404,14 @@ def gemv_bf16(x_TK: Tensor, weight_NK: Tensor) -> Tensor:
     x_data, weight = _data(x_TK, "x_TK", torch.float32, T * K), _data(weight_NK, "weight_NK", torch.bfloat16, N * K)
     library().gemv_bf16(x_data, T, K, weight, out_TN.data_ptr(), N, torch.get_num_threads())
     return out_TN
+
+
+def softmax_rows(x_LV: Tensor, scale: float) -> Tensor:
+    """As `ops.softmax_rows`."""
+    L, V = x_LV.shape
+    lse = torch.empty(L)
+    library().softmax_rows(_data(x_LV, "x_LV", torch.float32, L * V), L, V, scale, lse.data_ptr(), torch.get_num_threads())
+    return lse
 
 
 def decoder_layers(

@@ -163,6 +163,8 @@ class Backend(Protocol):
         self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, borders: Tensor, scaling: float
     ) -> tuple[Tensor, Tensor, Tensor]: ...
 
+    def softmax_rows(self, x_LV: Tensor, scale: float) -> Tensor: ...
+
     def gemv_bf16(self, x_TK: Tensor, weight_NK: Tensor) -> Tensor: ...
 
     def decoder_layers(
@@ -391,6 +393,11 @@ def attention_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of q, k and v, in their shapes, from `attention`'s results and the gradient of its first one."""
     return _for(q).attention_backward(dout, q, k, v, out, lse, borders, scaling)
+
+
+def softmax_rows(x_LV: Tensor, scale: float) -> Tensor:
+    """Replace each row of `x_LV` (L, V) float32, contiguous, by `scale` times its softmax; returns its log-sum-exp (L,)."""
+    return _for(x_LV).softmax_rows(x_LV, scale)
 
 
 def gemv_bf16(x_TK: Tensor, weight_NK: Tensor) -> Tensor:

@@ -17,6 +17,7 @@ from lownibble.kernels.attention import attention as attention
 from lownibble.kernels.attention import attention_backward as attention_backward
 from lownibble.kernels.decoder import DecoderLayers, Segment, Step
 from lownibble.kernels.ops import LARGEST_CODE, PART, Addition, Nested, Rows8bit, row_sizes
+from lownibble.kernels.softmax import softmax_rows as softmax_rows
 
 name = "reference"
 device_types = None  # any

@@ -41,6 +41,7 @@ from lownibble.kernels.attention import attention_backward as attention_backward
 from lownibble.kernels.checks import check_block_size, check_float, check_tensor, check_weight, check_weight_8bit
 from lownibble.kernels.decoder import DecoderLayers, Segment, Step
 from lownibble.kernels.ops import LARGEST_CODE, PART, Addition, Nested, Rows8bit, row_sizes
+from lownibble.kernels.softmax import softmax_rows as softmax_rows
 
 name = "triton"
 

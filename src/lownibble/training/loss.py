@@ -3,7 +3,8 @@
 Full logits never exist. Hidden states at label positions are gathered, go through the head a chunk at a time, and each chunk's
 logits are turned in place into their own gradient, which goes straight back through the head; what is kept for backward is the
 gradient of the hidden states, (L, H). The method is Liger's fused linear cross-entropy; the head may be any module (dense,
-tied, quantised, adapted), because its backward is autograd's.
+tied, quantised, adapted), because its backward is autograd's. The usual head, a frozen dense matrix, is multiplied into one
+buffer for all chunks: a fresh allocation of that size costs a fault a page, and those took a fifth of the product's time.
 
 The backbone is called without the head, so what a model does between head and logits must be known: `_LOGIT_TRANSFORMS` lists
 the configuration keys for it, and `check_head` compares with the model's own logits once, before training.
@@ -11,7 +12,7 @@ the configuration keys for it, and `check_head` compares with the model's own lo
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -19,11 +20,13 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from lownibble.errors import ModelError
+from lownibble.kernels import ops
 from lownibble.models import attention
 from lownibble.quant import QuantLinear
+from lownibble.quant.linear import is_plain_linear
 
-CHUNK_BYTES = 32 * 2**20
-"""Size of one chunk of float32 logits: large enough for the matrix product, small enough to stay off the peak."""
+CHUNK_BYTES = 64 * 2**20
+"""Largest size of one chunk of float32 logits: large enough for the matrix product, small enough to stay off the peak."""
 
 _LOGIT_TRANSFORMS: dict[str, Callable[[Tensor, float], Tensor]] = {
     "final_logit_softcapping": lambda logits, cap: cap * torch.tanh(logits / cap),
@@ -46,6 +49,15 @@ class _LabelLoss(torch.autograd.Function):
         dhidden = torch.empty_like(hidden_LH) if wants_hidden else None
         dparameters = [torch.zeros_like(p) for p in parameters]
         total = torch.zeros((), dtype=torch.float32, device=hidden_LH.device)
+        frozen_VH = getattr(head, "frozen", None)
+        if frozen_VH is not None and frozen_VH.dtype == hidden_LH.dtype:
+            for part, logits in _into_one_buffer(hidden_LH.detach(), frozen_VH, _chunk_tokens(head)):
+                loss, dlogits = _cross_entropy(logits, labels_L[part], n_total, wants_any)
+                total += loss
+                if dhidden is not None:
+                    torch.mm(dlogits, frozen_VH, out=dhidden[part])
+            ctx.gradients = (dhidden, dparameters)
+            return total / n_total
         start = 0
         while start < len(labels_L):
             chunk_LH = hidden_LH[start : start + _chunk_tokens(head)].detach().requires_grad_(wants_hidden)
@@ -72,17 +84,23 @@ class _LabelLoss(torch.autograd.Function):
         return (scaled, None, None, None, None, *(g.mul_(dloss) for g in dparameters))
 
 
+def _into_one_buffer(hidden_LH: Tensor, weight_VH: Tensor, most: int) -> Iterator[tuple[slice, Tensor]]:
+    """Logits of equal parts of at most so many tokens, each overwriting the one before; (tokens, logits)."""
+    count = -(-len(hidden_LH) // most)
+    size = -(-len(hidden_LH) // max(1, count))
+    buffer = hidden_LH.new_empty((size, len(weight_VH)))
+    for start in range(0, len(hidden_LH), max(1, size)):
+        part = slice(start, min(start + size, len(hidden_LH)))
+        yield part, torch.mm(hidden_LH[part], weight_VH.t(), out=buffer[: part.stop - start])
+
+
 def _cross_entropy(logits_LV: Tensor, labels_L: Tensor, n_total: int, wants_gradient: bool) -> tuple[Tensor, Tensor]:
     """Sum of cross-entropies, and its gradient divided by n_total, made in place of the logits."""
     dtype = logits_LV.dtype
     scores = logits_LV.float()
-    maximum = scores.amax(1, keepdim=True)
-    chosen = scores.gather(1, labels_L.unsqueeze(1))
-    scores.sub_(maximum).exp_()
-    normaliser = scores.sum(1, keepdim=True)
-    loss = (normaliser.log() + maximum - chosen).sum()
+    chosen = scores.gather(1, labels_L.unsqueeze(1)).squeeze(1)
+    loss = (ops.softmax_rows(scores, 1 / n_total) - chosen).sum()
     if wants_gradient:
-        scores.mul_(1 / (normaliser * n_total))
         scores.scatter_add_(1, labels_L.unsqueeze(1), scores.new_full((len(labels_L), 1), -1 / n_total))
     return loss, scores.to(dtype)
 
@@ -103,7 +121,15 @@ class Head:
             (transform, float(value)) for key, transform in _LOGIT_TRANSFORMS.items()
             if (value := getattr(config, key, None)) not in (None, 1.0)
         ]  # fmt: skip
+        self.frozen = self._frozen()
         self.vocab_size = int(self.module.weight.shape[0])  # type: ignore[union-attr,index]
+
+    def _frozen(self) -> Tensor | None:
+        """The head's weight (V, H), if that is all there is to it and it is not trained."""
+        head = self.module
+        if not is_plain_linear(head) or head.bias is not None or head.weight.requires_grad or self.transforms:
+            return None
+        return head.weight.detach()  # type: ignore[operator]
 
     def __call__(self, hidden_LH: Tensor) -> Tensor:
         """Logits (L, V) of hidden states (L, H)."""

@@ -347,6 +347,26 @@ inline float exponential(float x) {
     return sum * float_of((bits_of(shifted) - 0x4B400000u + 127u) << 23);
 }
 
+template <class Simd>
+float softmax_row(float* x, std::int64_t n, float scale) {
+    float largest = -__builtin_inff();
+    std::int64_t i = 0;
+    if (n >= kLanes) {
+        typename Simd::Lanes most = Simd::load(x);
+        for (; i + kLanes <= n; i += kLanes) most = Simd::maximum(most, Simd::load(x + i));
+        largest = Simd::largest(most);
+    }
+    for (; i < n; ++i) largest = x[i] > largest ? x[i] : largest;
+    for (i = 0; i < n; ++i) x[i] = exponential(x[i] - largest);
+    typename Simd::Lanes sums = Simd::zero();
+    for (i = 0; i + kLanes <= n; i += kLanes) sums = Simd::add(sums, Simd::load(x + i));
+    float total = Simd::sum(sums);
+    for (; i < n; ++i) total += x[i];
+    const float factor = scale / total;
+    for (i = 0; i < n; ++i) x[i] *= factor;
+    return largest + __builtin_logf(total);
+}
+
 inline void silu_multiply(const float* gate, const float* up, std::int64_t n, float* out) {
     for (std::int64_t i = 0; i < n; ++i) out[i] = gate[i] / (1.0f + exponential(-gate[i])) * up[i];
 }
@@ -421,6 +441,7 @@ constexpr Kernels kernels_for(const char* name) {
             with_type(dtype, out, [&](auto* typed) { gemv_4bit<Simd>(x, T, K, w, typed, N, rows); });
         },
         gemv_bf16<Simd>,
+        softmax_row<Simd>,
         dot<Simd>,
         rms_norm<Simd>,
         rotate,

@@ -161,7 +161,7 @@ std::int64_t blocks_of(std::int64_t n, std::int32_t block_shift) {
 }  // namespace
 
 // Raised whenever a signature below changes; kernels/cpu.py refuses another number.
-LOWNIBBLE_EXPORT std::int32_t lownibble_abi() { return 5; }
+LOWNIBBLE_EXPORT std::int32_t lownibble_abi() { return 6; }
 
 // Comma-separated names of the instruction sets that run here, fastest first.
 LOWNIBBLE_EXPORT const char* lownibble_available() { return available().names; }
@@ -419,4 +419,12 @@ LOWNIBBLE_EXPORT std::int32_t lownibble_attention_backward(const float* dout, co
                                      head_steps, L, D, scaling, memory);
     });
     return failed;
+}
+
+// x (rows, n) := scale * softmax of each row; lse (rows,).
+LOWNIBBLE_EXPORT void lownibble_softmax_rows(float* x, std::int64_t rows, std::int64_t n, float scale, float* lse,
+                                             std::int32_t num_threads) {
+    in_parallel(rows, rows * n, num_threads, [&](Range range) {
+        for (std::int64_t row = range.begin; row < range.end; ++row) lse[row] = active->softmax_row(x + row * n, n, scale);
+    });
 }

@@ -81,6 +81,8 @@ struct Kernels {
                       Range rows);
     // x (T, K) by w (N, K) -> out (T, N), for the rows of w in `rows`.
     void (*gemv_bf16)(const float* x, std::int64_t T, std::int64_t K, const BFloat16* w, float* out, std::int64_t N, Range rows);
+    // x := scale * softmax(x); returns the logarithm of the sum of exponentials.
+    float (*softmax_row)(float* x, std::int64_t n, float scale);
     // For decoder.cpp, each over one row of n floats. `out` may be `x`.
     float (*dot)(const float* a, const float* b, std::int64_t n);
     void (*rms_norm)(const float* x, const float* weight, std::int64_t n, float eps, float* out);
