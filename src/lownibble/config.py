@@ -100,8 +100,8 @@ class QuantConfig(Options):
     compute: Literal["auto", "exact", "int8", "fp8"] = Field(
         "auto",
         description="products of the frozen base: 'exact' in the activations' dtype, 'int8' on 8-bit units (faster; values "
-        "differ a little, the adapter stays exact), 'fp8' on those of newer CUDA devices (values differ more); 'auto' is 'exact', until every figure of "
-        "'bench quality' says that int8 learns as well",
+        "differ a little, the adapter stays exact), 'fp8' on those of newer CUDA devices (values differ more); 'auto' is "
+        "'exact' until every figure of 'bench quality' says that int8 learns as well",
     )
     skip_modules: list[str] = Field(["lm_head"], description="linear modules left in full precision, by last name or path")
 

@@ -80,7 +80,7 @@ struct Avx512 {
 // The matrix-vector product for blocks of 64 and more. 64 bytes of codes are 16 words of 8 codes; a shift brings one code of each word
 // into the low four bits, which are all that vpermps looks at: two instructions for 16 weights, where unpacking bytes takes four. The
 // weights of a lane are then eight apart, so x is put into that order first, and a block's constant multiplies the sum over the block.
-constexpr std::int64_t kGroup = 128, kSpreadColumns = 4096;
+constexpr std::int64_t kGroup = 128, kSpreadColumns = 4096, kShortColumns = 1536;
 
 // x (T, K) -> spread (T, S): element [8 i + (j ^ 1)] of each group of 128 at [16 j + i]; zeros past K.
 void spread_columns(const float* x, std::int64_t T, std::int64_t K, float* spread, std::int64_t S) {
@@ -195,7 +195,7 @@ void gemv_avx512(const float* x, std::int64_t T, std::int64_t K, const Weight4bi
         const auto advance = [&](auto tile) {
             for (; t + tile.size <= T; t += tile.size) gemv_spread<tile.size>(x + t * K, K, w, typed + t * N, N, rows);
         };
-        advance(Tile<8>{});
+        if (K <= kShortColumns) advance(Tile<8>{});  // eight longer rows of x would not stay in the first-level cache
         advance(Tile<4>{});
         advance(Tile<2>{});
         advance(Tile<1>{});
