@@ -5,7 +5,18 @@ import argparse
 import pytest
 
 from lownibble.cli.flags import add_flags, read
-from lownibble.config import CompareConfig, LoraConfig, QuantConfig, RunConfig, TrainConfig, build, flag_name, leaves, read_toml
+from lownibble.config import (
+    CompareConfig,
+    LoraConfig,
+    QuantConfig,
+    RunConfig,
+    TrainConfig,
+    build,
+    flag_name,
+    leaves,
+    n_bytes,
+    read_toml,
+)
 from lownibble.errors import ConfigError
 
 VALUES = {
@@ -18,12 +29,10 @@ VALUES = {
     "alpha_pattern": {"v_proj": 9.0}, "learning_rate": 0.5, "max_steps": 11, "num_train_epochs": 2.5, "batch_size": 3,
     "gradient_accumulation_steps": 2, "lr_scheduler_type": "cosine", "warmup_ratio": 0.2, "max_grad_norm": 0.3,
     "weight_decay": 0.1,
-    "optim": "adamw", "max_length": 99, "group_by_length": True, "packing": True,
+    "optim": "paged_adamw", "optim_page_budget": "64MB", "max_length": 99, "group_by_length": True, "packing": True,
     "gradient_checkpointing": True, "torch_compile": True, "seed": 4, "eval_steps": 5,
     "save_steps": 6, "output_dir": "out", "report_to": "tensorboard", "resume": True,
 }  # fmt: skip
-ONLY_VALUE = {"optim"}
-"""Options with a single permitted value so far: setting them cannot differ from the default."""
 
 
 def _toml(value):
@@ -54,7 +63,7 @@ ALL = _leaves(RunConfig) + [p for p in _leaves(CompareConfig) if p.values[1] == 
 @pytest.mark.parametrize(("config", "path", "field"), ALL)
 def test_each_leaf_arrives_by_python_toml_and_flag(config, path, field, tmp_path):
     value = VALUES[path[-1]]
-    assert path[-1] in ONLY_VALUE or _get(config(), path) != value, "the test must change something"
+    assert _get(config(), path) != value, "the test must change something"
 
     nested = value
     for name in reversed(path):
@@ -126,12 +135,20 @@ def test_none_can_be_given_by_flag():
         ),
         (lambda: RunConfig(train={"packing": True, "group_by_length": True}), ["'group_by_length' of TrainConfig must be false"]),
         (lambda: CompareConfig(methods=[]), ["'methods' of CompareConfig"]),
+        (lambda: TrainConfig(optim_page_budget="64"), ["'optim_page_budget' of TrainConfig", "'64MB'", "Got '64'"]),
     ],
 )
 def test_bad_values_are_named_with_what_they_must_be(make, words):
     with pytest.raises(ConfigError) as caught:
         make()
     assert all(word in str(caught.value) for word in words), str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("size", "expected"), [("64MB", 64_000_000), ("64 MiB", 64 << 20), ("1.5gib", 3 << 29), ("4096B", 4096), ("2kB", 2000)]
+)
+def test_sizes(size, expected):
+    assert n_bytes(size) == expected
 
 
 def test_bad_toml_names_the_file(tmp_path):

@@ -11,6 +11,7 @@ all problems are reported at once. No torch here: reading a configuration is ins
 from __future__ import annotations
 
 import difflib
+import re
 import tomllib
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,7 +19,7 @@ from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from annotated_types import Ge, Gt, Le, Lt
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
 
@@ -68,6 +69,26 @@ def _problem(owner: type[Options], error: ErrorDetails) -> str:
         return f"The '{key}' of {owner.__name__}: {error['msg'].removeprefix('Value error, ')}"
     expected = _expectation(field.annotation, tuple(field.metadata))
     return f"The '{key}' of {owner.__name__} must be {expected}. Got {error['input']!r}."
+
+
+_UNITS = {"": 1, "k": 1000, "m": 1000**2, "g": 1000**3, "ki": 1 << 10, "mi": 1 << 20, "gi": 1 << 30}
+
+
+def n_bytes(size: str) -> int:
+    """Bytes of a size: '64MB' is 64,000,000, '64MiB' is 64 x 2^20; also B, KB, GB, KiB, GiB and fractions.
+
+    Raises:
+        ValueError: it is not one.
+    """
+    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmg]i?|)b\s*", size, re.IGNORECASE)
+    if found is None:
+        raise ValueError(f"must be a size such as '64MB' or '1.5GiB'. Got {size!r}.")
+    return int(float(found[1]) * _UNITS[found[2].lower()])
+
+
+def _is_a_size(value: str) -> str:
+    n_bytes(value)
+    return value
 
 
 class Options(BaseModel):
@@ -160,7 +181,14 @@ class TrainConfig(Options):
     warmup_ratio: Annotated[float, Ge(0), Le(1)] = Field(0.03, description="share of the steps that warm up")
     max_grad_norm: Annotated[float, Gt(0)] | None = Field(1.0, description="clip the gradient to this norm")
     weight_decay: Annotated[float, Ge(0)] = Field(0.0, description="decoupled weight decay")
-    optim: Literal["adamw"] = Field("adamw", description="optimiser")
+    optim: Literal["adamw", "paged_adamw", "adamw_8bit", "paged_adamw_8bit"] = Field(
+        "adamw",
+        description="optimiser; paged: the same results with only part of the states in memory, the rest in a file (CUDA: in "
+        "host memory); 8bit: both moments in 8 bits",
+    )
+    optim_page_budget: Annotated[str, AfterValidator(_is_a_size)] | None = Field(
+        None, description="states that a paged optimiser keeps in memory, e.g. '64MB'; default: a tenth of them, at least 16MiB"
+    )
     max_length: Annotated[int, Ge(2)] = Field(512, description="tokens in a row; longer rows are cut")
     group_by_length: bool = Field(False, description="batch rows of like length together (less padding)")
     packing: bool = Field(False, description="rows one after the other up to max_length, no padding; each row sees itself only")

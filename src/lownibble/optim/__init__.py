@@ -1,6 +1,16 @@
 """Optimisers and learning-rate schedules."""
 
-from lownibble.optim.adamw import make_optimizer, set_learning_rate, state_bytes
+from lownibble.optim.adamw import PAGED, close_states, make_optimizer, open_states, set_learning_rate, state_bytes
 from lownibble.optim.schedule import SCHEDULES, learning_rate, warmup_steps
 
-__all__ = ["SCHEDULES", "learning_rate", "make_optimizer", "set_learning_rate", "state_bytes", "warmup_steps"]
+__all__ = [
+    "PAGED",
+    "SCHEDULES",
+    "close_states",
+    "learning_rate",
+    "make_optimizer",
+    "open_states",
+    "set_learning_rate",
+    "state_bytes",
+    "warmup_steps",
+]

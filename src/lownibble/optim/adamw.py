@@ -1,30 +1,64 @@
-"""The optimiser: torch's fused AdamW. Weight decay skips vectors (norms, biases), as is usual."""
+"""The optimisers, by name. Weight decay skips vectors (norms, biases), as is usual.
+
+adamw              torch's fused AdamW
+paged_adamw        the same bits; states in pages of which a part is in memory   (transformers: paged_adamw_32bit)
+adamw_8bit         both moments in 8 bits                                        (transformers: adamw_8bit, adamw_bnb_8bit)
+paged_adamw_8bit   both                                                          (transformers: paged_adamw_8bit)
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
+from lownibble.errors import ConfigError
+from lownibble.optim.paged_adamw import EightBit, Fused, PagedAdamW, Paging
+
 BETAS, EPSILON = (0.9, 0.999), 1e-8
 """QLoRA's and transformers' defaults."""
 
+PAGED = "paged_"
+"""What the names of the paged optimisers begin with; the rest is the unpaged one with the same states."""
 
-def _adamw(parameters: list[nn.Parameter], rate: float, weight_decay: float) -> torch.optim.Optimizer:
-    matrices = [p for p in parameters if p.ndim > 1]
-    vectors = [p for p in parameters if p.ndim <= 1]
-    groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
-    return torch.optim.AdamW([g for g in groups if g["params"]], lr=rate, betas=BETAS, eps=EPSILON, fused=True)
+Groups = list[dict[str, Any]]
+
+OPTIMIZERS: dict[str, Callable[[Groups, Paging], torch.optim.Optimizer]] = {
+    "adamw": lambda groups, paging: torch.optim.AdamW(groups, fused=True),
+    "paged_adamw": lambda groups, paging: PagedAdamW(groups, Fused(), paging),
+    "adamw_8bit": lambda groups, paging: PagedAdamW(groups, EightBit(), None),
+    "paged_adamw_8bit": lambda groups, paging: PagedAdamW(groups, EightBit(), paging),
+}
+"""`TrainConfig.optim` -> constructor."""
 
 
-OPTIMIZERS: dict[str, Callable[[list[nn.Parameter], float, float], torch.optim.Optimizer]] = {"adamw": _adamw}
-"""`TrainConfig.optim` -> constructor (parameters, learning rate, weight decay)."""
+def make_optimizer(
+    kind: str, parameters: Iterable[nn.Parameter], rate: float, weight_decay: float, *,
+    page_budget: int | None = None, folder: Path | None = None,
+) -> torch.optim.Optimizer:  # fmt: skip
+    """The optimiser called `kind` over the parameters that want a gradient.
 
-
-def make_optimizer(kind: str, parameters: Iterable[nn.Parameter], rate: float, weight_decay: float) -> torch.optim.Optimizer:
-    """The optimiser called `kind` over the parameters that want a gradient."""
-    return OPTIMIZERS[kind]([p for p in parameters if p.requires_grad], rate, weight_decay)
+    Args:
+        page_budget: bytes of states that a paged optimiser keeps in memory; default: a tenth of them, at least 16 MiB.
+        folder: where a paged optimiser on a CPU keeps the others; default: the system's folder for temporary files.
+    Raises:
+        ConfigError: the budget is below one page, or there are no pages.
+    """
+    if page_budget is not None and not kind.startswith(PAGED):
+        raise ConfigError(
+            f"The 'optim_page_budget' of TrainConfig is for paged optimisers. Got optim='{kind}'. Set optim='{PAGED}{kind}' "
+            "(--optim), or leave the budget out."
+        )
+    trained = [p for p in parameters if p.requires_grad]
+    shared = {"lr": rate, "betas": BETAS, "eps": EPSILON}
+    groups = [
+        {"params": [p for p in trained if p.ndim > 1], "weight_decay": weight_decay, **shared},
+        {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0, **shared},
+    ]
+    return OPTIMIZERS[kind]([g for g in groups if g["params"]], Paging(page_budget, folder))
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
@@ -33,6 +67,32 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
         group["lr"] = rate
 
 
-def state_bytes(optimizer: torch.optim.Optimizer) -> int:
+class StateBytes(NamedTuple):
+    """Bytes of an optimiser's states: all of them, and what they take of the device's memory now (whole pages)."""
+
+    total: int
+    resident: int
+
+
+def state_bytes(optimizer: torch.optim.Optimizer) -> StateBytes:
     """Bytes of the optimiser's states."""
-    return sum(v.nbytes for state in optimizer.state.values() for v in state.values() if isinstance(v, torch.Tensor))
+    held = sum(v.nbytes for state in optimizer.state.values() for v in state.values() if isinstance(v, torch.Tensor))
+    if isinstance(optimizer, PagedAdamW):
+        return StateBytes(held + optimizer.total_bytes, held + optimizer.resident_bytes)
+    return StateBytes(held, held)
+
+
+def open_states(optimizer: torch.optim.Optimizer) -> None:
+    """Make what the states need outside memory, so that a folder that cannot hold them is known before the first step.
+
+    Raises:
+        OutputError: it cannot be made.
+    """
+    if isinstance(optimizer, PagedAdamW):
+        optimizer.open()
+
+
+def close_states(optimizer: torch.optim.Optimizer) -> None:
+    """Drop the states that are held outside torch's tensors, and their file."""
+    if isinstance(optimizer, PagedAdamW):
+        optimizer.close()

@@ -3,7 +3,8 @@
 NF4: quantiles of the normal distribution (QLoRA, Dettmers et al. 2023) by the formula that the authors' code uses, which is
 not the one printed in the paper; rounded to float32 it is bitsandbytes' published table. FP4: sign, two exponent bits and one
 mantissa bit in bitsandbytes' bit order. DYNAMIC8: the signed *dynamic* 8-bit map of Dettmers et al. 2021 (not an FP8
-format), used for the block constants in double quantisation.
+format), used for the block constants in double quantisation and for AdamW's first moment in 8 bits; its unsigned sibling is for
+the second moment.
 """
 
 from __future__ import annotations
@@ -74,3 +75,13 @@ def dynamic8(device: str = "cpu") -> Tensor:
         positive.append(10.0 ** (exponent - 6) * (boundaries[:-1] + boundaries[1:]) / 2)
     magnitudes = torch.cat(positive)
     return torch.cat([-magnitudes, torch.tensor([0.0, 1.0]), magnitudes]).sort().values.to(device)
+
+
+@cache
+def dynamic8_unsigned(device: str = "cpu") -> Tensor:
+    """The dynamic 8-bit map of values from 0 to 1, ascending, (256,) float32. Cached; do not write into it."""
+    values = [torch.tensor([0.0, 1.0])]
+    for exponent in range(7):
+        boundaries = torch.linspace(0.1, 1, 2 ** (exponent + 1) + 1)
+        values.append(10.0 ** (exponent - 6) * (boundaries[:-1] + boundaries[1:]) / 2)
+    return torch.cat(values).sort().values.to(device)

@@ -3,6 +3,9 @@
 A checkpoint is a folder `checkpoints/step-NNNNNN`, written under another name, synced and renamed, so that a folder of that name
 is complete. Data order, schedule and dropout are functions of (seed, step), so the step number is all the state they need, and
 a resumed run gives the same bits as one that was never interrupted. The newest two are kept.
+
+Tensors go to the file and come back part by part (`tensorfile.py`), the states of a paged optimiser page by page: a checkpoint
+takes no memory worth the name. It does not say whether the states were paged: either kind of run goes on from the other's.
 """
 
 from __future__ import annotations
@@ -10,18 +13,20 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from lownibble.errors import OutputError
+from lownibble.optim import PAGED, states
+from lownibble.training import tensorfile
+from lownibble.training.tensorfile import Entry
 
 KEEP = 2
-_FREE = {"output_dir", "resume", "save_steps", "eval_steps"}
+_FREE = {"output_dir", "resume", "save_steps", "eval_steps", "optim_page_budget"}
 """Training options that may differ between a run and its resumption."""
 
 
@@ -40,16 +45,16 @@ def sync(path: Path) -> None:
 
 def save(folder: Path, step: int, model: nn.Module, optimizer: torch.optim.Optimizer, config: dict[str, Any]) -> Path:
     """Write the checkpoint of `step` below `folder`; returns its path. `config` is what a resumption must agree with."""
-    tensors: dict[str, Tensor] = {}
-    for name, parameter in _trained(model).items():
-        tensors[f"model/{name}"] = parameter.detach()
-        for key, value in optimizer.state[parameter].items():
-            tensors[f"optimizer/{key}/{name}"] = value
+    trained = _trained(model)
+    entries = {f"model/{name}": Entry(p.dtype, tuple(p.shape)) for name, p in trained.items()}
+    for name, parameter in trained.items():
+        for key, (dtype, shape) in states.shapes(optimizer, parameter).items():
+            entries[f"optimizer/{key}/{name}"] = Entry(dtype, shape)
     final = folder / f"step-{step:06d}"
     aside = folder / f".step-{step:06d}.part"
     shutil.rmtree(aside, ignore_errors=True)
     aside.mkdir(parents=True)
-    save_file({key: value.cpu().contiguous() for key, value in tensors.items()}, aside / "state.safetensors")
+    tensorfile.write(aside / "state.safetensors", entries, _parts(trained, optimizer))
     (aside / "state.json").write_text(json.dumps({"step": step, "config": config}, indent=2, sort_keys=True) + "\n")
     for file in aside.iterdir():
         sync(file)
@@ -59,6 +64,15 @@ def save(folder: Path, step: int, model: nn.Module, optimizer: torch.optim.Optim
     for old in complete(folder)[:-KEEP]:
         shutil.rmtree(old)
     return final
+
+
+def _parts(trained: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer) -> Iterator[tuple[str, int, Tensor]]:
+    """(name in the file, first value, values) of all that a checkpoint holds."""
+    for name, parameter in trained.items():
+        yield f"model/{name}", 0, parameter.detach()
+    names: dict[Tensor, str] = {parameter: name for name, parameter in trained.items()}
+    for owner, key, first, values in states.parts(optimizer):
+        yield f"optimizer/{key}/{names[owner]}", first, values
 
 
 def complete(folder: Path) -> list[Path]:
@@ -74,26 +88,49 @@ def restore(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, conf
     """
     try:
         state = json.loads((path / "state.json").read_text())
-        tensors = load_file(path / "state.safetensors")
-    except (OSError, ValueError, SafetensorError) as error:
+        with tensorfile.Reader(path / "state.safetensors") as file:
+            _check(path, state, model, config, file)
+            _fill(file, _trained(model), optimizer)
+    except OutputError:
+        raise
+    except (OSError, ValueError) as error:
         raise OutputError(f"Checkpoint '{path}' is damaged: {error}. Delete it to resume from the one before.") from None
+    return int(state["step"])
+
+
+def _check(path: Path, state: dict[str, Any], model: nn.Module, config: dict[str, Any], file: tensorfile.Reader) -> None:
+    """Refuse a checkpoint of another run."""
     ours, theirs = _flat(config), _flat(state["config"])
-    differing = sorted(k for k in ours.keys() | theirs.keys() if ours.get(k) != theirs.get(k) and k.split(".")[-1] not in _FREE)
+    differing = sorted(k for k in ours.keys() | theirs.keys() if _differ(k, ours.get(k), theirs.get(k)))
     if differing:
         changes = ", ".join(f"{key}: {theirs.get(key)!r} -> {ours.get(key)!r}" for key in differing[:5])
         raise OutputError(f"'{path}' was made with other options ({changes}). Resume with the same ones, or use a new --output.")
-    parameters = _trained(model)
-    names = {key.removeprefix("model/") for key in tensors if key.startswith("model/")}
-    if names != parameters.keys():
+    found = {name.removeprefix("model/"): (e.dtype, e.shape) for name, e in file.entries.items() if name.startswith("model/")}
+    if found != {name: (p.dtype, tuple(p.shape)) for name, p in _trained(model).items()}:
         raise OutputError(f"'{path}' holds other trained tensors than this model. Resume with the same model and adapter.")
-    for name, parameter in parameters.items():
-        parameter.data.copy_(tensors[f"model/{name}"])
-        marker = f"/{name}"
-        optimizer.state[parameter] = {
-            key.removeprefix("optimizer/").removesuffix(marker): value.to(parameter.device if value.ndim else "cpu")
-            for key, value in tensors.items() if key.startswith("optimizer/") and key.split("/", 2)[2] == name
-        }  # fmt: skip
-    return int(state["step"])
+
+
+def _differ(key: str, ours: Any, theirs: Any) -> bool:
+    if key == "train.optim" and ours and theirs:
+        return bool(ours.removeprefix(PAGED) != theirs.removeprefix(PAGED))
+    return bool(ours != theirs and key.split(".")[-1] not in _FREE)
+
+
+def _fill(file: tensorfile.Reader, trained: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer) -> None:
+    """Put the file's tensors into the parameters and the optimiser."""
+    held: dict[str, dict[str, states.Shape]] = {name: {} for name in trained}
+    for entry_name, entry in file.entries.items():
+        kind, _, rest = entry_name.partition("/")
+        if kind == "optimizer":
+            key, _, name = rest.partition("/")
+            held[name][key] = entry.dtype, entry.shape
+    for name, parameter in trained.items():
+        file.read_into(f"model/{name}", 0, parameter.detach())
+        if held[name]:
+            states.allocate(optimizer, parameter, held[name])
+    names: dict[Tensor, str] = {parameter: name for name, parameter in trained.items()}
+    for owner, key, first, values in states.parts(optimizer, change=True):
+        file.read_into(f"optimizer/{key}/{names[owner]}", first, values)
 
 
 def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -18,13 +18,21 @@ from typing import Any
 import torch
 from torch import nn
 
-from lownibble.config import TrainConfig
+from lownibble.config import TrainConfig, n_bytes
 from lownibble.data import Batch, Choice, Example, collate, epoch_batches, flatten, stream
 from lownibble.errors import ConfigError, TrainingError
 from lownibble.lora import count_parameters
 from lownibble.lora.inject import adapter_configs
 from lownibble.models.attention import kernel_obstacle, segment_attention
-from lownibble.optim import learning_rate, make_optimizer, set_learning_rate, warmup_steps
+from lownibble.optim import (
+    close_states,
+    learning_rate,
+    make_optimizer,
+    open_states,
+    set_learning_rate,
+    state_bytes,
+    warmup_steps,
+)
 from lownibble.quant import QuantLinear
 from lownibble.training import checkpoint, compiling, memory
 from lownibble.training.evaluate import Evaluator
@@ -39,7 +47,8 @@ class Trainer:
 
     Attributes:
         optimizer: the optimiser, from the start of `events()`.
-        kinds: live bytes by kind when the first step ended, gradients and optimiser states included.
+        kinds: live bytes by kind when the first step ended, gradients and optimiser states included (those in memory).
+        optimizer_state_bytes: of all optimiser states, in memory or not, at the same time.
         saved_activation_bytes: what autograd kept in the first forward pass (the largest one with group_by_length or packing).
         attention_reason: why attention does not run on our kernel, or nothing where it does.
         compiled, compile_reason, compile_seconds, compile_peak_bytes: whether the layers are compiled, why, how long it took and
@@ -68,7 +77,12 @@ class Trainer:
         self.total_steps = config.max_steps or self._steps_of_epochs(config.num_train_epochs)
         self.cut_rows = cut_rows
         self.identity = {"train": config.to_dict(), **(identity or {})}
-        self.optimizer = make_optimizer(config.optim, model.parameters(), config.learning_rate, config.weight_decay)
+        self.optimizer = make_optimizer(
+            config.optim, model.parameters(), config.learning_rate, config.weight_decay,
+            page_budget=n_bytes(config.optim_page_budget) if config.optim_page_budget else None,
+            folder=Path(config.output_dir) if config.output_dir else None,
+        )  # fmt: skip
+        self.optimizer_state_bytes = 0
         self.saved_activation_bytes = 0
         self.compiled, self.compile_reason, self.compile_seconds, self.compile_peak_bytes = False, "", 0.0, 0
         self.kinds = memory.bytes_by_kind(model, None)
@@ -76,11 +90,17 @@ class Trainer:
         self.checkpoints = Path(config.output_dir) / "checkpoints" if config.output_dir else None
 
     def events(self) -> Iterator[Event]:
-        """Run; yields `Started`, then `Stepped`, `Evaluated` and `Saved`, then `Finished`.
+        """Run; yields `Started`, then `Stepped`, `Evaluated` and `Saved`, then `Finished`. Paged states are gone after it.
 
         Raises:
-            TrainingError: a loss or gradient is not finite; says at which step.
+            TrainingError: a loss or gradient is not finite (says at which step), or optimiser states cannot be paged any more.
         """
+        try:
+            yield from self._events()
+        finally:
+            close_states(self.optimizer)
+
+    def _events(self) -> Iterator[Event]:
         config, began = self.config, time.perf_counter()
         first = self.set_up()
         yield Started(
@@ -110,6 +130,7 @@ class Trainer:
             ModelError, ConfigError, TrainingError: it cannot; nothing was trained.
         """
         check_head(self.model)
+        open_states(self.optimizer)
         if self.config.packing:
             by_length = sorted((row.input_ids for row in self.train_rows), key=len)
             check_packing(self.model, [by_length[-1], by_length[0]])
@@ -237,6 +258,7 @@ class Trainer:
         self.optimizer.step()
         if not self._measured:
             self.kinds, self._measured = memory.bytes_by_kind(self.model, self.optimizer), True
+            self.optimizer_state_bytes = state_bytes(self.optimizer).total
         self.optimizer.zero_grad(set_to_none=True)
         return Stepped(
             step + 1, loss, rate, norm, sum(b.n_tokens for b in batches), sum(b.input_ids.numel() for b in batches), n_labels,

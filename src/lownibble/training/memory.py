@@ -56,7 +56,7 @@ def reset_peak(device: torch.device) -> None:
 
 
 def bytes_by_kind(model: nn.Module, optimizer: torch.optim.Optimizer | None) -> dict[str, int]:
-    """Live bytes: dense weights, 4-bit codes, quantisation constants, adapters, gradients, optimiser states.
+    """Live bytes: dense weights, 4-bit codes, quantisation constants, adapters, gradients, optimiser states (those in memory).
 
     Each parameter counts once, tied ones too.
     """
@@ -74,7 +74,7 @@ def bytes_by_kind(model: nn.Module, optimizer: torch.optim.Optimizer | None) -> 
             if parameter.grad is not None:
                 kinds["gradients"] += parameter.grad.nbytes
     if optimizer is not None:
-        kinds["optimizer"] = state_bytes(optimizer)
+        kinds["optimizer"] = state_bytes(optimizer).resident
     return kinds
 
 

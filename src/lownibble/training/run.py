@@ -149,6 +149,7 @@ def _train(
                 "compile_peak_bytes": max(0, trainer.compile_peak_bytes - baseline),
                 "saved_activation_bytes": trainer.saved_activation_bytes,
                 **{f"{kind}_bytes": n for kind, n in trainer.kinds.items()},
+                "optimizer_state_bytes": trainer.optimizer_state_bytes,
             },
             "speed": {**_compilation(trainer), **_speed([e for e in events if isinstance(e, Stepped)])},
             "steps": [asdict(e) for e in events if isinstance(e, Stepped)],

@@ -1,0 +1,308 @@
+"""AdamW whose states lie in pages: as little of them in memory as asked for, the same bits as without paging.
+
+The states of all parameters, in order, fill one page after the other; a large parameter is cut into pieces, small ones (LoRA)
+share a page. A piece has both moments, so that one read brings all it needs. A step walks the pages and updates the
+parameters' pieces with the same operation on slices that the unpaged optimiser applies to whole tensors: it works element by
+element, and a cut at a multiple of 256 elements leaves its vectors whole, so not a bit differs (a test holds it). Later pages
+are read while this one is used, earlier ones written behind it.
+
+Every other step walks backwards. Walked in one direction only, a cycle longer than the budget never finds a page that the
+least recently used rule has kept; there and back, each step begins with the pages that the last one ended with, and a budget
+of a tenth saves a tenth of the traffic.
+
+`adamw_8bit` is this optimiser with all pages resident: one arithmetic for both, nothing to keep equal.
+
+Rejected: paging whole tensors as bitsandbytes does (the embedding alone may exceed the budget; its LoRA states are never
+paged); updating parameters during backward (gradient clipping needs all gradients first).
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from lownibble.errors import ConfigError, TrainingError
+from lownibble.optim import eight_bit
+from lownibble.optim.eight_bit import AdamStep
+from lownibble.optim.paging import PAGE_BYTES, PageStore
+
+UNIT = 256
+"""Pieces are cut at multiples of so many elements: a block of 8-bit codes, a whole number of any machine's vectors."""
+
+ALIGNMENT = 64
+AHEAD = 8
+"""Pages read ahead of the one in use."""
+
+SMALLEST_DEFAULT_BUDGET = 16 << 20
+
+
+@dataclass(frozen=True)
+class Paging:
+    """How much of the states may be resident (None: a tenth, at least 16 MiB), and the folder of the file with the rest."""
+
+    budget_bytes: int | None = None
+    folder: Path | None = None
+
+
+class Field(NamedTuple):
+    """One state of a parameter: its name, type, and how many elements of the parameter share one value of it."""
+
+    key: str
+    dtype: torch.dtype
+    per: int = 1
+
+    def count(self, n: int) -> int:
+        """Values for n elements."""
+        return -(-n // self.per)
+
+    def span(self, n: int) -> int:
+        """Bytes in a page for n elements."""
+        return -(-self.count(n) * self.dtype.itemsize // ALIGNMENT) * ALIGNMENT
+
+
+class Piece(NamedTuple):
+    """Elements [start, stop) of a parameter, whose states are at `offset` of a page."""
+
+    parameter: nn.Parameter
+    group: int
+    start: int
+    stop: int
+    offset: int
+
+
+class Slices(NamedTuple):
+    """What one piece's update works on, flat: parameter, gradient, one tensor for each field; and the parameter's step."""
+
+    parameter: Tensor
+    gradient: Tensor
+    states: list[Tensor]
+    step: Tensor
+
+
+class Arithmetic(Protocol):
+    """An optimiser's states and their update."""
+
+    def fields(self, parameter: nn.Parameter) -> list[Field]:
+        """The states of a parameter."""
+
+    def new_step(self, parameter: nn.Parameter) -> Tensor:
+        """() float32, zero: where the parameter's steps are counted."""
+
+    def update(self, group: dict[str, Any], pieces: list[Slices]) -> None:
+        """One step on pieces of parameters of a group and of one type."""
+
+
+class Fused:
+    """torch's fused AdamW; states in the parameter's type, as there."""
+
+    def fields(self, parameter: nn.Parameter) -> list[Field]:
+        """Both moments."""
+        return [Field("exp_avg", parameter.dtype), Field("exp_avg_sq", parameter.dtype)]
+
+    def new_step(self, parameter: nn.Parameter) -> Tensor:
+        """On the parameter's device, where the fused operation wants it."""
+        return torch.zeros((), device=parameter.device)
+
+    def update(self, group: dict[str, Any], pieces: list[Slices]) -> None:
+        """One call for all pieces, the same call that `torch.optim.AdamW(fused=True)` makes."""
+        torch._fused_adamw_(
+            [p.parameter for p in pieces], [p.gradient for p in pieces], [p.states[0] for p in pieces],
+            [p.states[1] for p in pieces], [], [p.step for p in pieces], lr=group["lr"], beta1=group["betas"][0],
+            beta2=group["betas"][1], weight_decay=group["weight_decay"], eps=group["eps"], amsgrad=False, maximize=False,
+            grad_scale=None, found_inf=None,
+        )  # fmt: skip
+
+
+class EightBit:
+    """Moments in 8 bits; in float32 for small parameters."""
+
+    def fields(self, parameter: nn.Parameter) -> list[Field]:
+        """Codes and block constants of both moments, or the moments."""
+        if parameter.numel() < eight_bit.SMALLEST:
+            return [Field("exp_avg", torch.float32), Field("exp_avg_sq", torch.float32)]
+        return [
+            Field("exp_avg", torch.uint8), Field("exp_avg_sq", torch.uint8),
+            Field("exp_avg_absmax", torch.float32, eight_bit.BLOCK), Field("exp_avg_sq_absmax", torch.float32, eight_bit.BLOCK),
+        ]  # fmt: skip
+
+    def new_step(self, parameter: nn.Parameter) -> Tensor:
+        """On the CPU, where it is read."""
+        return torch.zeros(())
+
+    def update(self, group: dict[str, Any], pieces: list[Slices]) -> None:
+        """Piece by piece."""
+        for parameter, gradient, states, step in pieces:
+            numbers = AdamStep(int(step), group["lr"], group["betas"], group["eps"], group["weight_decay"])
+            if len(states) == 2:
+                numbers.update(parameter, gradient, states[0], states[1])
+            else:
+                eight_bit.update_encoded(numbers, parameter, gradient, (states[0], states[1]), (states[2], states[3]))
+
+
+class PagedAdamW(torch.optim.Optimizer):
+    """AdamW over a `PageStore`. `state` holds each parameter's step only; the rest is in the pages (see `parts`).
+
+    Args:
+        groups: parameter groups with `lr`, `betas`, `eps` and `weight_decay`.
+        paging: None keeps all pages resident.
+        page_bytes: size of a page, at least 4096; default: `PAGE_BYTES`.
+    Raises:
+        ConfigError: a parameter cannot be paged, or the budget is below one page. (The file is made by `open`.)
+    """
+
+    def __init__(
+        self, groups: list[dict[str, Any]], arithmetic: Arithmetic, paging: Paging | None, page_bytes: int | None = None
+    ) -> None:
+        super().__init__(groups, {})
+        page_bytes = page_bytes or PAGE_BYTES
+        self._arithmetic, self._page_bytes = arithmetic, page_bytes
+        owned = [(p, number) for number, group in enumerate(self.param_groups) for p in group["params"]]
+        devices = {p.device for p, _ in owned}
+        if len(devices) > 1 or not all(p.is_contiguous() for p, _ in owned):
+            raise ConfigError(
+                "A paged or 8-bit optimiser wants contiguous parameters on one device. Use optim='adamw' for this model."
+            )
+        self._device = devices.pop()
+        self._fields = {p: arithmetic.fields(p) for p, _ in owned}
+        self._pages = self._lay_out(owned)
+        self.total_bytes = sum(field.count(p.numel()) * field.dtype.itemsize for p in self._fields for field in self._fields[p])
+        self.budget_bytes, self._folder = None, None
+        if paging is not None:
+            default = max(SMALLEST_DEFAULT_BUDGET, self.total_bytes // 10)
+            self.budget_bytes, self._folder = default if paging.budget_bytes is None else paging.budget_bytes, paging.folder
+            if self.budget_bytes < page_bytes:
+                raise ConfigError(
+                    f"The page budget of the optimiser must be at least one page, {page_bytes / 2**20:g} MiB. Got "
+                    f"{self.budget_bytes} bytes. Raise 'optim_page_budget' (--optim-page-budget)."
+                )
+        self._store: PageStore | None = None
+        self._backwards = False
+
+    def _lay_out(self, owned: list[tuple[nn.Parameter, int]]) -> list[list[Piece]]:
+        pages: list[list[Piece]] = [[]] if owned else []
+        used = 0
+        for parameter, group in owned:
+            fields, start, n = self._fields[parameter], 0, parameter.numel()
+            unit = sum(field.count(UNIT) * field.dtype.itemsize for field in fields)
+            while start < n:
+                room = self._page_bytes - used
+                count = n - start
+                if sum(field.span(count) for field in fields) > room:
+                    count = max(0, room - ALIGNMENT * len(fields)) // unit * UNIT
+                if count:
+                    pages[-1].append(Piece(parameter, group, start, start + count, used))
+                    used += sum(field.span(count) for field in fields)
+                    start += count
+                else:
+                    assert used, "a page holds at least one unit"
+                    pages.append([])
+                    used = 0
+        return pages
+
+    def open(self) -> PageStore:
+        """The store, made at the first call.
+
+        Raises:
+            OutputError: its file cannot be made.
+        """
+        if self._store is None:
+            self._store = PageStore(
+                len(self._pages), self._page_bytes, self.budget_bytes, folder=self._folder, device=self._device
+            )  # fmt: skip
+        return self._store
+
+    def close(self) -> None:
+        """Drop the states and their file."""
+        if self._store is not None:
+            self._store.close()
+            self._store = None
+
+    @property
+    def resident_bytes(self) -> int:
+        """Bytes of the states in memory."""
+        return self._store.resident_bytes if self._store else 0
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        """One step for every parameter that has a gradient.
+
+        Raises:
+            TrainingError: the pages' disk failed; some parameters have taken the step and others have not.
+        """
+        store = self.open()
+        flat = {}
+        for parameter in self._fields:
+            if parameter.grad is not None:
+                if not self.state[parameter]:
+                    self.begin(parameter)
+                step = self.state[parameter]["step"].add_(1)
+                flat[parameter] = parameter.view(-1), parameter.grad.reshape(-1), step
+        walk = [number for number, pieces in enumerate(self._pages) if any(piece.parameter in flat for piece in pieces)]
+        if self._backwards:
+            walk.reverse()
+        self._backwards = not self._backwards
+        ahead = min(AHEAD, store.n_slots - 1)
+        store.prefetch(walk[:ahead])
+        for place, number in enumerate(walk):
+            with store.use(number) as page:
+                store.prefetch(walk[place + ahead : place + ahead + 1] if ahead else ())
+                self._update(page, self._pages[number], flat)
+
+    def _update(self, page: Tensor, pieces: list[Piece], flat: dict[nn.Parameter, tuple[Tensor, Tensor, Tensor]]) -> None:
+        alike = defaultdict(list)
+        for piece in pieces:
+            if piece.parameter in flat:
+                parameter, gradient, step = flat[piece.parameter]
+                part = slice(piece.start, piece.stop)
+                states = [values for _, values in self._views(page, piece)]
+                alike[piece.group, parameter.dtype].append(Slices(parameter[part], gradient[part], states, step))
+        for (group, _), members in alike.items():
+            self._arithmetic.update(self.param_groups[group], members)
+
+    def _views(self, page: Tensor, piece: Piece) -> Iterator[tuple[Field, Tensor]]:
+        """The flat states of a piece, in its page."""
+        offset, n = piece.offset, piece.stop - piece.start
+        for field in self._fields[piece.parameter]:
+            yield field, page[offset : offset + field.count(n) * field.dtype.itemsize].view(field.dtype)
+            offset += field.span(n)
+
+    def shapes(self, parameter: nn.Parameter) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+        """Type and shape of each of a parameter's states in the pages."""
+        return {
+            field.key: (field.dtype, tuple(parameter.shape) if field.per == 1 else (field.count(parameter.numel()),))
+            for field in self._fields[parameter]
+        }
+
+    def parts(self, *, change: bool) -> Iterator[tuple[nn.Parameter, str, int, Tensor]]:
+        """(parameter, state, first value, values) of all that is in the pages of parameters that took a step, page by page.
+
+        The flat values are valid until the next item; `change` lets the caller write into them.
+        """
+        store = self.open()
+        for number, pieces in enumerate(self._pages):
+            pieces = [piece for piece in pieces if self.state.get(piece.parameter)]
+            if not pieces:
+                continue
+            with store.use(number, change=change) as page:
+                store.prefetch(range(number + 1, min(number + store.n_slots, number + 2, len(self._pages))))
+                for piece in pieces:
+                    for field, values in self._views(page, piece):
+                        yield piece.parameter, field.key, piece.start // field.per, values
+
+    def begin(self, parameter: nn.Parameter) -> None:
+        """Count the steps of a parameter, from 0; its states exist from now on."""
+        self.state[parameter] = {"step": self._arithmetic.new_step(parameter)}
+
+    def state_dict(self) -> dict[str, Any]:
+        """Refused: the states would have to be in memory at once."""
+        raise TrainingError("A paged optimiser has no state_dict. Save it with a checkpoint of the run, page by page.")
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Refused, like `state_dict`."""
+        self.state_dict()
