@@ -95,7 +95,8 @@ def test_damaged_checkpoints_only_are_an_error(tiny_model, tiny_data, tmp_path):
 def test_a_signal_saves_and_stops(tiny_model, tiny_data, tmp_path, number):
     command = [
         sys.executable, "-m", "lownibble.cli.main", "train", "--json", "--model", str(tiny_model), "--data", str(tiny_data),
-        "--method", "lora", "--r", "4", "--max-steps", "3000", "--batch-size", "8", "--max-length", "24", "--output", str(tmp_path / "out"),
+        "--method", "lora", "--r", "4", "--max-steps", "3000", "--batch-size", "8", "--max-length", "24",
+        "--output", str(tmp_path / "out"),
     ]  # fmt: skip
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     events = tmp_path / "out" / "events.jsonl"
