@@ -88,9 +88,12 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     except OSError as error:
         return _fail(error, 1, as_json)
-    except KeyboardInterrupt:
-        print("Interrupted.", file=sys.stderr)
-        return 130
+    except KeyboardInterrupt as error:
+        message = str(error) or "Interrupted."
+        print(message, file=sys.stderr)
+        if as_json:
+            print(json.dumps({"status": "interrupted", "error": message}))
+        return 128 + int(getattr(error, "signal", signal.SIGINT))
 
 
 def _fail(error: LownibbleError | OSError, code: int, as_json: bool) -> int:

@@ -217,6 +217,7 @@ def _fill(model: Any, source: ModelSource, config: QuantConfig | None, device: t
         bnb4bit.check_same(model.lownibble_stored_quantization, config, source.name)
     compute = eightbit.choose(config.compute, device) if config is not None else "exact"
     to_quantize = quantizable(model, config) if config is not None and not packed else set()
+    model.lownibble_stored_dtypes = {}
     expected = {name for name, _ in model.named_parameters()} | set(_persistent_buffers(model))
     aliases = _tied_aliases(model)
     _check_names(expected, checkpoint, packed, aliases, model, source)
@@ -233,6 +234,7 @@ def _fill(model: Any, source: ModelSource, config: QuantConfig | None, device: t
             _place_quantized(model, path, replace(quantized, dtype=dtype), device, compute)
         else:
             _place_dense(model, key, tensor, device, dtype)
+            model.lownibble_stored_dtypes[key] = str(tensor.dtype).removeprefix("torch.")
     model.tie_weights()
     for name, buffer in model.named_buffers():  # not in checkpoints: rotary frequencies and the like
         _set_tensor(model, name, buffer.to(device))

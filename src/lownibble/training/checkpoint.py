@@ -1,8 +1,9 @@
 """Checkpoints of a run: trainable tensors, optimiser states and the position, in safetensors and JSON.
 
 A checkpoint is a folder `checkpoints/step-NNNNNN`, written under another name, synced and renamed, so that a folder of that name
-is complete. Data order, schedule and dropout are functions of (seed, step), so the step number is all the state they need, and
-a resumed run gives the same bits as one that was never interrupted. The newest two are kept.
+is complete. A disk may damage it later: `state.json` has a checksum of the tensors and of itself, and a damaged checkpoint is
+passed over for the one before. Data order, schedule and dropout are functions of (seed, step), so the step number is all the
+state they need, and a resumed run gives the same bits as one that was never interrupted. The newest two are kept.
 
 Tensors go to the file and come back part by part (`tensorfile.py`), the states of a paged optimiser page by page: a checkpoint
 takes no memory worth the name. It does not say whether the states were paged: either kind of run goes on from the other's.
@@ -10,6 +11,7 @@ takes no memory worth the name. It does not say whether the states were paged: e
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
@@ -55,7 +57,8 @@ def save(folder: Path, step: int, model: nn.Module, optimizer: torch.optim.Optim
     shutil.rmtree(aside, ignore_errors=True)
     aside.mkdir(parents=True)
     tensorfile.write(aside / "state.safetensors", entries, _parts(trained, optimizer))
-    (aside / "state.json").write_text(json.dumps({"step": step, "config": config}, indent=2, sort_keys=True) + "\n")
+    state = {"step": step, "config": config, "tensors": _digest(aside / "state.safetensors")}
+    (aside / "state.json").write_text(json.dumps({**state, "self": _own_digest(state)}, indent=2, sort_keys=True) + "\n")
     for file in aside.iterdir():
         sync(file)
     shutil.rmtree(final, ignore_errors=True)
@@ -80,11 +83,51 @@ def complete(folder: Path) -> list[Path]:
     return sorted(folder.glob("step-*"))
 
 
-def restore(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, config: dict[str, Any]) -> int:
-    """Put a checkpoint's tensors back, in place; returns its step.
+def _digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _own_digest(state: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(state, sort_keys=True).encode()).hexdigest()
+
+
+def _damage(path: Path) -> str:
+    """What is wrong with a checkpoint's files, or nothing."""
+    try:
+        state = json.loads((path / "state.json").read_text())
+        own = state.pop("self")
+        if own != _own_digest(state):
+            return "state.json has changed since it was written"
+        if _digest(path / "state.safetensors") != state["tensors"]:
+            return "state.safetensors has changed since it was written"
+    except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
+        return f"{type(error).__name__}: {error}"
+    return ""
+
+
+def newest(folder: Path) -> tuple[Path | None, list[str]]:
+    """The newest checkpoint below `folder` that is whole, or None where there is none, and what is wrong with newer ones.
 
     Raises:
-        OutputError: it is damaged, or belongs to a run with other options (named).
+        OutputError: there are checkpoints, and all of them are damaged.
+    """
+    damaged: list[str] = []
+    for path in reversed(complete(folder)):
+        wrong = _damage(path)
+        if not wrong:
+            return path, damaged
+        damaged.append(f"checkpoint '{path}' is damaged ({wrong})")
+    if damaged:
+        raise OutputError(f"There is no whole checkpoint to resume from: {'; '.join(damaged)}. Start again with a new --output.")
+    return None, []
+
+
+def restore(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, config: dict[str, Any]) -> int:
+    """Put a whole checkpoint's tensors back, in place; returns its step.
+
+    Raises:
+        OutputError: it cannot be read, or belongs to a run with other options (named).
     """
     try:
         state = json.loads((path / "state.json").read_text())
@@ -94,7 +137,7 @@ def restore(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, conf
     except OutputError:
         raise
     except (OSError, ValueError) as error:
-        raise OutputError(f"Checkpoint '{path}' is damaged: {error}. Delete it to resume from the one before.") from None
+        raise OutputError(f"Checkpoint '{path}' cannot be read: {error}. Delete it to resume from the one before.") from None
     return int(state["step"])
 
 

@@ -1,4 +1,5 @@
-"""What a training run reports, in order: `Started`, then `Stepped`, `Evaluated` and `Saved`, then `Finished`.
+"""What a training run reports, in order: `Started`, then `Stepped` or `Skipped`, `Evaluated` and `Saved`, then `Finished`; a
+`Warned` anywhere.
 
 The loop yields these and never prints; sinks (`sinks.py`) turn them into bars, files and curves.
 """
@@ -39,6 +40,22 @@ class Stepped:
 
 
 @dataclass(frozen=True)
+class Skipped:
+    """A step that was not taken, because its loss or gradient was not finite; `reason` names where that began."""
+
+    step: int
+    reason: str
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Warned:
+    """Something that a user should know and that did not stop the run."""
+
+    message: str
+
+
+@dataclass(frozen=True)
 class Evaluated:
     """Mean loss over the label tokens of the evaluation rows; for label data the scores and, by row, `correct`."""
 
@@ -66,4 +83,4 @@ class Finished:
     seconds: float
 
 
-Event = Started | Stepped | Evaluated | Saved | Finished
+Event = Started | Stepped | Skipped | Warned | Evaluated | Saved | Finished

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from itertools import islice
 from pathlib import Path
@@ -34,10 +34,14 @@ from lownibble.optim import (
     warmup_steps,
 )
 from lownibble.quant import QuantLinear
-from lownibble.training import checkpoint, compiling, memory
+from lownibble.training import checkpoint, compiling, diagnose, memory
 from lownibble.training.evaluate import Evaluator
-from lownibble.training.events import Evaluated, Event, Finished, Saved, Started, Stepped
+from lownibble.training.events import Evaluated, Event, Finished, Saved, Skipped, Started, Stepped, Warned
+from lownibble.training.interrupt import RunInterrupted
 from lownibble.training.loss import check_head, check_packing, check_rows, label_loss
+
+MAX_SKIPPED = 3
+"""Steps in a row whose loss or gradient is not finite, after which a run ends: the weights do not change, so it would go on."""
 
 _SEED_STRIDE = 1_000_003  # keeps the seeds of neighbouring runs' micro-batches apart
 
@@ -49,6 +53,9 @@ class Trainer:
         optimizer: the optimiser, from the start of `events()`.
         kinds: live bytes by kind when the first step ended, gradients and optimiser states included (those in memory).
         optimizer_state_bytes: of all optimiser states, in memory or not, at the same time.
+        ledger: those bytes by kind and dtype, and what is held in more bits than the checkpoint had.
+        stop_signal: called between steps; another number than 0 ends the run, saved, as by that signal.
+        warnings: what `set_up` found that a user should know.
         saved_activation_bytes: what autograd kept in the first forward pass (the largest one with group_by_length or packing).
         attention_reason: why attention does not run on our kernel, or nothing where it does.
         compiled, compile_reason, compile_seconds, compile_peak_bytes: whether the layers are compiled, why, how long it took and
@@ -85,15 +92,19 @@ class Trainer:
         self.optimizer_state_bytes = 0
         self.saved_activation_bytes = 0
         self.compiled, self.compile_reason, self.compile_seconds, self.compile_peak_bytes = False, "", 0.0, 0
-        self.kinds = memory.bytes_by_kind(model, None)
+        self.kinds, self.ledger = memory.bytes_by_kind(model, None), memory.ledger(model, None)
         self._measured = False
+        self.stop_signal: Callable[[], int] = lambda: 0
+        self.warnings: list[str] = []
         self.checkpoints = Path(config.output_dir) / "checkpoints" if config.output_dir else None
 
     def events(self) -> Iterator[Event]:
-        """Run; yields `Started`, then `Stepped`, `Evaluated` and `Saved`, then `Finished`. Paged states are gone after it.
+        """Run; yields `Started`, then `Stepped` or `Skipped`, `Evaluated` and `Saved`, then `Finished`. Then paged states are gone.
 
         Raises:
-            TrainingError: a loss or gradient is not finite (says at which step), or optimiser states cannot be paged any more.
+            TrainingError: the loss or gradient of several steps in a row was not finite (says where that began), or optimiser
+                states cannot be paged any more.
+            RunInterrupted: it was asked to stop; the steps taken are in a checkpoint, if there is an output folder.
         """
         try:
             yield from self._events()
@@ -103,21 +114,31 @@ class Trainer:
     def _events(self) -> Iterator[Event]:
         config, began = self.config, time.perf_counter()
         first = self.set_up()
+        for message in self.warnings:
+            yield Warned(message)
         yield Started(
             self.total_steps, first, len(self.train_rows), self.cut_rows, *count_parameters(self.model),
             compiled=self.compiled, compile_seconds=self.compile_seconds, compile_reason=self.compile_reason,
         )  # fmt: skip
         if first in (0, self.total_steps):
             yield self.evaluate(first)
+        skipped = 0
         for step, batches in zip(range(first, self.total_steps), self.batches(first), strict=False):
-            yield self.step(step, batches)
+            taken = self.step(step, batches)
+            yield taken
+            skipped = skipped + 1 if isinstance(taken, Skipped) else 0
+            if skipped == MAX_SKIPPED:
+                raise TrainingError(self._gone_wrong(taken))
             done = step + 1
             last = done == self.total_steps
             if last or (config.eval_steps and done % config.eval_steps == 0):
                 yield self.evaluate(done)
-            if self.checkpoints and (last or (config.save_steps and done % config.save_steps == 0)):
+            stop = self.stop_signal()
+            if self.checkpoints and (last or stop or (config.save_steps and done % config.save_steps == 0)):
                 path = checkpoint.save(self.checkpoints, done, self.model, self.optimizer, self.identity)
                 yield Saved(done, str(path))
+            if stop and not last:
+                raise RunInterrupted(self._stopped(done), stop)
         self.model.eval()
         yield Finished(self.total_steps, time.perf_counter() - began)
 
@@ -237,21 +258,34 @@ class Trainer:
             torch.autograd.backward(loss)
         return float(loss.detach())
 
-    def step(self, step: int, batches: list[Batch]) -> Stepped:
-        """Take optimiser step number `step` (0-based) on its batches."""
+    def _gone_wrong(self, last: Skipped | Stepped) -> str:
+        newest = checkpoint.complete(self.checkpoints) if self.checkpoints else []
+        kept = f"The weights of step {last.step - MAX_SKIPPED} are in '{newest[-1]}'" if newest else "Nothing was saved"
+        reason = last.reason if isinstance(last, Skipped) else ""
+        return (
+            f"Steps {last.step - MAX_SKIPPED + 1} to {last.step} were not taken: {reason}. {kept}. "
+            "Lower the learning rate, or look for bad rows."
+        )
+
+    def _stopped(self, done: int) -> str:
+        if self.checkpoints:
+            return f"Stopped after step {done} of {self.total_steps}, which is saved. Go on with --resume."
+        return f"Stopped after step {done} of {self.total_steps}. Nothing was saved: there is no output folder."
+
+    def step(self, step: int, batches: list[Batch]) -> Stepped | Skipped:
+        """Take optimiser step number `step` (0-based) on its batches, unless its loss or gradient is not finite."""
         began = time.perf_counter()
         config = self.config
         n_labels = sum(batch.n_label_tokens for batch in batches)
         loss = 0.0
         for index, batch in enumerate(batches):
-            torch.manual_seed(config.seed * _SEED_STRIDE + step * len(batches) + index)  # dropout
+            self._seed(step * len(batches) + index)
             loss += self._backward(batch, n_labels, measured=not self._measured and index == 0)
         norm = self._clip()
         if not math.isfinite(loss) or not math.isfinite(norm):
-            raise TrainingError(
-                f"Step {step + 1}: the loss is {loss} and the gradient's norm {norm}. The step was not taken. "
-                "Lower the learning rate, or look for bad rows."
-            )
+            reason = f"the loss is {loss} and the gradient's norm {norm}; {self._origin(step, batches, n_labels)}"
+            self.optimizer.zero_grad(set_to_none=True)
+            return Skipped(step + 1, reason, time.perf_counter() - began)
         warmup = warmup_steps(self.total_steps, config.warmup_ratio)
         rate = learning_rate(config.lr_scheduler_type, config.learning_rate, step, self.total_steps, warmup)
         set_learning_rate(self.optimizer, rate)
@@ -259,11 +293,29 @@ class Trainer:
         if not self._measured:
             self.kinds, self._measured = memory.bytes_by_kind(self.model, self.optimizer), True
             self.optimizer_state_bytes = state_bytes(self.optimizer).total
+            self.ledger = memory.ledger(self.model, self.optimizer)
         self.optimizer.zero_grad(set_to_none=True)
         return Stepped(
             step + 1, loss, rate, norm, sum(b.n_tokens for b in batches), sum(b.input_ids.numel() for b in batches), n_labels,
             sum(b.n_rows for b in batches), time.perf_counter() - began,
         )  # fmt: skip
+
+    def _seed(self, micro_batch: int) -> None:
+        """Dropout's seed for one micro-batch of the run."""
+        torch.manual_seed(self.config.seed * _SEED_STRIDE + micro_batch)
+
+    def _origin(self, step: int, batches: list[Batch], n_labels: int) -> str:
+        """Where the step's values stopped being finite."""
+
+        def forward() -> torch.Tensor:
+            losses = []
+            for index, batch in enumerate(batches):
+                self._seed(step * len(batches) + index)
+                with self._attention(self.model):
+                    losses.append(self._loss(batch, n_labels))
+            return torch.stack(losses)
+
+        return diagnose.origin(self.model, forward)
 
     def _clip(self) -> float:
         trained = [p for p in self.model.parameters() if p.requires_grad]
@@ -280,5 +332,6 @@ class Trainer:
     def _restore(self) -> int:
         if not (self.config.resume and self.checkpoints):
             return 0
-        newest = checkpoint.complete(self.checkpoints)
-        return checkpoint.restore(newest[-1], self.model, self.optimizer, self.identity) if newest else 0
+        newest, damaged = checkpoint.newest(self.checkpoints)
+        self.warnings += [f"{what}; the one before it is used" for what in damaged]
+        return checkpoint.restore(newest, self.model, self.optimizer, self.identity) if newest else 0

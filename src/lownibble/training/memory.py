@@ -8,6 +8,7 @@ baseline taken after imports, so that they compare between methods.
 from __future__ import annotations
 
 import gc
+import math
 import resource
 import sys
 from collections.abc import Iterator
@@ -20,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from lownibble.lora import LowRank
-from lownibble.optim import state_bytes
+from lownibble.optim import state_bytes, states
 from lownibble.quant import QuantLinear
 
 _STATUS, _CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
@@ -67,15 +68,57 @@ def bytes_by_kind(model: nn.Module, optimizer: torch.optim.Optimizer | None) -> 
             if id(parameter) in seen:
                 continue
             seen.add(id(parameter))
-            kind = "adapters" if isinstance(module, LowRank) else "weights"
-            if isinstance(module, QuantLinear) and name != "bias":
-                kind = "codes" if name == "codes" else "constants"
-            kinds[kind] += parameter.nbytes
+            kinds[_kind(module, name)] += parameter.nbytes
             if parameter.grad is not None:
                 kinds["gradients"] += parameter.grad.nbytes
     if optimizer is not None:
         kinds["optimizer"] = state_bytes(optimizer).resident
     return kinds
+
+
+def ledger(model: Any, optimizer: torch.optim.Optimizer | None) -> dict[str, Any]:
+    """Every kind of tensor by dtype, and what is held in more bits than the checkpoint had; optimiser states, paged out or not.
+
+    Returns:
+        `tensors`: [{kind, dtype, tensors, bytes}]; `upcasts`: [{kind, from, to, tensors, bytes}], bytes as they are now.
+    """
+    stored = getattr(model, "lownibble_stored_dtypes", {})
+    found: dict[tuple[str, ...], list[int]] = {}
+    raised: dict[tuple[str, ...], list[int]] = {}
+    seen: set[int] = set()
+    for path, module in model.named_modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            if id(parameter) in seen:
+                continue
+            seen.add(id(parameter))
+            kind, dtype = _kind(module, name), str(parameter.dtype).removeprefix("torch.")
+            _add(found, (kind, dtype), parameter.nbytes)
+            before = stored.get(f"{path}.{name}".lstrip(".").replace(".base.", "."))
+            if before and kind == "weights" and parameter.itemsize > getattr(torch, before).itemsize:
+                _add(raised, (kind, before, dtype), parameter.nbytes)
+            if parameter.grad is not None:
+                _add(found, ("gradients", str(parameter.grad.dtype).removeprefix("torch.")), parameter.grad.nbytes)
+            for of_state, shape in states.shapes(optimizer, parameter).values() if optimizer and parameter.requires_grad else ():
+                _add(found, ("optimizer", str(of_state).removeprefix("torch.")), math.prod(shape) * of_state.itemsize)
+    return {
+        "tensors": [{"kind": k, "dtype": d, "tensors": n, "bytes": b} for (k, d), (n, b) in sorted(found.items())],
+        "upcasts": [
+            {"kind": k, "from": before, "to": d, "tensors": n, "bytes": b} for (k, before, d), (n, b) in sorted(raised.items())
+        ],
+    }  # fmt: skip
+
+
+def _add(counts: dict[tuple[str, ...], list[int]], key: tuple[str, ...], n_bytes: int) -> None:
+    entry = counts.setdefault(key, [0, 0])
+    entry[0] += 1
+    entry[1] += n_bytes
+
+
+def _kind(module: nn.Module, name: str) -> str:
+    """The kind of memory that a module's own parameter is."""
+    if isinstance(module, QuantLinear) and name != "bias":
+        return "codes" if name == "codes" else "constants"
+    return "adapters" if isinstance(module, LowRank) else "weights"
 
 
 class SavedActivations:

@@ -7,6 +7,7 @@ return the same result.
 from __future__ import annotations
 
 import statistics
+import sys
 from collections.abc import Iterable
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
@@ -14,15 +15,15 @@ from pathlib import Path
 from typing import Any
 
 from lownibble.config import DataConfig, RunConfig, TrainConfig
-from lownibble.data import Dataset, Encoded, choices, encode
+from lownibble.data import Dataset, Encoded, Example, choices, encode
 from lownibble.data import load as load_data
 from lownibble.errors import ModelError
 from lownibble.lora import add_lora, count_parameters, save_adapter
 from lownibble.lora.inject import adapter_configs
 from lownibble.models import load, pick_device
 from lownibble.quant import QuantLinear
-from lownibble.training import memory, record
-from lownibble.training.events import Evaluated, Event, Finished, Started, Stepped
+from lownibble.training import interrupt, memory, record, verify
+from lownibble.training.events import Evaluated, Event, Finished, Skipped, Started, Stepped, Warned
 from lownibble.training.loop import Trainer
 from lownibble.training.output import claim
 from lownibble.training.sinks import JsonlSink, Sink, TensorBoardSink, deliver, read_events
@@ -133,6 +134,7 @@ def _train(
         baseline = loaded["baseline_bytes"] if loaded else memory.used_bytes(trainer.device)
         memory.reset_peak(trainer.device)
         past = read_events(folder / "events.jsonl") if folder and config.resume else []
+        trainer.stop_signal = stack.enter_context(interrupt.requests())
         events = _history(past, list(deliver(trainer.events(), sinks)))
         peak = memory.peak_bytes(trainer.device)
         result = {
@@ -150,21 +152,28 @@ def _train(
                 "saved_activation_bytes": trainer.saved_activation_bytes,
                 **{f"{kind}_bytes": n for kind, n in trainer.kinds.items()},
                 "optimizer_state_bytes": trainer.optimizer_state_bytes,
+                "ledger": trainer.ledger,
             },
             "speed": {**_compilation(trainer), **_speed([e for e in events if isinstance(e, Stepped)])},
             "steps": [asdict(e) for e in events if isinstance(e, Stepped)],
+            "skipped": [asdict(e) for e in events if isinstance(e, Skipped)],
+            "warnings": [e.message for e in events if isinstance(e, Warned)],
             "evaluations": [asdict(e) for e in events if isinstance(e, Evaluated)],
             "seconds": next((e.seconds for e in events if isinstance(e, Finished)), None),
         }
-        adapter = _save(model, tokenizer, folder, result) if folder else None
+        told = len(result["warnings"])
+        adapter = _save(model, tokenizer, folder, result, encoded[0].examples) if folder else None
+        for message in result["warnings"][told:]:
+            print(f"warning: {message}", file=sys.stderr)
     return TrainResult(model, tokenizer, result, adapter)
 
 
 def _history(past: list[Event], events: list[Event]) -> list[Event]:
     """The events of the whole run: those before the checkpoint it was resumed from, then those of this process."""
     first = next(event.first_step for event in events if isinstance(event, Started))
-    kept = {(type(e), e.step): e for e in past if isinstance(e, (Stepped, Evaluated)) and e.step <= first}
-    now = {(type(e), e.step) for e in events if isinstance(e, (Stepped, Evaluated))}
+    of_steps = (Stepped, Skipped, Evaluated)
+    kept = {(type(e), e.step): e for e in past if isinstance(e, of_steps) and e.step <= first}
+    now = {(type(e), e.step) for e in events if isinstance(e, of_steps)}
     return [*(event for key, event in kept.items() if key not in now), *events]
 
 
@@ -234,14 +243,17 @@ def _speed(steps: list[Stepped]) -> dict[str, Any]:
     }
 
 
-def _save(model: Any, tokenizer: Any, folder: Path, result: dict[str, Any]) -> Path | None:
-    adapter = None
+def _save(model: Any, tokenizer: Any, folder: Path, result: dict[str, Any], examples: list[Example]) -> Path | None:
+    adapter, end = None, tokenizer.eos_token_id
     if adapter_configs(model):
         adapter = save_adapter(model, folder / "adapter")
+        result["saved"], told = verify.check_adapter(model, adapter, examples, end)
         result["adapter_bytes"] = (adapter / "adapter_model.safetensors").stat().st_size
     else:
         model.save_pretrained(folder / "model")
         tokenizer.save_pretrained(folder / "model")
+        result["saved"], told = verify.check_model(model, folder / "model", examples, end)
         result["adapter_bytes"] = sum(f.stat().st_size for f in (folder / "model").glob("*.safetensors"))
+    result["warnings"] += told
     record.write(folder / "record.json", result)
     return adapter

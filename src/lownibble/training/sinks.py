@@ -17,7 +17,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from lownibble.errors import ConfigError
 from lownibble.training.compiling import IMPOSSIBLE
-from lownibble.training.events import Evaluated, Event, Finished, Started, Stepped
+from lownibble.training.events import Evaluated, Event, Finished, Skipped, Started, Stepped, Warned
 
 
 class Sink(AbstractContextManager["Sink"]):
@@ -61,6 +61,11 @@ class ProgressSink(Sink):
         elif isinstance(event, Stepped):
             figures = f"loss {event.loss:.3f}  {event.tokens / event.seconds:.0f} tok/s"
             self.progress.update(self.task, completed=event.step, figures=figures)
+        elif isinstance(event, Skipped):
+            self.progress.update(self.task, completed=event.step)
+            self.console.print(f"{self.label}: step {event.step} was skipped: {event.reason}")
+        elif isinstance(event, Warned):
+            self.console.print(f"{self.label}: warning: {event.message}")
         elif isinstance(event, Evaluated):
             scores = "".join(f", {name} {value:.3f}" for name, value in event.scores.items())
             self.console.print(f"{self.label}: step {event.step}: evaluation loss {event.loss:.4f}{scores}")

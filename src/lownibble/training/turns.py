@@ -19,6 +19,7 @@ from typing import IO, Any
 
 from lownibble.config import RunConfig
 from lownibble.errors import TrainingError
+from lownibble.training.events import Stepped
 
 
 class TurnTaker:
@@ -94,7 +95,10 @@ def main(spec: str) -> None:
     steps = enumerate(trainer.batches())
 
     def do(count: int) -> dict[str, Any]:
-        done = [trainer.step(index, batches) for index, batches in islice(steps, count)]
+        taken = [trainer.step(index, batches) for index, batches in islice(steps, count)]
+        done = [step for step in taken if isinstance(step, Stepped)]
+        if len(done) < len(taken):
+            raise TrainingError("A step's loss or gradient was not finite, so it cannot be timed. Lower the learning rate.")
         return {
             "tokens": sum(s.tokens for s in done),
             "padded_tokens": sum(s.padded_tokens for s in done),
