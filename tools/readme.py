@@ -80,7 +80,10 @@ def decode() -> str:
 def quality() -> str:
     """8-bit products against exact compute."""
     record = _record("quality-cpu")
-    lines = ["| task, figure | exact (sd over seeds) | int8 (sd) | difference (standard error) | |", "| --- | ---: | ---: | ---: | --- |"]
+    lines = [
+        "| task, figure | exact (sd over seeds) | int8 (sd) | difference (standard error) | |",
+        "| --- | ---: | ---: | ---: | --- |",
+    ]
     for task, found in record["tasks"].items():
         for name, figure in found["figures"].items():
             cells = [f"{figure[f'{compute}_mean']:.4f} ({figure[f'{compute}_sd']:.4f})" for compute in ("exact", "int8")]
