@@ -99,7 +99,7 @@ class Trainer:
         self.checkpoints = Path(config.output_dir) / "checkpoints" if config.output_dir else None
 
     def events(self) -> Iterator[Event]:
-        """Run; yields `Started`, then `Stepped` or `Skipped`, `Evaluated` and `Saved`, then `Finished`; paged states are then gone.
+        """Run; yields `Started`, then `Stepped` or `Skipped`, `Evaluated` and `Saved`, then `Finished`. Closes paged states.
 
         Raises:
             TrainingError: the loss or gradient of several steps in a row was not finite (says where that began), or optimiser
