@@ -48,7 +48,7 @@ _INITS_THAT_CHANGE_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 """PEFT's `init_lora_weights` (or how they begin) whose adapters only fit the base weights they left behind."""
 
 
-def _tensors(model: nn.Module, name: str) -> dict[str, Tensor]:
+def adapter_tensors(model: nn.Module, name: str) -> dict[str, Tensor]:
     """File key -> the live tensor, for everything the adapter `name` trained."""
     tensors: dict[str, Tensor] = {}
     for path, layer in lora_layers(model, name):
@@ -95,7 +95,7 @@ def save_adapter(model: nn.Module, folder: str | Path, *, name: str = "default")
     configs = adapter_configs(model)
     if name not in configs:
         raise AdapterError(f"The model has no adapter '{name}' to save. It has: {', '.join(configs) or 'none'}.")
-    tensors = {key: value.detach().cpu().contiguous() for key, value in sorted(_tensors(model, name).items())}
+    tensors = {key: value.detach().cpu().contiguous() for key, value in sorted(adapter_tensors(model, name).items())}
     for key, value in tensors.items():
         if not torch.isfinite(value).all():
             raise AdapterError(
@@ -176,7 +176,7 @@ def load_adapter(model: nn.Module, folder: str | Path, *, name: str = "default",
     stored = {key: tensor for key, tensor in stored.items() if key in expected or not _repeats_base(model, key, tensor)}
     _check_fit(expected, {key: tensor.shape for key, tensor in stored.items()}, path)
     add_lora(model, config, name=name)
-    for key, tensor in _tensors(model, name).items():
+    for key, tensor in adapter_tensors(model, name).items():
         tensor.data.copy_(stored[key])
         tensor.requires_grad_(trainable)
     return model

@@ -127,8 +127,8 @@ class Trainer:
             taken = self.step(step, batches)
             yield taken
             skipped = skipped + 1 if isinstance(taken, Skipped) else 0
-            if skipped == MAX_SKIPPED:
-                raise TrainingError(self._gone_wrong(taken))
+            if skipped in (MAX_SKIPPED, self.total_steps):
+                raise TrainingError(self._gone_wrong(taken, skipped))
             done = step + 1
             last = done == self.total_steps
             if last or (config.eval_steps and done % config.eval_steps == 0):
@@ -258,12 +258,12 @@ class Trainer:
             torch.autograd.backward(loss)
         return float(loss.detach())
 
-    def _gone_wrong(self, last: Skipped | Stepped) -> str:
+    def _gone_wrong(self, last: Skipped | Stepped, count: int) -> str:
         newest = checkpoint.complete(self.checkpoints) if self.checkpoints else []
-        kept = f"The weights of step {last.step - MAX_SKIPPED} are in '{newest[-1]}'" if newest else "Nothing was saved"
+        kept = f"The weights of step {last.step - count} are in '{newest[-1]}'" if newest else "Nothing was saved"
         reason = last.reason if isinstance(last, Skipped) else ""
         return (
-            f"Steps {last.step - MAX_SKIPPED + 1} to {last.step} were not taken: {reason}. {kept}. "
+            f"Steps {last.step - count + 1} to {last.step} were not taken: {reason}. {kept}. "
             "Lower the learning rate, or look for bad rows."
         )
 

@@ -245,6 +245,7 @@ def _speed(steps: list[Stepped]) -> dict[str, Any]:
 
 def _save(model: Any, tokenizer: Any, folder: Path, result: dict[str, Any], examples: list[Example]) -> Path | None:
     adapter, end = None, tokenizer.eos_token_id
+    verify.check_finite(model)
     if adapter_configs(model):
         adapter = save_adapter(model, folder / "adapter")
         result["saved"], told = verify.check_adapter(model, adapter, examples, end)

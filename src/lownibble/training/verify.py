@@ -11,15 +11,30 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from lownibble.data import Example
-from lownibble.errors import OutputError
+from lownibble.errors import OutputError, TrainingError
 from lownibble.lora import load_adapter, set_adapter
-from lownibble.lora.inject import active_adapter, lora_layers, remove_adapter
+from lownibble.lora.adapter import WEIGHTS_FILE, adapter_tensors
+from lownibble.lora.inject import active_adapter, adapter_configs, lora_layers, remove_adapter
 
 _READ_BACK = "lownibble_read_back"
 _TOKENS = 16
+
+
+def check_finite(model: Any) -> None:
+    """Before saving: the model's logits are finite.
+
+    Raises:
+        TrainingError: they are not.
+    """
+    if not bool(torch.isfinite(_logits(model)).all()):
+        raise TrainingError(
+            "After the last step the model gives logits that are not finite; nothing but the checkpoints was saved. Lower the "
+            "learning rate and train again."
+        )
 
 
 def check_adapter(model: Any, folder: Path, examples: list[Example], end: int | None) -> tuple[dict[str, Any], list[str]]:
@@ -28,14 +43,14 @@ def check_adapter(model: Any, folder: Path, examples: list[Example], end: int | 
     Args:
         examples: what it was trained on; end: the end-of-sequence token.
     Raises:
-        OutputError: read back, the adapter does not give the logits of the one in memory.
+        OutputError: read back, the adapter has other tensors than the one in memory, or gives other logits.
     """
     name = active_adapter(model)
     assert name is not None
     layers = list(lora_layers(model, name))
     zero = [path for path, layer in layers if not _adapter(layer, name).any()]
     facts = {
-        "logits_equal_after_reading_back": _reads_back(model, folder, name),
+        "equal_after_reading_back": _reads_back(model, folder, name),
         "layers": len(layers),
         "layers_whose_B_is_zero": len(zero),
         **_facts(model, examples, end),
@@ -43,10 +58,10 @@ def check_adapter(model: Any, folder: Path, examples: list[Example], end: int | 
     told = _told(facts)
     if layers and len(zero) == len(layers):
         told.append("every B of the adapter is zero: it changes nothing. No step was taken, or the learning rate was 0.")
-    if not facts["logits_equal_after_reading_back"]:
+    if not facts["equal_after_reading_back"]:
         raise OutputError(
-            f"The adapter in '{folder}', read back, gives other logits than the one in memory. Go on with --resume to save it "
-            "again; if it happens again, the disk is to be distrusted."
+            f"The adapter in '{folder}', read back, is not the one in memory. Go on with --resume to save it again; "
+            "if it happens again, the disk is to be distrusted."
         )
     return facts, told
 
@@ -67,7 +82,7 @@ def check_model(model: Any, folder: Path, examples: list[Example], end: int | No
     missing = [key for key in expected if key not in tied and isinstance(expected[key], Tensor)]
     if missing:
         raise OutputError(f"'{folder}' lacks {', '.join(missing[:5])}. Go on with --resume to save it again.")
-    facts = {"tensors_equal_after_reading_back": True, **_facts(model, examples, end)}
+    facts = {"equal_after_reading_back": True, **_facts(model, examples, end)}
     return facts, _told(facts)
 
 
@@ -76,17 +91,25 @@ def _adapter(layer: Any, name: str) -> Tensor:
 
 
 @torch.no_grad()
-def _reads_back(model: Any, folder: Path, name: str) -> bool:
-    """Whether the adapter in the folder gives the same logits as the active one."""
+def _logits(model: Any) -> Tensor:
     model.eval()
-    tokens = (
-        torch.arange(_TOKENS, device=model.get_input_embeddings().weight.device) * 37 % model.config.get_text_config().vocab_size
-    )
-    expected = model(input_ids=tokens.unsqueeze(0), use_cache=False).logits
+    device, vocabulary = model.get_input_embeddings().weight.device, model.config.get_text_config().vocab_size
+    tokens = torch.arange(_TOKENS, device=device) * 37 % vocabulary
+    return model(input_ids=tokens.unsqueeze(0), use_cache=False).logits  # type: ignore[no-any-return]
+
+
+def _reads_back(model: Any, folder: Path, name: str) -> bool:
+    """Whether the folder holds the active adapter's tensors and, loaded beside it, gives the same logits."""
+    stored, held = load_file(folder / WEIGHTS_FILE), adapter_tensors(model, name)
+    if stored.keys() != held.keys() or not all(torch.equal(stored[key], value.detach().cpu()) for key, value in held.items()):
+        return False
+    if adapter_configs(model)[name].bias != "none":
+        return True  # only one adapter of a model may train its biases
+    expected = _logits(model)
+    load_adapter(model, folder, name=_READ_BACK)
     try:
-        load_adapter(model, folder, name=_READ_BACK)
         set_adapter(model, _READ_BACK)
-        return torch.equal(model(input_ids=tokens.unsqueeze(0), use_cache=False).logits, expected)
+        return torch.equal(_logits(model), expected)
     finally:
         set_adapter(model, name)
         remove_adapter(model, _READ_BACK)
