@@ -22,7 +22,7 @@ from lownibble.config import DataConfig, LoraConfig, QuantConfig
 from lownibble.data import load as load_data
 from lownibble.lora import add_lora
 from lownibble.models import load, load_tokenizer, pick_device, pick_dtype, resolve
-from lownibble.models.attention import kernel_obstacle, segment_attention
+from lownibble.models.attention import head_dim, kernel_obstacle, segment_attention
 from lownibble.optim import make_optimizer
 from lownibble.training import memory
 from lownibble.training.compiling import Compiled
@@ -168,9 +168,9 @@ def _attention_flops(model: Any, batch_size: int, length: int) -> int:
     torch has no formula for its CPU kernel, and on CUDA counts the keys that a causal mask leaves out.
     """
     config = model.config.get_text_config()
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     pairs = length * (length + 1) // 2
-    return 6 * 2 * batch_size * pairs * config.num_attention_heads * head_dim * config.num_hidden_layers  # type: ignore[no-any-return]
+    width: int = config.num_attention_heads * head_dim(config)
+    return 6 * 2 * batch_size * pairs * width * int(config.num_hidden_layers)
 
 
 if __name__ == "__main__":

@@ -8,8 +8,8 @@ list of models, and it is what packing does too (`models/attention.py`).
 A step takes any number of tokens: a prompt, one token of one sequence, or one of each of many, with an adapter for each range of
 them. Everything is float32 and on the CPU. 8-bit `compute` means training: a step's products are exact.
 
-A head whose weight is exact in bfloat16 (as in most checkpoints) is read from a copy in bfloat16: reading it is a third
-of the time of a small model's token. The copy takes 2 bytes a weight, for as long as the model lives.
+A head whose weight is exact in bfloat16 (as in most checkpoints) is read from a copy in bfloat16: reading it is a large
+part of a small model's token. The copy takes 2 bytes a weight, for as long as the model lives.
 """
 
 from __future__ import annotations

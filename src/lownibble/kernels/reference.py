@@ -17,7 +17,8 @@ from lownibble.kernels.attention import attention as attention
 from lownibble.kernels.attention import attention_backward as attention_backward
 from lownibble.kernels.decoder import DecoderLayers, Segment, Step
 from lownibble.kernels.ops import LARGEST_CODE, PART, Addition, Nested, Rows8bit, row_sizes
-from lownibble.kernels.softmax import softmax_rows as softmax_rows
+from lownibble.kernels.plain import gemv_bf16 as gemv_bf16
+from lownibble.kernels.plain import softmax_rows as softmax_rows
 
 name = "reference"
 device_types = None  # any
@@ -145,10 +146,6 @@ def matmul_8bit(
     if addition.low is not None and addition.factor is not None:
         out = out + addition.low @ (addition.factor * addition.scale)
     return out
-
-
-def gemv_bf16(x_TK: Tensor, weight_NK: Tensor) -> Tensor:
-    return x_TK @ weight_NK.float().t()
 
 
 def decoder_layers(

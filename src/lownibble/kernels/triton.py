@@ -41,7 +41,8 @@ from lownibble.kernels.attention import attention_backward as attention_backward
 from lownibble.kernels.checks import check_block_size, check_float, check_tensor, check_weight, check_weight_8bit
 from lownibble.kernels.decoder import DecoderLayers, Segment, Step
 from lownibble.kernels.ops import LARGEST_CODE, PART, Addition, Nested, Rows8bit, row_sizes
-from lownibble.kernels.softmax import softmax_rows as softmax_rows
+from lownibble.kernels.plain import gemv_bf16 as gemv_bf16
+from lownibble.kernels.plain import softmax_rows as softmax_rows
 
 name = "triton"
 
@@ -440,11 +441,6 @@ def matmul_8bit(
     if addition.low is not None and addition.factor is not None:
         out.addmm_(addition.low, addition.factor, alpha=addition.scale)
     return out
-
-
-def gemv_bf16(x_TK: Tensor, weight_NK: Tensor) -> Tensor:
-    """As `ops.gemv_bf16`: in torch."""
-    return x_TK @ weight_NK.float().t()
 
 
 def decoder_layers(

@@ -75,17 +75,22 @@ def kernel_obstacle(model: Any) -> str:
     weight, config = model.get_input_embeddings().weight, model.config.get_text_config()
     if weight.device.type != "cpu" or weight.dtype != torch.float32:
         return f"it is {weight.dtype} on '{weight.device}'"
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    size = head_dim(config)
     try:
         backend = ops.backend(ops.active_backend("cpu"))
-        has_kernel = getattr(backend, "has_attention", lambda _: False)(head_dim)
+        has_kernel = getattr(backend, "has_attention", lambda _: False)(size)
     except BackendError as error:
         return str(error)
     if not has_kernel:
-        return f"there is no kernel for heads of {head_dim} with these instructions"
+        return f"there is no kernel for heads of {size} with these instructions"
     if getattr(config, "attention_dropout", 0.0):
         return "its attention has dropout"
     return "" if window(model) is None else "its attention has a window"
+
+
+def head_dim(config: Any) -> int:
+    """The size of a head, which some configurations leave to be worked out."""
+    return int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
 
 
 def window(model: Any) -> int | None:

@@ -4,7 +4,7 @@ Full logits never exist. Hidden states at label positions are gathered, go throu
 logits are turned in place into their own gradient, which goes straight back through the head; what is kept for backward is the
 gradient of the hidden states, (L, H). The method is Liger's fused linear cross-entropy; the head may be any module (dense,
 tied, quantised, adapted), because its backward is autograd's. The usual head, a frozen dense matrix, is multiplied into one
-buffer for all chunks: a fresh allocation of that size costs a fault a page, and those took a fifth of the product's time.
+buffer for all chunks: a fresh allocation of that size costs a fault a page, and those take a good part of the product's time.
 
 The backbone is called without the head, so what a model does between head and logits must be known: `_LOGIT_TRANSFORMS` lists
 the configuration keys for it, and `check_head` compares with the model's own logits once, before training.

@@ -1,4 +1,4 @@
-"""`ops.softmax_rows` in plain torch."""
+"""Operations that torch does well enough where there is no kernel of ours: the reference's, and CUDA's."""
 
 from __future__ import annotations
 
@@ -12,3 +12,8 @@ def softmax_rows(x_LV: Tensor, scale: float) -> Tensor:
     total_L1 = x_LV.sum(1, keepdim=True)
     x_LV.mul_(scale / total_L1)
     return (largest_L1 + total_L1.log()).squeeze(1)
+
+
+def gemv_bf16(x_TK: Tensor, weight_NK: Tensor) -> Tensor:
+    """As `ops.gemv_bf16`."""
+    return x_TK @ weight_NK.float().t()
