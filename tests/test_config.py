@@ -29,7 +29,8 @@ VALUES = {
     "alpha_pattern": {"v_proj": 9.0}, "learning_rate": 0.5, "max_steps": 11, "num_train_epochs": 2.5, "batch_size": 3,
     "gradient_accumulation_steps": 2, "lr_scheduler_type": "cosine", "warmup_ratio": 0.2, "max_grad_norm": 0.3,
     "weight_decay": 0.1,
-    "optim": "paged_adamw", "optim_page_budget": "64MB", "max_length": 99, "group_by_length": True, "packing": True,
+    "optim": "paged_adamw", "optim_page_budget": "64MB", "memory_budget": "12GB",
+    "max_length": 99, "group_by_length": True, "packing": True,
     "gradient_checkpointing": True, "torch_compile": True, "seed": 4, "eval_steps": 5,
     "save_steps": 6, "output_dir": "out", "report_to": "tensorboard", "resume": True,
 }  # fmt: skip

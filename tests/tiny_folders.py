@@ -13,7 +13,17 @@ WORDS = ("good bad fine awful film plot actor scene was is the a very not positi
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory):
     """Folder of a two-layer Llama with a word tokenizer."""
-    folder = tmp_path_factory.mktemp("tiny")
+    return write_model(tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.fixture(scope="session")
+def tiny_data(tmp_path_factory):
+    """Folder with train.jsonl and test.jsonl of labelled sentences whose label follows from one word."""
+    return write_data(tmp_path_factory.mktemp("data"))
+
+
+def write_model(folder):
+    """Write the model and its tokenizer; returns the folder."""
     vocabulary = {word: index for index, word in enumerate(["<pad>", "<eos>", "<unk>", *WORDS])}
     backend = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     backend.pre_tokenizer = pre_tokenizers.Whitespace()
@@ -29,10 +39,8 @@ def tiny_model(tmp_path_factory):
     return folder
 
 
-@pytest.fixture(scope="session")
-def tiny_data(tmp_path_factory):
-    """Folder with train.jsonl and test.jsonl of labelled sentences whose label follows from one word."""
-    folder = tmp_path_factory.mktemp("data")
+def write_data(folder):
+    """Write both sides of the data; returns the folder."""
     rows = [
         {"text": f"the {thing} was {extra} {word}".replace("  ", " "), "label": label}
         for thing in ("film", "plot", "actor", "scene")

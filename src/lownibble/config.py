@@ -189,6 +189,11 @@ class TrainConfig(Options):
     optim_page_budget: Annotated[str, AfterValidator(_is_a_size)] | None = Field(
         None, description="states that a paged optimiser keeps in memory, e.g. '64MB'; default: a tenth of them, at least 16MiB"
     )
+    memory_budget: Annotated[str, AfterValidator(_is_a_size)] | None = Field(
+        None,
+        description="most memory to use, e.g. '12GB' (CUDA: of the device; else the whole process): before the first step, "
+        "forward passes, checkpointing and paging are chosen so that the longest batch fits; the effective batch stays the same",
+    )
     max_length: Annotated[int, Ge(2)] = Field(512, description="tokens in a row; longer rows are cut")
     group_by_length: bool = Field(False, description="batch rows of like length together (less padding)")
     packing: bool = Field(False, description="rows one after the other up to max_length, no padding; each row sees itself only")

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.nn.utils.rnn import pad_sequence
 
-from lownibble.data import Example, collate, epoch_batches, eval_batches, stream
+from lownibble.data import Example, collate, cut, epoch_batches, stream
 
 
 def examples_of(lengths) -> list[Example]:
@@ -65,7 +65,7 @@ def test_grouping_puts_the_largest_batch_first_and_pads_no_more(lengths, size):
     batches = epoch_batches(examples, size, 0, 0, group_by_length=True)
     padded = [len(batch) * max(lengths[i] for i in batch) for batch in batches]
     assert padded[0] == max(padded)
-    assert sum(padded) == sum(len(b) * max(lengths[i] for i in b) for b in eval_batches(examples, size))  # one chunk: sorted
+    assert sum(padded) == sum(len(b) * max(lengths[i] for i in b) for b in cut(lengths, None, most=size))  # one chunk: sorted
 
 
 def test_grouping_sorts_within_chunks_only():
@@ -90,9 +90,19 @@ def test_a_stream_can_start_anywhere(n, size, start, grouped):
     assert whole[:epoch] == epoch_batches(examples, size, 3, 0, grouped)[: start + 10]
 
 
-@given(lengths_st, st.integers(1, 9))
-def test_evaluation_batches_hold_each_example_once_longest_first(lengths, size):
-    batches = eval_batches(examples_of(lengths), size)
+@given(lengths_st, st.integers(1, 9), st.none() | st.integers(1, 200))
+def test_cut_batches_hold_each_example_once_longest_first(lengths, size, tokens):
+    batches = cut(lengths, tokens, most=size)
     order = [index for batch in batches for index in batch]
     assert sorted(order) == list(range(len(lengths)))
     assert [lengths[i] for i in order] == sorted(lengths, reverse=True)
+    for batch in batches:
+        assert len(batch) <= size
+        assert len(batch) == 1 or tokens is None or len(batch) * lengths[batch[0]] <= tokens
+
+
+@given(lengths_st, st.integers(1, 200))
+def test_cut_packs_hold_each_example_once(lengths, tokens):
+    packs = cut(lengths, tokens, packed=True)
+    assert sorted(index for rows in packs for index in rows) == list(range(len(lengths)))
+    assert all(len(rows) == 1 or sum(lengths[i] for i in rows) <= tokens for rows in packs)

@@ -132,17 +132,18 @@ def test_accumulated_packs_are_one_mean_over_tokens(tiny_model, uneven_data):
     """A step over four packed batches with different numbers of labels against one padded batch of all their rows."""
     options = {"gradient_accumulation_steps": 4, "max_grad_norm": None, "max_steps": 1}
     packed = trainer(tiny_model, data_of(uneven_data, "text"), **options)
-    batches = next(packed.batches())
+    step_rows = next(packed.micro.steps())
+    batches = packed.micro.batches(step_rows)
     assert len({batch.n_label_tokens for batch in batches}) > 1
     seen = {}
     for name, p in packed.model.named_parameters():
         if p.requires_grad:
             p.register_post_accumulate_grad_hook(lambda p, name=name: seen.__setitem__(name, p.grad.clone()))
-    stepped = packed.step(0, batches)
+    stepped = packed.step(0, step_rows)
 
     plain = trainer(tiny_model, data_of(uneven_data, "text"), packing=False, **options)
     rows = [row for batch in batches for row in batch.input_ids[0].split(batch.segments)]
-    examples = [next(e for e in plain.train_rows if e.input_ids == row.tolist()) for row in rows]
+    examples = [next(e for e in plain.micro.rows if e.input_ids == row.tolist()) for row in rows]
     padded = collate(examples, 0)
     loss = label_loss(plain.model, padded.input_ids, padded.attention_mask, padded.labels)
     loss.backward()
@@ -156,9 +157,9 @@ def test_accumulated_packs_are_one_mean_over_tokens(tiny_model, uneven_data):
 @pytest.mark.parametrize("epochs", [1, 2, 2.5])
 def test_the_steps_of_whole_epochs_see_each_row_once_an_epoch(tiny_model, uneven_data, epochs):
     packed = trainer(tiny_model, data_of(uneven_data), num_train_epochs=epochs)
-    steps = [batch for _, [batch] in zip(range(packed.total_steps), packed.batches(), strict=False)]
+    steps = [packed.micro.batch(rows) for _, [rows] in zip(range(packed.total_steps), packed.micro.steps(), strict=False)]
     rows = [tuple(row.tolist()) for batch in steps for row in batch.input_ids[0].split(batch.segments)]
-    once = Counter(tuple(e.input_ids) for e in packed.train_rows)
+    once = Counter(tuple(e.input_ids) for e in packed.micro.rows)
     counts, whole = Counter(rows), int(epochs)
     assert all(counts[row] >= n * whole for row, n in once.items())
     beyond = len(rows) - whole * once.total()
@@ -220,13 +221,14 @@ def test_a_packed_run_learns_pads_nothing_and_evaluates_as_ever(tiny_model, tiny
 
 def test_the_first_batch_is_the_largest_of_its_epoch(tiny_model, uneven_data):
     packed = trainer(tiny_model, data_of(uneven_data), num_train_epochs=1)
-    tokens = [batches[0].n_tokens for _, batches in zip(range(packed.total_steps), packed.batches(), strict=False)]
+    steps = zip(range(packed.total_steps), packed.micro.steps(), strict=False)
+    tokens = [packed.micro.batch(rows[0]).n_tokens for _, rows in steps]
     assert tokens[0] == max(tokens)
 
 
 def test_steps_for_those_who_measure_are_packed_too(tiny_model, uneven_data):
     ready, _ = prepare(config_of(tiny_model, data_of(uneven_data)))
-    stepped = ready.step(0, next(ready.batches()))
+    stepped = ready.step(0, next(ready.micro.steps()))
     assert stepped.samples > 2
     assert stepped.tokens == stepped.padded_tokens <= 64
 

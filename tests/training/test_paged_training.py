@@ -141,7 +141,9 @@ one, two = fresh(), fresh()
 one[0].weight.grad = torch.ones_like(one[0].weight)
 one[1].step()
 two[1].open()
-for work in (lambda: checkpoint.save(folder, 1, *one, {{}}), lambda: checkpoint.restore(folder / "step-000001", *two, {{}})):
+saving = lambda: checkpoint.save(folder, 1, *one, {{}}, {{}})
+restoring = lambda: checkpoint.restore(checkpoint.newest(folder)[0], *two, {{}})
+for work in (saving, restoring):
     memory.reset_peak(device)
     before = memory.used_bytes(device)
     work()

@@ -36,12 +36,19 @@ def _quality(**options: Any) -> dict[str, Any]:
     return bench_quality(**options)
 
 
+def _memory(**options: Any) -> dict[str, Any]:
+    from lownibble.bench.memory import bench_memory
+
+    return bench_memory(**options)
+
+
 BENCHES: dict[str, Callable[..., dict[str, Any]]] = {
     "kernels": _kernels,
     "parity": _parity,
     "train": _train,
     "decode": _decode,
     "quality": _quality,
+    "memory": _memory,
 }
 """What `lownibble bench` measures: name -> function (peers, repeats), which returns the figures of a record.
 

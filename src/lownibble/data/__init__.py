@@ -1,12 +1,13 @@
 """Rows to batches: `load` a data set, `encode` it with a tokenizer, `collate` examples in the order of `stream`."""
 
-from lownibble.data.batches import Batch, collate, epoch_batches, eval_batches, flatten, stream
+from lownibble.data.batches import IGNORE, Batch, collate, cut, epoch_batches, flatten, stream
 from lownibble.data.choices import Choice, choices
 from lownibble.data.rows import Dataset, Row
 from lownibble.data.sources import load
 from lownibble.data.template import Encoded, Example, encode
 
 __all__ = [
+    "IGNORE",
     "Batch",
     "Choice",
     "Dataset",
@@ -15,9 +16,9 @@ __all__ = [
     "Row",
     "choices",
     "collate",
+    "cut",
     "encode",
     "epoch_batches",
-    "eval_batches",
     "flatten",
     "load",
     "stream",

@@ -13,11 +13,12 @@ from __future__ import annotations
 
 import itertools
 import random
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from lownibble.data.packing import packed_batches
+from lownibble.data.packing import pack, packed_batches
 from lownibble.data.template import Example
 
 if TYPE_CHECKING:
@@ -134,9 +135,21 @@ def stream(
         start_batch = max(0, start_batch - len(batches))
 
 
-def eval_batches(examples: Sequence[Example], batch_size: int) -> list[list[int]]:
-    """All examples once, longest first, as lists of indices; for sums, where the order does not matter."""
-    return _cut(sorted(range(len(examples)), key=lambda index: -len(examples[index].input_ids)), batch_size)
+def cut(
+    lengths: Sequence[int], max_tokens: int | None, *, most: int | None = None, packed: bool = False
+) -> list[list[int]]:  # fmt: skip
+    """Examples of these lengths, longest first, in batches of at most `max_tokens` tokens (padding included; a longer example
+    stands alone) and `most` examples, as lists of indices; for sums, where the order does not matter."""
+    max_tokens = sys.maxsize if max_tokens is None else max_tokens
+    if packed:
+        return pack(range(len(lengths)), lengths, max_tokens)
+    batches: list[list[int]] = []
+    for index in sorted(range(len(lengths)), key=lengths.__getitem__, reverse=True):
+        full = not batches or len(batches[-1]) == most
+        if full or (len(batches[-1]) + 1) * lengths[batches[-1][0]] > max_tokens:
+            batches.append([])
+        batches[-1].append(index)
+    return batches
 
 
 def _cut(items: list[int], size: int) -> list[list[int]]:

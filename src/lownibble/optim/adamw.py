@@ -82,6 +82,13 @@ def state_bytes(optimizer: torch.optim.Optimizer) -> StateBytes:
     return StateBytes(held, held)
 
 
+def planned_bytes(optimizer: torch.optim.Optimizer) -> int:
+    """Bytes of the device's memory that the states will take once every parameter has taken a step."""
+    if isinstance(optimizer, PagedAdamW):
+        return optimizer.planned_bytes
+    return sum(2 * p.nbytes for group in optimizer.param_groups for p in group["params"])
+
+
 def open_states(optimizer: torch.optim.Optimizer) -> None:
     """Make what the states need outside memory, so that a folder that cannot hold them is known before the first step.
 

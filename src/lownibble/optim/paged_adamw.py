@@ -224,6 +224,14 @@ class PagedAdamW(torch.optim.Optimizer):
             self._store = None
 
     @property
+    def planned_bytes(self) -> int:
+        """Bytes of the states in memory once all pages are in use."""
+        n_pages = len(self._pages)
+        if self.budget_bytes is not None:
+            n_pages = min(n_pages, self.budget_bytes // self._page_bytes)
+        return n_pages * self._page_bytes
+
+    @property
     def resident_bytes(self) -> int:
         """Bytes of the states in memory."""
         return self._store.resident_bytes if self._store else 0

@@ -16,6 +16,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,7 @@ from lownibble.training import tensorfile
 from lownibble.training.tensorfile import Entry
 
 KEEP = 2
-_FREE = {"output_dir", "resume", "save_steps", "eval_steps", "optim_page_budget"}
+_FREE = {"output_dir", "resume", "save_steps", "eval_steps", "optim_page_budget", "memory_budget"}
 """Training options that may differ between a run and its resumption."""
 
 
@@ -45,8 +46,20 @@ def sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def save(folder: Path, step: int, model: nn.Module, optimizer: torch.optim.Optimizer, config: dict[str, Any]) -> Path:
-    """Write the checkpoint of `step` below `folder`; returns its path. `config` is what a resumption must agree with."""
+@dataclass(frozen=True)
+class Facts:
+    """A whole checkpoint: where it is, its step, what a resumption must agree with, and how the run fitted into memory."""
+
+    path: Path
+    step: int
+    config: dict[str, Any]
+    fit: dict[str, Any]
+
+
+def save(
+    folder: Path, step: int, model: nn.Module, optimizer: torch.optim.Optimizer, config: dict[str, Any], fit: dict[str, Any]
+) -> Path:  # fmt: skip
+    """Write the checkpoint of `step` below `folder`; returns its path. `config` and `fit` are those of `Facts`."""
     trained = _trained(model)
     entries = {f"model/{name}": Entry(p.dtype, tuple(p.shape)) for name, p in trained.items()}
     for name, parameter in trained.items():
@@ -57,7 +70,7 @@ def save(folder: Path, step: int, model: nn.Module, optimizer: torch.optim.Optim
     shutil.rmtree(aside, ignore_errors=True)
     aside.mkdir(parents=True)
     tensorfile.write(aside / "state.safetensors", entries, _parts(trained, optimizer))
-    state = {"step": step, "config": config, "tensors": _digest(aside / "state.safetensors")}
+    state = {"step": step, "config": config, "fit": fit, "tensors": _digest(aside / "state.safetensors")}
     (aside / "state.json").write_text(json.dumps({**state, "self": _own_digest(state)}, indent=2, sort_keys=True) + "\n")
     for file in aside.iterdir():
         sync(file)
@@ -92,21 +105,25 @@ def _own_digest(state: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(state, sort_keys=True).encode()).hexdigest()
 
 
-def _damage(path: Path) -> str:
-    """What is wrong with a checkpoint's files, or nothing."""
+def _read(path: Path) -> Facts:
+    """The facts of a checkpoint.
+
+    Raises:
+        ValueError: it is damaged; says how.
+    """
     try:
         state = json.loads((path / "state.json").read_text())
         own = state.pop("self")
         if own != _own_digest(state):
-            return "state.json has changed since it was written"
+            raise ValueError("state.json has changed since it was written")
         if _digest(path / "state.safetensors") != state["tensors"]:
-            return "state.safetensors has changed since it was written"
-    except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
-        return f"{type(error).__name__}: {error}"
-    return ""
+            raise ValueError("state.safetensors has changed since it was written")
+        return Facts(path, int(state["step"]), state["config"], state.get("fit", {}))
+    except (OSError, KeyError, AttributeError, TypeError) as error:
+        raise ValueError(f"{type(error).__name__}: {error}") from None
 
 
-def newest(folder: Path) -> tuple[Path | None, list[str]]:
+def newest(folder: Path) -> tuple[Facts | None, list[str]]:
     """The newest checkpoint below `folder` that is whole, or None where there is none, and what is wrong with newer ones.
 
     Raises:
@@ -114,42 +131,41 @@ def newest(folder: Path) -> tuple[Path | None, list[str]]:
     """
     damaged: list[str] = []
     for path in reversed(complete(folder)):
-        wrong = _damage(path)
-        if not wrong:
-            return path, damaged
-        damaged.append(f"checkpoint '{path}' is damaged ({wrong})")
+        try:
+            return _read(path), damaged
+        except ValueError as error:
+            damaged.append(f"checkpoint '{path}' is damaged ({error})")
     if damaged:
         raise OutputError(f"There is no whole checkpoint to resume from: {'; '.join(damaged)}. Start again with a new --output.")
     return None, []
 
 
-def restore(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, config: dict[str, Any]) -> int:
-    """Put a whole checkpoint's tensors back, in place; returns its step.
+def restore(found: Facts, model: nn.Module, optimizer: torch.optim.Optimizer, config: dict[str, Any]) -> None:
+    """Put a whole checkpoint's tensors back, in place.
 
     Raises:
         OutputError: it cannot be read, or belongs to a run with other options (named).
     """
+    path = found.path
     try:
-        state = json.loads((path / "state.json").read_text())
         with tensorfile.Reader(path / "state.safetensors") as file:
-            _check(path, state, model, config, file)
+            _check(found, model, config, file)
             _fill(file, _trained(model), optimizer)
     except OutputError:
         raise
     except (OSError, ValueError) as error:
         raise OutputError(f"Checkpoint '{path}' cannot be read: {error}. Delete it to resume from the one before.") from None
-    return int(state["step"])
 
 
-def _check(path: Path, state: dict[str, Any], model: nn.Module, config: dict[str, Any], file: tensorfile.Reader) -> None:
+def _check(found: Facts, model: nn.Module, config: dict[str, Any], file: tensorfile.Reader) -> None:
     """Refuse a checkpoint of another run."""
-    ours, theirs = _flat(config), _flat(state["config"])
+    path, ours, theirs = found.path, _flat(config), _flat(found.config)
     differing = sorted(k for k in ours.keys() | theirs.keys() if _differ(k, ours.get(k), theirs.get(k)))
     if differing:
         changes = ", ".join(f"{key}: {theirs.get(key)!r} -> {ours.get(key)!r}" for key in differing[:5])
         raise OutputError(f"'{path}' was made with other options ({changes}). Resume with the same ones, or use a new --output.")
-    found = {name.removeprefix("model/"): (e.dtype, e.shape) for name, e in file.entries.items() if name.startswith("model/")}
-    if found != {name: (p.dtype, tuple(p.shape)) for name, p in _trained(model).items()}:
+    held = {name.removeprefix("model/"): (e.dtype, e.shape) for name, e in file.entries.items() if name.startswith("model/")}
+    if held != {name: (p.dtype, tuple(p.shape)) for name, p in _trained(model).items()}:
         raise OutputError(f"'{path}' holds other trained tensors than this model. Resume with the same model and adapter.")
 
 

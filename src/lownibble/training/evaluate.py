@@ -7,13 +7,14 @@ candidates cost a pass each.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from lownibble.data import Choice, Example, collate, eval_batches
+from lownibble.data import Choice, Example, collate, cut
 from lownibble.training.loss import Head, hidden_states, token_losses
 
 
@@ -28,13 +29,20 @@ class Evaluation:
 
 
 class Evaluator:
-    """Evaluates a model on fixed rows; `choices` are the same rows as questions, or None."""
+    """Evaluates a model on fixed rows; `choices` are the same rows as questions, or None.
+
+    Attributes:
+        before_pass: called before each forward pass.
+        max_tokens: most tokens of a forward pass, padding included (a longer row stands alone); None: only `batch_size` counts.
+    """
 
     def __init__(
         self, examples: list[Example], choices: list[Choice] | None, pad_token_id: int, batch_size: int, device: torch.device
     ) -> None:
         self.examples, self.choices, self.pad_token_id, self.device = examples, choices, pad_token_id, device
         self.batch_size = batch_size
+        self.max_tokens: int | None = None
+        self.before_pass: Callable[[], None] = lambda: None
         self.single_token = choices is not None and all(len(c) == 1 for c in choices[0].candidates)
 
     @torch.no_grad()
@@ -44,7 +52,8 @@ class Evaluator:
         model.eval()
         head, total, n_labels = Head(model), 0.0, 0
         scores_NC = torch.empty(len(self.examples), len(self.choices[0].candidates) if self.choices else 0)
-        for rows in eval_batches(self.examples, self.batch_size):
+        for rows in self._batches(self.examples):
+            self.before_pass()
             batch = collate([self.examples[i] for i in rows], self.pad_token_id).to(self.device)
             hidden_BTH = hidden_states(model, batch.input_ids, batch.attention_mask)
             is_label_BT = batch.labels[:, 1:] != -100
@@ -61,6 +70,9 @@ class Evaluator:
         model.train(was_training)
         return self._result(total / n_labels, n_labels, scores_NC)
 
+    def _batches(self, examples: list[Example]) -> list[list[int]]:
+        return cut([len(example.input_ids) for example in examples], self.max_tokens, most=self.batch_size)
+
     def _candidate_likelihoods(self, model: Any, head: Head) -> Tensor:
         """(rows, candidates): log-probability of each candidate's tokens after the prompt."""
         assert self.choices is not None
@@ -69,7 +81,8 @@ class Evaluator:
             for c in self.choices for candidate in c.candidates
         ]  # fmt: skip
         scores = torch.empty(len(rows))
-        for batch_rows in eval_batches(rows, self.batch_size):
+        for batch_rows in self._batches(rows):
+            self.before_pass()
             batch = collate([rows[i] for i in batch_rows], self.pad_token_id).to(self.device)
             hidden_BTH = hidden_states(model, batch.input_ids, batch.attention_mask)[:, :-1]
             is_label_BT = batch.labels[:, 1:] != -100

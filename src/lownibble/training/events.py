@@ -1,5 +1,5 @@
-"""What a training run reports, in order: `Started`, then `Stepped` or `Skipped`, `Evaluated` and `Saved`, then `Finished`; a
-`Warned` anywhere.
+"""What a training run reports, in order: `Fitted` (with a memory budget) and `Started`, then `Stepped` or `Skipped`, `Evaluated`
+and `Saved`, then `Finished`; a `Warned` anywhere.
 
 The loop yields these and never prints; sinks (`sinks.py`) turn them into bars, files and curves.
 """
@@ -22,6 +22,20 @@ class Started:
     compiled: bool = False
     compile_seconds: float = 0.0
     compile_reason: str = ""
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """How training fits into the memory budget. `max_tokens`: most tokens of a forward pass (padding included), None: batches as
+    configured, of up to `whole_tokens`; `peak_bytes`: what is expected."""
+
+    budget_bytes: int
+    peak_bytes: int
+    max_tokens: int | None
+    whole_tokens: int
+    paged: bool
+    gradient_checkpointing: bool
+    seconds: float
 
 
 @dataclass(frozen=True)
@@ -83,4 +97,4 @@ class Finished:
     seconds: float
 
 
-Event = Started | Stepped | Skipped | Warned | Evaluated | Saved | Finished
+Event = Fitted | Started | Stepped | Skipped | Warned | Evaluated | Saved | Finished

@@ -10,56 +10,71 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
+import psutil
 import torch
 from torch import nn
 
 from lownibble.config import TrainConfig, n_bytes
-from lownibble.data import Batch, Choice, Example, collate, epoch_batches, flatten, stream
+from lownibble.data import Batch, Choice, Example
 from lownibble.errors import ConfigError, TrainingError
 from lownibble.lora import count_parameters
 from lownibble.lora.inject import adapter_configs
-from lownibble.models.attention import kernel_obstacle, segment_attention
 from lownibble.optim import (
+    PAGED,
     close_states,
     learning_rate,
     make_optimizer,
     open_states,
+    planned_bytes,
     set_learning_rate,
     state_bytes,
     warmup_steps,
 )
 from lownibble.quant import QuantLinear
 from lownibble.training import checkpoint, compiling, diagnose, memory
+from lownibble.training.budget import AIM, ENOUGH_TOKENS, SETTINGS, Fit, Needs, choose
+from lownibble.training.dryrun import DryRun
 from lownibble.training.evaluate import Evaluator
-from lownibble.training.events import Evaluated, Event, Finished, Saved, Skipped, Started, Stepped, Warned
+from lownibble.training.events import Evaluated, Event, Finished, Fitted, Saved, Skipped, Started, Stepped, Warned
 from lownibble.training.interrupt import RunInterrupted
-from lownibble.training.loss import check_head, check_packing, check_rows, label_loss
+from lownibble.training.loss import check_head
+from lownibble.training.microbatches import MicroBatches, Rows
+from lownibble.training.passes import Passes
 
 MAX_SKIPPED = 3
 """Steps in a row whose loss or gradient is not finite, after which a run ends: the weights do not change, so it would go on."""
 
-_SEED_STRIDE = 1_000_003  # keeps the seeds of neighbouring runs' micro-batches apart
+COMPILER_BYTES = 10**9
+"""Memory that must be free within a budget for the compiler to be used: what it takes on the embedded model, and some more."""
+
+CLOSE = 0.985
+"""Share of the memory budget at which steps become smaller."""
+
+_STEP_STRIDE, _RUN_STRIDE = 10_007, 1_000_000_007  # keep the seeds of neighbouring passes and runs apart
+
+
+class MemoryGoneError(TrainingError):
+    """Memory ran out and there is nothing left to give up."""
 
 
 class Trainer:
     """One run over prepared examples. `events()` runs it; the attributes are for those who look on.
 
     Attributes:
-        optimizer: the optimiser, from the start of `events()`.
+        micro: which rows go through the model together.
+        passes: how they do; what was compiled, and why.
+        fit: what the memory budget left of the configuration, or all of it.
+        optimizer: the optimiser, from `set_up` on the one that the budget chose.
         kinds: live bytes by kind when the first step ended, gradients and optimiser states included (those in memory).
         optimizer_state_bytes: of all optimiser states, in memory or not, at the same time.
         ledger: those bytes by kind and dtype, and what is held in more bits than the checkpoint had.
         stop_signal: called between steps; another number than 0 ends the run, saved, as by that signal.
-        warnings: what `set_up` found that a user should know.
-        saved_activation_bytes: what autograd kept in the first forward pass (the largest one with group_by_length or packing).
-        attention_reason: why attention does not run on our kernel, or nothing where it does.
-        compiled, compile_reason, compile_seconds, compile_peak_bytes: whether the layers are compiled, why, how long it took and
-            the highest memory until then, after `set_up`.
+        warnings: what a user should know and no event has told yet.
         total_steps: optimiser steps of the whole run.
     """
 
@@ -73,37 +88,42 @@ class Trainer:
             raise ConfigError(
                 "The model's weights are quantised and it has no adapter. Call add_lora, or load it with quant=None."
             )
-        self.model, self.config, self.train_rows = model, config, train
-        self.pad_token_id = int(tokenizer.pad_token_id)
+        self.model, self.config, self.cut_rows = model, config, cut_rows
         self.device: torch.device = model.get_input_embeddings().weight.device
-        self.evaluator = Evaluator(evaluation, choices, self.pad_token_id, 2 * config.batch_size, self.device)
-        self._pack_to = config.max_length if config.packing else None
-        self._attention = segment_attention if config.packing else nullcontext
-        self.attention_reason = ""
-        self._compiled: compiling.Compiled | type[nullcontext[None]] = nullcontext
-        self.total_steps = config.max_steps or self._steps_of_epochs(config.num_train_epochs)
-        self.cut_rows = cut_rows
+        pad_token_id = int(tokenizer.pad_token_id)
+        self.micro = MicroBatches(train, config, pad_token_id)
+        self.passes = Passes(model, self.micro, self.device)
+        self.evaluator = Evaluator(evaluation, choices, pad_token_id, 2 * config.batch_size, self.device)
+        self.evaluator.before_pass = self._make_room
+        self.total_steps = config.max_steps or self.micro.steps_of_epochs(config.num_train_epochs)
         self.identity = {"train": config.to_dict(), **(identity or {})}
-        self.optimizer = make_optimizer(
-            config.optim, model.parameters(), config.learning_rate, config.weight_decay,
-            page_budget=n_bytes(config.optim_page_budget) if config.optim_page_budget else None,
-            folder=Path(config.output_dir) if config.output_dir else None,
-        )  # fmt: skip
+        self.fit = Fit(None, config.optim.startswith(PAGED), config.gradient_checkpointing, 0)
+        self.optimizer = self._make_optimizer(self.fit.paged)
         self.optimizer_state_bytes = 0
-        self.saved_activation_bytes = 0
-        self.compiled, self.compile_reason, self.compile_seconds, self.compile_peak_bytes = False, "", 0.0, 0
         self.kinds, self.ledger = memory.bytes_by_kind(model, None), memory.ledger(model, None)
         self._measured = False
+        self._process_budget = n_bytes(config.memory_budget) if config.memory_budget and self.device.type == "cpu" else 0
         self.stop_signal: Callable[[], int] = lambda: 0
         self.warnings: list[str] = []
         self.checkpoints = Path(config.output_dir) / "checkpoints" if config.output_dir else None
 
+    def _make_optimizer(self, paged: bool) -> torch.optim.Optimizer:
+        config = self.config
+        kind = f"{PAGED}{config.optim.removeprefix(PAGED)}" if paged else config.optim
+        return make_optimizer(
+            kind, self.model.parameters(), config.learning_rate, config.weight_decay,
+            page_budget=n_bytes(config.optim_page_budget) if config.optim_page_budget else None,
+            folder=Path(config.output_dir) if config.output_dir else None,
+        )  # fmt: skip
+
     def events(self) -> Iterator[Event]:
-        """Run; yields `Started`, then `Stepped` or `Skipped`, `Evaluated` and `Saved`, then `Finished`. Closes paged states.
+        """Run; yields `Fitted` (with a memory budget) and `Started`, then `Stepped` or `Skipped`, `Evaluated` and `Saved`, then
+        `Finished`. Closes paged states.
 
         Raises:
-            TrainingError: the loss or gradient of several steps in a row was not finite (says where that began), or optimiser
-                states cannot be paged any more.
+            ConfigError: no step fits into the memory budget.
+            TrainingError: the loss or gradient of several steps in a row was not finite (says where that began), memory ran out
+                with nothing left to give up, or optimiser states cannot be paged any more.
             RunInterrupted: it was asked to stop; the steps taken are in a checkpoint, if there is an output folder.
         """
         try:
@@ -114,18 +134,28 @@ class Trainer:
     def _events(self) -> Iterator[Event]:
         config, began = self.config, time.perf_counter()
         first = self.set_up()
-        for message in self.warnings:
-            yield Warned(message)
+        if self.config.memory_budget:
+            yield Fitted(
+                n_bytes(self.config.memory_budget), self.fit.peak_bytes, self.fit.max_tokens, self.micro.whole, self.fit.paged,
+                self.fit.gradient_checkpointing, time.perf_counter() - began,
+            )  # fmt: skip
+        yield from self._told()
         yield Started(
-            self.total_steps, first, len(self.train_rows), self.cut_rows, *count_parameters(self.model),
-            compiled=self.compiled, compile_seconds=self.compile_seconds, compile_reason=self.compile_reason,
+            self.total_steps, first, len(self.micro.rows), self.cut_rows, *count_parameters(self.model),
+            compiled=self.passes.compiled, compile_seconds=self.passes.compile_seconds,
+            compile_reason=self.passes.compile_reason,
         )  # fmt: skip
         if first in (0, self.total_steps):
             yield self.evaluate(first)
         skipped = 0
-        for step, batches in zip(range(first, self.total_steps), self.batches(first), strict=False):
-            taken = self.step(step, batches)
+        for step, rows in zip(range(first, self.total_steps), self.micro.steps(first), strict=False):
+            try:
+                taken = self.step(step, rows)
+            except MemoryGoneError:
+                yield from self._save(step)
+                raise
             yield taken
+            yield from self._told()
             skipped = skipped + 1 if isinstance(taken, Skipped) else 0
             if skipped in (MAX_SKIPPED, self.total_steps):
                 raise TrainingError(self._gone_wrong(taken, skipped))
@@ -134,16 +164,27 @@ class Trainer:
             if last or (config.eval_steps and done % config.eval_steps == 0):
                 yield self.evaluate(done)
             stop = self.stop_signal()
-            if self.checkpoints and (last or stop or (config.save_steps and done % config.save_steps == 0)):
-                path = checkpoint.save(self.checkpoints, done, self.model, self.optimizer, self.identity)
-                yield Saved(done, str(path))
+            if last or stop or (config.save_steps and done % config.save_steps == 0):
+                yield from self._save(done)
             if stop and not last:
                 raise RunInterrupted(self._stopped(done), stop)
         self.model.eval()
         yield Finished(self.total_steps, time.perf_counter() - began)
 
+    def _told(self) -> Iterator[Event]:
+        """The warnings that have gathered."""
+        while self.warnings:
+            yield Warned(self.warnings.pop(0))
+
+    def _save(self, done: int) -> Iterator[Event]:
+        if self.checkpoints:
+            self._make_room()
+            path = checkpoint.save(self.checkpoints, done, self.model, self.optimizer, self.identity, self.fit.to_dict())
+            yield Saved(done, str(path))
+
     def set_up(self) -> int:
-        """Check that this model can be trained this way, restore it, compile its layers if that pays; before any step.
+        """Check that this model can be trained this way, compile its layers if that pays, fit the steps into the memory budget,
+        restore the run; before any step.
 
         Returns:
             the step to begin with: 0, or where the checkpoint in the output folder ended.
@@ -151,112 +192,85 @@ class Trainer:
             ModelError, ConfigError, TrainingError: it cannot; nothing was trained.
         """
         check_head(self.model)
+        self.passes.check()
+        past = self._past()
+        over = past is not None and past.step >= self.total_steps
+        self._choose_compilation(past)
+        fit = self._fit(past) if not over else self.fit
+        if fit.paged != self.fit.paged:
+            self.optimizer = self._make_optimizer(fit.paged)
+        self._take(fit)
         open_states(self.optimizer)
-        if self.config.packing:
-            by_length = sorted((row.input_ids for row in self.train_rows), key=len)
-            check_packing(self.model, [by_length[-1], by_length[0]])
-            self.attention_reason = kernel_obstacle(self.model)
-        else:
-            self._choose_attention()
-        self._set_checkpointing()
-        option = self.config.torch_compile
-        self.compiled, self.compile_reason = compiling.choose(option, self.model, self.device, self._planned_tokens())
-        self.identity["compiled"] = self.compiled
-        first = self._restore()
-        if self.compiled and first < self.total_steps:
-            try:
-                self._compile()
-            except TrainingError as error:
-                if option is True or first:  # a run cut and resumed must go on as it began
-                    raise
-                self.compiled, self.compile_reason = False, f"{compiling.IMPOSSIBLE}{error}"
-                self.identity["compiled"] = False
-        return first
+        if past:
+            checkpoint.restore(past, self.model, self.optimizer, self.identity)
+        if self.passes.compiled and not over:
+            self._compile(past)
+        return past.step if past else 0
 
-    def _choose_attention(self) -> None:
-        """Our attention kernel, where this machine has it and the model's attention is what it computes."""
-        batch = self._batch([self.train_rows[0], min(self.train_rows, key=lambda row: len(row.input_ids))]).to(self.device)
-        self.attention_reason = check_rows(self.model, batch.input_ids, batch.attention_mask)
-        if not self.attention_reason:
-            self._attention = segment_attention
+    def _past(self) -> checkpoint.Facts | None:
+        """The checkpoint to go on from."""
+        if not (self.config.resume and self.checkpoints):
+            return None
+        found, damaged = checkpoint.newest(self.checkpoints)
+        self.warnings += [f"{what}; the one before it is used" for what in damaged]
+        return found
 
-    def _compile(self) -> None:
-        began = time.perf_counter()
-        self._compiled = compiling.Compiled(self.model)
+    def _choose_compilation(self, past: checkpoint.Facts | None) -> None:
+        """As the run began, or as its length and the memory that is free advise."""
+        option: bool | Literal["auto"] = self.config.torch_compile
+        if option == "auto" and past and "compiled" in past.config:
+            option = bool(past.config["compiled"])
+        self.passes.choose_compilation(option, self.micro.planned_tokens(self.total_steps))
+        if option == "auto" and self.passes.compiled and self.config.memory_budget:
+            free = n_bytes(self.config.memory_budget) - memory.used_bytes(self.device)
+            if self.device.type == "cpu" and free < COMPILER_BYTES:
+                self.passes.do_not_compile("the compiler takes more memory than the budget leaves")
+        self.identity["compiled"] = self.passes.compiled
+
+    def _compile(self, past: checkpoint.Facts | None) -> None:
+        """Compile what the run will meet in its first hundred steps."""
+        steps = islice(self.micro.steps(), min(100, self.total_steps))
         try:
-            with compiling.torchs_own_warnings_off():
-                for batch in self._kinds_of_batches():
-                    self._backward(batch, batch.n_label_tokens)
-        except TrainingError:
-            self._compiled = nullcontext
-            raise
-        finally:
-            self.model.zero_grad(set_to_none=True)
-        self.compile_seconds = time.perf_counter() - began
-        self.compile_peak_bytes = memory.peak_bytes(self.device)
-        memory.reset_peak(self.device)  # the compiler's memory is not the step's
+            self.passes.compile(batch for rows in steps for batch in self.micro.batches(rows))
+        except TrainingError as error:
+            if self.config.torch_compile is True or past:  # a run cut and resumed must go on as it began
+                raise
+            self.passes.do_not_compile(f"{compiling.IMPOSSIBLE}{error}")
+            self.identity["compiled"] = False
 
-    def _planned_tokens(self) -> int:
-        """About how many tokens the run reads."""
-        rows, config = self.train_rows, self.config
-        mean = sum(len(row.input_ids) for row in rows) / len(rows)
-        batch = config.batch_size * config.max_length if config.packing else min(config.batch_size, len(rows)) * mean
-        return int(self.total_steps * config.gradient_accumulation_steps * batch)
+    def _fit(self, past: checkpoint.Facts | None) -> Fit:
+        """How the steps fit into memory: as in the checkpoint, unless the budget is another one; else by a dry run."""
+        budget, asked = self.config.memory_budget, self.fit
+        if past and past.config["train"].get("memory_budget") == budget and past.fit:
+            return Fit.from_dict(past.fit)
+        if budget is None:
+            return asked
+        limit = n_bytes(budget)
+        if self.device.type == "cuda":
+            total = torch.cuda.get_device_properties(self.device).total_memory
+            torch.cuda.set_per_process_memory_fraction(min(1.0, limit / total), self.device)
+        elif limit > psutil.virtual_memory().total:
+            self.warnings.append(f"the memory budget of {budget} is more than this machine has")
+        state_bytes = {
+            setting: planned_bytes(self._make_optimizer(setting.paged)) for setting in SETTINGS
+            if setting.paged >= asked.paged and setting.gradient_checkpointing >= asked.gradient_checkpointing
+            and (self.passes.can_checkpoint or not setting.gradient_checkpointing)
+        }  # fmt: skip
+        needs = Needs(self.micro.longest_row, self.micro.whole, ENOUGH_TOKENS[self.device.type], state_bytes)
+        with DryRun(self.passes, self.micro, self.device) as bench:
+            return choose(limit, needs, bench)
 
-    def _kinds_of_batches(self) -> list[Batch]:
-        """A batch of each kind that is compiled apart (padded or full, of one row or of more), from the first hundred steps."""
-        kinds: dict[tuple[bool, bool], Batch] = {}
-        for batches in islice(self.batches(), min(100, self.total_steps)):
-            for batch in batches:
-                kinds.setdefault((bool(batch.attention_mask.all()), len(batch.input_ids) == 1), batch)
-        return list(kinds.values())
-
-    def batches(self, first_step: int = 0) -> Iterator[list[Batch]]:
-        """The batches of each step from `first_step` on, without end."""
-        config, count = self.config, self.config.gradient_accumulation_steps
-        order = stream(
-            self.train_rows, config.batch_size, config.seed, config.group_by_length, first_step * count, self._pack_to
-        )  # fmt: skip
-        while True:
-            yield [self._batch([self.train_rows[i] for i in rows]) for rows in islice(order, count)]
-
-    def _batch(self, rows: list[Example]) -> Batch:
-        return flatten(rows) if self.config.packing else collate(rows, self.pad_token_id)
-
-    def _steps_of_epochs(self, epochs: float) -> int:
-        """Optimiser steps of so many epochs; packed epochs differ in their number of batches."""
-        config = self.config
-        whole, part = divmod(epochs, 1)
-        steps = []
-        for epoch in range(math.ceil(epochs)):
-            batches = epoch_batches(self.train_rows, config.batch_size, config.seed, epoch, config.group_by_length, self._pack_to)
-            steps.append(max(1, len(batches) // config.gradient_accumulation_steps))
-        last = math.ceil(round(steps[-1] * part, 6)) if part else 0
-        return sum(steps[: int(whole)]) + last
+    def _take(self, fit: Fit) -> None:
+        """Go on this way."""
+        self.fit = fit
+        self.micro.max_tokens = self.evaluator.max_tokens = fit.max_tokens
+        self.passes.set_checkpointing(fit.gradient_checkpointing)
 
     def evaluate(self, step: int) -> Evaluated:
         """Loss and, for label data, accuracy on the evaluation rows."""
         began = time.perf_counter()
         found = self.evaluator(self.model)
         return Evaluated(step, found.loss, found.label_tokens, time.perf_counter() - began, found.scores, found.correct)
-
-    def _loss(self, batch: Batch, n_total: int) -> torch.Tensor:
-        batch = batch.to(self.device)
-        return label_loss(self.model, batch.input_ids, batch.attention_mask, batch.labels, n_total, batch.segments)
-
-    def _backward(self, batch: Batch, n_total: int, measured: bool = False) -> float:
-        """Add the gradients of a batch; returns its loss. `measured`: count what autograd saves."""
-        self.model.train()
-        with self._attention(self.model), self._compiled():
-            if measured:
-                watch = memory.SavedActivations()
-                with watch.watch(self.model):
-                    loss = self._loss(batch, n_total)
-                self.saved_activation_bytes = watch.bytes
-            else:
-                loss = self._loss(batch, n_total)
-            torch.autograd.backward(loss)
-        return float(loss.detach())
 
     def _gone_wrong(self, last: Skipped | Stepped, count: int) -> str:
         newest = checkpoint.complete(self.checkpoints) if self.checkpoints else []
@@ -272,16 +286,25 @@ class Trainer:
             return f"Stopped after step {done} of {self.total_steps}, which is saved. Go on with --resume."
         return f"Stopped after step {done} of {self.total_steps}. Nothing was saved: there is no output folder."
 
-    def step(self, step: int, batches: list[Batch]) -> Stepped | Skipped:
-        """Take optimiser step number `step` (0-based) on its batches, unless its loss or gradient is not finite."""
+    def step(self, step: int, rows: Rows) -> Stepped | Skipped:
+        """Take optimiser step number `step` (0-based) on its rows, unless its loss or gradient is not finite. Where memory runs
+        out, the step begins again with smaller passes, and later steps keep to them.
+
+        Raises:
+            MemoryGoneError: there is nothing left to give up; nothing of the step was done.
+        """
         began = time.perf_counter()
         config = self.config
-        n_labels = sum(batch.n_label_tokens for batch in batches)
-        loss = 0.0
-        for index, batch in enumerate(batches):
-            self._seed(step * len(batches) + index)
-            loss += self._backward(batch, n_labels, measured=not self._measured and index == 0)
-        norm = self._clip()
+        while True:
+            batches = self.micro.batches(rows)
+            n_labels = sum(batch.n_label_tokens for batch in batches)
+            try:
+                loss, norm = self._gradients(step, batches, n_labels)
+                break
+            except (RuntimeError, MemoryError) as error:
+                if not memory.is_exhausted(error):
+                    raise
+            self._give_way(step, batches)
         if not math.isfinite(loss) or not math.isfinite(norm):
             reason = f"the loss is {loss} and the gradient's norm {norm}; {self._origin(step, batches, n_labels)}"
             self.optimizer.zero_grad(set_to_none=True)
@@ -295,14 +318,65 @@ class Trainer:
             self.optimizer_state_bytes = state_bytes(self.optimizer).total
             self.ledger = memory.ledger(self.model, self.optimizer)
         self.optimizer.zero_grad(set_to_none=True)
+        self._keep_within(batches)
         return Stepped(
             step + 1, loss, rate, norm, sum(b.n_tokens for b in batches), sum(b.input_ids.numel() for b in batches), n_labels,
             sum(b.n_rows for b in batches), time.perf_counter() - began,
         )  # fmt: skip
 
-    def _seed(self, micro_batch: int) -> None:
-        """Dropout's seed for one micro-batch of the run."""
-        torch.manual_seed(self.config.seed * _SEED_STRIDE + micro_batch)
+    def _gradients(self, step: int, batches: list[Batch], n_labels: int) -> tuple[float, float]:
+        """Loss and norm of a step's gradient, which is clipped."""
+        loss = 0.0
+        for index, batch in enumerate(batches):
+            self._seed(step, index)
+            self._make_room()
+            loss += self.passes.backward(batch, n_labels, measured=not self._measured and index == 0)
+        return loss, self._clip()
+
+    def _give_way(self, step: int, batches: list[Batch]) -> None:
+        """After memory ran out: smaller passes from now on, then checkpointing.
+
+        Raises:
+            MemoryGoneError: both are as small as can be.
+        """
+        self.optimizer.zero_grad(set_to_none=True)
+        memory.settle(self.device)
+        tokens = max(batch.input_ids.numel() for batch in batches)
+        if any(batch.n_rows > 1 for batch in batches):
+            self._take(replace(self.fit, max_tokens=tokens // 2))
+            what = f"forward passes have at most {tokens // 2} tokens from now on"
+        elif self.passes.can_checkpoint and not self.fit.gradient_checkpointing:
+            self._take(replace(self.fit, gradient_checkpointing=True))
+            what = "activations are computed twice from now on (gradient checkpointing)"
+        else:
+            raise MemoryGoneError(
+                f"Memory ran out in step {step + 1}, with one row of {tokens} tokens in a forward pass"
+                f"{' and gradient checkpointing' * self.fit.gradient_checkpointing}. Lower max_length (--max-length), use "
+                "--optim paged_adamw_8bit or --method qlora."
+            )
+        self.warnings.append(f"memory ran out in step {step + 1}, which began again: {what}")
+
+    def _make_room(self) -> None:
+        """Before a pass that would not fit into the process's memory budget beside what the C heap holds and does not use."""
+        if self._process_budget and memory.used_bytes(self.device) + self.fit.pass_bytes > AIM * self._process_budget:
+            memory.trim_heap()
+
+    def _keep_within(self, batches: list[Batch]) -> None:
+        """After a step that took all of the memory budget, which the dry run did not foresee: smaller passes."""
+        peak = memory.peak_bytes(self.device) if self._process_budget else 0
+        if peak > CLOSE * self._process_budget and any(batch.n_rows > 1 for batch in batches):
+            tokens = int(0.9 * max(batch.input_ids.numel() for batch in batches))
+            self._take(replace(self.fit, max_tokens=tokens))
+            self.warnings.append(
+                f"a step took {peak / 1e9:.2f} GB, close to the memory budget: forward passes have at most {tokens} tokens from "
+                "now on"
+            )
+            memory.settle(self.device)
+            memory.reset_peak(self.device)
+
+    def _seed(self, step: int, index: int) -> None:
+        """Dropout's seed for a forward pass of a step."""
+        torch.manual_seed(self.config.seed * _RUN_STRIDE + step * _STEP_STRIDE + index)
 
     def _origin(self, step: int, batches: list[Batch], n_labels: int) -> str:
         """Where the step's values stopped being finite."""
@@ -310,9 +384,8 @@ class Trainer:
         def forward() -> torch.Tensor:
             losses = []
             for index, batch in enumerate(batches):
-                self._seed(step * len(batches) + index)
-                with self._attention(self.model):
-                    losses.append(self._loss(batch, n_labels))
+                self._seed(step, index)
+                losses.append(self.passes.loss(batch, n_labels))
             return torch.stack(losses)
 
         return diagnose.origin(self.model, forward)
@@ -323,15 +396,3 @@ class Trainer:
         if self.config.max_grad_norm is not None:
             nn.utils.clip_grads_with_norm_(trained, self.config.max_grad_norm, norm)
         return float(norm)
-
-    def _set_checkpointing(self) -> None:
-        if self.config.gradient_checkpointing:  # transformers 5.23 renamed it
-            new_name = getattr(self.model, "activation_checkpointing_enable", None)
-            (new_name or self.model.gradient_checkpointing_enable)({"use_reentrant": False})
-
-    def _restore(self) -> int:
-        if not (self.config.resume and self.checkpoints):
-            return 0
-        newest, damaged = checkpoint.newest(self.checkpoints)
-        self.warnings += [f"{what}; the one before it is used" for what in damaged]
-        return checkpoint.restore(newest, self.model, self.optimizer, self.identity) if newest else 0

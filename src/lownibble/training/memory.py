@@ -7,6 +7,7 @@ baseline taken after imports, so that they compare between methods.
 
 from __future__ import annotations
 
+import ctypes
 import gc
 import math
 import resource
@@ -46,8 +47,49 @@ def peak_bytes(device: torch.device) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * scale
 
 
+def held_peak_bytes(device: torch.device) -> int:
+    """Like `peak_bytes`, but on CUDA what the allocator reserved: that is what the device has no longer."""
+    return torch.cuda.max_memory_reserved(device) if device.type == "cuda" else peak_bytes(device)
+
+
+_highest: dict[torch.device, int] = {}
+
+
+def highest_bytes(device: torch.device) -> int:
+    """Highest bytes held since the process began, whatever `reset_peak` did in between."""
+    return max(_highest.get(device, 0), held_peak_bytes(device))
+
+
+def settle(device: torch.device) -> None:
+    """Give back what is free but still held: Python's cycles, the C heap's free pages, the device allocator's cache."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+    else:
+        trim_heap()
+
+
+def trim_heap() -> None:
+    """Give the system back the pages of the C heap that are free, where the C library can (glibc).
+
+    The heap of a training step is in pieces: glibc cannot use a freed tensor's place for an aligned one of the same size, so what
+    is free grows from pass to pass.
+    """
+    with suppress(AttributeError, OSError):
+        ctypes.CDLL(None).malloc_trim(0)
+
+
+def is_exhausted(error: BaseException) -> bool:
+    """Whether an error says that memory ran out; torch has a type for it on CUDA only."""
+    text = str(error)
+    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or (
+        isinstance(error, RuntimeError) and ("can't allocate memory" in text or "not enough memory" in text)
+    )
+
+
 def reset_peak(device: torch.device) -> None:
     """Start a new peak at the bytes in use now, where the system allows it."""
+    _highest[device] = highest_bytes(device)
     gc.collect()
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)

@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from lownibble.config import DataConfig, RunConfig, TrainConfig
+from lownibble.config import DataConfig, RunConfig, TrainConfig, n_bytes
 from lownibble.data import Dataset, Encoded, Example, choices, encode
 from lownibble.data import load as load_data
 from lownibble.errors import ModelError
@@ -26,6 +26,7 @@ from lownibble.training import interrupt, memory, record, verify
 from lownibble.training.events import Evaluated, Event, Finished, Skipped, Started, Stepped, Warned
 from lownibble.training.loop import Trainer
 from lownibble.training.output import claim
+from lownibble.training.passes import Passes
 from lownibble.training.sinks import JsonlSink, Sink, TensorBoardSink, deliver, read_events
 
 WARMUP_STEPS = 2
@@ -137,6 +138,7 @@ def _train(
         trainer.stop_signal = stack.enter_context(interrupt.requests())
         events = _history(past, list(deliver(trainer.events(), sinks)))
         peak = memory.peak_bytes(trainer.device)
+        warned = [e.message for e in events if isinstance(e, Warned)]
         result = {
             **record.new("train"),
             "status": "ok",
@@ -148,16 +150,17 @@ def _train(
                 "baseline_bytes": baseline,
                 **(loaded or {}),
                 "train_peak_bytes": max(0, peak - baseline),
-                "compile_peak_bytes": max(0, trainer.compile_peak_bytes - baseline),
-                "saved_activation_bytes": trainer.saved_activation_bytes,
+                "compile_peak_bytes": max(0, trainer.passes.compile_peak_bytes - baseline),
+                "saved_activation_bytes": trainer.passes.saved_activation_bytes,
                 **{f"{kind}_bytes": n for kind, n in trainer.kinds.items()},
                 "optimizer_state_bytes": trainer.optimizer_state_bytes,
                 "ledger": trainer.ledger,
+                **_budget(trainer, warned),
             },
-            "speed": {**_compilation(trainer), **_speed([e for e in events if isinstance(e, Stepped)])},
+            "speed": {**_compilation(trainer.passes), **_speed([e for e in events if isinstance(e, Stepped)])},
             "steps": [asdict(e) for e in events if isinstance(e, Stepped)],
             "skipped": [asdict(e) for e in events if isinstance(e, Skipped)],
-            "warnings": [e.message for e in events if isinstance(e, Warned)],
+            "warnings": warned,
             "evaluations": [asdict(e) for e in events if isinstance(e, Evaluated)],
             "seconds": next((e.seconds for e in events if isinstance(e, Finished)), None),
         }
@@ -218,10 +221,22 @@ def _data_facts(sides: tuple[Dataset, Dataset], encoded: list[Encoded]) -> dict[
     }
 
 
-def _compilation(trainer: Trainer) -> dict[str, Any]:
+def _budget(trainer: Trainer, told: list[str]) -> dict[str, Any]:
+    """How the run fitted into its memory budget; a warning joins `told` where it did not."""
+    if not trainer.config.memory_budget:
+        return {}
+    budget, peak = n_bytes(trainer.config.memory_budget), memory.highest_bytes(trainer.device)
+    if peak > budget:
+        told.append(f"the run took {peak / 1e9:.2f} GB, more than its memory budget of {budget / 1e9:.2f} GB")
     return {
-        "attention": f"torch's: {trainer.attention_reason}" if trainer.attention_reason else "lownibble",
-        "compiled": trainer.compiled, "compile_reason": trainer.compile_reason, "compile_seconds": trainer.compile_seconds,
+        "budget": {"budget_bytes": budget, "whole_tokens": trainer.micro.whole, **trainer.fit.to_dict(), "highest_bytes": peak}
+    }
+
+
+def _compilation(passes: Passes) -> dict[str, Any]:
+    return {
+        "attention": f"torch's: {passes.attention_reason}" if passes.attention_reason else "lownibble",
+        "compiled": passes.compiled, "compile_reason": passes.compile_reason, "compile_seconds": passes.compile_seconds,
     }  # fmt: skip
 
 

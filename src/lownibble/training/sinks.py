@@ -17,7 +17,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from lownibble.errors import ConfigError
 from lownibble.training.compiling import IMPOSSIBLE
-from lownibble.training.events import Evaluated, Event, Finished, Skipped, Started, Stepped, Warned
+from lownibble.training.events import Evaluated, Event, Finished, Fitted, Skipped, Started, Stepped, Warned
 
 
 class Sink(AbstractContextManager["Sink"]):
@@ -52,7 +52,9 @@ class ProgressSink(Sink):
 
     def __call__(self, event: Event) -> None:
         """Show one event."""
-        if isinstance(event, Started):
+        if isinstance(event, Fitted):
+            self.console.print(f"{self.label}: {_fit(event)}")
+        elif isinstance(event, Started):
             if event.compiled:
                 self.console.print(f"{self.label}: layers compiled in {event.compile_seconds:.0f} s ({event.compile_reason})")
             elif event.compile_reason.startswith(IMPOSSIBLE):
@@ -71,6 +73,17 @@ class ProgressSink(Sink):
             self.console.print(f"{self.label}: step {event.step}: evaluation loss {event.loss:.4f}{scores}")
         elif isinstance(event, Finished):
             self.console.print(f"{self.label}: {event.steps} steps in {event.seconds:.0f} s")
+
+
+def _fit(event: Fitted) -> str:
+    """One line on what the memory budget left."""
+    if event.max_tokens is None:
+        passes = f"batches as configured (up to {event.whole_tokens} tokens)"
+    else:
+        passes = f"forward passes of up to {event.max_tokens} tokens instead of {event.whole_tokens}"
+    with_ = [*["paged optimiser states"] * event.paged, *["gradient checkpointing"] * event.gradient_checkpointing]
+    what = ", ".join([passes, *(f"with {each}" for each in with_)])
+    return f"memory budget {event.budget_bytes / 1e9:.2f} GB: {what}; {event.peak_bytes / 1e9:.2f} GB expected"
 
 
 class JsonlSink(Sink):

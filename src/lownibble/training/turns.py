@@ -92,10 +92,10 @@ def main(spec: str) -> None:
     config = RunConfig(**json.loads(Path(spec).read_text()))
     trainer, baseline = prepare(config.with_options(train=config.train.with_options(output_dir=None, resume=False)))
     trainer.set_up()
-    steps = enumerate(trainer.batches())
+    steps = enumerate(trainer.micro.steps())
 
     def do(count: int) -> dict[str, Any]:
-        taken = [trainer.step(index, batches) for index, batches in islice(steps, count)]
+        taken = [trainer.step(index, rows) for index, rows in islice(steps, count)]
         done = [step for step in taken if isinstance(step, Stepped)]
         if len(done) < len(taken):
             raise TrainingError("A step's loss or gradient was not finite, so it cannot be timed. Lower the learning rate.")
@@ -107,7 +107,9 @@ def main(spec: str) -> None:
             "peak_bytes": memory.peak_bytes(trainer.device) - baseline,
         }
 
-    answer_turns({"method": config.method, "compiled": trainer.compiled, "compile_seconds": trainer.compile_seconds}, do)
+    answer_turns(
+        {"method": config.method, "compiled": trainer.passes.compiled, "compile_seconds": trainer.passes.compile_seconds}, do
+    )
 
 
 if __name__ == "__main__":

@@ -1,0 +1,206 @@
+"""The memory budget: what of a training step to give up so that it fits, found by measuring before the first step.
+
+A dry run sends forward and backward passes of growing size through the model, each chosen so that by the ones before it stays
+within the budget: the first are a few tokens, the last the largest that fits. Memory goes up with the tokens of a pass along a
+line, but for what is there at any size (the head's chunk), so a line through the last two measurements is right or errs on
+the safe side. Optimiser states are not there yet; their bytes are known and added.
+
+What can be given up, in the order of what it costs (`SETTINGS`): nothing but the size of the forward pass; the optimiser's
+states in memory (paging; the same bits); activations (checkpointing: each layer is computed twice). The first setting that leaves
+a forward pass of `ENOUGH_TOKENS` is taken, or else the one that leaves the most; smaller passes keep the processor waiting, and
+cost more than checkpointing does.
+
+On a CPU the budget is for the whole process as the system sees it (resident set), Python and libraries included; on CUDA for what
+the allocator reserves on the device (the driver's context comes on top of it).
+
+Rejected: estimating instead of measuring (the planner does that; here the model is loaded and the truth one pass away); trying
+sizes until memory runs out, as others do (on a CPU the system ends the process instead of telling it).
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass
+from typing import Any, NamedTuple, Protocol
+
+from lownibble.errors import ConfigError
+
+AIM = 0.93
+"""Share of the budget that is planned for: the rest is for what a dry run does not see (a heap in pieces after many steps)."""
+
+ENOUGH_TOKENS = {"cpu": 128, "cuda": 1024}
+"""Type of device -> tokens of a forward pass from which a larger one brings less than checkpointing costs. On the CPU measured
+with the embedded model (docs/log.md); on CUDA not measured."""
+
+FIRST_TOKENS, GROWTH = 16, 4
+"""Size of the first pass of the dry run, and how much larger than the last one the next may be."""
+
+PRECISION = 0.03
+"""The search ends when the next pass would be larger by less than this."""
+
+
+class Setting(NamedTuple):
+    """What is given up."""
+
+    paged: bool
+    gradient_checkpointing: bool
+
+
+SETTINGS = (Setting(False, False), Setting(True, False), Setting(False, True), Setting(True, True))
+"""In the order of what they cost."""
+
+
+@dataclass(frozen=True)
+class Needs:
+    """What a run cannot change: tokens of its longest row and of a batch as configured, how many tokens of a forward pass are
+    enough on its device, and the bytes of optimiser states with each setting that is open to it."""
+
+    longest_row: int
+    whole: int
+    enough: int
+    state_bytes: dict[Setting, int]
+
+
+class Bench(Protocol):
+    """Where passes are tried."""
+
+    def resident(self, setting: Setting) -> int:
+        """Bytes in use between two passes, gradients included, optimiser states left out."""
+
+    def size(self, tokens: int) -> int:
+        """Tokens of the largest pass of at most so many that can be made of the rows."""
+
+    def peak(self, tokens: int) -> int | None:
+        """Highest bytes in use during such a pass, with the setting of the last call of `resident`; None: memory ran out."""
+
+
+@dataclass(frozen=True)
+class Probe:
+    """One pass of the dry run, or none (0 tokens); `peak_bytes` includes the optimiser states that come later."""
+
+    paged: bool
+    gradient_checkpointing: bool
+    tokens: int
+    peak_bytes: int
+
+
+@dataclass(frozen=True)
+class Fit:
+    """What was chosen. `max_tokens`: most tokens of a forward pass, None: as configured; `peak_bytes`: what is expected."""
+
+    max_tokens: int | None
+    paged: bool
+    gradient_checkpointing: bool
+    peak_bytes: int
+    probes: tuple[Probe, ...] = ()
+
+    @property
+    def pass_bytes(self) -> int:
+        """What a forward and backward pass takes while it runs."""
+        of_setting = [p for p in self.probes if (p.paged, p.gradient_checkpointing) == (self.paged, self.gradient_checkpointing)]
+        return self.peak_bytes - of_setting[0].peak_bytes if of_setting else 0
+
+    def to_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> Fit:
+        """What `to_dict` gave."""
+        return cls(**{**values, "probes": tuple(Probe(**probe) for probe in values["probes"])})
+
+
+def choose(budget_bytes: int, needs: Needs, bench: Bench) -> Fit:
+    """The cheapest way of training within a budget.
+
+    Raises:
+        ConfigError: nothing fits; says by how much, and what would.
+    """
+    found: list[Fit] = []
+    probes: list[Probe] = []
+    searches: dict[Setting, _Search] = {}
+    for setting, states in needs.state_bytes.items():
+        search = searches[setting] = _Search(int(AIM * budget_bytes) - states, needs, bench, setting)
+        tokens = search.run()
+        probes += [Probe(*setting, n, peak + states) for n, peak in search.points]
+        if tokens is None:
+            continue
+        expected = search.at(tokens) + states
+        found.append(Fit(None if tokens == needs.whole else tokens, *setting, expected, tuple(probes)))
+        if tokens >= min(needs.whole, needs.enough):
+            return found[-1]
+    if found:
+        return max(found, key=lambda fit: fit.max_tokens or needs.whole)
+    wanted = {setting: search.at(needs.longest_row) + needs.state_bytes[setting] for setting, search in searches.items()}
+    setting = min(wanted, key=wanted.__getitem__)
+    needed, most = int(wanted[setting] / AIM), searches[setting].largest()
+    what = f"one row of {needs.longest_row} tokens" if most else "the model with its gradients and optimiser states"
+    raise ConfigError(
+        f"Training does not fit into a memory budget of {_size(budget_bytes)}: {what}{_words(setting)} takes about "
+        f"{_size(needed)}, {_size(needed - budget_bytes)} more. Set "
+        f"memory_budget='{_size(needed)}' (--memory-budget){f', max_length={most}' if most else ''}, or a method that "
+        "takes less (qlora, lora, full)."
+    )
+
+
+class _Search:
+    """The largest pass within a limit, by passes of growing size."""
+
+    def __init__(self, limit: int, needs: Needs, bench: Bench, setting: Setting) -> None:
+        self.limit, self.needs, self.bench = limit, needs, bench
+        self.points = [(0, bench.resident(setting))]
+
+    def run(self) -> int | None:
+        """Tokens, at least those of the longest row; None: not even those fit."""
+        whole, wanted = self.needs.whole, FIRST_TOKENS
+        while self.points[-1][1] <= self.limit:
+            tokens, last = self.bench.size(min(wanted, whole)), self.points[-1][0]
+            enough = tokens <= last if tokens == whole else tokens <= last * (1 + PRECISION)
+            if enough or not self._measure(tokens):
+                break
+            wanted = min(GROWTH * tokens, self.largest())
+        tokens, peak = self.points[-1]
+        if peak > self.limit:
+            if len(self.points) == 2 and tokens > 1:  # for a line without what the first pass has at any size
+                self._measure(tokens // 2)
+                self.points.sort()
+            tokens = self.bench.size(self.largest())
+        return tokens if tokens >= self.needs.longest_row else None
+
+    def _measure(self, tokens: int) -> bool:
+        peak = self.bench.peak(tokens)
+        if peak is not None:
+            self.points.append((tokens, peak))
+        return peak is not None
+
+    def _line(self) -> tuple[float, float]:
+        """(bytes of no token, bytes of a token) by the last two points."""
+        if len(self.points) == 1:
+            return float(self.points[0][1]), 0.0
+        (x0, y0), (x1, y1) = self.points[-2:]
+        slope = max(0.0, (y1 - y0) / (x1 - x0))
+        return y1 - slope * x1, slope
+
+    def largest(self) -> int:
+        """Tokens at which the line meets the limit, at most the whole batch."""
+        start, slope = self._line()
+        if start + slope * self.needs.whole <= self.limit:
+            return self.needs.whole
+        return max(0, int((self.limit - start) / slope)) if slope else 0
+
+    def at(self, tokens: int) -> int:
+        """Bytes of a pass of so many tokens: as measured, or by the line."""
+        measured = [peak for n, peak in self.points if n == tokens]
+        start, slope = self._line()
+        return measured[-1] if measured else int(start + slope * tokens)
+
+
+def _words(setting: Setting) -> str:
+    parts = ["paged optimiser states"] * setting.paged + ["gradient checkpointing"] * setting.gradient_checkpointing
+    return f" with {' and '.join(parts)}" if parts else ""
+
+
+def _size(n_bytes: int) -> str:
+    """In gigabytes (megabytes where it is less than one), never less than it is; `memory_budget` takes it."""
+    unit, name, steps = (10**9, "GB", 100) if n_bytes >= 10**9 else (10**6, "MB", 1)
+    return f"{math.ceil(n_bytes * steps / unit) / steps:.{len(str(steps)) - 1}f} {name}"

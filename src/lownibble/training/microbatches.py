@@ -1,0 +1,139 @@
+"""Which rows go through the model together: the batches of each step, and their cut into smaller forward passes.
+
+A step is `gradient_accumulation_steps` batches of `batch_size` rows (with packing: packs). Where memory does not suffice for
+such a batch, all rows of the step are dealt out anew to forward passes of at most `max_tokens` tokens, padding included: rows of
+like length together, longest first. The step's rows stay the same, and so do its loss and gradient, which are sums over rows
+divided by the label tokens of the whole step. Tokens are counted rather than rows because memory goes by tokens: a limit in rows
+that suits the longest rows would leave most of the memory idle on all others.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from itertools import islice
+
+from lownibble.config import TrainConfig
+from lownibble.data import IGNORE, Batch, Example, collate, cut, epoch_batches, flatten, stream
+
+Rows = list[list[Example]]
+"""The rows of one step, in the batches that the configuration asks for."""
+
+
+class MicroBatches:
+    """The forward passes of a run over `rows`.
+
+    Attributes:
+        max_tokens: most tokens of a forward pass, padding included (a longer row stands alone); None: batches as configured.
+    """
+
+    def __init__(self, rows: list[Example], config: TrainConfig, pad_token_id: int) -> None:
+        self.rows, self.config, self.pad_token_id = rows, config, pad_token_id
+        self.pack_to = config.max_length if config.packing else None
+        self.max_tokens: int | None = None
+        self._lengths = sorted((len(row.input_ids) for row in rows), reverse=True)
+
+    def steps(self, first_step: int = 0) -> Iterator[Rows]:
+        """The rows of each step from `first_step` on, without end."""
+        config, count = self.config, self.config.gradient_accumulation_steps
+        order = stream(
+            self.rows, config.batch_size, config.seed, config.group_by_length, first_step * count, self.pack_to
+        )  # fmt: skip
+        while True:
+            yield [[self.rows[i] for i in batch] for batch in islice(order, count)]
+
+    def batches(self, rows: Rows) -> list[Batch]:
+        """The forward passes of a step."""
+        if self.max_tokens is None:
+            return [self.batch(batch) for batch in rows]
+        flat = [row for batch in rows for row in batch]
+        dealt = cut([len(row.input_ids) for row in flat], self.max_tokens, packed=self.pack_to is not None)
+        return [self.batch([flat[i] for i in batch]) for batch in dealt]
+
+    def batch(self, rows: list[Example]) -> Batch:
+        """Rows as one forward pass."""
+        return collate(rows, self.pad_token_id) if self.pack_to is None else flatten(rows)
+
+    def steps_of_epochs(self, epochs: float) -> int:
+        """Optimiser steps of so many epochs; packed epochs differ in their number of batches."""
+        config = self.config
+        whole, part = divmod(epochs, 1)
+        steps = []
+        for epoch in range(math.ceil(epochs)):
+            batches = epoch_batches(self.rows, config.batch_size, config.seed, epoch, config.group_by_length, self.pack_to)
+            steps.append(max(1, len(batches) // config.gradient_accumulation_steps))
+        last = math.ceil(round(steps[-1] * part, 6)) if part else 0
+        return sum(steps[: int(whole)]) + last
+
+    def planned_tokens(self, steps: int) -> int:
+        """About how many tokens so many steps read."""
+        config = self.config
+        mean = sum(self._lengths) / len(self._lengths)
+        batch = config.batch_size * config.max_length if config.packing else min(config.batch_size, len(self.rows)) * mean
+        return int(steps * config.gradient_accumulation_steps * batch)
+
+    @property
+    def longest_row(self) -> int:
+        """Tokens of the longest row: no forward pass can do with less."""
+        return self._lengths[0]
+
+    @property
+    def whole(self) -> int:
+        """Most tokens of a batch as configured, padding included."""
+        if self.pack_to is None:
+            return min(self.config.batch_size, len(self.rows)) * self.longest_row
+        return min(self.config.batch_size * self.pack_to, sum(self._lengths))
+
+    def largest(self, tokens: int) -> Batch:
+        """The largest forward pass of at most `tokens` tokens that `batches` can make of these rows, with as many label tokens as
+        any has; below the longest row's tokens, the beginning of that row."""
+        rows = [row.input_ids for row in self._longest(tokens)]
+        batch = self.batch([Example(ids, [False] * len(ids), "dry run") for ids in rows])
+        places = batch.attention_mask.clone()
+        places[:, 0] = 0
+        places = places.flatten().nonzero()[:, 0][: self._most_labels(tokens)]
+        batch.labels.fill_(IGNORE).view(-1)[places] = batch.input_ids.view(-1)[places]
+        return batch
+
+    def _longest(self, tokens: int) -> list[Example]:
+        rows = sorted(self.rows, key=lambda row: -len(row.input_ids))
+        if tokens < self.longest_row:
+            return [Example(rows[0].input_ids[:tokens], rows[0].is_label[:tokens], rows[0].origin)]
+        if self.pack_to is not None:
+            chosen, left = [], tokens
+            for row in rows:
+                taken = min(left, len(row.input_ids))
+                chosen += [Example(row.input_ids[:taken], row.is_label[:taken], row.origin)] * (taken > 0)
+                left -= taken
+            return chosen
+        return max(
+            (rows[first : first + min(tokens // n, self._rows_of_a_step)] for n, first in _firsts(self._lengths)),
+            key=lambda found: len(found) * len(found[0].input_ids),
+        )
+
+    @property
+    def _rows_of_a_step(self) -> int:
+        return min(self.config.batch_size * self.config.gradient_accumulation_steps, len(self.rows))
+
+    def _most_labels(self, tokens: int) -> int:
+        """No forward pass of so many tokens has more label tokens."""
+        found = sorted(((sum(row.is_label[1:]), len(row.input_ids)) for row in self.rows), reverse=True)
+        if self.pack_to is not None:
+            dense = sorted(found, key=lambda row: row[0] / row[1], reverse=True)
+            labels = used = 0
+            for count, length in dense:
+                labels, used = labels + count, used + length
+                if used >= tokens:
+                    break
+            return min(labels, tokens)
+        tokens = max(tokens, self.longest_row)
+        most = 0
+        for length, _ in _firsts(self._lengths):
+            rows = (count for count, n in found if n <= length)
+            most = max(most, sum(islice(rows, min(tokens // length, self._rows_of_a_step))))
+        return most
+
+
+def _firsts(lengths: list[int]) -> list[tuple[int, int]]:
+    """(length, first place that has it) of lengths in falling order."""
+    return [(n, i) for i, n in enumerate(lengths) if i == 0 or n != lengths[i - 1]]

@@ -1,0 +1,157 @@
+"""Forward and backward passes of a model in training: which attention runs, whether layers are compiled or checkpointed.
+
+All of it is in place for a pass and taken back after it: evaluation, generation and the caller see the model as it came.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, Literal
+
+import torch
+
+from lownibble.data import Batch, Example
+from lownibble.errors import ConfigError
+from lownibble.models.attention import kernel_obstacle, segment_attention
+from lownibble.training import compiling, memory
+from lownibble.training.loss import check_packing, check_rows, label_loss
+from lownibble.training.microbatches import MicroBatches
+
+Kind = tuple[bool, bool]
+"""What a batch is to the compiler: whether it has padding, and more than one row. Each is compiled apart."""
+
+
+def kind(batch: Batch) -> Kind:
+    """The kind of a batch."""
+    return not bool(batch.attention_mask.all()), len(batch.input_ids) > 1
+
+
+class Passes:
+    """The passes of `model` over the batches of `micro`.
+
+    Attributes:
+        attention_reason: why attention does not run on our kernel, or nothing where it does.
+        compiled, compile_reason, compile_seconds, compile_peak_bytes: whether the layers are compiled, why, how long it took and
+            the highest memory until then.
+        saved_activation_bytes: what autograd kept in the last forward pass that was `measured`.
+    """
+
+    def __init__(self, model: Any, micro: MicroBatches, device: torch.device) -> None:
+        self.model, self.micro, self.device = model, micro, device
+        self.attention_reason = ""
+        self.compiled, self.compile_reason, self.compile_seconds, self.compile_peak_bytes = False, "", 0.0, 0
+        self.saved_activation_bytes = 0
+        self._attention = segment_attention if micro.pack_to else nullcontext
+        self._layers: compiling.Compiled | None = None
+        self._kinds: set[Kind] = set()
+        self._checkpointing = False
+
+    def check(self) -> None:
+        """Choose the attention kernel; compare packed rows with each row alone.
+
+        Raises:
+            ModelError: this model cannot be packed.
+        """
+        if self.micro.pack_to:
+            by_length = sorted((row.input_ids for row in self.micro.rows), key=len)
+            check_packing(self.model, [by_length[-1], by_length[0]])
+            self.attention_reason = kernel_obstacle(self.model)
+            return
+        rows = self.micro.rows
+        batch = self.micro.batch([rows[0], min(rows, key=lambda row: len(row.input_ids))]).to(self.device)
+        self.attention_reason = check_rows(self.model, batch.input_ids, batch.attention_mask)
+        if not self.attention_reason:
+            self._attention = segment_attention
+
+    def choose_compilation(self, option: bool | Literal["auto"], tokens: int) -> None:
+        """Decide for a run over so many tokens; `compile` then does it.
+
+        Raises:
+            ConfigError: compilation was asked for and cannot run here; says what is missing.
+        """
+        self.compiled, self.compile_reason = compiling.choose(option, self.model, self.device, tokens)
+
+    def do_not_compile(self, reason: str) -> None:
+        """Leave the layers as they are after all."""
+        self.compiled, self.compile_reason, self._layers = False, reason, None
+
+    def compile(self, batches: Iterable[Batch]) -> None:
+        """Compile the layers for the kinds of these batches, by a pass over one of each that was not met before.
+
+        Raises:
+            TrainingError: a layer cannot be compiled.
+        """
+        new = {kind(batch): batch for batch in batches if kind(batch) not in self._kinds}
+        if not new:
+            return
+        began = time.perf_counter()
+        gradients = [(p, p.grad) for p in self.model.parameters()]
+        self._layers = self._layers or compiling.Compiled(self.model)
+        try:
+            with compiling.torchs_own_warnings_off():
+                for batch in new.values():
+                    self.backward(batch, max(1, batch.n_label_tokens))
+        finally:
+            for parameter, gradient in gradients:
+                parameter.grad = gradient
+        self._kinds |= new.keys()
+        self.compile_seconds += time.perf_counter() - began
+        self.compile_peak_bytes = max(self.compile_peak_bytes, memory.peak_bytes(self.device))
+        memory.reset_peak(self.device)  # the compiler's memory is not the step's
+
+    def small(self, wanted: Kind, tokens: int) -> Batch:
+        """A batch of this kind with about so many tokens."""
+        padded, several = wanted
+        longest = max(self.micro.rows, key=lambda row: len(row.input_ids))
+        length = min(tokens // (1 + several), len(longest.input_ids))
+        lengths = [length, max(1, length - padded)][: 1 + several]
+        return self.micro.batch([Example(longest.input_ids[:n], [False] + [True] * (n - 1), "compilation") for n in lengths])
+
+    def set_checkpointing(self, on: bool) -> None:
+        """Compute each layer's activations again in backward, or keep them."""
+        if on == self._checkpointing:
+            return
+        verb = "enable" if on else "disable"
+        call = getattr(self.model, f"activation_checkpointing_{verb}", None)  # transformers 5.23 renamed it
+        call = call or getattr(self.model, f"gradient_checkpointing_{verb}", None)
+        if not self.can_checkpoint or call is None:
+            raise ConfigError(f"{type(self.model).__name__} has no gradient checkpointing. Leave gradient_checkpointing out.")
+        call({"use_reentrant": False}) if on else call()
+        self._checkpointing = on
+
+    @property
+    def can_checkpoint(self) -> bool:
+        """Whether the model has gradient checkpointing."""
+        return bool(getattr(self.model, "supports_gradient_checkpointing", False))
+
+    def _in_place(self) -> AbstractContextManager[None]:
+        return self._layers() if self._layers else nullcontext()
+
+    def loss(self, batch: Batch, n_total: int) -> torch.Tensor:
+        """Sum of the batch's losses divided by `n_total`; layers not compiled."""
+        with self._attention(self.model):
+            return self._loss(batch, n_total)
+
+    def _loss(self, batch: Batch, n_total: int) -> torch.Tensor:
+        batch = batch.to(self.device)
+        return label_loss(self.model, batch.input_ids, batch.attention_mask, batch.labels, n_total, batch.segments)
+
+    def backward(self, batch: Batch, n_total: int, *, measured: bool = False) -> float:
+        """Add the gradients of a batch; returns its loss. `measured`: count what autograd saves.
+
+        Raises:
+            TrainingError: a layer cannot be compiled.
+        """
+        self.model.train()
+        with self._attention(self.model), self._in_place():
+            if measured:
+                watch = memory.SavedActivations()
+                with watch.watch(self.model):
+                    loss = self._loss(batch, n_total)
+                self.saved_activation_bytes = watch.bytes
+            else:
+                loss = self._loss(batch, n_total)
+            torch.autograd.backward(loss)
+        return float(loss.detach())

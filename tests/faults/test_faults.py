@@ -1,0 +1,28 @@
+"""A few of each kind of fault; `make faults` does them all and records them."""
+
+import random
+
+import pytest
+from faults import harness
+
+
+@pytest.fixture(scope="module")
+def who(tmp_path_factory):
+    harness._processes.set_forkserver_preload(["lownibble.cli.main", "lownibble.training"])
+    return harness.subjects(tmp_path_factory.mktemp("subjects"))
+
+
+@pytest.mark.parametrize(
+    ("do", "subject", "count"),
+    [
+        (harness.kills, "lora", 4),
+        (harness.stops, "full", 1),
+        (harness.corruptions, "lora", 2),
+        (harness.poisons, "lora", 3),
+        (harness.doubles, "lora", 1),
+    ],
+)
+def test_a_fault_ends_well(who, tmp_path, do, subject, count):
+    outcomes = list(do(who[subject], tmp_path, count, random.Random(0)))
+    assert len(outcomes) >= count
+    assert not [outcome for outcome in outcomes if outcome.startswith("WRONG")]
