@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 OUTPUT ?= runs/demo
 
-.PHONY: demo test check format bench bench-parity bench-kernels bench-train bench-train-real bench-decode bench-quality readme clean
+.PHONY: demo test check format bench bench-parity bench-kernels bench-train bench-train-real bench-decode bench-quality bench-memory bench-paging faults readme clean
 
 demo: $(VENV)/.ready  ## set up, then compare LoRA and QLoRA on the embedded model and data
 	$(BIN)/lownibble compare --output $(OUTPUT) --resume
@@ -41,6 +41,15 @@ bench-decode: $(VENV)/.ready-dev
 
 bench-quality: $(VENV)/.ready-dev  ## about an hour: make bench-quality DATA=nli/ (premise, hypothesis, label)
 	$(BIN)/lownibble bench quality --data $(DATA) --output benchmarks/results/quality-cpu.json
+
+bench-memory: $(VENV)/.ready-dev
+	$(BIN)/lownibble bench memory --output benchmarks/results/memory-cpu.json
+
+bench-paging: $(VENV)/.ready-dev
+	$(BIN)/lownibble bench paging --output benchmarks/results/paging-cpu.json
+
+faults: $(VENV)/.ready-dev  ## kill, fill, damage and starve training runs, and record what becomes of them
+	$(BIN)/python tests/faults/harness.py --output benchmarks/results/faults-cpu.json
 
 readme: $(VENV)/.ready-dev  ## put the recorded figures into README.md
 	$(BIN)/python tools/readme.py

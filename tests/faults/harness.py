@@ -44,10 +44,11 @@ _processes = multiprocessing.get_context("forkserver")
 
 
 class Subject(NamedTuple):
-    """What is trained: a name and the flags."""
+    """What is trained: a name, the flags, and the threads (0: all cores; two are slower than one for a small model)."""
 
     name: str
     flags: list[str]
+    threads: int = 0
 
 
 def subjects(folder: Path) -> dict[str, Subject]:
@@ -60,16 +61,23 @@ def subjects(folder: Path) -> dict[str, Subject]:
     small = [*files, *shlex.split("--batch-size 8 --max-length 24 --max-steps 240 --save-steps 10 --learning-rate 1e-2")]
     embedded = shlex.split("--method qlora --batch-size 4 --max-length 64 --max-steps 16 --save-steps 2 --max-eval-rows 8")
     return {
-        "lora": Subject("small, lora", [*small, *shlex.split("--method lora --r 4 --lora-dropout 0.1")]),
-        "full": Subject("small, full, paged 8-bit optimiser", [*small, *shlex.split("--method full --optim paged_adamw_8bit")]),
+        "lora": Subject("small, lora", [*small, *shlex.split("--method lora --r 4 --lora-dropout 0.1")], 1),
+        "full": Subject(
+            "small, full, paged 8-bit optimiser", [*small, *shlex.split("--method full --optim paged_adamw_8bit")], 1
+        ),
         "embedded": Subject("embedded, qlora", [*embedded, "--torch-compile", "false"]),
         "large batches": Subject("embedded, qlora, batches of 16", [*embedded, *shlex.split("--batch-size 16 --max-steps 6")]),
     }
 
 
-def train(flags: list[str], messages: str, before: Callable[[], None] | None = None) -> None:
+def train(flags: list[str], messages: str, threads: int, before: Callable[[], None] | None = None) -> None:
     """The body of a training process: the command line, its output in a file."""
+    import torch
+
     from lownibble.cli.main import main
+
+    if threads:
+        torch.set_num_threads(threads)
 
     with Path(messages).open("w") as file:
         os.dup2(file.fileno(), 1)
@@ -86,7 +94,7 @@ class Run:
         self.output = output
         self._messages = output.with_name(f"{output.name}.{time.monotonic_ns()}.txt")
         flags = [*subject.flags, "--output", str(output), *extra]
-        self.process = _processes.Process(target=train, args=(flags, str(self._messages), before))
+        self.process = _processes.Process(target=train, args=(flags, str(self._messages), subject.threads, before))
         self.process.start()
 
     def wait(self, seconds: float | None = None) -> int | None:
@@ -209,6 +217,7 @@ def full_disks(subject: Subject, folder: Path, count: int, draw: random.Random) 
         disk.mkdir()
         command = " ".join([sys.executable, "-m", "lownibble.cli.main", "train", *subject.flags, "--output", f"{disk}/run"])
         script = f"""
+            export OMP_NUM_THREADS={subject.threads or os.cpu_count()}
             mount -t tmpfs -o size={draw.randint(8, int(whole / 1024))}k none {disk} || exit 99
             {command} 2> {folder}/full-{number}.txt; echo $? > {folder}/full-{number}.code
             mount -o remount,size=1g {disk} || exit 99
@@ -304,7 +313,7 @@ class Poison:
             print(f"poisoned {name}", file=sys.stderr)
             return model, tokenizer
 
-        run._make_model = poisoned  # type: ignore[attr-defined]
+        run._make_model = poisoned
 
 
 def poisons(subject: Subject, folder: Path, count: int, draw: random.Random) -> Outcomes:
@@ -345,7 +354,7 @@ class Cramp:
             resource.setrlimit(resource.RLIMIT_AS, (held + self.room, resource.RLIM_INFINITY))
             return first
 
-        Trainer.set_up = cramped  # type: ignore[method-assign]
+        Trainer.set_up = cramped
 
 
 def cramps(subject: Subject, folder: Path, count: int, draw: random.Random) -> Outcomes:
@@ -455,7 +464,14 @@ def main() -> int:
     wrong = sum(n for each in found for outcome, n in each["outcomes"].items() if outcome.startswith("WRONG"))
     if options.output:
         record.write(
-            options.output, {**record.new("faults"), "environment": record.environment(), "faults": found, "wrong": wrong}
+            options.output,
+            {
+                **record.new("faults"),
+                "status": "failed" if wrong else "ok",
+                "environment": record.environment(),
+                "faults": found,
+                "wrong": wrong,
+            },
         )
     return 1 if wrong else 0
 

@@ -5,7 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lownibble.errors import ConfigError
-from lownibble.training.budget import AIM, SETTINGS, Fit, Needs, Setting, choose
+from lownibble.training.budget import AIM, MARGIN, SETTINGS, Fit, Needs, Setting, choose
 
 PLAIN, PAGED, CHECKPOINTED, BOTH = SETTINGS
 
@@ -13,12 +13,16 @@ PLAIN, PAGED, CHECKPOINTED, BOTH = SETTINGS
 class Memory:
     """A model's memory: bytes = held + chunk (up to a size) + tokens x bytes of a token, by setting; notes what was tried."""
 
-    def __init__(self, held=1000, chunk=0, per_token=10, checkpointed=2, step=1, ends=None):
+    def __init__(self, held=1000, chunk=0, per_token=10, checkpointed=2, step=1, ends=None, unit=1):
         self.held, self.chunk, self.rates, self.step, self.ends = held, chunk, (per_token, checkpointed), step, ends
+        self.unit = unit
         self.tried = []
 
     def true(self, setting, tokens):
-        return self.held + min(self.chunk, 3 * tokens) + tokens * self.rates[setting.gradient_checkpointing]
+        return self.held + min(self.chunk, 3 * self.unit * tokens) + tokens * self.rates[setting.gradient_checkpointing]
+
+    def at_most(self, setting, tokens):
+        return self.held + MARGIN[setting.gradient_checkpointing] * (self.true(setting, tokens) - self.held)
 
     def resident(self, setting):
         self.setting = setting
@@ -46,15 +50,15 @@ def test_nothing_is_given_up_where_all_fits():
 def test_the_pass_becomes_as_large_as_fits():
     memory = Memory()
     fit = choose(10000, needs(), memory)
-    assert fit.max_tokens == pytest.approx((AIM * 10000 - 1000) / 10, rel=0.04)
+    assert fit.max_tokens == pytest.approx((AIM * 10000 - 1000) / 10 / MARGIN[False], rel=0.04)
     assert (fit.paged, fit.gradient_checkpointing) == (False, False)
-    assert fit.peak_bytes == memory.true(PLAIN, fit.max_tokens)
+    assert fit.peak_bytes == pytest.approx(memory.true(PLAIN, fit.max_tokens), abs=2)
     assert fit.probes[-1].tokens == fit.max_tokens
 
 
 def test_states_count():
     fit = choose(10000, needs(states=2000), Memory())
-    assert fit.max_tokens == pytest.approx((AIM * 10000 - 3000) / 10, rel=0.04)
+    assert fit.max_tokens == pytest.approx((AIM * 10000 - 3000) / 10 / MARGIN[False], rel=0.04)
     assert fit.peak_bytes <= AIM * 10000
 
 
@@ -70,7 +74,7 @@ def test_the_cheapest_setting_with_enough_tokens(states, paged, expected):
 def test_with_enough_nowhere_the_most_tokens_count():
     fit = choose(3000, needs(longest=50, enough=1600), Memory())
     assert fit.gradient_checkpointing
-    assert fit.max_tokens == pytest.approx((AIM * 3000 - 1000) / 2, rel=0.04)
+    assert fit.max_tokens == pytest.approx((AIM * 3000 - 1000) / 2 / MARGIN[True], rel=0.04)
 
 
 def test_a_longest_row_that_fits_with_checkpointing_only():
@@ -82,23 +86,23 @@ def test_a_longest_row_that_fits_with_checkpointing_only():
 def test_what_does_not_fit_is_told_with_a_budget_that_would():
     memory = Memory(held=10**9, per_token=10**7, checkpointed=2 * 10**6)
     with pytest.raises(
-        ConfigError, match=r"one row of 100 tokens with gradient checkpointing takes about 1\.30 GB, 191 MB more"
+        ConfigError, match=r"one row of 100 tokens with gradient checkpointing takes about 1\.31 GB, 207 MB more"
     ) as e:
         choose(11 * 10**8, needs(whole=400), memory)
-    assert "memory_budget='1.30 GB'" in str(e.value)
-    fit = choose(130 * 10**7, needs(whole=400), memory)
+    assert "memory_budget='1.31 GB'" in str(e.value)
+    fit = choose(131 * 10**7, needs(whole=400), memory)
     assert fit.gradient_checkpointing
 
 
 def test_a_budget_below_the_model_is_told_as_such():
-    with pytest.raises(ConfigError, match=r"the model with its gradients and optimiser states takes about 3\.07 GB"):
+    with pytest.raises(ConfigError, match=r"the model with its gradients and optimiser states takes about 2\.91 GB"):
         choose(2 * 10**9, needs(), Memory(held=285 * 10**7, per_token=10**6))
 
 
 def test_the_estimate_of_what_is_missing_leaves_out_what_a_pass_has_at_any_size():
     memory = Memory(held=10**9, chunk=30, per_token=10**5, checkpointed=10**5)
     memory.true = lambda setting, tokens: 10**9 + 4 * 10**8 * (tokens > 0) + tokens * 10**5
-    with pytest.raises(ConfigError, match=r"takes about 1\.52 GB"):
+    with pytest.raises(ConfigError, match=r"one row of 100 tokens takes about 1\.50 GB"):
         choose(14 * 10**8, needs(), memory)
 
 
@@ -120,7 +124,7 @@ def test_a_fit_comes_back_from_json():
 @settings(max_examples=300)
 @given(
     held=st.integers(0, 5000), chunk=st.integers(0, 3000), rate=st.integers(3, 50), saved=st.integers(1, 50),
-    step=st.integers(1, 90), longest=st.integers(1, 300), factor=st.integers(1, 40), budget=st.integers(1, 60000),
+    step=st.integers(1, 90), longest=st.integers(20, 300), factor=st.integers(1, 40), budget=st.integers(1, 60000),
     states=st.integers(0, 3000), paged=st.integers(0, 3000), enough=st.integers(1, 500),
 )  # fmt: skip
 def test_no_pass_exceeds_the_budget_and_the_choice_uses_it(
@@ -128,24 +132,25 @@ def test_no_pass_exceeds_the_budget_and_the_choice_uses_it(
 ):
     step = min(step, longest)
     longest = longest // step * step
-    memory = Memory(held, chunk, rate, min(rate, saved), step)
+    held, chunk, rate, saved, budget, states, paged = (1000 * n for n in (held, chunk, rate, saved, budget, states, paged))
+    memory = Memory(held, chunk, rate, min(rate, saved), step, unit=1000)
     asked = needs(longest, longest * factor, enough, states, min(states, paged))
     try:
         fit = choose(budget, asked, memory)
     except ConfigError:
-        assert all(memory.true(s, longest) + asked.state_bytes[s] > 0.95 * AIM * budget for s in SETTINGS)
+        assert all(memory.at_most(s, longest) + asked.state_bytes[s] > 0.85 * AIM * budget for s in SETTINGS)
         return
     taken = Setting(fit.paged, fit.gradient_checkpointing)
     tokens = fit.max_tokens or asked.whole
     limit = AIM * budget
     assert longest <= tokens <= asked.whole
-    assert memory.true(taken, tokens) + asked.state_bytes[taken] <= limit
+    assert memory.at_most(taken, tokens) + asked.state_bytes[taken] <= limit + 2
     first = dict.fromkeys(SETTINGS, 0)
     for setting, tried in memory.tried:
-        over = memory.true(setting, tried) + asked.state_bytes[setting] > limit
+        over = memory.at_most(setting, tried) - 2 + asked.state_bytes[setting] > limit
         assert not over or not first[setting] or tried <= first[setting], "only the first pass is made without knowing"
         first[setting] = first[setting] or tried
     if tokens < asked.whole:
-        more = memory.size(int(tokens * 1.1) + step + 1)
-        over = memory.true(taken, more) + asked.state_bytes[taken] > limit
+        more = memory.size(int(tokens * 1.1) + 2 * step + 1)
+        over = memory.at_most(taken, more) + asked.state_bytes[taken] > limit
         assert over or more >= asked.whole, "a tenth more would not fit"

@@ -42,6 +42,12 @@ def _memory(**options: Any) -> dict[str, Any]:
     return bench_memory(**options)
 
 
+def _paging(**options: Any) -> dict[str, Any]:
+    from lownibble.bench.paging import bench_paging
+
+    return bench_paging(**options)
+
+
 BENCHES: dict[str, Callable[..., dict[str, Any]]] = {
     "kernels": _kernels,
     "parity": _parity,
@@ -49,6 +55,7 @@ BENCHES: dict[str, Callable[..., dict[str, Any]]] = {
     "decode": _decode,
     "quality": _quality,
     "memory": _memory,
+    "paging": _paging,
 }
 """What `lownibble bench` measures: name -> function (peers, repeats), which returns the figures of a record.
 

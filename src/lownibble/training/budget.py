@@ -2,8 +2,8 @@
 
 A dry run sends forward and backward passes of growing size through the model, each chosen so that by the ones before it stays
 within the budget: the first are a few tokens, the last the largest that fits. Memory goes up with the tokens of a pass along a
-line, but for what is there at any size (the head's chunk), so a line through the last two measurements is right or errs on
-the safe side. Optimiser states are not there yet; their bytes are known and added.
+line, but for what is there at any size (the head's chunk), so a line through two measurements is right or errs on the safe
+side. Optimiser states are not there yet; their bytes are known and added.
 
 What can be given up, in the order of what it costs (`SETTINGS`): nothing but the size of the forward pass; the optimiser's
 states in memory (paging; the same bits); activations (checkpointing: each layer is computed twice). The first setting that leaves
@@ -25,8 +25,12 @@ from typing import Any, NamedTuple, Protocol
 
 from lownibble.errors import ConfigError
 
-AIM = 0.93
-"""Share of the budget that is planned for: the rest is for what a dry run does not see (a heap in pieces after many steps)."""
+AIM = 0.98
+"""Share of the budget that is planned for."""
+
+MARGIN = {False: 1.13, True: 1.4}
+"""Checkpointing or not -> how much more than in the dry run a pass may take. Passes of one size differ by what the C heap makes
+of their tensors' sizes, most where tensors come and go (checkpointing); up to so much before there was a margin (log.md)."""
 
 ENOUGH_TOKENS = {"cpu": 128, "cuda": 1024}
 """Type of device -> tokens of a forward pass from which a larger one brings less than checkpointing costs. On the CPU measured
@@ -95,10 +99,11 @@ class Fit:
     probes: tuple[Probe, ...] = ()
 
     @property
-    def pass_bytes(self) -> int:
-        """What a forward and backward pass takes while it runs."""
+    def room_bytes(self) -> int:
+        """What a forward and backward pass may take while it runs."""
         of_setting = [p for p in self.probes if (p.paged, p.gradient_checkpointing) == (self.paged, self.gradient_checkpointing)]
-        return self.peak_bytes - of_setting[0].peak_bytes if of_setting else 0
+        alone = self.peak_bytes - of_setting[0].peak_bytes if of_setting else 0
+        return int(MARGIN[self.gradient_checkpointing] * alone)
 
     def to_dict(self) -> dict[str, Any]:
         """For JSON."""
@@ -122,10 +127,10 @@ def choose(budget_bytes: int, needs: Needs, bench: Bench) -> Fit:
     for setting, states in needs.state_bytes.items():
         search = searches[setting] = _Search(int(AIM * budget_bytes) - states, needs, bench, setting)
         tokens = search.run()
-        probes += [Probe(*setting, n, peak + states) for n, peak in search.points]
+        probes += [Probe(*setting, n, peak + states) for n, peak in search.measured]
         if tokens is None:
             continue
-        expected = search.at(tokens) + states
+        expected = search.without_margin(search.at(tokens)) + states
         found.append(Fit(None if tokens == needs.whole else tokens, *setting, expected, tuple(probes)))
         if tokens >= min(needs.whole, needs.enough):
             return found[-1]
@@ -133,8 +138,13 @@ def choose(budget_bytes: int, needs: Needs, bench: Bench) -> Fit:
         return max(found, key=lambda fit: fit.max_tokens or needs.whole)
     wanted = {setting: search.at(needs.longest_row) + needs.state_bytes[setting] for setting, search in searches.items()}
     setting = min(wanted, key=wanted.__getitem__)
-    needed, most = int(wanted[setting] / AIM), searches[setting].largest()
-    what = f"one row of {needs.longest_row} tokens" if most else "the model with its gradients and optimiser states"
+    search, needed = searches[setting], int(wanted[setting] / AIM)
+    most = search.largest()
+    what = (
+        f"one row of {needs.longest_row} tokens"
+        if len(search.points) > 1
+        else "the model with its gradients and optimiser states"
+    )
     raise ConfigError(
         f"Training does not fit into a memory budget of {_size(budget_bytes)}: {what}{_words(setting)} takes about "
         f"{_size(needed)}, {_size(needed - budget_bytes)} more. Set "
@@ -144,11 +154,13 @@ def choose(budget_bytes: int, needs: Needs, bench: Bench) -> Fit:
 
 
 class _Search:
-    """The largest pass within a limit, by passes of growing size."""
+    """The largest pass within a limit, by passes of growing size. `measured`: (tokens, bytes); `points`: with their margin."""
 
     def __init__(self, limit: int, needs: Needs, bench: Bench, setting: Setting) -> None:
         self.limit, self.needs, self.bench = limit, needs, bench
-        self.points = [(0, bench.resident(setting))]
+        self.resident, self.margin = bench.resident(setting), MARGIN[setting.gradient_checkpointing]
+        self.measured = [(0, self.resident)]
+        self.points = [(0, self.resident)]
 
     def run(self) -> int | None:
         """Tokens, at least those of the longest row; None: not even those fit."""
@@ -170,14 +182,20 @@ class _Search:
     def _measure(self, tokens: int) -> bool:
         peak = self.bench.peak(tokens)
         if peak is not None:
-            self.points.append((tokens, peak))
+            self.measured.append((tokens, peak))
+            self.points.append((tokens, int(self.resident + self.margin * (peak - self.resident))))
         return peak is not None
 
+    def without_margin(self, peak: int) -> int:
+        """What is expected where at most `peak` may come."""
+        return int(self.resident + (peak - self.resident) / self.margin)
+
     def _line(self) -> tuple[float, float]:
-        """(bytes of no token, bytes of a token) by the last two points."""
-        if len(self.points) == 1:
-            return float(self.points[0][1]), 0.0
-        (x0, y0), (x1, y1) = self.points[-2:]
+        """(bytes of no token, bytes of a token) by the last point and one of half its tokens or less: close ones say nothing."""
+        x1, y1 = self.points[-1]
+        if x1 == 0:
+            return float(y1), 0.0
+        x0, y0 = [point for point in self.points if 2 * point[0] <= x1][-1]
         slope = max(0.0, (y1 - y0) / (x1 - x0))
         return y1 - slope * x1, slope
 

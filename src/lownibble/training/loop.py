@@ -52,7 +52,7 @@ MAX_SKIPPED = 3
 COMPILER_BYTES = 10**9
 """Memory that must be free within a budget for the compiler to be used: what it takes on the embedded model, and some more."""
 
-CLOSE = 0.985
+CLOSE = 0.99
 """Share of the memory budget at which steps become smaller."""
 
 _STEP_STRIDE, _RUN_STRIDE = 10_007, 1_000_000_007  # keep the seeds of neighbouring passes and runs apart
@@ -358,7 +358,7 @@ class Trainer:
 
     def _make_room(self) -> None:
         """Before a pass that would not fit into the process's memory budget beside what the C heap holds and does not use."""
-        if self._process_budget and memory.used_bytes(self.device) + self.fit.pass_bytes > AIM * self._process_budget:
+        if self._process_budget and memory.used_bytes(self.device) + self.fit.room_bytes > AIM * self._process_budget:
             memory.trim_heap()
 
     def _keep_within(self, batches: list[Batch]) -> None:

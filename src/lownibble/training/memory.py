@@ -175,7 +175,7 @@ class SavedActivations:
         if not isinstance(tensor, nn.Parameter) and storage.data_ptr() not in self._seen and storage.data_ptr():
             self._seen.add(storage.data_ptr())
             self.bytes += storage.nbytes()
-        return tensor
+        return tensor.detach()  # an output held with its own graph would be a cycle that nothing frees if backward never runs
 
     @contextmanager
     def watch(self, model: nn.Module) -> Iterator[SavedActivations]:

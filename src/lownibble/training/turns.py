@@ -8,6 +8,7 @@ As a program (`python -m lownibble.training.turns SPEC.json`) this is one such c
 
 from __future__ import annotations
 
+import hashlib
 import json
 import statistics
 import subprocess
@@ -17,8 +18,12 @@ from itertools import islice
 from pathlib import Path
 from typing import IO, Any
 
+import torch
+from torch import nn
+
 from lownibble.config import RunConfig
 from lownibble.errors import TrainingError
+from lownibble.lora import count_parameters
 from lownibble.training.events import Stepped
 
 
@@ -105,11 +110,24 @@ def main(spec: str) -> None:
             "seconds": sum(s.seconds for s in done),
             "losses": [s.loss for s in done],
             "peak_bytes": memory.peak_bytes(trainer.device) - baseline,
+            "digest": _digest(trainer.model),
         }
 
-    answer_turns(
-        {"method": config.method, "compiled": trainer.passes.compiled, "compile_seconds": trainer.passes.compile_seconds}, do
-    )
+    passes = trainer.passes
+    facts = {
+        "method": config.method, "compiled": passes.compiled, "compile_seconds": passes.compile_seconds,
+        "trainable_parameters": count_parameters(trainer.model)[0],
+    }  # fmt: skip
+    answer_turns(facts, do)
+
+
+def _digest(model: nn.Module) -> str:
+    """Of the bytes of all trained parameters."""
+    found = hashlib.sha256()
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            found.update(parameter.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
+    return found.hexdigest()
 
 
 if __name__ == "__main__":

@@ -1,0 +1,78 @@
+"""`lownibble bench paging`: what does it cost to hold a tenth of AdamW's states in memory, and are the bits the same?
+
+Full fine-tuning of the embedded model and LoRA, each with all states in memory and with a page budget of a tenth of them, every
+one in a process of its own, taking turns on the same packed batches. After each turn a digest of all trained parameters is
+compared: a single bit that differs shows. Runs are not compiled: it would be the same work in all four.
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+from lownibble.config import DataConfig, LoraConfig, Method, RunConfig, TrainConfig
+from lownibble.errors import ConfigError, TrainingError
+from lownibble.training.turns import TurnTaker, play, ratio, spread
+
+METHODS: tuple[Method, ...] = ("full", "lora")
+BATCH_SIZE, LENGTH, SHARE = 4, 256, 10
+
+
+def bench_paging(*, peers: bool = False, repeats: int = 5) -> dict[str, Any]:
+    """Take turns for `repeats` rounds of one step.
+
+    Raises:
+        ConfigError: `peers`; bitsandbytes pages on CUDA only.
+        TrainingError: a process ended early.
+    """
+    if peers:
+        raise ConfigError("'bench paging' has no peers here: bitsandbytes pages on CUDA only. Leave --peers out.")
+    with ExitStack() as stack:
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        takers: dict[str, TurnTaker] = {}
+        state_bytes: dict[str, int] = {}
+        for method in METHODS:
+            plain = takers[method] = stack.enter_context(_taker(method, folder, {}))
+            plain.ready()
+            state_bytes[method] = 2 * 4 * int(plain.facts["trainable_parameters"])
+            budget = state_bytes[method] // SHARE
+            name = f"{method}_paged"
+            takers[name] = stack.enter_context(_taker(name, folder, {"optim": "paged_adamw", "optim_page_budget": f"{budget}B"}))
+            takers[name].ready()
+        answers = play(list(takers.values()), repeats, 1)
+    rates = {name: [a["tokens"] / a["seconds"] for a in given[1:]] for name, given in answers.items()}
+    digests = {name: [a["digest"] for a in given] for name, given in answers.items()}
+    same = {method: digests[method] == digests[f"{method}_paged"] for method in METHODS}
+    if not all(len(set(of)) == len(of) for of in digests.values()):
+        raise TrainingError("A turn trained nothing, so that equal parameters prove nothing.")
+    ratios = {f"{method}_paged_vs_{method}": ratio(rates[f"{method}_paged"], rates[method]) for method in METHODS}
+    return {
+        "workload": {"model": "demo", "batch_size": BATCH_SIZE, "length": LENGTH, "rounds": repeats, "page_budget": f"1/{SHARE}"},
+        "contenders": {
+            name: {"tokens_per_s": spread(rates[name]), "peak_bytes": max(a["peak_bytes"] for a in given)}
+            for name, given in answers.items()
+        },
+        "ratios": ratios,
+        "state_bytes": state_bytes,
+        "same_bits": same,
+        "headlines": {
+            **{f"{name.replace('_vs_', ' / ')}, tokens/s": found["median"] for name, found in ratios.items()},
+            **{f"{method}: same bits after {repeats + 1} steps": str(equal) for method, equal in same.items()},
+        },
+    }  # fmt: skip
+
+
+def _taker(name: str, folder: Path, options: dict[str, Any]) -> TurnTaker:
+    """A run of the method that the name begins with."""
+    train = TrainConfig(
+        batch_size=BATCH_SIZE, max_length=LENGTH, packing=True, max_steps=1000, torch_compile=False, learning_rate=1e-4, **options
+    )  # fmt: skip
+    run = RunConfig(
+        method=name.removesuffix("_paged"), data=DataConfig(mask_prompt=False, max_eval_rows=8), lora=LoraConfig(), train=train
+    )  # fmt: skip
+    path = folder / f"{name}.json"
+    path.write_text(json.dumps(run.to_dict()))
+    return TurnTaker(name, "lownibble.training.turns", str(path))
