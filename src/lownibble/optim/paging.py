@@ -84,10 +84,11 @@ class FileBacking:
         return "Choose another --output (without one: another TMPDIR), or train with the unpaged optimiser."
 
     def read(self, page: int, into: Tensor) -> None:
-        """Fill the buffer with a page; one never written is zeros."""
-        if page not in self._written:
-            into.zero_()
-            return
+        """Fill the buffer with a page; one never written is zeros, as the file has it.
+
+        No torch operation here or in `write`: it would give this thread a team of OpenMP threads, and with more threads than
+        cores the main thread's no longer wait actively for each other, in the whole run.
+        """
         self._move(os.preadv, page, into)
 
     def write(self, page: int, source: Tensor) -> None:
