@@ -113,12 +113,23 @@ def kernels() -> str:
     return _headlines("kernels-cpu")
 
 
+def paging() -> str:
+    """AdamW's states paged."""
+    record = _record("paging-cpu")
+    same = [method for method, equal in record["same_bits"].items() if equal]
+    bits = f"Same bits after each step: {', '.join(same) or 'none'}."
+    work = f"page budget {record['workload']['page_budget']} of the states"
+    turns = _turns("paging-cpu", lambda w: f"{w['batch_size']} packs of {w['length']} tokens a step, {work}")
+    return f"{turns}\n\n{bits}"
+
+
 SECTIONS: dict[str, Callable[[], str]] = {
     "compare": compare,
     "train": train,
     "train-real": train_real,
     "decode": decode,
     "quality": quality,
+    "paging": paging,
     "kernels": kernels,
     "parity": parity,
 }
