@@ -113,6 +113,31 @@ def kernels() -> str:
     return _headlines("kernels-cpu")
 
 
+def memory() -> str:
+    """Runs within a memory budget."""
+    record = _record("memory-cpu")
+    lines = ["| run | budget GB | measured peak GB | share | what was given up |", "| --- | ---: | ---: | ---: | --- |"]
+    for run in record["runs"]:
+        parts = [f"passes of {run['max_tokens']} tokens, not {run['whole_tokens']}"] * (run["max_tokens"] is not None)
+        parts += ["states paged"] * run["paged"] + ["checkpointing"] * run["gradient_checkpointing"]
+        flags = (
+            run["flags"].replace("--method ", "").replace("--torch-compile false", "").replace("--torch-compile true", "compiled")
+        )
+        flags = flags.replace("--batch-size ", "").replace(" --max-length ", " x ").replace("--packing", "packed")
+        flags = flags.replace("--gradient-accumulation-steps ", "accumulation ")
+        cells = [
+            " ".join(flags.split()),
+            f"{run['budget_bytes'] / 1e9:.2f}",
+            f"{run['peak_bytes'] / 1e9:.2f}",
+            f"{run['share']:.2f}",
+        ]
+        lines.append(f"| {' | '.join(cells)} | {', '.join(parts) or 'nothing'} |")
+    refused = record["refused"]
+    verdict = "a run within that did" if refused["the_named_budget_does"] else "a run within that did not"
+    last = f"A budget of {refused['budget']} was refused, with {refused['named']} as what would do; {verdict}."
+    return "\n".join(lines) + f"\n\n{last}\n\n({_where(record)}; `benchmarks/results/memory-cpu.json`)"
+
+
 def paging() -> str:
     """AdamW's states paged."""
     record = _record("paging-cpu")
@@ -123,13 +148,25 @@ def paging() -> str:
     return f"{turns}\n\n{bits}"
 
 
+def faults() -> str:
+    """What became of runs to which faults were done."""
+    record = _record("faults-cpu")
+    lines = ["| fault | run | how it ended | count |", "| --- | --- | --- | ---: |"]
+    for fault in record["faults"]:
+        for outcome, count in fault["outcomes"].items():
+            lines.append(f"| {fault['fault']} | {fault['run']} | {outcome} | {count} |")
+    return "\n".join(lines) + f"\n\n({_where(record)}; `benchmarks/results/faults-cpu.json`)"
+
+
 SECTIONS: dict[str, Callable[[], str]] = {
     "compare": compare,
     "train": train,
     "train-real": train_real,
     "decode": decode,
     "quality": quality,
+    "memory": memory,
     "paging": paging,
+    "faults": faults,
     "kernels": kernels,
     "parity": parity,
 }

@@ -130,11 +130,12 @@ def result(output: Path) -> tuple[dict[str, bytes], list[float]]:
 
 
 class Reference(NamedTuple):
-    """The run that is left alone."""
+    """The run that is left alone, and the bytes of all files it leaves."""
 
     files: dict[str, bytes]
     losses: list[float]
     seconds: float
+    n_bytes: int
 
     def outcome(self, output: Path) -> str:
         """What became of a run, held against this one."""
@@ -152,35 +153,59 @@ class Reference(NamedTuple):
 
 def reference(subject: Subject, folder: Path) -> Reference:
     """Run it undisturbed."""
+    folder.mkdir()
     began = time.perf_counter()
-    run = Run(subject, folder / "reference")
+    run = Run(subject, folder / "out")
     if run.wait() != 0:
         raise SystemExit(f"The undisturbed run failed: {run.said}")
     seconds = time.perf_counter() - began
-    return Reference(*result(folder / "reference"), seconds)
+    return Reference(*result(run.output), seconds, sum(file.stat().st_size for file in run.output.rglob("*") if file.is_file()))
+
+
+class Trial(NamedTuple):
+    """One run to be disturbed: what it must come to, a folder for it, its number, outcomes still wanted, and its chance."""
+
+    subject: Subject
+    truth: Reference
+    folder: Path
+    number: int
+    left: int
+    draw: random.Random
+
+    @property
+    def output(self) -> Path:
+        """The run's output folder."""
+        return self.folder / "out"
+
+    def run(self, *extra: str, before: Callable[[], None] | None = None) -> Run:
+        """Start it, or start it again."""
+        return Run(self.subject, self.output, *extra, before=before)
+
+    def resumed(self) -> str:
+        """What becomes of it when it is resumed and left alone."""
+        run = self.run("--resume")
+        return self.truth.outcome(self.output) if run.wait() == 0 else wrong(run)
+
+
+def wrong(run: Run) -> str:
+    """The outcome of a run that ended as it must not."""
+    return f"WRONG: exit code {run.wait()}: {run.said[-300:]}"
 
 
 Outcomes = Iterator[str]
 
 
-def kills(subject: Subject, folder: Path, count: int, draw: random.Random) -> Outcomes:
-    """Killed at random moments, resumed, killed again; one outcome for each kill, known when its run is through."""
-    truth = reference(subject, folder)
-    killed = chain = 0
-    while killed < count:
-        chain, moments = chain + 1, []
-        output = folder / f"killed-{chain}"
-        while True:
-            run = Run(subject, output, "--resume")
-            code = run.wait(draw.uniform(0, truth.seconds) if killed < count else None)
-            if code is not None:
-                break
-            moments.append(_moment(run))
-            run.signal(signal.SIGKILL)
-            killed += 1
-        end = truth.outcome(output) if code == 0 else f"WRONG: exit code {code}: {run.said[-300:]}"
-        yield from (f"{end} (killed {moment})" for moment in moments)
-        shutil.rmtree(output)
+def kills(trial: Trial) -> Outcomes:
+    """Killed at random moments, resumed, killed again; one outcome for each kill, known when the run is through."""
+    moments: list[str] = []
+    while True:
+        run = trial.run("--resume")
+        if run.wait(trial.draw.uniform(0, trial.truth.seconds) if len(moments) < trial.left else None) is not None:
+            break
+        moments.append(_moment(run))
+        run.signal(signal.SIGKILL)
+    end = trial.truth.outcome(trial.output) if run.wait() == 0 else wrong(run)
+    yield from (f"{end} (killed {moment})" for moment in moments)
 
 
 def _moment(run: Run) -> str:
@@ -192,51 +217,42 @@ def _moment(run: Run) -> str:
     return "between checkpoints" if run.checkpoints() else "before the first checkpoint"
 
 
-def stops(subject: Subject, folder: Path, count: int, draw: random.Random) -> Outcomes:
-    """SIGTERM at random moments, then resumed."""
-    truth = reference(subject, folder)
-    for number in range(count):
-        output = folder / f"stopped-{number}"
-        run = Run(subject, output)
-        run.wait_for_checkpoints(1)
-        run.wait(draw.uniform(0, truth.seconds / 2))
-        code = run.signal(signal.SIGTERM) if run.wait(0) is None else run.wait()
-        if code not in (0, 128 + signal.SIGTERM):
-            yield f"WRONG: exit code {code}: {run.said[-300:]}"
-            continue
-        again = Run(subject, output, "--resume")
-        yield truth.outcome(output) if again.wait() == 0 else f"WRONG: {again.said[-300:]}"
+def stops(trial: Trial) -> Outcomes:
+    """SIGTERM at a random moment, then resumed."""
+    run = trial.run()
+    run.wait_for_checkpoints(1)
+    run.wait(trial.draw.uniform(0, trial.truth.seconds / 2))
+    code = run.signal(signal.SIGTERM) if run.wait(0) is None else run.wait()
+    yield trial.resumed() if code in (0, 128 + signal.SIGTERM) else wrong(run)
 
 
-def full_disks(subject: Subject, folder: Path, count: int, draw: random.Random) -> Outcomes:
+def full_disks(trial: Trial) -> Outcomes:
     """A disk of random size fills; then there is space, and the run is resumed."""
-    truth = reference(subject, folder)
-    whole = sum(file.stat().st_size for file in (folder / "reference").rglob("*") if file.is_file())
-    for number in range(count):
-        disk, saved = folder / f"disk-{number}", folder / f"saved-{number}"
-        disk.mkdir()
-        command = " ".join([sys.executable, "-m", "lownibble.cli.main", "train", *subject.flags, "--output", f"{disk}/run"])
-        script = f"""
-            export OMP_NUM_THREADS={subject.threads or os.cpu_count()}
-            mount -t tmpfs -o size={draw.randint(8, int(whole / 1024))}k none {disk} || exit 99
-            {command} 2> {folder}/full-{number}.txt; echo $? > {folder}/full-{number}.code
-            mount -o remount,size=1g {disk} || exit 99
-            {command} --resume 2> {folder}/again-{number}.txt || exit 98
-            cp -r {disk}/run {saved}
-        """
-        done = subprocess.run(["unshare", "--map-root-user", "--mount", "sh", "-c", script], capture_output=True, text=True)
-        if done.returncode == 99 or not (folder / f"full-{number}.code").exists():
-            raise SystemExit(f"No tmpfs can be mounted in a namespace here: {done.stderr}")
-        first = int((folder / f"full-{number}.code").read_text())
-        said = (folder / f"full-{number}.txt").read_text()
-        if first == 0:
-            yield "the disk sufficed"
-        elif first != 2 or "Free some space, then go on with --resume" not in said or "Traceback" in said:
-            yield f"WRONG: exit code {first}: {said[-300:]}"
-        elif done.returncode:
-            yield f"WRONG: not resumed: {(folder / f'again-{number}.txt').read_text()[-300:]}"
-        else:
-            yield f"one error, then {truth.outcome(saved)}"
+    folder, size = trial.folder, trial.draw.randint(8, trial.truth.n_bytes // 1024)
+    (folder / "disk").mkdir()
+    command = shlex.join(
+        [sys.executable, "-m", "lownibble.cli.main", "train", *trial.subject.flags, "--output", f"{folder}/disk/run"]
+    )
+    script = f"""
+        export OMP_NUM_THREADS={trial.subject.threads or os.cpu_count()}
+        mount -t tmpfs -o size={size}k none {folder}/disk || exit 99
+        {command} 2> {folder}/full.txt; echo $? > {folder}/full.code
+        mount -o remount,size=1g {folder}/disk || exit 99
+        {command} --resume 2> {folder}/again.txt || exit 98
+        cp -r {folder}/disk/run {trial.output}
+    """
+    done = subprocess.run(["unshare", "--map-root-user", "--mount", "sh", "-c", script], capture_output=True, text=True)
+    if done.returncode == 99 or not (folder / "full.code").exists():
+        raise SystemExit(f"No tmpfs can be mounted in a namespace here: {done.stderr}")
+    first, said = int((folder / "full.code").read_text()), (folder / "full.txt").read_text()
+    if first == 0:
+        yield "the disk sufficed"
+    elif first != 2 or "Free some space, then go on with --resume" not in said or "Traceback" in said:
+        yield f"WRONG: exit code {first}: {said[-300:]}"
+    elif done.returncode:
+        yield f"WRONG: not resumed: {(folder / 'again.txt').read_text()[-300:]}"
+    else:
+        yield f"one error, then {trial.truth.outcome(trial.output)}"
 
 
 def _damage(file: Path, draw: random.Random) -> None:
@@ -259,28 +275,23 @@ def _damage(file: Path, draw: random.Random) -> None:
     file.write_bytes(content)
 
 
-def corruptions(subject: Subject, folder: Path, count: int, draw: random.Random) -> Outcomes:
+def corruptions(trial: Trial) -> Outcomes:
     """The newest checkpoint damaged; every fifth time all of them."""
-    truth = reference(subject, folder)
-    for number in range(count):
-        output = folder / f"damaged-{number}"
-        run = Run(subject, output)
-        run.wait_for_checkpoints(2)
-        run.wait(draw.uniform(0, truth.seconds / 4))
-        run.process.kill()
-        run.wait()
-        damaged = run.checkpoints() if number % 5 == 4 else run.checkpoints()[-1:]
-        for checkpoint in damaged:
-            _damage(checkpoint / draw.choice(["state.json", "state.safetensors"]), draw)
-        again = Run(subject, output, "--resume")
-        code = again.wait()
-        if number % 5 == 4:
-            refused = code == 2 and "There is no whole checkpoint to resume from" in again.said
-            yield "all damaged: refused, with the damage named" if refused else f"WRONG: {again.said[-300:]}"
-        elif code != 0 or "is damaged" not in again.said:
-            yield f"WRONG: exit code {code}: {again.said[-300:]}"
-        else:
-            yield f"the one before is used, {truth.outcome(output)}"
+    run, all_of_them = trial.run(), trial.number % 5 == 4
+    run.wait_for_checkpoints(2)
+    run.wait(trial.draw.uniform(0, trial.truth.seconds / 4))
+    run.process.kill()
+    run.wait()
+    for checkpoint in run.checkpoints() if all_of_them else run.checkpoints()[-1:]:
+        _damage(checkpoint / trial.draw.choice(["state.json", "state.safetensors"]), trial.draw)
+    again = trial.run("--resume")
+    code = again.wait()
+    if all_of_them and code == 2 and "There is no whole checkpoint to resume from" in again.said:
+        yield "all damaged: refused, with the damage named"
+    elif not all_of_them and code == 0 and "is damaged" in again.said:
+        yield f"the one before is used, {trial.truth.outcome(trial.output)}"
+    else:
+        yield wrong(again)
 
 
 class Poison:
@@ -316,23 +327,21 @@ class Poison:
         run._make_model = poisoned
 
 
-def poisons(subject: Subject, folder: Path, count: int, draw: random.Random) -> Outcomes:
+def poisons(trial: Trial) -> Outcomes:
     """NaN in one step; every third time for good."""
-    for number in range(count):
-        output, first = folder / f"poisoned-{number}", draw.randint(15, 200)
-        for_good = number % 3 == 2
-        run = Run(subject, output, before=Poison(first, float("inf") if for_good else first, draw.random()))
-        code = run.wait()
-        place = run.said.split("poisoned ")[1].split()[0] if "poisoned " in run.said else "?"
-        if for_good:
-            named = f"'{place}'" in run.said and "were not taken" in run.said and "The weights of step" in run.said
-            unfinished = not (output / "record.json").exists() and bool(run.checkpoints())
-            ended = code == 1 and named and unfinished
-            yield "for good: ends with the last good checkpoint, module named" if ended else f"WRONG: {run.said[-300:]}"
-            continue
-        skipped = json.loads((output / "record.json").read_text())["skipped"] if code == 0 else []
-        right = len(skipped) == 1 and f"'{place}'" in skipped[0]["reason"]
-        yield "the step is skipped, module named" if right else f"WRONG: exit code {code}: {run.said[-300:]}"
+    first, for_good = trial.draw.randint(15, 200), trial.number % 3 == 2
+    run = trial.run(before=Poison(first, float("inf") if for_good else first, trial.draw.random()))
+    code = run.wait()
+    place = run.said.split("poisoned ")[1].split()[0] if "poisoned " in run.said else "?"
+    if for_good:
+        named = f"'{place}'" in run.said and "were not taken" in run.said and "The last checkpoint is" in run.said
+        unfinished = not (trial.output / "record.json").exists() and bool(run.checkpoints())
+        ended = code == 1 and named and unfinished
+        yield "for good: ends with the last good checkpoint, module named" if ended else wrong(run)
+        return
+    skipped = json.loads((trial.output / "record.json").read_text())["skipped"] if code == 0 else []
+    right = len(skipped) == 1 and f"'{place}'" in skipped[0]["reason"]
+    yield "the step is skipped, module named" if right else wrong(run)
 
 
 class Cramp:
@@ -357,67 +366,62 @@ class Cramp:
         Trainer.set_up = cramped
 
 
-def cramps(subject: Subject, folder: Path, count: int, draw: random.Random) -> Outcomes:
+def cramps(trial: Trial) -> Outcomes:
     """An address space too small for the batch."""
-    truth = reference(subject, folder)
-    for number in range(count):
-        output = folder / f"cramped-{number}"
-        run = Run(subject, output, before=Cramp(draw.randint(250, 600) << 20))
-        code = run.wait()
-        if code != 0:
-            yield f"WRONG: exit code {code}: {run.said[-300:]}"
-            continue
-        told = [warning for warning in json.loads((output / "record.json").read_text())["warnings"] if "ran out" in warning]
-        if not told:
-            yield "there was room enough"
-        else:
-            yield "smaller passes, the same losses to rounding" if truth.near(output) else "WRONG: other losses"
+    run = trial.run(before=Cramp(trial.draw.randint(250, 600) << 20))
+    if run.wait() != 0:
+        yield wrong(run)
+        return
+    warnings = json.loads((trial.output / "record.json").read_text())["warnings"]
+    if not any("ran out" in warning for warning in warnings):
+        yield "there was room enough"
+    elif not trial.truth.near(trial.output):
+        yield "WRONG: other losses"
+    elif any("no memory left to read it back" in warning for warning in warnings):
+        yield "smaller passes, the same losses to rounding; saved, with a warning that it could not be read back"
+    else:
+        yield "smaller passes, the same losses to rounding"
 
 
-def budgets(subject: Subject, folder: Path, count: int, draw: random.Random) -> Outcomes:
+def budgets(trial: Trial) -> Outcomes:
     """Begun within a large memory budget, stopped, resumed within a small one."""
-    truth = reference(subject, folder)
-    for number in range(count):
-        output = folder / f"shrunk-{number}"
-        run = Run(subject, output, "--memory-budget", "6GB")
-        run.wait_for_checkpoints(1)
-        run.wait(draw.uniform(0, truth.seconds / 4))
-        run.signal(signal.SIGTERM)
-        again = Run(subject, output, "--resume", "--memory-budget", f"{draw.randint(1150, 1500)}MB")
-        if again.wait() != 0:
-            yield f"WRONG: {again.said[-300:]}"
-            continue
-        fit = json.loads((output / "record.json").read_text())["memory"]["budget"]
-        if fit["highest_bytes"] > fit["budget_bytes"]:
-            yield f"WRONG: {fit['highest_bytes']} bytes of {fit['budget_bytes']}"
-        else:
-            yield "within the smaller budget, the same losses to rounding" if truth.near(output) else "WRONG: other losses"
+    run = trial.run("--memory-budget", "6GB")
+    run.wait_for_checkpoints(1)
+    run.wait(trial.draw.uniform(0, trial.truth.seconds / 4))
+    run.signal(signal.SIGTERM)
+    again = trial.run("--resume", "--memory-budget", f"{trial.draw.randint(1150, 1500)}MB")
+    if again.wait() != 0:
+        yield wrong(again)
+        return
+    fit = json.loads((trial.output / "record.json").read_text())["memory"]["budget"]
+    if fit["highest_bytes"] > fit["budget_bytes"]:
+        yield f"WRONG: {fit['highest_bytes']} bytes of {fit['budget_bytes']}"
+    else:
+        near = trial.truth.near(trial.output)
+        yield "within the smaller budget, the same losses to rounding" if near else "WRONG: other losses"
 
 
-def doubles(subject: Subject, folder: Path, count: int, draw: random.Random) -> Outcomes:
+def doubles(trial: Trial) -> Outcomes:
     """A second process on a folder in which one trains."""
-    truth = reference(subject, folder)
-    for number in range(count):
-        output = folder / f"doubled-{number}"
-        run = Run(subject, output)
-        run.wait_for_checkpoints(1)
-        run.wait(draw.uniform(0, truth.seconds / 8))
-        second = Run(subject, output, *["--resume"] * (number % 2))
-        code, still = second.wait(), run.wait(0) is None
-        refused = code == 2 and "Another process is training in" in second.said
-        if not refused and still:
-            yield f"WRONG: exit code {code}: {second.said[-300:]}"
-        elif run.wait() != 0:
-            yield f"WRONG: the first run failed: {run.said[-300:]}"
-        else:
-            yield f"{'refused' if refused else 'came too late'}, the first run has the {truth.outcome(output)}"
+    run = trial.run()
+    run.wait_for_checkpoints(1)
+    run.wait(trial.draw.uniform(0, trial.truth.seconds / 8))
+    second = trial.run(*["--resume"] * (trial.number % 2))
+    code, still = second.wait(), run.wait(0) is None
+    refused = code == 2 and "Another process is training in" in second.said
+    if not refused and still:
+        yield wrong(second)
+    elif run.wait() != 0:
+        yield wrong(run)
+    else:
+        yield f"{'refused' if refused else 'came too late'}, the first run has the {trial.truth.outcome(trial.output)}"
 
 
 class Fault(NamedTuple):
     """A kind of fault: what it is called, what does it, to whom, how often."""
 
     name: str
-    do: Callable[[Subject, Path, int, random.Random], Outcomes]
+    do: Callable[[Trial], Outcomes]
     subject: str
     count: int
 
@@ -436,11 +440,15 @@ FAULTS = (
 )
 
 
-def inflict(fault: Fault, who: dict[str, Subject], folder: Path, count: int) -> Counter[str]:
+def inflict(fault: Fault, subject: Subject, truth: Reference, folder: Path, count: int) -> Counter[str]:
     """Do one kind of fault so often; outcome -> how many."""
-    folder.mkdir()
-    outcomes = Counter(fault.do(who[fault.subject], folder, count, random.Random(f"{fault.name}, {fault.subject}")))
-    shutil.rmtree(folder)
+    outcomes: Counter[str] = Counter()
+    draw, number = random.Random(f"{fault.name}, {fault.subject}"), 0
+    while outcomes.total() < count:
+        folder.mkdir()
+        outcomes.update(fault.do(Trial(subject, truth, folder, number, count - outcomes.total(), draw)))
+        shutil.rmtree(folder)
+        number += 1
     return outcomes
 
 
@@ -456,9 +464,11 @@ def main() -> int:
     found = []
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        who = subjects(folder)
-        for number, fault in enumerate(fault for fault in FAULTS if options.only in fault.name):
-            outcomes = inflict(fault, who, folder / f"fault-{number}", fault.count)
+        who, truths = subjects(folder), {}
+        for fault in (fault for fault in FAULTS if options.only in fault.name):
+            if fault.subject not in truths:
+                truths[fault.subject] = reference(who[fault.subject], folder / fault.subject)
+            outcomes = inflict(fault, who[fault.subject], truths[fault.subject], folder / "trial", fault.count)
             found.append({"fault": fault.name, "run": who[fault.subject].name, "outcomes": dict(sorted(outcomes.items()))})
             print(json.dumps(found[-1], indent=1), flush=True)
     wrong = sum(n for each in found for outcome, n in each["outcomes"].items() if outcome.startswith("WRONG"))

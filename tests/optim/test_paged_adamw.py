@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from lownibble.errors import ConfigError, OutputError, TrainingError
-from lownibble.optim import make_optimizer, set_learning_rate, state_bytes, states
+from lownibble.optim import make_optimizer, open_states, set_learning_rate, state_bytes, states
 from lownibble.optim.eight_bit import BLOCK, AdamStep, decode, encode, nearest
 from lownibble.optim.paged_adamw import EightBit, Fused, PagedAdamW, Paging
 from lownibble.quant.codebook import dynamic8, dynamic8_unsigned
@@ -270,3 +270,19 @@ def test_one_step_is_bitsandbytes_formula():
     torch.testing.assert_close(average.double(), m, rtol=1e-6, atol=1e-7)
     torch.testing.assert_close(square.double(), v, rtol=1e-6, atol=1e-9)
     torch.testing.assert_close(parameter.double(), wanted, rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_states_made_ahead_are_torchs_own(dtype):
+    ours, theirs = _parameters(dtype), _parameters(dtype)
+    ahead, plain = torch.optim.AdamW(_groups(ours), fused=True), torch.optim.AdamW(_groups(theirs), fused=True)
+    open_states(ahead)
+    planned = state_bytes(ahead).total
+    _train(ahead, ours)
+    _train(plain, theirs)
+    assert _same(ours, theirs)
+    assert state_bytes(ahead).total == planned, "no state came in a step"
+    for mine, its in zip(ours, theirs, strict=True):
+        assert {k: (v.dtype, v.shape) for k, v in ahead.state[mine].items()} == {
+            k: (v.dtype, v.shape) for k, v in plain.state[its].items()
+        }

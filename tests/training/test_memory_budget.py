@@ -1,5 +1,6 @@
 """Runs within a memory budget, and runs that run out of memory. Oracles: the run with memory enough; made-up memories."""
 
+import importlib
 import json
 import re
 
@@ -8,7 +9,7 @@ import torch
 
 from lownibble.config import DataConfig, LoraConfig, RunConfig, TrainConfig
 from lownibble.errors import ConfigError, TrainingError
-from lownibble.training import budget, memory, run
+from lownibble.training import budget, evaluate, memory, run, verify
 from lownibble.training.dryrun import DryRun
 from lownibble.training.events import Fitted, Stepped
 from lownibble.training.passes import Passes
@@ -94,7 +95,7 @@ def test_checkpointing_and_paging_come_when_they_must(tiny_model, tiny_data, mad
 def test_what_was_chosen_is_said(tiny_model, tiny_data, made_up, capsys):
     run(config_of(tiny_model, tiny_data, memory_budget="112MB"), sinks=[ProgressSink("lora")])
     said = capsys.readouterr().err
-    fit = r"forward passes of up to \d+ tokens instead of 80, with gradient checkpointing"
+    fit = r"forward passes of up to \d+ tokens instead of 80 with gradient checkpointing"
     assert re.search(rf"lora: memory budget 0\.1\d GB: {fit}; 0\.1\d GB expected", said)
 
 
@@ -182,6 +183,84 @@ def test_with_nothing_left_to_give_up_the_steps_taken_are_saved(tiny_model, tiny
     assert run(config_of(tiny_model, tiny_data, resume=True, **options)).losses == pytest.approx(whole.losses, rel=2e-5)
 
 
+@pytest.fixture
+def small_evaluation(monkeypatch):
+    """Memory runs out in an evaluation pass of more tokens than `limit["tokens"]`."""
+    limit, before = {"tokens": 60}, evaluate.hidden_states
+
+    def hidden_states(model, input_ids, attention_mask):
+        if input_ids.numel() > limit["tokens"]:
+            raise RuntimeError(EXHAUSTED)
+        return before(model, input_ids, attention_mask)
+
+    monkeypatch.setattr(evaluate, "hidden_states", hidden_states)
+    return limit
+
+
+def test_an_evaluation_without_memory_begins_again_with_smaller_passes(tiny_model, tiny_data, small_evaluation):
+    small_evaluation["tokens"] = 10**9
+    whole = run(config_of(tiny_model, tiny_data))
+    small_evaluation["tokens"] = 60
+    result = run(config_of(tiny_model, tiny_data))
+    assert result.eval_loss == pytest.approx(whole.eval_loss, rel=1e-6)
+    assert result.losses == whole.losses
+    assert result.record["warnings"]
+    for warning in result.record["warnings"]:
+        assert re.match(r"memory ran out in the evaluation after step 0: its forward passes have at most \d+ tokens", warning)
+
+
+def test_an_evaluation_with_nothing_left_to_give_up_saves_the_steps_taken(tiny_model, tiny_data, small_evaluation, tmp_path):
+    class Shrink(Sink):
+        def __call__(self, event):
+            if isinstance(event, Stepped) and event.step == 3:
+                small_evaluation["tokens"] = 0
+
+    options = {"output_dir": str(tmp_path / "out"), "eval_steps": 3}
+    small_evaluation["tokens"] = 10**9
+    whole = run(config_of(tiny_model, tiny_data))
+    with pytest.raises(TrainingError, match=r"Memory ran out in the evaluation after step 3, with one row"):
+        run(config_of(tiny_model, tiny_data, **options), sinks=[Shrink()])
+    assert [path.name for path in (tmp_path / "out" / "checkpoints").iterdir()] == ["step-000003"]
+    small_evaluation["tokens"] = 10**9
+    assert run(config_of(tiny_model, tiny_data, resume=True, **options)).losses == whole.losses
+
+
+def test_memory_gone_in_the_update_is_one_clear_error(tiny_model, tiny_data, tmp_path, monkeypatch):
+    taken = []
+
+    def step(self, closure=None):
+        taken.append(before(self))
+        if len(taken) == 5:
+            raise RuntimeError(EXHAUSTED)
+
+    before = torch.optim.AdamW.step
+    monkeypatch.setattr(torch.optim.AdamW, "step", step)
+    with pytest.raises(TrainingError, match=r"outside of a forward pass\. The last checkpoint is '.*step-000004'\. Free some"):
+        run(config_of(tiny_model, tiny_data, output_dir=str(tmp_path / "out"), save_steps=2))
+
+
+def test_memory_gone_while_loading_is_one_clear_error(tiny_model, tiny_data, monkeypatch):
+    def load(*_, **__):
+        raise MemoryError
+
+    monkeypatch.setattr(importlib.import_module("lownibble.training.run"), "load", load)
+    with pytest.raises(TrainingError, match=r"Memory ran out while '.*' was loaded"):
+        run(config_of(tiny_model, tiny_data))
+
+
+@pytest.mark.parametrize("method", ["lora", "full"])
+def test_memory_gone_after_saving_is_a_warning(tiny_model, tiny_data, tmp_path, monkeypatch, method):
+    def load_file(*_):
+        raise RuntimeError("unable to mmap 3000 bytes from file <adapter_model.safetensors>: Cannot allocate memory (12)")
+
+    monkeypatch.setattr(verify, "load_file", load_file)
+    monkeypatch.setattr(verify, "safe_open", load_file)
+    result = run(config_of(tiny_model, tiny_data, method, output_dir=str(tmp_path / "out")))
+    assert "is saved, but there was no memory left to read it back" in result.record["warnings"][0]
+    assert json.loads((tmp_path / "out" / "record.json").read_text())["adapter_bytes"] > 0
+    assert "saved" not in result.record
+
+
 def test_another_error_is_not_taken_for_it(tiny_model, tiny_data, monkeypatch):
     def backward(self, batch, n_total, *, measured=False):
         raise RuntimeError("shapes cannot be multiplied")
@@ -214,6 +293,7 @@ def test_the_dry_run_tries_the_largest_pass_that_can_come(tiny_model, tiny_data,
         if tokens < micro.longest_row:
             continue
         largest = micro.largest(tokens)
+        assert micro.size(tokens) == largest.input_ids.numel()
         micro.max_tokens = tokens
         for _, rows in zip(range(40), micro.steps(), strict=False):
             for batch in micro.batches(rows):

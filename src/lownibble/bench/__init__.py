@@ -2,62 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from importlib import import_module
+from typing import Any, cast
+
+BENCHES = ("kernels", "parity", "train", "decode", "quality", "memory", "paging")
+"""What `lownibble bench` measures. Each is a module of this package, imported when it runs, with a function `bench_NAME`."""
 
 
-def _kernels(**options: Any) -> dict[str, Any]:
-    from lownibble.bench.kernels import bench_kernels
-
-    return bench_kernels(**options)
-
-
-def _train(**options: Any) -> dict[str, Any]:
-    from lownibble.bench.train import bench_train
-
-    return bench_train(**options)
-
-
-def _decode(**options: Any) -> dict[str, Any]:
-    from lownibble.bench.decode import bench_decode
-
-    return bench_decode(**options)
-
-
-def _parity(**options: Any) -> dict[str, Any]:
-    from lownibble.bench.parity import bench_parity
-
-    return bench_parity(**options)
-
-
-def _quality(**options: Any) -> dict[str, Any]:
-    from lownibble.bench.quality import bench_quality
-
-    return bench_quality(**options)
-
-
-def _memory(**options: Any) -> dict[str, Any]:
-    from lownibble.bench.memory import bench_memory
-
-    return bench_memory(**options)
-
-
-def _paging(**options: Any) -> dict[str, Any]:
-    from lownibble.bench.paging import bench_paging
-
-    return bench_paging(**options)
-
-
-BENCHES: dict[str, Callable[..., dict[str, Any]]] = {
-    "kernels": _kernels,
-    "parity": _parity,
-    "train": _train,
-    "decode": _decode,
-    "quality": _quality,
-    "memory": _memory,
-    "paging": _paging,
-}
-"""What `lownibble bench` measures: name -> function (peers, repeats), which returns the figures of a record.
-
-`headlines` in the result are the figures to show.
-"""
+def run_bench(name: str, **options: Any) -> dict[str, Any]:
+    """The figures of a record, as `bench_NAME(peers, repeats, ...)` returns them; `headlines` are those to show."""
+    bench = getattr(import_module(f"lownibble.bench.{name}"), f"bench_{name}")
+    return cast("dict[str, Any]", bench(**options))

@@ -107,6 +107,7 @@ def _run(case: Case, folder: Path) -> dict[str, Any]:
         "gave_up": gave_up, "planned_bytes": fit["peak_bytes"], "planned_error": fit["peak_bytes"] / peak - 1,
         "max_tokens": fit["max_tokens"], "whole_tokens": fit["whole_tokens"], "paged": fit["paged"],
         "gradient_checkpointing": fit["gradient_checkpointing"], "tokens_per_s": record["speed"]["tokens_per_s"],
+        "compile_peak_bytes": record["memory"]["compile_peak_bytes"],
         "warnings": record["warnings"],
     }  # fmt: skip
     print(f"bench memory: {case.memory_budget} {case.flags}: {peak / 1e9:.2f} GB, share {peak / budget:.3f}", file=sys.stderr)

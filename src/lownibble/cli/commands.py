@@ -10,7 +10,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from lownibble.bench import BENCHES
+from lownibble.bench import run_bench
 from lownibble.cli.flags import read
 from lownibble.config import CompareConfig, RunConfig
 from lownibble.errors import ConfigError
@@ -93,7 +93,7 @@ def bench(arguments: argparse.Namespace) -> dict[str, Any]:
                 f"--data is for 'bench train' and 'bench quality'; 'bench {arguments.what}' has work of its own. Leave it out."
             )
         options["data"] = arguments.data
-    measured = BENCHES[arguments.what](peers=arguments.peers, **options)
+    measured = run_bench(arguments.what, peers=arguments.peers, **options)
     result = {
         **record.new(f"bench-{arguments.what}"),
         "status": "ok",

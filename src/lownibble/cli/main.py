@@ -58,7 +58,7 @@ def _parser() -> argparse.ArgumentParser:
     add_flags(compare, CompareConfig)
 
     bench = add("bench", commands.bench, "Measure kernels or the training step, next to peers.", "lownibble bench train --peers")
-    bench.add_argument("what", choices=list(BENCHES), help="what to measure")
+    bench.add_argument("what", choices=BENCHES, help="what to measure")
     bench.add_argument("--peers", action="store_true", help="measure PEFT, bitsandbytes and TRL beside it, in turn")
     bench.add_argument(
         "--data",

@@ -18,15 +18,14 @@ import os
 import sysconfig
 from collections.abc import Sequence
 from functools import cache
-from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
 
 import torch
 from torch import Tensor
 
 from lownibble.errors import BackendError, InputError
-from lownibble.kernels import cpu_decoder, decoded
+from lownibble.kernels import cpu_attention, cpu_decoder, decoded
 from lownibble.kernels.checks import check_block_size, check_float, check_tensor, check_weight, check_weight_8bit
 from lownibble.kernels.decoder import DecoderLayers, Segment, Step
 from lownibble.kernels.ops import Addition, Nested, Rows8bit, row_sizes
@@ -63,63 +62,41 @@ _SIGNATURES = {
     "decoder_layers": [_pointer, _int64, _pointer, _int64, _pointer, _int32],
     "attention": [*[_pointer] * 7, *[_int64] * 5, ctypes.c_float, _int32],
     "attention_backward": [*[_pointer] * 11, *[_int64] * 5, ctypes.c_float, _int32],
+    "select": [ctypes.c_char_p],
     "softmax_rows": [_pointer, _int64, _int64, ctypes.c_float, _pointer, _int32],
     "gemv_bf16": [_pointer, _int64, _int64, _pointer, _pointer, _int64, _int32],
 }  # fmt: skip
 
 
-class _Library:
-    """The loaded library: one attribute a function, argument types set once."""
+_RESULTS = {
+    **dict.fromkeys(("isa", "available"), ctypes.c_char_p),
+    **dict.fromkeys(("has_attention", "has_matmul", "has_int8", "select"), _int32),
+    **dict.fromkeys(("gemv_4bit", "matmul_int8", "matmul_4bit", "attention", "attention_backward"), _int32),
+    **dict.fromkeys(("decoder_sizes", "decoder_layers"), _int32),
+    "decoder_workspace": _int64,
+}
+"""What functions return; those not named here return nothing."""
 
-    def __init__(self, path: Path) -> None:
-        try:
-            library = ctypes.CDLL(str(path))
-            abi = int(library.lownibble_abi())
-        except (OSError, AttributeError) as error:
-            raise BackendError(f"The compiled library {path} cannot be loaded: {error}. Reinstall lownibble.") from error
-        if abi != _ABI:
-            raise BackendError(f"The compiled library {path} is of another version (ABI {abi}, not {_ABI}). Reinstall lownibble.")
-        for function, argument_types in _SIGNATURES.items():
-            getattr(library, f"lownibble_{function}").argtypes = argument_types
-        for function in (
-            "dequantize_4bit",
-            "quantize_4bit",
-            "quantize_8bit",
-            "dequantize_8bit",
-            "row_scales",
-            "quantize_rows",
-            "gemv_bf16",
-            "softmax_rows",
-        ):
-            getattr(library, f"lownibble_{function}").restype = None
-        library.lownibble_isa.restype = library.lownibble_available.restype = ctypes.c_char_p
-        self.dequantize_4bit = library.lownibble_dequantize_4bit
-        self.quantize_4bit = library.lownibble_quantize_4bit
-        self.quantize_8bit = library.lownibble_quantize_8bit
-        self.dequantize_8bit = library.lownibble_dequantize_8bit
-        self.gemv_4bit = library.lownibble_gemv_4bit
-        self.row_scales = library.lownibble_row_scales
-        self.quantize_rows = library.lownibble_quantize_rows
-        self.matmul_int8 = library.lownibble_matmul_int8
-        self.matmul_4bit = library.lownibble_matmul_4bit
-        library.lownibble_decoder_workspace.restype = _int64
-        self.decoder_sizes = library.lownibble_decoder_sizes
-        self.decoder_workspace = library.lownibble_decoder_workspace
-        self.decoder_layers = library.lownibble_decoder_layers
-        self.gemv_bf16 = library.lownibble_gemv_bf16
-        self.attention = library.lownibble_attention
-        self.attention_backward = library.lownibble_attention_backward
-        self.has_attention = library.lownibble_has_attention
-        self.softmax_rows = library.lownibble_softmax_rows
-        self.has_matmul = library.lownibble_has_matmul
-        self.has_int8 = library.lownibble_has_int8
-        self.select = library.lownibble_select
-        self.isa = library.lownibble_isa
-        self.available_isas = library.lownibble_available().decode().split(",")
+
+def _load(path: Path) -> SimpleNamespace:
+    """The functions of the library by name, their types set."""
+    try:
+        loaded = ctypes.CDLL(str(path))
+        abi = int(loaded.lownibble_abi())
+    except (OSError, AttributeError) as error:
+        raise BackendError(f"The compiled library {path} cannot be loaded: {error}. Reinstall lownibble.") from error
+    if abi != _ABI:
+        raise BackendError(f"The compiled library {path} is of another version (ABI {abi}, not {_ABI}). Reinstall lownibble.")
+    functions = {name: getattr(loaded, f"lownibble_{name}") for name in {**_SIGNATURES, **_RESULTS}}
+    for name, function in functions.items():
+        function.argtypes, function.restype = _SIGNATURES.get(name, []), _RESULTS.get(name)
+    made = SimpleNamespace(**functions)
+    cpu_decoder.check_structures(made)
+    return made
 
 
 @cache
-def library() -> _Library:
+def library() -> SimpleNamespace:
     """The compiled library, loaded once.
 
     Raises:
@@ -131,19 +108,23 @@ def library() -> _Library:
         marker = _FOLDER / "_native.txt"
         reason = marker.read_text(encoding="utf-8").strip() if marker.exists() else "it was never built; reinstall lownibble."
         raise BackendError(f"The compiled library is missing: {reason}")
-    loaded = _Library(path)
+    loaded = _load(path)
     forced = os.environ.get("LOWNIBBLE_ISA")
     if forced:
         _select(loaded, forced)
     return loaded
 
 
-def _select(loaded: _Library, isa_name: str) -> None:
+def _select(loaded: SimpleNamespace, isa_name: str) -> None:
     if loaded.select(isa_name.encode()) != 0:
         raise BackendError(
-            f"The instruction set '{isa_name}' cannot run here. Available: {', '.join(loaded.available_isas)}. "
+            f"The instruction set '{isa_name}' cannot run here. Available: {', '.join(_isas(loaded))}. "
             "Choose one of these or unset LOWNIBBLE_ISA."
         )
+
+
+def _isas(loaded: SimpleNamespace) -> list[str]:
+    return str(loaded.available().decode()).split(",")
 
 
 def isa() -> str:
@@ -153,7 +134,7 @@ def isa() -> str:
 
 def available_isas() -> list[str]:
     """Names of the instruction sets that run on this machine, fastest first."""
-    return list(library().available_isas)
+    return _isas(library())
 
 
 def select_isa(isa_name: str) -> None:
@@ -423,61 +404,16 @@ def decoder_layers(
 
 def has_attention(head_dim: int) -> bool:
     """Whether there is an attention kernel for heads of this size with the instruction set in use."""
-    return bool(library().has_attention()) and head_dim % 16 == 0
-
-
-def _heads(tensors: dict[str, Tensor], T: int) -> tuple[list[int], Any]:
-    """Addresses and strides (row, token, head) of (B, heads, T, D) tensors."""
-    strides = []
-    for role, tensor in tensors.items():
-        if tensor.dtype != torch.float32 or not tensor.is_cpu or tensor.shape[2] != T or tensor.stride(3) != 1:
-            raise InputError(f"'{role}' must be float32 on the CPU, of {T} tokens and contiguous heads. Got {tensor.dtype}.")
-        strides += [tensor.stride(0), tensor.stride(2), tensor.stride(1)]
-    return [tensor.data_ptr() for tensor in tensors.values()], (_int64 * len(strides))(*strides)
-
-
-def _attention_shape(q: Tensor, k: Tensor, v: Tensor, borders: Tensor) -> tuple[int, int, int, int]:
-    """T, heads, key heads and head_dim, once all shapes are known to fit the kernel."""
-    (B, heads, T, D), key_heads = q.shape, k.shape[1]
-    if k.shape != (B, key_heads, T, D) or v.shape != k.shape or heads % key_heads:
-        raise InputError(f"'k' and 'v' must be ({B}, key heads, {T}, {D}). Got {tuple(k.shape)} and {tuple(v.shape)}.")
-    if not has_attention(D):
-        raise InputError(f"The attention kernel needs AVX-512 and heads of a multiple of 16. Got {D} with '{isa()}'.")
-    check_tensor(borders, "borders", torch.int64, borders.numel(), _CPU)
-    places = borders.tolist()
-    if places[:1] != [0] or places[-1:] != [B * T] or any(b > a // T * T + T or b < a for a, b in pairwise(places)):
-        raise InputError(f"'borders' must rise from 0 to {B * T} without leaving a row of {T} tokens between two of them.")
-    return T, heads, key_heads, D
+    return cpu_attention.available(library(), head_dim)
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, borders: Tensor, scaling: float) -> tuple[Tensor, Tensor]:
     """As `ops.attention`."""
-    T, heads, key_heads, D = _attention_shape(q, k, v, borders)
-    out, lse = torch.empty(len(q), T, heads, D), torch.empty(len(q) * T, heads)
-    addresses, strides = _heads({"q": q, "k": k, "v": v, "out": out.transpose(1, 2)}, T)
-    failed = library().attention(
-        *addresses, strides, lse.data_ptr(), borders.data_ptr(), len(borders) - 1, T, heads, key_heads, D, scaling,
-        torch.get_num_threads(),
-    )  # fmt: skip
-    if failed:
-        raise MemoryError("No memory for the scores of attention.")
-    return out, lse
+    return cpu_attention.attention(library(), q, k, v, borders, scaling)
 
 
 def attention_backward(
     dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, borders: Tensor, scaling: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """As `ops.attention_backward`."""
-    T, heads, key_heads, D = _attention_shape(q, k, v, borders)
-    if dout.shape != out.shape or out.shape != (len(q), T, heads, D):
-        raise InputError(f"'dout' and 'out' must be {(len(q), T, heads, D)}. Got {tuple(dout.shape)} and {tuple(out.shape)}.")
-    gradients = {f"d{role}": torch.empty(len(q), T, t.shape[1], D).transpose(1, 2) for role, t in (("q", q), ("k", k), ("v", v))}
-    given = {"dout": dout.contiguous().transpose(1, 2), "q": q, "k": k, "v": v, "out": out.transpose(1, 2)}
-    addresses, strides = _heads({**given, **gradients}, T)
-    failed = library().attention_backward(
-        *addresses, strides, _data(lse, "lse", torch.float32, len(q) * T * heads), borders.data_ptr(), len(borders) - 1, T,
-        heads, key_heads, D, scaling, torch.get_num_threads(),
-    )  # fmt: skip
-    if failed:
-        raise MemoryError("No memory for the scores of attention.")
-    return gradients["dq"], gradients["dk"], gradients["dv"]
+    return cpu_attention.attention_backward(library(), dout, q, k, v, out, lse, borders, scaling)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import ctypes
 import threading
 from collections.abc import Sequence
-from functools import cache
 from typing import Any
 
 import torch
@@ -120,13 +119,11 @@ def _adapter(adapter: Adapter, layers: DecoderLayers) -> Any:
     return adapter.prepared["cpu"]
 
 
-@cache
-def _checked(library: Any) -> Any:
-    """The library, once its structures are known to be as large as these."""
+def check_structures(library: Any) -> None:
+    """Raise a BackendError unless the library's structures are as large as these."""
     for which, structure in enumerate((_Linear4bit, _DecoderLayer, _LowRank, _Segment, _Tokens)):
         if library.decoder_sizes(which) != ctypes.sizeof(structure):
             raise BackendError("The compiled library has other structures than this package. Reinstall lownibble.")
-    return library
 
 
 _memory = threading.local()
@@ -168,7 +165,7 @@ def decoder_layers(
         _floats(keys, "keys", keys.numel()), _floats(values, "values", keys.numel()), slots, capacity,
         step.slots.data_ptr(), step.positions.data_ptr(), ctypes.addressof(array), len(segments),
     )  # fmt: skip
-    native, threads = _checked(library), torch.get_num_threads()
-    workspace = _workspace(native.decoder_workspace(ctypes.byref(made[0]), T, largest_r, capacity, threads))
-    if native.decoder_layers(ctypes.byref(made), len(made), ctypes.byref(tokens), largest_r, workspace, threads):
+    threads = torch.get_num_threads()
+    workspace = _workspace(library.decoder_workspace(ctypes.byref(made[0]), T, largest_r, capacity, threads))
+    if library.decoder_layers(ctypes.byref(made), len(made), ctypes.byref(tokens), largest_r, workspace, threads):
         raise MemoryError("No memory for the decoded panels of a weight.")

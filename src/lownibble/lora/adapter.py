@@ -52,8 +52,8 @@ def adapter_tensors(model: nn.Module, name: str) -> dict[str, Tensor]:
     """File key -> the live tensor, for everything the adapter `name` trained."""
     tensors: dict[str, Tensor] = {}
     for path, layer in lora_layers(model, name):
-        tensors[f"{_PREFIX}{path}.lora_A.weight"] = layer.adapters[name].lora_A  # type: ignore[assignment]
-        tensors[f"{_PREFIX}{path}.lora_B.weight"] = layer.adapters[name].lora_B  # type: ignore[assignment]
+        tensors[f"{_PREFIX}{path}.lora_A.weight"] = layer.adapter(name).lora_A
+        tensors[f"{_PREFIX}{path}.lora_B.weight"] = layer.adapter(name).lora_B
     for path, module in saved_modules(model, name):
         tensors |= {f"{_PREFIX}{path}.{key}": value for key, value in module.named_parameters()}
     return tensors | {_PREFIX + path: bias for path, bias in trained_biases(model, name)}

@@ -54,7 +54,13 @@ class LoraLinear(nn.Module):
         device = self.base.weight.device
         self.adapters[name] = LowRank(self.in_features, self.out_features, r, scale, dropout, device)
         self.active = name
-        return self.adapters[name]  # type: ignore[return-value]
+        return self.adapter(name)
+
+    def adapter(self, name: str) -> LowRank:
+        """The adapter `name`."""
+        adapter = self.adapters[name]
+        assert isinstance(adapter, LowRank)
+        return adapter
 
     @property
     def weight(self) -> Tensor | QuantizedTensor:
@@ -71,7 +77,7 @@ class LoraLinear(nn.Module):
         if self.active is None:
             base: Tensor = self.base(x)
             return base
-        adapter: LowRank = self.adapters[self.active]  # type: ignore[assignment]
+        adapter = self.adapter(self.active)
         dropout = adapter.dropout if self.training else 0.0
         if not torch.is_grad_enabled() and dropout == 0:
             low = x @ adapter.lora_A.to(x.dtype).t()

@@ -90,13 +90,21 @@ def planned_bytes(optimizer: torch.optim.Optimizer) -> int:
 
 
 def open_states(optimizer: torch.optim.Optimizer) -> None:
-    """Make what the states need outside memory, so that a folder that cannot hold them is known before the first step.
+    """Make room for the states that are not there yet, so that a folder or a memory that cannot hold them is known before the
+    first step, and not when a part of the parameters has taken it.
 
     Raises:
-        OutputError: it cannot be made.
+        OutputError: the file of a paged optimiser cannot be made.
     """
     if isinstance(optimizer, PagedAdamW):
         optimizer.open()
+        return
+    for parameter in (p for group in optimizer.param_groups for p in group["params"] if not optimizer.state.get(p)):
+        optimizer.state[parameter] = {
+            "step": torch.zeros((), device=parameter.device),
+            "exp_avg": torch.zeros_like(parameter),
+            "exp_avg_sq": torch.zeros_like(parameter),
+        }
 
 
 def close_states(optimizer: torch.optim.Optimizer) -> None:

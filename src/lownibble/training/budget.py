@@ -39,6 +39,10 @@ with the embedded model (docs/log.md); on CUDA not measured."""
 FIRST_TOKENS, GROWTH = 16, 4
 """Size of the first pass of the dry run, and how much larger than the last one the next may be."""
 
+FAR = 1.3
+"""In a refusal, how much more a pass is said to take where the line comes from passes of less than a quarter of its size; once it
+was 13% (log.md)."""
+
 PRECISION = 0.03
 """The search ends when the next pass would be larger by less than this."""
 
@@ -48,6 +52,12 @@ class Setting(NamedTuple):
 
     paged: bool
     gradient_checkpointing: bool
+
+    @property
+    def words(self) -> str:
+        """For a sentence: nothing, or " with ..."."""
+        parts = ["paged optimiser states"] * self.paged + ["gradient checkpointing"] * self.gradient_checkpointing
+        return f" with {' and '.join(parts)}" if parts else ""
 
 
 SETTINGS = (Setting(False, False), Setting(True, False), Setting(False, True), Setting(True, True))
@@ -146,7 +156,7 @@ def choose(budget_bytes: int, needs: Needs, bench: Bench) -> Fit:
         else "the model with its gradients and optimiser states"
     )
     raise ConfigError(
-        f"Training does not fit into a memory budget of {_size(budget_bytes)}: {what}{_words(setting)} takes about "
+        f"Training does not fit into a memory budget of {_size(budget_bytes)}: {what}{setting.words} takes about "
         f"{_size(needed)}, {_size(needed - budget_bytes)} more. Set "
         f"memory_budget='{_size(needed)}' (--memory-budget){f', max_length={most}' if most else ''}, or a method that "
         "takes less (qlora, lora, full)."
@@ -207,15 +217,13 @@ class _Search:
         return max(0, int((self.limit - start) / slope)) if slope else 0
 
     def at(self, tokens: int) -> int:
-        """Bytes of a pass of so many tokens: as measured, or by the line."""
+        """Bytes of a pass of so many tokens: as measured; or by the line, and more where that leads far beyond what was tried."""
         measured = [peak for n, peak in self.points if n == tokens]
+        if measured:
+            return measured[-1]
         start, slope = self._line()
-        return measured[-1] if measured else int(start + slope * tokens)
-
-
-def _words(setting: Setting) -> str:
-    parts = ["paged optimiser states"] * setting.paged + ["gradient checkpointing"] * setting.gradient_checkpointing
-    return f" with {' and '.join(parts)}" if parts else ""
+        room = start + slope * tokens - self.resident
+        return int(self.resident + (FAR if tokens > GROWTH * self.points[-1][0] else 1) * room)
 
 
 def _size(n_bytes: int) -> str:

@@ -43,7 +43,7 @@ class DryRun:
 
     def size(self, tokens: int) -> int:
         """Tokens of the largest pass of at most so many."""
-        return self.micro.largest(tokens).input_ids.numel() if tokens else 0
+        return self.micro.size(tokens) if tokens else 0
 
     def peak(self, tokens: int) -> int | None:
         """Highest bytes in use during that pass; None: memory ran out."""

@@ -7,6 +7,7 @@ candidates cost a pass each.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -44,6 +45,15 @@ class Evaluator:
         self.max_tokens: int | None = None
         self.before_pass: Callable[[], None] = lambda: None
         self.single_token = choices is not None and all(len(c) == 1 for c in choices[0].candidates)
+
+    def halve(self) -> int:
+        """Make forward passes half as large; returns their tokens, 0 where one row is all they have."""
+        longest = max(len(example.input_ids) for example in self.examples)
+        tokens = min(self.max_tokens or sys.maxsize, min(self.batch_size, len(self.examples)) * longest)
+        if tokens <= longest:
+            return 0
+        self.max_tokens = max(longest, tokens // 2)
+        return self.max_tokens
 
     @torch.no_grad()
     def __call__(self, model: Any) -> Evaluation:

@@ -50,7 +50,7 @@ MAX_SKIPPED = 3
 """Steps in a row whose loss or gradient is not finite, after which a run ends: the weights do not change, so it would go on."""
 
 COMPILER_BYTES = 10**9
-"""Memory that must be free within a budget for the compiler to be used: what it takes on the embedded model, and some more."""
+"""Memory that must be free within a budget for the compiler to be used. A guess, from what it takes on the embedded model."""
 
 CLOSE = 0.99
 """Share of the memory budget at which steps become smaller."""
@@ -127,7 +127,8 @@ class Trainer:
             RunInterrupted: it was asked to stop; the steps taken are in a checkpoint, if there is an output folder.
         """
         try:
-            yield from self._events()
+            with memory.exhaustion_told(self._out_of_memory):
+                yield from self._events()
         finally:
             close_states(self.optimizer)
 
@@ -147,27 +148,27 @@ class Trainer:
         )  # fmt: skip
         if first in (0, self.total_steps):
             yield self.evaluate(first)
-        skipped = 0
-        for step, rows in zip(range(first, self.total_steps), self.micro.steps(first), strict=False):
-            try:
+        skipped, done = 0, first
+        try:
+            for step, rows in zip(range(first, self.total_steps), self.micro.steps(first), strict=False):
                 taken = self.step(step, rows)
-            except MemoryGoneError:
-                yield from self._save(step)
-                raise
-            yield taken
-            yield from self._told()
-            skipped = skipped + 1 if isinstance(taken, Skipped) else 0
-            if skipped in (MAX_SKIPPED, self.total_steps):
-                raise TrainingError(self._gone_wrong(taken, skipped))
-            done = step + 1
-            last = done == self.total_steps
-            if last or (config.eval_steps and done % config.eval_steps == 0):
-                yield self.evaluate(done)
-            stop = self.stop_signal()
-            if last or stop or (config.save_steps and done % config.save_steps == 0):
-                yield from self._save(done)
-            if stop and not last:
-                raise RunInterrupted(self._stopped(done), stop)
+                yield taken
+                yield from self._told()
+                skipped = skipped + 1 if isinstance(taken, Skipped) else 0
+                if skipped in (MAX_SKIPPED, self.total_steps):
+                    raise TrainingError(self._gone_wrong(taken, skipped))
+                done = step + 1
+                last = done == self.total_steps
+                if last or (config.eval_steps and done % config.eval_steps == 0):
+                    yield self.evaluate(done)
+                stop = self.stop_signal()
+                if last or stop or (config.save_steps and done % config.save_steps == 0):
+                    yield from self._save(done)
+                if stop and not last:
+                    raise RunInterrupted(self._stopped(done), stop)
+        except MemoryGoneError:
+            yield from self._save(done)
+            raise
         self.model.eval()
         yield Finished(self.total_steps, time.perf_counter() - began)
 
@@ -200,9 +201,9 @@ class Trainer:
         if fit.paged != self.fit.paged:
             self.optimizer = self._make_optimizer(fit.paged)
         self._take(fit)
-        open_states(self.optimizer)
         if past:
             checkpoint.restore(past, self.model, self.optimizer, self.identity)
+        open_states(self.optimizer)
         if self.passes.compiled and not over:
             self._compile(past)
         return past.step if past else 0
@@ -267,17 +268,43 @@ class Trainer:
         self.passes.set_checkpointing(fit.gradient_checkpointing)
 
     def evaluate(self, step: int) -> Evaluated:
-        """Loss and, for label data, accuracy on the evaluation rows."""
+        """Loss and, for label data, accuracy on the evaluation rows. Where memory runs out, it begins again with smaller passes.
+
+        Raises:
+            MemoryGoneError: a pass is as small as can be.
+        """
         began = time.perf_counter()
-        found = self.evaluator(self.model)
+        found = memory.until_it_fits(lambda: self.evaluator(self.model), lambda: self._evaluate_less(step))
         return Evaluated(step, found.loss, found.label_tokens, time.perf_counter() - began, found.scores, found.correct)
 
-    def _gone_wrong(self, last: Skipped | Stepped, count: int) -> str:
+    def _evaluate_less(self, step: int) -> None:
+        """After memory ran out: smaller passes in evaluations from now on."""
+        memory.settle(self.device)
+        tokens = self.evaluator.halve()
+        if not tokens:
+            raise MemoryGoneError(
+                f"Memory ran out in the evaluation after step {step}, with one row in a forward pass. Lower max_length "
+                "(--max-length), or use --method qlora."
+            )
+        self.warnings.append(
+            f"memory ran out in the evaluation after step {step}: its forward passes have at most {tokens} tokens from now on"
+        )
+
+    def _out_of_memory(self) -> str:
+        return (
+            f"Memory ran out outside of a forward pass. {self._kept()}. Free some memory, or take --optim paged_adamw_8bit or "
+            "--method qlora; --resume goes on from a checkpoint."
+        )
+
+    def _kept(self) -> str:
+        """What there is of the run on the disk."""
         newest = checkpoint.complete(self.checkpoints) if self.checkpoints else []
-        kept = f"The weights of step {last.step - count} are in '{newest[-1]}'" if newest else "Nothing was saved"
+        return f"The last checkpoint is '{newest[-1]}'" if newest else "Nothing was saved"
+
+    def _gone_wrong(self, last: Skipped | Stepped, count: int) -> str:
         reason = last.reason if isinstance(last, Skipped) else ""
         return (
-            f"Steps {last.step - count + 1} to {last.step} were not taken: {reason}. {kept}. "
+            f"Steps {last.step - count + 1} to {last.step} were not taken: {reason}. {self._kept()}. "
             "Lower the learning rate, or look for bad rows."
         )
 
@@ -295,16 +322,9 @@ class Trainer:
         """
         began = time.perf_counter()
         config = self.config
-        while True:
-            batches = self.micro.batches(rows)
-            n_labels = sum(batch.n_label_tokens for batch in batches)
-            try:
-                loss, norm = self._gradients(step, batches, n_labels)
-                break
-            except (RuntimeError, MemoryError) as error:
-                if not memory.is_exhausted(error):
-                    raise
-            self._give_way(step, batches)
+        batches, n_labels, loss, norm = memory.until_it_fits(
+            lambda: self._gradients(step, rows), lambda: self._give_way(step, rows)
+        )  # fmt: skip
         if not math.isfinite(loss) or not math.isfinite(norm):
             reason = f"the loss is {loss} and the gradient's norm {norm}; {self._origin(step, batches, n_labels)}"
             self.optimizer.zero_grad(set_to_none=True)
@@ -324,16 +344,17 @@ class Trainer:
             sum(b.n_rows for b in batches), time.perf_counter() - began,
         )  # fmt: skip
 
-    def _gradients(self, step: int, batches: list[Batch], n_labels: int) -> tuple[float, float]:
-        """Loss and norm of a step's gradient, which is clipped."""
-        loss = 0.0
+    def _gradients(self, step: int, rows: Rows) -> tuple[list[Batch], int, float, float]:
+        """The passes of a step, their label tokens, the loss, and the norm of the gradient, which is clipped."""
+        batches = self.micro.batches(rows)
+        n_labels, loss = sum(batch.n_label_tokens for batch in batches), 0.0
         for index, batch in enumerate(batches):
             self._seed(step, index)
             self._make_room()
             loss += self.passes.backward(batch, n_labels, measured=not self._measured and index == 0)
-        return loss, self._clip()
+        return batches, n_labels, loss, self._clip()
 
-    def _give_way(self, step: int, batches: list[Batch]) -> None:
+    def _give_way(self, step: int, rows: Rows) -> None:
         """After memory ran out: smaller passes from now on, then checkpointing.
 
         Raises:
@@ -341,6 +362,7 @@ class Trainer:
         """
         self.optimizer.zero_grad(set_to_none=True)
         memory.settle(self.device)
+        batches = self.micro.batches(rows)
         tokens = max(batch.input_ids.numel() for batch in batches)
         if any(batch.n_rows > 1 for batch in batches):
             self._take(replace(self.fit, max_tokens=tokens // 2))

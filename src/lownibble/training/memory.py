@@ -12,19 +12,22 @@ import gc
 import math
 import resource
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import psutil
 import torch
 from torch import Tensor, nn
 
+from lownibble.errors import TrainingError
 from lownibble.lora import LowRank
 from lownibble.optim import state_bytes, states
 from lownibble.quant import QuantLinear
 
+_T = TypeVar("_T")
+_EXHAUSTED = ("can't allocate memory", "Cannot allocate memory", "not enough memory")
 _STATUS, _CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
 
@@ -81,10 +84,35 @@ def trim_heap() -> None:
 
 def is_exhausted(error: BaseException) -> bool:
     """Whether an error says that memory ran out; torch has a type for it on CUDA only."""
-    text = str(error)
     return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or (
-        isinstance(error, RuntimeError) and ("can't allocate memory" in text or "not enough memory" in text)
+        isinstance(error, (RuntimeError, OSError)) and any(text in str(error) for text in _EXHAUSTED)
     )
+
+
+def until_it_fits(attempt: Callable[[], _T], give_way: Callable[[], None]) -> _T:
+    """What `attempt` returns; `give_way` before each further one while memory runs out, when the failed one has let go of its."""
+    while True:
+        try:
+            return attempt()
+        except (RuntimeError, MemoryError) as error:
+            if not is_exhausted(error):
+                raise
+        give_way()
+
+
+@contextmanager
+def exhaustion_told(message: Callable[[], str]) -> Iterator[None]:
+    """A block in which running out of memory ends with one clear message.
+
+    Raises:
+        TrainingError: it did.
+    """
+    try:
+        yield
+    except (RuntimeError, MemoryError, OSError) as error:
+        if not is_exhausted(error):
+            raise
+        raise TrainingError(message()) from error
 
 
 def reset_peak(device: torch.device) -> None:

@@ -11,6 +11,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from functools import cached_property
+from heapq import heappop, heappush
 from itertools import islice
 
 from lownibble.config import TrainConfig
@@ -31,7 +33,8 @@ class MicroBatches:
         self.rows, self.config, self.pad_token_id = rows, config, pad_token_id
         self.pack_to = config.max_length if config.packing else None
         self.max_tokens: int | None = None
-        self._lengths = sorted((len(row.input_ids) for row in rows), reverse=True)
+        self._by_length = sorted(rows, key=lambda row: len(row.input_ids), reverse=True)
+        self._lengths = [len(row.input_ids) for row in self._by_length]
 
     def steps(self, first_step: int = 0) -> Iterator[Rows]:
         """The rows of each step from `first_step` on, without end."""
@@ -84,6 +87,12 @@ class MicroBatches:
             return min(self.config.batch_size, len(self.rows)) * self.longest_row
         return min(self.config.batch_size * self.pack_to, sum(self._lengths))
 
+    def size(self, tokens: int) -> int:
+        """Tokens of the largest forward pass of at most `tokens` tokens, padding included."""
+        rows = self._longest(tokens)
+        packed = sum(len(row.input_ids) for row in rows)
+        return packed if self.pack_to is not None or not rows else len(rows) * len(rows[0].input_ids)
+
     def largest(self, tokens: int) -> Batch:
         """The largest forward pass of at most `tokens` tokens that `batches` can make of these rows, with as many label tokens as
         any has; below the longest row's tokens, the beginning of that row."""
@@ -96,7 +105,7 @@ class MicroBatches:
         return batch
 
     def _longest(self, tokens: int) -> list[Example]:
-        rows = sorted(self.rows, key=lambda row: -len(row.input_ids))
+        rows = self._by_length
         if tokens < self.longest_row:
             return [Example(rows[0].input_ids[:tokens], rows[0].is_label[:tokens], rows[0].origin)]
         if self.pack_to is not None:
@@ -117,21 +126,32 @@ class MicroBatches:
 
     def _most_labels(self, tokens: int) -> int:
         """No forward pass of so many tokens has more label tokens."""
-        found = sorted(((sum(row.is_label[1:]), len(row.input_ids)) for row in self.rows), reverse=True)
+        labels = used = most = 0
         if self.pack_to is not None:
-            dense = sorted(found, key=lambda row: row[0] / row[1], reverse=True)
-            labels = used = 0
-            for count, length in dense:
+            for count, length in self._densest:
                 labels, used = labels + count, used + length
                 if used >= tokens:
                     break
             return min(labels, tokens)
         tokens = max(tokens, self.longest_row)
-        most = 0
-        for length, _ in _firsts(self._lengths):
-            rows = (count for count, n in found if n <= length)
-            most = max(most, sum(islice(rows, min(tokens // length, self._rows_of_a_step))))
+        kept: list[int] = []
+        for count, length in reversed(self._label_counts):  # the longer the rows, the fewer: those with the most labels so far
+            heappush(kept, count)
+            labels += count
+            while len(kept) > min(tokens // length, self._rows_of_a_step):
+                labels -= heappop(kept)
+            most = max(most, labels)
         return most
+
+    @cached_property
+    def _label_counts(self) -> list[tuple[int, int]]:
+        """(label tokens, tokens) of all rows, longest first."""
+        return [(sum(row.is_label[1:]), len(row.input_ids)) for row in self._by_length]
+
+    @cached_property
+    def _densest(self) -> list[tuple[int, int]]:
+        """The same, the largest share of labels first."""
+        return sorted(self._label_counts, key=lambda row: row[0] / row[1], reverse=True)
 
 
 def _firsts(lengths: list[int]) -> list[tuple[int, int]]:

@@ -96,7 +96,18 @@ def prepare(config: RunConfig) -> tuple[Trainer, int]:
 
 
 def _make_model(config: RunConfig) -> tuple[Any, Any]:
-    """The model as the method trains it, and its tokenizer."""
+    """The model as the method trains it, and its tokenizer.
+
+    Raises:
+        TrainingError: memory ran out, or what `load` and `add_lora` raise.
+    """
+    with memory.exhaustion_told(
+        lambda: f"Memory ran out while '{config.model}' was loaded. Take --method qlora, or a smaller model."
+    ):
+        return _make(config)
+
+
+def _make(config: RunConfig) -> tuple[Any, Any]:
     quant = config.quant if config.method == "qlora" else None
     # in full fine-tuning a step is often smaller than bfloat16 can tell apart
     dtype = "float32" if config.method == "full" and config.dtype == "auto" else config.dtype
@@ -259,17 +270,24 @@ def _speed(steps: list[Stepped]) -> dict[str, Any]:
 
 
 def _save(model: Any, tokenizer: Any, folder: Path, result: dict[str, Any], examples: list[Example]) -> Path | None:
-    adapter, end = None, tokenizer.eos_token_id
-    verify.check_finite(model)
-    if adapter_configs(model):
-        adapter = save_adapter(model, folder / "adapter")
-        result["saved"], told = verify.check_adapter(model, adapter, examples, end)
-        result["adapter_bytes"] = (adapter / "adapter_model.safetensors").stat().st_size
-    else:
-        model.save_pretrained(folder / "model")
-        tokenizer.save_pretrained(folder / "model")
-        result["saved"], told = verify.check_model(model, folder / "model", examples, end)
-        result["adapter_bytes"] = sum(f.stat().st_size for f in (folder / "model").glob("*.safetensors"))
+    memory.settle(model.device)
+    adapter = bool(adapter_configs(model))
+    saved = folder / ("adapter" if adapter else "model")
+    with memory.exhaustion_told(lambda: "Memory ran out while the result was being saved. Go on with --resume to save it again."):
+        verify.check_finite(model)
+        if adapter:
+            save_adapter(model, saved)
+        else:
+            model.save_pretrained(saved)
+            tokenizer.save_pretrained(saved)
+    check = verify.check_adapter if adapter else verify.check_model
+    try:
+        result["saved"], told = check(model, saved, examples, tokenizer.eos_token_id)
+    except (RuntimeError, MemoryError, OSError) as error:
+        if not memory.is_exhausted(error):
+            raise
+        told = [f"'{saved}' is saved, but there was no memory left to read it back and check it"]
+    result["adapter_bytes"] = sum(file.stat().st_size for file in saved.glob("*.safetensors"))
     result["warnings"] += told
     record.write(folder / "record.json", result)
-    return adapter
+    return saved if adapter else None

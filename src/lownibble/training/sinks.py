@@ -16,6 +16,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from lownibble.errors import ConfigError
+from lownibble.training.budget import Setting
 from lownibble.training.compiling import IMPOSSIBLE
 from lownibble.training.events import Evaluated, Event, Finished, Fitted, Skipped, Started, Stepped, Warned
 
@@ -81,8 +82,7 @@ def _fit(event: Fitted) -> str:
         passes = f"batches as configured (up to {event.whole_tokens} tokens)"
     else:
         passes = f"forward passes of up to {event.max_tokens} tokens instead of {event.whole_tokens}"
-    with_ = [*["paged optimiser states"] * event.paged, *["gradient checkpointing"] * event.gradient_checkpointing]
-    what = ", ".join([passes, *(f"with {each}" for each in with_)])
+    what = f"{passes}{Setting(event.paged, event.gradient_checkpointing).words}"
     return f"memory budget {event.budget_bytes / 1e9:.2f} GB: {what}; {event.peak_bytes / 1e9:.2f} GB expected"
 
 

@@ -48,7 +48,7 @@ def check_adapter(model: Any, folder: Path, examples: list[Example], end: int | 
     name = active_adapter(model)
     assert name is not None
     layers = list(lora_layers(model, name))
-    zero = [path for path, layer in layers if not _adapter(layer, name).any()]
+    zero = [path for path, layer in layers if not layer.adapter(name).lora_B.any()]
     facts = {
         "equal_after_reading_back": _reads_back(model, folder, name),
         "layers": len(layers),
@@ -86,16 +86,13 @@ def check_model(model: Any, folder: Path, examples: list[Example], end: int | No
     return facts, _told(facts)
 
 
-def _adapter(layer: Any, name: str) -> Tensor:
-    return layer.adapters[name].lora_B.detach()  # type: ignore[no-any-return]
-
-
 @torch.no_grad()
 def _logits(model: Any) -> Tensor:
     model.eval()
     device, vocabulary = model.get_input_embeddings().weight.device, model.config.get_text_config().vocab_size
     tokens = torch.arange(_TOKENS, device=device) * 37 % vocabulary
-    return model(input_ids=tokens.unsqueeze(0), use_cache=False).logits  # type: ignore[no-any-return]
+    logits: Tensor = model(input_ids=tokens.unsqueeze(0), use_cache=False).logits
+    return logits
 
 
 def _reads_back(model: Any, folder: Path, name: str) -> bool:
