@@ -1,5 +1,7 @@
 """The choice of what to give up for a memory budget, against made-up memories whose truth is known."""
 
+import re
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -99,11 +101,21 @@ def test_a_budget_below_the_model_is_told_as_such():
         choose(2 * 10**9, needs(), Memory(held=285 * 10**7, per_token=10**6))
 
 
-def test_the_estimate_of_what_is_missing_leaves_out_what_a_pass_has_at_any_size():
+def test_the_estimate_of_what_is_missing_leaves_out_what_a_pass_has_at_any_size(monkeypatch):
+    monkeypatch.setattr("lownibble.training.budget.FAR", 1)
     memory = Memory(held=10**9, chunk=30, per_token=10**5, checkpointed=10**5)
     memory.true = lambda setting, tokens: 10**9 + 4 * 10**8 * (tokens > 0) + tokens * 10**5
     with pytest.raises(ConfigError, match=r"one row of 100 tokens takes about 1\.50 GB"):
         choose(14 * 10**8, needs(), memory)
+
+
+def test_an_estimate_far_beyond_what_was_tried_has_some_slack():
+    memory = Memory(held=10**9, per_token=10**6, checkpointed=10**6)
+    with pytest.raises(ConfigError, match=r"one row of 1000 tokens") as e:
+        choose(1030 * 10**6, needs(longest=1000, whole=1000), memory)
+    exact = (10**9 + MARGIN[False] * 10**9) / AIM
+    named = float(re.search(r"memory_budget='([\d.]+) GB'", str(e.value))[1]) * 1e9
+    assert named > 1.1 * exact
 
 
 def test_where_memory_runs_out_before_the_budget_the_last_pass_counts():
