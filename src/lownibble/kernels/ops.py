@@ -198,7 +198,7 @@ _FASTEST = {"cpu": "cpu", "cuda": "triton"}
 """device type -> the backend to use when it loads; otherwise, and elsewhere, it is the reference."""
 
 _loaded: dict[str, Backend | BackendError] = {}
-_forced: ContextVar[str | None] = ContextVar("lownibble_backend", default=None)
+_forced: ContextVar[Backend | None] = ContextVar("lownibble_backend", default=None)
 
 
 def _try_load(name: str) -> Backend | BackendError:
@@ -221,14 +221,13 @@ def backend(name: str) -> Backend:
 
 
 @contextmanager
-def use_backend(name: str) -> Iterator[None]:
-    """Run every kernel operation inside the block on backend `name`: `reference`, `cpu` or `triton`.
+def use_backend(choice: str | Backend) -> Iterator[None]:
+    """Run every kernel operation inside the block on one backend: `reference`, `cpu` or `triton`, or an object that is one.
 
     Raises:
         BackendError: the backend is unknown or cannot run here; the message says why.
     """
-    backend(name)
-    token = _forced.set(name)
+    token = _forced.set(backend(choice) if isinstance(choice, str) else choice)
     try:
         yield
     finally:
@@ -242,8 +241,12 @@ def is_forced() -> bool:
 
 def active_backend(device: torch.device | str = "cpu") -> str:
     """Name of the backend that runs operations on tensors of `device` now."""
-    forced = _forced.get()
-    return forced if forced is not None else _automatic(torch.device(device).type)
+    return current(device).name
+
+
+def current(device: torch.device | str = "cpu") -> Backend:
+    """The backend that runs operations on tensors of `device` now."""
+    return _forced.get() or backend(_automatic(torch.device(device).type))
 
 
 def _automatic(device_type: str) -> str:
@@ -257,7 +260,7 @@ def backend_status() -> dict[str, str]:
 
 
 def _for(tensor: Tensor) -> Backend:
-    chosen, device = backend(active_backend(tensor.device)), tensor.device
+    chosen, device = current(tensor.device), tensor.device
     if chosen.device_types is not None and device.type not in chosen.device_types:
         raise BackendError(
             f"The '{chosen.name}' kernels cannot run on a tensor on '{device}', only on {' and '.join(chosen.device_types)}. "

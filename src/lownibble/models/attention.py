@@ -77,8 +77,7 @@ def kernel_obstacle(model: Any) -> str:
         return f"it is {weight.dtype} on '{weight.device}'"
     size = head_dim(config)
     try:
-        backend = ops.backend(ops.active_backend("cpu"))
-        has_kernel = getattr(backend, "has_attention", lambda _: False)(size)
+        has_kernel = getattr(ops.current("cpu"), "has_attention", lambda _: False)(size)
     except BackendError as error:
         return str(error)
     if not has_kernel:

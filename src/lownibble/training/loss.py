@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from lownibble.data import IGNORE
 from lownibble.errors import ModelError
 from lownibble.kernels import ops
 from lownibble.models import attention
@@ -79,7 +80,7 @@ class _LabelLoss(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dloss: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        dhidden, dparameters = ctx.gradients
+        (dhidden, dparameters), ctx.gradients = ctx.gradients, None  # the loss, and with it ctx, lives until backward is over
         scaled = dhidden.mul_(dloss) if dhidden is not None else None
         return (scaled, None, None, None, None, *(g.mul_(dloss) for g in dparameters))
 
@@ -145,18 +146,19 @@ class Head:
 
 
 def hidden_states(
-    model: Any, input_ids_BT: Tensor, attention_mask_BT: Tensor, segments: Sequence[int] | None = None
+    model: Any, input_ids_BT: Tensor, attention_mask_BT: Tensor | None, segments: Sequence[int] | None = None
 ) -> Tensor:  # fmt: skip
-    """Last hidden states (B, T, H) of the model without its head.
+    """Last hidden states (B, T, H) of the model without its head; no mask is one of ones.
 
     With `segments`, the lengths of packed rows, B is 1, and the call and its backward belong inside `segment_attention`. Other
     rows are padded on the right.
     """
     if attention.takes_segments(model):
-        extra = attention.inputs(model, attention_mask_BT, segments)
+        mask_BT = torch.ones_like(input_ids_BT) if attention_mask_BT is None else attention_mask_BT
+        extra = attention.inputs(model, mask_BT, segments)
     else:
         assert not segments
-        full = bool(attention_mask_BT.all())  # no mask at all lets attention take its causal fast path
+        full = attention_mask_BT is None or bool(attention_mask_BT.all())  # without a mask attention takes its causal fast path
         extra = {"attention_mask": None if full else attention_mask_BT}
     output = model.base_model(input_ids=input_ids_BT, use_cache=False, **extra)
     return output.last_hidden_state  # type: ignore[no-any-return]
@@ -176,11 +178,27 @@ def label_loss(
     Returns:
         () float32, ready for backward.
     """
-    head = Head(model)
+    places_L, labels_L = label_places(labels_BT)
+    return loss_at(model, input_ids_BT, attention_mask_BT, places_L, labels_L, n_total, segments)
+
+
+def label_places(labels_BT: Tensor) -> tuple[Tensor, Tensor]:
+    """(L,) places in the flattened (B, T) whose next token has a label, and (L,) those labels."""
     targets_BT = labels_BT[:, 1:]
-    is_label_BT = targets_BT != -100
-    labels_L = targets_BT[is_label_BT]
-    hidden_LH = hidden_states(model, input_ids_BT, attention_mask_BT, segments)[:, :-1][is_label_BT]
+    is_label_BT = targets_BT != IGNORE
+    row_L, column_L = is_label_BT.nonzero(as_tuple=True)
+    return row_L * labels_BT.shape[1] + column_L, targets_BT[is_label_BT]
+
+
+def loss_at(
+    model: Any, input_ids_BT: Tensor, attention_mask_BT: Tensor | None, places_L: Tensor, labels_L: Tensor,
+    n_total: int | None = None, segments: Sequence[int] | None = None,
+) -> Tensor:  # fmt: skip
+    """`label_loss` with the labels as `label_places` gives them: no size depends on values, so it can be traced."""
+    head = Head(model)
+    hidden_BTH = hidden_states(model, input_ids_BT, attention_mask_BT, segments)
+    hidden_LH = hidden_BTH.flatten(0, 1).index_select(0, places_L)
+    del hidden_BTH
     trained = head.trained if torch.is_grad_enabled() else []
     return _LabelLoss.apply(hidden_LH, labels_L, head, n_total or len(labels_L), len(trained), *trained)  # type: ignore[no-any-return]
 

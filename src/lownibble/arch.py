@@ -1,0 +1,235 @@
+"""ModelShape: the dimensions of a model, read from a Hugging Face config.json; standard library only.
+
+What a family of models does not say in its configuration (a norm with weights from zero, fused projections, biases) is data in
+`FAMILIES`, by `model_type`, with the defaults that transformers' configuration class has for the keys that may be missing. A test
+compares every parameter's name and shape with transformers' model.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from lownibble.errors import ModelError
+
+
+class Family(NamedTuple):
+    """What all models of a `model_type` share.
+
+    Attributes:
+        names: our dimension -> the configuration's key, where it is another one.
+        defaults: key -> value of keys that may be missing.
+        norm: 'rms' (weights from one), 'rms1' (from zero: one is added in float32) or 'layer' (with bias).
+        norms: of each layer.
+        qk_norm: query and key are normalised, head by head.
+        qkv_bias, output_bias, mlp_bias: true, false or the configuration's key that says so.
+        fused: q, k and v are one projection, and gate and up.
+        gated: the MLP has a gate. parallel: attention and MLP read the same input and are added at once.
+        names_of_linears: q, k, v, o, gate, up, down (without gate: up, down) as the model calls them.
+        experts: the MLP is a mixture of experts, whose weights are two tensors for all of them. scaled: embeddings are scaled.
+        head_bias: the head has a bias.
+    """
+
+    names: Mapping[str, str] = {}
+    defaults: Mapping[str, Any] = {}
+    norm: str = "rms"
+    norms: int = 2
+    qk_norm: bool = False
+    qkv_bias: bool | str = False
+    output_bias: bool | str = False
+    mlp_bias: bool | str = False
+    fused: bool = False
+    gated: bool = True
+    parallel: bool = False
+    linears: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+    experts: bool = False
+    scaled: bool = False
+    head_bias: bool = False
+
+
+_TIED = {"tie_word_embeddings": True}
+_GEMMA = {**_TIED, "head_dim": 256, "vocab_size": 256000}
+
+FAMILIES: dict[str, Family] = {
+    "llama": Family(qkv_bias="attention_bias", output_bias="attention_bias", mlp_bias="mlp_bias"),
+    "mistral": Family(),
+    "qwen2": Family(qkv_bias=True),
+    "qwen3": Family(defaults={"head_dim": 128}, qkv_bias="attention_bias", output_bias="attention_bias", qk_norm=True),
+    "gemma": Family(defaults=_GEMMA, norm="rms1", scaled=True),
+    "gemma2": Family(defaults=_GEMMA, norm="rms1", norms=4, scaled=True),
+    "gemma3_text": Family(defaults={**_GEMMA, "vocab_size": 262208}, norm="rms1", norms=4, qk_norm=True, scaled=True),
+    "phi": Family(
+        norm="layer", norms=1, qkv_bias=True, output_bias=True, mlp_bias=True, gated=False, parallel=True, head_bias=True,
+        linears=("q_proj", "k_proj", "v_proj", "dense", "fc1", "fc2"),
+    ),
+    "phi3": Family(fused=True, linears=("qkv_proj", "o_proj", "gate_up_proj", "down_proj")),
+    "mixtral": Family(names={"experts": "num_local_experts", "expert_ffn": "intermediate_size"}, experts=True),
+    "qwen3_moe": Family(
+        names={"experts": "num_experts", "expert_ffn": "moe_intermediate_size"}, defaults={"head_dim": 128}, qk_norm=True,
+        qkv_bias="attention_bias", output_bias="attention_bias", experts=True,
+    ),
+}  # fmt: skip
+"""`model_type` -> its family."""
+
+_KEYS = {
+    "layers": "num_hidden_layers", "hidden": "hidden_size", "ffn": "intermediate_size", "heads": "num_attention_heads",
+    "vocab": "vocab_size", "key_heads": "num_key_value_heads", "head_dim": "head_dim",
+}  # fmt: skip
+
+
+class Linear(NamedTuple):
+    """A linear layer of each decoder layer: its name there, and its sizes."""
+
+    name: str
+    in_features: int
+    out_features: int
+    bias: bool
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """A decoder-only model's dimensions.
+
+    Attributes:
+        linears: of one decoder layer, in the order in which they run.
+        experts, active_experts, expert_ffn: of a mixture's layers, else 0.
+        window: tokens that attention sees, where some layer's is limited.
+        softcap: attention scores are capped, which only plain attention does.
+    """
+
+    name: str
+    model_type: str
+    layers: int
+    hidden: int
+    ffn: int
+    heads: int
+    key_heads: int
+    head_dim: int
+    vocab: int
+    tied: bool
+    linears: tuple[Linear, ...]
+    experts: int = 0
+    active_experts: int = 0
+    expert_ffn: int = 0
+    window: int | None = None
+    softcap: bool = False
+
+    @property
+    def family(self) -> Family:
+        """What it shares with its kind."""
+        return FAMILIES[self.model_type]
+
+    @property
+    def linear_parameters(self) -> int:
+        """Weights of all decoder layers' linears, biases left out."""
+        return self.layers * sum(linear.in_features * linear.out_features for linear in self.linears)
+
+    @property
+    def norm_parameters(self) -> int:
+        """Weights and biases of all norms."""
+        family = self.family
+        each = self.hidden * (2 if family.norm == "layer" else 1)
+        return (self.layers * family.norms + 1) * each + self.layers * 2 * self.head_dim * family.qk_norm
+
+    @property
+    def expert_parameters(self) -> int:
+        """Weights of all experts, and of the routers."""
+        return self.layers * self.experts * (3 * self.expert_ffn * self.hidden + self.hidden)
+
+    @property
+    def parameters(self) -> int:
+        """All parameters; a tied head counts once."""
+        biases = self.layers * sum(linear.out_features for linear in self.linears if linear.bias)
+        tables = self.vocab * self.hidden * (1 if self.tied else 2) + self.vocab * self.family.head_bias
+        return self.linear_parameters + self.expert_parameters + self.norm_parameters + biases + tables
+
+
+def read_shape(config: str | Path | Mapping[str, Any], name: str = "") -> ModelShape:
+    """The shape that a config.json (a path, or its contents) describes; `name` is for errors.
+
+    Raises:
+        ModelError: the file cannot be read, its architecture is not known (names the nearest that is), or fields are missing or
+            make no sense (names them).
+    """
+    if isinstance(config, (str, Path)):
+        name = name or str(config)
+        config = _contents(Path(config))
+    config = config.get("text_config", config)
+    model_type = str(config.get("model_type", ""))
+    if model_type not in FAMILIES:
+        near = difflib.get_close_matches(model_type, FAMILIES, n=1, cutoff=0.3)
+        raise ModelError(
+            f"'{name}' is a '{model_type}', which the planner does not know. "
+            f"{f'The nearest that it knows is {near[0]!r}. ' if near else ''}Known: {', '.join(FAMILIES)}."
+        )
+    family = FAMILIES[model_type]
+    values = {**family.defaults, **{key: value for key, value in config.items() if value is not None}}
+    keys = {**_KEYS, **family.names}
+    values.setdefault("num_key_value_heads", values.get("num_attention_heads"))
+    if values.get("num_attention_heads"):
+        values.setdefault("head_dim", values.get("hidden_size", 0) // values["num_attention_heads"])
+    missing = [key for key in keys.values() if values.get(key) is None]
+    if missing:
+        raise ModelError(f"'{name}' lacks {', '.join(missing)}. Give the model's own config.json.")
+    wrong = [f"{key} = {values[key]!r}" for key in keys.values() if not isinstance(values[key], int) or values[key] < 1]
+    if wrong or values["num_attention_heads"] % values["num_key_value_heads"]:
+        wrong = wrong or [
+            f"num_attention_heads = {values['num_attention_heads']}, no multiple of num_key_value_heads = "
+            f"{values['num_key_value_heads']}"
+        ]
+        raise ModelError(f"'{name}' makes no sense: {', '.join(wrong)}. Give the model's own config.json.")
+    return _shape(name, model_type, family, values, {ours: values[key] for ours, key in keys.items()})
+
+
+def _contents(path: Path) -> dict[str, Any]:
+    path = path / "config.json" if path.is_dir() else path
+    try:
+        contents = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ModelError(f"Cannot read '{path}': {error.strerror}. Give a config.json or the folder that holds one.") from None
+    except ValueError as error:
+        raise ModelError(f"'{path}' is not JSON: {error}. Download it again.") from None
+    if not isinstance(contents, dict):
+        raise ModelError(f"'{path}' is not a model's configuration. Give the model's own config.json.")
+    return contents
+
+
+def _shape(name: str, model_type: str, family: Family, values: Mapping[str, Any], sizes: dict[str, int]) -> ModelShape:
+    def says(what: bool | str) -> bool:
+        return bool(values.get(what, False)) if isinstance(what, str) else what
+
+    hidden, heads, keys = sizes["hidden"], sizes["heads"] * sizes["head_dim"], sizes["key_heads"] * sizes["head_dim"]
+    of_attention = [("q", hidden, heads), ("k", hidden, keys), ("v", hidden, keys), ("o", heads, hidden)]
+    of_mlp = [("gate", hidden, sizes["ffn"])] * family.gated + [("up", hidden, sizes["ffn"]), ("down", sizes["ffn"], hidden)]
+    if family.fused:
+        of_attention = [("q", hidden, heads + 2 * keys), of_attention[3]]
+        of_mlp = [("gate", hidden, 2 * sizes["ffn"]), of_mlp[2]]
+    if family.experts:
+        of_mlp = []
+    bias = {"q": family.qkv_bias, "k": family.qkv_bias, "v": family.qkv_bias, "o": family.output_bias}
+    linears = tuple(
+        Linear(f"{'self_attn' if what in bias else 'mlp'}.{called}", n_in, n_out, says(bias.get(what, family.mlp_bias)))
+        for (what, n_in, n_out), called in zip([*of_attention, *of_mlp], family.linears, strict=False)
+    )
+    kinds = values.get("layer_types") or ()
+    windowed = bool(values.get("sliding_window")) and values.get("use_sliding_window", True)
+    if kinds:
+        windowed = windowed and any(kind != "full_attention" for kind in kinds)
+    return ModelShape(
+        name, model_type, sizes["layers"], hidden, sizes["ffn"], sizes["heads"], sizes["key_heads"], sizes["head_dim"],
+        sizes["vocab"], bool(values.get("tie_word_embeddings", False)), linears,
+        experts=sizes.get("experts", 0), active_experts=int(values.get("num_experts_per_tok", 2)) if family.experts else 0,
+        expert_ffn=sizes.get("expert_ffn", 0), window=int(values["sliding_window"]) if windowed else None,
+        softcap=bool(values.get("attn_logit_softcapping")),
+    )  # fmt: skip
+
+
+def paths(shape: ModelShape) -> Iterator[tuple[str, Linear]]:
+    """(full path, linear) of every decoder layer's linears."""
+    for layer in range(shape.layers):
+        for linear in shape.linears:
+            yield f"model.layers.{layer}.{linear.name}", linear

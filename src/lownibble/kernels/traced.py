@@ -1,0 +1,121 @@
+"""Kernels that compute nothing: results of the right shapes and types, uninitialised, and no other allocation than the real ones make.
+
+For tracing the memory of a training step on fake tensors (`training/trace.py`). What the CPU's and CUDA's kernels allocate outside
+torch (panels of a decoded weight, a few hundred KiB a thread) is left out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from lownibble.kernels import decoded, plain
+from lownibble.kernels.decoder import DecoderLayers, Segment, Step
+from lownibble.kernels.ops import Addition, Nested, Rows8bit, row_sizes
+
+
+class Traced:
+    """A backend (`ops.Backend`) that allocates as another one does.
+
+    Args:
+        fused: products with a 4-bit weight decode it inside the kernel (CPUs with AVX-512), not into a buffer first.
+        attention: there is a kernel for attention in training (the same CPUs).
+        softmax: the head's softmax allocates nothing (any compiled CPU kernel), or what torch's operations do.
+    """
+
+    name = "traced"
+    device_types = None
+
+    def __init__(self, *, fused: bool, attention: bool, softmax: bool) -> None:
+        self._fused, self._attention, self._softmax = fused, attention, softmax
+
+    def quantize_4bit(self, x: Tensor, bounds: Tensor, order: Tensor, block_size: int) -> tuple[Tensor, Tensor]:
+        """As `ops.quantize_4bit`."""
+        n = x.numel()
+        return x.new_empty((n + 1) // 2, dtype=torch.uint8), x.new_empty(-(-n // block_size), dtype=torch.float32)
+
+    def dequantize_4bit(
+        self, codes: Tensor, absmax: Tensor, values: Tensor, block_size: int, out: Tensor, nested: Nested | None = None
+    ) -> Tensor:
+        """As `ops.dequantize_4bit`."""
+        return out
+
+    def quantize_8bit(self, x: Tensor, lookup: Tensor, block_size: int) -> tuple[Tensor, Tensor]:
+        """As `ops.quantize_8bit`."""
+        return x.new_empty(x.numel(), dtype=torch.uint8), x.new_empty(-(-x.numel() // block_size))
+
+    def dequantize_8bit(self, codes: Tensor, absmax: Tensor, values: Tensor, block_size: int) -> Tensor:
+        """As `ops.dequantize_8bit`."""
+        return codes.new_empty(codes.numel(), dtype=torch.float32)
+
+    def gemv_4bit(
+        self, x_TK: Tensor, codes: Tensor, absmax: Tensor, values: Tensor, block_size: int, out_features: int,
+        nested: Nested | None = None,
+    ) -> Tensor:  # fmt: skip
+        """As `ops.gemv_4bit`."""
+        return x_TK.new_empty(len(x_TK), out_features)
+
+    def matmul_4bit(
+        self, x_TC: Tensor, codes: Tensor, absmax: Tensor, values: Tensor, block_size: int, shape: torch.Size,
+        transposed: bool, addition: Addition, nested: Nested | None = None,
+    ) -> Tensor:  # fmt: skip
+        """As `ops.matmul_4bit`."""
+        if self._fused and x_TC.dtype == torch.float32:
+            return x_TC.new_empty(len(x_TC), shape[1] if transposed else shape[0])
+        return decoded.matmul(
+            self.dequantize_4bit, x_TC, codes, absmax, values, block_size, shape, transposed, addition, nested
+        )  # fmt: skip
+
+    def row_scales(
+        self, codes: Tensor, absmax: Tensor, values: Tensor, block_size: int, shape: torch.Size, nested: Nested | None = None,
+        code_type: torch.dtype = torch.int8,
+    ) -> Tensor:  # fmt: skip
+        """As `ops.row_scales`."""
+        return codes.new_empty(shape[0], dtype=torch.float32)
+
+    def quantize_rows(
+        self, x_TC: Tensor, column_scale: Tensor | None = None, code_type: torch.dtype = torch.int8
+    ) -> Rows8bit:  # fmt: skip
+        """As `ops.quantize_rows`."""
+        n_codes, n_scales = row_sizes(*x_TC.shape)
+        codes = x_TC.new_empty(n_codes, dtype=code_type)
+        scale, start = x_TC.new_empty(n_scales), x_TC.new_empty(n_scales, dtype=torch.int32)
+        return Rows8bit(codes, scale, start, *x_TC.shape)
+
+    def matmul_8bit(
+        self, x: Rows8bit, codes: Tensor, absmax: Tensor, values: Tensor, block_size: int, shape: torch.Size,
+        row_scale: Tensor, transposed: bool, addition: Addition, nested: Nested | None = None,
+    ) -> Tensor:  # fmt: skip
+        """As `ops.matmul_8bit`."""
+        return codes.new_empty((x.rows, shape[1] if transposed else shape[0]), dtype=torch.float32)
+
+    def has_attention(self, head_dim: int) -> bool:
+        """Whether there is an attention kernel for heads of this size."""
+        return self._attention and head_dim % 16 == 0
+
+    def attention(self, q: Tensor, k: Tensor, v: Tensor, borders: Tensor, scaling: float) -> tuple[Tensor, Tensor]:
+        """As `ops.attention`."""
+        B, heads, T, D = q.shape
+        return q.new_empty(B, T, heads, D), q.new_empty(B * T, heads)
+
+    def attention_backward(
+        self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, borders: Tensor, scaling: float
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """As `ops.attention_backward`."""
+        dq, dk, dv = (t.new_empty(t.shape[0], t.shape[2], t.shape[1], t.shape[3]).transpose(1, 2) for t in (q, k, v))
+        return dq, dk, dv
+
+    def softmax_rows(self, x_LV: Tensor, scale: float) -> Tensor:
+        """As `ops.softmax_rows`."""
+        return x_LV.new_empty(len(x_LV)) if self._softmax else plain.softmax_rows(x_LV, scale)
+
+    def gemv_bf16(self, x_TK: Tensor, weight_NK: Tensor) -> Tensor:
+        """As `ops.gemv_bf16`."""
+        return x_TK.new_empty(len(x_TK), len(weight_NK))
+
+    def decoder_layers(
+        self, x_TH: Tensor, layers: DecoderLayers, keys: Tensor, values: Tensor, step: Step, segments: Sequence[Segment]
+    ) -> None:
+        """As `ops.decoder_layers`: in place."""

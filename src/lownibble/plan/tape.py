@@ -1,0 +1,303 @@
+"""A torch that only counts bytes: tensors without values, autograd with the order and the lifetimes of the real one.
+
+The planner does not estimate what a training step takes from a formula with constants; it goes through the step, operation by
+operation, with the sizes of a model that may be larger than this machine, in pure Python and in a fraction of a second. An operation
+here makes the allocations of torch's, saves for backward what torch's saves, and its backward is written after torch's
+derivatives (tools/autograd/derivatives.yaml), temporaries included. Whatever Python lets go of is free again at that moment, as
+there: a `Storage` is freed by its own `__del__`, so lifetimes need no bookkeeping. The engine takes nodes as torch's does
+(latest first, gradients accumulated in place), and checkpointing is the non-reentrant one with its early stop.
+
+The oracle is the real step on fake tensors (`training/trace.py`): tests hold every instant equal to it, byte by byte on CPUs.
+
+Rejected: a closed formula for each instant (the published ones leave out the temporaries of backward, which decide the peak where
+activations are checkpointed; a formula that has them is this program written out); tracing alone (needs torch and transformers,
+and seconds).
+"""
+
+from __future__ import annotations
+
+import heapq
+import math
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+
+FLOAT32, BFLOAT16, INT64, BOOL = 4, 2, 8, 1
+"""Bytes of an element."""
+
+
+_ALONE = 2
+"""What `sys.getrefcount` gives for a storage of one value: the value's reference, and the argument's."""
+
+
+class Storage:
+    """Bytes that are in use from now until nothing refers to them any more."""
+
+    __slots__ = ("key", "n_bytes", "tape")
+
+    def __init__(self, tape: Tape, n_bytes: int) -> None:
+        self.tape, self.n_bytes, self.key = tape, n_bytes, tape.count
+        tape.count += 1
+        tape.change(self.key, n_bytes)
+
+    def __del__(self) -> None:
+        self.tape.change(self.key, -self.n_bytes)
+
+
+class Value:
+    """A tensor: its storage, elements, bytes of an element, and where its gradient goes."""
+
+    __slots__ = ("grad", "itemsize", "n", "node", "output", "storage", "trained")
+
+    def __init__(self, storage: Storage, n: int, itemsize: int, trained: bool = False) -> None:
+        self.storage, self.n, self.itemsize, self.trained = storage, n, itemsize, trained
+        self.node: Node | None = None
+        self.output = 0
+        self.grad: Value | None = None
+
+    @property
+    def wants_grad(self) -> bool:
+        """Whether backward reaches it."""
+        return self.trained or self.node is not None
+
+    def view(self) -> Value:
+        """The same storage, without history."""
+        return Value(self.storage, self.n, self.itemsize)
+
+
+Grads = list["Value | None"]
+Backward = Callable[[Grads, "list[Value]"], "Sequence[Value | None]"]
+
+
+class Node:
+    """One operation in the graph: what it saved, its backward, and where the results go."""
+
+    __slots__ = ("backward", "edges", "grads", "saved", "sequence")
+
+    def __init__(self, sequence: int, backward: Backward, edges: list[Value | None], saved: list[_Saved], outputs: int) -> None:
+        self.sequence, self.backward, self.saved = sequence, backward, saved
+        self.edges = [_Edge(value) if value is not None and value.wants_grad else None for value in edges]
+        self.grads: Grads = [None] * outputs
+
+
+class _Edge:
+    """Where a gradient goes: a node's output, or a parameter; and the size that it must have there."""
+
+    __slots__ = ("n", "node", "output", "parameter")
+
+    def __init__(self, value: Value) -> None:
+        self.node, self.output, self.n = value.node, value.output, value.n
+        self.parameter = value if value.node is None else None
+
+
+class _Saved:
+    """A saved tensor, or under checkpointing a place that a second forward pass fills."""
+
+    __slots__ = ("region", "value")
+
+    def __init__(self, value: Value | None, region: Region | None) -> None:
+        self.value, self.region = value, region
+
+    def unpack(self) -> Value:
+        if self.value is None:
+            assert self.region is not None
+            self.region.run_again()
+        assert self.value is not None
+        return self.value
+
+
+class _Enough(Exception):  # noqa: N818 - not an error
+    """All that a checkpointed region had saved is there again."""
+
+
+class Region:
+    """Operations whose saved tensors are dropped, and made again when the first of them is wanted."""
+
+    def __init__(self, tape: Tape, run: Callable[[], object]) -> None:
+        self._tape, self._run = tape, run
+        self.places: list[_Saved] = []
+        self.filled = 0
+
+    def run_again(self) -> None:
+        """Fill the places."""
+        tape = self._tape
+        before, tape.filling, self.filled = tape.filling, self, 0
+        try:
+            self._run()
+        except _Enough:
+            pass
+        finally:
+            tape.filling = before
+
+    def fill(self, value: Value) -> None:
+        """The next saved tensor is there."""
+        self.places[self.filled].value = value.view()
+        self.filled += 1
+        if self.filled == len(self.places):
+            self.places = []  # the nodes hold them
+            raise _Enough
+
+
+class Tape:
+    """What is in use now and was at most, and everything that came and went.
+
+    Attributes:
+        events: (storage, bytes), negative when it goes; for the allocator.
+        marks: name of an instant -> bytes in use then.
+        used, peak: bytes now, and the most since `reset_peak`.
+    """
+
+    def __init__(self, round_to: int = 1) -> None:
+        self.events: list[tuple[int, int]] = []
+        self.marks: dict[str, int] = {}
+        self.round_to = round_to
+        self.count = self.used = self.peak = 0
+        self.filling: Region | None = None
+        self._dropping: Region | None = None
+        self._sequence = 0
+        self._recording = True
+
+    def change(self, key: int, n_bytes: int) -> None:
+        """A storage comes, or goes (negative)."""
+        self.events.append((key, n_bytes))
+        self.used += n_bytes
+        if self.used > self.peak:
+            self.peak = self.used
+
+    def mark(self, name: str) -> None:
+        """Remember the bytes in use."""
+        self.marks[name] = self.used
+
+    def reset_peak(self) -> None:
+        """Start a new peak."""
+        self.peak = self.used
+
+    # tensors
+
+    def new(self, n: int, itemsize: int = FLOAT32) -> Value:
+        """A tensor of its own."""
+        return Value(Storage(self, -(-n * itemsize // self.round_to) * self.round_to), n, itemsize)
+
+    def parameter(self, n: int, itemsize: int = FLOAT32, trained: bool = False) -> Value:
+        """A weight."""
+        value = self.new(n, itemsize)
+        value.trained = trained
+        return value
+
+    def like(self, value: Value) -> Value:
+        """A tensor of the same size and type."""
+        return self.new(value.n, value.itemsize)
+
+    # the graph
+
+    @contextmanager
+    def no_grad(self) -> Iterator[None]:
+        """Nothing inside is recorded."""
+        before, self._recording = self._recording, False
+        try:
+            yield
+        finally:
+            self._recording = before
+
+    def record(
+        self, outputs: Sequence[Value], inputs: Sequence[Value | None], saved: Sequence[Value], backward: Backward
+    ) -> None:  # fmt: skip
+        """Make outputs depend on inputs. `saved` is kept until backward has run, which gets it as its second argument."""
+        if not self._recording or not any(value is not None and value.wants_grad for value in inputs):
+            return
+        node = Node(self._sequence, backward, list(inputs), [self._save(value) for value in saved], len(outputs))
+        self._sequence += 1
+        for number, output in enumerate(outputs):
+            output.node, output.output = node, number
+
+    def _save(self, value: Value) -> _Saved:
+        if self.filling is not None:
+            self.filling.fill(value)
+            return _Saved(None, None)  # the graph of the second pass is never walked
+        if self._dropping is not None:
+            place = _Saved(None, self._dropping)
+            self._dropping.places.append(place)
+            return place
+        return _Saved(value.view(), None)
+
+    def checkpoint(self, function: Callable[[Value], Value], x: Value) -> Value:
+        """`function(x)`, whose saved tensors are made again in backward."""
+
+        def again() -> object:
+            detached = x.view()
+            detached.trained = x.wants_grad
+            return function(detached)
+
+        before, self._dropping = self._dropping, Region(self, again)
+        try:
+            return function(x)
+        finally:
+            self._dropping = before
+
+    def backward(self, root: Value) -> None:
+        """Gradients of all parameters that `root`, a scalar, depends on."""
+        if root.node is None:
+            return
+        root.node.grads[root.output] = self.like(root)
+        waiting = _dependencies(root.node)
+        ready = [(-root.node.sequence, root.node)]
+        while ready:
+            _, node = heapq.heappop(ready)
+            results = self._results(node)
+            for edge in node.edges:
+                gradient = results.pop(0)
+                if edge is None:
+                    continue
+                if edge.node is None:
+                    assert edge.parameter is not None
+                    if gradient is not None:
+                        self._accumulate(edge.parameter, gradient)
+                    continue
+                if gradient is not None:
+                    held = edge.node.grads[edge.output]
+                    edge.node.grads[edge.output] = gradient if held is None else self._sum(held, gradient)
+                waiting[id(edge.node)] -= 1
+                if waiting[id(edge.node)] == 0:
+                    heapq.heappush(ready, (-edge.node.sequence, edge.node))
+                del gradient
+            del node
+
+    def _results(self, node: Node) -> list[Value | None]:
+        grads, node.grads = node.grads, []
+        results = list(node.backward(grads, [saved.unpack() for saved in node.saved]))
+        del grads
+        for i, (edge, result) in enumerate(zip(node.edges, results, strict=True)):
+            if edge is not None and result is not None and result.n > edge.n:
+                results[i] = self.new(edge.n, result.itemsize)  # summed over what was broadcast
+                del result
+        node.saved = []
+        return results
+
+    def _accumulate(self, parameter: Value, gradient: Value) -> None:
+        if parameter.grad is None:
+            parameter.grad = gradient.view()
+
+    def _sum(self, held: Value, gradient: Value) -> Value:
+        """In place where the one that came first belongs to nobody else."""
+        alone = sys.getrefcount(held.storage) == _ALONE
+        return held if alone else self.like(held)
+
+
+def _dependencies(root: Node) -> dict[int, int]:
+    """id of a node -> how many gradients it waits for."""
+    counts: dict[int, int] = {}
+    seen, stack = {id(root)}, [root]
+    while stack:
+        for edge in stack.pop().edges:
+            if edge is None or edge.node is None:
+                continue
+            counts[id(edge.node)] = counts.get(id(edge.node), 0) + 1
+            if id(edge.node) not in seen:
+                seen.add(id(edge.node))
+                stack.append(edge.node)
+    return counts
+
+
+def numel(*sizes: int) -> int:
+    """Elements of a shape."""
+    return math.prod(sizes)
