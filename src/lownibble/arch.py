@@ -31,7 +31,7 @@ class Family(NamedTuple):
         gated: the MLP has a gate. parallel: attention and MLP read the same input and are added at once.
         names_of_linears: q, k, v, o, gate, up, down (without gate: up, down) as the model calls them.
         experts: the MLP is a mixture of experts, whose weights are two tensors for all of them. scaled: embeddings are scaled.
-        head_bias: the head has a bias.
+        head_bias: the head has a bias. rotates_a_part: of each head's dimensions (which may be all).
     """
 
     names: Mapping[str, str] = {}
@@ -49,28 +49,35 @@ class Family(NamedTuple):
     experts: bool = False
     scaled: bool = False
     head_bias: bool = False
+    rotates_a_part: bool = False
 
 
 _TIED = {"tie_word_embeddings": True}
 _GEMMA = {**_TIED, "head_dim": 256, "vocab_size": 256000}
 
+_BIASES: dict[str, Any] = {"qkv_bias": "attention_bias", "output_bias": "attention_bias"}
+
 FAMILIES: dict[str, Family] = {
-    "llama": Family(qkv_bias="attention_bias", output_bias="attention_bias", mlp_bias="mlp_bias"),
+    "llama": Family(mlp_bias="mlp_bias", **_BIASES),
     "mistral": Family(),
     "qwen2": Family(qkv_bias=True),
-    "qwen3": Family(defaults={"head_dim": 128}, qkv_bias="attention_bias", output_bias="attention_bias", qk_norm=True),
-    "gemma": Family(defaults=_GEMMA, norm="rms1", scaled=True),
-    "gemma2": Family(defaults=_GEMMA, norm="rms1", norms=4, scaled=True),
-    "gemma3_text": Family(defaults={**_GEMMA, "vocab_size": 262208}, norm="rms1", norms=4, qk_norm=True, scaled=True),
+    "qwen3": Family(defaults={"head_dim": 128}, qk_norm=True, **_BIASES),
+    "gemma": Family(defaults=_GEMMA, norm="rms1", scaled=True, **_BIASES),
+    "gemma2": Family(defaults=_GEMMA, norm="rms1", norms=4, scaled=True, **_BIASES),
+    "gemma3_text": Family(defaults={**_GEMMA, "vocab_size": 262208}, norm="rms1", norms=4, qk_norm=True, scaled=True, **_BIASES),
     "phi": Family(
-        norm="layer", norms=1, qkv_bias=True, output_bias=True, mlp_bias=True, gated=False, parallel=True, head_bias=True,
+        defaults={"hidden_act": "gelu_new", "partial_rotary_factor": 0.5}, norm="layer", norms=1, qkv_bias=True,
+        output_bias=True, mlp_bias=True, gated=False, parallel=True, head_bias=True, rotates_a_part=True,
         linears=("q_proj", "k_proj", "v_proj", "dense", "fc1", "fc2"),
     ),
-    "phi3": Family(fused=True, linears=("qkv_proj", "o_proj", "gate_up_proj", "down_proj")),
-    "mixtral": Family(names={"experts": "num_local_experts", "expert_ffn": "intermediate_size"}, experts=True),
+    "phi3": Family(fused=True, rotates_a_part=True, linears=("qkv_proj", "o_proj", "gate_up_proj", "down_proj")),
+    "mixtral": Family(
+        names={"experts": "num_local_experts", "expert_ffn": "intermediate_size", "active_experts": "num_experts_per_tok"},
+        defaults={"num_experts_per_tok": 2}, experts=True,
+    ),
     "qwen3_moe": Family(
-        names={"experts": "num_experts", "expert_ffn": "moe_intermediate_size"}, defaults={"head_dim": 128}, qk_norm=True,
-        qkv_bias="attention_bias", output_bias="attention_bias", experts=True,
+        names={"experts": "num_experts", "expert_ffn": "moe_intermediate_size", "active_experts": "num_experts_per_tok"},
+        defaults={"num_experts_per_tok": 8}, qk_norm=True, experts=True, **_BIASES,
     ),
 }  # fmt: skip
 """`model_type` -> its family."""
@@ -97,6 +104,7 @@ class ModelShape:
     Attributes:
         linears: of one decoder layer, in the order in which they run.
         experts, active_experts, expert_ffn: of a mixture's layers, else 0.
+        activation: of the MLP. rotary_dim: the dimensions of a head that are rotated.
         window: tokens that attention sees, where some layer's is limited.
         softcap: attention scores are capped, which only plain attention does.
     """
@@ -112,6 +120,8 @@ class ModelShape:
     vocab: int
     tied: bool
     linears: tuple[Linear, ...]
+    activation: str
+    rotary_dim: int
     experts: int = 0
     active_experts: int = 0
     expert_ffn: int = 0
@@ -157,9 +167,9 @@ def read_shape(config: str | Path | Mapping[str, Any], name: str = "") -> ModelS
     """
     if isinstance(config, (str, Path)):
         name = name or str(config)
-        config = _contents(Path(config))
-    config = config.get("text_config", config)
-    model_type = str(config.get("model_type", ""))
+    contents = _contents(Path(config)) if isinstance(config, (str, Path)) else config
+    contents = contents.get("text_config", contents)
+    model_type = str(contents.get("model_type", ""))
     if model_type not in FAMILIES:
         near = difflib.get_close_matches(model_type, FAMILIES, n=1, cutoff=0.3)
         raise ModelError(
@@ -167,11 +177,13 @@ def read_shape(config: str | Path | Mapping[str, Any], name: str = "") -> ModelS
             f"{f'The nearest that it knows is {near[0]!r}. ' if near else ''}Known: {', '.join(FAMILIES)}."
         )
     family = FAMILIES[model_type]
-    values = {**family.defaults, **{key: value for key, value in config.items() if value is not None}}
+    values = {**family.defaults, **{key: value for key, value in contents.items() if value is not None}}
     keys = {**_KEYS, **family.names}
-    values.setdefault("num_key_value_heads", values.get("num_attention_heads"))
-    if values.get("num_attention_heads"):
-        values.setdefault("head_dim", values.get("hidden_size", 0) // values["num_attention_heads"])
+    heads, hidden = values.get("num_attention_heads"), values.get("hidden_size")
+    values.setdefault("num_key_value_heads", heads)
+    values.setdefault("num_experts", values.get("num_local_experts"))  # as transformers writes it
+    if isinstance(heads, int) and heads > 0 and isinstance(hidden, int):
+        values.setdefault("head_dim", hidden // heads)
     missing = [key for key in keys.values() if values.get(key) is None]
     if missing:
         raise ModelError(f"'{name}' lacks {', '.join(missing)}. Give the model's own config.json.")
@@ -215,6 +227,8 @@ def _shape(name: str, model_type: str, family: Family, values: Mapping[str, Any]
         Linear(f"{'self_attn' if what in bias else 'mlp'}.{called}", n_in, n_out, says(bias.get(what, family.mlp_bias)))
         for (what, n_in, n_out), called in zip([*of_attention, *of_mlp], family.linears, strict=False)
     )
+    rotary = values.get("rope_parameters") or {}
+    part = rotary.get("partial_rotary_factor") or values.get("partial_rotary_factor") or 1.0
     kinds = values.get("layer_types") or ()
     windowed = bool(values.get("sliding_window")) and values.get("use_sliding_window", True)
     if kinds:
@@ -222,8 +236,9 @@ def _shape(name: str, model_type: str, family: Family, values: Mapping[str, Any]
     return ModelShape(
         name, model_type, sizes["layers"], hidden, sizes["ffn"], sizes["heads"], sizes["key_heads"], sizes["head_dim"],
         sizes["vocab"], bool(values.get("tie_word_embeddings", False)), linears,
-        experts=sizes.get("experts", 0), active_experts=int(values.get("num_experts_per_tok", 2)) if family.experts else 0,
-        expert_ffn=sizes.get("expert_ffn", 0), window=int(values["sliding_window"]) if windowed else None,
+        str(values.get("hidden_activation") or values.get("hidden_act") or "silu"), int(sizes["head_dim"] * float(part)),
+        experts=sizes.get("experts", 0), active_experts=sizes.get("active_experts", 0), expert_ffn=sizes.get("expert_ffn", 0),
+        window=int(values["sliding_window"]) if windowed else None,
         softcap=bool(values.get("attn_logit_softcapping")),
     )  # fmt: skip
 

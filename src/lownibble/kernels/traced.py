@@ -1,7 +1,7 @@
-"""Kernels that compute nothing: results of the right shapes and types, uninitialised, and no other allocation than the real ones make.
+"""Kernels that compute nothing: results of the right shapes and types, uninitialised, and no allocation that the real ones lack.
 
-For tracing the memory of a training step on fake tensors (`training/trace.py`). What the CPU's and CUDA's kernels allocate outside
-torch (panels of a decoded weight, a few hundred KiB a thread) is left out.
+For tracing the memory of a training step on fake tensors (`training/trace.py`). What the CPU's kernels allocate outside torch
+(panels of a decoded weight, a few hundred KiB a thread) is left out.
 """
 
 from __future__ import annotations

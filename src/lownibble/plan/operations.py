@@ -145,6 +145,82 @@ def embedding(tape: Tape, weight: Value, tokens: int, hidden: int) -> Value:
     return out
 
 
+def layer_norm(tape: Tape, a: Value, weight: Value, bias: Value) -> Value:
+    """torch's own: saves its input, and mean and deviation of each row."""
+    rows = a.n // weight.n
+    out, centre, deviation = tape.like(a), tape.new(rows, FLOAT32), tape.new(rows, FLOAT32)
+    wants, trained = a.wants_grad, weight.wants_grad
+
+    def backward(grads: list[Value | None], saved: list[Value]) -> Sequence[Value | None]:
+        of_input = tape.like(saved[0]) if wants else None
+        return [of_input, tape.like(weight) if trained else None, tape.like(bias) if trained else None]
+
+    tape.record([out], [a, weight, bias], [a, centre, deviation], backward)
+    return out
+
+
+def cube(tape: Tape, a: Value) -> Value:
+    """a.pow(3)."""
+    out = tape.like(a)
+
+    def backward(grads: list[Value | None], saved: list[Value]) -> Sequence[Value | None]:
+        power = tape.like(saved[0])
+        tripled = tape.like(power)
+        return [tape.like(tripled)]
+
+    tape.record([out], [a], [a], backward)
+    return out
+
+
+def tanh(tape: Tape, a: Value) -> Value:
+    """tanh, which saves its result."""
+    out = tape.like(a)
+    tape.record([out], [a], [out], lambda grads, saved: [tape.like(saved[0])])
+    return out
+
+
+def gelu_new(tape: Tape, a: Value) -> Value:
+    """The GELU that is written out: 0.5 a (1 + tanh(c (a + d a^3)))."""
+    half = scale(tape, a)
+    inner = scale(tape, add(tape, a, scale(tape, cube(tape, a))))
+    return mul(tape, half, shift(tape, tanh(tape, inner)))
+
+
+ACTIVATIONS = {"gelu_new": gelu_new}
+"""`hidden_act` -> what it does; all others are one operation (`activation`)."""
+
+
+def halves(tape: Tape, a: Value) -> tuple[Value, Value]:
+    """Both halves of the last dimension, not moved; their gradients are put together again."""
+    n, whole, itemsize = a.n // 2, a.n, a.itemsize
+    first, second = (Value(a.storage, n, itemsize) for _ in range(2))
+    tape.record([first, second], [a], [], lambda grads, _: [tape.new(whole, itemsize)])
+    return first, second
+
+
+def softmax(tape: Tape, a: Value, itemsize: int) -> Value:
+    """Softmax in a type."""
+    out, before = tape.new(a.n, itemsize), a.itemsize
+
+    def backward(grads: list[Value | None], saved: list[Value]) -> Sequence[Value | None]:
+        result = tape.like(saved[0])
+        return [result if itemsize == before else tape.new(result.n, before)]
+
+    tape.record([out], [a], [out], backward)
+    return out
+
+
+def matmul(tape: Tape, a: Value, b: Value, n: int) -> Value:
+    """A product of n elements."""
+    out = tape.new(n, a.itemsize)
+
+    def backward(grads: list[Value | None], saved: list[Value]) -> Sequence[Value | None]:
+        return [tape.like(saved[0]), tape.like(saved[1])]
+
+    tape.record([out], [a, b], [a, b], backward)
+    return out
+
+
 def attention(tape: Tape, q: Value, k: Value, v: Value, rows: int) -> Value:
     """A fused kernel: its output has q's size; saves its inputs, its output and a number in float32 for each query and head."""
     out, lse = tape.like(q), tape.new(rows, FLOAT32)

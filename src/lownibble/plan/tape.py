@@ -1,7 +1,7 @@
 """A torch that only counts bytes: tensors without values, autograd with the order and the lifetimes of the real one.
 
 The planner does not estimate what a training step takes from a formula with constants; it goes through the step, operation by
-operation, with the sizes of a model that may be larger than this machine, in pure Python and in a fraction of a second. An operation
+operation, with the sizes of a model that may be larger than this machine, in pure Python and a fraction of a second. An operation
 here makes the allocations of torch's, saves for backward what torch's saves, and its backward is written after torch's
 derivatives (tools/autograd/derivatives.yaml), temporaries included. Whatever Python lets go of is free again at that moment, as
 there: a `Storage` is freed by its own `__del__`, so lifetimes need no bookkeeping. The engine takes nodes as torch's does
@@ -17,7 +17,6 @@ and seconds).
 from __future__ import annotations
 
 import heapq
-import math
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -35,9 +34,9 @@ class Storage:
 
     __slots__ = ("key", "n_bytes", "tape")
 
-    def __init__(self, tape: Tape, n_bytes: int) -> None:
-        self.tape, self.n_bytes, self.key = tape, n_bytes, tape.count
-        tape.count += 1
+    def __init__(self, tape: Tape, n_bytes: int, kind: str) -> None:
+        self.tape, self.n_bytes, self.key = tape, n_bytes, len(tape.kinds)
+        tape.kinds.append(kind)
         tape.change(self.key, n_bytes)
 
     def __del__(self) -> None:
@@ -143,15 +142,16 @@ class Tape:
 
     Attributes:
         events: (storage, bytes), negative when it goes; for the allocator.
-        marks: name of an instant -> bytes in use then.
-        used, peak: bytes now, and the most since `reset_peak`.
+        kinds: of each storage, by its number.
+        marks: (name, events so far, bytes in use) of instants.
+        used: bytes now.
     """
 
     def __init__(self, round_to: int = 1) -> None:
         self.events: list[tuple[int, int]] = []
-        self.marks: dict[str, int] = {}
-        self.round_to = round_to
-        self.count = self.used = self.peak = 0
+        self.kinds: list[str] = []
+        self.marks: list[tuple[str, int, int]] = []
+        self.round_to, self.used = round_to, 0
         self.filling: Region | None = None
         self._dropping: Region | None = None
         self._sequence = 0
@@ -161,26 +161,20 @@ class Tape:
         """A storage comes, or goes (negative)."""
         self.events.append((key, n_bytes))
         self.used += n_bytes
-        if self.used > self.peak:
-            self.peak = self.used
 
     def mark(self, name: str) -> None:
-        """Remember the bytes in use."""
-        self.marks[name] = self.used
-
-    def reset_peak(self) -> None:
-        """Start a new peak."""
-        self.peak = self.used
+        """An instant has come."""
+        self.marks.append((name, len(self.events), self.used))
 
     # tensors
 
-    def new(self, n: int, itemsize: int = FLOAT32) -> Value:
+    def new(self, n: int, itemsize: int = FLOAT32, kind: str = "activations") -> Value:
         """A tensor of its own."""
-        return Value(Storage(self, -(-n * itemsize // self.round_to) * self.round_to), n, itemsize)
+        return Value(Storage(self, -(-n * itemsize // self.round_to) * self.round_to, kind), n, itemsize)
 
-    def parameter(self, n: int, itemsize: int = FLOAT32, trained: bool = False) -> Value:
+    def parameter(self, n: int, itemsize: int, kind: str, trained: bool = False) -> Value:
         """A weight."""
-        value = self.new(n, itemsize)
+        value = self.new(n, itemsize, kind)
         value.trained = trained
         return value
 
@@ -274,8 +268,10 @@ class Tape:
         return results
 
     def _accumulate(self, parameter: Value, gradient: Value) -> None:
+        """The first gradient becomes the parameter's; later ones are added to it."""
         if parameter.grad is None:
             parameter.grad = gradient.view()
+            self.kinds[gradient.storage.key] = "gradients"
 
     def _sum(self, held: Value, gradient: Value) -> Value:
         """In place where the one that came first belongs to nobody else."""
@@ -296,8 +292,3 @@ def _dependencies(root: Node) -> dict[int, int]:
                 seen.add(id(edge.node))
                 stack.append(edge.node)
     return counts
-
-
-def numel(*sizes: int) -> int:
-    """Elements of a shape."""
-    return math.prod(sizes)

@@ -1,0 +1,234 @@
+"""A decoder-only model on a `Tape`: its modules as transformers writes them.
+
+Names of local variables matter here: a tensor is in use as long as a function's variable refers to it, here as in the original.
+"""
+
+from __future__ import annotations
+
+from lownibble.arch import ModelShape
+from lownibble.plan import operations as op
+from lownibble.plan.linear import DecodeBuffer, LinearOnTape, Method, Runtime
+from lownibble.plan.tape import BOOL, FLOAT32, INT64, Tape, Value
+
+
+class Decoder:
+    """All parameters on the tape, and the forward pass without the head.
+
+    Attributes:
+        head: the head's weight; the embeddings where they are tied.
+    """
+
+    def __init__(self, tape: Tape, shape: ModelShape, method: Method, run: Runtime) -> None:
+        self.tape, self.shape, self.run, self.method = tape, shape, run, method
+        self._all: list[Value] = []
+        buffer, family, hidden = DecodeBuffer(tape, run), shape.family, shape.hidden
+        self.embedding = self._parameter(shape.vocab * hidden)
+        self.layers = [
+            {
+                linear.name.rpartition(".")[2]: LinearOnTape(
+                    tape, linear, method, run, buffer, method.layers is None or layer in method.layers
+                )
+                for linear in shape.linears
+            }
+            for layer in range(shape.layers)
+        ]  # fmt: skip
+        self.norms = [[self._norm_parameters(hidden) for _ in range(family.norms)] for _ in range(shape.layers)]
+        self.qk_norms = [[self._norm_parameters(shape.head_dim) for _ in range(2 * family.qk_norm)] for _ in range(shape.layers)]
+        self.last_norm = self._norm_parameters(hidden)
+        self.experts = [self._expert_parameters() for _ in range(shape.layers * family.experts)]
+        self.head = self.embedding if shape.tied else self._parameter(shape.vocab * hidden)
+        if family.head_bias:
+            self._parameter(shape.vocab)
+        self._frequencies = [tape.new(shape.head_dim // 2, FLOAT32, "weights") for _ in range(2)]
+
+    def _parameter(self, n: int) -> Value:
+        value = self.tape.parameter(n, self.run.itemsize, "weights", self.method.full)
+        self._all.append(value)
+        return value
+
+    def _norm_parameters(self, n: int) -> list[Value]:
+        return [self._parameter(n) for _ in range(2 if self.shape.family.norm == "layer" else 1)]
+
+    def _expert_parameters(self) -> list[Value]:
+        shape = self.shape
+        each = shape.expert_ffn * shape.hidden
+        return [self._parameter(shape.experts * n) for n in (2 * each, each, shape.hidden)]
+
+    @property
+    def parameters(self) -> list[Value]:
+        """All of them."""
+        return self._all + [p for layer in self.layers for linear in layer.values() for p in linear.parameters]
+
+    def forward(self, rows: int, length: int, checkpointing: bool) -> Value:
+        """Last hidden states of rows x length tokens."""
+        tape, shape, size = self.tape, self.shape, self.run.itemsize
+        hidden = op.embedding(tape, self.embedding, rows * length, shape.hidden)
+        if shape.family.scaled:
+            hidden = op.scale(tape, hidden)
+        positions = tape.new(length, INT64)
+        mask = self._mask(length)
+        with tape.no_grad():
+            cos, sin = self._angles(length, size)
+        del positions
+        for layer in range(shape.layers):
+            if checkpointing:
+                hidden = tape.checkpoint(lambda x, layer=layer: self._layer(layer, x, cos, sin, rows), hidden)  # type: ignore[misc]
+            else:
+                hidden = self._layer(layer, hidden, cos, sin, rows)
+        del mask
+        return self._norm(hidden, self.last_norm)
+
+    def _mask(self, length: int) -> Value | None:
+        shape = self.shape
+        masked = shape.softcap or (shape.window is not None and shape.window < length)
+        return self.tape.new(length * length, BOOL) if masked else None
+
+    def _angles(self, length: int, size: int) -> tuple[Value, Value]:
+        tape, n = self.tape, length * self.shape.rotary_dim
+        angles, both = tape.new(n // 2, FLOAT32), tape.new(n, FLOAT32)
+        cos, sin = op.scale(tape, tape.new(n, FLOAT32)), op.scale(tape, tape.new(n, FLOAT32))
+        del angles, both
+        return op.cast(tape, cos, size), op.cast(tape, sin, size)
+
+    def _layer(self, layer: int, hidden: Value, cos: Value, sin: Value, rows: int) -> Value:
+        tape, norms = self.tape, self.norms[layer]
+        residual = hidden
+        hidden = self._norm(hidden, norms[0])
+        if self.shape.family.parallel:
+            attended = self._attention(layer, hidden, cos, sin, rows)
+            fed = self._mlp(layer, hidden)
+            return op.add(tape, op.add(tape, attended, fed), residual)
+        hidden = self._attention(layer, hidden, cos, sin, rows)
+        if len(norms) == 4:
+            hidden = self._norm(hidden, norms[1])
+        hidden = op.add(tape, residual, hidden)
+        residual = hidden
+        hidden = self._norm(hidden, norms[-2 if len(norms) == 4 else 1])
+        hidden = self._mlp(layer, hidden)
+        if len(norms) == 4:
+            hidden = self._norm(hidden, norms[3])
+        return op.add(tape, residual, hidden)
+
+    def _norm(self, x: Value, parameters: list[Value]) -> Value:
+        tape, weight = self.tape, parameters[0]
+        rows = x.n // weight.n
+        if self.shape.family.norm == "layer":
+            return op.layer_norm(tape, x, weight, parameters[1])
+        hidden = op.cast(tape, x, FLOAT32)
+        if self.shape.family.norm == "rms1":
+            output = op.mul(tape, hidden, op.rsqrt(tape, op.shift(tape, op.mean(tape, op.square(tape, hidden), rows))))
+            del hidden
+            output = op.mul(tape, output, op.shift(tape, op.cast(tape, weight, FLOAT32)))
+            return op.cast(tape, output, x.itemsize)
+        variance = op.mean(tape, op.square(tape, hidden), rows)
+        hidden = op.mul(tape, hidden, op.rsqrt(tape, op.shift(tape, variance)))
+        return op.mul(tape, weight, op.cast(tape, hidden, x.itemsize))
+
+    def _attention(self, layer: int, hidden: Value, cos: Value, sin: Value, rows: int) -> Value:
+        tape, linears, shape = self.tape, self.layers[layer], self.shape
+        if shape.family.fused:
+            q_share, k_share = shape.heads * shape.head_dim, shape.key_heads * shape.head_dim
+            tokens = hidden.n // shape.hidden
+            fused = linears["qkv_proj"](hidden)
+            query, key, value = (op.narrow(tape, fused, tokens * n) for n in (q_share, k_share, k_share))
+        else:
+            query = linears["q_proj"](hidden)
+            if not self.qk_norms[layer]:
+                query = op.heads_first(tape, query)
+            key = linears["k_proj"](hidden)
+            if not self.qk_norms[layer]:
+                key = op.heads_first(tape, key)
+            value = linears["v_proj"](hidden)
+        if self.qk_norms[layer]:
+            query, key = self._norm(query, self.qk_norms[layer][0]), self._norm(key, self.qk_norms[layer][1])
+        query, key = self._rotate(query, cos, sin), self._rotate(key, cos, sin)
+        if shape.softcap:
+            out = self._plain_attention(query, key, value, rows)
+        elif self.run.kernel_attention and shape.window is None:
+            out = op.attention(tape, query, key, value, query.n // shape.head_dim)
+        else:
+            out = self._torchs_attention(query, key, value)
+        return linears[shape.family.linears[1 if shape.family.fused else 3]](out)
+
+    def _rotate(self, x: Value, cos: Value, sin: Value) -> Value:
+        tape = self.tape
+        if self.shape.family.rotates_a_part:
+            turned = x.n * self.shape.rotary_dim // self.shape.head_dim
+            x, rest = op.narrow(tape, x, turned), op.narrow(tape, x, x.n - turned)
+            return op.concatenate(tape, [self._turn(x, cos, sin), rest])
+        return self._turn(x, cos, sin)
+
+    def _turn(self, x: Value, cos: Value, sin: Value) -> Value:
+        tape = self.tape
+        return op.add(tape, op.mul(tape, x, cos), op.mul(tape, op.rotate_half(tape, x), sin))
+
+    def _torchs_attention(self, query: Value, key: Value, value: Value) -> Value:
+        """CUDA's flash attention: grouped heads as they are; backward has gradients of all heads, and one in float32."""
+        tape, shape = self.tape, self.shape
+        rows = query.n // shape.head_dim
+        out, lse = tape.like(query), tape.new(rows, FLOAT32)
+
+        def backward(grads: list[Value | None], saved: list[Value]) -> list[Value | None]:
+            dq, dk, dv = (tape.like(each) for each in saved[:3])
+            spread = [tape.like(saved[0]) for _ in range(2 * (saved[1].n != saved[0].n))]
+            summed = tape.new(saved[0].n, FLOAT32)
+            del spread, summed
+            return [dq, dk, dv]
+
+        tape.record([out], [query, key, value], [query, key, value, out, lse], backward)
+        return out
+
+    def _plain_attention(self, query: Value, key: Value, value: Value, rows: int) -> Value:
+        """Scores of all pairs of tokens."""
+        tape, shape = self.tape, self.shape
+        tokens = query.n // (shape.heads * shape.head_dim)
+        pairs = shape.heads * tokens * (tokens // rows)
+        spread = shape.heads // shape.key_heads
+        if spread > 1:
+            key, value = (op.scale(tape, op.concatenate(tape, [each] * spread)) for each in (key, value))
+        scores = op.scale(tape, op.matmul(tape, query, key, pairs))
+        scores = op.scale(tape, op.tanh(tape, op.scale(tape, scores)))
+        scores = op.shift(tape, scores)
+        weights = op.cast(tape, op.softmax(tape, scores, FLOAT32), query.itemsize)
+        del scores
+        return op.scale(tape, op.matmul(tape, weights, value, query.n))
+
+    def _mlp(self, layer: int, x: Value) -> Value:
+        tape, linears, names = self.tape, self.layers[layer], self.shape.family.linears
+        activate = op.ACTIVATIONS.get(self.shape.activation, op.activation)
+        if self.shape.family.experts:
+            return self._mixture(layer, x)
+        if self.shape.family.fused:
+            both = linears["gate_up_proj"](x)
+            gate, up = op.halves(tape, both)
+            up = op.mul(tape, up, activate(tape, gate))
+            return linears["down_proj"](up)
+        if not self.shape.family.gated:
+            x = linears[names[4]](x)
+            x = activate(tape, x)
+            return linears[names[5]](x)
+        gated = activate(tape, linears["gate_proj"](x))
+        return linears["down_proj"](op.mul(tape, gated, linears["up_proj"](x)))
+
+    def _mixture(self, layer: int, x: Value) -> Value:
+        """Frozen experts, all of the layer's tokens sent to theirs at once: an estimate, for the real order follows the data."""
+        tape, shape = self.tape, self.shape
+        tokens = x.n // shape.hidden
+        sent = tokens * shape.active_experts
+        wide, narrow = sent * shape.expert_ffn, sent * shape.hidden
+        current = self._given(x, narrow, [])
+        gate, up = op.halves(tape, self._given(current, 2 * wide, []))
+        fed = op.mul(tape, op.activation(tape, gate), up)
+        out = self._given(fed, narrow, [])
+        out = op.scale(tape, out)
+        result = tape.new(x.n, x.itemsize)
+        n, itemsize = out.n, out.itemsize
+        tape.record([result], [out], [], lambda grads, saved: [tape.new(n, itemsize)])
+        return result
+
+    def _given(self, x: Value, n: int, saved: list[Value]) -> Value:
+        """Something of n elements made from x by a frozen operation."""
+        tape, before, itemsize = self.tape, x.n, x.itemsize
+        out = tape.new(n, itemsize)
+        tape.record([out], [x], saved, lambda grads, _: [tape.new(before, itemsize)])
+        return out

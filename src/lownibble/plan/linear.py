@@ -1,0 +1,153 @@
+"""Linear layers on a `Tape`: torch's, frozen 4-bit ones (`quant/linear.py`), and those with an adapter (`lora/product.py`)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+from lownibble.arch import Linear
+from lownibble.plan.tape import FLOAT32, Tape, Value
+
+
+@dataclass(frozen=True)
+class Runtime:
+    """How a device computes.
+
+    Attributes:
+        itemsize: bytes of an element of dense weights and activations.
+        fused: the product with a 4-bit weight decodes it inside the kernel; else into a buffer that all layers share.
+        kernel_attention: attention runs on our kernel, where there is no window and no cap.
+        decode_buffers: shared buffers for decoded weights; autograd has a thread, and a buffer, of its own on CUDA.
+        round_to: bytes that allocations are multiples of.
+    """
+
+    itemsize: int
+    fused: bool
+    kernel_attention: bool
+    decode_buffers: int
+    round_to: int = 1
+
+
+@dataclass(frozen=True)
+class Method:
+    """What is trained, and how the frozen weights are stored.
+
+    Attributes:
+        full: all weights are trained.
+        packed: elements of a weight -> bytes of its codes, then of each of its constants; None: dense.
+        ranks: name of a layer's linear -> rank of its adapter; absent: none.
+        layers: the decoder layers that have adapters; None: all.
+        adapter_itemsize: bytes of an element of an adapter.
+    """
+
+    full: bool = False
+    packed: Callable[[int], list[int]] | None = None
+    ranks: dict[str, int] = field(default_factory=dict)
+    layers: frozenset[int] | None = None
+
+
+class DecodeBuffer:
+    """What 4-bit weights are decoded into: as large as the largest so far."""
+
+    def __init__(self, tape: Tape, run: Runtime) -> None:
+        self._tape, self._run = tape, run
+        self._n = 0
+        self._buffers: list[Value] = []
+
+    def need(self, n: int) -> None:
+        """Make room for so many elements."""
+        if n > self._n:
+            self._n = n
+            self._buffers = [self._tape.new(n, self._run.itemsize, "workspace") for _ in range(self._run.decode_buffers)]
+
+
+class LinearOnTape:
+    """A linear layer: dense, trained or not, or 4-bit; with an adapter of rank r, or without."""
+
+    def __init__(self, tape: Tape, linear: Linear, method: Method, run: Runtime, buffer: DecodeBuffer, adapted: bool) -> None:
+        self.tape, self.run, self.buffer = tape, run, buffer
+        self.n_in, self.n_out, self.r = linear.in_features, linear.out_features, adapted * method.ranks.get(linear.name, 0)
+        n = self.n_in * self.n_out
+        self.packed = method.packed is not None
+        if method.packed is None:
+            self.parts = [tape.parameter(n, run.itemsize, "weights", method.full)]
+        else:
+            codes, *constants = method.packed(n)
+            self.parts = [tape.parameter(codes, 1, "codes"), *(tape.parameter(size, 1, "constants") for size in constants)]
+        self.bias = tape.parameter(self.n_out, run.itemsize, "weights", method.full) if linear.bias else None
+        self.adapter = [tape.parameter(self.r * n, FLOAT32, "adapters", True) for n in (self.n_in, self.n_out) if self.r]
+
+    @property
+    def parameters(self) -> list[Value]:
+        """All of them."""
+        return [*self.parts, *[self.bias] * (self.bias is not None), *self.adapter]  # type: ignore[list-item]
+
+    def __call__(self, x: Value) -> Value:
+        """Forward."""
+        if self.r:
+            return self._adapted(x)
+        return self._frozen(x) if self.packed else self._dense(x)
+
+    def _dense(self, x: Value) -> Value:
+        tape, size, weight, tokens = self.tape, self.run.itemsize, self.parts[0], x.n // self.n_in
+        out = tape.new(tokens * self.n_out, size)
+        wants_x, wants_w = x.wants_grad, weight.trained
+
+        def backward(grads: list[Value | None], saved: list[Value]) -> Sequence[Value | None]:
+            dx = tape.new(tokens * self.n_in, size) if wants_x else None
+            dw = tape.new(weight.n, size) if wants_w else None
+            db = tape.new(self.n_out, size) if wants_w and self.bias is not None else None
+            return [dx, dw, db]
+
+        tape.record([out], [x, weight, self.bias], [*[weight] * wants_x, *[x] * wants_w], backward)
+        return out
+
+    def _product(self, tokens: int, columns: int, factor: int) -> Value:
+        """(tokens, columns): something times the weight, plus a low-rank branch whose factor has so many elements."""
+        tape, size = self.tape, self.run.itemsize
+        fused = self.packed and self.run.fused and size == FLOAT32
+        if self.packed and not fused:
+            self.buffer.need(self.n_in * self.n_out)
+        out = tape.new(tokens * columns, size)
+        if factor and size != FLOAT32:
+            tape.new(factor, size)
+        return out
+
+    def _frozen(self, x: Value) -> Value:
+        tokens = x.n // self.n_in
+        out = self._product(tokens, self.n_out, 0)
+        self.tape.record([out], [x], [], lambda grads, saved: [self._product(tokens, self.n_in, 0)])
+        if self.bias is None:
+            return out
+        biased = self.tape.like(out)
+        self.tape.record([biased], [out], [], lambda grads, saved: [grads[0]])
+        return biased
+
+    def _adapted(self, x: Value) -> Value:
+        tape, size, r, tokens = self.tape, self.run.itemsize, self.r, x.n // self.n_in
+        A, B = self.adapter
+        narrow = size != FLOAT32
+        cast = tape.new(A.n, size) if narrow else None
+        low = tape.new(tokens * r, size)
+        del cast
+        out = self._product(tokens, self.n_out, B.n)
+        wants_x = x.wants_grad
+
+        def backward(grads: list[Value | None], saved: list[Value]) -> Sequence[Value | None]:
+            cast = tape.new(B.n, size) if narrow else None
+            dlow = tape.new(tokens * r, size)
+            del cast
+            dA = tape.new(A.n, size)
+            if narrow:
+                dA = tape.new(A.n, FLOAT32)
+            turned = tape.new(B.n, size)
+            if narrow:
+                turned = tape.new(B.n, FLOAT32)
+            dB = tape.new(B.n, FLOAT32)
+            del turned
+            dx = self._product(tokens, self.n_in, A.n) if wants_x else None
+            del dlow
+            return [dx, dA, dB]
+
+        tape.record([out], [x, A, B], [x, low], backward)
+        return out

@@ -1,0 +1,95 @@
+"""Shapes read from config.json. Oracle: transformers' own models, on the meta device."""
+
+import json
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from lownibble.arch import FAMILIES, paths, read_shape
+from lownibble.errors import ModelError
+
+SIZES = {
+    "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 2,
+    "vocab_size": 100,
+}  # fmt: skip
+MORE = {
+    "mixtral": {"num_local_experts": 4}, "qwen3_moe": {"num_experts": 6, "moe_intermediate_size": 32},
+    "phi3": {"pad_token_id": 0}, "qwen3": {"head_dim": 32},
+}  # fmt: skip
+
+
+def config_of(model_type, **changes):
+    return {"model_type": model_type, **SIZES, **MORE.get(model_type, {}), **changes}
+
+
+def model_of(config):
+    values = {key: value for key, value in config.items() if key != "model_type"}
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(AutoConfig.for_model(config["model_type"], **values))
+
+
+@pytest.mark.parametrize("changes", [{}, {"tie_word_embeddings": True}, {"attention_bias": True}, {"mlp_bias": True}], ids=str)
+@pytest.mark.parametrize("model_type", FAMILIES)
+def test_equals_transformers(model_type, changes):
+    config = config_of(model_type, **changes)
+    shape, model = read_shape(config), model_of(config)
+    assert shape.parameters == sum(p.numel() for p in model.parameters())
+    theirs = {
+        path: (m.in_features, m.out_features, m.bias is not None)
+        for path, m in model.named_modules() if isinstance(m, torch.nn.Linear) and m is not model.get_output_embeddings()
+    }  # fmt: skip
+    assert {path: (linear.in_features, linear.out_features, linear.bias) for path, linear in paths(shape)} == theirs
+
+
+@pytest.mark.parametrize("model_type", FAMILIES)
+def test_a_config_written_by_transformers_gives_the_same(model_type, tmp_path):
+    config = config_of(model_type)
+    model_of(config).config.save_pretrained(tmp_path)
+    assert read_shape(tmp_path).parameters == read_shape(config).parameters
+
+
+def test_an_unknown_architecture_names_the_nearest():
+    with pytest.raises(
+        ModelError, match=r"'x' is a 'lama', which the planner does not know. The nearest that it knows is 'llama'"
+    ):
+        read_shape(config_of("lama"), "x")
+
+
+def test_missing_fields_are_named():
+    config = config_of("llama")
+    del config["hidden_size"], config["vocab_size"]
+    with pytest.raises(ModelError, match="'x' lacks hidden_size, vocab_size"):
+        read_shape(config, "x")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"hidden_size": "64"}, r"hidden_size = '64'"),
+        ({"num_hidden_layers": 0}, "num_hidden_layers = 0"),
+        ({"num_key_value_heads": 3}, "no multiple of num_key_value_heads = 3"),
+    ],
+)
+def test_fields_that_make_no_sense_are_named(changes, message):
+    with pytest.raises(ModelError, match=message):
+        read_shape(config_of("llama", head_dim=16, **changes), "x")
+
+
+@pytest.mark.parametrize(("content", "message"), [(None, "Cannot read"), ("{", "is not JSON"), ("[]", "is not a model's")])
+def test_files_that_cannot_be_used(tmp_path, content, message):
+    file = tmp_path / "config.json"
+    if content is not None:
+        file.write_text(content)
+    with pytest.raises(ModelError, match=message):
+        read_shape(file)
+
+
+def test_a_text_model_inside_another():
+    assert read_shape({"model_type": "gemma3", "text_config": config_of("gemma3_text")}).hidden == 64
+
+
+def test_json_of_a_shape_is_read_without_torch(tmp_path):
+    file = tmp_path / "config.json"
+    file.write_text(json.dumps(config_of("llama")))
+    assert read_shape(str(file)).name == str(file)
