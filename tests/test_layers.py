@@ -16,7 +16,7 @@ LAYERS = {
     "study": 4, "bench": 4,
     "cli": 5,
 }  # fmt: skip
-WITHIN_A_LAYER = {("quant", "kernels"), ("config", "errors"), ("embedded", "errors")}
+WITHIN_A_LAYER = {("quant", "kernels"), ("config", "errors"), ("embedded", "errors"), ("arch", "errors")}
 """The only imports between rooms of one layer: (importer, imported)."""
 
 

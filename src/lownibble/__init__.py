@@ -10,11 +10,12 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from lownibble.config import CompareConfig, DataConfig, LoraConfig, QuantConfig, RunConfig, TrainConfig
+    from lownibble.config import CompareConfig, DataConfig, LoraConfig, PlanConfig, QuantConfig, RunConfig, TrainConfig
     from lownibble.decoding.generate import decode
     from lownibble.kernels.ops import use_backend
     from lownibble.lora import add_lora, load_adapter, save_adapter, set_adapter, trainable_summary
     from lownibble.models.load import load
+    from lownibble.plan.plan import plan
     from lownibble.quant import QuantizedTensor, QuantLinear, dequantize, quantize
     from lownibble.study.compare import compare
     from lownibble.training.run import TrainResult, run, train
@@ -22,18 +23,19 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOME = {
-    "CompareConfig": "config", "DataConfig": "config", "LoraConfig": "config", "QuantConfig": "config", "RunConfig": "config",
-    "TrainConfig": "config", "QuantLinear": "quant", "QuantizedTensor": "quant", "TrainResult": "training", "add_lora": "lora",
-    "compare": "study.compare", "decode": "decoding.generate", "dequantize": "quant", "load": "models", "load_adapter": "lora",
-    "quantize": "quant", "run": "training", "save_adapter": "lora", "set_adapter": "lora", "train": "training",
-    "trainable_summary": "lora", "use_backend": "kernels.ops",
+    "CompareConfig": "config", "DataConfig": "config", "LoraConfig": "config", "PlanConfig": "config", "QuantConfig": "config",
+    "QuantLinear": "quant", "QuantizedTensor": "quant", "RunConfig": "config", "TrainConfig": "config",
+    "TrainResult": "training", "add_lora": "lora", "compare": "study.compare", "decode": "decoding.generate",
+    "dequantize": "quant", "load": "models", "load_adapter": "lora", "plan": "plan.plan", "quantize": "quant",
+    "run": "training", "save_adapter": "lora", "set_adapter": "lora", "train": "training", "trainable_summary": "lora",
+    "use_backend": "kernels.ops",
 }  # fmt: skip
 """Public name -> the module it lives in."""
 
 __all__ = [
-    "CompareConfig", "DataConfig", "LoraConfig", "QuantConfig", "QuantLinear", "QuantizedTensor", "RunConfig", "TrainConfig",
-    "TrainResult", "__version__", "add_lora", "compare", "decode", "dequantize", "load", "load_adapter", "quantize", "run",
-    "save_adapter", "set_adapter", "train", "trainable_summary", "use_backend",
+    "CompareConfig", "DataConfig", "LoraConfig", "PlanConfig", "QuantConfig", "QuantLinear", "QuantizedTensor", "RunConfig",
+    "TrainConfig", "TrainResult", "__version__", "add_lora", "compare", "decode", "dequantize", "load", "load_adapter", "plan",
+    "quantize", "run", "save_adapter", "set_adapter", "train", "trainable_summary", "use_backend",
 ]  # fmt: skip
 
 

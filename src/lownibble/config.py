@@ -228,19 +228,24 @@ def _path_means_data(value: Any) -> Any:
     return {"path": value} if isinstance(value, str) else value
 
 
-class _Subject(Options):
-    """What every run shares: the model, the data and the groups of options."""
+class _Model(Options):
+    """What every run and plan shares: the model and how it is adapted and trained."""
 
     model: str = Field("demo", description="'demo', a local folder, a .gguf file or a hub id")
     revision: str | None = Field(None, description="hub revision of the model")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         "auto", description="dtype of unquantised weights and activations; auto: bfloat16 on CUDA, float32 on a CPU"
     )
-    device: str = Field("auto", description="auto, cpu, cuda or cuda:N")
-    data: Annotated[DataConfig, BeforeValidator(_path_means_data)] = DataConfig()
     quant: QuantConfig = QuantConfig()
     lora: LoraConfig = LoraConfig()
     train: TrainConfig = TrainConfig()
+
+
+class _Subject(_Model):
+    """What every run shares besides: the device and the data."""
+
+    device: str = Field("auto", description="auto, cpu, cuda or cuda:N")
+    data: Annotated[DataConfig, BeforeValidator(_path_means_data)] = DataConfig()
 
 
 class RunConfig(_Subject):
@@ -269,6 +274,29 @@ class CompareConfig(_Subject):
         return self
 
 
+class PlanConfig(_Model):
+    """What a run would need, before it is run (`lownibble plan`). Of the options in groups, those in `PLANNED` matter."""
+
+    method: Literal["full", "lora", "qlora", "all"] = Field("all", description="full, lora, qlora, or all of them")
+    gpu: str = Field(
+        "all",
+        description="devices, separated by commas (rtx-4090,a100-80gb), 'all', 'cpu' (this machine), or one by its figures: "
+        "'memory=24,bandwidth=1000,tflops=165' (GiB, GB/s, TFLOP/s)",
+    )
+    tokens: Annotated[int, Ge(1)] | None = Field(None, description="tokens to train on, for hours and dollars")
+    price: Annotated[float, Ge(0)] | None = Field(None, description="dollars an hour; default: what the table of devices has")
+
+
+PLANNED = {
+    "quant": ("quant_type", "block_size", "double_quant"),
+    "lora": ("r", "target_modules", "layers_to_transform", "rank_pattern"),
+    "train": (
+        "batch_size", "max_length", "packing", "gradient_accumulation_steps", "gradient_checkpointing", "optim",
+        "optim_page_budget",
+    ),
+}  # fmt: skip
+"""Group -> its options that decide what a run needs; the others may be there and make no difference to it."""
+
 GROUPS = ("data", "quant", "lora", "train")
 """Fields of a run's configuration that are groups; in TOML they are tables."""
 
@@ -276,12 +304,13 @@ GROUPS = ("data", "quant", "lora", "train")
 def leaves(config: type[Options]) -> Iterator[tuple[tuple[str, ...], FieldInfo]]:
     """(path, field) of every option of a run's configuration, groups opened: ('model',), ('lora', 'r'), ..."""
     for name, field in config.model_fields.items():
-        if name in GROUPS and issubclass(config, _Subject):
+        if name in GROUPS and issubclass(config, _Model):
             group = next(
                 a for a in (field.annotation, *get_args(field.annotation)) if isinstance(a, type) and issubclass(a, Options)
             )
             for inner, inner_field in group.model_fields.items():
-                yield (name, inner), inner_field
+                if not issubclass(config, PlanConfig) or inner in PLANNED[name]:
+                    yield (name, inner), inner_field
         else:
             yield (name,), field
 

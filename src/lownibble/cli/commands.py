@@ -12,7 +12,7 @@ from rich.table import Table
 
 from lownibble.bench import run_bench
 from lownibble.cli.flags import read
-from lownibble.config import CompareConfig, RunConfig
+from lownibble.config import CompareConfig, PlanConfig, RunConfig
 from lownibble.errors import ConfigError
 
 
@@ -79,6 +79,19 @@ def compare(arguments: argparse.Namespace) -> dict[str, Any]:
         console.print(f"  {reason}", soft_wrap=True)
     console.print(f"Report: {Path(result['output']) / 'report.html'}", soft_wrap=True)
     return result
+
+
+def plan(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Plan a run, and show what fits."""
+    config: PlanConfig = read(arguments, PlanConfig, arguments.config)
+    from lownibble.plan.plan import plan as make_plan
+    from lownibble.plan.show import tables
+
+    found = make_plan(config)
+    console = _console(arguments)
+    for table in tables(found):
+        console.print(table, soft_wrap=not isinstance(table, Table))
+    return {"kind": "plan", "status": "ok", **found.to_dict()}
 
 
 def bench(arguments: argparse.Namespace) -> dict[str, Any]:

@@ -18,10 +18,14 @@ from lownibble.config import GROUPS, Options, build, flag_name, leaves, read_tom
 from lownibble.errors import ConfigError
 
 
-def add_flags(parser: argparse.ArgumentParser, config: type[Options]) -> None:
-    """Add every option of `config` to the parser, grouped as in the configuration."""
-    groups = {name: parser.add_argument_group(f"{name} options ([{name}] in TOML)") for name in GROUPS}
+def add_flags(parser: argparse.ArgumentParser, config: type[Options], positional: tuple[str, ...] = ()) -> None:
+    """Add every option of `config` to the parser, grouped as in the configuration; `positional` ones are there already."""
+    groups = {
+        name: parser.add_argument_group(f"{name} options ([{name}] in TOML)") for name in GROUPS if name in config.model_fields
+    }  # fmt: skip
     for path, field in leaves(config):
+        if path[0] in positional:
+            continue
         target = groups[path[0]] if len(path) > 1 else parser
         default = _default(config, path, field)
         shown = "" if default is None else f" (default: {default})"

@@ -18,8 +18,10 @@ from lownibble import __version__
 from lownibble.bench import BENCHES
 from lownibble.cli import commands
 from lownibble.cli.flags import add_flags
-from lownibble.config import CompareConfig, RunConfig
+from lownibble.config import CompareConfig, PlanConfig, RunConfig
 from lownibble.errors import ConfigError, InputError, LownibbleError
+
+_MODELS = "'demo', a bundled model (llama-3-8b, qwen2.5-7b, ...), a config.json, a model folder or a hub id"
 
 
 class _Parser(argparse.ArgumentParser):
@@ -51,6 +53,12 @@ def _parser() -> argparse.ArgumentParser:
                 "lownibble train --model demo --data demo --method qlora --max-steps 40 --output runs/first")  # fmt: skip
     train.add_argument("config", nargs="?", metavar="CONFIG.toml", help="options from a TOML file; flags win over it")
     add_flags(train, RunConfig)
+
+    plan = add("plan", commands.plan, "Say what a run needs, what fits where, how long it takes and what it costs.",
+               "lownibble plan llama-3-8b --gpu rtx-4090 --max-length 1024 --batch-size 4 --tokens 10000000")  # fmt: skip
+    plan.add_argument("model", nargs="?", default=argparse.SUPPRESS, help=_MODELS)
+    plan.add_argument("--config", metavar="CONFIG.toml", help="options from a TOML file; flags win over it")
+    add_flags(plan, PlanConfig, positional=("model",))
 
     compare = add("compare", commands.compare, "Train the same model and data with several methods, side by side, and advise.",
                   "lownibble compare --methods lora qlora --output runs/compare")  # fmt: skip

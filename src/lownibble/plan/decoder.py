@@ -15,7 +15,7 @@ class Decoder:
     """All parameters on the tape, and the forward pass without the head.
 
     Attributes:
-        head: the head's weight; the embeddings where they are tied.
+        head: the head's weight; the embeddings where they are tied. head_adapter: A and B, or nothing.
     """
 
     def __init__(self, tape: Tape, shape: ModelShape, method: Method, run: Runtime) -> None:
@@ -26,7 +26,7 @@ class Decoder:
         self.layers = [
             {
                 linear.name.rpartition(".")[2]: LinearOnTape(
-                    tape, linear, method, run, buffer, method.layers is None or layer in method.layers
+                    tape, linear, method, run, buffer, method.ranks.get(f"model.layers.{layer}.{linear.name}", 0)
                 )
                 for linear in shape.linears
             }
@@ -37,6 +37,8 @@ class Decoder:
         self.last_norm = self._norm_parameters(hidden)
         self.experts = [self._expert_parameters() for _ in range(shape.layers * family.experts)]
         self.head = self.embedding if shape.tied else self._parameter(shape.vocab * hidden)
+        r = method.ranks.get("lm_head", 0)
+        self.head_adapter = [tape.parameter(r * n, FLOAT32, "adapters", True) for n in (hidden, shape.vocab) if r]
         if family.head_bias:
             self._parameter(shape.vocab)
         self._frequencies = [tape.new(shape.head_dim // 2, FLOAT32, "weights") for _ in range(2)]

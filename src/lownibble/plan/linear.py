@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from lownibble.arch import Linear
@@ -35,15 +35,12 @@ class Method:
     Attributes:
         full: all weights are trained.
         packed: elements of a weight -> bytes of its codes, then of each of its constants; None: dense.
-        ranks: name of a layer's linear -> rank of its adapter; absent: none.
-        layers: the decoder layers that have adapters; None: all.
-        adapter_itemsize: bytes of an element of an adapter.
+        ranks: path of a linear -> rank of its adapter; absent: none.
     """
 
     full: bool = False
     packed: Callable[[int], list[int]] | None = None
-    ranks: dict[str, int] = field(default_factory=dict)
-    layers: frozenset[int] | None = None
+    ranks: Mapping[str, int] = field(default_factory=dict)
 
 
 class DecodeBuffer:
@@ -64,9 +61,9 @@ class DecodeBuffer:
 class LinearOnTape:
     """A linear layer: dense, trained or not, or 4-bit; with an adapter of rank r, or without."""
 
-    def __init__(self, tape: Tape, linear: Linear, method: Method, run: Runtime, buffer: DecodeBuffer, adapted: bool) -> None:
+    def __init__(self, tape: Tape, linear: Linear, method: Method, run: Runtime, buffer: DecodeBuffer, r: int) -> None:
         self.tape, self.run, self.buffer = tape, run, buffer
-        self.n_in, self.n_out, self.r = linear.in_features, linear.out_features, adapted * method.ranks.get(linear.name, 0)
+        self.n_in, self.n_out, self.r = linear.in_features, linear.out_features, r
         n = self.n_in * self.n_out
         self.packed = method.packed is not None
         if method.packed is None:

@@ -73,11 +73,12 @@ def _gather(tape: Tape, hidden: Value, labels: int, width: int) -> Value:
 def _label_loss(tape: Tape, model: Decoder, hidden: Value) -> Value:
     V, H, size, head = model.shape.vocab, model.shape.hidden, hidden.itemsize, model.head
     L = hidden.n // H
-    wants_hidden, wants_head = hidden.wants_grad, head.trained
+    wants_hidden = hidden.wants_grad
+    trained = [head] * head.trained + model.head_adapter
     dhidden = tape.like(hidden) if wants_hidden else None
-    dhead = tape.like(head) if wants_head else None
+    gradients = [tape.like(parameter) for parameter in trained]
     most = max(16, CHUNK_BYTES // (4 * V))
-    if not wants_head:
+    if not trained:
         rows = -(-L // max(1, -(-L // most)))
         buffer = tape.new(rows * V, size)
         scores = tape.new(rows * V, FLOAT32) if size != FLOAT32 else buffer
@@ -90,13 +91,12 @@ def _label_loss(tape: Tape, model: Decoder, hidden: Value) -> Value:
         dlogits = tape.new(rows * V, size) if size != FLOAT32 else scores
         del scores
         dchunk = tape.new(rows * H, size) if wants_hidden else None
-        dpart = tape.like(head)
-        del logits, dlogits, dchunk, dpart
+        parts = [tape.like(parameter) for parameter in trained]
+        del logits, dlogits, dchunk, parts
     out = tape.new(1, FLOAT32)
 
     def backward(grads: list[Value | None], saved: list[Value]) -> Sequence[Value | None]:
-        results = list(saved)
-        return [results.pop(0) if wants_hidden else None, results.pop(0) if wants_head else None]
+        return saved if wants_hidden else [None, *saved]
 
-    tape.record([out], [hidden, head], [value for value in (dhidden, dhead) if value is not None], backward)
+    tape.record([out], [hidden, *trained], [*[dhidden] * wants_hidden, *gradients], backward)  # type: ignore[list-item]
     return out

@@ -1,0 +1,139 @@
+"""`lownibble bench plan`: what the planner says next to what a training step takes, on this machine.
+
+Each setting runs twice, in a process of its own. Once with torch's profiler, which sees every allocation and release of the CPU
+allocator, also inside operations; their running sum from before the model is loaded is what is allocated, and its highest value
+during the first two steps is the peak. Once without it, for the process: the highest resident set during those steps. Every
+row is cut at `max_length`, so every batch is as large as the planner takes it to be.
+"""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import statistics
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from lownibble.config import DataConfig, LoraConfig, Method, RunConfig, TrainConfig
+from lownibble.errors import ConfigError
+from lownibble.plan.hardware import this_machine
+from lownibble.plan.memory import plan_memory
+from lownibble.plan.models import find_shape
+
+
+def _setting(method: Method, batch_size: int, max_length: int, r: int = 16, **train: Any) -> RunConfig:
+    return RunConfig(
+        method=method, lora=LoraConfig(r=r), data=DataConfig(max_eval_rows=2),
+        train=TrainConfig(batch_size=batch_size, max_length=max_length, max_steps=2, torch_compile=False, **train),
+    )  # fmt: skip
+
+
+SETTINGS = (
+    *(_setting(method, *size) for method in ("full", "lora", "qlora") for size in ((1, 128), (2, 256), (4, 256), (1, 512))),
+    *(_setting(method, 4, 256, gradient_checkpointing=True) for method in ("full", "lora", "qlora")),
+    *(_setting(method, 2, 512, gradient_checkpointing=True) for method in ("lora", "qlora")),
+    _setting("lora", 2, 256, r=64), _setting("qlora", 2, 256, r=4), _setting("qlora", 2, 256, r=128),
+    _setting("qlora", 2, 256, gradient_accumulation_steps=2), _setting("full", 1, 256, gradient_accumulation_steps=2),
+    _setting("full", 1, 128, optim="adamw_8bit"), _setting("full", 1, 128, optim="paged_adamw"),
+    _setting("qlora", 2, 256, packing=True),
+)  # fmt: skip
+
+
+def bench_plan(*, peers: bool = False, repeats: int = 1) -> dict[str, Any]:
+    """Plan and run every setting.
+
+    Raises:
+        ConfigError: `peers` or `repeats`; there is nothing to take turns.
+    """
+    if peers or repeats != 1:
+        raise ConfigError("'bench plan' compares a plan with a run, once each. Leave --peers and --repeats out.")
+    with tempfile.TemporaryDirectory() as folder:
+        data = Path(folder) / "rows.jsonl"
+        data.write_text(
+            "".join(json.dumps({"text": "one two three four five six seven eight nine ten " * 120}) + "\n" for _ in range(64))
+        )
+        runs = [_compare(setting.with_options(data=setting.data.with_options(path=str(data)))) for setting in SETTINGS]
+    errors = [abs(run["allocated_error"]) for run in runs]
+    shares = [(run["process_bytes"] - run["allocated_bytes"]) / 2**20 for run in runs]
+    return {
+        "workload": {"model": "demo", "settings": len(runs)},
+        "runs": runs,
+        "headlines": {
+            "allocated, median error": statistics.median(errors),
+            "allocated, worst error": max(errors),
+            "process, runs within the interval": f"{sum(run['process_within'] for run in runs)} of {len(runs)}",
+            "process less allocated, MiB, least and most": f"{min(shares):.0f} to {max(shares):.0f}",
+        },
+    }
+
+
+def _compare(config: RunConfig) -> dict[str, Any]:
+    train = config.train
+    plan = plan_memory(
+        find_shape(config.model), this_machine(), config.method, quant=config.quant, lora=config.lora, train=train
+    )  # fmt: skip
+    allocated, process = (_in_a_process(config, profiled) for profiled in (True, False))
+    found = {
+        "method": config.method, "batch_size": train.batch_size, "max_length": train.max_length, "r": config.lora.r,
+        "gradient_checkpointing": train.gradient_checkpointing, "packing": train.packing, "optim": train.optim,
+        "gradient_accumulation_steps": train.gradient_accumulation_steps,
+        "allocated_bytes": allocated, "planned": plan.to_dict(), "allocated_error": plan.allocated.likely / allocated - 1,
+        "process_bytes": process, "process_error": plan.device.likely / process - 1,
+        "process_within": plan.device.low <= process <= plan.device.high,
+    }  # fmt: skip
+    print(
+        f"bench plan: {config.method} {train.batch_size} x {train.max_length} r {config.lora.r}: allocated "
+        f"{allocated / 1e9:.3f} GB, planned {found['allocated_error']:+.2%}; process {process / 1e9:.3f} GB, planned "
+        f"{found['process_error']:+.2%}",
+        file=sys.stderr,
+    )
+    return found
+
+
+def _in_a_process(config: RunConfig, profiled: bool) -> int:
+    context = multiprocessing.get_context("spawn")
+    with context.Pool(1) as pool:
+        return pool.apply(_allocated if profiled else _resident, (config.model_dump_json(),))
+
+
+def _allocated(config: str) -> int:
+    """Most bytes that torch's CPU allocator had given out during two steps."""
+    from torch.profiler import ProfilerActivity, profile, record_function
+
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        trainer, first = _ready(config)
+        with record_function("lownibble steps"):
+            _take_steps(trainer, first)
+    events = profiler.profiler.kineto_results.events()  # type: ignore[union-attr]
+    began = next(event.start_ns() for event in events if event.name() == "lownibble steps")
+    used = peak = 0
+    for event in sorted((event for event in events if event.name() == "[memory]"), key=lambda event: event.start_ns()):
+        used += event.nbytes()
+        if event.start_ns() >= began:
+            peak = max(peak, used)
+    return peak
+
+
+def _resident(config: str) -> int:
+    """Highest resident set of this process during two steps."""
+    from lownibble.training import memory
+
+    trainer, first = _ready(config)
+    memory.settle(trainer.device)
+    memory.reset_peak(trainer.device)
+    _take_steps(trainer, first)
+    return memory.peak_bytes(trainer.device)
+
+
+def _ready(config: str) -> tuple[Any, int]:
+    from lownibble.training.run import prepare
+
+    trainer, _ = prepare(RunConfig.model_validate_json(config))
+    return trainer, trainer.set_up()
+
+
+def _take_steps(trainer: Any, first: int) -> None:
+    for step, rows in zip(range(first, first + 2), trainer.micro.steps(first), strict=False):
+        trainer.step(step, rows)

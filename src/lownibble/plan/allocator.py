@@ -1,0 +1,121 @@
+"""torch's caching allocator for CUDA, simulated: how much it takes from the device for tensors that come and go.
+
+Rules of c10/cuda/CUDACachingAllocator.cpp (torch 2.11 to 2.13, default settings): sizes are rounded to 512 bytes; up to 1 MiB a
+tensor comes from the small pool, whose segments are 2 MiB; up to 10 MiB from segments of 20 MiB; larger ones have a segment of
+their own, rounded to 2 MiB. The smallest free block that suffices is taken, and split where at least 512 bytes (small) or more
+than 1 MiB (large) remain; neighbours that are free are joined. Segments are kept until the end: what is reserved never falls.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left, insort
+from collections.abc import Iterable
+
+ROUND = 512
+SMALL, SMALL_SEGMENT = 1 << 20, 2 << 20
+MEDIUM, MEDIUM_SEGMENT = 10 << 20, 20 << 20
+LARGE_ROUND = 2 << 20
+
+
+class _Block:
+    """A part of a segment of the small pool or the other; `before` and `after` are its neighbours there."""
+
+    __slots__ = ("address", "after", "before", "free", "size", "small")
+
+    def __init__(self, address: int, size: int, small: bool = False) -> None:
+        self.address, self.size, self.small = address, size, small
+        self.before: _Block | None = None
+        self.after: _Block | None = None
+        self.free = True
+
+    def __lt__(self, other: _Block) -> bool:
+        return (self.size, self.address) < (other.size, other.address)
+
+
+class _Pool:
+    """Free blocks, smallest first."""
+
+    def __init__(self, smallest_rest: int) -> None:
+        self.smallest_rest = smallest_rest
+        self.blocks: list[_Block] = []
+
+    def take(self, size: int) -> _Block | None:
+        place = bisect_left(self.blocks, _Block(-1, size))
+        return self.blocks.pop(place) if place < len(self.blocks) else None
+
+    def put(self, block: _Block) -> None:
+        insort(self.blocks, block)
+
+    def remove(self, block: _Block) -> None:
+        self.blocks.pop(bisect_left(self.blocks, block))
+
+
+class Allocator:
+    """Attributes: `reserved`, bytes taken from the device so far."""
+
+    def __init__(self) -> None:
+        self.reserved = 0
+        self._pools = {True: _Pool(ROUND), False: _Pool(SMALL + 1)}
+        self._held: dict[int, _Block] = {}
+        self._next = 0
+
+    def allocate(self, key: int, n_bytes: int) -> None:
+        """A tensor comes."""
+        if n_bytes == 0:
+            return
+        size = -(-n_bytes // ROUND) * ROUND
+        pool = self._pools[size <= SMALL]
+        block = pool.take(size) or self._segment(size)
+        if block.size - size >= pool.smallest_rest:
+            rest = _Block(block.address + size, block.size - size, block.small)
+            rest.before, rest.after = block, block.after
+            if block.after is not None:
+                block.after.before = rest
+            block.after, block.size = rest, size
+            pool.put(rest)
+        block.free = False
+        self._held[key] = block
+
+    def _segment(self, size: int) -> _Block:
+        if size <= SMALL:
+            whole = SMALL_SEGMENT
+        elif size < MEDIUM:
+            whole = MEDIUM_SEGMENT
+        else:
+            whole = -(-size // LARGE_ROUND) * LARGE_ROUND
+        self.reserved += whole
+        self._next += whole + ROUND  # segments are never neighbours
+        return _Block(self._next - whole - ROUND, whole, size <= SMALL)
+
+    def free(self, key: int) -> None:
+        """It goes."""
+        block = self._held.pop(key, None)
+        if block is None:
+            return
+        pool = self._pools[block.small]
+        for neighbour in (block.before, block.after):
+            if neighbour is not None and neighbour.free:
+                pool.remove(neighbour)
+                block = _joined(block, neighbour)
+        block.free = True
+        pool.put(block)
+
+
+def _joined(a: _Block, b: _Block) -> _Block:
+    first, second = (a, b) if a.address < b.address else (b, a)
+    first.size += second.size
+    first.after = second.after
+    if second.after is not None:
+        second.after.before = first
+    return first
+
+
+def reserved_bytes(events: Iterable[tuple[int, int]]) -> int:
+    """What is reserved after tensors (key, bytes) came, and went (negative)."""
+    allocator = Allocator()
+    for key, n_bytes in events:
+        if n_bytes > 0:
+            allocator.allocate(key, n_bytes)
+        else:
+            allocator.free(key)
+    return allocator.reserved

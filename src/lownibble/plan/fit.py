@@ -1,0 +1,139 @@
+"""What fits where: methods x devices, the largest batch and row, and which method to take.
+
+What can be given up is what the memory budget of a run gives up, in the same order (`training/budget.py`): paged optimiser states
+cost little and change nothing, checkpointing computes the layers twice. A setting fits where the upper end of the device's
+interval does: who plans wants to know what is safe.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from lownibble.config import Method, TrainConfig
+from lownibble.plan.hardware import Device
+from lownibble.plan.memory import MemoryPlan
+
+METHODS: tuple[Method, ...] = ("full", "lora", "qlora")
+
+PlanOf = Callable[[Method, TrainConfig], MemoryPlan]
+"""The memory of a method with these training options, on one device."""
+
+
+class Relief(NamedTuple):
+    """What is given up so that a run fits: its words, and the options."""
+
+    words: str
+    paged: bool
+    gradient_checkpointing: bool
+
+
+RELIEFS = (
+    Relief("fits", False, False), Relief("fits with paging", True, False), Relief("fits with checkpointing", False, True),
+    Relief("fits with checkpointing and paging", True, True),
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """Whether a method fits on a device.
+
+    Attributes:
+        fits: with what is in `words`. over_bytes: by how much it does not, at the least that can be done.
+        train: the options with which it fits, or comes nearest.
+    """
+
+    method: Method
+    device: Device
+    fits: bool
+    words: str
+    over_bytes: int
+    train: TrainConfig
+    memory: MemoryPlan
+
+    def to_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        return {
+            "method": self.method, "device": self.device.name, "memory_bytes": self.device.memory_bytes, "fits": self.fits,
+            "verdict": self.words, "over_bytes": self.over_bytes, "gradient_checkpointing": self.train.gradient_checkpointing,
+            "optim": self.train.optim, "memory": self.memory.to_dict(),
+        }  # fmt: skip
+
+
+def reliefs(train: TrainConfig) -> Iterator[tuple[Relief, TrainConfig]]:
+    """What may be given up beyond the options as they are, the cheapest first."""
+    for relief in RELIEFS:
+        paged, checkpointing = train.optim.startswith("paged"), train.gradient_checkpointing
+        if relief.paged < paged or relief.gradient_checkpointing < checkpointing:
+            continue
+        optim = train.optim if relief.paged == paged else f"paged_{train.optim}"
+        yield relief, train.with_options(optim=optim, gradient_checkpointing=relief.gradient_checkpointing)
+
+
+def judge(method: Method, device: Device, train: TrainConfig, plan_of: PlanOf) -> Verdict:
+    """Whether a method fits, and with what."""
+    nearest: Verdict | None = None
+    for relief, options in reliefs(train):
+        memory = plan_of(method, options)
+        over = memory.device.high - device.memory_bytes
+        if over <= 0:
+            return Verdict(method, device, True, relief.words, 0, options, memory)
+        if nearest is None or over < nearest.over_bytes:
+            nearest = Verdict(method, device, False, f"no: {over / 2**30:.1f} GiB over", over, options, memory)
+    assert nearest is not None
+    return nearest
+
+
+def largest(option: str, least: int, most: int, train: TrainConfig, fits: Callable[[TrainConfig], bool]) -> int:
+    """The largest value of an option of TrainConfig, from `least` to `most`, with which a run fits; 0 where none does."""
+    low, high = 0, least
+    while high <= most and fits(train.with_options(**{option: high})):
+        low, high = high, 2 * high
+    high = min(high, most + 1)
+    while high - low > max(1, low // 64):
+        middle = (low + high) // 2
+        low, high = (middle, high) if fits(train.with_options(**{option: middle})) else (low, middle)
+    return low
+
+
+class Rule(NamedTuple):
+    """One of the rules of the recommendation: it holds when its condition does, and then says a method and why."""
+
+    method: Method
+    holds: Callable[[dict[str, Verdict]], bool]
+    reason: str
+
+
+def _plain(verdict: Verdict) -> bool:
+    return verdict.fits and verdict.words == "fits"
+
+
+RULES = (
+    Rule(
+        "lora", lambda v: _plain(v["lora"]),
+        "LoRA fits as it is. Its frozen weights are not rounded, and a QLoRA step is at best as fast.",
+    ),
+    Rule(
+        "qlora", lambda v: _plain(v["qlora"]),
+        "QLoRA fits as it is, LoRA only with what costs time, or not at all.",
+    ),
+    Rule(
+        "lora", lambda v: v["lora"].fits and not v["lora"].train.gradient_checkpointing,
+        "LoRA fits with paged optimiser states, which change nothing and cost little.",
+    ),
+    Rule("qlora", lambda v: v["qlora"].fits and not v["lora"].fits, "QLoRA fits, LoRA does not."),
+    Rule("lora", lambda v: v["lora"].fits, "LoRA fits with checkpointing, as QLoRA does; its weights are not rounded."),
+)  # fmt: skip
+"""In order; the first that holds decides."""
+
+FULL_REASON = "Full fine-tuning fits too; where the task is far from what the model knows, it is worth a try."
+
+
+def recommend(verdicts: dict[str, Verdict]) -> tuple[Method | None, list[str]]:
+    """The method to take on a device, and why; None: nothing fits."""
+    for rule in RULES:
+        if rule.holds(verdicts):
+            return rule.method, [rule.reason, *[FULL_REASON] * verdicts["full"].fits]
+    need = min(verdicts.values(), key=lambda verdict: verdict.over_bytes)
+    return None, [f"Nothing fits. Nearest is {need.method}, {need.over_bytes / 2**30:.1f} GiB over."]

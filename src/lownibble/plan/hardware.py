@@ -1,0 +1,138 @@
+"""Devices: what they hold and how fast they are, from `hardware.toml`, by hand, or this machine."""
+
+from __future__ import annotations
+
+import difflib
+import os
+import re
+import tomllib
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any, Literal
+
+from lownibble.errors import ConfigError
+
+_TABLE = Path(__file__).with_name("hardware.toml")
+CONTEXT_MIB = 500
+"""Of a CUDA process where the table says nothing; 0.49 GiB was seen on RTX 4090 and A100."""
+WORKSPACE_MIB = 8
+"""Of cuBLAS before Hopper."""
+
+
+@dataclass(frozen=True)
+class Device:
+    """One device.
+
+    Attributes:
+        memory_bytes: what is there for a process. bandwidth: bytes/s. flops: operations/s in the activations' type; both None
+            where not known.
+        efficiency: share of `flops` that training reaches (low, likely, high), where it was measured.
+        price: dollars an hour, lowest and highest, or None.
+        bfloat16: whether it computes in it. avx512: a CPU's kernels are those for AVX-512.
+        allocated_error: shares by which what is allocated may be less and more than planned.
+        reserved_error: share by which more may be reserved than the simulation says.
+        process_share, process_bytes: a CPU's resident set is that share of what is allocated (low, likely, high), and so much.
+        sources: figure -> where it comes from.
+    """
+
+    name: str
+    title: str
+    kind: Literal["cpu", "cuda"]
+    memory_bytes: int
+    bandwidth: float | None = None
+    flops: float | None = None
+    price: tuple[float, float] | None = None
+    efficiency: tuple[float, float, float] | None = None
+    context_bytes: int = CONTEXT_MIB << 20
+    workspace_bytes: int = WORKSPACE_MIB << 20
+    bfloat16: bool = True
+    avx512: bool = False
+    allocated_error: tuple[float, float] = (0.03, 0.05)
+    reserved_error: float = 0.05
+    process_share: tuple[float, float, float] = (1.0, 1.08, 1.25)
+    process_bytes: int = 0
+    sources: tuple[tuple[str, str], ...] = ()
+
+    @property
+    def alike(self) -> tuple[str, bool]:
+        """What decides which tensors a step has there: the same on devices for which this is equal."""
+        return self.kind, self.avx512
+
+
+@cache
+def _table() -> dict[str, Any]:
+    return tomllib.loads(_TABLE.read_text(encoding="utf-8"))
+
+
+def names() -> list[str]:
+    """Of all devices in the table."""
+    return list(_table()["devices"])
+
+
+def device(name: str) -> Device:
+    """The device called `name` in the table, 'cpu' for this machine, or one by hand: 'memory=24,bandwidth=1000,tflops=165'.
+
+    Raises:
+        ConfigError: there is no such device (names the nearest), or a figure is missing or is none.
+    """
+    if name == "cpu":
+        return this_machine()
+    if "=" in name:
+        return _by_hand(name)
+    key = re.sub(r"[\s_]+", "-", name.strip().lower()).removeprefix("nvidia-")
+    if key not in _table()["devices"]:
+        near = difflib.get_close_matches(key, names(), n=1, cutoff=0.3)
+        raise ConfigError(
+            f"There is no GPU '{name}' in the table. {f'Did you mean {near[0]!r}? ' if near else ''}Known: {', '.join(names())}, "
+            "cpu, all; or give its figures: 'memory=24,bandwidth=1000,tflops=165' (GiB, GB/s, TFLOP/s)."
+        )
+    return _from_table(key)
+
+
+def _from_table(key: str) -> Device:
+    entry, sources = _table()["devices"][key], _table()["sources"]
+    cited = tuple((figure, sources[values[-1]]) for figure, values in entry.items() if isinstance(values, list))
+    price = (float(entry["price"][0]), float(entry["price"][1])) if "price" in entry else None
+    memory, bandwidth, tflops = (entry[figure][0] for figure in ("memory", "bandwidth", "tflops"))
+    return Device(
+        key, entry["title"], "cuda", int(memory * 2**30), bandwidth * 1e9, tflops * 1e12, price,
+        context_bytes=entry.get("context_mib", CONTEXT_MIB) << 20,
+        workspace_bytes=entry.get("workspace_mib", WORKSPACE_MIB) << 20,
+        bfloat16=entry.get("bfloat16", True), sources=cited,
+    )  # fmt: skip
+
+
+def _by_hand(text: str) -> Device:
+    wanted = ("memory", "bandwidth", "tflops")
+    found: dict[str, float] = {}
+    for part in text.split(","):
+        key, _, value = part.partition("=")
+        try:
+            found[key.strip()] = float(value)
+        except ValueError:
+            raise ConfigError(f"The {key.strip()!r} of --gpu must be a number. Got {value!r}.") from None
+    unknown, missing = [key for key in found if key not in wanted], [key for key in wanted if key not in found]
+    if unknown or missing or min(found.values()) <= 0:
+        raise ConfigError(
+            f"--gpu by hand takes {', '.join(wanted)}, all above 0 (GiB, GB/s, TFLOP/s), e.g. "
+            f"'memory=24,bandwidth=1000,tflops=165'. Got '{text}'."
+        )
+    size = f"{found['memory']:g} GiB"
+    return Device(
+        text, size, "cuda", int(found["memory"] * 2**30), found["bandwidth"] * 1e9, found["tflops"] * 1e12,
+        sources=tuple((key, "given by hand") for key in wanted),
+    )  # fmt: skip
+
+
+def this_machine() -> Device:
+    """This machine's CPU: its memory, and the instructions that decide which kernels run."""
+    flags = ""
+    if Path("/proc/cpuinfo").exists():
+        lines = (line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("flags"))
+        flags = next(lines, "")
+    pages, size = os.sysconf("SC_PHYS_PAGES"), os.sysconf("SC_PAGE_SIZE")
+    return Device(
+        "cpu", "this machine", "cpu", pages * size, avx512=all(f" avx512{part}" in flags for part in ("f", "bw", "vl", "dq")),
+        context_bytes=0, workspace_bytes=0, allocated_error=(0.02, 0.02), process_bytes=450 << 20,
+    )  # fmt: skip

@@ -1,0 +1,220 @@
+"""What a training run takes: its step on a tape, read by kind and by instant, as three figures.
+
+- *allocated*: bytes of all tensors at the worst instant. What the tape counts; the only figure without a model of something else.
+- *reserved*: what torch's caching allocator takes from a CUDA device for them (`allocator.py`). On a CPU there is none.
+- *device*: what the device lacks then. CUDA: reserved, the driver's context and the libraries' workspaces. CPU: the process's
+  resident set, which is Python with its libraries, the tensors, and what the C heap holds between them.
+
+Each has an interval. For a CPU they come from `lownibble bench plan` (`benchmarks/results/plan-cpu.json`). For CUDA we have
+measured nothing: those intervals are a guess, and the record says how far off published peaks are.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
+
+from lownibble.arch import ModelShape, paths
+from lownibble.config import LoraConfig, QuantConfig, TrainConfig, n_bytes
+from lownibble.config import Method as MethodName
+from lownibble.errors import ConfigError, TargetError
+from lownibble.plan.allocator import reserved_bytes
+from lownibble.plan.hardware import Device
+from lownibble.plan.linear import Method, Runtime
+from lownibble.plan.step import Batch, run_step
+from lownibble.plan.tape import BFLOAT16, FLOAT32, Tape
+
+KINDS = ("weights", "codes", "constants", "adapters", "gradients", "optimizer", "activations", "workspace")
+"""Of memory, in the order in which they are shown."""
+
+PAGE_BYTES, SMALLEST_PAGED, SHARE_PAGED = 1 << 20, 16 << 20, 10
+SMALLEST_8BIT, BLOCK_8BIT = 4096, 256
+"""As in `optim/`; a test compares."""
+
+NESTED_BLOCK = 256
+
+ITEMSIZE = {"float32": FLOAT32, "bfloat16": BFLOAT16, "float16": BFLOAT16}
+
+
+class Interval(NamedTuple):
+    """Bytes: at least, likely, at most."""
+
+    low: int
+    likely: int
+    high: int
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """What a training step takes on a device.
+
+    Attributes:
+        kinds: bytes by kind at the worst instant. instants: most bytes until the end of each part of the step.
+        worst: the part with the worst instant.
+        simulated_bytes: what the caching allocator would reserve.
+        parameters, trained_parameters: elements.
+    """
+
+    kinds: dict[str, int]
+    instants: dict[str, int]
+    worst: str
+    simulated_bytes: int
+    parameters: int
+    trained_parameters: int
+    on_device: Device
+
+    def on(self, device: Device) -> MemoryPlan:
+        """The same on another device that computes alike."""
+        return replace(self, on_device=device)
+
+    @property
+    def allocated(self) -> Interval:
+        """Bytes of tensors."""
+        n, (less, more) = self.instants[self.worst], self.on_device.allocated_error
+        return Interval(int(n * (1 - less)), n, int(n * (1 + more)))
+
+    @property
+    def reserved(self) -> Interval | None:
+        """Bytes that the caching allocator takes; None on a CPU."""
+        if self.on_device.kind == "cpu":
+            return None
+        allocated = self.allocated
+        highest = int(max(self.simulated_bytes, allocated.high) * (1 + self.on_device.reserved_error))
+        return Interval(allocated.low, self.simulated_bytes, highest)
+
+    @property
+    def device(self) -> Interval:
+        """Bytes that the device lacks, or a CPU's process has."""
+        device, reserved = self.on_device, self.reserved
+        if reserved is not None:
+            return Interval(*(each + device.context_bytes + device.workspace_bytes for each in reserved))
+        shares = zip(device.process_share, self.allocated, strict=True)
+        return Interval(*(int(device.process_bytes + share * each) for share, each in shares))
+
+    def to_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        return {
+            "kinds": self.kinds, "instants": self.instants, "worst": self.worst, "allocated_bytes": self.allocated._asdict(),
+            "reserved_bytes": None if self.reserved is None else self.reserved._asdict(),
+            "device_bytes": self.device._asdict(), "parameters": self.parameters,
+            "trained_parameters": self.trained_parameters,
+        }  # fmt: skip
+
+
+def plan_memory(
+    shape: ModelShape, device: Device, method: MethodName, *, quant: QuantConfig, lora: LoraConfig, train: TrainConfig,
+    dtype: str = "auto", labels: int | None = None,
+) -> MemoryPlan:  # fmt: skip
+    """The memory of a step whose batch is as large as it can be: every row has `max_length` tokens.
+
+    Args:
+        labels: tokens of a row that have a label; default: all but the first.
+    Raises:
+        TargetError: LoRA's targets match nothing in this model.
+        ConfigError: an option that the planner does not know.
+    """
+    size = itemsize(device, method, dtype)
+    ranks = {} if method == "full" else _ranks(shape, lora)
+    run = _runtime(device, size)
+    rows, length = (1, train.batch_size * train.max_length) if train.packing else (train.batch_size, train.max_length)
+    labelled = train.batch_size * min(train.max_length - 1, labels or train.max_length)
+    trained = list(_trained(shape, method, ranks, size))
+    tape = run_step(
+        shape, Method(method == "full", (lambda n: packed_bytes(n, quant)) if method == "qlora" else None, ranks), run,
+        Batch(rows, length, labelled), checkpointing=train.gradient_checkpointing,
+        passes=min(2, train.gradient_accumulation_steps), state_bytes=state_bytes(trained, train),
+    )  # fmt: skip
+    return _read(tape, shape, device, sum(n for n, _ in trained))
+
+
+def itemsize(device: Device, method: MethodName, dtype: str) -> int:
+    """Bytes of an element of weights and activations; full fine-tuning is in float32 unless it is told otherwise."""
+    if dtype == "auto":
+        return FLOAT32 if method == "full" or device.kind == "cpu" else BFLOAT16
+    return ITEMSIZE[dtype]
+
+
+def packed_bytes(n: int, quant: QuantConfig) -> list[int]:
+    """Bytes of the codes of n weights, and of each of their constants."""
+    blocks = -(-n // quant.block_size)
+    constants = [blocks, -(-blocks // NESTED_BLOCK) * FLOAT32, FLOAT32] if quant.double_quant else [blocks * FLOAT32]
+    return [(n + 1) // 2, *constants]
+
+
+def _runtime(device: Device, size: int) -> Runtime:
+    if device.kind == "cpu":
+        fast = device.avx512 and size == FLOAT32
+        return Runtime(size, fused=fast, kernel_attention=fast, decode_buffers=1)
+    return Runtime(size, fused=False, kernel_attention=False, decode_buffers=2, round_to=512)
+
+
+def _ranks(shape: ModelShape, lora: LoraConfig) -> dict[str, int]:
+    """Path of each adapted linear -> its rank; as `lora/inject.py` matches them."""
+    for option, value, off in (("bias", lora.bias, "none"), ("modules_to_save", lora.modules_to_save, [])):
+        if value != off:
+            raise ConfigError(f"The planner does not know '{option}'. Got {value!r}. Leave it out to plan without.")
+    target, found = lora.target_modules, {}
+    layers = None if lora.layers_to_transform is None else set(lora.layers_to_transform)
+    for path, _ in paths(shape):
+        if isinstance(target, list):
+            matches = any(path == name or path.endswith(f".{name}") for name in target)
+        else:
+            matches = target == "all-linear" or bool(re.fullmatch(target, path))
+        if matches and (layers is None or int(path.split(".")[2]) in layers):
+            found[path] = next((r for key, r in lora.rank_pattern.items() if re.match(rf"(.*\.)?({key})$", path)), lora.r)
+    if isinstance(target, list) and "lm_head" in target:
+        found["lm_head"] = lora.rank_pattern.get("lm_head", lora.r)
+    if not found:
+        names = ", ".join(sorted({linear.name.rpartition(".")[2] for linear in shape.linears}))
+        raise TargetError(f"target_modules {target!r} match no linear module of '{shape.name}'. Candidates: {names}.")
+    return found
+
+
+def _trained(shape: ModelShape, method: MethodName, ranks: Mapping[str, int], size: int) -> Iterator[tuple[int, int]]:
+    """(elements, bytes of one) of every trained parameter."""
+    if method == "full":
+        yield shape.parameters - shape.linear_parameters, size
+        for _, linear in paths(shape):
+            yield linear.in_features * linear.out_features, size
+        return
+    for path, linear in paths(shape):
+        if path in ranks:
+            yield ranks[path] * linear.in_features, FLOAT32
+            yield ranks[path] * linear.out_features, FLOAT32
+    if "lm_head" in ranks:
+        yield ranks["lm_head"] * shape.hidden, FLOAT32
+        yield ranks["lm_head"] * shape.vocab, FLOAT32
+
+
+def state_bytes(trained: list[tuple[int, int]], train: TrainConfig) -> list[int]:
+    """Bytes of the optimiser states that are in memory."""
+    if train.optim.endswith("8bit"):
+        each = [2 * n * FLOAT32 if n < SMALLEST_8BIT else 2 * n + 2 * FLOAT32 * -(-n // BLOCK_8BIT) for n, _ in trained]
+    else:
+        each = [2 * n * size for n, size in trained]
+    if not train.optim.startswith("paged"):
+        return each
+    budget = n_bytes(train.optim_page_budget) if train.optim_page_budget else max(SMALLEST_PAGED, sum(each) // SHARE_PAGED)
+    return [min(budget, -(-sum(each) // PAGE_BYTES) * PAGE_BYTES)]
+
+
+def _read(tape: Tape, shape: ModelShape, device: Device, n_trained: int) -> MemoryPlan:
+    used = peak = at = 0
+    instants: dict[str, int] = {}
+    ends = iter(tape.marks)
+    name, end, _ = next(ends)
+    for place, (_, n) in enumerate(tape.events[: tape.marks[-1][1]]):
+        while place >= end:
+            name, end, _ = next(ends)
+        used += n
+        instants[name] = max(instants.get(name, 0), used)
+        if used > peak:
+            peak, at = used, place
+    worst = max(instants, key=lambda each: instants[each])
+    kinds = dict.fromkeys(KINDS, 0)
+    for key, n in tape.events[: at + 1]:
+        kinds[tape.kinds[key]] += n
+    simulated = reserved_bytes(tape.events[: tape.marks[-1][1]]) if device.kind == "cuda" else 0
+    return MemoryPlan(kinds, instants, worst, simulated, shape.parameters, n_trained, device)

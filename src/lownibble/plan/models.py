@@ -1,0 +1,65 @@
+"""Which model is meant: one that is bundled (`models.toml`), a config.json or its folder, or one at the hub."""
+
+from __future__ import annotations
+
+import difflib
+import tomllib
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from lownibble.arch import ModelShape, read_shape
+from lownibble.errors import ModelError
+
+_TABLE = Path(__file__).with_name("models.toml")
+DEMO = "smollm2-135m"
+"""What 'demo' is."""
+
+
+@cache
+def _table() -> dict[str, dict[str, Any]]:
+    return tomllib.loads(_TABLE.read_text(encoding="utf-8"))
+
+
+def names() -> list[str]:
+    """Of all bundled models."""
+    return list(_table())
+
+
+def published_parameters(name: str) -> int:
+    """Of a bundled model."""
+    return int(_table()[name]["parameters"])
+
+
+def find_shape(model: str) -> ModelShape:
+    """The shape of 'demo', a bundled model by its name or hub id, a config.json or its folder, or any hub id (a small download).
+
+    Raises:
+        ModelError: there is no such model (names the nearest), or its configuration cannot be planned.
+    """
+    ids = {each.lower(): name for name, entry in _table().items() for each in (name, *entry["ids"])}
+    name = DEMO if model == "demo" else ids.get(model.lower())
+    if name is not None:
+        return read_shape(_table()[name], model)
+    path = Path(model).expanduser()
+    if path.exists():
+        return read_shape(path)
+    if path.is_absolute() or model.startswith((".", "~")) or model.count("/") != 1:
+        near = difflib.get_close_matches(model.lower(), ids, n=1, cutoff=0.3)
+        raise ModelError(
+            f"There is no model '{model}'. {f'Did you mean {near[0]!r}? ' if near else ''}Give 'demo', a bundled model "
+            f"({', '.join(names())}), a config.json, a model folder or a hub id (owner/name)."
+        )
+    return read_shape(_download(model), model)
+
+
+def _download(repo: str) -> Path:
+    from huggingface_hub import hf_hub_download
+
+    try:
+        return Path(hf_hub_download(repo, "config.json"))
+    except (OSError, ValueError) as error:  # all of its errors are one of these
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise ModelError(
+            f"The configuration of '{repo}' cannot be had: {reason} Check the id and the network, or give a config.json."
+        ) from None

@@ -1,0 +1,148 @@
+"""`lownibble plan`: from a configuration to what fits where, how fast it is and what it costs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from lownibble.arch import ModelShape
+from lownibble.config import GROUPS, Method, Options, PlanConfig, TrainConfig
+from lownibble.errors import ConfigError
+from lownibble.plan import hardware
+from lownibble.plan.fit import METHODS, Verdict, judge, largest, recommend
+from lownibble.plan.hardware import Device
+from lownibble.plan.memory import MemoryPlan, plan_memory
+from lownibble.plan.models import find_shape
+from lownibble.plan.speed import SpeedPlan, plan_speed
+
+MOST_ROWS, MOST_TOKENS = 4096, 1 << 20
+"""How far the largest batch and row are looked for."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """A method on a device: whether it fits, its speed there, and the largest batch and row that fit with the same options."""
+
+    verdict: Verdict
+    speed: SpeedPlan | None
+    largest_batch_size: int | None
+    largest_max_length: int | None
+
+    def to_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        return {
+            **self.verdict.to_dict(), "speed": None if self.speed is None else self.speed.to_dict(),
+            "largest_batch_size": self.largest_batch_size, "largest_max_length": self.largest_max_length,
+        }  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What `plan` found.
+
+    Attributes:
+        rows: by device, then by method.
+        advice: device -> method (None: nothing fits) and reasons; only where all methods were planned.
+    """
+
+    config: PlanConfig
+    shape: ModelShape
+    devices: tuple[Device, ...]
+    rows: tuple[Row, ...]
+    advice: Mapping[str, tuple[Method | None, list[str]]]
+
+    def to_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        advice = {device: {"method": method, "reasons": reasons} for device, (method, reasons) in self.advice.items()}
+        sources = {device.name: dict(device.sources) for device in self.devices}
+        return {
+            "config": self.config.to_dict(), "parameters": self.shape.parameters, "rows": [row.to_dict() for row in self.rows],
+            "advice": advice, "sources": sources,
+        }  # fmt: skip
+
+
+def plan(model: str | PlanConfig = "demo", **options: Any) -> Plan:
+    """Plan a training run; imports no torch.
+
+    Args:
+        model: 'demo', a bundled model, a config.json, a model folder or a hub id; or the whole configuration.
+        options: of `PlanConfig` (gpu, method, tokens, price, dtype), and by their own names those of its groups (max_length=512).
+    Raises:
+        ConfigError, ModelError, TargetError: what was asked for makes no sense; names what does.
+    """
+    config = model if isinstance(model, PlanConfig) else _configured(model, options)
+    shape = find_shape(config.model)
+    devices = _devices(config.gpu)
+    methods = METHODS if config.method == "all" else (config.method,)
+    planned = _Memories(config, shape)
+    rows: list[Row] = []
+    advice: dict[str, tuple[Method | None, list[str]]] = {}
+    for device in devices:
+        verdicts = {
+            method: judge(method, device, config.train, lambda m, train, device=device: planned(device, m, train))  # type: ignore[misc]
+            for method in methods
+        }
+        rows += [_row(config, shape, device, verdict, planned, alone=len(devices) == 1) for verdict in verdicts.values()]
+        if len(methods) == len(METHODS):
+            advice[device.name] = recommend({str(method): verdict for method, verdict in verdicts.items()})
+    return Plan(config, shape, tuple(devices), tuple(rows), advice)
+
+
+def _configured(model: str, options: Mapping[str, Any]) -> PlanConfig:
+    values: dict[str, Any] = {"model": model}
+    groups: dict[str, dict[str, Any]] = {}
+    owners = {name: group for group in GROUPS if group in PlanConfig.model_fields for name in _options(group).model_fields}
+    for name, value in options.items():
+        if name in owners:
+            groups.setdefault(owners[name], {})[name] = value
+        else:
+            values[name] = value
+    return PlanConfig(**values, **{group: _options(group)(**given) for group, given in groups.items()})
+
+
+def _options(group: str) -> type[Options]:
+    default: Options = PlanConfig.model_fields[group].default
+    return type(default)
+
+
+def _devices(gpu: str) -> list[Device]:
+    if gpu == "all":
+        return [hardware.device(name) for name in hardware.names()]
+    names = [gpu] if "=" in gpu else [name for name in gpu.split(",") if name.strip()]
+    if not names:
+        raise ConfigError(f"The 'gpu' of PlanConfig must name a device, or be 'all'. Got {gpu!r}.")
+    return [hardware.device(name) for name in names]
+
+
+class _Memories:
+    """Memory plans, each made once: devices that compute alike share one, with intervals of their own."""
+
+    def __init__(self, config: PlanConfig, shape: ModelShape) -> None:
+        self._config, self._shape = config, shape
+        self._made: dict[tuple[tuple[str, bool], Method, str], MemoryPlan] = {}
+
+    def __call__(self, device: Device, method: Method, train: TrainConfig) -> MemoryPlan:
+        key = (device.alike, method, train.model_dump_json())
+        if key not in self._made:
+            config = self._config
+            self._made[key] = plan_memory(
+                self._shape, device, method, quant=config.quant, lora=config.lora, train=train, dtype=config.dtype
+            )
+        return self._made[key].on(device)
+
+
+def _row(config: PlanConfig, shape: ModelShape, device: Device, verdict: Verdict, planned: _Memories, *, alone: bool) -> Row:
+    speed = plan_speed(shape, device, verdict.method, verdict.train, verdict.memory, tokens=config.tokens, price=config.price)
+
+    def fits(train: TrainConfig) -> bool:
+        return planned(device, verdict.method, train).device.high <= device.memory_bytes
+
+    if not (alone and verdict.fits):
+        return Row(verdict, speed, None, None)
+    return Row(
+        verdict,
+        speed,
+        largest("batch_size", 1, MOST_ROWS, verdict.train, fits),
+        largest("max_length", 2, MOST_TOKENS, verdict.train, fits),
+    )

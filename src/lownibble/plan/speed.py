@@ -1,0 +1,95 @@
+"""How long a step takes: operations over what the device does of them, and bytes over its bandwidth.
+
+Operations are counted from the step's matrix products; bytes are those of the weights, decoded or not, of the optimiser, and of
+the activations, each read or written as often as a step does. The two are added: kernels of one stream seldom overlap. What share
+of its peak a device reaches is measured by `lownibble plan --calibrate`; without that it is `EFFICIENCY`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any, NamedTuple
+
+from lownibble.arch import ModelShape
+from lownibble.config import Method, TrainConfig
+from lownibble.plan.hardware import Device
+from lownibble.plan.memory import MemoryPlan
+
+EFFICIENCY = (0.3, 0.5, 0.7)
+"""Share of the peak of a CUDA device that matrix products reach in training: low, likely, high. Not measured by us; by the
+tokens/s that torchtune (8B on a 4090, 3B on an A100) and fms-acceleration (Mistral-7B on an A100) publish it is 0.34 to 0.6
+without a second forward pass and up to 0.9 with one."""
+
+
+class Range(NamedTuple):
+    """A figure: at least, likely, at most."""
+
+    low: float
+    likely: float
+    high: float
+
+
+@dataclass(frozen=True)
+class SpeedPlan:
+    """Operations and bytes of an optimiser step, and what follows: seconds, tokens/s; with tokens, hours and dollars."""
+
+    flops: float
+    moved_bytes: float
+    tokens: int
+    step_s: Range
+    tokens_per_s: Range
+    hours: Range | None
+    dollars: Range | None
+
+    def to_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        named = {name: value._asdict() if isinstance(value, Range) else value for name, value in vars(self).items()}
+        return {**asdict(self), **named}
+
+
+def plan_speed(
+    shape: ModelShape, device: Device, method: Method, train: TrainConfig, memory: MemoryPlan, *, tokens: int | None = None,
+    price: float | None = None,
+) -> SpeedPlan | None:  # fmt: skip
+    """Time of a step, and of `tokens` tokens; None where the device's speed is not known.
+
+    Args:
+        price: dollars an hour instead of the device's.
+    """
+    if device.flops is None or device.bandwidth is None:
+        return None
+    per_step = train.batch_size * train.max_length * train.gradient_accumulation_steps
+    flops = per_step * flops_per_token(shape, method, memory, train)
+    moved = _moved(memory, method, train)
+    shares = device.efficiency or EFFICIENCY
+    step = Range(*(flops / (device.flops * share) + moved / device.bandwidth for share in reversed(shares)))
+    rate = Range(*(per_step / seconds for seconds in reversed(step)))
+    hours = Range(*(tokens / each / 3600 for each in reversed(rate))) if tokens else None
+    prices = (price, price) if price is not None else device.price
+    dollars = None
+    if hours is not None and prices is not None:
+        dollars = Range(hours.low * prices[0], hours.likely * sum(prices) / 2, hours.high * prices[1])
+    return SpeedPlan(flops, moved, per_step, step, rate, hours, dollars)
+
+
+def flops_per_token(shape: ModelShape, method: Method, memory: MemoryPlan, train: TrainConfig) -> float:
+    """Operations of a step for each token: two for each weight forward, two for the gradient of its input, and where it is
+    trained two for its own; attention's scores and sums over half of the row; again forward with checkpointing."""
+    active = shape.layers * shape.active_experts * 3 * shape.expert_ffn * shape.hidden
+    layers = 2 * (shape.linear_parameters + active)
+    attention = 2 * shape.layers * shape.heads * shape.head_dim * train.max_length
+    head = 2 * shape.vocab * shape.hidden
+    adapters = 0 if method == "full" else 2 * memory.trained_parameters
+    forward = layers + attention + adapters
+    backward = layers * (2 if method == "full" else 1) + 2.5 * attention + 2 * adapters
+    return forward * (2 if train.gradient_checkpointing else 1) + backward + head * (3 if method == "full" else 2)
+
+
+def _moved(memory: MemoryPlan, method: Method, train: TrainConfig) -> float:
+    """Bytes that pass between the device's memory and its units in a step, about."""
+    kinds, passes = memory.kinds, train.gradient_accumulation_steps
+    times = 3 if train.gradient_checkpointing else 2
+    weights = kinds["weights"] + kinds["codes"] + kinds["constants"]
+    decoded = 2 * 4 * kinds["codes"] if method == "qlora" else 0  # written and read in 16 bits, four times the codes
+    activations = 2 * kinds["activations"] * times
+    return passes * (times * (weights + decoded) + activations) + 2 * kinds["optimizer"] + 3 * kinds["gradients"]
