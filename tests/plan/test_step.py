@@ -1,0 +1,105 @@
+"""The step on a tape. Oracle: the real step of a small model, every allocation of it as torch's profiler sees them."""
+
+from contextlib import nullcontext
+
+import pytest
+import torch
+from torch.profiler import ProfilerActivity, profile
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from lownibble.arch import read_shape
+from lownibble.config import LoraConfig, QuantConfig
+from lownibble.kernels import ops
+from lownibble.lora import add_lora
+from lownibble.models.attention import kernel_obstacle, segment_attention
+from lownibble.models.load import quantizable
+from lownibble.plan.linear import Method, Runtime
+from lownibble.plan.memory import packed_bytes
+from lownibble.plan.step import Batch, run_step
+from lownibble.quant import QuantLinear
+from lownibble.training.loss import loss_at
+
+SIZES = {
+    "hidden_size": 256, "intermediate_size": 640, "num_hidden_layers": 3, "num_attention_heads": 8, "num_key_value_heads": 2,
+    "vocab_size": 1000, "head_dim": 32,
+}  # fmt: skip
+MORE = {
+    "phi3": {"pad_token_id": 0, "eos_token_id": 1, "bos_token_id": 1, "sliding_window": None},
+    "gemma3_text": {"layer_types": ["full_attention"] * 3}, "mistral": {"sliding_window": None},
+}  # fmt: skip
+EXACT = ("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma3_text", "phi", "phi3")
+TOLERANCE = 0.005
+"""Of the highest bytes; what is left are scalars and the sums of a reduction's threads."""
+
+needs_kernel = pytest.mark.skipif(
+    not getattr(ops.current("cpu"), "has_attention", lambda _: False)(32), reason="the attention kernel needs AVX-512"
+)
+
+
+def model_of(config, method):
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa").train()
+    if method == "qlora":
+        for path in quantizable(model, QuantConfig()):
+            parent, _, name = path.rpartition(".")
+            owner = model.get_submodule(parent)
+            setattr(owner, name, QuantLinear.from_linear(getattr(owner, name)))
+    return model if method == "full" else add_lora(model, LoraConfig())
+
+
+def measured(model, batch, passes):
+    """(bytes of weights, then the highest bytes of a step above them)."""
+    storages = {t.untyped_storage().data_ptr(): t.nbytes for t in (*model.parameters(), *model.buffers())}
+    ids = torch.zeros(batch.rows, batch.length, dtype=torch.int64)
+    places, labels = torch.arange(batch.labels), torch.zeros(batch.labels, dtype=torch.int64)
+    attention = nullcontext() if kernel_obstacle(model) else segment_attention(model)
+    with attention, profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        for _ in range(passes):
+            loss = loss_at(model, ids, None, places, labels)
+            loss.backward()
+            del loss
+    used = peak = 0
+    events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        used += event.nbytes()
+        peak = max(peak, used)
+    return sum(storages.values()), peak
+
+
+def planned(shape, method, batch, passes, checkpointing):
+    ranks = {} if method == "full" else {f"model.layers.{i}.{linear.name}": 16 for i in range(3) for linear in shape.linears}
+    packed = (lambda n: packed_bytes(n, QuantConfig())) if method == "qlora" else None
+    run = Runtime(4, fused=True, kernel_attention=True, decode_buffers=1)
+    tape = run_step(shape, Method(method == "full", packed, ranks), run, batch, checkpointing=checkpointing, passes=passes)
+    _, begin, weights = tape.marks[0]
+    used = peak = 0
+    for _, n in tape.events[begin : tape.marks[-1][1]]:
+        used += n
+        peak = max(peak, used)
+    return weights, peak
+
+
+@needs_kernel
+@pytest.mark.parametrize("checkpointing", [False, True], ids=["", "checkpointing"])
+@pytest.mark.parametrize("method", ["full", "lora", "qlora"])
+@pytest.mark.parametrize("model_type", EXACT)
+def test_equals_the_real_step(model_type, method, checkpointing):
+    config = AutoConfig.for_model(model_type, **{**SIZES, **MORE.get(model_type, {})})
+    model, batch = model_of(config, method), Batch(2, 64, 100)
+    if checkpointing:
+        enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+        enable({"use_reentrant": False})
+    weights, peak = measured(model, batch, 1)
+    our_weights, ours = planned(read_shape(config.to_dict()), method, batch, 1, checkpointing)
+    assert our_weights == pytest.approx(weights, abs=1000)
+    assert ours == pytest.approx(peak, rel=TOLERANCE)
+
+
+@needs_kernel
+@pytest.mark.parametrize("method", ["full", "qlora"])
+@pytest.mark.parametrize("batch", [Batch(1, 96, 5), Batch(4, 33, 128), Batch(2, 128, 254)], ids=str)
+def test_other_batches_and_accumulation(method, batch):
+    config = AutoConfig.for_model("llama", **{**SIZES, "tie_word_embeddings": True})
+    _, peak = measured(model_of(config, method), batch, 2)
+    _, ours = planned(read_shape(config.to_dict()), method, batch, 2, False)
+    assert ours == pytest.approx(peak, rel=TOLERANCE)
