@@ -88,34 +88,34 @@ def test_a_longest_row_that_fits_with_checkpointing_only():
 def test_what_does_not_fit_is_told_with_a_budget_that_would():
     memory = Memory(held=10**9, per_token=10**7, checkpointed=2 * 10**6)
     with pytest.raises(
-        ConfigError, match=r"one row of 100 tokens with gradient checkpointing takes about 1\.31 GB, 207 MB more"
+        ConfigError, match=r"one row of 100 tokens with gradient checkpointing takes about 1\.39 GB, 284 MB more"
     ) as e:
         choose(11 * 10**8, needs(whole=400), memory)
-    assert "memory_budget='1.31 GB'" in str(e.value)
-    fit = choose(131 * 10**7, needs(whole=400), memory)
+    assert "memory_budget='1.39 GB'" in str(e.value)
+    fit = choose(139 * 10**7, needs(whole=400), memory)
     assert fit.gradient_checkpointing
 
 
 def test_a_budget_below_the_model_is_told_as_such():
-    with pytest.raises(ConfigError, match=r"the model with its gradients and optimiser states takes about 2\.91 GB"):
+    with pytest.raises(ConfigError, match=r"the model with its gradients and optimiser states takes about 3\.06 GB"):
         choose(2 * 10**9, needs(), Memory(held=285 * 10**7, per_token=10**6))
 
 
 def test_the_estimate_of_what_is_missing_leaves_out_what_a_pass_has_at_any_size(monkeypatch):
-    monkeypatch.setattr("lownibble.training.budget.FAR", 1)
+    monkeypatch.setattr("lownibble.training.budget.NOISE_BYTES", 0)
     memory = Memory(held=10**9, chunk=30, per_token=10**5, checkpointed=10**5)
     memory.true = lambda setting, tokens: 10**9 + 4 * 10**8 * (tokens > 0) + tokens * 10**5
-    with pytest.raises(ConfigError, match=r"one row of 100 tokens takes about 1\.50 GB"):
+    with pytest.raises(ConfigError, match=r"one row of 100 tokens takes about 1\.57 GB"):
         choose(14 * 10**8, needs(), memory)
 
 
-def test_an_estimate_far_beyond_what_was_tried_has_some_slack():
+def test_an_estimate_far_beyond_what_was_tried_allows_for_what_measurements_may_be_off():
     memory = Memory(held=10**9, per_token=10**6, checkpointed=10**6)
+    memory.true = lambda setting, tokens: 10**9 + tokens * 10**6 - (3 << 20) * (tokens == 16)
     with pytest.raises(ConfigError, match=r"one row of 1000 tokens") as e:
-        choose(1030 * 10**6, needs(longest=1000, whole=1000), memory)
-    exact = (10**9 + MARGIN[False] * 10**9) / AIM
+        choose(1025 * 10**6, needs(longest=1000, whole=1000), memory)
     named = float(re.search(r"memory_budget='([\d.]+) GB'", str(e.value))[1]) * 1e9
-    assert named > 1.1 * exact
+    assert named > (10**9 + MARGIN[False] * 10**9) / AIM
 
 
 def test_where_memory_runs_out_before_the_budget_the_last_pass_counts():

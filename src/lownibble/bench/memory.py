@@ -120,11 +120,12 @@ def _refused(folder: Path) -> dict[str, Any]:
     named = re.search(r"memory_budget='([^']+)'", errors)
     if code != 2 or not named:
         raise TrainingError(f"A budget of {TOO_SMALL.memory_budget} was not refused as it must be, but: {errors}")
-    again = _run(TOO_SMALL._replace(memory_budget=named[1]), folder)
-    return {
-        "budget": TOO_SMALL.memory_budget, "message": errors.strip(), "named": named[1],
-        "the_named_budget_does": again["peak_bytes"] <= n_bytes(named[1]), "run": again,
-    }  # fmt: skip
+    found = {"budget": TOO_SMALL.memory_budget, "message": errors.strip(), "named": named[1]}
+    try:
+        again = _run(TOO_SMALL._replace(memory_budget=named[1]), folder)
+    except TrainingError as error:
+        return {**found, "the_named_budget_does": False, "error": str(error)}
+    return {**found, "the_named_budget_does": again["peak_bytes"] <= n_bytes(named[1]), "run": again}  # fmt: skip
 
 
 def _watched(case: Case, folder: Path) -> tuple[int, str, str, int]:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from lownibble.bench import run_bench
@@ -92,6 +93,20 @@ def plan(arguments: argparse.Namespace) -> dict[str, Any]:
     for table in tables(found):
         console.print(table, soft_wrap=not isinstance(table, Table))
     return {"kind": "plan", "status": "ok", **found.to_dict()}
+
+
+def claims(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Judge statements about memory and time."""
+    from lownibble.plan.claims import ARTICLES, judge_file
+
+    judged = judge_file(arguments.file or ARTICLES)
+    console = _console(arguments)
+    colours = {"impossible": "red", "implausible": "yellow", "consistent": "green", "not decided": "bright_black"}
+    for each in judged:
+        console.print(f"[{colours[each.verdict]}]{each.verdict:<12}[/] {escape(each.text)}", soft_wrap=True)
+        for line in each.arithmetic:
+            console.print(f"             {line}", soft_wrap=True, markup=False)
+    return {"kind": "claims", "status": "ok", "claims": [each.to_dict() for each in judged]}
 
 
 def bench(arguments: argparse.Namespace) -> dict[str, Any]:

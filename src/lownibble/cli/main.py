@@ -60,6 +60,10 @@ def _parser() -> argparse.ArgumentParser:
     plan.add_argument("--config", metavar="CONFIG.toml", help="options from a TOML file; flags win over it")
     add_flags(plan, PlanConfig, positional=("model",))
 
+    claims = add("claims", commands.claims, "Judge statements about memory and time: impossible, implausible or consistent.",
+                 "lownibble claims statements.toml")  # fmt: skip
+    claims.add_argument("file", nargs="?", metavar="FILE.toml", help="tables [[claim]]; default: those of the articles")
+
     compare = add("compare", commands.compare, "Train the same model and data with several methods, side by side, and advise.",
                   "lownibble compare --methods lora qlora --output runs/compare")  # fmt: skip
     compare.add_argument("config", nargs="?", metavar="CONFIG.toml", help="options from a TOML file; flags win over it")

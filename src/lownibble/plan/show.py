@@ -10,7 +10,7 @@ from rich.text import Text
 
 from lownibble.plan.fit import Verdict
 from lownibble.plan.memory import KINDS, Interval
-from lownibble.plan.plan import Plan, Row
+from lownibble.plan.plan import Plan
 from lownibble.plan.speed import Range
 
 COLOURS = {
@@ -21,45 +21,70 @@ WIDTH = 60
 
 
 def tables(plan: Plan) -> Iterator[RenderableType]:
-    """What to print, in order."""
+    """What to print, in order: one line for each device, or all about the only one."""
     train = plan.config.train
-    shape = f"{plan.shape.name}: {plan.shape.parameters / 1e9:.2f}B parameters, batch {train.batch_size} x {train.max_length}"
-    yield _overview(plan, shape)
-    if len(plan.devices) == 1:
-        for row in plan.rows:
-            yield from _bars(row.verdict)
-    for device in plan.devices if len(plan.devices) == 1 else ():
-        method, reasons = plan.advice.get(device.name, (None, []))
-        if reasons:
-            yield Text(f"Recommendation: {method or 'none'}. {' '.join(reasons)}", style="bold")
+    title = f"{plan.shape.name}: {plan.shape.parameters / 1e9:.2f}B parameters, batch {train.batch_size} x {train.max_length}"
+    if len(plan.devices) > 1:
+        yield _overview(plan, title)
+        return
+    device = plan.devices[0]
+    yield _detail(plan, f"{title}, {device.title} ({device.memory_bytes / 2**30:.1f} GiB)")
+    for row in plan.rows:
+        yield from _bars(row.verdict)
+    method, reasons = plan.advice.get(device.name, (None, []))
+    if reasons:
+        yield Text(f"Recommendation: {method or 'none'}. {' '.join(reasons)}", style="bold")
 
 
 def _overview(plan: Plan, title: str) -> Table:
-    table = Table(title=title, title_justify="left")
-    for name in ("device", "GiB", "method", "verdict", "needs GiB"):
-        table.add_column(name, justify="right" if "GiB" in name else "left")
-    extra = [name for name, wanted in (
-        ("tokens/s", any(row.speed for row in plan.rows)), ("hours", plan.config.tokens), ("$", plan.config.tokens),
-        ("largest batch", len(plan.devices) == 1), ("longest row", len(plan.devices) == 1),
-    ) if wanted]  # fmt: skip
-    for name in extra:
-        table.add_column(name, justify="right")
-    for row in plan.rows:
-        verdict = row.verdict
-        style = "green" if verdict.fits and verdict.words == "fits" else "yellow" if verdict.fits else "red"
-        cells = {
-            "tokens/s": _range(row.speed.tokens_per_s if row.speed else None, "{:,.0f}"), "hours": _range(row.speed.hours if row.speed else None),
-            "$": _range(row.speed.dollars if row.speed else None), "largest batch": _largest(row, row.largest_batch_size),
-            "longest row": _largest(row, row.largest_max_length),
-        }  # fmt: skip
-        table.add_row(
-            verdict.device.title, f"{verdict.device.memory_bytes / 2**30:.1f}", verdict.method, Text(verdict.words, style=style),
-            _gib(verdict.memory.device), *(cells[name] for name in extra),
-        )  # fmt: skip
+    """Devices x methods: the verdict, and GiB of the device."""
+    methods = list(dict.fromkeys(row.verdict.method for row in plan.rows))
+    table = Table(title=f"{title}: GiB needed", title_justify="left")
+    table.add_column("device")
+    table.add_column("GiB", justify="right")
+    for method in methods:
+        table.add_column(method)
+    if plan.advice:
+        table.add_column("take")
+    for device in plan.devices:
+        verdicts = [row.verdict for row in plan.rows if row.verdict.device == device]
+        advice = [plan.advice[device.name][0] or "none"] if plan.advice else []
+        table.add_row(device.title, f"{device.memory_bytes / 2**30:.1f}", *map(_cell, verdicts), *advice)
     return table
 
 
-def _largest(row: Row, value: int | None) -> str:
+def _cell(verdict: Verdict) -> Text:
+    needed = f"{verdict.memory.device.likely / 2**30:.1f}"
+    return Text(f"{needed}, {verdict.words}", style=_style(verdict))
+
+
+def _style(verdict: Verdict) -> str:
+    return "red" if not verdict.fits else "green" if verdict.words == "fits" else "yellow"
+
+
+def _detail(plan: Plan, title: str) -> Table:
+    """Methods on one device."""
+    tokens = plan.config.tokens
+    cells: dict[str, list[Text | str]] = {
+        "": [Text(row.verdict.words, style=_style(row.verdict)) for row in plan.rows],
+        "needs, GiB": [_gib(row.verdict.memory.device) for row in plan.rows],
+        "largest batch": [_largest(row.largest_batch_size) for row in plan.rows],
+        "longest row": [_largest(row.largest_max_length) for row in plan.rows],
+    }
+    if any(row.speed for row in plan.rows):
+        cells["tokens/s"] = [_range(row.speed.tokens_per_s if row.speed else None, "{:,.0f}") for row in plan.rows]
+    if tokens and "tokens/s" in cells:
+        cells[f"hours for {tokens:,} tokens"] = [_range(row.speed.hours if row.speed else None) for row in plan.rows]
+        cells["dollars"] = [_range(row.speed.dollars if row.speed else None) for row in plan.rows]
+    table = Table(title=title, title_justify="left")
+    for name in ("", *(row.verdict.method for row in plan.rows)):
+        table.add_column(name)
+    for name, values in cells.items():
+        table.add_row(name, *values)
+    return table
+
+
+def _largest(value: int | None) -> str:
     return "-" if not value else f"{value:,}"
 
 

@@ -39,9 +39,9 @@ with the embedded model (docs/log.md); on CUDA not measured."""
 FIRST_TOKENS, GROWTH = 16, 4
 """Size of the first pass of the dry run, and how much larger than the last one the next may be."""
 
-FAR = 1.3
-"""In a refusal, how much more a pass is said to take where the line comes from passes of less than a quarter of its size; once it
-was 13% (log.md)."""
+NOISE_BYTES, SLACK = 4 << 20, 1.05
+"""What a refusal's estimate allows for: how far a difference between two passes may be off, since it leads from a few tokens to a
+whole row; and how much more another dry run, with larger passes, may find (log.md)."""
 
 PRECISION = 0.03
 """The search ends when the next pass would be larger by less than this."""
@@ -148,7 +148,7 @@ def choose(budget_bytes: int, needs: Needs, bench: Bench) -> Fit:
         return max(found, key=lambda fit: fit.max_tokens or needs.whole)
     wanted = {setting: search.at(needs.longest_row) + needs.state_bytes[setting] for setting, search in searches.items()}
     setting = min(wanted, key=wanted.__getitem__)
-    search, needed = searches[setting], int(wanted[setting] / AIM)
+    search, needed = searches[setting], int(SLACK * wanted[setting] / AIM)
     most = search.largest()
     what = (
         f"one row of {needs.longest_row} tokens"
@@ -202,12 +202,15 @@ class _Search:
 
     def _line(self) -> tuple[float, float]:
         """(bytes of no token, bytes of a token) by the last point and one of half its tokens or less: close ones say nothing."""
-        x1, y1 = self.points[-1]
-        if x1 == 0:
-            return float(y1), 0.0
-        x0, y0 = [point for point in self.points if 2 * point[0] <= x1][-1]
-        slope = max(0.0, (y1 - y0) / (x1 - x0))
-        return y1 - slope * x1, slope
+        x0, x1 = self._between()
+        bytes_at = dict(self.points)
+        slope = max(0.0, (bytes_at[x1] - bytes_at[x0]) / max(1, x1 - x0))
+        return bytes_at[x1] - slope * x1, slope
+
+    def _between(self) -> tuple[int, int]:
+        """The tokens of the two points that the line goes through."""
+        last = self.points[-1][0]
+        return [n for n, _ in self.points if 2 * n <= last][-1], last
 
     def largest(self) -> int:
         """Tokens at which the line meets the limit, at most the whole batch."""
@@ -217,13 +220,14 @@ class _Search:
         return max(0, int((self.limit - start) / slope)) if slope else 0
 
     def at(self, tokens: int) -> int:
-        """Bytes of a pass of so many tokens: as measured; or by the line, and more where that leads far beyond what was tried."""
+        """Bytes of a pass of so many tokens: as measured; or by the line, and what that may be off."""
         measured = [peak for n, peak in self.points if n == tokens]
         if measured:
             return measured[-1]
+        x0, x1 = self._between()
         start, slope = self._line()
-        room = start + slope * tokens - self.resident
-        return int(self.resident + (FAR if tokens > GROWTH * self.points[-1][0] else 1) * room)
+        off = NOISE_BYTES * max(0, tokens - x1) / (x1 - x0) if x1 else 0.0
+        return int(start + slope * tokens + off)
 
 
 def _size(n_bytes: int) -> str:

@@ -1,0 +1,239 @@
+"""`lownibble claims`: is a statement about memory or time possible at all?
+
+A statement names a model, a method, and what is said of them; whatever it leaves open (batch, length, rank, checkpointing,
+optimiser) is taken over everything that is usual, in the statement's favour. What is left is one of:
+
+impossible     it breaks a bound that no program can: stored weights take their bits, products take their operations
+implausible    no bound is broken, but no usual setting of the planner gives it
+consistent     some usual setting does
+not decided    it is about quality: only a study can tell, and the statement says which figure to look at
+
+Each judgement shows its arithmetic.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from lownibble.arch import ModelShape
+from lownibble.config import LoraConfig, Method, QuantConfig, TrainConfig, n_bytes, read_toml
+from lownibble.errors import ConfigError
+from lownibble.plan import hardware
+from lownibble.plan.memory import MemoryPlan, packed_bytes, plan_memory
+from lownibble.plan.models import find_shape
+from lownibble.plan.speed import flops_per_token, plan_speed
+
+ARTICLES = Path(__file__).with_name("articles.toml")
+"""The statements that this project began with."""
+
+COMMON = {"text", "source", "kind"}
+KINDS: dict[str, tuple[set[str], set[str]]] = {
+    "memory": ({"model", "method", "memory"}, {"batch_size", "max_length", "r", "target_modules", "gradient_checkpointing"}),
+    "time": ({"model", "method", "gpu", "step_s"}, {"batch_size", "max_length", "r", "target_modules"}),
+    "ratio": ({"model", "gpu", "lora_per_qlora"}, {"batch_size", "max_length"}),
+    "fits": ({"model", "method", "gpu", "fits"}, {"batch_size", "max_length"}),
+    "saved": ({"parameters", "saved_bits", "saved_memory"}, set()),
+    "quality": ({"measure"}, set()),
+}  # fmt: skip
+"""Kind of statement -> what it must and what it may say besides its text and source."""
+
+_MIB = 2**20
+
+
+@dataclass(frozen=True)
+class Judgement:
+    """A verdict on a statement, and the arithmetic behind it."""
+
+    text: str
+    source: str
+    verdict: str
+    arithmetic: list[str]
+
+    def to_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        return asdict(self)
+
+
+def judge_file(path: str | Path = ARTICLES) -> list[Judgement]:
+    """Judge every [[claim]] of a TOML file.
+
+    Raises:
+        ConfigError: the file or a statement cannot be read (names what is missing or not known).
+        ModelError: a statement is about a model that is not known.
+    """
+    contents = read_toml(path)
+    claims = contents.get("claim")
+    if not isinstance(claims, list) or not claims or set(contents) != {"claim"}:
+        raise ConfigError(f"'{path}' must hold tables [[claim]] and nothing else. Got {', '.join(contents) or 'nothing'}.")
+    return [judge_claim(claim, f"claim {number} of '{path}'") for number, claim in enumerate(claims, 1)]
+
+
+def judge_claim(claim: Mapping[str, Any], where: str = "the claim") -> Judgement:
+    """Judge one statement."""
+    kind = claim.get("kind")
+    if kind not in KINDS:
+        raise ConfigError(f"The 'kind' of {where} must be one of {', '.join(KINDS)}. Got {kind!r}.")
+    must, may = KINDS[kind]
+    missing, unknown = must - claim.keys(), claim.keys() - must - may - COMMON
+    if missing or unknown:
+        what = f"lacks {', '.join(sorted(missing))}" if missing else f"has what is not known: {', '.join(sorted(unknown))}"
+        raise ConfigError(f"{where[:1].upper()}{where[1:]} {what}. A '{kind}' has {', '.join(sorted(must | may))}.")
+    verdict, arithmetic = _JUDGES[kind](claim)
+    return Judgement(str(claim.get("text", "")), str(claim.get("source", "")), verdict, arithmetic)
+
+
+class _Way(NamedTuple):
+    """What is switched, not dialled: checkpointing, optimiser, type."""
+
+    gradient_checkpointing: bool
+    optim: str
+    dtype: str
+
+
+_SIZES = ((1, 128), (4, 512), (16, 512))
+_RANKS = (8, 64)
+
+
+def _ways(claim: Mapping[str, Any], method: Method) -> Iterator[_Way]:
+    """The usual ways of training that a statement leaves open, the one that takes least first."""
+    given = claim.get("gradient_checkpointing")
+    for recompute in (True, False) if given is None else (given,):
+        for optim in ("paged_adamw_8bit", "adamw"):
+            for dtype in ("bfloat16", "float32") if method == "full" else ("bfloat16",):
+                yield _Way(recompute, optim, dtype)
+
+
+def _usual(claim: Mapping[str, Any], way: _Way) -> Iterator[tuple[TrainConfig, LoraConfig]]:
+    """The usual sizes and ranks that a statement leaves open, from the smallest to the largest."""
+    sizes = dict.fromkeys((claim.get("batch_size", rows), claim.get("max_length", length)) for rows, length in _SIZES)
+    for rows, length in sizes:
+        for r in (claim["r"],) if "r" in claim else _RANKS:
+            train = TrainConfig(
+                batch_size=rows, max_length=length, gradient_checkpointing=way.gradient_checkpointing, optim=way.optim
+            )  # fmt: skip
+            yield train, LoraConfig(r=r, target_modules=claim.get("target_modules", "all-linear"))
+
+
+def _plan(claim: Mapping[str, Any], method: Method, way: _Way, train: TrainConfig, lora: LoraConfig) -> MemoryPlan:
+    device = hardware.device("a100-80gb")  # all CUDA devices hold the same tensors
+    return plan_memory(
+        find_shape(claim["model"]), device, method, quant=QuantConfig(), lora=lora, train=train, dtype=way.dtype
+    )  # fmt: skip
+
+
+def _memory(claim: Mapping[str, Any]) -> tuple[str, list[str]]:
+    shape, method, claimed = find_shape(claim["model"]), claim["method"], n_bytes(claim["memory"])
+    bits = 8 * claimed / shape.parameters
+    weights, how = _stored(shape, method)
+    lines = [
+        f"{claimed / 1e9:.1f} GB are {bits:.2f} bits for each of {shape.parameters / 1e9:.2f}e9 parameters",
+        f"the weights alone take {weights / 1e9:.1f} GB: {how}",
+    ]
+    if claimed < weights:
+        return "impossible", [*lines, "less than the weights that a step reads"]
+    ranges = {}
+    for way in _ways(claim, method):
+        usual = list(_usual(claim, way))
+        plans = [_plan(claim, method, way, *each).device for each in (usual[0], usual[-1])]
+        ranges[way] = plans[0].low, plans[1].high
+    lines += [
+        f"planned {'with' if way.gradient_checkpointing else 'without'} checkpointing, {way.optim}, {way.dtype}: "
+        f"{low / 1e9:.1f} to {high / 1e9:.1f} GB"
+        for way, (low, high) in ranges.items()
+    ]
+    return ("consistent" if any(low <= claimed <= high for low, high in ranges.values()) else "implausible"), lines
+
+
+def _stored(shape: ModelShape, method: Method) -> tuple[int, str]:
+    """Bytes of the weights, at the least, and how that comes about."""
+    if method != "qlora":
+        gradients = shape.parameters * 2 if method == "full" else 0
+        what = "16 bits each, and their gradients as much again" if gradients else "16 bits each"
+        return shape.parameters * 2 + gradients, what
+    packed = shape.layers * sum(
+        sum(packed_bytes(linear.in_features * linear.out_features, QuantConfig())) for linear in shape.linears
+    )
+    rest = 2 * (shape.parameters - shape.linear_parameters)
+    return packed + rest, f"linears {packed / 1e9:.1f} GB at 4.127 bits, the rest {rest / 1e9:.2f} GB at 16"
+
+
+def _time(claim: Mapping[str, Any]) -> tuple[str, list[str]]:
+    shape, method, device = find_shape(claim["model"]), claim["method"], hardware.device(claim["gpu"])
+    assert device.flops is not None
+    seconds, found = float(claim["step_s"]), []
+    for way, train, lora in ((one, *each) for one in _ways(claim, method) for each in _usual(claim, one)):
+        memory = _plan(claim, method, way, train, lora)
+        flops = train.batch_size * train.max_length * flops_per_token(shape, method, memory, train)
+        found.append((flops / seconds / device.flops, memory.device.low / device.memory_bytes, train))
+    share, _, train = min(found, key=lambda each: each[0])
+    most = max(each[0] for each in found)
+    lines = [
+        f"{train.batch_size} x {train.max_length} tokens in {seconds:g} s are {share:.0%} to {most:.0%} of the peak of "
+        f"{device.title}, {device.flops / 1e12:g} TFLOP/s, by what is recomputed"
+    ]
+    if share > 1:
+        return "impossible", [*lines, "more operations than the device can do"]
+    least = min(each[1] for each in found)
+    if least > 1:
+        return "impossible", [*lines, f"and the step takes {least:.2f} of the device's memory at the least"]
+    return ("consistent" if share <= 0.7 else "implausible"), [*lines, "published runs reach 30 to 70%"]
+
+
+def _ratio(claim: Mapping[str, Any]) -> tuple[str, list[str]]:
+    shape, device, found = find_shape(claim["model"]), hardware.device(claim["gpu"]), []
+    methods: tuple[Method, Method] = ("qlora", "lora")
+    for way in _ways(claim, "lora"):
+        for train, lora in _usual(claim, way):
+            speeds = [plan_speed(shape, device, method, train, _plan(claim, method, way, train, lora)) for method in methods]
+            qlora, plain = (speed.step_s.likely for speed in speeds if speed is not None)
+            found.append(qlora / plain)
+    low, high, claimed = min(found), max(found), float(claim["lora_per_qlora"])
+    lines = [
+        f"LoRA is said to be {claimed:.2f} times as fast; both do the same products, QLoRA decodes its weights besides",
+        f"planned: {low:.2f} to {high:.2f} times on {device.title}; the best published like for like is 1.02",
+    ]
+    return ("consistent" if low * 0.95 <= claimed <= high * 1.05 else "implausible"), lines
+
+
+def _fits(claim: Mapping[str, Any]) -> tuple[str, list[str]]:
+    shape, device, method = find_shape(claim["model"]), hardware.device(claim["gpu"]), claim["method"]
+    way = next(_ways({"gradient_checkpointing": True}, method))
+    least = _plan(claim, method, way, *next(_usual(claim, way))).on(device).device
+    weights, how = _stored(shape, method)
+    lines = [
+        f"{device.title} has {device.memory_bytes / 2**30:.1f} GiB; with all that saves memory the smallest step takes "
+        f"{least.low / 2**30:.1f} to {least.high / 2**30:.1f}",
+        f"the weights alone take {weights / 2**30:.1f} GiB: {how}",
+    ]
+    fits = least.high <= device.memory_bytes
+    if claim["fits"] and weights > device.memory_bytes:
+        return "impossible", lines
+    return ("consistent" if fits == claim["fits"] else "implausible"), lines
+
+
+def _saved(claim: Mapping[str, Any]) -> tuple[str, list[str]]:
+    n, quant = int(claim["parameters"]), QuantConfig()
+    plain = sum(packed_bytes(n, quant.with_options(double_quant=False)))
+    bits = 8 * (plain - sum(packed_bytes(n, quant))) / n
+    memory = n * bits / 8
+    claimed = n_bytes(claim["saved_memory"])
+    lines = [
+        "a block of 64 weights has a constant of 32 bits, 0.5 bits a weight; doubly quantised of 8 bits, and of 32 for 256 "
+        f"blocks: {0.5 - bits:.3f}",
+        f"saved: {bits:.3f} bits, for {n / 1e9:g}e9 weights {memory / 1e6:.0f} MB ({memory / _MIB:.0f} MiB); claimed "
+        f"{claim['saved_bits']} bits, {claimed / 1e6:.0f} MB",
+    ]
+    near = abs(float(claim["saved_bits"]) - bits) <= 0.05 and abs(claimed - memory) <= 0.1 * memory
+    return ("consistent" if near else "implausible"), lines
+
+
+def _quality(claim: Mapping[str, Any]) -> tuple[str, list[str]]:
+    return "not decided", [f"memory and time say nothing about it; to be measured: {claim['measure']}"]
+
+
+_JUDGES: dict[str, Callable[[Mapping[str, Any]], tuple[str, list[str]]]] = {
+    "memory": _memory, "time": _time, "ratio": _ratio, "fits": _fits, "saved": _saved, "quality": _quality,
+}  # fmt: skip
