@@ -8,9 +8,9 @@ import pytest
 import lownibble as ln
 
 PUBLIC = {
-    "CompareConfig", "DataConfig", "LoraConfig", "QuantConfig", "QuantLinear", "QuantizedTensor", "RunConfig", "TrainConfig",
-    "TrainResult", "__version__", "add_lora", "compare", "decode", "dequantize", "load", "load_adapter", "quantize", "run",
-    "save_adapter", "set_adapter", "train", "trainable_summary", "use_backend",
+    "CompareConfig", "DataConfig", "LoraConfig", "PlanConfig", "QuantConfig", "QuantLinear", "QuantizedTensor", "RunConfig",
+    "TrainConfig", "TrainResult", "__version__", "add_lora", "compare", "decode", "dequantize", "load", "load_adapter", "plan",
+    "quantize", "run", "save_adapter", "set_adapter", "train", "trainable_summary", "use_backend",
 }  # fmt: skip
 
 
@@ -27,9 +27,9 @@ def test_every_name_resolves_to_a_documented_object():
 
 
 def test_names_stay_functions_after_their_modules_are_imported():
-    for module in ("lownibble.training.run", "lownibble.models.load", "lownibble.study.compare"):
+    for module in ("lownibble.training.run", "lownibble.models.load", "lownibble.study.compare", "lownibble.planning.plan"):
         importlib.import_module(module)
-    assert all(inspect.isfunction(getattr(ln, name)) for name in ("train", "load", "compare", "run"))
+    assert all(inspect.isfunction(getattr(ln, name)) for name in ("train", "load", "compare", "run", "plan"))
 
 
 def test_unknown_name_is_an_attribute_error():

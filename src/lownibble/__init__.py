@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from lownibble.kernels.ops import use_backend
     from lownibble.lora import add_lora, load_adapter, save_adapter, set_adapter, trainable_summary
     from lownibble.models.load import load
-    from lownibble.plan.plan import plan
+    from lownibble.planning.plan import plan
     from lownibble.quant import QuantizedTensor, QuantLinear, dequantize, quantize
     from lownibble.study.compare import compare
     from lownibble.training.run import TrainResult, run, train
@@ -26,7 +26,7 @@ _HOME = {
     "CompareConfig": "config", "DataConfig": "config", "LoraConfig": "config", "PlanConfig": "config", "QuantConfig": "config",
     "QuantLinear": "quant", "QuantizedTensor": "quant", "RunConfig": "config", "TrainConfig": "config",
     "TrainResult": "training", "add_lora": "lora", "compare": "study.compare", "decode": "decoding.generate",
-    "dequantize": "quant", "load": "models", "load_adapter": "lora", "plan": "plan.plan", "quantize": "quant",
+    "dequantize": "quant", "load": "models", "load_adapter": "lora", "plan": "planning.plan", "quantize": "quant",
     "run": "training", "save_adapter": "lora", "set_adapter": "lora", "train": "training", "trainable_summary": "lora",
     "use_backend": "kernels.ops",
 }  # fmt: skip

@@ -134,3 +134,54 @@ def test_bench_takes_real_rows_of_messages_and_only_for_training(what, words, ti
     code, _, err = lownibble_("bench", what, "--data", tiny_data)
     assert code == 2
     assert words in err
+
+
+def test_plan_says_what_fits_where():
+    code, out, err = lownibble_("plan", "llama-2-7b", "--gpu", "t4,a100-80gb", "--batch-size", 1, "--max-length", 256, "--json")
+    assert code == 0, err
+    found = json.loads(out)
+    verdicts = {(row["device"], row["method"]): row["fits"] for row in found["rows"]}
+    assert verdicts == {
+        ("t4", "full"): False, ("t4", "lora"): True, ("t4", "qlora"): True, ("a100-80gb", "full"): True,
+        ("a100-80gb", "lora"): True, ("a100-80gb", "qlora"): True,
+    }  # fmt: skip
+    assert found["config"]["train"]["max_length"] == 256
+
+
+@pytest.mark.parametrize("gpu", ["all", "rtx-4090", "cpu", "memory=24,bandwidth=1000,tflops=165"])
+def test_plan_shows_a_table_and_for_one_device_bars(gpu):
+    code, out, err = lownibble_("plan", "--gpu", gpu, "--tokens", 10**6, env={"COLUMNS": "200"})
+    assert code == 0, err
+    assert "demo: 0.13B parameters, batch 8 x 512" in out
+    assert ("█" in out) == (gpu != "all")
+    assert ("Recommendation: lora." in out) == (gpu != "all")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["lama-7b"], "Did you mean 'llama-7b'?"),
+        (["demo", "--gpu", "rtx-4900"], "Did you mean 'rtx-4090'?"),
+        (["demo", "--target-modules", "query,value"], "Candidates: down_proj"),
+        (["demo", "--method", "dora"], "The 'method' of PlanConfig must be one of"),
+        (["demo", "--optim-page-budget", "much"], "must be a size such as '64MB'"),
+        (["demo", "--seed", "3"], "Unrecognized arguments: --seed"),
+    ],
+)
+def test_plan_refuses_what_makes_no_sense(arguments, words):
+    code, out, err = lownibble_("plan", *arguments, "--json")
+    assert code == 2
+    assert words in json.loads(out)["error"]
+    assert "Traceback" not in err
+
+
+def test_claims_judges_a_file(tmp_path):
+    file = tmp_path / "claims.toml"
+    file.write_text('[[claim]]\nkind = "memory"\ntext = "65B"\nmodel = "llama-65b"\nmethod = "qlora"\nmemory = "12GB"\n')
+    code, out, err = lownibble_("claims", file)
+    assert code == 0, err
+    assert out.startswith("impossible")
+    assert "1.47 bits" in out
+    code, out, _ = lownibble_("claims", tmp_path / "none.toml", "--json")
+    assert code == 2
+    assert "Cannot read" in json.loads(out)["error"]

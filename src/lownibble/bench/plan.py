@@ -18,9 +18,9 @@ from typing import Any
 
 from lownibble.config import DataConfig, LoraConfig, Method, RunConfig, TrainConfig
 from lownibble.errors import ConfigError
-from lownibble.plan.hardware import this_machine
-from lownibble.plan.memory import plan_memory
-from lownibble.plan.models import find_shape
+from lownibble.planning.hardware import this_machine
+from lownibble.planning.memory import plan_memory
+from lownibble.planning.models import find_shape
 
 
 def _setting(method: Method, batch_size: int, max_length: int, r: int = 16, **train: Any) -> RunConfig:

@@ -85,8 +85,8 @@ def compare(arguments: argparse.Namespace) -> dict[str, Any]:
 def plan(arguments: argparse.Namespace) -> dict[str, Any]:
     """Plan a run, and show what fits."""
     config: PlanConfig = read(arguments, PlanConfig, arguments.config)
-    from lownibble.plan.plan import plan as make_plan
-    from lownibble.plan.show import tables
+    from lownibble.planning.plan import plan as make_plan
+    from lownibble.planning.show import tables
 
     found = make_plan(config)
     console = _console(arguments)
@@ -97,7 +97,7 @@ def plan(arguments: argparse.Namespace) -> dict[str, Any]:
 
 def claims(arguments: argparse.Namespace) -> dict[str, Any]:
     """Judge statements about memory and time."""
-    from lownibble.plan.claims import ARTICLES, judge_file
+    from lownibble.planning.claims import ARTICLES, judge_file
 
     judged = judge_file(arguments.file or ARTICLES)
     console = _console(arguments)

@@ -9,12 +9,12 @@ from typing import Any
 from lownibble.arch import ModelShape
 from lownibble.config import GROUPS, Method, Options, PlanConfig, TrainConfig
 from lownibble.errors import ConfigError
-from lownibble.plan import hardware
-from lownibble.plan.fit import METHODS, Verdict, judge, largest, recommend
-from lownibble.plan.hardware import Device
-from lownibble.plan.memory import MemoryPlan, plan_memory
-from lownibble.plan.models import find_shape
-from lownibble.plan.speed import SpeedPlan, plan_speed
+from lownibble.planning import hardware
+from lownibble.planning.fit import METHODS, Verdict, judge, largest, recommend
+from lownibble.planning.hardware import Device
+from lownibble.planning.memory import MemoryPlan, plan_memory
+from lownibble.planning.models import find_shape
+from lownibble.planning.speed import SpeedPlan, plan_speed
 
 MOST_ROWS, MOST_TOKENS = 4096, 1 << 20
 """How far the largest batch and row are looked for."""
@@ -135,14 +135,12 @@ class _Memories:
 def _row(config: PlanConfig, shape: ModelShape, device: Device, verdict: Verdict, planned: _Memories, *, alone: bool) -> Row:
     speed = plan_speed(shape, device, verdict.method, verdict.train, verdict.memory, tokens=config.tokens, price=config.price)
 
-    def fits(train: TrainConfig) -> bool:
-        return planned(device, verdict.method, train).device.high <= device.memory_bytes
+    def largest_of(option: str, most: int) -> int:
+        def need(value: int) -> int:
+            return planned(device, verdict.method, verdict.train.with_options(**{option: value})).device.high
+
+        return largest(getattr(verdict.train, option), most, device.memory_bytes, need)
 
     if not (alone and verdict.fits):
         return Row(verdict, speed, None, None)
-    return Row(
-        verdict,
-        speed,
-        largest("batch_size", 1, MOST_ROWS, verdict.train, fits),
-        largest("max_length", 2, MOST_TOKENS, verdict.train, fits),
-    )
+    return Row(verdict, speed, largest_of("batch_size", MOST_ROWS), largest_of("max_length", MOST_TOKENS))

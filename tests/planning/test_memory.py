@@ -15,8 +15,8 @@ from lownibble.errors import ConfigError, ModelError, TargetError
 from lownibble.lora import add_lora
 from lownibble.lora.inject import lora_layers
 from lownibble.optim import make_optimizer, planned_bytes
-from lownibble.plan import hardware, models
-from lownibble.plan.memory import _ranks, packed_bytes, plan_memory, state_bytes
+from lownibble.planning import hardware, models
+from lownibble.planning.memory import _ranks, packed_bytes, plan_memory, state_bytes
 from lownibble.quant import quantize
 
 CONFIG = LlamaConfig(
@@ -141,7 +141,5 @@ def test_the_published_peak_of_qlora_65b_is_within_reach():
 
 
 def test_planning_does_not_import_torch():
-    code = (
-        "import sys; from lownibble.plan.plan import plan; plan('llama-2-7b', gpu='rtx-4090'); sys.exit('torch' in sys.modules)"
-    )
+    code = "import sys, lownibble; lownibble.plan('llama-2-7b', gpu='rtx-4090'); sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

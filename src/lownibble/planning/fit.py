@@ -12,13 +12,17 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from lownibble.config import Method, TrainConfig
-from lownibble.plan.hardware import Device
-from lownibble.plan.memory import MemoryPlan
+from lownibble.planning.hardware import Device
+from lownibble.planning.memory import MemoryPlan
 
 METHODS: tuple[Method, ...] = ("full", "lora", "qlora")
 
 PlanOf = Callable[[Method, TrainConfig], MemoryPlan]
 """The memory of a method with these training options, on one device."""
+
+
+PRECISION = 100
+"""The search for the largest batch or row ends at one part in so many."""
 
 
 class Relief(NamedTuple):
@@ -85,16 +89,26 @@ def judge(method: Method, device: Device, train: TrainConfig, plan_of: PlanOf) -
     return nearest
 
 
-def largest(option: str, least: int, most: int, train: TrainConfig, fits: Callable[[TrainConfig], bool]) -> int:
-    """The largest value of an option of TrainConfig, from `least` to `most`, with which a run fits; 0 where none does."""
-    low, high = 0, least
-    while high <= most and fits(train.with_options(**{option: high})):
-        low, high = high, 2 * high
-    high = min(high, most + 1)
-    while high - low > max(1, low // 64):
-        middle = (low + high) // 2
-        low, high = (middle, high) if fits(train.with_options(**{option: middle})) else (low, middle)
-    return low
+def largest(least: int, most: int, limit: int, need: Callable[[int], int]) -> int:
+    """The largest value from `least` to `most` (at least that) whose need is within the limit, to 1%; 0 where none is.
+
+    What a step takes goes up with its batch and its length nearly along a line, so the next value to try is where the line
+    through the last two meets the limit.
+    """
+    fits, needed = least, need(least)
+    if needed > limit:
+        return 0
+    fails, tried = max(least, most) + 1, 2 * least
+    while fails - fits > max(1, fits // PRECISION):
+        tried = min(max(tried, fits + 1), fails - 1)
+        at_tried = need(tried)
+        slope = max(1.0, abs(at_tried - needed) / abs(tried - fits))
+        if at_tried <= limit:
+            fits, needed = tried, at_tried
+        else:
+            fails = tried
+        tried = fits + int((limit - needed) / slope)
+    return fits
 
 
 class Rule(NamedTuple):

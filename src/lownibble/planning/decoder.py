@@ -6,9 +6,9 @@ Names of local variables matter here: a tensor is in use as long as a function's
 from __future__ import annotations
 
 from lownibble.arch import ModelShape
-from lownibble.plan import operations as op
-from lownibble.plan.linear import DecodeBuffer, LinearOnTape, Method, Runtime
-from lownibble.plan.tape import BOOL, FLOAT32, INT64, Tape, Value
+from lownibble.planning import operations as op
+from lownibble.planning.linear import DecodeBuffer, LinearOnTape, Method, Runtime
+from lownibble.planning.tape import BOOL, FLOAT32, INT64, Tape, Value
 
 
 class Decoder:

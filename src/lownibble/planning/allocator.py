@@ -28,26 +28,23 @@ class _Block:
         self.after: _Block | None = None
         self.free = True
 
-    def __lt__(self, other: _Block) -> bool:
-        return (self.size, self.address) < (other.size, other.address)
-
 
 class _Pool:
-    """Free blocks, smallest first."""
+    """Free blocks as (size, address, block), smallest first; no two have one address."""
 
     def __init__(self, smallest_rest: int) -> None:
         self.smallest_rest = smallest_rest
-        self.blocks: list[_Block] = []
+        self.blocks: list[tuple[int, int, _Block]] = []
 
     def take(self, size: int) -> _Block | None:
-        place = bisect_left(self.blocks, _Block(-1, size))
-        return self.blocks.pop(place) if place < len(self.blocks) else None
+        place = bisect_left(self.blocks, (size,))
+        return self.blocks.pop(place)[2] if place < len(self.blocks) else None
 
     def put(self, block: _Block) -> None:
-        insort(self.blocks, block)
+        insort(self.blocks, (block.size, block.address, block))
 
     def remove(self, block: _Block) -> None:
-        self.blocks.pop(bisect_left(self.blocks, block))
+        self.blocks.pop(bisect_left(self.blocks, (block.size, block.address)))
 
 
 class Allocator:

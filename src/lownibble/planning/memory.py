@@ -20,11 +20,11 @@ from lownibble.arch import ModelShape, paths
 from lownibble.config import LoraConfig, QuantConfig, TrainConfig, n_bytes
 from lownibble.config import Method as MethodName
 from lownibble.errors import ConfigError, TargetError
-from lownibble.plan.allocator import reserved_bytes
-from lownibble.plan.hardware import Device
-from lownibble.plan.linear import Method, Runtime
-from lownibble.plan.step import Batch, run_step
-from lownibble.plan.tape import BFLOAT16, FLOAT32, Tape
+from lownibble.planning.allocator import reserved_bytes
+from lownibble.planning.hardware import Device
+from lownibble.planning.linear import Method, Runtime
+from lownibble.planning.step import Batch, run_step
+from lownibble.planning.tape import BFLOAT16, FLOAT32, Tape
 
 KINDS = ("weights", "codes", "constants", "adapters", "gradients", "optimizer", "activations", "workspace")
 """Of memory, in the order in which they are shown."""

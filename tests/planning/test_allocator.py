@@ -3,7 +3,7 @@
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lownibble.plan.allocator import LARGE_ROUND, Allocator, reserved_bytes
+from lownibble.planning.allocator import LARGE_ROUND, Allocator, reserved_bytes
 
 MIB = 1 << 20
 
@@ -66,5 +66,5 @@ def test_whatever_comes_and_goes(steps):
         before = allocator.reserved
     for key in list(live):
         allocator.free(key)
-    free = [block.size for pool in allocator._pools.values() for block in pool.blocks]
+    free = [size for pool in allocator._pools.values() for size, _, _ in pool.blocks]
     assert sum(free) == allocator.reserved, "all that was taken is free again"

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from lownibble.arch import Linear
-from lownibble.plan.tape import FLOAT32, Tape, Value
+from lownibble.planning.tape import FLOAT32, Tape, Value
 
 
 @dataclass(frozen=True)

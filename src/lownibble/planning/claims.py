@@ -21,10 +21,10 @@ from typing import Any, NamedTuple
 from lownibble.arch import ModelShape
 from lownibble.config import LoraConfig, Method, QuantConfig, TrainConfig, n_bytes, read_toml
 from lownibble.errors import ConfigError
-from lownibble.plan import hardware
-from lownibble.plan.memory import MemoryPlan, packed_bytes, plan_memory
-from lownibble.plan.models import find_shape
-from lownibble.plan.speed import flops_per_token, plan_speed
+from lownibble.planning import hardware
+from lownibble.planning.memory import MemoryPlan, packed_bytes, plan_memory
+from lownibble.planning.models import find_shape
+from lownibble.planning.speed import flops_per_token, plan_speed
 
 ARTICLES = Path(__file__).with_name("articles.toml")
 """The statements that this project began with."""

@@ -13,9 +13,9 @@ from lownibble.kernels import ops
 from lownibble.lora import add_lora
 from lownibble.models.attention import kernel_obstacle, segment_attention
 from lownibble.models.load import quantizable
-from lownibble.plan.linear import Method, Runtime
-from lownibble.plan.memory import packed_bytes
-from lownibble.plan.step import Batch, run_step
+from lownibble.planning.linear import Method, Runtime
+from lownibble.planning.memory import packed_bytes
+from lownibble.planning.step import Batch, run_step
 from lownibble.quant import QuantLinear
 from lownibble.training.loss import loss_at
 

@@ -12,8 +12,8 @@ from typing import Any, NamedTuple
 
 from lownibble.arch import ModelShape
 from lownibble.config import Method, TrainConfig
-from lownibble.plan.hardware import Device
-from lownibble.plan.memory import MemoryPlan
+from lownibble.planning.hardware import Device
+from lownibble.planning.memory import MemoryPlan
 
 EFFICIENCY = (0.3, 0.5, 0.7)
 """Share of the peak of a CUDA device that matrix products reach in training: low, likely, high. Not measured by us; by the

@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from lownibble.arch import ModelShape
-from lownibble.plan.decoder import Decoder
-from lownibble.plan.linear import Method, Runtime
-from lownibble.plan.tape import FLOAT32, INT64, Tape, Value
+from lownibble.planning.decoder import Decoder
+from lownibble.planning.linear import Method, Runtime
+from lownibble.planning.tape import FLOAT32, INT64, Tape, Value
 
 CHUNK_BYTES = 64 * 2**20
 """As in `training/loss.py`: largest size of one chunk of float32 logits."""

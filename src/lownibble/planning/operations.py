@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from lownibble.plan.tape import FLOAT32, Tape, Value
+from lownibble.planning.tape import FLOAT32, Tape, Value
 
 
 def add(tape: Tape, a: Value, b: Value) -> Value:

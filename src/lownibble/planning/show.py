@@ -8,10 +8,10 @@ from rich.console import RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from lownibble.plan.fit import Verdict
-from lownibble.plan.memory import KINDS, Interval
-from lownibble.plan.plan import Plan
-from lownibble.plan.speed import Range
+from lownibble.planning.fit import Verdict
+from lownibble.planning.memory import KINDS, Interval
+from lownibble.planning.plan import Plan
+from lownibble.planning.speed import Range
 
 COLOURS = {
     "weights": "blue", "codes": "cyan", "constants": "bright_cyan", "adapters": "green", "gradients": "yellow",
