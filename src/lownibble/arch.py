@@ -106,6 +106,7 @@ class ModelShape:
         experts, active_experts, expert_ffn: of a mixture's layers, else 0.
         activation: of the MLP. rotary_dim: the dimensions of a head that are rotated.
         window: tokens that attention sees, where some layer's is limited.
+        plain_head: the head is a product and nothing else.
         softcap: attention scores are capped, which only plain attention does.
     """
 
@@ -125,6 +126,7 @@ class ModelShape:
     experts: int = 0
     active_experts: int = 0
     expert_ffn: int = 0
+    plain_head: bool = True
     window: int | None = None
     softcap: bool = False
 
@@ -167,7 +169,7 @@ def read_shape(config: str | Path | Mapping[str, Any], name: str = "") -> ModelS
     """
     if isinstance(config, (str, Path)):
         name = name or str(config)
-    contents = _contents(Path(config)) if isinstance(config, (str, Path)) else config
+    contents = read_config(config) if isinstance(config, (str, Path)) else config
     contents = contents.get("text_config", contents)
     model_type = str(contents.get("model_type", ""))
     if model_type not in FAMILIES:
@@ -197,7 +199,13 @@ def read_shape(config: str | Path | Mapping[str, Any], name: str = "") -> ModelS
     return _shape(name, model_type, family, values, {ours: values[key] for ours, key in keys.items()})
 
 
-def _contents(path: Path) -> dict[str, Any]:
+def read_config(path: str | Path) -> dict[str, Any]:
+    """The contents of a config.json, or of the one in a folder.
+
+    Raises:
+        ModelError: there is none that can be read.
+    """
+    path = Path(path)
     path = path / "config.json" if path.is_dir() else path
     try:
         contents = json.loads(path.read_text(encoding="utf-8"))
@@ -239,6 +247,7 @@ def _shape(name: str, model_type: str, family: Family, values: Mapping[str, Any]
         str(values.get("hidden_activation") or values.get("hidden_act") or "silu"), int(sizes["head_dim"] * float(part)),
         experts=sizes.get("experts", 0), active_experts=sizes.get("active_experts", 0), expert_ffn=sizes.get("expert_ffn", 0),
         window=int(values["sliding_window"]) if windowed else None,
+        plain_head=not (family.head_bias or values.get("final_logit_softcapping")),
         softcap=bool(values.get("attn_logit_softcapping")),
     )  # fmt: skip
 

@@ -88,7 +88,13 @@ def plan(arguments: argparse.Namespace) -> dict[str, Any]:
     from lownibble.planning.plan import plan as make_plan
     from lownibble.planning.show import tables
 
-    found = make_plan(config)
+    step = None
+    if arguments.exact:
+        from lownibble.planning.models import find_config
+        from lownibble.training.trace import exact_step
+
+        step = exact_step(find_config(config.model), config.quant, config.lora)
+    found = make_plan(config, step=step)
     console = _console(arguments)
     for table in tables(found):
         console.print(table, soft_wrap=not isinstance(table, Table))

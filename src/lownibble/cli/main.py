@@ -58,6 +58,7 @@ def _parser() -> argparse.ArgumentParser:
                "lownibble plan llama-3-8b --gpu rtx-4090 --max-length 1024 --batch-size 4 --tokens 10000000")  # fmt: skip
     plan.add_argument("model", nargs="?", default=argparse.SUPPRESS, help=_MODELS)
     plan.add_argument("--config", metavar="CONFIG.toml", help="options from a TOML file; flags win over it")
+    plan.add_argument("--exact", action="store_true", help="trace the real step on fake tensors instead of planning it (seconds)")
     add_flags(plan, PlanConfig, positional=("model",))
 
     claims = add("claims", commands.claims, "Judge statements about memory and time: impossible, implausible or consistent.",

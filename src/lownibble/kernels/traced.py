@@ -26,7 +26,7 @@ class Traced:
     """
 
     name = "traced"
-    device_types = None
+    device_types: tuple[str, ...] | None = None
 
     def __init__(self, *, fused: bool, attention: bool, softmax: bool) -> None:
         self._fused, self._attention, self._softmax = fused, attention, softmax

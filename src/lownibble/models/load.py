@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -30,6 +30,7 @@ from lownibble.errors import ModelError
 from lownibble.models import bnb4bit
 from lownibble.models.sources import ModelSource, resolve
 from lownibble.quant import QuantizedTensor, QuantLinear, eightbit, is_plain_linear, quantize
+from lownibble.quant.codec import CODECS
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -125,6 +126,34 @@ def skeleton(source: ModelSource, dtype: torch.dtype) -> Any:
             model.generation_config = GenerationConfig.from_pretrained(source.folder)
         except (OSError, ValueError, TypeError) as error:
             raise ModelError(f"'{source.name}': generation_config.json cannot be used: {_reason(error)}") from None
+    return model
+
+
+def uninitialised(config: Mapping[str, Any], quant: QuantConfig | None, dtype: torch.dtype) -> Any:
+    """The model of a config.json as `load` gives it, on the CPU, its tensors without values; for tracing on fake tensors.
+
+    Raises:
+        ModelError: transformers does not know it.
+    """
+    values = {key: value for key, value in config.items() if key != "model_type"}
+    try:
+        with init_empty_weights(include_buffers=False):
+            wanted = AutoConfig.for_model(str(config.get("model_type")), **values)
+            model = AutoModelForCausalLM.from_config(wanted, dtype=dtype, trust_remote_code=False)
+    except (ValueError, TypeError, AttributeError, StrictDataclassError) as error:
+        raise ModelError(f"This configuration is of no causal language model transformers knows: {_reason(error)}") from None
+    model.tie_weights()
+    to_quantize, device = quantizable(model, quant) if quant is not None else set(), torch.device("cpu")
+    for key, parameter in list(model.named_parameters()):
+        path, _, last = key.rpartition(".")
+        tensor = torch.empty(parameter.shape, dtype=dtype)
+        if quant is not None and path in to_quantize and last == "weight":
+            _place_quantized(model, path, replace(CODECS[quant.quant_type](tensor, quant), dtype=dtype), device, "exact")
+        else:
+            _set_tensor(model, key, tensor)
+    model.tie_weights()
+    for key, buffer in list(model.named_buffers()):
+        _set_tensor(model, key, torch.empty(buffer.shape, dtype=buffer.dtype))
     return model
 
 

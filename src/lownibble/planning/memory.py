@@ -12,7 +12,7 @@ measured nothing: those intervals are a guess, and the record says how far off p
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -36,6 +36,10 @@ SMALLEST_8BIT, BLOCK_8BIT = 4096, 256
 NESTED_BLOCK = 256
 
 ITEMSIZE = {"float32": FLOAT32, "bfloat16": BFLOAT16, "float16": BFLOAT16}
+
+
+StepOf = Callable[[MethodName, Runtime, Batch, bool, int], Tape]
+"""(method, device, batch, checkpointing, passes) -> a step's allocations, optimiser states left out."""
 
 
 class Interval(NamedTuple):
@@ -105,12 +109,13 @@ class MemoryPlan:
 
 def plan_memory(
     shape: ModelShape, device: Device, method: MethodName, *, quant: QuantConfig, lora: LoraConfig, train: TrainConfig,
-    dtype: str = "auto", labels: int | None = None,
+    dtype: str = "auto", labels: int | None = None, step: StepOf | None = None,
 ) -> MemoryPlan:  # fmt: skip
     """The memory of a step whose batch is as large as it can be: every row has `max_length` tokens.
 
     Args:
         labels: tokens of a row that have a label; default: all but the first.
+        step: what takes the step instead of the planner's own tape.
     Raises:
         TargetError: LoRA's targets match nothing in this model.
         ConfigError: an option that the planner does not know.
@@ -120,12 +125,15 @@ def plan_memory(
     run = _runtime(device, size)
     rows, length = (1, train.batch_size * train.max_length) if train.packing else (train.batch_size, train.max_length)
     labelled = train.batch_size * min(train.max_length - 1, labels or train.max_length)
+    batch, passes = Batch(rows, length, labelled), min(2, train.gradient_accumulation_steps)
     trained = list(_trained(shape, method, ranks, size))
-    tape = run_step(
-        shape, Method(method == "full", (lambda n: packed_bytes(n, quant)) if method == "qlora" else None, ranks), run,
-        Batch(rows, length, labelled), checkpointing=train.gradient_checkpointing,
-        passes=min(2, train.gradient_accumulation_steps), state_bytes=state_bytes(trained, train),
-    )  # fmt: skip
+    if step is None:
+        packed = (lambda n: packed_bytes(n, quant)) if method == "qlora" else None
+        ways = Method(method == "full", packed, ranks)
+        tape = run_step(shape, ways, run, batch, checkpointing=train.gradient_checkpointing, passes=passes)
+    else:
+        tape = step(method, run, batch, train.gradient_checkpointing, passes)
+    tape.hold(state_bytes(trained, train), "optimizer")
     return _read(tape, shape, device, sum(n for n, _ in trained))
 
 
@@ -209,6 +217,8 @@ def _read(tape: Tape, shape: ModelShape, device: Device, n_trained: int) -> Memo
         while place >= end:
             name, end, _ = next(ends)
         used += n
+        if place < tape.marks[0][1] - 1:
+            continue  # while the model is made
         instants[name] = max(instants.get(name, 0), used)
         if used > peak:
             peak, at = used, place

@@ -8,7 +8,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from lownibble.arch import ModelShape, read_shape
+from lownibble.arch import ModelShape, read_config, read_shape
 from lownibble.errors import ModelError
 
 _TABLE = Path(__file__).with_name("models.toml")
@@ -32,25 +32,35 @@ def published_parameters(name: str) -> int:
 
 
 def find_shape(model: str) -> ModelShape:
-    """The shape of 'demo', a bundled model by its name or hub id, a config.json or its folder, or any hub id (a small download).
+    """The shape of the model that `find_config` finds.
 
     Raises:
-        ModelError: there is no such model (names the nearest), or its configuration cannot be planned.
+        ModelError: its errors, or the configuration cannot be planned.
+    """
+    path = Path(model).expanduser()
+    return read_shape(find_config(model), str(path) if path.exists() else model)
+
+
+def find_config(model: str) -> dict[str, Any]:
+    """The contents of config.json of 'demo', a bundled model by its name or hub id, a config.json or its folder, or any hub id.
+
+    Raises:
+        ModelError: there is no such model; names the nearest.
     """
     ids = {each.lower(): name for name, entry in _table().items() for each in (name, *entry["ids"])}
     name = DEMO if model == "demo" else ids.get(model.lower())
     if name is not None:
-        return read_shape(_table()[name], model)
+        return {key: value for key, value in _table()[name].items() if key not in ("ids", "parameters")}
     path = Path(model).expanduser()
     if path.exists():
-        return read_shape(path)
+        return read_config(path)
     if path.is_absolute() or model.startswith((".", "~")) or model.count("/") != 1:
         near = difflib.get_close_matches(model.lower(), ids, n=1, cutoff=0.3)
         raise ModelError(
             f"There is no model '{model}'. {f'Did you mean {near[0]!r}? ' if near else ''}Give 'demo', a bundled model "
             f"({', '.join(names())}), a config.json, a model folder or a hub id (owner/name)."
         )
-    return read_shape(_download(model), model)
+    return read_config(_download(model))
 
 
 def _download(repo: str) -> Path:

@@ -12,7 +12,7 @@ from lownibble.errors import ConfigError
 from lownibble.planning import hardware
 from lownibble.planning.fit import METHODS, Verdict, judge, largest, recommend
 from lownibble.planning.hardware import Device
-from lownibble.planning.memory import MemoryPlan, plan_memory
+from lownibble.planning.memory import MemoryPlan, StepOf, plan_memory
 from lownibble.planning.models import find_shape
 from lownibble.planning.speed import SpeedPlan, plan_speed
 
@@ -62,11 +62,12 @@ class Plan:
         }  # fmt: skip
 
 
-def plan(model: str | PlanConfig = "demo", **options: Any) -> Plan:
+def plan(model: str | PlanConfig = "demo", *, step: StepOf | None = None, **options: Any) -> Plan:
     """Plan a training run; imports no torch.
 
     Args:
         model: 'demo', a bundled model, a config.json, a model folder or a hub id; or the whole configuration.
+        step: what takes the step instead of the planner's own tape (`training.trace.exact_step`).
         options: of `PlanConfig` (gpu, method, tokens, price, dtype), and by their own names those of its groups (max_length=512).
     Raises:
         ConfigError, ModelError, TargetError: what was asked for makes no sense; names what does.
@@ -75,7 +76,7 @@ def plan(model: str | PlanConfig = "demo", **options: Any) -> Plan:
     shape = find_shape(config.model)
     devices = _devices(config.gpu)
     methods = METHODS if config.method == "all" else (config.method,)
-    planned = _Memories(config, shape)
+    planned = _Memories(config, shape, step)
     rows: list[Row] = []
     advice: dict[str, tuple[Method | None, list[str]]] = {}
     for device in devices:
@@ -118,8 +119,9 @@ def _devices(gpu: str) -> list[Device]:
 class _Memories:
     """Memory plans, each made once: devices that compute alike share one, with intervals of their own."""
 
-    def __init__(self, config: PlanConfig, shape: ModelShape) -> None:
-        self._config, self._shape = config, shape
+    def __init__(self, config: PlanConfig, shape: ModelShape, step: StepOf | None) -> None:
+        self._config, self._shape, self._step = config, shape, step
+        self.traced = step is not None
         self._made: dict[tuple[tuple[str, bool], Method, str], MemoryPlan] = {}
 
     def __call__(self, device: Device, method: Method, train: TrainConfig) -> MemoryPlan:
@@ -127,7 +129,14 @@ class _Memories:
         if key not in self._made:
             config = self._config
             self._made[key] = plan_memory(
-                self._shape, device, method, quant=config.quant, lora=config.lora, train=train, dtype=config.dtype
+                self._shape,
+                device,
+                method,
+                quant=config.quant,
+                lora=config.lora,
+                train=train,
+                dtype=config.dtype,
+                step=self._step,
             )
         return self._made[key].on(device)
 
@@ -141,6 +150,6 @@ def _row(config: PlanConfig, shape: ModelShape, device: Device, verdict: Verdict
 
         return largest(getattr(verdict.train, option), most, device.memory_bytes, need)
 
-    if not (alone and verdict.fits):
+    if not (alone and verdict.fits) or planned.traced:
         return Row(verdict, speed, None, None)
     return Row(verdict, speed, largest_of("batch_size", MOST_ROWS), largest_of("max_length", MOST_TOKENS))

@@ -23,19 +23,15 @@ class Batch(NamedTuple):
 
 
 def run_step(
-    shape: ModelShape, method: Method, run: Runtime, batch: Batch, *, checkpointing: bool = False, passes: int = 1,
-    state_bytes: Sequence[int] = (),
+    shape: ModelShape, method: Method, run: Runtime, batch: Batch, *, checkpointing: bool = False, passes: int = 1
 ) -> Tape:  # fmt: skip
-    """Take one optimiser step of so many equal forward and backward passes.
+    """Take so many equal forward and backward passes; optimiser states are left out.
 
-    Args:
-        state_bytes: of the optimiser states in memory.
     Returns:
         the tape, with the marks 'model', then for each pass 'forward', 'loss' and 'backward', then 'update'.
     """
     tape = Tape(run.round_to)
     model = Decoder(tape, shape, method, run)
-    states = [tape.new(n, 1, "optimizer") for n in state_bytes]
     tape.mark("model")
     for _ in range(passes):
         inputs = [tape.new(batch.rows * batch.length, INT64), tape.new(batch.labels, INT64)]
@@ -45,7 +41,7 @@ def run_step(
         del result, inputs
         tape.mark("backward")
     tape.mark("update")
-    del states, model
+    del model
     return tape
 
 
@@ -78,7 +74,7 @@ def _label_loss(tape: Tape, model: Decoder, hidden: Value) -> Value:
     dhidden = tape.like(hidden) if wants_hidden else None
     gradients = [tape.like(parameter) for parameter in trained]
     most = max(16, CHUNK_BYTES // (4 * V))
-    if not trained:
+    if model.shape.plain_head and not trained:
         rows = -(-L // max(1, -(-L // most)))
         buffer = tape.new(rows * V, size)
         scores = tape.new(rows * V, FLOAT32) if size != FLOAT32 else buffer

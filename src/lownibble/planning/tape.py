@@ -166,6 +166,14 @@ class Tape:
         """An instant has come."""
         self.marks.append((name, len(self.events), self.used))
 
+    def hold(self, sizes: Sequence[int], kind: str) -> None:
+        """Have so many bytes in use from the first mark on; for a tape that is finished."""
+        _, place, _ = self.marks[0]
+        first = len(self.kinds)
+        self.kinds += [kind] * len(sizes)
+        self.events[place:place] = [(first + number, n) for number, n in enumerate(sizes)]
+        self.marks = [(name, at + len(sizes), used + sum(sizes)) for name, at, used in self.marks]
+
     # tensors
 
     def new(self, n: int, itemsize: int = FLOAT32, kind: str = "activations") -> Value:

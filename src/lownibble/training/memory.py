@@ -138,7 +138,7 @@ def bytes_by_kind(model: nn.Module, optimizer: torch.optim.Optimizer | None) -> 
             if id(parameter) in seen:
                 continue
             seen.add(id(parameter))
-            kinds[_kind(module, name)] += parameter.nbytes
+            kinds[kind_of(module, name)] += parameter.nbytes
             if parameter.grad is not None:
                 kinds["gradients"] += parameter.grad.nbytes
     if optimizer is not None:
@@ -161,7 +161,7 @@ def ledger(model: Any, optimizer: torch.optim.Optimizer | None) -> dict[str, Any
             if id(parameter) in seen:
                 continue
             seen.add(id(parameter))
-            kind, dtype = _kind(module, name), str(parameter.dtype).removeprefix("torch.")
+            kind, dtype = kind_of(module, name), str(parameter.dtype).removeprefix("torch.")
             _add(found, (kind, dtype), parameter.nbytes)
             before = stored.get(f"{path}.{name}".lstrip(".").replace(".base.", "."))
             if before and kind == "weights" and parameter.itemsize > getattr(torch, before).itemsize:
@@ -184,7 +184,7 @@ def _add(counts: dict[tuple[str, ...], list[int]], key: tuple[str, ...], n_bytes
     entry[1] += n_bytes
 
 
-def _kind(module: nn.Module, name: str) -> str:
+def kind_of(module: nn.Module, name: str) -> str:
     """The kind of memory that a module's own parameter is."""
     if isinstance(module, QuantLinear) and name != "bias":
         return "codes" if name == "codes" else "constants"

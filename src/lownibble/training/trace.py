@@ -1,0 +1,184 @@
+"""The memory of a real training step, traced: transformers' own modules and our own code run on fake tensors, of any size.
+
+Fake tensors have shapes and no data (`FakeTensorMode`), so a 65B step runs on two cores. A dispatch mode sees every tensor that
+an operation makes and, by the end of its storage, when it goes. The kernels are `kernels/traced.py`. What comes out has the form
+of the planner's tape, so that everything after it (kinds, instants, the caching allocator) is the same code.
+
+A mode on the stack makes autograd's engine add gradients out of place, where a real step adds in place what belongs to nobody
+else (a mode counts as a tensor subclass there). An addition in backward whose first operand goes before anything else comes is
+therefore taken for one in place. The planner's tape is held against the profiler, which has no such flaw; this is a second
+opinion, and the only one for modules that the planner's tape has no program for.
+"""
+
+from __future__ import annotations
+
+import warnings
+import weakref
+from collections.abc import Mapping
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_iter
+
+from lownibble.config import LoraConfig, Method, QuantConfig
+from lownibble.kernels import ops
+from lownibble.kernels.decoded import release_scratch
+from lownibble.kernels.traced import Traced
+from lownibble.lora import add_lora
+from lownibble.models.attention import kernel_obstacle, segment_attention
+from lownibble.models.load import uninitialised
+from lownibble.planning.linear import Runtime
+from lownibble.planning.memory import StepOf
+from lownibble.planning.step import Batch
+from lownibble.planning.tape import Tape
+from lownibble.quant.codebook import codebook, dynamic8, dynamic8_lookup
+from lownibble.training.loss import loss_at
+from lownibble.training.memory import kind_of
+
+_TYPES = {4: torch.float32, 2: torch.bfloat16}
+
+
+@dataclass
+class _Pending:
+    """A sum of gradients that may turn out to have been made in place of its first operand."""
+
+    key: int
+    number: int
+    first: int
+
+
+class _Recorder(TorchDispatchMode):
+    """Every storage that comes and goes, on a tape."""
+
+    def __init__(self, round_to: int) -> None:
+        super().__init__()
+        self.tape, self.backward = Tape(round_to), False
+        self._numbers: dict[int, int] = {}
+        self._sizes: list[int] = []
+        self._pending: _Pending | None = None
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Run the operation; note what it made."""
+        out = func(*args, **(kwargs or {}))
+        first = _key(args[0]) if self.backward and func is torch.ops.aten.add.Tensor else None
+        for tensor in tree_iter(out):
+            if isinstance(tensor, torch.Tensor) and tensor.device.type != "meta" and _key(tensor) not in self._numbers:
+                self._comes(tensor, first)
+        return out
+
+    def _comes(self, tensor: torch.Tensor, first: int | None) -> None:
+        self.settle()
+        storage, key, number = tensor.untyped_storage(), _key(tensor), len(self._sizes)
+        size = -(-storage.nbytes() // self.tape.round_to) * self.tape.round_to
+        self.tape.kinds.append("activations")
+        self._sizes.append(size)
+        self._numbers[key] = number
+        weakref.finalize(storage, self._goes, key)
+        if first is not None and size == self._sizes[self._numbers.get(first, number)]:
+            self._pending = _Pending(key, number, first)
+        else:
+            self.tape.change(number, size)
+
+    def settle(self) -> None:
+        """A sum whose first operand is still there has a storage of its own."""
+        if self._pending is not None:
+            number, self._pending = self._pending.number, None
+            self.tape.change(number, self._sizes[number])
+
+    def _goes(self, key: int) -> None:
+        number, pending = self._numbers.pop(key), self._pending
+        if pending is not None and key == pending.first:  # the sum was made in its place
+            self._numbers[pending.key], self._pending = number, None
+        elif pending is not None and key == pending.key:
+            self._pending = None
+        else:
+            self.tape.change(number, -self._sizes[number])
+
+    def call(self, tensor: torch.Tensor, kind: str) -> None:
+        """Give a tensor's storage its kind."""
+        self.tape.kinds[self._numbers[_key(tensor)]] = kind
+
+
+def _key(tensor: torch.Tensor) -> int:
+    return int(tensor.untyped_storage()._cdata)
+
+
+def exact_step(config: Mapping[str, Any], quant: QuantConfig, lora: LoraConfig) -> StepOf:
+    """What `planning` takes instead of its own tape."""
+
+    def step(method: Method, run: Runtime, batch: Batch, checkpointing: bool, passes: int) -> Tape:
+        return trace_step(
+            config, method, run, batch, quant=quant, lora=lora, checkpointing=checkpointing, passes=passes
+        )  # fmt: skip
+
+    return step
+
+
+def trace_step(
+    config: Mapping[str, Any], method: Method, run: Runtime, batch: Batch, *, quant: QuantConfig, lora: LoraConfig,
+    checkpointing: bool = False, passes: int = 1, fake: bool = True,
+) -> Tape:  # fmt: skip
+    """A step's allocations, as `planning.step.run_step` gives them (optimiser states left out).
+
+    Args:
+        config: the contents of a model's config.json.
+        run: how the device computes whose memory is asked for; the trace itself needs none.
+        fake: False runs it with data, for tests.
+    Raises:
+        ModelError: transformers does not know this model. TargetError: LoRA's targets match nothing.
+    """
+    codebook(quant.quant_type, "cpu"), dynamic8("cpu"), dynamic8_lookup("cpu")  # kept for the process, so not made in here
+    release_scratch()
+    recorder = _Recorder(run.round_to)
+    backend = Traced(fused=run.fused, attention=run.kernel_attention, softmax=run.kernel_attention)
+    mode = FakeTensorMode() if fake else nullcontext()
+    with warnings.catch_warnings(), mode, ops.use_backend(backend), recorder:
+        warnings.filterwarnings("ignore", "Accessing the data pointer of FakeTensor")  # a key of a cache, never read through
+        model = uninitialised(config, quant if method == "qlora" else None, _TYPES[run.itemsize])
+        if method == "full":
+            model.requires_grad_(True)
+        else:
+            add_lora(model, lora)
+        _name_parameters(recorder, model)
+        model.train()
+        if checkpointing:
+            enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+            enable({"use_reentrant": False})
+        recorder.tape.mark("model")
+        attention = nullcontext() if kernel_obstacle(model) else segment_attention(model)
+        for _ in range(passes):
+            _pass(recorder, model, batch, attention)
+        recorder.tape.mark("update")
+    release_scratch()
+    return recorder.tape
+
+
+def _name_parameters(recorder: _Recorder, model: nn.Module) -> None:
+    for module in model.modules():
+        for name, tensor in module.named_parameters(recurse=False):
+            recorder.call(tensor, kind_of(module, name))
+        for buffer in module.buffers(recurse=False):
+            recorder.call(buffer, "weights")
+
+
+def _pass(recorder: _Recorder, model: Any, batch: Batch, attention: Any) -> None:
+    """One forward and backward pass."""
+    ids = torch.zeros(batch.rows, batch.length, dtype=torch.int64)
+    places, labels = (torch.zeros(batch.labels, dtype=torch.int64) for _ in range(2))
+    with attention:
+        loss = loss_at(model, ids, None, places, labels)
+        recorder.tape.mark("loss")
+        recorder.backward = True
+        loss.backward()
+        recorder.backward = False
+    recorder.settle()
+    for parameter in model.parameters():
+        if parameter.grad is not None:
+            recorder.call(parameter.grad, "gradients")
+    del loss
+    recorder.tape.mark("backward")

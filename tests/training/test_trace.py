@@ -1,0 +1,86 @@
+"""The step traced on fake tensors. Oracles: the same trace with data, byte by byte; the planner's tape."""
+
+import time
+
+import pytest
+from transformers import AutoConfig
+
+from lownibble.arch import read_shape
+from lownibble.config import LoraConfig, QuantConfig
+from lownibble.errors import ModelError
+from lownibble.planning.linear import Method, Runtime
+from lownibble.planning.memory import packed_bytes
+from lownibble.planning.models import find_shape
+from lownibble.planning.step import Batch, run_step
+from lownibble.training.trace import trace_step
+
+SIZES = {
+    "hidden_size": 64, "intermediate_size": 160, "num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 2,
+    "vocab_size": 500, "head_dim": 16,
+}  # fmt: skip
+CPU = Runtime(4, fused=True, kernel_attention=True, decode_buffers=1)
+KINDS = ("llama", "qwen2", "qwen3", "gemma", "phi")
+
+
+def config_of(model_type):
+    return AutoConfig.for_model(model_type, **SIZES).to_dict()
+
+
+def trace(config, method, batch, checkpointing=False, **options):
+    return trace_step(config, method, CPU, batch, quant=QuantConfig(), lora=LoraConfig(), checkpointing=checkpointing, **options)
+
+
+def peak(tape):
+    used = highest = 0
+    for place, (_, n) in enumerate(tape.events[: tape.marks[-1][1]]):
+        used += n
+        if place >= tape.marks[0][1]:
+            highest = max(highest, used)
+    return highest
+
+
+@pytest.mark.parametrize("checkpointing", [False, True], ids=["", "checkpointing"])
+@pytest.mark.parametrize("method", ["full", "lora", "qlora"])
+def test_fake_tensors_give_the_bytes_of_real_ones(method, checkpointing):
+    tapes = [trace(config_of("llama"), method, Batch(2, 24, 40), checkpointing, fake=fake) for fake in (True, False)]
+    assert peak(tapes[0]) == peak(tapes[1])
+    assert [used for _, _, used in tapes[0].marks] == [used for _, _, used in tapes[1].marks]
+
+
+@pytest.mark.parametrize("batch", [Batch(1, 64, 63), Batch(4, 32, 20)], ids=str)
+@pytest.mark.parametrize("checkpointing", [False, True], ids=["", "checkpointing"])
+@pytest.mark.parametrize("method", ["full", "lora", "qlora"])
+@pytest.mark.parametrize("model_type", KINDS)
+def test_the_planners_tape_is_within_half_a_percent(model_type, method, checkpointing, batch):
+    config = config_of(model_type)
+    shape = read_shape(config)
+    ranks = {} if method == "full" else {f"model.layers.{i}.{linear.name}": 16 for i in range(3) for linear in shape.linears}
+    packed = (lambda n: packed_bytes(n, QuantConfig())) if method == "qlora" else None
+    planned = run_step(shape, Method(method == "full", packed, ranks), CPU, batch, checkpointing=checkpointing)
+    assert peak(planned) == pytest.approx(peak(trace(config, method, batch, checkpointing)), rel=0.005)
+
+
+def test_kinds_are_those_of_the_planner():
+    shape, tape = read_shape(config_of("llama")), trace(config_of("llama"), "qlora", Batch(1, 16, 15))
+    held = dict.fromkeys(tape.kinds, 0)
+    for key, n in tape.events[: tape.marks[0][1]]:
+        held[tape.kinds[key]] += n
+    assert held["codes"] == shape.linear_parameters / 2
+    assert held["adapters"] == 4 * 16 * 3 * sum(linear.in_features + linear.out_features for linear in shape.linears)
+
+
+def test_a_large_model_is_traced_on_any_machine():
+    shape = find_shape("llama-2-7b")
+    config = {
+        "model_type": "llama", "hidden_size": shape.hidden, "intermediate_size": shape.ffn, "num_hidden_layers": shape.layers,
+        "num_attention_heads": shape.heads, "vocab_size": shape.vocab,
+    }  # fmt: skip
+    began = time.perf_counter()
+    tape = trace(config, "qlora", Batch(1, 512, 511), True)
+    assert time.perf_counter() - began < 60
+    assert 4 * 2**30 < peak(tape) < 8 * 2**30
+
+
+def test_an_unknown_model_is_refused():
+    with pytest.raises(ModelError, match="no causal language model"):
+        trace({"model_type": "lama"}, "lora", Batch(1, 8, 7))
