@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 OUTPUT ?= runs/demo
 
-.PHONY: demo test check format bench bench-parity bench-kernels bench-train bench-train-real bench-decode bench-quality bench-memory bench-paging faults readme clean
+.PHONY: demo test check format bench bench-parity bench-kernels bench-train bench-train-real bench-decode bench-quality bench-memory bench-plan bench-paging faults readme clean
 
 demo: $(VENV)/.ready  ## set up, then compare LoRA and QLoRA on the embedded model and data
 	$(BIN)/lownibble compare --output $(OUTPUT) --resume
@@ -44,6 +44,9 @@ bench-quality: $(VENV)/.ready-dev  ## about an hour: make bench-quality DATA=nli
 
 bench-memory: $(VENV)/.ready-dev
 	$(BIN)/lownibble bench memory --output benchmarks/results/memory-cpu.json
+
+bench-plan: $(VENV)/.ready-dev
+	$(BIN)/lownibble bench plan --output benchmarks/results/plan-cpu.json
 
 bench-paging: $(VENV)/.ready-dev
 	$(BIN)/lownibble bench paging --output benchmarks/results/paging-cpu.json

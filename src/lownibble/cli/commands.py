@@ -98,6 +98,10 @@ def plan(arguments: argparse.Namespace) -> dict[str, Any]:
     console = _console(arguments)
     for table in tables(found):
         console.print(table, soft_wrap=not isinstance(table, Table))
+    if arguments.html:
+        from lownibble.planning.page import write_page
+
+        console.print(f"Page: {write_page(found, arguments.html)}", soft_wrap=True)
     return {"kind": "plan", "status": "ok", **found.to_dict()}
 
 

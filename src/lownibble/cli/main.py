@@ -59,6 +59,7 @@ def _parser() -> argparse.ArgumentParser:
     plan.add_argument("model", nargs="?", default=argparse.SUPPRESS, help=_MODELS)
     plan.add_argument("--config", metavar="CONFIG.toml", help="options from a TOML file; flags win over it")
     plan.add_argument("--exact", action="store_true", help="trace the real step on fake tensors instead of planning it (seconds)")
+    plan.add_argument("--html", metavar="FILE", help="also write a page with sliders for batch and length")
     add_flags(plan, PlanConfig, positional=("model",))
 
     claims = add("claims", commands.claims, "Judge statements about memory and time: impossible, implausible or consistent.",

@@ -1,0 +1,77 @@
+"""A plan as one HTML page: memory by kind for each method, and what fits on which device, with sliders for batch and length.
+
+The page holds a grid of plans, made here; it computes nothing but sums and needs nothing from elsewhere.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from lownibble.config import Method, TrainConfig
+from lownibble.errors import OutputError
+from lownibble.planning import hardware
+from lownibble.planning.fit import METHODS
+from lownibble.planning.memory import MemoryPlan, plan_memory
+from lownibble.planning.plan import Plan
+
+_TEMPLATE = Path(__file__).with_name("page.html")
+BATCHES, LENGTHS = (1, 2, 4, 8, 16, 32), (128, 256, 512, 1024, 2048, 4096)
+"""What the sliders go through, besides the plan's own."""
+
+
+def write_page(plan: Plan, path: str | Path) -> Path:
+    """Write the page; its folder is made.
+
+    Raises:
+        OutputError: it cannot be written.
+    """
+    text = json.dumps(_data(plan)).replace("</", "<\\/")
+    path = Path(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(_TEMPLATE.read_text(encoding="utf-8").replace("__DATA__", text), encoding="utf-8")
+    except OSError as error:
+        raise OutputError(f"Cannot write '{path}': {error.strerror}. Give another --html.") from None
+    return path
+
+
+def _data(plan: Plan) -> dict[str, Any]:
+    config, train, base = plan.config, plan.config.train, plan.devices[0]
+    batches = sorted({*BATCHES, train.batch_size})
+    lengths = sorted({*LENGTHS, train.max_length})
+    methods: tuple[Method, ...] = METHODS if config.method == "all" else (config.method,)
+
+    def cell(method: Method, options: TrainConfig) -> dict[str, Any]:
+        found = plan_memory(
+            plan.shape, base, method, quant=config.quant, lora=config.lora, train=options, dtype=config.dtype
+        )  # fmt: skip
+        return {"kinds": _kinds(found), "device": list(found.device)}
+
+    def grid(method: Method) -> list[list[list[dict[str, Any]]]]:
+        """By checkpointing, batch and length."""
+        ways = [train.with_options(gradient_checkpointing=recompute) for recompute in (False, True)]
+        return [
+            [[cell(method, way.with_options(batch_size=rows, max_length=length)) for length in lengths] for rows in batches]
+            for way in ways
+        ]
+
+    others = plan.devices if base.kind == "cpu" else [hardware.device(name) for name in hardware.names()]
+    shown = {device.name: device for device in (*plan.devices, *others)}
+    return {
+        "title": f"{plan.shape.name}: what training takes", "methods": list(methods),
+        "about": f"{plan.shape.parameters / 1e9:.2f}e9 parameters; optimiser {train.optim}, LoRA rank {config.lora.r}"
+        f"{', packed' if train.packing else ''}. Bytes on the device at the worst instant of a step.",
+        "note": "A setting fits where the upper end of its interval does; 'may fit' where only the lower end does.",
+        "batch": batches, "length": lengths, "context": base.context_bytes + base.workspace_bytes,
+        "chosen": {"batch": train.batch_size, "length": train.max_length, "checkpointing": train.gradient_checkpointing},
+        "grid": {method: grid(method) for method in methods},
+        "devices": [
+            {"title": d.title, "memory": d.memory_bytes, "context": d.context_bytes + d.workspace_bytes} for d in shown.values()
+        ],
+    }  # fmt: skip
+
+
+def _kinds(found: MemoryPlan) -> dict[str, int]:
+    return {kind: n for kind, n in found.kinds.items() if n}
