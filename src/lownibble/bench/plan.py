@@ -51,9 +51,8 @@ def bench_plan(*, peers: bool = False, repeats: int = 1) -> dict[str, Any]:
         raise ConfigError("'bench plan' compares a plan with a run, once each. Leave --peers and --repeats out.")
     with tempfile.TemporaryDirectory() as folder:
         data = Path(folder) / "rows.jsonl"
-        data.write_text(
-            "".join(json.dumps({"text": "one two three four five six seven eight nine ten " * 120}) + "\n" for _ in range(64))
-        )
+        words = "one two three four five six seven eight nine ten " * 120
+        data.write_text("".join(json.dumps({"text": f"{number} {words}"}) + "\n" for number in range(64)))
         runs = [_compare(setting.with_options(data=setting.data.with_options(path=str(data)))) for setting in SETTINGS]
     errors = [abs(run["allocated_error"]) for run in runs]
     shares = [(run["process_bytes"] - run["allocated_bytes"]) / 2**20 for run in runs]

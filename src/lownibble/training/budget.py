@@ -146,9 +146,8 @@ def choose(budget_bytes: int, needs: Needs, bench: Bench) -> Fit:
             return found[-1]
     if found:
         return max(found, key=lambda fit: fit.max_tokens or needs.whole)
-    wanted = {setting: search.at(needs.longest_row) + needs.state_bytes[setting] for setting, search in searches.items()}
-    setting = min(wanted, key=wanted.__getitem__)
-    search, needed = searches[setting], int(SLACK * wanted[setting] / AIM)
+    setting, search = list(searches.items())[-1]  # what gives up most; the least of all estimates would be the luckiest one
+    needed = int(SLACK * (search.at(needs.longest_row) + needs.state_bytes[setting]) / AIM)
     most = search.largest()
     what = (
         f"one row of {needs.longest_row} tokens"
