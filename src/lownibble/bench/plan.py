@@ -13,6 +13,7 @@ import multiprocessing
 import statistics
 import sys
 import tempfile
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -92,9 +93,8 @@ def _compare(config: RunConfig) -> dict[str, Any]:
 
 
 def _in_a_process(config: RunConfig, profiled: bool) -> int:
-    context = multiprocessing.get_context("spawn")
-    with context.Pool(1) as pool:
-        return pool.apply(_allocated if profiled else _resident, (config.model_dump_json(),))
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(_allocated if profiled else _resident, config.model_dump_json()).result()
 
 
 def _allocated(config: str) -> int:
