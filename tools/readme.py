@@ -158,38 +158,12 @@ def faults() -> str:
     return "\n".join(lines) + f"\n\n({_where(record)}; `benchmarks/results/faults-cpu.json`)"
 
 
-def plan() -> str:
-    """Planned and measured memory."""
-    record = _record("plan-cpu")
-    columns = ["run", "allocated GB", "planned", "process GB", "planned"]
-    lines = [f"| {' | '.join(columns)} |", "| --- | ---: | ---: | ---: | ---: |"]
-    for run in record["runs"]:
-        parts = [
-            f"{run['method']} {run['batch_size']} x {run['max_length']}",
-            *[f"r {run['r']}"] * (run["method"] != "full" and run["r"] != 16),
-            *["checkpointing"] * run["gradient_checkpointing"],
-            *["packed"] * run["packing"],
-            *[run["optim"]] * (run["optim"] != "adamw"),
-            *[f"accumulation {run['gradient_accumulation_steps']}"] * (run["gradient_accumulation_steps"] != 1),
-        ]
-        allocated, process = run["allocated_bytes"] / 1e9, run["process_bytes"] / 1e9
-        cells = [", ".join(parts), f"{allocated:.3f}", f"{run['allocated_error']:+.2%}", f"{process:.3f}"]
-        lines.append(f"| {' | '.join(cells)} | {run['process_error']:+.1%} |")
-    found = record["headlines"]
-    summary = (
-        f"Allocated: median error {found['allocated, median error']:.2%}, worst {found['allocated, worst error']:.2%}. Process: "
-        f"{found['process, runs within the interval']} within the interval."
-    )
-    return "\n".join(lines) + f"\n\n{summary}\n\n({_where(record)}; `benchmarks/results/plan-cpu.json`)"
-
-
 SECTIONS: dict[str, Callable[[], str]] = {
     "compare": compare,
     "train": train,
     "train-real": train_real,
     "decode": decode,
     "quality": quality,
-    "plan": plan,
     "memory": memory,
     "paging": paging,
     "faults": faults,

@@ -5,8 +5,8 @@
 - *device*: what the device lacks then. CUDA: reserved, the driver's context and the libraries' workspaces. CPU: the process's
   resident set, which is Python with its libraries, the tensors, and what the C heap holds between them.
 
-Each has an interval. For a CPU they come from `lownibble bench plan` (`benchmarks/results/plan-cpu.json`). For CUDA we have
-measured nothing: those intervals are a guess, and the record says how far off published peaks are.
+Each has an interval. `lownibble bench plan` holds plans against runs on a CPU; no record of it is kept yet, and for CUDA nothing
+has been measured, so the intervals are a guess but for what tests hold (allocated on a CPU, to 0.5%).
 """
 
 from __future__ import annotations
