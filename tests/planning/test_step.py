@@ -13,10 +13,12 @@ from lownibble.kernels import ops
 from lownibble.lora import add_lora
 from lownibble.models.attention import kernel_obstacle, segment_attention
 from lownibble.models.load import quantizable
+from lownibble.planning import step
 from lownibble.planning.linear import Method, Runtime
 from lownibble.planning.memory import packed_bytes
 from lownibble.planning.step import Batch, run_step
 from lownibble.quant import QuantLinear
+from lownibble.training import loss
 from lownibble.training.loss import loss_at
 
 SIZES = {
@@ -55,9 +57,9 @@ def measured(model, batch, passes):
     attention = nullcontext() if kernel_obstacle(model) else segment_attention(model)
     with attention, profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         for _ in range(passes):
-            loss = loss_at(model, ids, None, places, labels)
-            loss.backward()
-            del loss
+            total = loss_at(model, ids, None, places, labels)
+            total.backward()
+            del total
     used = peak = 0
     events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
     for event in sorted(events, key=lambda event: event.start_ns()):
@@ -77,6 +79,10 @@ def planned(shape, method, batch, passes, checkpointing):
         used += n
         peak = max(peak, used)
     return weights, peak
+
+
+def test_the_head_is_cut_into_the_chunks_of_the_loss():
+    assert step.CHUNK_BYTES == loss.CHUNK_BYTES
 
 
 @needs_kernel

@@ -133,6 +133,17 @@ def test_a_smaller_budget_on_resuming_is_kept_to(tiny_model, tiny_data, made_up,
     assert resumed.losses == pytest.approx(whole.losses, rel=2e-5)
 
 
+class Shrink(Sink):
+    """After a step, no pass fits any more."""
+
+    def __init__(self, limit, step):
+        self.limit, self.step = limit, step
+
+    def __call__(self, event):
+        if isinstance(event, Stepped) and event.step == self.step:
+            self.limit["tokens"] = 0
+
+
 @pytest.fixture
 def small_machine(monkeypatch):
     """Memory runs out in a pass of more tokens than `limit["tokens"]`, or of any without checkpointing."""
@@ -168,16 +179,11 @@ def test_then_checkpointing(tiny_model, tiny_data, small_machine):
 
 
 def test_with_nothing_left_to_give_up_the_steps_taken_are_saved(tiny_model, tiny_data, small_machine, tmp_path):
-    class Shrink(Sink):
-        def __call__(self, event):
-            if isinstance(event, Stepped) and event.step == 2:
-                small_machine["tokens"] = 0
-
     options = {"output_dir": str(tmp_path / "out")}
     small_machine["tokens"] = 10**9
     whole = run(config_of(tiny_model, tiny_data))
     with pytest.raises(TrainingError, match=r"Memory ran out in step 3, with one row of \d+ tokens .* Lower max_length"):
-        run(config_of(tiny_model, tiny_data, **options), sinks=[Shrink()])
+        run(config_of(tiny_model, tiny_data, **options), sinks=[Shrink(small_machine, 2)])
     assert [path.name for path in (tmp_path / "out" / "checkpoints").iterdir()] == ["step-000002"]
     small_machine["tokens"] = 10**9
     assert run(config_of(tiny_model, tiny_data, resume=True, **options)).losses == pytest.approx(whole.losses, rel=2e-5)
@@ -210,16 +216,11 @@ def test_an_evaluation_without_memory_begins_again_with_smaller_passes(tiny_mode
 
 
 def test_an_evaluation_with_nothing_left_to_give_up_saves_the_steps_taken(tiny_model, tiny_data, small_evaluation, tmp_path):
-    class Shrink(Sink):
-        def __call__(self, event):
-            if isinstance(event, Stepped) and event.step == 3:
-                small_evaluation["tokens"] = 0
-
     options = {"output_dir": str(tmp_path / "out"), "eval_steps": 3}
     small_evaluation["tokens"] = 10**9
     whole = run(config_of(tiny_model, tiny_data))
     with pytest.raises(TrainingError, match=r"Memory ran out in the evaluation after step 3, with one row"):
-        run(config_of(tiny_model, tiny_data, **options), sinks=[Shrink()])
+        run(config_of(tiny_model, tiny_data, **options), sinks=[Shrink(small_evaluation, 3)])
     assert [path.name for path in (tmp_path / "out" / "checkpoints").iterdir()] == ["step-000003"]
     small_evaluation["tokens"] = 10**9
     assert run(config_of(tiny_model, tiny_data, resume=True, **options)).losses == whole.losses

@@ -105,7 +105,8 @@ def _allocated(config: str) -> int:
         trainer, first = _ready(config)
         with record_function("lownibble steps"):
             _take_steps(trainer, first)
-    events = profiler.profiler.kineto_results.events()  # type: ignore[union-attr]
+    assert profiler.profiler is not None
+    events = profiler.profiler.kineto_results.events()
     began = next(event.start_ns() for event in events if event.name() == "lownibble steps")
     used = peak = 0
     for event in sorted((event for event in events if event.name() == "[memory]"), key=lambda event: event.start_ns()):

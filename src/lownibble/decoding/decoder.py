@@ -117,7 +117,8 @@ class Decoder:
         x_WH = self.model.base_model.norm(x_TH if wanted is None else x_TH[wanted])
         if self._half is not None and len(x_WH) <= _HEAD_ROWS:
             return ops.gemv_bf16(x_WH, self._half)
-        return self.model.get_output_embeddings()(x_WH)  # type: ignore[no-any-return]
+        logits: Tensor = self.model.get_output_embeddings()(x_WH)
+        return logits
 
     def prompt(
         self, tokens: Tensor, slot: int, cache: Cache, *, position: int = 0, adapter: Adapter | None = None

@@ -87,17 +87,18 @@ class LoraLinear(nn.Module):
         seed = torch.randint(2**62, ()) if dropout else None
         if torch.compiler.is_compiling():
             weight, codec = (self.base.flat, self.base.codec) if isinstance(self.base, QuantLinear) else ([self.base.weight], "")
+            y: Tensor
             y, _ = lora_matmul(
                 x, weight, codec, self.base.bias, adapter.lora_A, adapter.lora_B, adapter.scale, dropout, seed,
                 eightbit.rows_of(x, code_type),
             )  # fmt: skip
-            return y  # type: ignore[no-any-return]
+            return y
         rows = None if code_type is None else eightbit.shared_rows(x, code_type)
-        y_TN = LoraMatmul.apply(
+        y_TN: Tensor = LoraMatmul.apply(
             x.reshape(-1, self.in_features), self.base.weight, self.base.bias, adapter.lora_A, adapter.lora_B,
             adapter.scale, dropout, 0 if seed is None else int(seed), rows,
         )  # fmt: skip
-        return y_TN.view(*x.shape[:-1], self.out_features)  # type: ignore[no-any-return]
+        return y_TN.view(*x.shape[:-1], self.out_features)
 
 
 class TrainedCopy(nn.Module):

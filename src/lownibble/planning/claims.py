@@ -24,7 +24,7 @@ from lownibble.errors import ConfigError
 from lownibble.planning import hardware
 from lownibble.planning.memory import MemoryPlan, packed_bytes, plan_memory
 from lownibble.planning.models import find_shape
-from lownibble.planning.speed import flops_per_token, plan_speed
+from lownibble.planning.speed import EFFICIENCY, flops_per_token, plan_speed
 
 ARTICLES = Path(__file__).with_name("articles.toml")
 """The statements that this project began with."""
@@ -156,8 +156,8 @@ def _stored(shape: ModelShape, method: Method) -> tuple[int, str]:
     packed = shape.layers * sum(
         sum(packed_bytes(linear.in_features * linear.out_features, QuantConfig())) for linear in shape.linears
     )
-    rest = 2 * (shape.parameters - shape.linear_parameters)
-    return packed + rest, f"linears {packed / 1e9:.1f} GB at 4.127 bits, the rest {rest / 1e9:.2f} GB at 16"
+    rest, bits = 2 * (shape.parameters - shape.linear_parameters), 8 * packed / shape.linear_parameters
+    return packed + rest, f"linears {packed / 1e9:.1f} GB at {bits:.3f} bits, the rest {rest / 1e9:.2f} GB at 16"
 
 
 def _time(claim: Mapping[str, Any]) -> tuple[str, list[str]]:
@@ -179,7 +179,10 @@ def _time(claim: Mapping[str, Any]) -> tuple[str, list[str]]:
     least = min(each[1] for each in found)
     if least > 1:
         return "impossible", [*lines, f"and the step takes {least:.2f} of the device's memory at the least"]
-    return ("consistent" if share <= 0.7 else "implausible"), [*lines, "published runs reach 30 to 70%"]
+    return ("consistent" if share <= EFFICIENCY[-1] else "implausible"), [
+        *lines,
+        f"published runs reach {EFFICIENCY[0]:.0%} to {EFFICIENCY[-1]:.0%}",
+    ]
 
 
 def _ratio(claim: Mapping[str, Any]) -> tuple[str, list[str]]:

@@ -29,7 +29,7 @@ class Device:
             where not known.
         efficiency: share of `flops` that training reaches (low, likely, high), where it was measured.
         price: dollars an hour, lowest and highest, or None.
-        bfloat16: whether it computes in it. avx512: a CPU's kernels are those for AVX-512.
+        avx512: a CPU's kernels are those for AVX-512.
         allocated_error: shares by which what is allocated may be less and more than planned.
         reserved_error: share by which more may be reserved than the simulation says.
         process_share, process_bytes: a CPU's resident set is that share of what is allocated (low, likely, high), and so much.
@@ -46,7 +46,6 @@ class Device:
     efficiency: tuple[float, float, float] | None = None
     context_bytes: int = CONTEXT_MIB << 20
     workspace_bytes: int = WORKSPACE_MIB << 20
-    bfloat16: bool = True
     avx512: bool = False
     allocated_error: tuple[float, float] = (0.03, 0.05)
     reserved_error: float = 0.05
@@ -99,7 +98,7 @@ def _from_table(key: str) -> Device:
         key, entry["title"], "cuda", int(memory * 2**30), bandwidth * 1e9, tflops * 1e12, price,
         context_bytes=entry.get("context_mib", CONTEXT_MIB) << 20,
         workspace_bytes=entry.get("workspace_mib", WORKSPACE_MIB) << 20,
-        bfloat16=entry.get("bfloat16", True), sources=cited,
+        sources=cited,
     )  # fmt: skip
 
 
