@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import lownibble as ln
 from lownibble.errors import ModelError
@@ -201,13 +202,33 @@ def test_without_gradient_nothing_is_kept(tiny, batch):
     assert loss.item() == pytest.approx(oracle(model, ids, mask, labels).item(), rel=1e-5)
 
 
-def test_full_logits_never_exist(tiny, batch, monkeypatch):
+@pytest.mark.parametrize("plain", [True, False])
+def test_full_logits_never_exist(tiny, batch, monkeypatch, plain):
     monkeypatch.setattr(loss_module, "_chunk_tokens", lambda head: 5)
-    model, sizes = full(tiny()), []
-    model.lm_head.register_forward_hook(lambda module, inputs, output: sizes.append(len(output)))
-    label_loss(model, *batch(rows=3)).backward()
-    assert sum(sizes) == 17
-    assert max(sizes) == 5
+    model, largest = full(tiny()), 0
+    if not plain:
+        monkeypatch.setattr(Head, "_plain", lambda head: None)
+
+    class Largest(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            nonlocal largest
+            out = func(*args, **(kwargs or {}))
+            if "mm" in func.name() and out.shape[1] == model.config.vocab_size:
+                largest = max(largest, len(out))
+            return out
+
+    with Largest():
+        label_loss(model, *batch(rows=3)).backward()
+    assert largest == 5
+
+
+def test_a_plain_head_has_the_gradients_of_any_head(tiny, batch, monkeypatch):
+    monkeypatch.setattr(loss_module, "_chunk_tokens", lambda head: 5)
+    model, arguments = full(tiny()), batch(rows=3)
+    plain = gradients(model, label_loss(model, *arguments))
+    monkeypatch.setattr(Head, "_plain", lambda head: None)
+    for name, gradient in gradients(model, label_loss(model, *arguments)).items():
+        torch.testing.assert_close(plain[name], gradient, rtol=1e-5, atol=1e-7)
 
 
 @pytest.mark.parametrize("name", MODELS)

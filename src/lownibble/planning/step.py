@@ -74,7 +74,7 @@ def _label_loss(tape: Tape, model: Decoder, hidden: Value) -> Value:
     dhidden = tape.like(hidden) if wants_hidden else None
     gradients = [tape.like(parameter) for parameter in trained]
     most = max(16, CHUNK_BYTES // (4 * V))
-    if model.shape.plain_head and not trained:
+    if model.shape.plain_head and not model.head_adapter:
         rows = -(-L // max(1, -(-L // most)))
         buffer = tape.new(rows * V, size)
         scores = tape.new(rows * V, FLOAT32) if size != FLOAT32 else buffer

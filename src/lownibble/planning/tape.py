@@ -46,13 +46,13 @@ class Storage:
 class Value:
     """A tensor: its storage, elements, bytes of an element, and where its gradient goes."""
 
-    __slots__ = ("grad", "itemsize", "n", "node", "output", "storage", "trained")
+    __slots__ = ("itemsize", "leaf", "n", "node", "output", "storage", "trained")
 
     def __init__(self, storage: Storage, n: int, itemsize: int, trained: bool = False) -> None:
         self.storage, self.n, self.itemsize, self.trained = storage, n, itemsize, trained
         self.node: Node | None = None
         self.output = 0
-        self.grad: Value | None = None
+        self.leaf: Leaf | None = None
 
     @property
     def wants_grad(self) -> bool:
@@ -79,14 +79,28 @@ class Node:
         self.grads: Grads = [None] * outputs
 
 
+class Leaf:
+    """A parameter's gradient, and the sum of those of a backward pass until all of them are there."""
+
+    __slots__ = ("grad", "grads")
+
+    def __init__(self) -> None:
+        self.grad: Value | None = None
+        self.grads: Grads = [None]
+
+
 class _Edge:
     """Where a gradient goes: a node's output, or a parameter; and the size that it must have there."""
 
-    __slots__ = ("n", "node", "output", "parameter")
+    __slots__ = ("n", "output", "target")
 
     def __init__(self, value: Value) -> None:
-        self.node, self.output, self.n = value.node, value.output, value.n
-        self.parameter = value if value.node is None else None
+        if value.node is None and value.leaf is None:
+            value.leaf = Leaf()
+        target = value.node or value.leaf
+        assert target is not None
+        self.target: Node | Leaf = target
+        self.output, self.n = value.output, value.n
 
 
 class _Saved:
@@ -250,17 +264,17 @@ class Tape:
                 gradient = results.pop(0)
                 if edge is None:
                     continue
-                if edge.node is None:
-                    assert edge.parameter is not None
-                    if gradient is not None:
-                        self._accumulate(edge.parameter, gradient)
-                    continue
+                target = edge.target
                 if gradient is not None:
-                    held = edge.node.grads[edge.output]
-                    edge.node.grads[edge.output] = gradient if held is None else self._sum(held, gradient)
-                waiting[id(edge.node)] -= 1
-                if waiting[id(edge.node)] == 0:
-                    heapq.heappush(ready, (-edge.node.sequence, edge.node))
+                    held = target.grads[edge.output]
+                    target.grads[edge.output] = gradient if held is None else self._sum(held, gradient)
+                    del held
+                waiting[id(target)] -= 1
+                if waiting[id(target)] == 0:
+                    if isinstance(target, Node):
+                        heapq.heappush(ready, (-target.sequence, target))
+                    else:
+                        self._accumulate(target)
                 del gradient
             del node
 
@@ -275,10 +289,11 @@ class Tape:
         node.saved = []
         return results
 
-    def _accumulate(self, parameter: Value, gradient: Value) -> None:
-        """The first gradient becomes the parameter's; later ones are added to it."""
-        if parameter.grad is None:
-            parameter.grad = gradient.view()
+    def _accumulate(self, leaf: Leaf) -> None:
+        """The first gradient becomes the parameter's; those of later passes are added to it."""
+        (gradient,), leaf.grads = leaf.grads, [None]
+        if leaf.grad is None and gradient is not None:
+            leaf.grad = gradient.view()
             self.kinds[gradient.storage.key] = "gradients"
 
     def _sum(self, held: Value, gradient: Value) -> Value:
@@ -288,15 +303,15 @@ class Tape:
 
 
 def _dependencies(root: Node) -> dict[int, int]:
-    """id of a node -> how many gradients it waits for."""
+    """id of a node or leaf -> how many gradients it waits for."""
     counts: dict[int, int] = {}
     seen, stack = {id(root)}, [root]
     while stack:
         for edge in stack.pop().edges:
-            if edge is None or edge.node is None:
+            if edge is None:
                 continue
-            counts[id(edge.node)] = counts.get(id(edge.node), 0) + 1
-            if id(edge.node) not in seen:
-                seen.add(id(edge.node))
-                stack.append(edge.node)
+            counts[id(edge.target)] = counts.get(id(edge.target), 0) + 1
+            if isinstance(edge.target, Node) and id(edge.target) not in seen:
+                seen.add(id(edge.target))
+                stack.append(edge.target)
     return counts

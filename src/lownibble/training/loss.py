@@ -3,8 +3,9 @@
 Full logits never exist. Hidden states at label positions are gathered, go through the head a chunk at a time, and each chunk's
 logits are turned in place into their own gradient, which goes straight back through the head; what is kept for backward is the
 gradient of the hidden states, (L, H). The method is Liger's fused linear cross-entropy; the head may be any module (dense,
-tied, quantised, adapted), because its backward is autograd's. The usual head, a frozen dense matrix, is multiplied into one
-buffer for all chunks: a fresh allocation of that size costs a fault a page, and those take a good part of the product's time.
+tied, quantised, adapted), because its backward is autograd's. The usual head, a dense matrix, is multiplied into one buffer for
+all chunks, and its gradient, where it is trained, is summed in place: a fresh allocation of that size costs a fault a page, and
+those take a good part of the product's time.
 
 The backbone is called without the head, so what a model does between head and logits must be known: `_LOGIT_TRANSFORMS` lists
 the configuration keys for it, and `check_head` compares with the model's own logits once, before training.
@@ -50,30 +51,19 @@ class _LabelLoss(torch.autograd.Function):
         dhidden = torch.empty_like(hidden_LH) if wants_hidden else None
         dparameters = [torch.zeros_like(p) for p in parameters]
         total = torch.zeros((), dtype=torch.float32, device=hidden_LH.device)
-        frozen_VH = getattr(head, "frozen", None)
-        if frozen_VH is not None and frozen_VH.dtype == hidden_LH.dtype:
-            for part, logits in _into_one_buffer(hidden_LH.detach(), frozen_VH, _chunk_tokens(head)):
+        plain_VH = getattr(head, "plain", None)
+        if plain_VH is not None and plain_VH.dtype == hidden_LH.dtype:
+            for part, logits in _into_one_buffer(hidden_LH.detach(), plain_VH, _chunk_tokens(head)):
                 loss, dlogits = _cross_entropy(logits, labels_L[part], n_total, wants_any)
                 total += loss
                 if dhidden is not None:
-                    torch.mm(dlogits, frozen_VH, out=dhidden[part])
-            ctx.gradients = (dhidden, dparameters)
-            return total / n_total
-        start = 0
-        while start < len(labels_L):
-            chunk_LH = hidden_LH[start : start + _chunk_tokens(head)].detach().requires_grad_(wants_hidden)
-            with torch.set_grad_enabled(wants_any):
-                logits = head(chunk_LH)
-            loss, dlogits = _cross_entropy(logits.detach(), labels_L[start : start + len(chunk_LH)], n_total, wants_any)
-            total += loss
-            if wants_any:
-                inputs = [chunk_LH] * wants_hidden + list(parameters)
-                grads = list(torch.autograd.grad(logits, inputs, dlogits))
-                if dhidden is not None:
-                    dhidden[start : start + len(chunk_LH)] = grads.pop(0)
-                for accumulated, grad in zip(dparameters, grads, strict=True):
-                    accumulated += grad
-            start += len(chunk_LH)
+                    torch.mm(dlogits, plain_VH, out=dhidden[part])
+                for dweight_VH in dparameters:
+                    dweight_VH.addmm_(dlogits.t(), hidden_LH[part])
+        else:
+            for start in range(0, len(labels_L), _chunk_tokens(head)):
+                part = slice(start, start + _chunk_tokens(head))
+                total += _through_head(head, hidden_LH, labels_L, part, n_total, parameters, dhidden, dparameters)
         ctx.gradients = (dhidden, dparameters)
         return total / n_total
 
@@ -83,6 +73,26 @@ class _LabelLoss(torch.autograd.Function):
         (dhidden, dparameters), ctx.gradients = ctx.gradients, None  # the loss, and with it ctx, lives until backward is over
         scaled = dhidden.mul_(dloss) if dhidden is not None else None
         return (scaled, None, None, None, None, *(g.mul_(dloss) for g in dparameters))
+
+
+def _through_head(
+    head: Callable[[Tensor], Tensor], hidden_LH: Tensor, labels_L: Tensor, part: slice, n_total: int,
+    parameters: Sequence[Tensor], dhidden_LH: Tensor | None, dparameters: list[Tensor],
+) -> Tensor:  # fmt: skip
+    """A part's loss by autograd; its gradients are put in place and added. Nothing else of it lives when the next one begins."""
+    wants_hidden = dhidden_LH is not None
+    wants_any = wants_hidden or len(parameters) > 0
+    chunk_LH = hidden_LH[part].detach().requires_grad_(wants_hidden)
+    with torch.set_grad_enabled(wants_any):
+        logits = head(chunk_LH)
+    loss, dlogits = _cross_entropy(logits.detach(), labels_L[part], n_total, wants_any)
+    if wants_any:
+        grads = list(torch.autograd.grad(logits, [chunk_LH] * wants_hidden + list(parameters), dlogits))
+        if dhidden_LH is not None:
+            dhidden_LH[part] = grads.pop(0)
+        for accumulated, grad in zip(dparameters, grads, strict=True):
+            accumulated += grad
+    return loss
 
 
 def _into_one_buffer(hidden_LH: Tensor, weight_VH: Tensor, most: int) -> Iterator[tuple[slice, Tensor]]:
@@ -122,13 +132,13 @@ class Head:
             (transform, float(value)) for key, transform in _LOGIT_TRANSFORMS.items()
             if (value := getattr(config, key, None)) not in (None, 1.0)
         ]  # fmt: skip
-        self.frozen = self._frozen()
+        self.plain = self._plain()
         self.vocab_size = int(self.module.weight.shape[0])  # type: ignore[union-attr,index]
 
-    def _frozen(self) -> Tensor | None:
-        """The head's weight (V, H), if that is all there is to it and it is not trained."""
+    def _plain(self) -> Tensor | None:
+        """The head's weight (V, H), if that is all there is to it."""
         head = self.module
-        if not is_plain_linear(head) or head.bias is not None or head.weight.requires_grad or self.transforms:
+        if not is_plain_linear(head) or head.bias is not None or self.transforms:
             return None
         return head.weight.detach()  # type: ignore[operator]
 
