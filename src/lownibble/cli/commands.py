@@ -46,11 +46,14 @@ def doctor(arguments: argparse.Namespace) -> dict[str, Any]:
 def train(arguments: argparse.Namespace) -> dict[str, Any]:
     """Train one run."""
     config: RunConfig = read(arguments, RunConfig, arguments.config)
+    if arguments.dry_run:
+        return _dry_run(config, _console(arguments))
     if config.train.output_dir is None:
         from datetime import datetime
 
         folder = f"runs/{config.method}-{datetime.now():%Y%m%d-%H%M%S}"
         config = config.with_options(train=config.train.with_options(output_dir=folder))
+    from lownibble.planning.show import beside
     from lownibble.training import ProgressSink, run
 
     result = run(config, sinks=[ProgressSink(config.method)])
@@ -59,10 +62,44 @@ def train(arguments: argparse.Namespace) -> dict[str, Any]:
     console.print(f"evaluation loss {first['loss']:.4f} -> {last['loss']:.4f} on {last['label_tokens']} label tokens")
     for name, value in last["scores"].items():
         console.print(f"{name} {first['scores'].get(name, float('nan')):.3f} -> {value:.3f}")
+    planned = result.record["memory"]["planned"]
+    if "unknown" not in planned:
+        console.print(f"memory ({planned['figure']}): {beside(planned)}", soft_wrap=True)
     console.print(
         f"{result.record['speed'].get('tokens_per_s', 0):.0f} tokens/s, files in {config.train.output_dir}", soft_wrap=True
     )
     return result.record
+
+
+def _dry_run(config: RunConfig, console: Console) -> dict[str, Any]:
+    from lownibble.planning.show import beside
+    from lownibble.training.rehearsal import rehearse
+
+    found = rehearse(config)
+    run, speed, planned = found["run"], found["speed"], found["memory"]["planned"]
+    console.print(
+        f"{run['steps']} steps over {run['tokens']:,} tokens of {run['rows']} rows; the longest has {run['longest_row']} tokens, "
+        f"{run['cut_rows']} rows are cut",
+        soft_wrap=True,
+    )
+    if "unknown" in planned:
+        console.print(f"memory: measured {found['memory']['peak_bytes'] / 2**30:.2f} GiB; not planned: {planned['unknown']}")
+    else:
+        console.print(f"memory ({planned['figure']}): {beside(planned)}", soft_wrap=True)
+    rates, seconds = speed["tokens_per_s"], speed["run_s"]
+    console.print(
+        f"speed: {rates['median']:,.0f} tokens/s ({rates['low']:,.0f} to {rates['high']:,.0f}); the run takes "
+        f"{_duration(seconds['likely'])} ({_duration(seconds['low'])} to {_duration(seconds['high'])}), evaluations not counted",
+        soft_wrap=True,
+    )
+    for warning in found["warnings"]:
+        console.print(f"warning: {warning}", soft_wrap=True, markup=False)
+    console.print("Nothing was written.")
+    return found
+
+
+def _duration(seconds: float) -> str:
+    return f"{seconds:.0f} s" if seconds < 600 else f"{seconds / 60:.0f} min" if seconds < 36000 else f"{seconds / 3600:.1f} h"
 
 
 def compare(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -88,21 +125,26 @@ def plan(arguments: argparse.Namespace) -> dict[str, Any]:
     from lownibble.planning.plan import plan as make_plan
     from lownibble.planning.show import tables
 
-    step = None
+    console, step = _console(arguments), None
+    if arguments.calibrate:
+        from lownibble.training.calibrate import calibrate
+
+        found = calibrate(config)
+        config = config.with_options(gpu=found["device"])
+        console.print(f"Calibrated for '{found['device']}', kept in {found['file']}", soft_wrap=True)
     if arguments.exact:
         from lownibble.planning.models import find_config
         from lownibble.training.trace import exact_step
 
         step = exact_step(find_config(config.model), config.quant, config.lora)
-    found = make_plan(config, step=step)
-    console = _console(arguments)
-    for table in tables(found):
+    made = make_plan(config, step=step)
+    for table in tables(made):
         console.print(table, soft_wrap=not isinstance(table, Table))
     if arguments.html:
         from lownibble.planning.page import write_page
 
-        console.print(f"Page: {write_page(found, arguments.html)}", soft_wrap=True)
-    return {"kind": "plan", "status": "ok", **found.to_dict()}
+        console.print(f"Page: {write_page(made, arguments.html)}", soft_wrap=True)
+    return {"kind": "plan", "status": "ok", **made.to_dict()}
 
 
 def claims(arguments: argparse.Namespace) -> dict[str, Any]:

@@ -52,6 +52,7 @@ def _parser() -> argparse.ArgumentParser:
     train = add("train", commands.train, "Fine-tune a model in full, with LoRA or with QLoRA.",
                 "lownibble train --model demo --data demo --method qlora --max-steps 40 --output runs/first")  # fmt: skip
     train.add_argument("config", nargs="?", metavar="CONFIG.toml", help="options from a TOML file; flags win over it")
+    train.add_argument("--dry-run", action="store_true", help="try a few steps, show planned beside measured, write nothing")
     add_flags(train, RunConfig)
 
     plan = add("plan", commands.plan, "Say what a run needs, what fits where, how long it takes and what it costs.",
@@ -59,6 +60,7 @@ def _parser() -> argparse.ArgumentParser:
     plan.add_argument("model", nargs="?", default=argparse.SUPPRESS, help=_MODELS)
     plan.add_argument("--config", metavar="CONFIG.toml", help="options from a TOML file; flags win over it")
     plan.add_argument("--exact", action="store_true", help="trace the real step on fake tensors instead of planning it (seconds)")
+    plan.add_argument("--calibrate", action="store_true", help="first run three short steps here, and keep how fast they were")
     plan.add_argument("--html", metavar="FILE", help="also write a page with sliders for batch and length")
     add_flags(plan, PlanConfig, positional=("model",))
 

@@ -6,6 +6,7 @@ import difflib
 import os
 import re
 import tomllib
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -19,6 +20,11 @@ CONTEXT_MIB = 500
 WORKSPACE_MIB = 8
 """Of cuBLAS before Hopper."""
 
+PROCESS = (520 << 20, 560 << 20, 660 << 20)
+HEAP = (0.045, 0.068, 0.1)
+"""Low, likely, high: a line through what `bench plan` found (process less allocated) on one machine with glibc, and what holds all
+of its settings. What comes and goes in a pass leaves the heap in pieces."""
+
 
 @dataclass(frozen=True)
 class Device:
@@ -27,12 +33,13 @@ class Device:
     Attributes:
         memory_bytes: what is there for a process. bandwidth: bytes/s. flops: operations/s in the activations' type; both None
             where not known.
-        efficiency: share of `flops` that training reaches (low, likely, high), where it was measured.
+        efficiency: method -> share of `flops` that training reaches (low, likely, high), where it was measured.
         price: dollars an hour, lowest and highest, or None.
         avx512: a CPU's kernels are those for AVX-512.
         allocated_error: shares by which what is allocated may be less and more than planned.
         reserved_error: share by which more may be reserved than the simulation says.
-        process_share, process_bytes: a CPU's resident set is that share of what is allocated (low, likely, high), and so much.
+        process_bytes: what a CPU's process has besides tensors (low, likely, high). heap_share: share of what comes and goes in a
+            pass that the C heap holds besides, in pieces that no tensor fits into.
         sources: figure -> where it comes from.
     """
 
@@ -43,14 +50,14 @@ class Device:
     bandwidth: float | None = None
     flops: float | None = None
     price: tuple[float, float] | None = None
-    efficiency: tuple[float, float, float] | None = None
+    efficiency: Mapping[str, tuple[float, float, float]] | None = None
     context_bytes: int = CONTEXT_MIB << 20
     workspace_bytes: int = WORKSPACE_MIB << 20
     avx512: bool = False
     allocated_error: tuple[float, float] = (0.03, 0.05)
     reserved_error: float = 0.05
-    process_share: tuple[float, float, float] = (1.0, 1.08, 1.25)
-    process_bytes: int = 0
+    process_bytes: tuple[int, int, int] = (0, 0, 0)
+    heap_share: tuple[float, float, float] = (0.0, 0.0, 0.0)
     sources: tuple[tuple[str, str], ...] = ()
 
     @property
@@ -87,6 +94,13 @@ def device(name: str) -> Device:
             "cpu, all; or give its figures: 'memory=24,bandwidth=1000,tflops=165' (GiB, GB/s, TFLOP/s)."
         )
     return _from_table(key)
+
+
+def known_as(driver_name: str) -> str:
+    """The name of a GPU of the table by what its driver calls it ('NVIDIA GeForce RTX 4090'); else the driver's own."""
+    said = set(re.split(r"[^a-z0-9]+", driver_name.lower()))
+    found = [name for name in names() if set(name.split("-")) <= said]
+    return max(found, key=len, default=driver_name)
 
 
 def _from_table(key: str) -> Device:
@@ -133,5 +147,5 @@ def this_machine() -> Device:
     pages, size = os.sysconf("SC_PHYS_PAGES"), os.sysconf("SC_PAGE_SIZE")
     return Device(
         "cpu", "this machine", "cpu", pages * size, avx512=all(f" avx512{part}" in flags for part in ("f", "bw", "vl", "dq")),
-        context_bytes=0, workspace_bytes=0, allocated_error=(0.02, 0.02), process_bytes=450 << 20,
+        context_bytes=0, workspace_bytes=0, allocated_error=(0.02, 0.02), process_bytes=PROCESS, heap_share=HEAP,
     )  # fmt: skip

@@ -57,7 +57,8 @@ class MemoryPlan:
     Attributes:
         kinds: bytes by kind at the worst instant. instants: most bytes until the end of each part of the step.
         worst: the part with the worst instant.
-        simulated_bytes: what the caching allocator would reserve.
+        simulated_bytes: what the caching allocator would reserve. pass_bytes: all that a forward and backward pass allocates,
+            whether it is in use at the same time or not.
         parameters, trained_parameters: elements.
     """
 
@@ -65,6 +66,7 @@ class MemoryPlan:
     instants: dict[str, int]
     worst: str
     simulated_bytes: int
+    pass_bytes: int
     parameters: int
     trained_parameters: int
     on_device: Device
@@ -94,8 +96,8 @@ class MemoryPlan:
         device, reserved = self.on_device, self.reserved
         if reserved is not None:
             return Interval(*(each + device.context_bytes + device.workspace_bytes for each in reserved))
-        shares = zip(device.process_share, self.allocated, strict=True)
-        return Interval(*(int(device.process_bytes + share * each) for share, each in shares))
+        parts = zip(device.process_bytes, device.heap_share, self.allocated, strict=True)
+        return Interval(*(int(own + share * self.pass_bytes + each) for own, share, each in parts))
 
     def to_dict(self) -> dict[str, Any]:
         """For JSON."""
@@ -109,12 +111,13 @@ class MemoryPlan:
 
 def plan_memory(
     shape: ModelShape, device: Device, method: MethodName, *, quant: QuantConfig, lora: LoraConfig, train: TrainConfig,
-    dtype: str = "auto", labels: int | None = None, step: StepOf | None = None,
+    dtype: str = "auto", batch: Batch | None = None, step: StepOf | None = None,
 ) -> MemoryPlan:  # fmt: skip
-    """The memory of a step whose batch is as large as it can be: every row has `max_length` tokens.
+    """The memory of a step.
 
     Args:
-        labels: tokens of a row that have a label; default: all but the first.
+        batch: its largest forward pass; default: one as large as it can be, where every row has `max_length` tokens, and all but
+            the first of them a label.
         step: what takes the step instead of the planner's own tape.
     Raises:
         TargetError: LoRA's targets match nothing in this model.
@@ -123,9 +126,7 @@ def plan_memory(
     size = itemsize(device, method, dtype)
     ranks = {} if method == "full" else _ranks(shape, lora)
     run = _runtime(device, size)
-    rows, length = (1, train.batch_size * train.max_length) if train.packing else (train.batch_size, train.max_length)
-    labelled = train.batch_size * min(train.max_length - 1, labels or train.max_length)
-    batch, passes = Batch(rows, length, labelled), min(2, train.gradient_accumulation_steps)
+    batch, passes = batch or _largest(train), min(2, train.gradient_accumulation_steps)
     trained = list(_trained(shape, method, ranks, size))
     if step is None:
         packed = (lambda n: packed_bytes(n, quant)) if method == "qlora" else None
@@ -134,7 +135,12 @@ def plan_memory(
     else:
         tape = step(method, run, batch, train.gradient_checkpointing, passes)
     tape.hold(state_bytes(trained, train), "optimizer")
-    return _read(tape, shape, device, sum(n for n, _ in trained))
+    return _read(tape, passes, shape, device, sum(n for n, _ in trained))
+
+
+def _largest(train: TrainConfig) -> Batch:
+    rows, length = (1, train.batch_size * train.max_length) if train.packing else (train.batch_size, train.max_length)
+    return Batch(rows, length, train.batch_size * (train.max_length - 1))
 
 
 def itemsize(device: Device, method: MethodName, dtype: str) -> int:
@@ -208,7 +214,7 @@ def state_bytes(trained: list[tuple[int, int]], train: TrainConfig) -> list[int]
     return [min(budget, -(-sum(each) // PAGE_BYTES) * PAGE_BYTES)]
 
 
-def _read(tape: Tape, shape: ModelShape, device: Device, n_trained: int) -> MemoryPlan:
+def _read(tape: Tape, passes: int, shape: ModelShape, device: Device, n_trained: int) -> MemoryPlan:
     used = peak = at = 0
     instants: dict[str, int] = {}
     ends = iter(tape.marks)
@@ -227,4 +233,5 @@ def _read(tape: Tape, shape: ModelShape, device: Device, n_trained: int) -> Memo
     for key, n in tape.events[: at + 1]:
         kinds[tape.kinds[key]] += n
     simulated = reserved_bytes(tape.events[: tape.marks[-1][1]]) if device.kind == "cuda" else 0
-    return MemoryPlan(kinds, instants, worst, simulated, shape.parameters, n_trained, device)
+    of_passes = sum(n for _, n in tape.events[tape.marks[0][1] : tape.marks[-1][1]] if n > 0) // passes
+    return MemoryPlan(kinds, instants, worst, simulated, of_passes, shape.parameters, n_trained, device)

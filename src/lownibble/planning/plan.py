@@ -10,6 +10,7 @@ from lownibble.arch import ModelShape
 from lownibble.config import GROUPS, Method, Options, PlanConfig, TrainConfig
 from lownibble.errors import ConfigError
 from lownibble.planning import hardware
+from lownibble.planning.calibration import calibrated
 from lownibble.planning.fit import METHODS, Verdict, judge, largest, recommend
 from lownibble.planning.hardware import Device
 from lownibble.planning.memory import MemoryPlan, StepOf, plan_memory
@@ -108,12 +109,11 @@ def _options(group: str) -> type[Options]:
 
 
 def _devices(gpu: str) -> list[Device]:
-    if gpu == "all":
-        return [hardware.device(name) for name in hardware.names()]
-    names = [gpu] if "=" in gpu else [name for name in gpu.split(",") if name.strip()]
+    given = [gpu] if "=" in gpu else [name for name in gpu.split(",") if name.strip()]
+    names = hardware.names() if gpu == "all" else given
     if not names:
         raise ConfigError(f"The 'gpu' of PlanConfig must name a device, or be 'all'. Got {gpu!r}.")
-    return [hardware.device(name) for name in names]
+    return [calibrated(hardware.device(name)) for name in names]
 
 
 class _Memories:

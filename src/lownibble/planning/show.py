@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 from rich.console import RenderableType
 from rich.table import Table
@@ -120,3 +121,13 @@ def _bars(verdict: Verdict) -> Iterator[Text]:
         legend.append("■ ", style=COLOURS[kind])
         legend.append(f"{kind} {n / 2**30:.2f}  ")
     yield legend
+
+
+def beside(planned: Mapping[str, Any]) -> str:
+    """A run's plan and what was measured, of its record."""
+    ours = {name: n / 2**30 for name, n in planned["planned_bytes"].items()}
+    compiled = ", for layers not compiled" if planned["compiled"] else ""
+    return (
+        f"planned {ours['likely']:.2f} GiB ({ours['low']:.2f} to {ours['high']:.2f}{compiled}), measured "
+        f"{planned['measured_bytes'] / 2**30:.2f} GiB, error {planned['error']:+.1%}"
+    )

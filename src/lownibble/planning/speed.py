@@ -58,10 +58,9 @@ def plan_speed(
     """
     if device.flops is None or device.bandwidth is None:
         return None
-    per_step = train.batch_size * train.max_length * train.gradient_accumulation_steps
-    flops = per_step * flops_per_token(shape, method, memory, train)
-    moved = _moved(memory, method, train)
-    shares = device.efficiency or EFFICIENCY
+    per_step = _tokens(train)
+    flops, moved = step_flops(shape, method, memory, train), moved_bytes(memory, method, train)
+    shares = (device.efficiency or {}).get(method, EFFICIENCY)
     step = Range(*(flops / (device.flops * share) + moved / device.bandwidth for share in reversed(shares)))
     rate = Range(*(per_step / seconds for seconds in reversed(step)))
     hours = Range(*(tokens / each / 3600 for each in reversed(rate))) if tokens else None
@@ -70,6 +69,15 @@ def plan_speed(
     if hours is not None and prices is not None:
         dollars = Range(hours.low * prices[0], hours.likely * sum(prices) / 2, hours.high * prices[1])
     return SpeedPlan(flops, moved, per_step, step, rate, hours, dollars)
+
+
+def _tokens(train: TrainConfig) -> int:
+    return train.batch_size * train.max_length * train.gradient_accumulation_steps
+
+
+def step_flops(shape: ModelShape, method: Method, memory: MemoryPlan, train: TrainConfig) -> float:
+    """Operations of an optimiser step."""
+    return _tokens(train) * flops_per_token(shape, method, memory, train)
 
 
 def flops_per_token(shape: ModelShape, method: Method, memory: MemoryPlan, train: TrainConfig) -> float:
@@ -85,7 +93,7 @@ def flops_per_token(shape: ModelShape, method: Method, memory: MemoryPlan, train
     return forward * (2 if train.gradient_checkpointing else 1) + backward + head * (3 if method == "full" else 2)
 
 
-def _moved(memory: MemoryPlan, method: Method, train: TrainConfig) -> float:
+def moved_bytes(memory: MemoryPlan, method: Method, train: TrainConfig) -> float:
     """Bytes that pass between the device's memory and its units in a step, about."""
     kinds, passes = memory.kinds, train.gradient_accumulation_steps
     times = 3 if train.gradient_checkpointing else 2

@@ -135,6 +135,7 @@ def summarize(run: dict[str, Any]) -> dict[str, Any]:
         "peak_bytes": peak,
         "load_peak_bytes": memory["load_peak_bytes"],
         "train_peak_bytes": memory["train_peak_bytes"],
+        "planned": memory.get("planned"),
         "bytes_by_kind": {
             **{key.removesuffix("_bytes"): memory[key] for key in held},
             "activations": memory["saved_activation_bytes"],

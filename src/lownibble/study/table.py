@@ -16,6 +16,14 @@ def _mib(value: float) -> str:
     return f"{value / 2**20:.1f} MiB"
 
 
+def _planned(summary: dict[str, Any]) -> str:
+    planned = summary.get("planned") or {"unknown": ""}
+    if "unknown" in planned:
+        return "not planned"
+    ours, theirs = planned["planned_bytes"]["likely"], planned["measured_bytes"]
+    return f"{ours / 2**30:.2f} -> {_gib(theirs)} ({planned['error']:+.0%})"
+
+
 def _change(summary: dict[str, Any], score: str) -> str:
     before, after = summary["scores_before"].get(score), summary["scores"].get(score)
     return "-" if before is None or after is None else f"{before:.3f} -> {after:.3f}"
@@ -40,6 +48,11 @@ def rows(summaries: list[dict[str, Any]]) -> list[tuple[str, list[str]]]:
         row("peak memory above imports", lambda s: _gib(s["peak_bytes"])),
         row("  weights and constants", lambda s: _mib(sum(s["bytes_by_kind"][k] for k in ("weights", "codes", "constants")))),
         row("  saved activations", lambda s: _mib(s["bytes_by_kind"]["activations"])),
+        *(
+            [row("peak of the process (CUDA: allocated), planned -> measured", _planned)]
+            if any(s["status"] == "ok" and s.get("planned") for s in summaries)
+            else []
+        ),
         row("tokens/s in its run (quartiles over steps)", quartiles),
         row("tokens/s taking turns (min to max)", turns),
         row("samples/s", lambda s: f"{s['samples_per_s']:.1f}"),

@@ -17,6 +17,7 @@ from itertools import islice
 
 from lownibble.config import TrainConfig
 from lownibble.data import IGNORE, Batch, Example, collate, cut, epoch_batches, flatten, stream
+from lownibble.planning.step import Batch as Shape
 
 Rows = list[list[Example]]
 """The rows of one step, in the batches that the configuration asks for."""
@@ -47,11 +48,24 @@ class MicroBatches:
 
     def batches(self, rows: Rows) -> list[Batch]:
         """The forward passes of a step."""
+        return [self.batch(batch) for batch in self._dealt(rows)]
+
+    def shapes(self, rows: Rows) -> list[Shape]:
+        """The sizes of the forward passes of a step."""
+        found = []
+        for batch in self._dealt(rows):
+            lengths = [len(row.input_ids) for row in batch]
+            sides = (1, sum(lengths)) if self.pack_to is not None else (len(batch), max(lengths))
+            found.append(Shape(*sides, sum(sum(row.is_label[1:]) for row in batch)))
+        return found
+
+    def _dealt(self, rows: Rows) -> Rows:
+        """The rows of each forward pass of a step."""
         if self.max_tokens is None:
-            return [self.batch(batch) for batch in rows]
+            return rows
         flat = [row for batch in rows for row in batch]
         dealt = cut([len(row.input_ids) for row in flat], self.max_tokens, packed=self.pack_to is not None)
-        return [self.batch([flat[i] for i in batch]) for batch in dealt]
+        return [[flat[i] for i in batch] for batch in dealt]
 
     def batch(self, rows: list[Example]) -> Batch:
         """Rows as one forward pass."""

@@ -22,7 +22,7 @@ from lownibble.lora import add_lora, count_parameters, save_adapter
 from lownibble.lora.inject import adapter_configs
 from lownibble.models import load, pick_device
 from lownibble.quant import QuantLinear
-from lownibble.training import interrupt, memory, record, verify
+from lownibble.training import interrupt, memory, planned, record, verify
 from lownibble.training.events import Evaluated, Event, Finished, Skipped, Started, Stepped, Warned
 from lownibble.training.loop import Trainer
 from lownibble.training.output import claim
@@ -146,6 +146,7 @@ def _train(
         baseline = loaded["baseline_bytes"] if loaded else memory.used_bytes(trainer.device)
         memory.reset_peak(trainer.device)
         past = read_events(folder / "events.jsonl") if folder and config.resume else []
+        trainer.warnings += planned.warnings(trainer)
         trainer.stop_signal = stack.enter_context(interrupt.requests())
         events = _history(past, list(deliver(trainer.events(), sinks)))
         peak = memory.peak_bytes(trainer.device)
@@ -167,6 +168,7 @@ def _train(
                 "optimizer_state_bytes": trainer.optimizer_state_bytes,
                 "ledger": trainer.ledger,
                 **_budget(trainer, warned),
+                "planned": planned.beside_measured(trainer, peak),
             },
             "speed": {**_compilation(trainer.passes), **_speed([e for e in events if isinstance(e, Stepped)])},
             "steps": [asdict(e) for e in events if isinstance(e, Stepped)],

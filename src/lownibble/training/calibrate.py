@@ -1,0 +1,170 @@
+"""How much of this device's peak training reaches: three short steps of each method, on a few layers of the model.
+
+The layers have the model's own sizes and random weights, so any model that the planner knows can be calibrated for, also one that
+does not fit here. On a CPU the peak itself is measured too (a large matrix product, a large copy); a GPU of the table has its
+figures there. The share is that of the products' time, after what the plan takes to move the bytes: the inverse of
+`planning/speed.py`. It is kept for later plans.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from lownibble.arch import ModelShape, read_shape
+from lownibble.config import Method, PlanConfig
+from lownibble.data import Example
+from lownibble.errors import ConfigError
+from lownibble.lora import add_lora
+from lownibble.models import pick_device, pick_dtype
+from lownibble.models.load import quantizable
+from lownibble.optim import close_states
+from lownibble.planning import calibration, hardware
+from lownibble.planning.fit import METHODS
+from lownibble.planning.hardware import Device
+from lownibble.planning.memory import MemoryPlan, plan_memory
+from lownibble.planning.models import find_config
+from lownibble.planning.speed import moved_bytes, step_flops
+from lownibble.quant import QuantLinear
+from lownibble.training import record
+from lownibble.training.loop import Trainer
+from lownibble.training.planned import device_of
+
+LAYERS, STEPS, SHARE = 4, 3, 0.5
+"""Most layers of the model that are taken; timed steps after one that is not; share of the memory that they may take."""
+
+REPEATS, COPY_BYTES = 7, 2**28
+"""Of the product and the copy that show a CPU's peaks; bytes of the copy."""
+
+MARGIN = 0.1
+"""The interval is that of the steps, wider by so much on both sides: other lengths and batches, other moments."""
+
+
+def calibrate(config: PlanConfig) -> dict[str, Any]:
+    """Measure, keep and return what was found: by method the share of the peak, and what the steps took.
+
+    Raises:
+        ModelError: the model is not known.
+        ConfigError: no method's steps fit here, or another device was asked for.
+    """
+    torch_device = pick_device()
+    name = "cpu" if torch_device.type == "cpu" else hardware.known_as(torch.cuda.get_device_name(torch_device))
+    if config.gpu not in ("all", name):
+        raise ConfigError(f"--calibrate measures the device that is here: --gpu {name}. Got '{config.gpu}'.")
+    device, contents = device_of(torch_device), find_config(config.model)
+    known = hardware.device(name) if name in hardware.names() else None
+    flops = known.flops if known and known.flops else _product(torch_device)
+    bandwidth = known.bandwidth if known and known.bandwidth else _copy(torch_device)
+    methods = METHODS if config.method == "all" else (config.method,)
+    measured = {}
+    for method in methods:
+        found = _few_layers(config, method, contents, device)
+        if found is not None:
+            measured[method] = _measure(config, method, *found, torch_device, flops, bandwidth)
+    if not measured:
+        raise ConfigError(f"Not even one layer of '{config.model}' can be trained here. Lower --batch-size or --max-length.")
+    entry = {
+        "created": record.new("calibration")["created"], "model": config.model, "flops": flops, "bandwidth": bandwidth,
+        "efficiency": {method: each["efficiency"] for method, each in measured.items()}, "measured": measured,
+    }  # fmt: skip
+    return {"device": name, "file": str(calibration.keep(name, entry)), **entry}
+
+
+def _few_layers(
+    config: PlanConfig, method: Method, contents: Mapping[str, Any], device: Device
+) -> tuple[dict[str, Any], ModelShape, MemoryPlan] | None:
+    """As many layers of the model as fit, their shape and their plan; None if not even one does."""
+    layers = read_shape(contents, config.model).layers
+    for count in (n for n in (LAYERS, 2, 1) if n <= max(1, layers)):
+        few = {**contents, "num_hidden_layers": count}
+        if "layer_types" in few:
+            few["layer_types"] = few["layer_types"][:count]
+        shape = read_shape(few, config.model)
+        plan = plan_memory(
+            shape, device, method, quant=config.quant, lora=config.lora, train=config.train, dtype=config.dtype
+        )  # fmt: skip
+        if plan.device.high <= SHARE * device.memory_bytes:
+            return few, shape, plan
+    return None
+
+
+def _measure(
+    config: PlanConfig, method: Method, contents: dict[str, Any], shape: ModelShape, plan: MemoryPlan, device: torch.device,
+    flops: float, bandwidth: float,
+) -> dict[str, Any]:  # fmt: skip
+    train = config.train.with_options(max_steps=STEPS + 1, torch_compile=False, output_dir=None, resume=False)
+    model = _model(config, method, contents, device)
+    rows = list(_rows(train.batch_size * train.gradient_accumulation_steps, train.max_length, shape.vocab))
+    trainer = Trainer(model, _Padding(), rows, rows[:1], train)
+    try:
+        trainer.set_up()
+        steps = [trainer.step(number, step) for number, step in zip(range(STEPS + 1), trainer.micro.steps(), strict=False)]
+    finally:
+        close_states(trainer.optimizer)
+    seconds = sorted(step.seconds for step in steps[1:])
+    work, moved = step_flops(shape, method, plan, train), moved_bytes(plan, method, train)
+    shares = [work / max(each - moved / bandwidth, each / 10) / flops for each in reversed(seconds)]
+    low, high = shares[0] * (1 - MARGIN), shares[-1] * (1 + MARGIN)
+    return {
+        "layers": shape.layers, "step_s": seconds, "step_flops": work, "moved_bytes": moved,
+        "efficiency": [low, shares[len(shares) // 2], high],
+    }  # fmt: skip
+
+
+class _Padding:
+    """All that a trainer asks a tokenizer for."""
+
+    pad_token_id = 0
+
+
+def _rows(count: int, length: int, vocab: int) -> Iterator[Example]:
+    generator = torch.Generator().manual_seed(0)
+    for number in range(count):
+        ids = torch.randint(1, vocab, (length,), generator=generator).tolist()
+        yield Example(ids, [True] * length, f"calibration {number}")
+
+
+def _model(config: PlanConfig, method: Method, contents: Mapping[str, Any], device: torch.device) -> Any:
+    """The model with random weights, as the method trains it."""
+    values = {key: value for key, value in contents.items() if key != "model_type"}
+    dtype = torch.float32 if method == "full" and config.dtype == "auto" else pick_dtype(config.dtype, device)
+    torch.manual_seed(0)
+    wanted = AutoConfig.for_model(contents["model_type"], **values)
+    model = AutoModelForCausalLM.from_config(wanted, dtype=dtype, trust_remote_code=False)
+    if method == "qlora":
+        for path in quantizable(model, config.quant):
+            owner, _, name = path.rpartition(".")
+            parent = model.get_submodule(owner)
+            setattr(parent, name, QuantLinear.from_linear(getattr(parent, name), config.quant))
+    model.to(device)
+    if method != "full":
+        add_lora(model, config.lora)
+    return model
+
+
+def _product(device: torch.device) -> float:
+    """Operations/s of a large matrix product."""
+    a = torch.randn((2048, 2048) if device.type == "cpu" else (8192, 8192), device=device, dtype=pick_dtype("auto", device))
+    out = torch.empty_like(a)
+    return 2.0 * len(a) ** 3 / _least_seconds(lambda: torch.mm(a, a, out=out))
+
+
+def _copy(device: torch.device) -> float:
+    """Bytes/s that a large copy reads and writes."""
+    a = torch.ones(COPY_BYTES // 4, device=device)
+    out = torch.empty_like(a)
+    return 2.0 * a.nbytes / _least_seconds(lambda: out.copy_(a))
+
+
+def _least_seconds(do: Callable[[], torch.Tensor]) -> float:
+    """Of some calls, after one that is not timed."""
+    seconds = []
+    for _ in range(REPEATS + 1):
+        began = time.perf_counter()
+        do().view(-1)[0].item()  # waits for a GPU
+        seconds.append(time.perf_counter() - began)
+    return min(seconds[1:])

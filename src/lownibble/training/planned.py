@@ -1,0 +1,93 @@
+"""What the planner says of a run, beside what was measured of it."""
+
+from __future__ import annotations
+
+from itertools import islice
+from typing import Any
+
+import torch
+
+from lownibble.arch import read_shape
+from lownibble.config import LoraConfig, Method, QuantConfig
+from lownibble.errors import InputError
+from lownibble.lora.inject import adapter_configs
+from lownibble.optim import PAGED
+from lownibble.planning import hardware
+from lownibble.planning.hardware import Device
+from lownibble.planning.memory import MemoryPlan, plan_memory
+from lownibble.planning.step import Batch
+from lownibble.quant import QuantLinear
+from lownibble.training.loop import Trainer
+
+STEPS = 10_000
+"""The largest forward pass is looked for among so many steps."""
+
+
+def beside_measured(trainer: Trainer, peak_bytes: int) -> dict[str, Any]:
+    """For the record: the plan of the run's largest forward pass, and its error against the highest bytes measured.
+
+    On a CPU the process is compared, on CUDA what is allocated. Compiled layers save less than the plan has, which is of layers
+    as they are. Where the planner does not know the model or an option, it says so.
+    """
+    try:
+        batch, plan = plan_of(trainer)
+    except InputError as error:
+        return {"unknown": str(error)}
+    figure = plan.device if trainer.device.type == "cpu" else plan.allocated
+    return {
+        "batch": batch._asdict(), "plan": plan.to_dict(), "compiled": trainer.passes.compiled,
+        "figure": "process" if trainer.device.type == "cpu" else "allocated", "planned_bytes": figure._asdict(),
+        "measured_bytes": peak_bytes, "error": figure.likely / peak_bytes - 1, "within": figure.low <= peak_bytes <= figure.high,
+    }  # fmt: skip
+
+
+def warnings(trainer: Trainer) -> list[str]:
+    """What to say before the first step: the plan is more than there is."""
+    try:
+        _, plan = plan_of(trainer)
+    except InputError:
+        return []
+    there = device_of(trainer.device).memory_bytes
+    if trainer.config.memory_budget or plan.device.likely <= there:
+        return []
+    return [
+        f"by the plan this run takes {plan.device.likely / 1e9:.1f} GB ({plan.device.low / 1e9:.1f} to "
+        f"{plan.device.high / 1e9:.1f}), and there are {there / 1e9:.1f} GB; --memory-budget gives up what it must to stay within"
+    ]
+
+
+def plan_of(trainer: Trainer) -> tuple[Batch, MemoryPlan]:
+    """The largest forward pass of the run as it is set up now, and the memory of a step with it.
+
+    Raises:
+        ModelError, ConfigError, TargetError: the planner does not know the model or an option.
+    """
+    model, train, fit = trainer.model, trainer.config, trainer.fit
+    quantized = next((module for module in model.modules() if isinstance(module, QuantLinear)), None)
+    adapters = adapter_configs(model)
+    method: Method = "full" if not adapters else "lora" if quantized is None else "qlora"
+    quant = QuantConfig()
+    if quantized is not None:
+        quant = QuantConfig(
+            quant_type=quantized.quant_type, block_size=quantized.block_size, double_quant=quantized.weight.double_quant
+        )  # fmt: skip
+    optim = train.optim.removeprefix(PAGED)
+    options = train.with_options(
+        optim=f"{PAGED}{optim}" if fit.paged else optim, gradient_checkpointing=fit.gradient_checkpointing
+    )  # fmt: skip
+    steps = islice(trainer.micro.steps(), min(STEPS, trainer.total_steps))
+    batch = max((shape for rows in steps for shape in trainer.micro.shapes(rows)), key=lambda b: (b.rows * b.length, b.labels))
+    return batch, plan_memory(
+        read_shape(model.config.to_dict()), device_of(trainer.device), method, quant=quant,
+        lora=next(iter(adapters.values()), LoraConfig()), train=options, dtype=str(model.dtype).removeprefix("torch."),
+        batch=batch,
+    )  # fmt: skip
+
+
+def device_of(device: torch.device) -> Device:
+    """The planner's view of the device that torch runs on."""
+    if device.type == "cpu":
+        return hardware.this_machine()
+    return Device(
+        torch.cuda.get_device_name(device), "this GPU", "cuda", memory_bytes=torch.cuda.get_device_properties(device).total_memory
+    )
