@@ -1,7 +1,7 @@
 """How much of this device's peak training reaches: three short steps of each method, on a few layers of the model.
 
 The layers have the model's own sizes and random weights, so any model that the planner knows can be calibrated for, also one that
-does not fit here. On a CPU the peak itself is measured too (a large matrix product, a large copy); a GPU of the table has its
+does not fit here. The first time a CPU's peak is measured too (a large matrix product, a large copy); a GPU of the table has its
 figures there. The share is that of the products' time, after what the plan takes to move the bytes: the inverse of
 `planning/speed.py`. It is kept for later plans.
 """
@@ -40,8 +40,8 @@ LAYERS, STEPS, SHARE = 4, 3, 0.5
 REPEATS, COPY_BYTES = 7, 2**28
 """Of the product and the copy that show a CPU's peaks; bytes of the copy."""
 
-MARGIN = 0.1
-"""The interval is that of the steps, wider by so much on both sides: other lengths and batches, other moments."""
+MARGIN = 0.2
+"""The interval is that of the steps, wider by so much on both sides: more layers, other lengths and batches, other moments."""
 
 
 def calibrate(config: PlanConfig) -> dict[str, Any]:
@@ -56,9 +56,8 @@ def calibrate(config: PlanConfig) -> dict[str, Any]:
     if config.gpu not in ("all", name):
         raise ConfigError(f"--calibrate measures the device that is here: --gpu {name}. Got '{config.gpu}'.")
     device, contents = device_of(torch_device), find_config(config.model)
-    known = hardware.device(name) if name in hardware.names() else None
-    flops = known.flops if known and known.flops else _product(torch_device)
-    bandwidth = known.bandwidth if known and known.bandwidth else _copy(torch_device)
+    known = calibration.calibrated(hardware.device(name) if name == "cpu" or name in hardware.names() else device)
+    flops, bandwidth = known.flops or _product(torch_device), known.bandwidth or _copy(torch_device)
     methods = METHODS if config.method == "all" else (config.method,)
     measured = {}
     for method in methods:

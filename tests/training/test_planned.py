@@ -1,0 +1,133 @@
+"""Planned beside measured: the largest pass that is planned is the largest that is taken, and what is planned is what is run."""
+
+import json
+from dataclasses import replace
+
+import pytest
+
+from lownibble.arch import read_shape
+from lownibble.config import DataConfig, LoraConfig, PlanConfig, QuantConfig, RunConfig, TrainConfig
+from lownibble.errors import ConfigError, InputError, ModelError
+from lownibble.planning import calibration, hardware
+from lownibble.planning.memory import plan_memory
+from lownibble.planning.plan import plan
+from lownibble.planning.step import Batch
+from lownibble.training import planned, run
+from lownibble.training.calibrate import calibrate
+from lownibble.training.rehearsal import rehearse
+from lownibble.training.run import prepare
+
+
+@pytest.fixture
+def config(tiny_model, tiny_data):
+    def make(method="lora", **train):
+        options = {"max_steps": 6, "batch_size": 8, "max_length": 32} | train
+        return RunConfig(
+            model=str(tiny_model), method=method, lora=LoraConfig(r=4), quant=QuantConfig(block_size=32, double_quant=False),
+            data=DataConfig(
+                path=str(tiny_data), prompt_template="review : {text} sentiment :", completion_template=" {label}"
+            ),
+            train=TrainConfig(**options),
+        )  # fmt: skip
+
+    return make
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("LOWNIBBLE_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+@pytest.mark.parametrize("max_tokens", [None, 25])
+@pytest.mark.parametrize("packing", [False, True])
+def test_shapes_are_those_of_the_batches(config, packing, max_tokens):
+    micro = prepare(config(packing=packing, batch_size=2, gradient_accumulation_steps=2))[0].micro
+    micro.max_tokens = max_tokens
+    for _, rows in zip(range(10), micro.steps(), strict=False):
+        made = [Batch(*batch.input_ids.shape, batch.n_label_tokens) for batch in micro.batches(rows)]
+        assert micro.shapes(rows) == made
+
+
+@pytest.mark.parametrize("method", ["full", "lora", "qlora"])
+@pytest.mark.parametrize("train", [{}, {"packing": True, "optim": "paged_adamw_8bit"}, {"gradient_checkpointing": True}], ids=str)
+def test_the_plan_is_of_the_run_as_configured(config, method, train):
+    asked = config(method, **train)
+    trainer, _ = prepare(asked)
+    batch, found = planned.plan_of(trainer)
+    shape = read_shape(trainer.model.config.to_dict())
+    assert found == plan_memory(
+        shape, hardware.this_machine(), method, quant=asked.quant, lora=asked.lora, train=asked.train, batch=batch
+    )
+    sizes = [
+        b.input_ids.numel() for _, rows in zip(range(6), trainer.micro.steps(), strict=False) for b in trainer.micro.batches(rows)
+    ]
+    assert batch.rows * batch.length == max(sizes)
+
+
+def test_a_record_has_both_and_the_error(config):
+    record = run(config("qlora")).record
+    found = record["memory"]["planned"]
+    assert found["measured_bytes"] == record["memory"]["baseline_bytes"] + record["memory"]["train_peak_bytes"]
+    assert found["error"] == pytest.approx(found["planned_bytes"]["likely"] / found["measured_bytes"] - 1)
+    assert found["within"] == (found["planned_bytes"]["low"] <= found["measured_bytes"] <= found["planned_bytes"]["high"])
+
+
+def test_a_model_that_the_planner_does_not_know_is_trained_all_the_same(config, monkeypatch):
+    def unknown(contents):
+        raise ModelError("'x' is a 'mamba', which the planner does not know.")
+
+    monkeypatch.setattr(planned, "read_shape", unknown)
+    assert run(config()).record["memory"]["planned"] == {"unknown": "'x' is a 'mamba', which the planner does not know."}
+
+
+def test_a_run_larger_than_the_machine_warns_before_its_first_step(config, monkeypatch):
+    small = replace(hardware.this_machine(), memory_bytes=2**20)
+    monkeypatch.setattr(planned, "device_of", lambda device: small)
+    asked = config()
+    (warning,) = run(asked).record["warnings"]
+    assert "--memory-budget" in warning
+    trainer, _ = prepare(asked.with_options(train=asked.train.with_options(memory_budget="2GB")))
+    assert planned.warnings(trainer) == []
+
+
+@pytest.mark.parametrize("optim", ["adamw", "paged_adamw"])
+def test_a_dry_run_takes_the_largest_pass_and_writes_nothing(config, tmp_path, monkeypatch, optim):
+    monkeypatch.chdir(tmp_path)
+    asked = config("qlora", max_steps=9, batch_size=1, optim=optim, output_dir=str(tmp_path / "out"))
+    found = rehearse(asked)
+    assert list(tmp_path.iterdir()) == []
+    assert found["run"]["longest_row"] == found["memory"]["planned"]["batch"]["length"]
+    assert found["run"]["steps"] == 9
+    rates, seconds = found["speed"]["tokens_per_s"], found["speed"]["run_s"]
+    assert 0 < rates["low"] <= rates["median"] <= rates["high"]
+    assert seconds["likely"] == pytest.approx(found["run"]["tokens"] / rates["median"])
+    assert found["memory"]["planned"]["measured_bytes"] == found["memory"]["peak_bytes"]
+
+
+def test_calibration_is_kept_and_used(tiny_model, cache):
+    options = {"gpu": "cpu", "tokens": 10**6}
+    assert plan(str(tiny_model), max_length=32, **options).rows[0].speed is None  # nothing is known of this CPU
+    asked = PlanConfig(model=str(tiny_model), method="lora", train=TrainConfig(batch_size=2, max_length=32), **options)
+    found = calibrate(asked)
+    kept = json.loads((cache / "calibration.json").read_text())["cpu"]
+    assert list(kept["efficiency"]) == ["lora"]
+    low, likely, high = kept["efficiency"]["lora"]
+    assert 0 < low < likely < high
+    calibrate(asked.with_options(method="qlora"))
+    assert calibration.calibrated(hardware.device("cpu")).efficiency.keys() == {"lora", "qlora"}
+    (row,) = plan(asked).rows
+    assert row.speed.step_s.low <= found["measured"]["lora"]["step_s"][1] <= row.speed.step_s.high
+
+
+def test_calibration_in_bad_cases(tiny_model, cache):
+    asked = PlanConfig(model=str(tiny_model), train=TrainConfig(batch_size=2, max_length=32))
+    with pytest.raises(ConfigError, match="--gpu cpu"):
+        calibrate(asked.with_options(gpu="rtx-4090"))
+    with pytest.raises(ConfigError, match="one layer"):
+        calibrate(asked.with_options(train=TrainConfig(batch_size=10**6, max_length=32)))
+    cache.mkdir()
+    for broken in ("", "{", "[]", '{"cpu": {}}', '{"cpu": 3}'):
+        (cache / "calibration.json").write_text(broken)
+        with pytest.raises(InputError, match=r"calibration\.json"):
+            plan(asked.with_options(gpu="cpu"))
