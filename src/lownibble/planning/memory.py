@@ -214,6 +214,16 @@ def state_bytes(trained: list[tuple[int, int]], train: TrainConfig) -> list[int]
     return [min(budget, -(-sum(each) // PAGE_BYTES) * PAGE_BYTES)]
 
 
+def _from_model(tape: Tape) -> list[tuple[int, int]]:
+    """What comes and goes from the finished model on; what was only there while it was made is left out, for the allocator gives
+    all of that back."""
+    made, end = tape.marks[0][1], tape.marks[-1][1]
+    sizes: dict[int, int] = {}
+    for key, n in tape.events[:made]:
+        sizes[key] = sizes.get(key, 0) + n
+    return [*((key, n) for key, n in sizes.items() if n), *tape.events[made:end]]
+
+
 def _read(tape: Tape, passes: int, shape: ModelShape, device: Device, n_trained: int) -> MemoryPlan:
     used = peak = at = 0
     instants: dict[str, int] = {}
@@ -232,6 +242,6 @@ def _read(tape: Tape, passes: int, shape: ModelShape, device: Device, n_trained:
     kinds = dict.fromkeys(KINDS, 0)
     for key, n in tape.events[: at + 1]:
         kinds[tape.kinds[key]] += n
-    simulated = reserved_bytes(tape.events[: tape.marks[-1][1]]) if device.kind == "cuda" else 0
+    simulated = reserved_bytes(_from_model(tape)) if device.kind == "cuda" else 0
     of_passes = sum(n for _, n in tape.events[tape.marks[0][1] : tape.marks[-1][1]] if n > 0) // passes
     return MemoryPlan(kinds, instants, worst, simulated, of_passes, shape.parameters, n_trained, device)

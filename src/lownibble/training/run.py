@@ -119,6 +119,7 @@ def _make(config: RunConfig) -> tuple[Any, Any]:
         add_lora(model, config.lora, seed=config.train.seed)
     else:
         model.requires_grad_(True)
+    memory.settle(model.device)  # what loading and quantising took in between
     return model, tokenizer
 
 
