@@ -284,15 +284,20 @@ class PlanConfig(_Model):
         "'memory=24,bandwidth=1000,tflops=165' (GiB, GB/s, TFLOP/s)",
     )
     tokens: Annotated[int, Ge(1)] | None = Field(None, description="tokens to train on, for hours and dollars")
+    data: Annotated[DataConfig, BeforeValidator(_path_means_data)] = DataConfig(path="none")
+    records: str | None = Field(
+        None, description="folder with records of 'compare', which the recommendation goes by; default: runs, if it is there"
+    )
     price: Annotated[float, Ge(0)] | None = Field(None, description="dollars an hour; default: what the table of devices has")
 
 
 PLANNED = {
+    "data": ("path", "split", "prompt_template", "completion_template", "use_chat_template", "max_rows"),
     "quant": ("quant_type", "block_size", "double_quant"),
     "lora": ("r", "target_modules", "layers_to_transform", "rank_pattern"),
     "train": (
-        "batch_size", "max_length", "packing", "gradient_accumulation_steps", "gradient_checkpointing", "optim",
-        "optim_page_budget",
+        "num_train_epochs", "batch_size", "max_length", "packing", "gradient_accumulation_steps", "gradient_checkpointing",
+        "optim", "optim_page_budget",
     ),
 }  # fmt: skip
 """Group -> its options that decide what a run needs; the others may be there and make no difference to it."""

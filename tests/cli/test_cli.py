@@ -142,7 +142,7 @@ def test_plan_says_what_fits_where():
     found = json.loads(out)
     verdicts = {(row["device"], row["method"]): row["fits"] for row in found["rows"]}
     assert verdicts == {
-        ("t4", "full"): False, ("t4", "lora"): True, ("t4", "qlora"): True, ("a100-80gb", "full"): True,
+        ("t4", "full"): False, ("t4", "lora"): False, ("t4", "qlora"): True, ("a100-80gb", "full"): True,
         ("a100-80gb", "lora"): True, ("a100-80gb", "qlora"): True,
     }  # fmt: skip
     assert found["config"]["train"]["max_length"] == 256

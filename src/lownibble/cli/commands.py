@@ -132,6 +132,13 @@ def plan(arguments: argparse.Namespace) -> dict[str, Any]:
         found = calibrate(config)
         config = config.with_options(gpu=found["device"])
         console.print(f"Calibrated for '{found['device']}', kept in {found['file']}", soft_wrap=True)
+    if config.data.path != "none" and config.tokens is None:
+        from lownibble.training.tokens import count_tokens
+
+        tokens, told = count_tokens(config)
+        config = config.with_options(tokens=tokens)
+        if told:
+            print(f"warning: {told}", file=sys.stderr)
     if arguments.exact:
         from lownibble.planning.models import find_config
         from lownibble.training.trace import exact_step

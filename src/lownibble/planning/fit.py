@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 from lownibble.config import Method, TrainConfig
 from lownibble.planning.hardware import Device
 from lownibble.planning.memory import MemoryPlan
+from lownibble.planning.records import Measured
 
 METHODS: tuple[Method, ...] = ("full", "lora", "qlora")
 
@@ -115,7 +116,7 @@ class Rule(NamedTuple):
     """One of the rules of the recommendation: it holds when its condition does, and then says a method and why."""
 
     method: Method
-    holds: Callable[[dict[str, Verdict]], bool]
+    holds: Callable[[dict[str, Verdict], Measured | None], bool]
     reason: str
 
 
@@ -123,31 +124,55 @@ def _plain(verdict: Verdict) -> bool:
     return verdict.fits and verdict.words == "fits"
 
 
+def _better(measured: Measured | None) -> bool:
+    return measured is not None and measured.quality == "better than"
+
+
+def _as_good_and_fast(measured: Measured | None) -> bool:
+    return measured is not None and measured.quality != "worse than" and (measured.speed or 0) >= AS_FAST
+
+
+AS_FAST = 0.95
+"""QLoRA's measured share of LoRA's tokens/s from which its smaller memory decides."""
+
 RULES = (
     Rule(
-        "lora", lambda v: _plain(v["lora"]),
+        "qlora", lambda v, m: v["qlora"].fits and _better(m),
+        "QLoRA fits, and was measured to be better than LoRA here.",
+    ),
+    Rule(
+        "qlora", lambda v, m: _plain(v["qlora"]) and _as_good_and_fast(m),
+        "QLoRA fits as it is, and was measured to be as good and as fast as LoRA here; it takes less memory.",
+    ),
+    Rule(
+        "lora", lambda v, m: v["lora"].fits and m is not None and m.quality == "worse than",
+        "LoRA fits, and QLoRA was measured to be worse here.",
+    ),
+    Rule(
+        "lora", lambda v, _: _plain(v["lora"]),
         "LoRA fits as it is. Its frozen weights are not rounded, and a QLoRA step is at best as fast.",
     ),
     Rule(
-        "qlora", lambda v: _plain(v["qlora"]),
+        "qlora", lambda v, _: _plain(v["qlora"]),
         "QLoRA fits as it is, LoRA only with what costs time, or not at all.",
     ),
     Rule(
-        "lora", lambda v: v["lora"].fits and not v["lora"].train.gradient_checkpointing,
+        "lora", lambda v, _: v["lora"].fits and not v["lora"].train.gradient_checkpointing,
         "LoRA fits with paged optimiser states, which change nothing and cost little.",
     ),
-    Rule("qlora", lambda v: v["qlora"].fits and not v["lora"].fits, "QLoRA fits, LoRA does not."),
-    Rule("lora", lambda v: v["lora"].fits, "LoRA fits with checkpointing, as QLoRA does; its weights are not rounded."),
+    Rule("qlora", lambda v, _: v["qlora"].fits and not v["lora"].fits, "QLoRA fits, LoRA does not."),
+    Rule("lora", lambda v, _: v["lora"].fits, "LoRA fits with checkpointing, as QLoRA does; its weights are not rounded."),
 )  # fmt: skip
 """In order; the first that holds decides."""
 
 FULL_REASON = "Full fine-tuning fits too; where the task is far from what the model knows, it is worth a try."
 
 
-def recommend(verdicts: dict[str, Verdict]) -> tuple[Method | None, list[str]]:
-    """The method to take on a device, and why; None: nothing fits."""
+def recommend(verdicts: dict[str, Verdict], measured: Measured | None = None) -> tuple[Method | None, list[str]]:
+    """The method to take on a device, and why; None: nothing fits. `measured`: a comparison on the same model."""
     for rule in RULES:
-        if rule.holds(verdicts):
-            return rule.method, [rule.reason, *[FULL_REASON] * verdicts["full"].fits]
+        if rule.holds(verdicts, measured):
+            told = [measured.reason] if measured is not None else []
+            return rule.method, [rule.reason, *told, *[FULL_REASON] * verdicts["full"].fits]
     need = min(verdicts.values(), key=lambda verdict: verdict.over_bytes)
     return None, [f"Nothing fits. Nearest is {need.method}, {need.over_bytes / 2**30:.1f} GiB over."]

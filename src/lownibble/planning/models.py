@@ -31,6 +31,11 @@ def published_parameters(name: str) -> int:
     return int(_table()[name]["parameters"])
 
 
+def hub_id(model: str) -> str:
+    """The hub id of a bundled model's name; anything else as it is."""
+    return str(_table()[model.lower()]["ids"][0]) if model.lower() in _table() else model
+
+
 def find_shape(model: str) -> ModelShape:
     """The shape of the model that `find_config` finds.
 

@@ -11,7 +11,7 @@ from typing import Any
 from lownibble.arch import ModelShape
 from lownibble.config import GROUPS, Method, Options, PlanConfig, TrainConfig
 from lownibble.errors import ConfigError
-from lownibble.planning import hardware
+from lownibble.planning import hardware, records
 from lownibble.planning.calibration import calibrated
 from lownibble.planning.fit import METHODS, Verdict, judge, largest, recommend
 from lownibble.planning.hardware import Device
@@ -82,7 +82,7 @@ def plan(model: str | PlanConfig = "demo", *, step: StepOf | None = None, **opti
 
 @contextmanager
 def _no_cycles_looked_for() -> Iterator[None]:
-    """A tape is hundreds of thousands of small objects, gone by their reference counts; looking for cycles among them takes a fifth
+    """A tape is many small objects, gone by their reference counts; looking for cycles among them takes a fifth
     of the time."""
     was_on = gc.isenabled()
     gc.disable()
@@ -94,7 +94,7 @@ def _no_cycles_looked_for() -> Iterator[None]:
 
 
 def _plan(config: PlanConfig, step: StepOf | None) -> Plan:
-    shape = find_shape(config.model)
+    shape, measured = find_shape(config.model), records.find(config.records, config.model)
     devices = _devices(config.gpu)
     methods = METHODS if config.method == "all" else (config.method,)
     planned = _Memories(config, shape, step)
@@ -107,7 +107,7 @@ def _plan(config: PlanConfig, step: StepOf | None) -> Plan:
         }
         rows += [_row(config, shape, device, verdict, planned, alone=len(devices) == 1) for verdict in verdicts.values()]
         if len(methods) == len(METHODS):
-            advice[device.name] = recommend({str(method): verdict for method, verdict in verdicts.items()})
+            advice[device.name] = recommend({str(method): verdict for method, verdict in verdicts.items()}, measured)
     return Plan(config, shape, tuple(devices), tuple(rows), advice)
 
 

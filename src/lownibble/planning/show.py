@@ -11,7 +11,7 @@ from rich.text import Text
 
 from lownibble.planning.fit import Verdict
 from lownibble.planning.memory import KINDS, Interval
-from lownibble.planning.plan import Plan
+from lownibble.planning.plan import Plan, Row
 from lownibble.planning.speed import Range
 
 COLOURS = {
@@ -40,7 +40,9 @@ def tables(plan: Plan) -> Iterator[RenderableType]:
 def _overview(plan: Plan, title: str) -> Table:
     """Devices x methods: the verdict, and GiB of the device."""
     methods = list(dict.fromkeys(row.verdict.method for row in plan.rows))
-    table = Table(title=f"{title}: GiB needed", title_justify="left")
+    tokens = plan.config.tokens
+    costs = f"; hours and dollars for {tokens:,} tokens" if tokens else ""
+    table = Table(title=f"{title}: GiB needed{costs}", title_justify="left")
     table.add_column("device")
     table.add_column("GiB", justify="right")
     for method in methods:
@@ -48,15 +50,19 @@ def _overview(plan: Plan, title: str) -> Table:
     if plan.advice:
         table.add_column("take")
     for device in plan.devices:
-        verdicts = [row.verdict for row in plan.rows if row.verdict.device == device]
+        rows = [row for row in plan.rows if row.verdict.device == device]
         advice = [plan.advice[device.name][0] or "none"] if plan.advice else []
-        table.add_row(device.title, f"{device.memory_bytes / 2**30:.1f}", *map(_cell, verdicts), *advice)
+        table.add_row(device.title, f"{device.memory_bytes / 2**30:.1f}", *map(_cell, rows), *advice)
     return table
 
 
-def _cell(verdict: Verdict) -> Text:
-    needed = f"{verdict.memory.device.likely / 2**30:.1f}"
-    return Text(f"{needed}, {verdict.words}", style=_style(verdict))
+def _cell(row: Row) -> Text:
+    verdict, speed = row.verdict, row.speed
+    words = f"{verdict.memory.device.likely / 2**30:.1f}, {verdict.words}"
+    if verdict.fits and speed is not None and speed.hours is not None:
+        words += f"; {speed.hours.likely:.1f} h"
+        words += f", ${speed.dollars.likely:.2f}" if speed.dollars is not None else ""
+    return Text(words, style=_style(verdict))
 
 
 def _style(verdict: Verdict) -> str:

@@ -8,6 +8,7 @@ less memory wins if it saves enough to matter, else the faster one.
 from __future__ import annotations
 
 import math
+from itertools import combinations
 from typing import Any
 
 MEMORY_MATTERS = 0.05
@@ -60,7 +61,15 @@ def advise(summaries: list[dict[str, Any]], ratios: dict[str, dict[str, float]] 
     chosen = lean if saved >= MEMORY_MATTERS else fast
     reasons += _reasons(chosen, [s for s in finished if s is not chosen], ratios or {})
     reasons.append("This is one seed: differences in quality smaller than twice their error were not counted.")
-    return {"method": chosen["method"], "reasons": reasons}
+    quality = {f"{b['method']}_vs_{a['method']}": _quality(b, a) for a, b in combinations(finished, 2)}
+    return {"method": chosen["method"], "reasons": reasons, "quality": quality}
+
+
+def _quality(a: dict[str, Any], b: dict[str, Any]) -> dict[str, str]:
+    """How `a` compares with `b`, and the figures in words."""
+    clear, words = better_in_quality(a, b)
+    worse, _ = better_in_quality(b, a)
+    return {"verdict": "better than" if clear else "worse than" if worse else "not distinguishable from", "words": words}
 
 
 def _speed(chosen: dict[str, Any], other: dict[str, Any], ratios: dict[str, dict[str, float]]) -> tuple[float, str]:
@@ -78,10 +87,8 @@ def _speed(chosen: dict[str, Any], other: dict[str, Any], ratios: dict[str, dict
 def _reasons(chosen: dict[str, Any], others: list[dict[str, Any]], ratios: dict[str, dict[str, float]]) -> list[str]:
     lines = []
     for other in others:
-        clear, words = better_in_quality(chosen, other)
-        worse, _ = better_in_quality(other, chosen)
-        verdict = "better than" if clear else "worse than" if worse else "not distinguishable from"
-        lines.append(f"Quality: {chosen['method']} is {verdict} {other['method']} ({words}).")
+        found = _quality(chosen, other)
+        lines.append(f"Quality: {chosen['method']} is {found['verdict']} {other['method']} ({found['words']}).")
         memory = chosen["peak_bytes"] / other["peak_bytes"]
         lines.append(
             f"Memory: {chosen['method']} peaks at {memory:.2f} x {other['method']}'s ({_gib(chosen)} against {_gib(other)})."

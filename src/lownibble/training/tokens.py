@@ -1,0 +1,32 @@
+"""How many tokens a run over a data set reads, for plans: the data's own rows, by the model's own tokenizer."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from lownibble.config import PlanConfig
+from lownibble.data import encode
+from lownibble.data import load as load_data
+from lownibble.errors import ModelError
+from lownibble.models import load_tokenizer, resolve
+from lownibble.planning.models import hub_id
+
+
+def count_tokens(config: PlanConfig) -> tuple[int, str]:
+    """Tokens of `config.data`'s training rows, cut at `max_length`, times the epochs; and what to say about it.
+
+    Raises:
+        DataError, ConfigError: the data cannot be used.
+    """
+    tokenizer, told = _tokenizer(config)
+    examples = encode(load_data(config.data)[0], tokenizer, config.data, config.train.max_length).examples
+    count = sum(len(example.input_ids) for example in examples)
+    return max(1, round(count * config.train.num_train_epochs)), told
+
+
+def _tokenizer(config: PlanConfig) -> tuple[Any, str]:
+    try:
+        return load_tokenizer(resolve(hub_id(config.model), config.revision)), ""
+    except ModelError as error:
+        told = f"The tokens are counted with the embedded model's tokenizer, for that of '{config.model}' cannot be had: {error}"
+        return load_tokenizer(resolve("demo")), told
