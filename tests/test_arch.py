@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
 from lownibble.arch import FAMILIES, paths, read_shape
 from lownibble.errors import ModelError
@@ -16,17 +16,20 @@ SIZES = {
 MORE = {
     "mixtral": {"num_local_experts": 4}, "qwen3_moe": {"num_experts": 6, "moe_intermediate_size": 32},
     "phi3": {"pad_token_id": 0}, "qwen3": {"head_dim": 32},
+    "t5": {"d_model": 64, "d_ff": 96, "num_layers": 3, "num_decoder_layers": 2, "num_heads": 4, "d_kv": 8, "vocab_size": 100},
 }  # fmt: skip
 
 
 def config_of(model_type, **changes):
-    return {"model_type": model_type, **SIZES, **MORE.get(model_type, {}), **changes}
+    sizes = {} if model_type == "t5" else SIZES
+    return {"model_type": model_type, **sizes, **MORE.get(model_type, {}), **changes}
 
 
 def model_of(config):
     values = {key: value for key, value in config.items() if key != "model_type"}
     with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(AutoConfig.for_model(config["model_type"], **values))
+        kind = AutoModelForSeq2SeqLM if config["model_type"] == "t5" else AutoModelForCausalLM
+        return kind.from_config(AutoConfig.for_model(config["model_type"], **values))
 
 
 @pytest.mark.parametrize("changes", [{}, {"tie_word_embeddings": True}, {"attention_bias": True}, {"mlp_bias": True}], ids=str)

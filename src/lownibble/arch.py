@@ -32,6 +32,7 @@ class Family(NamedTuple):
         names_of_linears: q, k, v, o, gate, up, down (without gate: up, down) as the model calls them.
         experts: the MLP is a mixture of experts, whose weights are two tensors for all of them. scaled: embeddings are scaled.
         head_bias: the head has a bias. rotates_a_part: of each head's dimensions (which may be all).
+        encoder_decoder: two stacks; attention has a table of biases by distance instead of rotated positions.
     """
 
     names: Mapping[str, str] = {}
@@ -50,6 +51,7 @@ class Family(NamedTuple):
     scaled: bool = False
     head_bias: bool = False
     rotates_a_part: bool = False
+    encoder_decoder: bool = False
 
 
 _TIED = {"tie_word_embeddings": True}
@@ -79,6 +81,14 @@ FAMILIES: dict[str, Family] = {
         names={"experts": "num_experts", "expert_ffn": "moe_intermediate_size", "active_experts": "num_experts_per_tok"},
         defaults={"num_experts_per_tok": 8}, qk_norm=True, experts=True, **_BIASES,
     ),
+    "t5": Family(
+        names={
+            "layers": "num_layers", "hidden": "d_model", "ffn": "d_ff", "heads": "num_heads", "key_heads": "num_heads",
+            "head_dim": "d_kv",
+        },
+        defaults={**_TIED, "feed_forward_proj": "relu", "dropout_rate": 0.1, "relative_attention_num_buckets": 32},
+        linears=("q", "k", "v", "o"), encoder_decoder=True,
+    ),
 }  # fmt: skip
 """`model_type` -> its family."""
 
@@ -99,14 +109,16 @@ class Linear(NamedTuple):
 
 @dataclass(frozen=True)
 class ModelShape:
-    """A decoder-only model's dimensions.
+    """A model's dimensions.
 
     Attributes:
-        linears: of one decoder layer, in the order in which they run.
+        layers, linears: of a decoder-only model, or of the encoder; linears of one layer, in the order in which they run.
+        decoder_layers, decoder_linears: of an encoder-decoder model's second stack, else nothing.
+        buckets: rows of each stack's table of attention biases. dropout: its share while training.
         experts, active_experts, expert_ffn: of a mixture's layers, else 0.
         activation: of the MLP. rotary_dim: the dimensions of a head that are rotated.
         window: tokens that attention sees, where some layer's is limited.
-        plain_head: the head is a product and nothing else.
+        plain_head: the head is a product and nothing else. scaled_logits: they are changed after it.
         softcap: attention scores are capped, which only plain attention does.
     """
 
@@ -127,8 +139,13 @@ class ModelShape:
     active_experts: int = 0
     expert_ffn: int = 0
     plain_head: bool = True
+    scaled_logits: bool = False
     window: int | None = None
     softcap: bool = False
+    decoder_layers: int = 0
+    decoder_linears: tuple[Linear, ...] = ()
+    buckets: int = 0
+    dropout: float = 0.0
 
     @property
     def family(self) -> Family:
@@ -137,14 +154,16 @@ class ModelShape:
 
     @property
     def linear_parameters(self) -> int:
-        """Weights of all decoder layers' linears, biases left out."""
-        return self.layers * sum(linear.in_features * linear.out_features for linear in self.linears)
+        """Weights of all layers' linears, biases left out."""
+        return sum(linear.in_features * linear.out_features for _, linear in paths(self))
 
     @property
     def norm_parameters(self) -> int:
         """Weights and biases of all norms."""
         family = self.family
         each = self.hidden * (2 if family.norm == "layer" else 1)
+        if self.decoder_layers:
+            return (2 * self.layers + 3 * self.decoder_layers + 2) * each
         return (self.layers * family.norms + 1) * each + self.layers * 2 * self.head_dim * family.qk_norm
 
     @property
@@ -157,7 +176,8 @@ class ModelShape:
         """All parameters; a tied head counts once."""
         biases = self.layers * sum(linear.out_features for linear in self.linears if linear.bias)
         tables = self.vocab * self.hidden * (1 if self.tied else 2) + self.vocab * self.family.head_bias
-        return self.linear_parameters + self.expert_parameters + self.norm_parameters + biases + tables
+        distances = 2 * self.buckets * self.heads
+        return self.linear_parameters + self.expert_parameters + self.norm_parameters + biases + tables + distances
 
 
 def read_shape(config: str | Path | Mapping[str, Any], name: str = "") -> ModelShape:
@@ -181,7 +201,7 @@ def read_shape(config: str | Path | Mapping[str, Any], name: str = "") -> ModelS
     family = FAMILIES[model_type]
     values = {**family.defaults, **{key: value for key, value in contents.items() if value is not None}}
     keys = {**_KEYS, **family.names}
-    heads, hidden = values.get("num_attention_heads"), values.get("hidden_size")
+    heads, hidden = values.get(keys["heads"]), values.get(keys["hidden"])
     values.setdefault("num_key_value_heads", heads)
     values.setdefault("num_experts", values.get("num_local_experts"))  # as transformers writes it
     if isinstance(heads, int) and heads > 0 and isinstance(hidden, int):
@@ -190,13 +210,13 @@ def read_shape(config: str | Path | Mapping[str, Any], name: str = "") -> ModelS
     if missing:
         raise ModelError(f"'{name}' lacks {', '.join(missing)}. Give the model's own config.json.")
     wrong = [f"{key} = {values[key]!r}" for key in keys.values() if not isinstance(values[key], int) or values[key] < 1]
-    if wrong or values["num_attention_heads"] % values["num_key_value_heads"]:
+    if wrong or values[keys["heads"]] % values[keys["key_heads"]]:
         wrong = wrong or [
-            f"num_attention_heads = {values['num_attention_heads']}, no multiple of num_key_value_heads = "
-            f"{values['num_key_value_heads']}"
+            f"{keys['heads']} = {values[keys['heads']]}, no multiple of {keys['key_heads']} = {values[keys['key_heads']]}"
         ]
         raise ModelError(f"'{name}' makes no sense: {', '.join(wrong)}. Give the model's own config.json.")
-    return _shape(name, model_type, family, values, {ours: values[key] for ours, key in keys.items()})
+    sizes = {ours: values[key] for ours, key in keys.items()}
+    return (_two_stacks if family.encoder_decoder else _shape)(name, model_type, family, values, sizes)
 
 
 def read_config(path: str | Path) -> dict[str, Any]:
@@ -248,12 +268,44 @@ def _shape(name: str, model_type: str, family: Family, values: Mapping[str, Any]
         experts=sizes.get("experts", 0), active_experts=sizes.get("active_experts", 0), expert_ffn=sizes.get("expert_ffn", 0),
         window=int(values["sliding_window"]) if windowed else None,
         plain_head=not (family.head_bias or values.get("final_logit_softcapping")),
+        scaled_logits=bool(values.get("final_logit_softcapping")),
         softcap=bool(values.get("attn_logit_softcapping")),
     )  # fmt: skip
 
 
+def _two_stacks(
+    name: str, model_type: str, family: Family, values: Mapping[str, Any], sizes: dict[str, int]
+) -> ModelShape:  # fmt: skip
+    hidden, inner, ffn = sizes["hidden"], sizes["heads"] * sizes["head_dim"], sizes["ffn"]
+    gate, _, activation = str(values["feed_forward_proj"]).rpartition("-")
+    called = ("wi_0", "wi_1") if gate == "gated" else ("wi",)
+
+    def attention(place: str) -> list[Linear]:
+        widths = ((hidden, inner), (hidden, inner), (hidden, inner), (inner, hidden))
+        return [Linear(f"layer.{place}.{what}", *width, False) for what, width in zip(family.linears, widths, strict=True)]
+
+    def mlp(place: int) -> list[Linear]:
+        wide = [Linear(f"layer.{place}.DenseReluDense.{what}", hidden, ffn, False) for what in called]
+        return [*wide, Linear(f"layer.{place}.DenseReluDense.wo", ffn, hidden, False)]
+
+    own = attention("0.SelfAttention")
+    return ModelShape(
+        name, model_type, sizes["layers"], hidden, ffn, sizes["heads"], sizes["heads"], sizes["head_dim"], sizes["vocab"],
+        bool(values["tie_word_embeddings"]), (*own, *mlp(1)),
+        "gelu_new" if (gate, activation) == ("gated", "gelu") else activation, 0,
+        plain_head=not values["tie_word_embeddings"], scaled_logits=bool(values["tie_word_embeddings"]),
+        decoder_layers=int(values.get("num_decoder_layers") or sizes["layers"]),
+        decoder_linears=(*own, *attention("1.EncDecAttention"), *mlp(2)),
+        buckets=int(values["relative_attention_num_buckets"]), dropout=float(values["dropout_rate"]),
+    )  # fmt: skip
+
+
 def paths(shape: ModelShape) -> Iterator[tuple[str, Linear]]:
-    """(full path, linear) of every decoder layer's linears."""
-    for layer in range(shape.layers):
-        for linear in shape.linears:
-            yield f"model.layers.{layer}.{linear.name}", linear
+    """(full path, linear) of every layer's linears."""
+    stacks = [("encoder.block", shape.layers, shape.linears), ("decoder.block", shape.decoder_layers, shape.decoder_linears)]
+    if not shape.decoder_layers:
+        stacks = [("model.layers", shape.layers, shape.linears)]
+    for stack, layers, linears in stacks:
+        for layer in range(layers):
+            for linear in linears:
+                yield f"{stack}.{layer}.{linear.name}", linear

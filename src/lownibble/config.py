@@ -283,6 +283,9 @@ class PlanConfig(_Model):
         description="devices, separated by commas (rtx-4090,a100-80gb), 'all', 'cpu' (this machine), or one by its figures: "
         "'memory=24,bandwidth=1000,tflops=165' (GiB, GB/s, TFLOP/s)",
     )
+    adapter_dtype: Literal["float32", "bfloat16", "float16"] = Field(
+        "float32", description="dtype of the adapters, their gradients and optimiser states; Lownibble trains in float32"
+    )
     tokens: Annotated[int, Ge(1)] | None = Field(None, description="tokens to train on, for hours and dollars")
     data: Annotated[DataConfig, BeforeValidator(_path_means_data)] = DataConfig(path="none")
     records: str | None = Field(

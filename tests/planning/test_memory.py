@@ -143,3 +143,13 @@ def test_the_published_peak_of_qlora_65b_is_within_reach():
 def test_planning_does_not_import_torch():
     code = "import sys, lownibble; lownibble.plan('llama-2-7b', gpu='rtx-4090'); sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_adapters_of_16_bits_take_half_of_all_that_is_theirs():
+    shape, device = models.find_shape("llama-2-7b"), hardware.device("a100-80gb")
+    options = {"quant": QuantConfig(), "lora": LoraConfig(r=64), "train": TrainConfig(batch_size=1, max_length=64)}
+    wide, narrow = (
+        plan_memory(shape, device, "qlora", adapter_dtype=dtype, **options).kinds for dtype in ("float32", "bfloat16")
+    )
+    for kind in ("adapters", "gradients", "optimizer"):
+        assert narrow[kind] == pytest.approx(wide[kind] / 2, rel=0.01), kind

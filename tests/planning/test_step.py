@@ -60,19 +60,35 @@ def measured(model, batch, passes):
             total = loss_at(model, ids, None, places, labels)
             total.backward()
             del total
+    return sum(storages.values()), peak_of_events(profiler)
+
+
+def peak_of_events(profiler):
+    """The highest sum of what was allocated and not yet released."""
     used = peak = 0
     events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
     for event in sorted(events, key=lambda event: event.start_ns()):
         used += event.nbytes()
         peak = max(peak, used)
-    return sum(storages.values()), peak
+    return peak
+
+
+def packed(n):
+    """Bytes of codes and constants."""
+    return packed_bytes(n, QuantConfig())
 
 
 def planned(shape, method, batch, passes, checkpointing):
     ranks = {} if method == "full" else {f"model.layers.{i}.{linear.name}": 16 for i in range(3) for linear in shape.linears}
-    packed = (lambda n: packed_bytes(n, QuantConfig())) if method == "qlora" else None
     run = Runtime(4, fused=True, kernel_attention=True, decode_buffers=1)
-    tape = run_step(shape, Method(method == "full", packed, ranks), run, batch, checkpointing=checkpointing, passes=passes)
+    tape = run_step(
+        shape,
+        Method(method == "full", packed if method == "qlora" else None, ranks),
+        run,
+        batch,
+        checkpointing=checkpointing,
+        passes=passes,
+    )
     _, begin, weights = tape.marks[0]
     used = peak = 0
     for _, n in tape.events[begin : tape.marks[-1][1]]:

@@ -18,7 +18,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from lownibble.arch import ModelShape
+from lownibble.arch import ModelShape, paths
 from lownibble.config import LoraConfig, Method, QuantConfig, TrainConfig, n_bytes, read_toml
 from lownibble.errors import ConfigError
 from lownibble.planning import hardware
@@ -153,9 +153,7 @@ def _stored(shape: ModelShape, method: Method) -> tuple[int, str]:
         gradients = shape.parameters * 2 if method == "full" else 0
         what = "16 bits each, and their gradients as much again" if gradients else "16 bits each"
         return shape.parameters * 2 + gradients, what
-    packed = shape.layers * sum(
-        sum(packed_bytes(linear.in_features * linear.out_features, QuantConfig())) for linear in shape.linears
-    )
+    packed = sum(sum(packed_bytes(linear.in_features * linear.out_features, QuantConfig())) for _, linear in paths(shape))
     rest, bits = 2 * (shape.parameters - shape.linear_parameters), 8 * packed / shape.linear_parameters
     return packed + rest, f"linears {packed / 1e9:.1f} GB at {bits:.3f} bits, the rest {rest / 1e9:.2f} GB at 16"
 

@@ -38,7 +38,7 @@ class Decoder:
         self.experts = [self._expert_parameters() for _ in range(shape.layers * family.experts)]
         self.head = self.embedding if shape.tied else self._parameter(shape.vocab * hidden)
         r = method.ranks.get("lm_head", 0)
-        self.head_adapter = [tape.parameter(r * n, FLOAT32, "adapters", True) for n in (hidden, shape.vocab) if r]
+        self.head_adapter = [tape.parameter(r * n, method.adapter_itemsize, "adapters", True) for n in (hidden, shape.vocab) if r]
         if family.head_bias:
             self._parameter(shape.vocab)
         self._frequencies = [tape.new(shape.head_dim // 2, FLOAT32, "weights") for _ in range(2)]

@@ -20,7 +20,7 @@ CONTEXT_MIB = 500
 WORKSPACE_MIB = 8
 """Of cuBLAS before Hopper."""
 
-PROCESS = (520 << 20, 560 << 20, 660 << 20)
+PROCESS = (480 << 20, 560 << 20, 660 << 20)
 HEAP = (0.045, 0.068, 0.1)
 """Low, likely, high: a line through what `bench plan` found (process less allocated) on one machine with glibc, and what holds
 all of its settings. What comes and goes in a pass leaves the heap in pieces."""

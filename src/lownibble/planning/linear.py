@@ -19,6 +19,7 @@ class Runtime:
         kernel_attention: attention runs on our kernel, where there is no window and no cap.
         decode_buffers: shared buffers for decoded weights; autograd has a thread, and a buffer, of its own on CUDA.
         round_to: bytes that allocations are multiples of.
+        cuda: dropout keeps its mask in bytes instead of factors, and fused attention takes a bias.
     """
 
     itemsize: int
@@ -26,6 +27,7 @@ class Runtime:
     kernel_attention: bool
     decode_buffers: int
     round_to: int = 1
+    cuda: bool = False
 
 
 @dataclass(frozen=True)
@@ -35,12 +37,13 @@ class Method:
     Attributes:
         full: all weights are trained.
         packed: elements of a weight -> bytes of its codes, then of each of its constants; None: dense.
-        ranks: path of a linear -> rank of its adapter; absent: none.
+        ranks: path of a linear -> rank of its adapter; absent: none. adapter_itemsize: bytes of an element of its matrices.
     """
 
     full: bool = False
     packed: Callable[[int], list[int]] | None = None
     ranks: Mapping[str, int] = field(default_factory=dict)
+    adapter_itemsize: int = FLOAT32
 
 
 class DecodeBuffer:
@@ -72,7 +75,8 @@ class LinearOnTape:
             codes, *constants = method.packed(n)
             self.parts = [tape.parameter(codes, 1, "codes"), *(tape.parameter(size, 1, "constants") for size in constants)]
         self.bias = tape.parameter(self.n_out, run.itemsize, "weights", method.full) if linear.bias else None
-        self.adapter = [tape.parameter(self.r * n, FLOAT32, "adapters", True) for n in (self.n_in, self.n_out) if self.r]
+        self.of_adapter, of_adapter = method.adapter_itemsize, method.adapter_itemsize
+        self.adapter = [tape.parameter(self.r * n, of_adapter, "adapters", True) for n in (self.n_in, self.n_out) if self.r]
 
     @property
     def parameters(self) -> list[Value]:
@@ -106,7 +110,7 @@ class LinearOnTape:
         if self.packed and not fused:
             self.buffer.need(self.n_in * self.n_out)
         out = tape.new(tokens * columns, size)
-        if factor and size != FLOAT32:
+        if factor and size != self.of_adapter:
             tape.new(factor, size)
         return out
 
@@ -123,7 +127,7 @@ class LinearOnTape:
     def _adapted(self, x: Value) -> Value:
         tape, size, r, tokens = self.tape, self.run.itemsize, self.r, x.n // self.n_in
         A, B = self.adapter
-        narrow = size != FLOAT32
+        narrow = size != self.of_adapter
         cast = tape.new(A.n, size) if narrow else None
         low = tape.new(tokens * r, size)
         del cast
@@ -136,11 +140,11 @@ class LinearOnTape:
             del cast
             dA = tape.new(A.n, size)
             if narrow:
-                dA = tape.new(A.n, FLOAT32)
+                dA = tape.new(A.n, self.of_adapter)
             turned = tape.new(B.n, size)
             if narrow:
-                turned = tape.new(B.n, FLOAT32)
-            dB = tape.new(B.n, FLOAT32)
+                turned = tape.new(B.n, self.of_adapter)
+            dB = tape.new(B.n, self.of_adapter)
             del turned
             dx = self._product(tokens, self.n_in, A.n) if wants_x else None
             del dlow

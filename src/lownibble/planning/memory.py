@@ -111,7 +111,7 @@ class MemoryPlan:
 
 def plan_memory(
     shape: ModelShape, device: Device, method: MethodName, *, quant: QuantConfig, lora: LoraConfig, train: TrainConfig,
-    dtype: str = "auto", batch: Batch | None = None, step: StepOf | None = None,
+    dtype: str = "auto", adapter_dtype: str = "float32", batch: Batch | None = None, step: StepOf | None = None,
 ) -> MemoryPlan:  # fmt: skip
     """The memory of a step.
 
@@ -127,10 +127,13 @@ def plan_memory(
     ranks = {} if method == "full" else _ranks(shape, lora)
     run = _runtime(device, size)
     batch, passes = batch or _largest(train), min(2, train.gradient_accumulation_steps)
-    trained = list(_trained(shape, method, ranks, size))
+    of_adapter = ITEMSIZE[adapter_dtype]
+    if step is not None and of_adapter != FLOAT32:
+        raise ConfigError(f"A traced step is Lownibble's, whose adapters are in float32. Got adapter_dtype '{adapter_dtype}'.")
+    trained = list(_trained(shape, method, ranks, size, of_adapter))
     if step is None:
         packed = (lambda n: packed_bytes(n, quant)) if method == "qlora" else None
-        ways = Method(method == "full", packed, ranks)
+        ways = Method(method == "full", packed, ranks, of_adapter)
         tape = run_step(shape, ways, run, batch, checkpointing=train.gradient_checkpointing, passes=passes)
     else:
         tape = step(method, run, batch, train.gradient_checkpointing, passes)
@@ -161,7 +164,7 @@ def _runtime(device: Device, size: int) -> Runtime:
     if device.kind == "cpu":
         fast = device.avx512 and size == FLOAT32
         return Runtime(size, fused=fast, kernel_attention=fast, decode_buffers=1)
-    return Runtime(size, fused=False, kernel_attention=False, decode_buffers=2, round_to=512)
+    return Runtime(size, fused=False, kernel_attention=False, decode_buffers=2, round_to=512, cuda=True)
 
 
 def _ranks(shape: ModelShape, lora: LoraConfig) -> dict[str, int]:
@@ -181,12 +184,14 @@ def _ranks(shape: ModelShape, lora: LoraConfig) -> dict[str, int]:
     if isinstance(target, list) and "lm_head" in target:
         found["lm_head"] = lora.rank_pattern.get("lm_head", lora.r)
     if not found:
-        names = ", ".join(sorted({linear.name.rpartition(".")[2] for linear in shape.linears}))
+        names = ", ".join(sorted({path.rpartition(".")[2] for path, _ in paths(shape)}))
         raise TargetError(f"target_modules {target!r} match no linear module of '{shape.name}'. Candidates: {names}.")
     return found
 
 
-def _trained(shape: ModelShape, method: MethodName, ranks: Mapping[str, int], size: int) -> Iterator[tuple[int, int]]:
+def _trained(
+    shape: ModelShape, method: MethodName, ranks: Mapping[str, int], size: int, of_adapter: int
+) -> Iterator[tuple[int, int]]:  # fmt: skip
     """(elements, bytes of one) of every trained parameter."""
     if method == "full":
         yield shape.parameters - shape.linear_parameters, size
@@ -195,11 +200,11 @@ def _trained(shape: ModelShape, method: MethodName, ranks: Mapping[str, int], si
         return
     for path, linear in paths(shape):
         if path in ranks:
-            yield ranks[path] * linear.in_features, FLOAT32
-            yield ranks[path] * linear.out_features, FLOAT32
+            yield ranks[path] * linear.in_features, of_adapter
+            yield ranks[path] * linear.out_features, of_adapter
     if "lm_head" in ranks:
-        yield ranks["lm_head"] * shape.hidden, FLOAT32
-        yield ranks["lm_head"] * shape.vocab, FLOAT32
+        yield ranks["lm_head"] * shape.hidden, of_adapter
+        yield ranks["lm_head"] * shape.vocab, of_adapter
 
 
 def state_bytes(trained: list[tuple[int, int]], train: TrainConfig) -> list[int]:

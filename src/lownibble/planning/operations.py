@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from lownibble.planning.tape import FLOAT32, Tape, Value
+from lownibble.planning.tape import BOOL, FLOAT32, Tape, Value
 
 
 def add(tape: Tape, a: Value, b: Value) -> Value:
@@ -221,13 +221,45 @@ def matmul(tape: Tape, a: Value, b: Value, n: int) -> Value:
     return out
 
 
-def attention(tape: Tape, q: Value, k: Value, v: Value, rows: int) -> Value:
-    """A fused kernel: its output has q's size; saves its inputs, its output and a number in float32 for each query and head."""
+def relu(tape: Tape, a: Value) -> Value:
+    """ReLU, which saves its result."""
+    out = tape.like(a)
+    tape.record([out], [a], [out], lambda grads, saved: [tape.like(saved[0])])
+    return out
+
+
+def dropout(tape: Tape, a: Value, share: float, fused: bool) -> Value:
+    """Dropout: fused it keeps a mask in bytes, else factors in a's type."""
+    if not share:
+        return a
+    kept = tape.new(a.n, BOOL if fused else a.itemsize)
+    out = tape.like(a)
+    tape.record([out], [a], [kept], lambda grads, _: [tape.like(grads[0])])  # type: ignore[arg-type]
+    return out
+
+
+def lookup(tape: Tape, weight: Value, n: int, places: Value) -> Value:
+    """n elements of a table's rows, which saves their places."""
+    out = tape.new(n, weight.itemsize)
+    tape.record([out], [weight], [places], lambda grads, _: [tape.like(weight)])
+    return out
+
+
+def add_in_place(tape: Tape, a: Value, b: Value) -> Value:
+    """a += b, where b is broadcast; its gradient is a sum."""
+    out = a.view()
+    tape.record([out], [a, b], [], lambda grads, _: [grads[0], grads[0]])
+    return out
+
+
+def attention(tape: Tape, q: Value, k: Value, v: Value, rows: int, more: Sequence[Value] = ()) -> Value:
+    """A fused kernel: its output has q's size; saves its inputs, its output and a number in float32 for each query and head, and
+    `more`."""
     out, lse = tape.like(q), tape.new(rows, FLOAT32)
     sizes = [(value.n, value.itemsize) for value in (q, k, v)]
 
     def backward(grads: list[Value | None], saved: list[Value]) -> Sequence[Value | None]:
         return [tape.new(n, itemsize) for n, itemsize in sizes]
 
-    tape.record([out], [q, k, v], [q, k, v, out, lse], backward)
+    tape.record([out], [q, k, v], [q, k, v, out, lse, *more], backward)
     return out

@@ -45,7 +45,8 @@ def _data(plan: Plan) -> dict[str, Any]:
 
     def cell(method: Method, options: TrainConfig) -> dict[str, Any]:
         found = plan_memory(
-            plan.shape, base, method, quant=config.quant, lora=config.lora, train=options, dtype=config.dtype
+            plan.shape, base, method, quant=config.quant, lora=config.lora, train=options, dtype=config.dtype,
+            adapter_dtype=config.adapter_dtype,
         )  # fmt: skip
         return {"kinds": _kinds(found), "device": list(found.device)}
 

@@ -156,6 +156,7 @@ class _Memories:
                 lora=config.lora,
                 train=train,
                 dtype=config.dtype,
+                adapter_dtype=config.adapter_dtype,
                 step=self._step,
             )
         return self._made[key].on(device)

@@ -82,10 +82,12 @@ def step_flops(shape: ModelShape, method: Method, memory: MemoryPlan, train: Tra
 
 def flops_per_token(shape: ModelShape, method: Method, memory: MemoryPlan, train: TrainConfig) -> float:
     """Operations of a step for each token: two for each weight forward, two for the gradient of its input, and where it is
-    trained two for its own; attention's scores and sums over half of the row; again forward with checkpointing."""
+    trained two for its own; attention's scores and sums over half of the row (over all of it where it looks both ways); again
+    forward with checkpointing. An encoder-decoder model is taken to read and to write rows of `max_length`."""
     active = shape.layers * shape.active_experts * 3 * shape.expert_ffn * shape.hidden
     layers = 2 * (shape.linear_parameters + active)
-    attention = 2 * shape.layers * shape.heads * shape.head_dim * train.max_length
+    halves = shape.layers + 3 * shape.decoder_layers + (shape.layers if shape.decoder_layers else 0)
+    attention = 2 * halves * shape.heads * shape.head_dim * train.max_length
     head = 2 * shape.vocab * shape.hidden
     adapters = 0 if method == "full" else 2 * memory.trained_parameters
     forward = layers + attention + adapters

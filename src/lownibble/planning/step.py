@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 from lownibble.arch import ModelShape
 from lownibble.planning.decoder import Decoder
+from lownibble.planning.encoder_decoder import EncoderDecoder
 from lownibble.planning.linear import Method, Runtime
 from lownibble.planning.tape import FLOAT32, INT64, Tape, Value
 
@@ -31,7 +32,7 @@ def run_step(
         the tape, with the marks 'model', then for each pass 'forward', 'loss' and 'backward', then 'update'.
     """
     tape = Tape(run.round_to)
-    model = Decoder(tape, shape, method, run)
+    model = (EncoderDecoder if shape.decoder_layers else Decoder)(tape, shape, method, run)
     tape.mark("model")
     for _ in range(passes):
         inputs = [tape.new(batch.rows * batch.length, INT64), tape.new(batch.labels, INT64)]
@@ -45,8 +46,11 @@ def run_step(
     return tape
 
 
-def _loss(tape: Tape, model: Decoder, batch: Batch, checkpointing: bool) -> Value:
-    hidden = model.forward(batch.rows, batch.length, checkpointing)
+def _loss(tape: Tape, model: Decoder | EncoderDecoder, batch: Batch, checkpointing: bool) -> Value:
+    if isinstance(model, EncoderDecoder):
+        hidden = model.forward(batch.rows, batch.length, -(-batch.labels // batch.rows), checkpointing)
+    else:
+        hidden = model.forward(batch.rows, batch.length, checkpointing)
     tape.mark("forward")
     gathered = _gather(tape, hidden, batch.labels, model.shape.hidden)
     del hidden
@@ -66,7 +70,7 @@ def _gather(tape: Tape, hidden: Value, labels: int, width: int) -> Value:
     return out
 
 
-def _label_loss(tape: Tape, model: Decoder, hidden: Value) -> Value:
+def _label_loss(tape: Tape, model: Decoder | EncoderDecoder, hidden: Value) -> Value:
     V, H, size, head = model.shape.vocab, model.shape.hidden, hidden.itemsize, model.head
     L = hidden.n // H
     wants_hidden = hidden.wants_grad
@@ -83,12 +87,15 @@ def _label_loss(tape: Tape, model: Decoder, hidden: Value) -> Value:
     else:
         rows = min(most, L)
         logits = tape.new(rows * V, size)
+        if model.shape.scaled_logits:
+            logits = tape.like(logits)
         scores = tape.new(rows * V, FLOAT32) if size != FLOAT32 else logits
         dlogits = tape.new(rows * V, size) if size != FLOAT32 else scores
         del scores
+        before = tape.like(logits) if model.shape.scaled_logits else None
         dchunk = tape.new(rows * H, size) if wants_hidden else None
         parts = [tape.like(parameter) for parameter in trained]
-        del logits, dlogits, dchunk, parts
+        del logits, dlogits, before, dchunk, parts
     out = tape.new(1, FLOAT32)
 
     def backward(grads: list[Value | None], saved: list[Value]) -> Sequence[Value | None]:

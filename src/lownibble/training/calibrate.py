@@ -77,7 +77,10 @@ def _few_layers(
     config: PlanConfig, method: Method, contents: Mapping[str, Any], device: Device
 ) -> tuple[dict[str, Any], ModelShape, MemoryPlan] | None:
     """As many layers of the model as fit, their shape and their plan; None if not even one does."""
-    layers = read_shape(contents, config.model).layers
+    shape = read_shape(contents, config.model)
+    if shape.decoder_layers:
+        raise ConfigError(f"'{config.model}' has an encoder; only decoder-only models can be calibrated for so far.")
+    layers = shape.layers
     for count in (n for n in (LAYERS, 2, 1) if n <= max(1, layers)):
         few = {**contents, "num_hidden_layers": count}
         if "layer_types" in few:
