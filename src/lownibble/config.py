@@ -296,7 +296,7 @@ class PlanConfig(_Model):
 
 PLANNED = {
     "data": ("path", "split", "prompt_template", "completion_template", "use_chat_template", "max_rows"),
-    "quant": ("quant_type", "block_size", "double_quant"),
+    "quant": ("quant_type", "block_size", "double_quant", "skip_modules"),
     "lora": ("r", "target_modules", "layers_to_transform", "rank_pattern"),
     "train": (
         "num_train_epochs", "batch_size", "max_length", "packing", "gradient_accumulation_steps", "gradient_checkpointing",

@@ -14,6 +14,7 @@ from lownibble.config import LoraConfig, QuantConfig, TrainConfig
 from lownibble.errors import ConfigError, ModelError, TargetError
 from lownibble.lora import add_lora
 from lownibble.lora.inject import lora_layers
+from lownibble.models.load import quantizable
 from lownibble.optim import make_optimizer, planned_bytes
 from lownibble.planning import hardware, models
 from lownibble.planning.memory import _ranks, packed_bytes, plan_memory, state_bytes
@@ -151,5 +152,22 @@ def test_adapters_of_16_bits_take_half_of_all_that_is_theirs():
     wide, narrow = (
         plan_memory(shape, device, "qlora", adapter_dtype=dtype, **options).kinds for dtype in ("float32", "bfloat16")
     )
-    for kind in ("adapters", "gradients", "optimizer"):
+    for kind in ("adapters", "optimizer"):
         assert narrow[kind] == pytest.approx(wide[kind] / 2, rel=0.01), kind
+
+
+def test_what_is_skipped_stays_dense():
+    shape, options = read_shape(CONFIG.to_dict()), {"lora": LoraConfig(), "train": TrainConfig(batch_size=1, max_length=8)}
+    device = hardware.device("cpu")
+    for skip in (["lm_head"], ["lm_head", "down_proj"], ["lm_head", "model.layers.1"], ["lm_head", "self_attn"]):
+        model = LlamaForCausalLM(CONFIG)
+        quant = QuantConfig(skip_modules=skip)
+        kinds = plan_memory(shape, device, "qlora", quant=quant, **options).kinds
+        packed = sum(model.get_submodule(path).weight.numel() for path in quantizable(model, quant))
+        assert kinds["codes"] == packed / 2
+        dense = sum(p.nbytes for p in model.parameters()) - 4 * packed
+        assert kinds["weights"] == pytest.approx(dense, abs=1000)
+    with pytest.raises(TargetError, match="skip_modules 'wrong'"):
+        plan_memory(shape, device, "qlora", quant=QuantConfig(skip_modules=["wrong"]), **options)
+    with pytest.raises(ConfigError, match="quantised head"):
+        plan_memory(shape, device, "qlora", quant=QuantConfig(skip_modules=[]), **options)

@@ -51,8 +51,10 @@ def test_shapes_are_those_of_the_batches(config, packing, max_tokens):
 
 @pytest.mark.parametrize("method", ["full", "lora", "qlora"])
 @pytest.mark.parametrize("train", [{}, {"packing": True, "optim": "paged_adamw_8bit"}, {"gradient_checkpointing": True}], ids=str)
-def test_the_plan_is_of_the_run_as_configured(config, method, train):
+@pytest.mark.parametrize("skip", ["lm_head", "down_proj"])
+def test_the_plan_is_of_the_run_as_configured(config, method, train, skip):
     asked = config(method, **train)
+    asked = asked.with_options(quant=asked.quant.with_options(skip_modules=list({"lm_head", skip})))
     trainer, _ = prepare(asked)
     batch, found = planned.plan_of(trainer)
     shape = read_shape(trainer.model.config.to_dict())

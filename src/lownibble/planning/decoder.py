@@ -26,7 +26,7 @@ class Decoder:
         self.layers = [
             {
                 linear.name.rpartition(".")[2]: LinearOnTape(
-                    tape, linear, method, run, buffer, method.ranks.get(f"model.layers.{layer}.{linear.name}", 0)
+                    tape, f"model.layers.{layer}.{linear.name}", linear, method, run, buffer
                 )
                 for linear in shape.linears
             }

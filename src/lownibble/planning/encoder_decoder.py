@@ -39,8 +39,8 @@ class EncoderDecoder:
 
     def _layers(self, stack: str, count: int, linears: tuple[Linear, ...]) -> list[Layer]:
         def linear(layer: int, each: Linear) -> LinearOnTape:
-            rank = self.method.ranks.get(f"{stack}.block.{layer}.{each.name}", 0)
-            return LinearOnTape(self.tape, each, self.method, self.run, self._buffer, rank)
+            path = f"{stack}.block.{layer}.{each.name}"
+            return LinearOnTape(self.tape, path, each, self.method, self.run, self._buffer)
 
         return [{each.name: linear(layer, each) for each in linears} for layer in range(count)]
 

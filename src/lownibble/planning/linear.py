@@ -38,12 +38,18 @@ class Method:
         full: all weights are trained.
         packed: elements of a weight -> bytes of its codes, then of each of its constants; None: dense.
         ranks: path of a linear -> rank of its adapter; absent: none. adapter_itemsize: bytes of an element of its matrices.
+        skipped: names or paths of linears that stay dense.
     """
 
     full: bool = False
     packed: Callable[[int], list[int]] | None = None
     ranks: Mapping[str, int] = field(default_factory=dict)
     adapter_itemsize: int = FLOAT32
+    skipped: tuple[str, ...] = ()
+
+    def packs(self, path: str) -> bool:
+        """Whether the linear is stored in 4 bits; as `models/load.py` decides."""
+        return self.packed is not None and not any(f".{skip}." in f".{path}." for skip in self.skipped)
 
 
 class DecodeBuffer:
@@ -62,14 +68,16 @@ class DecodeBuffer:
 
 
 class LinearOnTape:
-    """A linear layer: dense, trained or not, or 4-bit; with an adapter of rank r, or without."""
+    """A linear layer: dense, trained or not, or 4-bit; with an adapter of rank r, or without, by its path in the model."""
 
-    def __init__(self, tape: Tape, linear: Linear, method: Method, run: Runtime, buffer: DecodeBuffer, r: int) -> None:
+    def __init__(
+        self, tape: Tape, path: str, linear: Linear, method: Method, run: Runtime, buffer: DecodeBuffer
+    ) -> None:  # fmt: skip
         self.tape, self.run, self.buffer = tape, run, buffer
-        self.n_in, self.n_out, self.r = linear.in_features, linear.out_features, r
+        self.n_in, self.n_out, self.r = linear.in_features, linear.out_features, method.ranks.get(path, 0)
         n = self.n_in * self.n_out
-        self.packed = method.packed is not None
-        if method.packed is None:
+        self.packed = method.packs(path)
+        if method.packed is None or not self.packed:
             self.parts = [tape.parameter(n, run.itemsize, "weights", method.full)]
         else:
             codes, *constants = method.packed(n)

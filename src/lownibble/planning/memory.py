@@ -133,7 +133,7 @@ def plan_memory(
     trained = list(_trained(shape, method, ranks, size, of_adapter))
     if step is None:
         packed = (lambda n: packed_bytes(n, quant)) if method == "qlora" else None
-        ways = Method(method == "full", packed, ranks, of_adapter)
+        ways = Method(method == "full", packed, ranks, of_adapter, tuple(_skipped(shape, quant)))
         tape = run_step(shape, ways, run, batch, checkpointing=train.gradient_checkpointing, passes=passes)
     else:
         tape = step(method, run, batch, train.gradient_checkpointing, passes)
@@ -187,6 +187,18 @@ def _ranks(shape: ModelShape, lora: LoraConfig) -> dict[str, int]:
         names = ", ".join(sorted({path.rpartition(".")[2] for path, _ in paths(shape)}))
         raise TargetError(f"target_modules {target!r} match no linear module of '{shape.name}'. Candidates: {names}.")
     return found
+
+
+def _skipped(shape: ModelShape, quant: QuantConfig) -> Iterator[str]:
+    """Linears of the layers that stay dense."""
+    for skip in quant.skip_modules:
+        if any(f".{skip}." in f".{path}." for path, _ in paths(shape)):
+            yield skip
+        elif skip != "lm_head":
+            names = ", ".join(sorted({path.rpartition(".")[2] for path, _ in paths(shape)}))
+            raise TargetError(f"skip_modules '{skip}' matches no linear module of '{shape.name}'. Linear modules: {names}.")
+    if not shape.tied and "lm_head" not in quant.skip_modules:
+        raise ConfigError("The planner does not know a quantised head. Leave 'lm_head' in skip_modules to plan without.")
 
 
 def _trained(

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from lownibble.arch import read_shape
+from lownibble.arch import paths, read_shape
 from lownibble.config import LoraConfig, Method, QuantConfig
 from lownibble.errors import InputError
 from lownibble.lora.inject import adapter_configs
@@ -63,13 +63,15 @@ def plan_of(trainer: Trainer) -> tuple[Batch, MemoryPlan]:
         ModelError, ConfigError, TargetError: the planner does not know the model or an option.
     """
     model, train, fit = trainer.model, trainer.config, trainer.fit
-    quantized = next((module for module in model.modules() if isinstance(module, QuantLinear)), None)
-    adapters = adapter_configs(model)
+    shape, adapters = read_shape(model.config.to_dict()), adapter_configs(model)
+    packed = {path.removesuffix(".base"): module for path, module in model.named_modules() if isinstance(module, QuantLinear)}
+    quantized = next(iter(packed.values()), None)
     method: Method = "full" if not adapters else "lora" if quantized is None else "qlora"
     quant = QuantConfig()
     if quantized is not None:
         quant = QuantConfig(
-            quant_type=quantized.quant_type, block_size=quantized.block_size, double_quant=quantized.weight.double_quant
+            quant_type=quantized.quant_type, block_size=quantized.block_size, double_quant=quantized.weight.double_quant,
+            skip_modules=["lm_head", *(path for path, _ in paths(shape) if path not in packed)],
         )  # fmt: skip
     optim = train.optim.removeprefix(PAGED)
     options = train.with_options(
@@ -78,7 +80,7 @@ def plan_of(trainer: Trainer) -> tuple[Batch, MemoryPlan]:
     steps = islice(trainer.micro.steps(), min(STEPS, trainer.total_steps))
     batch = max((shape for rows in steps for shape in trainer.micro.shapes(rows)), key=lambda b: (b.rows * b.length, b.labels))
     return batch, plan_memory(
-        read_shape(model.config.to_dict()), device_of(trainer.device), method, quant=quant,
+        shape, device_of(trainer.device), method, quant=quant,
         lora=next(iter(adapters.values()), LoraConfig()), train=options, dtype=str(model.dtype).removeprefix("torch."),
         batch=batch,
     )  # fmt: skip
