@@ -118,6 +118,28 @@ def test_equals_the_real_step(model_type, method, checkpointing):
 
 
 @needs_kernel
+@pytest.mark.parametrize("checkpointing", [False, True], ids=["", "checkpointing"])
+@pytest.mark.parametrize("method", ["full", "lora"])
+@pytest.mark.parametrize(
+    ("model_type", "sizes", "tolerance"),
+    [
+        ("mixtral", {"num_local_experts": 8, "num_experts_per_tok": 2, "sliding_window": None}, TOLERANCE),
+        ("qwen3_moe", {"num_experts": 16, "moe_intermediate_size": 96, "num_experts_per_tok": 4}, 0.05),
+    ],
+)
+def test_mixtures_of_experts(model_type, sizes, tolerance, method, checkpointing):
+    config = AutoConfig.for_model(model_type, **{**SIZES, **sizes})
+    model, batch = model_of(config, method), Batch(2, 64, 100)
+    if checkpointing:
+        enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+        enable({"use_reentrant": False})
+    weights, peak = measured(model, batch, 1)
+    our_weights, ours = planned(read_shape(config.to_dict()), method, batch, 1, checkpointing)
+    assert our_weights == pytest.approx(weights, abs=1000)
+    assert ours == pytest.approx(peak, rel=tolerance)
+
+
+@needs_kernel
 @pytest.mark.parametrize("method", ["full", "qlora"])
 @pytest.mark.parametrize("batch", [Batch(1, 96, 5), Batch(4, 33, 128), Batch(2, 128, 254)], ids=str)
 def test_other_batches_and_accumulation(method, batch):

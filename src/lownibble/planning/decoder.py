@@ -5,6 +5,8 @@ Names of local variables matter here: a tensor is in use as long as a function's
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from lownibble.arch import ModelShape
 from lownibble.planning import operations as op
 from lownibble.planning.linear import DecodeBuffer, LinearOnTape, Method, Runtime
@@ -35,7 +37,7 @@ class Decoder:
         self.norms = [[self._norm_parameters(hidden) for _ in range(family.norms)] for _ in range(shape.layers)]
         self.qk_norms = [[self._norm_parameters(shape.head_dim) for _ in range(2 * family.qk_norm)] for _ in range(shape.layers)]
         self.last_norm = self._norm_parameters(hidden)
-        self.experts = [self._expert_parameters() for _ in range(shape.layers * family.experts)]
+        self.experts = [each for _ in range(shape.layers * family.experts) for each in self._expert_parameters()]
         self.head = self.embedding if shape.tied else self._parameter(shape.vocab * hidden)
         r = method.ranks.get("lm_head", 0)
         self.head_adapter = [tape.parameter(r * n, method.adapter_itemsize, "adapters", True) for n in (hidden, shape.vocab) if r]
@@ -213,24 +215,51 @@ class Decoder:
         return linears["down_proj"](op.mul(tape, gated, linears["up_proj"](x)))
 
     def _mixture(self, layer: int, x: Value) -> Value:
-        """Frozen experts, all of the layer's tokens sent to theirs at once: an estimate, for the real order follows the data."""
-        tape, shape = self.tape, self.shape
+        """Each token goes to its experts; tokens are sorted by expert, so that all experts are one grouped product."""
+        tape, shape, size = self.tape, self.shape, x.itemsize
+        gate_up, down, router = self.experts[layer * 3 : layer * 3 + 3]
         tokens = x.n // shape.hidden
         sent = tokens * shape.active_experts
-        wide, narrow = sent * shape.expert_ffn, sent * shape.hidden
-        current = self._given(x, narrow, [])
-        gate, up = op.halves(tape, self._given(current, 2 * wide, []))
+        weights, order = self._route(x, router, tokens, sent)
+        current = self._moved(x, sent * shape.hidden, order)
+        gate, up = op.halves(tape, self._grouped(current, gate_up, 2 * sent * shape.expert_ffn))
+        del current
         fed = op.mul(tape, op.activation(tape, gate), up)
-        out = self._given(fed, narrow, [])
-        out = op.scale(tape, out)
-        result = tape.new(x.n, x.itemsize)
-        n, itemsize = out.n, out.itemsize
-        tape.record([result], [out], [], lambda grads, saved: [tape.new(n, itemsize)])
+        del gate, up
+        out = self._grouped(fed, down, sent * shape.hidden)
+        del fed
+        out = op.mul(tape, out, weights)
+        out = self._moved(out, out.n, order)
+        result, n = tape.new(x.n, size), out.n
+        tape.record([result], [out], [], lambda grads, saved: [Value(grads[0].storage, n, size)])  # type: ignore[union-attr]
         return result
 
-    def _given(self, x: Value, n: int, saved: list[Value]) -> Value:
-        """Something of n elements made from x by a frozen operation."""
+    def _route(self, x: Value, router: Value, tokens: int, sent: int) -> tuple[Value, Value]:
+        """Each token's shares of its experts, and the order by experts."""
+        tape, experts = self.tape, self.shape.experts
+        scores = op.cast(tape, self._grouped(x, router, tokens * experts), FLOAT32)
+        shares = op.softmax(tape, scores, FLOAT32)
+        chosen, places = tape.new(sent, FLOAT32), tape.new(sent, INT64)
+        tape.record([chosen], [shares], [places], lambda grads, saved: [tape.new(tokens * experts, FLOAT32)])
+        chosen = op.mul(tape, chosen, tape.new(tokens, FLOAT32))
+        return op.cast(tape, self._moved(chosen, sent, places), x.itemsize), tape.new(sent, INT64)
+
+    def _moved(self, x: Value, n: int, order: Value) -> Value:
+        """Rows of x in another order, some of them several times."""
+        tape, before = self.tape, x.n
+        out = tape.new(n, x.itemsize)
+        itemsize = x.itemsize
+        tape.record([out], [x], [order], lambda grads, _: [tape.new(before, itemsize)])
+        return out
+
+    def _grouped(self, x: Value, weight: Value, n: int) -> Value:
+        """A product of n elements with all experts' weights, or the router's."""
         tape, before, itemsize = self.tape, x.n, x.itemsize
         out = tape.new(n, itemsize)
-        tape.record([out], [x], saved, lambda grads, _: [tape.new(before, itemsize)])
+        wants_x, wants_weight = x.wants_grad, weight.trained
+
+        def backward(grads: list[Value | None], saved: list[Value]) -> Sequence[Value | None]:
+            return [tape.new(before, itemsize) if wants_x else None, tape.like(weight) if wants_weight else None]
+
+        tape.record([out], [x, weight], [*[weight] * wants_x, *[x] * wants_weight], backward)
         return out
