@@ -82,10 +82,11 @@ class Decoder:
         del mask
         return self._norm(hidden, self.last_norm)
 
+    def _masked(self, length: int) -> bool:
+        return self.shape.softcap or (self.shape.window is not None and self.shape.window < length)
+
     def _mask(self, length: int) -> Value | None:
-        shape = self.shape
-        masked = shape.softcap or (shape.window is not None and shape.window < length)
-        return self.tape.new(length * length, BOOL) if masked else None
+        return self.tape.new(length * length, BOOL) if self._masked(length) else None
 
     def _angles(self, length: int, size: int) -> tuple[Value, Value]:
         tape, n = self.tape, length * self.shape.rotary_dim
@@ -151,6 +152,9 @@ class Decoder:
         elif self.run.kernel_attention and shape.window is None:
             out = op.attention(tape, query, key, value, query.n // shape.head_dim)
         else:
+            length = query.n // (shape.heads * shape.head_dim * rows)
+            if self._masked(length) and shape.key_heads != shape.heads:  # with a mask, keys and values are repeated
+                key, value = (op.concatenate(tape, [each] * (shape.heads // shape.key_heads)) for each in (key, value))
             out = self._torchs_attention(query, key, value)
         return linears[shape.family.linears[1 if shape.family.fused else 3]](out)
 
