@@ -4,6 +4,8 @@ Each setting runs twice, in a process of its own. Once with torch's profiler, wh
 allocator, also inside operations; their running sum from before the model is loaded is what is allocated, and its highest value
 during the first two steps is the peak. Once without it, for the process: the highest resident set during those steps. Every
 row is cut at `max_length`, so every batch is as large as the planner takes it to be.
+
+How long a plan takes is the time of the whole command, Python's start included.
 """
 
 from __future__ import annotations
@@ -11,8 +13,10 @@ from __future__ import annotations
 import json
 import multiprocessing
 import statistics
+import subprocess
 import sys
 import tempfile
+import time
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -42,6 +46,15 @@ SETTINGS = (
 )  # fmt: skip
 
 
+COMMANDS = {
+    "7B on one GPU: all methods, with the largest batch and row": "plan llama-2-7b --gpu rtx-4090 --batch-size 1",
+    "7B on all GPUs": "plan llama-2-7b --batch-size 1",
+    "65B QLoRA": "plan llama-65b --gpu h200 --method qlora --batch-size 1 --max-length 512",
+    "65B QLoRA, traced": "plan llama-65b --gpu h200 --method qlora --batch-size 1 --max-length 512 --exact",
+}
+"""What is timed, and the command. On an H200 the first setting fits, so one step is traced."""
+
+
 def bench_plan(*, peers: bool = False, repeats: int = 1) -> dict[str, Any]:
     """Plan and run every setting.
 
@@ -57,16 +70,26 @@ def bench_plan(*, peers: bool = False, repeats: int = 1) -> dict[str, Any]:
         runs = [_compare(setting.with_options(data=setting.data.with_options(path=str(data)))) for setting in SETTINGS]
     errors = [abs(run["allocated_error"]) for run in runs]
     shares = [(run["process_bytes"] - run["allocated_bytes"]) / 2**20 for run in runs]
+    seconds = {name: _seconds(command) for name, command in COMMANDS.items()}
     return {
         "workload": {"model": "demo", "settings": len(runs)},
         "runs": runs,
+        "commands": COMMANDS,
+        "seconds": seconds,
         "headlines": {
             "allocated, median error": statistics.median(errors),
             "allocated, worst error": max(errors),
             "process, runs within the interval": f"{sum(run['process_within'] for run in runs)} of {len(runs)}",
             "process less allocated, MiB, least and most": f"{min(shares):.0f} to {max(shares):.0f}",
+            **{f"seconds: {name}": each for name, each in seconds.items()},
         },
     }
+
+
+def _seconds(command: str) -> float:
+    began = time.perf_counter()
+    subprocess.run([sys.executable, "-m", "lownibble.cli.main", *command.split()], check=True, capture_output=True)
+    return time.perf_counter() - began
 
 
 def _compare(config: RunConfig) -> dict[str, Any]:

@@ -93,7 +93,7 @@ class _Way(NamedTuple):
     dtype: str
 
 
-_SIZES = ((1, 128), (4, 512), (16, 512))
+_SIZES = ((1, 128), (16, 512))
 _RANKS = (8, 64)
 
 
@@ -107,14 +107,14 @@ def _ways(claim: Mapping[str, Any], method: Method) -> Iterator[_Way]:
 
 
 def _usual(claim: Mapping[str, Any], way: _Way) -> Iterator[tuple[TrainConfig, LoraConfig]]:
-    """The usual sizes and ranks that a statement leaves open, from the smallest to the largest."""
-    sizes = dict.fromkeys((claim.get("batch_size", rows), claim.get("max_length", length)) for rows, length in _SIZES)
-    for rows, length in sizes:
-        for r in (claim["r"],) if "r" in claim else _RANKS:
-            train = TrainConfig(
-                batch_size=rows, max_length=length, gradient_checkpointing=way.gradient_checkpointing, optim=way.optim
-            )  # fmt: skip
-            yield train, LoraConfig(r=r, target_modules=claim.get("target_modules", "all-linear"))
+    """The smallest and the largest of the usual sizes and ranks that a statement leaves open; what lies between them is between
+    them in all that is judged."""
+    for (rows, length), r in dict.fromkeys(zip(_SIZES, _RANKS, strict=True)):
+        train = TrainConfig(
+            batch_size=claim.get("batch_size", rows), max_length=claim.get("max_length", length),
+            gradient_checkpointing=way.gradient_checkpointing, optim=way.optim,
+        )  # fmt: skip
+        yield train, LoraConfig(r=claim.get("r", r), target_modules=claim.get("target_modules", "all-linear"))
 
 
 def _plan(claim: Mapping[str, Any], method: Method, way: _Way, train: TrainConfig, lora: LoraConfig) -> MemoryPlan:
