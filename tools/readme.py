@@ -138,6 +138,49 @@ def memory() -> str:
     return "\n".join(lines) + f"\n\n{last}\n\n({_where(record)}; `benchmarks/results/memory-cpu.json`)"
 
 
+def plan() -> str:
+    """Planned and measured memory."""
+    record = _record("plan-cpu")
+    columns = ["run", "allocated GB", "planned", "process GB", "planned"]
+    lines = [f"| {' | '.join(columns)} |", "| --- | ---: | ---: | ---: | ---: |"]
+    for run in record["runs"]:
+        parts = [
+            f"{run['method']} {run['batch_size']} x {run['max_length']}",
+            *[f"r {run['r']}"] * (run["method"] != "full" and run["r"] != 16),
+            *["checkpointing"] * run["gradient_checkpointing"],
+            *["packed"] * run["packing"],
+            *[run["optim"]] * (run["optim"] != "adamw"),
+            *[f"accumulation {run['gradient_accumulation_steps']}"] * (run["gradient_accumulation_steps"] != 1),
+        ]
+        allocated, process = run["allocated_bytes"] / 1e9, run["process_bytes"] / 1e9
+        cells = [", ".join(parts), f"{allocated:.3f}", f"{run['allocated_error']:+.2%}", f"{process:.3f}"]
+        lines.append(f"| {' | '.join(cells)} | {run['process_error']:+.1%} |")
+    found = record["headlines"]
+    summary = (
+        f"Allocated: median error {found['allocated, median error']:.2%}, worst {found['allocated, worst error']:.2%}. Process: "
+        f"{found['process, runs within the interval']} within the interval."
+    )
+    seconds = "; ".join(f"{name} {each:.2f}" for name, each in record["seconds"].items())
+    summary += f"\n\nSeconds of a plan, Python's start included: {seconds}."
+    return "\n".join(lines) + f"\n\n{summary}\n\n({_where(record)}; `benchmarks/results/plan-cpu.json`)"
+
+
+def published() -> str:
+    """Plans beside published peaks."""
+    record = _record("published")
+    lines = [
+        "| run | figure | published GB | planned | assumed | what is known of the error |",
+        "| --- | --- | ---: | ---: | --- | --- |",
+    ]
+    for row in record["rows"]:
+        cells = [
+            f"{row['text']} ({row['source']})", row["figure"], f"{row['published_bytes'] / 1e9:.2f}", f"{row['error']:+.1%}",
+            row["assumed"] or "nothing", row["why"],
+        ]  # fmt: skip
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n\n(`benchmarks/results/published.json`)"
+
+
 def paging() -> str:
     """AdamW's states paged."""
     record = _record("paging-cpu")
@@ -164,6 +207,8 @@ SECTIONS: dict[str, Callable[[], str]] = {
     "train-real": train_real,
     "decode": decode,
     "quality": quality,
+    "plan": plan,
+    "published": published,
     "memory": memory,
     "paging": paging,
     "faults": faults,

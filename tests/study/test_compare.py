@@ -49,6 +49,13 @@ def test_compare_runs_each_method_writes_its_files_and_resumes(tiny_model, tiny_
     assert "<svg" in page
     table = markdown(result["methods"]).splitlines()
     assert all(line.count("|") == 5 for line in table)  # a column a method, and the names
+    [planned] = [line for line in table if "planned" in line]
+    for summary in result["methods"]:
+        error = f"({summary['planned']['error']:+.0%})"
+        assert error in planned
+        assert error in page
+        quality = result["advice"]["quality"]
+    assert set(quality) == {"lora_vs_full", "qlora_vs_full", "qlora_vs_lora"}
     with pytest.raises(OutputError, match="holds another run"):
         compare(config)
     again = compare(config.with_options(train=config.train.with_options(resume=True)))
