@@ -52,12 +52,14 @@ def calibrate(config: PlanConfig) -> dict[str, Any]:
         ConfigError: no method's steps fit here, or another device was asked for.
     """
     torch_device = pick_device()
-    name = "cpu" if torch_device.type == "cpu" else hardware.known_as(torch.cuda.get_device_name(torch_device))
-    if config.gpu not in ("all", name):
-        raise ConfigError(f"--calibrate measures the device that is here: --gpu {name}. Got '{config.gpu}'.")
     device, contents = device_of(torch_device), find_config(config.model)
+    name = "cpu" if torch_device.type == "cpu" else hardware.known_as(device.name)
     known = calibration.calibrated(hardware.device(name) if name == "cpu" or name in hardware.names() else device)
     flops, bandwidth = known.flops or _product(torch_device), known.bandwidth or _copy(torch_device)
+    if known is device:  # a GPU that is not in the table goes by its figures
+        name = f"memory={device.memory_bytes / 2**30:.1f},bandwidth={bandwidth / 1e9:.0f},tflops={flops / 1e12:.0f}"
+    if config.gpu not in ("all", name):
+        raise ConfigError(f"--calibrate measures the device that is here: --gpu {name}. Got '{config.gpu}'.")
     methods = METHODS if config.method == "all" else (config.method,)
     measured = {}
     for method in methods:
