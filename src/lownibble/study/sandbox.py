@@ -1,9 +1,9 @@
 """Running programs that a model wrote: each in a locked process of its own, for pass@1.
 
 What a program can do is in `sandboxed.py`: compute, and read files. From here the process gets an empty folder, no environment,
-no terminal, and a time after which it is killed. A program passes if it comes to its end: the process then says a token that it was
-given and the program was not, so that leaving early is no way to pass (a program that goes looking for the token in the frames
-above its own could cheat the score, not the machine). What it prints is thrown away.
+no terminal, and a time after which it is killed. A program passes if it comes to its end: the process then says a token that it
+was given and the program was not, so that leaving early is no way to pass (a program that goes looking for the token in the
+frames above its own could cheat the score, not the machine). What it prints is thrown away.
 """
 
 from __future__ import annotations
