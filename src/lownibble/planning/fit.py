@@ -104,11 +104,14 @@ def largest(least: int, most: int, limit: int, need: Callable[[int], int]) -> in
         tried = min(max(tried, fits + 1), fails - 1)
         at_tried = need(tried)
         slope = max(1.0, abs(at_tried - needed) / abs(tried - fits))
-        if at_tried <= limit:
+        on_the_way = at_tried <= limit
+        if on_the_way:
             fits, needed = tried, at_tried
         else:
             fails = tried
         tried = fits + int((limit - needed) / slope)
+        if on_the_way and tried - fits <= fits // PRECISION:
+            break  # by the line through two values that fit there is no more to be had
     return fits
 
 
