@@ -1,0 +1,82 @@
+"""What a study can ask of a model: kinds of tasks, with the columns that their rows have, their templates and their metrics.
+
+A kind says how a row becomes prompt and completion, and how an answer is scored: by 'likelihood' (the most probable of the labels
+wins), by 'generation' (the model writes an answer to the prompt, which is scored against the reference) or by 'loss' (perplexity
+of completions). Templates of the study file win over those of the kind.
+"""
+
+from __future__ import annotations
+
+from typing import Literal, NamedTuple
+
+from lownibble.config import DataConfig
+from lownibble.data import Dataset
+from lownibble.errors import DataError
+
+
+class Kind(NamedTuple):
+    """A kind of task.
+
+    Attributes:
+        columns: that every row has. scored_by: see above. metrics: their names, the main one first; more is better, but not of
+            'perplexity'.
+        max_new_tokens: of an answer that is written. stop: where such an answer ends.
+    """
+
+    columns: tuple[str, ...]
+    scored_by: Literal["likelihood", "generation", "loss"]
+    metrics: tuple[str, ...]
+    prompt_template: str | None = None
+    completion_template: str | None = None
+    max_new_tokens: int = 0
+    stop: str = ""
+
+
+KINDS: dict[str, Kind] = {
+    "classification": Kind(
+        ("text", "label"), "likelihood", ("accuracy", "label_probability"), "{text}\nLabel:", " {label}"
+    ),
+    "nli": Kind(
+        ("premise", "hypothesis", "label"), "likelihood", ("accuracy", "label_probability"),
+        "Premise: {premise}\nHypothesis: {hypothesis}\nLabel:", " {label}",
+    ),
+    "question-answering": Kind(
+        ("context", "question", "answer"), "generation", ("f1", "exact_match"),
+        "{context}\nQuestion: {question}\nAnswer:", " {answer}", 32, "\n",
+    ),
+    "summarisation": Kind(
+        ("document", "summary"), "generation", ("rougeL", "rouge1", "rouge2"), "{document}\nSummary:", " {summary}", 64, "\n"
+    ),
+    "code": Kind(
+        ("prompt", "completion", "tests", "setup"), "generation", ("pass@1",), "{prompt}\n", "{completion}", 256, "\n\n\n"
+    ),
+    "instruction": Kind(("messages",), "loss", ("perplexity",)),
+    "language-modelling": Kind(("text",), "loss", ("perplexity",)),
+}  # fmt: skip
+
+
+def with_templates(kind: str, data: DataConfig) -> DataConfig:
+    """The data with the kind's templates, where it has none of its own. The demo brings its own."""
+    found = KINDS[kind]
+    if found.prompt_template is None or data.prompt_template is not None or data.path == "demo":
+        return data
+    changed: DataConfig = data.with_options(
+        prompt_template=found.prompt_template, completion_template=found.completion_template
+    )  # fmt: skip
+    return changed
+
+
+def check_columns(task: str, kind: str, data: Dataset) -> None:
+    """Compare the rows' columns with those of the kind.
+
+    Raises:
+        DataError: some are missing; says what was found and what is expected.
+    """
+    expected = KINDS[kind].columns
+    for row in data.rows:
+        missing = [column for column in expected if column not in row.fields]
+        if missing:
+            raise DataError(
+                f"{row.origin}: the task '{task}' ({kind}) lacks {', '.join(missing)}. Expected: {', '.join(expected)}. Found: "
+                f"{', '.join(row.fields) or 'nothing'}."
+            )

@@ -1,0 +1,134 @@
+"""Study files. Oracle: the cells worked out by hand, and what must and must not change a cell's name."""
+
+import pytest
+
+from lownibble.config import DataConfig
+from lownibble.data.rows import Dataset, Row
+from lownibble.errors import ConfigError, DataError
+from lownibble.study.spec import cells, read_study, tuning_cells
+from lownibble.study.tasks import KINDS, check_columns, with_templates
+
+STUDY = """
+name = "first"
+seeds = [3, 1]
+learning_rates = [1e-4, 1e-3]
+[models]
+small = "demo"
+[methods]
+full = { method = "full", train = { learning_rate = 5e-5 } }
+qlora-r4 = { method = "qlora", lora = { r = 4 }, quant = { block_size = 128 } }
+[tasks]
+sentiment = { kind = "classification", data = "demo" }
+inference = { kind = "nli", data = "rows", train = { max_length = 128 } }
+[train]
+max_steps = 40
+max_length = 256
+"""
+
+
+@pytest.fixture
+def study(tmp_path):
+    def write(text=STUDY, **replaced):
+        for old, new in replaced.items():
+            assert old in text
+            text = text.replace(old, new)
+        (tmp_path / "study.toml").write_text(text)
+        return tmp_path / "study.toml"
+
+    return write
+
+
+def test_the_cells_are_all_combinations(study):
+    found = list(cells(read_study(study())))
+    assert [(c.method, c.task, c.seed) for c in found] == [
+        (method, task, seed) for task in ("sentiment", "inference") for method in ("full", "qlora-r4") for seed in (3, 1)
+    ]
+    assert len({cell.digest for cell in found}) == len(found)
+
+
+def test_settings_of_a_method_win_over_a_task_over_all(study):
+    by_name = {(c.method, c.task): c.config for c in cells(read_study(study()))}
+    assert by_name["full", "sentiment"].train.learning_rate == 5e-5
+    assert by_name["full", "sentiment"].train.max_length == 256
+    assert by_name["full", "inference"].train.max_length == 128
+    assert by_name["full", "inference"].train.max_steps == 40
+    assert by_name["qlora-r4", "inference"].lora.r == 4
+    assert by_name["qlora-r4", "inference"].quant.block_size == 128
+    assert by_name["qlora-r4", "inference"].method == "qlora"
+    assert by_name["qlora-r4", "inference"].data.prompt_template == KINDS["nli"].prompt_template
+    assert by_name["qlora-r4", "sentiment"].data.prompt_template is None  # the demo brings its own
+
+
+def test_the_grid_is_run_at_a_seed_of_its_own_and_what_it_found_wins(study):
+    spec = read_study(study())
+    grid = list(tuning_cells(spec))
+    assert [(c.method, c.task, c.config.train.learning_rate) for c in grid[:2]] == [
+        ("full", "sentiment", 1e-4), ("full", "sentiment", 1e-3)
+    ]  # fmt: skip
+    assert {c.seed for c in grid} == {1000}
+    assert len(grid) == 8
+    rates = {(c.model, c.method, c.task): 0.25 for c in grid}
+    assert {c.config.train.learning_rate for c in cells(spec, rates)} == {0.25}
+
+
+def test_a_cell_is_named_by_what_decides_its_result(study):
+    def digests(**replaced):
+        return [cell.digest for cell in cells(read_study(study(**replaced)))]
+
+    before = digests()
+    assert digests(first="second", small="tiny") == before  # names of things
+    assert digests(**{"max_steps = 40": 'max_steps = 40\noutput_dir = "x"\nreport_to = "tensorboard"'}) == before
+    for replaced in (
+        {"max_steps = 40": "max_steps = 41"}, {"r = 4": "r = 8"}, {'data = "rows"': 'data = "other"'}, {"[3, 1]": "[4, 2]"},
+    ):  # fmt: skip
+        assert set(digests(**replaced)) != set(before), replaced
+    assert sorted(digests(**{"[3, 1]": "[1, 3]"})) == sorted(before)
+
+
+def test_paths_are_beside_the_file(study, tmp_path):
+    (tmp_path / "rows").mkdir()
+    found = {c.task: c.config.data.path for c in cells(read_study(study()))}
+    assert found == {"sentiment": "demo", "inference": str(tmp_path / "rows")}
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "words"),
+    [
+        ("seeds = [3, 1]", "seed = [3, 1]", "Did you mean 'seeds'"),
+        ("seeds = [3, 1]", "seeds = [3, 3]", "distinct"),
+        ("seeds = [3, 1]", "seeds = []", "seeds"),
+        ("seeds = [3, 1]", "seeds = [1000]", "tuning_seed"),
+        ('"classification"', '"clasification"', "Did you mean 'classification'"),
+        ('method = "full"', 'method = "lara"', "method"),
+        ("lora = { r = 4 }", "lora = { rank = 4 }", "small x qlora-r4"),
+        ("max_steps = 40", "max_stpes = 40", "max_stpes"),
+        ("block_size = 128", "block_size = 100", "block_size"),
+        ('[models]\nsmall = "demo"', "[models]", "models"),
+        ("[train]", "[trian]", "Did you mean 'train'"),
+        ("name = ", "name == ", "TOML"),
+    ],
+)
+def test_bad_files_are_refused_with_what_to_do(study, old, new, words):
+    with pytest.raises(ConfigError, match=words):
+        read_study(study(**{old: new}))
+
+
+def test_missing_columns_say_what_was_found_and_what_is_expected():
+    rows = [Row({"context": "c", "question": "q", "reply": "a"}, "rows.jsonl:1")]
+    words = (
+        r"rows.jsonl:1: the task 'qa' \(question-answering\) lacks answer. Expected: context, question, answer. Found: context, "
+    )
+    with pytest.raises(DataError, match=words):
+        check_columns("qa", "question-answering", Dataset("rows", rows))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_templates_use_the_columns_that_are_checked(kind):
+    found = KINDS[kind]
+    data = with_templates(kind, DataConfig(path="rows.jsonl"))
+    assert data.prompt_template == found.prompt_template
+    own = DataConfig(path="rows.jsonl", prompt_template="{x}", completion_template="{y}")
+    assert with_templates(kind, own) == own
+    if found.prompt_template is not None:
+        row = dict.fromkeys(found.columns, "value")
+        assert "{" not in found.prompt_template.format(**row) + found.completion_template.format(**row)
