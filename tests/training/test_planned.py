@@ -46,7 +46,8 @@ def test_shapes_are_those_of_the_batches(config, packing, max_tokens):
     micro.max_tokens = max_tokens
     for _, rows in zip(range(10), micro.steps(), strict=False):
         made = [Batch(*batch.input_ids.shape, batch.n_label_tokens) for batch in micro.batches(rows)]
-        assert micro.shapes(rows) == made
+        assert [micro.shape(batch) for batch in micro.dealt(rows)] == made
+        assert [micro.tokens(batch) for batch in micro.dealt(rows)] == [shape.rows * shape.length for shape in made]
 
 
 @pytest.mark.parametrize("method", ["full", "lora", "qlora"])

@@ -48,18 +48,19 @@ class MicroBatches:
 
     def batches(self, rows: Rows) -> list[Batch]:
         """The forward passes of a step."""
-        return [self.batch(batch) for batch in self._dealt(rows)]
+        return [self.batch(batch) for batch in self.dealt(rows)]
 
-    def shapes(self, rows: Rows) -> list[Shape]:
-        """The sizes of the forward passes of a step."""
-        found = []
-        for batch in self._dealt(rows):
-            lengths = [len(row.input_ids) for row in batch]
-            sides = (1, sum(lengths)) if self.pack_to is not None else (len(batch), max(lengths))
-            found.append(Shape(*sides, sum(sum(row.is_label[1:]) for row in batch)))
-        return found
+    def tokens(self, batch: list[Example]) -> int:
+        """Of a forward pass over these rows, padding included."""
+        lengths = [len(row.input_ids) for row in batch]
+        return sum(lengths) if self.pack_to is not None else len(batch) * max(lengths)
 
-    def _dealt(self, rows: Rows) -> Rows:
+    def shape(self, batch: list[Example]) -> Shape:
+        """The sizes of a forward pass over these rows."""
+        rows = 1 if self.pack_to is not None else len(batch)
+        return Shape(rows, self.tokens(batch) // rows, sum(sum(row.is_label[1:]) for row in batch))
+
+    def dealt(self, rows: Rows) -> Rows:
         """The rows of each forward pass of a step."""
         if self.max_tokens is None:
             return rows

@@ -78,7 +78,7 @@ def plan_of(trainer: Trainer) -> tuple[Batch, MemoryPlan]:
         optim=f"{PAGED}{optim}" if fit.paged else optim, gradient_checkpointing=fit.gradient_checkpointing
     )  # fmt: skip
     steps = islice(trainer.micro.steps(), min(STEPS, trainer.total_steps))
-    batch = max((shape for rows in steps for shape in trainer.micro.shapes(rows)), key=lambda b: (b.rows * b.length, b.labels))
+    batch = trainer.micro.shape(max((rows for step in steps for rows in trainer.micro.dealt(step)), key=trainer.micro.tokens))
     return batch, plan_memory(
         shape, device_of(trainer.device), method, quant=quant,
         lora=next(iter(adapters.values()), LoraConfig()), train=options, dtype=str(model.dtype).removeprefix("torch."),

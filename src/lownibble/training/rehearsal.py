@@ -73,7 +73,7 @@ def _chosen(trainer: Trainer) -> list[tuple[int, Rows]]:
     steps = list(islice(enumerate(trainer.micro.steps()), min(planned.STEPS, trainer.total_steps)))
 
     def largest(step: tuple[int, Rows]) -> int:
-        return max(shape.rows * shape.length for shape in trainer.micro.shapes(step[1]))
+        return max(trainer.micro.tokens(rows) for rows in trainer.micro.dealt(step[1]))
 
     first, most = steps[:STEPS], max(steps, key=largest)
     return first if most in first else [*first, most]
