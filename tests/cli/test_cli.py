@@ -149,8 +149,8 @@ def test_plan_says_what_fits_where():
 
 
 @pytest.mark.parametrize("gpu", ["all", "rtx-4090", "cpu", "memory=24,bandwidth=1000,tflops=165"])
-def test_plan_shows_a_table_and_for_one_device_bars(gpu):
-    code, out, err = lownibble_("plan", "--gpu", gpu, "--tokens", 10**6, env={"COLUMNS": "200"})
+def test_plan_shows_a_table_and_for_one_device_bars(gpu, tmp_path):
+    code, out, err = lownibble_("plan", "--gpu", gpu, "--tokens", 10**6, "--records", tmp_path, env={"COLUMNS": "200"})
     assert code == 0, err
     assert "demo: 0.13B parameters, batch 8 x 512" in out
     assert ("█" in out) == (gpu != "all")
