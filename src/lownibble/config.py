@@ -228,6 +228,10 @@ def _path_means_data(value: Any) -> Any:
     return {"path": value} if isinstance(value, str) else value
 
 
+Data = Annotated[DataConfig, BeforeValidator(_path_means_data)]
+"""A data set with its options, or its path alone."""
+
+
 class _Model(Options):
     """What every run and plan shares: the model and how it is adapted and trained."""
 
@@ -245,7 +249,7 @@ class _Subject(_Model):
     """What every run shares besides: the device and the data."""
 
     device: str = Field("auto", description="auto, cpu, cuda or cuda:N")
-    data: Annotated[DataConfig, BeforeValidator(_path_means_data)] = DataConfig()
+    data: Data = DataConfig()
 
 
 class RunConfig(_Subject):
@@ -264,7 +268,7 @@ class CompareConfig(_Subject):
     """The same model and data with several methods, side by side (`lownibble compare`)."""
 
     methods: list[Method] = Field(["lora", "qlora"], min_length=1, description="methods to compare, in this order")
-    data: Annotated[DataConfig, BeforeValidator(_path_means_data)] = DataConfig(max_eval_rows=256)
+    data: Data = DataConfig(max_eval_rows=256)
     train: TrainConfig = COMPARE_TRAIN
 
     @model_validator(mode="after")
@@ -287,7 +291,7 @@ class PlanConfig(_Model):
         "float32", description="dtype of the adapters, their gradients and optimiser states; Lownibble trains in float32"
     )
     tokens: Annotated[int, Ge(1)] | None = Field(None, description="tokens to train on, for hours and dollars")
-    data: Annotated[DataConfig, BeforeValidator(_path_means_data)] = DataConfig(path="none")
+    data: Data = DataConfig(path="none")
     records: str | None = Field(
         None, description="folder with records of 'compare', which the recommendation goes by; default: runs, if it is there"
     )

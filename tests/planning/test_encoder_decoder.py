@@ -2,17 +2,13 @@
 
 import pytest
 import torch
-from test_step import packed, peak_of_events
+from test_step import as_trained, checkpoint, packed, peak_of_events
 from torch.profiler import ProfilerActivity, profile
 from transformers import AutoConfig, AutoModelForSeq2SeqLM
 
 from lownibble.arch import paths, read_shape
-from lownibble.config import LoraConfig, QuantConfig
-from lownibble.lora import add_lora
-from lownibble.models.load import quantizable
 from lownibble.planning.linear import Method, Runtime
 from lownibble.planning.step import Batch, run_step
-from lownibble.quant import QuantLinear
 from lownibble.training.loss import Head, _LabelLoss
 
 SIZES = {
@@ -27,12 +23,7 @@ place: they weigh in a model as small as this."""
 def model_of(config, method):
     torch.manual_seed(0)
     model = AutoModelForSeq2SeqLM.from_config(config, attn_implementation="sdpa").train()
-    if method == "qlora":
-        for path in quantizable(model, QuantConfig()):
-            parent, _, name = path.rpartition(".")
-            owner = model.get_submodule(parent)
-            setattr(owner, name, QuantLinear.from_linear(getattr(owner, name)))
-    return model if method == "full" else add_lora(model, LoraConfig())
+    return as_trained(model, method)
 
 
 def measured(model, batch):
@@ -80,8 +71,7 @@ def test_equals_the_real_step(method, activation, dropout, checkpointing):
     config = AutoConfig.for_model("t5", **SIZES, feed_forward_proj=activation, dropout_rate=dropout)
     model, batch = model_of(config, method), Batch(2, 96, 128)
     if checkpointing:
-        enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
-        enable({"use_reentrant": False})
+        checkpoint(model)
     weights, peak = measured(model, batch)
     our_weights, ours = planned(read_shape(config.to_dict()), method, batch, checkpointing)
     assert our_weights == pytest.approx(weights, abs=1000)

@@ -41,12 +41,32 @@ needs_kernel = pytest.mark.skipif(
 def model_of(config, method, attention="sdpa"):
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config, attn_implementation=attention).train()
+    return as_trained(model, method)
+
+
+def as_trained(model, method):
     if method == "qlora":
         for path in quantizable(model, QuantConfig()):
             parent, _, name = path.rpartition(".")
             owner = model.get_submodule(parent)
             setattr(owner, name, QuantLinear.from_linear(getattr(owner, name)))
     return model if method == "full" else add_lora(model, LoraConfig())
+
+
+def checkpoint(model):
+    """Compute activations again in backward; transformers 5.23 renamed the call."""
+    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    enable({"use_reentrant": False})
+
+
+def assert_planned(config, model, method, batch, checkpointing, tolerance):
+    """The planner's weights and highest bytes are those of the real step."""
+    if checkpointing:
+        checkpoint(model)
+    weights, peak = measured(model, batch, 1)
+    our_weights, ours = planned(read_shape(config.to_dict()), method, batch, 1, checkpointing)
+    assert our_weights == pytest.approx(weights, abs=1000)
+    assert ours == pytest.approx(peak, rel=tolerance)
 
 
 def measured(model, batch, passes):
@@ -108,13 +128,7 @@ def test_the_head_is_cut_into_the_chunks_of_the_loss():
 def test_equals_the_real_step(model_type, method, checkpointing):
     config = AutoConfig.for_model(model_type, **{**SIZES, **MORE.get(model_type, {})})
     model, batch = model_of(config, method), Batch(2, 64, 100)
-    if checkpointing:
-        enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
-        enable({"use_reentrant": False})
-    weights, peak = measured(model, batch, 1)
-    our_weights, ours = planned(read_shape(config.to_dict()), method, batch, 1, checkpointing)
-    assert our_weights == pytest.approx(weights, abs=1000)
-    assert ours == pytest.approx(peak, rel=TOLERANCE)
+    assert_planned(config, model, method, batch, checkpointing, TOLERANCE)
 
 
 @needs_kernel
@@ -130,13 +144,7 @@ def test_equals_the_real_step(model_type, method, checkpointing):
 def test_mixtures_of_experts(model_type, sizes, tolerance, method, checkpointing):
     config = AutoConfig.for_model(model_type, **{**SIZES, **sizes})
     model, batch = model_of(config, method), Batch(2, 64, 100)
-    if checkpointing:
-        enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
-        enable({"use_reentrant": False})
-    weights, peak = measured(model, batch, 1)
-    our_weights, ours = planned(read_shape(config.to_dict()), method, batch, 1, checkpointing)
-    assert our_weights == pytest.approx(weights, abs=1000)
-    assert ours == pytest.approx(peak, rel=tolerance)
+    assert_planned(config, model, method, batch, checkpointing, tolerance)
 
 
 @pytest.mark.parametrize("checkpointing", [False, True], ids=["", "checkpointing"])
@@ -152,13 +160,7 @@ def test_windows_and_caps(model_type, sizes, tolerance, method, checkpointing, m
     config = AutoConfig.for_model(model_type, **{**SIZES, **sizes})
     model, batch = model_of(config, method, "eager" if model_type == "gemma2" else "sdpa"), Batch(2, 64, 100)
     monkeypatch.setitem(globals(), "segment_attention", nullcontext)  # as a run does where `check_rows` finds an obstacle
-    if checkpointing:
-        enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
-        enable({"use_reentrant": False})
-    weights, peak = measured(model, batch, 1)
-    our_weights, ours = planned(read_shape(config.to_dict()), method, batch, 1, checkpointing)
-    assert our_weights == pytest.approx(weights, abs=1000)
-    assert ours == pytest.approx(peak, rel=tolerance)
+    assert_planned(config, model, method, batch, checkpointing, tolerance)
 
 
 @needs_kernel

@@ -90,11 +90,11 @@ class EncoderDecoder:
         self, layer: Layer, weights: list[Value], x: Value, bias: Value, cross: Value | None, read: Value | None, rows: int,
         length: int, sources: int,
     ) -> Value:  # fmt: skip
-        x = self._attend(layer, "layer.0.SelfAttention", x, x, self._norm(x, weights[0]), None, bias, rows, length, length)
+        x = self._attend(layer, "layer.0.SelfAttention", x, self._norm(x, weights[0]), None, bias, rows, length, length)
         if read is not None:
             assert cross is not None
             normed = self._norm(x, weights[1])
-            x = self._attend(layer, "layer.1.EncDecAttention", x, x, normed, read, cross, rows, length, sources)
+            x = self._attend(layer, "layer.1.EncDecAttention", x, normed, read, cross, rows, length, sources)
         return self._feed(layer, f"layer.{1 if read is None else 2}.DenseReluDense", x, self._norm(x, weights[-1]))
 
     def _norm(self, x: Value, weight: Value) -> Value:
@@ -105,7 +105,7 @@ class EncoderDecoder:
         return op.mul(tape, weight, op.cast(tape, hidden, x.itemsize))
 
     def _attend(
-        self, layer: Layer, name: str, residual: Value, x: Value, normed: Value, read: Value | None, bias: Value, rows: int,
+        self, layer: Layer, name: str, residual: Value, normed: Value, read: Value | None, bias: Value, rows: int,
         length: int, sources: int,
     ) -> Value:  # fmt: skip
         tape, shape, run = self.tape, self.shape, self.run
@@ -116,12 +116,12 @@ class EncoderDecoder:
         if run.cuda or (shape.dropout == 0 and not bias.wants_grad):
             out = op.attention(tape, query, key, value, rows * shape.heads * length, [mask] * run.cuda)
         else:
-            out = self._plain_attention(query, key, value, mask, bias, rows * shape.heads * length * sources)
+            out = self._plain_attention(query, key, value, bias, rows * shape.heads * length * sources)
         del mask, query, key, value
         out = layer[f"{name}.o"](out if run.cuda else op.shift(tape, out))  # on a CPU copied, tokens first
         return op.add(tape, residual, op.dropout(tape, out, shape.dropout, run.cuda))
 
-    def _plain_attention(self, query: Value, key: Value, value: Value, mask: Value, bias: Value, pairs: int) -> Value:
+    def _plain_attention(self, query: Value, key: Value, value: Value, bias: Value, pairs: int) -> Value:
         """Scores of all pairs of tokens; the mask is added in place, and its gradient summed over rows."""
         tape, shape = self.tape, self.shape
         scores = op.matmul(tape, op.scale(tape, query), op.scale(tape, key), pairs)

@@ -17,7 +17,6 @@ import subprocess
 import sys
 import tempfile
 from datetime import datetime
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +30,7 @@ from lownibble.lora import plan
 from lownibble.models import load_tokenizer, pick_device, resolve, skeleton
 from lownibble.study import advice, report
 from lownibble.study.paired import paired_speed
+from lownibble.study.stats import crossing
 from lownibble.study.worker import failed
 from lownibble.training import record
 
@@ -169,16 +169,7 @@ def add_steps_to_target(summaries: list[dict[str, Any]], runs: list[dict[str, An
     target = max(min(e["loss"] for e in run["evaluations"]) for _, run in finished)
     for summary, run in finished:
         steps = crossing([(e["step"], e["loss"]) for e in run["evaluations"]], target)
+        assert steps is not None  # each method's lowest loss is the target or below
         summary["target_loss"] = target
         summary["steps_to_target"] = steps
         summary["seconds_to_target"] = steps * summary["step_s"]
-
-
-def crossing(curve: list[tuple[int, float]], target: float) -> float:
-    """The step at which a piecewise linear (step, loss) curve first comes down to `target`; it must reach it."""
-    if curve[0][1] <= target:
-        return float(curve[0][0])
-    for (step_0, loss_0), (step_1, loss_1) in pairwise(curve):
-        if loss_1 <= target:
-            return step_0 + (step_1 - step_0) * (loss_0 - target) / (loss_0 - loss_1)
-    raise ValueError(f"The curve does not reach {target}.")

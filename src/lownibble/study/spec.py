@@ -34,9 +34,9 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from annotated_types import Ge, Gt, MinLen
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import Field, model_validator
 
-from lownibble.config import DataConfig, Method, Options, RunConfig, build, read_toml
+from lownibble.config import Data, DataConfig, Method, Options, RunConfig, build, read_toml
 from lownibble.errors import ConfigError
 from lownibble.study.tasks import KINDS, with_templates
 
@@ -45,10 +45,6 @@ SCHEMA = 1
 
 _NO_PART = {"output_dir", "report_to", "resume", "save_steps"}
 """Options of training that decide where things go and not what comes out."""
-
-
-def _path_means_data(value: Any) -> Any:
-    return {"path": value} if isinstance(value, str) else value
 
 
 class MethodSpec(Options):
@@ -65,7 +61,7 @@ class TaskSpec(Options):
     """A task: its kind, its data, and what its runs need besides."""
 
     kind: str = Field(description=f"one of {', '.join(KINDS)}")
-    data: Annotated[DataConfig, BeforeValidator(_path_means_data)]
+    data: Data
     train: dict[str, Any] = Field({}, description="options of [train], e.g. max_length")
 
     @model_validator(mode="after")
