@@ -119,6 +119,34 @@ def compare(arguments: argparse.Namespace) -> dict[str, Any]:
     return result
 
 
+def study(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Run a study, or report one."""
+    from lownibble.study.report import study_page
+    from lownibble.study.runner import run_study
+    from lownibble.study.study_table import tables
+
+    if arguments.what == "report":
+        given = [n for n in ("output", "jobs", "executor", "retry_failed") if getattr(arguments, n)]
+        if given:
+            raise ConfigError(f"--{given[0].replace('_', '-')} is for 'study run'. Leave it out.")
+        folder = Path(arguments.path)
+    else:
+        folder = Path(arguments.output or f"runs/{Path(arguments.path).stem}")
+        jobs = arguments.jobs or "1"
+        if not jobs.isdecimal():
+            raise ConfigError(f"The number of --jobs must be an integer >= 1. Got {jobs!r}.")
+        run_study(
+            arguments.path, folder, jobs=int(jobs), executor=arguments.executor or "local",
+            retry_failed=arguments.retry_failed,
+        )  # fmt: skip
+    summary = study_page.write(folder)
+    console = _console(arguments)
+    for table in tables(summary):
+        console.print(table)
+    console.print(f"Report: {folder / 'report.html'}", soft_wrap=True)
+    return summary
+
+
 def plan(arguments: argparse.Namespace) -> dict[str, Any]:
     """Plan a run, and show what fits."""
     config: PlanConfig = read(arguments, PlanConfig, arguments.config)

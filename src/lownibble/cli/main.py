@@ -73,6 +73,15 @@ def _parser() -> argparse.ArgumentParser:
     compare.add_argument("config", nargs="?", metavar="CONFIG.toml", help="options from a TOML file; flags win over it")
     add_flags(compare, CompareConfig)
 
+    study = add("study", commands.study, "Run a matrix of models, methods, tasks and seeds, and report it with statistics.",
+                "lownibble study run study.toml --output runs/study")  # fmt: skip
+    study.add_argument("what", choices=("run", "report"), help="run what is missing and report, or report what there is")
+    study.add_argument("path", metavar="STUDY.toml|DIR", help="run: the study file; report: the study's folder")
+    study.add_argument("--output", metavar="DIR", help="run: the study's folder (default: runs/NAME OF THE FILE)")
+    study.add_argument("--jobs", metavar="N", help="run: cells at a time (default: 1)")
+    study.add_argument("--executor", metavar="NAME", help="run: local, or ray for a cluster (default: local)")
+    study.add_argument("--retry-failed", action="store_true", help="run: also run failed cells again")
+
     bench = add("bench", commands.bench, "Measure kernels or the training step, next to peers.", "lownibble bench train --peers")
     bench.add_argument("what", choices=BENCHES, help="what to measure")
     bench.add_argument("--peers", action="store_true", help="measure PEFT, bitsandbytes and TRL beside it, in turn")

@@ -3,8 +3,8 @@
 from lownibble.data.batches import IGNORE, Batch, collate, cut, epoch_batches, flatten, stream
 from lownibble.data.choices import Choice, choices
 from lownibble.data.rows import Dataset, Row
-from lownibble.data.sources import load
-from lownibble.data.template import Encoded, Example, encode
+from lownibble.data.sources import load, read
+from lownibble.data.template import Encoded, Example, encode, prompts
 
 __all__ = [
     "IGNORE",
@@ -21,5 +21,7 @@ __all__ = [
     "epoch_batches",
     "flatten",
     "load",
+    "prompts",
+    "read",
     "stream",
 ]

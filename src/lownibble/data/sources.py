@@ -30,7 +30,7 @@ from lownibble.data.forms import Recipe, recipe_for
 from lownibble.data.rows import Dataset, Row, canonical
 from lownibble.errors import ConfigError, DataError
 
-__all__ = ["Dataset", "Row", "load"]
+__all__ = ["Dataset", "Row", "load", "read"]
 
 DEFAULT_EVAL_SPLIT = DataConfig.model_fields["eval_split"].default
 EVAL_FALLBACKS = ("validation", "eval")
@@ -50,11 +50,11 @@ def load(config: DataConfig) -> tuple[Dataset, Dataset]:
         DataError: nothing is there, a file is damaged or empty, or rows are bad (with file and line).
         ConfigError: the options do not fit the data.
     """
-    train, evaluation = _load_source(config.path, config.split, config.eval_split)
+    train, evaluation = read(config.path, config.split, config.eval_split)
     if train is None:
         raise DataError(f"The data '{config.path}' has no '{config.split}' side. Name one that it has with 'split'.")
     if config.eval_path is not None:
-        other, test_side = _load_source(config.eval_path, config.split, config.eval_split)
+        other, test_side = read(config.eval_path, config.split, config.eval_split)
         evaluation = test_side or other
     recipe = recipe_for(train, config)
     if evaluation is None:
@@ -69,8 +69,12 @@ def load(config: DataConfig) -> tuple[Dataset, Dataset]:
     return _sample(train, config.max_rows), _sample(evaluation, config.max_eval_rows)
 
 
-def _load_source(path: str, split: str, eval_split: str) -> tuple[Dataset | None, Dataset | None]:
-    """(training side, test side) of one source; a single file is a training side only."""
+def read(path: str, split: str = "train", eval_split: str = DEFAULT_EVAL_SPLIT) -> tuple[Dataset | None, Dataset | None]:
+    """(training side, test side) of one source, as its rows stand there; a single file is a training side only.
+
+    Raises:
+        DataError, ConfigError: as `load`.
+    """
     local = Path(path).expanduser()
     if path == "demo" or local.is_file():
         if (split, eval_split) != ("train", DEFAULT_EVAL_SPLIT):

@@ -26,9 +26,9 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from lownibble.config import DataConfig
-from lownibble.data.forms import Form, Recipe, recipe_for
+from lownibble.data.forms import Form, Recipe, as_turns, recipe_for
 from lownibble.data.rows import Dataset, Problems, Row
-from lownibble.errors import DataError, ModelError
+from lownibble.errors import ConfigError, DataError, ModelError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -77,6 +77,25 @@ def encode(dataset: Dataset, tokenizer: PreTrainedTokenizerBase, config: DataCon
         examples.append(Example(ids, is_label, row.origin))
     problems.check()
     return Encoded(examples, recipe.form, n_cut)
+
+
+def prompts(dataset: Dataset, tokenizer: PreTrainedTokenizerBase, config: DataConfig, room: int) -> list[list[int]]:
+    """Token ids of each row's prompt as the model is to go on from it, the last `room` tokens of it.
+
+    Raises:
+        ConfigError: the rows are text alone or whole conversations.
+        DataError, ModelError: as `encode`.
+    """
+    recipe = recipe_for(dataset, config)
+    if recipe.form in ("messages", "text"):
+        raise ConfigError(f"The rows of '{dataset.name}' have no prompt to answer: they are {recipe.form}. Give them one.")
+    coder = TokenCoder(tokenizer)
+    texts = [recipe.pair(row)[0] for row in dataset.rows]
+    if recipe.chat:
+        ids = coder.batch([coder.render(as_turns(text, "")[:1], generation=True) for text in texts])
+    else:
+        ids = coder.prompts(texts)
+    return [coder.cut_left(prompt, room) for prompt in ids]
 
 
 class _Tokens(NamedTuple):

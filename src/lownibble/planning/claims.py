@@ -29,7 +29,8 @@ from lownibble.planning.speed import EFFICIENCY, flops_per_token, plan_speed
 ARTICLES = Path(__file__).with_name("articles.toml")
 """The statements that this project began with."""
 
-COMMON = {"text", "source", "kind"}
+COMMON = {"text", "source", "kind", "study"}
+"""`study`: which figure of a study decides it; not looked at here (`study/claims.py` does)."""
 KINDS: dict[str, tuple[set[str], set[str]]] = {
     "memory": ({"model", "method", "memory"}, {"batch_size", "max_length", "r", "target_modules", "gradient_checkpointing"}),
     "time": ({"model", "method", "gpu", "step_s"}, {"batch_size", "max_length", "r", "target_modules"}),

@@ -53,7 +53,7 @@ def compare(config: CompareConfig | None = None) -> dict[str, Any]:
     add_steps_to_target(summaries, runs)
     finished = [s for s in summaries if s["status"] == "ok"]
     paired = _paired_speed(
-        folder, [_run_config(config, s["method"], folder) for s in finished], [s["peak_bytes"] for s in finished]
+        folder, {s["method"]: _run_config(config, s["method"], folder) for s in finished}, [s["peak_bytes"] for s in finished]
     )
     for summary in finished:
         summary["paired_tokens_per_s"] = paired.get("tokens_per_s", {}).get(summary["method"])
@@ -72,7 +72,7 @@ def compare(config: CompareConfig | None = None) -> dict[str, Any]:
     return result
 
 
-def _paired_speed(folder: Path, configs: list[RunConfig], peaks: list[int]) -> dict[str, Any]:
+def _paired_speed(folder: Path, configs: dict[str, RunConfig], peaks: list[int]) -> dict[str, Any]:
     """Measured once for a folder and kept: a resumed comparison shows what was found."""
     path = folder / "paired.json"
     if not path.exists():

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import tempfile
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from itertools import combinations
 from typing import Any
@@ -23,27 +24,27 @@ from lownibble.training.turns import TurnTaker, play, ratio, spread
 ROUNDS, STEPS = 6, 1
 
 
-def paired_speed(configs: list[RunConfig], peaks: list[int]) -> dict[str, Any]:
+def paired_speed(configs: Mapping[str, RunConfig], peaks: Sequence[int]) -> dict[str, Any]:
     """Tokens/s of each configuration in turns, and the ratio of each pair.
 
     Args:
-        configs: one per method, each of which has run before.
+        configs: one per method, by its name; each has run before.
         peaks: their measured peaks in bytes.
     Returns:
         `tokens_per_s` and `ratios` ("b_vs_a"), each with median, min and max over rounds; or `skipped`, the reason.
     """
     if len(configs) < 2:
         return {"skipped": "fewer than two methods finished"}
-    free = _free_bytes(configs[0].device)
+    free = _free_bytes(next(iter(configs.values())).device)
     if 1.1 * sum(peaks) > free:
         return {"skipped": f"all methods at once need {sum(peaks) / 2**30:.1f} GiB, and {free / 2**30:.1f} GiB are free"}
     with ExitStack() as stack:
         takers = []
-        for config in configs:
-            spec = stack.enter_context(tempfile.NamedTemporaryFile("w", prefix=f"turns-{config.method}-", suffix=".json"))
+        for name, config in configs.items():
+            spec = stack.enter_context(tempfile.NamedTemporaryFile("w", prefix="turns-", suffix=".json"))
             json.dump(config.to_dict(), spec)
             spec.flush()
-            takers.append(stack.enter_context(TurnTaker(config.method, "lownibble.training.turns", spec.name)))
+            takers.append(stack.enter_context(TurnTaker(name, "lownibble.training.turns", spec.name)))
         for taker in takers:
             taker.ready()
         answers = play(takers, ROUNDS, STEPS)

@@ -2,7 +2,6 @@
 
     name = "first"
     seeds = [0, 1, 2]
-    learning_rates = [1e-4, 3e-4, 1e-3]     # the best is found for each model, method and task before they are compared
 
     [models]
     small = "demo"
@@ -19,8 +18,13 @@
     [train]
     max_steps = 40
 
+    [tuning]                                # the best is found for each model, method and task before they are compared
+    learning_rates = [1e-4, 3e-4, 1e-3]
+    train = { max_steps = 20 }
+
 A cell is one run. Its name is a digest of all that decides its result, so a finished one is found again whatever the file is
-called or how its parts are ordered, and one whose settings have changed is another cell.
+called or how its parts are ordered, and one whose settings have changed is another cell. Rows and models count by their
+contents. Options at their default do not count, so a new option makes no finished cell a missing one.
 """
 
 from __future__ import annotations
@@ -38,13 +42,20 @@ from pydantic import Field, model_validator
 
 from lownibble.config import Data, DataConfig, Method, Options, RunConfig, build, read_toml
 from lownibble.errors import ConfigError
+from lownibble.study.contents import Contents
 from lownibble.study.tasks import KINDS, with_templates
 
 SCHEMA = 1
-"""Of a cell's record; a change makes all cells new."""
+"""Of a cell's record; a change makes all cells new. To be raised when a default changes, which the digests do not see."""
 
 _NO_PART = {"output_dir", "report_to", "resume", "save_steps"}
 """Options of training that decide where things go and not what comes out."""
+
+
+_BY_CONTENT = {"model", "revision"}
+"""Options of a run that the digests of its contents stand for; of its data, the paths, splits and numbers of rows."""
+
+_DATA_BY_CONTENT = {"path", "eval_path", "split", "eval_split", "eval_fraction", "max_rows", "max_eval_rows"}
 
 
 class MethodSpec(Options):
@@ -63,6 +74,9 @@ class TaskSpec(Options):
     kind: str = Field(description=f"one of {', '.join(KINDS)}")
     data: Data
     train: dict[str, Any] = Field({}, description="options of [train], e.g. max_length")
+    margin: Annotated[float, Gt(0)] | None = Field(
+        None, description="difference of the first metric below which methods count as equivalent; default: the kind's"
+    )
 
     @model_validator(mode="after")
     def _known(self) -> TaskSpec:
@@ -73,13 +87,20 @@ class TaskSpec(Options):
         return self
 
 
+class TuningSpec(Options):
+    """How learning rates are found: the same grid for every method, at a seed that is not compared."""
+
+    learning_rates: list[Annotated[float, Gt(0)]] = Field([], description="the grid; empty: as in [train]")
+    seed: Annotated[int, Ge(0)] = Field(1000, description="seed of these runs")
+    train: dict[str, Any] = Field({}, description="options of [train] for these runs only, e.g. fewer steps")
+
+
 class StudySpec(Options):
     """A study file's contents."""
 
     name: Annotated[str, MinLen(1)] = Field(description="what the study is called")
     seeds: Annotated[list[Annotated[int, Ge(0)]], MinLen(1)] = Field([0, 1, 2], description="seeds of every cell")
-    learning_rates: list[Annotated[float, Gt(0)]] = Field([], description="the grid; empty: as in [train]")
-    tuning_seed: Annotated[int, Ge(0)] = Field(1000, description="seed of the runs that find the learning rate")
+    tuning: TuningSpec = TuningSpec()
     models: Annotated[dict[str, str], MinLen(1)] = Field(description="name -> 'demo', a folder, a .gguf file or a hub id")
     methods: Annotated[dict[str, MethodSpec], MinLen(1)] = Field(description="name -> method and settings")
     tasks: Annotated[dict[str, TaskSpec], MinLen(1)] = Field(description="name -> task")
@@ -89,14 +110,16 @@ class StudySpec(Options):
     def _makes_sense(self) -> StudySpec:
         if len(set(self.seeds)) != len(self.seeds):
             raise ValueError(f"The 'seeds' of a study must be distinct. Got {self.seeds}.")
-        if self.tuning_seed in self.seeds and self.learning_rates:
-            raise ValueError(f"The 'tuning_seed' {self.tuning_seed} must not be among the seeds that are compared.")
+        if self.tuning.seed in self.seeds and self.tuning.learning_rates:
+            raise ValueError(f"The 'seed' {self.tuning.seed} of [tuning] must not be among the seeds that are compared.")
+        if len(set(self.tuning.learning_rates)) != len(self.tuning.learning_rates):
+            raise ValueError(f"The 'learning_rates' of [tuning] must be distinct. Got {self.tuning.learning_rates}.")
         return self
 
 
 @dataclass(frozen=True)
 class Cell:
-    """One run of a study. `tuning`: it is there to find a learning rate."""
+    """One run of a study. `tuning`: it is there to find a learning rate. `contents`: digests of its model and rows, if known."""
 
     model: str
     method: str
@@ -104,6 +127,7 @@ class Cell:
     kind: str
     config: RunConfig
     tuning: bool = False
+    contents: tuple[str, str, str] = ("", "", "")
 
     @property
     def seed(self) -> int:
@@ -113,9 +137,12 @@ class Cell:
     @property
     def digest(self) -> str:
         """Of all that decides what comes out."""
-        contents = self.config.to_dict()
-        contents["train"] = {key: value for key, value in contents["train"].items() if key not in _NO_PART}
-        text = json.dumps({"schema": SCHEMA, "kind": self.kind, "config": contents}, sort_keys=True)
+        left_out = _BY_CONTENT if self.contents[0] else set()
+        options = self.config.model_dump(mode="json", exclude_defaults=True, exclude=left_out)
+        for group, names in (("train", _NO_PART), ("data", _DATA_BY_CONTENT if self.contents[1] else set())):
+            options[group] = {key: value for key, value in options.get(group, {}).items() if key not in names}
+        what = {"schema": SCHEMA, "kind": self.kind, "tuning": self.tuning, "contents": self.contents, "options": options}
+        text = json.dumps(what, sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
@@ -137,7 +164,7 @@ def read_study(path: str | Path) -> StudySpec:
     tasks = {name: task.with_options(data=_from(folder, task.data)) for name, task in spec.tasks.items()}
     models = {name: _beside(folder, model) for name, model in spec.models.items()}
     found: StudySpec = spec.with_options(tasks=tasks, models=models)
-    for _ in cells(found):
+    for _ in (*cells(found), *tuning_cells(found)):
         pass  # every cell's options are checked when it is made
     return found
 
@@ -153,36 +180,45 @@ def _beside(folder: Path, name: str) -> str:
     return str((folder / name).resolve()) if (folder / name).exists() else name
 
 
-def cells(spec: StudySpec, learning_rates: dict[tuple[str, str, str], float] | None = None) -> Iterator[Cell]:
-    """The cells that are compared.
+def cells(
+    spec: StudySpec, learning_rates: dict[tuple[str, str, str], float] | None = None, contents: Contents | None = None
+) -> Iterator[Cell]:
+    """The cells that are compared, seed by seed.
 
     Args:
         learning_rates: of each (model, method, task), as found by `tuning_cells`; default: that of [train].
+        contents: what the study's names stand for, so that the cells are named by it.
     """
-    for model, method, task in _combinations(spec):
-        for seed in spec.seeds:
+    for seed in spec.seeds:
+        for model, method, task in _combinations(spec):
             rate = (learning_rates or {}).get((model, method, task))
-            yield _cell(spec, model, method, task, {"seed": seed} | ({} if rate is None else {"learning_rate": rate}))
+            own = {"seed": seed} | ({} if rate is None else {"learning_rate": rate})
+            yield _cell(spec, model, method, task, [own], contents)
 
 
-def tuning_cells(spec: StudySpec) -> Iterator[Cell]:
+def tuning_cells(spec: StudySpec, contents: Contents | None = None) -> Iterator[Cell]:
     """The cells that find each model's, method's and task's learning rate: the grid, at a seed of their own."""
     for model, method, task in _combinations(spec):
-        for rate in spec.learning_rates:
-            yield _cell(spec, model, method, task, {"seed": spec.tuning_seed, "learning_rate": rate}, tuning=True)
+        for rate in spec.tuning.learning_rates:
+            own = {"seed": spec.tuning.seed, "learning_rate": rate}
+            yield _cell(spec, model, method, task, [spec.tuning.train, own], contents, tuning=True)
 
 
 def _combinations(spec: StudySpec) -> Iterator[tuple[str, str, str]]:
     return ((model, method, task) for model in spec.models for task in spec.tasks for method in spec.methods)
 
 
-def _cell(spec: StudySpec, model: str, method: str, task: str, train: dict[str, Any], *, tuning: bool = False) -> Cell:
+def _cell(
+    spec: StudySpec, model: str, method: str, task: str, own_train: list[dict[str, Any]], contents: Contents | None, *,
+    tuning: bool = False,
+) -> Cell:  # fmt: skip
     how, what = spec.methods[method], spec.tasks[task]
     shared = {"model": spec.models[model], "data": with_templates(what.kind, what.data).model_dump(exclude_unset=True)}
     own = {"method": how.method, "dtype": how.dtype, "lora": how.lora, "quant": how.quant}
-    layers = [{"train": each} for each in (spec.train, what.train, how.train, train)]
+    layers = [{"train": each} for each in (spec.train, what.train, how.train, *own_train)]
     try:
         config: RunConfig = build(RunConfig, shared, own, *layers)
     except ConfigError as error:
         raise ConfigError(f"The cell {model} x {method} x {task}: {error}") from None
-    return Cell(model, method, task, what.kind, config, tuning)
+    of = (contents.models[model], *contents.data[task]) if contents is not None else ("", "", "")
+    return Cell(model, method, task, what.kind, config, tuning, of)

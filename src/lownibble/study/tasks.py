@@ -20,38 +20,43 @@ class Kind(NamedTuple):
     Attributes:
         columns: that every row has. scored_by: see above. metrics: their names, the main one first; more is better, but not of
             'perplexity'.
-        max_new_tokens: of an answer that is written. stop: where such an answer ends.
+        margin: difference of the first metric that does not matter, where a study says nothing else (of perplexity: of its
+            logarithm, the loss).
+        max_new_tokens: of an answer that is written. stop: texts at which such an answer ends.
     """
 
     columns: tuple[str, ...]
     scored_by: Literal["likelihood", "generation", "loss"]
     metrics: tuple[str, ...]
+    margin: float
     prompt_template: str | None = None
     completion_template: str | None = None
     max_new_tokens: int = 0
-    stop: str = ""
+    stop: tuple[str, ...] = ()
 
 
 KINDS: dict[str, Kind] = {
     "classification": Kind(
-        ("text", "label"), "likelihood", ("accuracy", "label_probability"), "{text}\nLabel:", " {label}"
+        ("text", "label"), "likelihood", ("accuracy", "label_probability"), 0.03, "{text}\nLabel:", " {label}"
     ),
     "nli": Kind(
-        ("premise", "hypothesis", "label"), "likelihood", ("accuracy", "label_probability"),
+        ("premise", "hypothesis", "label"), "likelihood", ("accuracy", "label_probability"), 0.03,
         "Premise: {premise}\nHypothesis: {hypothesis}\nLabel:", " {label}",
     ),
     "question-answering": Kind(
-        ("context", "question", "answer"), "generation", ("f1", "exact_match"),
-        "{context}\nQuestion: {question}\nAnswer:", " {answer}", 32, "\n",
+        ("context", "question", "answer"), "generation", ("f1", "exact_match"), 0.03,
+        "{context}\nQuestion: {question}\nAnswer:", " {answer}", 32, ("\n",),
     ),
     "summarisation": Kind(
-        ("document", "summary"), "generation", ("rougeL", "rouge1", "rouge2"), "{document}\nSummary:", " {summary}", 64, "\n"
+        ("document", "summary"), "generation", ("rougeL", "rouge1", "rouge2"), 0.02, "{document}\nSummary:", " {summary}", 64,
+        ("\n",),
     ),
     "code": Kind(
-        ("prompt", "completion", "tests", "setup"), "generation", ("pass@1",), "{prompt}\n", "{completion}", 256, "\n\n\n"
+        ("prompt", "completion", "tests", "setup"), "generation", ("pass@1",), 0.03, "{prompt}\n", "{completion}", 256,
+        ("\nassert", "\nprint("),
     ),
-    "instruction": Kind(("messages",), "loss", ("perplexity",)),
-    "language-modelling": Kind(("text",), "loss", ("perplexity",)),
+    "instruction": Kind(("messages",), "loss", ("perplexity",), 0.02),
+    "language-modelling": Kind(("text",), "loss", ("perplexity",), 0.02),
 }  # fmt: skip
 
 

@@ -1,41 +1,7 @@
 // Moves what the page has drawn: another x axis, another loss scale, methods on and off; reads values out under pointer and keys.
 // Nothing is fetched and no markup is made from data: names and figures only ever become text.
-"use strict";
 (() => {
-  const root = document.documentElement;
-  root.classList.add("script");
-  const all = (where, what) => [...where.querySelectorAll(what)];
-
-  const closed = [];
-  addEventListener("beforeprint", () => closed.push(...all(document, "details:not([open])").map((d) => { d.open = true; return d; })));
-  addEventListener("afterprint", () => closed.splice(0).forEach((d) => { d.open = false; }));
-
-  // Shows a figure's tip above `y`, so that it covers no value.
-  function showTip(figure, text, x, y) {
-    const tip = figure.querySelector(".tip");
-    if (tip.textContent !== text) tip.textContent = text;
-    tip.hidden = false;
-    tip.style.left = `${Math.max(0, Math.min(x - tip.offsetWidth / 2, figure.clientWidth - tip.offsetWidth))}px`;
-    tip.style.top = `${y - tip.offsetHeight - 4}px`;
-  }
-
-  // A reader of one figure: `at(x)` and `move(by)` pick a value, `leave()` lets go of it.
-  function attach(figure, target, reader) {
-    target.tabIndex = 0;
-    const follow = (event) => reader.at(event.clientX);
-    target.addEventListener("pointermove", follow);
-    target.addEventListener("pointerdown", follow);
-    target.addEventListener("pointerleave", (event) => { if (event.pointerType === "mouse") reader.leave(); });
-    target.addEventListener("blur", reader.leave);
-    target.addEventListener("keydown", (event) => {
-      const by = { ArrowLeft: -1, ArrowRight: 1 }[event.key];
-      if (by) reader.move(by);
-      else if (event.key === "Escape") reader.leave();
-      else return;
-      event.preventDefault();
-    });
-    document.addEventListener("pointerdown", (event) => { if (!figure.contains(event.target)) reader.leave(); });
-  }
+  const { all, showTip, attach } = page;
 
   for (const figure of all(document, ".bar")) {
     const bar = figure.querySelector("svg"), segments = all(bar, ".segment");
@@ -57,15 +23,15 @@
 
   const data = document.getElementById("curves");
   if (data) drawCurves(JSON.parse(data.textContent));
-  root.dataset.charts = "ready";
+  document.documentElement.dataset.charts = "ready";
 
-  function drawCurves(page) {
+  function drawCurves(drawn) {
     const boxes = all(document, "[data-method]"), hidden = new Set();
-    const view = { x: "steps", y: page.panels.some((p) => p.scale === "log") ? "log" : "linear" };
+    const view = { x: "steps", y: drawn.panels.some((p) => p.scale === "log") ? "log" : "linear" };
     const share = (a, v) => (a.log ? Math.log(v / a.lo) / Math.log(a.hi / a.lo) : (v - a.lo) / (a.hi - a.lo));
     const percent = (v) => `${(100 * v).toFixed(2)}%`;
     const number = (v, digits = 4) => v.toLocaleString("en", { maximumSignificantDigits: digits });
-    const panels = all(document, ".panel").map((figure) => makePanel(figure, page.panels[figure.dataset.panel]));
+    const panels = all(document, ".panel").map((figure) => makePanel(figure, drawn.panels[figure.dataset.panel]));
 
     function make(parent, name, attributes, text) {
       const element = document.createElementNS(parent.namespaceURI, name);
@@ -78,12 +44,12 @@
       const plot = figure.querySelector(".plot"), area = figure.querySelector(".area"), cross = figure.querySelector(".cross");
       const groups = all(area, "[data-series]");
       const yAxis = () => panel.scales[view.y] || panel.scales.linear;
-      const xs = (series) => page.tracks[series.method][series.track][view.x];
+      const xs = (series) => drawn.tracks[series.method][series.track][view.x];
       const shown = () => panel.series.filter((s) => !hidden.has(s.method));
       let picked = null;
 
       function draw() {
-        const x = page.x[view.x], y = yAxis();
+        const x = drawn.x[view.x], y = yAxis();
         const [gridY, gridX] = [area.querySelector(".grid.y"), area.querySelector(".grid.x")];
         gridY.replaceChildren();
         gridX.replaceChildren();
@@ -139,7 +105,7 @@
           const x = xs(series)[i];
           if (at === null || Math.abs(x - value) < Math.abs(at - value)) at = x;
           const error = series.error ? ` ± ${number(series.error[i], 2)}` : "";
-          const found = { i, x, step: page.tracks[series.method][series.track].steps[i], text: `${series.label} ${number(series.y[i])}${error}` };
+          const found = { i, x, step: drawn.tracks[series.method][series.track].steps[i], text: `${series.label} ${number(series.y[i])}${error}` };
           lines.set(series.method, [...(lines.get(series.method) || []), found]);
         }
         if (at === null) return;
@@ -147,14 +113,14 @@
         const text = [...lines].map(([method, found]) => {
           const close = found.reduce((a, b) => (Math.abs(b.x - value) < Math.abs(a.x - value) ? b : a));
           const where = view.x === "steps" ? `step ${close.step}` : `step ${close.step} (${number(close.x)} ${view.x})`;
-          return `${page.methods[method]}, ${where}: ${found.filter((f) => f.i === close.i).map((f) => f.text).join(", ")}`;
+          return `${drawn.methods[method]}, ${where}: ${found.filter((f) => f.i === close.i).map((f) => f.text).join(", ")}`;
         }).join("\n");
-        const left = percent(share(page.x[view.x], at));
+        const left = percent(share(drawn.x[view.x], at));
         cross.setAttribute("x1", left);
         cross.setAttribute("x2", left);
         cross.setAttribute("visibility", "visible");
         const frame = figure.getBoundingClientRect(), box = area.getBoundingClientRect();
-        showTip(figure, text, box.left - frame.left + share(page.x[view.x], at) * box.width, box.top - frame.top);
+        showTip(figure, text, box.left - frame.left + share(drawn.x[view.x], at) * box.width, box.top - frame.top);
       }
 
       function leave() {
@@ -165,7 +131,7 @@
 
       attach(figure, plot, {
         at(clientX) {
-          const box = area.getBoundingClientRect(), x = page.x[view.x];
+          const box = area.getBoundingClientRect(), x = drawn.x[view.x];
           read(x.lo + Math.max(0, Math.min(1, (clientX - box.left) / box.width)) * (x.hi - x.lo));
         },
         move(by) {

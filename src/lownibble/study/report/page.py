@@ -40,7 +40,8 @@ def render(comparison: dict[str, Any], runs: list[dict[str, Any]], folder: Path)
     names = [s["method"] for s in summaries]
     named = list(zip(names, runs, strict=True))
     config = comparison.get("config", {})
-    style, script = ((_HERE / name).read_text(encoding="utf-8") for name in ("style.css", "charts.js"))
+    style, base, charts = ((_HERE / name).read_text(encoding="utf-8") for name in ("style.css", "base.js", "charts.js"))
+    script = base + charts
     lists = {
         "model": facts.model(named),
         "data": facts.data(named),
@@ -50,8 +51,8 @@ def render(comparison: dict[str, Any], runs: list[dict[str, Any]], folder: Path)
     return environment.get_template("page.html").render(
         style=Markup(style),
         script=Markup(script),
-        style_hash=_hash(style),
-        script_hash=_hash(script),
+        style_hash=content_hash(style),
+        script_hash=content_hash(script),
         names=names,
         summaries=summaries,
         model=config.get("model", "unknown model"),
@@ -78,7 +79,8 @@ def render(comparison: dict[str, Any], runs: list[dict[str, Any]], folder: Path)
     )
 
 
-def _hash(text: str) -> str:
+def content_hash(text: str) -> str:
+    """As a content security policy names a style or script."""
     return "sha256-" + base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
 
 

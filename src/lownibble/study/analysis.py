@@ -1,0 +1,311 @@
+"""What a study's records say together: means over seeds and differences between methods, each with its interval.
+
+Methods are compared within a model and a task, seed by seed: a seed has the same order of rows and the same initialisation for
+all of them. Convergence is the ratio of the steps that two methods need to the lowest loss that both reach, for each seed; its
+mean is taken over logarithms, as a ratio's should be. Speed is that of the methods taking turns, not that of the cells, which ran
+at other times. Memory is the peak of the cell's own process above its imports.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import combinations
+from pathlib import Path
+from typing import Any
+
+from lownibble.errors import ConfigError
+from lownibble.study import stats
+from lownibble.study.runner import read_record
+from lownibble.study.tasks import KINDS
+
+LESS_IS_BETTER = ("perplexity", "loss")
+"""Scores of which less is better."""
+
+MEMORY_MATTERS = 0.05
+"""Share of the peak that a method must save before memory decides between methods of equal quality."""
+
+
+def analyse(folder: str | Path) -> dict[str, Any]:
+    """The summary of the study in `folder`: what `summary.json` holds.
+
+    Raises:
+        ConfigError: there is no study.
+    """
+    folder = Path(folder)
+    study = read_record(folder / "study.json")
+    if study is None or study.get("kind") != "study":
+        raise ConfigError(f"'{folder}' holds no study (study.json is missing or unreadable). Give the folder of 'study run'.")
+    records = {cell["digest"]: read_record(folder / "cells" / f"{cell['digest']}.json") for cell in _all(study)}
+    speeds = {(each["model"], each["task"]): read_record(folder / "speed" / f"{each['digest']}.json") for each in study["speed"]}
+    groups = []
+    for model, task in dict.fromkeys((cell["model"], cell["task"]) for cell in study["cells"]):
+        of = {kind: [c for c in study[kind] if (c["model"], c["task"]) == (model, task)] for kind in ("cells", "tuning")}
+        groups.append(_group(study, of["cells"], of["tuning"], records, speeds.get((model, task))))
+    found = list(records.values())
+    return {
+        "kind": "study-summary",
+        "schema": study["schema"],
+        "status": "ok",
+        "name": study["name"],
+        "created": study["created"],
+        "counts": {
+            "cells": len(found),
+            "finished": sum(r is not None and r["status"] == "ok" for r in found),
+            "failed": sum(r is not None and r["status"] != "ok" for r in found),
+            "missing": sum(r is None for r in found),
+            "hours": sum(r["measured"]["seconds"] for r in found if r is not None and r["status"] == "ok") / 3600,
+        },
+        "seeds": study["spec"].get("seeds", [0, 1, 2]),
+        "comparisons": sum(len(pair["scores"]) for group in groups for pair in group["pairs"]),
+        "groups": groups,
+    }
+
+
+def _all(study: Mapping[str, Any]) -> list[dict[str, Any]]:
+    return [*study["tuning"], *study["cells"]]
+
+
+def _group(
+    study: Mapping[str, Any], cells: Sequence[dict[str, Any]], grid: Sequence[dict[str, Any]],
+    records: Mapping[str, dict[str, Any] | None], speed: dict[str, Any] | None,
+) -> dict[str, Any]:  # fmt: skip
+    """Everything about one model and task."""
+    first = cells[0]
+    kind = KINDS[first["kind"]]
+    margin = study["spec"]["tasks"][first["task"]].get("margin") or kind.margin
+    names = list(dict.fromkeys(cell["method"] for cell in cells))
+    runs = {name: _runs([cell for cell in cells if cell["method"] == name], records) for name in names}
+    steps, target = _steps_to_target(runs)
+    methods = []
+    for name in names:
+        own = [cell for cell in cells if cell["method"] == name]
+        methods.append({
+            "method": name,
+            "seeds": sorted(runs[name]),
+            "failed": [found["error"] for c in own if (found := records[c["digest"]]) is not None and found["status"] != "ok"],
+            "missing": sum(records[cell["digest"]] is None for cell in own),
+            "learning_rate": own[0]["learning_rate"],
+            **_tuned([cell for cell in grid if cell["method"] == name], records),
+            **_method(runs[name], steps.get(name, {}), _rates(speed, name)),
+        })  # fmt: skip
+    pairs = [
+        _pair(a, b, runs, steps, kind.metrics, margin, speed)
+        for a, b in combinations(names, 2)
+        if runs[a].keys() & runs[b].keys()
+    ]
+    return {
+        "model": first["model"], "task": first["task"], "kind": first["kind"], "metrics": list(kind.metrics), "margin": margin,
+        "target_loss": target, "speed_skipped": (speed or {}).get("skipped"), "methods": methods, "pairs": pairs,
+        "pareto": _pareto(methods, kind.metrics[0]), **_advice(methods, pairs, kind.metrics[0]),
+    }  # fmt: skip
+
+
+def _runs(cells: Iterable[dict[str, Any]], records: Mapping[str, dict[str, Any] | None]) -> dict[int, dict[str, Any]]:
+    """Seed -> record of the finished ones."""
+    return {c["seed"]: found for c in cells if (found := records[c["digest"]]) is not None and found["status"] == "ok"}
+
+
+def _tuned(grid: Sequence[dict[str, Any]], records: Mapping[str, dict[str, Any] | None]) -> dict[str, Any]:
+    """The grid of learning rates with the loss of each, and whether the best lies at its edge."""
+    losses = []
+    for cell in sorted(grid, key=lambda cell: float(cell["learning_rate"])):
+        found = records[cell["digest"]]
+        done = found is not None and found["status"] == "ok"
+        losses.append(
+            {"learning_rate": cell["learning_rate"], "loss": found["result"]["scores"]["loss"] if found and done else None}
+        )
+    known = [each["loss"] for each in losses if each["loss"] is not None]
+    best = next((i for i, each in enumerate(losses) if known and each["loss"] == min(known)), None)
+    return {"grid": losses, "at_edge": best is not None and len(losses) > 1 and best in (0, len(losses) - 1)}
+
+
+def _rates(speed: dict[str, Any] | None, name: str) -> dict[str, float] | None:
+    found: dict[str, float] | None = (speed or {}).get("tokens_per_s", {}).get(name)
+    return found
+
+
+def interval(values: Sequence[float], *, logarithms: bool = False) -> dict[str, Any]:
+    """Mean and 95% interval; of ratios over their logarithms. No bounds where there are fewer than two values."""
+    if not values:
+        return {"mean": None, "low": None, "high": None, "values": []}
+    found = stats.mean_difference([math.log(v) for v in values] if logarithms else list(values))
+    mean, low, high = (math.exp(v) if logarithms and math.isfinite(v) else v for v in found[:3])
+    known = found.pairs > 1
+    return {"mean": mean, "low": low if known else None, "high": high if known else None, "values": list(values)}
+
+
+def peak_bytes(record: Mapping[str, Any]) -> int:
+    """Of a cell's process above its imports, loading and training."""
+    memory = record["measured"]["memory"]
+    return int(max(memory["train_peak_bytes"], memory["load_peak_bytes"]))
+
+
+def _method(
+    runs: Mapping[int, dict[str, Any]], steps: Mapping[int, float], rates: dict[str, float] | None
+) -> dict[str, Any]:  # fmt: skip
+    if not runs:
+        return {"scores": {}, "scores_before": {}, "curve": None, "rates": rates}
+    some = next(iter(runs.values()))
+    results = {seed: run["result"] for seed, run in runs.items()}
+    tokens = statistics.fmean(r["measured"]["speed"]["tokens_per_s"] * r["measured"]["speed"]["step_s"] for r in runs.values())
+    per_step = tokens / rates["median"] if rates else None
+    return {
+        "scores": {name: interval([r["scores"][name] for r in results.values()]) for name in some["result"]["scores"]},
+        "scores_before": {
+            name: statistics.fmean(r["scores_before"][name] for r in results.values()) for name in some["result"]["scores_before"]
+        },
+        "area": interval([stats.area(_curve(run)) for run in runs.values() if len(_curve(run)) > 1]),
+        "steps_to_target": interval(list(steps.values())),
+        "seconds_to_target": interval([n * per_step for n in steps.values()]) if per_step else None,
+        "peak_bytes": interval([float(peak_bytes(run)) for run in runs.values()]),
+        "bytes_by_kind": {
+            name.removesuffix("_bytes"): some["measured"]["memory"][name]
+            for name in (
+                "weights_bytes",
+                "codes_bytes",
+                "constants_bytes",
+                "adapters_bytes",
+                "gradients_bytes",
+                "optimizer_bytes",
+            )
+        },
+        "rates": rates,
+        "step_s": per_step,
+        "trained_parameters": some["model"]["trainable_parameters"],
+        "parameters": some["model"]["parameters"],
+        "curve": _band(list(runs.values())),
+        "training_curves": {str(seed): run["result"]["losses"] for seed, run in runs.items()},
+    }
+
+
+def _curve(run: Mapping[str, Any]) -> list[tuple[float, float]]:
+    return [(e["step"], e["loss"]) for e in run["result"]["evaluations"]]
+
+
+def _band(runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Evaluation loss by step: mean and interval over seeds, and each seed's own."""
+    steps = sorted(set.intersection(*({e["step"] for e in run["result"]["evaluations"]} for run in runs)))
+    by_step = [[loss for run in runs for at, loss in _curve(run) if at == step] for step in steps]
+    bands = [interval(losses) for losses in by_step]
+    return {"steps": steps, **{name: [band[name] for band in bands] for name in ("mean", "low", "high", "values")}}
+
+
+def _steps_to_target(
+    runs: Mapping[str, Mapping[int, dict[str, Any]]],
+) -> tuple[dict[str, dict[int, float]], dict[int, float]]:  # fmt: skip
+    """Method -> seed -> steps to the lowest loss that all methods reach at that seed; and that loss, by seed."""
+    finished = {name: of for name, of in runs.items() if of}
+    steps: dict[str, dict[int, float]] = {name: {} for name in finished}
+    targets: dict[int, float] = {}
+    for seed in sorted(set.intersection(*(set(of) for of in finished.values())) if finished else ()):
+        curves = {name: _curve(of[seed]) for name, of in finished.items()}
+        targets[seed] = max(min(loss for _, loss in curve) for curve in curves.values())
+        for name, curve in curves.items():
+            reached = stats.crossing(curve, targets[seed])
+            assert reached is not None  # its own lowest loss is the target or below
+            steps[name][seed] = reached
+    return steps, targets
+
+
+def _pair(
+    a: str, b: str, runs: Mapping[str, Mapping[int, dict[str, Any]]], steps: Mapping[str, Mapping[int, float]],
+    metrics: Sequence[str], margin: float, speed: dict[str, Any] | None,
+) -> dict[str, Any]:  # fmt: skip
+    """`a` against `b`: differences are a - b, ratios a / b."""
+    both = sorted(runs[a].keys() & runs[b].keys())
+    results = {name: {seed: runs[name][seed]["result"]["scores"] for seed in both} for name in (a, b)}
+    scores = {}
+    for metric in dict.fromkeys((*metrics, "loss")):
+        of = {name: {seed: found[metric] for seed, found in by_seed.items()} for name, by_seed in results.items()}
+        scores[metric] = _difference(stats.paired_difference(of[a], of[b]), [of[a][seed] - of[b][seed] for seed in both])
+    main = "loss" if metrics[0] == "perplexity" else metrics[0]
+    equivalent = stats.equivalence(scores[main]["values"], margin)
+    counted = [seed for seed in both if seed in steps[a] and steps[a][seed] > 0 and steps[b][seed] > 0]
+    peaks = [peak_bytes(runs[a][seed]) / peak_bytes(runs[b][seed]) for seed in both]
+    return {
+        "a": a, "b": b, "seeds": both, "scores": scores,
+        "equivalence": {"metric": main, "margin": margin, "p": equivalent},
+        "steps_ratio": interval([steps[a][seed] / steps[b][seed] for seed in counted], logarithms=True),
+        "memory_ratio": interval(peaks, logarithms=True),
+        "speed_ratio": _speed_ratio(speed, a, b),
+        "rows": _rows(a, b, runs, both, metrics),
+    }  # fmt: skip
+
+
+def _difference(found: stats.Difference, values: list[float]) -> dict[str, Any]:
+    known = found.pairs > 1
+    return {
+        "mean": found.mean, "low": found.low if known else None, "high": found.high if known else None,
+        "p": found.p, "values": values,
+    }  # fmt: skip
+
+
+def _rows(
+    a: str, b: str, runs: Mapping[str, Mapping[int, dict[str, Any]]], seeds: Sequence[int], metrics: Sequence[str]
+) -> dict[str, Any] | None:  # fmt: skip
+    """The difference of the first scored metric row by row, each row's mean over seeds: the same rows were put to both."""
+    metric = next((m for m in metrics if all(m in runs[n][s]["result"]["row_scores"] for n in (a, b) for s in seeds)), None)
+    if metric is None:
+        return None
+    of = {name: [runs[name][seed]["result"]["row_scores"][metric] for seed in seeds] for name in (a, b)}
+    means = {name: [statistics.fmean(row) for row in zip(*lists, strict=True)] for name, lists in of.items()}
+    differences = [x - y for x, y in zip(means[a], means[b], strict=True)]
+    return {"metric": metric, "rows": len(differences), **{**_difference(stats.mean_difference(differences), []), "values": None}}
+
+
+def _speed_ratio(speed: dict[str, Any] | None, a: str, b: str) -> dict[str, float] | None:
+    """Tokens/s of a over b, within rounds: median, min and max."""
+    ratios = (speed or {}).get("ratios", {})
+    if f"{a}_vs_{b}" in ratios:
+        found: dict[str, float] = ratios[f"{a}_vs_{b}"]
+        return found
+    other = ratios.get(f"{b}_vs_{a}")
+    return None if other is None else {"median": 1 / other["median"], "min": 1 / other["max"], "max": 1 / other["min"]}
+
+
+def _better(metric: str, value: float) -> float:
+    """Larger is better."""
+    return -value if metric in LESS_IS_BETTER else value
+
+
+def _pareto(methods: Sequence[dict[str, Any]], metric: str) -> list[str]:
+    """Methods that none beats in quality, memory and speed together."""
+    points = {}
+    for m in methods:
+        if m["scores"]:
+            quality, rate = _better(metric, m["scores"][metric]["mean"]), (m["rates"] or {"median": 0.0})["median"]
+            points[m["method"]] = (-quality, m["peak_bytes"]["mean"], -rate)
+    return stats.pareto(points)
+
+
+def _advice(methods: Sequence[dict[str, Any]], pairs: Sequence[dict[str, Any]], metric: str) -> dict[str, Any]:
+    """The method to take for this task, and why."""
+    finished = {m["method"]: m for m in methods if m["scores"]}
+    if not finished:
+        return {"advice": None, "reason": "No method finished."}
+    beaten = {loser for pair in pairs if (loser := shown_worse(pair, metric)) is not None}
+    equal = [name for name in finished if name not in beaten] or list(finished)
+    lean = min(equal, key=lambda name: float(finished[name]["peak_bytes"]["mean"]))
+    fast = max(equal, key=lambda name: float((finished[name]["rates"] or {"median": 0.0})["median"]))
+    saved = 1 - finished[lean]["peak_bytes"]["mean"] / finished[fast]["peak_bytes"]["mean"]
+    chosen = lean if saved >= MEMORY_MATTERS else fast
+    left = [name for name in finished if name != chosen]
+    words = []
+    if beaten:
+        words.append(f"{', '.join(sorted(beaten))} shown to be worse in {metric}")
+    others = [name for name in equal if name != chosen]
+    if others:
+        words.append(f"no difference in {metric} shown to {', '.join(others)}")
+        words.append(f"{'least memory' if chosen == lean and saved >= MEMORY_MATTERS else 'fastest'} among these")
+    return {"advice": chosen, "reason": "; ".join(words) + "." if left and words else "It is the only one that finished."}
+
+
+def shown_worse(pair: Mapping[str, Any], metric: str) -> str | None:
+    """The method of a pair whose 95% interval of the difference says that it is worse; None: neither is shown to be."""
+    found = pair["scores"]["loss" if metric == "perplexity" else metric]
+    if found["low"] is None or found["low"] <= 0 <= found["high"]:
+        return None
+    first_is_better = (found["mean"] < 0) == (metric in LESS_IS_BETTER)
+    return str(pair["b"] if first_is_better else pair["a"])

@@ -1,0 +1,103 @@
+"""Answers that a model writes to the evaluation rows, and their scores, row by row.
+
+Greedy, so that a model gives the same answers again. Prompts of like length go together, padded on the left. Where the model's
+layers can be decoded by Lownibble's own loop (4-bit bases), they are; else by transformers'.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from transformers import StoppingCriteriaList, StopStringCriteria
+
+from lownibble.data import Dataset, cut
+from lownibble.decoding import Decoder, decode
+from lownibble.errors import DataError, ModelError
+from lownibble.study import metrics
+from lownibble.study.tasks import KINDS
+
+BATCH = 16
+"""Prompts that are answered together."""
+
+
+@torch.inference_mode()
+def write_answers(
+    model: Any, tokenizer: Any, prompts: Sequence[Sequence[int]], *, max_new_tokens: int, stop: Sequence[str] = ()
+) -> list[str]:  # fmt: skip
+    """The text that the model writes after each prompt (token ids), up to its end of sequence or the first of `stop`."""
+    was_training = model.training
+    model.eval()
+    answers = [""] * len(prompts)
+    loop = _own_loop(model)
+    criteria = StoppingCriteriaList([StopStringCriteria(tokenizer, list(stop))] if stop else [])
+    for rows in cut([len(prompt) for prompt in prompts], None, most=BATCH):
+        width = max(len(prompts[i]) for i in rows)
+        pad = tokenizer.pad_token_id
+        ids = torch.tensor([[pad] * (width - len(prompts[i])) + list(prompts[i]) for i in rows], device=model.device)
+        mask = torch.tensor([[0] * (width - len(prompts[i])) + [1] * len(prompts[i]) for i in rows], device=model.device)
+        written = model.generate(
+            input_ids=ids, attention_mask=mask, max_new_tokens=max_new_tokens, do_sample=False, num_beams=1, pad_token_id=pad,
+            eos_token_id=tokenizer.eos_token_id, temperature=None, top_p=None, top_k=None, **loop,
+            stopping_criteria=criteria,
+        )  # fmt: skip
+        first = 1 if model.config.is_encoder_decoder else width
+        for i, text in zip(rows, tokenizer.batch_decode(written[:, first:], skip_special_tokens=True), strict=True):
+            answers[i] = _until(text, stop)
+    model.train(was_training)
+    return answers
+
+
+def _own_loop(model: Any) -> dict[str, Any]:
+    try:
+        Decoder(model)
+    except ModelError:
+        return {}
+    return {"custom_generate": decode}
+
+
+def _until(text: str, stop: Sequence[str]) -> str:
+    start = len(text) - len(text.lstrip())  # a model may begin with what ends an answer
+    ends = [place for mark in stop if (place := text.find(mark, start)) >= 0]
+    return text[: min(ends)] if ends else text
+
+
+def score_answers(kind: str, rows: Dataset, answers: Sequence[str]) -> dict[str, list[float]]:
+    """Each metric of the kind, by row.
+
+    Raises:
+        ConfigError: what scores them is not installed, or this system cannot lock programs in.
+        DataError: a row's references are of another form.
+    """
+    return {name: scores for name, scores in _SCORERS[kind](rows, answers).items() if name in KINDS[kind].metrics}
+
+
+def _questions(rows: Dataset, answers: Sequence[str]) -> dict[str, list[float]]:
+    pairs = [(answer, _references(row.fields, row.origin)) for row, answer in zip(rows.rows, answers, strict=True)]
+    return {"f1": [metrics.f1(*pair) for pair in pairs], "exact_match": [metrics.exact_match(*pair) for pair in pairs]}
+
+
+def _references(fields: dict[str, Any], origin: str) -> list[str]:
+    """The row's `answers` (a list, or SQuAD's {"text": [...]}) where it has them, else its one `answer`."""
+    given = fields.get("answers", [fields["answer"]])
+    given = given.get("text") if isinstance(given, dict) else given
+    if not isinstance(given, list) or not given or not all(isinstance(each, str) for each in given):
+        raise DataError(f"{origin}: 'answers' must be a list of texts that is not empty. Mend the row.")
+    return given
+
+
+def _summaries(rows: Dataset, answers: Sequence[str]) -> dict[str, list[float]]:
+    scored = [metrics.rouge(answer, row.fields["summary"]) for row, answer in zip(rows.rows, answers, strict=True)]
+    return {name: [each[name] for each in scored] for name in scored[0]}
+
+
+def _programs(rows: Dataset, answers: Sequence[str]) -> dict[str, list[float]]:
+    for row in rows.rows:
+        if not isinstance(row.fields["tests"], list) or not all(isinstance(test, str) for test in row.fields["tests"]):
+            raise DataError(f"{row.origin}: 'tests' must be a list of assertions. Mend the row.")
+    setups = [row.fields.get("setup") or "" for row in rows.rows]
+    return {"pass@1": [float(ok) for ok in metrics.passed(answers, setups, [row.fields["tests"] for row in rows.rows])]}
+
+
+_SCORERS = {"question-answering": _questions, "summarisation": _summaries, "code": _programs}

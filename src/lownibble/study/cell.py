@@ -1,0 +1,115 @@
+"""One cell of a study, in a process of its own: `python -m lownibble.study.cell`.
+
+The first line on standard input is the cell (`jobs.py` sends it); the record goes to the file that it names. The process ends
+when standard input ends: the one that wants the record is then gone, also where it was killed.
+
+A record has what the configuration decides (`result`: the same again on the same machine) apart from what the machine had a part
+in (`measured`: time and memory).
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import sys
+import threading
+import time
+from typing import Any
+
+from lownibble.config import RunConfig
+from lownibble.errors import LownibbleError
+
+
+def work(spec: dict[str, Any]) -> dict[str, Any]:
+    """Train the cell's run, and score it; returns the record.
+
+    Raises:
+        LownibbleError: of `run`, or of what scores answers.
+    """
+    from lownibble.data import load
+    from lownibble.training import record, run
+
+    started = time.perf_counter()
+    config = RunConfig(**spec["config"])
+    trained = run(config)
+    told = trained.record
+    first, last = told["evaluations"][0], told["evaluations"][-1]
+    result: dict[str, Any] = {
+        "losses": trained.losses,
+        "skipped": len(told["skipped"]),
+        "evaluations": [{name: e[name] for name in ("step", "loss", "scores")} for e in told["evaluations"]],
+        "label_tokens": last["label_tokens"],
+        "scores_before": _with_perplexity(first),
+        "scores": _with_perplexity(last),
+        "row_scores": {"accuracy": [float(right) for right in last["correct"]]} if last["correct"] else {},
+    }
+    trained_s, answered_s = time.perf_counter() - started, 0.0
+    if not spec["tuning"]:
+        result |= _answers(trained.model, trained.tokenizer, spec["kind"], config, load(config.data)[1])
+        result["scores"] |= {name: math.fsum(rows) / len(rows) for name, rows in result["row_scores"].items()}
+        answered_s = time.perf_counter() - started - trained_s
+    return {
+        **record.new("study-cell"),
+        "status": "ok",
+        **{name: told[name] for name in ("environment", "data", "model")},
+        "result": result,
+        "measured": {
+            "memory": told["memory"],
+            "speed": told["speed"],
+            "step_seconds": [step["seconds"] for step in told["steps"]],
+            "training_s": told["seconds"],
+            "seconds": trained_s + answered_s,
+            "answers_s": answered_s,
+            "warnings": told["warnings"],
+        },
+    }
+
+
+def _with_perplexity(evaluation: dict[str, Any]) -> dict[str, float]:
+    return {**evaluation["scores"], "loss": evaluation["loss"], "perplexity": math.exp(min(evaluation["loss"], 50))}
+
+
+def _answers(model: Any, tokenizer: Any, kind: str, config: RunConfig, rows: Any) -> dict[str, Any]:
+    """What the model writes to the evaluation rows, and its scores by row; nothing where the kind asks for no answers."""
+    from lownibble.data import prompts
+    from lownibble.study.answers import score_answers, write_answers
+    from lownibble.study.tasks import KINDS
+
+    asked = KINDS[kind]
+    if asked.scored_by != "generation":
+        return {}
+    room = max(16, config.train.max_length - asked.max_new_tokens)
+    written = write_answers(
+        model, tokenizer, prompts(rows, tokenizer, config.data, room), max_new_tokens=asked.max_new_tokens, stop=asked.stop
+    )
+    return {"answers": written, "row_scores": score_answers(kind, rows, written)}
+
+
+def _end_with_standard_input() -> None:
+    while os.read(0, 4096):
+        pass
+    os._exit(1)
+
+
+def main() -> int:
+    """Work on the cell given on standard input."""
+    spec = json.loads(sys.stdin.readline())
+    threading.Thread(target=_end_with_standard_input, daemon=True).start()
+    from lownibble.training import record
+
+    try:
+        found = work(spec)
+    except Exception as error:  # every failure is a result; the study goes on
+        if not isinstance(error, LownibbleError):
+            import traceback
+
+            traceback.print_exc()
+        found = {**record.new("study-cell"), "status": "failed", "error": f"{type(error).__name__}: {error}"}
+        found["environment"] = record.environment()
+    record.write(spec["record"], found)
+    return 0 if found["status"] == "ok" else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

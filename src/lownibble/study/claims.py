@@ -1,0 +1,99 @@
+"""The articles' statements beside a study's figures: agrees, disagrees, or could not be tested here, and why.
+
+A statement that has `study` (`planning/articles.toml`) says which figures decide it:
+
+    figure = "steps_ratio" | "speed_ratio" | "memory_ratio", a, b, low, high    a's figure over b's lies between low and high
+    figure = "equivalent", a, b, kinds                                          no difference in score beyond the margin
+
+A study decides when an interval lies wholly inside or outside of what is claimed; where it lies across, more seeds are needed.
+What is left is the planner's: a bound that no program can break decides a statement too. A study on a small model says what it
+found there; the page says so.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from lownibble.config import read_toml
+from lownibble.planning.claims import ARTICLES, judge_claim
+
+LEVEL = 0.05
+
+AGREES, DISAGREES, MIXED, UNDECIDED, UNTESTED = (
+    "agrees", "disagrees", "differs by task", "not decided", "could not be tested here",
+)  # fmt: skip
+
+
+def compare_claims(groups: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Each statement with its verdict, what the verdict stands on, and the figures (one text each)."""
+    found = []
+    for number, claim in enumerate(read_toml(ARTICLES)["claim"], 1):
+        judged = judge_claim(claim, f"claim {number}")
+        verdict, basis, figures = _by_study(claim.get("study"), groups)
+        if verdict == UNTESTED:
+            if judged.verdict in ("impossible", "implausible"):
+                verdict, basis, figures = DISAGREES, f"planner: {judged.verdict}", judged.arithmetic
+            elif judged.verdict == "consistent" and claim["kind"] in ("fits", "saved"):  # of the planner's kind altogether
+                verdict, basis, figures = AGREES, "planner", judged.arithmetic
+            elif judged.verdict == "consistent":
+                basis, figures = f"planner: possible; {basis}", judged.arithmetic
+        found.append({"text": judged.text, "source": judged.source, "verdict": verdict, "basis": basis, "figures": figures})
+    return found
+
+
+def _by_study(
+    wanted: Sequence[Mapping[str, Any]] | None, groups: Sequence[Mapping[str, Any]]
+) -> tuple[str, str, list[str]]:  # fmt: skip
+    if wanted is None:
+        return UNTESTED, "it needs models, cards or settings that this study does not have", []
+    answers = [
+        answer for each in wanted for group in groups
+        if ("kinds" not in each or group["kind"] in each["kinds"]) and (answer := _answer(each, group)) is not None
+    ]  # fmt: skip
+    if not answers:
+        return UNTESTED, f"this study has no two seeds of {wanted[0]['a']} and {wanted[0]['b']} on such a task", []
+    verdicts = Counter(verdict for verdict, _ in answers)
+    if verdicts[AGREES] and verdicts[DISAGREES]:
+        verdict = MIXED
+    else:
+        verdict = next((v for v in (DISAGREES, AGREES) if verdicts[v]), UNDECIDED)
+    return verdict, f"measured: {', '.join(f'{n} {what}' for what, n in verdicts.items())}", [text for _, text in answers]
+
+
+def _answer(wanted: Mapping[str, Any], group: Mapping[str, Any]) -> tuple[str, str] | None:
+    """The verdict of one model and task, with its figure; None: not measured."""
+    pair, turned = next(
+        ((p, p["a"] != wanted["a"]) for p in group["pairs"] if {p["a"], p["b"]} == {wanted["a"], wanted["b"]}), (None, False)
+    )
+    if pair is None:
+        return None
+    if wanted["figure"] == "equivalent":
+        return _equivalent(pair, group["task"])
+    value = pair[wanted["figure"]]
+    if value is None:
+        return None
+    middle, low, high = (value.get(a, value.get(b)) for a, b in (("mean", "median"), ("low", "min"), ("high", "max")))
+    if middle is None or low is None:
+        return None
+    if turned:
+        middle, low, high = 1 / middle, 1 / high, 1 / low
+    if high < wanted["low"] or low > wanted["high"]:
+        verdict = DISAGREES
+    else:
+        verdict = AGREES if wanted["low"] <= low and high <= wanted["high"] else UNDECIDED
+    return verdict, f"{group['task']}: {wanted['a']} / {wanted['b']} {middle:.2f} ({low:.2f} to {high:.2f})"
+
+
+def _equivalent(pair: Mapping[str, Any], task: str) -> tuple[str, str] | None:
+    test = pair["equivalence"]
+    found = pair["scores"][test["metric"]]
+    if found["low"] is None:
+        return None
+    text = f"{task}: {test['metric']} {found['mean']:+.3f} ({found['low']:+.3f} to {found['high']:+.3f})"
+    if test["p"] <= LEVEL:
+        return AGREES, f"{text}, equivalent within {test['margin']:g}"
+    if found["low"] > 0 or found["high"] < 0:
+        return DISAGREES, f"{text}, a difference"
+    return UNDECIDED, f"{text}, neither shown"

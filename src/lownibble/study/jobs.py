@@ -1,0 +1,78 @@
+"""What a study has done for it, wherever that happens: a job is a dictionary that can be sent anywhere, and so is its record.
+
+    {"job": "cell", ...}     one run of the study, in a process of its own
+    {"job": "speed", ...}    several methods taking turns, each in a process of its own
+
+Whatever goes wrong, `perform` returns a record, with status "failed" and the reason.
+"""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from lownibble.config import RunConfig
+from lownibble.errors import TrainingError
+
+LOG_LINES = 20
+"""Of a failed process's messages, kept in its record."""
+
+alive: set[subprocess.Popen[str]] = set()
+"""Processes of cells at work, for the one who must end them."""
+
+
+def perform(job: dict[str, Any]) -> dict[str, Any]:
+    """Do a job; returns its record."""
+    return JOBS[job["job"]](job)
+
+
+def _cell(job: dict[str, Any]) -> dict[str, Any]:
+    with tempfile.TemporaryDirectory(prefix="cell-") as folder:
+        path, log = Path(folder) / "record.json", Path(folder) / "log"
+        with log.open("w") as messages:
+            process = subprocess.Popen(
+                [sys.executable, "-m", "lownibble.study.cell"], stdin=subprocess.PIPE, stdout=messages, stderr=messages,
+                text=True, start_new_session=True,
+            )  # fmt: skip
+            alive.add(process)
+            try:
+                assert process.stdin is not None
+                process.stdin.write(json.dumps({**job, "record": str(path)}) + "\n")
+                process.stdin.flush()
+                code = process.wait()
+            except BrokenPipeError:
+                code = process.wait()
+            finally:
+                process.kill()
+                process.wait()
+                alive.discard(process)
+        if path.exists():
+            found: dict[str, Any] = json.loads(path.read_text())
+        else:
+            why = signal.Signals(-code).name if code < 0 else f"exit code {code}"
+            hint = " (the system's out-of-memory killer sends it)" if code == -signal.SIGKILL else ""
+            found = {"status": "failed", "error": f"The process ended with {why}{hint} and left no record."}
+        if found["status"] != "ok":
+            found["log"] = log.read_text(errors="replace").splitlines()[-LOG_LINES:]
+    return found
+
+
+def _speed(job: dict[str, Any]) -> dict[str, Any]:
+    from lownibble.study.paired import paired_speed
+    from lownibble.training import record
+
+    configs = {name: RunConfig(**config) for name, config in job["configs"].items()}
+    try:
+        found = paired_speed(configs, job["peaks"])
+    except TrainingError as error:
+        found = {"skipped": str(error)}
+    return {**record.new("study-speed"), "status": "ok", "environment": record.environment(), **found}
+
+
+JOBS: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {"cell": _cell, "speed": _speed}

@@ -1,0 +1,352 @@
+"""The report of a study: one HTML page and one Markdown file, both of the same summary.
+
+As for a comparison (`page.py`), everything is drawn here as SVG and readable without a script; the script (`study.js`) hides
+methods and reads values out. Intervals are drawn as wide as they are: the page is about what can and cannot be told.
+"""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup
+
+from lownibble.study.analysis import LESS_IS_BETTER, analyse
+from lownibble.study.claims import LEVEL, compare_claims
+from lownibble.study.hardware import hardware_table
+from lownibble.study.report.curves import Axis, linear
+from lownibble.study.report.page import content_hash
+from lownibble.study.runner import read_record
+from lownibble.training import record
+
+_HERE = Path(__file__).parent
+
+
+def write(folder: str | Path) -> dict[str, Any]:
+    """Write summary.json, report.html and report.md of the study in `folder`; returns the summary.
+
+    Raises:
+        ConfigError: there is no study.
+        OSError: they cannot be written.
+    """
+    folder = Path(folder)
+    summary = analyse(folder)
+    summary["claims"] = compare_claims(summary["groups"])
+    summary["hardware"] = hardware_table()
+    study = read_record(folder / "study.json")
+    assert study is not None
+    context = _context(folder, study, summary)
+    record.write(folder / "summary.json", summary)
+    for name, text in (("report.html", _html(context)), ("report.md", _markdown(context))):
+        (folder / name).write_text(text, encoding="utf-8")
+    return summary
+
+
+def _html(context: dict[str, Any]) -> str:
+    environment = _environment(autoescape=True)
+    environment.policies["json.dumps_kwargs"] = {"allow_nan": False, "separators": (",", ":")}
+    style, script = (
+        "".join((_HERE / name).read_text(encoding="utf-8") for name in names)
+        for names in (("style.css", "study.css"), ("base.js", "study.js"))
+    )
+    return environment.get_template("study.html").render(
+        **context, style=Markup(style), script=Markup(script), style_hash=content_hash(style), script_hash=content_hash(script)
+    )
+
+
+def _markdown(context: dict[str, Any]) -> str:
+    return _environment(autoescape=False).get_template("study.md").render(**context)
+
+
+def _environment(*, autoescape: bool) -> Environment:
+    found = Environment(
+        loader=FileSystemLoader(_HERE), autoescape=autoescape, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    found.filters |= {"span": span, "score": score, "gib": gib, "signed": signed, "ratio": ratio, "cell": _cell, "pipe": _pipe}
+    return found
+
+
+def score(value: float | None) -> str:
+    """Four digits, or a dash."""
+    return "-" if value is None else f"{value:.4g}" if abs(value) >= 100 else f"{value:.3f}"
+
+
+def span(found: Mapping[str, Any] | None, digits: int = 3) -> str:
+    """'mean (low to high)'; without an interval the mean and why it has none."""
+    if found is None or found["mean"] is None:
+        return "-"
+    if found["low"] is None:
+        return f"{found['mean']:.{digits}f} (one seed)"
+    return f"{found['mean']:.{digits}f} ({found['low']:.{digits}f} to {found['high']:.{digits}f})"
+
+
+def signed(found: Mapping[str, Any], digits: int = 3) -> str:
+    """A difference with its sign and interval."""
+    if found["low"] is None:
+        return f"{found['mean']:+.{digits}f} (one seed)"
+    return f"{found['mean']:+.{digits}f} ({found['low']:+.{digits}f} to {found['high']:+.{digits}f})"
+
+
+def ratio(found: Mapping[str, Any] | None) -> str:
+    """A ratio with its interval, or with the range over rounds."""
+    if found is None or found.get("mean", found.get("median")) is None:
+        return "-"
+    if "median" in found:
+        return f"{found['median']:.2f} ({found['min']:.2f} to {found['max']:.2f})"
+    return span(found, 2)
+
+
+def gib(found: Mapping[str, Any] | None) -> str:
+    """Bytes as GiB, the smallest to the largest over seeds."""
+    if found is None or not found["values"]:
+        return "-"
+    low, high = min(found["values"]) / 2**30, max(found["values"]) / 2**30
+    return (
+        f"{found['mean'] / 2**30:.2f}"
+        if f"{low:.2f}" == f"{high:.2f}"
+        else f"{found['mean'] / 2**30:.2f} ({low:.2f} to {high:.2f})"
+    )
+
+
+def _cell(row: Mapping[str, Any]) -> str:
+    """One place of the planner's table."""
+    if not row["fits"]:
+        return "no"
+    hours = "" if row["hours"] is None else f", {row['hours']:.1f} h"
+    dollars = "" if row["dollars"] is None else f", ${row['dollars']:.0f}"
+    return f"{row['gib']:.1f} GiB{hours}{dollars}"
+
+
+def _pipe(text: str) -> str:
+    """Text that is safe inside a Markdown table."""
+    return str(text).replace("|", "\\|").replace("\n", " ").replace("<", "&lt;")
+
+
+def _context(folder: Path, study: Mapping[str, Any], summary: Mapping[str, Any]) -> dict[str, Any]:
+    names = list(dict.fromkeys(m["method"] for group in summary["groups"] for m in group["methods"]))
+    hardware = summary["hardware"]
+    devices = list(dict.fromkeys((row["device"], row["device_gib"]) for row in hardware["rows"]))
+    models = list(dict.fromkeys(row["model"] for row in hardware["rows"]))
+    places = {(row["device"], row["model"], row["method"]): row for row in hardware["rows"]}
+    cells = {kind: study[kind] for kind in ("tuning", "cells")}
+    records = {c["digest"]: read_record(folder / "cells" / f"{c['digest']}.json") for kind in cells.values() for c in kind}
+    some = [found for found in records.values() if found is not None]
+    return {
+        "summary": summary, "study": study, "names": names, "groups": summary["groups"], "counts": summary["counts"],
+        "created": summary["created"].replace("T", " ").replace("+00:00", " UTC"),
+        "forests": [found for pair in _pairs(summary["groups"]) if (found := _forest(summary["groups"], *pair))],
+        "panels": [_panel(group, names) for group in summary["groups"] if any(m["curve"] for m in group["methods"])],
+        "headline": _headline(summary["groups"]), "less_is_better": LESS_IS_BETTER, "level": LEVEL,
+        "devices": devices, "models": models, "places": places, "hardware": hardware,
+        "command": shlex.join(study["command"]), "environment": some[0]["environment"] if some else study["environment"],
+        "data": {c["task"]: records[c["digest"]]["data"] for c in study["cells"] if _ok(records[c["digest"]])},  # type: ignore[index]
+        "failures": [(c, records[c["digest"]]) for kind in cells.values() for c in kind if _failed(records[c["digest"]])],
+        "spec": _toml(study["spec"]), "listed": [(c, records[c["digest"]]) for c in study["cells"]],
+    }  # fmt: skip
+
+
+def _ok(found: Mapping[str, Any] | None) -> bool:
+    return found is not None and found["status"] == "ok"
+
+
+def _failed(found: Mapping[str, Any] | None) -> bool:
+    return found is not None and found["status"] != "ok"
+
+
+def _toml(spec: Mapping[str, Any], path: tuple[str, ...] = ()) -> str:
+    """The study as a TOML file that makes the same cells."""
+    lines = [f"{_key(k)} = {_value(v)}" for k, v in spec.items() if not _is_table(path, k, v)]
+    for key, value in spec.items():
+        if _is_table(path, key, value):
+            inner = _toml(value, (*path, key))
+            head = f"[{'.'.join(map(_key, (*path, key)))}]"
+            lines.append(f"\n{head}\n{inner}" if any(not isinstance(v, dict) for v in value.values()) or not value else inner)
+    return "\n".join(lines)
+
+
+def _is_table(path: tuple[str, ...], key: str, value: Any) -> bool:
+    return isinstance(value, dict) and len(path) < 2 and not (path and path[0] in ("train", "tuning"))
+
+
+def _key(name: str) -> str:
+    return name if name.replace("-", "").replace("_", "").isalnum() and name.isascii() else _value(name)
+
+
+def _value(value: Any) -> str:
+    if isinstance(value, dict):
+        return "{ " + ", ".join(f"{_key(k)} = {_value(v)}" for k, v in value.items() if v is not None) + " }"
+    if isinstance(value, list):
+        return "[" + ", ".join(map(_value, value)) + "]"
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, str):
+        escaped = value.replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n").replace("\t", "\\t")
+        return f'"{escaped}"'
+    return repr(value)
+
+
+def _pairs(groups: Sequence[Mapping[str, Any]]) -> list[tuple[str, str]]:
+    """The pairs of methods, LoRA against QLoRA first: that is what most readers come for."""
+    found = list(dict.fromkeys((pair["a"], pair["b"]) for group in groups for pair in group["pairs"]))
+    return sorted(found, key=lambda pair: set(pair) != {"lora", "qlora"})
+
+
+def _headline(groups: Sequence[Mapping[str, Any]]) -> str:
+    """The recommendation over all tasks."""
+    advised = [group["advice"] for group in groups if group["advice"]]
+    if not advised:
+        return "Nothing has finished yet"
+    different = list(dict.fromkeys(advised))
+    return f"Use {different[0]}" if len(different) == 1 else "It depends on the task: " + ", ".join(
+        f"{name} for {', '.join(g['task'] for g in groups if g['advice'] == name)}" for name in different
+    )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Line:
+    """One difference of a forest plot; positions in percent of its width. `low` and `high` None: one seed, no interval."""
+
+    label: str
+    metric: str
+    at: float
+    low: float | None
+    high: float | None
+    margin: tuple[float, float]
+    text: str
+    verdict: str
+
+
+@dataclass(frozen=True)
+class Forest:
+    """The differences of a pair over tasks. Each metric is drawn in units of its margin, so that tasks share an axis."""
+
+    a: str
+    b: str
+    lines: list[Line]
+    zero: float
+    ticks: list[tuple[float, str]]
+
+
+def _forest(groups: Sequence[Mapping[str, Any]], a: str, b: str) -> Forest | None:
+    found = []
+    for group in groups:
+        pair = next((p for p in group["pairs"] if (p["a"], p["b"]) == (a, b)), None)
+        if pair is not None:
+            metric = pair["equivalence"]["metric"]
+            found.append((group, pair["scores"][metric], pair["equivalence"], metric))
+    if not found:
+        return None
+    margins = [equivalence["margin"] for _, _, equivalence, _ in found]
+    reach = max(
+        (
+            abs(v) / margin
+            for (_, d, _, _), margin in zip(found, margins, strict=True)
+            for v in (d["mean"], d["low"], d["high"])
+            if v is not None
+        ),
+        default=1.0,
+    )
+    half = min(max(1.25, reach * 1.05), 12.0)
+
+    def place(value: float, margin: float) -> float:
+        return 50 + 50 * max(-1.0, min(1.0, value / margin / half))
+
+    lines = [
+        Line(
+            group["task"], metric, place(d["mean"], margin),
+            None if d["low"] is None else place(d["low"], margin), None if d["high"] is None else place(d["high"], margin),
+            (place(-margin, margin), place(margin, margin)), signed(d), verdict(d, equivalence, a, b, metric),
+        )
+        for (group, d, equivalence, metric), margin in zip(found, margins, strict=True)
+    ]  # fmt: skip
+    step = next(s for s in (1, 2, 5) if half / s <= 4.5 or s == 5)
+    ticks = [(place(n * step, 1.0), f"{n * step:+d}" if n else "0") for n in range(-int(half / step), int(half / step) + 1)]
+    return Forest(a, b, lines, 50.0, ticks)
+
+
+def verdict(difference: Mapping[str, Any], equivalence: Mapping[str, Any], a: str, b: str, metric: str) -> str:
+    """What a difference and its test of equivalence say, in words."""
+    if difference["low"] is None:
+        return "one seed: nothing can be told"
+    if equivalence["p"] <= LEVEL:
+        return f"equivalent within ±{equivalence['margin']:g}"
+    if difference["low"] > 0 or difference["high"] < 0:
+        better = a if (difference["mean"] < 0) == (metric in LESS_IS_BETTER) else b
+        return f"{better} better"
+    return "neither a difference nor equivalence shown"
+
+
+@dataclass(frozen=True)
+class Curve:
+    """A method's evaluation loss: marks in percent, the mean's path and the band's, in a box of 1000 by 1000."""
+
+    method: int
+    name: str
+    marks: list[tuple[float, float]]
+    line: str
+    band: str
+    seeds: list[str]
+
+
+@dataclass(frozen=True)
+class Panel:
+    """The evaluation losses of one model and task."""
+
+    title: str
+    x: Axis
+    y: Axis
+    curves: list[Curve]
+    readings: list[tuple[int, str]]
+    """(step, what there is to read at it)"""
+    summary: str
+
+
+def _panel(group: Mapping[str, Any], names: Sequence[str]) -> Panel:
+    methods = [m for m in group["methods"] if m["curve"]]
+    steps = sorted({step for m in methods for step in m["curve"]["steps"]})
+    values = [v for m in methods for at in m["curve"]["values"] for v in at]
+    top = 1.6 * max(values)
+    bands = {m["method"]: [_clipped(m["curve"], i, top) for i in range(len(m["curve"]["steps"]))] for m in methods}
+    shown = values + [v for band in bands.values() for pair in band if pair for v in pair]
+    x, y = linear(0.0, float(max(steps) or 1)), linear(max(0.0, min(shown)), max(shown))
+    curves = []
+    for m in methods:
+        at = m["curve"]["steps"]
+        points = [(1000 * x.share(s), 1000 - 1000 * y.share(v)) for s, v in zip(at, m["curve"]["mean"], strict=True)]
+        band = [(1000 * x.share(s), pair) for s, pair in zip(at, bands[m["method"]], strict=True) if pair]
+        outline = [(s, 1000 - 1000 * y.share(high)) for s, (_, high) in band]
+        outline += [(s, 1000 - 1000 * y.share(low)) for s, (low, _) in reversed(band)]
+        each = [
+            _path([(1000 * x.share(s), 1000 - 1000 * y.share(v[i])) for s, v in zip(at, m["curve"]["values"], strict=True)])
+            for i in range(len(m["curve"]["values"][0]))
+        ]
+        marks = [(left / 10, up / 10) for left, up in points]
+        curves.append(Curve(names.index(m["method"]), m["method"], marks, _path(points), _path(outline, close=True), each))
+    readings = []
+    for step in steps:
+        lines = [
+            f"{m['method']}: {span(_at(m['curve'], m['curve']['steps'].index(step)))}"
+            for m in methods
+            if step in m["curve"]["steps"]
+        ]
+        readings.append((int(step), f"step {step:g}\n" + "\n".join(lines)))
+    last = "; ".join(f"{m['method']} {m['curve']['mean'][-1]:.3f}" for m in methods)
+    return Panel(f"{group['task']}, {group['model']}", x, y, curves, readings, f"evaluation loss at the end: {last}")
+
+
+def _at(curve: Mapping[str, Any], i: int) -> dict[str, Any]:
+    return {name: curve[name][i] for name in ("mean", "low", "high")}
+
+
+def _clipped(curve: Mapping[str, Any], i: int, top: float) -> tuple[float, float] | None:
+    """A step's interval, kept within what is worth drawing: with three seeds one may run to the clouds."""
+    low, high = curve["low"][i], curve["high"][i]
+    return None if low is None else (max(0.0, low), min(high, top))
+
+
+def _path(points: Sequence[tuple[float, float]], *, close: bool = False) -> str:
+    return "".join(f"{'L' if i else 'M'}{x:.1f} {y:.1f}" for i, (x, y) in enumerate(points)) + ("Z" if close and points else "")

@@ -1,0 +1,256 @@
+"""`study run`: the cells of a study that are missing, one process each, and then what they say together.
+
+    OUTPUT/study.json             the study, what its names stand for, the learning rates found, and which records are its
+    OUTPUT/cells/<digest>.json    one record for each run; `spec.py` says what the digest is of
+    OUTPUT/speed/<digest>.json    the methods of one model and task taking turns
+    OUTPUT/summary.json           `analysis.py`'s figures over all of it
+    OUTPUT/report.html, .md       to look at
+
+A record is written when its cell has ended, whole or not at all, so a study that was killed goes on with the cells that are
+missing. A failed cell is a result too, and is not run again unless that is asked for. In order: the runs that find learning
+rates, the runs that are compared, the turns.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import statistics
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+
+from lownibble.errors import ConfigError
+from lownibble.study.contents import Contents, look
+from lownibble.study.executors import EXECUTORS
+from lownibble.study.spec import Cell, StudySpec, cells, read_study, tuning_cells
+from lownibble.training import record
+from lownibble.training.output import claim
+
+Rates = dict[tuple[str, str, str], float]
+
+
+def run_study(
+    path: str | Path, output: str | Path, *, jobs: int = 1, executor: str = "local", retry_failed: bool = False
+) -> dict[str, Any]:  # fmt: skip
+    """Run what is missing of the study in the file `path`; returns the contents of OUTPUT/study.json.
+
+    Args:
+        output: its folder; one that holds records of the study is gone on with.
+        jobs: runs at a time. Turns are always taken alone.
+        executor: 'local' or 'ray'.
+        retry_failed: run failed cells again.
+    Raises:
+        InputError: the file, its data or its models cannot be used; nothing was run.
+        OutputError: the folder cannot be written, or another process works in it.
+    """
+    if executor not in EXECUTORS:
+        raise ConfigError(f"There is no executor '{executor}'. Give one of {', '.join(EXECUTORS)}.")
+    if jobs < 1:
+        raise ConfigError(f"The number of jobs must be an integer >= 1. Got {jobs}.")
+    spec = read_study(path)
+    contents = look({(cell.model, cell.task): (cell.kind, cell.config) for cell in cells(spec)})
+    with claim(output, resume=True) as folder:
+        _forget_kept(folder, retry_failed)
+        studied = _Study(spec, contents, folder, jobs, executor)
+        return studied.run()
+
+
+def _forget_kept(folder: Path, retry_failed: bool) -> None:
+    """Remove records that are to be made again: unreadable ones, and failed ones if asked for."""
+    for file in (*folder.glob("cells/*.json"), *folder.glob("speed/*.json")):
+        found = read_record(file)
+        if found is None or (retry_failed and (found["status"] != "ok" or "skipped" in found)):
+            file.unlink()
+
+
+def read_record(file: Path) -> dict[str, Any] | None:
+    """A record; None where there is none, or it cannot be read."""
+    try:
+        found: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return found if isinstance(found, dict) and "status" in found else None
+
+
+class _Study:
+    """A study at work in its folder."""
+
+    def __init__(self, spec: StudySpec, contents: Contents, folder: Path, jobs: int, executor: str) -> None:
+        self.spec, self.contents, self.folder, self.jobs, self.executor = spec, contents, folder, jobs, executor
+        self.grid = list(tuning_cells(spec, contents))
+        self.shown = _Shown(folder, jobs)
+
+    def run(self) -> dict[str, Any]:
+        self._write({})
+        with self.shown:
+            self.shown.count([*self.grid, *cells(self.spec, best_rates(self.folder, self.grid), self.contents)])
+            self._cells(self.grid)
+            rates = best_rates(self.folder, self.grid)
+            compared = list(cells(self.spec, rates, self.contents))
+            self._write(rates)
+            self.shown.count([*self.grid, *compared])
+            self._cells(compared)
+            self._speed(compared)
+        return self._write(rates)
+
+    def _write(self, rates: Rates) -> dict[str, Any]:
+        """Say what the study is and which records are its own."""
+        compared = list(cells(self.spec, rates, self.contents))
+        found = {
+            **record.new("study"),
+            "status": "ok",
+            "name": self.spec.name,
+            "spec": self.spec.model_dump(mode="json", exclude_unset=True),
+            "contents": self.contents._asdict(),
+            "environment": record.environment(),
+            "jobs": self.jobs,
+            "executor": self.executor,
+            "tuning": [{**_labels(cell), "digest": cell.digest} for cell in self.grid],
+            "learning_rates": [
+                {"model": model, "method": method, "task": task, "learning_rate": rate}
+                for (model, method, task), rate in rates.items()
+            ],
+            "cells": [{**_labels(cell), "digest": cell.digest} for cell in compared],
+            "speed": [{"model": model, "task": task, "digest": digest} for (model, task), (digest, _) in self._turns(compared)],
+        }
+        record.write(self.folder / "study.json", found)
+        return found
+
+    def _cells(self, wanted: Sequence[Cell]) -> None:
+        """Run those that have no record."""
+        unique = {cell.digest: cell for cell in wanted}
+        missing = [cell for digest, cell in unique.items() if not (self.folder / "cells" / f"{digest}.json").exists()]
+        work = [self._job(cell) for cell in missing]
+        for index, found in EXECUTORS[self.executor](work, self.jobs):
+            cell = missing[index]
+            own = {**_labels(cell), "digest": cell.digest, "contents": cell.contents, "config": cell.config.to_dict()}
+            record.write(self.folder / "cells" / f"{cell.digest}.json", {"kind": "study-cell", **found, "cell": own})
+            self.shown.ended(cell, found)
+
+    def _job(self, cell: Cell) -> dict[str, Any]:
+        config = cell.config
+        train = config.train.with_options(output_dir=None, report_to="none", resume=False)
+        if config.train.save_steps is not None:  # long runs: a killed one goes on from its newest checkpoint
+            train = train.with_options(output_dir=str(self.folder.resolve() / "work" / cell.digest), resume=True)
+        return {
+            "job": "cell", "kind": cell.kind, "tuning": cell.tuning,
+            "config": config.with_options(train=train).to_dict(),
+        }  # fmt: skip
+
+    def _turns(self, compared: Sequence[Cell]) -> list[tuple[tuple[str, str], tuple[str, dict[str, Cell]]]]:
+        """For each model and task the digest of its turns, and the cells that take them: those of the first seed."""
+        groups: dict[tuple[str, str], dict[str, Cell]] = {}
+        for cell in compared:
+            if cell.seed == self.spec.seeds[0]:
+                groups.setdefault((cell.model, cell.task), {})[cell.method] = cell
+        names = {
+            key: hashlib.sha256("".join(c.digest for c in of.values()).encode()).hexdigest()[:16] for key, of in groups.items()
+        }
+        return [(key, (names[key], of)) for key, of in groups.items()]
+
+    def _speed(self, compared: Sequence[Cell]) -> None:
+        for (model, task), (digest, group) in self._turns(compared):
+            path = self.folder / "speed" / f"{digest}.json"
+            peaks = {name: _peak(self.folder, cell) for name, cell in group.items()}
+            finished = {name: peak for name, peak in peaks.items() if peak is not None}
+            if path.exists() or len(finished) < 2:
+                continue
+            print(f"speed: {model} x {task}: {', '.join(finished)} take turns", file=sys.stderr)
+            configs = {name: self._job(group[name])["config"] for name in finished}
+            for config in configs.values():
+                config["train"]["output_dir"], config["train"]["resume"] = None, False
+            job = {"job": "speed", "configs": configs, "peaks": list(finished.values())}
+            for _, found in EXECUTORS[self.executor]([job], 1):
+                record.write(path, {"kind": "study-speed", **found, "model": model, "task": task})
+
+
+def _labels(cell: Cell) -> dict[str, Any]:
+    names = ("model", "method", "task", "kind", "seed", "tuning")
+    return {**{name: getattr(cell, name) for name in names}, "learning_rate": cell.config.train.learning_rate}
+
+
+def _peak(folder: Path, cell: Cell) -> int | None:
+    found = read_record(folder / "cells" / f"{cell.digest}.json")
+    if found is None or found["status"] != "ok":
+        return None
+    memory: dict[str, int] = found["measured"]["memory"]
+    return max(memory["train_peak_bytes"], memory["load_peak_bytes"])
+
+
+def best_rates(folder: Path, grid: Sequence[Cell]) -> Rates:
+    """The learning rate of the lowest evaluation loss for each (model, method, task) whose grid has a finished run."""
+    losses: dict[tuple[str, str, str], dict[float, float]] = {}
+    for cell in grid:
+        found = read_record(folder / "cells" / f"{cell.digest}.json")
+        if found is not None and found["status"] == "ok" and math.isfinite(found["result"]["scores"]["loss"]):
+            key = (cell.model, cell.method, cell.task)
+            losses.setdefault(key, {})[cell.config.train.learning_rate] = found["result"]["scores"]["loss"]
+    return {key: min(of, key=of.__getitem__) for key, of in losses.items()}
+
+
+class _Shown:
+    """How far a study is, on standard error: a bar on a terminal, a line for each cell that ends."""
+
+    def __init__(self, folder: Path, jobs: int) -> None:
+        self.console = Console(file=sys.stderr, highlight=False, soft_wrap=True)
+        columns = (TextColumn("study"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[left]}"))
+        self.progress = Progress(*columns, console=self.console, disable=not self.console.is_terminal)
+        self.folder, self.jobs, self.total, self.done = folder, jobs, 0, 0
+        self.left: dict[tuple[str, str, bool], int] = {}
+        self.seconds: dict[tuple[str, str, bool], list[float]] = {}
+        self.bar = self.progress.add_task("study", left="")
+
+    def __enter__(self) -> _Shown:
+        self.progress.start()
+        return self
+
+    def count(self, all_cells: Sequence[Cell]) -> None:
+        """See what there is and what is left to do."""
+        first, self.total, self.done = not self.total, len(all_cells), 0
+        self.left = {(cell.method, cell.task, cell.tuning): 0 for cell in all_cells}
+        self.seconds = {key: [] for key in self.left}
+        for cell in all_cells:
+            key = (cell.method, cell.task, cell.tuning)
+            found = read_record(self.folder / "cells" / f"{cell.digest}.json")
+            self.left[key] += found is None
+            self.done += found is not None
+            if found is not None and found["status"] == "ok":
+                self.seconds[key].append(found["measured"]["seconds"])
+        if first:
+            self.console.print(f"study: {self.total} cells, {self.done} of them are there already")
+        self.progress.update(self.bar, total=self.total, completed=self.done, left=self._time_left())
+
+    def __exit__(self, *_: object) -> None:
+        self.progress.stop()
+
+    def ended(self, cell: Cell, found: dict[str, Any]) -> None:
+        """Show that a cell has ended, and how."""
+        key = (cell.method, cell.task, cell.tuning)
+        self.done += 1
+        self.left[key] -= 1
+        rate = f"learning rate {cell.config.train.learning_rate:g}"
+        name = f"[{self.done}/{self.total}] {cell.task} x {cell.method} x {rate if cell.tuning else f'seed {cell.seed}'}"
+        if found["status"] == "ok":
+            seconds, scores = found["measured"]["seconds"], found["result"]["scores"]
+            self.seconds[key].append(seconds)
+            figures = ", ".join(f"{metric} {value:.3f}" for metric, value in scores.items())
+            text = f"{name}: {figures} ({seconds:.0f} s); {self._time_left()}"
+        else:
+            text = f"{name}: failed: {found['error']}"
+        self.console.print(text, markup=False)
+        self.progress.update(self.bar, completed=self.done, left=self._time_left())
+
+    def _time_left(self) -> str:
+        known = [value for values in self.seconds.values() for value in values]
+        if not known:
+            return "time left unknown"
+        mean = statistics.fmean(known)
+        left = sum(n * (statistics.fmean(self.seconds[key]) if self.seconds[key] else mean) for key, n in self.left.items())
+        left /= self.jobs
+        return f"about {left / 60:.0f} min left" if left >= 90 else f"about {left:.0f} s left"

@@ -1,0 +1,40 @@
+"""A study's figures for the terminal: a table of scores, and a line for each difference between methods."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from rich.console import RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from lownibble.study.report.study_page import gib, ratio, signed, span, verdict
+
+
+def tables(summary: Mapping[str, Any]) -> Iterator[RenderableType]:
+    """Scores by task and method; then differences and ratios by task and pair."""
+    scores = Table(title=f"{summary['name']}: mean over seeds (95% interval)", title_justify="left")
+    for name in ("task", "method", "score", "", "evaluation loss", "peak GiB"):
+        scores.add_column(name, justify="left" if name in ("task", "method", "score") else "right")
+    for group in summary["groups"]:
+        metric = group["metrics"][0]
+        for m in group["methods"]:
+            of = m["scores"]
+            figures = [span(of[metric]), span(of["loss"]), gib(m["peak_bytes"])] if of else [_none(m), "-", "-"]
+            scores.add_row(group["task"], m["method"], metric, *figures)
+    yield scores
+    for group in summary["groups"]:
+        for pair in group["pairs"]:
+            yield Text(f"{group['task']}, {pair['a']} against {pair['b']}", style="bold")
+            test = pair["equivalence"]
+            found = pair["scores"][test["metric"]]
+            said = verdict(found, test, pair["a"], pair["b"], test["metric"])
+            yield Text(f"  {test['metric']} {signed(found)}: {said}")
+            yield Text(
+                f"  steps {ratio(pair['steps_ratio'])}, tokens/s {ratio(pair['speed_ratio'])}, memory {ratio(pair['memory_ratio'])}"
+            )
+
+
+def _none(method: Mapping[str, Any]) -> str:
+    return f"failed: {method['failed'][0]}" if method["failed"] else f"{method['missing']} missing"
