@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, T5Config, T5ForConditionalGeneration
 
 WORDS = ("good bad fine awful film plot actor scene was is the a very not positive negative : review sentiment").split()  # noqa: SIM905
 
@@ -36,6 +36,19 @@ def write_model(folder):
         vocab_size=len(vocabulary), tie_word_embeddings=True, eos_token_id=1, bos_token_id=1, pad_token_id=0,
     )  # fmt: skip
     LlamaForCausalLM(config).save_pretrained(folder)
+    return folder
+
+
+def write_t5(folder, **options):
+    """Write a small encoder-decoder model with the same tokenizer; returns the folder."""
+    write_model(folder)
+    (folder / "model.safetensors").unlink()
+    torch.manual_seed(0)
+    config = T5Config(
+        d_model=32, d_ff=64, d_kv=8, num_layers=2, num_heads=4, vocab_size=len(WORDS) + 3, feed_forward_proj="gated-gelu",
+        eos_token_id=1, pad_token_id=0, decoder_start_token_id=0, dropout_rate=0.0, **options,
+    )  # fmt: skip
+    T5ForConditionalGeneration(config).save_pretrained(folder)
     return folder
 
 

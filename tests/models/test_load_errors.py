@@ -63,7 +63,7 @@ DAMAGE = {
     "heads that do not divide": (lambda f: edit_config(f, num_attention_heads=5, head_dim=...), "config.json .*not a multiple"),
     "no model_type": (lambda f: edit_config(f, model_type=...), "config.json cannot be used: "),
     "unknown model_type": (lambda f: edit_config(f, model_type="llamoid"), "config.json cannot be used: .*llamoid"),
-    "not a language model": (lambda f: edit_config(f, model_type="vit", architectures=["ViT"]), "not a causal language model"),
+    "not a language model": (lambda f: edit_config(f, model_type="vit", architectures=["ViT"]), "not a language model"),
     "remote code": (
         lambda f: edit_config(f, model_type="odd", auto_map={"AutoConfig": "c.C", "AutoModelForCausalLM": "c.M"}),
         "config.json cannot be used: .*",

@@ -82,5 +82,5 @@ def test_a_large_model_is_traced_on_any_machine():
 
 
 def test_an_unknown_model_is_refused():
-    with pytest.raises(ModelError, match="no causal language model"):
+    with pytest.raises(ModelError, match="no language model"):
         trace({"model_type": "lama"}, "lora", Batch(1, 8, 7))

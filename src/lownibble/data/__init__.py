@@ -1,6 +1,6 @@
 """Rows to batches: `load` a data set, `encode` it with a tokenizer, `collate` examples in the order of `stream`."""
 
-from lownibble.data.batches import IGNORE, Batch, collate, cut, epoch_batches, flatten, stream
+from lownibble.data.batches import IGNORE, Batch, collate, collate_pairs, cut, epoch_batches, flatten, split_pair, stream
 from lownibble.data.choices import Choice, choices
 from lownibble.data.rows import Dataset, Row
 from lownibble.data.sources import load, read
@@ -16,6 +16,7 @@ __all__ = [
     "Row",
     "choices",
     "collate",
+    "collate_pairs",
     "cut",
     "encode",
     "epoch_batches",
@@ -23,5 +24,6 @@ __all__ = [
     "load",
     "prompts",
     "read",
+    "split_pair",
     "stream",
 ]

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING
 
 from lownibble.data.packing import pack, packed_batches
 from lownibble.data.template import Example
+from lownibble.errors import DataError
 
 if TYPE_CHECKING:
     import torch
@@ -35,13 +36,21 @@ class Batch:
     """Examples padded, or one after the other in a single row; each tensor is (B, T) int64.
 
     `labels` are unshifted and -100 where there is no loss, as transformers' models take them. `segments` are the lengths of
-    packed examples (then B is 1 and T their sum), or None.
+    packed examples (then B is 1 and T their sum), or None. For an encoder-decoder model `source_ids` and `source_mask` (B, S)
+    are what the encoder reads, and the other tensors are the decoder's, whose first token starts it.
     """
 
     input_ids: torch.Tensor
     attention_mask: torch.Tensor
     labels: torch.Tensor
     segments: tuple[int, ...] | None = None
+    source_ids: torch.Tensor | None = None
+    source_mask: torch.Tensor | None = None
+
+    @property
+    def source(self) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """Ids and mask of what an encoder reads."""
+        return None if self.source_ids is None or self.source_mask is None else (self.source_ids, self.source_mask)
 
     @property
     def n_rows(self) -> int:
@@ -51,7 +60,12 @@ class Batch:
     @property
     def n_tokens(self) -> int:
         """Tokens that are not padding."""
-        return int(self.attention_mask.sum())
+        return int(self.attention_mask.sum()) + (0 if self.source_mask is None else int(self.source_mask.sum()))
+
+    @property
+    def n_padded_tokens(self) -> int:
+        """Tokens with padding."""
+        return self.input_ids.numel() + (0 if self.source_ids is None else self.source_ids.numel())
 
     @property
     def n_label_tokens(self) -> int:
@@ -60,8 +74,8 @@ class Batch:
 
     def to(self, device: torch.device | str) -> Batch:
         """The batch on a device."""
-        tensors = {name: getattr(self, name).to(device) for name in ("input_ids", "attention_mask", "labels")}
-        return replace(self, **tensors)
+        held = {name: getattr(self, name) for name in ("input_ids", "attention_mask", "labels", "source_ids", "source_mask")}
+        return replace(self, **{name: tensor.to(device) for name, tensor in held.items() if tensor is not None})
 
 
 def collate(examples: Sequence[Example], pad_token_id: int) -> Batch:
@@ -81,6 +95,34 @@ def collate(examples: Sequence[Example], pad_token_id: int) -> Batch:
         attention_mask[row, : len(ids)] = 1
         labels[row, : len(ids)] = ids.masked_fill(~torch.tensor(example.is_label), IGNORE)
     return Batch(input_ids, attention_mask, labels)
+
+
+def split_pair(example: Example) -> tuple[list[int], list[int]]:
+    """What an encoder reads and what the decoder writes: the tokens before the first label, and the rest.
+
+    Raises:
+        DataError: nothing stands before the labels, or they are not one stretch at the end.
+    """
+    first = example.is_label.index(True) if True in example.is_label else 0
+    if first < 1 or not all(example.is_label[first:]):
+        raise DataError(
+            f"{example.origin}: an encoder-decoder model needs a prompt and one completion in each row. Give rows with both "
+            "(prompt and completion, text and label, templates), and leave mask_prompt on."
+        )
+    return example.input_ids[:first], example.input_ids[first:]
+
+
+def collate_pairs(examples: Sequence[Example], pad_token_id: int, start: int, end: int) -> Batch:
+    """Examples for an encoder-decoder model: the encoder gets the prompt, ended by `end`, the decoder `start` and the completion.
+
+    Raises:
+        DataError: a row is not a prompt and a completion.
+    """
+    pairs = [split_pair(example) for example in examples]
+    sources = [ids if ids[-1] == end else [*ids, end] for ids, _ in pairs]
+    read = collate([Example(ids, [False] * len(ids), "") for ids in sources], pad_token_id)
+    written = collate([Example([start, *ids], [False] + [True] * len(ids), "") for _, ids in pairs], pad_token_id)
+    return replace(written, source_ids=read.input_ids, source_mask=read.attention_mask)
 
 
 def flatten(examples: Sequence[Example]) -> Batch:

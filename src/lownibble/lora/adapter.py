@@ -73,7 +73,7 @@ def _config_json(model: nn.Module, config: LoraConfig, name: str) -> dict[str, A
     base = getattr(getattr(model, "config", None), "_name_or_path", None)
     values = {
         "peft_type": "LORA",
-        "task_type": "CAUSAL_LM",
+        "task_type": "SEQ_2_SEQ_LM" if getattr(getattr(model, "config", None), "is_encoder_decoder", False) else "CAUSAL_LM",
         "base_model_name_or_path": base or None,
         "inference_mode": True,
         "fan_in_fan_out": False,

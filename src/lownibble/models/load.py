@@ -23,7 +23,7 @@ from accelerate import init_empty_weights
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer, GenerationConfig
 
 from lownibble.config import QuantConfig
 from lownibble.errors import ModelError
@@ -69,7 +69,7 @@ def load(
     model: str = "demo", *, quant: str | QuantConfig | None = None, dtype: str | torch.dtype = "auto", device: str = "auto",
     revision: str | None = None,
 ) -> tuple[Any, Any]:  # fmt: skip
-    """Load a causal language model and its tokenizer, its linear weights dense or quantised.
+    """Load a language model (causal, or encoder-decoder) and its tokenizer, its linear weights dense or quantised.
 
     Args:
         model: 'demo', a folder in Hugging Face layout (one or many safetensors shards, also bitsandbytes 4-bit
@@ -116,9 +116,9 @@ def skeleton(source: ModelSource, dtype: torch.dtype) -> Any:
     stored_quantization = config.__dict__.pop("quantization_config", None)
     try:
         with init_empty_weights(include_buffers=False):
-            model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
+            model = _auto(config).from_config(config, dtype=dtype, trust_remote_code=False)
     except ValueError as error:
-        raise ModelError(f"'{source.name}' is not a causal language model transformers knows: {_reason(error)}") from None
+        raise ModelError(f"'{source.name}' is not a language model transformers knows: {_reason(error)}") from None
     model.tie_weights()
     model.lownibble_stored_quantization = stored_quantization
     if (source.folder / "generation_config.json").is_file():
@@ -127,6 +127,11 @@ def skeleton(source: ModelSource, dtype: torch.dtype) -> Any:
         except (OSError, ValueError, TypeError) as error:
             raise ModelError(f"'{source.name}': generation_config.json cannot be used: {_reason(error)}") from None
     return model
+
+
+def _auto(config: Any) -> Any:
+    """transformers' class for language models of this kind."""
+    return AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
 
 
 def uninitialised(config: Mapping[str, Any], quant: QuantConfig | None, dtype: torch.dtype) -> Any:
@@ -139,9 +144,9 @@ def uninitialised(config: Mapping[str, Any], quant: QuantConfig | None, dtype: t
     try:
         with init_empty_weights(include_buffers=False):
             wanted = AutoConfig.for_model(str(config.get("model_type")), **values)
-            model = AutoModelForCausalLM.from_config(wanted, dtype=dtype, trust_remote_code=False)
+            model = _auto(wanted).from_config(wanted, dtype=dtype, trust_remote_code=False)
     except (ValueError, TypeError, AttributeError, StrictDataclassError) as error:
-        raise ModelError(f"This configuration is of no causal language model transformers knows: {_reason(error)}") from None
+        raise ModelError(f"This configuration is of no language model transformers knows: {_reason(error)}") from None
     model.tie_weights()
     to_quantize, device = quantizable(model, quant) if quant is not None else set(), torch.device("cpu")
     for key, parameter in list(model.named_parameters()):

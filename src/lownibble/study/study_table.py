@@ -31,9 +31,8 @@ def tables(summary: Mapping[str, Any]) -> Iterator[RenderableType]:
             found = pair["scores"][test["metric"]]
             said = verdict(found, test, pair["a"], pair["b"], test["metric"])
             yield Text(f"  {test['metric']} {signed(found)}: {said}")
-            yield Text(
-                f"  steps {ratio(pair['steps_ratio'])}, tokens/s {ratio(pair['speed_ratio'])}, memory {ratio(pair['memory_ratio'])}"
-            )
+            steps, speed, memory = (ratio(pair[f"{name}_ratio"]) for name in ("steps", "speed", "memory"))
+            yield Text(f"  steps {steps}, tokens/s {speed}, memory {memory}")
 
 
 def _none(method: Mapping[str, Any]) -> str:

@@ -64,6 +64,8 @@ def choose(option: bool | Literal["auto"], model: Any, device: torch.device, tok
 
 
 def _obstacle(model: Any, device: torch.device) -> str:
+    if model.config.is_encoder_decoder:
+        return f"{type(model).__name__} has an encoder, whose layers are of another form"
     if not repeated_layers(model):
         return f"the decoder layers of {type(model).__name__} are not known"
     if device.type == "cpu":

@@ -15,8 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lownibble.data import Choice, Example, collate, cut
+from lownibble.data import Choice, Example, cut
 from lownibble.training.loss import Head, hidden_states, token_losses
+from lownibble.training.microbatches import Collate
 
 
 @dataclass
@@ -38,9 +39,9 @@ class Evaluator:
     """
 
     def __init__(
-        self, examples: list[Example], choices: list[Choice] | None, pad_token_id: int, batch_size: int, device: torch.device
+        self, examples: list[Example], choices: list[Choice] | None, collate: Collate, batch_size: int, device: torch.device
     ) -> None:
-        self.examples, self.choices, self.pad_token_id, self.device = examples, choices, pad_token_id, device
+        self.examples, self.choices, self.collate, self.device = examples, choices, collate, device
         self.batch_size = batch_size
         self.max_tokens: int | None = None
         self.before_pass: Callable[[], None] = lambda: None
@@ -64,14 +65,17 @@ class Evaluator:
         scores_NC = torch.empty(len(self.examples), len(self.choices[0].candidates) if self.choices else 0)
         for rows in self._batches(self.examples):
             self.before_pass()
-            batch = collate([self.examples[i] for i in rows], self.pad_token_id).to(self.device)
-            hidden_BTH = hidden_states(model, batch.input_ids, batch.attention_mask)
+            batch = self.collate([self.examples[i] for i in rows]).to(self.device)
+            hidden_BTH = hidden_states(model, batch.input_ids, batch.attention_mask, source=batch.source)
             is_label_BT = batch.labels[:, 1:] != -100
             losses_L = token_losses(head, hidden_BTH[:, :-1][is_label_BT], batch.labels[:, 1:][is_label_BT])
             total += float(losses_L.sum(dtype=torch.float64))
             n_labels += len(losses_L)
             if self.choices is not None and self.single_token:
-                last_prompt = torch.tensor([len(self.choices[i].prompt_ids) - 1 for i in rows], device=self.device)
+                paired = batch.source is not None  # the decoder's first place is where the answer is asked for
+                last_prompt = torch.tensor(
+                    [0 if paired else len(self.choices[i].prompt_ids) - 1 for i in rows], device=self.device
+                )
                 logits_BV = head(hidden_BTH[torch.arange(len(rows), device=self.device), last_prompt]).float()
                 candidates = torch.tensor([c[0] for c in self.choices[0].candidates], device=self.device)
                 scores_NC[rows] = logits_BV.log_softmax(1)[:, candidates].cpu()
@@ -93,8 +97,8 @@ class Evaluator:
         scores = torch.empty(len(rows))
         for batch_rows in self._batches(rows):
             self.before_pass()
-            batch = collate([rows[i] for i in batch_rows], self.pad_token_id).to(self.device)
-            hidden_BTH = hidden_states(model, batch.input_ids, batch.attention_mask)[:, :-1]
+            batch = self.collate([rows[i] for i in batch_rows]).to(self.device)
+            hidden_BTH = hidden_states(model, batch.input_ids, batch.attention_mask, source=batch.source)[:, :-1]
             is_label_BT = batch.labels[:, 1:] != -100
             losses_L = token_losses(head, hidden_BTH[is_label_BT], batch.labels[:, 1:][is_label_BT])
             owner_L = is_label_BT.nonzero()[:, 0]

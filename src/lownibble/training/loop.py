@@ -43,7 +43,7 @@ from lownibble.training.evaluate import Evaluator
 from lownibble.training.events import Evaluated, Event, Finished, Fitted, Saved, Skipped, Started, Stepped, Warned
 from lownibble.training.interrupt import RunInterrupted
 from lownibble.training.loss import check_head
-from lownibble.training.microbatches import MicroBatches, Rows
+from lownibble.training.microbatches import MicroBatches, Rows, collator
 from lownibble.training.passes import Passes
 
 MAX_SKIPPED = 3
@@ -90,10 +90,12 @@ class Trainer:
             )
         self.model, self.config, self.cut_rows = model, config, cut_rows
         self.device: torch.device = model.get_input_embeddings().weight.device
-        pad_token_id = int(tokenizer.pad_token_id)
-        self.micro = MicroBatches(train, config, pad_token_id)
+        if model.config.is_encoder_decoder and config.memory_budget:
+            raise ConfigError(f"The 'memory_budget' is not for {type(model).__name__}, which has an encoder. Leave it out.")
+        collate = collator(model, tokenizer)
+        self.micro = MicroBatches(train, config, collate)
         self.passes = Passes(model, self.micro, self.device)
-        self.evaluator = Evaluator(evaluation, choices, pad_token_id, 2 * config.batch_size, self.device)
+        self.evaluator = Evaluator(evaluation, choices, collate, 2 * config.batch_size, self.device)
         self.evaluator.before_pass = self._make_room
         self.total_steps = config.max_steps or self.micro.steps_of_epochs(config.num_train_epochs)
         self.identity = {"train": config.to_dict(), **(identity or {})}
@@ -340,7 +342,7 @@ class Trainer:
         self.optimizer.zero_grad(set_to_none=True)
         self._keep_within(batches)
         return Stepped(
-            step + 1, loss, rate, norm, sum(b.n_tokens for b in batches), sum(b.input_ids.numel() for b in batches), n_labels,
+            step + 1, loss, rate, norm, sum(b.n_tokens for b in batches), sum(b.n_padded_tokens for b in batches), n_labels,
             sum(b.n_rows for b in batches), time.perf_counter() - began,
         )  # fmt: skip
 

@@ -132,6 +132,8 @@ class Head:
             (transform, float(value)) for key, transform in _LOGIT_TRANSFORMS.items()
             if (value := getattr(config, key, None)) not in (None, 1.0)
         ]  # fmt: skip
+        if getattr(config, "scale_decoder_outputs", False):  # T5
+            self.transforms.append((_LOGIT_TRANSFORMS["logit_scale"], config.d_model**-0.5))
         self.plain = self._plain()
         self.vocab_size = int(self.module.weight.shape[0])  # type: ignore[union-attr,index]
 
@@ -156,13 +158,23 @@ class Head:
 
 
 def hidden_states(
-    model: Any, input_ids_BT: Tensor, attention_mask_BT: Tensor | None, segments: Sequence[int] | None = None
+    model: Any, input_ids_BT: Tensor, attention_mask_BT: Tensor | None, segments: Sequence[int] | None = None,
+    source: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:  # fmt: skip
-    """Last hidden states (B, T, H) of the model without its head; no mask is one of ones.
+    """Last hidden states (B, T, H) of the model without its head, of an encoder-decoder model those of its decoder, whose encoder
+    reads `source`, ids and mask (B, S); no mask is one of ones.
 
     With `segments`, the lengths of packed rows, B is 1, and the call and its backward belong inside `segment_attention`. Other
     rows are padded on the right.
     """
+    if source is not None:
+        ids_BS, mask_BS = source
+        read = model.get_encoder()(input_ids=ids_BS, attention_mask=mask_BS).last_hidden_state
+        written = model.get_decoder()(
+            input_ids=input_ids_BT, attention_mask=attention_mask_BT, encoder_hidden_states=read,
+            encoder_attention_mask=mask_BS, use_cache=False,
+        )  # fmt: skip
+        return written.last_hidden_state  # type: ignore[no-any-return]
     if attention.takes_segments(model):
         mask_BT = torch.ones_like(input_ids_BT) if attention_mask_BT is None else attention_mask_BT
         extra = attention.inputs(model, mask_BT, segments)
@@ -176,7 +188,7 @@ def hidden_states(
 
 def label_loss(
     model: Any, input_ids_BT: Tensor, attention_mask_BT: Tensor, labels_BT: Tensor, n_total: int | None = None,
-    segments: Sequence[int] | None = None,
+    segments: Sequence[int] | None = None, source: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:  # fmt: skip
     """Mean cross-entropy of the next token over label positions.
 
@@ -185,11 +197,12 @@ def label_loss(
         labels_BT: int64, unshifted, -100 where there is no loss.
         n_total: label tokens of the whole accumulated batch; default: of this one.
         segments: lengths of packed rows, whose first tokens have the label -100; see `hidden_states`.
+        source: what an encoder reads; see `hidden_states`.
     Returns:
         () float32, ready for backward.
     """
     places_L, labels_L = label_places(labels_BT)
-    return loss_at(model, input_ids_BT, attention_mask_BT, places_L, labels_L, n_total, segments)
+    return loss_at(model, input_ids_BT, attention_mask_BT, places_L, labels_L, n_total, segments, source)
 
 
 def label_places(labels_BT: Tensor) -> tuple[Tensor, Tensor]:
@@ -202,11 +215,11 @@ def label_places(labels_BT: Tensor) -> tuple[Tensor, Tensor]:
 
 def loss_at(
     model: Any, input_ids_BT: Tensor, attention_mask_BT: Tensor | None, places_L: Tensor, labels_L: Tensor,
-    n_total: int | None = None, segments: Sequence[int] | None = None,
+    n_total: int | None = None, segments: Sequence[int] | None = None, source: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:  # fmt: skip
     """`label_loss` with the labels as `label_places` gives them: no size depends on values, so it can be traced."""
     head = Head(model)
-    hidden_BTH = hidden_states(model, input_ids_BT, attention_mask_BT, segments)
+    hidden_BTH = hidden_states(model, input_ids_BT, attention_mask_BT, segments, source)
     hidden_LH = hidden_BTH.flatten(0, 1).index_select(0, places_L)
     del hidden_BTH
     trained = head.trained if torch.is_grad_enabled() else []
@@ -232,8 +245,10 @@ def check_head(model: Any) -> None:
     was_training = model.training
     model.eval()
     input_ids = torch.arange(1, 9, device=device).unsqueeze(0) % Head(model).vocab_size
-    own = model(input_ids=input_ids, use_cache=False).logits[0].float()
-    ours = Head(model)(hidden_states(model, input_ids, torch.ones_like(input_ids))[0]).float()
+    pair = {"decoder_input_ids": input_ids} if model.config.is_encoder_decoder else {}
+    source = (input_ids, torch.ones_like(input_ids)) if pair else None
+    own = model(input_ids=input_ids, use_cache=False, **pair).logits[0].float()
+    ours = Head(model)(hidden_states(model, input_ids, torch.ones_like(input_ids), source=source)[0]).float()
     model.train(was_training)
     if own.shape != ours.shape or (own - ours).abs().max() > 1e-3 * own.abs().max().clamp(min=1):
         raise ModelError(

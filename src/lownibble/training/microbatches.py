@@ -10,17 +10,35 @@ that suits the longest rows would leave most of the memory idle on all others.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from functools import cached_property
+from collections.abc import Callable, Iterator
+from functools import cached_property, partial
 from heapq import heappop, heappush
 from itertools import islice
+from typing import Any
 
 from lownibble.config import TrainConfig
-from lownibble.data import IGNORE, Batch, Example, collate, cut, epoch_batches, flatten, stream
+from lownibble.data import IGNORE, Batch, Example, collate, collate_pairs, cut, epoch_batches, flatten, stream
+from lownibble.errors import ModelError
 from lownibble.planning.step import Batch as Shape
 
 Rows = list[list[Example]]
 """The rows of one step, in the batches that the configuration asks for."""
+
+
+Collate = Callable[[list[Example]], Batch]
+"""Rows as one padded forward pass."""
+
+
+def collator(model: Any, tokenizer: Any) -> Collate:
+    """How rows are put to the model."""
+    pad = int(tokenizer.pad_token_id)
+    if not model.config.is_encoder_decoder:
+        return partial(collate, pad_token_id=pad)
+    start, end = model.config.decoder_start_token_id, tokenizer.eos_token_id
+    if start is None or end is None:
+        what = "decoder_start_token_id in config.json" if start is None else "eos_token in tokenizer_config.json"
+        raise ModelError(f"{type(model).__name__} cannot be trained: it lacks its {what}. Set it.")
+    return partial(collate_pairs, pad_token_id=pad, start=int(start), end=int(end))
 
 
 class MicroBatches:
@@ -30,8 +48,8 @@ class MicroBatches:
         max_tokens: most tokens of a forward pass, padding included (a longer row stands alone); None: batches as configured.
     """
 
-    def __init__(self, rows: list[Example], config: TrainConfig, pad_token_id: int) -> None:
-        self.rows, self.config, self.pad_token_id = rows, config, pad_token_id
+    def __init__(self, rows: list[Example], config: TrainConfig, collate: Collate) -> None:
+        self.rows, self.config, self.collate = rows, config, collate
         self.pack_to = config.max_length if config.packing else None
         self.max_tokens: int | None = None
         self._by_length = sorted(rows, key=lambda row: len(row.input_ids), reverse=True)
@@ -58,6 +76,9 @@ class MicroBatches:
     def shape(self, batch: list[Example]) -> Shape:
         """The sizes of a forward pass over these rows."""
         rows = 1 if self.pack_to is not None else len(batch)
+        padded = self.batch(batch)
+        if padded.source_ids is not None:  # the planner takes the decoder's length for labels / rows
+            return Shape(rows, padded.source_ids.shape[1], padded.input_ids.numel())
         return Shape(rows, self.tokens(batch) // rows, sum(sum(row.is_label[1:]) for row in batch))
 
     def dealt(self, rows: Rows) -> Rows:
@@ -70,7 +91,7 @@ class MicroBatches:
 
     def batch(self, rows: list[Example]) -> Batch:
         """Rows as one forward pass."""
-        return collate(rows, self.pad_token_id) if self.pack_to is None else flatten(rows)
+        return self.collate(rows) if self.pack_to is None else flatten(rows)
 
     def steps_of_epochs(self, epochs: float) -> int:
         """Optimiser steps of so many epochs; packed epochs differ in their number of batches."""

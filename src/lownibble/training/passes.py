@@ -14,7 +14,7 @@ import torch
 
 from lownibble.data import Batch, Example
 from lownibble.errors import ConfigError
-from lownibble.models.attention import kernel_obstacle, segment_attention
+from lownibble.models.attention import kernel_obstacle, refusal, segment_attention
 from lownibble.training import compiling, memory
 from lownibble.training.loss import check_packing, check_rows, label_loss
 from lownibble.training.microbatches import MicroBatches
@@ -54,6 +54,11 @@ class Passes:
         Raises:
             ModelError: this model cannot be packed.
         """
+        if self.model.config.is_encoder_decoder:
+            if self.micro.pack_to:
+                raise refusal(type(self.model).__name__, "it has an encoder, whose attention looks both ways")
+            self.attention_reason = "an encoder's attention looks both ways, and a decoder's to the encoder"
+            return
         if self.micro.pack_to:
             by_length = sorted((row.input_ids for row in self.micro.rows), key=len)
             check_packing(self.model, [by_length[-1], by_length[0]])
@@ -136,7 +141,7 @@ class Passes:
 
     def _loss(self, batch: Batch, n_total: int) -> torch.Tensor:
         batch = batch.to(self.device)
-        return label_loss(self.model, batch.input_ids, batch.attention_mask, batch.labels, n_total, batch.segments)
+        return label_loss(self.model, batch.input_ids, batch.attention_mask, batch.labels, n_total, batch.segments, batch.source)
 
     def backward(self, batch: Batch, n_total: int, *, measured: bool = False) -> float:
         """Add the gradients of a batch; returns its loss. `measured`: count what autograd saves.

@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from lownibble.config import DataConfig, RunConfig, TrainConfig, n_bytes
-from lownibble.data import Dataset, Encoded, Example, choices, encode
+from lownibble.data import Dataset, Encoded, Example, choices, encode, split_pair
 from lownibble.data import load as load_data
-from lownibble.errors import ModelError
+from lownibble.errors import ConfigError, ModelError
 from lownibble.lora import add_lora, count_parameters, save_adapter
 from lownibble.lora.inject import adapter_configs
 from lownibble.models import load, pick_device
@@ -128,12 +128,30 @@ def _trainer(
 ) -> tuple[Trainer, list[Encoded]]:
     """The trainer over both sides' rows, and the encoded rows."""
     encoded = [encode(side, tokenizer, data, config.max_length) for side in sides]
+    if model.config.is_encoder_decoder:
+        _check_pairs(model, encoded, data)
     identity = {"data": {"train": sides[0].digest, "eval": sides[1].digest}, **_subject(model)}
     trainer = Trainer(
         model, tokenizer, encoded[0].examples, encoded[1].examples, config,
         choices=choices(*sides, tokenizer, data, config.max_length), cut_rows=encoded[0].n_cut, identity=identity,
     )  # fmt: skip
     return trainer, encoded
+
+
+def _check_pairs(model: Any, encoded: list[Encoded], data: DataConfig) -> None:
+    """Raise if some rows are not what an encoder-decoder model takes.
+
+    Raises:
+        ConfigError, DataError: there is no prompt for the encoder, or a row has several answers.
+    """
+    if encoded[0].form == "text" or not data.mask_prompt:
+        raise ConfigError(
+            f"{type(model).__name__} has an encoder, which reads the prompt; text alone and mask_prompt=False leave none. Give "
+            "prompt and completion (or templates), and mask_prompt=True."
+        )
+    for side in encoded:
+        for example in side.examples:
+            split_pair(example)
 
 
 def _train(

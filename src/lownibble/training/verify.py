@@ -91,7 +91,9 @@ def _logits(model: Any) -> Tensor:
     model.eval()
     device, vocabulary = model.get_input_embeddings().weight.device, model.config.get_text_config().vocab_size
     tokens = torch.arange(_TOKENS, device=device) * 37 % vocabulary
-    logits: Tensor = model(input_ids=tokens.unsqueeze(0), use_cache=False).logits
+    ids = tokens.unsqueeze(0)
+    pair = {"decoder_input_ids": ids} if model.config.is_encoder_decoder else {}
+    logits: Tensor = model(input_ids=ids, use_cache=False, **pair).logits
     return logits
 
 
