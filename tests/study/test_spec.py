@@ -1,17 +1,21 @@
 """Study files. Oracle: the cells worked out by hand, and what must and must not change a cell's name."""
 
+import hashlib
+import json
+
 import pytest
 
-from lownibble.config import DataConfig
+from lownibble.config import DataConfig, RunConfig
 from lownibble.data.rows import Dataset, Row
 from lownibble.errors import ConfigError, DataError
+from lownibble.study import spec as spec_module
+from lownibble.study.contents import Contents
 from lownibble.study.spec import cells, read_study, tuning_cells
 from lownibble.study.tasks import KINDS, check_columns, with_templates
 
 STUDY = """
 name = "first"
 seeds = [3, 1]
-learning_rates = [1e-4, 1e-3]
 [models]
 small = "demo"
 [methods]
@@ -23,6 +27,9 @@ inference = { kind = "nli", data = "rows", train = { max_length = 128 } }
 [train]
 max_steps = 40
 max_length = 256
+[tuning]
+learning_rates = [1e-4, 1e-3]
+train = { max_steps = 10 }
 """
 
 
@@ -41,7 +48,7 @@ def study(tmp_path):
 def test_the_cells_are_all_combinations(study):
     found = list(cells(read_study(study())))
     assert [(c.method, c.task, c.seed) for c in found] == [
-        (method, task, seed) for task in ("sentiment", "inference") for method in ("full", "qlora-r4") for seed in (3, 1)
+        (method, task, seed) for seed in (3, 1) for task in ("sentiment", "inference") for method in ("full", "qlora-r4")
     ]
     assert len({cell.digest for cell in found}) == len(found)
 
@@ -66,6 +73,7 @@ def test_the_grid_is_run_at_a_seed_of_its_own_and_what_it_found_wins(study):
         ("full", "sentiment", 1e-4), ("full", "sentiment", 1e-3)
     ]  # fmt: skip
     assert {c.seed for c in grid} == {1000}
+    assert {c.config.train.max_steps for c in grid} == {10}
     assert len(grid) == 8
     rates = {(c.model, c.method, c.task): 0.25 for c in grid}
     assert {c.config.train.learning_rate for c in cells(spec, rates)} == {0.25}
@@ -85,6 +93,26 @@ def test_a_cell_is_named_by_what_decides_its_result(study):
     assert sorted(digests(**{"[3, 1]": "[1, 3]"})) == sorted(before)
 
 
+def test_rows_and_models_count_by_content(study):
+    def digests(contents, **replaced):
+        return [cell.digest for cell in cells(read_study(study(**replaced)), None, contents)]
+
+    contents = Contents({"small": "m"}, {"sentiment": ("a", "b"), "inference": ("c", "d")})
+    before = digests(contents)
+    assert digests(contents, **{'data = "rows"': 'data = { path = "other", max_rows = 5 }'}) == before
+    changed = digests(contents._replace(data={"sentiment": ("a", "b"), "inference": ("c", "e")}))
+    assert [new == old for new, old in zip(changed, before, strict=True)] == [True, True, False, False] * 2
+    assert not set(digests(contents._replace(models={"small": "n"}))) & set(before)
+
+
+def test_defaults_are_those_that_the_schema_was_made_with():
+    """Options at their default are no part of a cell's name, so a default that changes makes old records say something else:
+    then raise `spec.SCHEMA` and this digest; for a new option, this digest alone."""
+    text = json.dumps(RunConfig().to_dict(), sort_keys=True)
+    known = {1: "2fe46deb4ff90fad"}
+    assert hashlib.sha256(text.encode()).hexdigest()[:16] == known[spec_module.SCHEMA]
+
+
 def test_paths_are_beside_the_file(study, tmp_path):
     (tmp_path / "rows").mkdir()
     found = {c.task: c.config.data.path for c in cells(read_study(study()))}
@@ -97,13 +125,15 @@ def test_paths_are_beside_the_file(study, tmp_path):
         ("seeds = [3, 1]", "seed = [3, 1]", "Did you mean 'seeds'"),
         ("seeds = [3, 1]", "seeds = [3, 3]", "distinct"),
         ("seeds = [3, 1]", "seeds = []", "seeds"),
-        ("seeds = [3, 1]", "seeds = [1000]", "tuning_seed"),
+        ("seeds = [3, 1]", "seeds = [1000]", "1000 of .tuning."),
         ('"classification"', '"clasification"', "Did you mean 'classification'"),
         ('method = "full"', 'method = "lara"', "method"),
         ("lora = { r = 4 }", "lora = { rank = 4 }", "small x qlora-r4"),
         ("max_steps = 40", "max_stpes = 40", "max_stpes"),
         ("block_size = 128", "block_size = 100", "block_size"),
         ('[models]\nsmall = "demo"', "[models]", "models"),
+        ("learning_rates = [1e-4, 1e-3]", "learning_rates = [1e-4, 1e-4]", "distinct"),
+        ("train = { max_steps = 10 }", "train = { max_stpes = 10 }", "max_stpes"),
         ("[train]", "[trian]", "Did you mean 'train'"),
         ("name = ", "name == ", "TOML"),
     ],

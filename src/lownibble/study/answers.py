@@ -10,7 +10,8 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from transformers import StoppingCriteriaList, StopStringCriteria
+from torch import Tensor
+from transformers import StoppingCriteriaList
 
 from lownibble.data import Dataset, cut
 from lownibble.decoding import Decoder, decode
@@ -31,22 +32,37 @@ def write_answers(
     model.eval()
     answers = [""] * len(prompts)
     loop = _own_loop(model)
-    criteria = StoppingCriteriaList([StopStringCriteria(tokenizer, list(stop))] if stop else [])
     for rows in cut([len(prompt) for prompt in prompts], None, most=BATCH):
         width = max(len(prompts[i]) for i in rows)
+        first = 1 if model.config.is_encoder_decoder else width
         pad = tokenizer.pad_token_id
         ids = torch.tensor([[pad] * (width - len(prompts[i])) + list(prompts[i]) for i in rows], device=model.device)
         mask = torch.tensor([[0] * (width - len(prompts[i])) + [1] * len(prompts[i]) for i in rows], device=model.device)
         written = model.generate(
             input_ids=ids, attention_mask=mask, max_new_tokens=max_new_tokens, do_sample=False, num_beams=1, pad_token_id=pad,
             eos_token_id=tokenizer.eos_token_id, temperature=None, top_p=None, top_k=None, **loop,
-            stopping_criteria=criteria,
+            stopping_criteria=StoppingCriteriaList([_Said(tokenizer, stop, first)]),
         )  # fmt: skip
-        first = 1 if model.config.is_encoder_decoder else width
         for i, text in zip(rows, tokenizer.batch_decode(written[:, first:], skip_special_tokens=True), strict=True):
             answers[i] = _until(text, stop)
     model.train(was_training)
     return answers
+
+
+class _Said:
+    """A criterion for `generate`: ends each row where its text from token `first` on has one of `stop` in it.
+
+    transformers' own goes by the tokenizer's vocabulary, which not every tokenizer lets it do.
+    """
+
+    def __init__(self, tokenizer: Any, stop: Sequence[str], first: int) -> None:
+        self.tokenizer, self.stop, self.first = tokenizer, stop, first
+
+    def __call__(self, input_ids: Tensor, scores: Any, **_: Any) -> Tensor:
+        """(B,): whether the row is at its end."""
+        texts = self.tokenizer.batch_decode(input_ids[:, self.first :], skip_special_tokens=True) if self.stop else []
+        said = [_until(text, self.stop) != text for text in texts] or [False] * len(input_ids)
+        return torch.tensor(said, device=input_ids.device)
 
 
 def _own_loop(model: Any) -> dict[str, Any]:

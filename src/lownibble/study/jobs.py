@@ -14,6 +14,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -41,16 +42,17 @@ def _cell(job: dict[str, Any]) -> dict[str, Any]:
                 text=True, start_new_session=True,
             )  # fmt: skip
             alive.add(process)
+            assert process.stdin is not None
             try:
-                assert process.stdin is not None
-                process.stdin.write(json.dumps({**job, "record": str(path)}) + "\n")
-                process.stdin.flush()
-                code = process.wait()
-            except BrokenPipeError:
+                with suppress(BrokenPipeError):  # it is gone already, which its exit code says
+                    process.stdin.write(json.dumps({**job, "record": str(path)}) + "\n")
+                    process.stdin.flush()
                 code = process.wait()
             finally:
                 process.kill()
                 process.wait()
+                with suppress(BrokenPipeError):
+                    process.stdin.close()
                 alive.discard(process)
         if path.exists():
             found: dict[str, Any] = json.loads(path.read_text())

@@ -16,6 +16,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import shutil
 import statistics
 import sys
 from collections.abc import Sequence
@@ -131,13 +132,19 @@ class _Study:
             cell = missing[index]
             own = {**_labels(cell), "digest": cell.digest, "contents": cell.contents, "config": cell.config.to_dict()}
             record.write(self.folder / "cells" / f"{cell.digest}.json", {"kind": "study-cell", **found, "cell": own})
+            if found["status"] == "ok":
+                shutil.rmtree(self._work(cell), ignore_errors=True)
             self.shown.ended(cell, found)
+
+    def _work(self, cell: Cell) -> Path:
+        """Where a long run keeps its checkpoints until it is done."""
+        return self.folder.resolve() / "work" / cell.digest
 
     def _job(self, cell: Cell) -> dict[str, Any]:
         config = cell.config
         train = config.train.with_options(output_dir=None, report_to="none", resume=False)
         if config.train.save_steps is not None:  # long runs: a killed one goes on from its newest checkpoint
-            train = train.with_options(output_dir=str(self.folder.resolve() / "work" / cell.digest), resume=True)
+            train = train.with_options(output_dir=str(self._work(cell)), resume=True)
         return {
             "job": "cell", "kind": cell.kind, "tuning": cell.tuning,
             "config": config.with_options(train=train).to_dict(),

@@ -1,0 +1,304 @@
+"""Running studies. Oracles: the same study run without interruption, the records on the disk, answers known beforehand."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import threading
+import time
+from contextlib import suppress
+from pathlib import Path
+
+import pytest
+from tiny_folders import write_t5
+
+from lownibble.errors import ConfigError, DataError, ModelError, OutputError
+from lownibble.study import cell, executors, jobs
+from lownibble.study.runner import read_record, run_study
+from lownibble.study.tasks import KINDS
+
+STUDY = """
+name = "small"
+seeds = [0, 1]
+[models]
+tiny = "MODEL"
+[methods]
+lora = { method = "lora", lora = { r = 4 } }
+qlora = { method = "qlora", lora = { r = 4 }, quant = { block_size = 32 } }
+[tasks]
+sentiment = { kind = "classification", data = "ROWS" }
+[train]
+max_steps = 3
+batch_size = 4
+max_length = 32
+eval_steps = 1
+[tuning]
+learning_rates = [1e-3, 1e-2]
+train = { max_steps = 1 }
+"""
+
+
+@pytest.fixture
+def study(tiny_model, tiny_data, tmp_path):
+    """Write a study file; `replaced` texts differ from STUDY."""
+
+    def write(name="study.toml", **replaced):
+        text = STUDY.replace("MODEL", str(tiny_model)).replace("ROWS", str(tiny_data))
+        for old, new in replaced.items():
+            assert old in text
+            text = text.replace(old, new)
+        (tmp_path / name).write_text(text)
+        return tmp_path / name
+
+    return write
+
+
+def records(folder):
+    """Digest -> what a cell's record says that the machine has no part in."""
+    found = {}
+    for file in Path(folder).glob("cells/*.json"):
+        record = json.loads(file.read_text())
+        for aside in ("created", "command", "measured", "environment"):
+            record.pop(aside, None)
+        found[file.stem] = record
+    return found
+
+
+@pytest.fixture
+def no_turns(monkeypatch):
+    """Methods do not take turns: that takes longer than all the rest."""
+    monkeypatch.setitem(jobs.JOBS, "speed", lambda job: {"status": "ok", "skipped": "left out by the test"})
+
+
+@pytest.fixture
+def here(no_turns, monkeypatch):
+    """Cells are worked on in this process, without waiting for one to start."""
+    monkeypatch.setitem(jobs.JOBS, "cell", cell.work)
+
+
+def test_cells_are_run_once_and_learning_rates_found_first(study, tmp_path, here, capsys):
+    told = run_study(study(), tmp_path / "out")
+    found = records(tmp_path / "out")
+    assert len(found) == 8
+    assert all(record["status"] == "ok" for record in found.values())
+    assert {c["digest"] for c in told["cells"]} | {c["digest"] for c in told["tuning"]} == set(found)
+    for rate in told["learning_rates"]:
+        grid = [c for c in told["tuning"] if c["method"] == rate["method"]]
+        losses = {c["learning_rate"]: found[c["digest"]]["result"]["scores"]["loss"] for c in grid}
+        assert rate["learning_rate"] == min(losses, key=losses.get)
+        assert {c["learning_rate"] for c in told["cells"] if c["method"] == rate["method"]} == {rate["learning_rate"]}
+    one = found[told["cells"][0]["digest"]]
+    assert [e["step"] for e in one["result"]["evaluations"]] == [0, 1, 2, 3]
+    assert len(one["result"]["row_scores"]["accuracy"]) == one["data"]["eval_rows"]
+    assert one["cell"]["config"]["train"]["max_steps"] == 3
+    shown = capsys.readouterr().err
+    assert "[8/8]" in shown
+    assert "left" in shown
+
+    before = {file: file.stat().st_mtime_ns for file in (tmp_path / "out").glob("cells/*.json")}
+    run_study(study("moved.toml", small="renamed"), tmp_path / "out")  # another name is the same study
+    assert {file: file.stat().st_mtime_ns for file in (tmp_path / "out").glob("cells/*.json")} == before
+    run_study(study("more.toml", **{"seeds = [0, 1]": "seeds = [0, 1, 2]"}), tmp_path / "out")  # it runs what is new
+    assert len(records(tmp_path / "out")) == 10
+
+
+def test_killed_ten_times_it_ends_with_the_records_of_an_uninterrupted_run(study, tmp_path, no_turns):
+    path = study(**{"seeds = [0, 1]": "seeds = [0, 1, 2]", "learning_rates = [1e-3, 1e-2]": "learning_rates = [1e-2]"})
+    run_study(path, tmp_path / "whole")
+    program = (
+        "import sys; from lownibble.study import jobs; from lownibble.study.runner import run_study\n"
+        "jobs.JOBS['speed'] = lambda job: {'status': 'ok', 'skipped': 'test'}\n"
+        f"run_study({str(path)!r}, {str(tmp_path / 'cut')!r})"
+    )
+    chance, cut, done = random.Random(7), tmp_path / "cut", []
+    while len(done) < 10:
+        process = subprocess.Popen(
+            [sys.executable, "-c", program], stderr=subprocess.PIPE, text=True, start_new_session=True
+        )  # fmt: skip
+        assert "study: 8 cells" in process.stderr.readline()
+        started, deadline = len(records(cut)), time.monotonic() + 60
+        while len(done) % 2 and len(records(cut)) == started and time.monotonic() < deadline:
+            time.sleep(0.05)  # every other time it gets a cell done
+        with suppress(subprocess.TimeoutExpired):
+            process.wait(chance.uniform(0, 4))
+        process.send_signal(chance.choice([signal.SIGKILL, signal.SIGKILL, signal.SIGTERM]))
+        process.communicate()
+        done.append(len(records(cut)))
+        if done[-1] > 4:  # leave something to do for the kills that are left
+            for file in sorted(cut.glob("cells/*.json"))[:3]:
+                file.unlink()
+    assert len(set(done)) > 1, done
+    run_study(path, cut)
+    assert records(cut) == records(tmp_path / "whole")
+    assert not _children_of_cells()
+
+
+def _children_of_cells():
+    """Processes of cells that outlived the one who wanted their records."""
+    time.sleep(2)
+    found = []
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdecimal():
+            try:
+                command = (entry / "cmdline").read_bytes()
+                parent = int((entry / "stat").read_text().rpartition(")")[2].split()[1])
+            except OSError:
+                continue
+            if b"lownibble.study.cell" in command and parent == 1:
+                found.append(command)
+    return found
+
+
+in_process = jobs.JOBS["cell"]
+"""A process for each cell, as outside of tests."""
+
+
+def test_a_failed_cell_is_a_record_and_the_others_go_on(study, tmp_path, here, monkeypatch):
+    path = study(**{"learning_rates = [1e-3, 1e-2]": "learning_rates = []"})
+    alone, calls = jobs.JOBS["cell"], []
+
+    def sometimes(job):
+        calls.append(job)
+        broken = job["config"]["method"] == "qlora" and len(calls) < 5
+        return in_process({**job, "kind": "no such kind"}) if broken else alone(job)
+
+    monkeypatch.setitem(jobs.JOBS, "cell", sometimes)
+    run_study(path, tmp_path / "out")
+    found = records(tmp_path / "out")
+    assert sorted((r["cell"]["method"], r["status"]) for r in found.values()) == [("lora", "ok")] * 2 + [("qlora", "failed")] * 2
+    failed = next(r for r in found.values() if r["status"] == "failed")
+    assert "no such kind" in failed["error"]
+    assert any("Traceback" in line for line in failed["log"])
+    run_study(path, tmp_path / "out")
+    assert len(calls) == 4  # it is not run again
+    run_study(path, tmp_path / "out", retry_failed=True)
+    assert len(calls) == 6
+    assert {r["status"] for r in records(tmp_path / "out").values()} == {"ok"}
+
+
+def test_a_killed_process_is_a_failed_cell(study, tmp_path, no_turns, monkeypatch):
+    path = study(**{"learning_rates = [1e-3, 1e-2]": "learning_rates = []", "seeds = [0, 1]": "seeds = [0]"})
+
+    def killer():
+        while not jobs.alive:
+            time.sleep(0.01)
+        os.kill(next(iter(jobs.alive)).pid, signal.SIGKILL)
+
+    threading.Thread(target=killer).start()
+    run_study(path, tmp_path / "out")
+    errors = [r["error"] for r in records(tmp_path / "out").values() if r["status"] == "failed"]
+    assert len(errors) == 1
+    assert "SIGKILL (the system's out-of-memory killer sends it)" in errors[0]
+
+
+def test_a_damaged_record_is_made_again(study, tmp_path, here):
+    path = study(**{"learning_rates = [1e-3, 1e-2]": "learning_rates = []", "seeds = [0, 1]": "seeds = [0]"})
+    run_study(path, tmp_path / "out")
+    before = records(tmp_path / "out")
+    damaged = next((tmp_path / "out").glob("cells/*.json"))
+    damaged.write_text(damaged.read_text()[:100])
+    assert read_record(damaged) is None
+    run_study(path, tmp_path / "out")
+    assert records(tmp_path / "out") == before
+
+
+def test_long_runs_go_on_from_their_checkpoint(study, tmp_path, here):
+    few = {"learning_rates = [1e-3, 1e-2]": "learning_rates = []", "seeds = [0, 1]": "seeds = [0]"}
+    run_study(study(**few), tmp_path / "whole")
+    run_study(study("saved.toml", **few, **{"max_steps = 3": "max_steps = 3\nsave_steps = 1"}), tmp_path / "saved")
+    assert {k: r["result"] for k, r in records(tmp_path / "saved").items()} == {
+        k: r["result"] for k, r in records(tmp_path / "whole").items()
+    }
+    assert not list((tmp_path / "saved").glob("work/*"))  # no longer needed
+
+
+def test_every_kind_is_scored_and_encoder_decoders_too(study, tmp_path, here, monkeypatch):
+    for kind, found in KINDS.items():
+        monkeypatch.setitem(KINDS, kind, found._replace(max_new_tokens=min(found.max_new_tokens, 6)))
+
+    def rows(name, fields):
+        folder = tmp_path / name
+        folder.mkdir()
+        for side in ("train", "test"):
+            lines = [json.dumps({k: v.format(i=i) if isinstance(v, str) else v for k, v in fields.items()}) for i in range(6)]
+            (folder / f"{side}.jsonl").write_text("\n".join(lines))
+        return folder
+
+    made = {
+        "question-answering": {"context": "the film was good {i}", "question": "was the film good", "answer": "good"},
+        "summarisation": {"document": "the film was a very good film {i}", "summary": "good film"},
+        "code": {"prompt": "a film {i}", "completion": "film = 1", "tests": ["assert film"], "setup": ""},
+        "instruction": {"messages": [{"role": "user", "content": "good"}, {"role": "assistant", "content": "film"}]},
+        "language-modelling": {"text": "the film was good {i}"},
+        "nli": {"premise": "the film was good {i}", "hypothesis": "the film was bad", "label": "negative"},
+    }
+    tasks = "".join(f'"{kind}" = {{ kind = "{kind}", data = "{rows(kind, fields)}" }}\n' for kind, fields in made.items())
+    write_t5(tmp_path / "t5")
+    few = {
+        "learning_rates = [1e-3, 1e-2]": "learning_rates = []", "seeds = [0, 1]": "seeds = [0]",
+        "max_steps = 3": "max_steps = 1", "[methods]\nlora": "[methods]\n# lora", "max_length = 32": "max_length = 96",
+    }  # fmt: skip
+    run_study(study(**few, **{"[train]": f"{tasks}[train]"}), tmp_path / "out")
+    found = {r["cell"]["kind"]: r for r in records(tmp_path / "out").values()}
+    assert {kind: r["status"] for kind, r in found.items()} == dict.fromkeys([*made, "classification"], "ok")
+    scored = {kind: set(r["result"]["scores"]) - {"loss", "perplexity"} for kind, r in found.items()}
+    assert scored["question-answering"] == {"f1", "exact_match"}
+    assert scored["summarisation"] == {"rouge1", "rouge2", "rougeL"}
+    assert scored["code"] == {"pass@1"}
+    assert scored["instruction"] == scored["language-modelling"] == set()
+    assert all(len(found[kind]["result"]["answers"]) == 6 for kind in ("question-answering", "summarisation", "code"))
+
+    paired = {"[train]": f'asked = {{ kind = "question-answering", data = "{tmp_path / "question-answering"}" }}\n[train]'}
+    paired |= (
+        {
+            f'tiny = "{tmp_path}': "",
+        }
+        if False
+        else {}
+    )
+    text = study("t5.toml", **few, **paired).read_text()
+    model = next(line for line in text.splitlines() if line.startswith("tiny = "))
+    (tmp_path / "t5.toml").write_text(text.replace(model, f'tiny = "{tmp_path / "t5"}"'))
+    run_study(tmp_path / "t5.toml", tmp_path / "paired")
+    assert {r["cell"]["kind"]: r["status"] for r in records(tmp_path / "paired").values()} == {
+        "classification": "ok", "question-answering": "ok",
+    }  # fmt: skip
+
+
+def test_one_study_in_a_folder_at_a_time(study, tmp_path, no_turns):
+    from lownibble.training.output import claim
+
+    with claim(tmp_path / "out", resume=True), pytest.raises(OutputError, match="Another process"):
+        run_study(study(), tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("replaced", "options", "kind", "words"),
+    [
+        ({}, {"executor": "slurm"}, ConfigError, "local, ray"),
+        ({}, {"jobs": 0}, ConfigError, ">= 1"),
+        ({'"classification"': '"nli"'}, {}, DataError, r"'sentiment' \(nli\) lacks premise, hypothesis. Expected: premise"),
+        ({'tiny = "': 'tiny = "/nowhere'}, {}, ModelError, "There is no model"),
+    ],
+)
+def test_what_cannot_be_used_is_said_before_anything_is_run(study, tmp_path, replaced, options, kind, words):
+    with pytest.raises(kind, match=words):
+        run_study(study(**replaced), tmp_path / "out", **options)
+    assert not (tmp_path / "out" / "cells").exists()
+
+
+def test_a_cluster_of_two_workers_gives_the_records_of_this_machine(study, tmp_path, no_turns):
+    ray = pytest.importorskip("ray")
+    path = study(**{"learning_rates = [1e-3, 1e-2]": "learning_rates = [1e-2]", "qlora = {": "# qlora = {"})
+    run_study(path, tmp_path / "here")
+    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
+    try:
+        run_study(path, tmp_path / "there", jobs=2, executor="ray")
+        job = {"job": "cell", "kind": "classification", "tuning": True, "config": {"model": "/nowhere"}}
+        found = dict(executors.on_ray([job, job], 2))
+        assert {record["status"] for record in found.values()} == {"failed"}
+    finally:
+        ray.shutdown()
+    assert records(tmp_path / "there") == records(tmp_path / "here")
