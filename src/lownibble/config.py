@@ -13,7 +13,7 @@ from __future__ import annotations
 import difflib
 import re
 import tomllib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
@@ -309,6 +309,31 @@ PLANNED = {
 }  # fmt: skip
 """Group -> its options that decide what a run needs; the others may be there and make no difference to it."""
 
+
+class EvalConfig(_Subject):
+    """What a model scores on a task, or on tasks of lm-eval (`lownibble eval`)."""
+
+    adapter: str | None = Field(None, description="folder of an adapter to put on the model")
+    task: str | None = Field(None, description="kind of task that the evaluation rows of --data are: classification, nli, ...")
+    harness: list[str] = Field([], description="tasks of lm-eval instead (extra 'harness'), e.g. hellaswag,arc_easy")
+    harness_path: str | None = Field(None, description="folder with task files of your own for --harness")
+    limit: Annotated[int, Ge(1)] | None = Field(None, description="rows of each --harness task; default: all")
+    num_fewshot: Annotated[int, Ge(0)] | None = Field(
+        None, description="examples in the prompt of --harness; default: the task's"
+    )
+    quantized: bool = Field(False, description="hold the base in 4 bits, as the quant options say")
+
+
+EVALUATED = {
+    "data": tuple(DataConfig.model_fields),
+    "quant": ("quant_type", "block_size", "double_quant", "skip_modules"),
+    "lora": (),
+    "train": ("batch_size", "max_length"),
+}
+
+TAKES: dict[type[Options], Mapping[str, tuple[str, ...]]] = {PlanConfig: PLANNED, EvalConfig: EVALUATED}
+"""Configuration -> the options of its groups that are its own; where nothing is said, all."""
+
 GROUPS = ("data", "quant", "lora", "train")
 """Fields of a run's configuration that are groups; in TOML they are tables."""
 
@@ -321,7 +346,7 @@ def leaves(config: type[Options]) -> Iterator[tuple[tuple[str, ...], FieldInfo]]
                 a for a in (field.annotation, *get_args(field.annotation)) if isinstance(a, type) and issubclass(a, Options)
             )
             for inner, inner_field in group.model_fields.items():
-                if not issubclass(config, PlanConfig) or inner in PLANNED[name]:
+                if TAKES.get(config) is None or inner in TAKES[config][name]:
                     yield (name, inner), inner_field
         else:
             yield (name,), field

@@ -13,7 +13,7 @@ from rich.table import Table
 
 from lownibble.bench import run_bench
 from lownibble.cli.flags import read
-from lownibble.config import CompareConfig, PlanConfig, RunConfig
+from lownibble.config import CompareConfig, EvalConfig, PlanConfig, RunConfig
 from lownibble.errors import ConfigError
 
 
@@ -194,6 +194,23 @@ def claims(arguments: argparse.Namespace) -> dict[str, Any]:
         for line in each.arithmetic:
             console.print(f"             {line}", soft_wrap=True, markup=False)
     return {"kind": "claims", "status": "ok", "claims": [each.to_dict() for each in judged]}
+
+
+def evaluate(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Score a model."""
+    config: EvalConfig = read(arguments, EvalConfig)
+    from lownibble.study.evaluate import evaluate as score
+
+    result = score(config)
+    table = Table(title=f"{config.model}{f' with {config.adapter}' if config.adapter else ''}", title_justify="left")
+    for name in ("task", "score", "value", "standard error", "rows"):
+        table.add_column(name, justify="left" if name in ("task", "score") else "right")
+    for task, scores in result["scores"].items():
+        for name, found in scores.items():
+            error = "-" if found["standard_error"] is None else f"{found['standard_error']:.4f}"
+            table.add_row(task, name, f"{found['value']:.4f}", error, str(found["rows"] or "-"))
+    _console(arguments).print(table)
+    return result
 
 
 def bench(arguments: argparse.Namespace) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from lownibble import __version__
 from lownibble.bench import BENCHES
 from lownibble.cli import commands
 from lownibble.cli.flags import add_flags
-from lownibble.config import CompareConfig, PlanConfig, RunConfig
+from lownibble.config import CompareConfig, EvalConfig, PlanConfig, RunConfig
 from lownibble.errors import ConfigError, InputError, LownibbleError
 
 _MODELS = "'demo', a bundled model (llama-3-8b, qwen2.5-7b, ...), a config.json, a model folder or a hub id"
@@ -81,6 +81,11 @@ def _parser() -> argparse.ArgumentParser:
     study.add_argument("--jobs", metavar="N", help="run: cells at a time (default: 1)")
     study.add_argument("--executor", metavar="NAME", help="run: local, or ray for a cluster (default: local)")
     study.add_argument("--retry-failed", action="store_true", help="run: also run failed cells again")
+
+    evaluate = add("eval", commands.evaluate, "Score a model, with an adapter or without, on a task or with lm-eval.",
+                   "lownibble eval demo --adapter runs/first/adapter --task classification --data demo")  # fmt: skip
+    evaluate.add_argument("model", nargs="?", default=argparse.SUPPRESS, help="'demo', a model folder, a .gguf file or a hub id")
+    add_flags(evaluate, EvalConfig, positional=("model",))
 
     bench = add("bench", commands.bench, "Measure kernels or the training step, next to peers.", "lownibble bench train --peers")
     bench.add_argument("what", choices=BENCHES, help="what to measure")

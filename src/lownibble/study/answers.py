@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 from transformers import StoppingCriteriaList
 
-from lownibble.data import Dataset, cut
+from lownibble.config import DataConfig
+from lownibble.data import Dataset, cut, prompts
 from lownibble.decoding import Decoder, decode
 from lownibble.errors import DataError, ModelError
 from lownibble.study import metrics
@@ -25,19 +26,19 @@ BATCH = 16
 
 @torch.inference_mode()
 def write_answers(
-    model: Any, tokenizer: Any, prompts: Sequence[Sequence[int]], *, max_new_tokens: int, stop: Sequence[str] = ()
+    model: Any, tokenizer: Any, questions: Sequence[Sequence[int]], *, max_new_tokens: int, stop: Sequence[str] = ()
 ) -> list[str]:  # fmt: skip
     """The text that the model writes after each prompt (token ids), up to its end of sequence or the first of `stop`."""
     was_training = model.training
     model.eval()
-    answers = [""] * len(prompts)
+    answers = [""] * len(questions)
     loop = _own_loop(model)
-    for rows in cut([len(prompt) for prompt in prompts], None, most=BATCH):
-        width = max(len(prompts[i]) for i in rows)
+    for rows in cut([len(prompt) for prompt in questions], None, most=BATCH):
+        width = max(len(questions[i]) for i in rows)
         first = 1 if model.config.is_encoder_decoder else width
         pad = tokenizer.pad_token_id
-        ids = torch.tensor([[pad] * (width - len(prompts[i])) + list(prompts[i]) for i in rows], device=model.device)
-        mask = torch.tensor([[0] * (width - len(prompts[i])) + [1] * len(prompts[i]) for i in rows], device=model.device)
+        ids = torch.tensor([[pad] * (width - len(questions[i])) + list(questions[i]) for i in rows], device=model.device)
+        mask = torch.tensor([[0] * (width - len(questions[i])) + [1] * len(questions[i]) for i in rows], device=model.device)
         written = model.generate(
             input_ids=ids, attention_mask=mask, max_new_tokens=max_new_tokens, do_sample=False, num_beams=1, pad_token_id=pad,
             eos_token_id=tokenizer.eos_token_id, temperature=None, top_p=None, top_k=None, **loop,
@@ -47,6 +48,21 @@ def write_answers(
             answers[i] = _until(text, stop)
     model.train(was_training)
     return answers
+
+
+def answer_rows(
+    model: Any, tokenizer: Any, kind: str, data: DataConfig, max_length: int, rows: Dataset
+) -> dict[str, Any]:  # fmt: skip
+    """What the model writes to the rows (`answers`), and its scores by row (`row_scores`); nothing where the kind asks for no
+    answers. Errors are those of `score_answers`."""
+    asked = KINDS[kind]
+    if asked.scored_by != "generation":
+        return {}
+    room = max(16, max_length - asked.max_new_tokens)
+    written = write_answers(
+        model, tokenizer, prompts(rows, tokenizer, data, room), max_new_tokens=asked.max_new_tokens, stop=asked.stop
+    )
+    return {"answers": written, "row_scores": score_answers(kind, rows, written)}
 
 
 class _Said:
@@ -116,4 +132,13 @@ def _programs(rows: Dataset, answers: Sequence[str]) -> dict[str, list[float]]:
     return {"pass@1": [float(ok) for ok in metrics.passed(answers, setups, [row.fields["tests"] for row in rows.rows])]}
 
 
-_SCORERS = {"question-answering": _questions, "summarisation": _summaries, "code": _programs}
+def _completed(rows: Dataset, answers: Sequence[str]) -> dict[str, list[float]]:
+    """HumanEval: the prompt begins the program, and `check` of the row's tests is called with the function of that name."""
+    programs = [row.fields["prompt"] + answer for row, answer in zip(rows.rows, answers, strict=True)]
+    tests = [[row.fields["test"], f"check({row.fields['entry_point']})"] for row in rows.rows]
+    return {"pass@1": [float(ok) for ok in metrics.passed(programs, [""] * len(programs), tests)]}
+
+
+_SCORERS = {
+    "question-answering": _questions, "summarisation": _summaries, "code": _programs, "code-completion": _completed,
+}  # fmt: skip

@@ -28,6 +28,7 @@ def work(spec: dict[str, Any]) -> dict[str, Any]:
         LownibbleError: of `run`, or of what scores answers.
     """
     from lownibble.data import load
+    from lownibble.study.answers import answer_rows
     from lownibble.training import record, run
 
     started = time.perf_counter()
@@ -46,7 +47,9 @@ def work(spec: dict[str, Any]) -> dict[str, Any]:
     }
     trained_s, answered_s = time.perf_counter() - started, 0.0
     if not spec["tuning"]:
-        result |= _answers(trained.model, trained.tokenizer, spec["kind"], config, load(config.data)[1])
+        result |= answer_rows(
+            trained.model, trained.tokenizer, spec["kind"], config.data, config.train.max_length, load(config.data)[1]
+        )
         result["scores"] |= {name: math.fsum(rows) / len(rows) for name, rows in result["row_scores"].items()}
         answered_s = time.perf_counter() - started - trained_s
     return {
@@ -68,22 +71,6 @@ def work(spec: dict[str, Any]) -> dict[str, Any]:
 
 def _with_perplexity(evaluation: dict[str, Any]) -> dict[str, float]:
     return {**evaluation["scores"], "loss": evaluation["loss"], "perplexity": math.exp(min(evaluation["loss"], 50))}
-
-
-def _answers(model: Any, tokenizer: Any, kind: str, config: RunConfig, rows: Any) -> dict[str, Any]:
-    """What the model writes to the evaluation rows, and its scores by row; nothing where the kind asks for no answers."""
-    from lownibble.data import prompts
-    from lownibble.study.answers import score_answers, write_answers
-    from lownibble.study.tasks import KINDS
-
-    asked = KINDS[kind]
-    if asked.scored_by != "generation":
-        return {}
-    room = max(16, config.train.max_length - asked.max_new_tokens)
-    written = write_answers(
-        model, tokenizer, prompts(rows, tokenizer, config.data, room), max_new_tokens=asked.max_new_tokens, stop=asked.stop
-    )
-    return {"answers": written, "row_scores": score_answers(kind, rows, written)}
 
 
 def _end_with_standard_input() -> None:

@@ -48,7 +48,7 @@ def mean_difference(differences: Sequence[float], confidence: float = 0.95) -> D
     mean = math.fsum(differences) / n
     if n < 2:
         return Difference(mean, -math.inf, math.inf, 1.0, n)
-    error = _standard_error(differences, mean)
+    error = standard_error(differences) or 0.0
     if error == 0:
         return Difference(mean, mean, mean, 1.0 if mean == 0 else 0.0, n)
     reach = float(stats.t.ppf((1 + confidence) / 2, n - 1)) * error
@@ -66,13 +66,17 @@ def equivalence(differences: Sequence[float], margin: float) -> float:
     if n < 2:
         return 1.0
     mean = math.fsum(differences) / n
-    error = _standard_error(differences, mean)
+    error = standard_error(differences) or 0.0
     if error == 0:
         return 0.0 if abs(mean) < margin else 1.0
     return float(max(stats.t.sf((mean + margin) / error, n - 1), stats.t.cdf((mean - margin) / error, n - 1)))
 
 
-def _standard_error(values: Sequence[float], mean: float) -> float:
+def standard_error(values: Sequence[float]) -> float | None:
+    """Of the mean of these values; None where there are fewer than two."""
+    if len(values) < 2:
+        return None
+    mean = math.fsum(values) / len(values)
     return math.sqrt(math.fsum((value - mean) ** 2 for value in values) / (len(values) - 1) / len(values))
 
 

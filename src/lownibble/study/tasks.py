@@ -55,6 +55,10 @@ KINDS: dict[str, Kind] = {
         ("prompt", "completion", "tests", "setup"), "generation", ("pass@1",), 0.03, "{prompt}\n", "{completion}", 256,
         ("\nassert", "\nprint("),
     ),
+    "code-completion": Kind(
+        ("prompt", "canonical_solution", "test", "entry_point"), "generation", ("pass@1",), 0.03, "{prompt}",
+        "{canonical_solution}", 256, ("\ndef ", "\nclass ", "\nif ", "\nprint(", "\n#", "\n@"),
+    ),
     "instruction": Kind(("messages",), "loss", ("perplexity",), 0.02),
     "language-modelling": Kind(("text",), "loss", ("perplexity",), 0.02),
 }  # fmt: skip

@@ -1,0 +1,133 @@
+"""`lownibble eval`: the scores of one model on one task, or on standard tasks through lm-eval.
+
+A score comes with its standard error over the rows: what another sample of such rows would change. (What another training seed
+would change is a study's.)
+"""
+
+from __future__ import annotations
+
+import difflib
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from lownibble.config import EvalConfig
+from lownibble.data import choices, encode, load, read
+from lownibble.errors import ConfigError, InputError
+from lownibble.lora import load_adapter
+from lownibble.models import load as load_model
+from lownibble.study import stats
+from lownibble.study.answers import answer_rows
+from lownibble.study.tasks import KINDS, check_columns, with_templates
+from lownibble.training import record
+from lownibble.training.evaluate import Evaluator
+from lownibble.training.microbatches import collator
+
+Scores = dict[str, dict[str, Any]]
+
+
+def evaluate(config: EvalConfig) -> dict[str, Any]:
+    """Load the model and score it; returns the record.
+
+    Raises:
+        InputError: the model, adapter, rows or task cannot be used.
+    """
+    if (config.task is None) == (not config.harness):
+        raise ConfigError("Give either --task (with --data) or --harness, one of them.")
+    if config.task is not None and config.task not in KINDS:
+        near = difflib.get_close_matches(config.task, KINDS, n=1, cutoff=0.3)
+        hint = f" Did you mean '{near[0]}'?" if near else ""
+        raise ConfigError(f"There is no task kind '{config.task}'.{hint} Kinds: {', '.join(KINDS)}.")
+    run_harness = _harness(config) if config.harness else None
+    model, tokenizer = load_model(
+        config.model, quant=config.quant if config.quantized else None, dtype=config.dtype, device=config.device,
+        revision=config.revision,
+    )  # fmt: skip
+    if config.adapter is not None:
+        load_adapter(model, config.adapter)
+    found = run_harness(model, tokenizer) if run_harness else _task(config, model, tokenizer)
+    return {
+        **record.new("eval"),
+        "status": "ok",
+        "config": config.to_dict(),
+        "environment": record.environment(model.device),
+        **found,
+    }
+
+
+def _task(config: EvalConfig, model: Any, tokenizer: Any) -> dict[str, Any]:
+    kind = str(config.task)
+    data, length = with_templates(kind, config.data), config.train.max_length
+    for side in read(data.path, data.split, data.eval_split):
+        if side is not None:
+            check_columns(kind, kind, side)
+    sides = load(data)
+    rows = sides[1]
+    asked = choices(*sides, tokenizer, data, length) if KINDS[kind].scored_by == "likelihood" else None
+    evaluator = Evaluator(
+        encode(rows, tokenizer, data, length).examples, asked, collator(model, tokenizer), config.train.batch_size, model.device
+    )
+    evaluated = evaluator(model)
+    scores: Scores = {"loss": _score(evaluated.loss), "perplexity": _score(math.exp(min(evaluated.loss, 50)))}
+    by_row: dict[str, Sequence[float]] = {"accuracy": [float(right) for right in evaluated.correct]} if evaluated.correct else {}
+    scores |= {name: _score(value) for name, value in evaluated.scores.items()}
+    answered = answer_rows(model, tokenizer, kind, data, length, rows)
+    by_row |= answered.get("row_scores", {})
+    for name, values in by_row.items():
+        scores[name] = _score(math.fsum(values) / len(values), stats.standard_error(values), len(values))
+    return {
+        "data": {"name": rows.name, "rows": len(rows.rows), "digest": rows.digest, "label_tokens": evaluated.label_tokens},
+        "scores": {kind: scores}, "row_scores": by_row, "answers": answered.get("answers", []),
+    }  # fmt: skip
+
+
+def _score(value: float, error: float | None = None, rows: int | None = None) -> dict[str, Any]:
+    return {"value": value, "standard_error": error, "rows": rows}
+
+
+def _harness(config: EvalConfig) -> Any:
+    """What runs lm-eval's tasks on a model, its names checked before a model is loaded.
+
+    Raises:
+        ConfigError: lm-eval is not installed, or has no such task.
+    """
+    try:
+        from lm_eval import simple_evaluate
+        from lm_eval.models.huggingface import HFLM
+        from lm_eval.tasks import TaskManager
+    except ImportError:
+        raise ConfigError("--harness needs lm-eval. Install it: pip install 'lownibble[harness]'.") from None
+    manager = TaskManager(include_path=config.harness_path)
+    unknown = [name for name in config.harness if name not in manager.all_tasks]
+    if unknown:
+        near = difflib.get_close_matches(unknown[0], manager.all_tasks, n=3, cutoff=0.5)
+        hint = f" Did you mean {' or '.join(near)}?" if near else " See 'lm-eval ls tasks'."
+        raise ConfigError(f"lm-eval has no task '{unknown[0]}'.{hint}")
+
+    def run(model: Any, tokenizer: Any) -> dict[str, Any]:
+        kind = "seq2seq" if model.config.is_encoder_decoder else "causal"
+        wrapped = HFLM(pretrained=model, tokenizer=tokenizer, backend=kind, batch_size=config.train.batch_size)
+        try:
+            found = simple_evaluate(
+                wrapped, tasks=list(config.harness), num_fewshot=config.num_fewshot, limit=config.limit, task_manager=manager,
+                log_samples=False,
+            )  # fmt: skip
+        except (OSError, ConnectionError, ValueError) as error:
+            raise InputError(f"lm-eval could not run {', '.join(config.harness)}: {error}") from error
+        return {"scores": {task: _figures(task, found) for task in found["results"]}, "versions": found.get("versions", {})}
+
+    return run
+
+
+def _figures(task: str, found: dict[str, Any]) -> Scores:
+    """lm-eval's 'acc,none' and 'acc_stderr,none' as scores."""
+    values = found["results"][task]
+    rows = found.get("n-samples", {}).get(task, {}).get("effective")
+    scores: Scores = {}
+    for key, value in values.items():
+        name, _, variant = key.partition(",")
+        if isinstance(value, int | float) and variant and not name.endswith("_stderr"):
+            error = values.get(f"{name}_stderr,{variant}")
+            known = isinstance(error, int | float) and math.isfinite(error)
+            scores[name if variant == "none" else key] = _score(float(value), float(error) if known else None, rows)
+    return scores

@@ -1,0 +1,102 @@
+"""`lownibble eval`. Oracles: the scores of a training run on the same rows, lm-eval's own likelihoods by hand."""
+
+import json
+
+import pytest
+import torch
+
+import lownibble as ln
+from lownibble.config import EvalConfig
+from lownibble.errors import ConfigError, DataError, ModelError
+from lownibble.study.evaluate import evaluate
+
+TEMPLATES = {"prompt_template": "review : {text} sentiment :", "completion_template": " {label}"}
+
+
+@pytest.mark.parametrize("method", ["lora", "qlora"])
+def test_the_scores_of_a_run_are_found_again_in_its_adapter(tiny_model, tiny_data, tmp_path, method):
+    data = {"path": str(tiny_data), **TEMPLATES}
+    train = {"max_steps": 3, "batch_size": 4, "max_length": 32, "learning_rate": 1e-2, "output_dir": str(tmp_path / "out")}
+    run = ln.run(ln.RunConfig(model=str(tiny_model), data=data, method=method, quant={"block_size": 32}, train=train))
+    last = run.record["evaluations"][-1]
+    found = evaluate(EvalConfig(
+        model=str(tiny_model), adapter=str(tmp_path / "out" / "adapter"), task="classification", data=data,
+        quantized=method == "qlora", quant={"block_size": 32}, train={"batch_size": 4, "max_length": 32},
+    ))  # fmt: skip
+    scores = found["scores"]["classification"]
+    assert scores["loss"]["value"] == pytest.approx(last["loss"], rel=1e-6)
+    assert scores["accuracy"]["value"] == last["scores"]["accuracy"]
+    assert found["row_scores"]["accuracy"] == [float(right) for right in last["correct"]]
+    n, p = len(last["correct"]), last["scores"]["accuracy"]
+    assert scores["accuracy"]["standard_error"] == pytest.approx((p * (1 - p) / (n - 1)) ** 0.5)
+    assert json.loads(json.dumps(found, allow_nan=False)) == found
+
+
+def test_a_program_is_completed_and_run(tiny_model, tmp_path, monkeypatch):
+    """HumanEval's format, answers given: the right body passes, another does not."""
+    from lownibble.study import answers
+
+    row = {
+        "prompt": "def double(x):\n", "canonical_solution": "    return 2 * x\n", "entry_point": "double",
+        "test": "def check(candidate):\n    assert candidate(2) == 4\n",
+    }  # fmt: skip
+    for side in ("train", "test"):
+        (tmp_path / f"{side}.jsonl").write_text("\n".join(json.dumps({**row, "task_id": i}) for i in range(2)))
+    monkeypatch.setattr(answers, "write_answers", lambda *_, **__: ["    return 2 * x", "    return x"])
+    found = evaluate(EvalConfig(model=str(tiny_model), task="code-completion", data=str(tmp_path)))
+    assert found["row_scores"] == {"pass@1": [1.0, 0.0]}
+
+
+TASK = """
+task: small_choice
+dataset_path: json
+dataset_kwargs:
+  data_files:
+    test: ROWS
+test_split: test
+output_type: multiple_choice
+doc_to_text: "{{text}}"
+doc_to_choice: ["negative", "positive"]
+doc_to_target: "{{['negative', 'positive'].index(label)}}"
+metric_list:
+  - metric: acc
+"""
+
+
+@pytest.mark.filterwarnings("ignore")  # lm-eval's and its dependencies'
+def test_the_harness_runs_on_our_layers(tiny_model, tiny_data, tmp_path):
+    pytest.importorskip("lm_eval")
+    (tmp_path / "small.yaml").write_text(TASK.replace("ROWS", str(tiny_data / "test.jsonl")))
+    found = evaluate(EvalConfig(
+        model=str(tiny_model), harness=["small_choice"], harness_path=str(tmp_path), quantized=True, quant={"block_size": 32}
+    ))  # fmt: skip
+    model, tokenizer = ln.load(str(tiny_model), quant=ln.QuantConfig(block_size=32))
+    right = 0
+    rows = [json.loads(line) for line in (tiny_data / "test.jsonl").read_text().splitlines()]
+    for row in rows:
+        scores = []
+        for label in ("negative", "positive"):
+            ids = tokenizer(f"{row['text']} {label}", return_tensors="pt")["input_ids"]
+            with torch.no_grad():
+                scores.append(float(model(ids).logits[0, -2].log_softmax(0)[ids[0, -1]]))
+        right += ("negative", "positive")[scores.index(max(scores))] == row["label"]
+    score = found["scores"]["small_choice"]["acc"]
+    assert score["value"] == pytest.approx(right / len(rows))
+    assert score["rows"] == len(rows)
+    with pytest.raises(ConfigError, match=r"Did you mean .*hellaswag"):
+        evaluate(EvalConfig(model=str(tiny_model), harness=["helaswag"]))
+
+
+@pytest.mark.parametrize(
+    ("options", "kind", "words"),
+    [
+        ({}, ConfigError, "either --task"),
+        ({"task": "nli", "harness": ["hellaswag"]}, ConfigError, "either --task"),
+        ({"task": "clasification"}, ConfigError, "Did you mean 'classification'"),
+        ({"task": "nli"}, DataError, "lacks premise, hypothesis"),
+        ({"task": "classification", "model": "/nowhere"}, ModelError, "There is no model"),
+    ],
+)
+def test_what_cannot_be_scored_is_refused(tiny_model, tiny_data, options, kind, words):
+    with pytest.raises(kind, match=words):
+        evaluate(EvalConfig(**{"model": str(tiny_model), "data": str(tiny_data), **options}))
