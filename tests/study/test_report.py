@@ -9,13 +9,13 @@ import copy
 import json
 import math
 import re
-from html.parser import HTMLParser
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import pytest
 from fixtures.chromium import BINARY, Chromium
+from fixtures.html_page import Page
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -24,44 +24,6 @@ from lownibble.study.report import curves, memory, write
 
 FIXTURE = json.loads((Path(__file__).parent / "fixtures" / "comparison.json").read_text())
 HOSTILE = "</script><img src=x onerror=alert(1)>\"'&<!--"
-VOID = {"meta", "input", "link", "br", "img", "wbr"}
-
-
-class Page(HTMLParser):
-    """Elements with their attributes, and the text inside each, of a page whose tags must balance."""
-
-    def __init__(self, text: str) -> None:
-        super().__init__()
-        self.open: list[tuple[str, int]] = []
-        self.elements: list[tuple[str, dict[str, str | None]]] = []
-        self.texts: list[str] = []
-        self.feed(text)
-        self.close()
-        assert not self.open
-
-    def handle_startendtag(self, tag, attrs):
-        self.elements.append((tag, dict(attrs)))
-        self.texts.append("")
-
-    def handle_starttag(self, tag, attrs):
-        self.handle_startendtag(tag, attrs)
-        if tag not in VOID:
-            self.open.append((tag, len(self.elements) - 1))
-
-    def handle_endtag(self, tag):
-        opened, _ = self.open.pop()
-        assert opened == tag
-
-    def handle_data(self, data):
-        for _, index in self.open:
-            self.texts[index] += data
-
-    def all(self, tag: str, **attributes: str) -> list[str]:
-        return [
-            text
-            for (name, has), text in zip(self.elements, self.texts, strict=True)
-            if name == tag and all(has.get(key.rstrip("_")) == value for key, value in attributes.items())
-        ]
 
 
 def failed(method: str, error: str) -> tuple[dict[str, Any], dict[str, Any]]:

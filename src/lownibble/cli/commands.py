@@ -126,12 +126,12 @@ def study(arguments: argparse.Namespace) -> dict[str, Any]:
     from lownibble.study.study_table import tables
 
     if arguments.what == "report":
-        given = [n for n in ("output", "jobs", "executor", "retry_failed") if getattr(arguments, n)]
+        given = [n for n in ("jobs", "executor", "retry_failed") if getattr(arguments, n)]
         if given:
             raise ConfigError(f"--{given[0].replace('_', '-')} is for 'study run'. Leave it out.")
-        folder = Path(arguments.path)
+        folder, pages = Path(arguments.path), Path(arguments.output or arguments.path)
     else:
-        folder = Path(arguments.output or f"runs/{Path(arguments.path).stem}")
+        folder = pages = Path(arguments.output or f"runs/{Path(arguments.path).stem}")
         jobs = arguments.jobs or "1"
         if not jobs.isdecimal():
             raise ConfigError(f"The number of --jobs must be an integer >= 1. Got {jobs!r}.")
@@ -139,11 +139,11 @@ def study(arguments: argparse.Namespace) -> dict[str, Any]:
             arguments.path, folder, jobs=int(jobs), executor=arguments.executor or "local",
             retry_failed=arguments.retry_failed,
         )  # fmt: skip
-    summary = study_page.write(folder)
+    summary = study_page.write(folder, pages)
     console = _console(arguments)
     for table in tables(summary):
         console.print(table)
-    console.print(f"Report: {folder / 'report.html'}", soft_wrap=True)
+    console.print(f"Report: {pages / 'report.html'}", soft_wrap=True)
     return summary
 
 

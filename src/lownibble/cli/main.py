@@ -77,7 +77,9 @@ def _parser() -> argparse.ArgumentParser:
                 "lownibble study run study.toml --output runs/study")  # fmt: skip
     study.add_argument("what", choices=("run", "report"), help="run what is missing and report, or report what there is")
     study.add_argument("path", metavar="STUDY.toml|DIR", help="run: the study file; report: the study's folder")
-    study.add_argument("--output", metavar="DIR", help="run: the study's folder (default: runs/NAME OF THE FILE)")
+    study.add_argument(
+        "--output", metavar="DIR", help="run: the study's folder (default: runs/NAME OF THE FILE); report: where the page goes"
+    )
     study.add_argument("--jobs", metavar="N", help="run: cells at a time (default: 1)")
     study.add_argument("--executor", metavar="NAME", help="run: local, or ray for a cluster (default: local)")
     study.add_argument("--retry-failed", action="store_true", help="run: also run failed cells again")

@@ -14,10 +14,11 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from functools import cache
 from typing import Any
 
 from lownibble.config import read_toml
-from lownibble.planning.claims import ARTICLES, judge_claim
+from lownibble.planning.claims import ARTICLES, Judgement, judge_claim
 
 LEVEL = 0.05
 
@@ -29,8 +30,7 @@ AGREES, DISAGREES, MIXED, UNDECIDED, UNTESTED = (
 def compare_claims(groups: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """Each statement with its verdict, what the verdict stands on, and the figures (one text each)."""
     found = []
-    for number, claim in enumerate(read_toml(ARTICLES)["claim"], 1):
-        judged = judge_claim(claim, f"claim {number}")
+    for claim, judged in _articles():
         verdict, basis, figures = _by_study(claim.get("study"), groups)
         if verdict == UNTESTED:
             if judged.verdict in ("impossible", "implausible"):
@@ -41,6 +41,13 @@ def compare_claims(groups: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
                 basis, figures = f"planner: possible; {basis}", judged.arithmetic
         found.append({"text": judged.text, "source": judged.source, "verdict": verdict, "basis": basis, "figures": figures})
     return found
+
+
+@cache
+def _articles() -> list[tuple[dict[str, Any], Judgement]]:
+    """Each statement, and what the planner says of it."""
+    claims = read_toml(ARTICLES)["claim"]
+    return [(claim, judge_claim(claim, f"claim {number}")) for number, claim in enumerate(claims, 1)]
 
 
 def _by_study(

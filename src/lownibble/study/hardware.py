@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any
 
 from lownibble.config import DataConfig, PlanConfig, TrainConfig
@@ -15,6 +16,7 @@ TOKENS = 10_000_000
 """What hours and dollars are for."""
 
 
+@cache
 def hardware_table() -> dict[str, Any]:
     """Every device and method of each model: GiB of the device that a step takes, whether it fits, hours and dollars."""
     rows = []

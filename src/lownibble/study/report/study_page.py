@@ -6,11 +6,13 @@ methods and reads values out. Intervals are drawn as wide as they are: the page 
 
 from __future__ import annotations
 
+import os
 import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
@@ -26,23 +28,28 @@ from lownibble.training import record
 _HERE = Path(__file__).parent
 
 
-def write(folder: str | Path) -> dict[str, Any]:
+def write(folder: str | Path, pages: str | Path | None = None) -> dict[str, Any]:
     """Write summary.json, report.html and report.md of the study in `folder`; returns the summary.
 
+    Args:
+        pages: where the two reports go, linked to the records where they are; default: beside the records.
     Raises:
         ConfigError: there is no study.
         OSError: they cannot be written.
     """
     folder = Path(folder)
+    out = folder if pages is None else Path(pages)
     summary = analyse(folder)
     summary["claims"] = compare_claims(summary["groups"])
     summary["hardware"] = hardware_table()
     study = read_record(folder / "study.json")
     assert study is not None
-    context = _context(folder, study, summary)
+    records = "" if out == folder else f"{quote(os.path.relpath(folder, out))}/"
+    context = {**_context(folder, study, summary), "records": records}
+    out.mkdir(parents=True, exist_ok=True)
     record.write(folder / "summary.json", summary)
     for name, text in (("report.html", _html(context)), ("report.md", _markdown(context))):
-        (folder / name).write_text(text, encoding="utf-8")
+        (out / name).write_text(text, encoding="utf-8")
     return summary
 
 

@@ -1,0 +1,302 @@
+"""A study's summary and report. Oracles: scipy's tests and arithmetic on records with known figures; an HTML parser; Chromium."""
+
+import json
+import math
+import statistics
+from urllib.parse import unquote
+
+import pytest
+from fixtures.chromium import BINARY, Chromium
+from fixtures.html_page import Page
+from scipy import stats as theirs
+
+from lownibble.errors import ConfigError
+from lownibble.study.analysis import analyse
+from lownibble.study.claims import compare_claims
+from lownibble.study.report import study_page
+from lownibble.study.spec import read_study
+
+HOSTILE = "</script><img src=x onerror=alert(1)>|\"'&"
+CURVES = {
+    "full": {0: [3.0, 1.0, 0.50], 1: [3.0, 1.2, 0.60], 2: [3.0, 1.1, 0.70]},
+    "lora": {0: [3.0, 1.5, 0.60], 1: [3.0, 1.6, 0.62], 2: [3.0, 1.4, 0.80]},
+    "qlora": {0: [3.0, 1.6, 0.61], 1: [3.0, 1.8, 0.66], 2: [3.0, 1.5, 0.79]},
+}
+"""Evaluation losses at steps 0, 10 and 20, by method and seed."""
+
+ACCURACY = {"full": [0.90, 0.90, 0.80], "lora": [0.80, 0.82, 0.79], "qlora": [0.79, 0.82, 0.78]}
+PEAKS = {"full": 4000, "lora": 2000, "qlora": 1000}
+RATES = {"full": 50.0, "lora": 100.0, "qlora": 80.0}
+
+
+def made(folder, *, methods=("full", "lora", "qlora"), seeds=(0, 1, 2), leave_out=(), fail=(), task="reviews", turns=True):
+    """A study's folder with these records; `leave_out` and `fail` are (method, seed)."""
+    study = {
+        "kind": "study", "schema": 1, "status": "ok", "created": "2026-01-01T00:00:00+00:00", "name": f"made {task}",
+        "command": ["lownibble", "study", "run", "x.toml"], "jobs": 1, "executor": "local", "environment": environment(),
+        "spec": {
+            "name": f"made {task}", "seeds": list(seeds), "models": {"m": "demo"}, "methods": {m: {"method": m} for m in methods},
+            "tasks": {task: {"kind": "classification", "data": {"path": "demo"}}}, "train": {"max_steps": 20},
+        },
+        "cells": [], "tuning": [], "speed": [{"model": "m", "task": task, "digest": "turns"}],
+    }  # fmt: skip
+    (folder / "cells").mkdir(parents=True)
+    (folder / "speed").mkdir()
+    for method in methods:
+        for rate, loss in ((1e-4, 0.9), (1e-3, 0.5 if method != "full" else 1.5)):
+            label = label_of(method, task, 1000, rate, tuning=True)
+            study["tuning"].append(label)
+            write(folder, label, record_of(method, 0, loss=loss))
+        for seed in seeds:
+            label = label_of(method, task, seed, 1e-3)
+            study["cells"].append(label)
+            if (method, seed) in fail:
+                write(folder, label, {"kind": "study-cell", "status": "failed", "error": f"boom {task}", "log": ["x"]})
+            elif (method, seed) not in leave_out:
+                write(folder, label, record_of(method, seed))
+    (folder / "study.json").write_text(json.dumps(study))
+    if turns:
+        rates = {m: {"median": RATES[m], "min": RATES[m] - 1, "max": RATES[m] + 1} for m in methods}
+        names = list(methods)
+        ratios = {
+            f"{b}_vs_{a}": {"median": RATES[b] / RATES[a], "min": RATES[b] / RATES[a] - 0.01, "max": RATES[b] / RATES[a] + 0.01}
+            for i, a in enumerate(names) for b in names[i + 1 :]
+        }  # fmt: skip
+        (folder / "speed" / "turns.json").write_text(json.dumps({"status": "ok", "tokens_per_s": rates, "ratios": ratios}))
+    return folder
+
+
+def environment():
+    return {
+        "device": "a machine", "device_type": "cpu", "threads": 2, "cpu_capability": "AVX512", "kernels": "cpu",
+        "kernel_isa": "avx512", "platform": "here", "python": "3.11", "versions": {"torch": "2"},
+    }  # fmt: skip
+
+
+def label_of(method, task, seed, rate, tuning=False):
+    return {
+        "model": "m", "method": method, "task": task, "kind": "classification", "seed": seed, "tuning": tuning,
+        "learning_rate": rate, "digest": f"{method}-{seed}-{rate}",
+    }  # fmt: skip
+
+
+def write(folder, label, record):
+    (folder / "cells" / f"{label['digest']}.json").write_text(json.dumps({**record, "cell": label}))
+
+
+def record_of(method, seed, loss=None):
+    losses = CURVES[method][seed]
+    accuracy = ACCURACY[method][seed]
+    memory = dict.fromkeys(
+        ("weights", "codes", "constants", "adapters", "gradients", "optimizer"), 10
+    )  # fmt: skip
+    return {
+        "kind": "study-cell", "status": "ok", "environment": environment(),
+        "data": {"name": "rows", "train_rows": 5, "eval_rows": 100, "train_digest": "a", "eval_digest": "b"},
+        "model": {"parameters": 1000, "trainable_parameters": 10},
+        "result": {
+            "losses": [2.0, 1.0], "scores_before": {"accuracy": 0.5, "label_probability": 0.5, "loss": 3.0, "perplexity": 20.0},
+            "scores": {
+                "accuracy": accuracy, "label_probability": 0.7, "loss": loss or losses[-1],
+                "perplexity": math.exp(loss or losses[-1]),
+            },
+            "evaluations": [{"step": 10 * i, "loss": value, "scores": {}} for i, value in enumerate(losses)],
+            "row_scores": {"accuracy": [1.0] * round(100 * accuracy) + [0.0] * round(100 - 100 * accuracy)},
+        },
+        "measured": {
+            "seconds": 36.0, "speed": {"tokens_per_s": 400.0, "step_s": 0.5},
+            "memory": {
+                "train_peak_bytes": PEAKS[method] + seed, "load_peak_bytes": 1, **{f"{k}_bytes": v for k, v in memory.items()},
+            },
+        },
+    }  # fmt: skip
+
+
+def pair(summary, a, b):
+    return next(p for p in summary["groups"][0]["pairs"] if (p["a"], p["b"]) == (a, b))
+
+
+def test_differences_are_paired_over_seeds(tmp_path):
+    summary = analyse(made(tmp_path / "s"))
+    found = pair(summary, "lora", "qlora")["scores"]["accuracy"]
+    expected = theirs.ttest_rel(ACCURACY["lora"], ACCURACY["qlora"])
+    low, high = expected.confidence_interval(0.95)
+    assert found["mean"] == pytest.approx(statistics.fmean(ACCURACY["lora"]) - statistics.fmean(ACCURACY["qlora"]))
+    assert (found["low"], found["high"], found["p"]) == pytest.approx((low, high, expected.pvalue))
+    rows = pair(summary, "full", "lora")["rows"]
+    assert (rows["rows"], rows["metric"]) == (100, "accuracy")
+    assert rows["mean"] == pytest.approx(statistics.fmean(ACCURACY["full"]) - statistics.fmean(ACCURACY["lora"]))
+
+
+def test_convergence_is_the_ratio_of_steps_to_a_common_loss(tmp_path):
+    summary = analyse(made(tmp_path / "s", methods=("lora", "qlora")))
+    group, ratios = summary["groups"][0], []
+    for seed in range(3):
+        target = max(CURVES["lora"][seed][-1], CURVES["qlora"][seed][-1])
+        assert group["target_loss"][seed] == target
+        steps = {}
+        for method in ("lora", "qlora"):
+            _, middle, last = CURVES[method][seed]
+            steps[method] = 10 + 10 * (middle - target) / (middle - last)
+        ratios.append(math.log(steps["lora"] / steps["qlora"]))
+    found = pair(summary, "lora", "qlora")["steps_ratio"]
+    assert found["mean"] == pytest.approx(math.exp(statistics.fmean(ratios)))
+    reach = theirs.t.ppf(0.975, 2) * statistics.stdev(ratios) / 3**0.5
+    assert found["high"] == pytest.approx(math.exp(statistics.fmean(ratios) + reach))
+    lora = group["methods"][0]
+    assert lora["seconds_to_target"]["mean"] == pytest.approx(lora["steps_to_target"]["mean"] * 400 * 0.5 / RATES["lora"])
+    assert lora["area"]["values"][0] == pytest.approx((10 * (3.0 + 1.5) / 2 + 10 * (1.5 + 0.6) / 2) / 20)
+
+
+def test_memory_speed_grid_and_front(tmp_path):
+    summary = analyse(made(tmp_path / "s"))
+    group = summary["groups"][0]
+    assert pair(summary, "lora", "qlora")["memory_ratio"]["mean"] == pytest.approx(2.0, rel=1e-2)
+    assert pair(summary, "lora", "qlora")["speed_ratio"] == pytest.approx(
+        {"median": 100 / 80, "min": 1 / (0.8 + 0.01), "max": 1 / (0.8 - 0.01)}
+    )
+    assert group["pareto"] == ["full", "lora", "qlora"]  # best score, fastest, leanest
+    by_name = {m["method"]: m for m in group["methods"]}
+    assert [(e["learning_rate"], e["loss"]) for e in by_name["full"]["grid"]] == [(1e-4, 0.9), (1e-3, 1.5)]
+    assert all(m["at_edge"] for m in by_name.values())  # a grid of two has nothing but edges
+    assert group["advice"] == "qlora"  # no difference shown, least memory
+    assert summary["counts"] == {"cells": 15, "finished": 15, "failed": 0, "missing": 0, "hours": pytest.approx(0.15)}
+
+
+def test_a_difference_beyond_its_interval_decides(tmp_path, monkeypatch):
+    monkeypatch.setitem(ACCURACY, "qlora", [0.60, 0.61, 0.60])
+    summary = analyse(made(tmp_path / "s"))
+    assert summary["groups"][0]["advice"] == "lora"
+    assert "qlora shown to be worse in accuracy" in summary["groups"][0]["reason"]
+    claims = {c["text"]: c for c in compare_claims(summary["groups"])}
+    assert next(c for t, c in claims.items() if t.startswith("SST-2"))["verdict"] == "disagrees"
+
+
+def test_claims_are_judged_by_intervals(tmp_path):
+    claims = {c["text"]: c for c in compare_claims(analyse(made(tmp_path / "s"))["groups"])}
+    speed = claims["LoRA trains 33 to 66% faster than QLoRA"]
+    assert speed["verdict"] == "disagrees"  # 1.23 to 1.27
+    assert speed["figures"] == ["reviews: lora / qlora 1.25 (1.23 to 1.27)"]
+    assert next(c for t, c in claims.items() if t.startswith("SST-2"))["verdict"] == "agrees"  # within 0.03
+    memory = claims["QLoRA reduces memory by 75%, LoRA by 70%"]
+    assert memory["verdict"] == "differs by task"  # QLoRA's quarter is right, LoRA's half is not
+    assert claims["LLaMA-65B, LoRA: peak 48 GB"]["basis"] == "planner: impossible"
+    assert all(c["verdict"] and c["basis"] for c in claims.values())
+    one_seed = {c["text"]: c for c in compare_claims(analyse(made(tmp_path / "one", seeds=(0,)))["groups"])}
+    assert "could not be tested" in one_seed["QLoRA needs 20 to 30% more steps"]["verdict"]
+
+
+def test_no_study_is_said(tmp_path):
+    with pytest.raises(ConfigError, match="holds no study"):
+        analyse(tmp_path)
+
+
+CASES = {
+    "whole": {},
+    "hostile": {"task": HOSTILE},
+    "cut": {"leave_out": [("lora", 1), ("qlora", 0), ("qlora", 1)], "fail": [("full", 0)], "turns": False},
+    "one seed": {"seeds": (0,)},
+    "nothing": {"leave_out": [(m, s) for m in CURVES for s in range(3)]},
+    "one method": {"methods": ("lora",)},
+}
+
+
+@pytest.fixture(scope="module")
+def pages(tmp_path_factory):
+    """Each case's report, written once."""
+    found = {}
+    for name, options in CASES.items():
+        folder = made(tmp_path_factory.mktemp("study") / "s", **options)
+        found[name] = (folder, study_page.write(folder))
+    return found
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_the_page_is_well_formed_and_its_figures_are_the_summarys(pages, case):
+    folder, summary = pages[case]
+    page = Page((folder / "report.html").read_text())
+    assert json.loads((folder / "summary.json").read_text()) == json.loads(json.dumps(summary))
+    text = " ".join(page.texts)
+    for group in summary["groups"]:
+        for made_pair in group["pairs"]:
+            test = made_pair["equivalence"]
+            assert study_page.signed(made_pair["scores"][test["metric"]]) in text
+        for m in group["methods"]:
+            if m["scores"]:
+                assert study_page.span(m["scores"]["accuracy"]) in text
+    assert not [tag for tag, _ in page.elements if tag == "img"]
+    for claim in summary["claims"]:
+        assert claim["text"] in text
+    for _, attributes in page.elements:
+        assert not attributes.get("src")
+        assert not (attributes.get("href") or "").startswith("http")
+    if case == "cut":
+        assert "boom reviews" in text
+        assert "The study is not complete: 3 of its runs are missing" in text
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_markdown_tables_have_as_many_cells_as_their_heads(pages, case):
+    folder, _ = pages[case]
+    columns = None
+    for line in (folder / "report.md").read_text().splitlines():
+        if not line.startswith("|"):
+            columns = None
+            continue
+        count = line.replace("\\|", "").count("|")
+        columns = columns or count
+        assert count == columns, line
+        assert "<img" not in line
+
+
+def test_the_study_file_on_the_page_makes_the_same_study(pages, tmp_path):
+    folder, _ = pages["whole"]
+    page = Page((folder / "report.html").read_text())
+    (tmp_path / "again.toml").write_text(page.all("pre", class_="file")[0])
+    again = read_study(tmp_path / "again.toml")
+    assert again.model_dump(mode="json", exclude_unset=True) == json.loads((folder / "study.json").read_text())["spec"]
+
+
+def test_a_page_elsewhere_links_to_the_records(pages, tmp_path):
+    folder, _ = pages["whole"]
+    study_page.write(folder, tmp_path / "docs" / "it")
+    page = Page((tmp_path / "docs" / "it" / "report.html").read_text())
+    links = [attributes["href"] for tag, attributes in page.elements if tag == "a"]
+    assert len(links) == 10
+    assert all((tmp_path / "docs" / "it" / unquote(link)).resolve().is_file() for link in links)
+
+
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory):
+    if BINARY is None:
+        pytest.skip("no chromium binary (Debian: apt-get install chromium)")
+    with Chromium(tmp_path_factory.mktemp("chromium")) as chromium:
+        yield chromium
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_chromium_shows_it_without_complaint(pages, case, browser):
+    path = pages[case][0] / "report.html"
+    for width, dark in ((1200, False), (360, True)):
+        browser.open(path, width=width, dark=dark)
+        assert browser.value("document.documentElement.dataset.charts") == "ready"
+        assert browser.value("document.documentElement.scrollWidth <= document.documentElement.clientWidth")
+        assert browser.complaints() == []
+    browser.open(path, script=False)
+    assert browser.value("document.querySelectorAll('.forest, .panel, .advice').length") >= 1
+
+
+def test_methods_switch_and_losses_are_read_out(pages, browser):
+    folder, summary = pages["whole"]
+    browser.open(folder / "report.html")
+    browser.value("document.querySelector('input[data-method=\"1\"]').click()")
+    assert browser.value("[...document.querySelectorAll('.curve.m1')].every(g => getComputedStyle(g).display == 'none')")
+    assert browser.value("getComputedStyle(document.querySelector('.curve.m0')).display") != "none"
+    browser.value("document.querySelector('.plot').focus()")
+    for _ in range(3):
+        browser("Input.dispatchKeyEvent", type="keyDown", key="ArrowRight")
+    tip = browser.value("document.querySelector('.panel .tip').textContent")
+    curve = summary["groups"][0]["methods"][2]["curve"]
+    assert "step 20" in tip
+    assert f"qlora: {curve['mean'][2]:.3f} ({curve['low'][2]:.3f} to {curve['high'][2]:.3f})" in tip
+    assert browser.complaints() == []
