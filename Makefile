@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 OUTPUT ?= runs/demo
 
-.PHONY: demo test check format bench bench-parity bench-kernels bench-train bench-train-real bench-decode bench-quality bench-memory bench-plan bench-paging faults readme clean
+.PHONY: demo test check format bench bench-parity bench-kernels bench-train bench-train-real bench-decode bench-quality bench-memory bench-plan bench-paging study faults readme clean
 
 demo: $(VENV)/.ready  ## set up, then compare LoRA and QLoRA on the embedded model and data
 	$(BIN)/lownibble compare --output $(OUTPUT) --resume
@@ -50,6 +50,10 @@ bench-plan: $(VENV)/.ready-dev
 
 bench-paging: $(VENV)/.ready-dev
 	$(BIN)/lownibble bench paging --output benchmarks/results/paging-cpu.json
+
+study: $(VENV)/.ready-dev  ## what is missing of the articles' study (hours), and its report in docs/
+	$(BIN)/lownibble study run studies/articles.toml --output studies/articles
+	$(BIN)/lownibble study report studies/articles --output docs/study
 
 faults: $(VENV)/.ready-dev  ## kill, fill, damage and starve training runs, and record what becomes of them
 	$(BIN)/python tests/faults/harness.py --output benchmarks/results/faults-cpu.json

@@ -13,6 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from lownibble.study.report import study_page
 from lownibble.study.table import markdown
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -57,6 +58,26 @@ def _turns(name: str, what: Callable[[dict[str, Any]], str], peak: bool = True) 
 
 def _spread(found: dict[str, float], digits: int) -> str:
     return f"{found['median']:.{digits}f} ({found['min']:.{digits}f} to {found['max']:.{digits}f})"
+
+
+def study() -> str:
+    """The articles' study: LoRA against QLoRA, task by task."""
+    summary = json.loads((ROOT / "studies" / "articles" / "summary.json").read_text())
+    lines = [
+        "| task | score | LoRA - QLoRA (95% interval) | | steps, LoRA / QLoRA | tokens/s, LoRA / QLoRA | memory, LoRA / QLoRA |",
+        "| --- | --- | ---: | --- | ---: | ---: | ---: |",
+    ]
+    for group in summary["groups"]:
+        pair = next((p for p in group["pairs"] if (p["a"], p["b"]) == ("lora", "qlora")), None)
+        if pair is None:
+            continue
+        test = pair["equivalence"]
+        found = pair["scores"][test["metric"]]
+        said = study_page.verdict(found, test, "lora", "qlora", test["metric"])
+        ratios = [study_page.ratio(pair[f"{name}_ratio"]) for name in ("steps", "speed", "memory")]
+        lines.append(f"| {' | '.join([group['task'], test['metric'], study_page.signed(found), said, *ratios])} |")
+    counts = summary["counts"]
+    return "\n".join(lines) + f"\n\n({counts['finished']} of {counts['cells']} runs finished; `studies/articles/summary.json`)"
 
 
 def train() -> str:
@@ -203,6 +224,7 @@ def faults() -> str:
 
 SECTIONS: dict[str, Callable[[], str]] = {
     "compare": compare,
+    "study": study,
     "train": train,
     "train-real": train_real,
     "decode": decode,

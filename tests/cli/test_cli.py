@@ -24,7 +24,7 @@ def lownibble_(*arguments, env=None):
 
 def test_version_and_help():
     assert lownibble_("--version")[1].strip() == f"lownibble {lownibble.__version__}"
-    for command in ("doctor", "train", "compare", "bench"):
+    for command in ("doctor", "train", "compare", "study", "eval", "bench"):
         code, out, _ = lownibble_(command, "--help")
         assert code == 0
         assert f"example: lownibble {command}" in out.replace("\n", " ")
@@ -185,3 +185,27 @@ def test_claims_judges_a_file(tmp_path):
     code, out, _ = lownibble_("claims", tmp_path / "none.toml", "--json")
     assert code == 2
     assert "Cannot read" in json.loads(out)["error"]
+
+
+def test_study_runs_reports_and_says_what_is_wrong(tiny_model, tiny_data, tmp_path):
+    (tmp_path / "study.toml").write_text(
+        f'name = "small"\nseeds = [0]\n[models]\nm = "{tiny_model}"\n[methods]\nlora = {{ method = "lora" }}\n'
+        f'[tasks]\nt = {{ kind = "classification", data = "{tiny_data}" }}\n[train]\nmax_steps = 1\nbatch_size = 4\nmax_length = 64\n'
+    )
+    output = tmp_path / "out"
+    code, out, err = lownibble_("study", "run", tmp_path / "study.toml", "--output", output, "--json")
+    assert code == 0, err
+    assert json.loads(out)["counts"]["finished"] == 1
+    assert json.loads(out) == json.loads((output / "summary.json").read_text())
+    code, out, _ = lownibble_("study", "report", output, "--output", tmp_path / "docs")
+    assert code == 0
+    assert (tmp_path / "docs" / "report.html").exists()
+    for arguments, words in (
+        (("report", tmp_path), "holds no study"),
+        (("report", output, "--jobs", "2"), "--jobs is for 'study run'"),
+        (("run", tmp_path / "nowhere.toml"), "Cannot read"),
+        (("run", tmp_path / "study.toml", "--jobs", "x"), "integer >= 1"),
+    ):
+        code, out, err = lownibble_("study", *arguments)
+        assert (code, out) == (2, "")
+        assert words in err

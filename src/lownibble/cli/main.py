@@ -80,7 +80,11 @@ def _parser() -> argparse.ArgumentParser:
     study.add_argument(
         "--output", metavar="DIR", help="run: the study's folder (default: runs/NAME OF THE FILE); report: where the page goes"
     )
-    study.add_argument("--jobs", metavar="N", help="run: cells at a time (default: 1)")
+    study.add_argument(
+        "--jobs",
+        metavar="N",
+        help="run: cells at a time, each on all processors unless OMP_NUM_THREADS says otherwise (default: 1)",
+    )
     study.add_argument("--executor", metavar="NAME", help="run: local, or ray for a cluster (default: local)")
     study.add_argument("--retry-failed", action="store_true", help="run: also run failed cells again")
 

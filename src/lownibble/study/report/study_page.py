@@ -215,7 +215,8 @@ def _headline(groups: Sequence[Mapping[str, Any]]) -> str:
 
 @dataclass(frozen=True)
 class Line:
-    """One difference of a forest plot; positions in percent of its width. `low` and `high` None: one seed, no interval."""
+    """One difference of a forest plot; positions in percent of its width. `low` and `high` None: one seed, no interval. `rows`: the
+    same over rows instead of seeds, or nothing."""
 
     label: str
     metric: str
@@ -225,6 +226,7 @@ class Line:
     margin: tuple[float, float]
     text: str
     verdict: str
+    rows: str
 
 
 @dataclass(frozen=True)
@@ -244,14 +246,14 @@ def _forest(groups: Sequence[Mapping[str, Any]], a: str, b: str) -> Forest | Non
         pair = next((p for p in group["pairs"] if (p["a"], p["b"]) == (a, b)), None)
         if pair is not None:
             metric = pair["equivalence"]["metric"]
-            found.append((group, pair["scores"][metric], pair["equivalence"], metric))
+            found.append((group, pair["scores"][metric], pair["equivalence"], metric, pair["rows"]))
     if not found:
         return None
-    margins = [equivalence["margin"] for _, _, equivalence, _ in found]
+    margins = [equivalence["margin"] for _, _, equivalence, _, _ in found]
     reach = max(
         (
             abs(v) / margin
-            for (_, d, _, _), margin in zip(found, margins, strict=True)
+            for (_, d, _, _, _), margin in zip(found, margins, strict=True)
             for v in (d["mean"], d["low"], d["high"])
             if v is not None
         ),
@@ -267,8 +269,9 @@ def _forest(groups: Sequence[Mapping[str, Any]], a: str, b: str) -> Forest | Non
             group["task"], metric, place(d["mean"], margin),
             None if d["low"] is None else place(d["low"], margin), None if d["high"] is None else place(d["high"], margin),
             (place(-margin, margin), place(margin, margin)), signed(d), verdict(d, equivalence, a, b, metric),
+            f"over {rows['rows']} rows: {signed(rows)}" if rows else "",
         )
-        for (group, d, equivalence, metric), margin in zip(found, margins, strict=True)
+        for (group, d, equivalence, metric, rows), margin in zip(found, margins, strict=True)
     ]  # fmt: skip
     step = next(s for s in (1, 2, 5) if half / s <= 4.5 or s == 5)
     ticks = [(place(n * step, 1.0), f"{n * step:+d}" if n else "0") for n in range(-int(half / step), int(half / step) + 1)]
