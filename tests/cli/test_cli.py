@@ -190,7 +190,8 @@ def test_claims_judges_a_file(tmp_path):
 def test_study_runs_reports_and_says_what_is_wrong(tiny_model, tiny_data, tmp_path):
     (tmp_path / "study.toml").write_text(
         f'name = "small"\nseeds = [0]\n[models]\nm = "{tiny_model}"\n[methods]\nlora = {{ method = "lora" }}\n'
-        f'[tasks]\nt = {{ kind = "classification", data = "{tiny_data}" }}\n[train]\nmax_steps = 1\nbatch_size = 4\nmax_length = 64\n'
+        f'[tasks]\nt = {{ kind = "classification", data = "{tiny_data}" }}\n[train]\n'
+        "max_steps = 1\nbatch_size = 4\nmax_length = 64\n"
     )
     output = tmp_path / "out"
     code, out, err = lownibble_("study", "run", tmp_path / "study.toml", "--output", output, "--json")

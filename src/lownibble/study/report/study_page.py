@@ -215,8 +215,10 @@ def _headline(groups: Sequence[Mapping[str, Any]]) -> str:
 
 @dataclass(frozen=True)
 class Line:
-    """One difference of a forest plot; positions in percent of its width. `low` and `high` None: one seed, no interval. `rows`: the
-    same over rows instead of seeds, or nothing."""
+    """One difference of a forest plot; positions in percent of its width. `low` and `high` None: one seed, no interval.
+
+    `rows`: the same over rows instead of seeds, or nothing.
+    """
 
     label: str
     metric: str
