@@ -369,6 +369,8 @@ def read_toml(path: str | Path) -> dict[str, Any]:
             return tomllib.load(file)
     except OSError as error:
         raise ConfigError(f"Cannot read the configuration file '{path}': {error.strerror}. Check the path.") from None
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"'{path}' is not UTF-8 text: {error.reason} at byte {error.start}. Save it as UTF-8.") from None
     except tomllib.TOMLDecodeError as error:
         raise ConfigError(f"'{path}' is not valid TOML: {error}. Mend that line.") from None
 

@@ -21,7 +21,8 @@ def test_the_scores_of_a_run_are_found_again_in_its_adapter(tiny_model, tiny_dat
     last = run.record["evaluations"][-1]
     found = evaluate(EvalConfig(
         model=str(tiny_model), adapter=str(tmp_path / "out" / "adapter"), task="classification", data=data,
-        quantized=method == "qlora", quant={"block_size": 32}, train={"batch_size": 4, "max_length": 32},
+        quantized=method == "qlora", quant={"block_size": 32} if method == "qlora" else {},
+        train={"batch_size": 4, "max_length": 32},
     ))  # fmt: skip
     scores = found["scores"]["classification"]
     assert scores["loss"]["value"] == pytest.approx(last["loss"], rel=1e-6)
@@ -94,6 +95,9 @@ def test_the_harness_runs_on_our_layers(tiny_model, tiny_data, tmp_path):
         ({"task": "nli", "harness": ["hellaswag"]}, ConfigError, "either --task"),
         ({"task": "clasification"}, ConfigError, "Did you mean 'classification'"),
         ({"task": "nli"}, DataError, "lacks premise, hypothesis"),
+        ({"task": "classification", "limit": 5}, ConfigError, "'limit' of EvalConfig makes no difference with --task"),
+        ({"task": "classification", "quant": {"block_size": 32}}, ConfigError, "without --quantized"),
+        ({"harness": ["hellaswag"]}, ConfigError, "'data' of EvalConfig makes no difference with --harness"),
         ({"task": "classification", "model": "/nowhere"}, ModelError, "There is no model"),
     ],
 )

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 from tiny_folders import write_t5
 
-from lownibble.errors import ConfigError, DataError, ModelError, OutputError
+from lownibble.errors import ConfigError, DataError, ModelError, OutputError, TargetError
 from lownibble.study import cell, executors, jobs
 from lownibble.study.runner import read_record, run_study
 from lownibble.study.tasks import KINDS
@@ -45,10 +45,11 @@ def study(tiny_model, tiny_data, tmp_path):
     """Write a study file; `replaced` texts differ from STUDY."""
 
     def write(name="study.toml", **replaced):
-        text = STUDY.replace("MODEL", str(tiny_model)).replace("ROWS", str(tiny_data))
+        text = STUDY
         for old, new in replaced.items():
             assert old in text
             text = text.replace(old, new)
+        text = text.replace("MODEL", str(tiny_model)).replace("ROWS", str(tiny_data))
         (tmp_path / name).write_text(text)
         return tmp_path / name
 
@@ -162,14 +163,14 @@ def test_a_failed_cell_is_a_record_and_the_others_go_on(study, tmp_path, here, m
     def sometimes(job):
         calls.append(job)
         broken = job["config"]["method"] == "qlora" and len(calls) < 5
-        return in_process({**job, "kind": "no such kind"}) if broken else alone(job)
+        return in_process({**job, "job": "no such job"}) if broken else alone(job)
 
     monkeypatch.setitem(jobs.JOBS, "cell", sometimes)
     run_study(path, tmp_path / "out")
     found = records(tmp_path / "out")
     assert sorted((r["cell"]["method"], r["status"]) for r in found.values()) == [("lora", "ok")] * 2 + [("qlora", "failed")] * 2
     failed = next(r for r in found.values() if r["status"] == "failed")
-    assert "no such kind" in failed["error"]
+    assert "no such job" in failed["error"]
     assert any("Traceback" in line for line in failed["log"])
     run_study(path, tmp_path / "out")
     assert len(calls) == 4  # it is not run again
@@ -280,6 +281,18 @@ def test_one_study_in_a_folder_at_a_time(study, tmp_path, no_turns):
         ({}, {"executor": "slurm"}, ConfigError, "local, ray"),
         ({}, {"jobs": 0}, ConfigError, ">= 1"),
         ({'"classification"': '"nli"'}, {}, DataError, r"'sentiment' \(nli\) lacks premise, hypothesis. Expected: premise"),
+        (
+            {"lora = { r = 4 }, quant": 'lora = { target_modules = ["nothing"] }, quant'},
+            {},
+            TargetError,
+            "match no linear module",
+        ),
+        (
+            {'data = "ROWS"': 'data = { path = "ROWS", completion_template = " {text}" }'},
+            {},
+            DataError,
+            "no labels to choose from",
+        ),
         ({'tiny = "': 'tiny = "/nowhere'}, {}, ModelError, "There is no model"),
     ],
 )

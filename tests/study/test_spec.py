@@ -9,8 +9,7 @@ from lownibble.config import DataConfig, RunConfig
 from lownibble.data.rows import Dataset, Row
 from lownibble.errors import ConfigError, DataError
 from lownibble.study import spec as spec_module
-from lownibble.study.contents import Contents
-from lownibble.study.spec import cells, read_study, tuning_cells
+from lownibble.study.spec import Contents, cells, read_study, tuning_cells
 from lownibble.study.tasks import KINDS, check_columns, with_templates
 
 STUDY = """
@@ -19,7 +18,7 @@ seeds = [3, 1]
 [models]
 small = "demo"
 [methods]
-full = { method = "full", train = { learning_rate = 5e-5 } }
+full = { method = "full", train = { weight_decay = 0.5 } }
 qlora-r4 = { method = "qlora", lora = { r = 4 }, quant = { block_size = 128 } }
 [tasks]
 sentiment = { kind = "classification", data = "demo" }
@@ -55,7 +54,7 @@ def test_the_cells_are_all_combinations(study):
 
 def test_settings_of_a_method_win_over_a_task_over_all(study):
     by_name = {(c.method, c.task): c.config for c in cells(read_study(study()))}
-    assert by_name["full", "sentiment"].train.learning_rate == 5e-5
+    assert by_name["full", "sentiment"].train.weight_decay == 0.5
     assert by_name["full", "sentiment"].train.max_length == 256
     assert by_name["full", "inference"].train.max_length == 128
     assert by_name["full", "inference"].train.max_steps == 40
@@ -85,7 +84,7 @@ def test_a_cell_is_named_by_what_decides_its_result(study):
 
     before = digests()
     assert digests(first="second", small="tiny") == before  # names of things
-    assert digests(**{"max_steps = 40": 'max_steps = 40\noutput_dir = "x"\nreport_to = "tensorboard"'}) == before
+    assert digests(**{"max_steps = 40": "max_steps = 40\nsave_steps = 7"}) == before
     for replaced in (
         {"max_steps = 40": "max_steps = 41"}, {"r = 4": "r = 8"}, {'data = "rows"': 'data = "other"'}, {"[3, 1]": "[4, 2]"},
     ):  # fmt: skip
@@ -106,10 +105,11 @@ def test_rows_and_models_count_by_content(study):
 
 
 def test_defaults_are_those_that_the_schema_was_made_with():
-    """Options at their default are no part of a cell's name, so a default that changes makes old records say something else:
-    then raise `spec.SCHEMA` and this digest; for a new option, this digest alone."""
-    text = json.dumps(RunConfig().to_dict(), sort_keys=True)
-    known = {1: "2fe46deb4ff90fad"}
+    """Options at their default are no part of a cell's name, nor is what a kind says of answers. So a change of those makes old
+    records say something else: then raise `spec.SCHEMA` and this digest; for a new option or kind, this digest alone."""
+    kinds = {name: [kind.max_new_tokens, kind.stop] for name, kind in KINDS.items() if kind.max_new_tokens}
+    text = json.dumps([RunConfig().to_dict(), kinds], sort_keys=True)
+    known = {1: "cd86be4632a4c476"}
     assert hashlib.sha256(text.encode()).hexdigest()[:16] == known[spec_module.SCHEMA]
 
 
@@ -125,6 +125,9 @@ def test_paths_are_beside_the_file(study, tmp_path):
         ("seeds = [3, 1]", "seed = [3, 1]", "Did you mean 'seeds'"),
         ("seeds = [3, 1]", "seeds = [3, 3]", "distinct"),
         ("seeds = [3, 1]", "seeds = []", "seeds"),
+        ("weight_decay = 0.5", "learning_rate = 5e-5", "method 'full' would not count"),
+        ("max_steps = 40", "max_steps = 40\nseed = 3", "Give 'seeds'"),
+        ("max_steps = 10 }", 'output_dir = "x" }', "set by the study"),
         ("seeds = [3, 1]", "seeds = [1000]", "1000 of .tuning."),
         ('"classification"', '"clasification"', "Did you mean 'classification'"),
         ('method = "full"', 'method = "lara"', "method"),

@@ -65,9 +65,9 @@ def test_equivalence_is_scipys_two_one_sided_tests(differences, margin):
 
 
 def test_differences_that_are_all_the_same():
-    assert stats.mean_difference([0.5, 0.5, 0.5]) == (0.5, 0.5, 0.5, 0.0, 3)
+    assert stats.mean_difference([0.5, 0.5, 0.5]) == (0.5, -math.inf, math.inf, 1.0, 3)  # no spread is no certainty
     assert stats.mean_difference([0.0, 0.0]).p == 1.0
-    assert stats.equivalence([0.5, 0.5], 1.0) == 0.0
+    assert stats.equivalence([0.5, 0.5], 1.0) == 1.0
     assert stats.equivalence([0.5, 0.5], 0.5) == 1.0
     with pytest.raises(ValueError, match="above 0"):
         stats.equivalence([0.1, 0.2], 0.0)

@@ -120,7 +120,8 @@ def test_answers_are_what_generate_gives(t5):
     prompts = [tokenizer(text)["input_ids"] for text in ("review : the film was good sentiment :", "the plot was bad :")]
     found = write_answers(model, tokenizer, prompts, max_new_tokens=6)
     for prompt, answer in zip(prompts, found, strict=True):
-        alone = model.generate(input_ids=torch.tensor([prompt]), max_new_tokens=6, do_sample=False)
+        ended = torch.tensor([[*prompt, tokenizer.eos_token_id]])  # as in training
+        alone = model.generate(input_ids=ended, max_new_tokens=6, do_sample=False)
         assert answer == tokenizer.decode(alone[0, 1:], skip_special_tokens=True)
 
 

@@ -202,13 +202,13 @@ def evaluate(arguments: argparse.Namespace) -> dict[str, Any]:
     from lownibble.study.evaluate import evaluate as score
 
     result = score(config)
-    table = Table(title=f"{config.model}{f' with {config.adapter}' if config.adapter else ''}", title_justify="left")
+    table = Table(title=escape(f"{config.model}{f' with {config.adapter}' if config.adapter else ''}"), title_justify="left")
     for name in ("task", "score", "value", "standard error", "rows"):
         table.add_column(name, justify="left" if name in ("task", "score") else "right")
     for task, scores in result["scores"].items():
         for name, found in scores.items():
             error = "-" if found["standard_error"] is None else f"{found['standard_error']:.4f}"
-            table.add_row(task, name, f"{found['value']:.4f}", error, str(found["rows"] or "-"))
+            table.add_row(escape(task), escape(name), f"{found['value']:.4f}", error, str(found["rows"] or "-"))
     _console(arguments).print(table)
     return result
 

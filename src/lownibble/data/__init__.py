@@ -1,6 +1,17 @@
 """Rows to batches: `load` a data set, `encode` it with a tokenizer, `collate` examples in the order of `stream`."""
 
-from lownibble.data.batches import IGNORE, Batch, collate, collate_pairs, cut, epoch_batches, flatten, split_pair, stream
+from lownibble.data.batches import (
+    IGNORE,
+    Batch,
+    collate,
+    collate_pairs,
+    cut,
+    encoder_ids,
+    epoch_batches,
+    flatten,
+    split_pair,
+    stream,
+)
 from lownibble.data.choices import Choice, choices
 from lownibble.data.rows import Dataset, Row
 from lownibble.data.sources import load, read
@@ -19,6 +30,7 @@ __all__ = [
     "collate_pairs",
     "cut",
     "encode",
+    "encoder_ids",
     "epoch_batches",
     "flatten",
     "load",

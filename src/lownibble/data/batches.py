@@ -112,6 +112,11 @@ def split_pair(example: Example) -> tuple[list[int], list[int]]:
     return example.input_ids[:first], example.input_ids[first:]
 
 
+def encoder_ids(prompt: Sequence[int], end: int) -> list[int]:
+    """A prompt as an encoder reads it: ended by the end of sequence, once."""
+    return [*prompt] if prompt and prompt[-1] == end else [*prompt, end]
+
+
 def collate_pairs(examples: Sequence[Example], pad_token_id: int, start: int, end: int) -> Batch:
     """Examples for an encoder-decoder model: the encoder gets the prompt, ended by `end`, the decoder `start` and the completion.
 
@@ -119,7 +124,7 @@ def collate_pairs(examples: Sequence[Example], pad_token_id: int, start: int, en
         DataError: a row is not a prompt and a completion.
     """
     pairs = [split_pair(example) for example in examples]
-    sources = [ids if ids[-1] == end else [*ids, end] for ids, _ in pairs]
+    sources = [encoder_ids(ids, end) for ids, _ in pairs]
     read = collate([Example(ids, [False] * len(ids), "") for ids in sources], pad_token_id)
     written = collate([Example([start, *ids], [False] + [True] * len(ids), "") for _, ids in pairs], pad_token_id)
     return replace(written, source_ids=read.input_ids, source_mask=read.attention_mask)

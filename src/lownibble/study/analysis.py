@@ -1,9 +1,10 @@
 """What a study's records say together: means over seeds and differences between methods, each with its interval.
 
 Methods are compared within a model and a task, seed by seed: a seed has the same order of rows and the same initialisation for
-all of them. Convergence is the ratio of the steps that two methods need to the lowest loss that both reach, for each seed; its
-mean is taken over logarithms, as a ratio's should be. Speed is that of the methods taking turns, not that of the cells, which ran
-at other times. Memory is the peak of the cell's own process above its imports.
+all of them. Convergence is the ratio of the steps that two methods need to the lowest loss that these two reach, for each seed;
+its mean is taken over logarithms, as a ratio's should be. (A method's own steps are to the lowest loss that all reach.) Speed is
+that of the methods taking turns, not that of the cells, which ran at other times. Memory is the peak of the cell's own process
+above its imports.
 """
 
 from __future__ import annotations
@@ -22,6 +23,9 @@ from lownibble.study.tasks import KINDS
 
 LESS_IS_BETTER = ("perplexity", "loss")
 """Scores of which less is better."""
+
+LEVEL = 0.05
+"""Of the tests of equivalence."""
 
 MEMORY_MATTERS = 0.05
 """Share of the peak that a method must save before memory decides between methods of equal quality."""
@@ -43,11 +47,15 @@ def analyse(folder: str | Path) -> dict[str, Any]:
     for model, task in dict.fromkeys((cell["model"], cell["task"]) for cell in study["cells"]):
         of = {kind: [c for c in study[kind] if (c["model"], c["task"]) == (model, task)] for kind in ("cells", "tuning")}
         groups.append(_group(study, of["cells"], of["tuning"], records, speeds.get((model, task))))
+    several = len({group["model"] for group in groups}) > 1
+    for group in groups:
+        group["label"] = f"{group['task']} on {group['model']}" if several else group["task"]
     found = list(records.values())
+    compared = [records[cell["digest"]] for cell in study["cells"]]
     return {
         "kind": "study-summary",
         "schema": study["schema"],
-        "status": "ok",
+        "status": "ok" if any(r is not None and r["status"] == "ok" for r in compared) else "failed",
         "name": study["name"],
         "created": study["created"],
         "counts": {
@@ -90,11 +98,7 @@ def _group(
             **_tuned([cell for cell in grid if cell["method"] == name], records),
             **_method(runs[name], steps.get(name, {}), _rates(speed, name)),
         })  # fmt: skip
-    pairs = [
-        _pair(a, b, runs, steps, kind.metrics, margin, speed)
-        for a, b in combinations(names, 2)
-        if runs[a].keys() & runs[b].keys()
-    ]
+    pairs = [_pair(a, b, runs, kind.metrics, margin, speed) for a, b in combinations(names, 2) if runs[a].keys() & runs[b].keys()]
     return {
         "model": first["model"], "task": first["task"], "kind": first["kind"], "metrics": list(kind.metrics), "margin": margin,
         "target_loss": target, "speed_skipped": (speed or {}).get("skipped"), "methods": methods, "pairs": pairs,
@@ -118,7 +122,12 @@ def _tuned(grid: Sequence[dict[str, Any]], records: Mapping[str, dict[str, Any] 
         )
     known = [each["loss"] for each in losses if each["loss"] is not None]
     best = next((i for i, each in enumerate(losses) if known and each["loss"] == min(known)), None)
-    return {"grid": losses, "at_edge": best is not None and len(losses) > 1 and best in (0, len(losses) - 1)}
+    failed = bool(losses) and not known
+    return {
+        "grid": losses,
+        "grid_failed": failed,
+        "at_edge": best is not None and len(losses) > 1 and best in (0, len(losses) - 1),
+    }
 
 
 def _rates(speed: dict[str, Any] | None, name: str) -> dict[str, float] | None:
@@ -132,7 +141,7 @@ def interval(values: Sequence[float], *, logarithms: bool = False) -> dict[str, 
         return {"mean": None, "low": None, "high": None, "values": []}
     found = stats.mean_difference([math.log(v) for v in values] if logarithms else list(values))
     mean, low, high = (math.exp(v) if logarithms and math.isfinite(v) else v for v in found[:3])
-    known = found.pairs > 1
+    known = math.isfinite(found.low)
     return {"mean": mean, "low": low if known else None, "high": high if known else None, "values": list(values)}
 
 
@@ -210,8 +219,8 @@ def _steps_to_target(
 
 
 def _pair(
-    a: str, b: str, runs: Mapping[str, Mapping[int, dict[str, Any]]], steps: Mapping[str, Mapping[int, float]],
-    metrics: Sequence[str], margin: float, speed: dict[str, Any] | None,
+    a: str, b: str, runs: Mapping[str, Mapping[int, dict[str, Any]]], metrics: Sequence[str], margin: float,
+    speed: dict[str, Any] | None,
 ) -> dict[str, Any]:  # fmt: skip
     """`a` against `b`: differences are a - b, ratios a / b."""
     both = sorted(runs[a].keys() & runs[b].keys())
@@ -222,7 +231,8 @@ def _pair(
         scores[metric] = _difference(stats.paired_difference(of[a], of[b]), [of[a][seed] - of[b][seed] for seed in both])
     main = "loss" if metrics[0] == "perplexity" else metrics[0]
     equivalent = stats.equivalence(scores[main]["values"], margin)
-    counted = [seed for seed in both if seed in steps[a] and steps[a][seed] > 0 and steps[b][seed] > 0]
+    steps, _ = _steps_to_target({a: runs[a], b: runs[b]})
+    counted = [seed for seed in both if steps[a][seed] > 0 and steps[b][seed] > 0]
     peaks = [peak_bytes(runs[a][seed]) / peak_bytes(runs[b][seed]) for seed in both]
     return {
         "a": a, "b": b, "seeds": both, "scores": scores,
@@ -235,7 +245,7 @@ def _pair(
 
 
 def _difference(found: stats.Difference, values: list[float]) -> dict[str, Any]:
-    known = found.pairs > 1
+    known = math.isfinite(found.low)
     return {
         "mean": found.mean, "low": found.low if known else None, "high": found.high if known else None,
         "p": found.p, "values": values,
@@ -271,11 +281,11 @@ def _better(metric: str, value: float) -> float:
 
 
 def _pareto(methods: Sequence[dict[str, Any]], metric: str) -> list[str]:
-    """Methods that none beats in quality, memory and speed together."""
-    points = {}
+    """Methods that none beats in quality, memory and speed together; speed counts where all of them took turns."""
+    points, timed = {}, all(m["rates"] for m in methods if m["scores"])
     for m in methods:
         if m["scores"]:
-            quality, rate = _better(metric, m["scores"][metric]["mean"]), (m["rates"] or {"median": 0.0})["median"]
+            quality, rate = _better(metric, m["scores"][metric]["mean"]), m["rates"]["median"] if timed else 0.0
             points[m["method"]] = (-quality, m["peak_bytes"]["mean"], -rate)
     return stats.pareto(points)
 
@@ -288,7 +298,8 @@ def _advice(methods: Sequence[dict[str, Any]], pairs: Sequence[dict[str, Any]], 
     beaten = {loser for pair in pairs if (loser := shown_worse(pair, metric)) is not None}
     equal = [name for name in finished if name not in beaten] or list(finished)
     lean = min(equal, key=lambda name: float(finished[name]["peak_bytes"]["mean"]))
-    fast = max(equal, key=lambda name: float((finished[name]["rates"] or {"median": 0.0})["median"]))
+    timed = all(finished[name]["rates"] for name in equal)
+    fast = max(equal, key=lambda name: float(finished[name]["rates"]["median"])) if timed else lean
     saved = 1 - finished[lean]["peak_bytes"]["mean"] / finished[fast]["peak_bytes"]["mean"]
     chosen = lean if saved >= MEMORY_MATTERS else fast
     left = [name for name in finished if name != chosen]
@@ -298,12 +309,15 @@ def _advice(methods: Sequence[dict[str, Any]], pairs: Sequence[dict[str, Any]], 
     others = [name for name in equal if name != chosen]
     if others:
         words.append(f"no difference in {metric} shown to {', '.join(others)}")
-        words.append(f"{'least memory' if chosen == lean and saved >= MEMORY_MATTERS else 'fastest'} among these")
+        why = "least memory" if chosen == lean and (saved >= MEMORY_MATTERS or not timed) else "fastest"
+        words.append(f"{why} among these")
     return {"advice": chosen, "reason": "; ".join(words) + "." if left and words else "It is the only one that finished."}
 
 
 def shown_worse(pair: Mapping[str, Any], metric: str) -> str | None:
-    """The method of a pair whose 95% interval of the difference says that it is worse; None: neither is shown to be."""
+    """The method of a pair that the 95% interval of the difference says is worse; None: neither is, or by less than matters."""
+    if pair["equivalence"]["p"] <= LEVEL:
+        return None
     found = pair["scores"]["loss" if metric == "perplexity" else metric]
     if found["low"] is None or found["low"] <= 0 <= found["high"]:
         return None

@@ -6,15 +6,16 @@ layers can be decoded by Lownibble's own loop (4-bit bases), they are; else by t
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import StoppingCriteriaList
+from transformers import GenerationConfig, StoppingCriteriaList
 
 from lownibble.config import DataConfig
-from lownibble.data import Dataset, cut, prompts
+from lownibble.data import Dataset, cut, encoder_ids, prompts
 from lownibble.decoding import Decoder, decode
 from lownibble.errors import DataError, ModelError
 from lownibble.study import metrics
@@ -28,26 +29,50 @@ BATCH = 16
 def write_answers(
     model: Any, tokenizer: Any, questions: Sequence[Sequence[int]], *, max_new_tokens: int, stop: Sequence[str] = ()
 ) -> list[str]:  # fmt: skip
-    """The text that the model writes after each prompt (token ids), up to its end of sequence or the first of `stop`."""
-    was_training = model.training
+    """The text that the model writes after each prompt (token ids), up to its end of sequence or the first of `stop`.
+
+    An encoder reads the prompt as in training: ended by the end of sequence, padded on the right.
+    """
+    was_training, paired = model.training, bool(model.config.is_encoder_decoder)
     model.eval()
     answers = [""] * len(questions)
-    loop = _own_loop(model)
-    for rows in cut([len(prompt) for prompt in questions], None, most=BATCH):
-        width = max(len(questions[i]) for i in rows)
-        first = 1 if model.config.is_encoder_decoder else width
-        pad = tokenizer.pad_token_id
-        ids = torch.tensor([[pad] * (width - len(questions[i])) + list(questions[i]) for i in rows], device=model.device)
-        mask = torch.tensor([[0] * (width - len(questions[i])) + [1] * len(questions[i]) for i in rows], device=model.device)
-        written = model.generate(
-            input_ids=ids, attention_mask=mask, max_new_tokens=max_new_tokens, do_sample=False, num_beams=1, pad_token_id=pad,
-            eos_token_id=tokenizer.eos_token_id, temperature=None, top_p=None, top_k=None, **loop,
-            stopping_criteria=StoppingCriteriaList([_Said(tokenizer, stop, first)]),
-        )  # fmt: skip
-        for i, text in zip(rows, tokenizer.batch_decode(written[:, first:], skip_special_tokens=True), strict=True):
-            answers[i] = _until(text, stop)
+    loop = {} if paired else _own_loop(model)
+    asked = [encoder_ids(ids, tokenizer.eos_token_id) if paired else list(ids) for ids in questions]
+    with _greedy(model, tokenizer, max_new_tokens):
+        for rows in cut([len(ids) for ids in asked], None, most=BATCH):
+            width = max(len(asked[i]) for i in rows)
+            first = 1 if paired else width
+            gaps = [[tokenizer.pad_token_id] * (width - len(asked[i])) for i in rows]
+            pieces = [(asked[i], gap) if paired else (gap, asked[i]) for i, gap in zip(rows, gaps, strict=True)]
+            ids = torch.tensor([a + b for a, b in pieces], device=model.device)
+            mask = torch.tensor([[int(paired)] * len(a) + [int(not paired)] * len(b) for a, b in pieces], device=model.device)
+            written = model.generate(
+                input_ids=ids, attention_mask=mask, **loop,
+                stopping_criteria=StoppingCriteriaList([_Said(tokenizer, stop, first)]),
+            )  # fmt: skip
+            for i, text in zip(rows, tokenizer.batch_decode(written[:, first:], skip_special_tokens=True), strict=True):
+                answers[i] = _until(text, stop)
     model.train(was_training)
     return answers
+
+
+@contextmanager
+def _greedy(model: Any, tokenizer: Any, max_new_tokens: int) -> Iterator[None]:
+    """Greedy search and nothing else: a model's own settings may penalise repetitions, or sample.
+
+    It ends where the tokenizer or the model's settings say that a turn ends.
+    """
+    own = model.generation_config
+    ends = own.eos_token_id if isinstance(own.eos_token_id, list) else [own.eos_token_id]
+    model.generation_config = GenerationConfig(
+        max_new_tokens=max_new_tokens, do_sample=False, pad_token_id=tokenizer.pad_token_id,
+        eos_token_id=sorted({end for end in (*ends, tokenizer.eos_token_id) if end is not None}) or None,
+        bos_token_id=own.bos_token_id, decoder_start_token_id=own.decoder_start_token_id,
+    )  # fmt: skip
+    try:
+        yield
+    finally:
+        model.generation_config = own
 
 
 def answer_rows(
@@ -58,7 +83,8 @@ def answer_rows(
     asked = KINDS[kind]
     if asked.scored_by != "generation":
         return {}
-    room = max(16, max_length - asked.max_new_tokens)
+    context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    room = max_length if not context else min(max_length, max(1, context - asked.max_new_tokens))
     written = write_answers(
         model, tokenizer, prompts(rows, tokenizer, data, room), max_new_tokens=asked.max_new_tokens, stop=asked.stop
     )
@@ -112,7 +138,7 @@ def _questions(rows: Dataset, answers: Sequence[str]) -> dict[str, list[float]]:
 
 def _references(fields: dict[str, Any], origin: str) -> list[str]:
     """The row's `answers` (a list, or SQuAD's {"text": [...]}) where it has them, else its one `answer`."""
-    given = fields.get("answers", [fields["answer"]])
+    given = fields.get("answers", [str(fields["answer"])])
     given = given.get("text") if isinstance(given, dict) else given
     if not isinstance(given, list) or not given or not all(isinstance(each, str) for each in given):
         raise DataError(f"{origin}: 'answers' must be a list of texts that is not empty. Mend the row.")

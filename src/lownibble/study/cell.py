@@ -1,6 +1,6 @@
-"""One cell of a study, in a process of its own: `python -m lownibble.study.cell`.
+"""One job of a study, in a process of its own: `python -m lownibble.study.cell`.
 
-The first line on standard input is the cell (`jobs.py` sends it); the record goes to the file that it names. The process ends
+The first line on standard input is the job (`jobs.py` sends it); the record goes to the file that it names. The process ends
 when standard input ends: the one that wants the record is then gone, also where it was killed.
 
 A record has what the configuration decides (`result`: the same again on the same machine) apart from what the machine had a part
@@ -18,14 +18,14 @@ import time
 from typing import Any
 
 from lownibble.config import RunConfig
-from lownibble.errors import LownibbleError
+from lownibble.errors import LownibbleError, TrainingError
 
 
 def work(spec: dict[str, Any]) -> dict[str, Any]:
-    """Train the cell's run, and score it; returns the record.
+    """Train a cell's run, and score it; returns the record.
 
     Raises:
-        LownibbleError: of `run`, or of what scores answers.
+        LownibbleError: of `run`, or of what scores answers; or an evaluation is not finite.
     """
     from lownibble.data import load
     from lownibble.study.answers import answer_rows
@@ -36,6 +36,9 @@ def work(spec: dict[str, Any]) -> dict[str, Any]:
     trained = run(config)
     told = trained.record
     first, last = told["evaluations"][0], told["evaluations"][-1]
+    wrong = next((e for e in told["evaluations"] if not math.isfinite(e["loss"])), None)
+    if wrong is not None:
+        raise TrainingError(f"The evaluation loss at step {wrong['step']} is {wrong['loss']}. Lower the learning rate.")
     result: dict[str, Any] = {
         "losses": trained.losses,
         "skipped": len(told["skipped"]),
@@ -69,6 +72,22 @@ def work(spec: dict[str, Any]) -> dict[str, Any]:
     }
 
 
+def take_turns(spec: dict[str, Any]) -> dict[str, Any]:
+    """Several methods taking turns, each in a process of its own; returns the record."""
+    from lownibble.study.paired import paired_speed
+    from lownibble.training import record
+
+    configs = {name: RunConfig(**config) for name, config in spec["configs"].items()}
+    try:
+        found = paired_speed(configs, spec["peaks"])
+    except (TrainingError, BrokenPipeError) as error:
+        found = {"skipped": str(error)}
+    return {**record.new("study-speed"), "status": "ok", "environment": record.environment(), **found}
+
+
+WORK = {"cell": work, "speed": take_turns}
+
+
 def _with_perplexity(evaluation: dict[str, Any]) -> dict[str, float]:
     return {**evaluation["scores"], "loss": evaluation["loss"], "perplexity": math.exp(min(evaluation["loss"], 50))}
 
@@ -80,13 +99,13 @@ def _end_with_standard_input() -> None:
 
 
 def main() -> int:
-    """Work on the cell given on standard input."""
+    """Do the job given on standard input."""
     spec = json.loads(sys.stdin.readline())
     threading.Thread(target=_end_with_standard_input, daemon=True).start()
     from lownibble.training import record
 
     try:
-        found = work(spec)
+        found = WORK[spec["job"]](spec)
     except Exception as error:  # every failure is a result; the study goes on
         if not isinstance(error, LownibbleError):
             import traceback

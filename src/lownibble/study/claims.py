@@ -5,7 +5,8 @@ A statement that has `study` (`planning/articles.toml`) says which figures decid
     figure = "steps_ratio" | "speed_ratio" | "memory_ratio", a, b, low, high    a's figure over b's lies between low and high
     figure = "equivalent", a, b, kinds                                          no difference in score beyond the margin
 
-A study decides when an interval lies wholly inside or outside of what is claimed; where it lies across, more seeds are needed.
+A study decides when an interval lies wholly inside or outside of what is claimed; where it lies across, more seeds are needed. A
+statement of several parts holds for a task if all its parts do, and agrees with a study if it holds for all tasks it is about.
 What is left is the planner's: a bound that no program can break decides a statement too. A study on a small model says what it
 found there; the page says so.
 """
@@ -19,8 +20,7 @@ from typing import Any
 
 from lownibble.config import read_toml
 from lownibble.planning.claims import ARTICLES, Judgement, judge_claim
-
-LEVEL = 0.05
+from lownibble.study.analysis import LEVEL
 
 AGREES, DISAGREES, MIXED, UNDECIDED, UNTESTED = (
     "agrees", "disagrees", "differs by task", "not decided", "could not be tested here",
@@ -55,18 +55,28 @@ def _by_study(
 ) -> tuple[str, str, list[str]]:  # fmt: skip
     if wanted is None:
         return UNTESTED, "it needs models, cards or settings that this study does not have", []
-    answers = [
-        answer for each in wanted for group in groups
-        if ("kinds" not in each or group["kind"] in each["kinds"]) and (answer := _answer(each, group)) is not None
-    ]  # fmt: skip
-    if not answers:
-        return UNTESTED, f"this study has no two seeds of {wanted[0]['a']} and {wanted[0]['b']} on such a task", []
-    verdicts = Counter(verdict for verdict, _ in answers)
+    verdicts: Counter[str] = Counter()
+    figures = []
+    for group in groups:
+        parts = [_answer(each, group) for each in wanted if "kinds" not in each or group["kind"] in each["kinds"]]
+        answers = [part for part in parts if part is not None]
+        figures += [text for _, text in answers]
+        if answers:
+            verdicts[_together([verdict for verdict, _ in answers], len(parts))] += 1
+    if not verdicts:
+        return UNTESTED, f"this study has no such figures of {wanted[0]['a']} and {wanted[0]['b']}", []
     if verdicts[AGREES] and verdicts[DISAGREES]:
         verdict = MIXED
     else:
-        verdict = next((v for v in (DISAGREES, AGREES) if verdicts[v]), UNDECIDED)
-    return verdict, f"measured: {', '.join(f'{n} {what}' for what, n in verdicts.items())}", [text for _, text in answers]
+        verdict = DISAGREES if verdicts[DISAGREES] else AGREES if set(verdicts) == {AGREES} else UNDECIDED
+    return verdict, f"measured, tasks: {', '.join(f'{n} {what}' for what, n in verdicts.items())}", figures
+
+
+def _together(verdicts: Sequence[str], parts: int) -> str:
+    """Of a statement's parts on one task; a part without a figure leaves it open."""
+    if DISAGREES in verdicts:
+        return DISAGREES
+    return AGREES if verdicts.count(AGREES) == parts else UNDECIDED
 
 
 def _answer(wanted: Mapping[str, Any], group: Mapping[str, Any]) -> tuple[str, str] | None:
@@ -77,7 +87,7 @@ def _answer(wanted: Mapping[str, Any], group: Mapping[str, Any]) -> tuple[str, s
     if pair is None:
         return None
     if wanted["figure"] == "equivalent":
-        return _equivalent(pair, group["task"])
+        return _equivalent(pair, group["label"])
     value = pair[wanted["figure"]]
     if value is None:
         return None
@@ -90,7 +100,7 @@ def _answer(wanted: Mapping[str, Any], group: Mapping[str, Any]) -> tuple[str, s
         verdict = DISAGREES
     else:
         verdict = AGREES if wanted["low"] <= low and high <= wanted["high"] else UNDECIDED
-    return verdict, f"{group['task']}: {wanted['a']} / {wanted['b']} {middle:.2f} ({low:.2f} to {high:.2f})"
+    return verdict, f"{group['label']}: {wanted['a']} / {wanted['b']} {middle:.2f} ({low:.2f} to {high:.2f})"
 
 
 def _equivalent(pair: Mapping[str, Any], task: str) -> tuple[str, str] | None:

@@ -1,55 +1,91 @@
 """What the names in a study file stand for: rows that fit their task, models that are there, and a digest of each.
 
-A cell's name has these digests in it and not the paths, so that a study can be moved, and changed rows make new cells. All of
-it is looked at before anything is run.
+A cell's name has these digests in it and not the paths, so that a study can be moved, and changed rows make new cells. Whatever
+would make cells fail and can be told before is looked for here, before anything is run.
 """
 
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
-from typing import NamedTuple
 
-from lownibble.config import RunConfig
-from lownibble.data import encode, load, read
-from lownibble.models import load_tokenizer, resolve
-from lownibble.study.tasks import check_columns
+import torch
 
-
-class Contents(NamedTuple):
-    """Digests. models: of each model; a hub id stands for itself. data: of each task's training and evaluation rows."""
-
-    models: dict[str, str]
-    data: dict[str, tuple[str, str]]
+from lownibble.config import DataConfig
+from lownibble.data import Dataset, choices, encode, load, read
+from lownibble.errors import DataError
+from lownibble.lora import plan
+from lownibble.models import load_tokenizer, resolve, skeleton
+from lownibble.study.answers import score_answers
+from lownibble.study.spec import Cell, Contents
+from lownibble.study.tasks import KINDS, check_columns
 
 
-def look(configs: dict[tuple[str, str], tuple[str, RunConfig]]) -> Contents:
-    """Read what the runs of each (model, task) read.
+def look(cells: Iterable[Cell]) -> Contents:
+    """Read what these cells read; one of each model, method and task will do.
 
-    Args:
-        configs: the task's kind and one of its runs, by (model, task).
     Raises:
         DataError: rows are missing, bad, or do not fit their task.
         ModelError: a model is missing, or its tokenizer lacks what the rows need.
+        TargetError: an adapter matches nothing.
+        ConfigError: what scores a task is not installed, or cannot run here.
     """
     models: dict[str, str] = {}
     data: dict[str, tuple[str, str]] = {}
-    for (model, task), (kind, config) in configs.items():
+    seen: set[tuple[object, ...]] = set()
+    for cell in cells:
+        config = cell.config
         source = resolve(config.model, config.revision)
-        if task not in data:
-            for side in read(config.data.path, config.data.split, config.data.eval_split):
+        if cell.model not in models:
+            local = config.model != "demo" and Path(config.model).expanduser().exists()
+            models[cell.model] = _digest(source.folder) if local else config.model
+        if config.method != "full" and (cell.model, cell.method) not in seen:
+            plan(skeleton(source, torch.float32), config.lora, "default")
+        key = (cell.model, cell.task, config.train.max_length)
+        if key not in seen:
+            sides = load_rows(cell.task, cell.kind, config.data)
+            data[cell.task] = (sides[0].digest, sides[1].digest)
+            check_rows(cell.task, cell.kind, sides, load_tokenizer(source), config.data, config.train.max_length)
+        seen |= {key, (cell.model, cell.method)}
+    return Contents(models, data)
+
+
+def load_rows(task: str, kind: str, data: DataConfig) -> tuple[Dataset, Dataset]:
+    """Both sides of a task's rows, their columns checked.
+
+    Raises:
+        DataError: they are missing, bad, or lack columns of the kind.
+    """
+    for path in (data.path, data.eval_path):
+        if path is not None:
+            for side in read(path, data.split, data.eval_split):
                 if side is not None:
                     check_columns(task, kind, side)
-        sides = load(config.data)
-        if config.data.eval_path is not None:
-            check_columns(task, kind, sides[1])
-        if model not in models:
-            models[model] = _digest(source.folder) if Path(config.model).expanduser().exists() else config.model
-        data.setdefault(task, (sides[0].digest, sides[1].digest))
-        tokenizer = load_tokenizer(source)
-        for rows in sides:
-            encode(rows, tokenizer, config.data, config.train.max_length)
-    return Contents(models, data)
+    return load(data)
+
+
+def check_rows(
+    task: str, kind: str, sides: tuple[Dataset, Dataset], tokenizer: object, data: DataConfig, max_length: int
+) -> None:
+    """Raise what would be raised when these rows are trained on and scored.
+
+    Raises:
+        DataError: they are no rows of that kind. ConfigError, ModelError: as `encode` and `score_answers`.
+    """
+    asked = KINDS[kind]
+    forms = {encode(side, tokenizer, data, max_length).form for side in sides}  # type: ignore[arg-type]
+    if kind == "language-modelling" and forms != {"text"}:
+        raise DataError(f"The rows of the task '{task}' are {', '.join(forms)}, not text alone. Leave their other columns out.")
+    if asked.scored_by == "likelihood" and choices(*sides, tokenizer, data, max_length) is None:  # type: ignore[arg-type]
+        raise DataError(
+            f"The rows of the task '{task}' ({kind}) have no labels to choose from: one only, or too many for so few rows. Give "
+            "rows of two labels at least, each of them several times."
+        )
+    if asked.scored_by == "generation":
+        rows = sides[1].rows[:1] if kind.startswith("code") else sides[1].rows  # running programs takes its time
+        score_answers(kind, replace(sides[1], rows=rows), [""] * len(rows))
 
 
 def _digest(folder: Path) -> str:

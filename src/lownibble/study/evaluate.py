@@ -9,16 +9,18 @@ from __future__ import annotations
 import difflib
 import math
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
-from lownibble.config import EvalConfig
-from lownibble.data import choices, encode, load, read
-from lownibble.errors import ConfigError, InputError
+from lownibble.config import DataConfig, EvalConfig, QuantConfig
+from lownibble.data import choices, encode
+from lownibble.errors import ConfigError, InputError, TrainingError
 from lownibble.lora import load_adapter
 from lownibble.models import load as load_model
 from lownibble.study import stats
 from lownibble.study.answers import answer_rows
-from lownibble.study.tasks import KINDS, check_columns, with_templates
+from lownibble.study.contents import check_rows, load_rows
+from lownibble.study.tasks import KINDS, with_templates
 from lownibble.training import record
 from lownibble.training.evaluate import Evaluator
 from lownibble.training.microbatches import collator
@@ -34,6 +36,14 @@ def evaluate(config: EvalConfig) -> dict[str, Any]:
     """
     if (config.task is None) == (not config.harness):
         raise ConfigError("Give either --task (with --data) or --harness, one of them.")
+    unused = {
+        "limit": config.task and config.limit, "num_fewshot": config.task and config.num_fewshot is not None,
+        "harness_path": config.task and config.harness_path, "data": config.harness and config.data != DataConfig(),
+        "quant": not config.quantized and config.quant != QuantConfig(),
+    }  # fmt: skip
+    for name in (name for name, given in unused.items() if given):
+        with_what = "without --quantized" if name == "quant" else "with --task" if config.task else "with --harness"
+        raise ConfigError(f"The '{name}' of EvalConfig makes no difference {with_what}. Leave it out.")
     if config.task is not None and config.task not in KINDS:
         near = difflib.get_close_matches(config.task, KINDS, n=1, cutoff=0.3)
         hint = f" Did you mean '{near[0]}'?" if near else ""
@@ -58,16 +68,18 @@ def evaluate(config: EvalConfig) -> dict[str, Any]:
 def _task(config: EvalConfig, model: Any, tokenizer: Any) -> dict[str, Any]:
     kind = str(config.task)
     data, length = with_templates(kind, config.data), config.train.max_length
-    for side in read(data.path, data.split, data.eval_split):
-        if side is not None:
-            check_columns(kind, kind, side)
-    sides = load(data)
+    if Path(data.path).is_file() and data.eval_path is None:
+        data = data.with_options(eval_path=data.path)  # a file of rows is all to be scored
+    sides = load_rows(kind, kind, data)
+    check_rows(kind, kind, sides, tokenizer, data, length)
     rows = sides[1]
     asked = choices(*sides, tokenizer, data, length) if KINDS[kind].scored_by == "likelihood" else None
     evaluator = Evaluator(
         encode(rows, tokenizer, data, length).examples, asked, collator(model, tokenizer), config.train.batch_size, model.device
     )
     evaluated = evaluator(model)
+    if not math.isfinite(evaluated.loss):
+        raise TrainingError(f"The evaluation loss is {evaluated.loss}. Take --dtype float32, or look at the adapter.")
     scores: Scores = {"loss": _score(evaluated.loss), "perplexity": _score(math.exp(min(evaluated.loss, 50)))}
     by_row: dict[str, Sequence[float]] = {"accuracy": [float(right) for right in evaluated.correct]} if evaluated.correct else {}
     scores |= {name: _score(value) for name, value in evaluated.scores.items()}
@@ -112,7 +124,7 @@ def _harness(config: EvalConfig) -> Any:
                 wrapped, tasks=list(config.harness), num_fewshot=config.num_fewshot, limit=config.limit, task_manager=manager,
                 log_samples=False,
             )  # fmt: skip
-        except (OSError, ConnectionError, ValueError) as error:
+        except (OSError, ImportError, ValueError) as error:
             raise InputError(f"lm-eval could not run {', '.join(config.harness)}: {error}") from error
         return {"scores": {task: _figures(task, found) for task in found["results"]}, "versions": found.get("versions", {})}
 

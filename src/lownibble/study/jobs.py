@@ -1,9 +1,9 @@
 """What a study has done for it, wherever that happens: a job is a dictionary that can be sent anywhere, and so is its record.
 
-    {"job": "cell", ...}     one run of the study, in a process of its own
-    {"job": "speed", ...}    several methods taking turns, each in a process of its own
+    {"job": "cell", ...}     one run of the study
+    {"job": "speed", ...}    several methods taking turns
 
-Whatever goes wrong, `perform` returns a record, with status "failed" and the reason.
+Each is a process of its own (`cell.py`). Whatever goes wrong there, `perform` returns a record: "failed", and the reason.
 """
 
 from __future__ import annotations
@@ -18,14 +18,11 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from lownibble.config import RunConfig
-from lownibble.errors import TrainingError
-
 LOG_LINES = 20
 """Of a failed process's messages, kept in its record."""
 
 alive: set[subprocess.Popen[str]] = set()
-"""Processes of cells at work, for the one who must end them."""
+"""Processes at work, for the one who must end them."""
 
 
 def perform(job: dict[str, Any]) -> dict[str, Any]:
@@ -33,7 +30,14 @@ def perform(job: dict[str, Any]) -> dict[str, Any]:
     return JOBS[job["job"]](job)
 
 
-def _cell(job: dict[str, Any]) -> dict[str, Any]:
+def _in_a_process(job: dict[str, Any]) -> dict[str, Any]:
+    try:
+        return _run(job)
+    except OSError as error:  # no process to be had, no room for its files
+        return {"status": "failed", "error": f"The process could not be run: {error}"}
+
+
+def _run(job: dict[str, Any]) -> dict[str, Any]:
     with tempfile.TemporaryDirectory(prefix="cell-") as folder:
         path, log = Path(folder) / "record.json", Path(folder) / "log"
         with log.open("w") as messages:
@@ -65,16 +69,4 @@ def _cell(job: dict[str, Any]) -> dict[str, Any]:
     return found
 
 
-def _speed(job: dict[str, Any]) -> dict[str, Any]:
-    from lownibble.study.paired import paired_speed
-    from lownibble.training import record
-
-    configs = {name: RunConfig(**config) for name, config in job["configs"].items()}
-    try:
-        found = paired_speed(configs, job["peaks"])
-    except TrainingError as error:
-        found = {"skipped": str(error)}
-    return {**record.new("study-speed"), "status": "ok", "environment": record.environment(), **found}
-
-
-JOBS: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {"cell": _cell, "speed": _speed}
+JOBS: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {"cell": _in_a_process, "speed": _in_a_process}

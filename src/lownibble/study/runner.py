@@ -26,12 +26,12 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
-from lownibble.errors import ConfigError
-from lownibble.study.contents import Contents, look
+from lownibble.errors import ConfigError, OutputError
+from lownibble.study.contents import look
 from lownibble.study.executors import EXECUTORS
-from lownibble.study.spec import Cell, StudySpec, cells, read_study, tuning_cells
+from lownibble.study.spec import Cell, Contents, StudySpec, cells, read_study, tuning_cells
 from lownibble.training import record
-from lownibble.training.output import claim
+from lownibble.training.output import hold
 
 Rates = dict[tuple[str, str, str], float]
 
@@ -55,8 +55,8 @@ def run_study(
     if jobs < 1:
         raise ConfigError(f"The number of jobs must be an integer >= 1. Got {jobs}.")
     spec = read_study(path)
-    contents = look({(cell.model, cell.task): (cell.kind, cell.config) for cell in cells(spec)})
-    with claim(output, resume=True) as folder:
+    contents = look(cell for cell in cells(spec) if cell.seed == spec.seeds[0])
+    with hold(output) as folder:
         _forget_kept(folder, retry_failed)
         studied = _Study(spec, contents, folder, jobs, executor)
         return studied.run()
@@ -88,7 +88,7 @@ class _Study:
         self.shown = _Shown(folder, jobs)
 
     def run(self) -> dict[str, Any]:
-        self._write({})
+        self._write(best_rates(self.folder, self.grid))
         with self.shown:
             self.shown.count([*self.grid, *cells(self.spec, best_rates(self.folder, self.grid), self.contents)])
             self._cells(self.grid)
@@ -120,8 +120,21 @@ class _Study:
             "cells": [{**_labels(cell), "digest": cell.digest} for cell in compared],
             "speed": [{"model": model, "task": task, "digest": digest} for (model, task), (digest, _) in self._turns(compared)],
         }
-        record.write(self.folder / "study.json", found)
+        self._keep("study.json", found)
         return found
+
+    def _keep(self, name: str, found: dict[str, Any]) -> None:
+        """Write a record.
+
+        Raises:
+            OutputError: it cannot be written.
+        """
+        try:
+            record.write(self.folder / name, found)
+        except OSError as error:
+            raise OutputError(
+                f"Cannot write into '{self.folder}': {error}. Free some space, then run the study again: it goes on."
+            ) from error
 
     def _cells(self, wanted: Sequence[Cell]) -> None:
         """Run those that have no record."""
@@ -131,7 +144,7 @@ class _Study:
         for index, found in EXECUTORS[self.executor](work, self.jobs):
             cell = missing[index]
             own = {**_labels(cell), "digest": cell.digest, "contents": cell.contents, "config": cell.config.to_dict()}
-            record.write(self.folder / "cells" / f"{cell.digest}.json", {"kind": "study-cell", **found, "cell": own})
+            self._keep(f"cells/{cell.digest}.json", {"kind": "study-cell", **found, "cell": own})
             if found["status"] == "ok":
                 shutil.rmtree(self._work(cell), ignore_errors=True)
             self.shown.ended(cell, found)
@@ -166,15 +179,19 @@ class _Study:
             path = self.folder / "speed" / f"{digest}.json"
             peaks = {name: _peak(self.folder, cell) for name, cell in group.items()}
             finished = {name: peak for name, peak in peaks.items() if peak is not None}
-            if path.exists() or len(finished) < 2:
+            known = read_record(path)
+            if len(finished) < 2 or (known is not None and known.get("methods") == list(finished)):
                 continue
             print(f"speed: {model} x {task}: {', '.join(finished)} take turns", file=sys.stderr)
             configs = {name: self._job(group[name])["config"] for name in finished}
             for config in configs.values():
                 config["train"]["output_dir"], config["train"]["resume"] = None, False
-            job = {"job": "speed", "configs": configs, "peaks": list(finished.values())}
+            job = {"job": "speed", "methods": list(finished), "configs": configs, "peaks": list(finished.values())}
             for _, found in EXECUTORS[self.executor]([job], 1):
-                record.write(path, {"kind": "study-speed", **found, "model": model, "task": task})
+                self._keep(
+                    f"speed/{digest}.json",
+                    {"kind": "study-speed", **found, "model": model, "task": task, "methods": list(finished)},
+                )
 
 
 def _labels(cell: Cell) -> dict[str, Any]:

@@ -12,6 +12,7 @@ import json
 import os
 import platform
 import resource
+import signal
 import struct
 import sys
 
@@ -86,7 +87,8 @@ def _lock(memory_bytes: int, seconds: int) -> None:
     code = _filter(platform.machine())
     buffer = ctypes.create_string_buffer(code, len(code))
     program = _Program(len(code) // 8, ctypes.cast(buffer, ctypes.c_void_p))
-    no_new_privileges, set_seccomp, with_filter = 38, 22, 2
+    no_new_privileges, set_seccomp, with_filter, die_with_parent = 38, 22, 2, 1
+    libc.prctl(die_with_parent, signal.SIGKILL, 0, 0, 0)
     if libc.prctl(no_new_privileges, 1, 0, 0, 0) or libc.prctl(set_seccomp, with_filter, ctypes.byref(program), 0, 0):
         sys.exit(UNABLE)
 

@@ -35,14 +35,13 @@ import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NamedTuple
 
 from annotated_types import Ge, Gt, MinLen
 from pydantic import Field, model_validator
 
 from lownibble.config import Data, DataConfig, Method, Options, RunConfig, build, read_toml
 from lownibble.errors import ConfigError
-from lownibble.study.contents import Contents
 from lownibble.study.tasks import KINDS, with_templates
 
 SCHEMA = 1
@@ -56,6 +55,17 @@ _BY_CONTENT = {"model", "revision"}
 """Options of a run that the digests of its contents stand for; of its data, the paths, splits and numbers of rows."""
 
 _DATA_BY_CONTENT = {"path", "eval_path", "split", "eval_split", "eval_fraction", "max_rows", "max_eval_rows"}
+
+
+_OURS = {"seed", "output_dir", "report_to", "resume"}
+"""Options of training that a study sets itself."""
+
+
+class Contents(NamedTuple):
+    """Digests. models: of each model; a hub id stands for itself. data: of each task's training and evaluation rows."""
+
+    models: dict[str, str]
+    data: dict[str, tuple[str, str]]
 
 
 class MethodSpec(Options):
@@ -112,6 +122,16 @@ class StudySpec(Options):
             raise ValueError(f"The 'seeds' of a study must be distinct. Got {self.seeds}.")
         if self.tuning.seed in self.seeds and self.tuning.learning_rates:
             raise ValueError(f"The 'seed' {self.tuning.seed} of [tuning] must not be among the seeds that are compared.")
+        tuned = "learning_rate" if self.tuning.learning_rates else None
+        parts = {"[train]": self.train, "the train of [tuning]": self.tuning.train}
+        parts |= {f"the train of task '{name}'": task.train for name, task in self.tasks.items()}
+        parts |= {f"the train of method '{name}'": method.train for name, method in self.methods.items()}
+        for where, options in parts.items():
+            for name in sorted(_OURS & options.keys()):
+                remedy = "Give 'seeds'" if name == "seed" else "Leave it out"
+                raise ValueError(f"The '{name}' in {where} is set by the study itself. {remedy}.")
+            if tuned in options:
+                raise ValueError(f"The 'learning_rate' in {where} would not count: [tuning] finds one. Leave one of them out.")
         if len(set(self.tuning.learning_rates)) != len(self.tuning.learning_rates):
             raise ValueError(f"The 'learning_rates' of [tuning] must be distinct. Got {self.tuning.learning_rates}.")
         return self
@@ -177,7 +197,7 @@ def _from(folder: Path, data: DataConfig) -> DataConfig:
 
 def _beside(folder: Path, name: str) -> str:
     """A path that exists beside the study file, or the name as it is."""
-    return str((folder / name).resolve()) if (folder / name).exists() else name
+    return str((folder / name).resolve()) if name != "demo" and (folder / name).exists() else name
 
 
 def cells(

@@ -14,11 +14,15 @@ from typing import NamedTuple
 
 from scipy import stats
 
+NO_SPREAD = 1e-12
+"""Relative standard error below which differences count as all alike."""
+
 
 class Difference(NamedTuple):
     """The mean of so many paired differences, its interval, and the probability of one as large if there were none.
 
-    With fewer than two pairs there is no interval: `low` and `high` are infinite and `p` is 1.
+    With fewer than two pairs, or with all differences alike, there is no interval: `low` and `high` are infinite and `p` is 1.
+    (Scores over few rows are coarse, and two seeds that fall on the same step of them show no certainty.)
     """
 
     mean: float
@@ -49,8 +53,8 @@ def mean_difference(differences: Sequence[float], confidence: float = 0.95) -> D
     if n < 2:
         return Difference(mean, -math.inf, math.inf, 1.0, n)
     error = standard_error(differences) or 0.0
-    if error == 0:
-        return Difference(mean, mean, mean, 1.0 if mean == 0 else 0.0, n)
+    if error <= NO_SPREAD * (1 + abs(mean)):
+        return Difference(mean, -math.inf, math.inf, 1.0, n)
     reach = float(stats.t.ppf((1 + confidence) / 2, n - 1)) * error
     return Difference(mean, mean - reach, mean + reach, float(2 * stats.t.sf(abs(mean) / error, n - 1)), n)
 
@@ -67,8 +71,8 @@ def equivalence(differences: Sequence[float], margin: float) -> float:
         return 1.0
     mean = math.fsum(differences) / n
     error = standard_error(differences) or 0.0
-    if error == 0:
-        return 0.0 if abs(mean) < margin else 1.0
+    if error <= NO_SPREAD * (1 + abs(mean)):
+        return 1.0
     return float(max(stats.t.sf((mean + margin) / error, n - 1), stats.t.cdf((mean - margin) / error, n - 1)))
 
 

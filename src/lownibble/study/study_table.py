@@ -14,7 +14,7 @@ from lownibble.study.report.study_page import gib, ratio, signed, span, verdict
 
 def tables(summary: Mapping[str, Any]) -> Iterator[RenderableType]:
     """Scores by task and method; then differences and ratios by task and pair."""
-    scores = Table(title=f"{summary['name']}: mean over seeds (95% interval)", title_justify="left")
+    scores = Table(title=Text(f"{summary['name']}: mean over seeds (95% interval)"), title_justify="left")
     for name in ("task", "method", "score", "", "evaluation loss", "peak GiB"):
         scores.add_column(name, justify="left" if name in ("task", "method", "score") else "right")
     for group in summary["groups"]:
@@ -22,11 +22,11 @@ def tables(summary: Mapping[str, Any]) -> Iterator[RenderableType]:
         for m in group["methods"]:
             of = m["scores"]
             figures = [span(of[metric]), span(of["loss"]), gib(m["peak_bytes"])] if of else [_none(m), "-", "-"]
-            scores.add_row(group["task"], m["method"], metric, *figures)
+            scores.add_row(*map(Text, (group["label"], m["method"], metric, *figures)))
     yield scores
     for group in summary["groups"]:
         for pair in group["pairs"]:
-            yield Text(f"{group['task']}, {pair['a']} against {pair['b']}", style="bold")
+            yield Text(f"{group['label']}, {pair['a']} against {pair['b']}", style="bold")
             test = pair["equivalence"]
             found = pair["scores"][test["metric"]]
             said = verdict(found, test, pair["a"], pair["b"], test["metric"])

@@ -67,11 +67,12 @@ KINDS: dict[str, Kind] = {
 def with_templates(kind: str, data: DataConfig) -> DataConfig:
     """The data with the kind's templates, where it has none of its own. The demo brings its own."""
     found = KINDS[kind]
-    if found.prompt_template is None or data.prompt_template is not None or data.path == "demo":
+    if found.prompt_template is None or data.path == "demo":
         return data
     changed: DataConfig = data.with_options(
-        prompt_template=found.prompt_template, completion_template=found.completion_template
-    )  # fmt: skip
+        prompt_template=data.prompt_template if data.prompt_template is not None else found.prompt_template,
+        completion_template=data.completion_template if data.completion_template is not None else found.completion_template,
+    )
     return changed
 
 

@@ -365,7 +365,7 @@ class Trainer:
         self.optimizer.zero_grad(set_to_none=True)
         memory.settle(self.device)
         batches = self.micro.batches(rows)
-        tokens = max(batch.input_ids.numel() for batch in batches)
+        tokens = max(self.micro.tokens(passed) for passed in self.micro.dealt(rows))
         if any(batch.n_rows > 1 for batch in batches):
             self._take(replace(self.fit, max_tokens=tokens // 2))
             what = f"forward passes have at most {tokens // 2} tokens from now on"

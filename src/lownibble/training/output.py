@@ -25,12 +25,11 @@ _RUN_FILES = ("record.json", "adapter", "model", "checkpoints")
 
 
 @contextmanager
-def claim(folder: str | Path, *, resume: bool) -> Iterator[Path]:
-    """Hold an output folder for one run.
+def hold(folder: str | Path) -> Iterator[Path]:
+    """Make an output folder, and keep other processes out of it.
 
     Raises:
-        OutputError: it holds another run, another process trains in it, or it cannot be written (now, or later inside the
-            block: a full disk).
+        OutputError: another process works in it, or it cannot be written.
     """
     folder = Path(folder)
     try:
@@ -43,6 +42,18 @@ def claim(folder: str | Path, *, resume: bool) -> Iterator[Path]:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             raise OutputError(f"Another process is training in '{folder}'. Wait for it, or choose another --output.") from None
+        yield folder
+
+
+@contextmanager
+def claim(folder: str | Path, *, resume: bool) -> Iterator[Path]:
+    """Hold an output folder for one run.
+
+    Raises:
+        OutputError: it holds another run, another process trains in it, or it cannot be written (now, or later inside the
+            block: a full disk).
+    """
+    with hold(folder) as folder:
         found = [name for name in _RUN_FILES if (folder / name).exists()]
         if found and not resume:
             raise OutputError(

@@ -6,7 +6,7 @@
   for (const box of all(document, "[data-method]")) {
     box.checked = true;
     box.addEventListener("change", () => {
-      all(document, `.curve.m${box.dataset.method}`).forEach((curve) => curve.classList.toggle("away", !box.checked));
+      all(document, `[data-of="${box.dataset.method}"]`).forEach((curve) => curve.classList.toggle("away", !box.checked));
     });
   }
 

@@ -17,8 +17,8 @@ from urllib.parse import quote
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
-from lownibble.study.analysis import LESS_IS_BETTER, analyse
-from lownibble.study.claims import LEVEL, compare_claims
+from lownibble.study.analysis import LESS_IS_BETTER, LEVEL, analyse
+from lownibble.study.claims import compare_claims
 from lownibble.study.hardware import hardware_table
 from lownibble.study.report.curves import Axis, linear
 from lownibble.study.report.page import content_hash
@@ -87,14 +87,18 @@ def span(found: Mapping[str, Any] | None, digits: int = 3) -> str:
     if found is None or found["mean"] is None:
         return "-"
     if found["low"] is None:
-        return f"{found['mean']:.{digits}f} (one seed)"
+        return f"{found['mean']:.{digits}f} ({_no_interval(found)})"
     return f"{found['mean']:.{digits}f} ({found['low']:.{digits}f} to {found['high']:.{digits}f})"
+
+
+def _no_interval(found: Mapping[str, Any]) -> str:
+    return "all seeds alike" if len(found.get("values") or ()) > 1 else "one seed"
 
 
 def signed(found: Mapping[str, Any], digits: int = 3) -> str:
     """A difference with its sign and interval."""
     if found["low"] is None:
-        return f"{found['mean']:+.{digits}f} (one seed)"
+        return f"{found['mean']:+.{digits}f} ({_no_interval(found)})"
     return f"{found['mean']:+.{digits}f} ({found['low']:+.{digits}f} to {found['high']:+.{digits}f})"
 
 
@@ -141,7 +145,7 @@ def _context(folder: Path, study: Mapping[str, Any], summary: Mapping[str, Any])
     places = {(row["device"], row["model"], row["method"]): row for row in hardware["rows"]}
     cells = {kind: study[kind] for kind in ("tuning", "cells")}
     records = {c["digest"]: read_record(folder / "cells" / f"{c['digest']}.json") for kind in cells.values() for c in kind}
-    some = [found for found in records.values() if found is not None]
+    environments = [found["environment"] for found in records.values() if found is not None and "environment" in found]
     return {
         "summary": summary, "study": study, "names": names, "groups": summary["groups"], "counts": summary["counts"],
         "created": summary["created"].replace("T", " ").replace("+00:00", " UTC"),
@@ -149,11 +153,16 @@ def _context(folder: Path, study: Mapping[str, Any], summary: Mapping[str, Any])
         "panels": [_panel(group, names) for group in summary["groups"] if any(m["curve"] for m in group["methods"])],
         "headline": _headline(summary["groups"]), "less_is_better": LESS_IS_BETTER, "level": LEVEL,
         "devices": devices, "models": models, "places": places, "hardware": hardware,
-        "command": shlex.join(study["command"]), "environment": some[0]["environment"] if some else study["environment"],
+        "command": shlex.join(study["command"]), "environment": next(iter(environments), study["environment"]),
+        "machines": sorted(set(map(_machine, environments))),
         "data": {c["task"]: records[c["digest"]]["data"] for c in study["cells"] if _ok(records[c["digest"]])},  # type: ignore[index]
         "failures": [(c, records[c["digest"]]) for kind in cells.values() for c in kind if _failed(records[c["digest"]])],
         "spec": _toml(study["spec"]), "listed": [(c, records[c["digest"]]) for c in study["cells"]],
     }  # fmt: skip
+
+
+def _machine(environment: Mapping[str, Any]) -> str:
+    return f"{environment['device']} ({environment['device_type']}, {environment['threads']} threads)"
 
 
 def _ok(found: Mapping[str, Any] | None) -> bool:
@@ -209,7 +218,7 @@ def _headline(groups: Sequence[Mapping[str, Any]]) -> str:
         return "Nothing has finished yet"
     different = list(dict.fromkeys(advised))
     return f"Use {different[0]}" if len(different) == 1 else "It depends on the task: " + ", ".join(
-        f"{name} for {', '.join(g['task'] for g in groups if g['advice'] == name)}" for name in different
+        f"{name} for {', '.join(g['label'] for g in groups if g['advice'] == name)}" for name in different
     )  # fmt: skip
 
 
@@ -268,7 +277,7 @@ def _forest(groups: Sequence[Mapping[str, Any]], a: str, b: str) -> Forest | Non
 
     lines = [
         Line(
-            group["task"], metric, place(d["mean"], margin),
+            group["label"], metric, place(d["mean"], margin),
             None if d["low"] is None else place(d["low"], margin), None if d["high"] is None else place(d["high"], margin),
             (place(-margin, margin), place(margin, margin)), signed(d), verdict(d, equivalence, a, b, metric),
             f"over {rows['rows']} rows: {signed(rows)}" if rows else "",
@@ -283,7 +292,7 @@ def _forest(groups: Sequence[Mapping[str, Any]], a: str, b: str) -> Forest | Non
 def verdict(difference: Mapping[str, Any], equivalence: Mapping[str, Any], a: str, b: str, metric: str) -> str:
     """What a difference and its test of equivalence say, in words."""
     if difference["low"] is None:
-        return "one seed: nothing can be told"
+        return f"{_no_interval(difference)}: nothing can be told"
     if equivalence["p"] <= LEVEL:
         return f"equivalent within ±{equivalence['margin']:g}"
     if difference["low"] > 0 or difference["high"] < 0:
@@ -347,11 +356,11 @@ def _panel(group: Mapping[str, Any], names: Sequence[str]) -> Panel:
         ]
         readings.append((int(step), f"step {step:g}\n" + "\n".join(lines)))
     last = "; ".join(f"{m['method']} {m['curve']['mean'][-1]:.3f}" for m in methods)
-    return Panel(f"{group['task']}, {group['model']}", x, y, curves, readings, f"evaluation loss at the end: {last}")
+    return Panel(group["label"], x, y, curves, readings, f"evaluation loss at the end: {last}")
 
 
 def _at(curve: Mapping[str, Any], i: int) -> dict[str, Any]:
-    return {name: curve[name][i] for name in ("mean", "low", "high")}
+    return {name: curve[name][i] for name in ("mean", "low", "high", "values")}
 
 
 def _clipped(curve: Mapping[str, Any], i: int, top: float) -> tuple[float, float] | None:
