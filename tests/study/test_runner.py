@@ -223,7 +223,15 @@ def test_every_kind_is_scored_and_encoder_decoders_too(study, tmp_path, here, mo
         folder = tmp_path / name
         folder.mkdir()
         for side in ("train", "test"):
-            lines = [json.dumps({k: v.format(i=i) if isinstance(v, str) else v for k, v in fields.items()}) for i in range(6)]
+            lines = [
+                json.dumps(
+                    {
+                        k: v.format(i=i, label=("negative", "positive")[i % 2]) if isinstance(v, str) else v
+                        for k, v in fields.items()
+                    }
+                )
+                for i in range(6)
+            ]
             (folder / f"{side}.jsonl").write_text("\n".join(lines))
         return folder
 
@@ -233,7 +241,7 @@ def test_every_kind_is_scored_and_encoder_decoders_too(study, tmp_path, here, mo
         "code": {"prompt": "a film {i}", "completion": "film = 1", "tests": ["assert film"], "setup": ""},
         "instruction": {"messages": [{"role": "user", "content": "good"}, {"role": "assistant", "content": "film"}]},
         "language-modelling": {"text": "the film was good {i}"},
-        "nli": {"premise": "the film was good {i}", "hypothesis": "the film was bad", "label": "negative"},
+        "nli": {"premise": "the film was good {i}", "hypothesis": "the film was bad", "label": "{label}"},
     }
     tasks = "".join(f'"{kind}" = {{ kind = "{kind}", data = "{rows(kind, fields)}" }}\n' for kind, fields in made.items())
     write_t5(tmp_path / "t5")
