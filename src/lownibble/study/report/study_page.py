@@ -292,7 +292,7 @@ def _forest(groups: Sequence[Mapping[str, Any]], a: str, b: str) -> Forest | Non
 def verdict(difference: Mapping[str, Any], equivalence: Mapping[str, Any], a: str, b: str, metric: str) -> str:
     """What a difference and its test of equivalence say, in words."""
     if difference["low"] is None:
-        return f"{_no_interval(difference)}: nothing can be told"
+        return "nothing can be told"
     if equivalence["p"] <= LEVEL:
         return f"equivalent within ±{equivalence['margin']:g}"
     if difference["low"] > 0 or difference["high"] < 0:
