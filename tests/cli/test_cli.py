@@ -8,6 +8,7 @@ import sys
 import pytest
 
 import lownibble
+from lownibble.cli.main import main
 
 TEMPLATES = ["--prompt-template", "review : {text} sentiment :", "--completion-template", " {label}"]
 SMALL = [*TEMPLATES, "--max-steps", "2", "--batch-size", "4", "--max-length", "32", "--r", "2", "--block-size", "32"]
@@ -187,7 +188,7 @@ def test_claims_judges_a_file(tmp_path):
     assert "Cannot read" in json.loads(out)["error"]
 
 
-def test_study_runs_reports_and_says_what_is_wrong(tiny_model, tiny_data, tmp_path):
+def test_study_runs_reports_and_says_what_is_wrong(tiny_model, tiny_data, tmp_path, capsys):
     (tmp_path / "study.toml").write_text(
         f'name = "small"\nseeds = [0]\n[models]\nm = "{tiny_model}"\n[methods]\nlora = {{ method = "lora" }}\n'
         f'[tasks]\nt = {{ kind = "classification", data = "{tiny_data}" }}\n[train]\n'
@@ -198,8 +199,7 @@ def test_study_runs_reports_and_says_what_is_wrong(tiny_model, tiny_data, tmp_pa
     assert code == 0, err
     assert json.loads(out)["counts"]["finished"] == 1
     assert json.loads(out) == json.loads((output / "summary.json").read_text())
-    code, out, _ = lownibble_("study", "report", output, "--output", tmp_path / "docs")
-    assert code == 0
+    assert main(["study", "report", str(output), "--output", str(tmp_path / "docs")]) == 0
     assert (tmp_path / "docs" / "report.html").exists()
     for arguments, words in (
         (("report", tmp_path), "holds no study"),
@@ -207,6 +207,8 @@ def test_study_runs_reports_and_says_what_is_wrong(tiny_model, tiny_data, tmp_pa
         (("run", tmp_path / "nowhere.toml"), "Cannot read"),
         (("run", tmp_path / "study.toml", "--jobs", "x"), "integer >= 1"),
     ):
-        code, out, err = lownibble_("study", *arguments)
-        assert (code, out) == (2, "")
-        assert words in err
+        capsys.readouterr()
+        assert main(["study", *map(str, arguments)]) == 2
+        told = capsys.readouterr()
+        assert told.out == ""
+        assert words in told.err

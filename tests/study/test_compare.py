@@ -166,7 +166,7 @@ def test_speed_is_taken_from_turns_where_there_were_any(ratios, words):
 
 def test_turns_are_left_out_where_the_models_do_not_fit_at_once(tiny_model, tiny_data, tmp_path):
     config = RunConfig(model=str(tiny_model), device="cpu")
-    found = paired_speed([config, config], [2**60, 2**60])
+    found = paired_speed({"lora": config, "qlora": config}, [2**60, 2**60])
     assert "GiB are free" in found["skipped"]
 
 

@@ -105,12 +105,12 @@ def test_cells_are_run_once_and_learning_rates_found_first(study, tmp_path, here
     assert len(records(tmp_path / "out")) == 10
 
 
-def test_killed_ten_times_it_ends_with_the_records_of_an_uninterrupted_run(study, tmp_path, no_turns):
+def test_killed_ten_times_it_ends_with_the_records_of_an_uninterrupted_run(study, tmp_path, here):
     path = study(**{"seeds = [0, 1]": "seeds = [0, 1, 2]", "learning_rates = [1e-3, 1e-2]": "learning_rates = [1e-2]"})
     run_study(path, tmp_path / "whole")
     program = (
-        "import sys; from lownibble.study import jobs; from lownibble.study.runner import run_study\n"
-        "jobs.JOBS['speed'] = lambda job: {'status': 'ok', 'skipped': 'test'}\n"
+        "from lownibble.study import cell, jobs; from lownibble.study.runner import run_study\n"
+        "jobs.JOBS.update(cell=cell.work, speed=lambda job: {'status': 'ok', 'skipped': 'test'})\n"
         f"run_study({str(path)!r}, {str(tmp_path / 'cut')!r})"
     )
     chance, cut, done = random.Random(7), tmp_path / "cut", []
@@ -123,7 +123,7 @@ def test_killed_ten_times_it_ends_with_the_records_of_an_uninterrupted_run(study
         while len(done) % 2 and len(records(cut)) == started and time.monotonic() < deadline:
             time.sleep(0.05)  # every other time it gets a cell done
         with suppress(subprocess.TimeoutExpired):
-            process.wait(chance.uniform(0, 4))
+            process.wait(chance.uniform(0, 2))
         process.send_signal(chance.choice([signal.SIGKILL, signal.SIGKILL, signal.SIGTERM]))
         process.communicate()
         done.append(len(records(cut)))
@@ -133,22 +133,37 @@ def test_killed_ten_times_it_ends_with_the_records_of_an_uninterrupted_run(study
     assert len(set(done)) > 1, done
     run_study(path, cut)
     assert records(cut) == records(tmp_path / "whole")
-    assert not _children_of_cells()
 
 
-def _children_of_cells():
-    """Processes of cells that outlived the one who wanted their records."""
-    time.sleep(2)
+def test_no_cell_outlives_a_runner_that_was_killed(study, tmp_path):
+    program = f"from lownibble.study.runner import run_study; run_study({str(study())!r}, {str(tmp_path / 'cut')!r})"
+    process = subprocess.Popen([sys.executable, "-c", program], stderr=subprocess.PIPE, text=True, start_new_session=True)
+    assert "study: 8 cells" in process.stderr.readline()
+    deadline = time.monotonic() + 30
+    while not _cells_of(process.pid) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    started = _cells_of(process.pid)
+    assert started
+    process.kill()
+    process.communicate()
+    deadline = time.monotonic() + 30
+    while any(Path(f"/proc/{pid}").exists() for pid in started) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert not any(Path(f"/proc/{pid}").exists() for pid in started)
+
+
+def _cells_of(parent):
+    """Processes of cells that this one has started."""
     found = []
     for entry in Path("/proc").iterdir():
         if entry.name.isdecimal():
             try:
                 command = (entry / "cmdline").read_bytes()
-                parent = int((entry / "stat").read_text().rpartition(")")[2].split()[1])
+                its_parent = int((entry / "stat").read_text().rpartition(")")[2].split()[1])
             except OSError:
                 continue
-            if b"lownibble.study.cell" in command and parent == 1:
-                found.append(command)
+            if b"lownibble.study.cell" in command and its_parent == parent:
+                found.append(int(entry.name))
     return found
 
 

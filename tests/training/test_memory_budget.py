@@ -194,10 +194,10 @@ def small_evaluation(monkeypatch):
     """Memory runs out in an evaluation pass of more tokens than `limit["tokens"]`."""
     limit, before = {"tokens": 60}, evaluate.hidden_states
 
-    def hidden_states(model, input_ids, attention_mask):
+    def hidden_states(model, input_ids, attention_mask, **others):
         if input_ids.numel() > limit["tokens"]:
             raise RuntimeError(EXHAUSTED)
-        return before(model, input_ids, attention_mask)
+        return before(model, input_ids, attention_mask, **others)
 
     monkeypatch.setattr(evaluate, "hidden_states", hidden_states)
     return limit
