@@ -7,9 +7,10 @@ less memory wins if it saves enough to matter, else the faster one.
 
 from __future__ import annotations
 
-import math
 from itertools import combinations
 from typing import Any
+
+from lownibble.study import stats
 
 MEMORY_MATTERS = 0.05
 """Share of the peak that a method must save before memory decides."""
@@ -27,8 +28,7 @@ def paired_difference(before: list[bool], after: list[bool]) -> dict[str, float]
         return None
     differences = [int(b) - int(a) for a, b in zip(before, after, strict=True)]
     mean = sum(differences) / len(differences)
-    variance = sum((d - mean) ** 2 for d in differences) / (len(differences) - 1)
-    return {"mean": mean, "standard_error": math.sqrt(variance / len(differences)), "rows": len(differences)}
+    return {"mean": mean, "standard_error": stats.standard_error(differences) or 0.0, "rows": len(differences)}
 
 
 def better_in_quality(a: dict[str, Any], b: dict[str, Any]) -> tuple[bool, str]:

@@ -18,7 +18,7 @@ from typing import Any
 
 from lownibble.errors import ConfigError
 from lownibble.study import stats
-from lownibble.study.runner import read_record
+from lownibble.study.runner import peak_bytes, read_record
 from lownibble.study.tasks import KINDS
 
 LESS_IS_BETTER = ("perplexity", "loss")
@@ -143,12 +143,6 @@ def interval(values: Sequence[float], *, logarithms: bool = False) -> dict[str, 
     mean, low, high = (math.exp(v) if logarithms and math.isfinite(v) else v for v in found[:3])
     known = math.isfinite(found.low)
     return {"mean": mean, "low": low if known else None, "high": high if known else None, "values": list(values)}
-
-
-def peak_bytes(record: Mapping[str, Any]) -> int:
-    """Of a cell's process above its imports, loading and training."""
-    memory = record["measured"]["memory"]
-    return int(max(memory["train_peak_bytes"], memory["load_peak_bytes"]))
 
 
 def _method(

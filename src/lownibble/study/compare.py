@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import json
 import math
-import signal
 import subprocess
 import sys
 import tempfile
@@ -31,7 +30,7 @@ from lownibble.models import load_tokenizer, pick_device, resolve, skeleton
 from lownibble.study import advice, report
 from lownibble.study.paired import paired_speed
 from lownibble.study.stats import crossing
-from lownibble.study.worker import failed
+from lownibble.study.worker import failed, how_it_ended
 from lownibble.training import record
 
 
@@ -115,9 +114,7 @@ def run_in_process(config: RunConfig) -> dict[str, Any]:
         spec.flush()
         code = subprocess.call([sys.executable, "-m", "lownibble.study.worker", spec.name], stdout=sys.stderr)
     if not path.exists():
-        why = signal.Signals(-code).name if code < 0 else f"exit code {code}"
-        hint = " (the system's out-of-memory killer sends it)" if code == -signal.SIGKILL else ""
-        record.write(path, failed(config, f"The process ended with {why}{hint} and left no record."))
+        record.write(path, failed(config, how_it_ended(code)))
     return json.loads(path.read_text())  # type: ignore[no-any-return]
 
 

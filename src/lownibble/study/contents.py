@@ -10,6 +10,7 @@ import hashlib
 from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -66,19 +67,17 @@ def load_rows(task: str, kind: str, data: DataConfig) -> tuple[Dataset, Dataset]
     return load(data)
 
 
-def check_rows(
-    task: str, kind: str, sides: tuple[Dataset, Dataset], tokenizer: object, data: DataConfig, max_length: int
-) -> None:
+def check_rows(task: str, kind: str, sides: tuple[Dataset, Dataset], tokenizer: Any, data: DataConfig, max_length: int) -> None:
     """Raise what would be raised when these rows are trained on and scored.
 
     Raises:
         DataError: they are no rows of that kind. ConfigError, ModelError: as `encode` and `score_answers`.
     """
     asked = KINDS[kind]
-    forms = {encode(side, tokenizer, data, max_length).form for side in sides}  # type: ignore[arg-type]
+    forms = {encode(side, tokenizer, data, max_length).form for side in sides}
     if kind == "language-modelling" and forms != {"text"}:
         raise DataError(f"The rows of the task '{task}' are {', '.join(forms)}, not text alone. Leave their other columns out.")
-    if asked.scored_by == "likelihood" and choices(*sides, tokenizer, data, max_length) is None:  # type: ignore[arg-type]
+    if asked.scored_by == "likelihood" and choices(*sides, tokenizer, data, max_length) is None:
         raise DataError(
             f"The rows of the task '{task}' ({kind}) have no labels to choose from: one only, or too many for so few rows. Give "
             "rows of two labels at least, each of them several times."

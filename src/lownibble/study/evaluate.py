@@ -20,7 +20,7 @@ from lownibble.models import load as load_model
 from lownibble.study import stats
 from lownibble.study.answers import answer_rows
 from lownibble.study.contents import check_rows, load_rows
-from lownibble.study.tasks import KINDS, with_templates
+from lownibble.study.tasks import KINDS, check_kind, with_templates
 from lownibble.training import record
 from lownibble.training.evaluate import Evaluator
 from lownibble.training.microbatches import collator
@@ -44,10 +44,8 @@ def evaluate(config: EvalConfig) -> dict[str, Any]:
     for name in (name for name, given in unused.items() if given):
         with_what = "without --quantized" if name == "quant" else "with --task" if config.task else "with --harness"
         raise ConfigError(f"The '{name}' of EvalConfig makes no difference {with_what}. Leave it out.")
-    if config.task is not None and config.task not in KINDS:
-        near = difflib.get_close_matches(config.task, KINDS, n=1, cutoff=0.3)
-        hint = f" Did you mean '{near[0]}'?" if near else ""
-        raise ConfigError(f"There is no task kind '{config.task}'.{hint} Kinds: {', '.join(KINDS)}.")
+    if config.task is not None:
+        check_kind(config.task)
     run_harness = _harness(config) if config.harness else None
     model, tokenizer = load_model(
         config.model, quant=config.quant if config.quantized else None, dtype=config.dtype, device=config.device,

@@ -9,7 +9,6 @@ Each is a process of its own (`cell.py`). Whatever goes wrong there, `perform` r
 from __future__ import annotations
 
 import json
-import signal
 import subprocess
 import sys
 import tempfile
@@ -17,6 +16,8 @@ from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
+
+from lownibble.study.worker import how_it_ended
 
 LOG_LINES = 20
 """Of a failed process's messages, kept in its record."""
@@ -61,9 +62,7 @@ def _run(job: dict[str, Any]) -> dict[str, Any]:
         if path.exists():
             found: dict[str, Any] = json.loads(path.read_text())
         else:
-            why = signal.Signals(-code).name if code < 0 else f"exit code {code}"
-            hint = " (the system's out-of-memory killer sends it)" if code == -signal.SIGKILL else ""
-            found = {"status": "failed", "error": f"The process ended with {why}{hint} and left no record."}
+            found = {"status": "failed", "error": how_it_ended(code)}
         if found["status"] != "ok":
             found["log"] = log.read_text(errors="replace").splitlines()[-LOG_LINES:]
     return found

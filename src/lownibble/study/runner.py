@@ -19,7 +19,7 @@ import math
 import shutil
 import statistics
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -203,8 +203,13 @@ def _peak(folder: Path, cell: Cell) -> int | None:
     found = read_record(folder / "cells" / f"{cell.digest}.json")
     if found is None or found["status"] != "ok":
         return None
-    memory: dict[str, int] = found["measured"]["memory"]
-    return max(memory["train_peak_bytes"], memory["load_peak_bytes"])
+    return peak_bytes(found)
+
+
+def peak_bytes(found: Mapping[str, Any]) -> int:
+    """Of a finished cell's process above its imports, loading and training."""
+    memory = found["measured"]["memory"]
+    return int(max(memory["train_peak_bytes"], memory["load_peak_bytes"]))
 
 
 def best_rates(folder: Path, grid: Sequence[Cell]) -> Rates:

@@ -42,7 +42,7 @@ from pydantic import Field, model_validator
 
 from lownibble.config import Data, DataConfig, Method, Options, RunConfig, build, read_toml
 from lownibble.errors import ConfigError
-from lownibble.study.tasks import KINDS, with_templates
+from lownibble.study.tasks import KINDS, check_kind, with_templates
 
 SCHEMA = 1
 """Of a cell's record; a change makes all cells new. To be raised when a default changes, which the digests do not see."""
@@ -90,10 +90,7 @@ class TaskSpec(Options):
 
     @model_validator(mode="after")
     def _known(self) -> TaskSpec:
-        if self.kind not in KINDS:
-            near = difflib.get_close_matches(self.kind, KINDS, n=1, cutoff=0.3)
-            hint = f" Did you mean '{near[0]}'?" if near else ""
-            raise ValueError(f"There is no task kind '{self.kind}'.{hint} Kinds: {', '.join(KINDS)}.")
+        check_kind(self.kind)
         return self
 
 

@@ -7,11 +7,12 @@ of completions). Templates of the study file win over those of the kind.
 
 from __future__ import annotations
 
+import difflib
 from typing import Literal, NamedTuple
 
 from lownibble.config import DataConfig
 from lownibble.data import Dataset
-from lownibble.errors import DataError
+from lownibble.errors import ConfigError, DataError
 
 
 class Kind(NamedTuple):
@@ -62,6 +63,18 @@ KINDS: dict[str, Kind] = {
     "instruction": Kind(("messages",), "loss", ("perplexity",), 0.02),
     "language-modelling": Kind(("text",), "loss", ("perplexity",), 0.02),
 }  # fmt: skip
+
+
+def check_kind(kind: str) -> None:
+    """Raise if there is no such kind.
+
+    Raises:
+        ConfigError: with the nearest one.
+    """
+    if kind not in KINDS:
+        near = difflib.get_close_matches(kind, KINDS, n=1, cutoff=0.3)
+        hint = f" Did you mean '{near[0]}'?" if near else ""
+        raise ConfigError(f"There is no task kind '{kind}'.{hint} Kinds: {', '.join(KINDS)}.")
 
 
 def with_templates(kind: str, data: DataConfig) -> DataConfig:

@@ -8,6 +8,7 @@ a record says why, 130 when it was interrupted.
 from __future__ import annotations
 
 import json
+import signal
 import sys
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,13 @@ def main(spec: str) -> int:
         print(f"{config.method}: failed: {error}", file=sys.stderr)
         return 1
     return 0
+
+
+def how_it_ended(code: int) -> str:
+    """What the exit code says of a process that left no record."""
+    why = signal.Signals(-code).name if code < 0 else f"exit code {code}"
+    hint = " (the system's out-of-memory killer sends it)" if code == -signal.SIGKILL else ""
+    return f"The process ended with {why}{hint} and left no record."
 
 
 def failed(config: RunConfig, error: str) -> dict[str, Any]:
