@@ -458,7 +458,7 @@ def main() -> int:
     parser.add_argument("--output", help="write the record to this .json file")
     parser.add_argument("--only", default="", help="faults whose name contains this")
     options = parser.parse_args()
-    from lownibble.training import record
+    from lownibble import record
 
     _processes.set_forkserver_preload(["lownibble.cli.main", "lownibble.training"])
     found = []

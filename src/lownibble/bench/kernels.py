@@ -34,10 +34,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from lownibble import record as records
 from lownibble.kernels import cpu, ops, reference
 from lownibble.models import pick_device
 from lownibble.quant.codebook import Codebook, codebook, dynamic8, dynamic8_lookup
-from lownibble.training import record as records
 
 BLOCK_SIZE = 64
 NESTED_BLOCK_SIZE = 256

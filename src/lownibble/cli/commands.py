@@ -23,8 +23,8 @@ def _console(arguments: argparse.Namespace) -> Console:
 
 def doctor(arguments: argparse.Namespace) -> dict[str, Any]:
     """Show what this machine offers."""
+    from lownibble import record
     from lownibble.models import pick_device
-    from lownibble.training import record
 
     found = record.environment(pick_device())
     console = _console(arguments)
@@ -215,8 +215,8 @@ def evaluate(arguments: argparse.Namespace) -> dict[str, Any]:
 
 def bench(arguments: argparse.Namespace) -> dict[str, Any]:
     """Run a benchmark and show its figures."""
+    from lownibble import record
     from lownibble.models import pick_device
-    from lownibble.training import record
 
     options: dict[str, Any] = {"repeats": arguments.repeats} if arguments.repeats else {}
     if arguments.data:

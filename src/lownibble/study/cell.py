@@ -27,9 +27,10 @@ def work(spec: dict[str, Any]) -> dict[str, Any]:
     Raises:
         LownibbleError: of `run`, or of what scores answers; or an evaluation is not finite.
     """
+    from lownibble import record
     from lownibble.data import load
     from lownibble.study.answers import answer_rows
-    from lownibble.training import record, run
+    from lownibble.training import run
 
     started = time.perf_counter()
     config = RunConfig(**spec["config"])
@@ -74,8 +75,8 @@ def work(spec: dict[str, Any]) -> dict[str, Any]:
 
 def take_turns(spec: dict[str, Any]) -> dict[str, Any]:
     """Several methods taking turns, each in a process of its own; returns the record."""
+    from lownibble import record
     from lownibble.study.paired import paired_speed
-    from lownibble.training import record
 
     configs = {name: RunConfig(**config) for name, config in spec["configs"].items()}
     try:
@@ -102,7 +103,7 @@ def main() -> int:
     """Do the job given on standard input."""
     spec = json.loads(sys.stdin.readline())
     threading.Thread(target=_end_with_standard_input, daemon=True).start()
-    from lownibble.training import record
+    from lownibble import record
 
     try:
         found = WORK[spec["job"]](spec)

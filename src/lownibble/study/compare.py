@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 
+from lownibble import record
 from lownibble.config import CompareConfig, RunConfig
 from lownibble.data import encode
 from lownibble.data import load as load_data
@@ -31,7 +32,6 @@ from lownibble.study import advice, report
 from lownibble.study.paired import paired_speed
 from lownibble.study.stats import crossing
 from lownibble.study.worker import failed, how_it_ended
-from lownibble.training import record
 
 
 def compare(config: CompareConfig | None = None) -> dict[str, Any]:

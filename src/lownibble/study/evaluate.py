@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from lownibble import record
 from lownibble.config import DataConfig, EvalConfig, QuantConfig
 from lownibble.data import choices, encode
 from lownibble.errors import ConfigError, InputError, TrainingError
@@ -21,7 +22,6 @@ from lownibble.study import stats
 from lownibble.study.answers import answer_rows
 from lownibble.study.contents import check_rows, load_rows
 from lownibble.study.tasks import KINDS, check_kind, with_templates
-from lownibble.training import record
 from lownibble.training.evaluate import Evaluator
 from lownibble.training.microbatches import collator
 

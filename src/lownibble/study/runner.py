@@ -26,11 +26,11 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
+from lownibble import record
 from lownibble.errors import ConfigError, OutputError
 from lownibble.study.contents import look
 from lownibble.study.executors import EXECUTORS
 from lownibble.study.spec import Cell, Contents, StudySpec, cells, read_study, tuning_cells
-from lownibble.training import record
 from lownibble.training.output import hold
 
 Rates = dict[tuple[str, str, str], float]

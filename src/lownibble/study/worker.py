@@ -19,7 +19,8 @@ from lownibble.config import RunConfig
 def main(spec: str) -> int:
     """Run the specification in the file `spec`."""
     config = RunConfig(**json.loads(Path(spec).read_text()))
-    from lownibble.training import ProgressSink, record, run
+    from lownibble import record
+    from lownibble.training import ProgressSink, run
 
     try:
         run(config, sinks=[ProgressSink(config.method)])
@@ -43,7 +44,7 @@ def how_it_ended(code: int) -> str:
 
 def failed(config: RunConfig, error: str) -> dict[str, Any]:
     """The record of a run that failed."""
-    from lownibble.training import record
+    from lownibble import record
 
     return {**record.new("train"), "status": "failed", "error": error, "config": config.to_dict()}
 

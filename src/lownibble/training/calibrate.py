@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from lownibble import record
 from lownibble.arch import ModelShape, read_shape
 from lownibble.config import Method, PlanConfig
 from lownibble.data import Example
@@ -30,7 +31,6 @@ from lownibble.planning.memory import MemoryPlan, plan_memory
 from lownibble.planning.models import find_config
 from lownibble.planning.speed import moved_bytes, step_flops
 from lownibble.quant import QuantLinear
-from lownibble.training import record
 from lownibble.training.loop import Trainer
 from lownibble.training.planned import device_of
 

@@ -23,10 +23,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lownibble import tensorfile
 from lownibble.errors import OutputError
 from lownibble.optim import PAGED, states
-from lownibble.training import tensorfile
-from lownibble.training.tensorfile import Entry
+from lownibble.tensorfile import Entry
 
 KEEP = 2
 _FREE = {"output_dir", "resume", "save_steps", "eval_steps", "optim_page_budget", "memory_budget"}

@@ -10,10 +10,11 @@ import statistics
 from itertools import islice
 from typing import Any
 
+from lownibble import record
 from lownibble.config import RunConfig
 from lownibble.errors import TrainingError
 from lownibble.optim import close_states
-from lownibble.training import memory, planned, record
+from lownibble.training import memory, planned
 from lownibble.training.events import Skipped, Stepped
 from lownibble.training.loop import Trainer
 from lownibble.training.microbatches import Rows

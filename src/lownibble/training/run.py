@@ -14,6 +14,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from lownibble import record
 from lownibble.config import DataConfig, RunConfig, TrainConfig, n_bytes
 from lownibble.data import Dataset, Encoded, Example, choices, encode, split_pair
 from lownibble.data import load as load_data
@@ -22,7 +23,7 @@ from lownibble.lora import add_lora, count_parameters, save_adapter
 from lownibble.lora.inject import adapter_configs
 from lownibble.models import load, pick_device
 from lownibble.quant import QuantLinear
-from lownibble.training import interrupt, memory, planned, record, verify
+from lownibble.training import interrupt, memory, planned, verify
 from lownibble.training.events import Evaluated, Event, Finished, Skipped, Started, Stepped, Warned
 from lownibble.training.loop import Trainer
 from lownibble.training.output import claim

@@ -17,13 +17,13 @@ from urllib.parse import quote
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
+from lownibble import record
 from lownibble.study.analysis import LESS_IS_BETTER, LEVEL, analyse
 from lownibble.study.claims import compare_claims
 from lownibble.study.hardware import hardware_table
 from lownibble.study.report.curves import Axis, linear
 from lownibble.study.report.page import content_hash
 from lownibble.study.runner import read_record
-from lownibble.training import record
 
 _HERE = Path(__file__).parent
 
