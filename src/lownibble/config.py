@@ -60,6 +60,8 @@ def _problem(owner: type[Options], error: ErrorDetails) -> str:
     if not error["loc"]:
         return f"{owner.__name__}: {error['msg'].removeprefix('Value error, ')}"
     key = str(error["loc"][0])
+    if error["type"] == "missing":
+        return f"{owner.__name__} needs the option '{key}': {owner.model_fields[key].description}."
     if error["type"] == "extra_forbidden":
         near = difflib.get_close_matches(key, owner.model_fields, n=1, cutoff=0.5)
         hint = f"Did you mean '{near[0]}'?" if near else f"Known options: {', '.join(owner.model_fields)}."
@@ -314,6 +316,7 @@ class EvalConfig(_Subject):
     """What a model scores on a task, or on tasks of lm-eval (`lownibble eval`)."""
 
     adapter: str | None = Field(None, description="folder of an adapter to put on the model")
+    any_base: bool = Field(False, description="also where the adapter was trained on other weights than the model's")
     task: str | None = Field(None, description="kind of task that the evaluation rows of --data are: classification, nli, ...")
     harness: list[str] = Field([], description="tasks of lm-eval instead (extra 'harness'), e.g. hellaswag,arc_easy")
     harness_path: str | None = Field(None, description="folder with task files of your own for --harness")
@@ -324,6 +327,50 @@ class EvalConfig(_Subject):
     quantized: bool = Field(False, description="hold the base in 4 bits, as the quant options say")
 
 
+class MergeConfig(Options):
+    """An adapter made part of its base's weights (`lownibble merge`)."""
+
+    adapter: str = Field(description="folder of the adapter")
+    output: str = Field(description="folder for the merged model; must not hold anything yet")
+    onto: Literal["auto", "dequantized", "original", "nf4"] = Field(
+        "auto",
+        description="what the adapter is added to: 'dequantized', the decoded 4-bit weights it was trained on; 'original', "
+        "the dense weights; 'nf4', the result packed into 4 bits again (refused where that loses the tune); 'auto', what is "
+        "best",
+    )
+    base: str | None = Field(None, description="the base model; default: the one that the adapter names")
+    revision: str | None = Field(None, description="hub revision of the base; default: the one that the adapter names")
+    trained_on: Literal["dense", "quantized"] | None = Field(
+        None,
+        description="how the base was stored in training, where the adapter does not say; quantized: as the quant options say",
+    )
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+        "auto", description="dtype of the merged weights; auto: that of each tensor of the base"
+    )
+    any_base: bool = Field(False, description="also onto weights that the adapter was not trained on")
+    force: bool = Field(False, description="write a merge that loses much of the tune, or that was not measured")
+    measure_tokens: Annotated[int, Ge(0)] = Field(
+        2048, description="tokens of held-out text to compare merged models with the live adapter on; 0: do not measure"
+    )
+    max_length: Annotated[int, Ge(2)] = Field(512, description="tokens in a row of that text; longer rows are cut")
+    data: Data = DataConfig(path="run")
+    quant: QuantConfig = QuantConfig()
+
+
+MERGED = {
+    "data": (
+        "path",
+        "eval_path",
+        "split",
+        "eval_split",
+        "prompt_template",
+        "completion_template",
+        "use_chat_template",
+        "mask_prompt",
+    ),
+    "quant": ("quant_type", "block_size", "double_quant", "skip_modules"),
+}
+
 EVALUATED = {
     "data": tuple(DataConfig.model_fields),
     "quant": ("quant_type", "block_size", "double_quant", "skip_modules"),
@@ -331,7 +378,7 @@ EVALUATED = {
     "train": ("batch_size", "max_length"),
 }
 
-TAKES: dict[type[Options], Mapping[str, tuple[str, ...]]] = {PlanConfig: PLANNED, EvalConfig: EVALUATED}
+TAKES: dict[type[Options], Mapping[str, tuple[str, ...]]] = {PlanConfig: PLANNED, EvalConfig: EVALUATED, MergeConfig: MERGED}
 """Configuration -> the options of its groups that are its own; where nothing is said, all."""
 
 GROUPS = ("data", "quant", "lora", "train")
@@ -341,7 +388,7 @@ GROUPS = ("data", "quant", "lora", "train")
 def leaves(config: type[Options]) -> Iterator[tuple[tuple[str, ...], FieldInfo]]:
     """(path, field) of every option of a run's configuration, groups opened: ('model',), ('lora', 'r'), ..."""
     for name, field in config.model_fields.items():
-        if name in GROUPS and issubclass(config, _Model):
+        if name in GROUPS:
             group = next(
                 a for a in (field.annotation, *get_args(field.annotation)) if isinstance(a, type) and issubclass(a, Options)
             )

@@ -18,11 +18,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-_TYPES = {
+TYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
     "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
+    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
 }  # fmt: skip
-_NAMES = {dtype: name for name, dtype in _TYPES.items()}
+"""Types by their names in the format."""
+_NAMES = {dtype: name for name, dtype in TYPES.items()}
 
 
 class Entry(NamedTuple):
@@ -42,14 +44,17 @@ def _bytes(values: Tensor) -> memoryview:
     return memoryview(values.detach().reshape(-1).contiguous().view(torch.uint8).numpy())  # type: ignore[arg-type]
 
 
-def write(path: Path, entries: dict[str, Entry], parts: Iterable[tuple[str, int, Tensor]]) -> None:
+def write(
+    path: Path, entries: dict[str, Entry], parts: Iterable[tuple[str, int, Tensor]], metadata: dict[str, str] | None = None
+) -> None:
     """Write a file; `parts` are (name, first value, values) and together are every tensor of `entries`, once."""
     order = sorted(entries, key=lambda name: (-entries[name].dtype.itemsize, name))  # so that every tensor is aligned
     begins, end = {}, 0
     for name in order:
         begins[name], end = end, end + entries[name].nbytes
     header = json.dumps(
-        {
+        ({"__metadata__": metadata} if metadata else {})
+        | {
             name: {
                 "dtype": _NAMES[entries[name].dtype],
                 "shape": entries[name].shape,
@@ -86,7 +91,7 @@ class Reader:
             header.pop("__metadata__", None)
             self._start = 8 + length
             self.entries = {
-                name: Entry(_TYPES[found["dtype"]], tuple(found["shape"]), found["data_offsets"][0])
+                name: Entry(TYPES[found["dtype"]], tuple(found["shape"]), found["data_offsets"][0])
                 for name, found in header.items()
             }
             end = self._start + max((entry.begin + entry.nbytes for entry in self.entries.values()), default=0)

@@ -13,7 +13,7 @@ from rich.table import Table
 
 from lownibble.bench import run_bench
 from lownibble.cli.flags import read
-from lownibble.config import CompareConfig, EvalConfig, PlanConfig, RunConfig
+from lownibble.config import CompareConfig, EvalConfig, MergeConfig, PlanConfig, RunConfig
 from lownibble.errors import ConfigError
 
 
@@ -211,6 +211,36 @@ def evaluate(arguments: argparse.Namespace) -> dict[str, Any]:
             table.add_row(escape(task), escape(name), f"{found['value']:.4f}", error, str(found["rows"] or "-"))
     _console(arguments).print(table)
     return result
+
+
+def merge(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Merge an adapter into its base."""
+    config: MergeConfig = read(arguments, MergeConfig)
+    from lownibble.export.merge import run_merge
+
+    result = run_merge(config)
+    console = _console(arguments)
+    if result["measured"] is not None:
+        console.print(_merge_table(result["measured"]["models"]))
+        console.print(f"Compared on {result['measured']['tokens']} tokens of {result['measured']['data']}.", soft_wrap=True)
+    for line in result["advice"]:
+        console.print(f"  {line}", soft_wrap=True, markup=False)
+    console.print(f"Merged onto {result['onto']}: {result['output']}", soft_wrap=True)
+    return result
+
+
+def _merge_table(models: dict[str, Any]) -> Table:
+    table = Table(title="beside the live adapter, label tokens", title_justify="left")
+    table.add_column("model")
+    for name in ("KL (nats/token)", "same token", "perplexity", "of the tune kept"):
+        table.add_column(name, justify="right")
+    for model, figures in models.items():
+        at = figures["label_tokens"]
+        kl = f"{at['kl']:.3g} ± {at['kl_standard_error']:.1g}" if "kl" in at else "-"
+        same = f"{at['top1_agreement']:.1%}" if "kl" in at else "-"
+        kept = f"{max(0.0, figures['kept']):.1%}" if "kept" in figures else "-"
+        table.add_row(model, kl, same, f"{at['perplexity']:.4g}", kept)
+    return table
 
 
 def bench(arguments: argparse.Namespace) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from types import UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from pydantic.fields import FieldInfo
+from pydantic_core import PydanticUndefined
 
 from lownibble.config import GROUPS, Options, build, flag_name, leaves, read_toml
 from lownibble.errors import ConfigError
@@ -28,7 +29,7 @@ def add_flags(parser: argparse.ArgumentParser, config: type[Options], positional
             continue
         target = groups[path[0]] if len(path) > 1 else parser
         default = _default(config, path, field)
-        shown = "" if default is None else f" (default: {default})"
+        shown = "" if default in (None, PydanticUndefined) else f" (default: {default})"
         text = f"{field.description or path[-1]}{shown}".replace("%", "%%")
         name, dest = "--" + flag_name(path, field), ".".join(path)
         if _is_bool(field):

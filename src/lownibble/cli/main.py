@@ -18,7 +18,7 @@ from lownibble import __version__
 from lownibble.bench import BENCHES
 from lownibble.cli import commands
 from lownibble.cli.flags import add_flags
-from lownibble.config import CompareConfig, EvalConfig, PlanConfig, RunConfig
+from lownibble.config import CompareConfig, EvalConfig, MergeConfig, PlanConfig, RunConfig
 from lownibble.errors import ConfigError, InputError, LownibbleError
 
 _MODELS = "'demo', a bundled model (llama-3-8b, qwen2.5-7b, ...), a config.json, a model folder or a hub id"
@@ -92,6 +92,11 @@ def _parser() -> argparse.ArgumentParser:
                    "lownibble eval demo --adapter runs/first/adapter --task classification --data demo")  # fmt: skip
     evaluate.add_argument("model", nargs="?", default=argparse.SUPPRESS, help="'demo', a model folder, a .gguf file or a hub id")
     add_flags(evaluate, EvalConfig, positional=("model",))
+
+    merge = add("merge", commands.merge, "Make an adapter part of its base's weights, measured first, in little memory.",
+                "lownibble merge runs/first/adapter --output runs/merged --onto dequantized")  # fmt: skip
+    merge.add_argument("adapter", help="folder of the adapter")
+    add_flags(merge, MergeConfig, positional=("adapter",))
 
     bench = add("bench", commands.bench, "Measure kernels or the training step, next to peers.", "lownibble bench train --peers")
     bench.add_argument("what", choices=BENCHES, help="what to measure")

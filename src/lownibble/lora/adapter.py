@@ -1,20 +1,22 @@
 """Adapter files in PEFT's layout, both ways.
 
 A folder with `adapter_config.json` and `adapter_model.safetensors`. Keys are `base_model.model.<path>.lora_A.weight`,
-`...lora_B.weight`, `...base_layer.bias` for trained biases of adapted layers and `<path>.<parameter>` for modules_to_save.
-Files are written aside and renamed, so that a reader never sees half a file. Only safetensors is read: never pickle.
+`...lora_B.weight`, `...base_layer.bias` for trained biases of adapted layers and `<path>.<parameter>` for modules_to_save. The
+safetensors metadata says what it was trained on (`provenance.py`). Files are written aside and renamed, so that a reader never
+sees half a file. Only safetensors is read: never pickle.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import warnings
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from lownibble.config import LoraConfig
@@ -30,9 +32,11 @@ from lownibble.lora.inject import (
     saved_modules,
     trained_biases,
 )
+from lownibble.lora.provenance import base_facts, from_metadata, other_codec, other_weights, to_metadata
 
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
-_PREFIX = "base_model.model."
+PREFIX = "base_model.model."
+"""What PEFT puts before a module's path in its files."""
 
 _INERT: dict[str, Any] = {
     "alora_invocation_tokens": None, "arrow_config": None, "auto_mapping": ..., "base_model_name_or_path": ...,
@@ -52,11 +56,11 @@ def adapter_tensors(model: nn.Module, name: str) -> dict[str, Tensor]:
     """File key -> the live tensor, for everything the adapter `name` trained."""
     tensors: dict[str, Tensor] = {}
     for path, layer in lora_layers(model, name):
-        tensors[f"{_PREFIX}{path}.lora_A.weight"] = layer.adapter(name).lora_A
-        tensors[f"{_PREFIX}{path}.lora_B.weight"] = layer.adapter(name).lora_B
+        tensors[f"{PREFIX}{path}.lora_A.weight"] = layer.adapter(name).lora_A
+        tensors[f"{PREFIX}{path}.lora_B.weight"] = layer.adapter(name).lora_B
     for path, module in saved_modules(model, name):
-        tensors |= {f"{_PREFIX}{path}.{key}": value for key, value in module.named_parameters()}
-    return tensors | {_PREFIX + path: bias for path, bias in trained_biases(model, name)}
+        tensors |= {f"{PREFIX}{path}.{key}": value for key, value in module.named_parameters()}
+    return tensors | {PREFIX + path: bias for path, bias in trained_biases(model, name)}
 
 
 def _portable_targets(model: nn.Module, config: LoraConfig, name: str) -> str | list[str]:
@@ -103,7 +107,7 @@ def save_adapter(model: nn.Module, folder: str | Path, *, name: str = "default")
             )
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    save_file(tensors, folder / f".{WEIGHTS_FILE}.part", metadata={"format": "pt"})
+    save_file(tensors, folder / f".{WEIGHTS_FILE}.part", metadata={"format": "pt", **to_metadata(base_facts(model))})
     text = json.dumps(_config_json(model, configs[name], name), indent=2, sort_keys=True) + "\n"
     (folder / f".{CONFIG_FILE}.part").write_text(text)
     for file in (WEIGHTS_FILE, CONFIG_FILE):
@@ -120,6 +124,10 @@ def read_config(folder: str | Path) -> LoraConfig:
     Raises:
         AdapterError: no such file, not JSON, not LoRA, or it uses something Lownibble does not implement (named).
     """
+    return _to_config(Path(folder) / CONFIG_FILE, _read_values(folder))
+
+
+def _read_values(folder: str | Path) -> dict[str, Any]:
     path = Path(folder) / CONFIG_FILE
     try:
         values = json.loads(path.read_text())
@@ -129,6 +137,10 @@ def read_config(folder: str | Path) -> LoraConfig:
         raise AdapterError(f"Cannot read '{path}': {error}. Save the adapter again.") from None
     if not isinstance(values, dict):
         raise AdapterError(f"Cannot read '{path}': it is not a JSON object. Save the adapter again.")
+    return values
+
+
+def _to_config(path: Path, values: dict[str, Any]) -> LoraConfig:
     known = {key: value for key, value in values.items() if key in LoraConfig.model_fields and value is not None}
     for key, value in values.items():
         off = _INERT.get(key)
@@ -153,33 +165,92 @@ def read_config(folder: str | Path) -> LoraConfig:
         raise AdapterError(f"'{path}' cannot be used: {error}") from None
 
 
-def load_adapter(model: nn.Module, folder: str | Path, *, name: str = "default", trainable: bool = False) -> nn.Module:
+class AdapterFile:
+    """The weights of an adapter folder: names and shapes at once, values on demand.
+
+    Attributes:
+        base, revision: the base's name and revision, as far as the files say.
+        trained_on: facts of the base (see `provenance.py`), or None where the file does not say.
+    Raises:
+        AdapterError: files are missing or damaged.
+    """
+
+    def __init__(self, folder: str | Path) -> None:
+        values = _read_values(folder)
+        self.config = _to_config(Path(folder) / CONFIG_FILE, values)
+        self.base, self.revision = values.get("base_model_name_or_path"), values.get("revision")
+        self.folder, self.path = Path(folder), Path(folder) / WEIGHTS_FILE
+        if not self.path.exists():
+            raise AdapterError(f"'{self.path}' is missing. Only safetensors adapters are read; convert others with PEFT.")
+        try:
+            with safe_open(self.path, "pt") as file:
+                self.trained_on = from_metadata(file.metadata())
+                self.shapes = {key: torch.Size(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118 - no mapping
+        except (SafetensorError, OSError) as error:
+            raise AdapterError(f"'{self.path}' is damaged: {error}. Copy or save it again.") from None
+
+    def read(self, key: str) -> Tensor:
+        """One tensor, which keeps no file open."""
+        with safe_open(self.path, "pt") as file:
+            tensor: Tensor = file.get_tensor(key)
+            return tensor.clone()
+
+    def expected(self, model: nn.Module, name: str = "default") -> dict[str, torch.Size]:
+        """Key -> shape of every tensor that the file must hold for this model.
+
+        Raises:
+            AdapterError: the model has no such targets.
+        """
+        try:
+            return _expected_shapes(plan(model, self.config, name), self.config)
+        except TargetError as error:
+            raise AdapterError(f"'{self.folder}' does not fit this model: {error}") from None
+
+    def check_fit(self, expected: dict[str, torch.Size], ignored: set[str]) -> None:
+        """Raise unless the file holds what is expected, and nothing else but what is ignored.
+
+        Raises:
+            AdapterError: names tensors that are missing, extra or of another shape.
+        """
+        _check_fit(expected, {key: shape for key, shape in self.shapes.items() if key not in ignored}, self.path)
+
+
+def load_adapter(
+    model: nn.Module, folder: str | Path, *, name: str = "default", trainable: bool = False, any_base: bool = False
+) -> nn.Module:
     """Inject what the folder's adapter_config.json says, read its weights, and make it active; returns the model.
 
     Args:
         trainable: leave the adapter's parameters with gradient, to train on.
+        any_base: also where the adapter says that it was trained on other weights.
     Raises:
-        AdapterError: files missing or damaged, or tensors that are missing, extra or of another shape (named).
+        AdapterError: files missing or damaged, tensors that are missing, extra or of another shape (named), or an adapter of
+            another base.
+    Warns:
+        UserWarning: the base is the same and stored otherwise (4 bits, dense) than in training.
     """
-    config = read_config(folder)
-    path = Path(folder) / WEIGHTS_FILE
-    if not path.exists():
-        raise AdapterError(f"'{path}' is missing. Only safetensors adapters are read; convert others with PEFT.")
-    try:
-        stored = load_file(path)
-    except (SafetensorError, OSError) as error:
-        raise AdapterError(f"'{path}' is damaged: {error}. Copy or save it again.") from None
-    try:
-        expected = _expected_shapes(plan(model, config, name), config)
-    except TargetError as error:
-        raise AdapterError(f"'{folder}' does not fit this model: {error}") from None
-    stored = {key: tensor for key, tensor in stored.items() if key in expected or not _repeats_base(model, key, tensor)}
-    _check_fit(expected, {key: tensor.shape for key, tensor in stored.items()}, path)
-    add_lora(model, config, name=name)
+    stored = AdapterFile(folder)
+    expected = stored.expected(model, name)
+    extra = stored.shapes.keys() - expected.keys()
+    stored.check_fit(expected, {key for key in extra if _repeats_base(model, key, stored.read(key))})
+    _check_base(model, stored, any_base)
+    add_lora(model, stored.config, name=name)
     for key, tensor in adapter_tensors(model, name).items():
-        tensor.data.copy_(stored[key])
+        tensor.data.copy_(stored.read(key))
         tensor.requires_grad_(trainable)
     return model
+
+
+def _check_base(model: nn.Module, stored: AdapterFile, any_base: bool) -> None:
+    if stored.trained_on is None:
+        return
+    base = base_facts(model)
+    if (difference := other_weights(stored.trained_on, base)) and not any_base:
+        raise AdapterError(
+            f"'{stored.folder}' is an adapter of another base: {difference}. Take that one, or pass any_base=True."
+        )
+    if difference := other_codec(stored.trained_on, base):
+        warnings.warn(f"'{stored.folder}': {difference}; its outputs will differ from those in training.", stacklevel=3)
 
 
 def _expected_shapes(planned: Plan, config: LoraConfig) -> dict[str, torch.Size]:
@@ -192,14 +263,14 @@ def _expected_shapes(planned: Plan, config: LoraConfig) -> dict[str, torch.Size]
     for path, module in planned.saved.items():
         shapes |= {f"{path}.{key}": parameter.shape for key, parameter in module.named_parameters()}
     shapes |= {path: bias.shape for path, bias in planned.biases.items()}
-    return {_PREFIX + key: shape for key, shape in shapes.items()}
+    return {PREFIX + key: shape for key, shape in shapes.items()}
 
 
 def _repeats_base(model: nn.Module, key: str, tensor: Tensor) -> bool:
     """Whether a stored tensor says nothing new: PEFT adds the base weight of an adapted head, and biases a second time."""
     if ".modules_to_save." in key or ".original_module." in key:
         return True
-    path, _, last = key.removeprefix(_PREFIX).replace(".base_layer.", ".").rpartition(".")
+    path, _, last = key.removeprefix(PREFIX).replace(".base_layer.", ".").rpartition(".")
     own = getattr(named_linears(model).get(path), last, None)
     return isinstance(own, Tensor) and own.shape == tensor.shape and torch.equal(tensor.to(own), own)
 

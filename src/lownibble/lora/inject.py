@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from lownibble.config import LoraConfig
 from lownibble.errors import TargetError
 from lownibble.lora.init import INITS
-from lownibble.lora.layer import LoraLinear, TrainedCopy
+from lownibble.lora.layer import LoraLinear, TrainedCopy, scaling
 from lownibble.quant import QuantLinear, is_plain_linear
 
 _LAYER_INDEX = re.compile(r".*?\.[^.]*\.(?P<index>\d+)\.")
@@ -186,6 +186,16 @@ def rank_of(path: str, config: LoraConfig) -> int:
     return int(_by_pattern(path, config.rank_pattern, config.r))
 
 
+def alpha_of(path: str, config: LoraConfig) -> float:
+    """The lora_alpha that `config` gives to the layer at `path`."""
+    return _by_pattern(path, config.alpha_pattern, config.lora_alpha)
+
+
+def scale_of(path: str, config: LoraConfig) -> float:
+    """What B A of the layer at `path` is multiplied by."""
+    return scaling(rank_of(path, config), alpha_of(path, config), config.use_rslora)
+
+
 def add_lora(model: nn.Module, config: LoraConfig, *, name: str = "default", seed: int = 0) -> nn.Module:
     """Freeze `model` and add low-rank adapters, in place; returns the model.
 
@@ -201,8 +211,7 @@ def add_lora(model: nn.Module, config: LoraConfig, *, name: str = "default", see
     generator = torch.Generator().manual_seed(seed)
     for path, module in planned.targets.items():
         layer = module if isinstance(module, LoraLinear) else LoraLinear(module)  # type: ignore[arg-type]
-        alpha = _by_pattern(path, config.alpha_pattern, config.lora_alpha)
-        adapter = layer.add(name, rank_of(path, config), alpha, config.lora_dropout, config.use_rslora)
+        adapter = layer.add(name, rank_of(path, config), alpha_of(path, config), config.lora_dropout, config.use_rslora)
         INITS[config.init_lora_weights](adapter, generator)
         layer.train(module.training)
         replace_module(model, path, layer)

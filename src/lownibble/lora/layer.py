@@ -17,6 +17,11 @@ from lownibble.lora.product import LoraMatmul, lora_matmul
 from lownibble.quant import QuantizedTensor, QuantLinear, eightbit
 
 
+def scaling(r: int, alpha: float, use_rslora: bool) -> float:
+    """What B A is multiplied by."""
+    return alpha / (math.sqrt(r) if use_rslora else r)
+
+
 class LowRank(nn.Module):
     """One adapter of one layer: `lora_A` (r, in), `lora_B` (out, r), float32, and its scale."""
 
@@ -50,7 +55,7 @@ class LoraLinear(nn.Module):
 
     def add(self, name: str, r: int, alpha: float, dropout: float, use_rslora: bool) -> LowRank:
         """Add the adapter `name`, all zeros, and make it the active one."""
-        scale = alpha / (math.sqrt(r) if use_rslora else r)
+        scale = scaling(r, alpha, use_rslora)
         device = self.base.weight.device
         self.adapters[name] = LowRank(self.in_features, self.out_features, r, scale, dropout, device)
         self.active = name

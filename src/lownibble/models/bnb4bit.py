@@ -1,4 +1,4 @@
-"""bitsandbytes' 4-bit checkpoints: which tensors belong together, read without bitsandbytes and byte for byte.
+"""bitsandbytes' 4-bit checkpoints: which tensors belong together, read and written without bitsandbytes and byte for byte.
 
 For a linear layer at PATH such a checkpoint holds `PATH.weight` (packed codes), `PATH.weight.absmax`, `PATH.weight.quant_map`,
 with double quantisation `PATH.weight.nested_absmax` and `PATH.weight.nested_quant_map`, and the rest as JSON in a uint8 tensor
@@ -9,25 +9,20 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from lownibble.config import QuantConfig
 from lownibble.errors import ModelError
+from lownibble.models.checkpoint import Checkpoint
 from lownibble.quant import QuantizedTensor
 from lownibble.quant.codebook import codebook, dynamic8
 from lownibble.quant.tensor import NESTED_BLOCK_SIZE
 
 _STATE = ".weight.quant_state.bitsandbytes__"
-
-
-class _Reader(Protocol):
-    name: str
-    file_of: dict[str, Any]
-
-    def read(self, key: str) -> Tensor: ...
+_STATE_BYTES = 256
 
 
 def check_config(config: Any, name: str) -> None:
@@ -58,7 +53,7 @@ def owner(key: str, packed: set[str]) -> str:
     return f"{path}.weight" if found and path in packed else key
 
 
-def read(checkpoint: _Reader, path: str, dtype: torch.dtype) -> QuantizedTensor:
+def read(checkpoint: Checkpoint, path: str, dtype: torch.dtype) -> QuantizedTensor:
     """The packed weight of the layer at `path`, its bytes untouched; `dtype` is what it decodes to by default.
 
     Raises:
@@ -97,6 +92,54 @@ def read(checkpoint: _Reader, path: str, dtype: torch.dtype) -> QuantizedTensor:
             f"({counts[0]} bytes and {counts[1]} blocks for {shape.numel()} values). Download the model again."
         )
     return QuantizedTensor(codes, absmax, nested_absmax, offset, shape, dtype, quant_type, block_size)
+
+
+def pack(path: str, weight: QuantizedTensor) -> dict[str, Tensor]:
+    """What a checkpoint holds for the layer at `path`, as bitsandbytes writes it, with the JSON padded to a length known
+    before.
+    """
+    prefix = f"{path}.weight"
+    stored = {
+        prefix: weight.codes,
+        f"{prefix}.absmax": weight.absmax,
+        f"{prefix}.quant_map": codebook(weight.quant_type).values,
+    }
+    facts = {
+        "quant_type": weight.quant_type,
+        "blocksize": weight.block_size,
+        "dtype": str(weight.dtype).removeprefix("torch."),
+        "shape": list(weight.shape),
+    }
+    if weight.nested_absmax is not None and weight.offset is not None:
+        stored |= {f"{prefix}.nested_absmax": weight.nested_absmax, f"{prefix}.nested_quant_map": dynamic8()}
+        facts |= {"nested_blocksize": NESTED_BLOCK_SIZE, "nested_dtype": "float32", "nested_offset": weight.offset.item()}
+    text = json.dumps(facts).encode()
+    state = torch.frombuffer(bytearray(text.ljust(_STATE_BYTES)), dtype=torch.uint8)
+    return {**stored, f"{path}{_STATE}{weight.quant_type}": state}
+
+
+def pack_shapes(path: str, shape: torch.Size, config: QuantConfig) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+    """Type and shape of each tensor that `pack` gives for a weight of `shape`."""
+    prefix, n_blocks = f"{path}.weight", -(-shape.numel() // config.block_size)
+    found: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {
+        prefix: (torch.uint8, (-(-shape.numel() // 2), 1)),
+        f"{prefix}.absmax": (torch.uint8 if config.double_quant else torch.float32, (n_blocks,)),
+        f"{prefix}.quant_map": (torch.float32, (16,)),
+        f"{path}{_STATE}{config.quant_type}": (torch.uint8, (_STATE_BYTES,)),
+    }
+    if config.double_quant:
+        found[f"{prefix}.nested_absmax"] = (torch.float32, (-(-n_blocks // NESTED_BLOCK_SIZE),))
+        found[f"{prefix}.nested_quant_map"] = (torch.float32, (256,))
+    return found
+
+
+def config_json(config: QuantConfig, skip_modules: list[str], dtype: str) -> dict[str, Any]:
+    """The `quantization_config` of config.json that transformers and bitsandbytes load such a checkpoint by."""
+    return {
+        "quant_method": "bitsandbytes", "load_in_4bit": True, "load_in_8bit": False, "bnb_4bit_quant_type": config.quant_type,
+        "bnb_4bit_use_double_quant": config.double_quant, "bnb_4bit_compute_dtype": dtype, "bnb_4bit_quant_storage": "uint8",
+        "llm_int8_skip_modules": skip_modules,
+    }  # fmt: skip
 
 
 def _check_table(stored: Tensor, standard: Tensor, key: str, name: str) -> None:

@@ -1,9 +1,8 @@
 """Loading a model, quantising while it streams in.
 
 The skeleton is built by transformers on the meta device; then one tensor at a time is read from safetensors, placed or
-quantised, and dropped, so the peak is the final size plus the tensor at hand and its working copy. Each tensor is read through
-its own short mapping: a mapping kept open would count every page read so far. The checkpoint must fit exactly: a missing,
-extra or misshapen tensor is an error, where transformers would start from random weights with a warning.
+quantised, and dropped, so the peak is the final size plus the tensor at hand and its working copy. The checkpoint must fit
+exactly: a missing, extra or misshapen tensor is an error, where transformers would start from random weights with a warning.
 
 Rejected: `from_pretrained` with a quantizer plug-in as the only path (it keeps several tensors in flight and tolerates
 missing ones); the plug-in comes on top of this one for users of transformers.
@@ -11,28 +10,27 @@ missing ones); the plug-in comes on top of this one for users of transformers.
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import init_empty_weights
 from huggingface_hub.errors import StrictDataclassError
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer, GenerationConfig
 
 from lownibble.config import QuantConfig
 from lownibble.errors import ModelError
 from lownibble.models import bnb4bit
+from lownibble.models.checkpoint import Checkpoint
 from lownibble.models.sources import ModelSource, resolve
 from lownibble.quant import QuantizedTensor, QuantLinear, eightbit, is_plain_linear, quantize
 from lownibble.quant.codec import CODECS
 
-_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+"""The values of the option `dtype` -> torch's types."""
 
 
 def pick_device(device: str = "auto") -> torch.device:
@@ -62,7 +60,7 @@ def pick_dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype:
         return dtype
     if dtype == "auto":
         return torch.bfloat16 if device.type == "cuda" else torch.float32
-    return _DTYPES[dtype]
+    return DTYPES[dtype]
 
 
 def load(
@@ -90,8 +88,10 @@ def load(
     target_device = pick_device(device)
     target_dtype = pick_dtype(dtype, target_device)
     empty = skeleton(source, target_dtype)
-    _fill(empty, source, config, target_device, target_dtype)
+    checkpoint = Checkpoint(source)
+    _fill(empty, checkpoint, source, config, target_device, target_dtype)
     empty.config._name_or_path = source.name
+    empty.lownibble_base = {"model": source.name, "revision": revision, "digest": checkpoint.digest()}
     return empty.eval(), load_tokenizer(source)
 
 
@@ -168,45 +168,7 @@ def _reason(error: Exception) -> str:
     return f"{first} {rest[0].strip()}" if first.endswith(":") and rest else first
 
 
-class _Checkpoint:
-    """The tensors of a model folder: names at once, contents one at a time."""
-
-    def __init__(self, source: ModelSource) -> None:
-        self.name = source.name
-        files = self._files(source.folder)
-        if not files:
-            raise ModelError(
-                f"'{source.name}' holds no *.safetensors file. Convert its weights to safetensors; pickle is not read."
-            )
-        self.file_of: dict[str, Path] = {}
-        for file in files:
-            if not file.is_file():
-                raise ModelError(f"'{source.name}': shard {file.name} is missing. Download the model again.")
-            try:
-                with safe_open(file, "pt") as handle:
-                    self.file_of |= dict.fromkeys(handle.keys(), file)
-            except SafetensorError as error:
-                raise ModelError(f"'{file}' is damaged or cut short ({error}). Download it again.") from None
-
-    @staticmethod
-    def _files(folder: Path) -> list[Path]:
-        """The shards that the index names, else model.safetensors, else every safetensors file."""
-        index, whole = folder / "model.safetensors.index.json", folder / "model.safetensors"
-        if index.is_file():
-            try:
-                return sorted({folder / file for file in json.loads(index.read_text())["weight_map"].values()})
-            except (ValueError, KeyError, TypeError, AttributeError) as error:
-                raise ModelError(f"'{index}' is damaged ({type(error).__name__}: {error}). Download the model again.") from None
-        return [whole] if whole.is_file() else sorted(folder.glob("*.safetensors"))
-
-    def read(self, key: str) -> Tensor:
-        """One tensor, through a mapping of its own."""
-        with safe_open(self.file_of[key], "pt") as handle:
-            tensor: Tensor = handle.get_tensor(key)
-            return tensor
-
-
-def _tied_aliases(model: nn.Module) -> set[str]:
+def tied_aliases(model: nn.Module) -> set[str]:
     """Names of parameters that are another name for a tied one."""
     first = {name for name, _ in model.named_parameters()}
     return {name for name, _ in model.named_parameters(remove_duplicate=False)} - first
@@ -222,7 +184,7 @@ def quantizable(model: nn.Module, config: QuantConfig) -> set[str]:
     Raises:
         ModelError: a skip_modules entry matches nothing that could be quantised, unless it is the default; or nothing is left.
     """
-    shared = _tied_aliases(model)
+    shared = tied_aliases(model)
     tied_parameters = {id(p) for name, p in model.named_parameters(remove_duplicate=False) if name in shared}
     linears = {path: m for path, m in model.named_modules() if is_plain_linear(m)}
     for skip in config.skip_modules:
@@ -244,17 +206,16 @@ def _last_names(paths: Any) -> str:
     return ", ".join(sorted({path.rsplit(".", 1)[-1] for path in paths}))
 
 
-def _fill(model: Any, source: ModelSource, config: QuantConfig | None, device: torch.device, dtype: torch.dtype) -> None:
-    checkpoint = _Checkpoint(source)
+def _fill(
+    model: Any, checkpoint: Checkpoint, source: ModelSource, config: QuantConfig | None, device: torch.device, dtype: torch.dtype
+) -> None:
     packed = bnb4bit.packed_modules(checkpoint.file_of)
     if model.lownibble_stored_quantization and config is not None and packed:
         bnb4bit.check_same(model.lownibble_stored_quantization, config, source.name)
     compute = eightbit.choose(config.compute, device) if config is not None else "exact"
     to_quantize = quantizable(model, config) if config is not None and not packed else set()
     model.lownibble_stored_dtypes = {}
-    expected = {name for name, _ in model.named_parameters()} | set(_persistent_buffers(model))
-    aliases = _tied_aliases(model)
-    _check_names(expected, checkpoint, packed, aliases, model, source)
+    expected = check_names(model, checkpoint, packed)
     for path in sorted(packed):
         weight = bnb4bit.read(checkpoint, path, dtype)
         _place_quantized(model, path, weight, device, compute)
@@ -274,7 +235,7 @@ def _fill(model: Any, source: ModelSource, config: QuantConfig | None, device: t
         _set_tensor(model, name, buffer.to(device))
 
 
-def _read_checked(checkpoint: _Checkpoint, key: str, model: nn.Module) -> Tensor:
+def _read_checked(checkpoint: Checkpoint, key: str, model: nn.Module) -> Tensor:
     tensor = checkpoint.read(key)
     path, _, last = key.rpartition(".")
     wanted = getattr(model.get_submodule(path), last).shape
@@ -321,9 +282,13 @@ def _persistent_buffers(model: nn.Module) -> Iterator[str]:
                 yield f"{path}.{name}" if path else name
 
 
-def _check_names(
-    expected: set[str], checkpoint: _Checkpoint, packed: set[str], aliases: set[str], model: Any, source: ModelSource
-) -> None:
+def check_names(model: Any, checkpoint: Checkpoint, packed: set[str]) -> set[str]:
+    """Names of the tensors that the model takes from a checkpoint, `packed` ones as their layer's weight.
+
+    Raises:
+        ModelError: the checkpoint lacks some, or has others.
+    """
+    expected, aliases = {name for name, _ in model.named_parameters()} | set(_persistent_buffers(model)), tied_aliases(model)
     stored = {bnb4bit.owner(key, packed) for key in checkpoint.file_of}
     ignorable = getattr(model, "_keys_to_ignore_on_load_unexpected", None) or []
     missing = sorted(expected - stored)
@@ -335,6 +300,7 @@ def _check_names(
     if problems:
         joined = " (or the architecture stores its experts apart, which cannot be read yet)" if missing and extra else ""
         raise ModelError(
-            f"'{source.name}': the checkpoint {'; it '.join(problems)}. "
+            f"'{checkpoint.name}': the checkpoint {'; it '.join(problems)}. "
             f"The weights and config.json do not belong together{joined}; download the model again."
         )
+    return expected

@@ -39,10 +39,11 @@ def evaluate(config: EvalConfig) -> dict[str, Any]:
     unused = {
         "limit": config.task and config.limit, "num_fewshot": config.task and config.num_fewshot is not None,
         "harness_path": config.task and config.harness_path, "data": config.harness and config.data != DataConfig(),
-        "quant": not config.quantized and config.quant != QuantConfig(),
+        "quant": not config.quantized and config.quant != QuantConfig(), "any_base": config.adapter is None and config.any_base,
     }  # fmt: skip
     for name in (name for name, given in unused.items() if given):
-        with_what = "without --quantized" if name == "quant" else "with --task" if config.task else "with --harness"
+        needs = {"quant": "without --quantized", "any_base": "without --adapter"}
+        with_what = needs.get(name, "with --task" if config.task else "with --harness")
         raise ConfigError(f"The '{name}' of EvalConfig makes no difference {with_what}. Leave it out.")
     if config.task is not None:
         check_kind(config.task)
@@ -52,7 +53,7 @@ def evaluate(config: EvalConfig) -> dict[str, Any]:
         revision=config.revision,
     )  # fmt: skip
     if config.adapter is not None:
-        load_adapter(model, config.adapter)
+        load_adapter(model, config.adapter, any_base=config.any_base)
     found = run_harness(model, tokenizer) if run_harness else _task(config, model, tokenizer)
     return {
         **record.new("eval"),

@@ -1,0 +1,1 @@
+"""Export: merging adapters, and checkpoints and files that other tools load."""

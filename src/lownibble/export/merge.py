@@ -1,0 +1,325 @@
+"""`lownibble merge`: an adapter becomes part of its base's weights, measured first, then written shard by shard.
+
+Writing goes from safetensors to safetensors, a tensor at a time, so memory is a matter of the largest tensor and not of the
+model. The folder is made aside and appears under its name when it is whole; a merge that was interrupted finds its finished
+shards there and goes on. What a merge would lose is measured before the first byte is written (`measure.py`), and a 4-bit
+merge that loses much of the tune is refused.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+
+from lownibble import record, tensorfile
+from lownibble.config import DataConfig, MergeConfig, QuantConfig
+from lownibble.data import encode, load
+from lownibble.errors import AdapterError, ConfigError, InputError, LownibbleError, OutputError
+from lownibble.export.measure import BASE, FAITHFUL, choose_rows, measure
+from lownibble.export.weights import Weights, check_onto
+from lownibble.lora.adapter import AdapterFile
+from lownibble.lora.provenance import describe, other_weights
+from lownibble.models import ModelSource, bnb4bit, load_tokenizer, resolve
+from lownibble.models.checkpoint import INDEX
+from lownibble.quant import QuantizedTensor
+from lownibble.training.microbatches import collator
+from lownibble.training.output import hold
+
+RECORD, _STATE = "merge.json", ".merging.json"
+_LEFT_BEHIND = ("config.json", INDEX, "README.md", RECORD)
+_WEIGHT_FILES = (".safetensors", ".bin", ".pt", ".pth", ".h5", ".msgpack", ".gguf", ".onnx", ".index.json")
+
+
+def merge(adapter: str | Path, output: str | Path, **options: Any) -> dict[str, Any]:
+    """Merge an adapter into its base and write the model to a folder; returns the record, which is in OUTPUT/merge.json too.
+
+    Args:
+        adapter: its folder.
+        output: a folder that does not exist or is empty.
+        options: of `MergeConfig`: onto, base, dtype, measure_tokens, ...
+    Raises:
+        AdapterError: the adapter is damaged, of another base, or a tensor of it has no place.
+        ConfigError: options that contradict each other or the adapter.
+        OutputError: the folder is taken, the disk is full, or the merge would lose the tune.
+    """
+    return run_merge(MergeConfig(adapter=str(adapter), output=str(output), **options))
+
+
+def run_merge(config: MergeConfig) -> dict[str, Any]:
+    """`merge` with its options in a configuration."""
+    output = Path(config.output)
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise OutputError(f"'{output}' holds something already. Choose another --output.")
+    adapter = AdapterFile(config.adapter)
+    source, quant = _base(config, adapter)
+    weights = Weights(source, adapter, quant, config.quant, config.dtype)
+    _check_base(config, adapter, weights)
+    if config.onto != "auto":
+        check_onto(weights, config.onto)
+    measured, rows = _measure(config, adapter, weights) if config.measure_tokens else (None, None)
+    onto, advice = _choose(config, weights, measured)
+    result = {
+        **record.new("merge"),
+        "status": "ok",
+        "config": config.to_dict(),
+        "environment": record.environment(),
+        "base": {"model": source.name, "digest": weights.checkpoint.digest(), "stored": _codec(weights)},
+        "onto": onto,
+        "targets": weights.targets,
+        "tensors_changed": len(weights.edits),
+        "measured": measured and {"data": rows, **measured},
+        "advice": advice,
+        "output": str(output),
+    }
+    write(weights, onto, output, result, adapter.folder)
+    return result
+
+
+def _codec(weights: Weights) -> str:
+    return describe(weights.quant.to_dict() if weights.quant else None)
+
+
+def _base(config: MergeConfig, adapter: AdapterFile) -> tuple[ModelSource, QuantConfig | None]:
+    """The base, and the codec that it had in training."""
+    facts = adapter.trained_on or {}
+    name = config.base or facts.get("model") or adapter.base
+    if not name:
+        raise AdapterError(f"'{adapter.folder}' does not say what it was trained on. Name the base with --base.")
+    source = resolve(name, config.revision or (None if config.base else facts.get("revision") or adapter.revision))
+    if adapter.trained_on is not None:
+        known = facts["quant"]
+        said = known and QuantConfig(**{key: known[key] for key in ("quant_type", "block_size", "double_quant", "skip_modules")})
+        if config.trained_on is not None and (config.trained_on == "quantized") != bool(said):
+            raise ConfigError(
+                f"'{adapter.folder}' says that it was trained on {describe(known)} weights. Leave --trained-on out."
+            )
+        if said and config.quant != QuantConfig() and config.quant.with_options(skip_modules=said.skip_modules) != said:
+            raise ConfigError(
+                f"'{adapter.folder}' says that it was trained on {describe(known)} weights. Leave quant options out."
+            )
+        return source, said
+    stored = {"dequantized": "quantized", "original": "dense"}.get(config.onto)
+    if config.trained_on is None and stored is None and not _is_packed(source):
+        raise ConfigError(
+            f"'{adapter.folder}' does not say whether its base was in 4 bits in training. Say --trained-on dense or quantized."
+        )
+    return source, config.quant if (config.trained_on or stored) == "quantized" else None
+
+
+def _is_packed(source: ModelSource) -> bool:
+    return "quantization_config" in json.loads((source.folder / "config.json").read_text())
+
+
+def _check_base(config: MergeConfig, adapter: AdapterFile, weights: Weights) -> None:
+    if adapter.trained_on is None or config.any_base:
+        return
+    if different := other_weights(adapter.trained_on, {"model": weights.source.name, "digest": weights.checkpoint.digest()}):
+        raise AdapterError(
+            f"'{adapter.folder}' is an adapter of another base: {different}. Name its own with --base, or say --any-base."
+        )
+
+
+def _measure(config: MergeConfig, adapter: AdapterFile, weights: Weights) -> tuple[dict[str, Any], str]:
+    """The measurement, and where its rows are from."""
+    data, said = _data(config, adapter)
+    tokenizer = load_tokenizer(_tokenizer_of(adapter, weights.source))
+    examples = encode(load(data)[1], tokenizer, data, config.max_length).examples
+    return measure(weights, choose_rows(examples, config.measure_tokens), collator(weights.model, tokenizer)), said
+
+
+def _data(config: MergeConfig, adapter: AdapterFile) -> tuple[DataConfig, str]:
+    if config.data.path != "run":
+        return config.data, config.data.path
+    run = adapter.folder.parent / "record.json"
+    if run.is_file():
+        try:
+            data = DataConfig(**json.loads(run.read_text())["config"]["data"])
+            load(data)
+        except (OSError, ValueError, KeyError, TypeError, InputError) as error:
+            raise ConfigError(
+                f"The data of the run in '{run}' cannot be read again: {error} Name other rows with --data."
+            ) from None
+        return data, f"{data.path} (of the run that made the adapter)"
+    return DataConfig(), "demo (the adapter's own data are not known; name them with --data)"
+
+
+def _choose(config: MergeConfig, weights: Weights, measured: dict[str, Any] | None) -> tuple[str, list[str]]:
+    """The target to write, and what is to be said about each.
+
+    Raises:
+        OutputError: a 4-bit merge that loses the tune, or was not measured.
+    """
+    if measured is None:
+        if config.onto == "auto":
+            raise ConfigError("--onto auto goes by the measurement. Name a target, or leave --measure-tokens above 0.")
+        if config.onto == "nf4" and not config.force:
+            raise OutputError(
+                "A merge packed into 4 bits again was not measured and may have lost the tune. Measure it, or --force."
+            )
+        return config.onto, ["not measured"]
+    models = measured["models"]
+    advice = [f"{target}: {_verdict(models, measured['layers'][target], target)}" for target in weights.targets]
+    best = min(weights.targets, key=lambda target: models[target]["label_tokens"]["kl"])
+    onto = best if config.onto == "auto" else config.onto
+    kept = models[onto]["kept"]
+    if onto == "nf4" and kept < FAITHFUL and not config.force:
+        raise OutputError(
+            f"Packed into 4 bits again, the model keeps {max(0, kept):.0%} of the tune (under {FAITHFUL:.0%}): nothing was "
+            f"written. Merge onto {best} ({models[best]['kept']:.1%} kept) and quantise when serving, keep the adapter apart, or "
+            "--force."
+        )
+    if onto != best and models[onto]["kept"] < models[best]["kept"] - 0.01:
+        advice.append(f"'{best}' is nearer to the live adapter than '{onto}'")
+    if models[BASE]["label_tokens"]["kl"] < 1e-4:
+        advice.append("the adapter hardly changes what the base says of these rows; look at the data, or at the adapter")
+    return onto, advice
+
+
+def _verdict(models: dict[str, Any], layers: dict[str, Any], target: str) -> str:
+    figures = models[target]["label_tokens"]
+    worst, kept = layers["error_over_delta_worst"], models[target]["kept"]
+    text = f"keeps {max(0.0, kept):.1%} of the tune (KL {figures['kl']:.2g}, same token {figures['top1_agreement']:.1%}"
+    text += f", perplexity {figures['perplexity']:.4g} against {models['live']['label_tokens']['perplexity']:.4g})"
+    if worst is not None and worst > 1:
+        text += f"; a layer is off by {worst:.2g} x its delta"
+    return text if kept >= FAITHFUL else f"{text}; not faithful"
+
+
+def write(weights: Weights, onto: str, output: Path, result: dict[str, Any], tokenizer_first: Path | None = None) -> None:
+    """Write the model to `output`, whole or not at all, with `result` as its record; goes on where the same was interrupted.
+
+    Raises:
+        OutputError: no room, or the folder cannot be written.
+    """
+    shards = _shards(weights, onto)
+    aside = output.parent / f".{output.name}.merging"
+    identity = hashlib.sha256(json.dumps(_identity(weights, onto), sort_keys=True).encode()).hexdigest()
+    with hold(aside):
+        try:
+            state = aside / _STATE
+            if not state.is_file() or state.read_text() != identity:
+                for file in aside.glob("*.safetensors"):
+                    file.unlink()
+                state.write_text(identity)
+            todo = {name: entries for name, entries in shards.items() if not (aside / name).is_file()}
+            _check_room(aside, todo)
+            for name, entries in todo.items():
+                _write_shard(weights, onto, aside / name, entries)
+            _write_rest(weights, onto, aside, shards, tokenizer_first)
+            record.write(aside / RECORD, result)
+            state.unlink()
+            (aside / ".lock").unlink()
+            if output.is_dir():
+                output.rmdir()  # empty: `run_merge` has looked
+            aside.rename(output)
+        except LownibbleError:
+            raise
+        except (OSError, SafetensorError) as error:
+            raise OutputError(
+                f"Cannot write '{output}': {error}. Free some space and run the same command again: finished shards are kept."
+            ) from error
+
+
+def _identity(weights: Weights, onto: str) -> dict[str, Any]:
+    """All that the written bytes depend on."""
+    adapter = weights.adapter
+    content = adapter and [
+        hashlib.sha256(file.read_bytes()).hexdigest() for file in (adapter.path, adapter.folder / "adapter_config.json")
+    ]
+    return {
+        "base": weights.checkpoint.digest(), "adapter": content, "onto": onto, "dtype": weights.dtype,
+        "codec": [quant and quant.to_dict() for quant in (weights.quant, weights.new_quant)],
+    }  # fmt: skip
+
+
+def _shards(weights: Weights, onto: str) -> dict[str, dict[str, tensorfile.Entry]]:
+    """File name -> what it holds: the base's own cut."""
+    shards: dict[str, dict[str, tensorfile.Entry]] = {}
+    for name, parts in weights.layout(onto):
+        shard = shards.setdefault(weights.shard_of(name), {})
+        shard |= {key: tensorfile.Entry(dtype, shape) for key, (dtype, shape) in parts.items()}
+    return dict(sorted(shards.items()))
+
+
+def _check_room(folder: Path, shards: dict[str, dict[str, tensorfile.Entry]]) -> None:
+    needed = sum(entry.nbytes for entries in shards.values() for entry in entries.values())
+    free = shutil.disk_usage(folder).free
+    if needed > free:
+        raise OutputError(
+            f"The merged model needs {needed / 1e9:.2f} GB in '{folder.parent}', where {free / 1e9:.2f} GB are free. "
+            "Nothing was written. Free some space, or choose another --output."
+        )
+
+
+def _write_shard(weights: Weights, onto: str, path: Path, entries: dict[str, tensorfile.Entry]) -> None:
+    def parts() -> Any:
+        for name in weights.names:
+            if weights.shard_of(name) != path.name:
+                continue
+            made = weights.merged(name, onto)
+            packed = bnb4bit.pack(name.removesuffix(".weight"), made) if isinstance(made, QuantizedTensor) else {name: made}
+            for key, tensor in packed.items():
+                yield key, 0, tensor
+            del made, packed, tensor
+
+    part = path.with_name(f"{path.name}.part")
+    try:
+        tensorfile.write(part, entries, parts(), {"format": "pt"})
+        with part.open("rb+") as file:
+            os.fsync(file.fileno())
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def _write_rest(
+    weights: Weights, onto: str, folder: Path, shards: dict[str, dict[str, tensorfile.Entry]], tokenizer_first: Path | None
+) -> None:
+    """Everything but the weights: configuration, index, tokenizer."""
+    for origin in (weights.source.folder, tokenizer_first):
+        if origin is None or (origin is tokenizer_first and not _has_tokenizer(origin)):
+            continue
+        for file in sorted(origin.iterdir()):
+            mine = file.name.startswith(("adapter_", ".")) or file.name in _LEFT_BEHIND or file.name.endswith(_WEIGHT_FILES)
+            if file.is_file() and not mine:
+                shutil.copyfile(file, folder / file.name)
+    (folder / "config.json").write_text(json.dumps(_config_json(weights, onto), indent=2) + "\n")
+    if len(shards) > 1:
+        total = sum(entry.nbytes for entries in shards.values() for entry in entries.values())
+        index = {
+            "metadata": {"total_size": total},
+            "weight_map": {key: name for name, entries in shards.items() for key in entries},
+        }
+        (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
+
+
+def _config_json(weights: Weights, onto: str) -> dict[str, Any]:
+    """The base's config.json with what the merge changes; no word of a quantisation that is gone."""
+    config = {key: value for key, value in weights.config.items() if key != "quantization_config"}
+    for part in (config, config.get("text_config")):
+        if isinstance(part, dict):
+            part |= {key: value for key, value in weights.changes.items() if key in part or part is config}
+    dtypes = {weights.kept_dtype(name) for name in weights.names}
+    if len(dtypes) == 1:
+        config.pop("torch_dtype", None)
+        config["dtype"] = str(dtypes.pop()).removeprefix("torch.")
+    if onto == "nf4":
+        dtype = str(config.get("dtype") or config.get("torch_dtype") or "float32")
+        dense = weights.dense_linears(weights.requantized)
+        config["quantization_config"] = bnb4bit.config_json(weights.new_quant, dense, dtype)
+    return config
+
+
+def _has_tokenizer(folder: Path) -> bool:
+    return (folder / "tokenizer_config.json").is_file()
+
+
+def _tokenizer_of(adapter: AdapterFile, source: ModelSource) -> ModelSource:
+    """The adapter's own tokenizer, which knows tokens that were added, or the base's."""
+    return ModelSource(adapter.folder, str(adapter.folder)) if _has_tokenizer(adapter.folder) else source

@@ -1,0 +1,296 @@
+"""The weights of a base with an adapter added, one tensor at a time, for each base that it can be added to.
+
+Three bases are in question where an adapter was trained on 4-bit weights Q of a model W:
+
+    dequantized   decode(Q) + delta: what the adapter was trained on, so the merged model computes what the live one does
+    original      W + delta: better weights, but not those that the adapter learned to correct
+    nf4           Q(decode(Q) + delta): small again, and rounded a second time, by steps often larger than the delta
+
+For an adapter of dense weights the first does not exist, and the others start from W. Sums are in float32 with one cast at the
+end. Everything a merge writes, and everything its measurement computes with, comes from `Weights.merged`, so what is
+measured is what is written.
+
+Tied weights: a low-rank branch or a trained copy belongs to one of the modules that share a tensor. The merged model then needs
+two tensors, and its configuration says that nothing is tied any more.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from lownibble.config import QuantConfig
+from lownibble.errors import AdapterError, ConfigError
+from lownibble.lora.adapter import PREFIX, AdapterFile
+from lownibble.lora.inject import scale_of
+from lownibble.models import ModelSource, bnb4bit, skeleton
+from lownibble.models.checkpoint import Checkpoint
+from lownibble.models.load import DTYPES, check_names, quantizable
+from lownibble.quant import QuantizedTensor, is_plain_linear, quantize
+
+TARGETS = ("dequantized", "original", "nf4")
+
+
+class LowRank(NamedTuple):
+    """An edit: scale * B A is added. `a`, `b` are keys of the adapter's file."""
+
+    a: str
+    b: str
+    scale: float
+
+
+class Weights:
+    """A base checkpoint, and an adapter or none, as named tensors.
+
+    Args:
+        quant: the 4-bit codec of the base as it was trained on; None: dense. A checkpoint in 4 bits has its own.
+        new_quant: the codec of the target 'nf4' where the base was dense in training.
+        dtype: of everything that is written and not packed; 'auto': each tensor's own.
+    Attributes:
+        model: transformers' skeleton on the meta device, with the adapter's vocabulary.
+        names: of the merged model's parameters and buffers -> the base's tensor that each starts from.
+        edits: name -> what the adapter does to it: a low-rank sum, or the key of the tensor that takes its place.
+        changes: keys of config.json that change, with their values.
+    Raises:
+        AdapterError: a tensor of the adapter has no place, is missing, of another shape or not finite.
+        ModelError: the base is damaged.
+    """
+
+    def __init__(
+        self,
+        source: ModelSource,
+        adapter: AdapterFile | None,
+        quant: QuantConfig | None,
+        new_quant: QuantConfig,
+        dtype: str = "auto",
+    ) -> None:
+        self.source, self.adapter, self.dtype = source, adapter, dtype
+        self.checkpoint = Checkpoint(source)
+        self.config: dict[str, Any] = json.loads((source.folder / "config.json").read_text())
+        self.model = skeleton(source, torch.float32)
+        self.packed = bnb4bit.packed_modules(self.checkpoint.file_of)
+        expected = check_names(self.model, self.checkpoint, self.packed)
+        self.names = {name: name for name in self.checkpoint.file_of if name in expected}
+        self.quantized = self.packed or (quantizable(self.model, quant) if quant is not None else set())
+        self.quant = self._packed_codec() if self.packed else quant
+        self.requantized = self.quantized or quantizable(self.model, new_quant)
+        self.new_quant = self.quant or new_quant
+        self.changes: dict[str, Any] = {}
+        self.edits: dict[str, LowRank | str] = {}
+        if adapter is not None:
+            self._edit(adapter)
+
+    def resolve(self, name: str) -> str:
+        """The name in `names` of a parameter of the model, which may share its tensor with that one."""
+        return name if name in self.names else next(other for other in self._tied(name) if other in self.names)
+
+    def _tied(self, name: str) -> tuple[str, ...]:
+        """Every name of the parameter called `name`."""
+        named = dict(self.model.named_parameters(remove_duplicate=False))
+        return tuple(other for other, tensor in named.items() if tensor is named[name])
+
+    def _packed_codec(self) -> QuantConfig:
+        first = bnb4bit.read(self.checkpoint, min(self.packed), torch.float32)
+        return QuantConfig(
+            quant_type=first.quant_type, block_size=first.block_size, double_quant=first.double_quant,
+            skip_modules=self.dense_linears(self.packed),
+        )  # fmt: skip
+
+    def dense_linears(self, packed: set[str]) -> list[str]:
+        """Paths of the linear layers that are not packed."""
+        return sorted(path for path, m in self.model.named_modules() if is_plain_linear(m) and path not in packed)
+
+    @property
+    def targets(self) -> list[str]:
+        """The bases that the adapter can be added to."""
+        found = {"dequantized": bool(self.quantized), "original": not self.packed, "nf4": True}
+        return [target for target in TARGETS if found[target]]
+
+    def _edit(self, adapter: AdapterFile) -> None:
+        embedding, head = self._names_of("get_input_embeddings"), self._names_of("get_output_embeddings")
+        self._resize(adapter, [name for name in (embedding, head) if name])
+        expected = adapter.expected(self.model)
+        own = dict(self.model.named_parameters(remove_duplicate=False))
+        carried: dict[str, str] = {}  # PEFT saves embeddings in full where the vocabulary has changed
+        ignored = set()
+        for key in adapter.shapes.keys() - expected.keys():
+            name = key.removeprefix(PREFIX).replace(".base_layer.", ".")
+            if name in own and own[name].shape == adapter.shapes[key] and ".modules_to_save." not in key:
+                if name in (embedding, head) and not self._same_as_base(name, adapter.read(key)):
+                    carried[name] = key
+                elif name not in (embedding, head) and not self._same_as_base(name, adapter.read(key)):
+                    continue
+                ignored.add(key)
+        adapter.check_fit(expected, ignored)
+        for key in (*expected, *carried.values()):
+            if not torch.isfinite(adapter.read(key)).all():
+                raise AdapterError(f"'{key}' of '{adapter.path}' holds NaN or infinite values. Train again with a lower rate.")
+        for key in expected:
+            name = key.removeprefix(PREFIX).replace(".base_layer.", ".")
+            if name.endswith(".lora_A.weight"):
+                path = name.removesuffix(".lora_A.weight")
+                b = key.replace(".lora_A.", ".lora_B.")
+                self.edits[f"{path}.weight"] = LowRank(key, b, scale_of(path, adapter.config))
+            elif not name.endswith(".lora_B.weight"):
+                self.edits[name] = key
+        self._untie(carried, embedding, head)
+
+    def _names_of(self, getter: str) -> str | None:
+        module = getattr(self.model, getter)()
+        return next((f"{path}.weight" for path, m in self.model.named_modules() if m is module), None)
+
+    def _resize(self, adapter: AdapterFile, names: list[str]) -> None:
+        rows = {shape[0] for key, shape in adapter.shapes.items() if key.removeprefix(PREFIX) in names and len(shape) == 2}
+        now = self.model.get_input_embeddings().weight.shape[0]
+        if len(rows) > 1:
+            raise AdapterError(
+                f"'{adapter.path}' holds embeddings of {' and '.join(map(str, sorted(rows)))} rows. Save it again."
+            )
+        if rows and rows != {now}:
+            self.model.resize_token_embeddings(*rows, mean_resizing=False)
+            self.changes["vocab_size"] = rows.pop()
+
+    def _same_as_base(self, name: str, tensor: Tensor) -> bool:
+        key = self.resolve(name)
+        if self.checkpoint.facts(key)[1] != tensor.shape:
+            return False
+        return torch.equal(self.checkpoint.read(key).float(), tensor.float())
+
+    def _untie(self, carried: Mapping[str, str], embedding: str | None, head: str | None) -> None:
+        """Give modules that share a tensor their own, where the adapter does not do the same to all of them."""
+        assert self.adapter is not None
+        for name, key in carried.items():
+            keys = [carried[other] for other in self._tied(name) if other in carried]
+            first = self.adapter.read(keys[0])
+            if all(torch.equal(first, self.adapter.read(other)) for other in keys[1:]):
+                self.edits[self.resolve(name)] = keys[0]
+            else:
+                self.edits[name] = key
+        shared = [n for n, _ in self.model.named_parameters(remove_duplicate=False) if n not in self.names]
+        for group in {self._tied(name) for name in shared}:
+            canonical = self.resolve(group[0])
+            if not set(self.edits) & set(group) or (
+                set(self.edits) & set(group) == {canonical} and self.edits[canonical] in carried.values()
+            ):
+                continue
+            if set(group) != {embedding, head} or self.model.config.is_encoder_decoder:
+                raise AdapterError(
+                    f"'{self.adapter.folder}' trains one of {', '.join(group)}, which share one tensor in a way that this "
+                    "architecture cannot store apart. Merge it with the architecture's own tools."
+                )
+            self.names |= dict.fromkeys(group, canonical)
+            self.changes["tie_word_embeddings"] = False
+
+    def shard_of(self, name: str) -> str:
+        """File name of the shard that holds the tensor which `name` starts from."""
+        return self.checkpoint.file_of[self.names[name]].name
+
+    def kept_dtype(self, name: str) -> torch.dtype:
+        """The type of `name` in a dense merged model."""
+        if self.dtype != "auto":
+            wanted = DTYPES[self.dtype]
+        elif name.removesuffix(".weight") in self.packed:
+            wanted = DTYPES.get(str(self.config.get("dtype") or self.config.get("torch_dtype")), torch.bfloat16)
+        else:
+            return self.checkpoint.facts(self.names[name])[0]
+        stored = None if name.removesuffix(".weight") in self.packed else self.checkpoint.facts(self.names[name])[0]
+        return stored if stored is not None and not stored.is_floating_point else wanted
+
+    def shape(self, name: str) -> torch.Size:
+        """The shape of `name` in the merged model."""
+        parent, _, last = name.rpartition(".")
+        shape: torch.Size = getattr(self.model.get_submodule(parent), last).shape
+        return shape
+
+    def trained_on(self, name: str, codec: bool = True) -> Tensor | QuantizedTensor:
+        """The base's tensor: packed where the base was in 4 bits in training (`codec`), else as it is stored."""
+        path = name.removesuffix(".weight")
+        if path in self.packed:
+            return bnb4bit.read(self.checkpoint, path, self.kept_dtype(name))
+        tensor = self.checkpoint.read(self.names[name])
+        if codec and path in self.quantized and name != path:
+            assert self.quant is not None
+            return quantize(tensor, self.quant, name=name)
+        return tensor
+
+    def live(self, name: str, *, adapted: bool = True) -> Tensor:
+        """What the live model computes with at `name`, without the low-rank sum: float32, or the base's if not `adapted`."""
+        edit = self.edits.get(name)
+        if isinstance(edit, str) and (adapted or "vocab_size" in self.changes):
+            assert self.adapter is not None
+            return self.adapter.read(edit).float()
+        return as_float(self.trained_on(name))
+
+    def low_rank(self, name: str) -> tuple[Tensor, Tensor, float] | None:
+        """A (r, in), B (out, r) and scale at `name`, or None."""
+        edit = self.edits.get(name)
+        if self.adapter is None or not isinstance(edit, LowRank):
+            return None
+        return self.adapter.read(edit.a).float(), self.adapter.read(edit.b).float(), edit.scale
+
+    def _add(self, weight_NK: Tensor, edit: LowRank) -> Tensor:
+        assert self.adapter is not None
+        a, b = (self.adapter.read(key).float() for key in (edit.a, edit.b))
+        return weight_NK.addmm_(b, a, alpha=edit.scale)
+
+    def merged(self, name: str, onto: str) -> Tensor | QuantizedTensor:
+        """The tensor of the merged model as it is written: in its final type, or packed for 'nf4'.
+
+        Raises:
+            AdapterError: the sum does not fit the type.
+        """
+        edit, path = self.edits.get(name), name.removesuffix(".weight")
+        if isinstance(edit, str):
+            assert self.adapter is not None
+            return self._cast(self.adapter.read(edit), name)
+        base = self.trained_on(name, codec=onto != "original")
+        packs = onto == "nf4" and path in self.requantized and name != path
+        if edit is None and (isinstance(base, QuantizedTensor) if packs else isinstance(base, Tensor)):
+            return base if isinstance(base, QuantizedTensor) else self._cast(base, name)
+        total = as_float(base)
+        if edit is not None:
+            self._add(total, edit)
+        if packs:
+            return replace(quantize(total, self.new_quant, name=name), dtype=self.kept_dtype(name))
+        return self._cast(total, name)
+
+    def _cast(self, tensor: Tensor, name: str) -> Tensor:
+        dtype = self.kept_dtype(name)
+        cast = tensor.to(dtype)
+        if cast.is_floating_point() and tensor.dtype != dtype and not torch.isfinite(cast).all():
+            raise AdapterError(f"'{name}' merged does not fit {dtype}: values overflow. Take --dtype bfloat16 or float32.")
+        return cast
+
+    def layout(self, onto: str) -> Iterator[tuple[str, dict[str, tuple[torch.dtype, tuple[int, ...]]]]]:
+        """For every name, the tensors that are written for it with type and shape."""
+        for name in self.names:
+            path = name.removesuffix(".weight")
+            if onto == "nf4" and path in self.requantized and name != path:
+                yield name, bnb4bit.pack_shapes(path, self.shape(name), self.new_quant)
+            else:
+                yield name, {name: (self.kept_dtype(name), tuple(self.shape(name)))}
+
+
+def as_float(tensor: Tensor | QuantizedTensor) -> Tensor:
+    """The values in float32, in memory of their own."""
+    return tensor.dequantize(torch.float32) if isinstance(tensor, QuantizedTensor) else tensor.to(torch.float32, copy=True)
+
+
+def check_onto(weights: Weights, onto: str) -> None:
+    """Raise unless the adapter can be added to that base.
+
+    Raises:
+        ConfigError: says which it can be added to.
+    """
+    if onto in weights.targets:
+        return
+    why = {
+        "dequantized": "the adapter was trained on dense weights, so there is nothing to decode",
+        "original": f"'{weights.source.name}' holds its weights in 4 bits only. Name the dense model with --base",
+    }[onto]
+    raise ConfigError(f"Cannot merge onto '{onto}': {why}. Merge onto {' or '.join(weights.targets)}.")

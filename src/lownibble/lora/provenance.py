@@ -1,0 +1,98 @@
+"""What an adapter was trained on, and whether that is what it is used on.
+
+An adapter fits one base: the weights it was trained with and, for QLoRA, the very rounding of them. Peers keep a name at most;
+the reports of erased and degraded tunes begin there. `save_adapter` writes the base's facts into the adapter's safetensors
+metadata, where they travel with the weights and other libraries ignore them:
+
+    model, revision   what the base was called
+    digest            of its weights (`models.checkpoint`); None where the model did not come through `lownibble.load`
+    quant             None for a dense base, else its codec: quant_type, block_size, double_quant, compute, skip_modules
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from torch import nn
+
+from lownibble.lora.layer import LoraLinear, TrainedCopy
+from lownibble.quant import QuantLinear, is_plain_linear
+
+METADATA_KEY = "lownibble_trained_on"
+
+Facts = Mapping[str, Any]
+
+
+def base_facts(model: nn.Module) -> dict[str, Any]:
+    """What `model` is as a base for adapters."""
+    known: dict[str, Any] = getattr(model, "lownibble_base", {})
+    name = getattr(getattr(model, "config", None), "_name_or_path", None) or None
+    return {"model": name, "revision": None, "digest": None, **known, "quant": _codec(model)}
+
+
+def _codec(model: nn.Module) -> dict[str, Any] | None:
+    linears = dict(_linears(model))
+    packed = {path: module for path, module in linears.items() if isinstance(module, QuantLinear)}
+    if not packed:
+        return None
+    first = next(iter(packed.values()))
+    names = {path.rpartition(".")[2] for path in packed}
+    last_names = {path: path.rpartition(".")[2] for path in linears.keys() - packed.keys()}
+    skipped = {path if last in names else last for path, last in last_names.items()}
+    return {
+        "quant_type": first.quant_type, "block_size": first.block_size, "double_quant": first.weight.double_quant,
+        "compute": first.compute, "skip_modules": sorted(skipped),
+    }  # fmt: skip
+
+
+def _linears(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """(path, layer) of every linear layer as the model had it before any adapter."""
+    wrappers: list[str] = []
+    for path, module in model.named_modules():
+        if any(path.startswith(wrapper) for wrapper in wrappers):
+            continue
+        inner = module.base if isinstance(module, LoraLinear) else module.original if isinstance(module, TrainedCopy) else module
+        if inner is not module:
+            wrappers.append(f"{path}.")
+        if is_plain_linear(inner) or isinstance(inner, QuantLinear):
+            yield path, inner
+
+
+def to_metadata(facts: Facts) -> dict[str, str]:
+    """The facts as safetensors metadata."""
+    return {METADATA_KEY: json.dumps(dict(facts), sort_keys=True)}
+
+
+def from_metadata(metadata: Mapping[str, str] | None) -> dict[str, Any] | None:
+    """The facts in a file's metadata, or None where there are none."""
+    try:
+        facts = json.loads((metadata or {})[METADATA_KEY])
+    except (KeyError, ValueError):
+        return None
+    return facts if isinstance(facts, dict) and {"model", "digest", "quant"} <= facts.keys() else None
+
+
+def other_weights(trained_on: Facts, base: Facts) -> str | None:
+    """How the base's weights are known to be others than those trained on, or None."""
+    if trained_on["digest"] is None or base["digest"] in (None, trained_on["digest"]):
+        return None
+    revision = f" at revision {trained_on['revision']}" if trained_on.get("revision") else ""
+    return (
+        f"it was trained on '{trained_on['model']}'{revision} (weights {trained_on['digest'][:12]}), "
+        f"and this is '{base['model']}' (weights {base['digest'][:12]})"
+    )
+
+
+def other_codec(trained_on: Facts, base: Facts) -> str | None:
+    """How the base is stored otherwise than it was in training, or None; the kind of products (`compute`) is no matter."""
+    ours, theirs = (describe(facts["quant"]) for facts in (base, trained_on))
+    return None if ours == theirs else f"it was trained on {theirs} weights, and these are {ours}"
+
+
+def describe(quant: Mapping[str, Any] | None) -> str:
+    """A codec in words: 'dense', 'nf4/64 double-quantised'."""
+    if quant is None:
+        return "dense"
+    return f"{quant['quant_type']}/{quant['block_size']}{' double-quantised' if quant['double_quant'] else ''}"

@@ -1,0 +1,101 @@
+"""The tensors of a model folder: names at once, contents one at a time, and a digest that says which weights they are.
+
+Each tensor is read through its own short mapping: a mapping kept open would count every page read so far as memory.
+
+The digest names weights, whatever files they are cut into and whatever the model is called: sha256 over every tensor's name,
+type, shape and a sample of its bytes. It is for telling one base from another (a fine-tuned copy differs nearly everywhere),
+not for finding a damaged byte: hashing all of a large checkpoint would take longer than loading it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from lownibble.errors import ModelError
+from lownibble.models.sources import ModelSource
+from lownibble.tensorfile import TYPES
+
+INDEX = "model.safetensors.index.json"
+_SAMPLES, _SAMPLE_BYTES = 16, 256
+
+
+class Checkpoint:
+    """The safetensors files of a model folder.
+
+    Attributes:
+        files: the shards, in order.
+        file_of: name of a tensor -> its shard.
+    Raises:
+        ModelError: no safetensors, a missing shard, or a damaged file.
+    """
+
+    def __init__(self, source: ModelSource) -> None:
+        self.name = source.name
+        self.files = self._files(source.folder)
+        if not self.files:
+            raise ModelError(
+                f"'{source.name}' holds no *.safetensors file. Convert its weights to safetensors; pickle is not read."
+            )
+        self.file_of: dict[str, Path] = {}
+        self._sampled: dict[str, bytes] = {}
+        for file in self.files:
+            if not file.is_file():
+                raise ModelError(f"'{source.name}': shard {file.name} is missing. Download the model again.")
+            try:
+                with safe_open(file, "pt") as handle:
+                    self.file_of |= dict.fromkeys(handle.keys(), file)
+            except SafetensorError as error:
+                raise ModelError(f"'{file}' is damaged or cut short ({error}). Download it again.") from None
+
+    @staticmethod
+    def _files(folder: Path) -> list[Path]:
+        """The shards that the index names, else model.safetensors, else every safetensors file."""
+        index, whole = folder / INDEX, folder / "model.safetensors"
+        if index.is_file():
+            try:
+                return sorted({folder / file for file in json.loads(index.read_text())["weight_map"].values()})
+            except (ValueError, KeyError, TypeError, AttributeError) as error:
+                raise ModelError(f"'{index}' is damaged ({type(error).__name__}: {error}). Download the model again.") from None
+        return [whole] if whole.is_file() else sorted(folder.glob("*.safetensors"))
+
+    def read(self, key: str) -> Tensor:
+        """One tensor, through a mapping of its own."""
+        with safe_open(self.file_of[key], "pt") as handle:
+            tensor: Tensor = handle.get_tensor(key)
+        if key not in self._sampled:
+            self._sampled[key] = _sample(tensor)
+        return tensor
+
+    def facts(self, key: str) -> tuple[torch.dtype, torch.Size]:
+        """A tensor's type and shape, without reading it."""
+        with safe_open(self.file_of[key], "pt") as handle:
+            found = handle.get_slice(key)
+            return TYPES[found.get_dtype()], torch.Size(found.get_shape())
+
+    def digest(self) -> str:
+        """Which weights these are, 64 hexadecimal digits; reads the tensors that have not been read yet."""
+        state = hashlib.sha256()
+        for key in sorted(self.file_of):
+            if key not in self._sampled:
+                self.read(key)
+            state.update(key.encode() + b"\0" + self._sampled[key])
+        return state.hexdigest()
+
+
+def _sample(tensor: Tensor) -> bytes:
+    """sha256 of a tensor's type, shape and a few evenly spaced stretches of its bytes."""
+    flat = tensor.contiguous().reshape(-1).view(torch.uint8)
+    state = hashlib.sha256(f"{tensor.dtype} {tuple(tensor.shape)}".encode())
+    if len(flat) <= _SAMPLES * _SAMPLE_BYTES:
+        starts, length = [0], len(flat)
+    else:
+        starts, length = [i * (len(flat) - _SAMPLE_BYTES) // (_SAMPLES - 1) for i in range(_SAMPLES)], _SAMPLE_BYTES
+    for start in starts:
+        state.update(flat[start : start + length].numpy().tobytes())
+    return state.digest()

@@ -1,0 +1,358 @@
+"""Merging. Oracles: the live adapter's own logits; PEFT's merge on a dense base; the model loaded again by transformers."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import lownibble as ln
+from lownibble.errors import AdapterError, ConfigError, ModelError, OutputError
+
+FP32, BF16 = 1e-5, 0.03
+"""Largest difference as a share of the largest logit: the same sums in another order; weights rounded to 8 bits of mantissa."""
+
+
+def logits(model, batch):
+    ids, mask, _ = batch()
+    with torch.no_grad():
+        return model(input_ids=ids, attention_mask=mask).logits.float()
+
+
+def assert_same(found, expected, share=FP32):
+    assert float((found - expected).abs().max()) <= share * float(expected.abs().max())
+
+
+def by_transformers(folder, dtype=torch.float32):
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()
+
+
+@pytest.mark.parametrize("shards", [False, True])
+@pytest.mark.parametrize("family", ["llama", "qwen2", "gemma2"])
+def test_dequantized_merge_computes_what_the_live_adapter_does(write, adapt, batch, tmp_path, family, shards):
+    folder = write(family, shards=shards)
+    live, adapter = adapt(folder, "nf4")
+    result = ln.merge(adapter, tmp_path / "merged", onto="dequantized", measure_tokens=0)
+    assert result["onto"] == "dequantized"
+    assert_same(logits(by_transformers(tmp_path / "merged"), batch), logits(live, batch))
+    again, _ = ln.load(str(tmp_path / "merged"))
+    assert_same(logits(again, batch), logits(live, batch))
+    names = [sorted(file.name for file in path.glob("model*")) for path in (folder, tmp_path / "merged")]
+    assert names[0] == names[1]
+
+
+LORA = {
+    "all": {},
+    "patterns": {"rank_pattern": {"q_proj": 2, "0.mlp.up_proj": 7}, "alpha_pattern": {"v_proj": 5.0}},
+    "rslora": {"use_rslora": True, "r": 8},
+    "biases": {"bias": "all", "target_modules": ["q_proj", "v_proj"]},
+    "layers": {"layers_to_transform": [1]},
+    "head": {"target_modules": ["lm_head", "q_proj"]},
+    "copies": {"modules_to_save": ["embed_tokens", "norm"], "target_modules": ["q_proj"]},
+    "trained head": {"modules_to_save": ["lm_head"], "target_modules": ["q_proj"]},
+    "both ends": {"modules_to_save": ["lm_head", "embed_tokens"], "target_modules": ["up_proj"]},
+}
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("case", LORA)
+@pytest.mark.parametrize("quant", ["nf4", None])
+def test_every_kind_of_adapter(write, adapt, batch, tmp_path, quant, case, tied):
+    folder = write("llama", shards=True, attention_bias=True, tie_word_embeddings=tied)
+    live, adapter = adapt(folder, quant, **LORA[case])
+    ln.merge(adapter, tmp_path / "merged", onto="dequantized" if quant else "original", measure_tokens=0)
+    merged = by_transformers(tmp_path / "merged")
+    assert_same(logits(merged, batch), logits(live, batch))
+    both = merged.lm_head.weight is merged.model.embed_tokens.weight
+    assert both == (
+        tied and not {"lm_head", "embed_tokens"} & {*LORA[case].get("modules_to_save", []), *LORA[case].get("target_modules", [])}
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_equals_peft_on_a_dense_base(peft, write, batch, tmp_path, dtype):
+    folder = write("llama", shards=True, dtype=dtype)
+    config = peft.LoraConfig(
+        r=4, target_modules="all-linear", init_lora_weights=False, rank_pattern={"q_proj": 3}, use_rslora=True
+    )
+    theirs = peft.get_peft_model(AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32), config)
+    theirs.save_pretrained(tmp_path / "adapter")
+    result = ln.merge(tmp_path / "adapter", tmp_path / "merged", base=str(folder), onto="original", measure_tokens=0)
+    expected = theirs.merge_and_unload().eval()
+    merged = by_transformers(tmp_path / "merged", dtype)
+    assert {p.dtype for p in merged.parameters()} == {dtype}
+    assert_same(logits(merged, batch), logits(expected, batch), FP32 if dtype == torch.float32 else BF16)
+    own = expected.state_dict()
+    for key, value in merged.state_dict().items():
+        torch.testing.assert_close(value, own[key].to(dtype), rtol=0, atol=1e-6 if dtype == torch.float32 else 4e-3)
+    assert result["base"]["stored"] == "dense"
+
+
+def test_bfloat16_is_one_rounding_of_the_float32_sum(write, adapt, tmp_path):
+    """The cast comes last: it equals rounding the merge that was written in float32."""
+    folder = write("llama", dtype=torch.bfloat16)
+    _, adapter = adapt(folder, "nf4")
+    for dtype in ("auto", "float32"):
+        ln.merge(adapter, tmp_path / dtype, onto="dequantized", dtype=dtype, measure_tokens=0)
+    exact, rounded = (load_file(tmp_path / dtype / "model.safetensors") for dtype in ("float32", "auto"))
+    assert {t.dtype for t in rounded.values()} == {torch.bfloat16}
+    assert all(torch.equal(rounded[key], exact[key].bfloat16()) for key in exact)
+    untouched = load_file(folder / "model.safetensors")["model.norm.weight"]
+    assert torch.equal(untouched, rounded["model.norm.weight"])
+
+
+def test_packed_again_keeps_untouched_layers_byte_for_byte(bitsandbytes, write, adapt, batch, tmp_path):
+    folder = write("llama", hidden_size=64, intermediate_size=128)
+    live, adapter = adapt(folder, "nf4", target_modules=["q_proj"])
+    ln.merge(adapter, tmp_path / "merged", onto="nf4", measure_tokens=0, force=True)
+    packed, _ = ln.load(str(tmp_path / "merged"))
+    changed = 0
+    for path, module in packed.named_modules():
+        if isinstance(module, ln.QuantLinear):
+            base = live.get_submodule(path)
+            base = getattr(base, "base", base)
+            same = all(torch.equal(a, b) for a, b in zip(module.flat, base.flat, strict=True))
+            changed += not same
+            assert same != ("q_proj" in path)
+    assert changed == 2
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32, device_map="cpu").train()
+    torch.testing.assert_close(logits(theirs, batch), logits(packed, batch), rtol=0, atol=2e-5)
+
+
+def test_a_packed_base_is_merged_into_dense_weights(bitsandbytes, write, adapt, batch, tmp_path):
+    folder = write("llama", hidden_size=64, intermediate_size=128)
+    _, nothing = adapt(folder, "nf4", size=0.0, init_lora_weights=True)
+    ln.merge(nothing, tmp_path / "packed", onto="nf4", measure_tokens=0, force=True)
+    live, adapter = adapt(tmp_path / "packed", None, name="second")
+    ln.merge(adapter, tmp_path / "merged", measure_tokens=0, onto="dequantized")
+    assert "quantization_config" not in json.loads((tmp_path / "merged" / "config.json").read_text())
+    assert_same(logits(by_transformers(tmp_path / "merged"), batch), logits(live, batch))
+    with pytest.raises(
+        ConfigError, match=r"Cannot merge onto 'original': .* holds its weights in 4 bits only\. Name the dense model"
+    ):
+        ln.merge(adapter, tmp_path / "no", onto="original", measure_tokens=0)
+
+
+def test_a_resized_vocabulary(peft, write, batch, tmp_path):
+    folder = write("llama", tie_word_embeddings=True)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.add_tokens(["<one>", "<two>"])
+    base = AutoModelForCausalLM.from_pretrained(folder)
+    base.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+    theirs = peft.get_peft_model(base, peft.LoraConfig(r=4, target_modules=["q_proj"], init_lora_weights=False))
+    theirs.save_pretrained(tmp_path / "adapter", save_embedding_layers=True)
+    tokenizer.save_pretrained(tmp_path / "adapter")
+    ln.merge(tmp_path / "adapter", tmp_path / "merged", base=str(folder), onto="original", measure_tokens=0)
+    merged = by_transformers(tmp_path / "merged")
+    assert merged.config.vocab_size == len(AutoTokenizer.from_pretrained(tmp_path / "merged")) == 98
+    assert merged.lm_head.weight is merged.model.embed_tokens.weight
+    assert_same(logits(merged, batch), logits(theirs.merge_and_unload().eval(), batch))
+
+
+def test_measured_against_the_live_adapter(write, adapt, rows, tmp_path):
+    """Figures computed again from the models themselves, loaded whole."""
+    folder = write("llama", dtype=torch.bfloat16)
+    live, adapter = adapt(folder, "nf4", target_modules=["q_proj", "lm_head"])
+    result = ln.merge(adapter, tmp_path / "merged", data={"path": rows, "eval_path": rows})
+    measured = result["measured"]
+    assert measured["rows"] == 24
+    models = measured["models"]
+    assert set(models) == {"live", "base", "dequantized", "original", "nf4"}
+    assert result["onto"] == "dequantized"
+    merged, tokenizer = ln.load(str(tmp_path / "merged"))
+    total, same, count, loss = 0.0, 0, 0, 0.0
+    for line in Path(rows).read_text().splitlines():
+        row = json.loads(line)
+        prompt, completion = (tokenizer(row[key], add_special_tokens=False).input_ids for key in ("prompt", "completion"))
+        ids = torch.tensor([prompt + completion + [tokenizer.eos_token_id]])
+        with torch.no_grad():
+            p, q = (model(input_ids=ids).logits[0, len(prompt) - 1 : -1].log_softmax(1) for model in (live, merged))
+        total += float((p.exp() * (p - q)).sum())
+        same += int((p.argmax(1) == q.argmax(1)).sum())
+        loss -= float(p.gather(1, ids[0, len(prompt) :, None]).sum())
+        count += len(p)
+    assert measured["label_tokens"] == count
+    found = models["dequantized"]["label_tokens"]
+    assert found["kl"] == pytest.approx(total / count, rel=1e-3)
+    assert found["top1_agreement"] == same / count
+    assert models["live"]["label_tokens"]["perplexity"] == pytest.approx(torch.tensor(loss / count).exp().item(), rel=1e-5)
+    assert found["kl"] < models["original"]["label_tokens"]["kl"] < models["base"]["label_tokens"]["kl"]
+    assert found["kl"] < models["nf4"]["label_tokens"]["kl"]
+    assert models["dequantized"]["kept"] == 1 - found["kl"] / models["base"]["label_tokens"]["kl"]
+    by_layer = measured["layers"]["nf4"]["by_layer"]
+    assert set(by_layer) == {"lm_head.weight", *(f"model.layers.{i}.self_attn.q_proj.weight" for i in range(2))}
+    base = ln.load(str(folder), quant="nf4")[0].model.layers[0].self_attn.q_proj
+    branch = live.model.layers[0].self_attn.q_proj.adapter("default")
+    delta = (branch.scale * branch.lora_B @ branch.lora_A).detach()
+    exact = base.weight.dequantize(torch.float32) + delta
+    again = ln.quantize(exact).dequantize(torch.float32)
+    assert by_layer["model.layers.0.self_attn.q_proj.weight"] == pytest.approx(
+        float((again - exact).norm() / delta.norm()), rel=1e-4
+    )
+    assert json.loads((tmp_path / "merged" / "merge.json").read_text()) == result
+
+
+def test_a_tune_that_four_bits_would_lose_is_refused(write, adapt, rows, tmp_path):
+    _, adapter = adapt(write("llama"), "nf4", size=0.0, init_lora_weights="gaussian")
+    tensors = load_file(adapter / "adapter_model.safetensors")
+    metadata = _metadata(adapter)
+    tiny = {key: value if "lora_A" in key else torch.full_like(value, 1e-3) for key, value in tensors.items()}
+    save_file(tiny, adapter / "adapter_model.safetensors", metadata=metadata)
+    options = {"data": {"path": rows, "eval_path": rows}, "onto": "nf4"}
+    with pytest.raises(
+        OutputError, match=r"Packed into 4 bits again, the model keeps \d+% of the tune .* Merge onto dequantized"
+    ):
+        ln.merge(adapter, tmp_path / "merged", **options)
+    assert not (tmp_path / "merged").exists()
+    assert not list(tmp_path.glob(".*"))
+    assert ln.merge(adapter, tmp_path / "merged", **options, force=True)["onto"] == "nf4"
+
+
+def _metadata(adapter):
+    from safetensors import safe_open
+
+    with safe_open(adapter / "adapter_model.safetensors", "pt") as file:
+        return file.metadata()
+
+
+def rewritten(change):
+    def _apply(adapter):
+        path, metadata = adapter / "adapter_model.safetensors", _metadata(adapter)
+        tensors = load_file(path)
+        change(tensors)
+        save_file(tensors, path, metadata=metadata)
+
+    return _apply
+
+
+A_KEY = "base_model.model.model.layers.0.mlp.up_proj.lora_A.weight"
+DAMAGE = {
+    "NaN": (rewritten(lambda t: t[A_KEY].fill_(float("nan"))), r"'.*up_proj.lora_A.weight' of .* holds NaN or infinite values"),
+    "no place": (
+        rewritten(lambda t: t.update({A_KEY.replace("up_proj", "side_proj"): t[A_KEY].clone()})),
+        r"has no place for '.*side_proj",
+    ),
+    "missing": (rewritten(lambda t: t.pop(A_KEY)), r"lacks '.*up_proj.lora_A.weight'"),
+    "shape": (rewritten(lambda t: t.update({A_KEY: torch.zeros(4, 5)})), r"has shape \(4, 5\), not \(4, 32\)"),
+    "pickled": (
+        lambda a: (a / "adapter_model.safetensors").rename(a / "adapter_model.bin"),
+        r"Only safetensors adapters are read; convert others with PEFT",
+    ),
+    "cut": (
+        lambda a: (a / "adapter_model.safetensors").write_bytes((a / "adapter_model.safetensors").read_bytes()[:-9]),
+        r"is damaged",
+    ),
+    "empty folder": (lambda a: (a / "adapter_config.json").unlink(), r"holds no adapter: adapter_config.json is missing"),
+}
+
+
+@pytest.mark.parametrize("case", DAMAGE)
+def test_bad_adapters_are_refused_and_nothing_is_written(write, adapt, tmp_path, case):
+    _, adapter = adapt(write("llama"), "nf4")
+    damage, message = DAMAGE[case]
+    damage(adapter)
+    with pytest.raises(AdapterError, match=message):
+        ln.merge(adapter, tmp_path / "merged", onto="dequantized", measure_tokens=0)
+    assert {path.name for path in tmp_path.iterdir()} == {"model", "adapter"}
+
+
+def test_an_adapter_of_another_base_is_refused(write, adapt, tiny, tmp_path):
+    folder, other = write("llama"), write("llama", name="other", seed=7)
+    _, adapter = adapt(folder, "nf4")
+    with pytest.raises(
+        AdapterError, match=r"adapter of another base: it was trained on '.*model' \(weights \w{12}\), and this is '.*other'"
+    ):
+        ln.merge(adapter, tmp_path / "merged", base=str(other), onto="dequantized", measure_tokens=0)
+    model, _ = ln.load(str(other), quant="nf4")
+    with pytest.raises(AdapterError, match="adapter of another base"):
+        ln.load_adapter(model, adapter)
+    ln.load_adapter(model, adapter, any_base=True)
+    ln.merge(adapter, tmp_path / "merged", base=str(other), onto="dequantized", measure_tokens=0, any_base=True)
+    dense, _ = ln.load(str(folder))
+    with pytest.warns(UserWarning, match="it was trained on nf4/64 double-quantised weights, and these are dense"):
+        ln.load_adapter(dense, adapter)
+
+
+def test_a_missing_shard(write, adapt, tmp_path):
+    folder = write("llama", shards=True)
+    _, adapter = adapt(folder, "nf4")
+    sorted(folder.glob("model-*"))[1].unlink()
+    with pytest.raises(ModelError, match=r"shard model-00002-of-.* is missing"):
+        ln.merge(adapter, tmp_path / "merged", onto="dequantized", measure_tokens=0)
+    assert not (tmp_path / "merged").exists()
+
+
+def test_what_does_not_fit_the_type_is_refused(write, adapt, tmp_path):
+    _, adapter = adapt(write("llama"), "nf4")
+    rewritten(lambda t: [v.mul_(1e4) for v in t.values()])(adapter)
+    with pytest.raises(AdapterError, match=r"merged does not fit torch.float16: values overflow\. Take --dtype bfloat16"):
+        ln.merge(adapter, tmp_path / "merged", onto="dequantized", measure_tokens=0, dtype="float16")
+    assert not (tmp_path / "merged").exists()
+
+
+def test_options_that_contradict_the_adapter(write, adapt, peft, tmp_path):
+    folder = write("llama")
+    _, adapter = adapt(folder, None)
+    cases = [
+        ({"onto": "dequantized"}, r"Cannot merge onto 'dequantized': the adapter was trained on dense weights"),
+        ({"trained_on": "quantized"}, r"says that it was trained on dense weights. Leave --trained-on out"),
+        ({"onto": "auto"}, r"--onto auto goes by the measurement"),
+    ]
+    for options, message in cases:
+        with pytest.raises(ConfigError, match=message):
+            ln.merge(adapter, tmp_path / "merged", measure_tokens=0, **options)
+    with pytest.raises(OutputError, match="was not measured and may have lost the tune"):
+        ln.merge(adapter, tmp_path / "merged", measure_tokens=0, onto="nf4")
+    (tmp_path / "merged").mkdir()
+    (tmp_path / "merged" / "notes.txt").write_text("mine")
+    with pytest.raises(OutputError, match="holds something already"):
+        ln.merge(adapter, tmp_path / "merged", measure_tokens=0, onto="original")
+    theirs = peft.get_peft_model(AutoModelForCausalLM.from_pretrained(folder), peft.LoraConfig(target_modules=["q_proj"]))
+    theirs.save_pretrained(tmp_path / "silent")
+    with pytest.raises(ConfigError, match=r"does not say whether its base was in 4 bits in training. Say --trained-on"):
+        ln.merge(tmp_path / "silent", tmp_path / "other", base=str(folder))
+
+
+def test_an_interrupted_merge_goes_on(write, adapt, tmp_path, monkeypatch):
+    """Shards that were finished are not written again, and the result has the same bytes; another merge starts over."""
+    from lownibble.export import merge as module
+
+    folder = write("llama", shards=True)
+    _, adapter = adapt(folder, "nf4")
+    ln.merge(adapter, tmp_path / "whole", onto="dequantized", measure_tokens=0)
+    written, real = [], module._write_shard
+
+    def failing(weights, onto, path, entries):
+        if len(written) == 3:
+            raise OSError(28, "No space left on device")
+        real(weights, onto, path, entries)
+        written.append(path.name)
+
+    monkeypatch.setattr(module, "_write_shard", failing)
+    with pytest.raises(OutputError, match=r"No space left on device. Free some space and run the same command again"):
+        ln.merge(adapter, tmp_path / "merged", onto="dequantized", measure_tokens=0)
+    assert not (tmp_path / "merged").exists()
+    first = list(written)
+    written.clear()
+    monkeypatch.setattr(module, "_write_shard", lambda *a: (written.append(a[2].name), real(*a)))
+    ln.merge(adapter, tmp_path / "merged", onto="dequantized", measure_tokens=0)
+    assert not set(written) & set(first)
+    assert len(written) + len(first) == len(list((tmp_path / "merged").glob("*.safetensors")))
+    for file in (tmp_path / "whole").iterdir():
+        if file.name != "merge.json":
+            assert file.read_bytes() == (tmp_path / "merged" / file.name).read_bytes(), file.name
+    assert {path.name for path in tmp_path.iterdir()} == {"model", "adapter", "whole", "merged"}
+
+
+def test_a_full_disk_is_noticed_before_anything_is_written(write, adapt, tmp_path, monkeypatch):
+    from lownibble.export import merge as module
+
+    _, adapter = adapt(write("llama"), "nf4")
+    usage = type("Usage", (), {"free": 1000})()
+    monkeypatch.setattr(module.shutil, "disk_usage", lambda _: usage)
+    with pytest.raises(OutputError, match=r"needs 0.00 GB in .* where 0.00 GB are free. Nothing was written"):
+        ln.merge(adapter, tmp_path / "merged", onto="dequantized", measure_tokens=0)
+    assert not (tmp_path / "merged").exists()
+    assert not list(tmp_path.rglob("*.safetensors.part"))
