@@ -7,7 +7,8 @@ import warnings
 import pytest
 import torch
 import triton_interpreter  # noqa: F401 - before anything imports triton
-from transformers import AutoConfig, AutoModelForCausalLM
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
 TINY = {
     "hidden_size": 32, "intermediate_size": 80, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
@@ -106,3 +107,25 @@ def bitsandbytes(_peers):
     if _peers["bitsandbytes"] is None:
         pytest.skip("bitsandbytes is not installed")
     return _peers["bitsandbytes"]
+
+
+@pytest.fixture(scope="session")
+def tokenizer():
+    """A tokenizer of the tiny models' 96 words."""
+    words = {word: i for i, word in enumerate(["<pad>", "<bos>", "<eos>", "<unk>", *(f"w{i}" for i in range(92))])}
+    backend = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
+    backend.pre_tokenizer = pre_tokenizers.Whitespace()
+    return PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<bos>", eos_token="<eos>", unk_token="<unk>")
+
+
+@pytest.fixture
+def write(tiny, tokenizer, tmp_path):
+    """Writes a tiny model's folder in hub layout and returns it: `write(family, shards=True, **options)`."""
+
+    def _write(family="llama", *, shards=False, name="model", **options):
+        folder = tmp_path / name
+        tiny(family, **options).save_pretrained(folder, max_shard_size="20KB" if shards else "5GB")
+        tokenizer.save_pretrained(folder)
+        return folder
+
+    return _write

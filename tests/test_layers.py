@@ -12,7 +12,7 @@ LAYERS = {
     "errors": 0, "config": 0, "embedded": 0, "arch": 0,
     "kernels": 1, "quant": 1, "planning": 1, "tensorfile": 1,
     "lora": 2, "models": 2, "data": 2, "optim": 2, "record": 2,
-    "training": 3, "decoding": 3,
+    "training": 3, "decoding": 3, "integrations": 3,
     "study": 4, "bench": 4, "export": 4,
     "cli": 5,
 }  # fmt: skip

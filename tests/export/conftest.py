@@ -2,30 +2,8 @@
 
 import pytest
 import torch
-from tiny_folders import tiny_data, tiny_model  # noqa: F401 - fixtures
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
 
 import lownibble as ln
-
-
-@pytest.fixture
-def write(tiny, tmp_path):
-    """Writes a tiny model's folder and returns it: `write(family, shards=True, dtype=..., **options)`."""
-    words = {word: i for i, word in enumerate(["<pad>", "<bos>", "<eos>", "<unk>", *(f"w{i}" for i in range(92))])}
-    backend = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
-    backend.pre_tokenizer = pre_tokenizers.Whitespace()
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=backend, pad_token="<pad>", bos_token="<bos>", eos_token="<eos>", unk_token="<unk>"
-    )
-
-    def _write(family="llama", *, shards=False, name="model", **options):
-        folder = tmp_path / name
-        tiny(family, **options).save_pretrained(folder, max_shard_size="20KB" if shards else "5GB")
-        tokenizer.save_pretrained(folder)
-        return folder
-
-    return _write
 
 
 @pytest.fixture

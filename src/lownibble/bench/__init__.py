@@ -5,7 +5,7 @@ from __future__ import annotations
 from importlib import import_module
 from typing import Any, cast
 
-BENCHES = ("kernels", "parity", "train", "decode", "quality", "memory", "paging", "plan", "published")
+BENCHES = ("kernels", "parity", "train", "decode", "quality", "memory", "paging", "plan", "published", "merge")
 """What `lownibble bench` measures. Each is a module of this package, imported when it runs, with a function `bench_NAME`."""
 
 

@@ -8,7 +8,7 @@ with double quantisation `PATH.weight.nested_absmax` and `PATH.weight.nested_qua
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -24,12 +24,24 @@ from lownibble.quant.tensor import NESTED_BLOCK_SIZE
 _STATE = ".weight.quant_state.bitsandbytes__"
 _STATE_BYTES = 256
 
+OWN_METHOD = "lownibble"
+"""The `quant_method` of checkpoints in this layout that our transformers quantizer saves."""
+
+SERIALIZED_NAMES = {
+    "weight": [
+        "weight", "weight.absmax", "weight.quant_map", "weight.nested_absmax", "weight.nested_quant_map",
+        "weight.quant_state.bitsandbytes__nf4", "weight.quant_state.bitsandbytes__fp4",
+    ]
+}  # fmt: skip
+"""What a layer's `weight` is stored as."""
+
 
 def check_config(config: Any, name: str) -> None:
     """Refuse checkpoints quantised by anything but bitsandbytes 4-bit."""
-    stored = getattr(config, "quantization_config", None)
-    if stored and not (stored.get("quant_method") == "bitsandbytes" and stored.get("load_in_4bit", stored.get("_load_in_4bit"))):
-        method = stored.get("quant_method", "an unknown method")
+    stored = getattr(config, "quantization_config", None) or {}
+    method = stored.get("quant_method", "an unknown method")
+    in_4bit = method == "bitsandbytes" and stored.get("load_in_4bit", stored.get("_load_in_4bit"))
+    if stored and not in_4bit and method != OWN_METHOD:
         raise ModelError(
             f"'{name}' is quantised with {method}. Only bitsandbytes 4-bit checkpoints and dense ones can be loaded."
         )
@@ -37,7 +49,7 @@ def check_config(config: Any, name: str) -> None:
 
 def check_same(stored: dict[str, Any], config: QuantConfig, name: str) -> None:
     """Refuse to pretend that a checkpoint holds another 4-bit type than it does."""
-    held = stored.get("bnb_4bit_quant_type", "fp4")
+    held = stored.get("quant_type" if stored.get("quant_method") == OWN_METHOD else "bnb_4bit_quant_type", "fp4")
     if held != config.quant_type:
         raise ModelError(f"'{name}' is quantised as {held} already, but {config.quant_type} was asked for. Ask for {held}.")
 
@@ -59,36 +71,42 @@ def read(checkpoint: Checkpoint, path: str, dtype: torch.dtype) -> QuantizedTens
     Raises:
         ModelError: a part is missing, or a table is not the standard one.
     """
+    keys = [key for key in checkpoint.file_of if key == f"{path}.weight" or key.startswith(f"{path}.weight.")]
+    parts = {key: checkpoint.read(key).clone() for key in keys}  # a copy never keeps the file mapped
+    return unpack(parts, path, dtype, f"'{checkpoint.name}'")
+
+
+def unpack(parts: Mapping[str, Tensor], path: str, dtype: torch.dtype, name: str) -> QuantizedTensor:
+    """`read` for tensors at hand, by their full names; `name` is how errors call the checkpoint."""
     prefix = f"{path}.weight"
 
-    def part(name: str) -> Tensor:
-        key = f"{prefix}.{name}" if name else prefix
-        if key not in checkpoint.file_of:
-            raise ModelError(
-                f"'{checkpoint.name}': packed weight '{prefix}' lacks its '{name or 'codes'}'. Download the model again."
-            )
-        return checkpoint.read(key).clone()  # a copy never keeps the file mapped
+    def part(last: str) -> Tensor:
+        key = f"{prefix}.{last}" if last else prefix
+        if key not in parts:
+            raise ModelError(f"{name}: packed weight '{prefix}' lacks its '{last or 'codes'}'. Download the model again.")
+        return parts[key]
 
-    state_key = next(key for key in checkpoint.file_of if key.startswith(path + _STATE))
+    state_key = next((key for key in parts if key.startswith(path + _STATE)), f"{path}{_STATE}nf4")
     try:
-        state = json.loads(bytes(checkpoint.read(state_key).tolist()))
+        state = json.loads(bytes(parts[state_key].tolist()))
         quant_type, shape, block_size = state["quant_type"], torch.Size(state["shape"]), int(state["blocksize"])
     except (ValueError, KeyError, TypeError) as error:
-        raise ModelError(f"'{checkpoint.name}': '{state_key}' cannot be read ({error}). Download the model again.") from None
-    _check_table(part("quant_map"), codebook(quant_type).values, prefix, checkpoint.name)
+        raise ModelError(f"{name}: '{state_key}' cannot be read ({error}). Download the model again.") from None
+    _check_table(part("quant_map"), codebook(quant_type).values, prefix, name)
     nested_absmax = offset = None
     if "nested_offset" in state:
-        _check_table(part("nested_quant_map"), dynamic8(), prefix, checkpoint.name)
+        _check_table(part("nested_quant_map"), dynamic8(), prefix, name)
         if state.get("nested_blocksize", NESTED_BLOCK_SIZE) != NESTED_BLOCK_SIZE:
             raise ModelError(f"'{prefix}' has nested blocks of {state['nested_blocksize']}; only {NESTED_BLOCK_SIZE} is known.")
-        nested_absmax, offset = part("nested_absmax"), torch.tensor(float(state["nested_offset"]))
+        nested_absmax = part("nested_absmax")
+        offset = torch.tensor(float(state["nested_offset"]), device=nested_absmax.device)
     codes, absmax = part("").view(torch.uint8).view(-1, 1), part("absmax")
     n_blocks = -(-shape.numel() // block_size)
     n_nested = -(-n_blocks // NESTED_BLOCK_SIZE)
     counts = (codes.numel(), absmax.numel(), n_nested if nested_absmax is None else nested_absmax.numel())
     if counts != (-(-shape.numel() // 2), n_blocks, n_nested):
         raise ModelError(
-            f"'{checkpoint.name}': packed weight '{prefix}' has codes and constants that do not belong together "
+            f"{name}: packed weight '{prefix}' has codes and constants that do not belong together "
             f"({counts[0]} bytes and {counts[1]} blocks for {shape.numel()} values). Download the model again."
         )
     return QuantizedTensor(codes, absmax, nested_absmax, offset, shape, dtype, quant_type, block_size)
@@ -143,5 +161,5 @@ def config_json(config: QuantConfig, skip_modules: list[str], dtype: str) -> dic
 
 
 def _check_table(stored: Tensor, standard: Tensor, key: str, name: str) -> None:
-    if not torch.equal(stored.float(), standard):
-        raise ModelError(f"'{name}': '{key}' uses a table of values that is not bitsandbytes' standard one. It cannot be loaded.")
+    if not torch.equal(stored.float().cpu(), standard):
+        raise ModelError(f"{name}: '{key}' uses a table of values that is not bitsandbytes' standard one. It cannot be loaded.")

@@ -95,6 +95,23 @@ def _differentiate(ctx: Any, dy_TN: Tensor) -> tuple[Any, ...]:
 frozen_matmul.register_autograd(_differentiate, setup_context=_save)
 
 
+def frozen_linear(x: Tensor, weight: QuantizedTensor, bias: Tensor | None, code_type: torch.dtype | None) -> Tensor:
+    """x (..., K) -> (..., N) with a packed weight (N, K) and a bias, in x's dtype; 8-bit products of `code_type`, if one is
+    given.
+    """
+    N, K = weight.shape
+    x_TK = x.reshape(-1, K)
+    if x_TK.shape[0] <= MATVEC_MAX_ROWS and not (torch.is_grad_enabled() and x.requires_grad):
+        y_TN = weight.matvec(x_TK)
+    else:
+        y_TN = _FrozenMatmul.apply(x_TK, weight, None if code_type is None else eightbit.shared_rows(x, code_type))
+    return _with_bias(y_TN, bias).view(*x.shape[:-1], N)
+
+
+def _with_bias(y_TN: Tensor, bias: Tensor | None) -> Tensor:
+    return y_TN if bias is None else y_TN + bias.to(y_TN.dtype)
+
+
 class QuantLinear(nn.Module):
     """`nn.Linear` with a frozen quantised weight.
 
@@ -160,17 +177,11 @@ class QuantLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x (..., in_features) -> (..., out_features), computed in x's dtype."""
-        x_TK, code_type = x.reshape(-1, self.in_features), self.code_type
-        if torch.compiler.is_compiling():
-            y_TN = frozen_matmul(x_TK, self.flat, self.codec, self.out_features, eightbit.rows_of(x, code_type))
-        elif x_TK.shape[0] <= MATVEC_MAX_ROWS and not (torch.is_grad_enabled() and x.requires_grad):
-            y_TN = self.weight.matvec(x_TK)
-        else:
-            rows = None if code_type is None else eightbit.shared_rows(x, code_type)
-            y_TN = _FrozenMatmul.apply(x_TK, self.weight, rows)
-        if self.bias is not None:
-            y_TN = y_TN + self.bias.to(y_TN.dtype)
-        return y_TN.view(*x.shape[:-1], self.out_features)  # type: ignore[no-any-return]
+        if not torch.compiler.is_compiling():
+            return frozen_linear(x, self.weight, self.bias, self.code_type)
+        rows = eightbit.rows_of(x, self.code_type)
+        y_TN: Tensor = frozen_matmul(x.reshape(-1, self.in_features), self.flat, self.codec, self.out_features, rows)
+        return _with_bias(y_TN, self.bias).view(*x.shape[:-1], self.out_features)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantLinear:
         # Constants stay float32 and codes uint8 whatever dtype the model is cast to; moves between devices pass through.

@@ -1,0 +1,143 @@
+"""`lownibble bench merge`: what merging costs in memory, and what it keeps of a real tune.
+
+Memory: a checkpoint of random weights in many shards, several times as large as a shard and two of its largest tensors, is merged
+by a process of its own, whose high-water mark (VmHWM above what it held when it began) is read afterwards.
+
+Tune: a QLoRA run on the embedded model and data; its adapter is merged as `lownibble merge` does it, which measures each target
+against the live adapter.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from safetensors.torch import save_file
+
+from lownibble.config import COMPARE_TRAIN, RunConfig
+from lownibble.errors import ConfigError, TrainingError
+from lownibble.export.merge import merge
+
+SHARDS = 16
+_SIZES = {
+    "hidden_size": 1024, "intermediate_size": 2816, "num_hidden_layers": 16, "vocab_size": 12_000, "num_attention_heads": 8,
+    "num_key_value_heads": 8,
+}  # fmt: skip
+_LINEARS = (
+    "self_attn.q_proj",
+    "self_attn.k_proj",
+    "self_attn.v_proj",
+    "self_attn.o_proj",
+    "mlp.gate_proj",
+    "mlp.up_proj",
+    "mlp.down_proj",
+)
+_R = 8
+
+MEASURE = """
+import sys, lownibble as ln
+def kilobytes(key):
+    return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith(key))
+warm_up, adapter, output, onto = sys.argv[1:]
+ln.merge(warm_up, output + "-warm-up", onto=onto, measure_tokens=0, force=True)  # imports, thread pools, tables
+open("/proc/self/clear_refs", "w").write("5")  # the high-water mark starts again from here
+before = kilobytes("VmRSS")
+ln.merge(adapter, output, onto=onto, measure_tokens=0, force=True, trained_on="dense" if onto == "original" else "quantized")
+print((kilobytes("VmHWM") - before) * 1024)
+"""
+"""A program: its last word is the bytes that merging took."""
+
+
+class Large(NamedTuple):
+    """A checkpoint, an adapter for it, and sizes in bytes of all, of the largest shard and of the largest tensor."""
+
+    folder: Path
+    adapter: Path
+    stored_bytes: int
+    shard_bytes: int
+    largest_bytes: int
+
+
+def write_large(folder: Path) -> Large:
+    """Write random bfloat16 weights in `SHARDS` shards (no tokenizer), and an adapter that changes every linear layer."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(**_SIZES, tie_word_embeddings=True, dtype="bfloat16")
+    config.save_pretrained(folder)
+    with torch.device("meta"):
+        shapes = {name: parameter.shape for name, parameter in LlamaForCausalLM(config).named_parameters()}
+    generator = torch.Generator().manual_seed(0)
+    noise = 0.02 * torch.randn(max(shape.numel() for shape in shapes.values()), generator=generator).bfloat16()
+    file_of = {name: f"model-{i % SHARDS:05d}.safetensors" for i, name in enumerate(shapes)}
+    sizes = []
+    for file in sorted(set(file_of.values())):
+        held = {name: noise[: shapes[name].numel()].view(shapes[name]).clone() for name in shapes if file_of[name] == file}
+        save_file(held, folder / file, metadata={"format": "pt"})
+        sizes.append([tensor.nbytes for tensor in held.values()])
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": file_of}))
+    adapter = folder.parent / f"{folder.name}-adapter"
+    adapter.mkdir()
+    tensors = {}
+    for path in (f"model.layers.{i}.{linear}" for i in range(config.num_hidden_layers) for linear in _LINEARS):
+        out_features, in_features = shapes[f"{path}.weight"]
+        for name, shape in (("lora_A", (_R, in_features)), ("lora_B", (out_features, _R))):
+            tensors[f"base_model.model.{path}.{name}.weight"] = 0.01 * torch.randn(shape, generator=generator)
+    save_file(tensors, adapter / "adapter_model.safetensors", metadata={"format": "pt"})
+    values = {
+        "peft_type": "LORA", "r": _R, "lora_alpha": 16, "base_model_name_or_path": str(folder),
+        "target_modules": sorted({linear.rpartition(".")[2] for linear in _LINEARS}),
+    }  # fmt: skip
+    (adapter / "adapter_config.json").write_text(json.dumps(values))
+    return Large(folder, adapter, sum(map(sum, sizes)), max(map(sum, sizes)), max(size for shard in sizes for size in shard))
+
+
+def bench_merge(*, peers: bool = False, repeats: int = 1) -> dict[str, Any]:
+    """Measure memory on a large checkpoint, and a real tune's merges.
+
+    Args:
+        repeats: times that the memory of each target is measured; the largest counts.
+    Raises:
+        ConfigError: with peers; this compares with the live adapter.
+        TrainingError: a process failed.
+    """
+    if peers:
+        raise ConfigError("'bench merge' has no peers: it compares merges with the live adapter. Leave --peers out.")
+    with tempfile.TemporaryDirectory(prefix="lownibble-merge-") as scratch:
+        tune = _tune(Path(scratch))
+        memory = _memory(Path(scratch), Path(scratch) / "run" / "adapter", repeats)
+    allowed = memory["allowed_bytes"]
+    headlines = {f"{onto}: peak / (shard + 2 tensors)": peak / allowed for onto, peak in memory["peak_bytes"].items()}
+    headlines |= {f"{name}: of the tune kept": figures["kept"] for name, figures in tune["models"].items() if "kept" in figures}
+    return {"memory": memory, "tune": tune, "headlines": headlines}
+
+
+def _memory(scratch: Path, small: Path, repeats: int) -> dict[str, Any]:
+    large = write_large(scratch / "large")
+    peaks: dict[str, int] = {}
+    for onto in ("dequantized", "original", "nf4"):
+        for number in range(repeats):
+            command = [sys.executable, "-c", MEASURE, str(small), str(large.adapter), str(scratch / f"{onto}-{number}"), onto]
+            run = subprocess.run(command, capture_output=True, text=True, check=False)
+            if run.returncode:
+                raise TrainingError(f"Merging for the measurement failed: {run.stderr.strip().splitlines()[-1]}")
+            peaks[onto] = max(peaks.get(onto, 0), int(run.stdout.split()[-1]))
+    return {
+        "stored_bytes": large.stored_bytes, "shards": SHARDS, "shard_bytes": large.shard_bytes,
+        "largest_tensor_bytes": large.largest_bytes, "allowed_bytes": large.shard_bytes + 2 * large.largest_bytes,
+        "peak_bytes": peaks,
+    }  # fmt: skip
+
+
+def _tune(scratch: Path) -> dict[str, Any]:
+    from lownibble.training import run
+
+    config = RunConfig(method="qlora", train=COMPARE_TRAIN.with_options(output_dir=str(scratch / "run")))
+    run(config)
+    merged = merge(scratch / "run" / "adapter", scratch / "merged")
+    measured: dict[str, Any] = merged["measured"]
+    return {"run": config.to_dict(), "onto": merged["onto"], "advice": merged["advice"], **measured}

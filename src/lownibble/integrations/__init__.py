@@ -1,0 +1,1 @@
+"""Lownibble inside other libraries."""

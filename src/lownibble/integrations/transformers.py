@@ -1,0 +1,209 @@
+"""Lownibble's 4-bit layers for every user of transformers, PEFT and TRL: `NF4Config` where `BitsAndBytesConfig` stood.
+
+    from lownibble.integrations.transformers import NF4Config
+    model = AutoModelForCausalLM.from_pretrained(name, quantization_config=NF4Config())
+    model = get_peft_model(model, LoraConfig(...))
+
+Importing this module registers a quantizer with transformers, by its public extension point. The layer is an `nn.Linear` whose
+`weight` is the packed codes, as bitsandbytes' is, because that is what PEFT looks for; it computes as `QuantLinear` does. Saved
+checkpoints hold bitsandbytes' tensors under bitsandbytes' names, so there is one format of 4-bit files here, and `lownibble.load`
+reads them; their `quant_method` is 'lownibble', for which this module must be imported before they are loaded by transformers.
+
+Rejected: `is_loaded_in_4bit` on the model. transformers then imports bitsandbytes to count parameters, and TRL casts adapters to
+bfloat16.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.core_model_loading import ConversionOps
+from transformers.quantizers.auto import register_quantization_config, register_quantizer
+from transformers.quantizers.base import HfQuantizer
+from transformers.quantizers.quantizers_utils import should_convert_module
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from lownibble.config import QuantConfig
+from lownibble.models import bnb4bit
+from lownibble.quant import QuantizedTensor, eightbit, is_plain_linear, quantize
+from lownibble.quant.linear import frozen_linear
+
+METHOD = bnb4bit.OWN_METHOD
+_INITIALISED = "_is_hf_initialized"  # how transformers knows that a module needs no random weights
+
+
+@register_quantization_config(METHOD)
+class NF4Config(QuantizationConfigMixin):  # type: ignore[misc]
+    """How linear weights are packed; options and defaults are those of `lownibble.QuantConfig`.
+
+    Args:
+        skip_modules: linear modules left as they are; None: the output head and what is tied to it.
+    Raises:
+        ConfigError: a bad value, or an option that is not known.
+    """
+
+    def __init__(
+        self, quant_type: str = "nf4", block_size: int = 64, double_quant: bool = True, compute: str = "auto",
+        skip_modules: list[str] | None = None, **unknown: Any,
+    ) -> None:  # fmt: skip
+        self.quant_method = METHOD
+        unknown.pop("quant_method", None)
+        options = QuantConfig(quant_type=quant_type, block_size=block_size, double_quant=double_quant, compute=compute, **unknown)
+        self.quant_type, self.block_size, self.double_quant = options.quant_type, options.block_size, options.double_quant
+        self.compute, self.skip_modules = options.compute, skip_modules
+
+    @property
+    def options(self) -> QuantConfig:
+        """The same as Lownibble's own configuration."""
+        return QuantConfig(
+            quant_type=self.quant_type, block_size=self.block_size, double_quant=self.double_quant, compute=self.compute
+        )
+
+
+class NF4Linear(nn.Linear):
+    """`nn.Linear` on packed weights: `weight` (ceil(n/2), 1) uint8 holds the codes, `packed` the constants too.
+
+    The constants are no buffers: transformers makes buffers that are in no checkpoint anew after loading.
+    """
+
+    def __init__(self, in_features: int, out_features: int, bias: bool, options: QuantConfig) -> None:
+        super().__init__(in_features, out_features, bias, device="meta")
+        self.options, self.compute = options, "exact"
+        codes = torch.empty((-(-in_features * out_features // 2), 1), dtype=torch.uint8, device="meta")
+        self.weight = nn.Parameter(codes, requires_grad=False)
+        self._packed: QuantizedTensor | None = None
+
+    def hold(self, packed: QuantizedTensor) -> Tensor:
+        """Take over a packed weight; returns its codes, to be set as `weight`."""
+        self._packed, self.compute = packed, eightbit.choose(self.options.compute, packed.device)
+        if self.compute in eightbit.CODE_TYPES:
+            eightbit.check_weight(packed, "a linear layer", self.compute)
+        return packed.codes
+
+    @property
+    def packed(self) -> QuantizedTensor:
+        """The weight as a value."""
+        assert self._packed is not None, "the weights are not loaded yet"
+        if self._packed.codes.data_ptr() != self.weight.data_ptr():
+            self._packed = replace(self._packed, codes=self.weight.data)
+        return self._packed
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (..., in_features) -> (..., out_features), in x's dtype."""
+        return frozen_linear(x, self.packed, self.bias, eightbit.CODE_TYPES.get(self.compute))
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> NF4Linear:
+        # Moves between devices pass through, casts touch the bias alone: constants stay float32 and codes uint8.
+        if self._packed is None:
+            super()._apply(fn, recurse)
+            return self
+        held = self.packed
+        device = fn(held.codes).device
+        nested, offset = (None if t is None else t.to(device) for t in (held.nested_absmax, held.offset))
+        self.weight.data = held.codes.to(device)
+        self._packed = replace(held, codes=self.weight.data, absmax=held.absmax.to(device), nested_absmax=nested, offset=offset)
+        if self.bias is not None:
+            self.bias.data = fn(self.bias.data)
+        return self
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self._packed is not None:
+            parts = bnb4bit.pack(prefix.removesuffix("."), self.packed)
+            destination.update({key: tensor.clone() for key, tensor in parts.items() if key != f"{prefix}weight"})
+
+    def extra_repr(self) -> str:
+        """Shown by `print(model)`."""
+        return f"{self.in_features}, {self.out_features}, bias={self.bias is not None}, {self.options.quant_type}"
+
+
+class _Quantize(ConversionOps):  # type: ignore[misc]
+    """A dense weight on its way into the model becomes codes; its constants go to the layer."""
+
+    def __init__(self, hf_quantizer: NF4Quantizer) -> None:
+        self.hf_quantizer = hf_quantizer
+
+    def convert(self, input_dict: dict[str, Any], model: nn.Module | None = None, **_: Any) -> dict[str, Tensor]:
+        assert model is not None
+        found = {}
+        for name, value in input_dict.items():
+            layer = model.get_submodule(name.rpartition(".")[0])
+            assert isinstance(layer, NF4Linear)
+            tensor = value[0] if isinstance(value, list) else value
+            found[name] = layer.hold(quantize(tensor, layer.options, name=name))
+            setattr(layer, _INITIALISED, True)
+        return found
+
+
+class _Deserialize(ConversionOps):  # type: ignore[misc]
+    """The tensors of a packed layer become its codes and constants."""
+
+    def __init__(self, hf_quantizer: NF4Quantizer) -> None:
+        self.hf_quantizer = hf_quantizer
+
+    def convert(
+        self, input_dict: dict[str, Any], model: nn.Module | None = None, full_layer_name: str | None = None, **_: Any
+    ) -> dict[str, Any]:
+        if len(input_dict) == 1:  # a layer that is not packed
+            return input_dict
+        assert model is not None
+        assert full_layer_name is not None
+        path = full_layer_name.removesuffix(".weight")
+        layer = model.get_submodule(path)
+        assert isinstance(layer, NF4Linear)
+        parts = {f"{path}.{key}": value[0] if isinstance(value, list) else value for key, value in input_dict.items()}
+        codes = layer.hold(bnb4bit.unpack(parts, path, torch.float32, "the checkpoint"))
+        setattr(layer, _INITIALISED, True)
+        return {"weight": codes}
+
+
+@register_quantizer(METHOD)
+class NF4Quantizer(HfQuantizer):  # type: ignore[misc]
+    """What `from_pretrained` calls while it loads a model with an `NF4Config`."""
+
+    requires_calibration = False
+    quantization_config: NF4Config
+    serialized_names: dict[str, list[str]] = bnb4bit.SERIALIZED_NAMES
+
+    def _process_model_before_weight_loading(self, model: Any, **_: Any) -> Any:
+        config = self.quantization_config
+        skipped = self.get_modules_to_not_convert(model, config.skip_modules, model._keep_in_fp32_modules)
+        chosen = [
+            (path, module) for path, module in model.named_modules()
+            if is_plain_linear(module) and should_convert_module(path, skipped)
+        ]  # fmt: skip
+        for path, linear in chosen:
+            layer = NF4Linear(linear.in_features, linear.out_features, linear.bias is not None, config.options)
+            model.set_submodule(path, layer.requires_grad_(False))
+        return model
+
+    def param_needs_quantization(self, model: Any, param_name: str, **_: Any) -> bool:
+        """Whether a tensor of the checkpoint is the weight of a packed layer."""
+        path, name = param_name.rpartition(".")[::2]
+        return name == "weight" and isinstance(model.get_submodule(path), NF4Linear)
+
+    @property
+    def quantized_element_size(self) -> float:
+        """Bytes of a packed weight."""
+        return 0.5
+
+    def get_quantize_ops(self) -> ConversionOps:
+        """What packs a dense weight."""
+        return _Quantize(self)
+
+    def get_load_operations(self) -> dict[str, Any]:
+        """What reads a packed one."""
+        return {"deserialize": _Deserialize}
+
+    def is_serializable(self) -> bool:
+        """`save_pretrained` works."""
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        """Adapters on top train."""
+        return True

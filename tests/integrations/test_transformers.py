@@ -1,0 +1,181 @@
+"""The drop-in for transformers, PEFT and TRL. Oracles: our own loader, bitsandbytes' bytes, PEFT over the decoded weights."""
+
+import json
+
+import pytest
+import torch
+from datasets import Dataset
+from safetensors.torch import load_file
+from tiny_folders import write_model, write_t5
+from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer, BitsAndBytesConfig
+
+import lownibble as ln
+from lownibble.errors import ConfigError, QuantizationError
+from lownibble.integrations.transformers import NF4Config, NF4Linear
+
+
+@pytest.fixture
+def folder(write):
+    return write("llama", hidden_size=64, intermediate_size=128)
+
+
+def logits(model, batch):
+    ids, mask, _ = batch()
+    with torch.no_grad():
+        return model(input_ids=ids, attention_mask=mask).logits
+
+
+def packed(model):
+    return {path: module for path, module in model.named_modules() if isinstance(module, NF4Linear)}
+
+
+def load(folder, **options):
+    return AutoModelForCausalLM.from_pretrained(folder, quantization_config=NF4Config(**options), dtype=torch.float32).eval()
+
+
+OPTIONS = {"default": {}, "fp4, plain constants": {"quant_type": "fp4", "double_quant": False}, "block 128": {"block_size": 128}}
+
+
+@pytest.mark.parametrize("case", OPTIONS)
+@pytest.mark.parametrize("tied", [False, True])
+def test_the_same_weights_as_our_own_loader(write, batch, case, tied):
+    folder = write("llama", tie_word_embeddings=tied, attention_bias=True)
+    model = load(folder, **OPTIONS[case])
+    ours, _ = ln.load(str(folder), quant=ln.QuantConfig(**OPTIONS[case]))
+    assert len(packed(model)) == 14
+    assert torch.equal(logits(model, batch), logits(ours, batch))
+    assert model.num_parameters() < ours.num_parameters()
+    assert (model.lm_head.weight is model.model.embed_tokens.weight) == tied
+
+
+def test_bytes_are_those_of_bitsandbytes(bitsandbytes, folder, tmp_path):
+    load(folder).save_pretrained(tmp_path / "ours")
+    config = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True)
+    theirs = AutoModelForCausalLM.from_pretrained(folder, quantization_config=config, dtype=torch.float32, device_map="cpu")
+    theirs.save_pretrained(tmp_path / "theirs")
+    ours, theirs = (load_file(tmp_path / name / "model.safetensors") for name in ("ours", "theirs"))
+    assert ours.keys() == theirs.keys()
+    for key, value in theirs.items():
+        if "quant_state" in key:
+            assert json.loads(bytes(ours[key].tolist())) == json.loads(bytes(value.tolist()))
+        else:
+            assert torch.equal(ours[key], value), key
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_saved_and_loaded_again(folder, batch, tmp_path, tokenizer, dtype):
+    model = AutoModelForCausalLM.from_pretrained(folder, quantization_config=NF4Config(), dtype=dtype).eval()
+    model.save_pretrained(tmp_path / "saved", max_shard_size="20KB")
+    tokenizer.save_pretrained(tmp_path / "saved")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "saved", dtype=dtype).eval()
+    assert len(packed(again)) == 14
+    assert torch.equal(logits(again, batch), logits(model, batch))
+    assert again.config.quantization_config.quant_method == "lownibble"
+    ours, _ = ln.load(str(tmp_path / "saved"), dtype=dtype)
+    assert torch.equal(logits(ours, batch), logits(model, batch))
+
+
+def test_casts_leave_codes_and_constants(folder, batch):
+    model = load(folder)
+    before = {key: value.clone() for key, value in model.model.layers[0].mlp.up_proj.state_dict().items()}
+    model.to(torch.bfloat16)
+    after = model.model.layers[0].mlp.up_proj.state_dict()
+    assert all(torch.equal(after[key], value) for key, value in before.items())
+    assert logits(model, batch).dtype == torch.bfloat16
+
+
+def test_peft_trains_on_it_as_on_the_decoded_weights(peft, folder, batch):
+    config = peft.LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False)
+    found = []
+    for decoded in (False, True):
+        model = load(folder)
+        if decoded:
+            for path, layer in packed(model).items():
+                linear = torch.nn.Linear(layer.in_features, layer.out_features, bias=False)
+                linear.weight.data = layer.packed.dequantize(torch.float32)
+                model.set_submodule(path, linear)
+        torch.manual_seed(0)
+        adapted = peft.get_peft_model(model, config).train()
+        ids, mask, labels = batch()
+        loss = adapted(input_ids=ids, attention_mask=mask, labels=labels).loss
+        loss.backward()
+        found.append((loss.detach(), {name: p.grad for name, p in adapted.named_parameters() if p.requires_grad}))
+    (loss, gradients), (expected, expected_gradients) = found
+    torch.testing.assert_close(loss, expected, rtol=1e-5, atol=0)
+    assert gradients.keys() == expected_gradients.keys()
+    assert len(gradients) == 28
+    for name, gradient in expected_gradients.items():
+        torch.testing.assert_close(gradients[name], gradient, rtol=1e-3, atol=1e-5)
+
+
+def test_prepared_for_kbit_training_with_checkpointing(peft, folder, batch):
+    """The articles' own lines."""
+    model = peft.prepare_model_for_kbit_training(load(folder), use_gradient_checkpointing=True)
+    model = peft.get_peft_model(model, peft.LoraConfig(r=4, target_modules=["q_proj", "v_proj"])).train()
+    ids, mask, labels = batch()
+    model(input_ids=ids, attention_mask=mask, labels=labels, use_cache=False).loss.backward()
+    trained = {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
+    assert trained
+    assert all(gradient is not None for gradient in trained.values())
+    assert any(gradient.any() for name, gradient in trained.items() if "lora_B" in name)
+
+
+def test_a_peft_adapter_comes_back_through_our_loader(peft, folder, batch, tmp_path):
+    model = peft.get_peft_model(load(folder), peft.LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False)).eval()
+    model.save_pretrained(tmp_path / "adapter")
+    ours, _ = ln.load(str(folder), quant="nf4")
+    ln.load_adapter(ours, tmp_path / "adapter")
+    torch.testing.assert_close(logits(ours, batch), logits(model, batch), rtol=0, atol=2e-5)
+
+
+def test_encoder_decoder(tmp_path):
+    model = AutoModelForSeq2SeqLM.from_pretrained(write_t5(tmp_path), quantization_config=NF4Config(), dtype=torch.float32).eval()
+    ours, _ = ln.load(
+        str(tmp_path), quant=ln.QuantConfig(skip_modules=["lm_head", "wo"])
+    )  # transformers keeps T5's wo in float32
+    ids = torch.arange(3, 12).unsqueeze(0)
+    with torch.no_grad():
+        found, expected = (m(input_ids=ids, decoder_input_ids=ids[:, :4]).logits for m in (model, ours))
+    assert packed(model)
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+
+
+def test_skipped_modules_stay_dense(folder):
+    model = load(folder, skip_modules=["lm_head", "down_proj"])
+    assert len(packed(model)) == 12
+    assert type(model.model.layers[0].mlp.down_proj) is torch.nn.Linear
+
+
+def test_bad_options_and_weights(tiny, folder, tmp_path):
+    with pytest.raises(ConfigError, match="The 'quant_type' of QuantConfig must be"):
+        NF4Config(quant_type="nf5")
+    with pytest.raises(ConfigError, match=r"QuantConfig has no option 'blocksize'. Did you mean 'block_size'"):
+        NF4Config(blocksize=64)
+    model = tiny("llama")
+    model.model.layers[1].mlp.up_proj.weight.data[0, 0] = float("nan")
+    model.save_pretrained(tmp_path / "bad")
+    with pytest.raises((QuantizationError, RuntimeError), match=r"conversion|NaN or infinite"):
+        load(tmp_path / "bad")
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_trl_trains_with_peft_on_top(peft, tmp_path):
+    """TRL's own trainer, on text: the loss falls, and the adapter it saves changes what the model says."""
+    trl = pytest.importorskip("trl")
+    folder = write_model(tmp_path / "model")
+    rows = Dataset.from_list([{"text": "the film was good : positive"}, {"text": "the plot was bad : not positive"}] * 16)
+    trainer = trl.SFTTrainer(
+        model=AutoModelForCausalLM.from_pretrained(folder, quantization_config=NF4Config(), dtype=torch.float32),
+        processing_class=AutoTokenizer.from_pretrained(folder),
+        train_dataset=rows,
+        args=trl.SFTConfig(
+            output_dir=str(tmp_path / "out"), max_steps=12, per_device_train_batch_size=8, learning_rate=2e-2, logging_steps=1,
+            report_to="none", use_cpu=True, bf16=False, gradient_checkpointing=False, save_strategy="no",
+        ),
+        peft_config=peft.LoraConfig(r=4, target_modules="all-linear"),
+    )  # fmt: skip
+    trainer.train()
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    assert losses[-1] < losses[0] - 0.2
+    trainer.save_model(str(tmp_path / "adapter"))
+    assert (tmp_path / "adapter" / "adapter_model.safetensors").is_file()
