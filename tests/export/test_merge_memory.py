@@ -4,6 +4,7 @@ import subprocess
 import sys
 
 import pytest
+
 from lownibble.bench.merge import MEASURE, write_large
 
 MB = 2**20
