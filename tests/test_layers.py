@@ -13,7 +13,7 @@ LAYERS = {
     "kernels": 1, "quant": 1, "planning": 1, "tensorfile": 1,
     "lora": 2, "models": 2, "data": 2, "optim": 2, "record": 2,
     "training": 3, "decoding": 3, "integrations": 3,
-    "study": 4, "bench": 4, "export": 4,
+    "study": 4, "bench": 4, "exporting": 4,
     "cli": 5,
 }  # fmt: skip
 WITHIN_A_LAYER = {("quant", "kernels"), ("config", "errors"), ("embedded", "errors"), ("arch", "errors")}

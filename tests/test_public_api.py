@@ -9,8 +9,8 @@ import lownibble as ln
 
 PUBLIC = {
     "CompareConfig", "DataConfig", "LoraConfig", "PlanConfig", "QuantConfig", "QuantLinear", "QuantizedTensor", "RunConfig",
-    "TrainConfig", "TrainResult", "__version__", "add_lora", "compare", "decode", "dequantize", "load", "load_adapter", "merge",
-    "plan", "quantize", "run", "save_adapter", "set_adapter", "train", "trainable_summary", "use_backend",
+    "TrainConfig", "TrainResult", "__version__", "add_lora", "compare", "decode", "dequantize", "export", "load", "load_adapter",
+    "merge", "plan", "quantize", "run", "save_adapter", "set_adapter", "train", "trainable_summary", "use_backend",
 }  # fmt: skip
 
 

@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from lownibble.config import CompareConfig, DataConfig, LoraConfig, PlanConfig, QuantConfig, RunConfig, TrainConfig
     from lownibble.decoding.generate import decode
-    from lownibble.export.merge import merge
+    from lownibble.exporting.convert import export
+    from lownibble.exporting.merge import merge
     from lownibble.kernels.ops import use_backend
     from lownibble.lora import add_lora, load_adapter, save_adapter, set_adapter, trainable_summary
     from lownibble.models.load import load
@@ -27,7 +28,7 @@ _HOME = {
     "CompareConfig": "config", "DataConfig": "config", "LoraConfig": "config", "PlanConfig": "config", "QuantConfig": "config",
     "QuantLinear": "quant", "QuantizedTensor": "quant", "RunConfig": "config", "TrainConfig": "config",
     "TrainResult": "training", "add_lora": "lora", "compare": "study.compare", "decode": "decoding.generate",
-    "dequantize": "quant", "load": "models", "load_adapter": "lora", "merge": "export.merge",
+    "dequantize": "quant", "export": "exporting.convert", "load": "models", "load_adapter": "lora", "merge": "exporting.merge",
     "plan": "planning.plan", "quantize": "quant", "run": "training", "save_adapter": "lora", "set_adapter": "lora",
     "train": "training", "trainable_summary": "lora", "use_backend": "kernels.ops",
 }  # fmt: skip
@@ -35,8 +36,8 @@ _HOME = {
 
 __all__ = [
     "CompareConfig", "DataConfig", "LoraConfig", "PlanConfig", "QuantConfig", "QuantLinear", "QuantizedTensor", "RunConfig",
-    "TrainConfig", "TrainResult", "__version__", "add_lora", "compare", "decode", "dequantize", "load", "load_adapter", "merge",
-    "plan", "quantize", "run", "save_adapter", "set_adapter", "train", "trainable_summary", "use_backend",
+    "TrainConfig", "TrainResult", "__version__", "add_lora", "compare", "decode", "dequantize", "export", "load", "load_adapter",
+    "merge", "plan", "quantize", "run", "save_adapter", "set_adapter", "train", "trainable_summary", "use_backend",
 ]  # fmt: skip
 
 

@@ -357,6 +357,26 @@ class MergeConfig(Options):
     quant: QuantConfig = QuantConfig()
 
 
+class ExportConfig(Options):
+    """The same weights in another format (`lownibble export`)."""
+
+    source: str = Field(description="a model ('demo', a folder, a .gguf file, a hub id) or an adapter (a folder, a .gguf file)")
+    output: str = Field(description="folder to make; for gguf the file")
+    format: Literal["safetensors", "bnb-4bit", "gguf", "peft"] = Field(
+        "gguf",
+        description="'safetensors', dense, for transformers; 'bnb-4bit', packed, for transformers with bitsandbytes; 'gguf', for "
+        "llama.cpp, of a model or an adapter; 'peft', of an adapter",
+    )
+    base: str | None = Field(None, description="of an adapter: its base; default: the one that the adapter names")
+    revision: str | None = Field(None, description="hub revision of the model")
+    dtype: Literal["auto", "float32", "bfloat16", "float16", "q8_0"] = Field(
+        "auto", description="type of dense matrices; auto: gguf float16, else what they are stored in; q8_0: gguf only"
+    )
+    quant: QuantConfig = QuantConfig()
+
+
+PACKED = ("quant_type", "block_size", "double_quant", "skip_modules")
+
 MERGED = {
     "data": (
         "path",
@@ -368,8 +388,10 @@ MERGED = {
         "use_chat_template",
         "mask_prompt",
     ),
-    "quant": ("quant_type", "block_size", "double_quant", "skip_modules"),
+    "quant": PACKED,
 }
+
+EXPORTED = {"quant": PACKED}
 
 EVALUATED = {
     "data": tuple(DataConfig.model_fields),
@@ -378,7 +400,12 @@ EVALUATED = {
     "train": ("batch_size", "max_length"),
 }
 
-TAKES: dict[type[Options], Mapping[str, tuple[str, ...]]] = {PlanConfig: PLANNED, EvalConfig: EVALUATED, MergeConfig: MERGED}
+TAKES: dict[type[Options], Mapping[str, tuple[str, ...]]] = {
+    PlanConfig: PLANNED,
+    EvalConfig: EVALUATED,
+    MergeConfig: MERGED,
+    ExportConfig: EXPORTED,
+}
 """Configuration -> the options of its groups that are its own; where nothing is said, all."""
 
 GROUPS = ("data", "quant", "lora", "train")

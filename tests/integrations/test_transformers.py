@@ -71,6 +71,11 @@ def test_saved_and_loaded_again(folder, batch, tmp_path, tokenizer, dtype):
     assert len(packed(again)) == 14
     assert torch.equal(logits(again, batch), logits(model, batch))
     assert again.config.quantization_config.quant_method == "lownibble"
+    again.save_pretrained(tmp_path / "twice")
+    twice = load_file(tmp_path / "twice" / "model.safetensors")
+    assert twice.keys() == again.state_dict().keys()
+    third = AutoModelForCausalLM.from_pretrained(tmp_path / "twice", dtype=dtype).eval()
+    assert torch.equal(logits(third, batch), logits(model, batch))
     ours, _ = ln.load(str(tmp_path / "saved"), dtype=dtype)
     assert torch.equal(logits(ours, batch), logits(model, batch))
 

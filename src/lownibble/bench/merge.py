@@ -21,7 +21,7 @@ from safetensors.torch import save_file
 
 from lownibble.config import COMPARE_TRAIN, RunConfig
 from lownibble.errors import ConfigError, TrainingError
-from lownibble.export.merge import merge
+from lownibble.exporting.merge import merge
 
 SHARDS = 16
 _SIZES = {

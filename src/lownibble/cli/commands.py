@@ -13,7 +13,7 @@ from rich.table import Table
 
 from lownibble.bench import run_bench
 from lownibble.cli.flags import read
-from lownibble.config import CompareConfig, EvalConfig, MergeConfig, PlanConfig, RunConfig
+from lownibble.config import CompareConfig, EvalConfig, ExportConfig, MergeConfig, PlanConfig, RunConfig
 from lownibble.errors import ConfigError
 
 
@@ -216,7 +216,7 @@ def evaluate(arguments: argparse.Namespace) -> dict[str, Any]:
 def merge(arguments: argparse.Namespace) -> dict[str, Any]:
     """Merge an adapter into its base."""
     config: MergeConfig = read(arguments, MergeConfig)
-    from lownibble.export.merge import run_merge
+    from lownibble.exporting.merge import run_merge
 
     result = run_merge(config)
     console = _console(arguments)
@@ -241,6 +241,16 @@ def _merge_table(models: dict[str, Any]) -> Table:
         kept = f"{max(0.0, figures['kept']):.1%}" if "kept" in figures else "-"
         table.add_row(model, kl, same, f"{at['perplexity']:.4g}", kept)
     return table
+
+
+def export(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Write weights in another format."""
+    config: ExportConfig = read(arguments, ExportConfig)
+    from lownibble.exporting.convert import run_export
+
+    result = run_export(config)
+    _console(arguments).print(f"{result['tensors']} tensors as {config.format}: {result['output']}", soft_wrap=True, markup=False)
+    return result
 
 
 def bench(arguments: argparse.Namespace) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from lownibble import __version__
 from lownibble.bench import BENCHES
 from lownibble.cli import commands
 from lownibble.cli.flags import add_flags
-from lownibble.config import CompareConfig, EvalConfig, MergeConfig, PlanConfig, RunConfig
+from lownibble.config import CompareConfig, EvalConfig, ExportConfig, MergeConfig, PlanConfig, RunConfig
 from lownibble.errors import ConfigError, InputError, LownibbleError
 
 _MODELS = "'demo', a bundled model (llama-3-8b, qwen2.5-7b, ...), a config.json, a model folder or a hub id"
@@ -97,6 +97,11 @@ def _parser() -> argparse.ArgumentParser:
                 "lownibble merge runs/first/adapter --output runs/merged --onto dequantized")  # fmt: skip
     merge.add_argument("adapter", help="folder of the adapter")
     add_flags(merge, MergeConfig, positional=("adapter",))
+
+    export = add("export", commands.export, "Write a model or an adapter in the format that another tool reads.",
+                 "lownibble export runs/merged --output model.gguf --format gguf --dtype q8_0")  # fmt: skip
+    export.add_argument("source", help="a model, or an adapter: a folder or a .gguf file")
+    add_flags(export, ExportConfig, positional=("source",))
 
     bench = add("bench", commands.bench, "Measure kernels or the training step, next to peers.", "lownibble bench train --peers")
     bench.add_argument("what", choices=BENCHES, help="what to measure")

@@ -181,6 +181,14 @@ class NF4Quantizer(HfQuantizer):  # type: ignore[misc]
             model.set_submodule(path, layer.requires_grad_(False))
         return model
 
+    def _process_model_after_weight_loading(self, model: Any, **_: Any) -> Any:
+        # The layers' state is what checkpoints hold: nothing is to be turned back when the model is saved.
+        model._weight_conversions = [
+            each for each in model._weight_conversions
+            if not any(isinstance(op, _Deserialize) for op in getattr(each, "operations", ()))
+        ]  # fmt: skip
+        return model
+
     def param_needs_quantization(self, model: Any, param_name: str, **_: Any) -> bool:
         """Whether a tensor of the checkpoint is the weight of a packed layer."""
         path, name = param_name.rpartition(".")[::2]

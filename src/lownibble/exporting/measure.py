@@ -24,7 +24,7 @@ from accelerate.hooks import attach_align_device_hook, remove_hook_from_submodul
 from torch import Tensor, nn
 
 from lownibble.data import Batch, Example
-from lownibble.export.weights import Weights, as_float
+from lownibble.exporting.weights import Weights, as_float
 from lownibble.training.loss import Head, hidden_states, label_places
 from lownibble.training.microbatches import Collate
 

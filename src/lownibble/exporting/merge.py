@@ -20,9 +20,9 @@ from safetensors import SafetensorError
 from lownibble import record, tensorfile
 from lownibble.config import DataConfig, MergeConfig, QuantConfig
 from lownibble.data import encode, load
-from lownibble.errors import AdapterError, ConfigError, InputError, LownibbleError, OutputError
-from lownibble.export.measure import BASE, FAITHFUL, choose_rows, measure
-from lownibble.export.weights import Weights, check_onto
+from lownibble.errors import AdapterError, ConfigError, InputError, OutputError
+from lownibble.exporting.measure import BASE, FAITHFUL, choose_rows, measure
+from lownibble.exporting.weights import Weights, check_onto
 from lownibble.lora.adapter import AdapterFile
 from lownibble.lora.provenance import describe, other_weights
 from lownibble.models import ModelSource, bnb4bit, load_tokenizer, resolve
@@ -54,8 +54,7 @@ def merge(adapter: str | Path, output: str | Path, **options: Any) -> dict[str, 
 def run_merge(config: MergeConfig) -> dict[str, Any]:
     """`merge` with its options in a configuration."""
     output = Path(config.output)
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise OutputError(f"'{output}' holds something already. Choose another --output.")
+    check_free(output)
     adapter = AdapterFile(config.adapter)
     source, quant = _base(config, adapter)
     weights = Weights(source, adapter, quant, config.quant, config.dtype)
@@ -79,6 +78,16 @@ def run_merge(config: MergeConfig) -> dict[str, Any]:
     }
     write(weights, onto, output, result, adapter.folder)
     return result
+
+
+def check_free(output: Path) -> None:
+    """Raise unless a folder can be made there.
+
+    Raises:
+        OutputError: something is there.
+    """
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise OutputError(f"'{output}' holds something already. Choose another --output.")
 
 
 def _codec(weights: Weights) -> str:
@@ -216,10 +225,8 @@ def write(weights: Weights, onto: str, output: Path, result: dict[str, Any], tok
             state.unlink()
             (aside / ".lock").unlink()
             if output.is_dir():
-                output.rmdir()  # empty: `run_merge` has looked
+                output.rmdir()  # empty: see `check_free`
             aside.rename(output)
-        except LownibbleError:
-            raise
         except (OSError, SafetensorError) as error:
             raise OutputError(
                 f"Cannot write '{output}': {error}. Free some space and run the same command again: finished shards are kept."

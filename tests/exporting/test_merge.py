@@ -317,7 +317,7 @@ def test_options_that_contradict_the_adapter(write, adapt, peft, tmp_path):
 
 def test_an_interrupted_merge_goes_on(write, adapt, tmp_path, monkeypatch):
     """Shards that were finished are not written again, and the result has the same bytes; another merge starts over."""
-    from lownibble.export import merge as module
+    from lownibble.exporting import merge as module
 
     folder = write("llama", shards=True)
     _, adapter = adapt(folder, "nf4")
@@ -347,7 +347,7 @@ def test_an_interrupted_merge_goes_on(write, adapt, tmp_path, monkeypatch):
 
 
 def test_a_full_disk_is_noticed_before_anything_is_written(write, adapt, tmp_path, monkeypatch):
-    from lownibble.export import merge as module
+    from lownibble.exporting import merge as module
 
     _, adapter = adapt(write("llama"), "nf4")
     usage = type("Usage", (), {"free": 1000})()

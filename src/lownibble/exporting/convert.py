@@ -1,0 +1,96 @@
+"""`lownibble export`: the same weights in the format that another tool reads.
+
+    from a model      safetensors (dense), bnb-4bit (packed, byte for byte bitsandbytes'), gguf
+    from an adapter   gguf; peft, where it is a .gguf file
+
+A 4-bit checkpoint exports as it is: to bnb-4bit its bytes are copied, to the dense formats they are decoded. An adapter goes
+into a model's format by merging first, which measures what that costs.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lownibble import record
+from lownibble.config import ExportConfig, QuantConfig
+from lownibble.errors import AdapterError, ConfigError, OutputError
+from lownibble.exporting import gguf
+from lownibble.exporting.merge import check_free, write
+from lownibble.exporting.weights import Weights
+from lownibble.lora.adapter import CONFIG_FILE, AdapterFile
+from lownibble.models import resolve, skeleton
+
+
+def export(source: str | Path, output: str | Path, format: str, **options: Any) -> dict[str, Any]:
+    """Write a model or an adapter in another format; returns what was written.
+
+    Args:
+        source: a model as `load` takes it, or an adapter: a folder or a .gguf file.
+        output: a folder that does not exist or is empty; for gguf a file that does not exist.
+        format: 'safetensors', 'bnb-4bit', 'gguf' or 'peft'.
+        options: of `ExportConfig`: base, dtype, quant, ...
+    Raises:
+        ConfigError: a format that the source cannot be written in.
+        ModelError, AdapterError: the source is damaged or not supported.
+        OutputError: the output is taken, or the disk is full.
+    """
+    return run_export(ExportConfig(source=str(source), output=str(output), format=format, **options))
+
+
+def run_export(config: ExportConfig) -> dict[str, Any]:
+    """`export` with its options in a configuration."""
+    output, source = Path(config.output), Path(config.source)
+    _check(config, output)
+    started = {**record.new("export"), "status": "ok", "config": config.to_dict(), "output": str(output)}
+    is_file = source.suffix == ".gguf" and source.is_file()
+    if (source / CONFIG_FILE).is_file() or (is_file and gguf.is_adapter(source)):
+        return {**started, **_adapter(config, source, output, is_file)}
+    if config.format == "peft" or config.base is not None:
+        what = "--format peft is" if config.format == "peft" else "--base is"
+        raise ConfigError(f"{what} for adapters, and '{config.source}' is a model. Leave it out.")
+    model = resolve(config.source, config.revision)
+    auto = "float16" if config.format == "gguf" else "auto"
+    dtype = auto if config.dtype == "auto" else config.dtype
+    weights = Weights(model, None, None, config.quant, dtype if config.format != "gguf" else "float32")
+    onto = "nf4" if config.format == "bnb-4bit" else "dequantized" if weights.packed else "original"
+    if weights.packed and config.quant != QuantConfig():
+        raise ConfigError(f"'{config.source}' is in 4 bits already, as {weights.new_quant.quant_type}. Leave quant options out.")
+    if config.format == "gguf":
+        return {**started, **gguf.write_model(weights, onto, output, dtype, model)}
+    facts = {"base": {"model": model.name, "digest": weights.checkpoint.digest()}, "tensors": len(weights.names)}
+    write(weights, onto, output, {**started, **facts})
+    return {**started, **facts}
+
+
+def _check(config: ExportConfig, output: Path) -> None:
+    if config.format == "gguf":
+        if output.exists():
+            raise OutputError(f"'{output}' exists already. Choose another --output, a file such as model.gguf.")
+    else:
+        check_free(output)
+        if config.dtype == "q8_0":
+            raise ConfigError("--dtype q8_0 is for --format gguf. Choose another.")
+    if config.format != "bnb-4bit" and config.quant != QuantConfig():
+        raise ConfigError("Options of the quantisation are for --format bnb-4bit. Leave them out.")
+
+
+def _adapter(config: ExportConfig, source: Path, output: Path, is_file: bool) -> dict[str, Any]:
+    formats = ("peft",) if is_file else ("gguf",)
+    if config.format not in formats:
+        if config.format == ("gguf" if is_file else "peft"):
+            raise ConfigError(f"'{source}' is in that format already. Copy it.")
+        raise ConfigError(f"An adapter exports to {formats[0]}, not {config.format}. Merge it first: lownibble merge {source}")
+    if config.dtype != "auto":
+        raise ConfigError("Adapters are exported in float32. Leave --dtype out.")
+    adapter = None if is_file else AdapterFile(source)
+    facts = (adapter and adapter.trained_on) or {}
+    name = config.base or facts.get("model") or (adapter and adapter.base)
+    if not name:
+        raise AdapterError(f"'{source}' does not say what it was trained on. Name the base with --base.")
+    base = skeleton(resolve(name, config.revision), torch.float32)
+    if adapter is None:
+        return gguf.read_adapter(source, base, output)
+    return gguf.write_adapter(adapter, base, output)

@@ -1,0 +1,377 @@
+"""GGUF files of models and of adapters, for llama.cpp and everything built on it; adapters are read back as well.
+
+The container, tensor names and quantised types come from the `gguf` library. What it lacks is what llama.cpp keeps in a script:
+which hyperparameters an architecture wants, how its weights are turned, and which pre-tokenizer llama.cpp must imitate.
+`ARCHITECTURES` holds the first two for models of Llama's shape, `PRE_TOKENIZERS` the last; what is in neither is refused by name
+rather than guessed, because a wrong guess gives a file that loads and talks nonsense.
+
+- llama.cpp's `llama` rotates neighbouring pairs where transformers rotates halves, so the rows of q and k change places.
+- Matrices are stored as F16, BF16 or Q8_0, vectors as F32. Rows that are no multiple of 32 long cannot be Q8_0 and become F16.
+- An adapter file has one alpha for all layers and llama.cpp takes alpha / rank as scale; what a layer's scale is beyond that
+  (rsLoRA, patterns) is multiplied into its B.
+
+A tensor is read, turned, written and dropped, so memory is a matter of the largest one.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import gguf
+import numpy as np
+import torch
+from gguf import GGMLQuantizationType as Type
+from safetensors.torch import save_file
+from torch import Tensor
+
+from lownibble.config import LoraConfig
+from lownibble.errors import AdapterError, ModelError, OutputError
+from lownibble.exporting.weights import Weights, as_float
+from lownibble.lora.adapter import CONFIG_FILE, PREFIX, WEIGHTS_FILE, AdapterFile
+from lownibble.lora.inject import scale_of
+from lownibble.models import ModelSource
+
+
+class Architecture(NamedTuple):
+    """llama.cpp's name for a model type, and whether the rows of q and k change places."""
+
+    name: str
+    pairs: bool
+
+
+ARCHITECTURES = {
+    "llama": Architecture("llama", pairs=True),
+    "mistral": Architecture("llama", pairs=True),
+    "qwen2": Architecture("qwen2", pairs=False),
+    "qwen3": Architecture("qwen3", pairs=False),
+}
+"""`model_type` of config.json -> architecture."""
+
+TYPES = {"float32": Type.F32, "float16": Type.F16, "bfloat16": Type.BF16, "q8_0": Type.Q8_0}
+"""Values of the option `dtype` -> how matrices are stored."""
+
+_FILE_TYPES = {Type.F32: 0, Type.F16: 1, Type.Q8_0: 7, Type.BF16: 32}
+_Q8_BLOCK = 32
+
+_WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|"
+_REST = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+PRE_TOKENIZERS: dict[tuple[str, ...], str] = {
+    ("ByteLevel",): "gpt-2",
+    ("Digits", "ByteLevel"): "smollm",
+    (_WORDS + r"\p{N}{1,3}" + _REST, "ByteLevel"): "llama-bpe",
+    (_WORDS + r"\p{N}" + _REST, "ByteLevel"): "qwen2",
+}
+"""What tokenizer.json does before its merges -> llama.cpp's name for it."""
+
+
+def write_model(weights: Weights, onto: str, path: Path, dtype: str, tokenizer: ModelSource) -> dict[str, Any]:
+    """Write a model as one .gguf file, whole or not at all; returns what is in it.
+
+    Raises:
+        ModelError: an architecture, a rotary scaling or a tokenizer that is not known here.
+        OutputError: the file cannot be written.
+    """
+    kind, architecture = _architecture(weights.model.config)
+    names = _names(weights.model.config, architecture)
+    writer = gguf.GGUFWriter(None, architecture.name)
+    writer.add_type(gguf.GGUFType.MODEL)
+    writer.add_name(Path(weights.source.name).name)
+    _add_shape(writer, weights.model.config, kind)
+    writer.add_file_type(_FILE_TYPES[TYPES[dtype]])
+    _add_tokenizer(writer, tokenizer.folder, int(weights.model.config.vocab_size))
+    stored: dict[str, Callable[[], np.ndarray[Any, Any]]] = {}
+    types: dict[str, int] = {}
+    for name in weights.names:
+        target = names(name)
+        how = _type_of(weights.shape(name), TYPES[dtype])
+        types[how.name] = types.get(how.name, 0) + 1
+        _announce(writer, target, weights.shape(name), how)
+
+        def make(name: str = name, how: Type = how) -> np.ndarray[Any, Any]:
+            return _encoded(_turned(as_float(weights.merged(name, onto)), name, weights.model.config, architecture), how, name)
+
+        stored[target] = make
+    for target, factors in _rope_factors(weights.model.config):
+        _announce(writer, target, factors.shape, Type.F32)
+        stored[target] = factors.numpy
+    _write(writer, path, stored)
+    return {"architecture": architecture.name, "tensors": len(stored), "types": types}
+
+
+def write_adapter(adapter: AdapterFile, base: Any, path: Path) -> dict[str, Any]:
+    """Write an adapter as llama.cpp's --lora takes it; `base` is transformers' skeleton of the model it is for.
+
+    Raises:
+        AdapterError: it holds more than low-rank sums.
+        ModelError: an architecture that is not known here.
+    """
+    expected = adapter.expected(base)
+    adapter.check_fit(expected, set())
+    if whole := [key for key in expected if ".lora_" not in key]:
+        raise AdapterError(f"A GGUF adapter holds low-rank sums only, and '{adapter.folder}' has {whole[0]}. Merge it instead.")
+    _, architecture = _architecture(base.config)
+    names = _names(base.config, architecture)
+    writer = gguf.GGUFWriter(None, architecture.name)
+    writer.add_type(gguf.GGUFType.ADAPTER)
+    writer.add_name(adapter.folder.name)
+    writer.add_string(gguf.Keys.Adapter.TYPE, "lora")
+    writer.add_float32(gguf.Keys.Adapter.LORA_ALPHA, float(adapter.config.lora_alpha))
+    stored: dict[str, Callable[[], np.ndarray[Any, Any]]] = {}
+    for key in expected:
+        name, which = key.removeprefix(PREFIX).removesuffix(".weight").rsplit(".lora_", 1)
+        weight = f"{name}.weight"
+        target = f"{names(weight)}.lora_{which.lower()}"
+        _announce(writer, target, adapter.shapes[key], Type.F32)
+
+        def make(key: str = key, name: str = name, which: str = which) -> np.ndarray[Any, Any]:
+            values = adapter.read(key).float()
+            if which == "B":
+                values = _turned(values, f"{name}.weight", base.config, architecture)
+                values = values * (scale_of(name, adapter.config) * values.shape[1] / adapter.config.lora_alpha)
+            return values.numpy()
+
+        stored[target] = make
+    _write(writer, path, stored)
+    return {"architecture": architecture.name, "tensors": len(stored), "alpha": adapter.config.lora_alpha}
+
+
+def is_adapter(path: Path) -> bool:
+    """Whether a .gguf file holds an adapter.
+
+    Raises:
+        ModelError: it is damaged.
+    """
+    return _string(_reader(path), gguf.Keys.General.TYPE) == str(gguf.GGUFType.ADAPTER)
+
+
+def read_adapter(path: Path, base: Any, output: Path) -> dict[str, Any]:
+    """Write the adapter of a .gguf file as a PEFT folder; `base` is transformers' skeleton of the model it is for.
+
+    Raises:
+        AdapterError: a tensor has no place in the base, or the file is of another architecture.
+    """
+    reader = _reader(path)
+    _, architecture = _architecture(base.config)
+    found = _string(reader, gguf.Keys.General.ARCHITECTURE)
+    if found != architecture.name:
+        raise AdapterError(f"'{path}' is an adapter for {found}, and the base is {architecture.name}. Name its own with --base.")
+    names = _names(base.config, architecture)
+    path_of = {names(f"{p}.weight"): p for p, m in base.named_modules() if isinstance(m, torch.nn.Linear)}
+    tensors, ranks = {}, {}
+    for tensor in reader.tensors:
+        target, _, which = tensor.name.rpartition(".lora_")
+        if target not in path_of or which not in ("a", "b"):
+            raise AdapterError(f"'{path}' has '{tensor.name}', which has no place in the base. Name its own with --base.")
+        values = torch.from_numpy(np.array(gguf.dequantize(tensor.data, tensor.tensor_type), dtype=np.float32))
+        if which == "b":
+            values = _turned(values, f"{path_of[target]}.weight", base.config, architecture, back=True)
+            ranks[path_of[target]] = values.shape[1]
+        tensors[f"{PREFIX}{path_of[target]}.lora_{which.upper()}.weight"] = values.contiguous()
+    alpha = float(reader.fields[gguf.Keys.Adapter.LORA_ALPHA].contents())
+    usual = max(set(ranks.values()), key=list(ranks.values()).count)
+    other = {name: rank for name, rank in ranks.items() if rank != usual}
+    # llama.cpp divides the one alpha by a layer's own rank, and so does PEFT
+    config = LoraConfig(r=usual, lora_alpha=alpha, target_modules=sorted(ranks), rank_pattern=other)
+    output.mkdir(parents=True, exist_ok=True)
+    save_file(tensors, output / WEIGHTS_FILE, metadata={"format": "pt"})
+    written = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": None, **config.to_dict()}
+    (output / CONFIG_FILE).write_text(json.dumps(written, indent=2, sort_keys=True) + "\n")
+    return {"architecture": architecture.name, "tensors": len(tensors), "alpha": alpha}
+
+
+def _reader(path: Path) -> gguf.GGUFReader:
+    try:
+        return gguf.GGUFReader(path)
+    except (ValueError, IndexError, OSError, KeyError) as error:
+        raise ModelError(f"Cannot read '{path}': {error}. The file is damaged, or no GGUF file.") from None
+
+
+def _string(reader: gguf.GGUFReader, key: str) -> str | None:
+    field = reader.fields.get(key)
+    return None if field is None else str(field.contents())
+
+
+def _architecture(config: Any) -> tuple[str, Architecture]:
+    kind = config.model_type
+    if kind not in ARCHITECTURES:
+        raise ModelError(
+            f"Models of type '{kind}' cannot be written as GGUF here (known: {', '.join(ARCHITECTURES)}). "
+            "Write safetensors (lownibble merge) and use llama.cpp's convert_hf_to_gguf.py."
+        )
+    return kind, ARCHITECTURES[kind]
+
+
+def _names(config: Any, architecture: Architecture) -> Callable[[str], str]:
+    """transformers' name of a tensor -> llama.cpp's."""
+    number = next(key for key, name in gguf.MODEL_ARCH_NAMES.items() if name == architecture.name)
+    table = gguf.get_tensor_name_map(number, config.num_hidden_layers)
+
+    def name_of(name: str) -> str:
+        found = table.get_name(name, try_suffixes=(".weight", ".bias"))
+        if found is None:
+            raise ModelError(f"llama.cpp's {architecture.name} has no place for '{name}'. Use llama.cpp's own conversion.")
+        return str(found)
+
+    return name_of
+
+
+def _head_dim(config: Any) -> int:
+    return int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
+
+
+def _add_shape(writer: gguf.GGUFWriter, config: Any, kind: str) -> None:
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_vocab_size(config.vocab_size)
+    writer.add_rope_dimension_count(_head_dim(config))
+    writer.add_key_length(_head_dim(config))
+    writer.add_value_length(_head_dim(config))
+    rope = _rope(config)
+    writer.add_rope_freq_base(float(rope["rope_theta"]))
+    if rope["rope_type"] == "linear":
+        writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)
+        writer.add_rope_scaling_factor(float(rope["factor"]))
+    elif rope["rope_type"] not in ("default", "llama3"):
+        raise ModelError(f"Rotary scaling '{rope['rope_type']}' cannot be written as GGUF here. Use llama.cpp's own conversion.")
+    window = getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) else None
+    if window and window < config.max_position_embeddings:
+        if kind != "mistral":
+            raise ModelError("A sliding window cannot be written as GGUF for this architecture. Use llama.cpp's own conversion.")
+        writer.add_sliding_window(window)
+
+
+def _rope(config: Any) -> dict[str, Any]:
+    """The rotary parameters, under transformers 5's names."""
+    found = {**(getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {})}
+    found.setdefault("rope_theta", getattr(config, "rope_theta", 10000.0))
+    found.setdefault("rope_type", "default")
+    return found
+
+
+def _rope_factors(config: Any) -> Iterator[tuple[str, Tensor]]:
+    """Llama 3's scaling: what each rotary frequency is divided by."""
+    rope = _rope(config)
+    if rope["rope_type"] != "llama3":
+        return
+    dim, old = _head_dim(config), rope["original_max_position_embeddings"]
+    low, high = old / rope["low_freq_factor"], old / rope["high_freq_factor"]
+    factors = []
+    for frequency in (1.0 / rope["rope_theta"] ** (i / dim) for i in range(0, dim, 2)):
+        length = 2 * math.pi / frequency
+        smooth = (old / length - rope["low_freq_factor"]) / (rope["high_freq_factor"] - rope["low_freq_factor"])
+        between = 1 / ((1 - smooth) / rope["factor"] + smooth)
+        factors.append(1.0 if length < high else rope["factor"] if length > low else between)
+    yield "rope_freqs.weight", torch.tensor(factors, dtype=torch.float32)
+
+
+def _turned(values: Tensor, name: str, config: Any, architecture: Architecture, back: bool = False) -> Tensor:
+    """Rows of q and k from halves to neighbouring pairs, or back."""
+    heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}.get(name.split(".")[-2])
+    if not architecture.pairs or heads is None:
+        return values
+    half = len(values) // heads // 2
+    parts = (heads, half, 2) if back else (heads, 2, half)
+    return values.reshape(*parts, *values.shape[1:]).transpose(1, 2).reshape(values.shape).contiguous()
+
+
+def _type_of(shape: torch.Size, wanted: Type) -> Type:
+    if len(shape) == 1:
+        return Type.F32
+    return Type.F16 if wanted == Type.Q8_0 and shape[-1] % _Q8_BLOCK else wanted
+
+
+def _announce(writer: gguf.GGUFWriter, name: str, shape: torch.Size, how: Type) -> None:
+    if how in (Type.F32, Type.F16):
+        dtype = np.dtype(np.float32 if how == Type.F32 else np.float16)
+        writer.add_tensor_info(name, list(shape), dtype, math.prod(shape) * dtype.itemsize)
+    else:
+        bytes_shape = gguf.quant_shape_to_byte_shape(tuple(shape), how)
+        writer.add_tensor_info(name, list(bytes_shape), np.dtype(np.uint8), math.prod(bytes_shape), how)
+
+
+def _encoded(values: Tensor, how: Type, name: str) -> np.ndarray[Any, Any]:
+    array = values.numpy()
+    if how == Type.F32:
+        return array
+    if how == Type.F16:
+        with np.errstate(over="ignore"):
+            half = array.astype(np.float16)
+        if not np.isfinite(half).all():
+            raise ModelError(f"'{name}' does not fit float16: values overflow. Take --dtype bfloat16 or q8_0.")
+        return half
+    encoded: np.ndarray[Any, Any] = gguf.quantize(array, how)
+    return encoded
+
+
+def _write(writer: gguf.GGUFWriter, path: Path, stored: dict[str, Callable[[], np.ndarray[Any, Any]]]) -> None:
+    part = path.with_name(f".{path.name}.part")
+    try:
+        part.parent.mkdir(parents=True, exist_ok=True)
+        writer.write_header_to_file(part)
+        writer.write_kv_data_to_file()
+        writer.write_ti_data_to_file()
+        for make in stored.values():
+            writer.write_tensor_data(make())
+        writer.close()
+        with part.open("rb+") as file:
+            os.fsync(file.fileno())
+        part.replace(path)
+    except OSError as error:
+        raise OutputError(f"Cannot write '{path}': {error}. Free some space, or choose another --output.") from error
+    finally:
+        writer.close()
+        part.unlink(missing_ok=True)
+
+
+def _add_tokenizer(writer: gguf.GGUFWriter, folder: Path, vocab_size: int) -> None:
+    file = folder / "tokenizer.json"
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+        model = found["model"]
+    except (OSError, ValueError, KeyError) as error:
+        raise ModelError(f"'{file}' cannot be read ({error}), and GGUF needs a tokenizer. Save the tokenizer again.") from None
+    if model.get("type") != "BPE":
+        raise ModelError(
+            f"'{file}' is a {model.get('type')} tokenizer; only BPE can be written as GGUF here. Use llama.cpp's own conversion."
+        )
+    tokens: list[bytes] = [f"[PAD{i}]".encode() for i in range(vocab_size)]
+    types = [gguf.TokenType.UNUSED] * vocab_size
+    byte_pieces = {f"<0x{value:02X}>" for value in range(256)} if model.get("byte_fallback") else set()
+    for token, number in model["vocab"].items():
+        tokens[number] = token.encode()
+        types[number] = gguf.TokenType.BYTE if token in byte_pieces else gguf.TokenType.NORMAL
+    for added in found.get("added_tokens", []):
+        tokens[added["id"]] = added["content"].encode()
+        types[added["id"]] = gguf.TokenType.CONTROL if added["special"] else gguf.TokenType.USER_DEFINED
+    if model.get("byte_fallback"):
+        writer.add_tokenizer_model("llama")
+        writer.add_tokenizer_pre("default")
+        writer.add_token_scores([-float(number) for number in range(vocab_size)])
+    else:
+        writer.add_tokenizer_model("gpt2")
+        writer.add_tokenizer_pre(_pre_tokenizer(found, file))
+    writer.add_token_list(tokens)
+    writer.add_token_types(types)
+    gguf.SpecialVocab(folder, load_merges=True, n_vocab=vocab_size).add_to_gguf(writer, quiet=True)
+
+
+def _pre_tokenizer(tokenizer: dict[str, Any], file: Path) -> str:
+    steps = tokenizer.get("pre_tokenizer") or {}
+    parts = steps.get("pretokenizers", [steps])
+    key = tuple(part["pattern"].get("Regex", "?") if part.get("type") == "Split" else str(part.get("type")) for part in parts)
+    if key not in PRE_TOKENIZERS:
+        raise ModelError(
+            f"'{file}' splits text in a way that is not known here ({', '.join(key)}); llama.cpp must be told its name for it. "
+            "Use llama.cpp's convert_hf_to_gguf.py on the merged safetensors."
+        )
+    return PRE_TOKENIZERS[key]

@@ -1,0 +1,243 @@
+"""GGUF and bitsandbytes files. Oracles: the `gguf` library's reader, transformers' own loading of both, the model they were."""
+
+import json
+import shutil
+
+import gguf
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, GgufConfig, PreTrainedTokenizerFast
+
+import lownibble as ln
+from lownibble.errors import AdapterError, ConfigError, ModelError, OutputError
+from lownibble.exporting.gguf import PRE_TOKENIZERS
+from lownibble.lora.adapter import AdapterFile
+
+TEXT = ["The film was good in 1984, wasn't it?", "  two  spaces\nand\ttabs", "naïve café №5", "x = [i**2 for i in range(10)]"]
+F16 = 2e-3
+"""Largest difference as a share of the largest logit, of weights rounded to 11 bits."""
+
+
+def byte_level_bpe(folder, pre):
+    """A byte-level BPE tokenizer that splits text in the way llama.cpp calls `pre`; returns its size."""
+    backend = Tokenizer(models.BPE())
+    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    first = next(key[0] for key, name in PRE_TOKENIZERS.items() if name == pre)
+    if pre == "gpt-2":
+        backend.pre_tokenizer = byte_level
+    elif pre == "smollm":
+        backend.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Digits(True), byte_level])
+    else:
+        raw = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+        split = pre_tokenizers.Split(Regex(first), "isolated", invert=False)
+        backend.pre_tokenizer = pre_tokenizers.Sequence([split, raw])
+    backend.decoder = decoders.ByteLevel()
+    special = ["<|bos|>", "<|eos|>", "<|pad|>"]
+    trainer = trainers.BpeTrainer(
+        vocab_size=400, special_tokens=special, initial_alphabet=byte_level.alphabet(), show_progress=False
+    )
+    backend.train_from_iterator(TEXT * 3, trainer)
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=backend, bos_token=special[0], eos_token=special[1], pad_token=special[2]
+    )
+    tokenizer.chat_template = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}{{ eos_token }}{% endfor %}"
+    tokenizer.save_pretrained(folder)
+    return len(tokenizer)
+
+
+@pytest.fixture
+def model_folder(tiny, tmp_path):
+    """`model_folder(family, **options)`: a model with a byte-level BPE tokenizer."""
+
+    def _write(family="llama", *, pre="gpt-2", name="model", **options):
+        folder = tmp_path / name
+        folder.mkdir()
+        size = byte_level_bpe(folder, pre)
+        ids = {"bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 2}
+        tiny(family, vocab_size=size + 5, hidden_size=64, intermediate_size=128, **ids, **options).save_pretrained(folder)
+        return folder
+
+    return _write
+
+
+def logits(model, batch):
+    ids, mask, _ = batch()
+    with torch.no_grad():
+        return model(input_ids=ids, attention_mask=mask).logits.float()
+
+
+def by_transformers(file):
+    model = AutoModelForCausalLM.from_pretrained(
+        file.parent, gguf_file=file.name, quantization_config=GgufConfig(dequantize=True), dtype=torch.float32
+    )
+    return model.eval()
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3"])
+def test_transformers_reads_the_model_back(model_folder, batch, tmp_path, family, tied):
+    folder = model_folder(family, tie_word_embeddings=tied, pre="qwen2" if "qwen" in family else "gpt-2")
+    ln.export(folder, tmp_path / "model.gguf", "gguf")
+    dense, tokenizer = ln.load(str(folder))
+    expected, found = logits(dense, batch), logits(by_transformers(tmp_path / "model.gguf"), batch)
+    assert float((found - expected).abs().max()) <= F16 * float(expected.abs().max())
+    again, its_tokenizer = ln.load(str(tmp_path / "model.gguf"))
+    assert again.config.vocab_size == dense.config.vocab_size
+    for text in TEXT:
+        assert its_tokenizer(text).input_ids == tokenizer(text).input_ids
+    messages = [{"role": "user", "content": "Hi"}]
+    assert its_tokenizer.apply_chat_template(messages, tokenize=False) == tokenizer.apply_chat_template(messages, tokenize=False)
+    assert (its_tokenizer.bos_token_id, its_tokenizer.eos_token_id) == (0, 1)
+
+
+@pytest.mark.parametrize(("dtype", "share"), [("float32", 1e-5), ("bfloat16", 2e-2), ("q8_0", 2e-2)])
+def test_types(model_folder, batch, tmp_path, dtype, share):
+    folder = model_folder(pre="smollm")
+    ln.export(folder, tmp_path / "model.gguf", "gguf", dtype=dtype)
+    reader = gguf.GGUFReader(tmp_path / "model.gguf")
+    assert reader.fields["tokenizer.ggml.pre"].contents() == "smollm"
+    stored = {tensor.name: tensor for tensor in reader.tensors}
+    assert stored["blk.0.attn_q.weight"].tensor_type.name.lower() == {"float32": "f32", "bfloat16": "bf16"}.get(dtype, dtype)
+    assert stored["blk.0.attn_norm.weight"].tensor_type.name == "F32"
+    dense, _ = ln.load(str(folder))
+    up = dense.model.layers[0].mlp.up_proj.weight.detach()
+    again = torch.from_numpy(
+        gguf.dequantize(stored["blk.0.ffn_up.weight"].data, stored["blk.0.ffn_up.weight"].tensor_type).copy()
+    )
+    assert float((again - up).abs().max()) <= share * float(up.abs().max())
+    expected, found = logits(dense, batch), logits(by_transformers(tmp_path / "model.gguf"), batch)
+    assert float((found - expected).abs().max()) <= 2 * share * float(expected.abs().max())
+
+
+def test_llama3_frequencies_are_those_of_transformers(model_folder, tmp_path):
+    rope = {
+        "rope_type": "llama3", "rope_theta": 500000.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 32,
+    }  # fmt: skip
+    folder = model_folder(rope_parameters=rope, max_position_embeddings=256)
+    ln.export(folder, tmp_path / "model.gguf", "gguf")
+    factors = next(t for t in gguf.GGUFReader(tmp_path / "model.gguf").tensors if t.name == "rope_freqs.weight").data
+    theirs = AutoModelForCausalLM.from_pretrained(folder).model.rotary_emb.inv_freq
+    plain = 500000.0 ** (-torch.arange(0, 16, 2) / 16)
+    torch.testing.assert_close(plain / torch.from_numpy(factors.copy()), theirs, rtol=1e-5, atol=0)
+
+
+def test_a_merged_model_of_a_packed_base(bitsandbytes, model_folder, adapt, batch, tmp_path):
+    """A 4-bit checkpoint is decoded on the way."""
+    folder = model_folder()
+    ln.export(folder, tmp_path / "packed", "bnb-4bit")
+    packed, _ = ln.load(str(tmp_path / "packed"))
+    ln.export(tmp_path / "packed", tmp_path / "model.gguf", "gguf", dtype="float32")
+    ln.export(tmp_path / "packed", tmp_path / "dense", "safetensors", dtype="float32")
+    expected = logits(packed, batch)
+    for found in (by_transformers(tmp_path / "model.gguf"), AutoModelForCausalLM.from_pretrained(tmp_path / "dense").eval()):
+        assert float((logits(found, batch) - expected).abs().max()) <= 1e-5 * float(expected.abs().max())
+
+
+@pytest.mark.parametrize("double_quant", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_bitsandbytes_checkpoints_byte_for_byte(bitsandbytes, write, tokenizer, tmp_path, dtype, double_quant):
+    """Ours equals theirs, transformers loads ours, and what it saves again is ours again."""
+    folder = write("llama", hidden_size=64, intermediate_size=128, dtype=dtype)
+    ln.export(folder, tmp_path / "ours", "bnb-4bit", quant={"double_quant": double_quant})
+    config = BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=double_quant, bnb_4bit_compute_dtype=dtype
+    )
+    theirs = AutoModelForCausalLM.from_pretrained(folder, quantization_config=config, dtype=dtype, device_map="cpu")
+    theirs.save_pretrained(tmp_path / "theirs")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "ours", device_map="cpu")
+    assert again.config.quantization_config.bnb_4bit_compute_dtype == dtype
+    save_file(again.state_dict(), tmp_path / "again.safetensors")  # 5.23 cannot save a 4-bit model that it has loaded packed
+    ours = load_file(tmp_path / "ours" / "model.safetensors")
+    for file in (tmp_path / "theirs" / "model.safetensors", tmp_path / "again.safetensors"):
+        other = load_file(file)
+        assert other.keys() == ours.keys()
+        for key, value in other.items():
+            if "quant_state" in key:
+                assert json.loads(bytes(ours[key].tolist())) == json.loads(bytes(value.tolist())), key
+            else:
+                assert torch.equal(ours[key], value), key
+    quant = ln.QuantConfig(double_quant=double_quant)
+    shutil.copyfile(tmp_path / "again.safetensors", tmp_path / "theirs" / "model.safetensors")
+    tokenizer.save_pretrained(tmp_path / "theirs")
+    mine, loaded = ln.load(str(folder), quant=quant, dtype=dtype)[0], ln.load(str(tmp_path / "theirs"), dtype=dtype)[0]
+    assert mine.state_dict().keys() == loaded.state_dict().keys()
+    assert all(torch.equal(value, loaded.state_dict()[key]) for key, value in mine.state_dict().items())
+
+
+LORA = {
+    "plain": {},
+    "rslora and patterns": {"use_rslora": True, "rank_pattern": {"q_proj": 2}, "alpha_pattern": {"up_proj": 3.0}},
+    "attention": {"target_modules": ["q_proj", "k_proj"]},
+}
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2"])
+@pytest.mark.parametrize("case", LORA)
+def test_adapters_to_gguf_and_back(model_folder, adapt, batch, tmp_path, case, family):
+    """What llama.cpp adds, alpha / rank * B A of the turned matrices, is the turned delta; read back it is the same adapter."""
+    folder = model_folder(family)
+    live, adapter = adapt(folder, None, **LORA[case])
+    ln.export(adapter, tmp_path / "adapter.gguf", "gguf")
+    reader = gguf.GGUFReader(tmp_path / "adapter.gguf")
+    assert reader.fields["general.type"].contents() == "adapter"
+    assert reader.fields["adapter.type"].contents() == "lora"
+    alpha = reader.fields["adapter.lora.alpha"].contents()
+    stored = {tensor.name: torch.from_numpy(tensor.data.copy()) for tensor in reader.tensors}
+    ln.merge(adapter, tmp_path / "merged", onto="original", measure_tokens=0)
+    for name in ("model", "merged"):
+        ln.export(tmp_path / name, tmp_path / f"{name}.gguf", "gguf", dtype="float32")
+    base, merged = (
+        {t.name: torch.from_numpy(t.data.copy()) for t in gguf.GGUFReader(tmp_path / f"{n}.gguf").tensors}
+        for n in ("model", "merged")
+    )
+    assert stored
+    for name in base:
+        if f"{name}.lora_a" in stored:
+            a, b = stored[f"{name}.lora_a"], stored[f"{name}.lora_b"]
+            torch.testing.assert_close(base[name] + alpha / b.shape[1] * b @ a, merged[name], rtol=0, atol=1e-5)
+        else:
+            assert torch.equal(base[name], merged[name])
+    ln.export(tmp_path / "adapter.gguf", tmp_path / "again", "peft", base=str(folder))
+    plain, _ = ln.load(str(folder))
+    ln.load_adapter(plain, tmp_path / "again")
+    torch.testing.assert_close(logits(plain, batch), logits(live, batch), rtol=0, atol=1e-4)
+    assert AdapterFile(tmp_path / "again").shapes == AdapterFile(adapter).shapes
+
+
+def test_what_cannot_be_written_is_said(write, model_folder, adapt, tiny, tmp_path):
+    folder, words = model_folder(), write("llama", name="words")
+    _, adapter = adapt(folder, None, modules_to_save=["lm_head"], target_modules=["q_proj"])
+    gemma = write("gemma2", name="gemma")
+    taken = tmp_path / "taken.gguf"
+    taken.write_text("mine")
+    yarn = model_folder(name="yarn", rope_parameters={"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0})
+    cases = [
+        (words, "gguf", {}, ModelError, r"is a WordLevel tokenizer; only BPE can be written as GGUF"),
+        (gemma, "gguf", {}, ModelError, r"Models of type 'gemma2' cannot be written as GGUF here \(known: llama"),
+        (yarn, "gguf", {}, ModelError, r"Rotary scaling 'yarn' cannot be written"),
+        (adapter, "gguf", {}, AdapterError, r"A GGUF adapter holds low-rank sums only"),
+        (adapter, "bnb-4bit", {}, ConfigError, r"An adapter exports to gguf, not bnb-4bit. Merge it first: lownibble merge"),
+        (adapter, "peft", {}, ConfigError, r"is in that format already"),
+        (folder, "peft", {}, ConfigError, r"--format peft is for adapters"),
+        (folder, "safetensors", {"dtype": "q8_0"}, ConfigError, r"--dtype q8_0 is for --format gguf"),
+        (folder, "gguf", {"quant": {"quant_type": "fp4"}}, ConfigError, r"are for --format bnb-4bit"),
+        (tmp_path / "none.gguf", "gguf", {}, ModelError, r"There is no file"),
+        (taken, "safetensors", {}, ModelError, r"Cannot read '.*taken.gguf'"),
+    ]  # fmt: skip
+    for source, form, options, error, message in cases:
+        with pytest.raises(error, match=message):
+            ln.export(source, tmp_path / "output", form, **options)
+        assert not (tmp_path / "output").exists()
+    with pytest.raises(OutputError, match="exists already"):
+        ln.export(folder, taken, "gguf")
+    assert taken.read_text() == "mine"
+    big = model_folder(name="big")
+    tensors = load_file(big / "model.safetensors")
+    tensors["model.layers.0.mlp.up_proj.weight"][0, 0] = 1e5
+    save_file(tensors, big / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ModelError, match=r"up_proj.weight' does not fit float16: values overflow"):
+        ln.export(big, tmp_path / "output", "gguf")
+    assert not list(tmp_path.glob(".*"))
