@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 OUTPUT ?= runs/demo
 
-.PHONY: demo test check format bench bench-parity bench-kernels bench-train bench-train-real bench-decode bench-quality bench-memory bench-plan bench-paging study faults readme clean
+.PHONY: demo test check format bench bench-parity bench-kernels bench-train bench-train-real bench-decode bench-quality bench-memory bench-plan bench-paging bench-merge bench-latency bench-dropin study faults readme clean
 
 demo: $(VENV)/.ready  ## set up, then compare LoRA and QLoRA on the embedded model and data
 	$(BIN)/lownibble compare --output $(OUTPUT) --resume
@@ -50,6 +50,15 @@ bench-plan: $(VENV)/.ready-dev
 
 bench-paging: $(VENV)/.ready-dev
 	$(BIN)/lownibble bench paging --output benchmarks/results/paging-cpu.json
+
+bench-merge: $(VENV)/.ready-dev
+	$(BIN)/lownibble bench merge --output benchmarks/results/merge-cpu.json
+
+bench-latency: $(VENV)/.ready-dev
+	$(BIN)/lownibble bench latency --peers --output benchmarks/results/latency-cpu.json
+
+bench-dropin: $(VENV)/.ready-dev
+	$(BIN)/lownibble bench dropin --peers --output benchmarks/results/dropin-cpu.json
 
 study: $(VENV)/.ready-dev  ## what is missing of the articles' study (hours), and its report in docs/
 	$(BIN)/lownibble study run studies/articles.toml --output studies/articles

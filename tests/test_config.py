@@ -7,7 +7,10 @@ import pytest
 from lownibble.cli.flags import add_flags, read
 from lownibble.config import (
     CompareConfig,
+    EvalConfig,
+    ExportConfig,
     LoraConfig,
+    MergeConfig,
     QuantConfig,
     RunConfig,
     TrainConfig,
@@ -33,7 +36,16 @@ VALUES = {
     "max_length": 99, "group_by_length": True, "packing": True,
     "gradient_checkpointing": True, "torch_compile": True, "seed": 4, "eval_steps": 5,
     "save_steps": 6, "output_dir": "out", "report_to": "tensorboard", "resume": True,
+    "adapter": "some/adapter", "task": "nli", "harness": ["hellaswag", "arc_easy"], "harness_path": "tasks", "limit": 12,
+    "num_fewshot": 3, "quantized": True, "any_base": True, "output": "merged", "onto": "nf4", "base": "some/base",
+    "trained_on": "dense", "force": True, "measure_tokens": 77, "source": "some/model", "format": "bnb-4bit",
 }  # fmt: skip
+
+REQUIRED = {MergeConfig: {"adapter": "a", "output": "b"}, ExportConfig: {"source": "a", "output": "b"}}
+"""Options without a default."""
+
+
+CONFIGS = (RunConfig, CompareConfig, EvalConfig, MergeConfig, ExportConfig)
 
 
 def _toml(value):
@@ -59,22 +71,23 @@ def _leaves(config):
 
 
 ALL = _leaves(RunConfig) + [p for p in _leaves(CompareConfig) if p.values[1] == ("methods",)]
+ALL += _leaves(EvalConfig) + _leaves(MergeConfig) + _leaves(ExportConfig)
 
 
 @pytest.mark.parametrize(("config", "path", "field"), ALL)
 def test_each_leaf_arrives_by_python_toml_and_flag(config, path, field, tmp_path):
-    value = VALUES[path[-1]]
-    assert _get(config(), path) != value, "the test must change something"
+    value, required = VALUES[path[-1]], REQUIRED.get(config, {})
+    assert _get(config(**required), path) != value, "the test must change something"
 
     nested = value
     for name in reversed(path):
         nested = {name: nested}
-    assert _get(build(config, nested), path) == value
+    assert _get(build(config, required, nested), path) == value
 
     file = tmp_path / "run.toml"
     table = f"[{path[0]}]\n" if len(path) > 1 else ""
     file.write_text(f"{table}{path[-1]} = {_toml(value)}\n")
-    assert _get(build(config, read_toml(file)), path) == value
+    assert _get(build(config, required, read_toml(file)), path) == value
 
     parser = argparse.ArgumentParser()
     add_flags(parser, config)
@@ -87,15 +100,16 @@ def test_each_leaf_arrives_by_python_toml_and_flag(config, path, field, tmp_path
         given = [flag, ",".join(map(str, value))]
     else:
         given = [flag, _toml(value) if isinstance(value, (dict, bool)) else str(value)]
-    assert _get(read(parser.parse_args(given), config), path) == value
+    flags = [word for name, text in required.items() if path != (name,) for word in (f"--{name}", text)]
+    assert _get(read(parser.parse_args([*flags, *given]), config), path) == value
 
 
 def test_values_cover_exactly_the_leaves():
-    names = {path[-1] for config in (RunConfig, CompareConfig) for path, _ in leaves(config)}
+    names = {path[-1] for config in CONFIGS for path, _ in leaves(config)}
     assert names == set(VALUES)
 
 
-@pytest.mark.parametrize("config", [RunConfig, CompareConfig])
+@pytest.mark.parametrize("config", CONFIGS)
 def test_leaf_names_and_flags_are_unique(config):
     flags = [flag_name(path, field) for path, field in leaves(config)]
     assert len(flags) == len(set(flags))

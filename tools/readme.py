@@ -98,6 +98,51 @@ def decode() -> str:
     return _turns("decode-cpu", lambda w: f"{w['new_tokens']} tokens, one sequence, greedy", peak=False)
 
 
+def dropin() -> str:
+    """TRL on two kinds of 4-bit layers."""
+    return _turns("dropin-cpu", lambda w: f"{w['batch_size']} rows a step, r={w['r']} {w['targets']}")
+
+
+def latency() -> str:
+    """First token and those after it."""
+    record = _record("latency-cpu")
+    lines = ["| contender | first token, ms | a token, ms |", "| --- | ---: | ---: |"]
+    for name, found in record["contenders"].items():
+        times = [_spread({k: 1000 * v for k, v in found[what].items()}, 1) for what in ("first_token_s", "token_s")]
+        lines.append(f"| {' | '.join([name, *times])} |")
+    lines += ["", "| ratio of times within a round | first token | a token |", "| --- | ---: | ---: |"]
+    for pair, found in record["ratios"].items():
+        times = [_spread(found[what], 2) for what in ("first_token_s", "token_s")]
+        lines.append(f"| {' | '.join([pair.replace('_vs_', ' / '), *times])} |")
+    work = record["workload"]
+    source = f"{work['new_tokens']} tokens, one sequence, greedy, {work['rounds']} rounds in turn"
+    return "\n".join(lines) + f"\n\n({source}; {_where(record)}; `benchmarks/results/latency-cpu.json`)"
+
+
+def merge() -> str:
+    """What merges keep, and their memory."""
+    record = _record("merge-cpu")
+    tune, memory = record["tune"], record["memory"]
+    columns = ["merged onto", "of the tune kept", "KL, nats a token", "same token", "perplexity", "error / delta, median (worst)"]
+    lines = [f"| {' | '.join(columns)} | peak / allowance |", f"| --- |{' ---: |' * len(columns)}"]
+    for name, found in tune["models"].items():
+        at, layers = found["label_tokens"], tune["layers"].get(name)
+        kl = f"{at['kl']:.2g} ± {at['kl_standard_error']:.1g}" if "kl" in at else ""
+        cells = [
+            {"live": "(live adapter)", "base": "(base alone)"}.get(name, name),
+            f"{found['kept']:.2%}" if "kept" in found else "",
+            kl,
+            f"{at['top1_agreement']:.1%}" if "kl" in at else "",
+            f"{at['perplexity']:.4g}",
+            f"{layers['error_over_delta_median']:.2g} ({layers['error_over_delta_worst']:.2g})" if layers else "",
+            f"{memory['peak_bytes'][name] / memory['allowed_bytes']:.2f}" if name in memory["peak_bytes"] else "",
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    source = f"{tune['label_tokens']} label tokens of {tune['rows']} rows; a checkpoint of {memory['stored_bytes'] / 1e6:.0f} MB"
+    source += f" in {memory['shards']} shards, allowance {memory['allowed_bytes'] / 1e6:.0f} MB"
+    return "\n".join(lines) + f"\n\n({source}; {_where(record)}; `benchmarks/results/merge-cpu.json`)"
+
+
 def quality() -> str:
     """8-bit products against exact compute."""
     record = _record("quality-cpu")
@@ -228,6 +273,9 @@ SECTIONS: dict[str, Callable[[], str]] = {
     "train": train,
     "train-real": train_real,
     "decode": decode,
+    "latency": latency,
+    "dropin": dropin,
+    "merge": merge,
     "quality": quality,
     "plan": plan,
     "published": published,

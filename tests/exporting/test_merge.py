@@ -1,14 +1,20 @@
 """Merging. Oracles: the live adapter's own logits; PEFT's merge on a dense base; the model loaded again by transformers."""
 
 import json
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from tiny_folders import write_t5
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import lownibble as ln
+from lownibble.bench.merge import write_large
+from lownibble.cli.main import main
 from lownibble.errors import AdapterError, ConfigError, ModelError, OutputError
 
 FP32, BF16 = 1e-5, 0.03
@@ -77,16 +83,17 @@ def test_equals_peft_on_a_dense_base(peft, write, batch, tmp_path, dtype):
     config = peft.LoraConfig(
         r=4, target_modules="all-linear", init_lora_weights=False, rank_pattern={"q_proj": 3}, use_rslora=True
     )
+    torch.manual_seed(0)
     theirs = peft.get_peft_model(AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32), config)
     theirs.save_pretrained(tmp_path / "adapter")
     result = ln.merge(tmp_path / "adapter", tmp_path / "merged", base=str(folder), onto="original", measure_tokens=0)
     expected = theirs.merge_and_unload().eval()
-    merged = by_transformers(tmp_path / "merged", dtype)
-    assert {p.dtype for p in merged.parameters()} == {dtype}
+    merged = by_transformers(tmp_path / "merged")
+    assert {t.dtype for t in load_file(next((tmp_path / "merged").glob("*.safetensors"))).values()} == {dtype}
     assert_same(logits(merged, batch), logits(expected, batch), FP32 if dtype == torch.float32 else BF16)
     own = expected.state_dict()
     for key, value in merged.state_dict().items():
-        torch.testing.assert_close(value, own[key].to(dtype), rtol=0, atol=1e-6 if dtype == torch.float32 else 4e-3)
+        torch.testing.assert_close(value.to(dtype), own[key].to(dtype), rtol=0, atol=1e-6 if dtype == torch.float32 else 4e-3)
     assert result["base"]["stored"] == "dense"
 
 
@@ -356,3 +363,81 @@ def test_a_full_disk_is_noticed_before_anything_is_written(write, adapt, tmp_pat
         ln.merge(adapter, tmp_path / "merged", onto="dequantized", measure_tokens=0)
     assert not (tmp_path / "merged").exists()
     assert not list(tmp_path.rglob("*.safetensors.part"))
+
+
+@pytest.mark.parametrize("family", ["mistral", "gemma2", "t5"])
+def test_the_exact_merge_is_measured_as_exact(write, adapt, rows, tmp_path, family):
+    """In float32 the decoded merge is the live adapter, whatever the architecture does to its logits: only rounding differs."""
+    folder = tmp_path / "model"
+    if family == "t5":
+        folder.mkdir()
+        write_t5(folder)
+        data = tmp_path / "pairs.jsonl"
+        pairs = [{"prompt": "the film was good", "completion": " positive"}, {"prompt": "a bad plot", "completion": " not"}] * 4
+        data.write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
+        rows = str(data)
+    else:
+        write(family)
+    _, adapter = adapt(folder, "nf4")
+    result = ln.merge(adapter, tmp_path / "merged", data={"path": rows, "eval_path": rows})
+    models = result["measured"]["models"]
+    assert result["onto"] == "dequantized"
+    assert models["dequantized"]["kept"] == pytest.approx(1, abs=1e-4)
+    assert models["dequantized"]["label_tokens"]["top1_agreement"] == 1
+    assert models["nf4"]["label_tokens"]["kl"] > 100 * models["dequantized"]["label_tokens"]["kl"]
+    assert max(result["measured"]["layers"]["dequantized"]["by_layer"].values()) < 1e-5
+
+
+def test_encoder_decoder_with_a_trained_head_is_refused(adapt, tmp_path):
+    """T5 cannot store its shared embeddings apart."""
+    folder = tmp_path / "model"
+    folder.mkdir()
+    _, adapter = adapt(write_t5(folder), None, modules_to_save=["lm_head"], target_modules=["q"])
+    with pytest.raises(AdapterError, match=r"which share one tensor in a way that this architecture cannot store apart"):
+        ln.merge(adapter, tmp_path / "merged", onto="original", measure_tokens=0)
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="SIGKILL")
+def test_killed_it_goes_on(tmp_path, tokenizer):
+    """kill -9 while shards are written; the same command again ends with the bytes of an undisturbed merge."""
+    large = write_large(tmp_path / "large")
+    tokenizer.save_pretrained(large.folder)
+    options = {"onto": "dequantized", "measure_tokens": 0, "trained_on": "quantized"}
+    program = f"import sys, lownibble as ln; ln.merge({str(large.adapter)!r}, sys.argv[1], **{options!r})"
+    running = subprocess.Popen([sys.executable, "-c", program, str(tmp_path / "merged")])
+    aside = tmp_path / ".merged.merging"
+    try:
+        deadline = time.monotonic() + 120
+        while len(list(aside.glob("*.safetensors"))) < 3:
+            assert running.poll() is None
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+    finally:
+        running.kill()
+        running.wait()
+    assert not (tmp_path / "merged").exists()
+    kept = {file.name: file.stat().st_mtime_ns for file in aside.glob("*.safetensors")}
+    assert kept
+    ln.merge(large.adapter, tmp_path / "merged", **options)
+    assert not aside.exists()
+    assert {name: (tmp_path / "merged" / name).stat().st_mtime_ns for name in kept} == kept
+    ln.merge(large.adapter, tmp_path / "whole", **options)
+    for file in (tmp_path / "whole").glob("*.safetensors"):
+        assert file.read_bytes() == (tmp_path / "merged" / file.name).read_bytes()
+    assert not list((tmp_path / "merged").glob(".*"))
+
+
+def test_from_the_command_line(write, adapt, rows, tmp_path, capsys):
+    _, adapter = adapt(write("llama"), "nf4")
+    arguments = ["merge", str(adapter), "--output", str(tmp_path / "merged"), "--data", rows, "--eval-data", rows]
+    assert main(arguments) == 0
+    printed = capsys.readouterr().out
+    assert "Merged onto dequantized" in printed
+    assert "of the tune kept" in printed
+    assert main([*arguments, "--json"]) == 2  # it is there
+    assert json.loads(capsys.readouterr().out.splitlines()[-1])["kind"] == "OutputError"
+    assert main(["export", str(tmp_path / "merged"), "--output", str(tmp_path / "packed"), "--format", "bnb-4bit", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out.splitlines()[-1])["status"] == "ok"
+    assert ln.load(str(tmp_path / "packed"))[0].model.layers[0].mlp.up_proj.quant_type == "nf4"
+    assert main(["merge", str(tmp_path / "nowhere"), "--output", str(tmp_path / "other")]) == 2
+    assert "holds no adapter" in capsys.readouterr().err

@@ -135,14 +135,27 @@ def test_a_peft_adapter_comes_back_through_our_loader(peft, folder, batch, tmp_p
 
 def test_encoder_decoder(tmp_path):
     model = AutoModelForSeq2SeqLM.from_pretrained(write_t5(tmp_path), quantization_config=NF4Config(), dtype=torch.float32).eval()
-    ours, _ = ln.load(
-        str(tmp_path), quant=ln.QuantConfig(skip_modules=["lm_head", "wo"])
-    )  # transformers keeps T5's wo in float32
+    skipped = ["lm_head", "wo"]  # transformers keeps T5's wo in float32
+    ours, _ = ln.load(str(tmp_path), quant=ln.QuantConfig(skip_modules=skipped))
     ids = torch.arange(3, 12).unsqueeze(0)
     with torch.no_grad():
         found, expected = (m(input_ids=ids, decoder_input_ids=ids[:, :4]).logits for m in (model, ours))
     assert packed(model)
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+
+
+def test_names_of_bitsandbytes(folder, batch):
+    theirs = {
+        "load_in_4bit": True, "bnb_4bit_quant_type": "fp4", "bnb_4bit_use_double_quant": False,
+        "llm_int8_skip_modules": ["lm_head"], "bnb_4bit_compute_dtype": torch.bfloat16, "bnb_4bit_quant_storage": torch.uint8,
+    }  # fmt: skip
+    model = load(folder, **theirs)
+    assert logits(model, batch).dtype == torch.float32
+    exact = load(folder, quant_type="fp4", double_quant=False)
+    difference = (logits(model, batch) - logits(exact, batch)).abs().max()
+    assert 1e-4 < float(difference) < 0.2  # products in bfloat16
+    again = NF4Config.from_dict(model.config.quantization_config.to_dict())
+    assert again.to_dict() == NF4Config(**theirs).to_dict()
 
 
 def test_skipped_modules_stay_dense(folder):
@@ -156,6 +169,10 @@ def test_bad_options_and_weights(tiny, folder, tmp_path):
         NF4Config(quant_type="nf5")
     with pytest.raises(ConfigError, match=r"QuantConfig has no option 'blocksize'. Did you mean 'block_size'"):
         NF4Config(blocksize=64)
+    with pytest.raises(ConfigError, match="The 'load_in_8bit' of NF4Config cannot be True"):
+        NF4Config(load_in_8bit=True)
+    with pytest.raises(ConfigError, match="The 'compute_dtype' of NF4Config must be one of float32"):
+        NF4Config(bnb_4bit_compute_dtype=torch.int8)
     model = tiny("llama")
     model.model.layers[1].mlp.up_proj.weight.data[0, 0] = float("nan")
     model.save_pretrained(tmp_path / "bad")

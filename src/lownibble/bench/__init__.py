@@ -5,7 +5,20 @@ from __future__ import annotations
 from importlib import import_module
 from typing import Any, cast
 
-BENCHES = ("kernels", "parity", "train", "decode", "quality", "memory", "paging", "plan", "published", "merge")
+BENCHES = (
+    "kernels",
+    "parity",
+    "train",
+    "decode",
+    "quality",
+    "memory",
+    "paging",
+    "plan",
+    "published",
+    "merge",
+    "latency",
+    "dropin",
+)
 """What `lownibble bench` measures. Each is a module of this package, imported when it runs, with a function `bench_NAME`."""
 
 

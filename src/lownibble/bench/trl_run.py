@@ -1,8 +1,9 @@
-"""TRL's SFTTrainer as a contender on real rows: `python -m lownibble.bench.trl_run SPEC.json padded|packed`.
+"""TRL's SFTTrainer as a contender on real rows: `python -m lownibble.bench.trl_run SPEC.json padded|packed [LAYERS]`.
 
 The specification is the `RunConfig` that our own contenders get: same model, rows, batch size, length, rank, targets and learning
-rate. PEFT on bitsandbytes 4-bit layers, float32 (bfloat16 on CUDA), loss on every token, SFTConfig's defaults otherwise, but no
-gradient checkpointing (a default of TRL that would slow it down; ours are run without it too). Packed is TRL's `bfd`.
+rate. PEFT on bitsandbytes' 4-bit layers, or on ours through the drop-in (LAYERS: lownibble), float32 (bfloat16 on CUDA), loss on
+every token, SFTConfig's defaults otherwise, but no gradient checkpointing (a default of TRL that would slow it down; ours are run
+without it too). Packed is TRL's `bfd`.
 
 A turn is some optimiser steps of the one `train()` call, which waits in a callback while others have theirs. Time is taken from
 the start of a step to its end, without tokenising and collating, as ours is; tokens are the real ones.
@@ -25,11 +26,23 @@ from lownibble.models import load_tokenizer, pick_device, pick_dtype, resolve
 from lownibble.training import memory
 
 
-def main(spec: str, packing: bool) -> None:
+def _quantization(layers: str, dtype: torch.dtype) -> Any:
+    from transformers import BitsAndBytesConfig
+
+    from lownibble.integrations.transformers import NF4Config
+
+    if layers == "lownibble":
+        return NF4Config()
+    return BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype
+    )
+
+
+def main(spec: str, packing: bool, layers: str = "bitsandbytes") -> None:
     """Build the trainer and take turns until standard input ends."""
     import peft
     from datasets import Dataset
-    from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PrinterCallback, TrainerCallback
+    from transformers import AutoModelForCausalLM, PrinterCallback, TrainerCallback
     from trl.trainer.sft_config import SFTConfig
     from trl.trainer.sft_trainer import SFTTrainer
 
@@ -39,9 +52,7 @@ def main(spec: str, packing: bool) -> None:
     dtype = pick_dtype("auto", device)
     memory.reset_peak(device)
     baseline = memory.used_bytes(device)
-    quantization = BitsAndBytesConfig(
-        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype
-    )
+    quantization = _quantization(layers, dtype)
     placed = {} if device.type == "cpu" else {"device_map": {"": device}}
     model = AutoModelForCausalLM.from_pretrained(source.folder, dtype=dtype, quantization_config=quantization, **placed)
 
@@ -97,4 +108,4 @@ def main(spec: str, packing: bool) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], sys.argv[2] == "packed")
+    main(sys.argv[1], sys.argv[2] == "packed", *sys.argv[3:])

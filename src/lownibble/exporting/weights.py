@@ -22,7 +22,7 @@ from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lownibble.config import QuantConfig
 from lownibble.errors import AdapterError, ConfigError
@@ -80,6 +80,7 @@ class Weights:
         self.quant = self._packed_codec() if self.packed else quant
         self.requantized = self.quantized or quantizable(self.model, new_quant)
         self.new_quant = self.quant or new_quant
+        self._groups = _tied_groups(self.model)  # now: hooks that lend the model its tensors part what is tied
         self.changes: dict[str, Any] = {}
         self.edits: dict[str, LowRank | str] = {}
         if adapter is not None:
@@ -91,8 +92,7 @@ class Weights:
 
     def _tied(self, name: str) -> tuple[str, ...]:
         """Every name of the parameter called `name`."""
-        named = dict(self.model.named_parameters(remove_duplicate=False))
-        return tuple(other for other, tensor in named.items() if tensor is named[name])
+        return self._groups[name]
 
     def _packed_codec(self) -> QuantConfig:
         first = bnb4bit.read(self.checkpoint, min(self.packed), torch.float32)
@@ -274,6 +274,14 @@ class Weights:
                 yield name, bnb4bit.pack_shapes(path, self.shape(name), self.new_quant)
             else:
                 yield name, {name: (self.kept_dtype(name), tuple(self.shape(name)))}
+
+
+def _tied_groups(model: nn.Module) -> dict[str, tuple[str, ...]]:
+    """Name of each parameter -> all its names."""
+    groups: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        groups.setdefault(id(parameter), []).append(name)
+    return {name: tuple(names) for names in groups.values() for name in names}
 
 
 def as_float(tensor: Tensor | QuantizedTensor) -> Tensor:

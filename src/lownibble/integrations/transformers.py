@@ -4,6 +4,8 @@
     model = AutoModelForCausalLM.from_pretrained(name, quantization_config=NF4Config())
     model = get_peft_model(model, LoraConfig(...))
 
+It takes BitsAndBytesConfig's names of the options as well, so that in code that exists one import changes.
+
 Importing this module registers a quantizer with transformers, by its public extension point. The layer is an `nn.Linear` whose
 `weight` is the packed codes, as bitsandbytes' is, because that is what PEFT looks for; it computes as `QuantLinear` does. Saved
 checkpoints hold bitsandbytes' tensors under bitsandbytes' names, so there is one format of 4-bit files here, and `lownibble.load`
@@ -28,7 +30,9 @@ from transformers.quantizers.quantizers_utils import should_convert_module
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from lownibble.config import QuantConfig
+from lownibble.errors import ConfigError
 from lownibble.models import bnb4bit
+from lownibble.models.load import DTYPES
 from lownibble.quant import QuantizedTensor, eightbit, is_plain_linear, quantize
 from lownibble.quant.linear import frozen_linear
 
@@ -36,25 +40,49 @@ METHOD = bnb4bit.OWN_METHOD
 _INITIALISED = "_is_hf_initialized"  # how transformers knows that a module needs no random weights
 
 
+_ALIASES = {
+    "bnb_4bit_quant_type": "quant_type", "bnb_4bit_use_double_quant": "double_quant", "bnb_4bit_compute_dtype": "compute_dtype",
+    "llm_int8_skip_modules": "skip_modules",
+}  # fmt: skip
+"""BitsAndBytesConfig's names for the same options."""
+
+_FIXED = {"load_in_4bit": True, "load_in_8bit": False, "bnb_4bit_quant_storage": (torch.uint8, "uint8"), "quant_method": METHOD}
+"""Options of BitsAndBytesConfig that can have one value here."""
+
+
 @register_quantization_config(METHOD)
 class NF4Config(QuantizationConfigMixin):  # type: ignore[misc]
-    """How linear weights are packed; options and defaults are those of `lownibble.QuantConfig`.
+    """How linear weights are packed: the options and defaults of `lownibble.QuantConfig`, or BitsAndBytesConfig's names for them.
 
     Args:
+        compute_dtype: type of the products; None: that of the activations.
         skip_modules: linear modules left as they are; None: the output head and what is tied to it.
+        options: the same under BitsAndBytesConfig's names.
     Raises:
         ConfigError: a bad value, or an option that is not known.
     """
 
     def __init__(
         self, quant_type: str = "nf4", block_size: int = 64, double_quant: bool = True, compute: str = "auto",
-        skip_modules: list[str] | None = None, **unknown: Any,
+        compute_dtype: str | torch.dtype | None = None, skip_modules: list[str] | None = None, **options: Any,
     ) -> None:  # fmt: skip
         self.quant_method = METHOD
-        unknown.pop("quant_method", None)
-        options = QuantConfig(quant_type=quant_type, block_size=block_size, double_quant=double_quant, compute=compute, **unknown)
-        self.quant_type, self.block_size, self.double_quant = options.quant_type, options.block_size, options.double_quant
-        self.compute, self.skip_modules = options.compute, skip_modules
+        given: dict[str, Any] = {
+            "quant_type": quant_type,
+            "double_quant": double_quant,
+            "compute_dtype": compute_dtype,
+            "skip_modules": skip_modules,
+        }
+        given |= {_ALIASES[name]: value for name, value in options.items() if name in _ALIASES}
+        for name, only in _FIXED.items():
+            if name in options and options[name] not in (only if isinstance(only, tuple) else (only,)):
+                raise ConfigError(f"The '{name}' of NF4Config cannot be {options[name]!r}. Leave it out.")
+        unknown = {name: value for name, value in options.items() if name not in _ALIASES.keys() | _FIXED.keys()}
+        self.compute_dtype = _dtype_name(given.pop("compute_dtype"))
+        self.skip_modules = given.pop("skip_modules")
+        checked = QuantConfig(block_size=block_size, compute=compute, **given, **unknown)
+        self.quant_type, self.block_size, self.double_quant = checked.quant_type, checked.block_size, checked.double_quant
+        self.compute = checked.compute
 
     @property
     def options(self) -> QuantConfig:
@@ -64,15 +92,23 @@ class NF4Config(QuantizationConfigMixin):  # type: ignore[misc]
         )
 
 
+def _dtype_name(dtype: str | torch.dtype | None) -> str | None:
+    name = None if dtype is None else str(dtype).removeprefix("torch.")
+    if name is not None and name not in DTYPES:
+        raise ConfigError(f"The 'compute_dtype' of NF4Config must be one of {', '.join(DTYPES)}. Got {dtype!r}.")
+    return name
+
+
 class NF4Linear(nn.Linear):
     """`nn.Linear` on packed weights: `weight` (ceil(n/2), 1) uint8 holds the codes, `packed` the constants too.
 
     The constants are no buffers: transformers makes buffers that are in no checkpoint anew after loading.
     """
 
-    def __init__(self, in_features: int, out_features: int, bias: bool, options: QuantConfig) -> None:
+    def __init__(self, in_features: int, out_features: int, bias: bool, config: NF4Config) -> None:
         super().__init__(in_features, out_features, bias, device="meta")
-        self.options, self.compute = options, "exact"
+        self.options, self.compute = config.options, "exact"
+        self.compute_dtype = None if config.compute_dtype is None else DTYPES[config.compute_dtype]
         codes = torch.empty((-(-in_features * out_features // 2), 1), dtype=torch.uint8, device="meta")
         self.weight = nn.Parameter(codes, requires_grad=False)
         self._packed: QuantizedTensor | None = None
@@ -94,7 +130,8 @@ class NF4Linear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """x (..., in_features) -> (..., out_features), in x's dtype."""
-        return frozen_linear(x, self.packed, self.bias, eightbit.CODE_TYPES.get(self.compute))
+        y = frozen_linear(x.to(self.compute_dtype or x.dtype), self.packed, self.bias, eightbit.CODE_TYPES.get(self.compute))
+        return y.to(x.dtype)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> NF4Linear:
         # Moves between devices pass through, casts touch the bias alone: constants stay float32 and codes uint8.
@@ -177,7 +214,7 @@ class NF4Quantizer(HfQuantizer):  # type: ignore[misc]
             if is_plain_linear(module) and should_convert_module(path, skipped)
         ]  # fmt: skip
         for path, linear in chosen:
-            layer = NF4Linear(linear.in_features, linear.out_features, linear.bias is not None, config.options)
+            layer = NF4Linear(linear.in_features, linear.out_features, linear.bias is not None, config)
             model.set_submodule(path, layer.requires_grad_(False))
         return model
 
