@@ -1,6 +1,9 @@
 """The drop-in for transformers, PEFT and TRL. Oracles: our own loader, bitsandbytes' bytes, PEFT over the decoded weights."""
 
 import json
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -178,6 +181,20 @@ def test_bad_options_and_weights(tiny, folder, tmp_path):
     model.save_pretrained(tmp_path / "bad")
     with pytest.raises((QuantizationError, RuntimeError), match=r"conversion|NaN or infinite"):
         load(tmp_path / "bad")
+
+
+def test_the_example_runs(peft, tmp_path):
+    """The articles' code with one import changed; its adapter merges."""
+    pytest.importorskip("trl")
+    folder = write_model(tmp_path / "model")
+    script = Path(__file__).parents[2] / "examples" / "qlora_with_transformers.py"
+    command = [sys.executable, str(script), str(folder), "3"]
+    run = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stderr
+    assert "trainable params" in run.stdout
+    adapter = tmp_path / "runs" / "qlora-with-transformers" / "adapter"
+    result = ln.merge(adapter, tmp_path / "merged", trained_on="quantized", onto="dequantized", measure_tokens=0)
+    assert result["base"]["stored"] == "nf4/64 double-quantised"
 
 
 @pytest.mark.filterwarnings("ignore")

@@ -1,7 +1,7 @@
 """`lownibble bench dropin`: the same TRL run on bitsandbytes' 4-bit layers and, one import changed, on Lownibble's.
 
-Both are TRL's own SFTTrainer with PEFT on top (`trl_run.py`), on the embedded model and its sentences as conversations, padded;
-they take turns.
+All are TRL's own SFTTrainer with PEFT on top (`trl_run.py`), on the embedded model and its sentences as conversations, padded;
+they take turns. TRL casts the adapters to bfloat16 where the layers are bitsandbytes', and leaves them in float32 on ours.
 """
 
 from __future__ import annotations
@@ -17,11 +17,12 @@ from lownibble.data import load as load_data
 from lownibble.errors import ConfigError
 from lownibble.training.turns import TurnTaker, play, ratio, spread
 
-LAYERS = {"trl_lownibble": "lownibble", "trl_bitsandbytes": "bitsandbytes"}
-_STEPS = 3
+LAYERS = {"trl_lownibble": "lownibble", "trl_lownibble_int8": "lownibble-int8", "trl_bitsandbytes": "bitsandbytes"}
+"""Contender -> its layers, as `trl_run.py` takes them."""
+_STEPS = 5
 
 
-def bench_dropin(*, peers: bool = False, repeats: int = 5) -> dict[str, Any]:
+def bench_dropin(*, peers: bool = False, repeats: int = 8) -> dict[str, Any]:
     """Measure tokens/s and peak memory of both.
 
     Args:
@@ -48,7 +49,8 @@ def bench_dropin(*, peers: bool = False, repeats: int = 5) -> dict[str, Any]:
     figures = {
         name: {"tokens_per_s": spread(rates[name]), "peak_bytes": max(a["peak_bytes"] for a in answers[name])} for name in LAYERS
     }
-    ratios = {"trl_lownibble_vs_trl_bitsandbytes": ratio(rates["trl_lownibble"], rates["trl_bitsandbytes"])}
+    other = rates["trl_bitsandbytes"]
+    ratios = {f"{name}_vs_trl_bitsandbytes": ratio(found, other) for name, found in rates.items() if found is not other}
     headlines = {f"{name}: tokens/s": found["tokens_per_s"]["median"] for name, found in figures.items()}
     headlines |= {f"{name} (tokens/s)": found["median"] for name, found in ratios.items()}
     work = {

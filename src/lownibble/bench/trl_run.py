@@ -1,9 +1,9 @@
 """TRL's SFTTrainer as a contender on real rows: `python -m lownibble.bench.trl_run SPEC.json padded|packed [LAYERS]`.
 
-The specification is the `RunConfig` that our own contenders get: same model, rows, batch size, length, rank, targets and learning
-rate. PEFT on bitsandbytes' 4-bit layers, or on ours through the drop-in (LAYERS: lownibble), float32 (bfloat16 on CUDA), loss on
-every token, SFTConfig's defaults otherwise, but no gradient checkpointing (a default of TRL that would slow it down; ours are run
-without it too). Packed is TRL's `bfd`.
+The specification is the `RunConfig` that our own contenders get: same model, rows, batch size, length, rank, targets and
+learning rate. PEFT on bitsandbytes' 4-bit layers, or on ours through the drop-in (LAYERS: lownibble or lownibble-int8), float32
+(bfloat16 on CUDA), loss on every token, SFTConfig's defaults otherwise, but no gradient checkpointing (a default of TRL that
+would slow it down; ours are run without it too). Packed is TRL's `bfd`.
 
 A turn is some optimiser steps of the one `train()` call, which waits in a callback while others have theirs. Time is taken from
 the start of a step to its end, without tokenising and collating, as ours is; tokens are the real ones.
@@ -31,8 +31,9 @@ def _quantization(layers: str, dtype: torch.dtype) -> Any:
 
     from lownibble.integrations.transformers import NF4Config
 
-    if layers == "lownibble":
-        return NF4Config()
+    name, _, compute = layers.partition("-")
+    if name == "lownibble":
+        return NF4Config(compute=compute or "auto")
     return BitsAndBytesConfig(
         load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype
     )
