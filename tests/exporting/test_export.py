@@ -211,6 +211,8 @@ def test_what_cannot_be_written_is_said(write, model_folder, adapt, tiny, tmp_pa
     folder, words = model_folder(), write("llama", name="words")
     _, adapter = adapt(folder, None, modules_to_save=["lm_head"], target_modules=["q_proj"])
     gemma = write("gemma2", name="gemma")
+    crowded = write("llama", name="crowded")
+    byte_level_bpe(crowded, "gpt-2")
     taken = tmp_path / "taken.gguf"
     taken.write_text("mine")
     yarn = model_folder(name="yarn", rope_parameters={"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0})
@@ -221,6 +223,7 @@ def test_what_cannot_be_written_is_said(write, model_folder, adapt, tiny, tmp_pa
         (adapter, "gguf", {}, AdapterError, r"A GGUF adapter holds low-rank sums only"),
         (adapter, "bnb-4bit", {}, ConfigError, r"An adapter exports to gguf, not bnb-4bit. Merge it first: lownibble merge"),
         (adapter, "peft", {}, ConfigError, r"is in that format already"),
+        (crowded, "gguf", {}, ModelError, r"has \d+ tokens and the model 96 rows for them"),
         (folder, "peft", {}, ConfigError, r"--format peft is for adapters"),
         (folder, "safetensors", {"dtype": "q8_0"}, ConfigError, r"--dtype q8_0 is for --format gguf"),
         (folder, "gguf", {"quant": {"quant_type": "fp4"}}, ConfigError, r"are for --format bnb-4bit"),

@@ -15,7 +15,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import lownibble as ln
 from lownibble.bench.merge import write_large
 from lownibble.cli.main import main
+from lownibble.config import MergeConfig
 from lownibble.errors import AdapterError, ConfigError, ModelError, OutputError
+from lownibble.exporting import merge as module
+from lownibble.exporting.merge import run_merge
 
 FP32, BF16 = 1e-5, 0.03
 """Largest difference as a share of the largest logit: the same sums in another order; weights rounded to 8 bits of mantissa."""
@@ -116,11 +119,11 @@ def test_packed_again_keeps_untouched_layers_byte_for_byte(bitsandbytes, write, 
     ln.merge(adapter, tmp_path / "merged", onto="nf4", measure_tokens=0, force=True)
     packed, _ = ln.load(str(tmp_path / "merged"))
     changed = 0
-    for path, module in packed.named_modules():
-        if isinstance(module, ln.QuantLinear):
+    for path, layer in packed.named_modules():
+        if isinstance(layer, ln.QuantLinear):
             base = live.get_submodule(path)
             base = getattr(base, "base", base)
-            same = all(torch.equal(a, b) for a, b in zip(module.flat, base.flat, strict=True))
+            same = all(torch.equal(a, b) for a, b in zip(layer.flat, base.flat, strict=True))
             changed += not same
             assert same != ("q_proj" in path)
     assert changed == 2
@@ -199,6 +202,109 @@ def test_measured_against_the_live_adapter(write, adapt, rows, tmp_path):
         float((again - exact).norm() / delta.norm()), rel=1e-4
     )
     assert json.loads((tmp_path / "merged" / "merge.json").read_text()) == result
+
+
+@pytest.mark.filterwarnings("ignore:Input and output embeddings are no longer tied")
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("saved", [["embed_tokens"], ["embed_tokens", "lm_head"]])
+def test_a_resized_vocabulary_that_was_trained(peft, write, batch, tmp_path, saved, tied):
+    """PEFT saves such embeddings several times."""
+    folder = write("llama", tie_word_embeddings=tied)
+    base = AutoModelForCausalLM.from_pretrained(folder)
+    base.resize_token_embeddings(98, mean_resizing=False)
+    theirs = peft.get_peft_model(
+        base, peft.LoraConfig(r=4, target_modules=["q_proj"], init_lora_weights=False, modules_to_save=saved)
+    )
+    with torch.no_grad():
+        for name, parameter in theirs.named_parameters():
+            if "modules_to_save" in name:
+                parameter += 0.1 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(len(name)))
+    theirs.save_pretrained(tmp_path / "adapter", save_embedding_layers=True)
+    ln.merge(tmp_path / "adapter", tmp_path / "merged", base=str(folder), onto="original", measure_tokens=0)
+    merged = by_transformers(tmp_path / "merged")
+    assert merged.config.vocab_size == 98
+    assert_same(logits(merged, batch), logits(theirs.merge_and_unload().eval(), batch))
+
+
+@torch.no_grad()
+def test_an_adapted_head_of_a_base_in_another_type(peft, write, batch, tmp_path):
+    """PEFT saves the base's head too: rounded, where the base was loaded in fewer bits."""
+    folder = write("llama")
+    theirs = peft.get_peft_model(
+        AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16),
+        peft.LoraConfig(r=4, target_modules=["lm_head", "q_proj"], init_lora_weights=False),
+    )
+    theirs.save_pretrained(tmp_path / "adapter")
+    ln.merge(tmp_path / "adapter", tmp_path / "merged", base=str(folder), onto="original", measure_tokens=0)
+    merged, expected = by_transformers(tmp_path / "merged").lm_head.weight, theirs.merge_and_unload().lm_head.weight
+    plain = by_transformers(folder).lm_head.weight
+    assert float((merged - expected.float()).norm()) < 0.1 * float((merged - plain).norm())
+
+
+def test_a_fresh_adapter_merges_into_its_base(write, adapt, rows, tmp_path):
+    """Every B is zero: nothing to measure an error by, and the merge is the base."""
+    folder = write("llama")
+    model, _ = ln.load(str(folder))
+    ln.save_adapter(ln.add_lora(model, ln.LoraConfig(r=4)), tmp_path / "fresh")
+    result = ln.merge(tmp_path / "fresh", tmp_path / "merged", data={"path": rows, "eval_path": rows})
+    assert result["onto"] == "original"
+    assert result["measured"]["layers"]["nf4"]["error_over_delta_worst"] is None
+    assert any("hardly changes what the base says" in line for line in result["advice"])
+    before, after = (load_file(path / "model.safetensors") for path in (folder, tmp_path / "merged"))
+    assert all(torch.equal(value, before[key]) for key, value in after.items())
+
+
+def test_other_inputs_start_over(write, adapt, tmp_path, monkeypatch):
+    """Nothing of an interrupted merge of something else is left in the result."""
+    _, adapter = adapt(write("llama", shards=True), "nf4")
+    real = module._write_rest
+    monkeypatch.setattr(module, "_write_rest", lambda *a: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+    with pytest.raises(OutputError, match="finished shards are kept"):
+        ln.merge(adapter, tmp_path / "merged", onto="dequantized", measure_tokens=0)
+    aside = tmp_path / ".merged.merging"
+    assert list(aside.glob("*.safetensors"))
+    (aside / "model-00009-of-00009.safetensors.part").write_text("half")
+    monkeypatch.setattr(module, "_write_rest", real)
+    small = write("llama", name="small")
+    model, _ = ln.load(str(small), quant="nf4")
+    ln.save_adapter(ln.add_lora(model, ln.LoraConfig(r=2, init_lora_weights=False)), tmp_path / "other")
+    ln.merge(tmp_path / "other", tmp_path / "merged", onto="dequantized", measure_tokens=0)
+    names = {file.name for file in (tmp_path / "merged").iterdir()}
+    assert {name for name in names if "model" in name} == {"model.safetensors"}
+    assert not any(name.startswith(".") for name in names)
+
+
+def test_outputs_that_cannot_be_made(write, adapt, tmp_path, monkeypatch):
+    _, adapter = adapt(write("llama"), "nf4")
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "real")
+    (tmp_path / "file").write_text("mine")
+    monkeypatch.chdir(tmp_path / "real")
+    for output, message in (("../link", "cannot be replaced"), (".", "cannot be replaced"), ("../file/deeper", "Cannot make")):
+        with pytest.raises(OutputError, match=message):
+            ln.merge(adapter, output, onto="dequantized", measure_tokens=0)
+    ln.merge(adapter, "../new/deep/merged", onto="dequantized", measure_tokens=0)
+    assert (tmp_path / "new" / "deep" / "merged" / "config.json").is_file()
+
+
+def test_a_shard_of_another_name_keeps_its_index(write, adapt, batch, tmp_path):
+    folder = write("llama")
+    (folder / "model.safetensors").rename(folder / "model-00001-of-00001.safetensors")
+    keys = load_file(folder / "model-00001-of-00001.safetensors")
+    index = {"weight_map": dict.fromkeys(keys, "model-00001-of-00001.safetensors")}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    live, adapter = adapt(folder, "nf4")
+    ln.merge(adapter, tmp_path / "merged", onto="dequantized", measure_tokens=0)
+    assert_same(logits(by_transformers(tmp_path / "merged"), batch), logits(live, batch))
+
+
+def test_weights_and_configuration_that_differ(write, adapt, tmp_path):
+    folder = write("llama")
+    _, adapter = adapt(folder, "nf4")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "intermediate_size": 88}))
+    with pytest.raises((ModelError, AdapterError), match="shape"):
+        ln.merge(adapter, tmp_path / "merged", onto="dequantized", measure_tokens=0)
 
 
 def test_a_tune_that_four_bits_would_lose_is_refused(write, adapt, rows, tmp_path):
@@ -324,8 +430,6 @@ def test_options_that_contradict_the_adapter(write, adapt, peft, tmp_path):
 
 def test_an_interrupted_merge_goes_on(write, adapt, tmp_path, monkeypatch):
     """Shards that were finished are not written again, and the result has the same bytes; another merge starts over."""
-    from lownibble.exporting import merge as module
-
     folder = write("llama", shards=True)
     _, adapter = adapt(folder, "nf4")
     ln.merge(adapter, tmp_path / "whole", onto="dequantized", measure_tokens=0)
@@ -354,8 +458,6 @@ def test_an_interrupted_merge_goes_on(write, adapt, tmp_path, monkeypatch):
 
 
 def test_a_full_disk_is_noticed_before_anything_is_written(write, adapt, tmp_path, monkeypatch):
-    from lownibble.exporting import merge as module
-
     _, adapter = adapt(write("llama"), "nf4")
     usage = type("Usage", (), {"free": 1000})()
     monkeypatch.setattr(module.shutil, "disk_usage", lambda _: usage)
@@ -425,6 +527,15 @@ def test_killed_it_goes_on(tmp_path, tokenizer):
     for file in (tmp_path / "whole").glob("*.safetensors"):
         assert file.read_bytes() == (tmp_path / "merged" / file.name).read_bytes()
     assert not list((tmp_path / "merged").glob(".*"))
+
+
+def test_it_tells_how_far_it_is(write, adapt, rows, tmp_path):
+    _, adapter = adapt(write("llama", shards=True), "nf4")
+    told = []
+    options = {"adapter": str(adapter), "output": str(tmp_path / "merged"), "data": {"path": rows, "eval_path": rows}}
+    run_merge(MergeConfig(**options), lambda *now: told.append(now))
+    shards = len(list((tmp_path / "merged").glob("*.safetensors")))
+    assert told == [("measuring", i, 5) for i in range(6)] + [("writing shards", i, shards) for i in range(shards + 1)]
 
 
 def test_from_the_command_line(write, adapt, rows, tmp_path, capsys):

@@ -83,6 +83,28 @@ def test_saved_and_loaded_again(folder, batch, tmp_path, tokenizer, dtype):
     assert torch.equal(logits(ours, batch), logits(model, batch))
 
 
+def test_a_state_goes_into_another_model(folder, batch):
+    model, other = load(folder), load(folder, quant_type="fp4")
+    other.load_state_dict(model.state_dict())
+    assert torch.equal(logits(other, batch), logits(model, batch))
+
+
+def test_compiled_without_a_break(folder, batch):
+    model = load(folder)
+    x = torch.randn(7, 64, requires_grad=True)
+    layer = model.model.layers[0].mlp.up_proj
+    expected = layer(x)
+    found = torch.compile(layer, fullgraph=True, backend="aot_eager")(x)
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+    found.sum().backward()
+    assert x.grad is not None
+
+
+def test_part_of_a_model_elsewhere_is_refused(folder):
+    with pytest.raises(ConfigError, match="cannot keep part of a model on the CPU or the disk"):
+        AutoModelForCausalLM.from_pretrained(folder, quantization_config=NF4Config(), device_map={"model": 0, "lm_head": "cpu"})
+
+
 def test_casts_leave_codes_and_constants(folder, batch):
     model = load(folder)
     before = {key: value.clone() for key, value in model.model.layers[0].mlp.up_proj.state_dict().items()}

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 from lownibble.bench import run_bench
@@ -19,6 +22,21 @@ from lownibble.errors import ConfigError
 
 def _console(arguments: argparse.Namespace) -> Console:
     return Console(file=sys.stderr if arguments.json else sys.stdout, highlight=False)
+
+
+@contextmanager
+def _bar() -> Iterator[Callable[[str, int, int], None]]:
+    """A progress bar with time left on standard error, where that is a terminal."""
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True), disable=not sys.stderr.isatty(), transient=True) as bar:
+        tasks: dict[str, TaskID] = {}
+
+        def tell(what: str, done: int, total: int) -> None:
+            if what not in tasks:
+                tasks[what] = bar.add_task(what, total=total)
+            bar.update(tasks[what], completed=done)
+
+        yield tell
 
 
 def doctor(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -218,7 +236,8 @@ def merge(arguments: argparse.Namespace) -> dict[str, Any]:
     config: MergeConfig = read(arguments, MergeConfig)
     from lownibble.exporting.merge import run_merge
 
-    result = run_merge(config)
+    with _bar() as tell:
+        result = run_merge(config, tell)
     console = _console(arguments)
     if result["measured"] is not None:
         console.print(_merge_table(result["measured"]["models"]))
@@ -248,7 +267,8 @@ def export(arguments: argparse.Namespace) -> dict[str, Any]:
     config: ExportConfig = read(arguments, ExportConfig)
     from lownibble.exporting.convert import run_export
 
-    result = run_export(config)
+    with _bar() as tell:
+        result = run_export(config, tell)
     _console(arguments).print(f"{result['tensors']} tensors as {config.format}: {result['output']}", soft_wrap=True, markup=False)
     return result
 

@@ -11,6 +11,7 @@ import json
 import os
 import signal
 import sys
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -121,7 +122,9 @@ def main(argv: list[str] | None = None) -> int:
     as_json = "--json" in (sys.argv[1:] if argv is None else argv)
     try:
         arguments = _parser().parse_args(argv)
-        result = arguments.run(arguments)
+        with warnings.catch_warnings():
+            warnings.showwarning = _warn
+            result = arguments.run(arguments)
         if arguments.json:
             print(json.dumps(result, allow_nan=False))
         return 0 if result.get("status", "ok") == "ok" else 1
@@ -140,6 +143,12 @@ def main(argv: list[str] | None = None) -> int:
         if as_json:
             print(json.dumps({"status": "interrupted", "error": message}))
         return 128 + int(getattr(error, "signal", signal.SIGINT))
+
+
+def _warn(message: Warning | str, category: type[Warning], *where: Any, **options: Any) -> None:
+    """A warning to the user on one line; others as Python shows them."""
+    text = f"warning: {message}\n" if category is UserWarning else warnings.formatwarning(message, category, where[0], where[1])
+    sys.stderr.write(text)
 
 
 def _fail(error: LownibbleError | OSError, code: int, as_json: bool) -> int:

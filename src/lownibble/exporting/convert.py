@@ -19,9 +19,11 @@ from lownibble.config import ExportConfig, QuantConfig
 from lownibble.errors import AdapterError, ConfigError, OutputError
 from lownibble.exporting import gguf
 from lownibble.exporting.merge import check_free, write
-from lownibble.exporting.weights import Weights
+from lownibble.exporting.weights import Tell, Weights, say_nothing
 from lownibble.lora.adapter import CONFIG_FILE, AdapterFile
+from lownibble.lora.provenance import other_weights
 from lownibble.models import resolve, skeleton
+from lownibble.models.checkpoint import Checkpoint
 
 
 def export(source: str | Path, output: str | Path, format: str, **options: Any) -> dict[str, Any]:
@@ -40,10 +42,9 @@ def export(source: str | Path, output: str | Path, format: str, **options: Any) 
     return run_export(ExportConfig(source=str(source), output=str(output), format=format, **options))
 
 
-def run_export(config: ExportConfig) -> dict[str, Any]:
-    """`export` with its options in a configuration."""
-    output, source = Path(config.output), Path(config.source)
-    _check(config, output)
+def run_export(config: ExportConfig, tell: Tell = say_nothing) -> dict[str, Any]:
+    """`export` with its options in a configuration; `tell` is called as it goes on."""
+    source, output = Path(config.source), _check(config)
     started = {**record.new("export"), "status": "ok", "config": config.to_dict(), "output": str(output)}
     is_file = source.suffix == ".gguf" and source.is_file()
     if (source / CONFIG_FILE).is_file() or (is_file and gguf.is_adapter(source)):
@@ -59,22 +60,24 @@ def run_export(config: ExportConfig) -> dict[str, Any]:
     if weights.packed and config.quant != QuantConfig():
         raise ConfigError(f"'{config.source}' is in 4 bits already, as {weights.new_quant.quant_type}. Leave quant options out.")
     if config.format == "gguf":
-        return {**started, **gguf.write_model(weights, onto, output, dtype, model)}
+        return {**started, **gguf.write_model(weights, onto, output, dtype, model, tell)}
     facts = {"base": {"model": model.name, "digest": weights.checkpoint.digest()}, "tensors": len(weights.names)}
-    write(weights, onto, output, {**started, **facts})
+    write(weights, onto, output, {**started, **facts}, tell=tell)
     return {**started, **facts}
 
 
-def _check(config: ExportConfig, output: Path) -> None:
+def _check(config: ExportConfig) -> Path:
+    output = Path(config.output)
     if config.format == "gguf":
         if output.exists():
             raise OutputError(f"'{output}' exists already. Choose another --output, a file such as model.gguf.")
     else:
-        check_free(output)
+        output = check_free(output)
         if config.dtype == "q8_0":
             raise ConfigError("--dtype q8_0 is for --format gguf. Choose another.")
     if config.format != "bnb-4bit" and config.quant != QuantConfig():
         raise ConfigError("Options of the quantisation are for --format bnb-4bit. Leave them out.")
+    return output
 
 
 def _adapter(config: ExportConfig, source: Path, output: Path, is_file: bool) -> dict[str, Any]:
@@ -90,7 +93,10 @@ def _adapter(config: ExportConfig, source: Path, output: Path, is_file: bool) ->
     name = config.base or facts.get("model") or (adapter and adapter.base)
     if not name:
         raise AdapterError(f"'{source}' does not say what it was trained on. Name the base with --base.")
-    base = skeleton(resolve(name, config.revision), torch.float32)
+    source_of_base = resolve(name, config.revision or (None if config.base else facts.get("revision")))
+    if facts and (other := other_weights(facts, {"model": name, "digest": Checkpoint(source_of_base).digest()})):
+        raise AdapterError(f"'{source}' is an adapter of another base: {other}. Name its own with --base.")
+    base = skeleton(source_of_base, torch.float32)
     if adapter is None:
         return gguf.read_adapter(source, base, output)
     return gguf.write_adapter(adapter, base, output)

@@ -18,6 +18,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -26,12 +27,13 @@ import gguf
 import numpy as np
 import torch
 from gguf import GGMLQuantizationType as Type
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
 from lownibble.config import LoraConfig
 from lownibble.errors import AdapterError, ModelError, OutputError
-from lownibble.exporting.weights import Weights, as_float
+from lownibble.exporting.weights import Tell, Weights, as_float, say_nothing
 from lownibble.lora.adapter import CONFIG_FILE, PREFIX, WEIGHTS_FILE, AdapterFile
 from lownibble.lora.inject import scale_of
 from lownibble.models import ModelSource
@@ -69,7 +71,9 @@ PRE_TOKENIZERS: dict[tuple[str, ...], str] = {
 """What tokenizer.json does before its merges -> llama.cpp's name for it."""
 
 
-def write_model(weights: Weights, onto: str, path: Path, dtype: str, tokenizer: ModelSource) -> dict[str, Any]:
+def write_model(
+    weights: Weights, onto: str, path: Path, dtype: str, tokenizer: ModelSource, tell: Tell = say_nothing
+) -> dict[str, Any]:
     """Write a model as one .gguf file, whole or not at all; returns what is in it.
 
     Raises:
@@ -99,7 +103,7 @@ def write_model(weights: Weights, onto: str, path: Path, dtype: str, tokenizer: 
     for target, factors in _rope_factors(weights.model.config):
         _announce(writer, target, factors.shape, Type.F32)
         stored[target] = factors.numpy
-    _write(writer, path, stored)
+    _write(writer, path, stored, tell)
     return {"architecture": architecture.name, "tensors": len(stored), "types": types}
 
 
@@ -172,15 +176,26 @@ def read_adapter(path: Path, base: Any, output: Path) -> dict[str, Any]:
             values = _turned(values, f"{path_of[target]}.weight", base.config, architecture, back=True)
             ranks[path_of[target]] = values.shape[1]
         tensors[f"{PREFIX}{path_of[target]}.lora_{which.upper()}.weight"] = values.contiguous()
+    if not tensors or gguf.Keys.Adapter.LORA_ALPHA not in reader.fields:
+        raise AdapterError(f"'{path}' holds no low-rank tensors, or no {gguf.Keys.Adapter.LORA_ALPHA}. Make the file again.")
     alpha = float(reader.fields[gguf.Keys.Adapter.LORA_ALPHA].contents())
     usual = max(set(ranks.values()), key=list(ranks.values()).count)
     other = {name: rank for name, rank in ranks.items() if rank != usual}
     # llama.cpp divides the one alpha by a layer's own rank, and so does PEFT
     config = LoraConfig(r=usual, lora_alpha=alpha, target_modules=sorted(ranks), rank_pattern=other)
-    output.mkdir(parents=True, exist_ok=True)
-    save_file(tensors, output / WEIGHTS_FILE, metadata={"format": "pt"})
     written = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": None, **config.to_dict()}
-    (output / CONFIG_FILE).write_text(json.dumps(written, indent=2, sort_keys=True) + "\n")
+    aside = output.parent / f".{output.name}.part"
+    try:
+        aside.mkdir(parents=True, exist_ok=True)
+        save_file(tensors, aside / WEIGHTS_FILE, metadata={"format": "pt"})
+        (aside / CONFIG_FILE).write_text(json.dumps(written, indent=2, sort_keys=True) + "\n")
+        if output.is_dir():
+            output.rmdir()
+        aside.rename(output)
+    except (OSError, SafetensorError) as error:
+        raise OutputError(f"Cannot write '{output}': {error}. Free some space, or choose another --output.") from error
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
     return {"architecture": architecture.name, "tensors": len(tensors), "alpha": alpha}
 
 
@@ -313,15 +328,18 @@ def _encoded(values: Tensor, how: Type, name: str) -> np.ndarray[Any, Any]:
     return encoded
 
 
-def _write(writer: gguf.GGUFWriter, path: Path, stored: dict[str, Callable[[], np.ndarray[Any, Any]]]) -> None:
+def _write(
+    writer: gguf.GGUFWriter, path: Path, stored: dict[str, Callable[[], np.ndarray[Any, Any]]], tell: Tell = say_nothing
+) -> None:
     part = path.with_name(f".{path.name}.part")
     try:
         part.parent.mkdir(parents=True, exist_ok=True)
         writer.write_header_to_file(part)
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
-        for make in stored.values():
+        for number, make in enumerate(stored.values(), 1):
             writer.write_tensor_data(make())
+            tell("writing tensors", number, len(stored))
         writer.close()
         with part.open("rb+") as file:
             os.fsync(file.fileno())
@@ -343,6 +361,11 @@ def _add_tokenizer(writer: gguf.GGUFWriter, folder: Path, vocab_size: int) -> No
     if model.get("type") != "BPE":
         raise ModelError(
             f"'{file}' is a {model.get('type')} tokenizer; only BPE can be written as GGUF here. Use llama.cpp's own conversion."
+        )
+    largest = max([*model["vocab"].values(), *(added["id"] for added in found.get("added_tokens", []))], default=0)
+    if largest >= vocab_size:
+        raise ModelError(
+            f"'{file}' has {largest + 1} tokens and the model {vocab_size} rows for them. Resize the model's embeddings first."
         )
     tokens: list[bytes] = [f"[PAD{i}]".encode() for i in range(vocab_size)]
     types = [gguf.TokenType.UNUSED] * vocab_size

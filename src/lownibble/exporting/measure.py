@@ -24,7 +24,7 @@ from accelerate.hooks import attach_align_device_hook, remove_hook_from_submodul
 from torch import Tensor, nn
 
 from lownibble.data import Batch, Example
-from lownibble.exporting.weights import Weights, as_float
+from lownibble.exporting.weights import Tell, Weights, as_float
 from lownibble.training.loss import Head, hidden_states, label_places
 from lownibble.training.microbatches import Collate
 
@@ -47,7 +47,7 @@ def choose_rows(examples: list[Example], max_tokens: int) -> list[Example]:
 
 
 @torch.no_grad()
-def measure(weights: Weights, rows: list[Example], collate: Collate) -> dict[str, Any]:
+def measure(weights: Weights, rows: list[Example], collate: Collate, tell: Tell) -> dict[str, Any]:
     """The live model, the base and each merged model on the same rows; see the module's docstring for the figures.
 
     Returns:
@@ -56,8 +56,12 @@ def measure(weights: Weights, rows: list[Example], collate: Collate) -> dict[str
     batch = collate(rows)
     layers: dict[str, dict[str, float]] = {target: {} for target in weights.targets}
     made = {target: _Merged(weights, target, layers[target]) for target in weights.targets}
-    hidden = {LIVE: _hidden(weights, batch, _Live(weights)), BASE: _hidden(weights, batch, _Live(weights, adapted=False))}
-    hidden |= {target: _hidden(weights, batch, tensors) for target, tensors in made.items()}
+    models_of = {LIVE: _Live(weights), BASE: _Live(weights, adapted=False), **made}
+    hidden = {}
+    for number, (name, tensors) in enumerate(models_of.items()):
+        tell("measuring", number, len(models_of))
+        hidden[name] = _hidden(weights, batch, tensors)
+    tell("measuring", len(models_of), len(models_of))
     places_L, _ = label_places(batch.labels)
     all_L, targets_L = _places(batch)
     is_label_L = torch.isin(all_L, places_L)
@@ -129,7 +133,8 @@ class _Merged(_Live):
             delta = (b @ a).mul_(scale)
             size = float(delta.norm())
             off = float(self.weights.live(name).add_(delta).sub_(made).norm())
-            self.errors[name] = off / size if size else math.inf if off else 0.0
+            if size:  # a layer that learnt nothing has no delta to be measured by
+                self.errors[name] = off / size
         return made
 
 
@@ -206,10 +211,15 @@ def _compare(
             "kl": float(kl_L[chosen].mean(dtype=torch.float64)),
             "kl_standard_error": float(kl_L[chosen].std() / math.sqrt(n)) if n > 1 else 0.0,
             "top1_agreement": float(same_L[chosen].double().mean()),
-            "perplexity": math.exp(float(loss_L[chosen].mean(dtype=torch.float64))),
+            "perplexity": _perplexity(loss_L[chosen]),
         }
 
     return {
         "label_tokens": figures(is_label_L), "all_tokens": figures(torch.ones_like(is_label_L)),
-        "live_perplexity": math.exp(float(live_L[is_label_L].mean(dtype=torch.float64))),
+        "live_perplexity": _perplexity(live_L[is_label_L]),
     }  # fmt: skip
+
+
+def _perplexity(losses_L: Tensor) -> float:
+    """exp of the mean, which is kept in range: a model may find a token all but impossible."""
+    return math.exp(min(700.0, float(losses_L.mean(dtype=torch.float64))))

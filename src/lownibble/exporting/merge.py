@@ -22,8 +22,8 @@ from lownibble.config import DataConfig, MergeConfig, QuantConfig
 from lownibble.data import encode, load
 from lownibble.errors import AdapterError, ConfigError, InputError, OutputError
 from lownibble.exporting.measure import BASE, FAITHFUL, choose_rows, measure
-from lownibble.exporting.weights import Weights, check_onto
-from lownibble.lora.adapter import AdapterFile
+from lownibble.exporting.weights import Tell, Weights, check_onto, say_nothing
+from lownibble.lora.adapter import CONFIG_FILE, AdapterFile
 from lownibble.lora.provenance import describe, other_weights
 from lownibble.models import ModelSource, bnb4bit, load_tokenizer, resolve
 from lownibble.models.checkpoint import INDEX
@@ -33,6 +33,16 @@ from lownibble.training.output import hold
 
 RECORD, _STATE = "merge.json", ".merging.json"
 _LEFT_BEHIND = ("config.json", INDEX, "README.md", RECORD)
+_TOKENIZER_FILES = (
+    "tokenizer",
+    "special_tokens_map",
+    "added_tokens",
+    "vocab",
+    "merges",
+    "chat_template",
+    "spiece",
+    "sentencepiece",
+)
 _WEIGHT_FILES = (".safetensors", ".bin", ".pt", ".pth", ".h5", ".msgpack", ".gguf", ".onnx", ".index.json")
 
 
@@ -51,17 +61,16 @@ def merge(adapter: str | Path, output: str | Path, **options: Any) -> dict[str, 
     return run_merge(MergeConfig(adapter=str(adapter), output=str(output), **options))
 
 
-def run_merge(config: MergeConfig) -> dict[str, Any]:
-    """`merge` with its options in a configuration."""
-    output = Path(config.output)
-    check_free(output)
+def run_merge(config: MergeConfig, tell: Tell = say_nothing) -> dict[str, Any]:
+    """`merge` with its options in a configuration; `tell` is called as it goes on."""
+    output = check_free(config.output)
     adapter = AdapterFile(config.adapter)
     source, quant = _base(config, adapter)
     weights = Weights(source, adapter, quant, config.quant, config.dtype)
     _check_base(config, adapter, weights)
     if config.onto != "auto":
         check_onto(weights, config.onto)
-    measured, rows = _measure(config, adapter, weights) if config.measure_tokens else (None, None)
+    measured, rows = _measure(config, adapter, weights, tell) if config.measure_tokens else (None, None)
     onto, advice = _choose(config, weights, measured)
     result = {
         **record.new("merge"),
@@ -71,23 +80,34 @@ def run_merge(config: MergeConfig) -> dict[str, Any]:
         "base": {"model": source.name, "digest": weights.checkpoint.digest(), "stored": _codec(weights)},
         "onto": onto,
         "targets": weights.targets,
-        "tensors_changed": len(weights.edits),
+        "tensors_changed": len(weights.replaced.keys() | weights.low_ranks.keys()),
         "measured": measured and {"data": rows, **measured},
         "advice": advice,
         "output": str(output),
     }
-    write(weights, onto, output, result, adapter.folder)
+    write(weights, onto, output, result, adapter.folder, tell)
     return result
 
 
-def check_free(output: Path) -> None:
-    """Raise unless a folder can be made there.
+def check_free(path: str | Path) -> Path:
+    """The folder that is to be made, absolute.
 
     Raises:
-        OutputError: something is there.
+        OutputError: something is there, or nothing can be made there.
     """
+    output = Path(path).expanduser()
+    output = output.parent.resolve() / output.name if output.name not in ("", "..") else output.resolve()
+    if output.is_symlink() or os.path.ismount(output) or output == Path.cwd():
+        raise OutputError(f"'{output}' cannot be replaced as a whole. Choose a new folder as --output.")
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise OutputError(f"'{output}' holds something already. Choose another --output.")
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OutputError(f"Cannot make '{output.parent}': {error.strerror}. Choose another --output.") from None
+    if not os.access(output.parent, os.W_OK):
+        raise OutputError(f"'{output.parent}' cannot be written. Choose another --output.")
+    return output
 
 
 def _codec(weights: Weights) -> str:
@@ -108,17 +128,23 @@ def _base(config: MergeConfig, adapter: AdapterFile) -> tuple[ModelSource, Quant
             raise ConfigError(
                 f"'{adapter.folder}' says that it was trained on {describe(known)} weights. Leave --trained-on out."
             )
-        if said and config.quant != QuantConfig() and config.quant.with_options(skip_modules=said.skip_modules) != said:
+        if config.quant not in (QuantConfig(), said):
             raise ConfigError(
                 f"'{adapter.folder}' says that it was trained on {describe(known)} weights. Leave quant options out."
             )
         return source, said
-    stored = {"dequantized": "quantized", "original": "dense"}.get(config.onto)
-    if config.trained_on is None and stored is None and not _is_packed(source):
+    if _is_packed(source):
+        if config.trained_on == "dense" or config.quant != QuantConfig():
+            raise ConfigError(f"'{source.name}' is in 4 bits, with a codec of its own. Leave --trained-on and quant options out.")
+        return source, None
+    stored = config.trained_on or ("quantized" if config.onto == "dequantized" else None)
+    if stored is None and config.onto == "original" and not config.measure_tokens:
+        stored = "dense"  # makes no difference to what is written
+    if stored is None:
         raise ConfigError(
             f"'{adapter.folder}' does not say whether its base was in 4 bits in training. Say --trained-on dense or quantized."
         )
-    return source, config.quant if (config.trained_on or stored) == "quantized" else None
+    return source, config.quant if stored == "quantized" else None
 
 
 def _is_packed(source: ModelSource) -> bool:
@@ -134,12 +160,13 @@ def _check_base(config: MergeConfig, adapter: AdapterFile, weights: Weights) -> 
         )
 
 
-def _measure(config: MergeConfig, adapter: AdapterFile, weights: Weights) -> tuple[dict[str, Any], str]:
+def _measure(config: MergeConfig, adapter: AdapterFile, weights: Weights, tell: Tell) -> tuple[dict[str, Any], str]:
     """The measurement, and where its rows are from."""
     data, said = _data(config, adapter)
     tokenizer = load_tokenizer(_tokenizer_of(adapter, weights.source))
     examples = encode(load(data)[1], tokenizer, data, config.max_length).examples
-    return measure(weights, choose_rows(examples, config.measure_tokens), collator(weights.model, tokenizer)), said
+    rows = choose_rows(examples, config.measure_tokens)
+    return measure(weights, rows, collator(weights.model, tokenizer), tell), said
 
 
 def _data(config: MergeConfig, adapter: AdapterFile) -> tuple[DataConfig, str]:
@@ -200,7 +227,10 @@ def _verdict(models: dict[str, Any], layers: dict[str, Any], target: str) -> str
     return text if kept >= FAITHFUL else f"{text}; not faithful"
 
 
-def write(weights: Weights, onto: str, output: Path, result: dict[str, Any], tokenizer_first: Path | None = None) -> None:
+def write(
+    weights: Weights, onto: str, output: Path, result: dict[str, Any], tokenizer_first: Path | None = None,
+    tell: Tell = say_nothing,
+) -> None:  # fmt: skip
     """Write the model to `output`, whole or not at all, with `result` as its record; goes on where the same was interrupted.
 
     Raises:
@@ -208,41 +238,53 @@ def write(weights: Weights, onto: str, output: Path, result: dict[str, Any], tok
     """
     shards = _shards(weights, onto)
     aside = output.parent / f".{output.name}.merging"
-    identity = hashlib.sha256(json.dumps(_identity(weights, onto), sort_keys=True).encode()).hexdigest()
+    identity = hashlib.sha256(json.dumps(_identity(weights, onto, shards), sort_keys=True).encode()).hexdigest()
+    json.dumps(result, allow_nan=False)
     with hold(aside):
         try:
             state = aside / _STATE
-            if not state.is_file() or state.read_text() != identity:
-                for file in aside.glob("*.safetensors"):
+            resumed = state.is_file() and state.read_text() == identity
+            for file in aside.iterdir():
+                if file.name != ".lock" and not (resumed and file.name in (_STATE, *shards)):
                     file.unlink()
-                state.write_text(identity)
+            state.write_text(identity)
             todo = {name: entries for name, entries in shards.items() if not (aside / name).is_file()}
             _check_room(aside, todo)
-            for name, entries in todo.items():
+            for number, (name, entries) in enumerate(todo.items(), len(shards) - len(todo)):
+                tell("writing shards", number, len(shards))
                 _write_shard(weights, onto, aside / name, entries)
+            tell("writing shards", len(shards), len(shards))
             _write_rest(weights, onto, aside, shards, tokenizer_first)
             record.write(aside / RECORD, result)
-            state.unlink()
-            (aside / ".lock").unlink()
             if output.is_dir():
                 output.rmdir()  # empty: see `check_free`
+            state.unlink()
+            (aside / ".lock").unlink()
             aside.rename(output)
+        except InputError as error:
+            if not isinstance(error, OutputError):  # the inputs are at fault: what is done is of no use
+                shutil.rmtree(aside, ignore_errors=True)
+            raise
         except (OSError, SafetensorError) as error:
             raise OutputError(
                 f"Cannot write '{output}': {error}. Free some space and run the same command again: finished shards are kept."
             ) from error
 
 
-def _identity(weights: Weights, onto: str) -> dict[str, Any]:
-    """All that the written bytes depend on."""
+def _identity(weights: Weights, onto: str, shards: dict[str, dict[str, tensorfile.Entry]]) -> dict[str, Any]:
+    """What the written bytes depend on; the base by its digest."""
     adapter = weights.adapter
-    content = adapter and [
-        hashlib.sha256(file.read_bytes()).hexdigest() for file in (adapter.path, adapter.folder / "adapter_config.json")
-    ]
+    content = adapter and [_sha256(file) for file in (adapter.path, adapter.folder / CONFIG_FILE)]
     return {
         "base": weights.checkpoint.digest(), "adapter": content, "onto": onto, "dtype": weights.dtype,
+        "shards": {name: sorted(entries) for name, entries in shards.items()},
         "codec": [quant and quant.to_dict() for quant in (weights.quant, weights.new_quant)],
     }  # fmt: skip
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _shards(weights: Weights, onto: str) -> dict[str, dict[str, tensorfile.Entry]]:
@@ -289,15 +331,17 @@ def _write_rest(
     weights: Weights, onto: str, folder: Path, shards: dict[str, dict[str, tensorfile.Entry]], tokenizer_first: Path | None
 ) -> None:
     """Everything but the weights: configuration, index, tokenizer."""
-    for origin in (weights.source.folder, tokenizer_first):
-        if origin is None or (origin is tokenizer_first and not _has_tokenizer(origin)):
+    own_tokenizer = tokenizer_first is not None and _has_tokenizer(tokenizer_first)
+    for origin in (weights.source.folder, tokenizer_first if own_tokenizer else None):
+        if origin is None:
             continue
         for file in sorted(origin.iterdir()):
-            mine = file.name.startswith(("adapter_", ".")) or file.name in _LEFT_BEHIND or file.name.endswith(_WEIGHT_FILES)
-            if file.is_file() and not mine:
+            left = file.name.startswith(("adapter_", ".")) or file.name in _LEFT_BEHIND or file.name.endswith(_WEIGHT_FILES)
+            other = origin is not tokenizer_first and own_tokenizer and file.name.startswith(_TOKENIZER_FILES)
+            if file.is_file() and not left and not other:
                 shutil.copyfile(file, folder / file.name)
     (folder / "config.json").write_text(json.dumps(_config_json(weights, onto), indent=2) + "\n")
-    if len(shards) > 1:
+    if set(shards) != {"model.safetensors"}:
         total = sum(entry.nbytes for entries in shards.values() for entry in entries.values())
         index = {
             "metadata": {"total_size": total},
@@ -312,7 +356,7 @@ def _config_json(weights: Weights, onto: str) -> dict[str, Any]:
     for part in (config, config.get("text_config")):
         if isinstance(part, dict):
             part |= {key: value for key, value in weights.changes.items() if key in part or part is config}
-    dtypes = {weights.kept_dtype(name) for name in weights.names}
+    dtypes = {kept for name in weights.names if (kept := weights.kept_dtype(name)).is_floating_point}
     if len(dtypes) == 1:
         config.pop("torch_dtype", None)
         config["dtype"] = str(dtypes.pop()).removeprefix("torch.")

@@ -17,15 +17,16 @@ two tensors, and its configuration says that nothing is tied any more.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from lownibble.config import QuantConfig
-from lownibble.errors import AdapterError, ConfigError
+from lownibble.errors import AdapterError, ConfigError, ModelError
 from lownibble.lora.adapter import PREFIX, AdapterFile
 from lownibble.lora.inject import scale_of
 from lownibble.models import ModelSource, bnb4bit, skeleton
@@ -35,9 +36,16 @@ from lownibble.quant import QuantizedTensor, is_plain_linear, quantize
 
 TARGETS = ("dequantized", "original", "nf4")
 
+Tell = Callable[[str, int, int], None]
+"""Called while long work goes on: what is done, how much of it, out of how much."""
+
+
+def say_nothing(what: str, done: int, total: int) -> None:
+    """For who does not want to be told."""
+
 
 class LowRank(NamedTuple):
-    """An edit: scale * B A is added. `a`, `b` are keys of the adapter's file."""
+    """scale * B A; `a`, `b` are keys of the adapter's file."""
 
     a: str
     b: str
@@ -54,7 +62,8 @@ class Weights:
     Attributes:
         model: transformers' skeleton on the meta device, with the adapter's vocabulary.
         names: of the merged model's parameters and buffers -> the base's tensor that each starts from.
-        edits: name -> what the adapter does to it: a low-rank sum, or the key of the tensor that takes its place.
+        replaced: name -> key of the adapter's tensor that takes its place.
+        low_ranks: name -> low-rank sum that is added to it then.
         changes: keys of config.json that change, with their values.
     Raises:
         AdapterError: a tensor of the adapter has no place, is missing, of another shape or not finite.
@@ -78,13 +87,20 @@ class Weights:
         self.names = {name: name for name in self.checkpoint.file_of if name in expected}
         self.quantized = self.packed or (quantizable(self.model, quant) if quant is not None else set())
         self.quant = self._packed_codec() if self.packed else quant
-        self.requantized = self.quantized or quantizable(self.model, new_quant)
+        self._to_pack = new_quant
         self.new_quant = self.quant or new_quant
         self._groups = _tied_groups(self.model)  # now: hooks that lend the model its tensors part what is tied
         self.changes: dict[str, Any] = {}
-        self.edits: dict[str, LowRank | str] = {}
+        self.low_ranks: dict[str, LowRank] = {}
+        self.replaced: dict[str, str] = {}
         if adapter is not None:
             self._edit(adapter)
+        self._check_shapes()
+
+    @cached_property
+    def requantized(self) -> set[str]:
+        """Paths of the layers that are packed in the target 'nf4'."""
+        return self.quantized or quantizable(self.model, self._to_pack)
 
     def resolve(self, name: str) -> str:
         """The name in `names` of a parameter of the model, which may share its tensor with that one."""
@@ -115,30 +131,39 @@ class Weights:
         embedding, head = self._names_of("get_input_embeddings"), self._names_of("get_output_embeddings")
         self._resize(adapter, [name for name in (embedding, head) if name])
         expected = adapter.expected(self.model)
-        own = dict(self.model.named_parameters(remove_duplicate=False))
-        carried: dict[str, str] = {}  # PEFT saves embeddings in full where the vocabulary has changed
-        ignored = set()
-        for key in adapter.shapes.keys() - expected.keys():
-            name = key.removeprefix(PREFIX).replace(".base_layer.", ".")
-            if name in own and own[name].shape == adapter.shapes[key] and ".modules_to_save." not in key:
-                if name in (embedding, head) and not self._same_as_base(name, adapter.read(key)):
-                    carried[name] = key
-                elif name not in (embedding, head) and not self._same_as_base(name, adapter.read(key)):
-                    continue
-                ignored.add(key)
-        adapter.check_fit(expected, ignored)
+        carried, repeated = self._extra(adapter, adapter.shapes.keys() - expected.keys(), (embedding, head))
+        adapter.check_fit(expected, {*carried.values(), *repeated})
         for key in (*expected, *carried.values()):
             if not torch.isfinite(adapter.read(key)).all():
                 raise AdapterError(f"'{key}' of '{adapter.path}' holds NaN or infinite values. Train again with a lower rate.")
         for key in expected:
-            name = key.removeprefix(PREFIX).replace(".base_layer.", ".")
+            name = _name_of(key)
             if name.endswith(".lora_A.weight"):
                 path = name.removesuffix(".lora_A.weight")
                 b = key.replace(".lora_A.", ".lora_B.")
-                self.edits[f"{path}.weight"] = LowRank(key, b, scale_of(path, adapter.config))
+                self.low_ranks[f"{path}.weight"] = LowRank(key, b, scale_of(path, adapter.config))
             elif not name.endswith(".lora_B.weight"):
-                self.edits[name] = key
+                self.replaced[name] = key
         self._untie(carried, embedding, head)
+
+    def _extra(
+        self, adapter: AdapterFile, keys: Iterable[str], ends: tuple[str | None, str | None]
+    ) -> tuple[dict[str, str], set[str]]:
+        """Of tensors beyond what was trained: embeddings and heads in other values than the base's, which PEFT saves where the
+        vocabulary has changed; and keys that say nothing new."""
+        own = dict(self.model.named_parameters(remove_duplicate=False))
+        carried: dict[str, str] = {}
+        repeated = set()
+        for key in keys:
+            name = _name_of(key)
+            if ".modules_to_save." in key or ".original_module." in key:
+                repeated.add(key)  # PEFT saves a trained embedding several times
+            elif name in own and own[name].shape == adapter.shapes[key]:
+                if self._same_as_base(name, adapter.read(key)):
+                    repeated.add(key)
+                elif name in ends:
+                    carried[name] = key
+        return carried, repeated
 
     def _names_of(self, getter: str) -> str | None:
         module = getattr(self.model, getter)()
@@ -156,35 +181,46 @@ class Weights:
             self.changes["vocab_size"] = rows.pop()
 
     def _same_as_base(self, name: str, tensor: Tensor) -> bool:
+        """Whether a tensor holds the base's values, as they are or in the type that the base had in training."""
         key = self.resolve(name)
-        if self.checkpoint.facts(key)[1] != tensor.shape:
+        if key.removesuffix(".weight") in self.packed or self.checkpoint.facts(key)[1] != tensor.shape:
             return False
-        return torch.equal(self.checkpoint.read(key).float(), tensor.float())
+        base = self.checkpoint.read(key)
+        return torch.equal(base.to(tensor.dtype), tensor) or torch.equal(tensor.to(base.dtype), base)
 
     def _untie(self, carried: Mapping[str, str], embedding: str | None, head: str | None) -> None:
         """Give modules that share a tensor their own, where the adapter does not do the same to all of them."""
         assert self.adapter is not None
+        trained = {*self.replaced, *self.low_ranks}
         for name, key in carried.items():
-            keys = [carried[other] for other in self._tied(name) if other in carried]
-            first = self.adapter.read(keys[0])
-            if all(torch.equal(first, self.adapter.read(other)) for other in keys[1:]):
-                self.edits[self.resolve(name)] = keys[0]
-            else:
-                self.edits[name] = key
+            group = self._tied(name)
+            first, *others = (self.adapter.read(carried[other]) for other in group if other in carried)
+            alike = not trained & set(group) and all(torch.equal(first, other) for other in others)
+            self.replaced[self.resolve(name) if alike else name] = key
+            trained |= set() if alike else {name}
         shared = [n for n, _ in self.model.named_parameters(remove_duplicate=False) if n not in self.names]
         for group in {self._tied(name) for name in shared}:
-            canonical = self.resolve(group[0])
-            if not set(self.edits) & set(group) or (
-                set(self.edits) & set(group) == {canonical} and self.edits[canonical] in carried.values()
-            ):
+            if not trained & set(group):
                 continue
             if set(group) != {embedding, head} or self.model.config.is_encoder_decoder:
                 raise AdapterError(
                     f"'{self.adapter.folder}' trains one of {', '.join(group)}, which share one tensor in a way that this "
                     "architecture cannot store apart. Merge it with the architecture's own tools."
                 )
-            self.names |= dict.fromkeys(group, canonical)
+            self.names |= dict.fromkeys(group, self.resolve(group[0]))
             self.changes["tie_word_embeddings"] = False
+
+    def _check_shapes(self) -> None:
+        """Raise where the base's tensors and its configuration, with the adapter's vocabulary, do not belong together."""
+        for name, key in self.names.items():
+            if name in self.replaced or name.removesuffix(".weight") in self.packed:
+                continue
+            stored, wanted = self.checkpoint.facts(key)[1], self.shape(name)
+            if stored != wanted:
+                raise ModelError(
+                    f"'{self.source.name}': tensor '{key}' has shape {tuple(stored)}, and {tuple(wanted)} is needed. "
+                    "The weights, config.json and the adapter do not belong together."
+                )
 
     def shard_of(self, name: str) -> str:
         """File name of the shard that holds the tensor which `name` starts from."""
@@ -218,25 +254,24 @@ class Weights:
             return quantize(tensor, self.quant, name=name)
         return tensor
 
+    def _base(self, name: str, codec: bool = True) -> Tensor | QuantizedTensor:
+        """What low-rank sums are added to: the adapter's own tensor where it replaces the base's."""
+        if name in self.replaced:
+            assert self.adapter is not None
+            return self.adapter.read(self.replaced[name])
+        return self.trained_on(name, codec)
+
     def live(self, name: str, *, adapted: bool = True) -> Tensor:
         """What the live model computes with at `name`, without the low-rank sum: float32, or the base's if not `adapted`."""
-        edit = self.edits.get(name)
-        if isinstance(edit, str) and (adapted or "vocab_size" in self.changes):
-            assert self.adapter is not None
-            return self.adapter.read(edit).float()
-        return as_float(self.trained_on(name))
+        fits = name not in self.replaced or self.checkpoint.facts(self.names[name])[1] == self.shape(name)
+        return as_float(self._base(name) if adapted or not fits else self.trained_on(name))
 
     def low_rank(self, name: str) -> tuple[Tensor, Tensor, float] | None:
         """A (r, in), B (out, r) and scale at `name`, or None."""
-        edit = self.edits.get(name)
-        if self.adapter is None or not isinstance(edit, LowRank):
+        edit = self.low_ranks.get(name)
+        if self.adapter is None or edit is None:
             return None
         return self.adapter.read(edit.a).float(), self.adapter.read(edit.b).float(), edit.scale
-
-    def _add(self, weight_NK: Tensor, edit: LowRank) -> Tensor:
-        assert self.adapter is not None
-        a, b = (self.adapter.read(key).float() for key in (edit.a, edit.b))
-        return weight_NK.addmm_(b, a, alpha=edit.scale)
 
     def merged(self, name: str, onto: str) -> Tensor | QuantizedTensor:
         """The tensor of the merged model as it is written: in its final type, or packed for 'nf4'.
@@ -244,17 +279,14 @@ class Weights:
         Raises:
             AdapterError: the sum does not fit the type.
         """
-        edit, path = self.edits.get(name), name.removesuffix(".weight")
-        if isinstance(edit, str):
-            assert self.adapter is not None
-            return self._cast(self.adapter.read(edit), name)
-        base = self.trained_on(name, codec=onto != "original")
-        packs = onto == "nf4" and path in self.requantized and name != path
-        if edit is None and (isinstance(base, QuantizedTensor) if packs else isinstance(base, Tensor)):
+        base, low_rank = self._base(name, codec=onto != "original"), self.low_rank(name)
+        packs = onto == "nf4" and name.removesuffix(".weight") in self.requantized and name.endswith(".weight")
+        if low_rank is None and packs == isinstance(base, QuantizedTensor):
             return base if isinstance(base, QuantizedTensor) else self._cast(base, name)
         total = as_float(base)
-        if edit is not None:
-            self._add(total, edit)
+        if low_rank is not None:
+            a, b, scale = low_rank
+            total.addmm_(b, a, alpha=scale)
         if packs:
             return replace(quantize(total, self.new_quant, name=name), dtype=self.kept_dtype(name))
         return self._cast(total, name)
@@ -274,6 +306,11 @@ class Weights:
                 yield name, bnb4bit.pack_shapes(path, self.shape(name), self.new_quant)
             else:
                 yield name, {name: (self.kept_dtype(name), tuple(self.shape(name)))}
+
+
+def _name_of(key: str) -> str:
+    """The model's name for a key of an adapter's file."""
+    return key.removeprefix(PREFIX).replace(".base_layer.", ".")
 
 
 def _tied_groups(model: nn.Module) -> dict[str, tuple[str, ...]]:

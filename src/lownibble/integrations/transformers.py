@@ -11,6 +11,9 @@ Importing this module registers a quantizer with transformers, by its public ext
 checkpoints hold bitsandbytes' tensors under bitsandbytes' names, so there is one format of 4-bit files here, and `lownibble.load`
 reads them; their `quant_method` is 'lownibble', for which this module must be imported before they are loaded by transformers.
 
+PEFT's `prepare_model_for_kbit_training` turns gradient checkpointing on for libraries that it knows only: with these layers call
+`model.gradient_checkpointing_enable()` yourself.
+
 Rejected: `is_loaded_in_4bit` on the model. transformers then imports bitsandbytes to count parameters, and TRL casts adapters to
 bfloat16.
 """
@@ -34,7 +37,7 @@ from lownibble.errors import ConfigError
 from lownibble.models import bnb4bit
 from lownibble.models.load import DTYPES
 from lownibble.quant import QuantizedTensor, eightbit, is_plain_linear, quantize
-from lownibble.quant.linear import frozen_linear
+from lownibble.quant.linear import frozen_linear, frozen_matmul
 
 METHOD = bnb4bit.OWN_METHOD
 _INITIALISED = "_is_hf_initialized"  # how transformers knows that a module needs no random weights
@@ -130,8 +133,15 @@ class NF4Linear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """x (..., in_features) -> (..., out_features), in x's dtype."""
-        y = frozen_linear(x.to(self.compute_dtype or x.dtype), self.packed, self.bias, eightbit.CODE_TYPES.get(self.compute))
-        return y.to(x.dtype)
+        cast, code_type = x.to(self.compute_dtype or x.dtype), eightbit.CODE_TYPES.get(self.compute)
+        if not torch.compiler.is_compiling():
+            return frozen_linear(cast, self.packed, self.bias, code_type).to(x.dtype)
+        held = self._packed
+        assert held is not None
+        parts = [t for t in (self.weight, held.absmax, held.nested_absmax, held.offset) if t is not None]
+        rows, codec = eightbit.rows_of(cast, code_type), f"{held.quant_type}/{held.block_size}"
+        y: Tensor = frozen_matmul(cast.reshape(-1, self.in_features), parts, codec, self.out_features, rows)
+        return (y if self.bias is None else y + self.bias.to(y.dtype)).view(*x.shape[:-1], self.out_features).to(x.dtype)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> NF4Linear:
         # Moves between devices pass through, casts touch the bias alone: constants stay float32 and codes uint8.
@@ -152,6 +162,15 @@ class NF4Linear(nn.Linear):
         if self._packed is not None:
             parts = bnb4bit.pack(prefix.removesuffix("."), self.packed)
             destination.update({key: tensor.clone() for key, tensor in parts.items() if key != f"{prefix}weight"})
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
+        path = prefix.removesuffix(".")
+        parts = {key: value for key, value in state_dict.items() if key.startswith(f"{prefix}weight")}
+        if len(parts) > 1:  # else codes alone, or nothing: what is missing is said
+            self.weight.data = self.hold(bnb4bit.unpack(parts, path, torch.float32, "the state")).to(self.weight.device)
+            for key in parts.keys() - {f"{prefix}weight"}:
+                del state_dict[key]
+        super()._load_from_state_dict(state_dict, prefix, *rest)
 
     def extra_repr(self) -> str:
         """Shown by `print(model)`."""
@@ -206,6 +225,12 @@ class NF4Quantizer(HfQuantizer):  # type: ignore[misc]
     quantization_config: NF4Config
     serialized_names: dict[str, list[str]] = bnb4bit.SERIALIZED_NAMES
 
+    def validate_environment(self, *_: Any, device_map: Any = None, **__: Any) -> None:
+        """Refuse layers whose tensors would come and go between devices."""
+        places = {str(place) for place in device_map.values()} if isinstance(device_map, dict) else set()
+        if len(places) > 1 and places & {"cpu", "disk"}:
+            raise ConfigError("NF4Config cannot keep part of a model on the CPU or the disk. Give device_map one device.")
+
     def _process_model_before_weight_loading(self, model: Any, **_: Any) -> Any:
         config = self.quantization_config
         skipped = self.get_modules_to_not_convert(model, config.skip_modules, model._keep_in_fp32_modules)
@@ -233,8 +258,8 @@ class NF4Quantizer(HfQuantizer):  # type: ignore[misc]
 
     @property
     def quantized_element_size(self) -> float:
-        """Bytes of a packed weight."""
-        return 0.5
+        """Bytes of each byte of codes, constants included (transformers multiplies it by the number of bytes)."""
+        return 1.04
 
     def get_quantize_ops(self) -> ConversionOps:
         """What packs a dense weight."""
