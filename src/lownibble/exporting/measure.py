@@ -24,6 +24,7 @@ from accelerate.hooks import attach_align_device_hook, remove_hook_from_submodul
 from torch import Tensor, nn
 
 from lownibble.data import Batch, Example
+from lownibble.errors import AdapterError
 from lownibble.exporting.weights import Tell, Weights, as_float
 from lownibble.training.loss import Head, hidden_states, label_places
 from lownibble.training.microbatches import Collate
@@ -204,6 +205,11 @@ def _compare(
         live_loss.append(-live_LV.gather(1, ids.unsqueeze(1)).squeeze(1))
         kl.append((live_LV.exp() * live_LV.sub(other_LV)).sum(1).clamp_min_(0))
     kl_L, same_L, loss_L, live_L = (torch.cat(parts) for parts in (kl, same, loss, live_loss))
+    if not torch.isfinite(kl_L).all():
+        raise AdapterError(
+            f"On these rows the live adapter, or the model '{name}', gives logits that are not finite. Look at the adapter, or name "
+            "other rows with --data."
+        )
 
     def figures(chosen: Tensor) -> dict[str, float]:
         n = int(chosen.sum())

@@ -239,7 +239,6 @@ def write(
     shards = _shards(weights, onto)
     aside = output.parent / f".{output.name}.merging"
     identity = hashlib.sha256(json.dumps(_identity(weights, onto, shards), sort_keys=True).encode()).hexdigest()
-    json.dumps(result, allow_nan=False)
     with hold(aside):
         try:
             state = aside / _STATE
@@ -262,8 +261,8 @@ def write(
             (aside / ".lock").unlink()
             aside.rename(output)
         except InputError as error:
-            if not isinstance(error, OutputError):  # the inputs are at fault: what is done is of no use
-                shutil.rmtree(aside, ignore_errors=True)
+            if not isinstance(error, OutputError) or not any((aside / name).is_file() for name in shards):
+                shutil.rmtree(aside, ignore_errors=True)  # the inputs are at fault, or nothing is done yet
             raise
         except (OSError, SafetensorError) as error:
             raise OutputError(
