@@ -207,8 +207,8 @@ def _compare(
     kl_L, same_L, loss_L, live_L = (torch.cat(parts) for parts in (kl, same, loss, live_loss))
     if not torch.isfinite(kl_L).all():
         raise AdapterError(
-            f"On these rows the live adapter, or the model '{name}', gives logits that are not finite. Look at the adapter, or name "
-            "other rows with --data."
+            f"On these rows the live adapter, or the model '{name}', gives logits that are not finite. Look at the adapter, "
+            "or name other rows with --data."
         )
 
     def figures(chosen: Tensor) -> dict[str, float]:
