@@ -131,6 +131,12 @@ def test_a_fit_comes_back_from_json():
     assert Fit.from_dict(fit.to_dict()) == fit
 
 
+def test_the_longest_row_is_tried_where_it_is_just_above_the_last_pass():
+    """Passes of 32 and 64 tokens, and a row of 65 that fits."""
+    fit = choose(219_000, needs(65, 130, 1), Memory(0, 0, 3000, 2000, 65, unit=1000))
+    assert fit.max_tokens == 65
+
+
 @settings(max_examples=300)
 @given(
     held=st.integers(0, 5000), chunk=st.integers(0, 3000), rate=st.integers(3, 50), saved=st.integers(1, 50),

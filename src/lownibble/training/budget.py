@@ -176,7 +176,8 @@ class _Search:
         whole, wanted = self.needs.whole, FIRST_TOKENS
         while self.points[-1][1] <= self.limit:
             tokens, last = self.bench.size(min(wanted, whole)), self.points[-1][0]
-            enough = tokens <= last if tokens == whole else tokens <= last * (1 + PRECISION)
+            reaches = tokens == whole or last < self.needs.longest_row <= tokens  # a row more or less decides whether it fits
+            enough = tokens <= last if reaches else tokens <= last * (1 + PRECISION)
             if enough or not self._measure(tokens):
                 break
             wanted = min(GROWTH * tokens, self.largest())
