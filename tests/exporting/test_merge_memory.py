@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from lownibble.bench.merge import MEASURE, write_large
+from lownibble.bench.merge import MEASURE, MEASURED_TOKENS, SIZES, write_large
 
 MB = 2**20
 SLACK = 14 * MB
@@ -13,17 +13,17 @@ SLACK = 14 * MB
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
-@pytest.mark.parametrize("onto", ["dequantized", "original", "nf4"])
-def test_peak_is_a_shard_and_two_tensors(tmp_path, write, adapt, tokenizer, onto):
-    """Of a checkpoint several times as large."""
+@pytest.mark.parametrize(("onto", "tokens"), [("dequantized", 0), ("original", 0), ("nf4", 0), ("dequantized", MEASURED_TOKENS)])
+def test_peak_is_a_shard_and_two_tensors(tmp_path, write, adapt, onto, tokens):
+    """Of a checkpoint several times as large; measuring holds the states of its rows besides: five models' last and a layer's."""
     _, small = adapt(write(name="warm-up"), "nf4")
     large = write_large(tmp_path / "large")
-    tokenizer.save_pretrained(large.folder)
     run = subprocess.run(
-        [sys.executable, "-c", MEASURE, str(small), str(large.adapter), str(tmp_path / "merged"), onto],
+        [sys.executable, "-c", MEASURE, str(small), str(large.adapter), str(tmp_path / "merged"), onto, str(tokens)],
         capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert run.returncode == 0, run.stderr
     allowed = large.shard_bytes + 2 * large.largest_bytes
     assert large.stored_bytes > 3 * allowed
-    assert 0 < int(run.stdout.split()[-1]) <= allowed + SLACK
+    states = 4 * tokens * (5 * SIZES["hidden_size"] + 2 * SIZES["intermediate_size"])
+    assert 0 < int(run.stdout.split()[-1]) <= allowed + states + SLACK

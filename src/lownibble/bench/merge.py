@@ -1,7 +1,8 @@
 """`lownibble bench merge`: what merging costs in memory, and what it keeps of a real tune.
 
 Memory: a checkpoint of random weights in many shards, several times as large as a shard and two of its largest tensors, is merged
-by a process of its own, whose high-water mark (VmHWM above what it held when it began) is read afterwards.
+by a process of its own, whose high-water mark (VmHWM above what it held when it began) is read afterwards: writing alone for each
+target, and once with the comparison of all targets on `MEASURED_TOKENS` tokens before it.
 
 Tune: a QLoRA run on the embedded model and data; its adapter is merged as `lownibble merge` does it, which measures each target
 against the live adapter.
@@ -22,9 +23,10 @@ from safetensors.torch import save_file
 from lownibble.config import COMPARE_TRAIN, RunConfig
 from lownibble.errors import ConfigError, TrainingError
 from lownibble.exporting.merge import merge
+from lownibble.exporting.weights import TARGETS
 
 SHARDS = 16
-_SIZES = {
+SIZES = {
     "hidden_size": 1024, "intermediate_size": 2816, "num_hidden_layers": 16, "vocab_size": 12_000, "num_attention_heads": 8,
     "num_key_value_heads": 8,
 }  # fmt: skip
@@ -38,19 +40,24 @@ _LINEARS = (
     "mlp.down_proj",
 )
 _R = 8
+MEASURED_TOKENS = 2048
 
 MEASURE = """
 import sys, lownibble as ln
+from pathlib import Path
 def kilobytes(key):
     return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith(key))
-warm_up, adapter, output, onto = sys.argv[1:]
-ln.merge(warm_up, output + "-warm-up", onto=onto, measure_tokens=0, force=True)  # imports, thread pools, tables
+warm_up, adapter, output, onto, tokens = sys.argv[1:]
+options = {"onto": onto, "force": True, "measure_tokens": int(tokens)}
+ln.merge(warm_up, output + "-warm-up", **options)  # imports, thread pools, tables
 open("/proc/self/clear_refs", "w").write("5")  # the high-water mark starts again from here
 before = kilobytes("VmRSS")
-ln.merge(adapter, output, onto=onto, measure_tokens=0, force=True, trained_on="dense" if onto == "original" else "quantized")
+trained_on = "dense" if onto == "original" else "quantized"
+rows = str(Path(adapter).parent / "rows.jsonl")
+ln.merge(adapter, output, trained_on=trained_on, data={"path": rows, "eval_path": rows}, **options)
 print((kilobytes("VmHWM") - before) * 1024)
 """
-"""A program: its last word is the bytes that merging took."""
+"""A program: its last word is the bytes that merging took. The adapter was made by `write_large`."""
 
 
 class Large(NamedTuple):
@@ -64,10 +71,10 @@ class Large(NamedTuple):
 
 
 def write_large(folder: Path) -> Large:
-    """Write random bfloat16 weights in `SHARDS` shards (no tokenizer), and an adapter that changes every linear layer."""
+    """Write random bfloat16 weights in `SHARDS` shards, an adapter that changes every linear layer, and rows of text."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    config = LlamaConfig(**_SIZES, tie_word_embeddings=True, dtype="bfloat16")
+    config = LlamaConfig(**SIZES, tie_word_embeddings=True, dtype="bfloat16")
     config.save_pretrained(folder)
     with torch.device("meta"):
         shapes = {name: parameter.shape for name, parameter in LlamaForCausalLM(config).named_parameters()}
@@ -80,6 +87,9 @@ def write_large(folder: Path) -> Large:
         save_file(held, folder / file, metadata={"format": "pt"})
         sizes.append([tensor.nbytes for tensor in held.values()])
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": file_of}))
+    _write_tokenizer(folder)
+    words = " ".join(f"w{number}" for number in range(MEASURED_TOKENS // 8 - 1))
+    (folder.parent / "rows.jsonl").write_text(8 * (json.dumps({"text": words}) + "\n"))
     adapter = folder.parent / f"{folder.name}-adapter"
     adapter.mkdir()
     tensors = {}
@@ -94,6 +104,17 @@ def write_large(folder: Path) -> Large:
     }  # fmt: skip
     (adapter / "adapter_config.json").write_text(json.dumps(values))
     return Large(folder, adapter, sum(map(sum, sizes)), max(map(sum, sizes)), max(size for shard in sizes for size in shard))
+
+
+def _write_tokenizer(folder: Path) -> None:
+    """One token for each of as many words as the model knows."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    words = {word: i for i, word in enumerate(("<eos>", *(f"w{number}" for number in range(SIZES["vocab_size"] - 1))))}
+    backend = Tokenizer(models.WordLevel(words, unk_token="<eos>"))
+    backend.pre_tokenizer = pre_tokenizers.Whitespace()
+    PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<eos>", unk_token="<eos>").save_pretrained(folder)
 
 
 def bench_merge(*, peers: bool = False, repeats: int = 1) -> dict[str, Any]:
@@ -112,24 +133,30 @@ def bench_merge(*, peers: bool = False, repeats: int = 1) -> dict[str, Any]:
         memory = _memory(Path(scratch), Path(scratch) / "run" / "adapter", repeats)
     allowed = memory["allowed_bytes"]
     headlines = {f"{onto}: peak / (shard + 2 tensors)": peak / allowed for onto, peak in memory["peak_bytes"].items()}
+    headlines["with measuring: peak / (shard + 2 tensors)"] = memory["measuring_peak_bytes"] / allowed
     headlines |= {f"{name}: of the tune kept": figures["kept"] for name, figures in tune["models"].items() if "kept" in figures}
     return {"memory": memory, "tune": tune, "headlines": headlines}
 
 
 def _memory(scratch: Path, small: Path, repeats: int) -> dict[str, Any]:
     large = write_large(scratch / "large")
-    peaks: dict[str, int] = {}
-    for onto in ("dequantized", "original", "nf4"):
+
+    def peak(onto: str, tokens: int) -> int:
+        found = []
         for number in range(repeats):
-            command = [sys.executable, "-c", MEASURE, str(small), str(large.adapter), str(scratch / f"{onto}-{number}"), onto]
+            output = scratch / f"{onto}-{tokens}-{number}"
+            command = [sys.executable, "-c", MEASURE, str(small), str(large.adapter), str(output), onto, str(tokens)]
             run = subprocess.run(command, capture_output=True, text=True, check=False)
             if run.returncode:
                 raise TrainingError(f"Merging for the measurement failed: {run.stderr.strip().splitlines()[-1]}")
-            peaks[onto] = max(peaks.get(onto, 0), int(run.stdout.split()[-1]))
+            found.append(int(run.stdout.split()[-1]))
+        return max(found)
+
     return {
         "stored_bytes": large.stored_bytes, "shards": SHARDS, "shard_bytes": large.shard_bytes,
         "largest_tensor_bytes": large.largest_bytes, "allowed_bytes": large.shard_bytes + 2 * large.largest_bytes,
-        "peak_bytes": peaks,
+        "peak_bytes": {onto: peak(onto, 0) for onto in TARGETS},
+        "measured_tokens": MEASURED_TOKENS, "measuring_peak_bytes": peak("dequantized", MEASURED_TOKENS),
     }  # fmt: skip
 
 

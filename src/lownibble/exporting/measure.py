@@ -11,6 +11,7 @@ larger than the delta shows layer by layer as error / delta, in Frobenius norms.
 
 No model is ever in memory: transformers' skeleton stays on the meta device and accelerate's hooks ask for a module's tensors
 when its turn comes, which `Weights` then makes. All rows go through in one batch, so every tensor is made once for each model.
+Heads are gone through a slice of the vocabulary at a time, so neither one in float32 nor all logits are ever there.
 """
 
 from __future__ import annotations
@@ -26,11 +27,14 @@ from torch import Tensor, nn
 from lownibble.data import Batch, Example
 from lownibble.errors import AdapterError
 from lownibble.exporting.weights import Tell, Weights, as_float
+from lownibble.quant import QuantizedTensor
 from lownibble.training.loss import Head, hidden_states, label_places
+from lownibble.training.memory import trim_heap
 from lownibble.training.microbatches import Collate
 
 LIVE, BASE = "live", "base"
-CHUNK_TOKENS = 256
+SLICE = 256
+"""Words of the vocabulary that are compared at a time."""
 FAITHFUL = 0.9
 """A merge that keeps less of the tune than this is advised against, and in 4 bits refused."""
 
@@ -108,8 +112,13 @@ class _Live(Mapping[str, Tensor]):
     def __init__(self, weights: Weights, *, adapted: bool = True) -> None:
         self.weights, self.adapted = weights, adapted
 
-    def __getitem__(self, name: str) -> Tensor:
+    def stored(self, name: str) -> Tensor | QuantizedTensor:
+        """The tensor as it is held, not yet in float32."""
         return self.weights.live(self.weights.resolve(name), adapted=self.adapted)
+
+    def __getitem__(self, name: str) -> Tensor:
+        trim_heap()  # the last tensors' memory is free by now, but in pieces
+        return as_float(self.stored(name))
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.weights.names)
@@ -125,17 +134,19 @@ class _Merged(_Live):
         super().__init__(weights)
         self.target, self.errors = target, errors
 
-    def __getitem__(self, name: str) -> Tensor:
+    def stored(self, name: str) -> Tensor | QuantizedTensor:
         name = self.weights.resolve(name)
-        made = as_float(self.weights.merged(name, self.target))
+        made = self.weights.merged(name, self.target)
         low_rank = self.weights.low_rank(name)
         if low_rank is not None and name not in self.errors:
             a, b, scale = low_rank
             delta = (b @ a).mul_(scale)
             size = float(delta.norm())
-            off = float(self.weights.live(name).add_(delta).sub_(made).norm())
+            off = as_float(self.weights.live(name)).add_(delta)
+            del delta
+            off = off.sub_(made.dequantize(torch.float32) if isinstance(made, QuantizedTensor) else made)
             if size:  # a layer that learnt nothing has no delta to be measured by
-                self.errors[name] = off / size
+                self.errors[name] = float(off.norm()) / size
         return made
 
 
@@ -170,23 +181,51 @@ def _branches(weights: Weights) -> Iterator[Any]:
 
 
 class _HeadOf:
-    """From hidden states to log-probabilities, with the head that `tensors` make."""
+    """From hidden states to logits, with the head that `tensors` make."""
 
     def __init__(self, weights: Weights, tensors: _Live) -> None:
-        path = next(p for p, m in weights.model.named_modules() if m is weights.model.get_output_embeddings())
-        self.weight = tensors[f"{path}.weight"]
-        low_rank = weights.low_rank(name) if (name := f"{path}.weight") in weights.names else None
-        if low_rank is not None and not isinstance(tensors, _Merged) and tensors.adapted:
-            self.weight.addmm_(low_rank[1], low_rank[0], alpha=low_rank[2])
-        has_bias = weights.model.get_output_embeddings().bias is not None
-        self.bias = tensors[f"{path}.bias"] if has_bias else None
+        head = weights.model.get_output_embeddings()
+        path = next(p for p, m in weights.model.named_modules() if m is head)
+        name = f"{path}.weight"
+        stored = tensors.stored(name)
+        self.weight = stored.dequantize(torch.float32) if isinstance(stored, QuantizedTensor) else stored
+        adapted = not isinstance(tensors, _Merged) and tensors.adapted and name in weights.names
+        self.low_rank = weights.low_rank(name) if adapted else None
+        self.bias = tensors[f"{path}.bias"] if head.bias is not None else None
         self.transforms = Head(weights.model).transforms
 
-    def __call__(self, hidden_LH: Tensor) -> Tensor:
-        logits = nn.functional.linear(hidden_LH, self.weight, self.bias)
+    def __call__(self, hidden_LH: Tensor, words: slice) -> Tensor:
+        """Logits (L, S) of a slice of the vocabulary, in float64: sums over the vocabulary are to cancel."""
+        weight_SH = self.weight[words].float()
+        if self.low_rank is not None:
+            a, b, scale = self.low_rank
+            weight_SH = torch.addmm(weight_SH, b[words], a, alpha=scale)
+        logits = nn.functional.linear(hidden_LH, weight_SH, None if self.bias is None else self.bias[words])
         for transform, value in self.transforms:
             logits = transform(logits, value)
-        return logits.log_softmax(1)
+        return logits.double()
+
+
+class _Softmax:
+    """Over slices of the vocabulary, at L places: log of the sum of exp, the most probable word, the logit of `next_L`."""
+
+    def __init__(self, next_L: Tensor) -> None:
+        self.next_L = next_L
+        self.log_sum_L = torch.full(next_L.shape, -math.inf, dtype=torch.float64)
+        self.best_L, self.word_L = self.log_sum_L.clone(), torch.zeros_like(next_L)
+        self.logit_L = self.log_sum_L.clone()
+
+    def add(self, logits_LS: Tensor, start: int) -> None:
+        self.log_sum_L = torch.logaddexp(self.log_sum_L, logits_LS.logsumexp(1))
+        best_L, word_L = logits_LS.max(1)
+        better_L = best_L > self.best_L
+        self.best_L, self.word_L = torch.where(better_L, best_L, self.best_L), torch.where(better_L, word_L + start, self.word_L)
+        here_L = (self.next_L >= start) & (self.next_L < start + logits_LS.shape[1])
+        self.logit_L[here_L] = logits_LS[here_L, self.next_L[here_L] - start]
+
+    @property
+    def losses(self) -> Tensor:
+        return self.log_sum_L - self.logit_L
 
 
 def _compare(
@@ -196,20 +235,24 @@ def _compare(
     labels.
     """
     places_L, next_L, is_label_L = places
-    live_head, other_head = _HeadOf(weights, _Live(weights)), _HeadOf(weights, tensors)
-    kl, same, loss, live_loss = [], [], [], []
-    for part, ids in zip(places_L.split(CHUNK_TOKENS), next_L.split(CHUNK_TOKENS), strict=True):
-        live_LV, other_LV = live_head(hidden[LIVE][part]), other_head(hidden[name][part])
-        same.append(live_LV.argmax(1) == other_LV.argmax(1))
-        loss.append(-other_LV.gather(1, ids.unsqueeze(1)).squeeze(1))
-        live_loss.append(-live_LV.gather(1, ids.unsqueeze(1)).squeeze(1))
-        kl.append((live_LV.exp() * live_LV.sub(other_LV)).sum(1).clamp_min_(0))
-    kl_L, same_L, loss_L, live_L = (torch.cat(parts) for parts in (kl, same, loss, live_loss))
+    heads = _HeadOf(weights, _Live(weights)), _HeadOf(weights, tensors)
+    states = hidden[LIVE][places_L], hidden[name][places_L]
+    live, other = _Softmax(next_L), _Softmax(next_L)
+    apart_L = torch.zeros(len(next_L), dtype=torch.float64)  # mean of live - other logits, by the live model's probabilities
+    for start in range(0, len(heads[0].weight), SLICE):
+        live_LS, other_LS = (head(state, slice(start, start + SLICE)) for head, state in zip(heads, states, strict=True))
+        before_L = live.log_sum_L
+        live.add(live_LS, start)
+        other.add(other_LS, start)
+        share_LS = live_LS.sub(live.log_sum_L.unsqueeze(1)).exp_()
+        apart_L = apart_L * (before_L - live.log_sum_L).exp() + (share_LS * live_LS.sub_(other_LS)).sum(1)
+    kl_L = (apart_L - live.log_sum_L + other.log_sum_L).clamp_min_(0)
     if not torch.isfinite(kl_L).all():
         raise AdapterError(
             f"On these rows the live adapter, or the model '{name}', gives logits that are not finite. Look at the adapter, "
             "or name other rows with --data."
         )
+    same_L = live.word_L == other.word_L
 
     def figures(chosen: Tensor) -> dict[str, float]:
         n = int(chosen.sum())
@@ -217,12 +260,12 @@ def _compare(
             "kl": float(kl_L[chosen].mean(dtype=torch.float64)),
             "kl_standard_error": float(kl_L[chosen].std() / math.sqrt(n)) if n > 1 else 0.0,
             "top1_agreement": float(same_L[chosen].double().mean()),
-            "perplexity": _perplexity(loss_L[chosen]),
+            "perplexity": _perplexity(other.losses[chosen]),
         }
 
     return {
         "label_tokens": figures(is_label_L), "all_tokens": figures(torch.ones_like(is_label_L)),
-        "live_perplexity": _perplexity(live_L[is_label_L]),
+        "live_perplexity": _perplexity(live.losses[is_label_L]),
     }  # fmt: skip
 
 

@@ -261,10 +261,10 @@ class Weights:
             return self.adapter.read(self.replaced[name])
         return self.trained_on(name, codec)
 
-    def live(self, name: str, *, adapted: bool = True) -> Tensor:
-        """What the live model computes with at `name`, without the low-rank sum: float32, or the base's if not `adapted`."""
+    def live(self, name: str, *, adapted: bool = True) -> Tensor | QuantizedTensor:
+        """What the live model computes with at `name`, without the low-rank sum; the base's if not `adapted`."""
         fits = name not in self.replaced or self.checkpoint.facts(self.names[name])[1] == self.shape(name)
-        return as_float(self._base(name) if adapted or not fits else self.trained_on(name))
+        return self._base(name) if adapted or not fits else self.trained_on(name)
 
     def low_rank(self, name: str) -> tuple[Tensor, Tensor, float] | None:
         """A (r, in), B (out, r) and scale at `name`, or None."""
