@@ -357,6 +357,11 @@ class MergeConfig(Options):
     quant: QuantConfig = QuantConfig()
 
 
+def _without_gguf_names(value: Any) -> Any:
+    names = {"f32": "float32", "f16": "float16", "bf16": "bfloat16"}
+    return names.get(value.lower(), value.lower()) if isinstance(value, str) else value
+
+
 class ExportConfig(Options):
     """The same weights in another format (`lownibble export`)."""
 
@@ -369,9 +374,12 @@ class ExportConfig(Options):
     )
     base: str | None = Field(None, description="of an adapter: its base; default: the one that the adapter names")
     revision: str | None = Field(None, description="hub revision of the model")
-    dtype: Literal["auto", "float32", "bfloat16", "float16", "q8_0"] = Field(
-        "auto", description="type of dense matrices; auto: gguf float16, else what they are stored in; q8_0: gguf only"
+    dtype: Annotated[Literal["auto", "float32", "bfloat16", "float16", "q8_0"], BeforeValidator(_without_gguf_names)] = Field(
+        "auto",
+        description="type of dense matrices (f32, f16 and bf16 do too); auto: gguf float16, else what they are stored in; q8_0: "
+        "gguf only",
     )
+    force: bool = Field(False, description="pack a merged model into 4 bits also where that loses much of its tune")
     quant: QuantConfig = QuantConfig()
 
 

@@ -92,14 +92,14 @@ def test_transformers_reads_the_model_back(model_folder, batch, tmp_path, family
     assert (its_tokenizer.bos_token_id, its_tokenizer.eos_token_id) == (0, 1)
 
 
-@pytest.mark.parametrize(("dtype", "share"), [("float32", 1e-5), ("bfloat16", 2e-2), ("q8_0", 2e-2)])
+@pytest.mark.parametrize(("dtype", "share"), [("float32", 1e-5), ("bf16", 2e-2), ("Q8_0", 2e-2)])
 def test_types(model_folder, batch, tmp_path, dtype, share):
     folder = model_folder(pre="smollm")
     ln.export(folder, tmp_path / "model.gguf", "gguf", dtype=dtype)
     reader = gguf.GGUFReader(tmp_path / "model.gguf")
     assert reader.fields["tokenizer.ggml.pre"].contents() == "smollm"
     stored = {tensor.name: tensor for tensor in reader.tensors}
-    assert stored["blk.0.attn_q.weight"].tensor_type.name.lower() == {"float32": "f32", "bfloat16": "bf16"}.get(dtype, dtype)
+    assert stored["blk.0.attn_q.weight"].tensor_type.name.lower() == {"float32": "f32"}.get(dtype, dtype.lower())
     assert stored["blk.0.attn_norm.weight"].tensor_type.name == "F32"
     dense, _ = ln.load(str(folder))
     up = dense.model.layers[0].mlp.up_proj.weight.detach()
@@ -200,11 +200,12 @@ def test_adapters_to_gguf_and_back(model_folder, adapt, batch, tmp_path, case, f
             torch.testing.assert_close(base[name] + alpha / b.shape[1] * b @ a, merged[name], rtol=0, atol=1e-5)
         else:
             assert torch.equal(base[name], merged[name])
-    ln.export(tmp_path / "adapter.gguf", tmp_path / "again", "peft", base=str(folder))
+    ln.export(tmp_path / "adapter.gguf", tmp_path / "again", "peft")  # the file says which base it is of
     plain, _ = ln.load(str(folder))
     ln.load_adapter(plain, tmp_path / "again")
     torch.testing.assert_close(logits(plain, batch), logits(live, batch), rtol=0, atol=1e-4)
     assert AdapterFile(tmp_path / "again").shapes == AdapterFile(adapter).shapes
+    assert AdapterFile(tmp_path / "again").trained_on == AdapterFile(adapter).trained_on
 
 
 def test_what_cannot_be_written_is_said(write, model_folder, adapt, tiny, tmp_path):

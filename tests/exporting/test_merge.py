@@ -322,6 +322,13 @@ def test_a_tune_that_four_bits_would_lose_is_refused(write, adapt, rows, tmp_pat
     assert not (tmp_path / "merged").exists()
     assert not list(tmp_path.glob(".*"))
     assert ln.merge(adapter, tmp_path / "merged", **options, force=True)["onto"] == "nf4"
+    ln.merge(adapter, tmp_path / "faithful", **options | {"onto": "dequantized"})
+    ln.export(tmp_path / "faithful", tmp_path / "copy", "safetensors")
+    for model in ("faithful", "copy"):
+        with pytest.raises(OutputError, match=r"holds a merged adapter, of which \d+% was kept in 4 bits"):
+            ln.export(tmp_path / model, tmp_path / "packed", "bnb-4bit")
+        assert not (tmp_path / "packed").exists()
+    ln.export(tmp_path / "copy", tmp_path / "packed", "bnb-4bit", force=True)
 
 
 def _metadata(adapter):
@@ -548,7 +555,10 @@ def test_from_the_command_line(write, adapt, rows, tmp_path, capsys):
     assert "of the tune kept" in printed
     assert main([*arguments, "--json"]) == 2  # it is there
     assert json.loads(capsys.readouterr().out.splitlines()[-1])["kind"] == "OutputError"
-    assert main(["export", str(tmp_path / "merged"), "--output", str(tmp_path / "packed"), "--format", "bnb-4bit", "--json"]) == 0
+    arguments = ["export", str(tmp_path / "merged"), "--output", str(tmp_path / "packed"), "--format", "bnb-4bit", "--json"]
+    assert main(arguments) == 2
+    assert "of which 85% was kept in 4 bits" in json.loads(capsys.readouterr().out.splitlines()[-1])["error"]
+    assert main([*arguments, "--force"]) == 0
     assert json.loads(capsys.readouterr().out.splitlines()[-1])["status"] == "ok"
     assert ln.load(str(tmp_path / "packed"))[0].model.layers[0].mlp.up_proj.quant_type == "nf4"
     assert main(["merge", str(tmp_path / "nowhere"), "--output", str(tmp_path / "other")]) == 2

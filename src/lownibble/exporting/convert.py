@@ -4,11 +4,13 @@
     from an adapter   gguf; peft, where it is a .gguf file
 
 A 4-bit checkpoint exports as it is: to bnb-4bit its bytes are copied, to the dense formats they are decoded. An adapter goes
-into a model's format by merging first, which measures what that costs.
+into a model's format by merging first, which measures what that costs; a merged model whose tune 4 bits were measured to lose
+is not packed unless forced.
 """
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +20,8 @@ from lownibble import record
 from lownibble.config import ExportConfig, QuantConfig
 from lownibble.errors import AdapterError, ConfigError, OutputError
 from lownibble.exporting import gguf
-from lownibble.exporting.merge import check_free, write
+from lownibble.exporting.measure import FAITHFUL
+from lownibble.exporting.merge import RECORD, check_free, write
 from lownibble.exporting.weights import Tell, Weights, say_nothing
 from lownibble.lora.adapter import CONFIG_FILE, AdapterFile
 from lownibble.lora.provenance import other_weights
@@ -61,9 +64,34 @@ def run_export(config: ExportConfig, tell: Tell = say_nothing) -> dict[str, Any]
         raise ConfigError(f"'{config.source}' is in 4 bits already, as {weights.new_quant.quant_type}. Leave quant options out.")
     if config.format == "gguf":
         return {**started, **gguf.write_model(weights, onto, output, dtype, model, tell)}
-    facts = {"base": {"model": model.name, "digest": weights.checkpoint.digest()}, "tensors": len(weights.names)}
+    measured = _measured(model.folder)
+    if onto == "nf4" and not weights.packed and not config.force:
+        _check_kept(config.source, measured)
+    facts = {
+        "base": {"model": model.name, "digest": weights.checkpoint.digest()}, "tensors": len(weights.names), "measured": measured,
+    }  # fmt: skip
     write(weights, onto, output, {**started, **facts}, tell=tell)
     return {**started, **facts}
+
+
+def _measured(folder: Path) -> dict[str, Any] | None:
+    """What merging found of the model in this folder; None where it is none that was merged and measured."""
+    try:
+        found = json.loads((folder / RECORD).read_text())["measured"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return found if isinstance(found, dict) else None
+
+
+def _check_kept(source: str, measured: dict[str, Any] | None) -> None:
+    """Raise where packing a merged model would lose its tune."""
+    kept = 1.0 if measured is None else measured["models"]["nf4"]["kept"]
+    if kept < FAITHFUL:
+        raise OutputError(
+            f"'{source}' holds a merged adapter, of which {max(0, kept):.0%} was kept in 4 bits when it was measured (under "
+            f"{FAITHFUL:.0%}): nothing was written. Serve the base in 4 bits with the adapter beside it, take --format gguf "
+            "--dtype q8_0, or --force."
+        )
 
 
 def _check(config: ExportConfig) -> Path:
@@ -89,7 +117,7 @@ def _adapter(config: ExportConfig, source: Path, output: Path, is_file: bool) ->
     if config.dtype != "auto":
         raise ConfigError("Adapters are exported in float32. Leave --dtype out.")
     adapter = None if is_file else AdapterFile(source)
-    facts = (adapter and adapter.trained_on) or {}
+    facts = (adapter.trained_on if adapter else gguf.trained_on(source)) or {}
     name = config.base or facts.get("model") or (adapter and adapter.base)
     if not name:
         raise AdapterError(f"'{source}' does not say what it was trained on. Name the base with --base.")

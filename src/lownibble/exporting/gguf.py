@@ -36,6 +36,7 @@ from lownibble.errors import AdapterError, ModelError, OutputError
 from lownibble.exporting.weights import Tell, Weights, as_float, say_nothing
 from lownibble.lora.adapter import CONFIG_FILE, PREFIX, WEIGHTS_FILE, AdapterFile
 from lownibble.lora.inject import scale_of
+from lownibble.lora.provenance import METADATA_KEY, from_metadata, to_metadata
 from lownibble.models import ModelSource
 
 
@@ -125,6 +126,9 @@ def write_adapter(adapter: AdapterFile, base: Any, path: Path) -> dict[str, Any]
     writer.add_name(adapter.folder.name)
     writer.add_string(gguf.Keys.Adapter.TYPE, "lora")
     writer.add_float32(gguf.Keys.Adapter.LORA_ALPHA, float(adapter.config.lora_alpha))
+    if adapter.trained_on:
+        for key, value in to_metadata(adapter.trained_on).items():
+            writer.add_string(key, value)
     stored: dict[str, Callable[[], np.ndarray[Any, Any]]] = {}
     for key in expected:
         name, which = key.removeprefix(PREFIX).removesuffix(".weight").rsplit(".lora_", 1)
@@ -142,6 +146,11 @@ def write_adapter(adapter: AdapterFile, base: Any, path: Path) -> dict[str, Any]
         stored[target] = make
     _write(writer, path, stored)
     return {"architecture": architecture.name, "tensors": len(stored), "alpha": adapter.config.lora_alpha}
+
+
+def trained_on(path: Path) -> dict[str, Any] | None:
+    """What the adapter of a .gguf file was trained on (see `lora/provenance.py`), or None where it does not say."""
+    return from_metadata({METADATA_KEY: _string(_reader(path), METADATA_KEY) or ""})
 
 
 def is_adapter(path: Path) -> bool:
@@ -183,11 +192,13 @@ def read_adapter(path: Path, base: Any, output: Path) -> dict[str, Any]:
     other = {name: rank for name, rank in ranks.items() if rank != usual}
     # llama.cpp divides the one alpha by a layer's own rank, and so does PEFT
     config = LoraConfig(r=usual, lora_alpha=alpha, target_modules=sorted(ranks), rank_pattern=other)
-    written = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": None, **config.to_dict()}
+    facts = trained_on(path) or {}
+    model = {"base_model_name_or_path": facts.get("model"), "revision": facts.get("revision")}
+    written = {"peft_type": "LORA", "task_type": "CAUSAL_LM", **model, **config.to_dict()}
     aside = output.parent / f".{output.name}.part"
     try:
         aside.mkdir(parents=True, exist_ok=True)
-        save_file(tensors, aside / WEIGHTS_FILE, metadata={"format": "pt"})
+        save_file(tensors, aside / WEIGHTS_FILE, metadata={"format": "pt", **(to_metadata(facts) if facts else {})})
         (aside / CONFIG_FILE).write_text(json.dumps(written, indent=2, sort_keys=True) + "\n")
         if output.is_dir():
             output.rmdir()

@@ -234,6 +234,7 @@ def _compare(
     """Figures of one model beside the live one, over label tokens and over all; `places`: where, the next tokens, which are
     labels.
     """
+    trim_heap()
     places_L, next_L, is_label_L = places
     heads = _HeadOf(weights, _Live(weights)), _HeadOf(weights, tensors)
     states = hidden[LIVE][places_L], hidden[name][places_L]
