@@ -17,10 +17,9 @@ from lownibble.config import (
     build,
     flag_name,
     leaves,
-    n_bytes,
-    read_toml,
 )
 from lownibble.errors import ConfigError
+from lownibble.options import n_bytes, read_toml
 
 VALUES = {
     "model": "some/model", "revision": "v1", "dtype": "bfloat16", "device": "cpu", "method": "lora", "methods": ["full", "lora"],

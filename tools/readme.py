@@ -139,7 +139,10 @@ def merge() -> str:
         ]
         lines.append(f"| {' | '.join(cells)} |")
     source = f"{tune['label_tokens']} label tokens of {tune['rows']} rows; a checkpoint of {memory['stored_bytes'] / 1e6:.0f} MB"
-    source += f" in {memory['shards']} shards, allowance {memory['allowed_bytes'] / 1e6:.0f} MB"
+    source += (
+        f" in {memory['shards']} shards, allowance {memory['allowed_bytes'] / 1e6:.0f} MB (shard and two tensors); comparing on "
+    )
+    source += f"{memory['measured_tokens']} tokens first: {memory['measuring_peak_bytes'] / memory['allowed_bytes']:.2f} of it"
     return "\n".join(lines) + f"\n\n({source}; {_where(record)}; `benchmarks/results/merge-cpu.json`)"
 
 

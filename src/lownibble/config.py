@@ -4,114 +4,22 @@ The same classes feed Python (`ln.LoraConfig(r=8)`), TOML files (tables `[lora]`
 in `cli/flags.py`) and the resolved configuration stored with every result. Names are PEFT's, transformers' and bitsandbytes'
 where the meaning is the same. A leaf's name is unique over all groups, so that it can be a flag of its own.
 
-An unknown key, a wrong type or a value out of range raises `ConfigError` naming the option, what it must be and what it got;
-all problems are reported at once. No torch here: reading a configuration is instant.
+How a group of options is checked, and what is said of a wrong one, is in `options.py`.
 """
 
 from __future__ import annotations
 
-import difflib
-import re
-import tomllib
 from collections.abc import Iterator, Mapping
-from pathlib import Path
-from types import NoneType, UnionType
-from typing import Annotated, Any, Literal, Union, get_args, get_origin
+from typing import Annotated, Any, Literal, get_args
 
 from annotated_types import Ge, Gt, Le, Lt
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 from pydantic.fields import FieldInfo
-from pydantic_core import ErrorDetails
 
 from lownibble.errors import ConfigError
+from lownibble.options import Options, is_a_size
 
 Method = Literal["full", "lora", "qlora"]
-
-_WORDS = {int: "an integer", float: "a number", str: "text", bool: "true or false", Path: "a path"}
-
-
-def _expectation(annotation: Any, metadata: tuple[Any, ...]) -> str:
-    """What an option must be, in words, from its type and bounds."""
-    if get_origin(annotation) is Annotated:
-        annotation, *extra = get_args(annotation)
-        metadata = (*metadata, *extra)
-    if get_origin(annotation) is Literal:
-        return "one of " + ", ".join(repr(choice) for choice in get_args(annotation))
-    if get_origin(annotation) in (Union, UnionType):
-        kinds = [_expectation(a, metadata) for a in get_args(annotation) if a is not NoneType]
-        return " or ".join([*kinds, "none"] if NoneType in get_args(annotation) else kinds)
-    if get_origin(annotation) is list:
-        return "a list of " + _expectation(get_args(annotation)[0], ()).removeprefix("an ").removeprefix("a ") + " items"
-    if get_origin(annotation) is dict:
-        return "a table of name = value"
-    words = _WORDS.get(annotation, f"a table of {annotation.__name__} options" if isinstance(annotation, type) else "valid")
-    for bound in metadata:
-        for kind, attribute, sign in ((Ge, "ge", ">="), (Gt, "gt", ">"), (Le, "le", "<="), (Lt, "lt", "<")):
-            if isinstance(bound, kind):
-                words += f" {sign} {getattr(bound, attribute):g}"
-    return words
-
-
-def _problem(owner: type[Options], error: ErrorDetails) -> str:
-    """One line for one pydantic error, in the house's form."""
-    inner = error.get("ctx", {}).get("error")
-    if isinstance(inner, ConfigError):
-        return str(inner)
-    if not error["loc"]:
-        return f"{owner.__name__}: {error['msg'].removeprefix('Value error, ')}"
-    key = str(error["loc"][0])
-    if error["type"] == "missing":
-        return f"{owner.__name__} needs the option '{key}': {owner.model_fields[key].description}."
-    if error["type"] == "extra_forbidden":
-        near = difflib.get_close_matches(key, owner.model_fields, n=1, cutoff=0.5)
-        hint = f"Did you mean '{near[0]}'?" if near else f"Known options: {', '.join(owner.model_fields)}."
-        return f"{owner.__name__} has no option '{key}'. {hint}"
-    field = owner.model_fields[key]
-    if error["type"] == "value_error":
-        return f"The '{key}' of {owner.__name__}: {error['msg'].removeprefix('Value error, ')}"
-    expected = _expectation(field.annotation, tuple(field.metadata))
-    return f"The '{key}' of {owner.__name__} must be {expected}. Got {error['input']!r}."
-
-
-_UNITS = {"": 1, "k": 1000, "m": 1000**2, "g": 1000**3, "ki": 1 << 10, "mi": 1 << 20, "gi": 1 << 30}
-
-
-def n_bytes(size: str) -> int:
-    """Bytes of a size: '64MB' is 64,000,000, '64MiB' is 64 x 2^20; also B, KB, GB, KiB, GiB and fractions.
-
-    Raises:
-        ValueError: it is not one.
-    """
-    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmg]i?|)b\s*", size, re.IGNORECASE)
-    if found is None:
-        raise ValueError(f"must be a size such as '64MB' or '1.5GiB'. Got {size!r}.")
-    return int(float(found[1]) * _UNITS[found[2].lower()])
-
-
-def _is_a_size(value: str) -> str:
-    n_bytes(value)
-    return value
-
-
-class Options(BaseModel):
-    """A group of options: frozen, no unknown keys, errors in the house's form."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, allow_inf_nan=False)
-
-    def __init__(self, **values: Any) -> None:
-        try:
-            super().__init__(**values)
-        except ValidationError as error:
-            lines = dict.fromkeys(_problem(type(self), detail) for detail in error.errors())
-            raise ConfigError("\n".join(lines)) from None
-
-    def with_options(self, **changes: Any) -> Any:
-        """A copy with top-level options replaced, validated like new."""
-        return type(self)(**{**{name: getattr(self, name) for name in self.model_fields_set}, **changes})
-
-    def to_dict(self) -> dict[str, Any]:
-        """Every option with its resolved value, ready for JSON."""
-        return self.model_dump(mode="json")
 
 
 class QuantConfig(Options):
@@ -188,10 +96,10 @@ class TrainConfig(Options):
         description="optimiser; paged: the same results with only part of the states in memory, the rest in a file (CUDA: in "
         "host memory); 8bit: both moments in 8 bits",
     )
-    optim_page_budget: Annotated[str, AfterValidator(_is_a_size)] | None = Field(
+    optim_page_budget: Annotated[str, AfterValidator(is_a_size)] | None = Field(
         None, description="states that a paged optimiser keeps in memory, e.g. '64MB'; default: a tenth of them, at least 16MiB"
     )
-    memory_budget: Annotated[str, AfterValidator(_is_a_size)] | None = Field(
+    memory_budget: Annotated[str, AfterValidator(is_a_size)] | None = Field(
         None,
         description="most memory to use, e.g. '12GB' (CUDA: of the device; else the whole process): before the first step, "
         "forward passes, checkpointing and paging are chosen so that the longest batch fits; the effective batch stays the same",
@@ -438,23 +346,6 @@ def flag_name(path: tuple[str, ...], field: FieldInfo) -> str:
     """The command-line name of an option, without dashes: 'max-steps', or the field's own 'flag'."""
     extra = field.json_schema_extra
     return str(extra["flag"]) if isinstance(extra, dict) and "flag" in extra else path[-1].replace("_", "-")
-
-
-def read_toml(path: str | Path) -> dict[str, Any]:
-    """The contents of a TOML configuration file.
-
-    Raises:
-        ConfigError: the file is missing or is not TOML.
-    """
-    try:
-        with Path(path).open("rb") as file:
-            return tomllib.load(file)
-    except OSError as error:
-        raise ConfigError(f"Cannot read the configuration file '{path}': {error.strerror}. Check the path.") from None
-    except UnicodeDecodeError as error:
-        raise ConfigError(f"'{path}' is not UTF-8 text: {error.reason} at byte {error.start}. Save it as UTF-8.") from None
-    except tomllib.TOMLDecodeError as error:
-        raise ConfigError(f"'{path}' is not valid TOML: {error}. Mend that line.") from None
 
 
 def build(config: type[Options], *layers: dict[str, Any]) -> Any:

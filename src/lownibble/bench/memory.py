@@ -20,9 +20,10 @@ from typing import Any, NamedTuple
 
 import psutil
 
-from lownibble.config import DataConfig, n_bytes
+from lownibble.config import DataConfig
 from lownibble.data import load as load_data
 from lownibble.errors import ConfigError, TrainingError
+from lownibble.options import n_bytes
 
 
 class Case(NamedTuple):

@@ -13,8 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from lownibble.arch import ModelShape, paths
-from lownibble.config import LoraConfig, QuantConfig, TrainConfig, n_bytes, read_toml
+from lownibble.config import LoraConfig, QuantConfig, TrainConfig
 from lownibble.errors import ConfigError
+from lownibble.options import n_bytes, read_toml
 from lownibble.planning import hardware
 from lownibble.planning import memory as planner
 from lownibble.planning.models import find_shape

@@ -15,8 +15,9 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
-from lownibble.config import GROUPS, Options, build, flag_name, leaves, read_toml
+from lownibble.config import GROUPS, build, flag_name, leaves
 from lownibble.errors import ConfigError
+from lownibble.options import Options, read_toml
 
 
 def add_flags(parser: argparse.ArgumentParser, config: type[Options], positional: tuple[str, ...] = ()) -> None:

@@ -223,7 +223,7 @@ def _verdict(models: dict[str, Any], layers: dict[str, Any], target: str) -> str
     text = f"keeps {max(0.0, kept):.1%} of the tune (KL {figures['kl']:.2g}, same token {figures['top1_agreement']:.1%}"
     text += f", perplexity {figures['perplexity']:.4g} against {models['live']['label_tokens']['perplexity']:.4g})"
     if worst is not None and worst > 1:
-        text += f"; a layer is off by {worst:.2g} x its delta"
+        text += f"; the weights of a layer are off by up to {worst:.2g} x its delta"
     return text if kept >= FAITHFUL else f"{text}; not faithful"
 
 

@@ -19,8 +19,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from lownibble.arch import ModelShape, paths
-from lownibble.config import LoraConfig, Method, QuantConfig, TrainConfig, n_bytes, read_toml
+from lownibble.config import LoraConfig, Method, QuantConfig, TrainConfig
 from lownibble.errors import ConfigError
+from lownibble.options import n_bytes, read_toml
 from lownibble.planning import hardware
 from lownibble.planning.memory import MemoryPlan, packed_bytes, plan_memory
 from lownibble.planning.models import find_shape

@@ -17,9 +17,10 @@ from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 from lownibble.arch import ModelShape, paths
-from lownibble.config import LoraConfig, QuantConfig, TrainConfig, n_bytes
+from lownibble.config import LoraConfig, QuantConfig, TrainConfig
 from lownibble.config import Method as MethodName
 from lownibble.errors import ConfigError, TargetError
+from lownibble.options import n_bytes
 from lownibble.planning.allocator import reserved_bytes
 from lownibble.planning.hardware import Device
 from lownibble.planning.linear import Method, Runtime

@@ -18,7 +18,7 @@ from collections.abc import Mapping, Sequence
 from functools import cache
 from typing import Any
 
-from lownibble.config import read_toml
+from lownibble.options import read_toml
 from lownibble.planning.claims import ARTICLES, Judgement, judge_claim
 from lownibble.study.analysis import LEVEL
 

@@ -19,7 +19,7 @@ import psutil
 import torch
 from torch import nn
 
-from lownibble.config import TrainConfig, n_bytes
+from lownibble.config import TrainConfig
 from lownibble.data import Batch, Choice, Example
 from lownibble.errors import ConfigError, TrainingError
 from lownibble.lora import count_parameters
@@ -35,6 +35,7 @@ from lownibble.optim import (
     state_bytes,
     warmup_steps,
 )
+from lownibble.options import n_bytes
 from lownibble.quant import QuantLinear
 from lownibble.training import checkpoint, compiling, diagnose, memory
 from lownibble.training.budget import AIM, ENOUGH_TOKENS, SETTINGS, Fit, Needs, choose

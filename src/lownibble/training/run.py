@@ -15,13 +15,14 @@ from pathlib import Path
 from typing import Any
 
 from lownibble import record
-from lownibble.config import DataConfig, RunConfig, TrainConfig, n_bytes
+from lownibble.config import DataConfig, RunConfig, TrainConfig
 from lownibble.data import Dataset, Encoded, Example, choices, encode, split_pair
 from lownibble.data import load as load_data
 from lownibble.errors import ConfigError, ModelError
 from lownibble.lora import add_lora, count_parameters, save_adapter
 from lownibble.lora.inject import adapter_configs
 from lownibble.models import load, pick_device
+from lownibble.options import n_bytes
 from lownibble.quant import QuantLinear
 from lownibble.training import interrupt, memory, planned, verify
 from lownibble.training.events import Evaluated, Event, Finished, Skipped, Started, Stepped, Warned
