@@ -10,6 +10,8 @@ import triton_interpreter  # noqa: F401 - before anything imports triton
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
+import lownibble as ln
+
 TINY = {
     "hidden_size": 32, "intermediate_size": 80, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
     "vocab_size": 96, "max_position_embeddings": 64, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
@@ -129,3 +131,20 @@ def write(tiny, tokenizer, tmp_path):
         return folder
 
     return _write
+
+
+@pytest.fixture
+def adapt(tmp_path):
+    """`adapt(folder, quant, **lora)`: (live model with a random adapter, the adapter's folder)."""
+
+    def _adapt(folder, quant="nf4", name="adapter", size=1.0, **lora):
+        model, _ = ln.load(str(folder), quant=quant)
+        ln.add_lora(model, ln.LoraConfig(**{"r": 4, "init_lora_weights": False, **lora}), seed=3)
+        with torch.no_grad():
+            for key, parameter in model.named_parameters():
+                if parameter.requires_grad and "lora_A" not in key:
+                    parameter += size * 0.05 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(len(key)))
+        ln.save_adapter(model, tmp_path / name)
+        return model.eval(), tmp_path / name
+
+    return _adapt

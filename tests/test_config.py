@@ -13,6 +13,7 @@ from lownibble.config import (
     MergeConfig,
     QuantConfig,
     RunConfig,
+    ServeConfig,
     TrainConfig,
     build,
     flag_name,
@@ -37,6 +38,8 @@ VALUES = {
     "save_steps": 6, "output_dir": "out", "report_to": "tensorboard", "resume": True,
     "adapter": "some/adapter", "task": "nli", "harness": ["hellaswag", "arc_easy"], "harness_path": "tasks", "limit": 12,
     "num_fewshot": 3, "quantized": True, "any_base": True, "output": "merged", "onto": "nf4", "base": "some/base",
+    "adapters": "some/folder", "host": "0.0.0.0", "port": 8123, "api_key": "k", "admin_key": "a", "max_batch": 3, "max_context": 99,
+    "max_queue": 5, "max_body": "1MB", "max_rank": 9, "adapter_budget": "3MB", "cache_budget": "4MB", "drain_seconds": 2.5,
     "trained_on": "dense", "force": True, "measure_tokens": 77, "source": "some/model", "format": "bnb-4bit",
 }  # fmt: skip
 
@@ -44,7 +47,7 @@ REQUIRED = {MergeConfig: {"adapter": "a", "output": "b"}, ExportConfig: {"source
 """Options without a default."""
 
 
-CONFIGS = (RunConfig, CompareConfig, EvalConfig, MergeConfig, ExportConfig)
+CONFIGS = (RunConfig, CompareConfig, EvalConfig, MergeConfig, ExportConfig, ServeConfig)
 
 
 def _toml(value):
@@ -70,7 +73,7 @@ def _leaves(config):
 
 
 ALL = _leaves(RunConfig) + [p for p in _leaves(CompareConfig) if p.values[1] == ("methods",)]
-ALL += _leaves(EvalConfig) + _leaves(MergeConfig) + _leaves(ExportConfig)
+ALL += _leaves(EvalConfig) + _leaves(MergeConfig) + _leaves(ExportConfig) + _leaves(ServeConfig)
 
 
 @pytest.mark.parametrize(("config", "path", "field"), ALL)

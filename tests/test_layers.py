@@ -13,7 +13,7 @@ LAYERS = {
     "kernels": 1, "quant": 1, "planning": 1, "tensorfile": 1,
     "lora": 2, "models": 2, "data": 2, "optim": 2, "record": 2,
     "training": 3, "decoding": 3, "integrations": 3,
-    "study": 4, "exporting": 4,
+    "study": 4, "exporting": 4, "serve": 4,
     "bench": 5,
     "cli": 6,
 }  # fmt: skip

@@ -291,6 +291,30 @@ class ExportConfig(Options):
     quant: QuantConfig = QuantConfig()
 
 
+class ServeConfig(Options):
+    """One 4-bit base and the adapters of a folder, behind OpenAI's API (`lownibble serve`)."""
+
+    model: str = Field("demo", description="the base: 'demo', a model folder, a .gguf file, or a hub id")
+    adapters: str | None = Field(None, description="folder whose sub-folders are adapters, by name")
+    revision: str | None = Field(None, description="hub revision of the model")
+    host: str = Field("127.0.0.1", description="address to listen on; 0.0.0.0 is every network this machine is in")
+    port: Annotated[int, Ge(0), Le(65535)] = Field(8000, description="port to listen on; 0: any that is free")
+    api_key: str | None = Field(None, description="key that clients must send; better in the environment: LOWNIBBLE_API_KEY")
+    admin_key: str | None = Field(
+        None, description="key for loading and unloading adapters, LOWNIBBLE_ADMIN_KEY; default: the clients' key"
+    )
+    max_batch: Annotated[int, Ge(1), Le(1024)] = Field(16, description="requests that run at the same time")
+    max_context: Annotated[int, Ge(16)] = Field(1024, description="tokens of a request, prompt and answer")
+    max_queue: Annotated[int, Ge(0)] = Field(256, description="requests that may wait; more are answered with 429")
+    max_body: Annotated[str, AfterValidator(is_a_size)] = Field("4MB", description="largest body of a request")
+    max_rank: Annotated[int, Ge(1)] = Field(256, description="largest rank of an adapter")
+    adapter_budget: Annotated[str, AfterValidator(is_a_size)] = Field("1GB", description="memory for adapters")
+    cache_budget: Annotated[str, AfterValidator(is_a_size)] = Field("1GB", description="memory for keys and values")
+    any_base: bool = Field(False, description="also adapters that were trained on other weights than the model's")
+    drain_seconds: Annotated[float, Ge(0)] = Field(30.0, description="time that requests have to end after SIGTERM")
+    quant: QuantConfig = QuantConfig()
+
+
 PACKED = ("quant_type", "block_size", "double_quant", "skip_modules")
 
 MERGED = {
@@ -309,6 +333,8 @@ MERGED = {
 
 EXPORTED = {"quant": PACKED}
 
+SERVED = {"quant": PACKED}
+
 EVALUATED = {
     "data": tuple(DataConfig.model_fields),
     "quant": ("quant_type", "block_size", "double_quant", "skip_modules"),
@@ -321,6 +347,7 @@ TAKES: dict[type[Options], Mapping[str, tuple[str, ...]]] = {
     EvalConfig: EVALUATED,
     MergeConfig: MERGED,
     ExportConfig: EXPORTED,
+    ServeConfig: SERVED,
 }
 """Configuration -> the options of its groups that are its own; where nothing is said, all."""
 

@@ -1,26 +1,6 @@
 """Adapters on tiny models that were really saved and read again."""
 
 import pytest
-import torch
-
-import lownibble as ln
-
-
-@pytest.fixture
-def adapt(tmp_path):
-    """`adapt(folder, quant, **lora)`: (live model with a random adapter, the adapter's folder)."""
-
-    def _adapt(folder, quant="nf4", name="adapter", size=1.0, **lora):
-        model, _ = ln.load(str(folder), quant=quant)
-        ln.add_lora(model, ln.LoraConfig(**{"r": 4, "init_lora_weights": False, **lora}), seed=3)
-        with torch.no_grad():
-            for key, parameter in model.named_parameters():
-                if parameter.requires_grad and "lora_A" not in key:
-                    parameter += size * 0.05 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(len(key)))
-        ln.save_adapter(model, tmp_path / name)
-        return model.eval(), tmp_path / name
-
-    return _adapt
 
 
 @pytest.fixture

@@ -16,7 +16,7 @@ from rich.table import Table
 
 from lownibble.bench import run_bench
 from lownibble.cli.flags import read
-from lownibble.config import CompareConfig, EvalConfig, ExportConfig, MergeConfig, PlanConfig, RunConfig
+from lownibble.config import CompareConfig, EvalConfig, ExportConfig, MergeConfig, PlanConfig, RunConfig, ServeConfig
 from lownibble.errors import ConfigError
 
 
@@ -271,6 +271,14 @@ def export(arguments: argparse.Namespace) -> dict[str, Any]:
         result = run_export(config, tell)
     _console(arguments).print(f"{result['tensors']} tensors as {config.format}: {result['output']}", soft_wrap=True, markup=False)
     return result
+
+
+def serve(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Serve until told to stop."""
+    config: ServeConfig = read(arguments, ServeConfig)
+    from lownibble.serve.server import run_server
+
+    return run_server(config, lambda text: print(text, file=sys.stderr, flush=True))
 
 
 def bench(arguments: argparse.Namespace) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from lownibble import __version__
 from lownibble.bench import BENCHES
 from lownibble.cli import commands
 from lownibble.cli.flags import add_flags
-from lownibble.config import CompareConfig, EvalConfig, ExportConfig, MergeConfig, PlanConfig, RunConfig
+from lownibble.config import CompareConfig, EvalConfig, ExportConfig, MergeConfig, PlanConfig, RunConfig, ServeConfig
 from lownibble.errors import ConfigError, InputError, LownibbleError
 
 _MODELS = "'demo', a bundled model (llama-3-8b, qwen2.5-7b, ...), a config.json, a model folder or a hub id"
@@ -103,6 +103,13 @@ def _parser() -> argparse.ArgumentParser:
                  "lownibble export runs/merged --output model.gguf --format gguf --dtype q8_0")  # fmt: skip
     export.add_argument("source", help="a model, or an adapter: a folder or a .gguf file")
     add_flags(export, ExportConfig, positional=("source",))
+
+    serve = add("serve", commands.serve, "Serve one 4-bit base and the adapters of a folder behind OpenAI's API.",
+                "lownibble serve demo --adapters runs/adapters --port 8000")  # fmt: skip
+    serve.add_argument(
+        "model", nargs="?", default=argparse.SUPPRESS, help="the base: 'demo', a model folder, a .gguf file, a hub id"
+    )
+    add_flags(serve, ServeConfig, positional=("model",))
 
     bench = add("bench", commands.bench, "Measure kernels or the training step, next to peers.", "lownibble bench train --peers")
     bench.add_argument("what", choices=BENCHES, help="what to measure")

@@ -1,0 +1,1 @@
+"""`lownibble serve`: one 4-bit base, many adapters, chosen per request, behind OpenAI's API."""

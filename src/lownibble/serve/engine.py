@@ -1,0 +1,385 @@
+"""Continuous batching over one `Decoder`: requests with different adapters go through the base together, a step at a time.
+
+One thread owns the model. A step takes one token of every running sequence and a part of the prompts that are being read, ordered
+by adapter, so that each adapter is one segment: the base's product is done once for all, low-rank products segment by segment. A
+sequence is in its slot of the key-value cache from admission to its end; slots come and go between steps.
+
+Fairness: requests wait in one line per adapter, and the lines take turns. Adapters are read by another thread, so that one being
+loaded does not hold up those that are running.
+
+A slot that has ended keeps its keys and values under (digest of the adapter, scale) and the tokens that made them. A request of
+the same adapter whose prompt begins with the same tokens goes on from there. The digest is of the adapter's contents: neither
+another adapter nor a newer version under the same name is ever answered from it.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import OrderedDict, deque
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+from tokenizers.decoders import DecodeStream
+
+from lownibble.decoding import Cache, Decoder
+from lownibble.errors import ConfigError, InputError
+from lownibble.kernels.decoder import Adapter, Segment
+from lownibble.serve.registry import Loaded, NoRoomError, Registry
+from lownibble.serve.sampling import Chosen, Sampler, Sampling
+
+PROMPT_TOKENS = 128
+"""Most prompt tokens of a step, over all sequences: what a running sequence waits for at the most."""
+
+
+class QueueFullError(InputError):
+    """No request is taken until others have ended."""
+
+
+class Piece(NamedTuple):
+    """What a token added to the output; `text` may be empty while a character or a stop string is incomplete."""
+
+    text: str
+    token: Chosen | None
+
+
+class End(NamedTuple):
+    """The request is over: 'stop', 'length' or 'cancelled'."""
+
+    reason: str
+    prompt_tokens: int
+    completion_tokens: int
+    reused_tokens: int
+    first_s: float | None
+    """Seconds from submission to the first token."""
+    s: float
+
+
+class Failed(NamedTuple):
+    """The request could not be carried out."""
+
+    error: Exception
+
+
+@dataclass(eq=False)
+class Request:
+    """One sequence to generate. `tell` is called from the engine's thread and must not block.
+
+    Attributes:
+        prompt: token ids; at least one.
+        adapter: name, or None for the base; `scale` multiplies what it adds.
+        stop: texts that end the output and are not part of it.
+    """
+
+    prompt: list[int]
+    max_tokens: int
+    tell: Callable[[Piece | End | Failed], None]
+    adapter: str | None = None
+    scale: float = 1.0
+    sampling: Sampling = field(default_factory=Sampling)
+    stop: tuple[str, ...] = ()
+    ignore_eos: bool = False
+    cancelled: bool = False
+    submitted: float = field(default_factory=time.monotonic)
+
+
+class _Running:
+    """A request in its slot."""
+
+    def __init__(self, request: Request, slot: int, loaded: Loaded | None, reused: int, tokenizer: Any) -> None:
+        self.request, self.slot, self.loaded, self.reused = request, slot, loaded, reused
+        self.adapter: Adapter | None = loaded.scaled(request.scale) if loaded else None
+        self.tokens = list(request.prompt)
+        self.done = reused  # tokens whose keys and values are in the cache
+        self.sampler = Sampler(request.sampling)
+        self.stream = DecodeStream(skip_special_tokens=True)
+        self.tokenizer = tokenizer
+        self.text = ""  # not yet told
+        self.first: float | None = None
+
+    @property
+    def made(self) -> int:
+        return len(self.tokens) - len(self.request.prompt)
+
+    def take(self, chosen: Chosen, eos: set[int]) -> str | None:
+        """Add a token; tell what is certain of its text; the reason if it was the last."""
+        request = self.request
+        if self.first is None:
+            self.first = time.monotonic()
+        self.tokens.append(chosen.token)
+        if chosen.token in eos and not request.ignore_eos:
+            request.tell(Piece(self.text, None))
+            return "stop"
+        self.text += self.stream.step(self.tokenizer, chosen.token) or ""
+        found = [at for text in request.stop if (at := self.text.find(text)) >= 0]
+        if found:
+            request.tell(Piece(self.text[: min(found)], chosen))
+            return "stop"
+        ends = self.made == request.max_tokens
+        held = 0 if ends else _could_begin(self.text, request.stop)
+        request.tell(Piece(self.text[: len(self.text) - held], chosen))
+        self.text = self.text[len(self.text) - held :]
+        return "length" if ends else None
+
+
+def _could_begin(text: str, stops: tuple[str, ...]) -> int:
+    """Characters at the end of `text` that may be the beginning of a stop string."""
+    return max((n for stop in stops for n in range(1, min(len(stop), len(text) + 1)) if text.endswith(stop[:n])), default=0)
+
+
+class _Kept(NamedTuple):
+    """What an idle slot's keys and values were made of."""
+
+    key: tuple[str, float] | None
+    tokens: list[int]
+
+
+class Engine:
+    """Runs requests; `submit` and `cancel` may be called from any thread.
+
+    Args:
+        model, tokenizer: as `load` gives them, on a 4-bit base.
+        max_batch: sequences that run at the same time, as far as `cache_budget` bytes of keys and values reach.
+        max_context: tokens of a sequence, prompt and output; never more than the model was made for.
+        max_queue: requests that wait; more are refused.
+    Raises:
+        ConfigError: the budget does not hold one sequence.
+        ModelError: the model cannot be decoded here.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        tokenizer: Any,
+        registry: Registry,
+        *,
+        max_batch: int,
+        max_context: int,
+        max_queue: int,
+        cache_budget: int,
+    ) -> None:
+        self.decoder, self.registry, self.tokenizer = Decoder(model), registry, tokenizer
+        layer = self.decoder.layers.of[0]
+        max_context = min(max_context, model.config.get_text_config().max_position_embeddings)
+        a_slot = 2 * 4 * len(self.decoder.layers.of) * layer.key_heads * layer.head_dim * max_context
+        if cache_budget < a_slot:
+            raise ConfigError(
+                f"A sequence of {max_context} tokens takes {a_slot / 1e6:.0f} MB of keys and values, and --cache-budget is "
+                f"{cache_budget / 1e6:.0f} MB. Allow more, or shorter sequences (--max-context)."
+            )
+        self.cache = Cache(self.decoder, min(max_batch, cache_budget // a_slot), max_context)
+        self.max_queue = max_queue
+        config = model.generation_config
+        ends = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
+        self.eos = {end for end in (*ends, tokenizer.eos_token_id) if end is not None}
+        self._idle: OrderedDict[int, _Kept] = OrderedDict((slot, _Kept(None, [])) for slot in range(self.cache.slots))
+        self._lines: OrderedDict[str | None, deque[Request]] = OrderedDict()
+        self._loading: list[tuple[Request, Future[Loaded]]] = []
+        self._running: list[_Running] = []
+        self._changed = threading.Condition()
+        self._closing = self._full = False  # full: of adapters in use, until a request ends
+        self._loader = ThreadPoolExecutor(1, "adapters")
+        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+        self._thread.start()
+
+    @property
+    def waiting(self) -> int:
+        """Requests that have not begun."""
+        with self._changed:
+            return sum(map(len, self._lines.values())) + len(self._loading)
+
+    @property
+    def running(self) -> int:
+        """Requests in a slot."""
+        return len(self._running)
+
+    def submit(self, *requests: Request) -> None:
+        """Put requests in line, all or none.
+
+        Raises:
+            QueueFullError: too many wait, or the engine is closing.
+        """
+        with self._changed:
+            if self._closing:
+                raise QueueFullError("The server is shutting down. Ask another one, or try again later.")
+            if self.waiting + len(requests) > self.max_queue + len(self._idle):  # idle slots are places too
+                raise QueueFullError(f"{self.waiting} requests are waiting already. Try again in a while.")
+            for request in requests:
+                self._lines.setdefault(request.adapter, deque()).append(request)
+            self._changed.notify()
+
+    def cancel(self, request: Request) -> None:
+        """End a request whose output nobody wants any more; its slot is free after the step that is running."""
+        with self._changed:
+            request.cancelled = True
+            self._changed.notify()
+
+    def close(self, timeout: float | None = None) -> None:
+        """Take no more requests, finish those there are within `timeout` seconds, cancel the rest."""
+        with self._changed:
+            self._closing = True
+            self._changed.notify()
+        self._thread.join(timeout)
+        if self._thread.is_alive():
+            with self._changed:
+                for line in self._lines.values():
+                    for request in line:
+                        request.cancelled = True
+                for request in [one.request for one in self._running] + [request for request, _ in self._loading]:
+                    request.cancelled = True
+                self._changed.notify()
+            self._thread.join()
+        self._loader.shutdown()
+
+    def _run(self) -> None:
+        while True:
+            with self._changed:
+                self._drop_cancelled()
+                self._admit()
+                if not self._running:
+                    if self._closing and not self._lines and not self._loading:
+                        return
+                    self._changed.wait(1.0)
+                    continue
+            try:
+                self._step()
+            except Exception as error:  # whatever it was, the server goes on
+                for one in list(self._running):
+                    self._leave(one, Failed(error), keep=False)
+
+    def _drop_cancelled(self) -> None:
+        for name, line in list(self._lines.items()):
+            for request in [request for request in line if request.cancelled]:
+                line.remove(request)
+                request.tell(End("cancelled", len(request.prompt), 0, 0, None, time.monotonic() - request.submitted))
+            if not line:
+                del self._lines[name]
+        for one in [one for one in self._running if one.request.cancelled]:
+            self._leave(one, self._end(one, "cancelled"))
+
+    def _admit(self) -> None:
+        """Give free slots to the lines in turn; those whose adapter is to be read first wait apart."""
+        for request, future in [entry for entry in self._loading if entry[1].done()]:
+            self._loading.remove((request, future))
+            try:
+                self._begin(request, future.result())
+            except NoRoomError:
+                self._lines.setdefault(request.adapter, deque()).appendleft(request)
+                self._full = bool(self._running)
+                if not self._running:
+                    self._refuse_line(request.adapter, "Adapters that are pinned leave no room for '{}'. Unload one.")
+            except Exception as error:
+                request.tell(Failed(error))
+        while len(self._idle) > len(self._loading):
+            name = next((name for name in self._lines if name is None or not self._full), "")
+            if name == "":
+                return
+            line = self._lines[name]
+            request = line.popleft()
+            if line:
+                self._lines.move_to_end(name)
+            else:
+                del self._lines[name]
+            if name is None:
+                self._begin(request, None)
+            else:
+                future = self._loader.submit(self.registry.acquire, name)
+                self._loading.append((request, future))
+                future.add_done_callback(lambda _: self._wake())
+                if self._running:  # one at a time where others wait for the step
+                    break
+
+    def _wake(self) -> None:
+        with self._changed:
+            self._changed.notify()
+
+    def _refuse_line(self, name: str | None, message: str) -> None:
+        for request in self._lines.pop(name, ()):
+            request.tell(Failed(NoRoomError(message.format(name))))
+
+    def _begin(self, request: Request, loaded: Loaded | None) -> None:
+        if request.cancelled:
+            if loaded:
+                self.registry.release(loaded)
+            request.tell(End("cancelled", len(request.prompt), 0, 0, None, time.monotonic() - request.submitted))
+            return
+        key = (loaded.digest, request.scale) if loaded else ("", 1.0)
+        # the slot with the longest beginning in common; of those with none, the one that has been idle longest
+        shared = {slot: _in_common(kept, key, request.prompt) for slot, kept in self._idle.items()}
+        slot = max(shared, key=lambda one: shared[one])
+        del self._idle[slot]
+        self._running.append(_Running(request, slot, loaded, shared[slot], self.tokenizer.backend_tokenizer))
+
+    def _end(self, one: _Running, reason: str) -> End:
+        submitted = one.request.submitted
+        first = None if one.first is None else one.first - submitted
+        return End(reason, len(one.request.prompt), one.made, one.reused, first, time.monotonic() - submitted)
+
+    def _leave(self, one: _Running, last: End | Failed, *, keep: bool = True) -> None:
+        self._running.remove(one)
+        self._full = False
+        key = (one.loaded.digest, one.request.scale) if one.loaded else ("", 1.0)
+        self._idle[one.slot] = _Kept(key, one.tokens[: one.done]) if keep else _Kept(None, [])
+        if one.loaded:
+            self.registry.release(one.loaded)
+        one.request.tell(last)
+
+    @torch.inference_mode()
+    def _step(self) -> None:
+        """Take every running sequence one token further, or a part of its prompt."""
+        left = PROMPT_TOKENS
+        parts: list[tuple[_Running, int]] = []
+        for one in sorted(self._running, key=lambda one: len(one.tokens) - one.done):
+            n = min(len(one.tokens) - one.done, max(left, 0) if one.made == 0 else 1)
+            left -= n if one.made == 0 else 0
+            if n:
+                parts.append((one, n))
+        parts.sort(key=lambda part: id(part[0].adapter))  # one segment for each adapter
+        tokens: list[int] = []
+        slots: list[int] = []
+        positions: list[int] = []
+        wanted: list[int] = []
+        finishing: list[_Running] = []
+        segments: list[Segment] = []
+        for one, n in parts:
+            begin = len(tokens)
+            tokens += one.tokens[one.done : one.done + n]
+            slots += [one.slot] * n
+            positions += range(one.done, one.done + n)
+            if one.adapter is not None:
+                if segments and segments[-1].adapter is one.adapter and segments[-1].end == begin:
+                    segments[-1] = Segment(segments[-1].begin, begin + n, one.adapter)
+                else:
+                    segments.append(Segment(begin, begin + n, one.adapter))
+            if one.done + n == len(one.tokens):
+                wanted.append(len(tokens) - 1)
+                finishing.append(one)
+        logits = self.decoder.step(
+            torch.tensor(tokens), torch.tensor(slots), torch.tensor(positions), self.cache, segments=segments,
+            wanted=torch.tensor(wanted, dtype=torch.int64),
+        )  # fmt: skip
+        for one, n in parts:
+            one.done += n
+        for one, row in zip(finishing, logits, strict=True):
+            try:
+                reason = one.take(one.sampler(row), self.eos)
+            except Exception as error:
+                self._leave(one, Failed(error), keep=False)
+                continue
+            if reason:
+                self._leave(one, self._end(one, reason))
+
+
+def _in_common(kept: _Kept, key: tuple[str, float], prompt: list[int]) -> int:
+    """Tokens that need not be read again: the last one always is, for its logits."""
+    if kept.key != key:
+        return 0
+    n = 0
+    for ours, theirs in zip(kept.tokens, prompt[:-1], strict=False):
+        if ours != theirs:
+            break
+        n += 1
+    return n

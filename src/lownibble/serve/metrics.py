@@ -1,0 +1,64 @@
+"""What /metrics tells: counters and times by adapter (prometheus-client), and what engine and registry hold when asked."""
+
+from __future__ import annotations
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+
+from lownibble.serve.engine import End, Engine
+from lownibble.serve.registry import Registry
+
+_SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
+
+
+class Metrics:
+    """The metrics of one server."""
+
+    def __init__(self) -> None:
+        self._all = CollectorRegistry()
+
+        def counter(name: str, text: str, *labels: str) -> Counter:
+            return Counter(f"lownibble_{name}", text, labels, registry=self._all)
+
+        def times(name: str, text: str) -> Histogram:
+            return Histogram(f"lownibble_{name}", text, ["model"], registry=self._all, buckets=_SECONDS)
+
+        self._requests = counter("requests", "Requests that ended.", "model", "reason")
+        self._refused = counter("requests_refused", "Requests refused because too many waited.")
+        self._read = counter("prompt_tokens", "Prompt tokens, those answered from the cache among them.", "model")
+        self._reused = counter("prompt_tokens_reused", "Prompt tokens answered from the cache.", "model")
+        self._made = counter("completion_tokens", "Tokens generated.", "model")
+        self._first = times("time_to_first_token_seconds", "From submission to the first token.")
+        self._each = times("time_per_token_seconds", "Of each token after the first, a request's mean.")
+        gauges = {
+            "requests_running": "Requests that have a slot.", "requests_waiting": "Requests that wait.",
+            "adapter_bytes": "Bytes of the adapters held.", "adapters_held": "Adapters held.",
+            "adapter_loads": "Adapters read since the start.", "adapter_hits": "Requests whose adapter was held.",
+            "adapter_evictions": "Adapters that made room for others.", "cache_bytes": "Bytes of the key-value cache.",
+        }  # fmt: skip
+        self._gauges = {name: Gauge(f"lownibble_{name}", text, registry=self._all) for name, text in gauges.items()}
+
+    def ended(self, model: str, end: End) -> None:
+        """Count a request."""
+        self._requests.labels(model, end.reason).inc()
+        self._read.labels(model).inc(end.prompt_tokens)
+        self._reused.labels(model).inc(end.reused_tokens)
+        self._made.labels(model).inc(end.completion_tokens)
+        if end.first_s is not None:
+            self._first.labels(model).observe(end.first_s)
+            if end.completion_tokens > 1:
+                self._each.labels(model).observe((end.s - end.first_s) / (end.completion_tokens - 1))
+
+    def refused(self) -> None:
+        """Count a request that was not taken."""
+        self._refused.inc()
+
+    def render(self, engine: Engine, registry: Registry) -> str:
+        """In Prometheus' text format."""
+        now = {
+            "requests_running": engine.running, "requests_waiting": engine.waiting, "adapter_bytes": registry.nbytes,
+            "adapters_held": len(registry.held), "adapter_loads": registry.loads, "adapter_hits": registry.hits,
+            "adapter_evictions": registry.evictions, "cache_bytes": engine.cache.nbytes,
+        }  # fmt: skip
+        for name, value in now.items():
+            self._gauges[name].set(value)
+        return generate_latest(self._all).decode()

@@ -1,0 +1,270 @@
+"""The adapters of a folder: validated before anything makes room for them, held within a budget, never changed under a request.
+
+A name is looked up among the sub-folders that are there; it never becomes part of a path. What is held was read as one version of
+the files: a request keeps the version it began with, and the next one sees whatever the folder holds by then. Least recently used
+versions make room for new ones, unless they are pinned or in use.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import threading
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load as parse_safetensors
+from torch import Tensor
+
+from lownibble.errors import AdapterError, InputError
+from lownibble.kernels.decoder import PROJECTIONS, Adapter, LowRank
+from lownibble.lora.adapter import CONFIG_FILE, PREFIX, WEIGHTS_FILE, AdapterFile
+from lownibble.lora.inject import scale_of
+from lownibble.lora.provenance import base_facts, other_weights
+
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
+
+
+class UnknownAdapterError(InputError):
+    """No adapter is called so."""
+
+
+class NoRoomError(InputError):
+    """The budget is full of adapters in use; some request has to end first."""
+
+
+@dataclass(eq=False)
+class Loaded:
+    """One version of an adapter, in memory.
+
+    Attributes:
+        digest: of its files; two versions that compute the same have the same.
+        stamp: of its files as they were before they were read: if theirs differs, there is a newer version.
+        users: requests in flight that use it.
+    """
+
+    name: str
+    adapter: Adapter
+    nbytes: int
+    digest: str
+    stamp: tuple[tuple[int, int, int], ...]
+    users: int = 0
+    pinned: bool = False
+    current: bool = True
+    """Whether new requests may get it."""
+    _scaled: dict[float, Adapter] = field(default_factory=dict)
+
+    def scaled(self, by: float) -> Adapter:
+        """The adapter with every scale multiplied; shares the tensors."""
+        if by == 1:
+            return self.adapter
+        if by not in self._scaled:
+            if len(self._scaled) >= 8:
+                self._scaled.clear()
+            self._scaled[by] = Adapter(
+                [[low and LowRank(low.A, low.B, low.scale * by) for low in layer] for layer in self.adapter.of]
+            )
+        return self._scaled[by]
+
+
+class Registry:
+    """The adapters in the sub-folders of `folder`, for `model`; every method may be called from any thread.
+
+    Args:
+        model: a model on a 4-bit base as `load` gives it.
+        folder: None: there are none.
+        budget: bytes that the adapters held may take.
+        max_rank: larger ones are refused.
+        any_base: also take adapters that say they were trained on other weights.
+    """
+
+    def __init__(self, model: Any, folder: Path | None, budget: int, *, max_rank: int = 256, any_base: bool = False) -> None:
+        if folder is not None and not folder.is_dir():
+            raise AdapterError(f"'{folder}' is no folder. Name one whose sub-folders are adapters.")
+        self.folder, self.budget, self.max_rank, self.any_base = folder, budget, max_rank, any_base
+        self._model, self._facts = model, base_facts(model)
+        paths = {id(module): path for path, module in model.named_modules()}
+        self._layers = [paths[id(layer)] for layer in model.base_model.layers]
+        self._held: dict[str, Loaded] = {}  # current versions, least recently used first
+        self._old: list[Loaded] = []  # versions that requests still use
+        self._withdrawn: set[str] = set()
+        self._lock = threading.RLock()
+        self.loads = self.hits = self.evictions = 0
+
+    def names(self) -> list[str]:
+        """Every adapter that can be asked for."""
+        if self.folder is None:
+            return []
+        found = (path.name for path in self.folder.iterdir() if _NAME.fullmatch(path.name) and (path / CONFIG_FILE).is_file())
+        return sorted(set(found) - self._withdrawn)
+
+    def __contains__(self, name: str) -> bool:
+        return (
+            self.folder is not None and _NAME.fullmatch(name) is not None and name not in self._withdrawn
+            and (self.folder / name / CONFIG_FILE).is_file()
+        )  # fmt: skip
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held, of versions that are no longer current too."""
+        with self._lock:
+            return sum(one.nbytes for one in (*self._held.values(), *self._old))
+
+    @property
+    def held(self) -> dict[str, Loaded]:
+        """The versions that new requests get, least recently used first."""
+        with self._lock:
+            return dict(self._held)
+
+    def acquire(self, name: str) -> Loaded:
+        """The current version, read if need be; `release` it when done.
+
+        Raises:
+            UnknownAdapterError: there is none called so.
+            AdapterError: it is damaged, too large, or not for this model.
+            NoRoomError: the budget is full of adapters in use.
+        """
+        with self._lock:
+            if name not in self:
+                raise UnknownAdapterError(f"There is no adapter '{name}'. GET /v1/models lists what there is.")
+            assert self.folder is not None
+            stamp = self._stamp(name)
+            held = self._held.pop(name, None)
+            if held is not None and held.stamp == stamp:
+                self.hits += 1
+            else:
+                try:
+                    fresh = self._read(name, stamp)
+                except InputError:
+                    if held is not None:
+                        self._retire(held)  # the files changed: what they were is gone for new requests
+                    raise
+                if held is not None:
+                    fresh.pinned = held.pinned
+                    self._retire(held)
+                self._make_room(fresh)
+                held = fresh
+                self.loads += 1
+            self._held[name] = held
+            held.users += 1
+            return held
+
+    def release(self, loaded: Loaded) -> None:
+        """Give back what `acquire` gave."""
+        with self._lock:
+            loaded.users -= 1
+            if not loaded.users and not loaded.current:
+                self._old.remove(loaded)
+
+    def load(self, name: str, *, pin: bool = False) -> Loaded:
+        """Read an adapter now, offer it again if it was withdrawn, and keep it for good if `pin`. Raises as `acquire` does."""
+        with self._lock:
+            was_withdrawn = name in self._withdrawn
+            self._withdrawn.discard(name)
+            try:
+                loaded = self.acquire(name)
+            except InputError:
+                if was_withdrawn:
+                    self._withdrawn.add(name)
+                raise
+            loaded.pinned = pin
+            self.release(loaded)
+            return loaded
+
+    def unload(self, name: str) -> None:
+        """Withdraw an adapter: new requests do not find it, and its memory is free when the last one that uses it has ended.
+
+        Raises:
+            UnknownAdapterError: there is none called so.
+        """
+        with self._lock:
+            if name not in self:
+                raise UnknownAdapterError(f"There is no adapter '{name}' to unload. GET /v1/models lists what there is.")
+            self._withdrawn.add(name)
+            if (held := self._held.pop(name, None)) is not None:
+                self._retire(held)
+
+    def _retire(self, loaded: Loaded) -> None:
+        loaded.current = False
+        if loaded.users:
+            self._old.append(loaded)
+
+    def _make_room(self, fresh: Loaded) -> None:
+        if fresh.nbytes > self.budget:
+            raise AdapterError(
+                f"Adapter '{fresh.name}' takes {fresh.nbytes / 1e6:.1f} MB, and the budget of all is {self.budget / 1e6:.1f} MB. "
+                "Start the server with a larger --adapter-budget."
+            )
+        over = self.nbytes + fresh.nbytes - self.budget
+        leaving = []
+        for one in self._held.values():
+            if over <= 0:
+                break
+            if not one.users and not one.pinned:
+                leaving.append(one.name)
+                over -= one.nbytes
+        if over > 0:
+            raise NoRoomError("Every adapter held is in use or pinned, and there is no room for another. Try again soon.")
+        for name in leaving:
+            self._retire(self._held.pop(name))
+            self.evictions += 1
+
+    def _stamp(self, name: str) -> tuple[tuple[int, int, int], ...]:
+        assert self.folder is not None
+        try:
+            found = [(self.folder / name / file).stat() for file in (CONFIG_FILE, WEIGHTS_FILE)]
+        except OSError:
+            raise AdapterError(
+                f"Adapter '{name}' lacks {WEIGHTS_FILE}. Only safetensors adapters are served; convert others with PEFT."
+            ) from None
+        return tuple((one.st_ino, one.st_mtime_ns, one.st_size) for one in found)
+
+    def _read(self, name: str, stamp: tuple[tuple[int, int, int], ...]) -> Loaded:
+        """Read and check everything, before anything is evicted for it."""
+        assert self.folder is not None
+        if stamp[1][2] > 2 * self.budget:
+            raise AdapterError(f"Adapter '{name}' is larger than the budget of all. Start with a larger --adapter-budget.")
+        file = AdapterFile(self.folder / name)
+        facts = file.trained_on
+        if facts is not None and not self.any_base and (different := other_weights(facts, self._facts)):
+            raise AdapterError(f"Adapter '{name}' is for another base: {different}. Serve it there, or start with --any-base.")
+        largest = max((file.config.r, *file.config.rank_pattern.values()))
+        if largest > self.max_rank:
+            raise AdapterError(f"Adapter '{name}' has rank {largest}, above {self.max_rank}. Start with a larger --max-rank.")
+        expected = file.expected(self._model)
+        file.check_fit(expected, set())
+        try:
+            content = file.path.read_bytes()
+            tensors = {key: tensor.float().contiguous() for key, tensor in parse_safetensors(content).items()}
+        except (OSError, SafetensorError) as error:
+            raise AdapterError(f"Adapter '{name}' cannot be read: {error}. Copy it again.") from None
+        for key, tensor in tensors.items():
+            if not torch.isfinite(tensor).all():
+                raise AdapterError(f"'{key}' of adapter '{name}' holds NaN or infinite values. Train it again with a lower rate.")
+        digest = hashlib.sha256(content)
+        digest.update(json.dumps(file.config.to_dict(), sort_keys=True).encode())
+        branches = self._branches(name, file, tensors)
+        return Loaded(name, Adapter(branches), sum(t.nbytes for t in tensors.values()), digest.hexdigest(), stamp)
+
+    def _branches(self, name: str, file: AdapterFile, tensors: Mapping[str, Tensor]) -> list[list[LowRank | None]]:
+        paths = [
+            [f"{layer}.{'self_attn' if projection in PROJECTIONS[:4] else 'mlp'}.{projection}" for projection in PROJECTIONS]
+            for layer in self._layers
+        ]
+        places = {f"{PREFIX}{path}.lora_{which}.weight" for of_layer in paths for path in of_layer for which in "AB"}
+        if beyond := sorted(tensors.keys() - places):
+            raise AdapterError(
+                f"Adapter '{name}' changes '{beyond[0]}', which is not shared by requests with other adapters. Merge it "
+                "(lownibble merge) and serve the result."
+            )
+
+        def branch(path: str) -> LowRank | None:
+            a, b = (tensors.get(f"{PREFIX}{path}.lora_{which}.weight") for which in "AB")
+            return None if a is None or b is None else LowRank(a, b, scale_of(path, file.config))
+
+        return [[branch(path) for path in of_layer] for of_layer in paths]

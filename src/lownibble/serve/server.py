@@ -1,0 +1,91 @@
+"""The server as a process: load the base, open the folder of adapters, listen, and finish what was begun when asked to stop."""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lownibble.config import ServeConfig
+from lownibble.errors import ConfigError, ModelError
+from lownibble.models import load
+from lownibble.options import n_bytes
+from lownibble.serve.engine import Engine
+from lownibble.serve.registry import Registry
+
+
+def make_service(config: ServeConfig) -> Any:
+    """The service of `http.app`: model, registry and a running engine.
+
+    Raises:
+        ConfigError: the extra 'serve' is not installed, or a budget is too small.
+        ModelError: the model is missing, damaged, or cannot be decoded here.
+        AdapterError: the folder of adapters is missing.
+    """
+    try:
+        from lownibble.serve.http import Service
+    except ImportError as error:
+        raise ConfigError(f"Serving needs {error.name}. Run: pip install 'lownibble[serve]'") from None
+    model, tokenizer = load(config.model, quant=config.quant, dtype=torch.float32, device="cpu", revision=config.revision)
+    if getattr(tokenizer, "backend_tokenizer", None) is None:
+        raise ModelError(f"'{config.model}' has no fast tokenizer (tokenizer.json). Save its tokenizer again with transformers.")
+    folder = None if config.adapters is None else Path(config.adapters).expanduser()
+    registry = Registry(
+        model, folder, n_bytes(config.adapter_budget), max_rank=config.max_rank, any_base=config.any_base
+    )  # fmt: skip
+    engine = Engine(
+        model, tokenizer, registry, max_batch=config.max_batch, max_context=config.max_context, max_queue=config.max_queue,
+        cache_budget=n_bytes(config.cache_budget),
+    )  # fmt: skip
+    known = (Path(config.model).name if Path(config.model).exists() else config.model, "base", config.model)
+    key = config.api_key or os.environ.get("LOWNIBBLE_API_KEY")
+    return Service(
+        engine, registry, tokenizer, tuple(dict.fromkeys(known)), key,
+        config.admin_key or os.environ.get("LOWNIBBLE_ADMIN_KEY"), n_bytes(config.max_body),
+    )  # fmt: skip
+
+
+def run_server(config: ServeConfig, tell: Callable[[str], None]) -> dict[str, Any]:
+    """Serve until SIGTERM or Ctrl-C; `tell` is called with the address once it listens.
+
+    Raises:
+        ConfigError: the address cannot be used; and as `make_service` does.
+    """
+    listener = _listen(config)
+    with listener:
+        service = make_service(config)
+        import uvicorn
+
+        from lownibble.serve.http import app
+
+        host, port = listener.getsockname()[:2]
+        address = f"http://{host}:{port}"
+        server = uvicorn.Server(
+            uvicorn.Config(
+                app(service), log_level="warning", access_log=False, timeout_graceful_shutdown=int(config.drain_seconds) or 1,
+                h11_max_incomplete_event_size=64 << 10, timeout_keep_alive=30,
+            )
+        )  # fmt: skip
+        names = service.registry.names()
+        tell(f"{service.names[0]} and {len(names)} adapters at {address}/v1")
+        server.run(sockets=[listener])
+        service.engine.close(0)
+    return {"status": "ok", "address": address, "adapters": len(names)}
+
+
+def _listen(config: ServeConfig) -> socket.socket:
+    """The listening socket; before the model is loaded, so that a port in use is said at once."""
+    try:
+        family = socket.getaddrinfo(config.host, config.port, type=socket.SOCK_STREAM)[0]
+        listener = socket.socket(family[0], socket.SOCK_STREAM)
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind(family[4])
+    except OSError as error:
+        raise ConfigError(
+            f"Cannot listen on {config.host}:{config.port}: {error.strerror}. Choose another --host or --port."
+        ) from None
+    return listener

@@ -1,0 +1,316 @@
+"""The API as clients see it. Oracle: the official openai client, and raw requests where it would not send them."""
+
+import http.client
+import json
+import threading
+import time
+
+import httpx
+import openai
+import pytest
+import uvicorn
+
+import lownibble as ln
+from lownibble.config import ServeConfig
+from lownibble.serve.http import app
+from lownibble.serve.server import make_service
+
+
+class Live:
+    """A server on a port of its own."""
+
+    def __init__(self, service):
+        self.service = service
+        self.server = uvicorn.Server(uvicorn.Config(app(service), port=0, log_level="warning"))
+        self.thread = threading.Thread(target=self.server.run, daemon=True)
+        self.thread.start()
+        while not self.server.started:
+            time.sleep(0.01)
+        self.port = self.server.servers[0].sockets[0].getsockname()[1]
+        self.url = f"http://127.0.0.1:{self.port}"
+
+    def client(self, key="none"):
+        return openai.OpenAI(base_url=f"{self.url}/v1", api_key=key, max_retries=0)
+
+    def close(self):
+        self.server.should_exit = True
+        self.thread.join(30)
+        self.service.engine.close(0)
+
+
+@pytest.fixture
+def live(base, adapters):
+    made = []
+
+    def _live(**options):
+        values = {"max_batch": 4, "max_context": 256, "adapter_budget": "10MB", "cache_budget": "50MB", **options}
+        made.append(Live(make_service(ServeConfig(model=str(base), adapters=str(adapters), **values))))
+        return made[-1]
+
+    yield _live
+    for one in made:
+        one.close()
+
+
+GREEDY = {"temperature": 0, "max_tokens": 8}
+SAID = [{"role": "user", "content": "w1 w5 w9"}]
+
+
+def reference(base, adapters, text, n, name=None):
+    """What transformers says, greedily."""
+    model, tokenizer = ln.load(str(base), quant="nf4")
+    if name:
+        ln.load_adapter(model, adapters / name)
+    ids = tokenizer(text, return_tensors="pt").input_ids
+    out = model.generate(ids, attention_mask=ids * 0 + 1, max_new_tokens=n, do_sample=False, eos_token_id=None)
+    return tokenizer.decode(out[0, ids.shape[1] :])
+
+
+def test_models(live):
+    client = live().client()
+    names = [model.id for model in client.models.list()]
+    assert names == ["model", "one", "three", "two"]
+    assert client.models.retrieve("one").model_extra["parent"] == "model"
+    with pytest.raises(openai.NotFoundError, match="There is no model 'other'"):
+        client.models.retrieve("other")
+
+
+@pytest.mark.parametrize("name", ["model", "base", "one", "two"])
+def test_completions_are_what_transformers_says(live, base, adapters, name):
+    client = live().client()
+    answer = client.completions.create(model=name, prompt="w1 w5 w9", extra_body={"ignore_eos": True}, **GREEDY)
+    expected = reference(base, adapters, "w1 w5 w9", 8, None if name in ("model", "base") else name)
+    assert answer.choices[0].text.strip() == expected.strip()
+    assert answer.choices[0].finish_reason == "length"
+    assert (answer.usage.prompt_tokens, answer.usage.completion_tokens, answer.usage.total_tokens) == (3, 8, 11)
+    assert answer.object == "text_completion"
+    tokens = client.completions.create(model=name, prompt=[5, 9, 13], extra_body={"ignore_eos": True}, **GREEDY)
+    assert tokens.choices[0].text == answer.choices[0].text
+
+
+def test_chat_whole_and_streamed(live, base, adapters):
+    client = live().client()
+    whole = client.chat.completions.create(model="one", messages=SAID, extra_body={"ignore_eos": True}, **GREEDY)
+    message = whole.choices[0].message
+    assert (message.role, whole.object) == ("assistant", "chat.completion")
+    assert message.content.strip() == reference(base, adapters, "w1 w5 w9 ", 8, "one").strip()
+    chunks = list(
+        client.chat.completions.create(
+            model="one", messages=SAID, stream=True, stream_options={"include_usage": True}, extra_body={"ignore_eos": True},
+            **GREEDY,
+        )
+    )  # fmt: skip
+    assert chunks[0].choices[0].delta.role == "assistant"
+    assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices) == message.content
+    assert [chunk.choices[0].finish_reason for chunk in chunks if chunk.choices][-1] == "length"
+    assert len({chunk.id for chunk in chunks}) == 1
+    assert chunks[-1].choices == []
+    assert chunks[-1].usage.completion_tokens == whole.usage.completion_tokens == 8
+    assert chunks[-1].usage.prompt_tokens_details.cached_tokens == 2  # the same prompt was there already
+    plain = list(client.chat.completions.create(model="one", messages=SAID, stream=True, **GREEDY))
+    assert all(chunk.choices for chunk in plain)
+    parts = [{"role": "user", "content": [{"type": "text", "text": "w1 "}, {"type": "text", "text": "w5 w9"}]}]
+    again = client.chat.completions.create(model="one", messages=parts, extra_body={"ignore_eos": True}, **GREEDY)
+    assert again.choices[0].message.content == message.content
+
+
+def test_options(live):
+    client = live().client()
+    ask = client.chat.completions.create
+    drawn = [ask(model="one", messages=SAID, seed=seed, max_completion_tokens=12, temperature=2) for seed in (5, 5, 6)]
+    texts = [answer.choices[0].message.content for answer in drawn]
+    assert texts[0] == texts[1] != texts[2]
+    several = ask(model="one", messages=SAID, n=3, seed=5, max_tokens=12, temperature=2)
+    assert [choice.index for choice in several.choices] == [0, 1, 2]
+    assert several.choices[0].message.content == texts[0]
+    assert several.choices[1].message.content == texts[2]
+    assert several.usage.prompt_tokens == 3
+    told = ask(model="one", messages=SAID, logprobs=True, top_logprobs=3, extra_body={"ignore_eos": True}, **GREEDY)
+    content = told.choices[0].logprobs.content
+    assert len(content) == 8
+    for token in content:
+        assert token.top_logprobs[0].token == token.token
+        assert token.logprob == token.top_logprobs[0].logprob <= 0
+        assert bytes(token.bytes).decode() == token.token
+    plain = client.completions.create(model="one", prompt=["w1", "w2"], logprobs=2, extra_body={"ignore_eos": True}, **GREEDY)
+    assert [len(choice.logprobs.tokens) for choice in plain.choices] == [8, 8]
+    word = plain.choices[0].text.split()[2]
+    stopped = client.completions.create(model="one", prompt="w1", stop=word, extra_body={"ignore_eos": True}, **GREEDY)
+    assert stopped.choices[0].finish_reason == "stop"
+    assert stopped.choices[0].text == plain.choices[0].text[: plain.choices[0].text.index(word)]
+    unscaled = client.completions.create(model="one", prompt="w1", extra_body={"lora_scale": 0, "ignore_eos": True}, **GREEDY)
+    of_base = client.completions.create(model="base", prompt="w1", extra_body={"ignore_eos": True}, **GREEDY)
+    assert unscaled.choices[0].text == of_base.choices[0].text
+
+
+BAD = {
+    "no such model": ({"model": "../one"}, 404, "There is no model"),
+    "no model": ({"model": None}, 400, "model"),
+    "temperature": ({"temperature": 3}, 400, "temperature: Input should be less than or equal to 2"),
+    "max_tokens": ({"max_tokens": 0}, 400, "max_tokens"),
+    "too many tokens": ({"max_tokens": 255}, 400, "this server's context|the context is 256"),
+    "n": ({"n": 1000}, 400, "n: Input"),
+    "tools": ({"tools": [{"type": "function"}]}, 400, "'tools' is not supported"),
+    "format": ({"response_format": {"type": "json_object"}}, 400, "'response_format' is not supported"),
+    "role": ({"messages": [{"role": "wizard", "content": "w1"}]}, 400, "messages.0.role"),
+    "no messages": ({"messages": []}, 400, "messages"),
+    "image": ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, 400, "messages.0.content"),
+    "empty stop": ({"stop": ""}, 400, "'stop' must not"),
+    "scale of the base": ({"model": "base", "lora_scale": 0.5}, 400, "'lora_scale' is for adapters"),
+    "not finite": ({"temperature": float("nan")}, 400, "temperature"),
+    "surrogate": ({"messages": [{"role": "user", "content": "\ud800"}]}, 400, "surrogate"),
+    "seed": ({"seed": 2**70}, 400, "seed"),
+}
+
+
+def test_bad_requests_are_answered_in_openais_shape(live):
+    url = live().url
+    with httpx.Client(base_url=url) as client:
+        for name, (change, status, message) in BAD.items():
+            body = {"model": "one", "messages": SAID, **change}
+            answer = client.post("/v1/chat/completions", content=json.dumps(body), headers={"content-type": "application/json"})
+            assert answer.status_code == status, (name, answer.text)
+            error = answer.json()["error"]
+            assert set(error) == {"message", "type", "param", "code"}
+            assert any(text in error["message"] for text in message.split("|")), (name, error)
+        raw = {
+            "not JSON": b"{", "no object": b"[]", "empty": b"", "no text": b"\xff\xfe", "deep": b"[" * 100_000,
+        }  # fmt: skip
+        for name, content in raw.items():
+            answer = client.post("/v1/chat/completions", content=content, headers={"content-type": "application/json"})
+            assert answer.status_code == 400, (name, answer.text)
+            assert answer.json()["error"]["message"]
+        for path, status in (("/nothing", 404), ("/v1/chat/completions", 405), ("/v1/models/..%2f..%2fetc", 404)):
+            answer = client.get(path)
+            assert answer.status_code == status
+            assert answer.json()["error"]["message"]
+        for prompt in ([], [96], [-1], [[5], []], "", 7, [["w1"]]):
+            assert client.post("/v1/completions", json={"model": "one", "prompt": prompt}).status_code == 400, prompt
+        assert client.post("/v1/completions", json={"model": "one", "prompt": "w1", "temperature": 0}).status_code == 200
+
+
+def test_giant_bodies_are_refused_announced_or_not(live):
+    made = live(max_body="10KB")
+    with httpx.Client(base_url=made.url) as client:
+        assert client.post("/v1/completions", content=b"x" * 20_000).status_code == 413
+
+        def parts():
+            for _ in range(100):
+                yield b" " * 1000
+
+        assert client.post("/v1/completions", content=parts()).status_code == 413
+        assert client.get("/health").json()["status"] == "ok"
+
+
+def test_keys(live):
+    made = live(api_key="secret", admin_key="master")
+    for key in ("none", "secre", "secret2", "sécret"):
+        answer = httpx.get(f"{made.url}/v1/models", headers={"authorization": f"Bearer {key}".encode()})
+        assert (answer.status_code, answer.json()["error"]["code"]) == (401, "invalid_api_key")
+    assert next(iter(made.client("secret").models.list())).id == "model"
+    load = {"lora_name": "one"}
+    of = {key: {"authorization": f"Bearer {key}"} for key in ("secret", "master")}
+    assert httpx.post(f"{made.url}/v1/load_lora_adapter", json=load, headers=of["secret"]).status_code == 401
+    assert httpx.post(f"{made.url}/v1/load_lora_adapter", json=load, headers=of["master"]).status_code == 200
+    assert httpx.get(f"{made.url}/health").status_code == 200
+
+
+def test_loading_and_unloading(live, adapters):
+    made = live()
+    client = made.client()
+    with httpx.Client(base_url=made.url) as raw:
+        loaded = raw.post("/v1/load_lora_adapter", json={"lora_name": "one", "pin": True}).json()
+        assert loaded["id"] == "one"
+        assert loaded["pinned"]
+        assert made.service.registry.held["one"].pinned
+        assert raw.post("/v1/unload_lora_adapter", json={"lora_name": "one"}).status_code == 200
+        with pytest.raises(openai.NotFoundError):
+            client.completions.create(model="one", prompt="w1", **GREEDY)
+        assert raw.post("/v1/unload_lora_adapter", json={"lora_name": "one"}).status_code == 404
+        assert raw.post("/v1/load_lora_adapter", json={"lora_name": "one", "lora_path": "/etc"}).status_code == 400
+        assert raw.post("/v1/load_lora_adapter", json={"lora_name": "one", "lora_path": "one"}).status_code == 200
+        assert client.completions.create(model="one", prompt="w1", **GREEDY).choices
+        for name in ("../one", "none", "one/../two"):
+            assert raw.post("/v1/load_lora_adapter", json={"lora_name": name}).status_code == 404
+        (adapters / "two" / "adapter_model.safetensors").write_bytes(b"damaged")
+        answer = raw.post("/v1/load_lora_adapter", json={"lora_name": "two"})
+        assert (answer.status_code, answer.json()["error"]["code"]) == (422, "bad_adapter")
+        with pytest.raises(openai.UnprocessableEntityError):
+            client.completions.create(model="two", prompt="w1", **GREEDY)
+        assert client.completions.create(model="one", prompt="w1", **GREEDY).choices
+
+
+def test_clients_that_leave_free_their_slot(live, monkeypatch):
+    made = live(max_batch=1, max_context=2048)
+    slow(made, monkeypatch)
+    long = {"model": "one", "prompt": "w1", "max_tokens": 2000, "ignore_eos": True, "temperature": 0}
+    for stream in (True, False):
+        connection = http.client.HTTPConnection("127.0.0.1", made.port)
+        connection.request(
+            "POST", "/v1/completions", json.dumps({**long, "stream": stream}), {"content-type": "application/json"}
+        )
+        if stream:
+            connection.getresponse().read(200)
+        else:
+            time.sleep(0.2)
+        assert made.service.engine.running == 1
+        connection.close()
+        began = time.monotonic()
+        assert made.client().completions.create(model="one", prompt="w2", max_tokens=2, temperature=0).choices
+        assert time.monotonic() - began < 20
+    assert made.service.registry.held["one"].users == 0
+
+
+def slow(made, monkeypatch):
+    step = made.service.engine.decoder.step
+    monkeypatch.setattr(made.service.engine.decoder, "step", lambda *a, **k: (time.sleep(0.01), step(*a, **k))[1])
+
+
+def test_a_full_queue_is_429_with_a_time_to_come_back(live, monkeypatch):
+    made = live(max_batch=1, max_queue=0, max_context=2048)
+    slow(made, monkeypatch)
+    with httpx.Client(base_url=made.url) as client, client.stream(
+        "POST", "/v1/completions",
+        json={"model": "one", "prompt": "w1", "max_tokens": 2000, "stream": True, "ignore_eos": True},
+    ) as running:  # fmt: skip
+        pieces = running.iter_text()  # kept: a generator that is dropped closes the connection
+        next(pieces)
+        answer = httpx.post(f"{made.url}/v1/completions", json={"model": "two", "prompt": "w1"})
+        assert answer.status_code == 429
+        assert int(answer.headers["retry-after"]) >= 1
+        assert answer.json()["error"]["type"] == "rate_limit_error"
+
+
+def test_metrics(live):
+    made = live()
+    made.client().completions.create(model="one", prompt="w1 w2", extra_body={"ignore_eos": True}, **GREEDY)
+    text = httpx.get(f"{made.url}/metrics").text
+    for line in (
+        'lownibble_requests_total{model="one",reason="length"} 1.0', 'lownibble_completion_tokens_total{model="one"} 8.0',
+        'lownibble_prompt_tokens_total{model="one"} 2.0', "lownibble_adapters_held 1.0", "lownibble_adapter_loads 1.0",
+        'lownibble_time_to_first_token_seconds_count{model="one"} 1.0', "lownibble_requests_running 0.0",
+    ):  # fmt: skip
+        assert line in text.splitlines(), line
+
+
+def test_many_clients_at_once(live, base, adapters):
+    """Threads with adapters of their own get their own answers."""
+    made = live(max_batch=3)
+    expected = {name: reference(base, adapters, "w7 w8", 8, None if name == "base" else name).strip()
+                for name in ("base", "one", "two", "three")}  # fmt: skip
+    wrong = []
+
+    def work(seed):
+        client = made.client()
+        for i in range(6):
+            name = list(expected)[(seed + i) % 4]
+            answer = client.completions.create(model=name, prompt="w7 w8", extra_body={"ignore_eos": True}, **GREEDY)
+            if answer.choices[0].text.strip() != expected[name]:
+                wrong.append(name)
+
+    threads = [threading.Thread(target=work, args=(seed,)) for seed in range(6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong

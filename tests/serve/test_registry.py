@@ -1,0 +1,144 @@
+"""Adapters in memory. Oracle: what the folder holds, and sums of tensor sizes."""
+
+import shutil
+import threading
+
+import pytest
+from safetensors.torch import load_file, save_file
+
+import lownibble as ln
+from lownibble.errors import AdapterError
+from lownibble.serve.registry import NoRoomError, Registry, UnknownAdapterError
+
+
+@pytest.fixture
+def registry(base, adapters):
+    def _registry(budget=10**7, **options):
+        model, _ = ln.load(str(base), quant="nf4")
+        return Registry(model, adapters, budget, **options)
+
+    return _registry
+
+
+def size_of(adapters, name):
+    return sum(tensor.nbytes for tensor in load_file(adapters / name / "adapter_model.safetensors").values())
+
+
+def test_names_are_looked_up_and_never_paths(registry, adapters, tmp_path):
+    shutil.copytree(adapters / "one", tmp_path / "outside")
+    shutil.copytree(adapters / "one", adapters / ".hidden")
+    (adapters / "empty").mkdir()
+    made = registry()
+    assert made.names() == ["one", "three", "two"]
+    for name in ("../outside", "one/../two", "/etc/passwd", str(adapters / "one"), ".hidden", "..", ".", "", "empty", "one\n",
+                 "one\0", "o" * 300, "one/"):  # fmt: skip
+        assert name not in made
+        with pytest.raises(UnknownAdapterError, match="There is no adapter"):
+            made.acquire(name)
+    assert Registry(made._model, None, 1).names() == []
+    with pytest.raises(AdapterError, match="is no folder"):
+        Registry(made._model, tmp_path / "nowhere", 1)
+
+
+def test_least_recently_used_versions_leave(registry, adapters):
+    sizes = {name: size_of(adapters, name) for name in ("one", "two", "three")}
+    made = registry(sizes["one"] + sizes["two"])
+    for name in ("one", "two", "one", "three"):
+        made.release(made.acquire(name))
+        assert made.nbytes <= made.budget
+    assert list(made.held) == ["three"]  # 'one' was used later than 'two', but both had to leave
+    assert (made.loads, made.hits, made.evictions) == (3, 1, 2)
+    assert made.nbytes == sizes["three"]
+
+
+def test_used_and_pinned_versions_stay(registry, adapters):
+    made = registry(size_of(adapters, "one") + 10)
+    held = made.acquire("one")
+    with pytest.raises(NoRoomError, match="in use or pinned"):
+        made.acquire("three")
+    made.release(held)
+    made.load("one", pin=True)
+    with pytest.raises(NoRoomError, match="in use or pinned"):
+        made.acquire("three")
+    made.load("one")
+    made.release(made.acquire("three"))
+    assert list(made.held) == ["three"]
+
+
+def test_what_is_bad_evicts_nothing(registry, adapters):
+    made = registry(size_of(adapters, "one") + 10)
+    made.release(made.acquire("one"))
+    file = adapters / "three" / "adapter_model.safetensors"
+    tensors = load_file(file)
+    next(iter(tensors.values())).fill_(float("inf"))
+    save_file(tensors, file)
+    with pytest.raises(AdapterError, match=r"of adapter 'three' holds NaN or infinite values"):
+        made.acquire("three")
+    assert list(made.held) == ["one"]
+    with pytest.raises(AdapterError, match=r"budget of all"):
+        registry(100).acquire("one")
+    with pytest.raises(AdapterError, match=r"has rank 4, above 3"):
+        registry(max_rank=3).acquire("one")
+
+
+def test_unloading_waits_for_requests(registry, adapters):
+    made = registry()
+    held = made.acquire("one")
+    made.unload("one")
+    assert "one" not in made.names()
+    with pytest.raises(UnknownAdapterError):
+        made.acquire("one")
+    with pytest.raises(UnknownAdapterError):
+        made.unload("one")
+    assert made.nbytes == size_of(adapters, "one")
+    made.release(held)
+    assert made.nbytes == 0
+    assert made.load("one").digest == held.digest
+    assert "one" in made.names()
+
+
+def test_adapters_of_other_bases(registry, adapters, base, adapt, write):
+    """The base is known by its weights, not by its name; an adapter that says nothing is taken if it fits."""
+    other = write("llama", name="other")
+    tensors = load_file(other / "model.safetensors")
+    tensors["model.norm.weight"] += 0.5
+    save_file(tensors, other / "model.safetensors", metadata={"format": "pt"})
+    shutil.move(adapt(other, "nf4", name="stranger")[1], adapters / "stranger")
+    with pytest.raises(AdapterError, match=r"'stranger' is for another base: it was trained on .* Serve it there"):
+        registry().acquire("stranger")
+    assert registry(any_base=True).acquire("stranger").nbytes
+    file = adapters / "stranger" / "adapter_model.safetensors"
+    save_file(load_file(file), file)
+    assert registry().acquire("stranger").nbytes
+
+
+def test_what_cannot_be_shared_in_a_batch_is_refused(registry, adapters, base, adapt):
+    shutil.move(adapt(base, "nf4", name="head", target_modules=["q_proj", "lm_head"])[1], adapters / "head")
+    with pytest.raises(AdapterError, match=r"changes '.*lm_head.*', which is not shared .* Merge it"):
+        registry().acquire("head")
+
+
+def test_from_many_threads(registry, adapters):
+    """Counts come out even, and the budget holds at every moment."""
+    made = registry(size_of(adapters, "one") + size_of(adapters, "two"))
+    problems = []
+
+    def work(seed):
+        for i in range(40):
+            name = ("one", "two", "three")[(seed + i) % 3]
+            try:
+                held = made.acquire(name)
+            except NoRoomError:
+                continue
+            if made.nbytes > made.budget:
+                problems.append(made.nbytes)
+            made.release(held)
+
+    threads = [threading.Thread(target=work, args=(seed,)) for seed in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not problems
+    assert all(one.users == 0 for one in made.held.values())
+    assert not made._old
