@@ -38,8 +38,9 @@ VALUES = {
     "save_steps": 6, "output_dir": "out", "report_to": "tensorboard", "resume": True,
     "adapter": "some/adapter", "task": "nli", "harness": ["hellaswag", "arc_easy"], "harness_path": "tasks", "limit": 12,
     "num_fewshot": 3, "quantized": True, "any_base": True, "output": "merged", "onto": "nf4", "base": "some/base",
-    "adapters": "some/folder", "host": "0.0.0.0", "port": 8123, "api_key": "k", "admin_key": "a", "max_batch": 3, "max_context": 99,
-    "max_queue": 5, "max_body": "1MB", "max_rank": 9, "adapter_budget": "3MB", "cache_budget": "4MB", "drain_seconds": 2.5,
+    "adapters": "some/folder", "host": "0.0.0.0", "port": 8123, "api_key": "k", "admin_key": "a", "max_batch": 3,
+    "max_context": 99, "max_queue": 5, "max_body": "1MB", "max_rank": 9, "adapter_budget": "3MB", "cache_budget": "4MB",
+    "drain_seconds": 2.5,
     "trained_on": "dense", "force": True, "measure_tokens": 77, "source": "some/model", "format": "bnb-4bit",
 }  # fmt: skip
 

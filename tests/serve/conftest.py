@@ -1,11 +1,18 @@
 import queue
 import shutil
+import threading
+import time
 
+import openai
 import pytest
+import uvicorn
 
 import lownibble as ln
+from lownibble.config import ServeConfig
 from lownibble.serve.engine import Engine, Piece, Request
+from lownibble.serve.http import app
 from lownibble.serve.registry import Registry
+from lownibble.serve.server import make_service
 
 TEMPLATE = "{% for m in messages %}{{ m['content'] }} {% endfor %}"
 
@@ -85,3 +92,39 @@ def ask():
         return request, told
 
     return _ask
+
+
+class Live:
+    """A server on a port of its own."""
+
+    def __init__(self, service):
+        self.service = service
+        self.server = uvicorn.Server(uvicorn.Config(app(service), port=0, log_level="warning"))
+        self.thread = threading.Thread(target=self.server.run, daemon=True)
+        self.thread.start()
+        while not self.server.started:
+            time.sleep(0.01)
+        self.port = self.server.servers[0].sockets[0].getsockname()[1]
+        self.url = f"http://127.0.0.1:{self.port}"
+
+    def client(self, key="none"):
+        return openai.OpenAI(base_url=f"{self.url}/v1", api_key=key, max_retries=0)
+
+    def close(self):
+        self.server.should_exit = True
+        self.thread.join(30)
+        self.service.engine.close(0)
+
+
+@pytest.fixture
+def live(base, adapters):
+    made = []
+
+    def _live(**options):
+        values = {"max_batch": 4, "max_context": 256, "adapter_budget": "10MB", "cache_budget": "50MB", **options}
+        made.append(Live(make_service(ServeConfig(model=str(base), adapters=str(adapters), **values))))
+        return made[-1]
+
+    yield _live
+    for one in made:
+        one.close()

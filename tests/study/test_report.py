@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from fixtures.chromium import BINARY, Chromium
+from chromium import BINARY, Chromium
 from fixtures.html_page import Page
 from hypothesis import given
 from hypothesis import strategies as st

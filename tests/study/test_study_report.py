@@ -6,7 +6,7 @@ import statistics
 from urllib.parse import unquote
 
 import pytest
-from fixtures.chromium import BINARY, Chromium
+from chromium import BINARY, Chromium
 from fixtures.html_page import Page
 from scipy import stats as theirs
 

@@ -276,7 +276,10 @@ def export(arguments: argparse.Namespace) -> dict[str, Any]:
 def serve(arguments: argparse.Namespace) -> dict[str, Any]:
     """Serve until told to stop."""
     config: ServeConfig = read(arguments, ServeConfig)
-    from lownibble.serve.server import run_server
+    try:
+        from lownibble.serve.server import run_server
+    except ImportError as error:
+        raise ConfigError(f"Serving needs {error.name}. Run: pip install 'lownibble[serve]'") from None
 
     return run_server(config, lambda text: print(text, file=sys.stderr, flush=True))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import psutil
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
 from lownibble.serve.engine import End, Engine
@@ -14,7 +15,7 @@ class Metrics:
     """The metrics of one server."""
 
     def __init__(self) -> None:
-        self._all = CollectorRegistry()
+        self._all, self._process = CollectorRegistry(), psutil.Process()
 
         def counter(name: str, text: str, *labels: str) -> Counter:
             return Counter(f"lownibble_{name}", text, labels, registry=self._all)
@@ -34,6 +35,7 @@ class Metrics:
             "adapter_bytes": "Bytes of the adapters held.", "adapters_held": "Adapters held.",
             "adapter_loads": "Adapters read since the start.", "adapter_hits": "Requests whose adapter was held.",
             "adapter_evictions": "Adapters that made room for others.", "cache_bytes": "Bytes of the key-value cache.",
+            "process_bytes": "Resident memory of the process.",
         }  # fmt: skip
         self._gauges = {name: Gauge(f"lownibble_{name}", text, registry=self._all) for name, text in gauges.items()}
 
@@ -58,6 +60,7 @@ class Metrics:
             "requests_running": engine.running, "requests_waiting": engine.waiting, "adapter_bytes": registry.nbytes,
             "adapters_held": len(registry.held), "adapter_loads": registry.loads, "adapter_hits": registry.hits,
             "adapter_evictions": registry.evictions, "cache_bytes": engine.cache.nbytes,
+            "process_bytes": self._process.memory_info().rss,
         }  # fmt: skip
         for name, value in now.items():
             self._gauges[name].set(value)

@@ -3,33 +3,34 @@
 from __future__ import annotations
 
 import os
+import signal
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
+import uvicorn
 
 from lownibble.config import ServeConfig
 from lownibble.errors import ConfigError, ModelError
 from lownibble.models import load
 from lownibble.options import n_bytes
 from lownibble.serve.engine import Engine
+from lownibble.serve.http import app
 from lownibble.serve.registry import Registry
+from lownibble.serve.service import Service
 
 
-def make_service(config: ServeConfig) -> Any:
+def make_service(config: ServeConfig) -> Service:
     """The service of `http.app`: model, registry and a running engine.
 
     Raises:
-        ConfigError: the extra 'serve' is not installed, or a budget is too small.
+        ConfigError: a budget is too small.
         ModelError: the model is missing, damaged, or cannot be decoded here.
         AdapterError: the folder of adapters is missing.
     """
-    try:
-        from lownibble.serve.http import Service
-    except ImportError as error:
-        raise ConfigError(f"Serving needs {error.name}. Run: pip install 'lownibble[serve]'") from None
     model, tokenizer = load(config.model, quant=config.quant, dtype=torch.float32, device="cpu", revision=config.revision)
     if getattr(tokenizer, "backend_tokenizer", None) is None:
         raise ModelError(f"'{config.model}' has no fast tokenizer (tokenizer.json). Save its tokenizer again with transformers.")
@@ -49,6 +50,19 @@ def make_service(config: ServeConfig) -> Any:
     )  # fmt: skip
 
 
+class _Server(uvicorn.Server):
+    """Ends by itself after a signal: uvicorn would raise it again when all is done, and the exit status would say 'killed'."""
+
+    @contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        before = {number: signal.signal(number, self.handle_exit) for number in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+
 def run_server(config: ServeConfig, tell: Callable[[str], None]) -> dict[str, Any]:
     """Serve until SIGTERM or Ctrl-C; `tell` is called with the address once it listens.
 
@@ -58,13 +72,9 @@ def run_server(config: ServeConfig, tell: Callable[[str], None]) -> dict[str, An
     listener = _listen(config)
     with listener:
         service = make_service(config)
-        import uvicorn
-
-        from lownibble.serve.http import app
-
         host, port = listener.getsockname()[:2]
         address = f"http://{host}:{port}"
-        server = uvicorn.Server(
+        server = _Server(
             uvicorn.Config(
                 app(service), log_level="warning", access_log=False, timeout_graceful_shutdown=int(config.drain_seconds) or 1,
                 h11_max_incomplete_event_size=64 << 10, timeout_keep_alive=30,

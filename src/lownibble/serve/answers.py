@@ -1,0 +1,234 @@
+"""Answers to completions: requests for the engine are made of a body's fields, and what it tells becomes OpenAI's JSON.
+
+The same code answers whole and in a stream: `_Choice` gathers what the engine tells, and a stream sends it on as it comes. A
+client that goes away ends its requests.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import time
+import uuid
+from collections.abc import AsyncIterator, Coroutine
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+from fastapi import Request
+from fastapi.responses import JSONResponse, Response, StreamingResponse
+
+from lownibble.serve import engine as engines
+from lownibble.serve.engine import End, Failed, Piece, QueueFullError
+from lownibble.serve.protocol import Generation
+from lownibble.serve.sampling import Chosen, Sampling
+from lownibble.serve.service import ApiError, Service, as_api
+
+_T = TypeVar("_T")
+
+DEFAULT_TOKENS = 256
+"""Tokens of an answer where the request does not say, as far as the context reaches."""
+
+
+@dataclass(eq=False)
+class _Choice:
+    """One answer as it grows."""
+
+    index: int
+    events: asyncio.Queue[tuple[int, Piece | End | Failed]]
+    request: engines.Request
+    text: list[str] = field(default_factory=list)
+    tokens: list[Chosen] = field(default_factory=list)
+    end: End | None = None
+
+
+async def answer(
+    service: Service, request: Request, body: Generation, prompts: list[list[int]], limit: int | None, logprobs: int | None, *,
+    chat: bool,
+) -> Response:  # fmt: skip
+    """Generate for each prompt `body.n` times, at most `limit` tokens each, and answer whole or in a stream.
+
+    Raises:
+        ApiError: a field that does not fit the model, a full queue, an adapter that cannot be used.
+    """
+    adapter = service.check_model(body.model)
+    if adapter is None and body.lora_scale != 1:
+        raise ApiError(400, "'lora_scale' is for adapters, and 'model' names the base.", param="lora_scale")
+    context = service.engine.cache.capacity
+    vocabulary = service.engine.decoder.model.get_input_embeddings().num_embeddings
+    loop = asyncio.get_running_loop()
+    events: asyncio.Queue[tuple[int, Piece | End | Failed]] = asyncio.Queue()
+    choices: list[_Choice] = []
+    if not prompts:
+        raise ApiError(400, "There is no prompt. Send at least one.", param="prompt")
+    for prompt in prompts:
+        if not prompt:
+            raise ApiError(400, "The prompt is empty. Send at least one token.", param="prompt")
+        if max(prompt) >= vocabulary:
+            raise ApiError(400, f"Token {max(prompt)} is not in the vocabulary of {vocabulary}.", param="prompt")
+        if len(prompt) + (limit or 1) > context:
+            raise ApiError(
+                400, f"The prompt has {len(prompt)} tokens and {limit or 1} more are asked for; the context is {context}.",
+                code="context_length_exceeded", param="messages" if chat else "prompt",
+            )  # fmt: skip
+        tokens = limit or min(DEFAULT_TOKENS if chat else 16, context - len(prompt))
+        for number in range(body.n or 1):
+            index = len(choices)
+
+            def tell(event: Piece | End | Failed, index: int = index) -> None:
+                with contextlib.suppress(RuntimeError):  # the loop is closed: nobody listens
+                    loop.call_soon_threadsafe(events.put_nowait, (index, event))
+
+            seed = None if body.seed is None else body.seed + number
+            temperature = 1.0 if body.temperature is None else body.temperature
+            sampling = Sampling(temperature, body.top_p or 1.0, seed, logprobs)
+            choices.append(
+                _Choice(index, events, engines.Request(prompt, tokens, tell, adapter, body.lora_scale, sampling, body.stops,
+                                                       body.ignore_eos))
+            )  # fmt: skip
+    try:
+        service.engine.submit(*(choice.request for choice in choices))
+    except QueueFullError as error:
+        service.metrics.refused()
+        raise as_api(error) from None
+    form = _Form(service, body.model, chat, logprobs is not None)
+    if body.stream:
+        usage = body.stream_options is not None and body.stream_options.include_usage
+        first = await _unless_gone(request, _next(service, choices, events))
+        return StreamingResponse(_stream(service, form, choices, events, first, usage), media_type="text/event-stream",
+                                 headers={"Cache-Control": "no-store", "X-Accel-Buffering": "no"})  # fmt: skip
+    await _unless_gone(request, _rest(service, choices, events))
+    return JSONResponse(form.whole(choices))
+
+
+async def _unless_gone(request: Request, work: Coroutine[Any, Any, _T]) -> _T:
+    """What `work` returns; ends it where the client goes away meanwhile."""
+    task = asyncio.ensure_future(work)
+    try:
+        while not task.done():
+            await asyncio.wait({task}, timeout=0.25)
+            if not task.done() and await request.is_disconnected():
+                raise ApiError(499, "The client is gone.")
+        return task.result()
+    finally:
+        task.cancel()
+
+
+async def _rest(
+    service: Service, choices: list[_Choice], events: asyncio.Queue[tuple[int, Piece | End | Failed]]
+) -> None:  # fmt: skip
+    while any(choice.end is None for choice in choices):
+        await _next(service, choices, events)
+
+
+async def _next(
+    service: Service, choices: list[_Choice], events: asyncio.Queue[tuple[int, Piece | End | Failed]]
+) -> tuple[_Choice, Piece | End]:
+    """The next thing told, noted in its choice; cancels all where one has failed or nobody waits any more."""
+    try:
+        index, event = await events.get()
+        if isinstance(event, Failed):
+            raise as_api(event.error)
+    except BaseException:
+        _cancel(service, choices)
+        raise
+    choice = choices[index]
+    if isinstance(event, Piece):
+        choice.text.append(event.text)
+        if event.token is not None:
+            choice.tokens.append(event.token)
+    else:
+        choice.end = event
+        service.metrics.ended(choice.request.adapter or service.names[0], event)
+    return choice, event
+
+
+def _cancel(service: Service, choices: list[_Choice]) -> None:
+    for choice in choices:
+        if choice.end is None:
+            service.engine.cancel(choice.request)
+
+
+async def _stream(
+    service: Service, form: _Form, choices: list[_Choice],
+    events: asyncio.Queue[tuple[int, Piece | End | Failed]], first: tuple[_Choice, Piece | End], usage: bool,
+) -> AsyncIterator[str]:  # fmt: skip
+    try:
+        if form.chat:
+            for choice in choices:
+                yield _event(form.chunk(choice.index, {"role": "assistant", "content": ""}, None))
+        choice, event = first
+        while True:
+            if isinstance(event, End):
+                yield _event(form.chunk(choice.index, {}, event.reason))
+            elif event.text or (event.token is not None and form.logprobs):
+                yield _event(form.chunk(choice.index, {"content": event.text}, None, event.token))
+            if all(choice.end is not None for choice in choices):
+                break
+            try:
+                choice, event = await _next(service, choices, events)
+            except ApiError as error:
+                yield _event(error.body)
+                return
+        if usage:
+            yield _event({**form.head(chunk=True), "choices": [], "usage": form.usage(choices)})
+        yield "data: [DONE]\n\n"
+    finally:
+        _cancel(service, choices)
+
+
+def _event(value: dict[str, Any]) -> str:
+    return f"data: {json.dumps(value)}\n\n"
+
+
+class _Form:
+    """The JSON of chat and of plain completions."""
+
+    def __init__(self, service: Service, model: str, chat: bool, logprobs: bool) -> None:
+        self.service, self.model, self.chat, self.logprobs = service, model, chat, logprobs
+        self.id, self.created = f"{'chatcmpl' if chat else 'cmpl'}-{uuid.uuid4().hex}", int(time.time())
+
+    def head(self, *, chunk: bool) -> dict[str, Any]:
+        kind = ("chat.completion.chunk" if chunk else "chat.completion") if self.chat else "text_completion"
+        return {"id": self.id, "object": kind, "created": self.created, "model": self.model}
+
+    def chunk(self, index: int, delta: dict[str, Any], reason: str | None, token: Chosen | None = None) -> dict[str, Any]:
+        said = {"delta": delta} if self.chat else {"text": delta.get("content", "")}
+        told = self._told([token]) if token is not None and self.logprobs else None
+        return {**self.head(chunk=True), "choices": [{"index": index, **said, "logprobs": told, "finish_reason": reason}]}
+
+    def whole(self, choices: list[_Choice]) -> dict[str, Any]:
+        found = []
+        for choice in choices:
+            text = "".join(choice.text)
+            said: dict[str, Any] = {"message": {"role": "assistant", "content": text}} if self.chat else {"text": text}
+            told = self._told(choice.tokens) if self.logprobs else None
+            assert choice.end is not None
+            found.append({"index": choice.index, **said, "logprobs": told, "finish_reason": choice.end.reason})
+        return {**self.head(chunk=False), "choices": found, "usage": self.usage(choices)}
+
+    def usage(self, choices: list[_Choice]) -> dict[str, Any]:
+        ends = [choice.end for choice in choices if choice.end is not None]
+        prompts = {id(choice.request.prompt): len(choice.request.prompt) for choice in choices}  # n answers share a prompt
+        made, reused = sum(end.completion_tokens for end in ends), sum(end.reused_tokens for end in ends)
+        read = sum(prompts.values())
+        return {
+            "prompt_tokens": read, "completion_tokens": made, "total_tokens": read + made,
+            "prompt_tokens_details": {"cached_tokens": min(reused, read)},
+        }  # fmt: skip
+
+    def _told(self, tokens: list[Chosen]) -> dict[str, Any]:
+        if self.chat:
+            return {"content": [{**self._token(one.token, one.logprob), "top_logprobs": [self._token(*top) for top in one.top]}
+                                for one in tokens]}  # fmt: skip
+        return {
+            "tokens": [self._text(one.token) for one in tokens], "token_logprobs": [one.logprob for one in tokens],
+            "top_logprobs": [{self._text(token): value for token, value in one.top} for one in tokens], "text_offset": [],
+        }  # fmt: skip
+
+    def _text(self, token: int) -> str:
+        return str(self.service.tokenizer.decode([token]))
+
+    def _token(self, token: int, logprob: float | None) -> dict[str, Any]:
+        text = self._text(token)
+        return {"token": text, "logprob": logprob, "bytes": list(text.encode())}

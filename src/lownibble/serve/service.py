@@ -1,0 +1,71 @@
+"""What the routes share: the engine and what belongs to it, and errors in OpenAI's shape."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+from typing import Any
+
+from fastapi.responses import JSONResponse, Response
+
+from lownibble.errors import InputError
+from lownibble.serve.engine import Engine, QueueFullError
+from lownibble.serve.metrics import Metrics
+from lownibble.serve.registry import NoRoomError, Registry, UnknownAdapterError
+
+
+class ApiError(Exception):
+    """An answer in OpenAI's error shape."""
+
+    def __init__(self, status: int, message: str, *, code: str | None = None, param: str | None = None) -> None:
+        super().__init__(message)
+        kinds = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
+        kind = "server_error" if status >= 500 else kinds.get(status, "invalid_request_error")
+        self.status, self.body = status, {"error": {"message": message, "type": kind, "param": param, "code": code}}
+
+    def response(self) -> Response:
+        """The HTTP response."""
+        headers = {"Retry-After": "1"} if self.status in (429, 503) else {}
+        headers |= {"WWW-Authenticate": "Bearer"} if self.status == 401 else {}
+        return JSONResponse(self.body, self.status, headers)
+
+
+def as_api(error: Exception) -> ApiError:
+    """What a client is told of an error in engine or registry."""
+    if isinstance(error, UnknownAdapterError):
+        return ApiError(404, str(error), code="model_not_found", param="model")
+    if isinstance(error, QueueFullError):
+        return ApiError(429, str(error), code="queue_full")
+    if isinstance(error, NoRoomError):
+        return ApiError(429, str(error), code="no_room")
+    if isinstance(error, InputError):
+        return ApiError(422, str(error), code="bad_adapter", param="model")
+    return ApiError(500, f"An error of the server's own: {type(error).__name__}.")
+
+
+@dataclass(frozen=True)
+class Service:
+    """What the routes need. `names`: of the base; keys are compared in constant time, None: none is asked for."""
+
+    engine: Engine
+    registry: Registry
+    tokenizer: Any
+    names: tuple[str, ...]
+    api_key: str | None = None
+    admin_key: str | None = None
+    max_body: int = 4 << 20
+    created: int = field(default_factory=lambda: int(time.time()))
+    metrics: Metrics = field(default_factory=Metrics)
+
+    def check_model(self, name: str) -> str | None:
+        """The adapter that a request's `model` names, None for the base.
+
+        Raises:
+            ApiError: neither the base nor an adapter.
+        """
+        if name in self.names:
+            return None
+        if name not in self.registry:
+            raise ApiError(404, f"There is no model '{name[:128]}'. GET /v1/models lists what there is.", code="model_not_found",
+                           param="model")  # fmt: skip
+        return name
