@@ -103,6 +103,21 @@ def dropin() -> str:
     return _turns("dropin-cpu", lambda w: f"{w['batch_size']} rows a step, r={w['r']} {w['targets']}")
 
 
+def serve() -> str:
+    """Different adapters in one batch."""
+    record = _record("serve-cpu")
+    work, against = record["workload"], {"ours_distinct": "1"}
+    for name in record["contenders"]:
+        if (found := record["ratios"].get(f"ours_distinct_vs_{name}")) is not None:
+            against[name] = _spread(found, 2)
+    lines = ["| contender | tokens/s, median (min to max) | ours_distinct / it | same tokens |", "| --- | ---: | ---: | ---: |"]
+    for name, found in record["contenders"].items():
+        same = f"{found['same']:.1%}" if "same" in found else ""
+        lines.append(f"| {name} | {_spread(found['tokens_per_s'], 0)} | {against.get(name, '')} | {same} |")
+    source = f"{work['requests']} requests at once, {work['prompt_tokens']} + {work['new_tokens']} tokens, rank {work['r']}"
+    return "\n".join(lines) + f"\n\n({source}; {_where(record)}; `benchmarks/results/serve-cpu.json`)"
+
+
 def latency() -> str:
     """First token and those after it."""
     record = _record("latency-cpu")
@@ -277,6 +292,7 @@ SECTIONS: dict[str, Callable[[], str]] = {
     "train-real": train_real,
     "decode": decode,
     "latency": latency,
+    "serve": serve,
     "dropin": dropin,
     "merge": merge,
     "quality": quality,

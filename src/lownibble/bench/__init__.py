@@ -18,6 +18,7 @@ BENCHES = (
     "merge",
     "latency",
     "dropin",
+    "serve",
 )
 """What `lownibble bench` measures. Each is a module of this package, imported when it runs, with a function `bench_NAME`."""
 
