@@ -194,6 +194,7 @@ def test_loading_and_unloading(live, adapters):
         (adapters / "two" / "adapter_model.safetensors").write_bytes(b"damaged")
         answer = raw.post("/v1/load_lora_adapter", json={"lora_name": "two"})
         assert (answer.status_code, answer.json()["error"]["code"]) == (422, "bad_adapter")
+        assert str(adapters) not in answer.text
         with pytest.raises(openai.UnprocessableEntityError):
             client.completions.create(model="two", prompt="w1", **GREEDY)
         assert client.completions.create(model="one", prompt="w1", **GREEDY).choices

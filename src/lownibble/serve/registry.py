@@ -140,10 +140,11 @@ class Registry:
             else:
                 try:
                     fresh = self._read(name, stamp)
-                except InputError:
+                except InputError as error:
                     if held is not None:
                         self._retire(held)  # the files changed: what they were is gone for new requests
-                    raise
+                    # clients read this: where the folder lies is not theirs to know
+                    raise type(error)(str(error).replace(f"{self.folder}/", "")) from None
                 if held is not None:
                     fresh.pinned = held.pinned
                     self._retire(held)
