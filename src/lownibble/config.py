@@ -208,9 +208,12 @@ class PlanConfig(_Model):
     price: Annotated[float, Ge(0)] | None = Field(None, description="dollars an hour; default: what the table of devices has")
 
 
+PACKED = ("quant_type", "block_size", "double_quant", "skip_modules")
+"""Options of the codec that decide what is stored; `compute` is for training."""
+
 PLANNED = {
     "data": ("path", "split", "prompt_template", "completion_template", "use_chat_template", "max_rows"),
-    "quant": ("quant_type", "block_size", "double_quant", "skip_modules"),
+    "quant": PACKED,
     "lora": ("r", "target_modules", "layers_to_transform", "rank_pattern"),
     "train": (
         "num_train_epochs", "batch_size", "max_length", "packing", "gradient_accumulation_steps", "gradient_checkpointing",
@@ -315,8 +318,6 @@ class ServeConfig(Options):
     quant: QuantConfig = QuantConfig()
 
 
-PACKED = ("quant_type", "block_size", "double_quant", "skip_modules")
-
 MERGED = {
     "data": (
         "path",
@@ -331,13 +332,11 @@ MERGED = {
     "quant": PACKED,
 }
 
-EXPORTED = {"quant": PACKED}
-
-SERVED = {"quant": PACKED}
+ONLY_QUANT = {"quant": PACKED}
 
 EVALUATED = {
     "data": tuple(DataConfig.model_fields),
-    "quant": ("quant_type", "block_size", "double_quant", "skip_modules"),
+    "quant": PACKED,
     "lora": (),
     "train": ("batch_size", "max_length"),
 }
@@ -346,8 +345,8 @@ TAKES: dict[type[Options], Mapping[str, tuple[str, ...]]] = {
     PlanConfig: PLANNED,
     EvalConfig: EVALUATED,
     MergeConfig: MERGED,
-    ExportConfig: EXPORTED,
-    ServeConfig: SERVED,
+    ExportConfig: ONLY_QUANT,
+    ServeConfig: ONLY_QUANT,
 }
 """Configuration -> the options of its groups that are its own; where nothing is said, all."""
 

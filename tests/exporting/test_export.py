@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig, GgufConfig, P
 
 import lownibble as ln
 from lownibble.errors import AdapterError, ConfigError, ModelError, OutputError
-from lownibble.exporting.gguf import PRE_TOKENIZERS
+from lownibble.exporting.gguf_tokenizer import PRE_TOKENIZERS
 from lownibble.lora.adapter import AdapterFile
 
 TEXT = ["The film was good in 1984, wasn't it?", "  two  spaces\nand\ttabs", "naïve café №5", "x = [i**2 for i in range(10)]"]

@@ -2,6 +2,7 @@
 
 import shutil
 import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from safetensors.torch import load_file, save_file
@@ -118,6 +119,23 @@ def test_what_cannot_be_shared_in_a_batch_is_refused(registry, adapters, base, a
         registry().acquire("head")
 
 
+def test_reading_one_holds_up_nobody(registry, monkeypatch):
+    """Neither requests that end, nor those whose adapter is held, nor metrics."""
+    made = registry()
+    held, reading, go_on = made.acquire("one"), threading.Event(), threading.Event()
+    read = made._read
+    monkeypatch.setattr(made, "_read", lambda *a: (reading.set(), go_on.wait(30), read(*a))[2])
+    with ThreadPoolExecutor(2) as pool:
+        slow = pool.submit(made.acquire, "two")
+        assert reading.wait(30)
+        try:
+            pool.submit(lambda: (made.release(held), made.acquire("one"), made.nbytes)).result(10)
+            assert not slow.done()
+        finally:
+            go_on.set()
+        assert slow.result().name == "two"
+
+
 def test_from_many_threads(registry, adapters):
     """Counts come out even, and the budget holds at every moment."""
     made = registry(size_of(adapters, "one") + size_of(adapters, "two"))
@@ -134,11 +152,8 @@ def test_from_many_threads(registry, adapters):
                 problems.append(made.nbytes)
             made.release(held)
 
-    threads = [threading.Thread(target=work, args=(seed,)) for seed in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(work, range(4)))
     assert not problems
     assert all(one.users == 0 for one in made.held.values())
     assert not made._old

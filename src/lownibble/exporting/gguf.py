@@ -2,8 +2,8 @@
 
 The container, tensor names and quantised types come from the `gguf` library. What it lacks is what llama.cpp keeps in a script:
 which hyperparameters an architecture wants, how its weights are turned, and which pre-tokenizer llama.cpp must imitate.
-`ARCHITECTURES` holds the first two for models of Llama's shape, `PRE_TOKENIZERS` the last; what is in neither is refused by name
-rather than guessed, because a wrong guess gives a file that loads and talks nonsense.
+`ARCHITECTURES` holds the first two for models of Llama's shape, `gguf_tokenizer.py` has the last; what is in neither is refused
+by name rather than guessed, because a wrong guess gives a file that loads and talks nonsense.
 
 - llama.cpp's `llama` rotates neighbouring pairs where transformers rotates halves, so the rows of q and k change places.
 - Matrices are stored as F16, BF16 or Q8_0, vectors as F32. Rows that are no multiple of 32 long cannot be Q8_0 and become F16.
@@ -33,6 +33,7 @@ from torch import Tensor
 
 from lownibble.config import LoraConfig
 from lownibble.errors import AdapterError, ModelError, OutputError
+from lownibble.exporting.gguf_tokenizer import add_tokenizer
 from lownibble.exporting.weights import Tell, Weights, as_float, say_nothing
 from lownibble.lora.adapter import CONFIG_FILE, PREFIX, WEIGHTS_FILE, AdapterFile
 from lownibble.lora.inject import scale_of
@@ -61,16 +62,6 @@ TYPES = {"float32": Type.F32, "float16": Type.F16, "bfloat16": Type.BF16, "q8_0"
 _FILE_TYPES = {Type.F32: 0, Type.F16: 1, Type.Q8_0: 7, Type.BF16: 32}
 _Q8_BLOCK = 32
 
-_WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|"
-_REST = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-PRE_TOKENIZERS: dict[tuple[str, ...], str] = {
-    ("ByteLevel",): "gpt-2",
-    ("Digits", "ByteLevel"): "smollm",
-    (_WORDS + r"\p{N}{1,3}" + _REST, "ByteLevel"): "llama-bpe",
-    (_WORDS + r"\p{N}" + _REST, "ByteLevel"): "qwen2",
-}
-"""What tokenizer.json does before its merges -> llama.cpp's name for it."""
-
 
 def write_model(
     weights: Weights, onto: str, path: Path, dtype: str, tokenizer: ModelSource, tell: Tell = say_nothing
@@ -88,7 +79,7 @@ def write_model(
     writer.add_name(Path(weights.source.name).name)
     _add_shape(writer, weights.model.config, kind)
     writer.add_file_type(_FILE_TYPES[TYPES[dtype]])
-    _add_tokenizer(writer, tokenizer.folder, int(weights.model.config.vocab_size))
+    add_tokenizer(writer, tokenizer.folder, int(weights.model.config.vocab_size))
     stored: dict[str, Callable[[], np.ndarray[Any, Any]]] = {}
     types: dict[str, int] = {}
     for name in weights.names:
@@ -360,52 +351,3 @@ def _write(
     finally:
         writer.close()
         part.unlink(missing_ok=True)
-
-
-def _add_tokenizer(writer: gguf.GGUFWriter, folder: Path, vocab_size: int) -> None:
-    file = folder / "tokenizer.json"
-    try:
-        found = json.loads(file.read_text(encoding="utf-8"))
-        model = found["model"]
-    except (OSError, ValueError, KeyError) as error:
-        raise ModelError(f"'{file}' cannot be read ({error}), and GGUF needs a tokenizer. Save the tokenizer again.") from None
-    if model.get("type") != "BPE":
-        raise ModelError(
-            f"'{file}' is a {model.get('type')} tokenizer; only BPE can be written as GGUF here. Use llama.cpp's own conversion."
-        )
-    largest = max([*model["vocab"].values(), *(added["id"] for added in found.get("added_tokens", []))], default=0)
-    if largest >= vocab_size:
-        raise ModelError(
-            f"'{file}' has {largest + 1} tokens and the model {vocab_size} rows for them. Resize the model's embeddings first."
-        )
-    tokens: list[bytes] = [f"[PAD{i}]".encode() for i in range(vocab_size)]
-    types = [gguf.TokenType.UNUSED] * vocab_size
-    byte_pieces = {f"<0x{value:02X}>" for value in range(256)} if model.get("byte_fallback") else set()
-    for token, number in model["vocab"].items():
-        tokens[number] = token.encode()
-        types[number] = gguf.TokenType.BYTE if token in byte_pieces else gguf.TokenType.NORMAL
-    for added in found.get("added_tokens", []):
-        tokens[added["id"]] = added["content"].encode()
-        types[added["id"]] = gguf.TokenType.CONTROL if added["special"] else gguf.TokenType.USER_DEFINED
-    if model.get("byte_fallback"):
-        writer.add_tokenizer_model("llama")
-        writer.add_tokenizer_pre("default")
-        writer.add_token_scores([-float(number) for number in range(vocab_size)])
-    else:
-        writer.add_tokenizer_model("gpt2")
-        writer.add_tokenizer_pre(_pre_tokenizer(found, file))
-    writer.add_token_list(tokens)
-    writer.add_token_types(types)
-    gguf.SpecialVocab(folder, load_merges=True, n_vocab=vocab_size).add_to_gguf(writer, quiet=True)
-
-
-def _pre_tokenizer(tokenizer: dict[str, Any], file: Path) -> str:
-    steps = tokenizer.get("pre_tokenizer") or {}
-    parts = steps.get("pretokenizers", [steps])
-    key = tuple(part["pattern"].get("Regex", "?") if part.get("type") == "Split" else str(part.get("type")) for part in parts)
-    if key not in PRE_TOKENIZERS:
-        raise ModelError(
-            f"'{file}' splits text in a way that is not known here ({', '.join(key)}); llama.cpp must be told its name for it. "
-            "Use llama.cpp's convert_hf_to_gguf.py on the merged safetensors."
-        )
-    return PRE_TOKENIZERS[key]

@@ -134,8 +134,10 @@ async def _guarded(work: Awaitable[Any]) -> Any:
 
 
 def _encode(service: Service, text: str, *, special: bool = True) -> list[int]:
-    if max(text, default="") >= "\ud800" and any("\ud800" <= c <= "\udfff" for c in text):
-        raise ApiError(400, "The text holds a lone surrogate, which is no character. Send valid Unicode.", param="prompt")
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise ApiError(400, "The text holds a lone surrogate. Send valid Unicode.", param="prompt") from None
     ids: list[int] = service.tokenizer(text, add_special_tokens=special).input_ids
     return ids
 

@@ -93,7 +93,7 @@ class Registry:
         self._held: dict[str, Loaded] = {}  # current versions, least recently used first
         self._old: list[Loaded] = []  # versions that requests still use
         self._withdrawn: set[str] = set()
-        self._lock = threading.RLock()
+        self._lock, self._reading = threading.RLock(), threading.Lock()  # the second is taken first
         self.loads = self.hits = self.evictions = 0
 
     def names(self) -> list[str]:
@@ -129,29 +129,42 @@ class Registry:
             AdapterError: it is damaged, too large, or not for this model.
             NoRoomError: the budget is full of adapters in use.
         """
-        with self._lock:
-            if name not in self:
-                raise UnknownAdapterError(f"There is no adapter '{name}'. GET /v1/models lists what there is.")
-            assert self.folder is not None
+        if (held := self._hit(name)) is not None:
+            return held
+        with self._reading:
+            if (held := self._hit(name)) is not None:  # another request has read it meanwhile
+                return held
             stamp = self._stamp(name)
-            held = self._held.pop(name, None)
-            if held is not None and held.stamp == stamp:
-                self.hits += 1
-            else:
-                try:
-                    fresh = self._read(name, stamp)
-                except InputError as error:
-                    if held is not None:
+            try:
+                fresh = self._read(name, stamp)  # takes a while: not under the lock, which the engine wants when a request ends
+            except InputError as error:
+                with self._lock:
+                    if (held := self._held.pop(name, None)) is not None:
                         self._retire(held)  # the files changed: what they were is gone for new requests
-                    # clients read this: where the folder lies is not theirs to know
-                    raise type(error)(str(error).replace(f"{self.folder}/", "")) from None
-                if held is not None:
+                # clients read this: where the folder lies is not theirs to know
+                raise type(error)(str(error).replace(f"{self.folder}/", "")) from None
+            with self._lock:
+                if name not in self:
+                    raise UnknownAdapterError(f"The adapter '{name}' was withdrawn. GET /v1/models lists what there is.")
+                if (held := self._held.pop(name, None)) is not None:
                     fresh.pinned = held.pinned
                     self._retire(held)
                 self._make_room(fresh)
-                held = fresh
+                self._held[name] = fresh
                 self.loads += 1
-            self._held[name] = held
+                fresh.users += 1
+                return fresh
+
+    def _hit(self, name: str) -> Loaded | None:
+        """The version held, for one more user, if it is what the folder holds."""
+        with self._lock:
+            if name not in self:
+                raise UnknownAdapterError(f"There is no adapter '{name}'. GET /v1/models lists what there is.")
+            held = self._held.get(name)
+            if held is None or held.stamp != self._stamp(name):
+                return None
+            self._held[name] = self._held.pop(name)  # the one used last
+            self.hits += 1
             held.users += 1
             return held
 
@@ -167,15 +180,16 @@ class Registry:
         with self._lock:
             was_withdrawn = name in self._withdrawn
             self._withdrawn.discard(name)
-            try:
-                loaded = self.acquire(name)
-            except InputError:
-                if was_withdrawn:
-                    self._withdrawn.add(name)
-                raise
+        try:
+            loaded = self.acquire(name)
+        except InputError:
+            with self._lock:
+                self._withdrawn |= {name} if was_withdrawn else set()
+            raise
+        with self._lock:
             loaded.pinned = pin
             self.release(loaded)
-            return loaded
+        return loaded
 
     def unload(self, name: str) -> None:
         """Withdraw an adapter: new requests do not find it, and its memory is free when the last one that uses it has ended.
