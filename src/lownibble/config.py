@@ -309,8 +309,15 @@ class ServeConfig(Options):
     max_batch: Annotated[int, Ge(1), Le(1024)] = Field(16, description="requests that run at the same time")
     max_context: Annotated[int, Ge(16)] = Field(1024, description="tokens of a request, prompt and answer")
     max_queue: Annotated[int, Ge(0)] = Field(256, description="requests that may wait; more are answered with 429")
-    max_body: Annotated[str, AfterValidator(is_a_size)] = Field("4MB", description="largest body of a request")
+    max_requests: Annotated[int, Ge(1)] = Field(1024, description="requests in progress, those being sent or read too")
+    max_body: Annotated[str, AfterValidator(is_a_size)] = Field("1MB", description="largest body of a request")
+    max_prompt: Annotated[int, Ge(1)] | None = Field(None, description="tokens of a prompt; default: what the context holds")
+    max_output: Annotated[int, Ge(1)] | None = Field(None, description="tokens of an answer; default: what the context holds")
     max_rank: Annotated[int, Ge(1)] = Field(256, description="largest rank of an adapter")
+    max_adapter: Annotated[str, AfterValidator(is_a_size)] | None = Field(
+        None, description="largest adapter, in memory; default: the budget of all"
+    )
+    adapter_dtype: Literal["float16", "float32"] = Field("float16", description="what adapters are held in; sums are in float32")
     adapter_budget: Annotated[str, AfterValidator(is_a_size)] = Field("1GB", description="memory for adapters")
     cache_budget: Annotated[str, AfterValidator(is_a_size)] = Field("1GB", description="memory for keys and values")
     any_base: bool = Field(False, description="also adapters that were trained on other weights than the model's")

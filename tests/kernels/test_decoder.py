@@ -52,10 +52,11 @@ def _layer(
     )
 
 
-def _adapter(layers, r):
+def _adapter(layers, r, dtype=torch.float32):
     def branch(index, N, K):
         rank = r + index  # rank 7 is left out: a projection without a branch
-        return None if rank == 7 else LowRank(torch.randn(rank, K) / 8, torch.randn(N, rank) / 8, 0.5 + index)
+        a, b = (torch.randn(shape).div(8).to(dtype) for shape in ((rank, K), (N, rank)))
+        return None if rank == 7 else LowRank(a, b, 0.5 + index)
 
     return Adapter([[branch(i, *linear.shape) for i, linear in enumerate(layer.projections)] for layer in layers.of])
 
@@ -107,10 +108,11 @@ def test_equals_plain_torch(backend, form, case):
         torch.testing.assert_close(a, b, **CLOSE)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("r", [1, 6, 16])
-def test_adapters_by_segment(backend, r):
+def test_adapters_by_segment(backend, r, dtype):
     layers = _layers()
-    first, second = _adapter(layers, r), _adapter(layers, 2 * r)
+    first, second = _adapter(layers, r, dtype), _adapter(layers, 2 * r, dtype)
     slots, positions = [0, 1, 1, 1, 2], [5, 2, 3, 4, 8]
     segments = [Segment(0, 1, first), Segment(1, 4, second)]  # the last token has none
     mixed = _run(layers, slots, positions, segments)[0]
@@ -118,8 +120,20 @@ def test_adapters_by_segment(backend, r):
     for rows, adapter in ((slice(0, 1), first), (slice(1, 4), second), (slice(4, 5), None)):
         with ops.use_backend("reference"):
             alone = _run(layers, slots, positions, [Segment(0, 5, adapter)] if adapter else [])[0]
-        torch.testing.assert_close(mixed[rows], alone[rows], **CLOSE)
+        size = alone.abs().max().item()  # hundreds with large ranks: what float32 rounds grows with it
+        torch.testing.assert_close(mixed[rows], alone[rows], rtol=2e-4, atol=max(2e-4, 2e-6 * size))
     assert not torch.allclose(mixed[:4], _run(layers, slots, positions)[0][:4], atol=0.1)
+
+
+def test_a_branch_that_lies_by_columns_is_not_copied():
+    if "cpu" not in ops.active_backend():
+        pytest.skip("needs the compiled kernels")
+    layers = _layers()
+    by_rows = _adapter(layers, 4)
+    by_columns = Adapter([[low and LowRank(low.A, low.B.t().contiguous().t(), low.scale) for low in of] for of in by_rows.of])
+    found = [_run(layers, [0], [3], [Segment(0, 1, adapter)])[0] for adapter in (by_rows, by_columns)]
+    assert torch.equal(*found)
+    assert [len(adapter.prepared["cpu"][1]) for adapter in (by_rows, by_columns)] == [12, 0]  # one of seven has no branch
 
 
 def test_threads_do_not_change_the_result(backend):

@@ -5,6 +5,7 @@ import time
 
 import openai
 import pytest
+import torch
 import uvicorn
 
 import lownibble as ln
@@ -43,12 +44,12 @@ def adapters(base, adapt, tmp_path):
 
 @pytest.fixture
 def engine(base, adapters):
-    """`engine(**options)`: an engine on the tiny model with those adapters; closed in the end."""
+    """`engine(**options)`: an engine on the tiny model with those adapters, exact ones; closed in the end."""
     made = []
 
-    def _engine(budget=10**7, **options):
+    def _engine(budget=10**7, dtype=torch.float32, **options):
         model, tokenizer = ln.load(str(base), quant="nf4")
-        registry = Registry(model, adapters, budget)
+        registry = Registry(model, adapters, budget, dtype=dtype)
         values = {"max_batch": 4, "max_context": 64, "max_queue": 100, "cache_budget": 10**7, **options}
         made.append(Engine(model, tokenizer, registry, **values))
         return made[-1]
@@ -121,7 +122,10 @@ def live(base, adapters):
     made = []
 
     def _live(**options):
-        values = {"max_batch": 4, "max_context": 256, "adapter_budget": "10MB", "cache_budget": "50MB", **options}
+        values = {
+            "max_batch": 4, "max_context": 256, "adapter_budget": "10MB", "adapter_dtype": "float32", "cache_budget": "50MB",
+            **options,
+        }  # fmt: skip
         made.append(Live(make_service(ServeConfig(model=str(base), adapters=str(adapters), **values))))
         return made[-1]
 

@@ -2,6 +2,8 @@
 
 import http.client
 import json
+import shutil
+import socket
 import time
 from concurrent.futures import ThreadPoolExecutor
 
@@ -93,6 +95,10 @@ def test_options(live):
         assert bytes(token.bytes).decode() == token.token
     plain = client.completions.create(model="one", prompt=["w1", "w2"], logprobs=2, extra_body={"ignore_eos": True}, **GREEDY)
     assert [len(choice.logprobs.tokens) for choice in plain.choices] == [8, 8]
+    for choice in plain.choices:
+        offsets = choice.logprobs.text_offset
+        parts = [choice.text[begin:end].strip() for begin, end in zip(offsets, [*offsets[1:], None], strict=True)]
+        assert parts == choice.logprobs.tokens
     word = plain.choices[0].text.split()[2]
     stopped = client.completions.create(model="one", prompt="w1", stop=word, extra_body={"ignore_eos": True}, **GREEDY)
     assert stopped.choices[0].finish_reason == "stop"
@@ -159,6 +165,56 @@ def test_giant_bodies_are_refused_announced_or_not(live):
 
         assert client.post("/v1/completions", content=parts()).status_code == 413
         assert client.get("/health").json()["status"] == "ok"
+
+
+def test_limits_of_prompt_and_answer(live):
+    made = live(max_prompt=5, max_output=7)
+    with httpx.Client(base_url=made.url) as client:
+
+        def ask(words, tokens):
+            body = {"model": "one", "prompt": " ".join(["w1"] * words), "max_tokens": tokens, "ignore_eos": True}
+            return client.post("/v1/completions", json={k: v for k, v in body.items() if v is not None})
+
+        assert ask(5, 7).json()["usage"]["completion_tokens"] == 7
+        assert ask(5, None).json()["usage"]["completion_tokens"] == 7  # 16 are usual
+        for words, tokens, says, param in ((6, 7, "at most 5", "prompt"), (5, 8, "at most 7", "max_tokens")):
+            answer = ask(words, tokens)
+            error = answer.json()["error"]
+            assert (answer.status_code, error["code"], error["param"]) == (400, "context_length_exceeded", param)
+            assert says in error["message"]
+
+
+def test_a_body_that_does_not_arrive_is_not_waited_for(live, monkeypatch):
+    monkeypatch.setattr("lownibble.serve.http.BODY_SECONDS", 0.3)
+    made = live()
+    with socket.create_connection(("127.0.0.1", made.port)) as connection:
+        connection.sendall(b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-length: 100\r\n\r\n{")
+        connection.settimeout(10)
+        assert b" 408 " in connection.recv(1000)
+
+
+def test_requests_in_progress_are_limited(live):
+    made = live(max_requests=2)
+    waiting = [socket.create_connection(("127.0.0.1", made.port)) for _ in range(2)]
+    for connection in waiting:
+        connection.sendall(b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-length: 100\r\n\r\n{")
+    deadline = time.monotonic() + 10
+    while (answer := httpx.get(f"{made.url}/health")).status_code == 200 and time.monotonic() < deadline:
+        time.sleep(0.02)
+    assert (answer.status_code, answer.json()["error"]["code"], answer.headers["retry-after"]) == (429, "too_many_requests", "1")
+    for connection in waiting:
+        connection.close()
+    while (answer := httpx.get(f"{made.url}/health")).status_code != 200 and time.monotonic() < deadline:
+        time.sleep(0.02)
+    assert answer.status_code == 200
+
+
+def test_an_adapter_trained_on_another_codec_is_served_and_said(live, adapters, base, adapt):
+    shutil.move(adapt(base, "fp4", name="fours")[1], adapters / "fours")
+    made = live()
+    load = {name: httpx.post(f"{made.url}/v1/load_lora_adapter", json={"lora_name": name}).json() for name in ("fours", "one")}
+    assert "fp4" in load["fours"]["warning"]
+    assert load["one"]["warning"] is None
 
 
 def test_keys(live):

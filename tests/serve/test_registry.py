@@ -5,10 +5,12 @@ import threading
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
+import torch
 from safetensors.torch import load_file, save_file
 
 import lownibble as ln
 from lownibble.errors import AdapterError
+from lownibble.kernels.decoder import PROJECTIONS
 from lownibble.serve.registry import NoRoomError, Registry, UnknownAdapterError
 
 
@@ -22,7 +24,32 @@ def registry(base, adapters):
 
 
 def size_of(adapters, name):
-    return sum(tensor.nbytes for tensor in load_file(adapters / name / "adapter_model.safetensors").values())
+    """Bytes in memory: float16."""
+    return sum(2 * tensor.numel() for tensor in load_file(adapters / name / "adapter_model.safetensors").values())
+
+
+def test_what_is_held_are_the_values_of_the_file(registry, adapters):
+    file = adapters / "one" / "adapter_model.safetensors"
+    tensors = load_file(file)
+    key = "base_model.model.model.layers.1.mlp.gate_proj.lora_{}.weight"
+    expected = {which: tensors[key.format(which)] for which in "AB"}
+    for options in ({"dtype": torch.float32}, {}):
+        held = registry(**options).acquire("one").adapter.of[1][PROJECTIONS.index("gate_proj")]
+        dtype = options.get("dtype", torch.float16)
+        assert torch.equal(held.A, expected["A"].to(dtype))
+        assert torch.equal(held.B, expected["B"].to(dtype))
+        assert held.B.t().is_contiguous()  # as the compiled kernels read it, without a copy
+
+
+def test_an_adapter_that_float16_cannot_hold_stays_in_float32(registry, adapters):
+    file = adapters / "one" / "adapter_model.safetensors"
+    tensors = load_file(file)
+    name = next(name for name in tensors if "q_proj.lora_B" in name)
+    tensors[name][1, 0] = 70_000.0
+    save_file(tensors, file)
+    loaded = registry().acquire("one")
+    assert loaded.nbytes == 2 * size_of(adapters, "one")
+    assert any(branch.B.max() == 70_000 for layer in loaded.adapter.of for branch in layer)
 
 
 def test_names_are_looked_up_and_never_paths(registry, adapters, tmp_path):
@@ -78,6 +105,8 @@ def test_what_is_bad_evicts_nothing(registry, adapters):
     assert list(made.held) == ["one"]
     with pytest.raises(AdapterError, match=r"budget of all"):
         registry(100).acquire("one")
+    with pytest.raises(AdapterError, match=r"the largest that is taken has .* --max-adapter"):
+        registry(max_bytes=100).acquire("one")
     with pytest.raises(AdapterError, match=r"has rank 4, above 3"):
         registry(max_rank=3).acquire("one")
 

@@ -12,7 +12,8 @@ from torch import Tensor
 from lownibble.errors import InputError
 from lownibble.kernels.ops import PART, Nested
 
-FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+"""Float types that the kernels read and write, and their number in native/kernels.h."""
 BLOCK_SIZES = frozenset(1 << shift for shift in range(4, 13))
 """16 to 4096."""
 
@@ -28,7 +29,7 @@ def check_block_size(block_size: int) -> None:
 
 def check_float(tensor: Tensor, role: str) -> None:
     """One of the three float types that are read and written."""
-    if tensor.dtype not in FLOATS:
+    if tensor.dtype not in DTYPES:
         raise InputError(f"'{role}' must be float32, bfloat16 or float16. Got {tensor.dtype}.")
 
 

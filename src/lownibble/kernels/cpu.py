@@ -26,17 +26,16 @@ from torch import Tensor
 
 from lownibble.errors import BackendError, InputError
 from lownibble.kernels import cpu_attention, cpu_decoder, decoded
-from lownibble.kernels.checks import check_block_size, check_float, check_tensor, check_weight, check_weight_8bit
+from lownibble.kernels.checks import DTYPES, check_block_size, check_float, check_tensor, check_weight, check_weight_8bit
 from lownibble.kernels.decoder import DecoderLayers, Segment, Step
 from lownibble.kernels.ops import Addition, Nested, Rows8bit, row_sizes
 
 name = "cpu"
 device_types = ("cpu",)
 
-_ABI = 6
+_ABI = 7
 _FOLDER = Path(__file__).parent
 _CPU = torch.device("cpu")
-_DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 _pointer, _int64, _int32 = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32
 _WEIGHT = [_pointer] * 6
@@ -153,7 +152,7 @@ def _shift(block_size: int) -> int:
 
 def _dtype(tensor: Tensor, role: str) -> int:
     check_float(tensor, role)
-    return _DTYPES[tensor.dtype]
+    return DTYPES[tensor.dtype]
 
 
 def _data(tensor: Tensor, role: str, dtype: torch.dtype, length: int) -> int:

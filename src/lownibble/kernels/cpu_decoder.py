@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from lownibble.errors import BackendError, InputError
-from lownibble.kernels.checks import check_block_size, check_tensor, check_weight
+from lownibble.kernels.checks import DTYPES, check_block_size, check_float, check_tensor, check_weight
 from lownibble.kernels.decoder import PROJECTIONS, Adapter, DecoderLayer, DecoderLayers, Linear4bit, Segment, Step
 
 _CPU = torch.device("cpu")
@@ -35,7 +35,7 @@ class _DecoderLayer(ctypes.Structure):
 
 
 class _LowRank(ctypes.Structure):
-    _fields_ = [("A", _pointer), ("B", _pointer), ("r", _int64), ("scale", _float)]
+    _fields_ = [("A", _pointer), ("B_transposed", _pointer), ("r", _int64), ("scale", _float), ("dtype", _int32)]
 
 
 class _Segment(ctypes.Structure):
@@ -100,9 +100,10 @@ def _layers(layers: DecoderLayers) -> Any:
 
 
 def _adapter(adapter: Adapter, layers: DecoderLayers) -> Any:
-    """The branches' structures, (layers, projections)."""
+    """The branches' structures, (layers, projections), and the tensors that only they point at."""
     if "cpu" not in adapter.prepared:
         made = (_LowRank * (len(layers.of) * len(PROJECTIONS)))()
+        copies = []
         for i, (layer, branches) in enumerate(zip(layers.of, adapter.of, strict=True)):
             for p, (name, linear, branch) in enumerate(zip(PROJECTIONS, layer.projections, branches, strict=True)):
                 if branch is None:
@@ -113,10 +114,16 @@ def _adapter(adapter: Adapter, layers: DecoderLayers) -> Any:
                         f"The branch of '{name}' of layer {i} must be {r} x {K} and {N} x {r}. "
                         f"Got {tuple(branch.A.shape)} and {tuple(branch.B.shape)}."
                     )
-                low, factor = _floats(branch.A, f"{name}.A", r * K), _floats(branch.B, f"{name}.B", N * r)
-                made[i * len(PROJECTIONS) + p] = _LowRank(low, factor, r, branch.scale)
-        adapter.prepared["cpu"] = made
-    return adapter.prepared["cpu"]
+                transposed = branch.B.t()
+                if not transposed.is_contiguous():
+                    copies.append(transposed := transposed.contiguous())
+                check_float(branch.A, f"{name}.A")
+                for role, tensor, length in (("A", branch.A, r * K), ("B", transposed, r * N)):
+                    check_tensor(tensor, f"{name}.{role}", branch.A.dtype, length, _CPU)
+                address = i * len(PROJECTIONS) + p
+                made[address] = _LowRank(branch.A.data_ptr(), transposed.data_ptr(), r, branch.scale, DTYPES[branch.A.dtype])
+        adapter.prepared["cpu"] = made, copies
+    return adapter.prepared["cpu"][0]
 
 
 def check_structures(library: Any) -> None:

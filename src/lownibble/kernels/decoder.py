@@ -58,7 +58,10 @@ class DecoderLayers:
 
 
 class LowRank(NamedTuple):
-    """A branch of one projection, `scale * B A`: A (r, K) and B (N, r), float32 and contiguous."""
+    """A branch of one projection, `scale * B A`: A (r, K), contiguous, and B (N, r); both float32, or both of one 16-bit type.
+
+    The compiled kernels read B by columns: they use it as it is if its transpose is contiguous, and a copy otherwise.
+    """
 
     A: Tensor
     B: Tensor
@@ -134,7 +137,7 @@ def _decoder_layer(
         for begin, end, of_projection in branches:
             branch = of_projection[index]
             if branch is not None:
-                y[begin:end] += (x[begin:end] @ branch.A.t()) @ branch.B.t() * branch.scale
+                y[begin:end] += (x[begin:end] @ branch.A.float().t()) @ branch.B.float().t() * branch.scale
         return y
 
     def norm(x: Tensor, weight: Tensor) -> Tensor:

@@ -21,7 +21,7 @@ from fastapi.responses import JSONResponse, Response, StreamingResponse
 from lownibble.serve import engine as engines
 from lownibble.serve.engine import End, Failed, Piece, QueueFullError
 from lownibble.serve.protocol import Generation
-from lownibble.serve.sampling import Chosen, Sampling
+from lownibble.serve.sampling import Sampling
 from lownibble.serve.service import ApiError, Service, as_api
 
 _T = TypeVar("_T")
@@ -38,7 +38,7 @@ class _Choice:
     events: asyncio.Queue[tuple[int, Piece | End | Failed]]
     request: engines.Request
     text: list[str] = field(default_factory=list)
-    tokens: list[Chosen] = field(default_factory=list)
+    pieces: list[Piece] = field(default_factory=list)
     end: End | None = None
 
 
@@ -54,24 +54,14 @@ async def answer(
     adapter = service.check_model(body.model)
     if adapter is None and body.lora_scale != 1:
         raise ApiError(400, "'lora_scale' is for adapters, and 'model' names the base.", param="lora_scale")
-    context = service.engine.cache.capacity
-    vocabulary = service.engine.decoder.model.get_input_embeddings().num_embeddings
+    form = _Form(service, body.model, chat, logprobs is not None)
     loop = asyncio.get_running_loop()
     events: asyncio.Queue[tuple[int, Piece | End | Failed]] = asyncio.Queue()
     choices: list[_Choice] = []
     if not prompts:
-        raise ApiError(400, "There is no prompt. Send at least one.", param="prompt")
+        raise ApiError(400, "There is no prompt. Send at least one.", param=form.param)
     for prompt in prompts:
-        if not prompt:
-            raise ApiError(400, "The prompt is empty. Send at least one token.", param="prompt")
-        if max(prompt) >= vocabulary:
-            raise ApiError(400, f"Token {max(prompt)} is not in the vocabulary of {vocabulary}.", param="prompt")
-        if len(prompt) + (limit or 1) > context:
-            raise ApiError(
-                400, f"The prompt has {len(prompt)} tokens and {limit or 1} more are asked for; the context is {context}.",
-                code="context_length_exceeded", param="messages" if chat else "prompt",
-            )  # fmt: skip
-        tokens = limit or min(DEFAULT_TOKENS if chat else 16, context - len(prompt))
+        tokens = _length_of_answer(service, form, prompt, limit)
         for number in range(body.n or 1):
             index = len(choices)
 
@@ -91,7 +81,6 @@ async def answer(
     except QueueFullError as error:
         service.metrics.refused()
         raise as_api(error) from None
-    form = _Form(service, body.model, chat, logprobs is not None)
     if body.stream:
         usage = body.stream_options is not None and body.stream_options.include_usage
         first = await _unless_gone(request, _next(service, choices, events))
@@ -99,6 +88,31 @@ async def answer(
                                  headers={"Cache-Control": "no-store", "X-Accel-Buffering": "no"})  # fmt: skip
     await _unless_gone(request, _rest(service, choices, events))
     return JSONResponse(form.whole(choices))
+
+
+def _length_of_answer(service: Service, form: _Form, prompt: list[int], limit: int | None) -> int:
+    """Tokens that the answer may have: `limit`, or what is usual.
+
+    Raises:
+        ApiError: there is no prompt, it is none of this model's, or one of both is too long.
+    """
+    context, limits = service.engine.cache.capacity, service.limits
+    vocabulary = service.engine.decoder.model.get_input_embeddings().num_embeddings
+    if not prompt:
+        raise ApiError(400, "The prompt is empty. Send at least one token.", param=form.param)
+    if max(prompt) >= vocabulary:
+        raise ApiError(400, f"Token {max(prompt)} is not in the vocabulary of {vocabulary}.", param=form.param)
+    wanted, too_long = limit or 1, "context_length_exceeded"
+    if limits.prompt and len(prompt) > limits.prompt:
+        raise ApiError(400, f"The prompt has {len(prompt)} tokens; at most {limits.prompt} are read here. Shorten it.",
+                       code=too_long, param=form.param)  # fmt: skip
+    if limits.output and wanted > limits.output:
+        raise ApiError(400, f"{wanted} tokens are asked for; an answer has at most {limits.output} here. Ask for fewer.",
+                       code=too_long, param="max_tokens")  # fmt: skip
+    if len(prompt) + wanted > context:
+        raise ApiError(400, f"The prompt has {len(prompt)} tokens and {wanted} more are asked for; the context is {context}.",
+                       code=too_long, param=form.param)  # fmt: skip
+    return limit or min(DEFAULT_TOKENS if form.chat else 16, context - len(prompt), limits.output or context)
 
 
 async def _unless_gone(request: Request, work: Coroutine[Any, Any, _T]) -> _T:
@@ -135,8 +149,7 @@ async def _next(
     choice = choices[index]
     if isinstance(event, Piece):
         choice.text.append(event.text)
-        if event.token is not None:
-            choice.tokens.append(event.token)
+        choice.pieces.append(event)
     else:
         choice.end = event
         service.metrics.ended(choice.request.adapter or service.names[0], event)
@@ -156,13 +169,13 @@ async def _stream(
     try:
         if form.chat:
             for choice in choices:
-                yield _event(form.chunk(choice.index, {"role": "assistant", "content": ""}, None))
+                yield _event(form.chunk(choice, {"role": "assistant", "content": ""}, None))
         choice, event = first
         while True:
             if isinstance(event, End):
-                yield _event(form.chunk(choice.index, {}, event.reason))
+                yield _event(form.chunk(choice, {}, event.reason))
             elif event.text or (event.token is not None and form.logprobs):
-                yield _event(form.chunk(choice.index, {"content": event.text}, None, event.token))
+                yield _event(form.chunk(choice, {"content": event.text}, None, event))
             if all(choice.end is not None for choice in choices):
                 break
             try:
@@ -186,23 +199,24 @@ class _Form:
 
     def __init__(self, service: Service, model: str, chat: bool, logprobs: bool) -> None:
         self.service, self.model, self.chat, self.logprobs = service, model, chat, logprobs
+        self.param = "messages" if chat else "prompt"
         self.id, self.created = f"{'chatcmpl' if chat else 'cmpl'}-{uuid.uuid4().hex}", int(time.time())
 
     def head(self, *, chunk: bool) -> dict[str, Any]:
         kind = ("chat.completion.chunk" if chunk else "chat.completion") if self.chat else "text_completion"
         return {"id": self.id, "object": kind, "created": self.created, "model": self.model}
 
-    def chunk(self, index: int, delta: dict[str, Any], reason: str | None, token: Chosen | None = None) -> dict[str, Any]:
+    def chunk(self, choice: _Choice, delta: dict[str, Any], reason: str | None, piece: Piece | None = None) -> dict[str, Any]:
         said = {"delta": delta} if self.chat else {"text": delta.get("content", "")}
-        told = self._told([token]) if token is not None and self.logprobs else None
-        return {**self.head(chunk=True), "choices": [{"index": index, **said, "logprobs": told, "finish_reason": reason}]}
+        told = self._told([piece]) if piece is not None and self.logprobs else None
+        return {**self.head(chunk=True), "choices": [{"index": choice.index, **said, "logprobs": told, "finish_reason": reason}]}
 
     def whole(self, choices: list[_Choice]) -> dict[str, Any]:
         found = []
         for choice in choices:
             text = "".join(choice.text)
             said: dict[str, Any] = {"message": {"role": "assistant", "content": text}} if self.chat else {"text": text}
-            told = self._told(choice.tokens) if self.logprobs else None
+            told = self._told(choice.pieces) if self.logprobs else None
             assert choice.end is not None
             found.append({"index": choice.index, **said, "logprobs": told, "finish_reason": choice.end.reason})
         return {**self.head(chunk=False), "choices": found, "usage": self.usage(choices)}
@@ -217,13 +231,15 @@ class _Form:
             "prompt_tokens_details": {"cached_tokens": min(reused, read)},
         }  # fmt: skip
 
-    def _told(self, tokens: list[Chosen]) -> dict[str, Any]:
+    def _told(self, pieces: list[Piece]) -> dict[str, Any]:
+        tokens = [piece.token for piece in pieces if piece.token is not None]
         if self.chat:
             return {"content": [{**self._token(one.token, one.logprob), "top_logprobs": [self._token(*top) for top in one.top]}
                                 for one in tokens]}  # fmt: skip
         return {
             "tokens": [self._text(one.token) for one in tokens], "token_logprobs": [one.logprob for one in tokens],
-            "top_logprobs": [{self._text(token): value for token, value in one.top} for one in tokens], "text_offset": [],
+            "text_offset": [piece.offset for piece in pieces if piece.token is not None],
+            "top_logprobs": [{self._text(token): value for token, value in one.top} for one in tokens],
         }  # fmt: skip
 
     def _text(self, token: int) -> str:

@@ -44,6 +44,8 @@ class Piece(NamedTuple):
 
     text: str
     token: Chosen | None
+    offset: int
+    """Characters of the output that earlier tokens made."""
 
 
 class End(NamedTuple):
@@ -98,6 +100,7 @@ class _Running:
         self.stream = DecodeStream(skip_special_tokens=True)
         self.tokenizer = tokenizer
         self.text = ""  # not yet told
+        self.told = 0  # characters
         self.first: float | None = None
 
     @property
@@ -111,17 +114,19 @@ class _Running:
             self.first = time.monotonic()
         self.tokens.append(chosen.token)
         if chosen.token in eos and not request.ignore_eos:
-            request.tell(Piece(self.text, None))
+            request.tell(Piece(self.text, None, self.told))
             return "stop"
+        offset = self.told + len(self.text)
         self.text += self.stream.step(self.tokenizer, chosen.token) or ""
         found = [at for text in request.stop if (at := self.text.find(text)) >= 0]
         if found:
-            request.tell(Piece(self.text[: min(found)], chosen))
+            request.tell(Piece(self.text[: min(found)], chosen, offset))
             return "stop"
         ends = self.made == request.max_tokens
         held = 0 if ends else _could_begin(self.text, request.stop)
-        request.tell(Piece(self.text[: len(self.text) - held], chosen))
-        self.text = self.text[len(self.text) - held :]
+        sure = len(self.text) - held
+        request.tell(Piece(self.text[:sure], chosen, offset))
+        self.told, self.text = self.told + sure, self.text[sure:]
         return "length" if ends else None
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import hmac
 from collections.abc import Awaitable, Callable
 from pathlib import Path
@@ -17,16 +18,19 @@ from starlette.exceptions import HTTPException
 from lownibble.errors import InputError
 from lownibble.serve.answers import answer
 from lownibble.serve.protocol import ChatRequest, CompletionRequest, LoadRequest, UnloadRequest
-from lownibble.serve.service import ApiError, Service, as_api
+from lownibble.serve.service import ApiError, Limits, Service, as_api
 
 PAGE = Path(__file__).with_name("page.html")
+BODY_SECONDS = 30.0
+"""Time that a request's body may take to arrive."""
+
 _POLICY = "default-src 'self'; img-src data:; script-src 'unsafe-inline'; style-src 'unsafe-inline'; frame-ancestors 'none'"
 
 
 def app(service: Service) -> FastAPI:
     """The application."""
     made = FastAPI(title="Lownibble", docs_url=None, redoc_url=None)
-    made.add_middleware(_BodyLimit, limit=service.max_body)
+    made.add_middleware(_Gate, limits=service.limits)
 
     @made.exception_handler(ApiError)
     async def api_error(_: Request, error: ApiError) -> Response:
@@ -98,7 +102,10 @@ def app(service: Service) -> FastAPI:
         if body.lora_path not in (None, body.lora_name):
             raise ApiError(400, "'lora_path' must be the adapter's name: adapters are folders in --adapters.", param="lora_path")
         loaded = await _guarded(run_in_threadpool(service.registry.load, body.lora_name, pin=body.pin))
-        return {"id": loaded.name, "object": "model", "bytes": loaded.nbytes, "digest": loaded.digest, "pinned": loaded.pinned}
+        return {
+            "id": loaded.name, "object": "model", "bytes": loaded.nbytes, "digest": loaded.digest, "pinned": loaded.pinned,
+            "warning": loaded.note,
+        }  # fmt: skip
 
     @made.post("/v1/unload_lora_adapter", dependencies=[Depends(admin)])
     async def unload(body: UnloadRequest) -> dict[str, Any]:
@@ -122,7 +129,7 @@ def _model(service: Service, name: str) -> dict[str, Any]:
     is_base = name in service.names
     return {
         "id": name, "object": "model", "created": service.created, "owned_by": "lownibble",
-        "parent": None if is_base else service.names[0],
+        "parent": None if is_base else service.names[0], "max_model_len": service.engine.cache.capacity,
     }  # fmt: skip
 
 
@@ -142,31 +149,52 @@ def _encode(service: Service, text: str, *, special: bool = True) -> list[int]:
     return ids
 
 
-class _BodyLimit:
-    """Refuses bodies of more than `limit` bytes, announced or not."""
+class _Gate:
+    """Reads bodies, and refuses those that are too large, announced or not, or too slow, and requests beyond the limit."""
 
-    def __init__(self, app: Callable[..., Awaitable[None]], limit: int) -> None:
-        self.app, self.limit = app, limit
+    def __init__(self, app: Callable[..., Awaitable[None]], limits: Limits) -> None:
+        self.app, self.limits, self.inside = app, limits, 0
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        error = ApiError(413, f"The body is larger than {self.limit} bytes. Send less.", code="body_too_large")
-        announced = dict(scope["headers"]).get(b"content-length", b"0")
-        if not announced.isdigit() or int(announced) > self.limit:
+        if self.inside >= self.limits.requests:
+            error = ApiError(429, f"{self.inside} requests are in progress. Try again in a while.", code="too_many_requests")
             await error.response()(scope, receive, send)
             return
-        body, more = b"", True
-        while more:  # whole before anything is done: requests are small
+        self.inside += 1
+        try:
+            async with asyncio.timeout(BODY_SECONDS):
+                body = await self._body(scope, receive)
+            if body is not None:
+                await self._pass(body, scope, receive, send)
+        except ApiError as refused:
+            await refused.response()(scope, receive, send)
+        except TimeoutError:
+            slow = ApiError(408, f"The body did not arrive within {BODY_SECONDS} seconds. Send it at once.", code="body_too_slow")
+            await slow.response()(scope, receive, send)
+        finally:
+            self.inside -= 1
+
+    async def _body(self, scope: Any, receive: Any) -> bytes | None:
+        """All of it: requests are small. None where the client is gone."""
+        error = ApiError(413, f"The body is larger than {self.limits.body} bytes. Send less.", code="body_too_large")
+        announced = dict(scope["headers"]).get(b"content-length", b"0")
+        if not announced.isdigit() or int(announced) > self.limits.body:
+            raise error
+        body, more = bytearray(), True
+        while more:
             message = await receive()
             if message["type"] == "http.disconnect":
-                return
+                return None
             body += message.get("body", b"")
             more = message.get("more_body", False)
-            if len(body) > self.limit:
-                await error.response()(scope, receive, send)
-                return
+            if len(body) > self.limits.body:
+                raise error
+        return bytes(body)
+
+    async def _pass(self, body: bytes, scope: Any, receive: Any, send: Any) -> None:
         told = False
 
         async def again() -> Any:

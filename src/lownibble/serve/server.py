@@ -20,7 +20,7 @@ from lownibble.options import n_bytes
 from lownibble.serve.engine import Engine
 from lownibble.serve.http import app
 from lownibble.serve.registry import Registry
-from lownibble.serve.service import Service
+from lownibble.serve.service import Limits, Service
 
 
 def make_service(config: ServeConfig) -> Service:
@@ -36,7 +36,9 @@ def make_service(config: ServeConfig) -> Service:
         raise ModelError(f"'{config.model}' has no fast tokenizer (tokenizer.json). Save its tokenizer again with transformers.")
     folder = None if config.adapters is None else Path(config.adapters).expanduser()
     registry = Registry(
-        model, folder, n_bytes(config.adapter_budget), max_rank=config.max_rank, any_base=config.any_base
+        model, folder, n_bytes(config.adapter_budget), max_rank=config.max_rank,
+        max_bytes=None if config.max_adapter is None else n_bytes(config.max_adapter),
+        dtype=getattr(torch, config.adapter_dtype), any_base=config.any_base,
     )  # fmt: skip
     engine = Engine(
         model, tokenizer, registry, max_batch=config.max_batch, max_context=config.max_context, max_queue=config.max_queue,
@@ -46,7 +48,8 @@ def make_service(config: ServeConfig) -> Service:
     key = config.api_key or os.environ.get("LOWNIBBLE_API_KEY")
     return Service(
         engine, registry, tokenizer, tuple(dict.fromkeys(known)), key,
-        config.admin_key or os.environ.get("LOWNIBBLE_ADMIN_KEY"), n_bytes(config.max_body),
+        config.admin_key or os.environ.get("LOWNIBBLE_ADMIN_KEY"),
+        Limits(n_bytes(config.max_body), config.max_prompt, config.max_output, config.max_requests),
     )  # fmt: skip
 
 

@@ -44,6 +44,17 @@ def as_api(error: Exception) -> ApiError:
 
 
 @dataclass(frozen=True)
+class Limits:
+    """What a request may take: bytes of its body, tokens of its prompt and its output (None: what the context holds); and how
+    many may be in progress, those that are still being sent or read too."""
+
+    body: int = 1 << 20
+    prompt: int | None = None
+    output: int | None = None
+    requests: int = 1024
+
+
+@dataclass(frozen=True)
 class Service:
     """What the routes need. `names`: of the base; keys are compared in constant time, None: none is asked for."""
 
@@ -53,7 +64,7 @@ class Service:
     names: tuple[str, ...]
     api_key: str | None = None
     admin_key: str | None = None
-    max_body: int = 4 << 20
+    limits: Limits = field(default_factory=Limits)
     created: int = field(default_factory=lambda: int(time.time()))
     metrics: Metrics = field(default_factory=Metrics)
 

@@ -6,6 +6,7 @@
 //   Coder, coder, encode          bounds and order in registers; 16 scaled values to 8 bytes of codes
 //   kStreams, stream, fence       whether there are stores that go around the caches, for float; and these
 //   kTile, kRows                  how many rows of x and of w the matrix-vector product takes at once (registers)
+//   kColumns                      how many times 16 columns, over all rows, a low-rank product adds to at once (registers)
 //
 // 16 because a block has at least 16 elements and a power of two of them: a full block is a whole number of groups, and only
 // the end of the tensor and the ends of rows need the scalar tail.
@@ -274,8 +275,8 @@ float dot(const float* a, const float* b, std::int64_t n) {
 }
 
 // R rows of w by T rows of x; see dot_whole_blocks.
-template <class Simd, int R, int T>
-inline void dot_bf16(const float* x, std::int64_t K, const BFloat16* w, float* out, std::int64_t N) {
+template <class Simd, int R, int T, class Weight>
+inline void dot_dense(const float* x, std::int64_t K, const Weight* w, float* out, std::int64_t N) {
     typename Simd::Lanes totals[R][T];
     for (int r = 0; r < R; ++r) {
         for (int t = 0; t < T; ++t) totals[r][t] = Simd::zero();
@@ -297,21 +298,74 @@ inline void dot_bf16(const float* x, std::int64_t K, const BFloat16* w, float* o
     }
 }
 
-template <class Simd>
-void gemv_bf16(const float* x, std::int64_t T, std::int64_t K, const BFloat16* w, float* out, std::int64_t N, Range rows) {
+template <class Simd, class Weight>
+void gemv_dense(const float* x, std::int64_t T, std::int64_t K, const Weight* w, float* out, std::int64_t N, Range rows) {
     constexpr int kRows = Simd::kRows;
     std::int64_t t = 0;
     const auto advance = [&](auto tile) {
         for (; t + tile.size <= T; t += tile.size) {
             std::int64_t row = rows.begin;
             for (; row + kRows <= rows.end; row += kRows) {
-                dot_bf16<Simd, kRows, tile.size>(x + t * K, K, w + row * K, out + t * N + row, N);
+                dot_dense<Simd, kRows, tile.size>(x + t * K, K, w + row * K, out + t * N + row, N);
             }
-            for (; row < rows.end; ++row) dot_bf16<Simd, 1, tile.size>(x + t * K, K, w + row * K, out + t * N + row, N);
+            for (; row < rows.end; ++row) dot_dense<Simd, 1, tile.size>(x + t * K, K, w + row * K, out + t * N + row, N);
         }
     };
     if constexpr (Simd::kTile >= 4) advance(Tile<4>{});
     if constexpr (Simd::kTile >= 2) advance(Tile<2>{});
+    advance(Tile<1>{});
+}
+
+// T rows of low by B columns of 16 of factor, added to out.
+template <class Simd, int T, int B, class Weight>
+inline void add_columns(const float* low, std::int64_t stride, std::int64_t r, const Weight* factor, float* out, std::int64_t N) {
+    typename Simd::Lanes totals[B][T];
+    for (int b = 0; b < B; ++b) {
+        for (int t = 0; t < T; ++t) totals[b][t] = Simd::zero();
+    }
+    for (std::int64_t j = 0; j < r; ++j) {
+        for (int b = 0; b < B; ++b) {
+            const typename Simd::Lanes weights = Simd::load(factor + j * N + b * kLanes);
+            for (int t = 0; t < T; ++t) totals[b][t] = Simd::fma(Simd::fill(low[t * stride + j]), weights, totals[b][t]);
+        }
+    }
+    for (int b = 0; b < B; ++b) {
+        for (int t = 0; t < T; ++t) {
+            float* const at = out + t * N + b * kLanes;
+            Simd::store(at, Simd::add(Simd::load(at), totals[b][t]));
+        }
+    }
+}
+
+template <class Simd, class Weight>
+void add_low_rank(const float* low, std::int64_t stride, std::int64_t T, std::int64_t r, const Weight* factor, float* out,
+                  std::int64_t N, Range columns) {
+    std::int64_t t = 0;
+    const auto advance = [&](auto tile) {
+        constexpr int kColumns = Simd::kColumns / tile.size;
+        for (; t + tile.size <= T; t += tile.size) {
+            std::int64_t n = columns.begin;
+            for (; n + kColumns * kLanes <= columns.end; n += kColumns * kLanes) {
+                add_columns<Simd, tile.size, kColumns>(low + t * stride, stride, r, factor + n, out + t * N + n, N);
+            }
+            for (; n + kLanes <= columns.end; n += kLanes) {
+                add_columns<Simd, tile.size, 1>(low + t * stride, stride, r, factor + n, out + t * N + n, N);
+            }
+            // Fewer than 16 columns, in lanes all the same: which columns these are depends on the threads, the result must not.
+            const std::int64_t rest = columns.end - n;
+            for (int i = 0; rest && i < tile.size; ++i) {
+                float totals[kLanes] = {}, weights[kLanes] = {};
+                for (std::int64_t j = 0; j < r; ++j) {
+                    for (std::int64_t c = 0; c < rest; ++c) weights[c] = to_float(factor[j * N + n + c]);
+                    const typename Simd::Lanes by = Simd::fill(low[(t + i) * stride + j]);
+                    Simd::store(totals, Simd::fma(by, Simd::load(weights), Simd::load(totals)));
+                }
+                for (std::int64_t c = 0; c < rest; ++c) out[(t + i) * N + n + c] += totals[c];
+            }
+        }
+    };
+    if constexpr (Simd::kColumns >= 4) advance(Tile<4>{});
+    if constexpr (Simd::kColumns >= 2) advance(Tile<2>{});
     advance(Tile<1>{});
 }
 
@@ -440,9 +494,16 @@ constexpr Kernels kernels_for(const char* name) {
            Range rows) {
             with_type(dtype, out, [&](auto* typed) { gemv_4bit<Simd>(x, T, K, w, typed, N, rows); });
         },
-        gemv_bf16<Simd>,
+        [](const float* x, std::int64_t T, std::int64_t K, DType dtype, const void* w, float* out, std::int64_t N, Range rows) {
+            with_type(dtype, w, [&](const auto* typed) { gemv_dense<Simd>(x, T, K, typed, out, N, rows); });
+        },
+        [](const float* low, std::int64_t stride, std::int64_t T, std::int64_t r, DType dtype, const void* factor, float* out,
+           std::int64_t N, Range columns) {
+            with_type(dtype, factor, [&](const auto* typed) {
+                add_low_rank<Simd>(low, stride, T, r, typed, out, N, columns);
+            });
+        },
         softmax_row<Simd>,
-        dot<Simd>,
         rms_norm<Simd>,
         rotate,
         silu_multiply,

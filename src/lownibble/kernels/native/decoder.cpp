@@ -67,13 +67,14 @@ void decoder_layer(const DecoderLayer& layer, std::int64_t index, const Tokens& 
             for (int p = first; p <= last; ++p) {
                 const LowRank& branch = segment.branches[index * kProjections + p];
                 const std::int64_t K = layer.projections[p].K;
-                for (std::int64_t t = segment.begin; branch.A && t < segment.end; ++t) {
-                    for (std::int64_t i = 0; i < branch.r; i += kRowStep) {
-                        if (turn++ % worker.count != worker.index) continue;
-                        const std::int64_t end = smaller(branch.r, i + kRowStep);
-                        for (std::int64_t j = i; j < end; ++j) {
-                            low[(p * T + t) * r + j] = branch.scale * kernels.dot(x + t * K, branch.A + j * K, K);
-                        }
+                for (std::int64_t j = 0; branch.A && j < branch.r; j += kRowStep) {
+                    if (turn++ % worker.count != worker.index) continue;
+                    const Range rows{j, smaller(branch.r, j + kRowStep)};
+                    float* const reduced = low + (p * T + segment.begin) * r;
+                    const std::int64_t tokens_of = segment.end - segment.begin;
+                    kernels.gemv_dense(x + segment.begin * K, tokens_of, K, branch.dtype, branch.A, reduced, r, rows);
+                    for (std::int64_t t = 0; t < tokens_of; ++t) {
+                        for (std::int64_t i = rows.begin; i < rows.end; ++i) reduced[t * r + i] *= branch.scale;
                     }
                 }
             }
@@ -88,12 +89,8 @@ void decoder_layer(const DecoderLayer& layer, std::int64_t index, const Tokens& 
             const Segment& segment = tokens.segments[s];
             const LowRank& branch = segment.branches[index * kProjections + p];
             if (!branch.A) continue;
-            for (std::int64_t t = segment.begin; t < segment.end; ++t) {
-                const float* reduced = low + (p * T + t) * r;
-                for (std::int64_t n = rows.begin; n < rows.end; ++n) {
-                    out[t * linear.N + n] += kernels.dot(reduced, branch.B + n * branch.r, branch.r);
-                }
-            }
+            kernels.add_low_rank(low + (p * T + segment.begin) * r, r, segment.end - segment.begin, branch.r, branch.dtype,
+                                 branch.B_transposed, out + segment.begin * linear.N, linear.N, rows);
         }
         return rows;
     };

@@ -37,11 +37,12 @@ struct DecoderLayer {
     float eps, scaling;
 };
 
-// A low-rank branch of one projection: scale * B (N, r) A (r, K); without one, A is null.
+// A low-rank branch of one projection: scale * B A, A being (r, K) and B, given as its transpose, (r, N); without one, A is null.
 struct LowRank {
-    const float *A, *B;
+    const void *A, *B_transposed;
     std::int64_t r;
     float scale;
+    DType dtype;  // of both
 };
 
 // Tokens [begin, end) and their adapter: a branch for each projection of each layer.

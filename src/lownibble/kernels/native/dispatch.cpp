@@ -161,7 +161,7 @@ std::int64_t blocks_of(std::int64_t n, std::int32_t block_shift) {
 }  // namespace
 
 // Raised whenever a signature below changes; kernels/cpu.py refuses another number.
-LOWNIBBLE_EXPORT std::int32_t lownibble_abi() { return 6; }
+LOWNIBBLE_EXPORT std::int32_t lownibble_abi() { return 7; }
 
 // Comma-separated names of the instruction sets that run here, fastest first.
 LOWNIBBLE_EXPORT const char* lownibble_available() { return available().names; }
@@ -359,7 +359,7 @@ LOWNIBBLE_EXPORT std::int32_t lownibble_decoder_layers(const DecoderLayer* layer
 LOWNIBBLE_EXPORT void lownibble_gemv_bf16(const float* x, std::int64_t T, std::int64_t K, const void* w, float* out,
                                           std::int64_t N, std::int32_t num_threads) {
     in_parallel(T ? N : 0, N * K, num_threads,
-                [&](Range rows) { active->gemv_bf16(x, T, K, static_cast<const BFloat16*>(w), out, N, rows); });
+                [&](Range rows) { active->gemv_dense(x, T, K, DType::bfloat16, w, out, N, rows); });
 }
 
 // 1 when the two functions below may be called with the instruction set in use.

@@ -18,7 +18,7 @@ struct Avx2 {
         __m128i order;  // 16 bytes
     };
     static constexpr bool kStreams = true;
-    static constexpr int kTile = 4, kRows = 1;
+    static constexpr int kTile = 4, kRows = 1, kColumns = 4;
 
     static Lanes load(const float* p) { return {_mm256_loadu_ps(p), _mm256_loadu_ps(p + 8)}; }
     static Lanes load(const BFloat16* p) { return {widen(p), widen(p + 8)}; }

@@ -15,7 +15,7 @@ struct Avx512 {
         __m128i order;   // 16 bytes
     };
     static constexpr bool kStreams = true;
-    static constexpr int kTile = 4, kRows = 4;
+    static constexpr int kTile = 4, kRows = 4, kColumns = 8;
 
     static Lanes load(const float* p) { return _mm512_loadu_ps(p); }
     static Lanes load(const BFloat16* p) {

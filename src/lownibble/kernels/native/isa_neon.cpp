@@ -18,7 +18,7 @@ struct Neon {
         uint8x16_t order;
     };
     static constexpr bool kStreams = false;
-    static constexpr int kTile = 4, kRows = 1;
+    static constexpr int kTile = 4, kRows = 1, kColumns = 4;
 
     static Lanes load(const float* p) {
         return each([&](int i) { return vld1q_f32(p + 4 * i); });

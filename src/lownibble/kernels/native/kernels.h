@@ -80,11 +80,14 @@ struct Kernels {
     void (*gemv_4bit)(const float* x, std::int64_t T, std::int64_t K, const Weight4bit& w, DType, void* out, std::int64_t N,
                       Range rows);
     // x (T, K) by w (N, K) -> out (T, N), for the rows of w in `rows`.
-    void (*gemv_bf16)(const float* x, std::int64_t T, std::int64_t K, const BFloat16* w, float* out, std::int64_t N, Range rows);
+    void (*gemv_dense)(const float* x, std::int64_t T, std::int64_t K, DType, const void* w, float* out, std::int64_t N,
+                       Range rows);
+    // out (T, N) += low (T, r) by factor (r, N), for the columns in `columns`; rows of low are `stride` apart.
+    void (*add_low_rank)(const float* low, std::int64_t stride, std::int64_t T, std::int64_t r, DType, const void* factor,
+                         float* out, std::int64_t N, Range columns);
     // x := scale * softmax(x); returns the logarithm of the sum of exponentials.
     float (*softmax_row)(float* x, std::int64_t n, float scale);
     // For decoder.cpp, each over one row of n floats. `out` may be `x`.
-    float (*dot)(const float* a, const float* b, std::int64_t n);
     void (*rms_norm)(const float* x, const float* weight, std::int64_t n, float eps, float* out);
     void (*rotate)(const float* x, const float* cosine, const float* sine, std::int64_t n, float* out);  // halves; n is even
     void (*silu_multiply)(const float* gate, const float* up, std::int64_t n, float* out);
