@@ -14,6 +14,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import mmap
 import re
 import threading
 from collections.abc import Mapping
@@ -309,7 +310,7 @@ class Registry:
                 "(lownibble merge) and serve the result."
             )
 
-        held = torch.empty(sum(tensor.numel() for tensor in tensors.values()), dtype=_held_in(tensors, self.dtype))
+        held = _memory(sum(tensor.numel() for tensor in tensors.values()), _held_in(tensors, self.dtype))
         taken = 0
 
         def keep(tensor: Tensor) -> Tensor:
@@ -323,6 +324,11 @@ class Registry:
             return None if a is None or b is None else LowRank(keep(a), keep(b.t()).t(), scale_of(path, file.config))
 
         return Adapter([[branch(path) for path in of_layer] for of_layer in paths]), held.nbytes
+
+
+def _memory(n: int, dtype: torch.dtype) -> Tensor:
+    """A tensor of n elements in pages of its own, which are the system's again when it is gone: malloc would keep them."""
+    return torch.frombuffer(mmap.mmap(-1, n * dtype.itemsize, access=mmap.ACCESS_COPY), dtype=dtype)
 
 
 def _held_in(tensors: Mapping[str, Tensor], wanted: torch.dtype) -> torch.dtype:
