@@ -154,6 +154,15 @@ def test_bad_requests_are_answered_in_openais_shape(live):
         assert client.post("/v1/completions", json={"model": "one", "prompt": "w1", "temperature": 0}).status_code == 200
 
 
+@pytest.mark.parametrize("kind", [None, "application/x-www-form-urlencoded", "text/plain"])
+def test_a_body_that_is_not_said_to_be_json(live, kind):
+    """As curl sends it where nothing else is said, and as pages of other sites can."""
+    headers = {} if kind is None else {"content-type": kind}
+    answer = httpx.post(f"{live().url}/v1/completions", content='{"model": "one", "prompt": "w1"}', headers=headers)
+    assert answer.status_code == 415
+    assert "Content-Type: application/json" in answer.json()["error"]["message"]
+
+
 def test_giant_bodies_are_refused_announced_or_not(live):
     made = live(max_body="10KB")
     with httpx.Client(base_url=made.url) as client:

@@ -19,6 +19,7 @@ BENCHES = (
     "latency",
     "dropin",
     "serve",
+    "soak",
 )
 """What `lownibble bench` measures. Each is a module of this package, imported when it runs, with a function `bench_NAME`."""
 

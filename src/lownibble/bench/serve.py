@@ -47,7 +47,8 @@ BATCH, PROMPT_TOKENS, ADAPTERS, SEVERAL = 8, 32, 32, 3
 OURS = ("ours_base", "ours_identical", "ours_distinct", "ours_alone", "ours_uniform", "ours_zipf")
 PEERS = ("peft_mixed", "peft_switching", "merged")
 RATIOS = (
-    ("ours_distinct", "ours_identical"), ("ours_distinct", "ours_base"), ("ours_distinct", "ours_alone"), ("ours_uniform", "ours_identical"),
+    ("ours_distinct", "ours_identical"), ("ours_distinct", "ours_base"), ("ours_distinct", "ours_alone"),
+    ("ours_uniform", "ours_identical"),
     ("ours_zipf", "ours_identical"), ("ours_distinct", "peft_mixed"), ("ours_distinct", "peft_switching"),
     ("ours_distinct", "merged"),
 )  # fmt: skip

@@ -118,7 +118,7 @@ def _parser() -> argparse.ArgumentParser:
         "--data",
         help="train: rows of messages instead of fixed work, next to TRL; quality: rows of premise, hypothesis and label",
     )
-    bench.add_argument("--repeats", type=int, help="interleaved repeats; quality: seeds")
+    bench.add_argument("--repeats", type=int, help="interleaved repeats; quality: seeds; soak: minutes")
     bench.add_argument("--output", help="write the record to this .json file")
     return parser
 

@@ -37,7 +37,9 @@ def app(service: Service) -> FastAPI:
         return error.response()
 
     @made.exception_handler(RequestValidationError)
-    async def invalid(_: Request, error: RequestValidationError) -> Response:
+    async def invalid(request: Request, error: RequestValidationError) -> Response:
+        if "json" not in request.headers.get("content-type", ""):  # a page elsewhere could send it without asking: not read
+            return ApiError(415, "The body is not said to be JSON. Send the header 'Content-Type: application/json'.").response()
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"][1:] if part != "body")
         message = first["msg"].removeprefix("Value error, ")
