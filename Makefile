@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 OUTPUT ?= runs/demo
 
-.PHONY: demo test check format bench bench-parity bench-kernels bench-train bench-train-real bench-decode bench-quality bench-memory bench-plan bench-paging bench-merge bench-latency bench-dropin bench-serve study faults readme clean
+.PHONY: demo test check format bench bench-parity bench-kernels bench-train bench-train-real bench-decode bench-quality bench-memory bench-plan bench-paging bench-merge bench-latency bench-dropin bench-serve bench-soak study faults readme clean
 
 demo: $(VENV)/.ready  ## set up, then compare LoRA and QLoRA on the embedded model and data
 	$(BIN)/lownibble compare --output $(OUTPUT) --resume
@@ -62,6 +62,9 @@ bench-dropin: $(VENV)/.ready-dev
 
 bench-serve: $(VENV)/.ready-dev
 	$(BIN)/lownibble bench serve --peers --output benchmarks/results/serve-cpu.json
+
+bench-soak: $(VENV)/.ready-dev  ## a quarter of an hour and 11 GB of disk
+	$(BIN)/lownibble bench soak --output benchmarks/results/soak-cpu.json
 
 study: $(VENV)/.ready-dev  ## what is missing of the articles' study (hours), and its report in docs/
 	$(BIN)/lownibble study run studies/articles.toml --output studies/articles

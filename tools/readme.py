@@ -285,6 +285,35 @@ def faults() -> str:
     return "\n".join(lines) + f"\n\n({_where(record)}; `benchmarks/results/faults-cpu.json`)"
 
 
+def soak() -> str:
+    """A thousand adapters and clients that misbehave."""
+    record = _record("soak-cpu")
+    work, found, held = record["workload"], record["soak"], record["loaded"]
+    well, adapters, memory = found["well_behaved"], found["adapters"], found["memory"]
+    resident = memory["resident_bytes"]
+    rows = {
+        "requests of clients that mean well: answered / lost": f"{well['answered']} / {well['lost']}",
+        "the same question, the same answer": f"{well['same']:.2%} of {well['asked_again']}",
+        "misbehaviour: times / answers with 5xx": f"{found['misbehaviour']} / {found['server_errors']}",
+        "adapters: hit rate, reads, evictions": f"{adapters['hit_rate']:.1%}, {adapters['loads']}, {adapters['evictions']}",
+        "adapters held, most": f"{adapters['largest_bytes'] / 1e6:.0f} of {work['budget_bytes'] / 1e6:.0f} MB",
+        "memory after the first quarter, median (min to max)": (
+            f"{resident['median'] / 1e6:.0f} ({resident['min'] / 1e6:.0f} to {resident['max'] / 1e6:.0f}) MB"
+        ),
+        "its growth, last quarter / second": f"{memory['growth']:.4f}",
+        f"memory with {held['adapters']} adapters / (before + their sum)": (
+            f"{held['ratio']:.3f} ({held['resident_bytes'] / 1e6:.0f} / ({held['base_bytes'] / 1e6:.0f} + "
+            f"{held['adapter_bytes'] / 1e6:.0f}) MB)"
+        ),
+    }
+    lines = ["| figure | value |", "| --- | --- |", *(f"| {name} | {value} |" for name, value in rows.items())]
+    source = (
+        f"{work['adapters']} adapters of {work['adapter_bytes'] / 1e6:.1f} MB by Zipf's law, {work['minutes']} minutes, "
+        f"{work['clients']} clients, {work['misbehaving']} of them misbehaving"
+    )
+    return "\n".join(lines) + f"\n\n({source}; {_where(record)}; `benchmarks/results/soak-cpu.json`)"
+
+
 SECTIONS: dict[str, Callable[[], str]] = {
     "compare": compare,
     "study": study,
@@ -293,6 +322,7 @@ SECTIONS: dict[str, Callable[[], str]] = {
     "decode": decode,
     "latency": latency,
     "serve": serve,
+    "soak": soak,
     "dropin": dropin,
     "merge": merge,
     "quality": quality,

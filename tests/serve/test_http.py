@@ -49,6 +49,19 @@ def test_completions_are_what_transformers_says(live, base, adapters, name):
     assert tokens.choices[0].text == answer.choices[0].text
 
 
+def test_a_completion_goes_on_from_its_prompt(live, base):
+    """Prompt and answer together are the text of all tokens, space between them and all; a chat's answer begins anew."""
+    client = live().client()
+    _, tokenizer = ln.load(str(base), quant="nf4")
+    asked = {"model": "one", "logprobs": True, "extra_body": {"ignore_eos": True}, **GREEDY}
+    answer = client.completions.create(prompt="w1 w5 w9", **asked).choices[0]
+    tokens = tokenizer("w1 w5 w9").input_ids + tokenizer.convert_tokens_to_ids(answer.logprobs.tokens)
+    assert "w1 w5 w9" + answer.text == tokenizer.decode(tokens)
+    said = client.chat.completions.create(messages=SAID, **asked).choices[0].message.content
+    assert said
+    assert said == said.strip()
+
+
 def test_chat_whole_and_streamed(live, base, adapters):
     client = live().client()
     whole = client.chat.completions.create(model="one", messages=SAID, extra_body={"ignore_eos": True}, **GREEDY)

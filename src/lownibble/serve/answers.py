@@ -74,7 +74,7 @@ async def answer(
             sampling = Sampling(temperature, body.top_p or 1.0, seed, logprobs)
             choices.append(
                 _Choice(index, events, engines.Request(prompt, tokens, tell, adapter, body.lora_scale, sampling, body.stops,
-                                                       body.ignore_eos))
+                                                       body.ignore_eos, continues=not chat))
             )  # fmt: skip
     try:
         service.engine.submit(*(choice.request for choice in choices))

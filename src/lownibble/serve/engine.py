@@ -34,6 +34,9 @@ from lownibble.serve.sampling import Chosen, Sampler, Sampling
 PROMPT_TOKENS = 128
 """Most prompt tokens of a step, over all sequences: what a running sequence waits for at the most."""
 
+TEXT_BEFORE = 8
+"""Tokens of the prompt that decide how the text after them begins: some tokenizers say there whether there is a space."""
+
 
 class QueueFullError(InputError):
     """No request is taken until others have ended."""
@@ -74,6 +77,7 @@ class Request:
         prompt: token ids; at least one.
         adapter: name, or None for the base; `scale` multiplies what it adds.
         stop: texts that end the output and are not part of it.
+        continues: the output's text goes on from the prompt's, with the space between them; otherwise it begins anew.
     """
 
     prompt: list[int]
@@ -84,6 +88,7 @@ class Request:
     sampling: Sampling = field(default_factory=Sampling)
     stop: tuple[str, ...] = ()
     ignore_eos: bool = False
+    continues: bool = False
     cancelled: bool = False
     submitted: float = field(default_factory=time.monotonic)
 
@@ -97,7 +102,7 @@ class _Running:
         self.tokens = list(request.prompt)
         self.done = reused  # tokens whose keys and values are in the cache
         self.sampler = Sampler(request.sampling)
-        self.stream = DecodeStream(skip_special_tokens=True)
+        self.stream = DecodeStream(request.prompt[-TEXT_BEFORE:] if request.continues else [], skip_special_tokens=True)
         self.tokenizer = tokenizer
         self.text = ""  # not yet told
         self.told = 0  # characters
