@@ -70,9 +70,9 @@ def answering():
         return servers[-1].server_address
 
     yield _answering
-    for server in servers:
-        server.shutdown()
-        server.server_close()
+    for made in servers:
+        made.shutdown()
+        made.server_close()
 
 
 @pytest.mark.parametrize("kind", ANSWERS)

@@ -12,8 +12,8 @@ import lownibble as ln
 from lownibble.errors import AdapterError, ConfigError
 from lownibble.serve import engine as engines
 from lownibble.serve.engine import End, Failed, QueueFullError
-from lownibble.serve.registry import UnknownAdapterError
-from lownibble.serve.sampling import Sampler, Sampling
+from lownibble.serve.registry import PinnedError, UnknownAdapterError
+from lownibble.serve.sampling import Chosen, Sampler, Sampling
 
 PROMPTS = [[5, 9, 40, 71], [8], [33, 21, 60, 4, 17, 90, 12], list(range(3, 40))]
 
@@ -284,3 +284,66 @@ def test_closing_finishes_what_runs_and_refuses_the_rest(engine, ask):
 def test_a_budget_for_less_than_one_sequence_is_refused(engine):
     with pytest.raises(ConfigError, match=r"takes \d+ MB of keys and values, and --cache-budget is"):
         engine(cache_budget=100)
+
+
+def test_a_long_prompt_is_read_though_shorter_ones_keep_coming(engine, ask, monkeypatch):
+    monkeypatch.setattr("lownibble.serve.engine.PROMPT_TOKENS", 8)
+    made = engine(max_batch=3)
+    _, long = ask(made, list(range(1, 49)), 1)
+    shorts = [ask(made, [n % 90 + 1] * 7, 1, ignore_eos=True)[1] for n in range(30)]
+    end = long.wait()
+    assert end.reason == "length"
+    assert shorts[-1].wait().s > end.s
+
+
+def test_a_request_that_cannot_begin_costs_no_slot(engine, ask, monkeypatch):
+    made, sampler = engine(max_batch=1), engines.Sampler
+
+    def fails(sampling):
+        raise OSError("no file descriptors")
+
+    for adapter in (None, "one"):
+        monkeypatch.setattr(engines, "Sampler", fails)
+        _, told = ask(made, PROMPTS[0], 2, adapter=adapter)
+        assert isinstance(told.wait().error, OSError)
+        monkeypatch.setattr(engines, "Sampler", sampler)
+        _, told = ask(made, PROMPTS[0], 2, adapter=adapter)
+        assert told.wait().reason == "length"
+    assert made.registry.held["one"].users == 0
+
+
+def test_pinned_adapters_that_leave_no_room_are_said_at_once(engine, ask):
+    made = engine()
+    loaded = made.registry.load("one", pin=True)
+    made.registry.budget = loaded.nbytes + 10
+    _, busy = ask(made, PROMPTS[0], 40, adapter="one")
+    lines = [ask(made, PROMPTS[0], 2, adapter="three")[1] for _ in range(3)]
+    for told in lines:
+        assert isinstance(told.wait().error, PinnedError)
+    assert busy.wait().reason == "length"
+
+
+def decoded(prompt, tokens):
+    """What is told of these tokens after this prompt, with the embedded model's byte-level tokenizer."""
+    _, tokenizer = ln.load("demo")
+    told = []
+    request = engines.Request(prompt, len(tokens), told.append, continues=True)
+    running = engines._Running(request, 0, None, 0, tokenizer.backend_tokenizer)
+    for token in tokens:
+        running.take(Chosen(token), set())
+    return "".join(piece.text for piece in told)
+
+
+def test_text_within_a_character():
+    _, tokenizer = ln.load("demo")
+    ids = tokenizer("so \U0001f9ff it is").input_ids
+    text = tokenizer.decode(ids)
+    whole = [n for n in range(1, len(ids)) if not tokenizer.decode(ids[:n]).endswith("\ufffd")]
+    inside = [n for n in range(1, len(ids)) if n not in whole]
+    assert inside
+    for n in whole:
+        assert decoded(ids[:n], ids[n:]) == text[len(tokenizer.decode(ids[:n])) :]
+    for n in inside:  # the character comes whole with its last token
+        assert decoded(ids[:n], ids[n:]) == "\U0001f9ff it is"
+    # bytes that are no text are told, and do not end the answer
+    assert decoded(ids[:1], [ids[inside[0] - 1], *ids[-2:]]).endswith(" it is")

@@ -12,6 +12,7 @@ import openai
 import pytest
 
 import lownibble as ln
+from lownibble.errors import ConfigError
 
 GREEDY = {"temperature": 0, "max_tokens": 8}
 SAID = [{"role": "user", "content": "w1 w5 w9"}]
@@ -210,7 +211,7 @@ def test_a_body_that_does_not_arrive_is_not_waited_for(live, monkeypatch):
     monkeypatch.setattr("lownibble.serve.http.BODY_SECONDS", 0.3)
     made = live()
     with socket.create_connection(("127.0.0.1", made.port)) as connection:
-        connection.sendall(b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-length: 100\r\n\r\n{")
+        connection.sendall(b"POST /v1/completions HTTP/1.1\r\nhost: localhost\r\ncontent-length: 100\r\n\r\n{")
         connection.settimeout(10)
         assert b" 408 " in connection.recv(1000)
 
@@ -219,14 +220,15 @@ def test_requests_in_progress_are_limited(live):
     made = live(max_requests=2)
     waiting = [socket.create_connection(("127.0.0.1", made.port)) for _ in range(2)]
     for connection in waiting:
-        connection.sendall(b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-length: 100\r\n\r\n{")
+        connection.sendall(b"POST /v1/completions HTTP/1.1\r\nhost: localhost\r\ncontent-length: 100\r\n\r\n{")
     deadline = time.monotonic() + 10
-    while (answer := httpx.get(f"{made.url}/health")).status_code == 200 and time.monotonic() < deadline:
+    while (answer := httpx.get(f"{made.url}/v1/models")).status_code == 200 and time.monotonic() < deadline:
         time.sleep(0.02)
     assert (answer.status_code, answer.json()["error"]["code"], answer.headers["retry-after"]) == (429, "too_many_requests", "1")
+    assert httpx.get(f"{made.url}/health").status_code == 200  # who watches always gets in
     for connection in waiting:
         connection.close()
-    while (answer := httpx.get(f"{made.url}/health")).status_code != 200 and time.monotonic() < deadline:
+    while (answer := httpx.get(f"{made.url}/v1/models")).status_code != 200 and time.monotonic() < deadline:
         time.sleep(0.02)
     assert answer.status_code == 200
 
@@ -237,6 +239,58 @@ def test_an_adapter_trained_on_another_codec_is_served_and_said(live, adapters, 
     load = {name: httpx.post(f"{made.url}/v1/load_lora_adapter", json={"lora_name": name}).json() for name in ("fours", "one")}
     assert "fp4" in load["fours"]["warning"]
     assert load["one"]["warning"] is None
+
+
+def test_more_answers_than_can_ever_wait_are_refused_before_they_are_made(live):
+    made = live(max_queue=5)
+    body = {"model": "base", "n": 16, "prompt": [[1]] * 100_000}
+    began = time.monotonic()
+    answer = httpx.post(f"{made.url}/v1/completions", json=body)
+    assert answer.status_code == 400
+    assert "1600000 answers are asked for at once; 9 are the most" in answer.json()["error"]["message"]
+    assert time.monotonic() - began < 5
+
+
+def test_other_names_for_this_machine_need_a_key(live):
+    """A page of another site may have its name point here."""
+    open_to_all, with_key = live(), live(api_key="secret")
+    port = open_to_all.port
+    for host, status in (("localhost", 200), (f"127.0.0.1:{port}", 200), ("[::1]:80", 200), ("evil.example", 403), ("", 403)):
+        answer = httpx.get(f"{open_to_all.url}/v1/models", headers={"host": host})
+        assert answer.status_code == status, host
+    headers = {"host": "any.example", "authorization": "Bearer secret"}
+    assert httpx.get(f"{with_key.url}/v1/models", headers=headers).status_code == 200
+
+
+@pytest.mark.parametrize("name", ["LOWNIBBLE_API_KEY", "LOWNIBBLE_ADMIN_KEY"])
+def test_an_empty_key_is_none_that_would_let_everyone_in(live, monkeypatch, name):
+    monkeypatch.setenv("LOWNIBBLE_API_KEY", "secret")
+    monkeypatch.setenv(name, "")
+    with pytest.raises(ConfigError, match="A key is empty"):
+        live()
+
+
+def test_a_client_that_does_not_read_is_let_go(live, monkeypatch):
+    monkeypatch.setattr("lownibble.serve.http.SEND_SECONDS", 0.5)
+    made = live(max_requests=1, max_context=2000)
+    with socket.socket() as connection:
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1024)
+        connection.connect(("127.0.0.1", made.port))
+        body = json.dumps({"model": "one", "prompt": "w1", "n": 16, "max_tokens": 1900, "stream": True, "logprobs": 20,
+                           "ignore_eos": True}).encode()  # fmt: skip
+        head = (
+            f"POST /v1/completions HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\ncontent-length: {len(body)}"
+        )
+        connection.sendall(f"{head}\r\n\r\n".encode() + body)
+        deadline = time.monotonic() + 60
+        while httpx.get(f"{made.url}/v1/models").status_code == 200 and time.monotonic() < deadline:
+            time.sleep(0.05)  # not yet inside
+        while httpx.get(f"{made.url}/v1/models").status_code == 429 and time.monotonic() < deadline:
+            time.sleep(0.1)
+        assert httpx.get(f"{made.url}/v1/models").status_code == 200
+        while made.service.engine.running and time.monotonic() < deadline:
+            time.sleep(0.1)
+        assert made.service.engine.running == 0
 
 
 def test_keys(live):
@@ -259,7 +313,7 @@ def test_loading_and_unloading(live, adapters):
         loaded = raw.post("/v1/load_lora_adapter", json={"lora_name": "one", "pin": True}).json()
         assert loaded["id"] == "one"
         assert loaded["pinned"]
-        assert made.service.registry.held["one"].pinned
+        assert made.service.registry.pinned == {"one"}
         assert raw.post("/v1/unload_lora_adapter", json={"lora_name": "one"}).status_code == 200
         with pytest.raises(openai.NotFoundError):
             client.completions.create(model="one", prompt="w1", **GREEDY)
@@ -326,7 +380,8 @@ def test_metrics(live):
     for line in (
         'lownibble_requests_total{model="one",reason="length"} 1.0', 'lownibble_completion_tokens_total{model="one"} 8.0',
         'lownibble_prompt_tokens_total{model="one"} 2.0', "lownibble_adapters_held 1.0", "lownibble_adapter_loads 1.0",
-        'lownibble_time_to_first_token_seconds_count{model="one"} 1.0', "lownibble_requests_running 0.0",
+        'lownibble_model_time_to_first_token_seconds_count{model="one"} 1.0', "lownibble_requests_running 0.0",
+        "lownibble_time_to_first_token_seconds_count 1.0", 'lownibble_time_to_first_token_seconds_bucket{le="60.0"} 1.0',
     ):  # fmt: skip
         assert line in text.splitlines(), line
 

@@ -1,17 +1,19 @@
 """Adapters in memory. Oracle: what the folder holds, and sums of tensor sizes."""
 
+import json
 import shutil
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import lownibble as ln
 from lownibble.errors import AdapterError
 from lownibble.kernels.decoder import PROJECTIONS
-from lownibble.serve.registry import NoRoomError, Registry, UnknownAdapterError
+from lownibble.serve.registry import NoRoomError, PinnedError, Registry, UnknownAdapterError
 
 
 @pytest.fixture
@@ -86,7 +88,7 @@ def test_used_and_pinned_versions_stay(registry, adapters):
         made.acquire("three")
     made.release(held)
     made.load("one", pin=True)
-    with pytest.raises(NoRoomError, match="in use or pinned"):
+    with pytest.raises(PinnedError, match=r"pinned leave no room for 'three'\. Unload one"):
         made.acquire("three")
     made.load("one")
     made.release(made.acquire("three"))
@@ -109,6 +111,81 @@ def test_what_is_bad_evicts_nothing(registry, adapters):
         registry(max_bytes=100).acquire("one")
     with pytest.raises(AdapterError, match=r"has rank 4, above 3"):
         registry(max_rank=3).acquire("one")
+
+
+def test_a_pin_outlives_versions_and_folders(registry, adapters):
+    made = registry()
+    first = made.load("one", pin=True)
+    file = adapters / "one" / "adapter_model.safetensors"
+    content = file.read_bytes()
+    file.write_bytes(content[:100])  # half copied
+    with pytest.raises(AdapterError):
+        made.acquire("one")
+    file.write_bytes(content)
+    made.release(made.acquire("one"))
+    assert made.held["one"] is not first
+    assert made.pinned == {"one"}
+    shutil.rmtree(adapters / "one")
+    made.unload("one")
+    assert (made.nbytes, made.pinned) == (0, set())
+
+
+def test_files_that_change_while_they_are_read_are_read_again(registry, adapters, monkeypatch):
+    made, reads = registry(), []
+    read = made._read
+
+    def change(name, stamp):
+        loaded = read(name, stamp)
+        reads.append(name)
+        if len(reads) < 3:
+            (adapters / "one" / "adapter_config.json").touch()
+        return loaded
+
+    monkeypatch.setattr(made, "_read", change)
+    assert made.acquire("one").stamp == made._stamp("one")
+    assert len(reads) == 3
+    reads.append("forever")
+    monkeypatch.setattr(
+        made, "_read", lambda name, stamp: (read(name, stamp), (adapters / "one" / "adapter_config.json").touch())[0]
+    )
+    (adapters / "one" / "adapter_config.json").touch()
+    with pytest.raises(AdapterError, match="changes while it is read"):
+        made.acquire("one")
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "says"),
+    [
+        ("target_modules", r"(\w+\.?)*!", "too costly to match"),
+        ("target_modules", ".*.*.*.*.*q_proj", "too costly to match"),
+        ("rank_pattern", {"(a|b)+q_proj": 4}, "too costly to match"),
+        ("rank_pattern", {"q_proj(": 4}, "not a valid regular expression"),
+    ],
+)
+def test_patterns_of_a_config_cannot_stop_the_server(registry, adapters, option, value, says):
+    file = adapters / "one" / "adapter_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), option: value}))
+    with pytest.raises(AdapterError, match=says):
+        registry().acquire("one")
+
+
+def test_metadata_that_cannot_be_read_says_nothing(registry, adapters):
+    file = adapters / "one" / "adapter_model.safetensors"
+    with safe_open(file, "pt") as content:
+        metadata = content.metadata()
+    key = next(key for key in metadata if "trained_on" in key)
+    said = {"model": "m", "digest": None, "quant": None}
+    wrongs = ("{", "[]", "5", *(json.dumps({**said, **other}) for other in ({"digest": 5}, {"quant": {}}, {"quant": 7})))
+    for wrong in wrongs:
+        save_file(load_file(file), file, {**metadata, key: wrong})
+        assert registry().acquire("one").note is None
+
+
+def test_errors_of_any_kind_are_the_adapters(registry, monkeypatch):
+    made = registry()
+    monkeypatch.setattr("lownibble.serve.registry.scale_of", lambda path, config: 1 / 0)
+    with pytest.raises(AdapterError, match=r"'one' cannot be used \(ZeroDivisionError"):
+        made.acquire("one")
 
 
 def test_unloading_waits_for_requests(registry, adapters):

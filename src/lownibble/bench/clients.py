@@ -27,6 +27,7 @@ class Tally:
         self._lock = Lock()
         self.answered = self.refused = self.tokens = self.repeated = self.same = 0
         self.lost: Counter[str] = Counter()
+        self.server_errors = 0
         self.bad: dict[str, Counter[str]] = {}
         self._answers: dict[Any, str] = {}
 
@@ -34,9 +35,9 @@ class Tally:
         """A request was answered as it should be; the same one has been answered the same before, or not."""
         with self._lock:
             self.answered, self.tokens = self.answered + 1, self.tokens + tokens
-            before = self._answers.setdefault(key, text)
-            if before is not text:
-                self.repeated, self.same = self.repeated + 1, self.same + (before == text)
+            if key in self._answers:
+                self.repeated, self.same = self.repeated + 1, self.same + (self._answers[key] == text)
+            self._answers.setdefault(key, text)
 
     def refuse(self) -> None:
         """A request was answered with 429 and will be sent again."""
@@ -44,14 +45,20 @@ class Tally:
             self.refused += 1
 
     def lose(self, why: str) -> None:
-        """A request of a client that means well was not answered."""
+        """A request of a client that means well was not answered; `why` begins with the status, where there was one."""
         with self._lock:
             self.lost[why] += 1
+            self.server_errors += why.startswith("5")
 
     def misbehaved(self, kind: str, outcome: str) -> None:
         """What a client that does not got for it."""
         with self._lock:
             self.bad.setdefault(kind, Counter())[outcome] += 1
+            self.server_errors += outcome.startswith("5")
+
+
+class _RefusedError(ValueError):
+    """Status and content of an answer that is none."""
 
 
 class WellBehaved:
@@ -78,7 +85,7 @@ class WellBehaved:
                     self.tally.refuse()
                     time.sleep(1.0)
             except (OSError, http.client.HTTPException, ValueError, KeyError) as error:
-                self.tally.lose(f"{type(error).__name__}: {error}")
+                self.tally.lose(str(error) if isinstance(error, _RefusedError) else f"{type(error).__name__}: {error}")
                 connection.close()
             else:
                 self.tally.well((number, variant), text, self.tokens)
@@ -92,7 +99,7 @@ class WellBehaved:
         if answer.status == 429:
             return None
         if answer.status != 200:
-            raise ValueError(f"{answer.status} {content[:200]}")
+            raise _RefusedError(f"{answer.status} {content[:200]}")
         if not body["stream"]:
             parts = [json.loads(content)]
         else:
@@ -135,7 +142,7 @@ class Misbehaving:
 
     def _post(self, path: str, content: bytes, announced: int | None = None) -> bytes:
         length = len(content) if announced is None else announced
-        return f"POST {path} HTTP/1.1\r\nhost: x\r\n{_JSON}\r\ncontent-length: {length}\r\n\r\n".encode() + content
+        return f"POST {path} HTTP/1.1\r\nhost: 127.0.0.1\r\n{_JSON}\r\ncontent-length: {length}\r\n\r\n".encode() + content
 
     def _status(self, connection: socket.socket) -> str:
         return http_status(connection.recv(4096))
@@ -182,7 +189,7 @@ class Misbehaving:
         """Sends more than is taken without saying how much."""
         with self._open() as connection:
             connection.sendall(
-                f"POST /v1/completions HTTP/1.1\r\nhost: x\r\n{_JSON}\r\ntransfer-encoding: chunked\r\n\r\n".encode()
+                f"POST /v1/completions HTTP/1.1\r\nhost: 127.0.0.1\r\n{_JSON}\r\ntransfer-encoding: chunked\r\n\r\n".encode()
             )
             try:
                 for _ in range(64):
@@ -232,7 +239,7 @@ class Misbehaving:
         if self.draw.random() < 0.5:
             return self._send("/v1/completions", self._question(name))
         with self._open() as connection:
-            connection.sendall(f"GET /v1/models/{name.replace(chr(0), '%00')} HTTP/1.1\r\nhost: x\r\n\r\n".encode())
+            connection.sendall(f"GET /v1/models/{name.replace(chr(0), '%00')} HTTP/1.1\r\nhost: 127.0.0.1\r\n\r\n".encode())
             return self._status(connection)
 
 

@@ -173,7 +173,6 @@ def _soak(folder: Path, adapters: int, seconds: float) -> dict[str, Any]:
         server.process.send_signal(signal.SIGTERM)
         status = server.process.wait(60)
     loads, hits = after["adapter_loads"], after["adapter_hits"]
-    statuses = [status for outcomes in tally.bad.values() for status in outcomes.elements()]
     return {
         "well_behaved": {
             "answered": tally.answered, "lost": sum(tally.lost.values()), "why": dict(tally.lost),
@@ -181,8 +180,9 @@ def _soak(folder: Path, adapters: int, seconds: float) -> dict[str, Any]:
             "same": tally.same / tally.repeated if tally.repeated else None,
             "tokens_per_s": tally.tokens / took,
         },
-        "misbehaviour": len(statuses), "outcomes": {kind: dict(found) for kind, found in tally.bad.items()},
-        "server_errors": sum(status.startswith("5") for status in statuses) + sum(why.startswith("5") for why in tally.lost),
+        "misbehaviour": sum(found.total() for found in tally.bad.values()),
+        "outcomes": {kind: dict(found) for kind, found in tally.bad.items()},
+        "server_errors": tally.server_errors,
         "adapters": {
             "loads": int(loads), "hits": int(hits), "hit_rate": hits / (loads + hits),
             "evictions": int(after["adapter_evictions"]),

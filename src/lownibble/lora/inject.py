@@ -105,6 +105,10 @@ def replace_module(model: nn.Module, path: str, module: nn.Module) -> None:
 def _check_patterns(config: LoraConfig, targets: dict[str, nn.Module]) -> None:
     for option, patterns in (("rank_pattern", config.rank_pattern), ("alpha_pattern", config.alpha_pattern)):
         for key in patterns:
+            try:
+                re.compile(key)
+            except re.error as error:
+                raise TargetError(f"{option} {key!r} is not a valid regular expression: {error}. Mend it.") from None
             if not any(re.match(rf"(.*\.)?({key})$", path) for path in targets):
                 raise TargetError(f"{option} {key!r} matches no targeted module. Targets: {', '.join(list(targets)[:4])}, ...")
 

@@ -66,12 +66,16 @@ def to_metadata(facts: Facts) -> dict[str, str]:
 
 
 def from_metadata(metadata: Mapping[str, str] | None) -> dict[str, Any] | None:
-    """The facts in a file's metadata, or None where there are none."""
+    """The facts in a file's metadata, or None where there are none that can be read."""
     try:
         facts = json.loads((metadata or {})[METADATA_KEY])
     except (KeyError, ValueError):
         return None
-    return facts if isinstance(facts, dict) and {"model", "digest", "quant"} <= facts.keys() else None
+    if not isinstance(facts, dict) or not {"model", "digest", "quant"} <= facts.keys():
+        return None
+    quant, digest = facts["quant"], facts["digest"]
+    is_codec = quant is None or (isinstance(quant, dict) and {"quant_type", "block_size", "double_quant"} <= quant.keys())
+    return facts if is_codec and (digest is None or isinstance(digest, str)) else None
 
 
 def other_weights(trained_on: Facts, base: Facts) -> str | None:

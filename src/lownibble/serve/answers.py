@@ -115,6 +115,19 @@ def _length_of_answer(service: Service, form: _Form, prompt: list[int], limit: i
     return limit or min(DEFAULT_TOKENS if form.chat else 16, context - len(prompt), limits.output or context)
 
 
+def check_number(service: Service, body: Generation, prompts: int) -> None:
+    """Refuse more answers than can ever be in line, before anything is made for them.
+
+    Raises:
+        ApiError: there are too many.
+    """
+    most, wanted = service.engine.max_queue + service.engine.cache.slots, prompts * (body.n or 1)
+    if wanted > most:
+        raise ApiError(
+            400, f"{wanted} answers are asked for at once; {most} are the most. Send several requests.", param="prompt"
+        )
+
+
 async def _unless_gone(request: Request, work: Coroutine[Any, Any, _T]) -> _T:
     """What `work` returns; ends it where the client goes away meanwhile."""
     task = asyncio.ensure_future(work)

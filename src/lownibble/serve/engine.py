@@ -28,7 +28,7 @@ from tokenizers.decoders import DecodeStream
 from lownibble.decoding import Cache, Decoder
 from lownibble.errors import ConfigError, InputError
 from lownibble.kernels.decoder import Adapter, Segment
-from lownibble.serve.registry import Loaded, NoRoomError, Registry
+from lownibble.serve.registry import Loaded, NoRoomError, PinnedError, Registry
 from lownibble.serve.sampling import Chosen, Sampler, Sampling
 
 PROMPT_TOKENS = 128
@@ -102,8 +102,12 @@ class _Running:
         self.tokens = list(request.prompt)
         self.done = reused  # tokens whose keys and values are in the cache
         self.sampler = Sampler(request.sampling)
-        self.stream = DecodeStream(request.prompt[-TEXT_BEFORE:] if request.continues else [], skip_special_tokens=True)
         self.tokenizer = tokenizer
+        before = request.prompt[-TEXT_BEFORE:] if request.continues else []
+        self.stream = DecodeStream(before, skip_special_tokens=True)
+        said = tokenizer.decode(before, skip_special_tokens=True)
+        # where the prompt ends within a character, the stream's first text is all of `before` and the rest of that character
+        self.repeated = len(said.rstrip("\ufffd")) if said.endswith("\ufffd") else 0
         self.text = ""  # not yet told
         self.told = 0  # characters
         self.first: float | None = None
@@ -122,7 +126,7 @@ class _Running:
             request.tell(Piece(self.text, None, self.told))
             return "stop"
         offset = self.told + len(self.text)
-        self.text += self.stream.step(self.tokenizer, chosen.token) or ""
+        self.text += self._decode(chosen.token)
         found = [at for text in request.stop if (at := self.text.find(text)) >= 0]
         if found:
             request.tell(Piece(self.text[: min(found)], chosen, offset))
@@ -133,6 +137,16 @@ class _Running:
         request.tell(Piece(self.text[:sure], chosen, offset))
         self.told, self.text = self.told + sure, self.text[sure:]
         return "length" if ends else None
+
+    def _decode(self, token: int) -> str:
+        try:
+            text = self.stream.step(self.tokenizer, token) or ""
+        except Exception:  # bytes that are no text changed what had been told: go on without them
+            self.stream = DecodeStream([], skip_special_tokens=True)
+            text = self.stream.step(self.tokenizer, token) or ""
+        if text and self.repeated:
+            text, self.repeated = text[self.repeated :], 0
+        return text
 
 
 def _could_begin(text: str, stops: tuple[str, ...]) -> int:
@@ -276,15 +290,17 @@ class Engine:
             self._loading.remove((request, future))
             try:
                 self._begin(request, future.result())
+            except PinnedError as error:
+                for refused in (request, *self._lines.pop(request.adapter, ())):
+                    refused.tell(Failed(error))
             except NoRoomError:
                 self._lines.setdefault(request.adapter, deque()).appendleft(request)
-                self._full = bool(self._running)
-                if not self._running:
-                    self._refuse_line(request.adapter, "Adapters that are pinned leave no room for '{}'. Unload one.")
+                self._full = bool(self._running)  # with nothing running, what was in the way has left meanwhile
             except Exception as error:
                 request.tell(Failed(error))
         while len(self._idle) > len(self._loading):
-            name = next((name for name in self._lines if name is None or not self._full), "")
+            held = self.registry.held if self._full else {}
+            name = next((name for name in self._lines if name is None or not self._full or name in held), "")
             if name == "":
                 return
             line = self._lines[name]
@@ -306,10 +322,6 @@ class Engine:
         with self._changed:
             self._changed.notify()
 
-    def _refuse_line(self, name: str | None, message: str) -> None:
-        for request in self._lines.pop(name, ()):
-            request.tell(Failed(NoRoomError(message.format(name))))
-
     def _begin(self, request: Request, loaded: Loaded | None) -> None:
         if request.cancelled:
             if loaded:
@@ -320,8 +332,15 @@ class Engine:
         # the slot with the longest beginning in common; of those with none, the one that has been idle longest
         shared = {slot: _in_common(kept, key, request.prompt) for slot, kept in self._idle.items()}
         slot = max(shared, key=lambda one: shared[one])
+        try:
+            one = _Running(request, slot, loaded, shared[slot], self.tokenizer.backend_tokenizer)
+        except Exception as error:  # whatever it was, slot and adapter are there for others
+            if loaded:
+                self.registry.release(loaded)
+            request.tell(Failed(error))
+            return
         del self._idle[slot]
-        self._running.append(_Running(request, slot, loaded, shared[slot], self.tokenizer.backend_tokenizer))
+        self._running.append(one)
 
     def _end(self, one: _Running, reason: str) -> End:
         submitted = one.request.submitted
@@ -342,7 +361,7 @@ class Engine:
         """Take every running sequence one token further, or a part of its prompt."""
         left = PROMPT_TOKENS
         parts: list[tuple[_Running, int]] = []
-        for one in sorted(self._running, key=lambda one: len(one.tokens) - one.done):
+        for one in sorted(self._running, key=lambda one: one.made == 0):  # then prompts, as they came
             n = min(len(one.tokens) - one.done, max(left, 0) if one.made == 0 else 1)
             left -= n if one.made == 0 else 0
             if n:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import hmac
+import ipaddress
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
@@ -13,16 +14,17 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import FileResponse, PlainTextResponse, Response
 from jinja2 import TemplateError
 from starlette.concurrency import run_in_threadpool
+from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
 
 from lownibble.errors import InputError
-from lownibble.serve.answers import answer
+from lownibble.serve.answers import answer, check_number
 from lownibble.serve.protocol import ChatRequest, CompletionRequest, LoadRequest, UnloadRequest
-from lownibble.serve.service import ApiError, Limits, Service, as_api
+from lownibble.serve.service import ApiError, Service, as_api
 
 PAGE = Path(__file__).with_name("page.html")
-BODY_SECONDS = 30.0
-"""Time that a request's body may take to arrive."""
+BODY_SECONDS, SEND_SECONDS = 30.0, 60.0
+"""Time that a request's body may take to arrive, and that a client may take to read what is sent to it."""
 
 _POLICY = "default-src 'self'; img-src data:; script-src 'unsafe-inline'; style-src 'unsafe-inline'; frame-ancestors 'none'"
 
@@ -30,7 +32,7 @@ _POLICY = "default-src 'self'; img-src data:; script-src 'unsafe-inline'; style-
 def app(service: Service) -> FastAPI:
     """The application."""
     made = FastAPI(title="Lownibble", docs_url=None, redoc_url=None)
-    made.add_middleware(_Gate, limits=service.limits)
+    made.add_middleware(_Gate, service=service)
 
     @made.exception_handler(ApiError)
     async def api_error(_: Request, error: ApiError) -> Response:
@@ -54,10 +56,10 @@ def app(service: Service) -> FastAPI:
         return ApiError(500, f"An error of the server's own: {type(error).__name__}.").response()
 
     def client(request: Request) -> None:
-        _check_key(request, service.api_key, service.admin_key)
+        _check_key(request.headers, service.api_key, service.admin_key)
 
     def admin(request: Request) -> None:
-        _check_key(request, service.admin_key or service.api_key)
+        _check_key(request.headers, service.admin_key or service.api_key)
 
     @made.get("/", include_in_schema=False)
     async def page() -> Response:
@@ -69,7 +71,7 @@ def app(service: Service) -> FastAPI:
 
     @made.get("/metrics", response_class=PlainTextResponse)
     async def metrics() -> Response:
-        return PlainTextResponse(service.metrics.render(service.engine, service.registry))
+        return PlainTextResponse(await run_in_threadpool(service.metrics.render, service.engine, service.registry))
 
     @made.get("/v1/models", dependencies=[Depends(client)])
     async def models() -> dict[str, Any]:
@@ -83,6 +85,7 @@ def app(service: Service) -> FastAPI:
 
     @made.post("/v1/chat/completions", dependencies=[Depends(client)])
     async def chat(body: ChatRequest, request: Request) -> Response:
+        check_number(service, body, 1)
         messages = [{"role": one.role, "content": one.text} for one in body.messages]
         try:
             text = service.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
@@ -94,6 +97,7 @@ def app(service: Service) -> FastAPI:
 
     @made.post("/v1/completions", dependencies=[Depends(client)])
     async def completions(body: CompletionRequest, request: Request) -> Response:
+        check_number(service, body, len(body.prompts))
         prompts = []
         for one in body.prompts:
             prompts.append(await run_in_threadpool(_encode, service, one) if isinstance(one, str) else one)
@@ -105,7 +109,7 @@ def app(service: Service) -> FastAPI:
             raise ApiError(400, "'lora_path' must be the adapter's name: adapters are folders in --adapters.", param="lora_path")
         loaded = await _guarded(run_in_threadpool(service.registry.load, body.lora_name, pin=body.pin))
         return {
-            "id": loaded.name, "object": "model", "bytes": loaded.nbytes, "digest": loaded.digest, "pinned": loaded.pinned,
+            "id": loaded.name, "object": "model", "bytes": loaded.nbytes, "digest": loaded.digest, "pinned": body.pin,
             "warning": loaded.note,
         }  # fmt: skip
 
@@ -117,11 +121,11 @@ def app(service: Service) -> FastAPI:
     return made
 
 
-def _check_key(request: Request, *keys: str | None) -> None:
-    known = [key for key in keys if key is not None]
-    if keys[0] is None:
+def _check_key(headers: Headers, *keys: str | None) -> None:
+    known = [key for key in keys if key]
+    if not keys[0]:
         return
-    given = request.headers.get("authorization", "").removeprefix("Bearer ").encode()
+    given = headers.get("authorization", "").removeprefix("Bearer ").encode()
     same = [hmac.compare_digest(given, key.encode()) for key in known]  # all of them, so that the time tells nothing
     if not any(same):
         raise ApiError(401, "The API key is missing or wrong. Send it as 'Authorization: Bearer KEY'.", code="invalid_api_key")
@@ -152,32 +156,46 @@ def _encode(service: Service, text: str, *, special: bool = True) -> list[int]:
 
 
 class _Gate:
-    """Reads bodies, and refuses those that are too large, announced or not, or too slow, and requests beyond the limit."""
+    """Reads bodies, and refuses those that are too large, announced or not, or too slow, of clients without the key, and those of
+    requests beyond the limit. Ends answers that nobody takes. What watches the server (GET outside /v1) always gets in."""
 
-    def __init__(self, app: Callable[..., Awaitable[None]], limits: Limits) -> None:
-        self.app, self.limits, self.inside = app, limits, 0
+    def __init__(self, app: Callable[..., Awaitable[None]], service: Service) -> None:
+        self.app, self.service, self.limits, self.inside = app, service, service.limits, 0
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        if self.inside >= self.limits.requests:
-            error = ApiError(429, f"{self.inside} requests are in progress. Try again in a while.", code="too_many_requests")
-            await error.response()(scope, receive, send)
-            return
-        self.inside += 1
+        counts = scope["method"] != "GET" or scope["path"].startswith("/v1/")
+        self.inside += counts
         try:
-            async with asyncio.timeout(BODY_SECONDS):
-                body = await self._body(scope, receive)
-            if body is not None:
-                await self._pass(body, scope, receive, send)
+            body = await self._enter(scope, receive, counts)
         except ApiError as refused:
             await refused.response()(scope, receive, send)
-        except TimeoutError:
-            slow = ApiError(408, f"The body did not arrive within {BODY_SECONDS} seconds. Send it at once.", code="body_too_slow")
-            await slow.response()(scope, receive, send)
+        else:
+            if body is not None:
+                await self._pass(body, scope, receive, send)
         finally:
-            self.inside -= 1
+            self.inside -= counts
+
+    async def _enter(self, scope: Any, receive: Any, counts: bool) -> bytes | None:
+        """The body of a request that may come in; None where the client is gone."""
+        headers, service = Headers(scope=scope), self.service
+        if counts and self.inside > self.limits.requests:
+            raise ApiError(
+                429, f"{self.limits.requests} requests are in progress. Try again in a while.", code="too_many_requests"
+            )
+        if not service.api_key and not _is_address(host := headers.get("host", ""), service.host):
+            raise ApiError(403, f"Without an API key this server answers to its address only, not to '{host[:100]}': a page of "
+                           "that name could use it. Start it with --api-key, or with that name as --host.")  # fmt: skip
+        if scope["path"].startswith("/v1/"):
+            _check_key(headers, service.api_key, service.admin_key)
+        try:
+            async with asyncio.timeout(BODY_SECONDS):
+                return await self._body(scope, receive)
+        except TimeoutError:
+            message = f"The body did not arrive within {BODY_SECONDS} seconds. Send it at once."
+            raise ApiError(408, message, code="body_too_slow") from None
 
     async def _body(self, scope: Any, receive: Any) -> bytes | None:
         """All of it: requests are small. None where the client is gone."""
@@ -206,4 +224,20 @@ class _Gate:
             told = True
             return {"type": "http.request", "body": body, "more_body": False}
 
-        await self.app(scope, again, send)
+        async def send_soon(message: Any) -> None:
+            async with asyncio.timeout(SEND_SECONDS):  # a client that does not read is let go
+                await send(message)
+
+        await self.app(scope, again, send_soon)
+
+
+def _is_address(host: str, own: str) -> bool:
+    """Whether a Host header is this machine's own name for itself, an IP address, or the name that the server was given."""
+    name = host.rsplit(":", 1)[0] if not host.endswith("]") else host
+    if name.lower() in ("localhost", own.lower()):
+        return True
+    try:
+        ipaddress.ip_address(name.strip("[]"))
+    except ValueError:
+        return False
+    return True

@@ -1,9 +1,13 @@
-"""What /metrics tells: counters and times by adapter (prometheus-client), and what engine and registry hold when asked."""
+"""What /metrics tells: counters and times by adapter (prometheus-client), and what engine and registry hold when asked.
+
+Times have a histogram of all requests, and count and sum for each model: a histogram for each of a thousand adapters would be
+megabytes here and thirty thousand series there.
+"""
 
 from __future__ import annotations
 
 import psutil
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Summary, disable_created_metrics, generate_latest
 
 from lownibble.serve.engine import End, Engine
 from lownibble.serve.registry import Registry
@@ -15,13 +19,15 @@ class Metrics:
     """The metrics of one server."""
 
     def __init__(self) -> None:
+        disable_created_metrics()
         self._all, self._process = CollectorRegistry(), psutil.Process()
 
         def counter(name: str, text: str, *labels: str) -> Counter:
             return Counter(f"lownibble_{name}", text, labels, registry=self._all)
 
-        def times(name: str, text: str) -> Histogram:
-            return Histogram(f"lownibble_{name}", text, ["model"], registry=self._all, buckets=_SECONDS)
+        def times(name: str, text: str) -> tuple[Histogram, Summary]:
+            of_all = Histogram(f"lownibble_{name}", text, registry=self._all, buckets=_SECONDS)
+            return of_all, Summary(f"lownibble_model_{name}", text, ["model"], registry=self._all)
 
         self._requests = counter("requests", "Requests that ended.", "model", "reason")
         self._refused = counter("requests_refused", "Requests refused because too many waited.")
@@ -46,9 +52,14 @@ class Metrics:
         self._reused.labels(model).inc(end.reused_tokens)
         self._made.labels(model).inc(end.completion_tokens)
         if end.first_s is not None:
-            self._first.labels(model).observe(end.first_s)
+            self._observe(self._first, model, end.first_s)
             if end.completion_tokens > 1:
-                self._each.labels(model).observe((end.s - end.first_s) / (end.completion_tokens - 1))
+                self._observe(self._each, model, (end.s - end.first_s) / (end.completion_tokens - 1))
+
+    def _observe(self, times: tuple[Histogram, Summary], model: str, seconds: float) -> None:
+        of_all, by_model = times
+        of_all.observe(seconds)
+        by_model.labels(model).observe(seconds)
 
     def refused(self) -> None:
         """Count a request that was not taken."""

@@ -6,11 +6,15 @@ is ignored, as OpenAI's clients send more every year.
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-MAX_N, MAX_STOPS, MAX_TOP = 16, 4, 20
+MAX_N, MAX_STOPS, MAX_TOP, MAX_PARTS = 16, 4, 20, 4096
+
+_T = TypeVar("_T")
+_Many = Annotated[list[_T], Field(fail_fast=True)]  # a million errors are no better than the first
+_Token = Annotated[int, Field(ge=0)]
 
 _UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "tools": (None, []), "tool_choice": (None, "none", "auto"), "functions": (None, []), "logit_bias": (None, {}),
@@ -69,7 +73,7 @@ class Message(BaseModel):
     """A turn of a chat."""
 
     role: Literal["system", "developer", "user", "assistant"]
-    content: str | list[Part]
+    content: str | Annotated[list[Part], Field(fail_fast=True, max_length=MAX_PARTS)]
 
     @property
     def text(self) -> str:
@@ -80,7 +84,7 @@ class Message(BaseModel):
 class ChatRequest(Generation):
     """The body of /v1/chat/completions."""
 
-    messages: Annotated[list[Message], Field(min_length=1)]
+    messages: Annotated[list[Message], Field(fail_fast=True, min_length=1, max_length=MAX_PARTS)]
     max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=MAX_TOP)] | None = None
@@ -94,7 +98,7 @@ class ChatRequest(Generation):
 class CompletionRequest(Generation):
     """The body of /v1/completions."""
 
-    prompt: str | list[str] | list[Annotated[int, Field(ge=0)]] | list[list[Annotated[int, Field(ge=0)]]]
+    prompt: str | _Many[str] | _Many[_Token] | _Many[_Many[_Token]]
     logprobs: Annotated[int, Field(ge=0, le=MAX_TOP)] | None = None
 
     @property

@@ -27,6 +27,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load as parse_safetensors
 from torch import Tensor
 
+from lownibble.config import LoraConfig
 from lownibble.errors import AdapterError, InputError
 from lownibble.kernels.decoder import PROJECTIONS, Adapter, LowRank
 from lownibble.lora.adapter import CONFIG_FILE, PREFIX, WEIGHTS_FILE, AdapterFile
@@ -35,6 +36,8 @@ from lownibble.lora.provenance import base_facts, other_codec, other_weights
 
 _log = logging.getLogger(__name__)
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
+_ATTEMPTS = 3
+_REPEATED_GROUP, _REPEATS, _MOST_REPEATS = re.compile(r"\)\s*[*+{?]"), re.compile(r"[*+{]"), 4
 
 
 class UnknownAdapterError(InputError):
@@ -43,6 +46,10 @@ class UnknownAdapterError(InputError):
 
 class NoRoomError(InputError):
     """The budget is full of adapters in use; some request has to end first."""
+
+
+class PinnedError(NoRoomError):
+    """What is pinned leaves no room, whichever request ends."""
 
 
 @dataclass(eq=False)
@@ -63,7 +70,6 @@ class Loaded:
     note: str | None = None
     """What its user should know: that it was trained on the same weights, stored otherwise."""
     users: int = 0
-    pinned: bool = False
     current: bool = True
     """Whether new requests may get it."""
     _scaled: dict[float, Adapter] = field(default_factory=dict)
@@ -114,6 +120,7 @@ class Registry:
         self._held: dict[str, Loaded] = {}  # current versions, least recently used first
         self._old: list[Loaded] = []  # versions that requests still use
         self._withdrawn: set[str] = set()
+        self.pinned: set[str] = set()  # names: of whatever version
         self._lock, self._reading = threading.RLock(), threading.Lock()  # the second is taken first
         self.loads = self.hits = self.evictions = 0
 
@@ -155,9 +162,8 @@ class Registry:
         with self._reading:
             if (held := self._hit(name)) is not None:  # another request has read it meanwhile
                 return held
-            stamp = self._stamp(name)
             try:
-                fresh = self._read(name, stamp)  # takes a while: not under the lock, which the engine wants when a request ends
+                fresh = self._read_whole(name)  # takes a while: not under the lock, which the engine wants when a request ends
             except InputError as error:
                 with self._lock:
                     if (held := self._held.pop(name, None)) is not None:
@@ -167,10 +173,9 @@ class Registry:
             with self._lock:
                 if name not in self:
                     raise UnknownAdapterError(f"The adapter '{name}' was withdrawn. GET /v1/models lists what there is.")
-                if (held := self._held.pop(name, None)) is not None:
-                    fresh.pinned = held.pinned
-                    self._retire(held)
                 self._make_room(fresh)
+                if (held := self._held.pop(name, None)) is not None:
+                    self._retire(held)
                 self._held[name] = fresh
                 self.loads += 1
                 if fresh.note:
@@ -210,7 +215,7 @@ class Registry:
                 self._withdrawn |= {name} if was_withdrawn else set()
             raise
         with self._lock:
-            loaded.pinned = pin
+            (self.pinned.add if pin else self.pinned.discard)(name)
             self.release(loaded)
         return loaded
 
@@ -221,9 +226,10 @@ class Registry:
             UnknownAdapterError: there is none called so.
         """
         with self._lock:
-            if name not in self:
+            if name not in self and name not in self._held:  # held: its folder may be gone
                 raise UnknownAdapterError(f"There is no adapter '{name}' to unload. GET /v1/models lists what there is.")
             self._withdrawn.add(name)
+            self.pinned.discard(name)
             if (held := self._held.pop(name, None)) is not None:
                 self._retire(held)
 
@@ -245,13 +251,18 @@ class Registry:
 
     def _make_room(self, fresh: Loaded) -> None:
         self._check_size(fresh.name, fresh.nbytes)
-        over = self.nbytes + fresh.nbytes - self.budget
+        others = {name: one for name, one in self._held.items() if name != fresh.name}
+        pinned = sum(one.nbytes for name, one in others.items() if name in self.pinned)
+        if pinned + fresh.nbytes > self.budget:
+            raise PinnedError(f"Adapters that are pinned leave no room for '{fresh.name}'. Unload one of them.")
+        before = self._held.get(fresh.name)  # leaves when the new version comes, if it is not in use
+        over = self.nbytes - (before.nbytes if before and not before.users else 0) + fresh.nbytes - self.budget
         leaving = []
-        for one in self._held.values():
+        for name, one in others.items():
             if over <= 0:
                 break
-            if not one.users and not one.pinned:
-                leaving.append(one.name)
+            if not one.users and name not in self.pinned:
+                leaving.append(name)
                 over -= one.nbytes
         if over > 0:
             raise NoRoomError("Every adapter held is in use or pinned, and there is no room for another. Try again soon.")
@@ -269,10 +280,27 @@ class Registry:
             ) from None
         return tuple((one.st_ino, one.st_mtime_ns, one.st_size) for one in found)
 
+    def _read_whole(self, name: str) -> Loaded:
+        """One version: read again if the files change meanwhile."""
+        for _ in range(_ATTEMPTS):
+            stamp = self._stamp(name)
+            try:
+                fresh = self._read(name, stamp)
+            except InputError:
+                if stamp == self._stamp(name):
+                    raise
+                continue
+            except Exception as error:  # files are anybody's
+                raise AdapterError(f"Adapter '{name}' cannot be used ({type(error).__name__}: {error}). Save it again.") from None
+            if stamp == self._stamp(name):
+                return fresh
+        raise AdapterError(f"Adapter '{name}' changes while it is read. Write it elsewhere and rename its folder.")
+
     def _read(self, name: str, stamp: tuple[tuple[int, int, int], ...]) -> Loaded:
         """Read and check everything, before anything is evicted for it."""
         assert self.folder is not None
         file = AdapterFile(self.folder / name)
+        _check_patterns(name, file.config)
         facts = file.trained_on
         if facts is not None and not self.any_base and (different := other_weights(facts, self._facts)):
             raise AdapterError(f"Adapter '{name}' is for another base: {different}. Serve it there, or start with --any-base.")
@@ -288,6 +316,8 @@ class Registry:
         except (OSError, SafetensorError) as error:
             raise AdapterError(f"Adapter '{name}' cannot be read: {error}. Copy it again.") from None
         for key, tensor in tensors.items():
+            if tensor.shape != expected.get(key):
+                raise AdapterError(f"'{key}' of adapter '{name}' has another shape than its header says. Copy it again.")
             if not torch.isfinite(tensor).all():
                 raise AdapterError(f"'{key}' of adapter '{name}' holds NaN or infinite values. Train it again with a lower rate.")
         digest = hashlib.sha256(content)
@@ -324,6 +354,16 @@ class Registry:
             return None if a is None or b is None else LowRank(keep(a), keep(b.t()).t(), scale_of(path, file.config))
 
         return Adapter([[branch(path) for path in of_layer] for of_layer in paths]), held.nbytes
+
+
+def _check_patterns(name: str, config: LoraConfig) -> None:
+    """Refuse regular expressions that could take for ever: an adapter's config may be anybody's, and `re` holds up everyone."""
+    targets = [config.target_modules] if isinstance(config.target_modules, str) else []
+    for pattern in (*targets, *config.rank_pattern, *config.alpha_pattern):
+        if len(pattern) > 500 or len(_REPEATS.findall(pattern)) > _MOST_REPEATS or _REPEATED_GROUP.search(pattern):
+            raise AdapterError(
+                f"Adapter '{name}' has a pattern that is too costly to match: '{pattern[:100]}'. List the modules' names instead."
+            )
 
 
 def _memory(n: int, dtype: torch.dtype) -> Tensor:

@@ -5,6 +5,7 @@ A seeded request draws the same numbers whatever else runs beside it.
 
 from __future__ import annotations
 
+import secrets
 from typing import NamedTuple
 
 import torch
@@ -34,10 +35,7 @@ class Sampler:
     def __init__(self, sampling: Sampling) -> None:
         self.sampling = sampling
         self.generator = torch.Generator()
-        if sampling.seed is None:
-            self.generator.seed()
-        else:
-            self.generator.manual_seed(sampling.seed % 2**63)
+        self.generator.manual_seed(secrets.randbits(63) if sampling.seed is None else sampling.seed % 2**63)
 
     def __call__(self, logits_V: Tensor) -> Chosen:
         """Choose from the logits (V,)."""

@@ -44,12 +44,15 @@ def make_service(config: ServeConfig) -> Service:
         model, tokenizer, registry, max_batch=config.max_batch, max_context=config.max_context, max_queue=config.max_queue,
         cache_budget=n_bytes(config.cache_budget),
     )  # fmt: skip
+    keys = [config.api_key, os.environ.get("LOWNIBBLE_API_KEY")], [config.admin_key, os.environ.get("LOWNIBBLE_ADMIN_KEY")]
+    if any(key is not None and not key.strip() for key in (*keys[0], *keys[1])):
+        raise ConfigError(
+            "A key is empty (--api-key, --admin-key, LOWNIBBLE_API_KEY or LOWNIBBLE_ADMIN_KEY). Set it, or unset it."
+        )
     known = (Path(config.model).name if Path(config.model).exists() else config.model, "base", config.model)
-    key = config.api_key or os.environ.get("LOWNIBBLE_API_KEY")
     return Service(
-        engine, registry, tokenizer, tuple(dict.fromkeys(known)), key,
-        config.admin_key or os.environ.get("LOWNIBBLE_ADMIN_KEY"),
-        Limits(n_bytes(config.max_body), config.max_prompt, config.max_output, config.max_requests),
+        engine, registry, tokenizer, tuple(dict.fromkeys(known)), keys[0][0] or keys[0][1], keys[1][0] or keys[1][1],
+        Limits(n_bytes(config.max_body), config.max_prompt, config.max_output, config.max_requests), config.host,
     )  # fmt: skip
 
 

@@ -56,7 +56,8 @@ class Limits:
 
 @dataclass(frozen=True)
 class Service:
-    """What the routes need. `names`: of the base; keys are compared in constant time, None: none is asked for."""
+    """What the routes need. `names`: of the base; `host`: the name that the server was given. Keys are compared in constant
+    time; without one, none is asked for."""
 
     engine: Engine
     registry: Registry
@@ -65,6 +66,7 @@ class Service:
     api_key: str | None = None
     admin_key: str | None = None
     limits: Limits = field(default_factory=Limits)
+    host: str = "127.0.0.1"
     created: int = field(default_factory=lambda: int(time.time()))
     metrics: Metrics = field(default_factory=Metrics)
 
