@@ -10,9 +10,10 @@ import uvicorn
 
 import lownibble as ln
 from lownibble.config import ServeConfig
-from lownibble.serve.engine import Engine, Piece, Request
+from lownibble.serve.engine import Engine
 from lownibble.serve.http import app
 from lownibble.serve.registry import Registry
+from lownibble.serve.request import Piece, Request
 from lownibble.serve.server import make_service
 
 TEMPLATE = "{% for m in messages %}{{ m['content'] }} {% endfor %}"

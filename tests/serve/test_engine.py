@@ -11,8 +11,10 @@ from safetensors.torch import load_file, save_file
 import lownibble as ln
 from lownibble.errors import AdapterError, ConfigError
 from lownibble.serve import engine as engines
-from lownibble.serve.engine import End, Failed, QueueFullError
+from lownibble.serve import request as requests
+from lownibble.serve.engine import QueueFullError
 from lownibble.serve.registry import PinnedError, UnknownAdapterError
+from lownibble.serve.request import End, Failed
 from lownibble.serve.sampling import Chosen, Sampler, Sampling
 
 PROMPTS = [[5, 9, 40, 71], [8], [33, 21, 60, 4, 17, 90, 12], list(range(3, 40))]
@@ -297,16 +299,16 @@ def test_a_long_prompt_is_read_though_shorter_ones_keep_coming(engine, ask, monk
 
 
 def test_a_request_that_cannot_begin_costs_no_slot(engine, ask, monkeypatch):
-    made, sampler = engine(max_batch=1), engines.Sampler
+    made, sampler = engine(max_batch=1), requests.Sampler
 
     def fails(sampling):
         raise OSError("no file descriptors")
 
     for adapter in (None, "one"):
-        monkeypatch.setattr(engines, "Sampler", fails)
+        monkeypatch.setattr(requests, "Sampler", fails)
         _, told = ask(made, PROMPTS[0], 2, adapter=adapter)
         assert isinstance(told.wait().error, OSError)
-        monkeypatch.setattr(engines, "Sampler", sampler)
+        monkeypatch.setattr(requests, "Sampler", sampler)
         _, told = ask(made, PROMPTS[0], 2, adapter=adapter)
         assert told.wait().reason == "length"
     assert made.registry.held["one"].users == 0
@@ -327,8 +329,8 @@ def decoded(prompt, tokens):
     """What is told of these tokens after this prompt, with the embedded model's byte-level tokenizer."""
     _, tokenizer = ln.load("demo")
     told = []
-    request = engines.Request(prompt, len(tokens), told.append, continues=True)
-    running = engines._Running(request, 0, None, 0, tokenizer.backend_tokenizer)
+    request = requests.Request(prompt, len(tokens), told.append, continues=True)
+    running = requests.Running(request, 0, None, 0, tokenizer.backend_tokenizer)
     for token in tokens:
         running.take(Chosen(token), set())
     return "".join(piece.text for piece in told)

@@ -134,7 +134,7 @@ def _put(told: queue.Queue[tuple[int, Any]], index: int, event: Any) -> None:
 
 
 def _ours(mix: str, folder: Path) -> Callable[[int], dict[str, Any]]:
-    from lownibble.serve.engine import End, Failed, Piece, Request
+    from lownibble.serve.request import End, Failed, Piece, Request
     from lownibble.serve.server import make_service
 
     several = mix in ("uniform", "zipf")

@@ -18,9 +18,10 @@ from typing import Any, TypeVar
 from fastapi import Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 
-from lownibble.serve import engine as engines
-from lownibble.serve.engine import End, Failed, Piece, QueueFullError
+from lownibble.serve.engine import QueueFullError
 from lownibble.serve.protocol import Generation
+from lownibble.serve.request import End, Failed, Piece
+from lownibble.serve.request import Request as EngineRequest
 from lownibble.serve.sampling import Sampling
 from lownibble.serve.service import ApiError, Service, as_api
 
@@ -36,7 +37,7 @@ class _Choice:
 
     index: int
     events: asyncio.Queue[tuple[int, Piece | End | Failed]]
-    request: engines.Request
+    request: EngineRequest
     text: list[str] = field(default_factory=list)
     pieces: list[Piece] = field(default_factory=list)
     end: End | None = None
@@ -73,7 +74,7 @@ async def answer(
             temperature = 1.0 if body.temperature is None else body.temperature
             sampling = Sampling(temperature, body.top_p or 1.0, seed, logprobs)
             choices.append(
-                _Choice(index, events, engines.Request(prompt, tokens, tell, adapter, body.lora_scale, sampling, body.stops,
+                _Choice(index, events, EngineRequest(prompt, tokens, tell, adapter, body.lora_scale, sampling, body.stops,
                                                        body.ignore_eos, continues=not chat))
             )  # fmt: skip
     try:

@@ -4,8 +4,8 @@ One thread owns the model. A step takes one token of every running sequence and 
 by adapter, so that each adapter is one segment: the base's product is done once for all, low-rank products segment by segment. A
 sequence is in its slot of the key-value cache from admission to its end; slots come and go between steps.
 
-Fairness: requests wait in one line per adapter, and the lines take turns. Adapters are read by another thread, so that one being
-loaded does not hold up those that are running.
+Fairness: requests wait in one line per adapter, and the lines take turns; prompts are read in the order they came. Adapters are
+read by another thread, so that one being loaded does not hold up those that are running.
 
 A slot that has ended keeps its keys and values under (digest of the adapter, scale) and the tokens that made them. A request of
 the same adapter whose prompt begins with the same tokens goes on from there. The digest is of the adapter's contents: neither
@@ -17,141 +17,23 @@ from __future__ import annotations
 import threading
 import time
 from collections import OrderedDict, deque
-from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
-from tokenizers.decoders import DecodeStream
 
 from lownibble.decoding import Cache, Decoder
 from lownibble.errors import ConfigError, InputError
-from lownibble.kernels.decoder import Adapter, Segment
+from lownibble.kernels.decoder import Segment
 from lownibble.serve.registry import Loaded, NoRoomError, PinnedError, Registry
-from lownibble.serve.sampling import Chosen, Sampler, Sampling
+from lownibble.serve.request import End, Failed, Request, Running
 
 PROMPT_TOKENS = 128
 """Most prompt tokens of a step, over all sequences: what a running sequence waits for at the most."""
 
-TEXT_BEFORE = 8
-"""Tokens of the prompt that decide how the text after them begins: some tokenizers say there whether there is a space."""
-
 
 class QueueFullError(InputError):
     """No request is taken until others have ended."""
-
-
-class Piece(NamedTuple):
-    """What a token added to the output; `text` may be empty while a character or a stop string is incomplete."""
-
-    text: str
-    token: Chosen | None
-    offset: int
-    """Characters of the output that earlier tokens made."""
-
-
-class End(NamedTuple):
-    """The request is over: 'stop', 'length' or 'cancelled'."""
-
-    reason: str
-    prompt_tokens: int
-    completion_tokens: int
-    reused_tokens: int
-    first_s: float | None
-    """Seconds from submission to the first token."""
-    s: float
-
-
-class Failed(NamedTuple):
-    """The request could not be carried out."""
-
-    error: Exception
-
-
-@dataclass(eq=False)
-class Request:
-    """One sequence to generate. `tell` is called from the engine's thread and must not block.
-
-    Attributes:
-        prompt: token ids; at least one.
-        adapter: name, or None for the base; `scale` multiplies what it adds.
-        stop: texts that end the output and are not part of it.
-        continues: the output's text goes on from the prompt's, with the space between them; otherwise it begins anew.
-    """
-
-    prompt: list[int]
-    max_tokens: int
-    tell: Callable[[Piece | End | Failed], None]
-    adapter: str | None = None
-    scale: float = 1.0
-    sampling: Sampling = field(default_factory=Sampling)
-    stop: tuple[str, ...] = ()
-    ignore_eos: bool = False
-    continues: bool = False
-    cancelled: bool = False
-    submitted: float = field(default_factory=time.monotonic)
-
-
-class _Running:
-    """A request in its slot."""
-
-    def __init__(self, request: Request, slot: int, loaded: Loaded | None, reused: int, tokenizer: Any) -> None:
-        self.request, self.slot, self.loaded, self.reused = request, slot, loaded, reused
-        self.adapter: Adapter | None = loaded.scaled(request.scale) if loaded else None
-        self.tokens = list(request.prompt)
-        self.done = reused  # tokens whose keys and values are in the cache
-        self.sampler = Sampler(request.sampling)
-        self.tokenizer = tokenizer
-        before = request.prompt[-TEXT_BEFORE:] if request.continues else []
-        self.stream = DecodeStream(before, skip_special_tokens=True)
-        said = tokenizer.decode(before, skip_special_tokens=True)
-        # where the prompt ends within a character, the stream's first text is all of `before` and the rest of that character
-        self.repeated = len(said.rstrip("\ufffd")) if said.endswith("\ufffd") else 0
-        self.text = ""  # not yet told
-        self.told = 0  # characters
-        self.first: float | None = None
-
-    @property
-    def made(self) -> int:
-        return len(self.tokens) - len(self.request.prompt)
-
-    def take(self, chosen: Chosen, eos: set[int]) -> str | None:
-        """Add a token; tell what is certain of its text; the reason if it was the last."""
-        request = self.request
-        if self.first is None:
-            self.first = time.monotonic()
-        self.tokens.append(chosen.token)
-        if chosen.token in eos and not request.ignore_eos:
-            request.tell(Piece(self.text, None, self.told))
-            return "stop"
-        offset = self.told + len(self.text)
-        self.text += self._decode(chosen.token)
-        found = [at for text in request.stop if (at := self.text.find(text)) >= 0]
-        if found:
-            request.tell(Piece(self.text[: min(found)], chosen, offset))
-            return "stop"
-        ends = self.made == request.max_tokens
-        held = 0 if ends else _could_begin(self.text, request.stop)
-        sure = len(self.text) - held
-        request.tell(Piece(self.text[:sure], chosen, offset))
-        self.told, self.text = self.told + sure, self.text[sure:]
-        return "length" if ends else None
-
-    def _decode(self, token: int) -> str:
-        try:
-            text = self.stream.step(self.tokenizer, token) or ""
-        except Exception:  # bytes that are no text changed what had been told: go on without them
-            self.stream = DecodeStream([], skip_special_tokens=True)
-            text = self.stream.step(self.tokenizer, token) or ""
-        if text and self.repeated:
-            text, self.repeated = text[self.repeated :], 0
-        return text
-
-
-def _could_begin(text: str, stops: tuple[str, ...]) -> int:
-    """Characters at the end of `text` that may be the beginning of a stop string."""
-    return max((n for stop in stops for n in range(1, min(len(stop), len(text) + 1)) if text.endswith(stop[:n])), default=0)
 
 
 class _Kept(NamedTuple):
@@ -202,7 +84,7 @@ class Engine:
         self._idle: OrderedDict[int, _Kept] = OrderedDict((slot, _Kept(None, [])) for slot in range(self.cache.slots))
         self._lines: OrderedDict[str | None, deque[Request]] = OrderedDict()
         self._loading: list[tuple[Request, Future[Loaded]]] = []
-        self._running: list[_Running] = []
+        self._running: list[Running] = []
         self._changed = threading.Condition()
         self._closing = self._full = False  # full: of adapters in use, until a request ends
         self._loader = ThreadPoolExecutor(1, "adapters")
@@ -333,7 +215,7 @@ class Engine:
         shared = {slot: _in_common(kept, key, request.prompt) for slot, kept in self._idle.items()}
         slot = max(shared, key=lambda one: shared[one])
         try:
-            one = _Running(request, slot, loaded, shared[slot], self.tokenizer.backend_tokenizer)
+            one = Running(request, slot, loaded, shared[slot], self.tokenizer.backend_tokenizer)
         except Exception as error:  # whatever it was, slot and adapter are there for others
             if loaded:
                 self.registry.release(loaded)
@@ -342,12 +224,12 @@ class Engine:
         del self._idle[slot]
         self._running.append(one)
 
-    def _end(self, one: _Running, reason: str) -> End:
+    def _end(self, one: Running, reason: str) -> End:
         submitted = one.request.submitted
         first = None if one.first is None else one.first - submitted
         return End(reason, len(one.request.prompt), one.made, one.reused, first, time.monotonic() - submitted)
 
-    def _leave(self, one: _Running, last: End | Failed, *, keep: bool = True) -> None:
+    def _leave(self, one: Running, last: End | Failed, *, keep: bool = True) -> None:
         self._running.remove(one)
         self._full = False
         key = (one.loaded.digest, one.request.scale) if one.loaded else ("", 1.0)
@@ -360,7 +242,7 @@ class Engine:
     def _step(self) -> None:
         """Take every running sequence one token further, or a part of its prompt."""
         left = PROMPT_TOKENS
-        parts: list[tuple[_Running, int]] = []
+        parts: list[tuple[Running, int]] = []
         for one in sorted(self._running, key=lambda one: one.made == 0):  # then prompts, as they came
             n = min(len(one.tokens) - one.done, max(left, 0) if one.made == 0 else 1)
             left -= n if one.made == 0 else 0
@@ -371,7 +253,7 @@ class Engine:
         slots: list[int] = []
         positions: list[int] = []
         wanted: list[int] = []
-        finishing: list[_Running] = []
+        finishing: list[Running] = []
         segments: list[Segment] = []
         for one, n in parts:
             begin = len(tokens)

@@ -9,8 +9,9 @@ from __future__ import annotations
 import psutil
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Summary, disable_created_metrics, generate_latest
 
-from lownibble.serve.engine import End, Engine
+from lownibble.serve.engine import Engine
 from lownibble.serve.registry import Registry
+from lownibble.serve.request import End
 
 _SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
 

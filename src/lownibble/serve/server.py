@@ -77,6 +77,7 @@ def run_server(config: ServeConfig, tell: Callable[[str], None]) -> dict[str, An
     """
     listener = _listen(config)
     with listener:
+        _open_many_files()
         service = make_service(config)
         host, port = listener.getsockname()[:2]
         address = f"http://{host}:{port}"
@@ -91,6 +92,16 @@ def run_server(config: ServeConfig, tell: Callable[[str], None]) -> dict[str, An
         server.run(sockets=[listener])
         service.engine.close(0)
     return {"status": "ok", "address": address, "adapters": len(names)}
+
+
+def _open_many_files() -> None:
+    """Allow as many connections as the system does: the usual limit of a process is a thousand."""
+    try:
+        import resource
+    except ImportError:  # Windows has no such limit
+        return
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
 
 
 def _listen(config: ServeConfig) -> socket.socket:

@@ -1,0 +1,130 @@
+"""A request of the engine, what it is told of it, and the sequence that it becomes."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+from tokenizers.decoders import DecodeStream
+
+from lownibble.kernels.decoder import Adapter
+from lownibble.serve.registry import Loaded
+from lownibble.serve.sampling import Chosen, Sampler, Sampling
+
+TEXT_BEFORE = 8
+"""Tokens of the prompt that decide how the text after them begins: some tokenizers say there whether there is a space."""
+
+
+class Piece(NamedTuple):
+    """What a token added to the output; `text` may be empty while a character or a stop string is incomplete."""
+
+    text: str
+    token: Chosen | None
+    offset: int
+    """Characters of the output that earlier tokens made."""
+
+
+class End(NamedTuple):
+    """The request is over: 'stop', 'length' or 'cancelled'."""
+
+    reason: str
+    prompt_tokens: int
+    completion_tokens: int
+    reused_tokens: int
+    first_s: float | None
+    """Seconds from submission to the first token."""
+    s: float
+
+
+class Failed(NamedTuple):
+    """The request could not be carried out."""
+
+    error: Exception
+
+
+@dataclass(eq=False)
+class Request:
+    """One sequence to generate. `tell` is called from the engine's thread and must not block.
+
+    Attributes:
+        prompt: token ids; at least one.
+        adapter: name, or None for the base; `scale` multiplies what it adds.
+        stop: texts that end the output and are not part of it.
+        continues: the output's text goes on from the prompt's, with the space between them; otherwise it begins anew.
+    """
+
+    prompt: list[int]
+    max_tokens: int
+    tell: Callable[[Piece | End | Failed], None]
+    adapter: str | None = None
+    scale: float = 1.0
+    sampling: Sampling = field(default_factory=Sampling)
+    stop: tuple[str, ...] = ()
+    ignore_eos: bool = False
+    continues: bool = False
+    cancelled: bool = False
+    submitted: float = field(default_factory=time.monotonic)
+
+
+class Running:
+    """A request in its slot."""
+
+    def __init__(self, request: Request, slot: int, loaded: Loaded | None, reused: int, tokenizer: Any) -> None:
+        self.request, self.slot, self.loaded, self.reused = request, slot, loaded, reused
+        self.adapter: Adapter | None = loaded.scaled(request.scale) if loaded else None
+        self.tokens = list(request.prompt)
+        self.done = reused  # tokens whose keys and values are in the cache
+        self.sampler = Sampler(request.sampling)
+        self.tokenizer = tokenizer
+        before = request.prompt[-TEXT_BEFORE:] if request.continues else []
+        self.stream = DecodeStream(before, skip_special_tokens=True)
+        said = tokenizer.decode(before, skip_special_tokens=True)
+        # where the prompt ends within a character, the stream's first text is all of `before` and the rest of that character
+        self.repeated = len(said.rstrip("\ufffd")) if said.endswith("\ufffd") else 0
+        self.text = ""  # not yet told
+        self.told = 0  # characters
+        self.first: float | None = None
+
+    @property
+    def made(self) -> int:
+        """Tokens of the output so far."""
+        return len(self.tokens) - len(self.request.prompt)
+
+    def take(self, chosen: Chosen, eos: set[int]) -> str | None:
+        """Add a token; tell what is certain of its text; the reason if it was the last."""
+        request = self.request
+        if self.first is None:
+            self.first = time.monotonic()
+        self.tokens.append(chosen.token)
+        if chosen.token in eos and not request.ignore_eos:
+            request.tell(Piece(self.text, None, self.told))
+            return "stop"
+        offset = self.told + len(self.text)
+        self.text += self._decode(chosen.token)
+        found = [at for text in request.stop if (at := self.text.find(text)) >= 0]
+        if found:
+            request.tell(Piece(self.text[: min(found)], chosen, offset))
+            return "stop"
+        ends = self.made == request.max_tokens
+        held = 0 if ends else _could_begin(self.text, request.stop)
+        sure = len(self.text) - held
+        request.tell(Piece(self.text[:sure], chosen, offset))
+        self.told, self.text = self.told + sure, self.text[sure:]
+        return "length" if ends else None
+
+    def _decode(self, token: int) -> str:
+        try:
+            text = self.stream.step(self.tokenizer, token) or ""
+        except Exception:  # bytes that are no text changed what had been told: go on without them
+            self.stream = DecodeStream([], skip_special_tokens=True)
+            text = self.stream.step(self.tokenizer, token) or ""
+        if text and self.repeated:
+            text, self.repeated = text[self.repeated :], 0
+        return text
+
+
+def _could_begin(text: str, stops: tuple[str, ...]) -> int:
+    """Characters at the end of `text` that may be the beginning of a stop string."""
+    return max((n for stop in stops for n in range(1, min(len(stop), len(text) + 1)) if text.endswith(stop[:n])), default=0)
