@@ -297,6 +297,7 @@ Floats decode(std::int64_t T, std::int64_t D, std::int64_t inner, std::int32_t b
     std::vector<Bytes> codes;
     std::vector<Floats> kept;
     LowRank branches[kProjections] = {};
+    std::vector<std::vector<std::uint16_t>> halves;
     kept.reserve(8 * kProjections);
     codes.reserve(kProjections);
     std::int64_t r = 0;
@@ -311,10 +312,20 @@ Floats decode(std::int64_t T, std::int64_t D, std::int64_t inner, std::int32_t b
                                 N, K, block_shift, 0};
         if (p == kK) continue;  // a projection without a branch
         r = p + 1;
-        kept.push_back(floats(r * K));
-        const float* A = kept.back().data();
-        kept.push_back(floats(N * r));
-        branches[p] = {A, kept.back().data(), r, 0.5f};
+        const DType dtype = static_cast<DType>(p % 3);  // every type that a branch may have, in memory of its exact size
+        const void* factors[2];
+        for (int i = 0; i < 2; ++i) {
+            const std::int64_t n = r * (i ? N : K);
+            if (dtype == DType::float32) {
+                kept.push_back(floats(n));
+                factors[i] = kept.back().data();
+            } else {
+                halves.emplace_back(n);
+                for (std::uint16_t& bits : halves.back()) bits = static_cast<std::uint16_t>(0x3C00 + (random_bits() >> 26));
+                factors[i] = halves.back().data();
+            }
+        }
+        branches[p] = {factors[0], factors[1], r, 0.5f, dtype};
     }
     const Floats norm = floats(hidden), head_norm = floats(D), cosine = floats(T * D), sine = floats(T * D);
     layer.input_norm = layer.post_norm = norm.data();
