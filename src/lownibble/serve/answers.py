@@ -36,9 +36,7 @@ class _Choice:
     """One answer as it grows."""
 
     index: int
-    events: asyncio.Queue[tuple[int, Piece | End | Failed]]
     request: EngineRequest
-    text: list[str] = field(default_factory=list)
     pieces: list[Piece] = field(default_factory=list)
     end: End | None = None
 
@@ -73,10 +71,10 @@ async def answer(
             seed = None if body.seed is None else body.seed + number
             temperature = 1.0 if body.temperature is None else body.temperature
             sampling = Sampling(temperature, body.top_p or 1.0, seed, logprobs)
-            choices.append(
-                _Choice(index, events, EngineRequest(prompt, tokens, tell, adapter, body.lora_scale, sampling, body.stops,
-                                                       body.ignore_eos, continues=not chat))
-            )  # fmt: skip
+            wanted = EngineRequest(
+                prompt, tokens, tell, adapter, body.lora_scale, sampling, body.stops, body.ignore_eos, continues=not chat
+            )
+            choices.append(_Choice(index, wanted))
     try:
         service.engine.submit(*(choice.request for choice in choices))
     except QueueFullError as error:
@@ -162,7 +160,6 @@ async def _next(
         raise
     choice = choices[index]
     if isinstance(event, Piece):
-        choice.text.append(event.text)
         choice.pieces.append(event)
     else:
         choice.end = event
@@ -228,7 +225,7 @@ class _Form:
     def whole(self, choices: list[_Choice]) -> dict[str, Any]:
         found = []
         for choice in choices:
-            text = "".join(choice.text)
+            text = "".join(piece.text for piece in choice.pieces)
             said: dict[str, Any] = {"message": {"role": "assistant", "content": text}} if self.chat else {"text": text}
             told = self._told(choice.pieces) if self.logprobs else None
             assert choice.end is not None

@@ -55,10 +55,7 @@ def app(service: Service) -> FastAPI:
     async def bug(_: Request, error: Exception) -> Response:
         return ApiError(500, f"An error of the server's own: {type(error).__name__}.").response()
 
-    def client(request: Request) -> None:
-        _check_key(request.headers, service.api_key, service.admin_key)
-
-    def admin(request: Request) -> None:
+    def admin(request: Request) -> None:  # clients' keys have been checked at the gate
         _check_key(request.headers, service.admin_key or service.api_key)
 
     @made.get("/", include_in_schema=False)
@@ -73,17 +70,17 @@ def app(service: Service) -> FastAPI:
     async def metrics() -> Response:
         return PlainTextResponse(await run_in_threadpool(service.metrics.render, service.engine, service.registry))
 
-    @made.get("/v1/models", dependencies=[Depends(client)])
+    @made.get("/v1/models")
     async def models() -> dict[str, Any]:
         names = await run_in_threadpool(service.registry.names)
         return {"object": "list", "data": [_model(service, name) for name in (service.names[0], *names)]}
 
-    @made.get("/v1/models/{name:path}", dependencies=[Depends(client)])
+    @made.get("/v1/models/{name:path}")
     async def model(name: str) -> dict[str, Any]:
         service.check_model(name)
         return _model(service, name)
 
-    @made.post("/v1/chat/completions", dependencies=[Depends(client)])
+    @made.post("/v1/chat/completions")
     async def chat(body: ChatRequest, request: Request) -> Response:
         check_number(service, body, 1)
         messages = [{"role": one.role, "content": one.text} for one in body.messages]
@@ -95,7 +92,7 @@ def app(service: Service) -> FastAPI:
         limit = body.max_completion_tokens or body.max_tokens
         return await answer(service, request, body, [prompt], limit, body.wanted_logprobs, chat=True)
 
-    @made.post("/v1/completions", dependencies=[Depends(client)])
+    @made.post("/v1/completions")
     async def completions(body: CompletionRequest, request: Request) -> Response:
         check_number(service, body, len(body.prompts))
         prompts = []

@@ -5,7 +5,7 @@ the files: a request keeps the version it began with, and the next one sees what
 versions make room for new ones, unless they are pinned or in use.
 
 An adapter's values lie in one piece of memory, in the order in which a step reads them, and by default in float16: a batch of
-different adapters is bound by reading them. Rounding takes at most 2^-12 of a value of 6e-5 or more, and 3e-8 of a smaller one;
+different adapters is bound by reading them. Rounding takes at most 2^-11 of a value of 6e-5 or more, and 3e-8 of a smaller one;
 products and sums are in float32. An adapter with a value that float16 cannot hold stays in float32.
 """
 

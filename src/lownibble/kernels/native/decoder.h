@@ -15,7 +15,7 @@ namespace lownibble {
 
 enum Projection { kQ, kK, kV, kO, kGate, kUp, kDown, kProjections };
 
-// The structures below are mirrored in kernels/cpu.py.
+// The structures below are mirrored in kernels/cpu_decoder.py.
 
 struct Linear4bit {
     const std::uint8_t* codes;

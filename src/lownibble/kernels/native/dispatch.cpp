@@ -309,7 +309,7 @@ LOWNIBBLE_EXPORT std::int32_t lownibble_matmul_4bit(
     return failed;
 }
 
-// Bytes of the structures in decoder.h, in order, for kernels/cpu.py to compare with its own.
+// Bytes of the structures in decoder.h, in order, for kernels/cpu_decoder.py to compare with its own.
 LOWNIBBLE_EXPORT std::int32_t lownibble_decoder_sizes(std::int32_t which) {
     const std::size_t sizes[] = {sizeof(Linear4bit), sizeof(DecoderLayer), sizeof(LowRank), sizeof(Segment), sizeof(Tokens)};
     return static_cast<std::int32_t>(sizes[which]);
