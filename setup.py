@@ -25,6 +25,7 @@ ISA_FLAGS = {
     "isa_avx512.cpp": ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mfma", "-mf16c"] if X86 else [],
     "int8_avx512vnni.cpp": ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx512vnni", "-mfma"] if X86 else [],
     "attention_avx512.cpp": ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mfma"] if X86 else [],
+    "low_rank_avx512.cpp": ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mfma"] if X86 else [],
     "matmul_avx512.cpp": ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mfma"] if X86 else [],
     "isa_avx2.cpp": ["-mavx2", "-mfma", "-mf16c"] if X86 else [],
 }

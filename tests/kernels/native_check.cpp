@@ -51,6 +51,13 @@ std::int32_t lownibble_attention(const float*, const float*, const float*, float
 std::int32_t lownibble_attention_backward(const float*, const float*, const float*, const float*, const float*, float*, float*,
                                           float*, const std::int64_t*, const float*, const std::int64_t*, std::int64_t,
                                           std::int64_t, std::int64_t, std::int64_t, std::int64_t, float, std::int32_t);
+std::int32_t lownibble_has_low_rank();
+std::int32_t lownibble_low_rank(const float*, std::int64_t, std::int64_t, const float*, std::int64_t, std::int64_t, std::int64_t, float,
+                                float*, std::int32_t);
+std::int64_t lownibble_low_rank_sums(std::int64_t, std::int64_t, std::int64_t, std::int64_t);
+std::int32_t lownibble_low_rank_backward(const float*, const float*, const float*, std::int64_t, std::int64_t, std::int64_t,
+                                         const float*, std::int64_t, std::int64_t, std::int64_t, float, float*, float*, float*,
+                                         float*, std::int32_t);
 void lownibble_gemv_bf16(const float*, std::int64_t, std::int64_t, const void*, float*, std::int64_t, std::int32_t);
 }
 
@@ -349,6 +356,47 @@ Floats decode(std::int64_t T, std::int64_t D, std::int64_t inner, std::int32_t b
     return x;
 }
 
+// low = x A^T and its gradients against the formulas in float64; buffers of their exact lengths.
+bool low_rank_holds(std::int64_t T, std::int64_t N, std::int64_t K, std::int64_t r) {
+    const auto floats = [](std::int64_t n) {
+        Floats made(n);
+        for (float& value : made) value = static_cast<float>(random_bits() >> 8) / 16777216.0f - 0.5f;
+        return made;
+    };
+    const Floats x = floats(T * K), dy = floats(T * N), a = floats(r * K), b = floats(N * r);
+    Floats low(T * r), dlow(T * r), db(N * r), da(r * K);
+    const std::int64_t n_sums = lownibble_low_rank_sums(T, N, K, r);
+    float* const sums = static_cast<float*>(std::aligned_alloc(64, n_sums * 4));
+    const bool failed = lownibble_low_rank(x.data(), T, K, a.data(), r, 1, K, 1.0f, low.data(), kThreads) ||
+                        lownibble_low_rank_backward(dy.data(), x.data(), low.data(), T, N, K, b.data(), r, r, 1, 0.5f, dlow.data(),
+                                                    db.data(), da.data(), sums, kThreads);
+    std::free(sums);
+    if (failed) return false;
+    const auto close = [](float found, double expected, std::int64_t terms) {  // `terms` of a sum, and of the sums that are its terms
+        const double magnitudes = 0.25 * terms * (1 + 0.25 * terms);
+        return std::fabs(found - expected) <= (terms + 3) * std::ldexp(magnitudes, -24);
+    };
+    for (std::int64_t i = 0; i < r; ++i) {
+        for (std::int64_t t = 0; t < T; ++t) {
+            double forward = 0, backward = 0;
+            for (std::int64_t k = 0; k < K; ++k) forward += static_cast<double>(x[t * K + k]) * a[i * K + k];
+            for (std::int64_t n = 0; n < N; ++n) backward += static_cast<double>(dy[t * N + n]) * b[n * r + i];
+            if (!close(low[t * r + i], forward, K) || !close(dlow[t * r + i], 0.5 * backward, N)) return false;
+        }
+        for (std::int64_t n = 0; n < N; ++n) {
+            double sum = 0;
+            for (std::int64_t t = 0; t < T; ++t) sum += 0.5 * dy[t * N + n] * low[t * r + i];
+            if (!close(db[n * r + i], sum, T + K)) return false;
+        }
+        for (std::int64_t k = 0; k < K; ++k) {
+            double sum = 0;
+            for (std::int64_t t = 0; t < T; ++t) sum += static_cast<double>(dlow[t * r + i]) * x[t * K + k];
+            if (!close(da[i * K + k], sum, T + N)) return false;
+        }
+    }
+    return true;
+}
+
 // Attention of 4 heads over 2 pairs of keys and values in one row of three segments, against sums in double precision; backward is
 // compared with finite differences of the sum of the output times `dout`, for a few elements. Buffers have their exact sizes.
 bool attention_holds(std::int64_t T, std::int64_t D) {
@@ -482,6 +530,15 @@ int main() {
             if (!decoder_holds(name, shape[0], shape[1], shape[2], static_cast<std::int32_t>(shape[3]), tables)) {
                 std::printf("%s: the decoder layer differs from scalar, T=%lld head_dim=%lld\n", name.c_str(),
                             static_cast<long long>(shape[0]), static_cast<long long>(shape[1]));
+                return 1;
+            }
+        }
+        const std::int64_t branches[][4] = {{1, 3, 5, 1}, {77, 100, 130, 7}, {300, 48, 33, 16}, {65, 192, 64, 40}};
+        for (const auto& shape : branches) {
+            if (lownibble_has_low_rank() && !low_rank_holds(shape[0], shape[1], shape[2], shape[3])) {
+                std::printf("%s: the low-rank branch is wrong, T=%lld N=%lld K=%lld r=%lld\n", name.c_str(),
+                            static_cast<long long>(shape[0]), static_cast<long long>(shape[1]), static_cast<long long>(shape[2]),
+                            static_cast<long long>(shape[3]));
                 return 1;
             }
         }

@@ -11,7 +11,7 @@ import sys
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +20,7 @@ from torch.utils.flop_counter import flop_registry
 
 from lownibble.config import DataConfig, LoraConfig, QuantConfig
 from lownibble.data import load as load_data
+from lownibble.kernels import ops, plain
 from lownibble.lora import add_lora
 from lownibble.models import load, load_tokenizer, pick_device, pick_dtype, resolve
 from lownibble.models.attention import head_dim, kernel_obstacle, segment_attention
@@ -155,9 +156,21 @@ class _Products(TorchDispatchMode):
         return out
 
 
+class _CountedBranches:
+    """The kernels in use, but for the low-rank branch's products, which torch makes, so that they can be counted."""
+
+    low_rank, low_rank_backward = staticmethod(plain.low_rank), staticmethod(plain.low_rank_backward)
+
+    def __init__(self) -> None:
+        self.kernels = ops.current(pick_device())
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.kernels, name)
+
+
 def _flops(loss: Callable[[], Tensor]) -> int:
     """Floating-point operations of the matrix products but attention's in one forward and backward pass."""
-    with _Products() as counted:
+    with ops.use_backend(cast(ops.Backend, _CountedBranches())), _Products() as counted:
         torch.autograd.backward(loss())
     return int(counted.total)
 

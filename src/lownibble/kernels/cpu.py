@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from lownibble.errors import BackendError, InputError
-from lownibble.kernels import cpu_attention, cpu_decoder, decoded
+from lownibble.kernels import cpu_attention, cpu_decoder, cpu_low_rank, decoded
 from lownibble.kernels.checks import DTYPES, check_block_size, check_float, check_tensor, check_weight, check_weight_8bit
 from lownibble.kernels.decoder import DecoderLayers, Segment, Step
 from lownibble.kernels.ops import Addition, Nested, Rows8bit, row_sizes
@@ -33,7 +33,7 @@ from lownibble.kernels.ops import Addition, Nested, Rows8bit, row_sizes
 name = "cpu"
 device_types = ("cpu",)
 
-_ABI = 7
+_ABI = 8
 _FOLDER = Path(__file__).parent
 _CPU = torch.device("cpu")
 
@@ -62,6 +62,11 @@ _SIGNATURES = {
     "attention": [*[_pointer] * 7, *[_int64] * 5, ctypes.c_float, _int32],
     "attention_backward": [*[_pointer] * 11, *[_int64] * 5, ctypes.c_float, _int32],
     "select": [ctypes.c_char_p],
+    "low_rank": [_pointer, _int64, _int64, _pointer, *[_int64] * 3, ctypes.c_float, _pointer, _int32],
+    "low_rank_sums": [_int64] * 4,
+    "low_rank_backward": [
+        *[_pointer] * 3, *[_int64] * 3, _pointer, *[_int64] * 3, ctypes.c_float, *[_pointer] * 4, _int32
+    ],
     "softmax_rows": [_pointer, _int64, _int64, ctypes.c_float, _pointer, _int32],
     "gemv_bf16": [_pointer, _int64, _int64, _pointer, _pointer, _int64, _int32],
 }  # fmt: skip
@@ -69,10 +74,10 @@ _SIGNATURES = {
 
 _RESULTS = {
     **dict.fromkeys(("isa", "available"), ctypes.c_char_p),
-    **dict.fromkeys(("has_attention", "has_matmul", "has_int8", "select"), _int32),
+    **dict.fromkeys(("has_attention", "has_low_rank", "has_matmul", "has_int8", "select"), _int32),
     **dict.fromkeys(("gemv_4bit", "matmul_int8", "matmul_4bit", "attention", "attention_backward"), _int32),
-    **dict.fromkeys(("decoder_sizes", "decoder_layers"), _int32),
-    "decoder_workspace": _int64,
+    **dict.fromkeys(("decoder_sizes", "decoder_layers", "low_rank", "low_rank_backward"), _int32),
+    **dict.fromkeys(("decoder_workspace", "low_rank_sums"), _int64),
 }
 """What functions return; those not named here return nothing."""
 
@@ -384,6 +389,16 @@ def gemv_bf16(x_TK: Tensor, weight_NK: Tensor) -> Tensor:
     x_data, weight = _data(x_TK, "x_TK", torch.float32, T * K), _data(weight_NK, "weight_NK", torch.bfloat16, N * K)
     library().gemv_bf16(x_data, T, K, weight, out_TN.data_ptr(), N, torch.get_num_threads())
     return out_TN
+
+
+def low_rank(x_TC: Tensor, factor_Cr: Tensor, scale: float) -> Tensor:
+    """As `ops.low_rank`."""
+    return cpu_low_rank.low_rank(library(), x_TC, factor_Cr, scale)
+
+
+def low_rank_backward(dy_TN: Tensor, x_TK: Tensor, low_Tr: Tensor, lora_B: Tensor, scale: float) -> tuple[Tensor, Tensor, Tensor]:
+    """As `ops.low_rank_backward`."""
+    return cpu_low_rank.low_rank_backward(library(), dy_TN, x_TK, low_Tr, lora_B, scale)
 
 
 def softmax_rows(x_LV: Tensor, scale: float) -> Tensor:

@@ -163,6 +163,12 @@ class Backend(Protocol):
         self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, borders: Tensor, scaling: float
     ) -> tuple[Tensor, Tensor, Tensor]: ...
 
+    def low_rank(self, x_TC: Tensor, factor_Cr: Tensor, scale: float) -> Tensor: ...
+
+    def low_rank_backward(
+        self, dy_TN: Tensor, x_TK: Tensor, low_Tr: Tensor, lora_B: Tensor, scale: float
+    ) -> tuple[Tensor, Tensor, Tensor]: ...
+
     def softmax_rows(self, x_LV: Tensor, scale: float) -> Tensor: ...
 
     def gemv_bf16(self, x_TK: Tensor, weight_NK: Tensor) -> Tensor: ...
@@ -396,6 +402,22 @@ def attention_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of q, k and v, in their shapes, from `attention`'s results and the gradient of its first one."""
     return _for(q).attention_backward(dout, q, k, v, out, lse, borders, scaling)
+
+
+def low_rank(x_TC: Tensor, factor_Cr: Tensor, scale: float = 1.0) -> Tensor:
+    """`scale * x @ factor`, (T, r) in x's dtype, for a rank much smaller than C.
+
+    x_TC: contiguous; factor_Cr: float32 with any strides.
+    """
+    return _for(x_TC).low_rank(x_TC, factor_Cr, scale)
+
+
+def low_rank_backward(dy_TN: Tensor, x_TK: Tensor, low_Tr: Tensor, lora_B: Tensor, scale: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of `y = scale * low B^T`, `low = x A^T`: dlow (T, r) in dy's dtype, dA (r, K) and dB (N, r) in that of B.
+
+    lora_B: (N, r); all else is contiguous and of one dtype.
+    """
+    return _for(dy_TN).low_rank_backward(dy_TN, x_TK, low_Tr, lora_B, scale)
 
 
 def softmax_rows(x_LV: Tensor, scale: float) -> Tensor:

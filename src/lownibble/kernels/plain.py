@@ -1,4 +1,4 @@
-"""Operations that torch does well enough where there is no kernel of ours: the reference's, and CUDA's."""
+"""Operations that torch does well enough where there is no kernel of ours: the reference's, CUDA's, and what a CPU lacks."""
 
 from __future__ import annotations
 
@@ -17,3 +17,16 @@ def softmax_rows(x_LV: Tensor, scale: float) -> Tensor:
 def gemv_bf16(x_TK: Tensor, weight_NK: Tensor) -> Tensor:
     """As `ops.gemv_bf16`."""
     return x_TK @ weight_NK.float().t()
+
+
+def low_rank(x_TC: Tensor, factor_Cr: Tensor, scale: float) -> Tensor:
+    """As `ops.low_rank`."""
+    low_Tr = x_TC @ factor_Cr.to(x_TC.dtype)
+    return low_Tr if scale == 1 else low_Tr.mul_(scale)
+
+
+def low_rank_backward(dy_TN: Tensor, x_TK: Tensor, low_Tr: Tensor, lora_B: Tensor, scale: float) -> tuple[Tensor, Tensor, Tensor]:
+    """As `ops.low_rank_backward`."""
+    dlow_Tr = low_rank(dy_TN, lora_B, scale)
+    dB = (low_Tr.t() @ dy_TN).mul_(scale).t().to(lora_B.dtype).contiguous()
+    return dlow_Tr, (dlow_Tr.t() @ x_TK).to(lora_B.dtype), dB

@@ -107,6 +107,18 @@ class Traced:
         dq, dk, dv = (t.new_empty(t.shape[0], t.shape[2], t.shape[1], t.shape[3]).transpose(1, 2) for t in (q, k, v))
         return dq, dk, dv
 
+    def low_rank(self, x_TC: Tensor, factor_Cr: Tensor, scale: float) -> Tensor:
+        """As `ops.low_rank`."""
+        return x_TC.new_empty(len(x_TC), factor_Cr.shape[1])
+
+    def low_rank_backward(
+        self, dy_TN: Tensor, x_TK: Tensor, low_Tr: Tensor, lora_B: Tensor, scale: float
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """As `ops.low_rank_backward`; the sums of the shares of its rows are left out."""
+        if not (self._fused and dy_TN.dtype == torch.float32):
+            return plain.low_rank_backward(dy_TN, x_TK, low_Tr, lora_B, scale)
+        return torch.empty_like(low_Tr), lora_B.new_empty(low_Tr.shape[1], x_TK.shape[1]), torch.empty_like(lora_B)
+
     def softmax_rows(self, x_LV: Tensor, scale: float) -> Tensor:
         """As `ops.softmax_rows`."""
         return x_LV.new_empty(len(x_LV)) if self._softmax else plain.softmax_rows(x_LV, scale)

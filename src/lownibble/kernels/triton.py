@@ -42,6 +42,8 @@ from lownibble.kernels.checks import check_block_size, check_float, check_tensor
 from lownibble.kernels.decoder import DecoderLayers, Segment, Step
 from lownibble.kernels.ops import LARGEST_CODE, PART, Addition, Nested, Rows8bit, row_sizes
 from lownibble.kernels.plain import gemv_bf16 as gemv_bf16
+from lownibble.kernels.plain import low_rank as low_rank
+from lownibble.kernels.plain import low_rank_backward as low_rank_backward
 from lownibble.kernels.plain import softmax_rows as softmax_rows
 
 name = "triton"

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from lownibble.kernels import ops
 from lownibble.kernels.ops import Addition, Rows8bit
 from lownibble.quant import QuantizedTensor, eightbit
 
@@ -46,8 +47,9 @@ def forward(
     dropout: float, seed: int, rows: Rows8bit | None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """x (T, K) -> y (T, N) and dropout(x) A^T (T, r). `rows`: x in 8 bits, for 8-bit products, or None."""
+    x = x.contiguous()
     dropped = x if dropout == 0 else x * _keep_mask(x, dropout, seed)
-    low = dropped @ lora_A.to(x.dtype).t()
+    low = ops.low_rank(dropped, lora_A.t())
     if isinstance(weight, Tensor):
         w = weight.to(x.dtype).t()
         y = x @ w if bias is None else torch.addmm(bias.to(x.dtype), x, w)
@@ -66,10 +68,9 @@ def backward(
     dropout: float, seed: int, code_type: torch.dtype | None, wants_dx: bool,
 ) -> tuple[Tensor | None, Tensor, Tensor]:  # fmt: skip
     """dy (T, N) -> dx (T, K) if wanted, dA and dB. `code_type`: for 8-bit products, the forward's, or None."""
-    dlow = (dy @ lora_B.to(dy.dtype)).mul_(scale)
+    dy, x = dy.contiguous(), x.contiguous()
     mask = _keep_mask(x, dropout, seed) if dropout else None
-    dA = (dlow.t() @ (x if mask is None else x * mask)).to(lora_A.dtype)
-    dB = (low.t() @ dy).mul_(scale).t().to(lora_B.dtype).contiguous()
+    dlow, dA, dB = ops.low_rank_backward(dy, x if mask is None else x * mask, low, lora_B, scale)
     if not wants_dx:
         return None, dA, dB
     dx = _input_gradient(dy, weight, Addition(low=dlow, factor=lora_A) if mask is None else Addition(), code_type)

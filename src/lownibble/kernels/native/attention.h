@@ -20,7 +20,9 @@ struct HeadRows {
     std::int64_t step;
 };
 
-static inline std::int64_t padded_keys(std::int64_t L) { return (L + kKeyTile - 1) / kKeyTile * kKeyTile; }
+// Length of a row of scores for L keys: whole tiles, and a line more, so that rows do not lie a power of two apart, where they would
+// share the same few sets of the cache.
+static inline std::int64_t padded_keys(std::int64_t L) { return (L + kKeyTile - 1) / kKeyTile * kKeyTile + 16; }
 
 // Floats of working memory for a segment of L tokens.
 static inline std::int64_t attention_scratch(std::int64_t L, std::int64_t D, bool backward) {

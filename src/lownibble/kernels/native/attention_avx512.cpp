@@ -1,7 +1,6 @@
 // Causal attention on AVX-512; attention.h describes the method.
 #if defined(__x86_64__)
 
-#include "algorithms.h"
 #include "attention.h"
 #include "avx512.h"
 
@@ -57,6 +56,23 @@ inline void strip(const float* a, std::int64_t a_row, std::int64_t a_step, const
     if (i < n) tile<1, Add>(a, a_row, a_step, b + i, b_row, steps, c + i, c_row, rows);
 }
 
+inline __mmask16 first_lanes(std::int64_t count) {
+    return count >= 16 ? 0xFFFF : count <= 0 ? 0 : static_cast<__mmask16>((1 << count) - 1);
+}
+
+// e^x to a few units in the last place, for x up to 88: Cephes' polynomial, as in algorithms.h, in fused operations.
+inline __m512 exponentials(__m512 x) {
+    x = _mm512_max_ps(_mm512_set1_ps(-104.0f), x);  // e^-104 is 0; NaN stays
+    const __m512 n = _mm512_roundscale_ps(_mm512_mul_ps(x, _mm512_set1_ps(1.44269504f)), 8);  // to nearest
+    const __m512 r = _mm512_fmadd_ps(n, _mm512_set1_ps(2.12194440e-4f), _mm512_fnmadd_ps(n, _mm512_set1_ps(0.693359375f), x));
+    constexpr float terms[] = {1.3981999507e-3f, 8.3334519073e-3f, 4.1665795894e-2f, 1.6666665459e-1f, 5.0000001201e-1f};
+    __m512 sum = _mm512_set1_ps(1.9875691500e-4f);
+#pragma GCC unroll 5
+    for (const float term : terms) sum = _mm512_fmadd_ps(sum, r, _mm512_set1_ps(term));
+    sum = _mm512_add_ps(_mm512_fmadd_ps(_mm512_mul_ps(sum, r), r, r), _mm512_set1_ps(1.0f));
+    return _mm512_scalef_ps(sum, n);
+}
+
 // n is a multiple of 16.
 inline float product_sum(const float* a, const float* b, std::int64_t n) {
     __m512 sum = _mm512_setzero_ps();
@@ -70,8 +86,7 @@ void transpose(HeadRows rows, std::int64_t L, std::int64_t D, float* out) {
     const __m512i lanes = _mm512_mullo_epi32(_mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15),
                                              _mm512_set1_epi32(static_cast<std::int32_t>(rows.step)));
     for (std::int64_t t = 0; t < padded; t += 16) {
-        const std::int64_t count = L - t;
-        const __mmask16 inside = count >= 16 ? 0xFFFF : count <= 0 ? 0 : static_cast<__mmask16>((1 << count) - 1);
+        const __mmask16 inside = first_lanes(L - t);
         for (std::int64_t d = 0; d < D; ++d) {
             const __m512 column = _mm512_mask_i32gather_ps(_mm512_setzero_ps(), inside, lanes, rows.data + t * rows.step + d, 4);
             _mm512_store_ps(out + d * padded + t, column);
@@ -79,13 +94,15 @@ void transpose(HeadRows rows, std::int64_t L, std::int64_t D, float* out) {
     }
 }
 
-// scores (rows, keys) of queries [first, first + rows) with the first `keys` keys; keys a multiple of 64, row stride `padded`.
-void score(const float* q, std::int64_t q_step, const float* transposed, std::int64_t padded, std::int64_t rows, std::int64_t keys,
-           std::int64_t D, float* scores) {
-    for (std::int64_t key = 0; key < keys; key += kKeyTile) {
-        for (std::int64_t row = 0; row < rows; row += kTileRows) {
-            tile<4, false>(q + row * q_step, q_step, 1, transposed + key, padded, D, scores + row * padded + key, padded,
-                           rows - row);
+// scores of queries [first, first + rows), each with the keys that any query of its tile sees; row stride `padded`.
+void score(const float* q, std::int64_t q_step, const float* transposed, std::int64_t padded, std::int64_t first,
+           std::int64_t rows, std::int64_t D, float* scores) {
+    for (std::int64_t key = 0; key < first + rows; key += kKeyTile) {
+        const std::int64_t unseeing = key > first ? (key - first) / kTileRows * kTileRows : 0;  // their tiles end before the key
+        for (std::int64_t row = unseeing; row < rows; row += kTileRows) {
+            const std::int64_t some = smaller(kTileRows, rows - row), seen = first + row + some - key;
+            strip<false>(q + row * q_step, q_step, 1, transposed + key, padded, D, scores + row * padded + key, padded, some,
+                         smaller(kKeyTile, (seen + 15) / 16 * 16));
         }
     }
 }
@@ -97,22 +114,27 @@ void forward(HeadRows q, HeadRows k, HeadRows v, HeadRows out, float* lse, std::
     transpose(k, L, D, transposed);
     for (std::int64_t first = 0; first < L; first += kQueryBlock) {
         const std::int64_t rows = smaller(kQueryBlock, L - first);
-        score(q.data + first * q.step, q.step, transposed, padded, rows, padded_keys(first + rows), D, scores);
+        score(q.data + first * q.step, q.step, transposed, padded, first, rows, D, scores);
         float factors[kQueryBlock];
         for (std::int64_t row = 0; row < rows; ++row) {
             float* const s = scores + row * padded;
-            const std::int64_t count = first + row + 1, end = smaller(padded, (first + rows + 15) / 16 * 16);
-            float largest = -__builtin_inff(), total = 0.0f;
-            __m512 most = _mm512_set1_ps(largest);
+            const std::int64_t count = first + row + 1;
+            const __m512 nothing = _mm512_set1_ps(-__builtin_inff());
+            __m512 most = nothing, sum = _mm512_setzero_ps();
+            for (std::int64_t i = 0; i < count; i += 16) {
+                most = _mm512_max_ps(most, _mm512_mask_loadu_ps(nothing, first_lanes(count - i), s + i));
+            }
+            const float largest = _mm512_reduce_max_ps(most);
+            const __m512 factor = _mm512_set1_ps(scaling), shift = _mm512_set1_ps(scaling * largest);
             std::int64_t i = 0;
-            for (; i + 16 <= count; i += 16) most = _mm512_max_ps(most, _mm512_loadu_ps(s + i));
-            largest = _mm512_reduce_max_ps(most);
-            for (; i < count; ++i) largest = s[i] > largest ? s[i] : largest;
-            for (i = 0; i < count; ++i) s[i] = exponential(scaling * (s[i] - largest));
-            for (i = count; i < end; ++i) s[i] = 0.0f;  // a tile of rows goes up to its last row's key
-            __m512 sum = _mm512_setzero_ps();
-            for (i = 0; i < end; i += 16) sum = _mm512_add_ps(sum, _mm512_loadu_ps(s + i));
-            total = _mm512_reduce_add_ps(sum);
+            for (; i < count; i += 16) {  // zeros after the row's last key: a tile of rows goes up to its last row's
+                const __m512 scaled = _mm512_fmsub_ps(_mm512_loadu_ps(s + i), factor, shift);
+                const __m512 value = _mm512_maskz_mov_ps(first_lanes(count - i), exponentials(scaled));
+                _mm512_storeu_ps(s + i, value);
+                sum = _mm512_add_ps(sum, value);
+            }
+            if (i < smaller(padded, count + kTileRows)) _mm512_storeu_ps(s + i, _mm512_setzero_ps());
+            const float total = _mm512_reduce_add_ps(sum);
             factors[row] = 1.0f / total;
             lse[(first + row) * lse_step] = scaling * largest + __builtin_logf(total);
         }
@@ -143,20 +165,24 @@ void backward(HeadRows dout, HeadRows q, HeadRows k, HeadRows v, HeadRows out, c
         const float* const out_head = out.data + head * head_steps[2];
         float* const dq_head = dq.data + head * head_steps[3];
         for (std::int64_t first = 0; first < L; first += kQueryBlock) {
-            const std::int64_t rows = smaller(kQueryBlock, L - first), count = first + rows, computed = padded_keys(count);
+            const std::int64_t rows = smaller(kQueryBlock, L - first), count = first + rows;
             const float *const dout_block = dout_head + first * dout.step, *const q_block = q_head + first * q.step;
-            score(q_block, q.step, keys, padded, rows, computed, D, p);
-            score(dout_block, dout.step, values, padded, rows, computed, D, ds);
+            score(q_block, q.step, keys, padded, first, rows, D, p);
+            score(dout_block, dout.step, values, padded, first, rows, D, ds);
             for (std::int64_t row = 0; row < rows; ++row) {
                 float *const p_row = p + row * padded, *const ds_row = ds + row * padded;
                 const float delta = product_sum(dout_block + row * dout.step, out_head + (first + row) * out.step, D);
                 const float shift = lse[(first + row) * lse_step + head];
                 const std::int64_t seen = first + row + 1;
-                for (std::int64_t i = 0; i < seen; ++i) {
-                    p_row[i] = exponential(scaling * p_row[i] - shift);
-                    ds_row[i] = p_row[i] * (ds_row[i] - delta) * scaling;
+                const __m512 factor = _mm512_set1_ps(scaling), shifts = _mm512_set1_ps(shift), deltas = _mm512_set1_ps(delta);
+                for (std::int64_t i = 0; i < count; i += 16) {  // zeros after the row's last key
+                    const __mmask16 inside = first_lanes(seen - i);
+                    const __m512 scaled = _mm512_fmsub_ps(_mm512_loadu_ps(p_row + i), factor, shifts);
+                    const __m512 value = _mm512_maskz_mov_ps(inside, exponentials(scaled));
+                    const __m512 difference = _mm512_sub_ps(_mm512_loadu_ps(ds_row + i), deltas);
+                    _mm512_storeu_ps(p_row + i, value);
+                    _mm512_storeu_ps(ds_row + i, _mm512_maskz_mul_ps(inside, _mm512_mul_ps(value, difference), factor));
                 }
-                for (std::int64_t i = seen; i < count; ++i) p_row[i] = ds_row[i] = 0.0f;
             }
             for (std::int64_t row = 0; row < rows; row += kTileRows) {
                 const std::int64_t some = smaller(kTileRows, rows - row);

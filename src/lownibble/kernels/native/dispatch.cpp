@@ -15,6 +15,7 @@
 #include "decoder.h"
 #include "int8.h"
 #include "kernels.h"
+#include "low_rank.h"
 #include "matmul.h"
 
 #if defined(_OPENMP)
@@ -79,6 +80,14 @@ const Int8Kernels* active_int8() {
 const MatmulKernels* active_matmul() {
 #if defined(__x86_64__)
     if (active == &kAvx512Kernels) return &kAvx512MatmulKernels;
+#endif
+    return nullptr;
+}
+
+// The low-rank branch's products that go with the instruction set in use, or null.
+const LowRankKernels* active_low_rank() {
+#if defined(__x86_64__)
+    if (active == &kAvx512Kernels) return &kAvx512LowRankKernels;
 #endif
     return nullptr;
 }
@@ -161,7 +170,7 @@ std::int64_t blocks_of(std::int64_t n, std::int32_t block_shift) {
 }  // namespace
 
 // Raised whenever a signature below changes; kernels/cpu.py refuses another number.
-LOWNIBBLE_EXPORT std::int32_t lownibble_abi() { return 7; }
+LOWNIBBLE_EXPORT std::int32_t lownibble_abi() { return 8; }
 
 // Comma-separated names of the instruction sets that run here, fastest first.
 LOWNIBBLE_EXPORT const char* lownibble_available() { return available().names; }
@@ -307,6 +316,58 @@ LOWNIBBLE_EXPORT std::int32_t lownibble_matmul_4bit(
                                      Range{T * j / shares, T * (j + 1) / shares});
     });
     return failed;
+}
+
+// 1 when the functions below may be called with the instruction set in use.
+LOWNIBBLE_EXPORT std::int32_t lownibble_has_low_rank() { return active_low_rank() != nullptr; }
+
+// out (T, r) = scale x F, with x (T, C) and F (C, r), whose element (c, i) is factor[c * step + i * stride]. 0, or -1 when there is no
+// memory for the packed factor.
+LOWNIBBLE_EXPORT std::int32_t lownibble_low_rank(const float* x, std::int64_t T, std::int64_t C, const float* factor,
+                                                 std::int64_t r, std::int64_t step, std::int64_t stride, float scale, float* out,
+                                                 std::int32_t num_threads) {
+    std::int32_t failed = 0;
+    in_parallel(T, T * C * r, num_threads, [&](Range rows) {
+        float* const memory = static_cast<float*>(scratch.of(static_cast<std::size_t>(low_rank_scratch(C, r))));
+        if (!memory) {
+            failed = -1;
+            return;
+        }
+        active_low_rank()->project(x, C, Factor{factor, step, stride}, r, scale, out, memory, rows);
+    });
+    return failed;
+}
+
+// Floats that `sums` of lownibble_low_rank_backward has, for so many rows.
+LOWNIBBLE_EXPORT std::int64_t lownibble_low_rank_sums(std::int64_t T, std::int64_t N, std::int64_t K, std::int64_t r) {
+    return low_rank_shares(T) * low_rank_sums(N, K, r);
+}
+
+// dlow (T, r), db (N, r) and da (r, K) from dy (T, N), x (T, K), low (T, r) and B (N, r); `sums` is aligned to 64 bytes. 0, or -1 when
+// there is no memory for the packed factor.
+LOWNIBBLE_EXPORT std::int32_t lownibble_low_rank_backward(const float* dy, const float* x, const float* low, std::int64_t T,
+                                                          std::int64_t N, std::int64_t K, const float* factor, std::int64_t r,
+                                                          std::int64_t step, std::int64_t stride, float scale, float* dlow,
+                                                          float* db, float* da, float* sums, std::int32_t num_threads) {
+    const LowRankBackward job{dy, x, low, Factor{factor, step, stride}, N, K, r, scale, dlow};
+    const std::int64_t shares = low_rank_shares(T), floats = low_rank_sums(N, K, r);
+    std::int32_t failed = 0;
+    in_turns(shares, T * (N + K) * r, num_threads, [&](std::int64_t share) {
+        float* const memory = static_cast<float*>(scratch.of(static_cast<std::size_t>(low_rank_scratch(N, r))));
+        if (!memory) {
+            failed = -1;
+            return;
+        }
+        active_low_rank()->backward(job, sums + share * floats, memory, Range{T * share / shares, T * (share + 1) / shares});
+    });
+    if (failed) return failed;
+    const std::int64_t tiles = (K + kRankLanes - 1) / kRankLanes, tiles_n = (N + kRankLanes - 1) / kRankLanes;
+    in_parallel(tiles_n + tiles, shares * floats, num_threads, [&](Range all) {
+        const Range n{smaller(N, smaller(all.begin, tiles_n) * kRankLanes), smaller(N, smaller(all.end, tiles_n) * kRankLanes)};
+        const std::int64_t first = all.begin > tiles_n ? all.begin - tiles_n : 0, last = all.end > tiles_n ? all.end - tiles_n : 0;
+        active_low_rank()->sum_shares(job, sums, shares, db, da, n, Range{first, last});
+    });
+    return 0;
 }
 
 // Bytes of the structures in decoder.h, in order, for kernels/cpu_decoder.py to compare with its own.

@@ -88,15 +88,25 @@ inline void add_term(__m512 (&sums)[Rows][kVectors], const float* const (&rows)[
 
 // `count` terms from `x`, whose rows are `stride` apart.
 template <int Rows>
-inline void add_terms(__m512 (&sums)[Rows][kVectors], const float* x, std::int64_t stride, std::int64_t count, const float* panel) {
+inline void add_terms(__m512 (&sums)[Rows][kVectors], const float* x, std::int64_t stride, std::int64_t count, const float* panel,
+                      const float* ahead = nullptr, std::int64_t ahead_stride = 0) {
     const float* rows[Rows];
 #pragma GCC unroll 8
     for (int i = 0; i < Rows; ++i) rows[i] = x + i * stride;
     std::int64_t k = 0;
-    for (; k + 4 <= count; k += 4, panel += 4 * kPanel) {
+    const auto four_terms = [&] {
 #pragma GCC unroll 4
         for (int step = 0; step < 4; ++step) add_term<Rows>(sums, rows, k + step, panel + step * kPanel);
+        k += 4;
+        panel += 4 * kPanel;
+    };
+    if (ahead) {
+        for (int line = 0; line < Rows * kVectors && k + 4 <= count; ++line) {
+            __builtin_prefetch(ahead + line / kVectors * ahead_stride + line % kVectors * 16, 1);
+            four_terms();
+        }
     }
+    while (k + 4 <= count) four_terms();
     for (; k < count; ++k, panel += kPanel) add_term<Rows>(sums, rows, k, panel);
 }
 
@@ -119,9 +129,9 @@ void multiply_tile(const Job& job, std::int64_t t, const float* panel, std::int6
 #pragma GCC unroll 3
         for (int v = 0; v < kVectors; ++v) sums[i][v] = _mm512_setzero_ps();
     }
-    add_terms<Rows>(sums, job.x + t * job.x_stride, job.x_stride, job.depth, panel);
-    if (job.r) add_terms<Rows>(sums, job.low + t * job.r, job.r, job.r, panel + job.depth * kPanel);
     out += t * job.out_stride + column;
+    add_terms<Rows>(sums, job.x + t * job.x_stride, job.x_stride, job.depth, panel, out, job.out_stride);
+    if (job.r) add_terms<Rows>(sums, job.low + t * job.r, job.r, job.r, panel + job.depth * kPanel);
     const bool adds = !job.first || job.bias;
     const float* before = job.first && job.bias ? job.bias + column : out;
     const std::int64_t stride = job.first ? 0 : job.out_stride;
