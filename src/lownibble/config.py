@@ -32,7 +32,7 @@ class QuantConfig(Options):
         "auto",
         description="products of the frozen base: 'exact' in the activations' dtype, 'int8' on 8-bit units (faster; values "
         "differ a little, the adapter stays exact), 'fp8' on those of newer CUDA devices (values differ more); 'auto' is "
-        "'exact' until every figure of 'bench quality' says that int8 learns as well",
+        "'int8' for training on a CPU that has it, where 'bench quality' says that it learns as well, else 'exact'",
     )
     skip_modules: list[str] = Field(["lm_head"], description="linear modules left in full precision, by last name or path")
 

@@ -1,5 +1,8 @@
 """Training on 8-bit products. Oracles: the same run in exact compute, and the same run again."""
 
+import json
+from pathlib import Path
+
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -8,9 +11,11 @@ import lownibble as ln
 from lownibble.config import DataConfig, LoraConfig, QuantConfig, RunConfig, TrainConfig
 from lownibble.errors import BackendError, InputError
 from lownibble.kernels import cpu
+from lownibble.quant import eightbit
 from lownibble.training import run
 from lownibble.training.loss import check_packing
 
+RECORD = Path(__file__).parents[2] / "benchmarks" / "results" / "quality-cpu.json"
 DATA = {"prompt_template": "review : {text} sentiment :", "completion_template": " {label}"}
 
 try:
@@ -61,6 +66,40 @@ def test_fp8_follows_exact_compute_on_the_reference_kernels(wide_model, tiny_dat
     assert fp8.losses != exact.losses
     assert fp8.losses == pytest.approx(exact.losses, rel=0.02)
     assert fp8.losses[-1] < 0.8 * fp8.losses[0]
+
+
+@needs_vnni
+def test_auto_takes_what_is_proven_where_it_runs_and_says_why(wide_model, tiny_model, tiny_data, tmp_path, monkeypatch):
+    wide = train(wide_model, tiny_data, tmp_path / "wide", "auto").record["model"]
+    assert wide["compute"] == ["int8"]
+    assert wide["compute_chosen"].startswith("int8 (faster")
+    narrow = train(tiny_model, tiny_data, tmp_path / "narrow", "auto").record["model"]
+    assert (narrow["compute"], "multiple of 64" in narrow["compute_chosen"]) == (["exact"], True)
+    with ln.use_backend("reference"):
+        plain = train(wide_model, tiny_data, tmp_path / "plain", "auto").record["model"]
+    assert (plain["compute"], "compiled kernels" in plain["compute_chosen"]) == (["exact"], True)
+    monkeypatch.setattr(cpu, "has_int8", lambda: False)
+    without = train(wide_model, tiny_data, tmp_path / "without", "auto").record["model"]
+    assert (without["compute"], "AVX-512 VNNI" in without["compute_chosen"]) == (["exact"], True)
+    assert train(wide_model, tiny_data, tmp_path / "asked", "exact").record["model"]["compute_chosen"] == ""
+
+
+@needs_vnni
+def test_auto_stays_exact_where_nothing_is_proven():
+    shapes = [torch.Size((64, 64))]
+    assert eightbit.automatic(shapes, 64, torch.float32, torch.device("cpu"))[0] == "int8"
+    for dtype, device in ((torch.bfloat16, "cpu"), (torch.float32, "cuda"), (torch.bfloat16, "mps")):
+        compute, reason = eightbit.automatic(shapes, 64, dtype, torch.device(device))
+        assert (compute, "not been proven" in reason) == ("exact", True)
+
+
+def test_what_auto_takes_is_what_the_record_proves():
+    """The rule: every figure of both tasks differs by less than seeds do."""
+    record = json.loads(RECORD.read_text())
+    proven = all(figure["within"] for task in record["tasks"].values() for figure in task["figures"].values())
+    assert len(record["tasks"]) == 2
+    assert record["workload"]["seeds"] >= 3
+    assert ({"cpu": "int8"} if proven else {}) == eightbit.PROVEN
 
 
 @pytest.mark.parametrize("compute", [pytest.param("int8", marks=needs_vnni), "fp8"])

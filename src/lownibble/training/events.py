@@ -11,7 +11,8 @@ from dataclasses import dataclass, field
 
 @dataclass(frozen=True)
 class Started:
-    """Before the first step. `first_step` is above 0 after a resume; `compile_seconds` is the time to compile the layers."""
+    """Before the first step. `first_step` is above 0 after a resume; `compile_seconds` is the time to compile the layers;
+    `compute` is what 'auto' took for the frozen base's products, and why."""
 
     total_steps: int
     first_step: int
@@ -22,6 +23,7 @@ class Started:
     compiled: bool = False
     compile_seconds: float = 0.0
     compile_reason: str = ""
+    compute: str = ""
 
 
 @dataclass(frozen=True)

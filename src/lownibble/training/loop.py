@@ -147,7 +147,7 @@ class Trainer:
         yield Started(
             self.total_steps, first, len(self.micro.rows), self.cut_rows, *count_parameters(self.model),
             compiled=self.passes.compiled, compile_seconds=self.passes.compile_seconds,
-            compile_reason=self.passes.compile_reason,
+            compile_reason=self.passes.compile_reason, compute=getattr(self.model, "lownibble_compute", ""),
         )  # fmt: skip
         if first in (0, self.total_steps):
             yield self.evaluate(first)

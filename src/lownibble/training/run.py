@@ -23,7 +23,7 @@ from lownibble.lora import add_lora, count_parameters, save_adapter
 from lownibble.lora.inject import adapter_configs
 from lownibble.models import load, pick_device
 from lownibble.options import n_bytes
-from lownibble.quant import QuantLinear
+from lownibble.quant import QuantLinear, eightbit
 from lownibble.training import interrupt, memory, planned, verify
 from lownibble.training.events import Evaluated, Event, Finished, Skipped, Started, Stepped, Warned
 from lownibble.training.loop import Trainer
@@ -117,12 +117,27 @@ def _make(config: RunConfig) -> tuple[Any, Any]:
     packed = any(isinstance(module, QuantLinear) for module in model.modules())
     if packed and config.method != "qlora":
         raise ModelError(f"'{config.model}' holds 4-bit weights. Train it with --method qlora, or give a dense checkpoint.")
+    if quant is not None and quant.compute == "auto":
+        _choose_compute(model)
     if config.method != "full":
         add_lora(model, config.lora, seed=config.train.seed)
     else:
         model.requires_grad_(True)
     memory.settle(model.device)  # what loading and quantising took in between
     return model, tokenizer
+
+
+def _choose_compute(model: Any) -> None:
+    """What `compute='auto'` means for this model, in all its packed layers."""
+    layers = [module for module in model.modules() if isinstance(module, QuantLinear)]
+    shapes, block_size = [layer.weight.shape for layer in layers], min(layer.block_size for layer in layers)
+    if model.config.is_encoder_decoder:
+        compute, reason = "exact", "8-bit products have not been proven for models with an encoder"
+    else:
+        compute, reason = eightbit.automatic(shapes, block_size, model.dtype, model.device)
+    model.lownibble_compute = f"{compute} ({reason})"
+    for layer in layers:
+        layer.compute = compute
 
 
 def _trainer(
@@ -240,6 +255,7 @@ def _model_facts(model: Any) -> dict[str, Any]:
         "parameters": total,
         "trainable_parameters": trainable,
         "compute": sorted({m.compute for m in quantized}),
+        "compute_chosen": getattr(model, "lownibble_compute", ""),
         "quantized_parameters": sum(m.in_features * m.out_features for m in quantized),
         "dtype": str(model.dtype).removeprefix("torch."),
     }
