@@ -11,7 +11,7 @@ import lownibble as ln
 from lownibble.config import DataConfig, LoraConfig, QuantConfig, RunConfig, TrainConfig
 from lownibble.errors import BackendError, InputError
 from lownibble.kernels import cpu
-from lownibble.quant import eightbit
+from lownibble.quant import QuantLinear, eightbit
 from lownibble.training import run
 from lownibble.training.loss import check_packing
 
@@ -82,6 +82,19 @@ def test_auto_takes_what_is_proven_where_it_runs_and_says_why(wide_model, tiny_m
     without = train(wide_model, tiny_data, tmp_path / "without", "auto").record["model"]
     assert (without["compute"], "AVX-512 VNNI" in without["compute_chosen"]) == (["exact"], True)
     assert train(wide_model, tiny_data, tmp_path / "asked", "exact").record["model"]["compute_chosen"] == ""
+
+
+@needs_vnni
+def test_auto_is_decided_in_training_for_a_model_that_was_loaded_before(wide_model, tiny_data):
+    model, tokenizer = ln.load(str(wide_model), quant="nf4")
+    ln.add_lora(model, LoraConfig(r=4, lora_alpha=8))
+    assert {m.compute for m in model.modules() if isinstance(m, QuantLinear)} == {"exact"}
+    config = TrainConfig(max_steps=2, batch_size=4, max_length=32)
+    record = ln.train(model, tokenizer, DataConfig(path=str(tiny_data), **DATA), config).record["model"]
+    assert record["compute"] == ["int8"]
+    model, tokenizer = ln.load(str(wide_model), quant=QuantConfig(compute="exact"))
+    ln.add_lora(model, LoraConfig(r=4, lora_alpha=8))
+    assert ln.train(model, tokenizer, DataConfig(path=str(tiny_data), **DATA), config).record["model"]["compute"] == ["exact"]
 
 
 @needs_vnni

@@ -213,6 +213,7 @@ def _fill(
     if model.lownibble_stored_quantization and config is not None and packed:
         bnb4bit.check_same(model.lownibble_stored_quantization, config, source.name)
     compute = eightbit.choose(config.compute, device) if config is not None else "exact"
+    model.lownibble_auto_compute = config is not None and config.compute == "auto"  # training decides then
     to_quantize = quantizable(model, config) if config is not None and not packed else set()
     model.lownibble_stored_dtypes = {}
     expected = check_names(model, checkpoint, packed)

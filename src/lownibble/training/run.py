@@ -117,8 +117,6 @@ def _make(config: RunConfig) -> tuple[Any, Any]:
     packed = any(isinstance(module, QuantLinear) for module in model.modules())
     if packed and config.method != "qlora":
         raise ModelError(f"'{config.model}' holds 4-bit weights. Train it with --method qlora, or give a dense checkpoint.")
-    if quant is not None and quant.compute == "auto":
-        _choose_compute(model)
     if config.method != "full":
         add_lora(model, config.lora, seed=config.train.seed)
     else:
@@ -145,6 +143,8 @@ def _trainer(
 ) -> tuple[Trainer, list[Encoded]]:
     """The trainer over both sides' rows, and the encoded rows."""
     encoded = [encode(side, tokenizer, data, config.max_length) for side in sides]
+    if getattr(model, "lownibble_auto_compute", False):
+        _choose_compute(model)
     if model.config.is_encoder_decoder:
         _check_pairs(model, encoded, data)
     identity = {"data": {"train": sides[0].digest, "eval": sides[1].digest}, **_subject(model)}
