@@ -49,7 +49,7 @@ def test_a_run_learns_and_leaves_its_files(tiny_model, tiny_data, tmp_path, meth
     assert kinds.count(Stepped) == 30
     assert kinds.count(Evaluated) == 11
     assert kinds.count(Saved) == 1
-    # the base is random and frozen under the adapters, so they cannot get as far as full fine-tuning: 0.85 to 0.91 over four seeds,
+    # the base is random and frozen under the adapters, so they cannot get as far as full fine-tuning: 0.85 to 0.91 in four seeds,
     # at a rate at which another rounding changes the third digit
     assert result.eval_loss < (0.6 if method == "full" else 0.95) * result.record["evaluations"][0]["loss"]
     if method == "full":
