@@ -11,9 +11,10 @@ import lownibble as ln
 from lownibble.config import DataConfig, LoraConfig, QuantConfig, RunConfig, TrainConfig
 from lownibble.errors import BackendError, InputError
 from lownibble.kernels import cpu
+from lownibble.models.attention import kernel_obstacle
 from lownibble.quant import QuantLinear, eightbit
 from lownibble.training import run
-from lownibble.training.loss import check_packing
+from lownibble.training.loss import check_packing, check_rows
 
 RECORD = Path(__file__).parents[2] / "benchmarks" / "results" / "quality-cpu.json"
 DATA = {"prompt_template": "review : {text} sentiment :", "completion_template": " {label}"}
@@ -115,8 +116,26 @@ def test_what_auto_takes_is_what_the_record_proves():
     assert ({"cpu": "int8"} if proven else {}) == eightbit.PROVEN
 
 
+@needs_vnni
+def test_padded_rows_run_on_our_attention_all_the_same(wide_model, tiny_data, tmp_path):
+    """The comparison that decides it must not take steps of 8 bits for another attention."""
+    speed = {c: train(wide_model, tiny_data, tmp_path / c, c).record["speed"] for c in ("exact", "int8")}
+    assert speed["int8"]["attention"] == speed["exact"]["attention"] == "lownibble"
+
+
+def test_comparisons_leave_the_model_as_it_was(wide_model):
+    with ln.use_backend("reference"):
+        model, _ = ln.load(str(wide_model), quant=QuantConfig(compute="int8"))
+        model.train()
+        ids = torch.arange(3, 15).view(2, 6)
+        assert check_rows(model, ids, torch.ones_like(ids)) == kernel_obstacle(model)
+        check_packing(model, [[3, 4, 5], [6, 7]])
+    assert model.training
+    assert {m.compute for m in model.modules() if isinstance(m, QuantLinear)} == {"int8"}
+
+
 @pytest.mark.parametrize("compute", [pytest.param("int8", marks=needs_vnni), "fp8"])
-def test_the_packing_check_allows_for_steps_of_8_bits(wide_model, compute):
+def test_packing_is_not_refused_for_steps_of_8_bits(wide_model, compute):
     """A row of two tokens is computed exactly when it is alone."""
     with ln.use_backend("cpu" if compute == "int8" else "reference"):
         model, _ = ln.load(str(wide_model), quant=QuantConfig(compute=compute))

@@ -2,7 +2,7 @@
 
 from lownibble.quant import eightbit
 from lownibble.quant.codec import CODECS, dequantize, quantize
-from lownibble.quant.linear import QuantLinear, is_plain_linear
+from lownibble.quant.linear import QuantLinear, exact_products, is_plain_linear
 from lownibble.quant.tensor import QuantizedTensor
 
-__all__ = ["CODECS", "QuantLinear", "QuantizedTensor", "dequantize", "eightbit", "is_plain_linear", "quantize"]
+__all__ = ["CODECS", "QuantLinear", "QuantizedTensor", "dequantize", "eightbit", "exact_products", "is_plain_linear", "quantize"]

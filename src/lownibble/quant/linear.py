@@ -10,7 +10,8 @@ With few rows and no gradient (token-by-token generation) the fused matrix-vecto
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -110,6 +111,19 @@ def frozen_linear(x: Tensor, weight: QuantizedTensor, bias: Tensor | None, code_
 
 def _with_bias(y_TN: Tensor, bias: Tensor | None) -> Tensor:
     return y_TN if bias is None else y_TN + bias.to(y_TN.dtype)
+
+
+@contextmanager
+def exact_products(model: nn.Module) -> Iterator[None]:
+    """Compute exactly inside the block: for comparisons, which 8-bit products would disturb."""
+    before = [(layer, layer.compute) for layer in model.modules() if isinstance(layer, QuantLinear)]
+    for layer, _ in before:
+        layer.compute = "exact"
+    try:
+        yield
+    finally:
+        for layer, compute in before:
+            layer.compute = compute
 
 
 class QuantLinear(nn.Module):
