@@ -86,7 +86,8 @@ inline void add_term(__m512 (&sums)[Rows][kVectors], const float* const (&rows)[
     }
 }
 
-// `count` terms from `x`, whose rows are `stride` apart.
+// `count` terms from `x`, whose rows are `stride` apart. Meanwhile the lines at `ahead`, where the tile will be stored, are fetched: all
+// at once at the end, they would keep the panel's own lines waiting.
 template <int Rows>
 inline void add_terms(__m512 (&sums)[Rows][kVectors], const float* x, std::int64_t stride, std::int64_t count, const float* panel,
                       const float* ahead = nullptr, std::int64_t ahead_stride = 0) {
