@@ -18,7 +18,7 @@ def _isas() -> list[str]:
         return []
 
 
-def _same_backend(variant: str) -> ops.Backend:
+def _backend(variant: str) -> ops.Backend:
     name, _, isa = variant.partition("-")
     if isa:
         cpu.select_isa(isa)
@@ -28,7 +28,7 @@ def _same_backend(variant: str) -> ops.Backend:
 @pytest.fixture(params=["reference", *_isas()])
 def kernels(request: pytest.FixtureRequest):
     before = cpu.isa() if "cpu" in request.param else None
-    yield _same_backend(request.param)
+    yield _backend(request.param)
     if before:
         cpu.select_isa(before)
 

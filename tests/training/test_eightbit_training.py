@@ -12,7 +12,7 @@ from lownibble.config import DataConfig, LoraConfig, QuantConfig, RunConfig, Tra
 from lownibble.errors import BackendError, InputError
 from lownibble.kernels import cpu
 from lownibble.models.attention import kernel_obstacle
-from lownibble.quant import QuantLinear, eightbit
+from lownibble.quant import QuantLinear, eightbit, quantize
 from lownibble.training import run
 from lownibble.training.loss import check_packing, check_rows
 
@@ -100,10 +100,10 @@ def test_auto_is_decided_in_training_for_a_model_that_was_loaded_before(wide_mod
 
 @needs_vnni
 def test_auto_stays_exact_where_nothing_is_proven():
-    shapes = [torch.Size((64, 64))]
-    assert eightbit.automatic(shapes, 64, torch.float32, torch.device("cpu"))[0] == "int8"
+    weights = [quantize(torch.randn(64, 64), "nf4")]
+    assert eightbit.automatic(weights, torch.float32, torch.device("cpu"))[0] == "int8"
     for dtype, device in ((torch.bfloat16, "cpu"), (torch.float32, "cuda"), (torch.bfloat16, "mps")):
-        compute, reason = eightbit.automatic(shapes, 64, dtype, torch.device(device))
+        compute, reason = eightbit.automatic(weights, dtype, torch.device(device))
         assert (compute, "not been proven" in reason) == ("exact", True)
 
 

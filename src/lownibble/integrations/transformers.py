@@ -58,6 +58,7 @@ class NF4Config(QuantizationConfigMixin):  # type: ignore[misc]
     """How linear weights are packed: the options and defaults of `lownibble.QuantConfig`, or BitsAndBytesConfig's names for them.
 
     Args:
+        compute: as QuantConfig's; 'auto' is exact here, since who trains is not known.
         compute_dtype: type of the products; None: that of the activations.
         skip_modules: linear modules left as they are; None: the output head and what is tied to it.
         options: the same under BitsAndBytesConfig's names.

@@ -42,6 +42,15 @@ def check_tensor(tensor: Tensor, role: str, dtype: torch.dtype, length: int, dev
         )
 
 
+def check_factor(factor: Tensor, shape: tuple[int, int], device: torch.device) -> None:
+    """A low-rank factor: float32 of that shape, with any strides."""
+    if factor.shape != shape or factor.dtype != torch.float32 or factor.device != device:
+        raise InputError(
+            f"'factor' must be a float32 tensor of {tuple(shape)} on {device}. Got {factor.dtype} {tuple(factor.shape)} on "
+            f"{factor.device}."
+        )
+
+
 def check_weight_8bit(shape: torch.Size, block_size: int) -> None:
     """A weight whose rows are whole parts, so that a part has one or two constants."""
     if shape[1] % PART or block_size < 32:

@@ -26,7 +26,15 @@ from torch import Tensor
 
 from lownibble.errors import BackendError, InputError
 from lownibble.kernels import cpu_attention, cpu_decoder, cpu_low_rank, decoded
-from lownibble.kernels.checks import DTYPES, check_block_size, check_float, check_tensor, check_weight, check_weight_8bit
+from lownibble.kernels.checks import (
+    DTYPES,
+    check_block_size,
+    check_factor,
+    check_float,
+    check_tensor,
+    check_weight,
+    check_weight_8bit,
+)
 from lownibble.kernels.decoder import DecoderLayers, Segment, Step
 from lownibble.kernels.ops import Addition, Nested, Rows8bit, row_sizes
 
@@ -271,8 +279,7 @@ def _addition(addition: Addition, T: int, columns: int) -> tuple[int | None, tup
     if low is None or factor is None:
         return bias, (None, None, 0, 0, 0)
     r = low.shape[1]
-    if factor.shape != (r, columns) or factor.dtype != torch.float32 or not factor.is_cpu:
-        raise InputError(f"'factor' must be a float32 CPU tensor of {(r, columns)}. Got {factor.dtype} {tuple(factor.shape)}.")
+    check_factor(factor, (r, columns), _CPU)
     return bias, (_data(low, "low", torch.float32, T * r), factor.data_ptr(), r, factor.stride(0), factor.stride(1))
 
 

@@ -7,9 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lownibble.errors import InputError
 from lownibble.kernels import plain
-from lownibble.kernels.checks import check_tensor
+from lownibble.kernels.checks import check_factor, check_tensor
 
 _CPU = torch.device("cpu")
 
@@ -19,9 +18,8 @@ def _runs(library: Any, x: Tensor, r: int) -> bool:
 
 
 def _factor(factor: Tensor, shape: tuple[int, int]) -> tuple[int, int, int, int]:
-    """Address, rank and strides of a factor with any strides."""
-    if factor.shape != shape or factor.dtype != torch.float32 or not factor.is_cpu:
-        raise InputError(f"A factor must be a float32 CPU tensor of {shape}. Got {factor.dtype} {tuple(factor.shape)}.")
+    """Address, rank and strides of a factor."""
+    check_factor(factor, shape, _CPU)
     return factor.data_ptr(), shape[1], factor.stride(0), factor.stride(1)
 
 

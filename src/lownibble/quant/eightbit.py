@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import threading
 import weakref
-from collections.abc import Collection
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -24,6 +24,7 @@ from torch import Tensor
 
 from lownibble.errors import BackendError, InputError
 from lownibble.kernels import ops
+from lownibble.kernels.checks import check_weight_8bit
 from lownibble.kernels.ops import Addition, Rows8bit
 from lownibble.quant.tensor import QuantizedTensor
 
@@ -39,18 +40,18 @@ PROVEN = {"cpu": "int8"}
 evaluation loss and scores of two tasks, differs from exact compute by less than seeds do among themselves."""
 
 
-def automatic(shapes: Collection[torch.Size], block_size: int, dtype: torch.dtype, device: torch.device) -> tuple[str, str]:
-    """The compute that 'auto' means for training on frozen weights of these shapes with activations of `dtype`, and why."""
+def automatic(weights: Iterable[QuantizedTensor], dtype: torch.dtype, device: torch.device) -> tuple[str, str]:
+    """The compute that 'auto' means for training on these frozen weights with activations of `dtype`, and why."""
     compute = PROVEN.get(device.type)
     if compute is None or dtype != torch.float32:
         return "exact", f"8-bit products have not been proven on '{device.type}' in {str(dtype).removeprefix('torch.')}"
     if ops.active_backend(device) != "cpu":
         return "exact", "8-bit products need the compiled kernels"
-    if block_size < 32 or any(shape[1] % ops.PART for shape in shapes):
-        return "exact", f"8-bit products need weights whose rows are a multiple of {ops.PART} long, in blocks of at least 32"
     try:
         choose(compute, device)
-    except BackendError as error:
+        for weight in weights:
+            check_weight_8bit(weight.shape, weight.block_size)
+    except (BackendError, InputError) as error:
         return "exact", str(error).partition(". ")[0]
     return compute, "faster; by 'bench quality' it learns as well, within what another seed changes; --compute exact turns it off"
 

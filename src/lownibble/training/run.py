@@ -128,11 +128,10 @@ def _make(config: RunConfig) -> tuple[Any, Any]:
 def _choose_compute(model: Any) -> None:
     """What `compute='auto'` means for this model, in all its packed layers."""
     layers = [module for module in model.modules() if isinstance(module, QuantLinear)]
-    shapes, block_size = [layer.weight.shape for layer in layers], min(layer.block_size for layer in layers)
     if model.config.is_encoder_decoder:
         compute, reason = "exact", "8-bit products have not been proven for models with an encoder"
     else:
-        compute, reason = eightbit.automatic(shapes, block_size, model.dtype, model.device)
+        compute, reason = eightbit.automatic((layer.weight for layer in layers), model.dtype, model.device)
     model.lownibble_compute = f"{compute} ({reason})"
     for layer in layers:
         layer.compute = compute

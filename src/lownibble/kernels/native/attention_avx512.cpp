@@ -56,10 +56,6 @@ inline void strip(const float* a, std::int64_t a_row, std::int64_t a_step, const
     if (i < n) tile<1, Add>(a, a_row, a_step, b + i, b_row, steps, c + i, c_row, rows);
 }
 
-inline __mmask16 first_lanes(std::int64_t count) {
-    return count >= 16 ? 0xFFFF : count <= 0 ? 0 : static_cast<__mmask16>((1 << count) - 1);
-}
-
 // e^x to a few units in the last place, for x up to 88: Cephes' polynomial, as in algorithms.h, in fused operations.
 inline __m512 exponentials(__m512 x) {
     x = _mm512_max_ps(_mm512_set1_ps(-104.0f), x);  // e^-104 is 0; NaN stays

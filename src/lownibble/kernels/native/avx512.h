@@ -1,4 +1,4 @@
-// The intrinsics of AVX-512, without the warnings of GCC's own header, and the lookup of 16 codes.
+// The intrinsics of AVX-512, without the warnings of GCC's own header, the lookup of 16 codes, and masks.
 #pragma once
 
 // GCC 12 warns about its own header: https://gcc.gnu.org/bugzilla/show_bug.cgi?id=105593
@@ -24,6 +24,11 @@ static inline __m512 lookup_16(__m512 table, const std::uint8_t* codes) {
     const __m512i shifts = _mm512_set_epi32(0, 4, 0, 4, 0, 4, 0, 4, 0, 4, 0, 4, 0, 4, 0, 4);
     const __m512i lanes = _mm512_shuffle_epi8(_mm512_set1_epi64(bytes), spread);
     return _mm512_permutexvar_ps(_mm512_srlv_epi32(lanes, shifts), table);
+}
+
+// The first `count` of 16 lanes: none below 1, all from 16 on.
+static inline __mmask16 first_lanes(std::int64_t count) {
+    return count >= 16 ? 0xFFFF : count <= 0 ? 0 : static_cast<__mmask16>((1 << count) - 1);
 }
 
 }  // namespace lownibble

@@ -9,10 +9,6 @@ namespace {
 
 constexpr int kTileRows = 8, kTileColumns = 16;
 
-inline __mmask16 first_lanes(std::int64_t count) {
-    return count >= kRankLanes ? 0xFFFF : static_cast<__mmask16>((1 << count) - 1);
-}
-
 // `factor` (C, r) -> for each 16 of the rank a panel (C, 16), `panel` floats after the one before, the last filled up with zeros.
 void pack(const Factor& factor, std::int64_t C, std::int64_t r, float* packed, std::int64_t panel) {
     const __m512i lanes = _mm512_mullo_epi64(_mm512_setr_epi64(0, 1, 2, 3, 4, 5, 6, 7), _mm512_set1_epi64(factor.stride));

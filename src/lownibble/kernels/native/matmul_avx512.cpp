@@ -1,6 +1,6 @@
 // Exact products with the 4-bit base on AVX-512. 24 of the 32 registers hold sums, 8 rows by 48 columns, so that 24 multiplications need
 // 11 loads; x is read as it lies, its elements broadcast from memory. Tried and slower where two hardware threads share a core: 14
-// rows by 32 columns, 9 by 48, 6 by 64, 4 by 96, prefetching (docs/log.md).
+// rows by 32 columns, 9 by 48, 6 by 64, 4 by 96, prefetching panels or x (docs/log.md).
 #if defined(__x86_64__)
 
 #include "avx512.h"
