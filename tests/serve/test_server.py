@@ -12,6 +12,8 @@ import httpx
 import pytest
 
 from lownibble.cli.main import main
+from lownibble.config import ServeConfig
+from lownibble.serve.server import run_server
 
 
 def test_a_signal_ends_it_after_what_was_begun(base, adapters):
@@ -46,6 +48,24 @@ def test_a_signal_ends_it_after_what_was_begun(base, adapters):
             assert json.loads(process.stdout.read())["status"] == "ok"
         finally:
             process.kill()
+
+
+def test_who_comes_when_the_address_is_told_is_served(base, adapters):
+    answers = []
+
+    def ask(connection):
+        with connection:
+            connection.sendall(b"GET /health HTTP/1.1\r\nhost: 127.0.0.1\r\nconnection: close\r\n\r\n")
+            answers.append(connection.recv(1000))
+        signal.raise_signal(signal.SIGTERM)
+
+    def tell(text):
+        port = int(text.rsplit(":")[-1].removesuffix("/v1"))
+        connection = socket.create_connection(("127.0.0.1", port), timeout=30)
+        threading.Thread(target=ask, args=[connection]).start()
+
+    run_server(ServeConfig(model=str(base), adapters=str(adapters), port=0, max_context=256), tell)
+    assert answers[0].startswith(b"HTTP/1.1 200 OK")
 
 
 def test_what_cannot_be_served_is_said(base, adapters, tmp_path, capsys):

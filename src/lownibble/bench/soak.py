@@ -11,6 +11,7 @@ The adapters have rank 16 on every linear layer and are all different.
 
 from __future__ import annotations
 
+import os
 import random
 import re
 import shutil
@@ -124,16 +125,16 @@ class _Server:
         return content
 
 
-def _content(file: IO[str]) -> str:
-    file.seek(0)
-    return file.read()
+def _content(file: IO[bytes]) -> str:
+    """What was written so far; the place to write at is the server's too, and stays."""
+    return os.pread(file.fileno(), os.fstat(file.fileno()).st_size, 0).decode(errors="replace")
 
 
 @contextmanager
 def _server(folder: Path, *options: str) -> Iterator[_Server]:
     command = [sys.executable, "-m", "lownibble.cli.main", "serve", "demo", "--adapters", str(folder), "--port", "0", "--json"]
     with (
-        tempfile.TemporaryFile("w+") as told,  # no pipe: it would fill up with what clients did wrong
+        tempfile.TemporaryFile() as told,  # no pipe: it would fill up with what clients did wrong
         subprocess.Popen([*command, *options], stdout=subprocess.DEVNULL, stderr=told, text=True) as process,
     ):
         try:
