@@ -36,12 +36,12 @@ from lownibble.kernels.checks import (
     check_weight_8bit,
 )
 from lownibble.kernels.decoder import DecoderLayers, Segment, Step
-from lownibble.kernels.ops import Addition, Nested, Rows8bit, row_sizes
+from lownibble.kernels.ops import PART, Addition, Nested, Rows8bit, row_sizes
 
 name = "cpu"
 device_types = ("cpu",)
 
-_ABI = 8
+_ABI = 9
 _FOLDER = Path(__file__).parent
 _CPU = torch.device("cpu")
 
@@ -59,6 +59,7 @@ _SIGNATURES = {
         *[_pointer] * 3, _int64, *_WEIGHT, _int64, _int64, _int32, _int32, _int32, *[_pointer] * 4, *[_int64] * 3,
         ctypes.c_float, _pointer, _int32,
     ],
+    "matmul_int8_dense": [*[_pointer] * 3, _int64, _pointer, _int64, _int64, _int32, _pointer, _pointer, _int32],
     "matmul_4bit": [
         _pointer, _int64, *_WEIGHT, _int64, _int64, _int32, _int32, _int32, *[_pointer] * 3, *[_int64] * 3,
         ctypes.c_float, _pointer, _int32,
@@ -83,7 +84,7 @@ _SIGNATURES = {
 _RESULTS = {
     **dict.fromkeys(("isa", "available"), ctypes.c_char_p),
     **dict.fromkeys(("has_attention", "has_low_rank", "has_matmul", "has_int8", "select"), _int32),
-    **dict.fromkeys(("gemv_4bit", "matmul_int8", "matmul_4bit", "attention", "attention_backward"), _int32),
+    **dict.fromkeys(("gemv_4bit", "matmul_int8", "matmul_int8_dense", "matmul_4bit", "attention", "attention_backward"), _int32),
     **dict.fromkeys(("decoder_sizes", "decoder_layers", "low_rank", "low_rank_backward"), _int32),
     **dict.fromkeys(("decoder_workspace", "low_rank_sums"), _int64),
 }
@@ -364,6 +365,15 @@ def quantize_rows(x_TC: Tensor, column_scale: Tensor | None = None, code_type: t
     return rows
 
 
+def _rows_int8(x: Rows8bit, columns: int) -> tuple[int, int, int]:
+    """Addresses of rows that have so many columns."""
+    if x.columns != columns:
+        raise InputError(f"'x' must have {columns} columns. Got {x.columns}.")
+    n_codes, n_scales = row_sizes(x.rows, columns)
+    codes, scale = _data(x.codes, "codes", torch.int8, n_codes), _data(x.scale, "scale", torch.float32, n_scales)
+    return codes, scale, _data(x.start, "start", torch.int32, n_scales)
+
+
 def matmul_8bit(
     x: Rows8bit, codes: Tensor, absmax: Tensor, values: Tensor, block_size: int, shape: torch.Size, row_scale: Tensor,
     transposed: bool, addition: Addition, nested: Nested | None = None,
@@ -371,21 +381,33 @@ def matmul_8bit(
     """As `ops.matmul_8bit`."""
     N, K, shift, addresses, nested_shift = _weight_int8(codes, absmax, values, block_size, shape, nested)
     T, columns = x.rows, K if transposed else N
-    if x.columns != (N if transposed else K):
-        raise InputError(f"'x' must have {N if transposed else K} columns. Got {x.columns}.")
-    n_codes, n_scales = row_sizes(T, x.columns)
+    rows = _rows_int8(x, N if transposed else K)
     bias, low_branch = _addition(addition, T, columns)
     out = torch.empty((T, columns), dtype=torch.float32)
     if N * K == 0:
         return decoded.matmul_dense(torch.zeros(T, 1), torch.zeros(1, columns), True, addition)
     failed = library().matmul_int8(
-        _data(x.codes, "codes", torch.int8, n_codes), _data(x.scale, "scale", torch.float32, n_scales),
-        _data(x.start, "start", torch.int32, n_scales), T, *addresses, N, K, shift, nested_shift, int(transposed),
-        _data(row_scale, "row_scale", torch.float32, N),
+        *rows, T, *addresses, N, K, shift, nested_shift, int(transposed), _data(row_scale, "row_scale", torch.float32, N),
         bias, *low_branch, addition.scale, out.data_ptr(), torch.get_num_threads(),
     )  # fmt: skip
     if failed:
         raise MemoryError("No memory for one packed panel of a weight.")
+    return out
+
+
+def matmul_8bit_dense(x: Rows8bit, weight_NK: Tensor, row_scale: Tensor, transposed: bool, out: Tensor) -> Tensor:
+    """As `ops.matmul_8bit_dense`."""
+    need_int8()
+    N, K = weight_NK.shape
+    terms, columns = (N, K) if transposed else (K, N)
+    check_weight_8bit(weight_NK.shape, PART)
+    failed = library().matmul_int8_dense(
+        *_rows_int8(x, terms), x.rows, _data(weight_NK, "weight_NK", torch.float32, N * K), N, K, int(transposed),
+        _data(row_scale, "row_scale", torch.float32, N), _data(out, "out", torch.float32, x.rows * columns),
+        torch.get_num_threads(),
+    )  # fmt: skip
+    if failed:
+        raise MemoryError("No memory for packed panels of a weight.")
     return out
 
 

@@ -157,6 +157,8 @@ class Backend(Protocol):
         nested: Nested | None = None,
     ) -> Tensor: ...
 
+    def matmul_8bit_dense(self, x: Rows8bit, weight_NK: Tensor, row_scale: Tensor, transposed: bool, out: Tensor) -> Tensor: ...
+
     def attention(self, q: Tensor, k: Tensor, v: Tensor, borders: Tensor, scaling: float) -> tuple[Tensor, Tensor]: ...
 
     def attention_backward(
@@ -383,6 +385,14 @@ def matmul_8bit(
         K and the block size are multiples of 64 and 32.
     """
     return _for(codes).matmul_8bit(x, codes, absmax, values, block_size, shape, row_scale, transposed, addition, nested)
+
+
+def matmul_8bit_dense(x: Rows8bit, weight_NK: Tensor, row_scale: Tensor, transposed: bool, out: Tensor) -> Tensor:
+    """`matmul_8bit` with a dense weight W (N, K), float32, into `out`: (T, N) or, transposed, (T, K), contiguous.
+
+    row_scale: (N,), what a code of 1 is worth in each row: its largest magnitude / `LARGEST_CODE`. K is a multiple of 64.
+    """
+    return _for(weight_NK).matmul_8bit_dense(x, weight_NK, row_scale, transposed, out)
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, borders: Tensor, scaling: float) -> tuple[Tensor, Tensor]:

@@ -126,28 +126,39 @@ def quantize_rows(x_TC: Tensor, column_scale: Tensor | None = None, code_type: t
     )  # fmt: skip
 
 
+def _steps(row_scale: Tensor) -> Tensor:
+    return torch.where(row_scale > 0, 1 / row_scale, 0.0).unsqueeze(1)
+
+
+def _multiply(x: Rows8bit, q_NK: Tensor, row_scale: Tensor, transposed: bool) -> Tensor:
+    """The sums of products of codes, scaled."""
+    T, C, n_parts = x.rows, x.columns, -(-x.columns // PART)
+    codes_TC, scale_TP = x.codes[: T * C].view(T, C).double(), x.scale[: T * n_parts].view(T, n_parts)
+    q_CM = (q_NK if transposed else q_NK.t()).double()  # sums of codes are exact in float64
+    out = row_scale.new_zeros(T, q_CM.shape[1])
+    for part in range(n_parts):
+        terms = slice(part * PART, (part + 1) * PART)
+        out += (codes_TC[:, terms] @ q_CM[terms]).float() * scale_TP[:, part : part + 1]
+    return out if transposed else out * row_scale
+
+
 def matmul_8bit(
     x: Rows8bit, codes: Tensor, absmax: Tensor, values: Tensor, block_size: int, shape: torch.Size, row_scale: Tensor,
     transposed: bool, addition: Addition, nested: Nested | None = None,
 ) -> Tensor:  # fmt: skip
-    steps = torch.where(row_scale > 0, 1 / row_scale, 0.0).unsqueeze(1)
-    constants = _block_constants(absmax, nested).repeat_interleave(block_size)[: shape.numel()].view(shape) * steps
+    constants = _block_constants(absmax, nested).repeat_interleave(block_size)[: shape.numel()].view(shape) * _steps(row_scale)
     index = torch.stack([codes >> 4, codes & 0xF], dim=1).view(-1).long()[: shape.numel()]
-    q_NK = _codes(values[index].view(shape) * constants, x.codes.dtype).double()  # sums of codes are exact in float64
-    T, C, n_parts = x.rows, x.columns, -(-x.columns // PART)
-    codes_TC, scale_TP = x.codes[: T * C].view(T, C).double(), x.scale[: T * n_parts].view(T, n_parts)
-    out = row_scale.new_zeros(x.rows, shape[1] if transposed else shape[0])
-    q_CM = q_NK if transposed else q_NK.t()
-    for part in range(n_parts):
-        terms = slice(part * PART, (part + 1) * PART)
-        out += (codes_TC[:, terms] @ q_CM[terms]).float() * scale_TP[:, part : part + 1]
-    if not transposed:
-        out = out * row_scale
+    out = _multiply(x, _codes(values[index].view(shape) * constants, x.codes.dtype), row_scale, transposed)
     if addition.bias is not None:
         out = out + addition.bias
     if addition.low is not None and addition.factor is not None:
         out = out + addition.low @ (addition.factor * addition.scale)
     return out
+
+
+def matmul_8bit_dense(x: Rows8bit, weight_NK: Tensor, row_scale: Tensor, transposed: bool, out: Tensor) -> Tensor:
+    q_NK = _codes(weight_NK * _steps(row_scale), x.codes.dtype)
+    return out.copy_(_multiply(x, q_NK, row_scale, transposed))
 
 
 def decoder_layers(

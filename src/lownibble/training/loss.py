@@ -5,7 +5,7 @@ logits are turned in place into their own gradient, which goes straight back thr
 gradient of the hidden states, (L, H). The method is Liger's fused linear cross-entropy; the head may be any module (dense,
 tied, quantised, adapted), because its backward is autograd's. The usual head, a dense matrix, is multiplied into one buffer for
 all chunks, and its gradient, where it is trained, is summed in place: a fresh allocation of that size costs a fault a page, and
-those take a good part of the product's time.
+those take a good part of the product's time. It is multiplied on 8-bit units where the frozen base is (`quant/dense.py`).
 
 The backbone is called without the head, so what a model does between head and logits must be known: `_LOGIT_TRANSFORMS` lists
 the configuration keys for it, and `check_head` compares with the model's own logits once, before training.
@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +26,7 @@ from lownibble.errors import ModelError
 from lownibble.kernels import ops
 from lownibble.models import attention
 from lownibble.quant import exact_products
+from lownibble.quant.dense import DenseProducts, code_type_for
 from lownibble.quant.linear import is_plain_linear
 
 CHUNK_BYTES = 64 * 2**20
@@ -52,18 +53,19 @@ class _LabelLoss(torch.autograd.Function):
         dhidden = torch.empty_like(hidden_LH) if wants_hidden else None
         dparameters = [torch.zeros_like(p) for p in parameters]
         total = torch.zeros((), dtype=torch.float32, device=hidden_LH.device)
-        plain_VH = getattr(head, "plain", None)
-        if plain_VH is not None and plain_VH.dtype == hidden_LH.dtype:
-            for part, logits in _into_one_buffer(hidden_LH.detach(), plain_VH, _chunk_tokens(head)):
+        plain: DenseProducts | None = getattr(head, "plain", None)
+        if plain is not None and plain.weight.dtype == hidden_LH.dtype:
+            for part, logits in _into_one_buffer(hidden_LH.detach(), plain):
                 loss, dlogits = _cross_entropy(logits, labels_L[part], n_total, wants_any)
                 total += loss
                 if dhidden is not None:
-                    torch.mm(dlogits, plain_VH, out=dhidden[part])
+                    plain.backward(dlogits, dhidden[part])
                 for dweight_VH in dparameters:
                     dweight_VH.addmm_(dlogits.t(), hidden_LH[part])
         else:
-            for start in range(0, len(labels_L), _chunk_tokens(head)):
-                part = slice(start, start + _chunk_tokens(head))
+            size = _chunk_tokens(4 * int(head.vocab_size))  # type: ignore[attr-defined]
+            for start in range(0, len(labels_L), size):
+                part = slice(start, start + size)
                 total += _through_head(head, hidden_LH, labels_L, part, n_total, parameters, dhidden, dparameters)
         ctx.gradients = (dhidden, dparameters)
         return total / n_total
@@ -96,14 +98,14 @@ def _through_head(
     return loss
 
 
-def _into_one_buffer(hidden_LH: Tensor, weight_VH: Tensor, most: int) -> Iterator[tuple[slice, Tensor]]:
-    """Logits of equal parts of at most so many tokens, each overwriting the one before; (tokens, logits)."""
-    count = -(-len(hidden_LH) // most)
+def _into_one_buffer(hidden_LH: Tensor, plain: DenseProducts) -> Iterator[tuple[slice, Tensor]]:
+    """Logits of equal parts, each overwriting the one before, at most CHUNK_BYTES with what goes back; (tokens, logits)."""
+    count = -(-len(hidden_LH) // _chunk_tokens(plain.row_bytes))
     size = -(-len(hidden_LH) // max(1, count))
-    buffer = hidden_LH.new_empty((size, len(weight_VH)))
+    buffer = hidden_LH.new_empty((size, len(plain.weight)))
     for start in range(0, len(hidden_LH), max(1, size)):
         part = slice(start, min(start + size, len(hidden_LH)))
-        yield part, torch.mm(hidden_LH[part], weight_VH.t(), out=buffer[: part.stop - start])
+        yield part, plain.forward(hidden_LH[part], buffer[: part.stop - start])
 
 
 def _cross_entropy(logits_LV: Tensor, labels_L: Tensor, n_total: int, wants_gradient: bool) -> tuple[Tensor, Tensor]:
@@ -117,8 +119,8 @@ def _cross_entropy(logits_LV: Tensor, labels_L: Tensor, n_total: int, wants_grad
     return loss, scores.to(dtype)
 
 
-def _chunk_tokens(head: Callable[[Tensor], Tensor]) -> int:
-    return max(16, CHUNK_BYTES // (4 * int(head.vocab_size)))  # type: ignore[attr-defined]
+def _chunk_tokens(row_bytes: int) -> int:
+    return max(16, CHUNK_BYTES // row_bytes)
 
 
 class Head:
@@ -135,15 +137,16 @@ class Head:
         ]  # fmt: skip
         if getattr(config, "scale_decoder_outputs", False):  # T5
             self.transforms.append((_LOGIT_TRANSFORMS["logit_scale"], config.d_model**-0.5))
-        self.plain = self._plain()
+        self.plain = self._plain(model)
         self.vocab_size = int(self.module.weight.shape[0])  # type: ignore[union-attr,index]
 
-    def _plain(self) -> Tensor | None:
-        """The head's weight (V, H), if that is all there is to it."""
+    def _plain(self, model: nn.Module) -> DenseProducts | None:
+        """Products with the head's weight (V, H), if that is all there is to it."""
         head = self.module
         if not is_plain_linear(head) or head.bias is not None or self.transforms:
             return None
-        return head.weight.detach()  # type: ignore[operator]
+        weight = cast(Tensor, head.weight)
+        return DenseProducts(weight, code_type_for(model, weight))
 
     def __call__(self, hidden_LH: Tensor) -> Tensor:
         """Logits (L, V) of hidden states (L, H)."""
@@ -230,7 +233,7 @@ def loss_at(
 @torch.no_grad()
 def token_losses(head: Head, hidden_LH: Tensor, labels_L: Tensor) -> Tensor:
     """Cross-entropy of each of L label tokens, (L,) float32, a chunk of logits at a time."""
-    size = _chunk_tokens(head)
+    size = _chunk_tokens(4 * head.vocab_size)
     pieces = zip(hidden_LH.split(size), labels_L.split(size), strict=True)
     return torch.cat([nn.functional.cross_entropy(head(h).float(), labels, reduction="none") for h, labels in pieces])
 

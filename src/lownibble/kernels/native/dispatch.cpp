@@ -170,7 +170,7 @@ std::int64_t blocks_of(std::int64_t n, std::int32_t block_shift) {
 }  // namespace
 
 // Raised whenever a signature below changes; kernels/cpu.py refuses another number.
-LOWNIBBLE_EXPORT std::int32_t lownibble_abi() { return 8; }
+LOWNIBBLE_EXPORT std::int32_t lownibble_abi() { return 9; }
 
 // Comma-separated names of the instruction sets that run here, fastest first.
 LOWNIBBLE_EXPORT const char* lownibble_available() { return available().names; }
@@ -273,7 +273,7 @@ LOWNIBBLE_EXPORT std::int32_t lownibble_matmul_int8(
     const std::int64_t C = transposed ? N : K, columns = transposed ? K : N;
     const Rows8bit x{const_cast<std::int8_t*>(x_codes), const_cast<float*>(x_scale), const_cast<std::int32_t*>(x_start), T, C};
     const Addition addition{bias, low, factor, r, factor_step, factor_stride, factor_scale};
-    const std::size_t bytes = static_cast<std::size_t>(kPanel * ((C + kGroup - 1) / kGroup * kGroup + 4 * r));
+    const std::size_t bytes = static_cast<std::size_t>(int8_scratch(C, r));
     std::int32_t failed = 0;
     in_turns((columns + kPanel - 1) / kPanel, T * C * columns, num_threads, [&](std::int64_t panel) {
         void* memory = scratch.of(bytes);
@@ -282,6 +282,27 @@ LOWNIBBLE_EXPORT std::int32_t lownibble_matmul_int8(
             return;
         }
         active_int8()->matmul(x, w, N, K, transposed != 0, row_scale, addition, out, memory, Range{panel, panel + 1});
+    });
+    return failed;
+}
+
+// 0, or -1 when there is no memory for panels a thread. Panels of a long sum go in groups, which read x once.
+LOWNIBBLE_EXPORT std::int32_t lownibble_matmul_int8_dense(const std::int8_t* x_codes, const float* x_scale,
+                                                          const std::int32_t* x_start, std::int64_t T, const float* w,
+                                                          std::int64_t N, std::int64_t K, std::int32_t transposed,
+                                                          const float* row_scale, float* out, std::int32_t num_threads) {
+    const std::int64_t C = transposed ? N : K, columns = transposed ? K : N;
+    const Rows8bit x{const_cast<std::int8_t*>(x_codes), const_cast<float*>(x_scale), const_cast<std::int32_t*>(x_start), T, C};
+    const std::int64_t panels = (columns + kPanel - 1) / kPanel, at_once = C > kTerms ? kPanels : 1;
+    std::int32_t failed = 0;
+    in_turns((panels + at_once - 1) / at_once, T * C * columns, num_threads, [&](std::int64_t group) {
+        const Range range{group * at_once, smaller((group + 1) * at_once, panels)};
+        void* memory = scratch.of(static_cast<std::size_t>(at_once * int8_scratch(C, 0)));
+        if (!memory) {
+            failed = -1;
+            return;
+        }
+        active_int8()->matmul_dense(x, w, N, K, transposed != 0, row_scale, out, memory, range);
     });
     return failed;
 }

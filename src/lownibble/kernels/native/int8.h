@@ -1,8 +1,9 @@
-// Products with the frozen 4-bit base on 8-bit units: what dispatch.cpp calls and what an instruction set provides.
+// Products with the frozen 4-bit base, and with a dense head, on 8-bit units: what dispatch.cpp calls and what an instruction set provides.
 //
 // Method (ops.py states it in formulas). Each row of x is scaled to 8 bits in parts of 64 values, each by its largest. A weight row is brought from 4
 // bits to 8 with one scale a row, through a table of 16 bytes a block, while its panel of 32 output columns is packed for the
-// product; the panel is used for all rows of x, so the weight is decoded once a call and never stored. The 32-bit sums of a part are
+// product, 2048 terms of the sum deep; the panel is used for all rows of x, so the weight is decoded once a call and never stored. A few
+// panels at a time, where the sum is long, read those rows once for all of them. The 32-bit sums of a part are
 // exact; scaled, they are added in float32. Column scales, bias and the low-rank branch (float32) are applied while the sums are still in registers or the first cache.
 //
 // The packed weights are unsigned (128 is added), because the instruction takes unsigned by signed; minus 128 times the sum of a
@@ -18,7 +19,7 @@
 
 namespace lownibble {
 
-constexpr std::int64_t kRowTile = 12, kPanel = 32, kGroup = 4, kPart = 64;
+constexpr std::int64_t kRowTile = 12, kPanel = 32, kGroup = 4, kPart = 64, kTerms = 2048, kPanels = 3;
 
 // T rows of C values each, in tiles of 12 rows (the last padded with zeros) and groups of 4 columns (padded with zeros).
 struct Rows8bit {
@@ -33,11 +34,19 @@ struct Int8Kernels {
     void (*row_scales)(const Weight4bit& w, std::int64_t K, float* scale, Range rows);
     // x (T, C) times column_scale (C) or null -> rows, for a range of tiles.
     void (*quantize_rows)(const float* x, const float* column_scale, const Rows8bit& rows, Range tiles);
-    // out (T, N) = x W^T, or (T, K) = x W when `transposed`; for a range of panels. `scratch` holds a panel: 32 * (C padded to 4)
-    // bytes and 32 * r floats, aligned to 64.
+    // out (T, N) = x W^T, or (T, K) = x W when `transposed`; for a range of at most kPanels panels. `scratch`:
+    // int8_scratch(C, r) bytes a panel, aligned to 64.
     void (*matmul)(const Rows8bit& x, const Weight4bit& w, std::int64_t N, std::int64_t K, bool transposed,
                    const float* row_scale, const Addition& addition, float* out, void* scratch, Range panels);
+    // The same with a float32 weight, whose codes are W / row_scale rounded, and nothing added.
+    void (*matmul_dense)(const Rows8bit& x, const float* w, std::int64_t N, std::int64_t K, bool transposed,
+                         const float* row_scale, float* out, void* scratch, Range panels);
 };
+
+// Bytes of a packed panel, and of its part of the low-rank factor.
+static inline std::int64_t int8_scratch(std::int64_t C, std::int64_t r) {
+    return kPanel * (smaller((C + kGroup - 1) / kGroup * kGroup, kTerms) + 4 * r);
+}
 
 extern const Int8Kernels kAvx512VnniInt8Kernels;
 

@@ -83,37 +83,67 @@ inline __m128i byte_table(const Weight4bit& w, __m512 values, std::int64_t block
 
 inline float inverse(float scale) { return scale > 0 ? 1.0f / scale : 0.0f; }
 
-// Elements [index, index + 64) of w as unsigned bytes; index is a multiple of 64, all of one row.
-inline __m512i decode_64(const Weight4bit& w, __m512 values, std::int64_t index, float inverse_scale) {
-    const std::int64_t block = index >> w.block_shift;
-    const __m128i first = byte_table(w, values, block, inverse_scale);
-    __m512i table = _mm512_broadcast_i32x4(first);
-    if (w.block_shift < 6) {  // blocks of 32
-        const __m256i second = _mm256_broadcastsi128_si256(byte_table(w, values, block + 1, inverse_scale));
-        table = _mm512_inserti64x4(table, second, 1);
-    }
-    const __m256i packed = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(w.codes + index / 2));
-    const __m512i pairs = _mm512_cvtepu8_epi16(packed);
-    const __m512i high = _mm512_srli_epi16(pairs, 4);
-    const __m512i low = _mm512_and_si512(_mm512_slli_epi16(pairs, 8), _mm512_set1_epi16(0x0F00));
-    return _mm512_shuffle_epi8(table, _mm512_or_si512(high, low));
-}
+// A 4-bit weight as a source of unsigned bytes.
+struct Source4bit {
+    const Weight4bit& w;
+    __m512 values;
 
-inline __m256i decode_32(const Weight4bit& w, __m512 values, std::int64_t index, float inverse_scale) {
-    const __m256i table = _mm256_broadcastsi128_si256(byte_table(w, values, index >> w.block_shift, inverse_scale));
-    const __m256i pairs = _mm256_cvtepu8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(w.codes + index / 2)));
-    const __m256i high = _mm256_srli_epi16(pairs, 4);
-    const __m256i low = _mm256_and_si256(_mm256_slli_epi16(pairs, 8), _mm256_set1_epi16(0x0F00));
-    return _mm256_shuffle_epi8(table, _mm256_or_si256(high, low));
-}
+    explicit Source4bit(const Weight4bit& weight) : w(weight), values(_mm512_loadu_ps(weight.values)) {}
+
+    // Elements [index, index + 64); index is a multiple of 64, all of one row.
+    __m512i bytes_64(std::int64_t index, float inverse_scale) const {
+        const std::int64_t block = index >> w.block_shift;
+        const __m128i first = byte_table(w, values, block, inverse_scale);
+        __m512i table = _mm512_broadcast_i32x4(first);
+        if (w.block_shift < 6) {  // blocks of 32
+            const __m256i second = _mm256_broadcastsi128_si256(byte_table(w, values, block + 1, inverse_scale));
+            table = _mm512_inserti64x4(table, second, 1);
+        }
+        const __m256i packed = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(w.codes + index / 2));
+        const __m512i pairs = _mm512_cvtepu8_epi16(packed);
+        const __m512i high = _mm512_srli_epi16(pairs, 4);
+        const __m512i low = _mm512_and_si512(_mm512_slli_epi16(pairs, 8), _mm512_set1_epi16(0x0F00));
+        return _mm512_shuffle_epi8(table, _mm512_or_si512(high, low));
+    }
+
+    // Elements [index, index + 32); index is a multiple of 32.
+    __m256i bytes_32(std::int64_t index, float inverse_scale) const {
+        const __m256i table = _mm256_broadcastsi128_si256(byte_table(w, values, index >> w.block_shift, inverse_scale));
+        const __m256i pairs = _mm256_cvtepu8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(w.codes + index / 2)));
+        const __m256i high = _mm256_srli_epi16(pairs, 4);
+        const __m256i low = _mm256_and_si256(_mm256_slli_epi16(pairs, 8), _mm256_set1_epi16(0x0F00));
+        return _mm256_shuffle_epi8(table, _mm256_or_si256(high, low));
+    }
+};
+
+// A float32 weight as a source of unsigned bytes.
+struct SourceDense {
+    const float* w;
+
+    __m128i bytes_16(std::int64_t index, __m512 inverse_scale) const {
+        const __m512i codes = _mm512_cvtps_epi32(_mm512_mul_ps(_mm512_loadu_ps(w + index), inverse_scale));
+        return _mm512_cvtepi32_epi8(_mm512_add_epi32(codes, _mm512_set1_epi32(128)));
+    }
+
+    __m256i bytes_32(std::int64_t index, float inverse_scale) const {
+        const __m512 inverse = _mm512_set1_ps(inverse_scale);
+        return _mm256_inserti128_si256(_mm256_castsi128_si256(bytes_16(index, inverse)), bytes_16(index + 16, inverse), 1);
+    }
+
+    __m512i bytes_64(std::int64_t index, float inverse_scale) const {
+        const __m256i left = bytes_32(index, inverse_scale), right = bytes_32(index + 32, inverse_scale);
+        return _mm512_inserti64x4(_mm512_castsi256_si512(left), right, 1);
+    }
+};
 
 template <int Lane>
 inline void store_lane(std::uint8_t* to, __m512i v) {
     _mm_store_si128(reinterpret_cast<__m128i*>(to), _mm512_extracti32x4_epi32(v, Lane));
 }
 
-// Panel for x W^T: 32 rows of W from n0 on; for each group of 4 columns k, the 4 bytes of each of the 32 rows.
-void pack_rows(const Weight4bit& w, __m512 values, const float* row_scale, std::int64_t N, std::int64_t K, std::int64_t n0,
+// Panel for x W^T: 32 rows of W from n0 on; for each group of 4 columns k in `terms`, the 4 bytes of each of the 32 rows.
+template <class Source>
+void pack_rows(const Source& w, const float* row_scale, std::int64_t N, std::int64_t K, std::int64_t n0, Range terms,
                std::uint8_t* panel) {
     for (std::int64_t quad = 0; quad < kPanel / 4; ++quad) {
         std::int64_t rows[4];
@@ -122,16 +152,16 @@ void pack_rows(const Weight4bit& w, __m512 values, const float* row_scale, std::
             rows[i] = smaller(n0 + quad * 4 + i, N - 1);
             inverses[i] = inverse(row_scale[rows[i]]);
         }
-        for (std::int64_t k = 0; k < K; k += 64) {
-            const __m512i a = decode_64(w, values, rows[0] * K + k, inverses[0]);
-            const __m512i b = decode_64(w, values, rows[1] * K + k, inverses[1]);
-            const __m512i c = decode_64(w, values, rows[2] * K + k, inverses[2]);
-            const __m512i d = decode_64(w, values, rows[3] * K + k, inverses[3]);
+        for (std::int64_t k = terms.begin; k < terms.end; k += 64) {
+            const __m512i a = w.bytes_64(rows[0] * K + k, inverses[0]);
+            const __m512i b = w.bytes_64(rows[1] * K + k, inverses[1]);
+            const __m512i c = w.bytes_64(rows[2] * K + k, inverses[2]);
+            const __m512i d = w.bytes_64(rows[3] * K + k, inverses[3]);
             const __m512i ab_low = _mm512_unpacklo_epi32(a, b), ab_high = _mm512_unpackhi_epi32(a, b);
             const __m512i cd_low = _mm512_unpacklo_epi32(c, d), cd_high = _mm512_unpackhi_epi32(c, d);
             const __m512i groups[4] = {_mm512_unpacklo_epi64(ab_low, cd_low), _mm512_unpackhi_epi64(ab_low, cd_low),
                                        _mm512_unpacklo_epi64(ab_high, cd_high), _mm512_unpackhi_epi64(ab_high, cd_high)};
-            std::uint8_t* to = panel + k / kGroup * (kPanel * kGroup) + quad * 16;
+            std::uint8_t* to = panel + (k - terms.begin) / kGroup * (kPanel * kGroup) + quad * 16;
             for (int j = 0; j < 4; ++j) {  // lane l of vector j is group 4 l + j
                 store_lane<0>(to + (0 + j) * (kPanel * kGroup), groups[j]);
                 store_lane<1>(to + (4 + j) * (kPanel * kGroup), groups[j]);
@@ -142,20 +172,21 @@ void pack_rows(const Weight4bit& w, __m512 values, const float* row_scale, std::
     }
 }
 
-// Panel for x W: 32 columns of W from k0 on; for each group of 4 rows n, the 4 bytes of each of the 32 columns.
-void pack_columns(const Weight4bit& w, __m512 values, const float* row_scale, std::int64_t N, std::int64_t K, std::int64_t k0,
+// Panel for x W: 32 columns of W from k0 on; for each group of 4 rows n in `terms`, the 4 bytes of each of the 32 columns.
+template <class Source>
+void pack_columns(const Source& w, const float* row_scale, std::int64_t N, std::int64_t K, std::int64_t k0, Range terms,
                   std::uint8_t* panel) {
-    for (std::int64_t n = 0; n < N; n += kGroup) {
+    for (std::int64_t n = terms.begin; n < terms.end; n += kGroup) {
         __m256i rows[4];
         for (int i = 0; i < 4; ++i) {  // past the end anything: the codes of x are zero there
             const std::int64_t row = smaller(n + i, N - 1);
-            rows[i] = decode_32(w, values, row * K + k0, inverse(row_scale[row]));
+            rows[i] = w.bytes_32(row * K + k0, inverse(row_scale[row]));
         }
         const __m256i ab_low = _mm256_unpacklo_epi8(rows[0], rows[1]), ab_high = _mm256_unpackhi_epi8(rows[0], rows[1]);
         const __m256i cd_low = _mm256_unpacklo_epi8(rows[2], rows[3]), cd_high = _mm256_unpackhi_epi8(rows[2], rows[3]);
         const __m256i columns[4] = {_mm256_unpacklo_epi16(ab_low, cd_low), _mm256_unpackhi_epi16(ab_low, cd_low),
                                     _mm256_unpacklo_epi16(ab_high, cd_high), _mm256_unpackhi_epi16(ab_high, cd_high)};
-        std::uint8_t* to = panel + n / kGroup * (kPanel * kGroup);
+        std::uint8_t* to = panel + (n - terms.begin) / kGroup * (kPanel * kGroup);
         for (int j = 0; j < 4; ++j) {  // lane l of vector j is columns 16 l + 4 j to 16 l + 4 j + 3
             _mm_store_si128(reinterpret_cast<__m128i*>(to + j * 16), _mm256_castsi256_si128(columns[j]));
             _mm_store_si128(reinterpret_cast<__m128i*>(to + 64 + j * 16), _mm256_extracti128_si256(columns[j], 1));
@@ -198,59 +229,27 @@ void multiply_part(const std::int8_t* codes, const float* scale, const std::int3
 }
 
 void multiply_tile(const std::int8_t* codes, const float* scale, const std::int32_t* start, const std::uint8_t* panel,
-                   std::int64_t groups, float* sums) {
+                   std::int64_t groups, bool first, float* sums) {
     constexpr std::int64_t kPartGroups = kPart / kGroup;
-    multiply_part<true>(codes, scale, start, panel, smaller(kPartGroups, groups), sums);
-    for (std::int64_t g = kPartGroups; g < groups; g += kPartGroups) {
-        scale += kRowTile;
-        start += kRowTile;
-        multiply_part<false>(codes + g * kRowTile * kGroup, scale, start, panel + g * kPanel * kGroup,
+    std::int64_t g = 0;
+    if (first) {
+        multiply_part<true>(codes, scale, start, panel, smaller(kPartGroups, groups), sums);
+        g = kPartGroups;
+    }
+    for (; g < groups; g += kPartGroups) {
+        const std::int64_t part = g / kPartGroups * kRowTile;
+        multiply_part<false>(codes + g * kRowTile * kGroup, scale + part, start + part, panel + g * kPanel * kGroup,
                              smaller(kPartGroups, groups - g), sums);
     }
 }
 
-// `Rows` rows of a tile, t the first: column scales, bias and the low-rank branch on the sums of 32 columns.
-template <int Rows>
-inline void finish_rows(const float* sums, std::int64_t t, const __m512 (&column_scale)[2], const __m512 (&bias)[2],
-                        const Addition& addition, const float* factor, const __mmask16 (&masks)[2], float* out,
-                        std::int64_t columns) {
-    __m512 y[Rows][2];
-#pragma GCC unroll 8
-    for (int i = 0; i < Rows; ++i) {
-#pragma GCC unroll 2
-        for (int half = 0; half < 2; ++half) {
-            y[i][half] = _mm512_fmadd_ps(_mm512_load_ps(sums + i * kPanel + half * 16), column_scale[half], bias[half]);
-        }
-    }
-    for (std::int64_t j = 0; j < addition.r; ++j) {
-        const __m512 left = _mm512_load_ps(factor + j * kPanel), right = _mm512_load_ps(factor + j * kPanel + 16);
-#pragma GCC unroll 8
-        for (int i = 0; i < Rows; ++i) {
-            const __m512 low = _mm512_set1_ps(addition.low[(t + i) * addition.r + j]);
-            y[i][0] = _mm512_fmadd_ps(low, left, y[i][0]);
-            y[i][1] = _mm512_fmadd_ps(low, right, y[i][1]);
-        }
-    }
-#pragma GCC unroll 8
-    for (int i = 0; i < Rows; ++i) {
-        _mm512_mask_storeu_ps(out + (t + i) * columns, masks[0], y[i][0]);
-        _mm512_mask_storeu_ps(out + (t + i) * columns + 16, masks[1], y[i][1]);
-    }
-}
+// A panel's columns: which there are, their scales and bias, and their part of the low-rank factor, (r, 32).
+struct Columns {
+    __mmask16 masks[2];
+    __m512 scale[2], bias[2];
+    float* factor;
 
-void matmul(const Rows8bit& x, const Weight4bit& w, std::int64_t N, std::int64_t K, bool transposed, const float* row_scale,
-            const Addition& addition, float* out, void* scratch, Range panels) {
-    const std::int64_t groups = groups_of(x.C), columns = transposed ? K : N, tiles = (x.T + kRowTile - 1) / kRowTile;
-    const __m512 values = _mm512_loadu_ps(w.values);
-    std::uint8_t* panel = static_cast<std::uint8_t*>(scratch);
-    float* factor = reinterpret_cast<float*>(panel + groups * kPanel * kGroup);  // (r, 32)
-    for (std::int64_t p = panels.begin; p < panels.end; ++p) {
-        const std::int64_t first = p * kPanel, count = smaller(kPanel, columns - first);
-        if (transposed) {
-            pack_columns(w, values, row_scale, N, K, first, panel);
-        } else {
-            pack_rows(w, values, row_scale, N, K, first, panel);
-        }
+    void set(const Addition& addition, const float* row_scale, bool transposed, std::int64_t first, std::int64_t count) {
         for (std::int64_t i = 0; i < addition.r; ++i) {
             for (std::int64_t c = 0; c < kPanel; ++c) {
                 const float* element = addition.factor + i * addition.step + (first + c) * addition.stride;
@@ -258,33 +257,115 @@ void matmul(const Rows8bit& x, const Weight4bit& w, std::int64_t N, std::int64_t
             }
         }
         const std::uint32_t mask = count < 32 ? (1u << count) - 1 : 0xFFFFFFFFu;
-        const __mmask16 masks[2] = {static_cast<__mmask16>(mask), static_cast<__mmask16>(mask >> 16)};
-        __m512 column_scale[2], bias[2];
         for (int half = 0; half < 2; ++half) {
             const std::int64_t c = first + half * 16;
-            column_scale[half] = transposed ? _mm512_set1_ps(1.0f) : _mm512_maskz_loadu_ps(masks[half], row_scale + c);
+            masks[half] = static_cast<__mmask16>(mask >> (16 * half));
+            scale[half] = transposed ? _mm512_set1_ps(1.0f) : _mm512_maskz_loadu_ps(masks[half], row_scale + c);
             bias[half] = addition.bias ? _mm512_maskz_loadu_ps(masks[half], addition.bias + c) : _mm512_setzero_ps();
         }
-        for (std::int64_t tile = 0; tile < tiles; ++tile) {
-            alignas(64) float sums[kRowTile * kPanel];
-            const std::int64_t first_part = tile * parts_of(x.C) * kRowTile;
-            multiply_tile(x.codes + tile * groups * kRowTile * kGroup, x.scale + first_part, x.start + first_part, panel, groups,
-                          sums);
-            const std::int64_t t0 = tile * kRowTile, count_t = smaller(kRowTile, x.T - t0);
-            std::int64_t i = 0;
-            for (; i + 6 <= count_t; i += 6) {
-                finish_rows<6>(sums + i * kPanel, t0 + i, column_scale, bias, addition, factor, masks, out + first, columns);
+    }
+
+    void store(float* to, __m512 left, __m512 right) const {
+        _mm512_mask_storeu_ps(to, masks[0], left);
+        _mm512_mask_storeu_ps(to + 16, masks[1], right);
+    }
+};
+
+// `Rows` rows of a tile: column scales, bias and the low-rank branch, whose rows are `low`, on the sums of 32 columns.
+template <int Rows>
+inline void finish_rows(const float* sums, const Columns& panel, const float* low, std::int64_t r, float* out, std::int64_t columns) {
+    __m512 y[Rows][2];
+#pragma GCC unroll 8
+    for (int i = 0; i < Rows; ++i) {
+#pragma GCC unroll 2
+        for (int half = 0; half < 2; ++half) {
+            y[i][half] = _mm512_fmadd_ps(_mm512_load_ps(sums + i * kPanel + half * 16), panel.scale[half], panel.bias[half]);
+        }
+    }
+    for (std::int64_t j = 0; j < r; ++j) {
+        const __m512 left = _mm512_load_ps(panel.factor + j * kPanel), right = _mm512_load_ps(panel.factor + j * kPanel + 16);
+#pragma GCC unroll 8
+        for (int i = 0; i < Rows; ++i) {
+            const __m512 value = _mm512_set1_ps(low[i * r + j]);
+            y[i][0] = _mm512_fmadd_ps(value, left, y[i][0]);
+            y[i][1] = _mm512_fmadd_ps(value, right, y[i][1]);
+        }
+    }
+#pragma GCC unroll 8
+    for (int i = 0; i < Rows; ++i) panel.store(out + i * columns, y[i][0], y[i][1]);
+}
+
+template <class Source>
+void product(const Rows8bit& x, const Source& w, std::int64_t N, std::int64_t K, bool transposed, const float* row_scale,
+             const Addition& addition, float* out, void* scratch, Range range) {
+    const std::int64_t groups = groups_of(x.C), parts = parts_of(x.C), columns = transposed ? K : N;
+    const std::int64_t tiles = (x.T + kRowTile - 1) / kRowTile, n_panels = range.end - range.begin;
+    const std::int64_t panel_bytes = smaller(groups * kGroup, kTerms) * kPanel;
+    std::uint8_t* const packed = static_cast<std::uint8_t*>(scratch);
+    Columns panels[kPanels];
+    for (std::int64_t p = 0; p < n_panels; ++p) {
+        const std::int64_t first = (range.begin + p) * kPanel;
+        panels[p].factor = reinterpret_cast<float*>(packed + n_panels * panel_bytes) + p * addition.r * kPanel;
+        panels[p].set(addition, row_scale, transposed, first, smaller(kPanel, columns - first));
+    }
+    for (std::int64_t begin = 0; begin < x.C; begin += kTerms) {
+        const Range terms{begin, smaller(begin + kTerms, x.C)};
+        const bool is_first = begin == 0, is_last = terms.end == x.C;
+        for (std::int64_t p = 0; p < n_panels; ++p) {
+            const std::int64_t first = (range.begin + p) * kPanel;
+            if (transposed) {
+                pack_columns(w, row_scale, N, K, first, terms, packed + p * panel_bytes);
+            } else {
+                pack_rows(w, row_scale, N, K, first, terms, packed + p * panel_bytes);
             }
-            for (; i < count_t; ++i) {
-                finish_rows<1>(sums + i * kPanel, t0 + i, column_scale, bias, addition, factor, masks, out + first, columns);
+        }
+        for (std::int64_t tile = 0; tile < tiles; ++tile) {
+            const std::int64_t first_part = (tile * parts + begin / kPart) * kRowTile;
+            const std::int64_t t0 = tile * kRowTile, rows = smaller(kRowTile, x.T - t0);
+            const std::int8_t* codes = x.codes + (tile * groups + begin / kGroup) * kRowTile * kGroup;
+            for (std::int64_t p = 0; p < n_panels; ++p) {
+                const Columns& panel = panels[p];
+                float* const to = out + t0 * columns + (range.begin + p) * kPanel;  // where sums wait for more terms
+                alignas(64) float sums[kRowTile * kPanel];
+                for (std::int64_t i = 0; !is_first && i < rows; ++i) {
+                    _mm512_store_ps(sums + i * kPanel, _mm512_maskz_loadu_ps(panel.masks[0], to + i * columns));
+                    _mm512_store_ps(sums + i * kPanel + 16, _mm512_maskz_loadu_ps(panel.masks[1], to + i * columns + 16));
+                }
+                multiply_tile(codes, x.scale + first_part, x.start + first_part, packed + p * panel_bytes,
+                              groups_of(terms.end - begin), is_first, sums);
+                if (!is_last) {
+                    for (std::int64_t i = 0; i < rows; ++i) {
+                        const float* row = sums + i * kPanel;
+                        panel.store(to + i * columns, _mm512_load_ps(row), _mm512_load_ps(row + 16));
+                    }
+                    continue;
+                }
+                const float* low = addition.low + t0 * addition.r;
+                std::int64_t i = 0;
+                for (; i + 6 <= rows; i += 6) {
+                    finish_rows<6>(sums + i * kPanel, panel, low + i * addition.r, addition.r, to + i * columns, columns);
+                }
+                for (; i < rows; ++i) {
+                    finish_rows<1>(sums + i * kPanel, panel, low + i * addition.r, addition.r, to + i * columns, columns);
+                }
             }
         }
     }
 }
 
+void matmul(const Rows8bit& x, const Weight4bit& w, std::int64_t N, std::int64_t K, bool transposed, const float* row_scale,
+            const Addition& addition, float* out, void* scratch, Range panels) {
+    product(x, Source4bit(w), N, K, transposed, row_scale, addition, out, scratch, panels);
+}
+
+void matmul_dense(const Rows8bit& x, const float* w, std::int64_t N, std::int64_t K, bool transposed, const float* row_scale,
+                  float* out, void* scratch, Range panels) {
+    product(x, SourceDense{w}, N, K, transposed, row_scale, Addition{}, out, scratch, panels);
+}
+
 }  // namespace
 
-const Int8Kernels kAvx512VnniInt8Kernels = {row_scales, quantize_rows, matmul};
+const Int8Kernels kAvx512VnniInt8Kernels = {row_scales, quantize_rows, matmul, matmul_dense};
 
 }  // namespace lownibble
 
