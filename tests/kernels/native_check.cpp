@@ -37,6 +37,8 @@ std::int32_t lownibble_matmul_int8(const std::int8_t*, const float*, const std::
                                    std::int64_t, std::int32_t, std::int32_t, std::int32_t, const float*, const float*,
                                    const float*, const float*, std::int64_t, std::int64_t, std::int64_t, float, float*,
                                    std::int32_t);
+std::int32_t lownibble_matmul_int8_dense(const std::int8_t*, const float*, const std::int32_t*, std::int64_t, const float*,
+                                         std::int64_t, std::int64_t, std::int32_t, const float*, float*, std::int32_t);
 std::int32_t lownibble_has_matmul();
 std::int32_t lownibble_matmul_4bit(const float*, std::int64_t, const std::uint8_t*, const float*, const void*, const float*,
                                    const float*, const float*, std::int64_t, std::int64_t, std::int32_t, std::int32_t,
@@ -254,7 +256,8 @@ bool products_8bit_hold(std::int64_t T, std::int64_t N, std::int64_t K, std::int
     Bytes codes(N * K / 2);
     for (std::uint8_t& code : codes) code = static_cast<std::uint8_t>(random_bits() >> 24);
     const Floats absmax(divided_up(N * K, block_shift), 0.5f);
-    Floats row_scale(N);
+    Floats dense(N * K), row_scale(N);
+    for (std::int64_t i = 0; i < N * K; ++i) dense[i] = tables.values[i & 1 ? codes[i / 2] & 15 : codes[i / 2] >> 4] * 0.5f;
     lownibble_row_scales(codes.data(), tables.values.data(), absmax.data(), nullptr, nullptr, nullptr, N, K, block_shift, 0,
                          row_scale.data(), kThreads);
     for (bool transposed : {false, true}) {
@@ -273,15 +276,20 @@ bool products_8bit_hold(std::int64_t T, std::int64_t N, std::int64_t K, std::int
                                   nullptr, low.data(), factor.data(), 1, columns, 1, 1.0f, out.data(), kThreads)) {
             return false;
         }
+        Floats plain(T * columns);
+        if (lownibble_matmul_int8_dense(x_codes.data(), scale.data(), start.data(), T, dense.data(), N, K, transposed,
+                                        row_scale.data(), plain.data(), kThreads)) {
+            return false;
+        }
         for (std::int64_t t = 0; t < T; ++t) {
             for (std::int64_t c = 0; c < columns; ++c) {
-                double sum = static_cast<double>(low[t]) * factor[c];
+                double sum = 0.0;
                 for (std::int64_t k = 0; k < terms; ++k) {
-                    const std::int64_t i = transposed ? k * K + c : c * K + k;
-                    const int code = i & 1 ? codes[i / 2] & 15 : codes[i / 2] >> 4;
-                    sum += static_cast<double>(x[t * terms + k]) * tables.values[code] * 0.5;
+                    sum += static_cast<double>(x[t * terms + k]) * dense[transposed ? k * K + c : c * K + k];
                 }
-                if (std::fabs(out[t * columns + c] - sum) > 0.005 * terms) return false;  // half a step of each factor of a term
+                const double bound = 0.005 * terms;  // half a step of each factor of a term
+                if (std::fabs(plain[t * columns + c] - sum) > bound) return false;
+                if (std::fabs(out[t * columns + c] - sum - static_cast<double>(low[t]) * factor[c]) > bound) return false;
             }
         }
     }
@@ -549,7 +557,7 @@ int main() {
                 return 1;
             }
         }
-        const std::int64_t products[][3] = {{1, 1, 64}, {7, 33, 64}, {8, 48, 192}, {17, 97, 704}, {21, 650, 64}};
+        const std::int64_t products[][3] = {{1, 1, 64}, {7, 33, 64}, {8, 48, 192}, {17, 97, 704}, {21, 650, 64}, {13, 2075, 64}, {13, 33, 2112}};
         for (const auto& shape : products) {
             for (std::int32_t block_shift : {5, 6, 12}) {
                 if (lownibble_has_int8() && !products_8bit_hold(shape[0], shape[1], shape[2], block_shift, tables)) {

@@ -12,9 +12,10 @@ from lownibble.config import DataConfig, LoraConfig, QuantConfig, RunConfig, Tra
 from lownibble.errors import BackendError, InputError
 from lownibble.kernels import cpu
 from lownibble.models.attention import kernel_obstacle
-from lownibble.quant import QuantLinear, eightbit, quantize
+from lownibble.quant import QuantLinear, eightbit, exact_products, quantize
+from lownibble.quant.dense import DenseProducts
 from lownibble.training import run
-from lownibble.training.loss import check_packing, check_rows
+from lownibble.training.loss import Head, check_packing, check_rows, label_loss
 
 RECORD = Path(__file__).parents[2] / "benchmarks" / "results" / "quality-cpu.json"
 DATA = {"prompt_template": "review : {text} sentiment :", "completion_template": " {label}"}
@@ -123,6 +124,30 @@ def test_padded_rows_run_on_our_attention_all_the_same():
     tokenizer.padding_side = "right"
     batch = tokenizer(["A film of great charm and not a little wit.", "Dull."], return_tensors="pt", padding=True)
     assert check_rows(model, batch["input_ids"], batch["attention_mask"]) == ""
+
+
+@pytest.mark.parametrize("backend", ["reference", pytest.param("cpu", marks=needs_vnni)])
+def test_the_frozen_head_is_multiplied_in_8_bits_too(wide_model, monkeypatch, backend):
+    ids = torch.randint(3, 20, (4, 16), generator=torch.Generator().manual_seed(0))
+    found = []
+    with ln.use_backend(backend):
+        model, _ = ln.load(str(wide_model), quant=QuantConfig(compute="int8"))
+        ln.add_lora(model, LoraConfig(r=4, init_lora_weights=False))
+        plain = Head._plain
+        for make_plain in (plain, lambda head, _: DenseProducts(head.module.weight)):
+            monkeypatch.setattr(Head, "_plain", make_plain)
+            model.zero_grad()
+            loss = label_loss(model, ids, torch.ones_like(ids), ids)
+            loss.backward()
+            found.append((loss.item(), torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])))
+        assert Head(model).plain.code_type is None
+        monkeypatch.setattr(Head, "_plain", plain)
+        assert Head(model).plain.code_type is torch.int8
+        with exact_products(model):
+            assert Head(model).plain.code_type is None, "comparisons are exact"
+    (loss, gradient), (exact_loss, exact_gradient) = found
+    assert loss == pytest.approx(exact_loss, rel=0.01)
+    assert 1e-4 < float((gradient - exact_gradient).norm() / exact_gradient.norm()) < 0.05
 
 
 def test_comparisons_leave_the_model_as_it_was(wide_model):

@@ -107,7 +107,7 @@ def compare(model, batch, dtype=torch.float32):
 @pytest.mark.parametrize("name", MODELS)
 def test_value_and_gradients(tiny, batch, monkeypatch, name, trained, chunk):
     if chunk == "small":
-        monkeypatch.setattr(loss_module, "_chunk_tokens", lambda head: 4)  # 17 labels: 4 chunks and a short one
+        monkeypatch.setattr(loss_module, "_chunk_tokens", lambda row_bytes: 4)  # 17 labels: 4 chunks and a short one
     family, options = MODELS[name]
     compare(TRAINED[trained](tiny(family, **options)), batch)
 
@@ -204,10 +204,10 @@ def test_without_gradient_nothing_is_kept(tiny, batch):
 
 @pytest.mark.parametrize("plain", [True, False])
 def test_full_logits_never_exist(tiny, batch, monkeypatch, plain):
-    monkeypatch.setattr(loss_module, "_chunk_tokens", lambda head: 5)
+    monkeypatch.setattr(loss_module, "_chunk_tokens", lambda row_bytes: 5)
     model, largest = full(tiny()), 0
     if not plain:
-        monkeypatch.setattr(Head, "_plain", lambda head: None)
+        monkeypatch.setattr(Head, "_plain", lambda *_: None)
 
     class Largest(TorchDispatchMode):
         def __torch_dispatch__(self, func, types, args=(), kwargs=None):
@@ -223,17 +223,17 @@ def test_full_logits_never_exist(tiny, batch, monkeypatch, plain):
 
 
 def test_a_plain_head_has_the_gradients_of_any_head(tiny, batch, monkeypatch):
-    monkeypatch.setattr(loss_module, "_chunk_tokens", lambda head: 5)
+    monkeypatch.setattr(loss_module, "_chunk_tokens", lambda row_bytes: 5)
     model, arguments = full(tiny()), batch(rows=3)
     plain = gradients(model, label_loss(model, *arguments))
-    monkeypatch.setattr(Head, "_plain", lambda head: None)
+    monkeypatch.setattr(Head, "_plain", lambda *_: None)
     for name, gradient in gradients(model, label_loss(model, *arguments)).items():
         torch.testing.assert_close(plain[name], gradient, rtol=1e-5, atol=1e-7)
 
 
 @pytest.mark.parametrize("name", MODELS)
 def test_token_losses(tiny, batch, monkeypatch, name):
-    monkeypatch.setattr(loss_module, "_chunk_tokens", lambda head: 4)
+    monkeypatch.setattr(loss_module, "_chunk_tokens", lambda row_bytes: 4)
     family, options = MODELS[name]
     model = tiny(family, **options)
     ids, mask, _ = batch()

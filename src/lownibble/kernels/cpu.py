@@ -401,6 +401,8 @@ def matmul_8bit_dense(x: Rows8bit, weight_NK: Tensor, row_scale: Tensor, transpo
     N, K = weight_NK.shape
     terms, columns = (N, K) if transposed else (K, N)
     check_weight_8bit(weight_NK.shape, PART)
+    if N * K == 0:
+        return out.zero_()
     failed = library().matmul_int8_dense(
         *_rows_int8(x, terms), x.rows, _data(weight_NK, "weight_NK", torch.float32, N * K), N, K, int(transposed),
         _data(row_scale, "row_scale", torch.float32, N), _data(out, "out", torch.float32, x.rows * columns),

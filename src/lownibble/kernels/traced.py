@@ -91,6 +91,12 @@ class Traced:
         """As `ops.matmul_8bit`."""
         return codes.new_empty((x.rows, shape[1] if transposed else shape[0]), dtype=torch.float32)
 
+    def matmul_8bit_dense(
+        self, x: Rows8bit, weight_NK: Tensor, row_scale: Tensor, transposed: bool, out: Tensor
+    ) -> Tensor:  # fmt: skip
+        """As `ops.matmul_8bit_dense`."""
+        return out
+
     def has_attention(self, head_dim: int) -> bool:
         """Whether there is an attention kernel for heads of this size."""
         return self._attention and head_dim % 16 == 0

@@ -445,6 +445,11 @@ def matmul_8bit(
     return out
 
 
+def matmul_8bit_dense(x: Rows8bit, weight_NK: Tensor, row_scale: Tensor, transposed: bool, out: Tensor) -> Tensor:
+    """Not here: a head in 16 bits runs on tensor cores already."""
+    raise BackendError("The 'triton' kernels have no 8-bit product with a dense matrix. Use torch's, or the 'reference' backend.")
+
+
 def decoder_layers(
     x_TH: Tensor, layers: DecoderLayers, keys: Tensor, values: Tensor, step: Step, segments: Sequence[Segment]
 ) -> None:

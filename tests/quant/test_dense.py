@@ -1,0 +1,140 @@
+"""Products with a dense matrix. Oracles: torch's, and for 8 bits the plain-torch reference, whose sums are held to formulas in
+`test_eightbit.py`."""
+
+import pytest
+import torch
+
+import lownibble as ln
+from lownibble.errors import BackendError, InputError
+from lownibble.kernels import cpu, reference
+from lownibble.quant.dense import DenseProducts, code_type_for
+
+try:
+    HAS_INT8 = cpu.has_int8()
+except BackendError:
+    HAS_INT8 = False
+needs_vnni = pytest.mark.skipif(not HAS_INT8, reason="no compiled kernels, or no AVX-512 VNNI")
+BACKENDS = ["reference", pytest.param("cpu", marks=needs_vnni)]
+INT8 = torch.int8
+
+SHAPES = [(1, 1, 64), (13, 33, 192), (5, 2048, 64), (25, 2049, 128), (12, 6200, 64), (7, 33, 2112)]
+"""(T, N, K): tiles of 12 rows and panels of 32 columns with and without a rest, sums of one, two and four times 2048 terms."""
+
+ROUNDING = 2e-6
+"""Of the largest output: sums of codes are exact, parts are added in another order."""
+
+
+def random(*shape, seed=0):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def scales(weight):
+    return weight.abs().amax(1) / 127
+
+
+@needs_vnni
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize(("T", "N", "K"), SHAPES)
+def test_compiled_kernels_equal_the_reference(T, N, K, threads):
+    weight = random(N, K)
+    weight[N // 2] = 0
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        for transposed in (False, True):
+            x, columns = random(T, N if transposed else K, seed=1), K if transposed else N
+            found = []
+            for backend in (reference, cpu):
+                rows = backend.quantize_rows(x, scales(weight) if transposed else None)
+                out = torch.full((T, columns), float("nan"))
+                found.append(backend.matmul_8bit_dense(rows, weight, scales(weight), transposed, out))
+                assert found[-1] is out
+            atol = ROUNDING * float(found[0].abs().max())
+            torch.testing.assert_close(found[1], found[0], rtol=0, atol=atol)
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_products_are_close_to_torchs(backend):
+    weight, x, dy = random(3000, 128), random(30, 128, seed=1), random(30, 3000, seed=2)
+    exact, ours = DenseProducts(weight), DenseProducts(weight, INT8)
+    with ln.use_backend(backend):
+        for way, source in (("forward", x), ("backward", dy)):
+            expected = source @ (weight.t() if way == "forward" else weight)
+            torch.testing.assert_close(getattr(exact, way)(source, torch.empty_like(expected)), expected)
+            error = (getattr(ours, way)(source, torch.empty_like(expected)) - expected).norm() / expected.norm()
+            assert 1e-3 < error < 0.015  # of 8 bits, and no more
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_what_is_not_finite_stays_so(backend):
+    weight, x = random(40, 64), random(3, 64, seed=1)
+    weight[7, 3], x[1, 5] = float("nan"), float("inf")
+    with ln.use_backend(backend):
+        y = DenseProducts(weight, INT8).forward(x, torch.empty(3, 40))
+        dx = DenseProducts(weight, INT8).backward(torch.ones(3, 40), torch.empty(3, 64))
+    assert not y[1].isfinite().any()
+    assert not y[:, 7].isfinite().any()
+    assert y[[0, 2]][:, :7].isfinite().all()
+    assert not dx.isfinite().any()
+
+
+def test_scales_follow_the_matrix(monkeypatch):
+    weight, x, reads = random(8, 64), random(2, 64, seed=1), []
+    plain = torch.linalg.vector_norm
+    monkeypatch.setattr(torch.linalg, "vector_norm", lambda *a, **k: reads.append(1) or plain(*a, **k))
+    with ln.use_backend("reference"):
+        first, again = (DenseProducts(weight, INT8).forward(x, torch.empty(2, 8)) for _ in range(2))
+        assert len(reads) == 1
+        weight.mul_(2)
+        doubled = DenseProducts(weight, INT8).forward(x, torch.empty(2, 8))
+    assert torch.equal(first, again)
+    assert torch.equal(doubled, 2 * first)
+    assert len(reads) == 2
+
+
+@needs_vnni
+def test_wrong_arguments_are_refused():
+    weight, rows = random(8, 64), cpu.quantize_rows(random(2, 64))
+    good = {"x": rows, "weight_NK": weight, "row_scale": scales(weight), "transposed": False, "out": torch.empty(2, 8)}
+    cpu.matmul_8bit_dense(**good)
+    wrong = {
+        "must have 8 columns": {"transposed": True},
+        "'weight_NK' must be": {"weight_NK": weight.double()},
+        "'row_scale' must be": {"row_scale": torch.ones(7)},
+        "'out' must be": {"out": torch.empty(2, 9)},
+        "'codes' must be": {"x": rows._replace(rows=200)},
+        "multiple of 64": {"weight_NK": random(8, 65)},
+    }
+    for message, changed in wrong.items():
+        with pytest.raises(InputError, match=message):
+            cpu.matmul_8bit_dense(**{**good, **changed})
+
+
+class Model(torch.nn.Module):
+    def __init__(self, compute, **head):
+        super().__init__()
+        self.base = ln.QuantLinear.from_linear(torch.nn.Linear(64, 64), ln.QuantConfig())
+        self.base.compute = compute
+        self.head = torch.nn.Linear(head.pop("width", 64), 100, bias=False, **head).requires_grad_(False)
+
+
+def test_a_frozen_head_is_computed_as_the_base_is():
+    with ln.use_backend("reference"):
+        for compute, expected in {"exact": None, "int8": INT8, "fp8": None}.items():
+            model = Model(compute)
+            assert code_type_for(model, model.head.weight) is expected
+        trained, narrow, half = Model("int8"), Model("int8", width=80), Model("int8", dtype=torch.bfloat16)
+        trained.head.requires_grad_(True)
+        for model in (trained, narrow, half):
+            assert code_type_for(model, model.head.weight) is None
+        assert code_type_for(model.head, model.head.weight) is None, "nothing is packed"
+
+
+def test_bytes_of_a_row_are_what_it_takes():
+    N = 1000
+    rows = reference.quantize_rows(random(12, N))
+    taken = 12 * N * 4 + sum(tensor.nbytes for tensor in (rows.codes, rows.scale, rows.start))
+    assert DenseProducts(random(N, 64), INT8).row_bytes * 12 == taken
+    assert DenseProducts(random(N, 64)).row_bytes == 4 * N
