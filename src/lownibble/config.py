@@ -30,9 +30,10 @@ class QuantConfig(Options):
     double_quant: bool = Field(True, description="quantise the block constants to 8 bits as well")
     compute: Literal["auto", "exact", "int8", "fp8"] = Field(
         "auto",
-        description="products of the frozen base: 'exact' in the activations' dtype, 'int8' on 8-bit units (faster; values "
-        "differ a little, the adapter stays exact), 'fp8' on those of newer CUDA devices (values differ more); 'auto' is "
-        "'int8' for training on a CPU that has it, where 'bench quality' says that it learns as well, else 'exact'",
+        description="products of the frozen base: 'exact' in the activations' dtype, 'int8' on 8-bit units, on CPUs the head's "
+        "too (faster; values differ a little, the adapter stays exact), 'fp8' on those of newer CUDA devices (values differ "
+        "more); 'auto' is 'int8' for training on a CPU that has it, where 'bench quality' says that it learns as well, else "
+        "'exact'",
     )
     skip_modules: list[str] = Field(["lm_head"], description="linear modules left in full precision, by last name or path")
 

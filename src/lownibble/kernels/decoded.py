@@ -2,10 +2,11 @@
 
 What a backend uses where it has no product of its own. At training sizes the decode costs a few percent of the product, and
 reusing hot memory is what makes it cheap (a fresh allocation page-faults for longer than the decode takes). There is one buffer
-per thread, device and dtype, only valid until the next decode. On CUDA "next" is an order of the stream, not of time: a decode
-is queued behind the product that reads the buffer because both go to one stream. That is assumed, not checked: a thread that
-alternates between streams would have to release the buffer between them. Autograd runs a GPU's backward on a thread of its own
-(and on the forward's stream), so training holds two buffers a device.
+per thread, device and dtype, only valid until the next use; the loss makes its logits in it (`training/loss.py`). On CUDA
+"next" is an order of the stream, not of time: a decode is queued behind the product that reads the buffer because both go to
+one stream. That is assumed, not checked: a thread that alternates between streams would have to release the buffer between
+them. Autograd runs a GPU's backward on a thread of its own (and on the forward's stream), so training holds two buffers a
+device.
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ def scratch(shape: torch.Size, dtype: torch.dtype, device: torch.device) -> Tens
     key = (dtype, device)
     numel = shape.numel()
     if key not in buffers or buffers[key].numel() < numel:
+        buffers.pop(key, None)  # before the new one, not beside it
         with torch.inference_mode(False):  # or training after generation could not use it
             buffers[key] = torch.empty(numel, dtype=dtype, device=device)
     return buffers[key][:numel].view(shape)

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 from lownibble.arch import ModelShape
 from lownibble.planning import operations as op
-from lownibble.planning.linear import DecodeBuffer, LinearOnTape, Method, Runtime
+from lownibble.planning.linear import LinearOnTape, Method, Runtime, SharedBuffers
 from lownibble.planning.tape import BOOL, FLOAT32, INT64, Tape, Value
 
 
@@ -23,12 +23,12 @@ class Decoder:
     def __init__(self, tape: Tape, shape: ModelShape, method: Method, run: Runtime) -> None:
         self.tape, self.shape, self.run, self.method = tape, shape, run, method
         self._all: list[Value] = []
-        buffer, family, hidden = DecodeBuffer(tape, run), shape.family, shape.hidden
+        self.buffers, family, hidden = SharedBuffers(tape, run), shape.family, shape.hidden
         self.embedding = self._parameter(shape.vocab * hidden)
         self.layers = [
             {
                 linear.name.rpartition(".")[2]: LinearOnTape(
-                    tape, f"model.layers.{layer}.{linear.name}", linear, method, run, buffer
+                    tape, f"model.layers.{layer}.{linear.name}", linear, method, run, self.buffers
                 )
                 for linear in shape.linears
             }

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from lownibble.arch import Linear, ModelShape
 from lownibble.planning import operations as op
-from lownibble.planning.linear import DecodeBuffer, LinearOnTape, Method, Runtime
+from lownibble.planning.linear import LinearOnTape, Method, Runtime, SharedBuffers
 from lownibble.planning.tape import FLOAT32, INT64, Tape, Value
 
 Layer = dict[str, LinearOnTape]
@@ -20,7 +20,7 @@ class EncoderDecoder:
 
     def __init__(self, tape: Tape, shape: ModelShape, method: Method, run: Runtime) -> None:
         self.tape, self.shape, self.run, self.method = tape, shape, run, method
-        self._buffer = DecodeBuffer(tape, run)
+        self.buffers = SharedBuffers(tape, run)
         self.embedding = self._parameter(shape.vocab * shape.hidden)
         self.encoder = self._layers("encoder", shape.layers, shape.linears)
         self.decoder = self._layers("decoder", shape.decoder_layers, shape.decoder_linears)
@@ -40,7 +40,7 @@ class EncoderDecoder:
     def _layers(self, stack: str, count: int, linears: tuple[Linear, ...]) -> list[Layer]:
         def linear(layer: int, each: Linear) -> LinearOnTape:
             path = f"{stack}.block.{layer}.{each.name}"
-            return LinearOnTape(self.tape, path, each, self.method, self.run, self._buffer)
+            return LinearOnTape(self.tape, path, each, self.method, self.run, self.buffers)
 
         return [{each.name: linear(layer, each) for each in linears} for layer in range(count)]
 

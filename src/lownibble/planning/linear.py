@@ -52,28 +52,28 @@ class Method:
         return self.packed is not None and not any(f".{skip}." in f".{path}." for skip in self.skipped)
 
 
-class DecodeBuffer:
-    """What 4-bit weights are decoded into: as large as the largest so far."""
+class SharedBuffers:
+    """What 4-bit weights are decoded into, and on CPUs logits (`kernels/decoded.py`): each as large as the largest so far."""
 
     def __init__(self, tape: Tape, run: Runtime) -> None:
         self._tape, self._run = tape, run
-        self._n = 0
-        self._buffers: list[Value] = []
+        self._buffers: list[Value | None] = [None] * run.decode_buffers
 
-    def need(self, n: int) -> None:
-        """Make room for so many elements."""
-        if n > self._n:
-            self._n = n
-            self._buffers = [self._tape.new(n, self._run.itemsize, "workspace") for _ in range(self._run.decode_buffers)]
+    def need(self, n: int, count: int | None = None) -> None:
+        """Make room for so many elements, in the first `count` of the buffers, or in all."""
+        for i, held in enumerate(self._buffers[:count]):
+            if held is None or n > held.n:
+                self._buffers[i] = held = None
+                self._buffers[i] = self._tape.new(n, self._run.itemsize, "workspace")
 
 
 class LinearOnTape:
     """A linear layer: dense, trained or not, or 4-bit; with an adapter of rank r, or without, by its path in the model."""
 
     def __init__(
-        self, tape: Tape, path: str, linear: Linear, method: Method, run: Runtime, buffer: DecodeBuffer
+        self, tape: Tape, path: str, linear: Linear, method: Method, run: Runtime, buffers: SharedBuffers
     ) -> None:  # fmt: skip
-        self.tape, self.run, self.buffer = tape, run, buffer
+        self.tape, self.run, self.buffers = tape, run, buffers
         self.n_in, self.n_out, self.r = linear.in_features, linear.out_features, method.ranks.get(path, 0)
         n = self.n_in * self.n_out
         self.packed = method.packs(path)
@@ -116,7 +116,7 @@ class LinearOnTape:
         tape, size = self.tape, self.run.itemsize
         fused = self.packed and self.run.fused and size == FLOAT32
         if self.packed and not fused:
-            self.buffer.need(self.n_in * self.n_out)
+            self.buffers.need(self.n_in * self.n_out)
         out = tape.new(tokens * columns, size)
         if factor and size != self.of_adapter:
             tape.new(factor, size)

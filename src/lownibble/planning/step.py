@@ -80,10 +80,14 @@ def _label_loss(tape: Tape, model: Decoder | EncoderDecoder, hidden: Value) -> V
     most = max(16, CHUNK_BYTES // (4 * V))
     if model.shape.plain_head and not model.head_adapter:
         rows = -(-L // max(1, -(-L // most)))
-        buffer = tape.new(rows * V, size)
-        scores = tape.new(rows * V, FLOAT32) if size != FLOAT32 else buffer
-        dlogits = tape.new(rows * V, size) if size != FLOAT32 else scores
-        del buffer, scores, dlogits
+        logits = None
+        if model.run.cuda:
+            logits = tape.new(rows * V, size)
+        else:
+            model.buffers.need(rows * V, 1)
+        scores = tape.new(rows * V, FLOAT32) if size != FLOAT32 else None
+        dlogits = tape.new(rows * V, size) if size != FLOAT32 else None
+        del logits, scores, dlogits
     else:
         rows = min(most, L)
         logits = tape.new(rows * V, size)

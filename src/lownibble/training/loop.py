@@ -22,6 +22,7 @@ from torch import nn
 from lownibble.config import TrainConfig
 from lownibble.data import Batch, Choice, Example
 from lownibble.errors import ConfigError, TrainingError
+from lownibble.kernels.decoded import release_scratch
 from lownibble.lora import count_parameters
 from lownibble.lora.inject import adapter_configs
 from lownibble.optim import (
@@ -130,10 +131,11 @@ class Trainer:
             RunInterrupted: it was asked to stop; the steps taken are in a checkpoint, if there is an output folder.
         """
         try:
-            with memory.exhaustion_told(self._out_of_memory):
+            with memory.exhaustion_told(self._out_of_memory), memory.kept_heap():
                 yield from self._events()
         finally:
             close_states(self.optimizer)
+            release_scratch()
 
     def _events(self) -> Iterator[Event]:
         config, began = self.config, time.perf_counter()

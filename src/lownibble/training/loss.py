@@ -4,8 +4,9 @@ Full logits never exist. Hidden states at label positions are gathered, go throu
 logits are turned in place into their own gradient, which goes straight back through the head; what is kept for backward is the
 gradient of the hidden states, (L, H). The method is Liger's fused linear cross-entropy; the head may be any module (dense,
 tied, quantised, adapted), because its backward is autograd's. The usual head, a dense matrix, is multiplied into one buffer for
-all chunks, and its gradient, where it is trained, is summed in place: a fresh allocation of that size costs a fault a page, and
-those take a good part of the product's time. It is multiplied on 8-bit units where the frozen base is (`quant/dense.py`).
+all chunks and steps, and its gradient, where it is trained, is summed in place: a fresh allocation of that size costs a fault a
+page, and those take a good part of the product's time. It is multiplied on 8-bit units where the frozen base is
+(`quant/dense.py`).
 
 The backbone is called without the head, so what a model does between head and logits must be known: `_LOGIT_TRANSFORMS` lists
 the configuration keys for it, and `check_head` compares with the model's own logits once, before training.
@@ -24,6 +25,7 @@ from torch.autograd.function import once_differentiable
 from lownibble.data import IGNORE
 from lownibble.errors import ModelError
 from lownibble.kernels import ops
+from lownibble.kernels.decoded import scratch
 from lownibble.models import attention
 from lownibble.quant import exact_products
 from lownibble.quant.dense import DenseProducts, code_type_for
@@ -102,7 +104,11 @@ def _into_one_buffer(hidden_LH: Tensor, plain: DenseProducts) -> Iterator[tuple[
     """Logits of equal parts, each overwriting the one before, at most CHUNK_BYTES with what goes back; (tokens, logits)."""
     count = -(-len(hidden_LH) // _chunk_tokens(plain.row_bytes))
     size = -(-len(hidden_LH) // max(1, count))
-    buffer = hidden_LH.new_empty((size, len(plain.weight)))
+    shape = torch.Size((size, len(plain.weight)))
+    on_cpu = (
+        hidden_LH.device.type == "cpu"
+    )  # where a fresh one costs a fault a page in every step; CUDA's allocator keeps its own
+    buffer = scratch(shape, hidden_LH.dtype, hidden_LH.device) if on_cpu else hidden_LH.new_empty(shape)
     for start in range(0, len(hidden_LH), max(1, size)):
         part = slice(start, min(start + size, len(hidden_LH)))
         yield part, plain.forward(hidden_LH[part], buffer[: part.stop - start])

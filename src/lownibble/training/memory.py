@@ -82,6 +82,32 @@ def trim_heap() -> None:
         ctypes.CDLL(None).malloc_trim(0)
 
 
+_TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3
+"""mallopt's names for two limits (malloc.h): free bytes at its end from which the heap shrinks, size of a block outside it."""
+
+
+@contextmanager
+def kept_heap() -> Iterator[None]:
+    """Inside the block freed memory of the C heap stays the process's, where the C library can (glibc).
+
+    A step frees what the next one will want again; given back in between, it costs a fault a page. Blocks of more than 32 MiB are
+    the system's all the same. Afterwards what is free is given back, and the limits are those that glibc comes to by itself when
+    large blocks are freed.
+    """
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (AttributeError, OSError):
+        yield
+        return
+    mallopt(_MMAP_THRESHOLD, 32 << 20)
+    mallopt(_TRIM_THRESHOLD, -1)
+    try:
+        yield
+    finally:
+        mallopt(_TRIM_THRESHOLD, 64 << 20)
+        trim_heap()
+
+
 def is_exhausted(error: BaseException) -> bool:
     """Whether an error says that memory ran out; torch has a type for it on CUDA only."""
     return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or (

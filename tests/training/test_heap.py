@@ -1,0 +1,41 @@
+"""The C heap in training. Oracles: the kernel's count of page faults, and the resident set."""
+
+import ctypes
+import resource
+
+import psutil
+import pytest
+import torch
+
+from lownibble.training import memory
+
+MIB = 2**20
+pytestmark = pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallopt"), reason="not glibc")
+
+
+def faults_of_a_block():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    torch.empty(24 * MIB, dtype=torch.uint8).fill_(1)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+
+def test_a_block_that_was_freed_costs_no_faults_again():
+    with memory.kept_heap():
+        first, *later = (faults_of_a_block() for _ in range(3))
+    again = faults_of_a_block()
+    assert later[-1] < first / 2
+    assert later[-1] < again / 2
+
+
+def test_what_is_free_is_given_back():
+    with memory.kept_heap():
+        blocks = [torch.empty(24 * MIB, dtype=torch.uint8).fill_(1) for _ in range(10)]
+        del blocks
+        held = psutil.Process().memory_info().rss
+    assert psutil.Process().memory_info().rss < held - 200 * MIB
+
+
+def test_another_c_library_is_left_alone(monkeypatch):
+    monkeypatch.setattr(ctypes, "CDLL", lambda name: object())
+    with memory.kept_heap():
+        assert faults_of_a_block() >= 0
