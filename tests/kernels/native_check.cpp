@@ -44,6 +44,8 @@ std::int32_t lownibble_matmul_4bit(const float*, std::int64_t, const std::uint8_
                                    const float*, const float*, std::int64_t, std::int64_t, std::int32_t, std::int32_t,
                                    std::int32_t, const float*, const float*, const float*, std::int64_t, std::int64_t,
                                    std::int64_t, float, float*, std::int32_t);
+std::int32_t lownibble_matmul_dense(const float*, std::int64_t, const float*, std::int64_t, std::int64_t, std::int32_t, float*,
+                                    std::int32_t);
 std::int64_t lownibble_decoder_workspace(const lownibble::DecoderLayer*, std::int64_t, std::int64_t, std::int64_t, std::int32_t);
 std::int32_t lownibble_decoder_layers(const lownibble::DecoderLayer*, std::int64_t, const lownibble::Tokens*, std::int64_t, float*,
                                       std::int32_t);
@@ -218,9 +220,13 @@ bool products_hold(std::int64_t T, std::int64_t N, std::int64_t K, std::int32_t 
     for (std::uint8_t& code : codes) code = static_cast<std::uint8_t>(random_bits() >> 24);
     Floats absmax(divided_up(n, block_shift));
     for (float& value : absmax) value = random_float();
+    Floats dense(n);
+    for (std::int64_t i = 0; i < n; ++i) {
+        dense[i] = tables.values[i & 1 ? codes[i / 2] & 15 : codes[i / 2] >> 4] * absmax[i >> block_shift];
+    }
     for (bool transposed : {false, true}) {
         const std::int64_t terms = transposed ? N : K, columns = transposed ? K : N;
-        Floats x(T * terms), bias(columns), low(T * r), factor(r * columns), out(T * columns);
+        Floats x(T * terms), bias(columns), low(T * r), factor(r * columns), out(T * columns), plain(T * columns);
         for (Floats* values : {&x, &bias, &low, &factor}) {
             for (float& value : *values) value = random_float();
         }
@@ -229,16 +235,18 @@ bool products_hold(std::int64_t T, std::int64_t N, std::int64_t K, std::int32_t 
                                   out.data(), kThreads)) {
             return false;
         }
+        if (lownibble_matmul_dense(x.data(), T, dense.data(), N, K, transposed, plain.data(), kThreads)) return false;
         for (std::int64_t t = 0; t < T; ++t) {
             for (std::int64_t c = 0; c < columns; ++c) {
-                double sum = bias[c], magnitudes = std::fabs(sum);
+                double sum = 0.0, magnitudes = 0.0;
                 for (std::int64_t k = 0; k < terms; ++k) {
-                    const std::int64_t i = transposed ? k * K + c : c * K + k;
-                    const int code = i & 1 ? codes[i / 2] & 15 : codes[i / 2] >> 4;
-                    const double term = static_cast<double>(x[t * terms + k]) * (tables.values[code] * absmax[i >> block_shift]);
+                    const double term = static_cast<double>(x[t * terms + k]) * dense[transposed ? k * K + c : c * K + k];
                     sum += term;
                     magnitudes += std::fabs(term);
                 }
+                if (std::fabs(plain[t * columns + c] - sum) > terms * std::ldexp(magnitudes, -24)) return false;
+                sum += bias[c];
+                magnitudes += std::fabs(bias[c]);
                 for (std::int64_t j = 0; j < r; ++j) {
                     const double term = 0.5 * low[t * r + j] * factor[j * columns + c];
                     sum += term;

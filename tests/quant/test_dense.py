@@ -1,5 +1,5 @@
-"""Products with a dense matrix. Oracles: torch's, and for 8 bits the plain-torch reference, whose sums are held to formulas in
-`test_eightbit.py`."""
+"""Products with a dense matrix. Oracles: torch's in double precision, and for 8 bits the plain-torch reference, whose sums are held
+to formulas in `test_eightbit.py`."""
 
 import pytest
 import torch
@@ -10,9 +10,10 @@ from lownibble.kernels import cpu, reference
 from lownibble.quant.dense import DenseProducts, code_type_for
 
 try:
-    HAS_INT8 = cpu.has_int8()
+    HAS_INT8, HAS_MATMUL = cpu.has_int8(), bool(cpu.library().has_matmul())
 except BackendError:
-    HAS_INT8 = False
+    HAS_INT8 = HAS_MATMUL = False
+needs_kernels = pytest.mark.skipif(not HAS_MATMUL, reason="no compiled kernels, or no AVX-512")
 needs_vnni = pytest.mark.skipif(not HAS_INT8, reason="no compiled kernels, or no AVX-512 VNNI")
 BACKENDS = ["reference", pytest.param("cpu", marks=needs_vnni)]
 INT8 = torch.int8
@@ -55,6 +56,28 @@ def test_compiled_kernels_equal_the_reference(T, N, K, threads):
         torch.set_num_threads(before)
 
 
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize(("T", "N", "K"), [*SHAPES, (8, 100, 704), (21, 650, 64), (3, 0, 64), (0, 5, 64), (4, 7, 50)])
+def test_exact_products_are_torchs(T, N, K, threads):
+    """Bound: that of a float32 sum of so many terms, each rounded once."""
+    weight, before = random(N, K), torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        for way, columns in (("forward", N), ("backward", K)):
+            x, factor = random(T, N + K - columns, seed=1), weight.t() if way == "forward" else weight
+            out = torch.full((T, columns), float("nan"))
+            assert getattr(DenseProducts(weight), way)(x, out) is out
+            bound = (len(factor) + 1) * 2**-24 * (x.abs().double() @ factor.abs().double())
+            assert ((out - x.double() @ factor.double()).abs() <= bound).all()
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_products_in_16_bits_are_torchs():
+    weight, x = random(70, 64).bfloat16(), random(5, 64, seed=1).bfloat16()
+    assert torch.equal(DenseProducts(weight).forward(x, x.new_empty(5, 70)), x @ weight.t())
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_products_are_close_to_torchs(backend):
     weight, x, dy = random(3000, 128), random(30, 128, seed=1), random(30, 3000, seed=2)
@@ -62,7 +85,8 @@ def test_products_are_close_to_torchs(backend):
     with ln.use_backend(backend):
         for way, source in (("forward", x), ("backward", dy)):
             expected = source @ (weight.t() if way == "forward" else weight)
-            torch.testing.assert_close(getattr(exact, way)(source, torch.empty_like(expected)), expected)
+            found = getattr(exact, way)(source, torch.empty_like(expected))
+            torch.testing.assert_close(found, expected, rtol=0, atol=1e-5 * float(expected.abs().max()))
             error = (getattr(ours, way)(source, torch.empty_like(expected)) - expected).norm() / expected.norm()
             assert 1e-3 < error < 0.015  # of 8 bits, and no more
 
@@ -92,6 +116,20 @@ def test_scales_follow_the_matrix(monkeypatch):
     assert torch.equal(first, again)
     assert torch.equal(doubled, 2 * first)
     assert len(reads) == 2
+
+
+@needs_kernels
+def test_wrong_arguments_of_exact_products_are_refused():
+    good = {"x_TC": random(2, 64), "weight_NK": random(8, 64), "transposed": False, "out": torch.empty(2, 8)}
+    cpu.matmul_dense(**good)
+    wrong = {
+        "'x_TC' must be": {"transposed": True},
+        "'weight_NK' must be": {"weight_NK": random(8, 64).double()},
+        "'out' must be": {"out": torch.empty(2, 16)[:, ::2]},
+    }
+    for message, changed in wrong.items():
+        with pytest.raises(InputError, match=message):
+            cpu.matmul_dense(**{**good, **changed})
 
 
 @needs_vnni

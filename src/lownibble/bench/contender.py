@@ -158,8 +158,10 @@ class _Products(TorchDispatchMode):
 
 
 class _CountedBranches:
-    """The kernels in use, but for the low-rank branch's products, which torch makes, so that they can be counted."""
+    """The kernels in use, but for the products of the head and of the low-rank branch, which torch makes, so that they can be
+    counted."""
 
+    matmul_dense = staticmethod(plain.matmul_dense)
     low_rank, low_rank_backward = staticmethod(plain.low_rank), staticmethod(plain.low_rank_backward)
 
     def __init__(self) -> None:

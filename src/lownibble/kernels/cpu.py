@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from lownibble.errors import BackendError, InputError
-from lownibble.kernels import cpu_attention, cpu_decoder, cpu_low_rank, decoded
+from lownibble.kernels import cpu_attention, cpu_decoder, cpu_low_rank, decoded, plain
 from lownibble.kernels.checks import (
     DTYPES,
     check_block_size,
@@ -64,6 +64,7 @@ _SIGNATURES = {
         _pointer, _int64, *_WEIGHT, _int64, _int64, _int32, _int32, _int32, *[_pointer] * 3, *[_int64] * 3,
         ctypes.c_float, _pointer, _int32,
     ],
+    "matmul_dense": [_pointer, _int64, _pointer, _int64, _int64, _int32, _pointer, _int32],
     "gemv_4bit": [_pointer, _int32, _int64, _int64, *_WEIGHT, _int64, _int32, _int32, _pointer, _int32],
     "decoder_sizes": [_int32],
     "decoder_workspace": [_pointer, _int64, _int64, _int64, _int32],
@@ -84,7 +85,8 @@ _SIGNATURES = {
 _RESULTS = {
     **dict.fromkeys(("isa", "available"), ctypes.c_char_p),
     **dict.fromkeys(("has_attention", "has_low_rank", "has_matmul", "has_int8", "select"), _int32),
-    **dict.fromkeys(("gemv_4bit", "matmul_int8", "matmul_int8_dense", "matmul_4bit", "attention", "attention_backward"), _int32),
+    **dict.fromkeys(("gemv_4bit", "matmul_4bit", "matmul_dense", "matmul_int8", "matmul_int8_dense"), _int32),
+    **dict.fromkeys(("attention", "attention_backward"), _int32),
     **dict.fromkeys(("decoder_sizes", "decoder_layers", "low_rank", "low_rank_backward"), _int32),
     **dict.fromkeys(("decoder_workspace", "low_rank_sums"), _int64),
 }
@@ -303,6 +305,21 @@ def matmul_4bit(
     )  # fmt: skip
     if failed:
         raise MemoryError("No memory for the decoded panels of a weight.")
+    return out
+
+
+def matmul_dense(x_TC: Tensor, weight_NK: Tensor, transposed: bool, out: Tensor) -> Tensor:
+    """As `ops.matmul_dense`: with the kernel of `matmul_4bit` where it runs, else by torch."""
+    N, K = weight_NK.shape
+    if x_TC.dtype != torch.float32 or K % 64 or N * K == 0 or not library().has_matmul():
+        return plain.matmul_dense(x_TC, weight_NK, transposed, out)
+    T, terms, columns = len(x_TC), N if transposed else K, K if transposed else N
+    failed = library().matmul_dense(
+        _data(x_TC, "x_TC", torch.float32, T * terms), T, _data(weight_NK, "weight_NK", torch.float32, N * K), N, K,
+        int(transposed), _data(out, "out", torch.float32, T * columns), torch.get_num_threads(),
+    )  # fmt: skip
+    if failed:
+        raise MemoryError("No memory for the panels of a weight.")
     return out
 
 

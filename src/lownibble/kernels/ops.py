@@ -128,6 +128,8 @@ class Backend(Protocol):
         nested: Nested | None = None,
     ) -> Tensor: ...
 
+    def matmul_dense(self, x_TC: Tensor, weight_NK: Tensor, transposed: bool, out: Tensor) -> Tensor: ...
+
     def row_scales(
         self,
         codes: Tensor,
@@ -344,6 +346,11 @@ def matmul_4bit(
     Made for many rows (training). What `addition` holds is float32 or of x's dtype.
     """
     return _for(x_TC).matmul_4bit(x_TC, codes, absmax, values, block_size, shape, transposed, addition, nested)
+
+
+def matmul_dense(x_TC: Tensor, weight_NK: Tensor, transposed: bool, out: Tensor) -> Tensor:
+    """`x @ W.T` (T, N) or, transposed, `x @ W` (T, K), with a dense W (N, K), into `out`; all contiguous, of one dtype."""
+    return _for(x_TC).matmul_dense(x_TC, weight_NK, transposed, out)
 
 
 def row_scales(

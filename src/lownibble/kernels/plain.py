@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
+
+
+def matmul_dense(x_TC: Tensor, weight_NK: Tensor, transposed: bool, out: Tensor) -> Tensor:
+    """As `ops.matmul_dense`."""
+    return torch.mm(x_TC, weight_NK if transposed else weight_NK.t(), out=out)
 
 
 def softmax_rows(x_LV: Tensor, scale: float) -> Tensor:

@@ -68,6 +68,10 @@ class Traced:
             self.dequantize_4bit, x_TC, codes, absmax, values, block_size, shape, transposed, addition, nested
         )  # fmt: skip
 
+    def matmul_dense(self, x_TC: Tensor, weight_NK: Tensor, transposed: bool, out: Tensor) -> Tensor:
+        """As `ops.matmul_dense`."""
+        return out
+
     def row_scales(
         self, codes: Tensor, absmax: Tensor, values: Tensor, block_size: int, shape: torch.Size, nested: Nested | None = None,
         code_type: torch.dtype = torch.int8,

@@ -44,6 +44,7 @@ from lownibble.kernels.ops import LARGEST_CODE, PART, Addition, Nested, Rows8bit
 from lownibble.kernels.plain import gemv_bf16 as gemv_bf16
 from lownibble.kernels.plain import low_rank as low_rank
 from lownibble.kernels.plain import low_rank_backward as low_rank_backward
+from lownibble.kernels.plain import matmul_dense as matmul_dense
 from lownibble.kernels.plain import softmax_rows as softmax_rows
 
 name = "triton"

@@ -150,6 +150,29 @@ void in_turns(std::int64_t count, std::int64_t elements, std::int32_t num_thread
     for (std::int64_t item = 0; item < count; ++item) body(item);
 }
 
+// Exact products' panels and rows, shared out: `body(memory, panels, rows)`; -1 when there is no memory for a group of panels. Where
+// groups are fewer than threads, rows are shared out too.
+template <class Body>
+std::int32_t share_panels(std::int64_t T, std::int64_t N, std::int64_t K, std::int64_t columns, std::int64_t r,
+                          std::int32_t num_threads, Body body) {
+    const std::int64_t panels = (columns + kMatmulPanel - 1) / kMatmulPanel;
+    // As many groups for each thread, of the same size but for one panel.
+    const std::int64_t wanted = (panels + kMatmulGroup - 1) / kMatmulGroup;
+    const std::int64_t groups = smaller(panels, (wanted + num_threads - 1) / num_threads * num_threads);
+    const std::int64_t shares = groups && groups < num_threads ? smaller(T, num_threads / groups) : smaller(T, 1);
+    std::int32_t failed = 0;
+    in_turns(groups * shares, T * N * K, num_threads, [&](std::int64_t item) {
+        void* memory = scratch.of(static_cast<std::size_t>(matmul_scratch(r)));
+        if (!memory) {
+            failed = -1;
+            return;
+        }
+        const std::int64_t i = item / shares, j = item % shares;
+        body(memory, Range{panels * i / groups, panels * (i + 1) / groups}, Range{T * j / shares, T * (j + 1) / shares});
+    });
+    return failed;
+}
+
 // A tensor of (tokens of a row, heads, head_dim) for each row, whose last dimension is contiguous.
 struct Heads {
     float* data;
@@ -310,7 +333,7 @@ LOWNIBBLE_EXPORT std::int32_t lownibble_matmul_int8_dense(const std::int8_t* x_c
 // 1 when lownibble_matmul_4bit may be called with the instruction set in use.
 LOWNIBBLE_EXPORT std::int32_t lownibble_has_matmul() { return active_matmul() != nullptr; }
 
-// 0, or -1 when there is no memory for a group of panels a thread. Where groups are fewer than threads, rows are shared out too.
+// 0, or -1 when there is no memory for a group of panels a thread.
 LOWNIBBLE_EXPORT std::int32_t lownibble_matmul_4bit(
     const float* x, std::int64_t T, const std::uint8_t* codes, const float* values, const void* absmax,
     const float* nested_values, const float* nested_absmax, const float* nested_offset, std::int64_t N, std::int64_t K,
@@ -318,25 +341,18 @@ LOWNIBBLE_EXPORT std::int32_t lownibble_matmul_4bit(
     const float* factor, std::int64_t r, std::int64_t factor_step, std::int64_t factor_stride, float factor_scale, float* out,
     std::int32_t num_threads) {
     const Weight4bit w{codes, values, absmax, nested_values, nested_absmax, nested_offset, N * K, block_shift, nested_shift};
-    const std::int64_t columns = transposed ? K : N, panels = (columns + kMatmulPanel - 1) / kMatmulPanel;
     const Addition addition{bias, low, factor, r, factor_step, factor_stride, factor_scale};
-    // As many groups for each thread, of the same size but for one panel.
-    const std::int64_t wanted = (panels + kMatmulGroup - 1) / kMatmulGroup;
-    const std::int64_t groups = smaller(panels, (wanted + num_threads - 1) / num_threads * num_threads);
-    const std::int64_t shares = groups && groups < num_threads ? smaller(T, num_threads / groups) : smaller(T, 1);
-    std::int32_t failed = 0;
-    in_turns(groups * shares, T * N * K, num_threads, [&](std::int64_t item) {
-        void* memory = scratch.of(static_cast<std::size_t>(matmul_scratch(r)));
-        if (!memory) {
-            failed = -1;
-            return;
-        }
-        const std::int64_t i = item / shares, j = item % shares;
-        active_matmul()->matmul_4bit(x, w, N, K, transposed != 0, addition, out, memory,
-                                     Range{panels * i / groups, panels * (i + 1) / groups},
-                                     Range{T * j / shares, T * (j + 1) / shares});
+    return share_panels(T, N, K, transposed ? K : N, r, num_threads, [&](void* memory, Range panels, Range rows) {
+        active_matmul()->matmul_4bit(x, w, N, K, transposed != 0, addition, out, memory, panels, rows);
     });
-    return failed;
+}
+
+// The same with a dense float32 W (N, K), K a multiple of 64, and nothing added.
+LOWNIBBLE_EXPORT std::int32_t lownibble_matmul_dense(const float* x, std::int64_t T, const float* w, std::int64_t N, std::int64_t K,
+                                                     std::int32_t transposed, float* out, std::int32_t num_threads) {
+    return share_panels(T, N, K, transposed ? K : N, 0, num_threads, [&](void* memory, Range panels, Range rows) {
+        active_matmul()->matmul_dense(x, w, N, K, transposed != 0, out, memory, panels, rows);
+    });
 }
 
 // 1 when the functions below may be called with the instruction set in use.

@@ -1,4 +1,4 @@
-// Exact (float32) products with the frozen 4-bit base: what dispatch.cpp calls and what an instruction set provides.
+// Exact (float32) products with the frozen 4-bit base, and with a dense head: what dispatch.cpp calls and what an instruction set provides.
 //
 // Method. Panels of 48 output columns of the weight are decoded into a buffer that stays in the second-level cache, up to 640 terms
 // of the sum deep, up to four panels at a time; then 8 rows of x at a time, kept in the first-level cache, go past the panels. The 8 by
@@ -21,6 +21,9 @@ struct MatmulKernels {
     // K is a multiple of 64 and a block has at least 32 elements. `scratch`: matmul_scratch(r) bytes, aligned to 64.
     void (*matmul_4bit)(const float* x, const Weight4bit& w, std::int64_t N, std::int64_t K, bool transposed,
                         const Addition& addition, float* out, void* scratch, Range panels, Range rows);
+    // The same with a dense W, and nothing added.
+    void (*matmul_dense)(const float* x, const float* w, std::int64_t N, std::int64_t K, bool transposed, float* out,
+                         void* scratch, Range panels, Range rows);
 };
 
 // Bytes of a group of panels with r more terms for the low-rank branch.

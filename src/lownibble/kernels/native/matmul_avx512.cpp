@@ -1,4 +1,4 @@
-// Exact products with the 4-bit base on AVX-512. 24 of the 32 registers hold sums, 8 rows by 48 columns, so that 24 multiplications need
+// Exact products with the 4-bit base, or a dense matrix, on AVX-512. 24 of the 32 registers hold sums, 8 rows by 48 columns, so that 24 multiplications need
 // 11 loads; x is read as it lies, its elements broadcast from memory. Tried and slower where two hardware threads share a core: 14
 // rows by 32 columns, 9 by 48, 6 by 64, 4 by 96, prefetching panels or x (docs/log.md).
 #if defined(__x86_64__)
@@ -63,6 +63,46 @@ void decode_columns(const Weight4bit& w, std::int64_t K, std::int64_t k0, std::i
             const std::int64_t index = n * K + k;
             const __m512 constant = _mm512_set1_ps(block_constant(w, index >> w.block_shift));
             _mm512_store_ps(to, _mm512_mul_ps(lookup_16(values, w.codes + index / 2), constant));
+        }
+    }
+}
+
+// 16 rows of 16 floats -> 16 registers: register j holds float j of each row.
+inline void transpose_floats(__m512 (&rows)[16]) {
+    __m512 other[16];
+#pragma GCC unroll 4
+    for (int stage = 0; stage < 4; ++stage) {
+        const __m512i left = _mm512_set_epi32(23, 7, 22, 6, 21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
+        const __m512i right = _mm512_set_epi32(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8);
+#pragma GCC unroll 8
+        for (int i = 0; i < 8; ++i) {  // as for bytes
+            other[2 * i] = _mm512_permutex2var_ps(rows[i], left, rows[i + 8]);
+            other[2 * i + 1] = _mm512_permutex2var_ps(rows[i], right, rows[i + 8]);
+        }
+#pragma GCC unroll 16
+        for (int i = 0; i < 16; ++i) rows[i] = other[i];
+    }
+}
+
+// The same panels of a dense W; depth of the first is a multiple of 16.
+void copy_rows(const float* w, std::int64_t N, std::int64_t K, std::int64_t n0, std::int64_t k0, std::int64_t depth, float* panel) {
+    for (int part = 0; part < kVectors; ++part) {
+        for (std::int64_t k = 0; k < depth; k += 16) {
+            __m512 values[16];
+#pragma GCC unroll 16
+            for (int i = 0; i < 16; ++i) values[i] = _mm512_loadu_ps(w + smaller(n0 + part * 16 + i, N - 1) * K + k0 + k);
+            transpose_floats(values);
+            float* to = panel + k * kPanel + part * 16;
+#pragma GCC unroll 16
+            for (int j = 0; j < 16; ++j) _mm512_store_ps(to + j * kPanel, values[j]);
+        }
+    }
+}
+
+void copy_columns(const float* w, std::int64_t K, std::int64_t k0, std::int64_t n0, std::int64_t depth, float* panel) {
+    for (std::int64_t n = n0; n < n0 + depth; ++n, panel += kPanel) {
+        for (int part = 0; part < kVectors; ++part) {
+            _mm512_store_ps(panel + part * 16, _mm512_loadu_ps(w + n * K + smaller(k0 + part * 16, K - 16)));
         }
     }
 }
@@ -152,8 +192,10 @@ constexpr MultiplyTile kMultiplyTile[kMatmulRows + 1] = {
     multiply_tile<5>, multiply_tile<6>, multiply_tile<7>, multiply_tile<8>,
 };
 
-void matmul_4bit(const float* x, const Weight4bit& w, std::int64_t N, std::int64_t K, bool transposed, const Addition& addition,
-                 float* out, void* scratch, Range panels, Range rows) {
+// `fill(first, begin, count, panel)` makes the panel of terms [begin, begin + count) of columns [first, first + 48).
+template <class Fill>
+void product(const float* x, const Fill& fill, std::int64_t N, std::int64_t K, bool transposed, const Addition& addition,
+             float* out, void* scratch, Range panels, Range rows) {
     const std::int64_t terms = transposed ? N : K, columns = transposed ? K : N, r = addition.r;
     const std::int64_t parts = (terms + kMatmulDepth - 1) / kMatmulDepth, depth = ((terms + parts - 1) / parts + 63) / 64 * 64;
     const std::int64_t panel_size = (depth + r) * kPanel;
@@ -166,11 +208,7 @@ void matmul_4bit(const float* x, const Weight4bit& w, std::int64_t N, std::int64
             for (std::int64_t p = p0; p < p1; ++p) {
                 float* panel = group + (p - p0) * panel_size;
                 const std::int64_t first = p * kPanel;
-                if (transposed) {
-                    decode_columns(w, K, first, c, count, panel);
-                } else {
-                    decode_rows(w, N, K, first, c, count, panel);
-                }
+                fill(first, c, count, panel);
                 if (job.r) append_factor(addition, first, smaller(kPanel, columns - first), panel + count * kPanel);
             }
             for (std::int64_t t = rows.begin; t < rows.end; t += kMatmulRows) {
@@ -186,9 +224,25 @@ void matmul_4bit(const float* x, const Weight4bit& w, std::int64_t N, std::int64
     }
 }
 
+void matmul_4bit(const float* x, const Weight4bit& w, std::int64_t N, std::int64_t K, bool transposed, const Addition& addition,
+                 float* out, void* scratch, Range panels, Range rows) {
+    const auto fill = [&](std::int64_t first, std::int64_t begin, std::int64_t count, float* panel) {
+        transposed ? decode_columns(w, K, first, begin, count, panel) : decode_rows(w, N, K, first, begin, count, panel);
+    };
+    product(x, fill, N, K, transposed, addition, out, scratch, panels, rows);
+}
+
+void matmul_dense(const float* x, const float* w, std::int64_t N, std::int64_t K, bool transposed, float* out, void* scratch,
+                  Range panels, Range rows) {
+    const auto fill = [&](std::int64_t first, std::int64_t begin, std::int64_t count, float* panel) {
+        transposed ? copy_columns(w, K, first, begin, count, panel) : copy_rows(w, N, K, first, begin, count, panel);
+    };
+    product(x, fill, N, K, transposed, Addition{}, out, scratch, panels, rows);
+}
+
 }  // namespace
 
-const MatmulKernels kAvx512MatmulKernels = {matmul_4bit};
+const MatmulKernels kAvx512MatmulKernels = {matmul_4bit, matmul_dense};
 
 }  // namespace lownibble
 
