@@ -1,5 +1,5 @@
-"""Products with a dense matrix. Oracles: torch's in double precision, and for 8 bits the plain-torch reference, whose sums are held
-to formulas in `test_eightbit.py`."""
+"""Products with a dense matrix. Oracles: torch's in double precision, and for 8 bits the plain-torch reference, whose sums
+`test_eightbit.py` holds to formulas."""
 
 import pytest
 import torch
