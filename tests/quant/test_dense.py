@@ -73,8 +73,9 @@ def test_exact_products_are_torchs(T, N, K, threads):
         torch.set_num_threads(before)
 
 
-def test_products_in_16_bits_are_torchs():
-    weight, x = random(70, 64).bfloat16(), random(5, 64, seed=1).bfloat16()
+@pytest.mark.parametrize("weight", [random(70, 64).bfloat16(), random(64, 70).t()], ids=["16 bits", "transposed"])
+def test_other_matrices_are_left_to_torch(weight):
+    x = random(5, 64, seed=1).to(weight.dtype)
     assert torch.equal(DenseProducts(weight).forward(x, x.new_empty(5, 70)), x @ weight.t())
 
 

@@ -311,7 +311,8 @@ def matmul_4bit(
 def matmul_dense(x_TC: Tensor, weight_NK: Tensor, transposed: bool, out: Tensor) -> Tensor:
     """As `ops.matmul_dense`: with the kernel of `matmul_4bit` where it runs, else by torch."""
     N, K = weight_NK.shape
-    if x_TC.dtype != torch.float32 or K % 64 or N * K == 0 or not library().has_matmul():
+    suits = x_TC.dtype == torch.float32 and K % 64 == 0 and N * K > 0 and weight_NK.is_contiguous()
+    if not suits or not library().has_matmul():
         return plain.matmul_dense(x_TC, weight_NK, transposed, out)
     T, terms, columns = len(x_TC), N if transposed else K, K if transposed else N
     failed = library().matmul_dense(

@@ -349,7 +349,10 @@ def matmul_4bit(
 
 
 def matmul_dense(x_TC: Tensor, weight_NK: Tensor, transposed: bool, out: Tensor) -> Tensor:
-    """`x @ W.T` (T, N) or, transposed, `x @ W` (T, K), with a dense W (N, K), into `out`; all contiguous, of one dtype."""
+    """`x @ W.T` (T, N) or, transposed, `x @ W` (T, K), with a dense W (N, K), into `out`; all of one dtype.
+
+    x and out: contiguous.
+    """
     return _for(x_TC).matmul_dense(x_TC, weight_NK, transposed, out)
 
 

@@ -105,9 +105,7 @@ def _into_one_buffer(hidden_LH: Tensor, plain: DenseProducts) -> Iterator[tuple[
     count = -(-len(hidden_LH) // _chunk_tokens(plain.row_bytes))
     size = -(-len(hidden_LH) // max(1, count))
     shape = torch.Size((size, len(plain.weight)))
-    on_cpu = (
-        hidden_LH.device.type == "cpu"
-    )  # where a fresh one costs a fault a page in every step; CUDA's allocator keeps its own
+    on_cpu = hidden_LH.device.type == "cpu"  # elsewhere the allocator keeps it
     buffer = scratch(shape, hidden_LH.dtype, hidden_LH.device) if on_cpu else hidden_LH.new_empty(shape)
     for start in range(0, len(hidden_LH), max(1, size)):
         part = slice(start, min(start + size, len(hidden_LH)))
