@@ -12,7 +12,7 @@ from lownibble.config import DataConfig, LoraConfig, QuantConfig, RunConfig, Tra
 from lownibble.errors import BackendError, InputError
 from lownibble.kernels import cpu
 from lownibble.models.attention import kernel_obstacle
-from lownibble.quant import QuantLinear, eightbit, exact_products, quantize
+from lownibble.quant import QuantLinear, dense, eightbit, exact_products, quantize
 from lownibble.quant.dense import DenseProducts
 from lownibble.training import run
 from lownibble.training.loss import Head, check_packing, check_rows, label_loss
@@ -115,6 +115,19 @@ def test_what_auto_takes_is_what_the_record_proves():
     assert len(record["tasks"]) == 2
     assert record["workload"]["seeds"] >= 3
     assert ({"cpu": "int8"} if proven else {}) == eightbit.PROVEN
+    assert (proven and record["workload"].get("head") == "int8") == dense.PROVEN
+
+
+def test_auto_keeps_the_head_exact_until_it_is_proven(wide_model, monkeypatch):
+    with ln.use_backend("reference"):
+        model, _ = ln.load(str(wide_model), quant="nf4")
+        ln.add_lora(model, LoraConfig(r=4))
+        for layer in model.modules():
+            if isinstance(layer, QuantLinear):
+                layer.compute = "int8"
+        for proven, expected in ((False, None), (True, torch.int8)):
+            monkeypatch.setattr(dense, "PROVEN", proven)
+            assert Head(model).plain.code_type is expected
 
 
 @needs_vnni
