@@ -10,7 +10,7 @@ import pytest
 from lownibble.config import CompareConfig, DataConfig, LoraConfig, QuantConfig, RunConfig, TrainConfig
 from lownibble.errors import DataError, OutputError, TargetError
 from lownibble.study import advice
-from lownibble.study.compare import compare
+from lownibble.study.compare import compare, computed_in
 from lownibble.study.paired import paired_speed
 from lownibble.study.stats import crossing
 from lownibble.study.table import markdown
@@ -162,6 +162,17 @@ def test_advice_follows_its_rules(summaries, method):
 def test_speed_is_taken_from_turns_where_there_were_any(ratios, words):
     found = advice.advise([_summary("lora", 100, 10, GOOD), _summary("qlora", 60, 9, GOOD)], ratios)
     assert any(words in reason for reason in found["reasons"]), found["reasons"]
+
+
+def test_what_the_base_was_computed_in_is_named():
+    lora, qlora = _summary("lora", 100, 10, GOOD), _summary("qlora", 60, 15, GOOD)
+    for summary, model in ((lora, {"dtype": "float32", "compute": []}), (qlora, {"dtype": "float32", "compute": ["int8"]})):
+        summary["base_computed_in"] = computed_in(model)
+    speed = [reason for reason in advice.advise([lora, qlora])["reasons"] if reason.startswith("Speed")]
+    assert speed[0].startswith("Speed: qlora, its base computed in int8 against float32, runs at 1.50 x lora's tokens/s")
+    assert computed_in({"dtype": "bfloat16", "compute": ["exact"]}) == "bfloat16"
+    qlora["base_computed_in"] = "float32"
+    assert "computed in" not in str(advice.advise([lora, qlora])["reasons"])
 
 
 def test_turns_are_left_out_where_the_models_do_not_fit_at_once(tiny_model, tiny_data, tmp_path):

@@ -95,7 +95,9 @@ def _reasons(chosen: dict[str, Any], others: list[dict[str, Any]], ratios: dict[
         )
         speed, how = _speed(chosen, other, ratios)
         note = ", a loss to weigh" if speed < 1 - SPEED_MATTERS else ""
-        lines.append(f"Speed: {chosen['method']} runs at {speed:.2f} x {other['method']}'s tokens/s ({how}){note}.")
+        its, theirs = chosen.get("base_computed_in"), other.get("base_computed_in")
+        named = "" if its == theirs else f", its base computed in {its} against {theirs},"
+        lines.append(f"Speed: {chosen['method']}{named} runs at {speed:.2f} x {other['method']}'s tokens/s ({how}){note}.")
     return lines
 
 

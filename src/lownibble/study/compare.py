@@ -129,6 +129,7 @@ def summarize(run: dict[str, Any]) -> dict[str, Any]:
     first, last = evaluations[0], evaluations[-1]
     return {
         **summary,
+        "base_computed_in": computed_in(run["model"]),
         "peak_bytes": peak,
         "load_peak_bytes": memory["load_peak_bytes"],
         "train_peak_bytes": memory["train_peak_bytes"],
@@ -153,6 +154,11 @@ def summarize(run: dict[str, Any]) -> dict[str, Any]:
         "score_gain": advice.paired_difference(first["correct"], last["correct"]),
         "correct": last["correct"],
     }
+
+
+def computed_in(model: dict[str, Any]) -> str:
+    """What the products of the frozen base were computed in: float32, say, or int8."""
+    return "/".join(model["dtype"] if compute == "exact" else compute for compute in model["compute"] or ["exact"])
 
 
 def add_steps_to_target(summaries: list[dict[str, Any]], runs: list[dict[str, Any]]) -> None:

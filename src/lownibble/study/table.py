@@ -45,6 +45,11 @@ def rows(summaries: list[dict[str, Any]]) -> list[tuple[str, list[str]]]:
 
     found = [
         ("result", ["finished" if s["status"] == "ok" else f"failed: {s['error']}" for s in summaries]),
+        *(
+            [row("products of the base computed in", lambda s: s["base_computed_in"])]
+            if all("base_computed_in" in s for s in summaries if s["status"] == "ok")
+            else []  # a record of before it was kept
+        ),
         row("peak memory above imports", lambda s: _gib(s["peak_bytes"])),
         row("  weights and constants", lambda s: _mib(sum(s["bytes_by_kind"][k] for k in ("weights", "codes", "constants")))),
         row("  saved activations", lambda s: _mib(s["bytes_by_kind"]["activations"])),
