@@ -10,6 +10,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from lownibble.arch import read_shape
 from lownibble.config import LoraConfig, QuantConfig
 from lownibble.kernels import ops
+from lownibble.kernels.decoded import release_scratch
 from lownibble.lora import add_lora
 from lownibble.models.attention import kernel_obstacle, segment_attention
 from lownibble.models.load import quantizable
@@ -75,6 +76,7 @@ def measured(model, batch, passes):
     ids = torch.zeros(batch.rows, batch.length, dtype=torch.int64)
     places, labels = torch.arange(batch.labels), torch.zeros(batch.labels, dtype=torch.int64)
     attention = nullcontext() if kernel_obstacle(model) else segment_attention(model)
+    release_scratch()  # what an earlier step of this process left
     with attention, profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         for _ in range(passes):
             total = loss_at(model, ids, None, places, labels)
