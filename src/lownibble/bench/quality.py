@@ -61,13 +61,8 @@ def bench_quality(*, peers: bool = False, repeats: int = 3, data: str | None = N
     headlines["differences smaller than between seeds"] = str(
         all(f["within"] for found in tasks.values() for f in found["figures"].values())
     )
-    workload = {
-        "model": "demo",
-        "seeds": repeats,
-        "train": COMPARE_TRAIN.to_dict(),
-        "max_eval_rows": max_eval_rows,
-        "head": "int8",
-    }
+    train = COMPARE_TRAIN.to_dict()
+    workload = {"model": "demo", "seeds": repeats, "train": train, "max_eval_rows": max_eval_rows, "head": "int8"}
     return {"workload": workload, "tasks": tasks, "headlines": headlines}
 
 

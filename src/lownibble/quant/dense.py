@@ -31,8 +31,8 @@ def code_type_for(model: nn.Module, weight_NK: Tensor) -> torch.dtype | None:
     8 bits as the model's packed weights, if it is frozen, float32, and suits the kernels in use; with 'auto' if that is proven.
     """
     layer = next((module for module in model.modules() if isinstance(module, QuantLinear)), None)
-    if layer is None or layer.code_type is not torch.int8 or weight_NK.requires_grad:
-        return None
+    if layer is None or layer.code_type is not torch.int8 or weight_NK.requires_grad or weight_NK.is_inference():
+        return None  # a tensor of inference has no version to remember its scales by
     if getattr(model, "lownibble_auto_compute", False) and not PROVEN:
         return None
     suits = weight_NK.dtype == torch.float32 and weight_NK.shape[1] % ops.PART == 0 and weight_NK.is_contiguous()
