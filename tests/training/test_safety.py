@@ -15,7 +15,7 @@ import lownibble as ln
 from lownibble.config import DataConfig, LoraConfig, RunConfig, TrainConfig
 from lownibble.errors import OutputError, TrainingError
 from lownibble.training import run, verify
-from lownibble.training.events import Evaluated, Skipped, Stepped
+from lownibble.training.events import Evaluated, Finished, Skipped, Stepped
 from lownibble.training.sinks import Sink, read_events
 
 ADAPTER = "adapter/adapter_model.safetensors"
@@ -125,6 +125,20 @@ def test_a_stopped_run_goes_on_to_the_same_bits(tiny_model, tiny_data, tmp_path)
         run(config, sinks=[Terminate()])
     assert signal.getsignal(signal.SIGTERM) is before
     assert run(resumed(config)).losses == whole.losses
+
+
+def test_a_signal_after_the_last_step_stops_who_started_the_run(tiny_model, tiny_data, tmp_path):
+    config = config_of(tiny_model, tiny_data, tmp_path / "out")
+
+    class Terminate(Sink):
+        def __call__(self, event):
+            if isinstance(event, Finished):
+                signal.raise_signal(signal.SIGTERM)
+
+    with pytest.raises(KeyboardInterrupt, match="the run is complete") as stopped:
+        run(config, sinks=[Terminate()])
+    assert stopped.value.signal == signal.SIGTERM
+    assert json.loads((tmp_path / "out" / "record.json").read_text())["status"] == "ok"
 
 
 def poison(model, path, steps, what):

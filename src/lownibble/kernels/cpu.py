@@ -24,26 +24,17 @@ from types import SimpleNamespace
 import torch
 from torch import Tensor
 
-from lownibble.errors import BackendError, InputError
-from lownibble.kernels import cpu_attention, cpu_decoder, cpu_low_rank, decoded, plain
-from lownibble.kernels.checks import (
-    DTYPES,
-    check_block_size,
-    check_factor,
-    check_float,
-    check_tensor,
-    check_weight,
-    check_weight_8bit,
-)
+from lownibble.errors import BackendError
+from lownibble.kernels import cpu_attention, cpu_decoder, cpu_int8, cpu_low_rank, decoded, plain
+from lownibble.kernels.cpu_arguments import addition_addresses, address, block_shift, type_number, weight_addresses
 from lownibble.kernels.decoder import DecoderLayers, Segment, Step
-from lownibble.kernels.ops import PART, Addition, Nested, Rows8bit, row_sizes
+from lownibble.kernels.ops import Addition, Nested, Rows8bit
 
 name = "cpu"
 device_types = ("cpu",)
 
 _ABI = 9
 _FOLDER = Path(__file__).parent
-_CPU = torch.device("cpu")
 
 _pointer, _int64, _int32 = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32
 _WEIGHT = [_pointer] * 6
@@ -161,46 +152,18 @@ def select_isa(isa_name: str) -> None:
     _select(library(), isa_name)
 
 
-def _shift(block_size: int) -> int:
-    check_block_size(block_size)
-    return block_size.bit_length() - 1
-
-
-def _dtype(tensor: Tensor, role: str) -> int:
-    check_float(tensor, role)
-    return DTYPES[tensor.dtype]
-
-
-def _data(tensor: Tensor, role: str, dtype: torch.dtype, length: int) -> int:
-    """Address of a contiguous CPU tensor of `length` elements of `dtype`; anything else raises."""
-    check_tensor(tensor, role, dtype, length, _CPU)
-    return tensor.data_ptr()
-
-
-def _weight(
-    codes: Tensor, absmax: Tensor, values: Tensor, n: int, block_size: int, nested: Nested | None
-) -> tuple[int, int, int, int | None, int | None, int | None, int]:
-    """The six addresses of a 4-bit weight and the logarithm of the nested block size."""
-    check_weight(codes, absmax, values, n, block_size, nested, _CPU)
-    plain = codes.data_ptr(), values.data_ptr(), absmax.data_ptr()
-    if nested is None:
-        return *plain, None, None, None, 0
-    nested_pointers = nested.values.data_ptr(), nested.absmax.data_ptr(), nested.offset.data_ptr()
-    return *plain, *nested_pointers, _shift(nested.block_size)
-
-
 def quantize_4bit(x: Tensor, bounds: Tensor, order: Tensor, block_size: int) -> tuple[Tensor, Tensor]:
     """As `ops.quantize_4bit`."""
-    n, shift, dtype = x.numel(), _shift(block_size), _dtype(x, "x")
+    n, shift, dtype = x.numel(), block_shift(block_size), type_number(x, "x")
     codes = torch.empty((n + 1) // 2, dtype=torch.uint8)
     absmax = torch.empty(-(-n // block_size), dtype=torch.float32)
     library().quantize_4bit(
-        _data(x, "x", x.dtype, n),
+        address(x, "x", x.dtype, n),
         dtype,
         n,
         shift,
-        _data(bounds, "bounds", torch.float32, 15),
-        _data(order, "order", torch.uint8, 16),
+        address(bounds, "bounds", torch.float32, 15),
+        address(order, "order", torch.uint8, 16),
         codes.data_ptr(),
         absmax.data_ptr(),
         torch.get_num_threads(),
@@ -212,23 +175,23 @@ def dequantize_4bit(
     codes: Tensor, absmax: Tensor, values: Tensor, block_size: int, out: Tensor, nested: Nested | None = None
 ) -> Tensor:
     """As `ops.dequantize_4bit`."""
-    n, shift, dtype = out.numel(), _shift(block_size), _dtype(out, "out")
-    *addresses, nested_shift = _weight(codes, absmax, values, n, block_size, nested)
-    out_data = _data(out, "out", out.dtype, n)
+    n, shift, dtype = out.numel(), block_shift(block_size), type_number(out, "out")
+    *addresses, nested_shift = weight_addresses(codes, absmax, values, n, block_size, nested)
+    out_data = address(out, "out", out.dtype, n)
     library().dequantize_4bit(*addresses, n, shift, nested_shift, dtype, out_data, torch.get_num_threads())
     return out
 
 
 def quantize_8bit(x: Tensor, lookup: Tensor, block_size: int) -> tuple[Tensor, Tensor]:
     """As `ops.quantize_8bit`."""
-    n, shift = x.numel(), _shift(block_size)
+    n, shift = x.numel(), block_shift(block_size)
     codes = torch.empty(n, dtype=torch.uint8)
     absmax = torch.empty(-(-n // block_size), dtype=torch.float32)
     library().quantize_8bit(
-        _data(x, "x", torch.float32, n),
+        address(x, "x", torch.float32, n),
         n,
         shift,
-        _data(lookup, "lookup", torch.uint8, 65536),
+        address(lookup, "lookup", torch.uint8, 65536),
         codes.data_ptr(),
         absmax.data_ptr(),
         torch.get_num_threads(),
@@ -238,12 +201,12 @@ def quantize_8bit(x: Tensor, lookup: Tensor, block_size: int) -> tuple[Tensor, T
 
 def dequantize_8bit(codes: Tensor, absmax: Tensor, values: Tensor, block_size: int) -> Tensor:
     """As `ops.dequantize_8bit`."""
-    n, shift = codes.numel(), _shift(block_size)
+    n, shift = codes.numel(), block_shift(block_size)
     out = torch.empty(n, dtype=torch.float32)
     library().dequantize_8bit(
-        _data(codes, "codes", torch.uint8, n),
-        _data(absmax, "absmax", torch.float32, -(-n // block_size)),
-        _data(values, "values", torch.float32, 256),
+        address(codes, "codes", torch.uint8, n),
+        address(absmax, "absmax", torch.float32, -(-n // block_size)),
+        address(values, "values", torch.float32, 256),
         n,
         shift,
         out.data_ptr(),
@@ -263,9 +226,9 @@ def gemv_4bit(
 ) -> Tensor:
     """As `ops.gemv_4bit`."""
     T, K = x_TK.shape
-    n, shift, dtype = out_features * K, _shift(block_size), _dtype(x_TK, "x_TK")
-    *addresses, nested_shift = _weight(codes, absmax, values, n, block_size, nested)
-    x_data = _data(x_TK, "x_TK", x_TK.dtype, T * K)
+    n, shift, dtype = out_features * K, block_shift(block_size), type_number(x_TK, "x_TK")
+    *addresses, nested_shift = weight_addresses(codes, absmax, values, n, block_size, nested)
+    x_data = address(x_TK, "x_TK", x_TK.dtype, T * K)
     out_TN = torch.empty((T, out_features), dtype=x_TK.dtype)
     failed = library().gemv_4bit(
         x_data, dtype, T, K, *addresses, out_features, shift, nested_shift, out_TN.data_ptr(), torch.get_num_threads()
@@ -273,17 +236,6 @@ def gemv_4bit(
     if failed:
         raise MemoryError(f"No memory for {T * K * 4} bytes: x_TK in float32.")
     return out_TN
-
-
-def _addition(addition: Addition, T: int, columns: int) -> tuple[int | None, tuple[int | None, int | None, int, int, int]]:
-    """Address of the bias; addresses of the low-rank branch, its rank and the strides of its factor."""
-    bias = None if addition.bias is None else _data(addition.bias, "bias", torch.float32, columns)
-    low, factor = addition.low, addition.factor
-    if low is None or factor is None:
-        return bias, (None, None, 0, 0, 0)
-    r = low.shape[1]
-    check_factor(factor, (r, columns), _CPU)
-    return bias, (_data(low, "low", torch.float32, T * r), factor.data_ptr(), r, factor.stride(0), factor.stride(1))
 
 
 def matmul_4bit(
@@ -295,12 +247,12 @@ def matmul_4bit(
     if x_TC.dtype != torch.float32 or K % 64 or N * K == 0 or block_size < 32 or not library().has_matmul():
         return decoded.matmul(dequantize_4bit, x_TC, codes, absmax, values, block_size, shape, transposed, addition, nested)
     T, terms, columns = len(x_TC), N if transposed else K, K if transposed else N
-    *addresses, nested_shift = _weight(codes, absmax, values, N * K, block_size, nested)
-    bias, low_branch = _addition(addition, T, columns)
-    x_data = _data(x_TC, "x_TC", torch.float32, T * terms)
+    *addresses, nested_shift = weight_addresses(codes, absmax, values, N * K, block_size, nested)
+    bias, low_branch = addition_addresses(addition, T, columns)
+    x_data = address(x_TC, "x_TC", torch.float32, T * terms)
     out = torch.empty((T, columns), dtype=torch.float32)
     failed = library().matmul_4bit(
-        x_data, T, *addresses, N, K, _shift(block_size), nested_shift, int(transposed),
+        x_data, T, *addresses, N, K, block_shift(block_size), nested_shift, int(transposed),
         bias, *low_branch, addition.scale, out.data_ptr(), torch.get_num_threads(),
     )  # fmt: skip
     if failed:
@@ -316,8 +268,8 @@ def matmul_dense(x_TC: Tensor, weight_NK: Tensor, transposed: bool, out: Tensor)
         return plain.matmul_dense(x_TC, weight_NK, transposed, out)
     T, terms, columns = len(x_TC), N if transposed else K, K if transposed else N
     failed = library().matmul_dense(
-        _data(x_TC, "x_TC", torch.float32, T * terms), T, _data(weight_NK, "weight_NK", torch.float32, N * K), N, K,
-        int(transposed), _data(out, "out", torch.float32, T * columns), torch.get_num_threads(),
+        address(x_TC, "x_TC", torch.float32, T * terms), T, address(weight_NK, "weight_NK", torch.float32, N * K), N, K,
+        int(transposed), address(out, "out", torch.float32, T * columns), torch.get_num_threads(),
     )  # fmt: skip
     if failed:
         raise MemoryError("No memory for the panels of a weight.")
@@ -330,20 +282,8 @@ def has_int8() -> bool:
 
 
 def need_int8(code_type: torch.dtype = torch.int8) -> None:
-    """Raise unless the 8-bit products run, with codes of that type.
-
-    Raises:
-        BackendError: the instruction set in use has none, or the codes are not integers.
-    """
-    if code_type is not torch.int8:
-        raise BackendError(
-            "compute='fp8' needs a CUDA device of compute capability 8.9 or later; the compiled CPU kernels have int8 only. "
-            "Use compute='int8' or compute='exact'."
-        )
-    if not has_int8():
-        raise BackendError(
-            f"compute='int8' needs the AVX-512 VNNI instructions; the kernels in use are '{isa()}'. Use compute='exact'."
-        )
+    """Raise `BackendError` unless the 8-bit products run, with codes of that type."""
+    cpu_int8.need(library(), code_type)
 
 
 def row_scales(
@@ -351,45 +291,12 @@ def row_scales(
     code_type: torch.dtype = torch.int8,
 ) -> Tensor:  # fmt: skip
     """As `ops.row_scales`, for int8."""
-    need_int8(code_type)
-    N, K, shift, addresses, nested_shift = _weight_int8(codes, absmax, values, block_size, shape, nested)
-    scale = torch.empty(N, dtype=torch.float32)
-    library().row_scales(*addresses, N, K, shift, nested_shift, scale.data_ptr(), torch.get_num_threads())
-    return scale
-
-
-def _weight_int8(
-    codes: Tensor, absmax: Tensor, values: Tensor, block_size: int, shape: torch.Size, nested: Nested | None
-) -> tuple[int, int, int, list[int | None], int]:
-    need_int8()
-    N, K = shape
-    check_weight_8bit(shape, block_size)
-    *addresses, nested_shift = _weight(codes, absmax, values, N * K, block_size, nested)
-    return N, K, _shift(block_size), addresses, nested_shift
+    return cpu_int8.row_scales(library(), codes, absmax, values, block_size, shape, nested, code_type)
 
 
 def quantize_rows(x_TC: Tensor, column_scale: Tensor | None = None, code_type: torch.dtype = torch.int8) -> Rows8bit:
-    """As `ops.quantize_rows`, for int8; codes in tiles of 12 rows, see `native/int8.h`."""
-    need_int8(code_type)
-    T, C = x_TC.shape
-    n_codes, n_scales = row_sizes(T, C)
-    codes, scale = torch.empty(n_codes, dtype=torch.int8), torch.empty(n_scales)
-    rows = Rows8bit(codes, scale, torch.empty(n_scales, dtype=torch.int32), T, C)
-    library().quantize_rows(
-        _data(x_TC, "x_TC", torch.float32, T * C),
-        None if column_scale is None else _data(column_scale, "column_scale", torch.float32, C),
-        T, C, rows.codes.data_ptr(), rows.scale.data_ptr(), rows.start.data_ptr(), torch.get_num_threads(),
-    )  # fmt: skip
-    return rows
-
-
-def _rows_int8(x: Rows8bit, columns: int) -> tuple[int, int, int]:
-    """Addresses of rows that have so many columns."""
-    if x.columns != columns:
-        raise InputError(f"'x' must have {columns} columns. Got {x.columns}.")
-    n_codes, n_scales = row_sizes(x.rows, columns)
-    codes, scale = _data(x.codes, "codes", torch.int8, n_codes), _data(x.scale, "scale", torch.float32, n_scales)
-    return codes, scale, _data(x.start, "start", torch.int32, n_scales)
+    """As `ops.quantize_rows`, for int8."""
+    return cpu_int8.quantize_rows(library(), x_TC, column_scale, code_type)
 
 
 def matmul_8bit(
@@ -397,45 +304,21 @@ def matmul_8bit(
     transposed: bool, addition: Addition, nested: Nested | None = None,
 ) -> Tensor:  # fmt: skip
     """As `ops.matmul_8bit`."""
-    N, K, shift, addresses, nested_shift = _weight_int8(codes, absmax, values, block_size, shape, nested)
-    T, columns = x.rows, K if transposed else N
-    rows = _rows_int8(x, N if transposed else K)
-    bias, low_branch = _addition(addition, T, columns)
-    out = torch.empty((T, columns), dtype=torch.float32)
-    if N * K == 0:
-        return decoded.matmul_dense(torch.zeros(T, 1), torch.zeros(1, columns), True, addition)
-    failed = library().matmul_int8(
-        *rows, T, *addresses, N, K, shift, nested_shift, int(transposed), _data(row_scale, "row_scale", torch.float32, N),
-        bias, *low_branch, addition.scale, out.data_ptr(), torch.get_num_threads(),
+    return cpu_int8.matmul_8bit(
+        library(), x, codes, absmax, values, block_size, shape, row_scale, transposed, addition, nested
     )  # fmt: skip
-    if failed:
-        raise MemoryError("No memory for one packed panel of a weight.")
-    return out
 
 
 def matmul_8bit_dense(x: Rows8bit, weight_NK: Tensor, row_scale: Tensor, transposed: bool, out: Tensor) -> Tensor:
     """As `ops.matmul_8bit_dense`."""
-    need_int8()
-    N, K = weight_NK.shape
-    terms, columns = (N, K) if transposed else (K, N)
-    check_weight_8bit(weight_NK.shape, PART)
-    if N * K == 0:
-        return out.zero_()
-    failed = library().matmul_int8_dense(
-        *_rows_int8(x, terms), x.rows, _data(weight_NK, "weight_NK", torch.float32, N * K), N, K, int(transposed),
-        _data(row_scale, "row_scale", torch.float32, N), _data(out, "out", torch.float32, x.rows * columns),
-        torch.get_num_threads(),
-    )  # fmt: skip
-    if failed:
-        raise MemoryError("No memory for packed panels of a weight.")
-    return out
+    return cpu_int8.matmul_8bit_dense(library(), x, weight_NK, row_scale, transposed, out)
 
 
 def gemv_bf16(x_TK: Tensor, weight_NK: Tensor) -> Tensor:
     """As `ops.gemv_bf16`."""
     (T, K), N = x_TK.shape, len(weight_NK)
     out_TN = torch.empty((T, N))
-    x_data, weight = _data(x_TK, "x_TK", torch.float32, T * K), _data(weight_NK, "weight_NK", torch.bfloat16, N * K)
+    x_data, weight = address(x_TK, "x_TK", torch.float32, T * K), address(weight_NK, "weight_NK", torch.bfloat16, N * K)
     library().gemv_bf16(x_data, T, K, weight, out_TN.data_ptr(), N, torch.get_num_threads())
     return out_TN
 
@@ -454,7 +337,7 @@ def softmax_rows(x_LV: Tensor, scale: float) -> Tensor:
     """As `ops.softmax_rows`."""
     L, V = x_LV.shape
     lse = torch.empty(L)
-    library().softmax_rows(_data(x_LV, "x_LV", torch.float32, L * V), L, V, scale, lse.data_ptr(), torch.get_num_threads())
+    library().softmax_rows(address(x_LV, "x_LV", torch.float32, L * V), L, V, scale, lse.data_ptr(), torch.get_num_threads())
     return lse
 
 

@@ -1,8 +1,8 @@
 """SIGINT and SIGTERM: finish the step, save, then stop.
 
 While a run is inside `requests()`, the first signal only leaves a note, which the loop reads between steps; a second one
-interrupts at once, as if there were no handler. Signals arrive in the main thread only; a run
-elsewhere is not interrupted this way.
+interrupts at once, as if there were no handler. A note that no step was left to read is raised when the run is over and saved:
+who started it may have more to do. Signals arrive in the main thread only; a run elsewhere is not interrupted this way.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from types import FrameType
 
 
 class RunInterrupted(KeyboardInterrupt):
-    """A run was asked to stop and did, between two steps. `signal`: the number of the signal."""
+    """A run was asked to stop and did, between two steps or at its end. `signal`: the number of the signal."""
 
     def __init__(self, message: str, signal_number: int) -> None:
         super().__init__(message)
@@ -25,7 +25,11 @@ class RunInterrupted(KeyboardInterrupt):
 
 @contextmanager
 def requests() -> Iterator[Callable[[], int]]:
-    """Inside the block the value called gives the number of the signal that asked to stop, or 0."""
+    """Inside the block the value called gives the number of the signal that asked to stop, or 0.
+
+    Raises:
+        RunInterrupted: the block came to its end all the same.
+    """
     if threading.current_thread() is not threading.main_thread():
         yield lambda: 0
         return
@@ -43,3 +47,5 @@ def requests() -> Iterator[Callable[[], int]]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+    if received:
+        raise RunInterrupted("Asked to stop when no step was left: the run is complete.", received[0])

@@ -1,0 +1,61 @@
+"""Arguments of the compiled CPU kernels: tensors checked, and what ctypes passes of them."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from lownibble.kernels.checks import (
+    DTYPES,
+    check_block_size,
+    check_factor,
+    check_float,
+    check_tensor,
+    check_weight,
+)
+from lownibble.kernels.ops import Addition, Nested
+
+_CPU = torch.device("cpu")
+
+
+def block_shift(block_size: int) -> int:
+    """The logarithm of a block size that the kernels can do."""
+    check_block_size(block_size)
+    return block_size.bit_length() - 1
+
+
+def type_number(tensor: Tensor, role: str) -> int:
+    """The number in `native/kernels.h` of a tensor's float type."""
+    check_float(tensor, role)
+    return DTYPES[tensor.dtype]
+
+
+def address(tensor: Tensor, role: str, dtype: torch.dtype, length: int) -> int:
+    """Address of a contiguous CPU tensor of `length` elements of `dtype`; anything else raises."""
+    check_tensor(tensor, role, dtype, length, _CPU)
+    return tensor.data_ptr()
+
+
+def weight_addresses(
+    codes: Tensor, absmax: Tensor, values: Tensor, n: int, block_size: int, nested: Nested | None
+) -> tuple[int, int, int, int | None, int | None, int | None, int]:
+    """The six addresses of a 4-bit weight and the logarithm of the nested block size."""
+    check_weight(codes, absmax, values, n, block_size, nested, _CPU)
+    plain = codes.data_ptr(), values.data_ptr(), absmax.data_ptr()
+    if nested is None:
+        return *plain, None, None, None, 0
+    nested_pointers = nested.values.data_ptr(), nested.absmax.data_ptr(), nested.offset.data_ptr()
+    return *plain, *nested_pointers, block_shift(nested.block_size)
+
+
+def addition_addresses(
+    addition: Addition, T: int, columns: int
+) -> tuple[int | None, tuple[int | None, int | None, int, int, int]]:
+    """Address of the bias; addresses of the low-rank branch, its rank and the strides of its factor."""
+    bias = None if addition.bias is None else address(addition.bias, "bias", torch.float32, columns)
+    low, factor = addition.low, addition.factor
+    if low is None or factor is None:
+        return bias, (None, None, 0, 0, 0)
+    r = low.shape[1]
+    check_factor(factor, (r, columns), _CPU)
+    return bias, (address(low, "low", torch.float32, T * r), factor.data_ptr(), r, factor.stride(0), factor.stride(1))
