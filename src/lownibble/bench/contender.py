@@ -152,8 +152,9 @@ class _Products(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
-        if func._overloadpacket in flop_registry and "dot_product" not in str(func):
-            self.total += flop_registry[func._overloadpacket](*args, **(kwargs or {}), out_val=out)
+        product = torch.ops.aten.addmm if func._overloadpacket is torch.ops.aten.addmm_ else func._overloadpacket
+        if product in flop_registry and "dot_product" not in str(func):
+            self.total += flop_registry[product](*args, **(kwargs or {}), out_val=out)
         return out
 
 
