@@ -58,6 +58,14 @@ def test_losses_follow_exact_compute_and_repeat_bit_for_bit(wide_model, tiny_dat
     assert all(torch.equal(tensor, files[1][key]) for key, tensor in files[0].items())
 
 
+def test_going_on_in_another_compute_is_told(wide_model, tiny_data, tmp_path):
+    with ln.use_backend("reference"):
+        train(wide_model, tiny_data, tmp_path / "run", "fp8", max_steps=2, save_steps=1)
+        for compute, told in (("fp8", []), ("exact", ["the run began with the compute 'fp8' and goes on with 'exact'"])):
+            again = train(wide_model, tiny_data, tmp_path / "run", compute, max_steps=2, save_steps=1, resume=True)
+            assert [warning for warning in again.record["warnings"] if "compute" in warning] == told
+
+
 def test_fp8_follows_exact_compute_on_the_reference_kernels(wide_model, tiny_data, tmp_path):
     """No CPU has float8 units; the kernels' equality with the reference is held elsewhere. Observed: 0.3 % at most, and less than
     0.1 % at the first step, from products that are 4 % apart."""

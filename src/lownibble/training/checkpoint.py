@@ -29,8 +29,8 @@ from lownibble.optim import PAGED, states
 from lownibble.tensorfile import Entry
 
 KEEP = 2
-_FREE = {"output_dir", "resume", "save_steps", "eval_steps", "optim_page_budget", "memory_budget"}
-"""Training options that may differ between a run and its resumption."""
+_FREE = {"output_dir", "resume", "save_steps", "eval_steps", "optim_page_budget", "memory_budget", "compute"}
+"""Options that may differ between a run and its resumption."""
 
 
 def _trained(model: nn.Module) -> dict[str, nn.Parameter]:

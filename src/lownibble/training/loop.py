@@ -208,6 +208,9 @@ class Trainer:
         self._take(fit)
         if past:
             checkpoint.restore(past, self.model, self.optimizer, self.identity)
+            before, now = (facts.get("compute") for facts in (past.config, self.identity))
+            if before and before != now:
+                self.warnings.append(f"the run began with the compute '{before}' and goes on with '{now}'")
         open_states(self.optimizer)
         if self.passes.compiled and not over:
             self._compile(past)

@@ -238,11 +238,13 @@ def _file_sinks(folder: Path | None, config: TrainConfig) -> list[Sink]:
 
 
 def _subject(model: Any) -> dict[str, Any]:
-    """What is trained, as a resumption must find it again."""
+    """What is trained, as a resumption must find it again, and the compute, which another machine may lack."""
+    quantized = [m for m in model.modules() if isinstance(m, QuantLinear)]
     return {
         "base": getattr(model.config, "_name_or_path", ""),
         "lora": {name: config.to_dict() for name, config in adapter_configs(model).items()},
-        "quant": sorted({f"{m.quant_type}/{m.block_size}" for m in model.modules() if isinstance(m, QuantLinear)}),
+        "quant": sorted({f"{m.quant_type}/{m.block_size}" for m in quantized}),
+        "compute": ", ".join(sorted({m.compute for m in quantized})),
     }
 
 
