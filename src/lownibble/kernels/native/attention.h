@@ -1,9 +1,10 @@
 // Causal attention for training, float32: what dispatch.cpp calls and what an instruction set provides.
 //
 // Method. Rows of tokens (segments) lie one after the other and attend to themselves only. For 96 queries of a head at a time the
-// scores with all keys up to the last query are one product, kept in the second-level cache; keys beyond a block's last query are never
-// computed. Backward computes the scores again from the saved log-sum-exp, as flash attention does, and five products follow from
-// it. Keys and values are transposed once for a head; every product is a tile of 6 rows by 64 columns whose sums live in registers.
+// scores with all keys up to the last query are one product, kept in the second-level cache; keys beyond a block's last query are
+// never computed. Backward computes the scores again from the saved log-sum-exp, as flash attention does, and five products
+// follow from it. Keys and values are transposed once for a head; every product is a tile of 6 rows by 64 columns whose sums live
+// in registers.
 //
 // torch's CPU kernel takes keys 512 at a time: up to there a causal mask saves it nothing.
 #pragma once
@@ -20,8 +21,8 @@ struct HeadRows {
     std::int64_t step;
 };
 
-// Length of a row of scores for L keys: whole tiles, and a line more, so that rows do not lie a power of two apart, where they would
-// share the same few sets of the cache.
+// Length of a row of scores for L keys: whole tiles, and a line more, so that rows do not lie a power of two apart, where they
+// would share the same few sets of the cache.
 static inline std::int64_t padded_keys(std::int64_t L) { return (L + kKeyTile - 1) / kKeyTile * kKeyTile + 16; }
 
 // Floats of working memory for a segment of L tokens.

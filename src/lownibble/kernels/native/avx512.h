@@ -15,8 +15,8 @@
 
 namespace lownibble {
 
-// The table's entries for the 16 codes in 8 bytes, high nibble first. Byte i/2 goes to lane i, shifted so that the lane's code is in
-// its low four bits; vpermps ignores the others.
+// The table's entries for the 16 codes in 8 bytes, high nibble first. Byte i/2 goes to lane i, shifted so that the lane's code is
+// in its low four bits; vpermps ignores the others.
 static inline __m512 lookup_16(__m512 table, const std::uint8_t* codes) {
     std::int64_t bytes;
     std::memcpy(&bytes, codes, sizeof bytes);

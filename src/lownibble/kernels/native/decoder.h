@@ -1,8 +1,8 @@
 // The decoder layers of a Llama-like model over a few tokens, with a key-value cache: what dispatch.cpp calls.
 //
-// Why all in one. Token by token, a layer of a small model is a dozen products of a few tens of microseconds; called one at a time,
-// norms, rotary embedding, activation and the interpreter between them take longer than the products. Here the layers are one call
-// and one team of threads that meets at barriers.
+// Why all in one. Token by token, a layer of a small model is a dozen products of a few tens of microseconds; called one at a
+// time, norms, rotary embedding, activation and the interpreter between them take longer than the products. Here the layers are
+// one call and one team of threads that meets at barriers.
 //
 // Tokens may belong to different sequences (each names its slot of the cache and its position) and to different adapters
 // (segments of tokens, so that the base product is done once for all of them).

@@ -100,8 +100,8 @@ const AttentionKernels* active_attention() {
     return nullptr;
 }
 
-// A thread's memory for panels, aligned to 64 bytes, kept from call to call (a fresh allocation would page-fault); about half a megabyte for
-// exact products.
+// A thread's memory for panels, aligned to 64 bytes, kept from call to call (a fresh allocation would page-fault); about half a
+// megabyte for exact products.
 struct Scratch {
     void* memory = nullptr;
     std::size_t size = 0;
@@ -150,8 +150,8 @@ void in_turns(std::int64_t count, std::int64_t elements, std::int32_t num_thread
     for (std::int64_t item = 0; item < count; ++item) body(item);
 }
 
-// Exact products' panels and rows, shared out: `body(memory, panels, rows)`; -1 when there is no memory for a group of panels. Where
-// groups are fewer than threads, rows are shared out too.
+// Exact products' panels and rows, shared out: `body(memory, panels, rows)`; -1 when there is no memory for a group of panels.
+// Where groups are fewer than threads, rows are shared out too.
 template <class Body>
 std::int32_t share_panels(std::int64_t T, std::int64_t N, std::int64_t K, std::int64_t columns, std::int64_t r,
                           std::int32_t num_threads, Body body) {
@@ -358,8 +358,8 @@ LOWNIBBLE_EXPORT std::int32_t lownibble_matmul_dense(const float* x, std::int64_
 // 1 when the functions below may be called with the instruction set in use.
 LOWNIBBLE_EXPORT std::int32_t lownibble_has_low_rank() { return active_low_rank() != nullptr; }
 
-// out (T, r) = scale x F, with x (T, C) and F (C, r), whose element (c, i) is factor[c * step + i * stride]. 0, or -1 when there is no
-// memory for the packed factor.
+// out (T, r) = scale x F, with x (T, C) and F (C, r), whose element (c, i) is factor[c * step + i * stride]. 0, or -1 when there
+// is no memory for the packed factor.
 LOWNIBBLE_EXPORT std::int32_t lownibble_low_rank(const float* x, std::int64_t T, std::int64_t C, const float* factor,
                                                  std::int64_t r, std::int64_t step, std::int64_t stride, float scale, float* out,
                                                  std::int32_t num_threads) {
@@ -380,8 +380,8 @@ LOWNIBBLE_EXPORT std::int64_t lownibble_low_rank_sums(std::int64_t T, std::int64
     return low_rank_shares(T) * low_rank_sums(N, K, r);
 }
 
-// dlow (T, r), db (N, r) and da (r, K) from dy (T, N), x (T, K), low (T, r) and B (N, r); `sums` is aligned to 64 bytes. 0, or -1 when
-// there is no memory for the packed factor.
+// dlow (T, r), db (N, r) and da (r, K) from dy (T, N), x (T, K), low (T, r) and B (N, r); `sums` is aligned to 64 bytes. 0, or -1
+// when there is no memory for the packed factor.
 LOWNIBBLE_EXPORT std::int32_t lownibble_low_rank_backward(const float* dy, const float* x, const float* low, std::int64_t T,
                                                           std::int64_t N, std::int64_t K, const float* factor, std::int64_t r,
                                                           std::int64_t step, std::int64_t stride, float scale, float* dlow,
@@ -463,8 +463,8 @@ LOWNIBBLE_EXPORT void lownibble_gemv_bf16(const float* x, std::int64_t T, std::i
 // 1 when the two functions below may be called with the instruction set in use.
 LOWNIBBLE_EXPORT std::int32_t lownibble_has_attention() { return active_attention() != nullptr; }
 
-// 0, or -1 when there is no memory for a thread's scores. `strides`: three for each of q, k, v and out. Tokens are numbered through the
-// rows; segment i is [borders[i], borders[i + 1]) and lies within a row. lse (tokens, heads).
+// 0, or -1 when there is no memory for a thread's scores. `strides`: three for each of q, k, v and out. Tokens are numbered
+// through the rows; segment i is [borders[i], borders[i + 1]) and lies within a row. lse (tokens, heads).
 LOWNIBBLE_EXPORT std::int32_t lownibble_attention(const float* q, const float* k, const float* v, float* out,
                                                   const std::int64_t* strides, float* lse, const std::int64_t* borders,
                                                   std::int64_t n_segments, std::int64_t row_tokens, std::int64_t heads,

@@ -1,14 +1,16 @@
-// Products with the frozen 4-bit base, and with a dense head, on 8-bit units: what dispatch.cpp calls and what an instruction set provides.
+// Products with the frozen 4-bit base, and with a dense head, on 8-bit units: what dispatch.cpp calls and what an instruction set
+// provides.
 //
-// Method (ops.py states it in formulas). Each row of x is scaled to 8 bits in parts of 64 values, each by its largest. A weight row is brought from 4
-// bits to 8 with one scale a row, through a table of 16 bytes a block, while its panel of 32 output columns is packed for the
-// product, 2048 terms of the sum deep; the panel is used for all rows of x, so the weight is decoded once a call and never stored. A few
-// panels at a time, where the sum is long, read those rows once for all of them. The 32-bit sums of a part are
-// exact; scaled, they are added in float32. Column scales, bias and the low-rank branch (float32) are applied while the sums are still in registers or the first cache.
+// Method (ops.py states it in formulas). Each row of x is scaled to 8 bits in parts of 64 values, each by its largest. A weight
+// row is brought from 4 bits to 8 with one scale a row, through a table of 16 bytes a block, while its panel of 32 output columns
+// is packed for the product, 2048 terms of the sum deep; the panel is used for all rows of x, so the weight is decoded once a
+// call and never stored. A few panels at a time, where the sum is long, read those rows once for all of them. The 32-bit sums of
+// a part are exact; scaled, they are added in float32. Column scales, bias and the low-rank branch (float32) are applied while
+// the sums are still in registers or the first cache.
 //
 // The packed weights are unsigned (128 is added), because the instruction takes unsigned by signed; minus 128 times the sum of a
-// part of x is where its sums start. Rows of x are stored in tiles of 12: the four bytes of twelve rows lie side by side for each four
-// columns, so that one pointer serves a tile.
+// part of x is where its sums start. Rows of x are stored in tiles of 12: the four bytes of twelve rows lie side by side for each
+// four columns, so that one pointer serves a tile.
 //
 // For x W^T (forward) columns of a panel are rows of W and the sum runs over K; for dy W (backward) columns are columns of W and
 // the sum runs over N: same product, other packing. The row scales then belong to the summed index and are multiplied into dy

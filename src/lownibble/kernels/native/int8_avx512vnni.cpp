@@ -194,8 +194,8 @@ void pack_columns(const Source& w, const float* row_scale, std::int64_t N, std::
     }
 }
 
-// sums += 64 products of a byte by a byte, in fours. As assembly: GCC 12 copies the result of its intrinsic from register to register
-// and to the stack when a loop's sums are used as floats after it, which halves the speed.
+// sums += 64 products of a byte by a byte, in fours. As assembly: GCC 12 copies the result of its intrinsic from register to
+// register and to the stack when a loop's sums are used as floats after it, which halves the speed.
 inline void add_products(__m512i& sums, __m512i w, __m512i x) { asm("vpdpbusd %2, %1, %0" : "+v"(sums) : "v"(w), "v"(x)); }
 
 // One part of 12 rows by 32 columns: its integer sums live in 24 registers, start at `start` (12), and are added, scaled, to sums

@@ -77,9 +77,10 @@ struct Avx512 {
     }
 };
 
-// The matrix-vector product for blocks of 64 and more. 64 bytes of codes are 16 words of 8 codes; a shift brings one code of each word
-// into the low four bits, which are all that vpermps looks at: two instructions for 16 weights, where unpacking bytes takes four. The
-// weights of a lane are then eight apart, so x is put into that order first, and a block's constant multiplies the sum over the block.
+// The matrix-vector product for blocks of 64 and more. 64 bytes of codes are 16 words of 8 codes; a shift brings one code of each
+// word into the low four bits, which are all that vpermps looks at: two instructions for 16 weights, where unpacking bytes takes
+// four. The weights of a lane are then eight apart, so x is put into that order first, and a block's constant multiplies the sum
+// over the block.
 constexpr std::int64_t kGroup = 128, kSpreadColumns = 4096, kShortColumns = 1536;
 
 // x (T, K) -> spread (T, S): element [8 i + (j ^ 1)] of each group of 128 at [16 j + i]; zeros past K.

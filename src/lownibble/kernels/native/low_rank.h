@@ -4,11 +4,11 @@
 //     dlow = scale dy B                    (T, r)   backward, with
 //     dB = scale dy^T low, dA = dlow^T x   (N, r), (r, K)
 //
-// Method. With 16 columns a general matrix product spends its time packing operands and reading the large one again. Here a register holds
-// the 16 columns of a rank, each element of the large operand is broadcast from memory into one multiplication, and nothing but the
-// factor is packed. Backward takes 64 rows at a time: dlow of them, then their part of dB while dy is in the second-level cache,
-// then of dA. Sums over rows are made in shares of the rows, each with memory of its own, and added at the end; how many there are
-// depends on T alone, so results do not depend on the number of threads.
+// Method. With 16 columns a general matrix product spends its time packing operands and reading the large one again. Here a
+// register holds the 16 columns of a rank, each element of the large operand is broadcast from memory into one multiplication,
+// and nothing but the factor is packed. Backward takes 64 rows at a time: dlow of them, then their part of dB while dy is in the
+// second-level cache, then of dA. Sums over rows are made in shares of the rows, each with memory of its own, and added at the
+// end; how many there are depends on T alone, so results do not depend on the number of threads.
 #pragma once
 
 #include "kernels.h"
@@ -52,7 +52,8 @@ struct LowRankKernels {
                     Range rows);
     // dlow of `rows`, and the sums over them. `scratch`: low_rank_scratch(N, r) bytes, aligned to 64 like `sums`.
     void (*backward)(const LowRankBackward&, float* sums, float* scratch, Range rows);
-    // dB (N, r) = scale times the shares' sums, and dA (r, K), for a range of n, then of tiles of 16 k. `sums`: share after share.
+    // dB (N, r) = scale times the shares' sums, and dA (r, K), for a range of n, then of tiles of 16 k. `sums`: share after
+    // share.
     void (*sum_shares)(const LowRankBackward&, const float* sums, std::int64_t shares, float* db, float* da, Range n, Range tiles);
 };
 

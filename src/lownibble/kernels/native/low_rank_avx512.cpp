@@ -29,9 +29,10 @@ void pack(const Factor& factor, std::int64_t C, std::int64_t r, float* packed, s
     }
 }
 
-// out (8, 16) = x (8, C) by packed (C, 16), for `rows` rows; even and odd terms are summed apart, or each sum would wait for itself.
-// These products are bound by memory, so the next tile is fetched meanwhile, and 8 rows of another matrix that is read after this one,
-// at `beside`: line by line, since the eight rows that are read at once are too many streams for the hardware's own prefetching.
+// out (8, 16) = x (8, C) by packed (C, 16), for `rows` rows; even and odd terms are summed apart, or each sum would wait for
+// itself. These products are bound by memory, so the next tile is fetched meanwhile, and 8 rows of another matrix that is read
+// after this one, at `beside`: line by line, since the eight rows that are read at once are too many streams for the hardware's
+// own prefetching.
 void project_tile(const float* x, std::int64_t C, std::int64_t rows, const float* packed, const float* beside,
                   std::int64_t beside_columns, __m512 (&out)[kTileRows]) {
     const float* at[kTileRows];

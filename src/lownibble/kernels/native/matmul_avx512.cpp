@@ -1,6 +1,6 @@
-// Exact products with the 4-bit base, or a dense matrix, on AVX-512. 24 of the 32 registers hold sums, 8 rows by 48 columns, so that 24 multiplications need
-// 11 loads; x is read as it lies, its elements broadcast from memory. Tried and slower where two hardware threads share a core: 14
-// rows by 32 columns, 9 by 48, 6 by 64, 4 by 96, prefetching panels or x (docs/log.md).
+// Exact products with the 4-bit base, or a dense matrix, on AVX-512. 24 of the 32 registers hold sums, 8 rows by 48 columns, so
+// that 24 multiplications need 11 loads; x is read as it lies, its elements broadcast from memory. Tried and slower where two
+// hardware threads share a core: 14 rows by 32 columns, 9 by 48, 6 by 64, 4 by 96, prefetching panels or x (docs/log.md).
 #if defined(__x86_64__)
 
 #include "avx512.h"
@@ -126,8 +126,8 @@ inline void add_term(__m512 (&sums)[Rows][kVectors], const float* const (&rows)[
     }
 }
 
-// `count` terms from `x`, whose rows are `stride` apart. Meanwhile the lines at `ahead`, where the tile will be stored, are fetched: all
-// at once at the end, they would keep the panel's own lines waiting.
+// `count` terms from `x`, whose rows are `stride` apart. Meanwhile the lines at `ahead`, where the tile will be stored, are
+// fetched: all at once at the end, they would keep the panel's own lines waiting.
 template <int Rows>
 inline void add_terms(__m512 (&sums)[Rows][kVectors], const float* x, std::int64_t stride, std::int64_t count, const float* panel,
                       const float* ahead = nullptr, std::int64_t ahead_stride = 0) {
@@ -151,8 +151,8 @@ inline void add_terms(__m512 (&sums)[Rows][kVectors], const float* x, std::int64
     for (; k < count; ++k, panel += kPanel) add_term<Rows>(sums, rows, k, panel);
 }
 
-// What all tiles of a panel share: `depth` terms of x, then r of low, added to the bias or to what `out` holds: parts of long sums
-// are summed apart, which keeps rounding small.
+// What all tiles of a panel share: `depth` terms of x, then r of low, added to the bias or to what `out` holds: parts of long
+// sums are summed apart, which keeps rounding small.
 struct Job {
     const float* x;
     const float* low;
