@@ -32,8 +32,8 @@ class QuantConfig(Options):
         "auto",
         description="products of the frozen base: 'exact' in the activations' dtype, 'int8' on 8-bit units, on CPUs the head's "
         "too (faster; values differ a little, the adapter stays exact), 'fp8' on those of newer CUDA devices (values differ "
-        "more); 'auto' is 'int8' for the base, in training on a CPU that has it, where 'bench quality' says that it learns as "
-        "well, else 'exact'",
+        "more); 'auto' is 'int8' in training on a CPU that has it, where 'bench quality' says that it learns as well, else "
+        "'exact'",
     )
     skip_modules: list[str] = Field(["lm_head"], description="linear modules left in full precision, by last name or path")
 

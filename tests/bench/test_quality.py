@@ -23,7 +23,8 @@ def made_up_runs(monkeypatch):
         key = (config.data.path, config.quant.compute)
         asked.append((*key, config.train.seed, config.method))
         evaluation = {"loss": LOSSES[key][config.train.seed], "scores": {"accuracy": 0.5}}
-        return SimpleNamespace(record={"evaluations": [{"loss": 9.0, "scores": {}}, evaluation]})
+        model = {"head_compute": config.quant.compute}
+        return SimpleNamespace(record={"evaluations": [{"loss": 9.0, "scores": {}}, evaluation], "model": model})
 
     monkeypatch.setattr(quality, "run", run)
     monkeypatch.setattr(quality, "load_data", lambda config: None)
@@ -43,6 +44,7 @@ def test_runs_of_one_seed_are_compared_in_pairs_with_the_seeds_as_yardstick(made
     assert not nli["within"], "three standard deviations"
     assert found["tasks"]["nli"]["figures"]["accuracy"]["within"]
     assert found["headlines"]["differences smaller than between seeds"] == "False"
+    assert found["workload"]["head"] == "int8", "the int8 runs' head, not that of the exact ones"
 
 
 @pytest.mark.parametrize("options", [{"peers": True}, {"repeats": 1}])

@@ -6,8 +6,8 @@ import torch
 
 import lownibble as ln
 from lownibble.errors import BackendError, InputError
-from lownibble.kernels import cpu, reference
-from lownibble.quant.dense import DenseProducts, code_type_for
+from lownibble.kernels import cpu, ops, reference
+from lownibble.quant.dense import DenseProducts, code_type_for, forget
 
 try:
     HAS_INT8, HAS_MATMUL = cpu.has_int8(), bool(cpu.library().has_matmul())
@@ -54,6 +54,19 @@ def test_compiled_kernels_equal_the_reference(T, N, K, threads):
             torch.testing.assert_close(found[1], found[0], rtol=0, atol=atol)
     finally:
         torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("transposed", [False, True])
+def test_what_a_scale_is_too_small_for_saturates(backend, transposed):
+    weight, x = random(64, 64), random(12, 64, seed=1)
+    scale = scales(weight) / 3
+    with ln.use_backend(backend):
+        rows = ops.quantize_rows(x, scale if transposed else None)
+        found = ops.matmul_8bit_dense(rows, weight, scale, transposed, torch.empty(12, 64))
+    codes = (weight / scale.unsqueeze(1)).round().clamp(-128, 127) * scale.unsqueeze(1)
+    expected = x @ (codes if transposed else codes.t())
+    assert (found - expected).abs().max() < 0.02 * expected.abs().max()
 
 
 @pytest.mark.parametrize("threads", [1, 2])
@@ -114,9 +127,13 @@ def test_scales_follow_the_matrix(monkeypatch):
         assert len(reads) == 1
         weight.mul_(2)
         doubled = DenseProducts(weight, INT8).forward(x, torch.empty(2, 8))
+        weight.data.mul_(2)  # no version tells of it
+        forget()
+        quadrupled = DenseProducts(weight, INT8).forward(x, torch.empty(2, 8))
     assert torch.equal(first, again)
     assert torch.equal(doubled, 2 * first)
-    assert len(reads) == 2
+    assert torch.equal(quadrupled, 4 * first)
+    assert len(reads) == 3
 
 
 @needs_kernels

@@ -12,7 +12,7 @@ from lownibble.config import DataConfig, LoraConfig, QuantConfig, RunConfig, Tra
 from lownibble.errors import BackendError, InputError
 from lownibble.kernels import cpu
 from lownibble.models.attention import kernel_obstacle
-from lownibble.quant import QuantLinear, dense, eightbit, exact_products, quantize
+from lownibble.quant import QuantLinear, eightbit, exact_products, quantize
 from lownibble.quant.dense import DenseProducts
 from lownibble.training import run
 from lownibble.training.loss import Head, check_packing, check_rows, label_loss
@@ -61,7 +61,10 @@ def test_losses_follow_exact_compute_and_repeat_bit_for_bit(wide_model, tiny_dat
 def test_going_on_in_another_compute_is_told(wide_model, tiny_data, tmp_path):
     with ln.use_backend("reference"):
         train(wide_model, tiny_data, tmp_path / "run", "fp8", max_steps=2, save_steps=1)
-        for compute, told in (("fp8", []), ("exact", ["the run began with the compute 'fp8' and goes on with 'exact'"])):
+        for compute, told in (
+            ("fp8", []),
+            ("exact", ["the run began with the frozen base in the compute 'fp8' and goes on in 'exact'"]),
+        ):
             again = train(wide_model, tiny_data, tmp_path / "run", compute, max_steps=2, save_steps=1, resume=True)
             assert [warning for warning in again.record["warnings"] if "compute" in warning] == told
 
@@ -81,14 +84,14 @@ def test_fp8_follows_exact_compute_on_the_reference_kernels(wide_model, tiny_dat
 @needs_vnni
 def test_auto_takes_what_is_proven_where_it_runs_and_says_why(wide_model, tiny_model, tiny_data, tmp_path, monkeypatch):
     wide = train(wide_model, tiny_data, tmp_path / "wide", "auto").record["model"]
-    assert wide["compute"] == ["int8"]
+    assert (wide["compute"], wide["head_compute"]) == (["int8"], "int8")
     assert wide["compute_chosen"].startswith("int8 (faster")
     narrow = train(tiny_model, tiny_data, tmp_path / "narrow", "auto").record["model"]
     assert (narrow["compute"], "multiple of 64" in narrow["compute_chosen"]) == (["exact"], True)
     with ln.use_backend("reference"):
         plain = train(wide_model, tiny_data, tmp_path / "plain", "auto").record["model"]
     assert (plain["compute"], "compiled kernels" in plain["compute_chosen"]) == (["exact"], True)
-    monkeypatch.setattr(cpu, "has_int8", lambda: False)
+    monkeypatch.setattr(cpu.library(), "has_int8", lambda: False)
     without = train(wide_model, tiny_data, tmp_path / "without", "auto").record["model"]
     assert (without["compute"], "AVX-512 VNNI" in without["compute_chosen"]) == (["exact"], True)
     assert train(wide_model, tiny_data, tmp_path / "asked", "exact").record["model"]["compute_chosen"] == ""
@@ -102,6 +105,7 @@ def test_auto_is_decided_in_training_for_a_model_that_was_loaded_before(wide_mod
     config = TrainConfig(max_steps=2, batch_size=4, max_length=32)
     record = ln.train(model, tokenizer, DataConfig(path=str(tiny_data), **DATA), config).record["model"]
     assert record["compute"] == ["int8"]
+    assert {m.compute for m in model.modules() if isinstance(m, QuantLinear)} == {"exact"}, "as it was loaded"
     model, tokenizer = ln.load(str(wide_model), quant=QuantConfig(compute="exact"))
     ln.add_lora(model, LoraConfig(r=4, lora_alpha=8))
     assert ln.train(model, tokenizer, DataConfig(path=str(tiny_data), **DATA), config).record["model"]["compute"] == ["exact"]
@@ -122,20 +126,8 @@ def test_what_auto_takes_is_what_the_record_proves():
     proven = all(figure["within"] for task in record["tasks"].values() for figure in task["figures"].values())
     assert len(record["tasks"]) == 2
     assert record["workload"]["seeds"] >= 3
+    assert (record["workload"]["max_eval_rows"], record["workload"]["head"]) == (1000, "int8")
     assert ({"cpu": "int8"} if proven else {}) == eightbit.PROVEN
-    assert (proven and record["workload"].get("head") == "int8") == dense.PROVEN
-
-
-def test_auto_keeps_the_head_exact_until_it_is_proven(wide_model, monkeypatch):
-    with ln.use_backend("reference"):
-        model, _ = ln.load(str(wide_model), quant="nf4")
-        ln.add_lora(model, LoraConfig(r=4))
-        for layer in model.modules():
-            if isinstance(layer, QuantLinear):
-                layer.compute = "int8"
-        for proven, expected in ((False, None), (True, torch.int8)):
-            monkeypatch.setattr(dense, "PROVEN", proven)
-            assert Head(model).plain.code_type is expected
 
 
 @needs_vnni

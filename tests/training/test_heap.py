@@ -10,6 +10,7 @@ import torch
 from lownibble.training import memory
 
 MIB = 2**20
+PAGES = 24 * MIB // resource.getpagesize()
 pytestmark = pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallopt"), reason="not glibc")
 
 
@@ -20,11 +21,10 @@ def faults_of_a_block():
 
 
 def test_a_block_that_was_freed_costs_no_faults_again():
+    """At first it may: what other tests left free may be in pieces, with a small block behind each."""
     with memory.kept_heap():
-        first, *later = (faults_of_a_block() for _ in range(3))
-    again = faults_of_a_block()
-    assert later[-1] < first / 2
-    assert later[-1] < again / 2
+        faults = [faults_of_a_block() for _ in range(8)]
+    assert min(faults) < PAGES / 2 < faults_of_a_block()
 
 
 def test_what_is_free_is_given_back():
@@ -36,6 +36,9 @@ def test_what_is_free_is_given_back():
 
 
 def test_another_c_library_is_left_alone(monkeypatch):
+    trimmed = []
     monkeypatch.setattr(ctypes, "CDLL", lambda name: object())
+    monkeypatch.setattr(memory, "trim_heap", lambda: trimmed.append(1))
     with memory.kept_heap():
-        assert faults_of_a_block() >= 0
+        pass
+    assert not trimmed

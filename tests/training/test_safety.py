@@ -135,9 +135,12 @@ def test_a_signal_after_the_last_step_stops_who_started_the_run(tiny_model, tiny
             if isinstance(event, Finished):
                 signal.raise_signal(signal.SIGTERM)
 
-    with pytest.raises(KeyboardInterrupt, match="the run is complete") as stopped:
+    with pytest.raises(KeyboardInterrupt, match="the run is complete, saved in") as stopped:
         run(config, sinks=[Terminate()])
     assert stopped.value.signal == signal.SIGTERM
+    with pytest.raises(KeyboardInterrupt, match="result") as stopped:
+        run(config.with_options(train=config.train.with_options(output_dir=None)), sinks=[Terminate()])
+    assert len(stopped.value.result.losses) == 8
     assert json.loads((tmp_path / "out" / "record.json").read_text())["status"] == "ok"
 
 

@@ -46,11 +46,14 @@ def bench_quality(*, peers: bool = False, repeats: int = 3, data: str | None = N
     if data:
         load_data(DataConfig(path=data, **NLI))  # bad rows are found before anything is trained
     tasks: dict[str, dict[str, Any]] = {}
+    heads: set[str] = set()
     for name, path in (("demo", "demo"), *([(Path(data).name, data)] if data else [])):
         runs: dict[str, list[dict[str, float]]] = {compute: [] for compute in COMPUTES}
         for seed in range(repeats):
             for compute in COMPUTES:
-                runs[compute].append(_run(path, max_eval_rows, seed, compute))
+                figures, head = _run(path, max_eval_rows, seed, compute)
+                runs[compute].append(figures)
+                heads |= {head} if compute == "int8" else set()
                 print(f"bench quality: {name}, seed {seed}, {compute}: {runs[compute][-1]}", file=sys.stderr)
         tasks[name] = {"runs": runs, "figures": {figure: _compare(runs, figure) for figure in runs["exact"][0]}}
     headlines = {
@@ -62,17 +65,23 @@ def bench_quality(*, peers: bool = False, repeats: int = 3, data: str | None = N
         all(f["within"] for found in tasks.values() for f in found["figures"].values())
     )
     train = COMPARE_TRAIN.to_dict()
-    workload = {"model": "demo", "seeds": repeats, "train": train, "max_eval_rows": max_eval_rows, "head": "int8"}
+    workload = {
+        "model": "demo",
+        "seeds": repeats,
+        "train": train,
+        "max_eval_rows": max_eval_rows,
+        "head": "/".join(sorted(heads)),
+    }
     return {"workload": workload, "tasks": tasks, "headlines": headlines}
 
 
-def _run(path: str, max_eval_rows: int, seed: int, compute: Any) -> dict[str, float]:
-    """Evaluation loss and scores at the end of one run."""
+def _run(path: str, max_eval_rows: int, seed: int, compute: Any) -> tuple[dict[str, float], str]:
+    """Evaluation loss and scores at the end of one run, and what its head was computed in."""
     train = COMPARE_TRAIN.with_options(seed=seed, eval_steps=None, torch_compile=False)
     data = DataConfig(path=path, max_eval_rows=max_eval_rows, **({} if path == "demo" else NLI))
     result = run(RunConfig(method="qlora", data=data, quant=QuantConfig(compute=compute), train=train))
     last = result.record["evaluations"][-1]
-    return {"loss": last["loss"], **last["scores"]}
+    return {"loss": last["loss"], **last["scores"]}, result.record["model"]["head_compute"]
 
 
 def _compare(runs: dict[str, list[dict[str, float]]], name: str) -> dict[str, Any]:

@@ -98,8 +98,9 @@ def matmul_4bit(
 
 
 def _codes(scaled: Tensor, code_type: torch.dtype) -> Tensor:
-    """The nearest codes, ties to even. float8's is torch's rounding, which does not saturate: 448 must not be passed by much."""
-    return (scaled if code_type.is_floating_point else scaled.round()).to(code_type)
+    """The nearest codes, ties to even; integers saturate. float8's is torch's rounding, which does not: 448 must not be passed by
+    much."""
+    return (scaled if code_type.is_floating_point else scaled.round().clamp(-128, 127)).to(code_type)
 
 
 def row_scales(

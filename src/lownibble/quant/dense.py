@@ -20,21 +20,15 @@ from lownibble.quant.linear import QuantLinear
 BACKENDS = ("cpu", "reference")
 """Kernels that have 8-bit products with a dense matrix; on GPUs a head in 16 bits runs on tensor cores."""
 
-PROVEN = False
-"""Whether `compute="auto"` may multiply a head in 8 bits: once `bench quality` has said of base and head together what it said
-of the base."""
-
 
 def code_type_for(model: nn.Module, weight_NK: Tensor) -> torch.dtype | None:
     """The type of the codes of products with `weight_NK`, a dense matrix of the model; None where they are exact.
 
-    8 bits as the model's packed weights, if it is frozen, float32, and suits the kernels in use; with 'auto' if that is proven.
+    8 bits as the model's packed weights, if it is frozen, float32, and suits the kernels in use.
     """
     layer = next((module for module in model.modules() if isinstance(module, QuantLinear)), None)
     if layer is None or layer.code_type is not torch.int8 or weight_NK.requires_grad or weight_NK.is_inference():
         return None  # a tensor of inference has no version to remember its scales by
-    if getattr(model, "lownibble_auto_compute", False) and not PROVEN:
-        return None
     suits = weight_NK.dtype == torch.float32 and weight_NK.shape[1] % ops.PART == 0 and weight_NK.is_contiguous()
     return torch.int8 if suits and ops.active_backend(weight_NK.device) in BACKENDS else None
 
@@ -47,6 +41,11 @@ class _Last(threading.local):
 
 
 _last = _Last()
+
+
+def forget() -> None:
+    """Read matrices again: their version tells of changes, but not of one through `.data`, as a caller may make between runs."""
+    _last.source = _last.state = _last.scale = None
 
 
 def _row_scales(weight_NK: Tensor) -> Tensor:

@@ -3,7 +3,8 @@
 A checkpoint is a folder `checkpoints/step-NNNNNN`, written under another name, synced and renamed, so that a folder of that name
 is complete. A disk may damage it later: `state.json` has a checksum of the tensors and of itself, and a damaged checkpoint is
 passed over for the one before. Data order, schedule and dropout are functions of (seed, step), so the step number is all the
-state they need, and a resumed run gives the same bits as one that was never interrupted. The newest two are kept.
+state they need, and a run resumed in the same compute gives the same bits as one that was never interrupted. The newest two are
+kept.
 
 Tensors go to the file and come back part by part (`tensorfile.py`), the states of a paged optimiser page by page: a checkpoint
 takes no memory worth the name. It does not say whether the states were paged: either kind of run goes on from the other's.
@@ -29,7 +30,7 @@ from lownibble.optim import PAGED, states
 from lownibble.tensorfile import Entry
 
 KEEP = 2
-_FREE = {"output_dir", "resume", "save_steps", "eval_steps", "optim_page_budget", "memory_budget", "compute"}
+_FREE = {"output_dir", "resume", "save_steps", "eval_steps", "optim_page_budget", "memory_budget", "compute", "head_compute"}
 """Options that may differ between a run and its resumption."""
 
 

@@ -1,8 +1,8 @@
 """SIGINT and SIGTERM: finish the step, save, then stop.
 
 While a run is inside `requests()`, the first signal only leaves a note, which the loop reads between steps; a second one
-interrupts at once, as if there were no handler. A note that no step was left to read is raised when the run is over and saved:
-who started it may have more to do. Signals arrive in the main thread only; a run elsewhere is not interrupted this way.
+interrupts at once, as if there were no handler. A note that no step was left to read stops who started the run, once it is over
+and saved. Signals arrive in the main thread only; a run elsewhere is not interrupted this way.
 """
 
 from __future__ import annotations
@@ -13,23 +13,23 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
+from typing import Any
 
 
 class RunInterrupted(KeyboardInterrupt):
-    """A run was asked to stop and did, between two steps or at its end. `signal`: the number of the signal."""
+    """A run was asked to stop and did, between two steps, or at its end with a result (a `TrainResult`).
 
-    def __init__(self, message: str, signal_number: int) -> None:
+    `signal`: the number of the signal.
+    """
+
+    def __init__(self, message: str, signal_number: int, result: Any = None) -> None:
         super().__init__(message)
-        self.signal = signal_number
+        self.signal, self.result = signal_number, result
 
 
 @contextmanager
 def requests() -> Iterator[Callable[[], int]]:
-    """Inside the block the value called gives the number of the signal that asked to stop, or 0.
-
-    Raises:
-        RunInterrupted: the block came to its end all the same.
-    """
+    """Inside the block, and after it, the value called gives the number of the signal that asked to stop, or 0."""
     if threading.current_thread() is not threading.main_thread():
         yield lambda: 0
         return
@@ -47,5 +47,3 @@ def requests() -> Iterator[Callable[[], int]]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-    if received:
-        raise RunInterrupted("Asked to stop when no step was left: the run is complete.", received[0])

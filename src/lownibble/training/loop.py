@@ -37,7 +37,7 @@ from lownibble.optim import (
     warmup_steps,
 )
 from lownibble.options import n_bytes
-from lownibble.quant import QuantLinear
+from lownibble.quant import QuantLinear, dense
 from lownibble.training import checkpoint, compiling, diagnose, memory
 from lownibble.training.budget import AIM, ENOUGH_TOKENS, SETTINGS, Fit, Needs, choose
 from lownibble.training.dryrun import DryRun
@@ -197,6 +197,7 @@ class Trainer:
         Raises:
             ModelError, ConfigError, TrainingError: it cannot; nothing was trained.
         """
+        dense.forget()
         check_head(self.model)
         self.passes.check()
         past = self._past()
@@ -208,9 +209,10 @@ class Trainer:
         self._take(fit)
         if past:
             checkpoint.restore(past, self.model, self.optimizer, self.identity)
-            before, now = (facts.get("compute") for facts in (past.config, self.identity))
-            if before and before != now:
-                self.warnings.append(f"the run began with the compute '{before}' and goes on with '{now}'")
+            for key, what in (("compute", "the frozen base"), ("head_compute", "the head")):
+                before, now = (facts.get(key) for facts in (past.config, self.identity))
+                if before and before != now:
+                    self.warnings.append(f"the run began with {what} in the compute '{before}' and goes on in '{now}'")
         open_states(self.optimizer)
         if self.passes.compiled and not over:
             self._compile(past)
@@ -287,6 +289,7 @@ class Trainer:
 
     def _evaluate_less(self, step: int) -> None:
         """After memory ran out: smaller passes in evaluations from now on."""
+        release_scratch()
         memory.settle(self.device)
         tokens = self.evaluator.halve()
         if not tokens:
@@ -369,6 +372,7 @@ class Trainer:
             MemoryGoneError: both are as small as can be.
         """
         self.optimizer.zero_grad(set_to_none=True)
+        release_scratch()
         memory.settle(self.device)
         batches = self.micro.batches(rows)
         tokens = max(self.micro.tokens(passed) for passed in self.micro.dealt(rows))

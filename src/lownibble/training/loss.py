@@ -160,6 +160,12 @@ class Head:
         return logits
 
     @property
+    def compute(self) -> str:
+        """'int8' where a training step multiplies the head on 8-bit units, else 'exact'."""
+        code_type = self.plain.code_type if self.plain else None
+        return "exact" if code_type is None else str(code_type).removeprefix("torch.")
+
+    @property
     def trained(self) -> list[nn.Parameter]:
         """The head's parameters that want a gradient."""
         return [p for p in self.module.parameters() if p.requires_grad]

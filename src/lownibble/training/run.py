@@ -27,6 +27,7 @@ from lownibble.quant import QuantLinear, eightbit
 from lownibble.training import interrupt, memory, planned, verify
 from lownibble.training.events import Evaluated, Event, Finished, Skipped, Started, Stepped, Warned
 from lownibble.training.loop import Trainer
+from lownibble.training.loss import Head
 from lownibble.training.output import claim
 from lownibble.training.passes import Passes
 from lownibble.training.sinks import JsonlSink, Sink, TensorBoardSink, deliver, read_events
@@ -137,6 +138,14 @@ def _choose_compute(model: Any) -> None:
         layer.compute = compute
 
 
+def _leave_compute(model: Any) -> None:
+    """Exact compute again where 'auto' chose for the run: outside of training it stands for that."""
+    if getattr(model, "lownibble_auto_compute", False):
+        for layer in model.modules():
+            if isinstance(layer, QuantLinear):
+                layer.compute = "exact"
+
+
 def _trainer(
     model: Any, tokenizer: Any, sides: tuple[Dataset, Dataset], data: DataConfig, config: TrainConfig
 ) -> tuple[Trainer, list[Encoded]]:
@@ -174,8 +183,9 @@ def _train(
     model: Any, tokenizer: Any, sides: tuple[Dataset, Dataset], data: DataConfig, config: TrainConfig, asked: dict[str, Any],
     sinks: Iterable[Sink], loaded: dict[str, int] | None = None,
 ) -> TrainResult:  # fmt: skip
-    trainer, encoded = _trainer(model, tokenizer, sides, data, config)
     with ExitStack() as stack:
+        stack.callback(_leave_compute, model)
+        trainer, encoded = _trainer(model, tokenizer, sides, data, config)
         folder = stack.enter_context(claim(config.output_dir, resume=config.resume)) if config.output_dir else None
         sinks = [*sinks, *_file_sinks(folder, config)]
         baseline = loaded["baseline_bytes"] if loaded else memory.used_bytes(trainer.device)
@@ -216,7 +226,11 @@ def _train(
         adapter = _save(model, tokenizer, folder, result, encoded[0].examples) if folder else None
         for message in result["warnings"][told:]:
             print(f"warning: {message}", file=sys.stderr)
-    return TrainResult(model, tokenizer, result, adapter)
+    trained = TrainResult(model, tokenizer, result, adapter)
+    if stop := trainer.stop_signal():  # asked for when no step was left; who started the run may have more to do
+        where = f"saved in '{folder}'" if folder else "the exception's `result`"
+        raise interrupt.RunInterrupted(f"Asked to stop when no step was left: the run is complete, {where}.", stop, trained)
+    return trained
 
 
 def _history(past: list[Event], events: list[Event]) -> list[Event]:
@@ -245,6 +259,7 @@ def _subject(model: Any) -> dict[str, Any]:
         "lora": {name: config.to_dict() for name, config in adapter_configs(model).items()},
         "quant": sorted({f"{m.quant_type}/{m.block_size}" for m in quantized}),
         "compute": ", ".join(sorted({m.compute for m in quantized})),
+        "head_compute": Head(model).compute,
     }
 
 
@@ -256,6 +271,7 @@ def _model_facts(model: Any) -> dict[str, Any]:
         "parameters": total,
         "trainable_parameters": trainable,
         "compute": sorted({m.compute for m in quantized}),
+        "head_compute": Head(model).compute,
         "compute_chosen": getattr(model, "lownibble_compute", ""),
         "quantized_parameters": sum(m.in_features * m.out_features for m in quantized),
         "dtype": str(model.dtype).removeprefix("torch."),

@@ -7,7 +7,8 @@ of the planner's tape, so that everything after it (kinds, instants, the caching
 A mode on the stack makes autograd's engine add gradients out of place, where a real step adds in place what belongs to nobody
 else (a mode counts as a tensor subclass there). An addition in backward whose first operand goes before anything else comes is
 therefore taken for one in place. The planner's tape is held against the profiler, which has no such flaw; this is a second
-opinion, and the only one for modules that the planner's tape has no program for.
+opinion, and the only one for modules that the planner's tape has no program for. It runs as on a CPU: for CUDA it counts the
+logits, at most a chunk, in the buffer that weights are decoded into, where a step there has them apart.
 """
 
 from __future__ import annotations
@@ -137,24 +138,26 @@ def trace_step(
     recorder = _Recorder(run.round_to)
     backend = Traced(fused=run.fused, attention=run.kernel_attention, softmax=run.kernel_attention)
     mode = FakeTensorMode() if fake else nullcontext()
-    with warnings.catch_warnings(), mode, ops.use_backend(backend), recorder:
-        warnings.filterwarnings("ignore", "Accessing the data pointer of FakeTensor")  # a key of a cache, never read through
-        model = uninitialised(config, quant if method == "qlora" else None, _TYPES[run.itemsize])
-        if method == "full":
-            model.requires_grad_(True)
-        else:
-            add_lora(model, lora)
-        _name_parameters(recorder, model)
-        model.train()
-        if checkpointing:
-            enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
-            enable({"use_reentrant": False})
-        recorder.tape.mark("model")
-        attention = nullcontext() if kernel_obstacle(model) else segment_attention(model)
-        for _ in range(passes):
-            _pass(recorder, model, batch, attention)
-        recorder.tape.mark("update")
-    release_scratch()
+    try:
+        with warnings.catch_warnings(), mode, ops.use_backend(backend), recorder:
+            warnings.filterwarnings("ignore", "Accessing the data pointer of FakeTensor")  # a key of a cache, never read through
+            model = uninitialised(config, quant if method == "qlora" else None, _TYPES[run.itemsize])
+            if method == "full":
+                model.requires_grad_(True)
+            else:
+                add_lora(model, lora)
+            _name_parameters(recorder, model)
+            model.train()
+            if checkpointing:
+                enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+                enable({"use_reentrant": False})
+            recorder.tape.mark("model")
+            attention = nullcontext() if kernel_obstacle(model) else segment_attention(model)
+            for _ in range(passes):
+                _pass(recorder, model, batch, attention)
+            recorder.tape.mark("update")
+    finally:
+        release_scratch()  # fake tensors
     return recorder.tape
 
 

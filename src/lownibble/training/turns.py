@@ -96,7 +96,6 @@ def main(spec: str) -> None:
 
     config = RunConfig(**json.loads(Path(spec).read_text()))
     trainer, baseline = prepare(config.with_options(train=config.train.with_options(output_dir=None, resume=False)))
-    trainer.set_up()
     steps = enumerate(trainer.micro.steps())
 
     def do(count: int) -> dict[str, Any]:
@@ -113,12 +112,14 @@ def main(spec: str) -> None:
             "digest": _digest(trainer.model),
         }
 
-    passes = trainer.passes
-    facts = {
-        "method": config.method, "compiled": passes.compiled, "compile_seconds": passes.compile_seconds,
-        "trainable_parameters": count_parameters(trainer.model)[0],
-    }  # fmt: skip
-    answer_turns(facts, do)
+    with memory.kept_heap():  # as in a run
+        trainer.set_up()
+        passes = trainer.passes
+        facts = {
+            "method": config.method, "compiled": passes.compiled, "compile_seconds": passes.compile_seconds,
+            "trainable_parameters": count_parameters(trainer.model)[0],
+        }  # fmt: skip
+        answer_turns(facts, do)
 
 
 def _digest(model: nn.Module) -> str:

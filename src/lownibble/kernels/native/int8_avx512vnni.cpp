@@ -116,13 +116,14 @@ struct Source4bit {
     }
 };
 
-// A float32 weight as a source of unsigned bytes.
+// A float32 weight as a source of unsigned bytes; what its row's scale is too small for saturates.
 struct SourceDense {
     const float* w;
 
     __m128i bytes_16(std::int64_t index, __m512 inverse_scale) const {
         const __m512i codes = _mm512_cvtps_epi32(_mm512_mul_ps(_mm512_loadu_ps(w + index), inverse_scale));
-        return _mm512_cvtepi32_epi8(_mm512_add_epi32(codes, _mm512_set1_epi32(128)));
+        const __m512i bytes = _mm512_add_epi32(codes, _mm512_set1_epi32(128));
+        return _mm512_cvtusepi32_epi8(_mm512_max_epi32(bytes, _mm512_setzero_si512()));
     }
 
     __m256i bytes_32(std::int64_t index, float inverse_scale) const {
