@@ -79,13 +79,16 @@ inline float product_sum(const float* a, const float* b, std::int64_t n) {
 // rows (L, D) -> out (D, padded_keys(L)), zeros past L.
 void transpose(HeadRows rows, std::int64_t L, std::int64_t D, float* out) {
     const std::int64_t padded = padded_keys(L);
-    const __m512i lanes = _mm512_mullo_epi32(_mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15),
-                                             _mm512_set1_epi32(static_cast<std::int32_t>(rows.step)));
     for (std::int64_t t = 0; t < padded; t += 16) {
-        const __mmask16 inside = first_lanes(L - t);
-        for (std::int64_t d = 0; d < D; ++d) {
-            const __m512 column = _mm512_mask_i32gather_ps(_mm512_setzero_ps(), inside, lanes, rows.data + t * rows.step + d, 4);
-            _mm512_store_ps(out + d * padded + t, column);
+        for (std::int64_t d = 0; d < D; d += 16) {
+            __m512 values[16];
+#pragma GCC unroll 16
+            for (int i = 0; i < 16; ++i) {
+                values[i] = t + i < L ? _mm512_loadu_ps(rows.data + (t + i) * rows.step + d) : _mm512_setzero_ps();
+            }
+            transpose_floats(values);
+#pragma GCC unroll 16
+            for (int j = 0; j < 16; ++j) _mm512_store_ps(out + (d + j) * padded + t, values[j]);
         }
     }
 }

@@ -1,4 +1,4 @@
-// The intrinsics of AVX-512, without the warnings of GCC's own header, the lookup of 16 codes, and masks.
+// The intrinsics of AVX-512, without the warnings of GCC's own header, the lookup of 16 codes, masks, and a transposition.
 #pragma once
 
 // GCC 12 warns about its own header: https://gcc.gnu.org/bugzilla/show_bug.cgi?id=105593
@@ -29,6 +29,23 @@ static inline __m512 lookup_16(__m512 table, const std::uint8_t* codes) {
 // The first `count` of 16 lanes: none below 1, all from 16 on.
 static inline __mmask16 first_lanes(std::int64_t count) {
     return count >= 16 ? 0xFFFF : count <= 0 ? 0 : static_cast<__mmask16>((1 << count) - 1);
+}
+
+// 16 rows of 16 floats -> 16 registers: register j holds float j of each row.
+static inline void transpose_floats(__m512 (&rows)[16]) {
+    __m512 other[16];
+#pragma GCC unroll 4
+    for (int stage = 0; stage < 4; ++stage) {
+        const __m512i left = _mm512_set_epi32(23, 7, 22, 6, 21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
+        const __m512i right = _mm512_set_epi32(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8);
+#pragma GCC unroll 8
+        for (int i = 0; i < 8; ++i) {  // a perfect shuffle of floats and registers; four of them transpose
+            other[2 * i] = _mm512_permutex2var_ps(rows[i], left, rows[i + 8]);
+            other[2 * i + 1] = _mm512_permutex2var_ps(rows[i], right, rows[i + 8]);
+        }
+#pragma GCC unroll 16
+        for (int i = 0; i < 16; ++i) rows[i] = other[i];
+    }
 }
 
 }  // namespace lownibble

@@ -18,7 +18,7 @@ inline void transpose_bytes(__m128i (&rows)[16]) {
 #pragma GCC unroll 4
     for (int stage = 0; stage < 4; ++stage) {
 #pragma GCC unroll 8
-        for (int i = 0; i < 8; ++i) {  // a perfect shuffle of bytes and registers; four of them transpose
+        for (int i = 0; i < 8; ++i) {  // as for floats
             other[2 * i] = _mm_unpacklo_epi8(rows[i], rows[i + 8]);
             other[2 * i + 1] = _mm_unpackhi_epi8(rows[i], rows[i + 8]);
         }
@@ -64,23 +64,6 @@ void decode_columns(const Weight4bit& w, std::int64_t K, std::int64_t k0, std::i
             const __m512 constant = _mm512_set1_ps(block_constant(w, index >> w.block_shift));
             _mm512_store_ps(to, _mm512_mul_ps(lookup_16(values, w.codes + index / 2), constant));
         }
-    }
-}
-
-// 16 rows of 16 floats -> 16 registers: register j holds float j of each row.
-inline void transpose_floats(__m512 (&rows)[16]) {
-    __m512 other[16];
-#pragma GCC unroll 4
-    for (int stage = 0; stage < 4; ++stage) {
-        const __m512i left = _mm512_set_epi32(23, 7, 22, 6, 21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
-        const __m512i right = _mm512_set_epi32(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8);
-#pragma GCC unroll 8
-        for (int i = 0; i < 8; ++i) {  // as for bytes
-            other[2 * i] = _mm512_permutex2var_ps(rows[i], left, rows[i + 8]);
-            other[2 * i + 1] = _mm512_permutex2var_ps(rows[i], right, rows[i + 8]);
-        }
-#pragma GCC unroll 16
-        for (int i = 0; i < 16; ++i) rows[i] = other[i];
     }
 }
 
