@@ -53,7 +53,8 @@ def bench_quality(*, peers: bool = False, repeats: int = 3, data: str | None = N
             for compute in COMPUTES:
                 figures, head = _run(path, max_eval_rows, seed, compute)
                 runs[compute].append(figures)
-                heads |= {head} if compute == "int8" else set()
+                if compute == "int8":
+                    heads.add(head)
                 print(f"bench quality: {name}, seed {seed}, {compute}: {runs[compute][-1]}", file=sys.stderr)
         tasks[name] = {"runs": runs, "figures": {figure: _compare(runs, figure) for figure in runs["exact"][0]}}
     headlines = {
@@ -64,14 +65,10 @@ def bench_quality(*, peers: bool = False, repeats: int = 3, data: str | None = N
     headlines["differences smaller than between seeds"] = str(
         all(f["within"] for found in tasks.values() for f in found["figures"].values())
     )
-    train = COMPARE_TRAIN.to_dict()
     workload = {
-        "model": "demo",
-        "seeds": repeats,
-        "train": train,
-        "max_eval_rows": max_eval_rows,
+        "model": "demo", "seeds": repeats, "train": COMPARE_TRAIN.to_dict(), "max_eval_rows": max_eval_rows,
         "head": "/".join(sorted(heads)),
-    }
+    }  # fmt: skip
     return {"workload": workload, "tasks": tasks, "headlines": headlines}
 
 

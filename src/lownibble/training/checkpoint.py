@@ -158,6 +158,15 @@ def restore(found: Facts, model: nn.Module, optimizer: torch.optim.Optimizer, co
         raise OutputError(f"Checkpoint '{path}' cannot be read: {error}. Delete it to resume from the one before.") from None
 
 
+def other_compute(found: Facts, config: dict[str, Any]) -> list[str]:
+    """What the run computes otherwise from here on, which changes its bits and is no reason to refuse it."""
+    return [
+        f"the run began with {what} in the compute '{before}' and goes on in '{config.get(key)}'"
+        for key, what in (("compute", "the frozen base"), ("head_compute", "the head"))
+        if (before := found.config.get(key)) and before != config.get(key)
+    ]
+
+
 def _check(found: Facts, model: nn.Module, config: dict[str, Any], file: tensorfile.Reader) -> None:
     """Refuse a checkpoint of another run."""
     path, ours, theirs = found.path, _flat(config), _flat(found.config)

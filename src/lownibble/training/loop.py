@@ -209,10 +209,7 @@ class Trainer:
         self._take(fit)
         if past:
             checkpoint.restore(past, self.model, self.optimizer, self.identity)
-            for key, what in (("compute", "the frozen base"), ("head_compute", "the head")):
-                before, now = (facts.get(key) for facts in (past.config, self.identity))
-                if before and before != now:
-                    self.warnings.append(f"the run began with {what} in the compute '{before}' and goes on in '{now}'")
+            self.warnings += checkpoint.other_compute(past, self.identity)
         open_states(self.optimizer)
         if self.passes.compiled and not over:
             self._compile(past)

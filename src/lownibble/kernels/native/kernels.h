@@ -56,8 +56,8 @@ struct Encoder4bit {
     const std::uint8_t* order;    // 16, code of the i-th smallest value
 };
 
-// Added to the product: bias (or null), and low (T, r) times factor, whose element (i, column) is factor[i * step + column *
-// stride].
+// Added to the product: bias (or null), and low (T, r) times factor, whose element (i, column) is
+// factor[i * step + column * stride].
 struct Addition {
     const float* bias;
     const float* low;

@@ -52,8 +52,8 @@ struct LowRankKernels {
                     Range rows);
     // dlow of `rows`, and the sums over them. `scratch`: low_rank_scratch(N, r) bytes, aligned to 64 like `sums`.
     void (*backward)(const LowRankBackward&, float* sums, float* scratch, Range rows);
-    // dB (N, r) = scale times the shares' sums, and dA (r, K), for a range of n, then of tiles of 16 k. `sums`: share after
-    // share.
+    // dB (N, r) = scale times the shares' sums, and dA (r, K), for a range of n, then of tiles of 16 k.
+    // `sums`: share after share.
     void (*sum_shares)(const LowRankBackward&, const float* sums, std::int64_t shares, float* db, float* da, Range n, Range tiles);
 };
 
