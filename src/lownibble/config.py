@@ -9,6 +9,8 @@ How a group of options is checked, and what is said of a wrong one, is in `optio
 
 from __future__ import annotations
 
+import re
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from typing import Annotated, Any, Literal, get_args
 
@@ -17,25 +19,77 @@ from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 from pydantic.fields import FieldInfo
 
 from lownibble.errors import ConfigError
-from lownibble.options import Options, is_a_size
+from lownibble.matching import by_pattern, check_patterns
+from lownibble.options import Known, Options, is_a_size
+from lownibble.registry import CODECS, INITS, OBJECTIVES, OPTIMIZERS
 
 Method = Literal["full", "lora", "qlora"]
 
 
-class QuantConfig(Options):
-    """How the frozen base weights are stored (QLoRA). bitsandbytes' `BitsAndBytesConfig` for 4 bits."""
+PER_LAYER = ("quant_type", "block_size", "double_quant")
+"""Options of the codec that a `pattern` may set for some layers."""
 
-    quant_type: Literal["nf4", "fp4"] = Field("nf4", description="4-bit data type")
-    block_size: Literal[32, 64, 128, 256, 512, 1024, 2048, 4096] = Field(64, description="weights that share one constant")
+
+def _digits_are_a_number(value: Any) -> Any:
+    return int(value) if isinstance(value, str) and value.isdecimal() else value
+
+
+class QuantConfig(Options):
+    """How the frozen base weights are stored (QLoRA). For nf4 and fp4 these are bitsandbytes' `BitsAndBytesConfig` options."""
+
+    quant_type: Annotated[str, Known(CODECS)] = Field(
+        "nf4", description="codec: 'nf4' or 'fp4' (4 bits, bitsandbytes' bytes), 'int8', 'int4', or one from outside"
+    )
+    block_size: Annotated[Literal["row", 32, 64, 128, 256, 512, 1024, 2048, 4096], BeforeValidator(_digits_are_a_number)] = Field(
+        64, description="weights that share one constant; 'row' (int8 only): a row's"
+    )
     double_quant: bool = Field(True, description="quantise the block constants to 8 bits as well")
     compute: Literal["auto", "exact", "int8", "fp8"] = Field(
         "auto",
-        description="products of the frozen base: 'exact' in the activations' dtype, 'int8' on 8-bit units, on CPUs the head's "
-        "too (faster; values differ a little, the adapter stays exact), 'fp8' on those of newer CUDA devices (values differ "
-        "more); 'auto' is 'int8' in training on a CPU that has it, where 'bench quality' says that it learns as well, else "
-        "'exact'",
+        description="precision of the frozen base's matrix products: 'exact' in the activations' dtype; 'int8' on 8-bit units, "
+        "on CPUs the head's too (faster; values differ a little, the adapter stays exact); 'fp8' on those of newer CUDA devices "
+        "(values differ more); 'auto' is 'int8' in training on a CPU that has it, where 'bench quality' says that it learns as "
+        "well, else 'exact'",
     )
     skip_modules: list[str] = Field(["lm_head"], description="linear modules left in full precision, by last name or path")
+    pattern: dict[str, dict[str, Any]] = Field(
+        {}, description="other codecs by module name or regular expression, e.g. {down_proj = {quant_type = 'int8'}}"
+    )
+
+    @model_validator(mode="after")
+    def _patterns_are_codecs(self) -> QuantConfig:
+        check_patterns("The pattern of QuantConfig", self.pattern)
+        for key, options in self.pattern.items():
+            unknown = sorted(options.keys() - set(PER_LAYER))
+            if unknown:
+                raise ConfigError(
+                    f"The pattern {key!r} of QuantConfig can set {', '.join(PER_LAYER)}. Got {', '.join(unknown)}. Leave it out."
+                )
+            self._with(options)
+        return self
+
+    def _with(self, options: Mapping[str, Any]) -> QuantConfig:
+        return QuantConfig(**{**{key: getattr(self, key) for key in PER_LAYER}, "compute": self.compute, **options})
+
+    def for_layer(self, path: str) -> QuantConfig:
+        """How the layer at `path` is packed: this, or with what the first `pattern` that fits says."""
+        options = by_pattern(path, self.pattern, None)
+        return self if options is None and not self.pattern else self._with(options or {})
+
+    @classmethod
+    def of_layers(cls, layers: Mapping[str, QuantConfig], skip_modules: list[str]) -> QuantConfig:
+        """The configuration that packs each path like that: the most common way, and a pattern for each group of others."""
+        ways = {path: tuple(getattr(each, key) for key in PER_LAYER) for path, each in layers.items()}
+        common = Counter(ways.values()).most_common(1)[0][0]
+        of_name: dict[str, set[tuple[Any, ...]]] = {}
+        for path, way in ways.items():
+            of_name.setdefault(path.rpartition(".")[2], set()).add(way)
+        pattern = {}
+        for path, way in ways.items():
+            name = path.rpartition(".")[2]
+            if way != common:
+                pattern[re.escape(name if len(of_name[name]) == 1 else path)] = dict(zip(PER_LAYER, way, strict=True))
+        return cls(**dict(zip(PER_LAYER, common, strict=True)), skip_modules=skip_modules, pattern=pattern)
 
 
 class LoraConfig(Options):
@@ -49,8 +103,10 @@ class LoraConfig(Options):
     )
     bias: Literal["none", "all", "lora_only"] = Field("none", description="which biases are trained too")
     use_rslora: bool = Field(False, description="scale by lora_alpha / sqrt(r) instead")
-    init_lora_weights: bool | Literal["gaussian"] = Field(
-        True, description="true: A kaiming-uniform, B zero; 'gaussian': A normal / r, B zero; false: B random too (for tests)"
+    init_lora_weights: bool | Annotated[str, Known(INITS)] = Field(
+        True,
+        description="true: A kaiming-uniform, B zero; 'gaussian': A normal / r, B zero; false: B random too (for tests); or the "
+        "name of an initialisation from outside",
     )
     modules_to_save: list[str] = Field([], description="modules trained in full and saved with the adapter")
     layers_to_transform: list[Annotated[int, Ge(0)]] | None = Field(None, description="only the layers with these indices")
@@ -92,10 +148,13 @@ class TrainConfig(Options):
     warmup_ratio: Annotated[float, Ge(0), Le(1)] = Field(0.03, description="share of the steps that warm up")
     max_grad_norm: Annotated[float, Gt(0)] | None = Field(1.0, description="clip the gradient to this norm")
     weight_decay: Annotated[float, Ge(0)] = Field(0.0, description="decoupled weight decay")
-    optim: Literal["adamw", "paged_adamw", "adamw_8bit", "paged_adamw_8bit"] = Field(
+    objective: Annotated[str, Known(OBJECTIVES)] = Field(
+        "next-token", description="what is minimised: 'next-token' (cross-entropy of label tokens), or one from outside"
+    )
+    optim: Annotated[str, Known(OPTIMIZERS)] = Field(
         "adamw",
-        description="optimiser; paged: the same results with only part of the states in memory, the rest in a file (CUDA: in "
-        "host memory); 8bit: both moments in 8 bits",
+        description="optimiser: adamw, paged_adamw, adamw_8bit, paged_adamw_8bit, or one from outside; paged: the same results "
+        "with only part of the states in memory, the rest in a file (CUDA: in host memory); 8bit: both moments in 8 bits",
     )
     optim_page_budget: Annotated[str, AfterValidator(is_a_size)] | None = Field(
         None, description="states that a paged optimiser keeps in memory, e.g. '64MB'; default: a tenth of them, at least 16MiB"
@@ -209,7 +268,7 @@ class PlanConfig(_Model):
     price: Annotated[float, Ge(0)] | None = Field(None, description="dollars an hour; default: what the table of devices has")
 
 
-PACKED = ("quant_type", "block_size", "double_quant", "skip_modules")
+PACKED = (*PER_LAYER, "skip_modules", "pattern")
 """Options of the codec that decide what is stored; `compute` is for training."""
 
 PLANNED = {

@@ -9,17 +9,34 @@ from __future__ import annotations
 import difflib
 import re
 import tomllib
+from dataclasses import dataclass
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from annotated_types import Ge, Gt, Le, Lt
 from pydantic import BaseModel, ConfigDict, ValidationError
-from pydantic_core import ErrorDetails
+from pydantic_core import ErrorDetails, PydanticCustomError, core_schema
 
 from lownibble.errors import ConfigError
+from lownibble.registry import Registry
 
 _WORDS = {int: "an integer", float: "a number", str: "text", bool: "true or false", Path: "a path"}
+
+
+@dataclass(frozen=True)
+class Known:
+    """For a field of text: it must be a name in a registry (`registry.py`), which may grow."""
+
+    names: Registry
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: Any) -> Any:
+        def check(value: str) -> str:
+            if value not in self.names:
+                raise PydanticCustomError("not_known", "not a known name")
+            return value
+
+        return core_schema.no_info_after_validator_function(check, handler(source))
 
 
 def _expectation(annotation: Any, metadata: tuple[Any, ...]) -> str:
@@ -27,6 +44,9 @@ def _expectation(annotation: Any, metadata: tuple[Any, ...]) -> str:
     if get_origin(annotation) is Annotated:
         annotation, *extra = get_args(annotation)
         metadata = (*metadata, *extra)
+    known = next((each for each in metadata if isinstance(each, Known)), None)
+    if known is not None:
+        return "one of " + ", ".join(repr(name) for name in known.names)
     if get_origin(annotation) is Literal:
         return "one of " + ", ".join(repr(choice) for choice in get_args(annotation))
     if get_origin(annotation) in (Union, UnionType):

@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config, Qwen3Co
 from lownibble.config import QuantConfig
 from lownibble.errors import BackendError, InputError
 from lownibble.kernels import cpu, ops
-from lownibble.kernels.decoder import PROJECTIONS, Adapter, DecoderLayer, DecoderLayers, Linear4bit, LowRank, Segment, Step
+from lownibble.kernels.decoder import PROJECTIONS, Adapter, DecoderLayer, DecoderLayers, LowRank, Projection, Segment, Step
 from lownibble.quant import quantize
 
 BACKENDS = ["reference"]
@@ -45,7 +45,7 @@ def _layer(
     projections = []
     for N, K in shapes:
         weight = quantize(torch.randn(N, K) / K**0.5, QuantConfig(double_quant=nested, block_size=block_size))
-        projections.append(Linear4bit(*weight.parts, weight.shape, weight.nested, torch.randn(N) if biases else None))
+        projections.append(Projection(weight.four_bit, torch.randn(N) if biases else None))
     own = (torch.rand(head_dim) + 0.5, torch.rand(head_dim) + 0.5) if norms else (None, None)
     return DecoderLayer(
         projections, torch.rand(hidden) + 0.5, torch.rand(hidden) + 0.5, *own, heads, key_heads, head_dim, 1e-5, head_dim**-0.5
@@ -176,9 +176,7 @@ def test_equals_transformers_layer(backend, family):
         linear.weight.data = weight.dequantize()
         if linear.bias is not None:
             torch.nn.init.normal_(linear.bias)
-        projections.append(
-            Linear4bit(*weight.parts, weight.shape, weight.nested, None if linear.bias is None else linear.bias.detach())
-        )
+        projections.append(Projection(weight.four_bit, None if linear.bias is None else linear.bias.detach()))
     norms = [getattr(theirs.self_attn, name, None) for name in ("q_norm", "k_norm")]
     layer = DecoderLayer(
         projections, theirs.input_layernorm.weight.detach(), theirs.post_attention_layernorm.weight.detach(),

@@ -22,6 +22,7 @@ from torch.utils._pytree import tree_map
 
 from lownibble.errors import BackendError, InputError
 from lownibble.kernels import cpu, ops, reference
+from lownibble.kernels.types import Epilogue, FourBit, Nested
 from lownibble.quant.codebook import codebook, dynamic8, dynamic8_lookup
 
 NESTED_BLOCK_SIZE = 256
@@ -56,8 +57,8 @@ class _OnCuda:
             there = tree_map(lambda a: a.cuda() if isinstance(a, Tensor) else a, arguments)
             result = getattr(ops.backend("triton"), operation)(*there)
             if operation == "dequantize_4bit":
-                assert result is there[4]
-                return arguments[4].copy_(result)
+                assert result is there[1]
+                return arguments[1].copy_(result)
             return tree_map(Tensor.cpu, result)
 
         return call
@@ -120,10 +121,10 @@ SPECIAL = {
 }
 
 
-def _nested(absmax: Tensor) -> tuple[Tensor, ops.Nested]:
-    offset = absmax.mean() if absmax.numel() else absmax.new_zeros(())
+def _nested(absmax: Tensor) -> tuple[Tensor, Nested]:
+    offset = (absmax.mean() if absmax.numel() else absmax.new_zeros(())).view(1)
     codes, nested_absmax = reference.quantize_8bit(absmax - offset, dynamic8_lookup(), NESTED_BLOCK_SIZE)
-    return codes, ops.Nested(dynamic8(), nested_absmax, offset, NESTED_BLOCK_SIZE)
+    return codes, Nested(dynamic8(), nested_absmax, offset, NESTED_BLOCK_SIZE)
 
 
 def _assert_same_bits(actual: Tensor, expected: Tensor) -> None:
@@ -144,8 +145,9 @@ def _check_4bit(kernels: ops.Backend, x: Tensor, quant_type: str, block_size: in
         for constants, decode_with in ((absmax, None), (absmax_8bit, nested)):
             out = torch.full((x.numel(),), 7.0, dtype=dtype)
             expected = torch.empty_like(out)
-            assert kernels.dequantize_4bit(codes, constants, table.values, block_size, out, decode_with) is out
-            reference.dequantize_4bit(codes, constants, table.values, block_size, expected, decode_with)
+            weight = FourBit(codes, constants, table.values, block_size, x.shape, decode_with)
+            assert kernels.dequantize_4bit(weight, out) is out
+            reference.dequantize_4bit(weight, expected)
             _assert_same_bits(out, expected)
 
 
@@ -175,8 +177,9 @@ def test_large_outputs_equal_reference(kernels: ops.Backend, offset: int) -> Non
     codes = torch.randint(256, (n // 2,), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
     absmax = torch.rand(-(-n // 4096), generator=torch.Generator().manual_seed(1))
     out = torch.empty(n + offset)[offset:]
-    kernels.dequantize_4bit(codes, absmax, table.values, 4096, out)
-    _assert_same_bits(out, reference.dequantize_4bit(codes, absmax, table.values, 4096, torch.empty(n)))
+    weight = FourBit(codes, absmax, table.values, 4096, torch.Size([n]))
+    kernels.dequantize_4bit(weight, out)
+    _assert_same_bits(out, reference.dequantize_4bit(weight, torch.empty(n)))
 
 
 @pytest.mark.parametrize("bits", range(0, 1 << 16, 1 << 12))
@@ -189,7 +192,7 @@ def test_rounding_to_half_types_equals_torch(kernels: ops.Backend, bits: int) ->
     codes, values = torch.zeros(absmax.numel() * 8, dtype=torch.uint8), torch.ones(16)
     for dtype in DTYPES:
         out = torch.empty(absmax.numel(), 16, dtype=dtype)
-        kernels.dequantize_4bit(codes, absmax, values, 16, out)
+        kernels.dequantize_4bit(FourBit(codes, absmax, values, 16, out.shape), out)
         _assert_same_bits(out, absmax.to(dtype).view(-1, 1).expand(-1, 16).contiguous())
 
 
@@ -234,27 +237,28 @@ def test_gemv_4bit(kernels: ops.Backend, N: int, K: int, block_size: int, dtype:
     codes, absmax = reference.quantize_4bit(_random(N * K, seed=K), table.bounds, table.order, block_size)
     absmax_8bit, nested = _nested(absmax)
     for constants, decode_with in ((absmax, None), (absmax_8bit, nested)):
-        weight_NK = reference.dequantize_4bit(codes, constants, table.values, block_size, torch.empty(N, K), decode_with)
+        weight = FourBit(codes, constants, table.values, block_size, torch.Size((N, K)), decode_with)
+        weight_NK = reference.dequantize_4bit(weight, torch.empty(N, K))
         for T in (1, 2, 3, 4, 8, 13):
             x_TK = _random(T * K, dtype, seed=T).view(T, K)
             exact_TN = x_TK.double() @ weight_NK.double().t()
-            y_TN = kernels.gemv_4bit(x_TK, codes, constants, table.values, block_size, N, decode_with)
+            y_TN = kernels.gemv_4bit(x_TK, weight)
             assert y_TN.dtype == dtype
             assert y_TN.shape == (T, N)
             assert bool(((y_TN.double() - exact_TN).abs() <= _gemv_bound(x_TK, weight_NK, exact_TN)).all())
 
 
-def _matmul_bound(x_TC: Tensor, factor_CM: Tensor, addition: ops.Addition, exact_TM: Tensor) -> Tensor:
+def _matmul_bound(x_TC: Tensor, factor_CM: Tensor, epilogue: Epilogue, exact_TM: Tensor) -> Tensor:
     """Largest error of `ops.matmul_4bit`: operands rounded to x's dtype, terms summed in float32 in any order with the low-rank
     branch (scaled before or after), each of up to three parts of the sum rounded to the output type."""
-    low, factor = addition.low, addition.factor
+    low, factor = epilogue.low, epilogue.factor
     terms = x_TC.shape[1]
     sizes = x_TC.double().abs() @ factor_CM.double().abs()
     if low is not None and factor is not None:
         terms += low.shape[1] + 1
-        sizes += abs(addition.scale) * low.double().abs() @ factor.double().abs()
-    if addition.bias is not None:
-        sizes += addition.bias.double().abs()
+        sizes += abs(epilogue.scale) * low.double().abs() @ factor.double().abs()
+    if epilogue.bias is not None:
+        sizes += epilogue.bias.double().abs()
     return (terms + 2) * ROUNDOFF[torch.float32] * sizes + 4 * ROUNDOFF[x_TC.dtype] * (sizes + exact_TM.abs()) + 2.0**-24
 
 
@@ -285,27 +289,26 @@ def test_matmul_4bit(
     terms, columns = (N, K) if transposed else (K, N)
     x, low = _random(T * terms, dtype, seed=1).view(T, terms), _random(T * r, dtype, seed=2).view(T, r)
     bias, lora = _random(columns, seed=3), _random(columns * r, seed=4)
-    additions = [
-        ops.Addition(),
-        ops.Addition(bias),
-        ops.Addition(None, low, lora.view(r, columns), 0.5),
-        ops.Addition(bias, low, lora.view(columns, r).t(), 2.0),
+    epilogues = [
+        Epilogue(),
+        Epilogue(bias),
+        Epilogue(None, low, lora.view(r, columns), 0.5),
+        Epilogue(bias, low, lora.view(columns, r).t(), 2.0),
     ]
     for constants, decode_with in ((absmax, None), (absmax_8bit, nested)):
-        weight_NK = reference.dequantize_4bit(codes, constants, table.values, block_size, torch.empty(N, K), decode_with)
+        weight = FourBit(codes, constants, table.values, block_size, torch.Size((N, K)), decode_with)
+        weight_NK = reference.dequantize_4bit(weight, torch.empty(N, K))
         factor_CM = weight_NK if transposed else weight_NK.t()
-        for addition in additions:
+        for epilogue in epilogues:
             exact = x.double() @ factor_CM.double()
-            if addition.bias is not None:
-                exact += addition.bias.double()
-            if addition.low is not None and addition.factor is not None:
-                exact += addition.scale * addition.low.double() @ addition.factor.double()
-            y = kernels.matmul_4bit(
-                x, codes, constants, table.values, block_size, torch.Size((N, K)), transposed, addition, decode_with
-            )
+            if epilogue.bias is not None:
+                exact += epilogue.bias.double()
+            if epilogue.low is not None and epilogue.factor is not None:
+                exact += epilogue.scale * epilogue.low.double() @ epilogue.factor.double()
+            y = kernels.matmul_4bit(x, weight, transposed, epilogue)
             assert y.dtype == dtype
             assert y.shape == (T, columns)
-            assert bool(((y.double() - exact).abs() <= _matmul_bound(x, factor_CM, addition, exact)).all())
+            assert bool(((y.double() - exact).abs() <= _matmul_bound(x, factor_CM, epilogue, exact)).all())
 
 
 @pytest.mark.skipif(not HAS_MATMUL, reason="no compiled product with the instruction set of this machine")
@@ -315,41 +318,42 @@ def test_matmul_4bit_does_not_depend_on_threads_nor_on_other_rows(N: int, transp
     table, K, T = codebook("nf4"), 640, 61
     codes, absmax = reference.quantize_4bit(_random(N * K), table.bounds, table.order, 64)
     x, low = _random(T * (N if transposed else K)).view(T, -1), _random(T * 3).view(T, 3)
-    addition = ops.Addition(None, low, _random(3 * (K if transposed else N)).view(3, -1), 0.5)
-    weight = codes, absmax, table.values, 64, torch.Size((N, K)), transposed
+    epilogue = Epilogue(None, low, _random(3 * (K if transposed else N)).view(3, -1), 0.5)
+    weight = FourBit(codes, absmax, table.values, 64, torch.Size((N, K)))
     threads, results = torch.get_num_threads(), []
     for count in (1, 2, 3, 40):
         torch.set_num_threads(count)
-        results.append(cpu.matmul_4bit(x, *weight, addition))
+        results.append(cpu.matmul_4bit(x, weight, transposed, epilogue))
     torch.set_num_threads(threads)
     for other in results[1:]:
         _assert_same_bits(other, results[0])
-    few = cpu.matmul_4bit(x[:5].contiguous(), *weight, addition._replace(low=low[:5].contiguous()))
+    few = cpu.matmul_4bit(x[:5].contiguous(), weight, transposed, epilogue._replace(low=low[:5].contiguous()))
     _assert_same_bits(few, results[0][:5])
 
 
 @pytest.mark.skipif(not HAS_MATMUL, reason="no compiled product with the instruction set of this machine")
 def test_matmul_4bit_refuses_wrong_tensors() -> None:
-    weight = torch.zeros(64 * 32, dtype=torch.uint8), torch.ones(64), codebook("nf4").values, 64, torch.Size((64, 64)), False
-    x, nothing = torch.ones(2, 64), ops.Addition()
-    cpu.matmul_4bit(x, *weight, nothing)
+    codes = torch.zeros(64 * 32, dtype=torch.uint8)
+    weight = FourBit(codes, torch.ones(64), codebook("nf4").values, 64, torch.Size((64, 64)))
+    x, nothing = torch.ones(2, 64), Epilogue()
+    cpu.matmul_4bit(x, weight, False, nothing)
     for wrong in (torch.ones(2, 63), torch.ones(64, 2).t(), torch.ones(2, 64, device="meta")):
         with pytest.raises(InputError, match="'x_TC' must be a contiguous"):
-            cpu.matmul_4bit(wrong, *weight, nothing)
-    for addition, words in (
-        (ops.Addition(torch.ones(63)), "'bias' must be"),
-        (ops.Addition(None, torch.ones(3, 4), torch.ones(4, 64)), "'low' must be"),
-        (ops.Addition(None, torch.ones(2, 4), torch.ones(4, 63)), "'factor' must be"),
-        (ops.Addition(None, torch.ones(2, 4), torch.ones(4, 64).double()), "'factor' must be"),
+            cpu.matmul_4bit(wrong, weight, False, nothing)
+    for epilogue, words in (
+        (Epilogue(torch.ones(63)), "'bias' must be"),
+        (Epilogue(None, torch.ones(3, 4), torch.ones(4, 64)), "'low' must be"),
+        (Epilogue(None, torch.ones(2, 4), torch.ones(4, 63)), "'factor' must be"),
+        (Epilogue(None, torch.ones(2, 4), torch.ones(4, 64).double()), "'factor' must be"),
     ):
         with pytest.raises(InputError, match=words):
-            cpu.matmul_4bit(x, *weight, addition)
+            cpu.matmul_4bit(x, weight, False, epilogue)
 
 
 @pytest.mark.parametrize(("T", "N", "K"), [(0, 3, 64), (2, 0, 64), (2, 3, 0), (0, 0, 0)])
 def test_gemv_4bit_of_nothing(kernels: ops.Backend, T: int, N: int, K: int) -> None:
     codes, absmax = torch.zeros(N * K // 2, dtype=torch.uint8), torch.zeros(N * K // 64)
-    y_TN = kernels.gemv_4bit(torch.ones(T, K), codes, absmax, codebook("nf4").values, 64, N)
+    y_TN = kernels.gemv_4bit(torch.ones(T, K), FourBit(codes, absmax, codebook("nf4").values, 64, torch.Size((N, K))))
     assert torch.equal(y_TN, torch.zeros(T, N))
 
 
@@ -363,7 +367,7 @@ def test_gemv_4bit_does_not_depend_on_threads(kernels: ops.Backend) -> None:
     results = []
     for count in (1, 2, 3):
         torch.set_num_threads(count)
-        results.append(kernels.gemv_4bit(x_TK, codes, absmax, table.values, 64, N))
+        results.append(kernels.gemv_4bit(x_TK, FourBit(codes, absmax, table.values, 64, torch.Size((N, K)))))
     torch.set_num_threads(threads)
     _assert_same_bits(results[1], results[0])
     _assert_same_bits(results[2], results[0])
@@ -402,9 +406,10 @@ def test_values_equal_bitsandbytes(kernels: ops.Backend, quant_type: str, dtype:
     bitsandbytes = pytest.importorskip("bitsandbytes.functional")
     weight_NK = _random(24 * 192).view(24, 192).to(dtype)
     codes, state = bitsandbytes.quantize_4bit(weight_NK, blocksize=64, quant_type=quant_type, compress_statistics=double_quant)
-    nested = ops.Nested(dynamic8(), state.state2.absmax, state.offset) if double_quant else None
+    nested = Nested(dynamic8(), state.state2.absmax, state.offset.view(1)) if double_quant else None
     values = codebook(quant_type).values
-    out = kernels.dequantize_4bit(codes.view(-1), state.absmax, values, 64, torch.empty(24, 192, dtype=dtype), nested)
+    weight = FourBit(codes.view(-1), state.absmax, values, 64, weight_NK.shape, nested)
+    out = kernels.dequantize_4bit(weight, torch.empty(24, 192, dtype=dtype))
     assert torch.equal(out, bitsandbytes.dequantize_4bit(codes, state))
 
 
@@ -420,7 +425,7 @@ def test_round_trip(values: list[float], quant_type: str, block_size: int, varia
     table, x = codebook(quant_type), torch.tensor(values)
     with _running(variant) as kernels:
         codes, absmax = kernels.quantize_4bit(x, table.bounds, table.order, block_size)
-        decoded = kernels.dequantize_4bit(codes, absmax, table.values, block_size, torch.empty_like(x))
+        decoded = kernels.dequantize_4bit(FourBit(codes, absmax, table.values, block_size, x.shape), torch.empty_like(x))
     scale = absmax.repeat_interleave(block_size)[: x.numel()].double()
     half_gap = float(table.values.sort().values.diff().max()) / 2
     error = (decoded.double() - x.double()).abs()
@@ -429,18 +434,11 @@ def test_round_trip(values: list[float], quant_type: str, block_size: int, varia
     assert torch.equal(decoded[largest].abs(), x[largest].abs())
 
 
-def _good_call() -> dict[str, object]:
-    absmax = torch.ones(4)
-    return {
-        "codes": torch.zeros(128, dtype=torch.uint8),
-        "absmax": absmax,
-        "values": codebook("nf4").values,
-        "block_size": 64,
-        "nested": None,
-    }
+def _good_weight() -> FourBit:
+    return FourBit(torch.zeros(128, dtype=torch.uint8), torch.ones(4), codebook("nf4").values, 64, torch.Size((4, 64)))
 
 
-_NESTED = ops.Nested(dynamic8(), torch.ones(1), torch.zeros(()))
+_NESTED = Nested(dynamic8(), torch.ones(1), torch.zeros(1))
 
 BAD = {
     "codes too short": {"codes": torch.zeros(127, dtype=torch.uint8)},
@@ -476,24 +474,24 @@ def _accepts_cpu_tensors(kernels: ops.Backend) -> bool:
 
 @pytest.mark.parametrize("case", BAD)
 def test_wrong_tensors_raise(unsafe_kernels: ops.Backend, case: str) -> None:
-    call = _good_call()
+    weight = _good_weight()
     if _accepts_cpu_tensors(unsafe_kernels):
-        unsafe_kernels.dequantize_4bit(out=torch.empty(256), **call)  # type: ignore[arg-type]
-    call |= BAD[case]
+        unsafe_kernels.dequantize_4bit(weight, torch.empty(256))
+    weight = weight._replace(**BAD[case])
     with pytest.raises(InputError):
-        unsafe_kernels.dequantize_4bit(out=torch.empty(256), **call)  # type: ignore[arg-type]
+        unsafe_kernels.dequantize_4bit(weight, torch.empty(256))
     with pytest.raises(InputError):
-        unsafe_kernels.gemv_4bit(torch.ones(1, 64), out_features=4, **call)  # type: ignore[arg-type]
+        unsafe_kernels.gemv_4bit(torch.ones(1, 64), weight)
 
 
 def test_wrong_inputs_and_outputs_raise(unsafe_kernels: ops.Backend) -> None:
-    call, table = _good_call(), codebook("nf4")
+    weight, table = _good_weight(), codebook("nf4")
     with pytest.raises(InputError, match="'out' must be float32, bfloat16 or float16"):
-        unsafe_kernels.dequantize_4bit(out=torch.empty(256, dtype=torch.float64), **call)  # type: ignore[arg-type]
+        unsafe_kernels.dequantize_4bit(weight, torch.empty(256, dtype=torch.float64))
     with pytest.raises(InputError, match=r"'out' must be a contiguous tensor of 256 elements of torch\.float32 on cpu"):
-        unsafe_kernels.dequantize_4bit(out=torch.empty(32, 8).t(), **call)  # type: ignore[arg-type]
+        unsafe_kernels.dequantize_4bit(weight, torch.empty(32, 8).t())
     with pytest.raises(InputError, match="'x_TK' must be a contiguous"):
-        unsafe_kernels.gemv_4bit(torch.ones(64, 2).t(), out_features=4, **call)  # type: ignore[arg-type]
+        unsafe_kernels.gemv_4bit(torch.ones(64, 2).t(), weight)
     with pytest.raises(InputError, match="'x' must be a contiguous"):
         unsafe_kernels.quantize_4bit(torch.ones(64)[::2], table.bounds, table.order, 64)
     with pytest.raises(InputError, match="'x' must be float32"):
@@ -516,7 +514,7 @@ def test_block_sizes_that_a_kernel_cannot_do_raise(unsafe_kernels: ops.Backend, 
     with pytest.raises(InputError, match=words):
         unsafe_kernels.dequantize_8bit(torch.zeros(64, dtype=torch.uint8), torch.ones(1), dynamic8(), block_size)
     with pytest.raises(InputError, match=words):
-        unsafe_kernels.dequantize_4bit(out=torch.empty(256), **_good_call() | {"block_size": block_size})  # type: ignore[arg-type]
+        unsafe_kernels.dequantize_4bit(_good_weight()._replace(block_size=block_size), torch.empty(256))
 
 
 def _python(code: str, **environment: str) -> subprocess.CompletedProcess[str]:

@@ -9,6 +9,7 @@ from triton_interpreter import INTERPRETED
 import lownibble as ln
 from lownibble.errors import BackendError, InputError
 from lownibble.kernels import cpu, ops, reference
+from lownibble.kernels.types import LARGEST_CODE, Epilogue
 from lownibble.lora.layer import LoraLinear
 from lownibble.quant import QuantLinear, eightbit, quantize
 
@@ -72,11 +73,11 @@ def test_compiled_kernels_equal_the_reference(T, N, K, codec, threads):
     torch.set_num_threads(threads)
     try:
         for backend in (reference, cpu):
-            scale = backend.row_scales(*weight.parts, weight.shape, weight.nested)
+            scale = backend.row_scales(weight.four_bit)
             x_rows, dy_rows = backend.quantize_rows(x), backend.quantize_rows(dy, scale)
-            arguments = (*weight.parts, weight.shape, scale)
-            y = backend.matmul_8bit(x_rows, *arguments, False, ops.Addition(bias, low, lora_B.t(), 0.5), weight.nested)
-            dx = backend.matmul_8bit(dy_rows, *arguments, True, ops.Addition(None, low, lora_A, 2.0), weight.nested)
+            arguments = (weight.four_bit, scale)
+            y = backend.matmul_8bit(x_rows, *arguments, False, Epilogue(bias, low, lora_B.t(), 0.5))
+            dx = backend.matmul_8bit(dy_rows, *arguments, True, Epilogue(None, low, lora_A, 2.0))
             found[backend] = scale, x_rows, dy_rows, y, dx
     finally:
         torch.set_num_threads(before)
@@ -114,18 +115,14 @@ def test_triton_kernels_equal_the_reference(T, N, K, codec, code_type):
     x, dy, low = random(T, K), random(T, N), random(T, 7)
     bias, lora_B, lora_A = random(N), random(N, 7), random(7, K)
     for backend, device in ((reference, torch.device("cpu")), (ops.backend("triton"), there)):
-        codes, absmax, values, block_size = (t.to(device) if isinstance(t, torch.Tensor) else t for t in weight.parts)
-        nested = weight.nested and weight.nested._replace(**{
-            name: getattr(weight.nested, name).to(device) for name in ("values", "absmax", "offset")
-        })  # fmt: skip
-        scale = backend.row_scales(codes, absmax, values, block_size, weight.shape, nested, code_type)
+        four_bit = weight.to(device).four_bit
+        scale = backend.row_scales(four_bit, code_type)
         x_rows = backend.quantize_rows(x.to(device), None, code_type)
         dy_rows = backend.quantize_rows(dy.to(device), scale, code_type)
-        arguments = (codes, absmax, values, block_size, weight.shape, scale)
-        forward = ops.Addition(bias.to(device), low.to(device), lora_B.to(device).t(), 0.5)
-        backward = ops.Addition(None, low.to(device), lora_A.to(device), 2.0)
-        y = backend.matmul_8bit(x_rows, *arguments, False, forward, nested)
-        dx = backend.matmul_8bit(dy_rows, *arguments, True, backward, nested)
+        forward = Epilogue(bias.to(device), low.to(device), lora_B.to(device).t(), 0.5)
+        backward = Epilogue(None, low.to(device), lora_A.to(device), 2.0)
+        y = backend.matmul_8bit(x_rows, four_bit, scale, False, forward)
+        dx = backend.matmul_8bit(dy_rows, four_bit, scale, True, backward)
         found.append((scale.cpu(), *unpadded(x_rows), *unpadded(dy_rows), y.cpu(), dx.cpu()))
     *plain_bytes, y_plain, dx_plain = found[0]
     *bytes_found, y, dx = found[1]
@@ -139,7 +136,7 @@ def test_triton_kernels_equal_the_reference(T, N, K, codec, code_type):
 @needs_triton
 @code_types
 def test_triton_scales_special_parts_as_the_reference(code_type):
-    top = ops.LARGEST_CODE[code_type]
+    top = LARGEST_CODE[code_type]
     ties = torch.arange(64) - 31.5  # of integers, and of float8 from 8 to 16, where its steps are one
     x = torch.stack([
         torch.zeros(64), -torch.zeros(64), torch.cat([ties[1:], torch.tensor([float(top)])]), torch.arange(64) * 2 - 63.0,
@@ -170,8 +167,8 @@ def test_float8_rows_are_torchs_casts_of_the_scaled_values():
 @code_types
 @pytest.mark.parametrize("transposed", [False, True])
 def test_reference_sums_are_the_codes_products(transposed, code_type):
-    weight, top = make(48, 128), ops.LARGEST_CODE[code_type]
-    scale = reference.row_scales(*weight.parts, weight.shape, weight.nested, code_type)
+    weight, top = make(48, 128), LARGEST_CODE[code_type]
+    scale = reference.row_scales(weight.four_bit, code_type)
     assert torch.equal(scale, weight.dequantize().abs().amax(1) / top)  # every row has a value at a constant: +-1 is in the table
     scaled = weight.dequantize() / scale.unsqueeze(1)
     q_NK = (scaled.round() if code_type == INT8 else scaled).to(code_type).float()
@@ -180,7 +177,7 @@ def test_reference_sums_are_the_codes_products(transposed, code_type):
     codes, scales = unpadded(rows)
     values = codes.float() * scales.repeat_interleave(64, 1)[:, : rows.columns]  # x as its codes stand for it
     expected = (values.double() @ (q_NK if transposed else q_NK.t()).double()).float() * (1 if transposed else scale)
-    found = reference.matmul_8bit(rows, *weight.parts, weight.shape, scale, transposed, ops.Addition(), weight.nested)
+    found = reference.matmul_8bit(rows, weight.four_bit, scale, transposed, Epilogue())
     torch.testing.assert_close(found, expected, rtol=0, atol=ROUNDING * float(expected.abs().max()))
 
 
@@ -190,8 +187,8 @@ def test_products_of_nothing(backend, code_type, T, N, K):
     weight = make(N, K) if N * K else quantize(torch.empty(N, K), "nf4")
     bias = random(N)
     with ln.use_backend(backend):
-        y = eightbit.forward(ops.quantize_rows(torch.ones(T, K), None, code_type), weight, ops.Addition(bias), torch.float32)
-        dx = eightbit.backward(torch.ones(T, N), weight, ops.Addition(), code_type)
+        y = eightbit.forward(ops.quantize_rows(torch.ones(T, K), None, code_type), weight, Epilogue(bias), torch.float32)
+        dx = eightbit.backward(torch.ones(T, N), weight, Epilogue(), code_type)
     assert y.shape == (T, N)
     assert dx.shape == (T, K)
     if K == 0:
@@ -207,8 +204,8 @@ def test_special_rows(backend, code_type):
     x[1] = 0
     x[2, 5], x[3, 63] = float("nan"), float("inf")
     with ln.use_backend(backend), np.errstate(all="ignore"):  # numpy's, in the interpreter
-        y = eightbit.forward(eightbit.shared_rows(x, code_type), weight, ops.Addition(), torch.float32)
-        empty = eightbit.forward(eightbit.shared_rows(x[:0], code_type), weight, ops.Addition(), torch.float32)
+        y = eightbit.forward(eightbit.shared_rows(x, code_type), weight, Epilogue(), torch.float32)
+        empty = eightbit.forward(eightbit.shared_rows(x[:0], code_type), weight, Epilogue(), torch.float32)
     assert torch.isfinite(y[:2]).all()
     assert not torch.isfinite(y[2:]).any()  # never a silent number
     assert (y[1] == 0).all()
@@ -344,7 +341,7 @@ def test_fp8_is_refused_by_the_compiled_kernels():
 
 def scales_on_cpu(code_type):
     weight = make(64, 64)
-    return cpu.row_scales(*weight.parts, weight.shape, weight.nested, code_type)
+    return cpu.row_scales(weight.four_bit, code_type)
 
 
 @needs_vnni
@@ -363,26 +360,25 @@ def test_other_instruction_sets_are_refused():
 @needs_vnni
 def test_compiled_arguments_are_checked():
     weight = make(64, 64)
-    scale = cpu.row_scales(*weight.parts, weight.shape, weight.nested)
+    scale = cpu.row_scales(weight.four_bit)
     rows = cpu.quantize_rows(random(3, 128))
     with pytest.raises(InputError, match=r"'x' must have 64 columns\. Got 128"):
-        cpu.matmul_8bit(rows, *weight.parts, weight.shape, scale, False, ops.Addition(), weight.nested)
+        cpu.matmul_8bit(rows, weight.four_bit, scale, False, Epilogue())
     rows = cpu.quantize_rows(random(3, 64))
-    wrong = ops.Addition(None, random(3, 2), random(64, 2))
+    wrong = Epilogue(None, random(3, 2), random(64, 2))
     with pytest.raises(InputError, match="'factor' must be"):
-        cpu.matmul_8bit(rows, *weight.parts, weight.shape, scale, False, wrong, weight.nested)
+        cpu.matmul_8bit(rows, weight.four_bit, scale, False, wrong)
 
 
 @needs_triton
 def test_triton_arguments_are_checked():
     weight, triton = make(64, 64), ops.backend("triton")
-    parts = [t.cuda() if CUDA and isinstance(t, torch.Tensor) else t for t in weight.parts]
     scale, on = random(64), torch.device("cuda" if CUDA else "cpu")
-    nested = weight.nested._replace(**{n: getattr(weight.nested, n).to(on) for n in ("values", "absmax", "offset")})
+    four_bit = weight.to(on).four_bit
 
     def product(columns=64, row_scale=scale, shape=weight.shape, **changes):
         rows = triton.quantize_rows(random(3, columns).to(on))._replace(**changes)
-        triton.matmul_8bit(rows, *parts, shape, row_scale.to(on), False, ops.Addition(), nested)
+        triton.matmul_8bit(rows, four_bit._replace(shape=shape), row_scale.to(on), False, Epilogue())
 
     product()
     with pytest.raises(InputError, match=r"'x' must have 64 columns\. Got 128"):
@@ -402,4 +398,4 @@ def test_triton_arguments_are_checked():
     with pytest.raises(InputError, match="'column_scale' must be"):
         triton.quantize_rows(random(3, 64).to(on), random(63).to(on))
     with pytest.raises(InputError, match="'codes' must be"):
-        triton.row_scales(*parts, torch.Size((65, 64)), nested)
+        triton.row_scales(four_bit._replace(shape=torch.Size((65, 64))))

@@ -198,5 +198,5 @@ def test_the_view_of_the_weight_follows_the_parameters():
     packed.load_state_dict(twin.state_dict(), assign=True)  # other parameters
     torch.testing.assert_close(packed(x), before, rtol=0, atol=0)
     packed.codes.data = other.codes.data.clone()  # moved: another place, the same parameter
-    assert torch.equal(packed.weight.parts[0], other.codes.view(-1))
+    assert torch.equal(packed.weight.four_bit.codes, other.codes.view(-1))
     torch.testing.assert_close(twin(x), before, rtol=0, atol=0)

@@ -36,6 +36,7 @@ from torch.nn import functional as F
 
 from lownibble import record as records
 from lownibble.kernels import cpu, ops, reference
+from lownibble.kernels.types import FourBit, Nested
 from lownibble.models import pick_device
 from lownibble.quant.codebook import Codebook, codebook, dynamic8, dynamic8_lookup
 
@@ -60,14 +61,15 @@ class _Weight:
         backend, dtype = NATIVE[device.type]
         self.native = ops.backend(backend)
         self.table: Codebook = codebook("nf4", str(device))
-        self.values = self.table.values
         self.dense_NK = torch.randn(N, K, generator=torch.Generator().manual_seed(0)).to(device, dtype)
         flat = self.dense_NK.view(-1)
         self.codes, self.absmax = self.native.quantize_4bit(flat, self.table.bounds, self.table.order, BLOCK_SIZE)
-        offset = self.absmax.mean()
+        offset = self.absmax.mean().view(1)
         lookup = dynamic8_lookup(str(device))
-        self.absmax_8bit, nested_absmax = self.native.quantize_8bit(self.absmax - offset, lookup, NESTED_BLOCK_SIZE)
-        self.nested = ops.Nested(dynamic8(str(device)), nested_absmax, offset, NESTED_BLOCK_SIZE)
+        absmax_8bit, nested_absmax = self.native.quantize_8bit(self.absmax - offset, lookup, NESTED_BLOCK_SIZE)
+        nested = Nested(dynamic8(str(device)), nested_absmax, offset, NESTED_BLOCK_SIZE)
+        self.plain = FourBit(self.codes, self.absmax, self.table.values, BLOCK_SIZE, self.dense_NK.shape)
+        self.double_quant = self.plain._replace(absmax=absmax_8bit, nested=nested)
 
 
 @cache
@@ -131,19 +133,16 @@ def _peers(wanted: bool) -> tuple[Any, str | None]:
 
 def _bench_dequantize(weight: _Weight, repeats: int, bitsandbytes: Any) -> Record:
     out_NK, device, native = torch.empty_like(weight.dense_NK), weight.dense_NK.device, weight.native
-    arguments = (weight.values, BLOCK_SIZE, out_NK)
     calls: Calls = {
-        "native": lambda: native.dequantize_4bit(weight.codes, weight.absmax, *arguments),
+        "native": lambda: native.dequantize_4bit(weight.plain, out_NK),
         "fill": lambda: out_NK.fill_(1.0),
-        "native_double_quant": lambda: native.dequantize_4bit(weight.codes, weight.absmax_8bit, *arguments, weight.nested),
+        "native_double_quant": lambda: native.dequantize_4bit(weight.double_quant, out_NK),
     }
     if bitsandbytes:
         decode = torch.ops.bitsandbytes.dequantize_4bit
         codes, shape = weight.codes.view(-1, 1), list(weight.dense_NK.shape)
         theirs = (codes, weight.absmax, BLOCK_SIZE, "nf4", shape, out_NK.dtype)
-        calls["native_allocating"] = lambda: native.dequantize_4bit(
-            weight.codes, weight.absmax, weight.values, BLOCK_SIZE, torch.empty_like(out_NK)
-        )
+        calls["native_allocating"] = lambda: native.dequantize_4bit(weight.plain, torch.empty_like(out_NK))
         calls["bitsandbytes"] = lambda: decode.default(*theirs)
         if device.type == "cuda":
             calls["bitsandbytes_kernel"] = lambda: decode.out(*theirs, out_NK)
@@ -155,7 +154,7 @@ def _bench_dequantize(weight: _Weight, repeats: int, bitsandbytes: Any) -> Recor
     seconds = _take_turns(calls, repeats, device)
     slow_calls: Calls = {
         "native": calls["native"],
-        "reference": lambda: reference.dequantize_4bit(weight.codes, weight.absmax, *arguments),
+        "reference": lambda: reference.dequantize_4bit(weight.plain, out_NK),
     }
     slow_seconds = _take_turns(slow_calls, max(1, repeats // 5), device)
     n_bytes = out_NK.numel() * out_NK.element_size()
@@ -204,11 +203,10 @@ def _bitsandbytes_layer(bitsandbytes: Any, dense_NK: Tensor) -> Any:
 def _bench_gemv(weight: _Weight, T: int, repeats: int, bitsandbytes: Any, layer: Any) -> Record:
     N, K = weight.dense_NK.shape
     x_TK = torch.randn(T, K, generator=torch.Generator().manual_seed(1)).to(weight.dense_NK)
-    arguments = (weight.values, BLOCK_SIZE, N)
     calls: Calls = {
-        "native": lambda: weight.native.gemv_4bit(x_TK, weight.codes, weight.absmax, *arguments),
+        "native": lambda: weight.native.gemv_4bit(x_TK, weight.plain),
         "dense": lambda: F.linear(x_TK, weight.dense_NK),
-        "native_double_quant": lambda: weight.native.gemv_4bit(x_TK, weight.codes, weight.absmax_8bit, *arguments, weight.nested),
+        "native_double_quant": lambda: weight.native.gemv_4bit(x_TK, weight.double_quant),
     }
     if T == 1:
         calls["dense_mv"] = lambda: torch.mv(weight.dense_NK, x_TK[0])

@@ -75,11 +75,12 @@ def _codes() -> list[dict[str, Any]]:
     for weight in _weights():
         for setting in settings:
             kind, double, size = setting["quant_type"], setting["double_quant"], setting["block_size"]
-            ours = quantize(weight, QuantConfig(quant_type=kind, double_quant=double, block_size=size))  # type: ignore[arg-type]
+            ours = quantize(weight, QuantConfig(quant_type=kind, double_quant=double, block_size=size))
+            held = ours.tensors()
             codes, state = bnb.quantize_4bit(weight, blocksize=size, quant_type=kind, compress_statistics=double)
-            pairs: list[tuple[Any, Any]] = [(ours.codes, codes), (ours.absmax, state.absmax)]
+            pairs: list[tuple[Any, Any]] = [(held["codes"], codes), (held["absmax"], state.absmax)]
             if double:
-                pairs += [(ours.nested_absmax, state.state2.absmax), (ours.offset, state.offset)]
+                pairs += [(held["nested_absmax"], state.state2.absmax), (held["offset"], state.offset)]
             setting["tensors"] += 1
             setting["different"] += any(not torch.equal(a.view(-1), b.view(-1)) for a, b in pairs)
     return settings

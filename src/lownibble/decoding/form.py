@@ -1,6 +1,6 @@
 """Reads a transformers model's decoder layers as data for `ops.decoder_layers`, or says why that cannot be done.
 
-No list of model names: a layer qualifies by what is in it (the seven projections on 4-bit weights, two norms, perhaps norms of
+No list of model names: a layer qualifies by what is in it (the seven projections on packed weights, two norms, perhaps norms of
 queries and keys). That its modules also compute what their names say is not read but measured, see `decoder.py`.
 """
 
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from lownibble.errors import ModelError
-from lownibble.kernels.decoder import PROJECTIONS, Adapter, DecoderLayer, DecoderLayers, Linear4bit, LowRank
+from lownibble.kernels.decoder import PROJECTIONS, Adapter, DecoderLayer, DecoderLayers, LowRank, Projection
 from lownibble.lora.layer import LoraLinear
 from lownibble.quant import QuantLinear
 
@@ -86,7 +86,7 @@ def _layer(model: Any, name: str, layer: Any) -> DecoderLayer:
     norm, post_norm = (_norm(model, module) for module in (layer.input_layernorm, layer.post_attention_layernorm))
     of_heads = [getattr(attention, name, None) for name in ("q_norm", "k_norm")]
     q_norm, k_norm = (None if module is None else _norm(model, module) for module in of_heads)
-    heads, key_heads = (linears[index].shape[0] // head_dim for index in (0, 1))
+    heads, key_heads = (linears[index].weight.shape[0] // head_dim for index in (0, 1))
     eps = layer.input_layernorm.variance_epsilon
     return DecoderLayer(linears, norm, post_norm, q_norm, k_norm, heads, key_heads, head_dim, eps, attention.scaling)
 
@@ -98,12 +98,12 @@ def _norm(model: Any, norm: nn.Module) -> Tensor:
     return weight.detach()
 
 
-def _linear(model: Any, name: str, module: nn.Module) -> Linear4bit:
+def _linear(model: Any, name: str, module: nn.Module) -> Projection:
     base = module.base if isinstance(module, LoraLinear) else module
     if not isinstance(base, QuantLinear):
-        raise refusal(model, f"{name} is a {type(base).__name__}, not on a 4-bit weight")
+        raise refusal(model, f"{name} is a {type(base).__name__}, not on a packed weight")
     bias = base.bias
     if bias is not None and bias.dtype != torch.float32:
         raise refusal(model, f"the bias of {name} is {bias.dtype}, not float32")
     weight = base.weight
-    return Linear4bit(*weight.parts, weight.shape, weight.nested, None if bias is None else bias.detach())
+    return Projection(weight.four_bit or weight, None if bias is None else bias.detach())

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from lownibble.data import Batch, Example
 from lownibble.errors import AdapterError
 from lownibble.exporting.weights import Tell, Weights, as_float
-from lownibble.quant import QuantizedTensor
+from lownibble.quant import PackedWeight
 from lownibble.training.loss import Head, hidden_states, label_places
 from lownibble.training.memory import trim_heap
 from lownibble.training.microbatches import Collate
@@ -112,7 +112,7 @@ class _Live(Mapping[str, Tensor]):
     def __init__(self, weights: Weights, *, adapted: bool = True) -> None:
         self.weights, self.adapted = weights, adapted
 
-    def stored(self, name: str) -> Tensor | QuantizedTensor:
+    def stored(self, name: str) -> Tensor | PackedWeight:
         """The tensor as it is held, not yet in float32."""
         return self.weights.live(self.weights.resolve(name), adapted=self.adapted)
 
@@ -134,7 +134,7 @@ class _Merged(_Live):
         super().__init__(weights)
         self.target, self.errors = target, errors
 
-    def stored(self, name: str) -> Tensor | QuantizedTensor:
+    def stored(self, name: str) -> Tensor | PackedWeight:
         name = self.weights.resolve(name)
         made = self.weights.merged(name, self.target)
         low_rank = self.weights.low_rank(name)
@@ -144,7 +144,7 @@ class _Merged(_Live):
             size = float(delta.norm())
             off = as_float(self.weights.live(name)).add_(delta)
             del delta
-            off = off.sub_(made.dequantize(torch.float32) if isinstance(made, QuantizedTensor) else made)
+            off = off.sub_(made.dequantize(torch.float32) if isinstance(made, PackedWeight) else made)
             if size:  # a layer that learnt nothing has no delta to be measured by
                 self.errors[name] = float(off.norm()) / size
         return made
@@ -188,7 +188,7 @@ class _HeadOf:
         path = next(p for p, m in weights.model.named_modules() if m is head)
         name = f"{path}.weight"
         stored = tensors.stored(name)
-        self.weight = stored.dequantize(torch.float32) if isinstance(stored, QuantizedTensor) else stored
+        self.weight = stored.dequantize(torch.float32) if isinstance(stored, PackedWeight) else stored
         adapted = not isinstance(tensors, _Merged) and tensors.adapted and name in weights.names
         self.low_rank = weights.low_rank(name) if adapted else None
         self.bias = tensors[f"{path}.bias"] if head.bias is not None else None

@@ -18,16 +18,17 @@ from typing import Any
 from safetensors import SafetensorError
 
 from lownibble import record, tensorfile
-from lownibble.config import DataConfig, MergeConfig, QuantConfig
+from lownibble.config import PACKED, DataConfig, MergeConfig, QuantConfig
 from lownibble.data import encode, load
 from lownibble.errors import AdapterError, ConfigError, InputError, OutputError
 from lownibble.exporting.measure import BASE, FAITHFUL, choose_rows, measure
 from lownibble.exporting.weights import Tell, Weights, check_onto, say_nothing
 from lownibble.lora.adapter import CONFIG_FILE, AdapterFile
 from lownibble.lora.provenance import describe, other_weights
-from lownibble.models import ModelSource, bnb4bit, load_tokenizer, resolve
+from lownibble.models import ModelSource, load_tokenizer, resolve
+from lownibble.models import packed as packed_files
 from lownibble.models.checkpoint import INDEX
-from lownibble.quant import QuantizedTensor
+from lownibble.quant import PackedWeight
 from lownibble.training.microbatches import collator
 from lownibble.training.output import hold
 
@@ -123,7 +124,7 @@ def _base(config: MergeConfig, adapter: AdapterFile) -> tuple[ModelSource, Quant
     source = resolve(name, config.revision or (None if config.base else facts.get("revision") or adapter.revision))
     if adapter.trained_on is not None:
         known = facts["quant"]
-        said = known and QuantConfig(**{key: known[key] for key in ("quant_type", "block_size", "double_quant", "skip_modules")})
+        said = known and QuantConfig(**{key: known[key] for key in PACKED if key in known})
         if config.trained_on is not None and (config.trained_on == "quantized") != bool(said):
             raise ConfigError(
                 f"'{adapter.folder}' says that it was trained on {describe(known)} weights. Leave --trained-on out."
@@ -135,7 +136,7 @@ def _base(config: MergeConfig, adapter: AdapterFile) -> tuple[ModelSource, Quant
         return source, said
     if _is_packed(source):
         if config.trained_on == "dense" or config.quant != QuantConfig():
-            raise ConfigError(f"'{source.name}' is in 4 bits, with a codec of its own. Leave --trained-on and quant options out.")
+            raise ConfigError(f"'{source.name}' is packed, with a codec of its own. Leave --trained-on and quant options out.")
         return source, None
     stored = config.trained_on or ("quantized" if config.onto == "dequantized" else None)
     if stored is None and config.onto == "original" and not config.measure_tokens:
@@ -311,7 +312,7 @@ def _write_shard(weights: Weights, onto: str, path: Path, entries: dict[str, ten
             if weights.shard_of(name) != path.name:
                 continue
             made = weights.merged(name, onto)
-            packed = bnb4bit.pack(name.removesuffix(".weight"), made) if isinstance(made, QuantizedTensor) else {name: made}
+            packed = packed_files.pack(name.removesuffix(".weight"), made) if isinstance(made, PackedWeight) else {name: made}
             for key, tensor in packed.items():
                 yield key, 0, tensor
             del made, packed, tensor
@@ -362,7 +363,7 @@ def _config_json(weights: Weights, onto: str) -> dict[str, Any]:
     if onto == "nf4":
         dtype = str(config.get("dtype") or config.get("torch_dtype") or "float32")
         dense = weights.dense_linears(weights.requantized)
-        config["quantization_config"] = bnb4bit.config_json(weights.new_quant, dense, dtype)
+        config["quantization_config"] = packed_files.config_json(weights.new_quant, dense, dtype)
     return config
 
 

@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import replace
 from functools import cached_property
 from typing import Any, NamedTuple
 
@@ -28,11 +27,12 @@ from torch import Tensor, nn
 from lownibble.config import QuantConfig
 from lownibble.errors import AdapterError, ConfigError, ModelError
 from lownibble.lora.adapter import PREFIX, AdapterFile
-from lownibble.lora.inject import scale_of
-from lownibble.models import ModelSource, bnb4bit, skeleton
+from lownibble.lora.targets import scale_of
+from lownibble.models import ModelSource, skeleton
+from lownibble.models import packed as packed_files
 from lownibble.models.checkpoint import Checkpoint
 from lownibble.models.load import DTYPES, check_names, quantizable
-from lownibble.quant import QuantizedTensor, is_plain_linear, quantize
+from lownibble.quant import PackedWeight, is_plain_linear, quantize
 
 TARGETS = ("dequantized", "original", "nf4")
 
@@ -82,10 +82,10 @@ class Weights:
         self.checkpoint = Checkpoint(source)
         self.config: dict[str, Any] = json.loads((source.folder / "config.json").read_text())
         self.model = skeleton(source, torch.float32)
-        self.packed = bnb4bit.packed_modules(self.checkpoint.file_of)
+        self.packed = packed_files.packed_modules(self.checkpoint.file_of)
         expected = check_names(self.model, self.checkpoint, self.packed)
         self.names = {name: name for name in self.checkpoint.file_of if name in expected}
-        self.quantized = self.packed or (quantizable(self.model, quant) if quant is not None else set())
+        self.quantized = set(self.packed) or (set(quantizable(self.model, quant)) if quant is not None else set())
         self.quant = self._packed_codec() if self.packed else quant
         self._to_pack = new_quant
         self.new_quant = self.quant or new_quant
@@ -100,7 +100,7 @@ class Weights:
     @cached_property
     def requantized(self) -> set[str]:
         """Paths of the layers that are packed in the target 'nf4'."""
-        return self.quantized or quantizable(self.model, self._to_pack)
+        return self.quantized or set(quantizable(self.model, self._to_pack))
 
     def resolve(self, name: str) -> str:
         """The name in `names` of a parameter of the model, which may share its tensor with that one."""
@@ -111,11 +111,8 @@ class Weights:
         return self._groups[name]
 
     def _packed_codec(self) -> QuantConfig:
-        first = bnb4bit.read(self.checkpoint, min(self.packed), torch.float32)
-        return QuantConfig(
-            quant_type=first.quant_type, block_size=first.block_size, double_quant=first.double_quant,
-            skip_modules=self.dense_linears(self.packed),
-        )  # fmt: skip
+        held = {path: packed_files.options(self.checkpoint, path, kind) for path, kind in self.packed.items()}
+        return packed_files.config_of(held, self.dense_linears(set(self.packed)))
 
     def dense_linears(self, packed: set[str]) -> list[str]:
         """Paths of the linear layers that are not packed."""
@@ -243,25 +240,25 @@ class Weights:
         shape: torch.Size = getattr(self.model.get_submodule(parent), last).shape
         return shape
 
-    def trained_on(self, name: str, codec: bool = True) -> Tensor | QuantizedTensor:
+    def trained_on(self, name: str, codec: bool = True) -> Tensor | PackedWeight:
         """The base's tensor: packed where the base was in 4 bits in training (`codec`), else as it is stored."""
         path = name.removesuffix(".weight")
         if path in self.packed:
-            return bnb4bit.read(self.checkpoint, path, self.kept_dtype(name))
+            return packed_files.read(self.checkpoint, path, self.packed[path], self.kept_dtype(name))
         tensor = self.checkpoint.read(self.names[name])
         if codec and path in self.quantized and name != path:
             assert self.quant is not None
-            return quantize(tensor, self.quant, name=name)
+            return quantize(tensor, self.quant.for_layer(path), name=name)
         return tensor
 
-    def _base(self, name: str, codec: bool = True) -> Tensor | QuantizedTensor:
+    def _base(self, name: str, codec: bool = True) -> Tensor | PackedWeight:
         """What low-rank sums are added to: the adapter's own tensor where it replaces the base's."""
         if name in self.replaced:
             assert self.adapter is not None
             return self.adapter.read(self.replaced[name])
         return self.trained_on(name, codec)
 
-    def live(self, name: str, *, adapted: bool = True) -> Tensor | QuantizedTensor:
+    def live(self, name: str, *, adapted: bool = True) -> Tensor | PackedWeight:
         """What the live model computes with at `name`, without the low-rank sum; the base's if not `adapted`."""
         fits = name not in self.replaced or self.checkpoint.facts(self.names[name])[1] == self.shape(name)
         return self._base(name) if adapted or not fits else self.trained_on(name)
@@ -273,7 +270,7 @@ class Weights:
             return None
         return self.adapter.read(edit.a).float(), self.adapter.read(edit.b).float(), edit.scale
 
-    def merged(self, name: str, onto: str) -> Tensor | QuantizedTensor:
+    def merged(self, name: str, onto: str) -> Tensor | PackedWeight:
         """The tensor of the merged model as it is written: in its final type, or packed for 'nf4'.
 
         Raises:
@@ -281,14 +278,15 @@ class Weights:
         """
         base, low_rank = self._base(name, codec=onto != "original"), self.low_rank(name)
         packs = onto == "nf4" and name.removesuffix(".weight") in self.requantized and name.endswith(".weight")
-        if low_rank is None and packs == isinstance(base, QuantizedTensor):
-            return base if isinstance(base, QuantizedTensor) else self._cast(base, name)
+        if low_rank is None and packs == isinstance(base, PackedWeight):
+            return base if isinstance(base, PackedWeight) else self._cast(base, name)
         total = as_float(base)
         if low_rank is not None:
             a, b, scale = low_rank
             total.addmm_(b, a, alpha=scale)
         if packs:
-            return replace(quantize(total, self.new_quant, name=name), dtype=self.kept_dtype(name))
+            how = self.new_quant.for_layer(name.removesuffix(".weight"))
+            return quantize(total, how, name=name).with_dtype(self.kept_dtype(name))
         return self._cast(total, name)
 
     def _cast(self, tensor: Tensor, name: str) -> Tensor:
@@ -303,7 +301,7 @@ class Weights:
         for name in self.names:
             path = name.removesuffix(".weight")
             if onto == "nf4" and path in self.requantized and name != path:
-                yield name, bnb4bit.pack_shapes(path, self.shape(name), self.new_quant)
+                yield name, packed_files.pack_shapes(path, self.shape(name), self.new_quant.for_layer(path))
             else:
                 yield name, {name: (self.kept_dtype(name), tuple(self.shape(name)))}
 
@@ -321,9 +319,9 @@ def _tied_groups(model: nn.Module) -> dict[str, tuple[str, ...]]:
     return {name: tuple(names) for names in groups.values() for name in names}
 
 
-def as_float(tensor: Tensor | QuantizedTensor) -> Tensor:
+def as_float(tensor: Tensor | PackedWeight) -> Tensor:
     """The values in float32, in memory of their own."""
-    return tensor.dequantize(torch.float32) if isinstance(tensor, QuantizedTensor) else tensor.to(torch.float32, copy=True)
+    return tensor.dequantize(torch.float32) if isinstance(tensor, PackedWeight) else tensor.to(torch.float32, copy=True)
 
 
 def check_onto(weights: Weights, onto: str) -> None:

@@ -1,15 +1,17 @@
-"""Lownibble's 4-bit layers for every user of transformers, PEFT and TRL: `NF4Config` where `BitsAndBytesConfig` stood.
+"""Lownibble's packed layers for every user of transformers, PEFT and TRL: `NF4Config` where `BitsAndBytesConfig` stood.
 
     from lownibble.integrations.transformers import NF4Config
     model = AutoModelForCausalLM.from_pretrained(name, quantization_config=NF4Config())
     model = get_peft_model(model, LoraConfig(...))
 
-It takes BitsAndBytesConfig's names of the options as well, so that in code that exists one import changes.
+It takes BitsAndBytesConfig's names of the options as well, so that in code that exists one import changes. `PackedConfig` is
+another name of it, for other codecs: `PackedConfig(quant_type="int8", pattern={"down_proj": {"quant_type": "nf4"}})`.
 
 Importing this module registers a quantizer with transformers, by its public extension point. The layer is an `nn.Linear` whose
 `weight` is the packed codes, as bitsandbytes' is, because that is what PEFT looks for; it computes as `QuantLinear` does. Saved
-checkpoints hold bitsandbytes' tensors under bitsandbytes' names, so there is one format of 4-bit files here, and `lownibble.load`
-reads them; their `quant_method` is 'lownibble', for which this module must be imported before they are loaded by transformers.
+checkpoints hold a codec's own tensors (nf4, fp4: bitsandbytes' under bitsandbytes' names), so there is one format of packed files
+here, and `lownibble.load` reads them; their `quant_method` is 'lownibble', for which this module must be imported before they
+are loaded by transformers.
 
 PEFT's `prepare_model_for_kbit_training` turns gradient checkpointing on for libraries that it knows only: with these layers call
 `model.gradient_checkpointing_enable()` yourself.
@@ -21,7 +23,6 @@ bfloat16.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -34,12 +35,14 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from lownibble.config import QuantConfig
 from lownibble.errors import ConfigError
-from lownibble.models import bnb4bit
+from lownibble.models import packed as packed_files
 from lownibble.models.load import DTYPES
-from lownibble.quant import QuantizedTensor, eightbit, is_plain_linear, quantize
+from lownibble.quant import PackedWeight, eightbit, is_plain_linear, layouts, quantize
 from lownibble.quant.linear import frozen_linear, frozen_matmul
+from lownibble.quant.packed import restore, to_spec
+from lownibble.registry import CODECS
 
-METHOD = bnb4bit.OWN_METHOD
+METHOD = packed_files.OWN_METHOD
 _INITIALISED = "_is_hf_initialized"  # how transformers knows that a module needs no random weights
 
 
@@ -61,14 +64,16 @@ class NF4Config(QuantizationConfigMixin):  # type: ignore[misc]
         compute: as QuantConfig's; 'auto' is exact here, since who trains is not known.
         compute_dtype: type of the products; None: that of the activations.
         skip_modules: linear modules left as they are; None: the output head and what is tied to it.
+        pattern: other codecs by module name or regular expression, as QuantConfig's.
         options: the same under BitsAndBytesConfig's names.
     Raises:
         ConfigError: a bad value, or an option that is not known.
     """
 
     def __init__(
-        self, quant_type: str = "nf4", block_size: int = 64, double_quant: bool = True, compute: str = "auto",
-        compute_dtype: str | torch.dtype | None = None, skip_modules: list[str] | None = None, **options: Any,
+        self, quant_type: str = "nf4", block_size: int | str = 64, double_quant: bool = True, compute: str = "auto",
+        compute_dtype: str | torch.dtype | None = None, skip_modules: list[str] | None = None,
+        pattern: dict[str, dict[str, Any]] | None = None, **options: Any,
     ) -> None:  # fmt: skip
         self.quant_method = METHOD
         given: dict[str, Any] = {
@@ -84,16 +89,20 @@ class NF4Config(QuantizationConfigMixin):  # type: ignore[misc]
         unknown = {name: value for name, value in options.items() if name not in _ALIASES.keys() | _FIXED.keys()}
         self.compute_dtype = _dtype_name(given.pop("compute_dtype"))
         self.skip_modules = given.pop("skip_modules")
-        checked = QuantConfig(block_size=block_size, compute=compute, **given, **unknown)
+        checked = QuantConfig(block_size=block_size, compute=compute, pattern=pattern or {}, **given, **unknown)
         self.quant_type, self.block_size, self.double_quant = checked.quant_type, checked.block_size, checked.double_quant
-        self.compute = checked.compute
+        self.compute, self.pattern = checked.compute, checked.pattern
 
     @property
     def options(self) -> QuantConfig:
         """The same as Lownibble's own configuration."""
         return QuantConfig(
-            quant_type=self.quant_type, block_size=self.block_size, double_quant=self.double_quant, compute=self.compute
-        )
+            quant_type=self.quant_type, block_size=self.block_size, double_quant=self.double_quant, compute=self.compute,
+            pattern=self.pattern,
+        )  # fmt: skip
+
+
+PackedConfig = NF4Config
 
 
 def _dtype_name(dtype: str | torch.dtype | None) -> str | None:
@@ -104,32 +113,35 @@ def _dtype_name(dtype: str | torch.dtype | None) -> str | None:
 
 
 class NF4Linear(nn.Linear):
-    """`nn.Linear` on packed weights: `weight` (ceil(n/2), 1) uint8 holds the codes, `packed` the constants too.
+    """`nn.Linear` on packed weights: `weight` holds the codes, `packed` the constants too.
 
     The constants are no buffers: transformers makes buffers that are in no checkpoint anew after loading.
     """
 
-    def __init__(self, in_features: int, out_features: int, bias: bool, config: NF4Config) -> None:
+    def __init__(self, in_features: int, out_features: int, bias: bool, config: NF4Config, path: str = "") -> None:
         super().__init__(in_features, out_features, bias, device="meta")
-        self.options, self.compute = config.options, "exact"
+        self.options, self.compute = config.options.for_layer(path), "exact"
         self.compute_dtype = None if config.compute_dtype is None else DTYPES[config.compute_dtype]
-        codes = torch.empty((-(-in_features * out_features // 2), 1), dtype=torch.uint8, device="meta")
-        self.weight = nn.Parameter(codes, requires_grad=False)
-        self._packed: QuantizedTensor | None = None
+        codes = next(iter(layouts.layout((out_features, in_features), self.options).values()))
+        empty = torch.empty(codes.shape, dtype=getattr(torch, codes.dtype), device="meta")
+        self.weight = nn.Parameter(empty, requires_grad=False)
+        self._packed: PackedWeight | None = None
+        self._spec = ""
 
-    def hold(self, packed: QuantizedTensor) -> Tensor:
+    def hold(self, packed: PackedWeight) -> Tensor:
         """Take over a packed weight; returns its codes, to be set as `weight`."""
-        self._packed, self.compute = packed, eightbit.choose(self.options.compute, packed.device)
+        self._packed, self.compute, self._spec = packed, eightbit.choose(self.options.compute, packed.device), to_spec(packed)
         if self.compute in eightbit.CODE_TYPES:
             eightbit.check_weight(packed, "a linear layer", self.compute)
-        return packed.codes
+        return next(iter(packed.tensors().values()))
 
     @property
-    def packed(self) -> QuantizedTensor:
+    def packed(self) -> PackedWeight:
         """The weight as a value."""
         assert self._packed is not None, "the weights are not loaded yet"
-        if self._packed.codes.data_ptr() != self.weight.data_ptr():
-            self._packed = replace(self._packed, codes=self.weight.data)
+        name, codes = next(iter(self._packed.tensors().items()))
+        if codes.data_ptr() != self.weight.data_ptr():
+            self._packed = restore(self._packed.facts(), {**self._packed.tensors(), name: self.weight.data})
         return self._packed
 
     def forward(self, x: Tensor) -> Tensor:
@@ -137,23 +149,20 @@ class NF4Linear(nn.Linear):
         cast, code_type = x.to(self.compute_dtype or x.dtype), eightbit.CODE_TYPES.get(self.compute)
         if not torch.compiler.is_compiling():
             return frozen_linear(cast, self.packed, self.bias, code_type).to(x.dtype)
-        held = self._packed
-        assert held is not None
-        parts = [t for t in (self.weight, held.absmax, held.nested_absmax, held.offset) if t is not None]
-        rows, codec = eightbit.rows_of(cast, code_type), f"{held.quant_type}/{held.block_size}"
-        y: Tensor = frozen_matmul(cast.reshape(-1, self.in_features), parts, codec, self.out_features, rows)
+        assert self._packed is not None
+        _, *constants = self._packed.tensors().values()
+        rows = eightbit.rows_of(cast, code_type)
+        parts = [self.weight, *constants]
+        y: Tensor = frozen_matmul(cast.reshape(-1, self.in_features), parts, self._spec, self.out_features, rows)
         return (y if self.bias is None else y + self.bias.to(y.dtype)).view(*x.shape[:-1], self.out_features).to(x.dtype)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> NF4Linear:
-        # Moves between devices pass through, casts touch the bias alone: constants stay float32 and codes uint8.
+        # Moves between devices pass through, casts touch the bias alone: packed tensors keep their types.
         if self._packed is None:
             super()._apply(fn, recurse)
             return self
-        held = self.packed
-        device = fn(held.codes).device
-        nested, offset = (None if t is None else t.to(device) for t in (held.nested_absmax, held.offset))
-        self.weight.data = held.codes.to(device)
-        self._packed = replace(held, codes=self.weight.data, absmax=held.absmax.to(device), nested_absmax=nested, offset=offset)
+        self._packed = self.packed.to(fn(self.packed.tensors()[next(iter(self.packed.tensors()))]).device)
+        self.weight.data = next(iter(self._packed.tensors().values()))
         if self.bias is not None:
             self.bias.data = fn(self.bias.data)
         return self
@@ -161,14 +170,15 @@ class NF4Linear(nn.Linear):
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
         if self._packed is not None:
-            parts = bnb4bit.pack(prefix.removesuffix("."), self.packed)
+            parts = packed_files.pack(prefix.removesuffix("."), self.packed)
             destination.update({key: tensor.clone() for key, tensor in parts.items() if key != f"{prefix}weight"})
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
-        path = prefix.removesuffix(".")
         parts = {key: value for key, value in state_dict.items() if key.startswith(f"{prefix}weight")}
         if len(parts) > 1:  # else codes alone, or nothing: what is missing is said
-            self.weight.data = self.hold(bnb4bit.unpack(parts, path, torch.float32, "the state")).to(self.weight.device)
+            path, quant_type = next(iter(packed_files.packed_modules(parts).items()), (prefix.removesuffix("."), "nf4"))
+            held = self.hold(packed_files.unpack(parts, path, quant_type, torch.float32, "the state"))
+            self.weight.data = held.to(self.weight.device)
             for key in parts.keys() - {f"{prefix}weight"}:
                 del state_dict[key]
         super()._load_from_state_dict(state_dict, prefix, *rest)
@@ -213,7 +223,8 @@ class _Deserialize(ConversionOps):  # type: ignore[misc]
         layer = model.get_submodule(path)
         assert isinstance(layer, NF4Linear)
         parts = {f"{path}.{key}": value[0] if isinstance(value, list) else value for key, value in input_dict.items()}
-        codes = layer.hold(bnb4bit.unpack(parts, path, torch.float32, "the checkpoint"))
+        quant_type = packed_files.packed_modules(parts)[path]
+        codes = layer.hold(packed_files.unpack(parts, path, quant_type, torch.float32, "the checkpoint"))
         setattr(layer, _INITIALISED, True)
         return {"weight": codes}
 
@@ -224,7 +235,19 @@ class NF4Quantizer(HfQuantizer):  # type: ignore[misc]
 
     requires_calibration = False
     quantization_config: NF4Config
-    serialized_names: dict[str, list[str]] = bnb4bit.SERIALIZED_NAMES
+
+    @property
+    def serialized_names(self) -> dict[str, list[str]]:
+        """What a layer's `weight` is stored as, by the codecs of the configuration."""
+        config = self.quantization_config.options
+        kinds = {config.quant_type, *(how.get("quant_type", config.quant_type) for how in config.pattern.values())}
+        found: dict[str, None] = {}
+        for kind in sorted(kinds):
+            for double_quant in (True, False):
+                how = QuantConfig(quant_type=kind, double_quant=double_quant)
+                stored = CODECS[kind].written("LAYER", (4096, 4096), how)
+                found |= dict.fromkeys(key.removeprefix("LAYER.") for key in stored)
+        return {"weight": list(found)}
 
     def validate_environment(self, *_: Any, device_map: Any = None, **__: Any) -> None:
         """Refuse layers whose tensors would come and go between devices."""
@@ -239,8 +262,9 @@ class NF4Quantizer(HfQuantizer):  # type: ignore[misc]
             (path, module) for path, module in model.named_modules()
             if is_plain_linear(module) and should_convert_module(path, skipped)
         ]  # fmt: skip
+        layouts.choose({path: linear.weight.shape for path, linear in chosen}, config.options.with_options(skip_modules=[]))
         for path, linear in chosen:
-            layer = NF4Linear(linear.in_features, linear.out_features, linear.bias is not None, config)
+            layer = NF4Linear(linear.in_features, linear.out_features, linear.bias is not None, config, path)
             model.set_submodule(path, layer.requires_grad_(False))
         return model
 

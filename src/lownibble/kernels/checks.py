@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from lownibble.errors import InputError
-from lownibble.kernels.ops import PART, Nested
+from lownibble.kernels.types import PART, FourBit
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 """Float types that the kernels read and write, and their number in native/kernels.h."""
@@ -60,15 +60,14 @@ def check_weight_8bit(shape: torch.Size, block_size: int) -> None:
         )
 
 
-def check_weight(
-    codes: Tensor, absmax: Tensor, values: Tensor, n: int, block_size: int, nested: Nested | None, device: torch.device
-) -> None:
-    """The tensors of a 4-bit weight of `n` elements."""
-    check_block_size(block_size)
-    n_blocks = -(-n // block_size)
-    check_tensor(codes, "codes", torch.uint8, (n + 1) // 2, device)
-    check_tensor(values, "values", torch.float32, 16, device)
-    check_tensor(absmax, "absmax", torch.float32 if nested is None else torch.uint8, n_blocks, device)
+def check_weight(weight: FourBit, device: torch.device) -> None:
+    """The tensors of a 4-bit weight."""
+    nested, n = weight.nested, weight.shape.numel()
+    check_block_size(weight.block_size)
+    n_blocks = -(-n // weight.block_size)
+    check_tensor(weight.codes, "codes", torch.uint8, (n + 1) // 2, device)
+    check_tensor(weight.values, "values", torch.float32, 16, device)
+    check_tensor(weight.absmax, "absmax", torch.float32 if nested is None else torch.uint8, n_blocks, device)
     if nested is not None:
         check_block_size(nested.block_size)
         check_tensor(nested.values, "nested.values", torch.float32, 256, device)

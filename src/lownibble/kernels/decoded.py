@@ -1,4 +1,4 @@
-"""Products with a 4-bit weight that decode it first: into one buffer that all layers share, then torch's dense product.
+"""Products with a packed weight that decode it first: into one buffer that all layers share, then torch's dense product.
 
 What a backend uses where it has no product of its own. At training sizes the decode costs a few percent of the product, and
 reusing hot memory is what makes it cheap (a fresh allocation page-faults for longer than the decode takes). There is one buffer
@@ -12,12 +12,12 @@ device.
 from __future__ import annotations
 
 import threading
-from typing import Protocol
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
-from lownibble.kernels.ops import Addition, Nested
+from lownibble.kernels.types import Epilogue
 
 
 class _Scratch(threading.local):
@@ -47,25 +47,17 @@ def release_scratch() -> int:
     return freed
 
 
-class _Dequantize(Protocol):
-    def __call__(
-        self, codes: Tensor, absmax: Tensor, values: Tensor, block_size: int, out: Tensor, nested: Nested | None, /
-    ) -> Tensor: ...
+def matmul(decode: Callable[[Tensor], Tensor], shape: torch.Size, x_TC: Tensor, transposed: bool, epilogue: Epilogue) -> Tensor:
+    """`x @ W.T` or, transposed, `x @ W`, plus `epilogue`, in x's dtype, for a weight of `shape` (N, K) that `decode` writes
+    into a tensor.
+    """
+    return matmul_dense(x_TC, decode(scratch(shape, x_TC.dtype, x_TC.device)), transposed, epilogue)
 
 
-def matmul(
-    dequantize: _Dequantize, x_TC: Tensor, codes: Tensor, absmax: Tensor, values: Tensor, block_size: int, shape: torch.Size,
-    transposed: bool, addition: Addition, nested: Nested | None,
-) -> Tensor:  # fmt: skip
-    """`ops.matmul_4bit` with a backend's `dequantize_4bit`."""
-    weight_NK = dequantize(codes, absmax, values, block_size, scratch(shape, x_TC.dtype, x_TC.device), nested)
-    return matmul_dense(x_TC, weight_NK, transposed, addition)
-
-
-def matmul_dense(x_TC: Tensor, weight_NK: Tensor, transposed: bool, addition: Addition) -> Tensor:
-    """`x @ W.T` or, transposed, `x @ W`, plus `addition`, by torch; in x's dtype."""
+def matmul_dense(x_TC: Tensor, weight_NK: Tensor, transposed: bool, epilogue: Epilogue) -> Tensor:
+    """`x @ W.T` or, transposed, `x @ W`, plus `epilogue`, by torch; in x's dtype."""
     factor_CM = weight_NK if transposed else weight_NK.t()
-    out = x_TC @ factor_CM if addition.bias is None else torch.addmm(addition.bias.to(x_TC.dtype), x_TC, factor_CM)
-    if addition.low is not None and addition.factor is not None:
-        out.addmm_(addition.low.to(x_TC.dtype), addition.factor.to(x_TC.dtype), alpha=addition.scale)
+    out = x_TC @ factor_CM if epilogue.bias is None else torch.addmm(epilogue.bias.to(x_TC.dtype), x_TC, factor_CM)
+    if epilogue.low is not None and epilogue.factor is not None:
+        out.addmm_(epilogue.low.to(x_TC.dtype), epilogue.factor.to(x_TC.dtype), alpha=epilogue.scale)
     return out

@@ -1,8 +1,9 @@
 """The decoder layers of a Llama-like model as data, and the operation on them in plain torch.
 
 The form: `x += O attention(rotate(Q norm(x)), rotate(K norm(x)), V norm(x))`, then `x += Down(silu(Gate norm(x)) * Up norm(x))`,
-norms being RMS norms and the seven projections 4-bit, each with an optional low-rank branch. `native/decoder.h` says why the
-layers are one operation. Which models have this form is for `decoding/` to find out.
+norms being RMS norms and the seven projections packed, each with an optional low-rank branch. Compiled kernels take projections
+in 4 bits; with another codec the layers run here. `native/decoder.h` says why the layers are one operation. Which models have
+this form is for `decoding/` to find out.
 """
 
 from __future__ import annotations
@@ -10,34 +11,40 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 from lownibble.errors import InputError
-from lownibble.kernels.ops import Nested
+from lownibble.kernels.types import FourBit
 
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 """In the order of every list of projections here; transformers' names."""
 
 
-class Linear4bit(NamedTuple):
-    """A frozen 4-bit linear layer: a weight (N, K) as in `ops.dequantize_4bit`, and a bias (N,) float32 or None."""
+class Matvec(Protocol):
+    """A packed weight (N, K) of any codec: what a step needs of it."""
 
-    codes: Tensor
-    absmax: Tensor
-    values: Tensor
-    block_size: int
-    shape: torch.Size
-    nested: Nested | None = None
+    @property
+    def shape(self) -> torch.Size:
+        """(N, K)."""
+
+    def matvec(self, x_TK: Tensor) -> Tensor:
+        """`x_TK @ W.T`, (T, N) in x's dtype."""
+
+
+class Projection(NamedTuple):
+    """A frozen linear layer: a weight (N, K), in 4 bits or packed otherwise, and a bias (N,) float32 or None."""
+
+    weight: FourBit | Matvec
     bias: Tensor | None = None
 
 
 class DecoderLayer(NamedTuple):
     """Weights of a layer. Norms are float32: (hidden,), and (head_dim,) for `q_norm` and `k_norm`, which may be missing."""
 
-    projections: Sequence[Linear4bit]
+    projections: Sequence[Projection]
     input_norm: Tensor
     post_norm: Tensor
     q_norm: Tensor | None
@@ -55,6 +62,11 @@ class DecoderLayers:
 
     of: Sequence[DecoderLayer]
     prepared: dict[str, Any] = field(default_factory=dict)
+
+    @cached_property
+    def in_4bit(self) -> bool:
+        """Whether every projection is in 4 bits, as compiled kernels take them."""
+        return all(isinstance(each.weight, FourBit) for layer in self.of for each in layer.projections)
 
 
 class LowRank(NamedTuple):
@@ -111,7 +123,7 @@ class Step:
         return max(slots, default=-1) + 1, max(positions, default=-1) + 1
 
 
-Gemv = Callable[..., Tensor]
+Gemv = Callable[[Tensor, FourBit], Tensor]
 
 
 def decoder_layers(
@@ -130,10 +142,10 @@ def _decoder_layer(
     T, D = len(x_TH), layer.head_dim
 
     def project(index: int, x: Tensor) -> Tensor:
-        linear = layer.projections[index]
-        y = gemv(x, linear.codes, linear.absmax, linear.values, linear.block_size, linear.shape[0], linear.nested)
-        if linear.bias is not None:
-            y = y + linear.bias
+        weight, bias = layer.projections[index]
+        y = gemv(x, weight) if isinstance(weight, FourBit) else weight.matvec(x)
+        if bias is not None:
+            y = y + bias
         for begin, end, of_projection in branches:
             branch = of_projection[index]
             if branch is not None:

@@ -3,13 +3,7 @@
 Every operation exists as plain torch in `reference.py` (the oracle) and, where it pays, in a faster backend with the same
 signature. `BACKENDS` maps a name to a function that returns the backend's namespace or raises `BackendError` with the
 reason. Without an explicit choice the fastest backend that loads and handles the tensors' device is used; an explicit
-choice (`use_backend`) that cannot run is an error, never a silent slow path.
-
-Layout (bitsandbytes'): a tensor of n elements is flattened row-major and cut into blocks of `block_size` elements (the last
-may be short). `codes` is uint8 of ceil(n/2) bytes, two codes a byte, the first element in the high nibble. `absmax` has one
-value per block. A value is `values[code] * absmax[block]`, computed in float32 and rounded once to the output dtype.
-With double quantisation `absmax` is uint8 and `Nested` holds what decodes it:
-`absmax[b] = nested.values[codes[b]] * nested.absmax[b // nested.block_size] + nested.offset` (two roundings, no FMA).
+choice (`use_backend`) that cannot run is an error, never a silent slow path. What operations take and return is in `types.py`.
 """
 
 from __future__ import annotations
@@ -20,69 +14,14 @@ import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import TYPE_CHECKING, NamedTuple, Protocol, cast
+from typing import Protocol, cast
 
 import torch
 from torch import Tensor
 
 from lownibble.errors import BackendError
-
-if TYPE_CHECKING:
-    from lownibble.kernels.decoder import DecoderLayers, Segment, Step
-
-
-class Nested(NamedTuple):
-    """What decodes doubly quantised block constants.
-
-    values: (256,) float32 table; absmax: (ceil(n_blocks / block_size),) float32; offset: () float32.
-    """
-
-    values: Tensor
-    absmax: Tensor
-    offset: Tensor
-    block_size: int = 256
-
-
-PART = 64
-"""Values of a row that share an 8-bit scale. With one scale a token, a few large channels took the others' precision (ADR 7)."""
-
-LARGEST_CODE = {torch.int8: 127, torch.float8_e4m3fn: 448}
-"""Types of 8-bit codes -> what the largest magnitude of a part, or of a weight's row, becomes."""
-
-
-def row_sizes(T: int, C: int) -> tuple[int, int]:
-    """Elements of a `Rows8bit`'s codes, and of its scales, for T rows of C values.
-
-    Padded to tiles of 12 rows and groups of 4 columns; the same for every backend, so that a compiled graph is too.
-    """
-    rows = -(-T // 12) * 12
-    return rows * -(-C // 4) * 4, rows * -(-C // PART)
-
-
-class Rows8bit(NamedTuple):
-    """Rows scaled to 8 bits in parts of 64 columns: value [t, c] is about `code[t, c] * scale[t, c // 64]`.
-
-    codes: int8 or float8_e4m3fn; scale: float32; start: int32, where a backend's sums with a part start; flat, of `row_sizes`
-    elements, laid out as the backend likes. rows, columns: T, C.
-    """
-
-    codes: Tensor
-    scale: Tensor
-    start: Tensor
-    rows: int
-    columns: int
-
-
-class Addition(NamedTuple):
-    """What a product with a 4-bit weight adds to itself: `bias + scale * low @ factor`.
-
-    bias: (columns,) or None; low: (T, r) contiguous and factor: (r, columns) with any strides, or both None.
-    """
-
-    bias: Tensor | None = None
-    low: Tensor | None = None
-    factor: Tensor | None = None
-    scale: float = 1.0
+from lownibble.kernels.decoder import DecoderLayers, Segment, Step
+from lownibble.kernels.types import Epilogue, FourBit, Rows8bit
 
 
 class Backend(Protocol):
@@ -96,68 +35,25 @@ class Backend(Protocol):
 
     def quantize_4bit(self, x: Tensor, bounds: Tensor, order: Tensor, block_size: int) -> tuple[Tensor, Tensor]: ...
 
-    def dequantize_4bit(
-        self, codes: Tensor, absmax: Tensor, values: Tensor, block_size: int, out: Tensor, nested: Nested | None = None
-    ) -> Tensor: ...
+    def dequantize_4bit(self, weight: FourBit, out: Tensor) -> Tensor: ...
 
     def quantize_8bit(self, x: Tensor, lookup: Tensor, block_size: int) -> tuple[Tensor, Tensor]: ...
 
     def dequantize_8bit(self, codes: Tensor, absmax: Tensor, values: Tensor, block_size: int) -> Tensor: ...
 
-    def gemv_4bit(
-        self,
-        x_TK: Tensor,
-        codes: Tensor,
-        absmax: Tensor,
-        values: Tensor,
-        block_size: int,
-        out_features: int,
-        nested: Nested | None = None,
-    ) -> Tensor: ...
+    def gemv_4bit(self, x_TK: Tensor, weight: FourBit) -> Tensor: ...
 
-    def matmul_4bit(
-        self,
-        x_TC: Tensor,
-        codes: Tensor,
-        absmax: Tensor,
-        values: Tensor,
-        block_size: int,
-        shape: torch.Size,
-        transposed: bool,
-        addition: Addition,
-        nested: Nested | None = None,
-    ) -> Tensor: ...
+    def matmul_4bit(self, x_TC: Tensor, weight: FourBit, transposed: bool, epilogue: Epilogue) -> Tensor: ...
 
     def matmul_dense(self, x_TC: Tensor, weight_NK: Tensor, transposed: bool, out: Tensor) -> Tensor: ...
 
-    def row_scales(
-        self,
-        codes: Tensor,
-        absmax: Tensor,
-        values: Tensor,
-        block_size: int,
-        shape: torch.Size,
-        nested: Nested | None = None,
-        code_type: torch.dtype = torch.int8,
-    ) -> Tensor: ...
+    def row_scales(self, weight: FourBit, code_type: torch.dtype = torch.int8) -> Tensor: ...
 
     def quantize_rows(
         self, x_TC: Tensor, column_scale: Tensor | None = None, code_type: torch.dtype = torch.int8
     ) -> Rows8bit: ...
 
-    def matmul_8bit(
-        self,
-        x: Rows8bit,
-        codes: Tensor,
-        absmax: Tensor,
-        values: Tensor,
-        block_size: int,
-        shape: torch.Size,
-        row_scale: Tensor,
-        transposed: bool,
-        addition: Addition,
-        nested: Nested | None = None,
-    ) -> Tensor: ...
+    def matmul_8bit(self, x: Rows8bit, weight: FourBit, row_scale: Tensor, transposed: bool, epilogue: Epilogue) -> Tensor: ...
 
     def matmul_8bit_dense(self, x: Rows8bit, weight_NK: Tensor, row_scale: Tensor, transposed: bool, out: Tensor) -> Tensor: ...
 
@@ -292,17 +188,9 @@ def quantize_4bit(x: Tensor, bounds: Tensor, order: Tensor, block_size: int) -> 
     return _for(x).quantize_4bit(x, bounds, order, block_size)
 
 
-def dequantize_4bit(
-    codes: Tensor, absmax: Tensor, values: Tensor, block_size: int, out: Tensor, nested: Nested | None = None
-) -> Tensor:
-    """Decode into `out` (contiguous, n elements, float32/bfloat16/float16) and return it.
-
-    Args:
-        codes: (ceil(n/2),) uint8.
-        absmax: (ceil(n/block_size),) float32, or uint8 with `nested`.
-        values: (16,) float32, value of each code.
-    """
-    return _for(codes).dequantize_4bit(codes, absmax, values, block_size, out, nested)
+def dequantize_4bit(weight: FourBit, out: Tensor) -> Tensor:
+    """Decode into `out` (contiguous, as many elements as the weight, float32/bfloat16/float16) and return it."""
+    return _for(weight.codes).dequantize_4bit(weight, out)
 
 
 def quantize_8bit(x: Tensor, lookup: Tensor, block_size: int) -> tuple[Tensor, Tensor]:
@@ -319,33 +207,20 @@ def dequantize_8bit(codes: Tensor, absmax: Tensor, values: Tensor, block_size: i
     return _for(codes).dequantize_8bit(codes, absmax, values, block_size)
 
 
-def gemv_4bit(
-    x_TK: Tensor,
-    codes: Tensor,
-    absmax: Tensor,
-    values: Tensor,
-    block_size: int,
-    out_features: int,
-    nested: Nested | None = None,
-) -> Tensor:
-    """`x_TK @ W_NK.T` with W decoded on the fly, never stored: (T, N) in x's dtype. Made for few rows (decoding).
+def gemv_4bit(x_TK: Tensor, weight: FourBit) -> Tensor:
+    """`x_TK @ W.T` with W (N, K) decoded on the fly, never stored: (T, N) in x's dtype. Made for few rows (decoding).
 
-    Args:
-        x_TK: (T, K) float32/bfloat16/float16, contiguous. Accumulates in float32.
-        codes, absmax, values, block_size, nested: W (N, K) as in `dequantize_4bit`; blocks run on over row ends.
+    x_TK: (T, K) float32/bfloat16/float16, contiguous; sums are in float32. The weight's blocks run on over row ends.
     """
-    return _for(x_TK).gemv_4bit(x_TK, codes, absmax, values, block_size, out_features, nested)
+    return _for(x_TK).gemv_4bit(x_TK, weight)
 
 
-def matmul_4bit(
-    x_TC: Tensor, codes: Tensor, absmax: Tensor, values: Tensor, block_size: int, shape: torch.Size, transposed: bool,
-    addition: Addition, nested: Nested | None = None,
-) -> Tensor:  # fmt: skip
-    """`x @ W.T` (T, N) or, transposed, `x @ W` (T, K), with W (N, K) decoded exactly, plus `addition`; in x's dtype.
+def matmul_4bit(x_TC: Tensor, weight: FourBit, transposed: bool, epilogue: Epilogue) -> Tensor:
+    """`x @ W.T` (T, N) or, transposed, `x @ W` (T, K), with W (N, K) decoded exactly, plus `epilogue`; in x's dtype.
 
-    Made for many rows (training). What `addition` holds is float32 or of x's dtype.
+    Made for many rows (training). What `epilogue` holds is float32 or of x's dtype.
     """
-    return _for(x_TC).matmul_4bit(x_TC, codes, absmax, values, block_size, shape, transposed, addition, nested)
+    return _for(x_TC).matmul_4bit(x_TC, weight, transposed, epilogue)
 
 
 def matmul_dense(x_TC: Tensor, weight_NK: Tensor, transposed: bool, out: Tensor) -> Tensor:
@@ -356,12 +231,9 @@ def matmul_dense(x_TC: Tensor, weight_NK: Tensor, transposed: bool, out: Tensor)
     return _for(x_TC).matmul_dense(x_TC, weight_NK, transposed, out)
 
 
-def row_scales(
-    codes: Tensor, absmax: Tensor, values: Tensor, block_size: int, shape: torch.Size, nested: Nested | None = None,
-    code_type: torch.dtype = torch.int8,
-) -> Tensor:  # fmt: skip
+def row_scales(weight: FourBit, code_type: torch.dtype = torch.int8) -> Tensor:
     """(N,) float32: what a code of 1 is worth in each row of W (N, K), the row's largest constant / `LARGEST_CODE[code_type]`."""
-    return _for(codes).row_scales(codes, absmax, values, block_size, shape, nested, code_type)
+    return _for(weight.codes).row_scales(weight, code_type)
 
 
 def quantize_rows(x_TC: Tensor, column_scale: Tensor | None = None, code_type: torch.dtype = torch.int8) -> Rows8bit:
@@ -378,13 +250,10 @@ def quantize_rows(x_TC: Tensor, column_scale: Tensor | None = None, code_type: t
     return _for(x_TC).quantize_rows(x_TC, column_scale, code_type)
 
 
-def matmul_8bit(
-    x: Rows8bit, codes: Tensor, absmax: Tensor, values: Tensor, block_size: int, shape: torch.Size, row_scale: Tensor,
-    transposed: bool, addition: Addition, nested: Nested | None = None,
-) -> Tensor:  # fmt: skip
-    """A product of 8-bit codes, those of `x` and of W (N, K) in the same type, plus `addition`; float32.
+def matmul_8bit(x: Rows8bit, weight: FourBit, row_scale: Tensor, transposed: bool, epilogue: Epilogue) -> Tensor:
+    """A product of 8-bit codes, those of `x` and of W (N, K) in the same type, plus `epilogue`; float32.
 
-    `addition` is float32. W becomes codes of x's type, `q[n, k] = round(W[n, k] / row_scale[n])`. Forward, x (T, K): (T, N)
+    `epilogue` is float32. W becomes codes of x's type, `q[n, k] = round(W[n, k] / row_scale[n])`. Forward, x (T, K): (T, N)
     is `row_scale[n] * sum_k x.scale[t, k // 64] x.code[t, k] q[n, k]`. Transposed, x (T, N) with `row_scale` multiplied into it:
     (T, K) is `sum_n x.scale[t, n // 64] x.code[t, n] q[n, k]`. In a part integers are summed exactly, in 32 bits, and float8
     codes in as many bits as the device's units keep; parts are summed in float32.
@@ -394,7 +263,7 @@ def matmul_8bit(
         row_scale: (N,) from `row_scales` for the type of x's codes.
         K and the block size are multiples of 64 and 32.
     """
-    return _for(codes).matmul_8bit(x, codes, absmax, values, block_size, shape, row_scale, transposed, addition, nested)
+    return _for(weight.codes).matmul_8bit(x, weight, row_scale, transposed, epilogue)
 
 
 def matmul_8bit_dense(x: Rows8bit, weight_NK: Tensor, row_scale: Tensor, transposed: bool, out: Tensor) -> Tensor:

@@ -8,6 +8,7 @@ value on the boundary between two codes takes the lower one.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -16,12 +17,12 @@ from lownibble.kernels import decoded, decoder
 from lownibble.kernels.attention import attention as attention
 from lownibble.kernels.attention import attention_backward as attention_backward
 from lownibble.kernels.decoder import DecoderLayers, Segment, Step
-from lownibble.kernels.ops import LARGEST_CODE, PART, Addition, Nested, Rows8bit, row_sizes
 from lownibble.kernels.plain import gemv_bf16 as gemv_bf16
 from lownibble.kernels.plain import low_rank as low_rank
 from lownibble.kernels.plain import low_rank_backward as low_rank_backward
 from lownibble.kernels.plain import matmul_dense as matmul_dense
 from lownibble.kernels.plain import softmax_rows as softmax_rows
+from lownibble.kernels.types import LARGEST_CODE, PART, Epilogue, FourBit, Rows8bit, row_sizes
 
 name = "reference"
 device_types = None  # any
@@ -46,19 +47,27 @@ def quantize_4bit(x: Tensor, bounds: Tensor, order: Tensor, block_size: int) -> 
     return (index[::2] << 4) | index[1::2], absmax
 
 
-def _block_constants(absmax: Tensor, nested: Nested | None) -> Tensor:
+def _block_constants(weight: FourBit) -> Tensor:
+    absmax, nested = weight.absmax, weight.nested
     if nested is None:
         return absmax
     return dequantize_8bit(absmax, nested.absmax, nested.values, nested.block_size) + nested.offset
 
 
-def dequantize_4bit(
-    codes: Tensor, absmax: Tensor, values: Tensor, block_size: int, out: Tensor, nested: Nested | None = None
-) -> Tensor:
-    n = out.numel()
-    decoded = values[torch.stack([codes >> 4, codes & 0xF], dim=1).view(-1).long()][:n]
-    scale = _block_constants(absmax, nested).repeat_interleave(block_size)[:n]
-    out.view(-1).copy_(decoded * scale)
+def _constants(weight: FourBit) -> Tensor:
+    """The constant of each element, of the weight's shape."""
+    n = weight.shape.numel()
+    return _block_constants(weight).repeat_interleave(weight.block_size)[:n].view(weight.shape)
+
+
+def _values(weight: FourBit) -> Tensor:
+    """What each element's code stands for, of the weight's shape."""
+    index = torch.stack([weight.codes >> 4, weight.codes & 0xF], dim=1).view(-1).long()[: weight.shape.numel()]
+    return weight.values[index].view(weight.shape)
+
+
+def dequantize_4bit(weight: FourBit, out: Tensor) -> Tensor:
+    out.view(weight.shape).copy_(_values(weight) * _constants(weight))
     return out
 
 
@@ -76,25 +85,13 @@ def dequantize_8bit(codes: Tensor, absmax: Tensor, values: Tensor, block_size: i
     return values[codes.long()] * absmax.repeat_interleave(block_size)[: codes.numel()]
 
 
-def gemv_4bit(
-    x_TK: Tensor,
-    codes: Tensor,
-    absmax: Tensor,
-    values: Tensor,
-    block_size: int,
-    out_features: int,
-    nested: Nested | None = None,
-) -> Tensor:
-    weight_NK = x_TK.new_empty((out_features, x_TK.shape[1]), dtype=torch.float32)
-    dequantize_4bit(codes, absmax, values, block_size, weight_NK, nested)
+def gemv_4bit(x_TK: Tensor, weight: FourBit) -> Tensor:
+    weight_NK = dequantize_4bit(weight, x_TK.new_empty(weight.shape, dtype=torch.float32))
     return (x_TK.float() @ weight_NK.t()).to(x_TK.dtype)
 
 
-def matmul_4bit(
-    x_TC: Tensor, codes: Tensor, absmax: Tensor, values: Tensor, block_size: int, shape: torch.Size, transposed: bool,
-    addition: Addition, nested: Nested | None = None,
-) -> Tensor:  # fmt: skip
-    return decoded.matmul(dequantize_4bit, x_TC, codes, absmax, values, block_size, shape, transposed, addition, nested)
+def matmul_4bit(x_TC: Tensor, weight: FourBit, transposed: bool, epilogue: Epilogue) -> Tensor:
+    return decoded.matmul(partial(dequantize_4bit, weight), weight.shape, x_TC, transposed, epilogue)
 
 
 def _codes(scaled: Tensor, code_type: torch.dtype) -> Tensor:
@@ -103,12 +100,9 @@ def _codes(scaled: Tensor, code_type: torch.dtype) -> Tensor:
     return (scaled if code_type.is_floating_point else scaled.round().clamp(-128, 127)).to(code_type)
 
 
-def row_scales(
-    codes: Tensor, absmax: Tensor, values: Tensor, block_size: int, shape: torch.Size, nested: Nested | None = None,
-    code_type: torch.dtype = torch.int8,
-) -> Tensor:  # fmt: skip
-    sizes = _block_constants(absmax, nested).abs().repeat_interleave(block_size)[: shape.numel()]
-    return (sizes.view(shape).amax(dim=1) if shape.numel() else sizes.new_zeros(shape[0])) / LARGEST_CODE[code_type]
+def row_scales(weight: FourBit, code_type: torch.dtype = torch.int8) -> Tensor:
+    sizes = _constants(weight).abs()
+    return (sizes.amax(dim=1) if sizes.numel() else sizes.new_zeros(weight.shape[0])) / LARGEST_CODE[code_type]
 
 
 def quantize_rows(x_TC: Tensor, column_scale: Tensor | None = None, code_type: torch.dtype = torch.int8) -> Rows8bit:
@@ -144,17 +138,13 @@ def _multiply(x: Rows8bit, q_NK: Tensor, row_scale: Tensor, transposed: bool) ->
     return out if transposed else out * row_scale
 
 
-def matmul_8bit(
-    x: Rows8bit, codes: Tensor, absmax: Tensor, values: Tensor, block_size: int, shape: torch.Size, row_scale: Tensor,
-    transposed: bool, addition: Addition, nested: Nested | None = None,
-) -> Tensor:  # fmt: skip
-    constants = _block_constants(absmax, nested).repeat_interleave(block_size)[: shape.numel()].view(shape) * _steps(row_scale)
-    index = torch.stack([codes >> 4, codes & 0xF], dim=1).view(-1).long()[: shape.numel()]
-    out = _multiply(x, _codes(values[index].view(shape) * constants, x.codes.dtype), row_scale, transposed)
-    if addition.bias is not None:
-        out = out + addition.bias
-    if addition.low is not None and addition.factor is not None:
-        out = out + addition.low @ (addition.factor * addition.scale)
+def matmul_8bit(x: Rows8bit, weight: FourBit, row_scale: Tensor, transposed: bool, epilogue: Epilogue) -> Tensor:
+    scaled = _values(weight) * (_constants(weight) * _steps(row_scale))
+    out = _multiply(x, _codes(scaled, x.codes.dtype), row_scale, transposed)
+    if epilogue.bias is not None:
+        out = out + epilogue.bias
+    if epilogue.low is not None and epilogue.factor is not None:
+        out = out + epilogue.low @ (epilogue.factor * epilogue.scale)
     return out
 
 

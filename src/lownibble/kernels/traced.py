@@ -7,13 +7,14 @@ For tracing the memory of a training step on fake tensors (`training/trace.py`).
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from lownibble.kernels import decoded, plain
 from lownibble.kernels.decoder import DecoderLayers, Segment, Step
-from lownibble.kernels.ops import Addition, Nested, Rows8bit, row_sizes
+from lownibble.kernels.types import Epilogue, FourBit, Rows8bit, row_sizes
 
 
 class Traced:
@@ -36,9 +37,7 @@ class Traced:
         n = x.numel()
         return x.new_empty((n + 1) // 2, dtype=torch.uint8), x.new_empty(-(-n // block_size), dtype=torch.float32)
 
-    def dequantize_4bit(
-        self, codes: Tensor, absmax: Tensor, values: Tensor, block_size: int, out: Tensor, nested: Nested | None = None
-    ) -> Tensor:
+    def dequantize_4bit(self, weight: FourBit, out: Tensor) -> Tensor:
         """As `ops.dequantize_4bit`."""
         return out
 
@@ -50,34 +49,23 @@ class Traced:
         """As `ops.dequantize_8bit`."""
         return codes.new_empty(codes.numel(), dtype=torch.float32)
 
-    def gemv_4bit(
-        self, x_TK: Tensor, codes: Tensor, absmax: Tensor, values: Tensor, block_size: int, out_features: int,
-        nested: Nested | None = None,
-    ) -> Tensor:  # fmt: skip
+    def gemv_4bit(self, x_TK: Tensor, weight: FourBit) -> Tensor:
         """As `ops.gemv_4bit`."""
-        return x_TK.new_empty(len(x_TK), out_features)
+        return x_TK.new_empty(len(x_TK), weight.shape[0])
 
-    def matmul_4bit(
-        self, x_TC: Tensor, codes: Tensor, absmax: Tensor, values: Tensor, block_size: int, shape: torch.Size,
-        transposed: bool, addition: Addition, nested: Nested | None = None,
-    ) -> Tensor:  # fmt: skip
+    def matmul_4bit(self, x_TC: Tensor, weight: FourBit, transposed: bool, epilogue: Epilogue) -> Tensor:
         """As `ops.matmul_4bit`."""
         if self._fused and x_TC.dtype == torch.float32:
-            return x_TC.new_empty(len(x_TC), shape[1] if transposed else shape[0])
-        return decoded.matmul(
-            self.dequantize_4bit, x_TC, codes, absmax, values, block_size, shape, transposed, addition, nested
-        )  # fmt: skip
+            return x_TC.new_empty(len(x_TC), weight.shape[1] if transposed else weight.shape[0])
+        return decoded.matmul(partial(self.dequantize_4bit, weight), weight.shape, x_TC, transposed, epilogue)
 
     def matmul_dense(self, x_TC: Tensor, weight_NK: Tensor, transposed: bool, out: Tensor) -> Tensor:
         """As `ops.matmul_dense`."""
         return out
 
-    def row_scales(
-        self, codes: Tensor, absmax: Tensor, values: Tensor, block_size: int, shape: torch.Size, nested: Nested | None = None,
-        code_type: torch.dtype = torch.int8,
-    ) -> Tensor:  # fmt: skip
+    def row_scales(self, weight: FourBit, code_type: torch.dtype = torch.int8) -> Tensor:
         """As `ops.row_scales`."""
-        return codes.new_empty(shape[0], dtype=torch.float32)
+        return weight.codes.new_empty(weight.shape[0], dtype=torch.float32)
 
     def quantize_rows(
         self, x_TC: Tensor, column_scale: Tensor | None = None, code_type: torch.dtype = torch.int8
@@ -88,12 +76,10 @@ class Traced:
         scale, start = x_TC.new_empty(n_scales), x_TC.new_empty(n_scales, dtype=torch.int32)
         return Rows8bit(codes, scale, start, *x_TC.shape)
 
-    def matmul_8bit(
-        self, x: Rows8bit, codes: Tensor, absmax: Tensor, values: Tensor, block_size: int, shape: torch.Size,
-        row_scale: Tensor, transposed: bool, addition: Addition, nested: Nested | None = None,
-    ) -> Tensor:  # fmt: skip
+    def matmul_8bit(self, x: Rows8bit, weight: FourBit, row_scale: Tensor, transposed: bool, epilogue: Epilogue) -> Tensor:
         """As `ops.matmul_8bit`."""
-        return codes.new_empty((x.rows, shape[1] if transposed else shape[0]), dtype=torch.float32)
+        columns = weight.shape[1] if transposed else weight.shape[0]
+        return weight.codes.new_empty((x.rows, columns), dtype=torch.float32)
 
     def matmul_8bit_dense(
         self, x: Rows8bit, weight_NK: Tensor, row_scale: Tensor, transposed: bool, out: Tensor

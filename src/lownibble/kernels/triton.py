@@ -26,6 +26,7 @@ stream of the tensors' device and return at once.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -40,12 +41,12 @@ from lownibble.kernels.attention import attention as attention
 from lownibble.kernels.attention import attention_backward as attention_backward
 from lownibble.kernels.checks import check_block_size, check_float, check_tensor, check_weight, check_weight_8bit
 from lownibble.kernels.decoder import DecoderLayers, Segment, Step
-from lownibble.kernels.ops import LARGEST_CODE, PART, Addition, Nested, Rows8bit, row_sizes
 from lownibble.kernels.plain import gemv_bf16 as gemv_bf16
 from lownibble.kernels.plain import low_rank as low_rank
 from lownibble.kernels.plain import low_rank_backward as low_rank_backward
 from lownibble.kernels.plain import matmul_dense as matmul_dense
 from lownibble.kernels.plain import softmax_rows as softmax_rows
+from lownibble.kernels.types import LARGEST_CODE, PART, Epilogue, FourBit, Rows8bit, row_sizes
 
 name = "triton"
 
@@ -285,11 +286,12 @@ def _per_tile(n: int, block_size: int) -> tuple[int, dict[str, int]]:
     return triton.cdiv(n, TILE), {"BLOCKS": TILE // block_size, "BLOCK": block_size}
 
 
-def _nested_arguments(absmax: Tensor, nested: Nested | None) -> tuple[tuple[Tensor, Tensor, Tensor], int]:
-    """Pointers of the nested constants and their block size; without them any pointer, never read, and 0."""
-    if nested is None:
-        return (absmax, absmax, absmax), 0
-    return (nested.values, nested.absmax, nested.offset), nested.block_size
+def _pointers(weight: FourBit) -> tuple[tuple[Tensor, ...], dict[str, int]]:
+    """Codes, constants, values and nested constants of a weight (without those any pointer, never read), and its block sizes."""
+    nested, absmax = weight.nested, weight.absmax
+    inner = (absmax,) * 3 if nested is None else (nested.values, nested.absmax, nested.offset)
+    sizes = {"BLOCK": weight.block_size, "NESTED_BLOCK": 0 if nested is None else nested.block_size}
+    return (weight.codes, absmax, weight.values, *inner), sizes
 
 
 def quantize_4bit(x: Tensor, bounds: Tensor, order: Tensor, block_size: int) -> tuple[Tensor, Tensor]:
@@ -307,18 +309,15 @@ def quantize_4bit(x: Tensor, bounds: Tensor, order: Tensor, block_size: int) -> 
     return codes, absmax
 
 
-def dequantize_4bit(
-    codes: Tensor, absmax: Tensor, values: Tensor, block_size: int, out: Tensor, nested: Nested | None = None
-) -> Tensor:
+def dequantize_4bit(weight: FourBit, out: Tensor) -> Tensor:
     """As `ops.dequantize_4bit`."""
-    n, device = out.numel(), out.device
-    check_weight(codes, absmax, values, n, block_size, nested, device)
+    n, device = weight.shape.numel(), out.device
+    check_weight(weight, device)
     check_float(out, "out")
     check_tensor(out, "out", out.dtype, n, device)
-    pointers, nested_block = _nested_arguments(absmax, nested)
-    programs, blocks = _per_tile(n, block_size)
-    arguments = codes, absmax, values, *pointers, out, n, codes.numel()
-    _launch(_dequantize_4bit, programs, *arguments, **blocks, NESTED_BLOCK=nested_block)
+    pointers, sizes = _pointers(weight)
+    programs, blocks = _per_tile(n, weight.block_size)
+    _launch(_dequantize_4bit, programs, *pointers, out, n, weight.codes.numel(), **{**sizes, **blocks})
     return out
 
 
@@ -348,18 +347,10 @@ def dequantize_8bit(codes: Tensor, absmax: Tensor, values: Tensor, block_size: i
     return out
 
 
-def gemv_4bit(
-    x_TK: Tensor,
-    codes: Tensor,
-    absmax: Tensor,
-    values: Tensor,
-    block_size: int,
-    out_features: int,
-    nested: Nested | None = None,
-) -> Tensor:
+def gemv_4bit(x_TK: Tensor, weight: FourBit) -> Tensor:
     """As `ops.gemv_4bit`."""
-    (T, K), N, device = x_TK.shape, out_features, x_TK.device
-    check_weight(codes, absmax, values, N * K, block_size, nested, device)
+    (N, K), T, device, block_size = weight.shape, len(x_TK), x_TK.device, weight.block_size
+    check_weight(weight, device)
     check_float(x_TK, "x_TK")
     check_tensor(x_TK, "x_TK", x_TK.dtype, T * K, device)
     out_TN = torch.empty((T, N), dtype=x_TK.dtype, device=device)
@@ -367,33 +358,25 @@ def gemv_4bit(
     ts = min(triton.next_power_of_2(max(T, 1)), GEMV_ROWS)
     ks = max(GEMV_COLUMNS, block_size) if whole else GEMV_COLUMNS
     ns = max(1, GEMV_TILE // ks)
-    pointers, nested_block = _nested_arguments(absmax, nested)
-    _launch(
-        _gemv_4bit, triton.cdiv(T, ts) * triton.cdiv(N, ns), x_TK, codes, absmax, values, *pointers, out_TN, T, N, K,
-        TS=ts, NS=ns, KS=ks, BLOCK=block_size, NESTED_BLOCK=nested_block, WHOLE=whole,
-    )  # fmt: skip
+    pointers, sizes = _pointers(weight)
+    programs = triton.cdiv(T, ts) * triton.cdiv(N, ns)
+    _launch(_gemv_4bit, programs, x_TK, *pointers, out_TN, T, N, K, TS=ts, NS=ns, KS=ks, **sizes, WHOLE=whole)
     return out_TN
 
 
-def matmul_4bit(
-    x_TC: Tensor, codes: Tensor, absmax: Tensor, values: Tensor, block_size: int, shape: torch.Size, transposed: bool,
-    addition: Addition, nested: Nested | None = None,
-) -> Tensor:  # fmt: skip
+def matmul_4bit(x_TC: Tensor, weight: FourBit, transposed: bool, epilogue: Epilogue) -> Tensor:
     """As `ops.matmul_4bit`: decoded into a reused buffer, then the vendor's product."""
-    return decoded.matmul(dequantize_4bit, x_TC, codes, absmax, values, block_size, shape, transposed, addition, nested)
+    return decoded.matmul(partial(dequantize_4bit, weight), weight.shape, x_TC, transposed, epilogue)
 
 
-def row_scales(
-    codes: Tensor, absmax: Tensor, values: Tensor, block_size: int, shape: torch.Size, nested: Nested | None = None,
-    code_type: torch.dtype = torch.int8,
-) -> Tensor:  # fmt: skip
+def row_scales(weight: FourBit, code_type: torch.dtype = torch.int8) -> Tensor:
     """As `ops.row_scales`."""
-    (N, K), device = shape, codes.device
-    check_weight(codes, absmax, values, N * K, block_size, nested, device)
+    (N, K), device = weight.shape, weight.codes.device
+    check_weight(weight, device)
     out_N = torch.empty(N, dtype=torch.float32, device=device)
-    pointers, nested_block = _nested_arguments(absmax, nested)
-    sizes = {"ROWS": 16, "BLOCKS": 64, "BLOCK": block_size, "NESTED_BLOCK": nested_block}
-    _launch(_row_scales, triton.cdiv(N, 16), absmax, *pointers, out_N, N, K, TOP=float(LARGEST_CODE[code_type]), **sizes)
+    (_, absmax, _, *nested), sizes = _pointers(weight)
+    top = float(LARGEST_CODE[code_type])
+    _launch(_row_scales, triton.cdiv(N, 16), absmax, *nested, out_N, N, K, TOP=top, ROWS=16, BLOCKS=64, **sizes)
     return out_N
 
 
@@ -413,14 +396,11 @@ def quantize_rows(x_TC: Tensor, column_scale: Tensor | None = None, code_type: t
     return Rows8bit(codes, scale, start, T, C)
 
 
-def matmul_8bit(
-    x: Rows8bit, codes: Tensor, absmax: Tensor, values: Tensor, block_size: int, shape: torch.Size, row_scale: Tensor,
-    transposed: bool, addition: Addition, nested: Nested | None = None,
-) -> Tensor:  # fmt: skip
+def matmul_8bit(x: Rows8bit, weight: FourBit, row_scale: Tensor, transposed: bool, epilogue: Epilogue) -> Tensor:
     """As `ops.matmul_8bit`."""
-    (N, K), T, device = shape, x.rows, codes.device
-    check_weight_8bit(shape, block_size)
-    check_weight(codes, absmax, values, N * K, block_size, nested, device)
+    (N, K), T, device = weight.shape, x.rows, weight.codes.device
+    check_weight_8bit(weight.shape, weight.block_size)
+    check_weight(weight, device)
     terms, columns = (N, K) if transposed else (K, N)
     if x.columns != terms:
         raise InputError(f"'x' must have {terms} columns. Got {x.columns}.")
@@ -432,17 +412,15 @@ def matmul_8bit(
     check_tensor(row_scale, "row_scale", torch.float32, N, device)
     out = torch.empty((T, columns), dtype=torch.float32, device=device)
     ts = MATMUL_ROWS if T > MATMUL_ROWS // 2 else MATMUL_ROWS // 2
-    pointers, nested_block = _nested_arguments(absmax, nested)
+    pointers, sizes = _pointers(weight)
     _launch(
-        _matmul_8bit, triton.cdiv(T, ts) * triton.cdiv(columns, PART),
-        x.codes, x.scale, codes, absmax, values, *pointers, row_scale, out, T, N, K,
-        TS=ts, BLOCK=block_size, NESTED_BLOCK=nested_block, TRANSPOSED=transposed,
-        num_warps=ts // MATMUL_ROWS_A_WARP,
+        _matmul_8bit, triton.cdiv(T, ts) * triton.cdiv(columns, PART), x.codes, x.scale, *pointers, row_scale, out, T, N, K,
+        TS=ts, **sizes, TRANSPOSED=transposed, num_warps=ts // MATMUL_ROWS_A_WARP,
     )  # fmt: skip
-    if addition.bias is not None:
-        out += addition.bias
-    if addition.low is not None and addition.factor is not None:
-        out.addmm_(addition.low, addition.factor, alpha=addition.scale)
+    if epilogue.bias is not None:
+        out += epilogue.bias
+    if epilogue.low is not None and epilogue.factor is not None:
+        out.addmm_(epilogue.low, epilogue.factor, alpha=epilogue.scale)
     return out
 
 

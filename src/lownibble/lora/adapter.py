@@ -28,11 +28,11 @@ from lownibble.lora.inject import (
     lora_layers,
     named_linears,
     plan,
-    rank_of,
     saved_modules,
     trained_biases,
 )
 from lownibble.lora.provenance import base_facts, from_metadata, other_codec, other_weights, to_metadata
+from lownibble.lora.targets import rank_of
 
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."

@@ -1,31 +1,73 @@
-"""How a new adapter starts. Every method leaves the model's output unchanged, except `random` (for tests)."""
+"""How a new adapter starts: functions by name in `registry.INITS`.
+
+An initialisation is called once for each adapted layer, `init(adapter, start)`, and sets A and B. It may look at the layer's
+dense weight, at what that was packed into, and at the second moments of the layer's inputs, and may return another packed
+weight, which then takes the base's place (LoftQ and its kind). An adapter whose initialisation changed its base says so in its
+file, because it fits no other.
+
+The built-in ones leave the model's output unchanged, except `random` (for tests). They draw on the CPU, so the device does not
+change the weights.
+"""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from lownibble.lora.layer import LowRank
+from lownibble.quant.packed import PackedWeight
+from lownibble.registry import INITS
 
 
-def _kaiming(adapter: LowRank, generator: torch.Generator) -> None:
-    bound = 1 / math.sqrt(adapter.lora_A.shape[1])  # kaiming-uniform with a = sqrt 5, as PEFT and nn.Linear
-    adapter.lora_A.data.copy_(torch.empty(adapter.lora_A.shape).uniform_(-bound, bound, generator=generator))
+@dataclass(frozen=True)
+class Start:
+    """What an initialisation may look at.
+
+    Attributes:
+        path: of the layer.
+        weight: gives the layer's dense weight (out, in) in float32, read from the checkpoint where the base is packed.
+            Raises ModelError where it is not to be had.
+        packed: what the weight was packed into; None where the base is dense.
+        statistics: (in,) second moments of the layer's inputs from a calibration pass, or None.
+        generator: to draw from, on the CPU.
+    """
+
+    path: str
+    weight: Callable[[], Tensor]
+    packed: PackedWeight | None
+    statistics: Tensor | None
+    generator: torch.Generator
+
+
+Init = Callable[[LowRank, Start], PackedWeight | None]
+
+
+def kaiming(adapter: LowRank, start: Start) -> None:
+    """A kaiming-uniform with a = sqrt 5, as PEFT and nn.Linear; B zero."""
+    bound = 1 / math.sqrt(adapter.lora_A.shape[1])
+    adapter.lora_A.data.copy_(torch.empty(adapter.lora_A.shape).uniform_(-bound, bound, generator=start.generator))
     adapter.lora_B.data.zero_()
 
 
-def _gaussian(adapter: LowRank, generator: torch.Generator) -> None:
-    adapter.lora_A.data.copy_(torch.empty(adapter.lora_A.shape).normal_(0, 1 / adapter.r, generator=generator))
+def gaussian(adapter: LowRank, start: Start) -> None:
+    """A normal with standard deviation 1 / r; B zero."""
+    adapter.lora_A.data.copy_(torch.empty(adapter.lora_A.shape).normal_(0, 1 / adapter.r, generator=start.generator))
     adapter.lora_B.data.zero_()
 
 
-def _random(adapter: LowRank, generator: torch.Generator) -> None:
-    _kaiming(adapter, generator)
+def random(adapter: LowRank, start: Start) -> None:
+    """As `kaiming`, and B uniform: the adapter changes the output from the start."""
+    kaiming(adapter, start)
     bound = 1 / math.sqrt(adapter.r)
-    adapter.lora_B.data.copy_(torch.empty(adapter.lora_B.shape).uniform_(-bound, bound, generator=generator))
+    adapter.lora_B.data.copy_(torch.empty(adapter.lora_B.shape).uniform_(-bound, bound, generator=start.generator))
 
 
-INITS: dict[bool | str, Callable[[LowRank, torch.Generator], None]] = {True: _kaiming, "gaussian": _gaussian, False: _random}
-"""`LoraConfig.init_lora_weights` -> initialiser. Draws on the CPU, so the device does not change the weights."""
+def find(init_lora_weights: bool | str) -> Init:
+    """The initialisation that the option of `LoraConfig` names."""
+    name = {True: "kaiming", False: "random"}[init_lora_weights] if isinstance(init_lora_weights, bool) else init_lora_weights
+    found: Init = INITS[name]
+    return found

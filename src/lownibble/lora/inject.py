@@ -1,27 +1,27 @@
 """Putting adapters into a model: which modules are meant, what is trained, what PEFT would print.
 
-Matching follows PEFT's `check_target_module_exists`, including its asymmetries: a string is a regular expression that must
-match the full path; a list item matches a whole path or whole names at its end, an item of `modules_to_save` any end of a
-path ("norm" means "input_layernorm" too); `layers_to_transform` counts the first number in a path.
+What `target_modules` means is in `targets.py`. An item of `modules_to_save` matches any end of a path, as in PEFT ("norm" means
+"input_layernorm" too).
 """
 
 from __future__ import annotations
 
 import copy
-import re
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
 from lownibble.config import LoraConfig
-from lownibble.errors import TargetError
-from lownibble.lora.init import INITS
-from lownibble.lora.layer import LoraLinear, TrainedCopy, scaling
-from lownibble.quant import QuantLinear, is_plain_linear
-
-_LAYER_INDEX = re.compile(r".*?\.[^.]*\.(?P<index>\d+)\.")
+from lownibble.errors import ModelError, TargetError
+from lownibble.lora import targets
+from lownibble.lora.init import Start, find
+from lownibble.lora.layer import LoraLinear, TrainedCopy
+from lownibble.lora.targets import alpha_of, rank_of
+from lownibble.models.info import info
+from lownibble.quant import PackedWeight, QuantLinear, is_plain_linear
 
 
 def named_linears(model: nn.Module) -> dict[str, nn.Module]:
@@ -47,70 +47,27 @@ def _output_head(model: nn.Module) -> nn.Module | None:
     return get() if get is not None else None
 
 
-def _names(path: str, names: list[str]) -> bool:
-    return any(path == name or path.endswith(f".{name}") for name in names)
-
-
 def match_targets(model: nn.Module, config: LoraConfig) -> dict[str, nn.Module]:
     """Path -> module of every linear layer that `config` targets.
 
     Raises:
         TargetError: nothing matches, or options contradict each other; lists the candidates.
     """
-    linears = named_linears(model)
+    linears, head = named_linears(model), _output_head(model)
     saved = [path for path, _ in model.named_modules() if path.endswith(tuple(config.modules_to_save))]
-    allowed = {p: m for p, m in linears.items() if not any(p == s or p.startswith(f"{s}.") for s in saved)}
-    target, layers = config.target_modules, config.layers_to_transform
-    if target == "all-linear":
-        head = _output_head(model)
-        matched = {p: m for p, m in allowed.items() if m is not head}
-    elif isinstance(target, str):
-        if layers is not None:
-            raise TargetError(
-                "layers_to_transform needs target_modules as a list or 'all-linear'. Put the layers into the regex."
-            )
-        try:
-            matched = {p: m for p, m in allowed.items() if re.fullmatch(target, p)}
-        except re.error as error:
-            raise TargetError(f"target_modules {target!r} is not a valid regular expression: {error}. Mend it.") from None
-    else:
-        matched = {p: m for p, m in allowed.items() if _names(p, target)}
-        missing = [name for name in target if not any(_names(p, [name]) for p in linears)]
-        if matched and missing:
-            raise TargetError(f"target_modules {missing} match no linear module. Candidates: {candidates(model)}.")
-    if layers is not None:
-        indices = {p: _LAYER_INDEX.match(p) for p in matched}
-        matched = {p: m for p, m in matched.items() if (i := indices[p]) and int(i["index"]) in layers}
-    if not matched:
-        within = f" in layers {layers}" if layers is not None else ""
-        raise TargetError(f"target_modules {target!r} match no linear module{within}. Candidates: {candidates(model)}.")
-    return matched
+    of_head = next((path for path, module in linears.items() if module is head), None)
+    return {path: linears[path] for path in targets.match_targets(linears, config, head=of_head, excluded=saved)}
 
 
 def candidates(model: nn.Module) -> str:
     """The distinct last names of linear modules, for error messages."""
-    return ", ".join(sorted({path.rsplit(".", 1)[-1] for path in named_linears(model)})) or "none (no nn.Linear in this model)"
-
-
-def _by_pattern(path: str, patterns: Mapping[str, float], default: float) -> float:
-    return next((value for key, value in patterns.items() if re.match(rf"(.*\.)?({key})$", path)), default)
+    return targets.candidates(named_linears(model))
 
 
 def replace_module(model: nn.Module, path: str, module: nn.Module) -> None:
     """Put `module` where `path` points."""
     parent, _, name = path.rpartition(".")
     setattr(model.get_submodule(parent), name, module)
-
-
-def _check_patterns(config: LoraConfig, targets: dict[str, nn.Module]) -> None:
-    for option, patterns in (("rank_pattern", config.rank_pattern), ("alpha_pattern", config.alpha_pattern)):
-        for key in patterns:
-            try:
-                re.compile(key)
-            except re.error as error:
-                raise TargetError(f"{option} {key!r} is not a valid regular expression: {error}. Mend it.") from None
-            if not any(re.match(rf"(.*\.)?({key})$", path) for path in targets):
-                raise TargetError(f"{option} {key!r} matches no targeted module. Targets: {', '.join(list(targets)[:4])}, ...")
 
 
 def _match_saved(model: nn.Module, config: LoraConfig) -> dict[str, nn.Module]:
@@ -135,17 +92,17 @@ def _match_saved(model: nn.Module, config: LoraConfig) -> dict[str, nn.Module]:
 
 
 def _biases(
-    model: nn.Module, config: LoraConfig, targets: dict[str, nn.Module], saved: dict[str, nn.Module]
+    model: nn.Module, config: LoraConfig, matched: dict[str, nn.Module], saved: dict[str, nn.Module]
 ) -> dict[str, nn.Parameter]:
     """Path in PEFT's files -> every bias that `config.bias` trains in place; those of `saved` are in their copies."""
     if config.bias == "none":
         return {}
-    adapted = {f"{path}.base_layer.bias": m.bias for path, m in targets.items() if isinstance(m.bias, nn.Parameter)}
+    adapted = {f"{path}.base_layer.bias": m.bias for path, m in matched.items() if isinstance(m.bias, nn.Parameter)}
     if config.bias == "lora_only":
         return adapted
     return adapted | {
         f"{path}.bias": m.bias for path, m in model.named_modules()
-        if isinstance(getattr(m, "bias", None), nn.Parameter) and path not in targets and not isinstance(m, TrainedCopy)
+        if isinstance(getattr(m, "bias", None), nn.Parameter) and path not in matched and not isinstance(m, TrainedCopy)
         and not _inside_wrapper(path, model) and not any(path == s or path.startswith(f"{s}.") for s in saved)
     }  # fmt: skip
 
@@ -179,25 +136,8 @@ def plan(model: nn.Module, config: LoraConfig, name: str) -> Plan:
     biased = [other for other, its in known.items() if its.bias != "none"]
     if config.bias != "none" and biased:
         raise TargetError(f"Adapter '{biased[0]}' trains biases already, and only one can. Use bias='none' or remove it.")
-    targets = match_targets(model, config)
-    _check_patterns(config, targets)
-    saved = _match_saved(model, config)
-    return Plan(targets, saved, _biases(model, config, targets, saved))
-
-
-def rank_of(path: str, config: LoraConfig) -> int:
-    """The rank that `config` gives to the layer at `path`."""
-    return int(_by_pattern(path, config.rank_pattern, config.r))
-
-
-def alpha_of(path: str, config: LoraConfig) -> float:
-    """The lora_alpha that `config` gives to the layer at `path`."""
-    return _by_pattern(path, config.alpha_pattern, config.lora_alpha)
-
-
-def scale_of(path: str, config: LoraConfig) -> float:
-    """What B A of the layer at `path` is multiplied by."""
-    return scaling(rank_of(path, config), alpha_of(path, config), config.use_rslora)
+    matched, saved = match_targets(model, config), _match_saved(model, config)
+    return Plan(matched, saved, _biases(model, config, matched, saved))
 
 
 def add_lora(model: nn.Module, config: LoraConfig, *, name: str = "default", seed: int = 0) -> nn.Module:
@@ -212,11 +152,13 @@ def add_lora(model: nn.Module, config: LoraConfig, *, name: str = "default", see
     """
     planned = plan(model, config, name)
     model.requires_grad_(False)
-    generator = torch.Generator().manual_seed(seed)
+    generator, init = torch.Generator().manual_seed(seed), find(config.init_lora_weights)
     for path, module in planned.targets.items():
         layer = module if isinstance(module, LoraLinear) else LoraLinear(module)  # type: ignore[arg-type]
         adapter = layer.add(name, rank_of(path, config), alpha_of(path, config), config.lora_dropout, config.use_rslora)
-        INITS[config.init_lora_weights](adapter, generator)
+        changed = init(adapter, Start(path, partial(_dense_weight, model, path, layer), _packed(layer), None, generator))
+        if changed is not None:
+            _replace_base(model, layer, changed, config)
         layer.train(module.training)
         replace_module(model, path, layer)
     for path, original in planned.saved.items():
@@ -224,41 +166,53 @@ def add_lora(model: nn.Module, config: LoraConfig, *, name: str = "default", see
         wrapper = module if isinstance(module, TrainedCopy) else TrainedCopy(original)
         wrapper.copies[name] = copy.deepcopy(original).float()
         replace_module(model, path, wrapper.train(module.training))
-    state = _state(model)
+    state = info(model).adapters
     state.configs[name] = config
     state.biases[name] = {path: (bias, bias.detach().clone()) for path, bias in planned.biases.items()}
     set_adapter(model, name)
     return model
 
 
-@dataclass
-class _State:
-    """What a model knows about its adapters.
+def _packed(layer: LoraLinear) -> PackedWeight | None:
+    return layer.base.weight if isinstance(layer.base, QuantLinear) else None
 
-    Attributes:
-        biases: by adapter, path in PEFT's files -> (the parameter in the base, the values that are not in place: the
-            original ones while the adapter is active, else the trained ones).
+
+def _dense_weight(model: nn.Module, path: str, layer: LoraLinear) -> Tensor:
+    """The layer's weight before it was packed, in float32.
+
+    Raises:
+        ModelError: the model does not say where it came from, or came packed.
     """
+    weight = layer.base.weight
+    if isinstance(weight, Tensor):
+        return weight.detach().float()
+    read = info(model).read_dense
+    if read is None:
+        raise ModelError(
+            f"The dense weight of '{path}' is needed and not to be had: the model did not come through lownibble.load, or its "
+            "checkpoint is packed. Load a dense checkpoint with quant=..., or use init_lora_weights=True."
+        )
+    return read(path)
 
-    configs: dict[str, LoraConfig] = field(default_factory=dict)
-    biases: dict[str, dict[str, tuple[nn.Parameter, Tensor]]] = field(default_factory=dict)
-    active: str | None = None
 
-
-def _state(model: nn.Module) -> _State:
-    if not hasattr(model, "lownibble_adapters"):
-        model.lownibble_adapters = _State()  # type: ignore[assignment]
-    return model.lownibble_adapters  # type: ignore[return-value]
+def _replace_base(model: nn.Module, layer: LoraLinear, packed: PackedWeight, config: LoraConfig) -> None:
+    """Take over the packed weight that an initialisation made."""
+    if not isinstance(layer.base, QuantLinear):
+        raise TargetError(
+            f"init_lora_weights={config.init_lora_weights!r} changes packed weights, and this base is dense. Use --method qlora."
+        )
+    layer.base = QuantLinear(packed, layer.base.bias, compute=layer.base.compute)
+    info(model).changed_base = str(config.init_lora_weights)
 
 
 def adapter_configs(model: nn.Module) -> dict[str, LoraConfig]:
     """Adapter name -> its configuration."""
-    return dict(_state(model).configs)
+    return dict(info(model).adapters.configs)
 
 
 def active_adapter(model: nn.Module) -> str | None:
     """Name of the active adapter."""
-    return _state(model).active
+    return info(model).adapters.active
 
 
 def lora_layers(model: nn.Module, name: str) -> Iterator[tuple[str, LoraLinear]]:
@@ -277,7 +231,7 @@ def saved_modules(model: nn.Module, name: str) -> Iterator[tuple[str, nn.Module]
 
 def trained_biases(model: nn.Module, name: str) -> Iterator[tuple[str, Tensor]]:
     """(path in PEFT's files, values) of every bias that the adapter trained in place."""
-    state = _state(model)
+    state = info(model).adapters
     for path, (parameter, aside) in state.biases[name].items():
         yield path, parameter if state.active == name else aside
 
@@ -288,7 +242,7 @@ def set_adapter(model: nn.Module, name: str | None) -> None:
     Raises:
         TargetError: the model has no adapter of that name.
     """
-    state = _state(model)
+    state = info(model).adapters
     if name is not None and name not in state.configs:
         raise TargetError(f"The model has no adapter '{name}'. It has: {', '.join(state.configs) or 'none'}.")
     for module in model.modules():
@@ -315,7 +269,7 @@ def remove_adapter(model: nn.Module, name: str) -> None:
     Raises:
         TargetError: the model has no adapter of that name.
     """
-    state = _state(model)
+    state = info(model).adapters
     if name not in state.configs:
         raise TargetError(f"The model has no adapter '{name}'. It has: {', '.join(state.configs) or 'none'}.")
     if state.active == name:

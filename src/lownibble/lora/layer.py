@@ -1,12 +1,11 @@
 """LoraLinear: any linear layer plus named low-rank branches. What it computes is in `product.py`.
 
-Composition (a frozen base module and adapters by name) was chosen over subclasses per codec: a new codec only has to
-provide `QuantizedTensor.dequantize`.
+Composition (a frozen base module and adapters by name) was chosen over subclasses per codec: a new codec only has to follow
+`quant/packed.py`.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -14,12 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from lownibble.lora.product import LoraMatmul, lora_matmul
-from lownibble.quant import QuantizedTensor, QuantLinear, eightbit
-
-
-def scaling(r: int, alpha: float, use_rslora: bool) -> float:
-    """What B A is multiplied by."""
-    return alpha / (math.sqrt(r) if use_rslora else r)
+from lownibble.lora.targets import scaling
+from lownibble.quant import PackedWeight, QuantLinear, eightbit
 
 
 class LowRank(nn.Module):
@@ -68,7 +63,7 @@ class LoraLinear(nn.Module):
         return adapter
 
     @property
-    def weight(self) -> Tensor | QuantizedTensor:
+    def weight(self) -> Tensor | PackedWeight:
         """The base's weight, (out_features, in_features)."""
         return self.base.weight
 
@@ -91,10 +86,10 @@ class LoraLinear(nn.Module):
         code_type = self.base.code_type if isinstance(self.base, QuantLinear) else None
         seed = torch.randint(2**62, ()) if dropout else None
         if torch.compiler.is_compiling():
-            weight, codec = (self.base.flat, self.base.codec) if isinstance(self.base, QuantLinear) else ([self.base.weight], "")
+            weight, spec = (self.base.flat, self.base.spec) if isinstance(self.base, QuantLinear) else ([self.base.weight], "")
             y: Tensor
             y, _ = lora_matmul(
-                x, weight, codec, self.base.bias, adapter.lora_A, adapter.lora_B, adapter.scale, dropout, seed,
+                x, weight, spec, self.base.bias, adapter.lora_A, adapter.lora_B, adapter.scale, dropout, seed,
                 eightbit.rows_of(x, code_type),
             )  # fmt: skip
             return y

@@ -21,8 +21,9 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from lownibble.kernels import ops
-from lownibble.kernels.ops import Addition, Rows8bit
-from lownibble.quant import QuantizedTensor, eightbit
+from lownibble.kernels.types import NO_EPILOGUE, Epilogue, Rows8bit
+from lownibble.quant import eightbit
+from lownibble.quant.packed import PackedWeight, from_spec, restore
 
 
 def _keep_mask(x: Tensor, p: float, seed: int) -> Tensor:
@@ -31,19 +32,19 @@ def _keep_mask(x: Tensor, p: float, seed: int) -> Tensor:
     return torch.empty_like(x).bernoulli_(1 - p, generator=generator).div_(1 - p)
 
 
-def _input_gradient(dy: Tensor, weight: Tensor | QuantizedTensor, addition: Addition, code_type: torch.dtype | None) -> Tensor:
-    """dy W, (T, K), plus `addition`."""
-    low, factor = addition.low, addition.factor
+def _input_gradient(dy: Tensor, weight: Tensor | PackedWeight, epilogue: Epilogue, code_type: torch.dtype | None) -> Tensor:
+    """dy W, (T, K), plus `epilogue`."""
+    low, factor = epilogue.low, epilogue.factor
     if isinstance(weight, Tensor):
         dx = dy @ weight.to(dy.dtype)
         return dx if low is None or factor is None else dx.addmm_(low, factor.to(dy.dtype))
     if code_type is not None:
-        return eightbit.backward(dy, weight, addition._replace(low=None if low is None else low.float()), code_type)
-    return weight.matmul(dy, transposed=True, addition=addition)
+        return eightbit.backward(dy, weight, epilogue._replace(low=None if low is None else low.float()), code_type)
+    return weight.matmul(dy, transposed=True, epilogue=epilogue)
 
 
 def forward(
-    x: Tensor, weight: Tensor | QuantizedTensor, bias: Tensor | None, lora_A: Tensor, lora_B: Tensor, scale: float,
+    x: Tensor, weight: Tensor | PackedWeight, bias: Tensor | None, lora_A: Tensor, lora_B: Tensor, scale: float,
     dropout: float, seed: int, rows: Rows8bit | None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """x (T, K) -> y (T, N) and dropout(x) A^T (T, r). `rows`: x in 8 bits, for 8-bit products, or None."""
@@ -56,15 +57,15 @@ def forward(
         y.addmm_(low, lora_B.to(x.dtype).t(), alpha=scale)
     elif rows is None:
         own_bias = None if bias is None else bias.to(x.dtype)
-        y = weight.matmul(x, addition=Addition(own_bias, low, lora_B.t(), scale))
+        y = weight.matmul(x, epilogue=Epilogue(own_bias, low, lora_B.t(), scale))
     else:
         bias_32 = None if bias is None else bias.float()
-        y = eightbit.forward(rows, weight, Addition(bias_32, low.float(), lora_B.t(), scale), x.dtype)
+        y = eightbit.forward(rows, weight, Epilogue(bias_32, low.float(), lora_B.t(), scale), x.dtype)
     return y, low
 
 
 def backward(
-    dy: Tensor, x: Tensor, weight: Tensor | QuantizedTensor, lora_A: Tensor, lora_B: Tensor, low: Tensor, scale: float,
+    dy: Tensor, x: Tensor, weight: Tensor | PackedWeight, lora_A: Tensor, lora_B: Tensor, low: Tensor, scale: float,
     dropout: float, seed: int, code_type: torch.dtype | None, wants_dx: bool,
 ) -> tuple[Tensor | None, Tensor, Tensor]:  # fmt: skip
     """dy (T, N) -> dx (T, K) if wanted, dA and dB. `code_type`: for 8-bit products, the forward's, or None."""
@@ -73,7 +74,7 @@ def backward(
     dlow, dA, dB = ops.low_rank_backward(dy, x if mask is None else x * mask, low, lora_B, scale)
     if not wants_dx:
         return None, dA, dB
-    dx = _input_gradient(dy, weight, Addition(low=dlow, factor=lora_A) if mask is None else Addition(), code_type)
+    dx = _input_gradient(dy, weight, Epilogue(low=dlow, factor=lora_A) if mask is None else NO_EPILOGUE, code_type)
     if mask is not None:
         dx.add_((dlow @ lora_A.to(dy.dtype)).mul_(mask))
     return dx, dA, dB
@@ -84,14 +85,14 @@ class LoraMatmul(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor | QuantizedTensor, bias: Tensor | None, lora_A: Tensor, lora_B: Tensor,
+        ctx: Any, x: Tensor, weight: Tensor | PackedWeight, bias: Tensor | None, lora_A: Tensor, lora_B: Tensor,
         scale: float, dropout: float, seed: int, rows: Rows8bit | None,
     ) -> Tensor:  # fmt: skip
         """The module's `forward`, without x A^T."""
         y, low = forward(x, weight, bias, lora_A, lora_B, scale, dropout, seed, rows)
-        packed = not isinstance(weight, Tensor)
-        ctx.save_for_backward(x, lora_A, lora_B, low, *(() if packed else (weight,)))
-        ctx.weight = weight if packed else None
+        tensors = {"": weight} if isinstance(weight, Tensor) else weight.tensors()
+        ctx.save_for_backward(x, lora_A, lora_B, low, *tensors.values())
+        ctx.packed = None if isinstance(weight, Tensor) else (weight.facts(), tuple(tensors))
         ctx.rest = scale, dropout, seed, None if rows is None else rows.codes.dtype
         return y
 
@@ -99,8 +100,9 @@ class LoraMatmul(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         """The module's `backward`, and the bias's gradient where it is wanted."""
-        x, lora_A, lora_B, low, *dense = ctx.saved_tensors
-        weight = ctx.weight if ctx.weight is not None else dense[0]
+        x, lora_A, lora_B, low, *tensors = ctx.saved_tensors
+        facts, names = ctx.packed or (None, ())
+        weight = tensors[0] if facts is None else restore(facts, dict(zip(names, tensors, strict=True)))
         scale, dropout, seed, code_type = ctx.rest
         dx, dA, dB = backward(
             dy, x, weight, lora_A, lora_B, low, scale, dropout, seed, code_type, ctx.needs_input_grad[0]
@@ -109,62 +111,61 @@ class LoraMatmul(torch.autograd.Function):
         return dx, None, dbias, dA, dB, None, None, None, None
 
 
-def _weight(tensors: list[Tensor], codec: str, lora_A: Tensor, lora_B: Tensor) -> Tensor | QuantizedTensor:
-    shape = torch.Size((lora_B.shape[0], lora_A.shape[1]))
-    return QuantizedTensor.unflatten(tensors, codec, shape) if codec else tensors[0]
+def _weight(tensors: list[Tensor], spec: str) -> Tensor | PackedWeight:
+    return from_spec(spec, tensors) if spec else tensors[0]
 
 
 @torch.library.custom_op("lownibble::lora_matmul", mutates_args=())
 def lora_matmul(
-    x: Tensor, weight: list[Tensor], codec: str, bias: Tensor | None, lora_A: Tensor, lora_B: Tensor, scale: float,
+    x: Tensor, weight: list[Tensor], spec: str, bias: Tensor | None, lora_A: Tensor, lora_B: Tensor, scale: float,
     dropout: float, seed: Tensor | None, rows: list[Tensor],
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """What a compiler calls: x (..., K) -> y (..., N) and (T, r).
 
-    `weight`: a dense one, or with a `codec` the `flat` of a `QuantLinear`. `seed`: () int64, with dropout. `rows`: x in
+    `weight`: a dense one, or with a `spec` the `flat` of a `QuantLinear`. `seed`: () int64, with dropout. `rows`: x in
     8 bits as `eightbit.rows_of` gave them, or empty.
     """
     x_TK = x.reshape(-1, x.shape[-1])
     as_rows = Rows8bit(rows[0], rows[1], rows[2], *x_TK.shape) if rows else None
-    frozen = _weight(weight, codec, lora_A, lora_B)
+    frozen = _weight(weight, spec)
     y, low = forward(x_TK, frozen, bias, lora_A, lora_B, scale, dropout, 0 if seed is None else int(seed), as_rows)
     return y.view(*x.shape[:-1], -1), low
 
 
 @lora_matmul.register_fake
-def _(x, weight, codec, bias, lora_A, lora_B, scale, dropout, seed, rows):  # type: ignore[no-untyped-def]
+def _(x, weight, spec, bias, lora_A, lora_B, scale, dropout, seed, rows):  # type: ignore[no-untyped-def]
     return x.new_empty((*x.shape[:-1], lora_B.shape[0])), x.new_empty((x.numel() // x.shape[-1], lora_A.shape[0]))
 
 
 @torch.library.custom_op("lownibble::lora_matmul_backward", mutates_args=())
 def _lora_matmul_backward(
-    dy: Tensor, x: Tensor, weight: list[Tensor], codec: str, lora_A: Tensor, lora_B: Tensor, low: Tensor, scale: float,
+    dy: Tensor, x: Tensor, weight: list[Tensor], spec: str, lora_A: Tensor, lora_B: Tensor, low: Tensor, scale: float,
     dropout: float, seed: Tensor | None, code_type: torch.dtype | None, wants_dx: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     dy_TN, x_TK = dy.reshape(-1, dy.shape[-1]), x.reshape(-1, x.shape[-1])
-    frozen, drawn = _weight(weight, codec, lora_A, lora_B), 0 if seed is None else int(seed)
+    frozen, drawn = _weight(weight, spec), 0 if seed is None else int(seed)
     dx, dA, dB = backward(dy_TN, x_TK, frozen, lora_A, lora_B, low, scale, dropout, drawn, code_type, wants_dx)
     return x.new_empty(0) if dx is None else dx.view(x.shape), dA, dB
 
 
 @_lora_matmul_backward.register_fake
-def _(dy, x, weight, codec, lora_A, lora_B, low, scale, dropout, seed, code_type, wants_dx):  # type: ignore[no-untyped-def]
+def _(dy, x, weight, spec, lora_A, lora_B, low, scale, dropout, seed, code_type, wants_dx):  # type: ignore[no-untyped-def]
     return x.new_empty(x.shape if wants_dx else 0), torch.empty_like(lora_A), torch.empty_like(lora_B)
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    x, weight, codec, _, lora_A, lora_B, scale, dropout, seed, rows = inputs
+    x, weight, spec, _, lora_A, lora_B, scale, dropout, seed, rows = inputs
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(x, lora_A, lora_B, output[1], seed, *weight)
-    ctx.rest = codec, scale, dropout, len(weight), [tensor.dtype for tensor in rows]
+    ctx.rest = spec, scale, dropout, len(weight), [tensor.dtype for tensor in rows]
 
 
 def _differentiate(ctx: Any, dy: Tensor, _: None) -> tuple[Any, ...]:
     x, lora_A, lora_B, low, seed, *weight = ctx.saved_tensors
-    codec, scale, dropout, n_weight, row_types = ctx.rest
+    spec, scale, dropout, n_weight, row_types = ctx.rest
     wants_dx, code_type = ctx.needs_input_grad[0], row_types[0] if row_types else None
     dx, dA, dB = _lora_matmul_backward(
-        dy, x, weight, codec, lora_A, lora_B, low, scale, dropout, seed, code_type, wants_dx
+        dy, x, weight, spec, lora_A, lora_B, low, scale, dropout, seed, code_type, wants_dx
     )  # fmt: skip
     dbias = dy.flatten(0, -2).sum(0) if ctx.needs_input_grad[3] else None
     return dx if wants_dx else None, [None] * n_weight, None, dbias, dA, dB, None, None, None, [None] * len(row_types)

@@ -6,7 +6,10 @@ metadata, where they travel with the weights and other libraries ignore them:
 
     model, revision   what the base was called
     digest            of its weights (`models.checkpoint`); None where the model did not come through `lownibble.load`
-    quant             None for a dense base, else its codec: quant_type, block_size, double_quant, compute, skip_modules
+    changed_base      name of the initialisation that changed the base's packed weights; absent where none did
+    quant             None for a dense base, else how it is packed: quant_type, block_size, double_quant, compute, skip_modules,
+    and
+                      pattern where layers differ
 """
 
 from __future__ import annotations
@@ -18,6 +21,8 @@ from typing import Any
 from torch import nn
 
 from lownibble.lora.layer import LoraLinear, TrainedCopy
+from lownibble.models.info import info
+from lownibble.models.packed import config_of
 from lownibble.quant import QuantLinear, is_plain_linear
 
 METADATA_KEY = "lownibble_trained_on"
@@ -27,9 +32,9 @@ Facts = Mapping[str, Any]
 
 def base_facts(model: nn.Module) -> dict[str, Any]:
     """What `model` is as a base for adapters."""
-    known: dict[str, Any] = getattr(model, "lownibble_base", {})
-    name = getattr(getattr(model, "config", None), "_name_or_path", None) or None
-    return {"model": name, "revision": None, "digest": None, **known, "quant": _codec(model)}
+    name, known = getattr(getattr(model, "config", None), "_name_or_path", None) or None, info(model)
+    changed = {"changed_base": known.changed_base} if known.changed_base else {}
+    return {"model": name, "revision": None, "digest": None, **known.base, "quant": _codec(model), **changed}
 
 
 def _codec(model: nn.Module) -> dict[str, Any] | None:
@@ -37,13 +42,14 @@ def _codec(model: nn.Module) -> dict[str, Any] | None:
     packed = {path: module for path, module in linears.items() if isinstance(module, QuantLinear)}
     if not packed:
         return None
-    first = next(iter(packed.values()))
+    config = config_of({path: module.weight for path, module in packed.items()}, [])
     names = {path.rpartition(".")[2] for path in packed}
     last_names = {path: path.rpartition(".")[2] for path in linears.keys() - packed.keys()}
     skipped = {path if last in names else last for path, last in last_names.items()}
     return {
-        "quant_type": first.quant_type, "block_size": first.block_size, "double_quant": first.weight.double_quant,
-        "compute": first.compute, "skip_modules": sorted(skipped),
+        "quant_type": config.quant_type, "block_size": config.block_size, "double_quant": config.double_quant,
+        "compute": next(iter(packed.values())).compute, "skip_modules": sorted(skipped),
+        **({"pattern": config.pattern} if config.pattern else {}),
     }  # fmt: skip
 
 
@@ -80,6 +86,8 @@ def from_metadata(metadata: Mapping[str, str] | None) -> dict[str, Any] | None:
 
 def other_weights(trained_on: Facts, base: Facts) -> str | None:
     """How the base's weights are known to be others than those trained on, or None."""
+    if (name := trained_on.get("changed_base")) and base.get("changed_base") != name:
+        return f"it was started with init_lora_weights='{name}', which changed the packed weights under it"
     if trained_on["digest"] is None or base["digest"] in (None, trained_on["digest"]):
         return None
     revision = f" at revision {trained_on['revision']}" if trained_on.get("revision") else ""
@@ -96,7 +104,9 @@ def other_codec(trained_on: Facts, base: Facts) -> str | None:
 
 
 def describe(quant: Mapping[str, Any] | None) -> str:
-    """A codec in words: 'dense', 'nf4/64 double-quantised'."""
+    """How a base is stored, in words: 'dense', 'nf4/64 double-quantised', 'nf4/64 with down_proj in int8/64'."""
     if quant is None:
         return "dense"
-    return f"{quant['quant_type']}/{quant['block_size']}{' double-quantised' if quant['double_quant'] else ''}"
+    said = f"{quant['quant_type']}/{quant['block_size']}{' double-quantised' if quant['double_quant'] else ''}"
+    others = [f"{key} in {how['quant_type']}/{how['block_size']}" for key, how in (quant.get("pattern") or {}).items()]
+    return f"{said} with {', '.join(others[:4])}{', ...' * (len(others) > 4)}" if others else said

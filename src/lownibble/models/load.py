@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -23,11 +23,12 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
 from lownibble.config import QuantConfig
 from lownibble.errors import ModelError
-from lownibble.models import bnb4bit
+from lownibble.models import packed as packed_files
 from lownibble.models.checkpoint import Checkpoint
+from lownibble.models.info import info
 from lownibble.models.sources import ModelSource, resolve
-from lownibble.quant import QuantizedTensor, QuantLinear, eightbit, is_plain_linear, quantize
-from lownibble.quant.codec import CODECS
+from lownibble.quant import PackedWeight, QuantLinear, eightbit, is_plain_linear, layouts, quantize
+from lownibble.registry import CODECS
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 """The values of the option `dtype` -> torch's types."""
@@ -72,7 +73,8 @@ def load(
     Args:
         model: 'demo', a folder in Hugging Face layout (one or many safetensors shards, also bitsandbytes 4-bit
             checkpoints), a .gguf file, or a hub id.
-        quant: None for dense, 'nf4' or 'fp4', or a `QuantConfig`. A checkpoint that is 4-bit already stays as it is.
+        quant: None for dense, the name of a codec ('nf4', 'int8', ...), or a `QuantConfig`. A checkpoint that is packed
+            already stays as it is.
         dtype: of everything that is not quantised, and of the activations.
         device: where the model goes.
         revision: of a hub id.
@@ -91,8 +93,14 @@ def load(
     checkpoint = Checkpoint(source)
     _fill(empty, checkpoint, source, config, target_device, target_dtype)
     empty.config._name_or_path = source.name
-    empty.lownibble_base = {"model": source.name, "revision": revision, "digest": checkpoint.digest()}
+    info(empty).base = {"model": source.name, "revision": revision, "digest": checkpoint.digest()}
+    if config is not None and not packed_files.packed_modules(checkpoint.file_of):
+        info(empty).read_dense = partial(_read_dense, checkpoint)
     return empty.eval(), load_tokenizer(source)
+
+
+def _read_dense(checkpoint: Checkpoint, path: str) -> Tensor:
+    return checkpoint.read(f"{path}.weight").float()
 
 
 def load_tokenizer(source: ModelSource) -> Any:
@@ -112,15 +120,14 @@ def skeleton(source: ModelSource, dtype: torch.dtype) -> Any:
         config = AutoConfig.from_pretrained(source.folder, trust_remote_code=False)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, StrictDataclassError) as error:
         raise ModelError(f"'{source.name}': config.json cannot be used: {_reason(error)}") from None
-    bnb4bit.check_config(config, source.name)
-    stored_quantization = config.__dict__.pop("quantization_config", None)
+    packed_files.check_config(config, source.name)
+    config.__dict__.pop("quantization_config", None)
     try:
         with init_empty_weights(include_buffers=False):
             model = _auto(config).from_config(config, dtype=dtype, trust_remote_code=False)
     except ValueError as error:
         raise ModelError(f"'{source.name}' is not a language model transformers knows: {_reason(error)}") from None
     model.tie_weights()
-    model.lownibble_stored_quantization = stored_quantization
     if (source.folder / "generation_config.json").is_file():
         try:
             model.generation_config = GenerationConfig.from_pretrained(source.folder)
@@ -148,12 +155,13 @@ def uninitialised(config: Mapping[str, Any], quant: QuantConfig | None, dtype: t
     except (ValueError, TypeError, AttributeError, StrictDataclassError) as error:
         raise ModelError(f"This configuration is of no language model transformers knows: {_reason(error)}") from None
     model.tie_weights()
-    to_quantize, device = quantizable(model, quant) if quant is not None else set(), torch.device("cpu")
+    to_quantize, device = quantizable(model, quant) if quant is not None else {}, torch.device("cpu")
     for key, parameter in list(model.named_parameters()):
         path, _, last = key.rpartition(".")
         tensor = torch.empty(parameter.shape, dtype=dtype)
-        if quant is not None and path in to_quantize and last == "weight":
-            _place_quantized(model, path, replace(CODECS[quant.quant_type](tensor, quant), dtype=dtype), device, "exact")
+        if path in to_quantize and last == "weight":
+            how = to_quantize[path]
+            _place_quantized(model, path, CODECS[how.quant_type].quantize(tensor, how).with_dtype(dtype), device, "exact")
         else:
             _set_tensor(model, key, tensor)
     model.tie_weights()
@@ -174,26 +182,18 @@ def tied_aliases(model: nn.Module) -> set[str]:
     return {name for name, _ in model.named_parameters(remove_duplicate=False)} - first
 
 
-def _skipped(path: str, skip_modules: list[str]) -> bool:
-    return any(path == skip or path.endswith(f".{skip}") or f".{skip}." in f".{path}." for skip in skip_modules)
-
-
-def quantizable(model: nn.Module, config: QuantConfig) -> set[str]:
-    """Paths of the linear layers that `config` quantises: every plain `nn.Linear` that is not skipped and not tied to another.
+def quantizable(model: nn.Module, config: QuantConfig) -> dict[str, QuantConfig]:
+    """Path of each linear layer that `config` packs -> how: every plain `nn.Linear` that is not skipped and not tied to another.
 
     Raises:
-        ModelError: a skip_modules entry matches nothing that could be quantised, unless it is the default; or nothing is left.
+        ConfigError: an entry of skip_modules or pattern matches nothing, or a codec does not suit a layer (named).
+        ModelError: nothing is left.
     """
     shared = tied_aliases(model)
     tied_parameters = {id(p) for name, p in model.named_parameters(remove_duplicate=False) if name in shared}
     linears = {path: m for path, m in model.named_modules() if is_plain_linear(m)}
-    for skip in config.skip_modules:
-        if skip != "lm_head" and not any(_skipped(path, [skip]) for path in linears):
-            raise ModelError(f"skip_modules '{skip}' matches no linear module. Linear modules: {_last_names(linears)}.")
-    found = {
-        path for path, linear in linears.items()
-        if not _skipped(path, config.skip_modules) and id(linear.weight) not in tied_parameters
-    }  # fmt: skip
+    tied = [path for path, linear in linears.items() if id(linear.weight) in tied_parameters]
+    found = layouts.choose({path: linear.weight.shape for path, linear in linears.items()}, config, ["lm_head"], tied)
     if not found:
         raise ModelError(
             f"{type(model).__name__} has no linear module to quantise (skip_modules: {', '.join(config.skip_modules)}; linear: "
@@ -209,16 +209,16 @@ def _last_names(paths: Any) -> str:
 def _fill(
     model: Any, checkpoint: Checkpoint, source: ModelSource, config: QuantConfig | None, device: torch.device, dtype: torch.dtype
 ) -> None:
-    packed = bnb4bit.packed_modules(checkpoint.file_of)
-    if model.lownibble_stored_quantization and config is not None and packed:
-        bnb4bit.check_same(model.lownibble_stored_quantization, config, source.name)
+    packed = packed_files.packed_modules(checkpoint.file_of)
+    if config is not None and packed:
+        packed_files.check_same(packed, config, source.name)
     compute = eightbit.choose(config.compute, device) if config is not None else "exact"
-    model.lownibble_auto_compute = config is not None and config.compute == "auto"  # training decides then
-    to_quantize = quantizable(model, config) if config is not None and not packed else set()
-    model.lownibble_stored_dtypes = {}
+    known = info(model)
+    known.auto_compute = config is not None and config.compute == "auto"  # training decides then
+    to_quantize = quantizable(model, config) if config is not None and not packed else {}
     expected = check_names(model, checkpoint, packed)
     for path in sorted(packed):
-        weight = bnb4bit.read(checkpoint, path, dtype)
+        weight = packed_files.read(checkpoint, path, packed[path], dtype)
         _place_quantized(model, path, weight, device, compute)
     for key in checkpoint.file_of:
         if key not in expected or any(key == f"{path}.weight" for path in packed):
@@ -226,11 +226,11 @@ def _fill(
         tensor = _read_checked(checkpoint, key, model)
         path, _, last = key.rpartition(".")
         if path in to_quantize and last == "weight":
-            quantized = quantize(tensor.to(device), config or "nf4", name=key)
-            _place_quantized(model, path, replace(quantized, dtype=dtype), device, compute)
+            quantized = quantize(tensor.to(device), to_quantize[path], name=key).with_dtype(dtype)
+            _place_quantized(model, path, quantized, device, compute)
         else:
             _place_dense(model, key, tensor, device, dtype)
-            model.lownibble_stored_dtypes[key] = str(tensor.dtype).removeprefix("torch.")
+            known.stored_dtypes[key] = str(tensor.dtype).removeprefix("torch.")
     model.tie_weights()
     for name, buffer in model.named_buffers():  # not in checkpoints: rotary frequencies and the like
         _set_tensor(model, name, buffer.to(device))
@@ -263,7 +263,7 @@ def _set_tensor(model: nn.Module, key: str, tensor: Tensor) -> None:
         module.register_parameter(last, nn.Parameter(tensor, requires_grad=tensor.is_floating_point() and not frozen))
 
 
-def _place_quantized(model: nn.Module, path: str, weight: QuantizedTensor, device: torch.device, compute: str) -> None:
+def _place_quantized(model: nn.Module, path: str, weight: PackedWeight, device: torch.device, compute: str) -> None:
     linear: Any = model.get_submodule(path)
     if weight.shape != (linear.out_features, linear.in_features):
         raise ModelError(f"The packed weight of '{path}' has shape {tuple(weight.shape)}; config.json says otherwise.")
@@ -283,14 +283,14 @@ def _persistent_buffers(model: nn.Module) -> Iterator[str]:
                 yield f"{path}.{name}" if path else name
 
 
-def check_names(model: Any, checkpoint: Checkpoint, packed: set[str]) -> set[str]:
+def check_names(model: Any, checkpoint: Checkpoint, packed: Mapping[str, str]) -> set[str]:
     """Names of the tensors that the model takes from a checkpoint, `packed` ones as their layer's weight.
 
     Raises:
         ModelError: the checkpoint lacks some, or has others.
     """
     expected, aliases = {name for name, _ in model.named_parameters()} | set(_persistent_buffers(model)), tied_aliases(model)
-    stored = {bnb4bit.owner(key, packed) for key in checkpoint.file_of}
+    stored = {packed_files.owner(key, packed) for key in checkpoint.file_of}
     ignorable = getattr(model, "_keys_to_ignore_on_load_unexpected", None) or []
     missing = sorted(expected - stored)
     extra = sorted(k for k in stored - expected - aliases if not any(re.search(pattern, k) for pattern in ignorable))

@@ -23,9 +23,10 @@ from lownibble.config import LoraConfig, Method, QuantConfig, TrainConfig
 from lownibble.errors import ConfigError
 from lownibble.options import n_bytes, read_toml
 from lownibble.planning import hardware
-from lownibble.planning.memory import MemoryPlan, packed_bytes, plan_memory
+from lownibble.planning.memory import MemoryPlan, plan_memory
 from lownibble.planning.models import find_shape
 from lownibble.planning.speed import EFFICIENCY, flops_per_token, plan_speed
+from lownibble.quant import layouts
 
 ARTICLES = Path(__file__).with_name("articles.toml")
 """The statements that this project began with."""
@@ -155,7 +156,7 @@ def _stored(shape: ModelShape, method: Method) -> tuple[int, str]:
         gradients = shape.parameters * 2 if method == "full" else 0
         what = "16 bits each, and their gradients as much again" if gradients else "16 bits each"
         return shape.parameters * 2 + gradients, what
-    packed = sum(sum(packed_bytes(linear.in_features * linear.out_features, QuantConfig())) for _, linear in paths(shape))
+    packed = sum(layouts.n_bytes((linear.out_features, linear.in_features), QuantConfig()) for _, linear in paths(shape))
     rest, bits = 2 * (shape.parameters - shape.linear_parameters), 8 * packed / shape.linear_parameters
     return packed + rest, f"linears {packed / 1e9:.1f} GB at {bits:.3f} bits, the rest {rest / 1e9:.2f} GB at 16"
 
@@ -219,8 +220,8 @@ def _fits(claim: Mapping[str, Any]) -> tuple[str, list[str]]:
 
 def _saved(claim: Mapping[str, Any]) -> tuple[str, list[str]]:
     n, quant = int(claim["parameters"]), QuantConfig()
-    plain = sum(packed_bytes(n, quant.with_options(double_quant=False)))
-    bits = 8 * (plain - sum(packed_bytes(n, quant))) / n
+    plain = layouts.n_bytes((n,), quant.with_options(double_quant=False))
+    bits = 8 * (plain - layouts.n_bytes((n,), quant)) / n
     memory = n * bits / 8
     claimed = n_bytes(claim["saved_memory"])
     lines = [

@@ -1,8 +1,8 @@
-"""Linear layers on a `Tape`: torch's, frozen 4-bit ones (`quant/linear.py`), and those with an adapter (`lora/product.py`)."""
+"""Linear layers on a `Tape`: torch's, frozen packed ones (`quant/linear.py`), and those with an adapter (`lora/product.py`)."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from lownibble.arch import Linear
@@ -15,7 +15,7 @@ class Runtime:
 
     Attributes:
         itemsize: bytes of an element of dense weights and activations.
-        fused: the product with a 4-bit weight decodes it inside the kernel; else into a buffer that all layers share.
+        fused: there are products that decode a packed weight inside the kernel; else it goes into a buffer that all layers share.
         kernel_attention: attention runs on our kernel, where there is no window and no cap.
         decode_buffers: shared buffers for decoded weights; autograd has a thread, and a buffer, of its own on CUDA.
         round_to: bytes that allocations are multiples of.
@@ -36,24 +36,20 @@ class Method:
 
     Attributes:
         full: all weights are trained.
-        packed: elements of a weight -> bytes of its codes, then of each of its constants; None: dense.
+        packed: path of each packed linear -> bytes of its codes, then of each of its constants. Without any, all are dense.
+        fused: those whose codec has a product that decodes inside the kernel.
         ranks: path of a linear -> rank of its adapter; absent: none. adapter_itemsize: bytes of an element of its matrices.
-        skipped: names or paths of linears that stay dense.
     """
 
     full: bool = False
-    packed: Callable[[int], list[int]] | None = None
+    packed: Mapping[str, list[int]] = field(default_factory=dict)
+    fused: Collection[str] = ()
     ranks: Mapping[str, int] = field(default_factory=dict)
     adapter_itemsize: int = FLOAT32
-    skipped: tuple[str, ...] = ()
-
-    def packs(self, path: str) -> bool:
-        """Whether the linear is stored in 4 bits; as `models/load.py` decides."""
-        return self.packed is not None and not any(f".{skip}." in f".{path}." for skip in self.skipped)
 
 
 class SharedBuffers:
-    """What 4-bit weights are decoded into, and on CPUs logits (`kernels/decoded.py`): each as large as the largest so far."""
+    """What packed weights are decoded into, and on CPUs logits (`kernels/decoded.py`): each as large as the largest so far."""
 
     def __init__(self, tape: Tape, run: Runtime) -> None:
         self._tape, self._run = tape, run
@@ -68,7 +64,7 @@ class SharedBuffers:
 
 
 class LinearOnTape:
-    """A linear layer: dense, trained or not, or 4-bit; with an adapter of rank r, or without, by its path in the model."""
+    """A linear layer: dense, trained or not, or packed; with an adapter of rank r, or without, by its path in the model."""
 
     def __init__(
         self, tape: Tape, path: str, linear: Linear, method: Method, run: Runtime, buffers: SharedBuffers
@@ -76,11 +72,11 @@ class LinearOnTape:
         self.tape, self.run, self.buffers = tape, run, buffers
         self.n_in, self.n_out, self.r = linear.in_features, linear.out_features, method.ranks.get(path, 0)
         n = self.n_in * self.n_out
-        self.packed = method.packs(path)
-        if method.packed is None or not self.packed:
+        self.packed, self.fused = path in method.packed, run.fused and path in method.fused
+        if not self.packed:
             self.parts = [tape.parameter(n, run.itemsize, "weights", method.full)]
         else:
-            codes, *constants = method.packed(n)
+            codes, *constants = method.packed[path]
             self.parts = [tape.parameter(codes, 1, "codes"), *(tape.parameter(size, 1, "constants") for size in constants)]
         self.bias = tape.parameter(self.n_out, run.itemsize, "weights", method.full) if linear.bias else None
         self.of_adapter, of_adapter = method.adapter_itemsize, method.adapter_itemsize
@@ -114,7 +110,7 @@ class LinearOnTape:
     def _product(self, tokens: int, columns: int, factor: int) -> Value:
         """(tokens, columns): something times the weight, plus a low-rank branch whose factor has so many elements."""
         tape, size = self.tape, self.run.itemsize
-        fused = self.packed and self.run.fused and size == FLOAT32
+        fused = self.fused and size == FLOAT32
         if self.packed and not fused:
             self.buffers.need(self.n_in * self.n_out)
         out = tape.new(tokens * columns, size)

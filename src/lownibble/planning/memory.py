@@ -11,7 +11,6 @@ has been measured, so the intervals are a guess but for what tests hold (allocat
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
@@ -19,13 +18,15 @@ from typing import Any, NamedTuple
 from lownibble.arch import ModelShape, paths
 from lownibble.config import LoraConfig, QuantConfig, TrainConfig
 from lownibble.config import Method as MethodName
-from lownibble.errors import ConfigError, TargetError
+from lownibble.errors import ConfigError, InputError, TargetError
+from lownibble.lora import targets
 from lownibble.options import n_bytes
 from lownibble.planning.allocator import reserved_bytes
 from lownibble.planning.hardware import Device
 from lownibble.planning.linear import Method, Runtime
 from lownibble.planning.step import Batch, run_step
 from lownibble.planning.tape import BFLOAT16, FLOAT32, Tape
+from lownibble.quant import layouts
 
 KINDS = ("weights", "codes", "constants", "adapters", "gradients", "optimizer", "activations", "workspace")
 """Of memory, in the order in which they are shown."""
@@ -34,7 +35,8 @@ PAGE_BYTES, SMALLEST_PAGED, SHARE_PAGED = 1 << 20, 16 << 20, 10
 SMALLEST_8BIT, BLOCK_8BIT = 4096, 256
 """As in `optim/`; a test compares."""
 
-NESTED_BLOCK = 256
+FUSED = ("nf4", "fp4")
+"""Codecs with products that decode inside the kernel, on CPUs with AVX-512."""
 
 ITEMSIZE = {"float32": FLOAT32, "bfloat16": BFLOAT16, "float16": BFLOAT16}
 
@@ -133,8 +135,9 @@ def plan_memory(
         raise ConfigError(f"A traced step is Lownibble's, whose adapters are in float32. Got adapter_dtype '{adapter_dtype}'.")
     trained = list(_trained(shape, method, ranks, size, of_adapter))
     if step is None:
-        packed = (lambda n: packed_bytes(n, quant)) if method == "qlora" else None
-        ways = Method(method == "full", packed, ranks, of_adapter, tuple(_skipped(shape, quant)))
+        packed = packed_layers(shape, quant) if method == "qlora" else {}
+        fused = {path for path in packed if quant.for_layer(path).quant_type in FUSED}
+        ways = Method(method == "full", packed, fused, ranks, of_adapter)
         tape = run_step(shape, ways, run, batch, checkpointing=train.gradient_checkpointing, passes=passes)
     else:
         tape = step(method, run, batch, train.gradient_checkpointing, passes)
@@ -154,13 +157,6 @@ def itemsize(device: Device, method: MethodName, dtype: str) -> int:
     return ITEMSIZE[dtype]
 
 
-def packed_bytes(n: int, quant: QuantConfig) -> list[int]:
-    """Bytes of the codes of n weights, and of each of their constants."""
-    blocks = -(-n // quant.block_size)
-    constants = [blocks, -(-blocks // NESTED_BLOCK) * FLOAT32, FLOAT32] if quant.double_quant else [blocks * FLOAT32]
-    return [(n + 1) // 2, *constants]
-
-
 def _runtime(device: Device, size: int) -> Runtime:
     if device.kind == "cpu":
         fast = device.avx512 and size == FLOAT32
@@ -169,37 +165,28 @@ def _runtime(device: Device, size: int) -> Runtime:
 
 
 def _ranks(shape: ModelShape, lora: LoraConfig) -> dict[str, int]:
-    """Path of each adapted linear -> its rank; as `lora/inject.py` matches them."""
+    """Path of each adapted linear -> its rank."""
     for option, value, off in (("bias", lora.bias, "none"), ("modules_to_save", lora.modules_to_save, [])):
         if value != off:
             raise ConfigError(f"The planner does not know '{option}'. Got {value!r}. Leave it out to plan without.")
-    target, found = lora.target_modules, {}
-    layers = None if lora.layers_to_transform is None else set(lora.layers_to_transform)
-    for path, _ in paths(shape):
-        if isinstance(target, list):
-            matches = any(path == name or path.endswith(f".{name}") for name in target)
-        else:
-            matches = target == "all-linear" or bool(re.fullmatch(target, path))
-        if matches and (layers is None or int(path.split(".")[2]) in layers):
-            found[path] = next((r for key, r in lora.rank_pattern.items() if re.match(rf"(.*\.)?({key})$", path)), lora.r)
-    if isinstance(target, list) and "lm_head" in target:
-        found["lm_head"] = lora.rank_pattern.get("lm_head", lora.r)
-    if not found:
-        names = ", ".join(sorted({path.rpartition(".")[2] for path, _ in paths(shape)}))
-        raise TargetError(f"target_modules {target!r} match no linear module of '{shape.name}'. Candidates: {names}.")
-    return found
+    linears = [path for path, _ in paths(shape)]
+    try:
+        matched = targets.match_targets([*linears, "lm_head"], lora, head="lm_head")
+    except TargetError as error:
+        raise TargetError(f"'{shape.name}': {error}") from None
+    return {path: targets.rank_of(path, lora) for path in matched}
 
 
-def _skipped(shape: ModelShape, quant: QuantConfig) -> Iterator[str]:
-    """Linears of the layers that stay dense."""
-    for skip in quant.skip_modules:
-        if any(f".{skip}." in f".{path}." for path, _ in paths(shape)):
-            yield skip
-        elif skip != "lm_head":
-            names = ", ".join(sorted({path.rpartition(".")[2] for path, _ in paths(shape)}))
-            raise TargetError(f"skip_modules '{skip}' matches no linear module of '{shape.name}'. Linear modules: {names}.")
+def packed_layers(shape: ModelShape, quant: QuantConfig) -> dict[str, list[int]]:
+    """Path of each packed linear -> bytes of its codes, then of each of its constants."""
+    linears = {path: (linear.out_features, linear.in_features) for path, linear in paths(shape)}
     if not shape.tied and "lm_head" not in quant.skip_modules:
         raise ConfigError("The planner does not know a quantised head. Leave 'lm_head' in skip_modules to plan without.")
+    try:
+        chosen = layouts.choose(linears, quant, ["lm_head"])
+    except InputError as error:
+        raise type(error)(f"'{shape.name}': {error}") from None
+    return {path: [spec.n_bytes for spec in layouts.layout(linears[path], how).values()] for path, how in chosen.items()}
 
 
 def _trained(

@@ -1,8 +1,38 @@
-"""Quantised tensors: codebooks, codecs and the linear layer that computes on them."""
+"""Packed weights: codebooks, codecs, the protocol that they follow, and the linear layer that computes on them.
 
-from lownibble.quant import eightbit
-from lownibble.quant.codec import CODECS, dequantize, quantize
-from lownibble.quant.linear import QuantLinear, exact_products, is_plain_linear
-from lownibble.quant.tensor import QuantizedTensor
+Importing this does no work, so that what needs no torch (`layouts`) can be had without.
+"""
 
-__all__ = ["CODECS", "QuantLinear", "QuantizedTensor", "dequantize", "eightbit", "exact_products", "is_plain_linear", "quantize"]
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from lownibble.quant.codecs import dequantize, quantize
+    from lownibble.quant.linear import QuantLinear, exact_products, is_plain_linear
+    from lownibble.quant.packed import Codec, PackedWeight
+    from lownibble.quant.packed import PackedWeight as QuantizedTensor
+
+_HOME = {
+    "Codec": "packed", "PackedWeight": "packed", "QuantLinear": "linear", "QuantizedTensor": "packed", "dequantize": "codecs",
+    "exact_products": "linear", "is_plain_linear": "linear", "quantize": "codecs",
+}  # fmt: skip
+
+__all__ = [
+    "Codec",
+    "PackedWeight",
+    "QuantLinear",
+    "QuantizedTensor",
+    "dequantize",
+    "exact_products",
+    "is_plain_linear",
+    "quantize",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'lownibble.quant' has no attribute '{name}'")
+    attribute = "PackedWeight" if name == "QuantizedTensor" else name
+    return getattr(importlib.import_module(f"lownibble.quant.{_HOME[name]}"), attribute)

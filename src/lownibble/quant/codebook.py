@@ -42,13 +42,13 @@ def _fp4_values() -> Tensor:
     return torch.cat([magnitudes, -magnitudes]) / 12
 
 
-FOUR_BIT = {"nf4": _nf4_values, "fp4": _fp4_values}
+_TABLES = {"nf4": _nf4_values, "fp4": _fp4_values}
 
 
 @cache
 def codebook(quant_type: str, device: str = "cpu") -> Codebook:
     """The table of a 4-bit type (`nf4` or `fp4`) on `device`. Cached; do not write into it."""
-    values = FOUR_BIT[quant_type]()
+    values = _TABLES[quant_type]()
     order = torch.argsort(values, stable=True)
     bounds = (values[order[:-1]] + values[order[1:]]) / 2
     return Codebook(values.to(device), bounds.to(device), order.to(torch.uint8).to(device))

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from lownibble.kernels import ops
+from lownibble.kernels.types import LARGEST_CODE, PART
 from lownibble.quant.linear import QuantLinear
 
 BACKENDS = ("cpu", "reference")
@@ -29,7 +30,7 @@ def code_type_for(model: nn.Module, weight_NK: Tensor) -> torch.dtype | None:
     layer = next((module for module in model.modules() if isinstance(module, QuantLinear)), None)
     if layer is None or layer.code_type is not torch.int8 or weight_NK.requires_grad or weight_NK.is_inference():
         return None  # a tensor of inference has no version to remember its scales by
-    suits = weight_NK.dtype == torch.float32 and weight_NK.shape[1] % ops.PART == 0 and weight_NK.is_contiguous()
+    suits = weight_NK.dtype == torch.float32 and weight_NK.shape[1] % PART == 0 and weight_NK.is_contiguous()
     return torch.int8 if suits and ops.active_backend(weight_NK.device) in BACKENDS else None
 
 
@@ -52,7 +53,7 @@ def _row_scales(weight_NK: Tensor) -> Tensor:
     """What a code of 1 is worth in each row, (N,); the same matrix asked for again, unchanged, is not read again."""
     state = (weight_NK._version, weight_NK.data_ptr())
     if _last.scale is None or _last.source() is not weight_NK or _last.state != state:
-        scale = torch.linalg.vector_norm(weight_NK.detach(), float("inf"), dim=1) / ops.LARGEST_CODE[torch.int8]
+        scale = torch.linalg.vector_norm(weight_NK.detach(), float("inf"), dim=1) / LARGEST_CODE[torch.int8]
         _last.source, _last.state, _last.scale = weakref.ref(weight_NK), state, scale
     return _last.scale
 
@@ -68,7 +69,7 @@ class DenseProducts:
     def row_bytes(self) -> int:
         """Bytes that a row (N,) takes as it goes back: float32 values and, in 8 bits, codes, with a scale and a start a part."""
         N = len(self.weight)
-        return 4 * N + (0 if self.code_type is None else N + -(-N // ops.PART) * 8)
+        return 4 * N + (0 if self.code_type is None else N + -(-N // PART) * 8)
 
     def forward(self, x_TK: Tensor, out_TN: Tensor) -> Tensor:
         """x W^T into `out_TN`."""

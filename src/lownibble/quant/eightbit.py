@@ -25,8 +25,8 @@ from torch import Tensor
 from lownibble.errors import BackendError, InputError
 from lownibble.kernels import ops
 from lownibble.kernels.checks import check_weight_8bit
-from lownibble.kernels.ops import Addition, Rows8bit
-from lownibble.quant.tensor import QuantizedTensor
+from lownibble.kernels.types import Epilogue, FourBit, Rows8bit, row_sizes
+from lownibble.quant.packed import PackedWeight
 
 CODE_TYPES = {"int8": torch.int8, "fp8": torch.float8_e4m3fn}
 """The values of `compute` that are 8-bit products -> the type of their codes."""
@@ -40,7 +40,7 @@ PROVEN = {"cpu": "int8"}
 evaluation loss and scores of two tasks, differs from exact compute by less than seeds do among themselves."""
 
 
-def automatic(weights: Iterable[QuantizedTensor], dtype: torch.dtype, device: torch.device) -> tuple[str, str]:
+def automatic(weights: Iterable[PackedWeight], dtype: torch.dtype, device: torch.device) -> tuple[str, str]:
     """The compute that 'auto' means for training on these frozen weights with activations of `dtype`, and why."""
     compute = PROVEN.get(device.type)
     if compute is None or dtype != torch.float32:
@@ -50,7 +50,8 @@ def automatic(weights: Iterable[QuantizedTensor], dtype: torch.dtype, device: to
     try:
         choose(compute, device)
         for weight in weights:
-            check_weight_8bit(weight.shape, weight.block_size)
+            four_bit = _four_bit(weight, compute)
+            check_weight_8bit(four_bit.shape, four_bit.block_size)
     except (BackendError, InputError) as error:
         return "exact", str(error).partition(". ")[0]
     return compute, "faster; by 'bench quality' it learns as well, within what another seed changes; --compute exact turns it off"
@@ -89,12 +90,30 @@ def _need_capability(compute: str, device: torch.device) -> None:
         )
 
 
-def check_weight(weight: QuantizedTensor, name: str, compute: str) -> None:
-    """Raise unless the weight's shape and blocks suit 8-bit products.
+def _four_bit(weight: PackedWeight, compute: str) -> FourBit:
+    """The weight as the 8-bit products take it.
+
+    Raises:
+        InputError: its codec has no such products.
+    """
+    if weight.four_bit is None:
+        codec = weight.facts()["quant_type"]
+        raise InputError(
+            f"compute='{compute}' is for 4-bit codecs (nf4, fp4); '{codec}' has exact products only. Use compute='exact'."
+        )
+    return weight.four_bit
+
+
+def check_weight(weight: PackedWeight, name: str, compute: str) -> None:
+    """Raise unless the weight's codec, shape and blocks suit 8-bit products.
 
     Raises:
         InputError: names the weight and what to do.
     """
+    try:
+        _four_bit(weight, compute)
+    except InputError as error:
+        raise InputError(f"'{name}': {error}") from None
     if weight.shape[1] % 64:
         raise InputError(
             f"compute='{compute}' takes weights whose rows are a multiple of 64 long. '{name}' is "
@@ -132,7 +151,7 @@ def _quantize_rows(x: Tensor, code_type: torch.dtype) -> tuple[Tensor, Tensor, T
 @_quantize_rows.register_fake
 def _(x, code_type):  # type: ignore[no-untyped-def]
     T, C = x.numel() // x.shape[-1], x.shape[-1]
-    n_codes, n_scales = ops.row_sizes(T, C)
+    n_codes, n_scales = row_sizes(T, C)
     scales = (x.new_empty(n_scales, dtype=dtype) for dtype in (torch.float32, torch.int32))
     return x.new_empty(n_codes, dtype=code_type), *scales
 
@@ -145,16 +164,16 @@ def rows_of(x: Tensor, code_type: torch.dtype | None) -> list[Tensor]:
     return [] if code_type is None else list(_quantize_rows(x.detach(), code_type))
 
 
-def forward(rows: Rows8bit, weight: QuantizedTensor, addition: Addition, dtype: torch.dtype) -> Tensor:
-    """(T, N) in `dtype`: rows (T, K) times W^T for W (N, K), plus `addition`."""
-    parts = weight.parts
-    scale = ops.row_scales(*parts, weight.shape, weight.nested, rows.codes.dtype)
-    return ops.matmul_8bit(rows, *parts, weight.shape, scale, False, addition, weight.nested).to(dtype)
+def forward(rows: Rows8bit, weight: PackedWeight, epilogue: Epilogue, dtype: torch.dtype) -> Tensor:
+    """(T, N) in `dtype`: rows (T, K) times W^T for W (N, K), plus `epilogue`."""
+    four_bit = _four_bit(weight, "int8")
+    scale = ops.row_scales(four_bit, rows.codes.dtype)
+    return ops.matmul_8bit(rows, four_bit, scale, False, epilogue).to(dtype)
 
 
-def backward(dy_TN: Tensor, weight: QuantizedTensor, addition: Addition, code_type: torch.dtype) -> Tensor:
-    """(T, K) in dy's dtype: the gradient of the input, dy W, plus `addition`."""
-    parts = weight.parts
-    scale = ops.row_scales(*parts, weight.shape, weight.nested, code_type)
+def backward(dy_TN: Tensor, weight: PackedWeight, epilogue: Epilogue, code_type: torch.dtype) -> Tensor:
+    """(T, K) in dy's dtype: the gradient of the input, dy W, plus `epilogue`."""
+    four_bit = _four_bit(weight, "int8")
+    scale = ops.row_scales(four_bit, code_type)
     rows = ops.quantize_rows(dy_TN.float().contiguous(), scale, code_type)
-    return ops.matmul_8bit(rows, *parts, weight.shape, scale, True, addition, weight.nested).to(dy_TN.dtype)
+    return ops.matmul_8bit(rows, four_bit, scale, True, epilogue).to(dy_TN.dtype)

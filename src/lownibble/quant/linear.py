@@ -1,11 +1,13 @@
-"""QuantLinear: a frozen linear layer on 4-bit weights.
+"""QuantLinear: a frozen linear layer on a packed weight, of any codec.
 
-The packed tensors are `nn.Parameter(requires_grad=False)` (uint8 and float32), so `state_dict`, `.to()`, safetensors and
+The packed tensors are `nn.Parameter(requires_grad=False)` under the codec's names, so `state_dict`, `.to()`, safetensors and
 sharding treat them like any other weight. Casting the module (`.half()`, `.to(bfloat16)`) must not touch float32 constants,
 so `_apply` is narrowed to moves between devices.
 
-Products are the backend's (`ops.matmul_4bit`, exact, or `ops.matmul_8bit`): the weight is decoded on the way and not kept.
-With few rows and no gradient (token-by-token generation) the fused matrix-vector kernel reads the codes directly.
+Products are the packed weight's, exact (`PackedWeight.matmul`) or in 8 bits (`eightbit.py`): it is decoded on the way and not
+kept. What a product saves for backward are the packed tensors, through autograd (`save_for_backward`), which sharding,
+offloading and checks of in-place changes rely on. With few rows and no gradient (token-by-token generation) a fused
+matrix-vector kernel reads the codes directly, where the codec has one.
 """
 
 from __future__ import annotations
@@ -19,10 +21,10 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from lownibble.config import QuantConfig
-from lownibble.kernels.ops import Addition, Rows8bit
+from lownibble.kernels.types import NO_EPILOGUE, Rows8bit
 from lownibble.quant import eightbit
-from lownibble.quant.codec import quantize
-from lownibble.quant.tensor import QuantizedTensor
+from lownibble.quant.codecs import quantize
+from lownibble.quant.packed import PackedWeight, from_spec, restore, to_spec
 
 MATVEC_MAX_ROWS = 4
 """Up to this many rows the fused kernel beats decode-then-multiply (AVX-512, 2 threads; see `lownibble bench kernels`)."""
@@ -34,69 +36,72 @@ def is_plain_linear(module: nn.Module) -> bool:
 
 
 class _FrozenMatmul(torch.autograd.Function):
-    """y = x W^T for a quantised W that needs no gradient; saves nothing but the packed weight. `rows`: x in 8 bits, or None."""
+    """y = x W^T for a packed W that needs no gradient; saves nothing but the packed tensors. `rows`: x in 8 bits, or None."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: QuantizedTensor, rows: Rows8bit | None) -> Tensor:
-        ctx.weight, ctx.code_type = weight, None if rows is None else rows.codes.dtype
+    def forward(ctx: Any, x: Tensor, weight: PackedWeight, rows: Rows8bit | None) -> Tensor:
+        tensors = weight.tensors()
+        ctx.save_for_backward(*tensors.values())
+        ctx.rest = weight.facts(), tuple(tensors), None if rows is None else rows.codes.dtype
         if rows is not None:
-            return eightbit.forward(rows, weight, Addition(), x.dtype)
+            return eightbit.forward(rows, weight, NO_EPILOGUE, x.dtype)
         return weight.matmul(x)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
-        weight: QuantizedTensor = ctx.weight
-        if ctx.code_type is not None:
-            return eightbit.backward(dy, weight, Addition(), ctx.code_type), None, None
+        facts, names, code_type = ctx.rest
+        weight = restore(facts, dict(zip(names, ctx.saved_tensors, strict=True)))
+        if code_type is not None:
+            return eightbit.backward(dy, weight, NO_EPILOGUE, code_type), None, None
         return weight.matmul(dy, transposed=True), None, None
 
 
 @torch.library.custom_op("lownibble::frozen_matmul", mutates_args=())
-def frozen_matmul(x_TK: Tensor, weight: list[Tensor], codec: str, out_features: int, rows: list[Tensor]) -> Tensor:
+def frozen_matmul(x_TK: Tensor, weight: list[Tensor], spec: str, out_features: int, rows: list[Tensor]) -> Tensor:
     """What a compiler calls, which cannot see into a packed weight: (T, K) -> (T, N). `rows`: from `eightbit.rows_of`."""
-    frozen = QuantizedTensor.unflatten(weight, codec, torch.Size((out_features, x_TK.shape[1])))
+    frozen = from_spec(spec, weight)
     if rows:
-        return eightbit.forward(Rows8bit(rows[0], rows[1], rows[2], *x_TK.shape), frozen, Addition(), x_TK.dtype)
+        return eightbit.forward(Rows8bit(rows[0], rows[1], rows[2], *x_TK.shape), frozen, NO_EPILOGUE, x_TK.dtype)
     return frozen.matmul(x_TK)
 
 
 @frozen_matmul.register_fake
-def _(x_TK, weight, codec, out_features, rows):  # type: ignore[no-untyped-def]
+def _(x_TK, weight, spec, out_features, rows):  # type: ignore[no-untyped-def]
     return x_TK.new_empty((len(x_TK), out_features))
 
 
 @torch.library.custom_op("lownibble::frozen_matmul_backward", mutates_args=())
 def _frozen_matmul_backward(
-    dy_TN: Tensor, weight: list[Tensor], codec: str, in_features: int, code_type: torch.dtype | None
+    dy_TN: Tensor, weight: list[Tensor], spec: str, in_features: int, code_type: torch.dtype | None
 ) -> Tensor:
-    frozen = QuantizedTensor.unflatten(weight, codec, torch.Size((dy_TN.shape[1], in_features)))
+    frozen = from_spec(spec, weight)
     if code_type is not None:
-        return eightbit.backward(dy_TN, frozen, Addition(), code_type)
+        return eightbit.backward(dy_TN, frozen, NO_EPILOGUE, code_type)
     return frozen.matmul(dy_TN, transposed=True)
 
 
 @_frozen_matmul_backward.register_fake
-def _(dy_TN, weight, codec, in_features, code_type):  # type: ignore[no-untyped-def]
+def _(dy_TN, weight, spec, in_features, code_type):  # type: ignore[no-untyped-def]
     return dy_TN.new_empty((len(dy_TN), in_features))
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x_TK, weight, codec, _, rows = inputs
+    x_TK, weight, spec, _, rows = inputs
     ctx.save_for_backward(*weight)
-    ctx.rest = codec, x_TK.shape[1], [tensor.dtype for tensor in rows]
+    ctx.rest = spec, x_TK.shape[1], [tensor.dtype for tensor in rows]
 
 
 def _differentiate(ctx: Any, dy_TN: Tensor) -> tuple[Any, ...]:
-    weight, (codec, in_features, row_types) = list(ctx.saved_tensors), ctx.rest
-    dx = _frozen_matmul_backward(dy_TN, weight, codec, in_features, row_types[0] if row_types else None)
+    weight, (spec, in_features, row_types) = list(ctx.saved_tensors), ctx.rest
+    dx = _frozen_matmul_backward(dy_TN, weight, spec, in_features, row_types[0] if row_types else None)
     return dx, [None] * len(weight), None, None, [None] * len(row_types)
 
 
 frozen_matmul.register_autograd(_differentiate, setup_context=_save)
 
 
-def frozen_linear(x: Tensor, weight: QuantizedTensor, bias: Tensor | None, code_type: torch.dtype | None) -> Tensor:
+def frozen_linear(x: Tensor, weight: PackedWeight, bias: Tensor | None, code_type: torch.dtype | None) -> Tensor:
     """x (..., K) -> (..., N) with a packed weight (N, K) and a bias, in x's dtype; 8-bit products of `code_type`, if one is
     given.
     """
@@ -127,28 +132,24 @@ def exact_products(model: nn.Module) -> Iterator[None]:
 
 
 class QuantLinear(nn.Module):
-    """`nn.Linear` with a frozen quantised weight.
+    """`nn.Linear` with a frozen packed weight.
 
-    Parameters (all without gradient): `codes` (ceil(n/2), 1) uint8, `absmax` float32 or uint8, with double quantisation
-    `nested_absmax` float32 and `offset` () float32, and `bias` (out_features,) when there is one. `compute`: 'exact' (in the
-    activations' dtype), 'int8' or 'fp8' (see `eightbit.py`; products with a few rows are exact all the same).
+    Parameters (all without gradient): the codec's tensors by its own names, the codes first (for nf4 and fp4 `codes` and
+    `absmax`, with double quantisation `nested_absmax` and `offset`), and `bias` (out_features,) when there is one. `compute`:
+    'exact' (in the activations' dtype), 'int8' or 'fp8' (see `eightbit.py`; products with a few rows are exact all the same).
     """
 
-    codes: nn.Parameter
-    absmax: nn.Parameter
-    nested_absmax: nn.Parameter | None
-    offset: nn.Parameter | None
     bias: nn.Parameter | None
 
-    def __init__(self, weight: QuantizedTensor, bias: Tensor | None = None, *, compute: str = "exact") -> None:
+    def __init__(self, weight: PackedWeight, bias: Tensor | None = None, *, compute: str = "exact") -> None:
         super().__init__()
         self.compute = compute
-        self._view: tuple[tuple[int, ...], QuantizedTensor] | None = None
+        self._view: tuple[tuple[int, ...], PackedWeight] | None = None
         self.out_features, self.in_features = weight.shape
-        self.quant_type, self.block_size, self.weight_dtype = weight.quant_type, weight.block_size, weight.dtype
-        for name in ("codes", "absmax", "nested_absmax", "offset"):
-            tensor: Tensor | None = getattr(weight, name)
-            self.register_parameter(name, None if tensor is None else nn.Parameter(tensor, requires_grad=False))
+        tensors = weight.tensors()
+        self.facts, self.names, self.spec = weight.facts(), tuple(tensors), to_spec(weight)
+        for name, tensor in tensors.items():
+            self.register_parameter(name, nn.Parameter(tensor, requires_grad=False))
         self.register_parameter("bias", None if bias is None else nn.Parameter(bias.detach(), requires_grad=False))
 
     @classmethod
@@ -159,21 +160,24 @@ class QuantLinear(nn.Module):
         return cls(weight, linear.bias, compute=eightbit.choose(config.compute, weight.device))
 
     @property
-    def weight(self) -> QuantizedTensor:
+    def weight(self) -> PackedWeight:
         """The packed weight, (out_features, in_features); made once, and anew when a parameter was replaced or has moved."""
         held = self._parameters
-        tensors = (held["codes"], held["absmax"], held["nested_absmax"], held["offset"])
-        state = (*map(id, tensors), self.codes.data_ptr())
+        tensors = [held[name] for name in self.names]
+        state = (*map(id, tensors), tensors[0].data_ptr())  # type: ignore[union-attr]
         if self._view is None or self._view[0] != state:
-            shape = torch.Size((self.out_features, self.in_features))
-            view = QuantizedTensor(*tensors, shape, self.weight_dtype, self.quant_type, self.block_size)  # type: ignore[arg-type]
-            self._view = (state, view)
+            self._view = (state, restore(self.facts, dict(zip(self.names, tensors, strict=True))))  # type: ignore[arg-type]
         return self._view[1]
 
     @property
     def flat(self) -> list[Tensor]:
-        """The weight's tensors, for an operator that a compiler can call; see `QuantizedTensor.unflatten`."""
-        return [t for t in (self.codes, self.absmax, self.nested_absmax, self.offset) if t is not None]
+        """The weight's tensors, for an operator that a compiler can call; with `spec` see `packed.from_spec`."""
+        return [getattr(self, name) for name in self.names]
+
+    @property
+    def quant_type(self) -> str:
+        """Name of the codec."""
+        return str(self.facts["quant_type"])
 
     @property
     def code_type(self) -> torch.dtype | None:
@@ -183,7 +187,7 @@ class QuantLinear(nn.Module):
     @property
     def codec(self) -> str:
         """Type and block size, e.g. 'nf4/64'."""
-        return f"{self.quant_type}/{self.block_size}"
+        return f"{self.quant_type}/{self.facts.get('block_size', '')}".rstrip("/")
 
     def __getstate__(self) -> dict[str, Any]:
         """Without the view of the weight: a copy makes its own, and none is written to a file."""
@@ -194,11 +198,11 @@ class QuantLinear(nn.Module):
         if not torch.compiler.is_compiling():
             return frozen_linear(x, self.weight, self.bias, self.code_type)
         rows = eightbit.rows_of(x, self.code_type)
-        y_TN: Tensor = frozen_matmul(x.reshape(-1, self.in_features), self.flat, self.codec, self.out_features, rows)
+        y_TN: Tensor = frozen_matmul(x.reshape(-1, self.in_features), self.flat, self.spec, self.out_features, rows)
         return _with_bias(y_TN, self.bias).view(*x.shape[:-1], self.out_features)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantLinear:
-        # Constants stay float32 and codes uint8 whatever dtype the model is cast to; moves between devices pass through.
+        # Packed tensors keep their types whatever dtype the model is cast to; moves between devices pass through.
         for name, parameter in self.named_parameters(recurse=False):
             moved = fn(parameter.data)
             kept = moved if name == "bias" else parameter.data.to(moved.device)
@@ -207,8 +211,8 @@ class QuantLinear(nn.Module):
 
     def extra_repr(self) -> str:
         """Shown by `print(model)`."""
-        double = ", double_quant" if self.nested_absmax is not None else ""
+        double = ", double_quant" if self.facts.get("double_quant") else ""
         return (
-            f"{self.in_features}, {self.out_features}, bias={self.bias is not None}, {self.quant_type}/{self.block_size}{double}"
+            f"{self.in_features}, {self.out_features}, bias={self.bias is not None}, {self.codec}{double}"
             f"{'' if self.code_type is None else f', {self.compute} compute'}"
         )

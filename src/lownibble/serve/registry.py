@@ -31,8 +31,8 @@ from lownibble.config import LoraConfig
 from lownibble.errors import AdapterError, InputError
 from lownibble.kernels.decoder import PROJECTIONS, Adapter, LowRank
 from lownibble.lora.adapter import CONFIG_FILE, PREFIX, WEIGHTS_FILE, AdapterFile
-from lownibble.lora.inject import scale_of
 from lownibble.lora.provenance import base_facts, other_codec, other_weights
+from lownibble.lora.targets import scale_of
 
 _log = logging.getLogger(__name__)
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")

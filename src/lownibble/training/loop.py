@@ -25,6 +25,7 @@ from lownibble.errors import ConfigError, TrainingError
 from lownibble.kernels.decoded import release_scratch
 from lownibble.lora import count_parameters
 from lownibble.lora.inject import adapter_configs
+from lownibble.models.info import info
 from lownibble.optim import (
     PAGED,
     close_states,
@@ -149,7 +150,7 @@ class Trainer:
         yield Started(
             self.total_steps, first, len(self.micro.rows), self.cut_rows, *count_parameters(self.model),
             compiled=self.passes.compiled, compile_seconds=self.passes.compile_seconds,
-            compile_reason=self.passes.compile_reason, compute=getattr(self.model, "lownibble_compute", ""),
+            compile_reason=self.passes.compile_reason, compute=info(self.model).compute,
         )  # fmt: skip
         if first in (0, self.total_steps):
             yield self.evaluate(first)

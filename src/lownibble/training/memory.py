@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from lownibble.errors import TrainingError
 from lownibble.lora import LowRank
+from lownibble.models.info import info
 from lownibble.optim import state_bytes, states
 from lownibble.quant import QuantLinear
 
@@ -153,7 +154,8 @@ def reset_peak(device: torch.device) -> None:
 
 
 def bytes_by_kind(model: nn.Module, optimizer: torch.optim.Optimizer | None) -> dict[str, int]:
-    """Live bytes: dense weights, 4-bit codes, quantisation constants, adapters, gradients, optimiser states (those in memory).
+    """Live bytes: dense weights, codes of packed ones, quantisation constants, adapters, gradients, optimiser states (those in
+    memory).
 
     Each parameter counts once, tied ones too.
     """
@@ -178,7 +180,7 @@ def ledger(model: Any, optimizer: torch.optim.Optimizer | None) -> dict[str, Any
     Returns:
         `tensors`: [{kind, dtype, tensors, bytes}]; `upcasts`: [{kind, from, to, tensors, bytes}], bytes as they are now.
     """
-    stored = getattr(model, "lownibble_stored_dtypes", {})
+    stored = info(model).stored_dtypes
     found: dict[tuple[str, ...], list[int]] = {}
     raised: dict[tuple[str, ...], list[int]] = {}
     seen: set[int] = set()
@@ -213,7 +215,7 @@ def _add(counts: dict[tuple[str, ...], list[int]], key: tuple[str, ...], n_bytes
 def kind_of(module: nn.Module, name: str) -> str:
     """The kind of memory that a module's own parameter is."""
     if isinstance(module, QuantLinear) and name != "bias":
-        return "codes" if name == "codes" else "constants"
+        return "codes" if name == module.names[0] else "constants"
     return "adapters" if isinstance(module, LowRank) else "weights"
 
 

@@ -11,6 +11,7 @@ from lownibble.arch import paths, read_shape
 from lownibble.config import LoraConfig, Method, QuantConfig
 from lownibble.errors import InputError
 from lownibble.lora.inject import adapter_configs
+from lownibble.models.packed import config_of
 from lownibble.optim import PAGED
 from lownibble.planning import hardware
 from lownibble.planning.hardware import Device
@@ -64,15 +65,12 @@ def plan_of(trainer: Trainer) -> tuple[Batch, MemoryPlan]:
     """
     model, train, fit = trainer.model, trainer.config, trainer.fit
     shape, adapters = read_shape(model.config.to_dict()), adapter_configs(model)
-    packed = {path.removesuffix(".base"): module for path, module in model.named_modules() if isinstance(module, QuantLinear)}
-    quantized = next(iter(packed.values()), None)
-    method: Method = "full" if not adapters else "lora" if quantized is None else "qlora"
+    packed = {path.removesuffix(".base"): m for path, m in model.named_modules() if isinstance(m, QuantLinear)}
+    method: Method = "full" if not adapters else "qlora" if packed else "lora"
     quant = QuantConfig()
-    if quantized is not None:
-        quant = QuantConfig(
-            quant_type=quantized.quant_type, block_size=quantized.block_size, double_quant=quantized.weight.double_quant,
-            skip_modules=["lm_head", *(path for path, _ in paths(shape) if path not in packed)],
-        )  # fmt: skip
+    if packed:
+        dense = ["lm_head", *(path for path, _ in paths(shape) if path not in packed)]
+        quant = config_of({path: module.weight for path, module in packed.items()}, dense)
     optim = train.optim.removeprefix(PAGED)
     options = train.with_options(
         optim=f"{PAGED}{optim}" if fit.paged else optim, gradient_checkpointing=fit.gradient_checkpointing

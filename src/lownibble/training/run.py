@@ -22,6 +22,7 @@ from lownibble.errors import ConfigError, ModelError
 from lownibble.lora import add_lora, count_parameters, save_adapter
 from lownibble.lora.inject import adapter_configs
 from lownibble.models import load, pick_device
+from lownibble.models.info import info
 from lownibble.options import n_bytes
 from lownibble.quant import QuantLinear, eightbit
 from lownibble.training import interrupt, memory, planned, verify
@@ -133,14 +134,14 @@ def _choose_compute(model: Any) -> None:
         compute, reason = "exact", "8-bit products have not been proven for models with an encoder"
     else:
         compute, reason = eightbit.automatic((layer.weight for layer in layers), model.dtype, model.device)
-    model.lownibble_compute = f"{compute} ({reason})"
+    info(model).compute = f"{compute} ({reason})"
     for layer in layers:
-        layer.compute = compute
+        layer.compute = compute if layer.weight.four_bit is not None else "exact"
 
 
 def _leave_compute(model: Any) -> None:
     """Exact compute again where 'auto' chose for the run: outside of training it stands for that."""
-    if getattr(model, "lownibble_auto_compute", False):
+    if info(model).auto_compute:
         for layer in model.modules():
             if isinstance(layer, QuantLinear):
                 layer.compute = "exact"
@@ -151,7 +152,7 @@ def _trainer(
 ) -> tuple[Trainer, list[Encoded]]:
     """The trainer over both sides' rows, and the encoded rows."""
     encoded = [encode(side, tokenizer, data, config.max_length) for side in sides]
-    if getattr(model, "lownibble_auto_compute", False):
+    if info(model).auto_compute:
         _choose_compute(model)
     if model.config.is_encoder_decoder:
         _check_pairs(model, encoded, data)
@@ -257,7 +258,7 @@ def _subject(model: Any) -> dict[str, Any]:
     return {
         "base": getattr(model.config, "_name_or_path", ""),
         "lora": {name: config.to_dict() for name, config in adapter_configs(model).items()},
-        "quant": sorted({f"{m.quant_type}/{m.block_size}" for m in quantized}),
+        "quant": sorted({m.codec for m in quantized}),
         "compute": ", ".join(sorted({m.compute for m in quantized})),
         "head_compute": Head(model).compute,
     }
@@ -272,7 +273,7 @@ def _model_facts(model: Any) -> dict[str, Any]:
         "trainable_parameters": trainable,
         "compute": sorted({m.compute for m in quantized}),
         "head_compute": Head(model).compute,
-        "compute_chosen": getattr(model, "lownibble_compute", ""),
+        "compute_chosen": info(model).compute,
         "quantized_parameters": sum(m.in_features * m.out_features for m in quantized),
         "dtype": str(model.dtype).removeprefix("torch."),
     }

@@ -133,7 +133,9 @@ def trace_step(
     Raises:
         ModelError: transformers does not know this model. TargetError: LoRA's targets match nothing.
     """
-    codebook(quant.quant_type, "cpu"), dynamic8("cpu"), dynamic8_lookup("cpu")  # kept for the process, so not made in here
+    for table in ("nf4", "fp4"):  # kept for the process, so not made in here
+        codebook(table, "cpu")
+    dynamic8("cpu"), dynamic8_lookup("cpu")
     release_scratch()
     recorder = _Recorder(run.round_to)
     backend = Traced(fused=run.fused, attention=run.kernel_attention, softmax=run.kernel_attention)

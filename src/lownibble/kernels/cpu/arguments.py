@@ -13,7 +13,7 @@ from lownibble.kernels.checks import (
     check_tensor,
     check_weight,
 )
-from lownibble.kernels.ops import Addition, Nested
+from lownibble.kernels.types import Epilogue, FourBit
 
 _CPU = torch.device("cpu")
 
@@ -36,24 +36,22 @@ def address(tensor: Tensor, role: str, dtype: torch.dtype, length: int) -> int:
     return tensor.data_ptr()
 
 
-def weight_addresses(
-    codes: Tensor, absmax: Tensor, values: Tensor, n: int, block_size: int, nested: Nested | None
-) -> tuple[int, int, int, int | None, int | None, int | None, int]:
+def weight_addresses(weight: FourBit) -> tuple[int, int, int, int | None, int | None, int | None, int]:
     """The six addresses of a 4-bit weight and the logarithm of the nested block size."""
-    check_weight(codes, absmax, values, n, block_size, nested, _CPU)
-    plain = codes.data_ptr(), values.data_ptr(), absmax.data_ptr()
+    check_weight(weight, _CPU)
+    plain, nested = (weight.codes.data_ptr(), weight.values.data_ptr(), weight.absmax.data_ptr()), weight.nested
     if nested is None:
         return *plain, None, None, None, 0
     nested_pointers = nested.values.data_ptr(), nested.absmax.data_ptr(), nested.offset.data_ptr()
     return *plain, *nested_pointers, block_shift(nested.block_size)
 
 
-def addition_addresses(
-    addition: Addition, T: int, columns: int
+def epilogue_addresses(
+    epilogue: Epilogue, T: int, columns: int
 ) -> tuple[int | None, tuple[int | None, int | None, int, int, int]]:
     """Address of the bias; addresses of the low-rank branch, its rank and the strides of its factor."""
-    bias = None if addition.bias is None else address(addition.bias, "bias", torch.float32, columns)
-    low, factor = addition.low, addition.factor
+    bias = None if epilogue.bias is None else address(epilogue.bias, "bias", torch.float32, columns)
+    low, factor = epilogue.low, epilogue.factor
     if low is None or factor is None:
         return bias, (None, None, 0, 0, 0)
     r = low.shape[1]

@@ -11,13 +11,14 @@ from torch import Tensor
 
 from lownibble.errors import InputError
 from lownibble.kernels.checks import check_tensor
+from lownibble.kernels.cpu.library import library
 
 _CPU = torch.device("cpu")
 
 
-def available(library: Any, head_dim: int) -> bool:
+def has_attention(head_dim: int) -> bool:
     """Whether there is a kernel for heads of this size with the instruction set in use."""
-    return bool(library.has_attention()) and head_dim % 16 == 0
+    return bool(library().has_attention()) and head_dim % 16 == 0
 
 
 def _heads(tensors: dict[str, Tensor], T: int) -> tuple[list[int], Any]:
@@ -30,14 +31,14 @@ def _heads(tensors: dict[str, Tensor], T: int) -> tuple[list[int], Any]:
     return [tensor.data_ptr() for tensor in tensors.values()], (ctypes.c_int64 * len(strides))(*strides)
 
 
-def _shape(library: Any, q: Tensor, k: Tensor, v: Tensor, borders: Tensor) -> tuple[int, int, int, int]:
+def _shape(q: Tensor, k: Tensor, v: Tensor, borders: Tensor) -> tuple[int, int, int, int]:
     """T, heads, key heads and head_dim, once all shapes are known to fit the kernel."""
     (B, heads, T, D), key_heads = q.shape, k.shape[1]
     if k.shape != (B, key_heads, T, D) or v.shape != k.shape or heads % key_heads:
         raise InputError(f"'k' and 'v' must be ({B}, key heads, {T}, {D}). Got {tuple(k.shape)} and {tuple(v.shape)}.")
-    if not available(library, D):
+    if not has_attention(D):
         raise InputError(
-            f"The attention kernel needs AVX-512 and heads of a multiple of 16. Got {D} with '{library.isa().decode()}'."
+            f"The attention kernel needs AVX-512 and heads of a multiple of 16. Got {D} with '{library().isa().decode()}'."
         )
     check_tensor(borders, "borders", torch.int64, borders.numel(), _CPU)
     places = borders.tolist()
@@ -46,12 +47,12 @@ def _shape(library: Any, q: Tensor, k: Tensor, v: Tensor, borders: Tensor) -> tu
     return T, heads, key_heads, D
 
 
-def attention(library: Any, q: Tensor, k: Tensor, v: Tensor, borders: Tensor, scaling: float) -> tuple[Tensor, Tensor]:
+def attention(q: Tensor, k: Tensor, v: Tensor, borders: Tensor, scaling: float) -> tuple[Tensor, Tensor]:
     """As `ops.attention`."""
-    T, heads, key_heads, D = _shape(library, q, k, v, borders)
+    T, heads, key_heads, D = _shape(q, k, v, borders)
     out, lse = torch.empty(len(q), T, heads, D), torch.empty(len(q) * T, heads)
     addresses, strides = _heads({"q": q, "k": k, "v": v, "out": out.transpose(1, 2)}, T)
-    failed = library.attention(
+    failed = library().attention(
         *addresses, strides, lse.data_ptr(), borders.data_ptr(), len(borders) - 1, T, heads, key_heads, D, scaling,
         torch.get_num_threads(),
     )  # fmt: skip
@@ -61,17 +62,17 @@ def attention(library: Any, q: Tensor, k: Tensor, v: Tensor, borders: Tensor, sc
 
 
 def attention_backward(
-    library: Any, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, borders: Tensor, scaling: float
+    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, borders: Tensor, scaling: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """As `ops.attention_backward`."""
-    T, heads, key_heads, D = _shape(library, q, k, v, borders)
+    T, heads, key_heads, D = _shape(q, k, v, borders)
     if dout.shape != out.shape or out.shape != (len(q), T, heads, D):
         raise InputError(f"'dout' and 'out' must be {(len(q), T, heads, D)}. Got {tuple(dout.shape)} and {tuple(out.shape)}.")
     check_tensor(lse, "lse", torch.float32, len(q) * T * heads, _CPU)
     gradients = {f"d{role}": torch.empty(len(q), T, t.shape[1], D).transpose(1, 2) for role, t in (("q", q), ("k", k), ("v", v))}
     given = {"dout": dout.contiguous().transpose(1, 2), "q": q, "k": k, "v": v, "out": out.transpose(1, 2)}
     addresses, strides = _heads({**given, **gradients}, T)
-    failed = library.attention_backward(
+    failed = library().attention_backward(
         *addresses, strides, lse.data_ptr(), borders.data_ptr(), len(borders) - 1, T,
         heads, key_heads, D, scaling, torch.get_num_threads(),
     )  # fmt: skip

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
 from lownibble.errors import BackendError, InputError
 from lownibble.kernels import decoded
 from lownibble.kernels.checks import check_weight_8bit
-from lownibble.kernels.cpu_arguments import addition_addresses, address, block_shift, weight_addresses
-from lownibble.kernels.ops import PART, Addition, Nested, Rows8bit, row_sizes
+from lownibble.kernels.cpu.arguments import address, block_shift, epilogue_addresses, weight_addresses
+from lownibble.kernels.cpu.library import library
+from lownibble.kernels.types import PART, Epilogue, FourBit, Rows8bit, row_sizes
 
 
-def need(library: Any, code_type: torch.dtype = torch.int8) -> None:
+def has_int8() -> bool:
+    """Whether the 8-bit products run with the instruction set in use."""
+    return bool(library().has_int8())
+
+
+def need_int8(code_type: torch.dtype = torch.int8) -> None:
     """Raise unless the 8-bit products run, with codes of that type.
 
     Raises:
@@ -25,45 +29,38 @@ def need(library: Any, code_type: torch.dtype = torch.int8) -> None:
             "compute='fp8' needs a CUDA device of compute capability 8.9 or later; the compiled CPU kernels have int8 only. "
             "Use compute='int8' or compute='exact'."
         )
-    if not library.has_int8():
-        isa = library.isa().decode()
+    if not has_int8():
+        isa = library().isa().decode()
         raise BackendError(
             f"compute='int8' needs the AVX-512 VNNI instructions; the kernels in use are '{isa}'. Use compute='exact'."
         )
 
 
-def row_scales(
-    library: Any, codes: Tensor, absmax: Tensor, values: Tensor, block_size: int, shape: torch.Size, nested: Nested | None = None,
-    code_type: torch.dtype = torch.int8,
-) -> Tensor:  # fmt: skip
+def row_scales(weight: FourBit, code_type: torch.dtype = torch.int8) -> Tensor:
     """As `ops.row_scales`, for int8."""
-    need(library, code_type)
-    N, K, shift, addresses, nested_shift = _weight(library, codes, absmax, values, block_size, shape, nested)
+    need_int8(code_type)
+    N, K, shift, addresses, nested_shift = _weight(weight)
     scale = torch.empty(N, dtype=torch.float32)
-    library.row_scales(*addresses, N, K, shift, nested_shift, scale.data_ptr(), torch.get_num_threads())
+    library().row_scales(*addresses, N, K, shift, nested_shift, scale.data_ptr(), torch.get_num_threads())
     return scale
 
 
-def _weight(
-    library: Any, codes: Tensor, absmax: Tensor, values: Tensor, block_size: int, shape: torch.Size, nested: Nested | None
-) -> tuple[int, int, int, list[int | None], int]:
-    need(library)
-    N, K = shape
-    check_weight_8bit(shape, block_size)
-    *addresses, nested_shift = weight_addresses(codes, absmax, values, N * K, block_size, nested)
-    return N, K, block_shift(block_size), addresses, nested_shift
+def _weight(weight: FourBit) -> tuple[int, int, int, list[int | None], int]:
+    need_int8()
+    N, K = weight.shape
+    check_weight_8bit(weight.shape, weight.block_size)
+    *addresses, nested_shift = weight_addresses(weight)
+    return N, K, block_shift(weight.block_size), addresses, nested_shift
 
 
-def quantize_rows(
-    library: Any, x_TC: Tensor, column_scale: Tensor | None = None, code_type: torch.dtype = torch.int8
-) -> Rows8bit:
+def quantize_rows(x_TC: Tensor, column_scale: Tensor | None = None, code_type: torch.dtype = torch.int8) -> Rows8bit:
     """As `ops.quantize_rows`, for int8; codes in tiles of 12 rows, see `native/int8.h`."""
-    need(library, code_type)
+    need_int8(code_type)
     T, C = x_TC.shape
     n_codes, n_scales = row_sizes(T, C)
     codes, scale = torch.empty(n_codes, dtype=torch.int8), torch.empty(n_scales)
     rows = Rows8bit(codes, scale, torch.empty(n_scales, dtype=torch.int32), T, C)
-    library.quantize_rows(
+    library().quantize_rows(
         address(x_TC, "x_TC", torch.float32, T * C),
         None if column_scale is None else address(column_scale, "column_scale", torch.float32, C),
         T, C, rows.codes.data_ptr(), rows.scale.data_ptr(), rows.start.data_ptr(), torch.get_num_threads(),
@@ -80,36 +77,33 @@ def _rows(x: Rows8bit, columns: int) -> tuple[int, int, int]:
     return codes, scale, address(x.start, "start", torch.int32, n_scales)
 
 
-def matmul_8bit(
-    library: Any, x: Rows8bit, codes: Tensor, absmax: Tensor, values: Tensor, block_size: int, shape: torch.Size,
-    row_scale: Tensor, transposed: bool, addition: Addition, nested: Nested | None = None,
-) -> Tensor:  # fmt: skip
+def matmul_8bit(x: Rows8bit, weight: FourBit, row_scale: Tensor, transposed: bool, epilogue: Epilogue) -> Tensor:
     """As `ops.matmul_8bit`."""
-    N, K, shift, addresses, nested_shift = _weight(library, codes, absmax, values, block_size, shape, nested)
+    N, K, shift, addresses, nested_shift = _weight(weight)
     T, columns = x.rows, K if transposed else N
     rows = _rows(x, N if transposed else K)
-    bias, low_branch = addition_addresses(addition, T, columns)
+    bias, low_branch = epilogue_addresses(epilogue, T, columns)
     out = torch.empty((T, columns), dtype=torch.float32)
     if N * K == 0:
-        return decoded.matmul_dense(torch.zeros(T, 1), torch.zeros(1, columns), True, addition)
-    failed = library.matmul_int8(
+        return decoded.matmul_dense(torch.zeros(T, 1), torch.zeros(1, columns), True, epilogue)
+    failed = library().matmul_int8(
         *rows, T, *addresses, N, K, shift, nested_shift, int(transposed), address(row_scale, "row_scale", torch.float32, N),
-        bias, *low_branch, addition.scale, out.data_ptr(), torch.get_num_threads(),
+        bias, *low_branch, epilogue.scale, out.data_ptr(), torch.get_num_threads(),
     )  # fmt: skip
     if failed:
         raise MemoryError("No memory for one packed panel of a weight.")
     return out
 
 
-def matmul_8bit_dense(library: Any, x: Rows8bit, weight_NK: Tensor, row_scale: Tensor, transposed: bool, out: Tensor) -> Tensor:
+def matmul_8bit_dense(x: Rows8bit, weight_NK: Tensor, row_scale: Tensor, transposed: bool, out: Tensor) -> Tensor:
     """As `ops.matmul_8bit_dense`."""
-    need(library)
+    need_int8()
     N, K = weight_NK.shape
     terms, columns = (N, K) if transposed else (K, N)
     check_weight_8bit(weight_NK.shape, PART)
     if N * K == 0:
         return out.zero_()
-    failed = library.matmul_int8_dense(
+    failed = library().matmul_int8_dense(
         *_rows(x, terms), x.rows, address(weight_NK, "weight_NK", torch.float32, N * K), N, K, int(transposed),
         address(row_scale, "row_scale", torch.float32, N), address(out, "out", torch.float32, x.rows * columns),
         torch.get_num_threads(),

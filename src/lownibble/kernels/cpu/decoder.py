@@ -5,14 +5,19 @@ from __future__ import annotations
 import ctypes
 import threading
 from collections.abc import Sequence
+from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from lownibble.errors import BackendError, InputError
+from lownibble.kernels import decoder
 from lownibble.kernels.checks import DTYPES, check_block_size, check_float, check_tensor, check_weight
-from lownibble.kernels.decoder import PROJECTIONS, Adapter, DecoderLayer, DecoderLayers, Linear4bit, Segment, Step
+from lownibble.kernels.cpu.fourbit import gemv_4bit
+from lownibble.kernels.cpu.library import library
+from lownibble.kernels.decoder import PROJECTIONS, Adapter, DecoderLayer, DecoderLayers, Projection, Segment, Step
+from lownibble.kernels.types import FourBit
 
 _CPU = torch.device("cpu")
 _pointer, _int64, _int32, _float = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32, ctypes.c_float
@@ -61,21 +66,23 @@ def _floats(tensor: Tensor, role: str, length: int) -> int:
     return tensor.data_ptr()
 
 
-def _linear(name: str, linear: Linear4bit, N: int, K: int) -> _Linear4bit:
-    if tuple(linear.shape) != (N, K):
-        raise InputError(f"'{name}' must be {N} x {K}. Got {' x '.join(map(str, linear.shape))}.")
-    check_weight(linear.codes, linear.absmax, linear.values, N * K, linear.block_size, linear.nested, _CPU)
-    nested = linear.nested
+def _linear(name: str, projection: Projection, N: int, K: int) -> _Linear4bit:
+    weight, bias = projection
+    assert isinstance(weight, FourBit)
+    if tuple(weight.shape) != (N, K):
+        raise InputError(f"'{name}' must be {N} x {K}. Got {' x '.join(map(str, weight.shape))}.")
+    check_weight(weight, _CPU)
+    nested = weight.nested
     constants = (None,) * 3 if nested is None else (nested.values.data_ptr(), nested.absmax.data_ptr(), nested.offset.data_ptr())
     return _Linear4bit(
-        linear.codes.data_ptr(), linear.values.data_ptr(), linear.absmax.data_ptr(), *constants,
-        None if linear.bias is None else _floats(linear.bias, f"{name}.bias", N),
-        N, K, _shift(linear.block_size), 0 if nested is None else _shift(nested.block_size),
+        weight.codes.data_ptr(), weight.values.data_ptr(), weight.absmax.data_ptr(), *constants,
+        None if bias is None else _floats(bias, f"{name}.bias", N),
+        N, K, _shift(weight.block_size), 0 if nested is None else _shift(nested.block_size),
     )  # fmt: skip
 
 
 def _layer(layer: DecoderLayer) -> _DecoderLayer:
-    hidden, inner = layer.input_norm.numel(), layer.projections[4].shape[0]
+    hidden, inner = layer.input_norm.numel(), layer.projections[4].weight.shape[0]
     q, kv = layer.heads * layer.head_dim, layer.key_heads * layer.head_dim
     if layer.heads % layer.key_heads or layer.head_dim % 2:
         raise InputError(f"{layer.heads} heads of {layer.head_dim} over {layer.key_heads} key heads cannot be computed.")
@@ -105,10 +112,10 @@ def _adapter(adapter: Adapter, layers: DecoderLayers) -> Any:
         made = (_LowRank * (len(layers.of) * len(PROJECTIONS)))()
         copies = []
         for i, (layer, branches) in enumerate(zip(layers.of, adapter.of, strict=True)):
-            for p, (name, linear, branch) in enumerate(zip(PROJECTIONS, layer.projections, branches, strict=True)):
+            for p, (name, projection, branch) in enumerate(zip(PROJECTIONS, layer.projections, branches, strict=True)):
                 if branch is None:
                     continue
-                (N, K), r = linear.shape, branch.A.shape[0]
+                (N, K), r = projection.weight.shape, branch.A.shape[0]
                 if tuple(branch.A.shape) != (r, K) or tuple(branch.B.shape) != (N, r):
                     raise InputError(
                         f"The branch of '{name}' of layer {i} must be {r} x {K} and {N} x {r}. "
@@ -126,11 +133,13 @@ def _adapter(adapter: Adapter, layers: DecoderLayers) -> Any:
     return adapter.prepared["cpu"][0]
 
 
-def check_structures(library: Any) -> None:
-    """Raise a BackendError unless the library's structures are as large as these."""
+@cache
+def _checked_library() -> Any:
+    """The library, once its structures are known to be as large as these."""
     for which, structure in enumerate((_Linear4bit, _DecoderLayer, _LowRank, _Segment, _Tokens)):
-        if library.decoder_sizes(which) != ctypes.sizeof(structure):
+        if library().decoder_sizes(which) != ctypes.sizeof(structure):
             raise BackendError("The compiled library has other structures than this package. Reinstall lownibble.")
+    return library()
 
 
 _memory = threading.local()
@@ -147,9 +156,13 @@ _EMPTY = torch.empty(0)
 
 
 def decoder_layers(
-    library: Any, x_TH: Tensor, layers: DecoderLayers, keys: Tensor, values: Tensor, step: Step, segments: Sequence[Segment]
+    x_TH: Tensor, layers: DecoderLayers, keys: Tensor, values: Tensor, step: Step, segments: Sequence[Segment]
 ) -> None:
-    """As `ops.decoder_layers`."""
+    """As `ops.decoder_layers`; in torch where a projection is not in 4 bits."""
+    if not layers.in_4bit:
+        decoder.decoder_layers(gemv_4bit, x_TH, layers, keys, values, step, segments)
+        return
+    library = _checked_library()
     made, T = _layers(layers), len(x_TH)
     slots, capacity, D = keys.shape[1], keys.shape[3], made[0].head_dim
     shape = (len(made), slots, made[0].key_heads, capacity, D)

@@ -1,0 +1,28 @@
+"""The compiled CPU kernels as a backend of `ops.py`."""
+
+from lownibble.kernels.cpu.attention import attention, attention_backward, has_attention
+from lownibble.kernels.cpu.decoder import decoder_layers
+from lownibble.kernels.cpu.fourbit import (
+    dequantize_4bit,
+    dequantize_8bit,
+    gemv_4bit,
+    gemv_bf16,
+    matmul_4bit,
+    matmul_dense,
+    quantize_4bit,
+    quantize_8bit,
+    softmax_rows,
+)
+from lownibble.kernels.cpu.int8 import has_int8, matmul_8bit, matmul_8bit_dense, need_int8, quantize_rows, row_scales
+from lownibble.kernels.cpu.library import available_isas, isa, library, select_isa
+from lownibble.kernels.cpu.low_rank import low_rank, low_rank_backward
+
+name = "cpu"
+device_types = ("cpu",)
+
+__all__ = [
+    "attention", "attention_backward", "available_isas", "decoder_layers", "dequantize_4bit", "dequantize_8bit", "device_types",
+    "gemv_4bit", "gemv_bf16", "has_attention", "has_int8", "isa", "library", "low_rank", "low_rank_backward", "matmul_4bit",
+    "matmul_8bit", "matmul_8bit_dense", "matmul_dense", "name", "need_int8", "quantize_4bit", "quantize_8bit", "quantize_rows",
+    "row_scales", "select_isa", "softmax_rows",
+]  # fmt: skip

@@ -1,0 +1,142 @@
+"""The compiled kernels of 4-bit and dense weights: encode, decode, and the exact products (`native/kernels.h`,
+`native/matmul.h`)."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from lownibble.kernels import decoded, plain
+from lownibble.kernels.cpu.arguments import address, block_shift, epilogue_addresses, type_number, weight_addresses
+from lownibble.kernels.cpu.library import library
+from lownibble.kernels.types import Epilogue, FourBit
+
+
+def quantize_4bit(x: Tensor, bounds: Tensor, order: Tensor, block_size: int) -> tuple[Tensor, Tensor]:
+    """As `ops.quantize_4bit`."""
+    n, shift, dtype = x.numel(), block_shift(block_size), type_number(x, "x")
+    codes = torch.empty((n + 1) // 2, dtype=torch.uint8)
+    absmax = torch.empty(-(-n // block_size), dtype=torch.float32)
+    library().quantize_4bit(
+        address(x, "x", x.dtype, n),
+        dtype,
+        n,
+        shift,
+        address(bounds, "bounds", torch.float32, 15),
+        address(order, "order", torch.uint8, 16),
+        codes.data_ptr(),
+        absmax.data_ptr(),
+        torch.get_num_threads(),
+    )
+    return codes, absmax
+
+
+def dequantize_4bit(weight: FourBit, out: Tensor) -> Tensor:
+    """As `ops.dequantize_4bit`."""
+    n, shift, dtype = weight.shape.numel(), block_shift(weight.block_size), type_number(out, "out")
+    *addresses, nested_shift = weight_addresses(weight)
+    out_data = address(out, "out", out.dtype, n)
+    library().dequantize_4bit(*addresses, n, shift, nested_shift, dtype, out_data, torch.get_num_threads())
+    return out
+
+
+def quantize_8bit(x: Tensor, lookup: Tensor, block_size: int) -> tuple[Tensor, Tensor]:
+    """As `ops.quantize_8bit`."""
+    n, shift = x.numel(), block_shift(block_size)
+    codes = torch.empty(n, dtype=torch.uint8)
+    absmax = torch.empty(-(-n // block_size), dtype=torch.float32)
+    library().quantize_8bit(
+        address(x, "x", torch.float32, n),
+        n,
+        shift,
+        address(lookup, "lookup", torch.uint8, 65536),
+        codes.data_ptr(),
+        absmax.data_ptr(),
+        torch.get_num_threads(),
+    )
+    return codes, absmax
+
+
+def dequantize_8bit(codes: Tensor, absmax: Tensor, values: Tensor, block_size: int) -> Tensor:
+    """As `ops.dequantize_8bit`."""
+    n, shift = codes.numel(), block_shift(block_size)
+    out = torch.empty(n, dtype=torch.float32)
+    library().dequantize_8bit(
+        address(codes, "codes", torch.uint8, n),
+        address(absmax, "absmax", torch.float32, -(-n // block_size)),
+        address(values, "values", torch.float32, 256),
+        n,
+        shift,
+        out.data_ptr(),
+        torch.get_num_threads(),
+    )
+    return out
+
+
+def gemv_4bit(x_TK: Tensor, weight: FourBit) -> Tensor:
+    """As `ops.gemv_4bit`."""
+    (T, K), N = x_TK.shape, weight.shape[0]
+    shift, dtype = block_shift(weight.block_size), type_number(x_TK, "x_TK")
+    *addresses, nested_shift = weight_addresses(weight)
+    x_data = address(x_TK, "x_TK", x_TK.dtype, T * weight.shape[1])
+    out_TN = torch.empty((T, N), dtype=x_TK.dtype)
+    failed = library().gemv_4bit(
+        x_data, dtype, T, K, *addresses, N, shift, nested_shift, out_TN.data_ptr(), torch.get_num_threads()
+    )
+    if failed:
+        raise MemoryError(f"No memory for {T * K * 4} bytes: x_TK in float32.")
+    return out_TN
+
+
+def matmul_4bit(x_TC: Tensor, weight: FourBit, transposed: bool, epilogue: Epilogue) -> Tensor:
+    """As `ops.matmul_4bit`: with a kernel in float32 on AVX-512 (`native/matmul.h`), else the weight is decoded first."""
+    N, K = weight.shape
+    if x_TC.dtype != torch.float32 or K % 64 or N * K == 0 or weight.block_size < 32 or not library().has_matmul():
+        return decoded.matmul(partial(dequantize_4bit, weight), weight.shape, x_TC, transposed, epilogue)
+    T, terms, columns = len(x_TC), N if transposed else K, K if transposed else N
+    *addresses, nested_shift = weight_addresses(weight)
+    bias, low_branch = epilogue_addresses(epilogue, T, columns)
+    x_data = address(x_TC, "x_TC", torch.float32, T * terms)
+    out = torch.empty((T, columns), dtype=torch.float32)
+    failed = library().matmul_4bit(
+        x_data, T, *addresses, N, K, block_shift(weight.block_size), nested_shift, int(transposed),
+        bias, *low_branch, epilogue.scale, out.data_ptr(), torch.get_num_threads(),
+    )  # fmt: skip
+    if failed:
+        raise MemoryError("No memory for the decoded panels of a weight.")
+    return out
+
+
+def matmul_dense(x_TC: Tensor, weight_NK: Tensor, transposed: bool, out: Tensor) -> Tensor:
+    """As `ops.matmul_dense`: with the kernel of `matmul_4bit` where it runs, else by torch."""
+    N, K = weight_NK.shape
+    suits = x_TC.dtype == torch.float32 and K % 64 == 0 and N * K > 0 and weight_NK.is_contiguous()
+    if not suits or not library().has_matmul():
+        return plain.matmul_dense(x_TC, weight_NK, transposed, out)
+    T, terms, columns = len(x_TC), N if transposed else K, K if transposed else N
+    failed = library().matmul_dense(
+        address(x_TC, "x_TC", torch.float32, T * terms), T, address(weight_NK, "weight_NK", torch.float32, N * K), N, K,
+        int(transposed), address(out, "out", torch.float32, T * columns), torch.get_num_threads(),
+    )  # fmt: skip
+    if failed:
+        raise MemoryError("No memory for the panels of a weight.")
+    return out
+
+
+def gemv_bf16(x_TK: Tensor, weight_NK: Tensor) -> Tensor:
+    """As `ops.gemv_bf16`."""
+    (T, K), N = x_TK.shape, len(weight_NK)
+    out_TN = torch.empty((T, N))
+    x_data, weight = address(x_TK, "x_TK", torch.float32, T * K), address(weight_NK, "weight_NK", torch.bfloat16, N * K)
+    library().gemv_bf16(x_data, T, K, weight, out_TN.data_ptr(), N, torch.get_num_threads())
+    return out_TN
+
+
+def softmax_rows(x_LV: Tensor, scale: float) -> Tensor:
+    """As `ops.softmax_rows`."""
+    L, V = x_LV.shape
+    lse = torch.empty(L)
+    library().softmax_rows(address(x_LV, "x_LV", torch.float32, L * V), L, V, scale, lse.data_ptr(), torch.get_num_threads())
+    return lse

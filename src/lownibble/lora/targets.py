@@ -1,0 +1,93 @@
+"""Which linear layers an adapter is put on, and of what rank, from paths alone. No torch: the planner asks too.
+
+Matching follows PEFT's `check_target_module_exists`, including its asymmetries: a string is a regular expression that must
+match the full path; a list item matches a whole path or whole names at its end; `layers_to_transform` counts the first number
+in a path.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Collection
+
+from lownibble.config import LoraConfig
+from lownibble.errors import ConfigError, TargetError
+from lownibble.matching import by_pattern, check_patterns, fits, names
+
+_LAYER_INDEX = re.compile(r".*?\.[^.]*\.(?P<index>\d+)\.")
+
+
+def candidates(linears: Collection[str]) -> str:
+    """The distinct last names of linear modules, for error messages."""
+    return ", ".join(sorted({path.rpartition(".")[2] for path in linears})) or "none (no nn.Linear in this model)"
+
+
+def match_targets(
+    linears: Collection[str], config: LoraConfig, *, head: str | None = None, excluded: Collection[str] = ()
+) -> list[str]:
+    """Paths, out of those of all linear layers, that `config` targets.
+
+    Args:
+        head: path of the output head, which 'all-linear' leaves out.
+        excluded: modules whose linears cannot be targets, since they are trained in full.
+    Raises:
+        TargetError: nothing matches, or options contradict each other; lists the candidates.
+    """
+    allowed = [p for p in linears if not any(p == e or p.startswith(f"{e}.") for e in excluded)]
+    target, layers = config.target_modules, config.layers_to_transform
+    if target == "all-linear":
+        matched = [p for p in allowed if p != head]
+    elif isinstance(target, str):
+        if layers is not None:
+            raise TargetError(
+                "layers_to_transform needs target_modules as a list or 'all-linear'. Put the layers into the regex."
+            )
+        try:
+            matched = [p for p in allowed if re.fullmatch(target, p)]
+        except re.error as error:
+            raise TargetError(f"target_modules {target!r} is not a valid regular expression: {error}. Correct it.") from None
+    else:
+        matched = [p for p in allowed if names(p, target)]
+        missing = [name for name in target if not any(names(p, [name]) for p in linears)]
+        if matched and missing:
+            raise TargetError(f"target_modules {missing} match no linear module. Candidates: {candidates(linears)}.")
+    if layers is not None:
+        indices = {p: _LAYER_INDEX.match(p) for p in matched}
+        matched = [p for p in matched if (i := indices[p]) and int(i["index"]) in layers]
+    if not matched:
+        within = f" in layers {layers}" if layers is not None else ""
+        raise TargetError(f"target_modules {target!r} match no linear module{within}. Candidates: {candidates(linears)}.")
+    _check_patterns(config, matched)
+    return matched
+
+
+def _check_patterns(config: LoraConfig, targets: list[str]) -> None:
+    for option, patterns in (("rank_pattern", config.rank_pattern), ("alpha_pattern", config.alpha_pattern)):
+        try:
+            check_patterns(option, patterns)
+        except ConfigError as error:
+            raise TargetError(str(error)) from None
+        for key in patterns:
+            if not any(fits(path, key) for path in targets):
+                raise TargetError(f"{option} {key!r} matches no targeted module. Targets: {', '.join(targets[:4])}, ...")
+
+
+def scaling(r: int, alpha: float, use_rslora: bool) -> float:
+    """What B A is multiplied by."""
+    return alpha / (math.sqrt(r) if use_rslora else r)
+
+
+def rank_of(path: str, config: LoraConfig) -> int:
+    """The rank that `config` gives to the layer at `path`."""
+    return int(by_pattern(path, config.rank_pattern, config.r))
+
+
+def alpha_of(path: str, config: LoraConfig) -> float:
+    """The lora_alpha that `config` gives to the layer at `path`."""
+    return by_pattern(path, config.alpha_pattern, config.lora_alpha)
+
+
+def scale_of(path: str, config: LoraConfig) -> float:
+    """What B A of the layer at `path` is multiplied by."""
+    return scaling(rank_of(path, config), alpha_of(path, config), config.use_rslora)

@@ -1,0 +1,65 @@
+"""What Lownibble knows of a model besides its modules: one object on the model, made when it is first asked for.
+
+It goes with the model through deepcopy and pickle. Models that did not come through `lownibble.load` have one too, with less in
+it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor, nn
+
+from lownibble.config import LoraConfig
+
+_ATTRIBUTE = "_lownibble_info"
+
+
+@dataclass
+class Adapters:
+    """The adapters on a model.
+
+    Attributes:
+        configs: name -> its configuration.
+        biases: by adapter, path in PEFT's files -> (the parameter in the base, the values that are not in place: the
+            original ones while the adapter is active, else the trained ones).
+        active: name of the active one.
+    """
+
+    configs: dict[str, LoraConfig] = field(default_factory=dict)
+    biases: dict[str, dict[str, tuple[nn.Parameter, Tensor]]] = field(default_factory=dict)
+    active: str | None = None
+
+
+@dataclass
+class ModelInfo:
+    """Facts about a model.
+
+    Attributes:
+        base: 'model', 'revision' and 'digest' of the weights, from `load`; empty otherwise.
+        stored_dtypes: name of a dense tensor -> its dtype in the checkpoint.
+        auto_compute: the precision of frozen products is still to be chosen, by who trains ('auto').
+        compute: which was chosen, and why.
+        read_dense: gives a layer's dense weight (out, in) in float32 from the checkpoint, by the layer's path; None where
+            there is none.
+        changed_base: name of the initialisation of adapters that has changed the packed weights, or None.
+    """
+
+    base: dict[str, Any] = field(default_factory=dict)
+    stored_dtypes: dict[str, str] = field(default_factory=dict)
+    auto_compute: bool = False
+    compute: str = ""
+    read_dense: Callable[[str], Tensor] | None = None
+    changed_base: str | None = None
+    adapters: Adapters = field(default_factory=Adapters)
+
+
+def info(model: Any) -> ModelInfo:
+    """What is known of `model`; changes to it stay."""
+    found = vars(model).get(_ATTRIBUTE)
+    if not isinstance(found, ModelInfo):
+        found = ModelInfo()
+        object.__setattr__(model, _ATTRIBUTE, found)
+    return found

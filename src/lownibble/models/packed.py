@@ -1,0 +1,132 @@
+"""Checkpoints whose layers are packed already: bitsandbytes' 4-bit ones, and those that this package writes with any codec.
+
+Which tensors belong together, and how they are read and written, is the codec's (`quant/packed.py`): a layer at PATH has its
+codes as `PATH.weight`, its constants as `PATH.weight.NAME`, and one tensor that tells codec and facts. Bytes are kept as they
+are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lownibble.config import PER_LAYER, QuantConfig
+from lownibble.errors import ModelError
+from lownibble.models.checkpoint import Checkpoint
+from lownibble.quant import Codec, PackedWeight
+from lownibble.registry import CODECS
+
+OWN_METHOD = "lownibble"
+"""The `quant_method` of checkpoints that our transformers quantizer saves."""
+
+
+def check_config(config: Any, name: str) -> None:
+    """Refuse checkpoints quantised by anything but bitsandbytes in 4 bits, or this package."""
+    stored = getattr(config, "quantization_config", None) or {}
+    method = stored.get("quant_method", "an unknown method")
+    in_4bit = method == "bitsandbytes" and stored.get("load_in_4bit", stored.get("_load_in_4bit"))
+    if stored and not in_4bit and method != OWN_METHOD:
+        raise ModelError(
+            f"'{name}' is quantised with {method}. Dense checkpoints, bitsandbytes' 4-bit ones and Lownibble's own can be loaded."
+        )
+
+
+def check_same(packed: Mapping[str, str], config: QuantConfig, name: str) -> None:
+    """Refuse to pretend that a checkpoint holds another type than it does."""
+    for path, held in packed.items():
+        wanted = config.for_layer(path).quant_type
+        if held != wanted:
+            where = "" if len(set(packed.values())) == 1 and not config.pattern else f"'{path}' of "
+            raise ModelError(f"{where}'{name}' is quantised as {held} already, but {wanted} was asked for. Ask for {held}.")
+
+
+def packed_modules(keys: Iterable[str]) -> dict[str, str]:
+    """Path of each layer that is stored packed -> its quant_type."""
+    keys = [key for key in keys if ".weight." in key]
+    found = {}
+    for marker in {CODECS[name].marker for name in CODECS} if keys else ():
+        for key in keys:
+            path, is_marked, quant_type = key.partition(marker)
+            if is_marked:
+                found[path] = quant_type
+    return found
+
+
+def owner(key: str, packed: Iterable[str]) -> str:
+    """The parameter that a stored tensor belongs to: `PATH.weight` for every part of a packed weight."""
+    path, found, _ = key.partition(".weight.")
+    return f"{path}.weight" if found and path in packed else key
+
+
+def read(checkpoint: Checkpoint, path: str, quant_type: str, dtype: torch.dtype) -> PackedWeight:
+    """The packed weight of the layer at `path`, its bytes untouched; `dtype` is what it decodes to by default.
+
+    Raises:
+        ModelError: a part is missing or damaged, or there is no such codec.
+    """
+    keys = [key for key in checkpoint.file_of if key == f"{path}.weight" or key.startswith(f"{path}.weight.")]
+    parts = {key: checkpoint.read(key).clone() for key in keys}  # a copy never keeps the file mapped
+    return unpack(parts, path, quant_type, dtype, f"'{checkpoint.name}'")
+
+
+def options(checkpoint: Checkpoint, path: str, quant_type: str) -> QuantConfig:
+    """How the layer at `path` is packed, by the one tensor that says so.
+
+    Raises:
+        ModelError: it is damaged.
+    """
+    codec = _codec(quant_type, path, f"'{checkpoint.name}'")
+    how: QuantConfig = codec.stored_options(path, checkpoint.read(f"{path}{codec.marker}{quant_type}"), f"'{checkpoint.name}'")
+    return how
+
+
+def _codec(quant_type: str, path: str, name: str) -> Codec:
+    if quant_type not in CODECS:
+        raise ModelError(
+            f"{name}: '{path}' is packed as '{quant_type}', a codec that is not known here. Known: {', '.join(CODECS)}."
+        )
+    codec: Codec = CODECS[quant_type]
+    return codec
+
+
+def unpack(parts: Mapping[str, Tensor], path: str, quant_type: str, dtype: torch.dtype, name: str) -> PackedWeight:
+    """`read` for tensors at hand, by their full names; `name` is how errors call the checkpoint."""
+    return _codec(quant_type, path, name).read(path, parts, dtype, name)
+
+
+def pack(path: str, weight: PackedWeight) -> dict[str, Tensor]:
+    """What a checkpoint holds for the layer at `path`."""
+    stored: dict[str, Tensor] = CODECS[weight.facts()["quant_type"]].write(path, weight)
+    return stored
+
+
+def pack_shapes(path: str, shape: torch.Size, config: QuantConfig) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+    """Type and shape of each tensor that `pack` gives for a weight of `shape`."""
+    specs = CODECS[config.quant_type].written(path, shape, config)
+    return {key: (getattr(torch, spec.dtype), spec.shape) for key, spec in specs.items()}
+
+
+def config_of(packed: Mapping[str, PackedWeight | QuantConfig], skip_modules: list[str]) -> QuantConfig:
+    """The configuration that packs the layers as they are: the most common codec, and a pattern for each group of others."""
+    by_path = {
+        path: each if isinstance(each, QuantConfig) else CODECS[each.facts()["quant_type"]].options(each.facts())
+        for path, each in packed.items()
+    }
+    return QuantConfig.of_layers(by_path, skip_modules)
+
+
+def config_json(config: QuantConfig, skip_modules: list[str], dtype: str) -> dict[str, Any]:
+    """The `quantization_config` of config.json that transformers loads such a checkpoint by: bitsandbytes' where all is nf4 or
+    fp4."""
+    kinds = {config.quant_type, *(how.get("quant_type", config.quant_type) for how in config.pattern.values())}
+    if config.pattern or kinds - {"nf4", "fp4"}:
+        options = {key: getattr(config, key) for key in PER_LAYER}
+        return {"quant_method": OWN_METHOD, **options, "pattern": config.pattern, "skip_modules": skip_modules}
+    return {
+        "quant_method": "bitsandbytes", "load_in_4bit": True, "load_in_8bit": False, "bnb_4bit_quant_type": config.quant_type,
+        "bnb_4bit_use_double_quant": config.double_quant, "bnb_4bit_compute_dtype": dtype, "bnb_4bit_quant_storage": "uint8",
+        "llm_int8_skip_modules": skip_modules,
+    }  # fmt: skip

@@ -1,0 +1,52 @@
+"""The codecs, one file a family, and the way in: `quantize` and `dequantize`."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from lownibble.config import QuantConfig
+from lownibble.errors import QuantizationError
+from lownibble.quant.packed import PackedWeight
+from lownibble.registry import CODECS
+
+_FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def quantize(
+    tensor: Tensor, quant: str | QuantConfig = "nf4", *, name: str = "tensor", statistics: Tensor | None = None
+) -> PackedWeight:
+    """Pack a float32, bfloat16 or float16 tensor (also empty, non-contiguous, odd sizes where the codec takes them).
+
+    Args:
+        tensor: the values; on any device a kernel backend handles.
+        quant: a `QuantConfig`, or a quant_type with its defaults (block 64, double quantisation).
+        name: how errors call the tensor.
+        statistics: second moments of the layer's inputs, for codecs that use them.
+    Raises:
+        QuantizationError: the dtype is not a float, a value is NaN or infinite, or the codec does not take the shape; names the
+            tensor.
+    """
+    config = QuantConfig(quant_type=quant) if isinstance(quant, str) else quant
+    if tensor.dtype not in _FLOATS:
+        raise QuantizationError(
+            f"Cannot quantise '{name}': its dtype is {tensor.dtype}. Convert it to float32, bfloat16 or float16."
+        )
+    if tensor.is_meta:
+        raise QuantizationError(f"Cannot quantise '{name}': it has no data (meta device). Load its weights first.")
+    if tensor.numel() and not torch.isfinite(torch.stack(tensor.detach().aminmax())).all():  # aminmax propagates NaN
+        bad = int((~torch.isfinite(tensor)).sum())
+        raise QuantizationError(
+            f"Cannot quantise '{name}': {bad} of its {tensor.numel()} values are NaN or infinite. "
+            "Check the checkpoint it came from, or add the module to skip_modules."
+        )
+    try:
+        packed: PackedWeight = CODECS[config.quant_type].quantize(tensor.detach(), config, statistics)
+    except QuantizationError as error:
+        raise QuantizationError(f"Cannot quantise '{name}': {error}") from None
+    return packed
+
+
+def dequantize(quantized: PackedWeight, dtype: torch.dtype | None = None) -> Tensor:
+    """The values of a packed tensor in `dtype` (default: the dtype it was made from)."""
+    return quantized.dequantize(dtype)

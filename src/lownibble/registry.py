@@ -1,0 +1,135 @@
+"""The open tables: what is chosen by name, and anyone may add to.
+
+    CODECS       `QuantConfig.quant_type`        how a weight is packed                  quant/packed.py
+    INITS        `LoraConfig.init_lora_weights`  how an adapter starts                   lora/init.py
+    OPTIMIZERS   `TrainConfig.optim`             what takes the steps                    optim/spec.py
+    OBJECTIVES   `TrainConfig.objective`         what is minimised                       training/objectives.py
+
+A built-in entry is 'module:attribute', imported when it is first asked for: reading a configuration or planning imports no torch.
+An entry from outside is added by importing the file that defines it (`CODECS.add("name", entry)`). The command line finds such
+files by themselves: modules or .py files named in the environment variable LOWNIBBLE_PLUGINS (separated by commas), and installed
+packages with an entry point in the group "lownibble". They are imported when a name is asked for that is not known yet.
+`docs/extending.md` has a complete example of each.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import os
+import sys
+from collections.abc import Iterator
+from functools import cache
+from importlib.metadata import entry_points
+from pathlib import Path
+from typing import Any
+
+from lownibble.errors import ConfigError
+
+PLUGINS = "LOWNIBBLE_PLUGINS"
+
+
+class Registry:
+    """Name -> entry."""
+
+    def __init__(self, kind: str, builtin: dict[str, str]) -> None:
+        self.kind = kind
+        self._entries: dict[str, Any] = dict(builtin)
+
+    def add(self, name: str, entry: Any) -> None:
+        """Add an entry; the same name again replaces an entry from outside, never a built-in one.
+
+        Raises:
+            ConfigError: the name is a built-in one's.
+        """
+        if isinstance(self._entries.get(name), str):
+            raise ConfigError(f"There is a built-in {self.kind} '{name}'. Choose another name for yours.")
+        self._entries[name] = entry
+
+    def __getitem__(self, name: str) -> Any:
+        """The entry called so.
+
+        Raises:
+            ConfigError: there is none; names those that there are.
+        """
+        if name not in self:
+            raise ConfigError(
+                f"There is no {self.kind} '{name}'. Known: {', '.join(self)}. One from outside is found through {PLUGINS}."
+            )
+        entry = self._entries[name]
+        if not isinstance(entry, str):
+            return entry
+        module, _, attribute = entry.partition(":")
+        return getattr(importlib.import_module(module), attribute)
+
+    def __contains__(self, name: object) -> bool:
+        if name not in self._entries:
+            load_plugins(os.environ.get(PLUGINS, ""))
+        return name in self._entries
+
+    def __iter__(self) -> Iterator[str]:
+        load_plugins(os.environ.get(PLUGINS, ""))
+        return iter(list(self._entries))
+
+
+@cache
+def load_plugins(named: str) -> None:
+    """Import the plug-ins: those `named`, separated by commas (modules, or paths of .py files), and installed ones.
+
+    Raises:
+        ConfigError: one cannot be imported; says why.
+    """
+    for name in filter(None, (part.strip() for part in named.split(","))):
+        try:
+            _import_file(Path(name)) if name.endswith(".py") else importlib.import_module(name)
+        except ConfigError:
+            raise
+        except Exception as error:
+            raise ConfigError(f"The plug-in '{name}' ({PLUGINS}) cannot be imported: {type(error).__name__}: {error}.") from error
+    for point in entry_points(group="lownibble"):
+        point.load()
+
+
+def _import_file(path: Path) -> None:
+    if not path.is_file():
+        raise ConfigError(f"The plug-in '{path}' ({PLUGINS}) is not there. Check the path.")
+    name = f"lownibble_plugin_{path.stem}"
+    if name in sys.modules:
+        return
+    spec = importlib.util.spec_from_file_location(name, path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    try:
+        spec.loader.exec_module(module)
+    except BaseException:
+        del sys.modules[name]
+        raise
+
+
+CODECS = Registry(
+    "codec",
+    {
+        **dict.fromkeys(("nf4", "fp4"), "lownibble.quant.codecs.fourbit:FOUR_BIT"),
+        "int8": "lownibble.quant.codecs.integer:INT8",
+        "int4": "lownibble.quant.codecs.integer:INT4",
+    },
+)
+
+INITS = Registry(
+    "initialisation of adapters",
+    {name: f"lownibble.lora.init:{name}" for name in ("kaiming", "gaussian", "random")},
+)
+
+OPTIMIZERS = Registry(
+    "optimiser",
+    {
+        "adamw": "lownibble.optim.adamw:ADAMW",
+        "paged_adamw": "lownibble.optim.adamw:PAGED_ADAMW",
+        "adamw_8bit": "lownibble.optim.adamw:ADAMW_8BIT",
+        "paged_adamw_8bit": "lownibble.optim.adamw:PAGED_ADAMW_8BIT",
+    },
+)
+
+OBJECTIVES = Registry("objective", {"next-token": "lownibble.training.objectives:NEXT_TOKEN"})
