@@ -21,12 +21,16 @@ from lownibble.config import (
 )
 from lownibble.errors import ConfigError
 from lownibble.options import n_bytes, read_toml
+from lownibble.registry import OBJECTIVES
+
+OBJECTIVES.add("another", object())
 
 VALUES = {
     "model": "some/model", "revision": "v1", "dtype": "bfloat16", "device": "cpu", "method": "lora", "methods": ["full", "lora"],
     "path": "x.jsonl", "eval_path": "y.jsonl", "split": "a", "eval_split": "b", "eval_fraction": 0.3, "prompt_template": "{q}",
     "completion_template": "{a}", "use_chat_template": True, "mask_prompt": False, "max_rows": 7, "max_eval_rows": 8,
     "quant_type": "fp4", "block_size": 128, "double_quant": False, "compute": "exact", "skip_modules": ["lm_head", "o_proj"],
+    "pattern": {"down_proj": {"quant_type": "int8"}}, "objective": "another",
     "r": 3, "lora_alpha": 5.0, "lora_dropout": 0.25, "target_modules": ["q_proj", "v_proj"], "bias": "all", "use_rslora": True,
     "init_lora_weights": "gaussian", "modules_to_save": ["lm_head"], "layers_to_transform": [0, 2], "rank_pattern": {"q_proj": 2},
     "alpha_pattern": {"v_proj": 9.0}, "learning_rate": 0.5, "max_steps": 11, "num_train_epochs": 2.5, "batch_size": 3,
@@ -117,7 +121,7 @@ def test_values_cover_exactly_the_leaves():
 def test_leaf_names_and_flags_are_unique(config):
     flags = [flag_name(path, field) for path, field in leaves(config)]
     assert len(flags) == len(set(flags))
-    assert len(flags) <= 55
+    assert len(flags) <= 58
 
 
 def test_flags_win_over_toml_and_both_over_defaults(tmp_path):
@@ -143,7 +147,7 @@ def test_none_can_be_given_by_flag():
         (lambda: LoraConfig(ranks=8, r=8), ["LoraConfig has no option 'ranks'"]),
         (lambda: LoraConfig(lora_alfa=8), ["Did you mean 'lora_alpha'?"]),
         (lambda: LoraConfig(r=0, lora_dropout=1.0), ["'r' of LoraConfig", "'lora_dropout' of LoraConfig"]),
-        (lambda: QuantConfig(quant_type="nf3"), ["must be one of 'nf4', 'fp4'. Got 'nf3'."]),
+        (lambda: QuantConfig(quant_type="nf3"), ["must be one of 'nf4', 'fp4', 'int8', 'int4'. Got 'nf3'."]),
         (lambda: QuantConfig(block_size=60), ["'block_size'", "Got 60"]),
         (lambda: TrainConfig(learning_rate=float("nan")), ["'learning_rate'"]),
         (lambda: RunConfig(train={"max_stepz": 1}), ["TrainConfig has no option 'max_stepz'. Did you mean 'max_steps'?"]),

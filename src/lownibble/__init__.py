@@ -17,10 +17,12 @@ if TYPE_CHECKING:
     from lownibble.kernels.ops import use_backend
     from lownibble.lora import add_lora, load_adapter, save_adapter, set_adapter, trainable_summary
     from lownibble.models.load import load
+    from lownibble.optim import OptimizerSpec
     from lownibble.planning.plan import plan
     from lownibble.quant import Codec, PackedWeight, QuantLinear, dequantize, quantize
     from lownibble.quant import PackedWeight as QuantizedTensor
     from lownibble.study.compare import compare
+    from lownibble.training.objectives import Objective
     from lownibble.training.run import TrainResult, run, train
 
 __version__ = "0.1.0"
@@ -28,7 +30,7 @@ __version__ = "0.1.0"
 _HOME = {
     "CompareConfig": "config", "DataConfig": "config", "LoraConfig": "config", "PlanConfig": "config", "QuantConfig": "config",
     "RunConfig": "config", "TrainConfig": "config", "Codec": "quant", "PackedWeight": "quant", "QuantLinear": "quant",
-    "QuantizedTensor": "quant", "TrainResult": "training", "add_lora": "lora", "compare": "study.compare",
+    "QuantizedTensor": "quant", "Objective": "training.objectives", "OptimizerSpec": "optim", "TrainResult": "training", "add_lora": "lora", "compare": "study.compare",
     "decode": "decoding.generate", "dequantize": "quant", "export": "exporting.convert", "load": "models",
     "load_adapter": "lora", "merge": "exporting.merge", "plan": "planning.plan", "quantize": "quant", "run": "training",
     "save_adapter": "lora", "set_adapter": "lora", "train": "training", "trainable_summary": "lora",
@@ -37,8 +39,8 @@ _HOME = {
 """Public name -> the module it lives in."""
 
 __all__ = [
-    "Codec", "CompareConfig", "DataConfig", "LoraConfig", "PackedWeight", "PlanConfig", "QuantConfig", "QuantLinear",
-    "QuantizedTensor", "RunConfig", "TrainConfig", "TrainResult", "__version__", "add_lora", "compare", "decode", "dequantize",
+    "Codec", "CompareConfig", "DataConfig", "LoraConfig", "Objective", "OptimizerSpec", "PackedWeight", "PlanConfig", "QuantConfig",
+    "QuantLinear", "QuantizedTensor", "RunConfig", "TrainConfig", "TrainResult", "__version__", "add_lora", "compare", "decode", "dequantize",
     "export", "load", "load_adapter", "merge", "plan", "quantize", "run", "save_adapter", "set_adapter", "train",
     "trainable_summary", "use_backend",
 ]  # fmt: skip

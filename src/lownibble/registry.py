@@ -2,7 +2,7 @@
 
     CODECS       `QuantConfig.quant_type`        how a weight is packed                  quant/packed.py
     INITS        `LoraConfig.init_lora_weights`  how an adapter starts                   lora/init.py
-    OPTIMIZERS   `TrainConfig.optim`             what takes the steps                    optim/spec.py
+    OPTIMIZERS   `TrainConfig.optim`             what takes the steps                    optim/specs.py
     OBJECTIVES   `TrainConfig.objective`         what is minimised                       training/objectives.py
 
 A built-in entry is 'module:attribute', imported when it is first asked for: reading a configuration or planning imports no torch.
@@ -125,10 +125,10 @@ INITS = Registry(
 OPTIMIZERS = Registry(
     "optimiser",
     {
-        "adamw": "lownibble.optim.adamw:ADAMW",
-        "paged_adamw": "lownibble.optim.adamw:PAGED_ADAMW",
-        "adamw_8bit": "lownibble.optim.adamw:ADAMW_8BIT",
-        "paged_adamw_8bit": "lownibble.optim.adamw:PAGED_ADAMW_8BIT",
+        "adamw": "lownibble.optim.specs:ADAMW",
+        "paged_adamw": "lownibble.optim.specs:PAGED_ADAMW",
+        "adamw_8bit": "lownibble.optim.specs:ADAMW_8BIT",
+        "paged_adamw_8bit": "lownibble.optim.specs:PAGED_ADAMW_8BIT",
     },
 )
 

@@ -10,6 +10,7 @@ from lownibble.kernels.decoded import release_scratch
 from lownibble.lora import LoraLinear
 from lownibble.lora.product import LoraMatmul, _keep_mask
 from lownibble.quant import QuantLinear
+from lownibble.quant.codecs.fourbit import FourBitWeight
 
 T, K, N, R = 5, 24, 10, 3
 ROUNDING = {torch.float32: 1e-5, torch.bfloat16: 0.05, torch.float16: 6e-3}
@@ -135,8 +136,8 @@ def test_a_bias_of_another_dtype(backend):
 def test_no_input_gradient_where_none_is_wanted(monkeypatch):
     layer = make("nf4")
     products = []
-    matmul = ln.QuantizedTensor.matmul
-    monkeypatch.setattr(ln.QuantizedTensor, "matmul", lambda self, *a, **k: products.append(1) or matmul(self, *a, **k))
+    matmul = FourBitWeight.matmul
+    monkeypatch.setattr(FourBitWeight, "matmul", lambda self, *a, **k: products.append(1) or matmul(self, *a, **k))
     layer(random(T, K)).sum().backward()
     assert len(products) == 1  # forward only
     layer(random(T, K).requires_grad_()).sum().backward()
@@ -145,13 +146,14 @@ def test_no_input_gradient_where_none_is_wanted(monkeypatch):
 
 @pytest.mark.parametrize("dropout", [0.0, 0.5])
 def test_saved_for_backward(dropout):
-    """x once, A, B and x A^T: no decoded weight and no mask."""
+    """x once, A, B, x A^T and the packed tensors: no decoded weight and no mask."""
     layer = make("nf4", dropout=dropout).train()
     x, saved = random(T, K).requires_grad_(), []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
         y = layer(x)
     adapter = layer.adapters["default"]
-    assert sorted(tuple(t.shape) for t in saved) == sorted([(T, K), (R, K), (N, R), (T, R)])
+    packed = [tuple(t.shape) for t in layer.weight.tensors().values()]
+    assert sorted(tuple(t.shape) for t in saved) == sorted([(T, K), (R, K), (N, R), (T, R), *packed])
     assert {x.data_ptr(), adapter.lora_A.data_ptr(), adapter.lora_B.data_ptr()} <= {t.data_ptr() for t in saved}
     y.sum().backward()
 

@@ -12,7 +12,8 @@ from lownibble.errors import ModelError
 from lownibble.kernels import ops
 from lownibble.models import attention
 from lownibble.models.attention import inputs, segment_attention
-from lownibble.training.loss import check_packing, check_rows, hidden_states
+from lownibble.models.head import hidden_states
+from lownibble.training.loss import check_packing, check_rows
 
 LENGTHS = (12, 12, 7, 3, 1)
 MODELS = {

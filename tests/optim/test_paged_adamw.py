@@ -10,7 +10,8 @@ from torch import nn
 from lownibble.errors import ConfigError, OutputError, TrainingError
 from lownibble.optim import make_optimizer, open_states, set_learning_rate, state_bytes, states
 from lownibble.optim.eight_bit import BLOCK, AdamStep, decode, encode, nearest
-from lownibble.optim.paged_adamw import EightBit, Fused, PagedAdamW, Paging
+from lownibble.optim.paged_adamw import EightBit, Fused, PagedAdamW
+from lownibble.optim.specs import Paging
 from lownibble.quant.codebook import dynamic8, dynamic8_unsigned
 
 PAGE = 4096

@@ -7,9 +7,10 @@ from torch.profiler import ProfilerActivity, profile
 from transformers import AutoConfig, AutoModelForSeq2SeqLM
 
 from lownibble.arch import paths, read_shape
+from lownibble.models.head import Head
 from lownibble.planning.linear import Method, Runtime
 from lownibble.planning.step import Batch, run_step
-from lownibble.training.loss import Head, _LabelLoss
+from lownibble.training.loss import _LabelLoss
 
 SIZES = {
     "d_model": 256, "d_ff": 640, "num_layers": 2, "num_decoder_layers": 3, "num_heads": 8, "d_kv": 32, "vocab_size": 1000,

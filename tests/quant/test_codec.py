@@ -43,8 +43,7 @@ def assert_bytes_equal(bitsandbytes, tensor, quant_type, block_size, double_quan
     assert (ours.shape, ours.dtype, ours.double_quant) == (state.shape, state.dtype, double_quant)
     if double_quant:
         assert torch.equal(ours.nested_absmax, state.state2.absmax)
-        assert torch.equal(ours.offset, state.offset)
-        assert ours.offset.shape == ()
+        assert torch.equal(ours.offset, state.offset.view(1))  # sharding takes no tensor of zero dimensions
 
 
 def test_nf4_table_is_the_published_one():

@@ -11,6 +11,7 @@ from torch.utils.checkpoint import checkpoint
 import lownibble as ln
 from lownibble.kernels.decoded import release_scratch, scratch
 from lownibble.quant import QuantLinear
+from lownibble.quant.codecs.fourbit import FourBitWeight
 from lownibble.quant.linear import MATVEC_MAX_ROWS
 
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2**-6, torch.float16: 2**-9}
@@ -64,8 +65,8 @@ def test_few_rows_take_the_matrix_vector_product(monkeypatch, rows, fused):
     packed, _ = pair()
     calls = []
     for name in ("matvec", "matmul"):
-        real = getattr(ln.QuantizedTensor, name)
-        monkeypatch.setattr(ln.QuantizedTensor, name, lambda *a, name=name, real=real, **k: calls.append(name) or real(*a, **k))
+        real = getattr(FourBitWeight, name)
+        monkeypatch.setattr(FourBitWeight, name, lambda *a, name=name, real=real, **k: calls.append(name) or real(*a, **k))
     packed(torch.randn(rows, 80))
     assert calls == ["matvec" if fused else "matmul"]
 

@@ -9,10 +9,10 @@ import pytest
 
 from lownibble.config import CompareConfig, DataConfig, LoraConfig, QuantConfig, RunConfig, TrainConfig
 from lownibble.errors import DataError, OutputError, TargetError
+from lownibble.measuring.stats import crossing
 from lownibble.study import advice
 from lownibble.study.compare import compare, computed_in
 from lownibble.study.paired import paired_speed
-from lownibble.study.stats import crossing
 from lownibble.study.table import markdown
 
 

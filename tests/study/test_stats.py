@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats as theirs
 
-from lownibble.study import stats
+from lownibble.measuring import stats
 
 FINITE = st.floats(-100, 100, allow_subnormal=False)
 

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lownibble.errors import ConfigError
-from lownibble.training.budget import AIM, MARGIN, SETTINGS, Fit, Needs, Setting, choose
+from lownibble.memory.budget import AIM, MARGIN, SETTINGS, Fit, Needs, Setting, choose
 
 PLAIN, PAGED, CHECKPOINTED, BOTH = SETTINGS
 
@@ -100,7 +100,7 @@ def test_a_budget_below_the_model_is_told_as_such():
 
 
 def test_the_estimate_of_what_is_missing_leaves_out_what_a_pass_has_at_any_size(monkeypatch):
-    monkeypatch.setattr("lownibble.training.budget.NOISE_BYTES", 0)
+    monkeypatch.setattr("lownibble.memory.budget.NOISE_BYTES", 0)
     memory = Memory(held=10**9, chunk=30, per_token=10**5, checkpointed=10**5)
     memory.true = lambda setting, tokens: 10**9 + 4 * 10**8 * (tokens > 0) + tokens * 10**5
     with pytest.raises(ConfigError, match=r"one row of 100 tokens with .* takes about 1\.69 GB"):

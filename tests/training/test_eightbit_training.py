@@ -12,10 +12,11 @@ from lownibble.config import DataConfig, LoraConfig, QuantConfig, RunConfig, Tra
 from lownibble.errors import BackendError, InputError
 from lownibble.kernels import cpu
 from lownibble.models.attention import kernel_obstacle
+from lownibble.models.head import Head
 from lownibble.quant import QuantLinear, eightbit, exact_products, quantize
 from lownibble.quant.dense import DenseProducts
 from lownibble.training import run
-from lownibble.training.loss import Head, check_packing, check_rows, label_loss
+from lownibble.training.loss import check_packing, check_rows, label_loss
 
 RECORD = Path(__file__).parents[2] / "benchmarks" / "results" / "quality-cpu.json"
 DATA = {"prompt_template": "review : {text} sentiment :", "completion_template": " {label}"}

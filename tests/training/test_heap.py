@@ -7,7 +7,7 @@ import psutil
 import pytest
 import torch
 
-from lownibble.training import memory
+from lownibble.memory import usage
 
 MIB = 2**20
 PAGES = 24 * MIB // resource.getpagesize()
@@ -22,13 +22,13 @@ def faults_of_a_block():
 
 def test_a_block_that_was_freed_costs_no_faults_again():
     """At first it may: what other tests left free may be in pieces, with a small block behind each."""
-    with memory.kept_heap():
+    with usage.kept_heap():
         faults = [faults_of_a_block() for _ in range(8)]
     assert min(faults) < PAGES / 2 < faults_of_a_block()
 
 
 def test_what_is_free_is_given_back():
-    with memory.kept_heap():
+    with usage.kept_heap():
         blocks = [torch.empty(24 * MIB, dtype=torch.uint8).fill_(1) for _ in range(10)]
         del blocks
         held = psutil.Process().memory_info().rss
@@ -38,7 +38,7 @@ def test_what_is_free_is_given_back():
 def test_another_c_library_is_left_alone(monkeypatch):
     trimmed = []
     monkeypatch.setattr(ctypes, "CDLL", lambda name: object())
-    monkeypatch.setattr(memory, "trim_heap", lambda: trimmed.append(1))
-    with memory.kept_heap():
+    monkeypatch.setattr(usage, "trim_heap", lambda: trimmed.append(1))
+    with usage.kept_heap():
         pass
     assert not trimmed

@@ -9,9 +9,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import lownibble as ln
 from lownibble.errors import ModelError
+from lownibble.models.head import Head, check_head, hidden_states
 from lownibble.quant import QuantLinear
 from lownibble.training import loss as loss_module
-from lownibble.training.loss import Head, check_head, hidden_states, label_loss, token_losses
+from lownibble.training.loss import label_loss, token_losses
 
 MODELS = {
     "llama": ("llama", {}),

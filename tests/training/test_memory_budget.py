@@ -9,8 +9,9 @@ import torch
 
 from lownibble.config import DataConfig, LoraConfig, RunConfig, TrainConfig
 from lownibble.errors import ConfigError, TrainingError
-from lownibble.training import budget, evaluate, memory, run, verify
-from lownibble.training.dryrun import DryRun
+from lownibble.memory import budget, usage
+from lownibble.memory.dryrun import DryRun
+from lownibble.training import evaluate, run, verify
 from lownibble.training.events import Fitted, Stepped
 from lownibble.training.passes import Passes
 from lownibble.training.run import prepare
@@ -45,8 +46,8 @@ def made_up(monkeypatch):
     monkeypatch.setitem(budget.ENOUGH_TOKENS, "cpu", 16)
     monkeypatch.setattr(DryRun, "resident", resident)
     monkeypatch.setattr(DryRun, "peak", peak)
-    monkeypatch.setattr(memory, "highest_bytes", lambda device: 10**8)
-    monkeypatch.setattr(memory, "peak_bytes", lambda device: 10**8)
+    monkeypatch.setattr(usage, "highest_bytes", lambda device: 10**8)
+    monkeypatch.setattr(usage, "peak_bytes", lambda device: 10**8)
     return tried
 
 

@@ -132,7 +132,8 @@ import torch
 from pathlib import Path
 from torch import nn
 from lownibble.optim import make_optimizer
-from lownibble.training import checkpoint, memory
+from lownibble.training import checkpoint
+from lownibble.memory import usage
 device, folder = torch.device("cpu"), Path({str(tmp_path)!r})
 def fresh():
     model = nn.Linear(1 << 11, 1 << 12, bias=False)
@@ -144,10 +145,10 @@ two[1].open()
 saving = lambda: checkpoint.save(folder, 1, *one, {{}}, {{}})
 restoring = lambda: checkpoint.restore(checkpoint.newest(folder)[0], *two, {{}})
 for work in (saving, restoring):
-    memory.reset_peak(device)
-    before = memory.used_bytes(device)
+    usage.reset_peak(device)
+    before = usage.used_bytes(device)
     work()
-    print(memory.peak_bytes(device) - before)
+    print(usage.peak_bytes(device) - before)
 assert torch.equal(one[0].weight, two[0].weight)
 for (*_, first, values), (*_, other, theirs) in zip(one[1].parts(change=False), two[1].parts(change=False), strict=True):
     assert first == other and torch.equal(values, theirs)

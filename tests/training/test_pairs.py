@@ -12,8 +12,9 @@ import lownibble as ln
 from lownibble.data import Example, collate_pairs, encode, split_pair
 from lownibble.data import load as load_data
 from lownibble.errors import ConfigError, DataError, ModelError
+from lownibble.models.head import check_head
 from lownibble.study.answers import write_answers
-from lownibble.training.loss import check_head, label_loss
+from lownibble.training.loss import label_loss
 
 DATA = {"prompt_template": "review : {text} sentiment :", "completion_template": " {label}"}
 TRAIN = {"max_steps": 3, "batch_size": 4, "max_length": 32, "learning_rate": 1e-2}

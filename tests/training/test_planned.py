@@ -8,13 +8,14 @@ import pytest
 from lownibble.arch import read_shape
 from lownibble.config import DataConfig, LoraConfig, PlanConfig, QuantConfig, RunConfig, TrainConfig
 from lownibble.errors import ConfigError, InputError, ModelError
+from lownibble.memory import planned
 from lownibble.planning import calibration, hardware
 from lownibble.planning.memory import plan_memory
 from lownibble.planning.plan import plan
 from lownibble.planning.step import Batch
-from lownibble.training import planned, run
-from lownibble.training.calibrate import calibrate
-from lownibble.training.rehearsal import rehearse
+from lownibble.rehearsal.calibrate import calibrate
+from lownibble.rehearsal.rehearse import rehearse
+from lownibble.training import run
 from lownibble.training.run import prepare
 
 

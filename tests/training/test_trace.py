@@ -12,7 +12,7 @@ from lownibble.planning.linear import Method, Runtime
 from lownibble.planning.memory import packed_bytes
 from lownibble.planning.models import find_shape
 from lownibble.planning.step import Batch, run_step
-from lownibble.training.trace import trace_step
+from lownibble.rehearsal.trace import trace_step
 
 SIZES = {
     "hidden_size": 64, "intermediate_size": 160, "num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 2,

@@ -1,6 +1,6 @@
 """One contender of the training benchmark, in a process of its own: `python -m lownibble.bench.contender NAME B T`.
 
-It builds its model, then takes turns (`training/turns.py`): a turn is some training steps on the next fixed batches. All
+It builds its model, then takes turns (`measuring/turns.py`): a turn is some training steps on the next fixed batches. All
 contenders do the same work: same weights, batches, rank, targets, optimiser, clipping; loss on every token. They run on CUDA
 where there is one, in bfloat16, else on the CPU in float32.
 """
@@ -22,13 +22,13 @@ from lownibble.config import DataConfig, LoraConfig, QuantConfig
 from lownibble.data import load as load_data
 from lownibble.kernels import ops, plain
 from lownibble.lora import add_lora
+from lownibble.measuring.turns import answer_turns
+from lownibble.memory import usage
 from lownibble.models import load, load_tokenizer, pick_device, pick_dtype, resolve
 from lownibble.models.attention import head_dim, kernel_obstacle, segment_attention
 from lownibble.optim import make_optimizer
-from lownibble.training import memory
 from lownibble.training.compiling import Compiled
 from lownibble.training.loss import label_loss
-from lownibble.training.turns import answer_turns
 
 LEARNING_RATE, CLIP, R, ALPHA = 2e-4, 1.0, 16, 32
 StepLoss = Callable[[Tensor], Tensor]
@@ -100,8 +100,8 @@ def main(name: str, batch_size: int, length: int) -> None:
         import peft  # noqa: F401 - before the baseline: a peer's imports are not its working memory
     device = pick_device()
     data_NBT = batches(batch_size, length).to(device)
-    memory.reset_peak(device)
-    baseline = memory.used_bytes(device)
+    usage.reset_peak(device)
+    baseline = usage.used_bytes(device)
     torch.manual_seed(0)
     model, loss_of = CONTENDERS[name]()
     model.train()
@@ -126,7 +126,7 @@ def main(name: str, batch_size: int, length: int) -> None:
             "tokens": steps * batch_size * length,
             "seconds": seconds,
             "losses": losses,
-            "peak_bytes": memory.peak_bytes(device) - baseline,
+            "peak_bytes": usage.peak_bytes(device) - baseline,
         }
 
     facts: dict[str, Any] = {"trainable_parameters": sum(p.numel() for p in trained)}
@@ -138,7 +138,7 @@ def main(name: str, batch_size: int, length: int) -> None:
         torch.autograd.backward(loss_of(data_NBT[0]))
         facts["compile_seconds"] = time.perf_counter() - began
     optimizer.zero_grad(set_to_none=True)
-    with nullcontext() if name.startswith("peft") else memory.kept_heap():  # ours as in a run
+    with nullcontext() if name.startswith("peft") else usage.kept_heap():  # ours as in a run
         answer_turns(facts, do)
 
 

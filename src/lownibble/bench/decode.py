@@ -1,8 +1,8 @@
 """`lownibble bench decode`: token-by-token generation on a 4-bit base, next to the dense model and to bitsandbytes.
 
-Each contender is a process of its own and they take turns (`training/turns.py`). A turn greedily continues the same prompt by the
-same number of tokens through transformers' `generate`: `nf4` with Lownibble's loop (`decoding/`); the others, and `nf4_layers`,
-with transformers' own. The first round warms up and is not counted.
+Each contender is a process of its own and they take turns (`measuring/turns.py`). A turn greedily continues the same prompt by
+the same number of tokens through transformers' `generate`: `nf4` with Lownibble's loop (`decoding/`); the others, and
+`nf4_layers`, with transformers' own. The first round warms up and is not counted.
 
 As a program (`python -m lownibble.bench.decode NAME`) this is one of the processes.
 """
@@ -18,8 +18,8 @@ from typing import Any
 import torch
 
 from lownibble.decoding import decode
+from lownibble.measuring.turns import TurnTaker, answer_turns, play, ratio, spread
 from lownibble.models import load, load_tokenizer, pick_device, pick_dtype, resolve
-from lownibble.training.turns import TurnTaker, answer_turns, play, ratio, spread
 
 PROMPT = "The film follows a retired watchmaker who"
 OURS, PEERS = ("dense", "nf4", "nf4_layers"), ("bitsandbytes",)

@@ -15,7 +15,7 @@ from typing import Any
 from lownibble.config import DataConfig, RunConfig, TrainConfig
 from lownibble.data import load as load_data
 from lownibble.errors import ConfigError
-from lownibble.training.turns import TurnTaker, play, ratio, spread
+from lownibble.measuring.turns import TurnTaker, play, ratio, spread
 
 LAYERS = {"trl_lownibble": "lownibble", "trl_lownibble_int8": "lownibble-int8", "trl_bitsandbytes": "bitsandbytes"}
 """Contender -> its layers, as `trl_run.py` takes them."""

@@ -1,6 +1,6 @@
 """`lownibble bench latency`: what an adapter costs when the model answers, and that a merged one costs nothing.
 
-Each contender is a process of its own and they take turns (`training/turns.py`). A turn greedily continues one prompt through
+Each contender is a process of its own and they take turns (`measuring/turns.py`). A turn greedily continues one prompt through
 transformers' `generate`, and notes when each token came: the first one (the prompt's pass) and the median of the others.
 `qlora_decode` is the 4-bit base with its adapter in our own loop (`custom_generate=lownibble.decode`). The adapter has rank
 16 on every linear layer; the merged models were written by `lownibble.merge`. The first round warms up and is not counted.
@@ -26,8 +26,8 @@ from lownibble.config import LoraConfig
 from lownibble.decoding import decode
 from lownibble.exporting.merge import merge
 from lownibble.lora import add_lora, load_adapter, save_adapter
+from lownibble.measuring.turns import TurnTaker, answer_turns, play, ratio, spread
 from lownibble.models import load, load_tokenizer, pick_device, pick_dtype, resolve
-from lownibble.training.turns import TurnTaker, answer_turns, play, ratio, spread
 
 PROMPT = "The film follows a retired watchmaker who is asked by his granddaughter to repair the clock of the town hall. " * 4
 ADAPTERS = {"dense": None, "nf4": "nf4"}

@@ -11,8 +11,8 @@ from typing import Any
 
 import torch
 
+from lownibble.measuring.turns import answer_turns
 from lownibble.models import pick_device, pick_dtype
-from lownibble.training.turns import answer_turns
 
 SIZE, SIZE_CUDA, REPEATS = 2048, 8192, 6
 

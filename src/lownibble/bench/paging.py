@@ -15,7 +15,7 @@ from typing import Any
 
 from lownibble.config import DataConfig, LoraConfig, Method, RunConfig, TrainConfig
 from lownibble.errors import ConfigError, TrainingError
-from lownibble.training.turns import TurnTaker, play, ratio, spread
+from lownibble.measuring.turns import TurnTaker, play, ratio, spread
 
 METHODS: tuple[Method, ...] = ("full", "lora")
 BATCH_SIZE, LENGTH, SHARE = 4, 256, 10
@@ -75,4 +75,4 @@ def _taker(name: str, folder: Path, options: dict[str, Any]) -> TurnTaker:
     )  # fmt: skip
     path = folder / f"{name}.json"
     path.write_text(json.dumps(run.to_dict()))
-    return TurnTaker(name, "lownibble.training.turns", str(path))
+    return TurnTaker(name, "lownibble.measuring.turns", str(path))

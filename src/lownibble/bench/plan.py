@@ -141,13 +141,13 @@ def _allocated(config: str) -> int:
 
 def _resident(config: str) -> int:
     """Highest resident set of this process during two steps."""
-    from lownibble.training import memory
+    from lownibble.memory import usage
 
     trainer, first = _ready(config)
-    memory.settle(trainer.device)
-    memory.reset_peak(trainer.device)
+    usage.settle(trainer.device)
+    usage.reset_peak(trainer.device)
     _take_steps(trainer, first)
-    return memory.peak_bytes(trainer.device)
+    return usage.peak_bytes(trainer.device)
 
 
 def _ready(config: str) -> tuple[Any, int]:

@@ -1,6 +1,6 @@
 """`lownibble bench serve`: different adapters in one batch, next to one adapter for all, to PEFT, and to a merged model.
 
-Each contender is a process of its own and they take turns (`training/turns.py`). A turn answers `BATCH` requests of
+Each contender is a process of its own and they take turns (`measuring/turns.py`). A turn answers `BATCH` requests of
 `PROMPT_TOKENS` random tokens with `tokens` greedy ones each, and counts those it made in a second, prompts included; every
 round has new prompts, so no cache has seen them. Ours go through the engine as requests of the HTTP server do. The adapters
 have rank 16 on every linear layer, and values that float16 holds, in which the server keeps them.
@@ -38,9 +38,9 @@ import torch
 
 from lownibble.config import LoraConfig, ServeConfig
 from lownibble.lora import add_lora, save_adapter
+from lownibble.measuring.turns import TurnTaker, answer_turns, play, ratio, spread
 from lownibble.models import load
 from lownibble.quant import QuantLinear
-from lownibble.training.turns import TurnTaker, answer_turns, play, ratio, spread
 
 BATCH, PROMPT_TOKENS, ADAPTERS, SEVERAL = 8, 32, 32, 3
 

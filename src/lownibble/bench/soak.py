@@ -38,8 +38,8 @@ from lownibble.config import LoraConfig
 from lownibble.errors import InputError, TrainingError
 from lownibble.lora import add_lora, save_adapter
 from lownibble.lora.adapter import CONFIG_FILE, WEIGHTS_FILE
+from lownibble.measuring.turns import spread
 from lownibble.models import load
-from lownibble.training.turns import spread
 
 CLIENTS, MISBEHAVING, TOKENS = 20, 1, 16
 BATCH, BUDGET = 8, 200_000_000

@@ -4,7 +4,7 @@ Without `data`, fixed work: `batch_size` x `length` tokens a step, all of them l
 (`contender.py`), and next to what the machine's matrix product can do (`matmul.py`). With `data`, real rows of uneven length: our
 runs with packing next to TRL's SFTTrainer, padded and packed (`trl_run.py`), in real tokens a second; padding does not count.
 
-Each contender lives in its own process and they take turns (`training/turns.py`). The first round warms up and is not counted.
+Each contender lives in its own process and they take turns (`measuring/turns.py`). The first round warms up and is not counted.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ from lownibble.config import DataConfig, QuantConfig, RunConfig, TrainConfig
 from lownibble.data import Dataset
 from lownibble.data import load as load_data
 from lownibble.errors import BackendError, DataError
+from lownibble.measuring.turns import TurnTaker, play, ratio, spread
 from lownibble.models import pick_device
 from lownibble.quant import eightbit
-from lownibble.training.turns import TurnTaker, play, ratio, spread
 
 Answers = dict[str, list[dict[str, Any]]]
 
@@ -110,8 +110,8 @@ def _real_rows(
         return str(path)
 
     exact = spec("exact")
-    commands: dict[str, tuple[str, ...]] = {"qlora": ("lownibble.training.turns", exact)}
-    commands |= {name: ("lownibble.training.turns", spec("int8")) for name in _int8()}
+    commands: dict[str, tuple[str, ...]] = {"qlora": ("lownibble.measuring.turns", exact)}
+    commands |= {name: ("lownibble.measuring.turns", spec("int8")) for name in _int8()}
     if peers:
         commands["trl"] = ("lownibble.bench.trl_run", exact, "padded")
         commands["trl_packed"] = ("lownibble.bench.trl_run", exact, "packed")

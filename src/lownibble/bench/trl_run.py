@@ -22,8 +22,8 @@ import torch
 
 from lownibble.config import RunConfig
 from lownibble.data import load as load_data
+from lownibble.memory import usage
 from lownibble.models import load_tokenizer, pick_device, pick_dtype, resolve
-from lownibble.training import memory
 
 
 def _quantization(layers: str, dtype: torch.dtype) -> Any:
@@ -51,8 +51,8 @@ def main(spec: str, packing: bool, layers: str = "bitsandbytes") -> None:
     rows = [{"messages": row.fields["messages"]} for row in load_data(config.data)[0].rows]
     source, device = resolve(config.model), pick_device()
     dtype = pick_dtype("auto", device)
-    memory.reset_peak(device)
-    baseline = memory.used_bytes(device)
+    usage.reset_peak(device)
+    baseline = usage.used_bytes(device)
     quantization = _quantization(layers, dtype)
     placed = {} if device.type == "cpu" else {"device_map": {"": device}}
     model = AutoModelForCausalLM.from_pretrained(source.folder, dtype=dtype, quantization_config=quantization, **placed)
@@ -83,7 +83,7 @@ def main(spec: str, packing: bool, layers: str = "bitsandbytes") -> None:
             self.seconds += time.perf_counter() - self.began
             self.left -= 1
             if self.left == 0:
-                peak = memory.peak_bytes(device) - baseline
+                peak = usage.peak_bytes(device) - baseline
                 found = {"tokens": trainer.tokens, "padded_tokens": trainer.padded_tokens}
                 print(json.dumps({**found, "seconds": self.seconds, "peak_bytes": peak}), flush=True)
 

@@ -91,7 +91,7 @@ def train(arguments: argparse.Namespace) -> dict[str, Any]:
 
 def _dry_run(config: RunConfig, console: Console) -> dict[str, Any]:
     from lownibble.planning.show import beside
-    from lownibble.training.rehearsal import rehearse
+    from lownibble.rehearsal.rehearse import rehearse
 
     found = rehearse(config)
     run, speed, planned = found["run"], found["speed"], found["memory"]["planned"]
@@ -173,7 +173,7 @@ def plan(arguments: argparse.Namespace) -> dict[str, Any]:
 
     console, step = _console(arguments), None
     if arguments.calibrate:
-        from lownibble.training.calibrate import calibrate
+        from lownibble.rehearsal.calibrate import calibrate
 
         found = calibrate(config)
         config = config.with_options(gpu=found["device"])
@@ -187,7 +187,7 @@ def plan(arguments: argparse.Namespace) -> dict[str, Any]:
             print(f"warning: {told}", file=sys.stderr)
     if arguments.exact:
         from lownibble.planning.models import find_config
-        from lownibble.training.trace import exact_step
+        from lownibble.rehearsal.trace import exact_step
 
         step = exact_step(find_config(config.model), config.quant, config.lora)
     made = make_plan(config, step=step)

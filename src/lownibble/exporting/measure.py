@@ -27,9 +27,10 @@ from torch import Tensor, nn
 from lownibble.data import Batch, Example
 from lownibble.errors import AdapterError
 from lownibble.exporting.weights import Tell, Weights, as_float
+from lownibble.memory.usage import trim_heap
+from lownibble.models.head import Head, hidden_states
 from lownibble.quant import PackedWeight
-from lownibble.training.loss import Head, hidden_states, label_places
-from lownibble.training.memory import trim_heap
+from lownibble.training.loss import label_places
 from lownibble.training.microbatches import Collate
 
 LIVE, BASE = "live", "base"

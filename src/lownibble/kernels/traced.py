@@ -1,6 +1,6 @@
 """Kernels that compute nothing: results of the right shapes and types, uninitialised, and no allocation that the real ones lack.
 
-For tracing the memory of a training step on fake tensors (`training/trace.py`). What the CPU's kernels allocate outside torch
+For tracing the memory of a training step on fake tensors (`rehearsal/trace.py`). What the CPU's kernels allocate outside torch
 (panels of a decoded weight, a few hundred KiB a thread) is left out.
 """
 

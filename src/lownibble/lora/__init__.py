@@ -5,8 +5,9 @@ Importing this does no work, so that what needs no torch (`targets`) can be had 
 
 from __future__ import annotations
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from lownibble.lazy import lazily
 
 if TYPE_CHECKING:
     from lownibble.lora.adapter import load_adapter, read_config, save_adapter
@@ -45,8 +46,4 @@ __all__ = [
     "read_config", "remove_adapter", "save_adapter", "set_adapter", "trainable_summary",
 ]  # fmt: skip
 
-
-def __getattr__(name: str) -> Any:
-    if name not in _HOME:
-        raise AttributeError(f"module 'lownibble.lora' has no attribute '{name}'")
-    return getattr(importlib.import_module(f"lownibble.lora.{_HOME[name]}"), name)
+__getattr__ = lazily(__name__, _HOME)

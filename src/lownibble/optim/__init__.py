@@ -1,17 +1,36 @@
-"""Optimisers and learning-rate schedules."""
+"""Optimisers and learning-rate schedules. Importing this does no work, so that what needs no torch (`specs`) can be had
+without."""
 
-from lownibble.optim.adamw import PAGED, close_states, make_optimizer, open_states, planned_bytes, set_learning_rate, state_bytes
-from lownibble.optim.schedule import SCHEDULES, learning_rate, warmup_steps
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from lownibble.lazy import lazily
+
+if TYPE_CHECKING:
+    from lownibble.optim.adamw import (
+        close_states,
+        make_optimizer,
+        open_states,
+        planned_bytes,
+        set_learning_rate,
+        state_bytes,
+    )
+    from lownibble.optim.schedule import SCHEDULES, learning_rate, warmup_steps
+    from lownibble.optim.specs import OptimizerSpec, is_paged, paged_name, plain_name
+
+_ADAMW = ("close_states", "make_optimizer", "open_states", "planned_bytes", "set_learning_rate", "state_bytes")
+
+__getattr__ = lazily(
+    __name__,
+    {
+        **dict.fromkeys(_ADAMW, "adamw"),
+        **dict.fromkeys(("SCHEDULES", "learning_rate", "warmup_steps"), "schedule"),
+        **dict.fromkeys(("OptimizerSpec", "is_paged", "paged_name", "plain_name"), "specs"),
+    },
+)
 
 __all__ = [
-    "PAGED",
-    "SCHEDULES",
-    "close_states",
-    "learning_rate",
-    "make_optimizer",
-    "open_states",
-    "planned_bytes",
-    "set_learning_rate",
-    "state_bytes",
-    "warmup_steps",
-]
+    "SCHEDULES", "OptimizerSpec", "close_states", "is_paged", "learning_rate", "make_optimizer", "open_states", "paged_name",
+    "plain_name", "planned_bytes", "set_learning_rate", "state_bytes", "warmup_steps",
+]  # fmt: skip

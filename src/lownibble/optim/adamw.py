@@ -1,38 +1,23 @@
-"""The optimisers, by name. Weight decay skips vectors (norms, biases), as is usual.
+"""Optimisers as the training loop uses them: made by name, their states counted, opened and closed.
 
-adamw              torch's fused AdamW
-paged_adamw        the same bits; states in pages of which a part is in memory   (transformers: paged_adamw_32bit)
-adamw_8bit         both moments in 8 bits                                        (transformers: adamw_8bit, adamw_bnb_8bit)
-paged_adamw_8bit   both                                                          (transformers: paged_adamw_8bit)
+Weight decay skips vectors (norms, biases), as is usual.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import nn
 
 from lownibble.errors import ConfigError
-from lownibble.optim.paged_adamw import EightBit, Fused, PagedAdamW, Paging
+from lownibble.optim.paged_adamw import PagedAdamW
+from lownibble.optim.specs import Paging, is_paged, paged_name, spec
 
 BETAS, EPSILON = (0.9, 0.999), 1e-8
 """QLoRA's and transformers' defaults."""
-
-PAGED = "paged_"
-"""What the names of the paged optimisers begin with; the rest is the unpaged one with the same states."""
-
-Groups = list[dict[str, Any]]
-
-OPTIMIZERS: dict[str, Callable[[Groups, Paging], torch.optim.Optimizer]] = {
-    "adamw": lambda groups, paging: torch.optim.AdamW(groups, fused=True),
-    "paged_adamw": lambda groups, paging: PagedAdamW(groups, Fused(), paging),
-    "adamw_8bit": lambda groups, paging: PagedAdamW(groups, EightBit(), None),
-    "paged_adamw_8bit": lambda groups, paging: PagedAdamW(groups, EightBit(), paging),
-}
-"""`TrainConfig.optim` -> constructor."""
 
 
 def make_optimizer(
@@ -47,18 +32,16 @@ def make_optimizer(
     Raises:
         ConfigError: the budget is below one page, or there are no pages.
     """
-    if page_budget is not None and not kind.startswith(PAGED):
-        raise ConfigError(
-            f"The 'optim_page_budget' of TrainConfig is for paged optimisers. Got optim='{kind}'. Set optim='{PAGED}{kind}' "
-            "(--optim), or leave the budget out."
-        )
+    if page_budget is not None and not is_paged(kind):
+        instead = f"Set optim='{paged_name(kind)}' (--optim), or leave the budget out." if paged_name(kind) else "Leave it out."
+        raise ConfigError(f"The 'optim_page_budget' of TrainConfig is for paged optimisers. Got optim='{kind}'. {instead}")
     trained = [p for p in parameters if p.requires_grad]
     shared = {"lr": rate, "betas": BETAS, "eps": EPSILON}
     groups = [
         {"params": [p for p in trained if p.ndim > 1], "weight_decay": weight_decay, **shared},
         {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0, **shared},
     ]
-    return OPTIMIZERS[kind]([g for g in groups if g["params"]], Paging(page_budget, folder))
+    return spec(kind).build([g for g in groups if g["params"]], Paging(page_budget, folder))
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
@@ -82,11 +65,12 @@ def state_bytes(optimizer: torch.optim.Optimizer) -> StateBytes:
     return StateBytes(held, held)
 
 
-def planned_bytes(optimizer: torch.optim.Optimizer) -> int:
-    """Bytes of the device's memory that the states will take once every parameter has taken a step."""
+def planned_bytes(kind: str, optimizer: torch.optim.Optimizer) -> int:
+    """Bytes of the device's memory that the states of the optimiser called `kind` will take once every parameter has taken a
+    step."""
     if isinstance(optimizer, PagedAdamW):
         return optimizer.planned_bytes
-    return sum(2 * p.nbytes for group in optimizer.param_groups for p in group["params"])
+    return sum(spec(kind).state_bytes(p.numel(), p.itemsize) for group in optimizer.param_groups for p in group["params"])
 
 
 def open_states(optimizer: torch.optim.Optimizer) -> None:
@@ -99,6 +83,8 @@ def open_states(optimizer: torch.optim.Optimizer) -> None:
     if isinstance(optimizer, PagedAdamW):
         optimizer.open()
         return
+    if not isinstance(optimizer, torch.optim.AdamW):
+        return  # of another optimiser the states are not known before its first step
     for parameter in (p for group in optimizer.param_groups for p in group["params"] if not optimizer.state.get(p)):
         optimizer.state[parameter] = {
             "step": torch.zeros((), device=parameter.device),

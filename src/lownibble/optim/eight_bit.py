@@ -23,10 +23,11 @@ import torch
 from torch import Tensor
 
 from lownibble.kernels import ops
+from lownibble.optim.specs import BLOCK_8BIT, SMALLEST_8BIT
 from lownibble.quant.codebook import dynamic8, dynamic8_unsigned
 
-BLOCK = 256
-SMALLEST = 4096
+BLOCK = BLOCK_8BIT
+SMALLEST = SMALLEST_8BIT
 """Elements below which a tensor's moments stay in float32 (bitsandbytes' `min_8bit_size`)."""
 
 STRETCH = 1 << 17

@@ -20,8 +20,6 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterator
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -30,7 +28,8 @@ from torch import Tensor, nn
 from lownibble.errors import ConfigError, TrainingError
 from lownibble.optim import eight_bit
 from lownibble.optim.eight_bit import AdamStep
-from lownibble.optim.paging import PAGE_BYTES, PageStore
+from lownibble.optim.paging import PageStore
+from lownibble.optim.specs import PAGE_BYTES, SHARE_PAGED, SMALLEST_PAGED, Paging
 
 UNIT = 256
 """Pieces are cut at multiples of so many elements: a block of 8-bit codes, a whole number of any machine's vectors."""
@@ -38,16 +37,6 @@ UNIT = 256
 ALIGNMENT = 64
 AHEAD = 8
 """Pages read ahead of the one in use."""
-
-SMALLEST_DEFAULT_BUDGET = 16 << 20
-
-
-@dataclass(frozen=True)
-class Paging:
-    """How much of the states may be resident (None: a tenth, at least 16 MiB), and the folder of the file with the rest."""
-
-    budget_bytes: int | None = None
-    folder: Path | None = None
 
 
 class Field(NamedTuple):
@@ -174,7 +163,7 @@ class PagedAdamW(torch.optim.Optimizer):
         self.total_bytes = sum(field.count(p.numel()) * field.dtype.itemsize for p in self._fields for field in self._fields[p])
         self.budget_bytes, self._folder = None, None
         if paging is not None:
-            default = max(SMALLEST_DEFAULT_BUDGET, self.total_bytes // 10)
+            default = max(SMALLEST_PAGED, self.total_bytes // SHARE_PAGED)
             self.budget_bytes, self._folder = default if paging.budget_bytes is None else paging.budget_bytes, paging.folder
             if self.budget_bytes < page_bytes:
                 raise ConfigError(

@@ -38,10 +38,7 @@ import torch
 from torch import Tensor
 
 from lownibble.errors import ConfigError, OutputError, TrainingError
-
-PAGE_BYTES = 1 << 20
-"""Small enough that a page just read is still in the second-level cache when it is used, large enough that Python's part in
-moving it does not show. A power of two, as the allocator of pinned memory would make it anyway."""
+from lownibble.optim.specs import PAGE_BYTES
 
 
 class Backing(Protocol):

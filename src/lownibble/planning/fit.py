@@ -1,6 +1,6 @@
 """What fits where: methods x devices, the largest batch and row, and which method to take.
 
-What can be given up is what the memory budget of a run gives up, in the same order (`training/budget.py`): paged optimiser states
+What can be given up is what the memory budget of a run gives up, in the same order (`memory/budget.py`): paged optimiser states
 cost little and change nothing, checkpointing computes the layers twice. A setting fits where the upper end of the device's
 interval does: who plans wants to know what is safe.
 """

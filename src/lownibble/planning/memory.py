@@ -20,6 +20,7 @@ from lownibble.config import LoraConfig, QuantConfig, TrainConfig
 from lownibble.config import Method as MethodName
 from lownibble.errors import ConfigError, InputError, TargetError
 from lownibble.lora import targets
+from lownibble.optim import specs
 from lownibble.options import n_bytes
 from lownibble.planning.allocator import reserved_bytes
 from lownibble.planning.hardware import Device
@@ -30,10 +31,6 @@ from lownibble.quant import layouts
 
 KINDS = ("weights", "codes", "constants", "adapters", "gradients", "optimizer", "activations", "workspace")
 """Of memory, in the order in which they are shown."""
-
-PAGE_BYTES, SMALLEST_PAGED, SHARE_PAGED = 1 << 20, 16 << 20, 10
-SMALLEST_8BIT, BLOCK_8BIT = 4096, 256
-"""As in `optim/`; a test compares."""
 
 FUSED = ("nf4", "fp4")
 """Codecs with products that decode inside the kernel, on CPUs with AVX-512."""
@@ -209,14 +206,12 @@ def _trained(
 
 def state_bytes(trained: list[tuple[int, int]], train: TrainConfig) -> list[int]:
     """Bytes of the optimiser states that are in memory."""
-    if train.optim.endswith("8bit"):
-        each = [2 * n * FLOAT32 if n < SMALLEST_8BIT else 2 * n + 2 * FLOAT32 * -(-n // BLOCK_8BIT) for n, _ in trained]
-    else:
-        each = [2 * n * size for n, size in trained]
-    if not train.optim.startswith("paged"):
+    each = [specs.spec(train.optim).state_bytes(n, size) for n, size in trained]
+    if not specs.is_paged(train.optim):
         return each
-    budget = n_bytes(train.optim_page_budget) if train.optim_page_budget else max(SMALLEST_PAGED, sum(each) // SHARE_PAGED)
-    return [min(budget, -(-sum(each) // PAGE_BYTES) * PAGE_BYTES)]
+    least = max(specs.SMALLEST_PAGED, sum(each) // specs.SHARE_PAGED)
+    budget = n_bytes(train.optim_page_budget) if train.optim_page_budget else least
+    return [min(budget, -(-sum(each) // specs.PAGE_BYTES) * specs.PAGE_BYTES)]
 
 
 def _from_model(tape: Tape) -> list[tuple[int, int]]:

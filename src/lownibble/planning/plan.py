@@ -71,7 +71,7 @@ def plan(model: str | PlanConfig = "demo", *, step: StepOf | None = None, **opti
 
     Args:
         model: 'demo', a bundled model, a config.json, a model folder or a hub id; or the whole configuration.
-        step: what takes the step instead of the planner's own tape (`training.trace.exact_step`).
+        step: what takes the step instead of the planner's own tape (`rehearsal.trace.exact_step`).
         options: of `PlanConfig` (gpu, method, tokens, price, dtype), and by their own names those of its groups (max_length=512).
     Raises:
         ConfigError, ModelError, TargetError: what was asked for makes no sense; names what does.

@@ -7,7 +7,7 @@ derivatives (tools/autograd/derivatives.yaml), temporaries included. Whatever Py
 there: a `Storage` is freed by its own `__del__`, so lifetimes need no bookkeeping. The engine takes nodes as torch's does
 (latest first, gradients accumulated in place), and checkpointing is the non-reentrant one with its early stop.
 
-The oracle is the real step on fake tensors (`training/trace.py`): tests hold every instant equal to it, byte by byte on CPUs.
+The oracle is the real step on fake tensors (`rehearsal/trace.py`): tests hold every instant equal to it, byte by byte on CPUs.
 
 Rejected: a closed formula for each instant (the published ones leave out the temporaries of backward, which decide the peak where
 activations are checkpointed; a formula that has them is this program written out); tracing alone (needs torch and transformers,

@@ -5,8 +5,9 @@ Importing this does no work, so that what needs no torch (`layouts`) can be had 
 
 from __future__ import annotations
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from lownibble.lazy import lazily
 
 if TYPE_CHECKING:
     from lownibble.quant.codecs import dequantize, quantize
@@ -15,8 +16,8 @@ if TYPE_CHECKING:
     from lownibble.quant.packed import PackedWeight as QuantizedTensor
 
 _HOME = {
-    "Codec": "packed", "PackedWeight": "packed", "QuantLinear": "linear", "QuantizedTensor": "packed", "dequantize": "codecs",
-    "exact_products": "linear", "is_plain_linear": "linear", "quantize": "codecs",
+    "Codec": "packed", "PackedWeight": "packed", "QuantLinear": "linear", "QuantizedTensor": "packed:PackedWeight",
+    "dequantize": "codecs", "exact_products": "linear", "is_plain_linear": "linear", "quantize": "codecs",
 }  # fmt: skip
 
 __all__ = [
@@ -30,9 +31,4 @@ __all__ = [
     "quantize",
 ]
 
-
-def __getattr__(name: str) -> Any:
-    if name not in _HOME:
-        raise AttributeError(f"module 'lownibble.quant' has no attribute '{name}'")
-    attribute = "PackedWeight" if name == "QuantizedTensor" else name
-    return getattr(importlib.import_module(f"lownibble.quant.{_HOME[name]}"), attribute)
+__getattr__ = lazily(__name__, _HOME)

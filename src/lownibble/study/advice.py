@@ -10,7 +10,7 @@ from __future__ import annotations
 from itertools import combinations
 from typing import Any
 
-from lownibble.study import stats
+from lownibble.measuring import stats
 
 MEMORY_MATTERS = 0.05
 """Share of the peak that a method must save before memory decides."""

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from lownibble.errors import ConfigError
-from lownibble.study import stats
+from lownibble.measuring import stats
 from lownibble.study.runner import peak_bytes, read_record
 from lownibble.study.tasks import KINDS
 

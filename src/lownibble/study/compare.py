@@ -27,10 +27,10 @@ from lownibble.data import encode
 from lownibble.data import load as load_data
 from lownibble.errors import OutputError, TrainingError
 from lownibble.lora import plan
+from lownibble.measuring.stats import crossing
 from lownibble.models import load_tokenizer, pick_device, resolve, skeleton
 from lownibble.study import advice, report
 from lownibble.study.paired import paired_speed
-from lownibble.study.stats import crossing
 from lownibble.study.worker import failed, how_it_ended
 
 

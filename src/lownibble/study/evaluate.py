@@ -17,8 +17,8 @@ from lownibble.config import DataConfig, EvalConfig, QuantConfig
 from lownibble.data import choices, encode
 from lownibble.errors import ConfigError, InputError, TrainingError
 from lownibble.lora import load_adapter
+from lownibble.measuring import stats
 from lownibble.models import load as load_model
-from lownibble.study import stats
 from lownibble.study.answers import answer_rows
 from lownibble.study.contents import check_rows, load_rows
 from lownibble.study.tasks import KINDS, check_kind, with_templates

@@ -18,8 +18,8 @@ import psutil
 import torch
 
 from lownibble.config import RunConfig
+from lownibble.measuring.turns import TurnTaker, play, ratio, spread
 from lownibble.models import pick_device
-from lownibble.training.turns import TurnTaker, play, ratio, spread
 
 ROUNDS, STEPS = 6, 1
 
@@ -44,7 +44,7 @@ def paired_speed(configs: Mapping[str, RunConfig], peaks: Sequence[int]) -> dict
             spec = stack.enter_context(tempfile.NamedTemporaryFile("w", prefix="turns-", suffix=".json"))
             json.dump(config.to_dict(), spec)
             spec.flush()
-            takers.append(stack.enter_context(TurnTaker(name, "lownibble.training.turns", spec.name)))
+            takers.append(stack.enter_context(TurnTaker(name, "lownibble.measuring.turns", spec.name)))
         for taker in takers:
             taker.ready()
         answers = play(takers, ROUNDS, STEPS)

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from lownibble import tensorfile
 from lownibble.errors import OutputError
-from lownibble.optim import PAGED, states
+from lownibble.optim import plain_name, states
 from lownibble.tensorfile import Entry
 
 KEEP = 2
@@ -181,7 +181,7 @@ def _check(found: Facts, model: nn.Module, config: dict[str, Any], file: tensorf
 
 def _differ(key: str, ours: Any, theirs: Any) -> bool:
     if key == "train.optim" and ours and theirs:
-        return bool(ours.removeprefix(PAGED) != theirs.removeprefix(PAGED))
+        return plain_name(ours) != plain_name(theirs)
     return bool(ours != theirs and key.split(".")[-1] not in _FREE)
 
 

@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from lownibble.data import Choice, Example, cut
-from lownibble.training.loss import Head, hidden_states, token_losses
+from lownibble.models.head import Head, hidden_states
+from lownibble.training.loss import token_losses
 from lownibble.training.microbatches import Collate
 
 

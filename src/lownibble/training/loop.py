@@ -25,13 +25,18 @@ from lownibble.errors import ConfigError, TrainingError
 from lownibble.kernels.decoded import release_scratch
 from lownibble.lora import count_parameters
 from lownibble.lora.inject import adapter_configs
+from lownibble.memory import usage
+from lownibble.memory.budget import AIM, ENOUGH_TOKENS, SETTINGS, Fit, Needs, choose
+from lownibble.memory.dryrun import DryRun
+from lownibble.models.head import check_head
 from lownibble.models.info import info
 from lownibble.optim import (
-    PAGED,
     close_states,
+    is_paged,
     learning_rate,
     make_optimizer,
     open_states,
+    paged_name,
     planned_bytes,
     set_learning_rate,
     state_bytes,
@@ -39,14 +44,12 @@ from lownibble.optim import (
 )
 from lownibble.options import n_bytes
 from lownibble.quant import QuantLinear, dense
-from lownibble.training import checkpoint, compiling, diagnose, memory
-from lownibble.training.budget import AIM, ENOUGH_TOKENS, SETTINGS, Fit, Needs, choose
-from lownibble.training.dryrun import DryRun
-from lownibble.training.evaluate import Evaluator
+from lownibble.registry import OBJECTIVES
+from lownibble.training import checkpoint, compiling, diagnose
 from lownibble.training.events import Evaluated, Event, Finished, Fitted, Saved, Skipped, Started, Stepped, Warned
 from lownibble.training.interrupt import RunInterrupted
-from lownibble.training.loss import check_head
-from lownibble.training.microbatches import MicroBatches, Rows, collator
+from lownibble.training.microbatches import MicroBatches, Rows
+from lownibble.training.objectives import Objective
 from lownibble.training.passes import Passes
 
 MAX_SKIPPED = 3
@@ -69,6 +72,7 @@ class Trainer:
     """One run over prepared examples. `events()` runs it; the attributes are for those who look on.
 
     Attributes:
+        objective: what is minimised.
         micro: which rows go through the model together.
         passes: how they do; what was compiled, and why.
         fit: what the memory budget left of the configuration, or all of it.
@@ -95,17 +99,18 @@ class Trainer:
         self.device: torch.device = model.get_input_embeddings().weight.device
         if model.config.is_encoder_decoder and config.memory_budget:
             raise ConfigError(f"The 'memory_budget' is not for {type(model).__name__}, which has an encoder. Leave it out.")
-        collate = collator(model, tokenizer)
+        self.objective: Objective = OBJECTIVES[config.objective]
+        collate = self.objective.collate(model, tokenizer)
         self.micro = MicroBatches(train, config, collate)
-        self.passes = Passes(model, self.micro, self.device)
-        self.evaluator = Evaluator(evaluation, choices, collate, 2 * config.batch_size, self.device)
+        self.passes = Passes(model, self.micro, self.device, self.objective.loss)
+        self.evaluator = self.objective.evaluator(evaluation, choices, collate, 2 * config.batch_size, self.device)
         self.evaluator.before_pass = self._make_room
         self.total_steps = config.max_steps or self.micro.steps_of_epochs(config.num_train_epochs)
         self.identity = {"train": config.to_dict(), **(identity or {})}
-        self.fit = Fit(None, config.optim.startswith(PAGED), config.gradient_checkpointing, 0)
+        self.fit = Fit(None, is_paged(config.optim), config.gradient_checkpointing, 0)
         self.optimizer = self._make_optimizer(self.fit.paged)
         self.optimizer_state_bytes = 0
-        self.kinds, self.ledger = memory.bytes_by_kind(model, None), memory.ledger(model, None)
+        self.kinds, self.ledger = usage.bytes_by_kind(model, None), usage.ledger(model, None)
         self._measured = False
         self._process_budget = n_bytes(config.memory_budget) if config.memory_budget and self.device.type == "cpu" else 0
         self.stop_signal: Callable[[], int] = lambda: 0
@@ -114,7 +119,7 @@ class Trainer:
 
     def _make_optimizer(self, paged: bool) -> torch.optim.Optimizer:
         config = self.config
-        kind = f"{PAGED}{config.optim.removeprefix(PAGED)}" if paged else config.optim
+        kind = (paged_name(config.optim) if paged else None) or config.optim
         return make_optimizer(
             kind, self.model.parameters(), config.learning_rate, config.weight_decay,
             page_budget=n_bytes(config.optim_page_budget) if config.optim_page_budget else None,
@@ -132,7 +137,7 @@ class Trainer:
             RunInterrupted: it was asked to stop; the steps taken are in a checkpoint, if there is an output folder.
         """
         try:
-            with memory.exhaustion_told(self._out_of_memory), memory.kept_heap():
+            with usage.exhaustion_told(self._out_of_memory), usage.kept_heap():
                 yield from self._events()
         finally:
             close_states(self.optimizer)
@@ -231,7 +236,7 @@ class Trainer:
             option = bool(past.config["compiled"])
         self.passes.choose_compilation(option, self.micro.planned_tokens(self.total_steps))
         if option == "auto" and self.passes.compiled and self.config.memory_budget:
-            free = n_bytes(self.config.memory_budget) - memory.used_bytes(self.device)
+            free = n_bytes(self.config.memory_budget) - usage.used_bytes(self.device)
             if self.device.type == "cpu" and free < COMPILER_BYTES:
                 self.passes.do_not_compile("the compiler takes more memory than the budget leaves")
         self.identity["compiled"] = self.passes.compiled
@@ -261,8 +266,9 @@ class Trainer:
         elif limit > psutil.virtual_memory().total:
             self.warnings.append(f"the memory budget of {budget} is more than this machine has")
         state_bytes = {
-            setting: planned_bytes(self._make_optimizer(setting.paged)) for setting in SETTINGS
-            if setting.paged >= asked.paged and setting.gradient_checkpointing >= asked.gradient_checkpointing
+            setting: planned_bytes(self.config.optim, self._make_optimizer(setting.paged)) for setting in SETTINGS
+            if setting.paged >= asked.paged and (not setting.paged or paged_name(self.config.optim) is not None)
+            and setting.gradient_checkpointing >= asked.gradient_checkpointing
             and (self.passes.can_checkpoint or not setting.gradient_checkpointing)
         }  # fmt: skip
         needs = Needs(self.micro.longest_row, self.micro.whole, ENOUGH_TOKENS[self.device.type], state_bytes)
@@ -282,13 +288,13 @@ class Trainer:
             MemoryGoneError: a pass is as small as can be.
         """
         began = time.perf_counter()
-        found = memory.until_it_fits(lambda: self.evaluator(self.model), lambda: self._evaluate_less(step))
+        found = usage.until_it_fits(lambda: self.evaluator(self.model), lambda: self._evaluate_less(step))
         return Evaluated(step, found.loss, found.label_tokens, time.perf_counter() - began, found.scores, found.correct)
 
     def _evaluate_less(self, step: int) -> None:
         """After memory ran out: smaller passes in evaluations from now on."""
         release_scratch()
-        memory.settle(self.device)
+        usage.settle(self.device)
         tokens = self.evaluator.halve()
         if not tokens:
             raise MemoryGoneError(
@@ -331,7 +337,7 @@ class Trainer:
         """
         began = time.perf_counter()
         config = self.config
-        batches, n_labels, loss, norm = memory.until_it_fits(
+        batches, n_labels, loss, norm = usage.until_it_fits(
             lambda: self._gradients(step, rows), lambda: self._give_way(step, rows)
         )  # fmt: skip
         if not math.isfinite(loss) or not math.isfinite(norm):
@@ -343,9 +349,9 @@ class Trainer:
         set_learning_rate(self.optimizer, rate)
         self.optimizer.step()
         if not self._measured:
-            self.kinds, self._measured = memory.bytes_by_kind(self.model, self.optimizer), True
+            self.kinds, self._measured = usage.bytes_by_kind(self.model, self.optimizer), True
             self.optimizer_state_bytes = state_bytes(self.optimizer).total
-            self.ledger = memory.ledger(self.model, self.optimizer)
+            self.ledger = usage.ledger(self.model, self.optimizer)
         self.optimizer.zero_grad(set_to_none=True)
         self._keep_within(batches)
         return Stepped(
@@ -356,7 +362,7 @@ class Trainer:
     def _gradients(self, step: int, rows: Rows) -> tuple[list[Batch], int, float, float]:
         """The passes of a step, their label tokens, the loss, and the norm of the gradient, which is clipped."""
         batches = self.micro.batches(rows)
-        n_labels, loss = sum(batch.n_label_tokens for batch in batches), 0.0
+        n_labels, loss = sum(self.objective.weight(batch) for batch in batches), 0.0
         for index, batch in enumerate(batches):
             self._seed(step, index)
             self._make_room()
@@ -371,7 +377,7 @@ class Trainer:
         """
         self.optimizer.zero_grad(set_to_none=True)
         release_scratch()
-        memory.settle(self.device)
+        usage.settle(self.device)
         batches = self.micro.batches(rows)
         tokens = max(self.micro.tokens(passed) for passed in self.micro.dealt(rows))
         if any(batch.n_rows > 1 for batch in batches):
@@ -390,12 +396,12 @@ class Trainer:
 
     def _make_room(self) -> None:
         """Before a pass that would not fit into the process's memory budget beside what the C heap holds and does not use."""
-        if self._process_budget and memory.used_bytes(self.device) + self.fit.room_bytes > AIM * self._process_budget:
-            memory.trim_heap()
+        if self._process_budget and usage.used_bytes(self.device) + self.fit.room_bytes > AIM * self._process_budget:
+            usage.trim_heap()
 
     def _keep_within(self, batches: list[Batch]) -> None:
         """After a step that took all of the memory budget, which the dry run did not foresee: smaller passes."""
-        peak = memory.peak_bytes(self.device) if self._process_budget else 0
+        peak = usage.peak_bytes(self.device) if self._process_budget else 0
         if peak > CLOSE * self._process_budget and any(batch.n_rows > 1 for batch in batches):
             tokens = int(0.9 * max(batch.input_ids.numel() for batch in batches))
             self._take(replace(self.fit, max_tokens=tokens))
@@ -403,8 +409,8 @@ class Trainer:
                 f"a step took {peak / 1e9:.2f} GB, close to the memory budget: forward passes have at most {tokens} tokens from "
                 "now on"
             )
-            memory.settle(self.device)
-            memory.reset_peak(self.device)
+            usage.settle(self.device)
+            usage.reset_peak(self.device)
 
     def _seed(self, step: int, index: int) -> None:
         """Dropout's seed for a forward pass of a step."""

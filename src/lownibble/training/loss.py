@@ -8,15 +8,13 @@ all chunks and steps, and its gradient, where it is trained, is summed in place:
 page, and those take a good part of the product's time. It is multiplied on 8-bit units where the frozen base is
 (`quant/dense.py`).
 
-The backbone is called without the head, so what a model does between head and logits must be known: `_LOGIT_TRANSFORMS` lists
-the configuration keys for it, and `check_head` compares with the model's own logits once, before training.
+The backbone is called without the head (`models/head.py`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -27,19 +25,11 @@ from lownibble.errors import ModelError
 from lownibble.kernels import ops
 from lownibble.kernels.decoded import scratch
 from lownibble.models import attention
-from lownibble.quant import exact_products
-from lownibble.quant.dense import DenseProducts, code_type_for
-from lownibble.quant.linear import is_plain_linear
+from lownibble.models.head import Head, for_comparing, hidden_states
+from lownibble.quant.dense import DenseProducts
 
 CHUNK_BYTES = 64 * 2**20
 """Largest size of one chunk of float32 logits: large enough for the matrix product, small enough to stay off the peak."""
-
-_LOGIT_TRANSFORMS: dict[str, Callable[[Tensor, float], Tensor]] = {
-    "final_logit_softcapping": lambda logits, cap: cap * torch.tanh(logits / cap),
-    "logits_scaling": lambda logits, scale: logits / scale,
-    "logit_scale": lambda logits, scale: logits * scale,
-}
-"""Text-configuration key -> what the model does to its logits when the key is set (Gemma 2, Granite, Cohere)."""
 
 
 class _LabelLoss(torch.autograd.Function):
@@ -127,79 +117,6 @@ def _chunk_tokens(row_bytes: int) -> int:
     return max(16, CHUNK_BYTES // row_bytes)
 
 
-class Head:
-    """A model's way from hidden states (L, H) to logits (L, V)."""
-
-    def __init__(self, model: Any) -> None:
-        self.module: nn.Module = model.get_output_embeddings()
-        if self.module is None:
-            raise ModelError(f"{type(model).__name__} has no output embeddings. Give a causal language model.")
-        config = model.config.get_text_config()
-        self.transforms = [
-            (transform, float(value)) for key, transform in _LOGIT_TRANSFORMS.items()
-            if (value := getattr(config, key, None)) not in (None, 1.0)
-        ]  # fmt: skip
-        if getattr(config, "scale_decoder_outputs", False):  # T5
-            self.transforms.append((_LOGIT_TRANSFORMS["logit_scale"], config.d_model**-0.5))
-        self.plain = self._plain(model)
-        self.vocab_size = int(self.module.weight.shape[0])  # type: ignore[union-attr,index]
-
-    def _plain(self, model: nn.Module) -> DenseProducts | None:
-        """Products with the head's weight (V, H), if that is all there is to it."""
-        head = self.module
-        if not is_plain_linear(head) or head.bias is not None or self.transforms:
-            return None
-        weight = cast(Tensor, head.weight)
-        return DenseProducts(weight, code_type_for(model, weight))
-
-    def __call__(self, hidden_LH: Tensor) -> Tensor:
-        """Logits (L, V) of hidden states (L, H)."""
-        logits: Tensor = self.module(hidden_LH)
-        for transform, value in self.transforms:
-            logits = transform(logits, value)
-        return logits
-
-    @property
-    def compute(self) -> str:
-        """'int8' where a training step multiplies the head on 8-bit units, else 'exact'."""
-        code_type = self.plain.code_type if self.plain else None
-        return "exact" if code_type is None else str(code_type).removeprefix("torch.")
-
-    @property
-    def trained(self) -> list[nn.Parameter]:
-        """The head's parameters that want a gradient."""
-        return [p for p in self.module.parameters() if p.requires_grad]
-
-
-def hidden_states(
-    model: Any, input_ids_BT: Tensor, attention_mask_BT: Tensor | None, segments: Sequence[int] | None = None,
-    source: tuple[Tensor, Tensor] | None = None,
-) -> Tensor:  # fmt: skip
-    """Last hidden states (B, T, H) of the model without its head, of an encoder-decoder model those of its decoder, whose encoder
-    reads `source`, ids and mask (B, S); no mask is one of ones.
-
-    With `segments`, the lengths of packed rows, B is 1, and the call and its backward belong inside `segment_attention`. Other
-    rows are padded on the right.
-    """
-    if source is not None:
-        ids_BS, mask_BS = source
-        read = model.get_encoder()(input_ids=ids_BS, attention_mask=mask_BS).last_hidden_state
-        written = model.get_decoder()(
-            input_ids=input_ids_BT, attention_mask=attention_mask_BT, encoder_hidden_states=read,
-            encoder_attention_mask=mask_BS, use_cache=False,
-        )  # fmt: skip
-        return written.last_hidden_state  # type: ignore[no-any-return]
-    if attention.takes_segments(model):
-        mask_BT = torch.ones_like(input_ids_BT) if attention_mask_BT is None else attention_mask_BT
-        extra = attention.inputs(model, mask_BT, segments)
-    else:
-        assert not segments
-        full = attention_mask_BT is None or bool(attention_mask_BT.all())  # without a mask attention takes its causal fast path
-        extra = {"attention_mask": None if full else attention_mask_BT}
-    output = model.base_model(input_ids=input_ids_BT, use_cache=False, **extra)
-    return output.last_hidden_state  # type: ignore[no-any-return]
-
-
 def label_loss(
     model: Any, input_ids_BT: Tensor, attention_mask_BT: Tensor, labels_BT: Tensor, n_total: int | None = None,
     segments: Sequence[int] | None = None, source: tuple[Tensor, Tensor] | None = None,
@@ -248,38 +165,6 @@ def token_losses(head: Head, hidden_LH: Tensor, labels_L: Tensor) -> Tensor:
     return torch.cat([nn.functional.cross_entropy(head(h).float(), labels, reduction="none") for h, labels in pieces])
 
 
-@contextmanager
-def _for_comparing(model: Any) -> Iterator[None]:
-    """Without gradients, dropout and 8-bit products, in which a rounding apart may be a whole step of 8 bits."""
-    was_training = model.training
-    model.eval()
-    try:
-        with torch.no_grad(), exact_products(model):
-            yield
-    finally:
-        model.train(was_training)
-
-
-def check_head(model: Any) -> None:
-    """Compare this module's logits with the model's own on eight tokens.
-
-    Raises:
-        ModelError: they differ, so the model does something to its logits that is not known here.
-    """
-    device = model.get_input_embeddings().weight.device
-    input_ids = torch.arange(1, 9, device=device).unsqueeze(0) % Head(model).vocab_size
-    pair = {"decoder_input_ids": input_ids} if model.config.is_encoder_decoder else {}
-    source = (input_ids, torch.ones_like(input_ids)) if pair else None
-    with _for_comparing(model):
-        own = model(input_ids=input_ids, use_cache=False, **pair).logits[0].float()
-        ours = Head(model)(hidden_states(model, input_ids, torch.ones_like(input_ids), source=source)[0]).float()
-    if own.shape != ours.shape or (own - ours).abs().max() > 1e-3 * own.abs().max().clamp(min=1):
-        raise ModelError(
-            f"{type(model).__name__} changes its logits in a way that is not known (configuration keys known: "
-            f"{', '.join(_LOGIT_TRANSFORMS)}). Its loss would be wrong; it cannot be trained here yet."
-        )
-
-
 PACKING_TOLERANCE = {torch.float32: 1e-3, torch.float16: 0.1, torch.bfloat16: 0.1}
 """Permitted relative difference of a row's hidden states, packed and alone. On the embedded model rounding gives 2e-6 in float32
 and 0.01 in bfloat16; a row that sees its neighbours is 0.6 away."""
@@ -296,7 +181,7 @@ def check_packing(model: Any, rows: Sequence[Sequence[int]]) -> None:
     """
     device = model.get_input_embeddings().weight.device
     ids = [torch.tensor([row], device=device) for row in rows]
-    with _for_comparing(model):
+    with for_comparing(model):
         alone = [hidden_states(model, row, torch.ones_like(row))[0] for row in ids]
         try:
             with attention.segment_attention(model):
@@ -315,7 +200,7 @@ def check_rows(model: Any, input_ids_BT: Tensor, attention_mask_BT: Tensor) -> s
     obstacle = attention.kernel_obstacle(model)
     if obstacle:
         return obstacle
-    with _for_comparing(model):
+    with for_comparing(model):
         expected = hidden_states(model, input_ids_BT, attention_mask_BT)
         try:
             with attention.segment_attention(model):

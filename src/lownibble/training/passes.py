@@ -6,7 +6,7 @@ All of it is in place for a pass and taken back after it: evaluation, generation
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Literal
 
@@ -14,9 +14,10 @@ import torch
 
 from lownibble.data import Batch, Example
 from lownibble.errors import ConfigError
+from lownibble.memory import usage
 from lownibble.models.attention import kernel_obstacle, refusal, segment_attention
-from lownibble.training import compiling, memory
-from lownibble.training.loss import check_packing, check_rows, label_loss
+from lownibble.training import compiling
+from lownibble.training.loss import check_packing, check_rows
 from lownibble.training.microbatches import MicroBatches
 
 Kind = tuple[bool, bool]
@@ -29,7 +30,7 @@ def kind(batch: Batch) -> Kind:
 
 
 class Passes:
-    """The passes of `model` over the batches of `micro`.
+    """The passes of `model` over the batches of `micro`, whose loss `loss` gives (see `objectives.py`).
 
     Attributes:
         attention_reason: why attention does not run on our kernel, or nothing where it does.
@@ -38,7 +39,10 @@ class Passes:
         saved_activation_bytes: what autograd kept in the last forward pass that was `measured`.
     """
 
-    def __init__(self, model: Any, micro: MicroBatches, device: torch.device) -> None:
+    def __init__(
+        self, model: Any, micro: MicroBatches, device: torch.device, loss: Callable[[Any, Batch, int], torch.Tensor]
+    ) -> None:
+        self._of_batch = loss
         self.model, self.micro, self.device = model, micro, device
         self.attention_reason = ""
         self.compiled, self.compile_reason, self.compile_seconds, self.compile_peak_bytes = False, "", 0.0, 0
@@ -103,16 +107,17 @@ class Passes:
                 parameter.grad = gradient
         self._kinds |= new.keys()
         self.compile_seconds += time.perf_counter() - began
-        self.compile_peak_bytes = max(self.compile_peak_bytes, memory.peak_bytes(self.device))
-        memory.reset_peak(self.device)  # the compiler's memory is not the step's
+        self.compile_peak_bytes = max(self.compile_peak_bytes, usage.peak_bytes(self.device))
+        usage.reset_peak(self.device)  # the compiler's memory is not the step's
 
-    def small(self, wanted: Kind, tokens: int) -> Batch:
-        """A batch of this kind with about so many tokens."""
-        padded, several = wanted
+    def compile_for(self, batch: Batch, tokens: int) -> None:
+        """Compile the layers for batches of this kind, by a pass over one with about so many tokens."""
+        padded, several = kind(batch)
         longest = max(self.micro.rows, key=lambda row: len(row.input_ids))
         length = min(tokens // (1 + several), len(longest.input_ids))
         lengths = [length, max(1, length - padded)][: 1 + several]
-        return self.micro.batch([Example(longest.input_ids[:n], [False] + [True] * (n - 1), "compilation") for n in lengths])
+        rows = [Example(longest.input_ids[:n], [False] + [True] * (n - 1), "compilation") for n in lengths]
+        self.compile([self.micro.batch(rows)])
 
     def set_checkpointing(self, on: bool) -> None:
         """Compute each layer's activations again in backward, or keep them."""
@@ -140,8 +145,7 @@ class Passes:
             return self._loss(batch, n_total)
 
     def _loss(self, batch: Batch, n_total: int) -> torch.Tensor:
-        batch = batch.to(self.device)
-        return label_loss(self.model, batch.input_ids, batch.attention_mask, batch.labels, n_total, batch.segments, batch.source)
+        return self._of_batch(self.model, batch.to(self.device), n_total)
 
     def backward(self, batch: Batch, n_total: int, *, measured: bool = False) -> float:
         """Add the gradients of a batch; returns its loss. `measured`: count what autograd saves.
@@ -152,7 +156,7 @@ class Passes:
         self.model.train()
         with self._attention(self.model), self._in_place():
             if measured:
-                watch = memory.SavedActivations()
+                watch = usage.SavedActivations()
                 with watch.watch(self.model):
                     loss = self._loss(batch, n_total)
                 self.saved_activation_bytes = watch.bytes

@@ -16,19 +16,22 @@ from typing import Any
 
 from lownibble import record
 from lownibble.config import DataConfig, RunConfig, TrainConfig
-from lownibble.data import Dataset, Encoded, Example, choices, encode, split_pair
+from lownibble.data import Dataset, Encoded, Example, choices, split_pair
 from lownibble.data import load as load_data
 from lownibble.errors import ConfigError, ModelError
 from lownibble.lora import add_lora, count_parameters, save_adapter
 from lownibble.lora.inject import adapter_configs
+from lownibble.memory import planned, usage
 from lownibble.models import load, pick_device
+from lownibble.models.head import Head
 from lownibble.models.info import info
 from lownibble.options import n_bytes
 from lownibble.quant import QuantLinear, eightbit
-from lownibble.training import interrupt, memory, planned, verify
+from lownibble.registry import OBJECTIVES
+from lownibble.training import interrupt, verify
 from lownibble.training.events import Evaluated, Event, Finished, Skipped, Started, Stepped, Warned
 from lownibble.training.loop import Trainer
-from lownibble.training.loss import Head
+from lownibble.training.objectives import Objective
 from lownibble.training.output import claim
 from lownibble.training.passes import Passes
 from lownibble.training.sinks import JsonlSink, Sink, TensorBoardSink, deliver, read_events
@@ -82,10 +85,10 @@ def run(config: RunConfig, *, sinks: Iterable[Sink] = ()) -> TrainResult:
     """Load, adapt and train as `config` says; sinks take every event. Errors are those of `load`, `add_lora` and `train`."""
     device = pick_device(config.device)
     sides = load_data(config.data)
-    memory.reset_peak(device)
-    baseline = memory.used_bytes(device)
+    usage.reset_peak(device)
+    baseline = usage.used_bytes(device)
     model, tokenizer = _make_model(config)
-    loaded = {"baseline_bytes": baseline, "load_peak_bytes": max(0, memory.peak_bytes(device) - baseline)}
+    loaded = {"baseline_bytes": baseline, "load_peak_bytes": max(0, usage.peak_bytes(device) - baseline)}
     return _train(model, tokenizer, sides, config.data, config.train, config.to_dict(), sinks, loaded)
 
 
@@ -93,8 +96,8 @@ def prepare(config: RunConfig) -> tuple[Trainer, int]:
     """The trainer of a run, ready to take steps, and the bytes in use before its model was loaded; for those who measure."""
     device = pick_device(config.device)
     sides = load_data(config.data)
-    memory.reset_peak(device)
-    baseline = memory.used_bytes(device)
+    usage.reset_peak(device)
+    baseline = usage.used_bytes(device)
     model, tokenizer = _make_model(config)
     return _trainer(model, tokenizer, sides, config.data, config.train)[0], baseline
 
@@ -105,7 +108,7 @@ def _make_model(config: RunConfig) -> tuple[Any, Any]:
     Raises:
         TrainingError: memory ran out, or what `load` and `add_lora` raise.
     """
-    with memory.exhaustion_told(
+    with usage.exhaustion_told(
         lambda: f"Memory ran out while '{config.model}' was loaded. Take --method qlora, or a smaller model."
     ):
         return _make(config)
@@ -123,7 +126,7 @@ def _make(config: RunConfig) -> tuple[Any, Any]:
         add_lora(model, config.lora, seed=config.train.seed)
     else:
         model.requires_grad_(True)
-    memory.settle(model.device)  # what loading and quantising took in between
+    usage.settle(model.device)  # what loading and quantising took in between
     return model, tokenizer
 
 
@@ -151,7 +154,8 @@ def _trainer(
     model: Any, tokenizer: Any, sides: tuple[Dataset, Dataset], data: DataConfig, config: TrainConfig
 ) -> tuple[Trainer, list[Encoded]]:
     """The trainer over both sides' rows, and the encoded rows."""
-    encoded = [encode(side, tokenizer, data, config.max_length) for side in sides]
+    objective: Objective = OBJECTIVES[config.objective]
+    encoded = [objective.encode(side, tokenizer, data, config.max_length) for side in sides]
     if info(model).auto_compute:
         _choose_compute(model)
     if model.config.is_encoder_decoder:
@@ -189,13 +193,13 @@ def _train(
         trainer, encoded = _trainer(model, tokenizer, sides, data, config)
         folder = stack.enter_context(claim(config.output_dir, resume=config.resume)) if config.output_dir else None
         sinks = [*sinks, *_file_sinks(folder, config)]
-        baseline = loaded["baseline_bytes"] if loaded else memory.used_bytes(trainer.device)
-        memory.reset_peak(trainer.device)
+        baseline = loaded["baseline_bytes"] if loaded else usage.used_bytes(trainer.device)
+        usage.reset_peak(trainer.device)
         past = read_events(folder / "events.jsonl") if folder and config.resume else []
         trainer.warnings += planned.warnings(trainer)
         trainer.stop_signal = stack.enter_context(interrupt.requests())
         events = _history(past, list(deliver(trainer.events(), sinks)))
-        peak = memory.peak_bytes(trainer.device)
+        peak = usage.peak_bytes(trainer.device)
         warned = [e.message for e in events if isinstance(e, Warned)]
         result = {
             **record.new("train"),
@@ -293,7 +297,7 @@ def _budget(trainer: Trainer, told: list[str]) -> dict[str, Any]:
     """How the run fitted into its memory budget; a warning joins `told` where it did not."""
     if not trainer.config.memory_budget:
         return {}
-    budget, peak = n_bytes(trainer.config.memory_budget), memory.highest_bytes(trainer.device)
+    budget, peak = n_bytes(trainer.config.memory_budget), usage.highest_bytes(trainer.device)
     if peak > budget:
         told.append(f"the run took {peak / 1e9:.2f} GB, more than its memory budget of {budget / 1e9:.2f} GB")
     return {
@@ -327,10 +331,10 @@ def _speed(steps: list[Stepped]) -> dict[str, Any]:
 
 
 def _save(model: Any, tokenizer: Any, folder: Path, result: dict[str, Any], examples: list[Example]) -> Path | None:
-    memory.settle(model.device)
+    usage.settle(model.device)
     adapter = bool(adapter_configs(model))
     saved = folder / ("adapter" if adapter else "model")
-    with memory.exhaustion_told(lambda: "Memory ran out while the result was being saved. Go on with --resume to save it again."):
+    with usage.exhaustion_told(lambda: "Memory ran out while the result was being saved. Go on with --resume to save it again."):
         verify.check_finite(model)
         if adapter:
             save_adapter(model, saved)
@@ -341,7 +345,7 @@ def _save(model: Any, tokenizer: Any, folder: Path, result: dict[str, Any], exam
     try:
         result["saved"], told = check(model, saved, examples, tokenizer.eos_token_id)
     except (RuntimeError, MemoryError, OSError) as error:
-        if not memory.is_exhausted(error):
+        if not usage.is_exhausted(error):
             raise
         told = [f"'{saved}' is saved, but there was no memory left to read it back and check it"]
     result["adapter_bytes"] = sum(file.stat().st_size for file in saved.glob("*.safetensors"))

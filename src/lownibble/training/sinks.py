@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from lownibble.errors import ConfigError
-from lownibble.training.budget import Setting
+from lownibble.memory.budget import Setting
 from lownibble.training.compiling import IMPOSSIBLE
 from lownibble.training.events import Evaluated, Event, Finished, Fitted, Skipped, Started, Stepped, Warned
 

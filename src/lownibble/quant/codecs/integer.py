@@ -68,13 +68,17 @@ class IntegerWeight(PackedWeight):
             "block_size": self.block_size, "double_quant": self.double_quant,
         }  # fmt: skip
 
+    def decoded_scale(self) -> Tensor:
+        """The scales in float32, (groups,)."""
+        if self.nested_scale is None or self.offset is None:
+            return self.scale
+        return nested.decode(self.scale, self.nested_scale, self.offset)
+
     def decode(self, out: Tensor) -> Tensor:
         """By torch, some groups at a time; computed in float32 and rounded once."""
         if not self.numel():
             return out
-        scale = self.scale
-        if self.nested_scale is not None and self.offset is not None:
-            scale = nested.decode(self.scale, self.nested_scale, self.offset)
+        scale = self.decoded_scale()
         groups, zero = scale.numel(), self.zero
         values, codes = out.view(groups, -1), self.codes.view(groups, -1)
         zeros = None if zero is None else _unpack(zero, torch.empty(2 * zero.numel(), dtype=torch.uint8, device=zero.device))

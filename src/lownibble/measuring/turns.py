@@ -3,7 +3,8 @@
 A child answers each line `N` on its standard input with one JSON line on its standard output; the parent gives turns in an order
 that rotates from round to round. Ratios are taken within a round and their median is reported, with the spread.
 
-As a program (`python -m lownibble.training.turns SPEC.json`) this is one such child: a training run, prepared and never finished.
+As a program (`python -m lownibble.measuring.turns SPEC.json`) this is one such child: a training run, prepared and never
+finished.
 """
 
 from __future__ import annotations
@@ -91,7 +92,7 @@ def ratio(a: Sequence[float], b: Sequence[float]) -> dict[str, float]:
 
 def main(spec: str) -> None:
     """Build the run of the specification, then take turns training it; a turn counts real tokens, padding not."""
-    from lownibble.training import memory
+    from lownibble.memory import usage
     from lownibble.training.run import prepare
 
     config = RunConfig(**json.loads(Path(spec).read_text()))
@@ -108,11 +109,11 @@ def main(spec: str) -> None:
             "padded_tokens": sum(s.padded_tokens for s in done),
             "seconds": sum(s.seconds for s in done),
             "losses": [s.loss for s in done],
-            "peak_bytes": memory.peak_bytes(trainer.device) - baseline,
+            "peak_bytes": usage.peak_bytes(trainer.device) - baseline,
             "digest": _digest(trainer.model),
         }
 
-    with memory.kept_heap():  # as in a run
+    with usage.kept_heap():  # as in a run
         trainer.set_up()
         passes = trainer.passes
         facts = {

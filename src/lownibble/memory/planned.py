@@ -3,53 +3,65 @@
 from __future__ import annotations
 
 from itertools import islice
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
 from lownibble.arch import paths, read_shape
-from lownibble.config import LoraConfig, Method, QuantConfig
+from lownibble.config import LoraConfig, Method, QuantConfig, TrainConfig
 from lownibble.errors import InputError
 from lownibble.lora.inject import adapter_configs
+from lownibble.memory.budget import Fit
 from lownibble.models.packed import config_of
-from lownibble.optim import PAGED
+from lownibble.optim import paged_name, plain_name
 from lownibble.planning import hardware
 from lownibble.planning.hardware import Device
 from lownibble.planning.memory import MemoryPlan, plan_memory
 from lownibble.planning.step import Batch
 from lownibble.quant import QuantLinear
-from lownibble.training.loop import Trainer
 
 STEPS = 10_000
 """The largest forward pass is looked for among so many steps."""
 
 
-def beside_measured(trainer: Trainer, peak_bytes: int) -> dict[str, Any]:
+class TrainingRun(Protocol):
+    """What is asked of a trainer (`training/loop.py`)."""
+
+    model: Any
+    config: TrainConfig
+    fit: Fit
+    micro: Any
+    passes: Any
+    device: torch.device
+    total_steps: int
+
+
+def beside_measured(run: TrainingRun, peak_bytes: int) -> dict[str, Any]:
     """For the record: the plan of the run's largest forward pass, and its error against the highest bytes measured.
 
     On a CPU the process is compared, on CUDA what is allocated. Compiled layers save less than the plan has, which is of layers
     as they are. Where the planner does not know the model or an option, it says so.
     """
     try:
-        batch, plan = plan_of(trainer)
+        batch, plan = plan_of(run)
     except InputError as error:
         return {"unknown": str(error)}
-    figure = plan.device if trainer.device.type == "cpu" else plan.allocated
+    figure = plan.device if run.device.type == "cpu" else plan.allocated
     return {
-        "batch": batch._asdict(), "plan": plan.to_dict(), "compiled": trainer.passes.compiled,
-        "figure": "process" if trainer.device.type == "cpu" else "allocated", "planned_bytes": figure._asdict(),
+        "batch": batch._asdict(), "plan": plan.to_dict(), "compiled": run.passes.compiled,
+        "figure": "process" if run.device.type == "cpu" else "allocated", "planned_bytes": figure._asdict(),
         "measured_bytes": peak_bytes, "error": figure.likely / peak_bytes - 1, "within": figure.low <= peak_bytes <= figure.high,
     }  # fmt: skip
 
 
-def warnings(trainer: Trainer) -> list[str]:
+def warnings(run: TrainingRun) -> list[str]:
     """What to say before the first step: the plan is more than there is."""
     try:
-        _, plan = plan_of(trainer)
+        _, plan = plan_of(run)
     except InputError:
         return []
-    there = device_of(trainer.device).memory_bytes
-    if trainer.config.memory_budget or plan.device.likely <= there:
+    there = device_of(run.device).memory_bytes
+    if run.config.memory_budget or plan.device.likely <= there:
         return []
     return [
         f"by the plan this run takes {plan.device.likely / 1e9:.1f} GB ({plan.device.low / 1e9:.1f} to "
@@ -57,13 +69,13 @@ def warnings(trainer: Trainer) -> list[str]:
     ]
 
 
-def plan_of(trainer: Trainer) -> tuple[Batch, MemoryPlan]:
+def plan_of(run: TrainingRun) -> tuple[Batch, MemoryPlan]:
     """The largest forward pass of the run as it is set up now, and the memory of a step with it.
 
     Raises:
         ModelError, ConfigError, TargetError: the planner does not know the model or an option.
     """
-    model, train, fit = trainer.model, trainer.config, trainer.fit
+    model, train, fit = run.model, run.config, run.fit
     shape, adapters = read_shape(model.config.to_dict()), adapter_configs(model)
     packed = {path.removesuffix(".base"): m for path, m in model.named_modules() if isinstance(m, QuantLinear)}
     method: Method = "full" if not adapters else "qlora" if packed else "lora"
@@ -71,14 +83,14 @@ def plan_of(trainer: Trainer) -> tuple[Batch, MemoryPlan]:
     if packed:
         dense = ["lm_head", *(path for path, _ in paths(shape) if path not in packed)]
         quant = config_of({path: module.weight for path, module in packed.items()}, dense)
-    optim = train.optim.removeprefix(PAGED)
     options = train.with_options(
-        optim=f"{PAGED}{optim}" if fit.paged else optim, gradient_checkpointing=fit.gradient_checkpointing
+        optim=(paged_name(train.optim) if fit.paged else None) or plain_name(train.optim),
+        gradient_checkpointing=fit.gradient_checkpointing
     )  # fmt: skip
-    steps = islice(trainer.micro.steps(), min(STEPS, trainer.total_steps))
-    batch = trainer.micro.shape(max((rows for step in steps for rows in trainer.micro.dealt(step)), key=trainer.micro.tokens))
+    steps = islice(run.micro.steps(), min(STEPS, run.total_steps))
+    batch = run.micro.shape(max((rows for step in steps for rows in run.micro.dealt(step)), key=run.micro.tokens))
     return batch, plan_memory(
-        shape, device_of(trainer.device), method, quant=quant,
+        shape, device_of(run.device), method, quant=quant,
         lora=next(iter(adapters.values()), LoraConfig()), train=options, dtype=str(model.dtype).removeprefix("torch."),
         batch=batch,
     )  # fmt: skip

@@ -31,6 +31,7 @@ from lownibble.kernels import ops
 from lownibble.kernels.decoded import release_scratch
 from lownibble.kernels.traced import Traced
 from lownibble.lora import add_lora
+from lownibble.memory.usage import kind_of
 from lownibble.models.attention import kernel_obstacle, segment_attention
 from lownibble.models.load import uninitialised
 from lownibble.planning.linear import Runtime
@@ -39,7 +40,6 @@ from lownibble.planning.step import Batch
 from lownibble.planning.tape import Tape
 from lownibble.quant.codebook import codebook, dynamic8, dynamic8_lookup
 from lownibble.training.loss import loss_at
-from lownibble.training.memory import kind_of
 
 _TYPES = {4: torch.float32, 2: torch.bfloat16}
 

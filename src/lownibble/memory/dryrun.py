@@ -6,21 +6,47 @@ takes and not what an earlier one left behind. Nothing is trained: the gradients
 
 from __future__ import annotations
 
+from typing import Any, Protocol
+
 import torch
 
-from lownibble.training import memory
-from lownibble.training.budget import FIRST_TOKENS, Setting
-from lownibble.training.microbatches import MicroBatches
-from lownibble.training.passes import Passes, kind
+from lownibble.memory import usage
+from lownibble.memory.budget import FIRST_TOKENS, Setting
 
 COMPILED_TOKENS = 256
 """Size of the passes that compile: enough for the compiler to see that work is worth dividing among threads."""
 
 
+class Passes(Protocol):
+    """Forward and backward passes of a model (`training/passes.py`)."""
+
+    model: Any
+    compiled: bool
+
+    def set_checkpointing(self, on: bool) -> None:
+        """Compute activations again in backward, or keep them."""
+
+    def compile_for(self, batch: Any, tokens: int) -> None:
+        """Compile for batches of this kind, by a pass over about so many tokens."""
+
+    def backward(self, batch: Any, n_total: int) -> float:
+        """Add the gradients of a batch; returns its loss."""
+
+
+class Rows(Protocol):
+    """The rows of a run (`training/microbatches.py`)."""
+
+    def size(self, tokens: int) -> int:
+        """Tokens of the largest pass of at most so many."""
+
+    def largest(self, tokens: int) -> Any:
+        """That pass."""
+
+
 class DryRun:
     """`budget.Bench` over a run's passes; a context manager that leaves no gradients behind."""
 
-    def __init__(self, passes: Passes, micro: MicroBatches, device: torch.device) -> None:
+    def __init__(self, passes: Passes, micro: Rows, device: torch.device) -> None:
         self.passes, self.micro, self.device = passes, micro, device
         self._began = False
 
@@ -29,8 +55,8 @@ class DryRun:
 
     def __exit__(self, *_: object) -> None:
         self.passes.model.zero_grad(set_to_none=True)
-        memory.settle(self.device)
-        memory.reset_peak(self.device)
+        usage.settle(self.device)
+        usage.reset_peak(self.device)
 
     def resident(self, setting: Setting) -> int:
         """Bytes in use between two passes."""
@@ -38,8 +64,8 @@ class DryRun:
         if not self._began:
             self._backward(FIRST_TOKENS // 2)
             self._began = True
-        memory.settle(self.device)
-        return memory.used_bytes(self.device)
+        usage.settle(self.device)
+        return usage.used_bytes(self.device)
 
     def size(self, tokens: int) -> int:
         """Tokens of the largest pass of at most so many."""
@@ -47,18 +73,18 @@ class DryRun:
 
     def peak(self, tokens: int) -> int | None:
         """Highest bytes in use during that pass; None: memory ran out."""
-        memory.settle(self.device)
-        memory.reset_peak(self.device)
+        usage.settle(self.device)
+        usage.reset_peak(self.device)
         try:
             self._backward(tokens)
         except (RuntimeError, MemoryError) as error:
-            if not memory.is_exhausted(error):
+            if not usage.is_exhausted(error):
                 raise
             return None
-        return memory.held_peak_bytes(self.device)
+        return usage.held_peak_bytes(self.device)
 
     def _backward(self, tokens: int) -> None:
         batch = self.micro.largest(tokens)
         if self.passes.compiled:
-            self.passes.compile([self.passes.small(kind(batch), COMPILED_TOKENS)])
+            self.passes.compile_for(batch, COMPILED_TOKENS)
         self.passes.backward(batch, max(1, batch.n_label_tokens))

@@ -21,6 +21,7 @@ from lownibble.config import Method, PlanConfig
 from lownibble.data import Example
 from lownibble.errors import ConfigError
 from lownibble.lora import add_lora
+from lownibble.memory.planned import device_of
 from lownibble.models import pick_device, pick_dtype
 from lownibble.models.load import quantizable
 from lownibble.optim import close_states
@@ -32,7 +33,6 @@ from lownibble.planning.models import find_config
 from lownibble.planning.speed import moved_bytes, step_flops
 from lownibble.quant import QuantLinear
 from lownibble.training.loop import Trainer
-from lownibble.training.planned import device_of
 
 LAYERS, STEPS, SHARE = 4, 3, 0.5
 """Most layers of the model that are taken; timed steps after one that is not; share of the memory that they may take."""

@@ -13,8 +13,8 @@ from typing import Any
 from lownibble import record
 from lownibble.config import RunConfig
 from lownibble.errors import TrainingError
+from lownibble.memory import planned, usage
 from lownibble.optim import close_states
-from lownibble.training import memory, planned
 from lownibble.training.events import Skipped, Stepped
 from lownibble.training.loop import Trainer
 from lownibble.training.microbatches import Rows
@@ -35,15 +35,15 @@ def rehearse(config: RunConfig) -> dict[str, Any]:
     trainer, baseline = prepare(config)
     try:
         trainer.set_up()
-        memory.settle(trainer.device)
-        memory.reset_peak(trainer.device)
+        usage.settle(trainer.device)
+        usage.reset_peak(trainer.device)
         taken = [trainer.step(number, rows) for number, rows in _chosen(trainer)]
     finally:
         close_states(trainer.optimizer)
     wrong = next((step.reason for step in taken if isinstance(step, Skipped)), None)
     if wrong:
         raise TrainingError(f"A step of the dry run could not be taken: {wrong}.")
-    peak = memory.peak_bytes(trainer.device)
+    peak = usage.peak_bytes(trainer.device)
     steps = [step for step in taken if isinstance(step, Stepped)]
     rates = sorted(step.tokens / step.seconds for step in steps[1:STEPS] or steps)
     tokens = trainer.micro.planned_tokens(trainer.total_steps)

@@ -1,0 +1,1 @@
+"""How things are measured: processes that take turns, and statistics over runs."""

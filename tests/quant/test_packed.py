@@ -1,0 +1,201 @@
+"""The protocol of packed weights, for every codec. Oracles: the layout that the planner goes by; the formulas of the codecs; a
+dense layer with the decoded weight; the weight itself after a round trip through its file format."""
+
+import copy
+import itertools
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+import lownibble as ln
+from lownibble.config import QuantConfig
+from lownibble.errors import ConfigError, ModelError, QuantizationError
+from lownibble.quant import QuantLinear, layouts
+from lownibble.quant.packed import from_spec, restore, to_spec
+from lownibble.registry import CODECS
+
+TYPES = {"nf4": (32, 64), "fp4": (64, 128), "int8": (32, 64, "row"), "int4": (32, 64, 128)}
+WAYS = [
+    QuantConfig(quant_type=quant_type, block_size=size, double_quant=double_quant)
+    for quant_type, sizes in TYPES.items() for size, double_quant in itertools.product(sizes, (True, False))
+]  # fmt: skip
+IDS = [f"{way.quant_type}-{way.block_size}-{'double' if way.double_quant else 'plain'}" for way in WAYS]
+every_way = pytest.mark.parametrize("way", WAYS, ids=IDS)
+
+
+def random(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def same(a, b):
+    return a.facts() == b.facts() and a.tensors().keys() == b.tensors().keys() and all(
+        x.dtype == y.dtype and torch.equal(x, y) for x, y in zip(a.tensors().values(), b.tensors().values(), strict=True)
+    )  # fmt: skip
+
+
+@every_way
+@pytest.mark.parametrize("shape", [(3, 128), (5, 384), (0, 128)], ids=str)
+def test_tensors_are_those_of_the_layout(way, shape):
+    packed = ln.quantize(random(*shape), way)
+    held = {name: (str(t.dtype).removeprefix("torch."), tuple(t.shape)) for name, t in packed.tensors().items()}
+    assert held == {name: tuple(spec) for name, spec in layouts.layout(shape, way).items()}
+    assert packed.nbytes == layouts.n_bytes(shape, way)
+    assert all(tensor.ndim >= 1 for tensor in packed.tensors().values())
+    assert packed.dequantize().shape == shape
+
+
+@every_way
+def test_facts_and_tensors_are_the_weight(way):
+    packed = ln.quantize(random(6, 256).bfloat16(), way)
+    assert same(restore(packed.facts(), packed.tensors()), packed)
+    assert same(from_spec(to_spec(packed), list(packed.tensors().values())), packed)
+    assert packed.dtype == torch.bfloat16
+    assert packed.with_dtype(torch.float16).dequantize().dtype == torch.float16
+    assert same(packed.to("cpu"), packed)
+
+
+@every_way
+def test_files_hold_the_weight(way):
+    codec, packed = CODECS[way.quant_type], ln.quantize(random(6, 256), way)
+    stored = codec.write("a.b", packed)
+    assert {k: (t.dtype, tuple(t.shape)) for k, t in stored.items()} == {
+        k: (getattr(torch, spec.dtype), spec.shape) for k, spec in codec.written("a.b", (6, 256), way).items()
+    }
+    assert same(codec.read("a.b", stored, torch.float32, "the test"), packed)
+    marker = next(key for key in stored if codec.marker in key)
+    options = codec.stored_options("a.b", stored[marker], "the test")
+    assert all(getattr(options, key) == getattr(way, key) for key in ("quant_type", "block_size", "double_quant"))
+    for key in stored:
+        with pytest.raises(ModelError, match=r"a\.b"):
+            codec.read("a.b", {k: t for k, t in stored.items() if k != key}, torch.float32, "the test")
+    with pytest.raises(ModelError, match=r"a\.b"):
+        codec.read("a.b", stored | {marker: torch.zeros_like(stored[marker])}, torch.float32, "the test")
+
+
+@every_way
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_layers_compute_with_the_decoded_weight(way, dtype):
+    """Forward and input gradient are those of a dense layer with the decoded values; both products are torch's or ours on the
+    same values, so they differ by rounding only."""
+    packed = QuantLinear.from_linear(nn.Linear(256, 24).to(dtype), way)
+    dense = nn.Linear(256, 24).to(dtype)
+    dense.weight.data, dense.bias.data = packed.weight.dequantize(dtype), packed.bias.data.clone()
+    for rows in (1, 9):
+        ours, theirs = (random(rows, 256, seed=rows).to(dtype).requires_grad_() for _ in range(2))
+        y, expected = packed(ours), dense(theirs)
+        dy = torch.randn_like(expected)
+        y.backward(dy)
+        expected.backward(dy)
+        tolerance = {torch.float32: 2e-5, torch.bfloat16: 4e-2, torch.float16: 4e-3}[dtype]
+        torch.testing.assert_close(y, expected, rtol=tolerance, atol=tolerance)
+        torch.testing.assert_close(ours.grad, theirs.grad, rtol=tolerance, atol=tolerance)
+
+
+@every_way
+def test_casts_copies_and_state_keep_the_packed_tensors(way):
+    layer = QuantLinear.from_linear(nn.Linear(128, 8), way)
+    before = {name: tensor.clone() for name, tensor in layer.weight.tensors().items()}
+    other = copy.deepcopy(layer).to(torch.bfloat16)
+    fresh = QuantLinear.from_linear(nn.Linear(128, 8), way)
+    fresh.load_state_dict(layer.state_dict())
+    for each in (other, fresh):
+        assert {k: t.dtype for k, t in each.weight.tensors().items()} == {k: t.dtype for k, t in before.items()}
+        assert all(torch.equal(t, before[k]) for k, t in each.weight.tensors().items())
+    assert other.bias.dtype == torch.bfloat16
+
+
+def test_int8_is_its_formula():
+    weight = random(7, 192)
+    packed = ln.quantize(weight, QuantConfig(quant_type="int8", block_size="row", double_quant=False))
+    scale = weight.abs().amax(1) / 127
+    assert torch.equal(packed.tensors()["scale"], scale)
+    assert torch.equal(packed.tensors()["codes"], (weight / scale[:, None]).round().to(torch.int8))
+    assert torch.equal(packed.dequantize(), packed.tensors()["codes"].float() * scale[:, None])
+
+
+def test_int4_is_its_formula():
+    weight = random(5, 128)
+    packed = ln.quantize(weight, QuantConfig(quant_type="int4", double_quant=False))
+    groups = weight.view(-1, 64)
+    low, high = groups.amin(1).clamp(max=0), groups.amax(1).clamp(min=0)
+    scale = (high - low) / 15
+    zero = (-low / scale).round()
+    codes = (groups / scale[:, None] + zero[:, None]).round().clamp(0, 15)
+    assert torch.equal(packed.dequantize(), ((codes - zero[:, None]) * scale[:, None]).view(5, 128))
+    high_nibble = packed.tensors()["codes"].view(-1) >> 4
+    assert torch.equal(high_nibble.float(), codes.view(-1)[::2])  # the first of a pair is in the high nibble
+
+
+@pytest.mark.parametrize("quant_type", ["int8", "int4"])
+@settings(deadline=None, max_examples=60)
+@given(
+    values=st.lists(st.floats(-1e4, 1e4, width=32, allow_subnormal=False), min_size=64, max_size=64), double_quant=st.booleans()
+)
+def test_integers_are_off_by_half_a_step(quant_type, values, double_quant):
+    """Half a step of the scale as it is decoded (int4: and half a step of the zero point); where the scale was rounded down, the
+    largest values of a group are cut: by what the scale lost, times the codes."""
+    weight = torch.tensor(values).view(1, 64).repeat(4, 1) * torch.tensor([1.0, 0.5, 0.0, 0.25])[:, None]
+    packed = ln.quantize(weight, QuantConfig(quant_type=quant_type, double_quant=double_quant))
+    top = 127 if quant_type == "int8" else 15
+    span = weight.abs().amax(1) if quant_type == "int8" else weight.amax(1).clamp(min=0) - weight.amin(1).clamp(max=0)
+    exact, scale = span / top, packed.decoded_scale()
+    bound = scale.abs() / 2 + (exact - scale).abs() * top + (0 if quant_type == "int8" else scale.abs() / 2)
+    error = (packed.dequantize() - weight).abs().amax(1)
+    assert bool((error <= bound * 1.001 + 1e-12).all())
+
+
+def test_a_large_weight_is_decoded_in_parts(monkeypatch):
+    from lownibble.quant.codecs import integer
+
+    weight = random(9, 256)
+    for quant_type in ("int8", "int4"):
+        packed = ln.quantize(weight, quant_type)
+        whole = packed.dequantize()
+        monkeypatch.setattr(integer, "PART_ELEMENTS", 100)
+        assert torch.equal(packed.dequantize(), whole)
+        monkeypatch.undo()
+
+
+BAD = [
+    ("nf4", "row", (4, 128), ConfigError, r"'block_size' of nf4 must be a number.*Got 'row'"),
+    ("int4", "row", (4, 128), ConfigError, r"'block_size' of int4 must be one of 32, 64, 128\. Got 'row'"),
+    ("int4", 128, (4, 192), QuantizationError, r"multiple of 128 long\. Got 192\. Use block_size 32 or 64, or another"),
+    ("int8", 64, (4, 100), QuantizationError, r"multiple of 64 long\. Got 100\. Use block_size row, or another"),
+]
+
+
+@pytest.mark.parametrize(("quant_type", "block_size", "shape", "error", "words"), BAD)
+def test_a_codec_that_does_not_suit_is_named(quant_type, block_size, shape, error, words):
+    config = QuantConfig(quant_type=quant_type, block_size=block_size)
+    with pytest.raises(error, match=words):
+        ln.quantize(random(*shape), config, name="a.layer")
+    with pytest.raises(error, match=r"'a\.layer' cannot be packed: .*" + words):
+        layouts.choose({"a.layer": shape}, config, ["lm_head"])
+
+
+def test_pattern_chooses_the_codec_of_each_layer():
+    linears = {f"layers.{i}.{name}": (64, 64) for i in range(2) for name in ("q_proj", "down_proj")} | {"lm_head": (96, 64)}
+    config = QuantConfig(pattern={"down_proj": {"quant_type": "int8"}, r"layers\.1\..*": {"double_quant": False}})
+    chosen = layouts.choose(linears, config)
+    assert {path: (how.quant_type, how.double_quant) for path, how in chosen.items()} == {
+        "layers.0.q_proj": ("nf4", True), "layers.0.down_proj": ("int8", True),
+        "layers.1.q_proj": ("nf4", False), "layers.1.down_proj": ("int8", True),  # the first pattern that fits
+    }  # fmt: skip
+    assert layouts.choose(linears, QuantConfig.of_layers(chosen, ["lm_head"])) == chosen
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"pattern": {"gate_proj": {}}}, r"pattern 'gate_proj' .* matches no layer .*down_proj, lm_head, q_proj"),
+        ({"pattern": {"lm_head": {}}}, r"pattern 'lm_head' .* matches no layer .*; skipped: lm_head"),
+        ({"skip_modules": ["v_proj"]}, r"skip_modules 'v_proj' matches no linear module"),
+    ],
+)
+def test_a_pattern_that_matches_nothing_is_named(options, words):
+    linears = {"layers.0.q_proj": (64, 64), "layers.0.down_proj": (64, 64), "lm_head": (96, 64)}
+    with pytest.raises(ConfigError, match=words):
+        layouts.choose(linears, QuantConfig(**options), ["lm_head"])
