@@ -28,21 +28,21 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOME = {
-    "CompareConfig": "config", "DataConfig": "config", "LoraConfig": "config", "PlanConfig": "config", "QuantConfig": "config",
-    "RunConfig": "config", "TrainConfig": "config", "Codec": "quant", "PackedWeight": "quant", "QuantLinear": "quant",
-    "QuantizedTensor": "quant", "Objective": "training.objectives", "OptimizerSpec": "optim", "TrainResult": "training", "add_lora": "lora", "compare": "study.compare",
-    "decode": "decoding.generate", "dequantize": "quant", "export": "exporting.convert", "load": "models",
-    "load_adapter": "lora", "merge": "exporting.merge", "plan": "planning.plan", "quantize": "quant", "run": "training",
-    "save_adapter": "lora", "set_adapter": "lora", "train": "training", "trainable_summary": "lora",
-    "use_backend": "kernels.ops",
+    **dict.fromkeys(("CompareConfig", "DataConfig", "LoraConfig", "PlanConfig", "QuantConfig"), "config"),
+    **dict.fromkeys(("RunConfig", "TrainConfig"), "config"),
+    **dict.fromkeys(("Codec", "PackedWeight", "QuantLinear", "QuantizedTensor", "dequantize", "quantize"), "quant"),
+    **dict.fromkeys(("add_lora", "load_adapter", "save_adapter", "set_adapter", "trainable_summary"), "lora"),
+    **dict.fromkeys(("TrainResult", "run", "train"), "training"), "Objective": "training.objectives", "OptimizerSpec": "optim",
+    "compare": "study.compare", "decode": "decoding.generate", "export": "exporting.convert", "load": "models",
+    "merge": "exporting.merge", "plan": "planning.plan", "use_backend": "kernels.ops",
 }  # fmt: skip
 """Public name -> the module it lives in."""
 
 __all__ = [
-    "Codec", "CompareConfig", "DataConfig", "LoraConfig", "Objective", "OptimizerSpec", "PackedWeight", "PlanConfig", "QuantConfig",
-    "QuantLinear", "QuantizedTensor", "RunConfig", "TrainConfig", "TrainResult", "__version__", "add_lora", "compare", "decode", "dequantize",
-    "export", "load", "load_adapter", "merge", "plan", "quantize", "run", "save_adapter", "set_adapter", "train",
-    "trainable_summary", "use_backend",
+    "Codec", "CompareConfig", "DataConfig", "LoraConfig", "Objective", "OptimizerSpec", "PackedWeight", "PlanConfig",
+    "QuantConfig", "QuantLinear", "QuantizedTensor", "RunConfig", "TrainConfig", "TrainResult", "__version__", "add_lora",
+    "compare", "decode", "dequantize", "export", "load", "load_adapter", "merge", "plan", "quantize", "run", "save_adapter",
+    "set_adapter", "train", "trainable_summary", "use_backend",
 ]  # fmt: skip
 
 

@@ -1,14 +1,13 @@
 """Batches. Oracles: torch's `pad_sequence` for padding; counting for orders; a stream from its start for a resumed one."""
 
 import random
-from itertools import islice
 
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch.nn.utils.rnn import pad_sequence
 
-from lownibble.data import Example, collate, cut, epoch_batches, stream
+from lownibble.data import Example, collate, cut, epoch_batches
 
 
 def examples_of(lengths) -> list[Example]:
@@ -79,15 +78,6 @@ def test_grouping_sorts_within_chunks_only():
 
     assert padding(grouped) < padding(shuffled) / 10
     assert [max(lengths[i] for i in b) for b in grouped] != sorted((max(lengths[i] for i in b) for b in grouped), reverse=True)
-
-
-@given(st.integers(1, 20), st.integers(1, 6), st.integers(0, 30), st.booleans())
-def test_a_stream_can_start_anywhere(n, size, start, grouped):
-    examples = examples_of(range(1, n + 1))
-    whole = list(islice(stream(examples, size, 3, grouped), start + 10))
-    assert list(islice(stream(examples, size, 3, grouped, start_batch=start), 10)) == whole[start:]
-    epoch = -(-n // size)
-    assert whole[:epoch] == epoch_batches(examples, size, 3, 0, grouped)[: start + 10]
 
 
 @given(lengths_st, st.integers(1, 9), st.none() | st.integers(1, 200))

@@ -1,14 +1,14 @@
 """Packing. Oracles: counting; the definition of best fit, by trying every pack; the stream from its start; a row's own labels."""
 
 import random
-from itertools import islice, pairwise
+from itertools import pairwise
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lownibble.data import Example, collate, epoch_batches, flatten, stream
+from lownibble.data import Example, collate, epoch_batches, flatten
 from lownibble.data.packing import CHUNK_ROWS, pack
 
 ROOM = 60
@@ -62,15 +62,6 @@ def test_packs_are_well_filled_and_their_company_changes():
     longest = [max(lengths[row] for row in batch) for batch in batches]
     rises = sum(a < b for a, b in pairwise(longest))
     assert rises > len(batches) / 4, "packs come in shuffled order; as packed, a rise comes only with a new chunk"
-
-
-@given(lengths_st, st.integers(1, 3), st.integers(0, 40))
-def test_a_stream_of_packs_can_start_anywhere(lengths, size, start):
-    examples = examples_of(lengths)
-    whole = list(islice(stream(examples, size, 3, pack_to=ROOM), start + 10))
-    assert list(islice(stream(examples, size, 3, start_batch=start, pack_to=ROOM), 10)) == whole[start:]
-    epochs = [batch for epoch in range(len(whole)) for batch in epoch_batches(examples, size, 3, epoch, pack_to=ROOM)]
-    assert whole == epochs[: len(whole)]
 
 
 @given(st.lists(st.lists(st.tuples(st.integers(0, 99), st.booleans()), min_size=1, max_size=9), min_size=1, max_size=5))

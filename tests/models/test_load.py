@@ -9,7 +9,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 import lownibble as ln
-from lownibble.errors import ModelError
+from lownibble.errors import ConfigError, ModelError
 from lownibble.lora import match_targets
 from lownibble.models.load import quantizable
 from lownibble.quant import QuantLinear
@@ -115,7 +115,7 @@ def test_skip_modules(write, skip, left):
 
 
 def test_skip_modules_that_match_nothing(write):
-    with pytest.raises(ModelError, match=r"skip_modules 'c_attn' matches no linear module. Linear modules: down_proj, "):
+    with pytest.raises(ConfigError, match=r"skip_modules 'c_attn' matches no linear module. Linear modules: down_proj, "):
         ln.load(str(write()), quant=ln.QuantConfig(skip_modules=["c_attn"]))
 
 

@@ -54,7 +54,7 @@ def measured(model, batch):
 def planned(shape, method, batch, checkpointing):
     ranks = {} if method == "full" else {path: 16 for path, _ in paths(shape)}
     run = Runtime(4, fused=True, kernel_attention=True, decode_buffers=1)
-    ways = Method(method == "full", packed if method == "qlora" else None, ranks)
+    ways = Method(method == "full", *packed(shape, method), ranks)
     tape = run_step(shape, ways, run, batch, checkpointing=checkpointing)
     _, begin, weights = tape.marks[0]
     used = peak = 0

@@ -14,12 +14,10 @@ from lownibble.kernels.decoded import release_scratch
 from lownibble.lora import add_lora
 from lownibble.models.attention import kernel_obstacle, segment_attention
 from lownibble.models.load import quantizable
-from lownibble.planning import step
 from lownibble.planning.linear import Method, Runtime
-from lownibble.planning.memory import packed_bytes
+from lownibble.planning.memory import packed_layers
 from lownibble.planning.step import Batch, run_step
 from lownibble.quant import QuantLinear
-from lownibble.training import loss
 from lownibble.training.loss import loss_at
 
 SIZES = {
@@ -95,9 +93,12 @@ def peak_of_events(profiler):
     return peak
 
 
-def packed(n):
-    """Bytes of codes and constants."""
-    return packed_bytes(n, QuantConfig())
+def packed(shape, method):
+    """Bytes of codes and constants of each linear, and which have products that decode inside the kernel; for qlora."""
+    if method != "qlora":
+        return {}, ()
+    found = packed_layers(shape, QuantConfig())
+    return found, set(found)
 
 
 def planned(shape, method, batch, passes, checkpointing):
@@ -105,7 +106,7 @@ def planned(shape, method, batch, passes, checkpointing):
     run = Runtime(4, fused=True, kernel_attention=True, decode_buffers=1)
     tape = run_step(
         shape,
-        Method(method == "full", packed if method == "qlora" else None, ranks),
+        Method(method == "full", *packed(shape, method), ranks),
         run,
         batch,
         checkpointing=checkpointing,
@@ -117,10 +118,6 @@ def planned(shape, method, batch, passes, checkpointing):
         used += n
         peak = max(peak, used)
     return weights, peak
-
-
-def test_the_head_is_cut_into_the_chunks_of_the_loss():
-    assert step.CHUNK_BYTES == loss.CHUNK_BYTES
 
 
 @needs_kernel

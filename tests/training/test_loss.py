@@ -108,7 +108,7 @@ def compare(model, batch, dtype=torch.float32):
 @pytest.mark.parametrize("name", MODELS)
 def test_value_and_gradients(tiny, batch, monkeypatch, name, trained, chunk):
     if chunk == "small":
-        monkeypatch.setattr(loss_module, "_chunk_tokens", lambda row_bytes: 4)  # 17 labels: 4 chunks and a short one
+        monkeypatch.setattr(loss_module, "_chunk_tokens", lambda row_bytes, device: 4)  # 17 labels: 4 chunks and a short one
     family, options = MODELS[name]
     compare(TRAINED[trained](tiny(family, **options)), batch)
 
@@ -116,9 +116,9 @@ def test_value_and_gradients(tiny, batch, monkeypatch, name, trained, chunk):
 @pytest.mark.parametrize(
     ("trained", "tied"), [(what, tied) for what in TRAINED for tied in (False, True) if not (tied and what == "quantised head")]
 )  # fmt: skip
-def test_what_is_trained(tiny, batch, monkeypatch, trained, tied):
-    monkeypatch.setattr(loss_module, "CHUNK_BYTES", 1)  # the least: 16 tokens of 17
-    compare(TRAINED[trained](tiny(tie_word_embeddings=tied)), batch)
+def test_what_is_trained(tiny, batch, trained, tied):
+    with loss_module.chunks_of(1):  # the least: 16 tokens of 17
+        compare(TRAINED[trained](tiny(tie_word_embeddings=tied)), batch)
 
 
 @pytest.mark.parametrize("trained", ["everything", "lora", "lora on the head", "head copied"])
@@ -234,7 +234,7 @@ def test_a_plain_head_has_the_gradients_of_any_head(tiny, batch, monkeypatch):
 
 @pytest.mark.parametrize("name", MODELS)
 def test_token_losses(tiny, batch, monkeypatch, name):
-    monkeypatch.setattr(loss_module, "_chunk_tokens", lambda row_bytes: 4)
+    monkeypatch.setattr(loss_module, "_chunk_tokens", lambda row_bytes, device: 4)
     family, options = MODELS[name]
     model = tiny(family, **options)
     ids, mask, _ = batch()

@@ -9,7 +9,7 @@ from lownibble.arch import read_shape
 from lownibble.config import LoraConfig, QuantConfig
 from lownibble.errors import ModelError
 from lownibble.planning.linear import Method, Runtime
-from lownibble.planning.memory import packed_bytes
+from lownibble.planning.memory import packed_layers
 from lownibble.planning.models import find_shape
 from lownibble.planning.step import Batch, run_step
 from lownibble.rehearsal.trace import trace_step
@@ -55,8 +55,8 @@ def test_the_planners_tape_is_within_half_a_percent(model_type, method, checkpoi
     config = config_of(model_type)
     shape = read_shape(config)
     ranks = {} if method == "full" else {f"model.layers.{i}.{linear.name}": 16 for i in range(3) for linear in shape.linears}
-    packed = (lambda n: packed_bytes(n, QuantConfig())) if method == "qlora" else None
-    planned = run_step(shape, Method(method == "full", packed, ranks), CPU, batch, checkpointing=checkpointing)
+    packed = packed_layers(shape, QuantConfig()) if method == "qlora" else {}
+    planned = run_step(shape, Method(method == "full", packed, set(packed), ranks), CPU, batch, checkpointing=checkpointing)
     assert peak(planned) == pytest.approx(peak(trace(config, method, batch, checkpointing)), rel=0.005)
 
 

@@ -71,10 +71,12 @@ def train(arguments: argparse.Namespace) -> dict[str, Any]:
 
         folder = f"runs/{config.method}-{datetime.now():%Y%m%d-%H%M%S}"
         config = config.with_options(train=config.train.with_options(output_dir=folder))
+    from lownibble.memory.usage import kept_heap
     from lownibble.planning.show import beside
     from lownibble.training import ProgressSink, run
 
-    result = run(config, sinks=[ProgressSink(config.method)])
+    with kept_heap():  # of this process, which is for the run
+        result = run(config, sinks=[ProgressSink(config.method)])
     first, last = result.record["evaluations"][0], result.record["evaluations"][-1]
     console = _console(arguments)
     console.print(f"evaluation loss {first['loss']:.4f} -> {last['loss']:.4f} on {last['label_tokens']} label tokens")

@@ -1,4 +1,4 @@
-"""Rows to batches: `load` a data set, `encode` it with a tokenizer, `collate` examples in the order of `stream`."""
+"""Rows to batches: `load` a data set, `encode` it with a tokenizer, `collate` examples in the order of `epoch_batches`."""
 
 from lownibble.data.batches import (
     IGNORE,
@@ -10,7 +10,6 @@ from lownibble.data.batches import (
     epoch_batches,
     flatten,
     split_pair,
-    stream,
 )
 from lownibble.data.choices import Choice, choices
 from lownibble.data.rows import Dataset, Row
@@ -37,5 +36,4 @@ __all__ = [
     "prompts",
     "read",
     "split_pair",
-    "stream",
 ]

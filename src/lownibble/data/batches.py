@@ -11,10 +11,9 @@ the largest comes first: if memory does not suffice, it shows at once.
 
 from __future__ import annotations
 
-import itertools
 import random
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -169,17 +168,6 @@ def epoch_batches(
     largest = sizes.index(max(sizes))
     batches[0], batches[largest] = batches[largest], batches[0]
     return batches
-
-
-def stream(
-    examples: Sequence[Example], batch_size: int, seed: int, group_by_length: bool = False, start_batch: int = 0,
-    pack_to: int | None = None,
-) -> Iterator[list[int]]:  # fmt: skip
-    """Batches without end, epoch after epoch, from batch number `start_batch` on, as lists of example indices."""
-    for epoch in itertools.count():
-        batches = epoch_batches(examples, batch_size, seed, epoch, group_by_length, pack_to)
-        yield from batches[start_batch:]
-        start_batch = max(0, start_batch - len(batches))
 
 
 def cut(

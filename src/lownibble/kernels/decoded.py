@@ -12,6 +12,7 @@ device.
 from __future__ import annotations
 
 import threading
+import weakref
 from collections.abc import Callable
 
 import torch
@@ -20,9 +21,19 @@ from torch import Tensor
 from lownibble.kernels.types import Epilogue
 
 
+class _Buffers(dict[tuple[torch.dtype, torch.device], Tensor]):
+    """A thread's buffers; they go with the thread."""
+
+    __hash__ = object.__hash__  # type: ignore[assignment]  # told apart by identity, to be kept in a set
+
+
+_everybodys: weakref.WeakSet[_Buffers] = weakref.WeakSet()
+
+
 class _Scratch(threading.local):
     def __init__(self) -> None:
-        self.buffers: dict[tuple[torch.dtype, torch.device], Tensor] = {}
+        self.buffers = _Buffers()
+        _everybodys.add(self.buffers)
 
 
 _scratch = _Scratch()
@@ -41,9 +52,12 @@ def scratch(shape: torch.Size, dtype: torch.dtype, device: torch.device) -> Tens
 
 
 def release_scratch() -> int:
-    """Free this thread's decode buffers; returns their bytes."""
-    freed = sum(int(buffer.nbytes) for buffer in _scratch.buffers.values())
-    _scratch.buffers.clear()
+    """Free the decode buffers of all threads, of autograd's too; returns their bytes. One that is in use lives until it is not."""
+    freed = 0
+    for buffers in list(_everybodys):
+        held = list(buffers.values())
+        buffers.clear()
+        freed += sum(int(buffer.nbytes) for buffer in held)
     return freed
 
 

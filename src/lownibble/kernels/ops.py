@@ -140,6 +140,24 @@ def use_backend(choice: str | Backend) -> Iterator[None]:
         _forced.reset(token)
 
 
+def chosen() -> Backend | None:
+    """The backend that `use_backend` has chosen, to hand on to another thread: autograd runs backward of a GPU on its own."""
+    return _forced.get()
+
+
+@contextmanager
+def keeping(backend: Backend | None) -> Iterator[None]:
+    """Inside the block the choice is `backend`, as `chosen` gave it where the work began; None: nobody had chosen."""
+    if backend is _forced.get():
+        yield
+        return
+    token = _forced.set(backend)
+    try:
+        yield
+    finally:
+        _forced.reset(token)
+
+
 def is_forced() -> bool:
     """Whether `use_backend` has chosen the backend."""
     return _forced.get() is not None

@@ -16,9 +16,9 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from lownibble import tensorfile
 from lownibble.config import LoraConfig
 from lownibble.errors import AdapterError, ConfigError, TargetError
 from lownibble.lora.inject import (
@@ -107,7 +107,9 @@ def save_adapter(model: nn.Module, folder: str | Path, *, name: str = "default")
             )
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    save_file(tensors, folder / f".{WEIGHTS_FILE}.part", metadata={"format": "pt", **to_metadata(base_facts(model))})
+    entries = {key: tensorfile.Entry(value.dtype, tuple(value.shape)) for key, value in tensors.items()}
+    parts, metadata = ((key, 0, value) for key, value in tensors.items()), {"format": "pt", **to_metadata(base_facts(model))}
+    tensorfile.write(folder / f".{WEIGHTS_FILE}.part", entries, parts, metadata)  # safetensors' own writer shuffles the metadata
     text = json.dumps(_config_json(model, configs[name], name), indent=2, sort_keys=True) + "\n"
     (folder / f".{CONFIG_FILE}.part").write_text(text)
     for file in (WEIGHTS_FILE, CONFIG_FILE):

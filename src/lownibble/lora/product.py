@@ -94,6 +94,7 @@ class LoraMatmul(torch.autograd.Function):
         ctx.save_for_backward(x, lora_A, lora_B, low, *tensors.values())
         ctx.packed = None if isinstance(weight, Tensor) else (weight.facts(), tuple(tensors))
         ctx.rest = scale, dropout, seed, None if rows is None else rows.codes.dtype
+        ctx.backend = ops.chosen()
         return y
 
     @staticmethod
@@ -104,9 +105,10 @@ class LoraMatmul(torch.autograd.Function):
         facts, names = ctx.packed or (None, ())
         weight = tensors[0] if facts is None else restore(facts, dict(zip(names, tensors, strict=True)))
         scale, dropout, seed, code_type = ctx.rest
-        dx, dA, dB = backward(
-            dy, x, weight, lora_A, lora_B, low, scale, dropout, seed, code_type, ctx.needs_input_grad[0]
-        )  # fmt: skip
+        with ops.keeping(ctx.backend):
+            dx, dA, dB = backward(
+                dy, x, weight, lora_A, lora_B, low, scale, dropout, seed, code_type, ctx.needs_input_grad[0]
+            )  # fmt: skip
         dbias = dy.sum(0) if ctx.needs_input_grad[2] else None
         return dx, None, dbias, dA, dB, None, None, None, None
 
@@ -158,15 +160,17 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> N
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(x, lora_A, lora_B, output[1], seed, *weight)
     ctx.rest = spec, scale, dropout, len(weight), [tensor.dtype for tensor in rows]
+    ctx.backend = ops.chosen()
 
 
 def _differentiate(ctx: Any, dy: Tensor, _: None) -> tuple[Any, ...]:
     x, lora_A, lora_B, low, seed, *weight = ctx.saved_tensors
     spec, scale, dropout, n_weight, row_types = ctx.rest
     wants_dx, code_type = ctx.needs_input_grad[0], row_types[0] if row_types else None
-    dx, dA, dB = _lora_matmul_backward(
-        dy, x, weight, spec, lora_A, lora_B, low, scale, dropout, seed, code_type, wants_dx
-    )  # fmt: skip
+    with ops.keeping(ctx.backend):
+        dx, dA, dB = _lora_matmul_backward(
+            dy, x, weight, spec, lora_A, lora_B, low, scale, dropout, seed, code_type, wants_dx
+        )  # fmt: skip
     dbias = dy.flatten(0, -2).sum(0) if ctx.needs_input_grad[3] else None
     return dx if wants_dx else None, [None] * n_weight, None, dbias, dA, dB, None, None, None, [None] * len(row_types)
 

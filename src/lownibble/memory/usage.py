@@ -89,7 +89,8 @@ _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3
 
 @contextmanager
 def kept_heap() -> Iterator[None]:
-    """Inside the block freed memory of the C heap stays the process's, where the C library can (glibc).
+    """Inside the block freed memory of the C heap stays the process's, where the C library can (glibc). For processes of our own:
+    it sets limits of the C library, which cannot be read back, so the Python calls (`lownibble.train`) leave them alone.
 
     A step frees what the next one will want again; given back in between, it costs a fault a page. Blocks of more than 32 MiB are
     the system's all the same. Afterwards what is free is given back, and the limits are those that glibc comes to by itself when

@@ -176,11 +176,13 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> N
     q, k, v, borders, ctx.scaling = inputs
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(q, k, v, *output, borders)
+    ctx.backend = ops.chosen()
 
 
 def _differentiate(ctx: Any, dout: Tensor, _: None) -> tuple[Any, ...]:
     q, k, v, out, lse, borders = ctx.saved_tensors
-    return (*_attention_backward(dout, q, k, v, out, lse, borders, ctx.scaling), None, None)
+    with ops.keeping(ctx.backend):
+        return (*_attention_backward(dout, q, k, v, out, lse, borders, ctx.scaling), None, None)
 
 
 _attention.register_autograd(_differentiate, setup_context=_save)

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from lownibble.config import LoraConfig
@@ -42,6 +43,10 @@ class ModelInfo:
         stored_dtypes: name of a dense tensor -> its dtype in the checkpoint.
         auto_compute: the precision of frozen products is still to be chosen, by who trains ('auto').
         compute: which was chosen, and why.
+        needs_mask: whether padded rows are given an attention mask; False where rows padded on the right were found not to
+            need one.
+        autocast: type that forward passes in training compute in where the weights are float32 masters (full fine-tuning on
+            CUDA), or None.
         read_dense: gives a layer's dense weight (out, in) in float32 from the checkpoint, by the layer's path; None where
             there is none.
         changed_base: name of the initialisation of adapters that has changed the packed weights, or None.
@@ -51,6 +56,8 @@ class ModelInfo:
     stored_dtypes: dict[str, str] = field(default_factory=dict)
     auto_compute: bool = False
     compute: str = ""
+    needs_mask: bool = True
+    autocast: torch.dtype | None = None
     read_dense: Callable[[str], Tensor] | None = None
     changed_base: str | None = None
     adapters: Adapters = field(default_factory=Adapters)

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from lownibble.config import Method, TrainConfig
+from lownibble.optim.specs import is_paged, paged_name
 from lownibble.planning.hardware import Device
 from lownibble.planning.memory import MemoryPlan
 from lownibble.planning.records import Measured
@@ -69,10 +70,12 @@ class Verdict:
 def reliefs(train: TrainConfig) -> Iterator[tuple[Relief, TrainConfig]]:
     """What may be given up beyond the options as they are, the cheapest first."""
     for relief in RELIEFS:
-        paged, checkpointing = train.optim.startswith("paged"), train.gradient_checkpointing
+        paged, checkpointing = is_paged(train.optim), train.gradient_checkpointing
         if relief.paged < paged or relief.gradient_checkpointing < checkpointing:
             continue
-        optim = train.optim if relief.paged == paged else f"paged_{train.optim}"
+        optim = train.optim if relief.paged == paged else paged_name(train.optim)
+        if optim is None:
+            continue  # an optimiser from outside, that does not page
         yield relief, train.with_options(optim=optim, gradient_checkpointing=relief.gradient_checkpointing)
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from lownibble.errors import ConfigError
+from lownibble.planning.linear import chunk_bytes
 
 _TABLE = Path(__file__).with_name("hardware.toml")
 CONTEXT_MIB = 500
@@ -62,9 +63,9 @@ class Device:
     sources: tuple[tuple[str, str], ...] = ()
 
     @property
-    def alike(self) -> tuple[str, bool]:
+    def alike(self) -> tuple[str, bool, int]:
         """What decides which tensors a step has there: the same on devices for which this is equal."""
-        return self.kind, self.avx512
+        return self.kind, self.avx512, chunk_bytes(self.memory_bytes) if self.kind == "cuda" else 0
 
 
 @cache

@@ -8,6 +8,18 @@ from dataclasses import dataclass, field
 from lownibble.arch import Linear
 from lownibble.planning.tape import FLOAT32, Tape, Value
 
+SMALLEST_CHUNK, CHUNK_SHARE = 64 << 20, 128
+"""Bytes of a chunk of logits on a CPU and on small devices; on larger ones a chunk is a power of two of at most one part in so
+many of their memory. The head is read again for each chunk: at a vocabulary of 128,256 the smallest one is 130 tokens, and
+reading a 1 GB head for each took twice the time of its products on an H100 (DESIGN section 6)."""
+
+
+def chunk_bytes(device_bytes: int | None) -> int:
+    """Largest size of one chunk of float32 logits on a device with so much memory; None: on a CPU. Training goes by it too."""
+    if device_bytes is None or device_bytes < SMALLEST_CHUNK * CHUNK_SHARE:
+        return SMALLEST_CHUNK
+    return int(min(512 << 20, 1 << (device_bytes // CHUNK_SHARE).bit_length() - 1))
+
 
 @dataclass(frozen=True)
 class Runtime:
@@ -19,6 +31,7 @@ class Runtime:
         kernel_attention: attention runs on our kernel, where there is no window and no cap.
         decode_buffers: shared buffers for decoded weights; autograd has a thread, and a buffer, of its own on CUDA.
         round_to: bytes that allocations are multiples of.
+        chunk_bytes: largest size of one chunk of float32 logits.
         cuda: dropout keeps its mask in bytes instead of factors, and fused attention takes a bias.
     """
 
@@ -28,6 +41,7 @@ class Runtime:
     decode_buffers: int
     round_to: int = 1
     cuda: bool = False
+    chunk_bytes: int = SMALLEST_CHUNK
 
 
 @dataclass(frozen=True)

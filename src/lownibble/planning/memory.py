@@ -24,7 +24,7 @@ from lownibble.optim import specs
 from lownibble.options import n_bytes
 from lownibble.planning.allocator import reserved_bytes
 from lownibble.planning.hardware import Device
-from lownibble.planning.linear import Method, Runtime
+from lownibble.planning.linear import Method, Runtime, chunk_bytes
 from lownibble.planning.step import Batch, run_step
 from lownibble.planning.tape import BFLOAT16, FLOAT32, Tape
 from lownibble.quant import layouts
@@ -158,7 +158,8 @@ def _runtime(device: Device, size: int) -> Runtime:
     if device.kind == "cpu":
         fast = device.avx512 and size == FLOAT32
         return Runtime(size, fused=fast, kernel_attention=fast, decode_buffers=1)
-    return Runtime(size, fused=False, kernel_attention=False, decode_buffers=2, round_to=512, cuda=True)
+    chunk = chunk_bytes(device.memory_bytes)
+    return Runtime(size, fused=False, kernel_attention=False, decode_buffers=2, round_to=512, cuda=True, chunk_bytes=chunk)
 
 
 def _ranks(shape: ModelShape, lora: LoraConfig) -> dict[str, int]:
@@ -177,12 +178,12 @@ def _ranks(shape: ModelShape, lora: LoraConfig) -> dict[str, int]:
 def packed_layers(shape: ModelShape, quant: QuantConfig) -> dict[str, list[int]]:
     """Path of each packed linear -> bytes of its codes, then of each of its constants."""
     linears = {path: (linear.out_features, linear.in_features) for path, linear in paths(shape)}
-    if not shape.tied and "lm_head" not in quant.skip_modules:
-        raise ConfigError("The planner does not know a quantised head. Leave 'lm_head' in skip_modules to plan without.")
     try:
         chosen = layouts.choose(linears, quant, ["lm_head"])
     except InputError as error:
         raise type(error)(f"'{shape.name}': {error}") from None
+    if not shape.tied and "lm_head" not in quant.skip_modules:
+        raise ConfigError("The planner does not know a quantised head. Leave 'lm_head' in skip_modules to plan without.")
     return {path: [spec.n_bytes for spec in layouts.layout(linears[path], how).values()] for path, how in chosen.items()}
 
 

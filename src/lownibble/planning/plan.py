@@ -143,7 +143,7 @@ class _Memories:
     def __init__(self, config: PlanConfig, shape: ModelShape, step: StepOf | None) -> None:
         self._config, self._shape, self._step = config, shape, step
         self.traced = step is not None
-        self._made: dict[tuple[tuple[str, bool], Method, str], MemoryPlan] = {}
+        self._made: dict[tuple[tuple[str, bool, int], Method, str], MemoryPlan] = {}
 
     def __call__(self, device: Device, method: Method, train: TrainConfig) -> MemoryPlan:
         key = (device.alike, method, train.model_dump_json())

@@ -11,9 +11,6 @@ from lownibble.planning.encoder_decoder import EncoderDecoder
 from lownibble.planning.linear import Method, Runtime
 from lownibble.planning.tape import FLOAT32, INT64, Tape, Value
 
-CHUNK_BYTES = 64 * 2**20
-"""As in `training/loss.py`: largest size of one chunk of float32 logits."""
-
 
 class Batch(NamedTuple):
     """One forward pass: rows, tokens of a row (padding included), label tokens of all rows."""
@@ -77,7 +74,7 @@ def _label_loss(tape: Tape, model: Decoder | EncoderDecoder, hidden: Value) -> V
     trained = [head] * head.trained + model.head_adapter
     dhidden = tape.like(hidden) if wants_hidden else None
     gradients = [tape.like(parameter) for parameter in trained]
-    most = max(16, CHUNK_BYTES // (4 * V))
+    most = max(16, model.run.chunk_bytes // (4 * V))
     if model.shape.plain_head and not model.head_adapter:
         rows = -(-L // max(1, -(-L // most)))
         logits = None

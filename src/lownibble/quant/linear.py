@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from lownibble.config import QuantConfig
+from lownibble.kernels import ops
 from lownibble.kernels.types import NO_EPILOGUE, Rows8bit
 from lownibble.quant import eightbit
 from lownibble.quant.codecs import quantize
@@ -43,6 +44,7 @@ class _FrozenMatmul(torch.autograd.Function):
         tensors = weight.tensors()
         ctx.save_for_backward(*tensors.values())
         ctx.rest = weight.facts(), tuple(tensors), None if rows is None else rows.codes.dtype
+        ctx.backend = ops.chosen()
         if rows is not None:
             return eightbit.forward(rows, weight, NO_EPILOGUE, x.dtype)
         return weight.matmul(x)
@@ -52,9 +54,10 @@ class _FrozenMatmul(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
         facts, names, code_type = ctx.rest
         weight = restore(facts, dict(zip(names, ctx.saved_tensors, strict=True)))
-        if code_type is not None:
-            return eightbit.backward(dy, weight, NO_EPILOGUE, code_type), None, None
-        return weight.matmul(dy, transposed=True), None, None
+        with ops.keeping(ctx.backend):
+            if code_type is not None:
+                return eightbit.backward(dy, weight, NO_EPILOGUE, code_type), None, None
+            return weight.matmul(dy, transposed=True), None, None
 
 
 @torch.library.custom_op("lownibble::frozen_matmul", mutates_args=())
@@ -90,11 +93,13 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     x_TK, weight, spec, _, rows = inputs
     ctx.save_for_backward(*weight)
     ctx.rest = spec, x_TK.shape[1], [tensor.dtype for tensor in rows]
+    ctx.backend = ops.chosen()
 
 
 def _differentiate(ctx: Any, dy_TN: Tensor) -> tuple[Any, ...]:
     weight, (spec, in_features, row_types) = list(ctx.saved_tensors), ctx.rest
-    dx = _frozen_matmul_backward(dy_TN, weight, spec, in_features, row_types[0] if row_types else None)
+    with ops.keeping(ctx.backend):
+        dx = _frozen_matmul_backward(dy_TN, weight, spec, in_features, row_types[0] if row_types else None)
     return dx, [None] * len(weight), None, None, [None] * len(row_types)
 
 

@@ -136,9 +136,10 @@ def _model(config: PlanConfig, method: Method, contents: Mapping[str, Any], devi
     """The model with random weights, as the method trains it."""
     values = {key: value for key, value in contents.items() if key != "model_type"}
     dtype = torch.float32 if method == "full" and config.dtype == "auto" else pick_dtype(config.dtype, device)
-    torch.manual_seed(0)
     wanted = AutoConfig.for_model(contents["model_type"], **values)
-    model = AutoModelForCausalLM.from_config(wanted, dtype=dtype, trust_remote_code=False)
+    with torch.random.fork_rng([]):  # made on the CPU; the caller's generator stays where it is
+        torch.manual_seed(0)
+        model = AutoModelForCausalLM.from_config(wanted, dtype=dtype, trust_remote_code=False)
     if method == "qlora":
         for path in quantizable(model, config.quant):
             owner, _, name = path.rpartition(".")

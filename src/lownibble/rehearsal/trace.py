@@ -39,7 +39,7 @@ from lownibble.planning.memory import StepOf
 from lownibble.planning.step import Batch
 from lownibble.planning.tape import Tape
 from lownibble.quant.codebook import codebook, dynamic8, dynamic8_lookup
-from lownibble.training.loss import loss_at
+from lownibble.training.loss import chunks_of, loss_at
 
 _TYPES = {4: torch.float32, 2: torch.bfloat16}
 
@@ -155,8 +155,9 @@ def trace_step(
                 enable({"use_reentrant": False})
             recorder.tape.mark("model")
             attention = nullcontext() if kernel_obstacle(model) else segment_attention(model)
-            for _ in range(passes):
-                _pass(recorder, model, batch, attention)
+            with chunks_of(run.chunk_bytes):
+                for _ in range(passes):
+                    _pass(recorder, model, batch, attention)
             recorder.tape.mark("update")
     finally:
         release_scratch()  # fake tensors

@@ -29,12 +29,14 @@ def work(spec: dict[str, Any]) -> dict[str, Any]:
     """
     from lownibble import record
     from lownibble.data import load
+    from lownibble.memory.usage import kept_heap
     from lownibble.study.answers import answer_rows
     from lownibble.training import run
 
     started = time.perf_counter()
     config = RunConfig(**spec["config"])
-    trained = run(config)
+    with kept_heap():
+        trained = run(config)
     told = trained.record
     first, last = told["evaluations"][0], told["evaluations"][-1]
     wrong = next((e for e in told["evaluations"] if not math.isfinite(e["loss"])), None)

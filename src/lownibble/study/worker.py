@@ -20,10 +20,12 @@ def main(spec: str) -> int:
     """Run the specification in the file `spec`."""
     config = RunConfig(**json.loads(Path(spec).read_text()))
     from lownibble import record
+    from lownibble.memory.usage import kept_heap
     from lownibble.training import ProgressSink, run
 
     try:
-        run(config, sinks=[ProgressSink(config.method)])
+        with kept_heap():
+            run(config, sinks=[ProgressSink(config.method)])
     except KeyboardInterrupt:
         return 130
     except Exception as error:  # every failure becomes a record; the parent reports it and goes on

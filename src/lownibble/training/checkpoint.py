@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from lownibble import tensorfile
 from lownibble.errors import OutputError
-from lownibble.optim import plain_name, states
+from lownibble.optim import plain_name, states, warmup_steps
 from lownibble.tensorfile import Entry
 
 KEEP = 2
@@ -170,19 +170,39 @@ def other_compute(found: Facts, config: dict[str, Any]) -> list[str]:
 def _check(found: Facts, model: nn.Module, config: dict[str, Any], file: tensorfile.Reader) -> None:
     """Refuse a checkpoint of another run."""
     path, ours, theirs = found.path, _flat(config), _flat(found.config)
-    differing = sorted(k for k in ours.keys() | theirs.keys() if _differ(k, ours.get(k), theirs.get(k)))
+    free = _may_go_on_longer(found, ours, theirs)
+    differing = sorted(k for k in ours.keys() | theirs.keys() if k not in free and _differ(k, ours.get(k), theirs.get(k)))
     if differing:
         changes = ", ".join(f"{key}: {theirs.get(key)!r} -> {ours.get(key)!r}" for key in differing[:5])
-        raise OutputError(f"'{path}' was made with other options ({changes}). Resume with the same ones, or use a new --output.")
+        more = " Only a run with lr_scheduler_type='constant' can be given more steps, after its warm-up." * (
+            set(differing) <= {"train.max_steps", "train.num_train_epochs", "total_steps"}
+        )
+        raise OutputError(
+            f"'{path}' was made with other options ({changes}). Resume with the same ones, or use a new --output.{more}"
+        )
     held = {name.removeprefix("model/"): (e.dtype, e.shape) for name, e in file.entries.items() if name.startswith("model/")}
     if held != {name: (p.dtype, tuple(p.shape)) for name, p in _trained(model).items()}:
         raise OutputError(f"'{path}' holds other trained tensors than this model. Resume with the same model and adapter.")
 
 
 def _differ(key: str, ours: Any, theirs: Any) -> bool:
+    if key == "total_steps":
+        return theirs is not None and bool(ours != theirs)  # older checkpoints do not say
     if key == "train.optim" and ours and theirs:
         return plain_name(ours) != plain_name(theirs)
     return bool(ours != theirs and key.split(".")[-1] not in _FREE)
+
+
+def _may_go_on_longer(found: Facts, ours: dict[str, Any], theirs: dict[str, Any]) -> set[str]:
+    """Options of a run's length that may differ, since its past is the same whatever they are: with a constant rate, once both
+    warm-ups have ended. Else the rate of each step depends on the number of steps."""
+    length = {"train.max_steps", "train.num_train_epochs"}
+    if ours.get("train.lr_scheduler_type") != "constant" or theirs.get("train.lr_scheduler_type") != "constant":
+        return set()
+    totals = [config["total_steps"] for config in (ours, theirs) if config.get("total_steps")]
+    if len(totals) < 2 or any(found.step < warmup_steps(n, ours["train.warmup_ratio"]) for n in totals):
+        return set()
+    return {*length, "total_steps"}
 
 
 def _fill(file: tensorfile.Reader, trained: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer) -> None:

@@ -29,9 +29,11 @@ from lownibble.errors import ConfigError, TrainingError
 from lownibble.lora import count_parameters
 from lownibble.models import attention
 
-PAYS_AFTER_FLOPS = {"cpu": 1e14}
-"""Type of device -> operations of a run (6 x parameters x tokens) from which the time saved exceeds the time to compile: by
-`benchmarks/results/train-cpu.json` about ten to twenty seconds, for a tenth of each step. CUDA has not been measured."""
+PAYS_AFTER_FLOPS = {"cpu": 1e14, "cuda": 5e15}
+"""Type of device -> operations of a run (6 x parameters x tokens) from which the time saved exceeds the time to compile. CPU: by
+`benchmarks/results/train-cpu.json` about ten to twenty seconds, for a tenth of each step. CUDA: ten seconds, for 22% of each step
+(8B shapes on an H100, one measurement outside of this repository's records); 5e15 is between what that gives for an H100 and
+for a card of a tenth of its speed, and a minute or less of either."""
 
 IMPOSSIBLE = "not possible here: "
 """How the reason begins where `auto` would compile, and something is missing."""

@@ -95,6 +95,11 @@ class Trainer:
             raise ConfigError(
                 "The model's weights are quantised and it has no adapter. Call add_lora, or load it with quant=None."
             )
+        if model.dtype == torch.float16:
+            raise ConfigError(
+                "Training in float16 is not done: small gradients would be lost without loss scaling. Use --dtype bfloat16, or "
+                "float32 where the device has no bfloat16."
+            )
         self.model, self.config, self.cut_rows = model, config, cut_rows
         self.device: torch.device = model.get_input_embeddings().weight.device
         if model.config.is_encoder_decoder and config.memory_budget:
@@ -106,12 +111,13 @@ class Trainer:
         self.evaluator = self.objective.evaluator(evaluation, choices, collate, 2 * config.batch_size, self.device)
         self.evaluator.before_pass = self._make_room
         self.total_steps = config.max_steps or self.micro.steps_of_epochs(config.num_train_epochs)
-        self.identity = {"train": config.to_dict(), **(identity or {})}
+        self.identity = {"train": config.to_dict(), "total_steps": self.total_steps, **(identity or {})}
         self.fit = Fit(None, is_paged(config.optim), config.gradient_checkpointing, 0)
         self.optimizer = self._make_optimizer(self.fit.paged)
         self.optimizer_state_bytes = 0
         self.kinds, self.ledger = usage.bytes_by_kind(model, None), usage.ledger(model, None)
         self._measured = False
+        self._fraction: float | None = None
         self._process_budget = n_bytes(config.memory_budget) if config.memory_budget and self.device.type == "cpu" else 0
         self.stop_signal: Callable[[], int] = lambda: 0
         self.warnings: list[str] = []
@@ -136,12 +142,16 @@ class Trainer:
                 with nothing left to give up, or optimiser states cannot be paged any more.
             RunInterrupted: it was asked to stop; the steps taken are in a checkpoint, if there is an output folder.
         """
+        devices = [self.device] if self.device.type == "cuda" else []
         try:
-            with usage.exhaustion_told(self._out_of_memory), usage.kept_heap():
+            # dropout draws from torch's own generators, which are the caller's
+            with usage.exhaustion_told(self._out_of_memory), torch.random.fork_rng(devices):
                 yield from self._events()
         finally:
             close_states(self.optimizer)
             release_scratch()
+            if self._fraction is not None:
+                torch.cuda.set_per_process_memory_fraction(self._fraction, self.device)
 
     def _events(self) -> Iterator[Event]:
         config, began = self.config, time.perf_counter()
@@ -262,6 +272,7 @@ class Trainer:
         limit = n_bytes(budget)
         if self.device.type == "cuda":
             total = torch.cuda.get_device_properties(self.device).total_memory
+            self._fraction = torch.cuda.memory.get_per_process_memory_fraction(self.device)
             torch.cuda.set_per_process_memory_fraction(min(1.0, limit / total), self.device)
         elif limit > psutil.virtual_memory().total:
             self.warnings.append(f"the memory budget of {budget} is more than this machine has")

@@ -14,6 +14,8 @@ The backbone is called without the head (`models/head.py`).
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -26,10 +28,21 @@ from lownibble.kernels import ops
 from lownibble.kernels.decoded import scratch
 from lownibble.models import attention
 from lownibble.models.head import Head, for_comparing, hidden_states
+from lownibble.models.info import info
+from lownibble.planning.linear import chunk_bytes
 from lownibble.quant.dense import DenseProducts
 
-CHUNK_BYTES = 64 * 2**20
-"""Largest size of one chunk of float32 logits: large enough for the matrix product, small enough to stay off the peak."""
+_chunk: ContextVar[int | None] = ContextVar("lownibble_chunk", default=None)
+
+
+@contextmanager
+def chunks_of(n_bytes: int) -> Iterator[None]:
+    """Inside the block chunks of logits are so large, whatever the device: for tracing another one's step, and for tests."""
+    token = _chunk.set(n_bytes)
+    try:
+        yield
+    finally:
+        _chunk.reset(token)
 
 
 class _LabelLoss(torch.autograd.Function):
@@ -55,7 +68,7 @@ class _LabelLoss(torch.autograd.Function):
                 for dweight_VH in dparameters:
                     dweight_VH.addmm_(dlogits.t(), hidden_LH[part])
         else:
-            size = _chunk_tokens(4 * int(head.vocab_size))  # type: ignore[attr-defined]
+            size = _chunk_tokens(4 * int(head.vocab_size), hidden_LH.device)  # type: ignore[attr-defined]
             for start in range(0, len(labels_L), size):
                 part = slice(start, start + size)
                 total += _through_head(head, hidden_LH, labels_L, part, n_total, parameters, dhidden, dparameters)
@@ -91,8 +104,8 @@ def _through_head(
 
 
 def _into_one_buffer(hidden_LH: Tensor, plain: DenseProducts) -> Iterator[tuple[slice, Tensor]]:
-    """Logits of equal parts, each overwriting the one before, at most CHUNK_BYTES with what goes back; (tokens, logits)."""
-    count = -(-len(hidden_LH) // _chunk_tokens(plain.row_bytes))
+    """Logits of equal parts, each overwriting the one before, at most a chunk with what goes back; (tokens, logits)."""
+    count = -(-len(hidden_LH) // _chunk_tokens(plain.row_bytes, hidden_LH.device))
     size = -(-len(hidden_LH) // max(1, count))
     shape = torch.Size((size, len(plain.weight)))
     on_cpu = hidden_LH.device.type == "cpu"  # elsewhere the allocator keeps it
@@ -113,8 +126,11 @@ def _cross_entropy(logits_LV: Tensor, labels_L: Tensor, n_total: int, wants_grad
     return loss, scores.to(dtype)
 
 
-def _chunk_tokens(row_bytes: int) -> int:
-    return max(16, CHUNK_BYTES // row_bytes)
+def _chunk_tokens(row_bytes: int, device: torch.device) -> int:
+    """Tokens of a chunk: enough for the matrix product, few enough to stay off the peak."""
+    on_cuda = device.type == "cuda"
+    n_bytes = _chunk.get() or chunk_bytes(torch.cuda.get_device_properties(device).total_memory if on_cuda else None)
+    return max(16, n_bytes // row_bytes)
 
 
 def label_loss(
@@ -160,7 +176,7 @@ def loss_at(
 @torch.no_grad()
 def token_losses(head: Head, hidden_LH: Tensor, labels_L: Tensor) -> Tensor:
     """Cross-entropy of each of L label tokens, (L,) float32, a chunk of logits at a time."""
-    size = _chunk_tokens(4 * head.vocab_size)
+    size = _chunk_tokens(4 * head.vocab_size, hidden_LH.device)
     pieces = zip(hidden_LH.split(size), labels_L.split(size), strict=True)
     return torch.cat([nn.functional.cross_entropy(head(h).float(), labels, reduction="none") for h, labels in pieces])
 
@@ -210,3 +226,22 @@ def check_rows(model: Any, input_ids_BT: Tensor, attention_mask_BT: Tensor) -> s
     kept = attention_mask_BT.bool()
     difference = float((found - expected)[kept].norm() / expected[kept].norm())
     return "" if difference <= PACKING_TOLERANCE[torch.float32] else "its attention computes something else"
+
+
+def check_unmasked(model: Any, input_ids_BT: Tensor, attention_mask_BT: Tensor) -> bool:
+    """Whether tokens of rows that are padded on the right get the same hidden states without an attention mask.
+
+    In causal attention no token sees what comes after it, so padding on the right needs no mask. With one, transformers repeats
+    keys and values for every query head and leaves flash attention: 1.9 GB more for 4 rows of 1024 tokens of 8B shapes (DESIGN
+    section 6).
+    """
+    known = info(model)
+    with for_comparing(model):
+        known.needs_mask = True
+        expected = hidden_states(model, input_ids_BT, attention_mask_BT)
+        known.needs_mask = False
+        found = hidden_states(model, input_ids_BT, attention_mask_BT)
+        known.needs_mask = True
+    kept = attention_mask_BT.bool()
+    difference = float((found - expected)[kept].float().norm() / expected[kept].float().norm())
+    return difference <= PACKING_TOLERANCE[found.dtype]

@@ -9,15 +9,15 @@ that suits the longest rows would leave most of the memory idle on all others.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Iterator
 from functools import cached_property, partial
 from heapq import heappop, heappush
-from itertools import islice
 from typing import Any
 
 from lownibble.config import TrainConfig
-from lownibble.data import IGNORE, Batch, Example, collate, collate_pairs, cut, epoch_batches, flatten, stream
+from lownibble.data import IGNORE, Batch, Example, collate, collate_pairs, cut, epoch_batches, flatten
 from lownibble.errors import ModelError
 from lownibble.planning.step import Batch as Shape
 
@@ -56,13 +56,18 @@ class MicroBatches:
         self._lengths = [len(row.input_ids) for row in self._by_length]
 
     def steps(self, first_step: int = 0) -> Iterator[Rows]:
-        """The rows of each step from `first_step` on, without end."""
-        config, count = self.config, self.config.gradient_accumulation_steps
-        order = stream(
-            self.rows, config.batch_size, config.seed, config.group_by_length, first_step * count, self.pack_to
-        )  # fmt: skip
-        while True:
-            yield [[self.rows[i] for i in batch] for batch in islice(order, count)]
+        """The rows of each step from `first_step` on, without end. An epoch's last step has the batches that are left."""
+        count = self.config.gradient_accumulation_steps
+        for epoch in itertools.count():
+            batches = self._of_epoch(epoch)
+            starts = range(0, len(batches), count)
+            for start in starts[first_step:]:
+                yield [[self.rows[i] for i in batch] for batch in batches[start : start + count]]
+            first_step = max(0, first_step - len(starts))
+
+    def _of_epoch(self, epoch: int) -> list[list[int]]:
+        config = self.config
+        return epoch_batches(self.rows, config.batch_size, config.seed, epoch, config.group_by_length, self.pack_to)
 
     def batches(self, rows: Rows) -> list[Batch]:
         """The forward passes of a step."""
@@ -95,12 +100,9 @@ class MicroBatches:
 
     def steps_of_epochs(self, epochs: float) -> int:
         """Optimiser steps of so many epochs; packed epochs differ in their number of batches."""
-        config = self.config
         whole, part = divmod(epochs, 1)
-        steps = []
-        for epoch in range(math.ceil(epochs)):
-            batches = epoch_batches(self.rows, config.batch_size, config.seed, epoch, config.group_by_length, self.pack_to)
-            steps.append(max(1, len(batches) // config.gradient_accumulation_steps))
+        count = self.config.gradient_accumulation_steps
+        steps = [-(-len(self._of_epoch(epoch)) // count) for epoch in range(math.ceil(epochs))]
         last = math.ceil(round(steps[-1] * part, 6)) if part else 0
         return sum(steps[: int(whole)]) + last
 

@@ -16,8 +16,9 @@ from lownibble.data import Batch, Example
 from lownibble.errors import ConfigError
 from lownibble.memory import usage
 from lownibble.models.attention import kernel_obstacle, refusal, segment_attention
+from lownibble.models.info import info
 from lownibble.training import compiling
-from lownibble.training.loss import check_packing, check_rows
+from lownibble.training.loss import check_packing, check_rows, check_unmasked
 from lownibble.training.microbatches import MicroBatches
 
 Kind = tuple[bool, bool]
@@ -73,6 +74,8 @@ class Passes:
         self.attention_reason = check_rows(self.model, batch.input_ids, batch.attention_mask)
         if not self.attention_reason:
             self._attention = segment_attention
+        elif self.device.type != "cpu":
+            info(self.model).needs_mask = not check_unmasked(self.model, batch.input_ids, batch.attention_mask)
 
     def choose_compilation(self, option: bool | Literal["auto"], tokens: int) -> None:
         """Decide for a run over so many tokens; `compile` then does it.
@@ -139,13 +142,19 @@ class Passes:
     def _in_place(self) -> AbstractContextManager[None]:
         return self._layers() if self._layers else nullcontext()
 
+    def _precision(self) -> AbstractContextManager[Any]:
+        """Mixed precision where the model's weights are float32 masters for 16-bit products."""
+        dtype = info(self.model).autocast
+        return torch.autocast(self.device.type, dtype) if dtype is not None else nullcontext()
+
     def loss(self, batch: Batch, n_total: int) -> torch.Tensor:
         """Sum of the batch's losses divided by `n_total`; layers not compiled."""
         with self._attention(self.model):
             return self._loss(batch, n_total)
 
     def _loss(self, batch: Batch, n_total: int) -> torch.Tensor:
-        return self._of_batch(self.model, batch.to(self.device), n_total)
+        with self._precision():
+            return self._of_batch(self.model, batch.to(self.device), n_total)
 
     def backward(self, batch: Batch, n_total: int, *, measured: bool = False) -> float:
         """Add the gradients of a batch; returns its loss. `measured`: count what autograd saves.

@@ -14,6 +14,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from lownibble import record
 from lownibble.config import DataConfig, RunConfig, TrainConfig
 from lownibble.data import Dataset, Encoded, Example, choices, split_pair
@@ -126,6 +128,8 @@ def _make(config: RunConfig) -> tuple[Any, Any]:
         add_lora(model, config.lora, seed=config.train.seed)
     else:
         model.requires_grad_(True)
+        if model.device.type == "cuda" and config.dtype == "auto":
+            info(model).autocast = torch.bfloat16
     usage.settle(model.device)  # what loading and quantising took in between
     return model, tokenizer
 

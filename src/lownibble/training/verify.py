@@ -23,6 +23,9 @@ from lownibble.lora.inject import active_adapter, adapter_configs, lora_layers, 
 _READ_BACK = "lownibble_read_back"
 _TOKENS = 16
 
+LOGIT_TOLERANCE = 0.05
+"""How far logits of the same adapter may be apart on a GPU, as a part of the largest: orders of summation in 16 bits."""
+
 
 def check_finite(model: Any) -> None:
     """Before saving: the model's logits are finite.
@@ -51,6 +54,7 @@ def check_adapter(model: Any, folder: Path, examples: list[Example], end: int | 
     zero = [path for path, layer in layers if not layer.adapter(name).lora_B.any()]
     facts = {
         "equal_after_reading_back": _reads_back(model, folder, name),
+        "logits_compared": "bit for bit" if model.device.type == "cpu" else f"within {LOGIT_TOLERANCE:g} of the largest",
         "layers": len(layers),
         "layers_whose_B_is_zero": len(zero),
         **_facts(model, examples, end),
@@ -108,10 +112,17 @@ def _reads_back(model: Any, folder: Path, name: str) -> bool:
     load_adapter(model, folder, name=_READ_BACK)
     try:
         set_adapter(model, _READ_BACK)
-        return torch.equal(_logits(model), expected)
+        return _same(_logits(model), expected)
     finally:
         set_adapter(model, name)
         remove_adapter(model, _READ_BACK)
+
+
+def _same(found: Tensor, expected: Tensor) -> bool:
+    """Equal on a CPU; on other devices, whose kernels may add up in another order each time, within `LOGIT_TOLERANCE`."""
+    if found.device.type == "cpu":
+        return torch.equal(found, expected)
+    return bool((found - expected).abs().max() <= LOGIT_TOLERANCE * expected.abs().max().clamp(min=1))
 
 
 def _facts(model: Any, examples: list[Example], end: int | None) -> dict[str, Any]:
