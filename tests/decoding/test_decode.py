@@ -170,7 +170,7 @@ def test_models_of_another_form_are_refused(quantized, family):
 
 def test_dense_layers_training_mode_and_half_precision_are_refused(tiny, quantized):
     for model, says in (
-        (tiny(), "not on a 4-bit weight"),
+        (tiny(), "not on a packed weight"),
         (quantized().train(), "training mode"),
         (quantized().bfloat16(), "bfloat16"),
     ):

@@ -52,7 +52,7 @@ def scratch(shape: torch.Size, dtype: torch.dtype, device: torch.device) -> Tens
 
 
 def release_scratch() -> int:
-    """Free the decode buffers of all threads, of autograd's too; returns their bytes. One that is in use lives until it is not."""
+    """Free the decode buffers of all threads, of autograd's too; returns their bytes. One that is in use lives on until then."""
     freed = 0
     for buffers in list(_everybodys):
         held = list(buffers.values())

@@ -185,6 +185,12 @@ class QuantLinear(nn.Module):
         return str(self.facts["quant_type"])
 
     @property
+    def block_size(self) -> int | str | None:
+        """Weights that share a constant; None where the codec has no blocks."""
+        size: int | str | None = self.facts.get("block_size")
+        return size
+
+    @property
     def code_type(self) -> torch.dtype | None:
         """The type of the codes of 8-bit products; None where products are exact."""
         return eightbit.CODE_TYPES.get(self.compute)

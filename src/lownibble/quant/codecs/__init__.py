@@ -7,6 +7,7 @@ from torch import Tensor
 
 from lownibble.config import QuantConfig
 from lownibble.errors import QuantizationError
+from lownibble.quant import layouts
 from lownibble.quant.packed import PackedWeight
 from lownibble.registry import CODECS
 
@@ -44,7 +45,21 @@ def quantize(
         packed: PackedWeight = CODECS[config.quant_type].quantize(tensor.detach(), config, statistics)
     except QuantizationError as error:
         raise QuantizationError(f"Cannot quantise '{name}': {error}") from None
+    _check(packed, config, tensor.shape)
     return packed
+
+
+def _check(packed: PackedWeight, config: QuantConfig, shape: torch.Size) -> None:
+    """Raise unless a codec, which may be from outside, gave the tensors that its layout says."""
+    said = layouts.layout(shape, config)
+    found = {key: (str(t.dtype).removeprefix("torch."), tuple(t.shape)) for key, t in packed.tensors().items()}
+    scalars = [key for key, spec in said.items() if not spec.shape]
+    wrong = [f"'{key}' must have at least one dimension" for key in scalars] or [
+        f"'{key}' is {found.get(key)}, and its layout says {tuple(said[key]) if key in said else None}"
+        for key in {**said, **found} if found.get(key) != (tuple(said[key]) if key in said else None)
+    ]  # fmt: skip
+    if wrong:
+        raise QuantizationError(f"The codec '{config.quant_type}' is at fault: its tensor {'; '.join(wrong)}. Mend its file.")
 
 
 def dequantize(quantized: PackedWeight, dtype: torch.dtype | None = None) -> Tensor:
