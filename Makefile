@@ -73,7 +73,7 @@ study: $(VENV)/.ready-dev  ## what is missing of the articles' study (hours), an
 faults: $(VENV)/.ready-dev  ## kill, fill, damage and starve training runs, and record what becomes of them
 	$(BIN)/python tests/faults/harness.py --output benchmarks/results/faults-cpu.json
 
-readme: $(VENV)/.ready-dev  ## put the recorded figures into README.md
+readme: $(VENV)/.ready-dev  ## render the recorded figures in README.md and docs/
 	$(BIN)/python tools/readme.py
 
 $(VENV)/.ready: pyproject.toml setup.py constraints.txt tools/install.py $(wildcard src/lownibble/kernels/native/*)

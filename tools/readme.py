@@ -1,7 +1,8 @@
-"""Put the recorded figures into README.md: `python tools/readme.py [--check]`.
+"""Render the measured figures in README.md and docs/*.md from the records: `python tools/readme.py [--check]`.
 
-Text between `<!-- begin NAME -->` and `<!-- end NAME -->` is rendered from the records under benchmarks/results/, never typed.
-With --check nothing is written, and the exit code is 1 if the README is not what the records say.
+Text between `<!-- begin NAME -->` and `<!-- end NAME -->` is rendered from the records under benchmarks/results/ and studies/,
+never typed. Every section of `SECTIONS` must appear on exactly one page. With --check nothing is written, and the exit code is 1
+if a page differs from the records.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import json
 import re
 import sys
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,6 +20,115 @@ from lownibble.study.table import markdown
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
+
+CONTENDERS = {
+    "train-cpu": {
+        "lora": "Lownibble LoRA",
+        "qlora": "Lownibble QLoRA",
+        "qlora_int8": "Lownibble QLoRA, `--compute int8`",
+        "lora_eager": "Lownibble LoRA, not compiled",
+        "qlora_eager": "Lownibble QLoRA, not compiled",
+        "peft_lora": "PEFT LoRA",
+        "peft_bnb_qlora": "PEFT + bitsandbytes QLoRA",
+    },
+    "train-real-cpu": {
+        "qlora": "Lownibble QLoRA, packed",
+        "qlora_int8": "Lownibble QLoRA, packed, `--compute int8`",
+        "trl": "TRL + bitsandbytes, padded",
+        "trl_packed": "TRL + bitsandbytes, packed",
+    },
+    "dropin-cpu": {
+        "trl_lownibble": "TRL + Lownibble layers",
+        "trl_lownibble_int8": 'TRL + Lownibble layers, `compute="int8"`',
+        "trl_bitsandbytes": "TRL + bitsandbytes layers",
+    },
+    "decode-cpu": {
+        "dense": "dense, transformers `generate`",
+        "nf4": "NF4, `lownibble.decode`",
+        "nf4_layers": "NF4, transformers `generate`",
+        "bitsandbytes": "bitsandbytes NF4, transformers `generate`",
+    },
+    "latency-cpu": {
+        "base": "dense base",
+        "lora": "dense base + LoRA",
+        "merged": "dense base, LoRA merged",
+        "qlora_base": "NF4 base",
+        "qlora": "NF4 base + LoRA",
+        "qlora_merged": "NF4 base, LoRA merged (dense)",
+        "qlora_decode": "NF4 base + LoRA, `lownibble.decode`",
+        "peft_lora": "PEFT: dense base + LoRA",
+        "peft_merged": "PEFT: dense base, LoRA merged",
+    },
+    "serve-cpu": {
+        "ours_base": "no adapter",
+        "ours_identical": "one adapter for all requests",
+        "ours_distinct": "one adapter per request",
+        "ours_alone": "one adapter per request, sent one after the other",
+        "ours_uniform": "adapters drawn uniformly, cache holds half of them",
+        "ours_zipf": "adapters drawn by Zipf's law, cache holds half of them",
+        "peft_mixed": "PEFT, mixed batch (`adapter_names`)",
+        "peft_switching": "PEFT, switching (`set_adapter`)",
+        "merged": "adapter merged into the weights",
+    },
+    "paging-cpu": {
+        "full": "full fine-tuning, AdamW",
+        "full_paged": "full fine-tuning, paged AdamW",
+        "lora": "LoRA, AdamW",
+        "lora_paged": "LoRA, paged AdamW",
+    },
+}
+"""Record -> its contenders' names -> how a reader would call them."""
+
+FIGURES = {
+    "tensors with other bytes than bitsandbytes'": "quantised tensors that differ from bitsandbytes' in any byte",
+    "tensors compared": "quantised tensors compared",
+    "largest relative difference of a loss from PEFT's": "training loss: largest relative difference from PEFT",
+    "largest change that the adapter makes to a logit": "logits: largest change made by the adapter (for scale)",
+    "our adapter in PEFT: largest difference of a logit": "Lownibble adapter loaded in PEFT: largest logit difference",
+    "PEFT's adapter here: largest difference of a logit": "PEFT adapter loaded in Lownibble: largest logit difference",
+    "dequantize 4096x4096 / fill of the same memory": "dequantise 4096x4096, against filling the same memory",
+    "dequantize 576x1536 / fill of the same memory": "dequantise 576x1536, against filling the same memory",
+    "dequantize 4096x4096 / bitsandbytes dequantize_4bit (which allocates)": (
+        "dequantise 4096x4096, against bitsandbytes `dequantize_4bit` (allocates its output; ours does not)"
+    ),
+    "dequantize 4096x4096 / bitsandbytes' kernel alone, same output": (
+        "dequantise 4096x4096, against the bitsandbytes kernel alone, preallocated output"
+    ),
+    "dequantize 4096x4096 / bitsandbytes, both allocating": "dequantise 4096x4096, against bitsandbytes, both allocating",
+    "quantize 4096x4096 / bitsandbytes": "quantise 4096x4096, against bitsandbytes",
+    "matrix-vector 4096x4096 / dense float32": "matrix-vector product 4096x4096, against dense float32",
+    "matrix-vector 4096x4096 / bitsandbytes matmul_4bit, float32": (
+        "matrix-vector product 4096x4096, against bitsandbytes `matmul_4bit`, float32"
+    ),
+    "matrix-vector 4096x4096 / bitsandbytes layer, bfloat16": (
+        "matrix-vector product 4096x4096, against the bitsandbytes layer, bfloat16"
+    ),
+}
+"""Headlines of the parity and kernel records, in plain terms."""
+
+FAULTS = {
+    "one error, then same bits as an undisturbed run": "stops with one error message, then resumes bit-identically",
+    "same bits as an undisturbed run": "bit-identical to an uninterrupted run",
+    "killed before the first checkpoint": "killed before the first checkpoint",
+    "killed while it saved the result": "killed while saving the result",
+    "killed while it wrote a checkpoint": "killed while writing a checkpoint",
+    "all damaged: refused, with the damage named": "all checkpoints damaged: refused, with the damage named",
+    "the one before is used, ": "falls back to the previous checkpoint, ",
+    "for good: ends with the last good checkpoint, module named": "persistent: ends at the last good checkpoint, module named",
+    "the step is skipped, module named": "step skipped, module named",
+    "smaller passes, the same losses to rounding": "retried with smaller microbatches, same losses up to rounding",
+    "saved, with a warning that it could not be read back": "saved, with a warning that it could not be verified",
+    "within the smaller budget, the same losses to rounding": "stays within the smaller budget, same losses up to rounding",
+    "refused, the first run has the same bits as an undisturbed run": "second one refused, first run unaffected (bit-identical)",
+    "full disk": "disk full",
+    "memory runs out": "out of memory",
+    "smaller memory budget on resuming": "resumed with a smaller memory budget",
+    "two processes on one folder": "two processes, one output folder",
+    "embedded, qlora": "demo model, QLoRA",
+    "small, lora": "tiny model, LoRA",
+    "small, full": "tiny model, full fine-tuning",
+}
+"""What the fault record says -> the same in plain terms. Longer phrases come before those they contain."""
 
 
 def _record(name: str) -> dict[str, Any]:
@@ -40,20 +151,26 @@ def _turns(name: str, what: Callable[[dict[str, Any]], str], peak: bool = True) 
     """Contenders that took turns: their rates, and the ratios within a round."""
     record = _record(name)
     share = any("limit_share" in figures for figures in record["contenders"].values())
-    columns = ["contender", "tokens/s, median (min to max)", *["peak GiB"] * peak, *["of the matmul limit"] * share]
+    names = CONTENDERS[name]
+    columns = ["", "tokens/s, median (min to max)", *["peak GiB"] * peak, *["share of the matmul limit"] * share]
     lines = [f"| {' | '.join(columns)} |", f"| --- |{' ---: |' * (len(columns) - 1)}"]
     for contender, figures in record["contenders"].items():
-        cells = [contender, _spread(figures["tokens_per_s"], 0 if peak else 1)]
+        cells = [names[contender], _spread(figures["tokens_per_s"], 0 if peak else 1)]
         if peak:
             cells.append(f"{figures['peak_bytes'] / 2**30:.2f}")
         if share:
             cells.append(f"{figures['limit_share']['median']:.2f}")
         lines.append(f"| {' | '.join(cells)} |")
     lines += ["", "| ratio of tokens/s within a round | median (min to max) |", "| --- | ---: |"]
-    lines += [f"| {pair.replace('_vs_', ' / ')} | {_spread(ratio, 2)} |" for pair, ratio in record["ratios"].items()]
+    lines += [f"| {_pair(name, pair)} | {_spread(ratio, 2)} |" for pair, ratio in record["ratios"].items()]
     work = record["workload"]
-    source = f"{what(work)}, {work['rounds']} rounds in turn; {_where(record)}; `benchmarks/results/{name}.json`"
+    source = f"{what(work)}, {work['rounds']} interleaved rounds; {_where(record)}; `benchmarks/results/{name}.json`"
     return "\n".join(lines) + f"\n\n({source})"
+
+
+def _pair(name: str, pair: str) -> str:
+    above, below = pair.split("_vs_")
+    return f"{CONTENDERS[name][above]} / {CONTENDERS[name][below]}"
 
 
 def _spread(found: dict[str, float], digits: int) -> str:
@@ -64,7 +181,8 @@ def study() -> str:
     """The articles' study: LoRA against QLoRA, task by task."""
     summary = json.loads((ROOT / "studies" / "articles" / "summary.json").read_text())
     lines = [
-        "| task | score | LoRA - QLoRA (95% interval) | | steps, LoRA / QLoRA | tokens/s, LoRA / QLoRA | memory, LoRA / QLoRA |",
+        "| task | score | LoRA - QLoRA (95% interval) | verdict | steps to a common loss, LoRA / QLoRA | tokens/s, LoRA / QLoRA "
+        "| peak memory, LoRA / QLoRA |",
         "| --- | --- | ---: | --- | ---: | ---: | ---: |",
     ]
     for group in summary["groups"]:
@@ -110,27 +228,30 @@ def serve() -> str:
     for name in record["contenders"]:
         if (found := record["ratios"].get(f"ours_distinct_vs_{name}")) is not None:
             against[name] = _spread(found, 2)
-    lines = ["| contender | tokens/s, median (min to max) | ours_distinct / it | same tokens |", "| --- | ---: | ---: | ---: |"]
+    columns = ["", "tokens/s, median (min to max)", "one adapter per request / this row", "same greedy tokens"]
+    lines = [f"| {' | '.join(columns)} |", "| --- | ---: | ---: | ---: |"]
     for name, found in record["contenders"].items():
         same = f"{found['same']:.1%}" if "same" in found else ""
-        lines.append(f"| {name} | {_spread(found['tokens_per_s'], 0)} | {against.get(name, '')} | {same} |")
-    source = f"{work['requests']} requests at once, {work['prompt_tokens']} + {work['new_tokens']} tokens, rank {work['r']}"
+        shown = CONTENDERS["serve-cpu"][name]
+        lines.append(f"| {shown} | {_spread(found['tokens_per_s'], 0)} | {against.get(name, '')} | {same} |")
+    source = f"{work['requests']} concurrent requests, {work['prompt_tokens']} prompt + {work['new_tokens']} new tokens, "
+    source += f"rank {work['r']}; {work['adapters']} adapters where they are drawn"
     return "\n".join(lines) + f"\n\n({source}; {_where(record)}; `benchmarks/results/serve-cpu.json`)"
 
 
 def latency() -> str:
     """First token and those after it."""
     record = _record("latency-cpu")
-    lines = ["| contender | first token, ms | a token, ms |", "| --- | ---: | ---: |"]
+    lines = ["| | time to first token, ms | time per further token, ms |", "| --- | ---: | ---: |"]
     for name, found in record["contenders"].items():
         times = [_spread({k: 1000 * v for k, v in found[what].items()}, 1) for what in ("first_token_s", "token_s")]
-        lines.append(f"| {' | '.join([name, *times])} |")
-    lines += ["", "| ratio of times within a round | first token | a token |", "| --- | ---: | ---: |"]
+        lines.append(f"| {' | '.join([CONTENDERS['latency-cpu'][name], *times])} |")
+    lines += ["", "| ratio of times within a round | first token | further token |", "| --- | ---: | ---: |"]
     for pair, found in record["ratios"].items():
         times = [_spread(found[what], 2) for what in ("first_token_s", "token_s")]
-        lines.append(f"| {' | '.join([pair.replace('_vs_', ' / '), *times])} |")
+        lines.append(f"| {' | '.join([_pair('latency-cpu', pair), *times])} |")
     work = record["workload"]
-    source = f"{work['new_tokens']} tokens, one sequence, greedy, {work['rounds']} rounds in turn"
+    source = f"{work['new_tokens']} tokens, one sequence, greedy, {work['rounds']} interleaved rounds"
     return "\n".join(lines) + f"\n\n({source}; {_where(record)}; `benchmarks/results/latency-cpu.json`)"
 
 
@@ -138,13 +259,14 @@ def merge() -> str:
     """What merges keep, and their memory."""
     record = _record("merge-cpu")
     tune, memory = record["tune"], record["memory"]
-    columns = ["merged onto", "of the tune kept", "KL, nats a token", "same token", "perplexity", "error / delta, median (worst)"]
-    lines = [f"| {' | '.join(columns)} | peak / allowance |", f"| --- |{' ---: |' * len(columns)}"]
+    columns = ["merged onto", "fine-tuning gain retained", "KL, nats per token", "same top-1 token", "perplexity"]
+    columns += ["weight error / LoRA delta, median (worst)", "peak memory / allowance"]
+    lines = [f"| {' | '.join(columns)} |", f"| --- |{' ---: |' * (len(columns) - 1)}"]
     for name, found in tune["models"].items():
         at, layers = found["label_tokens"], tune["layers"].get(name)
         kl = f"{at['kl']:.2g} ± {at['kl_standard_error']:.1g}" if "kl" in at else ""
         cells = [
-            {"live": "(live adapter)", "base": "(base alone)"}.get(name, name),
+            {"live": "(unmerged adapter)", "base": "(base, no adapter)"}.get(name, name),
             f"{found['kept']:.2%}" if "kept" in found else "",
             kl,
             f"{at['top1_agreement']:.1%}" if "kl" in at else "",
@@ -155,24 +277,25 @@ def merge() -> str:
         lines.append(f"| {' | '.join(cells)} |")
     source = f"{tune['label_tokens']} label tokens of {tune['rows']} rows; a checkpoint of {memory['stored_bytes'] / 1e6:.0f} MB"
     source += (
-        f" in {memory['shards']} shards, allowance {memory['allowed_bytes'] / 1e6:.0f} MB (shard and two tensors); comparing on "
+        f" in {memory['shards']} shards, allowance {memory['allowed_bytes'] / 1e6:.0f} MB (one shard and two tensors); with "
     )
-    source += f"{memory['measured_tokens']} tokens first: {memory['measuring_peak_bytes'] / memory['allowed_bytes']:.2f} of it"
+    source += f"the comparison on {memory['measured_tokens']} tokens: "
+    source += f"{memory['measuring_peak_bytes'] / memory['allowed_bytes']:.2f} of it"
     return "\n".join(lines) + f"\n\n({source}; {_where(record)}; `benchmarks/results/merge-cpu.json`)"
 
 
 def quality() -> str:
-    """8-bit products against exact compute."""
+    """QLoRA with int8 matmuls against exact compute."""
     record = _record("quality-cpu")
     lines = [
-        "| task, figure | exact (sd over seeds) | int8 (sd) | difference (standard error) | |",
+        "| task, metric | exact, mean (sd over seeds) | int8, mean (sd) | difference (standard error) | |",
         "| --- | ---: | ---: | ---: | --- |",
     ]
     for task, found in record["tasks"].items():
         for name, figure in found["figures"].items():
             cells = [f"{figure[f'{compute}_mean']:.4f} ({figure[f'{compute}_sd']:.4f})" for compute in ("exact", "int8")]
             difference = f"{figure['difference_mean']:+.4f} ({figure['difference_se']:.4f})"
-            verdict = "smaller than between seeds" if figure["within"] else "larger than between seeds"
+            verdict = "below seed noise" if figure["within"] else "above seed noise"
             lines.append(f"| {Path(task).name}, {name.replace('_', ' ')} | {' | '.join(cells)} | {difference} | {verdict} |")
     work = record["workload"]
     source = f"{work['seeds']} seeds, {work['train']['max_steps']} steps of {work['train']['batch_size']} rows"
@@ -180,30 +303,37 @@ def quality() -> str:
     return "\n".join(lines) + f"\n\n({source})"
 
 
-def _headlines(name: str) -> str:
+def _headlines(name: str, unit: str) -> str:
     record = _record(name)
-    lines = ["| figure | |", "| --- | ---: |"]
-    lines += [f"| {key} | {value:.3g} |" for key, value in record["headlines"].items() if value is not None]
+    lines = [f"| measurement | {unit} |", "| --- | ---: |"]
+    lines += [f"| {FIGURES.get(key, key)} | {_short(value)} |" for key, value in record["headlines"].items() if value is not None]
     return "\n".join(lines) + f"\n\n({_where(record)}; `benchmarks/results/{name}.json`)"
+
+
+def _short(value: float) -> str:
+    return f"{value:,.0f}" if value == int(value) else f"{value:.3g}"
 
 
 def parity() -> str:
     """The same arithmetic as bitsandbytes and PEFT."""
-    return _headlines("parity-cpu")
+    return _headlines("parity-cpu", "value")
 
 
 def kernels() -> str:
     """The kernels next to memory fill, dense products and bitsandbytes."""
-    return _headlines("kernels-cpu")
+    return _headlines("kernels-cpu", "speed-up")
 
 
 def memory() -> str:
     """Runs within a memory budget."""
     record = _record("memory-cpu")
-    lines = ["| run | budget GB | measured peak GB | share | what was given up |", "| --- | ---: | ---: | ---: | --- |"]
+    lines = [
+        "| run | budget, GB | measured peak, GB | share used | what Lownibble changed to fit |",
+        "| --- | ---: | ---: | ---: | --- |",
+    ]
     for run in record["runs"]:
-        parts = [f"passes of {run['max_tokens']} tokens, not {run['whole_tokens']}"] * (run["max_tokens"] is not None)
-        parts += ["states paged"] * run["paged"] + ["checkpointing"] * run["gradient_checkpointing"]
+        parts = [f"microbatches of {run['max_tokens']} instead of {run['whole_tokens']} tokens"] * (run["max_tokens"] is not None)
+        parts += ["paged optimiser"] * run["paged"] + ["gradient checkpointing"] * run["gradient_checkpointing"]
         flags = (
             run["flags"].replace("--method ", "").replace("--torch-compile false", "").replace("--torch-compile true", "compiled")
         )
@@ -217,21 +347,23 @@ def memory() -> str:
         ]
         lines.append(f"| {' | '.join(cells)} | {', '.join(parts) or 'nothing'} |")
     refused = record["refused"]
-    verdict = "a run within that did" if refused["the_named_budget_does"] else "a run within that did not"
-    last = f"A budget of {refused['budget']} was refused, with {refused['named']} as what would do; {verdict}."
+    verdict = "fitted" if refused["the_named_budget_does"] else "did not fit"
+    last = (
+        f"A budget of {refused['budget']} was refused. The error named {refused['named']} as enough; a run with that {verdict}."
+    )
     return "\n".join(lines) + f"\n\n{last}\n\n({_where(record)}; `benchmarks/results/memory-cpu.json`)"
 
 
 def plan() -> str:
     """Planned and measured memory."""
     record = _record("plan-cpu")
-    columns = ["run", "allocated GB", "planned", "process GB", "planned"]
+    columns = ["run", "allocated, GB", "error of the plan", "process, GB", "error of the plan"]
     lines = [f"| {' | '.join(columns)} |", "| --- | ---: | ---: | ---: | ---: |"]
     for run in record["runs"]:
         parts = [
             f"{run['method']} {run['batch_size']} x {run['max_length']}",
             *[f"r {run['r']}"] * (run["method"] != "full" and run["r"] != 16),
-            *["checkpointing"] * run["gradient_checkpointing"],
+            *["gradient checkpointing"] * run["gradient_checkpointing"],
             *["packed"] * run["packing"],
             *[run["optim"]] * (run["optim"] != "adamw"),
             *[f"accumulation {run['gradient_accumulation_steps']}"] * (run["gradient_accumulation_steps"] != 1),
@@ -241,11 +373,11 @@ def plan() -> str:
         lines.append(f"| {' | '.join(cells)} | {run['process_error']:+.1%} |")
     found = record["headlines"]
     summary = (
-        f"Allocated: median error {found['allocated, median error']:.2%}, worst {found['allocated, worst error']:.2%}. Process: "
-        f"{found['process, runs within the interval']} within the interval."
+        f"Allocated memory: median error {found['allocated, median error']:.2%}, worst {found['allocated, worst error']:.2%}. "
+        f"Process memory: {found['process, runs within the interval']} runs within the planned interval."
     )
     seconds = "; ".join(f"{name} {each:.2f}" for name, each in record["seconds"].items())
-    summary += f"\n\nSeconds of a plan, Python's start included: {seconds}."
+    summary += f"\n\nSeconds per plan, including Python start-up: {seconds}."
     return "\n".join(lines) + f"\n\n{summary}\n\n({_where(record)}; `benchmarks/results/plan-cpu.json`)"
 
 
@@ -253,7 +385,7 @@ def published() -> str:
     """Plans beside published peaks."""
     record = _record("published")
     lines = [
-        "| run | figure | published GB | planned | assumed | what is known of the error |",
+        "| run (source) | memory figure | published, GB | error of the plan | assumed | known cause of the error |",
         "| --- | --- | ---: | ---: | --- | --- |",
     ]
     for row in record["rows"]:
@@ -266,23 +398,29 @@ def published() -> str:
 
 
 def paging() -> str:
-    """AdamW's states paged."""
+    """Paged AdamW."""
     record = _record("paging-cpu")
     same = [method for method, equal in record["same_bits"].items() if equal]
-    bits = f"Same bits after each step: {', '.join(same) or 'none'}."
-    work = f"page budget {record['workload']['page_budget']} of the states"
+    bits = f"Parameters bit-identical to unpaged AdamW after every step: {', '.join(same) or 'none'}."
+    work = f"{record['workload']['page_budget']} of the optimiser states in memory"
     turns = _turns("paging-cpu", lambda w: f"{w['batch_size']} packs of {w['length']} tokens a step, {work}")
     return f"{turns}\n\n{bits}"
 
 
 def faults() -> str:
-    """What became of runs to which faults were done."""
+    """Fault injection: how the runs ended."""
     record = _record("faults-cpu")
-    lines = ["| fault | run | how it ended | count |", "| --- | --- | --- | ---: |"]
+    lines = ["| injected fault | run | outcome | count |", "| --- | --- | --- | ---: |"]
     for fault in record["faults"]:
         for outcome, count in fault["outcomes"].items():
-            lines.append(f"| {fault['fault']} | {fault['run']} | {outcome} | {count} |")
+            lines.append(f"| {' | '.join(map(_plain, (fault['fault'], fault['run'], outcome)))} | {count} |")
     return "\n".join(lines) + f"\n\n({_where(record)}; `benchmarks/results/faults-cpu.json`)"
+
+
+def _plain(text: str) -> str:
+    for recorded in sorted(FAULTS, key=len, reverse=True):
+        text = text.replace(recorded, FAULTS[recorded])
+    return text
 
 
 def soak() -> str:
@@ -292,29 +430,111 @@ def soak() -> str:
     well, adapters, memory = found["well_behaved"], found["adapters"], found["memory"]
     resident = memory["resident_bytes"]
     rows = {
-        "requests of clients that mean well: answered / lost": f"{well['answered']} / {well['lost']}",
-        "the same question, the same answer": f"{well['same']:.2%} of {well['asked_again']}",
-        "misbehaviour: times / answers with 5xx": f"{found['misbehaviour']} / {found['server_errors']}",
-        "adapters: hit rate, reads, evictions": f"{adapters['hit_rate']:.1%}, {adapters['loads']}, {adapters['evictions']}",
-        "adapters held, most": f"{adapters['largest_bytes'] / 1e6:.0f} of {work['budget_bytes'] / 1e6:.0f} MB",
-        "memory after the first quarter, median (min to max)": (
+        "requests of well-behaved clients: answered / lost": f"{well['answered']} / {well['lost']}",
+        "repeated questions that got the same answer": f"{well['same']:.2%} of {well['asked_again']}",
+        "abusive requests: sent / answered with 5xx": f"{found['misbehaviour']} / {found['server_errors']}",
+        "adapter cache: hit rate, loads, evictions": f"{adapters['hit_rate']:.1%}, {adapters['loads']}, {adapters['evictions']}",
+        "adapter cache: largest size": f"{adapters['largest_bytes'] / 1e6:.0f} of {work['budget_bytes'] / 1e6:.0f} MB",
+        "process memory after the first quarter, median (min to max)": (
             f"{resident['median'] / 1e6:.0f} ({resident['min'] / 1e6:.0f} to {resident['max'] / 1e6:.0f}) MB"
         ),
-        "its growth, last quarter / second": f"{memory['growth']:.4f}",
-        f"memory with {held['adapters']} adapters / (before + their sum)": (
+        "process memory, last quarter / second quarter": f"{memory['growth']:.4f}",
+        f"process memory with {held['adapters']} adapters / (base + sum of adapters)": (
             f"{held['ratio']:.3f} ({held['resident_bytes'] / 1e6:.0f} / ({held['base_bytes'] / 1e6:.0f} + "
             f"{held['adapter_bytes'] / 1e6:.0f}) MB)"
         ),
     }
-    lines = ["| figure | value |", "| --- | --- |", *(f"| {name} | {value} |" for name, value in rows.items())]
+    lines = ["| measurement | value |", "| --- | --- |", *(f"| {name} | {value} |" for name, value in rows.items())]
     source = (
         f"{work['adapters']} adapters of {work['adapter_bytes'] / 1e6:.1f} MB by Zipf's law, {work['minutes']} minutes, "
-        f"{work['clients']} clients, {work['misbehaving']} of them misbehaving"
+        f"{work['clients']} clients, {work['misbehaving']} of them abusive"
     )
     return "\n".join(lines) + f"\n\n({source}; {_where(record)}; `benchmarks/results/soak-cpu.json`)"
 
 
+def speed_summary() -> str:
+    """README: throughput next to peers, one row a benchmark."""
+    rows = (
+        ("QLoRA training step", "train-cpu", "qlora", "peft_bnb_qlora"),
+        ("QLoRA training step, `--compute int8`", "train-cpu", "qlora_int8", "peft_bnb_qlora"),
+        ("LoRA training step", "train-cpu", "lora", "peft_lora"),
+        ("QLoRA on real chat rows, packed", "train-real-cpu", "qlora", "trl"),
+        ("TRL trainer, 4-bit layers swapped", "dropin-cpu", "trl_lownibble", "trl_bitsandbytes"),
+        ("decoding from a 4-bit base", "decode-cpu", "nf4", "bitsandbytes"),
+        ("serving, one adapter per request", "serve-cpu", "ours_distinct", "peft_mixed"),
+    )
+    lines = ["| work | Lownibble, tokens/s | peer, tokens/s | peer | ratio within a round (min to max) |"]
+    lines.append("| --- | ---: | ---: | --- | ---: |")
+    for work, name, ours, peer in rows:
+        record = _record(name)
+        rates = [f"{record['contenders'][each]['tokens_per_s']['median']:.0f}" for each in (ours, peer)]
+        ratio = _spread(record["ratios"][f"{ours}_vs_{peer}"], 2)
+        lines.append(f"| {' | '.join([work, *rates, CONTENDERS[name][peer], ratio])} |")
+    return "\n".join(lines) + f"\n\n(SmolLM2-135M; {_where(record)}; medians over interleaved rounds)"
+
+
+def memory_summary() -> str:
+    """README: peak memory next to peers, what a 4-bit base saves, and how far off the planner is."""
+    rows = (
+        ("QLoRA training step", "train-cpu", "qlora", "peft_bnb_qlora"),
+        ("LoRA training step", "train-cpu", "lora", "peft_lora"),
+        ("QLoRA on real chat rows, packed", "train-real-cpu", "qlora", "trl"),
+    )
+    lines = ["| work | Lownibble, peak GiB | peer, peak GiB | peer | ratio |", "| --- | ---: | ---: | --- | ---: |"]
+    for work, name, ours, peer in rows:
+        record = _record(name)
+        peaks = [record["contenders"][each]["peak_bytes"] for each in (ours, peer)]
+        cells = [work, *(f"{peak / 2**30:.2f}" for peak in peaks), CONTENDERS[name][peer], f"{peaks[0] / peaks[1]:.2f}"]
+        lines.append(f"| {' | '.join(cells)} |")
+    frozen = {
+        each["method"]: sum(each["bytes_by_kind"][kind] for kind in ("weights", "codes", "constants")) / 2**20
+        for each in _record("compare-cpu")["methods"]
+    }
+    found, runs = _record("plan-cpu")["headlines"], len(_record("plan-cpu")["runs"])
+    median, worst = (f"{found[f'allocated, {which} error']:.2%}" for which in ("median", "worst"))
+    facts = (
+        f"All weights of this model take {frozen['lora']:.0f} MiB for LoRA (float32) and {frozen['qlora']:.0f} MiB for QLoRA.\n"
+        f"Planner against {runs} measured runs on the CPU: median error of allocated memory {median}, worst {worst}."
+    )
+    return "\n".join(lines) + f"\n\n{facts}\n\n(SmolLM2-135M; {_where(record)}; peak above the memory after imports)"
+
+
+def quality_summary() -> str:
+    """README: LoRA against QLoRA over tasks, and int8 against exact compute."""
+    summary = json.loads((ROOT / "studies" / "articles" / "summary.json").read_text())
+    lines = [
+        "| task | score | LoRA | QLoRA | LoRA - QLoRA (95% interval) | verdict |",
+        "| --- | --- | ---: | ---: | ---: | --- |",
+    ]
+    for group in summary["groups"]:
+        pair = next(p for p in group["pairs"] if (p["a"], p["b"]) == ("lora", "qlora"))
+        metric = pair["equivalence"]["metric"]
+        means = {each["method"]: each["scores"][metric]["mean"] for each in group["methods"]}
+        said = study_page.verdict(pair["scores"][metric], pair["equivalence"], "lora", "qlora", metric)
+        cells = [
+            group["task"],
+            metric,
+            f"{means['lora']:.3f}",
+            f"{means['qlora']:.3f}",
+            study_page.signed(pair["scores"][metric]),
+        ]
+        lines.append(f"| {' | '.join(cells)} | {said} |")
+    record = _record("quality-cpu")
+    figures = [figure for task in record["tasks"].values() for figure in task["figures"].values()]
+    within, seeds = sum(figure["within"] for figure in figures), record["workload"]["seeds"]
+    facts = (
+        f"`--compute int8` against exact compute: {within} of {len(figures)} mean differences in loss, accuracy and label\n"
+        f"probability are below the standard deviation over seeds ({seeds} seeds, {len(record['tasks'])} tasks)."
+    )
+    seeds = ", ".join(map(str, pair["seeds"]))
+    source = f"(SmolLM2-135M; QLoRA with `--compute exact`; seeds {seeds}; `studies/articles/`)"
+    return "\n".join(lines) + f"\n\n{facts}\n\n{source}"
+
+
 SECTIONS: dict[str, Callable[[], str]] = {
+    "speed-summary": speed_summary,
+    "memory-summary": memory_summary,
+    "quality-summary": quality_summary,
     "compare": compare,
     "study": study,
     "train": train,
@@ -336,28 +556,33 @@ SECTIONS: dict[str, Callable[[], str]] = {
 }
 
 
-def rendered(text: str) -> str:
-    """The README with every section rendered anew."""
-    for name, section in SECTIONS.items():
-        begin, end = f"<!-- begin {name} -->", f"<!-- end {name} -->"
-        pattern = re.compile(f"{re.escape(begin)}.*?{re.escape(end)}", re.DOTALL)
-        body = f"{begin}\n{section()}\n{end}"
-        text, count = pattern.subn(lambda _, body=body: body, text)
-        if count != 1:
-            raise SystemExit(f"README.md must have one section '{name}'. Found {count}.")
-    return text
+def pages() -> list[Path]:
+    """README.md and the pages under docs/ (not those in its folders, which are generated or never rendered)."""
+    return [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+def rendered(texts: dict[Path, str]) -> dict[Path, str]:
+    """The pages with every section rendered anew."""
+    bodies = {name: f"<!-- begin {name} -->\n{section()}\n<!-- end {name} -->" for name, section in SECTIONS.items()}
+    marker = re.compile(r"<!-- begin ([\w-]+) -->.*?<!-- end \1 -->", re.DOTALL)
+    found = Counter(name for text in texts.values() for name in marker.findall(text))
+    wrong = [f"'{name}' ({found[name]})" for name in sorted(SECTIONS.keys() | found) if name not in SECTIONS or found[name] != 1]
+    if wrong:
+        raise SystemExit(f"Every section must be known and on exactly one page. Wrong, with their counts: {', '.join(wrong)}.")
+    return {path: marker.sub(lambda match: bodies[match[1]], text) for path, text in texts.items()}
 
 
 def main(check: bool) -> int:
     """Render, or check."""
-    path = ROOT / "README.md"
-    before = path.read_text()
+    before = {path: path.read_text() for path in pages()}
     after = rendered(before)
-    if check and before != after:
-        print("README.md is not what the records say. Run: make readme", file=sys.stderr)
+    stale = [path for path in before if before[path] != after[path]]
+    if check and stale:
+        names = ", ".join(str(path.relative_to(ROOT)) for path in stale)
+        print(f"Not what the records say: {names}. Run: make readme", file=sys.stderr)
         return 1
-    if not check:
-        path.write_text(after)
+    for path in () if check else stale:
+        path.write_text(after[path])
     return 0
 
 
