@@ -7,6 +7,7 @@ the optimiser, cross-entropy with smoothing for the objective.
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path

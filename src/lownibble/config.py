@@ -182,7 +182,7 @@ class TrainConfig(Options):
     report_to: Literal["none", "tensorboard"] = Field(
         "none", description="also write curves for TensorBoard into the output folder"
     )
-    resume: bool = Field(False, description="go on from the newest checkpoint in the output folder")
+    resume: bool = Field(False, description="resume from the newest checkpoint in the output folder")
 
     @model_validator(mode="after")
     def _one_remedy_for_padding(self) -> TrainConfig:
@@ -306,7 +306,8 @@ class MergeConfig(Options):
     onto: Literal["auto", "dequantized", "original", "nf4"] = Field(
         "auto",
         description="what the adapter is added to: 'dequantized', the decoded 4-bit weights it was trained on; 'original', "
-        "the dense weights; 'nf4', the result packed into 4 bits again (refused where that loses the tune); 'auto', what is "
+        "the dense weights; 'nf4', the result packed into 4 bits again (refused where that loses the fine-tuning gain); 'auto', "
+        "what is "
         "best",
     )
     base: str | None = Field(None, description="the base model; default: the one that the adapter names")
@@ -319,9 +320,9 @@ class MergeConfig(Options):
         "auto", description="dtype of the merged weights; auto: that of each tensor of the base"
     )
     any_base: bool = Field(False, description="also onto weights that the adapter was not trained on")
-    force: bool = Field(False, description="write a merge that loses much of the tune, or that was not measured")
+    force: bool = Field(False, description="write a merge that loses much of the fine-tuning gain, or that was not measured")
     measure_tokens: Annotated[int, Ge(0)] = Field(
-        2048, description="tokens of held-out text to compare merged models with the live adapter on; 0: do not measure"
+        2048, description="tokens of held-out text to compare merged models with the unmerged adapter on; 0: do not measure"
     )
     max_length: Annotated[int, Ge(2)] = Field(512, description="tokens in a row of that text; longer rows are cut")
     data: Data = DataConfig(path="run")

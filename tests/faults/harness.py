@@ -408,7 +408,7 @@ def doubles(trial: Trial) -> Outcomes:
     run.wait(trial.draw.uniform(0, trial.truth.seconds / 8))
     second = trial.run(*["--resume"] * (trial.number % 2))
     code, still = second.wait(), run.wait(0) is None
-    refused = code == 2 and "Another process works in" in second.said
+    refused = code == 2 and "Another process is using" in second.said
     if not refused and still:
         yield wrong(second)
     elif run.wait() != 0:

@@ -25,11 +25,11 @@ def _inputs(B, heads, key_heads, T, D, *, by_token=True):
     return q, k, v, torch.randn(B, T, heads, D)
 
 
-def _expected(q, k, v, dout, borders, scaling):
+def _expected(q, k, v, dout, cu_seqlens, scaling):
     q, k, v = (t.double().detach().requires_grad_() for t in (q, k, v))
     T, group = q.shape[2], q.shape[1] // k.shape[1]
     pieces = []
-    for a, b in pairwise(borders):
+    for a, b in pairwise(cu_seqlens):
         row, part = a // T, slice(a % T, a % T + b - a)
         one = [t[row : row + 1, :, part] for t in (q, k.repeat_interleave(group, 1), v.repeat_interleave(group, 1))]
         pieces.append(torch.nn.functional.scaled_dot_product_attention(*one, is_causal=True, scale=scaling)[0].transpose(0, 1))
@@ -52,14 +52,14 @@ CASES = {
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_attention(backend, case, by_token):
-    shape, borders = CASES[case]
+    shape, cu_seqlens = CASES[case]
     q, k, v, dout = _inputs(*shape, by_token=by_token)
     scaling = 0.7 * shape[-1] ** -0.5
-    places = torch.tensor(borders)
+    places = torch.tensor(cu_seqlens)
     with ops.use_backend(backend):
         out, lse = ops.attention(q, k, v, places, scaling)
         gradients = ops.attention_backward(dout, q, k, v, out, lse, places, scaling)
-    for found, expected in zip((out, *gradients), _expected(q, k, v, dout, borders, scaling), strict=True):
+    for found, expected in zip((out, *gradients), _expected(q, k, v, dout, cu_seqlens, scaling), strict=True):
         torch.testing.assert_close(found, expected.float(), **CLOSE)
 
 
@@ -102,13 +102,13 @@ def test_threads_do_not_change_the_result():
     assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
 
 
-@pytest.mark.parametrize("borders", [[0, 30], [1, 40], [0, 50, 40], [0, 25, 40], []])
-def test_borders_that_leave_a_row_are_refused(borders):
+@pytest.mark.parametrize("cu_seqlens", [[0, 30], [1, 40], [0, 50, 40], [0, 25, 40], []])
+def test_borders_that_leave_a_row_are_refused(cu_seqlens):
     if "cpu" not in BACKENDS:
         pytest.skip("needs AVX-512")
     q, k, v, _ = _inputs(2, 2, 1, 20, 32)
-    with pytest.raises(InputError, match="borders"):
-        cpu.attention(q, k, v, torch.tensor(borders, dtype=torch.long), 0.2)
+    with pytest.raises(InputError, match="cu_seqlens"):
+        cpu.attention(q, k, v, torch.tensor(cu_seqlens, dtype=torch.long), 0.2)
 
 
 def test_heads_of_an_odd_size_are_refused():

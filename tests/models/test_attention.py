@@ -32,7 +32,7 @@ MODELS = {
 REFUSED = {
     "gemma2": ({}, "asks for softcap"),
     "gpt_oss": ({"head_dim": 8, "num_local_experts": 4, "num_experts_per_tok": 2}, "asks for s_aux"),
-    "stablelm": ({}, "borders of the rows do not arrive"),
+    "stablelm": ({}, "cu_seqlens of the rows do not arrive"),
     "gpt_neo": (
         {"num_layers": 2, "num_heads": 4, "attention_types": [[["global", "local"], 1]], "window_size": 4}, "cannot be swapped"
     ),

@@ -169,7 +169,7 @@ def test_what_the_base_was_computed_in_is_named():
     for summary, model in ((lora, {"dtype": "float32", "compute": []}), (qlora, {"dtype": "float32", "compute": ["int8"]})):
         summary["base_computed_in"] = computed_in(model)
     speed = [reason for reason in advice.advise([lora, qlora])["reasons"] if reason.startswith("Speed")]
-    assert speed[0].startswith("Speed: qlora, its base computed in int8 against float32, runs at 1.50 x lora's tokens/s")
+    assert speed[0].startswith("Speed: qlora, with its frozen base in int8 instead of float32, runs at 1.50 x lora's tokens/s")
     assert computed_in({"dtype": "bfloat16", "compute": ["exact"]}) == "bfloat16"
     qlora["base_computed_in"] = "float32"
     assert "computed in" not in str(advice.advise([lora, qlora])["reasons"])

@@ -107,7 +107,7 @@ def test_a_signal_saves_and_stops(tiny_model, tiny_data, tmp_path, number):
     assert process.returncode == 128 + number, errors
     assert json.loads(output.splitlines()[-1])["status"] == "interrupted"
     steps = [event.step for event in read_events(events) if isinstance(event, Stepped)]
-    assert f"Stopped after step {steps[-1]} of 3000, which is saved. Go on with --resume." in errors
+    assert f"Stopped after step {steps[-1]} of 3000, which is saved. Resume with --resume." in errors
     assert [path.name for path in (tmp_path / "out" / "checkpoints").iterdir()] == [f"step-{steps[-1]:06d}"]
 
 

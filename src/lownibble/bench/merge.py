@@ -134,7 +134,9 @@ def bench_merge(*, peers: bool = False, repeats: int = 1) -> dict[str, Any]:
     allowed = memory["allowed_bytes"]
     headlines = {f"{onto}: peak / (shard + 2 tensors)": peak / allowed for onto, peak in memory["peak_bytes"].items()}
     headlines["with measuring: peak / (shard + 2 tensors)"] = memory["measuring_peak_bytes"] / allowed
-    headlines |= {f"{name}: of the tune kept": figures["kept"] for name, figures in tune["models"].items() if "kept" in figures}
+    headlines |= {
+        f"{name}: fine-tuning gain retained": figures["kept"] for name, figures in tune["models"].items() if "kept" in figures
+    }
     return {"memory": memory, "tune": tune, "headlines": headlines}
 
 

@@ -251,9 +251,9 @@ def merge(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def _merge_table(models: dict[str, Any]) -> Table:
-    table = Table(title="beside the live adapter, label tokens", title_justify="left")
+    table = Table(title="compared with the unmerged adapter, on label tokens", title_justify="left")
     table.add_column("model")
-    for name in ("KL (nats/token)", "same token", "perplexity", "of the tune kept"):
+    for name in ("KL (nats/token)", "same top-1 token", "perplexity", "fine-tuning gain retained"):
         table.add_column(name, justify="right")
     for model, figures in models.items():
         at = figures["label_tokens"]

@@ -53,7 +53,7 @@ def _parser() -> argparse.ArgumentParser:
     train = add("train", commands.train, "Fine-tune a model in full, with LoRA or with QLoRA.",
                 "lownibble train --model demo --data demo --method qlora --max-steps 40 --output runs/first")  # fmt: skip
     train.add_argument("config", nargs="?", metavar="CONFIG.toml", help="options from a TOML file; flags win over it")
-    train.add_argument("--dry-run", action="store_true", help="try a few steps, show planned beside measured, write nothing")
+    train.add_argument("--dry-run", action="store_true", help="try a few steps, show planned and measured memory, write nothing")
     add_flags(train, RunConfig)
 
     plan = add("plan", commands.plan, "Say what a run needs, what fits where, how long it takes and what it costs.",
@@ -76,7 +76,7 @@ def _parser() -> argparse.ArgumentParser:
 
     study = add("study", commands.study, "Run a matrix of models, methods, tasks and seeds, and report it with statistics.",
                 "lownibble study run study.toml --output runs/study")  # fmt: skip
-    study.add_argument("what", choices=("run", "report"), help="run what is missing and report, or report what there is")
+    study.add_argument("what", choices=("run", "report"), help="run missing cells and report, or report existing records")
     study.add_argument("path", metavar="STUDY.toml|DIR", help="run: the study file; report: the study's folder")
     study.add_argument(
         "--output", metavar="DIR", help="run: the study's folder (default: runs/NAME OF THE FILE); report: where the page goes"

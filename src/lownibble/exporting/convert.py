@@ -88,7 +88,7 @@ def _check_kept(source: str, measured: dict[str, Any] | None) -> None:
     kept = 1.0 if measured is None else measured["models"]["nf4"]["kept"]
     if kept < FAITHFUL:
         raise OutputError(
-            f"'{source}' holds a merged adapter, of which {max(0, kept):.0%} was kept in 4 bits when it was measured (under "
+            f"'{source}' holds a merged adapter, which retains {max(0, kept):.0%} of its fine-tuning gain in 4 bits (under "
             f"{FAITHFUL:.0%}): nothing was written. Serve the base in 4 bits with the adapter beside it, take --format gguf "
             "--dtype q8_0, or --force."
         )

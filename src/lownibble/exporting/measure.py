@@ -251,7 +251,7 @@ def _compare(
     kl_L = (apart_L - live.log_sum_L + other.log_sum_L).clamp_min_(0)
     if not torch.isfinite(kl_L).all():
         raise AdapterError(
-            f"On these rows the live adapter, or the model '{name}', gives logits that are not finite. Look at the adapter, "
+            f"On these rows the unmerged adapter, or the model '{name}', gives logits that are not finite. Look at the adapter, "
             "or name other rows with --data."
         )
     same_L = live.word_L == other.word_L

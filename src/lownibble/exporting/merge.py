@@ -197,7 +197,7 @@ def _choose(config: MergeConfig, weights: Weights, measured: dict[str, Any] | No
             raise ConfigError("--onto auto goes by the measurement. Name a target, or leave --measure-tokens above 0.")
         if config.onto == "nf4" and not config.force:
             raise OutputError(
-                "A merge packed into 4 bits again was not measured and may have lost the tune. Measure it, or --force."
+                "A merge packed into 4 bits was not measured and may have lost the fine-tuning gain. Measure it, or --force."
             )
         return config.onto, ["not measured"]
     models = measured["models"]
@@ -207,12 +207,13 @@ def _choose(config: MergeConfig, weights: Weights, measured: dict[str, Any] | No
     kept = models[onto]["kept"]
     if onto == "nf4" and kept < FAITHFUL and not config.force:
         raise OutputError(
-            f"Packed into 4 bits again, the model keeps {max(0, kept):.0%} of the tune (under {FAITHFUL:.0%}): nothing was "
+            f"Packed into 4 bits again, the model retains {max(0, kept):.0%} of the fine-tuning gain (under {FAITHFUL:.0%}): nothing "
+            "was "
             f"written. Merge onto {best} ({models[best]['kept']:.1%} kept) and quantise when serving, keep the adapter apart, or "
             "--force."
         )
     if onto != best and models[onto]["kept"] < models[best]["kept"] - 0.01:
-        advice.append(f"'{best}' is nearer to the live adapter than '{onto}'")
+        advice.append(f"'{best}' is nearer to the unmerged adapter than '{onto}'")
     if models[BASE]["label_tokens"]["kl"] < 1e-4:
         advice.append("the adapter hardly changes what the base says of these rows; look at the data, or at the adapter")
     return onto, advice
@@ -221,10 +222,11 @@ def _choose(config: MergeConfig, weights: Weights, measured: dict[str, Any] | No
 def _verdict(models: dict[str, Any], layers: dict[str, Any], target: str) -> str:
     figures = models[target]["label_tokens"]
     worst, kept = layers["error_over_delta_worst"], models[target]["kept"]
-    text = f"keeps {max(0.0, kept):.1%} of the tune (KL {figures['kl']:.2g}, same token {figures['top1_agreement']:.1%}"
+    text = f"retains {max(0.0, kept):.1%} of the fine-tuning gain (KL {figures['kl']:.2g}, same top-1 token "
+    text += f"{figures['top1_agreement']:.1%}"
     text += f", perplexity {figures['perplexity']:.4g} against {models['live']['label_tokens']['perplexity']:.4g})"
     if worst is not None and worst > 1:
-        text += f"; the weights of a layer are off by up to {worst:.2g} x its delta"
+        text += f"; largest weight error in a layer is {worst:.2g} x its LoRA delta"
     return text if kept >= FAITHFUL else f"{text}; not faithful"
 
 

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 
-def _segments(borders: Tensor, T: int) -> list[tuple[int, slice]]:
+def _segments(cu_seqlens: Tensor, T: int) -> list[tuple[int, slice]]:
     """(row, tokens of that row) of each segment."""
-    return [(a // T, slice(a % T, a % T + b - a)) for a, b in pairwise(borders.tolist())]
+    return [(a // T, slice(a % T, a % T + b - a)) for a, b in pairwise(cu_seqlens.tolist())]
 
 
 def _scores(q_HLD: Tensor, k_HLD: Tensor, scaling: float) -> Tensor:
@@ -18,12 +18,12 @@ def _scores(q_HLD: Tensor, k_HLD: Tensor, scaling: float) -> Tensor:
     return scores_HLL.masked_fill(torch.ones_like(scores_HLL[0], dtype=torch.bool).triu(1), float("-inf"))
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, borders: Tensor, scaling: float) -> tuple[Tensor, Tensor]:
+def attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, scaling: float) -> tuple[Tensor, Tensor]:
     """As `ops.attention`."""
     B, heads, T, D = q.shape
     group = heads // k.shape[1]
     out, lse = q.new_empty(B, T, heads, D), q.new_empty(B, T, heads)
-    for row, part in _segments(borders, T):
+    for row, part in _segments(cu_seqlens, T):
         scores_HLL = _scores(q[row, :, part], k[row, :, part].repeat_interleave(group, dim=0), scaling)
         out[row, part] = (scores_HLL.softmax(-1) @ v[row, :, part].repeat_interleave(group, dim=0)).transpose(0, 1)
         lse[row, part] = scores_HLL.logsumexp(-1).t()
@@ -31,13 +31,13 @@ def attention(q: Tensor, k: Tensor, v: Tensor, borders: Tensor, scaling: float) 
 
 
 def attention_backward(
-    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, borders: Tensor, scaling: float
+    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, cu_seqlens: Tensor, scaling: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """As `ops.attention_backward`."""
     B, heads, T, D = q.shape
     key_heads = k.shape[1]
     dq, dk, dv = (torch.empty_like(tensor) for tensor in (q, k, v))
-    for row, part in _segments(borders, T):
+    for row, part in _segments(cu_seqlens, T):
         queries, gradient = q[row, :, part], dout[row, part].transpose(0, 1)
         keys, values = (tensor[row, :, part].repeat_interleave(heads // key_heads, dim=0) for tensor in (k, v))
         p_HLL = (_scores(queries, keys, scaling) - lse.view(B, T, heads)[row, part].t().unsqueeze(2)).exp()

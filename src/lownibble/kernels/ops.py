@@ -57,10 +57,10 @@ class Backend(Protocol):
 
     def matmul_8bit_dense(self, x: Rows8bit, weight_NK: Tensor, row_scale: Tensor, transposed: bool, out: Tensor) -> Tensor: ...
 
-    def attention(self, q: Tensor, k: Tensor, v: Tensor, borders: Tensor, scaling: float) -> tuple[Tensor, Tensor]: ...
+    def attention(self, q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, scaling: float) -> tuple[Tensor, Tensor]: ...
 
     def attention_backward(
-        self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, borders: Tensor, scaling: float
+        self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, cu_seqlens: Tensor, scaling: float
     ) -> tuple[Tensor, Tensor, Tensor]: ...
 
     def low_rank(self, x_TC: Tensor, factor_Cr: Tensor, scale: float) -> Tensor: ...
@@ -292,23 +292,24 @@ def matmul_8bit_dense(x: Rows8bit, weight_NK: Tensor, row_scale: Tensor, transpo
     return _for(weight_NK).matmul_8bit_dense(x, weight_NK, row_scale, transposed, out)
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, borders: Tensor, scaling: float) -> tuple[Tensor, Tensor]:
+def attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, scaling: float) -> tuple[Tensor, Tensor]:
     """Causal attention over rows of tokens that are cut into segments, each attending to itself only; for training.
 
     Args:
         q: (B, heads, T, D) float32; k, v: (B, key_heads, T, D); the last dimension contiguous.
-        borders: (S + 1,) int64 from 0 to B T: segment i is tokens [borders[i], borders[i + 1]), counted through the rows.
+        cu_seqlens: (S + 1,) int64 from 0 to B T: segment i is tokens [cu_seqlens[i], cu_seqlens[i + 1]), counted
+            through the rows.
     Returns:
         (B, T, heads, D), and the log-sum-exp of each query's scaled scores (B T, heads), for backward.
     """
-    return _for(q).attention(q, k, v, borders, scaling)
+    return _for(q).attention(q, k, v, cu_seqlens, scaling)
 
 
 def attention_backward(
-    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, borders: Tensor, scaling: float
+    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, cu_seqlens: Tensor, scaling: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of q, k and v, in their shapes, from `attention`'s results and the gradient of its first one."""
-    return _for(q).attention_backward(dout, q, k, v, out, lse, borders, scaling)
+    return _for(q).attention_backward(dout, q, k, v, out, lse, cu_seqlens, scaling)
 
 
 def low_rank(x_TC: Tensor, factor_Cr: Tensor, scale: float = 1.0) -> Tensor:

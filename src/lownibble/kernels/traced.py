@@ -91,13 +91,13 @@ class Traced:
         """Whether there is an attention kernel for heads of this size."""
         return self._attention and head_dim % 16 == 0
 
-    def attention(self, q: Tensor, k: Tensor, v: Tensor, borders: Tensor, scaling: float) -> tuple[Tensor, Tensor]:
+    def attention(self, q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, scaling: float) -> tuple[Tensor, Tensor]:
         """As `ops.attention`."""
         B, heads, T, D = q.shape
         return q.new_empty(B, T, heads, D), q.new_empty(B * T, heads)
 
     def attention_backward(
-        self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, borders: Tensor, scaling: float
+        self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, cu_seqlens: Tensor, scaling: float
     ) -> tuple[Tensor, Tensor, Tensor]:
         """As `ops.attention_backward`."""
         dq, dk, dv = (t.new_empty(t.shape[0], t.shape[2], t.shape[1], t.shape[3]).transpose(1, 2) for t in (q, k, v))

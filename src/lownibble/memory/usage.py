@@ -117,19 +117,20 @@ def is_exhausted(error: BaseException) -> bool:
     )
 
 
-def until_it_fits(attempt: Callable[[], _T], give_way: Callable[[], None]) -> _T:
-    """What `attempt` returns; `give_way` before each further one while memory runs out, when the failed one has let go of its."""
+def retry_on_oom(step: Callable[[], _T], shrink: Callable[[], None]) -> _T:
+    """What `step` returns. While it runs out of memory, `shrink` is called (when what the failed step held is freed), and it is
+    called again."""
     while True:
         try:
-            return attempt()
+            return step()
         except (RuntimeError, MemoryError) as error:
             if not is_exhausted(error):
                 raise
-        give_way()
+        shrink()
 
 
 @contextmanager
-def exhaustion_told(message: Callable[[], str]) -> Iterator[None]:
+def oom_becomes_error(message: Callable[[], str]) -> Iterator[None]:
     """A block in which running out of memory ends with one clear message.
 
     Raises:

@@ -3,7 +3,7 @@ rows of a padded batch.
 
 transformers lets a function be registered as an attention implementation and hands the keyword arguments of a model's forward
 down to it; a model that is set to one of ours gets no mask (there is no mask function of that name, so none is built) and
-its layers call the function with the borders of the segments, under the names that transformers' flash attention uses. Nothing
+its layers call the function with the cu_seqlens of the segments, under the names that transformers' flash attention uses. Nothing
 else of the model changes. There are two:
 
 - `lownibble_rows` is our kernel (`kernels/ops.py`), for float32 on CPUs that have it: packed or padded, also in compiled layers.
@@ -12,12 +12,12 @@ else of the model changes. There are two:
   its rows sorted.
 
 The implementation is set for a training step and taken back after it, so that evaluation, generation and the caller see the
-attention the model came with. There is no fallback inside: a layer that gets no borders, or asks for something that is not done
-here, is an error. Whether a model obeys (recurrent states and convolutions do not stop at borders) is checked before training by
-comparing a packed pass with separate ones.
+attention the model came with. There is no fallback inside: a layer that gets no cu_seqlens, or asks for something that is not
+done here, is an error. Whether a model obeys (recurrent states and convolutions do not stop where a row ends) is checked before
+training by comparing a packed pass with separate ones.
 
 Rejected: a block-diagonal mask (T x T, and no fast kernel takes it); replacing the modules of attention (patched classes);
-leaving the implementation on and falling back to SDPA where no borders arrive (a lost argument would mix rows in silence).
+leaving the implementation on and falling back to SDPA where no cu_seqlens arrive (a lost argument would mix rows in silence).
 """
 
 from __future__ import annotations
@@ -55,17 +55,17 @@ def inputs(model: Any, mask_BT: Tensor, segments: Sequence[int] | None) -> dict[
         packed = {"position_ids": torch.cat([torch.arange(length) for length in segments]).unsqueeze(0).to(device)}
     if _implementation(model) == ROWS:
         if segments:
-            borders = torch.tensor([0, *accumulate(segments)])
+            cu_seqlens = torch.tensor([0, *accumulate(segments)])
         else:
             begins = torch.arange(len(mask_BT)) * mask_BT.shape[1]
             ends = torch.stack([begins + mask_BT.sum(1), begins + mask_BT.shape[1]], dim=1).flatten()
-            borders = torch.cat([begins[:1], ends])
-        return {**packed, "cu_seq_lens_q": borders}
+            cu_seqlens = torch.cat([begins[:1], ends])
+        return {**packed, "cu_seq_lens_q": cu_seqlens}
     assert segments, "only the kernel takes padded rows"
-    borders = torch.tensor([0, *accumulate(segments)], dtype=torch.int32, device=device)
+    cu_seqlens = torch.tensor([0, *accumulate(segments)], dtype=torch.int32, device=device)
     return {
         **packed,
-        **dict.fromkeys(("cu_seq_lens_q", "cu_seq_lens_k"), borders),
+        **dict.fromkeys(("cu_seq_lens_q", "cu_seq_lens_k"), cu_seqlens),
         **dict.fromkeys(("max_length_q", "max_length_k"), max(segments)),
     }
 
@@ -148,41 +148,41 @@ def _refuse(module: Any, attention_mask: Tensor | None, is_causal: bool | None, 
 
 
 @torch.library.custom_op("lownibble::attention", mutates_args=())
-def _attention(q: Tensor, k: Tensor, v: Tensor, borders: Tensor, scaling: float) -> tuple[Tensor, Tensor]:
+def _attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, scaling: float) -> tuple[Tensor, Tensor]:
     q, k, v = (t if t.stride(3) == 1 else t.contiguous() for t in (q, k, v))
-    return ops.attention(q, k, v, borders, scaling)
+    return ops.attention(q, k, v, cu_seqlens, scaling)
 
 
 @_attention.register_fake
-def _(q, k, v, borders, scaling):  # type: ignore[no-untyped-def]
+def _(q, k, v, cu_seqlens, scaling):  # type: ignore[no-untyped-def]
     B, heads, T, D = q.shape
     return q.new_empty(B, T, heads, D), q.new_empty(B * T, heads)
 
 
 @torch.library.custom_op("lownibble::attention_backward", mutates_args=())
 def _attention_backward(
-    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, borders: Tensor, scaling: float
+    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, cu_seqlens: Tensor, scaling: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     q, k, v = (t if t.stride(3) == 1 else t.contiguous() for t in (q, k, v))
-    return ops.attention_backward(dout, q, k, v, out, lse, borders, scaling)
+    return ops.attention_backward(dout, q, k, v, out, lse, cu_seqlens, scaling)
 
 
 @_attention_backward.register_fake
-def _(dout, q, k, v, out, lse, borders, scaling):  # type: ignore[no-untyped-def]
+def _(dout, q, k, v, out, lse, cu_seqlens, scaling):  # type: ignore[no-untyped-def]
     return tuple(t.new_empty(t.shape[0], t.shape[2], t.shape[1], t.shape[3]).transpose(1, 2) for t in (q, k, v))
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    q, k, v, borders, ctx.scaling = inputs
+    q, k, v, cu_seqlens, ctx.scaling = inputs
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(q, k, v, *output, borders)
+    ctx.save_for_backward(q, k, v, *output, cu_seqlens)
     ctx.backend = ops.chosen()
 
 
 def _differentiate(ctx: Any, dout: Tensor, _: None) -> tuple[Any, ...]:
-    q, k, v, out, lse, borders = ctx.saved_tensors
+    q, k, v, out, lse, cu_seqlens = ctx.saved_tensors
     with ops.keeping(ctx.backend):
-        return (*_attention_backward(dout, q, k, v, out, lse, borders, ctx.scaling), None, None)
+        return (*_attention_backward(dout, q, k, v, out, lse, cu_seqlens, ctx.scaling), None, None)
 
 
 _attention.register_autograd(_differentiate, setup_context=_save)
@@ -195,7 +195,7 @@ def _attend_rows(
     """transformers' attention function: query (B, heads, T, D), key and value (B, key heads, T, D) -> (B, T, heads, D)."""
     _refuse(module, attention_mask, is_causal, others)
     if cu_seq_lens_q is None:
-        raise refusal(type(module).__name__, "the borders of the rows do not arrive at its attention")
+        raise refusal(type(module).__name__, "the cu_seqlens of the rows do not arrive at its attention")
     if others.get("dropout") or others.get("sliding_window") is not None or value.shape != key.shape:
         raise refusal(type(module).__name__, "its attention has dropout, a window, or values of another size")
     output, _ = _attention(query, key, value, cu_seq_lens_q, query.shape[-1] ** -0.5 if scaling is None else scaling)
@@ -213,7 +213,7 @@ def _attend_packed(
     """transformers' attention function: query (1, heads, T, D), key and value (1, key heads, T, D) -> (1, T, heads, D)."""
     _refuse(module, attention_mask, is_causal, others)
     if cu_seq_lens_q is None or max_length_q is None or len(query) != 1:
-        raise refusal(type(module).__name__, "the borders of the rows do not arrive at its attention")
+        raise refusal(type(module).__name__, "the cu_seqlens of the rows do not arrive at its attention")
     if dropout == 0 and _takes_varlen(query, value):
         return _varlen(query, key, value, scaling, sliding_window, cu_seq_lens_q, max_length_q), None
     return _by_runs(module, query, key, value, dropout, scaling, sliding_window, cu_seq_lens_q), None
@@ -239,13 +239,13 @@ def _takes_varlen(query: Tensor, value: Tensor) -> bool:
 
 
 def _varlen(
-    query: Tensor, key: Tensor, value: Tensor, scaling: float | None, window: int | None, borders: Tensor, longest: int
+    query: Tensor, key: Tensor, value: Tensor, scaling: float | None, window: int | None, cu_seqlens: Tensor, longest: int
 ) -> Tensor:
     """(1, T, heads, D): one kernel for all rows. Its window counts the tokens to the left, ours counts the token itself too."""
     q, k, v = (t[0].transpose(0, 1) for t in (query, key, value))
     left = -1 if window is None else window - 1
     output = varlen_attn(
-        q, k, v, borders, borders, longest, longest,
+        q, k, v, cu_seqlens, cu_seqlens, longest, longest,
         scale=scaling, window_size=(left, 0), enable_gqa=q.shape[1] != k.shape[1],
     )  # fmt: skip
     assert isinstance(output, Tensor)  # without further outputs
@@ -254,11 +254,11 @@ def _varlen(
 
 def _by_runs(
     module: Any, query: Tensor, key: Tensor, value: Tensor, dropout: float, scaling: float | None, window: int | None,
-    borders: Tensor,
+    cu_seqlens: Tensor,
 ) -> Tensor:  # fmt: skip
     """(1, T, heads, D): one SDPA call for each run of rows of one length; such a run is a batch without copying."""
     sdpa = AttentionInterface()["sdpa"]
-    runs = [(length, len(list(run))) for length, run in groupby(borders.diff().tolist())]
+    runs = [(length, len(list(run))) for length, run in groupby(cu_seqlens.diff().tolist())]
     sizes = [length * count for length, count in runs]
     outputs = []
     for (length, count), *parts in zip(runs, *(t[0].split(sizes, dim=1) for t in (query, key, value)), strict=True):

@@ -160,7 +160,7 @@ RULES = (
     ),
     Rule(
         "qlora", lambda v, _: _plain(v["qlora"]),
-        "QLoRA fits as it is, LoRA only with what costs time, or not at all.",
+        "QLoRA fits as is; LoRA needs slower settings or does not fit.",
     ),
     Rule(
         "lora", lambda v, _: v["lora"].fits and not v["lora"].train.gradient_checkpointing,

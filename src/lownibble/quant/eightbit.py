@@ -54,7 +54,7 @@ def automatic(weights: Iterable[PackedWeight], dtype: torch.dtype, device: torch
             check_weight_8bit(four_bit.shape, four_bit.block_size)
     except (BackendError, InputError) as error:
         return "exact", str(error).partition(". ")[0]
-    return compute, "faster; by 'bench quality' it learns as well, within what another seed changes; --compute exact turns it off"
+    return compute, "faster; 'bench quality' found no difference above seed noise; --compute exact turns it off"
 
 
 def choose(compute: str, device: torch.device) -> str:

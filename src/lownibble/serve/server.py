@@ -89,7 +89,7 @@ def run_server(config: ServeConfig, tell: Callable[[str], None]) -> dict[str, An
         )  # fmt: skip
         names = service.registry.names()
         listener.listen(server.config.backlog)  # uvicorn would after this, and who came at once would be refused
-        tell(f"{service.names[0]} and {len(names)} adapters at {address}/v1")
+        tell(f"{service.names[0]} and {len(names)} adapter{'s' * (len(names) != 1)} at {address}/v1")
         server.run(sockets=[listener])
         service.engine.close(0)
     return {"status": "ok", "address": address, "adapters": len(names)}

@@ -77,10 +77,10 @@ def _speed(chosen: dict[str, Any], other: dict[str, Any], ratios: dict[str, dict
     a, b = chosen["method"], other["method"]
     if f"{a}_vs_{b}" in ratios:
         paired = ratios[f"{a}_vs_{b}"]
-        return paired["median"], f"taking turns, {paired['min']:.2f} to {paired['max']:.2f}"
+        return paired["median"], f"interleaved, {paired['min']:.2f} to {paired['max']:.2f}"
     if f"{b}_vs_{a}" in ratios:
         paired = ratios[f"{b}_vs_{a}"]
-        return 1 / paired["median"], f"taking turns, {1 / paired['max']:.2f} to {1 / paired['min']:.2f}"
+        return 1 / paired["median"], f"interleaved, {1 / paired['max']:.2f} to {1 / paired['min']:.2f}"
     return chosen["tokens_per_s"] / other["tokens_per_s"], "one after the other: the machine's drift is in it"
 
 
@@ -94,9 +94,9 @@ def _reasons(chosen: dict[str, Any], others: list[dict[str, Any]], ratios: dict[
             f"Memory: {chosen['method']} peaks at {memory:.2f} x {other['method']}'s ({_gib(chosen)} against {_gib(other)})."
         )
         speed, how = _speed(chosen, other, ratios)
-        note = ", a loss to weigh" if speed < 1 - SPEED_MATTERS else ""
+        note = ", noticeably slower" if speed < 1 - SPEED_MATTERS else ""
         its, theirs = chosen.get("base_computed_in"), other.get("base_computed_in")
-        named = "" if its == theirs else f", its base computed in {its} against {theirs},"
+        named = "" if its == theirs else f", with its frozen base in {its} instead of {theirs},"
         lines.append(f"Speed: {chosen['method']}{named} runs at {speed:.2f} x {other['method']}'s tokens/s ({how}){note}.")
     return lines
 

@@ -133,7 +133,7 @@ class _Study:
             record.write(self.folder / name, found)
         except OSError as error:
             raise OutputError(
-                f"Cannot write into '{self.folder}': {error}. Free some space, then run the study again: it goes on."
+                f"Cannot write into '{self.folder}': {error}. Free some space, then run the study again; it resumes."
             ) from error
 
     def _cells(self, wanted: Sequence[Cell]) -> None:

@@ -46,7 +46,7 @@ def rows(summaries: list[dict[str, Any]]) -> list[tuple[str, list[str]]]:
     found = [
         ("result", ["finished" if s["status"] == "ok" else f"failed: {s['error']}" for s in summaries]),
         *(
-            [row("products of the base computed in", lambda s: s["base_computed_in"])]
+            [row("frozen-base matmul precision", lambda s: s["base_computed_in"])]
             if all("base_computed_in" in s for s in summaries if s["status"] == "ok")
             else []  # a record of before it was kept
         ),
@@ -54,12 +54,12 @@ def rows(summaries: list[dict[str, Any]]) -> list[tuple[str, list[str]]]:
         row("  weights and constants", lambda s: _mib(sum(s["bytes_by_kind"][k] for k in ("weights", "codes", "constants")))),
         row("  saved activations", lambda s: _mib(s["bytes_by_kind"]["activations"])),
         *(
-            [row("peak of the process (CUDA: allocated), planned -> measured", _planned)]
+            [row("process peak (CUDA: allocated), planned -> measured", _planned)]
             if any(s["status"] == "ok" and s.get("planned") for s in summaries)
             else []
         ),
-        row("tokens/s in its run (quartiles over steps)", quartiles),
-        row("tokens/s taking turns (min to max)", turns),
+        row("tokens/s of the run (quartiles over steps)", quartiles),
+        row("tokens/s, interleaved (min to max)", turns),
         row("samples/s", lambda s: f"{s['samples_per_s']:.1f}"),
         row("evaluation loss, before -> after", lambda s: f"{s['eval_loss_before']:.3f} -> {s['eval_loss']:.3f}"),
     ]

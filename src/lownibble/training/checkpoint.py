@@ -161,7 +161,7 @@ def restore(found: Facts, model: nn.Module, optimizer: torch.optim.Optimizer, co
 def other_compute(found: Facts, config: dict[str, Any]) -> list[str]:
     """What the run computes otherwise from here on, which changes its bits and is no reason to refuse it."""
     return [
-        f"the run began with {what} in the compute '{before}' and goes on in '{config.get(key)}'"
+        f"the run started with {what} in compute '{before}' and resumes with '{config.get(key)}'"
         for key, what in (("compute", "the frozen base"), ("head_compute", "the head"))
         if (before := found.config.get(key)) and before != config.get(key)
     ]

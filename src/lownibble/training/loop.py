@@ -145,7 +145,7 @@ class Trainer:
         devices = [self.device] if self.device.type == "cuda" else []
         try:
             # dropout draws from torch's own generators, which are the caller's
-            with usage.exhaustion_told(self._out_of_memory), torch.random.fork_rng(devices):
+            with usage.oom_becomes_error(self._out_of_memory), torch.random.fork_rng(devices):
                 yield from self._events()
         finally:
             close_states(self.optimizer)
@@ -232,7 +232,7 @@ class Trainer:
         return past.step if past else 0
 
     def _past(self) -> checkpoint.Facts | None:
-        """The checkpoint to go on from."""
+        """The checkpoint to resume from."""
         if not (self.config.resume and self.checkpoints):
             return None
         found, damaged = checkpoint.newest(self.checkpoints)
@@ -299,7 +299,7 @@ class Trainer:
             MemoryGoneError: a pass is as small as can be.
         """
         began = time.perf_counter()
-        found = usage.until_it_fits(lambda: self.evaluator(self.model), lambda: self._evaluate_less(step))
+        found = usage.retry_on_oom(lambda: self.evaluator(self.model), lambda: self._evaluate_less(step))
         return Evaluated(step, found.loss, found.label_tokens, time.perf_counter() - began, found.scores, found.correct)
 
     def _evaluate_less(self, step: int) -> None:
@@ -319,7 +319,7 @@ class Trainer:
     def _out_of_memory(self) -> str:
         return (
             f"Memory ran out outside of a forward pass. {self._kept()}. Free some memory, or take --optim paged_adamw_8bit or "
-            "--method qlora; --resume goes on from a checkpoint."
+            "--method qlora; --resume continues from a checkpoint."
         )
 
     def _kept(self) -> str:
@@ -336,7 +336,7 @@ class Trainer:
 
     def _stopped(self, done: int) -> str:
         if self.checkpoints:
-            return f"Stopped after step {done} of {self.total_steps}, which is saved. Go on with --resume."
+            return f"Stopped after step {done} of {self.total_steps}, which is saved. Resume with --resume."
         return f"Stopped after step {done} of {self.total_steps}. Nothing was saved: there is no output folder."
 
     def step(self, step: int, rows: Rows) -> Stepped | Skipped:
@@ -348,8 +348,8 @@ class Trainer:
         """
         began = time.perf_counter()
         config = self.config
-        batches, n_labels, loss, norm = usage.until_it_fits(
-            lambda: self._gradients(step, rows), lambda: self._give_way(step, rows)
+        batches, n_labels, loss, norm = usage.retry_on_oom(
+            lambda: self._gradients(step, rows), lambda: self._shrink(step, rows)
         )  # fmt: skip
         if not math.isfinite(loss) or not math.isfinite(norm):
             reason = f"the loss is {loss} and the gradient's norm {norm}; {self._origin(step, batches, n_labels)}"
@@ -380,7 +380,7 @@ class Trainer:
             loss += self.passes.backward(batch, n_labels, measured=not self._measured and index == 0)
         return batches, n_labels, loss, self._clip()
 
-    def _give_way(self, step: int, rows: Rows) -> None:
+    def _shrink(self, step: int, rows: Rows) -> None:
         """After memory ran out: smaller passes from now on, then checkpointing.
 
         Raises:

@@ -41,7 +41,7 @@ def hold(folder: str | Path) -> Iterator[Path]:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
-            raise OutputError(f"Another process works in '{folder}'. Wait for it, or choose another --output.") from None
+            raise OutputError(f"Another process is using '{folder}'. Wait for it, or choose another --output.") from None
         yield folder
 
 

@@ -110,7 +110,7 @@ def _make_model(config: RunConfig) -> tuple[Any, Any]:
     Raises:
         TrainingError: memory ran out, or what `load` and `add_lora` raise.
     """
-    with usage.exhaustion_told(
+    with usage.oom_becomes_error(
         lambda: f"Memory ran out while '{config.model}' was loaded. Take --method qlora, or a smaller model."
     ):
         return _make(config)
@@ -338,7 +338,7 @@ def _save(model: Any, tokenizer: Any, folder: Path, result: dict[str, Any], exam
     usage.settle(model.device)
     adapter = bool(adapter_configs(model))
     saved = folder / ("adapter" if adapter else "model")
-    with usage.exhaustion_told(lambda: "Memory ran out while the result was being saved. Go on with --resume to save it again."):
+    with usage.oom_becomes_error(lambda: "Memory ran out while saving the result. Resume with --resume to save it again."):
         verify.check_finite(model)
         if adapter:
             save_adapter(model, saved)

@@ -57,7 +57,7 @@ class ProgressSink(Sink):
             self.console.print(f"{self.label}: {_fit(event)}")
         elif isinstance(event, Started):
             if event.compute:
-                self.console.print(f"{self.label}: products of the frozen base: {event.compute}")
+                self.console.print(f"{self.label}: frozen-base matmul precision: {event.compute}")
             if event.compiled:
                 self.console.print(f"{self.label}: layers compiled in {event.compile_seconds:.0f} s ({event.compile_reason})")
             elif event.compile_reason.startswith(IMPOSSIBLE):

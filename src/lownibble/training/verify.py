@@ -64,7 +64,7 @@ def check_adapter(model: Any, folder: Path, examples: list[Example], end: int | 
         told.append("every B of the adapter is zero: it changes nothing. No step was taken, or the learning rate was 0.")
     if not facts["equal_after_reading_back"]:
         raise OutputError(
-            f"The adapter in '{folder}', read back, is not the one in memory. Go on with --resume to save it again; "
+            f"The adapter in '{folder}', read back, is not the one in memory. Resume with --resume to save it again; "
             "if it happens again, the disk is to be distrusted."
         )
     return facts, told
@@ -81,11 +81,11 @@ def check_model(model: Any, folder: Path, examples: list[Example], end: int | No
         with safe_open(file, "pt") as opened:
             for key in opened.keys():  # noqa: SIM118 - not a mapping
                 if key in expected and not torch.equal(opened.get_tensor(key), expected.pop(key).cpu()):
-                    raise OutputError(f"'{key}' in '{file}' is not what was trained. Go on with --resume to save it again.")
+                    raise OutputError(f"'{key}' in '{file}' is not what was trained. Resume with --resume to save it again.")
     tied = set(getattr(model, "_tied_weights_keys", None) or ())
     missing = [key for key in expected if key not in tied and isinstance(expected[key], Tensor)]
     if missing:
-        raise OutputError(f"'{folder}' lacks {', '.join(missing[:5])}. Go on with --resume to save it again.")
+        raise OutputError(f"'{folder}' lacks {', '.join(missing[:5])}. Resume with --resume to save it again.")
     facts = {"equal_after_reading_back": True, **_facts(model, examples, end)}
     return facts, _told(facts)
 

@@ -31,7 +31,7 @@ def _heads(tensors: dict[str, Tensor], T: int) -> tuple[list[int], Any]:
     return [tensor.data_ptr() for tensor in tensors.values()], (ctypes.c_int64 * len(strides))(*strides)
 
 
-def _shape(q: Tensor, k: Tensor, v: Tensor, borders: Tensor) -> tuple[int, int, int, int]:
+def _shape(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor) -> tuple[int, int, int, int]:
     """T, heads, key heads and head_dim, once all shapes are known to fit the kernel."""
     (B, heads, T, D), key_heads = q.shape, k.shape[1]
     if k.shape != (B, key_heads, T, D) or v.shape != k.shape or heads % key_heads:
@@ -40,20 +40,20 @@ def _shape(q: Tensor, k: Tensor, v: Tensor, borders: Tensor) -> tuple[int, int, 
         raise InputError(
             f"The attention kernel needs AVX-512 and heads of a multiple of 16. Got {D} with '{library().isa().decode()}'."
         )
-    check_tensor(borders, "borders", torch.int64, borders.numel(), _CPU)
-    places = borders.tolist()
+    check_tensor(cu_seqlens, "cu_seqlens", torch.int64, cu_seqlens.numel(), _CPU)
+    places = cu_seqlens.tolist()
     if places[:1] != [0] or places[-1:] != [B * T] or any(b > a // T * T + T or b < a for a, b in pairwise(places)):
-        raise InputError(f"'borders' must rise from 0 to {B * T} without leaving a row of {T} tokens between two of them.")
+        raise InputError(f"'cu_seqlens' must rise from 0 to {B * T} without leaving a row of {T} tokens between two of them.")
     return T, heads, key_heads, D
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, borders: Tensor, scaling: float) -> tuple[Tensor, Tensor]:
+def attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, scaling: float) -> tuple[Tensor, Tensor]:
     """As `ops.attention`."""
-    T, heads, key_heads, D = _shape(q, k, v, borders)
+    T, heads, key_heads, D = _shape(q, k, v, cu_seqlens)
     out, lse = torch.empty(len(q), T, heads, D), torch.empty(len(q) * T, heads)
     addresses, strides = _heads({"q": q, "k": k, "v": v, "out": out.transpose(1, 2)}, T)
     failed = library().attention(
-        *addresses, strides, lse.data_ptr(), borders.data_ptr(), len(borders) - 1, T, heads, key_heads, D, scaling,
+        *addresses, strides, lse.data_ptr(), cu_seqlens.data_ptr(), len(cu_seqlens) - 1, T, heads, key_heads, D, scaling,
         torch.get_num_threads(),
     )  # fmt: skip
     if failed:
@@ -62,10 +62,10 @@ def attention(q: Tensor, k: Tensor, v: Tensor, borders: Tensor, scaling: float) 
 
 
 def attention_backward(
-    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, borders: Tensor, scaling: float
+    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, cu_seqlens: Tensor, scaling: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """As `ops.attention_backward`."""
-    T, heads, key_heads, D = _shape(q, k, v, borders)
+    T, heads, key_heads, D = _shape(q, k, v, cu_seqlens)
     if dout.shape != out.shape or out.shape != (len(q), T, heads, D):
         raise InputError(f"'dout' and 'out' must be {(len(q), T, heads, D)}. Got {tuple(dout.shape)} and {tuple(out.shape)}.")
     check_tensor(lse, "lse", torch.float32, len(q) * T * heads, _CPU)
@@ -73,7 +73,7 @@ def attention_backward(
     given = {"dout": dout.contiguous().transpose(1, 2), "q": q, "k": k, "v": v, "out": out.transpose(1, 2)}
     addresses, strides = _heads({**given, **gradients}, T)
     failed = library().attention_backward(
-        *addresses, strides, lse.data_ptr(), borders.data_ptr(), len(borders) - 1, T,
+        *addresses, strides, lse.data_ptr(), cu_seqlens.data_ptr(), len(cu_seqlens) - 1, T,
         heads, key_heads, D, scaling, torch.get_num_threads(),
     )  # fmt: skip
     if failed:
