@@ -369,6 +369,7 @@ def test_gemv_4bit_does_not_depend_on_threads(kernels: ops.Backend) -> None:
     _assert_same_bits(results[2], results[0])
 
 
+@pytest.mark.peer
 @pytest.mark.parametrize("double_quant", [False, True])
 @pytest.mark.parametrize("block_size", [64, 128])
 @pytest.mark.parametrize("quant_type", QUANT_TYPES)
@@ -393,6 +394,7 @@ def test_bytes_equal_bitsandbytes(kernels: ops.Backend, quant_type: str, block_s
         assert torch.equal(offset, state.offset), name
 
 
+@pytest.mark.peer
 @pytest.mark.parametrize("double_quant", [False, True])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("quant_type", QUANT_TYPES)
