@@ -48,7 +48,7 @@ def test_doctor_prints_one_json_document():
     assert found["versions"]["torch"] in err
 
 
-def test_train_leaves_the_contract_files_and_resumes(tiny_model, tiny_data, tmp_path):
+def test_train_leaves_the_contract_files_and_resumes(tiny_model, tiny_data, tmp_path, capsys):
     output = tmp_path / "out"
     arguments = ["train", "--model", tiny_model, "--data", tiny_data, "--method", "qlora", "--output", output, *SMALL, "--json"]
     code, out, err = lownibble_(*arguments)
@@ -56,20 +56,20 @@ def test_train_leaves_the_contract_files_and_resumes(tiny_model, tiny_data, tmp_
     assert json.loads(out) == json.loads((output / "record.json").read_text())
     assert (output / "adapter" / "adapter_model.safetensors").exists()
     assert list((output / "checkpoints").iterdir())
-    code, out, err = lownibble_(*arguments)
+    code, out, err = here(capsys, *arguments)
     assert code == 2
     assert "holds another run" in json.loads(out)["error"]
     code, _, err = lownibble_(*arguments, "--resume")
     assert code == 0, err
 
 
-def test_train_reads_toml_and_flags_win(tiny_model, tiny_data, tmp_path):
+def test_train_reads_toml_and_flags_win(tiny_model, tiny_data, tmp_path, capsys):
     toml = tmp_path / "run.toml"
     toml.write_text(
         f'model = "{tiny_model}"\nmethod = "lora"\n[data]\npath = "{tiny_data}"\nprompt_template = "{{text}} :"\n'
         'completion_template = " {label}"\n[lora]\nr = 3\n[train]\nmax_steps = 5\nbatch_size = 4\nmax_length = 32\n'
     )
-    code, out, err = lownibble_("train", toml, "--max-steps", 1, "--output", tmp_path / "out", "--json")
+    code, out, err = here(capsys, "train", toml, "--max-steps", 1, "--output", tmp_path / "out", "--json")
     assert code == 0, err
     config = json.loads(out)["config"]
     assert (config["train"]["max_steps"], config["train"]["batch_size"], config["lora"]["r"]) == (1, 4, 3)
@@ -120,6 +120,7 @@ def test_bad_input_is_one_clear_error_and_exit_code_2(name, bad, tmp_path, capsy
     assert not (tmp_path / "out" / "record.json").exists()
 
 
+@pytest.mark.slow
 def test_a_full_disk_is_one_clear_error(tiny_model, tiny_data, tmp_path):
     """A limit on file sizes stands in for the full disk: the adapter's file is larger, the lock is not."""
     limited = (
@@ -202,6 +203,7 @@ def test_claims_judges_a_file(tmp_path):
     assert "Cannot read" in json.loads(out)["error"]
 
 
+@pytest.mark.slow
 def test_study_runs_reports_and_says_what_is_wrong(tiny_model, tiny_data, tmp_path, capsys):
     (tmp_path / "study.toml").write_text(
         f'name = "small"\nseeds = [0]\n[models]\nm = "{tiny_model}"\n[methods]\nlora = {{ method = "lora" }}\n'

@@ -367,9 +367,7 @@ def test_gemv_4bit_does_not_depend_on_threads(kernels: ops.Backend) -> None:
 
 
 @pytest.mark.peer
-@pytest.mark.parametrize("double_quant", [False, True])
-@pytest.mark.parametrize("block_size", [64, 128])
-@pytest.mark.parametrize("quant_type", QUANT_TYPES)
+@pytest.mark.parametrize(("quant_type", "block_size", "double_quant"), pairwise(QUANT_TYPES, [64, 128], [False, True]))
 def test_bytes_equal_bitsandbytes(kernels: ops.Backend, quant_type: str, block_size: int, double_quant: bool) -> None:
     bitsandbytes = pytest.importorskip("bitsandbytes.functional")
     table = codebook(quant_type)
