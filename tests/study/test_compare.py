@@ -25,6 +25,7 @@ def _config(tiny_model, tiny_data, output, **changes):
     return CompareConfig(**(options | changes))
 
 
+@pytest.mark.slow
 def test_compare_runs_each_method_writes_its_files_and_resumes(tiny_model, tiny_data, tmp_path):
     """One test, because each comparison costs three processes that load torch."""
     output = tmp_path / "cmp"
