@@ -99,6 +99,7 @@ def test_a_comparison_that_was_interrupted_is_refused_without_resume(tiny_model,
         compare(_config(tiny_model, tiny_data, tmp_path / "cmp"))
 
 
+@pytest.mark.slow
 def test_worker_exit_code_says_that_the_run_failed(tiny_model, tiny_data, tmp_path):
     config = _config(tiny_model, tiny_data, tmp_path / "out")
     spec = {k: v for k, v in config.to_dict().items() if k != "methods"} | {"method": "lora"}
