@@ -7,6 +7,7 @@ import warnings
 from collections import Counter
 
 import pytest
+import shared_cores  # noqa: F401 - before anything imports torch
 import torch
 import triton_interpreter  # noqa: F401 - before anything imports triton
 from tokenizers import Tokenizer, models, pre_tokenizers
