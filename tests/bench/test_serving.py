@@ -13,7 +13,6 @@ from lownibble.serve import server
 from lownibble.serve.server import make_service
 
 
-@pytest.mark.slow
 def test_a_batch_says_what_each_adapter_says_alone(tmp_path, monkeypatch):
     monkeypatch.setattr(serve, "ADAPTERS", serve.BATCH)
     serve._write_adapters(tmp_path)
