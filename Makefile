@@ -4,19 +4,22 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 OUTPUT ?= runs/demo
 
-.PHONY: demo test check format bench bench-parity bench-kernels bench-train bench-train-real bench-decode bench-quality bench-memory bench-plan bench-paging bench-merge bench-latency bench-dropin bench-serve bench-soak study faults readme clean
+.PHONY: demo test check matrix format bench bench-parity bench-kernels bench-train bench-train-real bench-decode bench-quality bench-memory bench-plan bench-paging bench-merge bench-latency bench-dropin bench-serve bench-soak study faults readme clean
 
 demo: $(VENV)/.ready  ## set up, then compare LoRA and QLoRA on the embedded model and data
 	$(BIN)/lownibble compare --output $(OUTPUT) --resume
 
-test: $(VENV)/.ready-dev  ## set up, then run the tests
-	$(BIN)/python -m pytest -n auto
+test: $(VENV)/.ready-dev  ## set up, then run the tests that are quick: minutes
+	$(BIN)/python -m pytest -n auto -m "not slow"
 
-check: $(VENV)/.ready-dev  ## format, lint, types, tests
+check: $(VENV)/.ready-dev  ## format, lint, types, every test; at the end which are the slowest
 	$(BIN)/ruff format --check src tests setup.py tools
 	$(BIN)/ruff check src tests setup.py tools
 	$(BIN)/mypy
-	$(BIN)/python -m pytest -n auto
+	$(BIN)/python -m pytest -n auto --durations=25
+
+matrix:  ## every Python, the scalar kernels, the lowest torch: make matrix ROWS="--rows scalar --select tests/kernels"
+	$(PYTHON) tools/matrix.py $(ROWS)
 
 format: $(VENV)/.ready-dev
 	$(BIN)/ruff format src tests setup.py tools
@@ -85,4 +88,4 @@ $(VENV)/.ready-dev: $(VENV)/.ready
 	@touch $@
 
 clean:
-	rm -rf $(VENV) build src/*.egg-info src/lownibble/kernels/_native*
+	rm -rf $(VENV) .cache/matrix build src/*.egg-info src/lownibble/kernels/_native*

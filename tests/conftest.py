@@ -1,16 +1,21 @@
-"""Tiny models of several families, and the third-party warnings that a comparison with peers cannot avoid."""
+"""Tiny models of several families, the marks that follow from a test's fixtures, what is left out of a run, and the third-party
+warnings that a comparison with peers cannot avoid."""
 
 import copy
+import gc
 import importlib
 import warnings
+from collections import Counter
 
 import pytest
+import shared_cores  # noqa: F401 - before anything imports torch
 import torch
 import triton_interpreter  # noqa: F401 - before anything imports triton
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
 import lownibble as ln
+from lownibble.kernels import cpu, ops
 
 TINY = {
     "hidden_size": 32, "intermediate_size": 80, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
@@ -55,9 +60,58 @@ PEFT_WARNINGS = [
 
 def pytest_collection_modifyitems(items):
     for item in items:
-        if "peft" in getattr(item, "fixturenames", ()):
+        fixtures = set(getattr(item, "fixturenames", ()))
+        if "peft" in fixtures:
             for warning in PEFT_WARNINGS:
                 item.add_marker(pytest.mark.filterwarnings(warning))
+        if fixtures & {"peft", "bitsandbytes"}:
+            item.add_marker(pytest.mark.peer)
+        if "browser" in fixtures:
+            item.add_marker(pytest.mark.browser)
+        if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+            item.add_marker(pytest.mark.skip(reason="no CUDA device"))
+
+
+def pytest_collection_finish():
+    """What was imported and collected is not looked through again by each `gc.collect()` of each run: six seconds became one."""
+    gc.collect()
+    gc.freeze()
+
+
+LEFT_OUT = pytest.StashKey[Counter]()
+"""Reason -> how many tests were left out without being skipped. pytest-xdist's workers collect, and send it when they end."""
+
+
+def pytest_configure(config):
+    config.stash[LEFT_OUT] = Counter()
+
+
+def pytest_deselected(items):
+    for item in items:
+        options = item.config.option
+        asked = " ".join(f"{flag} '{value}'" for flag, value in (("-m", options.markexpr), ("-k", options.keyword)) if value)
+        item.config.stash[LEFT_OUT][getattr(item, "left_out", f"not asked for: {asked}")] += 1
+
+
+def pytest_sessionfinish(session):
+    if hasattr(session.config, "workeroutput"):
+        session.config.workeroutput["left_out"] = dict(session.config.stash[LEFT_OUT])
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node, error):
+    node.config.stash[LEFT_OUT] = Counter(getattr(node, "workeroutput", {}).get("left_out", {}))  # all workers collect alike
+
+
+def pytest_terminal_summary(terminalreporter, config):
+    """Nothing is left out in silence: tests that were not asked for, and kernels that this machine has not."""
+    for reason, count in config.stash[LEFT_OUT].items():
+        terminalreporter.write_line(f"LEFT OUT [{count}] {reason}")
+    status = ops.backend_status()
+    isas = cpu.available_isas() if status["cpu"] == "ok" else []
+    absent = [f"cpu-{isa}" for isa in ("scalar", "avx2", "avx512", "neon") if isa not in isas]
+    absent += [f"{name} ({reason})" for name, reason in status.items() if reason != "ok"]
+    terminalreporter.write_line(f"Kernels that cannot run here, so without cases: {', '.join(absent) or 'none'}")
 
 
 @pytest.fixture

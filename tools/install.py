@@ -1,4 +1,5 @@
-"""Create the virtual environment and install Lownibble into it: `python tools/install.py VENV [--dev]`. Needs Python alone.
+"""Create the virtual environment and install Lownibble into it: `python tools/install.py VENV [--dev] [--torch=VERSION]`. Needs
+Python alone. With --torch that version takes the place of the pinned one (e.g. 2.11.*), and triton is whichever it wants.
 
 torch is installed first and by itself: from whatever index pip is set up for if that offers the pinned version as a CPU build,
 else from PyTorch's CPU index, else plain. Otherwise a machine without a GPU would fetch gigabytes of CUDA libraries.
@@ -28,10 +29,13 @@ def main(folder: str, *flags: str) -> int:
         print(f"creating {folder}", file=sys.stderr)
         venv.create(target, with_pip=True, symlinks=True)
     pip = [str(python), "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--no-compile"]
-    constraints = ["--constraint", str(ROOT / "constraints.txt")]
+    constraints, pinned = ROOT / "constraints.txt", (ROOT / "constraints.txt").read_text().split()
+    wanted = next(line for line in pinned if line.startswith("torch=="))
+    if other := next((flag.removeprefix("--torch=") for flag in flags if flag.startswith("--torch=")), ""):
+        wanted, constraints = f"torch=={other}", target / "constraints.txt"
+        constraints.write_text("\n".join([wanted, *(line for line in pinned if not line.startswith(("torch==", "triton==")))]))
     if subprocess.call([str(python), "-c", "import torch"], stderr=subprocess.DEVNULL) != 0:
         print("installing torch", file=sys.stderr)
-        wanted = next(line for line in (ROOT / "constraints.txt").read_text().split() if line.startswith("torch=="))
         ways = [[wanted]] if shutil.which("nvidia-smi") else [[wanted, "--index-url", CPU_INDEX], [wanted]]
         if _pip_has_local_torch(python, wanted):
             ways = [[wanted]]
@@ -40,7 +44,7 @@ def main(folder: str, *flags: str) -> int:
             return 1
     print("installing lownibble", file=sys.stderr)
     extra = "[dev]" if "--dev" in flags else ""
-    return subprocess.call([*pip, *constraints, "--editable", f"{ROOT}{extra}"])
+    return subprocess.call([*pip, "--constraint", str(constraints), "--editable", f"{ROOT}{extra}"])
 
 
 def _pip_has_local_torch(python: Path, wanted: str) -> bool:

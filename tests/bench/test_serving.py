@@ -28,6 +28,7 @@ def test_a_batch_says_what_each_adapter_says_alone(tmp_path, monkeypatch):
         service.engine.close(0)
 
 
+@pytest.mark.slow
 def test_a_short_soak():
     found = bench_soak(repeats=0.1, adapters=12, loaded=5)
     soak, held = found["soak"], found["loaded"]

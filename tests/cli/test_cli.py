@@ -6,6 +6,7 @@ import subprocess
 import sys
 
 import pytest
+import torch
 
 import lownibble
 from lownibble.cli.main import main
@@ -21,6 +22,14 @@ def lownibble_(*arguments, env=None):
         env={**os.environ, **(env or {})},
     )  # fmt: skip
     return done.returncode, done.stdout, done.stderr
+
+
+def here(capsys, *arguments):
+    """The same by a call: a process needs seconds to import what is imported already."""
+    capsys.readouterr()
+    code = main([*map(str, arguments)])
+    told = capsys.readouterr()
+    return code, told.out, told.err
 
 
 def test_version_and_help():
@@ -39,7 +48,7 @@ def test_doctor_prints_one_json_document():
     assert found["versions"]["torch"] in err
 
 
-def test_train_leaves_the_contract_files_and_resumes(tiny_model, tiny_data, tmp_path):
+def test_train_leaves_the_contract_files_and_resumes(tiny_model, tiny_data, tmp_path, capsys):
     output = tmp_path / "out"
     arguments = ["train", "--model", tiny_model, "--data", tiny_data, "--method", "qlora", "--output", output, *SMALL, "--json"]
     code, out, err = lownibble_(*arguments)
@@ -47,20 +56,20 @@ def test_train_leaves_the_contract_files_and_resumes(tiny_model, tiny_data, tmp_
     assert json.loads(out) == json.loads((output / "record.json").read_text())
     assert (output / "adapter" / "adapter_model.safetensors").exists()
     assert list((output / "checkpoints").iterdir())
-    code, out, err = lownibble_(*arguments)
+    code, out, err = here(capsys, *arguments)
     assert code == 2
     assert "holds another run" in json.loads(out)["error"]
     code, _, err = lownibble_(*arguments, "--resume")
     assert code == 0, err
 
 
-def test_train_reads_toml_and_flags_win(tiny_model, tiny_data, tmp_path):
+def test_train_reads_toml_and_flags_win(tiny_model, tiny_data, tmp_path, capsys):
     toml = tmp_path / "run.toml"
     toml.write_text(
         f'model = "{tiny_model}"\nmethod = "lora"\n[data]\npath = "{tiny_data}"\nprompt_template = "{{text}} :"\n'
         'completion_template = " {label}"\n[lora]\nr = 3\n[train]\nmax_steps = 5\nbatch_size = 4\nmax_length = 32\n'
     )
-    code, out, err = lownibble_("train", toml, "--max-steps", 1, "--output", tmp_path / "out", "--json")
+    code, out, err = here(capsys, "train", toml, "--max-steps", 1, "--output", tmp_path / "out", "--json")
     assert code == 0, err
     config = json.loads(out)["config"]
     assert (config["train"]["max_steps"], config["train"]["batch_size"], config["lora"]["r"]) == (1, 4, 3)
@@ -99,15 +108,19 @@ BAD = (
 
 
 @pytest.mark.parametrize("name", BAD)
-def test_bad_input_is_one_clear_error_and_exit_code_2(name, bad, tmp_path):
+def test_bad_input_is_one_clear_error_and_exit_code_2(name, bad, tmp_path, capsys, monkeypatch):
     arguments, words = bad[name]
-    code, out, err = lownibble_("train", *arguments, "--output", tmp_path / "out", "--json", env={"CUDA_VISIBLE_DEVICES": ""})
+    whole = ["train", *arguments, "--output", tmp_path / "out", "--json"]
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    code, out, err = lownibble_(*whole) if name in ("unknown key", "broken row") else here(capsys, *whole)
     assert code == 2, err
     assert words in json.loads(out)["error"]
     assert "Traceback" not in err
     assert not (tmp_path / "out" / "record.json").exists()
 
 
+@pytest.mark.slow
 def test_a_full_disk_is_one_clear_error(tiny_model, tiny_data, tmp_path):
     """A limit on file sizes stands in for the full disk: the adapter's file is larger, the lock is not."""
     limited = (
@@ -123,16 +136,17 @@ def test_a_full_disk_is_one_clear_error(tiny_model, tiny_data, tmp_path):
     assert not list((tmp_path / "out").glob("checkpoints/step-*")), "no half checkpoint is left"
 
 
-def test_an_output_that_cannot_be_written_is_exit_code_2(tiny_model, tiny_data, tmp_path):
+def test_an_output_that_cannot_be_written_is_exit_code_2(tiny_model, tiny_data, tmp_path, capsys):
     (tmp_path / "file").write_text("")
-    code, _, err = lownibble_("train", "--model", tiny_model, "--data", tiny_data, *SMALL, "--output", tmp_path / "file" / "x")
+    output = tmp_path / "file" / "x"
+    code, _, err = here(capsys, "train", "--model", tiny_model, "--data", tiny_data, *SMALL, "--output", output)
     assert code == 2
     assert "error: Cannot write to the output folder" in err
 
 
 @pytest.mark.parametrize(("what", "words"), [("decode", "--data is for 'bench train' and"), ("train", "no rows of 'messages'")])
-def test_bench_takes_real_rows_of_messages_and_only_for_training(what, words, tiny_data):
-    code, _, err = lownibble_("bench", what, "--data", tiny_data)
+def test_bench_takes_real_rows_of_messages_and_only_for_training(what, words, tiny_data, capsys):
+    code, _, err = here(capsys, "bench", what, "--data", tiny_data)
     assert code == 2
     assert words in err
 
@@ -150,8 +164,9 @@ def test_plan_says_what_fits_where():
 
 
 @pytest.mark.parametrize("gpu", ["all", "rtx-4090", "cpu", "memory=24,bandwidth=1000,tflops=165"])
-def test_plan_shows_a_table_and_for_one_device_bars(gpu, tmp_path):
-    code, out, err = lownibble_("plan", "--gpu", gpu, "--tokens", 10**6, "--records", tmp_path, env={"COLUMNS": "200"})
+def test_plan_shows_a_table_and_for_one_device_bars(gpu, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
+    code, out, err = here(capsys, "plan", "--gpu", gpu, "--tokens", 10**6, "--records", tmp_path)
     assert code == 0, err
     assert "demo: 0.13B parameters, batch 8 x 512" in out
     assert ("█" in out) == (gpu != "all")
@@ -169,8 +184,8 @@ def test_plan_shows_a_table_and_for_one_device_bars(gpu, tmp_path):
         (["demo", "--seed", "3"], "Unrecognized arguments: --seed"),
     ],
 )
-def test_plan_refuses_what_makes_no_sense(arguments, words):
-    code, out, err = lownibble_("plan", *arguments, "--json")
+def test_plan_refuses_what_makes_no_sense(arguments, words, capsys):
+    code, out, err = here(capsys, "plan", *arguments, "--json")
     assert code == 2
     assert words in json.loads(out)["error"]
     assert "Traceback" not in err
@@ -188,6 +203,7 @@ def test_claims_judges_a_file(tmp_path):
     assert "Cannot read" in json.loads(out)["error"]
 
 
+@pytest.mark.slow
 def test_study_runs_reports_and_says_what_is_wrong(tiny_model, tiny_data, tmp_path, capsys):
     (tmp_path / "study.toml").write_text(
         f'name = "small"\nseeds = [0]\n[models]\nm = "{tiny_model}"\n[methods]\nlora = {{ method = "lora" }}\n'

@@ -507,6 +507,7 @@ def test_encoder_decoder_with_a_trained_head_is_refused(adapt, tmp_path):
         ln.merge(adapter, tmp_path / "merged", onto="original", measure_tokens=0)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="SIGKILL")
 def test_killed_it_goes_on(tmp_path, tokenizer):
     """kill -9 while shards are written; the same command again ends with the bytes of an undisturbed merge."""

@@ -12,6 +12,7 @@ SLACK = 14 * MB
 """Python objects of the skeleton and the allocator's rounding."""
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
 @pytest.mark.parametrize(("onto", "tokens"), [("dequantized", 0), ("original", 0), ("nf4", 0), ("dequantized", 512)])
 def test_peak_is_a_shard_and_two_tensors(tmp_path, write, adapt, onto, tokens):

@@ -15,9 +15,10 @@ def who(tmp_path_factory):
 @pytest.mark.parametrize(
     ("do", "subject", "count"),
     [
-        (harness.kills, "lora", 4),
+        (harness.kills, "lora", 1),
+        pytest.param(harness.kills, "lora", 4, marks=pytest.mark.slow),
         (harness.stops, "full", 1),
-        (harness.corruptions, "lora", 2),
+        pytest.param(harness.corruptions, "lora", 2, marks=pytest.mark.slow),
         (harness.poisons, "lora", 3),
         (harness.doubles, "lora", 1),
     ],

@@ -205,6 +205,7 @@ def test_bad_options_and_weights(tiny, folder, tmp_path):
         load(tmp_path / "bad")
 
 
+@pytest.mark.slow
 def test_the_example_runs(peft, tmp_path):
     """The articles' code with one import changed; its adapter merges."""
     pytest.importorskip("trl")

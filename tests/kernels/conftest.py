@@ -1,5 +1,6 @@
 """Which cases of the kernel tests Triton's interpreter runs, where there is no GPU (see `tests/triton_interpreter.py`)."""
 
+import pytest
 import torch
 from triton_interpreter import INTERPRETED
 
@@ -22,7 +23,12 @@ def pytest_collection_modifyitems(config, items):
             return True
         return WORTH_INTERPRETING.get(item.originalname, lambda p: True)(parameters)
 
+    for item in items:
+        if torch.cuda.is_available() and "triton" in getattr(getattr(item, "callspec", None), "params", {}).values():
+            item.add_marker(pytest.mark.gpu)
     dropped = [item for item in items if not wanted(item)]
+    for item in dropped:
+        item.left_out = "cases of the Triton kernels that the interpreter does not run; a GPU runs all"
     if dropped:
         config.hook.pytest_deselected(items=dropped)
         items[:] = [item for item in items if wanted(item)]

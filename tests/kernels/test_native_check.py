@@ -40,6 +40,7 @@ def _need(*programs: str) -> None:
             pytest.skip(f"{program} is not installed")
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(platform.machine() != "x86_64", reason="flags are for x86-64")
 def test_this_machine_under_sanitizers(tmp_path: Path) -> None:
     _need("g++")
@@ -50,6 +51,7 @@ def test_this_machine_under_sanitizers(tmp_path: Path) -> None:
     assert "scalar: 120 cases equal scalar" in checked.stdout
 
 
+@pytest.mark.slow
 def test_neon_under_emulation(tmp_path: Path) -> None:
     _need("aarch64-linux-gnu-g++", "qemu-aarch64")
     program = _build("aarch64-linux-gnu-g++", ["-O2", "-static"], {}, tmp_path)

@@ -17,6 +17,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pairwise import pairwise
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
@@ -151,9 +152,7 @@ def _check_4bit(kernels: ops.Backend, x: Tensor, quant_type: str, block_size: in
             _assert_same_bits(out, expected)
 
 
-@pytest.mark.parametrize("block_size", [16, 64, 128, 4096])
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("n", SIZES)
+@pytest.mark.parametrize(("n", "dtype", "block_size"), pairwise(SIZES, DTYPES, [16, 64, 128, 4096]), ids=str)
 def test_4bit_equals_reference(kernels: ops.Backend, n: int, dtype: torch.dtype, block_size: int) -> None:
     for quant_type in QUANT_TYPES:
         _check_4bit(kernels, _random(n, dtype, seed=n), quant_type, block_size)
@@ -262,25 +261,23 @@ def _matmul_bound(x_TC: Tensor, factor_CM: Tensor, epilogue: Epilogue, exact_TM:
     return (terms + 2) * ROUNDOFF[torch.float32] * sizes + 4 * ROUNDOFF[x_TC.dtype] * (sizes + exact_TM.abs()) + 2.0**-24
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("transposed", [False, True])
-@pytest.mark.parametrize(
-    ("T", "N", "K", "block_size", "r"),
-    [
-        (1, 1, 64, 64, 1),
-        (3, 5, 100, 64, 2),  # rows that start inside blocks: decoded first
-        (8, 48, 64, 16, 4),  # blocks too small for the kernel: decoded first
-        (7, 33, 64, 32, 3),  # one short tile, one short panel
-        (9, 100, 192, 4096, 16),  # one block
-        (17, 130, 704, 64, 5),  # two parts of the sum
-        (50, 700, 64, 128, 16),  # blocks run on over row ends; two parts, transposed
-        (0, 3, 64, 64, 2),
-        (3, 0, 64, 64, 2),
-    ],
-)
-def test_matmul_4bit(
-    kernels: ops.Backend, T: int, N: int, K: int, block_size: int, r: int, transposed: bool, dtype: torch.dtype
-) -> None:
+MATMULS = [
+    (1, 1, 64, 64, 1),
+    (3, 5, 100, 64, 2),  # rows that start inside blocks: decoded first
+    (8, 48, 64, 16, 4),  # blocks too small for the kernel: decoded first
+    (7, 33, 64, 32, 3),  # one short tile, one short panel
+    (9, 100, 192, 4096, 16),  # one block
+    (17, 130, 704, 64, 5),  # two parts of the sum
+    (50, 700, 64, 128, 16),  # blocks run on over row ends; two parts, transposed
+    (0, 3, 64, 64, 2),
+    (3, 0, 64, 64, 2),
+]
+"""T, N, K, block size, r."""
+
+
+@pytest.mark.parametrize(("sizes", "transposed", "dtype"), pairwise(MATMULS, [False, True], DTYPES), ids=str)
+def test_matmul_4bit(kernels: ops.Backend, sizes: tuple[int, int, int, int, int], transposed: bool, dtype: torch.dtype) -> None:
+    T, N, K, block_size, r = sizes
     if kernels.name == "triton" and N * K > 20_000:
         pytest.skip("too slow in the interpreter")
     table = codebook("nf4")
@@ -373,9 +370,8 @@ def test_gemv_4bit_does_not_depend_on_threads(kernels: ops.Backend) -> None:
     _assert_same_bits(results[2], results[0])
 
 
-@pytest.mark.parametrize("double_quant", [False, True])
-@pytest.mark.parametrize("block_size", [64, 128])
-@pytest.mark.parametrize("quant_type", QUANT_TYPES)
+@pytest.mark.peer
+@pytest.mark.parametrize(("quant_type", "block_size", "double_quant"), pairwise(QUANT_TYPES, [64, 128], [False, True]))
 def test_bytes_equal_bitsandbytes(kernels: ops.Backend, quant_type: str, block_size: int, double_quant: bool) -> None:
     bitsandbytes = pytest.importorskip("bitsandbytes.functional")
     table = codebook(quant_type)
@@ -397,6 +393,7 @@ def test_bytes_equal_bitsandbytes(kernels: ops.Backend, quant_type: str, block_s
         assert torch.equal(offset, state.offset), name
 
 
+@pytest.mark.peer
 @pytest.mark.parametrize("double_quant", [False, True])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("quant_type", QUANT_TYPES)

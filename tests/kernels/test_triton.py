@@ -22,7 +22,6 @@ from lownibble.training.loss import label_loss
 
 CUDA = torch.cuda.is_available()
 needs_triton = pytest.mark.skipif(not importlib.util.find_spec("triton"), reason="triton is not installed")
-needs_cuda = pytest.mark.skipif(not CUDA, reason="no CUDA device here")
 DEVICE = "cuda" if CUDA else "cpu"
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 2.0**-5}
 """CUDA against CPU, relative to the largest value: float32 sums in another order over two layers; bfloat16 rounds each of some
@@ -122,7 +121,7 @@ def test_a_models_step_is_the_references_bit_for_bit(tiny, batch, dtype):
         assert torch.equal(value, theirs[name]), name
 
 
-@needs_cuda
+@pytest.mark.gpu
 @needs_triton
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 def test_a_models_step_on_cuda_is_the_cpus(tiny, batch, dtype):
@@ -133,7 +132,7 @@ def test_a_models_step_on_cuda_is_the_cpus(tiny, batch, dtype):
         torch.testing.assert_close(value.cpu(), expected, rtol=0, atol=TOLERANCE[dtype] * float(expected.abs().max()))
 
 
-@needs_cuda
+@pytest.mark.gpu
 @needs_triton
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_a_moved_layer_decodes_into_one_buffer_on_the_gpu(dtype):
@@ -153,7 +152,7 @@ def test_a_moved_layer_decodes_into_one_buffer_on_the_gpu(dtype):
     assert release_scratch() == buffer.nbytes
 
 
-@needs_cuda
+@pytest.mark.gpu
 @needs_triton
 def test_quantising_on_cuda_gives_the_cpus_bytes():
     """Without double quantisation; with it, torch's mean of the constants sums in another order on each device."""

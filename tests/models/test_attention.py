@@ -253,7 +253,7 @@ def test_the_variable_length_kernel_gets_what_it_documents(tiny, monkeypatch, na
     assert_same(packed, alone)
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.gpu
 @pytest.mark.parametrize("name", ["llama", "mistral, window"])
 def test_the_variable_length_kernel_on_a_gpu(tiny, monkeypatch, name):
     family, options = MODELS[name]

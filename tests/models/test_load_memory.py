@@ -47,6 +47,7 @@ def big(tmp_path_factory):
     return folder, sum(t.nbytes for t in tensors.values()), max(t.nbytes for t in tensors.values())
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
 @pytest.mark.parametrize(("quant", "dtype"), [("None", "bfloat16"), ("nf4", "float32")])
 def test_peak_is_the_final_size_and_two_tensors(big, write, tokenizer, quant, dtype):

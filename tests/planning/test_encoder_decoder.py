@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from pairwise import pairwise
 from test_step import as_trained, checkpoint, packed, peak_of_events
 from torch.profiler import ProfilerActivity, profile
 from transformers import AutoConfig, AutoModelForSeq2SeqLM
@@ -64,10 +65,10 @@ def planned(shape, method, batch, checkpointing):
     return weights, peak
 
 
-@pytest.mark.parametrize("checkpointing", [False, True], ids=["", "checkpointing"])
-@pytest.mark.parametrize("dropout", [0.0, 0.1])
-@pytest.mark.parametrize("activation", ["relu", "gated-gelu"])
-@pytest.mark.parametrize("method", ["full", "lora", "qlora"])
+@pytest.mark.parametrize(
+    ("method", "activation", "dropout", "checkpointing"),
+    pairwise(["full", "lora", "qlora"], ["relu", "gated-gelu"], [0.0, 0.1], [False, True]),
+)
 def test_equals_the_real_step(method, activation, dropout, checkpointing):
     config = AutoConfig.for_model("t5", **SIZES, feed_forward_proj=activation, dropout_rate=dropout)
     model, batch = model_of(config, method), Batch(2, 96, 128)

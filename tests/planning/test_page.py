@@ -15,6 +15,7 @@ def planned():
     return plan("demo", gpu="t4", batch_size=2, max_length=192)
 
 
+@pytest.mark.slow
 def test_the_page_holds_the_plans(planned, tmp_path):
     text = write_page(planned, tmp_path / "new" / "plan.html").read_text()
     data = json.loads(re.search(r'type="application/json" id="data">(.*)</script>', text)[1])
@@ -27,6 +28,7 @@ def test_the_page_holds_the_plans(planned, tmp_path):
     assert "https://" not in text
 
 
+@pytest.mark.slow
 def test_a_page_that_cannot_be_written(planned, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(OutputError, match="Give another --html"):

@@ -4,6 +4,7 @@ from contextlib import nullcontext
 
 import pytest
 import torch
+from pairwise import pairwise
 from torch.profiler import ProfilerActivity, profile
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -121,9 +122,7 @@ def planned(shape, method, batch, passes, checkpointing):
 
 
 @needs_kernel
-@pytest.mark.parametrize("checkpointing", [False, True], ids=["", "checkpointing"])
-@pytest.mark.parametrize("method", ["full", "lora", "qlora"])
-@pytest.mark.parametrize("model_type", EXACT)
+@pytest.mark.parametrize(("model_type", "method", "checkpointing"), pairwise(EXACT, ["full", "lora", "qlora"], [False, True]))
 def test_equals_the_real_step(model_type, method, checkpointing):
     config = AutoConfig.for_model(model_type, **{**SIZES, **MORE.get(model_type, {})})
     model, batch = model_of(config, method), Batch(2, 64, 100)

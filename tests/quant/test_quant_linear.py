@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from pairwise import pairwise
 from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.utils.checkpoint import checkpoint
@@ -40,9 +41,7 @@ def assert_close(actual, expected, dtype):
 
 
 @pytest.mark.parametrize("backend", ["reference", "cpu"])
-@pytest.mark.parametrize("bias", [False, True])
-@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
-@pytest.mark.parametrize("config", CONFIGS, ids=lambda c: f"{c.quant_type}/{c.block_size}/{c.double_quant}")
+@pytest.mark.parametrize(("config", "dtype", "bias"), pairwise(CONFIGS, list(TOLERANCE), [False, True]))
 def test_forward_and_input_gradient(config, dtype, bias, backend):
     packed, dense = pair(config, bias=bias, dtype=dtype)
     with ln.use_backend(backend):

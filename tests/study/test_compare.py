@@ -25,6 +25,7 @@ def _config(tiny_model, tiny_data, output, **changes):
     return CompareConfig(**(options | changes))
 
 
+@pytest.mark.slow
 def test_compare_runs_each_method_writes_its_files_and_resumes(tiny_model, tiny_data, tmp_path):
     """One test, because each comparison costs three processes that load torch."""
     output = tmp_path / "cmp"
@@ -98,6 +99,7 @@ def test_a_comparison_that_was_interrupted_is_refused_without_resume(tiny_model,
         compare(_config(tiny_model, tiny_data, tmp_path / "cmp"))
 
 
+@pytest.mark.slow
 def test_worker_exit_code_says_that_the_run_failed(tiny_model, tiny_data, tmp_path):
     config = _config(tiny_model, tiny_data, tmp_path / "out")
     spec = {k: v for k, v in config.to_dict().items() if k != "methods"} | {"method": "lora"}

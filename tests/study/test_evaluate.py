@@ -64,6 +64,8 @@ metric_list:
 """
 
 
+@pytest.mark.slow
+@pytest.mark.peer
 @pytest.mark.filterwarnings("ignore")  # lm-eval's and its dependencies'
 def test_the_harness_runs_on_our_layers(tiny_model, tiny_data, tmp_path):
     pytest.importorskip("lm_eval")

@@ -53,7 +53,7 @@ CASES = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", [pytest.param(c, marks=() if c == "packing, biases" else pytest.mark.slow) for c in CASES])
 def test_a_compiled_run_is_the_plain_one_but_for_rounding(case, wide_model, tiny_data, tmp_path):
     plain = train(wide_model, tiny_data, tmp_path / "plain", False, **CASES[case])
     graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
@@ -73,6 +73,7 @@ def test_a_compiled_run_is_the_plain_one_but_for_rounding(case, wide_model, tiny
     assert started["compile_reason"] == "torch_compile is on"
 
 
+@pytest.mark.slow
 @needs_vnni
 def test_8bit_products_and_dropout_repeat_and_resume_bit_for_bit(wide_model, tiny_data, tmp_path):
     options = {"compute": "int8", "lora": {"lora_dropout": 0.2}, "save_steps": 3}
@@ -90,6 +91,7 @@ def test_8bit_products_and_dropout_repeat_and_resume_bit_for_bit(wide_model, tin
     assert all(torch.equal(tensor, files[1][key]) for key, tensor in files[0].items())
 
 
+@pytest.mark.slow
 def test_fp8_products_compile_too(wide_model, tiny_data, tmp_path):
     """On the reference kernels. A rounding elsewhere may become a step of float8, 2^-3 of one value of many in a sum."""
     with ln.use_backend("reference"):
