@@ -207,8 +207,8 @@ def _choose(config: MergeConfig, weights: Weights, measured: dict[str, Any] | No
     kept = models[onto]["kept"]
     if onto == "nf4" and kept < FAITHFUL and not config.force:
         raise OutputError(
-            f"Packed into 4 bits again, the model retains {max(0, kept):.0%} of the fine-tuning gain (under {FAITHFUL:.0%}): nothing "
-            "was "
+            f"Packed into 4 bits again, the model retains {max(0, kept):.0%} of the fine-tuning gain (under {FAITHFUL:.0%}): "
+            "nothing was "
             f"written. Merge onto {best} ({models[best]['kept']:.1%} kept) and quantise when serving, keep the adapter apart, or "
             "--force."
         )
