@@ -7,6 +7,8 @@ import torch
 from tiny_folders import tiny_data, tiny_model  # noqa: F401
 from transformers import LlamaConfig, LlamaForCausalLM
 
+import lownibble as ln
+
 
 @pytest.fixture(scope="module")
 def widen(tiny_model, tmp_path_factory):  # noqa: F811
@@ -21,3 +23,10 @@ def widen(tiny_model, tmp_path_factory):  # noqa: F811
         return folder
 
     return make
+
+
+@pytest.fixture
+def tiny_run(tiny_model, tiny_data):  # noqa: F811
+    """(dense model, tokenizer, data) as a Python user has them."""
+    model, tokenizer = ln.load(str(tiny_model), device="cpu")
+    return model, tokenizer, ln.DataConfig(path=str(tiny_data))

@@ -98,6 +98,34 @@ def test_resume_refuses_other_options(tiny_model, tiny_data, tmp_path):
         run(changed)
 
 
+@pytest.mark.parametrize("warmup", [0.0, 0.2])
+def test_a_run_at_a_constant_rate_can_be_given_more_steps(tiny_model, tiny_data, tmp_path, warmup):
+    """Resumed with more steps, it is the longer run: to the bit without a warm-up; with one, the short one's steps differ."""
+    options = {"lr_scheduler_type": "constant", "warmup_ratio": warmup}
+    short = _config(tiny_model, tiny_data, output_dir=str(tmp_path / "short"), max_steps=4, **options)
+    run(short)
+    longer = run(short.with_options(train=short.train.with_options(resume=True, max_steps=6)))
+    whole = run(_config(tiny_model, tiny_data, output_dir=str(tmp_path / "whole"), max_steps=6, **options))
+    assert len(longer.losses) == 6
+    assert (longer.losses == whole.losses) == (warmup == 0)
+
+
+@pytest.mark.parametrize("options", [{"lr_scheduler_type": "linear"}, {"lr_scheduler_type": "constant", "warmup_ratio": 1.0}])
+def test_other_runs_cannot_be_given_more_steps(tiny_model, tiny_data, tmp_path, options):
+    config = _config(tiny_model, tiny_data, output_dir=str(tmp_path / "out"), max_steps=3, **options)
+    run(config)
+    with pytest.raises(OutputError, match=r"max_steps: 3 -> 5.*Only a run with lr_scheduler_type='constant' .*after its warm-up"):
+        run(config.with_options(train=config.train.with_options(resume=True, max_steps=5)))
+
+
+def test_an_adapter_file_has_the_same_bytes_each_time(tiny_model, tiny_data, tmp_path):
+    result = run(_config(tiny_model, tiny_data, "qlora", output_dir=str(tmp_path / "out")))
+    first = (tmp_path / "out" / "adapter" / "adapter_model.safetensors").read_bytes()
+    for number in range(4):
+        saved = ln.save_adapter(result.model, tmp_path / str(number))
+        assert (saved / "adapter_model.safetensors").read_bytes() == first
+
+
 def test_a_killed_process_resumes_to_the_same_bits(tiny_model, tiny_data, tmp_path):
     options = {"max_steps": 40, "save_steps": 5, "eval_steps": 40}
     whole = run(_config(tiny_model, tiny_data, output_dir=str(tmp_path / "whole"), **options))

@@ -11,6 +11,7 @@ BENCHES = (
     "train",
     "decode",
     "quality",
+    "codecs",
     "memory",
     "paging",
     "plan",

@@ -97,7 +97,7 @@ def _compare(config: RunConfig) -> dict[str, Any]:
     plan = plan_memory(
         find_shape(config.model), this_machine(), config.method, quant=config.quant, lora=config.lora, train=train
     )  # fmt: skip
-    allocated, process = (_in_a_process(config, profiled) for profiled in (True, False))
+    allocated, process = (in_a_process(config, profiled) for profiled in (True, False))
     found = {
         "method": config.method, "batch_size": train.batch_size, "max_length": train.max_length, "r": config.lora.r,
         "gradient_checkpointing": train.gradient_checkpointing, "packing": train.packing, "optim": train.optim,
@@ -115,7 +115,8 @@ def _compare(config: RunConfig) -> dict[str, Any]:
     return found
 
 
-def _in_a_process(config: RunConfig, profiled: bool) -> int:
+def in_a_process(config: RunConfig, profiled: bool) -> int:
+    """Most bytes of two steps of a run in a fresh process: allocated, by the profiler, or of the process as a whole."""
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
         return pool.submit(_allocated if profiled else _resident, config.model_dump_json()).result()
 
