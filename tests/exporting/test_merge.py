@@ -20,8 +20,9 @@ from lownibble.errors import AdapterError, ConfigError, ModelError, OutputError
 from lownibble.exporting import merge as module
 from lownibble.exporting.merge import run_merge
 
-FP32, BF16 = 1e-5, 0.03
-"""Largest difference as a share of the largest logit: the same sums in another order; weights rounded to 8 bits of mantissa."""
+FP32, BF16 = 4e-5, 0.03
+"""Largest difference as a share of the largest logit: the same sums in another order (up to 1.9e-5 on one of two processors that
+this has run on, below 1e-5 on the other); weights rounded to 8 bits of mantissa."""
 
 
 def logits(model, batch):
@@ -316,7 +317,7 @@ def test_a_tune_that_four_bits_would_lose_is_refused(write, adapt, rows, tmp_pat
     save_file(tiny, adapter / "adapter_model.safetensors", metadata=metadata)
     options = {"data": {"path": rows, "eval_path": rows}, "onto": "nf4"}
     with pytest.raises(
-        OutputError, match=r"Packed into 4 bits again, the model keeps \d+% of the tune .* Merge onto dequantized"
+        OutputError, match=r"Packed into 4 bits again, the model retains \d+% of the fine-tuning gain .* Merge onto dequantized"
     ):
         ln.merge(adapter, tmp_path / "merged", **options)
     assert not (tmp_path / "merged").exists()
@@ -424,7 +425,7 @@ def test_options_that_contradict_the_adapter(write, adapt, peft, tmp_path):
     for options, message in cases:
         with pytest.raises(ConfigError, match=message):
             ln.merge(adapter, tmp_path / "merged", measure_tokens=0, **options)
-    with pytest.raises(OutputError, match="was not measured and may have lost the tune"):
+    with pytest.raises(OutputError, match="was not measured and may have lost the fine-tuning gain"):
         ln.merge(adapter, tmp_path / "merged", measure_tokens=0, onto="nf4")
     (tmp_path / "merged").mkdir()
     (tmp_path / "merged" / "notes.txt").write_text("mine")
@@ -553,7 +554,7 @@ def test_from_the_command_line(write, adapt, rows, tmp_path, capsys):
     assert main(arguments) == 0
     printed = capsys.readouterr().out
     assert "Merged onto dequantized" in printed
-    assert "of the tune kept" in printed
+    assert "fine-tuning gain" in printed
     assert main([*arguments, "--json"]) == 2  # it is there
     assert json.loads(capsys.readouterr().out.splitlines()[-1])["kind"] == "OutputError"
     arguments = ["export", str(tmp_path / "merged"), "--output", str(tmp_path / "packed"), "--format", "bnb-4bit", "--json"]

@@ -64,7 +64,7 @@ def test_going_on_in_another_compute_is_told(wide_model, tiny_data, tmp_path):
         train(wide_model, tiny_data, tmp_path / "run", "fp8", max_steps=2, save_steps=1)
         for compute, told in (
             ("fp8", []),
-            ("exact", ["the run began with the frozen base in the compute 'fp8' and goes on in 'exact'"]),
+            ("exact", ["the run started with the frozen base in compute 'fp8' and resumes with 'exact'"]),
         ):
             again = train(wide_model, tiny_data, tmp_path / "run", compute, max_steps=2, save_steps=1, resume=True)
             assert [warning for warning in again.record["warnings"] if "compute" in warning] == told

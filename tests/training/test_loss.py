@@ -205,7 +205,7 @@ def test_without_gradient_nothing_is_kept(tiny, batch):
 
 @pytest.mark.parametrize("plain", [True, False])
 def test_full_logits_never_exist(tiny, batch, monkeypatch, plain):
-    monkeypatch.setattr(loss_module, "_chunk_tokens", lambda row_bytes: 5)
+    monkeypatch.setattr(loss_module, "_chunk_tokens", lambda row_bytes, device: 5)
     model, largest = full(tiny()), 0
     if not plain:
         monkeypatch.setattr(Head, "_plain", lambda *_: None)
@@ -224,7 +224,7 @@ def test_full_logits_never_exist(tiny, batch, monkeypatch, plain):
 
 
 def test_a_plain_head_has_the_gradients_of_any_head(tiny, batch, monkeypatch):
-    monkeypatch.setattr(loss_module, "_chunk_tokens", lambda row_bytes: 5)
+    monkeypatch.setattr(loss_module, "_chunk_tokens", lambda row_bytes, device: 5)
     model, arguments = full(tiny()), batch(rows=3)
     plain = gradients(model, label_loss(model, *arguments))
     monkeypatch.setattr(Head, "_plain", lambda *_: None)

@@ -154,7 +154,7 @@ def test_two_runs_in_one_folder_are_refused(tmp_path):
     with claim(tmp_path / "out", resume=False):
         code = f"from lownibble.training.output import claim; claim({str(tmp_path / 'out')!r}, resume=False).__enter__()"
         second = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-    assert "Another process works" in second.stderr
+    assert "Another process is using" in second.stderr
 
 
 def test_an_output_that_is_a_file_is_refused(tmp_path):

@@ -230,11 +230,14 @@ def test_an_adapter_that_learned_nothing_is_said(tiny_model, tiny_data, tmp_path
 def test_a_disk_that_lies_is_found(tiny_model, tiny_data, tmp_path, monkeypatch):
     from lownibble.lora import adapter
 
-    def save(tensors, path, metadata=None):
-        key = next(key for key in tensors if "lora_B" in key)
-        save_file({**tensors, key: tensors[key] + 0.1}, path, metadata)
+    real = adapter.tensorfile.write
 
-    monkeypatch.setattr(adapter, "save_file", save)
+    def write(path, entries, parts, metadata=None):
+        if "adapter_model" in path.name:
+            parts = ((key, first, values + 0.1 * ("lora_B" in key)) for key, first, values in parts)
+        real(path, entries, parts, metadata)
+
+    monkeypatch.setattr(adapter.tensorfile, "write", write)
     with pytest.raises(OutputError, match="is not the one in memory"):
         run(config_of(tiny_model, tiny_data, tmp_path / "out"))
 

@@ -96,7 +96,7 @@ def _operators() -> str:
     """A digest of the code behind the custom operators. torch keeps compiled graphs on disk and knows a graph by the names of its
     operators: without this, a graph compiled with an older version of Lownibble would be used with this one."""
     folder = Path(lownibble.__file__).parent
-    files = sorted(file for room in ("kernels", "quant", "lora") for file in (folder / room).glob("*.py"))
+    files = sorted(file for room in ("kernels", "quant", "lora") for file in (folder / room).rglob("*.py"))
     return "lownibble-" + hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:16]
 
 
