@@ -105,6 +105,7 @@ def test_cells_are_run_once_and_learning_rates_found_first(study, tmp_path, here
     assert len(records(tmp_path / "out")) == 10
 
 
+@pytest.mark.slow
 def test_killed_ten_times_it_ends_with_the_records_of_an_uninterrupted_run(study, tmp_path, here):
     path = study(**{"seeds = [0, 1]": "seeds = [0, 1, 2]", "learning_rates = [1e-3, 1e-2]": "learning_rates = [1e-2]"})
     run_study(path, tmp_path / "whole")
