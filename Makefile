@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 OUTPUT ?= runs/demo
 
-.PHONY: demo test check matrix format bench bench-parity bench-kernels bench-train bench-train-real bench-decode bench-quality bench-memory bench-plan bench-paging bench-merge bench-latency bench-dropin bench-serve bench-soak study faults readme clean
+.PHONY: demo test check matrix format bench bench-parity bench-kernels bench-train bench-train-real bench-decode bench-quality bench-codecs bench-memory bench-plan bench-paging bench-merge bench-latency bench-dropin bench-serve bench-soak study faults readme clean
 
 demo: $(VENV)/.ready  ## set up, then compare LoRA and QLoRA on the embedded model and data
 	$(BIN)/lownibble compare --output $(OUTPUT) --resume
@@ -44,6 +44,9 @@ bench-decode: $(VENV)/.ready-dev
 
 bench-quality: $(VENV)/.ready-dev  ## about an hour: make bench-quality DATA=nli/ (premise, hypothesis, label)
 	$(BIN)/lownibble bench quality --data $(DATA) --output benchmarks/results/quality-cpu.json
+
+bench-codecs: $(VENV)/.ready-dev
+	$(BIN)/lownibble bench codecs --output benchmarks/results/codecs-cpu.json
 
 bench-memory: $(VENV)/.ready-dev
 	$(BIN)/lownibble bench memory --output benchmarks/results/memory-cpu.json

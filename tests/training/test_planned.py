@@ -92,7 +92,7 @@ def test_a_run_larger_than_the_machine_warns_before_its_first_step(config, monke
     (warning,) = run(asked).record["warnings"]
     assert "--memory-budget" in warning
     trainer, _ = prepare(asked.with_options(train=asked.train.with_options(memory_budget="2GB")))
-    assert planned.warnings(trainer) == []
+    assert planned.RunPlan(trainer).warnings() == []
 
 
 @pytest.mark.parametrize("optim", ["adamw", "paged_adamw"])

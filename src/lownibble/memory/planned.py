@@ -36,37 +36,53 @@ class TrainingRun(Protocol):
     total_steps: int
 
 
-def beside_measured(run: TrainingRun, peak_bytes: int) -> dict[str, Any]:
-    """For the record: the plan of the run's largest forward pass, and its error against the highest bytes measured.
+class RunPlan:
+    """The plan of a run, made once, and again only where memory made the run another one."""
 
-    On a CPU the process is compared, on CUDA what is allocated. Compiled layers save less than the plan has, which is of layers
-    as they are. Where the planner does not know the model or an option, it says so.
-    """
-    try:
-        batch, plan = plan_of(run)
-    except InputError as error:
-        return {"unknown": str(error)}
-    figure = plan.device if run.device.type == "cpu" else plan.allocated
-    return {
-        "batch": batch._asdict(), "plan": plan.to_dict(), "compiled": run.passes.compiled,
-        "figure": "process" if run.device.type == "cpu" else "allocated", "planned_bytes": figure._asdict(),
-        "measured_bytes": peak_bytes, "error": figure.likely / peak_bytes - 1, "within": figure.low <= peak_bytes <= figure.high,
-    }  # fmt: skip
+    def __init__(self, run: TrainingRun) -> None:
+        self._run = run
+        self._made: dict[tuple[int | None, bool, bool], tuple[Batch, MemoryPlan] | InputError] = {}
 
+    def _plan(self) -> tuple[Batch, MemoryPlan] | InputError:
+        fit = self._run.fit
+        key = fit.max_tokens, fit.paged, fit.gradient_checkpointing
+        if key not in self._made:
+            try:
+                self._made[key] = plan_of(self._run)
+            except InputError as error:
+                self._made[key] = error
+        return self._made[key]
 
-def warnings(run: TrainingRun) -> list[str]:
-    """What to say before the first step: the plan is more than there is."""
-    try:
-        _, plan = plan_of(run)
-    except InputError:
-        return []
-    there = device_of(run.device).memory_bytes
-    if run.config.memory_budget or plan.device.likely <= there:
-        return []
-    return [
-        f"by the plan this run takes {plan.device.likely / 1e9:.1f} GB ({plan.device.low / 1e9:.1f} to "
-        f"{plan.device.high / 1e9:.1f}), and there are {there / 1e9:.1f} GB; --memory-budget gives up what it must to stay within"
-    ]
+    def beside_measured(self, peak_bytes: int) -> dict[str, Any]:
+        """For the record: the plan of the run's largest forward pass, and its error against the highest bytes measured.
+
+        On a CPU the process is compared, on CUDA what is allocated. Compiled layers save less than the plan has, which is of layers
+        as they are. Where the planner does not know the model or an option, it says so.
+        """
+        run, found = self._run, self._plan()
+        if isinstance(found, InputError):
+            return {"unknown": str(found)}
+        batch, plan = found
+        figure = plan.device if run.device.type == "cpu" else plan.allocated
+        return {
+            "batch": batch._asdict(), "plan": plan.to_dict(), "compiled": run.passes.compiled,
+            "figure": "process" if run.device.type == "cpu" else "allocated", "planned_bytes": figure._asdict(),
+            "measured_bytes": peak_bytes, "error": figure.likely / peak_bytes - 1,
+            "within": figure.low <= peak_bytes <= figure.high,
+        }  # fmt: skip
+
+    def warnings(self) -> list[str]:
+        """What to say before the first step: the plan is more than there is."""
+        found = self._plan()
+        if isinstance(found, InputError):
+            return []
+        needed, there = found[1].device, device_of(self._run.device).memory_bytes
+        if self._run.config.memory_budget or needed.likely <= there:
+            return []
+        return [
+            f"by the plan this run takes {needed.likely / 1e9:.1f} GB ({needed.low / 1e9:.1f} to {needed.high / 1e9:.1f}), and "
+            f"there are {there / 1e9:.1f} GB; --memory-budget gives up what it must to stay within"
+        ]
 
 
 def plan_of(run: TrainingRun) -> tuple[Batch, MemoryPlan]:

@@ -58,7 +58,7 @@ def rehearse(config: RunConfig) -> dict[str, Any]:
         },
         "memory": {
             "baseline_bytes": baseline, "peak_bytes": peak, "fit": trainer.fit.to_dict(),
-            "planned": planned.beside_measured(trainer, peak),
+            "planned": planned.RunPlan(trainer).beside_measured(peak),
         },
         "speed": {
             "compiled": trainer.passes.compiled, "compile_seconds": trainer.passes.compile_seconds,

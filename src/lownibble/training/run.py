@@ -200,7 +200,8 @@ def _train(
         baseline = loaded["baseline_bytes"] if loaded else usage.used_bytes(trainer.device)
         usage.reset_peak(trainer.device)
         past = read_events(folder / "events.jsonl") if folder and config.resume else []
-        trainer.warnings += planned.warnings(trainer)
+        plan = planned.RunPlan(trainer)
+        trainer.warnings += plan.warnings()
         trainer.stop_signal = stack.enter_context(interrupt.requests())
         events = _history(past, list(deliver(trainer.events(), sinks)))
         peak = usage.peak_bytes(trainer.device)
@@ -222,7 +223,7 @@ def _train(
                 "optimizer_state_bytes": trainer.optimizer_state_bytes,
                 "ledger": trainer.ledger,
                 **_budget(trainer, warned),
-                "planned": planned.beside_measured(trainer, peak),
+                "planned": plan.beside_measured(peak),
             },
             "speed": {**_compilation(trainer.passes), **_speed([e for e in events if isinstance(e, Stepped)])},
             "steps": [asdict(e) for e in events if isinstance(e, Stepped)],
