@@ -78,7 +78,8 @@ class QuantConfig(Options):
 
     @classmethod
     def of_layers(cls, layers: Mapping[str, QuantConfig], skip_modules: list[str]) -> QuantConfig:
-        """The configuration that packs each path like that: the most common way, and a pattern for each group of others."""
+        """The configuration that packs each path like that: the most common way, and a pattern for each group of others, no two of
+        which fit the same path."""
         ways = {path: tuple(getattr(each, key) for key in PER_LAYER) for path, each in layers.items()}
         common = Counter(ways.values()).most_common(1)[0][0]
         of_name: dict[str, set[tuple[Any, ...]]] = {}
@@ -89,7 +90,8 @@ class QuantConfig(Options):
             name = path.rpartition(".")[2]
             if way != common:
                 pattern[re.escape(name if len(of_name[name]) == 1 else path)] = dict(zip(PER_LAYER, way, strict=True))
-        return cls(**dict(zip(PER_LAYER, common, strict=True)), skip_modules=skip_modules, pattern=pattern)
+        options = dict(zip(PER_LAYER, common, strict=True))
+        return cls(**options, skip_modules=skip_modules, pattern=dict(sorted(pattern.items())))
 
 
 class LoraConfig(Options):

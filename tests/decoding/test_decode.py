@@ -70,6 +70,27 @@ def test_same_tokens_as_transformers(quantized, family):
         torch.testing.assert_close(a, b, **CLOSE)
 
 
+@pytest.mark.parametrize("adapted", [False, True])
+@pytest.mark.parametrize(
+    "quant",
+    [{"quant_type": "int8", "block_size": "row"}, {"quant_type": "int4"}, {"pattern": {"down_proj": {"quant_type": "int8"}}}],
+    ids=["int8", "int4", "mixed"],
+)
+def test_same_tokens_with_other_codecs(tiny, quant, adapted):
+    """Layers that are not all in 4 bits run in torch."""
+    model = tiny("llama", hidden_size=64, intermediate_size=128)
+    config = ln.QuantConfig(**quant)
+    for name, module in list(model.named_modules()):
+        if isinstance(module, nn.Linear) and name != "lm_head":
+            model.set_submodule(name, QuantLinear.from_linear(module, config.for_layer(name)))
+    model = _adapt(model) if adapted else model
+    asked = {**_prompts(), "max_new_tokens": 12, "do_sample": False, "return_dict_in_generate": True, "output_logits": True}
+    expected, found = model.generate(**asked), model.generate(**asked, custom_generate=ln.decode)
+    assert torch.equal(found.sequences, expected.sequences)
+    for a, b in zip(found.logits, expected.logits, strict=True):
+        torch.testing.assert_close(a, b, **CLOSE)
+
+
 def test_with_an_adapter(quantized):
     model = quantized()
     plain = model.generate(**_prompts(), max_new_tokens=10, do_sample=False, custom_generate=ln.decode)

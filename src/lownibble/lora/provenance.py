@@ -20,6 +20,7 @@ from typing import Any
 
 from torch import nn
 
+from lownibble.config import PER_LAYER
 from lownibble.lora.layer import LoraLinear, TrainedCopy
 from lownibble.models.info import info
 from lownibble.models.packed import config_of
@@ -99,8 +100,15 @@ def other_weights(trained_on: Facts, base: Facts) -> str | None:
 
 def other_codec(trained_on: Facts, base: Facts) -> str | None:
     """How the base is stored otherwise than it was in training, or None; the kind of products (`compute`) is no matter."""
+    if _stored(base["quant"]) == _stored(trained_on["quant"]):
+        return None
     ours, theirs = (describe(facts["quant"]) for facts in (base, trained_on))
-    return None if ours == theirs else f"it was trained on {theirs} weights, and these are {ours}"
+    return f"it was trained on {theirs} weights, and these are {ours}"
+
+
+def _stored(quant: Mapping[str, Any] | None) -> Any:
+    """What of the facts says how weights are stored."""
+    return quant and [quant[key] for key in PER_LAYER] + [quant.get("pattern") or {}]
 
 
 def describe(quant: Mapping[str, Any] | None) -> str:

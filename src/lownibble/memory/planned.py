@@ -56,8 +56,8 @@ class RunPlan:
     def beside_measured(self, peak_bytes: int) -> dict[str, Any]:
         """For the record: the plan of the run's largest forward pass, and its error against the highest bytes measured.
 
-        On a CPU the process is compared, on CUDA what is allocated. Compiled layers save less than the plan has, which is of layers
-        as they are. Where the planner does not know the model or an option, it says so.
+        On a CPU the process is compared, on CUDA what is allocated. Compiled layers save less than the plan has, which is of
+        layers as they are. Where the planner does not know the model or an option, it says so.
         """
         run, found = self._run, self._plan()
         if isinstance(found, InputError):
