@@ -78,8 +78,10 @@ class QuantConfig(Options):
 
     @classmethod
     def of_layers(cls, layers: Mapping[str, QuantConfig], skip_modules: list[str]) -> QuantConfig:
-        """The configuration that packs each path like that: the most common way, and a pattern for each group of others, no two of
-        which fit the same path."""
+        """The configuration that packs each path like that: the most common way, and a pattern for each group of others.
+
+        No two of its patterns fit the same path.
+        """
         ways = {path: tuple(getattr(each, key) for key in PER_LAYER) for path, each in layers.items()}
         common = Counter(ways.values()).most_common(1)[0][0]
         of_name: dict[str, set[tuple[Any, ...]]] = {}

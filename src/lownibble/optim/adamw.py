@@ -13,11 +13,31 @@ import torch
 from torch import nn
 
 from lownibble.errors import ConfigError
-from lownibble.optim.paged_adamw import PagedAdamW
-from lownibble.optim.specs import Paging, is_paged, paged_name, spec
+from lownibble.optim.paged_adamw import EightBit, Fused, PagedAdamW
+from lownibble.optim.specs import Groups, Paging, is_paged, paged_name, spec
 
 BETAS, EPSILON = (0.9, 0.999), 1e-8
 """QLoRA's and transformers' defaults."""
+
+
+def fused(groups: Groups, paging: Paging) -> torch.optim.Optimizer:
+    """torch's fused AdamW."""
+    return torch.optim.AdamW(groups, fused=True)
+
+
+def paged(groups: Groups, paging: Paging) -> torch.optim.Optimizer:
+    """The same bits; states in pages of which a part is in memory."""
+    return PagedAdamW(groups, Fused(), paging)
+
+
+def eight_bit(groups: Groups, paging: Paging) -> torch.optim.Optimizer:
+    """Both moments in 8 bits."""
+    return PagedAdamW(groups, EightBit(), None)
+
+
+def paged_eight_bit(groups: Groups, paging: Paging) -> torch.optim.Optimizer:
+    """Both."""
+    return PagedAdamW(groups, EightBit(), paging)
 
 
 def make_optimizer(
@@ -41,7 +61,7 @@ def make_optimizer(
         {"params": [p for p in trained if p.ndim > 1], "weight_decay": weight_decay, **shared},
         {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0, **shared},
     ]
-    return spec(kind).build([g for g in groups if g["params"]], Paging(page_budget, folder))
+    return spec(kind).make([g for g in groups if g["params"]], Paging(page_budget, folder))
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:

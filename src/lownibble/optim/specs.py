@@ -11,6 +11,7 @@ resumed and counted like these.
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -51,15 +52,23 @@ class OptimizerSpec:
     """An optimiser.
 
     Attributes:
-        build: makes it from its groups; those that page take the `Paging` too.
+        build: (groups, paging) -> the optimiser, or 'module:function' that is imported when one is made.
         state_bytes: (elements, bytes of one) of a parameter -> bytes of its states.
         plain, paged: names of the one with the same states that does not page, and that does; None: there is none.
     """
 
-    build: Callable[[Groups, Paging], torch.optim.Optimizer]
+    build: Callable[[Groups, Paging], torch.optim.Optimizer] | str
     state_bytes: Callable[[int, int], int]
     plain: str | None = None
     paged: str | None = None
+
+    def make(self, groups: Groups, paging: Paging) -> torch.optim.Optimizer:
+        """The optimiser over these groups."""
+        if not isinstance(self.build, str):
+            return self.build(groups, paging)
+        module, _, function = self.build.partition(":")
+        made: torch.optim.Optimizer = getattr(importlib.import_module(module), function)(groups, paging)
+        return made
 
 
 def spec(name: str) -> OptimizerSpec:
@@ -93,22 +102,7 @@ def both_moments_8bit(n: int, itemsize: int) -> int:
     return 2 * n * FLOAT32 if n < SMALLEST_8BIT else 2 * n + 2 * FLOAT32 * -(-n // BLOCK_8BIT)
 
 
-def _adamw(groups: Groups, paging: Paging) -> torch.optim.Optimizer:
-    import torch
-
-    return torch.optim.AdamW(groups, fused=True)
-
-
-def _paged(arithmetic: str, pages: bool) -> Callable[[Groups, Paging], torch.optim.Optimizer]:
-    def build(groups: Groups, paging: Paging) -> torch.optim.Optimizer:
-        from lownibble.optim import paged_adamw
-
-        return paged_adamw.PagedAdamW(groups, getattr(paged_adamw, arithmetic)(), paging if pages else None)
-
-    return build
-
-
-ADAMW = OptimizerSpec(_adamw, both_moments, "adamw", "paged_adamw")
-PAGED_ADAMW = OptimizerSpec(_paged("Fused", True), both_moments, "adamw", "paged_adamw")
-ADAMW_8BIT = OptimizerSpec(_paged("EightBit", False), both_moments_8bit, "adamw_8bit", "paged_adamw_8bit")
-PAGED_ADAMW_8BIT = OptimizerSpec(_paged("EightBit", True), both_moments_8bit, "adamw_8bit", "paged_adamw_8bit")
+ADAMW = OptimizerSpec("lownibble.optim.adamw:fused", both_moments, "adamw", "paged_adamw")
+PAGED_ADAMW = OptimizerSpec("lownibble.optim.adamw:paged", both_moments, "adamw", "paged_adamw")
+ADAMW_8BIT = OptimizerSpec("lownibble.optim.adamw:eight_bit", both_moments_8bit, "adamw_8bit", "paged_adamw_8bit")
+PAGED_ADAMW_8BIT = OptimizerSpec("lownibble.optim.adamw:paged_eight_bit", both_moments_8bit, "adamw_8bit", "paged_adamw_8bit")
