@@ -326,6 +326,7 @@ def test_what_cannot_be_used_is_said_before_anything_is_run(study, tmp_path, rep
     assert not (tmp_path / "out" / "cells").exists()
 
 
+@pytest.mark.slow
 def test_a_cluster_of_two_workers_gives_the_records_of_this_machine(study, tmp_path, no_turns):
     ray = pytest.importorskip("ray")
     path = study(**{"learning_rates = [1e-3, 1e-2]": "learning_rates = [1e-2]", "qlora = {": "# qlora = {"})
