@@ -326,7 +326,7 @@ def test_a_tune_that_four_bits_would_lose_is_refused(write, adapt, rows, tmp_pat
     ln.merge(adapter, tmp_path / "faithful", **options | {"onto": "dequantized"})
     ln.export(tmp_path / "faithful", tmp_path / "copy", "safetensors")
     for model in ("faithful", "copy"):
-        with pytest.raises(OutputError, match=r"holds a merged adapter, of which \d+% was kept in 4 bits"):
+        with pytest.raises(OutputError, match=r"holds a merged adapter, which retains \d+% of its fine-tuning gain in 4 bits"):
             ln.export(tmp_path / model, tmp_path / "packed", "bnb-4bit")
         assert not (tmp_path / "packed").exists()
     ln.export(tmp_path / "copy", tmp_path / "packed", "bnb-4bit", force=True)
@@ -559,7 +559,7 @@ def test_from_the_command_line(write, adapt, rows, tmp_path, capsys):
     assert json.loads(capsys.readouterr().out.splitlines()[-1])["kind"] == "OutputError"
     arguments = ["export", str(tmp_path / "merged"), "--output", str(tmp_path / "packed"), "--format", "bnb-4bit", "--json"]
     assert main(arguments) == 2
-    assert "of which 85% was kept in 4 bits" in json.loads(capsys.readouterr().out.splitlines()[-1])["error"]
+    assert "which retains 85% of its fine-tuning gain in 4 bits" in json.loads(capsys.readouterr().out.splitlines()[-1])["error"]
     assert main([*arguments, "--force"]) == 0
     assert json.loads(capsys.readouterr().out.splitlines()[-1])["status"] == "ok"
     assert ln.load(str(tmp_path / "packed"))[0].model.layers[0].mlp.up_proj.quant_type == "nf4"

@@ -58,7 +58,7 @@ def _adapter(layers, r, dtype=torch.float32):
         a, b = (torch.randn(shape).div(8).to(dtype) for shape in ((rank, K), (N, rank)))
         return None if rank == 7 else LowRank(a, b, 0.5 + index)
 
-    return Adapter([[branch(i, *linear.shape) for i, linear in enumerate(layer.projections)] for layer in layers.of])
+    return Adapter([[branch(i, *linear.weight.shape) for i, linear in enumerate(layer.projections)] for layer in layers.of])
 
 
 def _step(slots, positions, head_dim):

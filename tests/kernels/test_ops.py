@@ -540,7 +540,7 @@ def test_one_openmp_runtime_in_the_process() -> None:
 
 
 def test_missing_library_says_why(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cpu, "_FOLDER", tmp_path)
+    monkeypatch.setattr("lownibble.kernels.cpu.loading._FOLDER", tmp_path)
     missing = cpu.library.__wrapped__
     with pytest.raises(BackendError, match="The compiled library is missing: it was never built; reinstall lownibble"):
         missing()

@@ -78,7 +78,7 @@ def test_what_was_asked_for_is_not_given_up():
     ("gpu", "method", "reason"),
     [
         ("h200", "lora", "LoRA fits as it is"),
-        ("memory=12,bandwidth=500,tflops=50", "qlora", "QLoRA fits as it is, LoRA only"),
+        ("memory=12,bandwidth=500,tflops=50", "qlora", "QLoRA fits as is; LoRA needs"),
         ("memory=4,bandwidth=500,tflops=50", None, "Nothing fits. Nearest is qlora"),
     ],
 )

@@ -174,7 +174,7 @@ def test_accumulated_epochs_are_whole_steps(tiny_model):
     config = TrainConfig(batch_size=1, max_length=32, packing=True, num_train_epochs=2.5, gradient_accumulation_steps=2)
     packs = [len(epoch_batches(rows, 1, 0, epoch, pack_to=32)) for epoch in range(3)]
     pairs = [-(-n // 2) for n in packs]
-    assert len(set(pairs)) == 3, "the test needs epochs that differ"
+    assert len(set(pairs)) > 1, "the test needs epochs that differ"
     model, tokenizer = ln.load(str(tiny_model))
     steps = Trainer(model.requires_grad_(True), tokenizer, rows, rows[:1], config).total_steps
     assert steps == pairs[0] + pairs[1] + math.ceil(pairs[2] * 0.5)

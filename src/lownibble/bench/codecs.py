@@ -67,7 +67,7 @@ def _measure(name: str, quant: QuantConfig | None) -> dict[str, Any]:
         "loss_before": first["loss"], "loss_after": last["loss"],
         "scores_before": first["scores"], "scores_after": last["scores"],
         "codes_bytes": trained["memory"]["codes_bytes"], "constants_bytes": trained["memory"]["constants_bytes"],
-        "bits_per_weight": _bits(shape, quant), "tokens_per_s": trained["speed"]["tokens_per_s"],
+        "bits_per_weight": _bits(shape, quant),
         "allocated_bytes": allocated, "planned_bytes": plan, "allocated_error": plan / allocated - 1, "batch": batch.get("batch"),
     }  # fmt: skip
     print(

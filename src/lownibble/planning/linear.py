@@ -18,7 +18,7 @@ def chunk_bytes(device_bytes: int | None) -> int:
     """Largest size of one chunk of float32 logits on a device with so much memory; None: on a CPU. Training goes by it too."""
     if device_bytes is None or device_bytes < SMALLEST_CHUNK * CHUNK_SHARE:
         return SMALLEST_CHUNK
-    return int(min(512 << 20, 1 << (device_bytes // CHUNK_SHARE).bit_length() - 1))
+    return int(min(256 << 20, 1 << (device_bytes // CHUNK_SHARE).bit_length() - 1))
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from lownibble.kernels.cpu.fourbit import (
     softmax_rows,
 )
 from lownibble.kernels.cpu.int8 import has_int8, matmul_8bit, matmul_8bit_dense, need_int8, quantize_rows, row_scales
-from lownibble.kernels.cpu.library import available_isas, isa, library, select_isa
+from lownibble.kernels.cpu.loading import available_isas, isa, library, select_isa
 from lownibble.kernels.cpu.low_rank import low_rank, low_rank_backward
 
 name = "cpu"

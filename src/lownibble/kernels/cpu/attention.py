@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lownibble.errors import InputError
 from lownibble.kernels.checks import check_tensor
-from lownibble.kernels.cpu.library import library
+from lownibble.kernels.cpu.loading import library
 
 _CPU = torch.device("cpu")
 

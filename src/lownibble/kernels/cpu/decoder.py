@@ -15,7 +15,7 @@ from lownibble.errors import BackendError, InputError
 from lownibble.kernels import decoder
 from lownibble.kernels.checks import DTYPES, check_block_size, check_float, check_tensor, check_weight
 from lownibble.kernels.cpu.fourbit import gemv_4bit
-from lownibble.kernels.cpu.library import library
+from lownibble.kernels.cpu.loading import library
 from lownibble.kernels.decoder import PROJECTIONS, Adapter, DecoderLayer, DecoderLayers, Projection, Segment, Step
 from lownibble.kernels.types import FourBit
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lownibble.kernels import decoded, plain
 from lownibble.kernels.cpu.arguments import address, block_shift, epilogue_addresses, type_number, weight_addresses
-from lownibble.kernels.cpu.library import library
+from lownibble.kernels.cpu.loading import library
 from lownibble.kernels.types import Epilogue, FourBit
 
 

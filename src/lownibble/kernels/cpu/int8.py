@@ -9,7 +9,7 @@ from lownibble.errors import BackendError, InputError
 from lownibble.kernels import decoded
 from lownibble.kernels.checks import check_weight_8bit
 from lownibble.kernels.cpu.arguments import address, block_shift, epilogue_addresses, weight_addresses
-from lownibble.kernels.cpu.library import library
+from lownibble.kernels.cpu.loading import library
 from lownibble.kernels.types import PART, Epilogue, FourBit, Rows8bit, row_sizes
 
 

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from lownibble.kernels import plain
 from lownibble.kernels.checks import check_factor, check_tensor
-from lownibble.kernels.cpu.library import library
+from lownibble.kernels.cpu.loading import library
 
 _CPU = torch.device("cpu")
 
