@@ -1,8 +1,9 @@
 """Codecs beside each other on the embedded model: how a fine-tuning run begins and ends on each, and its memory against the plan.
 
-The same short run (rows, seed, adapters, exact products) on a base that is dense, in nf4, in int8 and in int4. The loss before the
-first step says what packing cost, the loss at the end how much of that training made good. Allocated bytes are counted by torch's
-profiler over two steps and compared with the planner's, as in `bench plan`. One seed: differences of a few percent say little.
+The same short run (rows, seed, adapters, exact products) on a base that is dense, in nf4, in int8 and in int4. The loss before
+the first step says what packing cost, the loss at the end how much of that training made good. Allocated bytes are counted by
+torch's profiler over two steps and compared with the planner's, as in `bench plan`. One seed: differences of a few percent say
+little.
 """
 
 from __future__ import annotations
