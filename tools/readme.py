@@ -531,7 +531,22 @@ def quality_summary() -> str:
     return "\n".join(lines) + f"\n\n{facts}\n\n{source}"
 
 
+def codecs() -> str:
+    """A run on each codec."""
+    record = _record("codecs-cpu")
+    train = record["workload"]["train"]
+    lines = ["| base | bits a weight | loss at step 0 | loss at the end | allocated, MB | planned |", "| --- |" + " ---: |" * 5]
+    for name, found in record["codecs"].items():
+        lines.append(
+            f"| {name} | {found['bits_per_weight']:.2f} | {found['loss_before']:.3f} | {found['loss_after']:.3f} | "
+            f"{found['allocated_bytes'] / 1e6:.1f} | {found['allocated_error']:+.2%} |"
+        )
+    source = f"{train['max_steps']} steps of {train['batch_size']} rows, one seed; {_where(record)}"
+    return "\n".join(lines) + f"\n\n({source}; `benchmarks/results/codecs-cpu.json`)"
+
+
 SECTIONS: dict[str, Callable[[], str]] = {
+    "codecs": codecs,
     "speed-summary": speed_summary,
     "memory-summary": memory_summary,
     "quality-summary": quality_summary,
