@@ -143,7 +143,7 @@ def _choose_compute(model: Any) -> None:
         compute, reason = eightbit.automatic((layer.weight for layer in layers), model.dtype, model.device)
     info(model).compute = f"{compute} ({reason})"
     for layer in layers:
-        layer.compute = compute if layer.weight.four_bit is not None else "exact"
+        layer.compute = compute
 
 
 def _leave_compute(model: Any) -> None:
