@@ -16,6 +16,7 @@ LAYERS = {
     "study": 12,
     "bench": 13,
     "cli": 14,
+    "__main__": 15,
 }  # fmt: skip
 
 

@@ -2,6 +2,7 @@
 
     CODECS       `QuantConfig.quant_type`        how a weight is packed                  quant/packed.py
     INITS        `LoraConfig.init_lora_weights`  how an adapter starts                   lora/init.py
+    VARIANTS     (LoRA so far)                   what a layer computes with its adapter  lora/variants.py
     OPTIMIZERS   `TrainConfig.optim`             what takes the steps                    optim/specs.py
     OBJECTIVES   `TrainConfig.objective`         what is minimised                       training/objectives.py
 
@@ -121,6 +122,8 @@ INITS = Registry(
     "initialisation of adapters",
     {name: f"lownibble.lora.init:{name}" for name in ("kaiming", "gaussian", "random")},
 )
+
+VARIANTS = Registry("variant of adapters", {"lora": "lownibble.lora.variants:LORA"})
 
 OPTIMIZERS = Registry(
     "optimiser",

@@ -49,7 +49,11 @@ def read_layers(model: Any) -> DecoderLayers:
 
 
 def read_adapter(model: Any, adapter: str | None = None) -> Adapter | None:
-    """The low-rank branches of the adapter called so, or of the active one; None where there are none."""
+    """The low-rank branches of the adapter called so, or of the active one; None where there are none.
+
+    Raises:
+        ModelError: the adapter is of a variant that is not a low-rank sum alone.
+    """
     found = [[_branch(module, adapter) for module in _projections(layer)] for layer in model.base_model.layers]
     return Adapter(found) if any(branch for branches in found for branch in branches) else None
 
@@ -60,7 +64,9 @@ def _branch(module: nn.Module, adapter: str | None) -> LowRank | None:
     name = adapter or module.active
     if name is None or name not in module.adapters:
         return None
-    low: Any = module.adapters[name]
+    low = module.adapter(name)
+    if not low.variant.plain:
+        raise refusal(low, "its adapter is more than a low-rank sum")
     return LowRank(low.lora_A.detach(), low.lora_B.detach(), low.scale)
 
 

@@ -81,7 +81,7 @@ def run_merge(config: MergeConfig, tell: Tell = say_nothing) -> dict[str, Any]:
         "base": {"model": source.name, "digest": weights.checkpoint.digest(), "stored": _codec(weights)},
         "onto": onto,
         "targets": weights.targets,
-        "tensors_changed": len(weights.replaced.keys() | weights.low_ranks.keys()),
+        "tensors_changed": len(weights.replaced.keys() | weights.edits.keys()),
         "measured": measured and {"data": rows, **measured},
         "advice": advice,
         "output": str(output),

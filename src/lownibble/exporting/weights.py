@@ -28,6 +28,7 @@ from lownibble.config import QuantConfig
 from lownibble.errors import AdapterError, ConfigError, ModelError
 from lownibble.lora.adapter import PREFIX, AdapterFile
 from lownibble.lora.targets import scale_of
+from lownibble.lora.variants import variant_of
 from lownibble.models import ModelSource, skeleton
 from lownibble.models import packed as packed_files
 from lownibble.models.checkpoint import Checkpoint
@@ -44,11 +45,10 @@ def say_nothing(what: str, done: int, total: int) -> None:
     """For who does not want to be told."""
 
 
-class LowRank(NamedTuple):
-    """scale * B A; `a`, `b` are keys of the adapter's file."""
+class Edit(NamedTuple):
+    """What an adapter does to a layer's weight: `keys` of the adapter's file by the variant's name for the parameter."""
 
-    a: str
-    b: str
+    keys: dict[str, str]
     scale: float
 
 
@@ -63,7 +63,7 @@ class Weights:
         model: transformers' skeleton on the meta device, with the adapter's vocabulary.
         names: of the merged model's parameters and buffers -> the base's tensor that each starts from.
         replaced: name -> key of the adapter's tensor that takes its place.
-        low_ranks: name -> low-rank sum that is added to it then.
+        edits: name -> what the adapter's variant does to it then.
         changes: keys of config.json that change, with their values.
     Raises:
         AdapterError: a tensor of the adapter has no place, is missing, of another shape or not finite.
@@ -91,7 +91,7 @@ class Weights:
         self.new_quant = self.quant or new_quant
         self._groups = _tied_groups(self.model)  # now: hooks that lend the model its tensors part what is tied
         self.changes: dict[str, Any] = {}
-        self.low_ranks: dict[str, LowRank] = {}
+        self.edits: dict[str, Edit] = {}
         self.replaced: dict[str, str] = {}
         if adapter is not None:
             self._edit(adapter)
@@ -133,14 +133,15 @@ class Weights:
         for key in (*expected, *carried.values()):
             if not torch.isfinite(adapter.read(key)).all():
                 raise AdapterError(f"'{key}' of '{adapter.path}' holds NaN or infinite values. Train again with a lower rate.")
+        self.variant = variant_of(adapter.config)
         for key in expected:
             name = _name_of(key)
-            if name.endswith(".lora_A.weight"):
-                path = name.removesuffix(".lora_A.weight")
-                b = key.replace(".lora_A.", ".lora_B.")
-                self.low_ranks[f"{path}.weight"] = LowRank(key, b, scale_of(path, adapter.config))
-            elif not name.endswith(".lora_B.weight"):
+            own = next((own for own, suffix in self.variant.keys.items() if name.endswith(f".{suffix}")), None)
+            if own is None:
                 self.replaced[name] = key
+                continue
+            path = name.removesuffix(f".{self.variant.keys[own]}")
+            self.edits.setdefault(f"{path}.weight", Edit({}, scale_of(path, adapter.config))).keys[own] = key
         self._untie(carried, embedding, head)
 
     def _extra(
@@ -188,7 +189,7 @@ class Weights:
     def _untie(self, carried: Mapping[str, str], embedding: str | None, head: str | None) -> None:
         """Give modules that share a tensor their own, where the adapter does not do the same to all of them."""
         assert self.adapter is not None
-        trained = {*self.replaced, *self.low_ranks}
+        trained = {*self.replaced, *self.edits}
         for name, key in carried.items():
             group = self._tied(name)
             first, *others = (self.adapter.read(carried[other]) for other in group if other in carried)
@@ -265,10 +266,15 @@ class Weights:
 
     def low_rank(self, name: str) -> tuple[Tensor, Tensor, float] | None:
         """A (r, in), B (out, r) and scale at `name`, or None."""
-        edit = self.low_ranks.get(name)
-        if self.adapter is None or edit is None:
+        if self.adapter is None or name not in self.edits:
             return None
-        return self.adapter.read(edit.a).float(), self.adapter.read(edit.b).float(), edit.scale
+        read = self._parameters(name)
+        return read["lora_A"], read["lora_B"], self.edits[name].scale
+
+    def _parameters(self, name: str) -> dict[str, Tensor]:
+        """The adapter's parameters at `name`, float32, by the variant's names."""
+        assert self.adapter is not None
+        return {own: self.adapter.read(key).float() for own, key in self.edits[name].keys.items()}
 
     def merged(self, name: str, onto: str) -> Tensor | PackedWeight:
         """The tensor of the merged model as it is written: in its final type, or packed for 'nf4'.
@@ -276,14 +282,13 @@ class Weights:
         Raises:
             AdapterError: the sum does not fit the type.
         """
-        base, low_rank = self._base(name, codec=onto != "original"), self.low_rank(name)
+        base, edited = self._base(name, codec=onto != "original"), name in self.edits
         packs = onto == "nf4" and name.removesuffix(".weight") in self.requantized and name.endswith(".weight")
-        if low_rank is None and packs == isinstance(base, PackedWeight):
+        if not edited and packs == isinstance(base, PackedWeight):
             return base if isinstance(base, PackedWeight) else self._cast(base, name)
         total = as_float(base)
-        if low_rank is not None:
-            a, b, scale = low_rank
-            total.addmm_(b, a, alpha=scale)
+        if edited:
+            total = self.variant.merge(total, self._parameters(name), self.edits[name].scale)
         if packs:
             how = self.new_quant.for_layer(name.removesuffix(".weight"))
             return quantize(total, how, name=name).with_dtype(self.kept_dtype(name))

@@ -1,9 +1,9 @@
 """Adapter files in PEFT's layout, both ways.
 
-A folder with `adapter_config.json` and `adapter_model.safetensors`. Keys are `base_model.model.<path>.lora_A.weight`,
-`...lora_B.weight`, `...base_layer.bias` for trained biases of adapted layers and `<path>.<parameter>` for modules_to_save. The
-safetensors metadata says what it was trained on (`provenance.py`). Files are written aside and renamed, so that a reader never
-sees half a file. Only safetensors is read: never pickle.
+A folder with `adapter_config.json` and `adapter_model.safetensors`. Keys are `base_model.model.<path>.` and what the variant
+calls its parameters (`lora_A.weight`, `lora_B.weight`); `base_layer.bias` for trained biases of adapted layers, the parameter's
+own name for modules_to_save. The safetensors metadata says what it was trained on (`provenance.py`). Files are written aside
+and renamed, so that a reader never sees half a file. Only safetensors is read: never pickle.
 """
 
 from __future__ import annotations
@@ -33,6 +33,7 @@ from lownibble.lora.inject import (
 )
 from lownibble.lora.provenance import base_facts, from_metadata, other_codec, other_weights, to_metadata
 from lownibble.lora.targets import rank_of
+from lownibble.lora.variants import variant_of
 
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."
@@ -56,8 +57,8 @@ def adapter_tensors(model: nn.Module, name: str) -> dict[str, Tensor]:
     """File key -> the live tensor, for everything the adapter `name` trained."""
     tensors: dict[str, Tensor] = {}
     for path, layer in lora_layers(model, name):
-        tensors[f"{PREFIX}{path}.lora_A.weight"] = layer.adapter(name).lora_A
-        tensors[f"{PREFIX}{path}.lora_B.weight"] = layer.adapter(name).lora_B
+        adapter = layer.adapter(name)
+        tensors |= {f"{PREFIX}{path}.{key}": getattr(adapter, own) for own, key in adapter.variant.keys.items()}
     for path, module in saved_modules(model, name):
         tensors |= {f"{PREFIX}{path}.{key}": value for key, value in module.named_parameters()}
     return tensors | {PREFIX + path: bias for path, bias in trained_biases(model, name)}
@@ -258,10 +259,10 @@ def _check_base(model: nn.Module, stored: AdapterFile, any_base: bool) -> None:
 def _expected_shapes(planned: Plan, config: LoraConfig) -> dict[str, torch.Size]:
     """File key -> shape of every tensor that the adapter's file must hold."""
     shapes: dict[str, torch.Size] = {}
+    variant = variant_of(config)
     for path, layer in planned.targets.items():
-        r = rank_of(path, config)
-        shapes[f"{path}.lora_A.weight"] = torch.Size((r, layer.in_features))  # type: ignore[arg-type]
-        shapes[f"{path}.lora_B.weight"] = torch.Size((layer.out_features, r))  # type: ignore[arg-type]
+        wanted = variant.shapes(layer.in_features, layer.out_features, rank_of(path, config))  # type: ignore[arg-type]
+        shapes |= {f"{path}.{variant.keys[own]}": torch.Size(shape) for own, shape in wanted.items()}
     for path, module in planned.saved.items():
         shapes |= {f"{path}.{key}": parameter.shape for key, parameter in module.named_parameters()}
     shapes |= {path: bias.shape for path, bias in planned.biases.items()}

@@ -20,6 +20,7 @@ from lownibble.lora import targets
 from lownibble.lora.init import Start, find
 from lownibble.lora.layer import LoraLinear, TrainedCopy
 from lownibble.lora.targets import alpha_of, rank_of
+from lownibble.lora.variants import variant_of
 from lownibble.models.info import info
 from lownibble.quant import PackedWeight, QuantLinear, is_plain_linear
 
@@ -152,10 +153,11 @@ def add_lora(model: nn.Module, config: LoraConfig, *, name: str = "default", see
     """
     planned = plan(model, config, name)
     model.requires_grad_(False)
-    generator, init = torch.Generator().manual_seed(seed), find(config.init_lora_weights)
+    generator, init, variant = torch.Generator().manual_seed(seed), find(config.init_lora_weights), variant_of(config)
     for path, module in planned.targets.items():
         layer = module if isinstance(module, LoraLinear) else LoraLinear(module)  # type: ignore[arg-type]
-        adapter = layer.add(name, rank_of(path, config), alpha_of(path, config), config.lora_dropout, config.use_rslora)
+        r, alpha = rank_of(path, config), alpha_of(path, config)
+        adapter = layer.add(name, r, alpha, config.lora_dropout, config.use_rslora, variant)
         changed = init(adapter, Start(path, partial(_dense_weight, model, path, layer), _packed(layer), None, generator))
         if changed is not None:
             _replace_base(model, layer, changed, config)

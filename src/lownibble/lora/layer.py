@@ -1,4 +1,4 @@
-"""LoraLinear: any linear layer plus named low-rank branches. What it computes is in `product.py`.
+"""LoraLinear: any linear layer with named adapters. What it computes with them is the adapter's variant's (`variants.py`).
 
 Composition (a frozen base module and adapters by name) was chosen over subclasses per codec: a new codec only has to follow
 `quant/packed.py`.
@@ -12,24 +12,28 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lownibble.lora.product import LoraMatmul, lora_matmul
 from lownibble.lora.targets import scaling
-from lownibble.quant import PackedWeight, QuantLinear, eightbit
+from lownibble.lora.variants import LORA, Variant
+from lownibble.quant import PackedWeight, QuantLinear
 
 
 class LowRank(nn.Module):
-    """One adapter of one layer: `lora_A` (r, in), `lora_B` (out, r), float32, and its scale."""
+    """One adapter of one layer: its variant's parameters, float32, zeros at first: `lora_A` (r, in), `lora_B` (out, r), ..."""
 
-    def __init__(self, in_features: int, out_features: int, r: int, scale: float, dropout: float, device: torch.device) -> None:
+    lora_A: nn.Parameter  # noqa: N815 - PEFT's names
+    lora_B: nn.Parameter  # noqa: N815
+
+    def __init__(
+        self, variant: Variant, in_features: int, out_features: int, r: int, scale: float, dropout: float, device: torch.device
+    ) -> None:
         super().__init__()
-        self.r, self.scale, self.dropout = r, scale, dropout
-        self.lora_A = nn.Parameter(torch.zeros(r, in_features, device=device))
-        self.lora_B = nn.Parameter(torch.zeros(out_features, r, device=device))
+        self.variant, self.r, self.scale, self.dropout = variant, r, scale, dropout
+        for name, shape in variant.shapes(in_features, out_features, r).items():
+            self.register_parameter(name, nn.Parameter(torch.zeros(shape, device=device)))
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> LowRank:
         # Master weights stay float32 when the model is cast; moves between devices pass through.
-        for name in ("lora_A", "lora_B"):
-            parameter: nn.Parameter = getattr(self, name)
+        for parameter in self.parameters(recurse=False):
             parameter.data = parameter.data.to(fn(parameter.data).device)
         return self
 
@@ -48,11 +52,10 @@ class LoraLinear(nn.Module):
         self.active: str | None = None
         self.in_features, self.out_features = base.in_features, base.out_features
 
-    def add(self, name: str, r: int, alpha: float, dropout: float, use_rslora: bool) -> LowRank:
+    def add(self, name: str, r: int, alpha: float, dropout: float, use_rslora: bool, variant: Variant = LORA) -> LowRank:
         """Add the adapter `name`, all zeros, and make it the active one."""
-        scale = scaling(r, alpha, use_rslora)
-        device = self.base.weight.device
-        self.adapters[name] = LowRank(self.in_features, self.out_features, r, scale, dropout, device)
+        scale, device = scaling(r, alpha, use_rslora), self.base.weight.device
+        self.adapters[name] = LowRank(variant, self.in_features, self.out_features, r, scale, dropout, device)
         self.active = name
         return self.adapter(name)
 
@@ -78,27 +81,7 @@ class LoraLinear(nn.Module):
             base: Tensor = self.base(x)
             return base
         adapter = self.adapter(self.active)
-        dropout = adapter.dropout if self.training else 0.0
-        if not torch.is_grad_enabled() and dropout == 0:
-            low = x @ adapter.lora_A.to(x.dtype).t()
-            branch = (low @ adapter.lora_B.to(x.dtype).t()).mul_(adapter.scale)
-            return branch.add_(self.base(x))
-        code_type = self.base.code_type if isinstance(self.base, QuantLinear) else None
-        seed = torch.randint(2**62, ()) if dropout else None
-        if torch.compiler.is_compiling():
-            weight, spec = (self.base.flat, self.base.spec) if isinstance(self.base, QuantLinear) else ([self.base.weight], "")
-            y: Tensor
-            y, _ = lora_matmul(
-                x, weight, spec, self.base.bias, adapter.lora_A, adapter.lora_B, adapter.scale, dropout, seed,
-                eightbit.rows_of(x, code_type),
-            )  # fmt: skip
-            return y
-        rows = None if code_type is None else eightbit.shared_rows(x, code_type)
-        y_TN: Tensor = LoraMatmul.apply(
-            x.reshape(-1, self.in_features), self.base.weight, self.base.bias, adapter.lora_A, adapter.lora_B,
-            adapter.scale, dropout, 0 if seed is None else int(seed), rows,
-        )  # fmt: skip
-        return y_TN.view(*x.shape[:-1], self.out_features)
+        return adapter.variant.forward(self.base, adapter, x, adapter.dropout if self.training else 0.0)
 
 
 class TrainedCopy(nn.Module):

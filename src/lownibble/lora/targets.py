@@ -73,6 +73,11 @@ def _check_patterns(config: LoraConfig, targets: list[str]) -> None:
                 raise TargetError(f"{option} {key!r} matches no targeted module. Targets: {', '.join(targets[:4])}, ...")
 
 
+def parameter_shapes(n_in: int, n_out: int, r: int) -> dict[str, tuple[int, ...]]:
+    """Name -> shape of the parameters that LoRA adds to a layer."""
+    return {"lora_A": (r, n_in), "lora_B": (n_out, r)}
+
+
 def scaling(r: int, alpha: float, use_rslora: bool) -> float:
     """What B A is multiplied by."""
     return alpha / (math.sqrt(r) if use_rslora else r)

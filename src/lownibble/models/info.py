@@ -41,8 +41,8 @@ class ModelInfo:
     Attributes:
         base: 'model', 'revision' and 'digest' of the weights, from `load`; empty otherwise.
         stored_dtypes: name of a dense tensor -> its dtype in the checkpoint.
-        auto_compute: the precision of frozen products is still to be chosen, by who trains ('auto').
-        compute: which was chosen, and why.
+        asked_compute: the precision of frozen products that `load` was asked for ('auto': who trains chooses), or None.
+        compute: which 'auto' chose for training, and why.
         needs_mask: whether padded rows are given an attention mask; False where rows padded on the right were found not to
             need one.
         autocast: type that forward passes in training compute in where the weights are float32 masters (full fine-tuning on
@@ -54,7 +54,7 @@ class ModelInfo:
 
     base: dict[str, Any] = field(default_factory=dict)
     stored_dtypes: dict[str, str] = field(default_factory=dict)
-    auto_compute: bool = False
+    asked_compute: str | None = None
     compute: str = ""
     needs_mask: bool = True
     autocast: torch.dtype | None = None

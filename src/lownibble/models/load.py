@@ -23,6 +23,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
 from lownibble.config import QuantConfig
 from lownibble.errors import ModelError
+from lownibble.models import compute
 from lownibble.models import packed as packed_files
 from lownibble.models.checkpoint import Checkpoint
 from lownibble.models.info import info
@@ -92,6 +93,7 @@ def load(
     empty = skeleton(source, target_dtype)
     checkpoint = Checkpoint(source)
     _fill(empty, checkpoint, source, config, target_device, target_dtype)
+    compute.decide(empty)
     empty.config._name_or_path = source.name
     info(empty).base = {"model": source.name, "revision": revision, "digest": checkpoint.digest()}
     if config is not None and not packed_files.packed_modules(checkpoint.file_of):
@@ -161,7 +163,7 @@ def uninitialised(config: Mapping[str, Any], quant: QuantConfig | None, dtype: t
         tensor = torch.empty(parameter.shape, dtype=dtype)
         if path in to_quantize and last == "weight":
             how = to_quantize[path]
-            _place_quantized(model, path, CODECS[how.quant_type].quantize(tensor, how).with_dtype(dtype), device, "exact")
+            _place_quantized(model, path, CODECS[how.quant_type].quantize(tensor, how).with_dtype(dtype), device)
         else:
             _set_tensor(model, key, tensor)
     model.tie_weights()
@@ -212,14 +214,15 @@ def _fill(
     packed = packed_files.packed_modules(checkpoint.file_of)
     if config is not None and packed:
         packed_files.check_same(packed, config, source.name)
-    compute = eightbit.choose(config.compute, device) if config is not None else "exact"
     known = info(model)
-    known.auto_compute = config is not None and config.compute == "auto"  # training decides then
+    if config is not None:
+        known.asked_compute = config.compute
+        eightbit.choose(config.compute, device)  # before a weight is read
     to_quantize = quantizable(model, config) if config is not None and not packed else {}
     expected = check_names(model, checkpoint, packed)
     for path in sorted(packed):
         weight = packed_files.read(checkpoint, path, packed[path], dtype)
-        _place_quantized(model, path, weight, device, compute)
+        _place_quantized(model, path, weight, device)
     for key in checkpoint.file_of:
         if key not in expected or any(key == f"{path}.weight" for path in packed):
             continue
@@ -227,7 +230,7 @@ def _fill(
         path, _, last = key.rpartition(".")
         if path in to_quantize and last == "weight":
             quantized = quantize(tensor.to(device), to_quantize[path], name=key).with_dtype(dtype)
-            _place_quantized(model, path, quantized, device, compute)
+            _place_quantized(model, path, quantized, device)
         else:
             _place_dense(model, key, tensor, device, dtype)
             known.stored_dtypes[key] = str(tensor.dtype).removeprefix("torch.")
@@ -263,14 +266,12 @@ def _set_tensor(model: nn.Module, key: str, tensor: Tensor) -> None:
         module.register_parameter(last, nn.Parameter(tensor, requires_grad=tensor.is_floating_point() and not frozen))
 
 
-def _place_quantized(model: nn.Module, path: str, weight: PackedWeight, device: torch.device, compute: str) -> None:
+def _place_quantized(model: nn.Module, path: str, weight: PackedWeight, device: torch.device) -> None:
     linear: Any = model.get_submodule(path)
     if weight.shape != (linear.out_features, linear.in_features):
         raise ModelError(f"The packed weight of '{path}' has shape {tuple(weight.shape)}; config.json says otherwise.")
     parent, _, last = path.rpartition(".")
-    if compute in eightbit.CODE_TYPES:
-        eightbit.check_weight(weight, path, compute)
-    layer = QuantLinear(weight, compute=compute).to(device)
+    layer = QuantLinear(weight).to(device)
     if linear.bias is not None:  # still on the meta device when its shard comes later
         layer.register_parameter("bias", linear.bias.requires_grad_(False))
     setattr(model.get_submodule(parent), last, layer)

@@ -11,6 +11,7 @@ has been measured, so the intervals are a guess but for what tests hold (allocat
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
@@ -196,13 +197,11 @@ def _trained(
         for _, linear in paths(shape):
             yield linear.in_features * linear.out_features, size
         return
-    for path, linear in paths(shape):
-        if path in ranks:
-            yield ranks[path] * linear.in_features, of_adapter
-            yield ranks[path] * linear.out_features, of_adapter
-    if "lm_head" in ranks:
-        yield ranks["lm_head"] * shape.hidden, of_adapter
-        yield ranks["lm_head"] * shape.vocab, of_adapter
+    adapted = {path: (linear.in_features, linear.out_features) for path, linear in paths(shape) if path in ranks}
+    adapted |= {"lm_head": (shape.hidden, shape.vocab)} if "lm_head" in ranks else {}
+    for path, (n_in, n_out) in adapted.items():
+        for parameter in targets.parameter_shapes(n_in, n_out, ranks[path]).values():
+            yield math.prod(parameter), of_adapter
 
 
 def state_bytes(trained: list[tuple[int, int]], train: TrainConfig) -> list[int]:

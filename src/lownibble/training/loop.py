@@ -10,29 +10,24 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
 
-import psutil
 import torch
 from torch import nn
 
 from lownibble.config import TrainConfig
 from lownibble.data import Batch, Choice, Example
 from lownibble.errors import ConfigError, TrainingError
-from lownibble.kernels.decoded import release_scratch
 from lownibble.lora import count_parameters
 from lownibble.lora.inject import adapter_configs
 from lownibble.memory import usage
-from lownibble.memory.budget import AIM, ENOUGH_TOKENS, SETTINGS, Fit, Needs, choose
-from lownibble.memory.dryrun import DryRun
+from lownibble.memory.budget import Fit, Setting
 from lownibble.models.head import check_head
 from lownibble.models.info import info
 from lownibble.optim import (
     close_states,
-    is_paged,
     learning_rate,
     make_optimizer,
     open_states,
@@ -47,6 +42,7 @@ from lownibble.quant import QuantLinear, dense
 from lownibble.registry import OBJECTIVES
 from lownibble.training import checkpoint, compiling, diagnose
 from lownibble.training.events import Evaluated, Event, Finished, Fitted, Saved, Skipped, Started, Stepped, Warned
+from lownibble.training.fitting import Fitting, MemoryGoneError, recorded_fit
 from lownibble.training.interrupt import RunInterrupted
 from lownibble.training.microbatches import MicroBatches, Rows
 from lownibble.training.objectives import Objective
@@ -58,14 +54,7 @@ MAX_SKIPPED = 3
 COMPILER_BYTES = 10**9
 """Memory that must be free within a budget for the compiler to be used. A guess, from what it takes on the embedded model."""
 
-CLOSE = 0.99
-"""Share of the memory budget at which steps become smaller."""
-
 _STEP_STRIDE, _RUN_STRIDE = 10_007, 1_000_000_007  # keep the seeds of neighbouring passes and runs apart
-
-
-class MemoryGoneError(TrainingError):
-    """Memory ran out and there is nothing left to give up."""
 
 
 class Trainer:
@@ -75,7 +64,7 @@ class Trainer:
         objective: what is minimised.
         micro: which rows go through the model together.
         passes: how they do; what was compiled, and why.
-        fit: what the memory budget left of the configuration, or all of it.
+        fitting: how it keeps within memory.
         optimizer: the optimiser, from `set_up` on the one that the budget chose.
         kinds: live bytes by kind when the first step ended, gradients and optimiser states included (those in memory).
         optimizer_state_bytes: of all optimiser states, in memory or not, at the same time.
@@ -109,18 +98,16 @@ class Trainer:
         self.micro = MicroBatches(train, config, collate)
         self.passes = Passes(model, self.micro, self.device, self.objective.loss)
         self.evaluator = self.objective.evaluator(evaluation, choices, collate, 2 * config.batch_size, self.device)
-        self.evaluator.before_pass = self._make_room
         self.total_steps = config.max_steps or self.micro.steps_of_epochs(config.num_train_epochs)
         self.identity = {"train": config.to_dict(), "total_steps": self.total_steps, **(identity or {})}
-        self.fit = Fit(None, is_paged(config.optim), config.gradient_checkpointing, 0)
+        self.fitting = Fitting(config, self.micro, self.passes, self.evaluator, self.device)
+        self.warnings = self.fitting.warnings
+        self.evaluator.before_pass = self.fitting.make_room
         self.optimizer = self._make_optimizer(self.fit.paged)
         self.optimizer_state_bytes = 0
         self.kinds, self.ledger = usage.bytes_by_kind(model, None), usage.ledger(model, None)
         self._measured = False
-        self._fraction: float | None = None
-        self._process_budget = n_bytes(config.memory_budget) if config.memory_budget and self.device.type == "cpu" else 0
         self.stop_signal: Callable[[], int] = lambda: 0
-        self.warnings: list[str] = []
         self.checkpoints = Path(config.output_dir) / "checkpoints" if config.output_dir else None
 
     def _make_optimizer(self, paged: bool) -> torch.optim.Optimizer:
@@ -131,6 +118,14 @@ class Trainer:
             page_budget=n_bytes(config.optim_page_budget) if config.optim_page_budget else None,
             folder=Path(config.output_dir) if config.output_dir else None,
         )  # fmt: skip
+
+    def _planned_state_bytes(self, setting: Setting) -> int:
+        return planned_bytes(self.config.optim, self._make_optimizer(setting.paged))
+
+    @property
+    def fit(self) -> Fit:
+        """What the memory budget left of the configuration, or all of it."""
+        return self.fitting.fit
 
     def events(self) -> Iterator[Event]:
         """Run; yields `Fitted` (with a memory budget) and `Started`, then `Stepped` or `Skipped`, `Evaluated` and `Saved`, then
@@ -149,9 +144,7 @@ class Trainer:
                 yield from self._events()
         finally:
             close_states(self.optimizer)
-            release_scratch()
-            if self._fraction is not None:
-                torch.cuda.set_per_process_memory_fraction(self._fraction, self.device)
+            self.fitting.close()
 
     def _events(self) -> Iterator[Event]:
         config, began = self.config, time.perf_counter()
@@ -200,7 +193,7 @@ class Trainer:
 
     def _save(self, done: int) -> Iterator[Event]:
         if self.checkpoints:
-            self._make_room()
+            self.fitting.make_room()
             path = checkpoint.save(self.checkpoints, done, self.model, self.optimizer, self.identity, self.fit.to_dict())
             yield Saved(done, str(path))
 
@@ -219,10 +212,10 @@ class Trainer:
         past = self._past()
         over = past is not None and past.step >= self.total_steps
         self._choose_compilation(past)
-        fit = self._fit(past) if not over else self.fit
+        fit = self.fit if over else self.fitting.choose(recorded_fit(self.config, past), self._planned_state_bytes)
         if fit.paged != self.fit.paged:
             self.optimizer = self._make_optimizer(fit.paged)
-        self._take(fit)
+        self.fitting.take(fit)
         if past:
             checkpoint.restore(past, self.model, self.optimizer, self.identity)
             self.warnings += checkpoint.other_compute(past, self.identity)
@@ -262,36 +255,6 @@ class Trainer:
             self.passes.do_not_compile(f"{compiling.IMPOSSIBLE}{error}")
             self.identity["compiled"] = False
 
-    def _fit(self, past: checkpoint.Facts | None) -> Fit:
-        """How the steps fit into memory: as in the checkpoint, unless the budget is another one; else by a dry run."""
-        budget, asked = self.config.memory_budget, self.fit
-        if past and past.config["train"].get("memory_budget") == budget and past.fit:
-            return Fit.from_dict(past.fit)
-        if budget is None:
-            return asked
-        limit = n_bytes(budget)
-        if self.device.type == "cuda":
-            total = torch.cuda.get_device_properties(self.device).total_memory
-            self._fraction = torch.cuda.memory.get_per_process_memory_fraction(self.device)
-            torch.cuda.set_per_process_memory_fraction(min(1.0, limit / total), self.device)
-        elif limit > psutil.virtual_memory().total:
-            self.warnings.append(f"the memory budget of {budget} is more than this machine has")
-        state_bytes = {
-            setting: planned_bytes(self.config.optim, self._make_optimizer(setting.paged)) for setting in SETTINGS
-            if setting.paged >= asked.paged and (not setting.paged or paged_name(self.config.optim) is not None)
-            and setting.gradient_checkpointing >= asked.gradient_checkpointing
-            and (self.passes.can_checkpoint or not setting.gradient_checkpointing)
-        }  # fmt: skip
-        needs = Needs(self.micro.longest_row, self.micro.whole, ENOUGH_TOKENS[self.device.type], state_bytes)
-        with DryRun(self.passes, self.micro, self.device) as bench:
-            return choose(limit, needs, bench)
-
-    def _take(self, fit: Fit) -> None:
-        """Go on this way."""
-        self.fit = fit
-        self.micro.max_tokens = self.evaluator.max_tokens = fit.max_tokens
-        self.passes.set_checkpointing(fit.gradient_checkpointing)
-
     def evaluate(self, step: int) -> Evaluated:
         """Loss and, for label data, accuracy on the evaluation rows. Where memory runs out, it begins again with smaller passes.
 
@@ -299,22 +262,8 @@ class Trainer:
             MemoryGoneError: a pass is as small as can be.
         """
         began = time.perf_counter()
-        found = usage.retry_on_oom(lambda: self.evaluator(self.model), lambda: self._evaluate_less(step))
+        found = usage.retry_on_oom(lambda: self.evaluator(self.model), lambda: self.fitting.shrink_evaluation(step))
         return Evaluated(step, found.loss, found.label_tokens, time.perf_counter() - began, found.scores, found.correct)
-
-    def _evaluate_less(self, step: int) -> None:
-        """After memory ran out: smaller passes in evaluations from now on."""
-        release_scratch()
-        usage.settle(self.device)
-        tokens = self.evaluator.halve()
-        if not tokens:
-            raise MemoryGoneError(
-                f"Memory ran out in the evaluation after step {step}, with one row in a forward pass. Lower max_length "
-                "(--max-length), or use --method qlora."
-            )
-        self.warnings.append(
-            f"memory ran out in the evaluation after step {step}: its forward passes have at most {tokens} tokens from now on"
-        )
 
     def _out_of_memory(self) -> str:
         return (
@@ -364,7 +313,7 @@ class Trainer:
             self.optimizer_state_bytes = state_bytes(self.optimizer).total
             self.ledger = usage.ledger(self.model, self.optimizer)
         self.optimizer.zero_grad(set_to_none=True)
-        self._keep_within(batches)
+        self.fitting.keep_within(batches)
         return Stepped(
             step + 1, loss, rate, norm, sum(b.n_tokens for b in batches), sum(b.n_padded_tokens for b in batches), n_labels,
             sum(b.n_rows for b in batches), time.perf_counter() - began,
@@ -376,52 +325,13 @@ class Trainer:
         n_labels, loss = sum(self.objective.weight(batch) for batch in batches), 0.0
         for index, batch in enumerate(batches):
             self._seed(step, index)
-            self._make_room()
+            self.fitting.make_room()
             loss += self.passes.backward(batch, n_labels, measured=not self._measured and index == 0)
         return batches, n_labels, loss, self._clip()
 
     def _shrink(self, step: int, rows: Rows) -> None:
-        """After memory ran out: smaller passes from now on, then checkpointing.
-
-        Raises:
-            MemoryGoneError: both are as small as can be.
-        """
         self.optimizer.zero_grad(set_to_none=True)
-        release_scratch()
-        usage.settle(self.device)
-        batches = self.micro.batches(rows)
-        tokens = max(self.micro.tokens(passed) for passed in self.micro.dealt(rows))
-        if any(batch.n_rows > 1 for batch in batches):
-            self._take(replace(self.fit, max_tokens=tokens // 2))
-            what = f"forward passes have at most {tokens // 2} tokens from now on"
-        elif self.passes.can_checkpoint and not self.fit.gradient_checkpointing:
-            self._take(replace(self.fit, gradient_checkpointing=True))
-            what = "activations are computed twice from now on (gradient checkpointing)"
-        else:
-            raise MemoryGoneError(
-                f"Memory ran out in step {step + 1}, with one row of {tokens} tokens in a forward pass"
-                f"{' and gradient checkpointing' * self.fit.gradient_checkpointing}. Lower max_length (--max-length), use "
-                "--optim paged_adamw_8bit or --method qlora."
-            )
-        self.warnings.append(f"memory ran out in step {step + 1}, which began again: {what}")
-
-    def _make_room(self) -> None:
-        """Before a pass that would not fit into the process's memory budget beside what the C heap holds and does not use."""
-        if self._process_budget and usage.used_bytes(self.device) + self.fit.room_bytes > AIM * self._process_budget:
-            usage.trim_heap()
-
-    def _keep_within(self, batches: list[Batch]) -> None:
-        """After a step that took all of the memory budget, which the dry run did not foresee: smaller passes."""
-        peak = usage.peak_bytes(self.device) if self._process_budget else 0
-        if peak > CLOSE * self._process_budget and any(batch.n_rows > 1 for batch in batches):
-            tokens = int(0.9 * max(batch.input_ids.numel() for batch in batches))
-            self._take(replace(self.fit, max_tokens=tokens))
-            self.warnings.append(
-                f"a step took {peak / 1e9:.2f} GB, close to the memory budget: forward passes have at most {tokens} tokens from "
-                "now on"
-            )
-            usage.settle(self.device)
-            usage.reset_peak(self.device)
+        self.fitting.shrink_step(step, rows)
 
     def _seed(self, step: int, index: int) -> None:
         """Dropout's seed for a forward pass of a step."""

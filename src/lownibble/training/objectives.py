@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from lownibble.config import DataConfig
-from lownibble.data import Batch, Choice, Dataset, Encoded, Example, encode
+from lownibble.data import Batch, Choice, Dataset, Encoded, Example, choices, encode, split_pair
+from lownibble.errors import ConfigError
 from lownibble.training.evaluate import Evaluator
 from lownibble.training.loss import label_loss
 from lownibble.training.microbatches import Collate, collator
@@ -26,6 +27,29 @@ class Objective:
     def encode(self, dataset: Dataset, tokenizer: Any, data: DataConfig, max_length: int) -> Encoded:
         """Rows as tokens, and which of them are labels."""
         return encode(dataset, tokenizer, data, max_length)
+
+    def check(self, model: Any, encoded: list[Encoded], data: DataConfig) -> None:
+        """Raise unless the rows of both sides are what the model takes.
+
+        Raises:
+            ConfigError, DataError: an encoder-decoder model has no prompt to read, or a row has several answers.
+        """
+        if not model.config.is_encoder_decoder:
+            return
+        if encoded[0].form == "text" or not data.mask_prompt:
+            raise ConfigError(
+                f"{type(model).__name__} has an encoder, which reads the prompt; text alone and mask_prompt=False leave none. "
+                "Give prompt and completion (or templates), and mask_prompt=True."
+            )
+        for side in encoded:
+            for example in side.examples:
+                split_pair(example)
+
+    def choices(
+        self, train: Dataset, evaluation: Dataset, tokenizer: Any, data: DataConfig, max_length: int
+    ) -> list[Choice] | None:
+        """The evaluation rows as multiple choice, where the data are labels; else None."""
+        return choices(train, evaluation, tokenizer, data, max_length)
 
     def collate(self, model: Any, tokenizer: Any) -> Collate:
         """How rows become one forward pass."""

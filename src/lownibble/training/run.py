@@ -18,17 +18,17 @@ import torch
 
 from lownibble import record
 from lownibble.config import DataConfig, RunConfig, TrainConfig
-from lownibble.data import Dataset, Encoded, Example, choices, split_pair
+from lownibble.data import Dataset, Encoded, Example
 from lownibble.data import load as load_data
-from lownibble.errors import ConfigError, ModelError
+from lownibble.errors import ModelError
 from lownibble.lora import add_lora, count_parameters, save_adapter
 from lownibble.lora.inject import adapter_configs
 from lownibble.memory import planned, usage
-from lownibble.models import load, pick_device
+from lownibble.models import compute, load, pick_device
 from lownibble.models.head import Head
 from lownibble.models.info import info
 from lownibble.options import n_bytes
-from lownibble.quant import QuantLinear, eightbit
+from lownibble.quant import QuantLinear
 from lownibble.registry import OBJECTIVES
 from lownibble.training import interrupt, verify
 from lownibble.training.events import Evaluated, Event, Finished, Skipped, Started, Stepped, Warned
@@ -134,58 +134,20 @@ def _make(config: RunConfig) -> tuple[Any, Any]:
     return model, tokenizer
 
 
-def _choose_compute(model: Any) -> None:
-    """What `compute='auto'` means for this model, in all its packed layers."""
-    layers = [module for module in model.modules() if isinstance(module, QuantLinear)]
-    if model.config.is_encoder_decoder:
-        compute, reason = "exact", "8-bit products have not been proven for models with an encoder"
-    else:
-        compute, reason = eightbit.automatic((layer.weight for layer in layers), model.dtype, model.device)
-    info(model).compute = f"{compute} ({reason})"
-    for layer in layers:
-        layer.compute = compute
-
-
-def _leave_compute(model: Any) -> None:
-    """Exact compute again where 'auto' chose for the run: outside of training it stands for that."""
-    if info(model).auto_compute:
-        for layer in model.modules():
-            if isinstance(layer, QuantLinear):
-                layer.compute = "exact"
-
-
 def _trainer(
     model: Any, tokenizer: Any, sides: tuple[Dataset, Dataset], data: DataConfig, config: TrainConfig
 ) -> tuple[Trainer, list[Encoded]]:
     """The trainer over both sides' rows, and the encoded rows."""
     objective: Objective = OBJECTIVES[config.objective]
     encoded = [objective.encode(side, tokenizer, data, config.max_length) for side in sides]
-    if info(model).auto_compute:
-        _choose_compute(model)
-    if model.config.is_encoder_decoder:
-        _check_pairs(model, encoded, data)
+    objective.check(model, encoded, data)
+    compute.decide(model, training=True)
     identity = {"data": {"train": sides[0].digest, "eval": sides[1].digest}, **_subject(model)}
     trainer = Trainer(
         model, tokenizer, encoded[0].examples, encoded[1].examples, config,
-        choices=choices(*sides, tokenizer, data, config.max_length), cut_rows=encoded[0].n_cut, identity=identity,
+        choices=objective.choices(*sides, tokenizer, data, config.max_length), cut_rows=encoded[0].n_cut, identity=identity,
     )  # fmt: skip
     return trainer, encoded
-
-
-def _check_pairs(model: Any, encoded: list[Encoded], data: DataConfig) -> None:
-    """Raise if some rows are not what an encoder-decoder model takes.
-
-    Raises:
-        ConfigError, DataError: there is no prompt for the encoder, or a row has several answers.
-    """
-    if encoded[0].form == "text" or not data.mask_prompt:
-        raise ConfigError(
-            f"{type(model).__name__} has an encoder, which reads the prompt; text alone and mask_prompt=False leave none. Give "
-            "prompt and completion (or templates), and mask_prompt=True."
-        )
-    for side in encoded:
-        for example in side.examples:
-            split_pair(example)
 
 
 def _train(
@@ -193,7 +155,7 @@ def _train(
     sinks: Iterable[Sink], loaded: dict[str, int] | None = None,
 ) -> TrainResult:  # fmt: skip
     with ExitStack() as stack:
-        stack.callback(_leave_compute, model)
+        stack.callback(compute.decide, model)  # 'auto' is for the run only
         trainer, encoded = _trainer(model, tokenizer, sides, data, config)
         folder = stack.enter_context(claim(config.output_dir, resume=config.resume)) if config.output_dir else None
         sinks = [*sinks, *_file_sinks(folder, config)]

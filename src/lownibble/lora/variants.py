@@ -1,0 +1,93 @@
+"""What a layer computes with its adapter: entries of `registry.VARIANTS`.
+
+A variant says which parameters an adapter adds to a layer, what the layer gives with them, what becomes of a weight they are
+merged into, and what they are called in PEFT's files. `LowRank` (layer.py) holds the parameters, an initialisation (init.py) sets
+them, and training, evaluation, adapter files and merging ask the variant. Batched decoding and serving apply the low-rank sums of
+many adapters in one product, so they take the variants that are `plain`.
+
+Sources: LoRA, Hu et al. 2021 (arXiv:2106.09685); the file keys are PEFT's.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from lownibble.config import LoraConfig
+from lownibble.lora.product import LoraMatmul, lora_matmul
+from lownibble.lora.targets import parameter_shapes
+from lownibble.quant import QuantLinear, eightbit
+from lownibble.registry import VARIANTS
+
+if TYPE_CHECKING:
+    from lownibble.lora.layer import LowRank
+
+
+class Variant(ABC):
+    """How an adapter changes a layer.
+
+    Attributes:
+        keys: name of each parameter -> its key in an adapter file, after the layer's path.
+        plain: whether the layer gives base(x) + scale (x A^T) B^T, A and B being all its parameters.
+    """
+
+    keys: ClassVar[dict[str, str]]
+    plain: ClassVar[bool] = False
+
+    @abstractmethod
+    def shapes(self, n_in: int, n_out: int, r: int) -> dict[str, tuple[int, ...]]:
+        """Name -> shape of each parameter of a layer's adapter; all are float32."""
+
+    @abstractmethod
+    def forward(self, base: nn.Linear | QuantLinear, adapter: LowRank, x: Tensor, dropout: float) -> Tensor:
+        """x (..., in) -> (..., out) in x's dtype, `base` frozen. Backward gives the gradients of x and of the parameters."""
+
+    @abstractmethod
+    def merge(self, weight: Tensor, parameters: Mapping[str, Tensor], scale: float) -> Tensor:
+        """The weight (out, in), float32, of a plain linear layer that gives the same; may be `weight` changed in place."""
+
+
+class _LoRA(Variant):
+    """y = x W^T + bias + scale (dropout(x) A^T) B^T, by `product.py`."""
+
+    keys: ClassVar[dict[str, str]] = {"lora_A": "lora_A.weight", "lora_B": "lora_B.weight"}
+    plain: ClassVar[bool] = True
+
+    def shapes(self, n_in: int, n_out: int, r: int) -> dict[str, tuple[int, ...]]:
+        return parameter_shapes(n_in, n_out, r)
+
+    def forward(self, base: nn.Linear | QuantLinear, adapter: LowRank, x: Tensor, dropout: float) -> Tensor:
+        lora_A, lora_B, scale = adapter.lora_A, adapter.lora_B, adapter.scale
+        if not torch.is_grad_enabled() and dropout == 0:
+            low = x @ lora_A.to(x.dtype).t()
+            return (low @ lora_B.to(x.dtype).t()).mul_(scale).add_(base(x))
+        code_type = base.code_type if isinstance(base, QuantLinear) else None
+        seed = torch.randint(2**62, ()) if dropout else None
+        y: Tensor
+        if torch.compiler.is_compiling():
+            weight, spec = (base.flat, base.spec) if isinstance(base, QuantLinear) else ([base.weight], "")
+            rows_8bit = eightbit.rows_of(x, code_type)
+            y, _ = lora_matmul(x, weight, spec, base.bias, lora_A, lora_B, scale, dropout, seed, rows_8bit)
+            return y
+        rows = None if code_type is None else eightbit.shared_rows(x, code_type)
+        y = LoraMatmul.apply(
+            x.reshape(-1, x.shape[-1]), base.weight, base.bias, lora_A, lora_B, scale, dropout,
+            0 if seed is None else int(seed), rows,
+        )  # fmt: skip
+        return y.view(*x.shape[:-1], -1)
+
+    def merge(self, weight: Tensor, parameters: Mapping[str, Tensor], scale: float) -> Tensor:
+        return weight.addmm_(parameters["lora_B"], parameters["lora_A"], alpha=scale)
+
+
+LORA = _LoRA()
+
+
+def variant_of(config: LoraConfig) -> Variant:
+    """The variant that an adapter's configuration asks for."""
+    found: Variant = VARIANTS["lora"]  # the only one so far; PEFT's use_dora and its kind are refused in adapter.py
+    return found
