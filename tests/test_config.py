@@ -15,11 +15,9 @@ from lownibble.config import (
     RunConfig,
     ServeConfig,
     TrainConfig,
-    build,
-    flag_name,
-    leaves,
 )
 from lownibble.errors import ConfigError
+from lownibble.leaves import build, flag_name, leaves
 from lownibble.options import n_bytes, read_toml
 from lownibble.registry import OBJECTIVES
 

@@ -9,7 +9,8 @@ import pytest
 
 SOURCE = Path(__file__).parent.parent / "src" / "lownibble"
 LAYERS = {
-    "errors": 0, "lazy": 0, "registry": 1, "matching": 1, "options": 2, "config": 3, "embedded": 1, "arch": 1, "tensorfile": 1,
+    "errors": 0, "lazy": 0, "registry": 1, "matching": 1, "options": 2, "config": 3, "leaves": 4,
+    "embedded": 1, "arch": 1, "tensorfile": 1,
     "kernels": 4, "quant": 5, "models": 6, "lora": 7, "optim": 7, "data": 7, "record": 7, "planning": 8,
     "memory": 9, "training": 10, "decoding": 10, "integrations": 10,
     "rehearsal": 11, "measuring": 11, "exporting": 11, "serve": 11,

@@ -11,12 +11,11 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping
-from typing import Annotated, Any, Literal, get_args
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
 
 from annotated_types import Ge, Gt, Le, Lt
 from pydantic import AfterValidator, BeforeValidator, Field, model_validator
-from pydantic.fields import FieldInfo
 
 from lownibble.errors import ConfigError
 from lownibble.matching import by_pattern, check_patterns
@@ -275,17 +274,6 @@ class PlanConfig(_Model):
 PACKED = (*PER_LAYER, "skip_modules", "pattern")
 """Options of the codec that decide what is stored; `compute` is for training."""
 
-PLANNED = {
-    "data": ("path", "split", "prompt_template", "completion_template", "use_chat_template", "max_rows"),
-    "quant": PACKED,
-    "lora": ("r", "target_modules", "layers_to_transform", "rank_pattern"),
-    "train": (
-        "num_train_epochs", "batch_size", "max_length", "packing", "gradient_accumulation_steps", "gradient_checkpointing",
-        "optim", "optim_page_budget",
-    ),
-}  # fmt: skip
-"""Group -> its options that decide what a run needs; the others may be there and make no difference to it."""
-
 
 class EvalConfig(_Subject):
     """What a model scores on a task, or on tasks of lm-eval (`lownibble eval`)."""
@@ -388,77 +376,3 @@ class ServeConfig(Options):
     any_base: bool = Field(False, description="also adapters that were trained on other weights than the model's")
     drain_seconds: Annotated[float, Ge(0)] = Field(30.0, description="time that requests have to end after SIGTERM")
     quant: QuantConfig = QuantConfig()
-
-
-MERGED = {
-    "data": (
-        "path",
-        "eval_path",
-        "split",
-        "eval_split",
-        "prompt_template",
-        "completion_template",
-        "use_chat_template",
-        "mask_prompt",
-    ),
-    "quant": PACKED,
-}
-
-ONLY_QUANT = {"quant": PACKED}
-
-EVALUATED = {
-    "data": tuple(DataConfig.model_fields),
-    "quant": PACKED,
-    "lora": (),
-    "train": ("batch_size", "max_length"),
-}
-
-TAKES: dict[type[Options], Mapping[str, tuple[str, ...]]] = {
-    PlanConfig: PLANNED,
-    EvalConfig: EVALUATED,
-    MergeConfig: MERGED,
-    ExportConfig: ONLY_QUANT,
-    ServeConfig: ONLY_QUANT,
-}
-"""Configuration -> the options of its groups that are its own; where nothing is said, all."""
-
-GROUPS = ("data", "quant", "lora", "train")
-"""Fields of a run's configuration that are groups; in TOML they are tables."""
-
-
-def leaves(config: type[Options]) -> Iterator[tuple[tuple[str, ...], FieldInfo]]:
-    """(path, field) of every option of a run's configuration, groups opened: ('model',), ('lora', 'r'), ..."""
-    for name, field in config.model_fields.items():
-        if name in GROUPS:
-            group = next(
-                a for a in (field.annotation, *get_args(field.annotation)) if isinstance(a, type) and issubclass(a, Options)
-            )
-            for inner, inner_field in group.model_fields.items():
-                if TAKES.get(config) is None or inner in TAKES[config][name]:
-                    yield (name, inner), inner_field
-        else:
-            yield (name,), field
-
-
-def flag_name(path: tuple[str, ...], field: FieldInfo) -> str:
-    """The command-line name of an option, without dashes: 'max-steps', or the field's own 'flag'."""
-    extra = field.json_schema_extra
-    return str(extra["flag"]) if isinstance(extra, dict) and "flag" in extra else path[-1].replace("_", "-")
-
-
-def build(config: type[Options], *layers: dict[str, Any]) -> Any:
-    """A configuration from defaults and layers of values, later ones winning key by key; groups merge with their defaults."""
-    merged: dict[str, Any] = {}
-    for layer in layers:
-        for key, value in layer.items():
-            if key == "data" and isinstance(value, str):
-                value = {"path": value}
-            if key in GROUPS and isinstance(value, dict):
-                merged[key] = {**merged.get(key, {}), **value}
-            else:
-                merged[key] = value
-    for key in GROUPS:
-        if isinstance(merged.get(key), dict) and key in config.model_fields:
-            default: Options = config.model_fields[key].default
-            merged[key] = {**{name: getattr(default, name) for name in default.model_fields_set}, **merged[key]}
-    return config(**merged)

@@ -69,7 +69,7 @@ def new(kind: str) -> dict[str, Any]:
         "kind": kind,
         "schema": SCHEMA,
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
-        "command": ["lownibble" if program in ("main.py", "lownibble") else program, *sys.argv[1:]],
+        "command": ["lownibble" if program in ("main.py", "__main__.py", "lownibble") else program, *sys.argv[1:]],
     }
 
 

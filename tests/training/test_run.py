@@ -90,6 +90,17 @@ def test_a_run_cut_and_resumed_gives_the_same_bits(tiny_model, tiny_data, tmp_pa
     assert all(torch.equal(trained[0][name], trained[1][name]) for name in trained[0])
 
 
+def test_resuming_a_complete_run_keeps_what_was_measured(tiny_model, tiny_data, tmp_path):
+    config = _config(tiny_model, tiny_data, output_dir=str(tmp_path / "out"), max_steps=3)
+    whole = run(config)
+    again = run(config.with_options(train=config.train.with_options(resume=True)))
+    assert again.record["memory"] == whole.record["memory"], "no step was taken to measure"
+    assert again.losses == whole.losses
+    (tmp_path / "out" / "record.json").unlink()
+    lost = run(config.with_options(train=config.train.with_options(resume=True)))
+    assert lost.record["memory"]["planned"] == {"unknown": "no step was taken in this process"}
+
+
 def test_resume_refuses_other_options(tiny_model, tiny_data, tmp_path):
     config = _config(tiny_model, tiny_data, output_dir=str(tmp_path / "out"))
     run(config)

@@ -15,8 +15,8 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
-from lownibble.config import GROUPS, build, flag_name, leaves
 from lownibble.errors import ConfigError
+from lownibble.leaves import GROUPS, build, flag_name, leaves
 from lownibble.options import Options, read_toml
 
 

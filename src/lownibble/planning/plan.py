@@ -9,8 +9,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from lownibble.arch import ModelShape
-from lownibble.config import GROUPS, Method, PlanConfig, TrainConfig
+from lownibble.config import Method, PlanConfig, TrainConfig
 from lownibble.errors import ConfigError
+from lownibble.leaves import GROUPS
 from lownibble.options import Options
 from lownibble.planning import hardware, records
 from lownibble.planning.calibration import calibrated

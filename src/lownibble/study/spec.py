@@ -40,8 +40,9 @@ from typing import Annotated, Any, NamedTuple
 from annotated_types import Ge, Gt, MinLen
 from pydantic import Field, model_validator
 
-from lownibble.config import Data, DataConfig, Method, RunConfig, build
+from lownibble.config import Data, DataConfig, Method, RunConfig
 from lownibble.errors import ConfigError
+from lownibble.leaves import build
 from lownibble.options import Options, read_toml
 from lownibble.study.tasks import KINDS, check_kind, with_templates
 

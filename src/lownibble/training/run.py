@@ -6,6 +6,7 @@ return the same result.
 
 from __future__ import annotations
 
+import json
 import statistics
 import sys
 from collections.abc import Iterable
@@ -165,9 +166,24 @@ def _train(
         plan = planned.RunPlan(trainer)
         trainer.warnings += plan.warnings()
         trainer.stop_signal = stack.enter_context(interrupt.requests())
-        events = _history(past, list(deliver(trainer.events(), sinks)))
+        taken = list(deliver(trainer.events(), sinks))
+        events = _history(past, taken)
         peak = usage.peak_bytes(trainer.device)
         warned = [e.message for e in events if isinstance(e, Warned)]
+        memory = {
+            "baseline_bytes": baseline,
+            **(loaded or {}),
+            "train_peak_bytes": max(0, peak - baseline),
+            "compile_peak_bytes": max(0, trainer.passes.compile_peak_bytes - baseline),
+            "saved_activation_bytes": trainer.passes.saved_activation_bytes,
+            **{f"{kind}_bytes": n for kind, n in trainer.kinds.items()},
+            "optimizer_state_bytes": trainer.optimizer_state_bytes,
+            "ledger": trainer.ledger,
+            **_budget(trainer, warned),
+            "planned": plan.beside_measured(peak),
+        }
+        if not any(isinstance(event, Stepped) for event in taken):  # nothing of a step was measured
+            memory = _memory_of_record(folder) or {**memory, "planned": {"unknown": "no step was taken in this process"}}
         result = {
             **record.new("train"),
             "status": "ok",
@@ -175,18 +191,7 @@ def _train(
             "environment": record.environment(trainer.device),
             "data": _data_facts(sides, encoded),
             "model": _model_facts(model),
-            "memory": {
-                "baseline_bytes": baseline,
-                **(loaded or {}),
-                "train_peak_bytes": max(0, peak - baseline),
-                "compile_peak_bytes": max(0, trainer.passes.compile_peak_bytes - baseline),
-                "saved_activation_bytes": trainer.passes.saved_activation_bytes,
-                **{f"{kind}_bytes": n for kind, n in trainer.kinds.items()},
-                "optimizer_state_bytes": trainer.optimizer_state_bytes,
-                "ledger": trainer.ledger,
-                **_budget(trainer, warned),
-                "planned": plan.beside_measured(peak),
-            },
+            "memory": memory,
             "speed": {**_compilation(trainer.passes), **_speed([e for e in events if isinstance(e, Stepped)])},
             "steps": [asdict(e) for e in events if isinstance(e, Stepped)],
             "skipped": [asdict(e) for e in events if isinstance(e, Skipped)],
@@ -203,6 +208,15 @@ def _train(
         where = f"saved in '{folder}'" if folder else "the exception's `result`"
         raise interrupt.RunInterrupted(f"Asked to stop when no step was left: the run is complete, {where}.", stop, trained)
     return trained
+
+
+def _memory_of_record(folder: Path | None) -> dict[str, Any] | None:
+    """The memory section of the record that is in the folder already."""
+    try:
+        found: dict[str, Any] = json.loads((folder / "record.json").read_text())["memory"] if folder else {}
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return found or None
 
 
 def _history(past: list[Event], events: list[Event]) -> list[Event]:

@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-from lownibble.config import GROUPS, CompareConfig, leaves
+from lownibble.config import CompareConfig
+from lownibble.leaves import GROUPS, leaves
 from lownibble.study.report.memory import size
 
 _TOPICS = ("Quality", "Memory", "Speed")
