@@ -3,8 +3,8 @@
 The planner plans Lownibble's own step. Extra memory of other libraries is added for the comparison: if they materialise the
 logits of all tokens, the end of forward also holds the hidden states and their gradient, and the logits in the (16-bit)
 activation dtype and in float32, each with its gradient; if they keep each adapter's input in float32 (PEFT on a 16-bit model),
-those copies. `assumed` names the settings that a row's source leaves open, so a large error may come from a wrong assumption as often
-as from the planner; `why` gives what is known about the error.
+those copies. `assumed` names settings that a row's source leaves open, so a large error is as often a wrong assumption as a fault
+of the planner; `why` gives what is known about the error.
 """
 
 from __future__ import annotations
