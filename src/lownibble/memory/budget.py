@@ -30,7 +30,7 @@ AIM = 0.98
 
 MARGIN = {False: 1.13, True: 1.4}
 """Gradient checkpointing -> safety factor on a microbatch's memory in the dry run. Equal-sized microbatches differ by C heap
-fragmentation, most with checkpointing, which allocates and frees more: by up to this factor without a margin (log.md)."""
+fragmentation, most with checkpointing, which allocates and frees more: by up to almost this factor when measured (log.md)."""
 
 ENOUGH_TOKENS = {"cpu": 128, "cuda": 1024}
 """Device type -> microbatch tokens above which a larger microbatch gains less than checkpointing costs. Measured with the
