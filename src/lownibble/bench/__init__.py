@@ -22,10 +22,10 @@ BENCHES = (
     "serve",
     "soak",
 )
-"""What `lownibble bench` measures. Each is a module of this package, imported when it runs, with a function `bench_NAME`."""
+"""Benchmarks of `lownibble bench`. Each is a module of this package, imported when it runs, with a function `bench_NAME`."""
 
 
 def run_bench(name: str, **options: Any) -> dict[str, Any]:
-    """The figures of a record, as `bench_NAME(peers, repeats, ...)` returns them; `headlines` are those to show."""
+    """Run a benchmark; returns the record of `bench_NAME(peers, repeats, ...)`, whose `headlines` are the figures to show."""
     bench = getattr(import_module(f"lownibble.bench.{name}"), f"bench_{name}")
     return cast("dict[str, Any]", bench(**options))

@@ -1,6 +1,6 @@
-"""Clients of `lownibble bench soak`: those that mean well, and every kind that does not.
+"""Clients of `lownibble bench soak`: well-behaved ones, and every kind of misbehaving one.
 
-Only the standard library speaks to the server, so that what is sent is what is written here.
+They use the standard library only, so that exactly the bytes written here are sent.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from typing import Any
 
 _JSON = "content-type: application/json"
 PATIENCE_S = 120.0
-"""Time that a client gives one request; beyond it the request counts as lost."""
+"""Socket timeout of a well-behaved client in seconds; a request that times out counts as lost."""
 
 
 class Tally:
-    """What became of requests; shared by the clients' threads."""
+    """Thread-safe counts of request outcomes, shared by the clients."""
 
     def __init__(self) -> None:
         self._lock = Lock()
@@ -32,7 +32,7 @@ class Tally:
         self._answers: dict[Any, str] = {}
 
     def well(self, key: Any, text: str, tokens: int) -> None:
-        """A request was answered as it should be; the same one has been answered the same before, or not."""
+        """Count a correctly answered request, and whether a repeated one got the same text as the first time."""
         with self._lock:
             self.answered, self.tokens = self.answered + 1, self.tokens + tokens
             if key in self._answers:
@@ -40,29 +40,29 @@ class Tally:
             self._answers.setdefault(key, text)
 
     def refuse(self) -> None:
-        """A request was answered with 429 and will be sent again."""
+        """Count a request that was answered with 429 and will be retried."""
         with self._lock:
             self.refused += 1
 
     def lose(self, why: str) -> None:
-        """A request of a client that means well was not answered; `why` begins with the status, where there was one."""
+        """Count a failed request of a well-behaved client; `why` begins with the HTTP status, if there was one."""
         with self._lock:
             self.lost[why] += 1
             self.server_errors += why.startswith("5")
 
     def misbehaved(self, kind: str, outcome: str) -> None:
-        """What a client that does not got for it."""
+        """Count the outcome of one kind of misbehaviour."""
         with self._lock:
             self.bad.setdefault(kind, Counter())[outcome] += 1
             self.server_errors += outcome.startswith("5")
 
 
 class _RefusedError(ValueError):
-    """Status and content of an answer that is none."""
+    """A response other than 200 or 429; the message is its status and body."""
 
 
 class WellBehaved:
-    """Asks for adapters as they are popular, whole or streamed, one request after the other."""
+    """Client that requests adapters by popularity, streamed or not, one request at a time."""
 
     def __init__(
         self, address: tuple[str, int], tally: Tally, pick: Callable[[random.Random], int], tokens: int, seed: int
@@ -70,11 +70,11 @@ class WellBehaved:
         self.address, self.tally, self.pick, self.tokens, self.draw = address, tally, pick, tokens, random.Random(seed)
 
     def run(self, until: float) -> None:
-        """Ask until that time (`time.monotonic`)."""
+        """Send requests until that time (`time.monotonic`)."""
         connection = http.client.HTTPConnection(*self.address, timeout=PATIENCE_S)
         while time.monotonic() < until:
             number, variant, stream = self.pick(self.draw), self.draw.randrange(2), self.draw.random() < 0.5
-            words = random.Random(2 * number + variant)  # the same question of the same adapter is asked again later
+            words = random.Random(2 * number + variant)  # the same prompt is sent to the same adapter again later
             prompt = [words.randrange(100, 40_000) for _ in range(words.randrange(16, 49))]
             body = {
                 "model": f"a{number}", "prompt": prompt, "max_tokens": self.tokens, "temperature": 0, "ignore_eos": True,
@@ -92,7 +92,7 @@ class WellBehaved:
         connection.close()
 
     def _ask(self, connection: http.client.HTTPConnection, body: dict[str, Any]) -> str | None:
-        """The text; None where the server is full."""
+        """Return the completion; None if the server is full (429)."""
         connection.request("POST", "/v1/completions", json.dumps(body), {"content-type": "application/json"})
         answer = connection.getresponse()
         content = answer.read().decode()
@@ -113,7 +113,7 @@ class WellBehaved:
 
 
 class Misbehaving:
-    """Does everything it should not, in turn, and notes what the server answers."""
+    """Client that cycles through all kinds of misbehaviour and records the server's responses."""
 
     def __init__(self, address: tuple[str, int], tally: Tally, seed: int) -> None:
         self.address, self.tally, self.draw = address, tally, random.Random(seed)
@@ -158,7 +158,7 @@ class Misbehaving:
         return json.dumps(asked).encode()
 
     def slow_reader(self) -> str:
-        """Reads a stream byte by byte."""
+        """Read a stream byte by byte."""
         with self._open(window=2048) as connection:
             connection.sendall(self._post("/v1/completions", self._question()))
             first = connection.recv(20)
@@ -168,25 +168,25 @@ class Misbehaving:
             return http_status(first)
 
     def leaves_in_the_middle(self) -> str:
-        """Leaves after the first bytes of a stream."""
+        """Disconnect after the first bytes of a stream."""
         with self._open() as connection:
             connection.sendall(self._post("/v1/completions", self._question()))
             return self._status(connection)
 
     def leaves_at_once(self) -> str:
-        """Leaves without listening."""
+        """Disconnect without reading the response."""
         with self._open() as connection:
             connection.sendall(self._post("/v1/completions", self._question()))
         return "gone"
 
     def giant_body(self) -> str:
-        """Announces more than is taken."""
+        """Announce a content length above the server's limit."""
         with self._open() as connection:
             connection.sendall(self._post("/v1/completions", b"x" * 1000, announced=1 << 40))
             return self._status(connection)
 
     def giant_body_in_parts(self) -> str:
-        """Sends more than is taken without saying how much."""
+        """Send a chunked body above the server's limit."""
         with self._open() as connection:
             connection.sendall(
                 f"POST /v1/completions HTTP/1.1\r\nhost: 127.0.0.1\r\n{_JSON}\r\ntransfer-encoding: chunked\r\n\r\n".encode()
@@ -195,18 +195,18 @@ class Misbehaving:
                 for _ in range(64):
                     connection.sendall(b"10000\r\n" + b" " * 0x10000 + b"\r\n")
             except (BrokenPipeError, ConnectionResetError):
-                pass  # refused before the end
+                pass  # rejected before the end
             return self._status(connection)
 
     def half_a_body(self) -> str:
-        """Begins a body, waits and leaves."""
+        """Send part of a body, wait and disconnect."""
         with self._open() as connection:
             connection.sendall(self._post("/v1/completions", b'{"model": "a0"', announced=1000))
             time.sleep(0.5)
         return "gone"
 
     def malformed_body(self) -> str:
-        """Sends what is no request."""
+        """Send an invalid request body."""
         wrong = (
             b"", b"{", b"\xff\xfe\x00", b"[]", b"null", b'{"model": 5}', b'{"model": "a0", "prompt": {}}',
             b'{"model": "a0", "prompt": "x", "max_tokens": -1}', b'{"model": "a0", "prompt": "x", "temperature": NaN}',
@@ -215,7 +215,7 @@ class Misbehaving:
         return self._send("/v1/completions", self.draw.choice(wrong))
 
     def no_http(self) -> str:
-        """Speaks another protocol."""
+        """Send bytes that are not HTTP."""
         with self._open() as connection:
             connection.sendall(
                 self.draw.choice((b"\x16\x03\x01\x02\x00\x01\x00", b"\x00" * 100, b"GET\r\n\r\n", b"HELO x\r\n\r\n"))
@@ -224,15 +224,15 @@ class Misbehaving:
             return self._status(connection)
 
     def unknown_adapter(self) -> str:
-        """Asks for what is not there."""
+        """Request an adapter that does not exist."""
         return self._send("/v1/completions", self._question("nobody"))
 
     def damaged_adapter(self) -> str:
-        """Asks for an adapter that holds NaN."""
+        """Request an adapter with NaN weights."""
         return self._send("/v1/completions", self._question("damaged"))
 
     def traversal(self) -> str:
-        """Names that would be paths, in a body and in an address."""
+        """Send path-traversal names as the model, in the body or in the URL."""
         name = self.draw.choice(
             ("../a0", "../../etc/passwd", "/etc/passwd", "a0/../a1", "..", ".", "a0\x00", "%2e%2e%2fa0", "~root")
         )
@@ -244,6 +244,6 @@ class Misbehaving:
 
 
 def http_status(head: bytes) -> str:
-    """The status in the first bytes of an answer; 'closed' where there is none."""
+    """Return the status code in the first bytes of a response; 'closed' if there is none."""
     parts = head.split(b" ", 2)
     return parts[1].decode("ascii", "replace") if len(parts) > 1 and head.startswith(b"HTTP/") else "closed"

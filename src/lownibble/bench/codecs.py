@@ -1,9 +1,9 @@
-"""Codecs beside each other on the embedded model: how a fine-tuning run begins and ends on each, and its memory against the plan.
+"""`lownibble bench codecs`: evaluation loss before and after fine-tuning on each codec, and allocated memory against the plan.
 
-The same short run (rows, seed, adapters, exact products) on a base that is dense, in nf4, in int8 and in int4. The loss before
-the first step says what packing cost, the loss at the end how much of that training made good. Allocated bytes are counted by
-torch's profiler over two steps and compared with the planner's, as in `bench plan`. One seed: differences of a few percent say
-little.
+The same short run (rows, seed, adapters, exact compute) on a frozen base that is dense, nf4, int8 and int4. The loss before the
+first step shows the quantisation loss, the final loss how much of it training recovers. Allocated bytes are measured by torch's
+profiler over two steps and compared with the planner's, as in `bench plan`. There is one seed, so differences of a few percent
+are not significant.
 """
 
 from __future__ import annotations
@@ -23,17 +23,17 @@ WAYS: dict[str, QuantConfig | None] = {
     "int8": QuantConfig(quant_type="int8", compute="exact"),
     "int4": QuantConfig(quant_type="int4", compute="exact"),
 }
-"""Name -> how the base is packed; None: LoRA on a dense base."""
+"""Name -> quantisation of the base; None: LoRA on a dense base."""
 
 RUN = {"max_steps": 12, "batch_size": 16, "learning_rate": 5e-4, "warmup_ratio": 0.1, "max_length": 128, "group_by_length": True}
 STEP = {"max_steps": 2, "batch_size": 4, "max_length": 128, "torch_compile": False}
 
 
 def bench_codecs(peers: bool = False, repeats: int = 1) -> dict[str, Any]:
-    """Train on each.
+    """Train once on each codec.
 
     Raises:
-        ConfigError: `peers` or `repeats`; there is nothing to take turns.
+        ConfigError: `peers` or `repeats` is given; neither applies.
     """
     if peers or repeats != 1:
         raise ConfigError("'bench codecs' trains once on each codec. Leave --peers and --repeats out.")
@@ -76,7 +76,7 @@ def _measure(name: str, quant: QuantConfig | None) -> dict[str, Any]:
 
 
 def _plan(config: RunConfig) -> int:
-    """The plan of the largest forward pass that the run's first steps have."""
+    """Planned allocated bytes of the largest microbatch in the run's first two steps."""
     from lownibble.memory.planned import plan_of
     from lownibble.training.run import prepare
 
@@ -87,7 +87,7 @@ def _plan(config: RunConfig) -> int:
 
 
 def _bits(shape: Any, quant: QuantConfig | None) -> float:
-    """Bits of a linear weight, constants included."""
+    """Mean bits per linear weight, quantisation constants included; 32 for a dense base."""
     from lownibble.arch import paths
 
     if quant is None:

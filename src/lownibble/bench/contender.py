@@ -1,8 +1,8 @@
-"""One contender of the training benchmark, in a process of its own: `python -m lownibble.bench.contender NAME B T`.
+"""One contender of the training benchmark, in its own process: `python -m lownibble.bench.contender NAME B T`.
 
 It builds its model, then takes turns (`measuring/turns.py`): a turn is some training steps on the next fixed batches. All
-contenders do the same work: same weights, batches, rank, targets, optimiser, clipping; loss on every token. They run on CUDA
-where there is one, in bfloat16, else on the CPU in float32.
+contenders do the same work: same weights, batches, rank, targets, optimiser and gradient clipping; loss on every token. They run
+in bfloat16 on CUDA if available, else in float32 on the CPU.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ def _peft(quantized: bool) -> tuple[nn.Module, StepLoss]:
     model = peft.get_peft_model(base, peft.LoraConfig(r=R, lora_alpha=ALPHA, target_modules="all-linear", task_type="CAUSAL_LM"))
 
     def loss(input_ids_BT: Tensor) -> Tensor:
-        with torch.autocast(device.type, dtype, enabled=dtype == torch.bfloat16):  # kbit training makes norms and head float32
+        with torch.autocast(device.type, dtype, enabled=dtype == torch.bfloat16):  # k-bit prep makes norms and head float32
             found: Tensor = model(input_ids=input_ids_BT, labels=input_ids_BT, use_cache=False).loss
         return found
 
@@ -82,11 +82,11 @@ CONTENDERS: dict[str, Callable[[], tuple[nn.Module, StepLoss]]] = {
     "peft_lora": lambda: _peft(quantized=False),
     "peft_bnb_qlora": lambda: _peft(quantized=True),
 }
-"""name -> what makes the model and its loss on a (B, T) batch."""
+"""Name -> factory of the model and its loss on (B, T) token ids."""
 
 
 def batches(batch_size: int, length: int) -> Tensor:
-    """(N, B, T) token ids: the demo's training sentences, end to end, cut into rows."""
+    """(N, B, T) token ids: the demo's training sentences, concatenated and cut into rows."""
     tokenizer = load_tokenizer(resolve("demo"))
     train, _ = load_data(DataConfig(max_rows=2000))
     ids = torch.tensor(tokenizer("\n".join(str(row.fields["text"]) for row in train.rows))["input_ids"])
@@ -97,7 +97,7 @@ def batches(batch_size: int, length: int) -> Tensor:
 def main(name: str, batch_size: int, length: int) -> None:
     """Build the contender `name` and take turns until standard input ends."""
     if name.startswith("peft"):
-        import peft  # noqa: F401 - before the baseline: a peer's imports are not its working memory
+        import peft  # noqa: F401 - before the baseline, so that a peer's imports do not count as its memory
     device = pick_device()
     data_NBT = batches(batch_size, length).to(device)
     usage.reset_peak(device)
@@ -119,7 +119,7 @@ def main(name: str, batch_size: int, length: int) -> None:
             nn.utils.clip_grad_norm_(trained, CLIP)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-            losses.append(float(loss.detach()))  # waits for a GPU to finish the step
+            losses.append(float(loss.detach()))  # synchronises with the GPU
             seconds += time.perf_counter() - began
             step += 1
         return {
@@ -130,7 +130,7 @@ def main(name: str, batch_size: int, length: int) -> None:
         }
 
     facts: dict[str, Any] = {"trainable_parameters": sum(p.numel() for p in trained)}
-    if name == "lora_eager":  # the same products in all; here they are torch's, and can be counted
+    if name == "lora_eager":  # all contenders have the same matrix products; these are torch's and can be counted
         flops = _flops(lambda: loss_of(data_NBT[0])) + _attention_flops(model, batch_size, length)
         facts["flops_per_token"] = flops / (batch_size * length)
     elif name in ("lora", "qlora", "qlora_int8"):
@@ -138,14 +138,14 @@ def main(name: str, batch_size: int, length: int) -> None:
         torch.autograd.backward(loss_of(data_NBT[0]))
         facts["compile_seconds"] = time.perf_counter() - began
     optimizer.zero_grad(set_to_none=True)
-    with nullcontext() if name.startswith("peft") else usage.kept_heap():  # ours as in a run
+    with nullcontext() if name.startswith("peft") else usage.kept_heap():  # ours with the heap setting of a run
         answer_turns(facts, do)
 
 
 class _Products(TorchDispatchMode):
-    """Counts the operations of matrix products but attention's, with torch's own formulas.
+    """Counts the FLOPs of matrix products, except attention's, with torch's own formulas.
 
-    Not `FlopCounterMode`: it follows modules through the backward pass, and fails where a forward pass calls autograd (our loss).
+    Not `FlopCounterMode`: it tracks modules through the backward pass, and fails if a forward pass calls autograd (our loss).
     """
 
     total: int = 0
@@ -159,7 +159,7 @@ class _Products(TorchDispatchMode):
 
 
 class _CountedBranches:
-    """The kernels in use, but for the products of the head and of the low-rank branch, which torch makes, so that they can be
+    """The current kernel backend, with the products of the head and of the low-rank branch done by torch so that they can be
     counted."""
 
     matmul_dense = staticmethod(plain.matmul_dense)
@@ -173,16 +173,16 @@ class _CountedBranches:
 
 
 def _flops(loss: Callable[[], Tensor]) -> int:
-    """Floating-point operations of the matrix products but attention's in one forward and backward pass."""
+    """FLOPs of the matrix products, except attention's, in one forward and backward pass."""
     with ops.use_backend(cast(ops.Backend, _CountedBranches())), _Products() as counted:
         torch.autograd.backward(loss())
     return int(counted.total)
 
 
 def _attention_flops(model: Any, batch_size: int, length: int) -> int:
-    """Operations of causal attention's two products forward and four backward: no key after its query, nothing computed again.
+    """FLOPs of causal attention's two products in forward and four in backward: masked keys not counted, no recomputation.
 
-    torch has no formula for its CPU kernel, and on CUDA counts the keys that a causal mask leaves out.
+    torch has no formula for its CPU kernel, and on CUDA counts the keys that the causal mask excludes.
     """
     config = model.config.get_text_config()
     pairs = length * (length + 1) // 2

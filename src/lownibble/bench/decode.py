@@ -1,10 +1,10 @@
 """`lownibble bench decode`: token-by-token generation on a 4-bit base, next to the dense model and to bitsandbytes.
 
-Each contender is a process of its own and they take turns (`measuring/turns.py`). A turn greedily continues the same prompt by
-the same number of tokens through transformers' `generate`: `nf4` with Lownibble's loop (`decoding/`); the others, and
-`nf4_layers`, with transformers' own. The first round warms up and is not counted.
+Each contender is its own process and they take turns (`measuring/turns.py`). A turn greedily continues the same prompt by the
+same number of tokens through transformers' `generate`: `nf4` with Lownibble's decoding loop (`decoding/`) on a CPU; the others,
+including `nf4_layers`, with transformers' own. The first round is warm-up and is not counted.
 
-As a program (`python -m lownibble.bench.decode NAME`) this is one of the processes.
+Run as a program (`python -m lownibble.bench.decode NAME`), this module is one of the processes.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def bench_decode(*, peers: bool = False, repeats: int = 5, tokens: int = 48) -> 
 
     Args:
         peers: measure bitsandbytes' layers too (it must be installed).
-        repeats: counted rounds, of `tokens` new tokens a contender.
+        repeats: counted rounds of `tokens` new tokens per contender.
     Raises:
         TrainingError: a contender's process failed.
     """
@@ -69,7 +69,7 @@ CONTENDERS: dict[str, Callable[[], Any]] = {
     "nf4_layers": lambda: load("demo", quant="nf4")[0],
     "bitsandbytes": _bitsandbytes,
 }
-"""name -> what makes the model."""
+"""Name -> factory of the model."""
 
 
 def main(name: str) -> None:
@@ -89,7 +89,7 @@ def main(name: str) -> None:
                 do_sample=False,
                 pad_token_id=tokenizer.pad_token_id,
             )
-        new = output[0, prompt["input_ids"].shape[1] :].tolist()  # waits for a GPU
+        new = output[0, prompt["input_ids"].shape[1] :].tolist()  # synchronises with the GPU
         seconds = time.perf_counter() - began
         return {"tokens": len(new), "seconds": seconds, "text": tokenizer.decode(new)}
 

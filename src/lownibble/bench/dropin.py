@@ -1,7 +1,7 @@
 """`lownibble bench dropin`: the same TRL run on bitsandbytes' 4-bit layers and, one import changed, on Lownibble's.
 
-All are TRL's own SFTTrainer with PEFT on top (`trl_run.py`), on the embedded model and its sentences as conversations, padded;
-they take turns. TRL casts the adapters to bfloat16 where the layers are bitsandbytes', and leaves them in float32 on ours.
+All contenders are TRL's SFTTrainer with PEFT (`trl_run.py`), on the embedded model and its sentences as conversations, padded;
+they take turns. TRL casts the adapters to bfloat16 on bitsandbytes' layers and leaves them in float32 on ours.
 """
 
 from __future__ import annotations
@@ -18,15 +18,15 @@ from lownibble.errors import ConfigError
 from lownibble.measuring.turns import TurnTaker, play, ratio, spread
 
 LAYERS = {"trl_lownibble": "lownibble", "trl_lownibble_int8": "lownibble-int8", "trl_bitsandbytes": "bitsandbytes"}
-"""Contender -> its layers, as `trl_run.py` takes them."""
+"""Contender -> LAYERS argument of `trl_run.py`."""
 _STEPS = 5
 
 
 def bench_dropin(*, peers: bool = False, repeats: int = 8) -> dict[str, Any]:
-    """Measure tokens/s and peak memory of both.
+    """Measure tokens/s and peak memory of each contender.
 
     Args:
-        peers: must be true: bitsandbytes, PEFT and TRL are what is compared, and must be installed.
+        peers: must be true: the comparison needs bitsandbytes, PEFT and TRL.
         repeats: counted rounds.
     Raises:
         ConfigError: without peers.
@@ -61,7 +61,7 @@ def bench_dropin(*, peers: bool = False, repeats: int = 8) -> dict[str, Any]:
 
 
 def _conversations(folder: Path) -> DataConfig:
-    """The embedded sentences as user and assistant turns."""
+    """Write the embedded sentences as user and assistant turns to a JSONL file; returns its data configuration."""
     rows = load_data(DataConfig(max_rows=2000))[0].rows
     path = folder / "rows.jsonl"
     with path.open("w", encoding="utf-8") as file:

@@ -1,22 +1,22 @@
-"""How fast the kernels of this device are, against filling memory, dense products and bitsandbytes, measured side by side.
+"""`lownibble bench kernels`: this device's kernels against a memory fill, dense products and bitsandbytes, interleaved.
 
-Method: the calls of a group take turns (A B C A B C ...), so that other load on the machine hits all of them; a ratio is
-taken within each turn, and its median reported. Two native calls are never neighbours: the first would warm the cache for
-the second. Times are medians with minimum and maximum. Absolute figures on a shared machine are noise; the ratios are the
-result.
+Method: the calls of a group take turns (A B C A B C ...), so that other load on the machine affects all of them alike; a ratio is
+taken within each turn and its median reported. Within a turn, another call runs between `native` and `native_double_quant`,
+because the first would warm the cache for the second. Times are medians with minimum and maximum. Absolute times on a shared
+machine are noisy; the ratios are the result.
 
-"Native" is the device's own backend: the compiled kernels and float32 on a CPU, Triton and bfloat16 on CUDA. There a call's time
-is the GPU's, between two events; a large buffer is cleared before each call, which empties the second-level cache and keeps the
-GPU busy while the call is queued, so that Python's launch overhead (tens of microseconds with Triton) is not in the figure.
+"Native" is the device's own backend: the compiled kernels in float32 on a CPU, Triton in bfloat16 on CUDA. On CUDA, times are GPU
+times between two events; a large buffer is cleared before each call, which flushes the L2 cache and keeps the GPU busy while the
+call is queued, so that Python's launch overhead (tens of microseconds with Triton) is not measured.
 
-What each figure is compared with:
-- decoding 4-bit to float32 writes 8 times what it reads (bfloat16: 4 times), so its yardstick is `Tensor.fill_` on the same
-  output (on a CPU, stores that go around the caches, used for large outputs, beat it: they do not read the lines first);
-- a matrix-vector product on 4-bit weights reads 1/8 of the dense one, which is what it competes with when decoding tokens;
-- bitsandbytes' kernels do the same work on the same bytes. Its API allocates the output of every decoding, and for large
+Baselines:
+- dequantising 4-bit to float32 writes 8 times what it reads (bfloat16: 4 times), so its baseline is `Tensor.fill_` on the same
+  output (on a CPU, the non-temporal stores used for large outputs beat it: they do not read the cache lines first);
+- a matrix-vector product on 4-bit weights reads 1/8 of the dense one, its competitor in token-by-token decoding;
+- bitsandbytes' kernels do the same work on the same bytes. Its API allocates the output of every dequantisation, and for large
   outputs the page faults of that cost more than the kernel; `_kernel` is the kernel alone, on the same preallocated output,
   and `native_allocating` the native one with a new output each time. Its inference layer on a CPU repacks the weight and computes
-  in bfloat16; its other path there decodes the weight and multiplies in float32.
+  in bfloat16; its other path there dequantises the weight and multiplies in float32.
 """
 
 from __future__ import annotations
@@ -43,19 +43,19 @@ from lownibble.quant.codebook import Codebook, codebook, dynamic8, dynamic8_look
 BLOCK_SIZE = 64
 NESTED_BLOCK_SIZE = 256
 SHAPES_NK = [(4096, 4096), (576, 1536)]
-"""A layer of a 7B model (64 MiB decoded: main memory), and one of a 135M model (3.4 MiB: cache)."""
+"""A layer of a 7B model (64 MiB dequantised: main memory), and one of a 135M model (3.4 MiB: cache)."""
 ROWS = [1, 4, 8]
 NATIVE = {"cpu": ("cpu", torch.float32), "cuda": ("triton", torch.bfloat16)}
-"""device type -> backend, and type of the dense tensors."""
+"""Device type -> backend, dtype of the dense tensors."""
 _FLUSH_BYTES = 512 * 2**20
-"""More than any second-level cache; clearing it takes longer than queueing a call."""
+"""Larger than any L2 cache; clearing it takes longer than queueing a call."""
 
 Record = dict[str, Any]
 Calls = dict[str, Callable[[], object]]
 
 
 class _Weight:
-    """A random weight on a device, dense and in NF4 with plain and doubly quantised constants."""
+    """A random weight on a device: dense, in NF4, and in NF4 with double quantisation."""
 
     def __init__(self, N: int, K: int, device: torch.device) -> None:
         backend, dtype = NATIVE[device.type]
@@ -78,7 +78,7 @@ def _flush(device: torch.device) -> Tensor:
 
 
 def _seconds(call: Callable[[], object], device: torch.device) -> float:
-    """How long one call takes; on CUDA the GPU's time of all that it queued."""
+    """Duration of one call; on CUDA the GPU time of the work it queued."""
     if device.type == "cpu":
         start_s = time.perf_counter()
         call()
@@ -93,7 +93,7 @@ def _seconds(call: Callable[[], object], device: torch.device) -> float:
 
 
 def _take_turns(calls: Calls, repeats: int, device: torch.device) -> dict[str, list[float]]:
-    """Seconds of each call in each turn, after one turn that does not count."""
+    """Seconds of each call in each turn, after one warm-up turn."""
     seconds: dict[str, list[float]] = {name: [] for name in calls}
     for turn in range(repeats + 1):
         for name, call in calls.items():
@@ -115,7 +115,7 @@ def _times(seconds: dict[str, list[float]]) -> Record:
 
 
 def _ratio(seconds: dict[str, list[float]], slower: str, faster: str) -> float | None:
-    """Median over the turns of time(slower) / time(faster); None when a peer is missing."""
+    """Median over the turns of time(slower) / time(faster); None if either was not measured."""
     if slower not in seconds or faster not in seconds:
         return None
     return statistics.median(a / b for a, b in zip(seconds[slower], seconds[faster], strict=True))
@@ -193,7 +193,7 @@ def _bench_quantize(weight: _Weight, repeats: int, bitsandbytes: Any) -> Record:
 
 
 def _bitsandbytes_layer(bitsandbytes: Any, dense_NK: Tensor) -> Any:
-    """Its layer in evaluation mode, as a user who wants to decode tokens gets it."""
+    """bitsandbytes' layer in evaluation mode, as used for inference."""
     N, K = dense_NK.shape
     layer = bitsandbytes.nn.Linear4bit(K, N, bias=False, compute_dtype=dense_NK.dtype, quant_type="nf4")
     layer.weight = bitsandbytes.nn.Params4bit(dense_NK.clone(), requires_grad=False, quant_type="nf4")
@@ -236,9 +236,9 @@ def bench_kernels(repeats: int = 15, peers: bool = True, device: str = "auto") -
     """Measure the kernels of a device; a CPU's with one thread and with torch's number of threads. Under a minute on two cores.
 
     Args:
-        repeats: turns of each group; the slow plain-torch versions get a fifth of them.
-        peers: also measure bitsandbytes when it is installed; otherwise its figures are None and `peers_missing` says why.
-        device: auto (CUDA when there is one, else the CPU), cpu, cuda or cuda:N.
+        repeats: turns of each group; groups with the slow plain-torch reference, and quantising, get a fifth of them.
+        peers: also measure bitsandbytes if installed; otherwise its ratios are None and `peers_missing` says why.
+        device: auto (CUDA if available, else the CPU), cpu, cuda or cuda:N.
     Returns:
         A JSON-able record: `threads` -> count -> operation -> shape -> figures, each with its unit in its name. A ratio is
         other time / native time: above 1 the native kernel is faster.
@@ -285,7 +285,7 @@ def bench_kernels(repeats: int = 15, peers: bool = True, device: str = "auto") -
 
 
 def _headlines(record: Record, dtype: torch.dtype) -> Record:
-    """The ratios to look at first: other time / native time, all threads, doubly quantised weights."""
+    """The main ratios: other time / native time, all threads, mostly with double quantisation."""
     (N, K), (n, k) = SHAPES_NK
     big, small, dense = f"{N}x{K}", f"{n}x{k}", str(dtype).removeprefix("torch.")
     large, gemv = record["dequantize_4bit"][big], record["gemv_4bit"][f"1x{K} by {big}"]

@@ -1,11 +1,12 @@
-"""`lownibble bench latency`: what an adapter costs when the model answers, and that a merged one costs nothing.
+"""`lownibble bench latency`: generation latency with no adapter, with an adapter, and with the adapter merged.
 
-Each contender is a process of its own and they take turns (`measuring/turns.py`). A turn greedily continues one prompt through
-transformers' `generate`, and notes when each token came: the first one (the prompt's pass) and the median of the others.
-`qlora_decode` is the 4-bit base with its adapter in our own loop (`custom_generate=lownibble.decode`). The adapter has rank
-16 on every linear layer; the merged models were written by `lownibble.merge`. The first round warms up and is not counted.
+Each contender is its own process and they take turns (`measuring/turns.py`). A turn greedily continues one prompt through
+transformers' `generate` and records the time to the first token (prefill) and the median time of the later tokens.
+`qlora_decode` is the 4-bit base with its adapter in our own decoding loop (`custom_generate=lownibble.decode`) on a CPU. The
+adapter has rank 16 on every linear layer; the merged models are written by `lownibble.merge`. The first round is warm-up and is
+not counted.
 
-As a program (`python -m lownibble.bench.latency NAME FOLDER`) this is one of the processes.
+Run as a program (`python -m lownibble.bench.latency NAME FOLDER`), this module is one of the processes.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ from lownibble.models import load, load_tokenizer, pick_device, pick_dtype, reso
 
 PROMPT = "The film follows a retired watchmaker who is asked by his granddaughter to repair the clock of the town hall. " * 4
 ADAPTERS = {"dense": None, "nf4": "nf4"}
-"""Adapter folder -> how its base is stored."""
+"""Adapter folder -> quantisation of its base; None: dense."""
 
 OURS = ("base", "lora", "merged", "qlora_base", "qlora", "qlora_merged", "qlora_decode")
 PEERS = ("peft_lora", "peft_merged")
@@ -39,15 +40,15 @@ RATIOS = (
     ("lora", "base"), ("merged", "base"), ("qlora", "qlora_base"), ("qlora", "base"), ("qlora_merged", "base"),
     ("qlora_decode", "base"), ("peft_lora", "base"), ("peft_merged", "base"), ("lora", "peft_lora"),
 )  # fmt: skip
-"""Of latencies: above one, the first is slower."""
+"""Pairs whose latencies are divided: above one, the first is slower."""
 
 
 def bench_latency(*, peers: bool = False, repeats: int = 8, tokens: int = 32) -> dict[str, Any]:
-    """Measure the first token and those after it, on the embedded model.
+    """Measure time to first token and time per later token on the embedded model.
 
     Args:
         peers: measure PEFT's adapter too (it must be installed).
-        repeats: counted rounds, of `tokens` new tokens a contender.
+        repeats: counted rounds of `tokens` new tokens per contender.
     Raises:
         TrainingError: a contender's process failed.
     """
@@ -106,11 +107,11 @@ CONTENDERS: dict[str, Callable[[Path], Any]] = {
     "peft_lora": lambda folder: _peft(folder, merged=False),
     "peft_merged": lambda folder: _peft(folder, merged=True),
 }
-"""name -> what makes the model."""
+"""Name -> factory of the model."""
 
 
 class _Clock(StoppingCriteria):  # type: ignore[misc]
-    """Never stops; notes when each token was there."""
+    """Stopping criterion that never stops generation and records when each token was ready."""
 
     def __init__(self) -> None:
         self.stamps: list[float] = []

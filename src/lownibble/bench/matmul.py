@@ -1,7 +1,7 @@
-"""What this machine's matrix product can do, measured in turn with everything else: `python -m lownibble.bench.matmul`.
+"""This machine's matrix-product throughput, measured in turn with the contenders: `python -m lownibble.bench.matmul`.
 
-In float32, or bfloat16 on CUDA. A large square product, written into the same output: no training step
-can be faster than its products at this rate.
+A large square product in float32 (bfloat16 on CUDA), written into the same output. It bounds the training step: no step can be
+faster than its matrix products at this rate.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ SIZE, SIZE_CUDA, REPEATS = 2048, 8192, 6
 
 
 def main() -> None:
-    """Take turns until standard input ends; a turn is `REPEATS` products for each step asked for."""
+    """Take turns until standard input ends; a turn is `REPEATS` products per step."""
     device = pick_device()
     size = SIZE if device.type == "cpu" else SIZE_CUDA
     a = torch.randn(size, size, device=device, dtype=pick_dtype("auto", device))
@@ -28,7 +28,7 @@ def main() -> None:
         began = time.perf_counter()
         for _ in range(steps * REPEATS):
             torch.mm(a, b, out=out)
-        out[0, 0].item()  # waits for a GPU
+        out[0, 0].item()  # synchronises with the GPU
         return {"flops": 2.0 * size**3 * REPEATS * steps, "seconds": time.perf_counter() - began}
 
     answer_turns({}, do)

@@ -1,9 +1,9 @@
-"""`lownibble bench memory`: does a run keep to its memory budget, and does it use it?
+"""`lownibble bench memory`: does a run stay within its memory budget, and how much of it does it use?
 
-Training runs of the embedded model, each a process of its own, over methods, batches, lengths and budgets. What a run took is
-read from outside, by looking at the process a hundred times a second, and from inside, by the kernel's high-water mark; the
-higher of the two counts. Last comes a budget that is too small: the run must be refused, and the budget that the message names
-must do. The rows are the demo's sentences, joined to texts of uneven length.
+Training runs of the embedded model, each in its own process, over methods, batch sizes, lengths and budgets. A run's peak is the
+higher of two: the resident set size sampled from outside a hundred times a second, and the kernel's high-water mark read inside.
+Finally, a budget that is too small must be refused, and a run with the budget that the error message names must stay within it.
+The rows are the demo's sentences, joined to texts of uneven length.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from lownibble.options import n_bytes
 
 
 class Case(NamedTuple):
-    """One run: its budget and its options, as flags."""
+    """One run: its budget and its command-line flags."""
 
     memory_budget: str
     flags: str
@@ -56,7 +56,7 @@ def bench_memory(*, peers: bool = False, repeats: int = 1) -> dict[str, Any]:
     """Run every case `repeats` times.
 
     Raises:
-        ConfigError: `peers`; they have no budget.
+        ConfigError: `peers` is given; none of them has a memory budget.
         TrainingError: a run failed.
     """
     if peers:
@@ -83,7 +83,7 @@ def bench_memory(*, peers: bool = False, repeats: int = 1) -> dict[str, Any]:
 
 
 def _write_rows(path: Path) -> None:
-    """Texts of one to fourteen sentences."""
+    """Write `ROWS` texts of one to fourteen sentences as JSONL."""
     sentences = [str(row.fields["text"]) for row in load_data(DataConfig(max_rows=4000))[0].rows]
     draw = random.Random(0)
     with path.open("w", encoding="utf-8") as file:
@@ -92,7 +92,7 @@ def _write_rows(path: Path) -> None:
 
 
 def _run(case: Case, folder: Path) -> dict[str, Any]:
-    """What one run took."""
+    """Run one case; returns its budget, peak, plan and the configuration after fitting it to the memory budget."""
     code, output, errors, seen = _watched(case, folder)
     if code:
         raise TrainingError(f"'lownibble train {case.flags}' within {case.memory_budget} ended with exit code {code}: {errors}")
@@ -116,7 +116,7 @@ def _run(case: Case, folder: Path) -> dict[str, Any]:
 
 
 def _refused(folder: Path) -> dict[str, Any]:
-    """A budget that is too small, and the one that the refusal names."""
+    """Run with a budget that is too small, then with the one that the error message names."""
     code, _, errors, _ = _watched(TOO_SMALL, folder)
     named = re.search(r"memory_budget='([^']+)'", errors)
     if code != 2 or not named:
@@ -130,7 +130,7 @@ def _refused(folder: Path) -> dict[str, Any]:
 
 
 def _watched(case: Case, folder: Path) -> tuple[int, str, str, int]:
-    """(exit code, output, errors, most resident bytes seen) of a training run."""
+    """Run a training process; returns (exit code, stdout, stderr, highest sampled resident set size in bytes)."""
     command = [
         sys.executable, "-m", "lownibble.cli.main", "train", "--json", "--data", str(folder / "rows.jsonl"), *case.flags.split(),
         "--memory-budget", case.memory_budget, "--max-steps", str(STEPS), "--max-eval-rows", "16",
@@ -143,7 +143,7 @@ def _watched(case: Case, folder: Path) -> tuple[int, str, str, int]:
         process = psutil.Popen([*command, "--output", f"{output}/run"], stdout=out, stderr=err)
         most = 0
         while process.poll() is None:
-            with suppress(psutil.Error):  # it may have ended just now
+            with suppress(psutil.Error):  # it may have ended meanwhile
                 most = max(most, process.memory_info().rss)
             time.sleep(0.01)
         out.seek(0)

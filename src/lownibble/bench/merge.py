@@ -1,11 +1,11 @@
-"""`lownibble bench merge`: what merging costs in memory, and what it keeps of a real tune.
+"""`lownibble bench merge`: peak memory of merging, and the fine-tuning gain retained by each merge target.
 
-Memory: a checkpoint of random weights in many shards, several times as large as a shard and two of its largest tensors, is merged
-by a process of its own, whose high-water mark (VmHWM above what it held when it began) is read afterwards: writing alone for each
-target, and once with the comparison of all targets on `MEASURED_TOKENS` tokens before it.
+Memory: a checkpoint of random weights in many shards, several times as large as one shard plus two of its largest tensors, is
+merged in its own process, whose peak (VmHWM minus the resident set size at the start) is read afterwards: writing alone for each
+target, and once preceded by the comparison of all targets on `MEASURED_TOKENS` tokens.
 
-Tune: a QLoRA run on the embedded model and data; its adapter is merged as `lownibble merge` does it, which measures each target
-against the live adapter.
+Quality: a QLoRA run on the embedded model and data; its adapter is merged as by `lownibble merge`, which compares each target
+with the unmerged adapter.
 """
 
 from __future__ import annotations
@@ -57,11 +57,11 @@ rows = str(Path(adapter).parent / "rows.jsonl")
 ln.merge(adapter, output, trained_on=trained_on, data={"path": rows, "eval_path": rows}, **options)
 print((kilobytes("VmHWM") - before) * 1024)
 """
-"""A program: its last word is the bytes that merging took. The adapter was made by `write_large`."""
+"""A program whose last word of output is the peak bytes of merging. The adapter is made by `write_large`."""
 
 
 class Large(NamedTuple):
-    """A checkpoint, an adapter for it, and sizes in bytes of all, of the largest shard and of the largest tensor."""
+    """A checkpoint, an adapter for it, and the sizes in bytes of the checkpoint, its largest shard and its largest tensor."""
 
     folder: Path
     adapter: Path
@@ -71,7 +71,7 @@ class Large(NamedTuple):
 
 
 def write_large(folder: Path) -> Large:
-    """Write random bfloat16 weights in `SHARDS` shards, an adapter that changes every linear layer, and rows of text."""
+    """Write random bfloat16 weights in `SHARDS` shards, an adapter for every linear layer, and text rows."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     config = LlamaConfig(**SIZES, tie_word_embeddings=True, dtype="bfloat16")
@@ -107,7 +107,7 @@ def write_large(folder: Path) -> Large:
 
 
 def _write_tokenizer(folder: Path) -> None:
-    """One token for each of as many words as the model knows."""
+    """Write a word-level tokenizer with the model's vocabulary size."""
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
@@ -118,12 +118,12 @@ def _write_tokenizer(folder: Path) -> None:
 
 
 def bench_merge(*, peers: bool = False, repeats: int = 1) -> dict[str, Any]:
-    """Measure memory on a large checkpoint, and a real tune's merges.
+    """Measure merging memory on a large checkpoint, and merge quality on a trained adapter.
 
     Args:
-        repeats: times that the memory of each target is measured; the largest counts.
+        repeats: memory measurements per target; the largest counts.
     Raises:
-        ConfigError: with peers; this compares with the live adapter.
+        ConfigError: `peers` is given; the comparison is with the unmerged adapter.
         TrainingError: a process failed.
     """
     if peers:

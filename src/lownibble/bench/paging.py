@@ -1,8 +1,8 @@
-"""`lownibble bench paging`: what does it cost to hold a tenth of AdamW's states in memory, and are the bits the same?
+"""`lownibble bench paging`: the cost of keeping only a tenth of AdamW's states in memory, and whether training is bit-identical.
 
-Full fine-tuning of the embedded model and LoRA, each with all states in memory and with a page budget of a tenth of them, every
-one in a process of its own, taking turns on the same packed batches. After each turn a digest of all trained parameters is
-compared: a single bit that differs shows. Runs are not compiled: it would be the same work in all four.
+Full fine-tuning of the embedded model and LoRA, each with all optimiser states in memory and with a page budget of a tenth of
+them, each in its own process, taking turns on the same packs. After each turn a SHA-256 digest of all trained parameters is
+compared, so a single differing bit shows. Runs are not compiled: compilation would affect all four alike.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ def bench_paging(*, peers: bool = False, repeats: int = 5) -> dict[str, Any]:
     """Take turns for `repeats` rounds of one step.
 
     Raises:
-        ConfigError: `peers`; bitsandbytes pages on CUDA only.
-        TrainingError: a process ended early.
+        ConfigError: `peers` is given; bitsandbytes pages on CUDA only.
+        TrainingError: a process ended early, or a turn changed no parameter.
     """
     if peers:
         raise ConfigError("'bench paging' has no peers here: bitsandbytes pages on CUDA only. Leave --peers out.")
@@ -66,7 +66,7 @@ def bench_paging(*, peers: bool = False, repeats: int = 5) -> dict[str, Any]:
 
 
 def _taker(name: str, folder: Path, options: dict[str, Any]) -> TurnTaker:
-    """A run of the method that the name begins with."""
+    """Start a run; the method is `name` without a `_paged` suffix."""
     train = TrainConfig(
         batch_size=BATCH_SIZE, max_length=LENGTH, packing=True, max_steps=1000, torch_compile=False, learning_rate=1e-4, **options
     )  # fmt: skip

@@ -1,8 +1,8 @@
-"""`lownibble bench parity --peers`: is it the same arithmetic as bitsandbytes and PEFT? Nothing is timed.
+"""`lownibble bench parity --peers`: numerical parity with bitsandbytes and PEFT. Nothing is timed.
 
-On the embedded model: every linear weight is quantised by both (nf4 and fp4, double quantisation on and off, blocks of 64 and
-128) and the bytes are compared; ten LoRA steps are taken by both from the same initial weights and the losses compared; an
-adapter saved by either is loaded by the other and the logits compared.
+On the embedded model: every linear weight is quantised by both (nf4 and fp4, double quantisation on and off, block sizes 64 and
+128) and the bytes are compared; both take ten LoRA steps from the same initial weights and the losses are compared; an adapter
+saved by either is loaded by the other and the logits are compared.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def bench_parity(*, peers: bool = False, repeats: int | None = None) -> dict[str
     """Compare with bitsandbytes and PEFT, which must be installed.
 
     Raises:
-        ConfigError: called without peers, with repeats, or a peer is missing.
+        ConfigError: `peers` is false, `repeats` is given, or a peer is not installed.
     """
     if not peers or repeats is not None:
         raise ConfigError("bench parity compares with bitsandbytes and PEFT, once: give --peers and no --repeats.")
@@ -55,7 +55,7 @@ def bench_parity(*, peers: bool = False, repeats: int | None = None) -> dict[str
 
 
 def _weights() -> Iterator[Tensor]:
-    """The embedded model's linear weights as stored (bfloat16), and odd shapes of random float32."""
+    """The embedded model's linear weights in bfloat16, and random float32 weights of odd shapes."""
     model, _ = load("demo", dtype="bfloat16")
     for module in model.model.modules():
         if isinstance(module, nn.Linear):
@@ -106,7 +106,7 @@ def _theirs(**options: Any) -> Any:
 
 
 def _losses() -> dict[str, Any]:
-    """Ten steps of AdamW by both, from the same adapters."""
+    """Losses of `STEPS` AdamW steps by both, from the same initial adapter."""
     ours, theirs = _ours(), _theirs()
     with torch.no_grad():
         for path, layer in lora_layers(ours, "default"):
@@ -129,7 +129,7 @@ def _losses() -> dict[str, Any]:
 
 
 def _adapters() -> dict[str, float]:
-    """Adapters with random B, so that they change the logits, through each other's files."""
+    """Largest logit differences after loading each other's saved adapters; B is random so that adapters change the logits."""
     import peft
 
     input_ids = _batches()[0]

@@ -1,11 +1,11 @@
-"""`lownibble bench plan`: what the planner says next to what a training step takes, on this machine.
+"""`lownibble bench plan`: planned memory next to the measured memory of a training step on this machine.
 
-Each setting runs twice, in a process of its own. Once with torch's profiler, which sees every allocation and release of the CPU
-allocator, also inside operations; their running sum from before the model is loaded is what is allocated, and its highest value
-during the first two steps is the peak. Once without it, for the process: the highest resident set during those steps. Every
-row is cut at `max_length`, so every batch is as large as the planner takes it to be.
+Each setting runs twice, each time in a fresh process. Once with torch's profiler, which records every allocation and release of
+the CPU allocator, also inside operations; allocated bytes are their running sum from before the model is loaded, and the peak is
+its maximum during the first two steps. Once without the profiler, for the peak resident set size during those steps. Every row is
+truncated at `max_length`, so every batch is as large as the planner assumes.
 
-How long a plan takes is the time of the whole command, Python's start included.
+Planning time is that of the whole command, Python start-up included.
 """
 
 from __future__ import annotations
@@ -52,14 +52,14 @@ COMMANDS = {
     "65B QLoRA": "plan llama-65b --gpu h200 --method qlora --batch-size 1 --max-length 512",
     "65B QLoRA, traced": "plan llama-65b --gpu h200 --method qlora --batch-size 1 --max-length 512 --exact",
 }
-"""What is timed, and the command. On an H200 the first setting fits, so one step is traced."""
+"""Label -> timed command. On an H200 the first setting fits, so one step is traced."""
 
 
 def bench_plan(*, peers: bool = False, repeats: int = 1) -> dict[str, Any]:
     """Plan and run every setting.
 
     Raises:
-        ConfigError: `peers` or `repeats`; there is nothing to take turns.
+        ConfigError: `peers` or `repeats` is given; neither applies.
     """
     if peers or repeats != 1:
         raise ConfigError("'bench plan' compares a plan with a run, once each. Leave --peers and --repeats out.")
@@ -116,13 +116,13 @@ def _compare(config: RunConfig) -> dict[str, Any]:
 
 
 def in_a_process(config: RunConfig, profiled: bool) -> int:
-    """Most bytes of two steps of a run in a fresh process: allocated, by the profiler, or of the process as a whole."""
+    """Peak bytes of a run's first two steps in a fresh process: allocated (by the profiler) or the resident set size."""
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
         return pool.submit(_allocated if profiled else _resident, config.model_dump_json()).result()
 
 
 def _allocated(config: str) -> int:
-    """Most bytes that torch's CPU allocator had given out during two steps."""
+    """Peak bytes allocated by torch's CPU allocator during two steps."""
     from torch.profiler import ProfilerActivity, profile, record_function
 
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
@@ -141,7 +141,7 @@ def _allocated(config: str) -> int:
 
 
 def _resident(config: str) -> int:
-    """Highest resident set of this process during two steps."""
+    """Peak resident set size of this process in bytes during two steps."""
     from lownibble.memory import usage
 
     trainer, first = _ready(config)

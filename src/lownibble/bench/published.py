@@ -1,9 +1,10 @@
-"""`lownibble bench published`: the planner beside peaks that others have published.
+"""`lownibble bench published`: planned memory next to peaks published by others.
 
-The planner plans Lownibble's own step. What other libraries hold besides is added for the comparison: where they keep the logits
-of all tokens, at the end of forward, the hidden states and their gradient, and logits in the activations' type and in float32,
-each with its gradient; where they keep the input of each adapter in float32 (PEFT on a 16-bit model), those copies. A row says
-what its source leaves open, so a large error is as often a setting as a fault; `why` says what is known of it.
+The planner plans Lownibble's own step. Extra memory of other libraries is added for the comparison: if they materialise the
+logits of all tokens, the end of forward also holds the hidden states and their gradient, and the logits in the (16-bit)
+activation dtype and in float32, each with its gradient; if they keep each adapter's input in float32 (PEFT on a 16-bit model),
+those copies. `assumed` names settings that a row's source leaves open, so a large error is as often a wrong assumption as a fault
+of the planner; `why` gives what is known about the error.
 """
 
 from __future__ import annotations
@@ -24,10 +25,10 @@ PEAKS = Path(planner.__file__).with_name("published.toml")
 
 
 def bench_published(*, peers: bool = False, repeats: int = 1) -> dict[str, Any]:
-    """Every row of `published.toml` and its error.
+    """Plan every row of `published.toml` and compute its error.
 
     Raises:
-        ConfigError: `peers` or `repeats`; nothing is run.
+        ConfigError: `peers` or `repeats` is given; nothing is run.
     """
     if peers or repeats != 1:
         raise ConfigError(
@@ -72,6 +73,6 @@ def _row(peak: dict[str, Any]) -> dict[str, Any]:
 
 
 def _adapted_width(shape: ModelShape, lora: LoraConfig) -> int:
-    """Sum of the input sizes of all linears that have an adapter."""
+    """Sum of `in_features` over all linear layers with an adapter."""
     names = lora.target_modules
     return sum(linear.in_features for path, linear in paths(shape) if names == "all-linear" or path.endswith(tuple(names)))

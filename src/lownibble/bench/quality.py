@@ -1,10 +1,10 @@
-"""`lownibble bench quality`: does QLoRA on 8-bit products learn as well as in exact compute?
+"""`lownibble bench quality`: does QLoRA with int8 frozen-base matmuls learn as well as with exact ones?
 
-The same run in both, for several seeds and one or two tasks: the embedded one and the rows of `data`. A seed decides the
-order of the rows and the start of the adapter, so runs of one seed are compared in pairs, and the mean difference comes with its
-standard error. The yardstick is what another seed does to the exact run: `within` says that the mean difference is smaller than
-the standard deviation over seeds, so that the choice of compute matters less than that of the seed; not that there is none. A
-score over n rows has an error of its own (0.016 for an accuracy of a half over 1000 rows), which is why many rows are evaluated.
+The same run with both, for several seeds and one or two tasks: the embedded one and the rows of `data`. The seed sets the row
+order and the adapter initialisation, so runs are paired by seed, and the mean difference is given with its standard error. The
+reference is the seed noise of the exact run: `within` means that the mean difference is at most the standard deviation over
+seeds, so that the choice of compute matters less than the seed; it does not show that there is no difference. A score over n rows
+has a sampling error (0.016 for an accuracy of 0.5 over 1000 rows), so many rows are evaluated.
 """
 
 from __future__ import annotations
@@ -24,27 +24,27 @@ COMPUTES = ("exact", "int8")
 HEADLINES = ("exact_mean", "exact_sd", "int8_mean", "difference_mean", "difference_se")
 
 NLI = {"prompt_template": "{premise}\nClaim: {hypothesis}\nThe claim is a", "completion_template": " {label}"}
-"""How rows of natural-language inference (premise, hypothesis, label) are put to the model."""
+"""Templates for natural-language inference rows (premise, hypothesis, label)."""
 
 
 def bench_quality(*, peers: bool = False, repeats: int = 3, data: str | None = None, max_eval_rows: int = 1000) -> dict[str, Any]:
-    """Train on the embedded model in both kinds of compute.
+    """Train the embedded model with exact and int8 compute.
 
     Args:
-        peers: not taken.
-        repeats: seeds; at least two.
-        data: a second task: labelled rows of natural-language inference.
-        max_eval_rows: evaluation rows of a task.
+        peers: must be false.
+        repeats: number of seeds; at least two.
+        data: second task: labelled natural-language inference rows.
+        max_eval_rows: evaluation rows per task.
     Raises:
-        ConfigError: `peers`, or fewer than two seeds.
-        BackendError: 8-bit products do not run here.
+        ConfigError: `peers` is given, or there are fewer than two seeds.
+        BackendError: 8-bit products are not supported here.
     """
     if peers or repeats < 2:
         raise ConfigError(
             "'bench quality' compares Lownibble with itself over at least two seeds. Leave --peers out, --repeats 3."
         )
     if data:
-        load_data(DataConfig(path=data, **NLI))  # bad rows are found before anything is trained
+        load_data(DataConfig(path=data, **NLI))  # report invalid rows before training
     tasks: dict[str, dict[str, Any]] = {}
     heads: set[str] = set()
     for name, path in (("demo", "demo"), *([(Path(data).name, data)] if data else [])):
@@ -73,7 +73,7 @@ def bench_quality(*, peers: bool = False, repeats: int = 3, data: str | None = N
 
 
 def _run(path: str, max_eval_rows: int, seed: int, compute: Any) -> tuple[dict[str, float], str]:
-    """Evaluation loss and scores at the end of one run, and what its head was computed in."""
+    """Train once; returns the final evaluation loss and scores, and the head's compute precision."""
     train = COMPARE_TRAIN.with_options(seed=seed, eval_steps=None, torch_compile=False)
     data = DataConfig(path=path, max_eval_rows=max_eval_rows, **({} if path == "demo" else NLI))
     result = run(RunConfig(method="qlora", data=data, quant=QuantConfig(compute=compute), train=train))

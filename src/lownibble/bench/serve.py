@@ -1,24 +1,24 @@
-"""`lownibble bench serve`: different adapters in one batch, next to one adapter for all, to PEFT, and to a merged model.
+"""`lownibble bench serve`: throughput with a different adapter per request, next to one shared adapter, PEFT and a merged model.
 
-Each contender is a process of its own and they take turns (`measuring/turns.py`). A turn answers `BATCH` requests of
-`PROMPT_TOKENS` random tokens with `tokens` greedy ones each, and counts those it made in a second, prompts included; every
-round has new prompts, so no cache has seen them. Ours go through the engine as requests of the HTTP server do. The adapters
-have rank 16 on every linear layer, and values that float16 holds, in which the server keeps them.
+Each contender is its own process and they take turns (`measuring/turns.py`). A turn generates `tokens` greedy tokens for each of
+`BATCH` requests with prompts of `PROMPT_TOKENS` random tokens, and reports generated tokens/s, prefill time included; every round
+has new prompts, so none is cached. Ours go through the engine as requests of the HTTP server do. The adapters have rank 16 on
+every linear layer, and values exactly representable in float16, the server's adapter dtype.
 
     ours_base                 no adapter
     ours_identical            one adapter for all requests
-    ours_distinct             one for each request
-    ours_alone                the same requests, each sent when the one before has ended
-    ours_uniform, ours_zipf   three batches' requests, adapters drawn out of `ADAPTERS`, and memory for half of them: reading and
-                              evicting is part of it
+    ours_distinct             a different adapter for each request
+    ours_alone                the same requests as ours_distinct, one after the other
+    ours_uniform, ours_zipf   three batches of requests, adapters drawn from `ADAPTERS`, and an adapter budget for half of them:
+                              loading and evicting included
     peft_mixed                PEFT's `adapter_names`, one batch
-    peft_switching            PEFT's `set_adapter`, a request at a time
-    merged                    the adapter in the weights, one batch: what all adapters alike could be
+    peft_switching            PEFT's `set_adapter`, one request at a time
+    merged                    the adapter merged into the weights, one batch: an upper bound for a shared adapter
 
-PEFT and the merged model compute in float32 on the decoded values of our 4-bit base, so that greedy tokens can be compared:
-`same` is the share of tokens that are those of ours_distinct. The first round warms up and is not counted.
+PEFT and the merged model compute in float32 on the dequantised 4-bit base, so that greedy tokens can be compared: `same` is the
+share of tokens that match ours_distinct. The first round is warm-up and is not counted.
 
-As a program (`python -m lownibble.bench.serve NAME FOLDER`) this is one of the processes.
+Run as a program (`python -m lownibble.bench.serve NAME FOLDER`), this module is one of the processes.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ RATIOS = (
     ("ours_zipf", "ours_identical"), ("ours_distinct", "peft_mixed"), ("ours_distinct", "peft_switching"),
     ("ours_distinct", "merged"),
 )  # fmt: skip
-"""Of tokens/s: above one, the first is faster."""
+"""Pairs whose tokens/s are divided: above one, the first is faster."""
 
 
 def bench_serve(*, peers: bool = False, repeats: int = 6, tokens: int = 32) -> dict[str, Any]:
@@ -60,7 +60,7 @@ def bench_serve(*, peers: bool = False, repeats: int = 6, tokens: int = 32) -> d
 
     Args:
         peers: measure PEFT too (it must be installed).
-        repeats: counted rounds, of `tokens` new tokens a request.
+        repeats: counted rounds of `tokens` new tokens per request.
     Raises:
         TrainingError: a contender's process failed.
     """
@@ -99,7 +99,7 @@ def _same(ones: list[dict[str, Any]], others: list[dict[str, Any]]) -> float:
 
 
 def _write_adapters(folder: Path) -> int:
-    """Write them, small and all different; bytes of one in memory."""
+    """Write `ADAPTERS` different adapters with small weights; returns the bytes of one in float16."""
     model, _ = load("demo", quant="nf4", dtype=torch.float32)
     add_lora(model, LoraConfig(r=16))
     trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
@@ -138,7 +138,7 @@ def _ours(mix: str, folder: Path) -> Callable[[int], dict[str, Any]]:
     from lownibble.serve.server import make_service
 
     several = mix in ("uniform", "zipf")
-    budget = "160MB" if several else "1GB"  # of 32 adapters of 9.8 MB about half
+    budget = "160MB" if several else "1GB"  # about half of 32 adapters of 9.8 MB
     service = make_service(
         ServeConfig(model="demo", adapters=str(folder), max_batch=BATCH, max_context=256, adapter_budget=budget)
     )
@@ -175,7 +175,7 @@ def _ours(mix: str, folder: Path) -> Callable[[int], dict[str, Any]]:
 
 
 def _dense() -> Any:
-    """The embedded model in float32 with the decoded values of the 4-bit base."""
+    """The embedded model in float32 with the dequantised weights of the 4-bit base."""
     packed, _ = load("demo", quant="nf4", dtype=torch.float32)
     dense, _ = load("demo", dtype=torch.float32)
     for path, module in packed.named_modules():

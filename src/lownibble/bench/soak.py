@@ -1,10 +1,11 @@
-"""`lownibble bench soak`: a server with a thousand adapters and too little room for them, abused for a while.
+"""`lownibble bench soak`: soak test of a server with a thousand adapters, an adapter budget below their sum, and a bad client.
 
-`lownibble serve` runs as a process of its own, as a user would start it. Twenty clients ask it for adapters as Zipf's law has it:
-nineteen mean well, one (5%) does what it should not (`clients.py`), all the time. Every answer to those that mean well must
-arrive whole; a question is asked again and again in other company, and `same` is the share of answers that were the same again.
-Memory is the process's, every second, as its /metrics tell; `growth` is the median of the last quarter of the time against that
-of the second. Another server then loads a hundred adapters, and its memory is compared with what it had before and their sum.
+`lownibble serve` runs as its own process, as a user would start it. Twenty clients send it requests: nineteen well-behaved ones,
+whose adapters follow Zipf's law, and one (5%) that misbehaves all the time (`clients.py`). Every well-behaved request must be
+answered completely; the same prompts are repeated in different batches, and `same` is the share of repeats with the same answer.
+Memory is the resident set size from /metrics, sampled every second; `growth` is the median of the last quarter of the time over
+that of the second quarter. Another server then loads a hundred adapters, and its memory is compared with its memory before plus
+the size of the adapters.
 
 The adapters have rank 16 on every linear layer and are all different.
 """
@@ -49,11 +50,11 @@ def bench_soak(*, peers: bool = False, repeats: int = 10, adapters: int = 1000, 
     """Run the server for `repeats` minutes.
 
     Args:
-        peers: there are none; what they cannot do is not measured.
-        adapters: in the folder. loaded: how many the second server holds at once.
+        peers: ignored; there are no peers.
+        adapters: number of adapters in the folder. loaded: how many of them the second server holds at once.
     Raises:
-        InputError: there is no room on the disk.
-        TrainingError: the server died.
+        InputError: not enough disk space.
+        TrainingError: a server did not start.
     """
     del peers
     with tempfile.TemporaryDirectory(prefix="lownibble-soak-") as name:
@@ -75,7 +76,7 @@ def bench_soak(*, peers: bool = False, repeats: int = 10, adapters: int = 1000, 
 
 
 def _write_adapters(folder: Path, n: int) -> int:
-    """Write them as a0, a1, ..., and one called 'damaged'; bytes of one in memory."""
+    """Write `n` adapters a0, a1, ..., and 'damaged', which has NaN; returns the bytes of one in float16."""
     model, _ = load("demo", quant="nf4", dtype=torch.float32)
     add_lora(model, LoraConfig(r=16))
     save_adapter(model, folder / "a0")
@@ -87,7 +88,7 @@ def _write_adapters(folder: Path, n: int) -> int:
     needed = (n + 1) * sum(sizes) * 2
     if shutil.disk_usage(folder).free < 1.1 * needed:
         raise InputError(f"{needed / 1e9:.0f} GB of adapters have no room in '{folder.parent}'. Point TMPDIR at a larger disk.")
-    values = (0.02 * torch.randn(sum(sizes) + 1009 * n)).half()  # each adapter is another stretch of them
+    values = (0.02 * torch.randn(sum(sizes) + 1009 * n)).half()  # each adapter is a different slice
     for number in range(n):
         made = folder / f"a{number}"
         made.mkdir(exist_ok=True)
@@ -105,18 +106,18 @@ def _write_adapters(folder: Path, n: int) -> int:
 
 
 class _Server:
-    """A server as a process."""
+    """A running server process."""
 
     def __init__(self, process: subprocess.Popen[str], port: int) -> None:
         self.process, self.address = process, ("127.0.0.1", port)
 
     def gauges(self) -> dict[str, float]:
-        """What /metrics tells, without labels."""
+        """Return the unlabelled values of /metrics, without the `lownibble_` prefix."""
         with urllib.request.urlopen(f"http://127.0.0.1:{self.address[1]}/metrics", timeout=30) as answer:
             return {name: float(value) for name, value in re.findall(r"^lownibble_(\w+) (\S+)$", answer.read().decode(), re.M)}
 
     def post(self, path: str, body: str) -> bytes:
-        """The answer."""
+        """POST a JSON body; returns the response body."""
         request = urllib.request.Request(
             f"http://127.0.0.1:{self.address[1]}{path}", body.encode(), {"content-type": "application/json"}
         )
@@ -126,7 +127,7 @@ class _Server:
 
 
 def _content(file: IO[bytes]) -> str:
-    """What was written so far; the place to write at is the server's too, and stays."""
+    """Return what was written so far without moving the file offset, which the server shares."""
     return os.pread(file.fileno(), os.fstat(file.fileno()).st_size, 0).decode(errors="replace")
 
 
@@ -134,7 +135,7 @@ def _content(file: IO[bytes]) -> str:
 def _server(folder: Path, *options: str) -> Iterator[_Server]:
     command = [sys.executable, "-m", "lownibble.cli.main", "serve", "demo", "--adapters", str(folder), "--port", "0", "--json"]
     with (
-        tempfile.TemporaryFile() as told,  # no pipe: it would fill up with what clients did wrong
+        tempfile.TemporaryFile() as told,  # not a pipe: it would fill up with client errors
         subprocess.Popen([*command, *options], stdout=subprocess.DEVNULL, stderr=told, text=True) as process,
     ):
         try:
@@ -149,7 +150,7 @@ def _server(folder: Path, *options: str) -> Iterator[_Server]:
 
 def _soak(folder: Path, adapters: int, seconds: float) -> dict[str, Any]:
     weights = list(accumulate(1 / (rank + 1) for rank in range(adapters)))
-    order = random.Random(0).sample(range(adapters), adapters)  # who is popular
+    order = random.Random(0).sample(range(adapters), adapters)  # adapters by popularity
 
     def pick(draw: random.Random) -> int:
         return order[draw.choices(range(adapters), cum_weights=weights)[0]]
@@ -204,10 +205,10 @@ def _memory(samples: list[dict[str, float]]) -> dict[str, Any]:
 
 
 def _hold(folder: Path, adapters: int, nbytes: int) -> dict[str, Any]:
-    """Memory with so many adapters held."""
+    """Measure the server's resident set size before and after loading `adapters` adapters of `nbytes` bytes."""
     options = ("--adapter-budget", f"{(adapters + 1) * nbytes}B", "--max-batch", str(BATCH), "--max-context", "256")
     with _server(folder, *options) as server:
-        for _ in range(2):  # what answering takes is the base's
+        for _ in range(2):  # memory of answering counts as the base's
             server.post("/v1/completions", '{"model": "base", "prompt": "Hello", "max_tokens": 16}')
         base = server.gauges()
         for number in range(adapters):

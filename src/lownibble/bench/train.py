@@ -1,10 +1,10 @@
 """`lownibble bench train`: the training step of LoRA and QLoRA next to peers.
 
-Without `data`, fixed work: `batch_size` x `length` tokens a step, all of them labels, next to PEFT and PEFT + bitsandbytes
-(`contender.py`), and next to what the machine's matrix product can do (`matmul.py`). With `data`, real rows of uneven length: our
-runs with packing next to TRL's SFTTrainer, padded and packed (`trl_run.py`), in real tokens a second; padding does not count.
+Without `data`, fixed work: `batch_size` x `length` tokens per step, all of them labels, next to PEFT and PEFT + bitsandbytes
+(`contender.py`), and next to the machine's matrix-product throughput (`matmul.py`). With `data`, real rows of uneven length: our
+packed runs next to TRL's SFTTrainer, padded and packed (`trl_run.py`), in tokens/s without padding.
 
-Each contender lives in its own process and they take turns (`measuring/turns.py`). The first round warms up and is not counted.
+Each contender is its own process and they take turns (`measuring/turns.py`). The first round is warm-up and is not counted.
 """
 
 from __future__ import annotations
@@ -43,10 +43,10 @@ def bench_train(
 
     Args:
         peers: measure the peers too (they must be installed).
-        repeats: counted rounds, of `steps` steps a contender (default 2; 1 with `data`).
-        batch_size: rows of a step (default 4); with `data`, packs where a contender packs (default 2: all contenders are in
-            memory at once).
-        length: tokens in a row (default 256); with `data`, the longest row and the length of a pack (default 512).
+        repeats: counted rounds of `steps` steps per contender (default 2; 1 with `data`).
+        batch_size: rows per step (default 4); with `data`, packs if the contender packs (default 2: all contenders are in memory
+            at once).
+        length: tokens per row (default 256); with `data`, the maximum row length and the pack length (default 512).
         data: rows of `messages`; None for fixed work.
     Raises:
         DataError: the data are not rows of messages.
@@ -59,7 +59,7 @@ def bench_train(
         work = (batch_size, length)
         commands = _real_rows(stack, rows, config, peers, *work) if rows else _fixed_work(peers, *work)
         takers = []
-        for name, command in commands.items():  # one after the other: a load should not disturb another's memory figures
+        for name, command in commands.items():  # sequentially, so that loading does not disturb another's memory figures
             takers.append(stack.enter_context(TurnTaker(name, *command)))
             takers[-1].ready()
             print(f"bench train: {name} is ready", file=sys.stderr)
@@ -81,7 +81,7 @@ def bench_train(
 
 
 def _int8() -> tuple[str, ...]:
-    """The contender on 8-bit products, where the device has them."""
+    """The contender with 8-bit products, if the device supports them."""
     try:
         eightbit.choose("int8", pick_device())
     except BackendError:
@@ -123,7 +123,7 @@ def _rates(given: list[dict[str, Any]]) -> list[float]:
 
 
 def _limit(given: list[dict[str, Any]], lora: dict[str, Any]) -> dict[str, Any]:
-    """The machine's float32 matrix product in each round, and the work of a token in products."""
+    """The machine's matrix-product FLOP/s in each round, and the matrix-product FLOPs per token."""
     if not given:
         return {}
     rates = [answer["flops"] / answer["seconds"] for answer in given[1:]]

@@ -1,12 +1,12 @@
 """TRL's SFTTrainer as a contender on real rows: `python -m lownibble.bench.trl_run SPEC.json padded|packed [LAYERS]`.
 
-The specification is the `RunConfig` that our own contenders get: same model, rows, batch size, length, rank, targets and
-learning rate. PEFT on bitsandbytes' 4-bit layers, or on ours through the drop-in (LAYERS: lownibble or lownibble-int8), float32
-(bfloat16 on CUDA), loss on every token, SFTConfig's defaults otherwise, but no gradient checkpointing (a default of TRL that
-would slow it down; ours are run without it too). Packed is TRL's `bfd`.
+SPEC.json is the `RunConfig` that our own contenders get: same model, rows, batch size, length, rank, targets and learning rate.
+PEFT on bitsandbytes' 4-bit layers, or on ours through the drop-in (LAYERS: lownibble or lownibble-int8), float32 (bfloat16 on
+CUDA), loss on every token, otherwise SFTConfig's defaults except gradient checkpointing (on by default in TRL, and slower; ours
+run without it too). Packing is TRL's `bfd`.
 
-A turn is some optimiser steps of the one `train()` call, which waits in a callback while others have theirs. Time is taken from
-the start of a step to its end, without tokenising and collating, as ours is; tokens are the real ones.
+A turn is some optimiser steps of a single `train()` call, which waits in a callback during the others' turns. Time is measured
+from the start of a step to its end, without tokenisation and collation, as for ours; tokens exclude padding.
 """
 
 from __future__ import annotations
@@ -103,7 +103,7 @@ def main(spec: str, packing: bool, layers: str = "bitsandbytes") -> None:
             ),
             callbacks=[Turns()],
         )  # fmt: skip
-        trainer.remove_callback(PrinterCallback)  # standard output is for the answers
+        trainer.remove_callback(PrinterCallback)  # standard output carries the answers
         print(json.dumps({"rows": len(rows)}), flush=True)
         trainer.train()
 

@@ -1,1 +1,1 @@
-"""The command line: front door 2."""
+"""The command-line interface."""

@@ -1,4 +1,4 @@
-"""What each command does: read its options, make one library call, show the result."""
+"""One function per command: read the options, make one library call, print the result and return it."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def _console(arguments: argparse.Namespace) -> Console:
 
 @contextmanager
 def _bar() -> Iterator[Callable[[str, int, int], None]]:
-    """A progress bar with time left on standard error, where that is a terminal."""
+    """Progress bar with remaining time on standard error, if that is a terminal."""
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=Console(stderr=True), disable=not sys.stderr.isatty(), transient=True) as bar:
         tasks: dict[str, TaskID] = {}
@@ -40,7 +40,7 @@ def _bar() -> Iterator[Callable[[str, int, int], None]]:
 
 
 def doctor(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Show what this machine offers."""
+    """Show the device, memory, kernels and package versions."""
     from lownibble import record
     from lownibble.models import pick_device
 
@@ -75,7 +75,7 @@ def train(arguments: argparse.Namespace) -> dict[str, Any]:
     from lownibble.planning.show import beside
     from lownibble.training import ProgressSink, run
 
-    with kept_heap():  # of this process, which is for the run
+    with kept_heap():  # this process is for the run only
         result = run(config, sinks=[ProgressSink(config.method)])
     first, last = result.record["evaluations"][0], result.record["evaluations"][-1]
     console = _console(arguments)
@@ -123,7 +123,7 @@ def _duration(seconds: float) -> str:
 
 
 def compare(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Compare methods and show the table and the advice."""
+    """Compare methods; show the table and the recommendation."""
     config: CompareConfig = read(arguments, CompareConfig, arguments.config)
     from lownibble.study.compare import compare as run_compare
     from lownibble.study.table import comparison_table
@@ -140,7 +140,7 @@ def compare(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def study(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Run a study, or report one."""
+    """Run a study or report on an existing one."""
     from lownibble.study.report import study_page
     from lownibble.study.runner import run_study
     from lownibble.study.study_table import tables
@@ -276,7 +276,7 @@ def export(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def serve(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Serve until told to stop."""
+    """Serve until stopped."""
     config: ServeConfig = read(arguments, ServeConfig)
     try:
         from lownibble.serve.server import run_server

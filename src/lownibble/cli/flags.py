@@ -1,7 +1,7 @@
 """Command-line flags, derived from `config.py`: one flag per option, with its type, choices, default and description.
 
-A flag left out is absent from the result, so that a TOML file underneath keeps its say. Values are handed on as text (or parsed
-as TOML where an option takes lists and tables); what they must be is checked in one place, by the configuration classes.
+An omitted flag is absent from the parsed arguments, so that it does not override the TOML file. Values are converted by
+their option's type (TOML for lists and tables) and validated only by the configuration classes.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from lownibble.options import Options, read_toml
 
 
 def add_flags(parser: argparse.ArgumentParser, config: type[Options], positional: tuple[str, ...] = ()) -> None:
-    """Add every option of `config` to the parser, grouped as in the configuration; `positional` ones are there already."""
+    """Add every option of `config` to the parser, grouped as in the configuration, except the `positional` ones."""
     groups = {
         name: parser.add_argument_group(f"{name} options ([{name}] in TOML)") for name in GROUPS if name in config.model_fields
     }  # fmt: skip
@@ -43,10 +43,10 @@ def add_flags(parser: argparse.ArgumentParser, config: type[Options], positional
 
 
 def read(arguments: argparse.Namespace, config: type[Options], toml: str | None = None) -> Any:
-    """The configuration from defaults, a TOML file (if given) and the flags, the later ones winning.
+    """Build the configuration from defaults, a TOML file (if given) and the flags; later sources take precedence.
 
     Raises:
-        ConfigError: an unknown key or a bad value, from either.
+        ConfigError: an unknown key or an invalid value in the TOML file or the flags.
     """
     given: dict[str, Any] = {}
     for path, field in leaves(config):
@@ -71,7 +71,7 @@ def _is_bool(field: FieldInfo) -> bool:
 
 
 def _kinds(field: FieldInfo) -> set[Any]:
-    """The types an option takes: members of a union, or the types of its literal choices."""
+    """The types an option accepts: members of a union, and the types of its literal choices."""
     union = get_origin(field.annotation) in (Union, UnionType)
     members = [
         get_args(m)[0] if get_origin(m) is Annotated else m for m in (get_args(field.annotation) if union else [field.annotation])
@@ -86,7 +86,7 @@ def _metavar(field: FieldInfo) -> str:
 
 
 def _parse(value: Any, field: FieldInfo, flag: str) -> Any:
-    """Text as the option takes it: 'none' where None is allowed, TOML or comma-separated text for lists, TOML for tables."""
+    """Convert a flag's text: 'none' where None is allowed, booleans, numbers, TOML or comma-separated lists, TOML tables."""
     if not isinstance(value, str):
         return value
     kinds = _kinds(field)

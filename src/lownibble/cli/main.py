@@ -1,7 +1,7 @@
-"""The command line: `lownibble COMMAND`. Each command is one library call.
+"""Command-line entry point: `lownibble COMMAND`. Each command is one library call.
 
 Standard output carries the result: a table, or with `--json` one JSON document and nothing else. Messages and progress go to
-standard error. Exit code 0: done; 1: failed; 2: bad usage or input.
+standard error. Exit code 0: success; 1: failure; 2: usage or input error; 128 + signal number: interrupted.
 """
 
 from __future__ import annotations
@@ -124,7 +124,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run one command; returns the exit code."""
+    """Run one command and return the exit code."""
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     as_json = "--json" in (sys.argv[1:] if argv is None else argv)
     try:
@@ -153,7 +153,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _warn(message: Warning | str, category: type[Warning], *where: Any, **options: Any) -> None:
-    """A warning to the user on one line; others as Python shows them."""
+    """Print a `UserWarning` on one line; other categories in Python's format."""
     text = f"warning: {message}\n" if category is UserWarning else warnings.formatwarning(message, category, where[0], where[1])
     sys.stderr.write(text)
 

@@ -1,1 +1,1 @@
-"""How things are measured: processes that take turns, and statistics over runs."""
+"""Measurement: interleaved processes (`turns.py`), and statistics over runs (`stats.py`)."""

@@ -1,8 +1,8 @@
-"""Differences between methods with their uncertainty: what a study says instead of bare means.
+"""Paired differences between methods with confidence intervals, equivalence tests and learning-curve statistics, for studies.
 
-Runs are paired by seed: the same seed has the same data order and initialisation for both methods, so what the seed does cancels
-out in the difference. Intervals are Student's t over the seeds' differences; with three seeds they are wide, and rightly so.
-"Equivalent" is shown by two one-sided tests (Schuirmann 1987), not by a difference that was not significant.
+Runs are paired by seed: the same seed has the same data order and initialisation for both methods, so the effect of the seed
+cancels out in the difference. Confidence intervals are Student's t over the seeds' differences; with three seeds they are rightly
+wide. Equivalence is shown by two one-sided tests (TOST, Schuirmann 1987), not by a difference that was not significant.
 """
 
 from __future__ import annotations
@@ -15,14 +15,14 @@ from typing import NamedTuple
 from scipy import stats
 
 NO_SPREAD = 1e-12
-"""Relative standard error below which differences count as all alike."""
+"""Relative standard error below which all differences count as identical."""
 
 
 class Difference(NamedTuple):
-    """The mean of so many paired differences, its interval, and the probability of one as large if there were none.
+    """Mean of `pairs` paired differences, its confidence interval, and the two-sided p-value of a t-test against zero.
 
-    With fewer than two pairs, or with all differences alike, there is no interval: `low` and `high` are infinite and `p` is 1.
-    (Scores over few rows are coarse, and two seeds that fall on the same step of them show no certainty.)
+    With fewer than two pairs, or with identical differences, there is no interval: `low` and `high` are infinite and `p` is 1.
+    (Scores over few rows are coarse, so two seeds with the same score do not show certainty.)
     """
 
     mean: float
@@ -35,7 +35,7 @@ class Difference(NamedTuple):
 def paired_difference(
     a: Mapping[int, float], b: Mapping[int, float], confidence: float = 0.95
 ) -> Difference:  # fmt: skip
-    """a - b over the seeds that both have.
+    """Mean of a - b over the seeds in both (seed -> value); see `Difference`.
 
     Raises:
         ValueError: no seed is in both.
@@ -45,7 +45,7 @@ def paired_difference(
 
 
 def mean_difference(differences: Sequence[float], confidence: float = 0.95) -> Difference:
-    """The mean of differences; see `Difference`."""
+    """Mean, confidence interval and p-value of paired differences; see `Difference`."""
     n = len(differences)
     if not n:
         raise ValueError("There are no pairs.")
@@ -60,9 +60,9 @@ def mean_difference(differences: Sequence[float], confidence: float = 0.95) -> D
 
 
 def equivalence(differences: Sequence[float], margin: float) -> float:
-    """Two one-sided tests: the larger probability of such differences if the true one were at the margin or beyond.
+    """p-value of two one-sided tests (TOST): the larger one of the tests of the mean difference against -margin and +margin.
 
-    At most 0.05: equivalent within the margin at that level. 1 where there are fewer than two pairs.
+    At most 0.05: equivalent within the margin at that level. 1 with fewer than two pairs or identical differences.
     """
     if margin <= 0:
         raise ValueError(f"The margin must be above 0. Got {margin}.")
@@ -77,7 +77,7 @@ def equivalence(differences: Sequence[float], margin: float) -> float:
 
 
 def standard_error(values: Sequence[float]) -> float | None:
-    """Of the mean of these values; None where there are fewer than two."""
+    """Standard error of the mean; None with fewer than two values."""
     if len(values) < 2:
         return None
     mean = math.fsum(values) / len(values)
@@ -85,7 +85,7 @@ def standard_error(values: Sequence[float]) -> float | None:
 
 
 def crossing(curve: Sequence[tuple[float, float]], target: float) -> float | None:
-    """Where a piecewise linear (step, loss) curve first comes down to `target`; None: it does not."""
+    """Step at which a piecewise linear (step, loss) curve first reaches `target` or less; None if it never does."""
     if curve and curve[0][1] <= target:
         return float(curve[0][0])
     for (step_0, loss_0), (step_1, loss_1) in pairwise(curve):
@@ -95,7 +95,7 @@ def crossing(curve: Sequence[tuple[float, float]], target: float) -> float | Non
 
 
 def area(curve: Sequence[tuple[float, float]]) -> float:
-    """Under a piecewise linear (step, loss) curve, over its length: the mean loss on the way."""
+    """Area under a piecewise linear (step, loss) curve divided by its number of steps: the mean loss."""
     if len(curve) < 2:
         raise ValueError("A curve has two points at least.")
     total = math.fsum((step_1 - step_0) * (loss_0 + loss_1) / 2 for (step_0, loss_0), (step_1, loss_1) in pairwise(curve))
@@ -103,7 +103,7 @@ def area(curve: Sequence[tuple[float, float]]) -> float:
 
 
 def pareto(points: Mapping[str, tuple[float, ...]]) -> list[str]:
-    """The names of points that no other point is at least as good as in everything and better in something; less is better."""
+    """Names of the Pareto-optimal points; lower is better in every coordinate."""
 
     def beats(a: tuple[float, ...], b: tuple[float, ...]) -> bool:
         return all(x <= y for x, y in zip(a, b, strict=True)) and a != b

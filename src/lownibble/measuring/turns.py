@@ -1,10 +1,10 @@
-"""Taking turns: processes that wait while others run, so that drift of the machine hits all of them alike.
+"""Interleaved measurement: processes that take turns, so that machine drift affects all of them alike.
 
 A child answers each line `N` on its standard input with one JSON line on its standard output; the parent gives turns in an order
-that rotates from round to round. Ratios are taken within a round and their median is reported, with the spread.
+that rotates from round to round. Ratios are taken within a round; their median, minimum and maximum are reported.
 
-As a program (`python -m lownibble.measuring.turns SPEC.json`) this is one such child: a training run, prepared and never
-finished.
+Run as a program (`python -m lownibble.measuring.turns SPEC.json`), this module is such a child: a training run that takes steps
+until it is stopped.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from lownibble.training.events import Stepped
 
 
 class TurnTaker:
-    """A child process that works only when it is given a turn; a context manager. `facts` is its first answer."""
+    """Context manager for a child process that works only during its turns; `facts` is its first answer."""
 
     def __init__(self, name: str, module: str, *arguments: str) -> None:
         self.name = name
@@ -45,7 +45,7 @@ class TurnTaker:
         self.process.communicate()
 
     def ready(self) -> None:
-        """Wait until the child has built what it needs."""
+        """Wait until the child is set up, and read its `facts`."""
         self.facts = self._answer()
 
     def turn(self, steps: int) -> dict[str, Any]:
@@ -64,14 +64,14 @@ class TurnTaker:
 
 
 def answer_turns(facts: dict[str, Any], do: Callable[[int], dict[str, Any]]) -> None:
-    """The child's side: say `facts`, then answer every turn with `do(steps)` until standard input ends."""
+    """Child side: print `facts`, then answer every turn with `do(steps)` until standard input ends."""
     print(json.dumps(facts), flush=True)
     for line in sys.stdin:
         print(json.dumps(do(int(line))), flush=True)
 
 
 def play(takers: Sequence[TurnTaker], rounds: int, steps: int, warmup: int = 1) -> dict[str, list[dict[str, Any]]]:
-    """Give turns for `warmup` + `rounds` rounds; name -> the answers of all rounds, warm-up first."""
+    """Give turns for `warmup` + `rounds` rounds; returns name -> answers of all rounds, warm-up first."""
     answers: dict[str, list[dict[str, Any]]] = {taker.name: [] for taker in takers}
     for index in range(warmup + rounds):
         shift = index % len(takers)
@@ -86,12 +86,12 @@ def spread(values: Sequence[float]) -> dict[str, float]:
 
 
 def ratio(a: Sequence[float], b: Sequence[float]) -> dict[str, float]:
-    """Spread of a / b, round by round."""
+    """Median, minimum and maximum of the per-round ratios a / b."""
     return spread([x / y for x, y in zip(a, b, strict=True)])
 
 
 def main(spec: str) -> None:
-    """Build the run of the specification, then take turns training it; a turn counts real tokens, padding not."""
+    """Build the training run of the specification and take turns training it; `tokens` exclude padding."""
     from lownibble.memory import usage
     from lownibble.training.run import prepare
 
@@ -113,7 +113,7 @@ def main(spec: str) -> None:
             "digest": _digest(trainer.model),
         }
 
-    with usage.kept_heap():  # as in a run
+    with usage.kept_heap():  # as in a training run
         trainer.set_up()
         passes = trainer.passes
         facts = {
@@ -124,7 +124,7 @@ def main(spec: str) -> None:
 
 
 def _digest(model: nn.Module) -> str:
-    """Of the bytes of all trained parameters."""
+    """SHA-256 of the bytes of all trained parameters."""
     found = hashlib.sha256()
     for parameter in model.parameters():
         if parameter.requires_grad:

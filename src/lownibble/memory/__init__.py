@@ -1,1 +1,1 @@
-"""What memory is used, what the planner says of it, and fitting into a budget."""
+"""Measured memory, planned memory, and fitting a run to a memory budget."""

@@ -1,20 +1,20 @@
-"""The memory budget: what of a training step to give up so that it fits, found by measuring before the first step.
+"""Fit a training step to a memory budget, by measuring microbatches in a dry run before the first step.
 
-A dry run sends forward and backward passes of growing size through the model, each chosen so that by the ones before it stays
-within the budget: the first are a few tokens, the last the largest that fits. Memory goes up with the tokens of a pass along a
-line, but for what is there at any size (the head's chunk), so a line through two measurements is right or errs on the safe
-side. Optimiser states are not there yet; their bytes are known and added.
+The dry run executes microbatches of growing size, each predicted from the previous ones to stay within the budget: the first have
+a few tokens, the last is the largest that fits. Memory grows linearly with the tokens of a microbatch, apart from buffers of
+constant size (the head's chunk), so a line through two measurements is exact or errs on the safe side. Optimiser states are not
+allocated yet; their bytes are known and added.
 
-What can be given up, in the order of what it costs (`SETTINGS`): nothing but the size of the forward pass; the optimiser's
-states in memory (paging; the same bits); activations (checkpointing: each layer is computed twice). The first setting that leaves
-a forward pass of `ENOUGH_TOKENS` is taken, or else the one that leaves the most; smaller passes keep the processor waiting, and
-cost more than checkpointing does.
+Memory is saved in order of increasing cost (`SETTINGS`): only smaller microbatches; paged optimiser states (bit-identical);
+gradient checkpointing (each layer's forward is computed twice). The first setting that allows a microbatch of `ENOUGH_TOKENS`, or
+the whole batch, is chosen, otherwise the one with the largest microbatch; smaller microbatches underuse the processor and cost
+more than checkpointing does.
 
-On a CPU the budget is for the whole process as the system sees it (resident set), Python and libraries included; on CUDA for what
-the allocator reserves on the device (the driver's context comes on top of it).
+On a CPU the budget is for the resident set size of the process, Python and libraries included; on CUDA for what the allocator
+reserves on the device (the driver's context is not included).
 
-Rejected: estimating instead of measuring (the planner does that; here the model is loaded and the truth one pass away); trying
-sizes until memory runs out, as others do (on a CPU the system ends the process instead of telling it).
+Rejected: estimating instead of measuring (the planner does that; here the model is loaded and can be measured); trying sizes
+until memory runs out, as others do (on a CPU the system kills the process instead of reporting an error).
 """
 
 from __future__ import annotations
@@ -26,48 +26,48 @@ from typing import Any, NamedTuple, Protocol
 from lownibble.errors import ConfigError
 
 AIM = 0.98
-"""Share of the budget that is planned for."""
+"""Share of the budget that is used as the target."""
 
 MARGIN = {False: 1.13, True: 1.4}
-"""Checkpointing or not -> how much more than in the dry run a pass may take. Passes of one size differ by what the C heap makes
-of their tensors' sizes, most where tensors come and go (checkpointing); up to so much before there was a margin (log.md)."""
+"""Gradient checkpointing -> safety factor on a microbatch's memory in the dry run. Equal-sized microbatches differ by C heap
+fragmentation, most with checkpointing, which allocates and frees more: by up to almost this factor when measured (log.md)."""
 
 ENOUGH_TOKENS = {"cpu": 128, "cuda": 1024}
-"""Type of device -> tokens of a forward pass from which a larger one brings less than checkpointing costs. On the CPU measured
-with the embedded model (docs/log.md); on CUDA not measured."""
+"""Device type -> microbatch tokens above which a larger microbatch gains less than checkpointing costs. Measured with the
+embedded model on the CPU (docs/log.md); not measured on CUDA."""
 
 FIRST_TOKENS, GROWTH = 16, 4
-"""Size of the first pass of the dry run, and how much larger than the last one the next may be."""
+"""Tokens of the dry run's first microbatch; maximum growth factor from one microbatch to the next."""
 
 NOISE_BYTES, SLACK = 4 << 20, 1.05
-"""What a refusal's estimate allows for: how far a difference between two passes may be off, since it leads from a few tokens to a
-whole row; and how much more another dry run, with larger passes, may find (log.md)."""
+"""Allowances in the estimate of the error message: measurement noise in the difference between two microbatches, which is
+extrapolated from a few tokens to a whole row; and how much more another dry run with larger microbatches may find (log.md)."""
 
 PRECISION = 0.03
-"""The search ends when the next pass would be larger by less than this."""
+"""The search ends when the next microbatch would be larger by at most this share."""
 
 
 class Setting(NamedTuple):
-    """What is given up."""
+    """Memory-saving options of a run."""
 
     paged: bool
     gradient_checkpointing: bool
 
     @property
     def words(self) -> str:
-        """For a sentence: nothing, or " with ..."."""
+        """Phrase for a message: empty, or " with ..."."""
         parts = ["paged optimiser states"] * self.paged + ["gradient checkpointing"] * self.gradient_checkpointing
         return f" with {' and '.join(parts)}" if parts else ""
 
 
 SETTINGS = (Setting(False, False), Setting(True, False), Setting(False, True), Setting(True, True))
-"""In the order of what they cost."""
+"""In order of increasing cost."""
 
 
 @dataclass(frozen=True)
 class Needs:
-    """What a run cannot change: tokens of its longest row and of a batch as configured, how many tokens of a forward pass are
-    enough on its device, and the bytes of optimiser states with each setting that is open to it."""
+    """Fixed requirements of a run: tokens of the longest row and of a batch as configured, microbatch tokens that are enough on
+    its device, and resident bytes of optimiser states for each available setting."""
 
     longest_row: int
     whole: int
@@ -76,21 +76,21 @@ class Needs:
 
 
 class Bench(Protocol):
-    """Where passes are tried."""
+    """Measures microbatches."""
 
     def resident(self, setting: Setting) -> int:
-        """Bytes in use between two passes, gradients included, optimiser states left out."""
+        """Bytes in use between two microbatches, gradients included, optimiser states excluded."""
 
     def size(self, tokens: int) -> int:
-        """Tokens of the largest pass of at most so many that can be made of the rows."""
+        """Tokens of the largest microbatch of at most `tokens` tokens that the rows allow."""
 
     def peak(self, tokens: int) -> int | None:
-        """Highest bytes in use during such a pass, with the setting of the last call of `resident`; None: memory ran out."""
+        """Peak bytes of such a microbatch with the setting of the last `resident` call; None: out of memory."""
 
 
 @dataclass(frozen=True)
 class Probe:
-    """One pass of the dry run, or none (0 tokens); `peak_bytes` includes the optimiser states that come later."""
+    """One microbatch of the dry run (0 tokens: between microbatches); `peak_bytes` includes the future optimiser states."""
 
     paged: bool
     gradient_checkpointing: bool
@@ -100,7 +100,7 @@ class Probe:
 
 @dataclass(frozen=True)
 class Fit:
-    """What was chosen. `max_tokens`: most tokens of a forward pass, None: as configured; `peak_bytes`: what is expected."""
+    """The chosen settings. `max_tokens`: maximum tokens of a microbatch, None: as configured; `peak_bytes`: expected peak."""
 
     max_tokens: int | None
     paged: bool
@@ -110,7 +110,7 @@ class Fit:
 
     @property
     def room_bytes(self) -> int:
-        """What a forward and backward pass may take while it runs."""
+        """Bytes that a forward and backward pass may need above the resident bytes, margin included; 0 without probes."""
         of_setting = [p for p in self.probes if (p.paged, p.gradient_checkpointing) == (self.paged, self.gradient_checkpointing)]
         alone = self.peak_bytes - of_setting[0].peak_bytes if of_setting else 0
         return int(MARGIN[self.gradient_checkpointing] * alone)
@@ -121,15 +121,15 @@ class Fit:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Fit:
-        """What `to_dict` gave."""
+        """Inverse of `to_dict`."""
         return cls(**{**values, "probes": tuple(Probe(**probe) for probe in values["probes"])})
 
 
 def choose(budget_bytes: int, needs: Needs, bench: Bench) -> Fit:
-    """The cheapest way of training within a budget.
+    """Choose the cheapest setting and microbatch size within a budget.
 
     Raises:
-        ConfigError: nothing fits; says by how much, and what would.
+        ConfigError: nothing fits; the message says by how much, and what would.
     """
     found: list[Fit] = []
     probes: list[Probe] = []
@@ -146,7 +146,7 @@ def choose(budget_bytes: int, needs: Needs, bench: Bench) -> Fit:
             return found[-1]
     if found:
         return max(found, key=lambda fit: fit.max_tokens or needs.whole)
-    setting, search = list(searches.items())[-1]  # what gives up most; the least of all estimates would be the luckiest one
+    setting, search = list(searches.items())[-1]  # the setting that saves most; the minimum of all estimates would be biased low
     needed = int(SLACK * (search.at(needs.longest_row) + needs.state_bytes[setting]) / AIM)
     most = search.largest()
     what = (
@@ -163,7 +163,7 @@ def choose(budget_bytes: int, needs: Needs, bench: Bench) -> Fit:
 
 
 class _Search:
-    """The largest pass within a limit, by passes of growing size. `measured`: (tokens, bytes); `points`: with their margin."""
+    """Search for the largest microbatch within a limit. `measured`: (tokens, peak bytes); `points`: the same with margin."""
 
     def __init__(self, limit: int, needs: Needs, bench: Bench, setting: Setting) -> None:
         self.limit, self.needs, self.bench = limit, needs, bench
@@ -172,18 +172,18 @@ class _Search:
         self.points = [(0, self.resident)]
 
     def run(self) -> int | None:
-        """Tokens, at least those of the longest row; None: not even those fit."""
+        """Return the largest microbatch size in tokens; None if the longest row does not fit."""
         whole, wanted = self.needs.whole, FIRST_TOKENS
         while self.points[-1][1] <= self.limit:
             tokens, last = self.bench.size(min(wanted, whole)), self.points[-1][0]
-            reaches = tokens == whole or last < self.needs.longest_row <= tokens  # a row more or less decides whether it fits
+            reaches = tokens == whole or last < self.needs.longest_row <= tokens  # decides whether a row or the batch fits
             enough = tokens <= last if reaches else tokens <= last * (1 + PRECISION)
             if enough or not self._measure(tokens):
                 break
             wanted = min(GROWTH * tokens, self.largest())
         tokens, peak = self.points[-1]
         if peak > self.limit:
-            if len(self.points) == 2 and tokens > 1:  # for a line without what the first pass has at any size
+            if len(self.points) == 2 and tokens > 1:  # for a slope without constant-size buffers
                 self._measure(tokens // 2)
                 self.points.sort()
             tokens = self.bench.size(self.largest())
@@ -197,30 +197,30 @@ class _Search:
         return peak is not None
 
     def without_margin(self, peak: int) -> int:
-        """What is expected where at most `peak` may come."""
+        """Expected bytes for a `peak` that includes the margin."""
         return int(self.resident + (peak - self.resident) / self.margin)
 
     def _line(self) -> tuple[float, float]:
-        """(bytes of no token, bytes of a token) by the last point and one of half its tokens or less: close ones say nothing."""
+        """(intercept in bytes, bytes per token) through the last point and one of at most half its tokens, against noise."""
         x0, x1 = self._between()
         bytes_at = dict(self.points)
         slope = max(0.0, (bytes_at[x1] - bytes_at[x0]) / max(1, x1 - x0))
         return bytes_at[x1] - slope * x1, slope
 
     def _between(self) -> tuple[int, int]:
-        """The tokens of the two points that the line goes through."""
+        """Tokens of the two points that define the line."""
         last = self.points[-1][0]
         return [n for n, _ in self.points if 2 * n <= last][-1], last
 
     def largest(self) -> int:
-        """Tokens at which the line meets the limit, at most the whole batch."""
+        """Tokens at which the line reaches the limit, at most the whole batch."""
         start, slope = self._line()
         if start + slope * self.needs.whole <= self.limit:
             return self.needs.whole
         return max(0, int((self.limit - start) / slope)) if slope else 0
 
     def at(self, tokens: int) -> int:
-        """Bytes of a pass of so many tokens: as measured; or by the line, and what that may be off."""
+        """Bytes of a microbatch of `tokens` tokens, margin included: measured, or extrapolated with an allowance for noise."""
         measured = [peak for n, peak in self.points if n == tokens]
         if measured:
             return measured[-1]
@@ -231,6 +231,6 @@ class _Search:
 
 
 def _size(n_bytes: int) -> str:
-    """In gigabytes (megabytes where it is less than one), never less than it is; `memory_budget` takes it."""
+    """Format bytes in GB (MB below one GB), rounded up, in the form that `memory_budget` accepts."""
     unit, name, steps = (10**9, "GB", 100) if n_bytes >= 10**9 else (10**6, "MB", 1)
     return f"{math.ceil(n_bytes * steps / unit) / steps:.{len(str(steps)) - 1}f} {name}"

@@ -1,7 +1,7 @@
-"""The passes of the memory budget's dry run, on the real model: what `budget.choose` measures with.
+"""The memory budget's dry run on the real model: the measurements that `budget.choose` uses.
 
-Gradients are there all the time, as in accumulation; what is free is given back before each pass, so that a pass shows what it
-takes and not what an earlier one left behind. Nothing is trained: the gradients are dropped at the end.
+Gradients stay allocated throughout, as in gradient accumulation; free memory is returned to the system before each microbatch, so
+that its peak does not include what an earlier one left behind. Nothing is trained: the gradients are dropped at the end.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from lownibble.memory import usage
 from lownibble.memory.budget import FIRST_TOKENS, Setting
 
 COMPILED_TOKENS = 256
-"""Size of the passes that compile: enough for the compiler to see that work is worth dividing among threads."""
+"""Tokens of the microbatches used for compilation: enough for the compiler to parallelise over threads."""
 
 
 class Passes(Protocol):
@@ -24,23 +24,23 @@ class Passes(Protocol):
     compiled: bool
 
     def set_checkpointing(self, on: bool) -> None:
-        """Compute activations again in backward, or keep them."""
+        """Turn gradient checkpointing on or off."""
 
     def compile_for(self, batch: Any, tokens: int) -> None:
-        """Compile for batches of this kind, by a pass over about so many tokens."""
+        """Compile for batches of this kind, with a microbatch of about `tokens` tokens."""
 
     def backward(self, batch: Any, n_total: int) -> float:
-        """Add the gradients of a batch; returns its loss."""
+        """Accumulate the gradients of a batch; returns its loss."""
 
 
 class Rows(Protocol):
     """The rows of a run (`training/microbatches.py`)."""
 
     def size(self, tokens: int) -> int:
-        """Tokens of the largest pass of at most so many."""
+        """Tokens of the largest microbatch of at most `tokens` tokens."""
 
     def largest(self, tokens: int) -> Any:
-        """That pass."""
+        """Return the largest microbatch of at most `tokens` tokens."""
 
 
 class DryRun:
@@ -59,7 +59,7 @@ class DryRun:
         usage.reset_peak(self.device)
 
     def resident(self, setting: Setting) -> int:
-        """Bytes in use between two passes."""
+        """Bytes in use between two microbatches; allocates the gradients on the first call."""
         self.passes.set_checkpointing(setting.gradient_checkpointing)
         if not self._began:
             self._backward(FIRST_TOKENS // 2)
@@ -68,11 +68,11 @@ class DryRun:
         return usage.used_bytes(self.device)
 
     def size(self, tokens: int) -> int:
-        """Tokens of the largest pass of at most so many."""
+        """Tokens of the largest microbatch of at most `tokens` tokens."""
         return self.micro.size(tokens) if tokens else 0
 
     def peak(self, tokens: int) -> int | None:
-        """Highest bytes in use during that pass; None: memory ran out."""
+        """Peak bytes held during that microbatch (CUDA: reserved); None: out of memory."""
         usage.settle(self.device)
         usage.reset_peak(self.device)
         try:

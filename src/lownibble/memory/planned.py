@@ -1,4 +1,4 @@
-"""What the planner says of a run, beside what was measured of it."""
+"""The planned memory of a run, compared with the measured peak."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ from lownibble.planning.step import Batch
 from lownibble.quant import QuantLinear
 
 STEPS = 10_000
-"""The largest forward pass is looked for among so many steps."""
+"""Number of steps that are searched for the largest microbatch."""
 
 
 class TrainingRun(Protocol):
-    """What is asked of a trainer (`training/loop.py`)."""
+    """The trainer attributes used here (`training/loop.py`)."""
 
     model: Any
     config: TrainConfig
@@ -37,7 +37,7 @@ class TrainingRun(Protocol):
 
 
 class RunPlan:
-    """The plan of a run, made once, and again only where memory made the run another one."""
+    """Memory plan of a run, cached per fit to the memory budget."""
 
     def __init__(self, run: TrainingRun) -> None:
         self._run = run
@@ -54,10 +54,10 @@ class RunPlan:
         return self._made[key]
 
     def beside_measured(self, peak_bytes: int) -> dict[str, Any]:
-        """For the record: the plan of the run's largest forward pass, and its error against the highest bytes measured.
+        """For the record: the plan of the run's largest microbatch, and its relative error against the measured peak.
 
-        On a CPU the process is compared, on CUDA what is allocated. Compiled layers save less than the plan has, which is of
-        layers as they are. Where the planner does not know the model or an option, it says so.
+        Compares the resident set size on a CPU, allocated bytes on CUDA. Compiled layers save fewer activations than planned; the
+        plan assumes eager layers. If the planner does not know the model or an option, returns only `unknown`, the reason.
         """
         run, found = self._run, self._plan()
         if isinstance(found, InputError):
@@ -72,7 +72,7 @@ class RunPlan:
         }  # fmt: skip
 
     def warnings(self) -> list[str]:
-        """What to say before the first step: the plan is more than there is."""
+        """Warning that the planned memory exceeds the device's; none if a memory budget is set or there is no plan."""
         found = self._plan()
         if isinstance(found, InputError):
             return []
@@ -86,7 +86,7 @@ class RunPlan:
 
 
 def plan_of(run: TrainingRun) -> tuple[Batch, MemoryPlan]:
-    """The largest forward pass of the run as it is set up now, and the memory of a step with it.
+    """Return the largest microbatch of the run as set up now, and the memory plan of a step with it.
 
     Raises:
         ModelError, ConfigError, TargetError: the planner does not know the model or an option.
@@ -113,7 +113,7 @@ def plan_of(run: TrainingRun) -> tuple[Batch, MemoryPlan]:
 
 
 def device_of(device: torch.device) -> Device:
-    """The planner's view of the device that torch runs on."""
+    """The planner's `Device` for a torch device."""
     if device.type == "cpu":
         return hardware.this_machine()
     return Device(

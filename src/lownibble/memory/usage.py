@@ -1,8 +1,8 @@
-"""Measuring memory: the process's (or the device allocator's) peak, and live bytes by kind.
+"""Measure memory: peak of the process or the device allocator, and live bytes by kind.
 
-On a CPU the figure is the resident set, its peak kept by the kernel (VmHWM, reset through /proc/self/clear_refs); where there
-is no /proc the peak is `ru_maxrss`, which cannot be reset. On CUDA it is the allocator's peak. Peaks are reported above the
-baseline taken after imports, so that they compare between methods.
+On a CPU the figure is the resident set size; its peak is kept by the kernel (VmHWM, reset through /proc/self/clear_refs), or is
+`ru_maxrss`, which cannot be reset, if there is no /proc. On CUDA it is the allocator's peak. Peaks are reported above the
+baseline taken after imports, so that methods can be compared.
 """
 
 from __future__ import annotations
@@ -33,14 +33,14 @@ _STATUS, _CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
 
 def used_bytes(device: torch.device) -> int:
-    """Bytes in use now: allocated on CUDA, resident set on a CPU."""
+    """Bytes in use now: allocated on CUDA, resident set size on a CPU."""
     if device.type == "cuda":
         return torch.cuda.memory_allocated(device)
     return int(psutil.Process().memory_info().rss)
 
 
 def peak_bytes(device: torch.device) -> int:
-    """Highest bytes in use since `reset_peak` (since the start where the peak cannot be reset)."""
+    """Peak bytes in use since `reset_peak` (since process start if the peak cannot be reset)."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     with suppress(OSError):
@@ -52,7 +52,7 @@ def peak_bytes(device: torch.device) -> int:
 
 
 def held_peak_bytes(device: torch.device) -> int:
-    """Like `peak_bytes`, but on CUDA what the allocator reserved: that is what the device has no longer."""
+    """Like `peak_bytes`, but on CUDA the bytes reserved by the allocator, which are not available on the device."""
     return torch.cuda.max_memory_reserved(device) if device.type == "cuda" else peak_bytes(device)
 
 
@@ -60,12 +60,12 @@ _highest: dict[torch.device, int] = {}
 
 
 def highest_bytes(device: torch.device) -> int:
-    """Highest bytes held since the process began, whatever `reset_peak` did in between."""
+    """Peak bytes held since process start, regardless of `reset_peak`."""
     return max(_highest.get(device, 0), held_peak_bytes(device))
 
 
 def settle(device: torch.device) -> None:
-    """Give back what is free but still held: Python's cycles, the C heap's free pages, the device allocator's cache."""
+    """Release free but held memory: Python's reference cycles, the C heap's free pages, the device allocator's cache."""
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
@@ -74,27 +74,27 @@ def settle(device: torch.device) -> None:
 
 
 def trim_heap() -> None:
-    """Give the system back the pages of the C heap that are free, where the C library can (glibc).
+    """Return free pages of the C heap to the system, if the C library supports it (glibc).
 
-    The heap of a training step is in pieces: glibc cannot use a freed tensor's place for an aligned one of the same size, so what
-    is free grows from pass to pass.
+    A training step fragments the heap: glibc cannot reuse a freed tensor's block for an aligned one of the same size, so free
+    memory grows from microbatch to microbatch.
     """
     with suppress(AttributeError, OSError):
         ctypes.CDLL(None).malloc_trim(0)
 
 
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3
-"""mallopt's names for two limits (malloc.h): free bytes at its end from which the heap shrinks, size of a block outside it."""
+"""mallopt parameters (malloc.h): free bytes at the heap's end above which it shrinks; block size above which mmap is used."""
 
 
 @contextmanager
 def kept_heap() -> Iterator[None]:
-    """Inside the block freed memory of the C heap stays the process's, where the C library can (glibc). For processes of our own:
-    it sets limits of the C library, which cannot be read back, so the Python calls (`lownibble.train`) leave them alone.
+    """Keep freed C heap memory in the process inside the block, if the C library supports it (glibc). Only for our own processes:
+    it sets C library limits, which cannot be read back, so the Python calls (`lownibble.train`) do not use it.
 
-    A step frees what the next one will want again; given back in between, it costs a fault a page. Blocks of more than 32 MiB are
-    the system's all the same. Afterwards what is free is given back, and the limits are those that glibc comes to by itself when
-    large blocks are freed.
+    A step frees memory that the next step needs again; returned to the system in between, it costs a page fault per page. Blocks
+    above 32 MiB are returned anyway (mmap). On exit, free memory is returned, and the limits become those that glibc's dynamic
+    threshold reaches when large blocks are freed.
     """
     try:
         mallopt = ctypes.CDLL(None).mallopt
@@ -111,15 +111,14 @@ def kept_heap() -> Iterator[None]:
 
 
 def is_exhausted(error: BaseException) -> bool:
-    """Whether an error says that memory ran out; torch has a type for it on CUDA only."""
+    """Whether an error means out of memory; torch has an exception type for it on CUDA only."""
     return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or (
         isinstance(error, (RuntimeError, OSError)) and any(text in str(error) for text in _EXHAUSTED)
     )
 
 
 def retry_on_oom(step: Callable[[], _T], shrink: Callable[[], None]) -> _T:
-    """What `step` returns. While it runs out of memory, `shrink` is called (when what the failed step held is freed), and it is
-    called again."""
+    """Return `step()`; whenever it runs out of memory, call `shrink` (after the failed step's memory is freed) and retry."""
     while True:
         try:
             return step()
@@ -131,10 +130,10 @@ def retry_on_oom(step: Callable[[], _T], shrink: Callable[[], None]) -> _T:
 
 @contextmanager
 def oom_becomes_error(message: Callable[[], str]) -> Iterator[None]:
-    """A block in which running out of memory ends with one clear message.
+    """Context manager that turns out of memory into a `TrainingError` with a clear message.
 
     Raises:
-        TrainingError: it did.
+        TrainingError: the block ran out of memory.
     """
     try:
         yield
@@ -145,7 +144,7 @@ def oom_becomes_error(message: Callable[[], str]) -> Iterator[None]:
 
 
 def reset_peak(device: torch.device) -> None:
-    """Start a new peak at the bytes in use now, where the system allows it."""
+    """Reset the peak to the bytes in use now, if the system allows it."""
     _highest[device] = highest_bytes(device)
     gc.collect()
     if device.type == "cuda":
@@ -156,10 +155,10 @@ def reset_peak(device: torch.device) -> None:
 
 
 def bytes_by_kind(model: nn.Module, optimizer: torch.optim.Optimizer | None) -> dict[str, int]:
-    """Live bytes: dense weights, codes of packed ones, quantisation constants, adapters, gradients, optimiser states (those in
-    memory).
+    """Live bytes by kind: dense weights, codes of packed weights, quantisation constants, adapters, gradients, resident optimiser
+    states.
 
-    Each parameter counts once, tied ones too.
+    Each parameter is counted once, tied ones too.
     """
     kinds = dict.fromkeys(("weights", "codes", "constants", "adapters", "gradients", "optimizer"), 0)
     seen: set[int] = set()
@@ -177,10 +176,10 @@ def bytes_by_kind(model: nn.Module, optimizer: torch.optim.Optimizer | None) -> 
 
 
 def ledger(model: Any, optimizer: torch.optim.Optimizer | None) -> dict[str, Any]:
-    """Every kind of tensor by dtype, and what is held in more bits than the checkpoint had; optimiser states, paged out or not.
+    """Tensors by kind and dtype (optimiser states paged out or not), and weights held in a wider dtype than the checkpoint's.
 
     Returns:
-        `tensors`: [{kind, dtype, tensors, bytes}]; `upcasts`: [{kind, from, to, tensors, bytes}], bytes as they are now.
+        `tensors`: [{kind, dtype, tensors, bytes}]; `upcasts`: [{kind, from, to, tensors, bytes}], bytes in the current dtype.
     """
     stored = info(model).stored_dtypes
     found: dict[tuple[str, ...], list[int]] = {}
@@ -215,14 +214,14 @@ def _add(counts: dict[tuple[str, ...], list[int]], key: tuple[str, ...], n_bytes
 
 
 def kind_of(module: nn.Module, name: str) -> str:
-    """The kind of memory that a module's own parameter is."""
+    """Memory kind of a module's own parameter: codes, constants, adapters or weights."""
     if isinstance(module, QuantLinear) and name != "bias":
         return "codes" if name == module.names[0] else "constants"
     return "adapters" if isinstance(module, LowRank) else "weights"
 
 
 class SavedActivations:
-    """Bytes that autograd keeps for backward: distinct storages that are not parameters."""
+    """Bytes that autograd saves for backward: distinct storages that are not parameters."""
 
     def __init__(self) -> None:
         self.bytes = 0
@@ -233,11 +232,11 @@ class SavedActivations:
         if not isinstance(tensor, nn.Parameter) and storage.data_ptr() not in self._seen and storage.data_ptr():
             self._seen.add(storage.data_ptr())
             self.bytes += storage.nbytes()
-        return tensor.detach()  # an output held with its own graph would be a cycle that nothing frees if backward never runs
+        return tensor.detach()  # saving an output with its own graph would be a cycle that leaks if backward never runs
 
     @contextmanager
     def watch(self, model: nn.Module) -> Iterator[SavedActivations]:
-        """Count what is saved inside the block (one forward pass)."""
+        """Count the bytes saved inside the block (one forward pass)."""
         self._seen = {p.untyped_storage().data_ptr() for p in model.parameters()}
         with torch.autograd.graph.saved_tensors_hooks(self._pack, _unpack):
             yield self

@@ -1,1 +1,1 @@
-"""Training and planning held against each other: a step traced on fake tensors, a run tried out, a device calibrated."""
+"""Checks of the planner against training: a step traced on fake tensors, a dry run, a device calibration."""

@@ -1,9 +1,9 @@
-"""How much of this device's peak training reaches: three short steps of each method, on a few layers of the model.
+"""Measure the share of this device's peak FLOP/s that training reaches: three short steps per method, on a few model layers.
 
-The layers have the model's own sizes and random weights, so any model that the planner knows can be calibrated for, also one that
-does not fit here. The first time a CPU's peak is measured too (a large matrix product, a large copy); a GPU of the table has its
-figures there. The share is that of the products' time, after what the plan takes to move the bytes: the inverse of
-`planning/speed.py`. It is kept for later plans.
+The layers have the model's own sizes and random weights, so any decoder-only model known to the planner can be calibrated for,
+also one that does not fit here. If the device's peaks are not known (a CPU the first time, a GPU that is not in the table), they
+are measured too (a large matrix product, a large copy). The share is computed from the step time minus the planned time of moving
+bytes: the inverse of `planning/speed.py`. It is stored for later plans (`planning/calibration.py`).
 """
 
 from __future__ import annotations
@@ -35,28 +35,28 @@ from lownibble.quant import QuantLinear
 from lownibble.training.loop import Trainer
 
 LAYERS, STEPS, SHARE = 4, 3, 0.5
-"""Most layers of the model that are taken; timed steps after one that is not; share of the memory that they may take."""
+"""Maximum number of layers; timed steps, after one warm-up step; share of the device's memory that they may use."""
 
 REPEATS, COPY_BYTES = 7, 2**28
-"""Of the product and the copy that show a CPU's peaks; bytes of the copy."""
+"""Timed repeats of the matrix product and of the copy; bytes of the tensor copied."""
 
 MARGIN = 0.2
-"""The interval is that of the steps, wider by so much on both sides: more layers, other lengths and batches, other moments."""
+"""Relative widening of the measured interval on both sides, for more layers, other lengths and batches, and other times."""
 
 
 def calibrate(config: PlanConfig) -> dict[str, Any]:
-    """Measure, keep and return what was found: by method the share of the peak, and what the steps took.
+    """Measure each method's share of peak FLOP/s (`efficiency`: low, likely, high) and step times; store and return them.
 
     Raises:
         ModelError: the model is not known.
-        ConfigError: no method's steps fit here, or another device was asked for.
+        ConfigError: no method's steps fit here, the model has an encoder, or another device was requested.
     """
     torch_device = pick_device()
     device, contents = device_of(torch_device), find_config(config.model)
     name = "cpu" if torch_device.type == "cpu" else hardware.known_as(device.name)
     known = calibration.calibrated(hardware.device(name) if name == "cpu" or name in hardware.names() else device)
     flops, bandwidth = known.flops or _product(torch_device), known.bandwidth or _copy(torch_device)
-    if known is device:  # a GPU that is not in the table goes by its figures
+    if known is device:  # a GPU that is not in the table is named by its figures
         name = f"memory={device.memory_bytes / 2**30:.1f},bandwidth={bandwidth / 1e9:.0f},tflops={flops / 1e12:.0f}"
     if config.gpu not in ("all", name):
         raise ConfigError(f"--calibrate measures the device that is here: --gpu {name}. Got '{config.gpu}'.")
@@ -78,7 +78,7 @@ def calibrate(config: PlanConfig) -> dict[str, Any]:
 def _few_layers(
     config: PlanConfig, method: Method, contents: Mapping[str, Any], device: Device
 ) -> tuple[dict[str, Any], ModelShape, MemoryPlan] | None:
-    """As many layers of the model as fit, their shape and their plan; None if not even one does."""
+    """Config of the model with the most layers that fit (4, 2 or 1), its shape and its plan; None if not even one fits."""
     shape = read_shape(contents, config.model)
     if shape.decoder_layers:
         raise ConfigError(f"'{config.model}' has an encoder; only decoder-only models can be calibrated for so far.")
@@ -120,7 +120,7 @@ def _measure(
 
 
 class _Padding:
-    """All that a trainer asks a tokenizer for."""
+    """The only tokenizer attribute that the trainer uses."""
 
     pad_token_id = 0
 
@@ -133,11 +133,11 @@ def _rows(count: int, length: int, vocab: int) -> Iterator[Example]:
 
 
 def _model(config: PlanConfig, method: Method, contents: Mapping[str, Any], device: torch.device) -> Any:
-    """The model with random weights, as the method trains it."""
+    """The model with random weights on `device`: quantised for qlora, with an adapter except for full fine-tuning."""
     values = {key: value for key, value in contents.items() if key != "model_type"}
     dtype = torch.float32 if method == "full" and config.dtype == "auto" else pick_dtype(config.dtype, device)
     wanted = AutoConfig.for_model(contents["model_type"], **values)
-    with torch.random.fork_rng([]):  # made on the CPU; the caller's generator stays where it is
+    with torch.random.fork_rng([]):  # initialised on the CPU; the caller's generator state is kept
         torch.manual_seed(0)
         model = AutoModelForCausalLM.from_config(wanted, dtype=dtype, trust_remote_code=False)
     if method == "qlora":
@@ -152,24 +152,24 @@ def _model(config: PlanConfig, method: Method, contents: Mapping[str, Any], devi
 
 
 def _product(device: torch.device) -> float:
-    """Operations/s of a large matrix product."""
+    """FLOP/s of a large matrix product."""
     a = torch.randn((2048, 2048) if device.type == "cpu" else (8192, 8192), device=device, dtype=pick_dtype("auto", device))
     out = torch.empty_like(a)
     return 2.0 * len(a) ** 3 / _least_seconds(lambda: torch.mm(a, a, out=out))
 
 
 def _copy(device: torch.device) -> float:
-    """Bytes/s that a large copy reads and writes."""
+    """Bytes/s of a large copy, reads plus writes."""
     a = torch.ones(COPY_BYTES // 4, device=device)
     out = torch.empty_like(a)
     return 2.0 * a.nbytes / _least_seconds(lambda: out.copy_(a))
 
 
 def _least_seconds(do: Callable[[], torch.Tensor]) -> float:
-    """Of some calls, after one that is not timed."""
+    """Minimum time of `REPEATS` calls, after one warm-up call."""
     seconds = []
     for _ in range(REPEATS + 1):
         began = time.perf_counter()
-        do().view(-1)[0].item()  # waits for a GPU
+        do().view(-1)[0].item()  # synchronises with the GPU
         seconds.append(time.perf_counter() - began)
     return min(seconds[1:])

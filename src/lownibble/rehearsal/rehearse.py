@@ -1,7 +1,7 @@
-"""A run tried out before it is run (`lownibble train --dry-run`): planned beside measured, and how long it would take.
+"""Dry run of a training run (`lownibble train --dry-run`): planned and measured memory, and the estimated duration.
 
-Loads the model and the data as the run would, takes its first steps and the one with the largest forward pass, and writes
-nothing. What the steps learn is gone when it returns.
+Loads the model and the data as the run would, takes its first steps and the one with the largest microbatch, and writes nothing.
+The trained weights are discarded.
 """
 
 from __future__ import annotations
@@ -21,15 +21,15 @@ from lownibble.training.microbatches import Rows
 from lownibble.training.run import prepare
 
 STEPS = 4
-"""Of the run, taken from its beginning; the first is not timed."""
+"""Steps taken from the beginning of the run; the first is not timed."""
 
 
 def rehearse(config: RunConfig) -> dict[str, Any]:
-    """Try a run out; returns its record.
+    """Do a dry run; returns its record.
 
     Raises:
-        InputError: the run cannot be done as configured.
-        TrainingError: a step went wrong.
+        InputError: the configuration is invalid.
+        TrainingError: a step was skipped.
     """
     config = config.with_options(train=config.train.with_options(output_dir=None, resume=False))
     trainer, baseline = prepare(config)
@@ -70,7 +70,7 @@ def rehearse(config: RunConfig) -> dict[str, Any]:
 
 
 def _chosen(trainer: Trainer) -> list[tuple[int, Rows]]:
-    """The first steps, and the one that holds the largest forward pass, by number."""
+    """(number, rows) of the first steps, and of the step with the largest microbatch."""
     steps = list(islice(enumerate(trainer.micro.steps()), min(planned.STEPS, trainer.total_steps)))
 
     def largest(step: tuple[int, Rows]) -> int:

@@ -1,14 +1,15 @@
-"""The memory of a real training step, traced: transformers' own modules and our own code run on fake tensors, of any size.
+"""Trace the memory of a real training step: transformers' modules and our code run on fake tensors, for models of any size.
 
-Fake tensors have shapes and no data (`FakeTensorMode`), so a 65B step runs on two cores. A dispatch mode sees every tensor that
-an operation makes and, by the end of its storage, when it goes. The kernels are `kernels/traced.py`. What comes out has the form
-of the planner's tape, so that everything after it (kinds, instants, the caching allocator) is the same code.
+Fake tensors have shapes but no data (`FakeTensorMode`), so a 65B step runs on two cores. A dispatch mode records every storage
+that an operation allocates, and a finaliser records when it is freed. The kernels are `kernels/traced.py`. The result is a tape
+like the planner's, so that everything downstream (kinds, instants, the caching allocator) is the same code.
 
-A mode on the stack makes autograd's engine add gradients out of place, where a real step adds in place what belongs to nobody
-else (a mode counts as a tensor subclass there). An addition in backward whose first operand goes before anything else comes is
-therefore taken for one in place. The planner's tape is held against the profiler, which has no such flaw; this is a second
-opinion, and the only one for modules that the planner's tape has no program for. It runs as on a CPU: for CUDA it counts the
-logits, at most a chunk, in the buffer that weights are decoded into, where a step there has them apart.
+An active dispatch mode makes autograd's engine accumulate gradients out of place, where a real step adds in place into tensors
+that nothing else references (the engine treats a mode like a tensor subclass). An addition in backward whose first operand is
+freed before the next allocation is therefore recorded as in place. The planner's tape is checked against the profiler, which has
+no such flaw; this trace is a second opinion, and the only one for modules that the planner's tape does not implement. It runs as
+on a CPU: for CUDA it counts the logits (at most one chunk) in the dequantisation buffer, while a real CUDA step allocates them
+separately.
 """
 
 from __future__ import annotations
@@ -46,7 +47,7 @@ _TYPES = {4: torch.float32, 2: torch.bfloat16}
 
 @dataclass
 class _Pending:
-    """A sum of gradients that may turn out to have been made in place of its first operand."""
+    """A gradient sum that may have been accumulated in place into its first operand."""
 
     key: int
     number: int
@@ -54,7 +55,7 @@ class _Pending:
 
 
 class _Recorder(TorchDispatchMode):
-    """Every storage that comes and goes, on a tape."""
+    """Dispatch mode that records the allocation and release of every storage on a tape."""
 
     def __init__(self, round_to: int) -> None:
         super().__init__()
@@ -64,7 +65,7 @@ class _Recorder(TorchDispatchMode):
         self._pending: _Pending | None = None
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Run the operation; note what it made."""
+        """Run the operation and record the storages it allocates."""
         out = func(*args, **(kwargs or {}))
         first = _key(args[0]) if self.backward and func is torch.ops.aten.add.Tensor else None
         for tensor in tree_iter(out):
@@ -86,14 +87,14 @@ class _Recorder(TorchDispatchMode):
             self.tape.change(number, size)
 
     def settle(self) -> None:
-        """A sum whose first operand is still there has a storage of its own."""
+        """Record a pending sum as an allocation of its own, since its first operand is still alive."""
         if self._pending is not None:
             number, self._pending = self._pending.number, None
             self.tape.change(number, self._sizes[number])
 
     def _goes(self, key: int) -> None:
         number, pending = self._numbers.pop(key), self._pending
-        if pending is not None and key == pending.first:  # the sum was made in its place
+        if pending is not None and key == pending.first:  # the sum was accumulated in place
             self._numbers[pending.key], self._pending = number, None
         elif pending is not None and key == pending.key:
             self._pending = None
@@ -101,7 +102,7 @@ class _Recorder(TorchDispatchMode):
             self.tape.change(number, -self._sizes[number])
 
     def call(self, tensor: torch.Tensor, kind: str) -> None:
-        """Give a tensor's storage its kind."""
+        """Set the kind of a tensor's storage."""
         self.tape.kinds[self._numbers[_key(tensor)]] = kind
 
 
@@ -110,7 +111,7 @@ def _key(tensor: torch.Tensor) -> int:
 
 
 def exact_step(config: Mapping[str, Any], quant: QuantConfig, lora: LoraConfig) -> StepOf:
-    """What `planning` takes instead of its own tape."""
+    """Return a step function that `planning` uses instead of its own tape; see `trace_step`."""
 
     def step(method: Method, run: Runtime, batch: Batch, checkpointing: bool, passes: int) -> Tape:
         return trace_step(
@@ -124,16 +125,16 @@ def trace_step(
     config: Mapping[str, Any], method: Method, run: Runtime, batch: Batch, *, quant: QuantConfig, lora: LoraConfig,
     checkpointing: bool = False, passes: int = 1, fake: bool = True,
 ) -> Tape:  # fmt: skip
-    """A step's allocations, as `planning.step.run_step` gives them (optimiser states left out).
+    """Trace a step's allocations, in the form of `planning.step.run_step` (optimiser states left out).
 
     Args:
         config: the contents of a model's config.json.
-        run: how the device computes whose memory is asked for; the trace itself needs none.
-        fake: False runs it with data, for tests.
+        run: runtime of the target device, which the trace does not need.
+        fake: False runs on real tensors, for tests.
     Raises:
         ModelError: transformers does not know this model. TargetError: LoRA's targets match nothing.
     """
-    for table in ("nf4", "fp4"):  # kept for the process, so not made in here
+    for table in ("nf4", "fp4"):  # cached for the process, so created outside the fake mode
         codebook(table, "cpu")
     dynamic8("cpu"), dynamic8_lookup("cpu")
     release_scratch()
@@ -142,7 +143,7 @@ def trace_step(
     mode = FakeTensorMode() if fake else nullcontext()
     try:
         with warnings.catch_warnings(), mode, ops.use_backend(backend), recorder:
-            warnings.filterwarnings("ignore", "Accessing the data pointer of FakeTensor")  # a key of a cache, never read through
+            warnings.filterwarnings("ignore", "Accessing the data pointer of FakeTensor")  # a cache key only, never dereferenced
             model = uninitialised(config, quant if method == "qlora" else None, _TYPES[run.itemsize])
             if method == "full":
                 model.requires_grad_(True)
@@ -160,7 +161,7 @@ def trace_step(
                     _pass(recorder, model, batch, attention)
             recorder.tape.mark("update")
     finally:
-        release_scratch()  # fake tensors
+        release_scratch()  # it holds fake tensors
     return recorder.tape
 
 
@@ -173,7 +174,7 @@ def _name_parameters(recorder: _Recorder, model: nn.Module) -> None:
 
 
 def _pass(recorder: _Recorder, model: Any, batch: Batch, attention: Any) -> None:
-    """One forward and backward pass."""
+    """Trace one forward and backward pass."""
     ids = torch.zeros(batch.rows, batch.length, dtype=torch.int64)
     places, labels = (torch.zeros(batch.labels, dtype=torch.int64) for _ in range(2))
     with attention:
