@@ -1,4 +1,4 @@
-"""Rows to batches: `load` a data set, `encode` it with a tokenizer, `collate` examples in the order of `epoch_batches`."""
+"""Data pipeline: `load` a data set, `encode` it with a tokenizer, `collate` examples in the order of `epoch_batches`."""
 
 from lownibble.data.batches import (
     IGNORE,

@@ -1,12 +1,12 @@
-"""Examples to batches: padding or packing, and the order in which batches come.
+"""Collation (padding or packing) and deterministic batch order.
 
-The order is a function of (seed, epoch) alone, from a generator of its own: global random state is neither read nor
-advanced, so evaluation, dropout and data loading cannot disturb each other. A resumed run asks for the stream from batch k:
-the orders of the epochs up to k's are worked out (packed epochs differ in their number of batches), no batch is made.
+The order depends on (seed, epoch) only and comes from a private generator: global random state is neither read nor advanced,
+so evaluation, dropout and data loading cannot affect each other. Resuming at batch k recomputes the orders of all epochs up to
+that batch's (packed epochs differ in their number of batches) without building any batch.
 
-`group_by_length` is transformers' scheme: shuffle, cut into chunks of 50 batches, sort each by length, cut into batches.
-Packing (`packing.py`) puts rows one after the other without any padding. In both, batches come in shuffled order, except that
-the largest comes first: if memory does not suffice, it shows at once.
+`group_by_length` follows transformers: shuffle, split into chunks of 50 batches, sort each chunk by length, split into batches.
+Packing (`packing.py`) concatenates rows without padding. Both shuffle the order of the batches, but put the largest first so
+that running out of memory shows at once.
 """
 
 from __future__ import annotations
@@ -25,18 +25,18 @@ if TYPE_CHECKING:
     import torch
 
 IGNORE = -100
-"""The label that takes no loss (Hugging Face's convention)."""
+"""Label value excluded from the loss (Hugging Face's convention)."""
 
 CHUNK_BATCHES = 50
 
 
 @dataclass
 class Batch:
-    """Examples padded, or one after the other in a single row; each tensor is (B, T) int64.
+    """Padded examples, or packed ones in a single row; each tensor is (B, T) int64.
 
-    `labels` are unshifted and -100 where there is no loss, as transformers' models take them. `segments` are the lengths of
-    packed examples (then B is 1 and T their sum), or None. For an encoder-decoder model `source_ids` and `source_mask` (B, S)
-    are what the encoder reads, and the other tensors are the decoder's, whose first token starts it.
+    `labels` are unshifted, with -100 where there is no loss, as transformers' models expect. `segments` are the lengths of
+    packed examples (then B is 1 and T their sum), or None. For an encoder-decoder model, `source_ids` and `source_mask` (B, S)
+    are the encoder's input and the other tensors the decoder's, which begins with the decoder start token.
     """
 
     input_ids: torch.Tensor
@@ -48,39 +48,39 @@ class Batch:
 
     @property
     def source(self) -> tuple[torch.Tensor, torch.Tensor] | None:
-        """Ids and mask of what an encoder reads."""
+        """Token ids and attention mask of the encoder input, or None."""
         return None if self.source_ids is None or self.source_mask is None else (self.source_ids, self.source_mask)
 
     @property
     def n_rows(self) -> int:
-        """Examples in the batch."""
+        """Number of examples in the batch."""
         return len(self.segments) if self.segments else len(self.input_ids)
 
     @property
     def n_tokens(self) -> int:
-        """Tokens that are not padding."""
+        """Number of tokens, padding excluded."""
         return int(self.attention_mask.sum()) + (0 if self.source_mask is None else int(self.source_mask.sum()))
 
     @property
     def n_padded_tokens(self) -> int:
-        """Tokens with padding."""
+        """Number of tokens, padding included."""
         return self.input_ids.numel() + (0 if self.source_ids is None else self.source_ids.numel())
 
     @property
     def n_label_tokens(self) -> int:
-        """Positions that take a loss: labels after the shift by one."""
+        """Number of positions in the loss: labels after the shift by one."""
         return int((self.labels[:, 1:] != IGNORE).sum())
 
     def to(self, device: torch.device | str) -> Batch:
-        """The batch on a device."""
+        """Move the batch to a device."""
         held = {name: getattr(self, name) for name in ("input_ids", "attention_mask", "labels", "source_ids", "source_mask")}
         return replace(self, **{name: tensor.to(device) for name, tensor in held.items() if tensor is not None})
 
 
 def collate(examples: Sequence[Example], pad_token_id: int) -> Batch:
-    """Examples as one batch (B, T), padded on the right to the longest.
+    """Collate examples into one batch (B, T), right-padded to the longest.
 
-    `pad_token_id` may be the end-of-sequence token: padding is told by the attention mask, and labels by `is_label`.
+    `pad_token_id` may be the end-of-sequence token: the attention mask marks padding, and `is_label` marks labels.
     """
     import torch
 
@@ -97,10 +97,10 @@ def collate(examples: Sequence[Example], pad_token_id: int) -> Batch:
 
 
 def split_pair(example: Example) -> tuple[list[int], list[int]]:
-    """What an encoder reads and what the decoder writes: the tokens before the first label, and the rest.
+    """Split an example into encoder input (the tokens before the first label) and decoder output (the rest).
 
     Raises:
-        DataError: nothing stands before the labels, or they are not one stretch at the end.
+        DataError: no token precedes the labels, or the labels are not one contiguous span at the end.
     """
     first = example.is_label.index(True) if True in example.is_label else 0
     if first < 1 or not all(example.is_label[first:]):
@@ -112,12 +112,12 @@ def split_pair(example: Example) -> tuple[list[int], list[int]]:
 
 
 def encoder_ids(prompt: Sequence[int], end: int) -> list[int]:
-    """A prompt as an encoder reads it: ended by the end of sequence, once."""
+    """A prompt as encoder input: the end-of-sequence token is appended unless already there."""
     return [*prompt] if prompt and prompt[-1] == end else [*prompt, end]
 
 
 def collate_pairs(examples: Sequence[Example], pad_token_id: int, start: int, end: int) -> Batch:
-    """Examples for an encoder-decoder model: the encoder gets the prompt, ended by `end`, the decoder `start` and the completion.
+    """Collate examples for an encoder-decoder model: encoder input is the prompt and `end`, decoder input `start` + completion.
 
     Raises:
         DataError: a row is not a prompt and a completion.
@@ -130,7 +130,7 @@ def collate_pairs(examples: Sequence[Example], pad_token_id: int, start: int, en
 
 
 def flatten(examples: Sequence[Example]) -> Batch:
-    """Examples as one row (1, sum of lengths) without padding; the first token of an example is never a label."""
+    """Pack examples into one row (1, sum of lengths) without padding; the first token of an example is never a label."""
     import torch
 
     segments = tuple(len(example.input_ids) for example in examples)
@@ -143,9 +143,9 @@ def epoch_batches(
     examples: Sequence[Example], batch_size: int, seed: int, epoch: int, group_by_length: bool = False,
     pack_to: int | None = None,
 ) -> list[list[int]]:  # fmt: skip
-    """The batches of one epoch as lists of example indices; each example occurs once and the last batch may be short.
+    """The batches of one epoch as lists of example indices; each example occurs once and one batch may be short.
 
-    With `pack_to`, a batch is `batch_size` packs of at most so many tokens.
+    With `pack_to`, a batch is `batch_size` packs of at most `pack_to` tokens each.
     """
     generator = random.Random(f"{seed}:{epoch}")
     order = list(range(len(examples)))
@@ -173,8 +173,8 @@ def epoch_batches(
 def cut(
     lengths: Sequence[int], max_tokens: int | None, *, most: int | None = None, packed: bool = False
 ) -> list[list[int]]:  # fmt: skip
-    """Examples of these lengths, longest first, in batches of at most `max_tokens` tokens (padding included; a longer example
-    stands alone) and `most` examples, as lists of indices; for sums, where the order does not matter."""
+    """Split examples, longest first, into batches (lists of indices) of at most `max_tokens` tokens, padding included, and at
+    most `most` examples; a longer example gets its own batch. With `packed`, batches are packs and `most` is ignored."""
     max_tokens = sys.maxsize if max_tokens is None else max_tokens
     if packed:
         return pack(range(len(lengths)), lengths, max_tokens)

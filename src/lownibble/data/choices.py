@@ -1,7 +1,7 @@
-"""Label data as multiple choice: which completion does the model find most likely?
+"""Classification data as multiple choice, scored by completion likelihood.
 
-For classification this scores a model without generating: the prompt is followed by each completion that occurs in the data,
-and the likelier one is the answer. It asks the same of a base model that has never seen the format as of a tuned one.
+This scores a classifier without generating: each completion that occurs in the data is appended to the prompt, and the
+likeliest is the answer. A base model that has never seen the format and a fine-tuned one are scored the same way.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 MAX_TEMPLATE_CHOICES = 20
-"""Distinct completions of a completion_template up to which rows count as label data."""
+"""Maximum number of distinct completions for rows with a `completion_template` to count as classification data."""
 
 MAX_LABEL_CHOICES = 200
-"""The same for text + label rows, where a label is meant; beyond it, it is a value and no class."""
+"""The same maximum for text + label rows; with more distinct labels, the label is a value rather than a class."""
 
 
 class Choice(NamedTuple):
-    """One question: prompt ids, ids of each candidate (no end-of-sequence), index of the right one, and its origin."""
+    """One question: prompt ids, ids of each candidate (no end-of-sequence), index of the correct one, and the row's origin."""
 
     prompt_ids: list[int]
     candidates: list[list[int]]
@@ -35,11 +35,11 @@ class Choice(NamedTuple):
 def choices(
     train: Dataset, evaluation: Dataset, tokenizer: PreTrainedTokenizerBase, config: DataConfig, max_length: int
 ) -> list[Choice] | None:
-    """The evaluation rows as questions over all completions of the data, in sorted order; None where it is no label data.
+    """The evaluation rows as questions over all distinct completions (sorted); None if this is not classification data.
 
-    Label data is text + label rows, or a `completion_template` that gives few distinct completions, each at least twice on
-    average. All questions share one list of candidates. A long prompt is cut from its left so that the longest candidate
-    fits.
+    Classification data is text + label rows, or rows whose `completion_template` yields few distinct completions; each must
+    occur at least twice on average. All questions share one list of candidates. A long prompt is truncated on the left so that
+    the longest candidate fits.
 
     Raises:
         DataError, ConfigError, ModelError: as `encode`.

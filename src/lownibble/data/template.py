@@ -1,21 +1,21 @@
-"""Rows to token ids with a loss mask.
+"""Tokenise rows, with a loss mask.
 
-*Prompt and completion* are tokenised apart and concatenated: just what happens at inference, where the completion's tokens
-follow a prompt that was tokenised alone. Tokenising them together could merge tokens over the border. The completion ends
-with the end-of-sequence token, which is trained even where it is also the padding token. Special tokens that the tokenizer
-puts in front (BOS) are added to the prompt once, unless the template has written them already.
+*Prompt and completion* are tokenised separately and concatenated, as at inference, where the completion's tokens follow a
+prompt that was tokenised alone. Tokenising them together could merge tokens across the boundary. The completion ends with the
+end-of-sequence token, which is trained even if it is also the padding token. Leading special tokens (BOS) are added to the
+prompt once, unless the template already contains them.
 
 *Conversations* are rendered by the tokenizer's own chat template and tokenised whole, without further special tokens, as
-`apply_chat_template` does. Templates seldom mark the assistant's part, so it is found by rendering prefixes of the
-conversation: up to the assistant's header (generation prompt) and up to the end of its turn. Both must be prefixes of the
-whole text, or the row is refused: some templates rewrite earlier turns. They must be prefixes in tokens as well; where a
-merge runs over the border (a content that starts with a line break, say), the pieces are tokenised apart, which is what
-inference gives. The token that ends the turn is trained, white space that the template puts after it is not.
+`apply_chat_template` does. Templates seldom mark the assistant's tokens, so assistant spans are found by rendering prefixes of
+the conversation: up to the assistant's header (generation prompt) and up to the end of its turn. Both must be prefixes of the
+full text, or the row is rejected: some templates rewrite earlier turns. If they are not prefixes in tokens too (a merge across
+the boundary, say before content that starts with a line break), the pieces are tokenised separately, as at inference. The
+token that ends the turn is trained; white space that the template puts after it is not.
 
 *Text alone* gets the end-of-sequence token, and every token but the first is a label.
 
-A row that is too long loses the left of its prompt (special tokens in front stay), so that the completion stays whole; text
-and messages lose their end.
+A prompt is truncated on the left (leading special tokens are kept) so that the completion stays whole if it fits; text and
+messages are truncated at the end.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
 
 class Example(NamedTuple):
-    """One tokenised row: T token ids, T flags that say which of them are labels (unshifted), and where it came from."""
+    """One tokenised row: T token ids, T label flags (unshifted), and its origin."""
 
     input_ids: list[int]
     is_label: list[bool]
@@ -44,7 +44,7 @@ class Example(NamedTuple):
 
 @dataclass(frozen=True)
 class Encoded:
-    """A tokenised data set: its examples in row order, its form, and how many rows were cut to `max_length`."""
+    """A tokenised data set: its examples in row order, its form, and how many rows were truncated to `max_length`."""
 
     examples: list[Example]
     form: Form
@@ -55,9 +55,9 @@ def encode(dataset: Dataset, tokenizer: PreTrainedTokenizerBase, config: DataCon
     """Tokenise a data set into examples of at most `max_length` tokens, each with at least one label token.
 
     Raises:
-        DataError: rows that are bad, or are left without a label token (with their origins).
-        ConfigError: templates that do not fit.
-        ModelError: the tokenizer lacks a chat template or an end-of-sequence token that is needed.
+        DataError: rows are bad or have no label token left (with their origins).
+        ConfigError: the templates do not fit the rows.
+        ModelError: the tokenizer lacks a required chat template or end-of-sequence token.
     """
     recipe = recipe_for(dataset, config)
     coder = TokenCoder(tokenizer)
@@ -80,7 +80,7 @@ def encode(dataset: Dataset, tokenizer: PreTrainedTokenizerBase, config: DataCon
 
 
 def prompts(dataset: Dataset, tokenizer: PreTrainedTokenizerBase, config: DataConfig, room: int) -> list[list[int]]:
-    """Token ids of each row's prompt as the model is to go on from it, the last `room` tokens of it.
+    """Token ids of each row's prompt for generation, truncated on the left to `room` tokens.
 
     Raises:
         ConfigError: the rows are text alone or whole conversations.
@@ -99,7 +99,7 @@ def prompts(dataset: Dataset, tokenizer: PreTrainedTokenizerBase, config: DataCo
 
 
 class _Tokens(NamedTuple):
-    """A row before it is cut: a prompt without labels, and the rest with its label flags."""
+    """A row before truncation: a prompt without labels, and the rest with its label flags."""
 
     prompt: list[int]
     rest: list[int]
@@ -107,7 +107,7 @@ class _Tokens(NamedTuple):
 
 
 class TokenCoder:
-    """A tokenizer with what training asks of it: plain ids, the ids in front, the end, and chat spans."""
+    """A tokenizer wrapper for training: plain ids, leading and end tokens, and chat rendering."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         self.tokenizer: Any = tokenizer
@@ -121,7 +121,7 @@ class TokenCoder:
 
     @cached_property
     def front(self) -> list[int]:
-        """The special tokens that the tokenizer puts before a text (often BOS, often none)."""
+        """Leading special tokens: those the tokenizer puts before a text (often BOS, often none)."""
         plain = self.batch(["a"])[0]
         whole: list[int] = self.tokenizer("a", add_special_tokens=True)["input_ids"]
         starts = (n for n in range(len(whole)) if whole[n : n + len(plain)] == plain)
@@ -140,30 +140,30 @@ class TokenCoder:
 
     @cached_property
     def special_ids(self) -> frozenset[int]:
-        """Ids of all control tokens."""
+        """Ids of all special tokens."""
         added = (index for index, token in self.tokenizer.added_tokens_decoder.items() if token.special)
         return frozenset(self.tokenizer.all_special_ids).union(added)
 
     def prompts(self, texts: list[str]) -> list[list[int]]:
-        """Token ids of each text as a sequence's start: with the tokens in front, once."""
+        """Token ids of each text as the start of a sequence: with the leading special tokens, once."""
         return [ids if self._starts(ids) else self.front + ids for ids in self.batch(texts)]
 
     def ended(self, ids: list[int]) -> list[int]:
-        """The ids with the end-of-sequence token, once."""
+        """The ids, with the end-of-sequence token appended unless already there."""
         return ids if ids and ids[-1] == self.end else [*ids, self.end]
 
     def cut_left(self, prompt: list[int], room: int) -> list[int]:
-        """The last `room` tokens of a prompt, its tokens in front kept; never less than one token after those."""
+        """Truncate a prompt on the left to `room` tokens; leading special tokens and at least one token after them are kept."""
         kept = len(self.front) if self._starts(prompt) else 0
         room = max(room, kept + 1)
         return prompt if len(prompt) <= room else prompt[:kept] + prompt[len(prompt) - room + kept :]
 
     def render(self, messages: list[dict[str, Any]], generation: bool = False) -> str:
-        """The text of a conversation; `generation` adds the header of the assistant's next turn.
+        """Render a conversation to text; `generation` adds the header of the assistant's next turn (generation prompt).
 
         Raises:
             ModelError: the tokenizer has no chat template.
-            DataError: the template refuses the conversation (the message is the template's).
+            DataError: the template rejects the conversation (with the template's message).
         """
         from jinja2 import TemplateError
 
@@ -183,7 +183,7 @@ class TokenCoder:
 
 
 class ChatText(NamedTuple):
-    """A rendered conversation and, for each assistant turn, its text up to the answer and up to the turn's end."""
+    """A rendered conversation and, for each assistant turn, the text up to the answer and up to the end of the turn."""
 
     full: str
     turns: list[tuple[str, str]]
@@ -193,7 +193,7 @@ def render_chat(coder: TokenCoder, messages: list[dict[str, Any]]) -> ChatText:
     """Render a conversation and find its assistant turns.
 
     Raises:
-        DataError: the template refuses the conversation, or does not keep its start unchanged.
+        DataError: the template rejects the conversation, or its renderings of shorter prefixes differ.
     """
     full = coder.render(messages)
     turns = []
@@ -212,7 +212,7 @@ def render_chat(coder: TokenCoder, messages: list[dict[str, Any]]) -> ChatText:
 
 
 def tokenise_chats(coder: TokenCoder, chats: list[ChatText]) -> list[tuple[list[int], list[tuple[int, int]]]]:
-    """Token ids of each conversation, and the span [start, end) of each assistant turn in them."""
+    """Token ids of each conversation, and the token span [start, end) of each assistant turn."""
     texts = [[chat.full, *itertools.chain.from_iterable(chat.turns)] for chat in chats]
     tokenised = iter(coder.batch(list(itertools.chain.from_iterable(texts))))
     result = []
@@ -230,7 +230,7 @@ def tokenise_chats(coder: TokenCoder, chats: list[ChatText]) -> list[tuple[list[
 
 
 def _turn_end(coder: TokenCoder, ids: list[int], start: int, end: int) -> int:
-    """The end of a turn without white space after the token that closes it."""
+    """The end of a turn, excluding white space after its closing token."""
     closing = next((n for n in range(end - 1, start - 1, -1) if ids[n] in coder.special_ids), end - 1)
     return closing + 1 if not coder.tokenizer.decode(ids[closing + 1 : end]).strip() else end
 

@@ -1,15 +1,15 @@
-"""Decoder: a causal model on a 4-bit base, taken from token to token with one call a layer.
+"""Decoder: incremental decoding of a causal model on a 4-bit base, with all decoder layers in one operation.
 
-transformers' layers are read once (`form.py`); embedding, last norm and head stay its modules. A model that qualifies by its
-parts may still compute something else with them (a scaled residual, capped scores, norms around one), so before its first use the
-logits of a few tokens are compared with the model's own; a difference beyond rounding is an error. That is why the room needs no
-list of models, and it is what packing does too (`models/attention.py`).
+transformers' layers are read once (`form.py`); embedding, final norm and head stay transformers' modules. A model whose modules
+qualify may still compute something else with them (a scaled residual, capped scores, sandwich norms), so before its first use
+the logits of a few tokens are compared with the model's own; a difference beyond rounding is an error. So no list of supported
+models is needed; packing is checked the same way (`models/attention.py`).
 
-A step takes any number of tokens: a prompt, one token of one sequence, or one of each of many, with an adapter for each range of
-them. Everything is float32 and on the CPU. 8-bit `compute` means training: a step's products are exact.
+A decode step takes any number of tokens: a prompt, one token of one sequence, or one token of each of many, with an adapter per
+range of tokens. Everything is float32 on the CPU. 8-bit matmul precision (`compute`) is for training: decode steps are exact.
 
-A head whose weight is exact in bfloat16 (as in most checkpoints) is read from a copy in bfloat16: reading it is a large
-part of a small model's token. The copy takes 2 bytes a weight, for as long as the model lives.
+A head whose weight is exact in bfloat16 (as in most checkpoints) is read from a bfloat16 copy, since reading the head is a large
+part of a small model's time per token. The copy takes 2 bytes per weight for the lifetime of the model.
 """
 
 from __future__ import annotations
@@ -28,36 +28,36 @@ from lownibble.kernels.decoder import Adapter, Segment, Step
 from lownibble.models import attention
 
 PROMPT_TOKENS = 256
-"""Tokens of a prompt that are taken in one step; bounds the working memory."""
+"""Prompt tokens per prefill step; bounds the workspace."""
 
 _CHECKED_TOKENS, _TOLERANCE = 12, 1e-3
-"""Tokens of the comparison, and the largest difference, as a part of the largest logit; rounding stays far below it."""
+"""Tokens compared, and the maximum logit difference relative to the largest logit; rounding stays far below it."""
 
 _HEAD_ROWS = 16
-"""Up to this many rows the head is read in bfloat16; more are a product that is not bound by reading."""
+"""Maximum rows for the bfloat16 head; with more, the product is no longer bound by memory bandwidth."""
 
 
 @dataclass
 class _Known:
-    """What was found out about a model and holds until its head is replaced or changed."""
+    """Cached findings about a model; the head's copy is made again if the head is replaced or changed."""
 
     head: tuple[int, int]
-    """Address and version of the head's weight."""
+    """Data pointer and version counter of the head's weight."""
     half: Tensor | None
-    """The head's weight in bfloat16, where that is exact: (vocabulary, hidden)."""
+    """The head's weight in bfloat16, (vocabulary, hidden), or None if that is not exact."""
 
 
 _models: WeakKeyDictionary[Any, _Known] = WeakKeyDictionary()
 
 
 class Cache:
-    """Keys and values of `slots` sequences of up to `capacity` tokens, (layers, slots, key heads, capacity, head_dim) float32."""
+    """KV cache of `slots` sequences of up to `capacity` tokens: (layers, slots, KV heads, capacity, head_dim) float32 each."""
 
     def __init__(self, decoder: Decoder, slots: int, capacity: int) -> None:
-        """Allocate it.
+        """Allocate the cache.
 
         Raises:
-            ModelError: the model's attention does not see `capacity` tokens.
+            ModelError: `capacity` exceeds the model's attention window.
         """
         window = attention.window(decoder.model)
         if window is not None and capacity > window:
@@ -74,13 +74,13 @@ class Cache:
 
 
 class Decoder:
-    """The model's decoder layers, ready for steps. Shares the model's weights; read it anew after moving or replacing them."""
+    """A model's decoder layers, ready for decode steps. Shares the model's weights; recreate it if they move or change."""
 
     def __init__(self, model: Any) -> None:
         """Read the model.
 
         Raises:
-            ModelError: the model is of another form, in training mode, not in float32 on the CPU; says which.
+            ModelError: the architecture does not qualify, or the model is in training mode or not float32 on the CPU.
         """
         weight = model.get_input_embeddings().weight
         if weight.device.type != "cpu" or weight.dtype != torch.float32:
@@ -100,12 +100,12 @@ class Decoder:
         self, tokens: Tensor, slots: Tensor, positions: Tensor, cache: Cache, *, segments: Sequence[Segment] | None = None,
         wanted: Tensor | None = None,
     ) -> Tensor:  # fmt: skip
-        """Take tokens through the model.
+        """Run one decode step, which writes the tokens' keys and values to the cache.
 
         Args:
-            tokens, slots, positions: (T,) int64: token ids, the sequence of the cache that each belongs to, and its place there.
-            segments: which tokens have which adapter; default: all the model's active one.
-            wanted: (W,) int64, the tokens whose logits are needed; default: all.
+            tokens, slots, positions: (T,) int64: token ids, and the cache slot and position of each.
+            segments: token ranges and their adapters; default: the model's active adapter for all tokens.
+            wanted: (W,) int64, indices of the tokens whose logits are needed; default: all.
         Returns:
             (W, vocabulary) float32 logits of the next token.
         """
@@ -123,7 +123,7 @@ class Decoder:
     def prompt(
         self, tokens: Tensor, slot: int, cache: Cache, *, position: int = 0, adapter: Adapter | None = None
     ) -> Tensor:  # fmt: skip
-        """Take a prompt (T,), T > 0, into `slot` from `position` on; (1, vocabulary) logits after its last token."""
+        """Prefill `slot` with a prompt (T,), T > 0, from `position` on; returns (1, vocabulary) logits after its last token."""
         for begin in range(0, len(tokens), PROMPT_TOKENS):
             part = tokens[begin : begin + PROMPT_TOKENS]
             positions = torch.arange(position + begin, position + begin + len(part))
@@ -134,19 +134,19 @@ class Decoder:
 
     @staticmethod
     def _exact_half(head: nn.Module) -> Tensor | None:
-        """The head's weight in bfloat16 if it loses nothing: checkpoints in bfloat16, computed in float32, are like that."""
+        """The head's weight in bfloat16 if exact (as for bfloat16 checkpoints run in float32), else None."""
         weight = head.weight
         if type(head) is not nn.Linear or head.bias is not None or weight.dtype != torch.float32:
             return None
         half = torch.empty(weight.shape, dtype=torch.bfloat16)
-        for part, of_half in zip(weight.detach().split(1024), half.split(1024), strict=True):  # without a copy of the whole
+        for part, of_half in zip(weight.detach().split(1024), half.split(1024), strict=True):  # avoids a full float32 copy
             of_half.copy_(part)
             if not torch.equal(of_half.float(), part):
                 return None
         return half
 
     def _rotary(self, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """Cosines and sines (T, head_dim) at positions (T,), from tables that grow."""
+        """Rotary cosines and sines (T, head_dim) at positions (T,), from tables that grow on demand."""
         needed = int(positions.max()) + 1 if len(positions) else 0
         if needed > len(self._angles[0]):
             places = torch.arange(max(needed, 2 * len(self._angles[0]), 256)).unsqueeze(0)

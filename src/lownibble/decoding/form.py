@@ -1,7 +1,7 @@
-"""Reads a transformers model's decoder layers as data for `ops.decoder_layers`, or says why that cannot be done.
+"""Read a transformers model's decoder layers as data for `ops.decoder_layers`, or say why that is not possible.
 
-No list of model names: a layer qualifies by what is in it (the seven projections on packed weights, two norms, perhaps norms of
-queries and keys). That its modules also compute what their names say is not read but measured, see `decoder.py`.
+There is no list of model names: a layer qualifies by its modules (the seven projections on packed weights, two norms, optional
+query and key norms). Whether they compute what their names say is checked numerically, see `decoder.py`.
 """
 
 from __future__ import annotations
@@ -17,24 +17,24 @@ from lownibble.lora.layer import LoraLinear
 from lownibble.quant import QuantLinear
 
 ROPE_TYPES = ("default", "linear", "llama3", "yarn")
-"""Rotary embeddings whose angles follow from the position alone."""
+"""RoPE types whose angles depend on the position only."""
 
 _LAYER = {"self_attn", "mlp", "input_layernorm", "post_attention_layernorm"}
 _ATTENTION, _MLP = set(PROJECTIONS[:4]), set(PROJECTIONS[4:])
 
 
 def refusal(who: object, why: str) -> ModelError:
-    """The error for a model that cannot be decoded here."""
+    """The error for a model that Lownibble cannot decode."""
     return ModelError(
         f"{type(who).__name__} cannot be decoded by Lownibble: {why}. Use transformers' own loop (leave custom_generate out)."
     )
 
 
 def read_layers(model: Any) -> DecoderLayers:
-    """The decoder layers of a causal model, which share the model's tensors.
+    """Read the decoder layers of a causal model; they share the model's tensors.
 
     Raises:
-        ModelError: a layer is of another form.
+        ModelError: the architecture does not qualify.
     """
     base = model.base_model
     layers = getattr(base, "layers", None)
@@ -49,10 +49,10 @@ def read_layers(model: Any) -> DecoderLayers:
 
 
 def read_adapter(model: Any, adapter: str | None = None) -> Adapter | None:
-    """The low-rank branches of the adapter called so, or of the active one; None where there are none.
+    """Read the low-rank branches of the named adapter (default: the active one); None if there are none.
 
     Raises:
-        ModelError: the adapter is of a variant that is not a low-rank sum alone.
+        ModelError: the adapter's variant is more than a plain low-rank sum.
     """
     found = [[_branch(module, adapter) for module in _projections(layer)] for layer in model.base_model.layers]
     return Adapter(found) if any(branch for branches in found for branch in branches) else None

@@ -1,7 +1,7 @@
-"""`decode`: a loop for transformers' `generate` on the 4-bit decoder, `model.generate(..., custom_generate=lownibble.decode)`.
+"""`decode`: a generation loop on the 4-bit decoder, for `model.generate(..., custom_generate=lownibble.decode)`.
 
-Everything around the loop stays transformers': options, logits processors, stopping criteria. Only a streamer goes by another
-name: `generate` does not hand `streamer` on to a loop that is not its own.
+Options, logits processors and stopping criteria stay transformers'. Only a streamer must be passed as `token_streamer`:
+`generate` does not forward `streamer` to a custom loop.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ def decode(
 ) -> Any:  # fmt: skip
     """Greedy search or sampling, for `custom_generate`; arguments and results are those of transformers' own loop.
 
-    input_ids: (B, T), padded on the left where `attention_mask` says so. token_streamer: gets the prompt and each token, like
+    input_ids: (B, T), left-padded where `attention_mask` is 0. token_streamer: receives the prompt and each token, like
     transformers' `streamer`.
 
     Raises:
-        ModelError: the model or an option cannot be decoded here.
+        ModelError: the model or an option is not supported.
     """
     refused = [name for name in ("output_attentions", "output_hidden_states") if getattr(generation_config, name, False)]
     refused += ["num_beams"] if (generation_config.num_beams or 1) > 1 else []

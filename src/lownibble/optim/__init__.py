@@ -1,5 +1,4 @@
-"""Optimisers and learning-rate schedules. Importing this does no work, so that what needs no torch (`specs`) can be had
-without."""
+"""Optimisers and learning-rate schedules. Submodules are imported lazily, so `specs` can be used without importing torch."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""Optimisers as the training loop uses them: made by name, their states counted, opened and closed.
+"""Create optimisers by name; count, allocate and release their states.
 
-Weight decay skips vectors (norms, biases), as is usual.
+Weight decay skips vectors (norms, biases), as usual.
 """
 
 from __future__ import annotations
@@ -26,17 +26,17 @@ def fused(groups: Groups, paging: Paging) -> torch.optim.Optimizer:
 
 
 def paged(groups: Groups, paging: Paging) -> torch.optim.Optimizer:
-    """The same bits; states in pages of which a part is in memory."""
+    """Paged AdamW: bit-identical to `fused`, with part of the states in memory."""
     return PagedAdamW(groups, Fused(), paging)
 
 
 def eight_bit(groups: Groups, paging: Paging) -> torch.optim.Optimizer:
-    """Both moments in 8 bits."""
+    """AdamW with both moments in 8 bits."""
     return PagedAdamW(groups, EightBit(), None)
 
 
 def paged_eight_bit(groups: Groups, paging: Paging) -> torch.optim.Optimizer:
-    """Both."""
+    """Paged AdamW with both moments in 8 bits."""
     return PagedAdamW(groups, EightBit(), paging)
 
 
@@ -44,13 +44,13 @@ def make_optimizer(
     kind: str, parameters: Iterable[nn.Parameter], rate: float, weight_decay: float, *,
     page_budget: int | None = None, folder: Path | None = None,
 ) -> torch.optim.Optimizer:  # fmt: skip
-    """The optimiser called `kind` over the parameters that want a gradient.
+    """Create the optimiser named `kind` over the parameters that require a gradient.
 
     Args:
         page_budget: bytes of states that a paged optimiser keeps in memory; default: a tenth of them, at least 16 MiB.
-        folder: where a paged optimiser on a CPU keeps the others; default: the system's folder for temporary files.
+        folder: where a paged optimiser on a CPU keeps the rest; default: the system's folder for temporary files.
     Raises:
-        ConfigError: the budget is below one page, or there are no pages.
+        ConfigError: the budget is below one page, or was given for an optimiser that is not paged.
     """
     if page_budget is not None and not is_paged(kind):
         instead = f"Set optim='{paged_name(kind)}' (--optim), or leave the budget out." if paged_name(kind) else "Leave it out."
@@ -65,20 +65,20 @@ def make_optimizer(
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
-    """Use `rate` for every parameter group from the next step on."""
+    """Set the learning rate of every parameter group."""
     for group in optimizer.param_groups:
         group["lr"] = rate
 
 
 class StateBytes(NamedTuple):
-    """Bytes of an optimiser's states: all of them, and what they take of the device's memory now (whole pages)."""
+    """Bytes of an optimiser's states: in total, and resident in device memory now (whole pages)."""
 
     total: int
     resident: int
 
 
 def state_bytes(optimizer: torch.optim.Optimizer) -> StateBytes:
-    """Bytes of the optimiser's states."""
+    """Bytes of the optimiser's states now."""
     held = sum(v.nbytes for state in optimizer.state.values() for v in state.values() if isinstance(v, torch.Tensor))
     if isinstance(optimizer, PagedAdamW):
         return StateBytes(held + optimizer.total_bytes, held + optimizer.resident_bytes)
@@ -86,25 +86,23 @@ def state_bytes(optimizer: torch.optim.Optimizer) -> StateBytes:
 
 
 def planned_bytes(kind: str, optimizer: torch.optim.Optimizer) -> int:
-    """Bytes of the device's memory that the states of the optimiser called `kind` will take once every parameter has taken a
-    step."""
+    """Device memory in bytes of the optimiser's states once every parameter has taken a step; `kind` is its name."""
     if isinstance(optimizer, PagedAdamW):
         return optimizer.planned_bytes
     return sum(spec(kind).state_bytes(p.numel(), p.itemsize) for group in optimizer.param_groups for p in group["params"])
 
 
 def open_states(optimizer: torch.optim.Optimizer) -> None:
-    """Make room for the states that are not there yet, so that a folder or a memory that cannot hold them is known before the
-    first step, and not when a part of the parameters has taken it.
+    """Allocate the missing states, so that a lack of disk space or memory shows before the first step, not during it.
 
     Raises:
-        OutputError: the file of a paged optimiser cannot be made.
+        OutputError: the file of a paged optimiser cannot be created.
     """
     if isinstance(optimizer, PagedAdamW):
         optimizer.open()
         return
     if not isinstance(optimizer, torch.optim.AdamW):
-        return  # of another optimiser the states are not known before its first step
+        return  # other optimisers' states are unknown before their first step
     for parameter in (p for group in optimizer.param_groups for p in group["params"] if not optimizer.state.get(p)):
         optimizer.state[parameter] = {
             "step": torch.zeros((), device=parameter.device),
@@ -114,6 +112,6 @@ def open_states(optimizer: torch.optim.Optimizer) -> None:
 
 
 def close_states(optimizer: torch.optim.Optimizer) -> None:
-    """Drop the states that are held outside torch's tensors, and their file."""
+    """Release the pages of a paged or 8-bit optimiser, and their file."""
     if isinstance(optimizer, PagedAdamW):
         optimizer.close()

@@ -1,16 +1,16 @@
-"""AdamW with both moments in 8 bits: bitsandbytes' blockwise optimiser (Dettmers et al. 2021), 2.03 bytes a parameter instead
-of 8.
+"""AdamW with both moments in 8 bits: bitsandbytes' blockwise optimiser (Dettmers et al. 2021), 2.03 bytes per parameter
+instead of 8.
 
-Each 256 elements share a constant, their largest magnitude; the rest of a value is a code of the dynamic map, signed for the
-first moment and unsigned for the second. The moments are decoded to float32, updated, used and encoded again. Tensors below
-4096 elements keep theirs in float32, as there.
+Each block of 256 elements shares its absmax; each element is a code of the dynamic map, signed for the first moment and
+unsigned for the second. The moments are dequantised to float32, updated, used and quantised again. Tensors below 4096 elements
+keep float32 moments, as in bitsandbytes.
 
-A value gets the nearest code, as in bitsandbytes on CUDA and in its plain-torch path. Its CPU build uses a table of
-65,536 points instead, whose steps of 3e-5 are coarser than a second moment: everything below 1.5e-5 of a block's largest
-becomes 1.6e-5 there (`docs/log.md`). For block constants, where that table is our standard, it does not matter (ADR 4).
+A value gets the nearest code, as in bitsandbytes on CUDA and in its plain-torch path. Its CPU build uses a lookup table of
+65,536 points instead, whose steps of 3e-5 are too coarse for a second moment: everything below 1.5e-5 of a block's absmax
+becomes 1.6e-5 there (`docs/log.md`). For absmax values, where that table is our reference, it does not matter (ADR 4).
 
-Each operation below rounds once (no fused multiply-add, no sum with a factor), so results depend neither on where a tensor is
-cut nor on the number of threads: paged and unpaged are the same bits.
+Each operation below rounds once (no fused multiply-add, no scaled sum), so results depend neither on where a tensor is split
+nor on the number of threads: paged and unpaged are bit-identical.
 """
 
 from __future__ import annotations
@@ -31,14 +31,14 @@ SMALLEST = SMALLEST_8BIT
 """Elements below which a tensor's moments stay in float32 (bitsandbytes' `min_8bit_size`)."""
 
 STRETCH = 1 << 17
-"""Elements decoded at a time, a multiple of the block: temporaries stay in the cache and out of the memory figures."""
+"""Elements dequantised at a time, a multiple of the block: temporaries fit in cache and hardly add to peak memory."""
 
-_TINY = 1e-38  # bitsandbytes' floor for the constant of an all-zero block
+_TINY = 1e-38  # bitsandbytes' floor for the absmax of an all-zero block
 
 
 @dataclass(frozen=True)
 class AdamStep:
-    """The numbers of one step of AdamW for one tensor; `step` counts from 1."""
+    """Hyperparameters of one AdamW step for one tensor; `step` counts from 1."""
 
     step: int
     rate: float
@@ -47,7 +47,7 @@ class AdamStep:
     weight_decay: float
 
     def update(self, parameter: Tensor, gradient: Tensor, average: Tensor, square: Tensor) -> None:
-        """Move the moments and the parameter, in place. All (n,); moments float32, the others of any floating type."""
+        """Update the moments and the parameter in place. All (n,); moments float32, the others of any floating dtype."""
         beta1, beta2 = self.betas
         gradient = gradient.float()
         average.mul_(beta1).add_(gradient * (1 - beta1))
@@ -59,12 +59,12 @@ class AdamStep:
 
 @cache
 def _values(signed: bool, device: str) -> Tensor:
-    """(256,) float32, ascending: what the codes stand for."""
+    """The codebook: (256,) float32, ascending."""
     return (dynamic8 if signed else dynamic8_unsigned)(device)
 
 
-_CELL_BITS = 15  # of a float's bits that a cell leaves out: 256 cells for each power of two
-_LOWEST = 2.0**-24  # below every bound; smaller magnitudes share the first cell
+_CELL_BITS = 15  # low bits of a float that a cell ignores: 256 cells per power of two
+_LOWEST = 2.0**-24  # below every boundary; smaller magnitudes share the first cell
 
 
 def _bits(value: float) -> int:
@@ -73,11 +73,11 @@ def _bits(value: float) -> int:
 
 @cache
 def _cells(signed: bool, device: str) -> tuple[Tensor, Tensor, int]:
-    """What finds a code without a search: cells by a float's highest bits, so narrow that at most one bound is inside.
+    """Lookup tables that replace a search: cells of a float's high bits, narrow enough to contain at most one boundary.
 
     Returns:
-        the number of bounds below each cell (int32; magnitudes from 0 to 1, then negative ones where signed), the bounds (256,
-        the last infinite), and the number of cells of a sign.
+        the number of boundaries below each cell (int32; magnitudes 0 to 1, then negative ones if signed), the boundaries
+        between codes (256, the last infinite), and the number of cells per sign.
     """
     values = _values(signed, "cpu")
     bounds = torch.cat([(values[1:] + values[:-1]) / 2, torch.tensor([torch.inf])])
@@ -92,7 +92,7 @@ def _cells(signed: bool, device: str) -> tuple[Tensor, Tensor, int]:
 
 
 def nearest(scaled: Tensor, signed: bool) -> Tensor:
-    """(n,) int32: the code nearest to each of (n,) float32 in [-1, 1] (from 0 where not signed); in the middle the lower one."""
+    """(n,) int32 codes nearest to (n,) float32 in [-1, 1] ([0, 1] if unsigned); ties go to the lower code."""
     first, bounds, count = _cells(signed, str(scaled.device))
     bits = scaled.view(torch.int32)
     cell = ((bits & 0x7FFFFFFF) >> _CELL_BITS).sub_(_bits(_LOWEST) >> _CELL_BITS).clamp_(0, count - 1)
@@ -103,7 +103,7 @@ def nearest(scaled: Tensor, signed: bool) -> Tensor:
 
 
 def encode(x: Tensor, signed: bool, codes: Tensor, absmax: Tensor) -> None:
-    """Write codes (n,) uint8 and block constants of x (n,) float32: full blocks times a reciprocal, a short one divided."""
+    """Quantise x (n,) float32 into codes (n,) uint8 and block absmax: full blocks times a reciprocal, a partial one divided."""
     full = x.numel() // BLOCK * BLOCK
     blocks, last = x[:full].view(-1, BLOCK), x[full:]
     scaled = torch.empty_like(x)
@@ -118,14 +118,14 @@ def encode(x: Tensor, signed: bool, codes: Tensor, absmax: Tensor) -> None:
 
 
 def decode(codes: Tensor, signed: bool, absmax: Tensor) -> Tensor:
-    """(n,) float32."""
+    """Dequantise to (n,) float32."""
     return ops.dequantize_8bit(codes, absmax, _values(signed, str(codes.device)), BLOCK)
 
 
 def update_encoded(
     step: AdamStep, parameter: Tensor, gradient: Tensor, codes: tuple[Tensor, Tensor], absmax: tuple[Tensor, Tensor]
 ) -> None:
-    """One step on (n,) parameters whose moments are encoded; n starts a block."""
+    """One step on (n,) elements of a parameter whose moments are quantised; the first element starts a block."""
     for start in range(0, parameter.numel(), STRETCH):
         part, blocks = slice(start, start + STRETCH), slice(start // BLOCK, (start + STRETCH) // BLOCK)
         moments = [decode(codes[i][part], i == 0, absmax[i][blocks]) for i in (0, 1)]

@@ -1,16 +1,15 @@
-"""AdamW whose states lie in pages: as little of them in memory as asked for, the same bits as without paging.
+"""Paged AdamW: states in pages, of which a budgeted part is resident; bit-identical to the unpaged optimiser.
 
-The states of all parameters, in order, fill one page after the other; a large parameter is cut into pieces, small ones (LoRA)
-share a page. A piece has both moments, so that one read brings all it needs. A step walks the pages and updates the
-parameters' pieces with the same operation on slices that the unpaged optimiser applies to whole tensors: it works element by
-element, and a cut at a multiple of 256 elements leaves its vectors whole, so not a bit differs (a test holds it). Later pages
-are read while this one is used, earlier ones written behind it.
+The states of all parameters, in order, fill page after page; a large parameter is split into pieces, small ones (LoRA) share a
+page. A piece holds both moments, so one read fetches all it needs. A step walks the pages and applies to the pieces' slices the
+same operation that the unpaged optimiser applies to whole tensors: it is elementwise, and splits at multiples of 256 elements
+keep its SIMD vectors whole, so the results are bit-identical (tested). Later pages are prefetched and earlier ones written back
+in the background.
 
-Every other step walks backwards. Walked in one direction only, a cycle longer than the budget never finds a page that the
-least recently used rule has kept; there and back, each step begins with the pages that the last one ended with, and a budget
-of a tenth saves a tenth of the traffic.
+Every other step walks backwards. Cyclic access to more pages than the budget never hits an LRU cache; going back and forth, each
+step begins with the pages that the last one ended with, and a budget of a tenth saves a tenth of the traffic.
 
-`adamw_8bit` is this optimiser with all pages resident: one arithmetic for both, nothing to keep equal.
+`adamw_8bit` is this optimiser with all pages resident, so both share one implementation.
 
 Rejected: paging whole tensors as bitsandbytes does (the embedding alone may exceed the budget; its LoRA states are never
 paged); updating parameters during backward (gradient clipping needs all gradients first).
@@ -32,31 +31,31 @@ from lownibble.optim.paging import PageStore
 from lownibble.optim.specs import PAGE_BYTES, SHARE_PAGED, SMALLEST_PAGED, Paging
 
 UNIT = 256
-"""Pieces are cut at multiples of so many elements: a block of 8-bit codes, a whole number of any machine's vectors."""
+"""Parameters are split at multiples of this many elements: a block of 8-bit codes, and a multiple of any SIMD width."""
 
 ALIGNMENT = 64
 AHEAD = 8
-"""Pages read ahead of the one in use."""
+"""Pages prefetched ahead of the one in use."""
 
 
 class Field(NamedTuple):
-    """One state of a parameter: its name, type, and how many elements of the parameter share one value of it."""
+    """One state of a parameter: its name, dtype, and how many elements of the parameter share one value."""
 
     key: str
     dtype: torch.dtype
     per: int = 1
 
     def count(self, n: int) -> int:
-        """Values for n elements."""
+        """Number of values for n elements."""
         return -(-n // self.per)
 
     def span(self, n: int) -> int:
-        """Bytes in a page for n elements."""
+        """Bytes in a page for n elements, padded to `ALIGNMENT`."""
         return -(-self.count(n) * self.dtype.itemsize // ALIGNMENT) * ALIGNMENT
 
 
 class Piece(NamedTuple):
-    """Elements [start, stop) of a parameter, whose states are at `offset` of a page."""
+    """Elements [start, stop) of a parameter, with states at byte `offset` of a page."""
 
     parameter: nn.Parameter
     group: int
@@ -66,7 +65,7 @@ class Piece(NamedTuple):
 
 
 class Slices(NamedTuple):
-    """What one piece's update works on, flat: parameter, gradient, one tensor for each field; and the parameter's step."""
+    """Flat tensors for updating one piece: parameter, gradient, one per field; and the parameter's step count."""
 
     parameter: Tensor
     gradient: Tensor
@@ -81,21 +80,21 @@ class Arithmetic(Protocol):
         """The states of a parameter."""
 
     def new_step(self, parameter: nn.Parameter) -> Tensor:
-        """() float32, zero: where the parameter's steps are counted."""
+        """A new step counter, () float32 zero."""
 
     def update(self, group: dict[str, Any], pieces: list[Slices]) -> None:
-        """One step on pieces of parameters of a group and of one type."""
+        """One step on pieces of parameters of one group and dtype."""
 
 
 class Fused:
-    """torch's fused AdamW; states in the parameter's type, as there."""
+    """torch's fused AdamW; states in the parameter's dtype, as in torch."""
 
     def fields(self, parameter: nn.Parameter) -> list[Field]:
         """Both moments."""
         return [Field("exp_avg", parameter.dtype), Field("exp_avg_sq", parameter.dtype)]
 
     def new_step(self, parameter: nn.Parameter) -> Tensor:
-        """On the parameter's device, where the fused operation wants it."""
+        """A step counter on the parameter's device, as the fused operation requires."""
         return torch.zeros((), device=parameter.device)
 
     def update(self, group: dict[str, Any], pieces: list[Slices]) -> None:
@@ -109,10 +108,10 @@ class Fused:
 
 
 class EightBit:
-    """Moments in 8 bits; in float32 for small parameters."""
+    """AdamW with 8-bit moments; float32 for small parameters."""
 
     def fields(self, parameter: nn.Parameter) -> list[Field]:
-        """Codes and block constants of both moments, or the moments."""
+        """Codes and block absmax of both moments, or float32 moments."""
         if parameter.numel() < eight_bit.SMALLEST:
             return [Field("exp_avg", torch.float32), Field("exp_avg_sq", torch.float32)]
         return [
@@ -121,11 +120,11 @@ class EightBit:
         ]  # fmt: skip
 
     def new_step(self, parameter: nn.Parameter) -> Tensor:
-        """On the CPU, where it is read."""
+        """A step counter on the CPU, where it is read."""
         return torch.zeros(())
 
     def update(self, group: dict[str, Any], pieces: list[Slices]) -> None:
-        """Piece by piece."""
+        """Update piece by piece."""
         for parameter, gradient, states, step in pieces:
             numbers = AdamStep(int(step), group["lr"], group["betas"], group["eps"], group["weight_decay"])
             if len(states) == 2:
@@ -135,14 +134,15 @@ class EightBit:
 
 
 class PagedAdamW(torch.optim.Optimizer):
-    """AdamW over a `PageStore`. `state` holds each parameter's step only; the rest is in the pages (see `parts`).
+    """AdamW over a `PageStore`. `state` holds only each parameter's step count; the moments are in the pages (see `parts`).
 
     Args:
         groups: parameter groups with `lr`, `betas`, `eps` and `weight_decay`.
         paging: None keeps all pages resident.
         page_bytes: size of a page, at least 4096; default: `PAGE_BYTES`.
     Raises:
-        ConfigError: a parameter cannot be paged, or the budget is below one page. (The file is made by `open`.)
+        ConfigError: a parameter is not contiguous, parameters are on several devices, or the budget is below one page. (The file
+            is created by `open`.)
     """
 
     def __init__(
@@ -195,10 +195,10 @@ class PagedAdamW(torch.optim.Optimizer):
         return pages
 
     def open(self) -> PageStore:
-        """The store, made at the first call.
+        """The page store, created on the first call.
 
         Raises:
-            OutputError: its file cannot be made.
+            OutputError: its file cannot be created.
         """
         if self._store is None:
             self._store = PageStore(
@@ -207,14 +207,14 @@ class PagedAdamW(torch.optim.Optimizer):
         return self._store
 
     def close(self) -> None:
-        """Drop the states and their file."""
+        """Release the states and their file."""
         if self._store is not None:
             self._store.close()
             self._store = None
 
     @property
     def planned_bytes(self) -> int:
-        """Bytes of the states in memory once all pages are in use."""
+        """Resident bytes of the states once all pages are in use."""
         n_pages = len(self._pages)
         if self.budget_bytes is not None:
             n_pages = min(n_pages, self.budget_bytes // self._page_bytes)
@@ -222,7 +222,7 @@ class PagedAdamW(torch.optim.Optimizer):
 
     @property
     def resident_bytes(self) -> int:
-        """Bytes of the states in memory."""
+        """Resident bytes of the states now."""
         return self._store.resident_bytes if self._store else 0
 
     @torch.no_grad()
@@ -230,7 +230,7 @@ class PagedAdamW(torch.optim.Optimizer):
         """One step for every parameter that has a gradient.
 
         Raises:
-            TrainingError: the pages' disk failed; some parameters have taken the step and others have not.
+            TrainingError: reading or writing pages failed; some parameters have taken the step and others have not.
         """
         store = self.open()
         flat = {}
@@ -263,23 +263,23 @@ class PagedAdamW(torch.optim.Optimizer):
             self._arithmetic.update(self.param_groups[group], members)
 
     def _views(self, page: Tensor, piece: Piece) -> Iterator[tuple[Field, Tensor]]:
-        """The flat states of a piece, in its page."""
+        """Flat views of a piece's states in its page."""
         offset, n = piece.offset, piece.stop - piece.start
         for field in self._fields[piece.parameter]:
             yield field, page[offset : offset + field.count(n) * field.dtype.itemsize].view(field.dtype)
             offset += field.span(n)
 
     def shapes(self, parameter: nn.Parameter) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
-        """Type and shape of each of a parameter's states in the pages."""
+        """Dtype and shape of each of a parameter's states in the pages."""
         return {
             field.key: (field.dtype, tuple(parameter.shape) if field.per == 1 else (field.count(parameter.numel()),))
             for field in self._fields[parameter]
         }
 
     def parts(self, *, change: bool) -> Iterator[tuple[nn.Parameter, str, int, Tensor]]:
-        """(parameter, state, first value, values) of all that is in the pages of parameters that took a step, page by page.
+        """Iterate page by page over the states of parameters that took a step: (parameter, state name, offset, flat values).
 
-        The flat values are valid until the next item; `change` lets the caller write into them.
+        The values are valid until the next item; `change` lets the caller write into them.
         """
         store = self.open()
         for number, pieces in enumerate(self._pages):
@@ -293,13 +293,13 @@ class PagedAdamW(torch.optim.Optimizer):
                         yield piece.parameter, field.key, piece.start // field.per, values
 
     def begin(self, parameter: nn.Parameter) -> None:
-        """Count the steps of a parameter, from 0; its states exist from now on."""
+        """Start a parameter's step count at 0, which marks its states as present."""
         self.state[parameter] = {"step": self._arithmetic.new_step(parameter)}
 
     def state_dict(self) -> dict[str, Any]:
-        """Refused: the states would have to be in memory at once."""
+        """Not supported: all states would have to be in memory at once."""
         raise TrainingError("A paged optimiser has no state_dict. Save it with a checkpoint of the run, page by page.")
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Refused, like `state_dict`."""
+        """Not supported, like `state_dict`."""
         self.state_dict()

@@ -1,23 +1,21 @@
-"""Pages of bytes, of which a fixed number is resident: the store under the paged optimiser.
+"""Page store of the paged optimiser: pages of bytes, of which a fixed number is resident.
 
-Resident pages lie in buffers that are allocated once and reused. When another page is wanted, the least recently used one
-gives up its buffer; it is written back first if it was changed since. One background thread does all the copying, in the
-order asked: a page asked for ahead of its use is read while the caller works on another, and the page that it displaces is
-written behind the caller's back. Copies are explicit, so what is in memory is what this module put there: `resident_bytes`
-never exceeds the budget.
+Resident pages are in buffers that are allocated once and reused. Loading a page evicts the least recently used one, which is
+written back first if it is dirty. One background thread does all copying, in request order: a prefetched page is read while the
+caller works on another, and the evicted page is written in the background. All copies are explicit, so only this module decides
+which pages are in memory: `resident_bytes` never exceeds the budget.
 
-**On a CPU the rest is in a file**, without a name (it vanishes with the process, also with one that is killed), its space
-reserved when it is made: a full disk is found before the first step, not in the middle of the run. It is read and written
-with `preadv` and `pwritev` straight into the buffers. Not through a memory map: mapped pages that were touched count as the
-process's memory until the kernel takes them back, which page is in memory would be the kernel's choice, and a full disk would
-be a signal (SIGBUS) instead of an error. The kernel may still keep parts of the file in memory that nobody else needs; it
-gives them up on demand.
+**On a CPU the other pages are in an anonymous temporary file** (it vanishes with the process, even a killed one), with its space
+reserved on creation: a full disk shows before the first step, not in the middle of the run. It is read and written with `preadv`
+and `pwritev` directly from and to the buffers. Rejected: a memory map. Touched mapped pages count towards the process's resident
+set until the kernel reclaims them, the kernel would choose which pages are in memory, and a full disk would raise SIGBUS instead
+of an error. The kernel may still cache parts of the file in otherwise free memory, which it gives up on demand.
 
-**On CUDA the rest is in pinned host memory**, copied on a stream of its own. Not managed memory: it faults page by page when
-a kernel touches it, reads nothing ahead, and exists on CUDA only (bitsandbytes' paged optimisers use it).
+**On CUDA the other pages are in pinned host memory**, copied on a separate stream. Rejected: managed memory, which faults page by
+page when a kernel touches it, does not prefetch, and exists on CUDA only (bitsandbytes' paged optimisers use it).
 
-Pages that were never written are zeros and cost nothing outside. A failed write leaves the page where it was, changed and
-resident, so nothing is lost by the failure itself, and the next use tries again.
+Pages that were never written are zeros and take no backing memory. If a write fails, the page stays resident and dirty, so no
+data is lost and the next use retries.
 """
 
 from __future__ import annotations
@@ -42,7 +40,7 @@ from lownibble.optim.specs import PAGE_BYTES
 
 
 class Backing(Protocol):
-    """Where pages are that are not resident. One thread uses it. `nbytes`: what it holds."""
+    """Storage of pages that are not resident; used by one thread. `nbytes`: bytes of the pages it holds."""
 
     nbytes: int
 
@@ -54,7 +52,7 @@ class Backing(Protocol):
 
 
 class FileBacking:
-    """Pages in a file without a name in `folder` (default: the system's folder for temporary files)."""
+    """Pages in an anonymous file in `folder` (default: the system's folder for temporary files)."""
 
     def __init__(self, folder: Path | None, n_pages: int, page_bytes: int) -> None:
         self._folder, self._page_bytes, self.nbytes = folder or Path(tempfile.gettempdir()), page_bytes, 0
@@ -81,10 +79,10 @@ class FileBacking:
         return "Choose another --output (without one: another TMPDIR), or train with the unpaged optimiser."
 
     def read(self, page: int, into: Tensor) -> None:
-        """Fill the buffer with a page; one never written is zeros, as the file has it.
+        """Read a page into the buffer; zeros if it was never written, as in the file.
 
-        No torch operation here or in `write`: it would give this thread a team of OpenMP threads, and with more threads than
-        cores the main thread's no longer wait actively for each other, in the whole run.
+        No torch operation here or in `write`: it would start an OpenMP team for this thread, and with more threads than cores
+        the main thread's team would stop spin-waiting for the rest of the run.
         """
         self._move(os.preadv, page, into)
 
@@ -95,13 +93,13 @@ class FileBacking:
         self.nbytes = len(self._written) * self._page_bytes
 
     def close(self) -> None:
-        """Remove the file."""
+        """Close the file, which deletes it."""
         self._end()
 
     def _move(self, call: Any, page: int, buffer: Tensor) -> None:
         memory, done = memoryview(buffer.numpy()), 0  # type: ignore[arg-type]
         try:
-            while done < self._page_bytes:  # a signal may cut a call short
+            while done < self._page_bytes:  # a signal may interrupt a call
                 moved = call(self._file, [memory[done:]], page * self._page_bytes + done)
                 if not moved:
                     raise OSError(0, "the file ended")
@@ -116,12 +114,12 @@ class FileBacking:
 def _reserve(file: int, n_bytes: int) -> None:
     if hasattr(os, "posix_fallocate"):
         os.posix_fallocate(file, 0, n_bytes)
-    else:  # macOS: a file with holes
+    else:  # macOS: a sparse file
         os.truncate(file, n_bytes)
 
 
 class PinnedBacking:
-    """Pages in pinned host memory, each allocated when it is first written; copies on a stream of their own."""
+    """Pages in pinned host memory, each allocated on its first write; copies run on a separate stream."""
 
     def __init__(self, device: torch.device, page_bytes: int) -> None:
         self._page_bytes, self.nbytes = page_bytes, 0
@@ -129,7 +127,7 @@ class PinnedBacking:
         self._stream = torch.cuda.Stream(device)
 
     def read(self, page: int, into: Tensor) -> None:
-        """Fill the buffer with a page; one never written is zeros."""
+        """Copy a page into the buffer; zeros if it was never written."""
         with torch.cuda.stream(self._stream):
             if page in self._pages:
                 into.copy_(self._pages[page], non_blocking=True)
@@ -153,23 +151,23 @@ class PinnedBacking:
         self._stream.synchronize()
 
     def close(self) -> None:
-        """Give the memory back."""
+        """Free the memory."""
         self._pages.clear()
 
 
 class PageStore:
-    """`n_pages` pages of `page_bytes` bytes, zeros at first, of which as many are resident as fit into `budget_bytes`.
+    """`n_pages` pages of `page_bytes` bytes, initially zero, of which as many are resident as fit into `budget_bytes`.
 
-    One thread uses it. Without a budget, or with one that is large enough, everything is resident and there is no file and no
-    thread.
+    For use from one thread. Without a budget, or with one that holds all pages, everything is resident and there is no backing
+    file or memory and no background thread.
 
     Attributes:
-        n_slots: how many pages can be resident.
-        reads, writes: pages brought in and written back so far.
+        n_slots: number of pages that can be resident.
+        reads, writes: pages loaded and written back so far.
 
     Raises:
         ConfigError: the budget is below one page.
-        OutputError: the folder cannot be written, or its disk has no room.
+        OutputError: the folder is not writable, or its disk has too little space.
     """
 
     def __init__(
@@ -190,18 +188,18 @@ class PageStore:
         self._lock = threading.Lock()
         self._slots: OrderedDict[int, int] = OrderedDict()  # resident page -> slot, least recently used first
         self._free = list(range(self.n_slots))
-        self._pins: Counter[int] = Counter()  # page -> uses that have not ended
-        self._changed: set[int] = set()
-        self._awaited: set[int] = set()  # asked for ahead and not used yet: they go last
-        self._asked: dict[int, Future[None]] = {}  # pages that the background thread will load
-        self._ends: dict[int, torch.cuda.Event] = {}  # slot -> when the device is done with its last use
+        self._pins: Counter[int] = Counter()  # page -> number of open uses
+        self._changed: set[int] = set()  # dirty pages
+        self._awaited: set[int] = set()  # prefetched and not used yet: evicted last
+        self._asked: dict[int, Future[None]] = {}  # page -> its pending load
+        self._ends: dict[int, torch.cuda.Event] = {}  # slot -> event: the device has finished its last use
         self._backing: Backing | None = None
         if not paged:
             self._slots.update((page, page) for page in range(n_pages))
             self._free.clear()
             return
         if self._cuda:
-            torch.cuda.current_stream(device).synchronize()  # whoever had this memory before is done with it
+            torch.cuda.current_stream(device).synchronize()  # earlier uses of the buffers' memory have finished
             self._backing = PinnedBacking(device, page_bytes)
         else:
             self._backing = FileBacking(folder, n_pages, page_bytes)
@@ -214,11 +212,11 @@ class PageStore:
 
     @property
     def backing_bytes(self) -> int:
-        """Bytes of pages held outside."""
+        """Bytes of pages in the backing file or memory."""
         return self._backing.nbytes if self._backing else 0
 
     def prefetch(self, pages: Iterable[int]) -> None:
-        """Start to load pages that will be used soon, in this order; more than `n_slots - 1` are of no use. Returns at once."""
+        """Start loading pages in this order; more than `n_slots - 1` have no benefit. Returns at once."""
         if self._backing is None:
             return
         with self._lock:
@@ -229,12 +227,12 @@ class PageStore:
 
     @contextmanager
     def use(self, page: int, *, change: bool = True) -> Iterator[Tensor]:
-        """The (page_bytes,) uint8 buffer of a page; it stays where it is until the block ends.
+        """The (page_bytes,) uint8 buffer of a page, pinned in place until the block ends.
 
         Args:
             change: whether the block writes into it.
         Raises:
-            TrainingError: a page could not be read or written; contents are as before.
+            TrainingError: a page could not be read or written; contents are unchanged.
         """
         slot = self._pin(page)
         try:
@@ -252,7 +250,7 @@ class PageStore:
     def _pin(self, page: int) -> int:
         while True:
             with self._lock:
-                self._awaited.discard(page)  # not awaited: wanted now
+                self._awaited.discard(page)  # needed now, no longer a prefetch
                 if page in self._slots:
                     self._slots.move_to_end(page)
                     self._pins[page] += 1
@@ -267,11 +265,11 @@ class PageStore:
         return self._asked[page]
 
     def _load(self, page: int) -> None:
-        """On the background thread: make a page resident. Where no buffer can be had, nothing happens: it was advice."""
+        """On the background thread: make a page resident. Does nothing if no buffer is available: prefetching is best effort."""
         assert self._backing is not None
         slot, loaded = None, False
         try:
-            if page not in self._slots:  # it came back when its write failed
+            if page not in self._slots:  # else its write-back failed and it is still resident
                 slot = self._vacate(self._backing, page)
             if slot is not None:
                 self._backing.read(page, self._buffers[slot])
@@ -286,9 +284,9 @@ class PageStore:
                     self._free.append(slot)
 
     def _vacate(self, backing: Backing, page: int) -> int | None:
-        """A slot to load a page into: a free one, or that of the least recently used page, written back if it was changed.
+        """A slot to load a page into: a free one, or that of the least recently used page, written back if dirty; else None.
 
-        A page that is only asked for ahead takes no place from another such page.
+        A prefetch does not evict another prefetched page.
         """
         with self._lock:
             if self._free:
@@ -314,7 +312,7 @@ class PageStore:
         return slot
 
     def close(self) -> None:
-        """Drop all pages and the file."""
+        """Release all pages and the backing file or memory."""
         if self._backing is not None:
             self._thread.shutdown(cancel_futures=True)
             self._backing.close()

@@ -1,4 +1,4 @@
-"""Learning-rate schedules: (step, total, warm-up) -> factor of the peak rate. Formulas are transformers' `get_scheduler`."""
+"""Learning-rate schedules: (step, total, warm-up) -> factor of the peak rate. Formulas as in transformers' `get_scheduler`."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 
 def _left(step: int, total: int, warmup: int) -> float:
-    """Share of the steps after the warm-up that are still to come, 1 -> 0."""
+    """Fraction of the steps after the warm-up that remain, 1 -> 0."""
     return max(0.0, (total - step) / max(1, total - warmup))
 
 
@@ -20,12 +20,12 @@ SCHEDULES: dict[str, Callable[[int, int, int], float]] = {
 
 
 def warmup_steps(total: int, ratio: float) -> int:
-    """Steps of linear warm-up."""
+    """Number of linear warm-up steps."""
     return math.ceil(total * ratio)
 
 
 def learning_rate(kind: str, peak: float, step: int, total: int, warmup: int) -> float:
-    """Rate of step `step` (0-based): linear from 0 during the warm-up, then the schedule."""
+    """Learning rate of step `step` (0-based): linear from 0 during the warm-up, then the schedule."""
     if step < warmup:
         return peak * step / max(1, warmup)
     return peak * SCHEDULES[kind](step, total, warmup)

@@ -1,12 +1,12 @@
-"""The optimisers: how each is made, what states it keeps, and whether those can be paged. No torch: the planner asks too.
+"""Optimiser specs: constructor, state bytes, and paged counterpart. Imports no torch, because the planner uses it too.
 
     adamw              torch's fused AdamW
-    paged_adamw        the same bits; states in pages of which a part is in memory   (transformers: paged_adamw_32bit)
+    paged_adamw        bit-identical to adamw; states paged, partly in memory        (transformers: paged_adamw_32bit)
     adamw_8bit         both moments in 8 bits                                        (transformers: adamw_8bit, adamw_bnb_8bit)
-    paged_adamw_8bit   both                                                          (transformers: paged_adamw_8bit)
+    paged_adamw_8bit   8-bit moments, paged                                          (transformers: paged_adamw_8bit)
 
-One from outside is an `OptimizerSpec` in `registry.OPTIMIZERS`: a torch optimiser whose states are tensors is checkpointed,
-resumed and counted like these.
+External optimisers are added as an `OptimizerSpec` in `registry.OPTIMIZERS`: a torch optimiser whose states are tensors is
+checkpointed, resumed and counted like these.
 """
 
 from __future__ import annotations
@@ -23,15 +23,14 @@ if TYPE_CHECKING:
     import torch
 
 PAGE_BYTES = 1 << 20
-"""Size of a page of states: small enough that one just read is still in the second-level cache when it is used, large enough that
-Python's part in moving it does not show. A power of two, as the allocator of pinned memory would make it anyway."""
+"""Page size of optimiser states: small enough that a page just read is still in the L2 cache when used, large enough to hide
+Python's overhead. A power of two, to which the pinned-memory allocator would round up anyway."""
 
 SMALLEST_PAGED, SHARE_PAGED = 16 << 20, 10
-"""What a paged optimiser keeps in memory where nothing else is said: at least so many bytes, or one part in so many of its
-states."""
+"""Default page budget of a paged optimiser: minimum bytes, and divisor of its total state bytes; the larger applies."""
 
 SMALLEST_8BIT, BLOCK_8BIT = 4096, 256
-"""Elements from which a parameter's moments are in 8 bits, and how many of them share a constant."""
+"""Minimum elements of a parameter for 8-bit moments, and elements per block (which share one absmax)."""
 
 FLOAT32 = 4
 
@@ -41,7 +40,7 @@ Groups = list[dict[str, Any]]
 
 @dataclass(frozen=True)
 class Paging:
-    """How much of the states may be resident (None: a tenth, at least 16 MiB), and the folder of the file with the rest."""
+    """Budget for resident states (None: a tenth, at least 16 MiB), and the folder of the file with the rest."""
 
     budget_bytes: int | None = None
     folder: Path | None = None
@@ -49,12 +48,12 @@ class Paging:
 
 @dataclass(frozen=True)
 class OptimizerSpec:
-    """An optimiser.
+    """Specification of an optimiser.
 
     Attributes:
-        build: (groups, paging) -> the optimiser, or 'module:function' that is imported when one is made.
-        state_bytes: (elements, bytes of one) of a parameter -> bytes of its states.
-        plain, paged: names of the one with the same states that does not page, and that does; None: there is none.
+        build: (groups, paging) -> the optimiser, or 'module:function', imported on first use.
+        state_bytes: (elements, bytes per element) of a parameter -> bytes of its states.
+        plain, paged: names of the unpaged and the paged optimiser with the same states, or None.
     """
 
     build: Callable[[Groups, Paging], torch.optim.Optimizer] | str
@@ -63,7 +62,7 @@ class OptimizerSpec:
     paged: str | None = None
 
     def make(self, groups: Groups, paging: Paging) -> torch.optim.Optimizer:
-        """The optimiser over these groups."""
+        """Create the optimiser over these groups."""
         if not isinstance(self.build, str):
             return self.build(groups, paging)
         module, _, function = self.build.partition(":")
@@ -72,18 +71,18 @@ class OptimizerSpec:
 
 
 def spec(name: str) -> OptimizerSpec:
-    """The optimiser called so."""
+    """The spec of the named optimiser."""
     found: OptimizerSpec = OPTIMIZERS[name]
     return found
 
 
 def plain_name(name: str) -> str:
-    """The optimiser with the same states that does not page."""
+    """Name of the unpaged optimiser with the same states."""
     return spec(name).plain or name
 
 
 def paged_name(name: str) -> str | None:
-    """The optimiser with the same states that pages, or None."""
+    """Name of the paged optimiser with the same states, or None."""
     return spec(name).paged
 
 
@@ -93,12 +92,12 @@ def is_paged(name: str) -> bool:
 
 
 def both_moments(n: int, itemsize: int) -> int:
-    """Two tensors of the parameter's size and type."""
+    """State bytes of two moments in the parameter's dtype."""
     return 2 * n * itemsize
 
 
 def both_moments_8bit(n: int, itemsize: int) -> int:
-    """Two codes an element and a constant a block; small parameters have their moments in float32."""
+    """State bytes of two 8-bit moments with a float32 absmax per block; small parameters have float32 moments."""
     return 2 * n * FLOAT32 if n < SMALLEST_8BIT else 2 * n + 2 * FLOAT32 * -(-n // BLOCK_8BIT)
 
 

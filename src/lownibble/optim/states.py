@@ -1,4 +1,4 @@
-"""An optimiser's states, part by part, for those who store them: the same content whether they are paged or not."""
+"""Iterate over an optimiser's states part by part, for checkpoints: the same content whether they are paged or not."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ Shape = tuple[torch.dtype, tuple[int, ...]]
 
 
 def shapes(optimizer: torch.optim.Optimizer, parameter: nn.Parameter) -> dict[str, Shape]:
-    """Type and shape of each state of a parameter; empty before its first step."""
+    """Dtype and shape of each state of a parameter; empty before its first step."""
     state = optimizer.state.get(parameter)
     if not state:
         return {}
@@ -23,7 +23,7 @@ def shapes(optimizer: torch.optim.Optimizer, parameter: nn.Parameter) -> dict[st
 
 
 def parts(optimizer: torch.optim.Optimizer, *, change: bool = False) -> Iterator[tuple[Tensor, str, int, Tensor]]:
-    """(parameter, state, first value, flat values) of all states; values are valid until the next item.
+    """Yield (parameter, state name, offset, flat values) of all states; the values are valid until the next item.
 
     change: whether the caller writes into them.
     """
@@ -35,7 +35,7 @@ def parts(optimizer: torch.optim.Optimizer, *, change: bool = False) -> Iterator
 
 
 def allocate(optimizer: torch.optim.Optimizer, parameter: nn.Parameter, wanted: dict[str, Shape]) -> None:
-    """Make room for the states of a parameter in a fresh optimiser; `parts` then gives what is to be filled.
+    """Allocate a parameter's states in a new optimiser, to be filled through `parts`.
 
     Raises:
         OutputError: this optimiser has other states.

@@ -1,13 +1,12 @@
-"""Checkpoints of a run: trainable tensors, optimiser states and the position, in safetensors and JSON.
+"""Checkpoints of a run: trainable tensors, optimiser states and the step, in safetensors and JSON.
 
-A checkpoint is a folder `checkpoints/step-NNNNNN`, written under another name, synced and renamed, so that a folder of that name
-is complete. A disk may damage it later: `state.json` has a checksum of the tensors and of itself, and a damaged checkpoint is
-passed over for the one before. Data order, schedule and dropout are functions of (seed, step), so the step number is all the
-state they need, and a run resumed in the same compute gives the same bits as one that was never interrupted. The newest two are
-kept.
+A checkpoint is a folder `checkpoints/step-NNNNNN`, written under a temporary name, synced and renamed, so a folder with the
+final name is complete. `state.json` has checksums of the tensors and of itself; a checkpoint that was damaged later is skipped
+for the previous one. Data order, schedule and dropout are functions of (seed, step), so the step number is all the state they
+need. Resuming with the same matmul precision is bit-identical to an uninterrupted run. The newest two checkpoints are kept.
 
-Tensors go to the file and come back part by part (`tensorfile.py`), the states of a paged optimiser page by page: a checkpoint
-takes no memory worth the name. It does not say whether the states were paged: either kind of run goes on from the other's.
+Tensors are written and read part by part (`tensorfile.py`), the states of a paged optimiser page by page, so a checkpoint needs
+almost no extra memory. It does not record whether the states were paged: paged and unpaged runs can resume each other's.
 """
 
 from __future__ import annotations
@@ -31,7 +30,7 @@ from lownibble.tensorfile import Entry
 
 KEEP = 2
 _FREE = {"output_dir", "resume", "save_steps", "eval_steps", "optim_page_budget", "memory_budget", "compute", "head_compute"}
-"""Options that may differ between a run and its resumption."""
+"""Options that may change on resume."""
 
 
 def _trained(model: nn.Module) -> dict[str, nn.Parameter]:
@@ -39,7 +38,7 @@ def _trained(model: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def sync(path: Path) -> None:
-    """Make a file's or folder's content durable."""
+    """Flush a file or folder to disk (fsync)."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -49,7 +48,7 @@ def sync(path: Path) -> None:
 
 @dataclass(frozen=True)
 class Facts:
-    """A whole checkpoint: where it is, its step, what a resumption must agree with, and how the run fitted into memory."""
+    """An intact checkpoint: its path, its step, the options that a resumed run must match, and its memory fit."""
 
     path: Path
     step: int
@@ -60,7 +59,7 @@ class Facts:
 def save(
     folder: Path, step: int, model: nn.Module, optimizer: torch.optim.Optimizer, config: dict[str, Any], fit: dict[str, Any]
 ) -> Path:  # fmt: skip
-    """Write the checkpoint of `step` below `folder`; returns its path. `config` and `fit` are those of `Facts`."""
+    """Write the checkpoint of `step` below `folder`; returns its path. `config` and `fit`: see `Facts`."""
     trained = _trained(model)
     entries = {f"model/{name}": Entry(p.dtype, tuple(p.shape)) for name, p in trained.items()}
     for name, parameter in trained.items():
@@ -84,7 +83,7 @@ def save(
 
 
 def _parts(trained: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer) -> Iterator[tuple[str, int, Tensor]]:
-    """(name in the file, first value, values) of all that a checkpoint holds."""
+    """Yield (name in the file, offset, values) of everything in a checkpoint."""
     for name, parameter in trained.items():
         yield f"model/{name}", 0, parameter.detach()
     names: dict[Tensor, str] = {parameter: name for name, parameter in trained.items()}
@@ -107,10 +106,10 @@ def _own_digest(state: dict[str, Any]) -> str:
 
 
 def _read(path: Path) -> Facts:
-    """The facts of a checkpoint.
+    """Read and verify a checkpoint's `state.json` and checksums.
 
     Raises:
-        ValueError: it is damaged; says how.
+        ValueError: it is damaged (says how).
     """
     try:
         state = json.loads((path / "state.json").read_text())
@@ -125,10 +124,10 @@ def _read(path: Path) -> Facts:
 
 
 def newest(folder: Path) -> tuple[Facts | None, list[str]]:
-    """The newest checkpoint below `folder` that is whole, or None where there is none, and what is wrong with newer ones.
+    """The newest intact checkpoint below `folder` (None if there are no checkpoints), and what is wrong with newer ones.
 
     Raises:
-        OutputError: there are checkpoints, and all of them are damaged.
+        OutputError: all checkpoints are damaged.
     """
     damaged: list[str] = []
     for path in reversed(complete(folder)):
@@ -142,7 +141,7 @@ def newest(folder: Path) -> tuple[Facts | None, list[str]]:
 
 
 def restore(found: Facts, model: nn.Module, optimizer: torch.optim.Optimizer, config: dict[str, Any]) -> None:
-    """Put a whole checkpoint's tensors back, in place.
+    """Restore parameters and optimiser states from a checkpoint, in place.
 
     Raises:
         OutputError: it cannot be read, or belongs to a run with other options (named).
@@ -159,7 +158,7 @@ def restore(found: Facts, model: nn.Module, optimizer: torch.optim.Optimizer, co
 
 
 def other_compute(found: Facts, config: dict[str, Any]) -> list[str]:
-    """What the run computes otherwise from here on, which changes its bits and is no reason to refuse it."""
+    """Warnings about a matmul precision that changed since the checkpoint: allowed, but not bit-identical."""
     return [
         f"the run started with {what} in compute '{before}' and resumes with '{config.get(key)}'"
         for key, what in (("compute", "the frozen base"), ("head_compute", "the head"))
@@ -168,7 +167,7 @@ def other_compute(found: Facts, config: dict[str, Any]) -> list[str]:
 
 
 def _check(found: Facts, model: nn.Module, config: dict[str, Any], file: tensorfile.Reader) -> None:
-    """Refuse a checkpoint of another run."""
+    """Reject a checkpoint of a run with other options or trained tensors."""
     path, ours, theirs = found.path, _flat(config), _flat(found.config)
     free = _may_go_on_longer(found, ours, theirs)
     differing = sorted(k for k in ours.keys() | theirs.keys() if k not in free and _differ(k, ours.get(k), theirs.get(k)))
@@ -187,15 +186,15 @@ def _check(found: Facts, model: nn.Module, config: dict[str, Any], file: tensorf
 
 def _differ(key: str, ours: Any, theirs: Any) -> bool:
     if key == "total_steps":
-        return theirs is not None and bool(ours != theirs)  # older checkpoints do not say
+        return theirs is not None and bool(ours != theirs)  # older checkpoints do not record it
     if key == "train.optim" and ours and theirs:
         return plain_name(ours) != plain_name(theirs)
     return bool(ours != theirs and key.split(".")[-1] not in _FREE)
 
 
 def _may_go_on_longer(found: Facts, ours: dict[str, Any], theirs: dict[str, Any]) -> set[str]:
-    """Options of a run's length that may differ, since its past is the same whatever they are: with a constant rate, once both
-    warm-ups have ended. Else the rate of each step depends on the number of steps."""
+    """Run-length options that may change on resume: all of them with a constant learning rate, once both warm-ups have ended;
+    otherwise none, since the rates of past steps depend on the number of steps."""
     length = {"train.max_steps", "train.num_train_epochs"}
     if ours.get("train.lr_scheduler_type") != "constant" or theirs.get("train.lr_scheduler_type") != "constant":
         return set()
@@ -206,7 +205,7 @@ def _may_go_on_longer(found: Facts, ours: dict[str, Any], theirs: dict[str, Any]
 
 
 def _fill(file: tensorfile.Reader, trained: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer) -> None:
-    """Put the file's tensors into the parameters and the optimiser."""
+    """Load the file's tensors into the parameters and the optimiser."""
     held: dict[str, dict[str, states.Shape]] = {name: {} for name in trained}
     for entry_name, entry in file.entries.items():
         kind, _, rest = entry_name.partition("/")

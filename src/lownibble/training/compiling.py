@@ -1,12 +1,12 @@
-"""Regional compilation: torch.compile makes one decoder layer, and all layers of its kind run it.
+"""Regional compilation: torch.compile compiles one decoder layer, and all layers of its kind share the graph.
 
-What it brings: norms, rotary embedding and activation function are fused, and partly computed again in backward instead of being
-saved. What it costs: some tens of seconds before the first step, and a C++ compiler on the machine. Whole models are not
-compiled: it takes minutes, and the layers are all alike. Sizes are symbolic, so a batch of another length is no reason to
-compile again. The first layer stays as it is where its input needs no gradient: it would be a graph of its own.
+Benefit: norms, rotary embedding and activation function are fused, and partly recomputed in backward instead of saved. Cost: some
+tens of seconds before the first step, and a C++ compiler on the machine. Whole models are not compiled: that takes minutes, and
+the layers are all alike. Shapes are dynamic, so a new batch length does not recompile. The first layer is not compiled if its
+input needs no gradient, which would take a separate graph.
 
-As with packing, the compiled layers are in place for a training step and taken back after it: evaluation, generation and the
-caller see the model as it came.
+As with packing, the compiled forwards are installed for a training step and removed after it: evaluation, generation and the
+caller see the original model.
 """
 
 from __future__ import annotations
@@ -30,23 +30,23 @@ from lownibble.lora import count_parameters
 from lownibble.models import attention
 
 PAYS_AFTER_FLOPS = {"cpu": 1e14, "cuda": 5e15}
-"""Type of device -> operations of a run (6 x parameters x tokens) from which the time saved exceeds the time to compile. CPU: by
-`benchmarks/results/train-cpu.json` about ten to twenty seconds, for a tenth of each step. CUDA: ten seconds, for 22% of each step
-(8B shapes on an H100, one measurement outside of this repository's records); 5e15 is between what that gives for an H100 and
-for a card of a tenth of its speed, and a minute or less of either."""
+"""Device type -> FLOPs of a run (6 x parameters x tokens) from which compiling saves more time than it takes. CPU: compilation
+takes about ten to twenty seconds and saves a tenth of each step (`benchmarks/results/train-cpu.json`). CUDA: ten seconds, and 22%
+of each step (8B shapes on an H100, one measurement outside this repository's records); 5e15 lies between the break-even points of
+an H100 and of a card with a tenth of its speed, and is a minute or less of work on either."""
 
 IMPOSSIBLE = "not possible here: "
-"""How the reason begins where `auto` would compile, and something is missing."""
+"""Prefix of the reason if `auto` would compile but a requirement is missing."""
 
 GRAPHS = 64
-"""Most graphs that torch keeps for the decoder layers of a process; past it a run ends instead of going on uncompiled."""
+"""Recompile limit for the decoder layers of a process; exceeding it ends the run instead of falling back to eager."""
 
 
 def choose(option: bool | Literal["auto"], model: Any, device: torch.device, tokens: int) -> tuple[bool, str]:
-    """Whether to compile for a run over `tokens` tokens, and why.
+    """Decide whether to compile for a run over `tokens` tokens, and why.
 
     Raises:
-        ConfigError: compilation was asked for and cannot run here; says what is missing.
+        ConfigError: compilation was requested but is not possible here (says what is missing).
     """
     if option is False:
         return False, "torch_compile is off"
@@ -86,15 +86,15 @@ def _obstacle(model: Any, device: torch.device) -> str:
 
 
 def repeated_layers(model: Any) -> list[nn.Module]:
-    """The decoder layers: what transformers names as the modules that are never split over devices."""
+    """The decoder layers: modules of the classes in transformers' `_no_split_modules`."""
     names = set(getattr(model, "_no_split_modules", None) or ())
     return [module for module in model.modules() if type(module).__name__ in names]
 
 
 @cache
 def _operators() -> str:
-    """A digest of the code behind the custom operators. torch keeps compiled graphs on disk and knows a graph by the names of its
-    operators: without this, a graph compiled with an older version of Lownibble would be used with this one."""
+    """A digest of the custom operators' source. torch caches compiled graphs on disk keyed by operator names: without this, a
+    graph compiled with another version of Lownibble could be reused."""
     folder = Path(lownibble.__file__).parent
     files = sorted(file for room in ("kernels", "quant", "lora") for file in (folder / room).rglob("*.py"))
     return "lownibble-" + hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:16]
@@ -102,14 +102,14 @@ def _operators() -> str:
 
 @contextmanager
 def torchs_own_warnings_off() -> Iterator[None]:
-    """For importing the compiler and compiling: its parts warn about each other, and a user can do nothing about it."""
+    """Suppress torch's internal warnings while importing the compiler and compiling; users cannot act on them."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", module=r"torch\.")
         yield
 
 
 class Compiled:
-    """The model's decoder layers, compiled; called, a context manager for training steps. The first use compiles."""
+    """The model's compiled decoder layers; calling it gives a context manager for training steps. Compiles on first use."""
 
     def __init__(self, model: Any) -> None:
         layers = repeated_layers(model)
@@ -125,15 +125,15 @@ class Compiled:
 
     @contextmanager
     def __call__(self) -> Iterator[None]:
-        """Inside the block the layers are compiled.
+        """Inside the block the layers run their compiled forward.
 
         Raises:
-            TrainingError: the layer cannot be compiled.
+            TrainingError: a layer cannot be compiled, or there are more than `GRAPHS` graphs.
         """
         from torch._dynamo import config
         from torch._dynamo.exc import FailOnRecompileLimitHit, TorchDynamoException
 
-        before = [vars(layer).get("forward") for layer, _ in self.forwards]  # accelerate's hooks, for one
+        before = [vars(layer).get("forward") for layer, _ in self.forwards]  # such as accelerate's hooks
         for layer, forward in self.forwards:
             layer.forward = forward
         try:

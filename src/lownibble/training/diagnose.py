@@ -1,8 +1,8 @@
-"""Where a loss or a gradient stopped being finite.
+"""Find where a loss or a gradient became non-finite (NaN or inf).
 
-Forward is run again with the same seed and a hook on every module: the first output that is not finite, from inputs that are, is
-where it began. If all of forward is finite it was backward: the gradient is wrong from one layer down to the first, so the last
-parameter (in the model's order) whose gradient is not finite is nearest to the origin.
+The forward pass is repeated with the same seed and a hook on every module: the origin is the first module with finite inputs and
+a non-finite output. If the whole forward pass is finite, the origin is in backward: gradients are non-finite from one layer down
+to the first, so the last parameter (in model order) with a non-finite gradient is nearest to the origin.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ def _finite(value: Any) -> bool:
 
 
 def origin(model: nn.Module, forward: Callable[[], Any]) -> str:
-    """A sentence on where values stop being finite. `forward` runs the model as in the step; gradients are still in place."""
+    """Describe where values became non-finite. `forward` repeats the step's forward pass; its gradients must still be there."""
     for name, parameter in model.named_parameters():
         if not _finite(parameter.detach()):
             return f"parameter '{name}' is not finite"

@@ -1,8 +1,8 @@
-"""Evaluation: loss over the label tokens of the held-out rows and, where the data are labels, how often the right one wins.
+"""Evaluation: loss over the label tokens of the held-out rows and, for classification data, accuracy.
 
-The model answers a label row by likelihood: whichever candidate completion it finds most probable after the prompt. Where every
-candidate is one token, the pass that gives the loss gives the answer too (the logits at the last prompt position); longer
-candidates cost a pass each.
+The predicted label is the candidate completion with the highest likelihood after the prompt. If every candidate is one token,
+the forward pass for the loss also gives the prediction (logits at the last prompt position); otherwise each candidate of each row
+is another sequence to run.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from lownibble.training.microbatches import Collate
 
 @dataclass
 class Evaluation:
-    """Mean loss over `label_tokens`; for label data the scores and, by row, whether the right label won."""
+    """Mean loss over `label_tokens`; for classification data also the scores and, per row, whether the prediction is correct."""
 
     loss: float
     label_tokens: int
@@ -36,7 +36,7 @@ class Evaluator:
 
     Attributes:
         before_pass: called before each forward pass.
-        max_tokens: most tokens of a forward pass, padding included (a longer row stands alone); None: only `batch_size` counts.
+        max_tokens: maximum tokens per forward pass, padding included (a longer row runs alone); None: only `batch_size` applies.
     """
 
     def __init__(
@@ -49,7 +49,7 @@ class Evaluator:
         self.single_token = choices is not None and all(len(c) == 1 for c in choices[0].candidates)
 
     def halve(self) -> int:
-        """Make forward passes half as large; returns their tokens, 0 where one row is all they have."""
+        """Halve the size of forward passes; returns the new `max_tokens`, or 0 if a pass is already a single row."""
         longest = max(len(example.input_ids) for example in self.examples)
         tokens = min(self.max_tokens or sys.maxsize, min(self.batch_size, len(self.examples)) * longest)
         if tokens <= longest:
@@ -59,7 +59,7 @@ class Evaluator:
 
     @torch.no_grad()
     def __call__(self, model: Any) -> Evaluation:
-        """Evaluate; the model's mode is left as it was."""
+        """Evaluate; restores the model's training mode."""
         was_training = model.training
         model.eval()
         head, total, n_labels = Head(model), 0.0, 0
@@ -73,7 +73,7 @@ class Evaluator:
             total += float(losses_L.sum(dtype=torch.float64))
             n_labels += len(losses_L)
             if self.choices is not None and self.single_token:
-                paired = batch.source is not None  # the decoder's first place is where the answer is asked for
+                paired = batch.source is not None  # an encoder-decoder predicts the answer at the decoder's first position
                 last_prompt = torch.tensor(
                     [0 if paired else len(self.choices[i].prompt_ids) - 1 for i in rows], device=self.device
                 )

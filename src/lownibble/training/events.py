@@ -1,7 +1,7 @@
-"""What a training run reports, in order: `Fitted` (with a memory budget) and `Started`, then `Stepped` or `Skipped`, `Evaluated`
-and `Saved`, then `Finished`; a `Warned` anywhere.
+"""Events of a training run, in order: `Fitted` (with a memory budget) and `Started`, then `Stepped` or `Skipped`, `Evaluated`
+and `Saved`, then `Finished`; `Warned` at any time.
 
-The loop yields these and never prints; sinks (`sinks.py`) turn them into bars, files and curves.
+The loop yields events and never prints; sinks (`sinks.py`) turn them into progress bars, files and curves.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 @dataclass(frozen=True)
 class Started:
     """Before the first step. `first_step` is above 0 after a resume; `compile_seconds` is the time to compile the layers;
-    `compute` is what 'auto' took for the frozen base's products, and why."""
+    `compute` is the frozen-base matmul precision that 'auto' chose, and why."""
 
     total_steps: int
     first_step: int
@@ -28,8 +28,8 @@ class Started:
 
 @dataclass(frozen=True)
 class Fitted:
-    """How training fits into the memory budget. `max_tokens`: most tokens of a forward pass (padding included), None: batches as
-    configured, of up to `whole_tokens`; `peak_bytes`: what is expected."""
+    """How training fits into the memory budget. `max_tokens`: maximum tokens per microbatch, padding included (None: batches as
+    configured, up to `whole_tokens`); `peak_bytes`: the expected peak."""
 
     budget_bytes: int
     peak_bytes: int
@@ -42,7 +42,7 @@ class Fitted:
 
 @dataclass(frozen=True)
 class Stepped:
-    """One optimiser step. `tokens` are real ones (no padding); `loss` is the mean over the step's label tokens."""
+    """One optimiser step. `tokens` excludes padding, `padded_tokens` includes it; `loss` is the mean over label tokens."""
 
     step: int
     loss: float
@@ -57,7 +57,7 @@ class Stepped:
 
 @dataclass(frozen=True)
 class Skipped:
-    """A step that was not taken, because its loss or gradient was not finite; `reason` names where that began."""
+    """A step skipped because its loss or gradient was not finite; `reason` names the origin."""
 
     step: int
     reason: str
@@ -66,14 +66,14 @@ class Skipped:
 
 @dataclass(frozen=True)
 class Warned:
-    """Something that a user should know and that did not stop the run."""
+    """A warning for the user; the run continues."""
 
     message: str
 
 
 @dataclass(frozen=True)
 class Evaluated:
-    """Mean loss over the label tokens of the evaluation rows; for label data the scores and, by row, `correct`."""
+    """Mean loss over the label tokens of the evaluation rows; for classification data also the scores and `correct` per row."""
 
     step: int
     loss: float

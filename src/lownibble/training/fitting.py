@@ -1,7 +1,7 @@
-"""How a run keeps within memory: the dry run before its first step, and smaller passes where memory runs out after all.
+"""Fitting a run into memory: a dry run before the first step, and smaller microbatches if memory runs out after all.
 
-The effective batch stays the same whatever is given up: a step's rows are dealt to smaller forward passes, then activations are
-computed twice (gradient checkpointing). What was chosen is in checkpoints, so that a resumed run deals its rows the same way.
+The effective batch size never changes: a step's rows are split into smaller microbatches, then gradient checkpointing is turned
+on. The choice is stored in checkpoints, so a resumed run splits its rows the same way.
 """
 
 from __future__ import annotations
@@ -27,19 +27,19 @@ from lownibble.training.microbatches import MicroBatches, Rows
 from lownibble.training.passes import Passes
 
 CLOSE = 0.99
-"""Share of the memory budget at which steps become smaller."""
+"""Fraction of the memory budget at which microbatches become smaller."""
 
 
 class MemoryGoneError(TrainingError):
-    """Memory ran out and there is nothing left to give up."""
+    """Out of memory, and neither smaller microbatches nor gradient checkpointing can help any more."""
 
 
 class Fitting:
-    """The memory of one run.
+    """Memory management of one run.
 
     Attributes:
-        fit: what the memory budget left of the configuration, or all of it.
-        warnings: what a user should know and no event has told yet.
+        fit: the configuration after fitting it to the memory budget, or unchanged without one.
+        warnings: messages for the user that no event has reported yet.
     """
 
     def __init__(
@@ -52,16 +52,16 @@ class Fitting:
         self._process_budget = n_bytes(config.memory_budget) if config.memory_budget and device.type == "cpu" else 0
 
     def close(self) -> None:
-        """Give the process's settings back."""
+        """Release buffers and restore the process's memory limit."""
         release_scratch()
         if self._fraction is not None:
             torch.cuda.set_per_process_memory_fraction(self._fraction, self.device)
 
     def choose(self, recorded: Fit | None, state_bytes: Callable[[Setting], int]) -> Fit:
-        """How the steps fit into memory: as `recorded` in a checkpoint of the same budget, else by a dry run.
+        """Choose the fit: as `recorded` in a checkpoint of the same budget, else by a dry run; without a budget, as configured.
 
         Args:
-            state_bytes: of the optimiser with a setting.
+            state_bytes: setting -> bytes of the optimiser's states.
         Raises:
             ConfigError: no step fits into the memory budget.
         """
@@ -88,18 +88,18 @@ class Fitting:
             return choose(limit, needs, bench)
 
     def take(self, fit: Fit) -> None:
-        """Go on this way."""
+        """Apply a fit to microbatches, evaluation and checkpointing."""
         self.fit = fit
         self.micro.max_tokens = self.evaluator.max_tokens = fit.max_tokens
         self.passes.set_checkpointing(fit.gradient_checkpointing)
 
     def make_room(self) -> None:
-        """Before a pass that would not fit into the process's memory budget beside what the C heap holds and does not use."""
+        """Trim the C heap before a pass if memory in use plus the pass's would exceed `AIM` of the process's memory budget."""
         if self._process_budget and usage.used_bytes(self.device) + self.fit.room_bytes > AIM * self._process_budget:
             usage.trim_heap()
 
     def keep_within(self, batches: list[Batch]) -> None:
-        """After a step that took all of the memory budget, which the dry run did not foresee: smaller passes."""
+        """Shrink microbatches after a step whose peak nearly reached the process's memory budget, contrary to the dry run."""
         peak = usage.peak_bytes(self.device) if self._process_budget else 0
         if peak > CLOSE * self._process_budget and any(batch.n_rows > 1 for batch in batches):
             tokens = int(0.9 * max(batch.input_ids.numel() for batch in batches))
@@ -112,10 +112,10 @@ class Fitting:
             usage.reset_peak(self.device)
 
     def shrink_step(self, step: int, rows: Rows) -> None:
-        """After memory ran out in a step: smaller passes from now on, then checkpointing.
+        """After running out of memory in a step: shrink microbatches from now on, then turn on gradient checkpointing.
 
         Raises:
-            MemoryGoneError: both are as small as can be.
+            MemoryGoneError: microbatches are single rows, and checkpointing is on or not available.
         """
         release_scratch()
         usage.settle(self.device)
@@ -136,10 +136,10 @@ class Fitting:
         self.warnings.append(f"memory ran out in step {step + 1}, which began again: {what}")
 
     def shrink_evaluation(self, step: int) -> None:
-        """After memory ran out in an evaluation: smaller passes there from now on.
+        """After running out of memory in an evaluation: shrink its forward passes from now on.
 
         Raises:
-            MemoryGoneError: a pass is as small as can be.
+            MemoryGoneError: a pass is already a single row.
         """
         release_scratch()
         usage.settle(self.device)
@@ -155,7 +155,7 @@ class Fitting:
 
 
 def recorded_fit(config: TrainConfig, past: Any) -> Fit | None:
-    """The fit in a checkpoint's facts, if it was made for the same budget."""
+    """The fit in a checkpoint's facts, if it was made for the same memory budget."""
     if past and past.config["train"].get("memory_budget") == config.memory_budget and past.fit:
         return Fit.from_dict(past.fit)
     return None

@@ -1,8 +1,8 @@
-"""SIGINT and SIGTERM: finish the step, save, then stop.
+"""Graceful stop on SIGINT and SIGTERM: finish the step, save, then stop.
 
-While a run is inside `requests()`, the first signal only leaves a note, which the loop reads between steps; a second one
-interrupts at once, as if there were no handler. A note that no step was left to read stops who started the run, once it is over
-and saved. Signals arrive in the main thread only; a run elsewhere is not interrupted this way.
+Inside `requests()`, the first signal only sets a flag, which the loop reads between steps; a second one raises KeyboardInterrupt
+at once. If no step is left to read the flag, the run finishes and is saved, and then `RunInterrupted` is raised with its result.
+Signals arrive in the main thread only; a run in another thread cannot be stopped this way.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ from typing import Any
 
 
 class RunInterrupted(KeyboardInterrupt):
-    """A run was asked to stop and did, between two steps, or at its end with a result (a `TrainResult`).
+    """A run stopped on request, between two steps, or at its end with a `result` (a `TrainResult`).
 
-    `signal`: the number of the signal.
+    `signal`: the signal number.
     """
 
     def __init__(self, message: str, signal_number: int, result: Any = None) -> None:
@@ -29,7 +29,7 @@ class RunInterrupted(KeyboardInterrupt):
 
 @contextmanager
 def requests() -> Iterator[Callable[[], int]]:
-    """Inside the block, and after it, the value called gives the number of the signal that asked to stop, or 0."""
+    """Handle SIGINT and SIGTERM inside the block. The yielded function, also valid later, returns the received signal or 0."""
     if threading.current_thread() is not threading.main_thread():
         yield lambda: 0
         return

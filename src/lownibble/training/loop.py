@@ -1,8 +1,8 @@
 """The training loop: a generator of events. One loop for full, LoRA and QLoRA; the model says what is trained.
 
-A step is `gradient_accumulation_steps` forward and backward passes whose losses are divided by the label tokens of all of them
-(a mean over tokens, not a mean of means), clipping, and one optimiser step. Everything random is a function of the seed and the
-position, so a run can be cut and resumed anywhere with the same bits.
+A step is `gradient_accumulation_steps` microbatches whose losses are divided by the label tokens of all of them (a mean over
+tokens, not a mean of means), gradient clipping, and one optimiser step. All randomness is a function of the seed and the step, so
+resuming at any step is bit-identical to an uninterrupted run.
 """
 
 from __future__ import annotations
@@ -49,28 +49,28 @@ from lownibble.training.objectives import Objective
 from lownibble.training.passes import Passes
 
 MAX_SKIPPED = 3
-"""Steps in a row whose loss or gradient is not finite, after which a run ends: the weights do not change, so it would go on."""
+"""Consecutive skipped steps (loss or gradient not finite) after which a run ends: the weights no longer change."""
 
 COMPILER_BYTES = 10**9
-"""Memory that must be free within a budget for the compiler to be used. A guess, from what it takes on the embedded model."""
+"""Free bytes within the memory budget required for compiling. A guess from its use on the embedded model."""
 
-_STEP_STRIDE, _RUN_STRIDE = 10_007, 1_000_000_007  # keep the seeds of neighbouring passes and runs apart
+_STEP_STRIDE, _RUN_STRIDE = 10_007, 1_000_000_007  # keep the seeds of neighbouring steps and runs distinct
 
 
 class Trainer:
-    """One run over prepared examples. `events()` runs it; the attributes are for those who look on.
+    """One run over prepared examples. `events()` runs it; the attributes are for inspection.
 
     Attributes:
-        objective: what is minimised.
-        micro: which rows go through the model together.
-        passes: how they do; what was compiled, and why.
-        fitting: how it keeps within memory.
-        optimizer: the optimiser, from `set_up` on the one that the budget chose.
-        kinds: live bytes by kind when the first step ended, gradients and optimiser states included (those in memory).
-        optimizer_state_bytes: of all optimiser states, in memory or not, at the same time.
-        ledger: those bytes by kind and dtype, and what is held in more bits than the checkpoint had.
-        stop_signal: called between steps; another number than 0 ends the run, saved, as by that signal.
-        warnings: what a user should know and no event has told yet.
+        objective: the training objective (`objectives.py`).
+        micro: the microbatches of each step.
+        passes: runs forward and backward passes; whether layers are compiled, and why.
+        fitting: memory management.
+        optimizer: the optimiser; `set_up` replaces it if the memory budget chose paging.
+        kinds: live bytes by kind after the first optimiser step, with gradients and resident optimiser states.
+        optimizer_state_bytes: bytes of all optimiser states at that point, resident or not.
+        ledger: those bytes by kind and dtype, and what is held in more bits than in the checkpoint.
+        stop_signal: called between steps; a non-zero signal number saves and ends the run.
+        warnings: messages for the user that no event has reported yet.
         total_steps: optimiser steps of the whole run.
     """
 
@@ -124,22 +124,22 @@ class Trainer:
 
     @property
     def fit(self) -> Fit:
-        """What the memory budget left of the configuration, or all of it."""
+        """The configuration after fitting it to the memory budget, or unchanged without one."""
         return self.fitting.fit
 
     def events(self) -> Iterator[Event]:
-        """Run; yields `Fitted` (with a memory budget) and `Started`, then `Stepped` or `Skipped`, `Evaluated` and `Saved`, then
-        `Finished`. Closes paged states.
+        """Run the training; yields `Fitted` (with a memory budget) and `Started`, then `Stepped` or `Skipped`, `Evaluated` and
+        `Saved`, then `Finished`; `Warned` at any time. Releases paged states at the end.
 
         Raises:
             ConfigError: no step fits into the memory budget.
-            TrainingError: the loss or gradient of several steps in a row was not finite (says where that began), memory ran out
-                with nothing left to give up, or optimiser states cannot be paged any more.
-            RunInterrupted: it was asked to stop; the steps taken are in a checkpoint, if there is an output folder.
+            TrainingError: the loss or gradient of several consecutive steps was not finite (says where that began), memory ran
+                out even with the smallest microbatches, or paging optimiser states failed.
+            RunInterrupted: a signal stopped the run; the steps taken are in a checkpoint, if there is an output folder.
         """
         devices = [self.device] if self.device.type == "cuda" else []
         try:
-            # dropout draws from torch's own generators, which are the caller's
+            # dropout draws from torch's global generators, whose state is restored for the caller
             with usage.oom_becomes_error(self._out_of_memory), torch.random.fork_rng(devices):
                 yield from self._events()
         finally:
@@ -187,7 +187,7 @@ class Trainer:
         yield Finished(self.total_steps, time.perf_counter() - began)
 
     def _told(self) -> Iterator[Event]:
-        """The warnings that have gathered."""
+        """Yield and clear the pending warnings."""
         while self.warnings:
             yield Warned(self.warnings.pop(0))
 
@@ -198,13 +198,13 @@ class Trainer:
             yield Saved(done, str(path))
 
     def set_up(self) -> int:
-        """Check that this model can be trained this way, compile its layers if that pays, fit the steps into the memory budget,
-        restore the run; before any step.
+        """Prepare the first step: check the model, choose compilation, fit the run into the memory budget, restore a checkpoint,
+        allocate optimiser states, and compile.
 
         Returns:
-            the step to begin with: 0, or where the checkpoint in the output folder ended.
+            the first step: 0, or the step of the checkpoint in the output folder.
         Raises:
-            ModelError, ConfigError, TrainingError: it cannot; nothing was trained.
+            ModelError, ConfigError, OutputError, TrainingError: the run is not possible; nothing was trained.
         """
         dense.forget()
         check_head(self.model)
@@ -225,7 +225,7 @@ class Trainer:
         return past.step if past else 0
 
     def _past(self) -> checkpoint.Facts | None:
-        """The checkpoint to resume from."""
+        """The checkpoint to resume from, or None."""
         if not (self.config.resume and self.checkpoints):
             return None
         found, damaged = checkpoint.newest(self.checkpoints)
@@ -233,7 +233,7 @@ class Trainer:
         return found
 
     def _choose_compilation(self, past: checkpoint.Facts | None) -> None:
-        """As the run began, or as its length and the memory that is free advise."""
+        """Choose compilation; for 'auto', as in the checkpoint, else by run length and free memory in the budget."""
         option: bool | Literal["auto"] = self.config.torch_compile
         if option == "auto" and past and "compiled" in past.config:
             option = bool(past.config["compiled"])
@@ -245,21 +245,21 @@ class Trainer:
         self.identity["compiled"] = self.passes.compiled
 
     def _compile(self, past: checkpoint.Facts | None) -> None:
-        """Compile what the run will meet in its first hundred steps."""
+        """Compile for the kinds of batches in the first 100 steps of the run."""
         steps = islice(self.micro.steps(), min(100, self.total_steps))
         try:
             self.passes.compile(batch for rows in steps for batch in self.micro.batches(rows))
         except TrainingError as error:
-            if self.config.torch_compile is True or past:  # a run cut and resumed must go on as it began
+            if self.config.torch_compile is True or past:  # a resumed run must stay compiled
                 raise
             self.passes.do_not_compile(f"{compiling.IMPOSSIBLE}{error}")
             self.identity["compiled"] = False
 
     def evaluate(self, step: int) -> Evaluated:
-        """Loss and, for label data, accuracy on the evaluation rows. Where memory runs out, it begins again with smaller passes.
+        """Loss and, for classification data, accuracy on the evaluation rows; restarts with smaller passes on OOM.
 
         Raises:
-            MemoryGoneError: a pass is as small as can be.
+            MemoryGoneError: a pass is already a single row.
         """
         began = time.perf_counter()
         found = usage.retry_on_oom(lambda: self.evaluator(self.model), lambda: self.fitting.shrink_evaluation(step))
@@ -272,7 +272,7 @@ class Trainer:
         )
 
     def _kept(self) -> str:
-        """What there is of the run on the disk."""
+        """Sentence on the last saved checkpoint."""
         newest = checkpoint.complete(self.checkpoints) if self.checkpoints else []
         return f"The last checkpoint is '{newest[-1]}'" if newest else "Nothing was saved"
 
@@ -289,11 +289,11 @@ class Trainer:
         return f"Stopped after step {done} of {self.total_steps}. Nothing was saved: there is no output folder."
 
     def step(self, step: int, rows: Rows) -> Stepped | Skipped:
-        """Take optimiser step number `step` (0-based) on its rows, unless its loss or gradient is not finite. Where memory runs
-        out, the step begins again with smaller passes, and later steps keep to them.
+        """Take optimiser step `step` (0-based), or skip it if its loss or gradient is not finite. On out-of-memory, the step
+        restarts with smaller microbatches, which later steps keep.
 
         Raises:
-            MemoryGoneError: there is nothing left to give up; nothing of the step was done.
+            MemoryGoneError: microbatches cannot get smaller; the step was not taken.
         """
         began = time.perf_counter()
         config = self.config
@@ -320,7 +320,7 @@ class Trainer:
         )  # fmt: skip
 
     def _gradients(self, step: int, rows: Rows) -> tuple[list[Batch], int, float, float]:
-        """The passes of a step, their label tokens, the loss, and the norm of the gradient, which is clipped."""
+        """Accumulate and clip gradients; returns the microbatches, their total weight, the loss, and the norm before clipping."""
         batches = self.micro.batches(rows)
         n_labels, loss = sum(self.objective.weight(batch) for batch in batches), 0.0
         for index, batch in enumerate(batches):
@@ -334,11 +334,11 @@ class Trainer:
         self.fitting.shrink_step(step, rows)
 
     def _seed(self, step: int, index: int) -> None:
-        """Dropout's seed for a forward pass of a step."""
+        """Set the dropout seed of microbatch `index` of a step."""
         torch.manual_seed(self.config.seed * _RUN_STRIDE + step * _STEP_STRIDE + index)
 
     def _origin(self, step: int, batches: list[Batch], n_labels: int) -> str:
-        """Where the step's values stopped being finite."""
+        """Where the step's values became non-finite."""
 
         def forward() -> torch.Tensor:
             losses = []

@@ -1,12 +1,12 @@
-"""The loss: mean cross-entropy over label tokens, computed in chunks, with the head's gradient made in forward.
+"""Fused linear cross-entropy: mean loss over label tokens in chunks, with gradients computed in the forward pass.
 
-Full logits never exist. Hidden states at label positions are gathered, go through the head a chunk at a time, and each chunk's
-logits are turned in place into their own gradient, which goes straight back through the head; what is kept for backward is the
-gradient of the hidden states, (L, H). The method is Liger's fused linear cross-entropy; the head may be any module (dense,
-tied, quantised, adapted), because its backward is autograd's. The usual head, a dense matrix, is multiplied into one buffer for
-all chunks and steps, and its gradient, where it is trained, is summed in place: a fresh allocation of that size costs a fault a
-page, and those take a good part of the product's time. It is multiplied on 8-bit units where the frozen base is
-(`quant/dense.py`).
+Full logits are never materialised. Hidden states at label positions are gathered and go through the head one chunk at a time;
+each chunk's logits are replaced by their gradient, which is propagated through the head at once. Only the gradients of the
+hidden states, (L, H), and of a trained head are kept for backward. The method is Liger's fused linear cross-entropy; the head
+may be any module (dense, tied, quantised, adapted), because its backward is autograd's. The usual head, a dense matrix, writes
+its logits into one buffer reused across chunks and steps (on a CPU), and its gradient, if trained, is accumulated in place: the
+page faults of a fresh allocation of that size take a good part of the matmul's time. With 8-bit frozen-base matmuls, a frozen
+head's are 8-bit too (`quant/dense.py`).
 
 The backbone is called without the head (`models/head.py`).
 """
@@ -37,7 +37,7 @@ _chunk: ContextVar[int | None] = ContextVar("lownibble_chunk", default=None)
 
 @contextmanager
 def chunks_of(n_bytes: int) -> Iterator[None]:
-    """Inside the block chunks of logits are so large, whatever the device: for tracing another one's step, and for tests."""
+    """Inside the block, chunks of logits take `n_bytes` on any device: for tracing another device's step, and for tests."""
     token = _chunk.set(n_bytes)
     try:
         yield
@@ -46,7 +46,7 @@ def chunks_of(n_bytes: int) -> Iterator[None]:
 
 
 class _LabelLoss(torch.autograd.Function):
-    """Sum of cross-entropies over L label tokens, divided by `n_total`; gradients made on the way."""
+    """Sum of cross-entropies over L label tokens, divided by `n_total`; gradients are computed in forward."""
 
     @staticmethod
     def forward(
@@ -78,7 +78,7 @@ class _LabelLoss(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dloss: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        (dhidden, dparameters), ctx.gradients = ctx.gradients, None  # the loss, and with it ctx, lives until backward is over
+        (dhidden, dparameters), ctx.gradients = ctx.gradients, None  # freed early: the loss keeps ctx alive until backward ends
         scaled = dhidden.mul_(dloss) if dhidden is not None else None
         return (scaled, None, None, None, None, *(g.mul_(dloss) for g in dparameters))
 
@@ -87,7 +87,7 @@ def _through_head(
     head: Callable[[Tensor], Tensor], hidden_LH: Tensor, labels_L: Tensor, part: slice, n_total: int,
     parameters: Sequence[Tensor], dhidden_LH: Tensor | None, dparameters: list[Tensor],
 ) -> Tensor:  # fmt: skip
-    """A part's loss by autograd; its gradients are put in place and added. Nothing else of it lives when the next one begins."""
+    """A chunk's loss by autograd; writes its hidden gradient, adds its parameter gradients, and frees everything else."""
     wants_hidden = dhidden_LH is not None
     wants_any = wants_hidden or len(parameters) > 0
     chunk_LH = hidden_LH[part].detach().requires_grad_(wants_hidden)
@@ -104,11 +104,11 @@ def _through_head(
 
 
 def _into_one_buffer(hidden_LH: Tensor, plain: DenseProducts) -> Iterator[tuple[slice, Tensor]]:
-    """Logits of equal parts, each overwriting the one before, at most a chunk with what goes back; (tokens, logits)."""
+    """Yield (token slice, logits) of equal parts that share one buffer; a part and its backward workspace fit in a chunk."""
     count = -(-len(hidden_LH) // _chunk_tokens(plain.row_bytes, hidden_LH.device))
     size = -(-len(hidden_LH) // max(1, count))
     shape = torch.Size((size, len(plain.weight)))
-    on_cpu = hidden_LH.device.type == "cpu"  # elsewhere the allocator keeps it
+    on_cpu = hidden_LH.device.type == "cpu"  # elsewhere the allocator caches it
     buffer = scratch(shape, hidden_LH.dtype, hidden_LH.device) if on_cpu else hidden_LH.new_empty(shape)
     for start in range(0, len(hidden_LH), max(1, size)):
         part = slice(start, min(start + size, len(hidden_LH)))
@@ -116,7 +116,7 @@ def _into_one_buffer(hidden_LH: Tensor, plain: DenseProducts) -> Iterator[tuple[
 
 
 def _cross_entropy(logits_LV: Tensor, labels_L: Tensor, n_total: int, wants_gradient: bool) -> tuple[Tensor, Tensor]:
-    """Sum of cross-entropies, and its gradient divided by n_total, made in place of the logits."""
+    """Sum of cross-entropies, and its gradient divided by n_total, in place for float32 logits."""
     dtype = logits_LV.dtype
     scores = logits_LV.float()
     chosen = scores.gather(1, labels_L.unsqueeze(1)).squeeze(1)
@@ -127,7 +127,7 @@ def _cross_entropy(logits_LV: Tensor, labels_L: Tensor, n_total: int, wants_grad
 
 
 def _chunk_tokens(row_bytes: int, device: torch.device) -> int:
-    """Tokens of a chunk: enough for the matrix product, few enough to stay off the peak."""
+    """Tokens per chunk: enough for an efficient matmul, few enough not to raise peak memory."""
     on_cuda = device.type == "cuda"
     n_bytes = _chunk.get() or chunk_bytes(torch.cuda.get_device_properties(device).total_memory if on_cuda else None)
     return max(16, n_bytes // row_bytes)
@@ -142,9 +142,9 @@ def label_loss(
     Args:
         input_ids_BT, attention_mask_BT: int64.
         labels_BT: int64, unshifted, -100 where there is no loss.
-        n_total: label tokens of the whole accumulated batch; default: of this one.
+        n_total: label tokens of all accumulated microbatches; default: of this one.
         segments: lengths of packed rows, whose first tokens have the label -100; see `hidden_states`.
-        source: what an encoder reads; see `hidden_states`.
+        source: encoder input; see `hidden_states`.
     Returns:
         () float32, ready for backward.
     """
@@ -153,7 +153,7 @@ def label_loss(
 
 
 def label_places(labels_BT: Tensor) -> tuple[Tensor, Tensor]:
-    """(L,) places in the flattened (B, T) whose next token has a label, and (L,) those labels."""
+    """(L,) indices into the flattened (B, T) of positions whose next token is a label, and (L,) those labels."""
     targets_BT = labels_BT[:, 1:]
     is_label_BT = targets_BT != IGNORE
     row_L, column_L = is_label_BT.nonzero(as_tuple=True)
@@ -164,7 +164,7 @@ def loss_at(
     model: Any, input_ids_BT: Tensor, attention_mask_BT: Tensor | None, places_L: Tensor, labels_L: Tensor,
     n_total: int | None = None, segments: Sequence[int] | None = None, source: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:  # fmt: skip
-    """`label_loss` with the labels as `label_places` gives them: no size depends on values, so it can be traced."""
+    """`label_loss` with the output of `label_places`: no shape depends on values, so it can be traced."""
     head = Head(model)
     hidden_BTH = hidden_states(model, input_ids_BT, attention_mask_BT, segments, source)
     hidden_LH = hidden_BTH.flatten(0, 1).index_select(0, places_L)
@@ -175,25 +175,25 @@ def loss_at(
 
 @torch.no_grad()
 def token_losses(head: Head, hidden_LH: Tensor, labels_L: Tensor) -> Tensor:
-    """Cross-entropy of each of L label tokens, (L,) float32, a chunk of logits at a time."""
+    """Cross-entropy of each of L label tokens, (L,) float32, one chunk of logits at a time."""
     size = _chunk_tokens(4 * head.vocab_size, hidden_LH.device)
     pieces = zip(hidden_LH.split(size), labels_L.split(size), strict=True)
     return torch.cat([nn.functional.cross_entropy(head(h).float(), labels, reduction="none") for h, labels in pieces])
 
 
 PACKING_TOLERANCE = {torch.float32: 1e-3, torch.float16: 0.1, torch.bfloat16: 0.1}
-"""Permitted relative difference of a row's hidden states, packed and alone. On the embedded model rounding gives 2e-6 in float32
-and 0.01 in bfloat16; a row that sees its neighbours is 0.6 away."""
+"""Maximum relative difference between a row's hidden states packed and alone. On the embedded model rounding gives 2e-6 in
+float32 and 0.01 in bfloat16; attending to neighbouring rows gives 0.6."""
 
 
 def check_packing(model: Any, rows: Sequence[Sequence[int]]) -> None:
     """Compare the hidden states of packed rows (token ids) with those of each row alone under the model's own attention.
 
-    The longest row of the data should be among them: then a window or chunks show, if they matter, and first: then a later
-    row has much to see if it sees too much.
+    Put the longest row of the data first: it reveals windowed or chunked attention if that matters, and gives later rows the
+    most tokens to attend to by mistake.
 
     Raises:
-        ModelError: they differ (a recurrent state or a convolution runs on over the borders), or attention cannot be swapped.
+        ModelError: they differ (recurrent state or convolution across `cu_seqlens` boundaries), or attention cannot be swapped.
     """
     device = model.get_input_embeddings().weight.device
     ids = [torch.tensor([row], device=device) for row in rows]
@@ -211,8 +211,8 @@ def check_packing(model: Any, rows: Sequence[Sequence[int]]) -> None:
 
 
 def check_rows(model: Any, input_ids_BT: Tensor, attention_mask_BT: Tensor) -> str:
-    """Why a padded batch cannot run on our attention kernel, found by comparing its hidden states with those of the model's own
-    attention; or nothing."""
+    """Why a padded batch cannot run on Lownibble's attention kernel, or "". Compares its hidden states with those of the model's
+    own attention."""
     obstacle = attention.kernel_obstacle(model)
     if obstacle:
         return obstacle
@@ -229,11 +229,10 @@ def check_rows(model: Any, input_ids_BT: Tensor, attention_mask_BT: Tensor) -> s
 
 
 def check_unmasked(model: Any, input_ids_BT: Tensor, attention_mask_BT: Tensor) -> bool:
-    """Whether tokens of rows that are padded on the right get the same hidden states without an attention mask.
+    """Whether right-padded rows get the same hidden states without an attention mask.
 
-    In causal attention no token sees what comes after it, so padding on the right needs no mask. With one, transformers repeats
-    keys and values for every query head and leaves flash attention: 1.9 GB more for 4 rows of 1024 tokens of 8B shapes (DESIGN
-    section 6).
+    Causal attention never attends to later tokens, so right padding needs no mask. With one, transformers repeats keys and values
+    for every query head and does not use flash attention: 1.9 GB more for 4 rows of 1024 tokens of 8B shapes (DESIGN section 6).
     """
     known = info(model)
     with for_comparing(model):

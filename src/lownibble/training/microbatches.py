@@ -1,10 +1,10 @@
-"""Which rows go through the model together: the batches of each step, and their cut into smaller forward passes.
+"""Microbatches: the batches of each step, and how they are split to fit into memory.
 
-A step is `gradient_accumulation_steps` batches of `batch_size` rows (with packing: packs). Where memory does not suffice for
-such a batch, all rows of the step are dealt out anew to forward passes of at most `max_tokens` tokens, padding included: rows of
-like length together, longest first. The step's rows stay the same, and so do its loss and gradient, which are sums over rows
-divided by the label tokens of the whole step. Tokens are counted rather than rows because memory goes by tokens: a limit in rows
-that suits the longest rows would leave most of the memory idle on all others.
+A step is `gradient_accumulation_steps` batches of `batch_size` rows (with packing: packs). If a batch does not fit into memory,
+all rows of the step are redistributed over microbatches of at most `max_tokens` tokens, padding included: rows of similar length
+together, longest first. The step's rows stay the same, and so do its loss and gradient, which are sums over rows divided by the
+label tokens of the whole step. The limit is in tokens because memory scales with tokens: a limit in rows that fits the longest
+rows would leave most of the memory unused on all others.
 """
 
 from __future__ import annotations
@@ -22,15 +22,19 @@ from lownibble.errors import ModelError
 from lownibble.planning.step import Batch as Shape
 
 Rows = list[list[Example]]
-"""The rows of one step, in the batches that the configuration asks for."""
+"""The rows of one step, by batch or microbatch."""
 
 
 Collate = Callable[[list[Example]], Batch]
-"""Rows as one padded forward pass."""
+"""Collates rows into one padded batch."""
 
 
 def collator(model: Any, tokenizer: Any) -> Collate:
-    """How rows are put to the model."""
+    """The collate function for a model.
+
+    Raises:
+        ModelError: an encoder-decoder model lacks its decoder start or end-of-sequence token.
+    """
     pad = int(tokenizer.pad_token_id)
     if not model.config.is_encoder_decoder:
         return partial(collate, pad_token_id=pad)
@@ -42,10 +46,10 @@ def collator(model: Any, tokenizer: Any) -> Collate:
 
 
 class MicroBatches:
-    """The forward passes of a run over `rows`.
+    """The microbatches of a run over `rows`.
 
     Attributes:
-        max_tokens: most tokens of a forward pass, padding included (a longer row stands alone); None: batches as configured.
+        max_tokens: maximum tokens per microbatch, padding included (a longer row gets its own); None: batches as configured.
     """
 
     def __init__(self, rows: list[Example], config: TrainConfig, collate: Collate) -> None:
@@ -56,7 +60,7 @@ class MicroBatches:
         self._lengths = [len(row.input_ids) for row in self._by_length]
 
     def steps(self, first_step: int = 0) -> Iterator[Rows]:
-        """The rows of each step from `first_step` on, without end. An epoch's last step has the batches that are left."""
+        """The rows of each step from `first_step` on, endlessly. An epoch's last step has the remaining batches."""
         count = self.config.gradient_accumulation_steps
         for epoch in itertools.count():
             batches = self._of_epoch(epoch)
@@ -70,24 +74,24 @@ class MicroBatches:
         return epoch_batches(self.rows, config.batch_size, config.seed, epoch, config.group_by_length, self.pack_to)
 
     def batches(self, rows: Rows) -> list[Batch]:
-        """The forward passes of a step."""
+        """The microbatches of a step."""
         return [self.batch(batch) for batch in self.dealt(rows)]
 
     def tokens(self, batch: list[Example]) -> int:
-        """Of a forward pass over these rows, padding included."""
+        """Number of tokens of a microbatch of these rows, padding included."""
         lengths = [len(row.input_ids) for row in batch]
         return sum(lengths) if self.pack_to is not None else len(batch) * max(lengths)
 
     def shape(self, batch: list[Example]) -> Shape:
-        """The sizes of a forward pass over these rows."""
+        """The shape of a microbatch of these rows, for the planner."""
         rows = 1 if self.pack_to is not None else len(batch)
         padded = self.batch(batch)
-        if padded.source_ids is not None:  # the planner takes the decoder's length for labels / rows
+        if padded.source_ids is not None:  # the planner takes labels / rows as the decoder's length
             return Shape(rows, padded.source_ids.shape[1], padded.input_ids.numel())
         return Shape(rows, self.tokens(batch) // rows, sum(sum(row.is_label[1:]) for row in batch))
 
     def dealt(self, rows: Rows) -> Rows:
-        """The rows of each forward pass of a step."""
+        """The rows of each microbatch of a step."""
         if self.max_tokens is None:
             return rows
         flat = [row for batch in rows for row in batch]
@@ -95,11 +99,11 @@ class MicroBatches:
         return [[flat[i] for i in batch] for batch in dealt]
 
     def batch(self, rows: list[Example]) -> Batch:
-        """Rows as one forward pass."""
+        """Collate or pack rows into one microbatch."""
         return self.collate(rows) if self.pack_to is None else flatten(rows)
 
     def steps_of_epochs(self, epochs: float) -> int:
-        """Optimiser steps of so many epochs; packed epochs differ in their number of batches."""
+        """Number of optimiser steps in `epochs` epochs; packed epochs differ in their number of batches."""
         whole, part = divmod(epochs, 1)
         count = self.config.gradient_accumulation_steps
         steps = [-(-len(self._of_epoch(epoch)) // count) for epoch in range(math.ceil(epochs))]
@@ -107,7 +111,7 @@ class MicroBatches:
         return sum(steps[: int(whole)]) + last
 
     def planned_tokens(self, steps: int) -> int:
-        """About how many tokens so many steps read."""
+        """Approximate number of tokens in `steps` steps."""
         config = self.config
         mean = sum(self._lengths) / len(self._lengths)
         batch = config.batch_size * config.max_length if config.packing else min(config.batch_size, len(self.rows)) * mean
@@ -115,25 +119,25 @@ class MicroBatches:
 
     @property
     def longest_row(self) -> int:
-        """Tokens of the longest row: no forward pass can do with less."""
+        """Tokens of the longest row, the lower limit for a microbatch."""
         return self._lengths[0]
 
     @property
     def whole(self) -> int:
-        """Most tokens of a batch as configured, padding included."""
+        """Maximum tokens of a batch as configured, padding included."""
         if self.pack_to is None:
             return min(self.config.batch_size, len(self.rows)) * self.longest_row
         return min(self.config.batch_size * self.pack_to, sum(self._lengths))
 
     def size(self, tokens: int) -> int:
-        """Tokens of the largest forward pass of at most `tokens` tokens, padding included."""
+        """Tokens of the largest microbatch of at most `tokens` tokens, padding included."""
         rows = self._longest(tokens)
         packed = sum(len(row.input_ids) for row in rows)
         return packed if self.pack_to is not None or not rows else len(rows) * len(rows[0].input_ids)
 
     def largest(self, tokens: int) -> Batch:
-        """The largest forward pass of at most `tokens` tokens that `batches` can make of these rows, with as many label tokens as
-        any has; below the longest row's tokens, the beginning of that row."""
+        """The largest microbatch of at most `tokens` tokens that `batches` can make, with the maximum label tokens of any;
+        if `tokens` is below the longest row's, the beginning of that row."""
         rows = [row.input_ids for row in self._longest(tokens)]
         batch = self.batch([Example(ids, [False] * len(ids), "dry run") for ids in rows])
         places = batch.attention_mask.clone()
@@ -163,7 +167,7 @@ class MicroBatches:
         return min(self.config.batch_size * self.config.gradient_accumulation_steps, len(self.rows))
 
     def _most_labels(self, tokens: int) -> int:
-        """No forward pass of so many tokens has more label tokens."""
+        """Upper limit for the label tokens of a microbatch of `tokens` tokens."""
         labels = used = most = 0
         if self.pack_to is not None:
             for count, length in self._densest:
@@ -173,7 +177,7 @@ class MicroBatches:
             return min(labels, tokens)
         tokens = max(tokens, self.longest_row)
         kept: list[int] = []
-        for count, length in reversed(self._label_counts):  # the longer the rows, the fewer: those with the most labels so far
+        for count, length in reversed(self._label_counts):  # shortest first: the number that fits falls; keep the most labels
             heappush(kept, count)
             labels += count
             while len(kept) > min(tokens // length, self._rows_of_a_step):
@@ -188,10 +192,10 @@ class MicroBatches:
 
     @cached_property
     def _densest(self) -> list[tuple[int, int]]:
-        """The same, the largest share of labels first."""
+        """The same, largest fraction of label tokens first."""
         return sorted(self._label_counts, key=lambda row: row[0] / row[1], reverse=True)
 
 
 def _firsts(lengths: list[int]) -> list[tuple[int, int]]:
-    """(length, first place that has it) of lengths in falling order."""
+    """(length, index of its first occurrence) for lengths in descending order."""
     return [(n, i) for i, n in enumerate(lengths) if i == 0 or n != lengths[i - 1]]

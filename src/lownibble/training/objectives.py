@@ -1,9 +1,9 @@
-"""What is minimised: rows to tokens, tokens to batches, batches to a loss, and how it is evaluated.
+"""Training objectives: tokenisation, collation, loss and evaluation.
 
-`Objective` is the next-token objective, and what others derive from: an objective from outside overrides what it does otherwise
-and is put into `registry.OBJECTIVES`. The loop, checkpoints, memory budget and out-of-memory recovery work with any of them,
-because a step's loss is a sum over its batches divided by their weight together (not a mean of means), however rows are dealt
-to forward passes.
+`Objective` is the next-token objective and the base class of others: an external objective overrides the methods that differ and
+is added to `registry.OBJECTIVES`. The loop, checkpoints, memory budget and out-of-memory recovery work with any objective,
+because a step's loss is a sum over its microbatches divided by their total weight (not a mean of means), however rows are split
+into microbatches.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ class Objective:
     """Mean cross-entropy of the next token over label tokens."""
 
     def encode(self, dataset: Dataset, tokenizer: Any, data: DataConfig, max_length: int) -> Encoded:
-        """Rows as tokens, and which of them are labels."""
+        """Tokenise the rows of a data set, with label flags."""
         return encode(dataset, tokenizer, data, max_length)
 
     def check(self, model: Any, encoded: list[Encoded], data: DataConfig) -> None:
-        """Raise unless the rows of both sides are what the model takes.
+        """Check that the rows of both splits suit the model.
 
         Raises:
-            ConfigError, DataError: an encoder-decoder model has no prompt to read, or a row has several answers.
+            ConfigError, DataError: rows for an encoder-decoder model have no prompt, or several answers.
         """
         if not model.config.is_encoder_decoder:
             return
@@ -48,26 +48,25 @@ class Objective:
     def choices(
         self, train: Dataset, evaluation: Dataset, tokenizer: Any, data: DataConfig, max_length: int
     ) -> list[Choice] | None:
-        """The evaluation rows as multiple choice, where the data are labels; else None."""
+        """The evaluation rows as multiple choice for classification data, else None."""
         return choices(train, evaluation, tokenizer, data, max_length)
 
     def collate(self, model: Any, tokenizer: Any) -> Collate:
-        """How rows become one forward pass."""
+        """The function that collates rows into one batch."""
         return collator(model, tokenizer)
 
     def weight(self, batch: Batch) -> int:
-        """What the batch counts for: a step's loss is divided by the sum of its batches' weights."""
+        """The batch's weight: a step's loss is divided by the sum of its microbatches' weights."""
         return batch.n_label_tokens
 
     def loss(self, model: Any, batch: Batch, total: int) -> Tensor:
-        """The batch's losses, summed and divided by `total`: () float32, ready for backward. The batch is on the model's
-        device."""
+        """Sum of the batch's losses divided by `total`: () float32, ready for backward. The batch is on the model's device."""
         return label_loss(model, batch.input_ids, batch.attention_mask, batch.labels, total, batch.segments, batch.source)
 
     def evaluator(
         self, examples: list[Example], choices: list[Choice] | None, collate: Collate, batch_size: int, device: torch.device
     ) -> Evaluator:
-        """What evaluates the model on held-out rows."""
+        """The evaluator for held-out rows."""
         return Evaluator(examples, choices, collate, batch_size, device)
 
 

@@ -1,13 +1,13 @@
-"""The output folder of a run: who may write into it.
+"""The output folder of a run, and its locking.
 
     OUTPUT/adapter/       the adapter in PEFT's layout (full fine-tuning: OUTPUT/model/)
-    OUTPUT/record.json    what was asked and measured
+    OUTPUT/record.json    configuration and measurements
     OUTPUT/events.jsonl   every event of the loop
-    OUTPUT/checkpoints/   what a resumption needs
+    OUTPUT/checkpoints/   the state needed to resume
     OUTPUT/.lock          held while a process trains here
 
-One run per folder: a folder that holds one is refused unless the run is to be resumed, and a second process on the same
-folder is refused while the first one lives.
+One run per folder: a folder that contains a run is rejected unless that run is resumed, and a second process on the same folder
+is rejected while the first one is alive.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ _RUN_FILES = ("record.json", "adapter", "model", "checkpoints")
 
 @contextmanager
 def hold(folder: str | Path) -> Iterator[Path]:
-    """Make an output folder, and keep other processes out of it.
+    """Create an output folder and lock it against other processes.
 
     Raises:
-        OutputError: another process works in it, or it cannot be written.
+        OutputError: another process holds it, or it is not writable.
     """
     folder = Path(folder)
     try:
@@ -50,8 +50,8 @@ def claim(folder: str | Path, *, resume: bool) -> Iterator[Path]:
     """Hold an output folder for one run.
 
     Raises:
-        OutputError: it holds another run, another process trains in it, or it cannot be written (now, or later inside the
-            block: a full disk).
+        OutputError: it contains another run, another process holds it, or it cannot be written (now, or later inside the block,
+            such as on a full disk).
     """
     with hold(folder) as folder:
         found = [name for name in _RUN_FILES if (folder / name).exists()]
@@ -61,5 +61,5 @@ def claim(folder: str | Path, *, resume: bool) -> Iterator[Path]:
             )
         try:
             yield folder
-        except (OSError, SafetensorError) as error:  # all reading is done: this is the disk
+        except (OSError, SafetensorError) as error:  # all reading is done, so this is a write error
             raise OutputError(f"Cannot write into '{folder}': {error}. Free some space, then go on with --resume.") from error

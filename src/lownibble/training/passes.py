@@ -1,6 +1,7 @@
-"""Forward and backward passes of a model in training: which attention runs, whether layers are compiled or checkpointed.
+"""Forward and backward passes in training: attention kernel, compiled layers, gradient checkpointing and mixed precision.
 
-All of it is in place for a pass and taken back after it: evaluation, generation and the caller see the model as it came.
+Attention and compiled layers are swapped in for a pass and restored after it, so evaluation, generation and the caller see the
+original model.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from lownibble.training.loss import check_packing, check_rows, check_unmasked
 from lownibble.training.microbatches import MicroBatches
 
 Kind = tuple[bool, bool]
-"""What a batch is to the compiler: whether it has padding, and more than one row. Each is compiled apart."""
+"""Kind of a batch for the compiler: whether it has padding, and more than one row. Each kind is compiled separately."""
 
 
 def kind(batch: Batch) -> Kind:
@@ -31,13 +32,13 @@ def kind(batch: Batch) -> Kind:
 
 
 class Passes:
-    """The passes of `model` over the batches of `micro`, whose loss `loss` gives (see `objectives.py`).
+    """Forward and backward passes of `model` over the batches of `micro`; `loss` is the loss function (see `objectives.py`).
 
     Attributes:
-        attention_reason: why attention does not run on our kernel, or nothing where it does.
+        attention_reason: why attention does not run on Lownibble's kernel; empty if it does.
         compiled, compile_reason, compile_seconds, compile_peak_bytes: whether the layers are compiled, why, how long it took and
-            the highest memory until then.
-        saved_activation_bytes: what autograd kept in the last forward pass that was `measured`.
+            the peak memory up to the end of compilation.
+        saved_activation_bytes: bytes that autograd saved in the last `measured` forward pass.
     """
 
     def __init__(
@@ -54,7 +55,7 @@ class Passes:
         self._checkpointing = False
 
     def check(self) -> None:
-        """Choose the attention kernel; compare packed rows with each row alone.
+        """Choose the attention kernel; with packing, compare packed rows with each row alone.
 
         Raises:
             ModelError: this model cannot be packed.
@@ -78,19 +79,19 @@ class Passes:
             info(self.model).needs_mask = not check_unmasked(self.model, batch.input_ids, batch.attention_mask)
 
     def choose_compilation(self, option: bool | Literal["auto"], tokens: int) -> None:
-        """Decide for a run over so many tokens; `compile` then does it.
+        """Decide whether to compile for a run over `tokens` tokens; `compile` then does it.
 
         Raises:
-            ConfigError: compilation was asked for and cannot run here; says what is missing.
+            ConfigError: compilation was requested but is not possible here (says what is missing).
         """
         self.compiled, self.compile_reason = compiling.choose(option, self.model, self.device, tokens)
 
     def do_not_compile(self, reason: str) -> None:
-        """Leave the layers as they are after all."""
+        """Cancel compilation, for `reason`."""
         self.compiled, self.compile_reason, self._layers = False, reason, None
 
     def compile(self, batches: Iterable[Batch]) -> None:
-        """Compile the layers for the kinds of these batches, by a pass over one of each that was not met before.
+        """Compile the layers for the kinds of these batches, by a pass over one batch of each new kind.
 
         Raises:
             TrainingError: a layer cannot be compiled.
@@ -111,10 +112,10 @@ class Passes:
         self._kinds |= new.keys()
         self.compile_seconds += time.perf_counter() - began
         self.compile_peak_bytes = max(self.compile_peak_bytes, usage.peak_bytes(self.device))
-        usage.reset_peak(self.device)  # the compiler's memory is not the step's
+        usage.reset_peak(self.device)  # compilation memory does not count as a step's
 
     def compile_for(self, batch: Batch, tokens: int) -> None:
-        """Compile the layers for batches of this kind, by a pass over one with about so many tokens."""
+        """Compile the layers for this batch's kind, by a pass over a batch of about `tokens` tokens."""
         padded, several = kind(batch)
         longest = max(self.micro.rows, key=lambda row: len(row.input_ids))
         length = min(tokens // (1 + several), len(longest.input_ids))
@@ -123,7 +124,11 @@ class Passes:
         self.compile([self.micro.batch(rows)])
 
     def set_checkpointing(self, on: bool) -> None:
-        """Compute each layer's activations again in backward, or keep them."""
+        """Turn gradient checkpointing on or off.
+
+        Raises:
+            ConfigError: the model does not support it.
+        """
         if on == self._checkpointing:
             return
         verb = "enable" if on else "disable"
@@ -136,19 +141,19 @@ class Passes:
 
     @property
     def can_checkpoint(self) -> bool:
-        """Whether the model has gradient checkpointing."""
+        """Whether the model supports gradient checkpointing."""
         return bool(getattr(self.model, "supports_gradient_checkpointing", False))
 
     def _in_place(self) -> AbstractContextManager[None]:
         return self._layers() if self._layers else nullcontext()
 
     def _precision(self) -> AbstractContextManager[Any]:
-        """Mixed precision where the model's weights are float32 masters for 16-bit products."""
+        """Autocast if the weights are float32 master weights for 16-bit matmuls."""
         dtype = info(self.model).autocast
         return torch.autocast(self.device.type, dtype) if dtype is not None else nullcontext()
 
     def loss(self, batch: Batch, n_total: int) -> torch.Tensor:
-        """Sum of the batch's losses divided by `n_total`; layers not compiled."""
+        """Sum of the batch's losses divided by `n_total`, without compiled layers."""
         with self._attention(self.model):
             return self._loss(batch, n_total)
 
@@ -157,7 +162,7 @@ class Passes:
             return self._of_batch(self.model, batch.to(self.device), n_total)
 
     def backward(self, batch: Batch, n_total: int, *, measured: bool = False) -> float:
-        """Add the gradients of a batch; returns its loss. `measured`: count what autograd saves.
+        """Accumulate the gradients of a microbatch; returns its loss. `measured`: count the activations that autograd saves.
 
         Raises:
             TrainingError: a layer cannot be compiled.

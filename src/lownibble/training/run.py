@@ -1,7 +1,7 @@
-"""One run from end to end: data, loop, adapter, record.
+"""A complete run: data, training loop, adapter, record.
 
-`train` works on a model the caller made; `run` makes it from a `RunConfig`. Both leave the same files (see `output.py`) and
-return the same result.
+`train` takes a model from the caller; `run` creates it from a `RunConfig`. Both write the same files (see `output.py`) and return
+the same result.
 """
 
 from __future__ import annotations
@@ -40,12 +40,12 @@ from lownibble.training.passes import Passes
 from lownibble.training.sinks import JsonlSink, Sink, TensorBoardSink, deliver, read_events
 
 WARMUP_STEPS = 2
-"""Steps left out of the speed figures: allocators and caches settle."""
+"""Steps excluded from speed figures, while allocators and caches warm up."""
 
 
 @dataclass(frozen=True)
 class TrainResult:
-    """What a run gave: the trained model, its record, and where the files are (None without an output folder)."""
+    """Result of a run: the trained model, its record, and the adapter's folder (None without output folder or adapter)."""
 
     model: Any
     tokenizer: Any
@@ -59,7 +59,7 @@ class TrainResult:
 
     @property
     def eval_loss(self) -> float:
-        """Evaluation loss at the end."""
+        """Loss of the last evaluation."""
         return float(self.record["evaluations"][-1]["loss"])
 
 
@@ -67,16 +67,17 @@ def train(
     model: Any, tokenizer: Any, data: DataConfig | None = None, config: TrainConfig | None = None, *,
     sinks: Iterable[Sink] = (),
 ) -> TrainResult:  # fmt: skip
-    """Train a model that has adapters (or a dense one in full); the model is changed in place.
+    """Train a model's adapters (or a dense model in full), in place.
 
     Args:
-        model, tokenizer: from `load`, with `add_lora` for LoRA and QLoRA; or any causal model of transformers.
-        data: where the rows come from; default: the embedded demo.
+        model, tokenizer: from `load`, with `add_lora` for LoRA and QLoRA; or any causal transformers model.
+        data: the data source; default: the embedded demo.
         config: the training options.
-        sinks: take every event; a progress bar, a file.
+        sinks: receive every event (a progress bar, a file).
     Raises:
-        InputError: data, options or output folder cannot be used; nothing was trained.
-        TrainingError: a loss or gradient was not finite.
+        InputError: the data, options or output folder cannot be used, or the saved result is not what was trained.
+        TrainingError: see `Trainer.events`; or the trained model's logits are not finite.
+        RunInterrupted: a signal stopped the run.
     """
     data, config = data or DataConfig(), config or TrainConfig()
     asked = {"model": getattr(model.config, "_name_or_path", ""), "data": data.to_dict(), "train": config.to_dict()}
@@ -85,7 +86,7 @@ def train(
 
 
 def run(config: RunConfig, *, sinks: Iterable[Sink] = ()) -> TrainResult:
-    """Load, adapt and train as `config` says; sinks take every event. Errors are those of `load`, `add_lora` and `train`."""
+    """Load, adapt and train as `config` says; sinks receive every event. Raises as `load`, `add_lora` and `train`."""
     device = pick_device(config.device)
     sides = load_data(config.data)
     usage.reset_peak(device)
@@ -96,7 +97,7 @@ def run(config: RunConfig, *, sinks: Iterable[Sink] = ()) -> TrainResult:
 
 
 def prepare(config: RunConfig) -> tuple[Trainer, int]:
-    """The trainer of a run, ready to take steps, and the bytes in use before its model was loaded; for those who measure."""
+    """The trainer of a run before `set_up`, and the bytes in use before its model was loaded; for measurements."""
     device = pick_device(config.device)
     sides = load_data(config.data)
     usage.reset_peak(device)
@@ -106,10 +107,10 @@ def prepare(config: RunConfig) -> tuple[Trainer, int]:
 
 
 def _make_model(config: RunConfig) -> tuple[Any, Any]:
-    """The model as the method trains it, and its tokenizer.
+    """Load the model and prepare it for the method; returns it and its tokenizer.
 
     Raises:
-        TrainingError: memory ran out, or what `load` and `add_lora` raise.
+        TrainingError: out of memory. Also raises as `load` and `add_lora`.
     """
     with usage.oom_becomes_error(
         lambda: f"Memory ran out while '{config.model}' was loaded. Take --method qlora, or a smaller model."
@@ -119,7 +120,7 @@ def _make_model(config: RunConfig) -> tuple[Any, Any]:
 
 def _make(config: RunConfig) -> tuple[Any, Any]:
     quant = config.quant if config.method == "qlora" else None
-    # in full fine-tuning a step is often smaller than bfloat16 can tell apart
+    # in full fine-tuning an update is often smaller than bfloat16 can resolve
     dtype = "float32" if config.method == "full" and config.dtype == "auto" else config.dtype
     model, tokenizer = load(config.model, quant=quant, dtype=dtype, device=config.device, revision=config.revision)
     packed = any(isinstance(module, QuantLinear) for module in model.modules())
@@ -131,14 +132,14 @@ def _make(config: RunConfig) -> tuple[Any, Any]:
         model.requires_grad_(True)
         if model.device.type == "cuda" and config.dtype == "auto":
             info(model).autocast = torch.bfloat16
-    usage.settle(model.device)  # what loading and quantising took in between
+    usage.settle(model.device)  # frees temporaries of loading and quantising
     return model, tokenizer
 
 
 def _trainer(
     model: Any, tokenizer: Any, sides: tuple[Dataset, Dataset], data: DataConfig, config: TrainConfig
 ) -> tuple[Trainer, list[Encoded]]:
-    """The trainer over both sides' rows, and the encoded rows."""
+    """The trainer over the rows of both splits, and the encoded rows."""
     objective: Objective = OBJECTIVES[config.objective]
     encoded = [objective.encode(side, tokenizer, data, config.max_length) for side in sides]
     objective.check(model, encoded, data)
@@ -156,7 +157,7 @@ def _train(
     sinks: Iterable[Sink], loaded: dict[str, int] | None = None,
 ) -> TrainResult:  # fmt: skip
     with ExitStack() as stack:
-        stack.callback(compute.decide, model)  # 'auto' is for the run only
+        stack.callback(compute.decide, model)  # undo 'auto' matmul precision after the run
         trainer, encoded = _trainer(model, tokenizer, sides, data, config)
         folder = stack.enter_context(claim(config.output_dir, resume=config.resume)) if config.output_dir else None
         sinks = [*sinks, *_file_sinks(folder, config)]
@@ -204,7 +205,7 @@ def _train(
         for message in result["warnings"][told:]:
             print(f"warning: {message}", file=sys.stderr)
     trained = TrainResult(model, tokenizer, result, adapter)
-    if stop := trainer.stop_signal():  # asked for when no step was left; who started the run may have more to do
+    if stop := trainer.stop_signal():  # requested after the last step: let the caller stop too
         where = f"saved in '{folder}'" if folder else "the exception's `result`"
         raise interrupt.RunInterrupted(f"Asked to stop when no step was left: the run is complete, {where}.", stop, trained)
     return trained
@@ -220,7 +221,7 @@ def _memory_of_record(folder: Path | None) -> dict[str, Any] | None:
 
 
 def _history(past: list[Event], events: list[Event]) -> list[Event]:
-    """The events of the whole run: those before the checkpoint it was resumed from, then those of this process."""
+    """Events of the whole run: those before the checkpoint it was resumed from, then those of this process."""
     first = next(event.first_step for event in events if isinstance(event, Started))
     of_steps = (Stepped, Skipped, Evaluated)
     kept = {(type(e), e.step): e for e in past if isinstance(e, of_steps) and e.step <= first}
@@ -238,7 +239,7 @@ def _file_sinks(folder: Path | None, config: TrainConfig) -> list[Sink]:
 
 
 def _subject(model: Any) -> dict[str, Any]:
-    """What is trained, as a resumption must find it again, and the compute, which another machine may lack."""
+    """Model identity that must match on resume, and the matmul precision, which may differ on another machine."""
     quantized = [m for m in model.modules() if isinstance(m, QuantLinear)]
     return {
         "base": getattr(model.config, "_name_or_path", ""),
@@ -275,7 +276,7 @@ def _data_facts(sides: tuple[Dataset, Dataset], encoded: list[Encoded]) -> dict[
 
 
 def _budget(trainer: Trainer, told: list[str]) -> dict[str, Any]:
-    """How the run fitted into its memory budget; a warning joins `told` where it did not."""
+    """How the run fitted into its memory budget; appends a warning to `told` if it did not."""
     if not trainer.config.memory_budget:
         return {}
     budget, peak = n_bytes(trainer.config.memory_budget), usage.highest_bytes(trainer.device)
@@ -294,7 +295,7 @@ def _compilation(passes: Passes) -> dict[str, Any]:
 
 
 def _speed(steps: list[Stepped]) -> dict[str, Any]:
-    """Rates after warm-up, over all steps together; quartiles over steps show the spread."""
+    """Throughput over all steps after warm-up; quartiles over steps show the spread."""
     counted = steps[WARMUP_STEPS:] or steps
     if not counted:
         return {}

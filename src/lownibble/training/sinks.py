@@ -1,4 +1,4 @@
-"""Where events go: a progress bar, a JSONL file, TensorBoard. A sink is a callable that takes an event, and a context manager."""
+"""Event sinks: progress bar, JSONL file, TensorBoard. A sink is a callable that takes an event, and a context manager."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class Sink(AbstractContextManager["Sink"]):
 
 
 class ProgressSink(Sink):
-    """A bar with rate and time left on a terminal; elsewhere one line per evaluation. Writes to standard error."""
+    """A progress bar with throughput and time left on a terminal; elsewhere text lines only. Writes to standard error."""
 
     def __init__(self, label: str = "train", file: IO[str] | None = None) -> None:
         self.console = Console(file=file or sys.stderr, highlight=False, soft_wrap=True)
@@ -79,7 +79,7 @@ class ProgressSink(Sink):
 
 
 def _fit(event: Fitted) -> str:
-    """One line on what the memory budget left."""
+    """One line on how training fits into the memory budget."""
     if event.max_tokens is None:
         passes = f"batches as configured (up to {event.whole_tokens} tokens)"
     else:
@@ -89,7 +89,7 @@ def _fit(event: Fitted) -> str:
 
 
 class JsonlSink(Sink):
-    """One JSON object a line, flushed at once: `{"event": "Stepped", ...}`."""
+    """JSON Lines, one object per event, flushed at once: `{"event": "Stepped", ...}`."""
 
     def __init__(self, path: str | Path, append: bool = False) -> None:
         Path(path).parent.mkdir(parents=True, exist_ok=True)
@@ -108,7 +108,7 @@ class JsonlSink(Sink):
 
 
 def read_events(path: Path) -> list[Event]:
-    """The events in a file that `JsonlSink` wrote; a last line cut short by a kill is left out."""
+    """Read the events that `JsonlSink` wrote; lines truncated by a kill are skipped."""
     kinds = {kind.__name__: kind for kind in get_args(Event)}
     events: list[Event] = []
     for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
@@ -145,7 +145,7 @@ class TensorBoardSink(Sink):
 
 
 def deliver(events: Iterable[Event], sinks: Iterable[Sink]) -> Iterator[Event]:
-    """Pass events on after handing each to every sink; closes the sinks at the end, also after an error."""
+    """Yield events after passing each to every sink; closes the sinks at the end, also after an error."""
     with ExitStack() as stack:
         opened = [stack.enter_context(sink) for sink in sinks]
         for event in events:

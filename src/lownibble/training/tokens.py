@@ -1,4 +1,4 @@
-"""How many tokens a run over a data set reads, for plans: the data's own rows, by the model's own tokenizer."""
+"""Count the tokens of a run over a data set with the model's tokenizer, for plans."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from lownibble.planning.models import hub_id
 
 
 def count_tokens(config: PlanConfig) -> tuple[int, str]:
-    """Tokens of `config.data`'s training rows, cut at `max_length`, times the epochs; and what to say about it.
+    """Tokens of `config.data`'s training rows, truncated to `max_length`, times the epochs; and a note for the user, or "".
 
     Raises:
         DataError, ConfigError: the data cannot be used.

@@ -1,7 +1,7 @@
-"""After saving: is what lies on the disk what was trained, and was something trained at all?
+"""Verify a saved result: do the files hold what was trained, and was anything trained at all?
 
-The peers' users report empty adapters, adapters that load as nothing, and models that never stop. Each check here is one of those
-reports. What is on the disk must be right, or the run fails with it; the rest is said in the record and to the user.
+Each check covers a problem that users of similar libraries report: empty adapters, adapters that load without effect, models
+that never stop generating. Wrong files fail the run; other findings go into the record and to the user as warnings.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ _READ_BACK = "lownibble_read_back"
 _TOKENS = 16
 
 LOGIT_TOLERANCE = 0.05
-"""How far logits of the same adapter may be apart on a GPU, as a part of the largest: orders of summation in 16 bits."""
+"""Maximum difference between logits of the same adapter on a GPU, relative to the largest: summation order in 16 bits."""
 
 
 def check_finite(model: Any) -> None:
-    """Before saving: the model's logits are finite.
+    """Check before saving that the model's logits are finite.
 
     Raises:
         TrainingError: they are not.
@@ -41,12 +41,12 @@ def check_finite(model: Any) -> None:
 
 
 def check_adapter(model: Any, folder: Path, examples: list[Example], end: int | None) -> tuple[dict[str, Any], list[str]]:
-    """Facts about the saved adapter, and what a user should be told.
+    """Read a saved adapter back and compare it; returns facts for the record, and warnings for the user.
 
     Args:
-        examples: what it was trained on; end: the end-of-sequence token.
+        examples: the training examples; end: the end-of-sequence token.
     Raises:
-        OutputError: read back, the adapter has other tensors than the one in memory, or gives other logits.
+        OutputError: the adapter read back has other tensors than the one in memory, or produces other logits.
     """
     name = active_adapter(model)
     assert name is not None
@@ -71,7 +71,7 @@ def check_adapter(model: Any, folder: Path, examples: list[Example], end: int | 
 
 
 def check_model(model: Any, folder: Path, examples: list[Example], end: int | None) -> tuple[dict[str, Any], list[str]]:
-    """As `check_adapter`, for a model that was trained in full: every tensor is compared with its file's.
+    """As `check_adapter`, for full fine-tuning: compares every tensor with the one in its file.
 
     Raises:
         OutputError: a tensor is missing from the files, or differs.
@@ -102,12 +102,12 @@ def _logits(model: Any) -> Tensor:
 
 
 def _reads_back(model: Any, folder: Path, name: str) -> bool:
-    """Whether the folder holds the active adapter's tensors and, loaded beside it, gives the same logits."""
+    """Whether the folder holds the active adapter's tensors and, loaded as a second adapter, produces the same logits."""
     stored, held = load_file(folder / WEIGHTS_FILE), adapter_tensors(model, name)
     if stored.keys() != held.keys() or not all(torch.equal(stored[key], value.detach().cpu()) for key, value in held.items()):
         return False
     if adapter_configs(model)[name].bias != "none":
-        return True  # only one adapter of a model may train its biases
+        return True  # only one adapter may train biases, so a second cannot be loaded to compare logits
     expected = _logits(model)
     load_adapter(model, folder, name=_READ_BACK)
     try:
@@ -119,7 +119,7 @@ def _reads_back(model: Any, folder: Path, name: str) -> bool:
 
 
 def _same(found: Tensor, expected: Tensor) -> bool:
-    """Equal on a CPU; on other devices, whose kernels may add up in another order each time, within `LOGIT_TOLERANCE`."""
+    """Equal on a CPU; within `LOGIT_TOLERANCE` on other devices, whose kernels may sum in varying order."""
     if found.device.type == "cpu":
         return torch.equal(found, expected)
     return bool((found - expected).abs().max() <= LOGIT_TOLERANCE * expected.abs().max().clamp(min=1))
