@@ -1,9 +1,9 @@
 """`lownibble export`: convert weights to another tool's format.
 
-    from a model      safetensors (dense), bnb-4bit (packed, byte-identical to bitsandbytes), gguf
+    from a model      safetensors (dense), bnb-4bit (packed; nf4 and fp4 byte-identical to bitsandbytes), gguf
     from an adapter   gguf (PEFT folder); peft (.gguf file)
 
-A 4-bit checkpoint needs no re-quantisation: bnb-4bit copies its bytes, the dense formats dequantise them. To export an adapter
+A packed checkpoint is not requantised: bnb-4bit copies its bytes, the dense formats dequantise them. To export an adapter
 in a model format, merge it first, which measures the loss; a merged model that was measured to lose its fine-tuning gain in
 4 bits is not packed unless forced.
 """
