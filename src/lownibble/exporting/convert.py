@@ -1,11 +1,11 @@
-"""`lownibble export`: the same weights in the format that another tool reads.
+"""`lownibble export`: convert weights to another tool's format.
 
-    from a model      safetensors (dense), bnb-4bit (packed, byte for byte bitsandbytes'), gguf
-    from an adapter   gguf; peft, where it is a .gguf file
+    from a model      safetensors (dense), bnb-4bit (packed; nf4 and fp4 byte-identical to bitsandbytes), gguf
+    from an adapter   gguf (PEFT folder); peft (.gguf file)
 
-A 4-bit checkpoint exports as it is: to bnb-4bit its bytes are copied, to the dense formats they are decoded. An adapter goes
-into a model's format by merging first, which measures what that costs; a merged model whose tune 4 bits were measured to lose
-is not packed unless forced.
+A packed checkpoint is not requantised: bnb-4bit copies its bytes, the dense formats dequantise them. To export an adapter
+in a model format, merge it first, which measures the loss; a merged model that was measured to lose its fine-tuning gain in
+4 bits is not packed unless forced.
 """
 
 from __future__ import annotations
@@ -38,15 +38,15 @@ def export(source: str | Path, output: str | Path, format: str, **options: Any) 
         format: 'safetensors', 'bnb-4bit', 'gguf' or 'peft'.
         options: of `ExportConfig`: base, dtype, quant, ...
     Raises:
-        ConfigError: a format that the source cannot be written in.
+        ConfigError: the source cannot be written in that format.
         ModelError, AdapterError: the source is damaged or not supported.
-        OutputError: the output is taken, or the disk is full.
+        OutputError: the output already exists, or the disk is full.
     """
     return run_export(ExportConfig(source=str(source), output=str(output), format=format, **options))
 
 
 def run_export(config: ExportConfig, tell: Tell = say_nothing) -> dict[str, Any]:
-    """`export` with its options in a configuration; `tell` is called as it goes on."""
+    """`export` from an `ExportConfig`; `tell` receives progress."""
     source, output = Path(config.source), _check(config)
     started = {**record.new("export"), "status": "ok", "config": config.to_dict(), "output": str(output)}
     is_file = source.suffix == ".gguf" and source.is_file()
@@ -75,7 +75,7 @@ def run_export(config: ExportConfig, tell: Tell = say_nothing) -> dict[str, Any]
 
 
 def _measured(folder: Path) -> dict[str, Any] | None:
-    """What merging found of the model in this folder; None where it is none that was merged and measured."""
+    """The merge measurement in this folder's merge.json; None if the model was not merged or not measured."""
     try:
         found = json.loads((folder / RECORD).read_text())["measured"]
     except (OSError, ValueError, KeyError, TypeError):
@@ -84,7 +84,7 @@ def _measured(folder: Path) -> dict[str, Any] | None:
 
 
 def _check_kept(source: str, measured: dict[str, Any] | None) -> None:
-    """Raise where packing a merged model would lose its tune."""
+    """Raise if packing a merged model would lose its fine-tuning gain."""
     kept = 1.0 if measured is None else measured["models"]["nf4"]["kept"]
     if kept < FAITHFUL:
         raise OutputError(

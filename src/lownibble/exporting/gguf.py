@@ -1,16 +1,17 @@
-"""GGUF files of models and of adapters, for llama.cpp and everything built on it; adapters are read back as well.
+"""Write GGUF files of models and adapters, for llama.cpp and tools built on it; read adapters back.
 
-The container, tensor names and quantised types come from the `gguf` library. What it lacks is what llama.cpp keeps in a script:
-which hyperparameters an architecture wants, how its weights are turned, and which pre-tokenizer llama.cpp must imitate.
-`ARCHITECTURES` holds the first two for models of Llama's shape, `gguf_tokenizer.py` has the last; what is in neither is refused
-by name rather than guessed, because a wrong guess gives a file that loads and talks nonsense.
+The container, tensor names and quantised types come from the `gguf` library. It lacks what llama.cpp keeps in its conversion
+script: the hyperparameters an architecture needs, how its weights are permuted, and which pre-tokenizer to use. `ARCHITECTURES`
+covers the first two for Llama-like models, `gguf_tokenizer.py` the last; anything else is refused by name, because a wrong guess
+gives a file that loads but generates nonsense.
 
-- llama.cpp's `llama` rotates neighbouring pairs where transformers rotates halves, so the rows of q and k change places.
-- Matrices are stored as F16, BF16 or Q8_0, vectors as F32. Rows that are no multiple of 32 long cannot be Q8_0 and become F16.
-- An adapter file has one alpha for all layers and llama.cpp takes alpha / rank as scale; what a layer's scale is beyond that
-  (rsLoRA, patterns) is multiplied into its B.
+- llama.cpp's `llama` rotates adjacent pairs where transformers rotates halves (RoPE), so the rows of q and k are permuted.
+- Matrices are stored as F32, F16, BF16 or Q8_0, vectors as F32. Rows whose length is not a multiple of 32 cannot be Q8_0 and
+  become F16.
+- An adapter file has one alpha for all layers and llama.cpp scales by alpha / rank; the rest of a layer's scale (rsLoRA,
+  patterns) is multiplied into its B.
 
-A tensor is read, turned, written and dropped, so memory is a matter of the largest one.
+Tensors are converted one at a time, so peak memory depends on the largest tensor.
 """
 
 from __future__ import annotations
@@ -42,7 +43,7 @@ from lownibble.models import ModelSource
 
 
 class Architecture(NamedTuple):
-    """llama.cpp's name for a model type, and whether the rows of q and k change places."""
+    """llama.cpp's name for a model type, and whether the rows of q and k are permuted to adjacent rotary pairs."""
 
     name: str
     pairs: bool
@@ -57,7 +58,7 @@ ARCHITECTURES = {
 """`model_type` of config.json -> architecture."""
 
 TYPES = {"float32": Type.F32, "float16": Type.F16, "bfloat16": Type.BF16, "q8_0": Type.Q8_0}
-"""Values of the option `dtype` -> how matrices are stored."""
+"""Value of the option `dtype` -> GGUF type of matrices."""
 
 _FILE_TYPES = {Type.F32: 0, Type.F16: 1, Type.Q8_0: 7, Type.BF16: 32}
 _Q8_BLOCK = 32
@@ -66,10 +67,10 @@ _Q8_BLOCK = 32
 def write_model(
     weights: Weights, onto: str, path: Path, dtype: str, tokenizer: ModelSource, tell: Tell = say_nothing
 ) -> dict[str, Any]:
-    """Write a model as one .gguf file, whole or not at all; returns what is in it.
+    """Write a model as one .gguf file, atomically; returns its architecture, tensor count and type counts.
 
     Raises:
-        ModelError: an architecture, a rotary scaling or a tokenizer that is not known here.
+        ModelError: the architecture, rotary scaling, sliding window or tokenizer is not supported.
         OutputError: the file cannot be written.
     """
     kind, architecture = _architecture(weights.model.config)
@@ -100,11 +101,11 @@ def write_model(
 
 
 def write_adapter(adapter: AdapterFile, base: Any, path: Path) -> dict[str, Any]:
-    """Write an adapter as llama.cpp's --lora takes it; `base` is transformers' skeleton of the model it is for.
+    """Write an adapter for llama.cpp's --lora; `base` is transformers' skeleton of its base model.
 
     Raises:
-        AdapterError: it holds more than low-rank sums.
-        ModelError: an architecture that is not known here.
+        AdapterError: it holds more than low-rank matrices.
+        ModelError: the architecture is not supported.
     """
     expected = adapter.expected(base)
     adapter.check_fit(expected, set())
@@ -140,7 +141,7 @@ def write_adapter(adapter: AdapterFile, base: Any, path: Path) -> dict[str, Any]
 
 
 def trained_on(path: Path) -> dict[str, Any] | None:
-    """What the adapter of a .gguf file was trained on (see `lora/provenance.py`), or None where it does not say."""
+    """Provenance of the adapter in a .gguf file (see `lora/provenance.py`), or None if it has none."""
     return from_metadata({METADATA_KEY: _string(_reader(path), METADATA_KEY) or ""})
 
 
@@ -154,10 +155,10 @@ def is_adapter(path: Path) -> bool:
 
 
 def read_adapter(path: Path, base: Any, output: Path) -> dict[str, Any]:
-    """Write the adapter of a .gguf file as a PEFT folder; `base` is transformers' skeleton of the model it is for.
+    """Write the adapter of a .gguf file as a PEFT folder; `base` is transformers' skeleton of its base model.
 
     Raises:
-        AdapterError: a tensor has no place in the base, or the file is of another architecture.
+        AdapterError: a tensor matches nothing in the base, the architecture differs, or low-rank tensors or alpha are missing.
     """
     reader = _reader(path)
     _, architecture = _architecture(base.config)
@@ -181,7 +182,7 @@ def read_adapter(path: Path, base: Any, output: Path) -> dict[str, Any]:
     alpha = float(reader.fields[gguf.Keys.Adapter.LORA_ALPHA].contents())
     usual = max(set(ranks.values()), key=list(ranks.values()).count)
     other = {name: rank for name, rank in ranks.items() if rank != usual}
-    # llama.cpp divides the one alpha by a layer's own rank, and so does PEFT
+    # llama.cpp and PEFT both divide the global alpha by each layer's own rank
     config = LoraConfig(r=usual, lora_alpha=alpha, target_modules=sorted(ranks), rank_pattern=other)
     facts = trained_on(path) or {}
     model = {"base_model_name_or_path": facts.get("model"), "revision": facts.get("revision")}
@@ -224,7 +225,7 @@ def _architecture(config: Any) -> tuple[str, Architecture]:
 
 
 def _names(config: Any, architecture: Architecture) -> Callable[[str], str]:
-    """transformers' name of a tensor -> llama.cpp's."""
+    """Map from transformers' tensor name to llama.cpp's."""
     number = next(key for key, name in gguf.MODEL_ARCH_NAMES.items() if name == architecture.name)
     table = gguf.get_tensor_name_map(number, config.num_hidden_layers)
 
@@ -268,7 +269,7 @@ def _add_shape(writer: gguf.GGUFWriter, config: Any, kind: str) -> None:
 
 
 def _rope(config: Any) -> dict[str, Any]:
-    """The rotary parameters, under transformers 5's names."""
+    """Rotary (RoPE) parameters, under transformers 5's names."""
     found = {**(getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {})}
     found.setdefault("rope_theta", getattr(config, "rope_theta", 10000.0))
     found.setdefault("rope_type", "default")
@@ -276,7 +277,7 @@ def _rope(config: Any) -> dict[str, Any]:
 
 
 def _rope_factors(config: Any) -> Iterator[tuple[str, Tensor]]:
-    """Llama 3's scaling: what each rotary frequency is divided by."""
+    """Llama 3's RoPE scaling: the tensor of divisors, one per rotary frequency; nothing for other types."""
     rope = _rope(config)
     if rope["rope_type"] != "llama3":
         return
@@ -292,7 +293,7 @@ def _rope_factors(config: Any) -> Iterator[tuple[str, Tensor]]:
 
 
 def _turned(values: Tensor, name: str, config: Any, architecture: Architecture, back: bool = False) -> Tensor:
-    """Rows of q and k from halves to neighbouring pairs, or back."""
+    """Permute rows of q and k from rotary halves to adjacent pairs (`back`: the inverse); other tensors unchanged."""
     heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}.get(name.split(".")[-2])
     if not architecture.pairs or heads is None:
         return values

@@ -1,6 +1,6 @@
-"""A tokenizer.json as the tokenizer of a GGUF file: tokens, their kinds, merges, and llama.cpp's name for how text is split.
+"""Convert a tokenizer.json to a GGUF tokenizer: tokens, token types, merges, and llama.cpp's pre-tokenizer name.
 
-Only what is known to come out the same is written: BPE, with a split that `PRE_TOKENIZERS` names.
+Only tokenizers known to tokenize identically are written: BPE with byte fallback, or with a pre-tokenizer in `PRE_TOKENIZERS`.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ PRE_TOKENIZERS: dict[tuple[str, ...], str] = {
     (_WORDS + r"\p{N}{1,3}" + _REST, "ByteLevel"): "llama-bpe",
     (_WORDS + r"\p{N}" + _REST, "ByteLevel"): "qwen2",
 }
-"""What tokenizer.json does before its merges -> llama.cpp's name for it."""
+"""Pre-tokenizer steps of tokenizer.json -> llama.cpp's pre-tokenizer name."""
 
 
 def add_tokenizer(writer: gguf.GGUFWriter, folder: Path, vocab_size: int) -> None:
     """Write the tokenizer of a model folder, with its special tokens and chat template.
 
     Raises:
-        ModelError: it is missing, of another kind, or larger than the model's `vocab_size`.
+        ModelError: it is missing, not BPE, has an unknown pre-tokenizer, or is larger than `vocab_size`.
     """
     file = folder / "tokenizer.json"
     try:

@@ -1,17 +1,17 @@
-"""How much of a tune a merge keeps: the merged models beside the live adapter on held-out text, before anything is written.
+"""Fine-tuning gain retained by a merge: compare merged models with the live adapter on held-out text, before writing.
 
-The reference is the live model: the base as it was in training, with the low-rank branch beside each layer. Next to it run the
-bare base and every merged model. Over the same tokens each is compared with the live one by KL divergence (nats a token), by
-how often both find the same token most probable, and by perplexity. What a merge keeps of the tune is
+The reference is the live model: the base as it was in training, with a low-rank branch on each layer. The bare base and every
+merged model are compared with it on the same tokens: KL divergence (nats per token), top-1 agreement and perplexity. The
+fine-tuning gain retained is
 
     1 - KL(live || merged) / KL(live || base)
 
-which is 1 for a perfect merge and 0 for one that might as well have left the adapter out. A cast or a second rounding that is
-larger than the delta shows layer by layer as error / delta, in Frobenius norms.
+which is 1 for a perfect merge and 0 for one no better than the bare base. A cast or requantisation error larger than the delta
+shows per layer as error / delta, in Frobenius norms.
 
-No model is ever in memory: transformers' skeleton stays on the meta device and accelerate's hooks ask for a module's tensors
-when its turn comes, which `Weights` then makes. All rows go through in one batch, so every tensor is made once for each model.
-Heads are gone through a slice of the vocabulary at a time, so neither one in float32 nor all logits are ever there.
+No model is ever fully in memory: transformers' skeleton stays on the meta device, and accelerate's hooks request each module's
+tensors from `Weights` when it runs. All rows form one batch, so every tensor is made once per model. Heads are evaluated one
+vocabulary slice at a time, so the full logits and a float32 copy of a dense head are never materialised.
 """
 
 from __future__ import annotations
@@ -35,13 +35,13 @@ from lownibble.training.microbatches import Collate
 
 LIVE, BASE = "live", "base"
 SLICE = 256
-"""Words of the vocabulary that are compared at a time."""
+"""Vocabulary entries compared at a time."""
 FAITHFUL = 0.9
-"""A merge that keeps less of the tune than this is advised against, and in 4 bits refused."""
+"""Fine-tuning gain retained below which a merge is advised against, and a 4-bit one refused."""
 
 
 def choose_rows(examples: list[Example], max_tokens: int) -> list[Example]:
-    """The first rows that together, padded, have at most so many tokens; one at least."""
+    """The first rows that, padded, have at most `max_tokens` tokens in total; at least one row."""
     chosen: list[Example] = []
     longest = 0
     for example in examples:
@@ -54,10 +54,11 @@ def choose_rows(examples: list[Example], max_tokens: int) -> list[Example]:
 
 @torch.no_grad()
 def measure(weights: Weights, rows: list[Example], collate: Collate, tell: Tell) -> dict[str, Any]:
-    """The live model, the base and each merged model on the same rows; see the module's docstring for the figures.
+    """Run the live model, the base and each merged model on the same rows; figures as in the module docstring.
 
     Returns:
-        `models`: by name, figures over label tokens and over all; `layers`: by target, errors by layer; `tokens`, `label_tokens`.
+        `models`: by name, figures over label tokens and over all; `layers`: by target, per-layer errors; counts `rows`, `tokens`,
+        `label_tokens`.
     """
     batch = collate(rows)
     layers: dict[str, dict[str, float]] = {target: {} for target in weights.targets}
@@ -89,7 +90,7 @@ def measure(weights: Weights, rows: list[Example], collate: Collate, tell: Tell)
 
 
 def _places(batch: Batch) -> tuple[Tensor, Tensor]:
-    """(L,) places whose next token is real, of the decoder's rows flattened, and those tokens."""
+    """(L,) flattened positions in the decoder's rows whose next token is not padding, and (L,) those next tokens."""
     if batch.source is not None:  # an encoder-decoder's rows are labels only
         return label_places(batch.labels)
     ids_BT, mask_BT = batch.input_ids, batch.attention_mask.bool()
@@ -98,7 +99,7 @@ def _places(batch: Batch) -> tuple[Tensor, Tensor]:
 
 
 def _summary(errors: Mapping[str, float]) -> dict[str, Any]:
-    """Median and worst of errors by layer, and each."""
+    """Median, worst and all of the per-layer errors."""
     ordered = sorted(errors.values())
     return {
         "error_over_delta_median": ordered[len(ordered) // 2] if ordered else None,
@@ -108,17 +109,17 @@ def _summary(errors: Mapping[str, float]) -> dict[str, Any]:
 
 
 class _Live(Mapping[str, Tensor]):
-    """The tensors of the live model, or of the bare base, by the model's names; the low-rank branches are hooks."""
+    """Tensors of the live model or the bare base, by the model's names; low-rank branches are added by hooks."""
 
     def __init__(self, weights: Weights, *, adapted: bool = True) -> None:
         self.weights, self.adapted = weights, adapted
 
     def stored(self, name: str) -> Tensor | PackedWeight:
-        """The tensor as it is held, not yet in float32."""
+        """The tensor as stored (packed or in its own dtype), before the cast to float32."""
         return self.weights.live(self.weights.resolve(name), adapted=self.adapted)
 
     def __getitem__(self, name: str) -> Tensor:
-        trim_heap()  # the last tensors' memory is free by now, but in pieces
+        trim_heap()  # return the previous tensors' freed but fragmented memory to the system
         return as_float(self.stored(name))
 
     def __iter__(self) -> Iterator[str]:
@@ -129,7 +130,7 @@ class _Live(Mapping[str, Tensor]):
 
 
 class _Merged(_Live):
-    """The tensors of a merged model; notes how far each is from the exact sum, in units of the delta."""
+    """Tensors of a merged model; records each one's error from the exact sum, relative to the delta's norm."""
 
     def __init__(self, weights: Weights, target: str, errors: dict[str, float]) -> None:
         super().__init__(weights)
@@ -146,13 +147,13 @@ class _Merged(_Live):
             off = as_float(self.weights.live(name)).add_(delta)
             del delta
             off = off.sub_(made.dequantize(torch.float32) if isinstance(made, PackedWeight) else made)
-            if size:  # a layer that learnt nothing has no delta to be measured by
+            if size:  # a zero delta has no relative error
                 self.errors[name] = float(off.norm()) / size
         return made
 
 
 def _hidden(weights: Weights, batch: Batch, tensors: _Live) -> Tensor:
-    """Last hidden states (B * T, H) of the model that `tensors` make."""
+    """Last hidden states (B * T, H) of the model with these `tensors`."""
     model = weights.model.eval()
     attach_align_device_hook(model, execution_device=torch.device("cpu"), offload=True, weights_map=tensors)
     branches = [] if isinstance(tensors, _Merged) or not tensors.adapted else list(_branches(weights))
@@ -166,7 +167,7 @@ def _hidden(weights: Weights, batch: Batch, tensors: _Live) -> Tensor:
 
 
 def _branches(weights: Weights) -> Iterator[Any]:
-    """A hook beside every adapted layer that adds its low-rank branch, as the live adapter does."""
+    """Register on every adapted layer but the head a hook that adds its low-rank branch, as the live adapter does."""
     head = weights.model.get_output_embeddings()
     for path, module in weights.model.named_modules():
         name = f"{path}.weight"
@@ -182,7 +183,7 @@ def _branches(weights: Weights) -> Iterator[Any]:
 
 
 class _HeadOf:
-    """From hidden states to logits, with the head that `tensors` make."""
+    """Hidden states to logits, with the head from `tensors`."""
 
     def __init__(self, weights: Weights, tensors: _Live) -> None:
         head = weights.model.get_output_embeddings()
@@ -196,7 +197,7 @@ class _HeadOf:
         self.transforms = Head(weights.model).transforms
 
     def __call__(self, hidden_LH: Tensor, words: slice) -> Tensor:
-        """Logits (L, S) of a slice of the vocabulary, in float64: sums over the vocabulary are to cancel."""
+        """Logits (L, S) of a vocabulary slice, float64 because sums over the vocabulary cancel."""
         weight_SH = self.weight[words].float()
         if self.low_rank is not None:
             a, b, scale = self.low_rank
@@ -208,7 +209,7 @@ class _HeadOf:
 
 
 class _Softmax:
-    """Over slices of the vocabulary, at L places: log of the sum of exp, the most probable word, the logit of `next_L`."""
+    """Online softmax over vocabulary slices at L positions: log-sum-exp, argmax token, logit of `next_L`."""
 
     def __init__(self, next_L: Tensor) -> None:
         self.next_L = next_L
@@ -232,15 +233,15 @@ class _Softmax:
 def _compare(
     weights: Weights, hidden: Mapping[str, Tensor], name: str, tensors: _Live, places: tuple[Tensor, Tensor, Tensor]
 ) -> dict[str, Any]:
-    """Figures of one model beside the live one, over label tokens and over all; `places`: where, the next tokens, which are
-    labels.
+    """Compare one model with the live one, over label tokens and over all; `places`: (L,) positions, next tokens and whether
+    each is a label.
     """
     trim_heap()
     places_L, next_L, is_label_L = places
     heads = _HeadOf(weights, _Live(weights)), _HeadOf(weights, tensors)
     states = hidden[LIVE][places_L], hidden[name][places_L]
     live, other = _Softmax(next_L), _Softmax(next_L)
-    apart_L = torch.zeros(len(next_L), dtype=torch.float64)  # mean of live - other logits, by the live model's probabilities
+    apart_L = torch.zeros(len(next_L), dtype=torch.float64)  # mean of live - other logits under the live model's probabilities
     for start in range(0, len(heads[0].weight), SLICE):
         live_LS, other_LS = (head(state, slice(start, start + SLICE)) for head, state in zip(heads, states, strict=True))
         before_L = live.log_sum_L
@@ -272,5 +273,5 @@ def _compare(
 
 
 def _perplexity(losses_L: Tensor) -> float:
-    """exp of the mean, which is kept in range: a model may find a token all but impossible."""
+    """exp of the mean loss, clamped to 700 against overflow: a model may give a token almost no probability."""
     return math.exp(min(700.0, float(losses_L.mean(dtype=torch.float64))))

@@ -1,9 +1,9 @@
-"""`lownibble merge`: an adapter becomes part of its base's weights, measured first, then written shard by shard.
+"""`lownibble merge`: merge an adapter into its base's weights; measure first, then write shard by shard.
 
-Writing goes from safetensors to safetensors, a tensor at a time, so memory is a matter of the largest tensor and not of the
-model. The folder is made aside and appears under its name when it is whole; a merge that was interrupted finds its finished
-shards there and goes on. What a merge would lose is measured before the first byte is written (`measure.py`), and a 4-bit
-merge that loses much of the tune is refused.
+Weights stream from safetensors to safetensors one tensor at a time, so peak memory depends on the largest tensor, not the model.
+The folder is written under a temporary name and renamed when complete; an interrupted merge resumes from its finished shards.
+The loss is measured before anything is written (`measure.py`), and a 4-bit merge that loses much of the fine-tuning gain is
+refused.
 """
 
 from __future__ import annotations
@@ -48,22 +48,22 @@ _WEIGHT_FILES = (".safetensors", ".bin", ".pt", ".pth", ".h5", ".msgpack", ".ggu
 
 
 def merge(adapter: str | Path, output: str | Path, **options: Any) -> dict[str, Any]:
-    """Merge an adapter into its base and write the model to a folder; returns the record, which is in OUTPUT/merge.json too.
+    """Merge an adapter into its base and write the model to a folder; returns the record, also in OUTPUT/merge.json.
 
     Args:
         adapter: its folder.
         output: a folder that does not exist or is empty.
         options: of `MergeConfig`: onto, base, dtype, measure_tokens, ...
     Raises:
-        AdapterError: the adapter is damaged, of another base, or a tensor of it has no place.
+        AdapterError: the adapter is damaged, belongs to another base, or has a tensor that matches nothing.
         ConfigError: options that contradict each other or the adapter.
-        OutputError: the folder is taken, the disk is full, or the merge would lose the tune.
+        OutputError: the folder is not empty, the disk is full, or the merge would lose the fine-tuning gain.
     """
     return run_merge(MergeConfig(adapter=str(adapter), output=str(output), **options))
 
 
 def run_merge(config: MergeConfig, tell: Tell = say_nothing) -> dict[str, Any]:
-    """`merge` with its options in a configuration; `tell` is called as it goes on."""
+    """`merge` from a `MergeConfig`; `tell` receives progress."""
     output = check_free(config.output)
     adapter = AdapterFile(config.adapter)
     source, quant = _base(config, adapter)
@@ -91,10 +91,10 @@ def run_merge(config: MergeConfig, tell: Tell = say_nothing) -> dict[str, Any]:
 
 
 def check_free(path: str | Path) -> Path:
-    """The folder that is to be made, absolute.
+    """The absolute path of the folder to create; its parent is created.
 
     Raises:
-        OutputError: something is there, or nothing can be made there.
+        OutputError: it exists and is not empty, or cannot be created.
     """
     output = Path(path).expanduser()
     output = output.parent.resolve() / output.name if output.name not in ("", "..") else output.resolve()
@@ -116,7 +116,7 @@ def _codec(weights: Weights) -> str:
 
 
 def _base(config: MergeConfig, adapter: AdapterFile) -> tuple[ModelSource, QuantConfig | None]:
-    """The base, and the codec that it had in training."""
+    """The base, and its codec in training; None: dense, or the packed checkpoint's own codec."""
     facts = adapter.trained_on or {}
     name = config.base or facts.get("model") or adapter.base
     if not name:
@@ -140,7 +140,7 @@ def _base(config: MergeConfig, adapter: AdapterFile) -> tuple[ModelSource, Quant
         return source, None
     stored = config.trained_on or ("quantized" if config.onto == "dequantized" else None)
     if stored is None and config.onto == "original" and not config.measure_tokens:
-        stored = "dense"  # makes no difference to what is written
+        stored = "dense"  # does not affect what is written
     if stored is None:
         raise ConfigError(
             f"'{adapter.folder}' does not say whether its base was in 4 bits in training. Say --trained-on dense or quantized."
@@ -162,7 +162,7 @@ def _check_base(config: MergeConfig, adapter: AdapterFile, weights: Weights) -> 
 
 
 def _measure(config: MergeConfig, adapter: AdapterFile, weights: Weights, tell: Tell) -> tuple[dict[str, Any], str]:
-    """The measurement, and where its rows are from."""
+    """The measurement, and the source of its rows."""
     data, said = _data(config, adapter)
     tokenizer = load_tokenizer(_tokenizer_of(adapter, weights.source))
     examples = encode(load(data)[1], tokenizer, data, config.max_length).examples
@@ -187,10 +187,11 @@ def _data(config: MergeConfig, adapter: AdapterFile) -> tuple[DataConfig, str]:
 
 
 def _choose(config: MergeConfig, weights: Weights, measured: dict[str, Any] | None) -> tuple[str, list[str]]:
-    """The target to write, and what is to be said about each.
+    """The target to write, and advice on each target.
 
     Raises:
-        OutputError: a 4-bit merge that loses the tune, or was not measured.
+        ConfigError: 'auto' without a measurement.
+        OutputError: a 4-bit merge that loses the fine-tuning gain, or was not measured, and is not forced.
     """
     if measured is None:
         if config.onto == "auto":
@@ -234,10 +235,10 @@ def write(
     weights: Weights, onto: str, output: Path, result: dict[str, Any], tokenizer_first: Path | None = None,
     tell: Tell = say_nothing,
 ) -> None:  # fmt: skip
-    """Write the model to `output`, whole or not at all, with `result` as its record; goes on where the same was interrupted.
+    """Write the model to `output` atomically, with `result` as its record; resumes an interrupted write of the same merge.
 
     Raises:
-        OutputError: no room, or the folder cannot be written.
+        OutputError: not enough disk space, or the folder cannot be written.
     """
     shards = _shards(weights, onto)
     aside = output.parent / f".{output.name}.merging"
@@ -265,7 +266,7 @@ def write(
             aside.rename(output)
         except InputError as error:
             if not isinstance(error, OutputError) or not any((aside / name).is_file() for name in shards):
-                shutil.rmtree(aside, ignore_errors=True)  # the inputs are at fault, or nothing is done yet
+                shutil.rmtree(aside, ignore_errors=True)  # the inputs are at fault, or no shard is finished
             raise
         except (OSError, SafetensorError) as error:
             raise OutputError(
@@ -274,7 +275,7 @@ def write(
 
 
 def _identity(weights: Weights, onto: str, shards: dict[str, dict[str, tensorfile.Entry]]) -> dict[str, Any]:
-    """What the written bytes depend on; the base by its digest."""
+    """Everything the written bytes depend on; the base by its digest."""
     adapter = weights.adapter
     content = adapter and [_sha256(file) for file in (adapter.path, adapter.folder / CONFIG_FILE)]
     return {
@@ -290,7 +291,7 @@ def _sha256(path: Path) -> str:
 
 
 def _shards(weights: Weights, onto: str) -> dict[str, dict[str, tensorfile.Entry]]:
-    """File name -> what it holds: the base's own cut."""
+    """Shard file name -> its tensors, sharded as the base."""
     shards: dict[str, dict[str, tensorfile.Entry]] = {}
     for name, parts in weights.layout(onto):
         shard = shards.setdefault(weights.shard_of(name), {})
@@ -332,7 +333,7 @@ def _write_shard(weights: Weights, onto: str, path: Path, entries: dict[str, ten
 def _write_rest(
     weights: Weights, onto: str, folder: Path, shards: dict[str, dict[str, tensorfile.Entry]], tokenizer_first: Path | None
 ) -> None:
-    """Everything but the weights: configuration, index, tokenizer."""
+    """Write everything but the weights: configuration, index, tokenizer and the base's other files."""
     own_tokenizer = tokenizer_first is not None and _has_tokenizer(tokenizer_first)
     for origin in (weights.source.folder, tokenizer_first if own_tokenizer else None):
         if origin is None:
@@ -353,7 +354,7 @@ def _write_rest(
 
 
 def _config_json(weights: Weights, onto: str) -> dict[str, Any]:
-    """The base's config.json with what the merge changes; no word of a quantisation that is gone."""
+    """The base's config.json with the merge's changes; `quantization_config` only if the result is packed."""
     config = {key: value for key, value in weights.config.items() if key != "quantization_config"}
     for part in (config, config.get("text_config")):
         if isinstance(part, dict):
@@ -374,5 +375,5 @@ def _has_tokenizer(folder: Path) -> bool:
 
 
 def _tokenizer_of(adapter: AdapterFile, source: ModelSource) -> ModelSource:
-    """The adapter's own tokenizer, which knows tokens that were added, or the base's."""
+    """The adapter's own tokenizer (it has any added tokens), else the base's."""
     return ModelSource(adapter.folder, str(adapter.folder)) if _has_tokenizer(adapter.folder) else source

@@ -1,17 +1,17 @@
-"""The weights of a base with an adapter added, one tensor at a time, for each base that it can be added to.
+"""Weights of a base with an adapter merged, one tensor at a time, for each merge target.
 
-Three bases are in question where an adapter was trained on 4-bit weights Q of a model W:
+For an adapter trained on packed weights Q of a model W there are three targets:
 
     dequantized   decode(Q) + delta: what the adapter was trained on, so the merged model computes what the live one does
-    original      W + delta: better weights, but not those that the adapter learned to correct
-    nf4           Q(decode(Q) + delta): small again, and rounded a second time, by steps often larger than the delta
+    original      W + delta: more precise weights, but not those the adapter was trained to correct
+    nf4           Q(decode(Q) + delta): small again, but requantised, with rounding steps often larger than the delta
 
-For an adapter of dense weights the first does not exist, and the others start from W. Sums are in float32 with one cast at the
-end. Everything a merge writes, and everything its measurement computes with, comes from `Weights.merged`, so what is
-measured is what is written.
+For an adapter trained on dense weights, 'dequantized' does not exist and the others start from W. Sums are in float32 with one
+final cast. The written tensors and the merged models that are measured both come from `Weights.merged`, so what is measured is
+what is written.
 
 Tied weights: a low-rank branch or a trained copy belongs to one of the modules that share a tensor. The merged model then needs
-two tensors, and its configuration says that nothing is tied any more.
+two tensors, and its configuration unties them.
 """
 
 from __future__ import annotations
@@ -38,35 +38,35 @@ from lownibble.quant import PackedWeight, is_plain_linear, quantize
 TARGETS = ("dequantized", "original", "nf4")
 
 Tell = Callable[[str, int, int], None]
-"""Called while long work goes on: what is done, how much of it, out of how much."""
+"""Progress callback: (activity, done, total)."""
 
 
 def say_nothing(what: str, done: int, total: int) -> None:
-    """For who does not want to be told."""
+    """Progress callback that does nothing."""
 
 
 class Edit(NamedTuple):
-    """What an adapter does to a layer's weight: `keys` of the adapter's file by the variant's name for the parameter."""
+    """An adapter's change to a layer's weight; `keys`: the variant's parameter name -> key in the adapter file."""
 
     keys: dict[str, str]
     scale: float
 
 
 class Weights:
-    """A base checkpoint, and an adapter or none, as named tensors.
+    """A base checkpoint and an optional adapter, as named tensors.
 
     Args:
-        quant: the 4-bit codec of the base as it was trained on; None: dense. A checkpoint in 4 bits has its own.
-        new_quant: the codec of the target 'nf4' where the base was dense in training.
-        dtype: of everything that is written and not packed; 'auto': each tensor's own.
+        quant: codec of the base in training; None: dense. A packed checkpoint uses its own.
+        new_quant: codec of the target 'nf4' if the base was dense in training.
+        dtype: of all written dense tensors; 'auto': each tensor's own.
     Attributes:
         model: transformers' skeleton on the meta device, with the adapter's vocabulary.
-        names: of the merged model's parameters and buffers -> the base's tensor that each starts from.
-        replaced: name -> key of the adapter's tensor that takes its place.
-        edits: name -> what the adapter's variant does to it then.
-        changes: keys of config.json that change, with their values.
+        names: name of each parameter and buffer of the merged model -> the base's tensor it starts from.
+        replaced: name -> key of the adapter's tensor that replaces it.
+        edits: name -> the adapter variant's change, applied after `replaced`.
+        changes: changed keys of config.json, with their values.
     Raises:
-        AdapterError: a tensor of the adapter has no place, is missing, of another shape or not finite.
+        AdapterError: an adapter tensor matches nothing, is missing, has another shape or is not finite.
         ModelError: the base is damaged.
     """
 
@@ -89,7 +89,7 @@ class Weights:
         self.quant = self._packed_codec() if self.packed else quant
         self._to_pack = new_quant
         self.new_quant = self.quant or new_quant
-        self._groups = _tied_groups(self.model)  # now: hooks that lend the model its tensors part what is tied
+        self._groups = _tied_groups(self.model)  # before accelerate's hooks, which untie shared parameters
         self.changes: dict[str, Any] = {}
         self.edits: dict[str, Edit] = {}
         self.replaced: dict[str, str] = {}
@@ -99,15 +99,15 @@ class Weights:
 
     @cached_property
     def requantized(self) -> set[str]:
-        """Paths of the layers that are packed in the target 'nf4'."""
+        """Paths of the layers packed in the target 'nf4'."""
         return self.quantized or set(quantizable(self.model, self._to_pack))
 
     def resolve(self, name: str) -> str:
-        """The name in `names` of a parameter of the model, which may share its tensor with that one."""
+        """The name in `names` that holds a model parameter's tensor: its own, or that of a tied parameter."""
         return name if name in self.names else next(other for other in self._tied(name) if other in self.names)
 
     def _tied(self, name: str) -> tuple[str, ...]:
-        """Every name of the parameter called `name`."""
+        """All names of the (tied) parameter called `name`."""
         return self._groups[name]
 
     def _packed_codec(self) -> QuantConfig:
@@ -120,7 +120,7 @@ class Weights:
 
     @property
     def targets(self) -> list[str]:
-        """The bases that the adapter can be added to."""
+        """The possible merge targets, in the order of `TARGETS`."""
         found = {"dequantized": bool(self.quantized), "original": not self.packed, "nf4": True}
         return [target for target in TARGETS if found[target]]
 
@@ -147,8 +147,8 @@ class Weights:
     def _extra(
         self, adapter: AdapterFile, keys: Iterable[str], ends: tuple[str | None, str | None]
     ) -> tuple[dict[str, str], set[str]]:
-        """Of tensors beyond what was trained: embeddings and heads in other values than the base's, which PEFT saves where the
-        vocabulary has changed; and keys that say nothing new."""
+        """Sort the adapter file's untrained tensors: name -> key of embeddings and heads that differ from the base's (PEFT saves
+        them if the vocabulary changed), and redundant keys."""
         own = dict(self.model.named_parameters(remove_duplicate=False))
         carried: dict[str, str] = {}
         repeated = set()
@@ -179,7 +179,7 @@ class Weights:
             self.changes["vocab_size"] = rows.pop()
 
     def _same_as_base(self, name: str, tensor: Tensor) -> bool:
-        """Whether a tensor holds the base's values, as they are or in the type that the base had in training."""
+        """Whether a tensor equals the base's with either cast to the other's dtype (the base's may differ from training)."""
         key = self.resolve(name)
         if key.removesuffix(".weight") in self.packed or self.checkpoint.facts(key)[1] != tensor.shape:
             return False
@@ -187,7 +187,7 @@ class Weights:
         return torch.equal(base.to(tensor.dtype), tensor) or torch.equal(tensor.to(base.dtype), base)
 
     def _untie(self, carried: Mapping[str, str], embedding: str | None, head: str | None) -> None:
-        """Give modules that share a tensor their own, where the adapter does not do the same to all of them."""
+        """Untie modules that share a tensor if the adapter changes them differently."""
         assert self.adapter is not None
         trained = {*self.replaced, *self.edits}
         for name, key in carried.items():
@@ -209,7 +209,7 @@ class Weights:
             self.changes["tie_word_embeddings"] = False
 
     def _check_shapes(self) -> None:
-        """Raise where the base's tensors and its configuration, with the adapter's vocabulary, do not belong together."""
+        """Raise ModelError if a base tensor's shape does not match the configuration and the adapter's vocabulary."""
         for name, key in self.names.items():
             if name in self.replaced or name.removesuffix(".weight") in self.packed:
                 continue
@@ -221,11 +221,11 @@ class Weights:
                 )
 
     def shard_of(self, name: str) -> str:
-        """File name of the shard that holds the tensor which `name` starts from."""
+        """File name of the base's shard that holds the tensor `name` starts from."""
         return self.checkpoint.file_of[self.names[name]].name
 
     def kept_dtype(self, name: str) -> torch.dtype:
-        """The type of `name` in a dense merged model."""
+        """The dtype of `name` in a dense merged model; non-floating tensors keep theirs."""
         if self.dtype != "auto":
             wanted = DTYPES[self.dtype]
         elif name.removesuffix(".weight") in self.packed:
@@ -242,7 +242,7 @@ class Weights:
         return shape
 
     def trained_on(self, name: str, codec: bool = True) -> Tensor | PackedWeight:
-        """The base's tensor: packed where the base was in 4 bits in training (`codec`), else as it is stored."""
+        """The base's tensor: packed if it was packed in training (with `codec`) or is in the checkpoint, else as stored."""
         path = name.removesuffix(".weight")
         if path in self.packed:
             return packed_files.read(self.checkpoint, path, self.packed[path], self.kept_dtype(name))
@@ -253,14 +253,14 @@ class Weights:
         return tensor
 
     def _base(self, name: str, codec: bool = True) -> Tensor | PackedWeight:
-        """What low-rank sums are added to: the adapter's own tensor where it replaces the base's."""
+        """The weight that low-rank sums are added to: the adapter's tensor if it replaces the base's, else the base's."""
         if name in self.replaced:
             assert self.adapter is not None
             return self.adapter.read(self.replaced[name])
         return self.trained_on(name, codec)
 
     def live(self, name: str, *, adapted: bool = True) -> Tensor | PackedWeight:
-        """What the live model computes with at `name`, without the low-rank sum; the base's if not `adapted`."""
+        """The live model's weight at `name`, without the low-rank branch; the base's if not `adapted` and of the same shape."""
         fits = name not in self.replaced or self.checkpoint.facts(self.names[name])[1] == self.shape(name)
         return self._base(name) if adapted or not fits else self.trained_on(name)
 
@@ -272,15 +272,15 @@ class Weights:
         return read["lora_A"], read["lora_B"], self.edits[name].scale
 
     def _parameters(self, name: str) -> dict[str, Tensor]:
-        """The adapter's parameters at `name`, float32, by the variant's names."""
+        """The adapter's parameters at `name`, in float32, by the variant's parameter names."""
         assert self.adapter is not None
         return {own: self.adapter.read(key).float() for own, key in self.edits[name].keys.items()}
 
     def merged(self, name: str, onto: str) -> Tensor | PackedWeight:
-        """The tensor of the merged model as it is written: in its final type, or packed for 'nf4'.
+        """The merged model's tensor as written: in its final dtype, or packed for 'nf4'.
 
         Raises:
-            AdapterError: the sum does not fit the type.
+            AdapterError: the sum overflows the dtype.
         """
         base, edited = self._base(name, codec=onto != "original"), name in self.edits
         packs = onto == "nf4" and name.removesuffix(".weight") in self.requantized and name.endswith(".weight")
@@ -302,7 +302,7 @@ class Weights:
         return cast
 
     def layout(self, onto: str) -> Iterator[tuple[str, dict[str, tuple[torch.dtype, tuple[int, ...]]]]]:
-        """For every name, the tensors that are written for it with type and shape."""
+        """For every name, the tensors written for it: key -> (dtype, shape)."""
         for name in self.names:
             path = name.removesuffix(".weight")
             if onto == "nf4" and path in self.requantized and name != path:
@@ -312,12 +312,12 @@ class Weights:
 
 
 def _name_of(key: str) -> str:
-    """The model's name for a key of an adapter's file."""
+    """Model parameter name of an adapter file's key."""
     return key.removeprefix(PREFIX).replace(".base_layer.", ".")
 
 
 def _tied_groups(model: nn.Module) -> dict[str, tuple[str, ...]]:
-    """Name of each parameter -> all its names."""
+    """Parameter name -> all names of that (tied) parameter."""
     groups: dict[int, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         groups.setdefault(id(parameter), []).append(name)
@@ -325,15 +325,15 @@ def _tied_groups(model: nn.Module) -> dict[str, tuple[str, ...]]:
 
 
 def as_float(tensor: Tensor | PackedWeight) -> Tensor:
-    """The values in float32, in memory of their own."""
+    """A float32 copy, dequantised if packed."""
     return tensor.dequantize(torch.float32) if isinstance(tensor, PackedWeight) else tensor.to(torch.float32, copy=True)
 
 
 def check_onto(weights: Weights, onto: str) -> None:
-    """Raise unless the adapter can be added to that base.
+    """Check that the adapter can be merged onto `onto`.
 
     Raises:
-        ConfigError: says which it can be added to.
+        ConfigError: it cannot; names the possible targets.
     """
     if onto in weights.targets:
         return

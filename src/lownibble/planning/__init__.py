@@ -1,1 +1,1 @@
-"""Planning: what a training run needs, what fits, how long it takes; without torch."""
+"""Planning: memory, fit and speed of a training run; without torch."""

@@ -1,9 +1,9 @@
-"""torch's caching allocator for CUDA, simulated: how much it takes from the device for tensors that come and go.
+"""Simulation of torch's CUDA caching allocator: device memory reserved for a sequence of allocations and frees.
 
-Rules of c10/cuda/CUDACachingAllocator.cpp (torch 2.11 to 2.13, default settings): sizes are rounded to 512 bytes; up to 1 MiB a
-tensor comes from the small pool, whose segments are 2 MiB; up to 10 MiB from segments of 20 MiB; larger ones have a segment of
-their own, rounded to 2 MiB. The smallest free block that suffices is taken, and split where at least 512 bytes (small) or more
-than 1 MiB (large) remain; neighbours that are free are joined. Segments are kept until the end: what is reserved never falls.
+Rules of c10/cuda/CUDACachingAllocator.cpp (torch 2.11 to 2.13, default settings): sizes are rounded up to 512 bytes. Up to 1 MiB,
+tensors come from the small pool, with segments of 2 MiB; below 10 MiB, from segments of 20 MiB; larger ones get their own
+segment, rounded up to 2 MiB. The best-fit free block is taken, and split if at least 512 bytes (small) or more than 1 MiB (large)
+remain; adjacent free blocks are merged. Segments are never released, so reserved memory never falls.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ LARGE_ROUND = 2 << 20
 
 
 class _Block:
-    """A part of a segment of the small pool or the other; `before` and `after` are its neighbours there."""
+    """A block of a segment in the small or large pool; `before` and `after` are its neighbours in the segment."""
 
     __slots__ = ("address", "after", "before", "free", "size", "small")
 
@@ -30,7 +30,7 @@ class _Block:
 
 
 class _Pool:
-    """Free blocks as (size, address, block), smallest first; no two have one address."""
+    """Free blocks as (size, address, block), smallest first; addresses are unique."""
 
     def __init__(self, smallest_rest: int) -> None:
         self.smallest_rest = smallest_rest
@@ -48,7 +48,7 @@ class _Pool:
 
 
 class Allocator:
-    """Attributes: `reserved`, bytes taken from the device so far."""
+    """The simulated allocator. `reserved`: bytes taken from the device so far."""
 
     def __init__(self) -> None:
         self.reserved = 0
@@ -57,7 +57,7 @@ class Allocator:
         self._next = 0
 
     def allocate(self, key: int, n_bytes: int) -> None:
-        """A tensor comes."""
+        """Allocate a tensor."""
         if n_bytes == 0:
             return
         size = -(-n_bytes // ROUND) * ROUND
@@ -85,7 +85,7 @@ class Allocator:
         return _Block(self._next - whole - ROUND, whole, size <= SMALL)
 
     def free(self, key: int) -> None:
-        """It goes."""
+        """Free a tensor."""
         block = self._held.pop(key, None)
         if block is None:
             return
@@ -108,7 +108,7 @@ def _joined(a: _Block, b: _Block) -> _Block:
 
 
 def reserved_bytes(events: Iterable[tuple[int, int]]) -> int:
-    """What is reserved after tensors (key, bytes) came, and went (negative)."""
+    """Bytes reserved after a sequence of allocations (key, bytes) and frees (key, negative bytes)."""
     allocator = Allocator()
     for key, n_bytes in events:
         if n_bytes > 0:

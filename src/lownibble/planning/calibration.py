@@ -1,4 +1,4 @@
-"""What a device was measured to reach, for later plans: `calibration.json` in the cache folder, written by `plan --calibrate`.
+"""Measured speed of devices, for later plans: `calibration.json` in the cache folder, written by `plan --calibrate`.
 
 {"cpu": {"flops": 1.9e11, "bandwidth": 2.1e10, "efficiency": {"lora": [0.4, 0.5, 0.6]}, "measured": {...}}}
 """
@@ -16,12 +16,12 @@ from lownibble.planning.hardware import Device
 
 
 def path() -> Path:
-    """Where it is kept."""
+    """Path of the calibration file."""
     return cache_dir() / "calibration.json"
 
 
 def calibrated(device: Device) -> Device:
-    """The device with what was measured on it, if anything was."""
+    """The device with its measured figures, if there are any."""
     kept = _read().get(device.name)
     if kept is None:
         return device
@@ -36,7 +36,7 @@ def calibrated(device: Device) -> Device:
 
 
 def keep(device: str, found: dict[str, Any]) -> Path:
-    """Keep what was measured; methods that were not measured now stay as they were. Returns the file."""
+    """Save measurements, keeping earlier efficiencies of methods not measured now. Returns the file."""
     everything = _read()
     before = everything.get(device, {}).get("efficiency", {})
     everything[device] = {**found, "efficiency": {**before, **found["efficiency"]}}

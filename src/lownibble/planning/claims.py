@@ -1,12 +1,12 @@
-"""`lownibble claims`: is a statement about memory or time possible at all?
+"""`lownibble claims`: judge whether a claim about memory or time is possible.
 
-A statement names a model, a method, and what is said of them; whatever it leaves open (batch, length, rank, checkpointing,
-optimiser) is taken over everything that is usual, in the statement's favour. What is left is one of:
+A claim names a model, a method and a figure; whatever it leaves open (batch, length, rank, checkpointing, optimiser, dtype) is
+swept over the usual settings, in the claim's favour. Verdicts:
 
-impossible     it breaks a bound that no program can: stored weights take their bits, products take their operations
-implausible    no bound is broken, but no usual setting of the planner gives it
-consistent     some usual setting does
-not decided    it is about quality: only a study can tell, and the statement says which figure to look at
+impossible     breaks a hard bound: bytes of the stored weights, FLOPs of the matrix products
+implausible    breaks no bound, but no usual setting of the planner gives it
+consistent     some usual setting gives it
+not decided    a claim about quality: only a study can decide it, and the claim names the figure to measure
 
 Each judgement shows its arithmetic.
 """
@@ -29,10 +29,10 @@ from lownibble.planning.speed import EFFICIENCY, flops_per_token, plan_speed
 from lownibble.quant import layouts
 
 ARTICLES = Path(__file__).with_name("articles.toml")
-"""The statements that this project began with."""
+"""The claims of the two articles that this project began with."""
 
 COMMON = {"text", "source", "kind", "study"}
-"""`study`: which figure of a study decides it; not looked at here (`study/claims.py` does)."""
+"""Keys of every claim. `study`: the study figure that decides it; used by `study/claims.py`, ignored here."""
 KINDS: dict[str, tuple[set[str], set[str]]] = {
     "memory": ({"model", "method", "memory"}, {"batch_size", "max_length", "r", "target_modules", "gradient_checkpointing"}),
     "time": ({"model", "method", "gpu", "step_s"}, {"batch_size", "max_length", "r", "target_modules"}),
@@ -41,14 +41,14 @@ KINDS: dict[str, tuple[set[str], set[str]]] = {
     "saved": ({"parameters", "saved_bits", "saved_memory"}, set()),
     "quality": ({"measure"}, set()),
 }  # fmt: skip
-"""Kind of statement -> what it must and what it may say besides its text and source."""
+"""Kind of claim -> required and optional keys besides `COMMON`."""
 
 _MIB = 2**20
 
 
 @dataclass(frozen=True)
 class Judgement:
-    """A verdict on a statement, and the arithmetic behind it."""
+    """A verdict on a claim, and the arithmetic behind it."""
 
     text: str
     source: str
@@ -64,8 +64,8 @@ def judge_file(path: str | Path = ARTICLES) -> list[Judgement]:
     """Judge every [[claim]] of a TOML file.
 
     Raises:
-        ConfigError: the file or a statement cannot be read (names what is missing or not known).
-        ModelError: a statement is about a model that is not known.
+        ConfigError: the file or a claim is invalid (names missing or unknown keys).
+        ModelError: a claim is about an unknown model.
     """
     contents = read_toml(path)
     claims = contents.get("claim")
@@ -75,7 +75,7 @@ def judge_file(path: str | Path = ARTICLES) -> list[Judgement]:
 
 
 def judge_claim(claim: Mapping[str, Any], where: str = "the claim") -> Judgement:
-    """Judge one statement."""
+    """Judge one claim; `where` names it in errors."""
     kind = claim.get("kind")
     if kind not in KINDS:
         raise ConfigError(f"The 'kind' of {where} must be one of {', '.join(KINDS)}. Got {kind!r}.")
@@ -89,7 +89,7 @@ def judge_claim(claim: Mapping[str, Any], where: str = "the claim") -> Judgement
 
 
 class _Way(NamedTuple):
-    """What is switched, not dialled: checkpointing, optimiser, type."""
+    """Discrete training options: checkpointing, optimiser, dtype."""
 
     gradient_checkpointing: bool
     optim: str
@@ -101,7 +101,7 @@ _RANKS = (8, 64)
 
 
 def _ways(claim: Mapping[str, Any], method: Method) -> Iterator[_Way]:
-    """The usual ways of training that a statement leaves open, the one that takes least first."""
+    """The usual discrete options that a claim leaves open, least memory first."""
     given = claim.get("gradient_checkpointing")
     for recompute in (True, False) if given is None else (given,):
         for optim in ("paged_adamw_8bit", "adamw"):
@@ -110,8 +110,8 @@ def _ways(claim: Mapping[str, Any], method: Method) -> Iterator[_Way]:
 
 
 def _usual(claim: Mapping[str, Any], way: _Way) -> Iterator[tuple[TrainConfig, LoraConfig]]:
-    """The smallest and the largest of the usual sizes and ranks that a statement leaves open; what lies between them is between
-    them in all that is judged."""
+    """The smallest and the largest usual sizes and ranks that a claim leaves open; judged figures of settings in between lie
+    between theirs."""
     for (rows, length), r in dict.fromkeys(zip(_SIZES, _RANKS, strict=True)):
         train = TrainConfig(
             batch_size=claim.get("batch_size", rows), max_length=claim.get("max_length", length),
@@ -121,7 +121,7 @@ def _usual(claim: Mapping[str, Any], way: _Way) -> Iterator[tuple[TrainConfig, L
 
 
 def _plan(claim: Mapping[str, Any], method: Method, way: _Way, train: TrainConfig, lora: LoraConfig) -> MemoryPlan:
-    device = hardware.device("a100-80gb")  # all CUDA devices hold the same tensors
+    device = hardware.device("a100-80gb")  # the same tensors on all CUDA devices
     return plan_memory(
         find_shape(claim["model"]), device, method, quant=QuantConfig(), lora=lora, train=train, dtype=way.dtype
     )  # fmt: skip
@@ -151,7 +151,7 @@ def _memory(claim: Mapping[str, Any]) -> tuple[str, list[str]]:
 
 
 def _stored(shape: ModelShape, method: Method) -> tuple[int, str]:
-    """Bytes of the weights, at the least, and how that comes about."""
+    """Lower bound in bytes for the weights (with gradients for full fine-tuning), and its explanation."""
     if method != "qlora":
         gradients = shape.parameters * 2 if method == "full" else 0
         what = "16 bits each, and their gradients as much again" if gradients else "16 bits each"

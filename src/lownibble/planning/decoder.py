@@ -1,6 +1,6 @@
-"""A decoder-only model on a `Tape`: its modules as transformers writes them.
+"""A decoder-only model on a `Tape`, module by module as in transformers.
 
-Names of local variables matter here: a tensor is in use as long as a function's variable refers to it, here as in the original.
+Local variables matter here: as in transformers' code, a tensor stays allocated as long as a variable refers to it.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ class Decoder:
     """All parameters on the tape, and the forward pass without the head.
 
     Attributes:
-        head: the head's weight; the embeddings where they are tied. head_adapter: A and B, or nothing.
+        head: the head's weight; the embedding's if tied. head_adapter: A and B, or empty.
     """
 
     def __init__(self, tape: Tape, shape: ModelShape, method: Method, run: Runtime) -> None:
@@ -60,11 +60,11 @@ class Decoder:
 
     @property
     def parameters(self) -> list[Value]:
-        """All of them."""
+        """All parameters but the head's adapter."""
         return self._all + [p for layer in self.layers for linear in layer.values() for p in linear.parameters]
 
     def forward(self, rows: int, length: int, checkpointing: bool) -> Value:
-        """Last hidden states of rows x length tokens."""
+        """Last hidden states (rows x length tokens)."""
         tape, shape, size = self.tape, self.shape, self.run.itemsize
         hidden = op.embedding(tape, self.embedding, rows * length, shape.hidden)
         if shape.family.scaled:
@@ -153,7 +153,7 @@ class Decoder:
             out = op.attention(tape, query, key, value, query.n // shape.head_dim)
         else:
             length = query.n // (shape.heads * shape.head_dim * rows)
-            if self._masked(length) and shape.key_heads != shape.heads:  # with a mask, keys and values are repeated
+            if self._masked(length) and shape.key_heads != shape.heads:  # with a mask, K and V are repeated for each query head
                 key, value = (op.concatenate(tape, [each] * (shape.heads // shape.key_heads)) for each in (key, value))
             out = self._torchs_attention(query, key, value)
         return linears[shape.family.linears[1 if shape.family.fused else 3]](out)
@@ -171,7 +171,8 @@ class Decoder:
         return op.add(tape, op.mul(tape, x, cos), op.mul(tape, op.rotate_half(tape, x), sin))
 
     def _torchs_attention(self, query: Value, key: Value, value: Value) -> Value:
-        """CUDA's flash attention: grouped heads as they are; backward has gradients of all heads, and one in float32."""
+        """torch's attention as CUDA's flash kernel: grouped K and V are not repeated; backward has gradients for all heads, and a
+        float32 buffer of q's size."""
         tape, shape = self.tape, self.shape
         rows = query.n // shape.head_dim
         out, lse = tape.like(query), tape.new(rows, FLOAT32)
@@ -187,7 +188,7 @@ class Decoder:
         return out
 
     def _plain_attention(self, query: Value, key: Value, value: Value, rows: int) -> Value:
-        """Scores of all pairs of tokens."""
+        """Eager attention: materialises the scores of all token pairs."""
         tape, shape = self.tape, self.shape
         tokens = query.n // (shape.heads * shape.head_dim)
         pairs = shape.heads * tokens * (tokens // rows)
@@ -219,7 +220,7 @@ class Decoder:
         return linears["down_proj"](op.mul(tape, gated, linears["up_proj"](x)))
 
     def _mixture(self, layer: int, x: Value) -> Value:
-        """Each token goes to its experts; tokens are sorted by expert, so that all experts are one grouped product."""
+        """Mixture of experts: tokens are sorted by expert, so that all experts run as one grouped matmul."""
         tape, shape, size = self.tape, self.shape, x.itemsize
         gate_up, down, router = self.experts[layer * 3 : layer * 3 + 3]
         tokens = x.n // shape.hidden
@@ -239,7 +240,7 @@ class Decoder:
         return result
 
     def _route(self, x: Value, router: Value, tokens: int, sent: int) -> tuple[Value, Value]:
-        """Each token's shares of its experts, and the order by experts."""
+        """Routing weights of each token's experts, and the token order sorted by expert."""
         tape, experts = self.tape, self.shape.experts
         scores = op.cast(tape, self._grouped(x, router, tokens * experts), FLOAT32)
         shares = op.softmax(tape, scores, FLOAT32)
@@ -249,7 +250,7 @@ class Decoder:
         return op.cast(tape, self._moved(chosen, sent, places), x.itemsize), tape.new(sent, INT64)
 
     def _moved(self, x: Value, n: int, order: Value) -> Value:
-        """Rows of x in another order, some of them several times."""
+        """Gather rows of x, possibly repeated: n elements."""
         tape, before = self.tape, x.n
         out = tape.new(n, x.itemsize)
         itemsize = x.itemsize
@@ -257,7 +258,7 @@ class Decoder:
         return out
 
     def _grouped(self, x: Value, weight: Value, n: int) -> Value:
-        """A product of n elements with all experts' weights, or the router's."""
+        """Grouped matmul with all experts' weights, or the router's: n result elements."""
         tape, before, itemsize = self.tape, x.n, x.itemsize
         out = tape.new(n, itemsize)
         wants_x, wants_weight = x.wants_grad, weight.trained

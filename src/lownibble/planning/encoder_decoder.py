@@ -1,7 +1,7 @@
-"""T5 on a `Tape`: an encoder, and a decoder that attends to it, as transformers writes them.
+"""T5 on a `Tape`: an encoder and a decoder with cross-attention, as in transformers.
 
-Attention has no rotated positions but a table of biases by distance, looked up once in each stack's first layer. A fused kernel
-cannot take a bias that differs by head together with dropout on a CPU, so there all scores exist; on CUDA it can.
+Instead of RoPE, attention has a relative position bias, looked up once in each stack's first layer. On a CPU the fused kernel
+does not support a per-head bias with dropout or a gradient, so the scores are materialised; on CUDA it does.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from lownibble.planning.linear import LinearOnTape, Method, Runtime, SharedBuffe
 from lownibble.planning.tape import FLOAT32, INT64, Tape, Value
 
 Layer = dict[str, LinearOnTape]
-"""Name of a linear within its layer -> the linear."""
+"""Name of a linear layer within its block -> the linear layer."""
 
 
 class EncoderDecoder:
@@ -45,7 +45,7 @@ class EncoderDecoder:
         return [{each.name: linear(layer, each) for each in linears} for layer in range(count)]
 
     def forward(self, rows: int, length: int, targets: int, checkpointing: bool) -> Value:
-        """Last hidden states of rows x targets tokens, after the encoder read rows x length."""
+        """The decoder's last hidden states (rows x targets tokens); the encoder reads rows x length tokens."""
         read = self._stack(0, rows, length, None, length, checkpointing)
         return self._stack(1, rows, targets, read, length, checkpointing)
 
@@ -59,10 +59,10 @@ class EncoderDecoder:
         shared: list[tuple[Value, Value | None]] = []
 
         def biases() -> tuple[Value, Value | None]:
-            """Of the stack's attention; its first layer makes them, again where it is recomputed."""
+            """The stack's self- and cross-attention biases; made in its first layer, and again when that is recomputed."""
             cross = None if read is None else tape.new(shape.heads * length * sources, self.run.itemsize)
             if cross is not None and checkpointing:
-                cross.trained = True  # as transformers has it, so that the first layer's result has a graph
+                cross.trained = True  # as in transformers, so that the first layer's result has a graph
             return self._bias(which, length), cross
 
         for number, (layer, weights) in enumerate(zip(chosen, of_norms, strict=True)):
@@ -79,7 +79,7 @@ class EncoderDecoder:
         return op.dropout(tape, self._norm(hidden, self.last_norms[which]), shape.dropout, self.run.cuda)
 
     def _bias(self, which: int, length: int) -> Value:
-        """(heads, length, length), by a table of distances."""
+        """Relative position bias (heads, length, length), looked up by distance."""
         tape = self.tape
         buckets = tape.new(length * length, INT64)
         bias = op.lookup(tape, self.distances[which], length * length * self.shape.heads, buckets)
@@ -118,11 +118,12 @@ class EncoderDecoder:
         else:
             out = self._plain_attention(query, key, value, bias, rows * shape.heads * length * sources)
         del mask, query, key, value
-        out = layer[f"{name}.o"](out if run.cuda else op.shift(tape, out))  # on a CPU copied, tokens first
+        out = layer[f"{name}.o"](out if run.cuda else op.shift(tape, out))  # on a CPU copied to tokens-first order
         return op.add(tape, residual, op.dropout(tape, out, shape.dropout, run.cuda))
 
     def _plain_attention(self, query: Value, key: Value, value: Value, bias: Value, pairs: int) -> Value:
-        """Scores of all pairs of tokens; the mask is added in place, and its gradient summed over rows."""
+        """Eager attention: materialises the scores of all token pairs; a trained bias is added in place, its gradient summed over
+        rows."""
         tape, shape = self.tape, self.shape
         scores = op.matmul(tape, op.scale(tape, query), op.scale(tape, key), pairs)
         if bias.wants_grad:

@@ -1,8 +1,8 @@
-"""What fits where: methods x devices, the largest batch and row, and which method to take.
+"""What fits: methods x devices, the largest batch and row, and the recommended method.
 
-What can be given up is what the memory budget of a run gives up, in the same order (`memory/budget.py`): paged optimiser states
-cost little and change nothing, checkpointing computes the layers twice. A setting fits where the upper end of the device's
-interval does: who plans wants to know what is safe.
+Memory is saved by the same settings and in the same order as by a run's memory budget (`memory/budget.py`): paged optimiser
+states cost little and do not change results, checkpointing computes the layers twice. A setting fits if the upper end of the
+device's interval does, so that the verdict is safe.
 """
 
 from __future__ import annotations
@@ -20,15 +20,15 @@ from lownibble.planning.records import Measured
 METHODS: tuple[Method, ...] = ("full", "lora", "qlora")
 
 PlanOf = Callable[[Method, TrainConfig], MemoryPlan]
-"""The memory of a method with these training options, on one device."""
+"""(method, training options) -> memory plan, on one device."""
 
 
 PRECISION = 100
-"""The search for the largest batch or row ends at one part in so many."""
+"""The search for the largest batch or row stops at a relative precision of 1 / PRECISION."""
 
 
 class Relief(NamedTuple):
-    """What is given up so that a run fits: its words, and the options."""
+    """Memory-saving options applied so that a run fits, and the verdict's words for them."""
 
     words: str
     paged: bool
@@ -46,7 +46,7 @@ class Verdict:
     """Whether a method fits on a device.
 
     Attributes:
-        fits: with what is in `words`. over_bytes: by how much it does not, at the least that can be done.
+        fits: whether it fits, with the options in `words`. over_bytes: the smallest excess over device memory; 0 if it fits.
         train: the options with which it fits, or comes nearest.
     """
 
@@ -68,19 +68,19 @@ class Verdict:
 
 
 def reliefs(train: TrainConfig) -> Iterator[tuple[Relief, TrainConfig]]:
-    """What may be given up beyond the options as they are, the cheapest first."""
+    """The given options, then those with more memory saving, cheapest first."""
     for relief in RELIEFS:
         paged, checkpointing = is_paged(train.optim), train.gradient_checkpointing
         if relief.paged < paged or relief.gradient_checkpointing < checkpointing:
             continue
         optim = train.optim if relief.paged == paged else paged_name(train.optim)
         if optim is None:
-            continue  # an optimiser from outside, that does not page
+            continue  # a registered optimiser without a paged variant
         yield relief, train.with_options(optim=optim, gradient_checkpointing=relief.gradient_checkpointing)
 
 
 def judge(method: Method, device: Device, train: TrainConfig, plan_of: PlanOf) -> Verdict:
-    """Whether a method fits, and with what."""
+    """Whether a method fits on a device, and with which options; the cheapest that fit, else the nearest."""
     nearest: Verdict | None = None
     for relief, options in reliefs(train):
         memory = plan_of(method, options)
@@ -94,10 +94,10 @@ def judge(method: Method, device: Device, train: TrainConfig, plan_of: PlanOf) -
 
 
 def largest(least: int, most: int, limit: int, need: Callable[[int], int]) -> int:
-    """The largest value from `least` to `most` (at least that) whose need is within the limit, to 1%; 0 where none is.
+    """The largest value from `least` to `most` (raised to `least`) whose need is within the limit, to 1%; 0 if none is.
 
-    What a step takes goes up with its batch and its length nearly along a line, so the next value to try is where the line
-    through the last two meets the limit.
+    Memory grows almost linearly with batch and length, so the next value tried is where the line through the last two meets the
+    limit (secant search).
     """
     fits, needed = least, need(least)
     if needed > limit:
@@ -114,12 +114,12 @@ def largest(least: int, most: int, limit: int, need: Callable[[int], int]) -> in
             fails = tried
         tried = fits + int((limit - needed) / slope)
         if on_the_way and tried - fits <= fits // PRECISION:
-            break  # by the line through two values that fit there is no more to be had
+            break  # the line through two fitting values leaves no larger one
     return fits
 
 
 class Rule(NamedTuple):
-    """One of the rules of the recommendation: it holds when its condition does, and then says a method and why."""
+    """A recommendation rule: the method and reason to give if `holds` is true."""
 
     method: Method
     holds: Callable[[dict[str, Verdict], Measured | None], bool]
@@ -139,7 +139,7 @@ def _as_good_and_fast(measured: Measured | None) -> bool:
 
 
 AS_FAST = 0.95
-"""QLoRA's measured share of LoRA's tokens/s from which its smaller memory decides."""
+"""Measured QLoRA / LoRA ratio of tokens/s from which QLoRA is preferred for its smaller memory."""
 
 RULES = (
     Rule(
@@ -169,13 +169,13 @@ RULES = (
     Rule("qlora", lambda v, _: v["qlora"].fits and not v["lora"].fits, "QLoRA fits, LoRA does not."),
     Rule("lora", lambda v, _: v["lora"].fits, "LoRA fits with checkpointing, as QLoRA does; its weights are not rounded."),
 )  # fmt: skip
-"""In order; the first that holds decides."""
+"""Checked in order; the first that holds decides."""
 
 FULL_REASON = "Full fine-tuning fits too; where the task is far from what the model knows, it is worth a try."
 
 
 def recommend(verdicts: dict[str, Verdict], measured: Measured | None = None) -> tuple[Method | None, list[str]]:
-    """The method to take on a device, and why; None: nothing fits. `measured`: a comparison on the same model."""
+    """The recommended method on a device (None: nothing fits), and why. `measured`: a comparison on the same model."""
     for rule in RULES:
         if rule.holds(verdicts, measured):
             told = [measured.reason] if measured is not None else []

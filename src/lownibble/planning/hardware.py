@@ -1,4 +1,4 @@
-"""Devices: what they hold and how fast they are, from `hardware.toml`, by hand, or this machine."""
+"""Devices: memory and speed, from `hardware.toml`, given by hand, or of this machine."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from lownibble.planning.linear import chunk_bytes
 
 _TABLE = Path(__file__).with_name("hardware.toml")
 CONTEXT_MIB = 500
-"""Of a CUDA process where the table says nothing; 0.49 GiB was seen on RTX 4090 and A100."""
+"""Default CUDA context of a process, if not in the table; 0.49 GiB was seen on RTX 4090 and A100."""
 WORKSPACE_MIB = 8
-"""Of cuBLAS before Hopper."""
+"""Default cuBLAS workspace, that of GPUs before Hopper."""
 
 PROCESS = (480 << 20, 560 << 20, 660 << 20)
 HEAP = (0.045, 0.068, 0.1)
-"""Low, likely, high: a line through what `bench plan` found (process less allocated) on one machine with glibc, and what holds
-all of its settings. What comes and goes in a pass leaves the heap in pieces."""
+"""Low, likely, high of intercept and slope: a linear fit to `bench plan` (process minus allocated) on one machine with glibc,
+with bounds that contain all of its settings. Allocations and frees of a microbatch fragment the heap."""
 
 
 @dataclass(frozen=True)
@@ -32,17 +32,17 @@ class Device:
     """One device.
 
     Attributes:
-        memory_bytes: what is there for a process. bandwidth: bytes/s. flops: operations/s in the activations' type; both None
-            where not known.
-        efficiency: method -> share of `flops` that training reaches (low, likely, high), where it was measured.
-        price: dollars an hour, lowest and highest, or None.
-        avx512: a CPU's kernels are those for AVX-512.
-        allocated_error: shares by which what is allocated may be less and more than planned.
-        reserved_error: share by which more may be reserved than the simulation says; most of what others have published lies
-            in it (`bench published`).
-        process_bytes: what a CPU's process has besides tensors (low, likely, high). heap_share: share of what comes and goes in a
-            pass that the C heap holds besides, in pieces that no tensor fits into.
-        sources: figure -> where it comes from.
+        memory_bytes: memory available to a process. bandwidth: bytes/s. flops: FLOP/s in the activations' dtype; both None if
+            unknown.
+        efficiency: method -> share of `flops` that training reaches (low, likely, high), if measured.
+        price: dollars per hour, lowest and highest, or None.
+        avx512: whether a CPU uses the AVX-512 kernels.
+        allocated_error: shares by which allocated memory may be below and above the plan.
+        reserved_error: share by which reserved memory may exceed the simulation; contains most published figures
+            (`bench published`).
+        process_bytes: memory of a CPU process besides tensors (low, likely, high). heap_share: share of all bytes allocated in a
+            microbatch that the C heap holds on top, as fragments that fit no tensor.
+        sources: figure -> its source.
     """
 
     name: str
@@ -64,7 +64,7 @@ class Device:
 
     @property
     def alike(self) -> tuple[str, bool, int]:
-        """What decides which tensors a step has there: the same on devices for which this is equal."""
+        """Key of what decides a step's tensors: devices with equal keys allocate the same ones."""
         return self.kind, self.avx512, chunk_bytes(self.memory_bytes) if self.kind == "cuda" else 0
 
 
@@ -74,15 +74,15 @@ def _table() -> dict[str, Any]:
 
 
 def names() -> list[str]:
-    """Of all devices in the table."""
+    """Names of all devices in the table."""
     return list(_table()["devices"])
 
 
 def device(name: str) -> Device:
-    """The device called `name` in the table, 'cpu' for this machine, or one by hand: 'memory=24,bandwidth=1000,tflops=165'.
+    """A device by its name in the table, 'cpu' (this machine), or given by hand: 'memory=24,bandwidth=1000,tflops=165'.
 
     Raises:
-        ConfigError: there is no such device (names the nearest), or a figure is missing or is none.
+        ConfigError: there is no such device (names the nearest), or a figure is missing or invalid.
     """
     if name == "cpu":
         return this_machine()
@@ -99,7 +99,7 @@ def device(name: str) -> Device:
 
 
 def known_as(driver_name: str) -> str:
-    """The name of a GPU of the table by what its driver calls it ('NVIDIA GeForce RTX 4090'); else the driver's own."""
+    """A GPU's name in the table, from the driver's name ('NVIDIA GeForce RTX 4090'); the driver's name if not in it."""
     said = set(re.split(r"[^a-z0-9]+", driver_name.lower()))
     found = [name for name in names() if set(name.split("-")) <= said]
     return max(found, key=len, default=driver_name)
@@ -141,7 +141,7 @@ def _by_hand(text: str) -> Device:
 
 
 def this_machine() -> Device:
-    """This machine's CPU: its memory, and the instructions that decide which kernels run."""
+    """This machine's CPU: its memory, and whether it has the AVX-512 instructions that the kernels need."""
     flags = ""
     if Path("/proc/cpuinfo").exists():
         lines = (line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("flags"))

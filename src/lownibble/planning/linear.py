@@ -1,4 +1,4 @@
-"""Linear layers on a `Tape`: torch's, frozen packed ones (`quant/linear.py`), and those with an adapter (`lora/product.py`)."""
+"""Linear layers on a `Tape`: dense, frozen packed (`quant/linear.py`), and with an adapter (`lora/product.py`)."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from lownibble.arch import Linear
 from lownibble.planning.tape import FLOAT32, Tape, Value
 
 SMALLEST_CHUNK, CHUNK_SHARE = 64 << 20, 128
-"""Bytes of a chunk of logits on a CPU and on small devices; on larger ones a chunk is a power of two of at most one part in so
-many of their memory. The head is read again for each chunk: at a vocabulary of 128,256 the smallest one is 130 tokens, and
-reading a 1 GB head for each took twice the time of its products on an H100 (DESIGN section 6)."""
+"""Bytes of a logits chunk on a CPU and on small devices; on larger ones a chunk is a power of two of at most 1 / CHUNK_SHARE of
+their memory. The head is read again for each chunk: at a vocabulary of 128,256 the smallest one is 130 tokens, and reading a
+1 GB head for each took twice the time of its products on an H100 (DESIGN section 6)."""
 
 
 def chunk_bytes(device_bytes: int | None) -> int:
-    """Largest size of one chunk of float32 logits on a device with so much memory; None: on a CPU. Training goes by it too."""
+    """Maximum bytes of one float32 logits chunk, at most 256 MiB, by device memory; None: a CPU. Also used in training."""
     if device_bytes is None or device_bytes < SMALLEST_CHUNK * CHUNK_SHARE:
         return SMALLEST_CHUNK
     return int(min(256 << 20, 1 << (device_bytes // CHUNK_SHARE).bit_length() - 1))
@@ -26,13 +26,13 @@ class Runtime:
     """How a device computes.
 
     Attributes:
-        itemsize: bytes of an element of dense weights and activations.
-        fused: there are products that decode a packed weight inside the kernel; else it goes into a buffer that all layers share.
-        kernel_attention: attention runs on our kernel, where there is no window and no cap.
-        decode_buffers: shared buffers for decoded weights; autograd has a thread, and a buffer, of its own on CUDA.
-        round_to: bytes that allocations are multiples of.
-        chunk_bytes: largest size of one chunk of float32 logits.
-        cuda: dropout keeps its mask in bytes instead of factors, and fused attention takes a bias.
+        itemsize: bytes per element of dense weights and activations.
+        fused: matmul kernels dequantise packed weights internally; else into a buffer shared by all layers.
+        kernel_attention: attention uses Lownibble's kernel, unless the model has a window or a softcap.
+        decode_buffers: shared buffers for dequantised weights; on CUDA, autograd's own thread has a second one.
+        round_to: allocation granularity in bytes.
+        chunk_bytes: maximum bytes of one float32 logits chunk.
+        cuda: dropout saves a byte mask instead of factors, and fused attention takes a bias.
     """
 
     itemsize: int
@@ -50,9 +50,9 @@ class Method:
 
     Attributes:
         full: all weights are trained.
-        packed: path of each packed linear -> bytes of its codes, then of each of its constants. Without any, all are dense.
-        fused: those whose codec has a product that decodes inside the kernel.
-        ranks: path of a linear -> rank of its adapter; absent: none. adapter_itemsize: bytes of an element of its matrices.
+        packed: path of each packed linear -> bytes of its codes, then of each of its constants; other linears are dense.
+        fused: paths of those whose codec has a matmul kernel that dequantises internally.
+        ranks: path of a linear -> rank of its adapter; absent: none. adapter_itemsize: bytes per element of its matrices.
     """
 
     full: bool = False
@@ -63,14 +63,14 @@ class Method:
 
 
 class SharedBuffers:
-    """What packed weights are decoded into, and on CPUs logits (`kernels/decoded.py`): each as large as the largest so far."""
+    """Buffers for dequantised weights, and on CPUs for logits (`kernels/decoded.py`); each grows to the largest need so far."""
 
     def __init__(self, tape: Tape, run: Runtime) -> None:
         self._tape, self._run = tape, run
         self._buffers: list[Value | None] = [None] * run.decode_buffers
 
     def need(self, n: int, count: int | None = None) -> None:
-        """Make room for so many elements, in the first `count` of the buffers, or in all."""
+        """Grow the first `count` buffers (None: all) to at least n elements."""
         for i, held in enumerate(self._buffers[:count]):
             if held is None or n > held.n:
                 self._buffers[i] = held = None
@@ -78,7 +78,7 @@ class SharedBuffers:
 
 
 class LinearOnTape:
-    """A linear layer: dense, trained or not, or packed; with an adapter of rank r, or without, by its path in the model."""
+    """A linear layer, dense (trained or frozen) or packed, with or without an adapter, as `method` says for its path."""
 
     def __init__(
         self, tape: Tape, path: str, linear: Linear, method: Method, run: Runtime, buffers: SharedBuffers
@@ -98,11 +98,11 @@ class LinearOnTape:
 
     @property
     def parameters(self) -> list[Value]:
-        """All of them."""
+        """All parameters: weight, bias and adapter."""
         return [*self.parts, *[self.bias] * (self.bias is not None), *self.adapter]  # type: ignore[list-item]
 
     def __call__(self, x: Value) -> Value:
-        """Forward."""
+        """Forward pass."""
         if self.r:
             return self._adapted(x)
         return self._frozen(x) if self.packed else self._dense(x)
@@ -122,7 +122,7 @@ class LinearOnTape:
         return out
 
     def _product(self, tokens: int, columns: int, factor: int) -> Value:
-        """(tokens, columns): something times the weight, plus a low-rank branch whose factor has so many elements."""
+        """(tokens, columns): matmul with the weight, plus a low-rank branch whose matrix has `factor` elements (0: none)."""
         tape, size = self.tape, self.run.itemsize
         fused = self.fused and size == FLOAT32
         if self.packed and not fused:

@@ -1,12 +1,12 @@
-"""What a training run takes: its step on a tape, read by kind and by instant, as three figures.
+"""Memory of a training run: its step on a tape, by kind and by phase of the step, as three figures.
 
-- *allocated*: bytes of all tensors at the worst instant. What the tape counts; the only figure without a model of something else.
-- *reserved*: what torch's caching allocator takes from a CUDA device for them (`allocator.py`). On a CPU there is none.
-- *device*: what the device lacks then. CUDA: reserved, the driver's context and the libraries' workspaces. CPU: the process's
-  resident set, which is Python with its libraries, the tensors, and what the C heap holds between them.
+- *allocated*: peak bytes of all tensors. Counted on the tape; the only figure that needs no further model.
+- *reserved*: what torch's caching allocator takes from a CUDA device for them (`allocator.py`). None on a CPU.
+- *device*: total device memory used. CUDA: reserved, the driver's context and the libraries' workspaces. CPU: the process's
+  resident set size: Python with its libraries, the tensors, and the C heap's fragmentation.
 
-Each has an interval. `lownibble bench plan` holds plans against runs on a CPU; no record of it is kept yet, and for CUDA nothing
-has been measured, so the intervals are a guess but for what tests hold (allocated on a CPU, to 0.5%).
+Each has an interval. `lownibble bench plan` compares plans with runs on a CPU (`benchmarks/results/plan-cpu.json`), and tests
+hold allocated on a CPU to 0.5%. Nothing has been measured on CUDA, so its intervals are a guess.
 """
 
 from __future__ import annotations
@@ -31,20 +31,20 @@ from lownibble.planning.tape import BFLOAT16, FLOAT32, Tape
 from lownibble.quant import layouts
 
 KINDS = ("weights", "codes", "constants", "adapters", "gradients", "optimizer", "activations", "workspace")
-"""Of memory, in the order in which they are shown."""
+"""Kinds of memory, in display order."""
 
 FUSED = ("nf4", "fp4")
-"""Codecs with products that decode inside the kernel, on CPUs with AVX-512."""
+"""Codecs with matmul kernels that dequantise internally, on CPUs with AVX-512."""
 
 ITEMSIZE = {"float32": FLOAT32, "bfloat16": BFLOAT16, "float16": BFLOAT16}
 
 
 StepOf = Callable[[MethodName, Runtime, Batch, bool, int], Tape]
-"""(method, device, batch, checkpointing, passes) -> a step's allocations, optimiser states left out."""
+"""(method, runtime, batch, checkpointing, microbatches) -> a step's allocations, without optimiser states."""
 
 
 class Interval(NamedTuple):
-    """Bytes: at least, likely, at most."""
+    """Bytes: lower bound, likely, upper bound."""
 
     low: int
     likely: int
@@ -53,13 +53,13 @@ class Interval(NamedTuple):
 
 @dataclass(frozen=True)
 class MemoryPlan:
-    """What a training step takes on a device.
+    """Memory of a training step on a device.
 
     Attributes:
-        kinds: bytes by kind at the worst instant. instants: most bytes until the end of each part of the step.
-        worst: the part with the worst instant.
-        simulated_bytes: what the caching allocator would reserve. pass_bytes: all that a forward and backward pass allocates,
-            whether it is in use at the same time or not.
+        kinds: bytes by kind at the peak. instants: peak bytes in each phase of the step.
+        worst: the phase with the peak.
+        simulated_bytes: reserved by the simulated caching allocator. pass_bytes: sum of all allocations of a microbatch,
+            simultaneous or not.
         parameters, trained_parameters: elements.
     """
 
@@ -73,18 +73,18 @@ class MemoryPlan:
     on_device: Device
 
     def on(self, device: Device) -> MemoryPlan:
-        """The same on another device that computes alike."""
+        """The same plan on another device with an equal `Device.alike`."""
         return replace(self, on_device=device)
 
     @property
     def allocated(self) -> Interval:
-        """Bytes of tensors."""
+        """Peak bytes of tensors."""
         n, (less, more) = self.instants[self.worst], self.on_device.allocated_error
         return Interval(int(n * (1 - less)), n, int(n * (1 + more)))
 
     @property
     def reserved(self) -> Interval | None:
-        """Bytes that the caching allocator takes; None on a CPU."""
+        """Bytes reserved by the caching allocator; None on a CPU."""
         if self.on_device.kind == "cpu":
             return None
         allocated = self.allocated
@@ -93,7 +93,7 @@ class MemoryPlan:
 
     @property
     def device(self) -> Interval:
-        """Bytes that the device lacks, or a CPU's process has."""
+        """Bytes of device memory used; on a CPU the process's resident set size."""
         device, reserved = self.on_device, self.reserved
         if reserved is not None:
             return Interval(*(each + device.context_bytes + device.workspace_bytes for each in reserved))
@@ -117,12 +117,12 @@ def plan_memory(
     """The memory of a step.
 
     Args:
-        batch: its largest forward pass; default: one as large as it can be, where every row has `max_length` tokens, and all but
-            the first of them a label.
-        step: what takes the step instead of the planner's own tape.
+        batch: its largest microbatch; default: the largest possible, where every row has `max_length` tokens, all but the first
+            with a label.
+        step: runs the step instead of the planner's own tape.
     Raises:
         TargetError: LoRA's targets match nothing in this model.
-        ConfigError: an option that the planner does not know.
+        ConfigError: an option that the planner does not support.
     """
     size = itemsize(device, method, dtype)
     ranks = {} if method == "full" else _ranks(shape, lora)
@@ -149,7 +149,7 @@ def _largest(train: TrainConfig) -> Batch:
 
 
 def itemsize(device: Device, method: MethodName, dtype: str) -> int:
-    """Bytes of an element of weights and activations; full fine-tuning is in float32 unless it is told otherwise."""
+    """Bytes per element of weights and activations; 'auto': float32 for full fine-tuning and on a CPU, else bfloat16."""
     if dtype == "auto":
         return FLOAT32 if method == "full" or device.kind == "cpu" else BFLOAT16
     return ITEMSIZE[dtype]
@@ -191,7 +191,7 @@ def packed_layers(shape: ModelShape, quant: QuantConfig) -> dict[str, list[int]]
 def _trained(
     shape: ModelShape, method: MethodName, ranks: Mapping[str, int], size: int, of_adapter: int
 ) -> Iterator[tuple[int, int]]:  # fmt: skip
-    """(elements, bytes of one) of every trained parameter."""
+    """(elements, bytes per element) of every trained parameter."""
     if method == "full":
         yield shape.parameters - shape.linear_parameters, size
         for _, linear in paths(shape):
@@ -205,7 +205,7 @@ def _trained(
 
 
 def state_bytes(trained: list[tuple[int, int]], train: TrainConfig) -> list[int]:
-    """Bytes of the optimiser states that are in memory."""
+    """Bytes of the optimiser states in memory, per parameter; the resident total if paged."""
     each = [specs.spec(train.optim).state_bytes(n, size) for n, size in trained]
     if not specs.is_paged(train.optim):
         return each
@@ -215,8 +215,8 @@ def state_bytes(trained: list[tuple[int, int]], train: TrainConfig) -> list[int]
 
 
 def _from_model(tape: Tape) -> list[tuple[int, int]]:
-    """What comes and goes from the finished model on; what was only there while it was made is left out, for the allocator gives
-    all of that back."""
+    """Events from the built model onwards; storages that live only while it is built are omitted, since the allocator gives all
+    of them back."""
     made, end = tape.marks[0][1], tape.marks[-1][1]
     sizes: dict[int, int] = {}
     for key, n in tape.events[:made]:
@@ -234,7 +234,7 @@ def _read(tape: Tape, passes: int, shape: ModelShape, device: Device, n_trained:
             name, end, _ = next(ends)
         used += n
         if place < tape.marks[0][1] - 1:
-            continue  # while the model is made
+            continue  # while the model is built
         instants[name] = max(instants.get(name, 0), used)
         if used > peak:
             peak, at = used, place

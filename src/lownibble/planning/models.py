@@ -1,4 +1,4 @@
-"""Which model is meant: one that is bundled (`models.toml`), a config.json or its folder, or one at the hub."""
+"""Resolve a model's configuration: bundled (`models.toml`), a config.json or its folder, or on the hub."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from lownibble.errors import ModelError
 
 _TABLE = Path(__file__).with_name("models.toml")
 DEMO = "smollm2-135m"
-"""What 'demo' is."""
+"""The bundled model that 'demo' means."""
 
 
 @cache
@@ -22,17 +22,17 @@ def _table() -> dict[str, dict[str, Any]]:
 
 
 def names() -> list[str]:
-    """Of all bundled models."""
+    """Names of all bundled models."""
     return list(_table())
 
 
 def published_parameters(name: str) -> int:
-    """Of a bundled model."""
+    """Published parameter count of a bundled model."""
     return int(_table()[name]["parameters"])
 
 
 def hub_id(model: str) -> str:
-    """The hub id of a bundled model's name; anything else as it is."""
+    """The hub id of a bundled model's name; any other name unchanged."""
     return str(_table()[model.lower()]["ids"][0]) if model.lower() in _table() else model
 
 
@@ -40,7 +40,7 @@ def find_shape(model: str) -> ModelShape:
     """The shape of the model that `find_config` finds.
 
     Raises:
-        ModelError: its errors, or the configuration cannot be planned.
+        ModelError: as `find_config`, or the configuration cannot be planned.
     """
     path = Path(model).expanduser()
     return read_shape(find_config(model), str(path) if path.exists() else model)
@@ -50,7 +50,7 @@ def find_config(model: str) -> dict[str, Any]:
     """The contents of config.json of 'demo', a bundled model by its name or hub id, a config.json or its folder, or any hub id.
 
     Raises:
-        ModelError: there is no such model; names the nearest.
+        ModelError: there is no such model (names the nearest), or its configuration cannot be downloaded.
     """
     ids = {each.lower(): name for name, entry in _table().items() for each in (name, *entry["ids"])}
     name = DEMO if model == "demo" else ids.get(model.lower())

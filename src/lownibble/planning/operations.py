@@ -1,4 +1,4 @@
-"""Operations on a `Tape`: the allocations of torch's, forward and backward. `n` counts elements; sizes are not checked."""
+"""Operations on a `Tape`, with torch's allocations in forward and backward. `n` counts elements; sizes are not checked."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ def add(tape: Tape, a: Value, b: Value) -> Value:
 
 
 def shift(tape: Tape, a: Value) -> Value:
-    """a plus a number."""
+    """a plus a scalar."""
     out = tape.like(a)
     tape.record([out], [a], [], lambda grads, _: [grads[0]])
     return out
 
 
 def scale(tape: Tape, a: Value) -> Value:
-    """a times a number, or -a."""
+    """a times a scalar, or -a."""
     out = tape.like(a)
     tape.record([out], [a], [], lambda grads, _: [tape.like(grads[0])])  # type: ignore[arg-type]
     return out
@@ -47,7 +47,7 @@ def square(tape: Tape, a: Value) -> Value:
     out = tape.like(a)
 
     def backward(grads: list[Value | None], saved: list[Value]) -> Sequence[Value | None]:
-        power = tape.like(saved[0])  # a to the first power is a copy, as torch has it
+        power = tape.like(saved[0])  # a.pow(1) is a copy in torch
         doubled = tape.like(power)
         return [tape.like(doubled)]
 
@@ -56,7 +56,7 @@ def square(tape: Tape, a: Value) -> Value:
 
 
 def mean(tape: Tape, a: Value, rows: int) -> Value:
-    """The mean of each of so many rows."""
+    """The mean of each of `rows` rows."""
     out = tape.new(rows, a.itemsize)
     n, itemsize = a.n, a.itemsize
     tape.record([out], [a], [], lambda grads, _: [tape.new(n, itemsize)])
@@ -79,7 +79,7 @@ def rsqrt(tape: Tape, a: Value) -> Value:
 
 
 def cast(tape: Tape, a: Value, itemsize: int) -> Value:
-    """a in another type; itself where it has that one."""
+    """Cast to another dtype; a itself if it has that size already."""
     if a.itemsize == itemsize:
         return a
     out, before = tape.new(a.n, itemsize), a.itemsize
@@ -89,35 +89,35 @@ def cast(tape: Tape, a: Value, itemsize: int) -> Value:
 
 
 def view(tape: Tape, a: Value) -> Value:
-    """The same elements in another shape or order, not moved."""
+    """A view: the same elements in another shape or order, no copy."""
     out = a.view()
     tape.record([out], [a], [], lambda grads, _: [grads[0]])
     return out
 
 
 def heads_first(tape: Tape, a: Value) -> Value:
-    """(tokens, heads x size) as (heads, tokens, size), not moved. Its gradient comes in that order and is copied back."""
+    """(tokens, heads x size) viewed as (heads, tokens, size), no copy; its gradient is copied back to the original order."""
     out, n, itemsize = a.view(), a.n, a.itemsize
     tape.record([out], [a], [], lambda grads, _: [tape.new(n, itemsize)])
     return out
 
 
 def rotate_half(tape: Tape, a: Value) -> Value:
-    """The halves of the last dimension, the second one negated, changed places."""
+    """Swap the halves of the last dimension, the second one negated (RoPE)."""
     half = a.n // 2
     first, second = narrow(tape, a, half), narrow(tape, a, half)
     return concatenate(tape, [scale(tape, second), first])
 
 
 def narrow(tape: Tape, a: Value, n: int) -> Value:
-    """A part of a, not moved."""
+    """A slice of a, no copy."""
     out, whole, itemsize = Value(a.storage, n, a.itemsize), a.n, a.itemsize
     tape.record([out], [a], [], lambda grads, _: [tape.new(whole, itemsize)])
     return out
 
 
 def concatenate(tape: Tape, parts: list[Value]) -> Value:
-    """Tensors one after the other."""
+    """Concatenate tensors."""
     out = tape.new(sum(part.n for part in parts), parts[0].itemsize)
     sizes = [part.n for part in parts]
 
@@ -131,14 +131,14 @@ def concatenate(tape: Tape, parts: list[Value]) -> Value:
 
 
 def activation(tape: Tape, a: Value) -> Value:
-    """SiLU, GELU and their like: one operation that saves its input."""
+    """SiLU, GELU and other activations: one operation that saves its input."""
     out = tape.like(a)
     tape.record([out], [a], [a], lambda grads, saved: [tape.like(saved[0])])
     return out
 
 
 def embedding(tape: Tape, weight: Value, tokens: int, hidden: int) -> Value:
-    """Rows of a table."""
+    """Embedding lookup: (tokens, hidden)."""
     out = tape.new(tokens * hidden, weight.itemsize)
     n, itemsize = weight.n, weight.itemsize
     tape.record([out], [weight], [], lambda grads, _: [tape.new(n, itemsize)])
@@ -146,7 +146,7 @@ def embedding(tape: Tape, weight: Value, tokens: int, hidden: int) -> Value:
 
 
 def layer_norm(tape: Tape, a: Value, weight: Value, bias: Value) -> Value:
-    """torch's own: saves its input, and mean and deviation of each row."""
+    """torch's layer norm: saves its input, and each row's mean and deviation in float32."""
     rows = a.n // weight.n
     out, centre, deviation = tape.like(a), tape.new(rows, FLOAT32), tape.new(rows, FLOAT32)
     wants, trained = a.wants_grad, weight.wants_grad
@@ -173,25 +173,25 @@ def cube(tape: Tape, a: Value) -> Value:
 
 
 def tanh(tape: Tape, a: Value) -> Value:
-    """tanh, which saves its result."""
+    """tanh; saves its result."""
     out = tape.like(a)
     tape.record([out], [a], [out], lambda grads, saved: [tape.like(saved[0])])
     return out
 
 
 def gelu_new(tape: Tape, a: Value) -> Value:
-    """The GELU that is written out: 0.5 a (1 + tanh(c (a + d a^3)))."""
+    """The tanh approximation of GELU, as separate operations: 0.5 a (1 + tanh(c (a + d a^3)))."""
     half = scale(tape, a)
     inner = scale(tape, add(tape, a, scale(tape, cube(tape, a))))
     return mul(tape, half, shift(tape, tanh(tape, inner)))
 
 
 ACTIVATIONS = {"gelu_new": gelu_new}
-"""`hidden_act` -> what it does; all others are one operation (`activation`)."""
+"""`hidden_act` -> its operations; all others are one operation (`activation`)."""
 
 
 def halves(tape: Tape, a: Value) -> tuple[Value, Value]:
-    """Both halves of the last dimension, not moved; their gradients are put together again."""
+    """Both halves of the last dimension, no copy; their gradients are concatenated."""
     n, whole, itemsize = a.n // 2, a.n, a.itemsize
     first, second = (Value(a.storage, n, itemsize) for _ in range(2))
     tape.record([first, second], [a], [], lambda grads, _: [tape.new(whole, itemsize)])
@@ -199,7 +199,7 @@ def halves(tape: Tape, a: Value) -> tuple[Value, Value]:
 
 
 def softmax(tape: Tape, a: Value, itemsize: int) -> Value:
-    """Softmax in a type."""
+    """Softmax with a result of `itemsize` bytes per element."""
     out, before = tape.new(a.n, itemsize), a.itemsize
 
     def backward(grads: list[Value | None], saved: list[Value]) -> Sequence[Value | None]:
@@ -211,7 +211,7 @@ def softmax(tape: Tape, a: Value, itemsize: int) -> Value:
 
 
 def matmul(tape: Tape, a: Value, b: Value, n: int) -> Value:
-    """A product of n elements."""
+    """Matrix product with n result elements."""
     out = tape.new(n, a.itemsize)
 
     def backward(grads: list[Value | None], saved: list[Value]) -> Sequence[Value | None]:
@@ -222,14 +222,14 @@ def matmul(tape: Tape, a: Value, b: Value, n: int) -> Value:
 
 
 def relu(tape: Tape, a: Value) -> Value:
-    """ReLU, which saves its result."""
+    """ReLU; saves its result."""
     out = tape.like(a)
     tape.record([out], [a], [out], lambda grads, saved: [tape.like(saved[0])])
     return out
 
 
 def dropout(tape: Tape, a: Value, share: float, fused: bool) -> Value:
-    """Dropout: fused it keeps a mask in bytes, else factors in a's type."""
+    """Dropout: saves a byte mask if `fused`, else factors in a's dtype."""
     if not share:
         return a
     kept = tape.new(a.n, BOOL if fused else a.itemsize)
@@ -239,21 +239,21 @@ def dropout(tape: Tape, a: Value, share: float, fused: bool) -> Value:
 
 
 def lookup(tape: Tape, weight: Value, n: int, places: Value) -> Value:
-    """n elements of a table's rows, which saves their places."""
+    """Table lookup with n result elements; saves the indices `places`."""
     out = tape.new(n, weight.itemsize)
     tape.record([out], [weight], [places], lambda grads, _: [tape.like(weight)])
     return out
 
 
 def add_in_place(tape: Tape, a: Value, b: Value) -> Value:
-    """a += b, where b is broadcast; its gradient is a sum."""
+    """a += b with b broadcast; b's gradient is summed over the broadcast."""
     out = a.view()
     tape.record([out], [a, b], [], lambda grads, _: [grads[0], grads[0]])
     return out
 
 
 def attention(tape: Tape, q: Value, k: Value, v: Value, rows: int, more: Sequence[Value] = ()) -> Value:
-    """A fused kernel: its output has q's size; saves its inputs, its output and a number in float32 for each query and head, and
+    """Fused attention: output of q's size; saves its inputs, its output, a float32 log-sum-exp per query and head (`rows`), and
     `more`."""
     out, lse = tape.like(q), tape.new(rows, FLOAT32)
     sizes = [(value.n, value.itemsize) for value in (q, k, v)]

@@ -1,6 +1,6 @@
 """A plan as one HTML page: memory by kind for each method, and what fits on which device, with sliders for batch and length.
 
-The page holds a grid of plans, made here; it computes nothing but sums and needs nothing from elsewhere.
+The page embeds a precomputed grid of plans; it computes only sums and loads nothing external.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from lownibble.planning.plan import Plan
 
 _TEMPLATE = Path(__file__).with_name("page.html")
 BATCHES, LENGTHS = (1, 2, 4, 8, 16, 32), (128, 256, 512, 1024, 2048, 4096)
-"""What the sliders go through, besides the plan's own."""
+"""Slider values, in addition to the plan's own."""
 
 
 def write_page(plan: Plan, path: str | Path) -> Path:
-    """Write the page; its folder is made.
+    """Write the page, creating its folder; returns its path.
 
     Raises:
         OutputError: it cannot be written.
@@ -51,7 +51,7 @@ def _data(plan: Plan) -> dict[str, Any]:
         return {"kinds": _kinds(found), "device": list(found.device)}
 
     def grid(method: Method) -> list[list[list[dict[str, Any]]]]:
-        """By checkpointing, batch and length."""
+        """Cells indexed by checkpointing, batch and length."""
         ways = [train.with_options(gradient_checkpointing=recompute) for recompute in (False, True)]
         return [
             [[cell(method, way.with_options(batch_size=rows, max_length=length)) for length in lengths] for rows in batches]

@@ -1,4 +1,4 @@
-"""`lownibble plan`: from a configuration to what fits where, how fast it is and what it costs."""
+"""`lownibble plan`: what fits on which device, its speed and its cost, from a configuration."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from lownibble.planning.models import find_shape
 from lownibble.planning.speed import SpeedPlan, plan_speed
 
 MOST_ROWS, MOST_TOKENS = 4096, 1 << 20
-"""How far the largest batch and row are looked for."""
+"""Upper limits of the search for the largest batch and the longest row."""
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Plan:
-    """What `plan` found.
+    """Result of `plan`.
 
     Attributes:
         rows: by device, then by method.
@@ -72,10 +72,10 @@ def plan(model: str | PlanConfig = "demo", *, step: StepOf | None = None, **opti
 
     Args:
         model: 'demo', a bundled model, a config.json, a model folder or a hub id; or the whole configuration.
-        step: what takes the step instead of the planner's own tape (`rehearsal.trace.exact_step`).
-        options: of `PlanConfig` (gpu, method, tokens, price, dtype), and by their own names those of its groups (max_length=512).
+        step: runs the step instead of the planner's own tape (`rehearsal.trace.exact_step`).
+        options: of `PlanConfig` (gpu, method, tokens, price, dtype), or of its groups by their own names (max_length=512).
     Raises:
-        ConfigError, ModelError, TargetError: what was asked for makes no sense; names what does.
+        ConfigError, ModelError, TargetError: an invalid request; names what is valid.
     """
     config = model if isinstance(model, PlanConfig) else _configured(model, options)
     with _no_cycles_looked_for():
@@ -84,8 +84,8 @@ def plan(model: str | PlanConfig = "demo", *, step: StepOf | None = None, **opti
 
 @contextmanager
 def _no_cycles_looked_for() -> Iterator[None]:
-    """A tape is many small objects, gone by their reference counts; looking for cycles among them takes a fifth
-    of the time."""
+    """Disable the cyclic garbage collector: a tape is many small objects, freed by reference counting, and the collector takes a
+    fifth of the time."""
     was_on = gc.isenabled()
     gc.disable()
     try:
@@ -139,7 +139,7 @@ def _devices(gpu: str) -> list[Device]:
 
 
 class _Memories:
-    """Memory plans, each made once: devices that compute alike share one, with intervals of their own."""
+    """Cache of memory plans: devices with an equal `Device.alike` share one, with their own intervals."""
 
     def __init__(self, config: PlanConfig, shape: ModelShape, step: StepOf | None) -> None:
         self._config, self._shape, self._step = config, shape, step

@@ -1,4 +1,4 @@
-"""What has been measured: comparisons of LoRA with QLoRA on the same model, read from their records for the recommendation."""
+"""Measured comparisons of LoRA with QLoRA on the same model, read from their records for the recommendation."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any, Literal
 from lownibble.errors import ConfigError
 
 DEFAULT = "runs"
-"""Folder whose records are looked at where none is given; it need not exist."""
+"""Folder searched for records by default; need not exist."""
 
 Verdict = Literal["better than", "worse than", "not distinguishable from"]
 
@@ -20,7 +20,7 @@ class Measured:
     """A comparison.
 
     Attributes:
-        path: its record. quality: QLoRA is ... LoRA. words: the figures behind it. speed: QLoRA's tokens/s over LoRA's, in turns.
+        path: its record. quality: QLoRA is ... LoRA. words: the figures behind it. speed: QLoRA's tokens/s over LoRA's, paired.
     """
 
     path: str
@@ -30,16 +30,16 @@ class Measured:
 
     @property
     def reason(self) -> str:
-        """For the recommendation."""
+        """A sentence for the recommendation."""
         speed = "" if self.speed is None else f", at {self.speed:.2f} of LoRA's tokens/s"
         return f"Measured ({self.path}): QLoRA is {self.quality} LoRA ({self.words}){speed}."
 
 
 def find(folder: str | None, model: str) -> Measured | None:
-    """The newest comparison of `model` in the folder (default: `DEFAULT`) and those below it.
+    """The newest comparison of `model` in a record file or, recursively, in a folder (default: `DEFAULT`); None if none.
 
     Raises:
-        ConfigError: the folder was given and does not exist.
+        ConfigError: the given folder does not exist.
     """
     top = Path(folder or DEFAULT)
     if folder and not top.exists():

@@ -1,4 +1,4 @@
-"""A plan for the terminal: what fits where, and for one device what its memory is filled with."""
+"""A plan for the terminal: what fits on which device, and for a single device its memory by kind."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ WIDTH = 60
 
 
 def tables(plan: Plan) -> Iterator[RenderableType]:
-    """What to print, in order: one line for each device, or all about the only one."""
+    """What to print, in order: one line per device, or the details of a single one."""
     train = plan.config.train
     title = f"{plan.shape.name}: {plan.shape.parameters / 1e9:.2f}B parameters, batch {train.batch_size} x {train.max_length}"
     if len(plan.devices) > 1:
@@ -38,7 +38,7 @@ def tables(plan: Plan) -> Iterator[RenderableType]:
 
 
 def _overview(plan: Plan, title: str) -> Table:
-    """Devices x methods: the verdict, and GiB of the device."""
+    """Devices x methods: likely GiB and the verdict."""
     methods = list(dict.fromkeys(row.verdict.method for row in plan.rows))
     tokens = plan.config.tokens
     costs = f"; hours and dollars for {tokens:,} tokens" if tokens else ""
@@ -70,7 +70,7 @@ def _style(verdict: Verdict) -> str:
 
 
 def _detail(plan: Plan, title: str) -> Table:
-    """Methods on one device."""
+    """Figures x methods, on one device."""
     tokens = plan.config.tokens
     cells: dict[str, list[Text | str]] = {
         "": [Text(row.verdict.words, style=_style(row.verdict)) for row in plan.rows],
@@ -104,13 +104,13 @@ def _range(found: Range | None, form: str = "{:.1f}") -> str:
 
 
 def parts(verdict: Verdict) -> dict[str, int]:
-    """Kind of memory -> bytes on the device, and the rest: context, workspaces, what lies between tensors."""
+    """Kind of memory -> bytes on the device, and 'the rest': context, workspaces, fragmentation."""
     kinds = {kind: verdict.memory.kinds[kind] for kind in KINDS if verdict.memory.kinds[kind]}
     return {**kinds, "the rest": max(0, verdict.memory.device.likely - sum(kinds.values()))}
 
 
 def _bars(verdict: Verdict) -> Iterator[Text]:
-    """A bar as long as the device's memory, or what is needed, and what its colours mean."""
+    """A bar scaled to the device's memory or the likely need, whichever is larger, and its legend."""
     whole = max(verdict.device.memory_bytes, verdict.memory.device.likely)
     bar = Text(f"{verdict.method:<6}")
     used = 0
@@ -130,7 +130,7 @@ def _bars(verdict: Verdict) -> Iterator[Text]:
 
 
 def beside(planned: Mapping[str, Any]) -> str:
-    """A run's plan and what was measured, of its record."""
+    """A run's planned and measured memory, from its record."""
     ours = {name: n / 2**30 for name, n in planned["planned_bytes"].items()}
     compiled = ", for layers not compiled" if planned["compiled"] else ""
     return (

@@ -1,8 +1,8 @@
-"""How long a step takes: operations over what the device does of them, and bytes over its bandwidth.
+"""Step time: FLOPs over the device's reached FLOP/s, plus bytes moved over its bandwidth.
 
-Operations are counted from the step's matrix products; bytes are those of the weights, decoded or not, of the optimiser, and of
-the activations, each read or written as often as a step does. The two are added: kernels of one stream seldom overlap. What share
-of its peak a device reaches is measured by `lownibble plan --calibrate`; without that it is `EFFICIENCY`.
+FLOPs are those of the step's matrix products; bytes are the reads and writes of weights (packed and dequantised), optimiser
+states, gradients and activations. The two times are added, since kernels of one stream seldom overlap. The share of peak FLOP/s
+that a device reaches is measured by `lownibble plan --calibrate`; the default is `EFFICIENCY`.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ from lownibble.planning.hardware import Device
 from lownibble.planning.memory import MemoryPlan
 
 EFFICIENCY = (0.3, 0.5, 0.7)
-"""Share of the peak of a CUDA device that matrix products reach in training: low, likely, high. Not measured by us; by the
-tokens/s that torchtune (8B on a 4090, 3B on an A100) and fms-acceleration (Mistral-7B on an A100) publish it is 0.34 to 0.6
-without a second forward pass and up to 0.9 with one."""
+"""Share of a CUDA device's peak FLOP/s that matrix products reach in training: low, likely, high. Not measured by us; from the
+tokens/s published by torchtune (8B on a 4090, 3B on an A100) and fms-acceleration (Mistral-7B on an A100) it is 0.34 to 0.6
+without a second forward pass (checkpointing) and up to 0.9 with one."""
 
 
 class Range(NamedTuple):
-    """A figure: at least, likely, at most."""
+    """A figure: lower bound, likely, upper bound."""
 
     low: float
     likely: float
@@ -31,7 +31,7 @@ class Range(NamedTuple):
 
 @dataclass(frozen=True)
 class SpeedPlan:
-    """Operations and bytes of an optimiser step, and what follows: seconds, tokens/s; with tokens, hours and dollars."""
+    """FLOPs and bytes of a step, and the resulting seconds and tokens/s; for a total of tokens also hours and dollars."""
 
     flops: float
     moved_bytes: float
@@ -51,10 +51,10 @@ def plan_speed(
     shape: ModelShape, device: Device, method: Method, train: TrainConfig, memory: MemoryPlan, *, tokens: int | None = None,
     price: float | None = None,
 ) -> SpeedPlan | None:  # fmt: skip
-    """Time of a step, and of `tokens` tokens; None where the device's speed is not known.
+    """Time of a step, and of `tokens` tokens; None if the device's speed is unknown.
 
     Args:
-        price: dollars an hour instead of the device's.
+        price: dollars per hour, instead of the device's.
     """
     if device.flops is None or device.bandwidth is None:
         return None
@@ -76,14 +76,14 @@ def _tokens(train: TrainConfig) -> int:
 
 
 def step_flops(shape: ModelShape, method: Method, memory: MemoryPlan, train: TrainConfig) -> float:
-    """Operations of an optimiser step."""
+    """FLOPs of a step."""
     return _tokens(train) * flops_per_token(shape, method, memory, train)
 
 
 def flops_per_token(shape: ModelShape, method: Method, memory: MemoryPlan, train: TrainConfig) -> float:
-    """Operations of a step for each token: two for each weight forward, two for the gradient of its input, and where it is
-    trained two for its own; attention's scores and sums over half of the row (over all of it where it looks both ways); again
-    forward with checkpointing. An encoder-decoder model is taken to read and to write rows of `max_length`."""
+    """FLOPs of a step per token: per weight 2 in forward, 2 for the input gradient, and 2 for its own gradient if trained;
+    attention over half the row (all of it if bidirectional); a second forward pass with checkpointing. An encoder-decoder model
+    is assumed to read and write rows of `max_length`."""
     active = shape.layers * shape.active_experts * 3 * shape.expert_ffn * shape.hidden
     layers = 2 * (shape.linear_parameters + active)
     halves = shape.layers + 3 * shape.decoder_layers + (shape.layers if shape.decoder_layers else 0)
@@ -96,10 +96,10 @@ def flops_per_token(shape: ModelShape, method: Method, memory: MemoryPlan, train
 
 
 def moved_bytes(memory: MemoryPlan, method: Method, train: TrainConfig) -> float:
-    """Bytes that pass between the device's memory and its units in a step, about."""
+    """Approximate bytes read from and written to device memory in a step."""
     kinds, passes = memory.kinds, train.gradient_accumulation_steps
     times = 3 if train.gradient_checkpointing else 2
     weights = kinds["weights"] + kinds["codes"] + kinds["constants"]
-    decoded = 2 * 4 * kinds["codes"] if method == "qlora" else 0  # written and read in 16 bits, four times the codes
+    decoded = 2 * 4 * kinds["codes"] if method == "qlora" else 0  # written and read in 16 bits, four times the 4-bit codes
     activations = 2 * kinds["activations"] * times
     return passes * (times * (weights + decoded) + activations) + 2 * kinds["optimizer"] + 3 * kinds["gradients"]

@@ -1,4 +1,4 @@
-"""A whole training step on a `Tape`: forward, loss, backward, update; as `training/loop.py` and `training/loss.py` take it."""
+"""A whole training step on a `Tape`: forward, loss, backward, update, as in `training/loop.py` and `training/loss.py`."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from lownibble.planning.tape import FLOAT32, INT64, Tape, Value
 
 
 class Batch(NamedTuple):
-    """One forward pass: rows, tokens of a row (padding included), label tokens of all rows."""
+    """The batch of a microbatch: rows, tokens per row (padding included), label tokens of all rows."""
 
     rows: int
     length: int
@@ -23,10 +23,10 @@ class Batch(NamedTuple):
 def run_step(
     shape: ModelShape, method: Method, run: Runtime, batch: Batch, *, checkpointing: bool = False, passes: int = 1
 ) -> Tape:  # fmt: skip
-    """Take so many equal forward and backward passes; optimiser states are left out.
+    """Run `passes` equal microbatches; optimiser states are left out.
 
     Returns:
-        the tape, with the marks 'model', then for each pass 'forward', 'loss' and 'backward', then 'update'.
+        the tape, with the marks 'model', then per microbatch 'forward', 'loss' and 'backward', then 'update'.
     """
     tape = Tape(run.round_to)
     model = (EncoderDecoder if shape.decoder_layers else Decoder)(tape, shape, method, run)
@@ -55,7 +55,7 @@ def _loss(tape: Tape, model: Decoder | EncoderDecoder, batch: Batch, checkpointi
 
 
 def _gather(tape: Tape, hidden: Value, labels: int, width: int) -> Value:
-    """The hidden states that have a label."""
+    """Gather the hidden states at label positions."""
     places = tape.new(labels, INT64)
     out, whole, size = tape.new(labels * width, hidden.itemsize), hidden.n, hidden.itemsize
 

@@ -1,17 +1,17 @@
-"""A torch that only counts bytes: tensors without values, autograd with the order and the lifetimes of the real one.
+"""Memory simulation of torch: tensors without values, autograd with torch's execution order and tensor lifetimes.
 
-The planner does not estimate what a training step takes from a formula with constants; it goes through the step, operation by
-operation, with the sizes of a model that may be larger than this machine, in pure Python and a fraction of a second. An operation
-here makes the allocations of torch's, saves for backward what torch's saves, and its backward is written after torch's
-derivatives (tools/autograd/derivatives.yaml), temporaries included. Whatever Python lets go of is free again at that moment, as
-there: a `Storage` is freed by its own `__del__`, so lifetimes need no bookkeeping. The engine takes nodes as torch's does
-(latest first, gradients accumulated in place), and checkpointing is the non-reentrant one with its early stop.
+Instead of estimating a training step's memory by a formula with constants, the planner runs the step operation by operation, at
+the sizes of a model that may exceed this machine, in pure Python and a fraction of a second. Each operation allocates what
+torch's does and saves the same tensors for backward; its backward follows torch's derivatives
+(tools/autograd/derivatives.yaml), temporaries included. As in torch, memory is freed when Python drops the last reference: a
+`Storage` is freed by its own `__del__`, so lifetimes need no bookkeeping. The engine runs nodes in torch's order (latest first,
+gradients accumulated in place), and checkpointing is the non-reentrant variant with early stop.
 
-The oracle is the real step on fake tensors (`rehearsal/trace.py`): tests hold every instant equal to it, byte by byte on CPUs.
+Oracle: torch's profiler on a real step of small models on a CPU; tests hold the peak to it (0.5% for most families of decoders),
+and to a trace of the step on fake tensors (`rehearsal/trace.py`).
 
-Rejected: a closed formula for each instant (the published ones leave out the temporaries of backward, which decide the peak where
-activations are checkpointed; a formula that has them is this program written out); tracing alone (needs torch and transformers,
-and seconds).
+Rejected: a closed formula for each phase (published ones omit backward's temporaries, which decide the peak with activation
+checkpointing; a formula with them would be this program written out); tracing alone (needs torch and transformers, and seconds).
 """
 
 from __future__ import annotations
@@ -22,15 +22,15 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 FLOAT32, BFLOAT16, INT64, BOOL = 4, 2, 8, 1
-"""Bytes of an element."""
+"""Bytes per element."""
 
 
 _ALONE = 2
-"""What `sys.getrefcount` gives for a storage of one value: the value's reference, and the argument's."""
+"""`sys.getrefcount` of a storage with one value: the value's reference, and the call argument's."""
 
 
 class Storage:
-    """Bytes that are in use from now until nothing refers to them any more."""
+    """Bytes allocated on construction and freed when the last reference is dropped."""
 
     __slots__ = ("key", "n_bytes", "tape")
 
@@ -44,7 +44,7 @@ class Storage:
 
 
 class Value:
-    """A tensor: its storage, elements, bytes of an element, and where its gradient goes."""
+    """A tensor: its storage, elements, bytes per element, and where its gradient goes."""
 
     __slots__ = ("itemsize", "leaf", "n", "node", "output", "storage", "trained")
 
@@ -56,11 +56,11 @@ class Value:
 
     @property
     def wants_grad(self) -> bool:
-        """Whether backward reaches it."""
+        """Whether it needs a gradient."""
         return self.trained or self.node is not None
 
     def view(self) -> Value:
-        """The same storage, without history."""
+        """The same storage, detached from the graph."""
         return Value(self.storage, self.n, self.itemsize)
 
 
@@ -69,7 +69,7 @@ Backward = Callable[[Grads, "list[Value]"], "Sequence[Value | None]"]
 
 
 class Node:
-    """One operation in the graph: what it saved, its backward, and where the results go."""
+    """An autograd graph node: saved tensors, backward function, and the edges its gradients go to."""
 
     __slots__ = ("backward", "edges", "grads", "saved", "sequence")
 
@@ -80,7 +80,7 @@ class Node:
 
 
 class Leaf:
-    """A parameter's gradient, and the sum of those of a backward pass until all of them are there."""
+    """A parameter's gradient, and the running sum of its gradients within a backward pass."""
 
     __slots__ = ("grad", "grads")
 
@@ -90,7 +90,7 @@ class Leaf:
 
 
 class _Edge:
-    """Where a gradient goes: a node's output, or a parameter; and the size that it must have there."""
+    """Where a gradient goes: a node's output or a parameter, and the size it must have there."""
 
     __slots__ = ("n", "output", "target")
 
@@ -104,7 +104,7 @@ class _Edge:
 
 
 class _Saved:
-    """A saved tensor, or under checkpointing a place that a second forward pass fills."""
+    """A saved tensor; under checkpointing, a slot that recomputation fills."""
 
     __slots__ = ("region", "value")
 
@@ -120,11 +120,11 @@ class _Saved:
 
 
 class _Enough(Exception):  # noqa: N818 - not an error
-    """All that a checkpointed region had saved is there again."""
+    """Early stop: all saved tensors of a checkpointed region are recomputed."""
 
 
 class Region:
-    """Operations whose saved tensors are dropped, and made again when the first of them is wanted."""
+    """A checkpointed region: its saved tensors are dropped, and recomputed when the first of them is needed."""
 
     def __init__(self, tape: Tape, run: Callable[[], object]) -> None:
         self._tape, self._run = tape, run
@@ -132,7 +132,7 @@ class Region:
         self.filled = 0
 
     def run_again(self) -> None:
-        """Fill the places."""
+        """Recompute the region's saved tensors."""
         tape = self._tape
         before, tape.filling, self.filled = tape.filling, self, 0
         try:
@@ -143,7 +143,7 @@ class Region:
             tape.filling = before
 
     def fill(self, value: Value) -> None:
-        """The next saved tensor is there."""
+        """Fill the next slot; raises `_Enough` after the last one."""
         self.places[self.filled].value = value.view()
         self.filled += 1
         if self.filled == len(self.places):
@@ -152,13 +152,13 @@ class Region:
 
 
 class Tape:
-    """What is in use now and was at most, and everything that came and went.
+    """Record of all allocations and frees, and the bytes in use.
 
     Attributes:
-        events: (storage, bytes), negative when it goes; for the allocator.
-        kinds: of each storage, by its number.
-        marks: (name, events so far, bytes in use) of instants.
-        used: bytes now.
+        events: (storage's number, bytes), negative for a free; for the allocator.
+        kinds: kind of memory of each storage, by its number.
+        marks: (name, events so far, bytes in use) at the end of each phase.
+        used: bytes in use now.
     """
 
     def __init__(self, round_to: int = 1) -> None:
@@ -172,16 +172,16 @@ class Tape:
         self._recording = True
 
     def change(self, key: int, n_bytes: int) -> None:
-        """A storage comes, or goes (negative)."""
+        """Record an allocation or a free (negative bytes)."""
         self.events.append((key, n_bytes))
         self.used += n_bytes
 
     def mark(self, name: str) -> None:
-        """An instant has come."""
+        """Mark the end of a phase."""
         self.marks.append((name, len(self.events), self.used))
 
     def hold(self, sizes: Sequence[int], kind: str) -> None:
-        """Have so many bytes in use from the first mark on; for a tape that is finished."""
+        """Insert allocations of these sizes at the first mark, never freed; for a finished tape."""
         _, place, _ = self.marks[0]
         first = len(self.kinds)
         self.kinds += [kind] * len(sizes)
@@ -191,24 +191,24 @@ class Tape:
     # tensors
 
     def new(self, n: int, itemsize: int = FLOAT32, kind: str = "activations") -> Value:
-        """A tensor of its own."""
+        """Allocate a tensor."""
         return Value(Storage(self, -(-n * itemsize // self.round_to) * self.round_to, kind), n, itemsize)
 
     def parameter(self, n: int, itemsize: int, kind: str, trained: bool = False) -> Value:
-        """A weight."""
+        """Allocate a parameter."""
         value = self.new(n, itemsize, kind)
         value.trained = trained
         return value
 
     def like(self, value: Value) -> Value:
-        """A tensor of the same size and type."""
+        """Allocate a tensor of the same size and dtype."""
         return self.new(value.n, value.itemsize)
 
     # the graph
 
     @contextmanager
     def no_grad(self) -> Iterator[None]:
-        """Nothing inside is recorded."""
+        """Disable graph recording."""
         before, self._recording = self._recording, False
         try:
             yield
@@ -218,7 +218,7 @@ class Tape:
     def record(
         self, outputs: Sequence[Value], inputs: Sequence[Value | None], saved: Sequence[Value], backward: Backward
     ) -> None:  # fmt: skip
-        """Make outputs depend on inputs. `saved` is kept until backward has run, which gets it as its second argument."""
+        """Add a graph node from inputs to outputs. `saved` is held until its backward has run, as that one's second argument."""
         if not self._recording or not any(value is not None and value.wants_grad for value in inputs):
             return
         node = Node(self._sequence, backward, list(inputs), [self._save(value) for value in saved], len(outputs))
@@ -229,7 +229,7 @@ class Tape:
     def _save(self, value: Value) -> _Saved:
         if self.filling is not None:
             self.filling.fill(value)
-            return _Saved(None, None)  # the graph of the second pass is never walked
+            return _Saved(None, None)  # backward never runs through the recomputed graph
         if self._dropping is not None:
             place = _Saved(None, self._dropping)
             self._dropping.places.append(place)
@@ -237,7 +237,7 @@ class Tape:
         return _Saved(value.view(), None)
 
     def checkpoint(self, function: Callable[[Value], Value], x: Value) -> Value:
-        """`function(x)`, whose saved tensors are made again in backward."""
+        """`function(x)` with activation checkpointing: saved tensors are recomputed in backward."""
 
         def again() -> object:
             detached = x.view()
@@ -251,7 +251,7 @@ class Tape:
             self._dropping = before
 
     def backward(self, root: Value) -> None:
-        """Gradients of all parameters that `root`, a scalar, depends on."""
+        """Compute the gradients of all parameters that `root`, a scalar, depends on."""
         if root.node is None:
             return
         root.node.grads[root.output] = self.like(root)
@@ -284,26 +284,26 @@ class Tape:
         del grads
         for i, (edge, result) in enumerate(zip(node.edges, results, strict=True)):
             if edge is not None and result is not None and result.n > edge.n:
-                results[i] = self.new(edge.n, result.itemsize)  # summed over what was broadcast
+                results[i] = self.new(edge.n, result.itemsize)  # summed over the broadcast dimensions
                 del result
         node.saved = []
         return results
 
     def _accumulate(self, leaf: Leaf) -> None:
-        """The first gradient becomes the parameter's; those of later passes are added to it."""
+        """The first gradient becomes the parameter's; those of later microbatches are added in place."""
         (gradient,), leaf.grads = leaf.grads, [None]
         if leaf.grad is None and gradient is not None:
             leaf.grad = gradient.view()
             self.kinds[gradient.storage.key] = "gradients"
 
     def _sum(self, held: Value, gradient: Value) -> Value:
-        """In place where the one that came first belongs to nobody else."""
+        """Add gradients, in place if the first one's storage has no other owner."""
         alone = sys.getrefcount(held.storage) == _ALONE
         return held if alone else self.like(held)
 
 
 def _dependencies(root: Node) -> dict[int, int]:
-    """id of a node or leaf -> how many gradients it waits for."""
+    """id of a node or leaf -> number of gradients it waits for."""
     counts: dict[int, int] = {}
     seen, stack = {id(root)}, [root]
     while stack:
