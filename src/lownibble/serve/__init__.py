@@ -1,1 +1,1 @@
-"""`lownibble serve`: one 4-bit base, many adapters, chosen per request, behind OpenAI's API."""
+"""`lownibble serve`: one 4-bit base, many adapters, chosen per request, behind an OpenAI-compatible API."""

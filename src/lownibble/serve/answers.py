@@ -1,7 +1,7 @@
-"""Answers to completions: requests for the engine are made of a body's fields, and what it tells becomes OpenAI's JSON.
+"""Completion responses: build engine requests from a request's body, and turn the engine's events into OpenAI's JSON.
 
-The same code answers whole and in a stream: `_Choice` gathers what the engine tells, and a stream sends it on as it comes. A
-client that goes away ends its requests.
+Streaming and non-streaming responses share this code: `_Choice` collects the events, and a stream forwards them as they arrive.
+A client that disconnects cancels its requests.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ from lownibble.serve.service import ApiError, Service, as_api
 _T = TypeVar("_T")
 
 DEFAULT_TOKENS = 256
-"""Tokens of an answer where the request does not say, as far as the context reaches."""
+"""Default `max_tokens` of a chat completion (text completions: 16), limited by context and `limits.output`."""
 
 
 @dataclass(eq=False)
 class _Choice:
-    """One answer as it grows."""
+    """One completion choice while it is generated."""
 
     index: int
     request: EngineRequest
@@ -45,10 +45,10 @@ async def answer(
     service: Service, request: Request, body: Generation, prompts: list[list[int]], limit: int | None, logprobs: int | None, *,
     chat: bool,
 ) -> Response:  # fmt: skip
-    """Generate for each prompt `body.n` times, at most `limit` tokens each, and answer whole or in a stream.
+    """Generate for each prompt `body.n` times, at most `limit` tokens each; returns a JSON or a streaming response.
 
     Raises:
-        ApiError: a field that does not fit the model, a full queue, an adapter that cannot be used.
+        ApiError: a field does not fit the model, the queue is full, or the adapter cannot be used.
     """
     adapter = service.check_model(body.model)
     if adapter is None and body.lora_scale != 1:
@@ -65,7 +65,7 @@ async def answer(
             index = len(choices)
 
             def tell(event: Piece | End | Failed, index: int = index) -> None:
-                with contextlib.suppress(RuntimeError):  # the loop is closed: nobody listens
+                with contextlib.suppress(RuntimeError):  # the loop is closed: no listener
                     loop.call_soon_threadsafe(events.put_nowait, (index, event))
 
             seed = None if body.seed is None else body.seed + number
@@ -90,10 +90,10 @@ async def answer(
 
 
 def _length_of_answer(service: Service, form: _Form, prompt: list[int], limit: int | None) -> int:
-    """Tokens that the answer may have: `limit`, or what is usual.
+    """Maximum tokens of a completion: `limit`, or the default.
 
     Raises:
-        ApiError: there is no prompt, it is none of this model's, or one of both is too long.
+        ApiError: the prompt is empty or holds a token outside the vocabulary, or prompt or completion is too long.
     """
     context, limits = service.engine.cache.capacity, service.limits
     vocabulary = service.engine.decoder.model.get_input_embeddings().num_embeddings
@@ -115,10 +115,10 @@ def _length_of_answer(service: Service, form: _Form, prompt: list[int], limit: i
 
 
 def check_number(service: Service, body: Generation, prompts: int) -> None:
-    """Refuse more answers than can ever be in line, before anything is made for them.
+    """Reject more choices than queue and cache slots can hold, before any is built.
 
     Raises:
-        ApiError: there are too many.
+        ApiError: there are more.
     """
     most, wanted = service.engine.max_queue + service.engine.cache.slots, prompts * (body.n or 1)
     if wanted > most:
@@ -128,7 +128,7 @@ def check_number(service: Service, body: Generation, prompts: int) -> None:
 
 
 async def _unless_gone(request: Request, work: Coroutine[Any, Any, _T]) -> _T:
-    """What `work` returns; ends it where the client goes away meanwhile."""
+    """Return the result of `work`; cancel it and raise `ApiError` (499) if the client disconnects meanwhile."""
     task = asyncio.ensure_future(work)
     try:
         while not task.done():
@@ -150,7 +150,7 @@ async def _rest(
 async def _next(
     service: Service, choices: list[_Choice], events: asyncio.Queue[tuple[int, Piece | End | Failed]]
 ) -> tuple[_Choice, Piece | End]:
-    """The next thing told, noted in its choice; cancels all where one has failed or nobody waits any more."""
+    """Wait for the next event and add it to its choice; on failure or cancellation, cancel all unfinished requests."""
     try:
         index, event = await events.get()
         if isinstance(event, Failed):
@@ -206,7 +206,7 @@ def _event(value: dict[str, Any]) -> str:
 
 
 class _Form:
-    """The JSON of chat and of plain completions."""
+    """The response JSON of chat and text completions."""
 
     def __init__(self, service: Service, model: str, chat: bool, logprobs: bool) -> None:
         self.service, self.model, self.chat, self.logprobs = service, model, chat, logprobs
@@ -234,7 +234,7 @@ class _Form:
 
     def usage(self, choices: list[_Choice]) -> dict[str, Any]:
         ends = [choice.end for choice in choices if choice.end is not None]
-        prompts = {id(choice.request.prompt): len(choice.request.prompt) for choice in choices}  # n answers share a prompt
+        prompts = {id(choice.request.prompt): len(choice.request.prompt) for choice in choices}  # n choices share a prompt
         made, reused = sum(end.completion_tokens for end in ends), sum(end.reused_tokens for end in ends)
         read = sum(prompts.values())
         return {

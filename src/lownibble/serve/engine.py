@@ -1,15 +1,15 @@
-"""Continuous batching over one `Decoder`: requests with different adapters go through the base together, a step at a time.
+"""Continuous batching over one `Decoder`: requests with different adapters share each forward pass of the base.
 
-One thread owns the model. A step takes one token of every running sequence and a part of the prompts that are being read, ordered
-by adapter, so that each adapter is one segment: the base's product is done once for all, low-rank products segment by segment. A
-sequence is in its slot of the key-value cache from admission to its end; slots come and go between steps.
+One thread owns the model. A decoding step takes one token of every running sequence and chunks of the prompts in prefill, sorted
+by adapter so that each adapter is one segment: the base matmuls run once for all tokens, the low-rank branches per segment. A
+sequence keeps its slot of the key-value cache from admission to its end; slots are assigned and freed between steps.
 
-Fairness: requests wait in one line per adapter, and the lines take turns; prompts are read in the order they came. Adapters are
-read by another thread, so that one being loaded does not hold up those that are running.
+Fairness: requests wait in one queue per adapter, served round-robin; prompts are prefilled in order of admission. Another thread
+loads adapters, so that loading does not stall running sequences.
 
-A slot that has ended keeps its keys and values under (digest of the adapter, scale) and the tokens that made them. A request of
-the same adapter whose prompt begins with the same tokens goes on from there. The digest is of the adapter's contents: neither
-another adapter nor a newer version under the same name is ever answered from it.
+Prefix cache: a finished slot keeps its keys and values with their tokens, under (digest of the adapter, scale). A request with
+the same adapter and scale whose prompt starts with the same tokens reuses them. The digest is of the adapter's contents, so the
+prefix is never reused for another adapter or for a newer version under the same name.
 """
 
 from __future__ import annotations
@@ -29,31 +29,31 @@ from lownibble.serve.registry import Loaded, NoRoomError, PinnedError, Registry
 from lownibble.serve.request import End, Failed, Request, Running
 
 PROMPT_TOKENS = 128
-"""Most prompt tokens of a step, over all sequences: what a running sequence waits for at the most."""
+"""Maximum prompt tokens per step, over all sequences; bounds how long prefill delays running sequences."""
 
 
 class QueueFullError(InputError):
-    """No request is taken until others have ended."""
+    """The queue is full, or the engine is shutting down."""
 
 
 class _Kept(NamedTuple):
-    """What an idle slot's keys and values were made of."""
+    """The adapter (digest, scale) and the tokens of an idle slot's keys and values."""
 
     key: tuple[str, float] | None
     tokens: list[int]
 
 
 class Engine:
-    """Runs requests; `submit` and `cancel` may be called from any thread.
+    """Runs requests; `submit` and `cancel` are thread-safe.
 
     Args:
-        model, tokenizer: as `load` gives them, on a 4-bit base.
-        max_batch: sequences that run at the same time, as far as `cache_budget` bytes of keys and values reach.
-        max_context: tokens of a sequence, prompt and output; never more than the model was made for.
-        max_queue: requests that wait; more are refused.
+        model, tokenizer: from `load`, with a 4-bit base.
+        max_batch: maximum concurrent sequences; fewer if `cache_budget` (bytes of keys and values) holds fewer.
+        max_context: maximum tokens of a sequence, prompt and output; capped at the model's `max_position_embeddings`.
+        max_queue: maximum waiting requests; further ones are rejected.
     Raises:
-        ConfigError: the budget does not hold one sequence.
-        ModelError: the model cannot be decoded here.
+        ConfigError: `cache_budget` does not hold one sequence.
+        ModelError: `Decoder` does not support the model.
     """
 
     def __init__(
@@ -86,45 +86,45 @@ class Engine:
         self._loading: list[tuple[Request, Future[Loaded]]] = []
         self._running: list[Running] = []
         self._changed = threading.Condition()
-        self._closing = self._full = False  # full: of adapters in use, until a request ends
+        self._closing = self._full = False  # full: adapters in use fill the budget, until a request ends
         self._loader = ThreadPoolExecutor(1, "adapters")
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._thread.start()
 
     @property
     def waiting(self) -> int:
-        """Requests that have not begun."""
+        """Number of requests that are not in a slot yet."""
         with self._changed:
             return sum(map(len, self._lines.values())) + len(self._loading)
 
     @property
     def running(self) -> int:
-        """Requests in a slot."""
+        """Number of requests in a slot."""
         return len(self._running)
 
     def submit(self, *requests: Request) -> None:
-        """Put requests in line, all or none.
+        """Queue requests, all or none.
 
         Raises:
-            QueueFullError: too many wait, or the engine is closing.
+            QueueFullError: too many are waiting, or the engine is closing.
         """
         with self._changed:
             if self._closing:
                 raise QueueFullError("The server is shutting down. Ask another one, or try again later.")
-            if self.waiting + len(requests) > self.max_queue + len(self._idle):  # idle slots are places too
+            if self.waiting + len(requests) > self.max_queue + len(self._idle):  # idle slots count as places
                 raise QueueFullError(f"{self.waiting} requests are waiting already. Try again in a while.")
             for request in requests:
                 self._lines.setdefault(request.adapter, deque()).append(request)
             self._changed.notify()
 
     def cancel(self, request: Request) -> None:
-        """End a request whose output nobody wants any more; its slot is free after the step that is running."""
+        """Cancel a request; its slot is freed after the current step."""
         with self._changed:
             request.cancelled = True
             self._changed.notify()
 
     def close(self, timeout: float | None = None) -> None:
-        """Take no more requests, finish those there are within `timeout` seconds, cancel the rest."""
+        """Reject new requests, finish pending ones within `timeout` seconds (None: no limit), cancel the rest."""
         with self._changed:
             self._closing = True
             self._changed.notify()
@@ -152,7 +152,7 @@ class Engine:
                     continue
             try:
                 self._step()
-            except Exception as error:  # whatever it was, the server goes on
+            except Exception as error:  # fail the running requests; the server keeps running
                 for one in list(self._running):
                     self._leave(one, Failed(error), keep=False)
 
@@ -167,7 +167,7 @@ class Engine:
             self._leave(one, self._end(one, "cancelled"))
 
     def _admit(self) -> None:
-        """Give free slots to the lines in turn; those whose adapter is to be read first wait apart."""
+        """Give free slots to the queues round-robin; requests with an adapter wait in `_loading` until it is acquired."""
         for request, future in [entry for entry in self._loading if entry[1].done()]:
             self._loading.remove((request, future))
             try:
@@ -177,7 +177,7 @@ class Engine:
                     refused.tell(Failed(error))
             except NoRoomError:
                 self._lines.setdefault(request.adapter, deque()).appendleft(request)
-                self._full = bool(self._running)  # with nothing running, what was in the way has left meanwhile
+                self._full = bool(self._running)  # if nothing is running, the adapters in use have been released
             except Exception as error:
                 request.tell(Failed(error))
         while len(self._idle) > len(self._loading):
@@ -197,7 +197,7 @@ class Engine:
                 future = self._loader.submit(self.registry.acquire, name)
                 self._loading.append((request, future))
                 future.add_done_callback(lambda _: self._wake())
-                if self._running:  # one at a time where others wait for the step
+                if self._running:  # one per step while sequences are running
                     break
 
     def _wake(self) -> None:
@@ -211,12 +211,12 @@ class Engine:
             request.tell(End("cancelled", len(request.prompt), 0, 0, None, time.monotonic() - request.submitted))
             return
         key = (loaded.digest, request.scale) if loaded else ("", 1.0)
-        # the slot with the longest beginning in common; of those with none, the one that has been idle longest
+        # the slot with the longest common prefix; without any, the one idle longest
         shared = {slot: _in_common(kept, key, request.prompt) for slot, kept in self._idle.items()}
         slot = max(shared, key=lambda one: shared[one])
         try:
             one = Running(request, slot, loaded, shared[slot], self.tokenizer.backend_tokenizer)
-        except Exception as error:  # whatever it was, slot and adapter are there for others
+        except Exception as error:  # keep the slot idle and release the adapter
             if loaded:
                 self.registry.release(loaded)
             request.tell(Failed(error))
@@ -240,15 +240,15 @@ class Engine:
 
     @torch.inference_mode()
     def _step(self) -> None:
-        """Take every running sequence one token further, or a part of its prompt."""
+        """Advance every running sequence by one token, or by a chunk of its prompt."""
         left = PROMPT_TOKENS
         parts: list[tuple[Running, int]] = []
-        for one in sorted(self._running, key=lambda one: one.made == 0):  # then prompts, as they came
+        for one in sorted(self._running, key=lambda one: one.made == 0):  # then prompts, in order of admission
             n = min(len(one.tokens) - one.done, max(left, 0) if one.made == 0 else 1)
             left -= n if one.made == 0 else 0
             if n:
                 parts.append((one, n))
-        parts.sort(key=lambda part: id(part[0].adapter))  # one segment for each adapter
+        parts.sort(key=lambda part: id(part[0].adapter))  # one segment per adapter
         tokens: list[int] = []
         slots: list[int] = []
         positions: list[int] = []
@@ -285,7 +285,7 @@ class Engine:
 
 
 def _in_common(kept: _Kept, key: tuple[str, float], prompt: list[int]) -> int:
-    """Tokens that need not be read again: the last one always is, for its logits."""
+    """Prompt tokens whose keys and values can be reused; never the last token, whose logits are needed."""
     if kept.key != key:
         return 0
     n = 0

@@ -1,4 +1,4 @@
-"""The routes of OpenAI's HTTP API (FastAPI), and who may use them; answers are made in `answers.py`."""
+"""Routes of the OpenAI-compatible HTTP API (FastAPI) and access control; completions are generated in `answers.py`."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ from lownibble.serve.service import ApiError, Service, as_api
 
 PAGE = Path(__file__).with_name("page.html")
 BODY_SECONDS, SEND_SECONDS = 30.0, 60.0
-"""Time that a request's body may take to arrive, and that a client may take to read what is sent to it."""
+"""Timeouts in seconds: for receiving a request's whole body, and for each message sent to a client."""
 
 _POLICY = "default-src 'self'; img-src data:; script-src 'unsafe-inline'; style-src 'unsafe-inline'; frame-ancestors 'none'"
 
 
 def app(service: Service) -> FastAPI:
-    """The application."""
+    """Build the FastAPI application."""
     made = FastAPI(title="Lownibble", docs_url=None, redoc_url=None)
     made.add_middleware(_Gate, service=service)
 
@@ -40,7 +40,7 @@ def app(service: Service) -> FastAPI:
 
     @made.exception_handler(RequestValidationError)
     async def invalid(request: Request, error: RequestValidationError) -> Response:
-        if "json" not in request.headers.get("content-type", ""):  # a page elsewhere could send it without asking: not read
+        if "json" not in request.headers.get("content-type", ""):  # a cross-origin page can send it without a CORS preflight
             return ApiError(415, "The body is not said to be JSON. Send the header 'Content-Type: application/json'.").response()
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"][1:] if part != "body")
@@ -55,7 +55,7 @@ def app(service: Service) -> FastAPI:
     async def bug(_: Request, error: Exception) -> Response:
         return ApiError(500, f"An error of the server's own: {type(error).__name__}.").response()
 
-    def admin(request: Request) -> None:  # clients' keys have been checked at the gate
+    def admin(request: Request) -> None:  # `_Gate` has checked client keys
         _check_key(request.headers, service.admin_key or service.api_key)
 
     @made.get("/", include_in_schema=False)
@@ -123,7 +123,7 @@ def _check_key(headers: Headers, *keys: str | None) -> None:
     if not keys[0]:
         return
     given = headers.get("authorization", "").removeprefix("Bearer ").encode()
-    same = [hmac.compare_digest(given, key.encode()) for key in known]  # all of them, so that the time tells nothing
+    same = [hmac.compare_digest(given, key.encode()) for key in known]  # compare all: constant time
     if not any(same):
         raise ApiError(401, "The API key is missing or wrong. Send it as 'Authorization: Bearer KEY'.", code="invalid_api_key")
 
@@ -153,8 +153,9 @@ def _encode(service: Service, text: str, *, special: bool = True) -> list[int]:
 
 
 class _Gate:
-    """Reads bodies, and refuses those that are too large, announced or not, or too slow, of clients without the key, and those of
-    requests beyond the limit. Ends answers that nobody takes. What watches the server (GET outside /v1) always gets in."""
+    """Middleware: reads bodies; rejects those too large (announced or not) or too slow, requests under /v1 without a valid key,
+    foreign Host headers if there is no API key, and requests beyond the limit (GET outside /v1, for monitoring, is exempt from
+    it). Drops clients that do not read their response."""
 
     def __init__(self, app: Callable[..., Awaitable[None]], service: Service) -> None:
         self.app, self.service, self.limits, self.inside = app, service, service.limits, 0
@@ -176,7 +177,7 @@ class _Gate:
             self.inside -= counts
 
     async def _enter(self, scope: Any, receive: Any, counts: bool) -> bytes | None:
-        """The body of a request that may come in; None where the client is gone."""
+        """The body of an admitted request; None if the client disconnected."""
         headers, service = Headers(scope=scope), self.service
         if counts and self.inside > self.limits.requests:
             raise ApiError(
@@ -195,7 +196,7 @@ class _Gate:
             raise ApiError(408, message, code="body_too_slow") from None
 
     async def _body(self, scope: Any, receive: Any) -> bytes | None:
-        """All of it: requests are small. None where the client is gone."""
+        """The whole body (requests are small); None if the client disconnected."""
         error = ApiError(413, f"The body is larger than {self.limits.body} bytes. Send less.", code="body_too_large")
         announced = dict(scope["headers"]).get(b"content-length", b"0")
         if not announced.isdigit() or int(announced) > self.limits.body:
@@ -222,14 +223,14 @@ class _Gate:
             return {"type": "http.request", "body": body, "more_body": False}
 
         async def send_soon(message: Any) -> None:
-            async with asyncio.timeout(SEND_SECONDS):  # a client that does not read is let go
+            async with asyncio.timeout(SEND_SECONDS):  # drop a client that does not read
                 await send(message)
 
         await self.app(scope, again, send_soon)
 
 
 def _is_address(host: str, own: str) -> bool:
-    """Whether a Host header is this machine's own name for itself, an IP address, or the name that the server was given."""
+    """Whether a Host header is localhost, an IP address, or the server's configured host."""
     name = host.rsplit(":", 1)[0] if not host.endswith("]") else host
     if name.lower() in ("localhost", own.lower()):
         return True

@@ -1,7 +1,7 @@
-"""What /metrics tells: counters and times by adapter (prometheus-client), and what engine and registry hold when asked.
+"""Metrics for /metrics (prometheus-client): counters and latencies per model, and gauges of engine and registry set per scrape.
 
-Times have a histogram of all requests, and count and sum for each model: a histogram for each of a thousand adapters would be
-megabytes here and thirty thousand series there.
+Latencies have one histogram over all requests, and a summary (count and sum) per model: a histogram for each of a thousand
+adapters would take megabytes here and thirty thousand series in Prometheus.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ class Metrics:
         self._gauges = {name: Gauge(f"lownibble_{name}", text, registry=self._all) for name, text in gauges.items()}
 
     def ended(self, model: str, end: End) -> None:
-        """Count a request."""
+        """Count a finished request."""
         self._requests.labels(model, end.reason).inc()
         self._read.labels(model).inc(end.prompt_tokens)
         self._reused.labels(model).inc(end.reused_tokens)
@@ -63,11 +63,11 @@ class Metrics:
         by_model.labels(model).observe(seconds)
 
     def refused(self) -> None:
-        """Count a request that was not taken."""
+        """Count a request rejected because the queue is full."""
         self._refused.inc()
 
     def render(self, engine: Engine, registry: Registry) -> str:
-        """In Prometheus' text format."""
+        """Render all metrics in Prometheus' text format."""
         now = {
             "requests_running": engine.running, "requests_waiting": engine.waiting, "adapter_bytes": registry.nbytes,
             "adapters_held": len(registry.held), "adapter_loads": registry.loads, "adapter_hits": registry.hits,

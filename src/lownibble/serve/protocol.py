@@ -1,7 +1,7 @@
-"""What requests look like: OpenAI's fields that are meant here, with their bounds; one extension, `lora_scale`.
+"""Request schemas: the supported OpenAI fields with their bounds, and the extensions `lora_scale` and `ignore_eos`.
 
-A field that would change the answer and is not supported is refused if it is set to anything but its default; what is not known
-is ignored, as OpenAI's clients send more every year.
+An unsupported field that would change the output is rejected unless it has its default value; unknown fields are ignored, as
+OpenAI's clients send more every year.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 MAX_N, MAX_STOPS, MAX_TOP, MAX_PARTS = 16, 4, 20, 4096
 
 _T = TypeVar("_T")
-_Many = Annotated[list[_T], Field(fail_fast=True)]  # a million errors are no better than the first
+_Many = Annotated[list[_T], Field(fail_fast=True)]  # report the first error only
 _Token = Annotated[int, Field(ge=0)]
 
 _UNSUPPORTED: dict[str, tuple[Any, ...]] = {
@@ -21,17 +21,17 @@ _UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "response_format": (None, {"type": "text"}), "best_of": (None, 1), "suffix": (None, ""), "echo": (None, False),
     "frequency_penalty": (None, 0), "presence_penalty": (None, 0), "modalities": (None, ["text"]), "audio": (None,),
 }  # fmt: skip
-"""Field -> values that ask for nothing."""
+"""Unsupported field -> values that have no effect and are accepted."""
 
 
 class StreamOptions(BaseModel):
-    """What a stream tells besides."""
+    """Options of a stream: whether a last chunk reports the token usage."""
 
     include_usage: bool = False
 
 
 class Generation(BaseModel):
-    """What chat and plain completions have in common."""
+    """Fields that chat and text completions share."""
 
     model_config = ConfigDict(extra="allow", allow_inf_nan=False)
 
@@ -58,7 +58,7 @@ class Generation(BaseModel):
 
     @property
     def stops(self) -> tuple[str, ...]:
-        """The texts that end the output."""
+        """The stop strings."""
         return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
 
 
@@ -70,14 +70,14 @@ class Part(BaseModel):
 
 
 class Message(BaseModel):
-    """A turn of a chat."""
+    """A chat message."""
 
     role: Literal["system", "developer", "user", "assistant"]
     content: str | Annotated[list[Part], Field(fail_fast=True, max_length=MAX_PARTS)]
 
     @property
     def text(self) -> str:
-        """All of its text."""
+        """The content as one text."""
         return self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
 
 
@@ -91,7 +91,7 @@ class ChatRequest(Generation):
 
     @property
     def wanted_logprobs(self) -> int | None:
-        """How many most probable tokens are told, None: no probabilities."""
+        """Number of top tokens to report with log probabilities; None: no log probabilities."""
         return (self.top_logprobs or 0) if self.logprobs else None
 
 
@@ -103,7 +103,7 @@ class CompletionRequest(Generation):
 
     @property
     def prompts(self) -> list[str] | list[list[int]]:
-        """Each text or list of tokens."""
+        """The prompts, each a text or a list of token ids."""
         if isinstance(self.prompt, str):
             return [self.prompt]
         if self.prompt and isinstance(self.prompt[0], int):
@@ -112,12 +112,12 @@ class CompletionRequest(Generation):
 
     @property
     def wanted_logprobs(self) -> int | None:
-        """How many most probable tokens are told, None: no probabilities."""
+        """Number of top tokens to report with log probabilities; None: no log probabilities."""
         return self.logprobs
 
 
 class LoadRequest(BaseModel):
-    """The body of /v1/load_lora_adapter; `lora_path`, where it is given, is the adapter's name again."""
+    """The body of /v1/load_lora_adapter; `lora_path`, if given, must equal `lora_name`."""
 
     lora_name: Annotated[str, Field(min_length=1, max_length=512)]
     lora_path: str | None = None

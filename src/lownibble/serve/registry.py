@@ -1,12 +1,12 @@
-"""The adapters of a folder: validated before anything makes room for them, held within a budget, never changed under a request.
+"""The adapters of a folder: validated before anything is evicted for them, held within a budget, never changed during a request.
 
-A name is looked up among the sub-folders that are there; it never becomes part of a path. What is held was read as one version of
-the files: a request keeps the version it began with, and the next one sees whatever the folder holds by then. Least recently used
-versions make room for new ones, unless they are pinned or in use.
+A name must match `_NAME` (no path separators, no leading dot) before it is joined to the folder's path. A held adapter was read
+from one version of its files: a request keeps the version it began with, and the next one gets what the folder holds by then.
+Least recently used adapters are evicted to make room for new ones, unless they are pinned or in use.
 
-An adapter's values lie in one piece of memory, in the order in which a step reads them, and by default in float16: a batch of
-different adapters is bound by reading them. Rounding takes at most 2^-11 of a value of 6e-5 or more, and 3e-8 of a smaller one;
-products and sums are in float32. An adapter with a value that float16 cannot hold stays in float32.
+An adapter's values lie in one contiguous buffer, in the order in which a step reads them, by default in float16: a batch of
+different adapters is bound by memory bandwidth. The rounding error is at most 2^-11 relative for magnitudes of 6e-5 or more, and
+3e-8 absolute below; products and sums are in float32. An adapter with a value beyond float16's range is held in float32.
 """
 
 from __future__ import annotations
@@ -41,15 +41,15 @@ _REPEATED_GROUP, _REPEATS, _MOST_REPEATS = re.compile(r"\)\s*[*+{?]"), re.compil
 
 
 class UnknownAdapterError(InputError):
-    """No adapter is called so."""
+    """No adapter has this name."""
 
 
 class NoRoomError(InputError):
-    """The budget is full of adapters in use; some request has to end first."""
+    """Adapters in use fill the budget; a request has to end first."""
 
 
 class PinnedError(NoRoomError):
-    """What is pinned leaves no room, whichever request ends."""
+    """Pinned adapters leave no room, whichever request ends."""
 
 
 @dataclass(eq=False)
@@ -57,9 +57,9 @@ class Loaded:
     """One version of an adapter, in memory.
 
     Attributes:
-        digest: of its files; two versions that compute the same have the same.
-        stamp: of its files as they were before they were read: if theirs differs, there is a newer version.
-        users: requests in flight that use it.
+        digest: SHA-256 of its weights file and parsed configuration.
+        stamp: (inode, mtime in ns, bytes) of its files before they were read; if the files' differ, there is a newer version.
+        users: number of requests in flight that use it.
     """
 
     name: str
@@ -68,14 +68,14 @@ class Loaded:
     digest: str
     stamp: tuple[tuple[int, int, int], ...]
     note: str | None = None
-    """What its user should know: that it was trained on the same weights, stored otherwise."""
+    """A warning for the user: it was trained on the same weights in another codec."""
     users: int = 0
     current: bool = True
-    """Whether new requests may get it."""
+    """Whether new requests may use it."""
     _scaled: dict[float, Adapter] = field(default_factory=dict)
 
     def scaled(self, by: float) -> Adapter:
-        """The adapter with every scale multiplied; shares the tensors."""
+        """The adapter with every scale multiplied by `by`; shares the tensors."""
         if by == 1:
             return self.adapter
         if by not in self._scaled:
@@ -88,15 +88,15 @@ class Loaded:
 
 
 class Registry:
-    """The adapters in the sub-folders of `folder`, for `model`; every method may be called from any thread.
+    """The adapters in the sub-folders of `folder`, for `model`; thread-safe.
 
     Args:
-        model: a model on a 4-bit base as `load` gives it.
-        folder: None: there are none.
-        budget: bytes that the adapters held may take.
-        max_rank, max_bytes: larger ones are refused.
-        dtype: what adapters are held in: float16 or float32.
-        any_base: also take adapters that say they were trained on other weights.
+        model: from `load`, with a 4-bit base.
+        folder: None: no adapters.
+        budget: maximum bytes of the held adapters.
+        max_rank, max_bytes: larger adapters are rejected.
+        dtype: of the held adapters: float16 or float32.
+        any_base: also accept adapters whose metadata says that they were trained on other weights.
     """
 
     def __init__(
@@ -118,14 +118,14 @@ class Registry:
         paths = {id(module): path for path, module in model.named_modules()}
         self._layers = [paths[id(layer)] for layer in model.base_model.layers]
         self._held: dict[str, Loaded] = {}  # current versions, least recently used first
-        self._old: list[Loaded] = []  # versions that requests still use
+        self._old: list[Loaded] = []  # outdated versions that requests still use
         self._withdrawn: set[str] = set()
-        self.pinned: set[str] = set()  # names: of whatever version
-        self._lock, self._reading = threading.RLock(), threading.Lock()  # the second is taken first
+        self.pinned: set[str] = set()  # names, whatever the version
+        self._lock, self._reading = threading.RLock(), threading.Lock()  # lock order: `_reading` first
         self.loads = self.hits = self.evictions = 0
 
     def names(self) -> list[str]:
-        """Every adapter that can be asked for."""
+        """The names of all available adapters, sorted."""
         if self.folder is None:
             return []
         found = (path.name for path in self.folder.iterdir() if _NAME.fullmatch(path.name) and (path / CONFIG_FILE).is_file())
@@ -139,36 +139,36 @@ class Registry:
 
     @property
     def nbytes(self) -> int:
-        """Bytes held, of versions that are no longer current too."""
+        """Bytes held, including outdated versions in use."""
         with self._lock:
             return sum(one.nbytes for one in (*self._held.values(), *self._old))
 
     @property
     def held(self) -> dict[str, Loaded]:
-        """The versions that new requests get, least recently used first."""
+        """Name -> held version that is current, least recently used first."""
         with self._lock:
             return dict(self._held)
 
     def acquire(self, name: str) -> Loaded:
-        """The current version, read if need be; `release` it when done.
+        """The current version, loaded if necessary; `release` it when done.
 
         Raises:
-            UnknownAdapterError: there is none called so.
+            UnknownAdapterError: no adapter has this name, or it was withdrawn.
             AdapterError: it is damaged, too large, or not for this model.
-            NoRoomError: the budget is full of adapters in use.
+            NoRoomError: adapters in use (`PinnedError`: pinned ones) fill the budget.
         """
         if (held := self._hit(name)) is not None:
             return held
         with self._reading:
-            if (held := self._hit(name)) is not None:  # another request has read it meanwhile
+            if (held := self._hit(name)) is not None:  # another request has loaded it meanwhile
                 return held
             try:
-                fresh = self._read_whole(name)  # takes a while: not under the lock, which the engine wants when a request ends
+                fresh = self._read_whole(name)  # slow: not under `_lock`, which the engine takes when a request ends
             except InputError as error:
                 with self._lock:
                     if (held := self._held.pop(name, None)) is not None:
-                        self._retire(held)  # the files changed: what they were is gone for new requests
-                # clients read this: where the folder lies is not theirs to know
+                        self._retire(held)  # the files changed: new requests do not get the old version
+                # clients see this message: leave out the folder's path
                 raise type(error)(str(error).replace(f"{self.folder}/", "")) from None
             with self._lock:
                 if name not in self:
@@ -184,27 +184,27 @@ class Registry:
                 return fresh
 
     def _hit(self, name: str) -> Loaded | None:
-        """The version held, for one more user, if it is what the folder holds."""
+        """The held version with one more user, if its files are unchanged; else None."""
         with self._lock:
             if name not in self:
                 raise UnknownAdapterError(f"There is no adapter '{name}'. GET /v1/models lists what there is.")
             held = self._held.get(name)
             if held is None or held.stamp != self._stamp(name):
                 return None
-            self._held[name] = self._held.pop(name)  # the one used last
+            self._held[name] = self._held.pop(name)  # most recently used
             self.hits += 1
             held.users += 1
             return held
 
     def release(self, loaded: Loaded) -> None:
-        """Give back what `acquire` gave."""
+        """Release a version returned by `acquire`."""
         with self._lock:
             loaded.users -= 1
             if not loaded.users and not loaded.current:
                 self._old.remove(loaded)
 
     def load(self, name: str, *, pin: bool = False) -> Loaded:
-        """Read an adapter now, offer it again if it was withdrawn, and keep it for good if `pin`. Raises as `acquire` does."""
+        """Load an adapter now, available again if it was withdrawn, and pin or (`pin` False) unpin it. Raises as `acquire`."""
         with self._lock:
             was_withdrawn = name in self._withdrawn
             self._withdrawn.discard(name)
@@ -220,13 +220,13 @@ class Registry:
         return loaded
 
     def unload(self, name: str) -> None:
-        """Withdraw an adapter: new requests do not find it, and its memory is free when the last one that uses it has ended.
+        """Withdraw an adapter: new requests do not find it, and its memory is freed when the last request using it ends.
 
         Raises:
-            UnknownAdapterError: there is none called so.
+            UnknownAdapterError: no adapter has this name.
         """
         with self._lock:
-            if name not in self and name not in self._held:  # held: its folder may be gone
+            if name not in self and name not in self._held:  # the folder of a held adapter may be gone
                 raise UnknownAdapterError(f"There is no adapter '{name}' to unload. GET /v1/models lists what there is.")
             self._withdrawn.add(name)
             self.pinned.discard(name)
@@ -255,7 +255,7 @@ class Registry:
         pinned = sum(one.nbytes for name, one in others.items() if name in self.pinned)
         if pinned + fresh.nbytes > self.budget:
             raise PinnedError(f"Adapters that are pinned leave no room for '{fresh.name}'. Unload one of them.")
-        before = self._held.get(fresh.name)  # leaves when the new version comes, if it is not in use
+        before = self._held.get(fresh.name)  # replaced by the new version, freed if not in use
         over = self.nbytes - (before.nbytes if before and not before.users else 0) + fresh.nbytes - self.budget
         leaving = []
         for name, one in others.items():
@@ -281,7 +281,7 @@ class Registry:
         return tuple((one.st_ino, one.st_mtime_ns, one.st_size) for one in found)
 
     def _read_whole(self, name: str) -> Loaded:
-        """One version: read again if the files change meanwhile."""
+        """Read one version of the files, with `_ATTEMPTS` attempts if they change meanwhile."""
         for _ in range(_ATTEMPTS):
             stamp = self._stamp(name)
             try:
@@ -290,14 +290,14 @@ class Registry:
                 if stamp == self._stamp(name):
                     raise
                 continue
-            except Exception as error:  # files are anybody's
+            except Exception as error:  # adapter files are untrusted
                 raise AdapterError(f"Adapter '{name}' cannot be used ({type(error).__name__}: {error}). Save it again.") from None
             if stamp == self._stamp(name):
                 return fresh
         raise AdapterError(f"Adapter '{name}' changes while it is read. Write it elsewhere and rename its folder.")
 
     def _read(self, name: str, stamp: tuple[tuple[int, int, int], ...]) -> Loaded:
-        """Read and check everything, before anything is evicted for it."""
+        """Read and validate an adapter, before anything is evicted for it."""
         assert self.folder is not None
         file = AdapterFile(self.folder / name)
         _check_patterns(name, file.config)
@@ -328,7 +328,7 @@ class Registry:
         return Loaded(name, adapter, nbytes, digest.hexdigest(), stamp, note)
 
     def _adapter(self, name: str, file: AdapterFile, tensors: Mapping[str, Tensor]) -> tuple[Adapter, int]:
-        """The adapter in memory of its own, and how many bytes that is."""
+        """Copy the adapter into a buffer of its own; returns it and the buffer's bytes."""
         paths = [
             [f"{layer}.{'self_attn' if projection in PROJECTIONS[:4] else 'mlp'}.{projection}" for projection in PROJECTIONS]
             for layer in self._layers
@@ -350,14 +350,14 @@ class Registry:
 
         def branch(path: str) -> LowRank | None:
             a, b = (tensors.get(f"{PREFIX}{path}.lora_{which}.weight") for which in "AB")
-            # B by columns, as the kernels read it
+            # B column-major, as the kernels read it
             return None if a is None or b is None else LowRank(keep(a), keep(b.t()).t(), scale_of(path, file.config))
 
         return Adapter([[branch(path) for path in of_layer] for of_layer in paths]), held.nbytes
 
 
 def _check_patterns(name: str, config: LoraConfig) -> None:
-    """Refuse regular expressions that could take for ever: an adapter's config may be anybody's, and `re` holds up everyone."""
+    """Reject regular expressions that could backtrack for ever: adapter configs are untrusted, and `re` blocks all threads."""
     targets = [config.target_modules] if isinstance(config.target_modules, str) else []
     for pattern in (*targets, *config.rank_pattern, *config.alpha_pattern):
         if len(pattern) > 500 or len(_REPEATS.findall(pattern)) > _MOST_REPEATS or _REPEATED_GROUP.search(pattern):
@@ -367,7 +367,7 @@ def _check_patterns(name: str, config: LoraConfig) -> None:
 
 
 def _memory(n: int, dtype: torch.dtype) -> Tensor:
-    """A tensor of n elements in pages of its own, which are the system's again when it is gone: malloc would keep them."""
+    """A tensor of n elements in its own mmap: freeing it returns the pages to the system, while malloc would keep them."""
     return torch.frombuffer(mmap.mmap(-1, n * dtype.itemsize, access=mmap.ACCESS_COPY), dtype=dtype)
 
 

@@ -1,4 +1,4 @@
-"""A request of the engine, what it is told of it, and the sequence that it becomes."""
+"""Engine requests, their events (`Piece`, `End`, `Failed`), and running sequences."""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ from lownibble.serve.registry import Loaded
 from lownibble.serve.sampling import Chosen, Sampler, Sampling
 
 TEXT_BEFORE = 8
-"""Tokens of the prompt that decide how the text after them begins: some tokenizers say there whether there is a space."""
+"""Prompt tokens that the detokeniser sees before the output: with some tokenizers they decide whether it begins with a space."""
 
 
 class Piece(NamedTuple):
-    """What a token added to the output; `text` may be empty while a character or a stop string is incomplete."""
+    """The text that a token added to the output; may be empty while a character or a stop string is incomplete."""
 
     text: str
     token: Chosen | None
     offset: int
-    """Characters of the output that earlier tokens made."""
+    """Characters of the output from earlier tokens."""
 
 
 class End(NamedTuple):
-    """The request is over: 'stop', 'length' or 'cancelled'."""
+    """The request has ended; `reason` is 'stop', 'length' or 'cancelled'."""
 
     reason: str
     prompt_tokens: int
@@ -50,9 +50,9 @@ class Request:
 
     Attributes:
         prompt: token ids; at least one.
-        adapter: name, or None for the base; `scale` multiplies what it adds.
-        stop: texts that end the output and are not part of it.
-        continues: the output's text goes on from the prompt's, with the space between them; otherwise it begins anew.
+        adapter: name, or None for the base; `scale` multiplies its low-rank branch.
+        stop: strings that end the output and are not part of it.
+        continues: decode the output as a continuation of the prompt's text, including the space between them.
     """
 
     prompt: list[int]
@@ -69,7 +69,7 @@ class Request:
 
 
 class Running:
-    """A request in its slot."""
+    """A running sequence: a request in its slot of the key-value cache."""
 
     def __init__(self, request: Request, slot: int, loaded: Loaded | None, reused: int, tokenizer: Any) -> None:
         self.request, self.slot, self.loaded, self.reused = request, slot, loaded, reused
@@ -81,19 +81,19 @@ class Running:
         before = request.prompt[-TEXT_BEFORE:] if request.continues else []
         self.stream = DecodeStream(before, skip_special_tokens=True)
         said = tokenizer.decode(before, skip_special_tokens=True)
-        # where the prompt ends within a character, the stream's first text is all of `before` and the rest of that character
+        # if the prompt ends within a character, the stream's first text is all of `before` with that character completed
         self.repeated = len(said.rstrip("\ufffd")) if said.endswith("\ufffd") else 0
-        self.text = ""  # not yet told
-        self.told = 0  # characters
+        self.text = ""  # decoded, not yet sent
+        self.told = 0  # characters sent
         self.first: float | None = None
 
     @property
     def made(self) -> int:
-        """Tokens of the output so far."""
+        """Number of output tokens so far."""
         return len(self.tokens) - len(self.request.prompt)
 
     def take(self, chosen: Chosen, eos: set[int]) -> str | None:
-        """Add a token; tell what is certain of its text; the reason if it was the last."""
+        """Append a token and send the text that is certain; returns the finish reason, None if generation continues."""
         request = self.request
         if self.first is None:
             self.first = time.monotonic()
@@ -117,7 +117,7 @@ class Running:
     def _decode(self, token: int) -> str:
         try:
             text = self.stream.step(self.tokenizer, token) or ""
-        except Exception:  # bytes that are no text changed what had been told: go on without them
+        except Exception:  # invalid bytes changed text already sent: restart without them
             self.stream = DecodeStream([], skip_special_tokens=True)
             text = self.stream.step(self.tokenizer, token) or ""
         if text and self.repeated:
@@ -126,5 +126,5 @@ class Running:
 
 
 def _could_begin(text: str, stops: tuple[str, ...]) -> int:
-    """Characters at the end of `text` that may be the beginning of a stop string."""
+    """Length of the longest suffix of `text` that is a proper prefix of a stop string."""
     return max((n for stop in stops for n in range(1, min(len(stop), len(text) + 1)) if text.endswith(stop[:n])), default=0)

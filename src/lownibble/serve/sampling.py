@@ -1,6 +1,6 @@
-"""From logits to a token: greedy, or by temperature and top-p with a generator of the request's own.
+"""Sampling of tokens from logits: greedy, or temperature and top-p with a random generator per request.
 
-A seeded request draws the same numbers whatever else runs beside it.
+A seeded request draws the same random numbers whatever other requests are running.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from torch import Tensor
 
 
 class Sampling(NamedTuple):
-    """How tokens are chosen; `temperature` 0 is greedy. `logprobs`: how many most probable tokens are told, None: none."""
+    """Sampling parameters; `temperature` 0 is greedy. `logprobs`: number of top tokens to report, None: no log probabilities."""
 
     temperature: float = 0.0
     top_p: float = 1.0
@@ -22,7 +22,7 @@ class Sampling(NamedTuple):
 
 
 class Chosen(NamedTuple):
-    """A token, the logarithm of its probability, and the most probable tokens with theirs; of the model, before sampling."""
+    """A token, its log probability, and the top tokens with theirs; from the raw logits, before temperature and top-p."""
 
     token: int
     logprob: float | None = None
@@ -30,7 +30,7 @@ class Chosen(NamedTuple):
 
 
 class Sampler:
-    """Chooses the tokens of one sequence."""
+    """Samples the tokens of one sequence."""
 
     def __init__(self, sampling: Sampling) -> None:
         self.sampling = sampling
@@ -38,7 +38,7 @@ class Sampler:
         self.generator.manual_seed(secrets.randbits(63) if sampling.seed is None else sampling.seed % 2**63)
 
     def __call__(self, logits_V: Tensor) -> Chosen:
-        """Choose from the logits (V,)."""
+        """Sample a token from the logits (V,); raises ArithmeticError if they are not finite."""
         if not torch.isfinite(logits_V).all():
             raise ArithmeticError("The model's logits are not finite.")
         how = self.sampling
@@ -53,6 +53,6 @@ class Sampler:
         probabilities_V = (logits_V.double() / self.sampling.temperature).softmax(0)
         values, ids = probabilities_V.sort(descending=True, stable=True)
         before = values.cumsum(0) - values
-        values = torch.where(before < self.sampling.top_p, values, 0.0)  # the first is always kept
+        values = torch.where(before < self.sampling.top_p, values, 0.0)  # the most probable token is always kept
         values[0] = values[0].clamp_min(torch.finfo(values.dtype).tiny)
         return int(ids[torch.multinomial(values, 1, generator=self.generator)])

@@ -1,4 +1,4 @@
-"""The server as a process: load the base, open the folder of adapters, listen, and finish what was begun when asked to stop."""
+"""The server process: load the base, open the adapter folder, listen, and drain running requests on shutdown."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ from lownibble.serve.service import Limits, Service
 
 
 def make_service(config: ServeConfig) -> Service:
-    """The service of `http.app`: model, registry and a running engine.
+    """Build the service of `http.app`: model, registry and a running engine.
 
     Raises:
-        ConfigError: a budget is too small.
-        ModelError: the model is missing, damaged, or cannot be decoded here.
-        AdapterError: the folder of adapters is missing.
+        ConfigError: a budget is too small, or a key is empty.
+        ModelError: the model is missing, damaged, not supported by `Decoder`, or has no fast tokenizer.
+        AdapterError: the adapter folder is missing.
     """
     model, tokenizer = load(config.model, quant=config.quant, dtype=torch.float32, device="cpu", revision=config.revision)
     if getattr(tokenizer, "backend_tokenizer", None) is None:
@@ -57,7 +57,7 @@ def make_service(config: ServeConfig) -> Service:
 
 
 class _Server(uvicorn.Server):
-    """Ends by itself after a signal: uvicorn would raise it again when all is done, and the exit status would say 'killed'."""
+    """Exits normally after SIGINT or SIGTERM: uvicorn would re-raise it after shutdown and the exit status would say 'killed'."""
 
     @contextmanager
     def capture_signals(self) -> Iterator[None]:
@@ -70,10 +70,10 @@ class _Server(uvicorn.Server):
 
 
 def run_server(config: ServeConfig, tell: Callable[[str], None]) -> dict[str, Any]:
-    """Serve until SIGTERM or Ctrl-C; `tell` is called with the address once it listens.
+    """Serve until SIGTERM or Ctrl-C; `tell` is called with the address once the server listens.
 
     Raises:
-        ConfigError: the address cannot be used; and as `make_service` does.
+        ConfigError: the address cannot be used. Also raises as `make_service`.
     """
     listener = _listen(config)
     with listener:
@@ -88,7 +88,7 @@ def run_server(config: ServeConfig, tell: Callable[[str], None]) -> dict[str, An
             )
         )  # fmt: skip
         names = service.registry.names()
-        listener.listen(server.config.backlog)  # uvicorn would after this, and who came at once would be refused
+        listener.listen(server.config.backlog)  # uvicorn would only after `tell`: early clients would be refused
         tell(f"{service.names[0]} and {len(names)} adapter{'s' * (len(names) != 1)} at {address}/v1")
         server.run(sockets=[listener])
         service.engine.close(0)
@@ -96,7 +96,7 @@ def run_server(config: ServeConfig, tell: Callable[[str], None]) -> dict[str, An
 
 
 def _open_many_files() -> None:
-    """Allow as many connections as the system does: the usual limit of a process is a thousand."""
+    """Raise the soft limit of open files (usually about a thousand) to the hard limit, to allow as many connections."""
     try:
         import resource
     except ImportError:  # Windows has no such limit
@@ -106,7 +106,7 @@ def _open_many_files() -> None:
 
 
 def _listen(config: ServeConfig) -> socket.socket:
-    """The listening socket; before the model is loaded, so that a port in use is said at once."""
+    """Bind the socket; called before the model is loaded, so that a port in use is reported at once."""
     try:
         family, kind, _, _, address = socket.getaddrinfo(config.host, config.port, type=socket.SOCK_STREAM)[0]
         with ExitStack() as stack:

@@ -1,4 +1,4 @@
-"""What the routes share: the engine and what belongs to it, and errors in OpenAI's shape."""
+"""State that the routes share (engine, registry, limits, metrics), and errors in OpenAI's format."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from lownibble.serve.registry import NoRoomError, Registry, UnknownAdapterError
 
 
 class ApiError(Exception):
-    """An answer in OpenAI's error shape."""
+    """An error response in OpenAI's format."""
 
     def __init__(self, status: int, message: str, *, code: str | None = None, param: str | None = None) -> None:
         super().__init__(message)
@@ -31,7 +31,7 @@ class ApiError(Exception):
 
 
 def as_api(error: Exception) -> ApiError:
-    """What a client is told of an error in engine or registry."""
+    """Convert an engine or registry error to the one sent to the client."""
     if isinstance(error, UnknownAdapterError):
         return ApiError(404, str(error), code="model_not_found", param="model")
     if isinstance(error, QueueFullError):
@@ -45,8 +45,8 @@ def as_api(error: Exception) -> ApiError:
 
 @dataclass(frozen=True)
 class Limits:
-    """What a request may take: bytes of its body, tokens of its prompt and its output (None: what the context holds); and how
-    many may be in progress, those that are still being sent or read too."""
+    """Limits of a request: bytes of its body, tokens of its prompt and output (None: up to the context). `requests`: maximum in
+    progress, including those still being received."""
 
     body: int = 1 << 20
     prompt: int | None = None
@@ -56,8 +56,8 @@ class Limits:
 
 @dataclass(frozen=True)
 class Service:
-    """What the routes need. `names`: of the base; `host`: the name that the server was given. Keys are compared in constant
-    time; without one, none is asked for."""
+    """What the routes need. `names`: of the base; `host`: the configured host. Keys are compared in constant time; without a
+    configured key, none is required."""
 
     engine: Engine
     registry: Registry
@@ -74,7 +74,7 @@ class Service:
         """The adapter that a request's `model` names, None for the base.
 
         Raises:
-            ApiError: neither the base nor an adapter.
+            ApiError: it names neither the base nor an adapter.
         """
         if name in self.names:
             return None

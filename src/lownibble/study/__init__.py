@@ -1,1 +1,1 @@
-"""Studies: runs in processes of their own, compared and reported."""
+"""Studies: runs in separate processes, compared and reported."""

@@ -1,8 +1,8 @@
 """The recommendation: which method to use, and why, from the measured summaries of one comparison.
 
-The rules are few and their thresholds are data. A difference in quality counts only when it is larger than twice its standard
-error over the evaluation rows; one run has one seed, which the advice says. Among methods of equal quality the one that needs
-less memory wins if it saves enough to matter, else the faster one.
+The thresholds are constants. A difference in quality counts only if it is larger than twice its standard error over the
+evaluation rows (`LOSS_MATTERS` without scored rows); a run has one seed, and the advice says so. Among methods of equal quality
+the one with the lower peak memory wins if it saves `MEMORY_MATTERS` or more, else the faster one.
 """
 
 from __future__ import annotations
@@ -13,17 +13,17 @@ from typing import Any
 from lownibble.measuring import stats
 
 MEMORY_MATTERS = 0.05
-"""Share of the peak that a method must save before memory decides."""
+"""Fraction of the peak that a method must save for memory to decide."""
 
 SPEED_MATTERS = 0.10
-"""Share of the rate that a method must lose before speed is named against it."""
+"""Fraction of tokens/s by which a method must be slower for the reasons to say so."""
 
 LOSS_MATTERS = 0.05
-"""Relative difference in evaluation loss that counts as a difference where there are no scored rows."""
+"""Relative difference in evaluation loss that counts as a difference if there are no scored rows."""
 
 
 def paired_difference(before: list[bool], after: list[bool]) -> dict[str, float] | None:
-    """Mean of after - before over the same rows with its standard error; None without scored rows."""
+    """Mean of after - before over the same rows with its standard error; None with fewer than two scored rows."""
     if len(before) < 2 or len(before) != len(after):
         return None
     differences = [int(b) - int(a) for a, b in zip(before, after, strict=True)]
@@ -32,7 +32,7 @@ def paired_difference(before: list[bool], after: list[bool]) -> dict[str, float]
 
 
 def better_in_quality(a: dict[str, Any], b: dict[str, Any]) -> tuple[bool, str]:
-    """Whether `a` is shown to be better than `b`, and the figures in words."""
+    """Whether `a` is significantly better than `b`, and the figures as text."""
     paired = paired_difference(b.get("correct", []), a.get("correct", []))
     if paired is not None:
         clear = paired["mean"] > 2 * paired["standard_error"] and paired["mean"] > 0
@@ -45,7 +45,8 @@ def better_in_quality(a: dict[str, Any], b: dict[str, Any]) -> tuple[bool, str]:
 def advise(summaries: list[dict[str, Any]], ratios: dict[str, dict[str, float]] | None = None) -> dict[str, Any]:
     """The recommended method (None if all failed) and the reasons, one sentence each.
 
-    `ratios` are tokens/s of pairs measured in turns, "b_vs_a" -> median, min, max; without them the runs' own rates are used.
+    `ratios`: interleaved tokens/s ratios, "b_vs_a" -> median, min, max, for the reasons; without them, and for the choice itself,
+    the runs' own rates are used.
     """
     finished = [s for s in summaries if s["status"] == "ok"]
     reasons = [f"{s['method']} failed: {s['error']}" for s in summaries if s["status"] != "ok"]
@@ -66,7 +67,7 @@ def advise(summaries: list[dict[str, Any]], ratios: dict[str, dict[str, float]] 
 
 
 def _quality(a: dict[str, Any], b: dict[str, Any]) -> dict[str, str]:
-    """How `a` compares with `b`, and the figures in words."""
+    """How `a` compares with `b`, and the figures as text."""
     clear, words = better_in_quality(a, b)
     worse, _ = better_in_quality(b, a)
     return {"verdict": "better than" if clear else "worse than" if worse else "not distinguishable from", "words": words}

@@ -1,10 +1,9 @@
-"""What a study's records say together: means over seeds and differences between methods, each with its interval.
+"""Analysis of a study's records: means over seeds and differences between methods, each with a confidence interval.
 
-Methods are compared within a model and a task, seed by seed: a seed has the same order of rows and the same initialisation for
-all of them. Convergence is the ratio of the steps that two methods need to the lowest loss that these two reach, for each seed;
-its mean is taken over logarithms, as a ratio's should be. (A method's own steps are to the lowest loss that all reach.) Speed is
-that of the methods taking turns, not that of the cells, which ran at other times. Memory is the peak of the cell's own process
-above its imports.
+Methods are compared within a model and a task, paired by seed: a seed has the same order of rows and the same initialisation for
+all of them. Convergence is, per seed, the ratio of the steps that two methods need to the lowest loss that both reach, averaged
+over logarithms (geometric mean). (A method's own steps are to the lowest loss that all reach.) Speed is measured interleaved, not
+taken from the cells, which ran at different times. Memory is the peak of the cell's process above its baseline after imports.
 """
 
 from __future__ import annotations
@@ -22,20 +21,20 @@ from lownibble.study.runner import peak_bytes, read_record
 from lownibble.study.tasks import KINDS
 
 LESS_IS_BETTER = ("perplexity", "loss")
-"""Scores of which less is better."""
+"""Metrics for which lower is better."""
 
 LEVEL = 0.05
-"""Of the tests of equivalence."""
+"""Significance level of the equivalence tests."""
 
 MEMORY_MATTERS = 0.05
-"""Share of the peak that a method must save before memory decides between methods of equal quality."""
+"""Fraction of the peak that a method must save for memory to decide between methods of equal quality."""
 
 
 def analyse(folder: str | Path) -> dict[str, Any]:
-    """The summary of the study in `folder`: what `summary.json` holds.
+    """Summarise the study in `folder`: the contents of `summary.json` without claims and hardware table.
 
     Raises:
-        ConfigError: there is no study.
+        ConfigError: the folder holds no study.
     """
     folder = Path(folder)
     study = read_record(folder / "study.json")
@@ -79,7 +78,7 @@ def _group(
     study: Mapping[str, Any], cells: Sequence[dict[str, Any]], grid: Sequence[dict[str, Any]],
     records: Mapping[str, dict[str, Any] | None], speed: dict[str, Any] | None,
 ) -> dict[str, Any]:  # fmt: skip
-    """Everything about one model and task."""
+    """The summary of one model and task."""
     first = cells[0]
     kind = KINDS[first["kind"]]
     margin = study["spec"]["tasks"][first["task"]].get("margin") or kind.margin
@@ -107,12 +106,12 @@ def _group(
 
 
 def _runs(cells: Iterable[dict[str, Any]], records: Mapping[str, dict[str, Any] | None]) -> dict[int, dict[str, Any]]:
-    """Seed -> record of the finished ones."""
+    """Seed -> record of the finished cells."""
     return {c["seed"]: found for c in cells if (found := records[c["digest"]]) is not None and found["status"] == "ok"}
 
 
 def _tuned(grid: Sequence[dict[str, Any]], records: Mapping[str, dict[str, Any] | None]) -> dict[str, Any]:
-    """The grid of learning rates with the loss of each, and whether the best lies at its edge."""
+    """The learning rate grid with the loss of each, whether all failed, and whether the best lies at the grid's edge."""
     losses = []
     for cell in sorted(grid, key=lambda cell: float(cell["learning_rate"])):
         found = records[cell["digest"]]
@@ -136,7 +135,7 @@ def _rates(speed: dict[str, Any] | None, name: str) -> dict[str, float] | None:
 
 
 def interval(values: Sequence[float], *, logarithms: bool = False) -> dict[str, Any]:
-    """Mean and 95% interval; of ratios over their logarithms. No bounds where there are fewer than two values."""
+    """Mean and 95% confidence interval, of ratios over logarithms; bounds are None with fewer than two values or no spread."""
     if not values:
         return {"mean": None, "low": None, "high": None, "values": []}
     found = stats.mean_difference([math.log(v) for v in values] if logarithms else list(values))
@@ -188,7 +187,7 @@ def _curve(run: Mapping[str, Any]) -> list[tuple[float, float]]:
 
 
 def _band(runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Evaluation loss by step: mean and interval over seeds, and each seed's own."""
+    """Evaluation loss by step (steps common to all seeds): mean and interval over seeds, and each seed's value."""
     steps = sorted(set.intersection(*({e["step"] for e in run["result"]["evaluations"]} for run in runs)))
     by_step = [[loss for run in runs for at, loss in _curve(run) if at == step] for step in steps]
     bands = [interval(losses) for losses in by_step]
@@ -198,7 +197,7 @@ def _band(runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 def _steps_to_target(
     runs: Mapping[str, Mapping[int, dict[str, Any]]],
 ) -> tuple[dict[str, dict[int, float]], dict[int, float]]:  # fmt: skip
-    """Method -> seed -> steps to the lowest loss that all methods reach at that seed; and that loss, by seed."""
+    """Method -> seed -> steps to the lowest loss that all methods reach with that seed; and seed -> that loss."""
     finished = {name: of for name, of in runs.items() if of}
     steps: dict[str, dict[int, float]] = {name: {} for name in finished}
     targets: dict[int, float] = {}
@@ -249,7 +248,7 @@ def _difference(found: stats.Difference, values: list[float]) -> dict[str, Any]:
 def _rows(
     a: str, b: str, runs: Mapping[str, Mapping[int, dict[str, Any]]], seeds: Sequence[int], metrics: Sequence[str]
 ) -> dict[str, Any] | None:  # fmt: skip
-    """The difference of the first scored metric row by row, each row's mean over seeds: the same rows were put to both."""
+    """Paired difference over evaluation rows of the first metric scored by row, rows averaged over seeds; None without one."""
     metric = next((m for m in metrics if all(m in runs[n][s]["result"]["row_scores"] for n in (a, b) for s in seeds)), None)
     if metric is None:
         return None
@@ -270,12 +269,12 @@ def _speed_ratio(speed: dict[str, Any] | None, a: str, b: str) -> dict[str, floa
 
 
 def _better(metric: str, value: float) -> float:
-    """Larger is better."""
+    """The value, negated if lower is better."""
     return -value if metric in LESS_IS_BETTER else value
 
 
 def _pareto(methods: Sequence[dict[str, Any]], metric: str) -> list[str]:
-    """Methods that none beats in quality, memory and speed together; speed counts where all of them took turns."""
+    """The Pareto front of quality, memory and speed; speed counts only if it was measured interleaved for all methods."""
     points, timed = {}, all(m["rates"] for m in methods if m["scores"])
     for m in methods:
         if m["scores"]:
@@ -285,7 +284,7 @@ def _pareto(methods: Sequence[dict[str, Any]], metric: str) -> list[str]:
 
 
 def _advice(methods: Sequence[dict[str, Any]], pairs: Sequence[dict[str, Any]], metric: str) -> dict[str, Any]:
-    """The method to take for this task, and why."""
+    """The recommended method for this task, and why."""
     finished = {m["method"]: m for m in methods if m["scores"]}
     if not finished:
         return {"advice": None, "reason": "No method finished."}
@@ -309,7 +308,7 @@ def _advice(methods: Sequence[dict[str, Any]], pairs: Sequence[dict[str, Any]], 
 
 
 def shown_worse(pair: Mapping[str, Any], metric: str) -> str | None:
-    """The method of a pair that the 95% interval of the difference says is worse; None: neither is, or by less than matters."""
+    """The worse method of a pair by the 95% confidence interval of the difference; None: neither, or they are equivalent."""
     if pair["equivalence"]["p"] <= LEVEL:
         return None
     found = pair["scores"]["loss" if metric == "perplexity" else metric]

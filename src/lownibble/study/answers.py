@@ -1,7 +1,7 @@
-"""Answers that a model writes to the evaluation rows, and their scores, row by row.
+"""Generation of answers to the evaluation rows, and their scores by row.
 
-Greedy, so that a model gives the same answers again. Prompts of like length go together, padded on the left. Where the model's
-layers can be decoded by Lownibble's own loop (4-bit bases), they are; else by transformers'.
+Decoding is greedy, so that answers are reproducible. Prompts of similar length are batched, padded on the left. Models that
+Lownibble's own decoding loop supports (4-bit bases) use it, others that of transformers.
 """
 
 from __future__ import annotations
@@ -22,16 +22,16 @@ from lownibble.study import metrics
 from lownibble.study.tasks import KINDS
 
 BATCH = 16
-"""Prompts that are answered together."""
+"""Maximum prompts per generation batch."""
 
 
 @torch.inference_mode()
 def write_answers(
     model: Any, tokenizer: Any, questions: Sequence[Sequence[int]], *, max_new_tokens: int, stop: Sequence[str] = ()
 ) -> list[str]:  # fmt: skip
-    """The text that the model writes after each prompt (token ids), up to its end of sequence or the first of `stop`.
+    """Generate the text after each prompt (token ids), up to the end of sequence or the first of the stop strings `stop`.
 
-    An encoder reads the prompt as in training: ended by the end of sequence, padded on the right.
+    An encoder-decoder gets the prompt as in training: ended by the end-of-sequence token, padded on the right.
     """
     was_training, paired = model.training, bool(model.config.is_encoder_decoder)
     model.eval()
@@ -58,9 +58,9 @@ def write_answers(
 
 @contextmanager
 def _greedy(model: Any, tokenizer: Any, max_new_tokens: int) -> Iterator[None]:
-    """Greedy search and nothing else: a model's own settings may penalise repetitions, or sample.
+    """Set plain greedy decoding: a model's own generation config may sample or penalise repetitions.
 
-    It ends where the tokenizer or the model's settings say that a turn ends.
+    The end-of-sequence tokens are those of the tokenizer and of the model's generation config.
     """
     own = model.generation_config
     ends = own.eos_token_id if isinstance(own.eos_token_id, list) else [own.eos_token_id]
@@ -78,8 +78,8 @@ def _greedy(model: Any, tokenizer: Any, max_new_tokens: int) -> Iterator[None]:
 def answer_rows(
     model: Any, tokenizer: Any, kind: str, data: DataConfig, max_length: int, rows: Dataset
 ) -> dict[str, Any]:  # fmt: skip
-    """What the model writes to the rows (`answers`), and its scores by row (`row_scores`); nothing where the kind asks for no
-    answers. Errors are those of `score_answers`."""
+    """Generate answers to the rows (`answers`) and score them by row (`row_scores`); {} if the kind is not scored by generation.
+    Raises as `score_answers`."""
     asked = KINDS[kind]
     if asked.scored_by != "generation":
         return {}
@@ -92,16 +92,16 @@ def answer_rows(
 
 
 class _Said:
-    """A criterion for `generate`: ends each row where its text from token `first` on has one of `stop` in it.
+    """Stopping criterion for `generate`: ends a row once its text from token `first` on contains one of `stop`.
 
-    transformers' own goes by the tokenizer's vocabulary, which not every tokenizer lets it do.
+    transformers' own criterion needs the tokenizer's vocabulary, which not every tokenizer provides.
     """
 
     def __init__(self, tokenizer: Any, stop: Sequence[str], first: int) -> None:
         self.tokenizer, self.stop, self.first = tokenizer, stop, first
 
     def __call__(self, input_ids: Tensor, scores: Any, **_: Any) -> Tensor:
-        """(B,): whether the row is at its end."""
+        """(B,) bool: whether each row has ended."""
         texts = self.tokenizer.batch_decode(input_ids[:, self.first :], skip_special_tokens=True) if self.stop else []
         said = [_until(text, self.stop) != text for text in texts] or [False] * len(input_ids)
         return torch.tensor(said, device=input_ids.device)
@@ -116,17 +116,17 @@ def _own_loop(model: Any) -> dict[str, Any]:
 
 
 def _until(text: str, stop: Sequence[str]) -> str:
-    start = len(text) - len(text.lstrip())  # a model may begin with what ends an answer
+    start = len(text) - len(text.lstrip())  # ignore stop strings in leading white space
     ends = [place for mark in stop if (place := text.find(mark, start)) >= 0]
     return text[: min(ends)] if ends else text
 
 
 def score_answers(kind: str, rows: Dataset, answers: Sequence[str]) -> dict[str, list[float]]:
-    """Each metric of the kind, by row.
+    """Metric of the kind -> score of each row.
 
     Raises:
-        ConfigError: what scores them is not installed, or this system cannot lock programs in.
-        DataError: a row's references are of another form.
+        ConfigError: the scorer is not installed, or this system cannot sandbox programs.
+        DataError: a row's references have an invalid format.
     """
     return {name: scores for name, scores in _SCORERS[kind](rows, answers).items() if name in KINDS[kind].metrics}
 
@@ -137,7 +137,7 @@ def _questions(rows: Dataset, answers: Sequence[str]) -> dict[str, list[float]]:
 
 
 def _references(fields: dict[str, Any], origin: str) -> list[str]:
-    """The row's `answers` (a list, or SQuAD's {"text": [...]}) where it has them, else its one `answer`."""
+    """The row's `answers` (a list, or SQuAD's {"text": [...]}) if it has them, else its single `answer`."""
     given = fields.get("answers", [str(fields["answer"])])
     given = given.get("text") if isinstance(given, dict) else given
     if not isinstance(given, list) or not given or not all(isinstance(each, str) for each in given):
@@ -159,7 +159,7 @@ def _programs(rows: Dataset, answers: Sequence[str]) -> dict[str, list[float]]:
 
 
 def _completed(rows: Dataset, answers: Sequence[str]) -> dict[str, list[float]]:
-    """HumanEval: the prompt begins the program, and `check` of the row's tests is called with the function of that name."""
+    """HumanEval: the program is prompt + answer, and `check` of the row's test is called with the function `entry_point`."""
     programs = [row.fields["prompt"] + answer for row, answer in zip(rows.rows, answers, strict=True)]
     tests = [[row.fields["test"], f"check({row.fields['entry_point']})"] for row in rows.rows]
     return {"pass@1": [float(ok) for ok in metrics.passed(programs, [""] * len(programs), tests)]}

@@ -1,10 +1,10 @@
-"""One job of a study, in a process of its own: `python -m lownibble.study.cell`.
+"""One job of a study in a separate process: `python -m lownibble.study.cell`.
 
-The first line on standard input is the job (`jobs.py` sends it); the record goes to the file that it names. The process ends
-when standard input ends: the one that wants the record is then gone, also where it was killed.
+The first line of standard input is the job (sent by `jobs.py`); the record is written to the file that it names. The process
+exits when standard input closes: its parent has then ended or been killed.
 
-A record has what the configuration decides (`result`: the same again on the same machine) apart from what the machine had a part
-in (`measured`: time and memory).
+A record separates what the configuration determines (`result`: reproducible on the same machine) from what depends on the
+machine (`measured`: time and memory).
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ def work(spec: dict[str, Any]) -> dict[str, Any]:
     """Train a cell's run, and score it; returns the record.
 
     Raises:
-        LownibbleError: of `run`, or of what scores answers; or an evaluation is not finite.
+        LownibbleError: as `run` and `answer_rows`, or an evaluation loss is not finite.
     """
     from lownibble import record
     from lownibble.data import load
@@ -76,7 +76,7 @@ def work(spec: dict[str, Any]) -> dict[str, Any]:
 
 
 def take_turns(spec: dict[str, Any]) -> dict[str, Any]:
-    """Several methods taking turns, each in a process of its own; returns the record."""
+    """Measure the interleaved speed of several methods, each in its own process; returns the record."""
     from lownibble import record
     from lownibble.study.paired import paired_speed
 
@@ -102,14 +102,14 @@ def _end_with_standard_input() -> None:
 
 
 def main() -> int:
-    """Do the job given on standard input."""
+    """Run the job given on standard input; returns the exit code."""
     spec = json.loads(sys.stdin.readline())
     threading.Thread(target=_end_with_standard_input, daemon=True).start()
     from lownibble import record
 
     try:
         found = WORK[spec["job"]](spec)
-    except Exception as error:  # every failure is a result; the study goes on
+    except Exception as error:  # every failure is a recorded result; the study continues
         if not isinstance(error, LownibbleError):
             import traceback
 

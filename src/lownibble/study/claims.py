@@ -1,14 +1,14 @@
-"""The articles' statements beside a study's figures: agrees, disagrees, or could not be tested here, and why.
+"""The articles' claims against a study's figures: agrees, disagrees, or could not be tested here, and why.
 
-A statement that has `study` (`planning/articles.toml`) says which figures decide it:
+A claim with `study` (`planning/articles.toml`) says which figures decide it:
 
     figure = "steps_ratio" | "speed_ratio" | "memory_ratio", a, b, low, high    a's figure over b's lies between low and high
     figure = "equivalent", a, b, kinds                                          no difference in score beyond the margin
 
-A study decides when an interval lies wholly inside or outside of what is claimed; where it lies across, more seeds are needed. A
-statement of several parts holds for a task if all its parts do, and agrees with a study if it holds for all tasks it is about.
-What is left is the planner's: a bound that no program can break decides a statement too. A study on a small model says what it
-found there; the page says so.
+A study decides a claim if the interval lies wholly inside or outside the claimed range; if it overlaps, more seeds are needed. A
+claim of several parts holds for a task if all its parts do, and agrees with a study if it holds for all tasks it is about. Claims
+that the study cannot test go to the planner: a bound that no program can break decides a claim too. The results of a study on a
+small model hold for that model; the page says so.
 """
 
 from __future__ import annotations
@@ -28,14 +28,14 @@ AGREES, DISAGREES, MIXED, UNDECIDED, UNTESTED = (
 
 
 def compare_claims(groups: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Each statement with its verdict, what the verdict stands on, and the figures (one text each)."""
+    """Each claim with its verdict, the basis of the verdict, and the figures (one text each)."""
     found = []
     for claim, judged in _articles():
         verdict, basis, figures = _by_study(claim.get("study"), groups)
         if verdict == UNTESTED:
             if judged.verdict in ("impossible", "implausible"):
                 verdict, basis, figures = DISAGREES, f"planner: {judged.verdict}", judged.arithmetic
-            elif judged.verdict == "consistent" and claim["kind"] in ("fits", "saved"):  # of the planner's kind altogether
+            elif judged.verdict == "consistent" and claim["kind"] in ("fits", "saved"):  # the planner alone decides these
                 verdict, basis, figures = AGREES, "planner", judged.arithmetic
             elif judged.verdict == "consistent":
                 basis, figures = f"planner: possible; {basis}", judged.arithmetic
@@ -45,7 +45,7 @@ def compare_claims(groups: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
 
 @cache
 def _articles() -> list[tuple[dict[str, Any], Judgement]]:
-    """Each statement, and what the planner says of it."""
+    """Each claim, and the planner's judgement of it."""
     claims = read_toml(ARTICLES)["claim"]
     return [(claim, judge_claim(claim, f"claim {number}")) for number, claim in enumerate(claims, 1)]
 
@@ -73,7 +73,7 @@ def _by_study(
 
 
 def _together(verdicts: Sequence[str], parts: int) -> str:
-    """Of a statement's parts on one task; a part without a figure leaves it open."""
+    """The combined verdict of a claim's parts on one task; a part without a figure leaves it undecided."""
     if DISAGREES in verdicts:
         return DISAGREES
     return AGREES if verdicts.count(AGREES) == parts else UNDECIDED

@@ -1,11 +1,11 @@
 """`compare`: the same model and data with several methods, one process each, side by side.
 
     OUTPUT/<method>/record.json     each run's record, with adapter, events and checkpoints
-    OUTPUT/paired.json              speed with the methods taking turns
+    OUTPUT/paired.json              interleaved speed of the methods
     OUTPUT/record.json              the comparison: configuration, a summary per method, the advice
-    OUTPUT/report.html              all of it to look at
+    OUTPUT/report.html              all of it as a page
 
-A method that fails is a recorded result, and the others go on. With `resume`, methods that have finished are not run again.
+A method that fails is a recorded result, and the others continue. With `resume`, finished methods are not run again.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from lownibble.study.worker import failed, how_it_ended
 
 
 def compare(config: CompareConfig | None = None) -> dict[str, Any]:
-    """Run every method and judge them; returns the comparison's record, which is also written.
+    """Run every method and compare them; returns the comparison's record, which is also written.
 
     Raises:
         InputError: the configuration, the data or the model cannot be used by any method; nothing was run.
@@ -72,7 +72,7 @@ def compare(config: CompareConfig | None = None) -> dict[str, Any]:
 
 
 def _paired_speed(folder: Path, configs: dict[str, RunConfig], peaks: list[int]) -> dict[str, Any]:
-    """Measured once for a folder and kept: a resumed comparison shows what was found."""
+    """Interleaved speed, measured once per folder and kept in paired.json: a resumed comparison reuses it."""
     path = folder / "paired.json"
     if not path.exists():
         print("speed: the methods take turns", file=sys.stderr)
@@ -85,7 +85,7 @@ def _paired_speed(folder: Path, configs: dict[str, RunConfig], peaks: list[int])
 
 
 def _check_inputs(config: CompareConfig) -> None:
-    """Raise now what every method would fail on: an input error is the caller's, not a result."""
+    """Raise the errors on which every method would fail: an input error is the caller's, not a result."""
     pick_device(config.device)
     source = resolve(config.model, config.revision)
     tokenizer = load_tokenizer(source)
@@ -102,7 +102,7 @@ def _run_config(config: CompareConfig, method: str, folder: Path) -> RunConfig:
 
 
 def run_in_process(config: RunConfig) -> dict[str, Any]:
-    """Run `config` in a process of its own and return its record; a finished one is read, not run again."""
+    """Run `config` in a separate process and return its record; with `resume`, the record of a finished run is read instead."""
     path = Path(config.train.output_dir or ".") / "record.json"
     if config.train.resume and path.exists():
         found: dict[str, Any] = json.loads(path.read_text())
@@ -157,14 +157,14 @@ def summarize(run: dict[str, Any]) -> dict[str, Any]:
 
 
 def computed_in(model: dict[str, Any]) -> str:
-    """What the products of the frozen base were computed in: float32, say, or int8."""
+    """Frozen-base matmul precision, e.g. float32 or int8; '/' separates several."""
     return "/".join(model["dtype"] if compute == "exact" else compute for compute in model["compute"] or ["exact"])
 
 
 def add_steps_to_target(summaries: list[dict[str, Any]], runs: list[dict[str, Any]]) -> None:
-    """To each finished summary: the target loss that all reached, and steps and seconds until then.
+    """Add to each finished summary the target loss that all reached, and the steps and seconds to it.
 
-    The target is the highest of the methods' lowest evaluation losses; between evaluations the loss is taken as linear.
+    The target is the highest of the methods' lowest evaluation losses; the loss is interpolated linearly between evaluations.
     """
     finished = [(s, r) for s, r in zip(summaries, runs, strict=True) if s["status"] == "ok"]
     if not finished:

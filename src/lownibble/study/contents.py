@@ -1,7 +1,7 @@
-"""What the names in a study file stand for: rows that fit their task, models that are there, and a digest of each.
+"""Resolve the names in a study file: check that rows fit their task and that models exist, and compute a digest of each.
 
-A cell's name has these digests in it and not the paths, so that a study can be moved, and changed rows make new cells. Whatever
-would make cells fail and can be told before is looked for here, before anything is run.
+A cell's digest is of these digests and not of the paths, so that a study can be moved, and changed rows make new cells. Errors
+that would make cells fail are raised here if they can be found before anything is run.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ from lownibble.study.tasks import KINDS, check_columns
 
 
 def look(cells: Iterable[Cell]) -> Contents:
-    """Read what these cells read; one of each model, method and task will do.
+    """Check and digest the models and rows of these cells; one cell per model, method and task is enough.
 
     Raises:
-        DataError: rows are missing, bad, or do not fit their task.
+        DataError: rows are missing, invalid, or do not fit their task.
         ModelError: a model is missing, or its tokenizer lacks what the rows need.
-        TargetError: an adapter matches nothing.
-        ConfigError: what scores a task is not installed, or cannot run here.
+        TargetError: the LoRA targets match nothing.
+        ConfigError: a task's scorer is not installed, or cannot run here.
     """
     models: dict[str, str] = {}
     data: dict[str, tuple[str, str]] = {}
@@ -54,10 +54,10 @@ def look(cells: Iterable[Cell]) -> Contents:
 
 
 def load_rows(task: str, kind: str, data: DataConfig) -> tuple[Dataset, Dataset]:
-    """Both sides of a task's rows, their columns checked.
+    """Load a task's training and evaluation rows, and check their columns.
 
     Raises:
-        DataError: they are missing, bad, or lack columns of the kind.
+        DataError: they are missing, invalid, or lack columns of the kind.
     """
     for path in (data.path, data.eval_path):
         if path is not None:
@@ -68,10 +68,10 @@ def load_rows(task: str, kind: str, data: DataConfig) -> tuple[Dataset, Dataset]
 
 
 def check_rows(task: str, kind: str, sides: tuple[Dataset, Dataset], tokenizer: Any, data: DataConfig, max_length: int) -> None:
-    """Raise what would be raised when these rows are trained on and scored.
+    """Raise the errors that training on these rows and scoring them would raise.
 
     Raises:
-        DataError: they are no rows of that kind. ConfigError, ModelError: as `encode` and `score_answers`.
+        DataError: they are not rows of that kind. ConfigError, ModelError: as `encode` and `score_answers`.
     """
     asked = KINDS[kind]
     forms = {encode(side, tokenizer, data, max_length).form for side in sides}
@@ -83,12 +83,12 @@ def check_rows(task: str, kind: str, sides: tuple[Dataset, Dataset], tokenizer: 
             "rows of two labels at least, each of them several times."
         )
     if asked.scored_by == "generation":
-        rows = sides[1].rows[:1] if kind.startswith("code") else sides[1].rows  # running programs takes its time
+        rows = sides[1].rows[:1] if kind.startswith("code") else sides[1].rows  # running programs is slow
         score_answers(kind, replace(sides[1], rows=rows), [""] * len(rows))
 
 
 def _digest(folder: Path) -> str:
-    """sha256 over the names and bytes of a model folder's weights, configuration and tokenizer."""
+    """SHA-256 over the names and bytes of a model folder's weights, configuration and tokenizer."""
     state = hashlib.sha256()
     for file in sorted(folder.iterdir()):
         if file.suffix in (".safetensors", ".json", ".txt", ".model", ".jinja") and file.is_file():

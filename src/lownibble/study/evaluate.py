@@ -1,7 +1,7 @@
 """`lownibble eval`: the scores of one model on one task, or on standard tasks through lm-eval.
 
-A score comes with its standard error over the rows: what another sample of such rows would change. (What another training seed
-would change is a study's.)
+Scores by row come with their standard error over the rows, which measures the sampling of rows. (A study measures the variation
+over training seeds.)
 """
 
 from __future__ import annotations
@@ -33,6 +33,7 @@ def evaluate(config: EvalConfig) -> dict[str, Any]:
 
     Raises:
         InputError: the model, adapter, rows or task cannot be used.
+        TrainingError: the evaluation loss is not finite.
     """
     if (config.task is None) == (not config.harness):
         raise ConfigError("Give either --task (with --data) or --harness, one of them.")
@@ -68,7 +69,7 @@ def _task(config: EvalConfig, model: Any, tokenizer: Any) -> dict[str, Any]:
     kind = str(config.task)
     data, length = with_templates(kind, config.data), config.train.max_length
     if Path(data.path).is_file() and data.eval_path is None:
-        data = data.with_options(eval_path=data.path)  # a file of rows is all to be scored
+        data = data.with_options(eval_path=data.path)  # all rows of a single file are scored
     sides = load_rows(kind, kind, data)
     check_rows(kind, kind, sides, tokenizer, data, length)
     rows = sides[1]
@@ -97,7 +98,7 @@ def _score(value: float, error: float | None = None, rows: int | None = None) ->
 
 
 def _harness(config: EvalConfig) -> Any:
-    """What runs lm-eval's tasks on a model, its names checked before a model is loaded.
+    """A function that runs lm-eval's tasks on a model; task names are checked before a model is loaded.
 
     Raises:
         ConfigError: lm-eval is not installed, or has no such task.
@@ -131,7 +132,7 @@ def _harness(config: EvalConfig) -> Any:
 
 
 def _figures(task: str, found: dict[str, Any]) -> Scores:
-    """lm-eval's 'acc,none' and 'acc_stderr,none' as scores."""
+    """Convert lm-eval's 'acc,none' and 'acc_stderr,none' to scores."""
     values = found["results"][task]
     rows = found.get("n-samples", {}).get(task, {}).get("effective")
     scores: Scores = {}

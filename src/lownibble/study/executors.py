@@ -1,7 +1,7 @@
-"""Where a study's jobs are done: an executor takes jobs and gives (index, record) of each as it ends.
+"""Executors of a study's jobs: each takes jobs and yields (index, record) of each as it ends.
 
-`local` is this machine. `ray` is a cluster that Ray is connected to (RAY_ADDRESS), or this machine's own Ray where there is none;
-models and data must lie at the same place on all of its machines. Leaving the iteration ends what is still at work.
+`local` is this machine. `ray` is a Ray cluster (RAY_ADDRESS), or a Ray instance started on this machine if there is none; models
+and data must have the same paths on all of its machines. Leaving the iteration kills the jobs that are still running.
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ from lownibble.errors import ConfigError
 from lownibble.study import jobs
 
 Executor = Callable[[Sequence[dict[str, Any]], int], Iterator[tuple[int, dict[str, Any]]]]
-"""(jobs, how many at a time) -> (index, record) in the order in which they end."""
+"""(jobs, maximum concurrent jobs) -> (index, record) in order of completion."""
 
 
 def local(work: Sequence[dict[str, Any]], workers: int) -> Iterator[tuple[int, dict[str, Any]]]:
-    """On this machine, a process for each job."""
+    """Run jobs on this machine, one process each."""
     with ThreadPoolExecutor(workers) as pool:
         futures = {pool.submit(jobs.perform, job): index for index, job in enumerate(work)}
         try:
@@ -31,7 +31,7 @@ def local(work: Sequence[dict[str, Any]], workers: int) -> Iterator[tuple[int, d
 
 
 def on_ray(work: Sequence[dict[str, Any]], workers: int) -> Iterator[tuple[int, dict[str, Any]]]:
-    """On a Ray cluster; each job is a task that asks for one processor's share of a machine.
+    """Run jobs on a Ray cluster; each is a task that requests one CPU (Ray's default).
 
     Raises:
         ConfigError: Ray is not installed.

@@ -1,4 +1,4 @@
-"""The planner's table for the sizes of the articles, which do not fit the machine of a small study."""
+"""The planner's table for the articles' model sizes, which are too large for the machine of a small study."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ MODELS = ("llama-7b", "llama-13b", "llama-30b", "llama-65b")
 TRAIN = TrainConfig(batch_size=4, max_length=512)
 
 TOKENS = 10_000_000
-"""What hours and dollars are for."""
+"""Training tokens that hours and dollars are for."""
 
 
 @cache
 def hardware_table() -> dict[str, Any]:
-    """Every device and method of each model: GiB of the device that a step takes, whether it fits, hours and dollars."""
+    """Each model, device and method: device memory of a step (GiB), whether it fits, hours and dollars."""
     rows = []
     for model in MODELS:
         made = plan(PlanConfig(model=model, train=TRAIN, tokens=TOKENS, data=DataConfig(path="none")))

@@ -1,9 +1,9 @@
-"""What a study has done for it, wherever that happens: a job is a dictionary that can be sent anywhere, and so is its record.
+"""Jobs of a study: a job and its record are JSON-serialisable dictionaries, so that any executor can run it.
 
     {"job": "cell", ...}     one run of the study
-    {"job": "speed", ...}    several methods taking turns
+    {"job": "speed", ...}    interleaved speed of several methods
 
-Each is a process of its own (`cell.py`). Whatever goes wrong there, `perform` returns a record: "failed", and the reason.
+Each runs in its own process (`cell.py`). If that fails in any way, `perform` returns a record with status "failed" and the error.
 """
 
 from __future__ import annotations
@@ -20,21 +20,21 @@ from typing import Any
 from lownibble.study.worker import how_it_ended
 
 LOG_LINES = 20
-"""Of a failed process's messages, kept in its record."""
+"""Last lines of a failed process's output that are kept in its record."""
 
 alive: set[subprocess.Popen[str]] = set()
-"""Processes at work, for the one who must end them."""
+"""Running processes, for the executor that must kill them."""
 
 
 def perform(job: dict[str, Any]) -> dict[str, Any]:
-    """Do a job; returns its record."""
+    """Run a job; returns its record."""
     return JOBS[job["job"]](job)
 
 
 def _in_a_process(job: dict[str, Any]) -> dict[str, Any]:
     try:
         return _run(job)
-    except OSError as error:  # no process to be had, no room for its files
+    except OSError as error:  # the process cannot be started, or the disk is full
         return {"status": "failed", "error": f"The process could not be run: {error}"}
 
 
@@ -49,7 +49,7 @@ def _run(job: dict[str, Any]) -> dict[str, Any]:
             alive.add(process)
             assert process.stdin is not None
             try:
-                with suppress(BrokenPipeError):  # it is gone already, which its exit code says
+                with suppress(BrokenPipeError):  # it has exited already: see its exit code
                     process.stdin.write(json.dumps({**job, "record": str(path)}) + "\n")
                     process.stdin.flush()
                 code = process.wait()

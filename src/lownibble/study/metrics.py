@@ -1,4 +1,4 @@
-"""Scores of what a model wrote, against references: one number a row, so that rows can be paired between methods.
+"""Metrics of generated text against references: one number per row, so that rows can be paired between methods.
 
 Extractive answers are scored as SQuAD's own script does (v1.1: the best over all references), summaries by `rouge-score`,
 programs by running them with their tests (`sandbox.py`).
@@ -19,17 +19,17 @@ _PUNCTUATION = str.maketrans("", "", string.punctuation)
 
 
 def normalized(answer: str) -> str:
-    """Lower case, without punctuation, articles and superfluous white space."""
+    """The answer in lower case, without punctuation, articles and extra white space."""
     return " ".join(_ARTICLES.sub(" ", answer.lower().translate(_PUNCTUATION)).split())
 
 
 def exact_match(answer: str, references: Sequence[str]) -> float:
-    """1 where the answer is one of the references, normalised."""
+    """1 if the normalised answer equals a normalised reference, else 0."""
     return float(any(normalized(answer) == normalized(reference) for reference in references))
 
 
 def f1(answer: str, references: Sequence[str]) -> float:
-    """The best harmonic mean of precision and recall of words over the references."""
+    """Word-level F1 score, the best over the references."""
     return max((_f1(normalized(answer).split(), normalized(reference).split()) for reference in references), default=0.0)
 
 
@@ -58,10 +58,10 @@ def rouge(summary: str, reference: str) -> dict[str, float]:
 def passed(
     completions: Sequence[str], setups: Sequence[str], tests: Sequence[Sequence[str]], *, seconds: float = 10.0
 ) -> list[bool]:
-    """Whether each program passes its tests (MBPP: the program, then its set-up, then assertions).
+    """Whether each program passes its tests (MBPP: the program, then its setup, then assertions).
 
     Raises:
-        ConfigError: this system cannot lock programs in.
+        ConfigError: this system cannot sandbox programs.
     """
     programs = ["\n".join([text, setup, *asserts]) for text, setup, asserts in zip(completions, setups, tests, strict=True)]
     return [outcome.passed for outcome in sandbox.run_all(programs, seconds=seconds)]

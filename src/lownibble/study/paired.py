@@ -1,8 +1,8 @@
-"""Speed side by side: the methods of a comparison take turns, a few training steps each, on the same batches.
+"""Interleaved speed: the methods of a comparison take turns of `STEPS` training steps on the same batches.
 
-The runs of a comparison come one after the other, so a machine that slows down halfway slows one method only. Here each method is
-loaded in a process of its own and they alternate; the ratio within a round is what the advice uses. It needs all models at once:
-where their measured peaks do not fit, it is left out and the record says why.
+The runs of a comparison are sequential, so a machine that slows down halfway slows one method only. Here each method is loaded in
+its own process and they alternate; the advice reports the ratio within a round. All models are loaded at once: if 1.1 times the
+sum of their measured peaks does not fit, the measurement is skipped and the record says why.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ ROUNDS, STEPS = 6, 1
 
 
 def paired_speed(configs: Mapping[str, RunConfig], peaks: Sequence[int]) -> dict[str, Any]:
-    """Tokens/s of each configuration in turns, and the ratio of each pair.
+    """Measure the interleaved tokens/s of each configuration, and the ratio of each pair.
 
     Args:
-        configs: one per method, by its name; each has run before.
+        configs: by method name; each has run before.
         peaks: their measured peaks in bytes.
     Returns:
         `tokens_per_s` and `ratios` ("b_vs_a"), each with median, min and max over rounds; or `skipped`, the reason.

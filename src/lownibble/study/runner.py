@@ -1,14 +1,13 @@
-"""`study run`: the cells of a study that are missing, one process each, and then what they say together.
+"""`study run`: run the missing cells of a study, one process each, then the speed measurements.
 
-    OUTPUT/study.json             the study, what its names stand for, the learning rates found, and which records are its
-    OUTPUT/cells/<digest>.json    one record for each run; `spec.py` says what the digest is of
-    OUTPUT/speed/<digest>.json    the methods of one model and task taking turns
-    OUTPUT/summary.json           `analysis.py`'s figures over all of it
-    OUTPUT/report.html, .md       to look at
+    OUTPUT/study.json             the study, digests of its contents, the learning rates found, and which records belong to it
+    OUTPUT/cells/<digest>.json    one record per run; `spec.py` says what the digest is of
+    OUTPUT/speed/<digest>.json    interleaved speed of the methods of one model and task
+    OUTPUT/summary.json           figures over all of it (`analysis.py`; written with the report)
+    OUTPUT/report.html, .md       the report (`report/study_page.py`)
 
-A record is written when its cell has ended, whole or not at all, so a study that was killed goes on with the cells that are
-missing. A failed cell is a result too, and is not run again unless that is asked for. In order: the runs that find learning
-rates, the runs that are compared, the turns.
+A record is written atomically when its cell has ended, so a killed study is resumable: only missing cells are run. A failed cell
+is a result too, and is run again only with `retry_failed`. Order: learning rate search, compared runs, speed measurements.
 """
 
 from __future__ import annotations
@@ -39,16 +38,16 @@ Rates = dict[tuple[str, str, str], float]
 def run_study(
     path: str | Path, output: str | Path, *, jobs: int = 1, executor: str = "local", retry_failed: bool = False
 ) -> dict[str, Any]:  # fmt: skip
-    """Run what is missing of the study in the file `path`; returns the contents of OUTPUT/study.json.
+    """Run the missing parts of the study in the file `path`; returns the contents of OUTPUT/study.json.
 
     Args:
-        output: its folder; one that holds records of the study is gone on with.
-        jobs: runs at a time. Turns are always taken alone.
+        output: its folder; records of the study in it are reused.
+        jobs: maximum concurrent runs. Speed is always measured alone.
         executor: 'local' or 'ray'.
-        retry_failed: run failed cells again.
+        retry_failed: run failed cells and failed or skipped speed measurements again.
     Raises:
         InputError: the file, its data or its models cannot be used; nothing was run.
-        OutputError: the folder cannot be written, or another process works in it.
+        OutputError: the folder cannot be written, or another process is using it.
     """
     if executor not in EXECUTORS:
         raise ConfigError(f"There is no executor '{executor}'. Give one of {', '.join(EXECUTORS)}.")
@@ -63,7 +62,7 @@ def run_study(
 
 
 def _forget_kept(folder: Path, retry_failed: bool) -> None:
-    """Remove records that are to be made again: unreadable ones, and failed ones if asked for."""
+    """Remove records to be made again: unreadable ones and, with `retry_failed`, failed or skipped ones."""
     for file in (*folder.glob("cells/*.json"), *folder.glob("speed/*.json")):
         found = read_record(file)
         if found is None or (retry_failed and (found["status"] != "ok" or "skipped" in found)):
@@ -71,7 +70,7 @@ def _forget_kept(folder: Path, retry_failed: bool) -> None:
 
 
 def read_record(file: Path) -> dict[str, Any] | None:
-    """A record; None where there is none, or it cannot be read."""
+    """Read a record; None if it is missing or unreadable."""
     try:
         found: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -80,7 +79,7 @@ def read_record(file: Path) -> dict[str, Any] | None:
 
 
 class _Study:
-    """A study at work in its folder."""
+    """A running study and its folder."""
 
     def __init__(self, spec: StudySpec, contents: Contents, folder: Path, jobs: int, executor: str) -> None:
         self.spec, self.contents, self.folder, self.jobs, self.executor = spec, contents, folder, jobs, executor
@@ -101,7 +100,7 @@ class _Study:
         return self._write(rates)
 
     def _write(self, rates: Rates) -> dict[str, Any]:
-        """Say what the study is and which records are its own."""
+        """Write study.json: the study and which records belong to it."""
         compared = list(cells(self.spec, rates, self.contents))
         found = {
             **record.new("study"),
@@ -137,7 +136,7 @@ class _Study:
             ) from error
 
     def _cells(self, wanted: Sequence[Cell]) -> None:
-        """Run those that have no record."""
+        """Run the cells that have no record."""
         unique = {cell.digest: cell for cell in wanted}
         missing = [cell for digest, cell in unique.items() if not (self.folder / "cells" / f"{digest}.json").exists()]
         work = [self._job(cell) for cell in missing]
@@ -150,13 +149,13 @@ class _Study:
             self.shown.ended(cell, found)
 
     def _work(self, cell: Cell) -> Path:
-        """Where a long run keeps its checkpoints until it is done."""
+        """The folder of a long run's checkpoints until it has finished."""
         return self.folder.resolve() / "work" / cell.digest
 
     def _job(self, cell: Cell) -> dict[str, Any]:
         config = cell.config
         train = config.train.with_options(output_dir=None, report_to="none", resume=False)
-        if config.train.save_steps is not None:  # long runs: a killed one goes on from its newest checkpoint
+        if config.train.save_steps is not None:  # long runs resume from their newest checkpoint
             train = train.with_options(output_dir=str(self._work(cell)), resume=True)
         return {
             "job": "cell", "kind": cell.kind, "tuning": cell.tuning,
@@ -164,7 +163,7 @@ class _Study:
         }  # fmt: skip
 
     def _turns(self, compared: Sequence[Cell]) -> list[tuple[tuple[str, str], tuple[str, dict[str, Cell]]]]:
-        """For each model and task the digest of its turns, and the cells that take them: those of the first seed."""
+        """For each model and task, the digest of its speed measurement and the cells measured: those of the first seed."""
         groups: dict[tuple[str, str], dict[str, Cell]] = {}
         for cell in compared:
             if cell.seed == self.spec.seeds[0]:
@@ -207,13 +206,13 @@ def _peak(folder: Path, cell: Cell) -> int | None:
 
 
 def peak_bytes(found: Mapping[str, Any]) -> int:
-    """Of a finished cell's process above its imports, loading and training."""
+    """Peak memory of a finished cell's process above its baseline after imports, over loading and training."""
     memory = found["measured"]["memory"]
     return int(max(memory["train_peak_bytes"], memory["load_peak_bytes"]))
 
 
 def best_rates(folder: Path, grid: Sequence[Cell]) -> Rates:
-    """The learning rate of the lowest evaluation loss for each (model, method, task) whose grid has a finished run."""
+    """The learning rate with the lowest evaluation loss for each (model, method, task) whose grid has a finished run."""
     losses: dict[tuple[str, str, str], dict[float, float]] = {}
     for cell in grid:
         found = read_record(folder / "cells" / f"{cell.digest}.json")
@@ -224,7 +223,7 @@ def best_rates(folder: Path, grid: Sequence[Cell]) -> Rates:
 
 
 class _Shown:
-    """How far a study is, on standard error: a bar on a terminal, a line for each cell that ends."""
+    """Progress of a study on standard error: a bar on a terminal, and a line for each cell that ends."""
 
     def __init__(self, folder: Path, jobs: int) -> None:
         self.console = Console(file=sys.stderr, highlight=False, soft_wrap=True)
@@ -240,7 +239,7 @@ class _Shown:
         return self
 
     def count(self, all_cells: Sequence[Cell]) -> None:
-        """See what there is and what is left to do."""
+        """Count the finished and the missing cells."""
         first, self.total, self.done = not self.total, len(all_cells), 0
         self.left = {(cell.method, cell.task, cell.tuning): 0 for cell in all_cells}
         self.seconds = {key: [] for key in self.left}

@@ -1,9 +1,9 @@
-"""Running programs that a model wrote: each in a locked process of its own, for pass@1.
+"""Run generated programs for pass@1, each in its own sandboxed process.
 
-What a program can do is in `sandboxed.py`: compute, and read files. From here the process gets an empty folder, no environment,
-no terminal, and a time after which it is killed. A program passes if it comes to its end: the process then says a token that it
-was given and the program was not, so that leaving early is no way to pass (a program that goes looking for the token in the
-frames above its own could cheat the score, not the machine). What it prints is thrown away.
+`sandboxed.py` defines what a program can do: compute, and read files. This module gives the process an empty folder, a minimal
+environment (PATH, LC_ALL), no terminal, and a timeout after which it is killed. A program passes if it runs to its end: the
+process then writes a token that it was given and the program was not, so that exiting early does not pass (a program that
+searches the stack frames above its own for the token could cheat the score, not the machine). Its output is discarded.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from lownibble.study.sandboxed import UNABLE
 
 MEMORY_BYTES = 1 << 30
 SECONDS = 10.0
-"""Limits of a program, where none are given."""
+"""Default limits of a program: bytes of address space, and seconds of wall-clock time."""
 
 
 class Outcome(NamedTuple):
@@ -38,10 +38,10 @@ class Outcome(NamedTuple):
 def run_all(
     programs: Sequence[str], *, seconds: float = SECONDS, memory_bytes: int = MEMORY_BYTES, jobs: int | None = None
 ) -> list[Outcome]:
-    """Run each program; so many at a time (default: one less than the processors, at least one).
+    """Run each program, `jobs` at a time (default: one less than the CPUs, at least one).
 
     Raises:
-        ConfigError: this system cannot lock a process in.
+        ConfigError: this system cannot sandbox a process.
     """
     with ThreadPoolExecutor(jobs or max(1, (os.cpu_count() or 2) - 1)) as pool:
         return list(pool.map(lambda program: run(program, seconds=seconds, memory_bytes=memory_bytes), programs))
@@ -51,7 +51,7 @@ def run(program: str, *, seconds: float = SECONDS, memory_bytes: int = MEMORY_BY
     """Run one program.
 
     Raises:
-        ConfigError: this system cannot lock a process in.
+        ConfigError: this system cannot sandbox a process.
     """
     if sys.platform != "linux":
         raise ConfigError("Generated programs are run on Linux only: what locks them in (seccomp) is Linux's.")

@@ -1,10 +1,9 @@
-"""The process in which one generated program runs; started by `sandbox.py`, imports nothing but the standard library.
+"""The sandboxed process that runs one generated program; started by `sandbox.py`, imports only the standard library.
 
-Reads a JSON document from standard input (program, token, limits), locks itself in, runs the program, and writes the token to
-standard output if the program came to its end without an exception. The lock is a seccomp filter, an allow-list of system
-calls: what is not on it fails with "operation not permitted". Files can be read and not written, made or deleted; there are no
-sockets, no processes, no threads, no signals to others. Limits on time and memory are the kernel's. All of it is inherited and
-cannot be taken back. No privileges are needed.
+Reads a JSON document from standard input (program, token, limits), sandboxes itself, runs the program, and writes the token to
+standard output if the program ended without an exception. The sandbox is a seccomp filter, an allow-list of system calls: others
+fail with EPERM. Files can be read but not written, created or deleted; there are no sockets, no processes, no threads, no signals
+to others. The kernel limits CPU time and memory (rlimits). All of it is inherited and cannot be undone. No privileges are needed.
 """
 
 import ctypes
@@ -17,7 +16,7 @@ import struct
 import sys
 
 UNABLE = 70
-"""Exit code where the kernel has no such filter."""
+"""Exit code if the kernel or the architecture has no such filter."""
 
 _ALLOWED = {
     "x86_64": {
@@ -44,9 +43,9 @@ _ALLOWED = {
     },
 }  # fmt: skip
 _OPENS = {"x86_64": ((2, 1), (257, 2)), "aarch64": ((56, 2),)}
-"""`open` and `openat`, and which argument has the flags."""
+"""`open` and `openat`: (system call number, index of the flags argument)."""
 _COMMANDS = {"x86_64": {16: (0x5401, 0x5451), 72: (0, 1, 2, 3, 1030)}, "aarch64": {29: (0x5401, 0x5451), 25: (0, 1, 2, 3, 1030)}}
-"""`ioctl` (is this a terminal? close it on exec) and `fcntl` (a copy; flags read, close on exec set): their second argument."""
+"""`ioctl` (TCGETS, FIOCLEX) and `fcntl` (F_DUPFD, F_GETFD, F_SETFD, F_GETFL, F_DUPFD_CLOEXEC): allowed second arguments."""
 _AUDIT = {"x86_64": 0xC000003E, "aarch64": 0xC00000B7}
 
 _WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND | getattr(os, "O_TMPFILE", 0) & ~os.O_DIRECTORY
@@ -57,7 +56,7 @@ _ALLOW, _KILL, _DENY = 0x7FFF0000, 0x80000000, 0x00050000 | 1
 def _filter(machine: str) -> bytes:
     """The filter as BPF; each instruction is (code, jump if true, jump if not, value)."""
     code = [(_LOAD, 0, 0, 4), (_EQUAL, 1, 0, _AUDIT[machine]), (_RETURN, 0, 0, _KILL), (_LOAD, 0, 0, 0)]
-    code += [(_ABOVE, 0, 1, 0x40000000), (_RETURN, 0, 0, _KILL)]  # x32's numbers
+    code += [(_ABOVE, 0, 1, 0x40000000), (_RETURN, 0, 0, _KILL)]  # x32 system calls
     for number, argument in _OPENS[machine]:
         checks = [(_LOAD, 0, 0, 16 + 8 * argument), (_AND, 0, 0, _WRITES), (_EQUAL, 0, 1, 0), (_RETURN, 0, 0, _ALLOW)]
         code += [(_EQUAL, 0, len(checks) + 1, number), *checks, (_RETURN, 0, 0, _DENY)]
@@ -94,7 +93,7 @@ def _lock(memory_bytes: int, seconds: int) -> None:
 
 
 def main() -> None:
-    """Run what standard input says."""
+    """Run the program given on standard input."""
     given = json.load(sys.stdin)
     token, text = given["token"], given["program"]
     if platform.machine() not in _ALLOWED:

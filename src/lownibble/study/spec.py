@@ -1,4 +1,4 @@
-"""The study file: models x methods x tasks x seeds, and what all of them share.
+"""The study file: models x methods x tasks x seeds, and the options they share.
 
     name = "first"
     seeds = [0, 1, 2]
@@ -18,13 +18,13 @@
     [train]
     max_steps = 40
 
-    [tuning]                                # the best is found for each model, method and task before they are compared
+    [tuning]                                # learning rate search for each model, method and task before the comparison
     learning_rates = [1e-4, 3e-4, 1e-3]
     train = { max_steps = 20 }
 
-A cell is one run. Its name is a digest of all that decides its result, so a finished one is found again whatever the file is
-called or how its parts are ordered, and one whose settings have changed is another cell. Rows and models count by their
-contents. Options at their default do not count, so a new option makes no finished cell a missing one.
+A cell is one run. Its name is a digest of everything that determines its result: a finished cell is found again whatever the
+file's name or order, and one whose settings have changed is a new cell. The digest covers the contents of rows and models, not
+their paths. It leaves out options at their default, so that a new option does not invalidate finished cells.
 """
 
 from __future__ import annotations
@@ -47,31 +47,31 @@ from lownibble.options import Options, read_toml
 from lownibble.study.tasks import KINDS, check_kind, with_templates
 
 SCHEMA = 1
-"""Of a cell's record; a change makes all cells new. To be raised when a default changes, which the digests do not see."""
+"""Schema version in the digests: a change makes all cells new. Raise it when a default changes, which digests do not see."""
 
 _NO_PART = {"output_dir", "report_to", "resume", "save_steps"}
-"""Options of training that decide where things go and not what comes out."""
+"""Options of [train] that do not affect the result: output, logging, checkpoints and resuming."""
 
 
 _BY_CONTENT = {"model", "revision"}
-"""Options of a run that the digests of its contents stand for; of its data, the paths, splits and numbers of rows."""
+"""Options of a run that content digests replace in its digest; `_DATA_BY_CONTENT`: those of [data]."""
 
 _DATA_BY_CONTENT = {"path", "eval_path", "split", "eval_split", "eval_fraction", "max_rows", "max_eval_rows"}
 
 
 _OURS = {"seed", "output_dir", "report_to", "resume"}
-"""Options of training that a study sets itself."""
+"""Options of [train] that a study sets itself."""
 
 
 class Contents(NamedTuple):
-    """Digests. models: of each model; a hub id stands for itself. data: of each task's training and evaluation rows."""
+    """Content digests. models: of each model; a hub id or 'demo' as it is. data: of each task's training and evaluation rows."""
 
     models: dict[str, str]
     data: dict[str, tuple[str, str]]
 
 
 class MethodSpec(Options):
-    """A method, with any of its settings."""
+    """A method and its options."""
 
     method: Method
     lora: dict[str, Any] = Field({}, description="options of [lora]")
@@ -81,7 +81,7 @@ class MethodSpec(Options):
 
 
 class TaskSpec(Options):
-    """A task: its kind, its data, and what its runs need besides."""
+    """A task: its kind, its data, its training options and its margin."""
 
     kind: str = Field(description=f"one of {', '.join(KINDS)}")
     data: Data
@@ -97,7 +97,7 @@ class TaskSpec(Options):
 
 
 class TuningSpec(Options):
-    """How learning rates are found: the same grid for every method, at a seed that is not compared."""
+    """The learning rate search: the same grid for every method, at a seed that is not compared."""
 
     learning_rates: list[Annotated[float, Gt(0)]] = Field([], description="the grid; empty: as in [train]")
     seed: Annotated[int, Ge(0)] = Field(1000, description="seed of these runs")
@@ -138,7 +138,7 @@ class StudySpec(Options):
 
 @dataclass(frozen=True)
 class Cell:
-    """One run of a study. `tuning`: it is there to find a learning rate. `contents`: digests of its model and rows, if known."""
+    """One run of a study. `tuning`: part of the learning rate search. `contents`: digests of model and rows, if known."""
 
     model: str
     method: str
@@ -150,12 +150,12 @@ class Cell:
 
     @property
     def seed(self) -> int:
-        """Of its data order and initialisation."""
+        """The seed of its data order and initialisation."""
         return self.config.train.seed
 
     @property
     def digest(self) -> str:
-        """Of all that decides what comes out."""
+        """16 hex digits of the SHA-256 of everything that determines the result."""
         left_out = _BY_CONTENT if self.contents[0] else set()
         options = self.config.model_dump(mode="json", exclude_defaults=True, exclude=left_out)
         for group, names in (("train", _NO_PART), ("data", _DATA_BY_CONTENT if self.contents[1] else set())):
@@ -166,10 +166,10 @@ class Cell:
 
 
 def read_study(path: str | Path) -> StudySpec:
-    """The study in a TOML file; data paths are relative to the file's folder.
+    """Read the study in a TOML file; data and model paths are relative to the file's folder.
 
     Raises:
-        ConfigError: it cannot be read, an axis or an option is not known, or a combination makes no run.
+        ConfigError: it cannot be read, a key or an option is unknown, or a combination is not a valid run.
     """
     contents, folder = read_toml(path), Path(path).parent
     unknown = [key for key in contents if key not in StudySpec.model_fields]
@@ -184,7 +184,7 @@ def read_study(path: str | Path) -> StudySpec:
     models = {name: _beside(folder, model) for name, model in spec.models.items()}
     found: StudySpec = spec.with_options(tasks=tasks, models=models)
     for _ in (*cells(found), *tuning_cells(found)):
-        pass  # every cell's options are checked when it is made
+        pass  # building a cell validates its options
     return found
 
 
@@ -195,7 +195,7 @@ def _from(folder: Path, data: DataConfig) -> DataConfig:
 
 
 def _beside(folder: Path, name: str) -> str:
-    """A path that exists beside the study file, or the name as it is."""
+    """The absolute path of `name` if it exists beside the study file, else `name` unchanged."""
     return str((folder / name).resolve()) if name != "demo" and (folder / name).exists() else name
 
 
@@ -205,8 +205,8 @@ def cells(
     """The cells that are compared, seed by seed.
 
     Args:
-        learning_rates: of each (model, method, task), as found by `tuning_cells`; default: that of [train].
-        contents: what the study's names stand for, so that the cells are named by it.
+        learning_rates: of each (model, method, task), as found with `tuning_cells`; default: that of [train].
+        contents: digests of the study's models and rows, for the cells' digests.
     """
     for seed in spec.seeds:
         for model, method, task in _combinations(spec):
@@ -216,7 +216,7 @@ def cells(
 
 
 def tuning_cells(spec: StudySpec, contents: Contents | None = None) -> Iterator[Cell]:
-    """The cells that find each model's, method's and task's learning rate: the grid, at a seed of their own."""
+    """The cells of the learning rate search: the grid for each model, method and task, at the seed of [tuning]."""
     for model, method, task in _combinations(spec):
         for rate in spec.tuning.learning_rates:
             own = {"seed": spec.tuning.seed, "learning_rate": rate}

@@ -48,7 +48,7 @@ def rows(summaries: list[dict[str, Any]]) -> list[tuple[str, list[str]]]:
         *(
             [row("frozen-base matmul precision", lambda s: s["base_computed_in"])]
             if all("base_computed_in" in s for s in summaries if s["status"] == "ok")
-            else []  # a record of before it was kept
+            else []  # an older record without this field
         ),
         row("peak memory above imports", lambda s: _gib(s["peak_bytes"])),
         row("  weights and constants", lambda s: _mib(sum(s["bytes_by_kind"][k] for k in ("weights", "codes", "constants")))),

@@ -1,8 +1,8 @@
-"""What a study can ask of a model: kinds of tasks, with the columns that their rows have, their templates and their metrics.
+"""Task kinds of a study, with the columns of their rows, their templates and their metrics.
 
 A kind says how a row becomes prompt and completion, and how an answer is scored: by 'likelihood' (the most probable of the labels
-wins), by 'generation' (the model writes an answer to the prompt, which is scored against the reference) or by 'loss' (perplexity
-of completions). Templates of the study file win over those of the kind.
+wins), by 'generation' (the generated answer is scored against the reference) or by 'loss' (perplexity of completions). Templates
+of the study file override those of the kind.
 """
 
 from __future__ import annotations
@@ -19,11 +19,10 @@ class Kind(NamedTuple):
     """A kind of task.
 
     Attributes:
-        columns: that every row has. scored_by: see above. metrics: their names, the main one first; more is better, but not of
+        columns: of every row. scored_by: see above. metrics: their names, the main one first; higher is better, except for
             'perplexity'.
-        margin: difference of the first metric that does not matter, where a study says nothing else (of perplexity: of its
-            logarithm, the loss).
-        max_new_tokens: of an answer that is written. stop: texts at which such an answer ends.
+        margin: default equivalence margin of the first metric (for perplexity: of its logarithm, the loss).
+        max_new_tokens: of a generated answer. stop: strings at which such an answer ends.
     """
 
     columns: tuple[str, ...]
@@ -66,10 +65,10 @@ KINDS: dict[str, Kind] = {
 
 
 def check_kind(kind: str) -> None:
-    """Raise if there is no such kind.
+    """Check that a task kind exists.
 
     Raises:
-        ConfigError: with the nearest one.
+        ConfigError: it does not; the message suggests the nearest.
     """
     if kind not in KINDS:
         near = difflib.get_close_matches(kind, KINDS, n=1, cutoff=0.3)
@@ -78,7 +77,7 @@ def check_kind(kind: str) -> None:
 
 
 def with_templates(kind: str, data: DataConfig) -> DataConfig:
-    """The data with the kind's templates, where it has none of its own. The demo brings its own."""
+    """The data with the kind's templates where it has none of its own; unchanged for the demo data, which has its own."""
     found = KINDS[kind]
     if found.prompt_template is None or data.path == "demo":
         return data
@@ -90,10 +89,10 @@ def with_templates(kind: str, data: DataConfig) -> DataConfig:
 
 
 def check_columns(task: str, kind: str, data: Dataset) -> None:
-    """Compare the rows' columns with those of the kind.
+    """Check that every row has the columns of the kind.
 
     Raises:
-        DataError: some are missing; says what was found and what is expected.
+        DataError: some are missing; the message says what was found and what is expected.
     """
     expected = KINDS[kind].columns
     for row in data.rows:

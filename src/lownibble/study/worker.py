@@ -1,8 +1,8 @@
-"""One run in a process of its own: `python -m lownibble.study.worker SPEC.json`.
+"""One run in a separate process: `python -m lownibble.study.worker SPEC.json`.
 
-A process per run keeps memory figures apart and turns any failure, also a kill by the system, into a recorded result. The
-specification is a `RunConfig`; the record goes into its output folder. Exit code 0 when the run succeeded, 1 when it failed and
-a record says why, 130 when it was interrupted.
+A process per run keeps memory figures separate and turns any failure, even a kill by the system, into a recorded result. The
+specification is a `RunConfig`; the record is written to its output folder. Exit code 0 if the run succeeded, 1 if it failed and a
+record says why, 130 if it was interrupted.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from lownibble.config import RunConfig
 
 
 def main(spec: str) -> int:
-    """Run the specification in the file `spec`."""
+    """Run the specification in the file `spec`; returns the exit code."""
     config = RunConfig(**json.loads(Path(spec).read_text()))
     from lownibble import record
     from lownibble.memory.usage import kept_heap
@@ -28,7 +28,7 @@ def main(spec: str) -> int:
             run(config, sinks=[ProgressSink(config.method)])
     except KeyboardInterrupt:
         return 130
-    except Exception as error:  # every failure becomes a record; the parent reports it and goes on
+    except Exception as error:  # every failure becomes a record; the parent reports it and continues
         failure = failed(config, f"{type(error).__name__}: {error}")
         failure["environment"] = record.environment()
         record.write(Path(config.train.output_dir or ".") / "record.json", failure)
@@ -38,7 +38,7 @@ def main(spec: str) -> int:
 
 
 def how_it_ended(code: int) -> str:
-    """What the exit code says of a process that left no record."""
+    """Describe, from its exit code, how a process without a record ended."""
     why = signal.Signals(-code).name if code < 0 else f"exit code {code}"
     hint = " (the system's out-of-memory killer sends it)" if code == -signal.SIGKILL else ""
     return f"The process ended with {why}{hint} and left no record."

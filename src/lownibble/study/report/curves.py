@@ -1,10 +1,10 @@
 """Curves: losses, scores and speed by step, ready to draw.
 
 All scales, ticks and smoothing are decided here, once. The template draws the default view (steps, one loss scale) as plain SVG,
-and `charts.js` moves the same marks when the reader picks another axis: it knows only how a scale maps a value to a share of the
-plot. Positions are percentages and lines live in a nested, stretched viewport, so a plot is readable at any
-width, also without a script. Rejected: a drawing in JavaScript alone (nothing to see without it, nothing to test from Python) and
-one SVG with a fixed view box (text shrinks to nothing on a phone).
+and `charts.js` moves the same marks when the reader picks another axis: it knows only how a scale maps a value to a fraction of
+the plot. Positions are percentages and lines live in a nested, stretched viewport, so a plot is readable at any width, even
+without a script. Rejected: drawing in JavaScript alone (nothing visible without it, nothing to test from Python) and one SVG with
+a fixed view box (text becomes unreadable on a phone).
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ from itertools import accumulate
 from typing import Any
 
 POINTS = 400
-"""Longer runs are drawn as this many points, each the mean over equally many steps."""
+"""Longer runs are drawn with at most this many points, each the mean over equally many steps."""
 
 LOG_FROM = 10.0
-"""Losses that span more than this factor are first shown on a logarithmic scale."""
+"""Losses that span more than this factor are shown on a logarithmic scale by default."""
 
 X_TITLES = {
     "steps": "optimiser steps",
@@ -39,7 +39,7 @@ class Axis:
     ticks: list[tuple[float, str]]
 
     def share(self, value: float) -> float:
-        """Where a value lies: 0 at `lo`, 1 at `hi`."""
+        """Position of a value on the axis: 0 at `lo`, 1 at `hi`."""
         if self.log:
             return math.log(value / self.lo) / math.log(self.hi / self.lo)
         return (value - self.lo) / (self.hi - self.lo)
@@ -47,7 +47,7 @@ class Axis:
 
 @dataclass(frozen=True)
 class Series:
-    """One line or row of marks. `track` names its x values; y None: no point there; `error`: half height of the error bars."""
+    """One line or row of marks. `track` names its x values; y None: no point; `error`: half height of the error bars."""
 
     method: int
     label: str
@@ -103,7 +103,7 @@ class Curves:
         return found
 
     def to_json(self) -> dict[str, Any]:
-        """What the script needs to move the marks and to name their values."""
+        """The data that the script needs to move the marks and to show their values."""
 
         def axis(a: Axis) -> dict[str, Any]:
             return {"lo": a.lo, "hi": a.hi, "log": a.log, "ticks": a.ticks}
@@ -136,7 +136,7 @@ class Curves:
 
 
 def _short(values: Iterable[float | None]) -> list[float | None]:
-    """Six significant digits: more than any reader sees, and a third of the bytes."""
+    """Round to six significant digits: more than any plot shows, at a third of the bytes."""
     return [None if v is None else float(f"{v:.6g}") for v in values]
 
 
@@ -153,7 +153,7 @@ def linear(lo: float, hi: float, *, want: int = 5) -> Axis:
 
 
 def logarithmic(lo: float, hi: float) -> Axis:
-    """A logarithmic scale from `lo` to `hi` (both above 0) with ticks at 1, 2 and 5, or at powers of ten where those are many."""
+    """A logarithmic scale from `lo` to `hi` (both above 0) with ticks at 1, 2 and 5, or at powers of ten if those exceed 7."""
     decades = range(math.floor(math.log10(lo)), math.ceil(math.log10(hi)) + 1)
     for factors in ((1, 2, 5), (1,)):
         ticks = [m * 10.0**d for d in decades for m in factors if lo <= m * 10.0**d <= hi]
@@ -171,7 +171,7 @@ def smooth(values: list[float], window: int) -> list[float]:
 
 
 def thin(steps: list[dict[str, Any]]) -> tuple[list[dict[str, float]], int]:
-    """At most `POINTS` points for a run's steps, and how many steps each stands for: mean loss, summed tokens and seconds."""
+    """Downsample a run's steps to at most `POINTS` points (mean loss, summed tokens and seconds); and the steps per point."""
     size = max(1, math.ceil(len(steps) / POINTS))
     groups = [steps[i : i + size] for i in range(0, len(steps), size)]
     found = [

@@ -1,7 +1,7 @@
-"""What the report says in words and lists: recommendation, configuration, model, data, environment, records.
+"""Text and lists of the report: recommendation, configuration, model, data, environment, records.
 
-Facts of the runs are compared: one that is the same for all methods is said once, one that differs is said for each and marked,
-because figures measured under different conditions do not compare.
+Facts of the runs are compared: one that is the same for all methods is shown once, one that differs is shown for each and marked,
+because figures measured under different conditions are not comparable.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class Option:
 
 
 def fact(name: str, runs: list[tuple[str, dict[str, Any]]], get: Callable[[dict[str, Any]], Any]) -> Fact | None:
-    """What `get` finds in each run; runs without it are left out, and without any there is no fact."""
+    """What `get` returns for each run; runs where it is None are left out, and without any the fact is None."""
     found = [(method, str(value)) for method, run in runs if (value := get(run)) is not None]
     if len({text for _, text in found}) == 1:
         found = [("", found[0][1])]
@@ -103,7 +103,7 @@ def _text(value: Any) -> str:
 
 
 def environment(comparison: dict[str, Any], runs: list[tuple[str, dict[str, Any]]]) -> list[Fact]:
-    """Where the runs ran."""
+    """The hardware and software that the runs used."""
     known = [(m, run["environment"]) for m, run in runs if run.get("environment")]
     known = known or [("", comparison.get("environment", {}))]
 
@@ -132,7 +132,7 @@ def environment(comparison: dict[str, Any], runs: list[tuple[str, dict[str, Any]
 
 
 def data(runs: list[tuple[str, dict[str, Any]]]) -> list[Fact]:
-    """What the runs were trained and evaluated on."""
+    """The training and evaluation data of the runs."""
     known = [(m, run["data"]) for m, run in runs if run.get("data")]
 
     def count(key: str) -> Callable[[dict[str, Any]], str | None]:
@@ -152,7 +152,7 @@ def data(runs: list[tuple[str, dict[str, Any]]]) -> list[Fact]:
 
 
 def model(runs: list[tuple[str, dict[str, Any]]]) -> list[Fact]:
-    """What was trained."""
+    """The trained model."""
     known = [(m, run["model"]) for m, run in runs if run.get("model")]
 
     def count(key: str) -> Callable[[dict[str, Any]], str | None]:
@@ -170,7 +170,7 @@ def model(runs: list[tuple[str, dict[str, Any]]]) -> list[Fact]:
 
 
 def records(folder: Path, methods: list[str]) -> list[tuple[str, str]]:
-    """(relative address, what it is) of the files beside the page."""
+    """(relative URL, description) of the files beside the page."""
     found = [("record.json", "the comparison: configuration, figures, advice")]
     for method in methods:
         found.append((f"{quote(method, safe='')}/record.json", f"{method}: every step and evaluation, memory, environment"))

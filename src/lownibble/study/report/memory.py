@@ -1,4 +1,4 @@
-"""Memory bars: each method's peak, stacked by what holds the bytes."""
+"""Memory bars: each method's peak, stacked by kind of memory."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ KINDS = {
     "activations": "saved for backward in the first step",
     "other": "peak minus all of the above: buffers, allocator, temporary tensors",
 }
-"""Kind of bytes and what it is, in the order of stacking."""
+"""Kind of memory -> description, in stacking order."""
 
 _CHARACTER_PX, _NARROWEST_BAR_PX = 7.0, 300.0
 
 
 @dataclass(frozen=True)
 class Segment:
-    """A stretch of a bar; positions in percent of the axis. `label` is empty where it would not fit on a phone."""
+    """A segment of a bar; positions in percent of the axis. `label` is empty if it would not fit on a phone."""
 
     kind: str
     x: str

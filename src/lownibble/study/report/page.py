@@ -1,8 +1,8 @@
-"""Writing the report: one HTML page that holds all it needs.
+"""The report of a comparison: one self-contained HTML page.
 
-The template, the style and the script are files of their own, put together here. Names, paths and errors come from outside and
-are text everywhere: the template escapes by default, data for the script is JSON with `<`, `>`, `&` and `'` escaped, and a
-content security policy lets only this style and this script run and nothing be fetched.
+The template, the style and the script are separate files, inlined here. Names, paths and errors are untrusted and are treated as
+text everywhere: the template escapes by default, data for the script is JSON with `<`, `>`, `&` and `'` escaped, and a content
+security policy allows only this style and this script, and no requests.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def write(path: str | Path, comparison: dict[str, Any], runs: list[dict[str, Any
 
 
 def render(comparison: dict[str, Any], runs: list[dict[str, Any]], folder: Path) -> str:
-    """The page as text; `folder` is where it will lie, beside the records that it links to."""
+    """Render the page as text; `folder` is where it will be written, beside the records that it links to."""
     environment = Environment(
         loader=FileSystemLoader(_HERE), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
@@ -80,12 +80,12 @@ def render(comparison: dict[str, Any], runs: list[dict[str, Any]], folder: Path)
 
 
 def content_hash(text: str) -> str:
-    """As a content security policy names a style or script."""
+    """The SHA-256 source of a style or script for a content security policy."""
     return "sha256-" + base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
 
 
 def _rows(summaries: list[dict[str, Any]]) -> list[tuple[str, list[str]]]:
-    """The comparison's table; when no method finished, only its first row has anything to say."""
+    """The comparison's table; only its first row if no method finished."""
     found = [(_tidy(label), [_tidy(cell) for cell in cells]) for label, cells in table.rows(summaries)]
     return found if any(s["status"] == "ok" for s in summaries) else found[:1]
 

@@ -1,7 +1,7 @@
 """The report of a study: one HTML page and one Markdown file, both of the same summary.
 
-As for a comparison (`page.py`), everything is drawn here as SVG and readable without a script; the script (`study.js`) hides
-methods and reads values out. Intervals are drawn as wide as they are: the page is about what can and cannot be told.
+As for a comparison (`page.py`), everything is drawn here as SVG and readable without a script; the script (`study.js`) toggles
+methods and shows values. Intervals are drawn to scale, clipped at a plot's limits: the page shows what can and cannot be told.
 """
 
 from __future__ import annotations
@@ -32,9 +32,9 @@ def write(folder: str | Path, pages: str | Path | None = None) -> dict[str, Any]
     """Write summary.json, report.html and report.md of the study in `folder`; returns the summary.
 
     Args:
-        pages: where the two reports go, linked to the records where they are; default: beside the records.
+        pages: folder of the two reports, which link to the records; default: beside the records.
     Raises:
-        ConfigError: there is no study.
+        ConfigError: `folder` holds no study.
         OSError: they cannot be written.
     """
     folder = Path(folder)
@@ -78,12 +78,12 @@ def _environment(*, autoescape: bool) -> Environment:
 
 
 def score(value: float | None) -> str:
-    """Four digits, or a dash."""
+    """Three decimals (from 100 on: four significant digits), '-' for None."""
     return "-" if value is None else f"{value:.4g}" if abs(value) >= 100 else f"{value:.3f}"
 
 
 def span(found: Mapping[str, Any] | None, digits: int = 3) -> str:
-    """'mean (low to high)'; without an interval the mean and why it has none."""
+    """'mean (low to high)'; without an interval, the mean and the reason."""
     if found is None or found["mean"] is None:
         return "-"
     if found["low"] is None:
@@ -112,7 +112,7 @@ def ratio(found: Mapping[str, Any] | None) -> str:
 
 
 def gib(found: Mapping[str, Any] | None) -> str:
-    """Bytes as GiB, the smallest to the largest over seeds."""
+    """Mean bytes as GiB, with the range over seeds if there is one."""
     if found is None or not found["values"]:
         return "-"
     low, high = min(found["values"]) / 2**30, max(found["values"]) / 2**30
@@ -124,7 +124,7 @@ def gib(found: Mapping[str, Any] | None) -> str:
 
 
 def _cell(row: Mapping[str, Any]) -> str:
-    """One place of the planner's table."""
+    """One cell of the planner's table."""
     if not row["fits"]:
         return "no"
     hours = "" if row["hours"] is None else f", {row['hours']:.1f} h"
@@ -133,7 +133,7 @@ def _cell(row: Mapping[str, Any]) -> str:
 
 
 def _pipe(text: str) -> str:
-    """Text that is safe inside a Markdown table."""
+    """Escape text for a Markdown table."""
     return str(text).replace("|", "\\|").replace("\n", " ").replace("<", "&lt;")
 
 
@@ -174,7 +174,7 @@ def _failed(found: Mapping[str, Any] | None) -> bool:
 
 
 def _toml(spec: Mapping[str, Any], path: tuple[str, ...] = ()) -> str:
-    """The study as a TOML file that makes the same cells."""
+    """The study's specification as TOML that produces the same cells."""
     lines = [f"{_key(k)} = {_value(v)}" for k, v in spec.items() if not _is_table(path, k, v)]
     for key, value in spec.items():
         if _is_table(path, key, value):
@@ -206,7 +206,7 @@ def _value(value: Any) -> str:
 
 
 def _pairs(groups: Sequence[Mapping[str, Any]]) -> list[tuple[str, str]]:
-    """The pairs of methods, LoRA against QLoRA first: that is what most readers come for."""
+    """The pairs of methods, LoRA against QLoRA first, the comparison that most readers want."""
     found = list(dict.fromkeys((pair["a"], pair["b"]) for group in groups for pair in group["pairs"]))
     return sorted(found, key=lambda pair: set(pair) != {"lora", "qlora"})
 
@@ -224,9 +224,9 @@ def _headline(groups: Sequence[Mapping[str, Any]]) -> str:
 
 @dataclass(frozen=True)
 class Line:
-    """One difference of a forest plot; positions in percent of its width. `low` and `high` None: one seed, no interval.
+    """One difference of a forest plot; positions in percent of its width. `low` and `high` None: no interval.
 
-    `rows`: the same over rows instead of seeds, or nothing.
+    `rows`: the difference over rows instead of seeds, or ''.
     """
 
     label: str
@@ -242,7 +242,7 @@ class Line:
 
 @dataclass(frozen=True)
 class Forest:
-    """The differences of a pair over tasks. Each metric is drawn in units of its margin, so that tasks share an axis."""
+    """The differences of a pair over tasks. Metrics are in units of their equivalence margin, so that tasks share an axis."""
 
     a: str
     b: str
@@ -290,7 +290,7 @@ def _forest(groups: Sequence[Mapping[str, Any]], a: str, b: str) -> Forest | Non
 
 
 def verdict(difference: Mapping[str, Any], equivalence: Mapping[str, Any], a: str, b: str, metric: str) -> str:
-    """What a difference and its test of equivalence say, in words."""
+    """The verdict of a difference and its equivalence test, as text."""
     if difference["low"] is None:
         return "nothing can be told"
     if equivalence["p"] <= LEVEL:
@@ -303,7 +303,7 @@ def verdict(difference: Mapping[str, Any], equivalence: Mapping[str, Any], a: st
 
 @dataclass(frozen=True)
 class Curve:
-    """A method's evaluation loss: marks in percent, the mean's path and the band's, in a box of 1000 by 1000."""
+    """A method's evaluation loss: marks in percent; paths of the mean, the band and the seeds in a box of 1000 by 1000."""
 
     method: int
     name: str
@@ -322,7 +322,7 @@ class Panel:
     y: Axis
     curves: list[Curve]
     readings: list[tuple[int, str]]
-    """(step, what there is to read at it)"""
+    """(step, text shown at it)"""
     summary: str
 
 
@@ -364,7 +364,7 @@ def _at(curve: Mapping[str, Any], i: int) -> dict[str, Any]:
 
 
 def _clipped(curve: Mapping[str, Any], i: int, top: float) -> tuple[float, float] | None:
-    """A step's interval, kept within what is worth drawing: with three seeds one may run to the clouds."""
+    """A step's interval clipped to [0, `top`]: with three seeds it may be very wide."""
     low, high = curve["low"][i], curve["high"][i]
     return None if low is None else (max(0.0, low), min(high, top))
 
