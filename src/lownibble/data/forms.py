@@ -67,9 +67,14 @@ class Recipe:
         return as_turns(prompt, completion)
 
     def identity(self, row: Row) -> bytes:
-        """Canonical bytes of the prompt's fields (or of the whole `messages` or `text`); rows that share them share a split."""
-        if self.form in ("messages", "text"):
-            return canonical(row.fields[self.form])
+        """Canonical bytes of what a row asks (of a conversation, what stands before the first assistant turn; of text alone, all
+        of it); rows that share them share a split."""
+        if self.form == "messages":
+            turns = row.fields["messages"]
+            first = next((n for n, turn in enumerate(turns) if turn["role"] == "assistant"), 0)
+            return canonical(turns[:first] or turns)
+        if self.form == "text":
+            return canonical(row.fields["text"])
         assert self.prompt_template is not None
         return canonical([row.fields[name] for name in sorted(set(_field_names(self.prompt_template)))])
 

@@ -96,9 +96,9 @@ def _split_files(folder: Path) -> dict[str, Path]:
     """The folder's data files by name without suffix: {'train': .../train.jsonl, ...}."""
     files: dict[str, Path] = {}
     for path in sorted(folder.iterdir()):
-        suffix = next((suffix for suffix in SUFFIXES if path.name.endswith(suffix)), None)
+        suffix = next((suffix for suffix in SUFFIXES if path.name.lower().endswith(suffix)), None)
         if suffix and path.is_file():
-            name = path.name.removesuffix(suffix)
+            name = path.name[: -len(suffix)]
             if name in files:
                 raise DataError(f"'{folder}' holds both {files[name].name} and {path.name}. Keep one of them.")
             files[name] = path

@@ -28,6 +28,9 @@ from lownibble.lora.provenance import other_weights
 from lownibble.models import resolve, skeleton
 from lownibble.models.checkpoint import Checkpoint
 
+BNB_TYPES = ("nf4", "fp4")
+"""Codecs of bitsandbytes' 4-bit checkpoints."""
+
 
 def export(source: str | Path, output: str | Path, format: str, **options: Any) -> dict[str, Any]:
     """Write a model or an adapter in another format; returns what was written.
@@ -105,6 +108,10 @@ def _check(config: ExportConfig) -> Path:
             raise ConfigError("--dtype q8_0 is for --format gguf. Choose another.")
     if config.format != "bnb-4bit" and config.quant != QuantConfig():
         raise ConfigError("Options of the quantisation are for --format bnb-4bit. Leave them out.")
+    if config.format == "bnb-4bit" and (config.quant.pattern or config.quant.quant_type not in BNB_TYPES):
+        raise ConfigError(
+            f"--format bnb-4bit is bitsandbytes' 4-bit format: {' or '.join(BNB_TYPES)} in all layers. Leave other codecs out."
+        )
     return output
 
 

@@ -54,9 +54,10 @@ def calibrate(config: PlanConfig) -> dict[str, Any]:
     torch_device = pick_device()
     device, contents = device_of(torch_device), find_config(config.model)
     name = "cpu" if torch_device.type == "cpu" else hardware.known_as(device.name)
-    known = calibration.calibrated(hardware.device(name) if name == "cpu" or name in hardware.names() else device)
+    in_table = name == "cpu" or name in hardware.names()
+    known = calibration.calibrated(hardware.device(name) if in_table else device)
     flops, bandwidth = known.flops or _product(torch_device), known.bandwidth or _copy(torch_device)
-    if known is device:  # a GPU that is not in the table is named by its figures
+    if not in_table:  # such a GPU is named by its figures
         name = f"memory={device.memory_bytes / 2**30:.1f},bandwidth={bandwidth / 1e9:.0f},tflops={flops / 1e12:.0f}"
     if config.gpu not in ("all", name):
         raise ConfigError(f"--calibrate measures the device that is here: --gpu {name}. Got '{config.gpu}'.")
@@ -72,6 +73,8 @@ def calibrate(config: PlanConfig) -> dict[str, Any]:
         "created": record.new("calibration")["created"], "model": config.model, "flops": flops, "bandwidth": bandwidth,
         "efficiency": {method: each["efficiency"] for method, each in measured.items()}, "measured": measured,
     }  # fmt: skip
+    if not in_table:
+        calibration.keep(device.name, entry)  # where the next calibration of this GPU looks
     return {"device": name, "file": str(calibration.keep(name, entry)), **entry}
 
 

@@ -114,7 +114,8 @@ def main() -> int:
             import traceback
 
             traceback.print_exc()
-        found = {**record.new("study-cell"), "status": "failed", "error": f"{type(error).__name__}: {error}"}
+        kind = "study-speed" if spec["job"] == "speed" else "study-cell"
+        found = {**record.new(kind), "status": "failed", "error": f"{type(error).__name__}: {error}"}
         found["environment"] = record.environment()
     record.write(spec["record"], found)
     return 0 if found["status"] == "ok" else 1

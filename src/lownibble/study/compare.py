@@ -72,15 +72,16 @@ def compare(config: CompareConfig | None = None) -> dict[str, Any]:
 
 
 def _paired_speed(folder: Path, configs: dict[str, RunConfig], peaks: list[int]) -> dict[str, Any]:
-    """Interleaved speed, measured once per folder and kept in paired.json: a resumed comparison reuses it."""
-    path = folder / "paired.json"
-    if not path.exists():
+    """Interleaved speed, kept in paired.json: a resumed comparison of the same methods reuses it."""
+    path, methods = folder / "paired.json", sorted(configs)
+    known = json.loads(path.read_text()) if path.exists() else None
+    if known is None or known.get("methods", methods) != methods:
         print("speed: the methods take turns", file=sys.stderr)
         try:
             found = paired_speed(configs, peaks)
         except TrainingError as error:
             found = {"skipped": str(error)}
-        record.write(path, found)
+        record.write(path, {**found, "methods": methods})
     return json.loads(path.read_text())  # type: ignore[no-any-return]
 
 
