@@ -4,7 +4,7 @@ The same classes feed Python (`ln.LoraConfig(r=8)`), TOML files (tables `[lora]`
 in `cli/flags.py`) and the resolved configuration stored with every result. Names are PEFT's, transformers' and bitsandbytes'
 where the meaning is the same. A leaf's name is unique over all groups, so that it can be a flag of its own.
 
-How a group of options is checked, and what is said of a wrong one, is in `options.py`.
+Validation of option groups and its error messages are in `options.py`.
 """
 
 from __future__ import annotations
@@ -72,15 +72,15 @@ class QuantConfig(Options):
         return QuantConfig(**{**{key: getattr(self, key) for key in PER_LAYER}, "compute": self.compute, **options})
 
     def for_layer(self, path: str) -> QuantConfig:
-        """How the layer at `path` is packed: this, or with what the first `pattern` that fits says."""
+        """Configuration of the layer at `path`: this one, with the options of the first matching `pattern` if there is one."""
         options = by_pattern(path, self.pattern, None)
         return self if options is None and not self.pattern else self._with(options or {})
 
     @classmethod
     def of_layers(cls, layers: Mapping[str, QuantConfig], skip_modules: list[str]) -> QuantConfig:
-        """The configuration that packs each path like that: the most common way, and a pattern for each group of others.
+        """The configuration that packs each path as given: the most common options, and a pattern for each group of others.
 
-        No two of its patterns fit the same path.
+        No two of its patterns match the same path.
         """
         ways = {path: tuple(getattr(each, key) for key in PER_LAYER) for path, each in layers.items()}
         common = Counter(ways.values()).most_common(1)[0][0]
@@ -207,7 +207,7 @@ Data = Annotated[DataConfig, BeforeValidator(_path_means_data)]
 
 
 class _Model(Options):
-    """What every run and plan shares: the model and how it is adapted and trained."""
+    """Options shared by every run and plan: the model and how it is adapted and trained."""
 
     model: str = Field("demo", description="'demo', a local folder, a .gguf file or a hub id")
     revision: str | None = Field(None, description="hub revision of the model")
@@ -220,7 +220,7 @@ class _Model(Options):
 
 
 class _Subject(_Model):
-    """What every run shares besides: the device and the data."""
+    """Options shared by every run in addition: the device and the data."""
 
     device: str = Field("auto", description="auto, cpu, cuda or cuda:N")
     data: Data = DataConfig()
@@ -235,7 +235,7 @@ class RunConfig(_Subject):
 COMPARE_TRAIN = TrainConfig(
     max_steps=48, batch_size=16, learning_rate=5e-4, warmup_ratio=0.1, max_length=128, group_by_length=True, eval_steps=24
 )  # fmt: skip
-"""What `compare` trains where nothing else is said: minutes on two cores with the embedded model."""
+"""Training defaults of `compare`: minutes on two cores with the embedded model."""
 
 
 class CompareConfig(_Subject):
@@ -253,7 +253,7 @@ class CompareConfig(_Subject):
 
 
 class PlanConfig(_Model):
-    """What a run would need, before it is run (`lownibble plan`). Of the options in groups, those in `PLANNED` matter."""
+    """Requirements of a run, estimated before it is run (`lownibble plan`). Of grouped options, those in `PLANNED` matter."""
 
     method: Literal["full", "lora", "qlora", "all"] = Field("all", description="full, lora, qlora, or all of them")
     gpu: str = Field(
@@ -273,7 +273,7 @@ class PlanConfig(_Model):
 
 
 PACKED = (*PER_LAYER, "skip_modules", "pattern")
-"""Options of the codec that decide what is stored; `compute` is for training."""
+"""Codec options that decide what is stored; `compute` does not."""
 
 PLANNED = {
     "data": ("path", "split", "prompt_template", "completion_template", "use_chat_template", "max_rows"),
@@ -284,11 +284,11 @@ PLANNED = {
         "optim", "optim_page_budget",
     ),
 }  # fmt: skip
-"""Group -> its options that decide what a run needs; the others may be there and make no difference to it."""
+"""Group -> its options that affect a plan; others may be given and have no effect."""
 
 
 class EvalConfig(_Subject):
-    """What a model scores on a task, or on tasks of lm-eval (`lownibble eval`)."""
+    """Evaluation of a model on a task, or on tasks of lm-eval (`lownibble eval`)."""
 
     adapter: str | None = Field(None, description="folder of an adapter to put on the model")
     any_base: bool = Field(False, description="also where the adapter was trained on other weights than the model's")
@@ -303,7 +303,7 @@ class EvalConfig(_Subject):
 
 
 class MergeConfig(Options):
-    """An adapter made part of its base's weights (`lownibble merge`)."""
+    """Merging an adapter into its base's weights (`lownibble merge`)."""
 
     adapter: str = Field(description="folder of the adapter")
     output: str = Field(description="folder for the merged model; must not hold anything yet")
@@ -339,7 +339,7 @@ def _without_gguf_names(value: Any) -> Any:
 
 
 class ExportConfig(Options):
-    """The same weights in another format (`lownibble export`)."""
+    """Export of weights to another format (`lownibble export`)."""
 
     source: str = Field(description="a model ('demo', a folder, a .gguf file, a hub id) or an adapter (a folder, a .gguf file)")
     output: str = Field(description="folder to make; for gguf the file")
@@ -360,7 +360,7 @@ class ExportConfig(Options):
 
 
 class ServeConfig(Options):
-    """One 4-bit base and the adapters of a folder, behind OpenAI's API (`lownibble serve`)."""
+    """Serving one 4-bit base and a folder of adapters with an OpenAI-compatible API (`lownibble serve`)."""
 
     model: str = Field("demo", description="the base: 'demo', a model folder, a .gguf file, or a hub id")
     adapters: str | None = Field(None, description="folder whose sub-folders are adapters, by name")
@@ -420,14 +420,14 @@ TAKES: dict[type[Options], Mapping[str, tuple[str, ...]]] = {
     ExportConfig: ONLY_QUANT,
     ServeConfig: ONLY_QUANT,
 }
-"""Configuration -> the options of its groups that are its own; where nothing is said, all."""
+"""Configuration -> the options of its groups that it accepts; configurations not listed accept all."""
 
 GROUPS = ("data", "quant", "lora", "train")
 """Fields of a run's configuration that are groups; in TOML they are tables."""
 
 
 def leaves(config: type[Options]) -> Iterator[tuple[tuple[str, ...], FieldInfo]]:
-    """(path, field) of every option of a run's configuration, groups opened: ('model',), ('lora', 'r'), ..."""
+    """(path, field) of every option of a run's configuration, groups expanded: ('model',), ('lora', 'r'), ..."""
     for name, field in config.model_fields.items():
         if name in GROUPS:
             group = next(
@@ -447,7 +447,7 @@ def flag_name(path: tuple[str, ...], field: FieldInfo) -> str:
 
 
 def build(config: type[Options], *layers: dict[str, Any]) -> Any:
-    """A configuration from defaults and layers of values, later ones winning key by key; groups merge with their defaults."""
+    """Build a configuration from defaults and layers of values; later ones override key by key, groups merge with defaults."""
     merged: dict[str, Any] = {}
     for layer in layers:
         for key, value in layer.items():
