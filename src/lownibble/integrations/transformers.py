@@ -174,7 +174,7 @@ class NF4Linear(nn.Linear):
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
         parts = {key: value for key, value in state_dict.items() if key.startswith(f"{prefix}weight")}
-        if len(parts) > 1:  # otherwise the codes alone or nothing: torch reports missing keys
+        if len(parts) > 1:  # otherwise the codes alone or nothing, left to torch's own checks
             path, quant_type = next(iter(packed_files.packed_modules(parts).items()), (prefix.removesuffix("."), "nf4"))
             held = self.hold(packed_files.unpack(parts, path, quant_type, torch.float32, "the state"))
             self.weight.data = held.to(self.weight.device)

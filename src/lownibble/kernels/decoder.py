@@ -65,7 +65,7 @@ class DecoderLayers:
 
     @cached_property
     def in_4bit(self) -> bool:
-        """Whether every projection is in 4 bits, as compiled kernels take them."""
+        """Whether every projection is 4-bit, as the compiled kernels require."""
         return all(isinstance(each.weight, FourBit) for layer in self.of for each in layer.projections)
 
 
