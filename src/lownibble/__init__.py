@@ -1,7 +1,7 @@
-"""Lownibble: LoRA or QLoRA for your model, data and card, measured side by side; then trained, merged and served.
+"""Lownibble: LoRA or QLoRA for your model, data and GPU, measured side by side; then trained, merged and served.
 
-Importing this does no work: each name is fetched from its module when it is first used, so that torch is loaded only by what
-needs it. `__all__` is the public interface; everything else may change.
+Imports are lazy: each name is loaded from its module on first use, so that torch is imported only if needed. `__all__` is the
+public interface; everything else may change.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ _HOME = {
     "compare": "study.compare", "decode": "decoding.generate", "export": "exporting.convert", "load": "models",
     "merge": "exporting.merge", "plan": "planning.plan", "use_backend": "kernels.ops",
 }  # fmt: skip
-"""Public name -> the module it lives in."""
+"""Public name -> its module."""
 
 __all__ = [
     "Codec", "CompareConfig", "DataConfig", "LoraConfig", "Objective", "OptimizerSpec", "PackedWeight", "PlanConfig",

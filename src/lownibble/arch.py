@@ -1,7 +1,7 @@
 """ModelShape: the dimensions of a model, read from a Hugging Face config.json; standard library only.
 
-What a family of models does not say in its configuration (a norm with weights from zero, fused projections, biases) is data in
-`FAMILIES`, by `model_type`, with the defaults that transformers' configuration class has for the keys that may be missing. A test
+Properties of a model family that its configuration does not state (norm weights centred at zero, fused projections, biases) are
+data in `FAMILIES`, by `model_type`, with the defaults of transformers' configuration class for keys that may be missing. A test
 compares every parameter's name and shape with transformers' model.
 """
 
@@ -18,21 +18,21 @@ from lownibble.errors import ModelError
 
 
 class Family(NamedTuple):
-    """What all models of a `model_type` share.
+    """Properties shared by all models of a `model_type`.
 
     Attributes:
-        names: our dimension -> the configuration's key, where it is another one.
-        defaults: key -> value of keys that may be missing.
-        norm: 'rms' (weights from one), 'rms1' (from zero: one is added in float32) or 'layer' (with bias).
-        norms: of each layer.
-        qk_norm: query and key are normalised, head by head.
-        qkv_bias, output_bias, mlp_bias: true, false or the configuration's key that says so.
-        fused: q, k and v are one projection, and gate and up.
-        gated: the MLP has a gate. parallel: attention and MLP read the same input and are added at once.
-        names_of_linears: q, k, v, o, gate, up, down (without gate: up, down) as the model calls them.
-        experts: the MLP is a mixture of experts, whose weights are two tensors for all of them. scaled: embeddings are scaled.
-        head_bias: the head has a bias. rotates_a_part: of each head's dimensions (which may be all).
-        encoder_decoder: two stacks; attention has a table of biases by distance instead of rotated positions.
+        names: our dimension -> the configuration's key, if it differs from `_KEYS`.
+        defaults: key -> default of keys that may be missing.
+        norm: 'rms' (weights centred at one), 'rms1' (at zero: one is added in float32) or 'layer' (with bias).
+        norms: number of norms per layer.
+        qk_norm: query and key are normalised per head.
+        qkv_bias, output_bias, mlp_bias: true, false or the configuration key that decides.
+        fused: q, k and v are one projection, and so are gate and up.
+        gated: the MLP has a gate. parallel: attention and MLP read the same input and are added together.
+        linears: the model's names of q, k, v, o, gate, up, down (without gate: up, down).
+        experts: the MLP is a mixture of experts, with two weight tensors for all of them. scaled: embeddings are scaled.
+        head_bias: the head has a bias. rotates_a_part: partial rotary embedding (the part may be all of a head).
+        encoder_decoder: two stacks; attention has a table of relative position biases instead of rotary embedding.
     """
 
     names: Mapping[str, str] = {}
@@ -99,7 +99,7 @@ _KEYS = {
 
 
 class Linear(NamedTuple):
-    """A linear layer of each decoder layer: its name there, and its sizes."""
+    """A linear layer in each layer of a stack: its name within the layer, its sizes, and whether it has a bias."""
 
     name: str
     in_features: int
@@ -112,14 +112,14 @@ class ModelShape:
     """A model's dimensions.
 
     Attributes:
-        layers, linears: of a decoder-only model, or of the encoder; linears of one layer, in the order in which they run.
-        decoder_layers, decoder_linears: of an encoder-decoder model's second stack, else nothing.
-        buckets: rows of each stack's table of attention biases. dropout: its share while training.
-        experts, active_experts, expert_ffn: of a mixture's layers, else 0.
+        layers, linears: of a decoder-only model, or of the encoder; linears of one layer, in execution order.
+        decoder_layers, decoder_linears: of an encoder-decoder model's decoder, else 0 and empty.
+        buckets: rows of each stack's table of relative position biases. dropout: the dropout rate in training.
+        experts, active_experts, expert_ffn: of a mixture-of-experts layer, else 0.
         activation: of the MLP. rotary_dim: the dimensions of a head that are rotated.
-        window: tokens that attention sees, where some layer's is limited.
-        plain_head: the head is a product and nothing else. scaled_logits: they are changed after it.
-        softcap: attention scores are capped, which only plain attention does.
+        window: sliding-window size in tokens if any layer has one, else None.
+        plain_head: the head is a matmul without bias or transform. scaled_logits: logits are transformed after the head.
+        softcap: attention scores are capped, which only eager attention supports.
     """
 
     name: str
@@ -149,7 +149,7 @@ class ModelShape:
 
     @property
     def family(self) -> Family:
-        """What it shares with its kind."""
+        """The family of its `model_type`."""
         return FAMILIES[self.model_type]
 
     @property
@@ -184,8 +184,8 @@ def read_shape(config: str | Path | Mapping[str, Any], name: str = "") -> ModelS
     """The shape that a config.json (a path, or its contents) describes; `name` is for errors.
 
     Raises:
-        ModelError: the file cannot be read, its architecture is not known (names the nearest that is), or fields are missing or
-            make no sense (names them).
+        ModelError: the file cannot be read, its architecture is unknown (names the nearest known one), or fields are missing or
+            invalid (names them).
     """
     if isinstance(config, (str, Path)):
         name = name or str(config)
@@ -223,7 +223,7 @@ def read_config(path: str | Path) -> dict[str, Any]:
     """The contents of a config.json, or of the one in a folder.
 
     Raises:
-        ModelError: there is none that can be read.
+        ModelError: it is missing or cannot be read.
     """
     path = Path(path)
     path = path / "config.json" if path.is_dir() else path

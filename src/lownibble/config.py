@@ -4,7 +4,7 @@ The same classes feed Python (`ln.LoraConfig(r=8)`), TOML files (tables `[lora]`
 in `cli/flags.py`) and the resolved configuration stored with every result. Names are PEFT's, transformers' and bitsandbytes'
 where the meaning is the same. A leaf's name is unique over all groups, so that it can be a flag of its own.
 
-How a group of options is checked, and what is said of a wrong one, is in `options.py`.
+Validation of option groups and its error messages are in `options.py`.
 """
 
 from __future__ import annotations
@@ -71,15 +71,15 @@ class QuantConfig(Options):
         return QuantConfig(**{**{key: getattr(self, key) for key in PER_LAYER}, "compute": self.compute, **options})
 
     def for_layer(self, path: str) -> QuantConfig:
-        """How the layer at `path` is packed: this, or with what the first `pattern` that fits says."""
+        """Configuration of the layer at `path`: this one, with the options of the first matching `pattern` if there is one."""
         options = by_pattern(path, self.pattern, None)
         return self if options is None and not self.pattern else self._with(options or {})
 
     @classmethod
     def of_layers(cls, layers: Mapping[str, QuantConfig], skip_modules: list[str]) -> QuantConfig:
-        """The configuration that packs each path like that: the most common way, and a pattern for each group of others.
+        """The configuration that packs each path as given: the most common options, and a pattern for each group of others.
 
-        No two of its patterns fit the same path.
+        No two of its patterns match the same path.
         """
         ways = {path: tuple(getattr(each, key) for key in PER_LAYER) for path, each in layers.items()}
         common = Counter(ways.values()).most_common(1)[0][0]
@@ -206,7 +206,7 @@ Data = Annotated[DataConfig, BeforeValidator(_path_means_data)]
 
 
 class _Model(Options):
-    """What every run and plan shares: the model and how it is adapted and trained."""
+    """Options shared by every run and plan: the model and how it is adapted and trained."""
 
     model: str = Field("demo", description="'demo', a local folder, a .gguf file or a hub id")
     revision: str | None = Field(None, description="hub revision of the model")
@@ -219,7 +219,7 @@ class _Model(Options):
 
 
 class _Subject(_Model):
-    """What every run shares besides: the device and the data."""
+    """Options shared by every run in addition: the device and the data."""
 
     device: str = Field("auto", description="auto, cpu, cuda or cuda:N")
     data: Data = DataConfig()
@@ -234,7 +234,7 @@ class RunConfig(_Subject):
 COMPARE_TRAIN = TrainConfig(
     max_steps=48, batch_size=16, learning_rate=5e-4, warmup_ratio=0.1, max_length=128, group_by_length=True, eval_steps=24
 )  # fmt: skip
-"""What `compare` trains where nothing else is said: minutes on two cores with the embedded model."""
+"""Training defaults of `compare`: minutes on two cores with the embedded model."""
 
 
 class CompareConfig(_Subject):
@@ -252,7 +252,7 @@ class CompareConfig(_Subject):
 
 
 class PlanConfig(_Model):
-    """What a run would need, before it is run (`lownibble plan`). Of the options in groups, those in `PLANNED` matter."""
+    """Requirements of a run, estimated before it is run (`lownibble plan`). Of grouped options, those in `PLANNED` matter."""
 
     method: Literal["full", "lora", "qlora", "all"] = Field("all", description="full, lora, qlora, or all of them")
     gpu: str = Field(
@@ -272,11 +272,11 @@ class PlanConfig(_Model):
 
 
 PACKED = (*PER_LAYER, "skip_modules", "pattern")
-"""Options of the codec that decide what is stored; `compute` is for training."""
+"""Codec options that decide what is stored; `compute` does not."""
 
 
 class EvalConfig(_Subject):
-    """What a model scores on a task, or on tasks of lm-eval (`lownibble eval`)."""
+    """Evaluation of a model on a task, or on tasks of lm-eval (`lownibble eval`)."""
 
     adapter: str | None = Field(None, description="folder of an adapter to put on the model")
     any_base: bool = Field(False, description="also where the adapter was trained on other weights than the model's")
@@ -291,7 +291,7 @@ class EvalConfig(_Subject):
 
 
 class MergeConfig(Options):
-    """An adapter made part of its base's weights (`lownibble merge`)."""
+    """Merging an adapter into its base's weights (`lownibble merge`)."""
 
     adapter: str = Field(description="folder of the adapter")
     output: str = Field(description="folder for the merged model; must not hold anything yet")
@@ -327,7 +327,7 @@ def _without_gguf_names(value: Any) -> Any:
 
 
 class ExportConfig(Options):
-    """The same weights in another format (`lownibble export`)."""
+    """Export of weights to another format (`lownibble export`)."""
 
     source: str = Field(description="a model ('demo', a folder, a .gguf file, a hub id) or an adapter (a folder, a .gguf file)")
     output: str = Field(description="folder to make; for gguf the file")
@@ -348,7 +348,7 @@ class ExportConfig(Options):
 
 
 class ServeConfig(Options):
-    """One 4-bit base and the adapters of a folder, behind OpenAI's API (`lownibble serve`)."""
+    """Serving one 4-bit base and a folder of adapters with an OpenAI-compatible API (`lownibble serve`)."""
 
     model: str = Field("demo", description="the base: 'demo', a model folder, a .gguf file, or a hub id")
     adapters: str | None = Field(None, description="folder whose sub-folders are adapters, by name")

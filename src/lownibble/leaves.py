@@ -23,7 +23,7 @@ PLANNED = {
         "optim", "optim_page_budget",
     ),
 }  # fmt: skip
-"""Group -> its options that change what a run needs; others may be given and make no difference to a plan."""
+"""Group -> its options that affect a plan; others may be given and have no effect."""
 
 MERGED = {
     "data": (
@@ -55,14 +55,14 @@ TAKES: dict[type[Options], Mapping[str, tuple[str, ...]]] = {
     ExportConfig: ONLY_QUANT,
     ServeConfig: ONLY_QUANT,
 }
-"""Configuration -> the options of its groups that are its own; where nothing is said, all."""
+"""Configuration -> the options of its groups that it accepts; configurations not listed accept all."""
 
 GROUPS = ("data", "quant", "lora", "train")
 """Fields of a run's configuration that are groups; in TOML they are tables."""
 
 
 def leaves(config: type[Options]) -> Iterator[tuple[tuple[str, ...], FieldInfo]]:
-    """(path, field) of every option of a run's configuration, groups opened: ('model',), ('lora', 'r'), ..."""
+    """(path, field) of every option of a run's configuration, groups expanded: ('model',), ('lora', 'r'), ..."""
     for name, field in config.model_fields.items():
         if name in GROUPS:
             group = next(
@@ -82,7 +82,7 @@ def flag_name(path: tuple[str, ...], field: FieldInfo) -> str:
 
 
 def build(config: type[Options], *layers: dict[str, Any]) -> Any:
-    """A configuration from defaults and layers of values, later ones winning key by key; groups merge with their defaults."""
+    """Build a configuration from defaults and layers of values; later ones override key by key, groups merge with defaults."""
     merged: dict[str, Any] = {}
     for layer in layers:
         for key, value in layer.items():

@@ -1,4 +1,4 @@
-"""How an option names modules by their paths; PEFT's and transformers' rules, in one place. No torch."""
+"""Matching of module paths by options: PEFT's and transformers' rules, in one place. No torch."""
 
 from __future__ import annotations
 
@@ -22,17 +22,17 @@ def is_part(path: str, wanted: Iterable[str]) -> bool:
 
 
 def fits(path: str, pattern: str) -> bool:
-    """Whether a pattern (PEFT's `rank_pattern`) is meant for this path: a regular expression for whole names at its end."""
+    """Whether a pattern (PEFT's `rank_pattern`) matches this path: a regular expression for whole names at its end."""
     return re.match(rf"(.*\.)?({pattern})$", path) is not None
 
 
 def by_pattern(path: str, patterns: Mapping[str, _T], default: _T) -> _T:
-    """The value of the first pattern that fits the path."""
+    """The value of the first pattern that matches the path, else `default`."""
     return next((value for pattern, value in patterns.items() if fits(path, pattern)), default)
 
 
 def check_patterns(option: str, patterns: Iterable[str]) -> None:
-    """Raise unless every pattern is a regular expression.
+    """Check that every pattern is a valid regular expression.
 
     Raises:
         ConfigError: names the option and the pattern.

@@ -1,4 +1,4 @@
-"""What every group of options is: its base class with errors in the house's form, sizes in bytes, and TOML files.
+"""Base class of all option groups, with uniform error messages; sizes in bytes, and TOML files.
 
 An unknown key, a wrong type or a value out of range raises `ConfigError` naming the option, what it must be and what it got;
 all problems are reported at once. No torch here: reading a configuration is instant.
@@ -26,7 +26,7 @@ _WORDS = {int: "an integer", float: "a number", str: "text", bool: "true or fals
 
 @dataclass(frozen=True)
 class Known:
-    """For a field of text: it must be a name in a registry (`registry.py`), which may grow."""
+    """Validator of a string field: it must be a name in a registry (`registry.py`), which plug-ins may extend."""
 
     names: Registry
 
@@ -65,7 +65,7 @@ def _expectation(annotation: Any, metadata: tuple[Any, ...]) -> str:
 
 
 def _problem(owner: type[Options], error: ErrorDetails) -> str:
-    """One line for one pydantic error, in the house's form."""
+    """One line for one pydantic error, in the package's uniform format."""
     inner = error.get("ctx", {}).get("error")
     if isinstance(inner, ConfigError):
         return str(inner)
@@ -89,10 +89,10 @@ _UNITS = {"": 1, "k": 1000, "m": 1000**2, "g": 1000**3, "ki": 1 << 10, "mi": 1 <
 
 
 def n_bytes(size: str) -> int:
-    """Bytes of a size: '64MB' is 64,000,000, '64MiB' is 64 x 2^20; also B, KB, GB, KiB, GiB and fractions.
+    """Parse a size to bytes: '64MB' is 64,000,000, '64MiB' is 64 x 2^20; also B, KB, GB, KiB, GiB and fractions.
 
     Raises:
-        ValueError: it is not one.
+        ValueError: it is not a size.
     """
     found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmg]i?|)b\s*", size, re.IGNORECASE)
     if found is None:
@@ -101,13 +101,13 @@ def n_bytes(size: str) -> int:
 
 
 def is_a_size(value: str) -> str:
-    """The same size; for fields that hold one."""
+    """Validate a size and return it unchanged; for pydantic fields."""
     n_bytes(value)
     return value
 
 
 class Options(BaseModel):
-    """A group of options: frozen, no unknown keys, errors in the house's form."""
+    """A group of options: frozen, no unknown keys, uniform error messages."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, allow_inf_nan=False)
 
@@ -119,7 +119,7 @@ class Options(BaseModel):
             raise ConfigError("\n".join(lines)) from None
 
     def with_options(self, **changes: Any) -> Any:
-        """A copy with top-level options replaced, validated like new."""
+        """A copy with top-level options replaced, validated again."""
         return type(self)(**{**{name: getattr(self, name) for name in self.model_fields_set}, **changes})
 
     def to_dict(self) -> dict[str, Any]:
@@ -131,7 +131,7 @@ def read_toml(path: str | Path) -> dict[str, Any]:
     """The contents of a TOML configuration file.
 
     Raises:
-        ConfigError: the file is missing or is not TOML.
+        ConfigError: the file cannot be read, or is not UTF-8 or not TOML.
     """
     try:
         with Path(path).open("rb") as file:

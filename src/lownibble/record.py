@@ -1,7 +1,7 @@
 """Records: one JSON document per run, from which every table, plot and figure is rendered.
 
-Keys carry their unit (`_bytes`, `_s`, `_tokens`). A record says what was asked (the resolved configuration), where it ran, on
-what data (digest) and what was measured. It is written aside and renamed.
+Keys carry their unit (`_bytes`, `_s`, `_tokens`). A record holds the resolved configuration, the environment, the digest of the
+data and the measurements. It is written to a temporary file and renamed.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _PACKAGES = ("lownibble", "torch", "transformers", "safetensors", "peft", "bitsa
 
 
 def environment(device: torch.device | None = None) -> dict[str, Any]:
-    """Machine, device, versions and the kernels in use."""
+    """Machine, device, package versions and the kernels in use."""
     device = device or torch.device("cpu")
     versions = {}
     for package in _PACKAGES:
@@ -63,7 +63,7 @@ def _cpu_name() -> str:
 
 
 def new(kind: str) -> dict[str, Any]:
-    """The start of a record: its kind, schema, time and the command it came from."""
+    """The first fields of a record: kind, schema, creation time and command line."""
     program = Path(sys.argv[0]).name
     return {
         "kind": kind,
@@ -74,7 +74,7 @@ def new(kind: str) -> dict[str, Any]:
 
 
 def write(path: str | Path, record: dict[str, Any]) -> Path:
-    """Write a record, whole or not at all; returns its path."""
+    """Write a record atomically; returns its path."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.with_name(f".{path.name}.part")

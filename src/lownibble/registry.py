@@ -1,16 +1,16 @@
-"""The open tables: what is chosen by name, and anyone may add to.
+"""Registries of components that are chosen by name and extensible by plug-ins.
 
-    CODECS       `QuantConfig.quant_type`        how a weight is packed                  quant/packed.py
-    INITS        `LoraConfig.init_lora_weights`  how an adapter starts                   lora/init.py
-    VARIANTS     (LoRA so far)                   what a layer computes with its adapter  lora/variants.py
-    OPTIMIZERS   `TrainConfig.optim`             what takes the steps                    optim/specs.py
-    OBJECTIVES   `TrainConfig.objective`         what is minimised                       training/objectives.py
+    CODECS       `QuantConfig.quant_type`        weight packing                  quant/packed.py
+    INITS        `LoraConfig.init_lora_weights`  adapter initialisation          lora/init.py
+    VARIANTS     (LoRA so far)                   computation of adapted layers   lora/variants.py
+    OPTIMIZERS   `TrainConfig.optim`             optimiser                       optim/specs.py
+    OBJECTIVES   `TrainConfig.objective`         training objective              training/objectives.py
 
-A built-in entry is 'module:attribute', imported when it is first asked for: reading a configuration or planning imports no torch.
-An entry from outside is added by importing the file that defines it (`CODECS.add("name", entry)`). The command line finds such
-files by themselves: modules or .py files named in the environment variable LOWNIBBLE_PLUGINS (separated by commas), and installed
-packages with an entry point in the group "lownibble". They are imported when a name is asked for that is not known yet.
-`docs/extending.md` has a complete example of each.
+A built-in entry is 'module:attribute', imported on first use: reading a configuration or planning imports no torch. A plug-in's
+entry is added by importing the file that defines it (`CODECS.add("name", entry)`). Plug-ins are found automatically: modules or
+.py files in the environment variable LOWNIBBLE_PLUGINS (comma-separated), and installed packages with an entry point in the group
+"lownibble". They are imported when an unknown name is looked up, or the names are listed. `docs/extending.md` has a complete
+example of each.
 """
 
 from __future__ import annotations
@@ -38,20 +38,20 @@ class Registry:
         self._entries: dict[str, Any] = dict(builtin)
 
     def add(self, name: str, entry: Any) -> None:
-        """Add an entry; the same name again replaces an entry from outside, never a built-in one.
+        """Add an entry; it replaces a plug-in's entry of the same name, never a built-in one.
 
         Raises:
-            ConfigError: the name is a built-in one's.
+            ConfigError: the name is that of a built-in entry.
         """
         if isinstance(self._entries.get(name), str):
             raise ConfigError(f"There is a built-in {self.kind} '{name}'. Choose another name for yours.")
         self._entries[name] = entry
 
     def __getitem__(self, name: str) -> Any:
-        """The entry called so.
+        """The entry called `name`.
 
         Raises:
-            ConfigError: there is none; names those that there are.
+            ConfigError: the name is unknown; lists the known ones.
         """
         if name not in self:
             raise ConfigError(
@@ -75,7 +75,7 @@ class Registry:
 
 @cache
 def load_plugins(named: str) -> None:
-    """Import the plug-ins: those `named`, separated by commas (modules, or paths of .py files), and installed ones.
+    """Import the plug-ins: those in `named` (modules or paths of .py files, comma-separated), and installed ones.
 
     Raises:
         ConfigError: one cannot be imported; says why.

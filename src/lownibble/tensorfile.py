@@ -1,9 +1,9 @@
-"""Safetensors files written and read in parts, so that no more than a part is in memory.
+"""Write and read safetensors files in parts, with only one part in memory at a time.
 
 The format (https://github.com/huggingface/safetensors): eight bytes with the header's length, the header in JSON (name ->
-type, shape and place of its bytes), then all bytes without a gap. Its own library wants every tensor in memory at once to
-write a file, and maps the file to read one, which counts as memory. Here the header is written first and each part then goes
-to its place.
+dtype, shape and byte offsets), then all bytes without gaps. The safetensors library needs every tensor in memory at once to
+write a file, and maps the file to read one, which counts as resident memory. Here the header is written first, then each part
+at its offset.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ TYPES = {
     "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
     "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
 }  # fmt: skip
-"""Types by their names in the format."""
+"""The format's dtype name -> torch dtype."""
 _NAMES = {dtype: name for name, dtype in TYPES.items()}
 
 
 class Entry(NamedTuple):
-    """Type and shape of a tensor, and its first byte after the header."""
+    """Dtype and shape of a tensor, and its byte offset after the header."""
 
     dtype: torch.dtype
     shape: tuple[int, ...]
@@ -47,7 +47,7 @@ def _bytes(values: Tensor) -> memoryview:
 def write(
     path: Path, entries: dict[str, Entry], parts: Iterable[tuple[str, int, Tensor]], metadata: dict[str, str] | None = None
 ) -> None:
-    """Write a file; `parts` are (name, first value, values) and together are every tensor of `entries`, once."""
+    """Write a file. `parts` are (name, index of the first value, values) and together cover every tensor of `entries` once."""
     order = sorted(entries, key=lambda name: (-entries[name].dtype.itemsize, name))  # so that every tensor is aligned
     begins, end = {}, 0
     for name in order:
@@ -77,7 +77,7 @@ class Reader:
     """An open file: `entries` by name; `read_into` reads any part of a tensor.
 
     Raises:
-        ValueError: it is not a whole safetensors file.
+        ValueError: it is not a complete safetensors file.
     """
 
     def __init__(self, path: Path) -> None:
@@ -105,7 +105,7 @@ class Reader:
             raise
 
     def read_into(self, name: str, first: int, out: Tensor) -> None:
-        """Fill `out` with values of a tensor from number `first` on; any device."""
+        """Fill `out`, on any device, with values of a tensor from index `first` on."""
         values = out if out.device.type == "cpu" and out.is_contiguous() else torch.empty(out.shape, dtype=out.dtype)
         self._file.seek(self._start + self.entries[name].begin + first * out.element_size())
         memory, done = _bytes(values), 0

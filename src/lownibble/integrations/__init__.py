@@ -1,1 +1,1 @@
-"""Lownibble inside other libraries."""
+"""Integrations with other libraries."""

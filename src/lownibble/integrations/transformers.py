@@ -1,19 +1,18 @@
-"""Lownibble's packed layers for every user of transformers, PEFT and TRL: `NF4Config` where `BitsAndBytesConfig` stood.
+"""Lownibble's packed layers for transformers, PEFT and TRL: `NF4Config` replaces `BitsAndBytesConfig`.
 
     from lownibble.integrations.transformers import NF4Config
     model = AutoModelForCausalLM.from_pretrained(name, quantization_config=NF4Config())
     model = get_peft_model(model, LoraConfig(...))
 
-It takes BitsAndBytesConfig's names of the options as well, so that in code that exists one import changes. `PackedConfig` is
-another name of it, for other codecs: `PackedConfig(quant_type="int8", pattern={"down_proj": {"quant_type": "nf4"}})`.
+It also accepts BitsAndBytesConfig's option names, so that existing code changes only one import. `PackedConfig` is an alias of
+it, for other codecs: `PackedConfig(quant_type="int8", pattern={"down_proj": {"quant_type": "nf4"}})`.
 
-Importing this module registers a quantizer with transformers, by its public extension point. The layer is an `nn.Linear` whose
-`weight` is the packed codes, as bitsandbytes' is, because that is what PEFT looks for; it computes as `QuantLinear` does. Saved
-checkpoints hold a codec's own tensors (nf4, fp4: bitsandbytes' under bitsandbytes' names), so there is one format of packed files
-here, and `lownibble.load` reads them; their `quant_method` is 'lownibble', for which this module must be imported before they
-are loaded by transformers.
+Importing this module registers a quantizer with transformers, through its public extension point. The layer is an `nn.Linear`
+whose `weight` is the packed codes, as in bitsandbytes, because PEFT looks for that; it computes as `QuantLinear` does. Saved
+checkpoints hold the codec's own tensors (nf4, fp4: bitsandbytes' tensors and names), so there is one format of packed files, and
+`lownibble.load` reads them; their `quant_method` is 'lownibble', so this module must be imported before transformers loads them.
 
-PEFT's `prepare_model_for_kbit_training` turns gradient checkpointing on for libraries that it knows only: with these layers call
+PEFT's `prepare_model_for_kbit_training` enables gradient checkpointing only for libraries that it knows: with these layers call
 `model.gradient_checkpointing_enable()` yourself.
 
 Rejected: `is_loaded_in_4bit` on the model. transformers then imports bitsandbytes to count parameters, and TRL casts adapters to
@@ -43,17 +42,17 @@ from lownibble.quant.packed import restore, to_spec
 from lownibble.registry import CODECS
 
 METHOD = packed_files.OWN_METHOD
-_INITIALISED = "_is_hf_initialized"  # how transformers knows that a module needs no random weights
+_INITIALISED = "_is_hf_initialized"  # tells transformers not to initialise a module randomly
 
 
 _ALIASES = {
     "bnb_4bit_quant_type": "quant_type", "bnb_4bit_use_double_quant": "double_quant", "bnb_4bit_compute_dtype": "compute_dtype",
     "llm_int8_skip_modules": "skip_modules",
 }  # fmt: skip
-"""BitsAndBytesConfig's names for the same options."""
+"""BitsAndBytesConfig's option names -> ours."""
 
 _FIXED = {"load_in_4bit": True, "load_in_8bit": False, "bnb_4bit_quant_storage": (torch.uint8, "uint8"), "quant_method": METHOD}
-"""Options of BitsAndBytesConfig that can have one value here."""
+"""Options of BitsAndBytesConfig that have a fixed value here."""
 
 
 @register_quantization_config(METHOD)
@@ -61,13 +60,13 @@ class NF4Config(QuantizationConfigMixin):  # type: ignore[misc]
     """How linear weights are packed: the options and defaults of `lownibble.QuantConfig`, or BitsAndBytesConfig's names for them.
 
     Args:
-        compute: as QuantConfig's; 'auto' is exact here, since who trains is not known.
-        compute_dtype: type of the products; None: that of the activations.
-        skip_modules: linear modules left as they are; None: the output head and what is tied to it.
+        compute: as QuantConfig's; 'auto' is exact here, since it is unknown whether the model is trained.
+        compute_dtype: dtype of the matmuls; None: that of the activations.
+        skip_modules: linear modules left unquantised; None: the output head and what is tied to it.
         pattern: other codecs by module name or regular expression, as QuantConfig's.
-        options: the same under BitsAndBytesConfig's names.
+        options: the same options under BitsAndBytesConfig's names.
     Raises:
-        ConfigError: a bad value, or an option that is not known.
+        ConfigError: an invalid value, or an unknown option.
     """
 
     def __init__(
@@ -95,7 +94,7 @@ class NF4Config(QuantizationConfigMixin):  # type: ignore[misc]
 
     @property
     def options(self) -> QuantConfig:
-        """The same as Lownibble's own configuration."""
+        """These options as a `QuantConfig`."""
         return QuantConfig(
             quant_type=self.quant_type, block_size=self.block_size, double_quant=self.double_quant, compute=self.compute,
             pattern=self.pattern,
@@ -113,9 +112,9 @@ def _dtype_name(dtype: str | torch.dtype | None) -> str | None:
 
 
 class NF4Linear(nn.Linear):
-    """`nn.Linear` on packed weights: `weight` holds the codes, `packed` the constants too.
+    """`nn.Linear` with a packed weight: `weight` holds the codes, `packed` also the quantisation constants.
 
-    The constants are no buffers: transformers makes buffers that are in no checkpoint anew after loading.
+    The constants are not buffers: transformers re-creates buffers that are not in the checkpoint after loading.
     """
 
     def __init__(self, in_features: int, out_features: int, bias: bool, config: NF4Config, path: str = "") -> None:
@@ -129,7 +128,7 @@ class NF4Linear(nn.Linear):
         self._spec = ""
 
     def hold(self, packed: PackedWeight) -> Tensor:
-        """Take over a packed weight; returns its codes, to be set as `weight`."""
+        """Set the packed weight; returns its codes, to be assigned to `weight`."""
         self._packed, self.compute, self._spec = packed, eightbit.choose(self.options.compute, packed.device), to_spec(packed)
         if self.compute in eightbit.CODE_TYPES:
             eightbit.check_weight(packed, "a linear layer", self.compute)
@@ -137,7 +136,7 @@ class NF4Linear(nn.Linear):
 
     @property
     def packed(self) -> PackedWeight:
-        """The weight as a value."""
+        """The packed weight."""
         assert self._packed is not None, "the weights are not loaded yet"
         name, codes = next(iter(self._packed.tensors().items()))
         if codes.data_ptr() != self.weight.data_ptr():
@@ -157,7 +156,7 @@ class NF4Linear(nn.Linear):
         return (y if self.bias is None else y + self.bias.to(y.dtype)).view(*x.shape[:-1], self.out_features).to(x.dtype)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> NF4Linear:
-        # Moves between devices pass through, casts touch the bias alone: packed tensors keep their types.
+        # Moves between devices pass through, casts affect only the bias: packed tensors keep their dtypes.
         if self._packed is None:
             super()._apply(fn, recurse)
             return self
@@ -175,7 +174,7 @@ class NF4Linear(nn.Linear):
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
         parts = {key: value for key, value in state_dict.items() if key.startswith(f"{prefix}weight")}
-        if len(parts) > 1:  # else codes alone, or nothing: what is missing is said
+        if len(parts) > 1:  # otherwise the codes alone or nothing, left to torch's own checks
             path, quant_type = next(iter(packed_files.packed_modules(parts).items()), (prefix.removesuffix("."), "nf4"))
             held = self.hold(packed_files.unpack(parts, path, quant_type, torch.float32, "the state"))
             self.weight.data = held.to(self.weight.device)
@@ -189,7 +188,7 @@ class NF4Linear(nn.Linear):
 
 
 class _Quantize(ConversionOps):  # type: ignore[misc]
-    """A dense weight on its way into the model becomes codes; its constants go to the layer."""
+    """Pack a dense weight while loading: returns its codes; the layer keeps the constants."""
 
     def __init__(self, hf_quantizer: NF4Quantizer) -> None:
         self.hf_quantizer = hf_quantizer
@@ -207,7 +206,7 @@ class _Quantize(ConversionOps):  # type: ignore[misc]
 
 
 class _Deserialize(ConversionOps):  # type: ignore[misc]
-    """The tensors of a packed layer become its codes and constants."""
+    """Load the tensors of a packed layer: returns its codes; the layer keeps the constants."""
 
     def __init__(self, hf_quantizer: NF4Quantizer) -> None:
         self.hf_quantizer = hf_quantizer
@@ -231,14 +230,14 @@ class _Deserialize(ConversionOps):  # type: ignore[misc]
 
 @register_quantizer(METHOD)
 class NF4Quantizer(HfQuantizer):  # type: ignore[misc]
-    """What `from_pretrained` calls while it loads a model with an `NF4Config`."""
+    """The quantizer that `from_pretrained` uses to load a model with an `NF4Config`."""
 
     requires_calibration = False
     quantization_config: NF4Config
 
     @property
     def serialized_names(self) -> dict[str, list[str]]:
-        """What a layer's `weight` is stored as, by the codecs of the configuration."""
+        """Names of the tensors in which a layer's `weight` is stored, for the codecs of the configuration."""
         config = self.quantization_config.options
         kinds = {config.quant_type, *(how.get("quant_type", config.quant_type) for how in config.pattern.values())}
         found: dict[str, None] = {}
@@ -250,7 +249,7 @@ class NF4Quantizer(HfQuantizer):  # type: ignore[misc]
         return {"weight": list(found)}
 
     def validate_environment(self, *_: Any, device_map: Any = None, **__: Any) -> None:
-        """Refuse layers whose tensors would come and go between devices."""
+        """Reject a device map that offloads part of the model to CPU or disk."""
         places = {str(place) for place in device_map.values()} if isinstance(device_map, dict) else set()
         if len(places) > 1 and places & {"cpu", "disk"}:
             raise ConfigError("NF4Config cannot keep part of a model on the CPU or the disk. Give device_map one device.")
@@ -269,7 +268,7 @@ class NF4Quantizer(HfQuantizer):  # type: ignore[misc]
         return model
 
     def _process_model_after_weight_loading(self, model: Any, **_: Any) -> Any:
-        # The layers' state is what checkpoints hold: nothing is to be turned back when the model is saved.
+        # The layers' state dict is already in checkpoint format: no reverse conversion when the model is saved.
         model._weight_conversions = [
             each for each in model._weight_conversions
             if not any(isinstance(op, _Deserialize) for op in getattr(each, "operations", ()))
@@ -283,15 +282,15 @@ class NF4Quantizer(HfQuantizer):  # type: ignore[misc]
 
     @property
     def quantized_element_size(self) -> float:
-        """Bytes of each byte of codes, constants included (transformers multiplies it by the number of bytes)."""
+        """Bytes per byte of codes, including constants (transformers multiplies it by the number of code bytes)."""
         return 1.04
 
     def get_quantize_ops(self) -> ConversionOps:
-        """What packs a dense weight."""
+        """The operation that packs a dense weight."""
         return _Quantize(self)
 
     def get_load_operations(self) -> dict[str, Any]:
-        """What reads a packed one."""
+        """The operation that loads a packed weight."""
         return {"deserialize": _Deserialize}
 
     def is_serializable(self) -> bool:
@@ -300,5 +299,5 @@ class NF4Quantizer(HfQuantizer):  # type: ignore[misc]
 
     @property
     def is_trainable(self) -> bool:
-        """Adapters on top train."""
+        """Adapters on top can be trained."""
         return True

@@ -1,4 +1,4 @@
-"""Causal attention over segments and its gradients in plain torch: `ops.attention`, a segment at a time."""
+"""Causal attention over segments and its gradients in plain torch (`ops.attention`), one segment at a time."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 def _segments(cu_seqlens: Tensor, T: int) -> list[tuple[int, slice]]:
-    """(row, tokens of that row) of each segment."""
+    """(row, slice of its tokens) of each segment."""
     return [(a // T, slice(a % T, a % T + b - a)) for a, b in pairwise(cu_seqlens.tolist())]
 
 

@@ -1,7 +1,7 @@
-"""What kernels that work on bare pointers need to be true of their arguments, checked before a pointer is handed over.
+"""Argument checks for kernels that work on raw pointers.
 
-The compiled and the Triton kernels trust lengths, types and places; a wrong one would read or write memory that is not theirs
-(and on a GPU take the whole process's context with it). Plain functions of a few attribute reads: a call costs microseconds.
+The compiled and Triton kernels trust lengths, dtypes and devices; a wrong one would read or write out of bounds (and on a GPU
+destroy the process's CUDA context). A check is a few attribute reads and costs microseconds. All raise `InputError`.
 """
 
 from __future__ import annotations
@@ -13,13 +13,13 @@ from lownibble.errors import InputError
 from lownibble.kernels.types import PART, FourBit
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-"""Float types that the kernels read and write, and their number in native/kernels.h."""
+"""Float dtypes that the kernels read and write -> their number in native/kernels.h."""
 BLOCK_SIZES = frozenset(1 << shift for shift in range(4, 13))
-"""16 to 4096."""
+"""Powers of two from 16 to 4096."""
 
 
 def check_block_size(block_size: int) -> None:
-    """A block size that the fast kernels can do."""
+    """Require a block size that the fast kernels support."""
     if block_size not in BLOCK_SIZES:
         raise InputError(
             f"The block size of these kernels must be a power of two from 16 to 4096. Got {block_size}. "
@@ -28,13 +28,13 @@ def check_block_size(block_size: int) -> None:
 
 
 def check_float(tensor: Tensor, role: str) -> None:
-    """One of the three float types that are read and written."""
+    """Require float32, bfloat16 or float16."""
     if tensor.dtype not in DTYPES:
         raise InputError(f"'{role}' must be float32, bfloat16 or float16. Got {tensor.dtype}.")
 
 
 def check_tensor(tensor: Tensor, role: str, dtype: torch.dtype, length: int, device: torch.device) -> None:
-    """Contiguous, of `length` elements of `dtype`, on `device`."""
+    """Require a contiguous tensor of `length` elements of `dtype` on `device`."""
     if tensor.numel() != length or tensor.dtype is not dtype or not tensor.is_contiguous() or tensor.device != device:
         raise InputError(
             f"'{role}' must be a contiguous tensor of {length} elements of {dtype} on {device}. Got shape {tuple(tensor.shape)} "
@@ -43,7 +43,7 @@ def check_tensor(tensor: Tensor, role: str, dtype: torch.dtype, length: int, dev
 
 
 def check_factor(factor: Tensor, shape: tuple[int, int], device: torch.device) -> None:
-    """A low-rank factor: float32 of that shape, with any strides."""
+    """Require a low-rank factor: float32 of `shape`, with any strides."""
     if factor.shape != shape or factor.dtype != torch.float32 or factor.device != device:
         raise InputError(
             f"'factor' must be a float32 tensor of {tuple(shape)} on {device}. Got {factor.dtype} {tuple(factor.shape)} on "
@@ -52,7 +52,7 @@ def check_factor(factor: Tensor, shape: tuple[int, int], device: torch.device) -
 
 
 def check_weight_8bit(shape: torch.Size, block_size: int) -> None:
-    """A weight whose rows are whole parts, so that a part has one or two constants."""
+    """Require weight rows of whole parts and blocks of at least 32, so that a part has one or two absmax values."""
     if shape[1] % PART or block_size < 32:
         raise InputError(
             f"8-bit products take weights whose rows are a multiple of {PART} long, in blocks of at least 32. "
@@ -61,7 +61,7 @@ def check_weight_8bit(shape: torch.Size, block_size: int) -> None:
 
 
 def check_weight(weight: FourBit, device: torch.device) -> None:
-    """The tensors of a 4-bit weight."""
+    """Check the tensors of a 4-bit weight."""
     nested, n = weight.nested, weight.shape.numel()
     check_block_size(weight.block_size)
     n_blocks = -(-n // weight.block_size)

@@ -1,12 +1,11 @@
-"""Products with a packed weight that decode it first: into one buffer that all layers share, then torch's dense product.
+"""Matmuls that first dequantise a packed weight into a buffer shared by all layers, then call torch's dense matmul.
 
-What a backend uses where it has no product of its own. At training sizes the decode costs a few percent of the product, and
-reusing hot memory is what makes it cheap (a fresh allocation page-faults for longer than the decode takes). There is one buffer
-per thread, device and dtype, only valid until the next use; the loss makes its logits in it (`training/loss.py`). On CUDA
-"next" is an order of the stream, not of time: a decode is queued behind the product that reads the buffer because both go to
-one stream. That is assumed, not checked: a thread that alternates between streams would have to release the buffer between
-them. Autograd runs a GPU's backward on a thread of its own (and on the forward's stream), so training holds two buffers a
-device.
+The fallback for backends without a fused kernel. At training sizes dequantising costs a few percent of the matmul, and reusing
+hot memory is what makes it cheap (a fresh allocation page-faults for longer than dequantising takes). There is one buffer per
+thread, device and dtype, valid only until the next use; the loss computes its logits in it (`training/loss.py`). On CUDA, "next"
+is stream order, not time: dequantising is queued behind the matmul that reads the buffer because both use the same stream. This
+is assumed, not checked: a thread that alternates between streams would have to release the buffer in between. Autograd runs a
+GPU's backward on a separate thread (and on the forward's stream), so training holds two buffers per device.
 """
 
 from __future__ import annotations
@@ -22,9 +21,9 @@ from lownibble.kernels.types import Epilogue
 
 
 class _Buffers(dict[tuple[torch.dtype, torch.device], Tensor]):
-    """A thread's buffers; they go with the thread."""
+    """A thread's buffers, freed with the thread."""
 
-    __hash__ = object.__hash__  # type: ignore[assignment]  # told apart by identity, to be kept in a set
+    __hash__ = object.__hash__  # type: ignore[assignment]  # by identity, so that a set can hold it
 
 
 _everybodys: weakref.WeakSet[_Buffers] = weakref.WeakSet()
@@ -40,19 +39,19 @@ _scratch = _Scratch()
 
 
 def scratch(shape: torch.Size, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """An uninitialised tensor over this thread's shared buffer: overwritten by the next call with the same dtype and device."""
+    """An uninitialised view of this thread's shared buffer, overwritten by the next call with the same dtype and device."""
     buffers = _scratch.buffers
     key = (dtype, device)
     numel = shape.numel()
     if key not in buffers or buffers[key].numel() < numel:
-        buffers.pop(key, None)  # before the new one, not beside it
-        with torch.inference_mode(False):  # or training after generation could not use it
+        buffers.pop(key, None)  # free the old buffer before allocating the new one
+        with torch.inference_mode(False):  # training cannot use an inference tensor left by generation
             buffers[key] = torch.empty(numel, dtype=dtype, device=device)
     return buffers[key][:numel].view(shape)
 
 
 def release_scratch() -> int:
-    """Free the decode buffers of all threads, of autograd's too; returns their bytes. One that is in use lives on until then."""
+    """Free the buffers of all threads, including autograd's; returns their bytes. A buffer in use is freed after that use."""
     freed = 0
     for buffers in list(_everybodys):
         held = list(buffers.values())
@@ -62,8 +61,8 @@ def release_scratch() -> int:
 
 
 def matmul(decode: Callable[[Tensor], Tensor], shape: torch.Size, x_TC: Tensor, transposed: bool, epilogue: Epilogue) -> Tensor:
-    """`x @ W.T` or, transposed, `x @ W`, plus `epilogue`, in x's dtype, for a weight of `shape` (N, K) that `decode` writes
-    into a tensor.
+    """`x @ W.T` or, transposed, `x @ W`, plus `epilogue`, in x's dtype. `decode` dequantises W of `shape` (N, K) into its
+    argument.
     """
     return matmul_dense(x_TC, decode(scratch(shape, x_TC.dtype, x_TC.device)), transposed, epilogue)
 

@@ -1,9 +1,9 @@
 """The decoder layers of a Llama-like model as data, and the operation on them in plain torch.
 
-The form: `x += O attention(rotate(Q norm(x)), rotate(K norm(x)), V norm(x))`, then `x += Down(silu(Gate norm(x)) * Up norm(x))`,
-norms being RMS norms and the seven projections packed, each with an optional low-rank branch. Compiled kernels take projections
-in 4 bits; with another codec the layers run here. `native/decoder.h` says why the layers are one operation. Which models have
-this form is for `decoding/` to find out.
+A layer is `x += O attention(rotate(Q norm(x)), rotate(K norm(x)), V norm(x))`, then `x += Down(silu(Gate norm(x)) * Up norm(x))`,
+with RMS norms and seven packed projections, each with an optional low-rank branch. Compiled kernels support only 4-bit
+projections; with other codecs the layers run here. `native/decoder.h` explains why the layers are one operation; `decoding/`
+determines which models have this form.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ from lownibble.errors import InputError
 from lownibble.kernels.types import FourBit
 
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-"""In the order of every list of projections here; transformers' names."""
+"""transformers' names, in the order of every list of projections here."""
 
 
 class Matvec(Protocol):
-    """A packed weight (N, K) of any codec: what a step needs of it."""
+    """A packed weight (N, K) of any codec: the interface that decoding needs."""
 
     @property
     def shape(self) -> torch.Size:
@@ -35,14 +35,14 @@ class Matvec(Protocol):
 
 
 class Projection(NamedTuple):
-    """A frozen linear layer: a weight (N, K), in 4 bits or packed otherwise, and a bias (N,) float32 or None."""
+    """A frozen linear layer: a packed weight (N, K), 4-bit or of another codec, and a bias (N,) float32 or None."""
 
     weight: FourBit | Matvec
     bias: Tensor | None = None
 
 
 class DecoderLayer(NamedTuple):
-    """Weights of a layer. Norms are float32: (hidden,), and (head_dim,) for `q_norm` and `k_norm`, which may be missing."""
+    """Weights of a layer. Norms are float32: (hidden,), and (head_dim,) for `q_norm` and `k_norm`, which may be None."""
 
     projections: Sequence[Projection]
     input_norm: Tensor
@@ -58,21 +58,21 @@ class DecoderLayer(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class DecoderLayers:
-    """All layers; at least one, of the same sizes. `prepared` is where a backend keeps them in a form of its own."""
+    """All layers: at least one, of equal sizes. `prepared`: cache for a backend's own representation."""
 
     of: Sequence[DecoderLayer]
     prepared: dict[str, Any] = field(default_factory=dict)
 
     @cached_property
     def in_4bit(self) -> bool:
-        """Whether every projection is in 4 bits, as compiled kernels take them."""
+        """Whether every projection is 4-bit, as the compiled kernels require."""
         return all(isinstance(each.weight, FourBit) for layer in self.of for each in layer.projections)
 
 
 class LowRank(NamedTuple):
-    """A branch of one projection, `scale * B A`: A (r, K), contiguous, and B (N, r); both float32, or both of one 16-bit type.
+    """Low-rank branch of one projection, `scale * B A`: A (r, K), contiguous, and B (N, r); both float32 or of one 16-bit dtype.
 
-    The compiled kernels read B by columns: they use it as it is if its transpose is contiguous, and a copy otherwise.
+    The compiled kernels read B by columns: they use it directly if its transpose is contiguous, else a copy.
     """
 
     A: Tensor
@@ -82,7 +82,7 @@ class LowRank(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class Adapter:
-    """A branch, or None, for each projection of each layer. `prepared` as in `DecoderLayers`."""
+    """A low-rank branch, or None, for each projection of each layer. `prepared` as in `DecoderLayers`."""
 
     of: Sequence[Sequence[LowRank | None]]
     prepared: dict[str, Any] = field(default_factory=dict)
@@ -103,10 +103,10 @@ class Segment(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class Step:
-    """Which tokens go through the layers.
+    """The tokens of one decoder pass.
 
-    slots, positions: (T,) int64, a token's sequence in the cache and its place in it. cosine, sine: (T, head_dim) float32.
-    All earlier positions of a token's sequence are in the cache or in the step.
+    slots, positions: (T,) int64, a token's slot (sequence) in the KV cache and its position there. cosine, sine: (T, head_dim)
+    float32. All earlier positions of a token's sequence must be in the cache or in the pass.
     """
 
     slots: Tensor
@@ -116,7 +116,7 @@ class Step:
 
     @cached_property
     def fits(self) -> tuple[int, int]:
-        """The least number of slots, and of positions, that a cache must have for this step."""
+        """Minimum number of slots and of positions that the KV cache must have."""
         slots, positions = self.slots.tolist(), self.positions.tolist()
         if min(slots, default=0) < 0 or min(positions, default=0) < 0:
             raise InputError("Slots and positions must not be negative.")
@@ -129,7 +129,7 @@ Gemv = Callable[[Tensor, FourBit], Tensor]
 def decoder_layers(
     gemv: Gemv, x_TH: Tensor, layers: DecoderLayers, keys: Tensor, values: Tensor, step: Step, segments: Sequence[Segment]
 ) -> None:
-    """`ops.decoder_layers` in torch, with the products of `gemv`."""
+    """`ops.decoder_layers` in plain torch; `gemv` multiplies with 4-bit weights."""
     for index, layer in enumerate(layers.of):
         branches = [(begin, end, adapter.of[index]) for begin, end, adapter in segments]
         _decoder_layer(gemv, x_TH, layer, keys[index], values[index], step, branches)

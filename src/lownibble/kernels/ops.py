@@ -1,9 +1,9 @@
-"""The kernel operations: one signature each, and the choice of who runs it.
+"""The kernel operations, one signature each, and the choice of backend.
 
 Every operation exists as plain torch in `reference.py` (the oracle) and, where it pays, in a faster backend with the same
 signature. `BACKENDS` maps a name to a function that returns the backend's namespace or raises `BackendError` with the
-reason. Without an explicit choice the fastest backend that loads and handles the tensors' device is used; an explicit
-choice (`use_backend`) that cannot run is an error, never a silent slow path. What operations take and return is in `types.py`.
+reason. Without an explicit choice the fastest backend that loads and supports the tensors' device is used; an explicit
+choice (`use_backend`) that cannot run is an error, never a silent slow path. Argument and result types are in `types.py`.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ from lownibble.kernels.types import Epilogue, FourBit, Rows8bit
 
 
 class Backend(Protocol):
-    """What a backend module provides. Tensors are contiguous and share one device.
+    """Interface of a backend module. Tensors are contiguous and share one device.
 
-    device_types: the types of device it runs on; None is any.
+    device_types: the device types it runs on; None means any.
     """
 
     name: str
@@ -89,7 +89,7 @@ def _load_cpu() -> Backend:
 
 
 def _load_triton() -> Backend:
-    # Both obstacles are found without importing triton, which costs a second and memory that runs would be charged for.
+    # Both checks avoid importing triton, which takes a second and memory that would count towards runs.
     if importlib.util.find_spec("triton") is None:
         raise BackendError("triton is not installed. Run: pip install triton")
     if not torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1":
@@ -101,7 +101,7 @@ BACKENDS = {"reference": _load_reference, "cpu": _load_cpu, "triton": _load_trit
 """name -> loader. Order does not matter; `_automatic` decides."""
 
 _FASTEST = {"cpu": "cpu", "cuda": "triton"}
-"""device type -> the backend to use when it loads; otherwise, and elsewhere, it is the reference."""
+"""device type -> the backend to use if it loads; else, and for other device types, the reference."""
 
 _loaded: dict[str, Backend | BackendError] = {}
 _forced: ContextVar[Backend | None] = ContextVar("lownibble_backend", default=None)
@@ -128,7 +128,7 @@ def backend(name: str) -> Backend:
 
 @contextmanager
 def use_backend(choice: str | Backend) -> Iterator[None]:
-    """Run every kernel operation inside the block on one backend: `reference`, `cpu` or `triton`, or an object that is one.
+    """Run every kernel operation inside the block on one backend: `reference`, `cpu` or `triton`, or a `Backend` object.
 
     Raises:
         BackendError: the backend is unknown or cannot run here; the message says why.
@@ -141,13 +141,13 @@ def use_backend(choice: str | Backend) -> Iterator[None]:
 
 
 def chosen() -> Backend | None:
-    """The backend that `use_backend` has chosen, to hand on to another thread: autograd runs backward of a GPU on its own."""
+    """The backend chosen by `use_backend`, or None; to pass to other threads, as autograd runs a GPU's backward on its own."""
     return _forced.get()
 
 
 @contextmanager
 def keeping(backend: Backend | None) -> Iterator[None]:
-    """Inside the block the choice is `backend`, as `chosen` gave it where the work began; None: nobody had chosen."""
+    """Restore inside the block the choice that `chosen` returned, possibly on another thread; None: no explicit choice."""
     if backend is _forced.get():
         yield
         return
@@ -194,7 +194,7 @@ def _for(tensor: Tensor) -> Backend:
 
 
 def quantize_4bit(x: Tensor, bounds: Tensor, order: Tensor, block_size: int) -> tuple[Tensor, Tensor]:
-    """Codes and block constants of a flat tensor.
+    """4-bit codes and absmax of a flat tensor.
 
     Args:
         x: (n,) float32, bfloat16 or float16; finite (the caller checks).
@@ -207,15 +207,15 @@ def quantize_4bit(x: Tensor, bounds: Tensor, order: Tensor, block_size: int) -> 
 
 
 def dequantize_4bit(weight: FourBit, out: Tensor) -> Tensor:
-    """Decode into `out` (contiguous, as many elements as the weight, float32/bfloat16/float16) and return it."""
+    """Dequantise into `out` (contiguous, as many elements as the weight, float32/bfloat16/float16) and return it."""
     return _for(weight.codes).dequantize_4bit(weight, out)
 
 
 def quantize_8bit(x: Tensor, lookup: Tensor, block_size: int) -> tuple[Tensor, Tensor]:
-    """Blockwise 8-bit codes (n,) uint8 and block constants float32 of `x` (n,) float32.
+    """Blockwise 8-bit codes (n,) uint8 and absmax (ceil(n/block_size),) float32 of `x` (n,) float32.
 
-    lookup: (65536,) uint8, the code for each point of an even grid over [-1, 1]; the nearest grid point decides. A block of
-    zeros gets code 0 and constant 0.
+    lookup: (65536,) uint8, the code for each point of a uniform grid over [-1, 1]; a value takes the nearest point's code. A
+    block of zeros gets code 0 and absmax 0.
     """
     return _for(x).quantize_8bit(x, lookup, block_size)
 
@@ -226,17 +226,17 @@ def dequantize_8bit(codes: Tensor, absmax: Tensor, values: Tensor, block_size: i
 
 
 def gemv_4bit(x_TK: Tensor, weight: FourBit) -> Tensor:
-    """`x_TK @ W.T` with W (N, K) decoded on the fly, never stored: (T, N) in x's dtype. Made for few rows (decoding).
+    """`x_TK @ W.T` with W (N, K) dequantised on the fly, never stored: (T, N) in x's dtype. For few rows (decoding).
 
-    x_TK: (T, K) float32/bfloat16/float16, contiguous; sums are in float32. The weight's blocks run on over row ends.
+    x_TK: (T, K) float32/bfloat16/float16, contiguous; accumulates in float32. The weight's blocks may span rows.
     """
     return _for(x_TK).gemv_4bit(x_TK, weight)
 
 
 def matmul_4bit(x_TC: Tensor, weight: FourBit, transposed: bool, epilogue: Epilogue) -> Tensor:
-    """`x @ W.T` (T, N) or, transposed, `x @ W` (T, K), with W (N, K) decoded exactly, plus `epilogue`; in x's dtype.
+    """`x @ W.T` (T, N) or, transposed, `x @ W` (T, K), with W (N, K) dequantised exactly, plus `epilogue`; in x's dtype.
 
-    Made for many rows (training). What `epilogue` holds is float32 or of x's dtype.
+    For many rows (training). The tensors of `epilogue` are float32 or of x's dtype.
     """
     return _for(x_TC).matmul_4bit(x_TC, weight, transposed, epilogue)
 
@@ -250,15 +250,15 @@ def matmul_dense(x_TC: Tensor, weight_NK: Tensor, transposed: bool, out: Tensor)
 
 
 def row_scales(weight: FourBit, code_type: torch.dtype = torch.int8) -> Tensor:
-    """(N,) float32: what a code of 1 is worth in each row of W (N, K), the row's largest constant / `LARGEST_CODE[code_type]`."""
+    """8-bit scale of each row of W (N, K), (N,) float32: the row's largest absmax / `LARGEST_CODE[code_type]`."""
     return _for(weight.codes).row_scales(weight, code_type)
 
 
 def quantize_rows(x_TC: Tensor, column_scale: Tensor | None = None, code_type: torch.dtype = torch.int8) -> Rows8bit:
-    """`x_TC * column_scale`, 64 columns of a row scaled by their largest magnitude to codes of at most `LARGEST_CODE[code_type]`.
+    """Quantise `x_TC * column_scale` to 8 bits: per row and 64 columns, the largest magnitude becomes `LARGEST_CODE[code_type]`.
 
-    Rounded to the nearest code, ties to even. A part with a NaN or infinite value gets a scale that is not finite, and no
-    product with its row is finite.
+    Rounds to the nearest code, ties to even. A part with a NaN or infinite value gets a non-finite scale, and no product with
+    its row is finite.
 
     Args:
         x_TC: (T, C) float32, contiguous.
@@ -269,17 +269,17 @@ def quantize_rows(x_TC: Tensor, column_scale: Tensor | None = None, code_type: t
 
 
 def matmul_8bit(x: Rows8bit, weight: FourBit, row_scale: Tensor, transposed: bool, epilogue: Epilogue) -> Tensor:
-    """A product of 8-bit codes, those of `x` and of W (N, K) in the same type, plus `epilogue`; float32.
+    """Matmul of the 8-bit codes of `x` and of W (N, K), both of the same dtype, plus `epilogue`; float32.
 
-    `epilogue` is float32. W becomes codes of x's type, `q[n, k] = round(W[n, k] / row_scale[n])`. Forward, x (T, K): (T, N)
-    is `row_scale[n] * sum_k x.scale[t, k // 64] x.code[t, k] q[n, k]`. Transposed, x (T, N) with `row_scale` multiplied into it:
-    (T, K) is `sum_n x.scale[t, n // 64] x.code[t, n] q[n, k]`. In a part integers are summed exactly, in 32 bits, and float8
-    codes in as many bits as the device's units keep; parts are summed in float32.
+    `epilogue` is float32. W is quantised to codes of x's dtype, `q[n, k] = round(W[n, k] / row_scale[n])`. Forward, x (T, K):
+    (T, N) is `row_scale[n] * sum_k x.scale[t, k // 64] x.code[t, k] q[n, k]`. Transposed, x (T, N) with `row_scale` multiplied
+    into it: (T, K) is `sum_n x.scale[t, n // 64] x.code[t, n] q[n, k]`. Within a part, int8 products are summed exactly in 32
+    bits, float8 products in the precision of the device's units; parts are summed in float32.
 
     Args:
         x: from `quantize_rows` of the same backend.
-        row_scale: (N,) from `row_scales` for the type of x's codes.
-        K and the block size are multiples of 64 and 32.
+        weight: K is a multiple of 64, the block size of 32.
+        row_scale: (N,) from `row_scales` for the dtype of x's codes.
     """
     return _for(weight.codes).matmul_8bit(x, weight, row_scale, transposed, epilogue)
 
@@ -287,18 +287,18 @@ def matmul_8bit(x: Rows8bit, weight: FourBit, row_scale: Tensor, transposed: boo
 def matmul_8bit_dense(x: Rows8bit, weight_NK: Tensor, row_scale: Tensor, transposed: bool, out: Tensor) -> Tensor:
     """`matmul_8bit` with a dense weight W (N, K), float32, into `out`: (T, N) or, transposed, (T, K), contiguous.
 
-    row_scale: (N,), what a code of 1 is worth in each row: its largest magnitude / `LARGEST_CODE`. K is a multiple of 64.
+    row_scale: (N,), the 8-bit scale of each row: its largest magnitude / `LARGEST_CODE`. K is a multiple of 64.
     """
     return _for(weight_NK).matmul_8bit_dense(x, weight_NK, row_scale, transposed, out)
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, scaling: float) -> tuple[Tensor, Tensor]:
-    """Causal attention over rows of tokens that are cut into segments, each attending to itself only; for training.
+    """Causal attention over rows of tokens divided into segments, each attending only to itself; for training.
 
     Args:
         q: (B, heads, T, D) float32; k, v: (B, key_heads, T, D); the last dimension contiguous.
-        cu_seqlens: (S + 1,) int64 from 0 to B T: segment i is tokens [cu_seqlens[i], cu_seqlens[i + 1]), counted
-            through the rows.
+        cu_seqlens: (S + 1,) int64 from 0 to B T: segment i is tokens [cu_seqlens[i], cu_seqlens[i + 1]) of the
+            concatenated rows.
     Returns:
         (B, T, heads, D), and the log-sum-exp of each query's scaled scores (B T, heads), for backward.
     """
@@ -308,7 +308,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, scaling: floa
 def attention_backward(
     dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, cu_seqlens: Tensor, scaling: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of q, k and v, in their shapes, from `attention`'s results and the gradient of its first one."""
+    """Gradients of q, k and v, in their shapes, from `attention`'s results `out` and `lse` and the gradient of `out`."""
     return _for(q).attention_backward(dout, q, k, v, out, lse, cu_seqlens, scaling)
 
 
@@ -321,9 +321,9 @@ def low_rank(x_TC: Tensor, factor_Cr: Tensor, scale: float = 1.0) -> Tensor:
 
 
 def low_rank_backward(dy_TN: Tensor, x_TK: Tensor, low_Tr: Tensor, lora_B: Tensor, scale: float) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of `y = scale * low B^T`, `low = x A^T`: dlow (T, r) in dy's dtype, dA (r, K) and dB (N, r) in that of B.
+    """Gradients of `y = scale * low B^T`, `low = x A^T`: dlow (T, r) in dy's dtype, dA (r, K) and dB (N, r) in B's.
 
-    lora_B: (N, r); all else is contiguous and of one dtype.
+    lora_B: (N, r); the other tensors are contiguous and of one dtype.
     """
     return _for(dy_TN).low_rank_backward(dy_TN, x_TK, low_Tr, lora_B, scale)
 
@@ -334,18 +334,18 @@ def softmax_rows(x_LV: Tensor, scale: float) -> Tensor:
 
 
 def gemv_bf16(x_TK: Tensor, weight_NK: Tensor) -> Tensor:
-    """`x_TK @ weight_NK.T` (T, N) float32, with a weight stored in bfloat16: half the bytes to read, where that loses nothing."""
+    """`x_TK @ weight_NK.T` (T, N) float32, with a bfloat16 weight: half the bytes to read, if bfloat16 holds it exactly."""
     return _for(x_TK).gemv_bf16(x_TK, weight_NK)
 
 
 def decoder_layers(
     x_TH: Tensor, layers: DecoderLayers, keys: Tensor, values: Tensor, step: Step, segments: Sequence[Segment] = ()
 ) -> None:
-    """Take tokens through the decoder layers, in place, and write their keys and values to the cache. No gradient.
+    """Run tokens through the decoder layers, in place, and write their keys and values to the KV cache. No gradient.
 
     Args:
         x_TH: (T, hidden) float32, contiguous; replaced by the last layer's output.
         keys, values: (layers, slots, key_heads, capacity, head_dim) float32, contiguous; positions are below `capacity`.
-        segments: in order, without overlap; tokens in none of them have no adapter.
+        segments: in order, non-overlapping; tokens outside all of them have no adapter.
     """
     _for(x_TH).decoder_layers(x_TH, layers, keys, values, step, segments)

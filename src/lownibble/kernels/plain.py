@@ -1,4 +1,4 @@
-"""Operations that torch does well enough where there is no kernel of ours: the reference's, CUDA's, and what a CPU lacks."""
+"""Plain torch operations for backends without a kernel of their own: reference, Triton, and CPUs that lack the instructions."""
 
 from __future__ import annotations
 

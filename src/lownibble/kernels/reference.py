@@ -55,13 +55,13 @@ def _block_constants(weight: FourBit) -> Tensor:
 
 
 def _constants(weight: FourBit) -> Tensor:
-    """The constant of each element, of the weight's shape."""
+    """The absmax of each element, in the weight's shape."""
     n = weight.shape.numel()
     return _block_constants(weight).repeat_interleave(weight.block_size)[:n].view(weight.shape)
 
 
 def _values(weight: FourBit) -> Tensor:
-    """What each element's code stands for, of the weight's shape."""
+    """The codebook value of each element, in the weight's shape."""
     index = torch.stack([weight.codes >> 4, weight.codes & 0xF], dim=1).view(-1).long()[: weight.shape.numel()]
     return weight.values[index].view(weight.shape)
 
@@ -95,8 +95,8 @@ def matmul_4bit(x_TC: Tensor, weight: FourBit, transposed: bool, epilogue: Epilo
 
 
 def _codes(scaled: Tensor, code_type: torch.dtype) -> Tensor:
-    """The nearest codes, ties to even; integers saturate. float8's is torch's rounding, which does not: 448 must not be passed by
-    much."""
+    """Round to the nearest codes, ties to even. int8 saturates; float8 is torch's cast, which does not: values must not be much
+    above 448."""
     return (scaled if code_type.is_floating_point else scaled.round().clamp(-128, 127)).to(code_type)
 
 
@@ -111,7 +111,7 @@ def quantize_rows(x_TC: Tensor, column_scale: Tensor | None = None, code_type: t
     parts_TPG = torch.nn.functional.pad(scaled, (0, -C % PART)).view(T, -(-C // PART), PART)
     largest = parts_TPG.abs().amax(dim=2)
     factor = torch.where(largest > 0, torch.full_like(largest, top) / largest, 0.0)  # a number / tensor would round twice
-    scaled_TPG = (parts_TPG * factor.unsqueeze(2)).nan_to_num(nan=0.0).clamp(-top, top)  # the factor of the smallest is infinite
+    scaled_TPG = (parts_TPG * factor.unsqueeze(2)).nan_to_num(nan=0.0).clamp(-top, top)  # the factor of a tiny part is infinite
     codes = _codes(scaled_TPG, code_type)
     n_codes, n_scales = row_sizes(T, C)
     padded = (n_codes - T * C, n_scales - largest.numel())
@@ -127,7 +127,7 @@ def _steps(row_scale: Tensor) -> Tensor:
 
 
 def _multiply(x: Rows8bit, q_NK: Tensor, row_scale: Tensor, transposed: bool) -> Tensor:
-    """The sums of products of codes, scaled."""
+    """Multiply 8-bit codes and apply the scales; float32."""
     T, C, n_parts = x.rows, x.columns, -(-x.columns // PART)
     codes_TC, scale_TP = x.codes[: T * C].view(T, C).double(), x.scale[: T * n_parts].view(T, n_parts)
     q_CM = (q_NK if transposed else q_NK.t()).double()  # sums of codes are exact in float64

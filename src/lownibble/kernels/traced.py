@@ -1,7 +1,7 @@
-"""Kernels that compute nothing: results of the right shapes and types, uninitialised, and no allocation that the real ones lack.
+"""A backend that computes nothing: uninitialised results of the right shapes and dtypes, and only the real kernels' allocations.
 
-For tracing the memory of a training step on fake tensors (`rehearsal/trace.py`). What the CPU's kernels allocate outside torch
-(panels of a decoded weight, a few hundred KiB a thread) is left out.
+For tracing the memory of a training step on fake tensors (`rehearsal/trace.py`). What the CPU kernels allocate outside torch
+(panels of a dequantised weight, a few hundred KiB per thread) is not counted.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from lownibble.kernels.types import Epilogue, FourBit, Rows8bit, row_sizes
 
 
 class Traced:
-    """A backend (`ops.Backend`) that allocates as another one does.
+    """A backend (`ops.Backend`) that mimics another one's allocations.
 
     Args:
-        fused: products with a 4-bit weight decode it inside the kernel (CPUs with AVX-512), not into a buffer first.
-        attention: there is a kernel for attention in training (the same CPUs).
-        softmax: the head's softmax allocates nothing (any compiled CPU kernel), or what torch's operations do.
+        fused: 4-bit matmuls dequantise inside the kernel (CPUs with AVX-512), not into a buffer first.
+        attention: there is a training attention kernel (the same CPUs).
+        softmax: the head's softmax allocates no temporaries (any compiled CPU kernel); else as torch's operations do.
     """
 
     name = "traced"
@@ -112,7 +112,7 @@ class Traced:
     def low_rank_backward(
         self, dy_TN: Tensor, x_TK: Tensor, low_Tr: Tensor, lora_B: Tensor, scale: float
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """As `ops.low_rank_backward`; the sums of the shares of its rows are left out."""
+        """As `ops.low_rank_backward`; the buffer of partial sums is not counted."""
         if not (self._fused and dy_TN.dtype == torch.float32):
             return plain.low_rank_backward(dy_TN, x_TK, low_Tr, lora_B, scale)
         return torch.empty_like(low_Tr), lora_B.new_empty(low_Tr.shape[1], x_TK.shape[1]), torch.empty_like(lora_B)
@@ -128,4 +128,4 @@ class Traced:
     def decoder_layers(
         self, x_TH: Tensor, layers: DecoderLayers, keys: Tensor, values: Tensor, step: Step, segments: Sequence[Segment]
     ) -> None:
-        """As `ops.decoder_layers`: in place."""
+        """As `ops.decoder_layers`: in place, so nothing is allocated."""

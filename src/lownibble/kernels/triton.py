@@ -1,26 +1,27 @@
-"""The kernels in Triton, for CUDA devices; on a CPU through Triton's interpreter, which is how they are tested without a GPU.
+"""The Triton kernels, for CUDA devices; on a CPU they run in Triton's interpreter, which tests them without a GPU.
 
-Each program takes TILE elements: whole blocks, one a row of a two-dimensional tile, so that a block's constant is loaded (and,
-doubly quantised, decoded) once and its largest magnitude is a reduction along the row. A byte's two codes are decoded side by
-side and interleaved, so that loads and stores stay contiguous. Tables are read through the first-level cache: 16 values are 64
-bytes, one transaction for a warp whatever the codes are.
+Each program processes TILE elements: whole blocks, one per row of a two-dimensional tile, so that a block's absmax is loaded
+(and, if double-quantised, dequantised) once and its largest magnitude is a reduction along the row. A byte's two codes are
+dequantised side by side and interleaved, so that loads and stores stay contiguous. Tables are read through the L1 cache: 16
+values are 64 bytes, one transaction per warp whatever the codes are.
 
-Bits equal the reference's. Three things would break that and are ruled out:
+Results are bit-identical to the reference's. Three things would break that and are ruled out:
 - contraction of `a * b + c` into one rounding: every launch has `enable_fp_fusion=False` (LLVM does not fuse, ptxas gets
-  `--fmad=false`), and the matrix-vector product asks for its multiply-adds by name (`tl.fma`);
+  `--fmad=false`), and the matrix-vector product requests its fused multiply-adds explicitly (`tl.fma`);
 - division: `/` is the approximate `div.full.f32` on NVIDIA; `tl.div_rn` rounds correctly;
 - subnormals: float32 multiplications and `div_rn` keep them (no `.ftz` in the PTX).
-`tests/kernels/test_triton_compile.py` compiles every kernel for a GPU, which needs none, and reads that off the PTX.
+`tests/kernels/test_triton_compile.py` compiles every kernel for a GPU, without needing one, and checks this in the PTX.
 
-8-bit products: a program makes a tile of the output, and goes over the sum part by part (64 terms). It decodes the 4-bit weights
-to 8-bit codes in registers, multiplies on the 8-bit units (`tl.dot` of int8 to int32, or of float8 to float32), and adds the
-part, times its scale, in float32. A tile is high, since each decodes the weights for itself. A part's sum starts from zero:
-int8's is exact, and float8's has no more than 64 terms, for the units of capability 9.0 keep fewer bits of a sum than float32
-(some 14, says DeepSeek-V3's report, 2412.19437). Codes equal the reference's, but on capability 8.9 float8's are rounded
-through float16, so a value next to a tie may get the other neighbour. Bias and low-rank branch are added afterwards, by torch.
+8-bit matmuls: a program computes a tile of the output, part by part (64 terms) along the summed dimension. It converts the 4-bit
+weights to 8-bit codes in registers, multiplies on the 8-bit units (`tl.dot` of int8 to int32, or of float8 to float32), and
+accumulates the part, times its scale, in float32. Tiles are tall, since each program converts the weights itself. A part's sum
+starts from zero: int8's is exact, and float8's has at most 64 terms, because the units of capability 9.0 accumulate in fewer bits
+than float32 (about 14 according to DeepSeek-V3's report, 2412.19437). Codes equal the reference's, except that on capability 8.9
+float8 is rounded through float16, so a value next to a tie may get the other neighbour. Torch adds bias and low-rank branch
+afterwards.
 
-The interpreter is chosen when triton is imported (TRITON_INTERPRET=1), not when a kernel runs. Launches go to the current
-stream of the tensors' device and return at once.
+The interpreter is selected when triton is imported (TRITON_INTERPRET=1), not when a kernel runs. Launches go to the current
+stream of the tensors' device and are asynchronous.
 """
 
 from __future__ import annotations
@@ -51,11 +52,11 @@ from lownibble.kernels.types import LARGEST_CODE, PART, Epilogue, FourBit, Rows8
 name = "triton"
 
 TILE = 4096
-"""Elements of a program: one block of the largest size."""
+"""Elements per program: one block of the largest size."""
 GEMV_COLUMNS, GEMV_TILE, GEMV_ROWS = 512, 2048, 4
-"""The product's columns at a time, weight elements at a time and rows of x in one program; more rows are more programs."""
+"""Matrix-vector product: columns per iteration, weight elements per iteration, and rows of x per program."""
 MATMUL_ROWS, MATMUL_ROWS_A_WARP = 128, 16
-"""The 8-bit product's rows of x in one program; half of them where x has no more."""
+"""8-bit matmul: rows of x per program (half as many if x has no more), and rows per warp."""
 TINY = tl.constexpr(1e-38)  # as in reference.py
 TERMS = tl.constexpr(PART)
 ROUND = tl.constexpr(1.5 * 2**23)  # added to a small float32, it leaves the nearest integer in the lowest bits
@@ -63,7 +64,7 @@ ROUND = tl.constexpr(1.5 * 2**23)  # added to a small float32, it leaves the nea
 
 @triton.jit
 def _constants(absmax, block, inside, nested_values, nested_absmax, offset, NESTED_BLOCK: tl.constexpr):
-    """The float32 constants of the blocks `block`; NESTED_BLOCK is 0 without double quantisation."""
+    """The float32 absmax of the blocks `block`; NESTED_BLOCK is 0 without double quantisation."""
     if NESTED_BLOCK == 0:
         constants = tl.load(absmax + block, mask=inside, other=0.0)
     else:
@@ -94,7 +95,7 @@ def _quantize_4bit(x, bounds, order, codes, absmax, n, n_bytes, BLOCKS: tl.const
     value = tl.load(x + element, mask=element < n, other=0.0).to(tl.float32)
     largest = tl.max(tl.abs(value), axis=1)
     divisor = tl.maximum(largest, tl.full((), TINY, tl.float32))
-    short = (block + 1) * BLOCK > n  # the last block, where it is not full: divided, and its constant has the floor
+    short = (block + 1) * BLOCK > n  # a partial last block: divided, and its absmax has the floor TINY
     reciprocal = tl.div_rn(1.0, divisor)
     scaled = tl.where(short[:, None], tl.div_rn(value, divisor[:, None]), value * reciprocal[:, None])
     tl.store(absmax + block, tl.where(short, divisor, largest), mask=block * BLOCK < n)
@@ -114,7 +115,7 @@ def _quantize_8bit(x, lookup, codes, absmax, n, BLOCKS: tl.constexpr, BLOCK: tl.
     largest = tl.max(tl.abs(value), axis=1)
     tl.store(absmax + block, largest, mask=block * BLOCK < n)
     scaled = value * tl.div_rn(1.0, largest)[:, None]
-    scaled = tl.where(scaled == scaled, scaled, -1.0)  # 0 * inf in a block of zeros: the first grid point
+    scaled = tl.where(scaled == scaled, scaled, -1.0)  # NaN (0 * inf in a block of zeros): the first grid point
     scaled = tl.minimum(tl.maximum(scaled, -1.0), 1.0)
     index = ((scaled + 1.0) * 32767.5 + 0.5).to(tl.int32)
     tl.store(codes + element, tl.load(lookup + index), mask=element < n)
@@ -134,7 +135,7 @@ def _gemv_4bit(
     x, codes, absmax, values, nested_values, nested_absmax, offset, out, T, N, K,
     TS: tl.constexpr, NS: tl.constexpr, KS: tl.constexpr, BLOCK: tl.constexpr, NESTED_BLOCK: tl.constexpr, WHOLE: tl.constexpr,
 ):  # fmt: skip
-    """A tile (TS, NS) of the output. WHOLE: each row of W is whole blocks; else every element finds its own byte and block."""
+    """Compute a tile (TS, NS) of the output. WHOLE: rows of W are whole blocks; else byte and block are found per element."""
     n_tiles = tl.cdiv(N, NS)
     n = (tl.program_id(0) % n_tiles).to(tl.int64) * NS + tl.arange(0, NS)
     t = (tl.program_id(0) // n_tiles).to(tl.int64) * TS + tl.arange(0, TS)
@@ -167,13 +168,13 @@ def _gemv_4bit(
 
 @triton.jit
 def _largest(value):
-    """The bits of the largest magnitude in each row, which order as the magnitudes do, with NaN above all."""
+    """The bits of the largest magnitude in each row; as integers they order like magnitudes, with NaN above all."""
     return tl.max(value.to(tl.int32, bitcast=True) & 0x7FFFFFFF, axis=1)
 
 
 @triton.jit
 def _codes(value, code_type: tl.constexpr):
-    """The nearest codes, ties to even, of values below 2^22 (int8: the bits are modulo 256) or not much above 448 (float8)."""
+    """Round to the nearest codes, ties to even; values are below 2^22 (int8: wraps modulo 256) or not much above 448 (float8)."""
     return (value + ROUND).to(tl.int32, bitcast=True).to(tl.int8) if code_type == tl.int8 else value.to(code_type)
 
 
@@ -196,7 +197,7 @@ def _row_scales(
 def _quantize_rows(
     x, column_scale, codes, scale, n_parts, parts, C, TOP: tl.constexpr, SCALED: tl.constexpr, PARTS: tl.constexpr
 ):  # fmt: skip
-    """PARTS parts of 64 columns, one a row of the tile. `parts` of them make a row of x, the last of which may be short."""
+    """Quantise PARTS parts of 64 columns, one per row of the tile. A row of x has `parts` parts; the last may be short."""
     part = tl.program_id(0).to(tl.int64) * PARTS + tl.arange(0, PARTS)
     column = (part % parts)[:, None] * TERMS + tl.arange(0, TERMS)[None, :]
     element = (part // parts)[:, None] * C + column
@@ -207,7 +208,7 @@ def _quantize_rows(
     largest = _largest(value).to(tl.float32, bitcast=True)
     factor = tl.div_rn(TOP, tl.where(largest > 0, largest, float("inf")))  # 0 for zeros and NaN
     scaled = value * factor[:, None]
-    scaled = tl.where(scaled == scaled, scaled, 0.0)  # the part's scale tells
+    scaled = tl.where(scaled == scaled, scaled, 0.0)  # the part's scale shows the NaN
     scaled = tl.minimum(tl.maximum(scaled, -TOP), TOP)
     tl.store(codes + element, _codes(scaled, codes.dtype.element_ty), mask=inside)
     tl.store(scale + part, tl.div_rn(largest, TOP), mask=part < n_parts)
@@ -218,10 +219,10 @@ def _weight_codes(
     codes, absmax, values, nested_values, nested_absmax, offset, row_scale, n, N, K, k_first,
     code_type: tl.constexpr, BLOCK: tl.constexpr, NESTED_BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """(rows `n`, 64): the weight's 8-bit codes from column `k_first`, a multiple of 64. A part has one constant, or two of 32.
+    """(rows `n`, 64): the weight's 8-bit codes from column `k_first`, a multiple of 64. A part has one absmax, or two of 32.
 
-    The 16 values are scaled once a constant, and looked up by exchange within a warp: reads of a table in memory would be
-    pipelined as copies of four bytes each (triton 3.7). Rounding comes last, or its compiler refuses the transposed product.
+    The 16 values are scaled once per absmax and looked up by `tl.gather` within a warp: reads of a table in memory would be
+    pipelined as four-byte copies (triton 3.7). Rounding comes last, otherwise its compiler rejects the transposed matmul.
     """
     GROUPS: tl.constexpr = 1 if BLOCK >= TERMS else TERMS // BLOCK
     element = n * K + k_first
@@ -241,7 +242,7 @@ def _matmul_8bit(
     x_codes, x_scale, codes, absmax, values, nested_values, nested_absmax, offset, row_scale, out, T, N, K,
     TS: tl.constexpr, BLOCK: tl.constexpr, NESTED_BLOCK: tl.constexpr, TRANSPOSED: tl.constexpr,
 ):  # fmt: skip
-    """A tile (TS, 64) of the output. Its columns are rows of W, which are scaled at the end; transposed, columns of W."""
+    """Compute a tile (TS, 64) of the output. Its columns are rows of W, scaled at the end; transposed, columns of W."""
     terms, columns = (N, K) if TRANSPOSED else (K, N)
     tiles, parts = tl.cdiv(columns, TERMS), tl.cdiv(terms, TERMS)
     tile = tl.program_id(0) % tiles
@@ -275,19 +276,19 @@ device_types = ("cpu", "cuda") if _interpreted else ("cuda",)
 
 
 def _launch(kernel: Any, programs: int, *arguments: Any, **constants: float) -> None:
-    """Start `programs` programs on the device of the first argument, without contraction; none is no launch."""
+    """Launch `programs` programs on the device of the first argument, without FMA contraction; 0 launches nothing."""
     if programs:
         with torch.cuda.device_of(arguments[0]):
             kernel[(programs,)](*arguments, **constants, enable_fp_fusion=False)
 
 
 def _per_tile(n: int, block_size: int) -> tuple[int, dict[str, int]]:
-    """Programs for `n` elements, and the kernels' block constants."""
+    """Number of programs for `n` elements, and the kernels' block-size constants."""
     return triton.cdiv(n, TILE), {"BLOCKS": TILE // block_size, "BLOCK": block_size}
 
 
 def _pointers(weight: FourBit) -> tuple[tuple[Tensor, ...], dict[str, int]]:
-    """Codes, constants, values and nested constants of a weight (without those any pointer, never read), and its block sizes."""
+    """Codes, absmax, values and nested tensors of a weight (placeholders, never read, if there are none), and its block sizes."""
     nested, absmax = weight.nested, weight.absmax
     inner = (absmax,) * 3 if nested is None else (nested.values, nested.absmax, nested.offset)
     sizes = {"BLOCK": weight.block_size, "NESTED_BLOCK": 0 if nested is None else nested.block_size}
@@ -365,7 +366,7 @@ def gemv_4bit(x_TK: Tensor, weight: FourBit) -> Tensor:
 
 
 def matmul_4bit(x_TC: Tensor, weight: FourBit, transposed: bool, epilogue: Epilogue) -> Tensor:
-    """As `ops.matmul_4bit`: decoded into a reused buffer, then the vendor's product."""
+    """As `ops.matmul_4bit`: dequantised into a reused buffer, then the vendor library's matmul."""
     return decoded.matmul(partial(dequantize_4bit, weight), weight.shape, x_TC, transposed, epilogue)
 
 
@@ -381,7 +382,7 @@ def row_scales(weight: FourBit, code_type: torch.dtype = torch.int8) -> Tensor:
 
 
 def quantize_rows(x_TC: Tensor, column_scale: Tensor | None = None, code_type: torch.dtype = torch.int8) -> Rows8bit:
-    """As `ops.quantize_rows`; codes and scales row by row, `start` is not used."""
+    """As `ops.quantize_rows`; codes and scales are row-major, `start` is unused."""
     (T, C), device = x_TC.shape, x_TC.device
     check_tensor(x_TC, "x_TC", torch.float32, T * C, device)
     if column_scale is not None:
@@ -425,12 +426,12 @@ def matmul_8bit(x: Rows8bit, weight: FourBit, row_scale: Tensor, transposed: boo
 
 
 def matmul_8bit_dense(x: Rows8bit, weight_NK: Tensor, row_scale: Tensor, transposed: bool, out: Tensor) -> Tensor:
-    """Not here: a head in 16 bits runs on tensor cores already."""
+    """Not implemented: a 16-bit head already runs on tensor cores."""
     raise BackendError("The 'triton' kernels have no 8-bit product with a dense matrix. Use torch's, or the 'reference' backend.")
 
 
 def decoder_layers(
     x_TH: Tensor, layers: DecoderLayers, keys: Tensor, values: Tensor, step: Step, segments: Sequence[Segment]
 ) -> None:
-    """As `ops.decoder_layers`: in torch, around the matrix-vector product."""
+    """As `ops.decoder_layers`: in plain torch around the matrix-vector kernel."""
     decoder.decoder_layers(gemv_4bit, x_TH, layers, keys, values, step, segments)

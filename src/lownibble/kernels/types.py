@@ -1,10 +1,10 @@
-"""What travels between the kernel operations and those who call them: packed weights, rows of 8-bit codes, epilogues.
+"""Argument and result types of the kernel operations: packed weights, rows of 8-bit codes, epilogues.
 
 Plain tuples of tensors and numbers; the operations on them are in `ops.py`, and every backend imports its types from here.
 
 The 4-bit layout is bitsandbytes': a weight of n elements is flattened row-major and cut into blocks of `block_size` elements (the
 last may be short). A value is `values[code] * absmax[block]`, computed in float32 and rounded once to the output dtype. With
-double quantisation `absmax` is uint8 and `Nested` holds what decodes it: `absmax[b] = nested.values[codes[b]] * nested.absmax[b
+double quantisation `absmax` is uint8 codes, which `Nested` dequantises: `absmax[b] = nested.values[codes[b]] * nested.absmax[b
 // nested.block_size] + nested.offset` (two roundings, no FMA).
 """
 
@@ -17,7 +17,7 @@ from torch import Tensor
 
 
 class Nested(NamedTuple):
-    """What decodes doubly quantised block constants.
+    """Tables and constants that dequantise a double-quantised absmax.
 
     values: (256,) float32 table; absmax: (ceil(n_blocks / block_size),) float32; offset: (1,) float32.
     """
@@ -29,7 +29,7 @@ class Nested(NamedTuple):
 
 
 class FourBit(NamedTuple):
-    """A weight of `shape` in 4 bits (n elements).
+    """A packed 4-bit weight of `shape` (n elements).
 
     codes: (ceil(n/2),) uint8, two codes a byte, the first element in the high nibble; absmax: (ceil(n/block_size),) float32, or
     uint8 with `nested`; values: (16,) float32, the value of each code.
@@ -44,26 +44,26 @@ class FourBit(NamedTuple):
 
 
 PART = 64
-"""Values of a row that share an 8-bit scale. With one scale a token, a few large channels took the others' precision (ADR 7)."""
+"""Values of a row that share an 8-bit scale. With one scale per token, outlier channels cost the others precision (ADR 7)."""
 
 LARGEST_CODE = {torch.int8: 127, torch.float8_e4m3fn: 448}
-"""Types of 8-bit codes -> what the largest magnitude of a part, or of a weight's row, becomes."""
+"""8-bit code dtype -> the magnitude that the largest value of a part, or of a weight row, is scaled to."""
 
 
 def row_sizes(T: int, C: int) -> tuple[int, int]:
-    """Elements of a `Rows8bit`'s codes, and of its scales, for T rows of C values.
+    """Numbers of elements of a `Rows8bit`'s codes and scales, for T rows of C values.
 
-    Padded to tiles of 12 rows and groups of 4 columns; the same for every backend, so that a compiled graph is too.
+    Padded to tiles of 12 rows and groups of 4 columns; the same for every backend, so that compiled graphs are too.
     """
     rows = -(-T // 12) * 12
     return rows * -(-C // 4) * 4, rows * -(-C // PART)
 
 
 class Rows8bit(NamedTuple):
-    """Rows scaled to 8 bits in parts of 64 columns: value [t, c] is about `code[t, c] * scale[t, c // 64]`.
+    """Rows quantised to 8 bits in parts of 64 columns: value [t, c] is about `code[t, c] * scale[t, c // 64]`.
 
-    codes: int8 or float8_e4m3fn; scale: float32; start: int32, where a backend's sums with a part start; flat, of `row_sizes`
-    elements, laid out as the backend likes. rows, columns: T, C.
+    codes: int8 or float8_e4m3fn; scale: float32; start: int32, a backend's initial accumulator of each part; all flat, of
+    `row_sizes` elements, in a backend-specific layout. rows, columns: T, C.
     """
 
     codes: Tensor
@@ -74,7 +74,7 @@ class Rows8bit(NamedTuple):
 
 
 class Epilogue(NamedTuple):
-    """What is added to a matrix product on its way out: `bias + scale * low @ factor`.
+    """Terms added to the output of a matmul: `bias + scale * low @ factor`.
 
     bias: (columns,) or None; low: (T, r) contiguous and factor: (r, columns) with any strides, or both None.
     """

@@ -1,6 +1,6 @@
-"""Low-rank adapters: which layers, the layer, injection, and files in PEFT's layout.
+"""Low-rank adapters: target selection, the layer, injection, and files in PEFT's format.
 
-Importing this does no work, so that what needs no torch (`targets`) can be had without.
+Imports are lazy, so that `targets`, which needs no torch, can be used without it.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
-"""Adapter files in PEFT's layout, both ways.
+"""Read and write adapter files in PEFT's format.
 
-A folder with `adapter_config.json` and `adapter_model.safetensors`. Keys are `base_model.model.<path>.` and what the variant
-calls its parameters (`lora_A.weight`, `lora_B.weight`); `base_layer.bias` for trained biases of adapted layers, the parameter's
-own name for modules_to_save. The safetensors metadata says what it was trained on (`provenance.py`). Files are written aside
-and renamed, so that a reader never sees half a file. Only safetensors is read: never pickle.
+A folder with `adapter_config.json` and `adapter_model.safetensors`. Keys are `base_model.model.<path>.` plus the variant's key of
+each parameter (`lora_A.weight`, `lora_B.weight`), `base_layer.bias` for trained biases of adapted layers, or the parameter's own
+name for modules_to_save. The safetensors metadata records the base (`provenance.py`). Files are written under a temporary name
+and renamed, so that a reader never sees a partial file. Only safetensors is read, never pickle.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from lownibble.lora.variants import variant_of
 
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."
-"""What PEFT puts before a module's path in its files."""
+"""PEFT's prefix of module paths in its files."""
 
 _INERT: dict[str, Any] = {
     "alora_invocation_tokens": None, "arrow_config": None, "auto_mapping": ..., "base_model_name_or_path": ...,
@@ -50,11 +50,11 @@ _INERT: dict[str, Any] = {
 """PEFT options that Lownibble has no counterpart for -> the value that means 'off' (`...`: no effect on the weights)."""
 
 _INITS_THAT_CHANGE_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
-"""PEFT's `init_lora_weights` (or how they begin) whose adapters only fit the base weights they left behind."""
+"""Values (or prefixes) of PEFT's `init_lora_weights` that modify the base, so that the adapter fits only the modified base."""
 
 
 def adapter_tensors(model: nn.Module, name: str) -> dict[str, Tensor]:
-    """File key -> the live tensor, for everything the adapter `name` trained."""
+    """File key -> the live tensor, for everything that the adapter `name` trains."""
     tensors: dict[str, Tensor] = {}
     for path, layer in lora_layers(model, name):
         adapter = layer.adapter(name)
@@ -65,7 +65,7 @@ def adapter_tensors(model: nn.Module, name: str) -> dict[str, Tensor]:
 
 
 def _portable_targets(model: nn.Module, config: LoraConfig, name: str) -> str | list[str]:
-    """'all-linear' as module names (PEFT resolves it the same way): last names where they say the same, else paths."""
+    """'all-linear' as module names (PEFT resolves it the same way): last names if they select the same layers, else paths."""
     if config.target_modules != "all-linear":
         return config.target_modules
     paths = {path for path, _ in lora_layers(model, name)}
@@ -87,7 +87,7 @@ def _config_json(model: nn.Module, config: LoraConfig, name: str) -> dict[str, A
         "modules_to_save": config.modules_to_save or None,
     }
     if isinstance(values["target_modules"], list) and config.target_modules == "all-linear":
-        values["layers_to_transform"] = None  # the paths say it
+        values["layers_to_transform"] = None  # implied by the paths
     return values
 
 
@@ -161,7 +161,7 @@ def _to_config(path: Path, values: dict[str, Any]) -> LoraConfig:
     if isinstance(known.get("layers_to_transform"), int):
         known["layers_to_transform"] = [known["layers_to_transform"]]
     if known.get("init_lora_weights") not in (True, False, "gaussian"):
-        known["init_lora_weights"] = True  # how it started does not matter any more
+        known["init_lora_weights"] = True  # the initialisation no longer matters
     try:
         return LoraConfig(**known)
     except ConfigError as error:
@@ -169,11 +169,11 @@ def _to_config(path: Path, values: dict[str, Any]) -> LoraConfig:
 
 
 class AdapterFile:
-    """The weights of an adapter folder: names and shapes at once, values on demand.
+    """The weights of an adapter folder: names and shapes up front, values on demand.
 
     Attributes:
-        base, revision: the base's name and revision, as far as the files say.
-        trained_on: facts of the base (see `provenance.py`), or None where the file does not say.
+        base, revision: the base's name and revision, or None if the files do not record them.
+        trained_on: facts of the base (see `provenance.py`), or None if the file does not record them.
     Raises:
         AdapterError: files are missing or damaged.
     """
@@ -188,12 +188,12 @@ class AdapterFile:
         try:
             with safe_open(self.path, "pt") as file:
                 self.trained_on = from_metadata(file.metadata())
-                self.shapes = {key: torch.Size(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118 - no mapping
+                self.shapes = {key: torch.Size(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118 - no map
         except (SafetensorError, OSError) as error:
             raise AdapterError(f"'{self.path}' is damaged: {error}. Copy or save it again.") from None
 
     def read(self, key: str) -> Tensor:
-        """One tensor, which keeps no file open."""
+        """Read one tensor, without keeping the file open."""
         with safe_open(self.path, "pt") as file:
             tensor: Tensor = file.get_tensor(key)
             return tensor.clone()
@@ -202,7 +202,7 @@ class AdapterFile:
         """Key -> shape of every tensor that the file must hold for this model.
 
         Raises:
-            AdapterError: the model has no such targets.
+            AdapterError: the adapter's targets do not fit the model.
         """
         try:
             return _expected_shapes(plan(model, self.config, name), self.config)
@@ -210,7 +210,7 @@ class AdapterFile:
             raise AdapterError(f"'{self.folder}' does not fit this model: {error}") from None
 
     def check_fit(self, expected: dict[str, torch.Size], ignored: set[str]) -> None:
-        """Raise unless the file holds what is expected, and nothing else but what is ignored.
+        """Check that the file holds exactly the expected tensors, besides the ignored ones.
 
         Raises:
             AdapterError: names tensors that are missing, extra or of another shape.
@@ -221,16 +221,16 @@ class AdapterFile:
 def load_adapter(
     model: nn.Module, folder: str | Path, *, name: str = "default", trainable: bool = False, any_base: bool = False
 ) -> nn.Module:
-    """Inject what the folder's adapter_config.json says, read its weights, and make it active; returns the model.
+    """Inject the adapter of a folder, load its weights, and make it active; returns the model.
 
     Args:
-        trainable: leave the adapter's parameters with gradient, to train on.
-        any_base: also where the adapter says that it was trained on other weights.
+        trainable: keep the adapter's parameters trainable.
+        any_base: accept an adapter that records other weights as its base.
     Raises:
         AdapterError: files missing or damaged, tensors that are missing, extra or of another shape (named), or an adapter of
             another base.
     Warns:
-        UserWarning: the base is the same and stored otherwise (4 bits, dense) than in training.
+        UserWarning: the base is stored in another format (4-bit, dense) than in training.
     """
     stored = AdapterFile(folder)
     expected = stored.expected(model, name)
@@ -270,7 +270,7 @@ def _expected_shapes(planned: Plan, config: LoraConfig) -> dict[str, torch.Size]
 
 
 def _repeats_base(model: nn.Module, key: str, tensor: Tensor) -> bool:
-    """Whether a stored tensor says nothing new: PEFT adds the base weight of an adapted head, and biases a second time."""
+    """Whether a stored tensor duplicates the base: PEFT adds the base weight of an adapted head, and biases a second time."""
     if ".modules_to_save." in key or ".original_module." in key:
         return True
     path, _, last = key.removeprefix(PREFIX).replace(".base_layer.", ".").rpartition(".")

@@ -1,12 +1,12 @@
-"""How a new adapter starts: functions by name in `registry.INITS`.
+"""Initialisations of new adapters: functions registered by name in `registry.INITS`.
 
-An initialisation is called once for each adapted layer, `init(adapter, start)`, and sets A and B. It may look at the layer's
-dense weight, at what that was packed into, and at the second moments of the layer's inputs, and may return another packed
-weight, which then takes the base's place (LoftQ and its kind). An adapter whose initialisation changed its base says so in its
-file, because it fits no other.
+An initialisation is called once per adapted layer, `init(adapter, start)`, and sets A and B. It may use the layer's dense
+weight, its packed weight, and the second moments of the layer's inputs, and may return another packed weight, which then
+replaces the base's (LoftQ and similar). An adapter whose initialisation changed its base records that in its file, because it
+fits no other base.
 
-The built-in ones leave the model's output unchanged, except `random` (for tests). They draw on the CPU, so the device does not
-change the weights.
+The built-in ones leave the model's output unchanged, except `random` (for tests). They draw random numbers on the CPU, so the
+weights do not depend on the device.
 """
 
 from __future__ import annotations
@@ -25,15 +25,15 @@ from lownibble.registry import INITS
 
 @dataclass(frozen=True)
 class Start:
-    """What an initialisation may look at.
+    """Inputs of an initialisation.
 
     Attributes:
         path: of the layer.
-        weight: gives the layer's dense weight (out, in) in float32, read from the checkpoint where the base is packed.
-            Raises ModelError where it is not to be had.
-        packed: what the weight was packed into; None where the base is dense.
+        weight: returns the layer's dense weight (out, in) in float32, read from the checkpoint if the base is packed.
+            Raises ModelError if it is not available.
+        packed: the packed weight; None if the base is dense.
         statistics: (in,) second moments of the layer's inputs from a calibration pass, or None.
-        generator: to draw from, on the CPU.
+        generator: random generator, on the CPU.
     """
 
     path: str
@@ -67,7 +67,7 @@ def random(adapter: LowRank, start: Start) -> None:
 
 
 def find(init_lora_weights: bool | str) -> Init:
-    """The initialisation that the option of `LoraConfig` names."""
+    """The initialisation named by `LoraConfig.init_lora_weights`."""
     name = {True: "kaiming", False: "random"}[init_lora_weights] if isinstance(init_lora_weights, bool) else init_lora_weights
     found: Init = INITS[name]
     return found

@@ -1,7 +1,7 @@
-"""Putting adapters into a model: which modules are meant, what is trained, what PEFT would print.
+"""Inject adapters into a model: module matching, trainable parameters, PEFT's parameter summary.
 
-What `target_modules` means is in `targets.py`. An item of `modules_to_save` matches any end of a path, as in PEFT ("norm" means
-"input_layernorm" too).
+Matching of `target_modules` is in `targets.py`. An item of `modules_to_save` matches any suffix of a path, as in PEFT ("norm"
+also matches "input_layernorm").
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from lownibble.quant import PackedWeight, QuantLinear, is_plain_linear
 
 
 def named_linears(model: nn.Module) -> dict[str, nn.Module]:
-    """Path -> every linear layer that can carry an adapter, adapted ones included, the output head too."""
+    """Path -> linear layer, for all that can carry an adapter, including adapted ones and the output head."""
     found: dict[str, nn.Module] = {}
     for path, module in model.named_modules():
         linear = is_plain_linear(module) or isinstance(module, QuantLinear)
@@ -66,13 +66,13 @@ def candidates(model: nn.Module) -> str:
 
 
 def replace_module(model: nn.Module, path: str, module: nn.Module) -> None:
-    """Put `module` where `path` points."""
+    """Replace the module at `path` by `module`."""
     parent, _, name = path.rpartition(".")
     setattr(model.get_submodule(parent), name, module)
 
 
 def _match_saved(model: nn.Module, config: LoraConfig) -> dict[str, nn.Module]:
-    """Path -> module of everything in `modules_to_save`, as the model had it before any adapter."""
+    """Path -> original module (without adapters) of every match of `modules_to_save`."""
     found: dict[str, nn.Module] = {}
     for wanted in config.modules_to_save:
         paths = [p for p, _ in model.named_modules() if p.endswith(wanted) and not _inside_wrapper(p, model)]
@@ -110,7 +110,7 @@ def _biases(
 
 @dataclass(frozen=True)
 class Plan:
-    """What an adapter will change, found before anything is changed.
+    """The changes that adding an adapter will make, computed before any is made.
 
     Attributes:
         targets: path -> linear layer that gets a low-rank branch.
@@ -124,7 +124,7 @@ class Plan:
 
 
 def plan(model: nn.Module, config: LoraConfig, name: str) -> Plan:
-    """Find out what `add_lora` would do.
+    """Compute what `add_lora` would change, without changing it.
 
     Raises:
         TargetError: as `add_lora`.
@@ -183,7 +183,7 @@ def _dense_weight(model: nn.Module, path: str, layer: LoraLinear) -> Tensor:
     """The layer's weight before it was packed, in float32.
 
     Raises:
-        ModelError: the model does not say where it came from, or came packed.
+        ModelError: the model was not loaded with `lownibble.load`, or its checkpoint is packed.
     """
     weight = layer.base.weight
     if isinstance(weight, Tensor):
@@ -198,7 +198,7 @@ def _dense_weight(model: nn.Module, path: str, layer: LoraLinear) -> Tensor:
 
 
 def _replace_base(model: nn.Module, layer: LoraLinear, packed: PackedWeight, config: LoraConfig) -> None:
-    """Take over the packed weight that an initialisation made."""
+    """Replace the base's packed weight by the one an initialisation returned."""
     if not isinstance(layer.base, QuantLinear):
         raise TargetError(
             f"init_lora_weights={config.init_lora_weights!r} changes packed weights, and this base is dense. Use --method qlora."
@@ -264,9 +264,9 @@ def set_adapter(model: nn.Module, name: str | None) -> None:
 
 
 def remove_adapter(model: nn.Module, name: str) -> None:
-    """Take the adapter `name` out of the model again; layers left without adapters become their bases.
+    """Remove the adapter `name` from the model; layers left without adapters are replaced by their base layers.
 
-    Where it was the active one, the oldest of the others becomes active.
+    If it was active, the oldest remaining adapter becomes active.
 
     Raises:
         TargetError: the model has no adapter of that name.
@@ -287,7 +287,7 @@ def remove_adapter(model: nn.Module, name: str) -> None:
 
 
 def count_parameters(model: nn.Module) -> tuple[int, int]:
-    """(trainable, all) parameters; a quantised weight counts the values it stands for, constants count nothing."""
+    """(trainable, all) parameters; a packed weight counts its unpacked elements; quantisation constants do not count."""
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     total = 0
     for module in model.modules():
@@ -300,7 +300,7 @@ def count_parameters(model: nn.Module) -> tuple[int, int]:
 
 
 def _all_slots(model: nn.Module) -> Iterator[nn.Parameter]:
-    """Every parameter as often as modules hold it (tied weights twice)."""
+    """Every parameter, once per module that holds it (tied weights twice)."""
     for module in model.modules():
         yield from module.parameters(recurse=False)
 

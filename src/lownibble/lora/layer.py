@@ -1,6 +1,6 @@
-"""LoraLinear: any linear layer with named adapters. What it computes with them is the adapter's variant's (`variants.py`).
+"""LoraLinear: a linear layer with named adapters. The adapter's variant (`variants.py`) defines the computation.
 
-Composition (a frozen base module and adapters by name) was chosen over subclasses per codec: a new codec only has to follow
+Composition (a frozen base module and adapters by name) was chosen over a subclass per codec: a new codec only has to follow
 `quant/packed.py`.
 """
 
@@ -18,7 +18,7 @@ from lownibble.quant import PackedWeight, QuantLinear
 
 
 class LowRank(nn.Module):
-    """One adapter of one layer: its variant's parameters, float32, zeros at first: `lora_A` (r, in), `lora_B` (out, r), ..."""
+    """One adapter of one layer: its variant's parameters, float32, initially zero: `lora_A` (r, in), `lora_B` (out, r), ..."""
 
     lora_A: nn.Parameter  # noqa: N815 - PEFT's names
     lora_B: nn.Parameter  # noqa: N815
@@ -118,7 +118,7 @@ class TrainedCopy(nn.Module):
 
 
 def _cast(value: Any, dtype: torch.dtype) -> Any:
-    """Floating tensors, also in a tuple, in `dtype`; anything else as it is."""
+    """Cast floating-point tensors, also inside tuples, to `dtype`; return anything else unchanged."""
     if isinstance(value, tuple):
         return tuple(_cast(item, dtype) for item in value)
     return value.to(dtype) if isinstance(value, Tensor) and value.is_floating_point() else value

@@ -1,15 +1,15 @@
-"""The product of an adapted layer and its gradients, written once and registered twice.
+"""Forward and backward of an adapted layer, written once and registered twice.
 
     y = x W^T + bias + scale * (dropout(x) A^T) B^T          A (r, in), B (out, r)
 
-`forward` and `backward` are plain functions. An `autograd.Function` is what runs; it saves x, the small product x A^T and the
-packed weight, never a decoded weight (decoded again in backward) and never a dropout mask (drawn again from its seed). No
-gradient of the input is computed where none is wanted, which spares the first layer a product. Inside `torch.compile` a custom
-operator takes its place, because a compiler can see neither through a kernel that works on pointers nor into a packed weight:
-it costs more Python a call, but a decoder layer becomes one graph, whose norms, rotary embedding and
-activation function are fused and partly recomputed in backward instead of saved.
+`forward` and `backward` are plain functions. Eager mode runs them in an `autograd.Function`; it saves x, the small product x A^T
+and the packed weight, never a dequantised weight (dequantised again in backward) or a dropout mask (regenerated from its seed).
+The gradient of the input is skipped if not needed, which saves the first layer a matmul. Under `torch.compile` a custom operator
+takes its place, because the compiler cannot trace kernels that work on pointers, or packed weights: it costs more Python per
+call, but a decoder layer becomes one graph, whose norms, rotary embedding and activation function are fused and partly
+recomputed in backward instead of saved.
 
-Adapters are float32 master weights; with 16-bit activations they are cast for the product and their gradient is cast back.
+Adapters are float32 master weights; with 16-bit activations they are cast for the matmul and their gradient is cast back.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from lownibble.quant.packed import PackedWeight, from_spec, restore
 
 
 def _keep_mask(x: Tensor, p: float, seed: int) -> Tensor:
-    """The inverted-dropout mask that `seed` stands for: 0 or 1 / (1 - p), in x's shape and dtype."""
+    """The inverted-dropout mask generated from `seed`: 0 or 1 / (1 - p), in x's shape and dtype."""
     generator = torch.Generator(x.device).manual_seed(seed)
     return torch.empty_like(x).bernoulli_(1 - p, generator=generator).div_(1 - p)
 
@@ -47,7 +47,7 @@ def forward(
     x: Tensor, weight: Tensor | PackedWeight, bias: Tensor | None, lora_A: Tensor, lora_B: Tensor, scale: float,
     dropout: float, seed: int, rows: Rows8bit | None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """x (T, K) -> y (T, N) and dropout(x) A^T (T, r). `rows`: x in 8 bits, for 8-bit products, or None."""
+    """x (T, K) -> y (T, N) and dropout(x) A^T (T, r). `rows`: x in 8 bits, for 8-bit matmuls, or None."""
     x = x.contiguous()
     dropped = x if dropout == 0 else x * _keep_mask(x, dropout, seed)
     low = ops.low_rank(dropped, lora_A.t())
@@ -68,7 +68,7 @@ def backward(
     dy: Tensor, x: Tensor, weight: Tensor | PackedWeight, lora_A: Tensor, lora_B: Tensor, low: Tensor, scale: float,
     dropout: float, seed: int, code_type: torch.dtype | None, wants_dx: bool,
 ) -> tuple[Tensor | None, Tensor, Tensor]:  # fmt: skip
-    """dy (T, N) -> dx (T, K) if wanted, dA and dB. `code_type`: for 8-bit products, the forward's, or None."""
+    """dy (T, N) -> dx (T, K) if wanted, dA and dB. `code_type`: the forward's code dtype for 8-bit matmuls, or None."""
     dy, x = dy.contiguous(), x.contiguous()
     mask = _keep_mask(x, dropout, seed) if dropout else None
     dlow, dA, dB = ops.low_rank_backward(dy, x if mask is None else x * mask, low, lora_B, scale)
@@ -81,14 +81,14 @@ def backward(
 
 
 class LoraMatmul(torch.autograd.Function):
-    """`forward` and `backward` for autograd: x (T, K) -> (T, N). `weight` is frozen, (N, K), dense or quantised."""
+    """`forward` and `backward` for autograd: x (T, K) -> (T, N). `weight` is frozen, (N, K), dense or packed."""
 
     @staticmethod
     def forward(
         ctx: Any, x: Tensor, weight: Tensor | PackedWeight, bias: Tensor | None, lora_A: Tensor, lora_B: Tensor,
         scale: float, dropout: float, seed: int, rows: Rows8bit | None,
     ) -> Tensor:  # fmt: skip
-        """The module's `forward`, without x A^T."""
+        """The module-level `forward`; returns y only."""
         y, low = forward(x, weight, bias, lora_A, lora_B, scale, dropout, seed, rows)
         tensors = {"": weight} if isinstance(weight, Tensor) else weight.tensors()
         ctx.save_for_backward(x, lora_A, lora_B, low, *tensors.values())
@@ -100,7 +100,7 @@ class LoraMatmul(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        """The module's `backward`, and the bias's gradient where it is wanted."""
+        """The module-level `backward`, and the bias gradient if needed."""
         x, lora_A, lora_B, low, *tensors = ctx.saved_tensors
         facts, names = ctx.packed or (None, ())
         weight = tensors[0] if facts is None else restore(facts, dict(zip(names, tensors, strict=True)))
@@ -122,10 +122,10 @@ def lora_matmul(
     x: Tensor, weight: list[Tensor], spec: str, bias: Tensor | None, lora_A: Tensor, lora_B: Tensor, scale: float,
     dropout: float, seed: Tensor | None, rows: list[Tensor],
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """What a compiler calls: x (..., K) -> y (..., N) and (T, r).
+    """Custom operator for torch.compile: x (..., K) -> y (..., N) and dropout(x) A^T (T, r).
 
-    `weight`: a dense one, or with a `spec` the `flat` of a `QuantLinear`. `seed`: () int64, with dropout. `rows`: x in
-    8 bits as `eightbit.rows_of` gave them, or empty.
+    `weight`: one dense tensor, or with a `spec` the `flat` of a `QuantLinear`. `seed`: () int64, with dropout. `rows`: x in
+    8 bits from `eightbit.rows_of`, or empty.
     """
     x_TK = x.reshape(-1, x.shape[-1])
     as_rows = Rows8bit(rows[0], rows[1], rows[2], *x_TK.shape) if rows else None

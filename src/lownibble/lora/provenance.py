@@ -1,15 +1,14 @@
-"""What an adapter was trained on, and whether that is what it is used on.
+"""Provenance of adapters: the base an adapter was trained on, and whether the current base matches.
 
-An adapter fits one base: the weights it was trained with and, for QLoRA, the very rounding of them. Peers keep a name at most;
-the reports of erased and degraded tunes begin there. `save_adapter` writes the base's facts into the adapter's safetensors
-metadata, where they travel with the weights and other libraries ignore them:
+An adapter fits one base: the weights it was trained with and, for QLoRA, their exact quantisation. Other libraries store at most
+a model name, the origin of reports of erased and degraded fine-tunes. `save_adapter` writes the base's facts into the adapter's
+safetensors metadata, where they travel with the weights and other libraries ignore them:
 
-    model, revision   what the base was called
-    digest            of its weights (`models.checkpoint`); None where the model did not come through `lownibble.load`
-    changed_base      name of the initialisation that changed the base's packed weights; absent where none did
+    model, revision   name and revision of the base
+    digest            of its weights (`models.checkpoint`); None if the model was not loaded with `lownibble.load`
+    changed_base      name of the initialisation that changed the base's packed weights; absent if none did
     quant             None for a dense base, else how it is packed: quant_type, block_size, double_quant, compute, skip_modules,
-    and
-                      pattern where layers differ
+                      and pattern if layers differ
 """
 
 from __future__ import annotations
@@ -32,7 +31,7 @@ Facts = Mapping[str, Any]
 
 
 def base_facts(model: nn.Module) -> dict[str, Any]:
-    """What `model` is as a base for adapters."""
+    """Facts that identify `model` as a base for adapters."""
     name, known = getattr(getattr(model, "config", None), "_name_or_path", None) or None, info(model)
     changed = {"changed_base": known.changed_base} if known.changed_base else {}
     return {"model": name, "revision": None, "digest": None, **known.base, "quant": _codec(model), **changed}
@@ -55,7 +54,7 @@ def _codec(model: nn.Module) -> dict[str, Any] | None:
 
 
 def _linears(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """(path, layer) of every linear layer as the model had it before any adapter."""
+    """(path, layer) of every linear layer of the model without adapters."""
     wrappers: list[str] = []
     for path, module in model.named_modules():
         if any(path.startswith(wrapper) for wrapper in wrappers):
@@ -73,7 +72,7 @@ def to_metadata(facts: Facts) -> dict[str, str]:
 
 
 def from_metadata(metadata: Mapping[str, str] | None) -> dict[str, Any] | None:
-    """The facts in a file's metadata, or None where there are none that can be read."""
+    """The facts in a file's metadata, or None if they are missing or invalid."""
     try:
         facts = json.loads((metadata or {})[METADATA_KEY])
     except (KeyError, ValueError):
@@ -86,7 +85,7 @@ def from_metadata(metadata: Mapping[str, str] | None) -> dict[str, Any] | None:
 
 
 def other_weights(trained_on: Facts, base: Facts) -> str | None:
-    """How the base's weights are known to be others than those trained on, or None."""
+    """Why the base's weights are known to differ from those trained on, or None."""
     if (name := trained_on.get("changed_base")) and base.get("changed_base") != name:
         return f"it was started with init_lora_weights='{name}', which changed the packed weights under it"
     if trained_on["digest"] is None or base["digest"] in (None, trained_on["digest"]):
@@ -99,7 +98,7 @@ def other_weights(trained_on: Facts, base: Facts) -> str | None:
 
 
 def other_codec(trained_on: Facts, base: Facts) -> str | None:
-    """How the base is stored otherwise than it was in training, or None; the kind of products (`compute`) is no matter."""
+    """How the base's storage differs from that in training, or None; the matmul precision (`compute`) is ignored."""
     if _stored(base["quant"]) == _stored(trained_on["quant"]):
         return None
     ours, theirs = (describe(facts["quant"]) for facts in (base, trained_on))
@@ -107,7 +106,7 @@ def other_codec(trained_on: Facts, base: Facts) -> str | None:
 
 
 def _stored(quant: Mapping[str, Any] | None) -> Any:
-    """What of the facts says how weights are stored."""
+    """The part of the facts that defines how weights are stored."""
     return quant and [quant[key] for key in PER_LAYER] + [quant.get("pattern") or {}]
 
 

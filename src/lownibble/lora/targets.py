@@ -1,7 +1,7 @@
-"""Which linear layers an adapter is put on, and of what rank, from paths alone. No torch: the planner asks too.
+"""Target layers of an adapter, and their ranks, from module paths alone. No torch: the planner uses it too.
 
 Matching follows PEFT's `check_target_module_exists`, including its asymmetries: a string is a regular expression that must
-match the full path; a list item matches a whole path or whole names at its end; `layers_to_transform` counts the first number
+match the full path; a list item matches a whole path or whole names at its end; `layers_to_transform` refers to the first number
 in a path.
 """
 
@@ -26,11 +26,12 @@ def candidates(linears: Collection[str]) -> str:
 def match_targets(
     linears: Collection[str], config: LoraConfig, *, head: str | None = None, excluded: Collection[str] = ()
 ) -> list[str]:
-    """Paths, out of those of all linear layers, that `config` targets.
+    """Paths of the linear layers that `config` targets.
 
     Args:
-        head: path of the output head, which 'all-linear' leaves out.
-        excluded: modules whose linears cannot be targets, since they are trained in full.
+        linears: paths of all linear layers.
+        head: path of the output head, which 'all-linear' excludes.
+        excluded: modules whose linear layers cannot be targets, since they are trained in full.
     Raises:
         TargetError: nothing matches, or options contradict each other; lists the candidates.
     """
@@ -79,20 +80,20 @@ def parameter_shapes(n_in: int, n_out: int, r: int) -> dict[str, tuple[int, ...]
 
 
 def scaling(r: int, alpha: float, use_rslora: bool) -> float:
-    """What B A is multiplied by."""
+    """The LoRA scaling factor of B A."""
     return alpha / (math.sqrt(r) if use_rslora else r)
 
 
 def rank_of(path: str, config: LoraConfig) -> int:
-    """The rank that `config` gives to the layer at `path`."""
+    """The rank of the layer at `path`."""
     return int(by_pattern(path, config.rank_pattern, config.r))
 
 
 def alpha_of(path: str, config: LoraConfig) -> float:
-    """The lora_alpha that `config` gives to the layer at `path`."""
+    """The lora_alpha of the layer at `path`."""
     return by_pattern(path, config.alpha_pattern, config.lora_alpha)
 
 
 def scale_of(path: str, config: LoraConfig) -> float:
-    """What B A of the layer at `path` is multiplied by."""
+    """The LoRA scaling factor of the layer at `path`."""
     return scaling(rank_of(path, config), alpha_of(path, config), config.use_rslora)

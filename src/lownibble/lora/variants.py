@@ -1,9 +1,9 @@
-"""What a layer computes with its adapter: entries of `registry.VARIANTS`.
+"""Adapter variants: what an adapted layer computes. Registered in `registry.VARIANTS`.
 
-A variant says which parameters an adapter adds to a layer, what the layer gives with them, what becomes of a weight they are
-merged into, and what they are called in PEFT's files. `LowRank` (layer.py) holds the parameters, an initialisation (init.py) sets
-them, and training, evaluation, adapter files and merging ask the variant. Batched decoding and serving apply the low-rank sums of
-many adapters in one product, so they take the variants that are `plain`.
+A variant defines the parameters an adapter adds to a layer, the layer's forward pass, the merged weight, and the parameters' keys
+in PEFT's files. `LowRank` (layer.py) holds the parameters, an initialisation (init.py) sets them, and training, evaluation,
+adapter files and merging call the variant. Batched decoding and serving apply the low-rank branches of many adapters in one
+operation, so they support only `plain` variants.
 
 Sources: LoRA, Hu et al. 2021 (arXiv:2106.09685); the file keys are PEFT's.
 """
@@ -32,7 +32,7 @@ class Variant(ABC):
 
     Attributes:
         keys: name of each parameter -> its key in an adapter file, after the layer's path.
-        plain: whether the layer gives base(x) + scale (x A^T) B^T, A and B being all its parameters.
+        plain: whether the layer computes base(x) + scale (x A^T) B^T with A and B as its only parameters.
     """
 
     keys: ClassVar[dict[str, str]]
@@ -44,11 +44,11 @@ class Variant(ABC):
 
     @abstractmethod
     def forward(self, base: nn.Linear | QuantLinear, adapter: LowRank, x: Tensor, dropout: float) -> Tensor:
-        """x (..., in) -> (..., out) in x's dtype, `base` frozen. Backward gives the gradients of x and of the parameters."""
+        """x (..., in) -> (..., out) in x's dtype, `base` frozen. Backward computes the gradients of x and the parameters."""
 
     @abstractmethod
     def merge(self, weight: Tensor, parameters: Mapping[str, Tensor], scale: float) -> Tensor:
-        """The weight (out, in), float32, of a plain linear layer that gives the same; may be `weight` changed in place."""
+        """The merged weight (out, in), float32, of an equivalent plain linear layer; may be `weight` changed in place."""
 
 
 class _LoRA(Variant):
@@ -88,6 +88,6 @@ LORA = _LoRA()
 
 
 def variant_of(config: LoraConfig) -> Variant:
-    """The variant that an adapter's configuration asks for."""
-    found: Variant = VARIANTS["lora"]  # the only one so far; PEFT's use_dora and its kind are refused in adapter.py
+    """The variant of an adapter's configuration."""
+    found: Variant = VARIANTS["lora"]  # the only one so far; PEFT's use_dora and similar options are rejected in adapter.py
     return found

@@ -1,4 +1,4 @@
-"""Models: where weights come from, and the streaming load."""
+"""Models: sources of weights, and the streaming loader."""
 
 from lownibble.models.load import load, load_tokenizer, pick_device, pick_dtype, skeleton
 from lownibble.models.sources import ModelSource, resolve

@@ -1,23 +1,23 @@
-"""Attention over segments of tokens, each attending to itself only: packed rows, one after the other in a single sequence, or the
-rows of a padded batch.
+"""Attention over segments of tokens, each attending only to itself: packed rows concatenated into one sequence, or the rows of a
+padded batch.
 
-transformers lets a function be registered as an attention implementation and hands the keyword arguments of a model's forward
-down to it; a model that is set to one of ours gets no mask (there is no mask function of that name, so none is built) and
-its layers call the function with the cu_seqlens of the segments, under the names that transformers' flash attention uses. Nothing
-else of the model changes. There are two:
+transformers lets a function be registered as an attention implementation and passes the keyword arguments of a model's forward
+to it; a model that is set to one of ours gets no mask (there is no mask function of that name, so none is built) and its layers
+call the function with the cu_seqlens of the segments, under the names that transformers' flash attention uses. Nothing else in
+the model changes. There are two:
 
 - `lownibble_rows` is our kernel (`kernels/ops.py`), for float32 on CPUs that have it: packed or padded, also in compiled layers.
-- `lownibble_packed` is for packed rows anywhere else. On CUDA, where torch can (half precision, capability 8.0, same head sizes),
-  it is one variable-length kernel; elsewhere one SDPA call for each run of rows of the same length, which is why a batch holds
+- `lownibble_packed` is for packed rows everywhere else. On CUDA, if torch supports it (half precision, capability 8.0, same head
+  sizes), it is one variable-length kernel; elsewhere one SDPA call per run of rows of equal length, which is why a batch keeps
   its rows sorted.
 
-The implementation is set for a training step and taken back after it, so that evaluation, generation and the caller see the
-attention the model came with. There is no fallback inside: a layer that gets no cu_seqlens, or asks for something that is not
-done here, is an error. Whether a model obeys (recurrent states and convolutions do not stop where a row ends) is checked before
+The implementation is set for a training step and restored after it, so that evaluation, generation and the caller see the
+model's original attention. There is no fallback: a layer that gets no cu_seqlens, or requests an unsupported feature, is an
+error. Whether a model respects segment boundaries (recurrent states and convolutions do not stop at them) is checked before
 training by comparing a packed pass with separate ones.
 
-Rejected: a block-diagonal mask (T x T, and no fast kernel takes it); replacing the modules of attention (patched classes);
-leaving the implementation on and falling back to SDPA where no cu_seqlens arrive (a lost argument would mix rows in silence).
+Rejected: a block-diagonal mask (T x T, and no fast kernel supports it); replacing attention modules (patched classes); leaving
+the implementation on and falling back to SDPA if no cu_seqlens arrive (a lost argument would mix rows silently).
 """
 
 from __future__ import annotations
@@ -39,11 +39,11 @@ from lownibble.kernels import ops
 PACKED, ROWS = "lownibble_packed", "lownibble_rows"
 
 _REFUSED = ("softcap", "s_aux", "position_bias")
-"""Arguments of attention functions that neither SDPA nor the variable-length kernel takes: capped scores, sinks, biases."""
+"""Attention arguments that neither SDPA nor the variable-length kernel supports: capped scores, sinks, position biases."""
 
 
 def inputs(model: Any, mask_BT: Tensor, segments: Sequence[int] | None) -> dict[str, Any]:
-    """What the model's forward takes besides token ids, inside `segment_attention`.
+    """Arguments of the model's forward besides token ids, inside `segment_attention`.
 
     Args:
         mask_BT: 1 for tokens, then 0 for padding, which is computed as a segment of its own.
@@ -71,7 +71,7 @@ def inputs(model: Any, mask_BT: Tensor, segments: Sequence[int] | None) -> dict[
 
 
 def kernel_obstacle(model: Any) -> str:
-    """Why the model's attention cannot run on our kernel here, or nothing."""
+    """Why the model's attention cannot run on our kernel here, or ''."""
     weight, config = model.get_input_embeddings().weight, model.config.get_text_config()
     if weight.device.type != "cpu" or weight.dtype != torch.float32:
         return f"it is {weight.dtype} on '{weight.device}'"
@@ -88,12 +88,12 @@ def kernel_obstacle(model: Any) -> str:
 
 
 def head_dim(config: Any) -> int:
-    """The size of a head, which some configurations leave to be worked out."""
+    """The head size; derived from the hidden size if the configuration does not give it."""
     return int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
 
 
 def window(model: Any) -> int | None:
-    """Tokens that the model's attention sees, where some layer's is limited."""
+    """Sliding-window size of the model's attention in tokens; None if no layer has a window."""
     config = model.config.get_text_config()
     kinds = getattr(config, "layer_types", None)
     if kinds and all(kind == "full_attention" for kind in kinds):
@@ -103,10 +103,10 @@ def window(model: Any) -> int | None:
 
 @contextmanager
 def segment_attention(model: Any) -> Iterator[None]:
-    """Inside the block the model's forward and backward take segments, and nothing else; padded rows on the kernel only.
+    """Set our attention inside the block: forward and backward require segments; padded rows need the kernel.
 
     Raises:
-        ModelError: the model's attention cannot be swapped.
+        ModelError: the model's attention implementation cannot be replaced.
     """
     parameters = inspect.signature(model.base_model.forward).parameters
     if "position_ids" not in parameters or not any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
@@ -139,7 +139,7 @@ def refusal(who: str, why: str) -> ModelError:
 
 
 def _refuse(module: Any, attention_mask: Tensor | None, is_causal: bool | None, others: dict[str, Any]) -> None:
-    """Raise where a layer asks for what is not done here."""
+    """Raise if a layer requests an unsupported feature."""
     asked = [name for name in _REFUSED if others.get(name) is not None]
     if asked:
         raise refusal(type(module).__name__, f"it asks for {', '.join(asked)}, which is not done for packed rows")
@@ -223,15 +223,15 @@ AttentionInterface.register(PACKED, _attend_packed)
 
 
 def keep_out_of_graphs() -> None:
-    """Tell torch.compile to leave `lownibble_packed` alone: its calls follow the lengths of the rows, new in each batch."""
+    """Exclude `lownibble_packed` from torch.compile: its calls depend on the row lengths, which change in each batch."""
     AttentionInterface.register(PACKED, torch.compiler.disable(_attend_packed))
 
 
 def _takes_varlen(query: Tensor, value: Tensor) -> bool:
-    """Whether torch's variable-length kernel (flash attention) takes these."""
+    """Whether torch's variable-length kernel (flash attention) supports these tensors."""
     return (
         query.is_cuda
-        and {"window_size", "enable_gqa"} <= set(inspect.signature(varlen_attn).parameters)  # later than the function itself
+        and {"window_size", "enable_gqa"} <= set(inspect.signature(varlen_attn).parameters)  # newer than the function itself
         and query.dtype in (torch.float16, torch.bfloat16)
         and query.shape[-1] == value.shape[-1] <= 256
         and torch.cuda.get_device_capability(query.device) >= (8, 0)
@@ -241,14 +241,14 @@ def _takes_varlen(query: Tensor, value: Tensor) -> bool:
 def _varlen(
     query: Tensor, key: Tensor, value: Tensor, scaling: float | None, window: int | None, cu_seqlens: Tensor, longest: int
 ) -> Tensor:
-    """(1, T, heads, D): one kernel for all rows. Its window counts the tokens to the left, ours counts the token itself too."""
+    """(1, T, heads, D): one kernel call for all rows. Its window counts the tokens to the left, ours also the token itself."""
     q, k, v = (t[0].transpose(0, 1) for t in (query, key, value))
     left = -1 if window is None else window - 1
     output = varlen_attn(
         q, k, v, cu_seqlens, cu_seqlens, longest, longest,
         scale=scaling, window_size=(left, 0), enable_gqa=q.shape[1] != k.shape[1],
     )  # fmt: skip
-    assert isinstance(output, Tensor)  # without further outputs
+    assert isinstance(output, Tensor)  # no further outputs requested
     return output.unsqueeze(0)
 
 
@@ -256,7 +256,7 @@ def _by_runs(
     module: Any, query: Tensor, key: Tensor, value: Tensor, dropout: float, scaling: float | None, window: int | None,
     cu_seqlens: Tensor,
 ) -> Tensor:  # fmt: skip
-    """(1, T, heads, D): one SDPA call for each run of rows of one length; such a run is a batch without copying."""
+    """(1, T, heads, D): one SDPA call per run of rows of equal length, viewed as a batch without copying."""
     sdpa = AttentionInterface()["sdpa"]
     runs = [(length, len(list(run))) for length, run in groupby(cu_seqlens.diff().tolist())]
     sizes = [length * count for length, count in runs]

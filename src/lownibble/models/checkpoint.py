@@ -1,10 +1,10 @@
-"""The tensors of a model folder: names at once, contents one at a time, and a digest that says which weights they are.
+"""The tensors of a model folder: names up front, contents one at a time, and a digest that identifies the weights.
 
-Each tensor is read through its own short mapping: a mapping kept open would count every page read so far as memory.
+Each tensor is read through its own short-lived memory map: one kept open would count every page read so far as resident memory.
 
-The digest names weights, whatever files they are cut into and whatever the model is called: sha256 over every tensor's name,
-type, shape and a sample of its bytes. It is for telling one base from another (a fine-tuned copy differs nearly everywhere),
-not for finding a damaged byte: hashing all of a large checkpoint would take longer than loading it.
+The digest identifies weights regardless of sharding and model name: sha256 over every tensor's name, dtype, shape and a sample of
+its bytes. It distinguishes one base from another (a fine-tuned copy differs nearly everywhere); it does not find a damaged byte,
+because hashing all of a large checkpoint would take longer than loading it.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ class Checkpoint:
         return [whole] if whole.is_file() else sorted(folder.glob("*.safetensors"))
 
     def read(self, key: str) -> Tensor:
-        """One tensor, through a mapping of its own."""
+        """Read one tensor, through its own memory map."""
         with safe_open(self.file_of[key], "pt") as handle:
             tensor: Tensor = handle.get_tensor(key)
         if key not in self._sampled:
@@ -73,13 +73,13 @@ class Checkpoint:
         return tensor
 
     def facts(self, key: str) -> tuple[torch.dtype, torch.Size]:
-        """A tensor's type and shape, without reading it."""
+        """A tensor's dtype and shape, without reading it."""
         with safe_open(self.file_of[key], "pt") as handle:
             found = handle.get_slice(key)
             return TYPES[found.get_dtype()], torch.Size(found.get_shape())
 
     def digest(self) -> str:
-        """Which weights these are, 64 hexadecimal digits; reads the tensors that have not been read yet."""
+        """Digest of the weights, 64 hexadecimal digits; reads the tensors that have not been read yet."""
         state = hashlib.sha256()
         for key in sorted(self.file_of):
             if key not in self._sampled:
@@ -89,7 +89,7 @@ class Checkpoint:
 
 
 def _sample(tensor: Tensor) -> bytes:
-    """sha256 of a tensor's type, shape and a few evenly spaced stretches of its bytes."""
+    """sha256 of a tensor's dtype, shape and a few evenly spaced chunks of its bytes."""
     flat = tensor.contiguous().reshape(-1).view(torch.uint8)
     state = hashlib.sha256(f"{tensor.dtype} {tuple(tensor.shape)}".encode())
     if len(flat) <= _SAMPLES * _SAMPLE_BYTES:

@@ -1,7 +1,7 @@
-"""The precision of the frozen products of a loaded model, decided here for all its packed layers.
+"""Frozen-base matmul precision of a loaded model, decided here for all its packed layers.
 
-What `QuantConfig.compute` asks for is kept in `info(model)`. An explicit precision holds from loading on. 'auto' is exact, until
-somebody trains: which is best is known for training only (`quant/eightbit.py`).
+The requested `QuantConfig.compute` is kept in `info(model)`. An explicit precision applies from loading on. 'auto' is exact until
+a training run resolves it: the best choice is known for training only (`quant/eightbit.py`).
 """
 
 from __future__ import annotations
@@ -13,13 +13,13 @@ from lownibble.quant import QuantLinear, eightbit
 
 
 def decide(model: Any, *, training: bool = False) -> None:
-    """Give all packed layers the precision that was asked for when the model was loaded; nothing, if it was not loaded here.
+    """Set the matmul precision of all packed layers to the one requested at loading; no effect if none was.
 
     Args:
-        training: 'auto' is for a training run; what was chosen and why is in `info(model).compute` then.
+        training: resolve 'auto' for a training run; the choice and its reason are then in `info(model).compute`.
     Raises:
-        BackendError: the device or the kernels in use have no such products.
-        InputError: a layer's codec or shape does not suit them (named).
+        BackendError: the device or the kernels in use do not support this precision.
+        InputError: a layer's codec or shape does not support it (named).
     """
     known = info(model)
     if known.asked_compute is None:

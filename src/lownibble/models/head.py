@@ -1,8 +1,8 @@
-"""A model's way from hidden states to logits: its head, and what it does to logits after it.
+"""A model's output head: from hidden states to logits, including the logit transforms after it.
 
-Who computes a loss or a score calls the backbone without the head (`hidden_states`), because full logits are the largest tensor
-of a training step. So what a model does between head and logits must be known: `LOGIT_TRANSFORMS` lists the configuration keys
-for it, and `check_head` compares with the model's own logits once.
+Losses and scores are computed from the backbone without the head (`hidden_states`), because full logits are the largest tensor of
+a training step. Transforms after the head must therefore be known: `LOGIT_TRANSFORMS` lists their configuration keys, and
+`check_head` compares with the model's own logits once.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ LOGIT_TRANSFORMS: dict[str, Callable[[Tensor, float], Tensor]] = {
     "logits_scaling": lambda logits, scale: logits / scale,
     "logit_scale": lambda logits, scale: logits * scale,
 }
-"""Text-configuration key -> what the model does to its logits when the key is set (Gemma 2, Granite, Cohere)."""
+"""Text-configuration key -> the logit transform that the model applies if the key is set (Gemma 2, Granite, Cohere)."""
 
 
 class Head:
-    """A model's way from hidden states (L, H) to logits (L, V)."""
+    """A model's output head with its logit transforms: hidden states (L, H) -> logits (L, V)."""
 
     def __init__(self, model: Any) -> None:
         self.module: nn.Module = model.get_output_embeddings()
@@ -46,7 +46,7 @@ class Head:
         self.vocab_size = int(self.module.weight.shape[0])  # type: ignore[union-attr,index]
 
     def _plain(self, model: nn.Module) -> DenseProducts | None:
-        """Products with the head's weight (V, H), if that is all there is to it."""
+        """Matmuls with the head's weight (V, H), or None if the head has a bias, transforms or another forward."""
         head = self.module
         if not is_plain_linear(head) or head.bias is not None or self.transforms:
             return None
@@ -62,13 +62,13 @@ class Head:
 
     @property
     def compute(self) -> str:
-        """'int8' where a training step multiplies the head on 8-bit units, else 'exact'."""
+        """Matmul precision of the head in training: 'int8' or 'exact'."""
         code_type = self.plain.code_type if self.plain else None
         return "exact" if code_type is None else str(code_type).removeprefix("torch.")
 
     @property
     def trained(self) -> list[nn.Parameter]:
-        """The head's parameters that want a gradient."""
+        """The head's trainable parameters."""
         return [p for p in self.module.parameters() if p.requires_grad]
 
 
@@ -76,11 +76,10 @@ def hidden_states(
     model: Any, input_ids_BT: Tensor, attention_mask_BT: Tensor | None, segments: Sequence[int] | None = None,
     source: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:  # fmt: skip
-    """Last hidden states (B, T, H) of the model without its head, of an encoder-decoder model those of its decoder, whose encoder
-    reads `source`, ids and mask (B, S); no mask is one of ones.
+    """Last hidden states (B, T, H) of the model without its head; of an encoder-decoder model, those of its decoder.
 
-    With `segments`, the lengths of packed rows, B is 1, and the call and its backward belong inside `segment_attention`. Other
-    rows are padded on the right.
+    `source`: ids and mask (B, S) of the encoder. No attention mask means all ones. With `segments`, the lengths of packed rows, B
+    is 1, and forward and backward must run inside `segment_attention`. Other rows are right-padded.
     """
     if source is not None:
         ids_BS, mask_BS = source
@@ -95,7 +94,7 @@ def hidden_states(
         extra = attention.inputs(model, mask_BT, segments)
     else:
         assert not segments
-        # without a mask attention takes its causal fast path, and causal rows padded on the right need none
+        # without a mask attention takes its causal fast path; right-padded causal rows need no mask
         full = attention_mask_BT is None or not info(model).needs_mask or bool(attention_mask_BT.all())
         extra = {"attention_mask": None if full else attention_mask_BT}
     output = model.base_model(input_ids=input_ids_BT, use_cache=False, **extra)
@@ -104,7 +103,7 @@ def hidden_states(
 
 @contextmanager
 def for_comparing(model: Any) -> Iterator[None]:
-    """Without gradients, dropout and 8-bit products, in which a rounding apart may be a whole step of 8 bits."""
+    """Disable gradients, dropout and 8-bit matmuls, in which one rounding difference may become a whole 8-bit step."""
     was_training = model.training
     model.eval()
     try:
@@ -115,15 +114,15 @@ def for_comparing(model: Any) -> Iterator[None]:
 
 
 HEAD_TOLERANCE = {torch.float32: 1e-3, torch.float16: 0.02, torch.bfloat16: 0.06}
-"""Permitted difference of logits, as a part of the largest: a few roundings of the type between one order of the products and
-another (8 bits of mantissa in bfloat16: 2^-8 a rounding). A head that is not what it seems is off by a part of order one."""
+"""Permitted difference of logits, relative to the largest: a few roundings of the dtype between different orders of operations (8
+bits of mantissa in bfloat16: 2^-8 per rounding). A head with an unknown transform is off by order one."""
 
 
 def check_head(model: Any) -> None:
     """Compare this module's logits with the model's own on eight tokens.
 
     Raises:
-        ModelError: they differ, so the model does something to its logits that is not known here.
+        ModelError: they differ, so the model applies an unknown transform to its logits.
     """
     device = model.get_input_embeddings().weight.device
     input_ids = torch.arange(1, 9, device=device).unsqueeze(0) % Head(model).vocab_size

@@ -1,7 +1,6 @@
-"""What Lownibble knows of a model besides its modules: one object on the model, made when it is first asked for.
+"""Lownibble's metadata about a model: one object stored on the model, created on first access.
 
-It goes with the model through deepcopy and pickle. Models that did not come through `lownibble.load` have one too, with less in
-it.
+deepcopy and pickle of the model keep it. Models not loaded with `lownibble.load` have one too, with fewer facts.
 """
 
 from __future__ import annotations
@@ -24,8 +23,8 @@ class Adapters:
 
     Attributes:
         configs: name -> its configuration.
-        biases: by adapter, path in PEFT's files -> (the parameter in the base, the values that are not in place: the
-            original ones while the adapter is active, else the trained ones).
+        biases: by adapter, path in PEFT's files -> (the parameter in the base, the values swapped out: the original ones
+            while the adapter is active, else the trained ones).
         active: name of the active one.
     """
 
@@ -41,15 +40,14 @@ class ModelInfo:
     Attributes:
         base: 'model', 'revision' and 'digest' of the weights, from `load`; empty otherwise.
         stored_dtypes: name of a dense tensor -> its dtype in the checkpoint.
-        asked_compute: the precision of frozen products that `load` was asked for ('auto': who trains chooses), or None.
-        compute: which 'auto' chose for training, and why.
-        needs_mask: whether padded rows are given an attention mask; False where rows padded on the right were found not to
-            need one.
-        autocast: type that forward passes in training compute in where the weights are float32 masters (full fine-tuning on
-            CUDA), or None.
-        read_dense: gives a layer's dense weight (out, in) in float32 from the checkpoint, by the layer's path; None where
-            there is none.
-        changed_base: name of the initialisation of adapters that has changed the packed weights, or None.
+        asked_compute: the frozen-base matmul precision requested from `load` ('auto': training chooses), or None.
+        compute: what 'auto' chose for training, and why.
+        needs_mask: whether padded rows are given an attention mask; False if right-padded rows were found not to need one.
+        autocast: autocast dtype of forward passes in training if the weights are float32 masters (full fine-tuning on CUDA),
+            or None.
+        read_dense: reads a layer's dense weight (out, in) in float32 from the checkpoint, by the layer's path; None if the
+            model has no dense checkpoint.
+        changed_base: name of the adapter initialisation that changed the packed weights, or None.
     """
 
     base: dict[str, Any] = field(default_factory=dict)
@@ -64,7 +62,7 @@ class ModelInfo:
 
 
 def info(model: Any) -> ModelInfo:
-    """What is known of `model`; changes to it stay."""
+    """The `ModelInfo` of `model`, created if missing; changes to it persist."""
     found = vars(model).get(_ATTRIBUTE)
     if not isinstance(found, ModelInfo):
         found = ModelInfo()

@@ -1,11 +1,11 @@
-"""Loading a model, quantising while it streams in.
+"""Streaming model loader that quantises one tensor at a time.
 
 The skeleton is built by transformers on the meta device; then one tensor at a time is read from safetensors, placed or
-quantised, and dropped, so the peak is the final size plus the tensor at hand and its working copy. The checkpoint must fit
-exactly: a missing, extra or misshapen tensor is an error, where transformers would start from random weights with a warning.
+quantised, and dropped, so the memory peak is the final size plus the current tensor and its working copy. The checkpoint must
+match exactly: a missing, extra or misshapen tensor is an error, where transformers would warn and use random weights.
 
 Rejected: `from_pretrained` with a quantizer plug-in as the only path (it keeps several tensors in flight and tolerates
-missing ones); the plug-in comes on top of this one for users of transformers.
+missing ones); the plug-in exists besides this loader, for users of transformers.
 """
 
 from __future__ import annotations
@@ -32,14 +32,14 @@ from lownibble.quant import PackedWeight, QuantLinear, eightbit, is_plain_linear
 from lownibble.registry import CODECS
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-"""The values of the option `dtype` -> torch's types."""
+"""Values of the option `dtype` -> torch dtype."""
 
 
 def pick_device(device: str = "auto") -> torch.device:
-    """The device that a name stands for; auto: CUDA when there is one, else the CPU.
+    """Resolve a device name; auto: CUDA if available, else the CPU.
 
     Raises:
-        ModelError: no such device here.
+        ModelError: the device does not exist or is not supported.
     """
     if device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -57,7 +57,7 @@ def pick_device(device: str = "auto") -> torch.device:
 
 
 def pick_dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype:
-    """The dtype that a name stands for; auto: bfloat16 on CUDA, float32 on a CPU."""
+    """Resolve a dtype name; auto: bfloat16 on CUDA, float32 on a CPU."""
     if isinstance(dtype, torch.dtype):
         return dtype
     if dtype == "auto":
@@ -74,14 +74,14 @@ def load(
     Args:
         model: 'demo', a folder in Hugging Face layout (one or many safetensors shards, also bitsandbytes 4-bit
             checkpoints), a .gguf file, or a hub id.
-        quant: None for dense, the name of a codec ('nf4', 'int8', ...), or a `QuantConfig`. A checkpoint that is packed
-            already stays as it is.
+        quant: None for dense, the name of a codec ('nf4', 'int8', ...), or a `QuantConfig`. Layers of a packed checkpoint
+            keep their codec.
         dtype: of everything that is not quantised, and of the activations.
         device: where the model goes.
         revision: of a hub id.
     Returns:
-        (model, tokenizer): transformers' own classes; the model is in eval mode, its parameters without gradient only
-        where they are quantised.
+        (model, tokenizer): transformers' own classes; the model is in eval mode, and only its packed layers have
+        `requires_grad=False`.
     Raises:
         ModelError: the model is missing, damaged or not supported; says which file or tensor.
         QuantizationError: a weight holds NaN or infinite values; names it.
@@ -144,10 +144,10 @@ def _auto(config: Any) -> Any:
 
 
 def uninitialised(config: Mapping[str, Any], quant: QuantConfig | None, dtype: torch.dtype) -> Any:
-    """The model of a config.json as `load` gives it, on the CPU, its tensors without values; for tracing on fake tensors.
+    """The model of a config.json as `load` returns it, on the CPU, with uninitialised tensors; for tracing on fake tensors.
 
     Raises:
-        ModelError: transformers does not know it.
+        ModelError: transformers does not support it.
     """
     values = {key: value for key, value in config.items() if key != "model_type"}
     try:
@@ -179,17 +179,18 @@ def _reason(error: Exception) -> str:
 
 
 def tied_aliases(model: nn.Module) -> set[str]:
-    """Names of parameters that are another name for a tied one."""
+    """Duplicate names of tied parameters."""
     first = {name for name, _ in model.named_parameters()}
     return {name for name, _ in model.named_parameters(remove_duplicate=False)} - first
 
 
 def quantizable(model: nn.Module, config: QuantConfig) -> dict[str, QuantConfig]:
-    """Path of each linear layer that `config` packs -> how: every plain `nn.Linear` that is not skipped and not tied to another.
+    """Path -> configuration of each linear layer that `config` packs: every plain `nn.Linear` that is neither skipped nor tied.
 
     Raises:
-        ConfigError: an entry of skip_modules or pattern matches nothing, or a codec does not suit a layer (named).
-        ModelError: nothing is left.
+        ConfigError: an entry of skip_modules or pattern matches nothing, or a codec does not support an option (layer named).
+        QuantizationError: a codec does not support a layer's shape (layer named).
+        ModelError: no layer is left to pack.
     """
     shared = tied_aliases(model)
     tied_parameters = {id(p) for name, p in model.named_parameters(remove_duplicate=False) if name in shared}
@@ -217,7 +218,7 @@ def _fill(
     known = info(model)
     if config is not None:
         known.asked_compute = config.compute
-        eightbit.choose(config.compute, device)  # before a weight is read
+        eightbit.choose(config.compute, device)  # fail before any weight is read
     to_quantize = quantizable(model, config) if config is not None and not packed else {}
     expected = check_names(model, checkpoint, packed)
     for path in sorted(packed):
@@ -285,10 +286,10 @@ def _persistent_buffers(model: nn.Module) -> Iterator[str]:
 
 
 def check_names(model: Any, checkpoint: Checkpoint, packed: Mapping[str, str]) -> set[str]:
-    """Names of the tensors that the model takes from a checkpoint, `packed` ones as their layer's weight.
+    """Names of the tensors that the model needs from a checkpoint; a packed layer's tensors count as its `weight`.
 
     Raises:
-        ModelError: the checkpoint lacks some, or has others.
+        ModelError: the checkpoint lacks some of them, or has unknown ones.
     """
     expected, aliases = {name for name, _ in model.named_parameters()} | set(_persistent_buffers(model)), tied_aliases(model)
     stored = {packed_files.owner(key, packed) for key in checkpoint.file_of}

@@ -1,8 +1,7 @@
-"""Checkpoints whose layers are packed already: bitsandbytes' 4-bit ones, and those that this package writes with any codec.
+"""Checkpoints with packed layers: bitsandbytes' 4-bit ones, and those that this package writes with any codec.
 
-Which tensors belong together, and how they are read and written, is the codec's (`quant/packed.py`): a layer at PATH has its
-codes as `PATH.weight`, its constants as `PATH.weight.NAME`, and one tensor that tells codec and facts. Bytes are kept as they
-are.
+The codec defines which tensors belong together and how they are read and written (`quant/packed.py`): a layer at PATH has its
+codes as `PATH.weight`, its constants as `PATH.weight.NAME`, and a marker tensor with codec and facts. Bytes are kept unchanged.
 """
 
 from __future__ import annotations
@@ -24,7 +23,7 @@ OWN_METHOD = "lownibble"
 
 
 def check_config(config: Any, name: str) -> None:
-    """Refuse checkpoints quantised by anything but bitsandbytes in 4 bits, or this package."""
+    """Reject checkpoints quantised by anything but bitsandbytes (4-bit) or this package."""
     stored = getattr(config, "quantization_config", None) or {}
     method = stored.get("quant_method", "an unknown method")
     in_4bit = method == "bitsandbytes" and stored.get("load_in_4bit", stored.get("_load_in_4bit"))
@@ -35,7 +34,7 @@ def check_config(config: Any, name: str) -> None:
 
 
 def check_same(packed: Mapping[str, str], config: QuantConfig, name: str) -> None:
-    """Refuse to pretend that a checkpoint holds another type than it does."""
+    """Check that each packed layer of a checkpoint has the quant_type that `config` requests."""
     for path, held in packed.items():
         wanted = config.for_layer(path).quant_type
         if held != wanted:
@@ -62,10 +61,10 @@ def owner(key: str, packed: Iterable[str]) -> str:
 
 
 def read(checkpoint: Checkpoint, path: str, quant_type: str, dtype: torch.dtype) -> PackedWeight:
-    """The packed weight of the layer at `path`, its bytes untouched; `dtype` is what it decodes to by default.
+    """The packed weight of the layer at `path`, its bytes unchanged; `dtype` is its default dtype to dequantise to.
 
     Raises:
-        ModelError: a part is missing or damaged, or there is no such codec.
+        ModelError: a part is missing or damaged, or the codec is unknown.
     """
     keys = [key for key in checkpoint.file_of if key == f"{path}.weight" or key.startswith(f"{path}.weight.")]
     parts = {key: checkpoint.read(key).clone() for key in keys}  # a copy never keeps the file mapped
@@ -73,10 +72,10 @@ def read(checkpoint: Checkpoint, path: str, quant_type: str, dtype: torch.dtype)
 
 
 def options(checkpoint: Checkpoint, path: str, quant_type: str) -> QuantConfig:
-    """How the layer at `path` is packed, by the one tensor that says so.
+    """Configuration of the packed layer at `path`, from its marker tensor.
 
     Raises:
-        ModelError: it is damaged.
+        ModelError: it is damaged, or the codec is unknown.
     """
     codec = _codec(quant_type, path, f"'{checkpoint.name}'")
     how: QuantConfig = codec.stored_options(path, checkpoint.read(f"{path}{codec.marker}{quant_type}"), f"'{checkpoint.name}'")
@@ -93,24 +92,24 @@ def _codec(quant_type: str, path: str, name: str) -> Codec:
 
 
 def unpack(parts: Mapping[str, Tensor], path: str, quant_type: str, dtype: torch.dtype, name: str) -> PackedWeight:
-    """`read` for tensors at hand, by their full names; `name` is how errors call the checkpoint."""
+    """`read` for tensors in memory, by their full names; `name` is the checkpoint's name in errors."""
     return _codec(quant_type, path, name).read(path, parts, dtype, name)
 
 
 def pack(path: str, weight: PackedWeight) -> dict[str, Tensor]:
-    """What a checkpoint holds for the layer at `path`."""
+    """Tensors by name that a checkpoint stores for the layer at `path`."""
     stored: dict[str, Tensor] = CODECS[weight.facts()["quant_type"]].write(path, weight)
     return stored
 
 
 def pack_shapes(path: str, shape: torch.Size, config: QuantConfig) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
-    """Type and shape of each tensor that `pack` gives for a weight of `shape`."""
+    """Dtype and shape of each tensor that `pack` returns for a weight of `shape`."""
     specs = CODECS[config.quant_type].written(path, shape, config)
     return {key: (getattr(torch, spec.dtype), spec.shape) for key, spec in specs.items()}
 
 
 def config_of(packed: Mapping[str, PackedWeight | QuantConfig], skip_modules: list[str]) -> QuantConfig:
-    """The configuration that packs the layers as they are: the most common codec, and a pattern for each group of others."""
+    """The configuration by which the layers are packed: the most common codec, and a pattern for each group of others."""
     by_path = {
         path: each if isinstance(each, QuantConfig) else CODECS[each.facts()["quant_type"]].options(each.facts())
         for path, each in packed.items()
@@ -119,8 +118,8 @@ def config_of(packed: Mapping[str, PackedWeight | QuantConfig], skip_modules: li
 
 
 def config_json(config: QuantConfig, skip_modules: list[str], dtype: str) -> dict[str, Any]:
-    """The `quantization_config` of config.json that transformers loads such a checkpoint by: bitsandbytes' where all is nf4 or
-    fp4."""
+    """The `quantization_config` of config.json with which transformers loads the checkpoint: bitsandbytes' if nf4 or fp4 without
+    a pattern, else Lownibble's own."""
     kinds = {config.quant_type, *(how.get("quant_type", config.quant_type) for how in config.pattern.values())}
     if config.pattern or kinds - {"nf4", "fp4"}:
         options = {key: getattr(config, key) for key in PER_LAYER}

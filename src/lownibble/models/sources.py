@@ -1,8 +1,8 @@
-"""Where a model comes from: a name or path becomes a local folder in Hugging Face layout.
+"""Model sources: resolve a name or path to a local folder in Hugging Face format.
 
-`demo` is the embedded model (see `embedded.py`); a `.gguf` file is converted once, through transformers' own reader, into a
-folder in the cache, keyed by its content; a folder is used as it is; anything else is a hub id. After this file every model is
-`config.json`, safetensors and a tokenizer, and there is one loading path. Only safetensors is accepted, never pickle.
+`demo` is the embedded model (see `embedded.py`); a `.gguf` file is converted once, with transformers' own reader, into a folder
+in the cache, keyed by its content; a folder is used directly; anything else is a hub id. The result is always `config.json`,
+safetensors and a tokenizer, so there is one loading path. Only safetensors is accepted, never pickle.
 """
 
 from __future__ import annotations
@@ -30,22 +30,22 @@ _PRE_TOKENIZERS: dict[str, dict[str, Any]] = {
         ],
     }
 }
-"""GGUF's `tokenizer.ggml.pre` -> the pre-tokenizer it stands for, where transformers' conversion loses it."""
+"""GGUF's `tokenizer.ggml.pre` -> the pre-tokenizer it names, if transformers' conversion loses it."""
 
 
-_GGUF_STRING = 8  # GGUF's number for a value that is text
+_GGUF_STRING = 8  # GGUF's type number for strings
 
 
 @dataclass(frozen=True)
 class ModelSource:
-    """A model folder on this machine, and the name to remember it by."""
+    """A local model folder, and the name to record for it."""
 
     folder: Path
     name: str
 
 
 def resolve(model: str, revision: str | None = None) -> ModelSource:
-    """The local folder of `demo`, a folder, a .gguf file or a hub id (downloaded if need be).
+    """The local folder of `demo`, a folder, a .gguf file or a hub id (downloaded if needed).
 
     Raises:
         ModelError: nothing of that name, no safetensors in it, or the download failed.
@@ -91,7 +91,7 @@ def _download(repo: str, revision: str | None) -> Path:
 
 
 def from_gguf(path: Path) -> Path:
-    """The Hugging Face folder (bfloat16) made from a GGUF file; converted once and kept in the cache by content."""
+    """The Hugging Face folder (bfloat16) of a GGUF file; converted once and cached by content hash."""
     with path.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
     folder = embedded.cache_dir() / "models" / f"gguf-{digest[:16]}"
@@ -138,7 +138,7 @@ def _convert(path: Path, folder: Path) -> None:
 
 
 def _gguf_pre_tokenizer(path: Path) -> str:
-    """The metadata value `tokenizer.ggml.pre`, or ''. Found by its bytes: gguf's reader takes seconds over a vocabulary."""
+    """The metadata value `tokenizer.ggml.pre`, or ''. Found by byte search: gguf's reader takes seconds for a vocabulary."""
     key = b"tokenizer.ggml.pre"
     entry = struct.pack("<Q", len(key)) + key + struct.pack("<I", _GGUF_STRING)
     with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:

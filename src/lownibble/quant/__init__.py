@@ -1,6 +1,6 @@
-"""Packed weights: codebooks, codecs, the protocol that they follow, and the linear layer that computes on them.
+"""Packed weights: codebooks, codecs, their protocol, and the linear layer that computes on them.
 
-Importing this does no work, so that what needs no torch (`layouts`) can be had without.
+Imports are lazy, so that `layouts`, which needs no torch, can be used without it.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
-"""The tables of values that codes stand for, each from its formula, in one place.
+"""Codebooks: the value of each code, computed from its formula.
 
-NF4: quantiles of the normal distribution (QLoRA, Dettmers et al. 2023) by the formula that the authors' code uses, which is
-not the one printed in the paper; rounded to float32 it is bitsandbytes' published table. FP4: sign, two exponent bits and one
+NF4: quantiles of the normal distribution (QLoRA, Dettmers et al. 2023) by the formula in the authors' code, which differs from
+the one printed in the paper; rounded to float32 it is bitsandbytes' published table. FP4: sign, two exponent bits and one
 mantissa bit in bitsandbytes' bit order. DYNAMIC8: the signed *dynamic* 8-bit map of Dettmers et al. 2021 (not an FP8
-format), used for the block constants in double quantisation and for AdamW's first moment in 8 bits; its unsigned sibling is for
+format), used for the block constants in double quantisation and for the first moment of 8-bit AdamW; the unsigned map is for
 the second moment.
 """
 
@@ -28,7 +28,7 @@ _NF4_OFFSET = 0.9677083  # (31/32 + 29/30) / 2 as bitsandbytes rounds it
 
 
 def _nf4_values() -> Tensor:
-    def quantiles(count: int) -> Tensor:  # rounded to float32 before and after, as there: the table's last bits depend on it
+    def quantiles(count: int) -> Tensor:  # float32 before and after, as in the authors' code: the last bits depend on it
         probabilities = torch.linspace(_NF4_OFFSET, 0.5, count + 1)[:-1]
         values: Tensor = torch.special.ndtri(probabilities.double())
         return values.float()
@@ -47,7 +47,7 @@ _TABLES = {"nf4": _nf4_values, "fp4": _fp4_values}
 
 @cache
 def codebook(quant_type: str, device: str = "cpu") -> Codebook:
-    """The table of a 4-bit type (`nf4` or `fp4`) on `device`. Cached; do not write into it."""
+    """The codebook of a 4-bit codec (`nf4` or `fp4`) on `device`. Cached; do not modify."""
     values = _TABLES[quant_type]()
     order = torch.argsort(values, stable=True)
     bounds = (values[order[:-1]] + values[order[1:]]) / 2
@@ -56,10 +56,10 @@ def codebook(quant_type: str, device: str = "cpu") -> Codebook:
 
 @cache
 def dynamic8_lookup(device: str = "cpu") -> Tensor:
-    """(65536,) uint8: the code of the value nearest to each point of an even grid over [-1, 1]. Cached.
+    """(65536,) uint8: the code of the value nearest to each point of a uniform grid over [-1, 1]. Cached.
 
-    bitsandbytes' CPU build finds 8-bit codes through such a table instead of a search, which moves about one code in 700 by
-    one near a boundary; its bytes are the standard here.
+    bitsandbytes' CPU build finds 8-bit codes with such a table instead of a search, which shifts about one code in 700, near a
+    boundary, by one; this package matches its bytes.
     """
     grid = torch.arange(65536, dtype=torch.float64) / 32767.5 - 1
     values = dynamic8()
@@ -68,7 +68,7 @@ def dynamic8_lookup(device: str = "cpu") -> Tensor:
 
 @cache
 def dynamic8(device: str = "cpu") -> Tensor:
-    """The signed dynamic 8-bit map, ascending, (256,) float32. Cached; do not write into it."""
+    """The signed dynamic 8-bit map, ascending, (256,) float32. Cached; do not modify."""
     positive = []
     for exponent in range(7):
         boundaries = torch.linspace(0.1, 1, 2**exponent + 1)
@@ -79,7 +79,7 @@ def dynamic8(device: str = "cpu") -> Tensor:
 
 @cache
 def dynamic8_unsigned(device: str = "cpu") -> Tensor:
-    """The dynamic 8-bit map of values from 0 to 1, ascending, (256,) float32. Cached; do not write into it."""
+    """The unsigned dynamic 8-bit map, from 0 to 1, ascending, (256,) float32. Cached; do not modify."""
     values = [torch.tensor([0.0, 1.0])]
     for exponent in range(7):
         boundaries = torch.linspace(0.1, 1, 2 ** (exponent + 1) + 1)

@@ -1,8 +1,8 @@
-"""DenseProducts: a dense matrix, as a head's, in the products of a training step, exact or on 8-bit units.
+"""DenseProducts: training matmuls with a dense matrix such as the head's, exact or in 8 bits.
 
-The head of a small model is a third of its multiplications; where the frozen base is multiplied on 8-bit units (`eightbit.py`), a
-frozen head is too: W brought to 8 bits by row, hidden states and the gradient of the logits by token and 64 columns. W is
-packed for each product again, a panel at a time; only its row scales are kept.
+The head of a small model is a third of its multiplications; if the frozen base uses 8-bit matmuls (`eightbit.py`), a frozen head
+does too: W is quantised to 8 bits per row, hidden states and the gradient of the logits per token and 64 columns. W is quantised
+again for each matmul, a panel at a time; only its row scales are kept.
 """
 
 from __future__ import annotations
@@ -19,17 +19,17 @@ from lownibble.kernels.types import LARGEST_CODE, PART
 from lownibble.quant.linear import QuantLinear
 
 BACKENDS = ("cpu", "reference")
-"""Kernels that have 8-bit products with a dense matrix; on GPUs a head in 16 bits runs on tensor cores."""
+"""Backends with 8-bit dense matmuls; on GPUs a 16-bit head runs on tensor cores."""
 
 
 def code_type_for(model: nn.Module, weight_NK: Tensor) -> torch.dtype | None:
-    """The type of the codes of products with `weight_NK`, a dense matrix of the model; None where they are exact.
+    """Code dtype of matmuls with `weight_NK`, a dense matrix of the model; None if they are exact.
 
-    8 bits as the model's packed weights, if it is frozen, float32, and suits the kernels in use.
+    int8 if the model's packed weights use it and the matrix is frozen, float32, and supported by the kernels in use.
     """
     layer = next((module for module in model.modules() if isinstance(module, QuantLinear)), None)
     if layer is None or layer.code_type is not torch.int8 or weight_NK.requires_grad or weight_NK.is_inference():
-        return None  # a tensor of inference has no version to remember its scales by
+        return None  # an inference tensor has no version counter, by which scales are cached
     suits = weight_NK.dtype == torch.float32 and weight_NK.shape[1] % PART == 0 and weight_NK.is_contiguous()
     return torch.int8 if suits and ops.active_backend(weight_NK.device) in BACKENDS else None
 
@@ -45,12 +45,12 @@ _last = _Last()
 
 
 def forget() -> None:
-    """Read matrices again: their version tells of changes, but not of one through `.data`, as a caller may make between runs."""
+    """Drop the cached row scales: version counters miss changes through `.data`, which a caller may make between runs."""
     _last.source = _last.state = _last.scale = None
 
 
 def _row_scales(weight_NK: Tensor) -> Tensor:
-    """What a code of 1 is worth in each row, (N,); the same matrix asked for again, unchanged, is not read again."""
+    """8-bit scale of each row, (N,); cached for the last matrix while it is unchanged."""
     state = (weight_NK._version, weight_NK.data_ptr())
     if _last.scale is None or _last.source() is not weight_NK or _last.state != state:
         scale = torch.linalg.vector_norm(weight_NK.detach(), float("inf"), dim=1) / LARGEST_CODE[torch.int8]
@@ -59,7 +59,7 @@ def _row_scales(weight_NK: Tensor) -> Tensor:
 
 
 class DenseProducts:
-    """Products with W (N, K) into given memory, without autograd; with a `code_type` in 8 bits, of float32."""
+    """Matmuls with W (N, K) into given output tensors, without autograd; with a `code_type` in 8 bits, on float32."""
 
     def __init__(self, weight_NK: Tensor, code_type: torch.dtype | None = None) -> None:
         self.weight, self.code_type = weight_NK.detach(), code_type
@@ -67,7 +67,7 @@ class DenseProducts:
 
     @property
     def row_bytes(self) -> int:
-        """Bytes that a row (N,) takes as it goes back: float32 values and, in 8 bits, codes, with a scale and a start a part."""
+        """Bytes of a row (N,) in backward: float32 values and, in 8 bits, codes plus a scale and a start per part."""
         N = len(self.weight)
         return 4 * N + (0 if self.code_type is None else N + -(-N // PART) * 8)
 

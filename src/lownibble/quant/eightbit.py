@@ -1,14 +1,14 @@
-"""Frozen products on 8-bit units: `compute="int8"` and `compute="fp8"`.
+"""8-bit frozen-base matmuls: `compute="int8"` and `compute="fp8"`.
 
-The activations are scaled to 8 bits by token and 64 columns, the weight is brought from 4 to 8 bits by output row, codes are
-multiplied and summed, and the low-rank branch is added in float32 (`kernels/ops.py` has the formulas, ADR 7 the reasons). The
-gradient of the input is the same product with the same codes: dx = rowquant(dy * row_scale) Wq. What it changes are the values of
-the frozen product, a little (`tests/quant/test_eightbit.py` holds the bounds); gradients of the adapters are exact given those.
+Activations are quantised to 8 bits per token and 64 columns, the 4-bit weight to 8 bits per output row; codes are multiplied and
+summed, and the low-rank branch is added in float32 (`kernels/ops.py` has the formulas, ADR 7 the reasons). The gradient of the
+input is the same matmul with the same codes: dx = rowquant(dy * row_scale) Wq. The values of the frozen-base matmul change a
+little (`tests/quant/test_eightbit.py` holds the bounds); adapter gradients are exact given those values.
 
-Codes are integers, or float8 (e4m3: four bits of exponent and three of mantissa), which takes small values of a part along but
-rounds the large ones more coarsely (ADR 11).
+Codes are integers, or float8 (e4m3: four exponent and three mantissa bits), which keeps small values of a part but rounds large
+ones more coarsely (ADR 11).
 
-q, k and v, and gate and up, read the same input: it is scaled once. `shared_rows` remembers the last input by identity and
+q, k and v, and gate and up, share their input, which is quantised once: `shared_rows` caches the last input by identity and
 version, without keeping it alive.
 """
 
@@ -29,19 +29,19 @@ from lownibble.kernels.types import Epilogue, FourBit, Rows8bit, row_sizes
 from lownibble.quant.packed import PackedWeight
 
 CODE_TYPES = {"int8": torch.int8, "fp8": torch.float8_e4m3fn}
-"""The values of `compute` that are 8-bit products -> the type of their codes."""
+"""Values of `compute` with 8-bit matmuls -> their code dtype."""
 
 CAPABILITY = {"int8": (8, 0), "fp8": (8, 9)}
-"""The first compute capability of CUDA whose units the kernels use; before it Triton would multiply on others, slowly."""
+"""Minimum CUDA compute capability with the 8-bit units the kernels use; below it Triton would fall back to slower units."""
 
 
 PROVEN = {"cpu": "int8"}
-"""Type of device -> the 8-bit compute that 'auto' takes in training there, instead of float32: every figure of `bench quality`,
-evaluation loss and scores of two tasks, differs from exact compute by less than seeds do among themselves."""
+"""Device type -> the 8-bit compute that 'auto' chooses for float32 training there: every figure of `bench quality` (evaluation
+loss and scores of two tasks) differs from exact compute by less than the spread between seeds."""
 
 
 def automatic(weights: Iterable[PackedWeight], dtype: torch.dtype, device: torch.device) -> tuple[str, str]:
-    """The compute that 'auto' means for training on these frozen weights with activations of `dtype`, and why."""
+    """Resolve compute='auto' for training on these frozen weights with activations of `dtype`: (compute, reason)."""
     compute = PROVEN.get(device.type)
     if compute is None or dtype != torch.float32:
         return "exact", f"8-bit products have not been proven on '{device.type}' in {str(dtype).removeprefix('torch.')}"
@@ -58,12 +58,12 @@ def automatic(weights: Iterable[PackedWeight], dtype: torch.dtype, device: torch
 
 
 def choose(compute: str, device: torch.device) -> str:
-    """'exact', 'int8' or 'fp8' for a `QuantConfig.compute`; 'auto' is exact, until training asks `automatic`.
+    """Resolve a `QuantConfig.compute` to 'exact', 'int8' or 'fp8'; 'auto' is exact here, training resolves it with `automatic`.
 
-    A backend that `use_backend` chose may be slow: the plain-torch kernels do both anywhere, and so does Triton's interpreter.
+    A backend forced by `use_backend` may be slow: the reference and Triton's interpreter support int8 and fp8 anywhere.
 
     Raises:
-        BackendError: 8-bit products do not run on `device` with the kernels in use; says what is missing and what to use.
+        BackendError: the kernels in use have no 8-bit matmuls on `device`; says what is missing and what to use.
     """
     if compute not in CODE_TYPES:
         return "exact"
@@ -91,10 +91,10 @@ def _need_capability(compute: str, device: torch.device) -> None:
 
 
 def _four_bit(weight: PackedWeight, compute: str) -> FourBit:
-    """The weight as the 8-bit products take it.
+    """The weight in the format of the 8-bit matmuls.
 
     Raises:
-        InputError: its codec has no such products.
+        InputError: its codec has no 8-bit matmuls.
     """
     if weight.four_bit is None:
         codec = weight.facts()["quant_type"]
@@ -105,7 +105,7 @@ def _four_bit(weight: PackedWeight, compute: str) -> FourBit:
 
 
 def check_weight(weight: PackedWeight, name: str, compute: str) -> None:
-    """Raise unless the weight's codec, shape and blocks suit 8-bit products.
+    """Check that the weight's codec and shape support 8-bit matmuls.
 
     Raises:
         InputError: names the weight and what to do.
@@ -132,8 +132,8 @@ _last = _Last()
 
 
 def shared_rows(x: Tensor, code_type: torch.dtype) -> Rows8bit:
-    """`x` (..., C) as rows of 8 bits; the same tensor asked for again, unchanged, is not scaled again."""
-    state = None if x.is_inference() else (x._version, ops.active_backend(x.device), code_type)  # inference: no version
+    """`x` (..., C) quantised to rows of 8 bits; cached for the last tensor while it is unchanged."""
+    state = None if x.is_inference() else (x._version, ops.active_backend(x.device), code_type)  # inference tensors: no version
     if _last.rows is not None and _last.source() is x and _last.state == state:
         return _last.rows
     rows = ops.quantize_rows(x.detach().reshape(-1, x.shape[-1]).float().contiguous(), None, code_type)
@@ -157,9 +157,9 @@ def _(x, code_type):  # type: ignore[no-untyped-def]
 
 
 def rows_of(x: Tensor, code_type: torch.dtype | None) -> list[Tensor]:
-    """The tensors of `x` (..., C) as rows of 8 bits, by an operator that a compiler can call: it merges equal calls itself.
+    """Tensors of `x` (..., C) quantised to rows of 8 bits, by a custom operator for torch.compile, which merges equal calls.
 
-    None without a type: where products are exact.
+    Empty without a code type (exact matmuls).
     """
     return [] if code_type is None else list(_quantize_rows(x.detach(), code_type))
 

@@ -1,7 +1,7 @@
-"""What a packed weight is stored as: names, types and shapes of its tensors, for each built-in codec. No torch.
+"""Storage layouts of packed weights: names, dtypes and shapes of the tensors, for each built-in codec. No torch.
 
-The planner counts bytes by it, merging lays files out by it, and a codec's own tensors follow it (a test compares). A codec from
-outside of the package has its layout as a method; `layout` finds either.
+The planner counts bytes with them, merging lays out files with them, and a codec's tensors must match (a test compares). A
+plug-in codec has its layout as a method; the function `layout` finds either.
 
 Also here, because planner and loader must agree: which layers are packed, and how.
 """
@@ -18,29 +18,29 @@ from lownibble.matching import fits, is_part
 from lownibble.registry import CODECS
 
 NESTED_BLOCK_SIZE = 256
-"""Block constants that share a constant of their own, with double quantisation; bitsandbytes'."""
+"""Block constants per nested block in double quantisation, as in bitsandbytes."""
 
 ITEMSIZE = {"uint8": 1, "int8": 1, "float8_e4m3fn": 1, "float16": 2, "bfloat16": 2, "int32": 4, "float32": 4, "int64": 8}
 
 
 class TensorSpec(NamedTuple):
-    """Type (torch's name) and shape of a tensor."""
+    """Dtype (torch's name) and shape of a tensor."""
 
     dtype: str
     shape: tuple[int, ...]
 
     @property
     def n_bytes(self) -> int:
-        """Its bytes."""
+        """Size in bytes."""
         return ITEMSIZE[self.dtype] * math.prod(self.shape)
 
 
 Layout = dict[str, TensorSpec]
-"""Tensors of a packed weight by name, the codes first; the others are constants. None is of zero dimensions."""
+"""Tensors of a packed weight by name: the codes first, then quantisation constants. All have at least one dimension."""
 
 
 def _doubly(name: str, n: int, double_quant: bool) -> Layout:
-    """n block constants: float32, or 8-bit codes with what decodes them."""
+    """n block constants: float32, or double-quantised (8-bit codes, nested absmax and offset)."""
     if not double_quant:
         return {name: TensorSpec("float32", (n,))}
     return {
@@ -51,10 +51,10 @@ def _doubly(name: str, n: int, double_quant: bool) -> Layout:
 
 
 def four_bit(shape: Sequence[int], config: QuantConfig) -> Layout:
-    """nf4 and fp4, bitsandbytes' layout: blocks run on over row ends, so any shape will do.
+    """nf4 and fp4 in bitsandbytes' layout: blocks may span rows, so any shape is supported.
 
     Raises:
-        ConfigError: the block size is not one of these codecs'.
+        ConfigError: the block size is not a number.
     """
     if not isinstance(config.block_size, int):
         raise ConfigError(
@@ -68,10 +68,10 @@ def four_bit(shape: Sequence[int], config: QuantConfig) -> Layout:
 
 
 def group_size(shape: Sequence[int], config: QuantConfig, allowed: Iterable[int | str]) -> int:
-    """Weights that share a scale, for codecs whose groups lie within rows.
+    """Group size (weights that share a scale), for codecs whose groups lie within rows.
 
     Raises:
-        ConfigError: the block size is not one of the codec's. QuantizationError: the rows are not whole groups.
+        ConfigError: the block size is not in `allowed`. QuantizationError: the row length is not a multiple of it.
     """
     size, row = config.block_size, int(shape[-1])
     if size not in allowed:
@@ -94,13 +94,13 @@ INT4_GROUPS: tuple[int | str, ...] = (32, 64, 128)
 
 
 def int8(shape: Sequence[int], config: QuantConfig) -> Layout:
-    """Signed codes with a scale a group, or a row."""
+    """Signed codes with one scale per group, or per row."""
     groups = math.prod(shape) // max(1, group_size(shape, config, INT8_GROUPS))
     return {"codes": TensorSpec("int8", tuple(shape)), **_doubly("scale", groups, config.double_quant)}
 
 
 def int4(shape: Sequence[int], config: QuantConfig) -> Layout:
-    """Unsigned codes, two a byte, with a scale and a zero point (4 bits as well) a group."""
+    """Unsigned codes, two per byte, with a scale and a 4-bit zero point per group."""
     n = math.prod(shape)
     groups = n // group_size(shape, config, INT4_GROUPS)
     return {
@@ -117,31 +117,32 @@ LAYOUTS: dict[str, Callable[[Sequence[int], QuantConfig], Layout]] = {
 
 
 def layout(shape: Sequence[int], config: QuantConfig) -> Layout:
-    """The tensors of a weight of `shape` packed as `config` says.
+    """The tensors of a weight of `shape` packed with `config`.
 
     Raises:
-        ConfigError: an option does not suit the codec. QuantizationError: the shape does not.
+        ConfigError: the codec does not support an option. QuantizationError: it does not support the shape.
     """
     found: Layout = (LAYOUTS.get(config.quant_type) or CODECS[config.quant_type].layout)(shape, config)
     return found
 
 
 def n_bytes(shape: Sequence[int], config: QuantConfig) -> int:
-    """Bytes of a weight of `shape` packed as `config` says."""
+    """Bytes of a weight of `shape` packed with `config`."""
     return sum(spec.n_bytes for spec in layout(shape, config).values())
 
 
 def choose(
     linears: Mapping[str, Sequence[int]], config: QuantConfig, may_be_absent: Iterable[str] = (), never: Iterable[str] = ()
 ) -> dict[str, QuantConfig]:
-    """Path of each layer that is packed -> how, out of all linears (path -> shape of the weight).
+    """Choose the layers to pack: path -> its configuration.
 
     Args:
+        linears: path -> weight shape of every linear layer.
         may_be_absent: entries of `skip_modules` that may match nothing.
-        never: paths that stay dense whatever the options say (a head that shares its tensor with the embeddings).
+        never: paths that stay dense whatever the options say (a head tied to the embeddings).
     Raises:
-        ConfigError: an entry of `skip_modules` or `pattern` matches nothing (lists the candidates), or an option does not suit a
-            codec. QuantizationError: a codec does not suit a layer's shape. Both name the layer.
+        ConfigError: an entry of `skip_modules` or `pattern` matches nothing (lists the candidates), or a codec does not support
+            an option (names the layer). QuantizationError: a codec does not support a layer's shape (names the layer).
     """
     last_names = ", ".join(sorted({path.rpartition(".")[2] for path in linears})) or "none"
     for skip in config.skip_modules:

@@ -1,13 +1,12 @@
-"""QuantLinear: a frozen linear layer on a packed weight, of any codec.
+"""QuantLinear: a frozen linear layer with a packed weight of any codec.
 
 The packed tensors are `nn.Parameter(requires_grad=False)` under the codec's names, so `state_dict`, `.to()`, safetensors and
 sharding treat them like any other weight. Casting the module (`.half()`, `.to(bfloat16)`) must not touch float32 constants,
 so `_apply` is narrowed to moves between devices.
 
-Products are the packed weight's, exact (`PackedWeight.matmul`) or in 8 bits (`eightbit.py`): it is decoded on the way and not
-kept. What a product saves for backward are the packed tensors, through autograd (`save_for_backward`), which sharding,
-offloading and checks of in-place changes rely on. With few rows and no gradient (token-by-token generation) a fused
-matrix-vector kernel reads the codes directly, where the codec has one.
+Matmuls are exact (`PackedWeight.matmul`) or in 8 bits (`eightbit.py`); the dequantised weight is not kept. Only the packed
+tensors are saved for backward, with `save_for_backward`, which sharding, offloading and checks of in-place changes rely on. With
+few rows and no gradient (token-by-token generation) a fused matrix-vector kernel reads the codes directly, if the codec has one.
 """
 
 from __future__ import annotations
@@ -28,16 +27,16 @@ from lownibble.quant.codecs import quantize
 from lownibble.quant.packed import PackedWeight, from_spec, restore, to_spec
 
 MATVEC_MAX_ROWS = 4
-"""Up to this many rows the fused kernel beats decode-then-multiply (AVX-512, 2 threads; see `lownibble bench kernels`)."""
+"""Up to this many rows the fused kernel beats dequantise-then-multiply (AVX-512, 2 threads; see `lownibble bench kernels`)."""
 
 
 def is_plain_linear(module: nn.Module) -> bool:
-    """Whether a module is `nn.Linear` in what it computes; a subclass with a forward of its own (a router) is not."""
+    """Whether a module computes what `nn.Linear` does; a subclass with its own `forward` (a router) does not count."""
     return isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward
 
 
 class _FrozenMatmul(torch.autograd.Function):
-    """y = x W^T for a packed W that needs no gradient; saves nothing but the packed tensors. `rows`: x in 8 bits, or None."""
+    """y = x W^T for a frozen packed W; saves only the packed tensors. `rows`: x in 8 bits, or None."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: PackedWeight, rows: Rows8bit | None) -> Tensor:
@@ -62,7 +61,7 @@ class _FrozenMatmul(torch.autograd.Function):
 
 @torch.library.custom_op("lownibble::frozen_matmul", mutates_args=())
 def frozen_matmul(x_TK: Tensor, weight: list[Tensor], spec: str, out_features: int, rows: list[Tensor]) -> Tensor:
-    """What a compiler calls, which cannot see into a packed weight: (T, K) -> (T, N). `rows`: from `eightbit.rows_of`."""
+    """Custom operator for torch.compile, which cannot trace packed weights: (T, K) -> (T, N). `rows`: `eightbit.rows_of(x)`."""
     frozen = from_spec(spec, weight)
     if rows:
         return eightbit.forward(Rows8bit(rows[0], rows[1], rows[2], *x_TK.shape), frozen, NO_EPILOGUE, x_TK.dtype)
@@ -107,8 +106,9 @@ frozen_matmul.register_autograd(_differentiate, setup_context=_save)
 
 
 def frozen_linear(x: Tensor, weight: PackedWeight, bias: Tensor | None, code_type: torch.dtype | None) -> Tensor:
-    """x (..., K) -> (..., N) with a packed weight (N, K) and a bias, in x's dtype; 8-bit products of `code_type`, if one is
-    given.
+    """x (..., K) -> (..., N) with a packed weight (N, K) and a bias, in x's dtype; 8-bit matmuls if `code_type` is given.
+
+    Up to `MATVEC_MAX_ROWS` rows without gradient are exact.
     """
     N, K = weight.shape
     x_TK = x.reshape(-1, K)
@@ -125,7 +125,7 @@ def _with_bias(y_TN: Tensor, bias: Tensor | None) -> Tensor:
 
 @contextmanager
 def exact_products(model: nn.Module) -> Iterator[None]:
-    """Compute exactly inside the block: for comparisons, which 8-bit products would disturb."""
+    """Use exact matmuls inside the block, for comparisons that 8-bit matmuls would disturb."""
     before = [(layer, layer.compute) for layer in model.modules() if isinstance(layer, QuantLinear)]
     for layer, _ in before:
         layer.compute = "exact"
@@ -141,7 +141,7 @@ class QuantLinear(nn.Module):
 
     Parameters (all without gradient): the codec's tensors by its own names, the codes first (for nf4 and fp4 `codes` and
     `absmax`, with double quantisation `nested_absmax` and `offset`), and `bias` (out_features,) when there is one. `compute`:
-    'exact' (in the activations' dtype), 'int8' or 'fp8' (see `eightbit.py`; products with a few rows are exact all the same).
+    'exact' (in the activations' dtype), 'int8' or 'fp8' (see `eightbit.py`; few rows without gradient are exact regardless).
     """
 
     bias: nn.Parameter | None
@@ -159,14 +159,14 @@ class QuantLinear(nn.Module):
 
     @classmethod
     def from_linear(cls, linear: nn.Linear, quant: str | QuantConfig = "nf4", *, name: str = "weight") -> QuantLinear:
-        """Quantise a dense linear layer; `name` is how an error calls its weight."""
+        """Quantise a dense linear layer; `name` is the weight's name in errors."""
         config = QuantConfig(quant_type=quant) if isinstance(quant, str) else quant
         weight = quantize(linear.weight, config, name=name)
         return cls(weight, linear.bias, compute=eightbit.choose(config.compute, weight.device))
 
     @property
     def weight(self) -> PackedWeight:
-        """The packed weight, (out_features, in_features); made once, and anew when a parameter was replaced or has moved."""
+        """The packed weight, (out_features, in_features); cached, and rebuilt when a parameter is replaced or moved."""
         held = self._parameters
         tensors = [held[name] for name in self.names]
         state = (*map(id, tensors), tensors[0].data_ptr())  # type: ignore[union-attr]
@@ -176,7 +176,7 @@ class QuantLinear(nn.Module):
 
     @property
     def flat(self) -> list[Tensor]:
-        """The weight's tensors, for an operator that a compiler can call; with `spec` see `packed.from_spec`."""
+        """The weight's tensors, for custom operators; with `spec` see `packed.from_spec`."""
         return [getattr(self, name) for name in self.names]
 
     @property
@@ -186,13 +186,13 @@ class QuantLinear(nn.Module):
 
     @property
     def block_size(self) -> int | str | None:
-        """Weights that share a constant; None where the codec has no blocks."""
+        """Weights per block; None if the codec has no blocks."""
         size: int | str | None = self.facts.get("block_size")
         return size
 
     @property
     def code_type(self) -> torch.dtype | None:
-        """The type of the codes of 8-bit products; None where products are exact."""
+        """Code dtype of 8-bit matmuls; None if matmuls are exact."""
         return eightbit.CODE_TYPES.get(self.compute)
 
     @property
@@ -201,7 +201,7 @@ class QuantLinear(nn.Module):
         return f"{self.quant_type}/{self.facts.get('block_size', '')}".rstrip("/")
 
     def __getstate__(self) -> dict[str, Any]:
-        """Without the view of the weight: a copy makes its own, and none is written to a file."""
+        """State without the cached packed weight: a copy rebuilds it, and files do not store it."""
         return {**self.__dict__, "_view": None}
 
     def forward(self, x: Tensor) -> Tensor:
@@ -213,7 +213,7 @@ class QuantLinear(nn.Module):
         return _with_bias(y_TN, self.bias).view(*x.shape[:-1], self.out_features)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantLinear:
-        # Packed tensors keep their types whatever dtype the model is cast to; moves between devices pass through.
+        # Packed tensors keep their dtypes whatever the model is cast to; moves between devices pass through.
         for name, parameter in self.named_parameters(recurse=False):
             moved = fn(parameter.data)
             kept = moved if name == "bias" else parameter.data.to(moved.device)

@@ -1,12 +1,12 @@
-"""The protocol of packed weights: what a codec makes, and all that the rest of the package asks of it.
+"""The protocol of packed weights: what a codec implements and the rest of the package relies on.
 
-A `Codec` packs a dense tensor; a `PackedWeight` is what it becomes: some tensors by name and some facts. With no more than
-`tensors`, `facts` and `decode` it loads, trains under an adapter, resumes, merges, plans, serves: products decode it into a
-buffer that all layers share, and multiply. A codec with kernels of its own overrides `matmul` and `matvec`.
+A `Codec` packs a dense tensor into a `PackedWeight`: named tensors and facts (metadata). `tensors`, `facts` and `decode` are
+enough for loading, training under an adapter, resuming, merging, planning and serving: matmuls dequantise into a buffer shared by
+all layers, then multiply. A codec with its own kernels overrides `matmul` and `matvec`.
 
-The value is apart from the module that holds it (`linear.py`): modules keep the tensors as parameters without gradient, so that
-state_dict, `.to()`, safetensors and sharding (FSDP2) take them as they are, and make the value anew when they compute.
-`restore` is how: facts and tensors back to a weight.
+The packed weight is separate from the module that holds it (`linear.py`): modules keep the tensors as parameters without
+gradient, so that state_dict, `.to()`, safetensors and sharding (FSDP2) handle them unchanged, and rebuild the packed weight from
+facts and tensors with `restore` when they compute.
 """
 
 from __future__ import annotations
@@ -33,15 +33,15 @@ _DTYPES = {name: getattr(torch, name) for name in layouts.ITEMSIZE}
 
 
 def dtype_name(dtype: torch.dtype) -> str:
-    """'float32' of torch.float32."""
+    """Name of a dtype: 'float32' for torch.float32."""
     return str(dtype).removeprefix("torch.")
 
 
 class PackedWeight(ABC):
-    """A weight (N, K) in fewer bits. A codec's own class derives from this.
+    """A packed weight (N, K); the base class of each codec's own.
 
     Attributes:
-        shape: of the weight that it stands for. dtype: what it decodes to where nothing else is asked for.
+        shape: of the unpacked weight. dtype: default dtype to dequantise to.
     """
 
     shape: torch.Size
@@ -49,19 +49,19 @@ class PackedWeight(ABC):
 
     @abstractmethod
     def tensors(self) -> dict[str, Tensor]:
-        """Its tensors by name, the codes first, each of at least one dimension; those of its codec's `layout`."""
+        """Tensors by name, as in the codec's `layout`: the codes first, each with at least one dimension."""
 
     @abstractmethod
     def facts(self) -> dict[str, Any]:
-        """All that is needed besides the tensors, ready for JSON: 'quant_type', 'shape', 'dtype', and what the codec needs."""
+        """Metadata, ready for JSON, that `restore` needs besides the tensors: 'quant_type', 'shape', 'dtype', and the codec's."""
 
     @abstractmethod
     def decode(self, out: Tensor) -> Tensor:
-        """Write the values into `out` (contiguous, of `shape`, float32/bfloat16/float16), and return it."""
+        """Dequantise into `out` (contiguous, of `shape`, float32/bfloat16/float16) and return it."""
 
     @property
     def device(self) -> torch.device:
-        """Where the tensors are."""
+        """Device of the tensors."""
         return next(iter(self.tensors().values())).device
 
     @property
@@ -71,21 +71,21 @@ class PackedWeight(ABC):
 
     @property
     def constant_nbytes(self) -> int:
-        """Bytes of the constants alone."""
+        """Bytes of the quantisation constants (all tensors but the codes)."""
         _, *constants = self.tensors().values()
         return sum(tensor.nbytes for tensor in constants)
 
     @property
     def four_bit(self) -> FourBit | None:
-        """The weight as the 4-bit kernels take it, where it is of that form: they have 8-bit products and token steps."""
+        """The weight in the 4-bit kernels' format, or None; only these have 8-bit matmuls and compiled decoder layers."""
         return None
 
     def numel(self) -> int:
-        """Elements of the weight that it stands for."""
+        """Elements of the unpacked weight."""
         return math.prod(self.shape)
 
     def dequantize(self, dtype: torch.dtype | None = None, out: Tensor | None = None) -> Tensor:
-        """The values, in `dtype` (default: the original one), of `shape`; written into `out` when given."""
+        """The dequantised values, of `shape`, in `dtype` (default: the original one); written into `out` if given."""
         if out is None:
             out = torch.empty(self.shape, dtype=dtype or self.dtype, device=self.device)
         return self.decode(out)
@@ -99,31 +99,30 @@ class PackedWeight(ABC):
         return self.matmul(x_TK)
 
     def with_dtype(self, dtype: torch.dtype) -> PackedWeight:
-        """The same, decoding to another type by default."""
+        """The same weight with another default dtype."""
         return restore({**self.facts(), "dtype": dtype_name(dtype)}, self.tensors())
 
     def to(self, device: torch.device | str) -> PackedWeight:
-        """The same on another device."""
+        """The same weight on another device."""
         return restore(self.facts(), {name: tensor.to(device) for name, tensor in self.tensors().items()})
 
 
 class Codec(ABC):
-    """A way of packing weights; an object in `registry.CODECS` under the `quant_type` that chooses it.
+    """A scheme for packing weights, registered in `registry.CODECS` under its `quant_type`.
 
-    The file format of packed layers, `write` and `read`, is this class's unless a codec has one of its own: for a layer at PATH
-    the codes are `PATH.weight`, constants `PATH.weight.NAME`, and the facts JSON in a uint8 tensor
-    `PATH.weight.packed.QUANT_TYPE`.
+    `write` and `read` define the default file format of packed layers, which a codec may override: for a layer at PATH the codes
+    are `PATH.weight`, constants `PATH.weight.NAME`, and the facts JSON in a uint8 tensor `PATH.weight.packed.QUANT_TYPE`.
     """
 
     marker: ClassVar[str] = ".weight.packed."
-    """What stands between path and quant_type in the name of the tensor that tells a packed layer in a file."""
+    """Separator of path and quant_type in the name of the tensor that marks a packed layer in a file."""
 
     @abstractmethod
     def layout(self, shape: Sequence[int], config: QuantConfig) -> Layout:
-        """The tensors of a packed weight of `shape`, without torch: the planner asks.
+        """The tensors of a packed weight of `shape`; without torch, since the planner calls it.
 
         Raises:
-            ConfigError, QuantizationError: an option or the shape does not suit; says what would do.
+            ConfigError, QuantizationError: an option or the shape is not supported; says what is.
         """
 
     @abstractmethod
@@ -131,28 +130,28 @@ class Codec(ABC):
         """Pack a finite tensor (N, K).
 
         Args:
-            config: the codec's options; those it does not know it may ignore only if they are for other codecs.
-            statistics: (K,) second moments of the layer's inputs, where a calibration pass gave them.
+            config: the codec's options; it may ignore only those meant for other codecs.
+            statistics: (K,) second moments of the layer's inputs from a calibration pass, or None.
         """
 
     @abstractmethod
     def restore(self, facts: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> PackedWeight:
-        """The weight that `facts` and `tensors` are of."""
+        """Rebuild a packed weight from its `facts` and `tensors`."""
 
     def options(self, facts: Mapping[str, Any]) -> QuantConfig:
-        """The configuration that packs like the weight with these facts."""
+        """The configuration with which the weight with these facts was packed."""
         known = {key: facts[key] for key in ("quant_type", "block_size", "double_quant") if key in facts}
         return QuantConfig(**known)
 
     def write(self, path: str, weight: PackedWeight) -> dict[str, Tensor]:
-        """What a file holds for the layer at `path`."""
+        """Tensors by name that a file stores for the layer at `path`."""
         facts = weight.facts()
         text = json.dumps(facts, sort_keys=True).encode().ljust(_FACTS_BYTES)
         stored = {_key(path, i, name): tensor for i, (name, tensor) in enumerate(weight.tensors().items())}
         return {**stored, f"{path}{self.marker}{facts['quant_type']}": torch.frombuffer(bytearray(text), dtype=torch.uint8)}
 
     def written(self, path: str, shape: Sequence[int], config: QuantConfig) -> dict[str, TensorSpec]:
-        """Type and shape of each tensor that `write` gives for a weight of `shape`."""
+        """Dtype and shape of each tensor that `write` returns for a weight of `shape`."""
         found = {_key(path, i, name): spec for i, (name, spec) in enumerate(self.layout(shape, config).items())}
         return {**found, f"{path}{self.marker}{config.quant_type}": TensorSpec("uint8", (_FACTS_BYTES,))}
 
@@ -169,7 +168,7 @@ class Codec(ABC):
         return found
 
     def stored_options(self, path: str, stored: Tensor, name: str) -> QuantConfig:
-        """How the layer at `path` is packed, from the tensor that tells.
+        """Configuration of the packed layer at `path`, from its marker tensor.
 
         Raises:
             ModelError: it cannot be read.
@@ -177,7 +176,7 @@ class Codec(ABC):
         return self.options(self._facts(path, stored, name))
 
     def read(self, path: str, parts: Mapping[str, Tensor], dtype: torch.dtype, name: str) -> PackedWeight:
-        """The weight of the layer at `path` from what `write` gave, by full names; `name` is how errors call the file.
+        """The packed weight of the layer at `path` from the tensors that `write` returned; `name` is the file's name in errors.
 
         Raises:
             ModelError: a part is missing, damaged or of another shape.
@@ -203,12 +202,12 @@ _FACTS_BYTES = 512
 
 
 def _key(path: str, place: int, name: str) -> str:
-    """What a file calls a tensor of a packed layer: the codes, which come first, as a dense layer's weight."""
+    """Name in a file of a packed layer's tensor; the codes (place 0) have the name of a dense weight."""
     return f"{path}.weight.{name}" if place else f"{path}.weight"
 
 
 def restore(facts: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> PackedWeight:
-    """A packed weight from what its `facts()` and `tensors()` were."""
+    """Rebuild a packed weight from its `facts()` and `tensors()`."""
     weight: PackedWeight = CODECS[facts["quant_type"]].restore(facts, tensors)
     return weight
 
@@ -220,11 +219,11 @@ def _spec(text: str) -> tuple[dict[str, Any], tuple[str, ...]]:
 
 
 def to_spec(weight: PackedWeight) -> str:
-    """Facts and names of the tensors as one text, for operators that a compiler can call, which take tensors and text alone."""
+    """Facts and tensor names as one string, for custom operators (torch.compile), which cannot take a `PackedWeight`."""
     return json.dumps([weight.facts(), list(weight.tensors())], sort_keys=True)
 
 
 def from_spec(spec: str, tensors: Sequence[Tensor]) -> PackedWeight:
-    """The weight from `to_spec` and its tensors in order."""
+    """Rebuild a packed weight from its `to_spec` and its tensors in order."""
     facts, names = _spec(spec)
     return restore(facts, dict(zip(names, tensors, strict=True)))

@@ -1,4 +1,4 @@
-"""Arguments of the compiled CPU kernels: tensors checked, and what ctypes passes of them."""
+"""Arguments of the compiled CPU kernels: tensor checks and conversion to ctypes values."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ _CPU = torch.device("cpu")
 
 
 def block_shift(block_size: int) -> int:
-    """The logarithm of a block size that the kernels can do."""
+    """Log2 of a supported block size."""
     check_block_size(block_size)
     return block_size.bit_length() - 1
 
 
 def type_number(tensor: Tensor, role: str) -> int:
-    """The number in `native/kernels.h` of a tensor's float type."""
+    """The number in `native/kernels.h` of a tensor's float dtype."""
     check_float(tensor, role)
     return DTYPES[tensor.dtype]
 
@@ -37,7 +37,7 @@ def address(tensor: Tensor, role: str, dtype: torch.dtype, length: int) -> int:
 
 
 def weight_addresses(weight: FourBit) -> tuple[int, int, int, int | None, int | None, int | None, int]:
-    """The six addresses of a 4-bit weight and the logarithm of the nested block size."""
+    """The six addresses of a 4-bit weight and log2 of the nested block size; None and 0 without double quantisation."""
     check_weight(weight, _CPU)
     plain, nested = (weight.codes.data_ptr(), weight.values.data_ptr(), weight.absmax.data_ptr()), weight.nested
     if nested is None:

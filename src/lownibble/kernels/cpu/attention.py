@@ -1,4 +1,4 @@
-"""The compiled attention (`native/attention.h`): its arguments checked and put into ctypes."""
+"""The compiled attention kernels (`native/attention.h`): argument checks and ctypes calls."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _CPU = torch.device("cpu")
 
 
 def has_attention(head_dim: int) -> bool:
-    """Whether there is a kernel for heads of this size with the instruction set in use."""
+    """Whether the instruction set in use has an attention kernel for this head size."""
     return bool(library().has_attention()) and head_dim % 16 == 0
 
 
@@ -32,7 +32,7 @@ def _heads(tensors: dict[str, Tensor], T: int) -> tuple[list[int], Any]:
 
 
 def _shape(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor) -> tuple[int, int, int, int]:
-    """T, heads, key heads and head_dim, once all shapes are known to fit the kernel."""
+    """T, heads, key heads and head_dim, after checking that all shapes suit the kernel."""
     (B, heads, T, D), key_heads = q.shape, k.shape[1]
     if k.shape != (B, key_heads, T, D) or v.shape != k.shape or heads % key_heads:
         raise InputError(f"'k' and 'v' must be ({B}, key heads, {T}, {D}). Got {tuple(k.shape)} and {tuple(v.shape)}.")

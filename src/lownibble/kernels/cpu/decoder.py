@@ -1,4 +1,4 @@
-"""The compiled decoder layers (`native/decoder.h`): their structures in ctypes, filled once for a model and an adapter."""
+"""The compiled decoder layers (`native/decoder.h`): ctypes structures, filled once per model and per adapter."""
 
 from __future__ import annotations
 
@@ -97,7 +97,7 @@ def _layer(layer: DecoderLayer) -> _DecoderLayer:
 
 
 def _layers(layers: DecoderLayers) -> Any:
-    """The layers' structures; addresses are those of the layers' own tensors, which `layers` keeps alive."""
+    """The layers as ctypes structures; they point to tensors that `layers` keeps alive."""
     if "cpu" not in layers.prepared:
         made = [_layer(layer) for layer in layers.of]
         if len({(one.hidden, one.heads, one.key_heads, one.head_dim, one.projections[4].N) for one in made}) != 1:
@@ -107,7 +107,7 @@ def _layers(layers: DecoderLayers) -> Any:
 
 
 def _adapter(adapter: Adapter, layers: DecoderLayers) -> Any:
-    """The branches' structures, (layers, projections), and the tensors that only they point at."""
+    """The branches as ctypes structures, (layers, projections); `adapter.prepared` keeps the copied tensors alive."""
     if "cpu" not in adapter.prepared:
         made = (_LowRank * (len(layers.of) * len(PROJECTIONS)))()
         copies = []
@@ -135,7 +135,7 @@ def _adapter(adapter: Adapter, layers: DecoderLayers) -> Any:
 
 @cache
 def _checked_library() -> Any:
-    """The library, once its structures are known to be as large as these."""
+    """The library, after checking that its structures have the sizes of these."""
     for which, structure in enumerate((_Linear4bit, _DecoderLayer, _LowRank, _Segment, _Tokens)):
         if library().decoder_sizes(which) != ctypes.sizeof(structure):
             raise BackendError("The compiled library has other structures than this package. Reinstall lownibble.")
@@ -146,7 +146,7 @@ _memory = threading.local()
 
 
 def _workspace(floats: int) -> int:
-    """Address of the calling thread's working memory; kept from call to call."""
+    """Address of the calling thread's workspace of at least `floats` floats; reused between calls."""
     if getattr(_memory, "workspace", _EMPTY).numel() < floats:
         _memory.workspace = torch.empty(floats)
     return int(_memory.workspace.data_ptr())
@@ -158,7 +158,7 @@ _EMPTY = torch.empty(0)
 def decoder_layers(
     x_TH: Tensor, layers: DecoderLayers, keys: Tensor, values: Tensor, step: Step, segments: Sequence[Segment]
 ) -> None:
-    """As `ops.decoder_layers`; in torch where a projection is not in 4 bits."""
+    """As `ops.decoder_layers`; in plain torch if any projection is not 4-bit."""
     if not layers.in_4bit:
         decoder.decoder_layers(gemv_4bit, x_TH, layers, keys, values, step, segments)
         return

@@ -1,4 +1,4 @@
-"""The compiled kernels of 4-bit and dense weights: encode, decode, and the exact products (`native/kernels.h`,
+"""The compiled kernels for 4-bit and dense weights: quantise, dequantise, exact matmuls (`native/kernels.h`,
 `native/matmul.h`)."""
 
 from __future__ import annotations
@@ -91,7 +91,7 @@ def gemv_4bit(x_TK: Tensor, weight: FourBit) -> Tensor:
 
 
 def matmul_4bit(x_TC: Tensor, weight: FourBit, transposed: bool, epilogue: Epilogue) -> Tensor:
-    """As `ops.matmul_4bit`: with a kernel in float32 on AVX-512 (`native/matmul.h`), else the weight is decoded first."""
+    """As `ops.matmul_4bit`: a fused float32 kernel on AVX-512 (`native/matmul.h`), else the weight is dequantised first."""
     N, K = weight.shape
     if x_TC.dtype != torch.float32 or K % 64 or N * K == 0 or weight.block_size < 32 or not library().has_matmul():
         return decoded.matmul(partial(dequantize_4bit, weight), weight.shape, x_TC, transposed, epilogue)

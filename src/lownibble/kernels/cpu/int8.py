@@ -1,4 +1,4 @@
-"""The compiled 8-bit products (`native/int8.h`): their arguments checked and put into ctypes."""
+"""The compiled 8-bit matmuls (`native/int8.h`): argument checks and ctypes calls."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from lownibble.kernels.types import PART, Epilogue, FourBit, Rows8bit, row_sizes
 
 
 def has_int8() -> bool:
-    """Whether the 8-bit products run with the instruction set in use."""
+    """Whether the instruction set in use has 8-bit matmuls."""
     return bool(library().has_int8())
 
 
 def need_int8(code_type: torch.dtype = torch.int8) -> None:
-    """Raise unless the 8-bit products run, with codes of that type.
+    """Require support for 8-bit matmuls with codes of `code_type`.
 
     Raises:
-        BackendError: the instruction set in use has none, or the codes are not integers.
+        BackendError: the instruction set in use has none, or the code type is not int8.
     """
     if code_type is not torch.int8:
         raise BackendError(
@@ -69,7 +69,7 @@ def quantize_rows(x_TC: Tensor, column_scale: Tensor | None = None, code_type: t
 
 
 def _rows(x: Rows8bit, columns: int) -> tuple[int, int, int]:
-    """Addresses of rows that have so many columns."""
+    """Addresses of quantised rows, which must have `columns` columns."""
     if x.columns != columns:
         raise InputError(f"'x' must have {columns} columns. Got {x.columns}.")
     n_codes, n_scales = row_sizes(x.rows, columns)

@@ -2,12 +2,12 @@
 
 Why ctypes and plain pointers, not a torch extension: the library needs no torch headers to build, works with every torch
 version, and a call costs 4 to 9 microseconds, about half of it the checks of `arguments.py`; a wrong length or type must raise
-here, because the library trusts its arguments. ctypes releases the interpreter lock during a call.
+here, because the library trusts its arguments. ctypes releases the GIL during a call.
 
-torch must be imported before the library is loaded (this module does): both then share one OpenMP runtime and one pool of
-threads. The number of threads is `torch.get_num_threads()`.
+torch must be imported before the library is loaded (this module does): both then share one OpenMP runtime and one thread
+pool. The number of threads is `torch.get_num_threads()`.
 
-The instruction set is the best that the machine has; the environment variable LOWNIBBLE_ISA (avx512, avx2, neon, scalar) or
+The default is the machine's best instruction set; the environment variable LOWNIBBLE_ISA (avx512, avx2, neon, scalar) or
 `select_isa` forces one. The kernels write through pointers: autograd and version counters do not see it.
 """
 
@@ -72,11 +72,11 @@ _RESULTS = {
     **dict.fromkeys(("decoder_sizes", "decoder_layers", "low_rank", "low_rank_backward"), _int32),
     **dict.fromkeys(("decoder_workspace", "low_rank_sums"), _int64),
 }
-"""What functions return; those not named here return nothing."""
+"""Return types; functions not listed return nothing."""
 
 
 def _load(path: Path) -> SimpleNamespace:
-    """The functions of the library by name, their types set."""
+    """The functions of the library by name, with argument and return types set."""
     try:
         loaded = ctypes.CDLL(str(path))
         abi = int(loaded.lownibble_abi())

@@ -1,4 +1,4 @@
-"""The compiled low-rank products (`native/low_rank.h`): their arguments checked and put into ctypes."""
+"""The compiled low-rank kernels (`native/low_rank.h`): argument checks and ctypes calls."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def _factor(factor: Tensor, shape: tuple[int, int]) -> tuple[int, int, int, int]
 
 
 def low_rank(x_TC: Tensor, factor_Cr: Tensor, scale: float) -> Tensor:
-    """As `ops.low_rank`: with a kernel in float32 on AVX-512, else by torch."""
+    """As `ops.low_rank`: a float32 kernel on AVX-512, else torch."""
     (T, C), r = x_TC.shape, factor_Cr.shape[1]
     if not _runs(x_TC, r):
         return plain.low_rank(x_TC, factor_Cr, scale)
@@ -35,7 +35,7 @@ def low_rank(x_TC: Tensor, factor_Cr: Tensor, scale: float) -> Tensor:
 
 
 def low_rank_backward(dy_TN: Tensor, x_TK: Tensor, low_Tr: Tensor, lora_B: Tensor, scale: float) -> tuple[Tensor, Tensor, Tensor]:
-    """As `ops.low_rank_backward`: with a kernel in float32 on AVX-512, else by torch."""
+    """As `ops.low_rank_backward`: a float32 kernel on AVX-512, else torch."""
     (T, N), K, r = dy_TN.shape, x_TK.shape[1], low_Tr.shape[1]
     if not _runs(dy_TN, r) or not _runs(x_TK, r):
         return plain.low_rank_backward(dy_TN, x_TK, low_Tr, lora_B, scale)

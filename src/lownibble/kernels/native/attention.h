@@ -1,6 +1,6 @@
-// Causal attention for training, float32: what dispatch.cpp calls and what an instruction set provides.
+// Causal attention for training, float32: the interface that dispatch.cpp calls and each instruction set implements.
 //
-// Method. Rows of tokens (segments) lie one after the other and attend to themselves only. For 96 queries of a head at a time the
+// Method. Segments of tokens are concatenated, and each attends only to itself. For 96 queries of a head at a time the
 // scores with all keys up to the last query are one product, kept in the second-level cache; keys beyond a block's last query are
 // never computed. Backward computes the scores again from the saved log-sum-exp, as flash attention does, and five products
 // follow from it. Keys and values are transposed once for a head; every product is a tile of 6 rows by 64 columns whose sums live

@@ -1,8 +1,8 @@
-// The decoder layers of a Llama-like model over a few tokens, with a key-value cache: what dispatch.cpp calls.
+// The decoder layers of a Llama-like model over a few tokens, with a KV cache; the interface that dispatch.cpp calls.
 //
-// Why all in one. Token by token, a layer of a small model is a dozen products of a few tens of microseconds; called one at a
-// time, norms, rotary embedding, activation and the interpreter between them take longer than the products. Here the layers are
-// one call and one team of threads that meets at barriers.
+// Why one operation. In token-by-token decoding a layer of a small model is a dozen products of a few tens of microseconds;
+// called one at a time, norms, rotary embedding, activation and the interpreter between them take longer than the products. Here
+// the layers are one call and one team of threads that synchronises at barriers.
 //
 // Tokens may belong to different sequences (each names its slot of the cache and its position) and to different adapters
 // (segments of tokens, so that the base product is done once for all of them).
@@ -15,7 +15,7 @@ namespace lownibble {
 
 enum Projection { kQ, kK, kV, kO, kGate, kUp, kDown, kProjections };
 
-// The structures below are mirrored in kernels/cpu_decoder.py.
+// The structures below are mirrored in kernels/cpu/decoder.py.
 
 struct Linear4bit {
     const std::uint8_t* codes;

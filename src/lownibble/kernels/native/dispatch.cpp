@@ -1,12 +1,12 @@
 // The exported C functions: choice of the instruction set, and threads.
 //
 // Threads. OpenMP, with the caller's thread count. torch bundles its own libgomp under the same SONAME, so when torch is
-// imported first the loader gives this library the same runtime and the same thread pool: no second pool that fights for the
+// imported first the loader gives this library the same runtime and the same thread pool: no second pool that competes for the
 // cores. A call uses one thread or all of them: libgomp rebuilds its team when the size changes, which costs more than it
-// brings. Small calls stay on the calling thread. Shares are whole blocks, rows or panels, so results do not depend on the number
+// gains. Small calls stay on the calling thread. Shares are whole blocks, rows or panels, so results do not depend on the number
 // of threads.
 //
-// Lengths and types are checked by the caller (kernels/cpu.py).
+// Lengths and types are checked by the caller (kernels/cpu/arguments.py).
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
@@ -100,7 +100,7 @@ const AttentionKernels* active_attention() {
     return nullptr;
 }
 
-// A thread's memory for panels, aligned to 64 bytes, kept from call to call (a fresh allocation would page-fault); about half a
+// A thread's buffer for panels, aligned to 64 bytes, reused between calls (a fresh allocation would page-fault); about half a
 // megabyte for exact products.
 struct Scratch {
     void* memory = nullptr;
@@ -136,8 +136,8 @@ void in_parallel(std::int64_t count, std::int64_t elements, std::int32_t num_thr
     }
 }
 
-// Do `count` items of `elements` elements in all, each by whichever thread is free next: for long items, since the threads of a
-// shared machine are seldom equally fast. Items must not depend on who does them.
+// Dynamic schedule: `count` items of `elements` elements in all, each run by the next free thread. For long items, since threads
+// of a shared machine are seldom equally fast. An item's result must not depend on the thread that runs it.
 template <class Body>
 void in_turns(std::int64_t count, std::int64_t elements, std::int32_t num_threads, Body body) {
     if (num_threads < 2 || elements < kSerialElements || count < 2) {
@@ -150,13 +150,13 @@ void in_turns(std::int64_t count, std::int64_t elements, std::int32_t num_thread
     for (std::int64_t item = 0; item < count; ++item) body(item);
 }
 
-// Exact products' panels and rows, shared out: `body(memory, panels, rows)`; -1 when there is no memory for a group of panels.
-// Where groups are fewer than threads, rows are shared out too.
+// Split the panels of an exact product among the threads: `body(memory, panels, rows)`; -1 when there is no memory for a group of
+// panels. If there are fewer groups than threads, rows are split too.
 template <class Body>
 std::int32_t share_panels(std::int64_t T, std::int64_t N, std::int64_t K, std::int64_t columns, std::int64_t r,
                           std::int32_t num_threads, Body body) {
     const std::int64_t panels = (columns + kMatmulPanel - 1) / kMatmulPanel;
-    // As many groups for each thread, of the same size but for one panel.
+    // Equally many groups per thread, whose sizes differ by at most one panel.
     const std::int64_t wanted = (panels + kMatmulGroup - 1) / kMatmulGroup;
     const std::int64_t groups = smaller(panels, (wanted + num_threads - 1) / num_threads * num_threads);
     const std::int64_t shares = groups && groups < num_threads ? smaller(T, num_threads / groups) : smaller(T, 1);
@@ -192,7 +192,7 @@ std::int64_t blocks_of(std::int64_t n, std::int32_t block_shift) {
 
 }  // namespace
 
-// Raised whenever a signature below changes; kernels/cpu.py refuses another number.
+// Incremented whenever a signature below changes; kernels/cpu/loading.py rejects another number.
 LOWNIBBLE_EXPORT std::int32_t lownibble_abi() { return 9; }
 
 // Comma-separated names of the instruction sets that run here, fastest first.
@@ -375,7 +375,7 @@ LOWNIBBLE_EXPORT std::int32_t lownibble_low_rank(const float* x, std::int64_t T,
     return failed;
 }
 
-// Floats that `sums` of lownibble_low_rank_backward has, for so many rows.
+// Size in floats of the `sums` buffer of lownibble_low_rank_backward, for T rows.
 LOWNIBBLE_EXPORT std::int64_t lownibble_low_rank_sums(std::int64_t T, std::int64_t N, std::int64_t K, std::int64_t r) {
     return low_rank_shares(T) * low_rank_sums(N, K, r);
 }
@@ -407,7 +407,7 @@ LOWNIBBLE_EXPORT std::int32_t lownibble_low_rank_backward(const float* dy, const
     return 0;
 }
 
-// Bytes of the structures in decoder.h, in order, for kernels/cpu_decoder.py to compare with its own.
+// Bytes of the structures in decoder.h, in order, for kernels/cpu/decoder.py to compare with its own.
 LOWNIBBLE_EXPORT std::int32_t lownibble_decoder_sizes(std::int32_t which) {
     const std::size_t sizes[] = {sizeof(Linear4bit), sizeof(DecoderLayer), sizeof(LowRank), sizeof(Segment), sizeof(Tokens)};
     return static_cast<std::int32_t>(sizes[which]);
@@ -463,8 +463,8 @@ LOWNIBBLE_EXPORT void lownibble_gemv_bf16(const float* x, std::int64_t T, std::i
 // 1 when the two functions below may be called with the instruction set in use.
 LOWNIBBLE_EXPORT std::int32_t lownibble_has_attention() { return active_attention() != nullptr; }
 
-// 0, or -1 when there is no memory for a thread's scores. `strides`: three for each of q, k, v and out. Tokens are numbered
-// through the rows; segment i is [borders[i], borders[i + 1]) and lies within a row. lse (tokens, heads).
+// 0, or -1 when there is no memory for a thread's scores. `strides`: three for each of q, k, v and out. `borders`: cu_seqlens
+// over the concatenated rows; segment i is [borders[i], borders[i + 1]) and lies within a row. lse (tokens, heads).
 LOWNIBBLE_EXPORT std::int32_t lownibble_attention(const float* q, const float* k, const float* v, float* out,
                                                   const std::int64_t* strides, float* lse, const std::int64_t* borders,
                                                   std::int64_t n_segments, std::int64_t row_tokens, std::int64_t heads,

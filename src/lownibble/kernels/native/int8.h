@@ -1,5 +1,5 @@
-// Products with the frozen 4-bit base, and with a dense head, on 8-bit units: what dispatch.cpp calls and what an instruction set
-// provides.
+// 8-bit products with the frozen 4-bit base, and with a dense head: the interface that dispatch.cpp calls and each instruction
+// set implements.
 //
 // Method (ops.py states it in formulas). Each row of x is scaled to 8 bits in parts of 64 values, each by its largest. A weight
 // row is brought from 4 bits to 8 with one scale a row, through a table of 16 bytes a block, while its panel of 32 output columns

@@ -1,4 +1,4 @@
-// No instruction set beyond the machine's baseline. Also the yardstick for the others in tests/kernels/native_check.cpp.
+// No instruction set beyond the machine's baseline. Also the reference for the others in tests/kernels/native_check.cpp.
 #include "algorithms.h"
 
 namespace lownibble {

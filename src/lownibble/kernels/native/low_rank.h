@@ -1,4 +1,4 @@
-// The low-rank branch's own products in training, float32: what dispatch.cpp calls and what an instruction set provides.
+// The low-rank branch's products in training, float32: the interface that dispatch.cpp calls and each instruction set implements.
 //
 //     low = x A^T                          (T, r)   forward
 //     dlow = scale dy B                    (T, r)   backward, with

@@ -1,10 +1,10 @@
-// Exact (float32) products with the frozen 4-bit base, and with a dense head: what dispatch.cpp calls and what an instruction set
-// provides.
+// Exact (float32) products with the frozen 4-bit base, and with a dense head: the interface that dispatch.cpp calls and each
+// instruction set implements.
 //
 // Method. Panels of 48 output columns of the weight are decoded into a buffer that stays in the second-level cache, up to 640
-// terms of the sum deep, up to four panels at a time; then 8 rows of x at a time, kept in the first-level cache, go past the
-// panels. The 8 by 48 sums live in registers. The low-rank branch is more terms of the same sum: its factor's columns are
-// appended to the panel and its rows are read after those of x, so it costs its operations and no pass over the output. The
+// terms of the sum deep, up to four panels at a time; then 8 rows of x at a time, kept in the first-level cache, are multiplied
+// with the panels. The 8 by 48 sums stay in registers. The low-rank branch is more terms of the same sum: its factor's columns
+// are appended to the panel and its rows are read after those of x, so it needs no extra pass over the output. The
 // weight is decoded once for each share of the rows and never stored. The order of the terms of a sum depends on its length
 // alone.
 //

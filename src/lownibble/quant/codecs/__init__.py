@@ -1,4 +1,4 @@
-"""The codecs, one file a family, and the way in: `quantize` and `dequantize`."""
+"""The codecs, one file per family, and their entry points `quantize` and `dequantize`."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 def quantize(
     tensor: Tensor, quant: str | QuantConfig = "nf4", *, name: str = "tensor", statistics: Tensor | None = None
 ) -> PackedWeight:
-    """Pack a float32, bfloat16 or float16 tensor (also empty, non-contiguous, odd sizes where the codec takes them).
+    """Pack a float32, bfloat16 or float16 tensor (also empty, non-contiguous, or of odd size if the codec supports it).
 
     Args:
-        tensor: the values; on any device a kernel backend handles.
+        tensor: the values; on any device that a kernel backend supports.
         quant: a `QuantConfig`, or a quant_type with its defaults (block 64, double quantisation).
-        name: how errors call the tensor.
+        name: the tensor's name in errors.
         statistics: second moments of the layer's inputs, for codecs that use them.
     Raises:
-        QuantizationError: the dtype is not a float, a value is NaN or infinite, or the codec does not take the shape; names the
-            tensor.
+        QuantizationError: another dtype, a meta tensor, a NaN or infinite value, or a shape that the codec does not support;
+            names the tensor.
     """
     config = QuantConfig(quant_type=quant) if isinstance(quant, str) else quant
     if tensor.dtype not in _FLOATS:
@@ -50,7 +50,7 @@ def quantize(
 
 
 def _check(packed: PackedWeight, config: QuantConfig, shape: torch.Size) -> None:
-    """Raise unless a codec, which may be from outside, gave the tensors that its layout says."""
+    """Check that a codec, which may be a plug-in, returned the tensors of its layout."""
     said = layouts.layout(shape, config)
     found = {key: (str(t.dtype).removeprefix("torch."), tuple(t.shape)) for key, t in packed.tensors().items()}
     scalars = [key for key, spec in said.items() if not spec.shape]
@@ -63,5 +63,5 @@ def _check(packed: PackedWeight, config: QuantConfig, shape: torch.Size) -> None
 
 
 def dequantize(quantized: PackedWeight, dtype: torch.dtype | None = None) -> Tensor:
-    """The values of a packed tensor in `dtype` (default: the dtype it was made from)."""
+    """The values of a packed tensor in `dtype` (default: its original dtype)."""
     return quantized.dequantize(dtype)

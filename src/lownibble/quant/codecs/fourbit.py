@@ -1,11 +1,11 @@
-"""nf4 and fp4: 4-bit codes of a table of 16 values, bitsandbytes' bytes in memory and in files.
+"""nf4 and fp4: 4-bit codes with a 16-value codebook, byte-compatible with bitsandbytes in memory and in files.
 
-Codes, block constants and offset equal bitsandbytes' `quantize_4bit`, double quantisation on and off, so that checkpoints move
-between the two without conversion. The layout is described in `kernels/types.py`.
+Codes, absmax and offset equal those of bitsandbytes' `quantize_4bit`, with and without double quantisation, so that checkpoints
+need no conversion. The layout is described in `kernels/types.py`.
 
 In a file a layer at PATH has `PATH.weight` (codes), `PATH.weight.absmax`, `PATH.weight.quant_map`, with double quantisation
-`PATH.weight.nested_absmax` and `PATH.weight.nested_quant_map`, and the rest as JSON in a uint8 tensor
-`PATH.weight.quant_state.bitsandbytes__nf4` (or `__fp4`), the offset among it. The maps must be the standard tables.
+`PATH.weight.nested_absmax` and `PATH.weight.nested_quant_map`, and the rest, including the offset, as JSON in a uint8 tensor
+`PATH.weight.quant_state.bitsandbytes__nf4` (or `__fp4`). The maps must be the standard tables.
 """
 
 from __future__ import annotations
@@ -33,13 +33,13 @@ _STATE_BYTES = 256
 
 @dataclass(frozen=True)
 class FourBitWeight(PackedWeight):
-    """A weight in 4 bits.
+    """A packed 4-bit weight.
 
     Attributes:
-        codes: (ceil(n/2), 1) uint8, two codes a byte, the first element in the high nibble (bitsandbytes' packed shape).
+        codes: (ceil(n/2), 1) uint8, two codes per byte, the first element in the high nibble (bitsandbytes' packed shape).
         absmax: (ceil(n/block_size),) float32, or uint8 codes of it with double quantisation.
-        nested_absmax: (ceil(n_blocks/256),) float32 constants of `absmax`'s codes; None without double quantisation.
-        offset: (1,) float32, the mean that was subtracted from the constants; None without double quantisation.
+        nested_absmax: (ceil(n_blocks/256),) float32 absmax of `absmax`'s codes; None without double quantisation.
+        offset: (1,) float32, the mean that was subtracted from absmax; None without double quantisation.
     """
 
     codes: Tensor
@@ -53,12 +53,12 @@ class FourBitWeight(PackedWeight):
 
     @property
     def double_quant(self) -> bool:
-        """Whether the block constants are quantised too."""
+        """Whether absmax is quantised too."""
         return self.nested_absmax is not None
 
     @property
     def device(self) -> torch.device:
-        """Where the codes are."""
+        """Device of the codes."""
         return self.codes.device
 
     def tensors(self) -> dict[str, Tensor]:
@@ -69,7 +69,7 @@ class FourBitWeight(PackedWeight):
         return found
 
     def facts(self) -> dict[str, Any]:
-        """Type, shape and block sizes."""
+        """quant_type, shape, dtype, block size and whether double-quantised."""
         return {
             "quant_type": self.quant_type, "shape": list(self.shape), "dtype": dtype_name(self.dtype),
             "block_size": self.block_size, "double_quant": self.double_quant,
@@ -77,7 +77,7 @@ class FourBitWeight(PackedWeight):
 
     @cached_property
     def four_bit(self) -> FourBit:
-        """The weight as kernel operations take it."""
+        """The weight in the kernels' format."""
         device = str(self.device)
         doubly = None
         if self.nested_absmax is not None and self.offset is not None:
@@ -86,15 +86,15 @@ class FourBitWeight(PackedWeight):
         return FourBit(self.codes.view(-1), self.absmax, values, self.block_size, self.shape, doubly)
 
     def decode(self, out: Tensor) -> Tensor:
-        """By the backend's kernel."""
+        """Dequantise with the backend's kernel."""
         return ops.dequantize_4bit(self.four_bit, out)
 
     def matmul(self, x_TC: Tensor, *, transposed: bool = False, epilogue: Epilogue = NO_EPILOGUE) -> Tensor:
-        """As `PackedWeight.matmul`, by the backend's kernel."""
+        """As `PackedWeight.matmul`, with the backend's kernel."""
         return ops.matmul_4bit(x_TC.contiguous(), self.four_bit, transposed, epilogue)
 
     def matvec(self, x_TK: Tensor) -> Tensor:
-        """As `PackedWeight.matvec`, decoded on the fly."""
+        """As `PackedWeight.matvec`, dequantised on the fly."""
         return ops.gemv_4bit(x_TK.contiguous(), self.four_bit)
 
 
@@ -106,7 +106,7 @@ class _FourBit(Codec):
 
     def quantize(self, tensor: Tensor, config: QuantConfig, statistics: Tensor | None = None) -> FourBitWeight:
         block_size, table = config.block_size, codebook(config.quant_type, str(tensor.device))
-        self.layout(tensor.shape, config)  # the block size is one of this codec's
+        self.layout(tensor.shape, config)  # validates the block size
         assert isinstance(block_size, int)
         codes, absmax = ops.quantize_4bit(tensor.reshape(-1).contiguous(), table.bounds, table.order, block_size)
         nested_absmax = offset = None
@@ -123,7 +123,7 @@ class _FourBit(Codec):
         )  # fmt: skip
 
     def write(self, path: str, weight: PackedWeight) -> dict[str, Tensor]:
-        """As bitsandbytes writes it, with the JSON padded to a length known before."""
+        """As bitsandbytes writes it, with the JSON padded to a fixed length."""
         assert isinstance(weight, FourBitWeight)
         prefix = f"{path}.weight"
         stored = {

@@ -1,13 +1,13 @@
-"""int8 and int4: integers by groups of a row's weights, with a scale each, and for int4 a zero point.
+"""int8 and int4: integers with one scale per group of a row's weights, and for int4 a zero point.
 
     int8   w = scale * code          code from -127 to 127, scale = max |w| / 127; a group is 32 to 4096 weights, or a row
     int4   w = scale * (code - zero) code and zero from 0 to 15, scale = (max - min) / 15; a group is 32, 64 or 128 weights
 
-The range of an int4 group includes 0, so that zeros stay zeros. With double quantisation the scales are brought to 8 bits first
-(`nested.py`), and weights are rounded by the scales as they will be decoded: what that loses is then less than a code.
+The range of an int4 group includes 0, so that zeros stay zeros. With double quantisation the scales are quantised to 8 bits
+first (`nested.py`), and weights are rounded with the dequantised scales, which keeps the added error below one code.
 
-There are no kernels for them here: products decode and multiply (`packed.py`), in parts, so that what decoding takes besides
-stays small. Layouts of other tools (GPTQ's, AWQ's) store the same numbers in another order.
+There are no kernels for these codecs: matmuls dequantise and multiply (`packed.py`); dequantising runs in parts, so that its
+temporaries stay small. Layouts of other tools (GPTQ's, AWQ's) store the same numbers in another order.
 """
 
 from __future__ import annotations
@@ -25,18 +25,18 @@ from lownibble.quant.layouts import Layout
 from lownibble.quant.packed import Codec, PackedWeight, dtype_name
 
 PART_ELEMENTS = 2**22
-"""Weights that are decoded at a time."""
+"""Weights dequantised at a time."""
 
 
 @dataclass(frozen=True)
 class IntegerWeight(PackedWeight):
-    """A weight in integers.
+    """A packed int8 or int4 weight.
 
     Attributes:
-        codes: int8 of `shape`, or two 4-bit codes a byte, (n/2, 1) uint8, the first element in the high nibble.
+        codes: int8 of `shape`, or two 4-bit codes per byte, (n/2, 1) uint8, the first element in the high nibble.
         scale: (groups,) float32, or uint8 codes of it with double quantisation.
-        zero: None, or zero points of 4 bits, two a byte, (ceil(groups/2),) uint8.
-        nested_scale, offset: with double quantisation what decodes the scales (see `nested.py`), else None.
+        zero: None (int8), or 4-bit zero points, two per byte, (ceil(groups/2),) uint8.
+        nested_scale, offset: absmax and offset of double-quantised scales (see `nested.py`), else None.
     """
 
     codes: Tensor
@@ -62,7 +62,7 @@ class IntegerWeight(PackedWeight):
         return {name: tensor for name, tensor in found.items() if tensor is not None}
 
     def facts(self) -> dict[str, Any]:
-        """Type, shape and group size."""
+        """quant_type, shape, dtype, block size and whether double-quantised."""
         return {
             "quant_type": self.quant_type, "shape": list(self.shape), "dtype": dtype_name(self.dtype),
             "block_size": self.block_size, "double_quant": self.double_quant,
@@ -75,7 +75,7 @@ class IntegerWeight(PackedWeight):
         return nested.decode(self.scale, self.nested_scale, self.offset)
 
     def decode(self, out: Tensor) -> Tensor:
-        """By torch, some groups at a time; computed in float32 and rounded once."""
+        """Dequantise in torch, some groups at a time; computed in float32 and rounded once."""
         if not self.numel():
             return out
         scale = self.decoded_scale()
@@ -95,7 +95,7 @@ class IntegerWeight(PackedWeight):
 
 
 def _unpack(packed: Tensor, out: Tensor) -> Tensor:
-    """Two codes a byte -> one an element of `out`, which is returned."""
+    """Unpack two codes per byte into `out`, one per element; returns `out`."""
     pairs = out.view(*packed.shape, 2)
     pairs[..., 0] = packed >> 4
     pairs[..., 1] = packed & 15
@@ -103,13 +103,13 @@ def _unpack(packed: Tensor, out: Tensor) -> Tensor:
 
 
 def _pack(codes: Tensor) -> Tensor:
-    """Codes below 16, (n,), two a byte; an odd one out gets a zero."""
+    """Pack codes below 16, (n,), two per byte; odd n is padded with a zero."""
     padded = torch.nn.functional.pad(codes.to(torch.uint8), (0, codes.numel() % 2))
     return (padded[::2] << 4) | padded[1::2]
 
 
 def _doubly(scale: Tensor, double_quant: bool) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor]:
-    """Scales as they are stored (with what decodes them), and as they will be decoded."""
+    """Stored scales, nested scales and offset (None without double quantisation), and the scales as dequantised."""
     if not double_quant:
         return scale, None, None, scale
     codes, nested_scale, offset = nested.encode(scale)
@@ -117,7 +117,7 @@ def _doubly(scale: Tensor, double_quant: bool) -> tuple[Tensor, Tensor | None, T
 
 
 def _steps(groups: Tensor, scale: Tensor) -> Tensor:
-    """Weights in steps of their group's scale; nothing where that is 0."""
+    """`groups / scale`; 0 where the scale is 0."""
     return torch.where(scale != 0, groups / scale, 0.0)
 
 
