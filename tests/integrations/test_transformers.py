@@ -89,6 +89,13 @@ def test_a_state_goes_into_another_model(folder, batch):
     assert torch.equal(logits(other, batch), logits(model, batch))
 
 
+def test_codes_without_their_constants_are_missing_keys(folder):
+    model = load(folder)
+    state = {key: value for key, value in model.state_dict().items() if "q_proj.weight." not in key}
+    with pytest.raises(RuntimeError, match=r"Missing key.*q_proj\.weight\.absmax"):
+        model.load_state_dict(state)
+
+
 def test_compiled_without_a_break(folder, batch):
     model = load(folder)
     x = torch.randn(7, 64, requires_grad=True)

@@ -10,6 +10,7 @@ from safetensors.torch import load_file, save_file
 import lownibble as ln
 from lownibble.errors import AdapterError, TargetError
 from lownibble.lora import LoraLinear, remove_adapter
+from lownibble.registry import INITS
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 OPTIONS = {
@@ -151,6 +152,33 @@ def test_bad_options_leave_the_model_alone(tiny, case):
         ln.add_lora(model, ln.LoraConfig(**options))
     assert same(before, state(model))
     assert not any(isinstance(m, LoraLinear) for m in model.modules())
+
+
+@pytest.mark.parametrize("others", [False, True])
+def test_an_initialisation_that_fails_leaves_the_model_alone(tiny, monkeypatch, others):
+    def fails_at_the_third(adapter, start):
+        seen.append(start.path)
+        if len(seen) == 3:
+            raise TargetError("no")
+
+    seen: list[str] = []
+    monkeypatch.setitem(INITS._entries, "failing", fails_at_the_third)
+    model = tiny()
+    if others:
+        ln.add_lora(model, ln.LoraConfig(target_modules=["q_proj"]), name="first")
+    before = state(model)
+    with pytest.raises(TargetError, match="no"):
+        ln.add_lora(model, ln.LoraConfig(init_lora_weights="failing"), name="second")
+    assert same(before, state(model))
+    assert all(module.active == "first" for module in model.modules() if isinstance(module, LoraLinear))
+
+
+def test_an_initialisation_cannot_change_the_base_of_other_adapters(write, monkeypatch):
+    monkeypatch.setitem(INITS._entries, "replacing", lambda adapter, start: start.packed)
+    model, _ = ln.load(str(write("llama")), quant="nf4")
+    ln.add_lora(model, ln.LoraConfig(), name="first")
+    with pytest.raises(TargetError, match=r"'model\.layers\.0\..*', which other adapters were trained on"):
+        ln.add_lora(model, ln.LoraConfig(init_lora_weights="replacing"), name="second")
 
 
 @pytest.mark.parametrize("name", ["", "a.b", "keys", "default", "training"])

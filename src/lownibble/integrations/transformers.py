@@ -174,12 +174,15 @@ class NF4Linear(nn.Linear):
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
         parts = {key: value for key, value in state_dict.items() if key.startswith(f"{prefix}weight")}
-        if len(parts) > 1:  # otherwise the codes alone or nothing, left to torch's own checks
+        if len(parts) > 1:
             path, quant_type = next(iter(packed_files.packed_modules(parts).items()), (prefix.removesuffix("."), "nf4"))
             held = self.hold(packed_files.unpack(parts, path, quant_type, torch.float32, "the state"))
             self.weight.data = held.to(self.weight.device)
             for key in parts.keys() - {f"{prefix}weight"}:
                 del state_dict[key]
+        elif parts and self._packed is not None:  # codes without the constants that belong to them
+            missing_keys: list[str] = rest[2]
+            missing_keys += sorted(packed_files.pack(prefix.removesuffix("."), self.packed).keys() - parts.keys())
         super()._load_from_state_dict(state_dict, prefix, *rest)
 
     def extra_repr(self) -> str:

@@ -149,20 +149,25 @@ def add_lora(model: nn.Module, config: LoraConfig, *, name: str = "default", see
         name: of the adapter; becomes the active one.
         seed: of the initial A (and of B with `init_lora_weights=False`).
     Raises:
-        TargetError: a pattern matches nothing (lists the candidates), or the name is taken. The model is unchanged.
+        TargetError: a pattern matches nothing (lists the candidates), the name is taken, or the initialisation does not suit the
+            model.
+        ModelError: the initialisation needs dense weights that cannot be read. After an error the model is unchanged.
     """
     planned = plan(model, config, name)
+    try:
+        layers = dict(_adapted(model, planned, config, name, seed))
+    except BaseException:
+        for module in planned.targets.values():
+            if isinstance(module, LoraLinear) and name in module.adapters:
+                del module.adapters[name]
+                active = info(model).adapters.active
+                module.active = active if active is not None and active in module.adapters else None
+        raise
     model.requires_grad_(False)
-    generator, init, variant = torch.Generator().manual_seed(seed), find(config.init_lora_weights), variant_of(config)
-    for path, module in planned.targets.items():
-        layer = module if isinstance(module, LoraLinear) else LoraLinear(module)  # type: ignore[arg-type]
-        r, alpha = rank_of(path, config), alpha_of(path, config)
-        adapter = layer.add(name, r, alpha, config.lora_dropout, config.use_rslora, variant)
-        changed = init(adapter, Start(path, partial(_dense_weight, model, path, layer), _packed(layer), None, generator))
-        if changed is not None:
-            _replace_base(model, layer, changed, config)
-        layer.train(module.training)
+    for path, layer in layers.items():
         replace_module(model, path, layer)
+    if any(layer.changed_base for layer in layers.values()):
+        info(model).changed_base = str(config.init_lora_weights)
     for path, original in planned.saved.items():
         module = model.get_submodule(path)
         wrapper = module if isinstance(module, TrainedCopy) else TrainedCopy(original)
@@ -173,6 +178,19 @@ def add_lora(model: nn.Module, config: LoraConfig, *, name: str = "default", see
     state.biases[name] = {path: (bias, bias.detach().clone()) for path, bias in planned.biases.items()}
     set_adapter(model, name)
     return model
+
+
+def _adapted(model: nn.Module, planned: Plan, config: LoraConfig, name: str, seed: int) -> Iterator[tuple[str, LoraLinear]]:
+    """(path, layer with its initialised adapter) of every target; new layers are not in the model yet."""
+    generator, init, variant = torch.Generator().manual_seed(seed), find(config.init_lora_weights), variant_of(config)
+    for path, module in planned.targets.items():
+        layer = module if isinstance(module, LoraLinear) else LoraLinear(module)  # type: ignore[arg-type]
+        r, alpha = rank_of(path, config), alpha_of(path, config)
+        adapter = layer.add(name, r, alpha, config.lora_dropout, config.use_rslora, variant)
+        changed = init(adapter, Start(path, partial(_dense_weight, model, path, layer), _packed(layer), None, generator))
+        if changed is not None:
+            _replace_base(path, layer, changed, config)
+        yield path, layer.train(module.training)
 
 
 def _packed(layer: LoraLinear) -> PackedWeight | None:
@@ -197,14 +215,19 @@ def _dense_weight(model: nn.Module, path: str, layer: LoraLinear) -> Tensor:
     return read(path)
 
 
-def _replace_base(model: nn.Module, layer: LoraLinear, packed: PackedWeight, config: LoraConfig) -> None:
-    """Replace the base's packed weight by the one an initialisation returned."""
+def _replace_base(path: str, layer: LoraLinear, packed: PackedWeight, config: LoraConfig) -> None:
+    """Install the packed weight that an initialisation returned."""
     if not isinstance(layer.base, QuantLinear):
         raise TargetError(
             f"init_lora_weights={config.init_lora_weights!r} changes packed weights, and this base is dense. Use --method qlora."
         )
+    if len(layer.adapters) > 1:
+        raise TargetError(
+            f"init_lora_weights={config.init_lora_weights!r} changes the packed weight of '{path}', which other adapters were "
+            "trained on. Remove those first."
+        )
     layer.base = QuantLinear(packed, layer.base.bias, compute=layer.base.compute)
-    info(model).changed_base = str(config.init_lora_weights)
+    layer.changed_base = True
 
 
 def adapter_configs(model: nn.Module) -> dict[str, LoraConfig]:

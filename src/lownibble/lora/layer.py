@@ -50,6 +50,7 @@ class LoraLinear(nn.Module):
         self.base = base
         self.adapters = nn.ModuleDict()
         self.active: str | None = None
+        self.changed_base = False
         self.in_features, self.out_features = base.in_features, base.out_features
 
     def add(self, name: str, r: int, alpha: float, dropout: float, use_rslora: bool, variant: Variant = LORA) -> LowRank:

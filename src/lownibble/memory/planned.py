@@ -29,11 +29,14 @@ class TrainingRun(Protocol):
 
     model: Any
     config: TrainConfig
-    fit: Fit
     micro: Any
     passes: Any
     device: torch.device
     total_steps: int
+
+    @property
+    def fit(self) -> Fit:
+        """The memory fit that is in effect."""
 
 
 class RunPlan:

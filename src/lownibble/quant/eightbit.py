@@ -105,13 +105,13 @@ def _four_bit(weight: PackedWeight, compute: str) -> FourBit:
 
 
 def check_weight(weight: PackedWeight, name: str, compute: str) -> None:
-    """Check that the weight's codec and shape support 8-bit matmuls.
+    """Check that the weight's codec, shape and block size support 8-bit matmuls.
 
     Raises:
         InputError: names the weight and what to do.
     """
     try:
-        _four_bit(weight, compute)
+        four_bit = _four_bit(weight, compute)
     except InputError as error:
         raise InputError(f"'{name}': {error}") from None
     if weight.shape[1] % 64:
@@ -119,6 +119,10 @@ def check_weight(weight: PackedWeight, name: str, compute: str) -> None:
             f"compute='{compute}' takes weights whose rows are a multiple of 64 long. '{name}' is "
             f"{weight.shape[0]} x {weight.shape[1]}. Use compute='exact', or add it to skip_modules."
         )
+    try:
+        check_weight_8bit(four_bit.shape, four_bit.block_size)
+    except InputError as error:
+        raise InputError(f"'{name}': {error}") from None
 
 
 class _Last(threading.local):
