@@ -28,7 +28,6 @@ from lownibble.lora.provenance import describe, other_weights
 from lownibble.models import ModelSource, load_tokenizer, resolve
 from lownibble.models import packed as packed_files
 from lownibble.models.checkpoint import INDEX
-from lownibble.quant import PackedWeight
 from lownibble.training.microbatches import collator
 from lownibble.training.output import hold
 
@@ -293,9 +292,9 @@ def _sha256(path: Path) -> str:
 def _shards(weights: Weights, onto: str) -> dict[str, dict[str, tensorfile.Entry]]:
     """Shard file name -> its tensors, sharded as the base."""
     shards: dict[str, dict[str, tensorfile.Entry]] = {}
-    for name, parts in weights.layout(onto):
-        shard = shards.setdefault(weights.shard_of(name), {})
-        shard |= {key: tensorfile.Entry(dtype, shape) for key, (dtype, shape) in parts.items()}
+    for names in weights.stored_together():
+        shard = shards.setdefault(weights.shard_of(names[0]), {})
+        shard |= {key: tensorfile.Entry(dtype, shape) for key, (dtype, shape) in weights.layout(names, onto).items()}
     return dict(sorted(shards.items()))
 
 
@@ -311,14 +310,13 @@ def _check_room(folder: Path, shards: dict[str, dict[str, tensorfile.Entry]]) ->
 
 def _write_shard(weights: Weights, onto: str, path: Path, entries: dict[str, tensorfile.Entry]) -> None:
     def parts() -> Any:
-        for name in weights.names:
-            if weights.shard_of(name) != path.name:
+        for names in weights.stored_together():
+            if weights.shard_of(names[0]) != path.name:
                 continue
-            made = weights.merged(name, onto)
-            packed = packed_files.pack(name.removesuffix(".weight"), made) if isinstance(made, PackedWeight) else {name: made}
-            for key, tensor in packed.items():
-                yield key, 0, tensor
-            del made, packed, tensor
+            made = weights.written(names, onto)
+            for key, tensor in made.items():
+                yield key, 0, tensor.contiguous()
+            del made, tensor
 
     part = path.with_name(f"{path.name}.part")
     try:

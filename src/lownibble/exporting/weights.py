@@ -32,7 +32,8 @@ from lownibble.lora.variants import variant_of
 from lownibble.models import ModelSource, skeleton
 from lownibble.models import packed as packed_files
 from lownibble.models.checkpoint import Checkpoint
-from lownibble.models.load import DTYPES, check_names, quantizable
+from lownibble.models.conversion import ModelTensors, stored_names, untie
+from lownibble.models.load import DTYPES, quantizable
 from lownibble.quant import PackedWeight, is_plain_linear, quantize
 
 TARGETS = ("dequantized", "original", "nf4")
@@ -82,15 +83,17 @@ class Weights:
         self.checkpoint = Checkpoint(source)
         self.config: dict[str, Any] = json.loads((source.folder / "config.json").read_text())
         self.model = skeleton(source, torch.float32)
-        self.packed = packed_files.packed_modules(self.checkpoint.file_of)
-        expected = check_names(self.model, self.checkpoint, self.packed)
-        self.names = {name: name for name in self.checkpoint.file_of if name in expected}
+        self.tensors = ModelTensors(self.model, self.checkpoint)
+        self.packed = self.tensors.packed
+        self.names = {name: name for name in self.tensors.names}
         self.quantized = set(self.packed) or (set(quantizable(self.model, quant)) if quant is not None else set())
         self.quant = self._packed_codec() if self.packed else quant
         self._to_pack = new_quant
         self.new_quant = self.quant or new_quant
-        self._groups = _tied_groups(self.model)  # before accelerate's hooks, which untie shared parameters
-        self.changes: dict[str, Any] = {}
+        untie(self.model, self.tensors.untied)
+        self._groups = _tied_groups(self.model)  # now: hooks that lend the model its tensors part what is tied
+        untied = self.tensors.untied and not self.model.config.is_encoder_decoder
+        self.changes: dict[str, Any] = {"tie_word_embeddings": False} if untied else {}
         self.edits: dict[str, Edit] = {}
         self.replaced: dict[str, str] = {}
         if adapter is not None:
@@ -111,7 +114,7 @@ class Weights:
         return self._groups[name]
 
     def _packed_codec(self) -> QuantConfig:
-        held = {path: packed_files.options(self.checkpoint, path, kind) for path, kind in self.packed.items()}
+        held = {path: self.tensors.packed_options(path) for path in self.packed}
         return packed_files.config_of(held, self.dense_linears(set(self.packed)))
 
     def dense_linears(self, packed: set[str]) -> list[str]:
@@ -181,9 +184,9 @@ class Weights:
     def _same_as_base(self, name: str, tensor: Tensor) -> bool:
         """Whether a tensor equals the base's with either cast to the other's dtype (the base's may differ from training)."""
         key = self.resolve(name)
-        if key.removesuffix(".weight") in self.packed or self.checkpoint.facts(key)[1] != tensor.shape:
+        if key.removesuffix(".weight") in self.packed or self.tensors.facts(key)[1] != tensor.shape:
             return False
-        base = self.checkpoint.read(key)
+        base = self.tensors.read(key)
         return torch.equal(base.to(tensor.dtype), tensor) or torch.equal(tensor.to(base.dtype), base)
 
     def _untie(self, carried: Mapping[str, str], embedding: str | None, head: str | None) -> None:
@@ -213,7 +216,7 @@ class Weights:
         for name, key in self.names.items():
             if name in self.replaced or name.removesuffix(".weight") in self.packed:
                 continue
-            stored, wanted = self.checkpoint.facts(key)[1], self.shape(name)
+            stored, wanted = self.tensors.facts(key)[1], self.shape(name)
             if stored != wanted:
                 raise ModelError(
                     f"'{self.source.name}': tensor '{key}' has shape {tuple(stored)}, and {tuple(wanted)} is needed. "
@@ -221,8 +224,8 @@ class Weights:
                 )
 
     def shard_of(self, name: str) -> str:
-        """File name of the base's shard that holds the tensor `name` starts from."""
-        return self.checkpoint.file_of[self.names[name]].name
+        """File name of the shard that holds the tensor which `name` starts from."""
+        return self.tensors.file_of(self.names[name]).name
 
     def kept_dtype(self, name: str) -> torch.dtype:
         """The dtype of `name` in a dense merged model; non-floating tensors keep theirs."""
@@ -231,8 +234,8 @@ class Weights:
         elif name.removesuffix(".weight") in self.packed:
             wanted = DTYPES.get(str(self.config.get("dtype") or self.config.get("torch_dtype")), torch.bfloat16)
         else:
-            return self.checkpoint.facts(self.names[name])[0]
-        stored = None if name.removesuffix(".weight") in self.packed else self.checkpoint.facts(self.names[name])[0]
+            return self.tensors.facts(self.names[name])[0]
+        stored = None if name.removesuffix(".weight") in self.packed else self.tensors.facts(self.names[name])[0]
         return stored if stored is not None and not stored.is_floating_point else wanted
 
     def shape(self, name: str) -> torch.Size:
@@ -245,8 +248,8 @@ class Weights:
         """The base's tensor: packed if it was packed in training (with `codec`) or is in the checkpoint, else as stored."""
         path = name.removesuffix(".weight")
         if path in self.packed:
-            return packed_files.read(self.checkpoint, path, self.packed[path], self.kept_dtype(name))
-        tensor = self.checkpoint.read(self.names[name])
+            return self.tensors.read_packed(path, self.kept_dtype(name))
+        tensor = self.tensors.read(self.names[name])
         if codec and path in self.quantized and name != path:
             assert self.quant is not None
             return quantize(tensor, self.quant.for_layer(path), name=name)
@@ -260,8 +263,8 @@ class Weights:
         return self.trained_on(name, codec)
 
     def live(self, name: str, *, adapted: bool = True) -> Tensor | PackedWeight:
-        """The live model's weight at `name`, without the low-rank branch; the base's if not `adapted` and of the same shape."""
-        fits = name not in self.replaced or self.checkpoint.facts(self.names[name])[1] == self.shape(name)
+        """What the live model computes with at `name`, without the low-rank sum; the base's if not `adapted`."""
+        fits = name not in self.replaced or self.tensors.facts(self.names[name])[1] == self.shape(name)
         return self._base(name) if adapted or not fits else self.trained_on(name)
 
     def low_rank(self, name: str) -> tuple[Tensor, Tensor, float] | None:
@@ -283,7 +286,7 @@ class Weights:
             AdapterError: the sum overflows the dtype.
         """
         base, edited = self._base(name, codec=onto != "original"), name in self.edits
-        packs = onto == "nf4" and name.removesuffix(".weight") in self.requantized and name.endswith(".weight")
+        packs = self._packs(name, onto)
         if not edited and packs == isinstance(base, PackedWeight):
             return base if isinstance(base, PackedWeight) else self._cast(base, name)
         total = as_float(base)
@@ -301,14 +304,44 @@ class Weights:
             raise AdapterError(f"'{name}' merged does not fit {dtype}: values overflow. Take --dtype bfloat16 or float32.")
         return cast
 
-    def layout(self, onto: str) -> Iterator[tuple[str, dict[str, tuple[torch.dtype, tuple[int, ...]]]]]:
-        """For every name, the tensors written for it: key -> (dtype, shape)."""
-        for name in self.names:
-            path = name.removesuffix(".weight")
-            if onto == "nf4" and path in self.requantized and name != path:
-                yield name, packed_files.pack_shapes(path, self.shape(name), self.new_quant.for_layer(path))
+    def stored_together(self) -> Iterator[list[str]]:
+        """Names of the merged model whose tensors are stored as one or made of the same ones."""
+        held = {name for names in self.tensors.together() for name in names}
+        for names in self.tensors.together():
+            yield [name for name in names if name in self.names]
+        yield from ([name] for name in self.names if name not in held)
+
+    def _packs(self, name: str, onto: str) -> bool:
+        path = name.removesuffix(".weight")
+        return onto == "nf4" and path in self.requantized and name != path
+
+    def layout(self, names: list[str], onto: str) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+        """Key -> type and shape of what is written for names that are stored together."""
+        found: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {}
+        dense: dict[str, Tensor] = {}
+        for name in names:
+            if self._packs(name, onto):
+                path = name.removesuffix(".weight")
+                found |= packed_files.pack_shapes(path, self.shape(name), self.new_quant.for_layer(path))
             else:
-                yield name, {name: (self.kept_dtype(name), tuple(self.shape(name)))}
+                dense[name] = torch.empty(self.shape(name), dtype=self.kept_dtype(name), device="meta")
+        return found | {key: (tensor.dtype, tuple(tensor.shape)) for key, tensor in self._stored(dense, bool(found)).items()}
+
+    def written(self, names: list[str], onto: str) -> dict[str, Tensor]:
+        """Key -> tensor of the same."""
+        found: dict[str, Tensor] = {}
+        dense: dict[str, Tensor] = {}
+        for name in names:
+            made = self.merged(name, onto)
+            if isinstance(made, PackedWeight):
+                found |= packed_files.pack(name.removesuffix(".weight"), made)
+            else:
+                dense[name] = made
+        return found | self._stored(dense, bool(found))
+
+    def _stored(self, dense: dict[str, Tensor], beside_packed: bool) -> dict[str, Tensor]:
+        """Under the base's own names; under the model's where the rest of what is stored together is packed."""
+        return dense if beside_packed or not dense else stored_names(self.model, dense)
 
 
 def _name_of(key: str) -> str:

@@ -10,8 +10,7 @@ missing ones); the plug-in exists besides this loader, for users of transformers
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
@@ -26,6 +25,7 @@ from lownibble.errors import ModelError
 from lownibble.models import compute
 from lownibble.models import packed as packed_files
 from lownibble.models.checkpoint import Checkpoint
+from lownibble.models.conversion import ModelTensors, dtype_of, untie
 from lownibble.models.info import info
 from lownibble.models.sources import ModelSource, resolve
 from lownibble.quant import PackedWeight, QuantLinear, eightbit, is_plain_linear, layouts, quantize
@@ -91,18 +91,18 @@ def load(
     target_device = pick_device(device)
     target_dtype = pick_dtype(dtype, target_device)
     empty = skeleton(source, target_dtype)
-    checkpoint = Checkpoint(source)
-    _fill(empty, checkpoint, source, config, target_device, target_dtype)
+    tensors = ModelTensors(empty, Checkpoint(source))
+    _fill(empty, tensors, config, target_device, target_dtype)
     compute.decide(empty)
     empty.config._name_or_path = source.name
-    info(empty).base = {"model": source.name, "revision": revision, "digest": checkpoint.digest()}
-    if config is not None and not packed_files.packed_modules(checkpoint.file_of):
-        info(empty).read_dense = partial(_read_dense, checkpoint)
+    info(empty).base = {"model": source.name, "revision": revision, "digest": tensors.checkpoint.digest()}
+    if config is not None and not tensors.packed:
+        info(empty).read_dense = partial(_read_dense, tensors)
     return empty.eval(), load_tokenizer(source)
 
 
-def _read_dense(checkpoint: Checkpoint, path: str) -> Tensor:
-    return checkpoint.read(f"{path}.weight").float()
+def _read_dense(tensors: ModelTensors, path: str) -> Tensor:
+    return tensors.read(f"{path}.weight").float()
 
 
 def load_tokenizer(source: ModelSource) -> Any:
@@ -209,52 +209,39 @@ def _last_names(paths: Any) -> str:
     return ", ".join(sorted({path.rsplit(".", 1)[-1] for path in paths}))
 
 
-def _fill(
-    model: Any, checkpoint: Checkpoint, source: ModelSource, config: QuantConfig | None, device: torch.device, dtype: torch.dtype
-) -> None:
-    packed = packed_files.packed_modules(checkpoint.file_of)
+def _fill(model: Any, tensors: ModelTensors, config: QuantConfig | None, device: torch.device, dtype: torch.dtype) -> None:
+    packed, name = tensors.packed, tensors.checkpoint.name
     if config is not None and packed:
-        packed_files.check_same(packed, config, source.name)
+        packed_files.check_same(packed, config, name)
     known = info(model)
     if config is not None:
         known.asked_compute = config.compute
-        eightbit.choose(config.compute, device)  # fail before any weight is read
+        eightbit.choose(config.compute, device)  # before a weight is read
+    untie(model, tensors.untied)
     to_quantize = quantizable(model, config) if config is not None and not packed else {}
-    expected = check_names(model, checkpoint, packed)
+    held_in = dtype_of(model, dtype)
     for path in sorted(packed):
-        weight = packed_files.read(checkpoint, path, packed[path], dtype)
-        _place_quantized(model, path, weight, device)
-    for key in checkpoint.file_of:
-        if key not in expected or any(key == f"{path}.weight" for path in packed):
-            continue
-        tensor = _read_checked(checkpoint, key, model)
+        _place_quantized(model, path, tensors.read_packed(path, dtype), device)
+    for key in tensors.dense():
+        tensor = tensors.read(key)
         path, _, last = key.rpartition(".")
+        own = getattr(model.get_submodule(path), last)
+        if tensor.shape != own.shape:
+            raise ModelError(
+                f"'{name}': tensor '{key}' has shape {tuple(tensor.shape)}, the configuration says {tuple(own.shape)}. "
+                "The weights and config.json do not belong together."
+            )
         if path in to_quantize and last == "weight":
             quantized = quantize(tensor.to(device), to_quantize[path], name=key).with_dtype(dtype)
             _place_quantized(model, path, quantized, device)
         else:
-            _place_dense(model, key, tensor, device, dtype)
             known.stored_dtypes[key] = str(tensor.dtype).removeprefix("torch.")
-    model.tie_weights()
-    for name, buffer in model.named_buffers():  # not in checkpoints: rotary frequencies and the like
-        _set_tensor(model, name, buffer.to(device))
-
-
-def _read_checked(checkpoint: Checkpoint, key: str, model: nn.Module) -> Tensor:
-    tensor = checkpoint.read(key)
-    path, _, last = key.rpartition(".")
-    wanted = getattr(model.get_submodule(path), last).shape
-    if tensor.shape != wanted:
-        raise ModelError(
-            f"'{checkpoint.name}': tensor '{key}' has shape {tuple(tensor.shape)}, the configuration says {tuple(wanted)}. "
-            "The weights and config.json do not belong together."
-        )
-    return tensor
-
-
-def _place_dense(model: nn.Module, key: str, tensor: Tensor, device: torch.device, dtype: torch.dtype) -> None:
-    wanted = dtype if tensor.is_floating_point() else tensor.dtype
-    _set_tensor(model, key, tensor.to(device=device, dtype=wanted, copy=True))  # a copy never keeps the file mapped
+            _set_tensor(model, key, tensor.to(device=device, dtype=held_in(key, own.dtype), copy=True))  # no file stays mapped
+    for alias, source in tensors.shared.items():
+        path, _, last = alias.rpartition(".")
+        model.get_submodule(path).register_parameter(last, model.get_parameter(source))
+    for buffer_name, buffer in model.named_buffers():  # not in checkpoints: rotary frequencies and the like
+        _set_tensor(model, buffer_name, buffer.to(device))
 
 
 def _set_tensor(model: nn.Module, key: str, tensor: Tensor) -> None:
@@ -276,34 +263,3 @@ def _place_quantized(model: nn.Module, path: str, weight: PackedWeight, device: 
     if linear.bias is not None:  # still on the meta device when its shard comes later
         layer.register_parameter("bias", linear.bias.requires_grad_(False))
     setattr(model.get_submodule(parent), last, layer)
-
-
-def _persistent_buffers(model: nn.Module) -> Iterator[str]:
-    for path, module in model.named_modules():
-        for name in module._buffers:
-            if name not in module._non_persistent_buffers_set:
-                yield f"{path}.{name}" if path else name
-
-
-def check_names(model: Any, checkpoint: Checkpoint, packed: Mapping[str, str]) -> set[str]:
-    """Names of the tensors that the model needs from a checkpoint; a packed layer's tensors count as its `weight`.
-
-    Raises:
-        ModelError: the checkpoint lacks some of them, or has unknown ones.
-    """
-    expected, aliases = {name for name, _ in model.named_parameters()} | set(_persistent_buffers(model)), tied_aliases(model)
-    stored = {packed_files.owner(key, packed) for key in checkpoint.file_of}
-    ignorable = getattr(model, "_keys_to_ignore_on_load_unexpected", None) or []
-    missing = sorted(expected - stored)
-    extra = sorted(k for k in stored - expected - aliases if not any(re.search(pattern, k) for pattern in ignorable))
-    problems = [
-        f"{what} {len(keys)} tensor{'s' * (len(keys) > 1)}: {', '.join(keys[:3])}{f' and {len(keys) - 3} more' * (len(keys) > 3)}"
-        for keys, what in ((missing, "lacks"), (extra, "has unknown")) if keys
-    ]  # fmt: skip
-    if problems:
-        joined = " (or the architecture stores its experts apart, which cannot be read yet)" if missing and extra else ""
-        raise ModelError(
-            f"'{checkpoint.name}': the checkpoint {'; it '.join(problems)}. "
-            f"The weights and config.json do not belong together{joined}; download the model again."
-        )
-    return expected

@@ -1,0 +1,259 @@
+"""A checkpoint's tensors under the names, and in the shapes, that the model has them in.
+
+Checkpoints and models differ: experts are stored one by one and held in one tensor, prefixes come and go, old files have
+buffers that models no longer keep. The rules are transformers' own and are asked of its functions, not imitated: which
+transform applies to a stored name (`rename_source_key`), what it computes (`WeightConverter.convert`), how it is undone
+(`revert_weight_conversion`), and which names may be missing or left over (`_adjust_missing_and_unexpected_keys`).
+transformers collects all tensors of a model before it converts them; here one group at a time is read and converted, so that
+memory stays a matter of the largest group: one tensor, or the experts of one layer.
+
+Shapes are known before anything is read: a group is converted on the meta device first.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from copy import deepcopy
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import (
+    WeightConverter,
+    WeightRenaming,
+    build_glob_alternation,
+    dot_natural_key,
+    rename_source_key,
+    revert_weight_conversion,
+)
+
+from lownibble.errors import ModelError
+from lownibble.models import packed as packed_files
+from lownibble.models.checkpoint import Checkpoint
+
+Facts = tuple[torch.dtype, torch.Size]
+
+
+@dataclass
+class _Group:
+    """Stored tensors that become tensors of the model together: `sources` is pattern -> their stored names, in order."""
+
+    converter: WeightConverter | None
+    first: str
+    sources: dict[str, list[str]] = field(default_factory=dict)
+
+    @property
+    def stored(self) -> list[str]:
+        return [key for keys in self.sources.values() for key in keys]
+
+
+class ModelTensors:
+    """The tensors of a model, read from a checkpoint.
+
+    Attributes:
+        names: the model's parameters and buffers that the checkpoint gives, in the checkpoint's order; a packed weight has the
+            name of its layer's weight. Of tied parameters one is named, unless the checkpoint has several with other values.
+        packed: path of each layer that is stored packed -> its codec.
+        shared: other name of a tied parameter -> the name in `names` whose tensor it has.
+        untied: names of parameters that the configuration ties and the checkpoint does not.
+    Raises:
+        ModelError: the checkpoint lacks tensors that the model needs, or has others that the model has no place for.
+    """
+
+    def __init__(self, model: Any, checkpoint: Checkpoint) -> None:
+        self.model, self.checkpoint = model, checkpoint
+        stored_packed = packed_files.packed_modules(checkpoint.file_of)
+        self.packed: dict[str, str] = {}
+        self._stored_path: dict[str, str] = {}
+        self._groups: dict[str, _Group] = {}
+        self._facts: dict[str, Facts] = {}
+        self._group_of: dict[str, _Group] = {}
+        self._last: tuple[_Group, dict[str, Tensor]] | None = None
+        unexpected = self._match(stored_packed)
+        self.shared: dict[str, str] = {}
+        self.untied: list[str] = []
+        self._tie()
+        self._check(unexpected)
+
+    def _match(self, stored_packed: dict[str, str]) -> set[str]:
+        """Give every stored tensor its place; returns names without one."""
+        mapping = get_model_conversion_mapping(self.model)
+        renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
+        converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
+        converter_of = {pattern: converter for converter in converters for pattern in converter.source_patterns}
+        prefix, places = self.model.base_model_prefix, self.model.state_dict()
+        unexpected: set[str] = set()
+        for key in sorted({packed_files.owner(key, stored_packed) for key in self.checkpoint.file_of}, key=dot_natural_key):
+            name, pattern = rename_source_key(key, renamings, converters, prefix, places)
+            if name not in places and key in places:
+                name, pattern = rename_source_key(key, [], [], prefix, places)
+            path = key.removesuffix(".weight")
+            if name not in places:
+                unexpected.add(name)
+            elif path in stored_packed:
+                self._place_packed(path, name, stored_packed[path], pattern)
+            else:
+                converter = None if pattern is None else converter_of[pattern]
+                group = self._groups.setdefault(name, _Group(deepcopy(converter), name))
+                group.sources.setdefault(key if pattern is None else pattern, []).append(key)
+        for group in self._groups.values():
+            for name, facts in self._facts_of(group).items():
+                if name in places:
+                    self._facts[name], self._group_of[name] = facts, group
+                else:
+                    unexpected.add(name)
+        self.model._weight_conversions = [each for each in mapping if each.was_used()]  # save_pretrained undoes these
+        return unexpected
+
+    def _place_packed(self, stored: str, name: str, quant_type: str, pattern: str | None) -> None:
+        if pattern is not None:
+            raise ModelError(
+                f"'{self.checkpoint.name}': '{stored}' is packed, and transformers would convert it. Load a dense checkpoint."
+            )
+        path = name.removesuffix(".weight")
+        self.packed[path], self._stored_path[path] = quant_type, stored
+
+    def _facts_of(self, group: _Group) -> dict[str, Facts]:
+        if group.converter is None:
+            return {group.first: self.checkpoint.facts(group.stored[0])}
+        empty = self._convert(group, lambda key: torch.empty(self.checkpoint.facts(key)[1], device="meta"))
+        dtype = self.checkpoint.facts(group.stored[0])[0]
+        return {name: (dtype, tensor.shape) for name, tensor in empty.items()}
+
+    def _convert(self, group: _Group, read: Callable[[str], Tensor]) -> dict[str, Tensor]:
+        """Name -> tensor of everything that the group gives."""
+        if group.converter is None:
+            return {group.first: read(group.stored[0])}
+        converter = deepcopy(group.converter)
+        for pattern, keys in group.sources.items():
+            for key in keys:
+                converter.add_tensor(group.first, key, pattern, lambda key=key: read(key))  # type: ignore[arg-type, misc]
+        try:
+            given = converter.convert(group.first, model=self.model, config=self.model.config)
+        except (RuntimeError, ValueError, IndexError, KeyError, TypeError) as error:
+            raise ModelError(
+                f"'{self.checkpoint.name}': {', '.join(group.stored[:3])} cannot become '{group.first}' "
+                f"({str(error).splitlines()[0]}). The weights and config.json do not belong together."
+            ) from None
+        return {name: tensor[0] if isinstance(tensor, list) else tensor for name, tensor in given.items()}
+
+    def _tie(self) -> None:
+        """Of parameters that share a tensor keep one source, or several where the checkpoint has several that differ."""
+        groups: dict[int, list[str]] = {}
+        for name, parameter in self.model.named_parameters(remove_duplicate=False):
+            groups.setdefault(id(parameter), []).append(name)
+        canonical = set(self.model.all_tied_weights_keys.values())
+        for group in groups.values():
+            given = sorted((name for name in group if name in self._facts), key=lambda name: name not in canonical)
+            for other in given[1:]:
+                if torch.equal(self.read(given[0]), self.read(other)):
+                    del self._facts[other], self._group_of[other]
+                else:
+                    self.untied.append(other)
+            if given:
+                self.shared |= {name: given[0] for name in group if name not in self._facts}
+
+    def _check(self, unexpected: set[str]) -> None:
+        model = self.model
+        given = {*self.names, *self.shared}
+        missing = {name for name, _ in model.named_parameters() if name not in given}
+        missing |= {name for name in _persistent_buffers(model) if name not in self._facts}
+        info = SimpleNamespace(missing_keys=missing, unexpected_keys=unexpected)  # what transformers' rule looks at
+        model._adjust_missing_and_unexpected_keys(info)
+        absent = sorted(name for name in info.missing_keys)
+        unknown = sorted(info.unexpected_keys)
+        problems = [
+            f"{what} {len(keys)} tensor{'s' * (len(keys) > 1)}: {', '.join(keys[:3])}"
+            f"{f' and {len(keys) - 3} more' * (len(keys) > 3)}"
+            for keys, what in ((absent, "lacks"), (unknown, "has unknown")) if keys
+        ]  # fmt: skip
+        if problems:
+            raise ModelError(
+                f"'{self.checkpoint.name}': the checkpoint {'; it '.join(problems)}. "
+                "The weights and config.json do not belong together, or the download is not complete."
+            )
+
+    @property
+    def names(self) -> list[str]:
+        """Every tensor of the model that the checkpoint gives."""
+        return [*self._facts, *(f"{path}.weight" for path in self.packed)]
+
+    def facts(self, name: str) -> Facts:
+        """Type and shape of a dense tensor, as it is read."""
+        return self._facts[name]
+
+    def file_of(self, name: str) -> Path:
+        """The shard that a tensor, or the first of those that it is made of, is in."""
+        path = name.removesuffix(".weight")
+        stored = f"{self._stored_path[path]}.weight" if path in self.packed else self._group_of[name].stored[0]
+        return self.checkpoint.file_of[stored]
+
+    def read(self, name: str) -> Tensor:
+        """A dense tensor of the model."""
+        group = self._group_of[name]
+        if group.converter is None:
+            return self.checkpoint.read(group.stored[0])
+        if self._last is None or self._last[0] is not group or name not in self._last[1]:
+            self._last = None  # before the next group is read
+            self._last = group, self._convert(group, self.checkpoint.read)
+        tensor = self._last[1].pop(name)
+        if not self._last[1]:
+            self._last = None
+        return tensor
+
+    def read_packed(self, path: str, dtype: torch.dtype) -> packed_files.PackedWeight:
+        """The packed weight of a layer, which decodes to `dtype`."""
+        return packed_files.read(self.checkpoint, self._stored_path[path], self.packed[path], dtype)
+
+    def packed_options(self, path: str) -> Any:
+        """How the layer at `path` is packed."""
+        return packed_files.options(self.checkpoint, self._stored_path[path], self.packed[path])
+
+    def dense(self) -> Iterator[str]:
+        """Names of the dense tensors, those of one group side by side."""
+        yield from sorted(self._facts, key=lambda name: (str(self.file_of(name)), self._group_of[name].first))
+
+    def together(self) -> Iterator[list[str]]:
+        """Names of tensors that are stored as one or made of the same ones, in the order of the files."""
+        groups: dict[str, list[str]] = {}
+        for name in self.dense():
+            groups.setdefault(self._group_of[name].first, []).append(name)
+        yield from groups.values()
+        yield from ([f"{path}.weight"] for path in self.packed)
+
+
+def untie(model: Any, names: list[str]) -> None:
+    """Give parameters that the configuration ties a tensor of their own, on the meta device."""
+    for name in names:
+        path, _, last = name.rpartition(".")
+        parameter = model.get_parameter(name)
+        model.get_submodule(path).register_parameter(last, nn.Parameter(torch.empty_like(parameter)))
+        model.all_tied_weights_keys = {
+            target: source for target, source in model.all_tied_weights_keys.items() if name not in (target, source)
+        }
+    if names and not model.config.is_encoder_decoder:
+        model.config.tie_word_embeddings = False
+
+
+def _persistent_buffers(model: nn.Module) -> Iterator[str]:
+    for path, module in model.named_modules():
+        for name in module._buffers:
+            if name not in module._non_persistent_buffers_set:
+                yield f"{path}.{name}" if path else name
+
+
+def dtype_of(model: Any, dtype: torch.dtype) -> Callable[[str, torch.dtype], torch.dtype]:
+    """What a parameter is held in, by its name and its type in the empty model: some stay float32 whatever `dtype` is."""
+    plan = model._get_dtype_plan(dtype)
+    kept = build_glob_alternation(list(plan))[0] if plan else None
+    return lambda name, own: torch.float32 if kept is not None and kept.search(name) else own
+
+
+def stored_names(model: Any, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The model's tensors under the names, and in the shapes, of the checkpoint that it was loaded from."""
+    reverted: dict[str, Tensor] = revert_weight_conversion(model, tensors)
+    return reverted
