@@ -194,7 +194,10 @@ def test_missing_chat_template_and_end_of_sequence(tokenizer):
 def test_templates_that_rewrite_or_refuse(tokenizer):
     odd = copy.deepcopy(tokenizer)
     odd.chat_template = "{% for m in messages %}{{ m.role }}{% if loop.last %}{{ m.content }}{% endif %}{% endfor %}<|im_end|>"
-    with pytest.raises(DataError, match=r"rows.jsonl:1: the chat template rewrites the conversation around message 3"):
+    with pytest.raises(DataError, match=r"rows.jsonl:1: the chat template leaves out message 1, whose role is 'system'"):
+        one(odd, {"messages": CHAT})
+    odd.chat_template = "{% for m in messages %}{{ m.role }}{% if m.role != 'assistant' %}{{ m.content }}{% endif %}{% endfor %}"
+    with pytest.raises(DataError, match=r"rows.jsonl:1: the chat template renders nothing of message 3, an assistant"):
         one(odd, {"messages": CHAT})
     odd.chat_template = "{{ raise_exception('roles must alternate.') }}"
     with pytest.raises(DataError, match=r"rows.jsonl:1: the chat template refuses this conversation: roles must alternate"):
@@ -209,7 +212,12 @@ def test_templates_that_rewrite_or_refuse(tokenizer):
         ({"messages": [3]}, "message 1 must be an object"),
         ({"messages": [{"content": "a"}]}, "message 1 must be an object"),
         ({"messages": [{"role": "user", "content": None}]}, "the content of message 1 is null"),
-        ({"messages": [{"role": "user", "content": ["a"]}]}, "the content of message 1 must be text, not list"),
+        (
+            {"messages": [{"role": "user", "content": [3]}]},
+            r"the content of message 1 has a part that is no .type, .... object",
+        ),
+        ({"messages": [{"role": "user", "content": []}]}, "the content of message 1 is an empty list"),
+        ({"messages": [*CHAT[:2], {**CHAT[2], "weight": 0.5}]}, "the 'weight' of message 3 must be 0 or 1, and is 0.5"),
         ({"messages": [*CHAT, {"role": "user", "content": " "}]}, "the content of message 6 is empty"),
         ({"text": ""}, "the field 'text' is empty"),
         ({"text": 3}, "the field 'text' must be text, not int"),

@@ -1,41 +1,49 @@
 """Conversations to text, and which of it the assistant wrote.
 
-A conversation is rendered by the tokenizer's own chat template, once, as `apply_chat_template` does it. Where the assistant's turns
-are in that text is found in this order:
+A conversation is rendered by the tokenizer's own chat template, as `apply_chat_template` does it. The assistant's turns are then
+found in the text, in this order:
 
 1. by the template's `{% generation %}` marks, where it has them;
-2. by turn boundaries: the template is compiled a second time with a marker at the beginning and at the end of every pass of a loop
-   over messages (Jinja's syntax tree is changed, not the text), rendered, and the markers are taken out again. What is left must
-   be the plain rendering, character by character, or the markers are not believed;
-3. by the turns' contents, looked for one after the other;
-4. where none of it tells all turns apart: the last turn alone, from where the rendering of what comes before it (with the
-   generation prompt) ends. `Rendered.only_last` says so.
+2. by turn boundaries: the template is compiled a second time with a marker before and after every pass of a loop over messages
+   (Jinja's syntax tree is changed, not the text), rendered, and the markers are taken out again. The rest must equal the plain
+   rendering character by character, or the markers are not used;
+3. by the turns' contents, searched for one after the other;
+4. where none of these tells all turns apart: the last turn alone, from the end of the rendering of what precedes it (with the
+   generation prompt) on. `Rendered.only_last` says so.
 
-A turn begins with its header ("<|im_start|>assistant"), which is the prompt's at inference and no label: as much of the template's
-generation prompt as the turn begins with, in whole tokens, but never beyond where its content starts. It ends with the token that
-closes it (the last special token followed by nothing but white space), or with the template's end-of-sequence token where that stands
-after the last turn.
+A turn begins with its header ("<|im_start|>assistant"), which belongs to the prompt at inference and is no label: the part of
+the generation prompt that the turn begins with, in whole parts, but never beyond the start of its content. A turn ends with the
+token that closes it (the last special token, followed by nothing but white space), or with the end-of-sequence token where the
+template puts that after the last turn.
 
 The cost is two renderings, whatever the number of turns. Rejected: rendering every prefix of the conversation (quadratic in its
-turns, and many templates rewrite earlier turns: Qwen3 drops their reasoning, others end every rendering with the end of sequence);
-a list of known templates.
+turns, and many templates rewrite earlier turns: Qwen3 drops their reasoning, others end every rendering with the end-of-sequence
+token); a list of known templates.
 """
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property, lru_cache
+from itertools import count
 from typing import Any, NamedTuple
 
 from lownibble.errors import DataError, ModelError
 
-_BEGIN, _END = 0xF0000, 0x100000  # planes of Unicode for private use; the turn's number is added
-_MOST_TURNS = 0xFFFD
-_MARKER = re.compile("[\U000f0000-\U0010fffd]")
 _TURN = "lownibble_turn"
 """Key of a message that carries its number while the marked template is rendered."""
+
+
+PART_ENDS = ">]:\n "
+"""Characters that end a part of a header: a special token, a name, a line."""
+
+Span = tuple[int, int, int]
+"""Start, end, and number of the message, of text that the assistant wrote; in characters, or in tokens."""
+
+REASONING = ("<think>", "<|START_THINKING|>", "[THINK]", "<|channel>thought", "<|inner_prefix|>")
+"""What opens a model's reasoning. A generation prompt may end with one; in a training row it is part of the answer."""
 
 
 class Rendered(NamedTuple):
@@ -43,13 +51,19 @@ class Rendered(NamedTuple):
 
     Attributes:
         text: as the model sees it.
-        spans: (start, end, number of the message) of what the assistant wrote, in characters.
+        spans: what the assistant wrote, in order; a turn may have several.
+        marked: the spans are the template's own marks.
         only_last: the template does not let all assistant turns be told apart, and `spans` has the last one only.
     """
 
     text: str
-    spans: list[tuple[int, int, int]]
+    spans: list[Span]
+    marked: bool = False
     only_last: bool = False
+
+
+Regions = dict[int, list[tuple[int, int]]]
+"""Number of a message -> [start, end) of the pieces of text that it gave."""
 
 
 class ChatRenderer:
@@ -91,38 +105,44 @@ class ChatRenderer:
         self.template(tools)
         return _guarded(render)
 
-    def rendered(self, messages: list[dict[str, Any]], tools: Any = None) -> Rendered:
-        """The conversation as text, and what of it the assistant wrote.
+    def rendered(self, messages: list[dict[str, Any]], tools: Any = None, trained: Sequence[bool] | None = None) -> Rendered:
+        """The conversation as text, and what of it the assistant wrote, in turns that are `trained` (default: all).
 
         Raises:
             ModelError: the tokenizer has no chat template.
             DataError: the template refuses the conversation, or leaves nothing of an assistant turn.
         """
         messages = self._formed(messages)
-        text = self._render(messages, tools, False)
-        assistants = [number for number, message in enumerate(messages) if message["role"] == "assistant"]
-        if not assistants:
+        try:
+            text = self._render(messages, tools, False)
+        except DataError:
+            other = [_other_arguments(message) for message in messages]
+            if other == messages:
+                raise
+            messages, text = other, self._render(other, tools, False)
+        _check_kept(messages, text)
+        speaking = [number for number, message in enumerate(messages) if message["role"] == "assistant"]
+        wanted = [number for number in speaking if trained is None or trained[number]]
+        if not wanted:
             return Rendered(text, [])
-        marked = self._by_marks(messages, tools, text, assistants)
+        marked = self._by_marks(messages, tools, text, speaking)
         if marked is not None:
-            return Rendered(text, marked)
+            return Rendered(text, [span for span in marked if span[2] in wanted], marked=True)
         regions = self._by_loops(messages, tools, text)
-        if regions is None or any(number not in regions for number in assistants):
-            regions = _by_contents(messages, text, assistants)
+        if regions is None or any(number not in regions for number in wanted):
+            regions = _by_contents(messages, text, wanted, self._special_tokens)
         if regions is None:
-            return self._last_turn(messages, tools, text, assistants[-1])
-        spans = [self._trimmed(text, messages, number, *regions[number]) for number in assistants]
-        for start, end, number in spans:
-            if start >= end:
-                raise DataError(
-                    f"the chat template renders nothing of message {number + 1}, an assistant turn. Give it a content that the "
-                    "template uses, or remove the turn."
-                )
+            return self._last_turn(messages, tools, text, wanted[-1])
+        spans = [
+            (start, end, number) for number in wanted
+            for start, end in self._written(text, messages, tools, number, regions[number])
+        ]  # fmt: skip
+        for number in wanted:
+            _check_shown(messages, number, "".join(text[start:end] for start, end, owner in spans if owner == number))
         return Rendered(text, spans)
 
-    def _by_marks(
-        self, messages: list[dict[str, Any]], tools: Any, text: str, assistants: list[int]
-    ) -> list[tuple[int, int, int]] | None:
+    def _by_marks(self, messages: list[dict[str, Any]], tools: Any, text: str, speaking: list[int]) -> list[Span] | None:
+        """The template's own marks; None where it has none."""
         from transformers.utils.chat_template_utils import render_jinja_template
 
         template = self.template(tools)
@@ -135,99 +155,120 @@ class ChatRenderer:
         spans = [(start, end) for start, end in found if start < end]
         if rendered != text or not spans:
             return None
-        if len(spans) == len(assistants):
-            return [(start, end, number) for (start, end), number in zip(spans, assistants, strict=True)]
+        if len(spans) == len(speaking):
+            return [(start, end, number) for (start, end), number in zip(spans, speaking, strict=True)]
         regions = self._by_loops(messages, tools, text) or {}
-        owner = {
-            (start, end): next((n for n in assistants if n in regions and regions[n][0] <= start < regions[n][1]), assistants[-1])
-            for start, end in spans
-        }
-        return [(start, end, owner[start, end]) for start, end in spans]
+        return [(start, end, _owner(start, regions, speaking)) for start, end in spans]
 
-    def _by_loops(self, messages: list[dict[str, Any]], tools: Any, text: str) -> dict[int, tuple[int, int]] | None:
-        """Number of a message -> (start, end) of what its pass of the template's loop gave; None where that cannot be told."""
-        template = self.template(tools)
-        if len(messages) > _MOST_TURNS or _MARKER.search(text):
-            return None
+    def _by_loops(self, messages: list[dict[str, Any]], tools: Any, text: str) -> Regions | None:
+        """What each message's pass of the template's loops printed; None where that cannot be told."""
+        sign = next(sign for n in count() if (sign := f"\ue000{n}\ue001") not in text)
+
+        def mark(message: Any, loop: int, begins: bool) -> str:
+            number = message.get(_TURN) if isinstance(message, Mapping) else None
+            return "" if number is None else f"{sign}{number}{'+' if begins else '-'}{loop}\ue001"
+
         try:
-            marked = _marked(template).render(
+            marked = _marked(self.template(tools)).render(
                 messages=_aliased([{**message, _TURN: number} for number, message in enumerate(messages)]), tools=tools,
-                documents=None, add_generation_prompt=False, **self.tokenizer.special_tokens_map,
+                documents=None, add_generation_prompt=False, lownibble_mark=mark, **self.tokenizer.special_tokens_map,
             )  # fmt: skip
         except Exception:
             return None  # the plain template has rendered this conversation; only the marked one has failed
         plain: list[str] = []
         length, last = 0, 0
-        begun: dict[int, int] = {}
-        regions: dict[int, tuple[int, int]] = {}
-        open_turn: int | None = None
-
-        def close(turn: int, at: int) -> None:
-            if at > begun[turn] and marked_text_between(begun[turn], at):
-                start = regions.get(turn, (begun[turn], at))[0]
-                regions[turn] = (min(start, begun[turn]), at)
-
-        def marked_text_between(start: int, end: int) -> bool:
-            return end > start
-
-        for found in _MARKER.finditer(marked):
-            piece = marked[last : found.start()]
+        within: list[tuple[int, int]] = []  # (message, loop) of the passes around the place
+        regions: Regions = {}
+        for found in [*re.finditer(f"{sign}(\\d+)([+-])(\\d+)\ue001", marked), None]:
+            piece = marked[last : found.start()] if found else marked[last:]
             plain.append(piece)
-            length, last = length + len(piece), found.end()
-            code = ord(found.group())
-            turn = code - (_END if code >= _END else _BEGIN)
-            if open_turn is not None:
-                close(open_turn, length)  # also where `continue` skipped the end of the pass
-                open_turn = None
-            if code < _END:
-                begun[turn], open_turn = length, turn
-        plain.append(marked[last:])
+            if piece and within:
+                _append(regions.setdefault(within[-1][0], []), length, length + len(piece))
+            length += len(piece)
+            if found:
+                last, number, loop = found.end(), int(found[1]), int(found[3])
+                while any(loop == other for _, other in within):  # its end, or a new pass where `continue` skipped the end
+                    within.pop()
+                if found[2] == "+":
+                    within.append((number, loop))
         return regions if "".join(plain) == text else None
 
-    def _trimmed(self, text: str, messages: list[dict[str, Any]], number: int, start: int, end: int) -> tuple[int, int, int]:
-        """Of a turn's region what the assistant wrote: without the header, with the end of sequence after the last turn."""
-        region, content = text[start:end], _plain_content(messages[number])
-        limit = region.find(content.strip()) if content.strip() else -1
-        header = self._common_header(region)
+    def _written(
+        self, text: str, messages: list[dict[str, Any]], tools: Any, number: int, pieces: list[tuple[int, int]]
+    ) -> list[tuple[int, int]]:
+        """Of what a turn printed what the assistant wrote: without its header and the tools' answers, with the end of sequence
+        after the last turn."""
+        (start, end), *others = pieces
+        if _holds_answers(messages, number, text[start:end]):
+            end = start + self._length_alone(messages, tools, number, text[start:end])
+        content = _plain_content(messages[number]).strip()
+        limit = text[start:end].find(content) if content else -1
+        header = self._header_end(text[start:end], limit)
         start += header if limit < 0 else min(header, limit)
-        eos = self.tokenizer.eos_token
-        if eos and number == len(messages) - 1 and text[end:].lstrip().startswith(eos):
-            end = text.index(eos, end) + len(eos)
-        return start, end, number
+        found = [(start, end), *others]
+        eos, last = self.tokenizer.eos_token, found[-1][1]
+        if eos and number == len(messages) - 1 and text[last:].lstrip().startswith(eos):
+            found.append((at := text.index(eos, last), at + len(eos)))
+        return found
 
-    def _common_header(self, region: str) -> int:
-        """Characters that a turn's region shares with the generation prompt, in whole tokens."""
+    def _length_alone(self, messages: list[dict[str, Any]], tools: Any, number: int, region: str) -> int:
+        """Characters of a region that stay when the turn is the conversation's last: some templates print the tools' answers
+        inside of the turn that called them."""
+        first = max((n for n in range(number) if messages[n]["role"] == "user"), default=0)
+        before = messages[:1] if first and messages[0]["role"] in ("system", "developer") else []
+        alone = [*before, *messages[first : number + 1]]
+        try:
+            regions = self._by_loops(alone, tools, text := self._render(alone, tools, False)) or {}
+        except DataError:
+            return len(region)
+        pieces = regions.get(len(alone) - 1, [])
+        return _shared(region, text[pieces[0][0] : pieces[0][1]]) if pieces else len(region)
+
+    def _header_end(self, region: str, limit: int) -> int:
+        """Where a turn's header ends: what it begins with of the generation prompt, in whole parts. A template may print more
+        before the header of the first turn (a default system message), up to the content at `limit`."""
         prompt = self.generation_prompt
-        shared = next((n for n, (a, b) in enumerate(zip(prompt, region, strict=False)) if a != b), min(len(prompt), len(region)))
+        if prompt and limit > 0 and (at := region.find(prompt, 0, limit)) >= 0:
+            return at + len(prompt)
+        shared = _shared(prompt, region)
         if shared == len(prompt):
             return shared
-        boundaries = [0]
-        for token in _pieces(self.tokenizer, prompt):
-            boundaries.append(boundaries[-1] + len(token))
-        return max(boundary for boundary in boundaries if boundary <= shared)
+        return next((n for n in range(shared, 0, -1) if prompt[n - 1] in PART_ENDS), 0)
 
     @cached_property
     def generation_prompt(self) -> str:
-        """What the template adds where the assistant is to speak next; '' where that cannot be told."""
+        """The header of an assistant turn that the template adds for generation, without what opens the reasoning."""
         probe = self._formed([{"role": "user", "content": "a"}])
         try:
-            without, with_prompt = (self._render(probe, None, generation) for generation in (False, True))
+            without, asked = (self._render(probe, None, generation) for generation in (False, True))
         except DataError:
             return ""
-        shared = next((n for n, (a, b) in enumerate(zip(without, with_prompt, strict=False)) if a != b), len(without))
-        return with_prompt[shared:]
+        eos = self.tokenizer.eos_token or ""
+        for start in (without, without.rstrip().removesuffix(eos), without.rstrip().removesuffix(eos).rstrip()):
+            if asked.startswith(start):
+                break
+        else:
+            start = without[: _shared(without, asked)]
+        header = asked[len(start) :]
+        return header[: min((at for tag in REASONING if (at := header.find(tag)) >= 0), default=len(header))]
 
     def _last_turn(self, messages: list[dict[str, Any]], tools: Any, text: str, last: int) -> Rendered:
+        """The last trained turn alone, from the end of the rendering of what precedes it."""
         before = self._render(messages[:last], tools, True) if last else ""
-        shared = next((n for n, (a, b) in enumerate(zip(before, text, strict=False)) if a != b), min(len(before), len(text)))
-        content = _plain_content(messages[last]).strip()
+        shared, content = _shared(before, text), _plain_content(messages[last]).strip()
         at = text.rfind(content) if content else -1
-        if last != len(messages) - 1 or (shared < len(before) and at < 0) or shared >= len(text):
+        start = shared if at < 0 or shared == len(before) else at
+        if last != len(messages) - 1 or start >= len(text) or (shared < len(before) and at < 0):
             raise DataError(
                 "the chat template does not let the assistant's turns be told from the rest. Make the assistant turn the last of "
                 "its row, or use another chat template."
             )
-        return Rendered(text, [(shared if at < 0 or shared == len(before) else at, len(text), last)], only_last=True)
+        return Rendered(text, [(start, len(text), last)], only_last=True)
+
+    @cached_property
+    def _special_tokens(self) -> list[str]:
+        added = [token.content for token in self.tokenizer.added_tokens_decoder.values() if token.special]
+        return sorted({*self.tokenizer.all_special_tokens, *added}, key=len, reverse=True)
 
     @cached_property
     def _takes_parts(self) -> bool | None:
@@ -259,6 +300,87 @@ class ChatRenderer:
         return message
 
 
+def _owner(at: int, regions: Regions, speaking: list[int]) -> int:
+    """The assistant's message that printed a place in the text; the last one where none is known."""
+    return next((n for n in speaking if any(start <= at < end for start, end in regions.get(n, []))), speaking[-1])
+
+
+def _append(pieces: list[tuple[int, int]], start: int, end: int) -> None:
+    """Add a piece, joined to the one before where they touch."""
+    if pieces and pieces[-1][1] == start:
+        start = pieces.pop()[0]
+    pieces.append((start, end))
+
+
+def _shared(one: str, other: str) -> int:
+    """Characters that two texts begin with alike."""
+    return next((n for n, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
+
+
+def _check_shown(messages: list[dict[str, Any]], number: int, written: str) -> None:
+    """Raise where the template leaves out an assistant turn or its tool calls."""
+    lines, calls = _lines(messages[number]), messages[number].get("tool_calls") or []
+    names = [str(call.get("function", call).get("name")) for call in calls if isinstance(call, Mapping)]
+    if not written or (lines and not any(line in written for line in lines)):
+        raise DataError(
+            f"the chat template renders nothing of message {number + 1}, an assistant turn. Give it a content that the template "
+            "uses, remove the turn, or set its weight to 0."
+        )
+    if names and not any(name in written for name in names):
+        raise DataError(
+            f"the chat template does not render the tool calls of message {number + 1}. Use a model whose template knows tools, "
+            "or write the calls into its content."
+        )
+
+
+def _check_kept(messages: list[dict[str, Any]], text: str) -> None:
+    """Raise where the template leaves out what the user, the system or the developer says."""
+    for number, message in enumerate(messages):
+        lines = _lines(message) if message["role"] in ("user", "system", "developer") else []
+        if lines and not any(line in text for line in lines):
+            raise DataError(
+                f"the chat template leaves out message {number + 1}, whose role is '{message['role']}'. Give it a role that the "
+                "template knows, or remove it."
+            )
+
+
+def _lines(message: dict[str, Any]) -> list[str]:
+    return [line.strip() for line in _plain_content(message).splitlines() if line.strip()]
+
+
+def _holds_answers(messages: list[dict[str, Any]], number: int, region: str) -> bool:
+    """Whether the answers of tools that follow a turn are printed inside of it."""
+    for message in messages[number + 1 :]:
+        if message["role"] not in ("tool", "function", "ipython"):
+            return False
+        content = _plain_content(message).strip()
+        if content and content in region:
+            return True
+    return False
+
+
+def _other_arguments(message: dict[str, Any]) -> dict[str, Any]:
+    """A message whose tool calls have their arguments as text instead of an object, or as an object instead of text."""
+    calls = message.get("tool_calls")
+    if not isinstance(calls, list):
+        return message
+    return {**message, "tool_calls": [_other_call(call) for call in calls]}
+
+
+def _other_call(call: Any) -> Any:
+    if not isinstance(call, Mapping):
+        return call
+    if isinstance(call.get("function"), Mapping):
+        return {**call, "function": _other_call(call["function"])}
+    given = call.get("arguments")
+    if isinstance(given, str):
+        try:
+            return {**call, "arguments": json.loads(given)}
+        except ValueError:
+            return call
+    return call if given is None else {**call, "arguments": json.dumps(given, ensure_ascii=False)}
+
+
 def _is_text(part: Any) -> bool:
     return isinstance(part, str) or (isinstance(part, Mapping) and isinstance(part.get("text"), str))
 
@@ -275,27 +397,20 @@ def _plain_content(message: dict[str, Any]) -> str:
     return content if isinstance(content, str) else ""
 
 
-def _by_contents(messages: list[dict[str, Any]], text: str, assistants: list[int]) -> dict[int, tuple[int, int]] | None:
+def _by_contents(messages: list[dict[str, Any]], text: str, assistants: list[int], special: list[str]) -> Regions | None:
     """Regions by looking for each message's content after the one before; None where an assistant's is not found."""
-    at, regions = 0, {}
+    at = 0
+    regions: Regions = {}
     for number, message in enumerate(messages):
         content = _plain_content(message).strip()
         found = text.find(content, at) if content else -1
         if found >= 0:
             at = found + len(content)
-            regions[number] = (found, at)
+            closing = next((token for token in special if text[at:].lstrip().startswith(token)), "")
+            regions[number] = [(found, text.index(closing, at) + len(closing))]
         elif number in assistants:
             return None
     return regions
-
-
-def _pieces(tokenizer: Any, text: str) -> list[str]:
-    """The tokens of a text, as text; the whole where the tokenizer does not say where they stand."""
-    if not getattr(tokenizer, "is_fast", False):
-        return [text]
-    offsets = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)["offset_mapping"]
-    ends = sorted({end for _, end in offsets if end} | {len(text)})
-    return [text[start:end] for start, end in zip([0, *ends], ends, strict=False)]
 
 
 def _guarded(render: Callable[[], str]) -> str:
@@ -305,7 +420,8 @@ def _guarded(render: Callable[[], str]) -> str:
     try:
         return render()
     except TemplateError as error:
-        raise DataError(f"the chat template refuses this conversation: {error} Mend the order of its roles.") from error
+        remedy = "Mend the order of its roles." if "role" in str(error).lower() else "Mend its messages, or the tokenizer."
+        raise DataError(f"the chat template refuses this conversation: {error} {remedy}") from error
     except (TypeError, ValueError, KeyError, IndexError, AttributeError) as error:
         raise DataError(
             f"the chat template cannot render this conversation ({type(error).__name__}: {error}). Mend its messages."
@@ -323,27 +439,20 @@ def _aliased(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 @lru_cache(maxsize=16)
 def _marked(template: str) -> Any:
-    """The template, compiled with markers around every pass of a loop over messages."""
+    """The template, compiled with `lownibble_mark(message, loop, begins)` printed around every pass of a loop over messages."""
     from jinja2 import nodes
     from transformers.utils.chat_template_utils import _compile_jinja_template
 
     environment = _compile_jinja_template(template).environment
     tree = environment.parse(template)
 
-    def mark(name: str, base: int) -> nodes.Output:
-        call = nodes.Call(nodes.Name("lownibble_mark", "load"), [nodes.Name(name, "load"), nodes.Const(base)], [], None, None)
-        return nodes.Output([call])
+    def mark(name: str, loop: int, begins: bool) -> nodes.Output:
+        arguments = [nodes.Name(name, "load"), nodes.Const(loop), nodes.Const(begins)]
+        return nodes.Output([nodes.Call(nodes.Name("lownibble_mark", "load"), arguments, [], None, None)])
 
-    for loop in list(tree.find_all(nodes.For)):
+    for number, loop in enumerate(list(tree.find_all(nodes.For))):
         if isinstance(loop.target, nodes.Name):
-            loop.body = [mark(loop.target.name, _BEGIN), *loop.body, mark(loop.target.name, _END)]
-    for node in tree.find_all(nodes.Node):
-        node.set_environment(environment)
-    compiled = environment.from_string(tree)
-    compiled.globals["lownibble_mark"] = _mark
-    return compiled
-
-
-def _mark(message: Any, base: int) -> str:
-    number = message.get(_TURN) if isinstance(message, Mapping) else None
-    return "" if number is None else chr(base + number)
+            name = loop.target.name
+            loop.body = [mark(name, number, True), *loop.body, mark(name, number, False)]
+    tree.set_environment(environment)
+    return environment.from_string(tree)

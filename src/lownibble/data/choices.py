@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from lownibble.config import DataConfig
 from lownibble.data.forms import Recipe, as_turns, recipe_for
 from lownibble.data.rows import Dataset
-from lownibble.data.template import TokenCoder, render_chat, tokenise_chats
+from lownibble.data.template import TokenCoder, tokenise_chats
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -67,9 +67,9 @@ def _tokenise(
 ) -> tuple[list[list[int]], list[list[int]]]:
     if not recipe.chat:
         return coder.prompts(prompts), coder.batch(completions)
-    prompt_ids = coder.batch([coder.render(as_turns(prompt, "")[:1], generation=True) for prompt in prompts])
-    chats = [render_chat(coder, as_turns(prompts[0], completion)) for completion in completions]
+    prompt_ids = coder.batch([coder.chat.text(as_turns(prompt, "")[:1], generation=True) for prompt in prompts])
+    chats = [coder.chat.rendered(as_turns(prompts[0], completion)) for completion in completions]
     candidates = []
-    for ids, [(start, end)] in tokenise_chats(coder, chats):
+    for ids, [(start, end, _)] in tokenise_chats(coder, chats):
         candidates.append([index for index in ids[start:end] if index not in coder.special_ids])
     return prompt_ids, candidates

@@ -2,7 +2,7 @@
 
 The form is detected from the fields of the first row; all rows must have the same one:
 
-    messages            a list of {role, content}
+    messages            a list of {role, content}, with tool calls, content parts and a weight per turn; `tools` beside it
     prompt-completion   `prompt` and `completion`, or any fields that templates render to them
     text-label          `text` and `label`, with a short default template if none is given
     text                `text` alone: language modelling
@@ -11,7 +11,8 @@ If a row fits several forms, the first in this list wins. Templates are `str.for
 configuration takes precedence over the data set's own (`demo`), and that over the form's default. Only the fields that are used
 are checked, so an empty or NaN cell elsewhere in the row is ignored.
 
-This module handles strings only; `template` tokenises them.
+Rows in other tools' formats have been converted before (`dialects.py`). This module handles strings only; `template` tokenises
+them.
 """
 
 from __future__ import annotations
@@ -19,9 +20,10 @@ from __future__ import annotations
 import math
 import string
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from lownibble.config import DataConfig
+from lownibble.data.dialects import TRAIN
 from lownibble.data.rows import Dataset, Problems, Row, canonical
 from lownibble.errors import ConfigError, DataError
 
@@ -37,6 +39,22 @@ FIELDS: dict[Form, tuple[str, ...]] = {
 
 LABEL_PROMPT = "{text}\nLabel:"
 LABEL_COMPLETION = " {label}"
+
+
+TRAINED = (TRAIN, "training", "weight")
+"""Keys of a message that say whether its turn is trained: true or false, 1 or 0 (`weight` is OpenAI's); no template sees them."""
+
+
+class Conversation(NamedTuple):
+    """Messages as the chat template takes them, the row's tools, and which messages may be trained."""
+
+    messages: list[dict[str, Any]]
+    tools: Any
+    trained: list[bool]
+
+
+def _is_trained(turn: dict[str, Any]) -> bool:
+    return all(bool(turn[key]) for key in TRAINED if turn.get(key) is not None)
 
 
 @dataclass(frozen=True)
@@ -59,12 +77,13 @@ class Recipe:
         assert self.completion_template is not None
         return self.prompt_template.format(**row.fields), self.completion_template.format(**row.fields)
 
-    def messages(self, row: Row) -> list[dict[str, Any]]:
+    def conversation(self, row: Row) -> Conversation:
         """The conversation of a row; for other forms than `messages`, its prompt and completion as two turns."""
-        if self.form == "messages":
-            return [{key: value for key, value in turn.items() if value is not None} for turn in row.fields["messages"]]
-        prompt, completion = self.pair(row)
-        return as_turns(prompt, completion)
+        if self.form != "messages":
+            return Conversation(as_turns(*self.pair(row)), None, [True, True])
+        turns = row.fields["messages"]
+        messages = [{key: value for key, value in turn.items() if key not in TRAINED} for turn in turns]
+        return Conversation(messages, row.fields.get("tools"), [_is_trained(turn) for turn in turns])
 
     def identity(self, row: Row) -> bytes:
         """Canonical bytes of what a row asks (of a conversation, what stands before the first assistant turn; of text alone, all
@@ -211,9 +230,34 @@ def _messages_problem(messages: Any) -> str | None:
     for number, turn in enumerate(messages, 1):
         if not isinstance(turn, dict) or not isinstance(turn.get("role"), str):
             return f"message {number} must be an object with 'role' and 'content'. Mend or remove the row."
-        problem = _value_problem(turn.get("content"), text=True)
-        if problem and not (problem == "is empty" and turn["role"] == "system"):
+        for key in TRAINED:
+            if turn.get(key) not in (None, 0, 1):
+                return f"the '{key}' of message {number} must be 0 or 1, and is {turn[key]!r}. Mend or remove the row."
+        if problem := _content_problem(turn):
             return f"the content of message {number} {problem}. Fill it, or remove the row."
+    return None
+
+
+def _content_problem(turn: dict[str, Any]) -> str | None:
+    content = turn.get("content")
+    if isinstance(content, list):
+        if not content:
+            return "is an empty list"
+        return next((problem for part in content if (problem := _part_problem(part))), None)
+    if not isinstance(content, str) and content is None and (turn.get("tool_calls") or turn.get("function_call")):
+        return None
+    problem = _value_problem(content, text=True)
+    may_be_empty = turn["role"] in ("system", "tool") or turn.get("tool_calls")
+    return None if problem == "is empty" and may_be_empty else problem
+
+
+def _part_problem(part: Any) -> str | None:
+    if isinstance(part, str):
+        return None
+    if not isinstance(part, dict) or not isinstance(part.get("type"), str):
+        return f"has a part that is no {{type, ...}} object ({str(part)[:40]})"
+    if part["type"] == "text" and not isinstance(part.get("text"), str):
+        return "has a text part without text"
     return None
 
 

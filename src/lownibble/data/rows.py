@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
+from lownibble.data.dialects import standard
 from lownibble.errors import DataError
 
 SHOWN_PROBLEMS = 5
@@ -27,12 +28,16 @@ class Row:
 
 @dataclass(frozen=True)
 class Dataset:
-    """Named rows; a source may provide default templates, used if the configuration has none."""
+    """Named rows, those in other tools' formats converted (`dialects.py`); a source may provide default templates, used if the
+    configuration has none."""
 
     name: str
     rows: list[Row]
     prompt_template: str | None = None
     completion_template: str | None = None
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "rows", [Row(standard(row.fields), row.origin) for row in self.rows])
 
     @cached_property
     def digest(self) -> str:

@@ -6,11 +6,9 @@ end-of-sequence token, which is trained even if it is also the padding token. Le
 prompt once, unless the template already contains them.
 
 *Conversations* are rendered by the tokenizer's own chat template and tokenised whole, without further special tokens, as
-`apply_chat_template` does. Templates seldom mark the assistant's tokens, so assistant spans are found by rendering prefixes of
-the conversation: up to the assistant's header (generation prompt) and up to the end of its turn. Both must be prefixes of the
-full text, or the row is rejected: some templates rewrite earlier turns. If they are not prefixes in tokens too (a merge across
-the boundary, say before content that starts with a line break), the pieces are tokenised separately, as at inference. The
-token that ends the turn is trained; white space that the template puts after it is not.
+`apply_chat_template` does; `chat.py` says which characters the assistant wrote. If a token reaches across such a boundary (say
+before content that starts with a line break), the pieces are tokenised separately, as at inference. The token that ends a turn is
+trained; white space that the template puts after it is not. Turns with weight 0 have no labels.
 
 *Text alone* gets the end-of-sequence token, and every token but the first is a label.
 
@@ -21,11 +19,13 @@ messages are truncated at the end.
 from __future__ import annotations
 
 import itertools
+from bisect import bisect_right
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from lownibble.config import DataConfig
+from lownibble.data.chat import ChatRenderer, Rendered, Span
 from lownibble.data.forms import Form, Recipe, as_turns, recipe_for
 from lownibble.data.rows import Dataset, Problems, Row
 from lownibble.errors import ConfigError, DataError, ModelError
@@ -92,7 +92,7 @@ def prompts(dataset: Dataset, tokenizer: PreTrainedTokenizerBase, config: DataCo
     coder = TokenCoder(tokenizer)
     texts = [recipe.pair(row)[0] for row in dataset.rows]
     if recipe.chat:
-        ids = coder.batch([coder.render(as_turns(text, "")[:1], generation=True) for text in texts])
+        ids = coder.batch([coder.chat.text(as_turns(text, "")[:1], generation=True) for text in texts])
     else:
         ids = coder.prompts(texts)
     return [coder.cut_left(prompt, room) for prompt in ids]
@@ -118,6 +118,13 @@ class TokenCoder:
             return []
         ids: list[list[int]] = self.tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
         return ids
+
+    def with_ends(self, texts: list[str]) -> list[tuple[list[int], list[tuple[int, int]] | None]]:
+        """As `batch`, with the characters [start, end) of each token; None where the tokenizer does not know them."""
+        if not texts or not getattr(self.tokenizer, "is_fast", False):
+            return [(ids, None) for ids in self.batch(texts)]
+        found = self.tokenizer(texts, add_special_tokens=False, verbose=False, return_offsets_mapping=True)
+        return list(zip(found["input_ids"], found["offset_mapping"], strict=True))
 
     @cached_property
     def front(self) -> list[int]:
@@ -158,75 +165,40 @@ class TokenCoder:
         room = max(room, kept + 1)
         return prompt if len(prompt) <= room else prompt[:kept] + prompt[len(prompt) - room + kept :]
 
-    def render(self, messages: list[dict[str, Any]], generation: bool = False) -> str:
-        """Render a conversation to text; `generation` adds the header of the assistant's next turn (generation prompt).
-
-        Raises:
-            ModelError: the tokenizer has no chat template.
-            DataError: the template rejects the conversation (with the template's message).
-        """
-        from jinja2 import TemplateError
-
-        if not self.tokenizer.chat_template:
-            raise ModelError(
-                "The tokenizer has no chat template, which messages and use_chat_template need. "
-                "Take a chat (instruct) model, or give prompt_template and completion_template."
-            )
-        try:
-            text: str = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=generation)
-        except TemplateError as error:
-            raise DataError(f"the chat template refuses this conversation: {error} Mend the order of its roles.") from error
-        return text
+    @cached_property
+    def chat(self) -> ChatRenderer:
+        """The tokenizer's chat template."""
+        return ChatRenderer(self.tokenizer)
 
     def _starts(self, ids: list[int]) -> bool:
         return ids[: len(self.front)] == self.front
 
 
-class ChatText(NamedTuple):
-    """A rendered conversation and, for each assistant turn, the text up to the answer and up to the end of the turn."""
-
-    full: str
-    turns: list[tuple[str, str]]
-
-
-def render_chat(coder: TokenCoder, messages: list[dict[str, Any]]) -> ChatText:
-    """Render a conversation and find its assistant turns.
-
-    Raises:
-        DataError: the template rejects the conversation, or its renderings of shorter prefixes differ.
-    """
-    full = coder.render(messages)
-    turns = []
-    for number, message in enumerate(messages):
-        if message["role"] != "assistant":
-            continue
-        start = coder.render(messages[:number], generation=True)
-        end = full if number == len(messages) - 1 else coder.render(messages[: number + 1])
-        if not (end.startswith(start) and full.startswith(end)):
-            raise DataError(
-                f"the chat template rewrites the conversation around message {number + 1}, so its tokens cannot be told "
-                "from the prompt's. Make each assistant turn the last of a row of its own, or use another model."
-            )
-        turns.append((start, end))
-    return ChatText(full, turns)
-
-
-def tokenise_chats(coder: TokenCoder, chats: list[ChatText]) -> list[tuple[list[int], list[tuple[int, int]]]]:
-    """Token ids of each conversation, and the token span [start, end) of each assistant turn."""
-    texts = [[chat.full, *itertools.chain.from_iterable(chat.turns)] for chat in chats]
-    tokenised = iter(coder.batch(list(itertools.chain.from_iterable(texts))))
+def tokenise_chats(coder: TokenCoder, chats: list[Rendered]) -> list[tuple[list[int], list[Span]]]:
+    """Token ids of each conversation, and the spans of its assistant turns in tokens."""
     result = []
-    for chat, parts in zip(chats, texts, strict=True):
-        ids, *prefixes = itertools.islice(tokenised, len(parts))
-        lengths = [len(prefix) for prefix in prefixes]
-        if any(ids[: len(prefix)] != prefix for prefix in prefixes):
-            bounds = [0, *(len(part) for part in parts[1:]), len(chat.full)]
-            pieces = coder.batch([chat.full[a:b] for a, b in itertools.pairwise(bounds)])
-            ids = list(itertools.chain.from_iterable(pieces))
-            lengths = list(itertools.accumulate(len(piece) for piece in pieces))[:-1]
-        spans = [(a, _turn_end(coder, ids, a, b)) for a, b in zip(lengths[::2], lengths[1::2], strict=True)]
+    for chat, (ids, ends) in zip(chats, coder.with_ends([chat.text for chat in chats]), strict=True):
+        bounds = [bound for start, end, _ in chat.spans for bound in (start, end)]
+        places = None if ends is None else _places(ends, bounds)
+        if places is None:
+            pieces = [chat.text[a:b] for a, b in itertools.pairwise([0, *bounds, len(chat.text)])]
+            tokenised = coder.batch(pieces)
+            places = list(itertools.accumulate(len(piece) for piece in tokenised))[:-1]
+            ids = list(itertools.chain.from_iterable(tokenised))
+        spans = [
+            (start, end if chat.marked else _turn_end(coder, ids, start, end), number)
+            for start, end, (_, _, number) in zip(places[::2], places[1::2], chat.spans, strict=True)
+        ]
         result.append((ids, spans))
     return result
+
+
+def _places(ends: list[tuple[int, int]], bounds: list[int]) -> list[int] | None:
+    """Number of tokens before each of some places in the text; None where a token reaches across one."""
+    lasts = [end for _, end in ends]
+    places = [bisect_right(lasts, bound) for bound in bounds]
+    across = any(place < len(ends) and ends[place][0] < bound for place, bound in zip(places, bounds, strict=True))
+    return None if across else places
 
 
 def _turn_end(coder: TokenCoder, ids: list[int], start: int, end: int) -> int:
@@ -240,7 +212,7 @@ def _tokenise(rows: list[Row], recipe: Recipe, coder: TokenCoder, problems: Prob
         chats = []
         for row in rows:
             try:
-                chats.append(render_chat(coder, recipe.messages(row)))
+                chats.append(coder.chat.rendered(*recipe.conversation(row)))
             except DataError as error:
                 problems.add(row.origin, str(error))
         problems.check()
@@ -254,9 +226,9 @@ def _tokenise(rows: list[Row], recipe: Recipe, coder: TokenCoder, problems: Prob
     return [_Tokens(prompt, rest, [True] * len(rest)) for prompt, rest in zip(prompts, completions, strict=True)]
 
 
-def _chat_tokens(ids: list[int], spans: list[tuple[int, int]], form: Form) -> _Tokens:
+def _chat_tokens(ids: list[int], spans: list[Span], form: Form) -> _Tokens:
     is_label = [False] * len(ids)
-    for start, end in spans:
+    for start, end, _ in spans:
         is_label[start:end] = [True] * (end - start)
     n_prompt = 0 if form == "messages" else spans[0][0]
     return _Tokens(ids[:n_prompt], ids[n_prompt:], is_label[n_prompt:])

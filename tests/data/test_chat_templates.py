@@ -1,0 +1,225 @@
+"""Chat templates of the field. Oracles: the `{% generation %}` marks of TRL's training templates, and `apply_chat_template`.
+
+TRL ships templates of real models, most of them a second time with marks around what the assistant wrote. Where the two render
+the same text, our spans in the unmarked one must be the marked ones. Some of TRL's marks begin with the turn's header, which is
+the prompt's at inference: a header before our span is allowed, nothing else.
+"""
+
+import copy
+import json
+import time
+from pathlib import Path
+
+import pytest
+
+from lownibble.config import DataConfig
+from lownibble.data import Dataset, Row, encode
+from lownibble.data.chat import ChatRenderer
+from lownibble.errors import DataError
+
+trl = pytest.importorskip("trl")
+FOLDER = Path(trl.__file__).parent / "chat_templates"
+NAMES = sorted(path.stem for path in FOLDER.glob("*.jinja") if not path.stem.endswith("_training"))
+TOOLS = [
+    {
+        "type": "function",
+        "function": {
+            "name": "weather", "description": "d",
+            "parameters": {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]},
+        },
+    }
+]  # fmt: skip
+CALL = {"type": "function", "id": "abcdefghi", "function": {"name": "weather", "arguments": {"city": "Paris"}}}
+ANSWER = {"role": "tool", "name": "weather", "tool_call_id": "abcdefghi", "content": "sunny"}
+
+
+def user(text):
+    return {"role": "user", "content": text}
+
+
+def assistant(text, **rest):
+    return {"role": "assistant", "content": text, **rest}
+
+
+CONVERSATIONS = {
+    "one turn": ([user("Hi"), assistant("Hello there.")], None),
+    "two turns": ([user("Hi"), assistant("Hello there."), user("Bye"), assistant("See you.")], None),
+    "system": ([{"role": "system", "content": "Be brief."}, user("Hi"), assistant("Hello there.")], None),
+    "the assistant first": ([assistant("Welcome."), user("Hi"), assistant("Hello there.")], None),
+    "reasoning in the text": ([user("Hi"), assistant("<think>\nhm\n</think>\n\nHello.")], None),
+    "reasoning apart": ([user("Hi"), assistant("Hello.", reasoning_content="hm")], None),
+    "tools": ([user("Weather?"), assistant("", tool_calls=[CALL]), ANSWER, assistant("It is sunny.")], TOOLS),
+}
+
+
+def with_template(tokenizer, name):
+    made = copy.deepcopy(tokenizer)
+    made.chat_template = (FOLDER / f"{name}.jinja").read_text()
+    return made
+
+
+def encoded(tokenizer, messages, tools=None, **options):
+    fields = {"messages": messages, **({"tools": tools} if tools else {})}
+    return encode(Dataset("rows", [Row(fields, "rows:1")]), tokenizer, DataConfig(**options), 100_000).examples[0]
+
+
+def trained_text(tokenizer, example):
+    return tokenizer.decode([i for i, flag in zip(example.input_ids, example.is_label, strict=True) if flag])
+
+
+@pytest.mark.peer
+@pytest.mark.parametrize("case", CONVERSATIONS)
+@pytest.mark.parametrize("name", NAMES)
+def test_spans_are_those_that_trl_marks(tokenizer, name, case):
+    messages, tools = CONVERSATIONS[case]
+    plain = ChatRenderer(with_template(tokenizer, name))
+    try:
+        found = plain.rendered(messages, tools)
+    except DataError:
+        return  # what is refused, and how, is below
+    if tools is None:
+        assert found.text == plain.tokenizer.apply_chat_template(plain._formed(messages), tokenize=False)
+    assert not found.only_last
+    if not (FOLDER / f"{name}_training.jinja").exists():
+        return
+    marked = ChatRenderer(with_template(tokenizer, f"{name}_training")).rendered(messages, tools)
+    assert marked.marked
+    if marked.text != found.text:
+        return  # TRL's template keeps what the model's own drops
+    header, answers = plain.generation_prompt.strip(), {number: "" for _, _, number in found.spans}
+    theirs = dict(answers)
+    for start, end, number in found.spans:
+        answers[number] += found.text[start:end].strip()
+    for start, end, number in marked.spans:
+        theirs[number] += marked.text[start:end].strip()
+    for number, text in answers.items():
+        rest = theirs[number].removeprefix(header).strip()
+        assert text.removesuffix("<|tool_response>") == rest, "but for the token that asks for a tool's answer"
+
+
+REFUSED = {
+    ("gemma", "system"): "System role not supported",
+    ("phi3", "tools"): "does not render the tool calls of message 2",
+    ("llava_next", "tools"): "Only user and assistant roles are supported",
+}
+
+
+@pytest.mark.peer
+@pytest.mark.parametrize(("name", "case"), REFUSED)
+def test_what_a_template_cannot_render_is_refused_by_name(tokenizer, name, case):
+    with pytest.raises(DataError, match=REFUSED[name, case]):
+        ChatRenderer(with_template(tokenizer, name)).rendered(*CONVERSATIONS[case])
+
+
+@pytest.mark.peer
+@pytest.mark.parametrize("name", [name for name in NAMES if (FOLDER / f"{name}_training.jinja").exists()])
+def test_marks_are_the_labels(tokenizer, name):
+    made = with_template(tokenizer, f"{name}_training")
+    messages, _ = CONVERSATIONS["two turns"]
+    rendered = ChatRenderer(made)._formed(messages)
+    theirs = made.apply_chat_template(rendered, tokenize=True, return_dict=True, return_assistant_tokens_mask=True)
+    ours = encoded(made, messages)
+    if list(ours.input_ids) == list(theirs["input_ids"]):  # else a token reached across a mark, and its pieces are apart
+        assert [int(flag) for flag in ours.is_label] == theirs["assistant_masks"]
+    assert trained_text(made, ours).count("Hello there.") == 1
+
+
+PARTS = (
+    "{% for m in messages %}{{ m.role }}: {% for p in m.content %}{% if p.type == 'text' %}{{ p.text }}{% endif %}{% endfor %}"
+    "<|im_end|>{% endfor %}{% if add_generation_prompt %}assistant: {% endif %}"
+)
+TEXT = (
+    "{% if tools %}{{ tools | tojson }}{% endif %}{% for m in messages %}{{ m.role }}: {{ m.content }}<|im_end|>{% endfor %}"
+    "{% if add_generation_prompt %}assistant: {% endif %}"
+)
+
+
+@pytest.mark.parametrize("template", [PARTS, TEXT])
+@pytest.mark.parametrize("as_parts", [False, True])
+def test_contents_as_text_or_parts_give_the_same(tokenizer, template, as_parts):
+    made = copy.deepcopy(tokenizer)
+    made.chat_template = template
+    messages = [user("a film"), assistant("good")]
+    if as_parts:
+        messages = [{**message, "content": [{"type": "text", "text": message["content"]}]} for message in messages]
+    example = encoded(made, messages)
+    assert made.decode(example.input_ids) == "user: a film<|im_end|>assistant: good<|im_end|>"
+    assert trained_text(made, example) == "good<|im_end|>"
+
+
+@pytest.mark.parametrize("key", ["weight", "train", "training"])
+def test_turns_with_weight_0_are_not_trained(tokenizer, key):
+    made = copy.deepcopy(tokenizer)
+    made.chat_template = TEXT
+    messages = [user("a"), assistant("bad", **{key: 0}), user("b"), assistant("good", **{key: 1})]
+    assert trained_text(made, encoded(made, messages)) == "good<|im_end|>"
+    with pytest.raises(DataError, match="no label token"):
+        encoded(made, messages[:2])
+
+
+def test_tools_reach_the_template(tokenizer):
+    made = copy.deepcopy(tokenizer)
+    made.chat_template = TEXT
+    for tools in (TOOLS, json.dumps(TOOLS)):
+        example = encoded(made, [user("a"), assistant("b")], tools)
+        assert made.decode(example.input_ids).startswith('[{"type": "function"')
+        assert trained_text(made, example) == "b<|im_end|>"
+
+
+def test_a_role_that_the_template_drops_is_an_error(tokenizer):
+    made = copy.deepcopy(tokenizer)
+    made.chat_template = TEXT.replace("{% for m in messages %}", "{% for m in messages if m.role != 'developer' %}")
+    with pytest.raises(DataError, match="leaves out message 1, whose role is 'developer'"):
+        encoded(made, [{"role": "developer", "content": "Be brief."}, user("a"), assistant("b")])
+
+
+def test_a_template_that_fails_is_an_error_of_the_row(tokenizer):
+    made = copy.deepcopy(tokenizer)
+    made.chat_template = "{% for m in messages %}{{ m.content + 1 }}{% endfor %}"
+    with pytest.raises(DataError, match=r"rows:1: the chat template cannot render this conversation \(TypeError"):
+        encoded(made, [user("a"), assistant("b")])
+
+
+ROWS = {
+    "sharegpt": {"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]},
+    "sharegpt with a system": {"system": "s", "conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]},
+    "conversations with roles": {"conversations": [user("a"), assistant("b")]},
+    "text of json": {"messages": json.dumps([user("a"), assistant("b")])},
+    "nulls": {"messages": [{**user("a"), "tool_calls": None}, {**assistant("b"), "tool_calls": None, "weight": None}]},
+    "trl": {"prompt": [user("a")], "completion": [assistant("b")]},
+    "trl, an answer in the prompt": {"prompt": [user("x"), assistant("y"), user("a")], "completion": [assistant("b")]},
+}
+
+
+@pytest.mark.parametrize("case", ROWS)
+def test_conversations_of_other_tools(tokenizer, case):
+    made = copy.deepcopy(tokenizer)
+    made.chat_template = TEXT
+    example = encode(Dataset("rows", [Row(ROWS[case], "rows:1")]), made, DataConfig(), 512).examples[0]
+    assert made.decode(example.input_ids).endswith("user: a<|im_end|>assistant: b<|im_end|>")
+    assert trained_text(made, example) == "b<|im_end|>"
+
+
+@pytest.mark.parametrize("given", ["", "  the film  "])
+def test_alpaca(tokenizer, given):
+    row = Row({"instruction": "Judge.", "input": given, "output": "good"}, "rows:1")
+    example = encode(Dataset("rows", [row]), tokenizer, DataConfig(), 512).examples[0]
+    prompt = "Judge.\n\n" + ("the film\n\n" if given.strip() else "")
+    assert tokenizer.decode(example.input_ids).removesuffix(tokenizer.eos_token) == f"{prompt}good"
+    assert trained_text(tokenizer, example).removesuffix(tokenizer.eos_token) == "good"
+
+
+def test_many_turns_cost_what_few_do(tokenizer):
+    """The same text in 100 turns instead of 10: renderings and tokenisations are two, whatever the number of turns."""
+    made = copy.deepcopy(tokenizer)
+    made.chat_template = TEXT
+    calls = []
+    render, made.apply_chat_template = made.apply_chat_template, lambda *a, **k: calls.append(1) or render(*a, **k)
+    seconds = {}
+    for turns in (10, 100):
+        messages = [message for _ in range(turns) for message in (user("good " * (2000 // turns)), assistant("film"))]
+        calls.clear()
+        started = time.perf_counter()
+        encoded(made, messages)
+        seconds[turns] = time.perf_counter() - started
+        assert len(calls) <= 5, "the conversation, and probes of the template"
