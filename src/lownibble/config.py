@@ -95,14 +95,22 @@ class QuantConfig(Options):
         return cls(**options, skip_modules=skip_modules, pattern=dict(sorted(pattern.items())))
 
 
+def _a_word_is_a_name(value: str | list[str] | None) -> str | list[str] | None:
+    """One name is a list of one; only what cannot be a path is a regular expression."""
+    return [value] if isinstance(value, str) and re.fullmatch(r"[\w.]+", value) else value
+
+
 class LoraConfig(Options):
     """Low-rank adapters; names and meanings are PEFT's `LoraConfig`."""
 
     r: Annotated[int, Ge(1)] = Field(16, description="rank of the update")
     lora_alpha: Annotated[float, Gt(0)] = Field(32, description="scale: the update is multiplied by lora_alpha / r")
     lora_dropout: Annotated[float, Ge(0), Lt(1)] = Field(0.0, description="dropout on the adapter's input")
-    target_modules: str | list[str] = Field(
-        "all-linear", description="'all-linear', a list of module names, or a regular expression over full module paths"
+    target_modules: Annotated[str | list[str], AfterValidator(_a_word_is_a_name)] = Field(
+        "all-linear", description="'all-linear', module names, or a regular expression over full module paths"
+    )
+    exclude_modules: Annotated[str | list[str] | None, AfterValidator(_a_word_is_a_name)] = Field(
+        None, description="modules without adapters all the same: names, or a regular expression over full module paths"
     )
     bias: Literal["none", "all", "lora_only"] = Field("none", description="which biases are trained too")
     use_rslora: bool = Field(False, description="scale by lora_alpha / sqrt(r) instead")
@@ -113,6 +121,9 @@ class LoraConfig(Options):
     )
     modules_to_save: list[str] = Field([], description="modules trained in full and saved with the adapter")
     layers_to_transform: list[Annotated[int, Ge(0)]] | None = Field(None, description="only the layers with these indices")
+    layers_pattern: str | list[str] | None = Field(
+        None, description="name of the list of layers that layers_to_transform counts in, where a model has several"
+    )
     rank_pattern: dict[str, Annotated[int, Ge(1)]] = Field({}, description="rank by module name or regular expression")
     alpha_pattern: dict[str, Annotated[float, Gt(0)]] = Field({}, description="lora_alpha by module name or regular expression")
 

@@ -130,7 +130,7 @@ def test_deepcopy_is_independent(tiny, batch, clone):
 BAD_OPTIONS = {
     "nothing matches": ({"target_modules": ["query"]}, r"match no linear module. Candidates: .*q_proj"),
     "one name matches nothing": ({"target_modules": ["q_proj", "c_attn"]}, r"\['c_attn'\] match no linear module. Candidates: "),
-    "regex matches nothing": ({"target_modules": "q_proj"}, "Candidates: "),
+    "regex matches nothing": ({"target_modules": "(q|k)_proj"}, "Candidates: "),
     "bad regex": ({"target_modules": "(("}, "not a valid regular expression"),
     "embedding": ({"target_modules": ["embed_tokens"]}, "match no linear module"),
     "no such layer": ({"layers_to_transform": [7]}, r"in layers \[7\]"),

@@ -36,8 +36,9 @@ def add_flags(parser: argparse.ArgumentParser, config: type[Options], positional
         if _is_bool(field):
             action = argparse.BooleanOptionalAction
             target.add_argument(name, dest=dest, action=action, default=argparse.SUPPRESS, help=text)
-        elif path == ("methods",):
-            target.add_argument(name, dest=dest, nargs="+", default=argparse.SUPPRESS, help=text, metavar="METHOD")
+        elif list in _kinds(field):
+            metavar = "METHOD" if path == ("methods",) else _metavar(field)
+            target.add_argument(name, dest=dest, nargs="+", action=_Words, default=argparse.SUPPRESS, help=text, metavar=metavar)
         else:
             target.add_argument(name, dest=dest, default=argparse.SUPPRESS, help=text, metavar=_metavar(field))
 
@@ -58,6 +59,13 @@ def read(arguments: argparse.Namespace, config: type[Options], toml: str | None 
             else:
                 given[path[0]] = value
     return build(config, read_toml(toml) if toml else {}, given)
+
+
+class _Words(argparse.Action):
+    """Several words, or the flag several times, are one list."""
+
+    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
+        setattr(namespace, self.dest, [*getattr(namespace, self.dest, []), *values])
 
 
 def _default(config: type[Options], path: tuple[str, ...], field: FieldInfo) -> Any:
@@ -87,6 +95,10 @@ def _metavar(field: FieldInfo) -> str:
 
 def _parse(value: Any, field: FieldInfo, flag: str) -> Any:
     """Convert a flag's text: 'none' where None is allowed, booleans, numbers, TOML or comma-separated lists, TOML tables."""
+    if isinstance(value, list):
+        if len(value) == 1:
+            return _parse(value[0], field, flag)
+        return [item for word in value for item in word.split(",") if item]
     if not isinstance(value, str):
         return value
     kinds = _kinds(field)

@@ -41,8 +41,8 @@ PREFIX = "base_model.model."
 
 _INERT: dict[str, Any] = {
     "alora_invocation_tokens": None, "arrow_config": None, "auto_mapping": ..., "base_model_name_or_path": ...,
-    "corda_config": None, "ensure_weight_tying": False, "eva_config": None, "exclude_modules": None, "fan_in_fan_out": False,
-    "inference_mode": ..., "layer_replication": None, "layers_pattern": None, "loftq_config": ..., "lora_bias": False,
+    "corda_config": None, "ensure_weight_tying": False, "eva_config": None, "fan_in_fan_out": False,
+    "inference_mode": ..., "layer_replication": None, "loftq_config": ..., "lora_bias": False,
     "megatron_config": None, "megatron_core": ..., "peft_type": "LORA", "peft_version": ..., "qalora_group_size": ...,
     "revision": ..., "runtime_config": ..., "target_parameters": None, "task_type": ..., "trainable_token_indices": None,
     "use_dora": False, "use_qalora": False, "use_rslora": ..., "use_bdlora": None,
@@ -205,7 +205,7 @@ class AdapterFile:
             AdapterError: the adapter's targets do not fit the model.
         """
         try:
-            return _expected_shapes(plan(model, self.config, name), self.config)
+            return _expected_shapes(plan(model, self.config, name, of_file=True), self.config)
         except TargetError as error:
             raise AdapterError(f"'{self.folder}' does not fit this model: {error}") from None
 
@@ -237,7 +237,7 @@ def load_adapter(
     extra = stored.shapes.keys() - expected.keys()
     stored.check_fit(expected, {key for key in extra if _repeats_base(model, key, stored.read(key))})
     _check_base(model, stored, any_base)
-    add_lora(model, stored.config, name=name)
+    add_lora(model, stored.config, name=name, of_file=True)
     for key, tensor in adapter_tensors(model, name).items():
         tensor.data.copy_(stored.read(key))
         tensor.requires_grad_(trainable)

@@ -48,7 +48,7 @@ def _output_head(model: nn.Module) -> nn.Module | None:
     return get() if get is not None else None
 
 
-def match_targets(model: nn.Module, config: LoraConfig) -> dict[str, nn.Module]:
+def match_targets(model: nn.Module, config: LoraConfig, *, of_file: bool = False) -> dict[str, nn.Module]:
     """Path -> module of every linear layer that `config` targets.
 
     Raises:
@@ -57,7 +57,7 @@ def match_targets(model: nn.Module, config: LoraConfig) -> dict[str, nn.Module]:
     linears, head = named_linears(model), _output_head(model)
     saved = [path for path, _ in model.named_modules() if path.endswith(tuple(config.modules_to_save))]
     of_head = next((path for path, module in linears.items() if module is head), None)
-    return {path: linears[path] for path in targets.match_targets(linears, config, head=of_head, excluded=saved)}
+    return {path: linears[path] for path in targets.match_targets(linears, config, head=of_head, excluded=saved, of_file=of_file)}
 
 
 def candidates(model: nn.Module) -> str:
@@ -123,7 +123,7 @@ class Plan:
     biases: dict[str, nn.Parameter]
 
 
-def plan(model: nn.Module, config: LoraConfig, name: str) -> Plan:
+def plan(model: nn.Module, config: LoraConfig, name: str, *, of_file: bool = False) -> Plan:
     """Compute what `add_lora` would change, without changing it.
 
     Raises:
@@ -137,23 +137,24 @@ def plan(model: nn.Module, config: LoraConfig, name: str) -> Plan:
     biased = [other for other, its in known.items() if its.bias != "none"]
     if config.bias != "none" and biased:
         raise TargetError(f"Adapter '{biased[0]}' trains biases already, and only one can. Use bias='none' or remove it.")
-    matched, saved = match_targets(model, config), _match_saved(model, config)
+    matched, saved = match_targets(model, config, of_file=of_file), _match_saved(model, config)
     return Plan(matched, saved, _biases(model, config, matched, saved))
 
 
-def add_lora(model: nn.Module, config: LoraConfig, *, name: str = "default", seed: int = 0) -> nn.Module:
+def add_lora(model: nn.Module, config: LoraConfig, *, name: str = "default", seed: int = 0, of_file: bool = False) -> nn.Module:
     """Freeze `model` and add low-rank adapters, in place; returns the model.
 
     Args:
         config: which modules and how.
         name: of the adapter; becomes the active one.
         seed: of the initial A (and of B with `init_lora_weights=False`).
+        of_file: the configuration is a saved adapter's (see `targets.match_targets`).
     Raises:
         TargetError: a pattern matches nothing (lists the candidates), the name is taken, or the initialisation does not suit the
             model.
         ModelError: the initialisation needs dense weights that cannot be read. After an error the model is unchanged.
     """
-    planned = plan(model, config, name)
+    planned = plan(model, config, name, of_file=of_file)
     try:
         layers = dict(_adapted(model, planned, config, name, seed))
     except BaseException:

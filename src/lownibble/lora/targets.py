@@ -24,18 +24,22 @@ def candidates(linears: Collection[str]) -> str:
 
 
 def match_targets(
-    linears: Collection[str], config: LoraConfig, *, head: str | None = None, excluded: Collection[str] = ()
-) -> list[str]:
+    linears: Collection[str], config: LoraConfig, *, head: str | None = None, excluded: Collection[str] = (),
+    of_file: bool = False,
+) -> list[str]:  # fmt: skip
     """Paths of the linear layers that `config` targets.
 
     Args:
         linears: paths of all linear layers.
         head: path of the output head, which 'all-linear' excludes.
         excluded: modules whose linear layers cannot be targets, since they are trained in full.
+        of_file: the configuration is a saved adapter's: names and patterns that match nothing are ignored, as in PEFT, so
+            long as something matches.
     Raises:
         TargetError: nothing matches, or options contradict each other; lists the candidates.
     """
     allowed = [p for p in linears if not any(p == e or p.startswith(f"{e}.") for e in excluded)]
+    allowed = [p for p in allowed if not _is_excluded(p, config.exclude_modules)]
     target, layers = config.target_modules, config.layers_to_transform
     if target == "all-linear":
         matched = [p for p in allowed if p != head]
@@ -51,16 +55,32 @@ def match_targets(
     else:
         matched = [p for p in allowed if names(p, target)]
         missing = [name for name in target if not any(names(p, [name]) for p in linears)]
-        if matched and missing:
+        if matched and missing and not of_file:
             raise TargetError(f"target_modules {missing} match no linear module. Candidates: {candidates(linears)}.")
     if layers is not None:
-        indices = {p: _LAYER_INDEX.match(p) for p in matched}
-        matched = [p for p in matched if (i := indices[p]) and int(i["index"]) in layers]
+        matched = [p for p in matched if _layer_of(p, config.layers_pattern) in layers]
     if not matched:
         within = f" in layers {layers}" if layers is not None else ""
         raise TargetError(f"target_modules {target!r} match no linear module{within}. Candidates: {candidates(linears)}.")
-    _check_patterns(config, matched)
+    if not of_file:
+        _check_patterns(config, matched)
     return matched
+
+
+def _is_excluded(path: str, excluded: str | list[str] | None) -> bool:
+    if not excluded:
+        return False
+    try:
+        return bool(re.fullmatch(excluded, path)) if isinstance(excluded, str) else names(path, excluded)
+    except re.error as error:
+        raise TargetError(f"exclude_modules {excluded!r} is not a valid regular expression: {error}. Correct it.") from None
+
+
+def _layer_of(path: str, patterns: str | list[str] | None) -> int | None:
+    """The index of the layer that a path is in: the first number in it, or the first after a list of that name."""
+    named = [patterns] if isinstance(patterns, str) else patterns or []
+    found = [re.match(rf"(?:^|.*?\.){pattern}\.(?P<index>\d+)\.", path) for pattern in named] or [_LAYER_INDEX.match(path)]
+    return next((int(match["index"]) for match in found if match), None)
 
 
 def _check_patterns(config: LoraConfig, targets: list[str]) -> None:

@@ -76,6 +76,8 @@ def kernel_obstacle(model: Any) -> str:
     if weight.device.type != "cpu" or weight.dtype != torch.float32:
         return f"it is {weight.dtype} on '{weight.device}'"
     size = head_dim(config)
+    if size is None:
+        return "it has no attention heads"
     try:
         has_kernel = getattr(ops.current("cpu"), "has_attention", lambda _: False)(size)
     except BackendError as error:
@@ -87,9 +89,10 @@ def kernel_obstacle(model: Any) -> str:
     return "" if window(model) is None else "its attention has a window"
 
 
-def head_dim(config: Any) -> int:
-    """The head size; derived from the hidden size if the configuration does not give it."""
-    return int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
+def head_dim(config: Any) -> int | None:
+    """The head size; derived from the hidden size if the configuration does not give it. None: there are no heads."""
+    given, heads = getattr(config, "head_dim", None), getattr(config, "num_attention_heads", None)
+    return int(given) if given else int(config.hidden_size // heads) if heads else None
 
 
 def window(model: Any) -> int | None:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from lownibble.config import DataConfig
 from lownibble.data import Batch, Choice, Dataset, Encoded, Example, choices, encode, split_pair
-from lownibble.errors import ConfigError
+from lownibble.errors import ConfigError, DataError
 from lownibble.training.evaluate import Evaluator
 from lownibble.training.loss import label_loss
 from lownibble.training.microbatches import Collate, collator
@@ -32,8 +32,10 @@ class Objective:
         """Check that the rows of both splits suit the model.
 
         Raises:
-            ConfigError, DataError: rows for an encoder-decoder model have no prompt, or several answers.
+            ConfigError, DataError: rows for an encoder-decoder model have no prompt, or several answers; or a token has no row in
+                the embeddings.
         """
+        _check_tokens(model, encoded)
         if not model.config.is_encoder_decoder:
             return
         if encoded[0].form == "text" or not data.mask_prompt:
@@ -68,6 +70,19 @@ class Objective:
     ) -> Evaluator:
         """The evaluator for held-out rows."""
         return Evaluator(examples, choices, collate, batch_size, device)
+
+
+def _check_tokens(model: Any, encoded: list[Encoded]) -> None:
+    rows = model.get_input_embeddings().weight.shape[0]
+    for side in encoded:
+        for example in side.examples:
+            largest = max(example.input_ids, default=0)
+            if largest >= rows:
+                raise DataError(
+                    f"{example.origin}: token {largest} has no row in the embeddings, which have {rows}: the tokenizer knows "
+                    "more tokens than the model. Use the model's own tokenizer, or, in Python, resize the embeddings "
+                    f"(model.resize_token_embeddings({largest + 1}) or more) before add_lora, with modules_to_save naming them."
+                )
 
 
 NEXT_TOKEN = Objective()
