@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
-from lownibble.arch import FAMILIES, paths, read_shape
+from lownibble.arch import _KEYS, FAMILIES, paths, read_shape
 from lownibble.errors import ModelError
 
 SIZES = {
@@ -61,9 +61,25 @@ def test_an_unknown_architecture_names_the_nearest():
 
 def test_missing_fields_are_named():
     config = config_of("llama")
-    del config["hidden_size"], config["vocab_size"]
-    with pytest.raises(ModelError, match="'x' lacks hidden_size, vocab_size"):
+    del config["hidden_size"], config["num_hidden_layers"]
+    with pytest.raises(ModelError, match="'x' lacks num_hidden_layers, hidden_size"):
         read_shape(config, "x")
+
+
+@pytest.mark.parametrize("model_type", FAMILIES)
+def test_what_a_configuration_leaves_out_is_what_transformers_takes(model_type):
+    """Oracle: the default configuration of transformers' class, with sizes that are its own default or far smaller."""
+    whole = AutoConfig.for_model(model_type).to_dict()
+    keys = {**_KEYS, **FAMILIES[model_type].names}
+    least = {"model_type": model_type, **{keys[ours]: whole[keys[ours]] for ours in ("layers", "hidden")}}
+    assert read_shape(least, "x").parameters == read_shape({**whole, "model_type": model_type}, "x").parameters
+
+
+def test_the_text_model_of_a_wrapper_is_planned_and_said():
+    published = {"model_type": "gemma3_text", "hidden_size": 2560, "intermediate_size": 10240, "num_hidden_layers": 34}
+    shape = read_shape({"model_type": "gemma3", "text_config": published}, "gemma-3-4b")
+    assert (shape.heads, shape.key_heads, shape.head_dim, shape.vocab, shape.wrapper) == (8, 4, 256, 262208, "gemma3")
+    assert read_shape(published, "x").wrapper == ""
 
 
 @pytest.mark.parametrize(

@@ -26,7 +26,8 @@ OBJECTIVES.add("another", object())
 VALUES = {
     "model": "some/model", "revision": "v1", "dtype": "bfloat16", "device": "cpu", "method": "lora", "methods": ["full", "lora"],
     "path": "x.jsonl", "eval_path": "y.jsonl", "split": "a", "eval_split": "b", "eval_fraction": 0.3, "prompt_template": "{q}",
-    "completion_template": "{a}", "use_chat_template": True, "mask_prompt": False, "max_rows": 7, "max_eval_rows": 8,
+    "completion_template": "{a}", "use_chat_template": True, "mask_prompt": False, "overlength": "drop",
+    "max_rows": 7, "max_eval_rows": 8,
     "quant_type": "fp4", "block_size": 128, "double_quant": False, "compute": "exact", "skip_modules": ["lm_head", "o_proj"],
     "pattern": {"down_proj": {"quant_type": "int8"}}, "objective": "another",
     "r": 3, "lora_alpha": 5.0, "lora_dropout": 0.25, "target_modules": ["q_proj", "v_proj"], "bias": "all", "use_rslora": True,

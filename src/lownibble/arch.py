@@ -10,7 +10,7 @@ from __future__ import annotations
 import difflib
 import json
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -55,38 +55,63 @@ class Family(NamedTuple):
 
 
 _TIED = {"tie_word_embeddings": True}
-_GEMMA = {**_TIED, "head_dim": 256, "vocab_size": 256000}
+
+
+def _sizes(layers: int, hidden: int, ffn: int, heads: int, vocab: int, key_heads: int | None = None) -> dict[str, int]:
+    """Sizes by their usual keys; published configurations leave out what equals the configuration class's default."""
+    given = {
+        "num_hidden_layers": layers, "hidden_size": hidden, "intermediate_size": ffn, "num_attention_heads": heads,
+        "vocab_size": vocab,
+    }  # fmt: skip
+    return given if key_heads is None else {**given, "num_key_value_heads": key_heads}
+
+
+def _gemma(*sizes: int) -> dict[str, Any]:
+    return {**_TIED, "head_dim": 256, **_sizes(*sizes)}
+
 
 _BIASES: dict[str, Any] = {"qkv_bias": "attention_bias", "output_bias": "attention_bias"}
 
 FAMILIES: dict[str, Family] = {
-    "llama": Family(mlp_bias="mlp_bias", **_BIASES),
-    "mistral": Family(),
-    "qwen2": Family(qkv_bias=True),
-    "qwen3": Family(defaults={"head_dim": 128}, qk_norm=True, **_BIASES),
-    "gemma": Family(defaults=_GEMMA, norm="rms1", scaled=True, **_BIASES),
-    "gemma2": Family(defaults=_GEMMA, norm="rms1", norms=4, scaled=True, **_BIASES),
-    "gemma3_text": Family(defaults={**_GEMMA, "vocab_size": 262208}, norm="rms1", norms=4, qk_norm=True, scaled=True, **_BIASES),
+    "llama": Family(defaults=_sizes(32, 4096, 11008, 32, 32000), mlp_bias="mlp_bias", **_BIASES),
+    "mistral": Family(defaults=_sizes(32, 4096, 14336, 32, 32000, 8)),
+    "qwen2": Family(defaults=_sizes(32, 4096, 22016, 32, 151936, 32), qkv_bias=True),
+    "qwen3": Family(defaults={"head_dim": 128, **_sizes(32, 4096, 22016, 32, 151936, 32)}, qk_norm=True, **_BIASES),
+    "gemma": Family(defaults=_gemma(28, 3072, 24576, 16, 256000, 16), norm="rms1", scaled=True, **_BIASES),
+    "gemma2": Family(defaults=_gemma(26, 2304, 9216, 8, 256000, 4), norm="rms1", norms=4, scaled=True, **_BIASES),
+    "gemma3_text": Family(
+        defaults=_gemma(26, 2304, 9216, 8, 262208, 4), norm="rms1", norms=4, qk_norm=True, scaled=True, **_BIASES
+    ),
     "phi": Family(
-        defaults={"hidden_act": "gelu_new", "partial_rotary_factor": 0.5}, norm="layer", norms=1, qkv_bias=True,
+        defaults={"hidden_act": "gelu_new", "partial_rotary_factor": 0.5, **_sizes(24, 2048, 8192, 32, 51200)},
+        norm="layer", norms=1, qkv_bias=True,
         output_bias=True, mlp_bias=True, gated=False, parallel=True, head_bias=True, rotates_a_part=True,
         linears=("q_proj", "k_proj", "v_proj", "dense", "fc1", "fc2"),
     ),
-    "phi3": Family(fused=True, rotates_a_part=True, linears=("qkv_proj", "o_proj", "gate_up_proj", "down_proj")),
+    "phi3": Family(
+        defaults=_sizes(32, 3072, 8192, 32, 32064), fused=True, rotates_a_part=True,
+        linears=("qkv_proj", "o_proj", "gate_up_proj", "down_proj"),
+    ),
     "mixtral": Family(
         names={"experts": "num_local_experts", "expert_ffn": "intermediate_size", "active_experts": "num_experts_per_tok"},
-        defaults={"num_experts_per_tok": 2}, experts=True,
+        defaults={"num_experts_per_tok": 2, "num_local_experts": 8, **_sizes(32, 4096, 14336, 32, 32000, 8)}, experts=True,
     ),
     "qwen3_moe": Family(
         names={"experts": "num_experts", "expert_ffn": "moe_intermediate_size", "active_experts": "num_experts_per_tok"},
-        defaults={"num_experts_per_tok": 8}, qk_norm=True, experts=True, **_BIASES,
+        defaults={
+            "num_experts_per_tok": 8, "num_experts": 128, "moe_intermediate_size": 768, **_sizes(24, 2048, 6144, 32, 151936, 4)
+        },
+        qk_norm=True, experts=True, **_BIASES,
     ),
     "t5": Family(
         names={
             "layers": "num_layers", "hidden": "d_model", "ffn": "d_ff", "heads": "num_heads", "key_heads": "num_heads",
             "head_dim": "d_kv",
         },
-        defaults={**_TIED, "feed_forward_proj": "relu", "dropout_rate": 0.1, "relative_attention_num_buckets": 32},
+        defaults={
+            **_TIED, "num_layers": 6, "d_model": 512, "d_ff": 2048, "num_heads": 8, "vocab_size": 32128, "d_kv": 64,
+            "feed_forward_proj": "relu", "dropout_rate": 0.1, "relative_attention_num_buckets": 32,
+        },
         linears=("q", "k", "v", "o"), encoder_decoder=True,
     ),
 }  # fmt: skip
@@ -120,6 +145,7 @@ class ModelShape:
         window: sliding-window size in tokens if any layer has one, else None.
         plain_head: the head is a matmul without bias or transform. scaled_logits: logits are transformed after the head.
         softcap: attention scores are capped, which only eager attention supports.
+        wrapper: `model_type` of the model that this is the text part of, if any.
     """
 
     name: str
@@ -146,6 +172,7 @@ class ModelShape:
     decoder_linears: tuple[Linear, ...] = ()
     buckets: int = 0
     dropout: float = 0.0
+    wrapper: str = ""
 
     @property
     def family(self) -> Family:
@@ -190,6 +217,7 @@ def read_shape(config: str | Path | Mapping[str, Any], name: str = "") -> ModelS
     if isinstance(config, (str, Path)):
         name = name or str(config)
     contents = read_config(config) if isinstance(config, (str, Path)) else config
+    wrapper = str(contents.get("model_type", "")) if "text_config" in contents else ""
     contents = contents.get("text_config", contents)
     model_type = str(contents.get("model_type", ""))
     if model_type not in FAMILIES:
@@ -199,14 +227,17 @@ def read_shape(config: str | Path | Mapping[str, Any], name: str = "") -> ModelS
             f"{f'The nearest that it knows is {near[0]!r}. ' if near else ''}Known: {', '.join(FAMILIES)}."
         )
     family = FAMILIES[model_type]
-    values = {**family.defaults, **{key: value for key, value in contents.items() if value is not None}}
+    given = {key: value for key, value in contents.items() if value is not None}
+    if "num_experts" in family.defaults and "num_local_experts" in given:
+        given.setdefault("num_experts", given["num_local_experts"])  # as transformers writes it
+    values = {**family.defaults, **given}
     keys = {**_KEYS, **family.names}
     heads, hidden = values.get(keys["heads"]), values.get(keys["hidden"])
     values.setdefault("num_key_value_heads", heads)
-    values.setdefault("num_experts", values.get("num_local_experts"))  # as transformers writes it
     if isinstance(heads, int) and heads > 0 and isinstance(hidden, int):
         values.setdefault("head_dim", hidden // heads)
-    missing = [key for key in keys.values() if values.get(key) is None]
+    needed = (keys["layers"], keys["hidden"])  # without these it is hardly a model's own configuration
+    missing = [key for key in keys.values() if values.get(key) is None or (key in needed and key not in given)]
     if missing:
         raise ModelError(f"'{name}' lacks {', '.join(missing)}. Give the model's own config.json.")
     wrong = [f"{key} = {values[key]!r}" for key in keys.values() if not isinstance(values[key], int) or values[key] < 1]
@@ -216,7 +247,8 @@ def read_shape(config: str | Path | Mapping[str, Any], name: str = "") -> ModelS
         ]
         raise ModelError(f"'{name}' makes no sense: {', '.join(wrong)}. Give the model's own config.json.")
     sizes = {ours: values[key] for ours, key in keys.items()}
-    return (_two_stacks if family.encoder_decoder else _shape)(name, model_type, family, values, sizes)
+    shape = (_two_stacks if family.encoder_decoder else _shape)(name, model_type, family, values, sizes)
+    return replace(shape, wrapper=wrapper)
 
 
 def read_config(path: str | Path) -> dict[str, Any]:

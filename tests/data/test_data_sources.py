@@ -106,7 +106,9 @@ def test_compressed_and_byte_order_mark(tmp_path, suffix, pack):
         ("a.jsonl", b'{"a":' * 100_000, "a.jsonl:1: JSON nested too deeply"),
         ("a.jsonl", b"\n\n", "holds no rows"),
         ("a.jsonl", b"", "holds no rows"),
-        ("a.json", b'[\n{"text": "a"}\n]', "is one JSON array. Write one object a line: jq"),
+        ("a.json", b'[\n{"text": "a"},\n3]', r"a\.json\[2\]: it is no JSON object"),
+        ("a.json", b'[\n{"text": "a"},\n', "a.json:3: invalid JSON: Expecting value at column 1"),
+        ("a.json", b"[]", "holds no rows"),
         ("a.csv", b"", "holds no rows"),
         ("a.csv", b"text,label\n", "holds no rows"),
         ("a.csv", b"text,text\na,b\n", "a.csv:1: the header has empty or repeated names"),
@@ -284,3 +286,11 @@ def test_importing_sources_is_light():
     heavy = "('torch', 'transformers', 'datasets', 'pyarrow')"
     code = f"import sys, lownibble.data.sources; print([m for m in {heavy} if m in sys.modules])"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"
+
+
+@pytest.mark.parametrize("name", ["a.json", "a.jsonl"])
+def test_one_json_array_is_read_like_lines(tmp_path, name):
+    path = tmp_path / name
+    path.write_text('[\n  {"text": "a"},\n  {"text": "b"}\n]\n')
+    train, _ = load(DataConfig(path=str(path), eval_path=str(path)))
+    assert [(row.fields, row.origin) for row in train.rows] == [({"text": t}, f"{name}[{n}]") for n, t in ((1, "a"), (2, "b"))]

@@ -287,3 +287,15 @@ def test_templates_without_a_partner(tokenizer):
 def test_no_rows(tokenizer):
     with pytest.raises(DataError, match="'rows' has no rows"):
         encode(data(), tokenizer, DataConfig(), 64)
+
+
+def test_rows_that_are_too_long(tokenizer):
+    rows = data({"text": "a b"}, {"text": "a " * 50}, {"text": "c"})
+    cut = encode(rows, tokenizer, DataConfig(), 16)
+    assert (len(cut.examples), cut.n_cut, cut.n_dropped) == (3, 1, 0)
+    dropped = encode(rows, tokenizer, DataConfig(overlength="drop"), 16)
+    assert ([e.origin for e in dropped.examples], dropped.n_cut, dropped.n_dropped) == (["rows.jsonl:1", "rows.jsonl:3"], 0, 1)
+    with pytest.raises(DataError, match=r"rows.jsonl:2: it has \d+ tokens, and max_length is 16"):
+        encode(rows, tokenizer, DataConfig(overlength="error"), 16)
+    with pytest.raises(DataError, match="All 3 rows of 'rows' are longer than max_length 2"):
+        encode(data(*[{"text": "a b c d"}] * 3), tokenizer, DataConfig(overlength="drop"), 2)

@@ -109,6 +109,27 @@ def test_resume_refuses_other_options(tiny_model, tiny_data, tmp_path):
         run(changed)
 
 
+def test_resume_refuses_another_mask_and_tells_of_other_tokens(tiny_model, tiny_data, tmp_path, monkeypatch):
+    config = _config(tiny_model, tiny_data, output_dir=str(tmp_path / "out"), max_steps=4, lr_scheduler_type="constant")
+    run(config)
+    resumed = config.with_options(train=config.train.with_options(resume=True, max_steps=6))
+    with pytest.raises(OutputError, match=r"rows\.mask_prompt: True -> False"):
+        run(resumed.with_options(data=config.data.with_options(mask_prompt=False)))
+    monkeypatch.setattr(sys.modules["lownibble.training.run"], "digest_of", lambda sides: "of another template")
+    told = run(resumed)
+    assert [m for m in told.record["warnings"] if m.startswith("the rows have other tokens or labels than when the run began")]
+
+
+@pytest.mark.parametrize("overlength", ["cut", "drop"])
+def test_rows_that_are_too_long_are_told(tiny_model, tiny_data, tmp_path, overlength):
+    config = _config(tiny_model, tiny_data, max_steps=1, max_length=8)
+    result = run(config.with_options(data=config.data.with_options(overlength=overlength)))
+    what = {"cut": "cut", "drop": "dropped"}[overlength]
+    told = [message for message in result.record["warnings"] if "longer than max_length 8" in message]
+    assert told
+    assert all(message.endswith(f"rows are longer than max_length 8 and are {what}") for message in told)
+
+
 @pytest.mark.parametrize("warmup", [0.0, 0.2])
 def test_a_run_at_a_constant_rate_can_be_given_more_steps(tiny_model, tiny_data, tmp_path, warmup):
     """Resumed with more steps, it is the longer run: to the bit without a warm-up; with one, the short one's steps differ."""

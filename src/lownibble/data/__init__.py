@@ -14,7 +14,7 @@ from lownibble.data.batches import (
 from lownibble.data.choices import Choice, choices
 from lownibble.data.rows import Dataset, Row
 from lownibble.data.sources import load, read
-from lownibble.data.template import Encoded, Example, encode, prompts
+from lownibble.data.template import Encoded, Example, digest_of, encode, prompts
 
 __all__ = [
     "IGNORE",
@@ -28,6 +28,7 @@ __all__ = [
     "collate",
     "collate_pairs",
     "cut",
+    "digest_of",
     "encode",
     "encoder_ids",
     "epoch_batches",

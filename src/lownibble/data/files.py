@@ -63,7 +63,7 @@ def _read_jsonl(path: Path) -> list[Row]:
     rows, problems = [], Problems(str(path))
     content = _without_mark(_read_bytes(path))
     if content.lstrip().startswith(b"["):
-        raise DataError(f"'{path}' is one JSON array. Write one object a line: jq -c '.[]' {path.name} > rows.jsonl")
+        return _array(path, content)
     for number, line in enumerate(content.split(b"\n"), 1):
         if not line.strip():
             continue
@@ -87,6 +87,26 @@ def _read_jsonl(path: Path) -> list[Row]:
                 problems.add(origin, f"the line holds {kind}, not a JSON object. Write one {{...}} object a line.")
     problems.check()
     return rows
+
+
+def _array(path: Path, content: bytes) -> list[Row]:
+    """The rows of a file that is one JSON array."""
+    try:
+        values = json.loads(content.decode("utf-8"), parse_constant=_reject_constant)
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path.name}: {_not_utf8(error)}") from None
+    except json.JSONDecodeError as error:
+        raise DataError(
+            f"{path.name}:{error.lineno}: invalid JSON: {error.msg} at column {error.colno}. Mend the file."
+        ) from None
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{path.name}: {error}") from None
+    problems = Problems(str(path))
+    for number, value in enumerate(values, 1):
+        if not isinstance(value, dict):
+            problems.add(f"{path.name}[{number}]", "it is no JSON object. Write an array of objects.")
+    problems.check()
+    return [Row(value, f"{path.name}[{number}]") for number, value in enumerate(values, 1)]
 
 
 def _reject_constant(word: str) -> NoReturn:

@@ -18,8 +18,11 @@ messages are truncated at the end.
 
 from __future__ import annotations
 
+import hashlib
 import itertools
+from array import array
 from bisect import bisect_right
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -44,11 +47,23 @@ class Example(NamedTuple):
 
 @dataclass(frozen=True)
 class Encoded:
-    """A tokenised data set: its examples in row order, its form, and how many rows were truncated to `max_length`."""
+    """A tokenised data set: its examples in row order, its form, and how many rows were longer than `max_length` and therefore
+    truncated, or dropped."""
 
     examples: list[Example]
     form: Form
     n_cut: int
+    n_dropped: int = 0
+
+
+def digest_of(sides: Iterable[Encoded]) -> str:
+    """SHA-256 of all tokens and labels: what a run is trained on, whatever template, tokenizer and date made it."""
+    state = hashlib.sha256()
+    for side in sides:
+        for example in side.examples:
+            state.update(array("q", example.input_ids).tobytes() + bytes(example.is_label) + b"|")
+        state.update(b"\n")
+    return state.hexdigest()
 
 
 def encode(dataset: Dataset, tokenizer: PreTrainedTokenizerBase, config: DataConfig, max_length: int) -> Encoded:
@@ -63,7 +78,7 @@ def encode(dataset: Dataset, tokenizer: PreTrainedTokenizerBase, config: DataCon
     coder = TokenCoder(tokenizer)
     problems = Problems(dataset.name)
     examples: list[Example] = []
-    n_cut = 0
+    n_cut = n_dropped = 0
     for row, tokens in zip(dataset.rows, _tokenise(dataset.rows, recipe, coder, problems), strict=True):
         ids, is_label = _fit(tokens, coder, recipe.form, max_length)
         if not config.mask_prompt:
@@ -71,12 +86,21 @@ def encode(dataset: Dataset, tokenizer: PreTrainedTokenizerBase, config: DataCon
         if is_label:
             is_label[0] = False
         n_tokens = len(tokens.prompt) + len(tokens.rest)
+        if n_tokens > max_length and config.overlength == "drop":
+            n_dropped += 1
+            continue
+        if n_tokens > max_length and config.overlength == "error":
+            problems.add(
+                row.origin, f"it has {n_tokens} tokens, and max_length is {max_length}. Shorten it, or raise max_length."
+            )
         n_cut += n_tokens > max_length
         if not any(is_label):
             problems.add(row.origin, _no_label(n_tokens, max_length, recipe.form))
         examples.append(Example(ids, is_label, row.origin))
     problems.check()
-    return Encoded(examples, recipe.form, n_cut)
+    if not examples:
+        raise DataError(f"All {n_dropped} rows of '{dataset.name}' are longer than max_length {max_length}. Raise it.")
+    return Encoded(examples, recipe.form, n_cut, n_dropped)
 
 
 def prompts(dataset: Dataset, tokenizer: PreTrainedTokenizerBase, config: DataConfig, room: int) -> list[list[int]]:

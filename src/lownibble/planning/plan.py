@@ -62,7 +62,9 @@ class Plan:
         advice = {device: {"method": method, "reasons": reasons} for device, (method, reasons) in self.advice.items()}
         sources = {device.name: dict(device.sources) for device in self.devices}
         return {
-            "config": self.config.to_dict(), "parameters": self.shape.parameters, "rows": [row.to_dict() for row in self.rows],
+            "config": self.config.to_dict(), "parameters": self.shape.parameters,
+            "planned_part": f"the text model of a {self.shape.wrapper}" if self.shape.wrapper else "the whole model",
+            "rows": [row.to_dict() for row in self.rows],
             "advice": advice, "sources": sources,
         }  # fmt: skip
 

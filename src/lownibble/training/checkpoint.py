@@ -29,7 +29,17 @@ from lownibble.optim import plain_name, states, warmup_steps
 from lownibble.tensorfile import Entry
 
 KEEP = 2
-_FREE = {"output_dir", "resume", "save_steps", "eval_steps", "optim_page_budget", "memory_budget", "compute", "head_compute"}
+_FREE = {
+    "output_dir",
+    "resume",
+    "save_steps",
+    "eval_steps",
+    "optim_page_budget",
+    "memory_budget",
+    "compute",
+    "head_compute",
+    "tokens",
+}
 """Options that may change on resume."""
 
 
@@ -157,9 +167,15 @@ def restore(found: Facts, model: nn.Module, optimizer: torch.optim.Optimizer, co
         raise OutputError(f"Checkpoint '{path}' cannot be read: {error}. Delete it to resume from the one before.") from None
 
 
-def other_compute(found: Facts, config: dict[str, Any]) -> list[str]:
-    """Warnings about a matmul precision that changed since the checkpoint: allowed, but not bit-identical."""
-    return [
+def changed(found: Facts, config: dict[str, Any]) -> list[str]:
+    """Warnings about what changed since the checkpoint and is allowed: the matmul precision, and the rows' tokens."""
+    told = []
+    if found.config.get("tokens") not in (None, config.get("tokens")):
+        told.append(
+            "the rows have other tokens or labels than when the run began: the tokenizer, its chat template or a date in it "
+            "has changed; steps from here on are trained on the new ones"
+        )
+    return told + [
         f"the run started with {what} in compute '{before}' and resumes with '{config.get(key)}'"
         for key, what in (("compute", "the frozen base"), ("head_compute", "the head"))
         if (before := found.config.get(key)) and before != config.get(key)

@@ -218,7 +218,7 @@ class Trainer:
         self.fitting.take(fit)
         if past:
             checkpoint.restore(past, self.model, self.optimizer, self.identity)
-            self.warnings += checkpoint.other_compute(past, self.identity)
+            self.warnings += checkpoint.changed(past, self.identity)
         open_states(self.optimizer)
         if self.passes.compiled and not over:
             self._compile(past)

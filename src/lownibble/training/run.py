@@ -19,7 +19,7 @@ import torch
 
 from lownibble import record
 from lownibble.config import DataConfig, RunConfig, TrainConfig
-from lownibble.data import Dataset, Encoded, Example
+from lownibble.data import Choice, Dataset, Encoded, Example, digest_of
 from lownibble.data import load as load_data
 from lownibble.errors import ModelError
 from lownibble.lora import add_lora, count_parameters, save_adapter
@@ -41,6 +41,10 @@ from lownibble.training.sinks import JsonlSink, Sink, TensorBoardSink, deliver, 
 
 WARMUP_STEPS = 2
 """Steps excluded from speed figures, while allocators and caches warm up."""
+
+
+ROW_OPTIONS = ("prompt_template", "completion_template", "use_chat_template", "mask_prompt", "overlength")
+"""Options that decide what of a row is trained; a resumed run needs the same ones."""
 
 
 @dataclass(frozen=True)
@@ -144,12 +148,37 @@ def _trainer(
     encoded = [objective.encode(side, tokenizer, data, config.max_length) for side in sides]
     objective.check(model, encoded, data)
     compute.decide(model, training=True)
-    identity = {"data": {"train": sides[0].digest, "eval": sides[1].digest}, **_subject(model)}
+    identity = {
+        "data": {"train": sides[0].digest, "eval": sides[1].digest},
+        "rows": {key: getattr(data, key) for key in ROW_OPTIONS},
+        "tokens": digest_of(encoded),
+        **_subject(model),
+    }
     trainer = Trainer(
         model, tokenizer, encoded[0].examples, encoded[1].examples, config,
-        choices=objective.choices(*sides, tokenizer, data, config.max_length), cut_rows=encoded[0].n_cut, identity=identity,
+        choices=_kept(objective.choices(*sides, tokenizer, data, config.max_length), encoded[1]), cut_rows=encoded[0].n_cut,
+        identity=identity,
     )  # fmt: skip
+    trainer.warnings += _overlong(sides, encoded, config.max_length)
     return trainer, encoded
+
+
+def _kept(choices: list[Choice] | None, evaluation: Encoded) -> list[Choice] | None:
+    """The questions of the rows that were not dropped."""
+    if choices is None or not evaluation.n_dropped:
+        return choices
+    kept = {example.origin for example in evaluation.examples}
+    return [choice for choice in choices if choice.origin in kept]
+
+
+def _overlong(sides: tuple[Dataset, Dataset], encoded: list[Encoded], max_length: int) -> list[str]:
+    """How many rows are longer than `max_length`, and what became of them."""
+    told = []
+    for which, side, rows in zip(("training", "evaluation"), sides, encoded, strict=True):
+        for count, what in ((rows.n_cut, "cut"), (rows.n_dropped, "dropped")):
+            if count:
+                told.append(f"{count} of {len(side.rows)} {which} rows are longer than max_length {max_length} and are {what}")
+    return told
 
 
 def _train(
@@ -272,6 +301,7 @@ def _data_facts(sides: tuple[Dataset, Dataset], encoded: list[Encoded]) -> dict[
         **{f"{side}_rows": len(d.rows) for side, d in zip(("train", "eval"), sides, strict=True)},
         **{f"{side}_digest": d.digest for side, d in zip(("train", "eval"), sides, strict=True)},
         "cut_rows": encoded[0].n_cut,
+        "dropped_rows": encoded[0].n_dropped,
     }
 
 

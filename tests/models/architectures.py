@@ -1,0 +1,85 @@
+"""Every causal architecture of the installed transformers, tiny and random.
+
+There is no list of models here: a configuration class's default is shrunk by the names of its sizes. What cannot be built that
+way is reported by `build` as the error that transformers gave.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import logging
+import warnings
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+LAYERS = 2
+SIZES: dict[str, Any] = {
+    **dict.fromkeys(("hidden_size", "n_embd", "d_model", "dim", "embedding_size", "word_embed_proj_dim"), 64),
+    **dict.fromkeys(("intermediate_size", "n_inner", "d_ff", "ffn_dim", "decoder_ffn_dim", "encoder_ffn_dim", "inner_dim"), 96),
+    **dict.fromkeys(("num_hidden_layers", "n_layer", "n_layers", "num_layers", "decoder_layers", "encoder_layers"), LAYERS),
+    **dict.fromkeys(
+        ("num_attention_heads", "n_head", "n_heads", "num_heads", "decoder_attention_heads", "encoder_attention_heads"), 4
+    ),
+    **dict.fromkeys(("num_key_value_heads", "num_kv_heads", "n_head_kv", "kv_n_heads"), 2),
+    **dict.fromkeys(("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts", "num_routed_experts"), 4),
+    **dict.fromkeys(("num_experts_per_tok", "moe_topk", "top_k", "moe_k", "num_experts_per_token"), 2),
+    **dict.fromkeys(("moe_intermediate_size", "shared_expert_intermediate_size", "expert_ffn_hidden_size"), 32),
+    "head_dim": 16, "n_shared_experts": 1, "n_group": 1, "topk_group": 1, "first_k_dense_replace": 1, "num_shared_experts": 1,
+    "max_position_embeddings": 128, "n_positions": 128, "sliding_window": 32, "state_size": 8, "mamba_d_state": 8,
+    "mamba_n_heads": 4, "mamba_d_head": 32, "mamba_expand": 2, "mamba_num_heads": 4, "mamba_head_dim": 16, "ssm_state_size": 8,
+    "linear_num_value_heads": 4, "linear_num_key_heads": 2, "linear_key_head_dim": 16, "linear_value_head_dim": 16,
+    "kv_lora_rank": 16, "q_lora_rank": 24, "qk_nope_head_dim": 16, "qk_rope_head_dim": 8, "v_head_dim": 16,
+    "attention_hidden_size": 64, "lru_width": 64, "rotary_dim": 8, "time_step_rank": 4, "expert_capacity": 8, "conv_dim": 64,
+}  # fmt: skip
+"""Names of sizes in configurations -> a small value."""
+
+
+def model_types() -> list[str]:
+    """The `model_type` of every architecture with a causal language model."""
+    return sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
+
+
+def config_of(model_type: str, vocab_size: int) -> Any:
+    """A small configuration; raises what transformers raises."""
+    from transformers import CONFIG_MAPPING
+
+    kind = CONFIG_MAPPING[model_type]
+    default = kind()
+    text = default.get_text_config()
+    if text is not default:
+        raise ValueError("a wrapper of several models")
+    given = {name: size for name, size in SIZES.items() if isinstance(getattr(default, name, None), int)}
+    if isinstance(getattr(default, "layer_types", None), (list, tuple)):
+        kinds = list(dict.fromkeys(default.layer_types))
+        given["layer_types"] = (kinds * LAYERS)[: max(LAYERS, len(kinds))]
+        given["num_hidden_layers"] = len(given["layer_types"])
+    given |= {"vocab_size": vocab_size, "pad_token_id": 0, "bos_token_id": None, "eos_token_id": 1}
+    return kind(**given)
+
+
+@contextlib.contextmanager
+def quiet():
+    """No messages of transformers while random models are made."""
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(logging.NOTSET)
+
+
+def build(model_type: str, vocab_size: int) -> Any:
+    """The model with random weights, float32; raises what transformers raises."""
+    with quiet():
+        torch.manual_seed(0)
+        model = AutoModelForCausalLM.from_config(config_of(model_type, vocab_size), dtype=torch.float32).eval()
+        with torch.no_grad():
+            for parameter in model.parameters():
+                if parameter.is_floating_point() and not bool(parameter.any()):
+                    parameter.normal_(0, 0.02)
+        return model
