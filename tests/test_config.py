@@ -112,6 +112,31 @@ def test_each_leaf_arrives_by_python_toml_and_flag(config, path, field, tmp_path
     assert _get(read(parser.parse_args([*flags, *given]), config), path) == value
 
 
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        (["--target-modules", "q_proj", "v_proj"], ["q_proj", "v_proj"]),
+        (["--target-modules", "q_proj,v_proj", "--target-modules", "o_proj"], ["q_proj", "v_proj", "o_proj"]),
+        (["--target-modules", "q_proj"], ["q_proj"]),
+        (["--target-modules", "model.layers.0.self_attn.q_proj"], ["model.layers.0.self_attn.q_proj"]),
+        (["--target-modules", ".*q_proj"], ".*q_proj"),
+        (["--target-modules", "all-linear"], "all-linear"),
+        (["--target-modules", '["q_proj", "v_proj"]'], ["q_proj", "v_proj"]),
+    ],
+)
+def test_lists_take_several_words_and_one_word_is_a_name(given, expected):
+    parser = argparse.ArgumentParser()
+    add_flags(parser, RunConfig)
+    assert read(parser.parse_args(given), RunConfig).lora.target_modules == expected
+
+
+def test_a_list_flag_twice_is_one_list():
+    parser = argparse.ArgumentParser()
+    add_flags(parser, RunConfig)
+    found = read(parser.parse_args(["--modules-to-save", "a", "--modules-to-save", "b", "c"]), RunConfig)
+    assert found.lora.modules_to_save == ["a", "b", "c"]
+
+
 def test_values_cover_exactly_the_leaves():
     names = {path[-1] for config in CONFIGS for path, _ in leaves(config)}
     assert names == set(VALUES)

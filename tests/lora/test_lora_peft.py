@@ -1,10 +1,13 @@
 """LoRA against PEFT: matching, counts, losses of training steps, and adapter files both ways. Oracle: PEFT itself."""
 
+import json
+
 import pytest
 import torch
 from safetensors.torch import load_file
 
 import lownibble as ln
+from lownibble.errors import AdapterError
 from lownibble.lora import lora_layers, match_targets
 from lownibble.quant import QuantLinear
 
@@ -25,6 +28,9 @@ CASES = {
     },
     "first wins": {"target_modules": ["q_proj"], "rank_pattern": {r"layers\.0\.self_attn\.q_proj": 2, "q_proj": 3}},
     "layers": {"target_modules": ["q_proj", "up_proj"], "layers_to_transform": [1]},
+    "layers of a list": {"target_modules": ["q_proj"], "layers_to_transform": [1], "layers_pattern": "layers"},
+    "excluded names": {"target_modules": r".*\.(q|k|v)_proj", "exclude_modules": ["k_proj", "layers.0.self_attn.q_proj"]},
+    "excluded by a regex": {"target_modules": ["q_proj", "up_proj"], "exclude_modules": r".*\.0\..*_proj"},
     "bias all": {"target_modules": ["q_proj"], "bias": "all"},
     "bias lora_only": {"target_modules": ["q_proj", "o_proj"], "bias": "lora_only"},
     "head copied": HEAD_COPY,
@@ -44,8 +50,8 @@ FAMILIES = {
     "phi": {},
 }
 UNLIKE_PHI = {
-    "regex", "regex of some layers", "full path", "end of a path", "patterns", "layers", "block copied", "bias lora_only",
-    "norms copied",
+    "regex", "regex of some layers", "excluded by a regex", "full path", "end of a path", "patterns", "layers", "block copied",
+    "bias lora_only", "norms copied",
 }  # fmt: skip
 """Cases that name modules Phi does not have."""
 STEPS, RELATIVE = 10, 1e-5  # issue 2: fp32, sums in another order
@@ -206,3 +212,24 @@ def test_gaussian_start_has_pefts_spread(tiny, clone, peft):
     their_flat = torch.cat([p.detach().view(-1) for n, p in theirs.named_parameters() if "lora_A" in n])
     assert flat.std().item() == pytest.approx(0.25, rel=0.05)
     assert their_flat.std().item() == pytest.approx(0.25, rel=0.05)
+
+
+@pytest.mark.filterwarnings("ignore:The following .* keys did not match")
+@pytest.mark.parametrize(
+    "extra",
+    [{"target_modules": ["q_proj", "v_proj", "c_attn"]}, {"rank_pattern": {"experts": 4}}, {"alpha_pattern": {"experts": 4}}],
+)
+def test_what_a_files_options_do_not_match_is_ignored_as_in_peft(tiny, clone, batch, peft, tmp_path, extra):
+    base = make(tiny)
+    theirs = peft_model(peft, clone(base), "list")
+    randomise_trained(theirs)
+    theirs.save_pretrained(tmp_path)
+    file = tmp_path / "adapter_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), **extra}))
+    reread = peft.PeftModel.from_pretrained(clone(base), tmp_path)
+    with pytest.warns(UserWarning, match=r"(target_modules c_attn|_pattern experts) match nothing in this model and are ignored"):
+        ours = ln.load_adapter(clone(base), tmp_path)
+    torch.testing.assert_close(logits(ours, batch), logits(reread, batch), **LOGITS)
+    file.write_text(json.dumps({**json.loads(file.read_text()), "target_modules": ["c_attn"]}))
+    with pytest.raises(AdapterError, match="match no linear module"):
+        ln.load_adapter(clone(base), tmp_path)

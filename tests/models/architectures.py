@@ -17,6 +17,8 @@ from transformers import AutoModelForCausalLM
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 LAYERS = 2
+LARGEST = 5_000_000
+"""Parameters of a model that is built; a larger one was not shrunk."""
 SIZES: dict[str, Any] = {
     **dict.fromkeys(("hidden_size", "n_embd", "d_model", "dim", "embedding_size", "word_embed_proj_dim"), 64),
     **dict.fromkeys(("intermediate_size", "n_inner", "d_ff", "ffn_dim", "decoder_ffn_dim", "encoder_ffn_dim", "inner_dim"), 96),
@@ -32,7 +34,7 @@ SIZES: dict[str, Any] = {
     "max_position_embeddings": 128, "n_positions": 128, "sliding_window": 32, "state_size": 8, "mamba_d_state": 8,
     "mamba_n_heads": 4, "mamba_d_head": 32, "mamba_expand": 2, "mamba_num_heads": 4, "mamba_head_dim": 16, "ssm_state_size": 8,
     "linear_num_value_heads": 4, "linear_num_key_heads": 2, "linear_key_head_dim": 16, "linear_value_head_dim": 16,
-    "kv_lora_rank": 16, "q_lora_rank": 24, "qk_nope_head_dim": 16, "qk_rope_head_dim": 8, "v_head_dim": 16,
+    "kv_lora_rank": 16, "q_lora_rank": 24, "qk_nope_head_dim": 16, "qk_rope_head_dim": 16, "v_head_dim": 16,
     "attention_hidden_size": 64, "lru_width": 64, "rotary_dim": 8, "time_step_rank": 4, "expert_capacity": 8, "conv_dim": 64,
 }  # fmt: skip
 """Names of sizes in configurations -> a small value."""
@@ -48,17 +50,24 @@ def config_of(model_type: str, vocab_size: int) -> Any:
     from transformers import CONFIG_MAPPING
 
     kind = CONFIG_MAPPING[model_type]
+    return kind(**_shrunk(kind, vocab_size))
+
+
+def _shrunk(kind: Any, vocab_size: int) -> dict[str, Any]:
+    """Small values for the sizes of a configuration class, and of those inside of it."""
     default = kind()
-    text = default.get_text_config()
-    if text is not default:
-        raise ValueError("a wrapper of several models")
-    given = {name: size for name, size in SIZES.items() if isinstance(getattr(default, name, None), int)}
-    if isinstance(getattr(default, "layer_types", None), (list, tuple)):
-        kinds = list(dict.fromkeys(default.layer_types))
-        given["layer_types"] = (kinds * LAYERS)[: max(LAYERS, len(kinds))]
+    given = {name: size for name, size in SIZES.items() if isinstance(vars(default).get(name), int)}
+    kinds = vars(default).get("layer_types")
+    if isinstance(kinds, (list, tuple)) and "num_hidden_layers" in given:
+        different = list(dict.fromkeys(kinds))
+        given["layer_types"] = (different * LAYERS)[: max(LAYERS, len(different))]
         given["num_hidden_layers"] = len(given["layer_types"])
-    given |= {"vocab_size": vocab_size, "pad_token_id": 0, "bos_token_id": None, "eos_token_id": 1}
-    return kind(**given)
+    if "vocab_size" in vars(default):
+        given |= {"vocab_size": vocab_size, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 1}
+    for name, inner in getattr(kind, "sub_configs", {}).items():
+        if isinstance(inner, type) and getattr(inner, "sub_configs", None) is not None and inner.__name__ != "AutoConfig":
+            given[name] = _shrunk(inner, vocab_size)
+    return given
 
 
 @contextlib.contextmanager
@@ -76,8 +85,13 @@ def quiet():
 def build(model_type: str, vocab_size: int) -> Any:
     """The model with random weights, float32; raises what transformers raises."""
     with quiet():
+        config = config_of(model_type, vocab_size)
+        with torch.device("meta"):
+            count = sum(p.numel() for p in AutoModelForCausalLM.from_config(config).parameters())
+        if count > LARGEST:
+            raise ValueError(f"{count / 1e6:.0f}M parameters: its sizes have other names")
         torch.manual_seed(0)
-        model = AutoModelForCausalLM.from_config(config_of(model_type, vocab_size), dtype=torch.float32).eval()
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
         with torch.no_grad():
             for parameter in model.parameters():
                 if parameter.is_floating_point() and not bool(parameter.any()):

@@ -126,9 +126,26 @@ def test_quantizable_leaves_tied_heads(tiny):
 
 
 def test_nothing_to_quantise(write):
-    """GPT-2's layers are no `nn.Linear`; a 4-bit model was asked for and would silently not be one."""
-    with pytest.raises(ModelError, match=r"GPT2LMHeadModel has no linear module to quantise .*Load it with quant=None"):
-        ln.load(str(write("gpt2")), quant="nf4")
+    """A 4-bit model was asked for and would silently not be one."""
+    with pytest.raises(ModelError, match=r"LlamaForCausalLM has no linear module to quantise .*Load it with quant=None"):
+        ln.load(str(write()), quant=ln.QuantConfig(skip_modules=["self_attn", "mlp", "lm_head"]))
+
+
+def test_conv1d_is_packed_by_output_rows(write, batch):
+    """GPT-2 keeps weights as (in, out). Oracle: the same weights, turned, packed and decoded."""
+    folder = write("gpt2")
+    dense, _ = ln.load(str(folder))
+    packed, _ = ln.load(str(folder), quant="nf4")
+    layers = {path: m for path, m in packed.named_modules() if isinstance(m, QuantLinear)}
+    assert len(layers) == 8
+    for path, layer in layers.items():
+        weight = dense.get_submodule(path).weight
+        assert torch.equal(layer.weight.dequantize(torch.float32), ln.quantize(weight.t().contiguous(), "nf4").dequantize())
+        weight.data.copy_(layer.weight.dequantize(torch.float32).t())
+    ids, mask, _ = batch()
+    with torch.no_grad():
+        expected = dense(input_ids=ids, attention_mask=mask).logits
+        torch.testing.assert_close(packed(input_ids=ids, attention_mask=mask).logits, expected, rtol=1e-4, atol=1e-4)
 
 
 def test_linears_with_a_forward_of_their_own_are_left(tiny):

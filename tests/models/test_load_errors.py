@@ -48,7 +48,7 @@ DAMAGE = {
     "tensors extra": (lambda f: edit_config(f, num_hidden_layers=1), r"has unknown 9 tensors: model\.layers\.1.* and 6 more"),
     "tensor renamed": (
         lambda f: edit_weights(f, lambda t: t.update(odd=t.pop(NORM))),
-        rf"lacks 1 tensor: {NORM}; it has unknown 1 tensor: odd\. .*do not belong together .*experts",
+        rf"lacks 1 tensor: {NORM}; it has unknown 1 tensor: odd\. .*do not belong together",
     ),
     "other shape": (lambda f: edit_weights(f, lambda t: t.update({NORM: torch.ones(31)})), rf"{NORM}' has shape \(31,\)"),
     "cut short": (lambda f: cut(f / WEIGHTS, 20_000), r"damaged or cut short .*Download it again"),

@@ -434,7 +434,8 @@ def _aliased(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
     aliased = getattr(chat_template_utils, "_alias_reasoning_fields", None)
     found: list[dict[str, Any]] = messages if aliased is None else aliased(messages)
-    return json.loads(json.dumps(found))  # plain data: templates are untrusted
+    plain: list[dict[str, Any]] = json.loads(json.dumps(found))  # plain data: templates are untrusted
+    return plain
 
 
 @lru_cache(maxsize=16)

@@ -144,6 +144,7 @@ class _Merged(_Live):
             a, b, scale = low_rank
             delta = (b @ a).mul_(scale)
             size = float(delta.norm())
+            delta = delta.t() if name.removesuffix(".weight") in self.weights.transposed else delta
             off = as_float(self.weights.live(name)).add_(delta)
             del delta
             off = off.sub_(made.dequantize(torch.float32) if isinstance(made, PackedWeight) else made)

@@ -34,7 +34,7 @@ from lownibble.models import packed as packed_files
 from lownibble.models.checkpoint import Checkpoint
 from lownibble.models.conversion import ModelTensors, stored_names, untie
 from lownibble.models.load import DTYPES, quantizable
-from lownibble.quant import PackedWeight, is_plain_linear, quantize
+from lownibble.quant import PackedWeight, is_linear, is_transposed, quantize
 
 TARGETS = ("dequantized", "original", "nf4")
 
@@ -94,6 +94,7 @@ class Weights:
         self._groups = _tied_groups(self.model)  # now: hooks that lend the model its tensors part what is tied
         untied = self.tensors.untied and not self.model.config.is_encoder_decoder
         self.changes: dict[str, Any] = {"tie_word_embeddings": False} if untied else {}
+        self.transposed = {path for path, module in self.model.named_modules() if is_transposed(module)}
         self.edits: dict[str, Edit] = {}
         self.replaced: dict[str, str] = {}
         if adapter is not None:
@@ -119,12 +120,13 @@ class Weights:
 
     def dense_linears(self, packed: set[str]) -> list[str]:
         """Paths of the linear layers that are not packed."""
-        return sorted(path for path, m in self.model.named_modules() if is_plain_linear(m) and path not in packed)
+        return sorted(path for path, m in self.model.named_modules() if is_linear(m) and path not in packed)
 
     @property
     def targets(self) -> list[str]:
         """The possible merge targets, in the order of `TARGETS`."""
-        found = {"dequantized": bool(self.quantized), "original": not self.packed, "nf4": True}
+        packs = not self.transposed & self.requantized  # transformers reads no packed Conv1D
+        found = {"dequantized": bool(self.quantized), "original": not self.packed, "nf4": packs}
         return [target for target in TARGETS if found[target]]
 
     def _edit(self, adapter: AdapterFile) -> None:
@@ -248,12 +250,17 @@ class Weights:
         """The base's tensor: packed if it was packed in training (with `codec`) or is in the checkpoint, else as stored."""
         path = name.removesuffix(".weight")
         if path in self.packed:
-            return self.tensors.read_packed(path, self.kept_dtype(name))
+            return self._as_stored(path, self.tensors.read_packed(path, self.kept_dtype(name)))
         tensor = self.tensors.read(self.names[name])
         if codec and path in self.quantized and name != path:
             assert self.quant is not None
-            return quantize(tensor, self.quant.for_layer(path), name=name)
+            rows = tensor.t().contiguous() if path in self.transposed else tensor
+            return self._as_stored(path, quantize(rows, self.quant.for_layer(path), name=name))
         return tensor
+
+    def _as_stored(self, path: str, weight: PackedWeight) -> Tensor | PackedWeight:
+        """A packed weight; decoded and turned where the model keeps the weight as (in, out)."""
+        return weight.dequantize(torch.float32).t().contiguous() if path in self.transposed else weight
 
     def _base(self, name: str, codec: bool = True) -> Tensor | PackedWeight:
         """The weight that low-rank sums are added to: the adapter's tensor if it replaces the base's, else the base's."""
@@ -291,7 +298,9 @@ class Weights:
             return base if isinstance(base, PackedWeight) else self._cast(base, name)
         total = as_float(base)
         if edited:
-            total = self.variant.merge(total, self._parameters(name), self.edits[name].scale)
+            turned = name.removesuffix(".weight") in self.transposed
+            total = self.variant.merge(total.t() if turned else total, self._parameters(name), self.edits[name].scale)
+            total = total.t() if turned else total
         if packs:
             how = self.new_quant.for_layer(name.removesuffix(".weight"))
             return quantize(total, how, name=name).with_dtype(self.kept_dtype(name))
@@ -373,5 +382,6 @@ def check_onto(weights: Weights, onto: str) -> None:
     why = {
         "dequantized": "the adapter was trained on dense weights, so there is nothing to decode",
         "original": f"'{weights.source.name}' holds its weights in 4 bits only. Name the dense model with --base",
+        "nf4": "its layers are Conv1D, which no 4-bit checkpoint holds",
     }[onto]
     raise ConfigError(f"Cannot merge onto '{onto}': {why}. Merge onto {' or '.join(weights.targets)}.")

@@ -36,7 +36,7 @@ from lownibble.config import QuantConfig
 from lownibble.errors import ConfigError
 from lownibble.models import packed as packed_files
 from lownibble.models.load import DTYPES
-from lownibble.quant import PackedWeight, eightbit, is_plain_linear, layouts, quantize
+from lownibble.quant import PackedWeight, eightbit, is_linear, is_transposed, layouts, matrix, quantize
 from lownibble.quant.linear import frozen_linear, frozen_matmul
 from lownibble.quant.packed import restore, to_spec
 from lownibble.registry import CODECS
@@ -126,6 +126,7 @@ class NF4Linear(nn.Linear):
         self.weight = nn.Parameter(empty, requires_grad=False)
         self._packed: PackedWeight | None = None
         self._spec = ""
+        self.transposed = False
 
     def hold(self, packed: PackedWeight) -> Tensor:
         """Set the packed weight; returns its codes, to be assigned to `weight`."""
@@ -203,7 +204,8 @@ class _Quantize(ConversionOps):  # type: ignore[misc]
             layer = model.get_submodule(name.rpartition(".")[0])
             assert isinstance(layer, NF4Linear)
             tensor = value[0] if isinstance(value, list) else value
-            found[name] = layer.hold(quantize(tensor, layer.options, name=name))
+            rows = tensor.t().contiguous() if layer.transposed else tensor
+            found[name] = layer.hold(quantize(rows, layer.options, name=name))
             setattr(layer, _INITIALISED, True)
         return found
 
@@ -262,11 +264,13 @@ class NF4Quantizer(HfQuantizer):  # type: ignore[misc]
         skipped = self.get_modules_to_not_convert(model, config.skip_modules, model._keep_in_fp32_modules)
         chosen = [
             (path, module) for path, module in model.named_modules()
-            if is_plain_linear(module) and should_convert_module(path, skipped)
+            if is_linear(module) and should_convert_module(path, skipped)
         ]  # fmt: skip
-        layouts.choose({path: linear.weight.shape for path, linear in chosen}, config.options.with_options(skip_modules=[]))
+        layouts.choose({path: matrix(linear).shape for path, linear in chosen}, config.options.with_options(skip_modules=[]))
         for path, linear in chosen:
-            layer = NF4Linear(linear.in_features, linear.out_features, linear.bias is not None, config, path)
+            n_out, n_in = matrix(linear).shape
+            layer = NF4Linear(n_in, n_out, linear.bias is not None, config, path)
+            layer.transposed = is_transposed(linear)
             model.set_submodule(path, layer.requires_grad_(False))
         return model
 

@@ -26,14 +26,17 @@ from lownibble.lora.inject import (
     adapter_configs,
     add_lora,
     lora_layers,
+    match_targets,
     named_linears,
     plan,
     saved_modules,
     trained_biases,
 )
+from lownibble.lora.layer import LoraLinear, sizes
 from lownibble.lora.provenance import base_facts, from_metadata, other_codec, other_weights, to_metadata
-from lownibble.lora.targets import rank_of
+from lownibble.lora.targets import rank_of, unmatched
 from lownibble.lora.variants import variant_of
+from lownibble.quant import is_transposed
 
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."
@@ -41,7 +44,7 @@ PREFIX = "base_model.model."
 
 _INERT: dict[str, Any] = {
     "alora_invocation_tokens": None, "arrow_config": None, "auto_mapping": ..., "base_model_name_or_path": ...,
-    "corda_config": None, "ensure_weight_tying": False, "eva_config": None, "fan_in_fan_out": False,
+    "corda_config": None, "ensure_weight_tying": False, "eva_config": None, "fan_in_fan_out": ...,
     "inference_mode": ..., "layer_replication": None, "loftq_config": ..., "lora_bias": False,
     "megatron_config": None, "megatron_core": ..., "peft_type": "LORA", "peft_version": ..., "qalora_group_size": ...,
     "revision": ..., "runtime_config": ..., "target_parameters": None, "task_type": ..., "trainable_token_indices": None,
@@ -70,8 +73,15 @@ def _portable_targets(model: nn.Module, config: LoraConfig, name: str) -> str | 
         return config.target_modules
     paths = {path for path, _ in lora_layers(model, name)}
     names = {path.rsplit(".", 1)[-1] for path in paths}
-    same = {path for path in named_linears(model) if path.rsplit(".", 1)[-1] in names} == paths
+    called = {path for path, _ in model.named_modules() if path.rsplit(".", 1)[-1] in names and not _is_inside(path, paths)}
+    same = called == paths  # PEFT matches any module by its last name
     return sorted(names if same and config.layers_to_transform is None else paths)
+
+
+def _is_inside(path: str, outer: set[str]) -> bool:
+    """Whether a module is part of one of `outer` (an adapted layer's base and adapters)."""
+    parents = path.split(".")[:-1]
+    return any(".".join(parents[:n]) in outer for n in range(1, len(parents) + 1))
 
 
 def _config_json(model: nn.Module, config: LoraConfig, name: str) -> dict[str, Any]:
@@ -81,7 +91,7 @@ def _config_json(model: nn.Module, config: LoraConfig, name: str) -> dict[str, A
         "task_type": "SEQ_2_SEQ_LM" if getattr(getattr(model, "config", None), "is_encoder_decoder", False) else "CAUSAL_LM",
         "base_model_name_or_path": base or None,
         "inference_mode": True,
-        "fan_in_fan_out": False,
+        "fan_in_fan_out": any(is_transposed(layer.base) for _, layer in lora_layers(model, name)),
         **config.to_dict(),
         "target_modules": _portable_targets(model, config, name),
         "modules_to_save": config.modules_to_save or None,
@@ -237,6 +247,9 @@ def load_adapter(
     extra = stored.shapes.keys() - expected.keys()
     stored.check_fit(expected, {key for key in extra if _repeats_base(model, key, stored.read(key))})
     _check_base(model, stored, any_base)
+    matched = match_targets(model, stored.config, of_file=True)
+    if ignored := unmatched(named_linears(model), stored.config, matched):
+        warnings.warn(f"'{stored.folder}': {', '.join(ignored)} match nothing in this model and are ignored.", stacklevel=2)
     add_lora(model, stored.config, name=name, of_file=True)
     for key, tensor in adapter_tensors(model, name).items():
         tensor.data.copy_(stored.read(key))
@@ -261,7 +274,8 @@ def _expected_shapes(planned: Plan, config: LoraConfig) -> dict[str, torch.Size]
     shapes: dict[str, torch.Size] = {}
     variant = variant_of(config)
     for path, layer in planned.targets.items():
-        wanted = variant.shapes(layer.in_features, layer.out_features, rank_of(path, config))  # type: ignore[arg-type]
+        n_out, n_in = sizes(layer.base if isinstance(layer, LoraLinear) else layer)
+        wanted = variant.shapes(n_in, n_out, rank_of(path, config))
         shapes |= {f"{path}.{variant.keys[own]}": torch.Size(shape) for own, shape in wanted.items()}
     for path, module in planned.saved.items():
         shapes |= {f"{path}.{key}": parameter.shape for key, parameter in module.named_parameters()}

@@ -22,14 +22,14 @@ from lownibble.lora.layer import LoraLinear, TrainedCopy
 from lownibble.lora.targets import alpha_of, rank_of
 from lownibble.lora.variants import variant_of
 from lownibble.models.info import info
-from lownibble.quant import PackedWeight, QuantLinear, is_plain_linear
+from lownibble.quant import PackedWeight, QuantLinear, is_linear, matrix
 
 
 def named_linears(model: nn.Module) -> dict[str, nn.Module]:
     """Path -> linear layer, for all that can carry an adapter, including adapted ones and the output head."""
     found: dict[str, nn.Module] = {}
     for path, module in model.named_modules():
-        linear = is_plain_linear(module) or isinstance(module, QuantLinear)
+        linear = is_linear(module) or isinstance(module, QuantLinear)
         if isinstance(module, LoraLinear) or (linear and not _inside_wrapper(path, model)):
             found[path] = module
     return found
@@ -204,9 +204,8 @@ def _dense_weight(model: nn.Module, path: str, layer: LoraLinear) -> Tensor:
     Raises:
         ModelError: the model was not loaded with `lownibble.load`, or its checkpoint is packed.
     """
-    weight = layer.base.weight
-    if isinstance(weight, Tensor):
-        return weight.detach().float()
+    if isinstance(layer.base.weight, Tensor):
+        return matrix(layer.base).detach().float()
     read = info(model).read_dense
     if read is None:
         raise ModelError(

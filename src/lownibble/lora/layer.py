@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from lownibble.lora.targets import scaling
 from lownibble.lora.variants import LORA, Variant
-from lownibble.quant import PackedWeight, QuantLinear
+from lownibble.quant import PackedWeight, QuantLinear, matrix
 
 
 class LowRank(nn.Module):
@@ -42,6 +42,12 @@ class LowRank(nn.Module):
         return f"r={self.r}, scale={self.scale:g}, dropout={self.dropout:g}"
 
 
+def sizes(linear: nn.Module) -> tuple[int, int]:
+    """(out, in) features of a linear layer, dense or packed."""
+    n_out, n_in = linear.weight.shape if isinstance(linear, QuantLinear) else matrix(linear).shape
+    return int(n_out), int(n_in)
+
+
 class LoraLinear(nn.Module):
     """A frozen linear layer (`nn.Linear` or `QuantLinear`) with named low-rank adapters, at most one active."""
 
@@ -51,7 +57,7 @@ class LoraLinear(nn.Module):
         self.adapters = nn.ModuleDict()
         self.active: str | None = None
         self.changed_base = False
-        self.in_features, self.out_features = base.in_features, base.out_features
+        self.out_features, self.in_features = sizes(base)
 
     def add(self, name: str, r: int, alpha: float, dropout: float, use_rslora: bool, variant: Variant = LORA) -> LowRank:
         """Add the adapter `name`, all zeros, and make it the active one."""
@@ -69,7 +75,7 @@ class LoraLinear(nn.Module):
     @property
     def weight(self) -> Tensor | PackedWeight:
         """The base's weight, (out_features, in_features)."""
-        return self.base.weight
+        return self.base.weight if isinstance(self.base, QuantLinear) else matrix(self.base)
 
     @property
     def bias(self) -> Tensor | None:

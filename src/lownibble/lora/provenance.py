@@ -23,7 +23,7 @@ from lownibble.config import PER_LAYER
 from lownibble.lora.layer import LoraLinear, TrainedCopy
 from lownibble.models.info import info
 from lownibble.models.packed import config_of
-from lownibble.quant import QuantLinear, is_plain_linear
+from lownibble.quant import QuantLinear, is_linear
 
 METADATA_KEY = "lownibble_trained_on"
 
@@ -62,7 +62,7 @@ def _linears(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
         inner = module.base if isinstance(module, LoraLinear) else module.original if isinstance(module, TrainedCopy) else module
         if inner is not module:
             wrappers.append(f"{path}.")
-        if is_plain_linear(inner) or isinstance(inner, QuantLinear):
+        if is_linear(inner) or isinstance(inner, QuantLinear):
             yield path, inner
 
 

@@ -62,9 +62,18 @@ def match_targets(
     if not matched:
         within = f" in layers {layers}" if layers is not None else ""
         raise TargetError(f"target_modules {target!r} match no linear module{within}. Candidates: {candidates(linears)}.")
-    if not of_file:
-        _check_patterns(config, matched)
+    _check_patterns(config, matched, of_file)
     return matched
+
+
+def unmatched(linears: Collection[str], config: LoraConfig, targets: Collection[str]) -> list[str]:
+    """What of a saved adapter's options matches nothing in this model: 'target_modules c_attn', 'rank_pattern experts', ..."""
+    given = config.target_modules if isinstance(config.target_modules, list) else []
+    return [
+        *(f"target_modules {name}" for name in given if not any(names(path, [name]) for path in linears)),
+        *(f"rank_pattern {key}" for key in config.rank_pattern if not any(fits(path, key) for path in targets)),
+        *(f"alpha_pattern {key}" for key in config.alpha_pattern if not any(fits(path, key) for path in targets)),
+    ]
 
 
 def _is_excluded(path: str, excluded: str | list[str] | None) -> bool:
@@ -83,14 +92,14 @@ def _layer_of(path: str, patterns: str | list[str] | None) -> int | None:
     return next((int(match["index"]) for match in found if match), None)
 
 
-def _check_patterns(config: LoraConfig, targets: list[str]) -> None:
+def _check_patterns(config: LoraConfig, targets: list[str], of_file: bool) -> None:
     for option, patterns in (("rank_pattern", config.rank_pattern), ("alpha_pattern", config.alpha_pattern)):
         try:
             check_patterns(option, patterns)
         except ConfigError as error:
             raise TargetError(str(error)) from None
         for key in patterns:
-            if not any(fits(path, key) for path in targets):
+            if not of_file and not any(fits(path, key) for path in targets):
                 raise TargetError(f"{option} {key!r} matches no targeted module. Targets: {', '.join(targets[:4])}, ...")
 
 

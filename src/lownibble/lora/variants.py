@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from lownibble.config import LoraConfig
 from lownibble.lora.product import LoraMatmul, lora_matmul
 from lownibble.lora.targets import parameter_shapes
-from lownibble.quant import QuantLinear, eightbit
+from lownibble.quant import QuantLinear, eightbit, matrix
 from lownibble.registry import VARIANTS
 
 if TYPE_CHECKING:
@@ -69,13 +69,14 @@ class _LoRA(Variant):
         seed = torch.randint(2**62, ()) if dropout else None
         y: Tensor
         if torch.compiler.is_compiling():
-            weight, spec = (base.flat, base.spec) if isinstance(base, QuantLinear) else ([base.weight], "")
+            weight, spec = (base.flat, base.spec) if isinstance(base, QuantLinear) else ([matrix(base)], "")
             rows_8bit = eightbit.rows_of(x, code_type)
             y, _ = lora_matmul(x, weight, spec, base.bias, lora_A, lora_B, scale, dropout, seed, rows_8bit)
             return y
+        frozen = base.weight if isinstance(base, QuantLinear) else matrix(base)
         rows = None if code_type is None else eightbit.shared_rows(x, code_type)
         y = LoraMatmul.apply(
-            x.reshape(-1, x.shape[-1]), base.weight, base.bias, lora_A, lora_B, scale, dropout,
+            x.reshape(-1, x.shape[-1]), frozen, base.bias, lora_A, lora_B, scale, dropout,
             0 if seed is None else int(seed), rows,
         )  # fmt: skip
         return y.view(*x.shape[:-1], -1)

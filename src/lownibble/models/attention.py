@@ -35,6 +35,7 @@ from transformers import AttentionInterface
 
 from lownibble.errors import BackendError, ModelError
 from lownibble.kernels import ops
+from lownibble.models.info import body
 
 PACKED, ROWS = "lownibble_packed", "lownibble_rows"
 
@@ -77,7 +78,7 @@ def kernel_obstacle(model: Any) -> str:
         return f"it is {weight.dtype} on '{weight.device}'"
     size = head_dim(config)
     if size is None:
-        return "it has no attention heads"
+        return "it has no attention heads, or heads of several sizes"
     try:
         has_kernel = getattr(ops.current("cpu"), "has_attention", lambda _: False)(size)
     except BackendError as error:
@@ -90,8 +91,11 @@ def kernel_obstacle(model: Any) -> str:
 
 
 def head_dim(config: Any) -> int | None:
-    """The head size; derived from the hidden size if the configuration does not give it. None: there are no heads."""
-    given, heads = getattr(config, "head_dim", None), getattr(config, "num_attention_heads", None)
+    """The head size; derived from the hidden size if the configuration does not give it. None: no heads, or several sizes."""
+    try:
+        given, heads = getattr(config, "head_dim", None), getattr(config, "num_attention_heads", None)
+    except Exception:  # transformers raises where they differ between layers
+        return None
     return int(given) if given else int(config.hidden_size // heads) if heads else None
 
 
@@ -111,7 +115,7 @@ def segment_attention(model: Any) -> Iterator[None]:
     Raises:
         ModelError: the model's attention implementation cannot be replaced.
     """
-    parameters = inspect.signature(model.base_model.forward).parameters
+    parameters = inspect.signature(body(model).forward).parameters
     if "position_ids" not in parameters or not any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
         raise refusal(type(model).__name__, "its forward takes no position_ids or hands no arguments on to attention")
     before = model.config._attn_implementation

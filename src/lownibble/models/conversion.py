@@ -34,6 +34,7 @@ from transformers.core_model_loading import (
 from lownibble.errors import ModelError
 from lownibble.models import packed as packed_files
 from lownibble.models.checkpoint import Checkpoint
+from lownibble.quant import PackedWeight
 
 Facts = tuple[torch.dtype, torch.Size]
 
@@ -205,7 +206,7 @@ class ModelTensors:
             self._last = None
         return tensor
 
-    def read_packed(self, path: str, dtype: torch.dtype) -> packed_files.PackedWeight:
+    def read_packed(self, path: str, dtype: torch.dtype) -> PackedWeight:
         """The packed weight of a layer, which decodes to `dtype`."""
         return packed_files.read(self.checkpoint, self._stored_path[path], self.packed[path], dtype)
 

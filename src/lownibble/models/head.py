@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from lownibble.errors import ModelError
 from lownibble.models import attention
-from lownibble.models.info import info
+from lownibble.models.info import body, info
 from lownibble.quant import exact_products, is_plain_linear
 from lownibble.quant.dense import DenseProducts, code_type_for
 
@@ -97,7 +97,7 @@ def hidden_states(
         # without a mask attention takes its causal fast path; right-padded causal rows need no mask
         full = attention_mask_BT is None or not info(model).needs_mask or bool(attention_mask_BT.all())
         extra = {"attention_mask": None if full else attention_mask_BT}
-    output = model.base_model(input_ids=input_ids_BT, use_cache=False, **extra)
+    output = body(model)(input_ids=input_ids_BT, use_cache=False, **extra)
     return output.last_hidden_state  # type: ignore[no-any-return]
 
 

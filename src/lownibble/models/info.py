@@ -68,3 +68,9 @@ def info(model: Any) -> ModelInfo:
         found = ModelInfo()
         object.__setattr__(model, _ATTRIBUTE, found)
     return found
+
+
+def body(model: Any) -> Any:
+    """The model without its head: transformers' `base_model`, or the decoder where a class has no such part."""
+    found = model.base_model
+    return model.get_decoder() if found is model else found

@@ -28,7 +28,7 @@ from lownibble.models.checkpoint import Checkpoint
 from lownibble.models.conversion import ModelTensors, dtype_of, untie
 from lownibble.models.info import info
 from lownibble.models.sources import ModelSource, resolve
-from lownibble.quant import PackedWeight, QuantLinear, eightbit, is_plain_linear, layouts, quantize
+from lownibble.quant import PackedWeight, QuantLinear, eightbit, is_linear, is_transposed, layouts, matrix, quantize
 from lownibble.registry import CODECS
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -163,6 +163,7 @@ def uninitialised(config: Mapping[str, Any], quant: QuantConfig | None, dtype: t
         tensor = torch.empty(parameter.shape, dtype=dtype)
         if path in to_quantize and last == "weight":
             how = to_quantize[path]
+            tensor = tensor.t().contiguous() if is_transposed(model.get_submodule(path)) else tensor
             _place_quantized(model, path, CODECS[how.quant_type].quantize(tensor, how).with_dtype(dtype), device)
         else:
             _set_tensor(model, key, tensor)
@@ -194,9 +195,9 @@ def quantizable(model: nn.Module, config: QuantConfig) -> dict[str, QuantConfig]
     """
     shared = tied_aliases(model)
     tied_parameters = {id(p) for name, p in model.named_parameters(remove_duplicate=False) if name in shared}
-    linears = {path: m for path, m in model.named_modules() if is_plain_linear(m)}
+    linears = {path: m for path, m in model.named_modules() if is_linear(m)}
     tied = [path for path, linear in linears.items() if id(linear.weight) in tied_parameters]
-    found = layouts.choose({path: linear.weight.shape for path, linear in linears.items()}, config, ["lm_head"], tied)
+    found = layouts.choose({path: matrix(linear).shape for path, linear in linears.items()}, config, ["lm_head"], tied)
     if not found:
         raise ModelError(
             f"{type(model).__name__} has no linear module to quantise (skip_modules: {', '.join(config.skip_modules)}; linear: "
@@ -232,7 +233,8 @@ def _fill(model: Any, tensors: ModelTensors, config: QuantConfig | None, device:
                 "The weights and config.json do not belong together."
             )
         if path in to_quantize and last == "weight":
-            quantized = quantize(tensor.to(device), to_quantize[path], name=key).with_dtype(dtype)
+            rows = tensor.t().contiguous() if is_transposed(model.get_submodule(path)) else tensor
+            quantized = quantize(rows.to(device), to_quantize[path], name=key).with_dtype(dtype)
             _place_quantized(model, path, quantized, device)
         else:
             known.stored_dtypes[key] = str(tensor.dtype).removeprefix("torch.")
@@ -256,7 +258,7 @@ def _set_tensor(model: nn.Module, key: str, tensor: Tensor) -> None:
 
 def _place_quantized(model: nn.Module, path: str, weight: PackedWeight, device: torch.device) -> None:
     linear: Any = model.get_submodule(path)
-    if weight.shape != (linear.out_features, linear.in_features):
+    if weight.shape != matrix(linear).shape:
         raise ModelError(f"The packed weight of '{path}' has shape {tuple(weight.shape)}; config.json says otherwise.")
     parent, _, last = path.rpartition(".")
     layer = QuantLinear(weight).to(device)

@@ -11,13 +11,14 @@ from lownibble.lazy import lazily
 
 if TYPE_CHECKING:
     from lownibble.quant.codecs import dequantize, quantize
-    from lownibble.quant.linear import QuantLinear, exact_products, is_plain_linear
+    from lownibble.quant.linear import QuantLinear, exact_products, is_linear, is_plain_linear, is_transposed, matrix
     from lownibble.quant.packed import Codec, PackedWeight
     from lownibble.quant.packed import PackedWeight as QuantizedTensor
 
 _HOME = {
     "Codec": "packed", "PackedWeight": "packed", "QuantLinear": "linear", "QuantizedTensor": "packed:PackedWeight",
-    "dequantize": "codecs", "exact_products": "linear", "is_plain_linear": "linear", "quantize": "codecs",
+    "dequantize": "codecs", "quantize": "codecs",
+    **dict.fromkeys(("exact_products", "is_linear", "is_plain_linear", "is_transposed", "matrix"), "linear"),
 }  # fmt: skip
 
 __all__ = [
@@ -27,7 +28,10 @@ __all__ = [
     "QuantizedTensor",
     "dequantize",
     "exact_products",
+    "is_linear",
     "is_plain_linear",
+    "is_transposed",
+    "matrix",
     "quantize",
 ]
 

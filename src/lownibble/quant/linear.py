@@ -11,8 +11,10 @@ few rows and no gradient (token-by-token generation) a fused matrix-vector kerne
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import cache
 from typing import Any
 
 import torch
@@ -30,9 +32,51 @@ MATVEC_MAX_ROWS = 4
 """Up to this many rows the fused kernel beats dequantise-then-multiply (AVX-512, 2 threads; see `lownibble bench kernels`)."""
 
 
+def _conv1d() -> type | None:
+    """transformers' Conv1D (GPT-2's linear layer, its weight stored as (in, out)), if transformers has been imported."""
+    found: type | None = getattr(sys.modules.get("transformers.pytorch_utils"), "Conv1D", None)
+    return found
+
+
+def is_transposed(module: nn.Module) -> bool:
+    """Whether a linear layer keeps its weight as (in, out)."""
+    kind = _conv1d()
+    return kind is not None and isinstance(module, kind)
+
+
+def is_linear(module: nn.Module) -> bool:
+    """Whether a module is a linear layer that may be packed or adapted: `nn.Linear` in what it computes, or Conv1D."""
+    return is_plain_linear(module) or is_transposed(module)
+
+
+def matrix(linear: nn.Module) -> Tensor:
+    """The dense weight of a linear layer as (out, in)."""
+    weight: Tensor = linear.weight  # type: ignore[assignment]
+    return weight.t() if is_transposed(linear) else weight
+
+
+@cache
+def _computes_linear(kind: Any) -> bool:
+    """Whether a subclass with a forward of its own computes x W^T + bias all the same (Falcon's), found by trying: routers and
+    their like do something else, or need more than a weight and a bias."""
+    probe = kind.__new__(kind)
+    nn.Module.__init__(probe)
+    probe.in_features, probe.out_features = 5, 3
+    probe.weight, probe.bias = nn.Parameter(torch.arange(15.0).view(3, 5) / 7), nn.Parameter(torch.arange(3.0))
+    x = torch.linspace(-1, 1, 20).view(4, 5)
+    try:
+        y = kind.forward(probe, x)
+    except Exception:
+        return False
+    return isinstance(y, Tensor) and torch.allclose(y, nn.functional.linear(x, probe.weight, probe.bias))
+
+
 def is_plain_linear(module: nn.Module) -> bool:
     """Whether a module computes what `nn.Linear` does; a subclass with its own `forward` (a router) does not count."""
-    return isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward
+    if not isinstance(module, nn.Linear):
+        return False
+    kind: Any = type(module)
+    return kind.forward is nn.Linear.forward or _computes_linear(kind)
 
 
 class _FrozenMatmul(torch.autograd.Function):

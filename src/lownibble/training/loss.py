@@ -210,6 +210,15 @@ def check_packing(model: Any, rows: Sequence[Sequence[int]]) -> None:
         raise attention.refusal(type(model).__name__, "its rows are not the same packed as alone")
 
 
+def _as_in_training(model: Any, input_ids_BT: Tensor, attention_mask_BT: Tensor) -> None:
+    """A pass with dropout, which some models ask of attention under names of their own."""
+    devices = [input_ids_BT.device] if input_ids_BT.device.type == "cuda" else []
+    with torch.random.fork_rng(devices):
+        model.train()
+        hidden_states(model, input_ids_BT, attention_mask_BT)
+        model.eval()
+
+
 def check_rows(model: Any, input_ids_BT: Tensor, attention_mask_BT: Tensor) -> str:
     """Why a padded batch cannot run on Lownibble's attention kernel, or "". Compares its hidden states with those of the model's
     own attention."""
@@ -221,6 +230,7 @@ def check_rows(model: Any, input_ids_BT: Tensor, attention_mask_BT: Tensor) -> s
         try:
             with attention.segment_attention(model):
                 found = hidden_states(model, input_ids_BT, attention_mask_BT)
+                _as_in_training(model, input_ids_BT, attention_mask_BT)
         except ModelError as error:
             return str(error)
         except Exception as error:  # the model's own code, which has just run with its own attention
