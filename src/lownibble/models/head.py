@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from lownibble.errors import ModelError
 from lownibble.models import attention
 from lownibble.models.info import body, info
-from lownibble.quant import exact_products, is_plain_linear
+from lownibble.quant import QuantLinear, exact_products, is_plain_linear
 from lownibble.quant.dense import DenseProducts, code_type_for
 
 LOGIT_TRANSFORMS: dict[str, Callable[[Tensor, float], Tensor]] = {
@@ -113,6 +113,10 @@ def for_comparing(model: Any) -> Iterator[None]:
         model.train(was_training)
 
 
+def _first_line(error: Exception) -> str:
+    return str(error).partition("\n")[0]
+
+
 HEAD_TOLERANCE = {torch.float32: 1e-3, torch.float16: 0.02, torch.bfloat16: 0.06}
 """Permitted difference of logits, relative to the largest: a few roundings of the dtype between different orders of operations (8
 bits of mantissa in bfloat16: 2^-8 per rounding). A head with an unknown transform is off by order one."""
@@ -128,12 +132,26 @@ def check_head(model: Any) -> None:
     input_ids = torch.arange(1, 9, device=device).unsqueeze(0) % Head(model).vocab_size
     pair = {"decoder_input_ids": input_ids} if model.config.is_encoder_decoder else {}
     source = (input_ids, torch.ones_like(input_ids)) if pair else None
+    name, dtype = type(model).__name__, model.get_input_embeddings().weight.dtype
     with for_comparing(model):
-        logits = model(input_ids=input_ids, use_cache=False, **pair).logits[0]
-        own, dtype = logits.float(), model.get_input_embeddings().weight.dtype
-        ours = Head(model)(hidden_states(model, input_ids, torch.ones_like(input_ids), source=source)[0]).float()
+        try:
+            own = model(input_ids=input_ids, use_cache=False, **pair).logits[0].float()
+        except Exception as error:
+            if not any(isinstance(module, QuantLinear) for module in model.modules()):
+                raise
+            raise ModelError(
+                f"{name} does not run with these layers packed ({type(error).__name__}: {_first_line(error)}): its code may use "
+                "their weights itself. Name them in skip_modules, or use --method lora."
+            ) from error
+        try:
+            ours = Head(model)(hidden_states(model, input_ids, torch.ones_like(input_ids), source=source)[0]).float()
+        except Exception as error:
+            raise ModelError(
+                f"{name} cannot be trained here yet: its body and head are put together in a way that is not known "
+                f"({type(error).__name__}: {_first_line(error)})."
+            ) from error
     if own.shape != ours.shape or (own - ours).abs().max() > HEAD_TOLERANCE[dtype] * own.abs().max().clamp(min=1):
         raise ModelError(
-            f"{type(model).__name__} changes its logits in a way that is not known (configuration keys known: "
+            f"{name} changes its logits in a way that is not known (configuration keys known: "
             f"{', '.join(LOGIT_TRANSFORMS)}). Its loss would be wrong; it cannot be trained here yet."
         )

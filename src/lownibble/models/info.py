@@ -71,6 +71,7 @@ def info(model: Any) -> ModelInfo:
 
 
 def body(model: Any) -> Any:
-    """The model without its head: transformers' `base_model`, or the decoder where a class has no such part."""
-    found = model.base_model
-    return model.get_decoder() if found is model else found
+    """The model without its head: transformers' `base_model`, its decoder, or its part called 'model' (Llama 4's classes name no
+    other)."""
+    parts = (model.base_model, model.get_decoder(), getattr(model, "model", model))
+    return next((part for part in parts if part is not model), model)
