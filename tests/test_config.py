@@ -12,6 +12,7 @@ from lownibble.config import (
     LoraConfig,
     MergeConfig,
     QuantConfig,
+    RowsConfig,
     RunConfig,
     ServeConfig,
     TrainConfig,
@@ -27,7 +28,7 @@ VALUES = {
     "model": "some/model", "revision": "v1", "dtype": "bfloat16", "device": "cpu", "method": "lora", "methods": ["full", "lora"],
     "path": "x.jsonl", "eval_path": "y.jsonl", "split": "a", "eval_split": "b", "eval_fraction": 0.3, "prompt_template": "{q}",
     "completion_template": "{a}", "use_chat_template": True, "mask_prompt": False, "overlength": "drop",
-    "max_rows": 7, "max_eval_rows": 8,
+    "max_rows": 7, "max_eval_rows": 8, "rows": 5,
     "quant_type": "fp4", "block_size": 128, "double_quant": False, "compute": "exact", "skip_modules": ["lm_head", "o_proj"],
     "pattern": {"down_proj": {"quant_type": "int8"}}, "objective": "another",
     "r": 3, "lora_alpha": 5.0, "lora_dropout": 0.25, "target_modules": ["q_proj", "v_proj"], "bias": "all", "use_rslora": True,
@@ -53,7 +54,7 @@ REQUIRED = {MergeConfig: {"adapter": "a", "output": "b"}, ExportConfig: {"source
 """Options without a default."""
 
 
-CONFIGS = (RunConfig, CompareConfig, EvalConfig, MergeConfig, ExportConfig, ServeConfig)
+CONFIGS = (RunConfig, CompareConfig, EvalConfig, RowsConfig, MergeConfig, ExportConfig, ServeConfig)
 
 
 def _toml(value):
@@ -79,7 +80,7 @@ def _leaves(config):
 
 
 ALL = _leaves(RunConfig) + [p for p in _leaves(CompareConfig) if p.values[1] == ("methods",)]
-ALL += _leaves(EvalConfig) + _leaves(MergeConfig) + _leaves(ExportConfig) + _leaves(ServeConfig)
+ALL += _leaves(EvalConfig) + _leaves(RowsConfig) + _leaves(MergeConfig) + _leaves(ExportConfig) + _leaves(ServeConfig)
 
 
 @pytest.mark.parametrize(("config", "path", "field"), ALL)

@@ -305,6 +305,16 @@ class EvalConfig(_Subject):
     quantized: bool = Field(False, description="hold the base in 4 bits, as the quant options say")
 
 
+class RowsConfig(Options):
+    """Rows as a model will see them (`lownibble data`)."""
+
+    model: str = Field("demo", description="whose tokenizer and chat template: 'demo', a model folder, a .gguf file or a hub id")
+    revision: str | None = Field(None, description="hub revision of the model")
+    rows: Annotated[int, Ge(0)] = Field(3, description="rows to show")
+    data: Data = DataConfig()
+    train: TrainConfig = TrainConfig()
+
+
 class MergeConfig(Options):
     """Merging an adapter into its base's weights (`lownibble merge`)."""
 

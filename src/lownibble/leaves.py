@@ -11,7 +11,7 @@ from typing import Any, get_args
 
 from pydantic.fields import FieldInfo
 
-from lownibble.config import PACKED, DataConfig, EvalConfig, ExportConfig, MergeConfig, PlanConfig, ServeConfig
+from lownibble.config import PACKED, DataConfig, EvalConfig, ExportConfig, MergeConfig, PlanConfig, RowsConfig, ServeConfig
 from lownibble.options import Options
 
 PLANNED = {
@@ -51,6 +51,7 @@ EVALUATED = {
 TAKES: dict[type[Options], Mapping[str, tuple[str, ...]]] = {
     PlanConfig: PLANNED,
     EvalConfig: EVALUATED,
+    RowsConfig: {"data": tuple(DataConfig.model_fields), "train": ("max_length",)},
     MergeConfig: MERGED,
     ExportConfig: ONLY_QUANT,
     ServeConfig: ONLY_QUANT,

@@ -13,10 +13,11 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Table
+from rich.text import Text
 
 from lownibble.bench import run_bench
 from lownibble.cli.flags import read
-from lownibble.config import CompareConfig, EvalConfig, ExportConfig, MergeConfig, PlanConfig, RunConfig, ServeConfig
+from lownibble.config import CompareConfig, EvalConfig, ExportConfig, MergeConfig, PlanConfig, RowsConfig, RunConfig, ServeConfig
 from lownibble.errors import ConfigError
 
 
@@ -231,6 +232,36 @@ def evaluate(arguments: argparse.Namespace) -> dict[str, Any]:
             table.add_row(escape(task), escape(name), f"{found['value']:.4f}", error, str(found["rows"] or "-"))
     _console(arguments).print(table)
     return result
+
+
+def data(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Show rows as the model will see them."""
+    if hasattr(arguments, "data"):
+        setattr(arguments, "data.path", arguments.data)
+    config: RowsConfig = read(arguments, RowsConfig)
+    from lownibble.data.inspect import inspect
+
+    found, console = inspect(config), _console(arguments)
+    console.print(f"{found['data']}: {found['form']} rows, tokenised for {found['model']}", markup=False, soft_wrap=True)
+    for side in ("training", "evaluation"):
+        of = found[side]
+        console.print(
+            f"{side}: {of['rows']:,} rows, {of['tokens']:,} tokens, {of['label_share']:.0%} of them trained; lengths "
+            f"{', '.join(f'{name} {length}' for name, length in of['lengths'].items())}", soft_wrap=True,
+        )  # fmt: skip
+    most = max(count for _, count in found["training"]["histogram"])
+    for upto, count in found["training"]["histogram"]:
+        console.print(f"{upto:>7} {'█' * round(40 * count / most):<40} {count}", markup=False)
+    for row in found["rows"]:
+        console.print(f"\n{row['origin']}, {row['tokens']} tokens; trained is marked:", markup=False)
+        text = Text()
+        for piece, trained in row["pieces"]:
+            marked = piece if console.color_system or not trained else f"⟦{piece}⟧"
+            text.append(marked, style="bold green" if trained else "dim")
+        console.print(text, soft_wrap=True)
+    for warning in found["warnings"]:
+        print(f"warning: {warning}", file=sys.stderr)
+    return found
 
 
 def merge(arguments: argparse.Namespace) -> dict[str, Any]:

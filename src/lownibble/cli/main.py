@@ -19,7 +19,7 @@ from lownibble import __version__
 from lownibble.bench import BENCHES
 from lownibble.cli import commands
 from lownibble.cli.flags import add_flags
-from lownibble.config import CompareConfig, EvalConfig, ExportConfig, MergeConfig, PlanConfig, RunConfig, ServeConfig
+from lownibble.config import CompareConfig, EvalConfig, ExportConfig, MergeConfig, PlanConfig, RowsConfig, RunConfig, ServeConfig
 from lownibble.errors import ConfigError, InputError, LownibbleError
 
 _MODELS = "'demo', a bundled model (llama-3-8b, qwen2.5-7b, ...), a config.json, a model folder or a hub id"
@@ -55,6 +55,11 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument("config", nargs="?", metavar="CONFIG.toml", help="options from a TOML file; flags win over it")
     train.add_argument("--dry-run", action="store_true", help="try a few steps, show planned and measured memory, write nothing")
     add_flags(train, RunConfig)
+
+    data = add("data", commands.data, "Show rows as the model will see them: text, tokens, which are trained, lengths, oddities.",
+               "lownibble data chats.jsonl --model HuggingFaceTB/SmolLM2-135M-Instruct --rows 2")  # fmt: skip
+    data.add_argument("data", nargs="?", default=argparse.SUPPRESS, metavar="DATA", help="'demo', a file, a folder or a hub id")
+    add_flags(data, RowsConfig, positional=("path",))
 
     plan = add("plan", commands.plan, "Say what a run needs, what fits where, how long it takes and what it costs.",
                "lownibble plan llama-3-8b --gpu rtx-4090 --max-length 1024 --batch-size 4 --tokens 10000000")  # fmt: skip

@@ -21,6 +21,7 @@ from lownibble import record
 from lownibble.config import DataConfig, RunConfig, TrainConfig
 from lownibble.data import Choice, Dataset, Encoded, Example, digest_of
 from lownibble.data import load as load_data
+from lownibble.data.inspect import warnings_of
 from lownibble.errors import ModelError
 from lownibble.lora import add_lora, count_parameters, save_adapter
 from lownibble.lora.inject import adapter_configs
@@ -159,7 +160,7 @@ def _trainer(
         choices=_kept(objective.choices(*sides, tokenizer, data, config.max_length), encoded[1]), cut_rows=encoded[0].n_cut,
         identity=identity,
     )  # fmt: skip
-    trainer.warnings += _overlong(sides, encoded, config.max_length)
+    trainer.warnings += warnings_of(encoded, tokenizer, config.max_length)
     return trainer, encoded
 
 
@@ -169,16 +170,6 @@ def _kept(choices: list[Choice] | None, evaluation: Encoded) -> list[Choice] | N
         return choices
     kept = {example.origin for example in evaluation.examples}
     return [choice for choice in choices if choice.origin in kept]
-
-
-def _overlong(sides: tuple[Dataset, Dataset], encoded: list[Encoded], max_length: int) -> list[str]:
-    """How many rows are longer than `max_length`, and what became of them."""
-    told = []
-    for which, side, rows in zip(("training", "evaluation"), sides, encoded, strict=True):
-        for count, what in ((rows.n_cut, "cut"), (rows.n_dropped, "dropped")):
-            if count:
-                told.append(f"{count} of {len(side.rows)} {which} rows are longer than max_length {max_length} and are {what}")
-    return told
 
 
 def _train(

@@ -1,0 +1,109 @@
+"""`lownibble data`: rows as a model will see them, and what is odd about them.
+
+The same checks warn at the start of training (`warnings_of`): rows that are cut, rows that train no token which ends a turn, rows
+that occur twice or on both sides of the split.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections import Counter
+from typing import Any
+
+from lownibble.config import RowsConfig
+from lownibble.data.sources import load
+from lownibble.data.template import Encoded, Example, TokenCoder, encode
+
+BUCKETS = 12
+"""Bars of the histogram of lengths."""
+
+
+def inspect(config: RowsConfig) -> dict[str, Any]:
+    """Tokenise a data set for a model and describe it: by side counts, lengths, odd rows; and the first rows as pieces of text.
+
+    Raises:
+        DataError, ConfigError, ModelError: as `load` and `encode`.
+    """
+    from lownibble.models import load_tokenizer, resolve
+
+    tokenizer = load_tokenizer(resolve(config.model, config.revision))
+    sides = load(config.data)
+    encoded = [encode(side, tokenizer, config.data, config.train.max_length) for side in sides]
+    coder = TokenCoder(tokenizer)
+    described = [_describe(side, len(dataset.rows), coder) for side, dataset in zip(encoded, sides, strict=True)]
+    return {
+        "kind": "data", "data": sides[0].name, "model": config.model, "form": encoded[0].form,
+        "max_length": config.train.max_length, "training": described[0], "evaluation": described[1],
+        "rows": [
+            {"origin": example.origin, "tokens": len(example.input_ids), "pieces": pieces(example, tokenizer)}
+            for example in encoded[0].examples[: config.rows]
+        ],
+        "warnings": warnings_of(encoded, tokenizer, config.train.max_length),
+    }  # fmt: skip
+
+
+def _describe(side: Encoded, n_rows: int, coder: TokenCoder) -> dict[str, Any]:
+    lengths = sorted(len(example.input_ids) for example in side.examples)
+    labels, tokens = sum(sum(example.is_label) for example in side.examples), sum(lengths)
+    return {
+        "rows": n_rows, "tokens": tokens, "label_tokens": labels, "label_share": labels / tokens,
+        "lengths": {
+            "shortest": lengths[0], "median": lengths[len(lengths) // 2], "95%": lengths[int(0.95 * (len(lengths) - 1))],
+            "longest": lengths[-1],
+        },
+        "histogram": histogram(lengths), "cut": side.n_cut, "dropped": side.n_dropped,
+        "without_an_end": len(_without_end(side, coder)), "repeated": _repeated(side),
+    }  # fmt: skip
+
+
+def histogram(lengths: list[int]) -> list[tuple[int, int]]:
+    """(tokens up to which, rows) in at most `BUCKETS` bars of one width."""
+    width = -(-max(lengths) // BUCKETS)
+    counts = Counter(-(-length // width) for length in lengths)
+    return [(bar * width, counts[bar]) for bar in range(min(counts), max(counts) + 1)]
+
+
+def pieces(example: Example, tokenizer: Any) -> list[tuple[str, bool]]:
+    """The row's text in stretches of tokens that are trained or not."""
+    paired = zip(example.input_ids, example.is_label, strict=True)
+    stretches = itertools.groupby(paired, key=lambda pair: pair[1])
+    return [(tokenizer.decode([token for token, _ in stretch]), flag) for flag, stretch in stretches]
+
+
+def _without_end(side: Encoded, coder: TokenCoder) -> list[Example]:
+    """Rows whose last label is no special token, though nothing was cut: the model is not taught to stop there."""
+    longest = max(len(example.input_ids) for example in side.examples)
+    ends = {*coder.special_ids, coder.tokenizer.eos_token_id}
+    whole = (example for example in side.examples if not (side.n_cut and len(example.input_ids) == longest))
+    return [example for example in whole if _last_label(example) not in ends]
+
+
+def _last_label(example: Example) -> int:
+    return example.input_ids[max(place for place, flag in enumerate(example.is_label) if flag)]
+
+
+def _repeated(side: Encoded) -> int:
+    """Rows that are token by token another row."""
+    return len(side.examples) - len({tuple(example.input_ids) for example in side.examples})
+
+
+def warnings_of(encoded: list[Encoded], tokenizer: Any, max_length: int) -> list[str]:
+    """What a user should know of the rows of both sides before training on them."""
+    coder, told = TokenCoder(tokenizer), []
+    for which, side in zip(("training", "evaluation"), encoded, strict=True):
+        n_rows = len(side.examples) + side.n_dropped
+        for count, what in ((side.n_cut, "cut"), (side.n_dropped, "dropped")):
+            if count:
+                told.append(f"{count} of {n_rows} {which} rows are longer than max_length {max_length} and are {what}")
+    training, evaluation = encoded
+    if endless := _without_end(training, coder):
+        told.append(
+            f"{len(endless)} of {len(training.examples)} training rows train no token that ends a turn ({endless[0].origin}): "
+            "the model may not learn to stop"
+        )
+    if repeated := _repeated(training):
+        told.append(f"{repeated} of {len(training.examples)} training rows repeat another one")
+    known = {tuple(example.input_ids) for example in training.examples}
+    if both := sum(tuple(example.input_ids) in known for example in evaluation.examples):
+        told.append(f"{both} of {len(evaluation.examples)} evaluation rows are training rows, too")
+    return told

@@ -1,0 +1,78 @@
+"""What `lownibble data` says of rows. Oracles: the encoded rows, counted by hand."""
+
+import json
+
+import pytest
+from tiny_folders import write_model
+
+from lownibble.cli.main import main
+from lownibble.config import DataConfig, RowsConfig, TrainConfig
+from lownibble.data import Dataset, Row, encode
+from lownibble.data.inspect import histogram, inspect, pieces, warnings_of
+
+
+@pytest.fixture(scope="module")
+def tiny_model(tmp_path_factory):
+    return write_model(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture
+def files(tmp_path):
+    """Training rows of which one is twice there and one is long; of the evaluation rows one is a training row."""
+    train = [{"prompt": f"film {word}", "completion": " good"} for word in ("plot", "actor", "plot")]
+    train.append({"prompt": "good film " * 20, "completion": " bad"})
+    test = [{"prompt": "film plot", "completion": " good"}, {"prompt": "film bad", "completion": " bad"}]
+    for name, rows in (("train", train), ("test", test)):
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return tmp_path
+
+
+def test_sides_rows_and_warnings(tiny_model, files):
+    found = inspect(RowsConfig(model=str(tiny_model), data=DataConfig(path=str(files)), train=TrainConfig(max_length=16), rows=2))
+    training, evaluation = found["training"], found["evaluation"]
+    assert (training["rows"], training["tokens"], training["label_tokens"], training["cut"]) == (4, 3 * 4 + 16, 8, 1)
+    assert training["lengths"] == {"shortest": 4, "median": 4, "95%": 4, "longest": 16}
+    assert sum(count for _, count in training["histogram"]) == 4
+    assert (training["repeated"], training["without_an_end"], evaluation["rows"]) == (1, 0, 2)
+    shown = [[("film plot", False), ("good <eos>", True)], [("film actor", False), ("good <eos>", True)]]
+    assert [row["pieces"] for row in found["rows"]] == shown
+    assert found["warnings"] == [
+        "1 of 4 training rows are longer than max_length 16 and are cut",
+        "1 of 4 training rows repeat another one",
+        "1 of 2 evaluation rows are training rows, too",
+    ]
+
+
+def test_a_turn_without_an_end_is_told(tokenizer):
+    tokenizer.chat_template = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
+    rows = Dataset("rows", [Row({"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}, "r:1")])
+    encoded = encode(rows, tokenizer, DataConfig(), 64)
+    assert warnings_of([encoded, encoded], tokenizer, 64)[0] == (
+        "1 of 1 training rows train no token that ends a turn (r:1): the model may not learn to stop"
+    )
+    assert [text for text, trained in pieces(encoded.examples[0], tokenizer) if trained]
+
+
+@pytest.mark.parametrize("lengths", [[1], [5, 5, 5], [1, 100], list(range(1, 200))])
+def test_every_length_is_in_one_bar(lengths):
+    bars = histogram(lengths)
+    assert len(bars) <= 13
+    assert sum(count for _, count in bars) == len(lengths)
+    edges = [upto for upto, _ in bars]
+    assert edges == sorted(edges)
+    assert edges[-1] >= max(lengths)
+
+
+def test_the_command_prints_one_json_document(tiny_model, files, capsys):
+    assert main(["data", str(files), "--model", str(tiny_model), "--max-length", "16", "--json"]) == 0
+    out, err = capsys.readouterr()
+    assert json.loads(out)["training"]["rows"] == 4
+    assert "trained is marked" in err
+    assert "warning: 1 of 4 training rows are longer" in err
+
+
+def test_bad_rows_are_one_error(tiny_model, tmp_path, capsys):
+    path = tmp_path / "bad.jsonl"
+    path.write_text('{"prompt": "a"}\n')
+    assert main(["data", str(path), "--model", str(tiny_model)]) == 2
+    assert "bad.jsonl:1: " in capsys.readouterr().err
