@@ -244,6 +244,17 @@ class RunConfig(_Subject):
     """One training run (`lownibble train`)."""
 
     method: Method = Field("qlora", description="full, lora (16/32-bit base) or qlora (4-bit base)")
+    adapter: str | None = Field(
+        None, description="folder of an adapter to train on from; its own configuration holds, so leave the lora options out"
+    )
+
+    @model_validator(mode="after")
+    def _an_adapter_brings_its_options(self) -> RunConfig:
+        if self.adapter is not None and self.method == "full":
+            raise ConfigError("The 'adapter' of RunConfig cannot be trained with method 'full'. Use lora or qlora.")
+        if self.adapter is not None and self.lora != LoraConfig():
+            raise ConfigError(f"The adapter '{self.adapter}' has its own configuration. Leave the lora options out.")
+        return self
 
 
 COMPARE_TRAIN = TrainConfig(

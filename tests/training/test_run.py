@@ -12,7 +12,8 @@ from safetensors.torch import load_file
 
 import lownibble as ln
 from lownibble.config import DataConfig, LoraConfig, QuantConfig, RunConfig, TrainConfig
-from lownibble.errors import ConfigError, ModelError, OutputError, TargetError, TrainingError
+from lownibble.errors import AdapterError, ConfigError, ModelError, OutputError, TargetError, TrainingError
+from lownibble.lora.inject import adapter_configs
 from lownibble.training import Evaluated, Finished, JsonlSink, Saved, Sink, Started, Stepped, run
 from lownibble.training.output import claim
 
@@ -120,14 +121,40 @@ def test_resume_refuses_another_mask_and_tells_of_other_tokens(tiny_model, tiny_
     assert [m for m in told.record["warnings"] if m.startswith("the rows have other tokens or labels than when the run began")]
 
 
+@pytest.mark.parametrize("method", ["lora", "qlora"])
+def test_a_run_trains_on_from_an_adapter(tiny_model, tiny_data, tmp_path, method):
+    """It starts where the adapter ended, with the adapter's own configuration, and may be resumed."""
+    first = run(_config(tiny_model, tiny_data, method, output_dir=str(tmp_path / "first"), max_steps=8, learning_rate=5e-2))
+    config = _config(tiny_model, tiny_data, method, output_dir=str(tmp_path / "second"), max_steps=4, save_steps=2)
+    config = config.with_options(lora=LoraConfig(), adapter=str(tmp_path / "first" / "adapter"))
+    second = run(config)
+    assert second.record["evaluations"][0]["loss"] == pytest.approx(first.eval_loss, rel=1e-5)
+    assert adapter_configs(second.model)["default"].r == 4
+    again = run(config.with_options(train=config.train.with_options(resume=True)))
+    assert again.losses == second.losses
+    other = config.with_options(adapter=str(tmp_path / "second" / "adapter"))
+    with pytest.raises(OutputError, match="started_from"):
+        run(other.with_options(train=config.train.with_options(resume=True)))
+
+
+def test_an_adapter_to_train_on_from_brings_its_options(tiny_model, tiny_data, tmp_path):
+    config = _config(tiny_model, tiny_data)
+    with pytest.raises(ConfigError, match=r"has its own configuration\. Leave the lora options out"):
+        config.with_options(adapter=str(tmp_path))
+    with pytest.raises(ConfigError, match="cannot be trained with method 'full'"):
+        config.with_options(lora=LoraConfig(), adapter=str(tmp_path), method="full")
+    with pytest.raises(AdapterError, match="holds no adapter"):
+        run(config.with_options(lora=LoraConfig(), adapter=str(tmp_path)))
+
+
 @pytest.mark.parametrize("overlength", ["cut", "drop"])
 def test_rows_that_are_too_long_are_told(tiny_model, tiny_data, tmp_path, overlength):
-    config = _config(tiny_model, tiny_data, max_steps=1, max_length=8)
+    config = _config(tiny_model, tiny_data, max_steps=1, max_length=11)
     result = run(config.with_options(data=config.data.with_options(overlength=overlength)))
     what = {"cut": "cut", "drop": "dropped"}[overlength]
-    told = [message for message in result.record["warnings"] if "longer than max_length 8" in message]
+    told = [message for message in result.record["warnings"] if "longer than max_length 11" in message]
     assert told
-    assert all(message.endswith(f"rows are longer than max_length 8 and are {what}") for message in told)
+    assert all(message.endswith(f"rows are longer than max_length 11 and are {what}") for message in told)
 
 
 @pytest.mark.parametrize("warmup", [0.0, 0.2])

@@ -47,6 +47,7 @@ class ModelInfo:
             or None.
         read_dense: reads a layer's dense weight (out, in) in float32 from the checkpoint, by the layer's path; None if the
             model has no dense checkpoint.
+        started_from: SHA-256 of the adapter's weights that a run trains on from, or None.
         changed_base: name of the adapter initialisation that changed the packed weights, or None.
     """
 
@@ -58,6 +59,7 @@ class ModelInfo:
     autocast: torch.dtype | None = None
     read_dense: Callable[[str], Tensor] | None = None
     changed_base: str | None = None
+    started_from: str | None = None
     adapters: Adapters = field(default_factory=Adapters)
 
 

@@ -6,6 +6,7 @@ the same result.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import statistics
 import sys
@@ -23,7 +24,8 @@ from lownibble.data import Choice, Dataset, Encoded, Example, digest_of
 from lownibble.data import load as load_data
 from lownibble.data.inspect import warnings_of
 from lownibble.errors import ModelError
-from lownibble.lora import add_lora, count_parameters, save_adapter
+from lownibble.lora import add_lora, count_parameters, load_adapter, save_adapter
+from lownibble.lora.adapter import WEIGHTS_FILE
 from lownibble.lora.inject import adapter_configs
 from lownibble.memory import planned, usage
 from lownibble.models import compute, load, pick_device
@@ -131,7 +133,12 @@ def _make(config: RunConfig) -> tuple[Any, Any]:
     packed = any(isinstance(module, QuantLinear) for module in model.modules())
     if packed and config.method != "qlora":
         raise ModelError(f"'{config.model}' holds 4-bit weights. Train it with --method qlora, or give a dense checkpoint.")
-    if config.method != "full":
+    if config.adapter is not None:
+        load_adapter(model, config.adapter, trainable=True)
+        weights = Path(config.adapter) / WEIGHTS_FILE
+        with weights.open("rb") as file:
+            info(model).started_from = hashlib.file_digest(file, "sha256").hexdigest()
+    elif config.method != "full":
         add_lora(model, config.lora, seed=config.train.seed)
     else:
         model.requires_grad_(True)
@@ -267,6 +274,7 @@ def _subject(model: Any) -> dict[str, Any]:
         "quant": sorted({m.codec for m in quantized}),
         "compute": ", ".join(sorted({m.compute for m in quantized})),
         "head_compute": Head(model).compute,
+        "started_from": info(model).started_from,
     }
 
 
