@@ -52,6 +52,35 @@ ROW = st.one_of(
 )
 
 
+MOSTLY = st.one_of(*[st.sampled_from(["good film", "bad plot", "very good", "not bad ?"])] * 3, TEXT)
+
+
+def _alternating(texts):
+    return [{"role": ("user", "assistant")[n % 2], "content": text} for n, text in enumerate(texts)]
+
+
+TALK = st.lists(MOSTLY, min_size=2, max_size=6).map(_alternating)
+FORMS = [
+    st.fixed_dictionaries({"messages": TALK}),
+    st.fixed_dictionaries({"messages": TALK.map(json.dumps)}),
+    st.fixed_dictionaries({"messages": st.tuples(MOSTLY, TALK).map(lambda t: [{"role": "system", "content": t[0]}, *t[1]])}),
+    st.fixed_dictionaries(
+        {
+            "conversations": TALK.map(
+                lambda t: [{"from": {"user": "human"}.get(m["role"], "gpt"), "value": m["content"]} for m in t]
+            )
+        }
+    ),
+    st.fixed_dictionaries({"prompt": MOSTLY, "completion": MOSTLY}),
+    st.fixed_dictionaries({"prompt": TALK.map(lambda t: t[:1]), "completion": MOSTLY.map(lambda t: _alternating(["", t])[1:])}),
+    st.fixed_dictionaries({"instruction": MOSTLY, "output": MOSTLY}, optional={"input": MOSTLY}),
+    st.fixed_dictionaries({"text": MOSTLY, "label": MOSTLY}),
+    st.fixed_dictionaries({"text": MOSTLY}),
+]
+ROWS = st.one_of(*(st.lists(form, min_size=1, max_size=3) for form in FORMS), st.lists(ROW, min_size=1, max_size=3))
+"""Nine files of one sound form, with odd texts here and there, to one of anything."""
+
+
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
     folder = tmp_path_factory.mktemp("model")
@@ -60,7 +89,7 @@ def made(tmp_path_factory):
 
 @pytest.mark.slow
 @settings(max_examples=1000, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
-@given(rows=st.lists(ROW, min_size=1, max_size=3), template=st.sampled_from(TEMPLATES), array=st.booleans(), chat=st.booleans())
+@given(rows=ROWS, template=st.sampled_from(TEMPLATES), array=st.booleans(), chat=st.booleans())
 def test_a_drawn_file_is_encoded_or_refused(made, rows, template, array, chat):
     tokenizer, path = made
     tokenizer.chat_template = template
