@@ -15,6 +15,8 @@ import pytest
 from lownibble.config import DataConfig
 from lownibble.data import Dataset, Row, encode
 from lownibble.data.chat import ChatRenderer
+from lownibble.data.dialects import standard
+from lownibble.data.inspect import warnings_of
 from lownibble.errors import DataError
 
 trl = pytest.importorskip("trl")
@@ -99,7 +101,7 @@ def test_spans_are_those_that_trl_marks(tokenizer, name, case):
 
 REFUSED = {
     ("gemma", "system"): "System role not supported",
-    ("phi3", "tools"): "does not render the tool calls of message 2",
+    ("phi3", "tools"): "leaves out the tools",
     ("llava_next", "tools"): "Only user and assistant roles are supported",
 }
 
@@ -223,3 +225,124 @@ def test_many_turns_cost_what_few_do(tokenizer):
         encoded(made, messages)
         seconds[turns] = time.perf_counter() - started
         assert len(calls) <= 5, "the conversation, and probes of the template"
+
+
+CHATML = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+BY_INDEX = (
+    "{% for i in range(messages | length) %}<|im_start|>{{ messages[i].role }}\n{{ messages[i].content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+NO_PROMPT = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+ENDS_LATE = (
+    "{% for m in messages %}{{ '' if loop.first else '<|im_end|>\n' }}<|im_start|>{{ m.role }}\n{{ m.content }}{% endfor %}"
+    "<|im_end|>"
+    "{% if add_generation_prompt %}\n<|im_start|>assistant\n{% endif %}"
+)
+
+
+@pytest.mark.parametrize("template", [CHATML, BY_INDEX, NO_PROMPT, ENDS_LATE])
+@pytest.mark.parametrize("content", ["a", "d", "assistant", "im_start", "user", "\n a", "<|im_start|>", "."])
+def test_contents_that_look_like_the_header(tokenizer, template, content):
+    """A content that occurs in its turn's header, or is one: the label is the content and the token that ends the turn."""
+    made = copy.deepcopy(tokenizer)
+    made.chat_template = template
+    messages = [user("what a day"), assistant(content), user("say a"), assistant("fine")]
+    example = encoded(made, messages)
+    assert made.decode(example.input_ids) == made.apply_chat_template(messages, tokenize=False)
+    if (template, content) != (ENDS_LATE, "<|im_start|>"):  # there it cannot be told from the next turn's header
+        assert "".join(trained_text(made, example).split()) == "".join(f"{content}<|im_end|>fine<|im_end|>".split())
+
+
+def test_a_template_that_changes_contents_trains_the_last_turn_and_says_so(tokenizer):
+    made = copy.deepcopy(tokenizer)
+    made.chat_template = BY_INDEX.replace("messages[i].content", "messages[i].content | replace('y', 'Y')")
+    rows = Dataset("rows", [Row({"messages": [user("hi"), assistant("yo"), user("hi"), assistant("yes")]}, "rows:1")])
+    found = encode(rows, made, DataConfig(), 512)
+    assert found.n_last_only == 1
+    assert "Yes<|im_end|>" in trained_text(made, found.examples[0])
+    assert "of 1 training conversations only the last assistant turn is trained" in warnings_of([found, found], made, 512)[0]
+
+
+TOOL_TURNS = [user("w?"), assistant("", tool_calls=[CALL]), {**ANSWER, "content": "Paris"}, assistant("ok done")]
+
+
+@pytest.mark.peer
+@pytest.mark.parametrize("name", ["qwen3", "qwen2_5", "llama3_1", "gptoss", "gemma4"])
+def test_an_answer_that_repeats_the_call(tokenizer, name):
+    made = with_template(tokenizer, name)
+    made.bos_token = made.eos_token
+    found = ChatRenderer(made).rendered(TOOL_TURNS, TOOLS)
+    by_turn = {number: found.text[start:end] for start, end, number in found.spans}
+    assert "weather" in by_turn[1]
+    assert "Paris" in by_turn[1]
+    assert "ok done" in by_turn[3]
+    assert "weather" not in by_turn[3]
+
+
+@pytest.mark.parametrize(
+    ("messages", "tools", "message"),
+    [
+        ([user("a"), assistant("b"), {"role": "critic", "content": "no"}, assistant("c")], None, "whose role is 'critic'"),
+        ([user("a"), assistant("b", tool_calls=[CALL]), assistant("c")], None, "does not render the tool calls of message 2"),
+        ([user("a"), assistant("weather", tool_calls=[CALL])], None, "does not render the tool calls of message 2"),
+        ([user("a"), assistant("b")], TOOLS, "leaves out the tools"),
+    ],
+)
+def test_what_a_template_leaves_out_is_an_error(tokenizer, messages, tools, message):
+    made = copy.deepcopy(tokenizer)
+    made.chat_template = CHATML.replace("{% for m in messages %}", "{% for m in messages if m.role != 'critic' %}")
+    with pytest.raises(DataError, match=message):
+        encoded(made, messages, tools)
+
+
+def test_marks_belong_to_the_turn_that_printed_them(tokenizer):
+    made = copy.deepcopy(tokenizer)
+    made.chat_template = (
+        "{% for m in messages %}{% if m.role == 'assistant' and m.content == 'one two' %}{% generation %}one{% endgeneration %} "
+        "{% generation %}two{% endgeneration %}<|im_end|>{% else %}{{ m.content }}<|im_end|>{% endif %}{% endfor %}"
+    )
+    messages = [user("a"), assistant("one two"), user("b"), assistant("three", weight=0)]
+    assert trained_text(made, encoded(made, messages)) == "onetwo"
+
+
+@pytest.mark.parametrize(
+    ("turn", "message"),
+    [
+        ({"content": [{"type": "image"}]}, "has a part of type 'image', and only text can be trained"),
+        ({"content": [{"type": "text", "text": ""}]}, "the content of message 2 is empty"),
+        ({"content": [{"type": "text", "text": "\ud800"}]}, "half of a surrogate pair"),
+        ({"content": "a", "reasoning_content": "\ud800"}, "half of a surrogate pair"),
+        ({"content": "a", "tool_calls": 5}, "the tool_calls of message 2 must be a list"),
+        ({"content": "a", "tool_calls": [{"function": None}]}, "the tool_calls of message 2 must be a list"),
+        ({"content": "a", "tool_calls": ["x"]}, "the tool_calls of message 2 must be a list"),
+    ],
+)
+def test_odd_turns_are_named(tokenizer, turn, message):
+    made = copy.deepcopy(tokenizer)
+    made.chat_template = CHATML
+    with pytest.raises(DataError, match=f"rows:1: .*{message}"):
+        encoded(made, [user("a"), {"role": "assistant", **turn}])
+
+
+def test_reasoning_on_one_line_is_the_contents(tokenizer):
+    made = with_template(tokenizer, "qwen3")
+    example = encoded(made, [user("a"), assistant("<think>because</think>good")])
+    assert trained_text(made, example).endswith("good<|im_end|>")
+
+
+def test_nulls_that_parquet_adds_do_not_reach_the_template(tokenizer):
+    made = copy.deepcopy(tokenizer)
+    made.chat_template = TEXT.replace("{{ m.content }}", "{{ m.content }}{{ m.tool_calls | tojson if m.tool_calls }}")
+    call = {"function": {"name": "weather", "arguments": {"city": "Paris", "date": None}}, "id": None}
+    text = trained_text(made, encoded(made, [user("a"), assistant("b", tool_calls=[call])]))
+    assert text == 'b[{"function": {"name": "weather", "arguments": {"city": "Paris"}}}]<|im_end|>'
+
+
+def test_rows_of_mixed_files_are_told_apart_by_what_they_hold():
+    alpaca = {"messages": None, "prompt": None, "completion": None, "instruction": "Judge.", "input": None, "output": "good"}
+    assert standard(alpaca)["completion"] == "good"
+    assert standard({**alpaca, "prompt": "p", "completion": "c"})["completion"] == "c", "what is there already stays"
+    assert standard({"messages": "[" * 100_000})["messages"] == "[" * 100_000

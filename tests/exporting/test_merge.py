@@ -508,6 +508,22 @@ def test_encoder_decoder_with_a_trained_head_is_refused(adapt, tmp_path):
         ln.merge(adapter, tmp_path / "merged", onto="original", measure_tokens=0)
 
 
+def test_a_t5_merged_onto_nf4_loads_in_transformers(tmp_path, monkeypatch):
+    """transformers keeps T5's `wo` out of 4 bits whatever a checkpoint says, so it is written dense."""
+    folder = tmp_path / "t5"
+    folder.mkdir()
+    write_t5(folder)
+    model, _ = ln.load(str(folder), quant="nf4")
+    ln.add_lora(model, ln.LoraConfig(r=2, init_lora_weights=False), seed=1)
+    ln.save_adapter(model, tmp_path / "adapter")
+    ln.merge(tmp_path / "adapter", tmp_path / "merged", onto="nf4", measure_tokens=0, force=True)
+    stored = load_file(tmp_path / "merged" / "model.safetensors")
+    assert stored["encoder.block.0.layer.1.DenseReluDense.wo.weight"].shape == (32, 64)
+    assert stored["encoder.block.0.layer.0.SelfAttention.q.weight"].dtype == torch.uint8
+    again, _ = ln.load(str(tmp_path / "merged"))
+    assert {path.rpartition(".")[2] for path, m in again.named_modules() if hasattr(m, "facts")} >= {"q", "v", "wi_0"}
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="SIGKILL")
 def test_killed_it_goes_on(tmp_path, tokenizer):

@@ -28,6 +28,11 @@ CASES = {
     },
     "first wins": {"target_modules": ["q_proj"], "rank_pattern": {r"layers\.0\.self_attn\.q_proj": 2, "q_proj": 3}},
     "layers": {"target_modules": ["q_proj", "up_proj"], "layers_to_transform": [1]},
+    "layers, but for a whole path": {
+        "target_modules": ["model.layers.0.self_attn.q_proj", "v_proj"],
+        "layers_to_transform": [1],
+    },
+    "no layer named": {"target_modules": ["q_proj"], "layers_to_transform": []},
     "layers of a list": {"target_modules": ["q_proj"], "layers_to_transform": [1], "layers_pattern": "layers"},
     "excluded names": {"target_modules": r".*\.(q|k|v)_proj", "exclude_modules": ["k_proj", "layers.0.self_attn.q_proj"]},
     "excluded by a regex": {"target_modules": ["q_proj", "up_proj"], "exclude_modules": r".*\.0\..*_proj"},
@@ -51,7 +56,7 @@ FAMILIES = {
 }
 UNLIKE_PHI = {
     "regex", "regex of some layers", "excluded by a regex", "full path", "end of a path", "patterns", "layers", "block copied",
-    "bias lora_only", "norms copied",
+    "bias lora_only", "norms copied", "layers, but for a whole path",
 }  # fmt: skip
 """Cases that name modules Phi does not have."""
 STEPS, RELATIVE = 10, 1e-5  # issue 2: fp32, sums in another order
@@ -197,7 +202,7 @@ def test_counts_of_a_packed_base_equal_pefts(tiny, clone, peft, bitsandbytes, ca
 def test_options_that_peft_resolves_elsewhere_survive_its_files(tiny, clone, batch, peft, tmp_path):
     """'all-linear' of some layers: PEFT refuses it as an option, so the file spells the modules out."""
     base = make(tiny)
-    ours = ln.add_lora(clone(base), ln.LoraConfig(r=2, layers_to_transform=[1]), seed=1)
+    ours = ln.add_lora(clone(base), ln.LoraConfig(r=2, layers_to_transform=[1], layers_pattern=["layers"]), seed=1)
     randomise_trained(ours)
     ln.save_adapter(ours, tmp_path)
     read = peft.PeftModel.from_pretrained(clone(base), tmp_path)

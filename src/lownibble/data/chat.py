@@ -30,17 +30,25 @@ from functools import cached_property, lru_cache
 from itertools import count
 from typing import Any, NamedTuple
 
+from lownibble.data.turns import (
+    Regions,
+    Span,
+    append,
+    check_kept,
+    check_shown,
+    header_end,
+    holds_answers,
+    is_text,
+    owner_of,
+    plain_content,
+    regions_by_contents,
+    shared_length,
+)
 from lownibble.errors import DataError, ModelError
 
 _TURN = "lownibble_turn"
 """Key of a message that carries its number while the marked template is rendered."""
 
-
-PART_ENDS = ">]:\n "
-"""Characters that end a part of a header: a special token, a name, a line."""
-
-Span = tuple[int, int, int]
-"""Start, end, and number of the message, of text that the assistant wrote; in characters, or in tokens."""
 
 REASONING = ("<think>", "<|START_THINKING|>", "[THINK]", "<|channel>thought", "<|inner_prefix|>")
 """What opens a model's reasoning. A generation prompt may end with one; in a training row it is part of the answer."""
@@ -62,10 +70,6 @@ class Rendered(NamedTuple):
     only_last: bool = False
 
 
-Regions = dict[int, list[tuple[int, int]]]
-"""Number of a message -> [start, end) of the pieces of text that it gave."""
-
-
 class ChatRenderer:
     """A tokenizer's chat template."""
 
@@ -83,7 +87,10 @@ class ChatRenderer:
                 "The tokenizer has no chat template, which messages and use_chat_template need. "
                 "Take a chat (instruct) model, or give prompt_template and completion_template."
             )
-        found: str = self.tokenizer.get_chat_template(tools=tools)
+        try:
+            found: str = self.tokenizer.get_chat_template(tools=tools)
+        except ValueError as error:
+            raise ModelError(f"The tokenizer's chat templates cannot be used: {str(error).partition(chr(10))[0]}") from None
         return found
 
     def text(self, messages: list[dict[str, Any]], tools: Any = None, generation: bool = False) -> str:
@@ -120,25 +127,37 @@ class ChatRenderer:
             if other == messages:
                 raise
             messages, text = other, self._render(other, tools, False)
-        _check_kept(messages, text)
+        check_kept(messages, text, tools)
         speaking = [number for number, message in enumerate(messages) if message["role"] == "assistant"]
         wanted = [number for number in speaking if trained is None or trained[number]]
         if not wanted:
             return Rendered(text, [])
         marked = self._by_marks(messages, tools, text, speaking)
         if marked is not None:
-            return Rendered(text, [span for span in marked if span[2] in wanted], marked=True)
+            found = Rendered(text, [span for span in marked if span[2] in wanted], marked=True)
+        else:
+            found = self._by_turns(messages, tools, text, wanted)
+        written: dict[int, str] = {}
+        for start, end, number in found.spans:
+            written[number] = written.get(number, "") + text[start:end]
+        for number in wanted[-1:] if found.only_last else wanted:
+            check_shown(messages, number, written.get(number, ""))
+        return found
+
+    def _by_turns(self, messages: list[dict[str, Any]], tools: Any, text: str, wanted: list[int]) -> Rendered:
+        """The wanted turns by boundaries or contents, or the last one."""
         regions = self._by_loops(messages, tools, text)
-        if regions is None or any(number not in regions for number in wanted):
-            regions = _by_contents(messages, text, wanted, self._special_tokens)
+        by_contents = regions is None or any(number not in regions for number in wanted)
+        if by_contents:
+            regions = regions_by_contents(messages, text, wanted, self.header, self._special_tokens)
         if regions is None:
-            return self._last_turn(messages, tools, text, wanted[-1])
+            return self._last_turn(messages, tools, text, wanted)
+        known, header = regions, "" if by_contents else self.header
         spans = [
-            (start, end, number) for number in wanted
-            for start, end in self._written(text, messages, tools, number, regions[number])
-        ]  # fmt: skip
-        for number in wanted:
-            _check_shown(messages, number, "".join(text[start:end] for start, end, owner in spans if owner == number))
+            (start, end, number)
+            for number in wanted
+            for start, end in self._written(text, messages, tools, number, known, header)
+        ]
         return Rendered(text, spans)
 
     def _by_marks(self, messages: list[dict[str, Any]], tools: Any, text: str, speaking: list[int]) -> list[Span] | None:
@@ -155,10 +174,11 @@ class ChatRenderer:
         spans = [(start, end) for start, end in found if start < end]
         if rendered != text or not spans:
             return None
-        if len(spans) == len(speaking):
-            return [(start, end, number) for (start, end), number in zip(spans, speaking, strict=True)]
         regions = self._by_loops(messages, tools, text) or {}
-        return [(start, end, _owner(start, regions, speaking)) for start, end in spans]
+        owners = [owner_of(start, regions, speaking) for start, _ in spans]
+        if None in owners and len(spans) == len(speaking):
+            owners = list(speaking)
+        return [(start, end, speaking[-1] if own is None else own) for (start, end), own in zip(spans, owners, strict=True)]
 
     def _by_loops(self, messages: list[dict[str, Any]], tools: Any, text: str) -> Regions | None:
         """What each message's pass of the template's loops printed; None where that cannot be told."""
@@ -183,7 +203,7 @@ class ChatRenderer:
             piece = marked[last : found.start()] if found else marked[last:]
             plain.append(piece)
             if piece and within:
-                _append(regions.setdefault(within[-1][0], []), length, length + len(piece))
+                append(regions.setdefault(within[-1][0], []), length, length + len(piece))
             length += len(piece)
             if found:
                 last, number, loop = found.end(), int(found[1]), int(found[3])
@@ -194,21 +214,23 @@ class ChatRenderer:
         return regions if "".join(plain) == text else None
 
     def _written(
-        self, text: str, messages: list[dict[str, Any]], tools: Any, number: int, pieces: list[tuple[int, int]]
+        self, text: str, messages: list[dict[str, Any]], tools: Any, number: int, regions: Regions, header: str
     ) -> list[tuple[int, int]]:
-        """Of what a turn printed what the assistant wrote: without its header and the tools' answers, with the end of sequence
-        after the last turn."""
-        (start, end), *others = pieces
-        if _holds_answers(messages, number, text[start:end]):
+        """Of what a turn printed what the assistant wrote: without its header and the tools' answers, with the token that ends it
+        where that is printed after it."""
+        (start, end), *others = regions[number]
+        if holds_answers(messages, number, text[start:end], regions):
             end = start + self._length_alone(messages, tools, number, text[start:end])
-        content = _plain_content(messages[number]).strip()
-        limit = text[start:end].find(content) if content else -1
-        header = self._header_end(text[start:end], limit)
-        start += header if limit < 0 else min(header, limit)
-        found = [(start, end), *others]
-        eos, last = self.tokenizer.eos_token, found[-1][1]
-        if eos and number == len(messages) - 1 and text[last:].lstrip().startswith(eos):
+        start += header_end(header, text[start:end], plain_content(messages[number]).strip())
+        found, last = [(start, end), *others], (others or [(start, end)])[-1][1]
+        rest = text[last:].lstrip()
+        closed = text[start:last].rstrip().endswith(tuple(self._special_tokens))
+        eos = self.tokenizer.eos_token
+        following = next((token for token in self._special_tokens if rest.startswith(token)), "")
+        if eos and number == len(messages) - 1 and rest.startswith(eos):
             found.append((at := text.index(eos, last), at + len(eos)))
+        elif following and not closed and not self.header.startswith(following):
+            found.append((at := text.index(following, last), at + len(following)))  # a token that ends it, or begins the next
         return found
 
     def _length_alone(self, messages: list[dict[str, Any]], tools: Any, number: int, region: str) -> int:
@@ -222,18 +244,23 @@ class ChatRenderer:
         except DataError:
             return len(region)
         pieces = regions.get(len(alone) - 1, [])
-        return _shared(region, text[pieces[0][0] : pieces[0][1]]) if pieces else len(region)
+        return shared_length(region, text[pieces[0][0] : pieces[0][1]]) if pieces else len(region)
 
-    def _header_end(self, region: str, limit: int) -> int:
-        """Where a turn's header ends: what it begins with of the generation prompt, in whole parts. A template may print more
-        before the header of the first turn (a default system message), up to the content at `limit`."""
-        prompt = self.generation_prompt
-        if prompt and limit > 0 and (at := region.find(prompt, 0, limit)) >= 0:
-            return at + len(prompt)
-        shared = _shared(prompt, region)
-        if shared == len(prompt):
-            return shared
-        return next((n for n in range(shared, 0, -1) if prompt[n - 1] in PART_ENDS), 0)
+    @cached_property
+    def header(self) -> str:
+        """What stands before an assistant's answer: the generation prompt, or, where the template has none, what it prints before
+        the content of an assistant turn."""
+        if self.generation_prompt:
+            return self.generation_prompt
+        probe = "lownibbleprobe"
+        messages = self._formed([{"role": "user", "content": "a"}, {"role": "assistant", "content": probe}])
+        try:
+            text = self._render(messages, None, False)
+        except DataError:
+            return ""
+        [(start, end), *_] = (self._by_loops(messages, None, text) or {}).get(1) or [(0, 0)]
+        before = text[start:end].partition(probe)[0] if probe in text[start:end] else ""
+        return before if before.strip() else ""
 
     @cached_property
     def generation_prompt(self) -> str:
@@ -248,14 +275,15 @@ class ChatRenderer:
             if asked.startswith(start):
                 break
         else:
-            start = without[: _shared(without, asked)]
+            start = without[: shared_length(without, asked)]
         header = asked[len(start) :]
         return header[: min((at for tag in REASONING if (at := header.find(tag)) >= 0), default=len(header))]
 
-    def _last_turn(self, messages: list[dict[str, Any]], tools: Any, text: str, last: int) -> Rendered:
+    def _last_turn(self, messages: list[dict[str, Any]], tools: Any, text: str, wanted: list[int]) -> Rendered:
         """The last trained turn alone, from the end of the rendering of what precedes it."""
+        last = wanted[-1]
         before = self._render(messages[:last], tools, True) if last else ""
-        shared, content = _shared(before, text), _plain_content(messages[last]).strip()
+        shared, content = shared_length(before, text), plain_content(messages[last]).strip()
         at = text.rfind(content) if content else -1
         start = shared if at < 0 or shared == len(before) else at
         if last != len(messages) - 1 or start >= len(text) or (shared < len(before) and at < 0):
@@ -263,7 +291,7 @@ class ChatRenderer:
                 "the chat template does not let the assistant's turns be told from the rest. Make the assistant turn the last of "
                 "its row, or use another chat template."
             )
-        return Rendered(text, [(start, len(text), last)], only_last=True)
+        return Rendered(text, [(start, len(text), last)], only_last=len(wanted) > 1)
 
     @cached_property
     def _special_tokens(self) -> list[str]:
@@ -295,68 +323,9 @@ class ChatRenderer:
         content = message.get("content")
         if isinstance(content, str) and self._takes_parts:
             return {**message, "content": [{"type": "text", "text": content}]}
-        if isinstance(content, list) and self._takes_parts is not True and all(_is_text(part) for part in content):
+        if isinstance(content, list) and self._takes_parts is False and all(is_text(part) for part in content):
             return {**message, "content": "".join(part if isinstance(part, str) else part["text"] for part in content)}
         return message
-
-
-def _owner(at: int, regions: Regions, speaking: list[int]) -> int:
-    """The assistant's message that printed a place in the text; the last one where none is known."""
-    return next((n for n in speaking if any(start <= at < end for start, end in regions.get(n, []))), speaking[-1])
-
-
-def _append(pieces: list[tuple[int, int]], start: int, end: int) -> None:
-    """Add a piece, joined to the one before where they touch."""
-    if pieces and pieces[-1][1] == start:
-        start = pieces.pop()[0]
-    pieces.append((start, end))
-
-
-def _shared(one: str, other: str) -> int:
-    """Characters that two texts begin with alike."""
-    return next((n for n, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
-
-
-def _check_shown(messages: list[dict[str, Any]], number: int, written: str) -> None:
-    """Raise where the template leaves out an assistant turn or its tool calls."""
-    lines, calls = _lines(messages[number]), messages[number].get("tool_calls") or []
-    names = [str(call.get("function", call).get("name")) for call in calls if isinstance(call, Mapping)]
-    if not written or (lines and not any(line in written for line in lines)):
-        raise DataError(
-            f"the chat template renders nothing of message {number + 1}, an assistant turn. Give it a content that the template "
-            "uses, remove the turn, or set its weight to 0."
-        )
-    if names and not any(name in written for name in names):
-        raise DataError(
-            f"the chat template does not render the tool calls of message {number + 1}. Use a model whose template knows tools, "
-            "or write the calls into its content."
-        )
-
-
-def _check_kept(messages: list[dict[str, Any]], text: str) -> None:
-    """Raise where the template leaves out what the user, the system or the developer says."""
-    for number, message in enumerate(messages):
-        lines = _lines(message) if message["role"] in ("user", "system", "developer") else []
-        if lines and not any(line in text for line in lines):
-            raise DataError(
-                f"the chat template leaves out message {number + 1}, whose role is '{message['role']}'. Give it a role that the "
-                "template knows, or remove it."
-            )
-
-
-def _lines(message: dict[str, Any]) -> list[str]:
-    return [line.strip() for line in _plain_content(message).splitlines() if line.strip()]
-
-
-def _holds_answers(messages: list[dict[str, Any]], number: int, region: str) -> bool:
-    """Whether the answers of tools that follow a turn are printed inside of it."""
-    for message in messages[number + 1 :]:
-        if message["role"] not in ("tool", "function", "ipython"):
-            return False
-        content = _plain_content(message).strip()
-        if content and content in region:
-            return True
-    return False
 
 
 def _other_arguments(message: dict[str, Any]) -> dict[str, Any]:
@@ -381,36 +350,9 @@ def _other_call(call: Any) -> Any:
     return call if given is None else {**call, "arguments": json.dumps(given, ensure_ascii=False)}
 
 
-def _is_text(part: Any) -> bool:
-    return isinstance(part, str) or (isinstance(part, Mapping) and isinstance(part.get("text"), str))
-
-
 def _shows(rendered: str, probe: str) -> bool:
     """Whether the probe is in the text as it is, and not inside of a printed list of parts."""
     return probe in rendered and "'text'" not in rendered and '"text"' not in rendered
-
-
-def _plain_content(message: dict[str, Any]) -> str:
-    content = message.get("content")
-    if isinstance(content, list):
-        return "".join(part if isinstance(part, str) else str(part.get("text", "")) for part in content if _is_text(part))
-    return content if isinstance(content, str) else ""
-
-
-def _by_contents(messages: list[dict[str, Any]], text: str, assistants: list[int], special: list[str]) -> Regions | None:
-    """Regions by looking for each message's content after the one before; None where an assistant's is not found."""
-    at = 0
-    regions: Regions = {}
-    for number, message in enumerate(messages):
-        content = _plain_content(message).strip()
-        found = text.find(content, at) if content else -1
-        if found >= 0:
-            at = found + len(content)
-            closing = next((token for token in special if text[at:].lstrip().startswith(token)), "")
-            regions[number] = [(found, text.index(closing, at) + len(closing))]
-        elif number in assistants:
-            return None
-    return regions
 
 
 def _guarded(render: Callable[[], str]) -> str:
@@ -422,7 +364,7 @@ def _guarded(render: Callable[[], str]) -> str:
     except TemplateError as error:
         remedy = "Mend the order of its roles." if "role" in str(error).lower() else "Mend its messages, or the tokenizer."
         raise DataError(f"the chat template refuses this conversation: {error} {remedy}") from error
-    except (TypeError, ValueError, KeyError, IndexError, AttributeError) as error:
+    except (TypeError, ValueError, KeyError, IndexError, AttributeError, ArithmeticError, RecursionError) as error:
         raise DataError(
             f"the chat template cannot render this conversation ({type(error).__name__}: {error}). Mend its messages."
         ) from error

@@ -34,18 +34,25 @@ def standard(fields: dict[str, Any]) -> dict[str, Any]:
         found = _share_gpt(found)
     elif _is_conversation(found.get("prompt")) and _is_conversation(found.get("completion")):
         found = _joined(found)
-    elif isinstance(found.get("instruction"), str) and isinstance(found.get("output"), str) and "messages" not in found:
+    elif _is_alpaca(found):
         found = _alpaca(found)
     if isinstance(found.get("messages"), list):
         found["messages"] = [_without_nulls(turn) if isinstance(turn, dict) else turn for turn in found["messages"]]
+        if isinstance(found.get("tools"), list):
+            found["tools"] = _without_inner_nulls(found["tools"])
     return found
+
+
+def _is_alpaca(fields: dict[str, Any]) -> bool:
+    own = any(fields.get(key) is not None for key in ("messages", "prompt", "completion"))
+    return not own and isinstance(fields.get("instruction"), str) and isinstance(fields.get("output"), str)
 
 
 def _parsed(text: str) -> Any:
     """The list that a string of JSON holds, or the string."""
     try:
         value = json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):
         return text
     return value if isinstance(value, list) else text
 
@@ -76,8 +83,19 @@ def _joined(fields: dict[str, Any]) -> dict[str, Any]:
 def _alpaca(fields: dict[str, Any]) -> dict[str, Any]:
     parts = [fields.get("system"), fields["instruction"], fields.get("input")]
     prompt = "\n\n".join(part.strip() for part in parts if isinstance(part, str) and part.strip())
-    return {**fields, "prompt": f"{prompt}\n\n", "completion": fields["output"]}
+    rest = {key: value for key, value in fields.items() if key not in ("messages", "prompt", "completion")}
+    return {**rest, "prompt": f"{prompt}\n\n", "completion": fields["output"]}
 
 
 def _without_nulls(turn: dict[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in turn.items() if value is not None}
+    found = {key: value for key, value in turn.items() if value is not None}
+    if isinstance(found.get("tool_calls"), list):
+        found["tool_calls"] = _without_inner_nulls(found["tool_calls"])
+    return found
+
+
+def _without_inner_nulls(value: Any) -> Any:
+    """Objects without the keys that are null: Parquet gives every object the keys of all others."""
+    if isinstance(value, dict):
+        return {key: _without_inner_nulls(inner) for key, inner in value.items() if inner is not None}
+    return [_without_inner_nulls(inner) for inner in value] if isinstance(value, list) else value

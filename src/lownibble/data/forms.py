@@ -17,6 +17,7 @@ them.
 
 from __future__ import annotations
 
+import json
 import math
 import string
 from dataclasses import dataclass
@@ -191,7 +192,7 @@ def _row_problem(row: Row, recipe: Recipe, names: list[str], form: Form | None) 
     if form is not None and form != recipe.form:
         return f"a {form} row among {recipe.form} rows. Give all rows of a data set the same fields."
     if recipe.form == "messages":
-        return _messages_problem(row.fields["messages"])
+        return _messages_problem(row.fields["messages"]) or _text_problem(row.fields.get("tools"))
     for name in names:
         problem = _value_problem(row.fields[name], text=name in ("text", "prompt", "completion"))
         if problem:
@@ -233,9 +234,32 @@ def _messages_problem(messages: Any) -> str | None:
         for key in TRAINED:
             if turn.get(key) not in (None, 0, 1):
                 return f"the '{key}' of message {number} must be 0 or 1, and is {turn[key]!r}. Mend or remove the row."
+        if problem := _calls_problem(turn.get("tool_calls")):
+            return f"the tool_calls of message {number} {problem}. Mend or remove the row."
         if problem := _content_problem(turn):
             return f"the content of message {number} {problem}. Fill it, or remove the row."
+    return _text_problem(messages)
+
+
+def _text_problem(value: Any) -> str | None:
+    """Whether there is text in it that no tokenizer takes."""
+    try:
+        json.dumps(value, ensure_ascii=False, default=str).encode("utf-8")
+    except UnicodeEncodeError:
+        return "a message has half of a surrogate pair, which is no character. Mend or remove the row."
+    except (RecursionError, ValueError):
+        return "a message is nested too deeply. Remove the row."
     return None
+
+
+def _calls_problem(calls: Any) -> str | None:
+    if calls is None:
+        return None
+    sound = isinstance(calls, list) and all(
+        isinstance(call, dict) and isinstance(inner := call.get("function", call), dict) and isinstance(inner.get("name"), str)
+        for call in calls
+    )
+    return None if sound else "must be a list of {function: {name, arguments}}"
 
 
 def _content_problem(turn: dict[str, Any]) -> str | None:
@@ -243,7 +267,10 @@ def _content_problem(turn: dict[str, Any]) -> str | None:
     if isinstance(content, list):
         if not content:
             return "is an empty list"
-        return next((problem for part in content if (problem := _part_problem(part))), None)
+        problem = next((problem for part in content if (problem := _part_problem(part))), None)
+        text = "".join(part if isinstance(part, str) else part["text"] for part in content) if problem is None else ""
+        empty = not text.strip() and turn["role"] not in ("system", "tool") and not turn.get("tool_calls")
+        return problem or ("is empty" if empty else None)
     if not isinstance(content, str) and content is None and (turn.get("tool_calls") or turn.get("function_call")):
         return None
     problem = _value_problem(content, text=True)
@@ -256,7 +283,9 @@ def _part_problem(part: Any) -> str | None:
         return None
     if not isinstance(part, dict) or not isinstance(part.get("type"), str):
         return f"has a part that is no {{type, ...}} object ({str(part)[:40]})"
-    if part["type"] == "text" and not isinstance(part.get("text"), str):
+    if part["type"] != "text":
+        return f"has a part of type '{part['type']}', and only text can be trained"
+    if not isinstance(part.get("text"), str):
         return "has a text part without text"
     return None
 

@@ -95,6 +95,11 @@ def warnings_of(encoded: list[Encoded], tokenizer: Any, max_length: int) -> list
         for count, what in ((side.n_cut, "cut"), (side.n_dropped, "dropped")):
             if count:
                 told.append(f"{count} of {n_rows} {which} rows are longer than max_length {max_length} and are {what}")
+        if side.n_last_only:
+            told.append(
+                f"of {side.n_last_only} {which} conversations only the last assistant turn is trained: the chat template does "
+                "not let the others be told apart"
+            )
     training, evaluation = encoded
     if endless := _without_end(training, coder):
         told.append(

@@ -28,9 +28,10 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from lownibble.config import DataConfig
-from lownibble.data.chat import ChatRenderer, Rendered, Span
+from lownibble.data.chat import ChatRenderer, Rendered
 from lownibble.data.forms import Form, Recipe, as_turns, recipe_for
 from lownibble.data.rows import Dataset, Problems, Row
+from lownibble.data.turns import Span
 from lownibble.errors import ConfigError, DataError, ModelError
 
 if TYPE_CHECKING:
@@ -48,12 +49,14 @@ class Example(NamedTuple):
 @dataclass(frozen=True)
 class Encoded:
     """A tokenised data set: its examples in row order, its form, and how many rows were longer than `max_length` and therefore
-    truncated, or dropped."""
+    truncated, or dropped; and of how many conversations only the last assistant turn is trained, because the template does not
+    let the others be told apart."""
 
     examples: list[Example]
     form: Form
     n_cut: int
     n_dropped: int = 0
+    n_last_only: int = 0
 
 
 def digest_of(sides: Iterable[Encoded]) -> str:
@@ -78,7 +81,7 @@ def encode(dataset: Dataset, tokenizer: PreTrainedTokenizerBase, config: DataCon
     coder = TokenCoder(tokenizer)
     problems = Problems(dataset.name)
     examples: list[Example] = []
-    n_cut = n_dropped = 0
+    n_cut = n_dropped = n_last_only = 0
     for row, tokens in zip(dataset.rows, _tokenise(dataset.rows, recipe, coder, problems), strict=True):
         ids, is_label = _fit(tokens, coder, recipe.form, max_length)
         if not config.mask_prompt:
@@ -94,13 +97,14 @@ def encode(dataset: Dataset, tokenizer: PreTrainedTokenizerBase, config: DataCon
                 row.origin, f"it has {n_tokens} tokens, and max_length is {max_length}. Shorten it, or raise max_length."
             )
         n_cut += n_tokens > max_length
+        n_last_only += tokens.last_only
         if not any(is_label):
             problems.add(row.origin, _no_label(n_tokens, max_length, recipe.form))
         examples.append(Example(ids, is_label, row.origin))
     problems.check()
     if not examples:
         raise DataError(f"All {n_dropped} rows of '{dataset.name}' are longer than max_length {max_length}. Raise it.")
-    return Encoded(examples, recipe.form, n_cut, n_dropped)
+    return Encoded(examples, recipe.form, n_cut, n_dropped, n_last_only)
 
 
 def prompts(dataset: Dataset, tokenizer: PreTrainedTokenizerBase, config: DataConfig, room: int) -> list[list[int]]:
@@ -128,6 +132,7 @@ class _Tokens(NamedTuple):
     prompt: list[int]
     rest: list[int]
     is_label: list[bool]
+    last_only: bool = False
 
 
 class TokenCoder:
@@ -240,7 +245,10 @@ def _tokenise(rows: list[Row], recipe: Recipe, coder: TokenCoder, problems: Prob
             except DataError as error:
                 problems.add(row.origin, str(error))
         problems.check()
-        return [_chat_tokens(ids, spans, recipe.form) for ids, spans in tokenise_chats(coder, chats)]
+        return [
+            _chat_tokens(ids, spans, recipe.form)._replace(last_only=chat.only_last)
+            for (ids, spans), chat in zip(tokenise_chats(coder, chats), chats, strict=True)
+        ]
     if recipe.form == "text":
         texts = coder.prompts([row.fields["text"] for row in rows])
         return [_Tokens([], ended, [True] * len(ended)) for ended in map(coder.ended, texts)]
@@ -272,5 +280,5 @@ def _no_label(n_tokens: int, max_length: int, form: Form) -> str:
             f"no label token is left of its {n_tokens} tokens within max_length {max_length}. "
             "Raise max_length, or shorten or remove the row."
         )
-    cause = "it has no assistant turn" if form == "messages" else f"it has {n_tokens} token"
+    cause = "it has no assistant turn that is trained" if form == "messages" else f"it has {n_tokens} token"
     return f"no label token: {cause}. Mend or remove the row."

@@ -29,6 +29,7 @@ from lownibble.errors import AdapterError, ConfigError, ModelError
 from lownibble.lora.adapter import PREFIX, AdapterFile
 from lownibble.lora.targets import scale_of
 from lownibble.lora.variants import variant_of
+from lownibble.matching import is_part
 from lownibble.models import ModelSource, skeleton
 from lownibble.models import packed as packed_files
 from lownibble.models.checkpoint import Checkpoint
@@ -104,7 +105,9 @@ class Weights:
     @cached_property
     def requantized(self) -> set[str]:
         """Paths of the layers packed in the target 'nf4'."""
-        return self.quantized or set(quantizable(self.model, self._to_pack))
+        chosen = self.quantized or set(quantizable(self.model, self._to_pack))
+        kept = [*(getattr(self.model, "_keep_in_fp32_modules", None) or ())]  # transformers reads these dense, T5's wo
+        return {path for path in chosen if path in self.packed or not is_part(path, kept)}
 
     def resolve(self, name: str) -> str:
         """The name in `names` that holds a model parameter's tensor: its own, or that of a tied parameter."""

@@ -97,7 +97,7 @@ def _config_json(model: nn.Module, config: LoraConfig, name: str) -> dict[str, A
         "modules_to_save": config.modules_to_save or None,
     }
     if isinstance(values["target_modules"], list) and config.target_modules == "all-linear":
-        values["layers_to_transform"] = None  # implied by the paths
+        values["layers_to_transform"] = values["layers_pattern"] = None  # the paths say it
     return values
 
 

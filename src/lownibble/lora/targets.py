@@ -57,8 +57,9 @@ def match_targets(
         missing = [name for name in target if not any(names(p, [name]) for p in linears)]
         if matched and missing and not of_file:
             raise TargetError(f"target_modules {missing} match no linear module. Candidates: {candidates(linears)}.")
-    if layers is not None:
-        matched = [p for p in matched if _layer_of(p, config.layers_pattern) in layers]
+    if layers:
+        exact = target if isinstance(target, list) else []
+        matched = [p for p in matched if p in exact or _layer_of(p, config.layers_pattern) in layers]
     if not matched:
         within = f" in layers {layers}" if layers is not None else ""
         raise TargetError(f"target_modules {target!r} match no linear module{within}. Candidates: {candidates(linears)}.")
