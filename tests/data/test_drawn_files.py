@@ -62,6 +62,7 @@ def _alternating(texts):
 TALK = st.lists(MOSTLY, min_size=2, max_size=6).map(_alternating)
 FORMS = [
     st.fixed_dictionaries({"messages": TALK}),
+    st.fixed_dictionaries({"messages": TALK, "tools": VALUE}),
     st.fixed_dictionaries({"messages": TALK.map(json.dumps)}),
     st.fixed_dictionaries({"messages": st.tuples(MOSTLY, TALK).map(lambda t: [{"role": "system", "content": t[0]}, *t[1]])}),
     st.fixed_dictionaries(

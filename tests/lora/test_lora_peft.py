@@ -238,3 +238,10 @@ def test_what_a_files_options_do_not_match_is_ignored_as_in_peft(tiny, clone, ba
     file.write_text(json.dumps({**json.loads(file.read_text()), "target_modules": ["c_attn"]}))
     with pytest.raises(AdapterError, match="match no linear module"):
         ln.load_adapter(clone(base), tmp_path)
+
+
+def test_adapters_on_embeddings_are_refused_by_name(tiny, clone, peft, tmp_path):
+    base = make(tiny)
+    peft.get_peft_model(clone(base), peft.LoraConfig(r=2, target_modules=["embed_tokens", "q_proj"])).save_pretrained(tmp_path)
+    with pytest.raises(AdapterError, match="adapts embeddings, which Lownibble does not do"):
+        ln.load_adapter(clone(base), tmp_path)

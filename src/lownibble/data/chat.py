@@ -11,10 +11,10 @@ found in the text, in this order:
 4. where none of these tells all turns apart: the last turn alone, from the end of the rendering of what precedes it (with the
    generation prompt) on. `Rendered.only_last` says so.
 
-A turn begins with its header ("<|im_start|>assistant"), which belongs to the prompt at inference and is no label: the part of
-the generation prompt that the turn begins with, in whole parts, but never beyond the start of its content. A turn ends with the
-token that closes it (the last special token, followed by nothing but white space), or with the end-of-sequence token where the
-template puts that after the last turn.
+A turn begins with its header ("<|im_start|>assistant"), which belongs to the prompt at inference and is no label: the generation
+prompt without what opens a reasoning, or, where the template adds none, what it prints before a probe's content. A turn ends
+with the token that closes it (the last special token, followed by nothing but white space), also where the template prints that
+after the turn, or as the beginning of the next one.
 
 The cost is two renderings, whatever the number of turns. Rejected: rendering every prefix of the conversation (quadratic in its
 turns, and many templates rewrite earlier turns: Qwen3 drops their reasoning, others end every rendering with the end-of-sequence
@@ -48,7 +48,6 @@ from lownibble.errors import DataError, ModelError
 
 _TURN = "lownibble_turn"
 """Key of a message that carries its number while the marked template is rendered."""
-
 
 REASONING = ("<think>", "<|START_THINKING|>", "[THINK]", "<|channel>thought", "<|inner_prefix|>")
 """What opens a model's reasoning. A generation prompt may end with one; in a training row it is part of the answer."""

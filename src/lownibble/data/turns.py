@@ -82,8 +82,9 @@ def check_kept(messages: list[dict[str, Any]], text: str, tools: Any) -> None:
                     "Give it a role that the template knows, or remove it."
                 )
             at = max(at, found)
-    names = [tool.get("function", tool).get("name") for tool in tools or [] if isinstance(tool, Mapping)]
-    if any(isinstance(name, str) and name not in text for name in names):
+    given = [tool.get("function", tool) for tool in tools if isinstance(tool, Mapping)] if isinstance(tools, list) else []
+    names = [tool["name"] for tool in given if isinstance(tool, Mapping) and isinstance(tool.get("name"), str)]
+    if any(name not in text for name in names):
         raise DataError("the chat template leaves out the tools. Use a model whose template knows them, or remove the column.")
 
 

@@ -201,6 +201,11 @@ class AdapterFile:
                 self.shapes = {key: torch.Size(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118 - no map
         except (SafetensorError, OSError) as error:
             raise AdapterError(f"'{self.path}' is damaged: {error}. Copy or save it again.") from None
+        if any(".lora_embedding_" in key for key in self.shapes):
+            raise AdapterError(
+                f"'{self.folder}' adapts embeddings, which Lownibble does not do. Merge it with PEFT first, or train the embeddings "
+                "with modules_to_save."
+            )
 
     def read(self, key: str) -> Tensor:
         """Read one tensor, without keeping the file open."""
