@@ -203,8 +203,8 @@ class AdapterFile:
             raise AdapterError(f"'{self.path}' is damaged: {error}. Copy or save it again.") from None
         if any(".lora_embedding_" in key for key in self.shapes):
             raise AdapterError(
-                f"'{self.folder}' adapts embeddings, which Lownibble does not do. Merge it with PEFT first, or train the embeddings "
-                "with modules_to_save."
+                f"'{self.folder}' adapts embeddings, which Lownibble does not do. Merge it with PEFT first, or train the "
+                "embeddings with modules_to_save."
             )
 
     def read(self, key: str) -> Tensor:
