@@ -77,7 +77,7 @@ def test_the_codec_is_one_like_ours():
     assert 8 * packed.tensors()["codes"].numel() / weight.numel() < 1.8
 
 
-@pytest.mark.parametrize("name", ["ternary", "pattern"])
+@pytest.mark.parametrize("name", ["ternary", pytest.param("pattern", marks=pytest.mark.slow)])
 def test_the_codec_trains_resumes_merges_and_plans(write, tmp_path, monkeypatch, folder, name):
     monkeypatch.setenv(registry.PLUGINS, str(folder / "ternary.py"))
     model = write("llama")
@@ -147,6 +147,7 @@ def test_the_initialisation_needs_the_dense_weight(write):
         ln.add_lora(model, ln.LoraConfig(init_lora_weights="residual"))
 
 
+@pytest.mark.slow
 def test_the_optimiser_is_torchs(write, tmp_path, monkeypatch, folder):
     monkeypatch.setenv(registry.PLUGINS, str(folder / "momentum.py"))
     model = write("llama")
@@ -173,6 +174,7 @@ def test_the_objective_is_smoothed_cross_entropy(tiny, batch):
     torch.testing.assert_close(found, expected)
 
 
+@pytest.mark.slow
 def test_the_objective_trains(write, tmp_path, monkeypatch, folder):
     monkeypatch.setenv(registry.PLUGINS, str(folder / "smoothed.py"))
     model = write("llama")

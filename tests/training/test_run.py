@@ -185,6 +185,7 @@ def test_an_adapter_file_has_the_same_bytes_each_time(tiny_model, tiny_data, tmp
         assert (saved / "adapter_model.safetensors").read_bytes() == first
 
 
+@pytest.mark.slow
 def test_a_killed_process_resumes_to_the_same_bits(tiny_model, tiny_data, tmp_path):
     options = {"max_steps": 40, "save_steps": 5, "eval_steps": 40}
     whole = run(_config(tiny_model, tiny_data, output_dir=str(tmp_path / "whole"), **options))
