@@ -72,14 +72,15 @@ def pieces(example: Example, tokenizer: Any) -> list[tuple[str, bool]]:
 
 def _without_end(side: Encoded, coder: TokenCoder) -> list[Example]:
     """Rows whose last label is no special token, though nothing was cut: the model is not taught to stop there."""
-    longest = max(len(example.input_ids) for example in side.examples)
+    longest = max((len(example.input_ids) for example in side.examples), default=0)
     ends = {*coder.special_ids, coder.tokenizer.eos_token_id}
     whole = (example for example in side.examples if not (side.n_cut and len(example.input_ids) == longest))
     return [example for example in whole if _last_label(example) not in ends]
 
 
 def _last_label(example: Example) -> int:
-    return example.input_ids[max(place for place, flag in enumerate(example.is_label) if flag)]
+    """The last token that is trained; the last one where an objective from outside marks none."""
+    return example.input_ids[max((place for place, flag in enumerate(example.is_label) if flag), default=-1)]
 
 
 def _repeated(side: Encoded) -> int:

@@ -292,7 +292,7 @@ def _sha256(path: Path) -> str:
 def _shards(weights: Weights, onto: str) -> dict[str, dict[str, tensorfile.Entry]]:
     """Shard file name -> its tensors, sharded as the base."""
     shards: dict[str, dict[str, tensorfile.Entry]] = {}
-    for names in weights.stored_together():
+    for names in weights.stored_together:
         shard = shards.setdefault(weights.shard_of(names[0]), {})
         shard |= {key: tensorfile.Entry(dtype, shape) for key, (dtype, shape) in weights.layout(names, onto).items()}
     return dict(sorted(shards.items()))
@@ -310,7 +310,7 @@ def _check_room(folder: Path, shards: dict[str, dict[str, tensorfile.Entry]]) ->
 
 def _write_shard(weights: Weights, onto: str, path: Path, entries: dict[str, tensorfile.Entry]) -> None:
     def parts() -> Any:
-        for names in weights.stored_together():
+        for names in weights.stored_together:
             if weights.shard_of(names[0]) != path.name:
                 continue
             made = weights.written(names, onto)

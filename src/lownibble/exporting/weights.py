@@ -17,7 +17,7 @@ two tensors, and its configuration unties them.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import cached_property
 from typing import Any, NamedTuple
 
@@ -316,12 +316,12 @@ class Weights:
             raise AdapterError(f"'{name}' merged does not fit {dtype}: values overflow. Take --dtype bfloat16 or float32.")
         return cast
 
-    def stored_together(self) -> Iterator[list[str]]:
+    @cached_property
+    def stored_together(self) -> list[list[str]]:
         """Names of the merged model whose tensors are stored as one or made of the same ones."""
-        held = {name for names in self.tensors.together() for name in names}
-        for names in self.tensors.together():
-            yield [name for name in names if name in self.names]
-        yield from ([name] for name in self.names if name not in held)
+        groups = [[name for name in names if name in self.names] for names in self.tensors.together()]
+        held = {name for names in groups for name in names}
+        return [*groups, *([name] for name in self.names if name not in held)]
 
     def _packs(self, name: str, onto: str) -> bool:
         path = name.removesuffix(".weight")

@@ -463,10 +463,10 @@ LOWNIBBLE_EXPORT void lownibble_gemv_bf16(const float* x, std::int64_t T, std::i
 // 1 when the two functions below may be called with the instruction set in use.
 LOWNIBBLE_EXPORT std::int32_t lownibble_has_attention() { return active_attention() != nullptr; }
 
-// 0, or -1 when there is no memory for a thread's scores. `strides`: three for each of q, k, v and out. `borders`: cu_seqlens
-// over the concatenated rows; segment i is [borders[i], borders[i + 1]) and lies within a row. lse (tokens, heads).
+// 0, or -1 when there is no memory for a thread's scores. `strides`: three for each of q, k, v and out. `cu_seqlens`:
+// over the concatenated rows; segment i is [cu_seqlens[i], cu_seqlens[i + 1]) and lies within a row. lse (tokens, heads).
 LOWNIBBLE_EXPORT std::int32_t lownibble_attention(const float* q, const float* k, const float* v, float* out,
-                                                  const std::int64_t* strides, float* lse, const std::int64_t* borders,
+                                                  const std::int64_t* strides, float* lse, const std::int64_t* cu_seqlens,
                                                   std::int64_t n_segments, std::int64_t row_tokens, std::int64_t heads,
                                                   std::int64_t key_heads, std::int64_t D, float scaling,
                                                   std::int32_t num_threads) {
@@ -474,7 +474,7 @@ LOWNIBBLE_EXPORT std::int32_t lownibble_attention(const float* q, const float* k
     const Heads out_heads = heads_of(out, strides + 9);
     std::int32_t failed = 0;
     in_turns(n_segments * heads, INT64_MAX, num_threads, [&](std::int64_t item) {
-        const std::int64_t begin = borders[item / heads], L = borders[item / heads + 1] - begin, head = item % heads;
+        const std::int64_t begin = cu_seqlens[item / heads], L = cu_seqlens[item / heads + 1] - begin, head = item % heads;
         if (!L) return;
         float* const memory = static_cast<float*>(scratch.of(static_cast<std::size_t>(attention_scratch(L, D, false)) * 4));
         if (!memory) {
@@ -493,7 +493,7 @@ LOWNIBBLE_EXPORT std::int32_t lownibble_attention(const float* q, const float* k
 LOWNIBBLE_EXPORT std::int32_t lownibble_attention_backward(const float* dout, const float* q, const float* k, const float* v,
                                                            const float* out, float* dq, float* dk, float* dv,
                                                            const std::int64_t* strides, const float* lse,
-                                                           const std::int64_t* borders, std::int64_t n_segments,
+                                                           const std::int64_t* cu_seqlens, std::int64_t n_segments,
                                                            std::int64_t row_tokens, std::int64_t heads, std::int64_t key_heads,
                                                            std::int64_t D, float scaling, std::int32_t num_threads) {
     const float* const data[8] = {dout, q, k, v, out, dq, dk, dv};
@@ -503,7 +503,7 @@ LOWNIBBLE_EXPORT std::int32_t lownibble_attention_backward(const float* dout, co
     const std::int64_t head_steps[4] = {all[0].strides[2], all[1].strides[2], all[4].strides[2], all[5].strides[2]};
     std::int32_t failed = 0;
     in_turns(n_segments * key_heads, INT64_MAX, num_threads, [&](std::int64_t item) {
-        const std::int64_t begin = borders[item / key_heads], L = borders[item / key_heads + 1] - begin;
+        const std::int64_t begin = cu_seqlens[item / key_heads], L = cu_seqlens[item / key_heads + 1] - begin;
         if (!L) return;
         float* const memory = static_cast<float*>(scratch.of(static_cast<std::size_t>(attention_scratch(L, D, true)) * 4));
         if (!memory) {
