@@ -37,10 +37,11 @@ class QuantConfig(Options):
     """How the frozen base weights are stored (QLoRA). For nf4 and fp4 these are bitsandbytes' `BitsAndBytesConfig` options."""
 
     quant_type: Annotated[str, Known(CODECS)] = Field(
-        "nf4", description="codec: 'nf4' or 'fp4' (4 bits, bitsandbytes' bytes), 'int8', 'int4', or one from outside"
+        "nf4",
+        description="codec: 'nf4' or 'fp4' (4 bits, bitsandbytes' bytes), 'int8', 'int4', 'int3', 'int2', 'fp8', or one from outside",
     )
     block_size: Annotated[Literal["row", 32, 64, 128, 256, 512, 1024, 2048, 4096], BeforeValidator(_digits_are_a_number)] = Field(
-        64, description="weights that share one constant; 'row' (int8 only): a row's"
+        64, description="weights that share one constant; 'row' (not nf4, fp4): a row's"
     )
     double_quant: bool = Field(True, description="quantise the block constants to 8 bits as well")
     compute: Literal["auto", "exact", "int8", "fp8"] = Field(

@@ -113,8 +113,10 @@ CODECS = Registry(
     "codec",
     {
         **dict.fromkeys(("nf4", "fp4"), "lownibble.quant.codecs.fourbit:FOUR_BIT"),
-        "int8": "lownibble.quant.codecs.integer:INT8",
-        "int4": "lownibble.quant.codecs.integer:INT4",
+        **dict.fromkeys(
+            ("int8", "int4", "int3", "int2", "fp8", "int8_act", "int4_act", "int3_act", "int2_act"),
+            "lownibble.quant.codecs.grouped:GROUPED",
+        ),
     },
 )
 

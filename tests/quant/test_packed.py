@@ -14,10 +14,14 @@ import lownibble as ln
 from lownibble.config import QuantConfig
 from lownibble.errors import ConfigError, ModelError, QuantizationError
 from lownibble.quant import QuantLinear, layouts
+from lownibble.quant.bits import pack, unpack, unpack_words
 from lownibble.quant.packed import from_spec, restore, to_spec
 from lownibble.registry import CODECS
 
-TYPES = {"nf4": (32, 64), "fp4": (64, 128), "int8": (32, 64, "row"), "int4": (32, 64, 128)}
+TYPES = {
+    "nf4": (32, 64), "fp4": (64, 128), "int8": (32, 64, "row"), "int4": (32, 64, 128, "row"), "int3": (32, "row"),
+    "int2": (64,), "fp8": (128, "row"), "int8_act": (64,), "int4_act": (32,), "int3_act": (64,), "int2_act": (128,),
+}  # fmt: skip
 WAYS = [
     QuantConfig(quant_type=quant_type, block_size=size, double_quant=double_quant)
     for quant_type, sizes in TYPES.items() for size, double_quant in itertools.product(sizes, (True, False))
@@ -116,17 +120,54 @@ def test_int8_is_its_formula():
     assert torch.equal(packed.dequantize(), packed.tensors()["codes"].float() * scale[:, None])
 
 
-def test_int4_is_its_formula():
+@pytest.mark.parametrize("bits", [2, 3, 4])
+def test_packed_integers_are_their_formula(bits):
     weight = random(5, 128)
-    packed = ln.quantize(weight, QuantConfig(quant_type="int4", double_quant=False))
-    groups = weight.view(-1, 64)
+    packed = ln.quantize(weight, QuantConfig(quant_type=f"int{bits}", double_quant=False))
+    groups, top = weight.view(-1, 64), 2**bits - 1
     low, high = groups.amin(1).clamp(max=0), groups.amax(1).clamp(min=0)
-    scale = (high - low) / 15
+    scale = (high - low) / top
     zero = (-low / scale).round()
-    codes = (groups / scale[:, None] + zero[:, None]).round().clamp(0, 15)
+    codes = (groups / scale[:, None] + zero[:, None]).round().clamp(0, top)
     assert torch.equal(packed.dequantize(), ((codes - zero[:, None]) * scale[:, None]).view(5, 128))
-    high_nibble = packed.tensors()["codes"].view(-1) >> 4
-    assert torch.equal(high_nibble.float(), codes.view(-1)[::2])  # the first of a pair is in the high nibble
+    string = "".join(f"{int(code):0{bits}b}" for code in codes.flatten())  # the first code in the highest bits
+    assert bytes(packed.tensors()["codes"].flatten().tolist()) == int(string, 2).to_bytes(len(string) // 8, "big")
+
+
+def test_fp8_is_its_formula():
+    weight = random(7, 192)
+    packed = ln.quantize(weight, QuantConfig(quant_type="fp8", block_size="row", double_quant=False))
+    scale = weight.abs().amax(1, keepdim=True) / 448
+    codes = (weight / scale).to(torch.float8_e4m3fn)
+    assert torch.equal(packed.tensors()["codes"], codes.view(torch.uint8))
+    assert torch.equal(packed.dequantize(), codes.float() * scale)
+
+
+@pytest.mark.parametrize("quant_type", ["int8", "int4", "int3", "int2"])
+def test_act_order_groups_columns_by_their_inputs(quant_type):
+    """The same codes as without act-order of the weight with its columns sorted, put back where they were."""
+    weight, moments = random(6, 256), random(256, seed=1).square()
+    order = moments.argsort(descending=True)
+    plain = ln.quantize(weight[:, order], quant_type)
+    packed = CODECS[f"{quant_type}_act"].quantize(weight, QuantConfig(quant_type=f"{quant_type}_act"), moments)
+    assert torch.equal(packed.dequantize()[:, order], plain.dequantize())
+    assert torch.equal(packed.tensors()["order"].long(), order)
+    assert torch.equal(ln.quantize(weight, f"{quant_type}_act").dequantize(), ln.quantize(weight, quant_type).dequantize())
+
+
+@settings(deadline=None, max_examples=60)
+@given(bits=st.integers(1, 8), codes=st.lists(st.integers(0, 255), min_size=1, max_size=70), seed=st.integers(0, 9))
+def test_words_of_other_tools_are_unpacked(bits, codes, seed):
+    """32-bit words with the first code in the lowest bits, codes going on in the next word: as arithmetic on one large number."""
+    rows = [[code % 2**bits for code in codes], [code * (seed + 1) % 2**bits for code in codes]]
+    n_words = -(-len(codes) * bits // 32)
+    words = [
+        [(sum(code << (bits * i) for i, code in enumerate(row)) >> (32 * w)) & (2**32 - 1) for w in range(n_words)]
+        for row in rows
+    ]
+    signed = torch.tensor(words, dtype=torch.int64).to(torch.int32)
+    assert unpack_words(signed, bits, len(codes)).tolist() == rows
+    assert unpack(pack(torch.tensor(rows[0]), bits), bits)[: len(codes)].tolist() == rows[0]
 
 
 @pytest.mark.parametrize("quant_type", ["int8", "int4"])
@@ -148,21 +189,21 @@ def test_integers_are_off_by_half_a_step(quant_type, values, double_quant):
 
 
 def test_a_large_weight_is_decoded_in_parts(monkeypatch):
-    from lownibble.quant.codecs import integer
+    from lownibble.quant.codecs import grouped
 
     weight = random(9, 256)
-    for quant_type in ("int8", "int4"):
+    for quant_type in layouts.GROUPED:
         packed = ln.quantize(weight, quant_type)
         whole = packed.dequantize()
-        monkeypatch.setattr(integer, "PART_ELEMENTS", 100)
+        monkeypatch.setattr(grouped, "PART_ELEMENTS", 100)
         assert torch.equal(packed.dequantize(), whole)
         monkeypatch.undo()
 
 
 BAD = [
     ("nf4", "row", (4, 128), ConfigError, r"'block_size' of nf4 must be a number.*Got 'row'"),
-    ("int4", "row", (4, 128), ConfigError, r"'block_size' of int4 must be one of 32, 64, 128\. Got 'row'"),
-    ("int4", 128, (4, 192), QuantizationError, r"multiple of 128 long\. Got 192\. Use block_size 32 or 64, or another"),
+    ("int3", "row", (4, 100), QuantizationError, r"in groups of a row takes .* multiple of 8 long\. Got 100\. Use another"),
+    ("int4", 128, (4, 192), QuantizationError, r"multiple of 128 long\. Got 192\. Use block_size 32 or 64 or row, or another"),
     ("int8", 64, (4, 100), QuantizationError, r"multiple of 64 long\. Got 100\. Use block_size row, or another"),
 ]
 

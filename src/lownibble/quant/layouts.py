@@ -20,7 +20,7 @@ from lownibble.registry import CODECS
 NESTED_BLOCK_SIZE = 256
 """Block constants per nested block in double quantisation, as in bitsandbytes."""
 
-ITEMSIZE = {"uint8": 1, "int8": 1, "float8_e4m3fn": 1, "float16": 2, "bfloat16": 2, "int32": 4, "float32": 4, "int64": 8}
+ITEMSIZE = {"uint8": 1, "int8": 1, "float16": 2, "bfloat16": 2, "int32": 4, "float32": 4, "int64": 8}
 
 
 class TensorSpec(NamedTuple):
@@ -67,51 +67,88 @@ def four_bit(shape: Sequence[int], config: QuantConfig) -> Layout:
     }
 
 
-def group_size(shape: Sequence[int], config: QuantConfig, allowed: Iterable[int | str]) -> int:
+class Grouped(NamedTuple):
+    """What a codec with one scale per group stores.
+
+    Attributes:
+        bits: of a code. top: largest absolute value of a code; 0 for types with a zero point, whose codes are packed.
+        is_float: whether codes are float8 (e4m3fn), as bytes.
+        act_order: whether columns are grouped by the strength of their inputs.
+    """
+
+    bits: int
+    top: int = 0
+    is_float: bool = False
+    act_order: bool = False
+
+    @property
+    def zero(self) -> bool:
+        """Whether groups have a zero point."""
+        return not self.top
+
+
+_GROUPED = {
+    "int8": Grouped(8, 127), "fp8": Grouped(8, 448, is_float=True), "int4": Grouped(4), "int3": Grouped(3), "int2": Grouped(2)
+}  # fmt: skip
+
+GROUPED: dict[str, Grouped] = _GROUPED | {
+    f"{name}_act": kind._replace(act_order=True) for name, kind in _GROUPED.items() if name != "fp8"
+}
+"""Codecs with one scale per group (`codecs/grouped.py`)."""
+
+GROUP_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
+_WHOLE_BYTES = 8  # codes of any number of bits fill whole bytes
+
+
+def group_size(shape: Sequence[int], config: QuantConfig) -> int:
     """Group size (weights that share a scale), for codecs whose groups lie within rows.
 
     Raises:
-        ConfigError: the block size is not in `allowed`. QuantizationError: the row length is not a multiple of it.
+        ConfigError: the block size is not one of `GROUP_SIZES` or 'row'. QuantizationError: the row length is not a multiple of
+            it, or packed codes of a row would not fill whole bytes.
     """
     size, row = config.block_size, int(shape[-1])
-    if size not in allowed:
-        raise ConfigError(f"The 'block_size' of {config.quant_type} must be one of {', '.join(map(str, allowed))}. Got {size!r}.")
-    if size == "row":
-        return row
-    assert isinstance(size, int)
-    if row % size:
-        fitting = [str(each) for each in allowed if each == "row" or row % int(each) == 0]
+    if size != "row" and size not in GROUP_SIZES:
+        sizes = ", ".join(map(str, GROUP_SIZES))
+        raise ConfigError(f"The 'block_size' of {config.quant_type} must be one of row, {sizes}. Got {size!r}.")
+    unit = size if isinstance(size, int) else _WHOLE_BYTES if GROUPED[config.quant_type].zero else 1
+    if row % unit:
+        fitting = [str(each) for each in GROUP_SIZES if row % each == 0]
+        whole = unit != _WHOLE_BYTES and (row % _WHOLE_BYTES == 0 or not GROUPED[config.quant_type].zero)
+        fitting += ["row"] * whole
         instead = f"block_size {' or '.join(fitting)}, or " if fitting else ""
         raise QuantizationError(
-            f"{config.quant_type} in groups of {size} takes rows that are a multiple of {size} long. Got {row}. Use {instead}"
-            "another quant_type for this layer (pattern), or add it to skip_modules."
+            f"{config.quant_type} in groups of {size if isinstance(size, int) else 'a row'} takes rows that are a multiple of "
+            f"{unit} long. Got {row}. Use {instead}another quant_type for this layer (pattern), or add it to skip_modules."
         )
-    return size
+    return size if isinstance(size, int) else row
 
 
-INT8_GROUPS: tuple[int | str, ...] = ("row", 32, 64, 128, 256, 512, 1024, 2048, 4096)
-INT4_GROUPS: tuple[int | str, ...] = (32, 64, 128)
-
-
-def int8(shape: Sequence[int], config: QuantConfig) -> Layout:
-    """Signed codes with one scale per group, or per row."""
-    groups = math.prod(shape) // max(1, group_size(shape, config, INT8_GROUPS))
-    return {"codes": TensorSpec("int8", tuple(shape)), **_doubly("scale", groups, config.double_quant)}
-
-
-def int4(shape: Sequence[int], config: QuantConfig) -> Layout:
-    """Unsigned codes, two per byte, with a scale and a 4-bit zero point per group."""
-    n = math.prod(shape)
-    groups = n // group_size(shape, config, INT4_GROUPS)
-    return {
-        "codes": TensorSpec("uint8", (n // 2, 1)),
+def grouped(shape: Sequence[int], config: QuantConfig) -> Layout:
+    """Codes, one scale per group, and zero points and the order of columns where the codec has them."""
+    kind, n = GROUPED[config.quant_type], math.prod(shape)
+    groups = n // max(1, group_size(shape, config))
+    found = {
+        "codes": TensorSpec("uint8", (n_bytes_of(n, kind.bits), 1))
+        if kind.zero
+        else TensorSpec("uint8" if kind.is_float else "int8", tuple(shape)),
         **_doubly("scale", groups, config.double_quant),
-        "zero": TensorSpec("uint8", ((groups + 1) // 2,)),
     }
+    if kind.zero:
+        found["zero"] = TensorSpec("uint8", (n_bytes_of(groups, kind.bits),))
+    if kind.act_order:
+        found["order"] = TensorSpec("int32", (int(shape[-1]),))
+    return found
+
+
+def n_bytes_of(n: int, bits: int) -> int:
+    """Bytes of n packed codes, in whole bytes and whole codes."""
+    size = bits if 8 % bits else 1
+    return -(-n // (8 * size // bits)) * size
 
 
 LAYOUTS: dict[str, Callable[[Sequence[int], QuantConfig], Layout]] = {
-    "nf4": four_bit, "fp4": four_bit, "int8": int8, "int4": int4,
+    "nf4": four_bit, "fp4": four_bit, **dict.fromkeys(GROUPED, grouped),
 }  # fmt: skip
 """Built-in `quant_type` -> its layout."""
 

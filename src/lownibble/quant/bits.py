@@ -1,0 +1,58 @@
+"""Codes of 1 to 8 bits in bytes.
+
+Two orders occur. `pack` and `unpack` are for our own codecs: a string of bits with the first code in the highest bits, so that
+two 4-bit codes are a byte with the first in the high nibble, as in bitsandbytes. `unpack_words` reads what GPTQ and
+compressed-tensors write: 32-bit words with the first code in the lowest bits; codes that do not divide 32 continue in the next
+word.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def _unit(bits: int) -> tuple[int, int]:
+    """Bytes and codes of the smallest whole number of both."""
+    n_bytes = bits if 8 % bits else 1
+    return n_bytes, 8 * n_bytes // bits
+
+
+def pack(codes: Tensor, bits: int) -> Tensor:
+    """Pack codes below 2^bits, (n,), into `layouts.n_bytes_of(n, bits)` bytes; the last ones are filled with zeros."""
+    size, n = _unit(bits)
+    padded = torch.nn.functional.pad(codes.to(torch.int64), (0, -codes.numel() % n)).view(-1, n)
+    word = torch.zeros(len(padded), dtype=torch.int64, device=codes.device)
+    for i in range(n):
+        word |= padded[:, i] << (bits * (n - 1 - i))
+    shifts = [8 * (size - 1 - i) for i in range(size)]
+    return torch.stack([(word >> shift) & 255 for shift in shifts], dim=1).to(torch.uint8).flatten()
+
+
+def unpack(packed: Tensor, bits: int) -> Tensor:
+    """The codes of packed bytes (..., m), as (..., m * 8 / bits) uint8."""
+    size, n = _unit(bits)
+    units = packed.reshape(*packed.shape[:-1], -1, size)
+    out = torch.empty(*units.shape[:-1], n, dtype=torch.uint8, device=packed.device)
+    for i in range(n):
+        byte, start = divmod(bits * i, 8)
+        after = 8 - start - bits  # bits of the byte below the code; negative: the code continues in the next byte
+        if after >= 0:
+            out[..., i] = (units[..., byte] >> after) & (2**bits - 1)
+        else:
+            out[..., i] = ((units[..., byte] << -after) & (2**bits - 1)) | (units[..., byte + 1] >> (8 + after))
+    return out.flatten(-2)
+
+
+def unpack_words(words: Tensor, bits: int, n: int) -> Tensor:
+    """The first n codes of each row of 32-bit words, (rows, words) int32 -> (rows, n) uint8."""
+    whole = torch.nn.functional.pad(words, (0, -words.shape[1] % bits)).reshape(len(words), -1, bits)
+    out = torch.empty(*whole.shape[:2], 32, dtype=torch.uint8, device=words.device)
+    for i in range(32):
+        word, start = divmod(bits * i, 32)
+        code = whole[..., word] >> start
+        kept = 32 - start
+        if kept < bits:
+            code = (code & (2**kept - 1)) | (whole[..., word + 1] << kept)
+        out[..., i] = code & (2**bits - 1)
+    return out.flatten(1)[:, :n]

@@ -1,0 +1,188 @@
+"""Codes with one scale per group of a row's weights: int8, fp8, and int4, int3 and int2 with a zero point.
+
+    int8              w = scale * code           code from -127 to 127, scale = max |w| / 127
+    fp8               w = scale * code           code a float8 (e4m3fn), scale = max |w| / 448
+    int4, int3, int2  w = scale * (code - zero)  code and zero from 0 to 2^bits - 1, scale = (max - min) / (2^bits - 1)
+
+A group is a power of two from 32 to 4096 of neighbouring weights in a row, or the row. The range of a group with a zero point
+includes 0, so that zeros stay zeros. With double quantisation the scales are quantised to 8 bits first (`nested.py`), and
+weights are rounded with the dequantised scales, which keeps the added error below one code.
+
+`int4_act` and its like are GPTQ's act-order: the groups are of columns that are alike in how strong their inputs are, not of
+neighbours. `order` lists the columns as the codes hold them.
+
+These are the numbers that GPTQ, AWQ, compressed-tensors and FP8 checkpoints store in other orders; `models/formats/` brings
+them here unchanged. There are no kernels for these codecs: matmuls dequantise and multiply (`packed.py`); dequantising runs in
+parts, so that its temporaries stay small.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lownibble.config import QuantConfig
+from lownibble.quant import bits, layouts, nested
+from lownibble.quant.layouts import Layout
+from lownibble.quant.packed import Codec, PackedWeight, dtype_name
+
+PART_ELEMENTS = 2**22
+"""Weights dequantised at a time."""
+
+
+@dataclass(frozen=True)
+class GroupedWeight(PackedWeight):
+    """A packed weight with one scale per group.
+
+    Attributes:
+        codes: int8 of `shape`; the bytes of float8_e4m3fn, uint8 of `shape`; or codes of fewer bits, packed (see `bits.py`),
+            (bytes, 1) uint8.
+        scale: (groups,) float32, or uint8 codes of it with double quantisation.
+        zero: None, or zero points packed as the codes are, (bytes,) uint8.
+        order: None, or (K,) int32: the column that each column of the codes is.
+        nested_scale, offset: absmax and offset of double-quantised scales (see `nested.py`), else None.
+    """
+
+    codes: Tensor
+    scale: Tensor
+    zero: Tensor | None
+    order: Tensor | None
+    nested_scale: Tensor | None
+    offset: Tensor | None
+    shape: torch.Size
+    dtype: torch.dtype
+    quant_type: str
+    block_size: int | str
+
+    @property
+    def double_quant(self) -> bool:
+        """Whether the scales are quantised too."""
+        return self.nested_scale is not None
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Codes, scales, zero points and the order of columns."""
+        found = {
+            "codes": self.codes, "scale": self.scale, "nested_scale": self.nested_scale, "offset": self.offset,
+            "zero": self.zero, "order": self.order,
+        }  # fmt: skip
+        return {name: tensor for name, tensor in found.items() if tensor is not None}
+
+    def facts(self) -> dict[str, Any]:
+        """quant_type, shape, dtype, block size and whether double-quantised."""
+        return {
+            "quant_type": self.quant_type, "shape": list(self.shape), "dtype": dtype_name(self.dtype),
+            "block_size": self.block_size, "double_quant": self.double_quant,
+        }  # fmt: skip
+
+    def decoded_scale(self) -> Tensor:
+        """The scales in float32, (groups,)."""
+        if self.nested_scale is None or self.offset is None:
+            return self.scale
+        return nested.decode(self.scale, self.nested_scale, self.offset)
+
+    def decode(self, out: Tensor) -> Tensor:
+        """Dequantise in torch, some groups at a time; computed in `out`'s dtype from float32 scales."""
+        if not self.numel():
+            return out
+        n_in, kind = self.shape[-1], layouts.GROUPED[self.quant_type]
+        n_rows = self.numel() // n_in
+        scale, codes, values = self.decoded_scale().view(n_rows, -1), self.codes.view(n_rows, -1), out.view(n_rows, n_in)
+        codes = codes.view(torch.float8_e4m3fn) if kind.is_float else codes
+        zero = None if self.zero is None else bits.unpack(self.zero, kind.bits)[: scale.numel()].view(scale.shape)
+        step = max(1, PART_ELEMENTS // n_in)
+        for first in range(0, n_rows, step):
+            rows = slice(first, first + step)
+            decoded = values[rows] if self.order is None else torch.empty_like(values[rows])
+            groups = decoded.view(-1, n_in // scale.shape[1])
+            groups.copy_((codes[rows] if zero is None else bits.unpack(codes[rows], kind.bits)).view(groups.shape))
+            if zero is not None:
+                groups.sub_(zero[rows].reshape(-1, 1))
+            groups.mul_(scale[rows].reshape(-1, 1))
+            if self.order is not None:
+                values[rows].index_copy_(1, self.order.long(), decoded)
+        return out
+
+
+def _doubly(scale: Tensor, double_quant: bool) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor]:
+    """Stored scales, nested scales and offset (None without double quantisation), and the scales as dequantised."""
+    if not double_quant:
+        return scale, None, None, scale
+    codes, nested_scale, offset = nested.encode(scale)
+    return codes, nested_scale, offset, nested.decode(codes, nested_scale, offset)
+
+
+def _steps(groups: Tensor, scale: Tensor) -> Tensor:
+    """`groups / scale`; 0 where the scale is 0."""
+    return torch.where(scale != 0, groups / scale, 0.0)
+
+
+class _Grouped(Codec):
+    def layout(self, shape: Sequence[int], config: QuantConfig) -> Layout:
+        return layouts.grouped(shape, config)
+
+    def quantize(self, tensor: Tensor, config: QuantConfig, statistics: Tensor | None = None) -> GroupedWeight:
+        size, kind = layouts.group_size(tensor.shape, config), layouts.GROUPED[config.quant_type]
+        rows, order = tensor.float(), None
+        if kind.act_order:
+            n = tensor.shape[1]
+            order = torch.arange(n) if statistics is None else statistics.argsort(descending=True, stable=True)
+            order = order.to(device=tensor.device, dtype=torch.int32)
+            rows = rows[:, order.long()]
+        groups = rows.reshape(-1, max(1, size))
+        zero = None
+        if kind.zero:
+            low, high = (groups.amin(dim=1), groups.amax(dim=1)) if groups.numel() else 2 * [groups.new_zeros(len(groups))]
+            low, high, top = low.clamp(max=0), high.clamp(min=0), 2**kind.bits - 1
+            stored, nested_scale, offset, scale = _doubly((high - low) / top, config.double_quant)
+            zeros = _steps(-low, scale).round().clamp(0, top)
+            values = (_steps(groups, scale.unsqueeze(1)) + zeros.unsqueeze(1)).round().clamp(0, top)
+            codes, zero = bits.pack(values.flatten(), kind.bits).view(-1, 1), bits.pack(zeros, kind.bits)
+        else:
+            largest = groups.abs().amax(dim=1) if groups.numel() else groups.new_zeros(len(groups))
+            stored, nested_scale, offset, scale = _doubly(largest / kind.top, config.double_quant)
+            values = _steps(groups, scale.unsqueeze(1)).clamp(-kind.top, kind.top)
+            if kind.is_float:
+                codes = values.to(torch.float8_e4m3fn).view(torch.uint8).view(tensor.shape)
+            else:
+                codes = values.round().to(torch.int8).view(tensor.shape)
+        return GroupedWeight(
+            codes, stored, zero, order, nested_scale, offset, tensor.shape, tensor.dtype, config.quant_type, config.block_size
+        )
+
+    def restore(self, facts: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> GroupedWeight:
+        return GroupedWeight(
+            tensors["codes"], tensors["scale"], tensors.get("zero"), tensors.get("order"), tensors.get("nested_scale"),
+            tensors.get("offset"), torch.Size(facts["shape"]), getattr(torch, facts["dtype"]), facts["quant_type"],
+            facts["block_size"],
+        )  # fmt: skip
+
+
+GROUPED = _Grouped()
+
+
+def of_groups(
+    codes: Tensor, scale: Tensor, zero: Tensor | None, order: Tensor | None, dtype: torch.dtype, config: QuantConfig
+) -> GroupedWeight:
+    """The packed weight with these numbers, unchanged.
+
+    Args:
+        codes: (N, K) with each group's columns side by side: integers from 0 for types with a zero point, int8, or float8.
+        scale: (N, groups of a row), any float type.
+        zero: (N, groups of a row) of integers, or None for types without.
+        order: (K,) the column that each column of `codes` is, for act-order types; else None.
+        dtype: default dtype to dequantise to. config: quant_type and block size.
+    """
+    kind = layouts.GROUPED[config.quant_type]
+    if kind.zero:
+        held = bits.pack(codes.flatten(), kind.bits).view(-1, 1)
+    else:
+        held = codes.contiguous().view(torch.uint8) if kind.is_float else codes.contiguous()
+    zeros = bits.pack(zero.flatten(), kind.bits) if zero is not None else None
+    return GroupedWeight(
+        held, scale.float().flatten(), zeros, None if order is None else order.to(torch.int32), None, None, codes.shape, dtype,
+        config.quant_type, config.block_size,
+    )  # fmt: skip
