@@ -38,7 +38,8 @@ class QuantConfig(Options):
 
     quant_type: Annotated[str, Known(CODECS)] = Field(
         "nf4",
-        description="codec: 'nf4' or 'fp4' (4 bits, bitsandbytes' bytes), 'int8', 'int4', 'int3', 'int2', 'fp8', or one from outside",
+        description="codec: 'nf4' or 'fp4' (4 bits, bitsandbytes' bytes), 'int8', 'int4', 'int3', 'int2', 'fp8', or one from "
+        "outside",
     )
     block_size: Annotated[Literal["row", 32, 64, 128, 256, 512, 1024, 2048, 4096], BeforeValidator(_digits_are_a_number)] = Field(
         64, description="weights that share one constant; 'row' (not nf4, fp4): a row's"

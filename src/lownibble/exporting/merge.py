@@ -27,12 +27,14 @@ from lownibble.lora.adapter import CONFIG_FILE, AdapterFile
 from lownibble.lora.provenance import describe, other_weights
 from lownibble.models import ModelSource, load_tokenizer, resolve
 from lownibble.models import packed as packed_files
-from lownibble.models.checkpoint import INDEX
+from lownibble.models.checkpoint import INDEX, QUANTIZATION, stored_config
 from lownibble.training.microbatches import collator
 from lownibble.training.output import hold
 
 RECORD, _STATE = "merge.json", ".merging.json"
-_LEFT_BEHIND = ("config.json", INDEX, "README.md", RECORD)
+_LEFT_BEHIND = (
+    "config.json", INDEX, "README.md", RECORD, "quantize_config.json", "quant_config.json", "hf_quant_config.json"
+)  # fmt: skip
 _TOKENIZER_FILES = (
     "tokenizer",
     "special_tokens_map",
@@ -148,7 +150,7 @@ def _base(config: MergeConfig, adapter: AdapterFile) -> tuple[ModelSource, Quant
 
 
 def _is_packed(source: ModelSource) -> bool:
-    return "quantization_config" in json.loads((source.folder / "config.json").read_text())
+    return bool(stored_config(source.folder))
 
 
 def _check_base(config: MergeConfig, adapter: AdapterFile, weights: Weights) -> None:
@@ -353,9 +355,13 @@ def _write_rest(
 
 def _config_json(weights: Weights, onto: str) -> dict[str, Any]:
     """The base's config.json with the merge's changes; `quantization_config` only if the result is packed."""
-    config = {key: value for key, value in weights.config.items() if key != "quantization_config"}
+    config = {**weights.config}
+    if isinstance(config.get("text_config"), dict):
+        config["text_config"] = {**config["text_config"]}
     for part in (config, config.get("text_config")):
         if isinstance(part, dict):
+            for key in QUANTIZATION:
+                part.pop(key, None)
             part |= {key: value for key, value in weights.changes.items() if key in part or part is config}
     dtypes = {kept for name in weights.names if (kept := weights.kept_dtype(name)).is_floating_point}
     if len(dtypes) == 1:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import hashlib
 import json
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -25,18 +26,63 @@ INDEX = "model.safetensors.index.json"
 _SAMPLES, _SAMPLE_BYTES = 16, 256
 
 
+def stored_config(folder: Path) -> dict[str, Any]:
+    """How config.json says that the weights are stored: its `quantization_config`, or {}.
+
+    It may be the text model's in a configuration of several parts; old GPTQ folders have it in a file of its own.
+    """
+    config = _config(folder)
+    parts = [config, config.get("text_config")]
+    found = next((part[key] for part in parts if isinstance(part, dict) for key in QUANTIZATION if part.get(key)), None)
+    beside = folder / "quantize_config.json"
+    if found is None and beside.is_file():
+        found = {"quant_method": "gptq", **_json(beside)}
+    return found if isinstance(found, dict) else {}
+
+
+QUANTIZATION = ("quantization_config", "compression_config")
+"""Keys of config.json that say how the weights are stored."""
+
+
+def _dtype(folder: Path) -> torch.dtype:
+    config = _config(folder)
+    text = config.get("text_config")
+    said = [part.get(key) for part in (config, text) if isinstance(part, dict) for key in ("dtype", "torch_dtype")]
+    name = next((name for name in said if isinstance(name, str)), "bfloat16").removeprefix("torch.")
+    return _DTYPES.get(name, torch.bfloat16)
+
+
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def _config(folder: Path) -> dict[str, Any]:
+    return _json(folder / "config.json")
+
+
+def _json(file: Path) -> dict[str, Any]:
+    """The file's content; {} if it is no JSON object, which is said where it is read as a model's configuration."""
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
 class Checkpoint:
     """The safetensors files of a model folder.
 
     Attributes:
         files: the shards, in order.
         file_of: name of a tensor -> its shard.
+        stored: how config.json says that the weights are quantised (its `quantization_config`), or {}.
+        dtype: the type that config.json gives the model.
     Raises:
         ModelError: no safetensors, a missing shard, or a damaged file.
     """
 
     def __init__(self, source: ModelSource) -> None:
         self.name = source.name
+        self.stored, self.dtype = stored_config(source.folder), _dtype(source.folder)
         self.files = self._files(source.folder)
         if not self.files:
             raise ModelError(

@@ -32,9 +32,9 @@ from transformers.core_model_loading import (
 )
 
 from lownibble.errors import ModelError
-from lownibble.models import packed as packed_files
+from lownibble.models import formats
 from lownibble.models.checkpoint import Checkpoint
-from lownibble.quant import PackedWeight
+from lownibble.quant import PackedWeight, is_linear, is_transposed
 
 Facts = tuple[torch.dtype, torch.Size]
 
@@ -58,7 +58,10 @@ class ModelTensors:
     Attributes:
         names: the model's parameters and buffers that the checkpoint gives, in the checkpoint's order; a packed weight has the
             name of its layer's weight. Of tied parameters one is named, unless the checkpoint has several with other values.
-        packed: path of each layer that is stored packed -> its codec.
+        packed: path of each layer that is held packed as it is stored -> its codec.
+        decoded: names of weights that are stored quantised and read dense: no codec holds their numbers, or those of another
+            layer of the checkpoint; or transformers makes them part of another tensor.
+        stored_as: the format of another tool, in words, or ''.
         shared: other name of a tied parameter -> the name in `names` whose tensor it has.
         untied: names of parameters that the configuration ties and the checkpoint does not.
     Raises:
@@ -67,20 +70,23 @@ class ModelTensors:
 
     def __init__(self, model: Any, checkpoint: Checkpoint) -> None:
         self.model, self.checkpoint = model, checkpoint
-        stored_packed = packed_files.packed_modules(checkpoint.file_of)
+        found = formats.find(checkpoint, checkpoint.stored)
+        self._layers, self.stored_as = found.layers, found.title
         self.packed: dict[str, str] = {}
-        self._stored_path: dict[str, str] = {}
+        self.decoded: set[str] = set()
+        self._layer_of: dict[str, formats.Layer] = {}
+        self._turned: set[str] = set()  # layers that the model keeps as (in, out)
         self._groups: dict[str, _Group] = {}
         self._facts: dict[str, Facts] = {}
         self._group_of: dict[str, _Group] = {}
         self._last: tuple[_Group, dict[str, Tensor]] | None = None
-        unexpected = self._match(stored_packed)
+        unexpected = self._match(found.unused)
         self.shared: dict[str, str] = {}
         self.untied: list[str] = []
         self._tie()
         self._check(unexpected)
 
-    def _match(self, stored_packed: dict[str, str]) -> set[str]:
+    def _match(self, unused: set[str]) -> set[str]:
         """Give every stored tensor its place; returns names without one."""
         mapping = get_model_conversion_mapping(self.model)
         renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
@@ -88,19 +94,24 @@ class ModelTensors:
         converter_of = {pattern: converter for converter in converters for pattern in converter.source_patterns}
         prefix, places = self.model.base_model_prefix, self.model.state_dict()
         unexpected: set[str] = set()
-        for key in sorted({packed_files.owner(key, stored_packed) for key in self.checkpoint.file_of}, key=dot_natural_key):
+        owner = {key: name for name, layer in self._layers.items() for key in layer.keys}
+        packed: dict[str, formats.Layer] = {}
+        for key in sorted({owner.get(key, key) for key in self.checkpoint.file_of.keys() - unused}, key=dot_natural_key):
             name, pattern = rename_source_key(key, renamings, converters, prefix, places)
             if name not in places and key in places:
                 name, pattern = rename_source_key(key, [], [], prefix, places)
-            path = key.removesuffix(".weight")
             if name not in places:
                 unexpected.add(name)
-            elif path in stored_packed:
-                self._place_packed(path, name, stored_packed[path], pattern)
-            else:
-                converter = None if pattern is None else converter_of[pattern]
-                group = self._groups.setdefault(name, _Group(deepcopy(converter), name))
-                group.sources.setdefault(key if pattern is None else pattern, []).append(key)
+                continue
+            converter = None if pattern is None else converter_of[pattern]
+            if key in self._layers:
+                self.decoded.add(name)
+                if converter is None and self._is_linear(name):
+                    packed[name] = self._layers[key]
+                    continue
+            group = self._groups.setdefault(name, _Group(deepcopy(converter), name))
+            group.sources.setdefault(key if pattern is None else pattern, []).append(key)
+        self._place(packed)
         for group in self._groups.values():
             for name, facts in self._facts_of(group).items():
                 if name in places:
@@ -110,20 +121,42 @@ class ModelTensors:
         self.model._weight_conversions = [each for each in mapping if each.was_used()]  # save_pretrained undoes these
         return unexpected
 
-    def _place_packed(self, stored: str, name: str, quant_type: str, pattern: str | None) -> None:
-        if pattern is not None:
-            raise ModelError(
-                f"'{self.checkpoint.name}': '{stored}' is packed, and transformers would convert it. Load a dense checkpoint."
-            )
-        path = name.removesuffix(".weight")
-        self.packed[path], self._stored_path[path] = quant_type, stored
+    def _is_linear(self, name: str) -> bool:
+        path, _, last = name.rpartition(".")
+        return last == "weight" and is_linear(self.model.get_submodule(path))
+
+    def _place(self, layers: dict[str, formats.Layer]) -> None:
+        """Hold quantised linear layers packed: all of them, or none, so that one choice of the user decides for the rest."""
+        whole = all(layer.quant_type for layer in layers.values())
+        for name, layer in layers.items():
+            path = name.removesuffix(".weight")
+            if is_transposed(self.model.get_submodule(path)):
+                self._turned.add(layer.name)
+            if whole and layer.quant_type is not None:
+                self.packed[path], self._layer_of[path] = layer.quant_type, layer
+                self.decoded.discard(name)
+            else:
+                self._groups[name] = _Group(None, name, {layer.name: [layer.name]})
 
     def _facts_of(self, group: _Group) -> dict[str, Facts]:
         if group.converter is None:
-            return {group.first: self.checkpoint.facts(group.stored[0])}
-        empty = self._convert(group, lambda key: torch.empty(self.checkpoint.facts(key)[1], device="meta"))
-        dtype = self.checkpoint.facts(group.stored[0])[0]
+            return {group.first: self._stored_facts(group.stored[0])}
+        empty = self._convert(group, lambda key: torch.empty(self._stored_facts(key)[1], device="meta"))
+        dtype = self._stored_facts(group.stored[0])[0]
         return {name: (dtype, tensor.shape) for name, tensor in empty.items()}
+
+    def _stored_facts(self, key: str) -> Facts:
+        """Type and shape of a stored tensor; a quantised layer's are those of its weight in the model's own type."""
+        layer = self._layers.get(key)
+        if layer is None:
+            return self.checkpoint.facts(key)
+        return self.checkpoint.dtype, torch.Size(layer.shape[::-1]) if key in self._turned else layer.shape
+
+    def _read_stored(self, key: str) -> Tensor:
+        layer = self._layers.get(key)
+        if layer is None:
+            return self.checkpoint.read(key)
+        return layer.dense().t().contiguous() if key in self._turned else layer.dense()
 
     def _convert(self, group: _Group, read: Callable[[str], Tensor]) -> dict[str, Tensor]:
         """Name -> tensor of everything that the group gives."""
@@ -190,17 +223,17 @@ class ModelTensors:
     def file_of(self, name: str) -> Path:
         """The shard that a tensor, or the first of those that it is made of, is in."""
         path = name.removesuffix(".weight")
-        stored = f"{self._stored_path[path]}.weight" if path in self.packed else self._group_of[name].stored[0]
-        return self.checkpoint.file_of[stored]
+        stored = self._layer_of[path].name if path in self.packed else self._group_of[name].stored[0]
+        return self.checkpoint.file_of[self._layers[stored].keys[0] if stored in self._layers else stored]
 
     def read(self, name: str) -> Tensor:
         """A dense tensor of the model."""
         group = self._group_of[name]
         if group.converter is None:
-            return self.checkpoint.read(group.stored[0])
+            return self._read_stored(group.stored[0])
         if self._last is None or self._last[0] is not group or name not in self._last[1]:
             self._last = None  # before the next group is read
-            self._last = group, self._convert(group, self.checkpoint.read)
+            self._last = group, self._convert(group, self._read_stored)
         tensor = self._last[1].pop(name)
         if not self._last[1]:
             self._last = None
@@ -208,11 +241,11 @@ class ModelTensors:
 
     def read_packed(self, path: str, dtype: torch.dtype) -> PackedWeight:
         """The packed weight of a layer, which decodes to `dtype`."""
-        return packed_files.read(self.checkpoint, self._stored_path[path], self.packed[path], dtype)
+        return self._layer_of[path].packed(dtype)
 
     def packed_options(self, path: str) -> Any:
         """How the layer at `path` is packed."""
-        return packed_files.options(self.checkpoint, self._stored_path[path], self.packed[path])
+        return self._layer_of[path].options
 
     def dense(self) -> Iterator[str]:
         """Names of the dense tensors, those of one group side by side."""

@@ -10,6 +10,7 @@ missing ones); the plug-in exists besides this loader, for users of transformers
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from functools import partial
 from typing import Any
@@ -22,9 +23,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
 from lownibble.config import QuantConfig
 from lownibble.errors import ModelError
-from lownibble.models import compute
+from lownibble.models import compute, formats
 from lownibble.models import packed as packed_files
-from lownibble.models.checkpoint import Checkpoint
+from lownibble.models.checkpoint import Checkpoint, stored_config
 from lownibble.models.conversion import ModelTensors, dtype_of, untie
 from lownibble.models.info import info
 from lownibble.models.sources import ModelSource, resolve
@@ -72,10 +73,10 @@ def load(
     """Load a language model (causal, or encoder-decoder) and its tokenizer, its linear weights dense or quantised.
 
     Args:
-        model: 'demo', a folder in Hugging Face layout (one or many safetensors shards, also bitsandbytes 4-bit
-            checkpoints), a .gguf file, or a hub id.
-        quant: None for dense, the name of a codec ('nf4', 'int8', ...), or a `QuantConfig`. Layers of a packed checkpoint
-            keep their codec.
+        model: 'demo', a folder in Hugging Face layout (one or many safetensors shards; also quantised ones, see
+            `models/formats`), a .gguf file, or a hub id.
+        quant: None for dense, the name of a codec ('nf4', 'int8', ...), or a `QuantConfig`. Layers of a quantised checkpoint
+            keep their numbers if a codec holds them.
         dtype: of everything that is not quantised, and of the activations.
         device: where the model goes.
         revision: of a hub id.
@@ -96,9 +97,29 @@ def load(
     compute.decide(empty)
     empty.config._name_or_path = source.name
     info(empty).base = {"model": source.name, "revision": revision, "digest": tensors.checkpoint.digest()}
+    if tensors.stored_as:
+        info(empty).base["stored_as"] = tensors.stored_as
+        _tell(tensors, config, target_dtype)
     if config is not None and not tensors.packed:
         info(empty).read_dense = partial(_read_dense, tensors)
     return empty.eval(), load_tokenizer(source)
+
+
+def _tell(tensors: ModelTensors, config: QuantConfig | None, dtype: torch.dtype) -> None:
+    """Warn of what became of the weights of another tool's checkpoint, where it is not what was asked for."""
+    said, name = [], str(dtype).removeprefix("torch.")
+    kinds = " and ".join(sorted(set(tensors.packed.values())))
+    if tensors.packed and config is not None and kinds != config.quant_type:
+        said.append(f"its layers are kept as they are stored (as {kinds}), not packed as {config.quant_type}")
+    linears = [key for key in tensors.decoded if key.endswith(".weight") and len(tensors.facts(key)[1]) == 2]
+    others = len(tensors.decoded) - len(linears)
+    if linears:
+        again = f"packed again as {config.quant_type}" if config is not None else f"held in {name}; quantise them to save memory"
+        said.append(f"no codec here holds these numbers, so {len(linears)} weights were decoded and {again}")
+    if others:
+        said.append(f"{others} tensors (fused experts and the like) were decoded and are held in {name}")
+    if said:
+        warnings.warn(f"'{tensors.checkpoint.name}' is stored as {tensors.stored_as}: {'; '.join(said)}.", stacklevel=3)
 
 
 def _read_dense(tensors: ModelTensors, path: str) -> Tensor:
@@ -122,8 +143,9 @@ def skeleton(source: ModelSource, dtype: torch.dtype) -> Any:
         config = AutoConfig.from_pretrained(source.folder, trust_remote_code=False)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, StrictDataclassError) as error:
         raise ModelError(f"'{source.name}': config.json cannot be used: {_reason(error)}") from None
-    packed_files.check_config(config, source.name)
-    config.__dict__.pop("quantization_config", None)
+    formats.check(stored_config(source.folder), source.name)
+    for part in (config, getattr(config, "text_config", None)):
+        vars(part or config).pop("quantization_config", None)
     try:
         with init_empty_weights(include_buffers=False):
             model = _auto(config).from_config(config, dtype=dtype, trust_remote_code=False)
@@ -237,7 +259,7 @@ def _fill(model: Any, tensors: ModelTensors, config: QuantConfig | None, device:
             quantized = quantize(rows.to(device), to_quantize[path], name=key).with_dtype(dtype)
             _place_quantized(model, path, quantized, device)
         else:
-            known.stored_dtypes[key] = str(tensor.dtype).removeprefix("torch.")
+            known.stored_dtypes[key] = str(tensors.facts(key)[0]).removeprefix("torch.")
             _set_tensor(model, key, tensor.to(device=device, dtype=held_in(key, own.dtype), copy=True))  # no file stays mapped
     for alias, source in tensors.shared.items():
         path, _, last = alias.rpartition(".")

@@ -22,19 +22,10 @@ OWN_METHOD = "lownibble"
 """The `quant_method` of checkpoints that our transformers quantizer saves."""
 
 
-def check_config(config: Any, name: str) -> None:
-    """Reject checkpoints quantised by anything but bitsandbytes (4-bit) or this package."""
-    stored = getattr(config, "quantization_config", None) or {}
-    method = stored.get("quant_method", "an unknown method")
-    in_4bit = method == "bitsandbytes" and stored.get("load_in_4bit", stored.get("_load_in_4bit"))
-    if stored and not in_4bit and method != OWN_METHOD:
-        raise ModelError(
-            f"'{name}' is quantised with {method}. Dense checkpoints, bitsandbytes' 4-bit ones and Lownibble's own can be loaded."
-        )
-
-
 def check_same(packed: Mapping[str, str], config: QuantConfig, name: str) -> None:
-    """Check that each packed layer of a checkpoint has the quant_type that `config` requests."""
+    """Check that each packed layer of a checkpoint has the quant_type that `config` asks for; the defaults ask for nothing."""
+    if all(getattr(config, key) == getattr(QuantConfig(), key) for key in (*PER_LAYER, "pattern")):
+        return
     for path, held in packed.items():
         wanted = config.for_layer(path).quant_type
         if held != wanted:
@@ -52,12 +43,6 @@ def packed_modules(keys: Iterable[str]) -> dict[str, str]:
             if is_marked:
                 found[path] = quant_type
     return found
-
-
-def owner(key: str, packed: Iterable[str]) -> str:
-    """The parameter that a stored tensor belongs to: `PATH.weight` for every part of a packed weight."""
-    path, found, _ = key.partition(".weight.")
-    return f"{path}.weight" if found and path in packed else key
 
 
 def read(checkpoint: Checkpoint, path: str, quant_type: str, dtype: torch.dtype) -> PackedWeight:

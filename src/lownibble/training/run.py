@@ -132,7 +132,7 @@ def _make(config: RunConfig) -> tuple[Any, Any]:
     model, tokenizer = load(config.model, quant=quant, dtype=dtype, device=config.device, revision=config.revision)
     packed = any(isinstance(module, QuantLinear) for module in model.modules())
     if packed and config.method != "qlora":
-        raise ModelError(f"'{config.model}' holds 4-bit weights. Train it with --method qlora, or give a dense checkpoint.")
+        raise ModelError(f"'{config.model}' holds quantised weights. Train it with --method qlora, or give a dense checkpoint.")
     if config.adapter is not None:
         load_adapter(model, config.adapter, trainable=True)
         weights = Path(config.adapter) / WEIGHTS_FILE

@@ -1,0 +1,71 @@
+"""Checkpoints whose weights are stored quantised: which tensors are a layer, and how to get its weight.
+
+Every format is a function that finds the layers of a checkpoint, each a `Layer`: the names of its tensors, the codec that holds
+its numbers unchanged (if there is one), and how they are read. Where a codec holds them, the layer is loaded as it is: the same
+codes, the same scales, and therefore the same model as with the tool that made it. Else the weight is decoded, and the caller
+packs it again if it was asked to. In both cases the values are computed in float32 from the stored numbers; other tools compute
+them in float16 or bfloat16.
+
+    own.py        bitsandbytes' 4-bit layers and those of this package, whose codecs read their own files
+    integers.py   GPTQ, AWQ, compressed-tensors' integers, bitsandbytes' 8 bits, HQQ
+    floats.py     FP8 (blocks, rows, tensors), MXFP4, NVFP4
+
+Rejected: loading through the tools' own libraries. Each needs a GPU, pulls in many packages, or supports one version of
+transformers; and none gives back the numbers that training needs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from lownibble.errors import ModelError
+from lownibble.models.checkpoint import Checkpoint
+from lownibble.models.formats import floats, integers, own
+from lownibble.models.formats.layer import Finder, Found, Layer
+
+__all__ = ["Found", "Layer", "check", "find"]
+
+FINDERS: dict[str, Finder] = {
+    "gptq": integers.gptq, "awq": integers.awq, "hqq": integers.hqq, "bitsandbytes 8-bit": integers.bitsandbytes,
+    "compressed-tensors": integers.compressed, "fp8": floats.fp8, "fbgemm_fp8": floats.fp8, "mxfp4": floats.mxfp4,
+    "bitsandbytes": own.find, own.METHOD: own.find,
+}  # fmt: skip
+"""`quant_method` of config.json's quantization_config -> what finds the layers."""
+
+
+def _method(stored: Mapping[str, Any]) -> str:
+    method = str(stored.get("quant_method", "an unknown method"))
+    if method == "bitsandbytes" and stored.get("load_in_8bit", stored.get("_load_in_8bit")):
+        return "bitsandbytes 8-bit"
+    return method
+
+
+def check(stored: Mapping[str, Any], name: str) -> None:
+    """Reject checkpoints of formats that are not known, by what config.json says.
+
+    Raises:
+        ModelError: it is one; names those that are known.
+    """
+    if stored and _method(stored) not in FINDERS:
+        known = ", ".join(sorted(FINDERS))
+        raise ModelError(
+            f"'{name}' is quantised with {_method(stored)}. Quantised checkpoints that can be loaded: {known}. Take one of "
+            "those, or the dense checkpoint that this one was made from."
+        )
+
+
+def find(checkpoint: Checkpoint, stored: Mapping[str, Any]) -> Found:
+    """The quantised layers of a checkpoint.
+
+    Raises:
+        ModelError: the format, or this variant of it, is not known, or a part of a layer is missing.
+    """
+    check(stored, checkpoint.name)
+    found = FINDERS[_method(stored)](checkpoint, stored) if stored else own.find(checkpoint, stored)
+    if found.title and not found.layers:
+        raise ModelError(
+            f"'{checkpoint.name}': config.json says that it is stored as {found.title}, but it has no tensor of such a layer. The "
+            "weights and config.json do not belong together, or the download is not complete."
+        )
+    return found

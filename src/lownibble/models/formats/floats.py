@@ -1,0 +1,140 @@
+"""Float formats of other tools: `scale * code` with codes of 8 or 4 bits.
+
+    FP8     weight float8 (N, K) and one scale per tensor, row, group of a row, or block of rows and columns. transformers and
+            DeepSeek call it weight_scale_inv, and multiply by it nevertheless; others weight_scale. Fused experts are 3-D.
+    MXFP4   X_blocks (experts, N, groups, 16 bytes) of pairs of e2m1 codes, the first in the low bits, and X_scales, powers of
+            two (gpt-oss); in compressed-tensors weight_packed (N, K/2) and weight_scale
+    NVFP4   weight_packed, a float8 scale per 16 columns, and weight_global_scale, which the scales are divided by
+
+Blocks become groups of columns: each row has the scale of its block, and the same values.
+Sources: transformers integrations/finegrained_fp8.py and mxfp4.py, compressed-tensors nvfp4 and mxfp4/base.py.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lownibble.config import QuantConfig
+from lownibble.models.checkpoint import Checkpoint
+from lownibble.models.formats.layer import Found, Layer, Numbers, StoredLayer, codec, need, wrong
+from lownibble.quant.layouts import GROUP_SIZES
+
+_E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
+_FLOAT8 = (torch.float8_e4m3fn, torch.float8_e5m2)
+_SCALES = ("_scale_inv", "_scale", ".scale", ".qscale_weight")
+_OF_ACTIVATIONS = ("activation_scale", "input_scale", "input_scale_ub", "output_scale", "k_scale", "v_scale")
+
+
+def fp8(checkpoint: Checkpoint, stored: Mapping[str, Any]) -> Found:
+    """Layers of FP8 checkpoints: DeepSeek's and transformers' blocks, fbgemm's rows, scales of whole tensors."""
+    block = stored.get("weight_block_size")
+    layers: dict[str, Layer] = {}
+    for key in checkpoint.file_of:
+        dtype = checkpoint.facts(key)[0]
+        if dtype not in (*_FLOAT8, torch.int8):
+            continue
+        stem = key.removesuffix(".weight")
+        names = [f"{key}{end}" if end.startswith("_") else f"{stem}{end}" for end in _SCALES]
+        scale = next((name for name in names if name in checkpoint.file_of), None)
+        if scale is not None:
+            parts = {"weight": key, "scale": scale}
+            layers[key] = float_layer(checkpoint, key, parts, "weight", "scale", tuple(block) if block else None)
+        elif dtype in _FLOAT8:
+            need({}, (f"scale ({', '.join(_SCALES[:2])})",), stem, checkpoint.name)
+    unused = {key for key in checkpoint.file_of if key.rpartition(".")[2].endswith(_OF_ACTIVATIONS)}
+    how = f"blocks of {block[0]} x {block[1]}" if block else "rows or tensors"
+    return Found(layers, unused - {key for layer in layers.values() for key in layer.keys}, f"FP8 in {how}")
+
+
+def float_layer(
+    checkpoint: Checkpoint, name: str, parts: Mapping[str, str], weight: str, scale: str, block: tuple[int, ...] | None
+) -> Layer:
+    """A layer of float8 codes (or, as DeepSeek's experts, pairs of e2m1 codes); `weight` and `scale` are roles in `parts`."""
+    (dtype, shape), n_scale = checkpoint.facts(parts[weight]), checkpoint.facts(parts[scale])[1]
+    if dtype not in _FLOAT8:
+        shape = torch.Size((*shape[:-1], 2 * shape[-1]))
+    rows, columns = (shape[-2], shape[-1]) if len(shape) > 1 else (1, shape[-1])
+    grid = tuple(n_scale) if len(n_scale) > 1 else (n_scale.numel(), 1)
+    fitting = block is not None and grid[-2:] == (-(-rows // block[0]), -(-columns // block[1]))
+    assert block is not None or not fitting
+    size = (block[0], block[1]) if fitting and block else (rows // max(1, grid[-2]), columns // max(1, grid[-1]))
+    if not fitting and (not all(size) or rows % grid[-2] or columns % grid[-1]):
+        stem = name.removesuffix(".weight")
+        raise wrong(stem, checkpoint.name, f"scales of shape {tuple(n_scale)} do not belong to a weight of {tuple(shape)}")
+    width = columns if size[1] >= columns else math.gcd(size[1], columns)
+    plain = len(shape) == 2 and dtype == torch.float8_e4m3fn
+    how: QuantConfig | None = codec("fp8", shape, width) if plain and (width in GROUP_SIZES or width == columns) else None
+    read = partial(_read_float, checkpoint, parts[weight], parts[scale], shape, grid, size, width if how else None)
+    return StoredLayer(name, parts, shape, how, read)
+
+
+def _read_float(
+    checkpoint: Checkpoint, weight: str, scale: str, shape: torch.Size, grid: tuple[int, ...], size: tuple[int, int],
+    width: int | None,
+) -> Numbers | Tensor:  # fmt: skip
+    codes, scales = checkpoint.read(weight).clone(), _exponents(checkpoint.read(scale)).view(grid)
+    rows, columns = (shape[-2], shape[-1]) if len(shape) > 1 else (1, shape[-1])
+    if codes.dtype not in _FLOAT8:
+        codes = _pairs(codes.view(torch.uint8))
+    by_row = scales.repeat_interleave(size[0], -2)[..., :rows, :]
+    if width is not None:
+        return Numbers(codes, by_row.repeat_interleave(max(1, min(size[1], columns) // width), -1)[:, : columns // width])
+    return (codes.float().view(*shape[:-2], rows, columns) * by_row.repeat_interleave(size[1], -1)[..., :columns]).view(shape)
+
+
+def _exponents(scale: Tensor) -> Tensor:
+    """Scales in float32; bytes are exponents of two, less 127."""
+    return (scale.float() - 127).exp2() if scale.dtype == torch.uint8 else scale.float()
+
+
+def _pairs(packed: Tensor) -> Tensor:
+    """Values of two e2m1 codes a byte, the first in the low bits: (..., n) -> (..., 2n) float32."""
+    table = torch.tensor(_E2M1)
+    return torch.stack([table[(packed & 15).long()], table[(packed >> 4).long()]], dim=-1).flatten(-2)
+
+
+def four_bit_layer(checkpoint: Checkpoint, name: str, parts: Mapping[str, str]) -> Layer:
+    """A layer of MXFP4 or NVFP4 in compressed-tensors; no codec of ours holds it."""
+    (n_out, half), n_scale = checkpoint.facts(parts["weight_packed"])[1], checkpoint.facts(parts["weight_scale"])[1]
+    if len(n_scale) != 2 or n_scale[0] != n_out or not n_scale[1] or 2 * half % n_scale[1]:
+        raise wrong(
+            name.removesuffix(".weight"),
+            checkpoint.name,
+            f"scales of {tuple(n_scale)} do not belong to {(n_out, 2 * half)} codes",
+        )
+    return StoredLayer(name, parts, (n_out, 2 * half), None, partial(_read_four_bit, checkpoint, parts))
+
+
+def _read_four_bit(checkpoint: Checkpoint, parts: Mapping[str, str]) -> Tensor:
+    codes, scale = _pairs(checkpoint.read(parts["weight_packed"])), _exponents(checkpoint.read(parts["weight_scale"]))
+    if "weight_global_scale" in parts:
+        scale = scale / checkpoint.read(parts["weight_global_scale"]).float()
+    return Numbers(codes, scale).dense()
+
+
+def mxfp4(checkpoint: Checkpoint, stored: Mapping[str, Any]) -> Found:
+    """The fused experts of MXFP4 checkpoints (gpt-oss)."""
+    layers: dict[str, Layer] = {}
+    for key in checkpoint.file_of:
+        name = key.removesuffix("_blocks")
+        if name == key:
+            continue
+        parts = {"blocks": key, "scales": f"{name}_scales"}
+        need({role: at for role, at in parts.items() if at in checkpoint.file_of}, parts, name, checkpoint.name)
+        *experts, rows, groups, half = checkpoint.facts(key)[1]
+        if checkpoint.facts(parts["scales"])[1] != torch.Size((*experts, rows, groups)):
+            raise wrong(name, checkpoint.name, "its blocks and scales do not belong together")
+        shape = (*experts, groups * half * 2, rows)
+        layers[name] = StoredLayer(name, parts, shape, None, partial(_read_mxfp4, checkpoint, parts))
+    return Found(layers, title="MXFP4 experts")
+
+
+def _read_mxfp4(checkpoint: Checkpoint, parts: Mapping[str, str]) -> Tensor:
+    values = _pairs(checkpoint.read(parts["blocks"])) * _exponents(checkpoint.read(parts["scales"])).unsqueeze(-1)
+    return values.flatten(-2).transpose(-1, -2).contiguous()

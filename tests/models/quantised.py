@@ -1,0 +1,159 @@
+"""Writers of other tools' quantised checkpoints: each turns the linear layers of a dense folder into a format, as published, and
+returns the dense weights that the file stands for. Plain loops and whole numbers, nothing of the package."""
+
+import json
+import re
+
+import torch
+from safetensors.torch import load_file, save_file
+
+LAYERS = re.compile(r"model\.layers\.\d+\..*_proj\.weight")
+E2M1 = torch.tensor([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0])
+
+
+def rewrite(folder, config, layer):
+    """Replace the linear layers by what `layer(path, weight)` returns: (tensors by their last name, dense weight)."""
+    tensors, dense = load_file(folder / "model.safetensors"), {}
+    for key in [key for key in tensors if LAYERS.fullmatch(key)]:
+        path = key.removesuffix(".weight")
+        stored, dense[key] = layer(path, tensors.pop(key))
+        tensors |= {f"{path}.{name}": tensor.contiguous() for name, tensor in stored.items()}
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    file = folder / "config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "quantization_config": config}))
+    return dense
+
+
+def words(rows, bits):
+    """Rows of codes as rows of 32-bit words, the first code in the lowest bits: one large number a row."""
+    n_words = -(-len(rows[0]) * bits // 32)
+    numbers = [sum(int(code) << (bits * i) for i, code in enumerate(row)) for row in rows]
+    cut = [[(number >> (32 * word)) & 0xFFFFFFFF for word in range(n_words)] for number in numbers]
+    return torch.tensor(cut, dtype=torch.int64).to(torch.int32)
+
+
+def affine(weight, bits, size, symmetric, group=None):
+    """(codes (N, K), scale (N, G) float16, zero (N, G)) by rounding to nearest, `group` the group of each column."""
+    n_in = weight.shape[1]
+    group = torch.arange(n_in) // size if group is None else group
+    top, n_groups = 2**bits - 1, int(group.max()) + 1
+    low = torch.stack([weight[:, group == g].amin(1).clamp(max=0) for g in range(n_groups)], 1)
+    high = torch.stack([weight[:, group == g].amax(1).clamp(min=0) for g in range(n_groups)], 1)
+    if symmetric:
+        high = torch.maximum(high, -low)
+        scale, zero = (2 * high / top).half(), torch.full(low.shape, 2 ** (bits - 1))
+    else:
+        scale = ((high - low) / top).half()
+        zero = (-low / scale).round().clamp(0, top)
+    codes = (weight / scale.float()[:, group] + zero[:, group]).round().clamp(0, top)
+    return codes.long(), scale, zero.long(), group
+
+
+def decoded(codes, scale, zero, group):
+    return (codes - zero[:, group]).float() * scale.float()[:, group]
+
+
+def gptq(folder, bits=4, size=32, symmetric=True, act_order=False, version="gptq", odd=False):
+    """AutoGPTQ's file; `odd`: act-order with groups of unequal sizes, as after pruning of columns."""
+    generator = torch.Generator().manual_seed(3)
+
+    def layer(path, weight):
+        n_in = weight.shape[1]
+        step = n_in if size == -1 else size
+        group = torch.arange(n_in) // step
+        if act_order:
+            group = group[torch.randperm(n_in, generator=generator)]
+        if odd:
+            group = torch.randint(0, n_in // step, (n_in,), generator=generator).scatter(
+                0, torch.arange(n_in // step), torch.arange(n_in // step)
+            )
+        codes, scale, zero, group = affine(weight, bits, step, symmetric, group)
+        stored = zero - 1 if version == "gptq" else zero
+        number = [sum(int(z) << (bits * i) for i, z in enumerate(row)) for row in stored.t()]  # -1 borrows from its neighbour
+        n_words = -(-len(weight) * bits // 32)
+        qzeros = torch.tensor([[(n >> (32 * w)) & 0xFFFFFFFF for w in range(n_words)] for n in number]).to(torch.int32)
+        tensors = {"qweight": words(codes, bits).t(), "qzeros": qzeros, "scales": scale.t(), "g_idx": group.to(torch.int32)}
+        return tensors, decoded(codes, scale, zero, group)
+
+    config = {"quant_method": "gptq", "bits": bits, "group_size": size, "sym": symmetric, "desc_act": act_order}
+    return rewrite(folder, config | {"checkpoint_format": version}, layer)
+
+
+def awq(folder, size=32):
+    """AutoAWQ's file, version gemm: eight output columns a word, in the order 0 2 4 6 1 3 5 7."""
+
+    def pack(codes):  # (rows, N)
+        order = torch.arange(codes.shape[1]).view(-1, 8)[:, [0, 2, 4, 6, 1, 3, 5, 7]].flatten()
+        return words(codes[:, order], 4)
+
+    def layer(path, weight):
+        codes, scale, zero, group = affine(weight, 4, weight.shape[1] if size == -1 else size, False)
+        return {"qweight": pack(codes.t()), "qzeros": pack(zero.t()), "scales": scale.t()}, decoded(codes, scale, zero, group)
+
+    return rewrite(folder, {"quant_method": "awq", "bits": 4, "group_size": size, "zero_point": True, "version": "gemm"}, layer)
+
+
+def bitsandbytes8(folder):
+    """bitsandbytes' 8-bit layers."""
+
+    def layer(path, weight):
+        largest = weight.abs().amax(1)
+        codes = (weight * 127 / largest[:, None]).round()
+        return {"weight": codes.to(torch.int8), "SCB": largest, "weight_format": torch.tensor(0, dtype=torch.uint8)}, (
+            codes * (largest / 127)[:, None]
+        )
+
+    return rewrite(folder, {"quant_method": "bitsandbytes", "load_in_8bit": True, "load_in_4bit": False}, layer)
+
+
+def fp8(folder, block=None, per="row", name="weight_scale_inv", method="fp8", activations=False):
+    """FP8: scales of blocks (rows, columns), rows, or the whole tensor."""
+
+    def layer(path, weight):
+        n_out, n_in = weight.shape
+        size = block or ((1, n_in) if per == "row" else (n_out, n_in))
+        grid = [
+            [(slice(i, i + size[0]), slice(j, j + size[1])) for j in range(0, n_in, size[1])] for i in range(0, n_out, size[0])
+        ]
+        scale = torch.tensor([[float(weight[at].abs().max() / 448) for at in row] for row in grid])
+        codes, dense = torch.empty_like(weight, dtype=torch.float8_e4m3fn), torch.empty_like(weight)
+        for i, row in enumerate(grid):
+            for j, at in enumerate(row):
+                codes[at] = (weight[at] / scale[i, j]).to(torch.float8_e4m3fn)
+                dense[at] = codes[at].float() * scale[i, j]
+        more = {"input_scale": torch.ones(1)} if activations else {}
+        return {"weight": codes, name: scale.reshape(()) if per == "tensor" else scale, **more}, dense
+
+    config = {"quant_method": method, "activation_scheme": "static" if activations else "dynamic"}
+    return rewrite(folder, config | ({"weight_block_size": list(block)} if block else {}), layer)
+
+
+def hqq(folder, bits=4, size=64, axis=1):
+    """HQQ's state dict with encoded facts, as its layers save it: without its optimisation of zeros."""
+    per_word = {8: 1, 4: 2, 3: 10, 2: 4, 1: 8}[bits]
+
+    def layer(path, weight):
+        rows = weight.reshape(-1, size) if axis == 1 else weight.reshape(size, -1)
+        low, high = rows.amin(axis, keepdim=True), rows.amax(axis, keepdim=True)
+        scale = (2**bits - 1) / (high - low)
+        zero = -low * scale + 0.25
+        codes = (rows * scale + zero).round().clamp(0, 2**bits - 1)
+        padded = torch.nn.functional.pad(codes, (0, 0, 0, -len(codes) % per_word)).long().view(per_word, -1, codes.shape[1])
+        packed = sum(part << (bits * (per_word - 1 - i)) for i, part in enumerate(padded))
+        facts = {"nbits": bits, "group_size": size, "axis": axis, "view_as_float": 0, "channel_wise": 1}
+        tensors = {"W_q": packed.to(torch.int32 if bits == 3 else torch.uint8), "scale": 1 / scale, "zero": zero}
+        tensors |= {key: torch.tensor(value, dtype=torch.int32) for key, value in facts.items()}
+        tensors |= {"shape": torch.tensor(weight.shape), "packing": torch.tensor([ord(c) for c in f"{bits}bit_u8"])}
+        return tensors, ((codes - zero) / scale).reshape(weight.shape)
+
+    config = {"quant_method": "hqq", "quant_config": {"weight_quant_params": {"nbits": bits, "group_size": size, "axis": axis}}}
+    return rewrite(folder, config, layer)
+
+
+def nearest_e2m1(values):
+    """Codes 0 to 15 of the nearest e2m1 values."""
+    return (values.abs()[..., None] - E2M1).abs().argmin(-1) | ((values < 0).long() << 3)
+
+
+def e2m1(codes):
+    return torch.where(codes >= 8, -E2M1[codes & 7], E2M1[codes & 7])
