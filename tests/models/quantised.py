@@ -8,7 +8,6 @@ import torch
 from safetensors.torch import load_file, save_file
 
 LAYERS = re.compile(r"model\.layers\.\d+\..*_proj\.weight")
-E2M1 = torch.tensor([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0])
 
 
 def rewrite(folder, config, layer):
@@ -148,12 +147,3 @@ def hqq(folder, bits=4, size=64, axis=1):
 
     config = {"quant_method": "hqq", "quant_config": {"weight_quant_params": {"nbits": bits, "group_size": size, "axis": axis}}}
     return rewrite(folder, config, layer)
-
-
-def nearest_e2m1(values):
-    """Codes 0 to 15 of the nearest e2m1 values."""
-    return (values.abs()[..., None] - E2M1).abs().argmin(-1) | ((values < 0).long() << 3)
-
-
-def e2m1(codes):
-    return torch.where(codes >= 8, -E2M1[codes & 7], E2M1[codes & 7])

@@ -7,12 +7,21 @@ import warnings
 
 import pytest
 import torch
-from quantised import affine, awq, bitsandbytes8, decoded, e2m1, fp8, gptq, hqq, nearest_e2m1, rewrite
+from quantised import affine, awq, bitsandbytes8, decoded, fp8, gptq, hqq, rewrite
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, CompressedTensorsConfig
+from transformers import (
+    AutoModelForCausalLM,
+    CompressedTensorsConfig,
+    GptOssConfig,
+    GptOssForCausalLM,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
+)  # fmt: skip
 
 import lownibble as ln
+import lownibble.integrations.transformers
 from lownibble.errors import LownibbleError, ModelError
+from lownibble.lora.adapter import AdapterFile
 from lownibble.models.info import info
 from lownibble.quant import QuantLinear
 
@@ -269,3 +278,159 @@ def test_compressed_tensors_with_act_order(base, batch, symmetric):
     model, _ = load(base)
     assert kinds(model) == {"int4_act"}
     torch.testing.assert_close(logits(model, batch), logits(dense_model(base, dense), batch), rtol=1e-4, atol=1e-4)
+
+
+def test_mxfp4_experts_are_transformers_reading(tokenizer, batch, tmp_path):
+    """gpt-oss: fused experts in MXFP4, everything else dense."""
+    folder = tmp_path / "oss"
+    torch.manual_seed(0)
+    config = GptOssConfig(
+        hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=16,
+        num_local_experts=4, num_experts_per_tok=2, vocab_size=96, pad_token_id=0, eos_token_id=1, sliding_window=32,
+    )  # fmt: skip
+    GptOssForCausalLM(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    tensors = load_file(folder / WEIGHTS)
+    generator = torch.Generator().manual_seed(1)
+    for key in [key for key in tensors if key.endswith(("gate_up_proj", "down_proj"))]:
+        experts, n_in, n_out = tensors.pop(key).shape
+        blocks = torch.randint(0, 256, (experts, n_out, n_in // 32, 16), generator=generator, dtype=torch.uint8)
+        scales = torch.randint(120, 125, (experts, n_out, n_in // 32), generator=generator, dtype=torch.uint8)
+        tensors |= {f"{key}_blocks": blocks, f"{key}_scales": scales}
+    save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
+    file = folder / "config.json"
+    stored = {"quant_method": "mxfp4", "modules_to_not_convert": ["model.layers.*.self_attn", "lm_head"]}
+    file.write_text(json.dumps({**json.loads(file.read_text()), "quantization_config": stored}))
+    model, said = load(folder)
+    assert "is stored as MXFP4 experts: 4 tensors (fused experts and the like) were decoded" in said[0]
+    expected = logits(quietly(folder), batch)
+    torch.testing.assert_close(logits(model, batch), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_experts_stored_one_by_one_are_decoded_and_fused(tokenizer, batch, tmp_path):
+    """A mixture in FP8: attention keeps its numbers, experts become the model's fused tensors. Oracle: transformers."""
+    folder = tmp_path / "mixture"
+    torch.manual_seed(0)
+    config = Qwen3MoeConfig(
+        hidden_size=128, intermediate_size=128, moe_intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=32, num_experts=4, num_experts_per_tok=2, vocab_size=96, pad_token_id=0, eos_token_id=1,
+    )  # fmt: skip
+    Qwen3MoeForCausalLM(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    fp8(folder, block=(64, 64))
+    model, said = load(folder)
+    assert kinds(model) == {"fp8"}
+    assert "is stored as FP8 in blocks of 64 x 64: 4 tensors (fused experts and the like) were decoded" in said[0]
+    torch.testing.assert_close(logits(model, batch), logits(quietly(folder), batch), rtol=1e-4, atol=1e-4)
+
+
+def test_conv1d_layers(tiny, tokenizer, batch, tmp_path):
+    """GPT-2's layers are (in, out) in the model; GPTQ's files hold them as they hold any other."""
+    folder = tmp_path / "gpt2"
+    model = tiny("gpt2", n_embd=64, n_layer=2, n_head=4, n_inner=128)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    stored = load_file(folder / WEIGHTS)
+    names = [key for key in stored if re.search(r"\.h\.\d+\..*(c_attn|c_proj|c_fc)\.weight", key)]
+    kept = {key: stored.pop(key) for key in names}
+    save_file(
+        {**stored, **{f"model.layers.0.{i}_proj.weight": t.t().contiguous() for i, t in enumerate(kept.values())}},
+        folder / WEIGHTS, metadata={"format": "pt"},
+    )  # fmt: skip
+    dense = gptq(folder)
+    places = dict(zip(dense, kept, strict=True))
+    tensors = {
+        next((key.replace(old.removesuffix(".weight"), new.removesuffix(".weight")) for old, new in places.items()
+              if key.startswith(f"{old.removesuffix('.weight')}.")), key): tensor
+        for key, tensor in load_file(folder / WEIGHTS).items()
+    }  # fmt: skip
+    save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
+    with torch.no_grad():
+        for old, new in places.items():
+            model.get_parameter(new).copy_(dense[old].t())
+    ours, _ = load(folder)
+    assert kinds(ours) == {"int4"}
+    torch.testing.assert_close(logits(ours, batch), logits(model, batch), rtol=1e-4, atol=1e-4)
+
+
+def change(folder, edit):
+    tensors = load_file(folder / WEIGHTS)
+    edit(tensors)
+    save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
+
+
+def configure(folder, **options):
+    file = folder / "config.json"
+    config = json.loads(file.read_text())
+    config["quantization_config"] |= options
+    file.write_text(json.dumps(config))
+
+
+FIRST = "model.layers.0.self_attn.q_proj"
+DAMAGE = {
+    "a part is missing": (gptq, lambda f: change(f, lambda t: t.pop(f"{FIRST}.scales")), "'.*q_proj' lacks its scales"),
+    "codes of another layer": (
+        gptq, lambda f: change(f, lambda t: t.update({f"{FIRST}.qweight": t[f"{FIRST}.qweight"][:5].contiguous()})),
+        "q_proj' cannot be read: 5 words do not hold 128 codes of 4 bits",
+    ),
+    "groups that are not there": (
+        gptq, lambda f: change(f, lambda t: t[f"{FIRST}.g_idx"].fill_(77)), "q_proj' cannot be read: its g_idx names groups",
+    ),
+    "a kernel's own layout": (gptq, lambda f: configure(f, checkpoint_format="marlin"), "format 'marlin'.* Known: gptq, gptq_v2"),
+    "AWQ for another kernel": (awq, lambda f: configure(f, version="gemv"), "version 'gemv' .* Known: gemm"),
+    "AWQ zeros of another layer": (
+        awq, lambda f: change(f, lambda t: t.update({f"{FIRST}.qzeros": t[f"{FIRST}.qzeros"][:1].contiguous()})),
+        "its qweight, qzeros and scales do not belong together",
+    ),
+    "scales of another layer": (
+        fp8, lambda f: change(f, lambda t: t.update({f"{FIRST}.weight_scale_inv": torch.ones(7, 1)})),
+        r"scales of shape \(7, 1\) do not belong to a weight of \(128, 128\)",
+    ),
+    "no scales": (fp8, lambda f: change(f, lambda t: t.pop(f"{FIRST}.weight_scale_inv")), "'.*q_proj' lacks its scale"),
+    "another tool": (fp8, lambda f: configure(f, quant_method="vptq"), "is quantised with vptq. .* or the dense checkpoint"),
+    "not that tool's": (fp8, lambda f: configure(f, quant_method="gptq"), "stored as GPTQ.* but it has no tensor of such"),
+    "a weight of another model": (
+        gptq, lambda f: change(f, lambda t: t.update({k.replace("q_p", "k_p"): t[k].clone() for k in list(t) if FIRST in k})),
+        r"packed weight of '.*k_proj' has shape \(128, 128\)",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", DAMAGE)
+def test_damage_is_one_clear_error(base, case):
+    write, damage, message = DAMAGE[case]
+    write(base)
+    damage(base)
+    with pytest.raises(LownibbleError, match=message) as caught:
+        load(base)
+    assert isinstance(caught.value, ModelError)
+
+
+ADAPTED = {"GPTQ act-order": "int4_act", "AWQ": "int4", "FP8 blocks": "fp8", "GPTQ 3 bits": "int3_act", "HQQ": "nf4"}
+
+
+@pytest.mark.parametrize("case", ADAPTED)
+def test_adapters_are_trained_on_it_and_merged(base, batch, adapt, tmp_path, case):
+    """The adapter's file says what is under it; merged, the model is the live one; requantised, transformers loads it."""
+    write, options, *_ = {**EXACT, **DECODED}[case]
+    write(base, **options)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        live, adapter = adapt(base, "nf4")
+    facts = AdapterFile(adapter).trained_on
+    assert facts["stored_as"].startswith(case.split()[0])
+    assert facts["quant"]["quant_type"] == ADAPTED[case]
+    ln.merge(adapter, tmp_path / "merged", onto="dequantized", measure_tokens=0)
+    config = json.loads((tmp_path / "merged" / "config.json").read_text())
+    assert "quantization_config" not in config
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32)
+    torch.testing.assert_close(logits(merged, batch), logits(live, batch), rtol=1e-3, atol=1e-3)
+    again, _ = load(base, quant="nf4")
+    ln.load_adapter(again, adapter)
+    assert torch.equal(logits(again, batch), logits(live, batch))
+    ln.merge(adapter, tmp_path / "packed", onto="nf4", measure_tokens=0, force=True)
+    packed, _ = load(tmp_path / "packed")
+    assert kinds(packed) == {ADAPTED[case]}
+    if case != "HQQ":  # bitsandbytes' own bytes and kernels are compared elsewhere
+        again = AutoModelForCausalLM.from_pretrained(tmp_path / "packed", dtype=torch.float32)
+        torch.testing.assert_close(logits(again, batch), logits(packed, batch), rtol=1e-4, atol=1e-4)
