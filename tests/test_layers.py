@@ -9,7 +9,7 @@ import pytest
 
 SOURCE = Path(__file__).parent.parent / "src" / "lownibble"
 LAYERS = {
-    "errors": 0, "lazy": 0, "registry": 1, "matching": 1, "options": 2, "config": 3, "leaves": 4,
+    "errors": 0, "lazy": 0, "registry": 1, "matching": 1, "options": 2, "config": 3, "leaves": 4, "stored": 4,
     "embedded": 1, "arch": 1, "tensorfile": 1,
     "kernels": 4, "quant": 5, "models": 6, "lora": 7, "optim": 7, "data": 7, "record": 7, "planning": 8,
     "memory": 9, "training": 10, "decoding": 10, "integrations": 10,

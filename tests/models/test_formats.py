@@ -20,7 +20,8 @@ from transformers import (
 
 import lownibble as ln
 import lownibble.integrations.transformers
-from lownibble.errors import LownibbleError, ModelError
+from lownibble import stored
+from lownibble.errors import ConfigError, LownibbleError, ModelError
 from lownibble.lora.adapter import AdapterFile
 from lownibble.models.info import info
 from lownibble.quant import QuantLinear
@@ -62,6 +63,18 @@ def load(folder, **options):
         warnings.simplefilter("always")
         model, _ = ln.load(str(folder), **options)
     return model, [str(each.message) for each in caught if "is stored as" in str(each.message)]
+
+
+def expected_codec(folder):
+    """The codec that config.json leads the planner to expect."""
+    codec = stored.codec(stored.of(json.loads((folder / "config.json").read_text())))
+    return None if codec is None else (codec.quant_type, codec.block_size, codec.double_quant)
+
+
+def held_codecs(model):
+    """(quant_type, block size, double_quant) of the packed layers."""
+    facts = [module.weight.facts() for module in model.modules() if isinstance(module, QuantLinear)]
+    return {(each["quant_type"], each["block_size"], each["double_quant"]) for each in facts}
 
 
 def kinds(model):
@@ -106,6 +119,15 @@ def test_stored_numbers_are_kept(base, batch, case):
         assert bool(said) == (quant is not None)
         assert all(f"is stored as {title}: its layers are kept as they are stored (as {quant_type})" in each for each in said)
     assert info(model).base["stored_as"] == title
+    assert held_codecs(model) == {expected_codec(base)}
+    plan = ln.plan(str(base), gpu="rtx-4090")
+    (row,) = plan.rows
+    held = [module.weight.tensors() for module in model.modules() if isinstance(module, QuantLinear)]
+    blocks = [[-(-tensor.nbytes // 512) * 512 for tensor in tensors.values()] for tensors in held]  # CUDA's allocator rounds
+    assert row.verdict.method == "qlora"
+    assert row.verdict.memory.kinds["codes"] == sum(codes for codes, *_ in blocks)
+    assert row.verdict.memory.kinds["constants"] == sum(sum(constants) for _, *constants in blocks)
+    assert plan.to_dict()["stored_as"] == f"stored as {title}, and trained on as it is, with qlora"
 
 
 DECODED = {
@@ -132,6 +154,11 @@ def test_other_numbers_are_decoded_and_packed_again(base, batch, case):
     assert re.search(
         rf"is stored as {title}.*: no codec here holds these numbers, so 14 weights were decoded and held in", said[0]
     )
+    if "uneven" not in case:  # config.json does not say so
+        assert expected_codec(base) is None
+        plan = ln.plan(str(base), gpu="rtx-4090")
+        assert [row.verdict.method for row in plan.rows] == ["full", "lora", "qlora"]
+        assert "whose numbers no codec here holds: decoded first" in plan.stored_as
     model, said = load(base, quant="nf4")
     assert kinds(model) == {"nf4"}
     assert "14 weights were decoded and packed again as nf4" in said[0]
@@ -244,6 +271,7 @@ def test_compressed_tensors(base, batch, case):
     dense = compressed(base, options)
     model, said = load(base)
     assert kinds(model) == ({quant_type} if quant_type else set())
+    assert (held_codecs(model) or {None}) == {expected_codec(base)}
     assert len(said) == (quant_type is None)
     for key, weight in dense.items():
         module = model.get_submodule(key.removesuffix(".weight"))
@@ -394,6 +422,30 @@ DAMAGE = {
         r"packed weight of '.*k_proj' has shape \(128, 128\)",
     ),
 }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        (
+            {"method": "lora"},
+            ConfigError,
+            r"as AWQ, 4 bits in groups of 32, on which qlora trains\. Plan that, or the dense",
+        ),
+        (
+            {"quant_type": "int8"},
+            ConfigError,
+            r"as AWQ, 4 bits in groups of 32, which stays as it is\. Leave quant options",
+        ),
+    ],
+)
+def test_a_plan_of_something_else_is_refused(base, options, error, message):
+    awq(base)
+    with pytest.raises(error, match=message):
+        ln.plan(str(base), gpu="rtx-4090", **options)
+    configure(base, quant_method="aqlm")
+    with pytest.raises(ModelError, match=r"is quantised with aqlm\. Quantised checkpoints that can be loaded"):
+        ln.plan(str(base), gpu="rtx-4090")
 
 
 @pytest.mark.parametrize("case", DAMAGE)

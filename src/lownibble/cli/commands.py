@@ -171,6 +171,7 @@ def study(arguments: argparse.Namespace) -> dict[str, Any]:
 def plan(arguments: argparse.Namespace) -> dict[str, Any]:
     """Plan a run, and show what fits."""
     config: PlanConfig = read(arguments, PlanConfig, arguments.config)
+    from lownibble.planning.plan import as_stored
     from lownibble.planning.plan import plan as make_plan
     from lownibble.planning.show import tables
 
@@ -192,6 +193,7 @@ def plan(arguments: argparse.Namespace) -> dict[str, Any]:
         from lownibble.planning.models import find_config
         from lownibble.rehearsal.trace import exact_step
 
+        config, _ = as_stored(config)
         step = exact_step(find_config(config.model), config.quant, config.lora)
     made = make_plan(config, step=step)
     for table in tables(made):

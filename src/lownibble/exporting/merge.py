@@ -17,7 +17,7 @@ from typing import Any
 
 from safetensors import SafetensorError
 
-from lownibble import record, tensorfile
+from lownibble import record, stored, tensorfile
 from lownibble.config import PACKED, DataConfig, MergeConfig, QuantConfig
 from lownibble.data import encode, load
 from lownibble.errors import AdapterError, ConfigError, InputError, OutputError
@@ -27,7 +27,7 @@ from lownibble.lora.adapter import CONFIG_FILE, AdapterFile
 from lownibble.lora.provenance import describe, other_weights
 from lownibble.models import ModelSource, load_tokenizer, resolve
 from lownibble.models import packed as packed_files
-from lownibble.models.checkpoint import INDEX, QUANTIZATION, stored_config
+from lownibble.models.checkpoint import INDEX, stored_config
 from lownibble.training.microbatches import collator
 from lownibble.training.output import hold
 
@@ -360,7 +360,7 @@ def _config_json(weights: Weights, onto: str) -> dict[str, Any]:
         config["text_config"] = {**config["text_config"]}
     for part in (config, config.get("text_config")):
         if isinstance(part, dict):
-            for key in QUANTIZATION:
+            for key in stored.KEYS:
                 part.pop(key, None)
             part |= {key: value for key, value in weights.changes.items() if key in part or part is config}
     dtypes = {kept for name in weights.names if (kept := weights.kept_dtype(name)).is_floating_point}

@@ -18,6 +18,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from lownibble import stored
 from lownibble.errors import ModelError
 from lownibble.models.sources import ModelSource
 from lownibble.tensorfile import TYPES
@@ -31,17 +32,8 @@ def stored_config(folder: Path) -> dict[str, Any]:
 
     It may be the text model's in a configuration of several parts; old GPTQ folders have it in a file of its own.
     """
-    config = _config(folder)
-    parts = [config, config.get("text_config")]
-    found = next((part[key] for part in parts if isinstance(part, dict) for key in QUANTIZATION if part.get(key)), None)
-    beside = folder / "quantize_config.json"
-    if found is None and beside.is_file():
-        found = {"quant_method": "gptq", **_json(beside)}
-    return found if isinstance(found, dict) else {}
-
-
-QUANTIZATION = ("quantization_config", "compression_config")
-"""Keys of config.json that say how the weights are stored."""
+    found, beside = stored.of(_config(folder)), folder / "quantize_config.json"
+    return found or ({"quant_method": "gptq", **_json(beside)} if beside.is_file() else {})
 
 
 def _dtype(folder: Path) -> torch.dtype:

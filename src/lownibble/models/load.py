@@ -21,9 +21,10 @@ from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer, GenerationConfig
 
+from lownibble import stored
 from lownibble.config import QuantConfig
 from lownibble.errors import ModelError
-from lownibble.models import compute, formats
+from lownibble.models import compute
 from lownibble.models import packed as packed_files
 from lownibble.models.checkpoint import Checkpoint, stored_config
 from lownibble.models.conversion import ModelTensors, dtype_of, untie
@@ -143,7 +144,7 @@ def skeleton(source: ModelSource, dtype: torch.dtype) -> Any:
         config = AutoConfig.from_pretrained(source.folder, trust_remote_code=False)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, StrictDataclassError) as error:
         raise ModelError(f"'{source.name}': config.json cannot be used: {_reason(error)}") from None
-    formats.check(stored_config(source.folder), source.name)
+    stored.check(stored_config(source.folder), source.name)
     for part in (config, getattr(config, "text_config", None)):
         vars(part or config).pop("quantization_config", None)
     try:
@@ -171,7 +172,7 @@ def uninitialised(config: Mapping[str, Any], quant: QuantConfig | None, dtype: t
     Raises:
         ModelError: transformers does not support it.
     """
-    values = {key: value for key, value in config.items() if key != "model_type"}
+    values = {key: value for key, value in config.items() if key not in ("model_type", *stored.KEYS)}
     try:
         with init_empty_weights(include_buffers=False):
             wanted = AutoConfig.for_model(str(config.get("model_type")), **values)

@@ -8,17 +8,19 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-from lownibble.arch import ModelShape
-from lownibble.config import Method, PlanConfig, TrainConfig
+from lownibble import stored
+from lownibble.arch import ModelShape, paths
+from lownibble.config import PER_LAYER, Method, PlanConfig, QuantConfig, TrainConfig
 from lownibble.errors import ConfigError
 from lownibble.leaves import GROUPS
+from lownibble.matching import is_part
 from lownibble.options import Options
 from lownibble.planning import hardware, records
 from lownibble.planning.calibration import calibrated
 from lownibble.planning.fit import METHODS, Verdict, judge, largest, recommend
 from lownibble.planning.hardware import Device
 from lownibble.planning.memory import MemoryPlan, StepOf, plan_memory
-from lownibble.planning.models import find_shape
+from lownibble.planning.models import find_config, find_shape
 from lownibble.planning.speed import SpeedPlan, plan_speed
 
 MOST_ROWS, MOST_TOKENS = 4096, 1 << 20
@@ -48,6 +50,7 @@ class Plan:
 
     Attributes:
         rows: by device, then by method.
+        stored_as: how the model's weights are stored and what that means for the plan, in words; '' if they are dense.
         advice: device -> method (None: nothing fits) and reasons; only where all methods were planned.
     """
 
@@ -56,6 +59,7 @@ class Plan:
     devices: tuple[Device, ...]
     rows: tuple[Row, ...]
     advice: Mapping[str, tuple[Method | None, list[str]]]
+    stored_as: str = ""
 
     def to_dict(self) -> dict[str, Any]:
         """For JSON."""
@@ -64,7 +68,7 @@ class Plan:
         return {
             "config": self.config.to_dict(), "parameters": self.shape.parameters,
             "planned_part": f"the text model of a {self.shape.wrapper}" if self.shape.wrapper else "the whole model",
-            "rows": [row.to_dict() for row in self.rows],
+            "stored_as": self.stored_as or None, "rows": [row.to_dict() for row in self.rows],
             "advice": advice, "sources": sources,
         }  # fmt: skip
 
@@ -99,6 +103,7 @@ def _no_cycles_looked_for() -> Iterator[None]:
 
 def _plan(config: PlanConfig, step: StepOf | None) -> Plan:
     shape, measured = find_shape(config.model), records.find(config.records, config.model)
+    config, stored_as = as_stored(config, shape)
     devices = _devices(config.gpu)
     methods = METHODS if config.method == "all" else (config.method,)
     planned = _Memories(config, shape, step)
@@ -112,7 +117,33 @@ def _plan(config: PlanConfig, step: StepOf | None) -> Plan:
         rows += [_row(config, shape, device, verdict, planned, alone=len(devices) == 1) for verdict in verdicts.values()]
         if len(methods) == len(METHODS):
             advice[device.name] = recommend({str(method): verdict for method, verdict in verdicts.items()}, measured)
-    return Plan(config, shape, tuple(devices), tuple(rows), advice)
+    return Plan(config, shape, tuple(devices), tuple(rows), advice, stored_as)
+
+
+def as_stored(config: PlanConfig, shape: ModelShape | None = None) -> tuple[PlanConfig, str]:
+    """The configuration for weights as they are stored, and what to say of them: quantised ones keep their codec, and only qlora
+    trains on them.
+
+    Raises:
+        ModelError: their format is not known. ConfigError: another method or codec is asked for.
+    """
+    how = stored.of(find_config(config.model))
+    stored.check(how, config.model)
+    if not how:
+        return config, ""
+    codec, name = stored.codec(how), stored.title(how)
+    if codec is None:
+        return config, f"stored as {name or stored.method(how)}, whose numbers no codec here holds: decoded first"
+    name = name or f"{codec.quant_type} (bitsandbytes)" if stored.method(how) == "bitsandbytes" else name or codec.quant_type
+    if config.method not in ("all", "qlora"):
+        raise ConfigError(f"'{config.model}' is stored as {name}, on which qlora trains. Plan that, or the dense model.")
+    asked, *known = ([getattr(each, key) for key in (*PER_LAYER, "pattern")] for each in (config.quant, QuantConfig(), codec))
+    if asked not in known:
+        raise ConfigError(f"'{config.model}' is stored as {name}, which stays as it is. Leave quant options out.")
+    linears = [path for path, _ in paths(shape or find_shape(config.model))]
+    kept = [each for each in stored.kept_dense(how) if any(is_part(path, [each]) for path in linears)]
+    quant = codec.with_options(compute=config.quant.compute, skip_modules=["lm_head", *sorted(set(kept) - {"lm_head"})])
+    return config.with_options(quant=quant, method="qlora"), f"stored as {name}, and trained on as it is, with qlora"
 
 
 def _configured(model: str, options: Mapping[str, Any]) -> PlanConfig:

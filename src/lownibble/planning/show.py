@@ -25,9 +25,8 @@ def tables(plan: Plan) -> Iterator[RenderableType]:
     """What to print, in order: one line per device, or the details of a single one."""
     train = plan.config.train
     part = f" (the text model of a {plan.shape.wrapper}; the rest is not planned)" if plan.shape.wrapper else ""
-    title = (
-        f"{plan.shape.name}{part}: {plan.shape.parameters / 1e9:.2f}B parameters, batch {train.batch_size} x {train.max_length}"
-    )
+    size = f"{plan.shape.parameters / 1e9:.2f}B parameters{f', {plan.stored_as}' if plan.stored_as else ''}"
+    title = f"{plan.shape.name}{part}: {size}, batch {train.batch_size} x {train.max_length}"
     if len(plan.devices) > 1:
         yield _overview(plan, title)
         return

@@ -19,53 +19,34 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from lownibble import stored
 from lownibble.errors import ModelError
 from lownibble.models.checkpoint import Checkpoint
 from lownibble.models.formats import floats, integers, own
 from lownibble.models.formats.layer import Finder, Found, Layer
 
-__all__ = ["Found", "Layer", "check", "find"]
+__all__ = ["Found", "Layer", "find"]
 
 FINDERS: dict[str, Finder] = {
     "gptq": integers.gptq, "awq": integers.awq, "hqq": integers.hqq, "bitsandbytes 8-bit": integers.bitsandbytes,
     "compressed-tensors": integers.compressed, "fp8": floats.fp8, "fbgemm_fp8": floats.fp8, "mxfp4": floats.mxfp4,
     "bitsandbytes": own.find, own.METHOD: own.find,
 }  # fmt: skip
-"""`quant_method` of config.json's quantization_config -> what finds the layers."""
+"""Method as in `stored.METHODS` -> what finds the layers."""
 
 
-def _method(stored: Mapping[str, Any]) -> str:
-    method = str(stored.get("quant_method", "an unknown method"))
-    if method == "bitsandbytes" and stored.get("load_in_8bit", stored.get("_load_in_8bit")):
-        return "bitsandbytes 8-bit"
-    return method
-
-
-def check(stored: Mapping[str, Any], name: str) -> None:
-    """Reject checkpoints of formats that are not known, by what config.json says.
-
-    Raises:
-        ModelError: it is one; names those that are known.
-    """
-    if stored and _method(stored) not in FINDERS:
-        known = ", ".join(sorted(FINDERS))
-        raise ModelError(
-            f"'{name}' is quantised with {_method(stored)}. Quantised checkpoints that can be loaded: {known}. Take one of "
-            "those, or the dense checkpoint that this one was made from."
-        )
-
-
-def find(checkpoint: Checkpoint, stored: Mapping[str, Any]) -> Found:
-    """The quantised layers of a checkpoint.
+def find(checkpoint: Checkpoint, how: Mapping[str, Any]) -> Found:
+    """The quantised layers of a checkpoint; `how` is its `quantization_config`.
 
     Raises:
         ModelError: the format, or this variant of it, is not known, or a part of a layer is missing.
     """
-    check(stored, checkpoint.name)
-    found = FINDERS[_method(stored)](checkpoint, stored) if stored else own.find(checkpoint, stored)
+    stored.check(how, checkpoint.name)
+    found = FINDERS[stored.method(how)](checkpoint, how) if how else own.find(checkpoint, how)
+    found.title = stored.title(how)
     if found.title and not found.layers:
         raise ModelError(
-            f"'{checkpoint.name}': config.json says that it is stored as {found.title}, but it has no tensor of such a layer. The "
-            "weights and config.json do not belong together, or the download is not complete."
+            f"'{checkpoint.name}': config.json says that it is stored as {found.title}, but it has no tensor of such a layer. "
+            "The weights and config.json do not belong together, or the download is not complete."
         )
     return found

@@ -48,14 +48,20 @@ def fp8(checkpoint: Checkpoint, stored: Mapping[str, Any]) -> Found:
         elif dtype in _FLOAT8:
             need({}, (f"scale ({', '.join(_SCALES[:2])})",), stem, checkpoint.name)
     unused = {key for key in checkpoint.file_of if key.rpartition(".")[2].endswith(_OF_ACTIVATIONS)}
-    how = f"blocks of {block[0]} x {block[1]}" if block else "rows or tensors"
-    return Found(layers, unused - {key for layer in layers.values() for key in layer.keys}, f"FP8 in {how}")
+    return Found(layers, unused - {key for layer in layers.values() for key in layer.keys})
 
 
 def float_layer(
-    checkpoint: Checkpoint, name: str, parts: Mapping[str, str], weight: str, scale: str, block: tuple[int, ...] | None
+    checkpoint: Checkpoint,
+    name: str,
+    parts: Mapping[str, str],
+    weight: str,
+    scale: str,
+    block: tuple[int, ...] | None,
+    said: int | None = None,
 ) -> Layer:
-    """A layer of float8 codes (or, as DeepSeek's experts, pairs of e2m1 codes); `weight` and `scale` are roles in `parts`."""
+    """A layer of float8 codes (or, as DeepSeek's experts, pairs of e2m1 codes); `weight` and `scale` are roles in `parts`;
+    `block` and `said` are what config.json says of blocks and of groups."""
     (dtype, shape), n_scale = checkpoint.facts(parts[weight]), checkpoint.facts(parts[scale])[1]
     if dtype not in _FLOAT8:
         shape = torch.Size((*shape[:-1], 2 * shape[-1]))
@@ -69,7 +75,9 @@ def float_layer(
         raise wrong(stem, checkpoint.name, f"scales of shape {tuple(n_scale)} do not belong to a weight of {tuple(shape)}")
     width = columns if size[1] >= columns else math.gcd(size[1], columns)
     plain = len(shape) == 2 and dtype == torch.float8_e4m3fn
-    how: QuantConfig | None = codec("fp8", shape, width) if plain and (width in GROUP_SIZES or width == columns) else None
+    how: QuantConfig | None = (
+        codec("fp8", shape, width, block[1] if block else said) if plain and (width in GROUP_SIZES or width == columns) else None
+    )
     read = partial(_read_float, checkpoint, parts[weight], parts[scale], shape, grid, size, width if how else None)
     return StoredLayer(name, parts, shape, how, read)
 
@@ -132,7 +140,7 @@ def mxfp4(checkpoint: Checkpoint, stored: Mapping[str, Any]) -> Found:
             raise wrong(name, checkpoint.name, "its blocks and scales do not belong together")
         shape = (*experts, groups * half * 2, rows)
         layers[name] = StoredLayer(name, parts, shape, None, partial(_read_mxfp4, checkpoint, parts))
-    return Found(layers, title="MXFP4 experts")
+    return Found(layers)
 
 
 def _read_mxfp4(checkpoint: Checkpoint, parts: Mapping[str, str]) -> Tensor:

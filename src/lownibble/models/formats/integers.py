@@ -32,11 +32,13 @@ from lownibble.quant.bits import unpack_words
 _WORD = 32
 
 
-def _codec_of(bits: int, shape: tuple[int, int], group: int, act_order: bool, symmetric: bool) -> QuantConfig | None:
+def _codec_of(
+    bits: int, shape: tuple[int, int], group: int, said: int | None, act_order: bool, symmetric: bool
+) -> QuantConfig | None:
     """How a codec holds integer codes. Ours of 8 bits are signed, without a zero point."""
     if bits not in (2, 3, 4, 8) or (bits == 8 and not symmetric):
         return None
-    return codec(f"int{bits}{'_act' * act_order}", shape, group)
+    return codec(f"int{bits}{'_act' * act_order}", shape, group, said)
 
 
 def _groups(g_idx: Tensor | None, n_in: int, size: int) -> tuple[Tensor | None, bool]:
@@ -55,7 +57,6 @@ def gptq(checkpoint: Checkpoint, stored: Mapping[str, Any]) -> Found:
             "Take one of those, or save it again with GPTQModel in format gptq."
         )
     layers: dict[str, Layer] = {}
-    act_order = False
     for path, parts in by_path(checkpoint.file_of, ("qweight", "qzeros", "scales", "g_idx")).items():
         need(parts, ("qweight", "qzeros", "scales"), path, checkpoint.name)
         (words, n_out), (n_groups, _) = checkpoint.facts(parts["qweight"])[1], checkpoint.facts(parts["scales"])[1]
@@ -75,18 +76,12 @@ def gptq(checkpoint: Checkpoint, stored: Mapping[str, Any]) -> Found:
         if g_idx is None and n_groups != -(-n_in // size):
             raise wrong(path, checkpoint.name, f"it has scales of {n_groups} groups, and config.json says groups of {size}")
         group, even = _groups(g_idx, n_in, size)
-        act_order |= group is not None
         zeros = partial(_gptq_zeros, checkpoint, parts["qzeros"], bits, n_out, version)
         symmetric = bits == 8 and bool((zeros() == 128).all())
-        how = _codec_of(bits, (n_out, n_in), size, group is not None, symmetric) if even else None
+        how = _codec_of(bits, (n_out, n_in), size, stored.get("group_size"), group is not None, symmetric) if even else None
         read = partial(_read_gptq, checkpoint, parts, bits, n_in, zeros, group, symmetric)
         layers[f"{path}.weight"] = StoredLayer(f"{path}.weight", parts, (n_out, n_in), how, read)
-    return Found(layers, title=_title("GPTQ", stored, ", act-order" * act_order))
-
-
-def _title(tool: str, stored: Mapping[str, Any], more: str = "") -> str:
-    bits, size = stored.get("bits", 4), stored.get("group_size", -1)
-    return f"{tool}, {bits} bits in {f'groups of {size}' if int(size or -1) > 0 else 'rows'}{more}"
+    return Found(layers)
 
 
 def _gptq_zeros(checkpoint: Checkpoint, key: str, bits: int, n_out: int, version: str) -> Tensor:
@@ -128,10 +123,10 @@ def awq(checkpoint: Checkpoint, stored: Mapping[str, Any]) -> Found:
         (n_in, words), (n_groups, n_out) = checkpoint.facts(parts["qweight"])[1], checkpoint.facts(parts["scales"])[1]
         if words * 8 != n_out or n_in % n_groups or checkpoint.facts(parts["qzeros"])[1] != torch.Size((n_groups, words)):
             raise wrong(path, checkpoint.name, "its qweight, qzeros and scales do not belong together")
-        how = _codec_of(4, (n_out, n_in), n_in // n_groups, False, False)
+        how = _codec_of(4, (n_out, n_in), n_in // n_groups, stored.get("group_size"), False, False)
         read = partial(_read_awq, checkpoint, parts)
         layers[f"{path}.weight"] = StoredLayer(f"{path}.weight", parts, (n_out, n_in), how, read)
-    return Found(layers, title=_title("AWQ", stored))
+    return Found(layers)
 
 
 def _read_awq(checkpoint: Checkpoint, parts: Mapping[str, str]) -> Numbers:
@@ -169,6 +164,7 @@ def compressed(checkpoint: Checkpoint, stored: Mapping[str, Any]) -> Found:
         )
     blocks = [(scheme.get("weights") or {}).get("block_structure") for scheme in schemes]
     block = tuple(next((block for block in blocks if block), ())) or None
+    size = next((size for scheme in schemes if (size := (scheme.get("weights") or {}).get("group_size"))), None)
     layers: dict[str, Layer] = {}
     for path, parts in by_path(checkpoint.file_of, _COMPRESSED_ROLES).items():
         if "weight_scale" not in parts:
@@ -176,23 +172,21 @@ def compressed(checkpoint: Checkpoint, stored: Mapping[str, Any]) -> Found:
                 need(parts, ("weight_scale",), path, checkpoint.name)
             continue
         need(parts, ("weight_packed" if "weight_packed" in parts else "weight",), path, checkpoint.name)
-        layers[f"{path}.weight"] = _compressed_layer(checkpoint, path, parts, block)
+        layers[f"{path}.weight"] = _compressed_layer(checkpoint, path, parts, block, size)
     unused = {key for key in checkpoint.file_of if key.rpartition(".")[2] in _OF_ACTIVATIONS}
-    weights = [scheme.get("weights") or {} for scheme in schemes]
-    said = sorted(
-        {f"{how.get('num_bits', '?')}-bit {how.get('type', 'int')} by {how.get('strategy', 'tensor')}" for how in weights}
-    )
-    return Found(layers, unused, f"compressed-tensors, {' and '.join(said) or 'no scheme named'}")
+    return Found(layers, unused)
 
 
-def _compressed_layer(checkpoint: Checkpoint, path: str, parts: Mapping[str, str], block: tuple[int, ...] | None) -> Layer:
+def _compressed_layer(
+    checkpoint: Checkpoint, path: str, parts: Mapping[str, str], block: tuple[int, ...] | None, said: int | None
+) -> Layer:
     name, n_scale = f"{path}.weight", checkpoint.facts(parts["weight_scale"])[1]
     if "weight_packed" not in parts:
         dtype, shape = checkpoint.facts(parts["weight"])
         if dtype != torch.int8:
-            return floats.float_layer(checkpoint, name, parts, "weight", "weight_scale", block)
+            return floats.float_layer(checkpoint, name, parts, "weight", "weight_scale", block, said)
         group = _group_of(n_scale, shape, path, checkpoint.name)
-        how = _codec_of(8, (shape[0], shape[1]), group, False, symmetric="weight_zero_point" not in parts)
+        how = _codec_of(8, (shape[0], shape[1]), group, said, False, symmetric="weight_zero_point" not in parts)
         return StoredLayer(name, parts, shape, how, partial(_read_int8, checkpoint, parts))
     if checkpoint.facts(parts["weight_packed"])[0] == torch.uint8:
         return floats.four_bit_layer(checkpoint, name, parts)
@@ -208,7 +202,7 @@ def _compressed_layer(checkpoint: Checkpoint, path: str, parts: Mapping[str, str
         g_idx = None
     places, even = _groups(g_idx, n_in, size)
     symmetric = "weight_zero_point" not in parts
-    how = _codec_of(bits, (n_out, n_in), size, places is not None, symmetric) if even else None
+    how = _codec_of(bits, (n_out, n_in), size, said, places is not None, symmetric) if even else None
     packed = partial(_read_packed, checkpoint, parts, bits, (n_out, n_in), places)
     return StoredLayer(name, parts, (n_out, n_in), how, packed)
 
@@ -259,9 +253,9 @@ def bitsandbytes(checkpoint: Checkpoint, stored: Mapping[str, Any]) -> Found:
         if "SCB" in parts:
             need(parts, ("weight",), path, checkpoint.name)
             shape = checkpoint.facts(parts["weight"])[1]
-            how = codec("int8", shape, shape[1])
+            how = codec("int8", shape, shape[1], None)
             layers[f"{path}.weight"] = StoredLayer(f"{path}.weight", parts, shape, how, partial(_read_bnb, checkpoint, parts))
-    return Found(layers, title="bitsandbytes, 8 bits in rows")
+    return Found(layers)
 
 
 def _read_bnb(checkpoint: Checkpoint, parts: Mapping[str, str]) -> Numbers:
@@ -282,9 +276,7 @@ def hqq(checkpoint: Checkpoint, stored: Mapping[str, Any]) -> Found:
         need(parts, ("scale", "zero", "nbits", "shape", "axis"), path, checkpoint.name)
         shape = [int(n) for n in checkpoint.read(parts["shape"]).tolist()]
         layers[f"{path}.weight"] = StoredLayer(f"{path}.weight", parts, shape, None, partial(_read_hqq, checkpoint, parts, path))
-    params = (stored.get("quant_config") or {}).get("weight_quant_params") or {}
-    said = f", {params['nbits']} bits in groups of {params.get('group_size')}" if "nbits" in params else ""
-    return Found(layers, title=f"HQQ{said}")
+    return Found(layers)
 
 
 def _read_hqq(checkpoint: Checkpoint, parts: Mapping[str, str], path: str) -> Tensor:

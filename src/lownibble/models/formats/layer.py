@@ -57,17 +57,12 @@ class Found:
     Attributes:
         layers: by the name of their weight.
         unused: stored tensors that loading has no use for: scales of quantised activations and caches.
-        title: the format in words, or ''.
+        title: the format in words, or '' for bitsandbytes' 4 bits and our own.
     """
 
     layers: dict[str, Layer]
     unused: set[str] = field(default_factory=set)
     title: str = ""
-
-    @property
-    def of_others(self) -> bool:
-        """Whether another tool's format is stored, not bitsandbytes' 4-bit one or our own."""
-        return bool(self.title)
 
 
 Finder = Callable[[Checkpoint, Mapping[str, Any]], Found]
@@ -151,10 +146,11 @@ class StoredLayer(Layer):
         return found.dense() if isinstance(found, Numbers) else found
 
 
-def codec(quant_type: str, shape: Iterable[int], group: int) -> QuantConfig | None:
-    """How a codec holds groups of `group` columns, or None if it does not."""
+def codec(quant_type: str, shape: Iterable[int], group: int, said: int | None) -> QuantConfig | None:
+    """How a codec holds groups of `group` columns, or None if it does not. A group that is a row is called so, unless config.json
+    says (`said`) that groups are of that size."""
     shape = tuple(shape)
-    size = "row" if group >= shape[-1] else group
+    size = "row" if group >= shape[-1] and group != said else group
     if size != "row" and size not in layouts.GROUP_SIZES:
         return None
     config = QuantConfig(quant_type=quant_type, block_size=size, double_quant=False)
