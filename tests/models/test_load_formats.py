@@ -14,6 +14,7 @@ import lownibble as ln
 from lownibble import embedded
 from lownibble.errors import ModelError
 from lownibble.models import resolve
+from lownibble.models.info import info
 from lownibble.quant import QuantLinear
 
 FAMILIES = {"llama": {"hidden_size": 64, "intermediate_size": 128}, "qwen2": {"hidden_size": 64, "intermediate_size": 128}}
@@ -219,16 +220,63 @@ def test_gguf(tiny, batch, cache, tmp_path, tied):
     assert torch.equal(packed.model.layers[1].mlp.down_proj.codes.data, expected.codes)
 
 
-def test_quantised_gguf(tiny, batch, cache, tmp_path):
+def test_quantised_gguf(tiny, batch, cache, tmp_path, monkeypatch):
     """Q8_0 in a file: the values that gguf itself decodes."""
     original = tiny(intermediate_size=96)
+    monkeypatch.setattr(gguf.GGUFWriter, "add_eos_token_id", _with_type(7))
     write_gguf(tmp_path / "tiny.gguf", original, gguf.GGMLQuantizationType.Q8_0)
-    model, _ = ln.load(str(tmp_path / "tiny.gguf"))
+    with pytest.warns(UserWarning, match="is stored as GGUF Q8_0: its weights were decoded to bfloat16 and held"):
+        model, _ = ln.load(str(tmp_path / "tiny.gguf"))
     for parameter in original.parameters():
         if parameter.ndim == 2:
             data = gguf.quantize(parameter.detach().numpy(), gguf.GGMLQuantizationType.Q8_0)
             parameter.data = torch.from_numpy(gguf.dequantize(data, gguf.GGMLQuantizationType.Q8_0).copy())
     torch.testing.assert_close(logits(model, batch), logits(rounded(original), batch), rtol=0, atol=LOGITS[torch.float32])
+
+
+K_QUANTS = {"Q2_K": 10, "Q3_K": 12, "Q4_K": 15, "Q5_K": 17, "Q6_K": 18}
+
+
+@pytest.mark.parametrize("kind", K_QUANTS)
+def test_k_quants(tiny, batch, cache, tmp_path, monkeypatch, kind):
+    """Blocks of random codes with small scales, which no library writes in Python: the values that gguf itself decodes."""
+    kind_of, decoded = gguf.GGMLQuantizationType[kind], {}
+    generator = np.random.default_rng(0)
+
+    def blocks(data, quant_type):
+        n_values, n_bytes = gguf.GGML_QUANT_SIZES[quant_type]
+        random = generator.integers(0, 256, (data.size // n_values, n_bytes), dtype=np.uint8)
+        scales = {"Q2_K": (80, 82), "Q3_K": (108,), "Q4_K": (0, 2), "Q5_K": (0, 2), "Q6_K": (208,)}[kind]
+        for place in scales:  # the float16 factors of a block
+            random[:, place : place + 2] = np.full(len(random), 1e-4, np.float16).view(np.uint8).reshape(-1, 2)
+        packed = random.reshape(data.shape[0], -1)
+        decoded[data.tobytes()] = gguf.dequantize(packed, quant_type)
+        return packed
+
+    original = tiny(hidden_size=256, intermediate_size=256, vocab_size=96)
+    monkeypatch.setattr(gguf, "quantize", blocks)
+    monkeypatch.setattr(gguf.GGUFWriter, "add_eos_token_id", _with_type(K_QUANTS[kind]))
+    write_gguf(tmp_path / "tiny.gguf", original, kind_of)
+    with pytest.warns(UserWarning, match=f"is stored as GGUF {kind}(_M)?: its weights were decoded to bfloat16 and packed again"):
+        model, _ = ln.load(str(tmp_path / "tiny.gguf"), quant="nf4")
+    assert info(model).base["stored_as"].startswith(f"GGUF {kind}")
+    with pytest.warns(UserWarning, match=r"and held in float32; quantise them"):
+        model, _ = ln.load(str(tmp_path / "tiny.gguf"))
+    for name, parameter in original.named_parameters():
+        if parameter.ndim == 2 and not name.endswith(("q_proj.weight", "k_proj.weight")):  # those are stored in another order
+            expected = torch.from_numpy(decoded[parameter.detach().numpy().tobytes()].copy()).bfloat16().float()
+            assert torch.equal(model.get_parameter(name), expected), name
+
+
+def _with_type(number):
+    """`add_eos_token_id` that states the file's type too."""
+    plain = gguf.GGUFWriter.add_eos_token_id
+
+    def add(self, token):
+        plain(self, token)
+        self.add_file_type(number)
+
+    return add
 
 
 def test_gguf_is_converted_once_by_content(tiny, cache, tmp_path, monkeypatch):

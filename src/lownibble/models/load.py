@@ -98,29 +98,31 @@ def load(
     compute.decide(empty)
     empty.config._name_or_path = source.name
     info(empty).base = {"model": source.name, "revision": revision, "digest": tensors.checkpoint.digest()}
-    if tensors.stored_as:
-        info(empty).base["stored_as"] = tensors.stored_as
-        _tell(tensors, config, target_dtype)
+    if stored_as := tensors.stored_as or (f"GGUF {source.gguf_type}" if source.gguf_type else ""):
+        info(empty).base["stored_as"] = stored_as
+        _tell(tensors, stored_as, config, target_dtype)
     if config is not None and not tensors.packed:
         info(empty).read_dense = partial(_read_dense, tensors)
     return empty.eval(), load_tokenizer(source)
 
 
-def _tell(tensors: ModelTensors, config: QuantConfig | None, dtype: torch.dtype) -> None:
+def _tell(tensors: ModelTensors, stored_as: str, config: QuantConfig | None, dtype: torch.dtype) -> None:
     """Warn of what became of the weights of another tool's checkpoint, where it is not what was asked for."""
     said, name = [], str(dtype).removeprefix("torch.")
+    again = f"packed again as {config.quant_type}" if config is not None else f"held in {name}; quantise them to save memory"
+    if stored_as.startswith("GGUF") and not stored_as.endswith((" F32", " F16", " BF16", " file")):
+        said.append(f"its weights were decoded to bfloat16 and {again}")
     kinds = " and ".join(sorted(set(tensors.packed.values())))
     if tensors.packed and config is not None and kinds != config.quant_type:
         said.append(f"its layers are kept as they are stored (as {kinds}), not packed as {config.quant_type}")
     linears = [key for key in tensors.decoded if key.endswith(".weight") and len(tensors.facts(key)[1]) == 2]
     others = len(tensors.decoded) - len(linears)
     if linears:
-        again = f"packed again as {config.quant_type}" if config is not None else f"held in {name}; quantise them to save memory"
         said.append(f"no codec here holds these numbers, so {len(linears)} weights were decoded and {again}")
     if others:
         said.append(f"{others} tensors (fused experts and the like) were decoded and are held in {name}")
     if said:
-        warnings.warn(f"'{tensors.checkpoint.name}' is stored as {tensors.stored_as}: {'; '.join(said)}.", stacklevel=3)
+        warnings.warn(f"'{tensors.checkpoint.name}' is stored as {stored_as}: {'; '.join(said)}.", stacklevel=3)
 
 
 def _read_dense(tensors: ModelTensors, path: str) -> Tensor:

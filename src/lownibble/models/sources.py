@@ -33,15 +33,16 @@ _PRE_TOKENIZERS: dict[str, dict[str, Any]] = {
 """GGUF's `tokenizer.ggml.pre` -> the pre-tokenizer it names, if transformers' conversion loses it."""
 
 
-_GGUF_STRING = 8  # GGUF's type number for strings
+_GGUF_UINT32, _GGUF_STRING = 4, 8  # GGUF's numbers for these types
 
 
 @dataclass(frozen=True)
 class ModelSource:
-    """A local model folder, and the name to record for it."""
+    """A local model folder, the name to record for it, and the GGUF type that it was decoded from ('' if none)."""
 
     folder: Path
     name: str
+    gguf_type: str = ""
 
 
 def resolve(model: str, revision: str | None = None) -> ModelSource:
@@ -56,7 +57,7 @@ def resolve(model: str, revision: str | None = None) -> ModelSource:
     if path.suffix == ".gguf":
         if not path.is_file():
             raise ModelError(f"There is no file '{model}'. Check the path.")
-        return ModelSource(from_gguf(path), str(path.resolve()))
+        return ModelSource(from_gguf(path), str(path.resolve()), _gguf_type(path))
     if model and path.is_dir():
         if not (path / "config.json").is_file():
             raise ModelError(f"'{model}' is not a model folder: config.json is missing. Point to the folder that holds it.")
@@ -137,14 +138,26 @@ def _convert(path: Path, folder: Path) -> None:
             os.fsync(handle.fileno())
 
 
+def _gguf_type(path: Path) -> str:
+    """The type of most of a GGUF file's weights: 'Q4_K_M', 'F16', ...; 'file' if it does not say."""
+    from gguf import LlamaFileType
+
+    found = _gguf_value(path, b"general.file_type", _GGUF_UINT32)
+    try:
+        return str(LlamaFileType(struct.unpack("<I", found[:4])[0]).name).removeprefix("MOSTLY_").removeprefix("ALL_")
+    except (ValueError, struct.error):
+        return "file"
+
+
 def _gguf_pre_tokenizer(path: Path) -> str:
-    """The metadata value `tokenizer.ggml.pre`, or ''. Found by byte search: gguf's reader takes seconds for a vocabulary."""
-    key = b"tokenizer.ggml.pre"
-    entry = struct.pack("<Q", len(key)) + key + struct.pack("<I", _GGUF_STRING)
+    """The metadata value `tokenizer.ggml.pre`, or ''."""
+    found = _gguf_value(path, b"tokenizer.ggml.pre", _GGUF_STRING)
+    return found[8 : 8 + struct.unpack("<Q", found[:8])[0]].decode() if found else ""
+
+
+def _gguf_value(path: Path, key: bytes, kind: int) -> bytes:
+    """The bytes from a metadata value on, at most 256, or b''. Found by search: gguf's reader takes seconds for a vocabulary."""
+    entry = struct.pack("<Q", len(key)) + key + struct.pack("<I", kind)
     with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
         start = content.find(entry)
-        if start < 0:
-            return ""
-        (length,) = struct.unpack_from("<Q", content, start + len(entry))
-        value = start + len(entry) + 8
-        return content[value : value + length].decode()
+        return b"" if start < 0 else content[start + len(entry) : start + len(entry) + 256]
