@@ -18,9 +18,9 @@ if TYPE_CHECKING:
     from lownibble.lora import add_lora, load_adapter, save_adapter, set_adapter, trainable_summary
     from lownibble.models.load import load
     from lownibble.optim import OptimizerSpec
-    from lownibble.planning.plan import plan
     from lownibble.quant import Codec, PackedWeight, QuantLinear, dequantize, quantize
     from lownibble.quant import PackedWeight as QuantizedTensor
+    from lownibble.rehearsal.plan import plan
     from lownibble.study.compare import compare
     from lownibble.training.objectives import Objective
     from lownibble.training.run import TrainResult, run, train
@@ -34,7 +34,7 @@ _HOME = {
     **dict.fromkeys(("add_lora", "load_adapter", "save_adapter", "set_adapter", "trainable_summary"), "lora"),
     **dict.fromkeys(("TrainResult", "run", "train"), "training"), "Objective": "training.objectives", "OptimizerSpec": "optim",
     "compare": "study.compare", "decode": "decoding.generate", "export": "exporting.convert", "load": "models",
-    "merge": "exporting.merge", "plan": "planning.plan", "use_backend": "kernels.ops",
+    "merge": "exporting.merge", "plan": "rehearsal.plan", "use_backend": "kernels.ops",
 }  # fmt: skip
 """Public name -> its module."""
 

@@ -132,6 +132,20 @@ class Linear(NamedTuple):
     bias: bool
 
 
+class Counts(NamedTuple):
+    """What was counted in a model that was built, where there is no `Family` to compute it from.
+
+    Attributes:
+        parameters: elements of each parameter. linear, active_experts: weights of the linears, and of the experts that a token
+            passes through. adapters: elements of each parameter of an adapter.
+    """
+
+    parameters: tuple[int, ...]
+    linear: int
+    active_experts: int
+    adapters: tuple[int, ...]
+
+
 @dataclass(frozen=True)
 class ModelShape:
     """A model's dimensions.
@@ -146,6 +160,7 @@ class ModelShape:
         plain_head: the head is a matmul without bias or transform. scaled_logits: logits are transformed after the head.
         softcap: attention scores are capped, which only eager attention supports.
         wrapper: `model_type` of the model that this is the text part of, if any.
+        counts: of a model whose family is not known; then `linears` is empty.
     """
 
     name: str
@@ -173,6 +188,7 @@ class ModelShape:
     buckets: int = 0
     dropout: float = 0.0
     wrapper: str = ""
+    counts: Counts | None = None
 
     @property
     def family(self) -> Family:
@@ -182,6 +198,8 @@ class ModelShape:
     @property
     def linear_parameters(self) -> int:
         """Weights of all layers' linears, biases left out."""
+        if self.counts is not None:
+            return self.counts.linear
         return sum(linear.in_features * linear.out_features for _, linear in paths(self))
 
     @property
@@ -199,12 +217,26 @@ class ModelShape:
         return self.layers * self.experts * (3 * self.expert_ffn * self.hidden + self.hidden)
 
     @property
+    def active_expert_parameters(self) -> int:
+        """Weights of the experts that a token passes through."""
+        if self.counts is not None:
+            return self.counts.active_experts
+        return self.layers * self.active_experts * 3 * self.expert_ffn * self.hidden
+
+    @property
     def parameters(self) -> int:
         """All parameters; a tied head counts once."""
+        if self.counts is not None:
+            return sum(self.counts.parameters)
         biases = self.layers * sum(linear.out_features for linear in self.linears if linear.bias)
         tables = self.vocab * self.hidden * (1 if self.tied else 2) + self.vocab * self.family.head_bias
         distances = 2 * self.buckets * self.heads
         return self.linear_parameters + self.expert_parameters + self.norm_parameters + biases + tables + distances
+
+
+def is_known(config: Mapping[str, Any]) -> bool:
+    """Whether the contents of a config.json, or of its text model's, are of a family in `FAMILIES`."""
+    return str(config.get("text_config", config).get("model_type", "")) in FAMILIES
 
 
 def read_shape(config: str | Path | Mapping[str, Any], name: str = "") -> ModelShape:

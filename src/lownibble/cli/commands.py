@@ -171,11 +171,10 @@ def study(arguments: argparse.Namespace) -> dict[str, Any]:
 def plan(arguments: argparse.Namespace) -> dict[str, Any]:
     """Plan a run, and show what fits."""
     config: PlanConfig = read(arguments, PlanConfig, arguments.config)
-    from lownibble.planning.plan import as_stored
-    from lownibble.planning.plan import plan as make_plan
     from lownibble.planning.show import tables
+    from lownibble.rehearsal.plan import plan as make_plan
 
-    console, step = _console(arguments), None
+    console = _console(arguments)
     if arguments.calibrate:
         from lownibble.rehearsal.calibrate import calibrate
 
@@ -189,13 +188,7 @@ def plan(arguments: argparse.Namespace) -> dict[str, Any]:
         config = config.with_options(tokens=tokens)
         if told:
             print(f"warning: {told}", file=sys.stderr)
-    if arguments.exact:
-        from lownibble.planning.models import find_config
-        from lownibble.rehearsal.trace import exact_step
-
-        config, _ = as_stored(config)
-        step = exact_step(find_config(config.model), config.quant, config.lora)
-    made = make_plan(config, step=step)
+    made = make_plan(config, exact=arguments.exact, tell=lambda what: print(what, file=sys.stderr))
     for table in tables(made):
         console.print(table, soft_wrap=not isinstance(table, Table))
     if arguments.html:

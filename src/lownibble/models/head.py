@@ -13,6 +13,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from lownibble.errors import ModelError
 from lownibble.models import attention
@@ -153,5 +154,72 @@ def check_head(model: Any) -> None:
     if own.shape != ours.shape or (own - ours).abs().max() > HEAD_TOLERANCE[dtype] * own.abs().max().clamp(min=1):
         raise ModelError(
             f"{name} changes its logits in a way that is not known (configuration keys known: "
+            f"{', '.join(LOGIT_TRANSFORMS)}). Its loss would be wrong; it cannot be trained here yet."
+        )
+
+
+class _Copies(TorchDispatchMode):
+    """Follows tensors through casts, copies and factors of one, by their storages."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._made_from: dict[int, int] = {}
+        self._held: list[Tensor] = []  # no storage is used again
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        aten = torch.ops.aten
+        by_one = func.overloadpacket in (aten.mul, aten.div) and isinstance(args[1], float) and args[1] == 1
+        if by_one or func.overloadpacket in (aten._to_copy, aten.clone):
+            self._held.append(out)
+            if _storage(out) != _storage(args[0]):
+                self._made_from[_storage(out)] = _storage(args[0])
+        return out
+
+    def is_copy(self, tensor: Tensor, of: Tensor) -> bool:
+        """Whether a tensor is another one, or a cast or copy of it, of the same shape."""
+        key = _storage(tensor) if tensor.shape == of.shape else None
+        if key is None:
+            return False
+        while key != _storage(of) and key in self._made_from:
+            key = self._made_from[key]
+        return key == _storage(of)
+
+
+def _storage(tensor: Tensor) -> int:
+    return int(tensor.untyped_storage()._cdata)
+
+
+def check_head_unseen(model: Any) -> None:
+    """As `check_head`, for a model on tensors without values (`FakeTensorMode`): the head must read the body's hidden states as
+    they are, and nothing but a known transform may come after it.
+
+    Raises:
+        ModelError: it is otherwise.
+    """
+    head, hidden, seen = Head(model), list[Tensor](), dict[str, Tensor]()
+
+    def of_body(module: nn.Module, inputs: Any, output: Any) -> None:
+        hidden.append(output.last_hidden_state if hasattr(output, "last_hidden_state") else output[0])
+
+    def of_head(module: nn.Module, inputs: Any, output: Tensor) -> None:
+        seen["read"], seen["logits"] = inputs[0], output
+
+    ids = torch.zeros(1, 8, dtype=torch.int64)
+    pair = {"decoder_input_ids": ids} if model.config.is_encoder_decoder else {}
+    bodies = {id(part): part for part in (body(model), model.get_decoder()) if part is not model}
+    hooks = [part.register_forward_hook(of_body) for part in bodies.values()]
+    hooks.append(head.module.register_forward_hook(of_head))
+    copies = _Copies()
+    try:
+        with for_comparing(model), copies:
+            logits = model(input_ids=ids, use_cache=False, **pair).logits
+    finally:
+        for hook in hooks:
+            hook.remove()
+    known = "read" in seen and any(copies.is_copy(seen["read"], each) for each in hidden)
+    if not known or not (head.transforms or copies.is_copy(logits, seen["logits"])):
+        raise ModelError(
+            f"{type(model).__name__} changes its logits in a way that is not known (configuration keys known: "
             f"{', '.join(LOGIT_TRANSFORMS)}). Its loss would be wrong; it cannot be trained here yet."
         )

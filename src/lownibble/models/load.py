@@ -168,8 +168,8 @@ def _auto(config: Any) -> Any:
     return AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
 
 
-def uninitialised(config: Mapping[str, Any], quant: QuantConfig | None, dtype: torch.dtype) -> Any:
-    """The model of a config.json as `load` returns it, on the CPU, with uninitialised tensors; for tracing on fake tensors.
+def empty_model(config: Mapping[str, Any], dtype: torch.dtype) -> Any:
+    """The model of the contents of a config.json, on the meta device, weights tied, buffers real.
 
     Raises:
         ModelError: transformers does not support it.
@@ -182,6 +182,16 @@ def uninitialised(config: Mapping[str, Any], quant: QuantConfig | None, dtype: t
     except (ValueError, TypeError, AttributeError, StrictDataclassError) as error:
         raise ModelError(f"This configuration is of no language model transformers knows: {_reason(error)}") from None
     model.tie_weights()
+    return model
+
+
+def uninitialised(config: Mapping[str, Any], quant: QuantConfig | None, dtype: torch.dtype) -> Any:
+    """The model of a config.json as `load` returns it, on the CPU, with uninitialised tensors; for tracing on fake tensors.
+
+    Raises:
+        ModelError: transformers does not support it.
+    """
+    model = empty_model(config, dtype)
     to_quantize, device = quantizable(model, quant) if quant is not None else {}, torch.device("cpu")
     for key, parameter in list(model.named_parameters()):
         path, _, last = key.rpartition(".")

@@ -125,7 +125,7 @@ def plan_memory(
         ConfigError: an option that the planner does not support.
     """
     size = itemsize(device, method, dtype)
-    ranks = {} if method == "full" else _ranks(shape, lora)
+    ranks = {} if method == "full" or shape.counts else _ranks(shape, lora)
     run = _runtime(device, size)
     batch, passes = batch or _largest(train), min(2, train.gradient_accumulation_steps)
     of_adapter = ITEMSIZE[adapter_dtype]
@@ -192,6 +192,11 @@ def _trained(
     shape: ModelShape, method: MethodName, ranks: Mapping[str, int], size: int, of_adapter: int
 ) -> Iterator[tuple[int, int]]:  # fmt: skip
     """(elements, bytes per element) of every trained parameter."""
+    if shape.counts is not None:
+        yield from (
+            ((n, size) for n in shape.counts.parameters) if method == "full" else ((n, of_adapter) for n in shape.counts.adapters)
+        )
+        return
     if method == "full":
         yield shape.parameters - shape.linear_parameters, size
         for _, linear in paths(shape):

@@ -5,13 +5,13 @@ from __future__ import annotations
 import gc
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from lownibble import stored
 from lownibble.arch import ModelShape, paths
 from lownibble.config import PER_LAYER, Method, PlanConfig, QuantConfig, TrainConfig
-from lownibble.errors import ConfigError
+from lownibble.errors import ConfigError, ModelError
 from lownibble.leaves import GROUPS
 from lownibble.matching import is_part
 from lownibble.options import Options
@@ -51,6 +51,7 @@ class Plan:
     Attributes:
         rows: by device, then by method.
         stored_as: how the model's weights are stored and what that means for the plan, in words; '' if they are dense.
+        refused: method that was asked for with 'all' and is not planned -> why.
         advice: device -> method (None: nothing fits) and reasons; only where all methods were planned.
     """
 
@@ -60,6 +61,7 @@ class Plan:
     rows: tuple[Row, ...]
     advice: Mapping[str, tuple[Method | None, list[str]]]
     stored_as: str = ""
+    refused: Mapping[Method, str] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
         """For JSON."""
@@ -68,24 +70,29 @@ class Plan:
         return {
             "config": self.config.to_dict(), "parameters": self.shape.parameters,
             "planned_part": f"the text model of a {self.shape.wrapper}" if self.shape.wrapper else "the whole model",
-            "stored_as": self.stored_as or None, "rows": [row.to_dict() for row in self.rows],
+            "traced": self.shape.counts is not None, "stored_as": self.stored_as or None, "refused": dict(self.refused),
+            "rows": [row.to_dict() for row in self.rows],
             "advice": advice, "sources": sources,
         }  # fmt: skip
 
 
-def plan(model: str | PlanConfig = "demo", *, step: StepOf | None = None, **options: Any) -> Plan:
-    """Plan a training run; imports no torch.
+def plan(
+    model: str | PlanConfig = "demo", *, step: StepOf | None = None, shape: ModelShape | None = None,
+    refused: Mapping[Method, str] | None = None, **options: Any,
+) -> Plan:  # fmt: skip
+    """Plan a training run of a model whose family is known; imports no torch. For any model: `rehearsal.plan.plan`.
 
     Args:
         model: 'demo', a bundled model, a config.json, a model folder or a hub id; or the whole configuration.
         step: runs the step instead of the planner's own tape (`rehearsal.trace.exact_step`).
+        shape, refused: of a model that was built to be traced: its sizes, and the methods that it cannot be trained by.
         options: of `PlanConfig` (gpu, method, tokens, price, dtype), or of its groups by their own names (max_length=512).
     Raises:
         ConfigError, ModelError, TargetError: an invalid request; names what is valid.
     """
-    config = model if isinstance(model, PlanConfig) else _configured(model, options)
+    config = configured(model, options)
     with _no_cycles_looked_for():
-        return _plan(config, step)
+        return _plan(config, step, shape or find_shape(config.model), refused or {})
 
 
 @contextmanager
@@ -101,11 +108,15 @@ def _no_cycles_looked_for() -> Iterator[None]:
             gc.enable()
 
 
-def _plan(config: PlanConfig, step: StepOf | None) -> Plan:
-    shape, measured = find_shape(config.model), records.find(config.records, config.model)
+def _plan(config: PlanConfig, step: StepOf | None, shape: ModelShape, refused: Mapping[Method, str]) -> Plan:
+    measured = records.find(config.records, config.model)
     config, stored_as = as_stored(config, shape)
     devices = _devices(config.gpu)
     methods = METHODS if config.method == "all" else (config.method,)
+    refused = {method: why for method, why in refused.items() if method in methods}
+    methods = tuple(method for method in methods if method not in refused)
+    if not methods:
+        raise ModelError(f"'{config.model}' cannot be planned: {' '.join(dict.fromkeys(refused.values()))}")
     planned = _Memories(config, shape, step)
     rows: list[Row] = []
     advice: dict[str, tuple[Method | None, list[str]]] = {}
@@ -117,7 +128,7 @@ def _plan(config: PlanConfig, step: StepOf | None) -> Plan:
         rows += [_row(config, shape, device, verdict, planned, alone=len(devices) == 1) for verdict in verdicts.values()]
         if len(methods) == len(METHODS):
             advice[device.name] = recommend({str(method): verdict for method, verdict in verdicts.items()}, measured)
-    return Plan(config, shape, tuple(devices), tuple(rows), advice, stored_as)
+    return Plan(config, shape, tuple(devices), tuple(rows), advice, stored_as, refused)
 
 
 def as_stored(config: PlanConfig, shape: ModelShape | None = None) -> tuple[PlanConfig, str]:
@@ -146,7 +157,10 @@ def as_stored(config: PlanConfig, shape: ModelShape | None = None) -> tuple[Plan
     return config.with_options(quant=quant, method="qlora"), f"stored as {name}, and trained on as it is, with qlora"
 
 
-def _configured(model: str, options: Mapping[str, Any]) -> PlanConfig:
+def configured(model: str | PlanConfig, options: Mapping[str, Any]) -> PlanConfig:
+    """The configuration of a plan: as given, or of a model's name and options of `plan`."""
+    if isinstance(model, PlanConfig):
+        return model
     values: dict[str, Any] = {"model": model}
     groups: dict[str, dict[str, Any]] = {}
     owners = {name: group for group in GROUPS if group in PlanConfig.model_fields for name in _options(group).model_fields}

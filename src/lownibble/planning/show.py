@@ -27,6 +27,10 @@ def tables(plan: Plan) -> Iterator[RenderableType]:
     part = f" (the text model of a {plan.shape.wrapper}; the rest is not planned)" if plan.shape.wrapper else ""
     size = f"{plan.shape.parameters / 1e9:.2f}B parameters{f', {plan.stored_as}' if plan.stored_as else ''}"
     title = f"{plan.shape.name}{part}: {size}, batch {train.batch_size} x {train.max_length}"
+    for left_out, why in plan.refused.items():
+        yield Text(f"{left_out} is not planned: {why}")
+    if plan.shape.counts is not None:
+        title += "; traced step"
     if len(plan.devices) > 1:
         yield _overview(plan, title)
         return

@@ -84,8 +84,7 @@ def flops_per_token(shape: ModelShape, method: Method, memory: MemoryPlan, train
     """FLOPs of a step per token: per weight 2 in forward, 2 for the input gradient, and 2 for its own gradient if trained;
     attention over half the row (all of it if bidirectional); a second forward pass with checkpointing. An encoder-decoder model
     is assumed to read and write rows of `max_length`."""
-    active = shape.layers * shape.active_experts * 3 * shape.expert_ffn * shape.hidden
-    layers = 2 * (shape.linear_parameters + active)
+    layers = 2 * (shape.linear_parameters + shape.active_expert_parameters)
     halves = shape.layers + 3 * shape.decoder_layers + (shape.layers if shape.decoder_layers else 0)
     attention = 2 * halves * shape.heads * shape.head_dim * train.max_length
     head = 2 * shape.vocab * shape.hidden

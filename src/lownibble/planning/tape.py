@@ -188,6 +188,12 @@ class Tape:
         self.events[place:place] = [(first + number, n) for number, n in enumerate(sizes)]
         self.marks = [(name, at + len(sizes), used + sum(sizes)) for name, at, used in self.marks]
 
+    def copy(self) -> Tape:
+        """A copy of a finished tape."""
+        other = Tape(self.round_to)
+        other.events, other.kinds, other.marks, other.used = [*self.events], [*self.kinds], [*self.marks], self.used
+        return other
+
     # tensors
 
     def new(self, n: int, itemsize: int = FLOAT32, kind: str = "activations") -> Value:

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from torch.utils._python_dispatch import _disable_current_modes
 
 from lownibble.config import QuantConfig
 from lownibble.kernels import ops
@@ -59,16 +60,17 @@ def matrix(linear: nn.Module) -> Tensor:
 def _computes_linear(kind: Any) -> bool:
     """Whether a subclass with a forward of its own computes x W^T + bias all the same (Falcon's), found by trying: routers and
     their like do something else, or need more than a weight and a bias."""
-    probe = kind.__new__(kind)
-    nn.Module.__init__(probe)
-    probe.in_features, probe.out_features = 5, 3
-    probe.weight, probe.bias = nn.Parameter(torch.arange(15.0).view(3, 5) / 7), nn.Parameter(torch.arange(3.0))
-    x = torch.linspace(-1, 1, 20).view(4, 5)
-    try:
-        y = kind.forward(probe, x)
-    except Exception:
-        return False
-    return isinstance(y, Tensor) and torch.allclose(y, nn.functional.linear(x, probe.weight, probe.bias))
+    with _disable_current_modes():  # not on fake tensors
+        probe = kind.__new__(kind)
+        nn.Module.__init__(probe)
+        probe.in_features, probe.out_features = 5, 3
+        probe.weight, probe.bias = nn.Parameter(torch.arange(15.0).view(3, 5) / 7), nn.Parameter(torch.arange(3.0))
+        x = torch.linspace(-1, 1, 20).view(4, 5)
+        try:
+            y = kind.forward(probe, x)
+        except Exception:
+            return False
+        return isinstance(y, Tensor) and torch.allclose(y, nn.functional.linear(x, probe.weight, probe.bias))
 
 
 def is_plain_linear(module: nn.Module) -> bool:

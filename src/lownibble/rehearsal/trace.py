@@ -16,8 +16,8 @@ from __future__ import annotations
 
 import warnings
 import weakref
-from collections.abc import Mapping
-from contextlib import nullcontext
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -34,6 +34,7 @@ from lownibble.kernels.traced import Traced
 from lownibble.lora import add_lora
 from lownibble.memory.usage import kind_of
 from lownibble.models.attention import kernel_obstacle, segment_attention
+from lownibble.models.head import check_head_unseen
 from lownibble.models.load import uninitialised
 from lownibble.planning.linear import Runtime
 from lownibble.planning.memory import StepOf
@@ -134,35 +135,51 @@ def trace_step(
     Raises:
         ModelError: transformers does not know this model. TargetError: LoRA's targets match nothing.
     """
+    recorder = _Recorder(run.round_to)
+    backend = Traced(fused=run.fused, attention=run.kernel_attention, softmax=run.kernel_attention)
+    with without_values(backend, fake=fake), recorder:
+        model = uninitialised(config, quant if method == "qlora" else None, _TYPES[run.itemsize])
+        if method == "full":
+            model.requires_grad_(True)
+        else:
+            add_lora(model, lora)
+        _name_parameters(recorder, model)
+        model.train()
+        if checkpointing:
+            enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+            enable({"use_reentrant": False})
+        recorder.tape.mark("model")
+        attention = nullcontext() if kernel_obstacle(model) else segment_attention(model)
+        with chunks_of(run.chunk_bytes):
+            for _ in range(passes):
+                _pass(recorder, model, batch, attention)
+        recorder.tape.mark("update")
+    return recorder.tape
+
+
+def check(config: Mapping[str, Any], quant: QuantConfig | None) -> None:
+    """Check, on fake tensors, that a model can be trained here.
+
+    Raises:
+        ModelError: it cannot; says why. Whatever else the model's own code raises on tensors without values.
+    """
+    with without_values(Traced(fused=False, attention=False, softmax=False)):
+        check_head_unseen(uninitialised(config, quant, torch.bfloat16))
+
+
+@contextmanager
+def without_values(backend: Traced, *, fake: bool = True) -> Iterator[None]:
+    """Run the block on fake tensors, with kernels that only allocate; not `fake`: with those kernels alone."""
     for table in ("nf4", "fp4"):  # cached for the process, so created outside the fake mode
         codebook(table, "cpu")
     dynamic8("cpu"), dynamic8_lookup("cpu")
     release_scratch()
-    recorder = _Recorder(run.round_to)
-    backend = Traced(fused=run.fused, attention=run.kernel_attention, softmax=run.kernel_attention)
-    mode = FakeTensorMode() if fake else nullcontext()
     try:
-        with warnings.catch_warnings(), mode, ops.use_backend(backend), recorder:
+        with warnings.catch_warnings(), FakeTensorMode() if fake else nullcontext(), ops.use_backend(backend):
             warnings.filterwarnings("ignore", "Accessing the data pointer of FakeTensor")  # a cache key only, never dereferenced
-            model = uninitialised(config, quant if method == "qlora" else None, _TYPES[run.itemsize])
-            if method == "full":
-                model.requires_grad_(True)
-            else:
-                add_lora(model, lora)
-            _name_parameters(recorder, model)
-            model.train()
-            if checkpointing:
-                enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
-                enable({"use_reentrant": False})
-            recorder.tape.mark("model")
-            attention = nullcontext() if kernel_obstacle(model) else segment_attention(model)
-            with chunks_of(run.chunk_bytes):
-                for _ in range(passes):
-                    _pass(recorder, model, batch, attention)
-            recorder.tape.mark("update")
+            yield
     finally:
         release_scratch()  # it holds fake tensors
-    return recorder.tape
 
 
 def _name_parameters(recorder: _Recorder, model: nn.Module) -> None:
