@@ -15,7 +15,8 @@ KEYS = ("quantization_config", "compression_config")
 """Keys of config.json."""
 
 METHODS = (
-    "awq", "bitsandbytes", "bitsandbytes 8-bit", "compressed-tensors", "fbgemm_fp8", "fp8", "gptq", "hqq", "lownibble", "mxfp4"
+    "auto-round", "awq", "bitsandbytes", "bitsandbytes 8-bit", "compressed-tensors", "fbgemm_fp8", "fp8", "gptq", "hqq",
+    "lownibble", "mxfp4", "mxfp8",
 )  # fmt: skip
 """Formats that can be loaded, by `quant_method`."""
 
@@ -63,16 +64,17 @@ def _schemes(stored: Mapping[str, Any]) -> list[dict[str, Any]]:
 def title(stored: Mapping[str, Any]) -> str:
     """The format of another tool in words, e.g. 'GPTQ, 4 bits in groups of 128'; '' for bitsandbytes' 4 bits and our own."""
     kind, block = method(stored), stored.get("weight_block_size")
-    if kind in ("gptq", "awq"):
+    if kind in ("gptq", "awq", "auto-round"):
         groups = f"groups of {_size(stored)}" if _size(stored) else "rows"
-        return f"{kind.upper()}, {stored.get('bits', 4)} bits in {groups}{', act-order' * bool(stored.get('desc_act'))}"
+        tool, order = "AutoRound" if kind == "auto-round" else kind.upper(), ", act-order" * bool(stored.get("desc_act"))
+        return f"{tool}, {stored.get('bits', 4)} bits in {groups}{order}"
     if kind == "compressed-tensors":
         said = {
             f"{how.get('num_bits', '?')}-bit {how.get('type', 'int')} by {how.get('strategy', '?')}" for how in _schemes(stored)
         }
         return f"compressed-tensors, {' and '.join(sorted(said)) or 'no scheme named'}"
-    if kind in ("fp8", "fbgemm_fp8"):
-        return f"FP8 in {f'blocks of {block[0]} x {block[1]}' if block else 'rows or tensors'}"
+    if kind in ("fp8", "fbgemm_fp8", "mxfp8"):
+        return f"{'MX' * (kind == 'mxfp8')}FP8 in {f'blocks of {block[0]} x {block[1]}' if block else 'rows or tensors'}"
     if kind == "hqq":
         params = (stored.get("quant_config") or {}).get("weight_quant_params") or {}
         return f"HQQ, {params['nbits']} bits in groups of {params.get('group_size')}" if "nbits" in params else "HQQ"
@@ -94,14 +96,14 @@ def codec(stored: Mapping[str, Any]) -> QuantConfig | None:
     if kind == "lownibble":
         known = {key: stored[key] for key in ("quant_type", "block_size", "double_quant", "pattern") if key in stored}
         return QuantConfig(**known)
-    if kind == "gptq" and bits in (2, 3, 4, 8) and (bits < 8 or stored.get("sym", True)):
+    if kind in ("gptq", "auto-round") and bits in (2, 3, 4, 8) and (bits < 8 or stored.get("sym", True)):
         return _grouped(f"int{bits}{act}", size)
     if kind == "awq":
         return _grouped("int4", size)
     if kind == "bitsandbytes 8-bit":
         return _grouped("int8", "row")
-    if kind in ("fp8", "fbgemm_fp8"):
-        return _grouped("fp8", block[1] if block else "row")
+    if kind in ("fp8", "fbgemm_fp8", "mxfp8"):
+        return _grouped("fp8", block[1] if block else 32 if kind == "mxfp8" else "row")
     if kind == "compressed-tensors":
         return _compressed(stored)
     return None

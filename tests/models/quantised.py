@@ -52,29 +52,57 @@ def decoded(codes, scale, zero, group):
     return (codes - zero[:, group]).float() * scale.float()[:, group]
 
 
-def gptq(folder, bits=4, size=32, symmetric=True, act_order=False, version="gptq", odd=False):
-    """AutoGPTQ's file; `odd`: act-order with groups of unequal sizes, as after pruning of columns."""
+PLANES = {3: (2, 1), 5: (4, 1), 6: (4, 2), 7: (4, 2, 1)}
+
+
+def planes(rows, bits):
+    """GPTQModel's order for bits that do not divide 32: the low bits of 32 codes, then the next ones."""
+    blocks = torch.tensor([list(map(int, row)) for row in rows]).view(len(rows), -1, 32)
+    found, first = [], 0
+    for width in PLANES.get(bits, (bits,)):
+        part = (blocks >> first) & (2**width - 1)
+        found.append(words(part.flatten(0, 1), width).view(len(rows), blocks.shape[1], width))
+        first += width
+    return torch.cat(found, -1).flatten(1)
+
+
+def gptq(folder, bits=4, size=32, symmetric=True, act_order=False, version="gptq", odd=False, tool="gptqmodel"):
+    """GPTQ's files. `odd`: act-order with groups of unequal sizes; `tool`: who wrote it. AutoGPTQ's has zero points of 2^bits
+    where all bits of a field are set; AutoRound's is 'auto-round'."""
     generator = torch.Generator().manual_seed(3)
+    pack = planes if version == "gptq_p" else words
 
     def layer(path, weight):
         n_in = weight.shape[1]
         step = n_in if size == -1 else size
         group = torch.arange(n_in) // step
+        n_groups = int(group.max()) + 1
         if act_order:
             group = group[torch.randperm(n_in, generator=generator)]
         if odd:
-            group = torch.randint(0, n_in // step, (n_in,), generator=generator).scatter(
-                0, torch.arange(n_in // step), torch.arange(n_in // step)
-            )
+            every = torch.arange(n_groups)
+            group = torch.randint(0, n_groups, (n_in,), generator=generator).scatter(0, every, every)
         codes, scale, zero, group = affine(weight, bits, step, symmetric, group)
-        stored = zero - 1 if version == "gptq" else zero
-        number = [sum(int(z) << (bits * i) for i, z in enumerate(row)) for row in stored.t()]  # -1 borrows from its neighbour
-        n_words = -(-len(weight) * bits // 32)
-        qzeros = torch.tensor([[(n >> (32 * w)) & 0xFFFFFFFF for w in range(n_words)] for n in number]).to(torch.int32)
-        tensors = {"qweight": words(codes, bits).t(), "qzeros": qzeros, "scales": scale.t(), "g_idx": group.to(torch.int32)}
+        if tool == "autogptq":
+            zero = zero.clamp(min=1)
+            zero[::3] = 2**bits
+        if version != "gptq":
+            qzeros = pack(zero.t(), bits)
+        else:
+            number = [
+                sum((int(z) - 1) << (bits * i) for i, z in enumerate(row)) for row in zero.t()
+            ]  # -1 borrows from its neighbour
+            n_words = -(-len(weight) * bits // 32)
+            qzeros = torch.tensor([[(n >> (32 * w)) & 0xFFFFFFFF for w in range(n_words)] for n in number]).to(torch.int32)
+        tensors = {"qweight": pack(codes, bits).t(), "qzeros": qzeros, "scales": scale.t()}
+        tensors |= {"g_idx": group.to(torch.int32)} if tool != "auto-round" else {}
         return tensors, decoded(codes, scale, zero, group)
 
     config = {"quant_method": "gptq", "bits": bits, "group_size": size, "sym": symmetric, "desc_act": act_order}
+    config |= {"meta": {"quantizer": ["gptqmodel:7.7.0"]}} if tool == "gptqmodel" else {}
+    if tool == "auto-round":
+        packing = "auto_round" if version == "gptq_v2" else "auto_round:auto_gptq"
+        config |= {"quant_method": "auto-round", "packing_format": packing, "data_type": "int"}
     return rewrite(folder, config | {"checkpoint_format": version}, layer)
 
 
@@ -127,8 +155,9 @@ def fp8(folder, block=None, per="row", name="weight_scale_inv", method="fp8", ac
     return rewrite(folder, config | ({"weight_block_size": list(block)} if block else {}), layer)
 
 
-def hqq(folder, bits=4, size=64, axis=1):
-    """HQQ's state dict with encoded facts, as its layers save it: without its optimisation of zeros."""
+def hqq(folder, bits=4, size=64, axis=1, said=None):
+    """HQQ's state dict with encoded facts, as its layers save it: without its optimisation of zeros. `said`: the bits that it
+    states, where it packs others."""
     per_word = {8: 1, 4: 2, 3: 10, 2: 4, 1: 8}[bits]
 
     def layer(path, weight):
@@ -139,10 +168,14 @@ def hqq(folder, bits=4, size=64, axis=1):
         codes = (rows * scale + zero).round().clamp(0, 2**bits - 1)
         padded = torch.nn.functional.pad(codes, (0, 0, 0, -len(codes) % per_word)).long().view(per_word, -1, codes.shape[1])
         packed = sum(part << (bits * (per_word - 1 - i)) for i, part in enumerate(padded))
-        facts = {"nbits": bits, "group_size": size, "axis": axis, "view_as_float": 0, "channel_wise": 1}
+        facts = {"nbits": said or bits, "group_size": size, "axis": axis}
+        packing = "3bit_32" if bits == 3 else f"{bits}bit_u8"
         tensors = {"W_q": packed.to(torch.int32 if bits == 3 else torch.uint8), "scale": 1 / scale, "zero": zero}
-        tensors |= {key: torch.tensor(value, dtype=torch.int32) for key, value in facts.items()}
-        tensors |= {"shape": torch.tensor(weight.shape), "packing": torch.tensor([ord(c) for c in f"{bits}bit_u8"])}
+        tensors |= {
+            key: torch.tensor(value, dtype=torch.float32 if value == 1.58 else torch.int32) for key, value in facts.items()
+        }
+        tensors |= {key: torch.tensor(key == "channel_wise", dtype=torch.uint8) for key in ("view_as_float", "channel_wise")}
+        tensors |= {"shape": torch.tensor(weight.shape), "packing": torch.tensor([ord(c) for c in packing], dtype=torch.uint8)}
         return tensors, ((codes - zero) / scale).reshape(weight.shape)
 
     config = {"quant_method": "hqq", "quant_config": {"weight_quant_params": {"nbits": bits, "group_size": size, "axis": axis}}}

@@ -7,7 +7,7 @@ import warnings
 
 import pytest
 import torch
-from quantised import affine, awq, bitsandbytes8, decoded, fp8, gptq, hqq, rewrite
+from quantised import affine, awq, bitsandbytes8, decoded, fp8, gptq, hqq, rewrite, words
 from safetensors.torch import load_file, save_file
 from transformers import (
     AutoModelForCausalLM,
@@ -92,6 +92,12 @@ EXACT = {
     "GPTQ 3 bits v2": (gptq, {"bits": 3, "symmetric": False, "version": "gptq_v2"}, "int3", "GPTQ, 3 bits in groups of 32"),
     "GPTQ 8 bits": (gptq, {"bits": 8, "size": 128}, "int8", "GPTQ, 8 bits in groups of 128"),
     "GPTQ 8 bits act-order": (gptq, {"bits": 8, "act_order": True}, "int8_act", "GPTQ, 8 bits in groups of 32, act-order"),
+    "GPTQ planes": (gptq, {"bits": 3, "symmetric": False, "version": "gptq_p"}, "int3", "GPTQ, 3 bits in groups of 32"),
+    "AutoGPTQ": (gptq, {"tool": "other"}, "int4", "GPTQ, 4 bits in groups of 32"),
+    "AutoRound": (gptq, {"tool": "auto-round"}, "int4", "AutoRound, 4 bits in groups of 32"),
+    "AutoRound raw": (
+        gptq, {"tool": "auto-round", "version": "gptq_v2", "symmetric": False}, "int4", "AutoRound, 4 bits in groups of 32"
+    ),
     "AWQ": (awq, {}, "int4", "AWQ, 4 bits in groups of 32"),
     "AWQ rows": (awq, {"size": -1}, "int4", "AWQ, 4 bits in rows"),
     "bitsandbytes 8 bits": (bitsandbytes8, {}, "int8", "bitsandbytes, 8 bits in rows"),
@@ -132,13 +138,18 @@ def test_stored_numbers_are_kept(base, batch, case):
 
 DECODED = {
     "GPTQ 8 bits asymmetric": (gptq, {"bits": 8, "symmetric": False, "version": "gptq_v2"}, "GPTQ, 8 bits"),
-    "GPTQ 5 bits": (gptq, {"bits": 5, "version": "gptq_v2"}, "GPTQ, 5 bits"),
+    "GPTQ 5 bits": (gptq, {"bits": 5, "version": "gptq_p"}, "GPTQ, 5 bits"),
+    "GPTQ 7 bits": (gptq, {"bits": 7, "version": "gptq_p", "symmetric": False}, "GPTQ, 7 bits"),
+    "GPTQ uneven rows": (gptq, {"size": 96}, "GPTQ, 4 bits in groups of 96"),
+    "AutoGPTQ with zeros of 16, uneven": (gptq, {"symmetric": False, "tool": "autogptq"}, "GPTQ, 4 bits"),
     "GPTQ uneven groups": (gptq, {"odd": True, "act_order": True}, "GPTQ, 4 bits"),
     "HQQ": (hqq, {}, "HQQ, 4 bits in groups of 64"),
     "HQQ columns": (hqq, {"axis": 0, "bits": 8}, "HQQ, 8 bits in groups of 64"),
     "HQQ 3 bits": (hqq, {"bits": 3}, "HQQ, 3 bits in groups of 64"),
     "HQQ 3 bits columns": (hqq, {"bits": 3, "axis": 0}, "HQQ, 3 bits in groups of 64"),
     "HQQ 2 bits": (hqq, {"bits": 2, "size": 16}, "HQQ, 2 bits in groups of 16"),
+    "HQQ 1.58 bits": (hqq, {"bits": 2, "said": 1.58}, "HQQ, 2 bits"),
+    "HQQ 5 bits": (hqq, {"bits": 8, "said": 5}, "HQQ, 8 bits"),
     "HQQ 1 bit": (hqq, {"bits": 1, "size": 16, "axis": 0}, "HQQ, 1 bits in groups of 16"),
 }
 
@@ -283,6 +294,31 @@ def test_compressed_tensors(base, batch, case):
     torch.testing.assert_close(logits(model, batch), logits(expected, batch), rtol=5e-3, atol=5e-3)
 
 
+@pytest.mark.parametrize("bits", [3, 5, 6, 7])
+def test_compressed_tensors_with_padded_words(base, batch, bits):
+    """Files of compressed-tensors before 0.13: 32 // bits codes a word, the rest empty."""
+
+    def pack(codes):
+        per_word = 32 // bits
+        rows = torch.nn.functional.pad(codes, (0, -codes.shape[1] % per_word)).view(len(codes), -1, per_word)
+        return torch.stack([words(row, bits)[:, 0] for row in rows])
+
+    def layer(path, weight):
+        codes, scale, zero, group = affine(weight, bits, 32, False)
+        stored = {
+            "weight_packed": pack(codes), "weight_scale": scale, "weight_shape": torch.tensor(weight.shape),
+            "weight_zero_point": pack(zero.t()).t(),
+        }  # fmt: skip
+        return stored, decoded(codes, scale, zero, group)
+
+    scheme = {"num_bits": bits, "group_size": 32, "strategy": "group", "symmetric": False}
+    config = {"quant_method": "compressed-tensors", "format": "pack-quantized", "config_groups": {"group_0": {"weights": scheme}}}
+    dense = rewrite(base, config, layer)
+    model, _ = load(base)
+    assert kinds(model) == ({"int3"} if bits == 3 else set())
+    torch.testing.assert_close(logits(model, batch), logits(dense_model(base, dense), batch), rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize("symmetric", [True, False])
 def test_compressed_tensors_with_act_order(base, batch, symmetric):
     """compressed-tensors no longer writes weight_g_idx; files that have it are about: codes packed by its own function."""
@@ -301,10 +337,11 @@ def test_compressed_tensors_with_act_order(base, batch, symmetric):
             stored["weight_zero_point"] = pack_to_int32((zero - 8).to(torch.int8), 4, packed_dim=0)
         return stored, decoded(codes, scale, zero, group)
 
-    config = {"quant_method": "compressed-tensors", "format": "pack-quantized", "config_groups": {}}
+    scheme = {"num_bits": 4, "group_size": 32, "strategy": "group", "actorder": "group", "symmetric": symmetric}
+    config = {"quant_method": "compressed-tensors", "format": "pack-quantized", "config_groups": {"group_0": {"weights": scheme}}}
     dense = rewrite(base, config, layer)
     model, _ = load(base)
-    assert kinds(model) == {"int4_act"}
+    assert held_codecs(model) == {("int4_act", 32, False)} == {expected_codec(base)}
     torch.testing.assert_close(logits(model, batch), logits(dense_model(base, dense), batch), rtol=1e-4, atol=1e-4)
 
 
@@ -403,6 +440,32 @@ DAMAGE = {
     ),
     "groups that are not there": (
         gptq, lambda f: change(f, lambda t: t[f"{FIRST}.g_idx"].fill_(77)), "q_proj' cannot be read: its g_idx names groups",
+    ),
+    "codes in bytes": (gptq, lambda f: configure(f, pack_dtype="int8"), "packs codes into int8. Known: int32"),
+    "bits of two layouts": (gptq, lambda f: configure(f, bits=5), "5 bits in the format 'gptq', which tools lay out in"),
+    "scaled activations": (
+        awq, lambda f: change(f, lambda t: t.update({"model.layers.0.mlp.act.scales": torch.ones(3)})),
+        "'model.layers.0.mlp.act' scales its activations",
+    ),
+    "a kernel's tiles": (
+        bitsandbytes8, lambda f: change(f, lambda t: t[f"{FIRST}.weight_format"].fill_(2)), "is laid out for one GPU kernel",
+    ),
+    "AutoRound with rotations": (
+        gptq, lambda f: configure(f, quant_method="auto-round", rotation_config={"a": 1}), "quantised activations or rotations",
+    ),
+    "AutoRound of another packing": (
+        gptq, lambda f: configure(f, quant_method="auto-round", packing_format="mlx"), "packed as 'mlx'. Known: auto_gptq, gptq",
+    ),
+    "HQQ offloaded": (
+        hqq, lambda f: change(f, lambda t: t.update({f"{FIRST}.zero_scale": torch.ones(2)})), "was saved with offload_meta",
+    ),
+    "a packing of HQQ's": (
+        hqq, lambda f: change(f, lambda t: t[f"{FIRST}.packing"].fill_(65)), "packing 'AAAAAAA' is not one of 8bit_u8",
+    ),
+    "an embedding": (
+        gptq, lambda f: change(f, lambda t: [t.update({"model.embed_tokens.qweight": t[f"{FIRST}.qweight"].clone(),
+        "model.embed_tokens.qzeros": t[f"{FIRST}.qzeros"].clone(), "model.embed_tokens.scales": t[f"{FIRST}.scales"].clone()}),
+        t.pop("model.embed_tokens.weight")]), "its embeddings are quantised",
     ),
     "a kernel's own layout": (gptq, lambda f: configure(f, checkpoint_format="marlin"), "format 'marlin'.* Known: gptq, gptq_v2"),
     "AWQ for another kernel": (awq, lambda f: configure(f, version="gemv"), "version 'gemv' .* Known: gemm"),

@@ -105,6 +105,7 @@ class ModelTensors:
                 continue
             converter = None if pattern is None else converter_of[pattern]
             if key in self._layers:
+                self._check_kind(name, self._layers[key])
                 self.decoded.add(name)
                 if converter is None and self._is_linear(name):
                     packed[name] = self._layers[key]
@@ -120,6 +121,14 @@ class ModelTensors:
                     unexpected.add(name)
         self.model._weight_conversions = [each for each in mapping if each.was_used()]  # save_pretrained undoes these
         return unexpected
+
+    def _check_kind(self, name: str, layer: formats.Layer) -> None:
+        module = self.model.get_submodule(name.rpartition(".")[0])
+        if isinstance(module, nn.Embedding) and any(key.endswith(".qweight") for key in layer.keys):
+            raise ModelError(
+                f"'{self.checkpoint.name}': its embeddings are quantised ('{name}'), which is not known here. Take a checkpoint "
+                "whose linear layers alone are."
+            )
 
     def _is_linear(self, name: str) -> bool:
         path, _, last = name.rpartition(".")

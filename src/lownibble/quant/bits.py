@@ -3,7 +3,8 @@
 Two orders occur. `pack` and `unpack` are for our own codecs: a string of bits with the first code in the highest bits, so that
 two 4-bit codes are a byte with the first in the high nibble, as in bitsandbytes. `unpack_words` reads what GPTQ and
 compressed-tensors write: 32-bit words with the first code in the lowest bits; codes that do not divide 32 continue in the next
-word.
+word. `unpack_planes` reads GPTQModel's other order for those: for 32 codes first the words with their low bits, then those with
+the next ones.
 """
 
 from __future__ import annotations
@@ -56,3 +57,18 @@ def unpack_words(words: Tensor, bits: int, n: int) -> Tensor:
             code = (code & (2**kept - 1)) | (whole[..., word + 1] << kept)
         out[..., i] = code & (2**bits - 1)
     return out.flatten(1)[:, :n]
+
+
+_PLANES = {3: (2, 1), 5: (4, 1), 6: (4, 2), 7: (4, 2, 1)}
+"""Bits of a code -> those in each plane, the low ones first."""
+
+
+def unpack_planes(words: Tensor, bits: int, n: int) -> Tensor:
+    """The first n codes of each row of 32-bit words in planes, (rows, words) int32 -> (rows, n) uint8."""
+    whole = torch.nn.functional.pad(words, (0, -words.shape[1] % bits)).reshape(len(words), -1, bits)
+    codes, place, first = torch.zeros(*whole.shape[:2], 32, dtype=torch.uint8, device=words.device), 0, 0
+    for width in _PLANES.get(bits, (bits,)):
+        part = unpack_words(whole[..., place : place + width].reshape(-1, width), width, 32).view(codes.shape)
+        codes |= part << first
+        place, first = place + width, first + width
+    return codes.flatten(1)[:, :n]

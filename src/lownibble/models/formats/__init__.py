@@ -7,7 +7,8 @@ packs it again if it was asked to. In both cases the values are computed in floa
 them in float16 or bfloat16.
 
     own.py        bitsandbytes' 4-bit layers and those of this package, whose codecs read their own files
-    integers.py   GPTQ, AWQ, compressed-tensors' integers, bitsandbytes' 8 bits, HQQ
+    gptq.py       GPTQ, AWQ, AutoRound
+    integers.py   compressed-tensors' integers, bitsandbytes' 8 bits, HQQ
     floats.py     FP8 (blocks, rows, tensors), MXFP4, NVFP4
 
 Rejected: loading through the tools' own libraries. Each needs a GPU, pulls in many packages, or supports one version of
@@ -22,14 +23,15 @@ from typing import Any
 from lownibble import stored
 from lownibble.errors import ModelError
 from lownibble.models.checkpoint import Checkpoint
-from lownibble.models.formats import floats, integers, own
+from lownibble.models.formats import floats, gptq, integers, own
 from lownibble.models.formats.layer import Finder, Found, Layer
 
 __all__ = ["Found", "Layer", "find"]
 
 FINDERS: dict[str, Finder] = {
-    "gptq": integers.gptq, "awq": integers.awq, "hqq": integers.hqq, "bitsandbytes 8-bit": integers.bitsandbytes,
-    "compressed-tensors": integers.compressed, "fp8": floats.fp8, "fbgemm_fp8": floats.fp8, "mxfp4": floats.mxfp4,
+    "gptq": gptq.gptq, "awq": gptq.awq, "auto-round": gptq.auto_round, "hqq": integers.hqq,
+    "bitsandbytes 8-bit": integers.bitsandbytes, "compressed-tensors": integers.compressed,
+    **dict.fromkeys(("fp8", "fbgemm_fp8", "mxfp8"), floats.fp8), "mxfp4": floats.mxfp4,
     "bitsandbytes": own.find, own.METHOD: own.find,
 }  # fmt: skip
 """Method as in `stored.METHODS` -> what finds the layers."""
