@@ -545,8 +545,27 @@ def codecs() -> str:
     return "\n".join(lines) + f"\n\n({source}; `benchmarks/results/codecs-cpu.json`)"
 
 
+def models() -> str:
+    """Every causal architecture of transformers."""
+    record = _record("models")
+    examined = {name: row for name, row in record["rows"].items() if "built" not in row}
+    rest = [f"{name} ({row['built']})" for name, row in record["rows"].items() if "built" in row]
+    columns = record["columns"]
+    whole = sum(all(value == "yes" for value in row.values()) for row in examined.values())
+    lines = [
+        f"{len(examined)} of the {len(record['rows'])} causal architectures of transformers",
+        f"{record['environment']['versions']['transformers']} were examined; all steps succeed for {whole}.", "",
+        f"| model_type | {' | '.join(columns)} |", f"| --- |{' --- |' * len(columns)}",
+        *(f"| {name} | {' | '.join(row[column] for column in columns)} |" for name, row in examined.items()), "",
+        "Not examined, because a small configuration could not be built, or transformers' own model does not run with it:", "",
+        f"{', '.join(rest)}.", "", "(`benchmarks/results/models.json`)",
+    ]  # fmt: skip
+    return "\n".join(lines)
+
+
 SECTIONS: dict[str, Callable[[], str]] = {
     "codecs": codecs,
+    "models": models,
     "speed-summary": speed_summary,
     "memory-summary": memory_summary,
     "quality-summary": quality_summary,

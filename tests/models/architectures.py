@@ -1,7 +1,7 @@
 """Every causal architecture of the installed transformers, tiny and random.
 
-There is no list of models here: a configuration class's default is shrunk by the names of its sizes. What cannot be built that
-way is reported by `build` as the error that transformers gave.
+A configuration class's default is shrunk by the names of its sizes; where sizes depend on each other in a way that names do not
+tell, `SPECIAL` has them. What cannot be built that way is reported by `build` as the error that transformers gave.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 LAYERS = 2
-LARGEST = 5_000_000
+LARGEST = 15_000_000
 """Parameters of a model that is built; a larger one was not shrunk."""
 SIZES: dict[str, Any] = {
     **dict.fromkeys(("hidden_size", "n_embd", "d_model", "dim", "embedding_size", "word_embed_proj_dim"), 64),
@@ -35,9 +35,38 @@ SIZES: dict[str, Any] = {
     "mamba_n_heads": 4, "mamba_d_head": 32, "mamba_expand": 2, "mamba_num_heads": 4, "mamba_head_dim": 16, "ssm_state_size": 8,
     "linear_num_value_heads": 4, "linear_num_key_heads": 2, "linear_key_head_dim": 16, "linear_value_head_dim": 16,
     "kv_lora_rank": 16, "q_lora_rank": 24, "qk_nope_head_dim": 16, "qk_rope_head_dim": 16, "v_head_dim": 16,
+    "vocab_size_per_layer_input": 96, "global_head_dim": 16, "hidden_size_per_layer_input": 16, "mm_embed_dim": 64,
+    "encoder_hash_byte_group_vocab": 64, "emb_dim": 64, "zero_expert_num": 2, "num_global_key_value_heads": 2,
+    "position_embedding_size": 64, "ffn_hidden_size": 96, "expert_ffn_size": 32, "audio_hidden_size": 64,
+    "output_proj_dims": 64, "ext_pw_out_channel": 64, "nemo_conv_channels": 64, "mm_posemb_size": 16,
     "attention_hidden_size": 64, "lru_width": 64, "rotary_dim": 8, "time_step_rank": 4, "expert_capacity": 8, "conv_dim": 64,
 }  # fmt: skip
 """Names of sizes in configurations -> a small value."""
+
+SPECIAL: dict[str, dict[str, Any]] = {
+    "bailing_hybrid": {"n_group": 1, "topk_group": 1, "num_expert_group": 1},
+    "bamba": {"attn_layer_indices": [1]},
+    "deepseek_v2": {"num_experts_per_tok": 2, "n_shared_experts": 1},
+    "dots1": {"num_experts_per_tok": 2, "n_shared_experts": 1},
+    "falcon_h1": {"mamba_d_ssm": 128},
+    "gemma3n_text": {"num_kv_shared_layers": 0},
+    "gemma4_unified_assistant": {"num_kv_shared_layers": 0},
+    "gpt_neo": {"attention_types": [[["global", "local"], 1]]},
+    "granitemoehybrid": {"layer_types": ["mamba", "attention"]},
+    "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1, "expert_layer_period": 2, "expert_layer_offset": 1},
+    "lfm2_moe": {"layer_types": ["conv", "full_attention"], "num_dense_layers": 1},
+    "mamba2": {"num_heads": 8},
+    "nemotron": {"num_key_value_heads": 2},
+    "nemotron_h": {"n_groups": 1, "mamba_num_heads": 4, "mamba_head_dim": 32},
+    "recurrent_gemma": {"num_hidden_layers": 3},
+    "reformer": {"is_decoder": True, "axial_pos_embds": False},
+    "xmod": {"default_language": "en_XX"},
+    "zamba": {"num_hidden_layers": 3},
+    "zamba2": {"num_hidden_layers": 3, "layers_block_type": ["mamba", "hybrid", "mamba"]},
+    "zaya": {"num_experts_per_tok": 1},
+    "gemma4_assistant": {"hidden_size_per_layer_input": 0},
+}
+"""Sizes that names alone do not give, by `model_type`."""
 
 
 def model_types() -> list[str]:
@@ -50,13 +79,17 @@ def config_of(model_type: str, vocab_size: int) -> Any:
     from transformers import CONFIG_MAPPING
 
     kind = CONFIG_MAPPING[model_type]
-    return kind(**_shrunk(kind, vocab_size))
+    return kind(**{**_shrunk(kind, vocab_size), **SPECIAL.get(model_type, {})})
 
 
 def _shrunk(kind: Any, vocab_size: int) -> dict[str, Any]:
     """Small values for the sizes of a configuration class, and of those inside of it."""
     default = kind()
-    given = {name: size for name, size in SIZES.items() if isinstance(vars(default).get(name), int)}
+    held = vars(default)
+    given = {name: size for name, size in SIZES.items() if isinstance(held.get(name), int)}
+    given |= {name: SIZES[name] for name in ("head_dim", "n_routed_experts", "num_experts") if name in held}
+    heads = next((held[name] for name in ("num_attention_heads", "n_head", "num_heads") if isinstance(held.get(name), int)), None)
+    given |= {name: 4 for name in ("num_key_value_heads", "num_kv_heads") if name in given and held[name] == heads}
     kinds = vars(default).get("layer_types")
     if isinstance(kinds, (list, tuple)) and "num_hidden_layers" in given:
         different = list(dict.fromkeys(kinds))
@@ -65,8 +98,10 @@ def _shrunk(kind: Any, vocab_size: int) -> dict[str, Any]:
     if "vocab_size" in vars(default):
         given |= {"vocab_size": vocab_size, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 1}
     for name, inner in getattr(kind, "sub_configs", {}).items():
-        if isinstance(inner, type) and getattr(inner, "sub_configs", None) is not None and inner.__name__ != "AutoConfig":
-            given[name] = _shrunk(inner, vocab_size)
+        if isinstance(inner, type) and inner.__name__ == "AutoConfig":
+            inner = type(held.get(name))
+        if isinstance(inner, type) and getattr(inner, "sub_configs", None) is not None:
+            given[name] = {"model_type": inner.model_type, **_shrunk(inner, vocab_size)}
     return given
 
 

@@ -1,12 +1,15 @@
-"""What holds for every causal architecture; `python tests/models/sweep.py [MODEL_TYPE ...]` writes docs/models.md.
+"""What holds for every causal architecture; `python tests/models/sweep.py [MODEL_TYPE ...]` writes models.json in
+benchmarks/results, of which docs/models.md is made (`make readme`).
 
 Each is built tiny with random weights (`architectures.py`), saved, and put through what a user does: load (logits those of
 `from_pretrained`), train two steps with LoRA and with QLoRA, read the adapter back with PEFT (logits ours), merge (logits those
-of the adapted model). A cell is "yes" or why not.
+of the adapted model), plan (the methods that train, and no other). A cell is "yes" or why not.
 """
 
 from __future__ import annotations
 
+import contextlib
+import json
 import shutil
 import sys
 import tempfile
@@ -14,15 +17,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from architectures import build, model_types, quiet
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import lownibble as ln
+from lownibble import record
 from lownibble.config import DataConfig, TrainConfig
+from lownibble.errors import ModelError
 
-PAGE = Path(__file__).parents[2] / "docs" / "models.md"
-COLUMNS = ("load", "LoRA", "QLoRA", "PEFT reads the adapter", "merge")
+RECORD = Path(__file__).parents[2] / "benchmarks" / "results" / "models.json"
+COLUMNS = ("load", "LoRA", "QLoRA", "PEFT reads the adapter", "merge", "plan")
 SAME = 1e-4
 """Largest difference of logits as a share of the largest: the same sums in another order."""
 
@@ -51,6 +55,11 @@ def _why(error: BaseException) -> str:
         "other logits": "other logits: PEFT turns targets named like experts into fused parameters",
         "match no linear module": "no linear layers but the head",
         "has no linear module": "no linear layers but the head",
+        "has no gradient": "its code detaches its layers, so the loss has no gradient",
+        **dict.fromkeys(
+            ("DataDependent", "DynamicOutputShape"), "its step depends on values, so it cannot be traced without them"
+        ),
+        "plans": "other methods than those that train",
     }
     return next((words for sign, words in known.items() if sign in text), f"{type(error).__name__}")
 
@@ -95,6 +104,20 @@ def examine(model_type: str, folder: Path, base: Path, data: Path) -> dict[str, 
         attempt("load", load)
         tuned = attempt("LoRA", lambda: tune(None))
         attempt("QLoRA", lambda: tune("nf4"))
+
+        def plan() -> None:
+            trains = {method for method, column in (("lora", "LoRA"), ("qlora", "QLoRA")) if found[column] == "yes"}
+            made = ln.plan(str(folder), gpu="rtx-4090", max_length=16, batch_size=2, r=2)
+            planned = {row.verdict.method for row in made.rows} - {"full"}
+            if planned != trains:
+                raise ValueError(f"plans {planned}")
+
+        if "yes" in (found["LoRA"], found["QLoRA"]):
+            attempt("plan", plan)
+        else:
+            with contextlib.suppress(ModelError):
+                plan()
+            found["plan"] = "refused"
         if tuned is None:
             return {column: found.get(column, "-") for column in COLUMNS}
         ln.save_adapter(tuned, folder / "adapter")
@@ -114,43 +137,14 @@ def examine(model_type: str, folder: Path, base: Path, data: Path) -> dict[str, 
         return {column: found.get(column, "-") for column in COLUMNS}
 
 
-def page(rows: dict[str, dict[str, str]]) -> str:
-    """docs/models.md."""
-    examined = {name: row for name, row in rows.items() if "built" not in row}
-    whole = sum(all(value == "yes" for value in row.values()) for row in examined.values())
-    lines = [
-        "# Models", "",
-        f"Every causal architecture of transformers {transformers.__version__}, tiny and with random weights, put through what a",
-        "user does: load (logits equal `from_pretrained`'s), two training steps with LoRA and with QLoRA, PEFT reads the",
-        "adapter back (logits equal ours), merge onto the dense weights (logits equal the adapted model's). A cell is `yes` or",
-        "why not.",
-        "Written by `python tests/models/sweep.py`; `tests/models/test_sweep.py` holds every row.", "",
-        f"{len(examined)} of {len(rows)} architectures were examined; all steps succeed for {whole}.", "",
-        f"| model_type | {' | '.join(COLUMNS)} |", f"| --- |{' --- |' * len(COLUMNS)}",
-        *(f"| {name} | {' | '.join(row[column] for column in COLUMNS)} |" for name, row in examined.items()), "",
-        "Not examined, because a configuration cannot be shrunk by the names of its sizes, or transformers' own model fails on",
-        "the shrunk one:", "",
-        ", ".join(f"{name} ({row['built']})" for name, row in rows.items() if "built" in row) + ".",
-    ]  # fmt: skip
-    return "\n".join(lines) + "\n"
-
-
-def read_page() -> dict[str, dict[str, str]]:
-    """The rows that docs/models.md has."""
-    rows: dict[str, dict[str, str]] = {}
-    text = PAGE.read_text()
-    for line in text.splitlines():
-        cells = [cell.strip() for cell in line.strip("|").split("|")]
-        if len(cells) == 1 + len(COLUMNS) and cells[0] not in ("model_type", "---"):
-            rows[cells[0]] = dict(zip(COLUMNS, cells[1:], strict=True))
-    for part in text.splitlines()[-1].rstrip(".").split(", "):
-        name, _, why = part.partition(" (")
-        rows[name] = {"built": why.rstrip(")")}
-    return rows
+def read_record() -> dict[str, Any]:
+    """What benchmarks/results/models.json has."""
+    found: dict[str, Any] = json.loads(RECORD.read_text())
+    return found
 
 
 def main() -> int:
-    """Examine all and write the page."""
+    """Examine all, or those named, and write the record."""
     sys.path.insert(0, str(Path(__file__).parents[1]))
     from tiny_folders import write_data, write_model
 
@@ -167,8 +161,9 @@ def main() -> int:
             rows[model_type] = examine(model_type, folder, base, Path(rows_path))
             shutil.rmtree(folder)
             print(model_type, rows[model_type], file=sys.stderr, flush=True)
-    known = read_page() if sys.argv[1:] else {}
-    PAGE.write_text(page(dict(sorted({**known, **rows}.items()))))
+    known = read_record()["rows"] if sys.argv[1:] else {}
+    made = {**record.new("models"), "status": "ok", "environment": record.environment()}
+    record.write(RECORD, {**made, "columns": COLUMNS, "rows": dict(sorted({**known, **rows}.items()))})
     return 0
 
 

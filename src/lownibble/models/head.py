@@ -134,11 +134,16 @@ def check_head(model: Any) -> None:
     pair = {"decoder_input_ids": input_ids} if model.config.is_encoder_decoder else {}
     source = (input_ids, torch.ones_like(input_ids)) if pair else None
     name, dtype = type(model).__name__, model.get_input_embeddings().weight.dtype
+    packed = any(isinstance(module, QuantLinear) for module in model.modules())
     with for_comparing(model):
         try:
             own = model(input_ids=input_ids, use_cache=False, **pair).logits[0].float()
+            if packed:  # in training some code changes weights that it only reads otherwise (Gemma 3n)
+                with torch.random.fork_rng([device] if device.type == "cuda" else []):
+                    hidden_states(model.train(), input_ids, None, source=source)
+                    model.eval()
         except Exception as error:
-            if not any(isinstance(module, QuantLinear) for module in model.modules()):
+            if not packed:
                 raise
             raise ModelError(
                 f"{name} does not run with these layers packed ({type(error).__name__}: {_first_line(error)}): its code may use "
@@ -159,18 +164,19 @@ def check_head(model: Any) -> None:
 
 
 class _Copies(TorchDispatchMode):
-    """Follows tensors through casts, copies and factors of one, by their storages."""
+    """Follows tensors through casts, copies and factors of one (`scaled`: of any size), by their storages."""
 
-    def __init__(self) -> None:
+    def __init__(self, scaled: bool) -> None:
         super().__init__()
+        self._scaled = scaled
         self._made_from: dict[int, int] = {}
         self._held: list[Tensor] = []  # no storage is used again
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
         aten = torch.ops.aten
-        by_one = func.overloadpacket in (aten.mul, aten.div) and isinstance(args[1], float) and args[1] == 1
-        if by_one or func.overloadpacket in (aten._to_copy, aten.clone):
+        factor = func.overloadpacket in (aten.mul, aten.div) and isinstance(args[1], (int, float))
+        if (factor and (self._scaled or args[1] == 1)) or func.overloadpacket in (aten._to_copy, aten.clone):
             self._held.append(out)
             if _storage(out) != _storage(args[0]):
                 self._made_from[_storage(out)] = _storage(args[0])
@@ -210,7 +216,7 @@ def check_head_unseen(model: Any) -> None:
     bodies = {id(part): part for part in (body(model), model.get_decoder()) if part is not model}
     hooks = [part.register_forward_hook(of_body) for part in bodies.values()]
     hooks.append(head.module.register_forward_hook(of_head))
-    copies = _Copies()
+    copies = _Copies(scaled=bool(head.transforms))  # before or after the head is the same
     try:
         with for_comparing(model), copies:
             logits = model(input_ids=ids, use_cache=False, **pair).logits

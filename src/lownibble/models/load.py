@@ -10,9 +10,12 @@ missing ones); the plug-in exists besides this loader, for users of transformers
 
 from __future__ import annotations
 
+import json
 import warnings
 from collections.abc import Mapping
 from functools import partial
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -174,12 +177,13 @@ def empty_model(config: Mapping[str, Any], dtype: torch.dtype) -> Any:
     Raises:
         ModelError: transformers does not support it.
     """
-    values = {key: value for key, value in config.items() if key not in ("model_type", *stored.KEYS)}
     try:
+        with TemporaryDirectory() as folder:  # transformers' reader, which knows infinities written as text
+            (Path(folder) / "config.json").write_text(json.dumps({k: v for k, v in config.items() if k not in stored.KEYS}))
+            wanted = AutoConfig.from_pretrained(folder, trust_remote_code=False)
         with init_empty_weights(include_buffers=False):
-            wanted = AutoConfig.for_model(str(config.get("model_type")), **values)
             model = _auto(wanted).from_config(wanted, dtype=dtype, trust_remote_code=False)
-    except (ValueError, TypeError, AttributeError, StrictDataclassError) as error:
+    except (OSError, ValueError, TypeError, AttributeError, KeyError, StrictDataclassError) as error:
         raise ModelError(f"This configuration is of no language model transformers knows: {_reason(error)}") from None
     model.tie_weights()
     return model

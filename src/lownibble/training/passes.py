@@ -14,7 +14,7 @@ from typing import Any, Literal
 import torch
 
 from lownibble.data import Batch, Example
-from lownibble.errors import ConfigError
+from lownibble.errors import ConfigError, TrainingError
 from lownibble.memory import usage
 from lownibble.models.attention import kernel_obstacle, refusal, segment_attention
 from lownibble.models.info import info
@@ -165,7 +165,7 @@ class Passes:
         """Accumulate the gradients of a microbatch; returns its loss. `measured`: count the activations that autograd saves.
 
         Raises:
-            TrainingError: a layer cannot be compiled.
+            TrainingError: a layer cannot be compiled, or the loss has no gradient.
         """
         self.model.train()
         with self._attention(self.model), self._in_place():
@@ -176,5 +176,10 @@ class Passes:
                 self.saved_activation_bytes = watch.bytes
             else:
                 loss = self._loss(batch, n_total)
+            if not loss.requires_grad:
+                raise TrainingError(
+                    f"The loss of {type(self.model).__name__} has no gradient: its code detaches its layers, and it cannot be "
+                    "trained here."
+                )
             torch.autograd.backward(loss)
         return float(loss.detach())
