@@ -27,7 +27,8 @@ OBJECTIVES.add("another", object())
 VALUES = {
     "model": "some/model", "revision": "v1", "dtype": "bfloat16", "device": "cpu", "method": "lora", "methods": ["full", "lora"],
     "path": "x.jsonl", "eval_path": "y.jsonl", "split": "a", "eval_split": "b", "eval_fraction": 0.3, "prompt_template": "{q}",
-    "completion_template": "{a}", "use_chat_template": True, "mask_prompt": False, "overlength": "drop",
+    "completion_template": "{a}", "use_chat_template": True, "mask_prompt": False, "trained_turns": "last",
+    "overlength": "drop",
     "max_rows": 7, "max_eval_rows": 8, "rows": 5,
     "quant_type": "fp4", "block_size": 128, "double_quant": False, "compute": "exact", "skip_modules": ["lm_head", "o_proj"],
     "pattern": {"down_proj": {"quant_type": "int8"}}, "objective": "another",

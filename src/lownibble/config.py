@@ -148,6 +148,9 @@ class DataConfig(Options):
     completion_template: str | None = Field(None, description="completion made from a row's fields, e.g. ' {label}'")
     use_chat_template: bool = Field(False, description="wrap prompt and completion as user and assistant turns")
     mask_prompt: bool = Field(True, description="take the loss on completions and assistant turns only")
+    trained_turns: Literal["all", "last"] = Field(
+        "all", description="assistant turns of a conversation that are trained: 'all', or its 'last' one"
+    )
     overlength: Literal["cut", "drop", "error"] = Field(
         "cut",
         description="rows longer than max_length: 'cut' them, 'drop' them, or 'error'; how many there are is said in any case",

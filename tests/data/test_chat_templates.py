@@ -16,8 +16,9 @@ from lownibble.config import DataConfig
 from lownibble.data import Dataset, Row, encode
 from lownibble.data.chat import ChatRenderer
 from lownibble.data.dialects import standard
+from lownibble.data.forms import recipe_for
 from lownibble.data.inspect import warnings_of
-from lownibble.errors import DataError
+from lownibble.errors import ConfigError, DataError
 
 trl = pytest.importorskip("trl")
 FOLDER = Path(trl.__file__).parent / "chat_templates"
@@ -157,6 +158,21 @@ def test_turns_with_weight_0_are_not_trained(tokenizer, key):
     assert trained_text(made, encoded(made, messages)) == "good<|im_end|>"
     with pytest.raises(DataError, match="no label token"):
         encoded(made, messages[:2])
+
+
+def test_only_the_last_turn_is_trained_where_that_is_asked_for(tokenizer):
+    made = copy.deepcopy(tokenizer)
+    made.chat_template = TEXT
+    messages = [user("a"), assistant("bad"), user("b"), assistant("good")]
+    assert trained_text(made, encoded(made, messages)) == "bad<|im_end|>good<|im_end|>"
+    assert trained_text(made, encoded(made, messages, trained_turns="last")) == "good<|im_end|>"
+    assert trained_text(made, encoded(made, [*messages, user("c")], trained_turns="last")) == "good<|im_end|>"
+    with pytest.raises(DataError, match="no label token"):
+        encoded(made, [*messages[:3], assistant("good", weight=0)], trained_turns="last")
+    with pytest.raises(
+        ConfigError, match="'trained_turns' of DataConfig is for conversations; these rows are of the form prompt"
+    ):
+        recipe_for(Dataset("rows", [Row({"prompt": "a", "completion": "b"}, "rows:1")]), DataConfig(trained_turns="last"))
 
 
 def test_tools_reach_the_template(tokenizer):

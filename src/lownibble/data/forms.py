@@ -66,6 +66,7 @@ class Recipe:
     prompt_template: str | None
     completion_template: str | None
     use_chat_template: bool
+    trained_turns: str = "all"
 
     @property
     def chat(self) -> bool:
@@ -84,7 +85,11 @@ class Recipe:
             return Conversation(as_turns(*self.pair(row)), None, [True, True])
         turns = row.fields["messages"]
         messages = [{key: value for key, value in turn.items() if key not in TRAINED} for turn in turns]
-        return Conversation(messages, row.fields.get("tools"), [_is_trained(turn) for turn in turns])
+        trained = [_is_trained(turn) for turn in turns]
+        if self.trained_turns == "last":
+            last = max((n for n, turn in enumerate(turns) if turn["role"] == "assistant"), default=-1)
+            trained = [is_trained and n == last for n, is_trained in enumerate(trained)]
+        return Conversation(messages, row.fields.get("tools"), trained)
 
     def identity(self, row: Row) -> bytes:
         """Canonical bytes of what a row asks (of a conversation, what stands before the first assistant turn; of text alone, all
@@ -138,7 +143,9 @@ def recipe_for(dataset: Dataset, config: DataConfig) -> Recipe:
         raise ConfigError(
             "'use_chat_template' of DataConfig needs a prompt and a completion; these rows are text alone. Unset it."
         )
-    recipe = Recipe(form, prompt, completion, config.use_chat_template)
+    if config.trained_turns != "all" and form != "messages":
+        raise ConfigError(f"'trained_turns' of DataConfig is for conversations; these rows are of the form {form}. Unset it.")
+    recipe = Recipe(form, prompt, completion, config.use_chat_template, config.trained_turns)
     templated = config.prompt_template is not None or config.completion_template is not None
     _check_rows(dataset, recipe, templated)
     return recipe

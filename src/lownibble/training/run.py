@@ -46,7 +46,7 @@ WARMUP_STEPS = 2
 """Steps excluded from speed figures, while allocators and caches warm up."""
 
 
-ROW_OPTIONS = ("prompt_template", "completion_template", "use_chat_template", "mask_prompt", "overlength")
+ROW_OPTIONS = ("prompt_template", "completion_template", "use_chat_template", "mask_prompt", "trained_turns", "overlength")
 """Options that decide what of a row is trained; a resumed run needs the same ones."""
 
 
