@@ -545,6 +545,30 @@ def codecs() -> str:
     return "\n".join(lines) + f"\n\n({source}; `benchmarks/results/codecs-cpu.json`)"
 
 
+def chats() -> str:
+    """What the number of turns costs."""
+    record = _record("chats-cpu")
+    few, many = record["workload"]["turns"]
+    linear = {name: each for name, each in record["templates"].items() if each["template_ratio"]["median"] < many / few}
+    rest = {name: each for name, each in record["templates"].items() if name not in linear}
+    lines = [
+        f"| templates | time of {many} turns / {few} turns | the template's own rendering | memory |", "| --- |" + " ---: |" * 3
+    ]  # fmt: skip
+    for words, of in ((f"{len(linear)} that are linear", linear), (f"{len(rest)} that go over all messages for each", rest)):
+        if of:
+            ranges = [
+                f"{min(values):.2f} to {max(values):.2f}"
+                for values in (
+                    [each["time_ratio"]["median"] for each in of.values()],
+                    [each["template_ratio"]["median"] for each in of.values()],
+                    [each["memory_ratio"] for each in of.values()],
+                )
+            ]
+            lines.append(f"| {words} | {' | '.join(ranges)} |")
+    source = f"{record['workload']['words']:,} words, {record['workload']['rounds']} interleaved rounds; {_where(record)}"
+    return "\n".join(lines) + f"\n\n({source}; `benchmarks/results/chats-cpu.json`)"
+
+
 def models() -> str:
     """Every causal architecture of transformers."""
     record = _record("models")
@@ -564,6 +588,7 @@ def models() -> str:
 
 
 SECTIONS: dict[str, Callable[[], str]] = {
+    "chats": chats,
     "codecs": codecs,
     "models": models,
     "speed-summary": speed_summary,

@@ -21,6 +21,7 @@ BENCHES = (
     "dropin",
     "serve",
     "soak",
+    "chats",
 )
 """Benchmarks of `lownibble bench`. Each is a module of this package, imported when it runs, with a function `bench_NAME`."""
 

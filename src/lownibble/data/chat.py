@@ -393,7 +393,8 @@ def _marked(template: str) -> Any:
         return nodes.Output([nodes.Call(nodes.Name("lownibble_mark", "load"), arguments, [], None, None)])
 
     for number, loop in enumerate(list(tree.find_all(nodes.For))):
-        if isinstance(loop.target, nodes.Name):
+        numbers = isinstance(loop.iter, nodes.Call) and getattr(loop.iter.node, "name", "") == "range"  # no messages
+        if isinstance(loop.target, nodes.Name) and not numbers:
             name = loop.target.name
             loop.body = [mark(name, number, True), *loop.body, mark(name, number, False)]
     tree.set_environment(environment)
