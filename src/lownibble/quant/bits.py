@@ -30,19 +30,23 @@ def pack(codes: Tensor, bits: int) -> Tensor:
     return torch.stack([(word >> shift) & 255 for shift in shifts], dim=1).to(torch.uint8).flatten()
 
 
-def unpack(packed: Tensor, bits: int) -> Tensor:
-    """The codes of packed bytes (..., m), as (..., m * 8 / bits) uint8."""
+def unpack(packed: Tensor, bits: int, out: Tensor | None = None) -> Tensor:
+    """The codes of packed bytes (..., m), as (..., m * 8 / bits) uint8, or in `out` of that many elements and any dtype."""
     size, n = _unit(bits)
     units = packed.reshape(*packed.shape[:-1], -1, size)
-    out = torch.empty(*units.shape[:-1], n, dtype=torch.uint8, device=packed.device)
+    if out is None:
+        out = torch.empty(*packed.shape[:-1], units.shape[-2] * n, dtype=torch.uint8, device=packed.device)
+    codes = out.view(*units.shape[:-1], n)
     for i in range(n):
         byte, start = divmod(bits * i, 8)
         after = 8 - start - bits  # bits of the byte below the code; negative: the code continues in the next byte
-        if after >= 0:
-            out[..., i] = (units[..., byte] >> after) & (2**bits - 1)
-        else:
-            out[..., i] = ((units[..., byte] << -after) & (2**bits - 1)) | (units[..., byte + 1] >> (8 + after))
-    return out.flatten(-2)
+        code = units[..., byte] >> after if after >= 0 else units[..., byte] << -after
+        if start:  # else the code has the highest bits
+            code &= 2**bits - 1
+        if after < 0:
+            code |= units[..., byte + 1] >> (8 + after)
+        codes[..., i] = code
+    return out
 
 
 def unpack_words(words: Tensor, bits: int, n: int) -> Tensor:

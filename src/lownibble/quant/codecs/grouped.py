@@ -98,8 +98,10 @@ class GroupedWeight(PackedWeight):
             rows = slice(first, first + step)
             decoded = values[rows] if self.order is None else torch.empty_like(values[rows])
             groups = decoded.view(-1, n_in // scale.shape[1])
-            groups.copy_((codes[rows] if zero is None else bits.unpack(codes[rows], kind.bits)).view(groups.shape))
-            if zero is not None:
+            if zero is None:
+                groups.copy_(codes[rows].view(groups.shape))
+            else:
+                bits.unpack(codes[rows], kind.bits, decoded)
                 groups.sub_(zero[rows].reshape(-1, 1))
             groups.mul_(scale[rows].reshape(-1, 1))
             if self.order is not None:
