@@ -108,7 +108,12 @@ EXACT = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("case", EXACT)
+def some(cases, *quick):
+    """All cases, those that are not named in the slow tier."""
+    return [case if case in quick else pytest.param(case, marks=pytest.mark.slow) for case in cases]
+
+
+@pytest.mark.parametrize("case", some(EXACT, "GPTQ", "GPTQ act-order", "GPTQ 3 bits v2", "AWQ", "FP8 blocks"))
 def test_stored_numbers_are_kept(base, batch, case):
     """The layers decode to exactly the weights that the file stands for, without a quant option and with the default one; the
     adapter's file says what it was trained on."""
@@ -154,7 +159,7 @@ DECODED = {
 }
 
 
-@pytest.mark.parametrize("case", DECODED)
+@pytest.mark.parametrize("case", some(DECODED, "GPTQ 5 bits", "GPTQ uneven rows", "HQQ"))
 def test_other_numbers_are_decoded_and_packed_again(base, batch, case):
     write, options, title = DECODED[case]
     dense = write(base, **options)
@@ -276,7 +281,7 @@ def compressed(folder, options):
     return rewrite(folder, config, layer)
 
 
-@pytest.mark.parametrize("case", SCHEMES)
+@pytest.mark.parametrize("case", some(SCHEMES, "int4 asymmetric", "int8 rows", "fp8 blocks", "nvfp4"))
 def test_compressed_tensors(base, batch, case):
     options, quant_type = SCHEMES[case]
     dense = compressed(base, options)
@@ -387,6 +392,37 @@ def test_experts_stored_one_by_one_are_decoded_and_fused(tokenizer, batch, tmp_p
     assert kinds(model) == {"fp8"}
     assert "is stored as FP8 in blocks of 64 x 64: 4 tensors (fused experts and the like) were decoded" in said[0]
     torch.testing.assert_close(logits(model, batch), logits(quietly(folder), batch), rtol=1e-4, atol=1e-4)
+
+
+def test_biases_of_zeros_are_left_out(base, batch):
+    """AutoGPTQ writes a bias for every layer, zeros where the model has none; another bias than that is unknown."""
+    dense = gptq(base)
+    biases = {key.replace(".weight", ".bias"): torch.zeros(len(weight)) for key, weight in dense.items()}
+    change(base, lambda t: t.update(biases))
+    model, _ = load(base)
+    torch.testing.assert_close(logits(model, batch), logits(dense_model(base, dense), batch), rtol=1e-4, atol=1e-4)
+    change(base, lambda t: t[next(iter(biases))].fill_(1))
+    with pytest.raises(ModelError, match="has unknown 1 tensor"):
+        load(base)
+
+
+def test_a_quantised_head_beside_a_tied_configuration_is_the_files(tiny, tokenizer, batch, tmp_path):
+    folder = tmp_path / "tied"
+    tiny("llama", hidden_size=128, intermediate_size=256, head_dim=32, tie_word_embeddings=True).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    gptq(folder)
+    head = torch.randn(96, 128, generator=torch.Generator().manual_seed(2)) / 9
+    codes, scale, zero, group = affine(head, 4, 32, True)
+    change(folder, lambda t: t.update({
+        "lm_head.qweight": words(codes, 4).t().contiguous(), "lm_head.scales": scale.t().contiguous(),
+        "lm_head.qzeros": words(zero.t() - 1, 4), "lm_head.g_idx": group.to(torch.int32),
+    }))  # fmt: skip
+    model, _ = load(folder)
+    assert isinstance(model.lm_head, QuantLinear)
+    assert model.config.tie_word_embeddings is False
+    torch.testing.assert_close(model.lm_head.weight.dequantize(torch.float32), decoded(codes, scale, zero, group))
+    assert model.model.embed_tokens.weight.shape == (96, 128)
+    assert torch.isfinite(logits(model, batch)).all()
 
 
 def test_conv1d_layers(tiny, tokenizer, batch, tmp_path):
@@ -524,7 +560,7 @@ def test_damage_is_one_clear_error(base, case):
 ADAPTED = {"GPTQ act-order": "int4_act", "AWQ": "int4", "FP8 blocks": "fp8", "GPTQ 3 bits": "int3_act", "HQQ": "nf4"}
 
 
-@pytest.mark.parametrize("case", ADAPTED)
+@pytest.mark.parametrize("case", some(ADAPTED, "GPTQ act-order", "HQQ"))
 def test_adapters_are_trained_on_it_and_merged(base, batch, adapt, tmp_path, case):
     """The adapter's file says what is under it; merged, the model is the live one; requantised, transformers loads it."""
     write, options, *_ = {**EXACT, **DECODED}[case]

@@ -69,7 +69,7 @@ DAMAGE = {
         "config.json cannot be used: .*",
     ),
     "GPTQ": (lambda f: edit_config(f, quantization_config=GPTQ), "says that it is stored as GPTQ, 4 bits .* no tensor of"),
-    "Quanto": (lambda f: edit_config(f, quantization_config={"quant_method": "quanto"}), "with quanto. .* loaded: auto-round, awq, bitsand"),
+    "Quanto": (lambda f: edit_config(f, quantization_config={"quant_method": "quanto"}), "with quanto. .* loaded: auto-round"),
     "8 bits": (lambda f: edit_config(f, quantization_config=BNB_8BIT), "stored as bitsandbytes, 8 bits .* no tensor of"),
     "generation config cut short": (lambda f: cut(f / "generation_config.json", 9), "generation_config.json cannot be used: "),
     "no tokenizer": (lambda f: [p.unlink() for p in f.glob("tokenizer*")], "has no usable tokenizer: "),

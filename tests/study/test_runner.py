@@ -136,6 +136,7 @@ def test_killed_ten_times_it_ends_with_the_records_of_an_uninterrupted_run(study
     assert records(cut) == records(tmp_path / "whole")
 
 
+@pytest.mark.slow
 def test_no_cell_outlives_a_runner_that_was_killed(study, tmp_path):
     program = f"from lownibble.study.runner import run_study; run_study({str(study())!r}, {str(tmp_path / 'cut')!r})"
     process = subprocess.Popen([sys.executable, "-c", program], stderr=subprocess.PIPE, text=True, start_new_session=True)
@@ -172,6 +173,7 @@ in_process = jobs.JOBS["cell"]
 """A process for each cell, as outside of tests."""
 
 
+@pytest.mark.slow
 def test_a_failed_cell_is_a_record_and_the_others_go_on(study, tmp_path, here, monkeypatch):
     path = study(**{"learning_rates = [1e-3, 1e-2]": "learning_rates = []"})
     alone, calls = jobs.JOBS["cell"], []

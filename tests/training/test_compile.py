@@ -190,6 +190,7 @@ def test_auto_goes_on_where_compiling_fails_and_true_does_not(option, wide_model
     assert speed["compile_reason"].startswith("not possible here: A decoder layer could not be compiled: no luck")
 
 
+@pytest.mark.slow
 def test_too_many_graphs_are_an_error_not_a_slow_path(wide_model, monkeypatch):
     torch._dynamo.reset()
     monkeypatch.setattr(compiling, "GRAPHS", 1)

@@ -125,6 +125,7 @@ def test_unusable_options_are_named_before_training(tiny_model, tiny_data, tmp_p
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 def test_a_checkpoint_takes_no_memory_for_the_states(tmp_path):
     """The process's own peak, in a process of its own: 64 MiB of states through 4 MiB of pages, saved and restored."""
     code = f"""

@@ -80,7 +80,7 @@ def losses(folder, quant_type, world):
     return json.loads(ended[0][0].splitlines()[-1])
 
 
-@pytest.mark.parametrize("quant_type", ["nf4", *(pytest.param(name, marks=pytest.mark.slow) for name in ("int8", "int4"))])
+@pytest.mark.parametrize("quant_type", [pytest.param(name, marks=pytest.mark.slow) for name in ("nf4", "int8", "int4")])
 def test_two_ranks_train_as_one_process(write, quant_type):
     folder = write("llama", hidden_size=64, intermediate_size=128)
     one, two = losses(folder, quant_type, 1), losses(folder, quant_type, 2)

@@ -101,7 +101,8 @@ class ModelTensors:
             if name not in places and key in places:
                 name, pattern = rename_source_key(key, [], [], prefix, places)
             if name not in places:
-                unexpected.add(name)
+                if not self._is_empty_bias(key):
+                    unexpected.add(name)
                 continue
             converter = None if pattern is None else converter_of[pattern]
             if key in self._layers:
@@ -121,6 +122,11 @@ class ModelTensors:
                     unexpected.add(name)
         self.model._weight_conversions = [each for each in mapping if each.was_used()]  # save_pretrained undoes these
         return unexpected
+
+    def _is_empty_bias(self, key: str) -> bool:
+        """Whether a tensor is a quantised layer's bias of zeros: AutoGPTQ writes one also where the model has none."""
+        stem, _, last = key.rpartition(".")
+        return last == "bias" and f"{stem}.weight" in self._layers and not bool(self.checkpoint.read(key).any())
 
     def _check_kind(self, name: str, layer: formats.Layer) -> None:
         module = self.model.get_submodule(name.rpartition(".")[0])
@@ -197,8 +203,10 @@ class ModelTensors:
                     del self._facts[other], self._group_of[other]
                 else:
                     self.untied.append(other)
+            packed = [name for name in group if name.removesuffix(".weight") in self.packed] if len(group) > 1 else []
+            self.untied += packed  # a quantised head beside a tied configuration is the file's
             if given:
-                self.shared |= {name: given[0] for name in group if name not in self._facts}
+                self.shared |= {name: given[0] for name in group if name not in self._facts and name not in packed}
 
     def _check(self, unexpected: set[str]) -> None:
         model = self.model
