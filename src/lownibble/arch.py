@@ -138,12 +138,14 @@ class Counts(NamedTuple):
     Attributes:
         parameters: elements of each parameter. linear, active_experts: weights of the linears, and of the experts that a token
             passes through. adapters: elements of each parameter of an adapter.
+        linears: path of each linear layer, the head left out -> the length of its weight's rows.
     """
 
     parameters: tuple[int, ...]
     linear: int
     active_experts: int
     adapters: tuple[int, ...]
+    linears: Mapping[str, int]
 
 
 @dataclass(frozen=True)

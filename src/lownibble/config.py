@@ -248,7 +248,7 @@ class _Subject(_Model):
 class RunConfig(_Subject):
     """One training run (`lownibble train`)."""
 
-    method: Method = Field("qlora", description="full, lora (16/32-bit base) or qlora (4-bit base)")
+    method: Method = Field("qlora", description="full, lora (16/32-bit base) or qlora (quantised base)")
     adapter: str | None = Field(
         None, description="folder of an adapter to train on from; its own configuration holds, so leave the lora options out"
     )
@@ -389,7 +389,7 @@ class ExportConfig(Options):
 
 
 class ServeConfig(Options):
-    """Serving one 4-bit base and a folder of adapters with an OpenAI-compatible API (`lownibble serve`)."""
+    """Serving one quantised base and a folder of adapters with an OpenAI-compatible API (`lownibble serve`)."""
 
     model: str = Field("demo", description="the base: 'demo', a model folder, a .gguf file, or a hub id")
     adapters: str | None = Field(None, description="folder whose sub-folders are adapters, by name")

@@ -5,11 +5,16 @@ The loader finds the layers themselves (`models/formats/`) and has the last word
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import json
+import math
+import re
+from collections.abc import Callable, Collection, Mapping
+from pathlib import Path
 from typing import Any
 
-from lownibble.config import QuantConfig
+from lownibble.config import PER_LAYER, QuantConfig
 from lownibble.errors import ConfigError, ModelError
+from lownibble.matching import is_part
 
 KEYS = ("quantization_config", "compression_config")
 """Keys of config.json."""
@@ -25,7 +30,29 @@ def of(config: Mapping[str, Any]) -> dict[str, Any]:
     """How the contents of a config.json say that the weights are stored, or {}: its own, or its text model's."""
     parts = [config, config.get("text_config")]
     found = next((part[key] for part in parts if isinstance(part, Mapping) for key in KEYS if part.get(key)), None)
-    return dict(found) if isinstance(found, Mapping) else {}
+    return _with_numbers(found) if isinstance(found, Mapping) else {}
+
+
+def of_folder(folder: Path) -> dict[str, Any]:
+    """As `of`, for a model folder; old GPTQ folders have it in a file of its own."""
+    found, beside = of(read_json(folder / "config.json")), read_json(folder / "quantize_config.json")
+    return found or (_with_numbers({"quant_method": "gptq", **beside}) if beside else {})
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """The file's content; {} if it is no JSON object, which is said where it is read as a model's configuration."""
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def _with_numbers(stored: Mapping[str, Any]) -> dict[str, Any]:
+    """The configuration, with numbers that are written as text as numbers."""
+    return {
+        key: int(value) if isinstance(value, str) and re.fullmatch(r"-?\d+", value) else value for key, value in stored.items()
+    }
 
 
 def method(stored: Mapping[str, Any]) -> str:
@@ -40,12 +67,21 @@ def check(stored: Mapping[str, Any], name: str) -> None:
     """Reject formats that are not known.
 
     Raises:
-        ModelError: it is one; names those that are known.
+        ModelError: it is one (names those that are known), or a size is no number.
     """
     if stored and method(stored) not in METHODS:
         raise ModelError(
             f"'{name}' is quantised with {method(stored)}. Quantised checkpoints that can be loaded: {', '.join(METHODS)}. Take "
             "one of those, or the dense checkpoint that this one was made from."
+        )
+    block = stored.get("weight_block_size")
+    wrong = [key for key in ("bits", "group_size") if not isinstance(stored.get(key) or 0, int)]
+    if block and not (isinstance(block, list) and len(block) == 2 and all(isinstance(n, int) and n > 0 for n in block)):
+        wrong.append("weight_block_size")
+    if wrong:
+        said = ", ".join(f"{key} = {stored[key]!r}" for key in wrong)
+        raise ModelError(
+            f"'{name}': the quantization_config of config.json makes no sense: {said}. Download the checkpoint again."
         )
 
 
@@ -58,7 +94,7 @@ def _schemes(stored: Mapping[str, Any]) -> list[dict[str, Any]]:
     """The weights' schemes of compressed-tensors."""
     groups = stored.get("config_groups")
     groups = groups.values() if isinstance(groups, Mapping) else ()
-    return [group.get("weights") or {} for group in groups if isinstance(group, Mapping)]
+    return [group["weights"] for group in groups if isinstance(group, Mapping) and group.get("weights")]
 
 
 def title(stored: Mapping[str, Any]) -> str:
@@ -131,7 +167,58 @@ def _compressed(stored: Mapping[str, Any]) -> QuantConfig | None:
     return found[0] if found and all(each == found[0] for each in found) else None
 
 
-def kept_dense(stored: Mapping[str, Any]) -> list[str]:
-    """Names of modules that are stored dense, as far as they are names and no patterns."""
-    given = [stored.get(key) for key in ("modules_to_not_convert", "ignore", "llm_int8_skip_modules", "skip_modules")]
-    return [name for names in given if isinstance(names, list) for name in names if isinstance(name, str) and ":" not in name]
+def of_layer(codec: QuantConfig, n_in: int) -> QuantConfig:
+    """How `codec` holds a layer with rows of n_in columns: where blocks do not divide them, in smaller groups."""
+    block = codec.block_size
+    if codec.quant_type != "fp8" or not isinstance(block, int) or n_in % block == 0:
+        return codec
+    return _grouped("fp8", "row" if n_in < block else math.gcd(block, n_in)) or codec
+
+
+def is_quantised(stored: Mapping[str, Any], path: str) -> bool:
+    """Whether the linear layer at `path` is stored quantised, by the names and patterns of config.json."""
+    names = [name for key in _DENSE for name in stored.get(key) or () if isinstance(name, str)]
+    if method(stored) == "compressed-tensors":
+        groups = (stored.get("config_groups") or {}).values()
+        targets = [name for group in groups if group.get("weights") for name in group.get("targets") or ("Linear",)]
+        return any(name == "Linear" or _is_named(path, name) for name in targets) and not any(
+            _is_named(path, name) for name in names
+        )
+    inside = stored.get("modules_in_block_to_quantize")
+    if inside:
+        named = [name for each in inside for name in ([each] if isinstance(each, str) else each)]
+        return any(path.endswith(f".{name}") for name in named)
+    # as transformers' `should_convert_module`
+    return not any(re.match(rf"(?:{name})(?:(?<=\.)|(?=\.|$))", path) or path.endswith(name) for name in names)
+
+
+_DENSE = ("modules_to_not_convert", "ignore", "llm_int8_skip_modules", "skip_modules")
+
+
+def _is_named(path: str, name: str) -> bool:
+    """Whether a name of compressed-tensors (a path, or 're:' and a pattern) is that of a layer."""
+    return bool(re.match(name.removeprefix("re:"), path)) if name.startswith("re:") else path == name
+
+
+def contradiction(asked: QuantConfig, held: Collection[str], how: Callable[[str], QuantConfig], linears: Collection[str]) -> str:
+    """What of the options that are asked for does not agree with layers that stay as they are stored, or ''. Options at their
+    default ask for nothing.
+
+    Args:
+        held: paths of those layers; `how` says how each is held. linears: paths of all linear layers.
+    """
+    default = QuantConfig()
+    for skip in asked.skip_modules if asked.skip_modules != default.skip_modules else ():
+        if any(is_part(path, [skip]) for path in held):
+            return f"'{skip}' is stored quantised, and skip_modules names it"
+        if not any(is_part(path, [skip]) for path in linears):
+            return f"skip_modules '{skip}' matches no linear module"
+    if not asked.pattern and all(getattr(asked, key) == getattr(default, key) for key in PER_LAYER):
+        return ""
+    for path in held:
+        wanted, found = asked.for_layer(path), how(path)
+        for key in PER_LAYER:
+            value = getattr(wanted, key)
+            if value != getattr(found, key) and (key == "quant_type" or value != getattr(default, key)):
+                return f"'{path}' is stored with {key} {getattr(found, key)}, and {value} is asked for"
+    return ""

@@ -173,6 +173,8 @@ def test_only_the_last_turn_is_trained_where_that_is_asked_for(tokenizer):
         ConfigError, match="'trained_turns' of DataConfig is for conversations; these rows are of the form prompt"
     ):
         recipe_for(Dataset("rows", [Row({"prompt": "a", "completion": "b"}, "rows:1")]), DataConfig(trained_turns="last"))
+    with pytest.raises(ConfigError, match="mask_prompt = false trains all text"):
+        encoded(made, messages, trained_turns="last", mask_prompt=False)
 
 
 def test_tools_reach_the_template(tokenizer):

@@ -141,7 +141,7 @@ def test_a_packed_base_is_merged_into_dense_weights(bitsandbytes, write, adapt, 
     assert "quantization_config" not in json.loads((tmp_path / "merged" / "config.json").read_text())
     assert_same(logits(by_transformers(tmp_path / "merged"), batch), logits(live, batch))
     with pytest.raises(
-        ConfigError, match=r"Cannot merge onto 'original': .* holds its weights in 4 bits only\. Name the dense model"
+        ConfigError, match=r"Cannot merge onto 'original': .* holds quantised weights only\. Name the dense model"
     ):
         ln.merge(adapter, tmp_path / "no", onto="original", measure_tokens=0)
 

@@ -3,6 +3,7 @@ weights that they stand for; transformers' own loaders where they decode on a CP
 
 import json
 import re
+import shutil
 import warnings
 
 import pytest
@@ -17,10 +18,12 @@ from transformers import (
     Qwen3MoeConfig,
     Qwen3MoeForCausalLM,
 )  # fmt: skip
+from transformers.quantizers.quantizers_utils import should_convert_module
 
 import lownibble as ln
 import lownibble.integrations.transformers
 from lownibble import stored
+from lownibble.config import QuantConfig
 from lownibble.errors import ConfigError, LownibbleError, ModelError
 from lownibble.lora.adapter import AdapterFile
 from lownibble.models.info import info
@@ -468,7 +471,34 @@ def configure(folder, **options):
 
 
 FIRST = "model.layers.0.self_attn.q_proj"
+
+
+def without(role):
+    return lambda f: change(f, lambda t: t.update({f"{FIRST}.{role}": t[f"{FIRST}.{role}"][:-1].clone()}))
+
+
 DAMAGE = {
+    "scales of one row": (
+        gptq, lambda f: change(f, lambda t: t.update({f"{FIRST}.scales": t[f"{FIRST}.scales"][0].clone()})),
+        "its qweight, qzeros and scales do not belong",
+    ),
+    "zeros of fewer groups": (gptq, without("qzeros"), "its qweight, qzeros and scales do not belong"),
+    "scales of fewer rows": (
+        gptq, lambda f: change(f, lambda t: t.update({f"{FIRST}.scales": t[f"{FIRST}.scales"][:, :-8].contiguous()})),
+        "its qweight, qzeros and scales do not belong",
+    ),
+    "AWQ scales of one row": (
+        awq, lambda f: change(f, lambda t: t.update({f"{FIRST}.scales": t[f"{FIRST}.scales"][0].clone()})),
+        "its qweight, qzeros and scales do not belong",
+    ),
+    "fewer maxima than rows": (bitsandbytes8, without("SCB"), "its SCB is not one number a row"),
+    "fewer HQQ codes": (hqq, without("W_q"), r"W_q, scale and zero do not give a weight of \(128, 128\)"),
+    "bits in words": (gptq, lambda f: configure(f, bits="four"), "makes no sense: bits = 'four'"),
+    "a block of one side": (fp8, lambda f: configure(f, weight_block_size=[64]), r"makes no sense: weight_block_size = \[64\]"),
+    "a type that is not known": (
+        fp8, lambda f: change(f, lambda t: t.update({"model.other": torch.ones(3, dtype=torch.uint32)})),
+        "tensor 'model.other' is of the type U32",
+    ),
     "a part is missing": (gptq, lambda f: change(f, lambda t: t.pop(f"{FIRST}.scales")), "'.*q_proj' lacks its scales"),
     "codes of another layer": (
         gptq, lambda f: change(f, lambda t: t.update({f"{FIRST}.qweight": t[f"{FIRST}.qweight"][:5].contiguous()})),
@@ -534,7 +564,7 @@ DAMAGE = {
         (
             {"quant_type": "int8"},
             ConfigError,
-            r"as AWQ, 4 bits in groups of 32, which stays as it is\. Leave quant options",
+            r"stored with quant_type int4, and int8 is asked for\. Its layers stay .* leave quant options out",
         ),
     ],
 )
@@ -585,3 +615,113 @@ def test_adapters_are_trained_on_it_and_merged(base, batch, adapt, tmp_path, cas
     if case != "HQQ":  # bitsandbytes' own bytes and kernels are compared elsewhere
         again = AutoModelForCausalLM.from_pretrained(tmp_path / "packed", dtype=torch.float32)
         torch.testing.assert_close(logits(again, batch), logits(packed, batch), rtol=1e-4, atol=1e-4)
+
+
+CONTRADICTIONS = {
+    "another codec": ({"quant_type": "int8"}, "is stored with quant_type int4, and int8 is asked for"),
+    "other groups": ({"quant_type": "int4", "block_size": 128}, "is stored with block_size 32, and 128 is asked for"),
+    "a layer left dense": ({"skip_modules": ["q_proj", "lm_head"]}, "'q_proj' is stored quantised, and skip_modules names it"),
+    "a layer that is not there": ({"skip_modules": ["bogus"]}, "skip_modules 'bogus' matches no linear module"),
+    "another codec for some": ({"pattern": {"down_proj": {"quant_type": "int8"}}}, "quant_type int4, and nf4|int8 is asked for"),
+}
+
+
+@pytest.mark.parametrize("case", CONTRADICTIONS)
+def test_options_that_contradict_what_is_stored_are_refused(base, case):
+    gptq(base)
+    options, message = CONTRADICTIONS[case]
+    with pytest.raises(ModelError, match=f"(?:{message}).*leave quant options out"):
+        load(base, quant=QuantConfig(**options))
+    with pytest.raises(ConfigError, match=f"(?:{message}).*leave quant options out"):
+        ln.plan(str(base), gpu="rtx-4090", **options)
+    for same in ({"quant_type": "int4"}, {"quant_type": "int4", "block_size": 32, "double_quant": False}):
+        assert kinds(load(base, quant=QuantConfig(**same))[0]) == {"int4"}
+        assert len(ln.plan(str(base), gpu="rtx-4090", **same).rows) == 1
+
+
+def planned_and_held(folder):
+    """Bytes of codes that a plan counts and that the loaded model has, as CUDA's allocator rounds them."""
+    (row,) = ln.plan(str(folder), gpu="rtx-4090").rows
+    model, _ = load(folder)
+    codes = [next(iter(m.weight.tensors().values())).nbytes for m in model.modules() if isinstance(m, QuantLinear)]
+    return row.verdict.memory.kinds["codes"], sum(-(-n // 512) * 512 for n in codes)
+
+
+def some_layers(folder, pattern):
+    """Write the layers whose path matches back as dense ones."""
+    tensors, dense = load_file(folder / WEIGHTS), load_file(folder.with_name("before") / WEIGHTS)
+    kept = {key: tensor for key, tensor in tensors.items() if not re.search(pattern, key)}
+    save_file(kept | {key: t for key, t in dense.items() if re.search(pattern, key)}, folder / WEIGHTS, {"format": "pt"})
+
+
+EXCLUDED = {
+    "ignore by pattern": (r"\.mlp\.", {"ignore": ["lm_head", "re:.*mlp.*"]}),
+    "ignore by path": (r"layers\.0\.mlp\.up_proj", {"ignore": ["lm_head", "model.layers.0.mlp.up_proj"]}),
+    "targets by pattern": (r"\.mlp\.", {"targets": ["re:.*self_attn.*"]}),
+}
+
+
+@pytest.mark.parametrize("case", EXCLUDED)
+def test_plans_leave_out_what_compressed_tensors_leaves_out(base, case):
+    shutil.copytree(base, base.with_name("before"))
+    pattern, options = EXCLUDED[case]
+    compressed(base, SCHEMES["int4 groups"][0])
+    some_layers(base, pattern)
+    file = base / "config.json"
+    config = json.loads(file.read_text())
+    config["quantization_config"]["config_groups"]["group_0"]["targets"] = options.get("targets", ["Linear"])
+    config["quantization_config"]["ignore"] = options.get("ignore", ["lm_head"])
+    file.write_text(json.dumps(config))
+    planned, held = planned_and_held(base)
+    assert planned == held > 0
+
+
+@pytest.mark.parametrize(
+    "names", [["lm_head", "model.layers.0"], ["model.layers.0.*"], ["mlp"], ["up_proj", "down_proj"]], ids=str
+)
+def test_plans_leave_out_what_transformers_leaves_out(base, names):
+    """Oracle: transformers' own rule for `modules_to_not_convert`."""
+    shutil.copytree(base, base.with_name("before"))
+    fp8(base, block=(64, 64))
+    paths = [key.removesuffix(".weight") for key in load_file(base.with_name("before") / WEIGHTS) if "_proj.weight" in key]
+    left = [path for path in paths if not should_convert_module(path, names)]
+    how = {"quant_method": "fp8", "modules_to_not_convert": names}
+    assert [path for path in paths if not stored.is_quantised(how, path)] == left
+    some_layers(base, "|".join(f"^{re.escape(path)}\\." for path in left) or "^$")
+    configure(base, modules_to_not_convert=names)
+    planned, held = planned_and_held(base)
+    assert planned == held > 0
+
+
+def test_plans_of_rows_that_blocks_do_not_divide(tiny, tokenizer, tmp_path):
+    folder = tmp_path / "ragged"
+    tiny("llama", hidden_size=128, intermediate_size=320, head_dim=32).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    fp8(folder, block=(128, 128))
+    planned, held = planned_and_held(folder)
+    assert planned == held > 0
+    assert held_codecs(load(folder)[0]) == {("fp8", 128, False), ("fp8", 64, False)}
+
+
+def test_old_folders_have_the_configuration_beside(base):
+    """quantize_config.json, with a number as text."""
+    gptq(base)
+    file = base / "config.json"
+    config = json.loads(file.read_text())
+    beside = config.pop("quantization_config") | {"bits": "4"}
+    file.write_text(json.dumps(config))
+    (base / "quantize_config.json").write_text(
+        json.dumps({key: beside[key] for key in ("bits", "group_size", "desc_act", "sym")})
+    )
+    planned, held = planned_and_held(base)
+    assert planned == held > 0
+
+
+def test_kept_layers_are_not_exported_as_another_codec(base, tmp_path):
+    gptq(base)
+    with pytest.raises(ConfigError, match=r"is stored as GPTQ.* not as nf4 or fp4\. Export it with --format safetensors"):
+        ln.export(str(base), tmp_path / "out", "bnb-4bit")
+    ln.export(str(base), tmp_path / "dense", "safetensors")
+    ln.export(str(tmp_path / "dense"), tmp_path / "out", "bnb-4bit")
+    config = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
+    assert (config["quant_method"], config["bnb_4bit_quant_type"]) == ("bitsandbytes", "nf4")

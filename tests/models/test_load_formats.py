@@ -87,7 +87,7 @@ def test_bitsandbytes_checkpoint(write_4bit, batch, stored, family, tied):
 def test_the_stored_type_can_be_asked_for_and_no_other(write_4bit):
     folder, _ = write_4bit()
     assert isinstance(ln.load(str(folder), quant="nf4")[0].model.layers[0].mlp.up_proj, QuantLinear)
-    with pytest.raises(ModelError, match=r"is quantised as nf4 already, but fp4 was asked for\. Ask for nf4"):
+    with pytest.raises(ModelError, match=r"is stored with quant_type nf4, and fp4 is asked for\. .* leave quant options out"):
         ln.load(str(folder), quant="fp4")
 
 

@@ -1,5 +1,6 @@
 """Plans of models whose family the planner does not know, by tracing. Oracle: the same plan of a family that it does know."""
 
+import contextlib
 import json
 import sys
 from pathlib import Path
@@ -8,10 +9,12 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "models"))
 from architectures import config_of, quiet
+from transformers import LlamaConfig, LlamaForCausalLM
 
 import lownibble as ln
 from lownibble.cli.main import main
 from lownibble.errors import ModelError, TargetError
+from lownibble.models.head import check_head, check_head_unseen
 from lownibble.rehearsal import plan as any_model
 
 SMALL = {"gpu": "rtx-4090", "max_length": 32, "batch_size": 2, "r": 4}
@@ -76,6 +79,24 @@ def test_what_cannot_be_trained_is_refused_by_name(folder):
     file.write_text(json.dumps({"model_type": "no_such_model"}))
     with pytest.raises(ModelError, match="This configuration is of no language model transformers knows"):
         ln.plan(str(file.parent), **SMALL)
+
+
+class _Masked(LlamaForCausalLM):
+    """Changes its logits where they are."""
+
+    def forward(self, *args, **kwargs):
+        output = super().forward(*args, **kwargs)
+        output.logits[:, :, 3:5] = -100.0
+        return output
+
+
+@pytest.mark.parametrize(("kind", "refused"), [(LlamaForCausalLM, False), (_Masked, True)])
+def test_logits_changed_in_place_are_seen(kind, refused):
+    config = LlamaConfig(hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=2, vocab_size=64)
+    model = kind(config)
+    for check in (check_head, check_head_unseen):
+        with pytest.raises(ModelError, match="changes its logits") if refused else contextlib.nullcontext():
+            check(model)
 
 
 def test_the_command_says_that_it_traces(folder, capsys):

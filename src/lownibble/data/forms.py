@@ -145,6 +145,8 @@ def recipe_for(dataset: Dataset, config: DataConfig) -> Recipe:
         )
     if config.trained_turns != "all" and form != "messages":
         raise ConfigError(f"'trained_turns' of DataConfig is for conversations; these rows are of the form {form}. Unset it.")
+    if config.trained_turns != "all" and not config.mask_prompt:
+        raise ConfigError("'trained_turns' of DataConfig chooses turns, and mask_prompt = false trains all text. Unset one.")
     recipe = Recipe(form, prompt, completion, config.use_chat_template, config.trained_turns)
     templated = config.prompt_template is not None or config.completion_template is not None
     _check_rows(dataset, recipe, templated)

@@ -63,8 +63,14 @@ def run_export(config: ExportConfig, tell: Tell = say_nothing) -> dict[str, Any]
     dtype = auto if config.dtype == "auto" else config.dtype
     weights = Weights(model, None, None, config.quant, dtype if config.format != "gguf" else "float32")
     onto = "nf4" if config.format == "bnb-4bit" else "dequantized" if weights.packed else "original"
-    if weights.packed and config.quant != QuantConfig():
-        raise ConfigError(f"'{config.source}' is in 4 bits already, as {weights.new_quant.quant_type}. Leave quant options out.")
+    kinds = set(weights.packed.values())
+    if kinds and config.quant != QuantConfig():
+        raise ConfigError(f"'{config.source}' is quantised already, as {weights.new_quant.quant_type}. Leave quant options out.")
+    if config.format == "bnb-4bit" and kinds - set(BNB_TYPES):
+        raise ConfigError(
+            f"'{config.source}' is stored as {weights.tensors.stored_as or ' and '.join(sorted(kinds))}, not as nf4 or fp4. "
+            "Export it with --format safetensors first, and that folder with --format bnb-4bit."
+        )
     if config.format == "gguf":
         return {**started, **gguf.write_model(weights, onto, output, dtype, model, tell)}
     measured = _measured(model.folder)

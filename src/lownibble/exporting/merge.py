@@ -27,7 +27,7 @@ from lownibble.lora.adapter import CONFIG_FILE, AdapterFile
 from lownibble.lora.provenance import describe, other_weights
 from lownibble.models import ModelSource, load_tokenizer, resolve
 from lownibble.models import packed as packed_files
-from lownibble.models.checkpoint import INDEX, stored_config
+from lownibble.models.checkpoint import INDEX
 from lownibble.training.microbatches import collator
 from lownibble.training.output import hold
 
@@ -150,7 +150,7 @@ def _base(config: MergeConfig, adapter: AdapterFile) -> tuple[ModelSource, Quant
 
 
 def _is_packed(source: ModelSource) -> bool:
-    return bool(stored_config(source.folder))
+    return stored.codec(stored.of_folder(source.folder)) is not None
 
 
 def _check_base(config: MergeConfig, adapter: AdapterFile, weights: Weights) -> None:

@@ -237,7 +237,7 @@ class Weights:
         if self.dtype != "auto":
             wanted = DTYPES[self.dtype]
         elif name.removesuffix(".weight") in self.packed:
-            wanted = DTYPES.get(str(self.config.get("dtype") or self.config.get("torch_dtype")), torch.bfloat16)
+            wanted = self.checkpoint.dtype
         else:
             return self.tensors.facts(self.names[name])[0]
         stored = None if name.removesuffix(".weight") in self.packed else self.tensors.facts(self.names[name])[0]
@@ -384,7 +384,7 @@ def check_onto(weights: Weights, onto: str) -> None:
         return
     why = {
         "dequantized": "the adapter was trained on dense weights, so there is nothing to decode",
-        "original": f"'{weights.source.name}' holds its weights in 4 bits only. Name the dense model with --base",
+        "original": f"'{weights.source.name}' holds quantised weights only. Name the dense model with --base",
         "nf4": "its layers are Conv1D, which no 4-bit checkpoint holds",
     }[onto]
     raise ConfigError(f"Cannot merge onto '{onto}': {why}. Merge onto {' or '.join(weights.targets)}.")

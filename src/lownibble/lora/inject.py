@@ -83,7 +83,10 @@ def _match_saved(model: nn.Module, config: LoraConfig) -> dict[str, nn.Module]:
             original = module.original if isinstance(module, TrainedCopy) else module
             inside = list(original.modules())
             if any(isinstance(m, QuantLinear) for m in inside):
-                raise TargetError(f"modules_to_save '{path}' is quantised and cannot be trained. Add it to skip_modules.")
+                raise TargetError(
+                    f"modules_to_save '{path}' is quantised and cannot be trained. Add it to skip_modules, or, "
+                    "where the checkpoint stores it quantised, take a dense one."
+                )
             if any(isinstance(m, (LoraLinear, TrainedCopy)) for m in inside):
                 raise TargetError(f"modules_to_save '{path}' carries another adapter. Remove that one first.")
             if not list(original.parameters()):

@@ -12,7 +12,6 @@ from __future__ import annotations
 import hashlib
 import json
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -27,37 +26,12 @@ INDEX = "model.safetensors.index.json"
 _SAMPLES, _SAMPLE_BYTES = 16, 256
 
 
-def stored_config(folder: Path) -> dict[str, Any]:
-    """How config.json says that the weights are stored: its `quantization_config`, or {}.
-
-    It may be the text model's in a configuration of several parts; old GPTQ folders have it in a file of its own.
-    """
-    found, beside = stored.of(_config(folder)), folder / "quantize_config.json"
-    return found or ({"quant_method": "gptq", **_json(beside)} if beside.is_file() else {})
-
-
 def _dtype(folder: Path) -> torch.dtype:
-    config = _config(folder)
-    text = config.get("text_config")
-    said = [part.get(key) for part in (config, text) if isinstance(part, dict) for key in ("dtype", "torch_dtype")]
-    name = next((name for name in said if isinstance(name, str)), "bfloat16").removeprefix("torch.")
-    return _DTYPES.get(name, torch.bfloat16)
-
-
-_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-
-
-def _config(folder: Path) -> dict[str, Any]:
-    return _json(folder / "config.json")
-
-
-def _json(file: Path) -> dict[str, Any]:
-    """The file's content; {} if it is no JSON object, which is said where it is read as a model's configuration."""
-    try:
-        found = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return found if isinstance(found, dict) else {}
+    config = stored.read_json(folder / "config.json")
+    parts = [part for part in (config, config.get("text_config")) if isinstance(part, dict)]
+    said = (part.get(key) for part in parts for key in ("dtype", "torch_dtype"))
+    name = next((name for name in said if isinstance(name, str)), "").removeprefix("torch.")
+    return getattr(torch, name) if name in ("float32", "float16") else torch.bfloat16
 
 
 class Checkpoint:
@@ -74,7 +48,7 @@ class Checkpoint:
 
     def __init__(self, source: ModelSource) -> None:
         self.name = source.name
-        self.stored, self.dtype = stored_config(source.folder), _dtype(source.folder)
+        self.stored, self.dtype = stored.of_folder(source.folder), _dtype(source.folder)
         self.files = self._files(source.folder)
         if not self.files:
             raise ModelError(
@@ -114,7 +88,10 @@ class Checkpoint:
         """A tensor's dtype and shape, without reading it."""
         with safe_open(self.file_of[key], "pt") as handle:
             found = handle.get_slice(key)
-            return TYPES[found.get_dtype()], torch.Size(found.get_shape())
+            kind = found.get_dtype()
+            if kind not in TYPES:
+                raise ModelError(f"'{self.name}': tensor '{key}' is of the type {kind}, which is not known here.")
+            return TYPES[kind], torch.Size(found.get_shape())
 
     def digest(self) -> str:
         """Digest of the weights, 64 hexadecimal digits; reads the tensors that have not been read yet."""

@@ -169,27 +169,28 @@ class _Copies(TorchDispatchMode):
     def __init__(self, scaled: bool) -> None:
         super().__init__()
         self._scaled = scaled
-        self._made_from: dict[int, int] = {}
-        self._held: list[Tensor] = []  # no storage is used again
+        self._made_from: dict[int, tuple[Tensor, Tensor, int]] = {}  # held, so that no storage is used again
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
         aten = torch.ops.aten
         factor = func.overloadpacket in (aten.mul, aten.div) and isinstance(args[1], (int, float))
-        if (factor and (self._scaled or args[1] == 1)) or func.overloadpacket in (aten._to_copy, aten.clone):
-            self._held.append(out)
-            if _storage(out) != _storage(args[0]):
-                self._made_from[_storage(out)] = _storage(args[0])
+        copied = (factor and (self._scaled or args[1] == 1)) or func.overloadpacket in (aten._to_copy, aten.clone)
+        if copied and _storage(out) != _storage(args[0]):
+            self._made_from[_storage(out)] = (args[0], out, out._version)
         return out
 
-    def is_copy(self, tensor: Tensor, of: Tensor) -> bool:
-        """Whether a tensor is another one, or a cast or copy of it, of the same shape."""
-        key = _storage(tensor) if tensor.shape == of.shape else None
-        if key is None:
-            return False
-        while key != _storage(of) and key in self._made_from:
-            key = self._made_from[key]
-        return key == _storage(of)
+    def is_copy(self, tensor: Tensor, of: tuple[Tensor, int]) -> bool:
+        """Whether a tensor is another one, or a cast or copy of it, of the same shape; none of them changed in place since the
+        version that is given."""
+        origin, version = of
+        key = _storage(tensor)
+        while key != _storage(origin) and key in self._made_from:
+            before, copy, made = self._made_from[key]
+            if copy._version != made:
+                return False
+            key = _storage(before)
+        return tensor.shape == origin.shape and key == _storage(origin) and origin._version == version
 
 
 def _storage(tensor: Tensor) -> int:
@@ -203,28 +204,31 @@ def check_head_unseen(model: Any) -> None:
     Raises:
         ModelError: it is otherwise.
     """
-    head, hidden, seen = Head(model), list[Tensor](), dict[str, Tensor]()
+    head, hidden, made = Head(model), list[tuple[Tensor, int]](), list[tuple[Tensor, int]]()
+    reads_hidden: list[bool] = []
+    copies = _Copies(scaled=bool(head.transforms))  # before or after the head is the same
 
     def of_body(module: nn.Module, inputs: Any, output: Any) -> None:
-        hidden.append(output.last_hidden_state if hasattr(output, "last_hidden_state") else output[0])
+        states = output.last_hidden_state if hasattr(output, "last_hidden_state") else output[0]
+        hidden.append((states, states._version))
 
     def of_head(module: nn.Module, inputs: Any, output: Tensor) -> None:
-        seen["read"], seen["logits"] = inputs[0], output
+        reads_hidden.append(any(copies.is_copy(inputs[0], each) for each in hidden))
+        made.append((output, output._version))
 
     ids = torch.zeros(1, 8, dtype=torch.int64)
     pair = {"decoder_input_ids": ids} if model.config.is_encoder_decoder else {}
     bodies = {id(part): part for part in (body(model), model.get_decoder()) if part is not model}
     hooks = [part.register_forward_hook(of_body) for part in bodies.values()]
     hooks.append(head.module.register_forward_hook(of_head))
-    copies = _Copies(scaled=bool(head.transforms))  # before or after the head is the same
     try:
         with for_comparing(model), copies:
             logits = model(input_ids=ids, use_cache=False, **pair).logits
     finally:
         for hook in hooks:
             hook.remove()
-    known = "read" in seen and any(copies.is_copy(seen["read"], each) for each in hidden)
-    if not known or not (head.transforms or copies.is_copy(logits, seen["logits"])):
+    known = len(made) == 1 and reads_hidden[0]
+    if not known or not (head.transforms or copies.is_copy(logits, made[0])):
         raise ModelError(
             f"{type(model).__name__} changes its logits in a way that is not known (configuration keys known: "
             f"{', '.join(LOGIT_TRANSFORMS)}). Its loss would be wrong; it cannot be trained here yet."

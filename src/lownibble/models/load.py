@@ -28,8 +28,7 @@ from lownibble import stored
 from lownibble.config import QuantConfig
 from lownibble.errors import ModelError
 from lownibble.models import compute
-from lownibble.models import packed as packed_files
-from lownibble.models.checkpoint import Checkpoint, stored_config
+from lownibble.models.checkpoint import Checkpoint
 from lownibble.models.conversion import ModelTensors, dtype_of, untie
 from lownibble.models.info import info
 from lownibble.models.sources import ModelSource, resolve
@@ -149,7 +148,7 @@ def skeleton(source: ModelSource, dtype: torch.dtype) -> Any:
         config = AutoConfig.from_pretrained(source.folder, trust_remote_code=False)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, StrictDataclassError) as error:
         raise ModelError(f"'{source.name}': config.json cannot be used: {_reason(error)}") from None
-    stored.check(stored_config(source.folder), source.name)
+    stored.check(stored.of_folder(source.folder), source.name)
     for part in (config, getattr(config, "text_config", None)):
         vars(part or config).pop("quantization_config", None)
     try:
@@ -252,7 +251,9 @@ def _last_names(paths: Any) -> str:
 def _fill(model: Any, tensors: ModelTensors, config: QuantConfig | None, device: torch.device, dtype: torch.dtype) -> None:
     packed, name = tensors.packed, tensors.checkpoint.name
     if config is not None and packed:
-        packed_files.check_same(packed, config, name)
+        linears = [path for path, module in model.named_modules() if is_linear(module)]
+        if why := stored.contradiction(config, packed, tensors.packed_options, linears):
+            raise ModelError(f"'{name}': {why}. Its quantised layers stay as they are: leave quant options out.")
     known = info(model)
     if config is not None:
         known.asked_compute = config.compute

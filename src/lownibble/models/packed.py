@@ -22,17 +22,6 @@ OWN_METHOD = "lownibble"
 """The `quant_method` of checkpoints that our transformers quantizer saves."""
 
 
-def check_same(packed: Mapping[str, str], config: QuantConfig, name: str) -> None:
-    """Check that each packed layer of a checkpoint has the quant_type that `config` asks for; the defaults ask for nothing."""
-    if all(getattr(config, key) == getattr(QuantConfig(), key) for key in (*PER_LAYER, "pattern")):
-        return
-    for path, held in packed.items():
-        wanted = config.for_layer(path).quant_type
-        if held != wanted:
-            where = "" if len(set(packed.values())) == 1 and not config.pattern else f"'{path}' of "
-            raise ModelError(f"{where}'{name}' is quantised as {held} already, but {wanted} was asked for. Ask for {held}.")
-
-
 def packed_modules(keys: Iterable[str]) -> dict[str, str]:
     """Path of each layer that is stored packed -> its quant_type."""
     keys = [key for key in keys if ".weight." in key]

@@ -6,14 +6,14 @@ import gc
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from lownibble import stored
 from lownibble.arch import ModelShape, paths
-from lownibble.config import PER_LAYER, Method, PlanConfig, QuantConfig, TrainConfig
+from lownibble.config import Method, PlanConfig, QuantConfig, TrainConfig
 from lownibble.errors import ConfigError, ModelError
 from lownibble.leaves import GROUPS
-from lownibble.matching import is_part
 from lownibble.options import Options
 from lownibble.planning import hardware, records
 from lownibble.planning.calibration import calibrated
@@ -138,7 +138,8 @@ def as_stored(config: PlanConfig, shape: ModelShape | None = None) -> tuple[Plan
     Raises:
         ModelError: their format is not known. ConfigError: another method or codec is asked for.
     """
-    how = stored.of(find_config(config.model))
+    folder = Path(config.model).expanduser()
+    how = stored.of_folder(folder) if folder.is_dir() else stored.of(find_config(config.model))
     stored.check(how, config.model)
     if not how:
         return config, ""
@@ -148,13 +149,19 @@ def as_stored(config: PlanConfig, shape: ModelShape | None = None) -> tuple[Plan
     name = name or f"{codec.quant_type} (bitsandbytes)" if stored.method(how) == "bitsandbytes" else name or codec.quant_type
     if config.method not in ("all", "qlora"):
         raise ConfigError(f"'{config.model}' is stored as {name}, on which qlora trains. Plan that, or the dense model.")
-    asked, *known = ([getattr(each, key) for key in (*PER_LAYER, "pattern")] for each in (config.quant, QuantConfig(), codec))
-    if asked not in known:
-        raise ConfigError(f"'{config.model}' is stored as {name}, which stays as it is. Leave quant options out.")
-    linears = [path for path, _ in paths(shape or find_shape(config.model))]
-    kept = [each for each in stored.kept_dense(how) if any(is_part(path, [each]) for path in linears)]
-    quant = codec.with_options(compute=config.quant.compute, skip_modules=["lm_head", *sorted(set(kept) - {"lm_head"})])
-    return config.with_options(quant=quant, method="qlora"), f"stored as {name}, and trained on as it is, with qlora"
+    shape = shape or find_shape(config.model)
+    linears = shape.counts.linears if shape.counts else {path: linear.in_features for path, linear in paths(shape)}
+    quantised = [path for path in linears if stored.is_quantised(how, path)]
+    held = {path: stored.of_layer(codec.for_layer(path), linears[path]) for path in quantised}
+    if not held:
+        raise ModelError(f"'{config.model}' is stored as {name}, and config.json names no layer of the model that is. Check it.")
+    if why := stored.contradiction(config.quant, held, held.__getitem__, [*linears, "lm_head"]):
+        raise ConfigError(f"'{config.model}' is stored as {name}: {why}. Its layers stay as they are: leave quant options out.")
+    quant = QuantConfig.of_layers(held, ["lm_head", *sorted(linears.keys() - held.keys())])
+    quant = quant.with_options(compute=config.quant.compute)
+    head = "; its quantised head is planned dense" if how.get("lm_head") is True else ""
+    said = f"stored as {name}, and trained on as it is, with qlora{head}"
+    return config.with_options(quant=quant, method="qlora"), said
 
 
 def configured(model: str | PlanConfig, options: Mapping[str, Any]) -> PlanConfig:

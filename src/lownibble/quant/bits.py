@@ -12,16 +12,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-
-def _unit(bits: int) -> tuple[int, int]:
-    """Bytes and codes of the smallest whole number of both."""
-    n_bytes = bits if 8 % bits else 1
-    return n_bytes, 8 * n_bytes // bits
+from lownibble.quant.layouts import unit_of
 
 
 def pack(codes: Tensor, bits: int) -> Tensor:
     """Pack codes below 2^bits, (n,), into `layouts.n_bytes_of(n, bits)` bytes; the last ones are filled with zeros."""
-    size, n = _unit(bits)
+    size, n = unit_of(bits)
     padded = torch.nn.functional.pad(codes.to(torch.int64), (0, -codes.numel() % n)).view(-1, n)
     word = torch.zeros(len(padded), dtype=torch.int64, device=codes.device)
     for i in range(n):
@@ -32,7 +28,7 @@ def pack(codes: Tensor, bits: int) -> Tensor:
 
 def unpack(packed: Tensor, bits: int, out: Tensor | None = None) -> Tensor:
     """The codes of packed bytes (..., m), as (..., m * 8 / bits) uint8, or in `out` of that many elements and any dtype."""
-    size, n = _unit(bits)
+    size, n = unit_of(bits)
     units = packed.reshape(*packed.shape[:-1], -1, size)
     if out is None:
         out = torch.empty(*packed.shape[:-1], units.shape[-2] * n, dtype=torch.uint8, device=packed.device)

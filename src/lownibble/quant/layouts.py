@@ -143,8 +143,14 @@ def grouped(shape: Sequence[int], config: QuantConfig) -> Layout:
 
 def n_bytes_of(n: int, bits: int) -> int:
     """Bytes of n packed codes, in whole bytes and whole codes."""
-    size = bits if 8 % bits else 1
-    return -(-n // (8 * size // bits)) * size
+    size, codes = unit_of(bits)
+    return -(-n // codes) * size
+
+
+def unit_of(bits: int) -> tuple[int, int]:
+    """Bytes and codes of the smallest whole number of both."""
+    n_bytes = bits if 8 % bits else 1
+    return n_bytes, 8 * n_bytes // bits
 
 
 LAYOUTS: dict[str, Callable[[Sequence[int], QuantConfig], Layout]] = {

@@ -35,7 +35,7 @@ def plan(model: str | PlanConfig = "demo", *, exact: bool = False, tell: Tell = 
     Args:
         model: 'demo', a bundled model, a config.json, a model folder or a hub id; or the whole configuration.
         exact: trace the step of a known family, too.
-        tell: is told of every step that is traced.
+        tell: called with a line of text before each step is traced.
         options: of `PlanConfig` (gpu, method, tokens, price, dtype), or of its groups by their own names (max_length=512).
     Raises:
         ConfigError, ModelError, TargetError: an invalid request, or a model that cannot be trained; says why.
@@ -91,18 +91,20 @@ class _Built:
 
         from lownibble.lora import add_lora
         from lownibble.models.load import empty_model
-        from lownibble.quant import is_linear
+        from lownibble.quant import is_linear, matrix
 
         try:
             model = empty_model(self.contents, torch.float32)
         except ModelError as error:
             raise ModelError(f"'{self.name}': {error}") from None
         config, head = model.config.get_text_config(), model.get_output_embeddings()
-        parameters = [(name, p.numel()) for name, p in model.named_parameters()]
-        linear = sum(m.weight.numel() for m in model.modules() if is_linear(m) and m is not head)
-        experts = sum(p.numel() for _, p in model.named_parameters() if p.ndim == 3)
-        active, every = _of(config, "num_experts_per_tok", "top_k", "moe_topk"), _of(config, "num_experts", "num_local_experts",
-                                                                                    "n_routed_experts")  # fmt: skip
+        parameters = tuple(p.numel() for p in model.parameters())
+        linears = {path: matrix(m) for path, m in model.named_modules() if is_linear(m) and m is not head}
+        rows = {path: int(weight.shape[1]) for path, weight in linears.items()}
+        linear = sum(weight.numel() for weight in linears.values())
+        experts = sum(p.numel() for p in model.parameters() if p.ndim == 3)
+        every = _of(config, "num_experts", "num_local_experts", "n_routed_experts")
+        active = min(every, _of(config, "num_experts_per_tok", "top_k", "moe_topk"))
         add_lora(model, self.lora)
         adapters = tuple(p.numel() for p in model.parameters() if p.requires_grad)
         embeddings = model.get_input_embeddings().weight
@@ -112,9 +114,7 @@ class _Built:
             hidden=int(embeddings.shape[1]), ffn=0, heads=heads, key_heads=heads,
             head_dim=_of(config, "head_dim") or (_of(config, "hidden_size") // heads if heads else 0),
             vocab=int(embeddings.shape[0]), tied=False, linears=(), activation="", rotary_dim=0,
-            counts=Counts(
-                tuple(n for _, n in parameters), linear, experts * min(active, every) // every if every else experts, adapters
-            ),
+            counts=Counts(parameters, linear, experts * active // every if every else experts, adapters, rows),
         )  # fmt: skip
 
     def refusal(self, method: Method) -> str:

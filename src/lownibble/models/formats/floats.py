@@ -22,13 +22,12 @@ from torch import Tensor
 
 from lownibble.config import QuantConfig
 from lownibble.models.checkpoint import Checkpoint
-from lownibble.models.formats.layer import Found, Layer, Numbers, StoredLayer, codec, need, wrong
+from lownibble.models.formats.layer import Found, Layer, Numbers, StoredLayer, codec, need, of_activations, wrong
 from lownibble.quant.layouts import GROUP_SIZES
 
 _E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
 _FLOAT8 = (torch.float8_e4m3fn, torch.float8_e5m2)
 _SCALES = ("_scale_inv", "_scale", ".scale", ".qscale_weight")
-_OF_ACTIVATIONS = ("activation_scale", "input_scale", "input_scale_ub", "output_scale", "k_scale", "v_scale")
 
 
 def fp8(checkpoint: Checkpoint, stored: Mapping[str, Any]) -> Found:
@@ -47,8 +46,7 @@ def fp8(checkpoint: Checkpoint, stored: Mapping[str, Any]) -> Found:
             layers[key] = float_layer(checkpoint, key, parts, "weight", "scale", tuple(block) if block else None)
         elif dtype in _FLOAT8:
             need({}, (f"scale ({', '.join(_SCALES[:2])})",), stem, checkpoint.name)
-    unused = {key for key in checkpoint.file_of if key.rpartition(".")[2].endswith(_OF_ACTIVATIONS)}
-    return Found(layers, unused - {key for layer in layers.values() for key in layer.keys})
+    return Found(layers, of_activations(checkpoint.file_of) - {key for layer in layers.values() for key in layer.keys})
 
 
 def float_layer(

@@ -128,10 +128,12 @@ def _layers(checkpoint: Checkpoint, stored: Mapping[str, Any], unpack: Zeros, ze
 def _layer(
     checkpoint: Checkpoint, stored: Mapping[str, Any], path: str, parts: Mapping[str, str], unpack: Zeros, zeros_of: Zeros
 ) -> Layer:
-    (words, n_out), (n_groups, _) = checkpoint.facts(parts["qweight"])[1], checkpoint.facts(parts["scales"])[1]
-    fields, said = checkpoint.facts(parts["qzeros"])[1][1], int(stored.get("bits") or 4)
-    bits = next((bits for bits in (said, *range(2, 9)) if fields == -(-n_out * bits // WORD)), 0)
-    if not bits or not n_groups or checkpoint.facts(parts["qweight"])[0] != torch.int32:
+    held, fields, scales = (checkpoint.facts(parts[role])[1] for role in ("qweight", "qzeros", "scales"))
+    said = int(stored.get("bits") or 4)
+    fits = len(held) == len(fields) == len(scales) == 2 and fields[0] == scales[0] > 0 and scales[1] == held[1]
+    (words, n_out), n_groups = (held, scales[0]) if fits else ((0, 0), 0)
+    bits = next((bits for bits in (said, *range(2, 9)) if fits and fields[1] == -(-n_out * bits // WORD)), 0)
+    if not bits or checkpoint.facts(parts["qweight"])[0] != torch.int32:
         raise wrong(path, checkpoint.name, "its qweight, qzeros and scales do not belong together")
     g_idx = checkpoint.read(parts["g_idx"]).clone() if "g_idx" in parts else None
     n_in = words * WORD // bits if g_idx is None else len(g_idx)
@@ -145,8 +147,9 @@ def _layer(
     group, even = groups_of(g_idx, n_in, size)
     zeros = zeros_of(checkpoint.read(parts["qzeros"]), bits, n_out)
     symmetric = bits == 8 and bool((zeros == 128).all())
-    held = symmetric or int(zeros.max()) < 2**bits
-    how = codec_of(bits, (n_out, n_in), size, stored.get("group_size"), group is not None, symmetric) if even and held else None
+    in_range = symmetric or int(zeros.max()) < 2**bits
+    how = codec_of(bits, (n_out, n_in), size, stored.get("group_size"), group is not None, symmetric)
+    how = how if even and in_range else None
     read = partial(_read, checkpoint, parts, bits, n_in, unpack, zeros_of, group, symmetric)
     return StoredLayer(f"{path}.weight", parts, (n_out, n_in), how, read)
 
@@ -191,9 +194,11 @@ def awq(checkpoint: Checkpoint, stored: Mapping[str, Any]) -> Found:
                 "model does not have. Take the dense checkpoint."
             )
         need(parts, ("qweight", "qzeros", "scales"), path, checkpoint.name)
-        (n_in, words), (n_groups, n_out) = checkpoint.facts(parts["qweight"])[1], checkpoint.facts(parts["scales"])[1]
-        if words * 8 != n_out or n_in % n_groups or checkpoint.facts(parts["qzeros"])[1] != torch.Size((n_groups, words)):
+        held, scales = checkpoint.facts(parts["qweight"])[1], checkpoint.facts(parts["scales"])[1]
+        fits = len(held) == len(scales) == 2 and held[1] * 8 == scales[1] and scales[0] and held[0] % scales[0] == 0
+        if not fits or checkpoint.facts(parts["qzeros"])[1] != torch.Size((scales[0], held[1])):
             raise wrong(path, checkpoint.name, "its qweight, qzeros and scales do not belong together")
+        n_in, (n_groups, n_out) = held[0], scales
         how = codec_of(4, (n_out, n_in), n_in // n_groups, stored.get("group_size"), False, False)
         read = partial(_read_awq, checkpoint, parts)
         layers[f"{path}.weight"] = StoredLayer(f"{path}.weight", parts, (n_out, n_in), how, read)

@@ -25,7 +25,7 @@ from lownibble.errors import ModelError
 from lownibble.models.checkpoint import Checkpoint
 from lownibble.models.formats import floats
 from lownibble.models.formats.gptq import WORD, codec_of, groups_of
-from lownibble.models.formats.layer import Found, Layer, Numbers, StoredLayer, by_path, codec, need, wrong
+from lownibble.models.formats.layer import Found, Layer, Numbers, StoredLayer, by_path, codec, need, of_activations, wrong
 from lownibble.quant.bits import unpack_words
 
 _COMPRESSED = ("pack-quantized", "int-quantized", "naive-quantized", "float-quantized", "mxfp4-pack-quantized",
@@ -33,8 +33,6 @@ _COMPRESSED = ("pack-quantized", "int-quantized", "naive-quantized", "float-quan
 _COMPRESSED_ROLES = (
     "weight", "weight_packed", "weight_scale", "weight_zero_point", "weight_shape", "weight_g_idx", "weight_global_scale"
 )  # fmt: skip
-_OF_ACTIVATIONS = ("input_scale", "input_zero_point", "input_global_scale", "output_scale", "output_zero_point", "k_scale",
-                   "v_scale", "q_scale", "k_zero_point", "v_zero_point")  # fmt: skip
 
 
 def compressed(checkpoint: Checkpoint, stored: Mapping[str, Any]) -> Found:
@@ -62,8 +60,7 @@ def compressed(checkpoint: Checkpoint, stored: Mapping[str, Any]) -> Found:
             continue
         need(parts, ("weight_packed" if "weight_packed" in parts else "weight",), path, checkpoint.name)
         layers[f"{path}.weight"] = _compressed_layer(checkpoint, path, parts, block, size, bits)
-    unused = {key for key in checkpoint.file_of if key.rpartition(".")[2] in _OF_ACTIVATIONS}
-    return Found(layers, unused)
+    return Found(layers, of_activations(checkpoint.file_of))
 
 
 def _compressed_layer(
@@ -115,9 +112,9 @@ def _unpack(words: Tensor, bits: int, n: int) -> Tensor:
 
 def _group_of(scale: torch.Size, shape: tuple[int, ...] | torch.Size, path: str, name: str) -> int:
     """Columns of a group, from the shape of the scales: (N, G), (N, 1), (N,), (1,) or ()."""
-    n_groups = scale[1] if len(scale) == 2 else 1
+    n_rows, n_groups = scale if len(scale) == 2 else (scale.numel(), 1)
     fits = len(shape) == 2 and len(scale) <= 2 and n_groups and shape[1] % n_groups == 0
-    if not fits or (len(scale) == 2 and scale[0] not in (1, shape[0])):
+    if not fits or n_rows not in (1, shape[0]):
         raise wrong(path, name, f"scales of shape {tuple(scale)} do not belong to a weight of {tuple(shape)}")
     return int(shape[1]) // n_groups
 
@@ -163,6 +160,8 @@ def bitsandbytes(checkpoint: Checkpoint, stored: Mapping[str, Any]) -> Found:
                     "rows, or the dense one."
                 )
             shape = checkpoint.facts(parts["weight"])[1]
+            if len(shape) != 2 or checkpoint.facts(parts["SCB"])[1].numel() != shape[0]:
+                raise wrong(path, checkpoint.name, "its SCB is not one number a row")
             how = codec("int8", shape, shape[1], None)
             layers[f"{path}.weight"] = StoredLayer(f"{path}.weight", parts, shape, how, partial(_read_bnb, checkpoint, parts))
     return Found(layers)
@@ -213,4 +212,7 @@ def _read_hqq(checkpoint: Checkpoint, parts: Mapping[str, str], path: str) -> Te
     codes = torch.cat([(packed >> (bits * (per_word - 1 - i))) & top for i in range(per_word)]).float()
     group = fact("group_size")
     n_rows = (group if fact("axis") == 0 else shape.numel() // group) if group else shape[0]
-    return ((codes[:n_rows] - zero) * scale).reshape(shape)
+    try:
+        return ((codes[:n_rows] - zero) * scale).reshape(shape)
+    except RuntimeError:
+        raise wrong(path, checkpoint.name, f"its W_q, scale and zero do not give a weight of {tuple(shape)}") from None

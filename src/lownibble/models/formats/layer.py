@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
@@ -169,6 +170,16 @@ def by_path(keys: Iterable[str], roles: Iterable[str]) -> dict[str, dict[str, st
         if role in wanted:
             found.setdefault(path, {})[role] = key
     return found
+
+
+_OF_ACTIVATIONS = re.compile(
+    r"(?:^|[._])(?:(?:input|output|activation)_(?:scale|scale_ub|global_scale|zero_point)|[qkv]_(?:scale|zero_point))$"
+)
+
+
+def of_activations(keys: Iterable[str]) -> set[str]:
+    """The stored scales and zero points of quantised activations and caches, which training does not quantise."""
+    return {key for key in keys if _OF_ACTIVATIONS.search(key)}
 
 
 def need(parts: Mapping[str, str], roles: Iterable[str], path: str, name: str) -> None:
