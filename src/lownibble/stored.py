@@ -145,6 +145,15 @@ def codec(stored: Mapping[str, Any]) -> QuantConfig | None:
     return None
 
 
+def why_not(stored: Mapping[str, Any], trained_by: str) -> str:
+    """Why a method cannot train on weights that are stored like this, or ''."""
+    held = codec(stored) if trained_by != "qlora" and stored else None
+    if held is None:
+        return ""
+    name = title(stored) or f"{held.quant_type}{' (bitsandbytes)' * (method(stored) == 'bitsandbytes')}"
+    return f"The weights are stored as {name}, on which qlora trains. Take qlora, or the dense model."
+
+
 def _grouped(quant_type: str, size: int | str) -> QuantConfig | None:
     try:
         return QuantConfig(quant_type=quant_type, block_size=size, double_quant=False)

@@ -559,7 +559,7 @@ DAMAGE = {
         (
             {"method": "lora"},
             ConfigError,
-            r"as AWQ, 4 bits in groups of 32, on which qlora trains\. Plan that, or the dense",
+            r"as AWQ, 4 bits in groups of 32, on which qlora trains\. Take qlora, or the dense",
         ),
         (
             {"quant_type": "int8"},

@@ -8,12 +8,15 @@ import sys
 import pytest
 
 from lownibble.config import CompareConfig, DataConfig, LoraConfig, QuantConfig, RunConfig, TrainConfig
-from lownibble.errors import DataError, OutputError, TargetError
+from lownibble.errors import ConfigError, DataError, OutputError, TargetError
+from lownibble.exporting.convert import export
 from lownibble.measuring.stats import crossing
 from lownibble.study import advice
+from lownibble.study import compare as comparing
 from lownibble.study.compare import compare, computed_in
 from lownibble.study.paired import paired_speed
 from lownibble.study.table import markdown
+from lownibble.study.worker import failed
 
 
 def _config(tiny_model, tiny_data, output, **changes):
@@ -77,6 +80,24 @@ def test_a_method_that_fails_is_recorded_and_the_others_go_on(tiny_model, tiny_d
     assert result["advice"]["method"] == "lora"
     assert "SIGKILL" in json.loads((tmp_path / "cmp" / "qlora" / "record.json").read_text())["error"]
     assert "SIGKILL" in (tmp_path / "cmp" / "report.html").read_text()
+
+
+def test_methods_that_cannot_train_on_a_quantised_base_are_left_out_by_name(tiny_model, tiny_data, tmp_path, monkeypatch):
+    four_bits = tmp_path / "four-bits"
+    export(str(tiny_model), str(four_bits), format="bnb-4bit", quant=QuantConfig(block_size=32))
+    monkeypatch.setattr(comparing, "run_in_process", lambda run: failed(run, "killed by the test"))
+    result = compare(_config(four_bits, tiny_data, tmp_path / "cmp", methods=["lora", "qlora"]))
+    assert [s["status"] for s in result["methods"]] == ["left out", "failed"]
+    assert "| result | left out: The weights are stored as nf4 (bitsandbytes), on which qlora trains." in markdown(
+        result["methods"]
+    )
+    assert "left out: The weights are stored" in (tmp_path / "cmp" / "report.html").read_text()
+    assert result["advice"]["reasons"][0].startswith("lora left out: The weights")
+    with pytest.raises(
+        ConfigError, match=r"cannot be trained with lora or full: .* nf4 \(bitsandbytes\), on which qlora trains\. Take"
+    ):
+        compare(_config(four_bits, tiny_data, tmp_path / "other", methods=["lora", "full"]))
+    assert not (tmp_path / "other").exists()
 
 
 def test_bad_input_is_an_error_before_any_run(tiny_model, tmp_path):

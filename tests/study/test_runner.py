@@ -14,7 +14,9 @@ from pathlib import Path
 import pytest
 from tiny_folders import write_t5
 
+from lownibble.config import QuantConfig
 from lownibble.errors import ConfigError, DataError, ModelError, OutputError, TargetError
+from lownibble.exporting.convert import export
 from lownibble.study import cell, executors, jobs
 from lownibble.study.runner import read_record, run_study
 from lownibble.study.tasks import KINDS
@@ -326,6 +328,14 @@ def test_what_cannot_be_used_is_said_before_anything_is_run(study, tmp_path, rep
     with pytest.raises(kind, match=words):
         run_study(study(**replaced), tmp_path / "out", **options)
     assert not (tmp_path / "out" / "cells").exists()
+
+
+def test_a_method_that_cannot_train_on_quantised_weights_is_refused(study, tiny_model, tmp_path):
+    export(str(tiny_model), str(tmp_path / "four-bits"), format="bnb-4bit", quant=QuantConfig(block_size=32))
+    file = study()
+    file.write_text(file.read_text().replace(str(tiny_model), str(tmp_path / "four-bits")))
+    with pytest.raises(ConfigError, match=r"four-bits' cannot be trained with the method 'lora': The weights are stored as nf4"):
+        run_study(file, tmp_path / "out")
 
 
 @pytest.mark.slow

@@ -1,6 +1,6 @@
 """`lownibble bench codecs`: evaluation loss before and after fine-tuning on each codec, and allocated memory against the plan.
 
-The same short run (rows, seed, adapters, exact compute) on a frozen base that is dense, nf4, int8 and int4. The loss before the
+The same short run (rows, seed, adapters, exact compute) on a frozen base that is dense and in each codec. The loss before the
 first step shows the quantisation loss, the final loss how much of it training recovers. Allocated bytes are measured by torch's
 profiler over two steps and compared with the planner's, as in `bench plan`. There is one seed, so differences of a few percent
 are not significant.
@@ -20,8 +20,7 @@ from lownibble.quant import layouts
 WAYS: dict[str, QuantConfig | None] = {
     "dense": None,
     "nf4": QuantConfig(compute="exact"),
-    "int8": QuantConfig(quant_type="int8", compute="exact"),
-    "int4": QuantConfig(quant_type="int4", compute="exact"),
+    **{name: QuantConfig(quant_type=name, compute="exact") for name in ("int8", "fp8", "int4", "int3", "int2")},
 }
 """Name -> quantisation of the base; None: LoRA on a dense base."""
 

@@ -147,8 +147,8 @@ def as_stored(config: PlanConfig, shape: ModelShape | None = None) -> tuple[Plan
     if codec is None:
         return config, f"stored as {name or stored.method(how)}, whose numbers no codec here holds: decoded first"
     name = name or f"{codec.quant_type} (bitsandbytes)" if stored.method(how) == "bitsandbytes" else name or codec.quant_type
-    if config.method not in ("all", "qlora"):
-        raise ConfigError(f"'{config.model}' is stored as {name}, on which qlora trains. Plan that, or the dense model.")
+    if config.method != "all" and (why := stored.why_not(how, config.method)):
+        raise ConfigError(f"'{config.model}' cannot be planned with {config.method}: {why}")
     shape = shape or find_shape(config.model)
     linears = shape.counts.linears if shape.counts else {path: linear.in_features for path, linear in paths(shape)}
     quantised = [path for path in linears if stored.is_quantised(how, path)]

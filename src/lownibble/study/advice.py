@@ -49,7 +49,7 @@ def advise(summaries: list[dict[str, Any]], ratios: dict[str, dict[str, float]] 
     the runs' own rates are used.
     """
     finished = [s for s in summaries if s["status"] == "ok"]
-    reasons = [f"{s['method']} failed: {s['error']}" for s in summaries if s["status"] != "ok"]
+    reasons = [f"{s['method']} {ended(s)}" for s in summaries if s["status"] != "ok"]
     if not finished:
         return {"method": None, "reasons": reasons}
     if len(finished) == 1:
@@ -64,6 +64,11 @@ def advise(summaries: list[dict[str, Any]], ratios: dict[str, dict[str, float]] 
     reasons.append("This is one seed: differences in quality smaller than twice their error were not counted.")
     quality = {f"{b['method']}_vs_{a['method']}": _quality(b, a) for a, b in combinations(finished, 2)}
     return {"method": chosen["method"], "reasons": reasons, "quality": quality}
+
+
+def ended(summary: dict[str, Any]) -> str:
+    """How a method ended that has no figures."""
+    return f"{summary['status'] if summary['status'] == 'left out' else 'failed'}: {summary['error']}"
 
 
 def _quality(a: dict[str, Any], b: dict[str, Any]) -> dict[str, str]:

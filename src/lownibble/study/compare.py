@@ -5,7 +5,8 @@
     OUTPUT/record.json              the comparison: configuration, a summary per method, the advice
     OUTPUT/report.html              all of it as a page
 
-A method that fails is a recorded result, and the others continue. With `resume`, finished methods are not run again.
+A method that fails is a recorded result, and the others continue; one that cannot train on a quantised checkpoint is left out,
+with the reason. With `resume`, finished methods are not run again.
 """
 
 from __future__ import annotations
@@ -21,11 +22,11 @@ from typing import Any
 
 import torch
 
-from lownibble import record
+from lownibble import record, stored
 from lownibble.config import CompareConfig, RunConfig
 from lownibble.data import encode
 from lownibble.data import load as load_data
-from lownibble.errors import OutputError, TrainingError
+from lownibble.errors import ConfigError, OutputError, TrainingError
 from lownibble.lora import plan
 from lownibble.measuring.stats import crossing
 from lownibble.models import load_tokenizer, pick_device, resolve, skeleton
@@ -46,14 +47,16 @@ def compare(config: CompareConfig | None = None) -> dict[str, Any]:
     held = [name for name in ("record.json", *config.methods) if (folder / name).exists()]
     if held and not config.train.resume:
         raise OutputError(f"'{folder}' holds another run ({', '.join(held)}). Choose another --output, or go on with --resume.")
-    _check_inputs(config)
-    runs = [run_in_process(_run_config(config, method, folder)) for method in config.methods]
+    left_out = _check_inputs(config)
+    configs = {method: _run_config(config, method, folder) for method in config.methods}
+    runs = [
+        {"config": run.to_dict(), "status": "left out", "error": left_out[method]} if method in left_out else run_in_process(run)
+        for method, run in configs.items()
+    ]
     summaries = [summarize(run) for run in runs]
     add_steps_to_target(summaries, runs)
     finished = [s for s in summaries if s["status"] == "ok"]
-    paired = _paired_speed(
-        folder, {s["method"]: _run_config(config, s["method"], folder) for s in finished}, [s["peak_bytes"] for s in finished]
-    )
+    paired = _paired_speed(folder, {s["method"]: configs[s["method"]] for s in finished}, [s["peak_bytes"] for s in finished])
     for summary in finished:
         summary["paired_tokens_per_s"] = paired.get("tokens_per_s", {}).get(summary["method"])
     result = {
@@ -85,15 +88,21 @@ def _paired_speed(folder: Path, configs: dict[str, RunConfig], peaks: list[int])
     return json.loads(path.read_text())  # type: ignore[no-any-return]
 
 
-def _check_inputs(config: CompareConfig) -> None:
-    """Raise the errors on which every method would fail: an input error is the caller's, not a result."""
+def _check_inputs(config: CompareConfig) -> dict[str, str]:
+    """Raise the errors on which every method would fail: an input error is the caller's, not a result. Returns the methods that
+    cannot train on weights as these are stored, with the reason."""
     pick_device(config.device)
     source = resolve(config.model, config.revision)
+    how = stored.of_folder(source.folder)
+    left_out: dict[str, str] = {method: why for method in config.methods if (why := stored.why_not(how, method))}
+    if len(left_out) == len(config.methods):
+        raise ConfigError(f"'{config.model}' cannot be trained with {' or '.join(left_out)}: {next(iter(left_out.values()))}")
     tokenizer = load_tokenizer(source)
     for side in load_data(config.data):
         encode(side, tokenizer, config.data, config.train.max_length)
     if set(config.methods) != {"full"}:
         plan(skeleton(source, torch.float32), config.lora, "default")
+    return left_out
 
 
 def _run_config(config: CompareConfig, method: str, folder: Path) -> RunConfig:

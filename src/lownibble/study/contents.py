@@ -14,9 +14,10 @@ from typing import Any
 
 import torch
 
+from lownibble import stored
 from lownibble.config import DataConfig
 from lownibble.data import Dataset, choices, encode, load, read
-from lownibble.errors import DataError
+from lownibble.errors import ConfigError, DataError
 from lownibble.lora import plan
 from lownibble.models import load_tokenizer, resolve, skeleton
 from lownibble.study.answers import score_answers
@@ -31,7 +32,7 @@ def look(cells: Iterable[Cell]) -> Contents:
         DataError: rows are missing, invalid, or do not fit their task.
         ModelError: a model is missing, or its tokenizer lacks what the rows need.
         TargetError: the LoRA targets match nothing.
-        ConfigError: a task's scorer is not installed, or cannot run here.
+        ConfigError: a method cannot train on weights as they are stored; a task's scorer is not installed, or cannot run.
     """
     models: dict[str, str] = {}
     data: dict[str, tuple[str, str]] = {}
@@ -42,6 +43,8 @@ def look(cells: Iterable[Cell]) -> Contents:
         if cell.model not in models:
             local = config.model != "demo" and Path(config.model).expanduser().exists()
             models[cell.model] = _digest(source.folder) if local else config.model
+        if why := stored.why_not(stored.of_folder(source.folder), config.method):
+            raise ConfigError(f"'{config.model}' cannot be trained with the method '{cell.method}': {why}")
         if config.method != "full" and (cell.model, cell.method) not in seen:
             plan(skeleton(source, torch.float32), config.lora, "default")
         key = (cell.model, cell.task, config.train.max_length)

@@ -7,6 +7,8 @@ from typing import Any
 
 from rich.table import Table
 
+from lownibble.study.advice import ended
+
 
 def _gib(value: float) -> str:
     return f"{value / 2**30:.2f} GiB"
@@ -44,7 +46,7 @@ def rows(summaries: list[dict[str, Any]]) -> list[tuple[str, list[str]]]:
         return f"{paired['median']:.0f} ({paired['min']:.0f} to {paired['max']:.0f})" if paired else "-"
 
     found = [
-        ("result", ["finished" if s["status"] == "ok" else f"failed: {s['error']}" for s in summaries]),
+        ("result", ["finished" if s["status"] == "ok" else ended(s) for s in summaries]),
         *(
             [row("frozen-base matmul precision", lambda s: s["base_computed_in"])]
             if all("base_computed_in" in s for s in summaries if s["status"] == "ok")
