@@ -29,7 +29,7 @@ VALUES = {
     "path": "x.jsonl", "eval_path": "y.jsonl", "split": "a", "eval_split": "b", "eval_fraction": 0.3, "prompt_template": "{q}",
     "completion_template": "{a}", "use_chat_template": True, "mask_prompt": False, "trained_turns": "last",
     "overlength": "drop",
-    "max_rows": 7, "max_eval_rows": 8, "rows": 5,
+    "max_rows": 7, "max_eval_rows": 8, "rows": 5, "calibration_tokens": 4096,
     "quant_type": "fp4", "block_size": 128, "double_quant": False, "compute": "exact", "skip_modules": ["lm_head", "o_proj"],
     "pattern": {"down_proj": {"quant_type": "int8"}}, "objective": "another",
     "r": 3, "lora_alpha": 5.0, "lora_dropout": 0.25, "target_modules": ["q_proj", "v_proj"], "bias": "all", "use_rslora": True,

@@ -11,13 +11,13 @@ SOURCE = Path(__file__).parent.parent / "src" / "lownibble"
 LAYERS = {
     "errors": 0, "lazy": 0, "registry": 1, "matching": 1, "options": 2, "config": 3, "leaves": 4, "stored": 4,
     "embedded": 1, "arch": 1, "tensorfile": 1,
-    "kernels": 4, "quant": 5, "models": 6, "lora": 7, "optim": 7, "data": 7, "record": 7, "planning": 8,
-    "memory": 9, "training": 10, "decoding": 10, "integrations": 10,
-    "rehearsal": 11, "measuring": 11, "exporting": 11, "serve": 11,
-    "study": 12,
-    "bench": 13,
-    "cli": 14,
-    "__main__": 15,
+    "kernels": 4, "quant": 5, "models": 6, "calibration": 7, "lora": 8, "optim": 8, "data": 8, "record": 8, "planning": 9,
+    "memory": 10, "training": 11, "decoding": 11, "integrations": 11,
+    "rehearsal": 12, "measuring": 12, "exporting": 12, "serve": 12,
+    "study": 13,
+    "bench": 14,
+    "cli": 15,
+    "__main__": 16,
 }  # fmt: skip
 
 

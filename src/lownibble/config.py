@@ -118,8 +118,9 @@ class LoraConfig(Options):
     use_rslora: bool = Field(False, description="scale by lora_alpha / sqrt(r) instead")
     init_lora_weights: bool | Annotated[str, Known(INITS)] = Field(
         True,
-        description="true: A kaiming-uniform, B zero; 'gaussian': A normal / r, B zero; false: B random too (for tests); or the "
-        "name of an initialisation from outside",
+        description="true: A kaiming-uniform, B zero; 'gaussian': A normal / r, B zero; false: B random too (for tests); "
+        "'loftq', 'qera', 'qera_approx': start at what packing lost; 'pissa', 'olora': take the main part out of the base; "
+        "'eva': A from the layers' inputs; or the name of one from outside",
     )
     modules_to_save: list[str] = Field([], description="modules trained in full and saved with the adapter")
     layers_to_transform: list[Annotated[int, Ge(0)]] | None = Field(None, description="only the layers with these indices")
@@ -154,6 +155,10 @@ class DataConfig(Options):
     overlength: Literal["cut", "drop", "error"] = Field(
         "cut",
         description="rows longer than max_length: 'cut' them, 'drop' them, or 'error'; how many there are is said in any case",
+    )
+    calibration_tokens: Annotated[int, Ge(256)] = Field(
+        16384,
+        description="tokens of training rows over which calibrated initialisations (init_lora_weights) look at layers' inputs",
     )
     max_rows: Annotated[int, Ge(1)] | None = Field(None, description="use at most this many training rows")
     max_eval_rows: Annotated[int, Ge(1)] | None = Field(None, description="use at most this many evaluation rows")

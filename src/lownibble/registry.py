@@ -122,7 +122,10 @@ CODECS = Registry(
 
 INITS = Registry(
     "initialisation of adapters",
-    {name: f"lownibble.lora.init:{name}" for name in ("kaiming", "gaussian", "random")},
+    {
+        name: f"lownibble.lora.init:{name}"
+        for name in ("kaiming", "gaussian", "random", "eva", "loftq", "qera", "qera_approx", "pissa", "olora")
+    },
 )
 
 VARIANTS = Registry("variant of adapters", {"lora": "lownibble.lora.variants:LORA"})

@@ -117,6 +117,13 @@ def plan_of(model="llama-2-7b", gpu="rtx-4090", method="qlora", lora=None, **tra
     )  # fmt: skip
 
 
+@pytest.mark.parametrize("init", ["pissa", "olora"])
+def test_a_start_that_was_taken_out_of_the_base_is_kept(init):
+    plain, found = plan_of(method="qlora"), plan_of(method="qlora", lora=LoraConfig(init_lora_weights=init))
+    assert found.allocated.likely - plain.allocated.likely == plain.kinds["adapters"] == 4 * plain.trained_parameters
+    assert plan_of(lora=LoraConfig(init_lora_weights="qera_approx")).allocated == plain.allocated
+
+
 def test_kinds_add_up_to_what_is_allocated():
     for method in ("full", "lora", "qlora"):
         found = plan_of(method=method)

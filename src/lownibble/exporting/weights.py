@@ -26,7 +26,8 @@ from torch import Tensor, nn
 
 from lownibble.config import QuantConfig
 from lownibble.errors import AdapterError, ConfigError, ModelError
-from lownibble.lora.adapter import PREFIX, AdapterFile
+from lownibble.lora.adapter import PREFIX, AdapterFile, parted
+from lownibble.lora.init import without
 from lownibble.lora.targets import scale_of
 from lownibble.lora.variants import variant_of
 from lownibble.matching import is_part
@@ -258,6 +259,9 @@ class Weights:
         if codec and path in self.quantized and name != path:
             assert self.quant is not None
             rows = tensor.t().contiguous() if path in self.transposed else tensor
+            if name in self.edits and self.took_out:
+                _, (start_A, start_B) = parted(**self._stored_parameters(name))
+                rows = without(rows.float(), start_A, start_B, self.edits[name].scale)
             return self._as_stored(path, quantize(rows, self.quant.for_layer(path), name=name))
         return tensor
 
@@ -284,8 +288,22 @@ class Weights:
         read = self._parameters(name)
         return read["lora_A"], read["lora_B"], self.edits[name].scale
 
-    def _parameters(self, name: str) -> dict[str, Tensor]:
-        """The adapter's parameters at `name`, in float32, by the variant's parameter names."""
+    @property
+    def took_out(self) -> bool:
+        """Whether the adapter's start was taken out of the base before it was packed; the file then has both."""
+        facts = (self.adapter.trained_on if self.adapter else None) or {}
+        return bool(facts.get("changed_base")) and bool(facts.get("quant")) and self.quant is not None
+
+    def _parameters(self, name: str, codec: bool = True) -> dict[str, Tensor]:
+        """The adapter's parameters at `name`, in float32, by the variant's parameter names: what is added to the base as packed
+        in training (with `codec`), or to the dense one."""
+        read = self._stored_parameters(name)
+        if not (codec and self.took_out):
+            return read
+        (lora_A, lora_B), _ = parted(**read)
+        return {"lora_A": lora_A, "lora_B": lora_B}
+
+    def _stored_parameters(self, name: str) -> dict[str, Tensor]:
         assert self.adapter is not None
         return {own: self.adapter.read(key).float() for own, key in self.edits[name].keys.items()}
 
@@ -295,14 +313,16 @@ class Weights:
         Raises:
             AdapterError: the sum overflows the dtype.
         """
-        base, edited = self._base(name, codec=onto != "original"), name in self.edits
+        codec = onto != "original"
+        base, edited = self._base(name, codec), name in self.edits
         packs = self._packs(name, onto)
         if not edited and packs == isinstance(base, PackedWeight):
             return base if isinstance(base, PackedWeight) else self._cast(base, name)
         total = as_float(base)
         if edited:
             turned = name.removesuffix(".weight") in self.transposed
-            total = self.variant.merge(total.t() if turned else total, self._parameters(name), self.edits[name].scale)
+            parameters = self._parameters(name, codec)
+            total = self.variant.merge(total.t() if turned else total, parameters, self.edits[name].scale)
             total = total.t() if turned else total
         if packs:
             how = self.new_quant.for_layer(name.removesuffix(".weight"))

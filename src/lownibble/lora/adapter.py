@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from lownibble import tensorfile
 from lownibble.config import LoraConfig
 from lownibble.errors import AdapterError, ConfigError, TargetError
+from lownibble.lora.init import find
 from lownibble.lora.inject import (
     Plan,
     adapter_configs,
@@ -30,9 +31,10 @@ from lownibble.lora.inject import (
     named_linears,
     plan,
     saved_modules,
+    take_out,
     trained_biases,
 )
-from lownibble.lora.layer import LoraLinear, sizes
+from lownibble.lora.layer import LoraLinear, LowRank, sizes
 from lownibble.lora.provenance import base_facts, from_metadata, other_codec, other_weights, to_metadata
 from lownibble.lora.targets import rank_of, unmatched
 from lownibble.lora.variants import variant_of
@@ -65,6 +67,45 @@ def adapter_tensors(model: nn.Module, name: str) -> dict[str, Tensor]:
     for path, module in saved_modules(model, name):
         tensors |= {f"{PREFIX}{path}.{key}": value for key, value in module.named_parameters()}
     return tensors | {PREFIX + path: bias for path, bias in trained_biases(model, name)}
+
+
+def file_tensors(model: nn.Module, name: str) -> dict[str, Tensor]:
+    """As `adapter_tensors`, as they are written: where the start was taken out of the base, with the start to be taken out."""
+    tensors = adapter_tensors(model, name)
+    for path, layer in lora_layers(model, name):
+        adapter = layer.adapter(name)
+        if adapter.start is not None:
+            keys = {own: f"{PREFIX}{path}.{key}" for own, key in adapter.variant.keys.items()}
+            tensors[keys["lora_A"]] = torch.cat([adapter.lora_A, adapter.start[0]])
+            tensors[keys["lora_B"]] = torch.cat([adapter.lora_B, -adapter.start[1]], dim=1)
+    return tensors
+
+
+def _file_config(model: nn.Module, name: str) -> LoraConfig:
+    """The adapter's configuration, as it is written: of twice the rank where the file has the start too; the initialisation no
+    longer matters, and PEFT would repeat it."""
+    config = adapter_configs(model)[name]
+    if config.init_lora_weights not in (True, False, "gaussian"):
+        config = config.with_options(init_lora_weights=True)
+    doubled = any(layer.adapter(name).start is not None for _, layer in lora_layers(model, name))
+    return _times(config, 2) if doubled else config
+
+
+def _times(config: LoraConfig, factor: float) -> LoraConfig:
+    """A configuration of `factor` times the ranks and the same scales."""
+    alpha = factor**0.5 if config.use_rslora else factor
+    scaled: LoraConfig = config.with_options(
+        r=int(config.r * factor), lora_alpha=config.lora_alpha * alpha,
+        rank_pattern={key: int(r * factor) for key, r in config.rank_pattern.items()},
+        alpha_pattern={key: value * alpha for key, value in config.alpha_pattern.items()},
+    )  # fmt: skip
+    return scaled
+
+
+def parted(lora_A: Tensor, lora_B: Tensor) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
+    """(A, B) as trained and as at the start, of an adapter whose file has both."""
+    r = len(lora_A) // 2
+    return (lora_A[:r], lora_B[:, :r]), (lora_A[r:], -lora_B[:, r:])
 
 
 def _portable_targets(model: nn.Module, config: LoraConfig, name: str) -> str | list[str]:
@@ -110,7 +151,7 @@ def save_adapter(model: nn.Module, folder: str | Path, *, name: str = "default")
     configs = adapter_configs(model)
     if name not in configs:
         raise AdapterError(f"The model has no adapter '{name}' to save. It has: {', '.join(configs) or 'none'}.")
-    tensors = {key: value.detach().cpu().contiguous() for key, value in sorted(adapter_tensors(model, name).items())}
+    tensors = {key: value.detach().cpu().contiguous() for key, value in sorted(file_tensors(model, name).items())}
     for key, value in tensors.items():
         if not torch.isfinite(value).all():
             raise AdapterError(
@@ -119,9 +160,11 @@ def save_adapter(model: nn.Module, folder: str | Path, *, name: str = "default")
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     entries = {key: tensorfile.Entry(value.dtype, tuple(value.shape)) for key, value in tensors.items()}
-    parts, metadata = ((key, 0, value) for key, value in tensors.items()), {"format": "pt", **to_metadata(base_facts(model))}
+    facts, start = base_facts(model), configs[name].init_lora_weights
+    facts |= {"corrects": start} if facts["quant"] and getattr(find(start), "corrects", False) else {}
+    parts, metadata = ((key, 0, value) for key, value in tensors.items()), {"format": "pt", **to_metadata(facts)}
     tensorfile.write(folder / f".{WEIGHTS_FILE}.part", entries, parts, metadata)  # safetensors' own writer shuffles the metadata
-    text = json.dumps(_config_json(model, configs[name], name), indent=2, sort_keys=True) + "\n"
+    text = json.dumps(_config_json(model, _file_config(model, name), name), indent=2, sort_keys=True) + "\n"
     (folder / f".{CONFIG_FILE}.part").write_text(text)
     for file in (WEIGHTS_FILE, CONFIG_FILE):
         part = folder / f".{file}.part"
@@ -207,6 +250,13 @@ class AdapterFile:
                 "embeddings with modules_to_save."
             )
 
+    def changed_base(self, model: nn.Module) -> str:
+        """The initialisation that took its start out of the base's packed weights before they were packed, if `model` is packed
+        in the same way, so that it can be done again; else ''."""
+        facts = self.trained_on or {}
+        again = facts.get("quant") and other_codec(facts, base_facts(model)) is None
+        return str(facts.get("changed_base") or "") if again else ""
+
     def read(self, key: str) -> Tensor:
         """Read one tensor, without keeping the file open."""
         with safe_open(self.path, "pt") as file:
@@ -251,21 +301,36 @@ def load_adapter(
     expected = stored.expected(model, name)
     extra = stored.shapes.keys() - expected.keys()
     stored.check_fit(expected, {key for key in extra if _repeats_base(model, key, stored.read(key))})
-    _check_base(model, stored, any_base)
+    changed = stored.changed_base(model)
+    _check_base(model, stored, any_base, changed)
     matched = match_targets(model, stored.config, of_file=True)
     if ignored := unmatched(named_linears(model), stored.config, matched):
         warnings.warn(f"'{stored.folder}': {', '.join(ignored)} match nothing in this model and are ignored.", stacklevel=2)
-    add_lora(model, stored.config, name=name, of_file=True)
-    for key, tensor in adapter_tensors(model, name).items():
-        tensor.data.copy_(stored.read(key))
+    add_lora(model, _times(stored.config, 0.5) if changed else stored.config, name=name, of_file=True)
+    if changed:
+        starts = {path: _set_parted(layer.adapter(name), path, stored) for path, layer in lora_layers(model, name)}
+        take_out(model, name, starts, changed)
+    else:
+        for key, tensor in adapter_tensors(model, name).items():
+            tensor.data.copy_(stored.read(key))
+    for tensor in adapter_tensors(model, name).values():
         tensor.requires_grad_(trainable)
     return model
 
 
-def _check_base(model: nn.Module, stored: AdapterFile, any_base: bool) -> None:
+def _set_parted(adapter: LowRank, path: str, stored: AdapterFile) -> tuple[Tensor, Tensor]:
+    """Set A and B as trained; returns those at the start."""
+    read = {own: stored.read(f"{PREFIX}{path}.{key}") for own, key in adapter.variant.keys.items()}
+    trained, start = parted(read["lora_A"], read["lora_B"])
+    adapter.lora_A.data.copy_(trained[0])
+    adapter.lora_B.data.copy_(trained[1])
+    return start
+
+
+def _check_base(model: nn.Module, stored: AdapterFile, any_base: bool, changed: str) -> None:
     if stored.trained_on is None:
         return
-    base = base_facts(model)
+    base = base_facts(model) | ({"changed_base": changed} if changed else {})
     if (difference := other_weights(stored.trained_on, base)) and not any_base:
         raise AdapterError(
             f"'{stored.folder}' is an adapter of another base: {difference}. Take that one, or pass any_base=True."

@@ -7,17 +7,19 @@ also matches "input_layernorm").
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from lownibble.calibration import Moments, walk
 from lownibble.config import LoraConfig
 from lownibble.errors import ModelError, TargetError
 from lownibble.lora import targets
-from lownibble.lora.init import Start, find
+from lownibble.lora.init import Start, find, repack, without
 from lownibble.lora.layer import LoraLinear, TrainedCopy
 from lownibble.lora.targets import alpha_of, rank_of
 from lownibble.lora.variants import variant_of
@@ -144,34 +146,32 @@ def plan(model: nn.Module, config: LoraConfig, name: str, *, of_file: bool = Fal
     return Plan(matched, saved, _biases(model, config, matched, saved))
 
 
-def add_lora(model: nn.Module, config: LoraConfig, *, name: str = "default", seed: int = 0, of_file: bool = False) -> nn.Module:
+def add_lora(
+    model: nn.Module, config: LoraConfig, *, name: str = "default", seed: int = 0, of_file: bool = False,
+    calibration: Tensor | None = None,
+) -> nn.Module:  # fmt: skip
     """Freeze `model` and add low-rank adapters, in place; returns the model.
 
     Args:
         config: which modules and how.
         name: of the adapter; becomes the active one.
         seed: of the initial A (and of B with `init_lora_weights=False`).
-        of_file: the configuration is a saved adapter's (see `targets.match_targets`).
+        of_file: the configuration is a saved adapter's (see `targets.match_targets`); its weights are set later.
+        calibration: token ids (rows, tokens), for initialisations that look at the layers' inputs (`calibration.join_rows`).
     Raises:
-        TargetError: a pattern matches nothing (lists the candidates), the name is taken, or the initialisation does not suit the
-            model.
-        ModelError: the initialisation needs dense weights that cannot be read. After an error the model is unchanged.
+        TargetError: a pattern matches nothing (lists the candidates), the name is taken, the initialisation does not suit the
+            model, or calibration rows are missing.
+        ModelError: the initialisation needs dense weights that cannot be read. After an error the model is unchanged, unless its
+            dense weights were to be changed.
     """
     planned = plan(model, config, name, of_file=of_file)
     try:
-        layers = dict(_adapted(model, planned, config, name, seed))
+        _adapt(model, planned, config, name, seed, calibration, of_file)
     except BaseException:
-        for module in planned.targets.values():
-            if isinstance(module, LoraLinear) and name in module.adapters:
-                del module.adapters[name]
-                active = info(model).adapters.active
-                module.active = active if active is not None and active in module.adapters else None
+        for path, module in planned.targets.items():
+            _take_back(model, path, module, name)
         raise
     model.requires_grad_(False)
-    for path, layer in layers.items():
-        replace_module(model, path, layer)
-    if any(layer.changed_base for layer in layers.values()):
-        info(model).changed_base = str(config.init_lora_weights)
     for path, original in planned.saved.items():
         module = model.get_submodule(path)
         wrapper = module if isinstance(module, TrainedCopy) else TrainedCopy(original)
@@ -184,17 +184,97 @@ def add_lora(model: nn.Module, config: LoraConfig, *, name: str = "default", see
     return model
 
 
-def _adapted(model: nn.Module, planned: Plan, config: LoraConfig, name: str, seed: int) -> Iterator[tuple[str, LoraLinear]]:
-    """(path, layer with its initialised adapter) of every target; new layers are not in the model yet."""
-    generator, init, variant = torch.Generator().manual_seed(seed), find(config.init_lora_weights), variant_of(config)
-    for path, module in planned.targets.items():
+def _adapt(
+    model: nn.Module, planned: Plan, config: LoraConfig, name: str, seed: int, calibration: Tensor | None, of_file: bool
+) -> None:
+    """Put the layers with their initialised adapters into the model."""
+    init, generator = find(True if of_file else config.init_lora_weights), torch.Generator().manual_seed(seed)
+
+    def add(path: str, moments: Moments | None) -> None:
+        module = planned.targets[path]
         layer = module if isinstance(module, LoraLinear) else LoraLinear(module)  # type: ignore[arg-type]
         r, alpha = rank_of(path, config), alpha_of(path, config)
-        adapter = layer.add(name, r, alpha, config.lora_dropout, config.use_rslora, variant)
-        changed = init(adapter, Start(path, partial(_dense_weight, model, path, layer), _packed(layer), None, generator))
+        adapter = layer.add(name, r, alpha, config.lora_dropout, config.use_rslora, variant_of(config))
+        start = Start(path, partial(_dense_weight, model, path, layer), _packed(layer), moments, generator)
+        changed = init(adapter, start)
         if changed is not None:
-            _replace_base(path, layer, changed, config)
-        yield path, layer.train(module.training)
+            _replace_base(model, path, layer, changed, config)
+            adapter.keep_start()
+            info(model).changed_base = str(config.init_lora_weights)
+        replace_module(model, path, layer.train(module.training))
+
+    dense = not any(isinstance(getattr(module, "base", module), QuantLinear) for module in planned.targets.values())
+    if not getattr(init, "needs_calibration", False) or (dense and getattr(init, "corrects", False)):
+        for path in planned.targets:
+            add(path, None)
+        return
+    if calibration is None:
+        raise TargetError(
+            f"init_lora_weights={config.init_lora_weights!r} looks at the inputs of the layers: give add_lora calibration rows "
+            "(calibration=lownibble.calibration.join_rows(...)), or use lownibble train."
+        )
+
+    def visit(found: Mapping[str, Moments]) -> None:
+        for path, moments in found.items():
+            add(path, moments)
+
+    walk(model, calibration, list(planned.targets), visit)
+    for path in planned.targets.keys() - {path for path, layer in lora_layers(model, name)}:
+        raise TargetError(
+            f"'{path}' was not reached by the calibration rows (an expert that they do not choose?), and init_lora_weights="
+            f"{config.init_lora_weights!r} looks at its inputs. Give more calibration rows, or leave it out with exclude_modules."
+        )
+
+
+def _take_back(model: nn.Module, path: str, module: nn.Module, name: str) -> None:
+    """Undo `_adapt` for a layer."""
+    if not isinstance(module, LoraLinear):
+        replace_module(model, path, module)
+    elif name in module.adapters:
+        del module.adapters[name]
+        active = info(model).adapters.active
+        module.active = active if active is not None and active in module.adapters else None
+
+
+def take_out(model: nn.Module, name: str, starts: Mapping[str, tuple[Tensor, Tensor]], init: str) -> None:
+    """Do again what an initialisation did to the packed base of a saved adapter: take its start out, and pack the rest.
+
+    Args:
+        name: of the adapter, which has its trained values. starts: path -> A and B at the start. init: the initialisation's name.
+    Raises:
+        TargetError: other adapters need the base as it is. ModelError: the dense weights are not to be had. The model is then
+            without the adapter, and unchanged.
+    """
+    state = info(model)
+    before, layers = state.changed_base, dict(lora_layers(model, name))
+    try:
+        made = {path: _without(model, path, layer, name, starts[path]) for path, layer in layers.items()}
+    except BaseException:
+        remove_adapter(model, name)
+        raise
+    for path, packed in made.items():
+        layer, device = layers[path], layers[path].base.weight.device
+        if packed is not None:
+            layer.base = QuantLinear(packed, layer.base.bias, compute=str(layer.base.compute))
+            layer.changed_base = True
+        layer.adapter(name).start = (starts[path][0].to(device), starts[path][1].to(device))
+    state.changed_base = before or init
+
+
+def _without(
+    model: nn.Module, path: str, layer: LoraLinear, name: str, start: tuple[Tensor, Tensor]
+) -> PackedWeight | None:  # fmt: skip
+    """The layer's weight without the start, packed; None if another adapter with the same start did that."""
+    others = [layer.adapter(other).start for other in layer.adapters if other != name]
+    if any(other is None or not all(torch.equal(a.cpu(), b) for a, b in zip(other, start, strict=True)) for other in others):
+        raise TargetError(
+            f"The adapter changes the packed weight of '{path}', which other adapters were trained on. Remove those first."
+        )
+    if others:
+        return None
+    packed = _packed(layer)
+    assert packed is not None
+    return repack(without(_dense_weight(model, path, layer), *start, layer.adapter(name).scale), packed)
 
 
 def _packed(layer: LoraLinear) -> PackedWeight | None:
@@ -218,18 +298,32 @@ def _dense_weight(model: nn.Module, path: str, layer: LoraLinear) -> Tensor:
     return read(path)
 
 
-def _replace_base(path: str, layer: LoraLinear, packed: PackedWeight, config: LoraConfig) -> None:
-    """Install the packed weight that an initialisation returned."""
-    if not isinstance(layer.base, QuantLinear):
-        raise TargetError(
-            f"init_lora_weights={config.init_lora_weights!r} changes packed weights, and this base is dense. Use --method qlora."
-        )
+def _replace_base(
+    model: nn.Module, path: str, layer: LoraLinear, changed: PackedWeight | Tensor, config: LoraConfig
+) -> None:  # fmt: skip
+    """Install the weight, packed or dense, that an initialisation returned."""
     if len(layer.adapters) > 1:
         raise TargetError(
-            f"init_lora_weights={config.init_lora_weights!r} changes the packed weight of '{path}', which other adapters were "
-            "trained on. Remove those first."
+            f"init_lora_weights={config.init_lora_weights!r} changes the weight of '{path}', which other adapters were trained "
+            "on. Remove those first."
         )
-    layer.base = QuantLinear(packed, layer.base.bias, compute=layer.base.compute)
+    if isinstance(changed, Tensor) == isinstance(layer.base, QuantLinear):
+        held = "dense" if isinstance(changed, Tensor) else "packed"
+        raise TargetError(
+            f"init_lora_weights={config.init_lora_weights!r} gives '{path}' a {held} weight, and this base is not {held}. Use "
+            f"--method {'lora' if held == 'dense' else 'qlora'}."
+        )
+    if isinstance(changed, Tensor):
+        base: Any = layer.base
+        embeddings: Any = model.get_input_embeddings() if base is _output_head(model) else None  # type: ignore[operator]
+        if embeddings is not None and base.weight is embeddings.weight:
+            raise TargetError(
+                f"init_lora_weights={config.init_lora_weights!r} changes the weight of '{path}', which the embeddings share. "
+                "Leave it out of target_modules."
+            )
+        matrix(layer.base).data.copy_(changed)
+    else:
+        layer.base = QuantLinear(changed, layer.base.bias, compute=str(layer.base.compute))
     layer.changed_base = True
 
 

@@ -28,13 +28,20 @@ class LowRank(nn.Module):
     ) -> None:
         super().__init__()
         self.variant, self.r, self.scale, self.dropout = variant, r, scale, dropout
+        self.start: tuple[Tensor, Tensor] | None = None
         for name, shape in variant.shapes(in_features, out_features, r).items():
             self.register_parameter(name, nn.Parameter(torch.zeros(shape, device=device)))
+
+    def keep_start(self) -> None:
+        """Remember A and B as they are: what the initialisation took out of the base."""
+        self.start = (self.lora_A.detach().clone(), self.lora_B.detach().clone())
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> LowRank:
         # Master weights stay float32 when the model is cast; moves between devices pass through.
         for parameter in self.parameters(recurse=False):
             parameter.data = parameter.data.to(fn(parameter.data).device)
+        if self.start is not None:
+            self.start = (self.start[0].to(self.lora_A.device), self.start[1].to(self.lora_B.device))
         return self
 
     def extra_repr(self) -> str:

@@ -6,7 +6,9 @@ safetensors metadata, where they travel with the weights and other libraries ign
 
     model, revision   name and revision of the base
     digest            of its weights (`models.checkpoint`); None if the model was not loaded with `lownibble.load`
-    changed_base      name of the initialisation that changed the base's packed weights; absent if none did
+    changed_base      name of the initialisation that changed the base's weights; absent if none did. The adapter's file then
+                      holds [A; A0] and [B, -B0], A0 and B0 the start, as PEFT converts such adapters: they fit the base as it was
+    corrects          name of the initialisation that starts at what packing lost; absent for others
     quant             None for a dense base, else how it is packed: quant_type, block_size, double_quant, compute, skip_modules,
                       and pattern if layers differ
 """
@@ -85,8 +87,12 @@ def from_metadata(metadata: Mapping[str, str] | None) -> dict[str, Any] | None:
 
 
 def other_weights(trained_on: Facts, base: Facts) -> str | None:
-    """Why the base's weights are known to differ from those trained on, or None."""
-    if (name := trained_on.get("changed_base")) and base.get("changed_base") != name:
+    """Why the base's weights are known to differ from those trained on, or None.
+
+    What an initialisation took out of dense weights, the adapter's file takes out too; packed weights were packed without it.
+    """
+    name = trained_on.get("changed_base")
+    if name and trained_on["quant"] and base.get("quant") and base.get("changed_base") != name:
         return f"it was started with init_lora_weights='{name}', which changed the packed weights under it"
     if trained_on["digest"] is None or base["digest"] in (None, trained_on["digest"]):
         return None
@@ -102,7 +108,9 @@ def other_codec(trained_on: Facts, base: Facts) -> str | None:
     if _stored(base["quant"]) == _stored(trained_on["quant"]):
         return None
     ours, theirs = (describe(facts["quant"]) for facts in (base, trained_on))
-    return f"it was trained on {theirs} weights, and these are {ours}"
+    name = trained_on.get("corrects")
+    corrects = f" (its start by '{name}' makes up for what packing lost there)" if name else ""
+    return f"it was trained on {theirs} weights{corrects}, and these are {ours}"
 
 
 def _stored(quant: Mapping[str, Any] | None) -> Any:

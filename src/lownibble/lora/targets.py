@@ -17,6 +17,9 @@ from lownibble.matching import by_pattern, check_patterns, fits, names
 
 _LAYER_INDEX = re.compile(r".*?\.[^.]*\.(?P<index>\d+)\.")
 
+KEEP_THEIR_START = ("pissa", "olora")
+"""Initialisations that take their start out of the base; A and B at the start are kept, to be taken out of other bases, too."""
+
 
 def candidates(linears: Collection[str]) -> str:
     """The distinct last names of linear modules, for error messages."""

@@ -77,3 +77,9 @@ def body(model: Any) -> Any:
     other)."""
     parts = (model.base_model, model.get_decoder(), getattr(model, "model", model))
     return next((part for part in parts if part is not model), model)
+
+
+def decoder_layers(model: Any) -> dict[str, nn.Module]:
+    """Path -> decoder layer: modules of the classes in transformers' `_no_split_modules`; empty if it names none."""
+    names = set(getattr(model, "_no_split_modules", None) or ())
+    return {path: module for path, module in model.named_modules() if type(module).__name__ in names}

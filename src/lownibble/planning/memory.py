@@ -139,6 +139,8 @@ def plan_memory(
         tape = run_step(shape, ways, run, batch, checkpointing=train.gradient_checkpointing, passes=passes)
     else:
         tape = step(method, run, batch, train.gradient_checkpointing, passes)
+    if method != "full" and lora.init_lora_weights in targets.KEEP_THEIR_START:
+        tape.hold([n * each for n, each in trained], "adapters")
     tape.hold(state_bytes(trained, train), "optimizer")
     return _read(tape, passes, shape, device, sum(n for n, _ in trained))
 

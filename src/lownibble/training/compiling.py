@@ -28,6 +28,7 @@ import lownibble
 from lownibble.errors import ConfigError, TrainingError
 from lownibble.lora import count_parameters
 from lownibble.models import attention
+from lownibble.models.info import decoder_layers
 
 PAYS_AFTER_FLOPS = {"cpu": 1e14, "cuda": 5e15}
 """Device type -> FLOPs of a run (6 x parameters x tokens) from which compiling saves more time than it takes. CPU: compilation
@@ -68,7 +69,7 @@ def choose(option: bool | Literal["auto"], model: Any, device: torch.device, tok
 def _obstacle(model: Any, device: torch.device) -> str:
     if model.config.is_encoder_decoder:
         return f"{type(model).__name__} has an encoder, whose layers are of another form"
-    if not repeated_layers(model):
+    if not decoder_layers(model):
         return f"the decoder layers of {type(model).__name__} are not known"
     if device.type == "cpu":
         if not Path(sysconfig.get_path("include"), "Python.h").exists():
@@ -83,12 +84,6 @@ def _obstacle(model: Any, device: torch.device) -> str:
         if not found:
             return "torch finds no C++ compiler (g++, or what the environment variable CXX names)"
     return ""
-
-
-def repeated_layers(model: Any) -> list[nn.Module]:
-    """The decoder layers: modules of the classes in transformers' `_no_split_modules`."""
-    names = set(getattr(model, "_no_split_modules", None) or ())
-    return [module for module in model.modules() if type(module).__name__ in names]
 
 
 @cache
@@ -112,7 +107,7 @@ class Compiled:
     """The model's compiled decoder layers; calling it gives a context manager for training steps. Compiles on first use."""
 
     def __init__(self, model: Any) -> None:
-        layers = repeated_layers(model)
+        layers = list(decoder_layers(model).values())
         if not model.get_input_embeddings().weight.requires_grad:
             layers = layers[1:]
         attention.keep_out_of_graphs()

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 
 from lownibble import record
+from lownibble.calibration import join_rows
 from lownibble.config import DataConfig, RunConfig, TrainConfig
 from lownibble.data import Choice, Dataset, Encoded, Example, digest_of
 from lownibble.data import load as load_data
@@ -26,6 +27,7 @@ from lownibble.data.inspect import warnings_of
 from lownibble.errors import ModelError
 from lownibble.lora import add_lora, count_parameters, load_adapter, save_adapter
 from lownibble.lora.adapter import WEIGHTS_FILE
+from lownibble.lora.init import find
 from lownibble.lora.inject import adapter_configs
 from lownibble.memory import planned, usage
 from lownibble.models import compute, load, pick_device
@@ -98,7 +100,7 @@ def run(config: RunConfig, *, sinks: Iterable[Sink] = ()) -> TrainResult:
     sides = load_data(config.data)
     usage.reset_peak(device)
     baseline = usage.used_bytes(device)
-    model, tokenizer = _make_model(config)
+    model, tokenizer = _make_model(config, sides[0])
     loaded = {"baseline_bytes": baseline, "load_peak_bytes": max(0, usage.peak_bytes(device) - baseline)}
     return _train(model, tokenizer, sides, config.data, config.train, config.to_dict(), sinks, loaded)
 
@@ -109,12 +111,12 @@ def prepare(config: RunConfig) -> tuple[Trainer, int]:
     sides = load_data(config.data)
     usage.reset_peak(device)
     baseline = usage.used_bytes(device)
-    model, tokenizer = _make_model(config)
+    model, tokenizer = _make_model(config, sides[0])
     return _trainer(model, tokenizer, sides, config.data, config.train)[0], baseline
 
 
-def _make_model(config: RunConfig) -> tuple[Any, Any]:
-    """Load the model and prepare it for the method; returns it and its tokenizer.
+def _make_model(config: RunConfig, rows: Dataset) -> tuple[Any, Any]:
+    """Load the model and prepare it for the method; returns it and its tokenizer. `rows`: the training rows.
 
     Raises:
         TrainingError: out of memory. Also raises as `load` and `add_lora`.
@@ -122,10 +124,10 @@ def _make_model(config: RunConfig) -> tuple[Any, Any]:
     with usage.oom_becomes_error(
         lambda: f"Memory ran out while '{config.model}' was loaded. Take --method qlora, or a smaller model."
     ):
-        return _make(config)
+        return _make(config, rows)
 
 
-def _make(config: RunConfig) -> tuple[Any, Any]:
+def _make(config: RunConfig, rows: Dataset) -> tuple[Any, Any]:
     quant = config.quant if config.method == "qlora" else None
     # in full fine-tuning an update is often smaller than bfloat16 can resolve
     dtype = "float32" if config.method == "full" and config.dtype == "auto" else config.dtype
@@ -139,13 +141,22 @@ def _make(config: RunConfig) -> tuple[Any, Any]:
         with weights.open("rb") as file:
             info(model).started_from = hashlib.file_digest(file, "sha256").hexdigest()
     elif config.method != "full":
-        add_lora(model, config.lora, seed=config.train.seed)
+        add_lora(model, config.lora, seed=config.train.seed, calibration=_calibration(config, rows, tokenizer))
     else:
         model.requires_grad_(True)
         if model.device.type == "cuda" and config.dtype == "auto":
             info(model).autocast = torch.bfloat16
     usage.settle(model.device)  # frees temporaries of loading and quantising
     return model, tokenizer
+
+
+def _calibration(config: RunConfig, rows: Dataset, tokenizer: Any) -> torch.Tensor | None:
+    """Training rows for an initialisation that looks at layers' inputs, as token ids (rows, tokens); None for others."""
+    if not getattr(find(config.lora.init_lora_weights), "needs_calibration", False):
+        return None
+    encoded = OBJECTIVES[config.train.objective].encode(rows, tokenizer, config.data, config.train.max_length)
+    ids = [example.input_ids for example in encoded.examples]
+    return join_rows(ids, config.data.calibration_tokens, config.train.max_length, config.train.seed)
 
 
 def _trainer(

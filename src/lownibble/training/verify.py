@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from lownibble.data import Example
 from lownibble.errors import OutputError, TrainingError
 from lownibble.lora import load_adapter, set_adapter
-from lownibble.lora.adapter import WEIGHTS_FILE, adapter_tensors
+from lownibble.lora.adapter import WEIGHTS_FILE, file_tensors
 from lownibble.lora.inject import active_adapter, adapter_configs, lora_layers, remove_adapter
 
 _READ_BACK = "lownibble_read_back"
@@ -103,7 +103,7 @@ def _logits(model: Any) -> Tensor:
 
 def _reads_back(model: Any, folder: Path, name: str) -> bool:
     """Whether the folder holds the active adapter's tensors and, loaded as a second adapter, produces the same logits."""
-    stored, held = load_file(folder / WEIGHTS_FILE), adapter_tensors(model, name)
+    stored, held = load_file(folder / WEIGHTS_FILE), file_tensors(model, name)
     if stored.keys() != held.keys() or not all(torch.equal(stored[key], value.detach().cpu()) for key, value in held.items()):
         return False
     if adapter_configs(model)[name].bias != "none":

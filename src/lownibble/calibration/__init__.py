@@ -1,0 +1,7 @@
+"""Statistics of layer inputs over calibration rows, one decoder layer at a time."""
+
+from lownibble.calibration.layers import walk
+from lownibble.calibration.moments import Moments
+from lownibble.calibration.rows import join_rows
+
+__all__ = ["Moments", "join_rows", "walk"]

@@ -1,0 +1,173 @@
+"""One pass of calibration rows through a model, one decoder layer at a time.
+
+All rows go through the model in a single forward call of its body, while the decoder layers work on a few rows at a time: each
+runs once with hooks that sum up the second moments of its linear layers' inputs, then the caller's `visit` may change the layer
+(pack it, start its adapters), then it runs again, and the next layer gets what the changed layer puts out, as it will in use. So
+embeddings, masks and positions are the model's own business, whatever its architecture, and only one layer's moments and the
+hidden states of all rows are held: rows x tokens x hidden twice, and in x in floats per distinct input.
+
+Layers that read the same tensor (q, k, v; gate, up) share one matrix.
+
+The decoder layers are those of transformers' `_no_split_modules`; linear layers outside of them (a head that is adapted), and
+models whose layers are not known, are measured in one more pass over the whole model.
+
+The alternative, as in GPTQ's code, is to catch the first layer's arguments and to call layer after layer by hand: it has to know
+which arguments differ from layer to layer (sliding windows, rotary embeddings), which models change.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lownibble.calibration.moments import Moments
+from lownibble.errors import ModelError
+from lownibble.models.head import Head, for_comparing, hidden_states
+from lownibble.models.info import decoder_layers
+
+Visit = Callable[[Mapping[str, Moments]], None]
+
+TOKENS_AT_ONCE = 2048
+"""Tokens that a decoder layer works on at a time."""
+
+
+def walk(model: Any, rows_BT: Tensor, paths: list[str], visit: Visit) -> None:
+    """Call `visit` with the moments of the linear layers of `paths` (path -> moments), decoder layer by decoder layer.
+
+    Args:
+        model: in memory, dense or packed; linear layers that `visit` replaces are found again by their paths.
+        rows_BT: token ids as `join_rows` makes them.
+        paths: of the linear layers to measure, each given to `visit` once.
+    Raises:
+        ModelError: an encoder-decoder model, or the model's values are not finite.
+    """
+    if model.config.is_encoder_decoder:
+        raise ModelError(f"{type(model).__name__} has an encoder: calibration is for models with a decoder alone.")
+    rows_BT = rows_BT.to(model.get_input_embeddings().weight.device)
+    known = decoder_layers(model)
+    outer = [path for path in known if not any(path.startswith(f"{other}.") for other in known)]
+    layers = {path: known[path] for path in outer if any(each.startswith(f"{path}.") for each in paths)}
+    rest = [each for each in paths if not any(each.startswith(f"{path}.") for path in layers)]
+    with for_comparing(model), ExitStack() as stack:
+        for path, layer in layers.items():
+            own = [each for each in paths if each.startswith(f"{path}.")]
+            stack.enter_context(_instead(layer, _Layer(model, layer, own, visit, len(rows_BT))))
+        if layers:
+            hidden_states(model, rows_BT, None)
+    if rest:
+        with for_comparing(model), _measured(model, rest) as found:
+            head, few = Head(model), max(1, TOKENS_AT_ONCE // rows_BT.shape[1])
+            for rows in rows_BT.split(few):
+                head(hidden_states(model, rows, None).flatten(0, 1))
+        visit(_moments(found))
+
+
+class _Layer:
+    """A decoder layer's forward for all rows: measured on a few at a time, changed by `visit`, and run again."""
+
+    def __init__(self, model: nn.Module, layer: nn.Module, paths: list[str], visit: Visit, n_rows: int) -> None:
+        self._model, self._paths, self._visit, self._n_rows = model, paths, visit, n_rows
+        self._forward = layer.forward
+        self._visited = False
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if not self._visited:  # layers that are used several times are measured on the first
+            self._visited = True
+            with _measured(self._model, self._paths) as found:
+                for _ in self._outputs(args, kwargs):
+                    pass
+            self._visit(_moments(found))
+        return _joined(list(self._outputs(args, kwargs)))
+
+    def _outputs(self, args: Any, kwargs: Any) -> Iterator[Any]:
+        states = next(value for value in (*args, *kwargs.values()) if isinstance(value, Tensor) and value.is_floating_point())
+        few = max(1, TOKENS_AT_ONCE // states.shape[1])
+        for first in range(0, self._n_rows, few):
+            rows = slice(first, first + few)
+            yield self._forward(*_some(args, rows, self._n_rows), **_some(kwargs, rows, self._n_rows))
+
+
+def _some(value: Any, rows: slice, n_rows: int) -> Any:
+    """Arguments for some rows: tensors whose first dimension is all rows are cut."""
+    if isinstance(value, Tensor):
+        return value[rows] if value.dim() > 1 and len(value) == n_rows else value
+    if isinstance(value, (tuple, list)):
+        return type(value)(_some(each, rows, n_rows) for each in value)
+    if isinstance(value, dict):
+        return {key: _some(each, rows, n_rows) for key, each in value.items()}
+    return value
+
+
+def _joined(parts: list[Any]) -> Any:
+    """Outputs of some rows each, as one."""
+    first = parts[0]
+    if isinstance(first, Tensor):
+        return torch.cat(parts)
+    if isinstance(first, tuple):
+        return tuple(_joined(list(each)) for each in zip(*parts, strict=True))
+    return first
+
+
+@contextmanager
+def _instead(layer: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
+    before = vars(layer).get("forward")
+    layer.forward = forward
+    try:
+        yield
+    finally:
+        del layer.forward
+        if before is not None:
+            layer.forward = before
+
+
+class _Sum:
+    """Sum of x x^T over the tokens of one input."""
+
+    def __init__(self) -> None:
+        self.matrix: Tensor | None = None
+        self.tokens = 0
+
+    def add(self, x: Tensor) -> None:
+        x_TK = x.reshape(-1, x.shape[-1]).float()
+        if self.matrix is None:
+            self.matrix = torch.zeros(x_TK.shape[1], x_TK.shape[1], device=x.device)
+        self.matrix.addmm_(x_TK.t(), x_TK)
+        self.tokens += len(x_TK)
+
+
+@contextmanager
+def _measured(model: nn.Module, paths: list[str]) -> Iterator[dict[str, _Sum]]:
+    """Sum up the inputs of the layers at `paths` inside the block: path -> its sum, shared by layers with the same input."""
+    found: dict[str, _Sum] = {}
+    last: list[tuple[Tensor, _Sum]] = []  # the newest input
+
+    def hook(path: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
+        def of_input(module: nn.Module, inputs: tuple[Any, ...]) -> None:
+            x: Tensor = inputs[0]
+            if last and last[0][0] is x and found.get(path, last[0][1]) is last[0][1]:
+                found[path] = last[0][1]
+                return
+            if path not in found:
+                found[path] = _Sum()
+            found[path].add(x)
+            last[:] = [(x, found[path])]
+
+        return of_input
+
+    with ExitStack() as stack:
+        for path in paths:
+            stack.callback(model.get_submodule(path).register_forward_pre_hook(hook(path)).remove)
+        yield found
+        last.clear()
+
+
+def _moments(found: dict[str, _Sum]) -> dict[str, Moments]:
+    made: dict[int, Moments] = {}
+    for each in found.values():
+        if id(each) not in made and each.matrix is not None:
+            made[id(each)] = Moments(each.matrix.div_(max(1, each.tokens)), each.tokens)
+    return {path: made[id(each)] for path, each in found.items() if each.matrix is not None}

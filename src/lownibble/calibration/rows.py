@@ -1,0 +1,43 @@
+"""Calibration rows: tokenised rows one after the other, cut to equal lengths."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from lownibble.errors import DataError
+
+MIN_TOKENS = 256
+"""Fewer calibration tokens than this are an error."""
+
+
+def join_rows(rows: Sequence[Sequence[int]], n_tokens: int, length: int, seed: int = 0) -> Tensor:
+    """Token ids (rows, tokens) int64 of about `n_tokens` tokens, from rows drawn in random order and joined.
+
+    Without padding every position counts, and the attention needs no mask. There are at least two rows, and never as many as
+    tokens in each, so that the batch dimension is known by its size.
+
+    Args:
+        rows: token ids of each. n_tokens: at most that many are used. length: of a joined row, at most.
+    Raises:
+        DataError: there are fewer than `MIN_TOKENS` tokens.
+    """
+    order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed)).tolist()
+    joined: list[int] = []
+    for i in order:
+        joined += rows[i]
+        if len(joined) >= n_tokens:
+            break
+    found = min(len(joined), n_tokens)
+    if found < MIN_TOKENS:
+        raise DataError(
+            f"The calibration rows have {len(joined)} tokens, of which {found} may be used; at least {MIN_TOKENS} are needed. "
+            "Give more or longer rows (--calibration-tokens: how many may be used)."
+        )
+    length = min(length, found // 2)
+    n_rows = found // length
+    if n_rows == length:
+        length -= 1
+    return torch.tensor(joined[: n_rows * length], dtype=torch.int64).view(n_rows, length)
