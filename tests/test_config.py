@@ -175,8 +175,8 @@ def test_none_can_be_given_by_flag():
         (lambda: LoraConfig(lora_alfa=8), ["Did you mean 'lora_alpha'?"]),
         (lambda: LoraConfig(r=0, lora_dropout=1.0), ["'r' of LoraConfig", "'lora_dropout' of LoraConfig"]),
         (
-            lambda: QuantConfig(quant_type="nf3"),
-            ["must be one of 'nf4', 'fp4', 'int8', 'int4', 'int3', 'int2', 'fp8', ", "Got 'nf3'."],
+            lambda: QuantConfig(quant_type="nf5"),
+            ["must be one of 'nf4', 'fp4', 'int8', 'int4', 'int3', 'int2', 'fp8', 'nf3', 'nf2', 'mxfp4', ", "Got 'nf5'."],
         ),
         (lambda: QuantConfig(block_size=60), ["'block_size'", "Got 60"]),
         (lambda: TrainConfig(learning_rate=float("nan")), ["'learning_rate'"]),

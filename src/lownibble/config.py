@@ -29,6 +29,10 @@ PER_LAYER = ("quant_type", "block_size", "double_quant")
 """Options of the codec that a `pattern` may set for some layers."""
 
 
+FIXED: dict[str, dict[str, Any]] = {"mxfp4": {"block_size": 32, "double_quant": False}}
+"""Codec -> options that its format fixes. Their defaults, meant for other codecs, are replaced; other values are refused."""
+
+
 def _digits_are_a_number(value: Any) -> Any:
     return int(value) if isinstance(value, str) and value.isdecimal() else value
 
@@ -38,13 +42,13 @@ class QuantConfig(Options):
 
     quant_type: Annotated[str, Known(CODECS)] = Field(
         "nf4",
-        description="codec: 'nf4' or 'fp4' (4 bits, bitsandbytes' bytes), 'int8', 'int4', 'int3', 'int2', 'fp8', or one from "
-        "outside",
+        description="codec: 'nf4' or 'fp4' (4 bits, bitsandbytes' bytes), 'nf3', 'nf2', 'int8', 'int4', 'int3', 'int2', 'fp8', "
+        "'mxfp4', or one from outside",
     )
     block_size: Annotated[Literal["row", 32, 64, 128, 256, 512, 1024, 2048, 4096], BeforeValidator(_digits_are_a_number)] = Field(
-        64, description="weights that share one constant; 'row' (not nf4, fp4): a row's"
+        64, description="weights that share one constant; 'row' (not nf4, fp4): a row's; mxfp4 has blocks of 32"
     )
-    double_quant: bool = Field(True, description="quantise the block constants to 8 bits as well")
+    double_quant: bool = Field(True, description="quantise the block constants to 8 bits as well; those of mxfp4 have 8 bits")
     compute: Literal["auto", "exact", "int8", "fp8"] = Field(
         "auto",
         description="precision of the frozen base's matrix products: 'exact' in the activations' dtype; 'int8' on 8-bit units, "
@@ -67,6 +71,15 @@ class QuantConfig(Options):
                     f"The pattern {key!r} of QuantConfig can set {', '.join(PER_LAYER)}. Got {', '.join(unknown)}. Leave it out."
                 )
             self._with(options)
+        return self
+
+    @model_validator(mode="after")
+    def _fixed_options(self) -> QuantConfig:
+        for key, value in FIXED.get(self.quant_type, {}).items():
+            given = getattr(self, key)
+            if given not in (value, type(self).model_fields[key].default):
+                raise ConfigError(f"The '{key}' of {self.quant_type} is {value}. Got {given!r}. Leave it out.")
+            self.__dict__[key] = value
         return self
 
     def _with(self, options: Mapping[str, Any]) -> QuantConfig:

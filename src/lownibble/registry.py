@@ -114,7 +114,7 @@ CODECS = Registry(
     {
         **dict.fromkeys(("nf4", "fp4"), "lownibble.quant.codecs.fourbit:FOUR_BIT"),
         **dict.fromkeys(
-            ("int8", "int4", "int3", "int2", "fp8", "int8_act", "int4_act", "int3_act", "int2_act"),
+            ["int8", "int4", "int3", "int2", "fp8", "nf3", "nf2", "mxfp4", "int8_act", "int4_act", "int3_act", "int2_act"],
             "lownibble.quant.codecs.grouped:GROUPED",
         ),
     },

@@ -3,8 +3,11 @@ dense layer with the decoded weight; the weight itself after a round trip throug
 
 import copy
 import itertools
+import math
 
+import numpy as np
 import pytest
+import scipy.stats
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -13,21 +16,25 @@ from torch import nn
 import lownibble as ln
 from lownibble.config import QuantConfig
 from lownibble.errors import ConfigError, ModelError, QuantizationError
+from lownibble.kernels import reference
+from lownibble.kernels.reference import unpack
 from lownibble.quant import QuantLinear, layouts
-from lownibble.quant.bits import pack, unpack, unpack_words
+from lownibble.quant.bits import pack, unpack_words
+from lownibble.quant.codebook import codebook, e8m0, levels, normal_float
 from lownibble.quant.packed import from_spec, restore, to_spec
 from lownibble.registry import CODECS
 
 TYPES = {
     "nf4": (32, 64), "fp4": (64, 128), "int8": (32, 64, "row"), "int4": (32, 64, 128, "row"), "int3": (32, "row"),
     "int2": (64,), "fp8": (128, "row"), "int8_act": (64,), "int4_act": (32,), "int3_act": (64,), "int2_act": (128,),
+    "nf3": (32, 64, "row"), "nf2": (64, "row"), "mxfp4": (32,),
 }  # fmt: skip
 WAYS = [
     QuantConfig(quant_type=quant_type, block_size=size, double_quant=double_quant)
     for quant_type, sizes in TYPES.items() for size, double_quant in itertools.product(sizes, (True, False))
 ]  # fmt: skip
-IDS = [f"{way.quant_type}-{way.block_size}-{'double' if way.double_quant else 'plain'}" for way in WAYS]
-every_way = pytest.mark.parametrize("way", WAYS, ids=IDS)
+WAYS_BY_ID = {f"{way.quant_type}-{way.block_size}-{'double' if way.double_quant else 'plain'}": way for way in WAYS}
+every_way = pytest.mark.parametrize("way", WAYS_BY_ID.values(), ids=WAYS_BY_ID)
 
 
 def random(*shape, seed=0):
@@ -143,6 +150,92 @@ def test_fp8_is_its_formula():
     assert torch.equal(packed.dequantize(), codes.float() * scale)
 
 
+def normal_float_by_scipy(bits):
+    """QLoRA's create_normal_map with 2^bits values in place of 16."""
+    n = 2**bits
+    offset = round(0.5 * ((1 - 1 / (2 * n)) + (1 - 1 / (2 * (n - 1)))), 7)
+    positive = scipy.stats.norm.ppf(np.linspace(offset, 0.5, n // 2 + 1)[:-1])
+    negative = -scipy.stats.norm.ppf(np.linspace(offset, 0.5, n // 2)[:-1])
+    values = np.sort(np.concatenate([positive, negative, [0.0]]))
+    return torch.tensor(values / values.max())
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4])
+def test_normal_floats_are_their_formula(bits):
+    """To float32's last bits: the formula is evaluated between float32 roundings, as in the authors' code."""
+    values = normal_float(bits)
+    torch.testing.assert_close(values.double(), normal_float_by_scipy(bits), rtol=1e-6, atol=0)
+    assert (len(values), float(values[0]), float(values[-1])) == (2**bits, -1.0, 1.0)
+    assert (values.diff() > 0).all()
+    assert values[2 ** (bits - 1) - 1] == 0
+    assert bits < 4 or torch.equal(values, codebook("nf4").values)
+
+
+@pytest.mark.parametrize("quant_type", ["nf3", "nf2"])
+@pytest.mark.parametrize("double_quant", [True, False])
+def test_normal_floats_are_the_nearest(quant_type, double_quant):
+    """By brute force over the codebook, with the scales as they are decoded; a largest weight keeps its value up to its scale's
+    rounding."""
+    weight = random(5, 256)
+    packed = ln.quantize(weight, QuantConfig(quant_type=quant_type, double_quant=double_quant))
+    table, scale, groups = levels(quant_type), packed.decoded_scale().unsqueeze(1), weight.view(-1, 64)
+    every = (table.view(1, 1, -1) * scale.unsqueeze(2) - groups.unsqueeze(2)).abs()
+    error = (packed.dequantize().view(-1, 64) - groups).abs()
+    torch.testing.assert_close(error, every.amin(2), rtol=0, atol=1e-6)
+    if not double_quant:
+        assert torch.equal(packed.dequantize().view(-1, 64).abs().amax(1), groups.abs().amax(1))
+
+
+def to_mxfp4(values):
+    """OCP Microscaling Formats 1.0, section 6.3, one number at a time: exponent of the block, codes."""
+    largest = max(abs(value) for value in values)
+    exponent = min(max(math.floor(math.log2(largest)) - 2, -127), 127) if largest else -127
+    magnitudes, codes = [0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0], []
+    for value in values:
+        scaled = min(abs(value) / 2.0**exponent, 6.0)
+        error = [(abs(scaled - each), code % 2, code) for code, each in enumerate(magnitudes)]  # ties: the even code
+        codes.append(min(error)[2] + 8 * (math.copysign(1, value) < 0))
+    return exponent, codes
+
+
+EIGHTHS = st.integers(-64, 64).map(lambda n: n / 8)  # ties and saturation
+
+
+@settings(deadline=None, max_examples=60)
+@given(values=st.lists(st.one_of(EIGHTHS, st.floats(-1e4, 1e4, width=32)), min_size=32, max_size=32), power=st.integers(-60, 60))
+def test_mxfp4_is_the_conversion_of_the_specification(values, power):
+    weight = torch.tensor(values).ldexp(torch.tensor(power))
+    packed = ln.quantize(weight.view(1, 32), "mxfp4")
+    exponent, codes = to_mxfp4(weight.tolist())
+    assert packed.tensors()["scale"].tolist() == [exponent + 127]
+    assert unpack(packed.tensors()["codes"].view(-1), 4).tolist() == codes
+
+
+def test_mxfp4_is_decoded_as_elsewhere():
+    """transformers' decoding of gpt-oss, whose bytes have the first code in the low nibble and whose result is transposed."""
+    from transformers.integrations.mxfp4 import _convert_moe_packed_tensors
+
+    packed = ln.quantize(random(7, 192), "mxfp4")
+    assert sorted(packed.tensors()) == ["codes", "scale"]
+    codes, scale = packed.tensors()["codes"].view(1, 7, 6, 16), packed.tensors()["scale"].view(1, 7, 6)
+    theirs = _convert_moe_packed_tensors(codes >> 4 | codes << 4, scale, dtype=torch.float32)
+    assert torch.equal(packed.dequantize(), theirs[0].t())
+    assert e8m0()[:255].tolist() == [2.0 ** (i - 127) for i in range(255)]
+    assert e8m0()[255].isnan()
+    assert layouts.n_bytes((7, 192), QuantConfig(quant_type="mxfp4")) * 8 / (7 * 192) == 4.25
+
+
+def test_mxfp4_has_no_other_blocks():
+    """The defaults, which are meant for other codecs, stand for the format's own; anything else is refused."""
+    for options in ({}, {"block_size": 32}, {"double_quant": False}, {"block_size": 64, "double_quant": True}):
+        config = QuantConfig(quant_type="mxfp4", **options)
+        assert (config.block_size, config.double_quant) == (32, False)
+    for size in (128, "row"):
+        with pytest.raises(ConfigError, match=f"'block_size' of mxfp4 is 32. Got {size!r}. Leave it out"):
+            QuantConfig(quant_type="mxfp4", block_size=size)
+    assert QuantConfig(pattern={"down_proj": {"quant_type": "mxfp4"}}).for_layer("a.down_proj").block_size == 32
+
+
 @pytest.mark.parametrize("quant_type", ["int8", "int4", "int3", "int2"])
 def test_act_order_groups_columns_by_their_inputs(quant_type):
     """The same codes as without act-order of the weight with its columns sorted, put back where they were."""
@@ -189,21 +282,22 @@ def test_integers_are_off_by_half_a_step(quant_type, values, double_quant):
 
 
 def test_a_large_weight_is_decoded_in_parts(monkeypatch):
-    from lownibble.quant.codecs import grouped
-
     weight = random(9, 256)
     for quant_type in layouts.GROUPED:
         packed = ln.quantize(weight, quant_type)
-        whole = packed.dequantize()
-        monkeypatch.setattr(grouped, "PART_ELEMENTS", 100)
-        assert torch.equal(packed.dequantize(), whole)
-        monkeypatch.undo()
+        with ln.use_backend("reference"):
+            whole = packed.dequantize()
+            monkeypatch.setattr(reference, "PART_ELEMENTS", 600)
+            assert torch.equal(packed.dequantize(), whole)
+            monkeypatch.undo()
 
 
 BAD = [
     ("nf4", "row", (4, 128), ConfigError, r"'block_size' of nf4 must be a number.*Got 'row'"),
     ("int3", "row", (4, 100), QuantizationError, r"in groups of a row takes .* multiple of 8 long\. Got 100\. Use another"),
     ("int4", 128, (4, 192), QuantizationError, r"multiple of 128 long\. Got 192\. Use block_size 32 or 64 or row, or another"),
+    ("mxfp4", 32, (4, 72), QuantizationError, r"multiple of 32 long\. Got 72\. Use another"),
+    ("nf3", "row", (4, 100), QuantizationError, r"multiple of 8 long\. Got 100\. Use another"),
     ("int8", 64, (4, 100), QuantizationError, r"multiple of 64 long\. Got 100\. Use block_size row, or another"),
 ]
 

@@ -1,4 +1,4 @@
-"""int8, int4 and a mixture through the whole package: train, resume, plan, merge, load again.
+"""int8, int4, nf3, mxfp4 and a mixture through the whole package: train, resume, plan, merge, load again.
 
 Oracles: the uninterrupted run, bit for bit; the planner's bytes; the live model's logits for what was merged.
 """
@@ -19,6 +19,8 @@ QUANT = {
     "int8": {"quant_type": "int8"},
     "int8 by rows": {"quant_type": "int8", "block_size": "row", "double_quant": False},
     "int4": {"quant_type": "int4", "block_size": 32},
+    "nf3": {"quant_type": "nf3"},
+    "mxfp4": {"quant_type": "mxfp4"},
     "mixed": {"pattern": {"down_proj": {"quant_type": "int8"}, r"layers\.1\..*": {"quant_type": "fp4", "double_quant": False}}},
 }  # fmt: skip
 

@@ -20,7 +20,10 @@ from lownibble.quant import layouts
 WAYS: dict[str, QuantConfig | None] = {
     "dense": None,
     "nf4": QuantConfig(compute="exact"),
-    **{name: QuantConfig(quant_type=name, compute="exact") for name in ("int8", "fp8", "int4", "int3", "int2")},
+    **{
+        name: QuantConfig(quant_type=name, compute="exact")
+        for name in ("int8", "fp8", "int4", "mxfp4", "int3", "nf3", "int2", "nf2")
+    },
 }
 """Name -> quantisation of the base; None: LoRA on a dense base."""
 

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from lownibble.errors import BackendError
 from lownibble.kernels.decoder import DecoderLayers, Segment, Step
-from lownibble.kernels.types import Epilogue, FourBit, Rows8bit
+from lownibble.kernels.types import Epilogue, FourBit, Grouped, Rows8bit
 
 
 class Backend(Protocol):
@@ -42,6 +42,10 @@ class Backend(Protocol):
     def dequantize_8bit(self, codes: Tensor, absmax: Tensor, values: Tensor, block_size: int) -> Tensor: ...
 
     def gemv_4bit(self, x_TK: Tensor, weight: FourBit) -> Tensor: ...
+
+    def dequantize_grouped(self, weight: Grouped, out: Tensor) -> Tensor: ...
+
+    def gemv_grouped(self, x_TK: Tensor, weight: Grouped) -> Tensor: ...
 
     def matmul_4bit(self, x_TC: Tensor, weight: FourBit, transposed: bool, epilogue: Epilogue) -> Tensor: ...
 
@@ -231,6 +235,16 @@ def gemv_4bit(x_TK: Tensor, weight: FourBit) -> Tensor:
     x_TK: (T, K) float32/bfloat16/float16, contiguous; accumulates in float32. The weight's blocks may span rows.
     """
     return _for(x_TK).gemv_4bit(x_TK, weight)
+
+
+def dequantize_grouped(weight: Grouped, out: Tensor) -> Tensor:
+    """Dequantise into `out` (contiguous, as many elements as the weight, float32/bfloat16/float16) and return it."""
+    return _for(weight.codes).dequantize_grouped(weight, out)
+
+
+def gemv_grouped(x_TK: Tensor, weight: Grouped) -> Tensor:
+    """As `gemv_4bit`, for a grouped weight (N, K)."""
+    return _for(x_TK).gemv_grouped(x_TK, weight)
 
 
 def matmul_4bit(x_TC: Tensor, weight: FourBit, transposed: bool, epilogue: Epilogue) -> Tensor:

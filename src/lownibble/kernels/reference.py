@@ -7,6 +7,7 @@ value on the boundary between two codes takes the lower one.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from functools import partial
 
@@ -22,7 +23,7 @@ from lownibble.kernels.plain import low_rank as low_rank
 from lownibble.kernels.plain import low_rank_backward as low_rank_backward
 from lownibble.kernels.plain import matmul_dense as matmul_dense
 from lownibble.kernels.plain import softmax_rows as softmax_rows
-from lownibble.kernels.types import LARGEST_CODE, PART, Epilogue, FourBit, Rows8bit, row_sizes
+from lownibble.kernels.types import LARGEST_CODE, PART, Epilogue, FourBit, Grouped, Rows8bit, row_sizes
 
 name = "reference"
 device_types = None  # any
@@ -87,6 +88,62 @@ def dequantize_8bit(codes: Tensor, absmax: Tensor, values: Tensor, block_size: i
 
 def gemv_4bit(x_TK: Tensor, weight: FourBit) -> Tensor:
     weight_NK = dequantize_4bit(weight, x_TK.new_empty(weight.shape, dtype=torch.float32))
+    return (x_TK.float() @ weight_NK.t()).to(x_TK.dtype)
+
+
+def unpack(packed: Tensor, bits: int) -> Tensor:
+    """The codes in bytes (m,), (m * 8 / bits,) uint8: a string of bits, the first code in the highest ones."""
+    whole = math.lcm(bits, 8)  # bits of the smallest whole number of bytes and codes
+    units = packed.view(-1, whole // 8)
+    codes = packed.new_empty(len(units), whole // bits)
+    for i in range(whole // bits):
+        byte, start = divmod(bits * i, 8)
+        after = 8 - start - bits  # bits of the byte below the code; negative: the code continues in the next byte
+        code = units[:, byte] >> after if after >= 0 else units[:, byte] << -after
+        if start:  # else the code has the highest bits
+            code &= 2**bits - 1
+        if after < 0:
+            code |= units[:, byte + 1] >> (8 + after)
+        codes[:, i] = code
+    return codes.view(-1)
+
+
+PART_ELEMENTS = 2**20
+"""Elements of a grouped weight dequantised at a time, so that temporaries stay small."""
+
+
+def _constants_of_groups(weight: Grouped) -> tuple[Tensor, Tensor | None]:
+    """The scale and, or None, the zero point of each group, float32."""
+    scale, nested = weight.scale, weight.nested
+    if nested is not None:
+        scale = dequantize_8bit(scale, nested.absmax, nested.values, nested.block_size) + nested.offset
+    return scale, None if weight.zero is None else unpack(weight.zero, weight.bits)[: scale.numel()].float()
+
+
+def dequantize_grouped(weight: Grouped, out: Tensor) -> Tensor:
+    if not out.numel():
+        return out
+    K = weight.shape[-1]
+    values, codes = out.view(-1, K), weight.codes.view(torch.uint8)
+    scale, zero = _constants_of_groups(weight)
+    per_row, row_bytes, step = K // weight.group_size, K * weight.bits // 8, max(1, PART_ELEMENTS // K)
+    for first in range(0, len(values), step):
+        last = min(first + step, len(values))
+        part = codes[first * row_bytes : last * row_bytes]
+        index = part if weight.bits == 8 else unpack(part, weight.bits)
+        groups, of_part = weight.values[index.int()].view(-1, weight.group_size), slice(first * per_row, last * per_row)
+        if zero is not None:
+            groups.sub_(zero[of_part].unsqueeze(1))
+        decoded = groups.mul_(scale[of_part].unsqueeze(1)).view(-1, K)
+        if weight.order is None:
+            values[first:last] = decoded
+        else:
+            values[first:last, weight.order.long()] = decoded.to(out.dtype)
+    return out
+
+
+def gemv_grouped(x_TK: Tensor, weight: Grouped) -> Tensor:
+    weight_NK = dequantize_grouped(weight, x_TK.new_empty(weight.shape, dtype=torch.float32))
     return (x_TK.float() @ weight_NK.t()).to(x_TK.dtype)
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from lownibble.kernels import decoded, plain
 from lownibble.kernels.decoder import DecoderLayers, Segment, Step
-from lownibble.kernels.types import Epilogue, FourBit, Rows8bit, row_sizes
+from lownibble.kernels.types import Epilogue, FourBit, Grouped, Rows8bit, row_sizes
 
 
 class Traced:
@@ -51,6 +51,14 @@ class Traced:
 
     def gemv_4bit(self, x_TK: Tensor, weight: FourBit) -> Tensor:
         """As `ops.gemv_4bit`."""
+        return x_TK.new_empty(len(x_TK), weight.shape[0])
+
+    def dequantize_grouped(self, weight: Grouped, out: Tensor) -> Tensor:
+        """As `ops.dequantize_grouped`."""
+        return out
+
+    def gemv_grouped(self, x_TK: Tensor, weight: Grouped) -> Tensor:
+        """As `ops.gemv_grouped`."""
         return x_TK.new_empty(len(x_TK), weight.shape[0])
 
     def matmul_4bit(self, x_TC: Tensor, weight: FourBit, transposed: bool, epilogue: Epilogue) -> Tensor:

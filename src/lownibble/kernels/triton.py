@@ -47,6 +47,8 @@ from lownibble.kernels.plain import low_rank as low_rank
 from lownibble.kernels.plain import low_rank_backward as low_rank_backward
 from lownibble.kernels.plain import matmul_dense as matmul_dense
 from lownibble.kernels.plain import softmax_rows as softmax_rows
+from lownibble.kernels.reference import dequantize_grouped as dequantize_grouped
+from lownibble.kernels.reference import gemv_grouped as gemv_grouped
 from lownibble.kernels.types import LARGEST_CODE, PART, Epilogue, FourBit, Rows8bit, row_sizes
 
 name = "triton"

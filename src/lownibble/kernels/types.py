@@ -43,6 +43,31 @@ class FourBit(NamedTuple):
     nested: Nested | None = None
 
 
+class Grouped(NamedTuple):
+    """A weight of `shape` packed in groups of `group_size` neighbours in a row: `scale * (values[code] - zero)`.
+
+    Computed in float32 with one rounding for the difference and one for the product, and rounded once to the output dtype.
+
+    Attributes:
+        codes: flat; (n,) int8 or float8_e4m3fn; or codes of 2 to 4 bits as a string of bits, the first in the highest bits,
+            uint8. A row is whole bytes.
+        bits: of a code. values: (2^bits,) float32, the value of each code.
+        scale: (groups,) float32, or uint8 with `nested`.
+        zero: None, or zero points packed as the codes are, uint8.
+        order: None, or (K,) int32: column j of the codes is column `order[j]` of the weight.
+    """
+
+    codes: Tensor
+    bits: int
+    values: Tensor
+    scale: Tensor
+    zero: Tensor | None
+    order: Tensor | None
+    group_size: int
+    shape: torch.Size
+    nested: Nested | None = None
+
+
 PART = 64
 """Values of a row that share an 8-bit scale. With one scale per token, outlier channels cost the others precision (ADR 7)."""
 

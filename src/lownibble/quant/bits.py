@@ -1,10 +1,10 @@
 """Codes of 1 to 8 bits in bytes.
 
-Two orders occur. `pack` and `unpack` are for our own codecs: a string of bits with the first code in the highest bits, so that
-two 4-bit codes are a byte with the first in the high nibble, as in bitsandbytes. `unpack_words` reads what GPTQ and
-compressed-tensors write: 32-bit words with the first code in the lowest bits; codes that do not divide 32 continue in the next
-word. `unpack_planes` reads GPTQModel's other order for those: for 32 codes first the words with their low bits, then those with
-the next ones.
+Two orders occur. `pack` is for our own codecs: a string of bits with the first code in the highest bits, so that two 4-bit
+codes are a byte with the first in the high nibble, as in bitsandbytes; `kernels/reference.unpack` reads it. `unpack_words` reads
+what GPTQ and compressed-tensors write: 32-bit words with the first code in the lowest bits; codes that do not divide 32 continue
+in the next word. `unpack_planes` reads GPTQModel's other order for those: for 32 codes first the words with their low bits, then
+those with the next ones.
 """
 
 from __future__ import annotations
@@ -24,25 +24,6 @@ def pack(codes: Tensor, bits: int) -> Tensor:
         word |= padded[:, i] << (bits * (n - 1 - i))
     shifts = [8 * (size - 1 - i) for i in range(size)]
     return torch.stack([(word >> shift) & 255 for shift in shifts], dim=1).to(torch.uint8).flatten()
-
-
-def unpack(packed: Tensor, bits: int, out: Tensor | None = None) -> Tensor:
-    """The codes of packed bytes (..., m), as (..., m * 8 / bits) uint8, or in `out` of that many elements and any dtype."""
-    size, n = unit_of(bits)
-    units = packed.reshape(*packed.shape[:-1], -1, size)
-    if out is None:
-        out = torch.empty(*packed.shape[:-1], units.shape[-2] * n, dtype=torch.uint8, device=packed.device)
-    codes = out.view(*units.shape[:-1], n)
-    for i in range(n):
-        byte, start = divmod(bits * i, 8)
-        after = 8 - start - bits  # bits of the byte below the code; negative: the code continues in the next byte
-        code = units[..., byte] >> after if after >= 0 else units[..., byte] << -after
-        if start:  # else the code has the highest bits
-            code &= 2**bits - 1
-        if after < 0:
-            code |= units[..., byte + 1] >> (8 + after)
-        codes[..., i] = code
-    return out
 
 
 def unpack_words(words: Tensor, bits: int, n: int) -> Tensor:

@@ -1,15 +1,17 @@
 """Codebooks: the value of each code, computed from its formula.
 
 NF4: quantiles of the normal distribution (QLoRA, Dettmers et al. 2023) by the formula in the authors' code, which differs from
-the one printed in the paper; rounded to float32 it is bitsandbytes' published table. FP4: sign, two exponent bits and one
-mantissa bit in bitsandbytes' bit order. DYNAMIC8: the signed *dynamic* 8-bit map of Dettmers et al. 2021 (not an FP8
-format), used for the block constants in double quantisation and for the first moment of 8-bit AdamW; the unsigned map is for
-the second moment.
+the one printed in the paper; rounded to float32 it is bitsandbytes' published table. NF3 and NF2: the same formula with fewer
+values. FP4: sign, two exponent bits and one mantissa bit in bitsandbytes' bit order. E2M1: the 4-bit floats of MXFP4 (OCP
+Microscaling Formats 1.0), another format of as many bits. DYNAMIC8: the signed *dynamic* 8-bit map of Dettmers et al. 2021 (not
+an FP8 format), used for the block constants in double quantisation and for the first moment of 8-bit AdamW; the unsigned map is
+for the second moment.
 """
 
 from __future__ import annotations
 
-from functools import cache
+from collections.abc import Callable
+from functools import cache, partial
 from typing import NamedTuple
 
 import torch
@@ -24,16 +26,17 @@ class Codebook(NamedTuple):
     order: Tensor
 
 
-_NF4_OFFSET = 0.9677083  # (31/32 + 29/30) / 2 as bitsandbytes rounds it
+def normal_float(bits: int) -> Tensor:
+    """The 2^bits values of NormalFloat, ascending from -1 to 1, with 0: one more above it than below."""
+    n = 2**bits
+    offset = round(((1 - 1 / (2 * n)) + (1 - 1 / (2 * (n - 1)))) / 2, 7)  # of NF4 as bitsandbytes rounds it
 
-
-def _nf4_values() -> Tensor:
     def quantiles(count: int) -> Tensor:  # float32 before and after, as in the authors' code: the last bits depend on it
-        probabilities = torch.linspace(_NF4_OFFSET, 0.5, count + 1)[:-1]
+        probabilities = torch.linspace(offset, 0.5, count + 1)[:-1]
         values: Tensor = torch.special.ndtri(probabilities.double())
         return values.float()
 
-    values: Tensor = torch.cat([-quantiles(7), torch.zeros(1), quantiles(8)]).sort().values
+    values: Tensor = torch.cat([-quantiles(n // 2 - 1), torch.zeros(1), quantiles(n // 2)]).sort().values
     return values / values.max()
 
 
@@ -42,7 +45,7 @@ def _fp4_values() -> Tensor:
     return torch.cat([magnitudes, -magnitudes]) / 12
 
 
-_TABLES = {"nf4": _nf4_values, "fp4": _fp4_values}
+_TABLES: dict[str, Callable[[], Tensor]] = {"nf4": partial(normal_float, 4), "fp4": _fp4_values}
 
 
 @cache
@@ -52,6 +55,42 @@ def codebook(quant_type: str, device: str = "cpu") -> Codebook:
     order = torch.argsort(values, stable=True)
     bounds = (values[order[:-1]] + values[order[1:]]) / 2
     return Codebook(values.to(device), bounds.to(device), order.to(torch.uint8).to(device))
+
+
+def _e2m1_values() -> Tensor:
+    magnitudes = torch.tensor([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0])
+    return torch.cat([magnitudes, -magnitudes])
+
+
+def to_e2m1(values: Tensor) -> Tensor:
+    """The codes of the nearest E2M1 values, uint8: ties to the even code, larger magnitudes to 6, zeros with their sign."""
+    magnitudes = _e2m1_values()[:8].to(values.device)
+    bounds = (magnitudes[1:] + magnitudes[:-1]) / 2
+    bounds[1::2] = bounds[1::2].nextafter(bounds.new_zeros(()))  # a value on such a bound rounds up, to the even code
+    return (torch.bucketize(values.abs(), bounds) | (values.signbit().long() << 3)).to(torch.uint8)
+
+
+def _bytes_as(dtype: torch.dtype) -> Tensor:
+    return torch.arange(256, dtype=torch.uint8).view(dtype).float()
+
+
+_LEVELS: dict[str, Callable[[], Tensor]] = {
+    "nf3": partial(normal_float, 3), "nf2": partial(normal_float, 2), "mxfp4": _e2m1_values,
+    "int8": partial(_bytes_as, torch.int8), "fp8": partial(_bytes_as, torch.float8_e4m3fn),
+    **{f"int{bits}": partial(torch.arange, 2**bits, dtype=torch.float32) for bits in (2, 3, 4)},
+}  # fmt: skip
+
+
+@cache
+def levels(quant_type: str, device: str = "cpu") -> Tensor:
+    """The value of each code of a grouped codec before zero point and scale, (2^bits,) float32. Cached; do not modify."""
+    return _LEVELS[quant_type.removesuffix("_act")]().to(device)
+
+
+@cache
+def e8m0(device: str = "cpu") -> Tensor:
+    """The powers of two that a byte stands for as a scale of MX formats, (256,) float32; the last is NaN. Cached."""
+    return torch.tensor([2.0 ** (code - 127) for code in range(255)] + [float("nan")]).to(device)
 
 
 @cache

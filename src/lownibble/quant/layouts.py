@@ -12,7 +12,7 @@ import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import NamedTuple
 
-from lownibble.config import QuantConfig
+from lownibble.config import FIXED, QuantConfig
 from lownibble.errors import ConfigError, QuantizationError
 from lownibble.matching import fits, is_part
 from lownibble.registry import CODECS
@@ -71,15 +71,23 @@ class Grouped(NamedTuple):
     """What a codec with one scale per group stores.
 
     Attributes:
-        bits: of a code. top: largest absolute value of a code; 0 for types with a zero point, whose codes are packed.
+        bits: of a code; codes of fewer than 8 bits are packed.
+        top: the value that the largest weight of a group is scaled to; 0 for types with a zero point.
         is_float: whether codes are float8 (e4m3fn), as bytes.
+        exponents: whether scales are powers of two, stored as their exponent plus 127 (e8m0).
         act_order: whether columns are grouped by the strength of their inputs.
     """
 
     bits: int
     top: int = 0
     is_float: bool = False
+    exponents: bool = False
     act_order: bool = False
+
+    @property
+    def packed(self) -> bool:
+        """Whether codes share bytes."""
+        return self.bits < 8
 
     @property
     def zero(self) -> bool:
@@ -87,13 +95,12 @@ class Grouped(NamedTuple):
         return not self.top
 
 
-_GROUPED = {
-    "int8": Grouped(8, 127), "fp8": Grouped(8, 448, is_float=True), "int4": Grouped(4), "int3": Grouped(3), "int2": Grouped(2)
-}  # fmt: skip
+_INTEGERS = {"int8": Grouped(8, 127), "int4": Grouped(4), "int3": Grouped(3), "int2": Grouped(2)}
 
-GROUPED: dict[str, Grouped] = _GROUPED | {
-    f"{name}_act": kind._replace(act_order=True) for name, kind in _GROUPED.items() if name != "fp8"
-}
+GROUPED: dict[str, Grouped] = {
+    **_INTEGERS, **{f"{name}_act": kind._replace(act_order=True) for name, kind in _INTEGERS.items()},
+    "fp8": Grouped(8, 448, is_float=True), "mxfp4": Grouped(4, 6, exponents=True), "nf3": Grouped(3, 1), "nf2": Grouped(2, 1),
+}  # fmt: skip
 """Codecs with one scale per group (`codecs/grouped.py`)."""
 
 GROUP_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
@@ -111,11 +118,12 @@ def group_size(shape: Sequence[int], config: QuantConfig) -> int:
     if size != "row" and size not in GROUP_SIZES:
         sizes = ", ".join(map(str, GROUP_SIZES))
         raise ConfigError(f"The 'block_size' of {config.quant_type} must be one of row, {sizes}. Got {size!r}.")
-    unit = size if isinstance(size, int) else _WHOLE_BYTES if GROUPED[config.quant_type].zero else 1
+    packed = GROUPED[config.quant_type].packed
+    unit = size if isinstance(size, int) else _WHOLE_BYTES if packed else 1
     if row % unit:
         fitting = [str(each) for each in GROUP_SIZES if row % each == 0]
-        whole = unit != _WHOLE_BYTES and (row % _WHOLE_BYTES == 0 or not GROUPED[config.quant_type].zero)
-        fitting += ["row"] * whole
+        whole = unit != _WHOLE_BYTES and (row % _WHOLE_BYTES == 0 or not packed)
+        fitting += ["row"] * (whole and config.quant_type not in FIXED)
         instead = f"block_size {' or '.join(fitting)}, or " if fitting else ""
         raise QuantizationError(
             f"{config.quant_type} in groups of {size if isinstance(size, int) else 'a row'} takes rows that are a multiple of "
@@ -130,9 +138,9 @@ def grouped(shape: Sequence[int], config: QuantConfig) -> Layout:
     groups = n // max(1, group_size(shape, config))
     found = {
         "codes": TensorSpec("uint8", (n_bytes_of(n, kind.bits), 1))
-        if kind.zero
+        if kind.packed
         else TensorSpec("uint8" if kind.is_float else "int8", tuple(shape)),
-        **_doubly("scale", groups, config.double_quant),
+        **({"scale": TensorSpec("uint8", (groups,))} if kind.exponents else _doubly("scale", groups, config.double_quant)),
     }
     if kind.zero:
         found["zero"] = TensorSpec("uint8", (n_bytes_of(groups, kind.bits),))

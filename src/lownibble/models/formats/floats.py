@@ -23,9 +23,9 @@ from torch import Tensor
 from lownibble.config import QuantConfig
 from lownibble.models.checkpoint import Checkpoint
 from lownibble.models.formats.layer import Found, Layer, Numbers, StoredLayer, codec, need, of_activations, wrong
+from lownibble.quant.codebook import e8m0, levels
 from lownibble.quant.layouts import GROUP_SIZES
 
-_E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
 _FLOAT8 = (torch.float8_e4m3fn, torch.float8_e5m2)
 _SCALES = ("_scale_inv", "_scale", ".scale", ".qscale_weight")
 
@@ -96,12 +96,12 @@ def _read_float(
 
 def _exponents(scale: Tensor) -> Tensor:
     """Scales in float32; bytes are exponents of two, less 127."""
-    return (scale.float() - 127).exp2() if scale.dtype == torch.uint8 else scale.float()
+    return e8m0()[scale.long()] if scale.dtype == torch.uint8 else scale.float()
 
 
 def _pairs(packed: Tensor) -> Tensor:
     """Values of two e2m1 codes a byte, the first in the low bits: (..., n) -> (..., 2n) float32."""
-    table = torch.tensor(_E2M1)
+    table = levels("mxfp4")
     return torch.stack([table[(packed & 15).long()], table[(packed >> 4).long()]], dim=-1).flatten(-2)
 
 

@@ -1,7 +1,9 @@
-"""Codes with one scale per group of a row's weights: int8, fp8, and int4, int3 and int2 with a zero point.
+"""Codes with one scale per group of a row's weights: int8, fp8, nf3, nf2, mxfp4, and int4, int3 and int2 with a zero point.
 
     int8              w = scale * code           code from -127 to 127, scale = max |w| / 127
     fp8               w = scale * code           code a float8 (e4m3fn), scale = max |w| / 448
+    nf3, nf2          w = scale * value[code]    2^bits NormalFloat values from -1 to 1, scale = max |w|
+    mxfp4             w = scale * value[code]    E2M1 values up to 6, scale = 2^(floor(log2(max |w|)) - 2), groups of 32
     int4, int3, int2  w = scale * (code - zero)  code and zero from 0 to 2^bits - 1, scale = (max - min) / (2^bits - 1)
 
 A group is a power of two from 32 to 4096 of neighbouring weights in a row, or the row. The range of a group with a zero point
@@ -11,27 +13,33 @@ weights are rounded with the dequantised scales, which keeps the added error bel
 `int4_act` and its like are GPTQ's act-order: the groups are of columns that are alike in how strong their inputs are, not of
 neighbours. `order` lists the columns as the codes hold them.
 
+mxfp4 converts as OCP Microscaling Formats 1.0 says (section 6.3): rounded to nearest, ties to even, magnitudes above 6 to 6. Its
+scales are bytes already (e8m0, the exponent plus 127) and are never quantised again. (compressed-tensors doubles the scale where
+the largest magnitude is 7 or more, which decodes alike.)
+
 These are the numbers that GPTQ, AWQ, compressed-tensors and FP8 checkpoints store in other orders; `models/formats/` brings
-them here unchanged. There are no kernels for these codecs: matmuls dequantise and multiply (`packed.py`); dequantising runs in
-parts, so that its temporaries stay small.
+them here unchanged.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from lownibble.config import QuantConfig
+from lownibble.kernels import ops
+from lownibble.kernels.types import Grouped, Nested
 from lownibble.quant import bits, layouts, nested
-from lownibble.quant.layouts import Layout
+from lownibble.quant.codebook import dynamic8, e8m0, levels, to_e2m1
+from lownibble.quant.layouts import NESTED_BLOCK_SIZE, Layout
 from lownibble.quant.packed import Codec, PackedWeight, dtype_name
 
-PART_ELEMENTS = 2**22
-"""Weights dequantised at a time."""
+_EXPONENTS_BLOCK = 4096
 
 
 @dataclass(frozen=True)
@@ -41,7 +49,7 @@ class GroupedWeight(PackedWeight):
     Attributes:
         codes: int8 of `shape`; the bytes of float8_e4m3fn, uint8 of `shape`; or codes of fewer bits, packed (see `bits.py`),
             (bytes, 1) uint8.
-        scale: (groups,) float32, or uint8 codes of it with double quantisation.
+        scale: (groups,) float32, or uint8 codes of it with double quantisation, or exponents plus 127 in uint8.
         zero: None, or zero points packed as the codes are, (bytes,) uint8.
         order: None, or (K,) int32: the column that each column of the codes is.
         nested_scale, offset: absmax and offset of double-quantised scales (see `nested.py`), else None.
@@ -78,35 +86,39 @@ class GroupedWeight(PackedWeight):
             "block_size": self.block_size, "double_quant": self.double_quant,
         }  # fmt: skip
 
+    @cached_property
+    def grouped(self) -> Grouped:
+        """The weight in the kernels' format."""
+        kind, device = layouts.GROUPED[self.quant_type], str(self.device)
+        return Grouped(
+            self.codes.view(torch.float8_e4m3fn if kind.is_float else self.codes.dtype).view(-1), kind.bits,
+            levels(self.quant_type, device), self.scale, self.zero, self.order,
+            self.block_size if isinstance(self.block_size, int) else self.shape[-1], self.shape, self._nested(kind, device),
+        )  # fmt: skip
+
+    def _nested(self, kind: layouts.Grouped, device: str) -> Nested | None:
+        """What decodes the scales: exponents are codes of powers of two whose constants are 1."""
+        if kind.exponents:
+            ones = torch.ones(-(-self.scale.numel() // _EXPONENTS_BLOCK), device=device)
+            return Nested(e8m0(device), ones, torch.zeros(1, device=device), _EXPONENTS_BLOCK)
+        if self.nested_scale is None or self.offset is None:
+            return None
+        return Nested(dynamic8(device), self.nested_scale, self.offset, NESTED_BLOCK_SIZE)
+
     def decoded_scale(self) -> Tensor:
         """The scales in float32, (groups,)."""
-        if self.nested_scale is None or self.offset is None:
+        found = self.grouped.nested
+        if found is None:
             return self.scale
-        return nested.decode(self.scale, self.nested_scale, self.offset)
+        return ops.dequantize_8bit(self.scale, found.absmax, found.values, found.block_size) + found.offset
 
     def decode(self, out: Tensor) -> Tensor:
-        """Dequantise in torch, some groups at a time; computed in `out`'s dtype from float32 scales."""
-        if not self.numel():
-            return out
-        n_in, kind = self.shape[-1], layouts.GROUPED[self.quant_type]
-        n_rows = self.numel() // n_in
-        scale, codes, values = self.decoded_scale().view(n_rows, -1), self.codes.view(n_rows, -1), out.view(n_rows, n_in)
-        codes = codes.view(torch.float8_e4m3fn) if kind.is_float else codes
-        zero = None if self.zero is None else bits.unpack(self.zero, kind.bits)[: scale.numel()].view(scale.shape)
-        step = max(1, PART_ELEMENTS // n_in)
-        for first in range(0, n_rows, step):
-            rows = slice(first, first + step)
-            decoded = values[rows] if self.order is None else torch.empty_like(values[rows])
-            groups = decoded.view(-1, n_in // scale.shape[1])
-            if zero is None:
-                groups.copy_(codes[rows].view(groups.shape))
-            else:
-                bits.unpack(codes[rows], kind.bits, decoded)
-                groups.sub_(zero[rows].reshape(-1, 1))
-            groups.mul_(scale[rows].reshape(-1, 1))
-            if self.order is not None:
-                values[rows].index_copy_(1, self.order.long(), decoded)
-        return out
+        """Dequantise with the backend's kernel; computed in float32."""
+        return ops.dequantize_grouped(self.grouped, out)
+
+    def matvec(self, x_TK: Tensor) -> Tensor:
+        """As `PackedWeight.matvec`, dequantised on the fly."""
+        return ops.gemv_grouped(x_TK.contiguous(), self.grouped)
 
 
 def _doubly(scale: Tensor, double_quant: bool) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor]:
@@ -115,6 +127,24 @@ def _doubly(scale: Tensor, double_quant: bool) -> tuple[Tensor, Tensor | None, T
         return scale, None, None, scale
     codes, nested_scale, offset = nested.encode(scale)
     return codes, nested_scale, offset, nested.decode(codes, nested_scale, offset)
+
+
+def _exponents(largest: Tensor) -> Tensor:
+    """Scales of MXFP4 as exponents plus 127, uint8: the largest power of two in a group over that in E2M1, which is 4."""
+    exponent = torch.frexp(largest).exponent - 3
+    return torch.where(largest > 0, exponent + 127, 0).clamp(0, 254).to(torch.uint8)
+
+
+def _codes(values: Tensor, quant_type: str) -> Tensor:
+    """The codes of values without zero point, scaled."""
+    if quant_type == "mxfp4":
+        return to_e2m1(values)
+    if quant_type == "fp8":
+        return values.to(torch.float8_e4m3fn).view(torch.uint8)
+    if quant_type.startswith("int"):
+        return values.round().to(torch.int8)
+    table = levels(quant_type, str(values.device))
+    return torch.bucketize(values, (table[1:] + table[:-1]) / 2)
 
 
 def _steps(groups: Tensor, scale: Tensor) -> Tensor:
@@ -145,12 +175,14 @@ class _Grouped(Codec):
             codes, zero = bits.pack(values.flatten(), kind.bits).view(-1, 1), bits.pack(zeros, kind.bits)
         else:
             largest = groups.abs().amax(dim=1) if groups.numel() else groups.new_zeros(len(groups))
-            stored, nested_scale, offset, scale = _doubly(largest / kind.top, config.double_quant)
-            values = _steps(groups, scale.unsqueeze(1)).clamp(-kind.top, kind.top)
-            if kind.is_float:
-                codes = values.to(torch.float8_e4m3fn).view(torch.uint8).view(tensor.shape)
+            if kind.exponents:
+                stored, nested_scale, offset = _exponents(largest), None, None
+                scale = e8m0(str(tensor.device))[stored.long()]
             else:
-                codes = values.round().to(torch.int8).view(tensor.shape)
+                stored, nested_scale, offset, scale = _doubly(largest / kind.top, config.double_quant)
+            values = _steps(groups, scale.unsqueeze(1)).clamp(-kind.top, kind.top)
+            codes = _codes(values, config.quant_type)
+            codes = bits.pack(codes.flatten(), kind.bits).view(-1, 1) if kind.packed else codes.view(tensor.shape)
         return GroupedWeight(
             codes, stored, zero, order, nested_scale, offset, tensor.shape, tensor.dtype, config.quant_type, config.block_size
         )
@@ -179,7 +211,7 @@ def of_groups(
         dtype: default dtype to dequantise to. config: quant_type and block size.
     """
     kind = layouts.GROUPED[config.quant_type]
-    if kind.zero:
+    if kind.packed:
         held = bits.pack(codes.flatten(), kind.bits).view(-1, 1)
     else:
         held = codes.contiguous().view(torch.uint8) if kind.is_float else codes.contiguous()
