@@ -33,6 +33,7 @@ VALUES = {
     "quant_type": "fp4", "block_size": 128, "double_quant": False, "compute": "exact", "skip_modules": ["lm_head", "o_proj"],
     "pattern": {"down_proj": {"quant_type": "int8"}}, "objective": "another",
     "r": 3, "lora_alpha": 5.0, "lora_dropout": 0.25, "target_modules": ["q_proj", "v_proj"], "bias": "all", "use_rslora": True,
+    "use_dora": True,
     "init_lora_weights": "gaussian", "modules_to_save": ["lm_head"], "layers_to_transform": [0, 2],
     "exclude_modules": ["k_proj", "o_proj"], "layers_pattern": "layers", "rank_pattern": {"q_proj": 2},
     "alpha_pattern": {"v_proj": 9.0}, "learning_rate": 0.5, "max_steps": 11, "num_train_epochs": 2.5, "batch_size": 3,

@@ -129,6 +129,7 @@ class LoraConfig(Options):
     )
     bias: Literal["none", "all", "lora_only"] = Field("none", description="which biases are trained too")
     use_rslora: bool = Field(False, description="scale by lora_alpha / sqrt(r) instead")
+    use_dora: bool = Field(False, description="DoRA: train the norm of each row of the weight apart from its direction")
     init_lora_weights: bool | Annotated[str, Known(INITS)] = Field(
         True,
         description="true: A kaiming-uniform, B zero; 'gaussian': A normal / r, B zero; false: B random too (for tests); "

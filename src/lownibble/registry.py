@@ -2,7 +2,7 @@
 
     CODECS       `QuantConfig.quant_type`        weight packing                  quant/packed.py
     INITS        `LoraConfig.init_lora_weights`  adapter initialisation          lora/init.py
-    VARIANTS     (LoRA so far)                   computation of adapted layers   lora/variants.py
+    VARIANTS     `LoraConfig.use_dora`           computation of adapted layers   lora/variants.py
     OPTIMIZERS   `TrainConfig.optim`             optimiser                       optim/specs.py
     OBJECTIVES   `TrainConfig.objective`         training objective              training/objectives.py
 
@@ -128,7 +128,9 @@ INITS = Registry(
     },
 )
 
-VARIANTS = Registry("variant of adapters", {"lora": "lownibble.lora.variants:LORA"})
+VARIANTS = Registry(
+    "variant of adapters", {"lora": "lownibble.lora.variants:LORA", "dora": "lownibble.lora.dora:DORA"}
+)  # fmt: skip
 
 OPTIMIZERS = Registry(
     "optimiser",

@@ -60,6 +60,7 @@ LORA = {
     "biases": {"bias": "all", "target_modules": ["q_proj", "v_proj"]},
     "layers": {"layers_to_transform": [1]},
     "head": {"target_modules": ["lm_head", "q_proj"]},
+    "dora": {"use_dora": True, "target_modules": ["lm_head", "q_proj", "down_proj"], "bias": "lora_only"},
     "copies": {"modules_to_save": ["embed_tokens", "norm"], "target_modules": ["q_proj"]},
     "trained head": {"modules_to_save": ["lm_head"], "target_modules": ["q_proj"]},
     "both ends": {"modules_to_save": ["lm_head", "embed_tokens"], "target_modules": ["up_proj"]},

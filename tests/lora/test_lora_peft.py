@@ -27,6 +27,16 @@ CASES = {
         "alpha_pattern": {r".*\.0\.self_attn\.q_proj": 3, "down_proj": 5},
     },
     "first wins": {"target_modules": ["q_proj"], "rank_pattern": {r"layers\.0\.self_attn\.q_proj": 2, "q_proj": 3}},
+    "dora": {"use_dora": True},
+    "dora with all else": {
+        "use_dora": True,
+        "use_rslora": True,
+        "target_modules": ["q_proj", "down_proj", "lm_head"],
+        "bias": "all",
+        "rank_pattern": {"q_proj": 2},
+        "alpha_pattern": {"down_proj": 5},
+        "modules_to_save": ["norm"],
+    },
     "layers": {"target_modules": ["q_proj", "up_proj"], "layers_to_transform": [1]},
     "layers, but for a whole path": {
         "target_modules": ["model.layers.0.self_attn.q_proj", "v_proj"],
@@ -56,7 +66,7 @@ FAMILIES = {
 }
 UNLIKE_PHI = {
     "regex", "regex of some layers", "excluded by a regex", "full path", "end of a path", "patterns", "layers", "block copied",
-    "bias lora_only", "norms copied", "layers, but for a whole path",
+    "bias lora_only", "norms copied", "layers, but for a whole path", "dora with all else",
 }  # fmt: skip
 """Cases that name modules Phi does not have."""
 STEPS, RELATIVE = 10, 1e-5  # issue 2: fp32, sums in another order

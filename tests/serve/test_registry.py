@@ -223,6 +223,9 @@ def test_what_cannot_be_shared_in_a_batch_is_refused(registry, adapters, base, a
     shutil.move(adapt(base, "nf4", name="head", target_modules=["q_proj", "lm_head"])[1], adapters / "head")
     with pytest.raises(AdapterError, match=r"changes '.*lm_head.*', which is not shared .* Merge it"):
         registry().acquire("head")
+    shutil.move(adapt(base, "nf4", name="dora", use_dora=True)[1], adapters / "dora")
+    with pytest.raises(AdapterError, match=r"'dora' is DoRA, .* Merge it \(lownibble merge\) and serve the result"):
+        registry().acquire("dora")
 
 
 def test_reading_one_holds_up_nobody(registry, monkeypatch):

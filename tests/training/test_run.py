@@ -1,6 +1,7 @@
 """Runs end to end on a tiny model. Oracles: the same run again, the run not interrupted, PEFT, a mean over all tokens by hand."""
 
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -20,13 +21,14 @@ from lownibble.training.output import claim
 DATA_TEMPLATES = {"prompt_template": "review : {text} sentiment :", "completion_template": " {label}"}
 
 
-def _config(tiny_model, tiny_data, method="lora", **options):
+def _config(tiny_model, tiny_data, method="lora", lora=None, **options):
     train = {
         "max_steps": 6, "batch_size": 8, "learning_rate": 5e-3, "max_length": 32, "eval_steps": 3, "group_by_length": True
     } | options  # fmt: skip
     return RunConfig(
         model=str(tiny_model), method=method, data=DataConfig(path=str(tiny_data), **DATA_TEMPLATES),
-        lora=LoraConfig(r=4, lora_alpha=8, lora_dropout=0.1), quant=QuantConfig(block_size=32), train=TrainConfig(**train),
+        lora=LoraConfig(**{"r": 4, "lora_alpha": 8, "lora_dropout": 0.1} | (lora or {})), quant=QuantConfig(block_size=32),
+        train=TrainConfig(**train),
     )  # fmt: skip
 
 
@@ -89,6 +91,27 @@ def test_a_run_cut_and_resumed_gives_the_same_bits(tiny_model, tiny_data, tmp_pa
     assert [e["loss"] for e in resumed.record["evaluations"]] == [e["loss"] for e in whole.record["evaluations"]]
     trained = [dict(r.model.named_parameters()) for r in (whole, resumed)]
     assert all(torch.equal(trained[0][name], trained[1][name]) for name in trained[0])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+@pytest.mark.parametrize("method", ["lora", "qlora"])
+def test_dora_resumes_to_the_same_bits_and_trains_on(tiny_model, tiny_data, tmp_path, method, dropout):
+    lora, options = {"use_dora": True, "lora_dropout": dropout}, {"save_steps": 2, "gradient_checkpointing": True}
+    whole = run(_config(tiny_model, tiny_data, method, lora, output_dir=str(tmp_path / "whole"), **options))
+    plain = run(_config(tiny_model, tiny_data, method, lora))
+    assert plain.losses == whole.losses, "checkpointing changes nothing"
+    folder = tmp_path / "whole" / "checkpoints"
+    shutil.rmtree(folder / "step-000006")
+    again = _config(tiny_model, tiny_data, method, lora, output_dir=str(tmp_path / "whole"), resume=True, **options)
+    resumed = run(again)
+    trained = [dict(r.model.named_parameters()) for r in (whole, resumed)]
+    assert all(torch.equal(trained[0][name], trained[1][name]) for name in trained[0])
+    assert whole.record["saved"]["equal_after_reading_back"]
+    more = RunConfig(
+        **{**again.to_dict(), "lora": {}, "adapter": str(whole.adapter_dir), "train": {"max_steps": 1, "max_length": 32}}
+    )
+    assert run(more).record["evaluations"][0]["loss"] == pytest.approx(whole.eval_loss, rel=1e-5)
 
 
 def test_resuming_a_complete_run_keeps_what_was_measured(tiny_model, tiny_data, tmp_path):

@@ -39,6 +39,7 @@ from lownibble.exporting.weights import Tell, Weights, as_float, say_nothing
 from lownibble.lora.adapter import CONFIG_FILE, PREFIX, WEIGHTS_FILE, AdapterFile
 from lownibble.lora.provenance import METADATA_KEY, from_metadata, to_metadata
 from lownibble.lora.targets import scale_of
+from lownibble.lora.variants import LORA
 from lownibble.models import ModelSource
 
 
@@ -109,8 +110,9 @@ def write_adapter(adapter: AdapterFile, base: Any, path: Path) -> dict[str, Any]
     """
     expected = adapter.expected(base)
     adapter.check_fit(expected, set())
-    if whole := [key for key in expected if ".lora_" not in key]:
-        raise AdapterError(f"A GGUF adapter holds low-rank sums only, and '{adapter.folder}' has {whole[0]}. Merge it instead.")
+    matrices = tuple(LORA.keys.values())
+    if beyond := [key for key in expected if not key.endswith(matrices)]:
+        raise AdapterError(f"A GGUF adapter holds low-rank sums only, and '{adapter.folder}' has {beyond[0]}. Merge it instead.")
     _, architecture = _architecture(base.config)
     names = _names(base.config, architecture)
     writer = gguf.GGUFWriter(None, architecture.name)

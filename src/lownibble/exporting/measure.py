@@ -1,8 +1,8 @@
 """Fine-tuning gain retained by a merge: compare merged models with the live adapter on held-out text, before writing.
 
-The reference is the live model: the base as it was in training, with a low-rank branch on each layer. The bare base and every
-merged model are compared with it on the same tokens: KL divergence (nats per token), top-1 agreement and perplexity. The
-fine-tuning gain retained is
+The reference is the live model: the base as it was in training, with the adapter's change to each layer, in float32. The bare
+base and every merged model are compared with it on the same tokens: KL divergence (nats per token), top-1 agreement and
+perplexity. The fine-tuning gain retained is
 
     1 - KL(live || merged) / KL(live || base)
 
@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from lownibble.data import Batch, Example
 from lownibble.errors import AdapterError
-from lownibble.exporting.weights import Tell, Weights, as_float
+from lownibble.exporting.weights import Change, Tell, Weights, as_float, unchanged
 from lownibble.memory.usage import trim_heap
 from lownibble.models.head import Head, hidden_states
 from lownibble.quant import PackedWeight
@@ -109,18 +109,22 @@ def _summary(errors: Mapping[str, float]) -> dict[str, Any]:
 
 
 class _Live(Mapping[str, Tensor]):
-    """Tensors of the live model or the bare base, by the model's names; low-rank branches are added by hooks."""
+    """Tensors of the live model or the bare base, by the model's names, in float32."""
 
     def __init__(self, weights: Weights, *, adapted: bool = True) -> None:
         self.weights, self.adapted = weights, adapted
 
     def stored(self, name: str) -> Tensor | PackedWeight:
-        """The tensor as stored (packed or in its own dtype), before the cast to float32."""
+        """The tensor as stored (packed or in its own dtype), before the cast to float32 and the adapter's change."""
         return self.weights.live(self.weights.resolve(name), adapted=self.adapted)
+
+    def change(self, name: str) -> Change:
+        """What turns `stored` in float32 into what this model computes with."""
+        return self.weights.change(self.weights.resolve(name)) if self.adapted else unchanged
 
     def __getitem__(self, name: str) -> Tensor:
         trim_heap()  # return the previous tensors' freed but fragmented memory to the system
-        return as_float(self.stored(name))
+        return self.change(name)(as_float(self.stored(name)))
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.weights.names)
@@ -130,7 +134,7 @@ class _Live(Mapping[str, Tensor]):
 
 
 class _Merged(_Live):
-    """Tensors of a merged model; records each one's error from the exact sum, relative to the delta's norm."""
+    """Tensors of a merged model; records each one's error from the float32 sum, relative to the delta's norm."""
 
     def __init__(self, weights: Weights, target: str, errors: dict[str, float]) -> None:
         super().__init__(weights)
@@ -139,48 +143,28 @@ class _Merged(_Live):
     def stored(self, name: str) -> Tensor | PackedWeight:
         name = self.weights.resolve(name)
         made = self.weights.merged(name, self.target)
-        low_rank = self.weights.low_rank(name)
-        if low_rank is not None and name not in self.errors:
-            a, b, scale = low_rank
-            delta = (b @ a).mul_(scale)
-            size = float(delta.norm())
-            delta = delta.t() if name.removesuffix(".weight") in self.weights.transposed else delta
-            off = as_float(self.weights.live(name)).add_(delta)
-            del delta
+        if name in self.weights.edits and name not in self.errors:
+            off = self.weights.change(name)(as_float(self.weights.live(name)))
+            size = float((off - as_float(self.weights.live(name))).norm())
             off = off.sub_(made.dequantize(torch.float32) if isinstance(made, PackedWeight) else made)
             if size:  # a zero delta has no relative error
                 self.errors[name] = float(off.norm()) / size
         return made
+
+    def change(self, name: str) -> Change:
+        """None: it is in what is stored."""
+        return unchanged
 
 
 def _hidden(weights: Weights, batch: Batch, tensors: _Live) -> Tensor:
     """Last hidden states (B * T, H) of the model with these `tensors`."""
     model = weights.model.eval()
     attach_align_device_hook(model, execution_device=torch.device("cpu"), offload=True, weights_map=tensors)
-    branches = [] if isinstance(tensors, _Merged) or not tensors.adapted else list(_branches(weights))
     try:
         hidden_BTH = hidden_states(model, batch.input_ids, batch.attention_mask, source=batch.source)
     finally:
-        for branch in branches:
-            branch.remove()
         remove_hook_from_submodules(model)
     return hidden_BTH.flatten(0, 1)
-
-
-def _branches(weights: Weights) -> Iterator[Any]:
-    """Register on every adapted layer but the head a hook that adds its low-rank branch, as the live adapter does."""
-    head = weights.model.get_output_embeddings()
-    for path, module in weights.model.named_modules():
-        name = f"{path}.weight"
-        if module is not head and name in weights.names and weights.low_rank(name) is not None:
-
-            def add(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor, name: str = name) -> Tensor:
-                low_rank = weights.low_rank(name)
-                assert low_rank is not None
-                a, b, scale = low_rank
-                return output + ((inputs[0] @ a.t()) @ b.t()).mul_(scale)
-
-            yield module.register_forward_hook(add)
 
 
 class _HeadOf:
@@ -189,20 +173,14 @@ class _HeadOf:
     def __init__(self, weights: Weights, tensors: _Live) -> None:
         head = weights.model.get_output_embeddings()
         path = next(p for p, m in weights.model.named_modules() if m is head)
-        name = f"{path}.weight"
-        stored = tensors.stored(name)
+        stored, self.change = tensors.stored(f"{path}.weight"), tensors.change(f"{path}.weight")
         self.weight = stored.dequantize(torch.float32) if isinstance(stored, PackedWeight) else stored
-        adapted = not isinstance(tensors, _Merged) and tensors.adapted and name in weights.names
-        self.low_rank = weights.low_rank(name) if adapted else None
         self.bias = tensors[f"{path}.bias"] if head.bias is not None else None
         self.transforms = Head(weights.model).transforms
 
     def __call__(self, hidden_LH: Tensor, words: slice) -> Tensor:
         """Logits (L, S) of a vocabulary slice, float64 because sums over the vocabulary cancel."""
-        weight_SH = self.weight[words].float()
-        if self.low_rank is not None:
-            a, b, scale = self.low_rank
-            weight_SH = torch.addmm(weight_SH, b[words], a, alpha=scale)
+        weight_SH = self.change(self.weight[words].to(torch.float32, copy=True), words)
         logits = nn.functional.linear(hidden_LH, weight_SH, None if self.bias is None else self.bias[words])
         for transform, value in self.transforms:
             logits = transform(logits, value)

@@ -19,7 +19,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterable, Mapping
 from functools import cached_property
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -46,6 +46,22 @@ Tell = Callable[[str, int, int], None]
 
 def say_nothing(what: str, done: int, total: int) -> None:
     """Progress callback that does nothing."""
+
+
+ALL = slice(None)
+
+
+class Change(Protocol):
+    """A float32 weight of the base, or those `rows` of it (output features) -> the same as the adapter changes it, maybe in
+    place."""
+
+    def __call__(self, weight: Tensor, rows: slice = ALL) -> Tensor:
+        """Apply the change."""
+
+
+def unchanged(weight: Tensor, rows: slice = ALL) -> Tensor:
+    """The `Change` that does nothing."""
+    return weight
 
 
 class Edit(NamedTuple):
@@ -260,7 +276,7 @@ class Weights:
             assert self.quant is not None
             rows = tensor.t().contiguous() if path in self.transposed else tensor
             if name in self.edits and self.took_out:
-                _, (start_A, start_B) = parted(**self._stored_parameters(name))
+                _, (start_A, start_B) = parted(**self._parameters(name))
                 rows = without(rows.float(), start_A, start_B, self.edits[name].scale)
             return self._as_stored(path, quantize(rows, self.quant.for_layer(path), name=name))
         return tensor
@@ -270,23 +286,16 @@ class Weights:
         return weight.dequantize(torch.float32).t().contiguous() if path in self.transposed else weight
 
     def _base(self, name: str, codec: bool = True) -> Tensor | PackedWeight:
-        """The weight that low-rank sums are added to: the adapter's tensor if it replaces the base's, else the base's."""
+        """The weight that an edit changes: the adapter's tensor if it replaces the base's, else the base's."""
         if name in self.replaced:
             assert self.adapter is not None
             return self.adapter.read(self.replaced[name])
         return self.trained_on(name, codec)
 
     def live(self, name: str, *, adapted: bool = True) -> Tensor | PackedWeight:
-        """What the live model computes with at `name`, without the low-rank sum; the base's if not `adapted`."""
+        """What the live model computes with at `name`, before the adapter's `change`; the base's if not `adapted`."""
         fits = name not in self.replaced or self.tensors.facts(self.names[name])[1] == self.shape(name)
         return self._base(name) if adapted or not fits else self.trained_on(name)
-
-    def low_rank(self, name: str) -> tuple[Tensor, Tensor, float] | None:
-        """A (r, in), B (out, r) and scale at `name`, or None."""
-        if self.adapter is None or name not in self.edits:
-            return None
-        read = self._parameters(name)
-        return read["lora_A"], read["lora_B"], self.edits[name].scale
 
     @property
     def took_out(self) -> bool:
@@ -294,18 +303,27 @@ class Weights:
         facts = (self.adapter.trained_on if self.adapter else None) or {}
         return bool(facts.get("changed_base")) and bool(facts.get("quant")) and self.quant is not None
 
-    def _parameters(self, name: str, codec: bool = True) -> dict[str, Tensor]:
-        """The adapter's parameters at `name`, in float32, by the variant's parameter names: what is added to the base as packed
-        in training (with `codec`), or to the dense one."""
-        read = self._stored_parameters(name)
-        if not (codec and self.took_out):
-            return read
-        (lora_A, lora_B), _ = parted(**read)
-        return {"lora_A": lora_A, "lora_B": lora_B}
-
-    def _stored_parameters(self, name: str) -> dict[str, Tensor]:
+    def _parameters(self, name: str) -> dict[str, Tensor]:
+        """The adapter's parameters at `name`, in float32, by the variant's parameter names."""
         assert self.adapter is not None
         return {own: self.adapter.read(key).float() for own, key in self.edits[name].keys.items()}
+
+    def change(self, name: str, codec: bool = True) -> Change:
+        """The adapter's change at `name`, which may do nothing; reads the adapter's parameters once. Of the base as it was in
+        training, or, without `codec`, of the dense one."""
+        if self.adapter is None or name not in self.edits:
+            return unchanged
+        edit, turned = self.edits[name], name.removesuffix(".weight") in self.transposed
+        read = self._parameters(name)
+        if codec and self.took_out:
+            read["lora_A"], read["lora_B"] = parted(read["lora_A"], read["lora_B"])[0]
+
+        def change(weight: Tensor, rows: slice = ALL) -> Tensor:
+            some = {own: value if own == "lora_A" else value[rows] for own, value in read.items()}
+            total = self.variant.merge(weight.t() if turned else weight, some, edit.scale)
+            return total.t() if turned else total
+
+        return change
 
     def merged(self, name: str, onto: str) -> Tensor | PackedWeight:
         """The merged model's tensor as written: in its final dtype, or packed for 'nf4'.
@@ -318,12 +336,7 @@ class Weights:
         packs = self._packs(name, onto)
         if not edited and packs == isinstance(base, PackedWeight):
             return base if isinstance(base, PackedWeight) else self._cast(base, name)
-        total = as_float(base)
-        if edited:
-            turned = name.removesuffix(".weight") in self.transposed
-            parameters = self._parameters(name, codec)
-            total = self.variant.merge(total.t() if turned else total, parameters, self.edits[name].scale)
-            total = total.t() if turned else total
+        total = self.change(name, codec)(as_float(base))
         if packs:
             how = self.new_quant.for_layer(name.removesuffix(".weight"))
             return quantize(total, how, name=name).with_dtype(self.kept_dtype(name))

@@ -50,7 +50,7 @@ _INERT: dict[str, Any] = {
     "inference_mode": ..., "layer_replication": None, "loftq_config": ..., "lora_bias": False,
     "megatron_config": None, "megatron_core": ..., "peft_type": "LORA", "peft_version": ..., "qalora_group_size": ...,
     "revision": ..., "runtime_config": ..., "target_parameters": None, "task_type": ..., "trainable_token_indices": None,
-    "use_dora": False, "use_qalora": False, "use_rslora": ..., "use_bdlora": None,
+    "use_qalora": False, "use_rslora": ..., "use_bdlora": None,
 }  # fmt: skip
 """PEFT options that Lownibble has no counterpart for -> the value that means 'off' (`...`: no effect on the weights)."""
 

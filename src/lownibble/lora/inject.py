@@ -197,10 +197,16 @@ def _adapt(
         adapter = layer.add(name, r, alpha, config.lora_dropout, config.use_rslora, variant_of(config))
         start = Start(path, partial(_dense_weight, model, path, layer), _packed(layer), moments, generator)
         changed = init(adapter, start)
+        if changed is not None and not adapter.variant.plain:
+            raise TargetError(
+                f"init_lora_weights={config.init_lora_weights!r} changes the base, which goes with plain LoRA only. Leave "
+                "use_dora out, or start with init_lora_weights=True."
+            )
         if changed is not None:
             _replace_base(model, path, layer, changed, config)
-            adapter.keep_start()
+            adapter.keep_start(adapter.lora_A, adapter.lora_B)
             info(model).changed_base = str(config.init_lora_weights)
+        adapter.variant.start(layer.base, adapter)
         replace_module(model, path, layer.train(module.training))
 
     dense = not any(isinstance(getattr(module, "base", module), QuantLinear) for module in planned.targets.values())
@@ -253,11 +259,11 @@ def take_out(model: nn.Module, name: str, starts: Mapping[str, tuple[Tensor, Ten
         remove_adapter(model, name)
         raise
     for path, packed in made.items():
-        layer, device = layers[path], layers[path].base.weight.device
+        layer = layers[path]
         if packed is not None:
             layer.base = QuantLinear(packed, layer.base.bias, compute=str(layer.base.compute))
             layer.changed_base = True
-        layer.adapter(name).start = (starts[path][0].to(device), starts[path][1].to(device))
+        layer.adapter(name).keep_start(*starts[path])
     state.changed_base = before or init
 
 

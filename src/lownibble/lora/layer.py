@@ -22,26 +22,36 @@ class LowRank(nn.Module):
 
     lora_A: nn.Parameter  # noqa: N815 - PEFT's names
     lora_B: nn.Parameter  # noqa: N815
+    magnitude: nn.Parameter  # DoRA's, as `row_squares`
+    row_squares: Tensor
+    start_A: Tensor  # noqa: N815
+    start_B: Tensor  # noqa: N815
 
     def __init__(
         self, variant: Variant, in_features: int, out_features: int, r: int, scale: float, dropout: float, device: torch.device
     ) -> None:
         super().__init__()
         self.variant, self.r, self.scale, self.dropout = variant, r, scale, dropout
-        self.start: tuple[Tensor, Tensor] | None = None
         for name, shape in variant.shapes(in_features, out_features, r).items():
             self.register_parameter(name, nn.Parameter(torch.zeros(shape, device=device)))
 
-    def keep_start(self) -> None:
-        """Remember A and B as they are: what the initialisation took out of the base."""
-        self.start = (self.lora_A.detach().clone(), self.lora_B.detach().clone())
+    def keep_start(self, lora_A: Tensor, lora_B: Tensor) -> None:
+        """Keep copies of A and B at the start, which the initialisation took out of the base."""
+        device = self.lora_A.device
+        self.register_buffer("start_A", lora_A.detach().to(device, copy=True), persistent=False)
+        self.register_buffer("start_B", lora_B.detach().to(device, copy=True), persistent=False)
+
+    @property
+    def start(self) -> tuple[Tensor, Tensor] | None:
+        """A and B at the start, if they were taken out of the base."""
+        return (self.start_A, self.start_B) if "start_A" in self._buffers else None
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> LowRank:
-        # Master weights stay float32 when the model is cast; moves between devices pass through.
+        # Master weights and norms stay float32 when the model is cast; moves between devices pass through.
         for parameter in self.parameters(recurse=False):
             parameter.data = parameter.data.to(fn(parameter.data).device)
-        if self.start is not None:
-            self.start = (self.start[0].to(self.lora_A.device), self.start[1].to(self.lora_B.device))
+        for name, buffer in self.named_buffers(recurse=False):
+            self._buffers[name] = buffer.to(fn(buffer).device)
         return self
 
     def extra_repr(self) -> str:

@@ -32,6 +32,29 @@ def _keep_mask(x: Tensor, p: float, seed: int) -> Tensor:
     return torch.empty_like(x).bernoulli_(1 - p, generator=generator).div_(1 - p)
 
 
+@torch.library.custom_op("lownibble::dropped", mutates_args=())
+def dropped(x: Tensor, p: float, seed: Tensor) -> Tensor:
+    """dropout(x) by the mask of `seed`, () int64; saves no mask for backward."""
+    return x * _keep_mask(x, p, int(seed))
+
+
+@dropped.register_fake
+def _(x, p, seed):  # type: ignore[no-untyped-def]
+    return torch.empty_like(x)
+
+
+def _save_seed(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    _, ctx.p, seed = inputs
+    ctx.save_for_backward(seed)
+
+
+def _drop_gradient(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
+    return dropped(dy, ctx.p, *ctx.saved_tensors), None, None
+
+
+dropped.register_autograd(_drop_gradient, setup_context=_save_seed)
+
+
 def _input_gradient(dy: Tensor, weight: Tensor | PackedWeight, epilogue: Epilogue, code_type: torch.dtype | None) -> Tensor:
     """dy W, (T, K), plus `epilogue`."""
     low, factor = epilogue.low, epilogue.factor

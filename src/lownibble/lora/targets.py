@@ -107,9 +107,10 @@ def _check_patterns(config: LoraConfig, targets: list[str], of_file: bool) -> No
                 raise TargetError(f"{option} {key!r} matches no targeted module. Targets: {', '.join(targets[:4])}, ...")
 
 
-def parameter_shapes(n_in: int, n_out: int, r: int) -> dict[str, tuple[int, ...]]:
-    """Name -> shape of the parameters that LoRA adds to a layer."""
-    return {"lora_A": (r, n_in), "lora_B": (n_out, r)}
+def parameter_shapes(n_in: int, n_out: int, r: int, use_dora: bool = False) -> dict[str, tuple[int, ...]]:
+    """Name -> shape of the parameters that LoRA or DoRA adds to a layer."""
+    magnitude = {"magnitude": (n_out,)} if use_dora else {}
+    return {"lora_A": (r, n_in), "lora_B": (n_out, r), **magnitude}
 
 
 def scaling(r: int, alpha: float, use_rslora: bool) -> float:

@@ -3,7 +3,7 @@
 A variant defines the parameters an adapter adds to a layer, the layer's forward pass, the merged weight, and the parameters' keys
 in PEFT's files. `LowRank` (layer.py) holds the parameters, an initialisation (init.py) sets them, and training, evaluation,
 adapter files and merging call the variant. Batched decoding and serving apply the low-rank branches of many adapters in one
-operation, so they support only `plain` variants.
+operation, so they support only `plain` variants. DoRA is in `dora.py`.
 
 Sources: LoRA, Hu et al. 2021 (arXiv:2106.09685); the file keys are PEFT's.
 """
@@ -42,6 +42,9 @@ class Variant(ABC):
     def shapes(self, n_in: int, n_out: int, r: int) -> dict[str, tuple[int, ...]]:
         """Name -> shape of each parameter of a layer's adapter; all are float32."""
 
+    def start(self, base: nn.Linear | QuantLinear, adapter: LowRank) -> None:  # noqa: B027 - optional
+        """Set what follows from the base and the initialised matrices; called once, when the layer has its final base."""
+
     @abstractmethod
     def forward(self, base: nn.Linear | QuantLinear, adapter: LowRank, x: Tensor, dropout: float) -> Tensor:
         """x (..., in) -> (..., out) in x's dtype, `base` frozen. Backward computes the gradients of x and the parameters."""
@@ -49,6 +52,27 @@ class Variant(ABC):
     @abstractmethod
     def merge(self, weight: Tensor, parameters: Mapping[str, Tensor], scale: float) -> Tensor:
         """The merged weight (out, in), float32, of an equivalent plain linear layer; may be `weight` changed in place."""
+
+
+def low_rank_sum(
+    base: nn.Linear | QuantLinear, adapter: LowRank, x: Tensor, bias: Tensor | None, dropout: float
+) -> Tensor:  # fmt: skip
+    """x W^T + bias + scale (dropout(x) A^T) B^T, (T, out) or, compiled, (..., out)."""
+    lora_A, lora_B, scale = adapter.lora_A, adapter.lora_B, adapter.scale
+    code_type = base.code_type if isinstance(base, QuantLinear) else None
+    seed = torch.randint(2**62, ()) if dropout else None
+    y: Tensor
+    if torch.compiler.is_compiling():
+        weight, spec = (base.flat, base.spec) if isinstance(base, QuantLinear) else ([matrix(base)], "")
+        rows_8bit = eightbit.rows_of(x, code_type)
+        y, _ = lora_matmul(x, weight, spec, bias, lora_A, lora_B, scale, dropout, seed, rows_8bit)
+        return y
+    frozen = base.weight if isinstance(base, QuantLinear) else matrix(base)
+    rows = None if code_type is None else eightbit.shared_rows(x, code_type)
+    y = LoraMatmul.apply(
+        x.reshape(-1, x.shape[-1]), frozen, bias, lora_A, lora_B, scale, dropout, 0 if seed is None else int(seed), rows,
+    )  # fmt: skip
+    return y
 
 
 class _LoRA(Variant):
@@ -61,25 +85,10 @@ class _LoRA(Variant):
         return parameter_shapes(n_in, n_out, r)
 
     def forward(self, base: nn.Linear | QuantLinear, adapter: LowRank, x: Tensor, dropout: float) -> Tensor:
-        lora_A, lora_B, scale = adapter.lora_A, adapter.lora_B, adapter.scale
         if not torch.is_grad_enabled() and dropout == 0:
-            low = x @ lora_A.to(x.dtype).t()
-            return (low @ lora_B.to(x.dtype).t()).mul_(scale).add_(base(x))
-        code_type = base.code_type if isinstance(base, QuantLinear) else None
-        seed = torch.randint(2**62, ()) if dropout else None
-        y: Tensor
-        if torch.compiler.is_compiling():
-            weight, spec = (base.flat, base.spec) if isinstance(base, QuantLinear) else ([matrix(base)], "")
-            rows_8bit = eightbit.rows_of(x, code_type)
-            y, _ = lora_matmul(x, weight, spec, base.bias, lora_A, lora_B, scale, dropout, seed, rows_8bit)
-            return y
-        frozen = base.weight if isinstance(base, QuantLinear) else matrix(base)
-        rows = None if code_type is None else eightbit.shared_rows(x, code_type)
-        y = LoraMatmul.apply(
-            x.reshape(-1, x.shape[-1]), frozen, base.bias, lora_A, lora_B, scale, dropout,
-            0 if seed is None else int(seed), rows,
-        )  # fmt: skip
-        return y.view(*x.shape[:-1], -1)
+            low = x @ adapter.lora_A.to(x.dtype).t()
+            return (low @ adapter.lora_B.to(x.dtype).t()).mul_(adapter.scale).add_(base(x))
+        return low_rank_sum(base, adapter, x, base.bias, dropout).view(*x.shape[:-1], -1)
 
     def merge(self, weight: Tensor, parameters: Mapping[str, Tensor], scale: float) -> Tensor:
         return weight.addmm_(parameters["lora_B"], parameters["lora_A"], alpha=scale)
@@ -90,5 +99,5 @@ LORA = _LoRA()
 
 def variant_of(config: LoraConfig) -> Variant:
     """The variant of an adapter's configuration."""
-    found: Variant = VARIANTS["lora"]  # the only one so far; PEFT's use_dora and similar options are rejected in adapter.py
+    found: Variant = VARIANTS["dora" if config.use_dora else "lora"]
     return found

@@ -167,7 +167,8 @@ def _runtime(device: Device, size: int) -> Runtime:
 
 def _ranks(shape: ModelShape, lora: LoraConfig) -> dict[str, int]:
     """Path of each adapted linear -> its rank."""
-    for option, value, off in (("bias", lora.bias, "none"), ("modules_to_save", lora.modules_to_save, [])):
+    unknown = ("bias", lora.bias, "none"), ("modules_to_save", lora.modules_to_save, []), ("use_dora", lora.use_dora, False)
+    for option, value, off in unknown:
         if value != off:
             raise ConfigError(f"The planner does not know '{option}'. Got {value!r}. Leave it out to plan without.")
     linears = [path for path, _ in paths(shape)]

@@ -33,6 +33,7 @@ from lownibble.kernels.decoder import PROJECTIONS, Adapter, LowRank
 from lownibble.lora.adapter import CONFIG_FILE, PREFIX, WEIGHTS_FILE, AdapterFile
 from lownibble.lora.provenance import base_facts, other_codec, other_weights
 from lownibble.lora.targets import scale_of
+from lownibble.lora.variants import variant_of
 
 _log = logging.getLogger(__name__)
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
@@ -300,6 +301,11 @@ class Registry:
         """Read and validate an adapter, before anything is evicted for it."""
         assert self.folder is not None
         file = AdapterFile(self.folder / name)
+        if not variant_of(file.config).plain:
+            raise AdapterError(
+                f"Adapter '{name}' is DoRA, which scales the base's weights too, so requests cannot share them. Merge it "
+                "(lownibble merge) and serve the result."
+            )
         _check_patterns(name, file.config)
         facts = file.trained_on
         if facts is not None and not self.any_base and (different := other_weights(facts, self._facts)):
