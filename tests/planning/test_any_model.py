@@ -30,7 +30,9 @@ def folder(tmp_path):
     return _folder
 
 
-@pytest.mark.parametrize("options", [{}, {"gradient_checkpointing": True}, {"target_modules": ["q_proj", "v_proj"]}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{}, {"gradient_checkpointing": True}, {"target_modules": ["q_proj", "v_proj"]}, {"use_dora": True}], ids=str
+)
 @pytest.mark.parametrize("model_type", ["llama", "qwen3"])
 def test_a_traced_plan_is_that_of_the_family(folder, monkeypatch, model_type, options):
     known = any_model.plan(str(folder(model_type)), exact=True, **SMALL, **options)

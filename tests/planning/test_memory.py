@@ -108,6 +108,19 @@ def test_targets_that_match_nothing_are_named():
 def test_what_a_plan_does_not_know_is_refused():
     with pytest.raises(ConfigError, match="does not know 'bias'"):
         _ranks(read_shape(CONFIG.to_dict()), LoraConfig(bias="all"))
+    with pytest.raises(ConfigError, match=r"does not know use_dora with lora_dropout\. Got 0\.1\. Leave it out"):
+        _ranks(read_shape(CONFIG.to_dict()), LoraConfig(use_dora=True, lora_dropout=0.1))
+    with pytest.raises(ConfigError, match="does not know use_dora with an adapted lm_head"):
+        _ranks(read_shape(CONFIG.to_dict()), LoraConfig(use_dora=True, target_modules=["lm_head"]))
+
+
+def test_dora_adds_a_magnitude_and_a_norm_a_row():
+    lora, dora = (plan_of(lora=LoraConfig(use_dora=on)) for on in (False, True))
+    rows = sum(linear.out_features for _, linear in paths(models.find_shape("llama-2-7b")))
+    assert dora.trained_parameters - lora.trained_parameters == rows
+    assert dora.kinds["weights"] - lora.kinds["weights"] == pytest.approx(4 * rows, abs=512 * 300)
+    assert dora.kinds["optimizer"] - lora.kinds["optimizer"] == 8 * rows
+    assert dora.kinds["activations"] > lora.kinds["activations"]
 
 
 def plan_of(model="llama-2-7b", gpu="rtx-4090", method="qlora", lora=None, **train):

@@ -30,6 +30,9 @@ MORE = {
     "gemma3_text": {"layer_types": ["full_attention"] * 3}, "mistral": {"sliding_window": None},
 }  # fmt: skip
 EXACT = ("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma3_text", "phi", "phi3")
+DORA = {"dora": "lora", "qdora": "qlora"}
+"""Methods of these tests with DoRA's adapters -> the method."""
+
 TOLERANCE = 0.005
 """Of the highest bytes; what is left are scalars and the sums of a reduction's threads."""
 
@@ -45,12 +48,12 @@ def model_of(config, method, attention="sdpa"):
 
 
 def as_trained(model, method):
-    if method == "qlora":
+    if DORA.get(method, method) == "qlora":
         for path in quantizable(model, QuantConfig()):
             parent, _, name = path.rpartition(".")
             owner = model.get_submodule(parent)
             setattr(owner, name, QuantLinear.from_linear(getattr(owner, name)))
-    return model if method == "full" else add_lora(model, LoraConfig())
+    return model if method == "full" else add_lora(model, LoraConfig(use_dora=method in DORA))
 
 
 def checkpoint(model):
@@ -96,7 +99,7 @@ def peak_of_events(profiler):
 
 def packed(shape, method):
     """Bytes of codes and constants of each linear, and which have products that decode inside the kernel; for qlora."""
-    if method != "qlora":
+    if DORA.get(method, method) != "qlora":
         return {}, ()
     found = packed_layers(shape, QuantConfig())
     return found, set(found)
@@ -107,7 +110,7 @@ def planned(shape, method, batch, passes, checkpointing):
     run = Runtime(4, fused=True, kernel_attention=True, decode_buffers=1)
     tape = run_step(
         shape,
-        Method(method == "full", *packed(shape, method), ranks),
+        Method(method == "full", *packed(shape, method), ranks, dora=method in DORA),
         run,
         batch,
         checkpointing=checkpointing,
@@ -122,7 +125,9 @@ def planned(shape, method, batch, passes, checkpointing):
 
 
 @needs_kernel
-@pytest.mark.parametrize(("model_type", "method", "checkpointing"), pairwise(EXACT, ["full", "lora", "qlora"], [False, True]))
+@pytest.mark.parametrize(
+    ("model_type", "method", "checkpointing"), pairwise(EXACT, ["full", "lora", "qlora", *DORA], [False, True])
+)
 def test_equals_the_real_step(model_type, method, checkpointing):
     config = AutoConfig.for_model(model_type, **{**SIZES, **MORE.get(model_type, {})})
     model, batch = model_of(config, method), Batch(2, 64, 100)

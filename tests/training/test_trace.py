@@ -26,8 +26,11 @@ def config_of(model_type):
     return AutoConfig.for_model(model_type, **SIZES).to_dict()
 
 
-def trace(config, method, batch, checkpointing=False, **options):
-    return trace_step(config, method, CPU, batch, quant=QuantConfig(), lora=LoraConfig(), checkpointing=checkpointing, **options)
+def trace(config, method, batch, checkpointing=False, *, use_dora=False, quant=None, **options):
+    lora = LoraConfig(use_dora=use_dora)
+    return trace_step(
+        config, method, CPU, batch, quant=quant or QuantConfig(), lora=lora, checkpointing=checkpointing, **options
+    )  # fmt: skip
 
 
 def peak(tape):
@@ -40,9 +43,13 @@ def peak(tape):
 
 
 @pytest.mark.parametrize("checkpointing", [False, True], ids=["", "checkpointing"])
-@pytest.mark.parametrize("method", ["full", "lora", "qlora"])
-def test_fake_tensors_give_the_bytes_of_real_ones(method, checkpointing):
-    tapes = [trace(config_of("llama"), method, Batch(2, 24, 40), checkpointing, fake=fake) for fake in (True, False)]
+@pytest.mark.parametrize(
+    ("method", "use_dora"), [("full", False), ("lora", False), ("qlora", False), ("lora", True), ("qlora", True)]
+)
+def test_fake_tensors_give_the_bytes_of_real_ones(method, use_dora, checkpointing):
+    tapes = [
+        trace(config_of("llama"), method, Batch(2, 24, 40), checkpointing, use_dora=use_dora, fake=fake) for fake in (True, False)
+    ]
     assert peak(tapes[0]) == peak(tapes[1])
     assert [used for _, _, used in tapes[0].marks] == [used for _, _, used in tapes[1].marks]
 
@@ -58,6 +65,19 @@ def test_the_planners_tape_is_within_half_a_percent(model_type, method, checkpoi
     packed = packed_layers(shape, QuantConfig()) if method == "qlora" else {}
     planned = run_step(shape, Method(method == "full", packed, set(packed), ranks), CPU, batch, checkpointing=checkpointing)
     assert peak(planned) == pytest.approx(peak(trace(config, method, batch, checkpointing)), rel=0.005)
+
+
+@pytest.mark.parametrize(("method", "quant_type"), [("lora", "nf4"), ("qlora", "nf4"), ("qlora", "int8")])
+@pytest.mark.parametrize(("model_type", "checkpointing"), [("llama", False), ("qwen2", True)])
+def test_doras_bytes_are_within_half_a_percent(model_type, checkpointing, method, quant_type):
+    config, quant, batch = config_of(model_type), QuantConfig(quant_type=quant_type, block_size=32), Batch(4, 32, 20)
+    shape = read_shape(config)
+    ranks = {f"model.layers.{i}.{linear.name}": 16 for i in range(3) for linear in shape.linears}
+    packed = packed_layers(shape, quant) if method == "qlora" else {}
+    ways = Method(False, packed, set(packed) if quant_type == "nf4" else (), ranks, dora=True)
+    planned = run_step(shape, ways, CPU, batch, checkpointing=checkpointing)
+    traced = trace(config, method, batch, checkpointing, use_dora=True, quant=quant)
+    assert peak(planned) == pytest.approx(peak(traced), rel=0.005)
 
 
 def test_kinds_are_those_of_the_planner():

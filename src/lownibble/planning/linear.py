@@ -1,4 +1,4 @@
-"""Linear layers on a `Tape`: dense, frozen packed (`quant/linear.py`), and with an adapter (`lora/product.py`)."""
+"""Linear layers on a `Tape`: dense, frozen packed (`quant/linear.py`), with an adapter (`lora/product.py`, `lora/dora.py`)."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from lownibble.arch import Linear
+from lownibble.planning import operations as op
 from lownibble.planning.tape import FLOAT32, Tape, Value
 
 SMALLEST_CHUNK, CHUNK_SHARE = 64 << 20, 128
@@ -53,6 +54,7 @@ class Method:
         packed: path of each packed linear -> bytes of its codes, then of each of its constants; other linears are dense.
         fused: paths of those whose codec has a matmul kernel that dequantises internally.
         ranks: path of a linear -> rank of its adapter; absent: none. adapter_itemsize: bytes per element of its matrices.
+        dora: the adapters are DoRA's.
     """
 
     full: bool = False
@@ -60,6 +62,7 @@ class Method:
     fused: Collection[str] = ()
     ranks: Mapping[str, int] = field(default_factory=dict)
     adapter_itemsize: int = FLOAT32
+    dora: bool = False
 
 
 class SharedBuffers:
@@ -95,14 +98,20 @@ class LinearOnTape:
         self.bias = tape.parameter(self.n_out, run.itemsize, "weights", method.full) if linear.bias else None
         self.of_adapter, of_adapter = method.adapter_itemsize, method.adapter_itemsize
         self.adapter = [tape.parameter(self.r * n, of_adapter, "adapters", True) for n in (self.n_in, self.n_out) if self.r]
+        self.magnitude: Value | None = None
+        if self.r and method.dora:
+            self.magnitude = tape.parameter(self.n_out, of_adapter, "adapters", True)
+            self.row_squares = tape.parameter(self.n_out, FLOAT32, "weights")
 
     @property
     def parameters(self) -> list[Value]:
         """All parameters: weight, bias and adapter."""
-        return [*self.parts, *[self.bias] * (self.bias is not None), *self.adapter]  # type: ignore[list-item]
+        return [each for each in (*self.parts, self.bias, *self.adapter, self.magnitude) if each is not None]
 
     def __call__(self, x: Value) -> Value:
         """Forward pass."""
+        if self.magnitude is not None:
+            return self._rescaled(x, self.magnitude)
         if self.r:
             return self._adapted(x)
         return self._frozen(x) if self.packed else self._dense(x)
@@ -170,3 +179,32 @@ class LinearOnTape:
 
         tape.record([out], [x, A, B], [x, low], backward)
         return out
+
+    def _rescaled(self, x: Value, magnitude: Value) -> Value:
+        """DoRA: the norm of each row, then LoRA's product, scaled in place."""
+        tape, norm = self.tape, self._norm()
+        z = self._adapted(x)
+        gain = tape.like(norm)
+        y = z.view()
+
+        def backward(grads: list[Value | None], saved: list[Value]) -> Sequence[Value | None]:
+            y, gain = saved
+            dz, divisor, total = tape.like(y), tape.like(gain), tape.like(gain)
+            dmagnitude = tape.like(total)
+            del divisor, total
+            return [dz, dmagnitude]
+
+        tape.record([y], [z, magnitude], [y, gain], backward)
+        return y
+
+    def _norm(self) -> Value:
+        tape, (A, B) = self.tape, self.adapter
+        cast = tape.new(A.n, self.run.itemsize) if self.run.itemsize != self.of_adapter else None
+        product = self._product(self.r, self.n_out, 0)
+        del cast
+        product = op.cast(tape, product, FLOAT32)
+        square, inner = tape.new(self.r * self.r), tape.like(B)
+        del product, square
+        norm = tape.new(self.n_out)
+        del inner
+        return norm

@@ -131,11 +131,11 @@ def plan_memory(
     of_adapter = ITEMSIZE[adapter_dtype]
     if step is not None and of_adapter != FLOAT32:
         raise ConfigError(f"A traced step is Lownibble's, whose adapters are in float32. Got adapter_dtype '{adapter_dtype}'.")
-    trained = list(_trained(shape, method, ranks, size, of_adapter))
+    trained = list(_trained(shape, method, ranks, size, of_adapter, lora.use_dora))
     if step is None:
         packed = packed_layers(shape, quant) if method == "qlora" else {}
         fused = {path for path in packed if quant.for_layer(path).quant_type in FUSED}
-        ways = Method(method == "full", packed, fused, ranks, of_adapter)
+        ways = Method(method == "full", packed, fused, ranks, of_adapter, lora.use_dora)
         tape = run_step(shape, ways, run, batch, checkpointing=train.gradient_checkpointing, passes=passes)
     else:
         tape = step(method, run, batch, train.gradient_checkpointing, passes)
@@ -167,8 +167,7 @@ def _runtime(device: Device, size: int) -> Runtime:
 
 def _ranks(shape: ModelShape, lora: LoraConfig) -> dict[str, int]:
     """Path of each adapted linear -> its rank."""
-    unknown = ("bias", lora.bias, "none"), ("modules_to_save", lora.modules_to_save, []), ("use_dora", lora.use_dora, False)
-    for option, value, off in unknown:
+    for option, value, off in (("bias", lora.bias, "none"), ("modules_to_save", lora.modules_to_save, [])):
         if value != off:
             raise ConfigError(f"The planner does not know '{option}'. Got {value!r}. Leave it out to plan without.")
     linears = [path for path, _ in paths(shape)]
@@ -176,6 +175,9 @@ def _ranks(shape: ModelShape, lora: LoraConfig) -> dict[str, int]:
         matched = targets.match_targets([*linears, "lm_head"], lora, head="lm_head")
     except TargetError as error:
         raise TargetError(f"'{shape.name}': {error}") from None
+    if lora.use_dora and (lora.lora_dropout or "lm_head" in matched):
+        what = f"lora_dropout. Got {lora.lora_dropout}" if lora.lora_dropout else "an adapted lm_head"
+        raise ConfigError(f"The planner does not know use_dora with {what}. Leave it out to plan without.")
     return {path: targets.rank_of(path, lora) for path in matched}
 
 
@@ -192,7 +194,7 @@ def packed_layers(shape: ModelShape, quant: QuantConfig) -> dict[str, list[int]]
 
 
 def _trained(
-    shape: ModelShape, method: MethodName, ranks: Mapping[str, int], size: int, of_adapter: int
+    shape: ModelShape, method: MethodName, ranks: Mapping[str, int], size: int, of_adapter: int, use_dora: bool
 ) -> Iterator[tuple[int, int]]:  # fmt: skip
     """(elements, bytes per element) of every trained parameter."""
     if shape.counts is not None:
@@ -208,7 +210,7 @@ def _trained(
     adapted = {path: (linear.in_features, linear.out_features) for path, linear in paths(shape) if path in ranks}
     adapted |= {"lm_head": (shape.hidden, shape.vocab)} if "lm_head" in ranks else {}
     for path, (n_in, n_out) in adapted.items():
-        for parameter in targets.parameter_shapes(n_in, n_out, ranks[path]).values():
+        for parameter in targets.parameter_shapes(n_in, n_out, ranks[path], use_dora).values():
             yield math.prod(parameter), of_adapter
 
 
