@@ -9,7 +9,7 @@ Columns whose inputs are strongest come first, as they have the most others to m
 fixed beforehand, of neighbouring columns, whatever the order ("static groups"): the packed weight then needs no order of its own,
 and double-quantised scales, which depend on all groups, are known.
 
-Any codec that has a grid can be the target (`quant/packed.py`).
+Any codec that has a grid can be the target (`quant/grid.py`).
 """
 
 from __future__ import annotations
@@ -20,6 +20,9 @@ import torch
 from torch import Tensor
 
 from lownibble.calibration.moments import Moments
+from lownibble.config import QuantConfig
+from lownibble.quant import PackedWeight, quantize
+from lownibble.quant.grid import Grid as Rounded
 
 BLOCK = 128
 """Columns that are rounded before the rest is updated."""
@@ -30,6 +33,17 @@ class Grid(Protocol):
 
     def round(self, values_N: Tensor, column: int) -> Tensor:
         """The nearest values in a column (N,) float32, which are remembered."""
+
+
+def pack(weight_NK: Tensor, moments: Moments, config: QuantConfig, *, name: str = "tensor") -> PackedWeight:
+    """Pack a weight (N, K) with `config`'s codec and scales, and codes by GPTQ.
+
+    Raises:
+        QuantizationError: as `quantize`; the codec has no grid, or the moments cannot be factored.
+    """
+    grid = Rounded(quantize(weight_NK, config, name=name, statistics=moments.diagonal))
+    gptq(weight_NK.float(), moments, grid)
+    return grid.packed()
 
 
 def gptq(weight_NK: Tensor, moments: Moments, grid: Grid) -> None:

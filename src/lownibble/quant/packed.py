@@ -22,10 +22,11 @@ import torch
 from torch import Tensor
 
 from lownibble.config import QuantConfig
-from lownibble.errors import ModelError
+from lownibble.errors import ModelError, QuantizationError
 from lownibble.kernels import decoded
 from lownibble.kernels.types import NO_EPILOGUE, Epilogue, FourBit
 from lownibble.quant import layouts
+from lownibble.quant.grid import Steps
 from lownibble.quant.layouts import Layout, TensorSpec
 from lownibble.registry import CODECS
 
@@ -97,6 +98,20 @@ class PackedWeight(ABC):
     def matvec(self, x_TK: Tensor) -> Tensor:
         """`x_TK @ W.T` for a few rows, (T, N) in x's dtype; no gradient."""
         return self.matmul(x_TK)
+
+    def steps(self) -> Steps:
+        """The values that this weight can take with its scales as they are.
+
+        Raises:
+            QuantizationError: the codec does not say (see `grid.py`).
+        """
+        raise QuantizationError(
+            f"The codec '{self.facts()['quant_type']}' has no grid to round to. Take another quant_type, or --method rtn."
+        )
+
+    def with_codes(self, codes_NK: Tensor) -> PackedWeight:
+        """The weight with these codes (N, K), uint8 each, and the same scales; for codecs with `steps`."""
+        raise NotImplementedError
 
     def with_dtype(self, dtype: torch.dtype) -> PackedWeight:
         """The same weight with another default dtype."""

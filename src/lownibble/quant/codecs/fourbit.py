@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, ClassVar
 
@@ -23,8 +23,9 @@ from lownibble.config import QuantConfig
 from lownibble.errors import ModelError
 from lownibble.kernels import ops
 from lownibble.kernels.types import NO_EPILOGUE, Epilogue, FourBit, Nested
-from lownibble.quant import layouts, nested
+from lownibble.quant import bits, layouts, nested
 from lownibble.quant.codebook import codebook, dynamic8
+from lownibble.quant.grid import Steps
 from lownibble.quant.layouts import NESTED_BLOCK_SIZE, Layout, TensorSpec
 from lownibble.quant.packed import Codec, PackedWeight, dtype_name
 
@@ -92,6 +93,17 @@ class FourBitWeight(PackedWeight):
     def matmul(self, x_TC: Tensor, *, transposed: bool = False, epilogue: Epilogue = NO_EPILOGUE) -> Tensor:
         """As `PackedWeight.matmul`, with the backend's kernel."""
         return ops.matmul_4bit(x_TC.contiguous(), self.four_bit, transposed, epilogue)
+
+    def steps(self) -> Steps:
+        """As `PackedWeight.steps`."""
+        absmax = self.absmax
+        if self.nested_absmax is not None and self.offset is not None:
+            absmax = nested.decode(absmax, self.nested_absmax, self.offset)
+        return Steps(codebook(self.quant_type, str(self.device)).values, absmax, None, self.block_size)
+
+    def with_codes(self, codes_NK: Tensor) -> FourBitWeight:
+        """As `PackedWeight.with_codes`."""
+        return replace(self, codes=bits.pack(codes_NK.flatten(), 4).view(-1, 1))
 
     def matvec(self, x_TK: Tensor) -> Tensor:
         """As `PackedWeight.matvec`, dequantised on the fly."""

@@ -24,7 +24,7 @@ them here unchanged.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -33,9 +33,11 @@ from torch import Tensor
 
 from lownibble.config import QuantConfig
 from lownibble.kernels import ops
+from lownibble.kernels.reference import unpack
 from lownibble.kernels.types import Grouped, Nested
 from lownibble.quant import bits, layouts, nested
 from lownibble.quant.codebook import dynamic8, e8m0, levels, to_e2m1
+from lownibble.quant.grid import Steps
 from lownibble.quant.layouts import NESTED_BLOCK_SIZE, Layout
 from lownibble.quant.packed import Codec, PackedWeight, dtype_name
 
@@ -115,6 +117,18 @@ class GroupedWeight(PackedWeight):
     def decode(self, out: Tensor) -> Tensor:
         """Dequantise with the backend's kernel; computed in float32."""
         return ops.dequantize_grouped(self.grouped, out)
+
+    def steps(self) -> Steps:
+        """As `PackedWeight.steps`."""
+        form, kind, scale = self.grouped, layouts.GROUPED[self.quant_type], self.decoded_scale()
+        zero = None if self.zero is None else unpack(self.zero, kind.bits)[: scale.numel()].float()
+        return Steps(form.values, scale, zero, form.group_size, self.order)
+
+    def with_codes(self, codes_NK: Tensor) -> GroupedWeight:
+        """As `PackedWeight.with_codes`."""
+        kind = layouts.GROUPED[self.quant_type]
+        codes = bits.pack(codes_NK.flatten(), kind.bits).view(-1, 1) if kind.packed else codes_NK.view(self.codes.dtype)
+        return replace(self, codes=codes)
 
     def matvec(self, x_TK: Tensor) -> Tensor:
         """As `PackedWeight.matvec`, dequantised on the fly."""
