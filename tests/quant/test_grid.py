@@ -35,8 +35,8 @@ def test_rounding_a_weight_gives_the_codecs_own_values(quant_type, double_quant)
     assert made.facts() == packed.facts()
     assert all(torch.equal(made.tensors()[name], t) for name, t in packed.tensors().items() if name != "codes")
     off, least = (rounded - W).abs(), (packed.dequantize(torch.float32) - W).abs()
-    assert (off <= least * (1 + 1e-4) + 1e-6).all()  # nearer where nf4 finds codes with scales that are not yet quantised
-    if quant_type not in ("nf4", "fp4") or not double_quant:
+    assert (off <= least * (1 + 1e-4) + 1e-6).all()  # nf4 finds codes before its scales are quantised; int8 stops at -127
+    if not double_quant:
         torch.testing.assert_close(off, least, rtol=1e-4, atol=1e-6)
 
 
