@@ -3,6 +3,8 @@
 // For machines that the test suite does not run on: cross-compile together with src/lownibble/kernels/native/*.cpp and run
 // under an emulator (test_native_check.py does so for aarch64), or build with sanitizers. Buffers end where the tensors end, so
 // that AddressSanitizer sees a read or write past them. Prints one line for each instruction set; exits with 1 on a difference.
+#include <algorithm>
+#include <array>
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
@@ -44,6 +46,16 @@ std::int32_t lownibble_matmul_4bit(const float*, std::int64_t, const std::uint8_
                                    const float*, const float*, std::int64_t, std::int64_t, std::int32_t, std::int32_t,
                                    std::int32_t, const float*, const float*, const float*, std::int64_t, std::int64_t,
                                    std::int64_t, float, float*, std::int32_t);
+void lownibble_dequantize_grouped(const std::uint8_t*, std::int32_t, const float*, const void*, const float*, const float*,
+                                  const float*, std::int32_t, const std::uint8_t*, const std::int32_t*, std::int64_t, std::int64_t,
+                                  std::int64_t, std::int32_t, void*, std::int32_t);
+std::int32_t lownibble_gemv_grouped(const void*, std::int32_t, std::int64_t, const std::uint8_t*, std::int32_t, const float*,
+                                    const void*, const float*, const float*, const float*, std::int32_t, const std::uint8_t*,
+                                    std::int64_t, std::int64_t, std::int64_t, void*, std::int32_t);
+std::int32_t lownibble_matmul_grouped(const float*, std::int64_t, const std::uint8_t*, std::int32_t, const float*, const void*,
+                                      const float*, const float*, const float*, std::int32_t, const std::uint8_t*, std::int64_t,
+                                      std::int64_t, std::int64_t, std::int32_t, const float*, const float*, const float*,
+                                      std::int64_t, std::int64_t, std::int64_t, float, float*, std::int32_t);
 std::int32_t lownibble_matmul_dense(const float*, std::int64_t, const float*, std::int64_t, std::int64_t, std::int32_t, float*,
                                     std::int32_t);
 std::int64_t lownibble_decoder_workspace(const lownibble::DecoderLayer*, std::int64_t, std::int64_t, std::int64_t, std::int32_t);
@@ -253,6 +265,73 @@ bool products_hold(std::int64_t T, std::int64_t N, std::int64_t K, std::int32_t 
                     magnitudes += std::fabs(term);
                 }
                 if (std::fabs(out[t * columns + c] - sum) > (terms + r + 3) * std::ldexp(magnitudes, -24)) return false;
+            }
+        }
+    }
+    return true;
+}
+
+// Grouped weights of every coding, in order and permuted: decoded as the formula says, and products against sums in double
+// precision. Buffers have their exact sizes.
+bool grouped_holds(std::int64_t T, std::int64_t N, std::int64_t K, std::int64_t size, const Tables& tables) {
+    const std::int64_t n = N * K, groups = n / size;
+    Floats scale(groups), x(T * std::max(N, K));
+    for (Floats* values : {&scale, &x}) {
+        for (float& value : *values) value = random_float();
+    }
+    std::vector<std::int32_t> order(K);
+    for (std::int64_t k = 0; k < K; ++k) order[k] = static_cast<std::int32_t>((k * 5 + 1) % K);  // K is no multiple of 5
+    for (std::int32_t coding : {2, 3, 4, 8, 9}) {
+        const int bits = coding < 8 ? coding : 8, unit = bits == 3 ? 3 : 1;  // whole bytes and codes
+        const auto bytes_of = [&](std::int64_t count) { return (count * bits + 8 * unit - 1) / (8 * unit) * unit; };
+        Bytes codes(bytes_of(n)), zero(bytes_of(groups));
+        for (Bytes* part : {&codes, &zero}) {
+            for (std::uint8_t& byte : *part) byte = static_cast<std::uint8_t>(random_bits() >> 24) & (coding == 9 ? 0xF7 : 0xFF);
+        }
+        const auto code_at = [&](const Bytes& string, std::int64_t i) {
+            int code = 0;
+            for (std::int64_t bit = i * bits; bit < (i + 1) * bits; ++bit) code = code << 1 | (string[bit / 8] >> (7 - bit % 8) & 1);
+            return code;
+        };
+        Floats dense(n);
+        for (std::int64_t i = 0; i < n; ++i) {
+            const int code = code_at(codes, i);
+            const float value = coding == 8   ? static_cast<std::int8_t>(code)
+                                : coding == 9 ? to_float(Float8{static_cast<std::uint8_t>(code)})
+                                              : tables.values[code] - static_cast<float>(code_at(zero, i / size));
+            dense[i] = value * scale[i / size];
+        }
+        const std::uint8_t* const zeros = coding < 8 ? zero.data() : nullptr;
+        for (bool ordered : {false, true}) {
+            Floats out(n);
+            lownibble_dequantize_grouped(codes.data(), coding, tables.values.data(), scale.data(), nullptr, nullptr, nullptr, 0, zeros,
+                                         ordered ? order.data() : nullptr, N, K, size, 0, out.data(), kThreads);
+            for (std::int64_t i = 0; i < n; ++i) {
+                if (out[ordered ? i / K * K + order[i % K] : i] != dense[i]) return false;
+            }
+        }
+        for (int product : {0, 1, 2}) {  // gemv, x W^T, x W
+            if (product && (K % 64 || !lownibble_has_matmul())) break;
+            const std::int64_t terms = product == 2 ? N : K, columns = product == 2 ? K : N;
+            Floats out(T * columns);
+            const Floats rows(x.begin(), x.begin() + T * terms);
+            const bool failed =
+                product ? lownibble_matmul_grouped(rows.data(), T, codes.data(), coding, tables.values.data(), scale.data(), nullptr,
+                                                   nullptr, nullptr, 0, zeros, N, K, size, product == 2, nullptr, nullptr, nullptr,
+                                                   0, 0, 0, 1.0f, out.data(), kThreads)
+                        : lownibble_gemv_grouped(rows.data(), 0, T, codes.data(), coding, tables.values.data(), scale.data(), nullptr,
+                                                 nullptr, nullptr, 0, zeros, N, K, size, out.data(), kThreads);
+            if (failed) return false;
+            for (std::int64_t t = 0; t < T; ++t) {
+                for (std::int64_t c = 0; c < columns; ++c) {
+                    double sum = 0.0, magnitudes = 0.0;
+                    for (std::int64_t k = 0; k < terms; ++k) {
+                        const double term = static_cast<double>(rows[t * terms + k]) * dense[product == 2 ? k * K + c : c * K + k];
+                        sum += term;
+                        magnitudes += std::fabs(term);
+                    }
+                    if (std::fabs(out[t * columns + c] - sum) > (terms + 1) * std::ldexp(magnitudes, -24)) return false;
+                }
             }
         }
     }
@@ -580,6 +659,16 @@ int main() {
                                 static_cast<long long>(shape[2]), 1 << block_shift);
                     return 1;
                 }
+            }
+        }
+    }
+    for (const std::string& name : available()) {
+        if (lownibble_select(name.c_str())) std::abort();
+        for (const auto& shape : {std::array<std::int64_t, 4>{3, 5, 64, 32}, {2, 2, 24, 24}, {9, 7, 128, 64}, {5, 130, 192, 192}}) {
+            if (!grouped_holds(shape[0], shape[1], shape[2], shape[3], tables)) {
+                std::printf("%s: grouped weights are wrong, N=%lld K=%lld group=%lld\n", name.c_str(),
+                            static_cast<long long>(shape[1]), static_cast<long long>(shape[2]), static_cast<long long>(shape[3]));
+                return 1;
             }
         }
     }

@@ -8,91 +8,40 @@ the plain-torch reference for the compiled and the Triton kernels (bit for bit, 
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from oracles import (
+    DTYPES,
+    NESTED_BLOCK_SIZE,
+    ROUNDOFF,
+    assert_same_bits,
+    gemv_bound,
+    matmul_bound,
+    nested_constants,
+    random,
+    running,
+    variants,
+)
 from pairwise import pairwise
 from torch import Tensor
-from torch.utils._pytree import tree_map
 
 from lownibble.errors import BackendError, InputError
 from lownibble.kernels import cpu, ops, reference
 from lownibble.kernels.types import Epilogue, FourBit, Nested
 from lownibble.quant.codebook import codebook, dynamic8, dynamic8_lookup
 
-NESTED_BLOCK_SIZE = 256
-DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 QUANT_TYPES = ["nf4", "fp4"]
 SIZES = [0, 1, 2, 15, 16, 17, 63, 64, 65, 127, 1000, 4096, 4097, 64 * 256 * 2 + 64 * 3 + 5]
 """Empty, one element, odd, around a group of 16 and a block, a nested block and a bit."""
-
-ROUNDOFF = {torch.float32: 2.0**-24, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}
-"""Largest relative error of one rounding to the type: half the gap between neighbours, from the number of mantissa bits."""
-
 
 try:
     HAS_MATMUL = bool(cpu.library().has_matmul())
 except BackendError:
     HAS_MATMUL = False
-
-
-def _variants() -> list[str]:
-    status = ops.backend_status()
-    isas = [f"cpu-{isa}" for isa in cpu.available_isas()] if status["cpu"] == "ok" else []
-    return ["reference", *isas, *(["triton"] if status["triton"] == "ok" else [])]
-
-
-class _OnCuda:
-    """The Triton kernels on the GPU for tests written with CPU tensors: arguments go there, results come back."""
-
-    name = "triton"
-
-    def __getattr__(self, operation: str):
-        def call(*arguments):
-            there = tree_map(lambda a: a.cuda() if isinstance(a, Tensor) else a, arguments)
-            result = getattr(ops.backend("triton"), operation)(*there)
-            if operation == "dequantize_4bit":
-                assert result is there[1]
-                return arguments[1].copy_(result)
-            return tree_map(Tensor.cpu, result)
-
-        return call
-
-
-@contextmanager
-def _running(variant: str) -> Iterator[ops.Backend]:
-    backend_name, _, isa = variant.partition("-")
-    if backend_name == "triton":
-        with np.errstate(all="ignore"):  # the interpreter computes in numpy, which warns where a GPU gives infinity or NaN
-            yield _OnCuda() if torch.cuda.is_available() else ops.backend("triton")
-        return
-    if not isa:
-        yield ops.backend(backend_name)
-        return
-    before = cpu.isa()
-    cpu.select_isa(isa)
-    assert cpu.isa() == isa
-    try:
-        yield ops.backend(backend_name)
-    finally:
-        cpu.select_isa(before)
-
-
-@pytest.fixture(params=_variants())
-def kernels(request: pytest.FixtureRequest) -> Iterator[ops.Backend]:
-    """Each backend; the compiled one once for each instruction set of this machine."""
-    with _running(request.param) as backend:
-        yield backend
-
-
-def _random(n: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> Tensor:
-    return torch.randn(n, generator=torch.Generator().manual_seed(seed)).to(dtype)
 
 
 def _heavy_tailed(n: int) -> Tensor:
@@ -116,32 +65,19 @@ SPECIAL = {
     "zeros": lambda quant_type: torch.zeros(64 * 3 + 7),
     "zeros then ones": lambda quant_type: torch.cat([torch.zeros(64 * 2), torch.ones(64)]),
     "all equal": lambda quant_type: torch.full((64 * 4 + 3,), -0.37),
-    "tiny": lambda quant_type: _random(64 * 4 + 5) * 1e-38,
-    "subnormal": lambda quant_type: _random(64 * 4) * 1e-42,
-    "huge": lambda quant_type: _random(64 * 4 + 5) * 1e37,
+    "tiny": lambda quant_type: random(64 * 4 + 5) * 1e-38,
+    "subnormal": lambda quant_type: random(64 * 4) * 1e-42,
+    "huge": lambda quant_type: random(64 * 4 + 5) * 1e37,
 }
-
-
-def _nested(absmax: Tensor) -> tuple[Tensor, Nested]:
-    offset = (absmax.mean() if absmax.numel() else absmax.new_zeros(())).view(1)
-    codes, nested_absmax = reference.quantize_8bit(absmax - offset, dynamic8_lookup(), NESTED_BLOCK_SIZE)
-    return codes, Nested(dynamic8(), nested_absmax, offset, NESTED_BLOCK_SIZE)
-
-
-def _assert_same_bits(actual: Tensor, expected: Tensor) -> None:
-    assert actual.dtype == expected.dtype
-    assert actual.shape == expected.shape
-    same_bits = actual.reshape(-1).view(torch.uint8), expected.reshape(-1).view(torch.uint8)
-    assert torch.equal(*same_bits), f"{int((actual != expected).sum())} of {actual.numel()} values differ"
 
 
 def _check_4bit(kernels: ops.Backend, x: Tensor, quant_type: str, block_size: int) -> None:
     table = codebook(quant_type)
     codes, absmax = kernels.quantize_4bit(x, table.bounds, table.order, block_size)
     expected_codes, expected_absmax = reference.quantize_4bit(x, table.bounds, table.order, block_size)
-    _assert_same_bits(codes, expected_codes)
-    _assert_same_bits(absmax, expected_absmax)
-    absmax_8bit, nested = _nested(absmax)
+    assert_same_bits(codes, expected_codes)
+    assert_same_bits(absmax, expected_absmax)
+    absmax_8bit, nested = nested_constants(absmax)
     for dtype in DTYPES:
         for constants, decode_with in ((absmax, None), (absmax_8bit, nested)):
             out = torch.full((x.numel(),), 7.0, dtype=dtype)
@@ -149,13 +85,13 @@ def _check_4bit(kernels: ops.Backend, x: Tensor, quant_type: str, block_size: in
             weight = FourBit(codes, constants, table.values, block_size, x.shape, decode_with)
             assert kernels.dequantize_4bit(weight, out) is out
             reference.dequantize_4bit(weight, expected)
-            _assert_same_bits(out, expected)
+            assert_same_bits(out, expected)
 
 
 @pytest.mark.parametrize(("n", "dtype", "block_size"), pairwise(SIZES, DTYPES, [16, 64, 128, 4096]), ids=str)
 def test_4bit_equals_reference(kernels: ops.Backend, n: int, dtype: torch.dtype, block_size: int) -> None:
     for quant_type in QUANT_TYPES:
-        _check_4bit(kernels, _random(n, dtype, seed=n), quant_type, block_size)
+        _check_4bit(kernels, random(n, dtype, seed=n), quant_type, block_size)
 
 
 @pytest.mark.parametrize("quant_type", QUANT_TYPES)
@@ -165,7 +101,7 @@ def test_4bit_equals_reference_on_special_values(kernels: ops.Backend, special: 
 
 
 def test_4bit_equals_reference_across_threads(kernels: ops.Backend) -> None:
-    x = _random(300_000 + 33)  # large enough for the parallel path, with a short last block
+    x = random(300_000 + 33)  # large enough for the parallel path, with a short last block
     _check_4bit(kernels, x, "nf4", 64)
 
 
@@ -178,7 +114,7 @@ def test_large_outputs_equal_reference(kernels: ops.Backend, offset: int) -> Non
     out = torch.empty(n + offset)[offset:]
     weight = FourBit(codes, absmax, table.values, 4096, torch.Size([n]))
     kernels.dequantize_4bit(weight, out)
-    _assert_same_bits(out, reference.dequantize_4bit(weight, torch.empty(n)))
+    assert_same_bits(out, reference.dequantize_4bit(weight, torch.empty(n)))
 
 
 @pytest.mark.parametrize("bits", range(0, 1 << 16, 1 << 12))
@@ -192,26 +128,18 @@ def test_rounding_to_half_types_equals_torch(kernels: ops.Backend, bits: int) ->
     for dtype in DTYPES:
         out = torch.empty(absmax.numel(), 16, dtype=dtype)
         kernels.dequantize_4bit(FourBit(codes, absmax, values, 16, out.shape), out)
-        _assert_same_bits(out, absmax.to(dtype).view(-1, 1).expand(-1, 16).contiguous())
+        assert_same_bits(out, absmax.to(dtype).view(-1, 1).expand(-1, 16).contiguous())
 
 
 @pytest.mark.parametrize("n", SIZES)
 def test_8bit_equals_reference(kernels: ops.Backend, n: int) -> None:
-    for x in (_random(n, seed=n), _heavy_tailed(n), torch.zeros(n), _random(n) * 1e-42):
+    for x in (random(n, seed=n), _heavy_tailed(n), torch.zeros(n), random(n) * 1e-42):
         codes, absmax = kernels.quantize_8bit(x, dynamic8_lookup(), NESTED_BLOCK_SIZE)
         expected_codes, expected_absmax = reference.quantize_8bit(x, dynamic8_lookup(), NESTED_BLOCK_SIZE)
-        _assert_same_bits(codes, expected_codes)
-        _assert_same_bits(absmax, expected_absmax)
+        assert_same_bits(codes, expected_codes)
+        assert_same_bits(absmax, expected_absmax)
         decoded = kernels.dequantize_8bit(codes, absmax, dynamic8(), NESTED_BLOCK_SIZE)
-        _assert_same_bits(decoded, reference.dequantize_8bit(codes, absmax, dynamic8(), NESTED_BLOCK_SIZE))
-
-
-def _gemv_bound(x_TK: Tensor, weight_NK: Tensor, exact_TN: Tensor) -> Tensor:
-    """Largest error of summing K rounded products in float32 in any order (Higham 2002, section 3.1), then rounding once to
-    the output type; the last term is half of float16's smallest step."""
-    K = x_TK.shape[1]
-    summed = (K + 1) * ROUNDOFF[torch.float32] * (x_TK.double().abs() @ weight_NK.double().abs().t())
-    return summed + ROUNDOFF[x_TK.dtype] * (exact_TN.abs() + summed) + 2.0**-25
+        assert_same_bits(decoded, reference.dequantize_8bit(codes, absmax, dynamic8(), NESTED_BLOCK_SIZE))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -233,32 +161,18 @@ def _gemv_bound(x_TK: Tensor, weight_NK: Tensor, exact_TN: Tensor) -> Tensor:
 )
 def test_gemv_4bit(kernels: ops.Backend, N: int, K: int, block_size: int, dtype: torch.dtype) -> None:
     table = codebook("nf4")
-    codes, absmax = reference.quantize_4bit(_random(N * K, seed=K), table.bounds, table.order, block_size)
-    absmax_8bit, nested = _nested(absmax)
+    codes, absmax = reference.quantize_4bit(random(N * K, seed=K), table.bounds, table.order, block_size)
+    absmax_8bit, nested = nested_constants(absmax)
     for constants, decode_with in ((absmax, None), (absmax_8bit, nested)):
         weight = FourBit(codes, constants, table.values, block_size, torch.Size((N, K)), decode_with)
         weight_NK = reference.dequantize_4bit(weight, torch.empty(N, K))
         for T in (1, 2, 3, 4, 8, 13):
-            x_TK = _random(T * K, dtype, seed=T).view(T, K)
+            x_TK = random(T * K, dtype, seed=T).view(T, K)
             exact_TN = x_TK.double() @ weight_NK.double().t()
             y_TN = kernels.gemv_4bit(x_TK, weight)
             assert y_TN.dtype == dtype
             assert y_TN.shape == (T, N)
-            assert bool(((y_TN.double() - exact_TN).abs() <= _gemv_bound(x_TK, weight_NK, exact_TN)).all())
-
-
-def _matmul_bound(x_TC: Tensor, factor_CM: Tensor, epilogue: Epilogue, exact_TM: Tensor) -> Tensor:
-    """Largest error of `ops.matmul_4bit`: operands rounded to x's dtype, terms summed in float32 in any order with the low-rank
-    branch (scaled before or after), each of up to three parts of the sum rounded to the output type."""
-    low, factor = epilogue.low, epilogue.factor
-    terms = x_TC.shape[1]
-    sizes = x_TC.double().abs() @ factor_CM.double().abs()
-    if low is not None and factor is not None:
-        terms += low.shape[1] + 1
-        sizes += abs(epilogue.scale) * low.double().abs() @ factor.double().abs()
-    if epilogue.bias is not None:
-        sizes += epilogue.bias.double().abs()
-    return (terms + 2) * ROUNDOFF[torch.float32] * sizes + 4 * ROUNDOFF[x_TC.dtype] * (sizes + exact_TM.abs()) + 2.0**-24
+            assert bool(((y_TN.double() - exact_TN).abs() <= gemv_bound(x_TK, weight_NK, exact_TN)).all())
 
 
 MATMULS = [
@@ -281,11 +195,11 @@ def test_matmul_4bit(kernels: ops.Backend, sizes: tuple[int, int, int, int, int]
     if kernels.name == "triton" and N * K > 20_000:
         pytest.skip("too slow in the interpreter")
     table = codebook("nf4")
-    codes, absmax = reference.quantize_4bit(_random(N * K, seed=K), table.bounds, table.order, block_size)
-    absmax_8bit, nested = _nested(absmax)
+    codes, absmax = reference.quantize_4bit(random(N * K, seed=K), table.bounds, table.order, block_size)
+    absmax_8bit, nested = nested_constants(absmax)
     terms, columns = (N, K) if transposed else (K, N)
-    x, low = _random(T * terms, dtype, seed=1).view(T, terms), _random(T * r, dtype, seed=2).view(T, r)
-    bias, lora = _random(columns, seed=3), _random(columns * r, seed=4)
+    x, low = random(T * terms, dtype, seed=1).view(T, terms), random(T * r, dtype, seed=2).view(T, r)
+    bias, lora = random(columns, seed=3), random(columns * r, seed=4)
     epilogues = [
         Epilogue(),
         Epilogue(bias),
@@ -305,7 +219,7 @@ def test_matmul_4bit(kernels: ops.Backend, sizes: tuple[int, int, int, int, int]
             y = kernels.matmul_4bit(x, weight, transposed, epilogue)
             assert y.dtype == dtype
             assert y.shape == (T, columns)
-            assert bool(((y.double() - exact).abs() <= _matmul_bound(x, factor_CM, epilogue, exact)).all())
+            assert bool(((y.double() - exact).abs() <= matmul_bound(x, factor_CM, epilogue, exact)).all())
 
 
 @pytest.mark.skipif(not HAS_MATMUL, reason="no compiled product with the instruction set of this machine")
@@ -313,9 +227,9 @@ def test_matmul_4bit(kernels: ops.Backend, sizes: tuple[int, int, int, int, int]
 @pytest.mark.parametrize("N", [48, 500])
 def test_matmul_4bit_does_not_depend_on_threads_nor_on_other_rows(N: int, transposed: bool) -> None:
     table, K, T = codebook("nf4"), 640, 61
-    codes, absmax = reference.quantize_4bit(_random(N * K), table.bounds, table.order, 64)
-    x, low = _random(T * (N if transposed else K)).view(T, -1), _random(T * 3).view(T, 3)
-    epilogue = Epilogue(None, low, _random(3 * (K if transposed else N)).view(3, -1), 0.5)
+    codes, absmax = reference.quantize_4bit(random(N * K), table.bounds, table.order, 64)
+    x, low = random(T * (N if transposed else K)).view(T, -1), random(T * 3).view(T, 3)
+    epilogue = Epilogue(None, low, random(3 * (K if transposed else N)).view(3, -1), 0.5)
     weight = FourBit(codes, absmax, table.values, 64, torch.Size((N, K)))
     threads, results = torch.get_num_threads(), []
     for count in (1, 2, 3, 40):
@@ -323,9 +237,9 @@ def test_matmul_4bit_does_not_depend_on_threads_nor_on_other_rows(N: int, transp
         results.append(cpu.matmul_4bit(x, weight, transposed, epilogue))
     torch.set_num_threads(threads)
     for other in results[1:]:
-        _assert_same_bits(other, results[0])
+        assert_same_bits(other, results[0])
     few = cpu.matmul_4bit(x[:5].contiguous(), weight, transposed, epilogue._replace(low=low[:5].contiguous()))
-    _assert_same_bits(few, results[0][:5])
+    assert_same_bits(few, results[0][:5])
 
 
 @pytest.mark.skipif(not HAS_MATMUL, reason="no compiled product with the instruction set of this machine")
@@ -358,16 +272,16 @@ def test_gemv_4bit_does_not_depend_on_threads(kernels: ops.Backend) -> None:
     if kernels.name == "reference":
         pytest.skip("torch's matmul promises nothing about threads")
     table, (N, K) = codebook("nf4"), (301, 512)
-    codes, absmax = reference.quantize_4bit(_random(N * K), table.bounds, table.order, 64)
-    x_TK = _random(3 * K).view(3, K)
+    codes, absmax = reference.quantize_4bit(random(N * K), table.bounds, table.order, 64)
+    x_TK = random(3 * K).view(3, K)
     threads = torch.get_num_threads()
     results = []
     for count in (1, 2, 3):
         torch.set_num_threads(count)
         results.append(kernels.gemv_4bit(x_TK, FourBit(codes, absmax, table.values, 64, torch.Size((N, K)))))
     torch.set_num_threads(threads)
-    _assert_same_bits(results[1], results[0])
-    _assert_same_bits(results[2], results[0])
+    assert_same_bits(results[1], results[0])
+    assert_same_bits(results[2], results[0])
 
 
 @pytest.mark.peer
@@ -376,7 +290,7 @@ def test_bytes_equal_bitsandbytes(kernels: ops.Backend, quant_type: str, block_s
     bitsandbytes = pytest.importorskip("bitsandbytes.functional")
     table = codebook(quant_type)
     inputs = {name: make(quant_type) for name, make in SPECIAL.items()}
-    inputs |= {f"random {n} {dtype}": _random(n, dtype, seed=n) for n in SIZES if n > 1 for dtype in DTYPES}
+    inputs |= {f"random {n} {dtype}": random(n, dtype, seed=n) for n in SIZES if n > 1 for dtype in DTYPES}
     for name, x in inputs.items():
         codes, absmax = kernels.quantize_4bit(x, table.bounds, table.order, block_size)
         theirs, state = bitsandbytes.quantize_4bit(
@@ -384,7 +298,7 @@ def test_bytes_equal_bitsandbytes(kernels: ops.Backend, quant_type: str, block_s
         )
         assert torch.equal(codes, theirs.view(-1)), name
         if not double_quant:
-            _assert_same_bits(absmax, state.absmax)
+            assert_same_bits(absmax, state.absmax)
             continue
         offset = absmax.mean()
         absmax_codes, nested_absmax = kernels.quantize_8bit(absmax - offset, dynamic8_lookup(), NESTED_BLOCK_SIZE)
@@ -401,7 +315,7 @@ def test_values_equal_bitsandbytes(kernels: ops.Backend, quant_type: str, dtype:
     """Whole blocks a row only: bitsandbytes 0.50's AVX-512 kernel is wrong on other rows. Zero may have either sign: code 8 of
     fp4 is -0 here and +0 there."""
     bitsandbytes = pytest.importorskip("bitsandbytes.functional")
-    weight_NK = _random(24 * 192).view(24, 192).to(dtype)
+    weight_NK = random(24 * 192).view(24, 192).to(dtype)
     codes, state = bitsandbytes.quantize_4bit(weight_NK, blocksize=64, quant_type=quant_type, compress_statistics=double_quant)
     nested = Nested(dynamic8(), state.state2.absmax, state.offset.view(1)) if double_quant else None
     values = codebook(quant_type).values
@@ -415,12 +329,12 @@ def test_values_equal_bitsandbytes(kernels: ops.Backend, quant_type: str, dtype:
     values=st.lists(st.floats(-(2.0**100), 2.0**100, width=32, allow_subnormal=False), min_size=1, max_size=200),
     quant_type=st.sampled_from(QUANT_TYPES),
     block_size=st.sampled_from([16, 64, 128]),
-    variant=st.sampled_from(_variants()),
+    variant=st.sampled_from(variants()),
 )
 def test_round_trip(values: list[float], quant_type: str, block_size: int, variant: str) -> None:
     """A value moves by at most half the widest gap between codes; every block keeps its largest magnitude."""
     table, x = codebook(quant_type), torch.tensor(values)
-    with _running(variant) as kernels:
+    with running(variant) as kernels:
         codes, absmax = kernels.quantize_4bit(x, table.bounds, table.order, block_size)
         decoded = kernels.dequantize_4bit(FourBit(codes, absmax, table.values, block_size, x.shape), torch.empty_like(x))
     scale = absmax.repeat_interleave(block_size)[: x.numel()].double()
@@ -456,13 +370,6 @@ BAD = {
     "block size too small": {"block_size": 8},
     "block size too large": {"block_size": 8192},
 }
-
-
-@pytest.fixture(params=[variant for variant in _variants() if variant in ("cpu-scalar", "triton")])
-def unsafe_kernels(request: pytest.FixtureRequest) -> Iterator[ops.Backend]:
-    """The backends that work on bare pointers; they check their arguments alike, whatever the device."""
-    with _running(request.param):
-        yield ops.backend(request.param.partition("-")[0])
 
 
 def _accepts_cpu_tensors(kernels: ops.Backend) -> bool:
@@ -518,7 +425,7 @@ def _python(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, "-c", code], env=os.environ | environment, capture_output=True, text=True, check=False)
 
 
-@pytest.mark.skipif("cpu-scalar" not in _variants(), reason="no compiled library")
+@pytest.mark.skipif("cpu-scalar" not in variants(), reason="no compiled library")
 def test_environment_variable_forces_the_instruction_set() -> None:
     code = "from lownibble.kernels import cpu; print(cpu.isa())"
     assert _python(code, LOWNIBBLE_ISA="scalar").stdout == "scalar\n"
@@ -527,7 +434,7 @@ def test_environment_variable_forces_the_instruction_set() -> None:
     assert "BackendError: The instruction set 'mmx' cannot run here. Available: " in refused.stderr
 
 
-@pytest.mark.skipif("cpu-scalar" not in _variants(), reason="no compiled library")
+@pytest.mark.skipif("cpu-scalar" not in variants(), reason="no compiled library")
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
 def test_one_openmp_runtime_in_the_process() -> None:
     code = (

@@ -22,12 +22,15 @@ from triton.compiler import ASTSource
 from lownibble.kernels import triton as ours
 
 NESTED = {"nested_values": "fp32", "nested_absmax": "fp32", "offset": "fp32"}
+PACKED = {"codes": "u8", "values": "fp32", "scale": "u8", "zero": "u8"}
 POINTERS = {
     "_dequantize_4bit": {"codes": "u8", "absmax": "u8", "values": "fp32", **NESTED, "out": "bf16"},
     "_quantize_4bit": {"x": "bf16", "bounds": "fp32", "order": "u8", "codes": "u8", "absmax": "fp32"},
     "_quantize_8bit": {"x": "fp32", "lookup": "u8", "codes": "u8", "absmax": "fp32"},
     "_dequantize_8bit": {"codes": "u8", "absmax": "fp32", "values": "fp32", "out": "fp32"},
     "_gemv_4bit": {"x": "bf16", "codes": "u8", "absmax": "u8", "values": "fp32", **NESTED, "out": "bf16"},
+    "_dequantize_grouped": {**PACKED, **NESTED, "order": "i32", "out": "bf16"},
+    "_gemv_grouped": {"x": "bf16", **PACKED, **NESTED, "out": "bf16"},
     "_row_scales": {"absmax": "u8", **NESTED, "out": "fp32"},
     "_quantize_rows": {"x": "fp32", "column_scale": "fp32", "scale": "fp32"},
     "_matmul_8bit": {"codes": "u8", "absmax": "u8", "values": "fp32", **NESTED,
@@ -56,7 +59,12 @@ def compiled_8bit(capability, code):
 
 BLOCKS = {"BLOCKS": 64, "BLOCK": 64}
 GEMV = {"TS": 4, "NS": 4, "KS": 512, "BLOCK": 64, "NESTED_BLOCK": 256}
+GROUPED = {"GROUP": 64, "NESTED_BLOCK": 256, "SIZE": 1024, "K": 4096}
 cases = {
+    **{f"dequantize_grouped {bits}": compiled("_dequantize_grouped", BITS=bits, ZERO=bits < 8, ORDERED=bits == 4, **GROUPED)
+       for bits in (2, 3, 4, 8)},
+    **{f"gemv_grouped {bits}": compiled("_gemv_grouped", BITS=bits, ZERO=bits < 8, TS=4, NS=4, KS=512, GROUP=64, NESTED_BLOCK=256)
+       for bits in (3, 8)},
     "dequantize_4bit": compiled("_dequantize_4bit", **BLOCKS, NESTED_BLOCK=256),
     "dequantize_4bit fused": compiled("_dequantize_4bit", True, **BLOCKS, NESTED_BLOCK=256),
     "dequantize_4bit, one block": compiled("_dequantize_4bit", BLOCKS=1, BLOCK=4096, NESTED_BLOCK=0),
@@ -98,13 +106,15 @@ def test_no_kernel_rounds_otherwise_than_the_reference(ptx):
 
 
 def test_bfloat16_is_rounded_to_nearest(ptx):
-    for name in ("dequantize_4bit", "dequantize_4bit, one block", "gemv_4bit", "gemv_4bit, whole blocks"):
+    grouped = ("dequantize_grouped 2", "dequantize_grouped 3", "dequantize_grouped 8", "gemv_grouped 3")
+    for name in ("dequantize_4bit", "dequantize_4bit, one block", "gemv_4bit", "gemv_4bit, whole blocks", *grouped):
         assert ptx[name]["cvt.rn.bf16"] > 0, name
 
 
 def test_the_product_has_one_multiply_add_an_element(ptx):
     """A tile of 4 x 4 x 512 over 128 threads is 64 multiply-adds; the decoding of constants has none."""
-    assert ptx["gemv_4bit"]["fma.rn.f32"] == ptx["gemv_4bit, whole blocks"]["fma.rn.f32"] == 64
+    for name in ("gemv_4bit", "gemv_4bit, whole blocks", "gemv_grouped 3", "gemv_grouped 8"):
+        assert ptx[name]["fma.rn.f32"] == 64, name
 
 
 def test_decoded_weights_are_stored_in_whole_vectors(ptx):

@@ -6,11 +6,13 @@ destroy the process's CUDA context). A check is a few attribute reads and costs 
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
 from lownibble.errors import InputError
-from lownibble.kernels.types import PART, FourBit
+from lownibble.kernels.types import PART, FourBit, Grouped, Nested
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 """Float dtypes that the kernels read and write -> their number in native/kernels.h."""
@@ -60,6 +62,49 @@ def check_weight_8bit(shape: torch.Size, block_size: int) -> None:
         )
 
 
+def check_grouped(weight: Grouped, device: torch.device) -> None:
+    """Check the tensors of a grouped weight."""
+    n, K, size = weight.shape.numel(), weight.shape[-1], weight.group_size
+    bits, nested = weight.bits, weight.nested
+    if bits not in (2, 3, 4, 8) or K % max(1, size) or (bits < 8 and size % 8):
+        raise InputError(
+            f"Grouped weights have codes of 2, 3, 4 or 8 bits, groups that divide a row, and whole bytes in a group. Got codes "
+            f"of {bits} bits and groups of {size} in rows of {K}."
+        )
+    n_groups = n // max(1, size)
+    eight = weight.codes.dtype in (torch.int8, torch.float8_e4m3fn)
+    if eight != (bits == 8):
+        raise InputError(f"'codes' of {bits} bits cannot be {weight.codes.dtype}.")
+    check_tensor(weight.codes, "codes", weight.codes.dtype if eight else torch.uint8, _packed_bytes(n, bits), device)
+    check_tensor(weight.values, "values", torch.float32, 1 << bits, device)
+    check_tensor(weight.scale, "scale", torch.float32 if nested is None else torch.uint8, n_groups, device)
+    if weight.zero is not None:
+        check_tensor(weight.zero, "zero", torch.uint8, _packed_bytes(n_groups, bits), device)
+    if weight.order is not None:
+        check_tensor(weight.order, "order", torch.int32, K, device)
+    if nested is not None:
+        _check_nested(nested, n_groups, device)
+
+
+def check_unordered(weight: Grouped) -> None:
+    """Require columns of codes that are the weight's: products permute x or their output instead."""
+    if weight.order is not None:
+        raise InputError("Products take grouped weights without 'order'. Put the columns of x in that order, and leave it out.")
+
+
+def _packed_bytes(n: int, bits: int) -> int:
+    """Bytes of n codes, in whole bytes and whole codes."""
+    whole = math.lcm(bits, 8)
+    return -(-n * bits // whole) * whole // 8
+
+
+def _check_nested(nested: Nested, n_blocks: int, device: torch.device) -> None:
+    check_block_size(nested.block_size)
+    check_tensor(nested.values, "nested.values", torch.float32, 256, device)
+    check_tensor(nested.absmax, "nested.absmax", torch.float32, -(-n_blocks // nested.block_size), device)
+    check_tensor(nested.offset, "nested.offset", torch.float32, 1, device)
+
+
 def check_weight(weight: FourBit, device: torch.device) -> None:
     """Check the tensors of a 4-bit weight."""
     nested, n = weight.nested, weight.shape.numel()
@@ -69,7 +114,4 @@ def check_weight(weight: FourBit, device: torch.device) -> None:
     check_tensor(weight.values, "values", torch.float32, 16, device)
     check_tensor(weight.absmax, "absmax", torch.float32 if nested is None else torch.uint8, n_blocks, device)
     if nested is not None:
-        check_block_size(nested.block_size)
-        check_tensor(nested.values, "nested.values", torch.float32, 256, device)
-        check_tensor(nested.absmax, "nested.absmax", torch.float32, -(-n_blocks // nested.block_size), device)
-        check_tensor(nested.offset, "nested.offset", torch.float32, 1, device)
+        _check_nested(nested, n_blocks, device)

@@ -71,6 +71,11 @@ def matmul_dense(x_TC: Tensor, weight_NK: Tensor, transposed: bool, epilogue: Ep
     """`x @ W.T` or, transposed, `x @ W`, plus `epilogue`, by torch; in x's dtype."""
     factor_CM = weight_NK if transposed else weight_NK.t()
     out = x_TC @ factor_CM if epilogue.bias is None else torch.addmm(epilogue.bias.to(x_TC.dtype), x_TC, factor_CM)
+    return add_low_rank(out, epilogue)
+
+
+def add_low_rank(out: Tensor, epilogue: Epilogue) -> Tensor:
+    """Add the low-rank terms of `epilogue`, if it has any, to `out` in place."""
     if epilogue.low is not None and epilogue.factor is not None:
-        out.addmm_(epilogue.low.to(x_TC.dtype), epilogue.factor.to(x_TC.dtype), alpha=epilogue.scale)
+        out.addmm_(epilogue.low.to(out.dtype), epilogue.factor.to(out.dtype), alpha=epilogue.scale)
     return out

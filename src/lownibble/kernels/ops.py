@@ -47,6 +47,8 @@ class Backend(Protocol):
 
     def gemv_grouped(self, x_TK: Tensor, weight: Grouped) -> Tensor: ...
 
+    def matmul_grouped(self, x_TC: Tensor, weight: Grouped, transposed: bool, epilogue: Epilogue) -> Tensor: ...
+
     def matmul_4bit(self, x_TC: Tensor, weight: FourBit, transposed: bool, epilogue: Epilogue) -> Tensor: ...
 
     def matmul_dense(self, x_TC: Tensor, weight_NK: Tensor, transposed: bool, out: Tensor) -> Tensor: ...
@@ -243,8 +245,13 @@ def dequantize_grouped(weight: Grouped, out: Tensor) -> Tensor:
 
 
 def gemv_grouped(x_TK: Tensor, weight: Grouped) -> Tensor:
-    """As `gemv_4bit`, for a grouped weight (N, K)."""
+    """As `gemv_4bit`, for a grouped weight (N, K) without `order`."""
     return _for(x_TK).gemv_grouped(x_TK, weight)
+
+
+def matmul_grouped(x_TC: Tensor, weight: Grouped, transposed: bool, epilogue: Epilogue) -> Tensor:
+    """As `matmul_4bit`, for a grouped weight (N, K) without `order`."""
+    return _for(x_TC).matmul_grouped(x_TC, weight, transposed, epilogue)
 
 
 def matmul_4bit(x_TC: Tensor, weight: FourBit, transposed: bool, epilogue: Epilogue) -> Tensor:

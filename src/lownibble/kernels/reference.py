@@ -147,6 +147,10 @@ def gemv_grouped(x_TK: Tensor, weight: Grouped) -> Tensor:
     return (x_TK.float() @ weight_NK.t()).to(x_TK.dtype)
 
 
+def matmul_grouped(x_TC: Tensor, weight: Grouped, transposed: bool, epilogue: Epilogue) -> Tensor:
+    return decoded.matmul(partial(dequantize_grouped, weight), weight.shape, x_TC, transposed, epilogue)
+
+
 def matmul_4bit(x_TC: Tensor, weight: FourBit, transposed: bool, epilogue: Epilogue) -> Tensor:
     return decoded.matmul(partial(dequantize_4bit, weight), weight.shape, x_TC, transposed, epilogue)
 

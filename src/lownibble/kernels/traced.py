@@ -21,7 +21,7 @@ class Traced:
     """A backend (`ops.Backend`) that mimics another one's allocations.
 
     Args:
-        fused: 4-bit matmuls dequantise inside the kernel (CPUs with AVX-512), not into a buffer first.
+        fused: 4-bit and grouped matmuls dequantise inside the kernel (CPUs with AVX-512), not into a buffer first.
         attention: there is a training attention kernel (the same CPUs).
         softmax: the head's softmax allocates no temporaries (any compiled CPU kernel); else as torch's operations do.
     """
@@ -66,6 +66,12 @@ class Traced:
         if self._fused and x_TC.dtype == torch.float32:
             return x_TC.new_empty(len(x_TC), weight.shape[1] if transposed else weight.shape[0])
         return decoded.matmul(partial(self.dequantize_4bit, weight), weight.shape, x_TC, transposed, epilogue)
+
+    def matmul_grouped(self, x_TC: Tensor, weight: Grouped, transposed: bool, epilogue: Epilogue) -> Tensor:
+        """As `ops.matmul_grouped`."""
+        if self._fused and x_TC.dtype == torch.float32:
+            return x_TC.new_empty(len(x_TC), weight.shape[1] if transposed else weight.shape[0])
+        return decoded.matmul(partial(self.dequantize_grouped, weight), weight.shape, x_TC, transposed, epilogue)
 
     def matmul_dense(self, x_TC: Tensor, weight_NK: Tensor, transposed: bool, out: Tensor) -> Tensor:
         """As `ops.matmul_dense`."""

@@ -12,6 +12,9 @@ Results are bit-identical to the reference's. Three things would break that and 
 - subnormals: float32 multiplications and `div_rn` keep them (no `.ftz` in the PTX).
 `tests/kernels/test_triton_compile.py` compiles every kernel for a GPU, without needing one, and checks this in the PTX.
 
+Grouped weights: one element of the tile per code, whatever its bits; neighbours read the same constants from the cache. Codes of
+8 bits are looked up in a table of 256 values, since devices before capability 8.9 cannot convert float8.
+
 8-bit matmuls: a program computes a tile of the output, part by part (64 terms) along the summed dimension. It converts the 4-bit
 weights to 8-bit codes in registers, multiplies on the 8-bit units (`tl.dot` of int8 to int32, or of float8 to float32), and
 accumulates the part, times its scale, in float32. Tiles are tall, since each program converts the weights itself. A part's sum
@@ -40,21 +43,29 @@ from lownibble.errors import BackendError, InputError
 from lownibble.kernels import decoded, decoder
 from lownibble.kernels.attention import attention as attention
 from lownibble.kernels.attention import attention_backward as attention_backward
-from lownibble.kernels.checks import check_block_size, check_float, check_tensor, check_weight, check_weight_8bit
+from lownibble.kernels.checks import (
+    check_block_size,
+    check_float,
+    check_grouped,
+    check_tensor,
+    check_unordered,
+    check_weight,
+    check_weight_8bit,
+)
 from lownibble.kernels.decoder import DecoderLayers, Segment, Step
 from lownibble.kernels.plain import gemv_bf16 as gemv_bf16
 from lownibble.kernels.plain import low_rank as low_rank
 from lownibble.kernels.plain import low_rank_backward as low_rank_backward
 from lownibble.kernels.plain import matmul_dense as matmul_dense
 from lownibble.kernels.plain import softmax_rows as softmax_rows
-from lownibble.kernels.reference import dequantize_grouped as dequantize_grouped
-from lownibble.kernels.reference import gemv_grouped as gemv_grouped
-from lownibble.kernels.types import LARGEST_CODE, PART, Epilogue, FourBit, Rows8bit, row_sizes
+from lownibble.kernels.types import LARGEST_CODE, PART, Epilogue, FourBit, Grouped, Rows8bit, row_sizes
 
 name = "triton"
 
 TILE = 4096
 """Elements per program: one block of the largest size."""
+GROUPED_TILE = 1024
+"""Codes of a grouped weight per program."""
 GEMV_COLUMNS, GEMV_TILE, GEMV_ROWS = 512, 2048, 4
 """Matrix-vector product: columns per iteration, weight elements per iteration, and rows of x per program."""
 MATMUL_ROWS, MATMUL_ROWS_A_WARP = 128, 16
@@ -164,6 +175,70 @@ def _gemv_4bit(
             total = tl.fma((tl.load(values + code) * scale)[None, :, :], x_tile[:, None, :], total)
     if WHOLE:
         total = tl.reshape(total, (TS, NS, KS // 2))
+    y = tl.sum(total, axis=2)
+    tl.store(out + t[:, None] * N + n[None, :], y.to(out.dtype.element_ty), mask=(t < T)[:, None] & (n < N)[None, :])
+
+
+@triton.jit
+def _code(codes, element, inside, BITS: tl.constexpr):
+    """Code `element` of a string of bits, the first code in the highest bits; of 3 bits it may continue in the next byte."""
+    byte, start = element * BITS // 8, (element * BITS % 8).to(tl.int32)
+    found = tl.load(codes + byte, mask=inside, other=0).to(tl.int32)
+    if BITS == 3:
+        following = tl.load(codes + byte + 1, mask=inside & (start > 8 - BITS), other=0).to(tl.int32)
+        return ((found << 8 | following) >> (16 - BITS - start)) & 7
+    return (found >> (8 - BITS - start)) & ((1 << BITS) - 1)
+
+
+@triton.jit
+def _group_values(
+    codes, values, scale, zero, nested_values, nested_absmax, offset, element, inside,
+    BITS: tl.constexpr, GROUP: tl.constexpr, ZERO: tl.constexpr, NESTED_BLOCK: tl.constexpr,
+):  # fmt: skip
+    """The float32 values of the codes `element` of a grouped weight."""
+    value, group = tl.load(values + _code(codes, element, inside, BITS)), element // GROUP
+    if ZERO:
+        value -= _code(zero, group, inside, BITS).to(tl.float32)
+    return value * _constants(scale, group, inside, nested_values, nested_absmax, offset, NESTED_BLOCK)
+
+
+@triton.jit
+def _dequantize_grouped(
+    codes, values, scale, zero, nested_values, nested_absmax, offset, order, out, n, K: tl.constexpr, SIZE: tl.constexpr,
+    BITS: tl.constexpr, GROUP: tl.constexpr, ZERO: tl.constexpr, ORDERED: tl.constexpr, NESTED_BLOCK: tl.constexpr,
+):  # fmt: skip
+    element = tl.program_id(0).to(tl.int64) * SIZE + tl.arange(0, SIZE)
+    inside = element < n
+    value = _group_values(
+        codes, values, scale, zero, nested_values, nested_absmax, offset, element, inside, BITS, GROUP, ZERO, NESTED_BLOCK
+    )
+    if ORDERED:
+        column = element % K
+        to = tl.load(order + column, mask=inside, other=0)
+        inside = inside & (to >= 0) & (to < K)  # a wrong order writes nothing outside of the row
+        element = element - column + to
+    tl.store(out + element, value.to(out.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _gemv_grouped(
+    x, codes, values, scale, zero, nested_values, nested_absmax, offset, out, T, N, K, TS: tl.constexpr, NS: tl.constexpr,
+    KS: tl.constexpr, BITS: tl.constexpr, GROUP: tl.constexpr, ZERO: tl.constexpr, NESTED_BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Compute a tile (TS, NS) of the output."""
+    n_tiles = tl.cdiv(N, NS)
+    n = (tl.program_id(0) % n_tiles).to(tl.int64) * NS + tl.arange(0, NS)
+    t = (tl.program_id(0) // n_tiles).to(tl.int64) * TS + tl.arange(0, TS)
+    total = tl.zeros((TS, NS, KS), tl.float32)
+    for k_first in range(0, K, KS):
+        k = k_first + tl.arange(0, KS)
+        x_tile = tl.load(x + t[:, None] * K + k[None, :], mask=(t < T)[:, None] & (k < K)[None, :], other=0.0).to(tl.float32)
+        inside = (n < N)[:, None] & (k < K)[None, :]
+        w_tile = _group_values(
+            codes, values, scale, zero, nested_values, nested_absmax, offset, n[:, None] * K + k[None, :], inside,
+            BITS, GROUP, ZERO, NESTED_BLOCK,
+        )  # fmt: skip
+        total = tl.fma(w_tile[None, :, :], x_tile[:, None, :], total)
     y = tl.sum(total, axis=2)
     tl.store(out + t[:, None] * N + n[None, :], y.to(out.dtype.element_ty), mask=(t < T)[:, None] & (n < N)[None, :])
 
@@ -365,6 +440,50 @@ def gemv_4bit(x_TK: Tensor, weight: FourBit) -> Tensor:
     programs = triton.cdiv(T, ts) * triton.cdiv(N, ns)
     _launch(_gemv_4bit, programs, x_TK, *pointers, out_TN, T, N, K, TS=ts, NS=ns, KS=ks, **sizes, WHOLE=whole)
     return out_TN
+
+
+def _grouped_pointers(weight: Grouped) -> tuple[tuple[Tensor, ...], dict[str, int]]:
+    """Codes, values, scales, zero points and nested tensors (placeholders, never read, if there are none), and sizes."""
+    scale, zero, nested = weight.scale, weight.zero, weight.nested
+    inner = (scale,) * 3 if nested is None else (nested.values, nested.absmax, nested.offset)
+    sizes = {"BITS": weight.bits, "GROUP": max(1, weight.group_size), "ZERO": zero is not None}
+    sizes["NESTED_BLOCK"] = 0 if nested is None else nested.block_size
+    return (weight.codes.view(torch.uint8), weight.values, scale, scale if zero is None else zero, *inner), sizes
+
+
+def dequantize_grouped(weight: Grouped, out: Tensor) -> Tensor:
+    """As `ops.dequantize_grouped`."""
+    n, K, device, order = weight.shape.numel(), weight.shape[-1], out.device, weight.order
+    check_grouped(weight, device)
+    check_float(out, "out")
+    check_tensor(out, "out", out.dtype, n, device)
+    pointers, sizes = _grouped_pointers(weight)
+    _launch(
+        _dequantize_grouped, triton.cdiv(n, GROUPED_TILE), *pointers, weight.scale if order is None else order, out, n, K=K,
+        SIZE=GROUPED_TILE, ORDERED=order is not None, **sizes,
+    )  # fmt: skip
+    return out
+
+
+def gemv_grouped(x_TK: Tensor, weight: Grouped) -> Tensor:
+    """As `ops.gemv_grouped`."""
+    (N, K), T, device = weight.shape, len(x_TK), x_TK.device
+    check_unordered(weight)
+    check_grouped(weight, device)
+    check_float(x_TK, "x_TK")
+    check_tensor(x_TK, "x_TK", x_TK.dtype, T * K, device)
+    out_TN = torch.empty((T, N), dtype=x_TK.dtype, device=device)
+    ts, ns = min(triton.next_power_of_2(max(T, 1)), GEMV_ROWS), GEMV_TILE // GEMV_COLUMNS
+    pointers, sizes = _grouped_pointers(weight)
+    programs = triton.cdiv(T, ts) * triton.cdiv(N, ns)
+    _launch(_gemv_grouped, programs, x_TK, *pointers, out_TN, T, N, K, TS=ts, NS=ns, KS=GEMV_COLUMNS, **sizes)
+    return out_TN
+
+
+def matmul_grouped(x_TC: Tensor, weight: Grouped, transposed: bool, epilogue: Epilogue) -> Tensor:
+    """As `ops.matmul_grouped`: as `matmul_4bit`."""
+    check_unordered(weight)
+    return decoded.matmul(partial(dequantize_grouped, weight), weight.shape, x_TC, transposed, epilogue)
 
 
 def matmul_4bit(x_TC: Tensor, weight: FourBit, transposed: bool, epilogue: Epilogue) -> Tensor:

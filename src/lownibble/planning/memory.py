@@ -33,7 +33,7 @@ from lownibble.quant import layouts
 KINDS = ("weights", "codes", "constants", "adapters", "gradients", "optimizer", "activations", "workspace")
 """Kinds of memory, in display order."""
 
-FUSED = ("nf4", "fp4")
+FUSED = ("nf4", "fp4", *layouts.GROUPED)
 """Codecs with matmul kernels that dequantise internally, on CPUs with AVX-512."""
 
 ITEMSIZE = {"float32": FLOAT32, "bfloat16": BFLOAT16, "float16": BFLOAT16}

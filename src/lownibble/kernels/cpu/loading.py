@@ -24,7 +24,7 @@ import torch  # noqa: F401 - before the library, see above
 
 from lownibble.errors import BackendError
 
-_ABI = 9
+_ABI = 10
 _FOLDER = Path(__file__).parent.parent
 
 _pointer, _int64, _int32 = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32
@@ -48,6 +48,14 @@ _SIGNATURES = {
     ],
     "matmul_dense": [_pointer, _int64, _pointer, _int64, _int64, _int32, _pointer, _int32],
     "gemv_4bit": [_pointer, _int32, _int64, _int64, *_WEIGHT, _int64, _int32, _int32, _pointer, _int32],
+    "dequantize_grouped": [_pointer, _int32, *[_pointer] * 5, _int32, *[_pointer] * 2, *[_int64] * 3, _int32, _pointer, _int32],
+    "gemv_grouped": [
+        _pointer, _int32, _int64, _pointer, _int32, *[_pointer] * 5, _int32, _pointer, *[_int64] * 3, _pointer, _int32
+    ],
+    "matmul_grouped": [
+        _pointer, _int64, _pointer, _int32, *[_pointer] * 5, _int32, _pointer, *[_int64] * 3, _int32, *[_pointer] * 3,
+        *[_int64] * 3, ctypes.c_float, _pointer, _int32,
+    ],
     "decoder_sizes": [_int32],
     "decoder_workspace": [_pointer, _int64, _int64, _int64, _int32],
     "decoder_layers": [_pointer, _int64, _pointer, _int64, _pointer, _int32],
@@ -67,7 +75,9 @@ _SIGNATURES = {
 _RESULTS = {
     **dict.fromkeys(("isa", "available"), ctypes.c_char_p),
     **dict.fromkeys(("has_attention", "has_low_rank", "has_matmul", "has_int8", "select"), _int32),
-    **dict.fromkeys(("gemv_4bit", "matmul_4bit", "matmul_dense", "matmul_int8", "matmul_int8_dense"), _int32),
+    **dict.fromkeys(
+        ("gemv_4bit", "gemv_grouped", "matmul_4bit", "matmul_grouped", "matmul_dense", "matmul_int8", "matmul_int8_dense"), _int32
+    ),
     **dict.fromkeys(("attention", "attention_backward"), _int32),
     **dict.fromkeys(("decoder_sizes", "decoder_layers", "low_rank", "low_rank_backward"), _int32),
     **dict.fromkeys(("decoder_workspace", "low_rank_sums"), _int64),

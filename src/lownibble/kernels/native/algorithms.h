@@ -4,6 +4,7 @@
 //   load, store, zero, fill, add, multiply, fma, sum, absolute, maximum, largest, clamp_to_one
 //   table, scaled, lookup         a table, a table times a constant, 16 values for 8 bytes of codes
 //   Coder, coder, encode          bounds and order in registers; 16 scaled values to 8 bytes of codes
+//   kBitLookup, lookup_bits       whether 16 codes of 2 or 3 bits can be looked up directly; and that
 //   kStreams, stream, fence       whether there are stores that go around the caches, for float; and these
 //   kTile, kRows                  how many rows of x and of w the matrix-vector product takes at once (registers)
 //   kColumns                      how many times 16 columns, over all rows, a low-rank product adds to at once (registers)
@@ -453,6 +454,14 @@ void attend(const float* q, const float* keys, const float* values, std::int64_t
     }
 }
 
+}  // namespace
+}  // namespace lownibble
+
+#include "grouped.h"
+
+namespace lownibble {
+namespace {
+
 // Call body with `data` as a pointer to its own type.
 template <class Body>
 inline void with_type(DType dtype, const void* data, Body body) {
@@ -493,6 +502,18 @@ constexpr Kernels kernels_for(const char* name) {
         [](const float* x, std::int64_t T, std::int64_t K, const Weight4bit& w, DType dtype, void* out, std::int64_t N,
            Range rows) {
             with_type(dtype, out, [&](auto* typed) { gemv_4bit<Simd>(x, T, K, w, typed, N, rows); });
+        },
+        [](const WeightGrouped& w, DType dtype, void* out, Range rows) {
+            with_codes<Simd>(w.coding, [&](auto codes) {
+                using Codes = typename decltype(codes)::type;
+                with_type(dtype, out, [&](auto* typed) { dequantize_rows<Simd, Codes>(w, typed, rows); });
+            });
+        },
+        [](const float* x, std::int64_t T, const WeightGrouped& w, DType dtype, void* out, Range rows) {
+            with_codes<Simd>(w.coding, [&](auto codes) {
+                using Codes = typename decltype(codes)::type;
+                with_type(dtype, out, [&](auto* typed) { gemv_grouped<Simd, Codes>(x, T, w, typed, rows); });
+            });
         },
         [](const float* x, std::int64_t T, std::int64_t K, DType dtype, const void* w, float* out, std::int64_t N, Range rows) {
             with_type(dtype, w, [&](const auto* typed) { gemv_dense<Simd>(x, T, K, typed, out, N, rows); });

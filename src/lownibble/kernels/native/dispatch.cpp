@@ -190,10 +190,24 @@ std::int64_t blocks_of(std::int64_t n, std::int32_t block_shift) {
     return (n + (std::int64_t{1} << block_shift) - 1) >> block_shift;
 }
 
+// Call body with x, n elements, in float32; -1 when there is no memory for that.
+template <class Body>
+std::int32_t with_float32(const void* x, DType dtype, std::int64_t n, Body body) {
+    float* converted = nullptr;
+    if (dtype != DType::float32 && n > 0) {
+        converted = static_cast<float*>(std::malloc(static_cast<std::size_t>(n) * sizeof(float)));
+        if (!converted) return -1;
+        active->to_float32(dtype, x, n, converted);
+    }
+    body(converted ? converted : static_cast<const float*>(x));
+    std::free(converted);
+    return 0;
+}
+
 }  // namespace
 
 // Incremented whenever a signature below changes; kernels/cpu/loading.py rejects another number.
-LOWNIBBLE_EXPORT std::int32_t lownibble_abi() { return 9; }
+LOWNIBBLE_EXPORT std::int32_t lownibble_abi() { return 10; }
 
 // Comma-separated names of the instruction sets that run here, fastest first.
 LOWNIBBLE_EXPORT const char* lownibble_available() { return available().names; }
@@ -252,16 +266,35 @@ LOWNIBBLE_EXPORT std::int32_t lownibble_gemv_4bit(const void* x, std::int32_t x_
                                                   std::int32_t nested_shift, void* out, std::int32_t num_threads) {
     const Weight4bit w{codes, values, absmax, nested_values, nested_absmax, nested_offset, N * K, block_shift, nested_shift};
     const DType dtype = static_cast<DType>(x_dtype);
-    float* converted = nullptr;
-    if (dtype != DType::float32 && T * K > 0) {
-        converted = static_cast<float*>(std::malloc(static_cast<std::size_t>(T * K) * sizeof(float)));
-        if (!converted) return -1;
-        active->to_float32(dtype, x, T * K, converted);
-    }
-    const float* x_32 = converted ? converted : static_cast<const float*>(x);
-    in_parallel(T ? N : 0, N * K, num_threads, [&](Range rows) { active->gemv_4bit(x_32, T, K, w, dtype, out, N, rows); });
-    std::free(converted);
-    return 0;
+    return with_float32(x, dtype, T * K, [&](const float* x_32) {
+        in_parallel(T ? N : 0, N * K, num_threads, [&](Range rows) { active->gemv_4bit(x_32, T, K, w, dtype, out, N, rows); });
+    });
+}
+
+LOWNIBBLE_EXPORT void lownibble_dequantize_grouped(
+    const std::uint8_t* codes, std::int32_t coding, const float* values, const void* scale, const float* nested_values,
+    const float* nested_absmax, const float* nested_offset, std::int32_t nested_shift, const std::uint8_t* zero,
+    const std::int32_t* order, std::int64_t N, std::int64_t K, std::int64_t group_size, std::int32_t out_dtype, void* out,
+    std::int32_t num_threads) {
+    const WeightGrouped w{codes, values, scale, nested_values, nested_absmax, nested_offset, zero, order, N, K, group_size,
+                          nested_shift, static_cast<Coding>(coding)};
+    in_parallel(N, N * K, num_threads,
+                [&](Range rows) { active->dequantize_grouped(w, static_cast<DType>(out_dtype), out, rows); });
+}
+
+// 0, or -1 when there is no memory for x in float32.
+LOWNIBBLE_EXPORT std::int32_t lownibble_gemv_grouped(const void* x, std::int32_t x_dtype, std::int64_t T,
+                                                     const std::uint8_t* codes, std::int32_t coding, const float* values,
+                                                     const void* scale, const float* nested_values, const float* nested_absmax,
+                                                     const float* nested_offset, std::int32_t nested_shift,
+                                                     const std::uint8_t* zero, std::int64_t N, std::int64_t K,
+                                                     std::int64_t group_size, void* out, std::int32_t num_threads) {
+    const WeightGrouped w{codes, values, scale, nested_values, nested_absmax, nested_offset, zero, nullptr, N, K, group_size,
+                          nested_shift, static_cast<Coding>(coding)};
+    const DType dtype = static_cast<DType>(x_dtype);
+    return with_float32(x, dtype, T * K, [&](const float* x_32) {
+        in_parallel(T ? N : 0, N * K, num_threads, [&](Range rows) { active->gemv_grouped(x_32, T, w, dtype, out, rows); });
+    });
 }
 
 // 1 when the functions below may be called with the instruction set in use.
@@ -344,6 +377,21 @@ LOWNIBBLE_EXPORT std::int32_t lownibble_matmul_4bit(
     const Addition addition{bias, low, factor, r, factor_step, factor_stride, factor_scale};
     return share_panels(T, N, K, transposed ? K : N, r, num_threads, [&](void* memory, Range panels, Range rows) {
         active_matmul()->matmul_4bit(x, w, N, K, transposed != 0, addition, out, memory, panels, rows);
+    });
+}
+
+// The same with a grouped W; a group is a multiple of 16 long.
+LOWNIBBLE_EXPORT std::int32_t lownibble_matmul_grouped(
+    const float* x, std::int64_t T, const std::uint8_t* codes, std::int32_t coding, const float* values, const void* scale,
+    const float* nested_values, const float* nested_absmax, const float* nested_offset, std::int32_t nested_shift,
+    const std::uint8_t* zero, std::int64_t N, std::int64_t K, std::int64_t group_size, std::int32_t transposed, const float* bias,
+    const float* low, const float* factor, std::int64_t r, std::int64_t factor_step, std::int64_t factor_stride,
+    float factor_scale, float* out, std::int32_t num_threads) {
+    const WeightGrouped w{codes, values, scale, nested_values, nested_absmax, nested_offset, zero, nullptr, N, K, group_size,
+                          nested_shift, static_cast<Coding>(coding)};
+    const Addition addition{bias, low, factor, r, factor_step, factor_stride, factor_scale};
+    return share_panels(T, N, K, transposed ? K : N, r, num_threads, [&](void* memory, Range panels, Range rows) {
+        active_matmul()->matmul_grouped(x, w, transposed != 0, addition, out, memory, panels, rows);
     });
 }
 

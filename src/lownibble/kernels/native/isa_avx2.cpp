@@ -17,12 +17,21 @@ struct Avx2 {
         const float* bounds;
         __m128i order;  // 16 bytes
     };
-    static constexpr bool kStreams = true;
+    static constexpr bool kStreams = true, kBitLookup = false;
     static constexpr int kTile = 4, kRows = 1, kColumns = 4;
 
     static Lanes load(const float* p) { return {_mm256_loadu_ps(p), _mm256_loadu_ps(p + 8)}; }
     static Lanes load(const BFloat16* p) { return {widen(p), widen(p + 8)}; }
     static Lanes load(const Float16* p) { return {widen(p), widen(p + 8)}; }
+    static Lanes load(const std::int8_t* p) { return {widen(p), widen(p + 8)}; }
+    static Lanes load(const Float8* p) {
+        const __m256i wide = _mm256_cvtepi8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+        const __m256i half = _mm256_and_si256(_mm256_slli_epi16(wide, 7), _mm256_set1_epi16(static_cast<short>(0xBF80)));
+        const __m256i all = _mm256_set1_epi16(0x7F), nan = _mm256_cmpeq_epi16(_mm256_and_si256(wide, all), all);
+        const __m256i checked = _mm256_blendv_epi8(half, _mm256_set1_epi16(0x7E00), nan);
+        const Lanes small{_mm256_cvtph_ps(_mm256_castsi256_si128(checked)), _mm256_cvtph_ps(_mm256_extracti128_si256(checked, 1))};
+        return multiply(small, fill(256.0f));  // as in avx512.h
+    }
 
     static void store(float* p, Lanes v) {
         _mm256_storeu_ps(p, v.low);
@@ -97,6 +106,9 @@ private:
     static __m256 widen(const BFloat16* p) {
         const __m128i bits = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
         return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(bits), 16));
+    }
+    static __m256 widen(const std::int8_t* p) {
+        return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))));
     }
     static __m256 widen(const Float16* p) { return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))); }
 

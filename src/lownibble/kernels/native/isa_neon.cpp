@@ -17,7 +17,7 @@ struct Neon {
         const float* bounds;
         uint8x16_t order;
     };
-    static constexpr bool kStreams = false;
+    static constexpr bool kStreams = false, kBitLookup = false;
     static constexpr int kTile = 4, kRows = 1, kColumns = 4;
 
     static Lanes load(const float* p) {
@@ -29,6 +29,8 @@ struct Neon {
     static Lanes load(const Float16* p) {
         return each([&](int i) { return vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(&p[4 * i].bits))); });
     }
+    static Lanes load(const std::int8_t* p) { return converted(p); }
+    static Lanes load(const Float8* p) { return converted(p); }
 
     static void store(float* p, const Lanes& v) {
         for (int i = 0; i < 4; ++i) vst1q_f32(p + 4 * i, v.at[i]);
@@ -108,6 +110,12 @@ struct Neon {
     }
 
 private:
+    template <class Byte>
+    static Lanes converted(const Byte* p) {
+        float values[16];
+        for (int i = 0; i < 16; ++i) values[i] = to_float(p[i]);
+        return load(values);
+    }
     template <class Value>
     static Lanes each(Value value) {
         return {{value(0), value(1), value(2), value(3)}};

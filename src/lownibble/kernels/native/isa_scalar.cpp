@@ -10,7 +10,7 @@ struct Scalar {
     };
     using Table = Lanes;
     using Coder = Encoder4bit;
-    static constexpr bool kStreams = false;
+    static constexpr bool kStreams = false, kBitLookup = false;
     static constexpr int kTile = 2, kRows = 1, kColumns = 2;
 
     template <class In>

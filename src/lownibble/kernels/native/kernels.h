@@ -51,6 +51,28 @@ struct Weight4bit {
     std::int32_t nested_shift;
 };
 
+// How the codes of a grouped weight lie: strings of bits, the first in the highest bits; or bytes.
+enum class Coding : std::int32_t { bits2 = 2, bits3 = 3, bits4 = 4, int8 = 8, float8 = 9 };
+
+struct Float8 {  // e4m3fn
+    std::uint8_t bits;
+};
+
+// A weight (N, K) in groups of group_size neighbours in a row: (values[code] - zero) * constant. Groups start at whole bytes.
+struct WeightGrouped {
+    const std::uint8_t* codes;
+    const float* values;          // one a code; not read for codes of 8 bits
+    const void* absmax;           // the scale of each group, stored as the constants of Weight4bit
+    const float* nested_values;
+    const float* nested_absmax;
+    const float* nested_offset;
+    const std::uint8_t* zero;     // codes of zero points, packed as the codes are, or null
+    const std::int32_t* order;    // K: the column of each column of codes, or null
+    std::int64_t N, K, group_size;
+    std::int32_t nested_shift;
+    Coding coding;
+};
+
 struct Encoder4bit {
     const float* bounds;          // 15, ascending; a value on a bound takes the lower code
     const std::uint8_t* order;    // 16, code of the i-th smallest value
@@ -80,6 +102,9 @@ struct Kernels {
     // x (T, K) float32 by w (N, K) -> out (T, N), for the rows of w in `rows`.
     void (*gemv_4bit)(const float* x, std::int64_t T, std::int64_t K, const Weight4bit& w, DType, void* out, std::int64_t N,
                       Range rows);
+    void (*dequantize_grouped)(const WeightGrouped& w, DType, void* out, Range rows);
+    // As gemv_4bit; w has no order.
+    void (*gemv_grouped)(const float* x, std::int64_t T, const WeightGrouped& w, DType, void* out, Range rows);
     // x (T, K) by w (N, K) -> out (T, N), for the rows of w in `rows`.
     void (*gemv_dense)(const float* x, std::int64_t T, std::int64_t K, DType, const void* w, float* out, std::int64_t N,
                        Range rows);
@@ -104,8 +129,9 @@ extern const Kernels kNeonKernels;
 
 static inline std::int64_t smaller(std::int64_t a, std::int64_t b) { return a < b ? a : b; }
 
-// The constant of a block: as stored, or decoded with two roundings.
-static inline float block_constant(const Weight4bit& w, std::int64_t block) {
+// The constant of a block or group: as stored, or decoded with two roundings.
+template <class Weight>
+static inline float block_constant(const Weight& w, std::int64_t block) {
     if (!w.nested_values) return static_cast<const float*>(w.absmax)[block];
     const std::uint8_t code = static_cast<const std::uint8_t*>(w.absmax)[block];
     const float product = w.nested_values[code] * w.nested_absmax[block >> w.nested_shift];
@@ -136,6 +162,15 @@ static inline float to_float(Float16 value) {
     }
     if (exponent == 31) return float_of(sign | 0x7F800000 | fraction << 13);
     return float_of(sign | (exponent + 112) << 23 | fraction << 13);
+}
+
+static inline float to_float(std::int8_t value) { return value; }
+
+// As a float16 of the same bits, whose exponent is worth 2^8 less; all ones are NaN.
+static inline float to_float(Float8 value) {
+    const bool is_nan = (value.bits & 0x7F) == 0x7F;
+    const std::uint32_t sign = (value.bits & 0x80u) << 8, magnitude = is_nan ? 0x7E00u : (value.bits & 0x7Fu) << 7;
+    return to_float(Float16{static_cast<std::uint16_t>(sign | magnitude)}) * 256.0f;
 }
 
 static inline void from_float(float* out, float value) { *out = value; }

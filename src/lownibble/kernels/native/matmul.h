@@ -1,4 +1,4 @@
-// Exact (float32) products with the frozen 4-bit base, and with a dense head: the interface that dispatch.cpp calls and each
+// Exact (float32) products with the frozen packed base, and with a dense head: the interface that dispatch.cpp calls and each
 // instruction set implements.
 //
 // Method. Panels of 48 output columns of the weight are decoded into a buffer that stays in the second-level cache, up to 640
@@ -23,6 +23,9 @@ struct MatmulKernels {
     // K is a multiple of 64 and a block has at least 32 elements. `scratch`: matmul_scratch(r) bytes, aligned to 64.
     void (*matmul_4bit)(const float* x, const Weight4bit& w, std::int64_t N, std::int64_t K, bool transposed,
                         const Addition& addition, float* out, void* scratch, Range panels, Range rows);
+    // The same with a grouped W without an order; a group is a multiple of 16 long.
+    void (*matmul_grouped)(const float* x, const WeightGrouped& w, bool transposed, const Addition& addition, float* out,
+                           void* scratch, Range panels, Range rows);
     // The same with a dense W, and nothing added.
     void (*matmul_dense)(const float* x, const float* w, std::int64_t N, std::int64_t K, bool transposed, float* out,
                          void* scratch, Range panels, Range rows);

@@ -1,9 +1,10 @@
-// Exact products with the 4-bit base, or a dense matrix, on AVX-512. 24 of the 32 registers hold sums, 8 rows by 48 columns, so
+// Exact products with the packed base, or a dense matrix, on AVX-512. 24 of the 32 registers hold sums, 8 rows by 48 columns, so
 // that 24 multiplications need 11 loads; x is read as it lies, its elements broadcast from memory. Tried and slower where two
 // hardware threads share a core: 14 rows by 32 columns, 9 by 48, 6 by 64, 4 by 96, prefetching panels or x (docs/log.md).
 #if defined(__x86_64__)
 
-#include "avx512.h"
+#include "algorithms.h"
+#include "lanes_avx512.h"
 #include "matmul.h"
 
 namespace lownibble {
@@ -67,13 +68,14 @@ void decode_columns(const Weight4bit& w, std::int64_t K, std::int64_t k0, std::i
     }
 }
 
-// The same panels of a dense W; depth of the first is a multiple of 16.
-void copy_rows(const float* w, std::int64_t N, std::int64_t K, std::int64_t n0, std::int64_t k0, std::int64_t depth, float* panel) {
+// The same panels of any W whose 16 values in row n from column k on are `load(n, k)`; depth of the first is a multiple of 16.
+template <class Load>
+void load_rows(const Load& load, std::int64_t N, std::int64_t n0, std::int64_t k0, std::int64_t depth, float* panel) {
     for (int part = 0; part < kVectors; ++part) {
         for (std::int64_t k = 0; k < depth; k += 16) {
             __m512 values[16];
 #pragma GCC unroll 16
-            for (int i = 0; i < 16; ++i) values[i] = _mm512_loadu_ps(w + smaller(n0 + part * 16 + i, N - 1) * K + k0 + k);
+            for (int i = 0; i < 16; ++i) values[i] = load(smaller(n0 + part * 16 + i, N - 1), k0 + k);
             transpose_floats(values);
             float* to = panel + k * kPanel + part * 16;
 #pragma GCC unroll 16
@@ -82,10 +84,11 @@ void copy_rows(const float* w, std::int64_t N, std::int64_t K, std::int64_t n0, 
     }
 }
 
-void copy_columns(const float* w, std::int64_t K, std::int64_t k0, std::int64_t n0, std::int64_t depth, float* panel) {
+template <class Load>
+void load_columns(const Load& load, std::int64_t K, std::int64_t k0, std::int64_t n0, std::int64_t depth, float* panel) {
     for (std::int64_t n = n0; n < n0 + depth; ++n, panel += kPanel) {
         for (int part = 0; part < kVectors; ++part) {
-            _mm512_store_ps(panel + part * 16, _mm512_loadu_ps(w + n * K + smaller(k0 + part * 16, K - 16)));
+            _mm512_store_ps(panel + part * 16, load(n, smaller(k0 + part * 16, K - 16)));
         }
     }
 }
@@ -215,17 +218,36 @@ void matmul_4bit(const float* x, const Weight4bit& w, std::int64_t N, std::int64
     product(x, fill, N, K, transposed, addition, out, scratch, panels, rows);
 }
 
+template <class Load>
+void product_of(const float* x, const Load& load, std::int64_t N, std::int64_t K, bool transposed, const Addition& addition,
+                float* out, void* scratch, Range panels, Range rows) {
+    const auto fill = [&](std::int64_t first, std::int64_t begin, std::int64_t count, float* panel) {
+        transposed ? load_columns(load, K, first, begin, count, panel) : load_rows(load, N, first, begin, count, panel);
+    };
+    product(x, fill, N, K, transposed, addition, out, scratch, panels, rows);
+}
+
+void matmul_grouped(const float* x, const WeightGrouped& w, bool transposed, const Addition& addition, float* out, void* scratch,
+                    Range panels, Range rows) {
+    with_codes<Avx512>(w.coding, [&](auto type) {
+        const typename decltype(type)::type codes(w);
+        const auto load = [&](std::int64_t n, std::int64_t k) {
+            const std::int64_t element = n * w.K + k;
+            return codes.decode(codes.factor(element / w.group_size), element);
+        };
+        product_of(x, load, w.N, w.K, transposed, addition, out, scratch, panels, rows);
+    });
+}
+
 void matmul_dense(const float* x, const float* w, std::int64_t N, std::int64_t K, bool transposed, float* out, void* scratch,
                   Range panels, Range rows) {
-    const auto fill = [&](std::int64_t first, std::int64_t begin, std::int64_t count, float* panel) {
-        transposed ? copy_columns(w, K, first, begin, count, panel) : copy_rows(w, N, K, first, begin, count, panel);
-    };
-    product(x, fill, N, K, transposed, Addition{}, out, scratch, panels, rows);
+    const auto load = [&](std::int64_t n, std::int64_t k) { return _mm512_loadu_ps(w + n * K + k); };
+    product_of(x, load, N, K, transposed, Addition{}, out, scratch, panels, rows);
 }
 
 }  // namespace
 
-const MatmulKernels kAvx512MatmulKernels = {matmul_4bit, matmul_dense};
+const MatmulKernels kAvx512MatmulKernels = {matmul_4bit, matmul_grouped, matmul_dense};
 
 }  // namespace lownibble
 

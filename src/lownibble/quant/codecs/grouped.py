@@ -32,9 +32,9 @@ import torch
 from torch import Tensor
 
 from lownibble.config import QuantConfig
-from lownibble.kernels import ops
+from lownibble.kernels import decoded, ops
 from lownibble.kernels.reference import unpack
-from lownibble.kernels.types import Grouped, Nested
+from lownibble.kernels.types import NO_EPILOGUE, Epilogue, Grouped, Nested
 from lownibble.quant import bits, layouts, nested
 from lownibble.quant.codebook import dynamic8, e8m0, levels, to_e2m1
 from lownibble.quant.grid import Steps
@@ -130,9 +130,21 @@ class GroupedWeight(PackedWeight):
         codes = bits.pack(codes_NK.flatten(), kind.bits).view(-1, 1) if kind.packed else codes_NK.view(self.codes.dtype)
         return replace(self, codes=codes)
 
+    def matmul(self, x_TC: Tensor, *, transposed: bool = False, epilogue: Epilogue = NO_EPILOGUE) -> Tensor:
+        """As `PackedWeight.matmul`, with the backend's kernel. Act-order permutes columns of x or of the output."""
+        weight, order = self.grouped._replace(order=None), self.order
+        if order is None:
+            return ops.matmul_grouped(x_TC.contiguous(), weight, transposed, epilogue)
+        if not transposed:
+            return ops.matmul_grouped(x_TC.index_select(1, order), weight, False, epilogue)
+        out = ops.matmul_grouped(x_TC.contiguous(), weight, True, NO_EPILOGUE)
+        out = torch.empty_like(out).index_copy_(1, order.long(), out)
+        return decoded.add_low_rank(out if epilogue.bias is None else out.add_(epilogue.bias.to(out.dtype)), epilogue)
+
     def matvec(self, x_TK: Tensor) -> Tensor:
         """As `PackedWeight.matvec`, dequantised on the fly."""
-        return ops.gemv_grouped(x_TK.contiguous(), self.grouped)
+        x = x_TK.contiguous() if self.order is None else x_TK.index_select(1, self.order)
+        return ops.gemv_grouped(x, self.grouped._replace(order=None))
 
 
 def _doubly(scale: Tensor, double_quant: bool) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor]:
