@@ -6,6 +6,7 @@ import math
 import pytest
 
 from lownibble.bench import kernels as bench
+from lownibble.quant import layouts
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 
@@ -23,6 +24,9 @@ def test_every_figure_is_measured_on_the_devices_own_kernels(monkeypatch, bitsan
     figures = next(iter(record["threads"].values()))["dequantize_4bit"]["128x128"]
     assert figures["out_bytes"] == 128 * 128 * (4 if device == "cpu" else 2)
     assert {"native", "fill", "bitsandbytes", "bitsandbytes_kernel", "native_allocating", "reference"} <= figures["times"].keys()
+    grouped = next(iter(record["threads"].values()))["grouped"]["32x64"]
+    assert grouped.keys() == layouts.GROUPED.keys()
+    assert all(each["ratio_vs_fill"] > 0 and each["ratio_gemv_vs_dense"] > 0 for each in grouped.values())
     assert all(t["min_us"] <= t["median_us"] <= t["max_us"] for t in figures["times"].values())
 
 

@@ -12,7 +12,8 @@ call is queued, so that Python's launch overhead (tens of microseconds with Trit
 Baselines:
 - dequantising 4-bit to float32 writes 8 times what it reads (bfloat16: 4 times), so its baseline is `Tensor.fill_` on the same
   output (on a CPU, the non-temporal stores used for large outputs beat it: they do not read the cache lines first);
-- a matrix-vector product on 4-bit weights reads 1/8 of the dense one, its competitor in token-by-token decoding;
+- a matrix-vector product on 4-bit weights reads 1/8 of the dense one, its competitor in token-by-token decoding; the codecs in
+  groups are measured against the same two, with their default options;
 - bitsandbytes' kernels do the same work on the same bytes. Its API allocates the output of every dequantisation, and for large
   outputs the page faults of that cost more than the kernel; `_kernel` is the kernel alone, on the same preallocated output,
   and `native_allocating` the native one with a new output each time. Its inference layer on a CPU repacks the weight and computes
@@ -38,7 +39,10 @@ from lownibble import record as records
 from lownibble.kernels import cpu, ops, reference
 from lownibble.kernels.types import FourBit, Nested
 from lownibble.models import pick_device
+from lownibble.quant import quantize
 from lownibble.quant.codebook import Codebook, codebook, dynamic8, dynamic8_lookup
+from lownibble.quant.layouts import GROUPED
+from lownibble.quant.packed import PackedWeight
 
 BLOCK_SIZE = 64
 NESTED_BLOCK_SIZE = 256
@@ -231,6 +235,34 @@ def _bench_gemv(weight: _Weight, T: int, repeats: int, bitsandbytes: Any, layer:
     }
 
 
+def _grouped_weights(dense_NK: Tensor) -> dict[str, PackedWeight]:
+    """The weight in each codec with groups; act-order with columns at random."""
+    found = {}
+    for quant_type in GROUPED:
+        moments = torch.rand(dense_NK.shape[1], generator=torch.Generator().manual_seed(2)).to(dense_NK.device)
+        found[quant_type] = quantize(dense_NK, quant_type, statistics=moments)
+    return found
+
+
+def _bench_grouped(packed: PackedWeight, dense_NK: Tensor, repeats: int) -> Record:
+    out_NK, device = torch.empty_like(dense_NK), dense_NK.device
+    x_1K = torch.randn(1, dense_NK.shape[1], generator=torch.Generator().manual_seed(1)).to(dense_NK)
+    calls: Calls = {
+        "native": lambda: packed.decode(out_NK),
+        "fill": lambda: out_NK.fill_(1.0),
+        "gemv": lambda: packed.matvec(x_1K),
+        "dense": lambda: F.linear(x_1K, dense_NK),
+    }
+    with ops.use_backend(NATIVE[device.type][0]):
+        seconds = _take_turns(calls, repeats, device)
+    return {
+        "times": _times(seconds),
+        "dequantize_Gweights_per_s": dense_NK.numel() / statistics.median(seconds["native"]) / 1e9,
+        "ratio_vs_fill": _ratio(seconds, "fill", "native"),
+        "ratio_gemv_vs_dense": _ratio(seconds, "dense", "gemv"),
+    }
+
+
 @torch.no_grad()
 def bench_kernels(repeats: int = 15, peers: bool = True, device: str = "auto") -> Record:
     """Measure the kernels of a device; a CPU's with one thread and with torch's number of threads. Under a minute on two cores.
@@ -252,18 +284,24 @@ def bench_kernels(repeats: int = 15, peers: bool = True, device: str = "auto") -
     all_threads = torch.get_num_threads()
     weights = [_Weight(N, K, place) for N, K in SHAPES_NK]
     layers = [_bitsandbytes_layer(bitsandbytes, weight.dense_NK) if bitsandbytes else None for weight in weights]
+    grouped = [_grouped_weights(weight.dense_NK) for weight in weights]
     by_threads: Record = {}
     start = time.perf_counter()
     try:
         for threads in sorted({1, all_threads}) if place.type == "cpu" else [all_threads]:
             torch.set_num_threads(threads)
-            record: Record = {"dequantize_4bit": {}, "quantize_4bit": {}, "gemv_4bit": {}}
+            record: Record = {"dequantize_4bit": {}, "quantize_4bit": {}, "gemv_4bit": {}, "grouped": {}}
             for weight, layer in zip(weights, layers, strict=True):
                 N, K = weight.dense_NK.shape
                 record["dequantize_4bit"][f"{N}x{K}"] = _bench_dequantize(weight, repeats, bitsandbytes)
                 record["quantize_4bit"][f"{N}x{K}"] = _bench_quantize(weight, repeats, bitsandbytes)
                 for T in ROWS:
                     record["gemv_4bit"][f"{T}x{K} by {N}x{K}"] = _bench_gemv(weight, T, repeats, bitsandbytes, layer)
+            for weight, packed in zip(weights, grouped, strict=True):
+                N, K = weight.dense_NK.shape
+                record["grouped"][f"{N}x{K}"] = {
+                    quant_type: _bench_grouped(each, weight.dense_NK, repeats) for quant_type, each in packed.items()
+                }
             by_threads[str(threads)] = record
     finally:
         torch.set_num_threads(all_threads)
@@ -289,6 +327,7 @@ def _headlines(record: Record, dtype: torch.dtype) -> Record:
     (N, K), (n, k) = SHAPES_NK
     big, small, dense = f"{N}x{K}", f"{n}x{k}", str(dtype).removeprefix("torch.")
     large, gemv = record["dequantize_4bit"][big], record["gemv_4bit"][f"1x{K} by {big}"]
+    grouped = {name: each for name, each in record["grouped"][big].items() if not GROUPED[name].act_order}
     return {
         f"dequantize {big} / fill of the same memory": large["ratio_double_quant_vs_fill"],
         f"dequantize {small} / fill of the same memory": record["dequantize_4bit"][small]["ratio_double_quant_vs_fill"],
@@ -299,4 +338,6 @@ def _headlines(record: Record, dtype: torch.dtype) -> Record:
         f"matrix-vector {big} / dense {dense}": gemv["ratio_double_quant_vs_dense"],
         f"matrix-vector {big} / bitsandbytes matmul_4bit, {dense}": gemv["ratio_double_quant_vs_bitsandbytes_matmul_4bit"],
         f"matrix-vector {big} / bitsandbytes layer, bfloat16": gemv["ratio_double_quant_vs_bitsandbytes_layer_bfloat16"],
+        **{f"{name}: dequantize {big} / fill of the same memory": each["ratio_vs_fill"] for name, each in grouped.items()},
+        **{f"{name}: matrix-vector {big} / dense {dense}": each["ratio_gemv_vs_dense"] for name, each in grouped.items()},
     }
