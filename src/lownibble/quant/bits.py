@@ -18,12 +18,15 @@ from lownibble.quant.layouts import unit_of
 def pack(codes: Tensor, bits: int) -> Tensor:
     """Pack codes below 2^bits, (n,), into `layouts.n_bytes_of(n, bits)` bytes; the last ones are filled with zeros."""
     size, n = unit_of(bits)
-    padded = torch.nn.functional.pad(codes.to(torch.int64), (0, -codes.numel() % n)).view(-1, n)
-    word = torch.zeros(len(padded), dtype=torch.int64, device=codes.device)
+    units = torch.nn.functional.pad(codes.to(torch.uint8), (0, -codes.numel() % n)).view(-1, n)
+    packed = torch.zeros(len(units), size, dtype=torch.uint8, device=codes.device)
     for i in range(n):
-        word |= padded[:, i] << (bits * (n - 1 - i))
-    shifts = [8 * (size - 1 - i) for i in range(size)]
-    return torch.stack([(word >> shift) & 255 for shift in shifts], dim=1).to(torch.uint8).flatten()
+        byte, start = divmod(bits * i, 8)
+        after = 8 - start - bits  # as in `kernels/reference.unpack`
+        packed[:, byte] |= units[:, i] << after if after >= 0 else units[:, i] >> -after
+        if after < 0:
+            packed[:, byte + 1] |= units[:, i] << (8 + after)
+    return packed.view(-1)
 
 
 def unpack_words(words: Tensor, bits: int, n: int) -> Tensor:

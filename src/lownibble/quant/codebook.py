@@ -67,7 +67,7 @@ def to_e2m1(values: Tensor) -> Tensor:
     magnitudes = _e2m1_values()[:8].to(values.device)
     bounds = (magnitudes[1:] + magnitudes[:-1]) / 2
     bounds[1::2] = bounds[1::2].nextafter(bounds.new_zeros(()))  # a value on such a bound rounds up, to the even code
-    return (torch.bucketize(values.abs(), bounds) | (values.signbit().long() << 3)).to(torch.uint8)
+    return torch.bucketize(values.abs(), bounds, out_int32=True).to(torch.uint8) | values.signbit().to(torch.uint8) << 3
 
 
 def _bytes_as(dtype: torch.dtype) -> Tensor:

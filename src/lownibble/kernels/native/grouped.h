@@ -43,7 +43,7 @@ struct PackedCodes {
     using Lanes = typename Simd::Lanes;
     using Factor = Lanes;
 
-    const WeightGrouped& w;
+    const WeightGrouped w;  // a copy, which stores to the output cannot change: its fields stay in registers
     Lanes table;
 
     explicit PackedCodes(const WeightGrouped& weight) : w(weight) {
@@ -80,7 +80,7 @@ struct ByteCodes {
     using Lanes = typename Simd::Lanes;
     using Factor = Lanes;
 
-    const WeightGrouped& w;
+    const WeightGrouped w;
     const Byte* codes;
 
     explicit ByteCodes(const WeightGrouped& weight) : w(weight), codes(reinterpret_cast<const Byte*>(weight.codes)) {}
@@ -109,8 +109,9 @@ inline void put(typename Simd::Lanes values, const std::int32_t* order, Out* out
 }
 
 template <class Simd, class Codes, bool Stream, bool Ordered, class Out>
-void decode_rows(const WeightGrouped& w, Out* out, Range rows) {
-    const Codes codes(w);
+void decode_rows(const WeightGrouped& weight, Out* out, Range rows) {
+    const Codes codes(weight);
+    const WeightGrouped& w = codes.w;
     const std::int64_t groups = w.K / w.group_size;
     for (std::int64_t row = rows.begin; row < rows.end; ++row) {
         Out* const to = out + row * w.K;
@@ -146,8 +147,9 @@ void dequantize_rows(const WeightGrouped& w, Out* out, Range rows) {
 
 // R rows of w by T rows of x; see dot_whole_blocks.
 template <class Simd, class Codes, int R, int T>
-inline void dot_groups(const float* x, const WeightGrouped& w, const Codes& codes, std::int64_t row, float (&sums)[R][T]) {
+inline void dot_groups(const float* x, const Codes& codes, std::int64_t row, float (&sums)[R][T]) {
     using Lanes = typename Simd::Lanes;
+    const WeightGrouped& w = codes.w;
     Lanes totals[R][T];
     float tails[R][T] = {};
     for (int r = 0; r < R; ++r) {
@@ -181,9 +183,10 @@ inline void dot_groups(const float* x, const WeightGrouped& w, const Codes& code
 }
 
 template <class Simd, class Codes, class Out>
-void gemv_grouped(const float* x, std::int64_t T, const WeightGrouped& w, Out* out, Range rows) {
+void gemv_grouped(const float* x, std::int64_t T, const WeightGrouped& weight, Out* out, Range rows) {
     constexpr int kRows = Simd::kRows;
-    const Codes codes(w);
+    const Codes codes(weight);
+    const WeightGrouped& w = codes.w;
     const auto store = [&](const auto& sums, std::int64_t row, std::int64_t t) {
         for (const auto& of_row : sums) {
             std::int64_t i = t;
@@ -200,12 +203,12 @@ void gemv_grouped(const float* x, std::int64_t T, const WeightGrouped& w, Out* o
                 std::int64_t row = begin;
                 for (; row + kRows <= end; row += kRows) {
                     float sums[kRows][tile.size];
-                    dot_groups<Simd, Codes, kRows, tile.size>(x + t * w.K, w, codes, row, sums);
+                    dot_groups<Simd, Codes, kRows, tile.size>(x + t * w.K, codes, row, sums);
                     store(sums, row, t);
                 }
                 for (; row < end; ++row) {
                     float sums[1][tile.size];
-                    dot_groups<Simd, Codes, 1, tile.size>(x + t * w.K, w, codes, row, sums);
+                    dot_groups<Simd, Codes, 1, tile.size>(x + t * w.K, codes, row, sums);
                     store(sums, row, t);
                 }
             }

@@ -170,7 +170,7 @@ def _codes(values: Tensor, quant_type: str) -> Tensor:
     if quant_type.startswith("int"):
         return values.round().to(torch.int8)
     table = levels(quant_type, str(values.device))
-    return torch.bucketize(values, (table[1:] + table[:-1]) / 2)
+    return torch.bucketize(values, (table[1:] + table[:-1]) / 2, out_int32=True)
 
 
 def _steps(groups: Tensor, scale: Tensor) -> Tensor:
