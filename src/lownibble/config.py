@@ -190,6 +190,9 @@ class TrainConfig(Options):
     warmup_ratio: Annotated[float, Ge(0), Le(1)] = Field(0.03, description="share of the steps that warm up")
     max_grad_norm: Annotated[float, Gt(0)] | None = Field(1.0, description="clip the gradient to this norm")
     weight_decay: Annotated[float, Ge(0)] = Field(0.0, description="decoupled weight decay")
+    loraplus_lr_ratio: Annotated[float, Gt(0)] | None = Field(
+        None, description="LoRA+: learning rate of the matrices B, and of vectors, as a multiple of learning_rate, e.g. 16"
+    )
     objective: Annotated[str, Known(OBJECTIVES)] = Field(
         "next-token", description="what is minimised: 'next-token' (cross-entropy of label tokens), or one from outside"
     )
@@ -255,6 +258,16 @@ class _Model(Options):
     quant: QuantConfig = QuantConfig()
     lora: LoraConfig = LoraConfig()
     train: TrainConfig = TrainConfig()
+
+    @model_validator(mode="after")
+    def _loraplus_has_adapters(self) -> _Model:
+        methods = getattr(self, "methods", None) or [getattr(self, "method", None)]
+        if self.train.loraplus_lr_ratio is not None and "full" in methods:
+            raise ConfigError(FOR_ADAPTERS.format("method 'full'", "use lora or qlora"))
+        return self
+
+
+FOR_ADAPTERS = "The 'loraplus_lr_ratio' of TrainConfig is for adapters. Got {}. Leave it out, or {}."
 
 
 class _Subject(_Model):

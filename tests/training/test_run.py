@@ -114,6 +114,22 @@ def test_dora_resumes_to_the_same_bits_and_trains_on(tiny_model, tiny_data, tmp_
     assert run(more).record["evaluations"][0]["loss"] == pytest.approx(whole.eval_loss, rel=1e-5)
 
 
+@pytest.mark.parametrize("optim", ["adamw", "paged_adamw", "adamw_8bit"])
+def test_loraplus_resumes_to_the_same_bits_and_not_with_another_ratio(tiny_model, tiny_data, tmp_path, optim):
+    options = {"loraplus_lr_ratio": 4, "save_steps": 2, "max_steps": 4, "optim": optim, "max_grad_norm": None}
+    config = _config(tiny_model, tiny_data, output_dir=str(tmp_path / "out"), **options)
+    whole = run(config)
+    slow = run(_config(tiny_model, tiny_data, **{**options, "loraplus_lr_ratio": None}))
+    assert slow.losses[:2] == whole.losses[:2], "the first step warms up at a rate of 0"
+    assert slow.losses[2:] != whole.losses[2:]
+    shutil.rmtree(tmp_path / "out" / "checkpoints" / "step-000004")
+    resumed = run(config.with_options(train=config.train.with_options(resume=True)))
+    trained = [dict(r.model.named_parameters()) for r in (whole, resumed)]
+    assert all(torch.equal(trained[0][name], trained[1][name]) for name in trained[0])
+    with pytest.raises(OutputError, match=r"train.loraplus_lr_ratio: 4.0 -> 8.0"):
+        run(config.with_options(train=config.train.with_options(resume=True, loraplus_lr_ratio=8)))
+
+
 def test_resuming_a_complete_run_keeps_what_was_measured(tiny_model, tiny_data, tmp_path):
     config = _config(tiny_model, tiny_data, output_dir=str(tmp_path / "out"), max_steps=3)
     whole = run(config)

@@ -1,11 +1,12 @@
 """Create optimisers by name; count, allocate and release their states.
 
-Weight decay skips vectors (norms, biases), as usual.
+Weight decay skips vectors (norms, biases, DoRA's magnitudes), as usual. LoRA+ (Hayou et al. 2024, arXiv:2402.12354) gives the
+matrices B, and vectors as PEFT does, a larger learning rate.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -18,6 +19,9 @@ from lownibble.optim.specs import Groups, Paging, is_paged, paged_name, spec
 
 BETAS, EPSILON = (0.9, 0.999), 1e-8
 """QLoRA's and transformers' defaults."""
+
+_FACTOR = "lr_factor"
+"""Key in a parameter group: its learning rate as a multiple of the run's."""
 
 
 def fused(groups: Groups, paging: Paging) -> torch.optim.Optimizer:
@@ -42,32 +46,47 @@ def paged_eight_bit(groups: Groups, paging: Paging) -> torch.optim.Optimizer:
 
 def make_optimizer(
     kind: str, parameters: Iterable[nn.Parameter], rate: float, weight_decay: float, *,
-    page_budget: int | None = None, folder: Path | None = None,
+    page_budget: int | None = None, folder: Path | None = None, fast: Collection[nn.Parameter] = (), ratio: float = 1.0,
 ) -> torch.optim.Optimizer:  # fmt: skip
     """Create the optimiser named `kind` over the parameters that require a gradient.
 
     Args:
         page_budget: bytes of states that a paged optimiser keeps in memory; default: a tenth of them, at least 16 MiB.
         folder: where a paged optimiser on a CPU keeps the rest; default: the system's folder for temporary files.
+        fast, ratio: for LoRA+: matrices that, as all vectors, learn at `ratio` times the rate.
     Raises:
-        ConfigError: the budget is below one page, or was given for an optimiser that is not paged.
+        ConfigError: the budget is below one page, or was given for an optimiser that is not paged; or the optimiser, one from
+            outside, does not keep groups of different rates apart.
     """
     if page_budget is not None and not is_paged(kind):
         instead = f"Set optim='{paged_name(kind)}' (--optim), or leave the budget out." if paged_name(kind) else "Leave it out."
         raise ConfigError(f"The 'optim_page_budget' of TrainConfig is for paged optimisers. Got optim='{kind}'. {instead}")
     trained = [p for p in parameters if p.requires_grad]
-    shared = {"lr": rate, "betas": BETAS, "eps": EPSILON}
+    shared, chosen = {"betas": BETAS, "eps": EPSILON}, {id(p) for p in fast}
+    kinds: dict[tuple[bool, float], list[nn.Parameter]] = {(True, 1.0): [], (True, ratio): [], (False, ratio): []}
+    for parameter in trained:
+        matrix = parameter.ndim > 1
+        kinds[matrix, ratio if id(parameter) in chosen or not matrix else 1.0].append(parameter)
     groups = [
-        {"params": [p for p in trained if p.ndim > 1], "weight_decay": weight_decay, **shared},
-        {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0, **shared},
-    ]
-    return spec(kind).make([g for g in groups if g["params"]], Paging(page_budget, folder))
+        {"params": members, "weight_decay": weight_decay if matrix else 0.0, "lr": rate * factor, **shared}
+        for (matrix, factor), members in kinds.items() if members
+    ]  # fmt: skip
+    optimizer = spec(kind).make(groups, Paging(page_budget, folder))
+    factors = {id(parameter): factor for (_, factor), members in kinds.items() for parameter in members}
+    for group in optimizer.param_groups:
+        group[_FACTOR], *others = {factors[id(parameter)] for parameter in group["params"]}
+        if others:
+            raise ConfigError(
+                "The 'loraplus_lr_ratio' of TrainConfig needs an optimiser that keeps parameter groups apart. "
+                f"Got optim='{kind}'. Leave it out, or use another optimiser."
+            )
+    return optimizer
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
-    """Set the learning rate of every parameter group."""
+    """Set the learning rate of every parameter group, times its ratio of LoRA+."""
     for group in optimizer.param_groups:
-        group["lr"] = rate
+        group["lr"] = rate * group.get(_FACTOR, 1.0)
 
 
 class StateBytes(NamedTuple):

@@ -17,7 +17,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from lownibble.config import TrainConfig
+from lownibble.config import FOR_ADAPTERS, TrainConfig
 from lownibble.data import Batch, Choice, Example
 from lownibble.errors import ConfigError, TrainingError
 from lownibble.lora import count_parameters
@@ -84,6 +84,8 @@ class Trainer:
             raise ConfigError(
                 "The model's weights are quantised and it has no adapter. Call add_lora, or load it with quant=None."
             )
+        if config.loraplus_lr_ratio is not None and not adapter_configs(model):
+            raise ConfigError(FOR_ADAPTERS.format("a model without one", "call add_lora"))
         if model.dtype == torch.float16:
             raise ConfigError(
                 "Training in float16 is not done: small gradients would be lost without loss scaling. Use --dtype bfloat16, or "
@@ -113,10 +115,12 @@ class Trainer:
     def _make_optimizer(self, paged: bool) -> torch.optim.Optimizer:
         config = self.config
         kind = (paged_name(config.optim) if paged else None) or config.optim
+        ratio = config.loraplus_lr_ratio
+        fast = [] if ratio is None else [p for name, p in self.model.named_parameters() if name.endswith(".lora_B")]
         return make_optimizer(
             kind, self.model.parameters(), config.learning_rate, config.weight_decay,
             page_budget=n_bytes(config.optim_page_budget) if config.optim_page_budget else None,
-            folder=Path(config.output_dir) if config.output_dir else None,
+            folder=Path(config.output_dir) if config.output_dir else None, fast=fast, ratio=ratio or 1.0,
         )  # fmt: skip
 
     def _planned_state_bytes(self, setting: Setting) -> int:
