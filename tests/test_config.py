@@ -45,6 +45,7 @@ VALUES = {
     "save_steps": 6, "output_dir": "out", "report_to": "tensorboard", "resume": True,
     "adapter": "some/adapter", "task": "nli", "harness": ["hellaswag", "arc_easy"], "harness_path": "tasks", "limit": 12,
     "num_fewshot": 3, "quantized": True, "any_base": True, "output": "merged", "onto": "nf4", "base": "some/base",
+    "merge_aware": True,
     "adapters": "some/folder", "host": "0.0.0.0", "port": 8123, "api_key": "k", "admin_key": "a", "max_batch": 3,
     "max_context": 99, "max_queue": 5, "max_body": "2MB", "max_requests": 7, "max_prompt": 8, "max_output": 9,
     "max_adapter": "2MB", "max_rank": 9, "adapter_dtype": "float32", "adapter_budget": "3MB", "cache_budget": "4MB",
@@ -149,7 +150,7 @@ def test_values_cover_exactly_the_leaves():
 def test_leaf_names_and_flags_are_unique(config):
     flags = [flag_name(path, field) for path, field in leaves(config)]
     assert len(flags) == len(set(flags))
-    assert len(flags) <= 64
+    assert len(flags) <= 72
 
 
 def test_flags_win_over_toml_and_both_over_defaults(tmp_path):

@@ -284,6 +284,25 @@ class RunConfig(_Subject):
     adapter: str | None = Field(
         None, description="folder of an adapter to train on from; its own configuration holds, so leave the lora options out"
     )
+    merge_aware: bool = Field(
+        False,
+        description="train the model that 'merge' packs: layers compute with base and adapter packed as the quant options say; "
+        "the base is held in int8 until then",
+    )
+
+    @model_validator(mode="after")
+    def _merging_has_something_to_round(self) -> RunConfig:
+        if not self.merge_aware:
+            return self
+        compute, dropout = self.quant.compute, self.lora.lora_dropout
+        for wrong, what, remedy in (
+            (self.method != "qlora", f"with method '{self.method}', which packs nothing", "Use method qlora"),
+            (compute in ("int8", "fp8"), f"with compute '{compute}': its products are exact", "Leave compute out"),
+            (dropout > 0, f"with lora_dropout {dropout:g}: base and adapter are one weight", "Set lora_dropout=0"),
+        ):
+            if wrong:
+                raise ConfigError(f"The 'merge_aware' of RunConfig cannot be done {what}. {remedy}, or leave merge_aware out.")
+        return self
 
     @model_validator(mode="after")
     def _an_adapter_brings_its_options(self) -> RunConfig:
@@ -368,12 +387,11 @@ class MergeConfig(Options):
 
     adapter: str = Field(description="folder of the adapter")
     output: str = Field(description="folder for the merged model; must not hold anything yet")
-    onto: Literal["auto", "dequantized", "original", "nf4"] = Field(
+    onto: Literal["auto", "dequantized", "original"] | Annotated[str, Known(CODECS)] = Field(
         "auto",
-        description="what the adapter is added to: 'dequantized', the decoded 4-bit weights it was trained on; 'original', "
-        "the dense weights; 'nf4', the result packed into 4 bits again (refused where that loses the fine-tuning gain); 'auto', "
-        "what is "
-        "best",
+        description="what the adapter is added to: 'dequantized', the decoded weights it was trained on; 'original', the dense "
+        "weights; or the codec's name ('nf4', 'int4', ...), the result packed again (refused where that loses the fine-tuning "
+        "gain); 'auto', what is best",
     )
     base: str | None = Field(None, description="the base model; default: the one that the adapter names")
     revision: str | None = Field(None, description="hub revision of the base; default: the one that the adapter names")

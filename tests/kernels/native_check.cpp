@@ -23,6 +23,9 @@ void lownibble_dequantize_4bit(const std::uint8_t*, const float*, const void*, c
                                std::int64_t, std::int32_t, std::int32_t, std::int32_t, void*, std::int32_t);
 void lownibble_quantize_4bit(const void*, std::int32_t, std::int64_t, std::int32_t, const float*, const std::uint8_t*,
                              std::uint8_t*, float*, std::int32_t);
+std::int32_t lownibble_quantize_sum_4bit(const std::int8_t*, const float*, std::int64_t, const float*, const float*, std::int64_t,
+                                         std::int64_t, std::int64_t, std::int32_t, const float*, const std::uint8_t*,
+                                         std::uint8_t*, float*, std::int32_t);
 void lownibble_quantize_8bit(const float*, std::int64_t, std::int32_t, const std::uint8_t*, std::uint8_t*, float*, std::int32_t);
 void lownibble_dequantize_8bit(const std::uint8_t*, const float*, const float*, std::int64_t, std::int32_t, float*,
                                std::int32_t);
@@ -129,8 +132,8 @@ struct Case {
 
 // Everything that an instruction set computes for one case, from the same inputs.
 struct Results {
-    Bytes codes, absmax_codes, decoded, decoded_nested, gemv, gemv_nested;
-    Floats absmax, nested_absmax, decoded_absmax;
+    Bytes codes, absmax_codes, decoded, decoded_nested, gemv, gemv_nested, sum_codes;
+    Floats absmax, nested_absmax, decoded_absmax, sum_absmax;
 };
 
 struct Tables {
@@ -181,6 +184,18 @@ Results compute(const Case& c, const Tables& tables, const Bytes& weights, const
             std::abort();
         }
     }
+    std::vector<std::int8_t> base(n);  // sums of these are exact, in any order
+    Floats scale(c.N, 0.25f), low(c.N * 3), a(3 * c.K);
+    for (std::int64_t i = 0; i < n; ++i) base[i] = static_cast<std::int8_t>(i * 37 % 255 - 127);
+    for (std::size_t i = 0; i < low.size(); ++i) low[i] = static_cast<float>(i * 5 % 9) - 4.0f;
+    for (std::size_t i = 0; i < a.size(); ++i) a[i] = (static_cast<float>(i * 7 % 9) - 4.0f) / 8.0f;
+    r.sum_codes.resize((n + 1) / 2);
+    r.sum_absmax.resize(blocks);
+    if (n && lownibble_quantize_sum_4bit(base.data(), scale.data(), c.K, low.data(), a.data(), c.N, c.K, 3, c.block_shift,
+                                         tables.bounds.data(), tables.order.data(), r.sum_codes.data(), r.sum_absmax.data(),
+                                         kThreads)) {
+        std::abort();
+    }
     return r;
 }
 
@@ -215,6 +230,8 @@ bool same(const std::vector<Value>& a, const std::vector<Value>& b) {
 const char* difference(const Case& c, const Tables& tables, const Bytes& x, const Results& scalar, const Results& other) {
     if (!same(scalar.codes, other.codes)) return "quantize_4bit codes";
     if (!same(scalar.absmax, other.absmax)) return "quantize_4bit absmax";
+    if (!same(scalar.sum_codes, other.sum_codes)) return "quantize_sum_4bit codes";
+    if (!same(scalar.sum_absmax, other.sum_absmax)) return "quantize_sum_4bit absmax";
     if (!same(scalar.absmax_codes, other.absmax_codes)) return "quantize_8bit codes";
     if (!same(scalar.nested_absmax, other.nested_absmax)) return "quantize_8bit absmax";
     if (!same(scalar.decoded_absmax, other.decoded_absmax)) return "dequantize_8bit";

@@ -31,7 +31,7 @@ from torch import Tensor
 
 from lownibble.errors import BackendError, InputError
 from lownibble.kernels import cpu, ops, reference
-from lownibble.kernels.types import Epilogue, FourBit, Nested
+from lownibble.kernels.types import Epilogue, FourBit, Nested, Scaled8bit
 from lownibble.quant.codebook import codebook, dynamic8, dynamic8_lookup
 
 QUANT_TYPES = ["nf4", "fp4"]
@@ -86,6 +86,47 @@ def _check_4bit(kernels: ops.Backend, x: Tensor, quant_type: str, block_size: in
             assert kernels.dequantize_4bit(weight, out) is out
             reference.dequantize_4bit(weight, expected)
             assert_same_bits(out, expected)
+
+
+SUMS = [(1, 32), (3, 15), (7, 80), (37, 64), (64, 801), (300, 192), (2, 4096)]
+"""Rows and columns: one block, blocks over row ends, several tiles, a short last block, a row as long as the largest block."""
+
+
+def _sum(N: int, K: int, r: int, group: int) -> tuple[Scaled8bit, Tensor, Tensor]:
+    """An int8 weight and factors whose sums are exact in float32, in any order."""
+    generator = torch.Generator().manual_seed(N * K)
+    codes = torch.randint(-127, 128, (N, K), generator=generator, dtype=torch.int8)
+    scale = 2.0 ** torch.randint(-6, -3, (N * K // group,), generator=generator)
+    low, A = (torch.randint(-4, 5, shape, generator=generator) / 8 for shape in ((N, r), (r, K)))
+    return Scaled8bit(codes, scale, group), low, A
+
+
+@pytest.mark.parametrize(("shape", "r", "block_size"), pairwise(SUMS, [1, 4, 16, 19], [16, 64, 4096]), ids=str)
+def test_a_quantised_sum_equals_the_quantised_exact_one(
+    kernels: ops.Backend, shape: tuple[int, int], r: int, block_size: int
+) -> None:
+    N, K = shape
+    for quant_type in QUANT_TYPES:
+        table = codebook(quant_type)
+        for group in {K, 16 if K % 16 == 0 else K}:
+            base, low, A = _sum(N, K, r, group)
+            total = base.codes.double().view(-1, group) * base.scale.double().unsqueeze(1)
+            exact = (total.view(N, K) + low.double() @ A.double()).float().view(-1)
+            expected = reference.quantize_4bit(exact, table.bounds, table.order, block_size)
+            found = kernels.quantize_sum_4bit(base, low, A, table.bounds, table.order, block_size)
+            for ours, theirs in zip(found, expected, strict=True):
+                assert_same_bits(ours, theirs)
+
+
+def test_a_quantised_sum_of_any_numbers_is_within_a_rounding(kernels: ops.Backend) -> None:
+    table, N, K, r = codebook("nf4"), 96, 192, 16
+    base = _sum(N, K, r, 64)[0]._replace(scale=random(N * K // 64, seed=1).abs() * 0.01)
+    low, A = random(N * r, seed=2).view(N, r), random(r * K, seed=3).view(r, K)
+    codes, absmax = kernels.quantize_sum_4bit(base, low, A, table.bounds, table.order, 64)
+    total = (base.codes.double().view(-1, 64) * base.scale.double().unsqueeze(1)).view(N, K) + low.double() @ A.double()
+    expected_codes, expected_absmax = reference.quantize_4bit(total.float().view(-1), table.bounds, table.order, 64)
+    torch.testing.assert_close(absmax, expected_absmax, rtol=1e-5, atol=1e-5)
+    assert (codes != expected_codes).float().mean() < 0.002, "only values next to a bound may fall on its other side"
 
 
 @pytest.mark.parametrize(("n", "dtype", "block_size"), pairwise(SIZES, DTYPES, [16, 64, 128, 4096]), ids=str)

@@ -54,7 +54,7 @@ def test_trains_resumes_plans_and_merges(wide, tiny_data, tmp_path, name):
     ids = torch.arange(3, 20).unsqueeze(0)
     with torch.no_grad():
         expected = whole.model.eval()(ids).logits
-    for onto in ("dequantized", "nf4"):
+    for onto in ("dequantized", quant.get("quant_type", "nf4")):
         merged = ln.merge(tmp_path / "whole" / "adapter", tmp_path / onto, onto=onto, measure_tokens=0, force=True)
         assert merged["onto"] == onto
         model, _ = ln.load(str(tmp_path / onto), device="cpu")

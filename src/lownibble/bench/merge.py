@@ -6,11 +6,16 @@ target, and once preceded by the comparison of all targets on `MEASURED_TOKENS` 
 
 Quality: a QLoRA run on the embedded model and data; its adapter is merged as by `lownibble merge`, which compares each target
 with the unmerged adapter.
+
+Merge-aware training, for each codec of `AWARE`: the same run plain and merge-aware, their steps in turns in one process, with
+exact products. Held-out losses of both, unmerged and packed; the gain of the packed merge-aware model as a share of the plain
+adapter's unmerged gain; the ratio of step times within a pair; and the bytes of the packed weights of both.
 """
 
 from __future__ import annotations
 
 import json
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -20,10 +25,10 @@ from typing import Any, NamedTuple
 import torch
 from safetensors.torch import save_file
 
-from lownibble.config import COMPARE_TRAIN, RunConfig
+from lownibble.config import COMPARE_TRAIN, QuantConfig, RunConfig, TrainConfig
 from lownibble.errors import ConfigError, TrainingError
 from lownibble.exporting.merge import merge
-from lownibble.exporting.weights import TARGETS
+from lownibble.exporting.weights import DENSE_TARGETS
 
 SHARDS = 16
 SIZES = {
@@ -41,6 +46,8 @@ _LINEARS = (
 )
 _R = 8
 MEASURED_TOKENS = 2048
+AWARE = ("nf4", "int4", "int3")
+WARM_UP_STEPS = 2
 
 MEASURE = """
 import sys, lownibble as ln
@@ -131,13 +138,16 @@ def bench_merge(*, peers: bool = False, repeats: int = 1) -> dict[str, Any]:
     with tempfile.TemporaryDirectory(prefix="lownibble-merge-") as scratch:
         tune = _tune(Path(scratch))
         memory = _memory(Path(scratch), Path(scratch) / "run" / "adapter", repeats)
+        aware = {quant_type: _aware(Path(scratch), QuantConfig(quant_type=quant_type, compute="exact")) for quant_type in AWARE}
     allowed = memory["allowed_bytes"]
     headlines = {f"{onto}: peak / (shard + 2 tensors)": peak / allowed for onto, peak in memory["peak_bytes"].items()}
     headlines["with measuring: peak / (shard + 2 tensors)"] = memory["measuring_peak_bytes"] / allowed
     headlines |= {
         f"{name}: fine-tuning gain retained": figures["kept"] for name, figures in tune["models"].items() if "kept" in figures
     }
-    return {"memory": memory, "tune": tune, "headlines": headlines}
+    headlines |= {f"merge-aware {name}: gain, packed / plain live": found["gain_packed"] for name, found in aware.items()}
+    headlines |= {f"merge-aware {name}: step / plain step": found["step_ratio"] for name, found in aware.items()}
+    return {"memory": memory, "tune": tune, "merge_aware": aware, "headlines": headlines}
 
 
 def _memory(scratch: Path, small: Path, repeats: int) -> dict[str, Any]:
@@ -157,7 +167,7 @@ def _memory(scratch: Path, small: Path, repeats: int) -> dict[str, Any]:
     return {
         "stored_bytes": large.stored_bytes, "shards": SHARDS, "shard_bytes": large.shard_bytes,
         "largest_tensor_bytes": large.largest_bytes, "allowed_bytes": large.shard_bytes + 2 * large.largest_bytes,
-        "peak_bytes": {onto: peak(onto, 0) for onto in TARGETS},
+        "peak_bytes": {onto: peak(onto, 0) for onto in (*DENSE_TARGETS, "nf4")},
         "measured_tokens": MEASURED_TOKENS, "measuring_peak_bytes": peak("dequantized", MEASURED_TOKENS),
     }  # fmt: skip
 
@@ -170,3 +180,36 @@ def _tune(scratch: Path) -> dict[str, Any]:
     merged = merge(scratch / "run" / "adapter", scratch / "merged")
     measured: dict[str, Any] = merged["measured"]
     return {"run": config.to_dict(), "onto": merged["onto"], "advice": merged["advice"], **measured}
+
+
+def _aware(scratch: Path, quant: QuantConfig, train: TrainConfig = COMPARE_TRAIN, **subject: Any) -> dict[str, Any]:
+    """Figures of the same run plain and merge-aware with one codec. `subject`: other options of `RunConfig` (model, data)."""
+    from lownibble.lora import save_adapter
+    from lownibble.training.run import prepare
+
+    subject["train"] = train.with_options(torch_compile=False)
+    ways = {"plain": RunConfig(quant=quant, **subject), "aware": RunConfig(quant=quant, merge_aware=True, **subject)}
+    trainers = {way: prepare(config)[0] for way, config in ways.items()}
+    losses: dict[str, dict[str, float]] = {}
+    seconds: dict[str, list[float]] = {way: [] for way in ways}
+    for way, trainer in trainers.items():
+        trainer.set_up()
+        losses[way] = {"before": trainer.evaluate(0).loss}
+    for step, rows in enumerate(trainers["plain"].micro.steps()):
+        if step == trainers["plain"].total_steps:
+            break
+        for way, trainer in trainers.items():
+            seconds[way].append(trainer.step(step, rows).seconds)
+    for way, trainer in trainers.items():
+        losses[way]["live"] = trainer.evaluate(trainer.total_steps).loss
+        adapter, merged = (scratch / f"{quant.quant_type}-{way}-{what}" for what in ("adapter", "merged"))
+        save_adapter(trainer.model, adapter)
+        merge(adapter, merged, onto=quant.quant_type, measure_tokens=0, force=True)
+        losses[way]["packed"] = prepare(RunConfig(**{**subject, "model": str(merged)}))[0].evaluate(0).loss
+    before, live = losses["plain"]["before"], losses["plain"]["live"]
+    pairs = list(zip(seconds["aware"], seconds["plain"], strict=True))[WARM_UP_STEPS:]
+    return {
+        "losses": losses, "gain_packed": (before - losses["aware"]["packed"]) / (before - live),
+        "step_ratio": statistics.median(aware / plain for aware, plain in pairs), "step_s": seconds,
+        "packed_bytes": {way: t.kinds["codes"] + t.kinds["constants"] for way, t in trainers.items()},
+    }  # fmt: skip

@@ -20,9 +20,9 @@ from lownibble import record
 from lownibble.config import ExportConfig, QuantConfig
 from lownibble.errors import AdapterError, ConfigError, OutputError
 from lownibble.exporting import gguf
-from lownibble.exporting.measure import FAITHFUL
+from lownibble.exporting.measure import BASE, FAITHFUL, LIVE
 from lownibble.exporting.merge import RECORD, check_free, write
-from lownibble.exporting.weights import Tell, Weights, say_nothing
+from lownibble.exporting.weights import DENSE_TARGETS, Tell, Weights, say_nothing
 from lownibble.lora.adapter import CONFIG_FILE, AdapterFile
 from lownibble.lora.provenance import other_weights
 from lownibble.models import resolve, skeleton
@@ -62,7 +62,7 @@ def run_export(config: ExportConfig, tell: Tell = say_nothing) -> dict[str, Any]
     auto = "float16" if config.format == "gguf" else "auto"
     dtype = auto if config.dtype == "auto" else config.dtype
     weights = Weights(model, None, None, config.quant, dtype if config.format != "gguf" else "float32")
-    onto = "nf4" if config.format == "bnb-4bit" else "dequantized" if weights.packed else "original"
+    onto = weights.packed_target if config.format == "bnb-4bit" else "dequantized" if weights.packed else "original"
     kinds = set(weights.packed.values())
     if kinds and config.quant != QuantConfig():
         raise ConfigError(f"'{config.source}' is quantised already, as {weights.new_quant.quant_type}. Leave quant options out.")
@@ -74,7 +74,7 @@ def run_export(config: ExportConfig, tell: Tell = say_nothing) -> dict[str, Any]
     if config.format == "gguf":
         return {**started, **gguf.write_model(weights, onto, output, dtype, model, tell)}
     measured = _measured(model.folder)
-    if onto == "nf4" and not weights.packed and not config.force:
+    if onto == weights.packed_target and not weights.packed and not config.force:
         _check_kept(config.source, measured)
     facts = {
         "base": {"model": model.name, "digest": weights.checkpoint.digest()}, "tensors": len(weights.names), "measured": measured,
@@ -94,7 +94,8 @@ def _measured(folder: Path) -> dict[str, Any] | None:
 
 def _check_kept(source: str, measured: dict[str, Any] | None) -> None:
     """Raise if packing a merged model would lose its fine-tuning gain."""
-    kept = 1.0 if measured is None else measured["models"]["nf4"]["kept"]
+    models = {} if measured is None else measured["models"]
+    kept = next((figures["kept"] for name, figures in models.items() if name not in (LIVE, BASE, *DENSE_TARGETS)), 1.0)
     if kept < FAITHFUL:
         raise OutputError(
             f"'{source}' holds a merged adapter, which retains {max(0, kept):.0%} of its fine-tuning gain in 4 bits (under "

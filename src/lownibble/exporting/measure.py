@@ -1,8 +1,8 @@
 """Fine-tuning gain retained by a merge: compare merged models with the live adapter on held-out text, before writing.
 
-The reference is the live model: the base as it was in training, with the adapter's change to each layer, in float32. The bare
-base and every merged model are compared with it on the same tokens: KL divergence (nats per token), top-1 agreement and
-perplexity. The fine-tuning gain retained is
+The reference is the live model: the base as it was in training, with the adapter's change to each layer, or, for an adapter of
+merge-aware training, the packed sum, in float32. The bare base and every merged model are compared with it on the same tokens: KL
+divergence (nats per token), top-1 agreement and perplexity. The fine-tuning gain retained is
 
     1 - KL(live || merged) / KL(live || base)
 
@@ -120,7 +120,7 @@ class _Live(Mapping[str, Tensor]):
 
     def change(self, name: str) -> Change:
         """What turns `stored` in float32 into what this model computes with."""
-        return self.weights.change(self.weights.resolve(name)) if self.adapted else unchanged
+        return self.weights.live_change(self.weights.resolve(name)) if self.adapted else unchanged
 
     def __getitem__(self, name: str) -> Tensor:
         trim_heap()  # return the previous tensors' freed but fragmented memory to the system
@@ -144,8 +144,7 @@ class _Merged(_Live):
         name = self.weights.resolve(name)
         made = self.weights.merged(name, self.target)
         if name in self.weights.edits and name not in self.errors:
-            off = self.weights.change(name)(as_float(self.weights.live(name)))
-            size = float((off - as_float(self.weights.live(name))).norm())
+            off, size = self.weights.live_change(name)(as_float(self.weights.live(name))), self.weights.delta_norm(name)
             off = off.sub_(made.dequantize(torch.float32) if isinstance(made, PackedWeight) else made)
             if size:  # a zero delta has no relative error
                 self.errors[name] = float(off.norm()) / size

@@ -197,7 +197,7 @@ def _choose(config: MergeConfig, weights: Weights, measured: dict[str, Any] | No
     if measured is None:
         if config.onto == "auto":
             raise ConfigError("--onto auto goes by the measurement. Name a target, or leave --measure-tokens above 0.")
-        if config.onto == "nf4" and not config.force:
+        if config.onto == weights.packed_target and not (config.force or weights.merge_aware):
             raise OutputError(
                 "A merge packed into 4 bits was not measured and may have lost the fine-tuning gain. Measure it, or --force."
             )
@@ -207,7 +207,7 @@ def _choose(config: MergeConfig, weights: Weights, measured: dict[str, Any] | No
     best = min(weights.targets, key=lambda target: models[target]["label_tokens"]["kl"])
     onto = best if config.onto == "auto" else config.onto
     kept = models[onto]["kept"]
-    if onto == "nf4" and kept < FAITHFUL and not config.force:
+    if onto == weights.packed_target and kept < FAITHFUL and not config.force:
         raise OutputError(
             f"Packed into 4 bits again, the model retains {max(0, kept):.0%} of the fine-tuning gain (under {FAITHFUL:.0%}): "
             "nothing was "
@@ -367,7 +367,7 @@ def _config_json(weights: Weights, onto: str) -> dict[str, Any]:
     if len(dtypes) == 1:
         config.pop("torch_dtype", None)
         config["dtype"] = str(dtypes.pop()).removeprefix("torch.")
-    if onto == "nf4":
+    if onto == weights.packed_target:
         dtype = str(config.get("dtype") or config.get("torch_dtype") or "float32")
         dense = weights.dense_linears(weights.requantized)
         config["quantization_config"] = packed_files.config_json(weights.new_quant, dense, dtype)

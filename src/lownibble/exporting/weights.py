@@ -4,9 +4,11 @@ For an adapter trained on packed weights Q of a model W there are three targets:
 
     dequantized   decode(Q) + delta: what the adapter was trained on, so the merged model computes what the live one does
     original      W + delta: more precise weights, but not those the adapter was trained to correct
-    nf4           Q(decode(Q) + delta): small again, but requantised, with rounding steps often larger than the delta
+    nf4           Q(decode(Q) + delta): small again, but requantised, with rounding steps often larger than the delta; called by
+                  the codec that it is packed with
 
-For an adapter trained on dense weights, 'dequantized' does not exist and the others start from W. Sums are in float32 with one
+For an adapter trained on dense weights, 'dequantized' does not exist and the others start from W. An adapter of merge-aware
+training (`lora/merge_aware.py`) names the codec it is packed with; its live model is the packed one. Sums are in float32 with one
 final cast. The written tensors and the merged models that are measured both come from `Weights.merged`, so what is measured is
 what is written.
 
@@ -30,15 +32,16 @@ from lownibble.lora.adapter import PREFIX, AdapterFile, parted
 from lownibble.lora.init import without
 from lownibble.lora.targets import scale_of
 from lownibble.lora.variants import variant_of
-from lownibble.matching import is_part
 from lownibble.models import ModelSource, skeleton
 from lownibble.models import packed as packed_files
 from lownibble.models.checkpoint import Checkpoint
 from lownibble.models.conversion import ModelTensors, stored_names, untie
-from lownibble.models.load import DTYPES, quantizable
+from lownibble.models.load import DTYPES, quantizable, repacked
 from lownibble.quant import PackedWeight, is_linear, is_transposed, quantize
+from lownibble.quant.sums import pack_sum
 
-TARGETS = ("dequantized", "original", "nf4")
+DENSE_TARGETS = ("dequantized", "original")
+"""Merge targets of dense weights; the third is called by its codec."""
 
 Tell = Callable[[str, int, int], None]
 """Progress callback: (activity, done, total)."""
@@ -76,7 +79,7 @@ class Weights:
 
     Args:
         quant: codec of the base in training; None: dense. A packed checkpoint uses its own.
-        new_quant: codec of the target 'nf4' if the base was dense in training.
+        new_quant: codec of the packed target if the base was dense in training.
         dtype: of all written dense tensors; 'auto': each tensor's own.
     Attributes:
         model: transformers' skeleton on the meta device, with the adapter's vocabulary.
@@ -84,6 +87,7 @@ class Weights:
         replaced: name -> key of the adapter's tensor that replaces it.
         edits: name -> the adapter variant's change, applied after `replaced`.
         changes: changed keys of config.json, with their values.
+        merge_aware: whether the adapter was trained for its packed merge.
     Raises:
         AdapterError: an adapter tensor matches nothing, is missing, has another shape or is not finite.
         ModelError: the base is damaged.
@@ -107,7 +111,9 @@ class Weights:
         self.quantized = set(self.packed) or (set(quantizable(self.model, quant)) if quant is not None else set())
         self.quant = self._packed_codec() if self.packed else quant
         self._to_pack = new_quant
-        self.new_quant = self.quant or new_quant
+        leaves = None if adapter is None or self.packed else (adapter.trained_on or {}).get("merge_aware")
+        self.merge_aware = leaves is not None
+        self.new_quant = QuantConfig(**leaves) if leaves is not None else self.quant or new_quant
         untie(self.model, self.tensors.untied)
         self._groups = _tied_groups(self.model)  # now: hooks that lend the model its tensors part what is tied
         untied = self.tensors.untied and not self.model.config.is_encoder_decoder
@@ -121,10 +127,9 @@ class Weights:
 
     @cached_property
     def requantized(self) -> set[str]:
-        """Paths of the layers packed in the target 'nf4'."""
+        """Paths of the layers packed in the packed target."""
         chosen = self.quantized or set(quantizable(self.model, self._to_pack))
-        kept = [*(getattr(self.model, "_keep_in_fp32_modules", None) or ())]  # transformers reads these dense, T5's wo
-        return {path for path in chosen if path in self.packed or not is_part(path, kept)}
+        return repacked(self.model, chosen) | (chosen & set(self.packed))
 
     def resolve(self, name: str) -> str:
         """The name in `names` that holds a model parameter's tensor: its own, or that of a tied parameter."""
@@ -143,11 +148,16 @@ class Weights:
         return sorted(path for path, m in self.model.named_modules() if is_linear(m) and path not in packed)
 
     @property
+    def packed_target(self) -> str:
+        """Name of the target that is packed again: its codec, that of most layers."""
+        return self.new_quant.quant_type
+
+    @property
     def targets(self) -> list[str]:
-        """The possible merge targets, in the order of `TARGETS`."""
+        """The possible merge targets: `DENSE_TARGETS`, and the packed one."""
         packs = not self.transposed & self.requantized  # transformers reads no packed Conv1D
-        found = {"dequantized": bool(self.quantized), "original": not self.packed, "nf4": packs}
-        return [target for target in TARGETS if found[target]]
+        found = {"dequantized": bool(self.quantized), "original": not self.packed, self.packed_target: packs}
+        return [target for target, possible in found.items() if possible]
 
     def _edit(self, adapter: AdapterFile) -> None:
         embedding, head = self._names_of("get_input_embeddings"), self._names_of("get_output_embeddings")
@@ -293,15 +303,29 @@ class Weights:
         return self.trained_on(name, codec)
 
     def live(self, name: str, *, adapted: bool = True) -> Tensor | PackedWeight:
-        """What the live model computes with at `name`, before the adapter's `change`; the base's if not `adapted`."""
+        """What the live model computes with at `name`, before `live_change`; the base's if not `adapted`."""
+        if adapted and self._rounds(name):
+            return self.merged(name, self.packed_target)
         fits = name not in self.replaced or self.tensors.facts(self.names[name])[1] == self.shape(name)
         return self._base(name) if adapted or not fits else self.trained_on(name)
+
+    def live_change(self, name: str) -> Change:
+        """What turns `live` into what the live model computes with."""
+        return unchanged if self._rounds(name) else self.change(name)
+
+    def _rounds(self, name: str) -> bool:
+        """Whether the live model computes with the packed sum at `name`."""
+        return self.merge_aware and name in self.edits and self._packs(name, self.packed_target)
+
+    def delta_norm(self, name: str) -> float:
+        """Frobenius norm of the adapter's change at `name`."""
+        return float((self.change(name)(as_float(self._base(name))) - as_float(self._base(name))).norm())
 
     @property
     def took_out(self) -> bool:
         """Whether the adapter's start was taken out of the base before it was packed; the file then has both."""
         facts = (self.adapter.trained_on if self.adapter else None) or {}
-        return bool(facts.get("changed_base")) and bool(facts.get("quant")) and self.quant is not None
+        return bool(facts.get("took_out")) and bool(facts.get("quant")) and self.quant is not None
 
     def _parameters(self, name: str) -> dict[str, Tensor]:
         """The adapter's parameters at `name`, in float32, by the variant's parameter names."""
@@ -326,7 +350,7 @@ class Weights:
         return change
 
     def merged(self, name: str, onto: str) -> Tensor | PackedWeight:
-        """The merged model's tensor as written: in its final dtype, or packed for 'nf4'.
+        """The merged model's tensor as written: in its final dtype, or packed for the packed target.
 
         Raises:
             AdapterError: the sum overflows the dtype.
@@ -336,6 +360,11 @@ class Weights:
         packs = self._packs(name, onto)
         if not edited and packs == isinstance(base, PackedWeight):
             return base if isinstance(base, PackedWeight) else self._cast(base, name)
+        if packs and self._rounds(name):
+            assert isinstance(base, PackedWeight)
+            read, how = self._parameters(name), self.new_quant.for_layer(name.removesuffix(".weight"))
+            packed = pack_sum(base, read["lora_A"], read["lora_B"], self.edits[name].scale, how, name)
+            return packed.with_dtype(self.kept_dtype(name))
         total = self.change(name, codec)(as_float(base))
         if packs:
             how = self.new_quant.for_layer(name.removesuffix(".weight"))
@@ -358,7 +387,7 @@ class Weights:
 
     def _packs(self, name: str, onto: str) -> bool:
         path = name.removesuffix(".weight")
-        return onto == "nf4" and path in self.requantized and name != path
+        return onto == self.packed_target and path in self.requantized and name != path
 
     def layout(self, names: list[str], onto: str) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
         """Key -> type and shape of what is written for names that are stored together."""
@@ -418,6 +447,12 @@ def check_onto(weights: Weights, onto: str) -> None:
     why = {
         "dequantized": "the adapter was trained on dense weights, so there is nothing to decode",
         "original": f"'{weights.source.name}' holds quantised weights only. Name the dense model with --base",
-        "nf4": "its layers are Conv1D, which no 4-bit checkpoint holds",
-    }[onto]
+        weights.packed_target: "its layers are Conv1D, which no 4-bit checkpoint holds",
+    }.get(onto, f"the result is packed as {weights.packed_target}, {_why_packed_so(weights)}")
     raise ConfigError(f"Cannot merge onto '{onto}': {why}. Merge onto {' or '.join(weights.targets)}.")
+
+
+def _why_packed_so(weights: Weights) -> str:
+    if weights.merge_aware:
+        return "which the adapter was trained for"
+    return "as in training" if weights.quant is not None else "as the quant options say (--quant-type)"

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from lownibble.errors import BackendError
 from lownibble.kernels.decoder import DecoderLayers, Segment, Step
-from lownibble.kernels.types import Epilogue, FourBit, Grouped, Rows8bit
+from lownibble.kernels.types import Epilogue, FourBit, Grouped, Rows8bit, Scaled8bit
 
 
 class Backend(Protocol):
@@ -34,6 +34,10 @@ class Backend(Protocol):
     device_types: tuple[str, ...] | None
 
     def quantize_4bit(self, x: Tensor, bounds: Tensor, order: Tensor, block_size: int) -> tuple[Tensor, Tensor]: ...
+
+    def quantize_sum_4bit(
+        self, base: Scaled8bit, low_Nr: Tensor, lora_A: Tensor, bounds: Tensor, order: Tensor, block_size: int
+    ) -> tuple[Tensor, Tensor]: ...
 
     def dequantize_4bit(self, weight: FourBit, out: Tensor) -> Tensor: ...
 
@@ -210,6 +214,16 @@ def quantize_4bit(x: Tensor, bounds: Tensor, order: Tensor, block_size: int) -> 
         codes (ceil(n/2),) uint8 and absmax (ceil(n/block_size),) float32.
     """
     return _for(x).quantize_4bit(x, bounds, order, block_size)
+
+
+def quantize_sum_4bit(
+    base: Scaled8bit, low_Nr: Tensor, lora_A: Tensor, bounds: Tensor, order: Tensor, block_size: int
+) -> tuple[Tensor, Tensor]:
+    """As `quantize_4bit` of `decode(base) + low_Nr @ lora_A`, for low (N, r) and A (r, K) float32.
+
+    The sum over r is added to the base's value, both in float32. A sum that is not finite gives an absmax that is not.
+    """
+    return _for(base.codes).quantize_sum_4bit(base, low_Nr, lora_A, bounds, order, block_size)
 
 
 def dequantize_4bit(weight: FourBit, out: Tensor) -> Tensor:

@@ -5,10 +5,20 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from lownibble.kernels import decoded
+from lownibble.kernels.types import Scaled8bit
+
 
 def matmul_dense(x_TC: Tensor, weight_NK: Tensor, transposed: bool, out: Tensor) -> Tensor:
     """As `ops.matmul_dense`."""
     return torch.mm(x_TC, weight_NK if transposed else weight_NK.t(), out=out)
+
+
+def sum_8bit(base: Scaled8bit, low_Nr: Tensor, lora_A: Tensor) -> Tensor:
+    """decode(base) + low_Nr @ lora_A, (N, K) float32, in the buffer that all layers share."""
+    total = decoded.scratch(base.codes.shape, torch.float32, base.codes.device)
+    torch.mul(base.codes.view(-1, base.group), base.scale.unsqueeze(1), out=total.view(-1, base.group))
+    return total.addmm_(low_Nr, lora_A)
 
 
 def softmax_rows(x_LV: Tensor, scale: float) -> Tensor:

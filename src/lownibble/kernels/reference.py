@@ -14,7 +14,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from lownibble.kernels import decoded, decoder
+from lownibble.kernels import decoded, decoder, plain
 from lownibble.kernels.attention import attention as attention
 from lownibble.kernels.attention import attention_backward as attention_backward
 from lownibble.kernels.decoder import DecoderLayers, Segment, Step
@@ -23,7 +23,7 @@ from lownibble.kernels.plain import low_rank as low_rank
 from lownibble.kernels.plain import low_rank_backward as low_rank_backward
 from lownibble.kernels.plain import matmul_dense as matmul_dense
 from lownibble.kernels.plain import softmax_rows as softmax_rows
-from lownibble.kernels.types import LARGEST_CODE, PART, Epilogue, FourBit, Grouped, Rows8bit, row_sizes
+from lownibble.kernels.types import LARGEST_CODE, PART, Epilogue, FourBit, Grouped, Rows8bit, Scaled8bit, row_sizes
 
 name = "reference"
 device_types = None  # any
@@ -65,6 +65,12 @@ def _values(weight: FourBit) -> Tensor:
     """The codebook value of each element, in the weight's shape."""
     index = torch.stack([weight.codes >> 4, weight.codes & 0xF], dim=1).view(-1).long()[: weight.shape.numel()]
     return weight.values[index].view(weight.shape)
+
+
+def quantize_sum_4bit(
+    base: Scaled8bit, low_Nr: Tensor, lora_A: Tensor, bounds: Tensor, order: Tensor, block_size: int
+) -> tuple[Tensor, Tensor]:
+    return quantize_4bit(plain.sum_8bit(base, low_Nr, lora_A).view(-1), bounds, order, block_size)
 
 
 def dequantize_4bit(weight: FourBit, out: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from lownibble.kernels import decoded, plain
 from lownibble.kernels.decoder import DecoderLayers, Segment, Step
-from lownibble.kernels.types import Epilogue, FourBit, Grouped, Rows8bit, row_sizes
+from lownibble.kernels.types import Epilogue, FourBit, Grouped, Rows8bit, Scaled8bit, row_sizes
 
 
 class Traced:
@@ -36,6 +36,12 @@ class Traced:
         """As `ops.quantize_4bit`."""
         n = x.numel()
         return x.new_empty((n + 1) // 2, dtype=torch.uint8), x.new_empty(-(-n // block_size), dtype=torch.float32)
+
+    def quantize_sum_4bit(
+        self, base: Scaled8bit, low_Nr: Tensor, lora_A: Tensor, bounds: Tensor, order: Tensor, block_size: int
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        """As `ops.quantize_sum_4bit`."""
+        return self.quantize_4bit(base.codes, bounds, order, block_size)
 
     def dequantize_4bit(self, weight: FourBit, out: Tensor) -> Tensor:
         """As `ops.dequantize_4bit`."""

@@ -40,7 +40,7 @@ from torch import Tensor
 from triton.runtime.interpreter import InterpretedFunction
 
 from lownibble.errors import BackendError, InputError
-from lownibble.kernels import decoded, decoder
+from lownibble.kernels import decoded, decoder, plain
 from lownibble.kernels.attention import attention as attention
 from lownibble.kernels.attention import attention_backward as attention_backward
 from lownibble.kernels.checks import (
@@ -58,7 +58,7 @@ from lownibble.kernels.plain import low_rank as low_rank
 from lownibble.kernels.plain import low_rank_backward as low_rank_backward
 from lownibble.kernels.plain import matmul_dense as matmul_dense
 from lownibble.kernels.plain import softmax_rows as softmax_rows
-from lownibble.kernels.types import LARGEST_CODE, PART, Epilogue, FourBit, Grouped, Rows8bit, row_sizes
+from lownibble.kernels.types import LARGEST_CODE, PART, Epilogue, FourBit, Grouped, Rows8bit, Scaled8bit, row_sizes
 
 name = "triton"
 
@@ -385,6 +385,13 @@ def quantize_4bit(x: Tensor, bounds: Tensor, order: Tensor, block_size: int) -> 
     programs, blocks = _per_tile(n, block_size)
     _launch(_quantize_4bit, programs, x, bounds, order, codes, absmax, n, codes.numel(), **blocks)
     return codes, absmax
+
+
+def quantize_sum_4bit(
+    base: Scaled8bit, low_Nr: Tensor, lora_A: Tensor, bounds: Tensor, order: Tensor, block_size: int
+) -> tuple[Tensor, Tensor]:
+    """As `ops.quantize_sum_4bit`."""
+    return quantize_4bit(plain.sum_8bit(base, low_Nr, lora_A).view(-1), bounds, order, block_size)
 
 
 def dequantize_4bit(weight: FourBit, out: Tensor) -> Tensor:

@@ -68,6 +68,17 @@ class Grouped(NamedTuple):
     nested: Nested | None = None
 
 
+class Scaled8bit(NamedTuple):
+    """An int8 weight: value [n, k] is `codes[n, k] * scale[(n * K + k) // group]`.
+
+    codes: (N, K) int8; scale: (N * K / group,) float32; group: values that share a scale; divides K.
+    """
+
+    codes: Tensor
+    scale: Tensor
+    group: int
+
+
 PART = 64
 """Values of a row that share an 8-bit scale. With one scale per token, outlier channels cost the others precision (ADR 7)."""
 

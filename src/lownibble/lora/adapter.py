@@ -161,6 +161,8 @@ def save_adapter(model: nn.Module, folder: str | Path, *, name: str = "default")
     folder.mkdir(parents=True, exist_ok=True)
     entries = {key: tensorfile.Entry(value.dtype, tuple(value.shape)) for key, value in tensors.items()}
     facts, start = base_facts(model), configs[name].init_lora_weights
+    took_out = any(layer.adapter(name).start is not None for _, layer in lora_layers(model, name))
+    facts |= {"took_out": True} if took_out else {}
     facts |= {"corrects": start} if facts["quant"] and getattr(find(start), "corrects", False) else {}
     parts, metadata = ((key, 0, value) for key, value in tensors.items()), {"format": "pt", **to_metadata(facts)}
     tensorfile.write(folder / f".{WEIGHTS_FILE}.part", entries, parts, metadata)  # safetensors' own writer shuffles the metadata
@@ -254,7 +256,7 @@ class AdapterFile:
         """The initialisation that took its start out of the base's packed weights before they were packed, if `model` is packed
         in the same way, so that it can be done again; else ''."""
         facts = self.trained_on or {}
-        again = facts.get("quant") and other_codec(facts, base_facts(model)) is None
+        again = facts.get("took_out") and facts.get("quant") and other_codec(facts, base_facts(model)) is None
         return str(facts.get("changed_base") or "") if again else ""
 
     def read(self, key: str) -> Tensor:

@@ -75,6 +75,13 @@ def needs_calibration(init: Init) -> Init:
     return init
 
 
+def takes_out(init: Init) -> Init:
+    """Mark an initialisation that returns the base without scale B A. Files then hold [A; A0] and [B, -B0], A0 and B0 the start,
+    and fit the base as it was; an adapter whose base was changed in another way fits no other base."""
+    init.takes_out = True  # type: ignore[attr-defined]
+    return init
+
+
 def corrects(init: Init) -> Init:
     """Mark an initialisation that starts at what packing lost; on a dense base nothing is, and it starts as `kaiming`."""
 
@@ -141,6 +148,7 @@ def qera_approx(adapter: LowRank, start: Start) -> None:
     _approximate(adapter, start, left, right / root)
 
 
+@takes_out
 def pissa(adapter: LowRank, start: Start) -> PackedWeight | Tensor:
     """B A the leading part of W; returns the rest."""
     weight = start.weight()
@@ -152,6 +160,7 @@ def pissa(adapter: LowRank, start: Start) -> PackedWeight | Tensor:
     return _rest(adapter, start, weight)
 
 
+@takes_out
 def olora(adapter: LowRank, start: Start) -> PackedWeight | Tensor:
     """B A the first r columns of Q and rows of R, W = Q R; returns the rest."""
     weight = start.weight()

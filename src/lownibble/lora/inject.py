@@ -20,7 +20,8 @@ from lownibble.config import LoraConfig
 from lownibble.errors import ModelError, TargetError
 from lownibble.lora import targets
 from lownibble.lora.init import Start, find, repack, without
-from lownibble.lora.layer import LoraLinear, TrainedCopy
+from lownibble.lora.layer import LoraLinear, LowRank, TrainedCopy
+from lownibble.lora.merge_aware import variants
 from lownibble.lora.targets import alpha_of, rank_of
 from lownibble.lora.variants import variant_of
 from lownibble.models.info import info
@@ -189,22 +190,25 @@ def _adapt(
 ) -> None:
     """Put the layers with their initialised adapters into the model."""
     init, generator = find(True if of_file else config.init_lora_weights), torch.Generator().manual_seed(seed)
+    variant_at = variants(model, config, variant_of(config), planned.targets)
 
     def add(path: str, moments: Moments | None) -> None:
         module = planned.targets[path]
         layer = module if isinstance(module, LoraLinear) else LoraLinear(module)  # type: ignore[arg-type]
         r, alpha = rank_of(path, config), alpha_of(path, config)
-        adapter = layer.add(name, r, alpha, config.lora_dropout, config.use_rslora, variant_of(config))
+        adapter = layer.add(name, r, alpha, config.lora_dropout, config.use_rslora, variant_at[path])
         start = Start(path, partial(_dense_weight, model, path, layer), _packed(layer), moments, generator)
         changed = init(adapter, start)
-        if changed is not None and not adapter.variant.plain:
+        if changed is not None and info(model).merge_aware is not None:
             raise TargetError(
-                f"init_lora_weights={config.init_lora_weights!r} changes the base, which goes with plain LoRA only. Leave "
-                "use_dora out, or start with init_lora_weights=True."
+                f"init_lora_weights={config.init_lora_weights!r} changes packed weights, and merge-aware training rounds the "
+                "checkpoint's. Use init_lora_weights=True, or train without --merge-aware."
             )
         if changed is not None:
             _replace_base(model, path, layer, changed, config)
-            adapter.keep_start(adapter.lora_A, adapter.lora_B)
+            if getattr(init, "takes_out", False):
+                _check_plain(config, adapter)
+                adapter.keep_start(adapter.lora_A, adapter.lora_B)
             info(model).changed_base = str(config.init_lora_weights)
         adapter.variant.start(layer.base, adapter)
         replace_module(model, path, layer.train(module.training))
@@ -229,6 +233,14 @@ def _adapt(
         raise TargetError(
             f"'{path}' was not reached by the calibration rows (an expert that they do not choose?), and init_lora_weights="
             f"{config.init_lora_weights!r} looks at its inputs. Give more calibration rows, or leave it out with exclude_modules."
+        )
+
+
+def _check_plain(config: LoraConfig, adapter: LowRank) -> None:
+    if not adapter.variant.plain:
+        raise TargetError(
+            f"init_lora_weights={config.init_lora_weights!r} takes its start out of the base, which goes with plain LoRA only. "
+            "Leave use_dora out, or start with init_lora_weights=True."
         )
 
 

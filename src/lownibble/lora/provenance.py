@@ -6,11 +6,13 @@ safetensors metadata, where they travel with the weights and other libraries ign
 
     model, revision   name and revision of the base
     digest            of its weights (`models.checkpoint`); None if the model was not loaded with `lownibble.load`
-    changed_base      name of the initialisation that changed the base's weights; absent if none did. The adapter's file then
-                      holds [A; A0] and [B, -B0], A0 and B0 the start, as PEFT converts such adapters: they fit the base as it was
+    changed_base      name of the initialisation that changed the base's weights; absent if none did
+    took_out          whether it took the start out: the adapter's file then holds [A; A0] and [B, -B0], A0 and B0 the start, as
+                      PEFT converts such adapters, which fit the base as it was
     corrects          name of the initialisation that starts at what packing lost; absent for others
     quant             None for a dense base, else how it is packed: quant_type, block_size, double_quant, compute, skip_modules,
                       and pattern if layers differ
+    merge_aware       how the merged model is packed, for an adapter that was trained so (`merge_aware.py`); absent otherwise
 """
 
 from __future__ import annotations
@@ -23,6 +25,7 @@ from torch import nn
 
 from lownibble.config import PER_LAYER
 from lownibble.lora.layer import LoraLinear, TrainedCopy
+from lownibble.lora.merge_aware import facts_of
 from lownibble.models.info import info
 from lownibble.models.packed import config_of
 from lownibble.quant import QuantLinear, is_linear
@@ -36,7 +39,8 @@ def base_facts(model: nn.Module) -> dict[str, Any]:
     """Facts that identify `model` as a base for adapters."""
     name, known = getattr(getattr(model, "config", None), "_name_or_path", None) or None, info(model)
     changed = {"changed_base": known.changed_base} if known.changed_base else {}
-    return {"model": name, "revision": None, "digest": None, **known.base, "quant": _codec(model), **changed}
+    leaves = {"merge_aware": facts_of(known.merge_aware)} if known.merge_aware else {}
+    return {"model": name, "revision": None, "digest": None, **known.base, "quant": _codec(model), **changed, **leaves}
 
 
 def _codec(model: nn.Module) -> dict[str, Any] | None:
@@ -92,7 +96,8 @@ def other_weights(trained_on: Facts, base: Facts) -> str | None:
     What an initialisation took out of dense weights, the adapter's file takes out too; packed weights were packed without it.
     """
     name = trained_on.get("changed_base")
-    if name and trained_on["quant"] and base.get("quant") and base.get("changed_base") != name:
+    fits = trained_on.get("took_out") and not (trained_on["quant"] and base.get("quant"))
+    if name and not fits and base.get("changed_base") != name:
         return f"it was started with init_lora_weights='{name}', which changed the packed weights under it"
     if trained_on["digest"] is None or base["digest"] in (None, trained_on["digest"]):
         return None
@@ -105,6 +110,9 @@ def other_weights(trained_on: Facts, base: Facts) -> str | None:
 
 def other_codec(trained_on: Facts, base: Facts) -> str | None:
     """How the base's storage differs from that in training, or None; the matmul precision (`compute`) is ignored."""
+    leaves = trained_on.get("merge_aware")
+    if leaves and base.get("merge_aware") != leaves:
+        return f"it was trained merge-aware, for a model packed as {describe(leaves)} with the adapter merged: merge it first"
     if _stored(base["quant"]) == _stored(trained_on["quant"]):
         return None
     ours, theirs = (describe(facts["quant"]) for facts in (base, trained_on))

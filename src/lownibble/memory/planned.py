@@ -11,6 +11,8 @@ from lownibble.arch import paths, read_shape
 from lownibble.config import LoraConfig, Method, QuantConfig, TrainConfig
 from lownibble.errors import InputError
 from lownibble.lora.inject import adapter_configs
+from lownibble.lora.layer import LoraLinear
+from lownibble.lora.merge_aware import MergeAware
 from lownibble.memory.budget import Fit
 from lownibble.models.packed import config_of
 from lownibble.optim import paged_name, plain_name
@@ -111,8 +113,19 @@ def plan_of(run: TrainingRun) -> tuple[Batch, MemoryPlan]:
     return batch, plan_memory(
         shape, device_of(run.device), method, quant=quant,
         lora=next(iter(adapters.values()), LoraConfig()), train=options, dtype=str(model.dtype).removeprefix("torch."),
-        batch=batch,
+        batch=batch, rounded=_rounded(model),
     )  # fmt: skip
+
+
+def _rounded(model: Any) -> dict[str, QuantConfig]:
+    """Path -> codec that a merge-aware layer computes in."""
+    found = {}
+    for path, module in model.named_modules():
+        if isinstance(module, LoraLinear) and module.active is not None:
+            variant = module.adapter(module.active).variant
+            if isinstance(variant, MergeAware):
+                found[path] = variant.leaves
+    return found
 
 
 def device_of(device: torch.device) -> Device:

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from lownibble.errors import TrainingError
 from lownibble.lora import LowRank
+from lownibble.lora.merge_aware import MergeAware
 from lownibble.models.info import info
 from lownibble.optim import state_bytes, states
 from lownibble.quant import QuantLinear
@@ -170,9 +171,21 @@ def bytes_by_kind(model: nn.Module, optimizer: torch.optim.Optimizer | None) -> 
             kinds[kind_of(module, name)] += parameter.nbytes
             if parameter.grad is not None:
                 kinds["gradients"] += parameter.grad.nbytes
+    for name, tensor in _rounded(model):
+        kinds[name] += tensor.nbytes
     if optimizer is not None:
         kinds["optimizer"] = state_bytes(optimizer).resident
     return kinds
+
+
+def _rounded(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """(kind, tensor) of the packed weights that merge-aware layers compute with, which are not parameters."""
+    for module in model.modules():
+        variant = module.variant if isinstance(module, LowRank) else None
+        if isinstance(variant, MergeAware) and variant.packed is not None:
+            codes, *constants = variant.packed.tensors().values()
+            yield "codes", codes
+            yield from (("constants", each) for each in constants)
 
 
 def ledger(model: Any, optimizer: torch.optim.Optimizer | None) -> dict[str, Any]:
@@ -199,6 +212,8 @@ def ledger(model: Any, optimizer: torch.optim.Optimizer | None) -> dict[str, Any
                 _add(found, ("gradients", str(parameter.grad.dtype).removeprefix("torch.")), parameter.grad.nbytes)
             for of_state, shape in states.shapes(optimizer, parameter).values() if optimizer and parameter.requires_grad else ():
                 _add(found, ("optimizer", str(of_state).removeprefix("torch.")), math.prod(shape) * of_state.itemsize)
+    for kind, tensor in _rounded(model):
+        _add(found, (kind, str(tensor.dtype).removeprefix("torch.")), tensor.nbytes)
     return {
         "tensors": [{"kind": k, "dtype": d, "tensors": n, "bytes": b} for (k, d), (n, b) in sorted(found.items())],
         "upcasts": [

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lownibble.config import LoraConfig
+from lownibble.config import LoraConfig, QuantConfig
 
 _ATTRIBUTE = "_lownibble_info"
 
@@ -49,6 +49,7 @@ class ModelInfo:
             model has no dense checkpoint.
         started_from: SHA-256 of the adapter's weights that a run trains on from, or None.
         changed_base: name of the adapter initialisation that changed the packed weights, or None.
+        merge_aware: how the model will be packed with its adapter merged, where that is trained (`lora/merge_aware.py`), or None.
     """
 
     base: dict[str, Any] = field(default_factory=dict)
@@ -60,6 +61,7 @@ class ModelInfo:
     read_dense: Callable[[str], Tensor] | None = None
     changed_base: str | None = None
     started_from: str | None = None
+    merge_aware: QuantConfig | None = None
     adapters: Adapters = field(default_factory=Adapters)
 
 

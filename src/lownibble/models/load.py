@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -27,6 +27,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 from lownibble import stored
 from lownibble.config import QuantConfig
 from lownibble.errors import ModelError
+from lownibble.matching import is_part
 from lownibble.models import compute
 from lownibble.models.checkpoint import Checkpoint
 from lownibble.models.conversion import ModelTensors, dtype_of, untie
@@ -242,6 +243,12 @@ def quantizable(model: nn.Module, config: QuantConfig) -> dict[str, QuantConfig]
             f"{_last_names(linears) or 'none'}). Load it with quant=None."
         )
     return found
+
+
+def repacked(model: nn.Module, packed: Iterable[str]) -> set[str]:
+    """Those of the `packed` layers that a packed checkpoint holds packed: transformers reads some dense, as T5's wo."""
+    dense = [*(getattr(model, "_keep_in_fp32_modules", None) or ())]
+    return {path for path in packed if not is_part(path, dense)}
 
 
 def _last_names(paths: Any) -> str:

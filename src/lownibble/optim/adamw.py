@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 import torch
 from torch import nn
+from torch.autograd.graph import increment_version
 
 from lownibble.errors import ConfigError
 from lownibble.optim.paged_adamw import EightBit, Fused, PagedAdamW
@@ -80,7 +81,15 @@ def make_optimizer(
                 "The 'loraplus_lr_ratio' of TrainConfig needs an optimiser that keeps parameter groups apart. "
                 f"Got optim='{kind}'. Leave it out, or use another optimiser."
             )
+    optimizer.register_step_post_hook(_count_change)
     return optimizer
+
+
+def _count_change(optimizer: torch.optim.Optimizer, *_: object) -> None:
+    """Count the step as a change of each parameter, which torch's fused AdamW does not; merge-aware layers go by it."""
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            increment_version(parameter)
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:

@@ -55,6 +55,7 @@ class Method:
         fused: paths of those whose codec has a matmul kernel that dequantises internally.
         ranks: path of a linear -> rank of its adapter; absent: none. adapter_itemsize: bytes per element of its matrices.
         dora: the adapters are DoRA's.
+        rounded: path of each merge-aware linear -> bytes of the codes and constants that it computes with, besides `packed`.
     """
 
     full: bool = False
@@ -63,6 +64,7 @@ class Method:
     ranks: Mapping[str, int] = field(default_factory=dict)
     adapter_itemsize: int = FLOAT32
     dora: bool = False
+    rounded: Mapping[str, list[int]] = field(default_factory=dict)
 
 
 class SharedBuffers:
@@ -95,6 +97,10 @@ class LinearOnTape:
         else:
             codes, *constants = method.packed[path]
             self.parts = [tape.parameter(codes, 1, "codes"), *(tape.parameter(size, 1, "constants") for size in constants)]
+        self.rounded = path in method.rounded
+        if self.rounded:
+            codes, *constants = method.rounded[path]
+            self.parts += [tape.parameter(codes, 1, "codes"), *(tape.parameter(size, 1, "constants") for size in constants)]
         self.bias = tape.parameter(self.n_out, run.itemsize, "weights", method.full) if linear.bias else None
         self.of_adapter, of_adapter = method.adapter_itemsize, method.adapter_itemsize
         self.adapter = [tape.parameter(self.r * n, of_adapter, "adapters", True) for n in (self.n_in, self.n_out) if self.r]
@@ -154,6 +160,8 @@ class LinearOnTape:
     def _adapted(self, x: Value) -> Value:
         tape, size, r, tokens = self.tape, self.run.itemsize, self.r, x.n // self.n_in
         A, B = self.adapter
+        if self.rounded and not self.fused:
+            self.buffers.need(self.n_in * self.n_out)  # the sum, before it is packed
         narrow = size != self.of_adapter
         cast = tape.new(A.n, size) if narrow else None
         low = tape.new(tokens * r, size)

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
-from lownibble.arch import ModelShape, paths
+from lownibble.arch import Linear, ModelShape, paths
 from lownibble.config import LoraConfig, QuantConfig, TrainConfig
 from lownibble.config import Method as MethodName
 from lownibble.errors import ConfigError, InputError, TargetError
@@ -113,6 +113,7 @@ class MemoryPlan:
 def plan_memory(
     shape: ModelShape, device: Device, method: MethodName, *, quant: QuantConfig, lora: LoraConfig, train: TrainConfig,
     dtype: str = "auto", adapter_dtype: str = "float32", batch: Batch | None = None, step: StepOf | None = None,
+    rounded: Mapping[str, QuantConfig] | None = None,
 ) -> MemoryPlan:  # fmt: skip
     """The memory of a step.
 
@@ -120,6 +121,8 @@ def plan_memory(
         batch: its largest microbatch; default: the largest possible, where every row has `max_length` tokens, all but the first
             with a label.
         step: runs the step instead of the planner's own tape.
+        rounded: path of each layer of a merge-aware run that computes with a second packed weight -> its codec; `quant` is then
+            what the base is held in.
     Raises:
         TargetError: LoRA's targets match nothing in this model.
         ConfigError: an option that the planner does not support.
@@ -133,9 +136,12 @@ def plan_memory(
         raise ConfigError(f"A traced step is Lownibble's, whose adapters are in float32. Got adapter_dtype '{adapter_dtype}'.")
     trained = list(_trained(shape, method, ranks, size, of_adapter, lora.use_dora))
     if step is None:
-        packed = packed_layers(shape, quant) if method == "qlora" else {}
-        fused = {path for path in packed if quant.for_layer(path).quant_type in FUSED}
-        ways = Method(method == "full", packed, fused, ranks, of_adapter, lora.use_dora)
+        packed, rounded = packed_layers(shape, quant) if method == "qlora" else {}, rounded or {}
+        if rounded and size != FLOAT32:
+            raise ConfigError("The planner knows merge-aware training in float32 only. Take --dtype float32 to plan it.")
+        fused = {path for path in packed if rounded.get(path, quant.for_layer(path)).quant_type in FUSED}
+        computed_with = {path: _bytes_of(linear, rounded[path]) for path, linear in paths(shape) if path in rounded}
+        ways = Method(method == "full", packed, fused, ranks, of_adapter, lora.use_dora, computed_with)
         tape = run_step(shape, ways, run, batch, checkpointing=train.gradient_checkpointing, passes=passes)
     else:
         tape = step(method, run, batch, train.gradient_checkpointing, passes)
@@ -190,7 +196,12 @@ def packed_layers(shape: ModelShape, quant: QuantConfig) -> dict[str, list[int]]
         raise type(error)(f"'{shape.name}': {error}") from None
     if not shape.tied and "lm_head" not in quant.skip_modules:
         raise ConfigError("The planner does not know a quantised head. Leave 'lm_head' in skip_modules to plan without.")
-    return {path: [spec.n_bytes for spec in layouts.layout(linears[path], how).values()] for path, how in chosen.items()}
+    return {path: _bytes_of(linear, chosen[path]) for path, linear in paths(shape) if path in chosen}
+
+
+def _bytes_of(linear: Linear, how: QuantConfig) -> list[int]:
+    """Bytes of a packed linear's codes, then of each of its constants."""
+    return [spec.n_bytes for spec in layouts.layout((linear.out_features, linear.in_features), how).values()]
 
 
 def _trained(

@@ -22,6 +22,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import increment_version
 
 from lownibble import tensorfile
 from lownibble.errors import OutputError
@@ -230,6 +231,7 @@ def _fill(file: tensorfile.Reader, trained: dict[str, nn.Parameter], optimizer: 
             held[name][key] = entry.dtype, entry.shape
     for name, parameter in trained.items():
         file.read_into(f"model/{name}", 0, parameter.detach())
+        increment_version(parameter)
         if held[name]:
             states.allocate(optimizer, parameter, held[name])
     names: dict[Tensor, str] = {parameter: name for name, parameter in trained.items()}

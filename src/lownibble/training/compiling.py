@@ -28,7 +28,7 @@ import lownibble
 from lownibble.errors import ConfigError, TrainingError
 from lownibble.lora import count_parameters
 from lownibble.models import attention
-from lownibble.models.info import decoder_layers
+from lownibble.models.info import decoder_layers, info
 
 PAYS_AFTER_FLOPS = {"cpu": 1e14, "cuda": 5e15}
 """Device type -> FLOPs of a run (6 x parameters x tokens) from which compiling saves more time than it takes. CPU: compilation
@@ -69,6 +69,8 @@ def choose(option: bool | Literal["auto"], model: Any, device: torch.device, tok
 def _obstacle(model: Any, device: torch.device) -> str:
     if model.config.is_encoder_decoder:
         return f"{type(model).__name__} has an encoder, whose layers are of another form"
+    if info(model).merge_aware is not None:
+        return "merge-aware layers pack their weight between steps, out of a graph's sight"
     if not decoder_layers(model):
         return f"the decoder layers of {type(model).__name__} are not known"
     if device.type == "cpu":

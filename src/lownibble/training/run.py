@@ -18,19 +18,22 @@ from typing import Any
 
 import torch
 
-from lownibble import record
+from lownibble import record, stored
 from lownibble.calibration import join_rows
-from lownibble.config import DataConfig, RunConfig, TrainConfig
+from lownibble.config import DataConfig, QuantConfig, RunConfig, TrainConfig
 from lownibble.data import Choice, Dataset, Encoded, Example, digest_of
 from lownibble.data import load as load_data
 from lownibble.data.inspect import warnings_of
 from lownibble.errors import ModelError
-from lownibble.lora import add_lora, count_parameters, load_adapter, save_adapter
+from lownibble.lora import add_lora, count_parameters, load_adapter, match_targets, read_config, save_adapter
 from lownibble.lora.adapter import WEIGHTS_FILE
 from lownibble.lora.init import find
 from lownibble.lora.inject import adapter_configs
+from lownibble.lora.merge_aware import check_adapter, facts_of, held_as
+from lownibble.lora.provenance import describe
+from lownibble.lora.variants import variant_of
 from lownibble.memory import planned, usage
-from lownibble.models import compute, load, pick_device
+from lownibble.models import compute, load, pick_device, resolve, skeleton
 from lownibble.models.head import Head
 from lownibble.models.info import info
 from lownibble.options import n_bytes
@@ -128,13 +131,14 @@ def _make_model(config: RunConfig, rows: Dataset) -> tuple[Any, Any]:
 
 
 def _make(config: RunConfig, rows: Dataset) -> tuple[Any, Any]:
-    quant = config.quant if config.method == "qlora" else None
+    quant = None if config.method != "qlora" else _held_quant(config) if config.merge_aware else config.quant
     # in full fine-tuning an update is often smaller than bfloat16 can resolve
     dtype = "float32" if config.method == "full" and config.dtype == "auto" else config.dtype
     model, tokenizer = load(config.model, quant=quant, dtype=dtype, device=config.device, revision=config.revision)
     packed = any(isinstance(module, QuantLinear) for module in model.modules())
     if packed and config.method != "qlora":
         raise ModelError(f"'{config.model}' holds quantised weights. Train it with --method qlora, or give a dense checkpoint.")
+    info(model).merge_aware = config.quant if config.merge_aware else None
     if config.adapter is not None:
         load_adapter(model, config.adapter, trainable=True)
         weights = Path(config.adapter) / WEIGHTS_FILE
@@ -157,6 +161,24 @@ def _calibration(config: RunConfig, rows: Dataset, tokenizer: Any) -> torch.Tens
     encoded = OBJECTIVES[config.train.objective].encode(rows, tokenizer, config.data, config.train.max_length)
     ids = [example.input_ids for example in encoded.examples]
     return join_rows(ids, config.data.calibration_tokens, config.train.max_length, config.train.seed)
+
+
+def _held_quant(config: RunConfig) -> QuantConfig:
+    """How a merge-aware run packs its base; see `merge_aware.held_as`.
+
+    Raises:
+        ModelError: the checkpoint stores its weights quantised.
+    """
+    source = resolve(config.model, config.revision)
+    if how := stored.of_folder(source.folder):
+        raise ModelError(
+            f"'{config.model}' is stored quantised, as {stored.title(how) or stored.method(how)}; merge-aware training rounds "
+            "dense weights. Give the checkpoint that it was made from, or train without --merge-aware."
+        )
+    empty = skeleton(source, torch.float32)
+    lora = config.lora if config.adapter is None else read_config(config.adapter)
+    check_adapter(lora, variant_of(lora))
+    return held_as(empty, config.quant, match_targets(empty, lora, of_file=config.adapter is not None))
 
 
 def _trainer(
@@ -278,7 +300,7 @@ def _file_sinks(folder: Path | None, config: TrainConfig) -> list[Sink]:
 
 def _subject(model: Any) -> dict[str, Any]:
     """Model identity that must match on resume, and the matmul precision, which may differ on another machine."""
-    quantized = [m for m in model.modules() if isinstance(m, QuantLinear)]
+    quantized, leaves = [m for m in model.modules() if isinstance(m, QuantLinear)], info(model).merge_aware
     return {
         "base": getattr(model.config, "_name_or_path", ""),
         "lora": {name: config.to_dict() for name, config in adapter_configs(model).items()},
@@ -286,17 +308,19 @@ def _subject(model: Any) -> dict[str, Any]:
         "compute": ", ".join(sorted({m.compute for m in quantized})),
         "head_compute": Head(model).compute,
         "started_from": info(model).started_from,
+        **({"merge_aware": facts_of(leaves)} if leaves else {}),
     }
 
 
 def _model_facts(model: Any) -> dict[str, Any]:
     trainable, total = count_parameters(model)
-    quantized = [m for m in model.modules() if isinstance(m, QuantLinear)]
+    quantized, leaves = [m for m in model.modules() if isinstance(m, QuantLinear)], info(model).merge_aware
     return {
         "class": type(model).__name__,
         "parameters": total,
         "trainable_parameters": trainable,
         "compute": sorted({m.compute for m in quantized}),
+        "merge_aware": leaves and describe(facts_of(leaves)),
         "head_compute": Head(model).compute,
         "compute_chosen": info(model).compute,
         "quantized_parameters": sum(m.in_features * m.out_features for m in quantized),

@@ -11,6 +11,7 @@ from lownibble.kernels.cpu.fourbit import (
     matmul_dense,
     quantize_4bit,
     quantize_8bit,
+    quantize_sum_4bit,
     softmax_rows,
 )
 from lownibble.kernels.cpu.grouped import dequantize_grouped, gemv_grouped, matmul_grouped
@@ -25,6 +26,6 @@ __all__ = [
     "attention", "attention_backward", "available_isas", "decoder_layers", "dequantize_4bit", "dequantize_8bit",
     "dequantize_grouped", "device_types", "gemv_4bit", "gemv_bf16", "gemv_grouped", "has_attention", "has_int8", "isa",
     "library", "low_rank", "low_rank_backward", "matmul_4bit", "matmul_8bit", "matmul_8bit_dense", "matmul_dense",
-    "matmul_grouped", "name", "need_int8", "quantize_4bit", "quantize_8bit", "quantize_rows", "row_scales", "select_isa",
-    "softmax_rows",
+    "matmul_grouped", "name", "need_int8", "quantize_4bit", "quantize_8bit", "quantize_rows", "quantize_sum_4bit", "row_scales",
+    "select_isa", "softmax_rows",
 ]  # fmt: skip

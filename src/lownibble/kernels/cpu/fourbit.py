@@ -11,7 +11,7 @@ from torch import Tensor
 from lownibble.kernels import decoded, plain
 from lownibble.kernels.cpu.arguments import address, block_shift, epilogue_addresses, type_number, weight_addresses
 from lownibble.kernels.cpu.loading import library
-from lownibble.kernels.types import Epilogue, FourBit
+from lownibble.kernels.types import Epilogue, FourBit, Scaled8bit
 
 
 def quantize_4bit(x: Tensor, bounds: Tensor, order: Tensor, block_size: int) -> tuple[Tensor, Tensor]:
@@ -30,6 +30,26 @@ def quantize_4bit(x: Tensor, bounds: Tensor, order: Tensor, block_size: int) -> 
         absmax.data_ptr(),
         torch.get_num_threads(),
     )
+    return codes, absmax
+
+
+def quantize_sum_4bit(
+    base: Scaled8bit, low_Nr: Tensor, lora_A: Tensor, bounds: Tensor, order: Tensor, block_size: int
+) -> tuple[Tensor, Tensor]:
+    """As `ops.quantize_sum_4bit`, a tile at a time."""
+    (N, K), r, shift = base.codes.shape, len(lora_A), block_shift(block_size)
+    codes = torch.empty((N * K + 1) // 2, dtype=torch.uint8)
+    absmax = torch.empty(-(-N * K // block_size), dtype=torch.float32)
+    if not N * K:
+        return codes, absmax
+    failed = library().quantize_sum_4bit(
+        address(base.codes, "codes", torch.int8, N * K), address(base.scale, "scale", torch.float32, N * K // base.group),
+        base.group, address(low_Nr, "low_Nr", torch.float32, N * r), address(lora_A, "lora_A", torch.float32, r * K), N, K, r,
+        shift, address(bounds, "bounds", torch.float32, 15), address(order, "order", torch.uint8, 16), codes.data_ptr(),
+        absmax.data_ptr(), torch.get_num_threads(),
+    )  # fmt: skip
+    if failed:
+        raise MemoryError("No memory for a tile of a weight.")
     return codes, absmax
 
 

@@ -33,6 +33,9 @@ _WEIGHT = [_pointer] * 6
 _SIGNATURES = {
     "dequantize_4bit": [*_WEIGHT, _int64, _int32, _int32, _int32, _pointer, _int32],
     "quantize_4bit": [_pointer, _int32, _int64, _int32, _pointer, _pointer, _pointer, _pointer, _int32],
+    "quantize_sum_4bit": [
+        *[_pointer] * 2, _int64, *[_pointer] * 2, *[_int64] * 3, _int32, *[_pointer] * 4, _int32
+    ],
     "quantize_8bit": [_pointer, _int64, _int32, _pointer, _pointer, _pointer, _int32],
     "dequantize_8bit": [_pointer, _pointer, _pointer, _int64, _int32, _pointer, _int32],
     "row_scales": [*_WEIGHT, _int64, _int64, _int32, _int32, _pointer, _int32],
@@ -76,7 +79,17 @@ _RESULTS = {
     **dict.fromkeys(("isa", "available"), ctypes.c_char_p),
     **dict.fromkeys(("has_attention", "has_low_rank", "has_matmul", "has_int8", "select"), _int32),
     **dict.fromkeys(
-        ("gemv_4bit", "gemv_grouped", "matmul_4bit", "matmul_grouped", "matmul_dense", "matmul_int8", "matmul_int8_dense"), _int32
+        (
+            "quantize_sum_4bit",
+            "gemv_4bit",
+            "gemv_grouped",
+            "matmul_4bit",
+            "matmul_grouped",
+            "matmul_dense",
+            "matmul_int8",
+            "matmul_int8_dense",
+        ),
+        _int32,
     ),
     **dict.fromkeys(("attention", "attention_backward"), _int32),
     **dict.fromkeys(("decoder_sizes", "decoder_layers", "low_rank", "low_rank_backward"), _int32),

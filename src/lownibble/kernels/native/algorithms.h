@@ -148,6 +148,14 @@ inline void dequantize_8bit(const std::uint8_t* codes, const float* absmax, cons
     }
 }
 
+// A plain loop, which compilers turn into vector instructions.
+inline void dequantize_int8(const std::int8_t* codes, const float* scale, std::int64_t group, std::int64_t n, float* out) {
+    for (std::int64_t begin = 0; begin < n; begin += group) {
+        const float factor = scale[begin / group];
+        for (std::int64_t i = begin; i < begin + group; ++i) out[i] = static_cast<float>(codes[i]) * factor;
+    }
+}
+
 template <class Simd, class In>
 void to_float32(const In* x, std::int64_t n, float* out) {
     std::int64_t i = 0;
@@ -496,6 +504,7 @@ constexpr Kernels kernels_for(const char* name) {
         },
         quantize_8bit,
         dequantize_8bit,
+        dequantize_int8,
         [](DType dtype, const void* x, std::int64_t n, float* out) {
             with_type(dtype, x, [&](const auto* typed) { to_float32<Simd>(typed, n, out); });
         },

@@ -7,6 +7,7 @@
 // of threads.
 //
 // Lengths and types are checked by the caller (kernels/cpu/arguments.py).
+#include <atomic>
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
@@ -242,6 +243,39 @@ LOWNIBBLE_EXPORT void lownibble_quantize_4bit(const void* x, std::int32_t x_dtyp
     in_parallel(blocks_of(n, block_shift), n, num_threads, [&](Range blocks) {
         active->quantize_4bit(static_cast<DType>(x_dtype), x, n, block_shift, encoder, codes, absmax, blocks);
     });
+}
+
+// The 4-bit codes of decode(w) + low A for a w (N, K) of int8 codes with a scale a group, which divides K, low (N, r) and A (r, K).
+// A tile of whole rows and whole 4-bit blocks at a time, so that neither the sum nor w is ever there as a whole; a value does not
+// depend on its tile. 0, or -1 when there is no memory for a tile a thread.
+LOWNIBBLE_EXPORT std::int32_t lownibble_quantize_sum_4bit(const std::int8_t* w, const float* scale, std::int64_t group,
+                                                          const float* low, const float* a, std::int64_t N, std::int64_t K,
+                                                          std::int64_t r, std::int32_t block_shift, const float* bounds,
+                                                          const std::uint8_t* order, std::uint8_t* codes, float* absmax,
+                                                          std::int32_t num_threads) {
+    constexpr std::int64_t kTileElements = 1 << 14;  // 64 KiB: half of a second-level cache of 128
+    const Encoder4bit encoder{bounds, order};
+    std::int64_t unit = std::int64_t{1} << block_shift;  // rows after which rows and blocks begin together
+    while (unit > 1 && (unit / 2) * K % (std::int64_t{1} << block_shift) == 0) unit /= 2;
+    const std::int64_t wanted = kTileElements / (unit * K);
+    const std::int64_t rows = unit * (wanted > 1 ? wanted : 1), tiles = (N + rows - 1) / rows;
+    std::atomic<std::int32_t> failed{0};
+    in_parallel(tiles, N * K, num_threads, [&](Range range) {
+        float* const tile = static_cast<float*>(std::malloc(static_cast<std::size_t>(rows * K) * sizeof(float)));
+        if (!tile) {
+            failed = -1;
+            return;
+        }
+        for (std::int64_t t = range.begin; t < range.end; ++t) {
+            const std::int64_t row = t * rows, count = smaller(rows, N - row), first = row * K;
+            active->dequantize_int8(w + first, scale + first / group, group, count * K, tile);
+            active->add_low_rank(low + row * r, r, count, r, DType::float32, a, tile, K, Range{0, K});
+            active->quantize_4bit(DType::float32, tile, count * K, block_shift, encoder, codes + first / 2,
+                                  absmax + (first >> block_shift), Range{0, blocks_of(count * K, block_shift)});
+        }
+        std::free(tile);
+    });
+    return failed;
 }
 
 LOWNIBBLE_EXPORT void lownibble_quantize_8bit(const float* x, std::int64_t n, std::int32_t block_shift,

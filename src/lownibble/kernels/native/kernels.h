@@ -98,6 +98,8 @@ struct Kernels {
                           std::uint8_t* codes, float* absmax, Range blocks);
     void (*dequantize_8bit)(const std::uint8_t* codes, const float* absmax, const float* values, std::int64_t n,
                             std::int32_t block_shift, float* out, Range blocks);
+    // out[i] = codes[i] * scale[i / group] for n values from a group's beginning on.
+    void (*dequantize_int8)(const std::int8_t* codes, const float* scale, std::int64_t group, std::int64_t n, float* out);
     void (*to_float32)(DType, const void* x, std::int64_t n, float* out);
     // x (T, K) float32 by w (N, K) -> out (T, N), for the rows of w in `rows`.
     void (*gemv_4bit)(const float* x, std::int64_t T, std::int64_t K, const Weight4bit& w, DType, void* out, std::int64_t N,

@@ -110,6 +110,17 @@ class FourBitWeight(PackedWeight):
         return ops.gemv_4bit(x_TK.contiguous(), self.four_bit)
 
 
+def of_codes(codes: Tensor, absmax: Tensor, shape: torch.Size, dtype: torch.dtype, config: QuantConfig) -> FourBitWeight:
+    """The packed weight with these codes and float32 absmax, which are quantised too if `config` says so."""
+    nested_absmax = offset = None
+    if config.double_quant:
+        absmax, nested_absmax, offset = nested.encode(absmax)
+    assert isinstance(config.block_size, int)
+    return FourBitWeight(
+        codes.view(-1, 1), absmax, nested_absmax, offset, shape, dtype, config.quant_type, config.block_size
+    )  # fmt: skip
+
+
 class _FourBit(Codec):
     marker: ClassVar[str] = ".weight.quant_state.bitsandbytes__"
 
@@ -121,12 +132,7 @@ class _FourBit(Codec):
         self.layout(tensor.shape, config)  # validates the block size
         assert isinstance(block_size, int)
         codes, absmax = ops.quantize_4bit(tensor.reshape(-1).contiguous(), table.bounds, table.order, block_size)
-        nested_absmax = offset = None
-        if config.double_quant:
-            absmax, nested_absmax, offset = nested.encode(absmax)
-        return FourBitWeight(
-            codes.view(-1, 1), absmax, nested_absmax, offset, tensor.shape, tensor.dtype, config.quant_type, block_size
-        )
+        return of_codes(codes, absmax, tensor.shape, tensor.dtype, config)
 
     def restore(self, facts: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> FourBitWeight:
         return FourBitWeight(

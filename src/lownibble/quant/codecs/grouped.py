@@ -34,7 +34,7 @@ from torch import Tensor
 from lownibble.config import QuantConfig
 from lownibble.kernels import decoded, ops
 from lownibble.kernels.reference import unpack
-from lownibble.kernels.types import NO_EPILOGUE, Epilogue, Grouped, Nested
+from lownibble.kernels.types import NO_EPILOGUE, Epilogue, Grouped, Nested, Scaled8bit
 from lownibble.quant import bits, layouts, nested
 from lownibble.quant.codebook import dynamic8, e8m0, levels, to_e2m1
 from lownibble.quant.grid import Steps
@@ -42,6 +42,8 @@ from lownibble.quant.layouts import NESTED_BLOCK_SIZE, Layout
 from lownibble.quant.packed import Codec, PackedWeight, dtype_name
 
 _EXPONENTS_BLOCK = 4096
+CODED_ELEMENTS = 2**17
+"""Weights quantised at a time: half a second-level cache in float32."""
 
 
 @dataclass(frozen=True)
@@ -114,6 +116,14 @@ class GroupedWeight(PackedWeight):
             return self.scale
         return ops.dequantize_8bit(self.scale, found.absmax, found.values, found.block_size) + found.offset
 
+    @property
+    def scaled_8bit(self) -> Scaled8bit | None:
+        """The weight as the kernels of merge-aware training take it, or None: it is not plain int8."""
+        if self.quant_type != "int8" or not self.numel():
+            return None
+        scale = self.decoded_scale()
+        return Scaled8bit(self.codes, scale, self.numel() // scale.numel())
+
     def decode(self, out: Tensor) -> Tensor:
         """Dequantise with the backend's kernel; computed in float32."""
         return ops.dequantize_grouped(self.grouped, out)
@@ -161,8 +171,8 @@ def _exponents(largest: Tensor) -> Tensor:
     return torch.where(largest > 0, exponent + 127, 0).clamp(0, 254).to(torch.uint8)
 
 
-def _codes(values: Tensor, quant_type: str) -> Tensor:
-    """The codes of values without zero point, scaled."""
+def _nearest(values: Tensor, quant_type: str) -> Tensor:
+    """The codes of scaled values of a type without zero point."""
     if quant_type == "mxfp4":
         return to_e2m1(values)
     if quant_type == "fp8":
@@ -173,9 +183,36 @@ def _codes(values: Tensor, quant_type: str) -> Tensor:
     return torch.bucketize(values, (table[1:] + table[:-1]) / 2, out_int32=True)
 
 
-def _steps(groups: Tensor, scale: Tensor) -> Tensor:
+def _steps(groups: Tensor, scale: Tensor, out: Tensor | None = None) -> Tensor:
     """`groups / scale`; 0 where the scale is 0."""
-    return torch.where(scale != 0, groups / scale, 0.0)
+    return torch.div(groups, scale, out=out).masked_fill_(scale == 0, 0)
+
+
+def _codes(groups: Tensor, scale: Tensor, zeros: Tensor | None, quant_type: str) -> Tensor:
+    """The codes (groups, size) of `groups`, flat if they are packed; made in parts that stay in the cache.
+
+    scale, zeros: (groups, 1), as dequantised.
+    """
+    kind, (n, size) = layouts.GROUPED[quant_type], groups.shape
+    if kind.packed:
+        made = torch.empty(layouts.n_bytes_of(groups.numel(), kind.bits), dtype=torch.uint8, device=groups.device)
+    else:
+        made = torch.empty(n, size, dtype=torch.uint8 if kind.is_float else torch.int8, device=groups.device)
+    step = max(1, CODED_ELEMENTS // max(1, size))
+    buffer = torch.empty(min(n, step), size, device=groups.device)
+    for first in range(0, n, step):
+        rows = slice(first, min(n, first + step))
+        values = _steps(groups[rows], scale[rows], buffer[: rows.stop - first])
+        if zeros is not None:
+            codes = values.add_(zeros[rows]).round_().clamp_(0, 2**kind.bits - 1)
+        else:
+            codes = _nearest(values.clamp_(-kind.top, kind.top), quant_type)
+        if kind.packed:
+            begin, packed = layouts.n_bytes_of(first * size, kind.bits), bits.pack(codes.flatten(), kind.bits)
+            made[begin : begin + len(packed)] = packed
+        else:
+            made[rows] = codes
+    return made
 
 
 class _Grouped(Codec):
@@ -197,8 +234,8 @@ class _Grouped(Codec):
             low, high, top = low.clamp(max=0), high.clamp(min=0), 2**kind.bits - 1
             stored, nested_scale, offset, scale = _doubly((high - low) / top, config.double_quant)
             zeros = _steps(-low, scale).round().clamp(0, top)
-            values = (_steps(groups, scale.unsqueeze(1)) + zeros.unsqueeze(1)).round().clamp(0, top)
-            codes, zero = bits.pack(values.flatten(), kind.bits).view(-1, 1), bits.pack(zeros, kind.bits)
+            codes = _codes(groups, scale.unsqueeze(1), zeros.unsqueeze(1), config.quant_type).view(-1, 1)
+            zero = bits.pack(zeros, kind.bits)
         else:
             largest = groups.abs().amax(dim=1) if groups.numel() else groups.new_zeros(len(groups))
             if kind.exponents:
@@ -206,9 +243,8 @@ class _Grouped(Codec):
                 scale = e8m0(str(tensor.device))[stored.long()]
             else:
                 stored, nested_scale, offset, scale = _doubly(largest / kind.top, config.double_quant)
-            values = _steps(groups, scale.unsqueeze(1)).clamp(-kind.top, kind.top)
-            codes = _codes(values, config.quant_type)
-            codes = bits.pack(codes.flatten(), kind.bits).view(-1, 1) if kind.packed else codes.view(tensor.shape)
+            codes = _codes(groups, scale.unsqueeze(1), None, config.quant_type)
+            codes = codes.view(-1, 1) if kind.packed else codes.view(tensor.shape)
         return GroupedWeight(
             codes, stored, zero, order, nested_scale, offset, tensor.shape, tensor.dtype, config.quant_type, config.block_size
         )
