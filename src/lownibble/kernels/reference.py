@@ -130,14 +130,17 @@ def dequantize_grouped(weight: Grouped, out: Tensor) -> Tensor:
     if not out.numel():
         return out
     K = weight.shape[-1]
-    values, codes = out.view(-1, K), weight.codes.view(torch.uint8)
+    values, codes = out.view(-1, K), weight.codes
     scale, zero = _constants_of_groups(weight)
     per_row, row_bytes, step = K // weight.group_size, K * weight.bits // 8, max(1, PART_ELEMENTS // K)
     for first in range(0, len(values), step):
         last = min(first + step, len(values))
         part = codes[first * row_bytes : last * row_bytes]
-        index = part if weight.bits == 8 else unpack(part, weight.bits)
-        groups, of_part = weight.values[index.int()].view(-1, weight.group_size), slice(first * per_row, last * per_row)
+        if weight.bits < 8:
+            part = unpack(part, weight.bits)
+        is_value = weight.bits == 8 or zero is not None  # faster than looking it up
+        groups = (part.float() if is_value else weight.values[part.int()]).view(-1, weight.group_size)
+        of_part = slice(first * per_row, last * per_row)
         if zero is not None:
             groups.sub_(zero[of_part].unsqueeze(1))
         decoded = groups.mul_(scale[of_part].unsqueeze(1)).view(-1, K)

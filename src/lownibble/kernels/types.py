@@ -53,7 +53,7 @@ class Grouped(NamedTuple):
             uint8. A row is whole bytes.
         bits: of a code. values: (2^bits,) float32, the value of each code.
         scale: (groups,) float32, or uint8 with `nested`.
-        zero: None, or zero points packed as the codes are, uint8.
+        zero: None, or zero points packed as the codes are, uint8; the values are then the codes themselves.
         order: None, or (K,) int32: column j of the codes is column `order[j]` of the weight.
     """
 
