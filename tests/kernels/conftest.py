@@ -5,9 +5,8 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-
-from triton_interpreter import INTERPRETED  # isort: skip
 from oracles import running, variants
+from triton_interpreter import INTERPRETED
 
 from lownibble.kernels import ops
 

@@ -109,7 +109,9 @@ def test_gemv_grouped(
 
 @pytest.mark.parametrize(
     ("sizes", "quant_type", "dtype", "transposed"),
-    pairwise([(7, 33, 64, 32), (9, 20, 192, 192), (17, 130, 704, 64), (8, 48, 80, 80)], CODECS, DTYPES, [False, True]),
+    pairwise(
+        [(7, 33, 64, 32), (9, 20, 192, 192), (17, 130, 704, 64), (8, 48, 80, 80), (5, 20, 64, 8)], CODECS, DTYPES, [False, True]
+    ),
     ids=str,
 )
 def test_matmul_grouped(

@@ -66,7 +66,8 @@ def matmul_grouped(x_TC: Tensor, weight: Grouped, transposed: bool, epilogue: Ep
     """As `ops.matmul_grouped`: a fused float32 kernel on AVX-512 (`native/matmul.h`), else the weight is dequantised first."""
     check_unordered(weight)
     N, K = weight.shape
-    if x_TC.dtype != torch.float32 or K % 64 or N * K == 0 or not library().has_matmul():
+    suits = x_TC.dtype == torch.float32 and K % 64 == 0 and N * K > 0 and weight.group_size % 16 == 0
+    if not suits or not library().has_matmul():
         return decoded.matmul(partial(dequantize_grouped, weight), weight.shape, x_TC, transposed, epilogue)
     T, terms, columns = len(x_TC), N if transposed else K, K if transposed else N
     codes, (bias, low_branch) = _codes(weight), epilogue_addresses(epilogue, T, columns)
