@@ -15,10 +15,11 @@ from lownibble.decoding import Decoder
 from lownibble.errors import AdapterError, ModelError
 from lownibble.lora.dora import DORA
 from lownibble.lora.init import kaiming
-from lownibble.lora.layer import LoraLinear
+from lownibble.lora.layer import LoraLinear, LowRank
 from lownibble.lora.product import dropped
 from lownibble.quant import QuantLinear, matrix
 from lownibble.registry import CODECS, INITS
+from lownibble.training.loss import label_loss
 
 T, K, N, R = 5, 64, 48, 3
 BASES = ["linear", "conv1d", "nf4", "fp4", "int8", "int4", "int3", "int2", "fp8"]
@@ -195,6 +196,47 @@ def test_conv1d_adapters_equal_pefts(peft, tiny, clone, batch, tmp_path):
     with torch.no_grad():
         found, wanted = (m(input_ids=ids, attention_mask=mask).logits for m in (ours, theirs.eval()))
     torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
+
+
+def test_the_heads_losses_and_gradients_are_the_models_own(tiny, batch):
+    """Training computes the loss in chunks of logits, in place where it can."""
+    model = ln.add_lora(tiny(), ln.LoraConfig(r=3, use_dora=True, target_modules=["q_proj", "lm_head"], init_lora_weights=False))
+    trained = [p for p in model.parameters() if p.requires_grad]
+    for parameter in trained:
+        parameter.data *= 1.1
+    ids, mask, labels = batch()
+    found, own = label_loss(model, ids, mask, labels), model(input_ids=ids, attention_mask=mask, labels=labels).loss
+    assert found.item() == pytest.approx(own.item(), rel=1e-6)
+    for one, other in zip(torch.autograd.grad(found, trained), torch.autograd.grad(own, trained), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)
+
+
+def test_a_model_that_changes_outputs_in_place_trains_all_the_same(write, tmp_path):
+    """Falcon adds to its MLP's output."""
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text("".join(f'{{"prompt": "w{i} w{i + 1}", "completion": " w{2 * i} w{3 * i}"}}\n' for i in range(12)))
+    model, tokenizer = ln.load(str(write("falcon")))
+    ln.add_lora(model, ln.LoraConfig(r=3, use_dora=True))
+    data, train = ln.DataConfig(path=str(rows), eval_fraction=0.2), ln.TrainConfig(max_steps=3, batch_size=2, max_length=16)
+    result = ln.train(model, tokenizer, data, train.with_options(learning_rate=1e-2, warmup_ratio=0.0))
+    assert len(result.losses) == 3
+    adapters = [m for m in model.modules() if isinstance(m, LowRank)]
+    assert all(adapter.output_changes for adapter in adapters)
+    assert all(not torch.equal(adapter.magnitude.data, adapter.row_squares.sqrt()) for adapter in adapters)
+
+
+@pytest.mark.parametrize("kind", ["linear", "nf4"])
+def test_the_product_kept_apart_gives_the_same_gradients(kind):
+    layer, adapter, _ = layer_on(kind)
+    x, dy = torch.randn(T, K, requires_grad=True), torch.randn(T, N)
+    found = []
+    for changes in (False, True):
+        adapter.output_changes = changes
+        y = layer(x)
+        y = y.add_(1) if changes else y
+        found.append(torch.autograd.grad(y, [x, *adapter.parameters()], dy))
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("quant", ["nf4", None])

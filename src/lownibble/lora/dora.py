@@ -12,8 +12,8 @@ with the rows of A as input. The sum loses precision only where B A cancels a ro
 the only sign that A has changed are version counters, which the kernels of 8-bit and paged optimisers do not raise.
 
 The product is LoRA's (`product.py`), scaled in place. Backward needs it once more, for the gradient of m, and takes it from the
-layer's output, (y - bias) / m: most layers' output is saved by the operation after it anyway. An output that is then changed in
-place is an error of autograd's.
+layer's output, (y - bias) / m: most layers' output is saved by the operation after it anyway. Where the model changes the output
+in place (Falcon, Llama 4; `Passes.check_outputs` finds out) the product is kept instead.
 
 With dropout, PEFT drops the inputs of the base's product, too, where it is scaled (d: the dropped x):
 
@@ -50,6 +50,7 @@ class _DoRA(Variant):
     """y = m / n * (x W^T + s (x A^T) B^T) + bias; see the module docstring."""
 
     keys: ClassVar[dict[str, str]] = {**LORA.keys, "magnitude": "lora_magnitude_vector"}
+    keeps_output: ClassVar[bool] = True
 
     def shapes(self, n_in: int, n_out: int, r: int) -> dict[str, tuple[int, ...]]:
         return parameter_shapes(n_in, n_out, r, use_dora=True)
@@ -64,9 +65,9 @@ class _DoRA(Variant):
         norm = _norm(base, adapter, x.dtype)
         if dropout == 0:
             z = low_rank_sum(base, adapter, x, None, 0.0)
-            return _rescaled(z, adapter.magnitude, norm, base.bias).view(*x.shape[:-1], -1)
+            return _rescaled(z, adapter, norm, base.bias).view(*x.shape[:-1], -1)
         kept = dropped(x, dropout, torch.randint(2**62, ()))
-        y = _rescaled(low_rank_sum(base, adapter, kept, None, 0.0), adapter.magnitude, norm, None)
+        y = _rescaled(low_rank_sum(base, adapter, kept, None, 0.0), adapter, norm, None)
         rest: Tensor = base(x - kept)
         return rest + y.view(rest.shape)
 
@@ -93,12 +94,12 @@ def _norm(base: nn.Linear | QuantLinear, adapter: LowRank, dtype: torch.dtype) -
     return (inner.mul_(B).sum(1).mul_(s).add_(adapter.row_squares)).clamp_min_(_TINY).sqrt_()
 
 
-def _rescaled(z: Tensor, magnitude: Tensor, norm: Tensor, bias: Tensor | None) -> Tensor:
-    """z (..., out) * magnitude / norm + bias, in z's dtype; changes z where it is not compiled."""
-    if torch.compiler.is_compiling():
-        y = (z * (magnitude / norm)).to(z.dtype)
+def _rescaled(z: Tensor, adapter: LowRank, norm: Tensor, bias: Tensor | None) -> Tensor:
+    """z (..., out) * magnitude / norm + bias, in z's dtype; may be z changed in place."""
+    if torch.compiler.is_compiling() or adapter.output_changes:
+        y = (z * (adapter.magnitude / norm)).to(z.dtype)
         return y if bias is None else y + bias
-    scaled: Tensor = _Rescale.apply(z, magnitude, norm, bias)
+    scaled: Tensor = _Rescale.apply(z, adapter.magnitude, norm, bias)
     return scaled
 
 

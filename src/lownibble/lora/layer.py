@@ -18,7 +18,11 @@ from lownibble.quant import PackedWeight, QuantLinear, matrix
 
 
 class LowRank(nn.Module):
-    """One adapter of one layer: its variant's parameters, float32, initially zero: `lora_A` (r, in), `lora_B` (out, r), ..."""
+    """One adapter of one layer: its variant's parameters, float32, initially zero: `lora_A` (r, in), `lora_B` (out, r), ...
+
+    Attributes:
+        output_changes: the model changes the layer's output in place, so backward must not read it (`Variant.keeps_output`).
+    """
 
     lora_A: nn.Parameter  # noqa: N815 - PEFT's names
     lora_B: nn.Parameter  # noqa: N815
@@ -32,6 +36,7 @@ class LowRank(nn.Module):
     ) -> None:
         super().__init__()
         self.variant, self.r, self.scale, self.dropout = variant, r, scale, dropout
+        self.output_changes = False
         for name, shape in variant.shapes(in_features, out_features, r).items():
             self.register_parameter(name, nn.Parameter(torch.zeros(shape, device=device)))
 
@@ -98,6 +103,12 @@ class LoraLinear(nn.Module):
     def bias(self) -> Tensor | None:
         """The base's bias."""
         return self.base.bias
+
+    @property
+    def keeps_output(self) -> bool:
+        """Whether backward reads the layer's output, which then must not be changed in place."""
+        adapter = None if self.active is None else self.adapter(self.active)
+        return adapter is not None and adapter.variant.keeps_output and not adapter.output_changes
 
     def forward(self, x: Tensor) -> Tensor:
         """x (..., in_features) -> (..., out_features), in x's dtype."""

@@ -33,10 +33,12 @@ class Variant(ABC):
     Attributes:
         keys: name of each parameter -> its key in an adapter file, after the layer's path.
         plain: whether the layer computes base(x) + scale (x A^T) B^T with A and B as its only parameters.
+        keeps_output: whether backward reads what `forward` returned, which then must not be changed in place.
     """
 
     keys: ClassVar[dict[str, str]]
     plain: ClassVar[bool] = False
+    keeps_output: ClassVar[bool] = False
 
     @abstractmethod
     def shapes(self, n_in: int, n_out: int, r: int) -> dict[str, tuple[int, ...]]:

@@ -62,6 +62,11 @@ class Head:
         return logits
 
     @property
+    def keeps_logits(self) -> bool:
+        """Whether backward reads the logits, which then must not be changed in place (a DoRA adapter)."""
+        return not self.transforms and bool(getattr(self.module, "keeps_output", False))
+
+    @property
     def compute(self) -> str:
         """Matmul precision of the head in training: 'int8' or 'exact'."""
         code_type = self.plain.code_type if self.plain else None

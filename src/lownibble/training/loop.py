@@ -213,6 +213,7 @@ class Trainer:
         dense.forget()
         check_head(self.model)
         self.passes.check()
+        self.passes.check_outputs()
         past = self._past()
         over = past is not None and past.step >= self.total_steps
         self._choose_compilation(past)

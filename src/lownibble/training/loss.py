@@ -13,7 +13,7 @@ The backbone is called without the head (`models/head.py`).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any
@@ -50,15 +50,14 @@ class _LabelLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, hidden_LH: Tensor, labels_L: Tensor, head: Callable[[Tensor], Tensor], n_total: int, n_parameters: int,
-        *parameters: Tensor,
+        ctx: Any, hidden_LH: Tensor, labels_L: Tensor, head: Head, n_total: int, n_parameters: int, *parameters: Tensor,
     ) -> Tensor:  # fmt: skip
         wants_hidden = ctx.needs_input_grad[0]
         wants_any = wants_hidden or n_parameters > 0
         dhidden = torch.empty_like(hidden_LH) if wants_hidden else None
         dparameters = [torch.zeros_like(p) for p in parameters]
         total = torch.zeros((), dtype=torch.float32, device=hidden_LH.device)
-        plain: DenseProducts | None = getattr(head, "plain", None)
+        plain = head.plain
         if plain is not None and plain.weight.dtype == hidden_LH.dtype:
             for part, logits in _into_one_buffer(hidden_LH.detach(), plain):
                 loss, dlogits = _cross_entropy(logits, labels_L[part], n_total, wants_any)
@@ -68,7 +67,7 @@ class _LabelLoss(torch.autograd.Function):
                 for dweight_VH in dparameters:
                     dweight_VH.addmm_(dlogits.t(), hidden_LH[part])
         else:
-            size = _chunk_tokens(4 * int(head.vocab_size), hidden_LH.device)  # type: ignore[attr-defined]
+            size = _chunk_tokens(4 * head.vocab_size, hidden_LH.device)
             for start in range(0, len(labels_L), size):
                 part = slice(start, start + size)
                 total += _through_head(head, hidden_LH, labels_L, part, n_total, parameters, dhidden, dparameters)
@@ -84,7 +83,7 @@ class _LabelLoss(torch.autograd.Function):
 
 
 def _through_head(
-    head: Callable[[Tensor], Tensor], hidden_LH: Tensor, labels_L: Tensor, part: slice, n_total: int,
+    head: Head, hidden_LH: Tensor, labels_L: Tensor, part: slice, n_total: int,
     parameters: Sequence[Tensor], dhidden_LH: Tensor | None, dparameters: list[Tensor],
 ) -> Tensor:  # fmt: skip
     """A chunk's loss by autograd; writes its hidden gradient, adds its parameter gradients, and frees everything else."""
@@ -93,7 +92,8 @@ def _through_head(
     chunk_LH = hidden_LH[part].detach().requires_grad_(wants_hidden)
     with torch.set_grad_enabled(wants_any):
         logits = head(chunk_LH)
-    loss, dlogits = _cross_entropy(logits.detach(), labels_L[part], n_total, wants_any)
+    values = logits.detach().clone() if head.keeps_logits else logits.detach()
+    loss, dlogits = _cross_entropy(values, labels_L[part], n_total, wants_any)
     if wants_any:
         grads = list(torch.autograd.grad(logits, [chunk_LH] * wants_hidden + list(parameters), dlogits))
         if dhidden_LH is not None:

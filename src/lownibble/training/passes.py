@@ -15,6 +15,7 @@ import torch
 
 from lownibble.data import Batch, Example
 from lownibble.errors import ConfigError, TrainingError
+from lownibble.lora import LowRank
 from lownibble.memory import usage
 from lownibble.models.attention import kernel_obstacle, refusal, segment_attention
 from lownibble.models.info import info
@@ -77,6 +78,23 @@ class Passes:
             self._attention = segment_attention
         elif self.device.type != "cpu":
             info(self.model).needs_mask = not check_unmasked(self.model, batch.input_ids, batch.attention_mask)
+
+    def check_outputs(self) -> None:
+        """Find out, by a pass over the shortest row, whether the model changes outputs of layers in place that their adapters
+        read in backward; then those keep what they need apart."""
+        adapters = [m for m in self.model.modules() if isinstance(m, LowRank) and m.variant.keeps_output]
+        if not adapters:
+            return
+        batch = self.micro.batch([min(self.micro.rows, key=lambda row: len(row.input_ids))])
+        try:
+            self.backward(batch, max(1, batch.n_label_tokens))
+        except RuntimeError as error:
+            if "modified by an inplace operation" not in str(error):
+                raise
+            for adapter in adapters:
+                adapter.output_changes = True
+        finally:
+            self.model.zero_grad(set_to_none=True)
 
     def choose_compilation(self, option: bool | Literal["auto"], tokens: int) -> None:
         """Decide whether to compile for a run over `tokens` tokens; `compile` then does it.
