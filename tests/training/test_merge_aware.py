@@ -148,6 +148,7 @@ def test_the_merged_model_has_the_codes_that_were_trained(config, tmp_path, name
     assert changed >= 4, "the steps moved codes"
     assert evaluate(tmp_path / "merged", asked) == pytest.approx(trained.eval_loss, rel=1e-6)
     assert trained.record["model"]["merge_aware"].startswith(f"{codec}/")
+    assert trained.record["model"]["compute_chosen"] == "exact (merge-aware layers have exact products)"
     assert trained.record["evaluations"][0]["loss"] > trained.eval_loss
 
 

@@ -40,4 +40,6 @@ def decide(model: Any, *, training: bool = False) -> None:
 def _automatic(model: Any, layers: dict[str, QuantLinear]) -> tuple[str, str]:
     if model.config.is_encoder_decoder:
         return "exact", "8-bit products have not been proven for models with an encoder"
+    if info(model).merge_aware is not None:
+        return "exact", "merge-aware layers have exact products"
     return eightbit.automatic((layer.weight for layer in layers.values()), model.dtype, model.device)
