@@ -86,6 +86,15 @@ def test_a_layer_computes_the_packed_sum_with_gradients_straight_through(options
         torch.testing.assert_close(layer(x[:1, :2]), y[:1, :2], rtol=1e-5, atol=1e-5)
 
 
+def test_generation_leaves_a_weight_that_can_be_trained():
+    layer, adapter = layer_of(QuantConfig())
+    x = torch.randn(7, 64)
+    with torch.inference_mode():
+        layer(x)
+    layer(x.requires_grad_()).sum().backward()
+    assert adapter.lora_A.grad.any()
+
+
 def test_16_bit_activations():
     layer, adapter = layer_of(QuantConfig())
     x = torch.randn(7, 64, generator=torch.Generator().manual_seed(1))

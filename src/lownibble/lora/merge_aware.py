@@ -169,7 +169,8 @@ class MergeAware(Variant):
         state = (A._version, B._version, A.data_ptr(), B.data_ptr(), ops.active_backend(A.device))
         if self.packed is None or self._base is not held or self._state != state:
             self.packed = None  # free the old one before packing
-            self.packed, self._base, self._state = pack_sum(held, A, B, adapter.scale, self.leaves), held, state
+            with torch.inference_mode(False):  # training cannot save an inference tensor left by generation
+                self.packed, self._base, self._state = pack_sum(held, A, B, adapter.scale, self.leaves), held, state
         return self.packed
 
     def forward(self, base: nn.Linear | QuantLinear, adapter: LowRank, x: Tensor, dropout: float) -> Tensor:
