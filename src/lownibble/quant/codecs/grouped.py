@@ -23,6 +23,7 @@ them here unchanged.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -183,9 +184,9 @@ def _nearest(values: Tensor, quant_type: str) -> Tensor:
     return torch.bucketize(values, (table[1:] + table[:-1]) / 2, out_int32=True)
 
 
-def _steps(groups: Tensor, scale: Tensor, out: Tensor | None = None) -> Tensor:
-    """`groups / scale`; 0 where the scale is 0."""
-    return torch.div(groups, scale, out=out).masked_fill_(scale == 0, 0)
+def _divisor(scale: Tensor) -> Tensor:
+    """What to divide by so that 0 comes out where the scale is 0."""
+    return torch.where(scale == 0, math.inf, scale)
 
 
 def _codes(groups: Tensor, scale: Tensor, zeros: Tensor | None, quant_type: str) -> Tensor:
@@ -199,10 +200,10 @@ def _codes(groups: Tensor, scale: Tensor, zeros: Tensor | None, quant_type: str)
     else:
         made = torch.empty(n, size, dtype=torch.uint8 if kind.is_float else torch.int8, device=groups.device)
     step = max(1, CODED_ELEMENTS // max(1, size))
-    buffer = torch.empty(min(n, step), size, device=groups.device)
+    divisor, buffer = _divisor(scale), torch.empty(min(n, step), size, device=groups.device)
     for first in range(0, n, step):
         rows = slice(first, min(n, first + step))
-        values = _steps(groups[rows], scale[rows], buffer[: rows.stop - first])
+        values = torch.div(groups[rows], divisor[rows], out=buffer[: rows.stop - first])
         if zeros is not None:
             codes = values.add_(zeros[rows]).round_().clamp_(0, 2**kind.bits - 1)
         else:
@@ -233,7 +234,7 @@ class _Grouped(Codec):
             low, high = (groups.amin(dim=1), groups.amax(dim=1)) if groups.numel() else 2 * [groups.new_zeros(len(groups))]
             low, high, top = low.clamp(max=0), high.clamp(min=0), 2**kind.bits - 1
             stored, nested_scale, offset, scale = _doubly((high - low) / top, config.double_quant)
-            zeros = _steps(-low, scale).round().clamp(0, top)
+            zeros = (-low / _divisor(scale)).round().clamp(0, top)
             codes = _codes(groups, scale.unsqueeze(1), zeros.unsqueeze(1), config.quant_type).view(-1, 1)
             zero = bits.pack(zeros, kind.bits)
         else:
