@@ -208,7 +208,7 @@ std::int32_t with_float32(const void* x, DType dtype, std::int64_t n, Body body)
 }  // namespace
 
 // Incremented whenever a signature below changes; kernels/cpu/loading.py rejects another number.
-LOWNIBBLE_EXPORT std::int32_t lownibble_abi() { return 10; }
+LOWNIBBLE_EXPORT std::int32_t lownibble_abi() { return 11; }
 
 // Comma-separated names of the instruction sets that run here, fastest first.
 LOWNIBBLE_EXPORT const char* lownibble_available() { return available().names; }
