@@ -12,6 +12,7 @@ from lownibble.config import (
     LoraConfig,
     MergeConfig,
     QuantConfig,
+    QuantizeConfig,
     RowsConfig,
     RunConfig,
     ServeConfig,
@@ -50,14 +51,17 @@ VALUES = {
     "max_context": 99, "max_queue": 5, "max_body": "2MB", "max_requests": 7, "max_prompt": 8, "max_output": 9,
     "max_adapter": "2MB", "max_rank": 9, "adapter_dtype": "float32", "adapter_budget": "3MB", "cache_budget": "4MB",
     "drain_seconds": 2.5,
-    "trained_on": "dense", "force": True, "measure_tokens": 77, "source": "some/model", "format": "bnb-4bit",
+    "trained_on": "dense", "force": True, "measure_tokens": 77, "source": "some/model", "format": "bnb-4bit", "rounding": "rtn",
+    "calibration": "x.jsonl",
 }  # fmt: skip
 
-REQUIRED = {MergeConfig: {"adapter": "a", "output": "b"}, ExportConfig: {"source": "a", "output": "b"}}
+REQUIRED = {
+    MergeConfig: {"adapter": "a", "output": "b"}, ExportConfig: {"source": "a", "output": "b"}, QuantizeConfig: {"output": "b"},
+}  # fmt: skip
 """Options without a default."""
 
 
-CONFIGS = (RunConfig, CompareConfig, EvalConfig, RowsConfig, MergeConfig, ExportConfig, ServeConfig)
+CONFIGS = (RunConfig, CompareConfig, EvalConfig, RowsConfig, MergeConfig, ExportConfig, QuantizeConfig, ServeConfig)
 
 
 def _toml(value):
@@ -84,6 +88,7 @@ def _leaves(config):
 
 ALL = _leaves(RunConfig) + [p for p in _leaves(CompareConfig) if p.values[1] == ("methods",)]
 ALL += _leaves(EvalConfig) + _leaves(RowsConfig) + _leaves(MergeConfig) + _leaves(ExportConfig) + _leaves(ServeConfig)
+ALL += _leaves(QuantizeConfig)
 
 
 @pytest.mark.parametrize(("config", "path", "field"), ALL)

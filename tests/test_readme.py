@@ -14,13 +14,13 @@ import pytest
 from lownibble.cli import commands
 from lownibble.cli.flags import read
 from lownibble.cli.main import _parser
-from lownibble.config import CompareConfig, EvalConfig, ExportConfig, MergeConfig, PlanConfig, RunConfig, ServeConfig
+from lownibble.config import CompareConfig, EvalConfig, ExportConfig, MergeConfig, PlanConfig, QuantizeConfig, RunConfig, ServeConfig
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted(path for path in (ROOT / "docs").glob("*.md") if path.name != "log.md")]
 CONFIGS = {
     commands.train: RunConfig, commands.plan: PlanConfig, commands.compare: CompareConfig, commands.evaluate: EvalConfig,
-    commands.merge: MergeConfig, commands.export: ExportConfig, commands.serve: ServeConfig,
+    commands.merge: MergeConfig, commands.export: ExportConfig, commands.quantize: QuantizeConfig, commands.serve: ServeConfig,
 }  # fmt: skip
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```", re.DOTALL | re.MULTILINE)
 

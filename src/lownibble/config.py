@@ -438,6 +438,28 @@ class ExportConfig(Options):
     quant: QuantConfig = QuantConfig()
 
 
+class QuantizeConfig(Options):
+    """Packing of a model into a checkpoint (`lownibble quantize`)."""
+
+    model: str = Field("demo", description="'demo', a local folder, a .gguf file or a hub id; dense")
+    output: str = Field(description="folder to make")
+    revision: str | None = Field(None, description="hub revision of the model")
+    rounding: Literal["rtn", "gptq"] = Field(
+        "gptq",
+        description="'rtn' rounds each weight to nearest; 'gptq' makes up for each column's error in the others, over "
+        "calibration rows",
+        json_schema_extra={"flag": "method"},
+    )
+    calibration: str = Field(
+        "demo", description="rows for gptq: 'demo', a file, a folder or a hub data set id; like those in use"
+    )
+    calibration_tokens: Annotated[int, Ge(256)] = Field(65536, description="tokens of them that are used")
+    max_length: Annotated[int, Ge(2)] = Field(512, description="tokens in a calibration row, which are joined without padding")
+    seed: Annotated[int, Ge(0), Lt(2**32)] = Field(0, description="seed of the rows' order")
+    device: str = Field("auto", description="auto, cpu, cuda or cuda:N")
+    quant: QuantConfig = QuantConfig()
+
+
 class ServeConfig(Options):
     """Serving one quantised base and a folder of adapters with an OpenAI-compatible API (`lownibble serve`)."""
 

@@ -18,7 +18,8 @@ which arguments differ from layer to layer (sliding windows, rotary embeddings),
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -30,18 +31,20 @@ from lownibble.models.head import Head, for_comparing, hidden_states
 from lownibble.models.info import decoder_layers
 
 Visit = Callable[[Mapping[str, Moments]], None]
+Around = Callable[[str], AbstractContextManager[Any]]
 
 TOKENS_AT_ONCE = 2048
 """Tokens that a decoder layer works on at a time."""
 
 
-def walk(model: Any, rows_BT: Tensor, paths: list[str], visit: Visit) -> None:
+def walk(model: Any, rows_BT: Tensor, paths: list[str], visit: Visit, around: Around = nullcontext) -> None:
     """Call `visit` with the moments of the linear layers of `paths` (path -> moments), decoder layer by decoder layer.
 
     Args:
         model: in memory, dense or packed; linear layers that `visit` replaces are found again by their paths.
         rows_BT: token ids as `join_rows` makes them.
         paths: of the linear layers to measure, each given to `visit` once.
+        around: called with a decoder layer's path; the layer works inside of what it returns, so it can be read then.
     Raises:
         ModelError: an encoder-decoder model, or the model's values are not finite.
     """
@@ -50,12 +53,13 @@ def walk(model: Any, rows_BT: Tensor, paths: list[str], visit: Visit) -> None:
     rows_BT = rows_BT.to(model.get_input_embeddings().weight.device)
     known = decoder_layers(model)
     outer = [path for path in known if not any(path.startswith(f"{other}.") for other in known)]
-    layers = {path: known[path] for path in outer if any(each.startswith(f"{path}.") for each in paths)}
+    layers = {path: known[path] for path in outer} if any(each.startswith(f"{path}.") for path in outer for each in paths) else {}
     rest = [each for each in paths if not any(each.startswith(f"{path}.") for path in layers)]
     with for_comparing(model), ExitStack() as stack:
         for path, layer in layers.items():
             own = [each for each in paths if each.startswith(f"{path}.")]
-            stack.enter_context(_instead(layer, _Layer(model, layer, own, visit, len(rows_BT))))
+            work = _Layer(model, layer, own, visit, len(rows_BT), partial(around, path))
+            stack.enter_context(_instead(layer, work))
         if layers:
             hidden_states(model, rows_BT, None)
     if rest:
@@ -69,19 +73,23 @@ def walk(model: Any, rows_BT: Tensor, paths: list[str], visit: Visit) -> None:
 class _Layer:
     """A decoder layer's forward for all rows: measured on a few at a time, changed by `visit`, and run again."""
 
-    def __init__(self, model: nn.Module, layer: nn.Module, paths: list[str], visit: Visit, n_rows: int) -> None:
-        self._model, self._paths, self._visit, self._n_rows = model, paths, visit, n_rows
+    def __init__(
+        self, model: nn.Module, layer: nn.Module, paths: list[str], visit: Visit, n_rows: int,
+        around: Callable[[], AbstractContextManager[Any]],
+    ) -> None:  # fmt: skip
+        self._model, self._paths, self._visit, self._n_rows, self._around = model, paths, visit, n_rows, around
         self._forward = layer.forward
-        self._visited = False
+        self._visited = not paths
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if not self._visited:  # layers that are used several times are measured on the first
-            self._visited = True
-            with _measured(self._model, self._paths) as found:
-                for _ in self._outputs(args, kwargs):
-                    pass
-            self._visit(_moments(found))
-        return _joined(list(self._outputs(args, kwargs)))
+        with self._around():
+            if not self._visited:  # layers that are used several times are measured on the first
+                self._visited = True
+                with _measured(self._model, self._paths) as found:
+                    for _ in self._outputs(args, kwargs):
+                        pass
+                self._visit(_moments(found))
+            return _joined(list(self._outputs(args, kwargs)))
 
     def _outputs(self, args: Any, kwargs: Any) -> Iterator[Any]:
         states = next(value for value in (*args, *kwargs.values()) if isinstance(value, Tensor) and value.is_floating_point())

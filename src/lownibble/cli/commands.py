@@ -17,7 +17,17 @@ from rich.text import Text
 
 from lownibble.bench import run_bench
 from lownibble.cli.flags import read
-from lownibble.config import CompareConfig, EvalConfig, ExportConfig, MergeConfig, PlanConfig, RowsConfig, RunConfig, ServeConfig
+from lownibble.config import (
+    CompareConfig,
+    EvalConfig,
+    ExportConfig,
+    MergeConfig,
+    PlanConfig,
+    QuantizeConfig,
+    RowsConfig,
+    RunConfig,
+    ServeConfig,
+)
 from lownibble.errors import ConfigError
 
 
@@ -298,6 +308,22 @@ def export(arguments: argparse.Namespace) -> dict[str, Any]:
     with _bar() as tell:
         result = run_export(config, tell)
     _console(arguments).print(f"{result['tensors']} tensors as {config.format}: {result['output']}", soft_wrap=True, markup=False)
+    return result
+
+
+def quantize(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Pack a model into a checkpoint."""
+    config: QuantizeConfig = read(arguments, QuantizeConfig)
+    from lownibble.exporting.quantize import run_quantize
+
+    with _bar() as tell:
+        result = run_quantize(config, tell)
+    console = _console(arguments)
+    if ratio := result.get("error_over_rtn_median"):
+        console.print(f"error of the layers' outputs: {ratio:.2f} x that of rounding to nearest (median)", soft_wrap=True)
+    for path in result.get("rounded_to_nearest", ()):
+        console.print(f"  {path} was rounded to nearest: no calibration token reached it", soft_wrap=True, markup=False)
+    console.print(f"{result['layers']} layers packed: {result['output']}", soft_wrap=True, markup=False)
     return result
 
 

@@ -19,7 +19,17 @@ from lownibble import __version__
 from lownibble.bench import BENCHES
 from lownibble.cli import commands
 from lownibble.cli.flags import add_flags
-from lownibble.config import CompareConfig, EvalConfig, ExportConfig, MergeConfig, PlanConfig, RowsConfig, RunConfig, ServeConfig
+from lownibble.config import (
+    CompareConfig,
+    EvalConfig,
+    ExportConfig,
+    MergeConfig,
+    PlanConfig,
+    QuantizeConfig,
+    RowsConfig,
+    RunConfig,
+    ServeConfig,
+)
 from lownibble.errors import ConfigError, InputError, LownibbleError
 
 _MODELS = "'demo', a bundled model (llama-3-8b, qwen2.5-7b, ...), a config.json, a model folder or a hub id"
@@ -108,6 +118,11 @@ def _parser() -> argparse.ArgumentParser:
                  "lownibble export runs/merged --output model.gguf --format gguf --dtype q8_0")  # fmt: skip
     export.add_argument("source", help="a model, or an adapter: a folder or a .gguf file")
     add_flags(export, ExportConfig, positional=("source",))
+
+    quantize = add("quantize", commands.quantize, "Pack a model's layers into a checkpoint, by GPTQ or rounded to nearest.",
+                   "lownibble quantize demo --output runs/int3 --quant-type int3 --calibration rows.jsonl")  # fmt: skip
+    quantize.add_argument("model", nargs="?", default=argparse.SUPPRESS, help=_MODELS)
+    add_flags(quantize, QuantizeConfig, positional=("model",))
 
     serve = add("serve", commands.serve, "Serve one 4-bit base and the adapters of a folder behind OpenAI's API.",
                 "lownibble serve demo --adapters runs/adapters --port 8000")  # fmt: skip

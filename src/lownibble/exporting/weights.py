@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from functools import cached_property
 from typing import Any, NamedTuple, Protocol
 
@@ -88,6 +89,7 @@ class Weights:
         edits: name -> the adapter variant's change, applied after `replaced`.
         changes: changed keys of config.json, with their values.
         merge_aware: whether the adapter was trained for its packed merge.
+        ready: gives layers that somebody else has packed, by path, and KeyError for others; or None.
     Raises:
         AdapterError: an adapter tensor matches nothing, is missing, has another shape or is not finite.
         ModelError: the base is damaged.
@@ -119,6 +121,7 @@ class Weights:
         untied = self.tensors.untied and not self.model.config.is_encoder_decoder
         self.changes: dict[str, Any] = {"tie_word_embeddings": False} if untied else {}
         self.transposed = {path for path, module in self.model.named_modules() if is_transposed(module)}
+        self.ready: Callable[[str], PackedWeight] | None = None
         self.edits: dict[str, Edit] = {}
         self.replaced: dict[str, str] = {}
         if adapter is not None:
@@ -360,6 +363,9 @@ class Weights:
         packs = self._packs(name, onto)
         if not edited and packs == isinstance(base, PackedWeight):
             return base if isinstance(base, PackedWeight) else self._cast(base, name)
+        if packs and self.ready is not None:
+            with suppress(KeyError):
+                return self.ready(name.removesuffix(".weight")).with_dtype(self.kept_dtype(name))
         if packs and self._rounds(name):
             assert isinstance(base, PackedWeight)
             read, how = self._parameters(name), self.new_quant.for_layer(name.removesuffix(".weight"))

@@ -274,11 +274,7 @@ def _fill(model: Any, tensors: ModelTensors, config: QuantConfig | None, device:
         tensor = tensors.read(key)
         path, _, last = key.rpartition(".")
         own = getattr(model.get_submodule(path), last)
-        if tensor.shape != own.shape:
-            raise ModelError(
-                f"'{name}': tensor '{key}' has shape {tuple(tensor.shape)}, the configuration says {tuple(own.shape)}. "
-                "The weights and config.json do not belong together."
-            )
+        _check_shape(tensors, key, tensor, own)
         if path in to_quantize and last == "weight":
             rows = tensor.t().contiguous() if is_transposed(model.get_submodule(path)) else tensor
             quantized = quantize(rows.to(device), to_quantize[path], name=key).with_dtype(dtype)
@@ -286,11 +282,42 @@ def _fill(model: Any, tensors: ModelTensors, config: QuantConfig | None, device:
         else:
             known.stored_dtypes[key] = str(tensors.facts(key)[0]).removeprefix("torch.")
             _set_tensor(model, key, tensor.to(device=device, dtype=held_in(key, own.dtype), copy=True))  # no file stays mapped
+    place_shared(model, tensors)
+    for buffer_name, buffer in model.named_buffers():  # not in checkpoints: rotary frequencies and the like
+        _set_tensor(model, buffer_name, buffer.to(device))
+
+
+def place(model: Any, tensors: ModelTensors, names: Iterable[str], device: torch.device, dtype: torch.dtype) -> None:
+    """Read dense tensors into the model, and move its buffers to the device.
+
+    Raises:
+        ModelError: a tensor has another shape than the configuration says.
+    """
+    held_in = dtype_of(model, dtype)
+    for key in names:
+        tensor = tensors.read(key)
+        path, _, last = key.rpartition(".")
+        own = getattr(model.get_submodule(path), last)
+        _check_shape(tensors, key, tensor, own)
+        _set_tensor(model, key, tensor.to(device=device, dtype=held_in(key, own.dtype), copy=True))  # no file stays mapped
+    for name, buffer in model.named_buffers():
+        if not buffer.is_meta:
+            _set_tensor(model, name, buffer.to(device))
+
+
+def place_shared(model: Any, tensors: ModelTensors) -> None:
+    """Give names of tied parameters the tensor that they share."""
     for alias, source in tensors.shared.items():
         path, _, last = alias.rpartition(".")
         model.get_submodule(path).register_parameter(last, model.get_parameter(source))
-    for buffer_name, buffer in model.named_buffers():  # not in checkpoints: rotary frequencies and the like
-        _set_tensor(model, buffer_name, buffer.to(device))
+
+
+def _check_shape(tensors: ModelTensors, key: str, tensor: Tensor, own: Tensor) -> None:
+    if tensor.shape != own.shape:
+        raise ModelError(
+            f"'{tensors.checkpoint.name}': tensor '{key}' has shape {tuple(tensor.shape)}, the configuration says "
+            f"{tuple(own.shape)}. The weights and config.json do not belong together."
+        )
 
 
 def _set_tensor(model: nn.Module, key: str, tensor: Tensor) -> None:

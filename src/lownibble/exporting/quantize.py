@@ -1,0 +1,223 @@
+"""`lownibble quantize`: pack a model's linear layers, to nearest (rtn) or by GPTQ, and write the checkpoint.
+
+By GPTQ the model never is in memory as a whole: calibration rows go through it one decoder layer at a time
+(`calibration/layers.py`); each is read from the checkpoint when its turn comes, packed, run again for the next one's inputs,
+written beside the output, and dropped. Then the checkpoint is written shard by shard as merges are (`merge.write`), with the
+packed layers from those files. Memory: one layer's weights and second moments, and the hidden states of all calibration rows. An
+interrupted run keeps the layers that are finished.
+
+Layers outside of the decoder layers are rounded to nearest. nf4 and fp4 are written as bitsandbytes' checkpoints, which
+transformers loads; other codecs in this package's own format.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+import statistics
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from lownibble import record, stored, tensorfile
+from lownibble.calibration import Moments, join_rows, walk
+from lownibble.calibration.gptq import pack as gptq_pack
+from lownibble.config import DataConfig, QuantConfig, QuantizeConfig
+from lownibble.data import encode, read
+from lownibble.errors import ConfigError, OutputError, QuantizationError
+from lownibble.exporting.merge import check_free, write
+from lownibble.exporting.weights import Tell, Weights, say_nothing
+from lownibble.models import ModelSource, load_tokenizer, pick_device, resolve, skeleton
+from lownibble.models import packed as packed_files
+from lownibble.models.checkpoint import Checkpoint
+from lownibble.models.conversion import ModelTensors, untie
+from lownibble.models.info import decoder_layers
+from lownibble.models.load import pick_dtype, place, place_shared
+from lownibble.quant import PackedWeight, QuantLinear, matrix, quantize
+from lownibble.training.output import hold
+
+_STATE = "state.json"
+
+
+def quantize_model(model: str | Path, output: str | Path, **options: Any) -> dict[str, Any]:
+    """Pack a model's linear layers and write the checkpoint to a folder; returns the record, also in OUTPUT/merge.json.
+
+    Args:
+        model: as `load` takes it, dense.
+        output: a folder that does not exist or is empty.
+        options: of `QuantizeConfig`: rounding, calibration, quant, ...
+    Raises:
+        ConfigError: the model is quantised already, or options do not suit it.
+        DataError: too few calibration rows. QuantizationError: a layer cannot be packed (named).
+        OutputError: the folder is not empty, or the disk is full.
+    """
+    return run_quantize(QuantizeConfig(model=str(model), output=str(output), **options))
+
+
+def run_quantize(config: QuantizeConfig, tell: Tell = say_nothing) -> dict[str, Any]:
+    """`quantize_model` from a `QuantizeConfig`; `tell` receives progress."""
+    output = check_free(config.output)
+    source = resolve(config.model, config.revision)
+    if how := stored.of_folder(source.folder):
+        raise ConfigError(
+            f"'{config.model}' is quantised already, as {stored.title(how) or stored.method(how)}. Give the dense checkpoint "
+            "that it was made from."
+        )
+    weights = Weights(source, None, None, config.quant)
+    if weights.packed_target not in weights.targets:
+        raise ConfigError(
+            f"The layers of '{config.model}' are Conv1D, which no packed checkpoint holds. Quantise it while loading."
+        )
+    result = {
+        **record.new("quantize"), "status": "ok", "config": config.to_dict(), "environment": record.environment(),
+        "base": {"model": source.name, "digest": weights.checkpoint.digest()}, "layers": len(weights.requantized),
+        "output": str(output),
+    }  # fmt: skip
+    if config.rounding == "rtn":
+        write(weights, weights.packed_target, output, result, tell=tell)
+        return result
+    rows = _calibration_rows(config, source)
+    aside = output.parent / f".{output.name}.gptq"
+    with hold(aside), _space_errors(output):
+        errors = _pack_layers(source, weights.requantized, config, rows, aside, tell)
+        weights.ready = lambda path: _read(aside, path, config.quant)
+        result |= {"calibration": {"tokens": rows.numel(), "row_tokens": rows.shape[1]}, **_summary(errors, weights.requantized)}
+        write(weights, weights.packed_target, output, result, tell=tell)
+        shutil.rmtree(aside, ignore_errors=True)
+    return result
+
+
+@contextmanager
+def _space_errors(output: Path) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        raise OutputError(
+            f"Cannot write beside '{output}': {error}. Free some space and run the same command again: finished layers are kept."
+        ) from error
+
+
+def _calibration_rows(config: QuantizeConfig, source: ModelSource) -> Tensor:
+    data = DataConfig(path=config.calibration)
+    sides = [side for side in read(config.calibration) if side is not None]
+    encoded = encode(sides[0], load_tokenizer(source), data, config.max_length)
+    return join_rows([each.input_ids for each in encoded.examples], config.calibration_tokens, config.max_length, config.seed)
+
+
+def _summary(errors: Mapping[str, tuple[float, float]], packed: set[str]) -> dict[str, Any]:
+    """Relative squared errors of the layers' outputs over the calibration rows, by GPTQ and rounded to nearest."""
+    ratios = [gptq / nearest for gptq, nearest in errors.values() if nearest]
+    return {
+        "output_errors": {path: {"gptq": gptq, "rtn": nearest} for path, (gptq, nearest) in errors.items()},
+        "error_over_rtn_median": statistics.median(ratios) if ratios else None,
+        "rounded_to_nearest": sorted(packed - errors.keys()),
+    }
+
+
+def _pack_layers(
+    source: ModelSource, packed: set[str], config: QuantizeConfig, rows_BT: Tensor, folder: Path, tell: Tell
+) -> dict[str, tuple[float, float]]:
+    """Pack the layers inside decoder layers by GPTQ, into files of `folder`; returns path -> output errors (gptq, rtn).
+
+    Raises:
+        ConfigError: the model's decoder layers are not known.
+    """
+    device = pick_device(config.device)
+    dtype = pick_dtype("auto", device)
+    model = skeleton(source, dtype)
+    tensors = ModelTensors(model, Checkpoint(source))
+    untie(model, tensors.untied)
+    layers = decoder_layers(model)
+    inside = {layer: [path for path in packed if path.startswith(f"{layer}.")] for layer in layers}
+    if not any(inside.values()):
+        raise ConfigError(f"The decoder layers of {type(model).__name__} are not known. Use --method rtn.")
+    _check_state(folder, config, tensors.checkpoint.digest(), rows_BT)
+    names = list(tensors.dense())
+    head = model.get_output_embeddings()
+    unused = {f"{path}.{name}" for path, module in model.named_modules() if module is head for name in ("weight", "bias")}
+    place(model, tensors, [n for n in names if n not in unused and not _is_inside(n, layers)], device, dtype)
+    place_shared(model, tensors)
+    errors: dict[str, tuple[float, float]] = {}
+    done = 0
+
+    @contextmanager
+    def around(layer: str) -> Iterator[None]:
+        nonlocal done
+        tell("packing layers", done, len(layers))
+        place(model, tensors, [name for name in names if name.startswith(f"{layer}.")], device, dtype)
+        yield
+        for name, _ in list(layers[layer].named_children()):
+            setattr(layers[layer], name, nn.Identity())  # frees its tensors
+        done += 1
+        tell("packing layers", done, len(layers))
+
+    def visit(found: Mapping[str, Moments]) -> None:
+        for path, moments in found.items():
+            linear: Any = model.get_submodule(path)
+            weight, how = matrix(linear).float(), config.quant.for_layer(path)
+            nearest = quantize(weight, how, name=path, statistics=moments.diagonal)
+            made = _read(folder, path, config.quant) if _file(folder, path).exists() else _packed(weight, moments, how, path)
+            made = made.to(device).with_dtype(dtype)
+            errors[path] = _error(weight, made, moments), _error(weight, nearest, moments)
+            if not _file(folder, path).exists():
+                _write(folder, path, made)
+            parent, _, last = path.rpartition(".")
+            setattr(model.get_submodule(parent), last, QuantLinear(made, linear.bias))
+
+    walk(model, rows_BT, [path for paths in inside.values() for path in paths], visit, around)
+    return errors
+
+
+def _is_inside(name: str, layers: Mapping[str, nn.Module]) -> bool:
+    return any(name.startswith(f"{layer}.") for layer in layers)
+
+
+def _packed(weight: Tensor, moments: Moments, how: QuantConfig, path: str) -> PackedWeight:
+    try:
+        return gptq_pack(weight, moments, how, name=path)
+    except QuantizationError as error:
+        raise QuantizationError(f"'{path}' cannot be packed by GPTQ: {error}") from None
+
+
+def _error(weight: Tensor, packed: PackedWeight, moments: Moments) -> float:
+    """Mean squared error of the layer's output over the calibration rows, relative to its mean square."""
+    off = weight - packed.dequantize(torch.float32)
+    return float(((off @ moments.matrix) * off).sum() / ((weight @ moments.matrix) * weight).sum().clamp(min=1e-30))
+
+
+def _check_state(folder: Path, config: QuantizeConfig, digest: str, rows_BT: Tensor) -> None:
+    """Keep finished layers of the same run only."""
+    tokens = hashlib.sha256(rows_BT.numpy().tobytes()).hexdigest()
+    state = json.dumps({"base": digest, "quant": config.quant.to_dict(), "rows": [list(rows_BT.shape), tokens]}, sort_keys=True)
+    file = folder / _STATE
+    if not file.is_file() or file.read_text() != state:
+        for old in folder.glob("*.safetensors"):
+            old.unlink()
+        file.write_text(state)
+
+
+def _file(folder: Path, path: str) -> Path:
+    return folder / f"{path}.safetensors"
+
+
+def _write(folder: Path, path: str, packed: PackedWeight) -> None:
+    tensors = {key: tensor.cpu() for key, tensor in packed_files.pack(path, packed).items()}
+    entries = {key: tensorfile.Entry(tensor.dtype, tuple(tensor.shape)) for key, tensor in tensors.items()}
+    part = folder / f"{path}.part"
+    tensorfile.write(part, entries, ((key, 0, tensor.contiguous()) for key, tensor in tensors.items()), {"format": "pt"})
+    part.replace(_file(folder, path))
+
+
+def _read(folder: Path, path: str, quant: QuantConfig) -> PackedWeight:
+    """The packed weight in a layer's file. Raises KeyError if there is none."""
+    file = _file(folder, path)
+    if not file.exists():
+        raise KeyError(path)
+    return packed_files.unpack(load_file(file), path, quant.for_layer(path).quant_type, torch.float32, f"'{file}'")

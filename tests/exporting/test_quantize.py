@@ -1,0 +1,182 @@
+"""`lownibble quantize`. Oracles: the model packed while it is loaded; GPTQ on the whole model in memory; transformers."""
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from functools import partial
+
+import pytest
+import torch
+from tiny_folders import WORDS, write_model
+
+import lownibble as ln
+from lownibble.calibration import join_rows, walk
+from lownibble.calibration.gptq import pack
+from lownibble.cli.main import main
+from lownibble.config import DataConfig, QuantConfig
+from lownibble.data import encode, read
+from lownibble.errors import ConfigError, DataError, OutputError
+from lownibble.exporting import quantize as quantizing
+from lownibble.quant import QuantLinear, is_linear
+
+QUANT = QuantConfig(quant_type="int3", block_size="row")
+OPTIONS = {"calibration_tokens": 600, "max_length": 32, "device": "cpu"}
+
+
+@pytest.fixture
+def base(tmp_path):
+    return write_model(tmp_path / "base")
+
+
+@pytest.fixture
+def rows(tmp_path):
+    """Texts of the tiny vocabulary."""
+    generator = torch.Generator().manual_seed(4)
+    file = tmp_path / "rows.jsonl"
+    drawn = torch.randint(0, len(WORDS), (60, 14), generator=generator)
+    file.write_text("".join(json.dumps({"text": " ".join(WORDS[i] for i in row)}) + "\n" for row in drawn.tolist()))
+    return file
+
+
+def packed_layers(model):
+    return {path: module for path, module in model.named_modules() if isinstance(module, QuantLinear)}
+
+
+def equal(ours, theirs):
+    assert ours.keys() == theirs.keys()
+    for path, layer in ours.items():
+        assert layer.weight.facts() == theirs[path].weight.facts()
+        for name, tensor in layer.weight.tensors().items():
+            assert torch.equal(tensor, theirs[path].weight.tensors()[name]), (path, name)
+
+
+@pytest.mark.parametrize("quant", [QUANT, QuantConfig(block_size=32), QuantConfig(pattern={"q_proj": {"quant_type": "fp4"}})])
+def test_rounded_to_nearest_it_is_what_loading_packs(base, tmp_path, quant):
+    record = ln.quantize_model(str(base), tmp_path / "out", rounding="rtn", quant=quant)
+    assert record["layers"] == 14
+    equal(packed_layers(ln.load(str(tmp_path / "out"))[0]), packed_layers(ln.load(str(base), quant=quant)[0]))
+    assert (tmp_path / "out" / "tokenizer.json").is_file()
+
+
+@pytest.mark.parametrize("quant", [QUANT, QuantConfig(block_size=32), QuantConfig(quant_type="int8", block_size="row")])
+def test_by_gptq_it_is_what_the_whole_model_in_memory_gives(base, rows, tmp_path, quant):
+    record = ln.quantize_model(str(base), tmp_path / "out", calibration=str(rows), quant=quant, **OPTIONS)
+    model, tokenizer = ln.load(str(base))
+    data = DataConfig(path=str(rows))
+    joined = join_rows([row.input_ids for row in encode(read(str(rows))[0], tokenizer, data, 32).examples], 600, 32)
+    paths = [path for path, module in model.named_modules() if is_linear(module) and path != "lm_head"]
+
+    def visit(found):
+        for path, moments in found.items():
+            linear = model.get_submodule(path)
+            parent, _, last = path.rpartition(".")
+            setattr(model.get_submodule(parent), last, QuantLinear(pack(linear.weight.data, moments, quant)))
+
+    walk(model, joined, paths, visit)
+    found, _ = ln.load(str(tmp_path / "out"))
+    equal(packed_layers(found), packed_layers(model))
+    assert record["error_over_rtn_median"] < 1
+    assert not record["rounded_to_nearest"]
+    assert set(record["output_errors"]) == set(paths)
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["base", "out", "rows.jsonl"]
+
+
+def test_transformers_loads_nf4_as_bitsandbytes(base, rows, tmp_path, bitsandbytes):
+    from transformers import AutoModelForCausalLM
+
+    ln.quantize_model(str(base), tmp_path / "out", calibration=str(rows), quant=QuantConfig(block_size=64), **OPTIONS)
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
+    ours, _ = ln.load(str(tmp_path / "out"), dtype="float32")
+    for path, layer in packed_layers(ours).items():
+        weight = theirs.get_submodule(path).weight
+        assert torch.equal(weight.data.view(-1, 1), layer.weight.tensors()["codes"])
+
+
+def test_it_trains_as_a_quantised_base(base, rows, tmp_path):
+    ln.quantize_model(str(base), tmp_path / "out", calibration=str(rows), quant=QUANT, **OPTIONS)
+    model, _ = ln.load(str(tmp_path / "out"))
+    ln.add_lora(model, ln.LoraConfig(r=2))
+    model(input_ids=torch.tensor([[3, 4, 5]]), labels=torch.tensor([[3, 4, 5]])).loss.backward()
+    assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
+
+
+def test_the_model_is_never_in_memory_as_a_whole(base, rows, tmp_path, monkeypatch):
+    held = []
+    place = quantizing.place
+
+    def watched(model, *rest):
+        place(model, *rest)
+        layers = {name.split(".")[2] for name, p in model.named_parameters() if "layers." in name and not p.is_meta}
+        held.append(layers)
+
+    monkeypatch.setattr(quantizing, "place", watched)
+    ln.quantize_model(str(base), tmp_path / "out", calibration=str(rows), quant=QUANT, **OPTIONS)
+    assert held == [set(), {"0"}, {"1"}]
+
+
+def test_an_interrupted_run_keeps_the_layers_that_are_finished(base, rows, tmp_path, monkeypatch):
+    options = {"calibration": str(rows), "quant": QUANT, **OPTIONS}
+    ln.quantize_model(str(base), tmp_path / "whole", **options)
+    calls, gptq_pack = [], quantizing.gptq_pack
+
+    def counted(*arguments, stop=10**9, **more):
+        calls.append(more["name"])
+        if len(calls) > stop:
+            raise KeyboardInterrupt
+        return gptq_pack(*arguments, **more)
+
+    monkeypatch.setattr(quantizing, "gptq_pack", partial(counted, stop=9))
+    with pytest.raises(KeyboardInterrupt):
+        ln.quantize_model(str(base), tmp_path / "out", **options)
+    assert not (tmp_path / "out").exists()
+    calls.clear()
+    monkeypatch.setattr(quantizing, "gptq_pack", counted)
+    ln.quantize_model(str(base), tmp_path / "out", **options)
+    assert len(calls) == 14 - 9
+    name = "model.safetensors"
+    assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+    calls.clear()
+    ln.quantize_model(str(base), tmp_path / "other", **{**options, "quant": QuantConfig(block_size=32)})
+    assert len(calls) == 14
+
+
+def test_what_cannot_be_quantised_is_said(base, rows, tmp_path):
+    out = tmp_path / "out"
+    (tmp_path / "few.jsonl").write_text('{"text": "good film"}\n' * 5)
+    with pytest.raises(DataError, match="at least 256 are needed"):
+        ln.quantize_model(str(base), out, calibration=str(tmp_path / "few.jsonl"), quant=QUANT, **OPTIONS)
+    assert not out.exists()
+    ln.export(str(base), str(tmp_path / "four"), format="bnb-4bit", quant=QuantConfig(block_size=32))
+    with pytest.raises(ConfigError, match=r"is quantised already, as bitsandbytes. Give the dense checkpoint"):
+        ln.quantize_model(str(tmp_path / "four"), tmp_path / "again")
+    with pytest.raises(OutputError, match="holds something already"):
+        ln.quantize_model(str(base), tmp_path / "four")
+
+
+def test_the_command(base, rows, tmp_path, capsys):
+    arguments = ["quantize", str(base), "--output", str(tmp_path / "out"), "--quant-type", "int4", "--block-size", "row"]
+    arguments += ["--method", "gptq", "--calibration", str(rows), "--calibration-tokens", "600", "--max-length", "32", "--json"]
+    assert main(arguments) == 0
+    told = capsys.readouterr()
+    record = json.loads(told.out.splitlines()[-1])
+    assert record["config"]["rounding"] == "gptq"
+    assert "x that of rounding to nearest" in told.err
+    assert packed_layers(ln.load(str(tmp_path / "out"))[0])["model.layers.1.mlp.up_proj"].quant_type == "int4"
+
+
+@pytest.mark.slow
+def test_killed_while_packing_it_ends_with_the_same_bytes(base, rows, tmp_path):
+    command = [sys.executable, "-m", "lownibble", "quantize", str(base), "--quant-type", "int3", "--block-size", "row"]
+    command += ["--calibration", str(rows), "--calibration-tokens", "600", "--max-length", "32", "--output"]
+    subprocess.run([*command, str(tmp_path / "whole")], check=True, capture_output=True)
+    process = subprocess.Popen([*command, str(tmp_path / "out")], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    aside = tmp_path / ".out.gptq"
+    while process.poll() is None and not list(aside.glob("*.safetensors")):
+        time.sleep(0.005)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    subprocess.run([*command, str(tmp_path / "out")], check=True, capture_output=True)
+    name = "model.safetensors"
+    assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
