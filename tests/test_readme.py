@@ -14,7 +14,16 @@ import pytest
 from lownibble.cli import commands
 from lownibble.cli.flags import read
 from lownibble.cli.main import _parser
-from lownibble.config import CompareConfig, EvalConfig, ExportConfig, MergeConfig, PlanConfig, QuantizeConfig, RunConfig, ServeConfig
+from lownibble.config import (
+    CompareConfig,
+    EvalConfig,
+    ExportConfig,
+    MergeConfig,
+    PlanConfig,
+    QuantizeConfig,
+    RunConfig,
+    ServeConfig,
+)
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted(path for path in (ROOT / "docs").glob("*.md") if path.name != "log.md")]
