@@ -52,7 +52,7 @@ VALUES = {
     "max_adapter": "2MB", "max_rank": 9, "adapter_dtype": "float32", "adapter_budget": "3MB", "cache_budget": "4MB",
     "drain_seconds": 2.5,
     "trained_on": "dense", "force": True, "measure_tokens": 77, "source": "some/model", "format": "bnb-4bit", "rounding": "rtn",
-    "calibration": "x.jsonl",
+    "calibration": "x.jsonl", "bits": 3.5,
 }  # fmt: skip
 
 REQUIRED = {

@@ -450,6 +450,11 @@ class QuantizeConfig(Options):
         "calibration rows",
         json_schema_extra={"flag": "method"},
     )
+    bits: Annotated[float, Gt(0)] | None = Field(
+        None,
+        description="bits a weight in the mean, constants included: each layer gets the codec of quant_type's family (nf2, nf3, "
+        "nf4, int8, or int2, int3, int4, int8) with which the loss rises least",
+    )
     calibration: str = Field(
         "demo", description="rows for gptq: 'demo', a file, a folder or a hub data set id; like those in use"
     )

@@ -155,6 +155,24 @@ def test_what_cannot_be_quantised_is_said(base, rows, tmp_path):
         ln.quantize_model(str(base), tmp_path / "four")
 
 
+@pytest.mark.parametrize(("quant_type", "rounding"), [("int4", "gptq"), ("nf4", "rtn")])
+def test_bits_give_each_layer_a_codec(base, rows, tmp_path, quant_type, rounding):
+    """Blocks are rows, so that all layers of the tiny model suit every codec; one constant for 32 to 80 weights."""
+    quant = QuantConfig(quant_type=quant_type, block_size=32 if quant_type == "nf4" else "row", double_quant=False)
+    options = {"calibration": str(rows), "rounding": rounding, "quant": quant, **OPTIONS}
+    record = ln.quantize_model(str(base), tmp_path / "out", bits=5.5, **options)
+    model, _ = ln.load(str(tmp_path / "out"))
+    found = packed_layers(model)
+    assert {path: layer.quant_type for path, layer in found.items()} == record["mixed"]["codecs"]
+    bits = 8 * sum(layer.weight.nbytes for layer in found.values()) / sum(layer.weight.numel() for layer in found.values())
+    assert bits == pytest.approx(record["mixed"]["bits"])
+    assert 4 < bits <= 5.5
+    assert len(set(record["mixed"]["codecs"].values())) > 1
+    with pytest.raises(ConfigError, match="No choice of codecs is that small"):
+        ln.quantize_model(str(base), tmp_path / "small", bits=1.5, **options)
+    assert not (tmp_path / "small").exists()
+
+
 def test_the_command(base, rows, tmp_path, capsys):
     arguments = ["quantize", str(base), "--output", str(tmp_path / "out"), "--quant-type", "int4", "--block-size", "row"]
     arguments += ["--method", "gptq", "--calibration", str(rows), "--calibration-tokens", "600", "--max-length", "32", "--json"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -319,6 +320,11 @@ def quantize(arguments: argparse.Namespace) -> dict[str, Any]:
     with _bar() as tell:
         result = run_quantize(config, tell)
     console = _console(arguments)
+    if mixed := result.get("mixed"):
+        counts = Counter(mixed["codecs"].values()).most_common()
+        console.print(
+            f"{mixed['bits']:.2f} bits a weight: {', '.join(f'{n} layers {name}' for name, n in counts)}", soft_wrap=True
+        )
     if ratio := result.get("error_over_rtn_median"):
         console.print(f"error of the layers' outputs: {ratio:.2f} x that of rounding to nearest (median)", soft_wrap=True)
     for path in result.get("rounded_to_nearest", ()):

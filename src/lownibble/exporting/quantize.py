@@ -6,6 +6,9 @@ written beside the output, and dropped. Then the checkpoint is written shard by 
 packed layers from those files. Memory: one layer's weights and second moments, and the hidden states of all calibration rows. An
 interrupted run keeps the layers that are finished.
 
+With `bits` each layer first gets a codec of its own (`calibration/mixed.py`). That takes one pass for gradients, with the model
+packed in memory, and one over the dense layers.
+
 Layers outside of the decoder layers are rounded to nearest. nf4 and fp4 are written as bitsandbytes' checkpoints, which
 transformers loads; other codecs in this package's own format.
 """
@@ -16,8 +19,9 @@ import hashlib
 import json
 import shutil
 import statistics
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +33,7 @@ from torch import Tensor, nn
 from lownibble import record, stored, tensorfile
 from lownibble.calibration import Moments, join_rows, walk
 from lownibble.calibration.gptq import pack as gptq_pack
+from lownibble.calibration.mixed import candidates, check_budget, choose, gradient_squares, loss_increase
 from lownibble.config import DataConfig, QuantConfig, QuantizeConfig
 from lownibble.data import encode, read
 from lownibble.errors import ConfigError, OutputError, QuantizationError
@@ -39,8 +44,8 @@ from lownibble.models import packed as packed_files
 from lownibble.models.checkpoint import Checkpoint
 from lownibble.models.conversion import ModelTensors, untie
 from lownibble.models.info import decoder_layers
-from lownibble.models.load import pick_dtype, place, place_shared
-from lownibble.quant import PackedWeight, QuantLinear, matrix, quantize
+from lownibble.models.load import load, pick_dtype, place, place_shared
+from lownibble.quant import PackedWeight, QuantLinear, layouts, matrix, quantize
 from lownibble.training.output import hold
 
 _STATE = "state.json"
@@ -80,18 +85,77 @@ def run_quantize(config: QuantizeConfig, tell: Tell = say_nothing) -> dict[str, 
         "base": {"model": source.name, "digest": weights.checkpoint.digest()}, "layers": len(weights.requantized),
         "output": str(output),
     }  # fmt: skip
-    if config.rounding == "rtn":
+    if config.rounding == "rtn" and config.bits is None:
         write(weights, weights.packed_target, output, result, tell=tell)
         return result
     rows = _calibration_rows(config, source)
+    result["calibration"] = {"tokens": rows.numel(), "row_tokens": rows.shape[1]}
+    if config.bits is not None:
+        quant, result["mixed"] = _mix(source, weights, config, rows, tell)
+        config = config.with_options(quant=quant)
+        weights = Weights(source, None, None, quant)
+    if config.rounding == "rtn":
+        write(weights, weights.packed_target, output, result, tell=tell)
+        return result
     aside = output.parent / f".{output.name}.gptq"
     with hold(aside), _space_errors(output):
         errors = _pack_layers(source, weights.requantized, config, rows, aside, tell)
         weights.ready = lambda path: _read(aside, path, config.quant)
-        result |= {"calibration": {"tokens": rows.numel(), "row_tokens": rows.shape[1]}, **_summary(errors, weights.requantized)}
+        result |= _summary(errors, weights.requantized)
         write(weights, weights.packed_target, output, result, tell=tell)
         shutil.rmtree(aside, ignore_errors=True)
     return result
+
+
+def _mix(source: ModelSource, weights: Weights, config: QuantizeConfig, rows_BT: Tensor, tell: Tell) -> tuple[QuantConfig, Any]:
+    """The configuration that gives each layer a codec, at most `config.bits` bits a weight in the mean, and facts for the record.
+
+    Raises:
+        ConfigError: no choice of codecs is that small, or the quant_type belongs to no family.
+    """
+    assert config.bits is not None
+    names = candidates(config.quant.quant_type)
+    shapes = {path: matrix(weights.model.get_submodule(path)).shape for path in sorted(weights.requantized)}
+    ways = {path: _ways(path, shape, config.quant.for_layer(path), names) for path, shape in shapes.items()}
+    sizes = {path: {name: layouts.n_bytes(shapes[path], how) for name, how in of.items()} for path, of in ways.items()}
+    n_weights = sum(shape.numel() for shape in shapes.values())
+    check_budget(sizes, config.bits * n_weights / 8)  # before minutes of work
+    tell("gradients", 0, 1)
+    model, _ = load(config.model, quant=config.quant, device=config.device, revision=config.revision)
+    squares = gradient_squares(model, rows_BT, list(shapes))
+    del model
+    tell("gradients", 1, 1)
+    costs: dict[str, dict[str, float]] = {}
+
+    def visit(empty: Any, found: Mapping[str, Moments]) -> None:
+        for path, moments in found.items():
+            weight = matrix(empty.get_submodule(path)).float()
+            costs[path] = {
+                name: loss_increase(weight, quantize(weight, how, name=path), moments, squares[path].to(weight.device))
+                for name, how in ways[path].items()
+            }
+
+    _walk_layers(source, weights.requantized, config, rows_BT, visit, partial(tell, "measuring layers"))
+    for path in shapes.keys() - costs.keys():  # outside of the decoder layers, or reached by no token
+        costs[path] = {name: float(size == min(sizes[path].values())) for name, size in sizes[path].items()}
+    chosen = choose(costs, sizes, config.bits * n_weights / 8)
+    quant = QuantConfig.of_layers({path: ways[path][name] for path, name in chosen.items()}, config.quant.skip_modules)
+    reached = 8 * sum(sizes[path][name] for path, name in chosen.items()) / n_weights
+    return quant, {"bits": reached, "codecs": chosen, "costs": costs}
+
+
+def _ways(path: str, shape: torch.Size, how: QuantConfig, names: tuple[str, ...]) -> dict[str, QuantConfig]:
+    """Codec -> configuration, for those that suit a layer's shape."""
+    ways = {}
+    for name in names:
+        with suppress(ConfigError, QuantizationError):
+            ways[name] = QuantConfig(quant_type=name, block_size=how.block_size, double_quant=how.double_quant)
+            layouts.layout(shape, ways[name])
+            continue
+        ways.pop(name, None)
+    if not ways:
+        layouts.layout(shape, QuantConfig(quant_type=names[0], block_size=how.block_size))  # says why
+    return ways
 
 
 @contextmanager
@@ -124,7 +188,33 @@ def _summary(errors: Mapping[str, tuple[float, float]], packed: set[str]) -> dic
 def _pack_layers(
     source: ModelSource, packed: set[str], config: QuantizeConfig, rows_BT: Tensor, folder: Path, tell: Tell
 ) -> dict[str, tuple[float, float]]:
-    """Pack the layers inside decoder layers by GPTQ, into files of `folder`; returns path -> output errors (gptq, rtn).
+    """Pack the layers inside decoder layers by GPTQ, into files of `folder`; returns path -> output errors (gptq, rtn)."""
+    _check_state(folder, config, Checkpoint(source).digest(), rows_BT)
+    errors: dict[str, tuple[float, float]] = {}
+
+    def visit(model: Any, found: Mapping[str, Moments]) -> None:
+        for path, moments in found.items():
+            linear: Any = model.get_submodule(path)
+            weight, how = matrix(linear).float(), config.quant.for_layer(path)
+            nearest = quantize(weight, how, name=path, statistics=moments.diagonal)
+            kept = _file(folder, path).exists()
+            made = _read(folder, path, config.quant) if kept else _packed(weight, moments, how, path)
+            if not kept:
+                _write(folder, path, made)
+            made = made.to(weight.device).with_dtype(linear.weight.dtype)
+            errors[path] = _error(weight, made, moments), _error(weight, nearest, moments)
+            parent, _, last = path.rpartition(".")
+            setattr(model.get_submodule(parent), last, QuantLinear(made, linear.bias))
+
+    _walk_layers(source, packed, config, rows_BT, visit, partial(tell, "packing layers"))
+    return errors
+
+
+def _walk_layers(
+    source: ModelSource, packed: set[str], config: QuantizeConfig, rows_BT: Tensor,
+    visit: Callable[[Any, Mapping[str, Moments]], None], tell: Callable[[int, int], None],
+) -> None:  # fmt: skip
+    """`calibration.walk` over a checkpoint, of which one decoder layer is in memory at a time; `visit` gets the model, too.
 
     Raises:
         ConfigError: the model's decoder layers are not known.
@@ -137,42 +227,26 @@ def _pack_layers(
     layers = decoder_layers(model)
     inside = {layer: [path for path in packed if path.startswith(f"{layer}.")] for layer in layers}
     if not any(inside.values()):
-        raise ConfigError(f"The decoder layers of {type(model).__name__} are not known. Use --method rtn.")
-    _check_state(folder, config, tensors.checkpoint.digest(), rows_BT)
+        raise ConfigError(f"The decoder layers of {type(model).__name__} are not known. Use --method rtn, without --bits.")
     names = list(tensors.dense())
     head = model.get_output_embeddings()
     unused = {f"{path}.{name}" for path, module in model.named_modules() if module is head for name in ("weight", "bias")}
     place(model, tensors, [n for n in names if n not in unused and not _is_inside(n, layers)], device, dtype)
     place_shared(model, tensors)
-    errors: dict[str, tuple[float, float]] = {}
     done = 0
 
     @contextmanager
     def around(layer: str) -> Iterator[None]:
         nonlocal done
-        tell("packing layers", done, len(layers))
+        tell(done, len(layers))
         place(model, tensors, [name for name in names if name.startswith(f"{layer}.")], device, dtype)
         yield
         for name, _ in list(layers[layer].named_children()):
             setattr(layers[layer], name, nn.Identity())  # frees its tensors
         done += 1
-        tell("packing layers", done, len(layers))
+        tell(done, len(layers))
 
-    def visit(found: Mapping[str, Moments]) -> None:
-        for path, moments in found.items():
-            linear: Any = model.get_submodule(path)
-            weight, how = matrix(linear).float(), config.quant.for_layer(path)
-            nearest = quantize(weight, how, name=path, statistics=moments.diagonal)
-            made = _read(folder, path, config.quant) if _file(folder, path).exists() else _packed(weight, moments, how, path)
-            made = made.to(device).with_dtype(dtype)
-            errors[path] = _error(weight, made, moments), _error(weight, nearest, moments)
-            if not _file(folder, path).exists():
-                _write(folder, path, made)
-            parent, _, last = path.rpartition(".")
-            setattr(model.get_submodule(parent), last, QuantLinear(made, linear.bias))
-
-    walk(model, rows_BT, [path for paths in inside.values() for path in paths], visit, around)
-    return errors
+    walk(model, rows_BT, [path for paths in inside.values() for path in paths], partial(visit, model), around)
 
 
 def _is_inside(name: str, layers: Mapping[str, nn.Module]) -> bool:
