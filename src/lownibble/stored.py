@@ -19,6 +19,9 @@ from lownibble.matching import is_part
 KEYS = ("quantization_config", "compression_config")
 """Keys of config.json."""
 
+ORIGIN = "quantized_from"
+"""Key of config.json in checkpoints that `lownibble quantize` makes: the dense model's name, revision and digest."""
+
 METHODS = (
     "auto-round", "awq", "bitsandbytes", "bitsandbytes 8-bit", "compressed-tensors", "fbgemm_fp8", "fp8", "gptq", "hqq",
     "lownibble", "mxfp4", "mxfp8",

@@ -1,6 +1,7 @@
 """`lownibble quantize`. Oracles: the model packed while it is loaded; GPTQ on the whole model in memory; transformers."""
 
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -9,6 +10,7 @@ from functools import partial
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from tiny_folders import WORDS, write_model
 
 import lownibble as ln
@@ -17,8 +19,9 @@ from lownibble.calibration.gptq import pack
 from lownibble.cli.main import main
 from lownibble.config import DataConfig, QuantConfig
 from lownibble.data import encode, read
-from lownibble.errors import ConfigError, DataError, OutputError
+from lownibble.errors import ConfigError, DataError, ModelError, OutputError
 from lownibble.exporting import quantize as quantizing
+from lownibble.lora import lora_layers
 from lownibble.quant import QuantLinear, is_linear
 
 QUANT = QuantConfig(quant_type="int3", block_size="row")
@@ -100,6 +103,33 @@ def test_it_trains_as_a_quantised_base(base, rows, tmp_path):
     ln.add_lora(model, ln.LoraConfig(r=2))
     model(input_ids=torch.tensor([[3, 4, 5]]), labels=torch.tensor([[3, 4, 5]])).loss.backward()
     assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
+
+
+def test_starts_that_correct_it_read_the_dense_model(base, rows, tmp_path):
+    ln.quantize_model(str(base), tmp_path / "out", calibration=str(rows), quant=QUANT, **OPTIONS)
+    dense, _ = ln.load(str(base))
+    weights = {path: module.weight.clone() for path, module in dense.named_modules() if is_linear(module)}
+    model, _ = ln.load(str(tmp_path / "out"))
+    ln.add_lora(model, ln.LoraConfig(r=8, init_lora_weights="loftq"))
+    for path, layer in lora_layers(model, "default"):
+        adapter, packed = layer.adapter("default"), layer.base.weight.dequantize(torch.float32)
+        lost = weights[path] - packed
+        assert (lost - adapter.scale * adapter.lora_B @ adapter.lora_A).norm() < 0.8 * lost.norm()
+    ln.save_adapter(model, tmp_path / "adapter")
+    ln.merge(tmp_path / "adapter", tmp_path / "merged", onto="dequantized", measure_tokens=0)
+    assert "quantized_from" not in (tmp_path / "merged" / "config.json").read_text()
+    other, _ = ln.load(str(tmp_path / "out"))
+    change(base)
+    with pytest.raises(ModelError, match=r"is not what '.*out' was made from: its weights are others"):
+        ln.add_lora(other, ln.LoraConfig(init_lora_weights="loftq"))
+    shutil.rmtree(base)
+    with pytest.raises(ModelError, match=r"cannot be read: There is no model .* Put them there, or use"):
+        ln.add_lora(ln.load(str(tmp_path / "out"))[0], ln.LoraConfig(init_lora_weights="loftq"))
+
+
+def change(folder):
+    tensors = load_file(folder / "model.safetensors")
+    save_file({key: tensor + 1 for key, tensor in tensors.items()}, folder / "model.safetensors", metadata={"format": "pt"})
 
 
 def test_the_model_is_never_in_memory_as_a_whole(base, rows, tmp_path, monkeypatch):

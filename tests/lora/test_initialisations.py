@@ -139,6 +139,16 @@ def test_corrected_models_are_nearer_to_the_dense_one(folder, ids, init):
     assert (logits(corrected, ids) - target).square().mean() < 0.8 * (logits(plain, ids) - target).square().mean()
 
 
+def test_conv1d_layers_are_read_as_they_are_packed(write):
+    folder = write("gpt2", n_embd=32, n_head=4, n_layer=1, n_positions=64)
+    dense, _ = ln.load(str(folder))
+    model, _ = ln.load(str(folder), quant=QUANT)
+    ln.add_lora(model, config("loftq"))
+    for path, layer in lora_layers(model, "default"):
+        lost = dense.get_submodule(path).weight.t() - layer.base.weight.dequantize(torch.float32)
+        torch.testing.assert_close(delta(layer), best(lost, 4), rtol=1e-4, atol=1e-6)
+
+
 @pytest.mark.parametrize("init", CORRECTING)
 def test_on_a_dense_base_nothing_is_lost(folder, init):
     expected, found = added(folder, True, None, None), added(folder, init, None, None)

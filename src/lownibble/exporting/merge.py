@@ -360,7 +360,7 @@ def _config_json(weights: Weights, onto: str) -> dict[str, Any]:
         config["text_config"] = {**config["text_config"]}
     for part in (config, config.get("text_config")):
         if isinstance(part, dict):
-            for key in stored.KEYS:
+            for key in (*stored.KEYS, stored.ORIGIN):
                 part.pop(key, None)
             part |= {key: value for key, value in weights.changes.items() if key in part or part is config}
     dtypes = {kept for name in weights.names if (kept := weights.kept_dtype(name)).is_floating_point}

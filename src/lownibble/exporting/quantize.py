@@ -80,6 +80,9 @@ def run_quantize(config: QuantizeConfig, tell: Tell = say_nothing) -> dict[str, 
         raise ConfigError(
             f"The layers of '{config.model}' are Conv1D, which no packed checkpoint holds. Quantise it while loading."
         )
+    origin = str(Path(config.model).expanduser().resolve()) if Path(config.model).expanduser().exists() else config.model
+    known = {"model": origin, "revision": config.revision, "digest": weights.checkpoint.digest()}
+    weights.changes[stored.ORIGIN] = known
     result = {
         **record.new("quantize"), "status": "ok", "config": config.to_dict(), "environment": record.environment(),
         "base": {"model": source.name, "digest": weights.checkpoint.digest()}, "layers": len(weights.requantized),
@@ -94,6 +97,7 @@ def run_quantize(config: QuantizeConfig, tell: Tell = say_nothing) -> dict[str, 
         quant, result["mixed"] = _mix(source, weights, config, rows, tell)
         config = config.with_options(quant=quant)
         weights = Weights(source, None, None, quant)
+        weights.changes[stored.ORIGIN] = known
     if config.rounding == "rtn":
         write(weights, weights.packed_target, output, result, tell=tell)
         return result

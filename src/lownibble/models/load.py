@@ -97,6 +97,7 @@ def load(
     target_dtype = pick_dtype(dtype, target_device)
     empty = skeleton(source, target_dtype)
     tensors = ModelTensors(empty, Checkpoint(source))
+    turned = _transposed(empty)
     _fill(empty, tensors, config, target_device, target_dtype)
     compute.decide(empty)
     empty.config._name_or_path = source.name
@@ -105,7 +106,9 @@ def load(
         info(empty).base["stored_as"] = stored_as
         _tell(tensors, stored_as, config, target_dtype)
     if config is not None and not tensors.packed:
-        info(empty).read_dense = partial(_read_dense, tensors)
+        info(empty).read_dense = partial(_read_dense, tensors, turned)
+    elif origin := stored.read_json(source.folder / "config.json").get(stored.ORIGIN):
+        info(empty).read_dense = _DenseOrigin(origin, source.name)
     return empty.eval(), load_tokenizer(source)
 
 
@@ -128,8 +131,49 @@ def _tell(tensors: ModelTensors, stored_as: str, config: QuantConfig | None, dty
         warnings.warn(f"'{tensors.checkpoint.name}' is stored as {stored_as}: {'; '.join(said)}.", stacklevel=3)
 
 
-def _read_dense(tensors: ModelTensors, path: str) -> Tensor:
-    return tensors.read(f"{path}.weight").float()
+def _transposed(model: nn.Module) -> set[str]:
+    """Paths of linear layers that keep their weight as (in, out)."""
+    return {path for path, module in model.named_modules() if is_transposed(module)}
+
+
+def _read_dense(tensors: ModelTensors, turned: set[str], path: str) -> Tensor:
+    weight = tensors.read(f"{path}.weight").float()
+    return weight.t() if path in turned else weight
+
+
+class _DenseOrigin:
+    """Reads dense weights of a packed checkpoint from the model that it was made from, which is opened on first use."""
+
+    def __init__(self, origin: Mapping[str, Any], name: str) -> None:
+        self._origin, self._name = origin, name
+        self._tensors: ModelTensors | None = None
+
+    def __call__(self, path: str) -> Tensor:
+        """The weight (out, in) in float32 of the layer at `path`.
+
+        Raises:
+            ModelError: the model is not there, or it has other weights.
+        """
+        if self._tensors is None:
+            self._tensors = self._open()
+        return _read_dense(self._tensors, _transposed(self._tensors.model), path)
+
+    def _open(self) -> ModelTensors:
+        wanted = str(self._origin.get("model"))
+        try:
+            source = resolve(wanted, self._origin.get("revision"))
+            tensors = ModelTensors(skeleton(source, torch.float32), Checkpoint(source))
+        except (ModelError, OSError) as error:
+            raise ModelError(
+                f"The dense weights that '{self._name}' was made from, '{wanted}', are needed and cannot be read: {error} Put "
+                "them there, or use init_lora_weights=True."
+            ) from None
+        if tensors.checkpoint.digest() != self._origin.get("digest"):
+            raise ModelError(
+                f"'{wanted}' is not what '{self._name}' was made from: its weights are others. Put the right ones there, or use "
+                "init_lora_weights=True."
+            )
+        return tensors
 
 
 def load_tokenizer(source: ModelSource) -> Any:
