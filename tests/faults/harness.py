@@ -306,8 +306,8 @@ class Poison:
         run = importlib.import_module("lownibble.training.run")  # the name in the package is the function
         make = run._make_model
 
-        def poisoned(config: Any) -> Any:
-            model, tokenizer = make(config)
+        def poisoned(config: Any, rows: Any) -> Any:
+            model, tokenizer = make(config, rows)
             layers = [name for name, module in model.named_modules() if name.endswith("_proj")]
             seen = 0
 

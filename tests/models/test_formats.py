@@ -609,7 +609,8 @@ def test_adapters_are_trained_on_it_and_merged(base, batch, adapt, tmp_path, cas
     again, _ = load(base, quant="nf4")
     ln.load_adapter(again, adapter)
     assert torch.equal(logits(again, batch), logits(live, batch))
-    ln.merge(adapter, tmp_path / "packed", onto="nf4", measure_tokens=0, force=True)
+    told = ln.merge(adapter, tmp_path / "packed", onto="nf4", measure_tokens=0, force=True)
+    assert "nf4" in told["onto"] or told["advice"][-1].startswith(f"'nf4': packed as {told['onto']}")
     packed, _ = load(tmp_path / "packed")
     assert kinds(packed) == {ADAPTED[case]}
     if case != "HQQ":  # bitsandbytes' own bytes and kernels are compared elsewhere

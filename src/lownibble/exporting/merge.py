@@ -70,10 +70,14 @@ def run_merge(config: MergeConfig, tell: Tell = say_nothing) -> dict[str, Any]:
     source, quant = _base(config, adapter)
     weights = Weights(source, adapter, quant, config.quant, config.dtype)
     _check_base(config, adapter, weights)
+    other_name = config.onto == "nf4" and config.onto != weights.packed_target  # 'nf4' has always meant: packed again
+    if other_name:
+        config = config.with_options(onto=weights.packed_target)
     if config.onto != "auto":
         check_onto(weights, config.onto)
     measured, rows = _measure(config, adapter, weights, tell) if config.measure_tokens else (None, None)
     onto, advice = _choose(config, weights, measured)
+    advice += [f"'nf4': packed as {onto}, as its base was in training"] * other_name
     result = {
         **record.new("merge"),
         "status": "ok",
