@@ -150,5 +150,6 @@ def test_the_root_is_a_factor_and_singular_moments_are_damped():
     assert Moments(dead, 50).damped()[3, 3] > 0
     with pytest.raises(QuantizationError, match="cannot be factored"):
         Moments(torch.full((4, 4), float("nan")), 9).root()
-    with pytest.raises(QuantizationError, match="cannot be factored"):
-        Moments(torch.zeros(4, 4), 9).root()
+    for factor in (Moments(torch.zeros(4, 4), 9).root, lambda: Moments(torch.zeros(4, 4), 9).inverse_root(torch.arange(4))):
+        with pytest.raises(QuantizationError, match="cannot be factored"):
+            factor()

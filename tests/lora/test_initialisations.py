@@ -254,6 +254,47 @@ def test_where_the_base_cannot_be_changed_again_it_is_refused(folder, ids, tmp_p
         ln.load_adapter(ln.load(str(folder))[0], saved)
 
 
+@pytest.mark.parametrize("quant", [None, QUANT], ids=["dense", "nf4"])
+def test_other_adapters_are_refused_on_a_changed_base(folder, tmp_path, quant):
+    plain = ln.save_adapter(trained(added(folder, True, None, quant)), tmp_path / "plain")
+    model = added(folder, "pissa", None, quant)
+    with pytest.raises(AdapterError, match="base was changed by init_lora_weights='pissa' of another adapter"):
+        ln.load_adapter(model, plain, name="plain")
+    with pytest.raises(TargetError, match="base was changed by init_lora_weights='pissa' of another adapter"):
+        ln.add_lora(model, ln.LoraConfig(), name="new")
+    other, _ = ln.load(str(folder), quant=quant)
+    ln.add_lora(other, ln.LoraConfig(r=2, target_modules=["q_proj"]), name="first")
+    before = {key: value.clone() for key, value in other.state_dict().items()}
+    with pytest.raises(TargetError, match="which other adapters were trained on"):
+        ln.add_lora(other, config("pissa", target_modules=["v_proj"]), name="second")
+    assert all(torch.equal(value, before[key]) for key, value in other.state_dict().items())
+    assert info(other).changed_base is None
+
+
+@pytest.mark.parametrize("more", [{"modules_to_save": ["norm"]}, {"bias": "lora_only"}])
+def test_whatever_else_a_changed_base_trains_is_trained_and_loaded(write, tmp_path, batch, more):
+    folder = write("llama", hidden_size=64, intermediate_size=128, attention_bias=True)
+    model, _ = ln.load(str(folder), quant=QUANT)
+    ln.add_lora(model, config("pissa", **more))
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data.add_(0.1)
+    extra = [p for name, p in model.named_parameters() if p.requires_grad and "lora_" not in name]
+    assert extra
+    saved = ln.save_adapter(model, tmp_path / "adapter")
+    again = ln.load_adapter(ln.load(str(folder), quant=QUANT)[0], saved)
+    assert torch.equal(logits(again, batch()[0]), logits(model, batch()[0]))
+
+
+def test_inputs_that_are_not_finite_are_named(folder, ids):
+    model, _ = ln.load(str(folder))
+    model.model.layers[0].input_layernorm.weight.data.fill_(float("inf"))
+    with pytest.raises(
+        ModelError, match=r"inputs of 'model\.layers\.0\.self_attn\.q_proj' over the calibration rows are not finite"
+    ):
+        ln.add_lora(model, config("eva"), calibration=ids)
+
+
 @pytest.mark.parametrize("init", CORRECTING)
 def test_a_correcting_adapter_says_what_it_corrects(folder, ids, tmp_path, init):
     model = trained(added(folder, init, ids))
@@ -290,8 +331,8 @@ def test_an_expert_that_no_calibration_token_reaches_is_named(tiny):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("init", ["qera", "pissa", "eva"])
-def test_runs_are_resumed_to_the_same_bits(folder, tmp_path, init):
+@pytest.mark.parametrize(("init", "method"), [("qera", "qlora"), ("pissa", "qlora"), ("pissa", "lora"), ("eva", "lora")])
+def test_runs_are_resumed_to_the_same_bits(folder, tmp_path, init, method):
     rows = tmp_path / "rows"
     rows.mkdir()
     write_data(rows)
@@ -301,7 +342,7 @@ def test_runs_are_resumed_to_the_same_bits(folder, tmp_path, init):
         data = DataConfig(path=str(rows), prompt_template="review : {text} sentiment :", completion_template=" {label}")
         return ln.run(
             RunConfig(
-                model=str(folder), quant=QUANT, lora=config(init), data=data.with_options(calibration_tokens=512),
+                model=str(folder), method=method, quant=QUANT, lora=config(init), data=data.with_options(calibration_tokens=512),
                 train={**options, "output_dir": str(output), **more},
             )
         )  # fmt: skip

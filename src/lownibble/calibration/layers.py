@@ -174,6 +174,9 @@ def _measured(model: nn.Module, paths: list[str]) -> Iterator[dict[str, _Sum]]:
 
 
 def _moments(found: dict[str, _Sum]) -> dict[str, Moments]:
+    for path, each in found.items():
+        if each.matrix is not None and not bool(torch.isfinite(each.matrix.diagonal()).all()):
+            raise ModelError(f"The inputs of '{path}' over the calibration rows are not finite. Check the model's weights.")
     made: dict[int, Moments] = {}
     for each in found.values():
         if id(each) not in made and each.matrix is not None:

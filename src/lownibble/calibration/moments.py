@@ -66,6 +66,8 @@ class Moments:
 
         def factor(matrix: Tensor) -> tuple[Tensor, Tensor]:
             lower, wrong = torch.linalg.cholesky_ex(matrix[order][:, order])
+            if int(wrong):
+                return lower, wrong
             upper, as_wrong = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
             return upper, wrong + as_wrong
 

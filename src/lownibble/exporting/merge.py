@@ -286,7 +286,7 @@ def _identity(weights: Weights, onto: str, shards: dict[str, dict[str, tensorfil
     return {
         "base": weights.checkpoint.digest(), "adapter": content, "onto": onto, "dtype": weights.dtype,
         "shards": {name: sorted(entries) for name, entries in shards.items()},
-        "codec": [quant and quant.to_dict() for quant in (weights.quant, weights.new_quant)],
+        "ready": weights.ready_id, "codec": [quant and quant.to_dict() for quant in (weights.quant, weights.new_quant)],
     }  # fmt: skip
 
 

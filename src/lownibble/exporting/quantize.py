@@ -104,7 +104,7 @@ def run_quantize(config: QuantizeConfig, tell: Tell = say_nothing) -> dict[str, 
     aside = output.parent / f".{output.name}.gptq"
     with hold(aside), _space_errors(output):
         errors = _pack_layers(source, weights.requantized, config, rows, aside, tell)
-        weights.ready = lambda path: _read(aside, path, config.quant)
+        weights.ready, weights.ready_id = (lambda path: _read(aside, path, config.quant)), (aside / _STATE).read_text()
         result |= _summary(errors, weights.requantized)
         write(weights, weights.packed_target, output, result, tell=tell)
         shutil.rmtree(aside, ignore_errors=True)

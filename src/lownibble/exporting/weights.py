@@ -89,7 +89,7 @@ class Weights:
         edits: name -> the adapter variant's change, applied after `replaced`.
         changes: changed keys of config.json, with their values.
         merge_aware: whether the adapter was trained for its packed merge.
-        ready: gives layers that somebody else has packed, by path, and KeyError for others; or None.
+        ready: gives layers that somebody else has packed, by path, and KeyError for others; or None. ready_id: names how.
     Raises:
         AdapterError: an adapter tensor matches nothing, is missing, has another shape or is not finite.
         ModelError: the base is damaged.
@@ -122,6 +122,7 @@ class Weights:
         self.changes: dict[str, Any] = {"tie_word_embeddings": False} if untied else {}
         self.transposed = {path for path, module in self.model.named_modules() if is_transposed(module)}
         self.ready: Callable[[str], PackedWeight] | None = None
+        self.ready_id = ""
         self.edits: dict[str, Edit] = {}
         self.replaced: dict[str, str] = {}
         if adapter is not None:

@@ -38,6 +38,7 @@ from lownibble.lora.layer import LoraLinear, LowRank, sizes
 from lownibble.lora.provenance import base_facts, from_metadata, other_codec, other_weights, to_metadata
 from lownibble.lora.targets import rank_of, unmatched
 from lownibble.lora.variants import variant_of
+from lownibble.models.info import info
 from lownibble.quant import is_transposed
 
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
@@ -256,7 +257,9 @@ class AdapterFile:
         """The initialisation that took its start out of the base's packed weights before they were packed, if `model` is packed
         in the same way, so that it can be done again; else ''."""
         facts = self.trained_on or {}
-        again = facts.get("took_out") and facts.get("quant") and other_codec(facts, base_facts(model)) is None
+        base = base_facts(model)
+        same = base.get("changed_base") == facts.get("changed_base")  # it has been done
+        again = facts.get("took_out") and (same or (facts.get("quant") and other_codec(facts, base) is None))
         return str(facts.get("changed_base") or "") if again else ""
 
     def read(self, key: str) -> Tensor:
@@ -312,8 +315,11 @@ def load_adapter(
     if changed:
         starts = {path: _set_parted(layer.adapter(name), path, stored) for path, layer in lora_layers(model, name)}
         take_out(model, name, starts, changed)
-    else:
-        for key, tensor in adapter_tensors(model, name).items():
+    split = {
+        f"{PREFIX}{path}.{key}" for path, layer in lora_layers(model, name) for key in layer.adapter(name).variant.keys.values()
+    }
+    for key, tensor in adapter_tensors(model, name).items():
+        if not (changed and key in split):
             tensor.data.copy_(stored.read(key))
     for tensor in adapter_tensors(model, name).values():
         tensor.requires_grad_(trainable)
@@ -330,6 +336,12 @@ def _set_parted(adapter: LowRank, path: str, stored: AdapterFile) -> tuple[Tenso
 
 
 def _check_base(model: nn.Module, stored: AdapterFile, any_base: bool, changed: str) -> None:
+    own = info(model).changed_base
+    if own is not None and changed != own:
+        raise AdapterError(
+            f"The base was changed by init_lora_weights='{own}' of another adapter, and '{stored.folder}' is of the one as it "
+            "was. Load the model again."
+        )
     if stored.trained_on is None:
         return
     base = base_facts(model) | ({"changed_base": changed} if changed else {})

@@ -20,7 +20,7 @@ from lownibble.config import LoraConfig
 from lownibble.errors import ModelError, TargetError
 from lownibble.lora import targets
 from lownibble.lora.init import Start, find, repack, without
-from lownibble.lora.layer import LoraLinear, LowRank, TrainedCopy
+from lownibble.lora.layer import LoraLinear, TrainedCopy
 from lownibble.lora.merge_aware import variants
 from lownibble.lora.targets import alpha_of, rank_of
 from lownibble.lora.variants import variant_of
@@ -166,11 +166,19 @@ def add_lora(
             dense weights were to be changed.
     """
     planned = plan(model, config, name, of_file=of_file)
+    known = info(model)
+    if known.changed_base is not None and not of_file:
+        raise TargetError(
+            f"The base was changed by init_lora_weights='{known.changed_base}' of another adapter. Load the model again for a "
+            "new one."
+        )
     try:
         _adapt(model, planned, config, name, seed, calibration, of_file)
     except BaseException:
         for path, module in planned.targets.items():
             _take_back(model, path, module, name)
+        if not known.adapters.configs:
+            known.changed_base = None
         raise
     model.requires_grad_(False)
     for path, original in planned.saved.items():
@@ -199,20 +207,26 @@ def _adapt(
         adapter = layer.add(name, r, alpha, config.lora_dropout, config.use_rslora, variant_at[path])
         start = Start(path, partial(_dense_weight, model, path, layer), _packed(layer), moments, generator)
         changed = init(adapter, start)
+        if changed is not None and adapter_configs(model):
+            raise TargetError(
+                f"init_lora_weights={config.init_lora_weights!r} changes the weight of '{path}', which other adapters were "
+                "trained on. Remove those first."
+            )
         if changed is not None and info(model).merge_aware is not None:
             raise TargetError(
                 f"init_lora_weights={config.init_lora_weights!r} changes packed weights, and merge-aware training rounds the "
                 "checkpoint's. Use init_lora_weights=True, or train without --merge-aware."
             )
         if changed is not None:
-            _replace_base(model, path, layer, changed, config)
+            _replace_base(path, layer, changed, config)
             if getattr(init, "takes_out", False):
-                _check_plain(config, adapter)
                 adapter.keep_start(adapter.lora_A, adapter.lora_B)
             info(model).changed_base = str(config.init_lora_weights)
         adapter.variant.start(layer.base, adapter)
         replace_module(model, path, layer.train(module.training))
 
+    if getattr(init, "takes_out", False):
+        _check_taking_out(model, planned, config)
     dense = not any(isinstance(getattr(module, "base", module), QuantLinear) for module in planned.targets.values())
     if not getattr(init, "needs_calibration", False) or (dense and getattr(init, "corrects", False)):
         for path in planned.targets:
@@ -236,8 +250,17 @@ def _adapt(
         )
 
 
-def _check_plain(config: LoraConfig, adapter: LowRank) -> None:
-    if not adapter.variant.plain:
+def _check_taking_out(model: nn.Module, planned: Plan, config: LoraConfig) -> None:
+    """Check what is known before a weight is changed."""
+    head: Any = _output_head(model)
+    embeddings: Any = model.get_input_embeddings() if head is not None else None  # type: ignore[operator]
+    for path, module in planned.targets.items():
+        if module is head and getattr(module, "weight", None) is embeddings.weight:
+            raise TargetError(
+                f"init_lora_weights={config.init_lora_weights!r} changes the weight of '{path}', which the embeddings share. "
+                "Leave it out of target_modules."
+            )
+    if not variant_of(config).plain:
         raise TargetError(
             f"init_lora_weights={config.init_lora_weights!r} takes its start out of the base, which goes with plain LoRA only. "
             "Leave use_dora out, or start with init_lora_weights=True."
@@ -273,7 +296,7 @@ def take_out(model: nn.Module, name: str, starts: Mapping[str, tuple[Tensor, Ten
     for path, packed in made.items():
         layer = layers[path]
         if packed is not None:
-            layer.base = QuantLinear(packed, layer.base.bias, compute=str(layer.base.compute))
+            _hold(layer, packed)
             layer.changed_base = True
         layer.adapter(name).keep_start(*starts[path])
     state.changed_base = before or init
@@ -284,6 +307,9 @@ def _without(
 ) -> PackedWeight | None:  # fmt: skip
     """The layer's weight without the start, packed; None if another adapter with the same start did that."""
     others = [layer.adapter(other).start for other in layer.adapters if other != name]
+    again = info(model).changed_base is not None
+    if again != bool(others) or (not again and len(adapter_configs(model)) > 1):
+        others = [None]
     if any(other is None or not all(torch.equal(a.cpu(), b) for a, b in zip(other, start, strict=True)) for other in others):
         raise TargetError(
             f"The adapter changes the packed weight of '{path}', which other adapters were trained on. Remove those first."
@@ -316,15 +342,8 @@ def _dense_weight(model: nn.Module, path: str, layer: LoraLinear) -> Tensor:
     return read(path)
 
 
-def _replace_base(
-    model: nn.Module, path: str, layer: LoraLinear, changed: PackedWeight | Tensor, config: LoraConfig
-) -> None:  # fmt: skip
+def _replace_base(path: str, layer: LoraLinear, changed: PackedWeight | Tensor, config: LoraConfig) -> None:  # fmt: skip
     """Install the weight, packed or dense, that an initialisation returned."""
-    if len(layer.adapters) > 1:
-        raise TargetError(
-            f"init_lora_weights={config.init_lora_weights!r} changes the weight of '{path}', which other adapters were trained "
-            "on. Remove those first."
-        )
     if isinstance(changed, Tensor) == isinstance(layer.base, QuantLinear):
         held = "dense" if isinstance(changed, Tensor) else "packed"
         raise TargetError(
@@ -332,17 +351,17 @@ def _replace_base(
             f"--method {'lora' if held == 'dense' else 'qlora'}."
         )
     if isinstance(changed, Tensor):
-        base: Any = layer.base
-        embeddings: Any = model.get_input_embeddings() if base is _output_head(model) else None  # type: ignore[operator]
-        if embeddings is not None and base.weight is embeddings.weight:
-            raise TargetError(
-                f"init_lora_weights={config.init_lora_weights!r} changes the weight of '{path}', which the embeddings share. "
-                "Leave it out of target_modules."
-            )
         matrix(layer.base).data.copy_(changed)
     else:
-        layer.base = QuantLinear(changed, layer.base.bias, compute=str(layer.base.compute))
+        _hold(layer, changed)
     layer.changed_base = True
+
+
+def _hold(layer: LoraLinear, packed: PackedWeight) -> None:
+    """Give a layer another packed weight; its bias stays the same parameter, which may be trained."""
+    bias = layer.base.bias
+    layer.base = QuantLinear(packed, compute=str(layer.base.compute))
+    layer.base.register_parameter("bias", bias)
 
 
 def adapter_configs(model: nn.Module) -> dict[str, LoraConfig]:
@@ -402,7 +421,8 @@ def set_adapter(model: nn.Module, name: str | None) -> None:
 
 
 def remove_adapter(model: nn.Module, name: str) -> None:
-    """Remove the adapter `name` from the model; layers left without adapters are replaced by their base layers.
+    """Remove the adapter `name` from the model; layers left without adapters are replaced by their base layers. A base that the
+    adapter's initialisation changed stays changed: load the model again.
 
     If it was active, the oldest remaining adapter becomes active.
 
