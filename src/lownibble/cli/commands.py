@@ -328,7 +328,7 @@ def quantize(arguments: argparse.Namespace) -> dict[str, Any]:
     if ratio := result.get("error_over_rtn_median"):
         console.print(f"error of the layers' outputs: {ratio:.2f} x that of rounding to nearest (median)", soft_wrap=True)
     for path in result.get("rounded_to_nearest", ()):
-        console.print(f"  {path} was rounded to nearest: outside of the decoder layers, or not reached", soft_wrap=True, markup=False)
+        console.print(f"  {path} was rounded to nearest: not in a decoder layer, or not reached", soft_wrap=True, markup=False)
     console.print(f"{result['layers']} layers packed: {result['output']}", soft_wrap=True, markup=False)
     return result
 
