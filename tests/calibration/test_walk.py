@@ -68,6 +68,20 @@ def test_moments_are_those_of_an_ordinary_pass(tiny, rows, monkeypatch, family):
     assert not any("forward" in vars(module) for module in model.modules())
 
 
+@pytest.mark.parametrize(("family", "n_rows"), [("bloom", 5), ("mpt", 4)])
+def test_arguments_that_are_not_of_rows_are_left_whole(tiny, monkeypatch, family, n_rows):
+    """BLOOM's alibi is of rows x heads, MPT's of heads: as many as rows here."""
+    monkeypatch.setattr(walking, "TOKENS_AT_ONCE", 24)
+    sizes = {"n_head": 4, "n_layer": 2} if family == "bloom" else {"n_heads": 4, "n_layers": 2, "d_model": 32}
+    model = tiny(family, **sizes)
+    rows = torch.randint(3, 96, (n_rows, 12), generator=torch.Generator().manual_seed(1))
+    paths = [path for path in linears(model) if path != "lm_head"]
+    found, _ = taken(model, rows, paths)
+    expected = plain_moments(model, rows[: n_rows - (family == "mpt")], paths)
+    for path, moments in found.items():
+        torch.testing.assert_close(moments.matrix.double(), expected[path], rtol=1e-4, atol=1e-5)
+
+
 def test_layers_that_read_the_same_tensor_share_a_matrix(tiny, rows):
     found, _ = taken(tiny("llama"), rows, linears(tiny("llama")))
     q, k, o = (found[f"model.layers.0.self_attn.{name}_proj"].matrix for name in "qko")

@@ -50,6 +50,10 @@ def walk(model: Any, rows_BT: Tensor, paths: list[str], visit: Visit, around: Ar
     """
     if model.config.is_encoder_decoder:
         raise ModelError(f"{type(model).__name__} has an encoder: calibration is for models with a decoder alone.")
+    config = model.config.get_text_config()
+    heads = {getattr(config, name, 0) for name in ("num_attention_heads", "n_head", "n_heads")}
+    if len(rows_BT) in heads - {1}:  # so that rows are known by their number
+        rows_BT = rows_BT[:-1]
     rows_BT = rows_BT.to(model.get_input_embeddings().weight.device)
     known = decoder_layers(model)
     outer = [path for path in known if not any(path.startswith(f"{other}.") for other in known)]
@@ -93,10 +97,18 @@ class _Layer:
 
     def _outputs(self, args: Any, kwargs: Any) -> Iterator[Any]:
         states = next(value for value in (*args, *kwargs.values()) if isinstance(value, Tensor) and value.is_floating_point())
-        few = max(1, TOKENS_AT_ONCE // states.shape[1])
+        few = (
+            max(1, TOKENS_AT_ONCE // states.shape[1]) if self._is_cut_by_rows(states, (*args, *kwargs.values())) else self._n_rows
+        )
         for first in range(0, self._n_rows, few):
             rows = slice(first, first + few)
             yield self._forward(*_some(args, rows, self._n_rows), **_some(kwargs, rows, self._n_rows))
+
+    def _is_cut_by_rows(self, states: Tensor, values: tuple[Any, ...]) -> bool:
+        """Whether the arguments can be cut: not where states have another dimension first (Gemma 3n), or there are rows x heads of
+        something (BLOOM)."""
+        several = (v for v in values if isinstance(v, Tensor) and v.dim() > 1 and len(v) > self._n_rows)
+        return len(states) == self._n_rows and not any(len(v) % self._n_rows == 0 for v in several)
 
 
 def _some(value: Any, rows: slice, n_rows: int) -> Any:
