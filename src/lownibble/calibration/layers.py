@@ -105,8 +105,8 @@ class _Layer:
             yield self._forward(*_some(args, rows, self._n_rows), **_some(kwargs, rows, self._n_rows))
 
     def _is_cut_by_rows(self, states: Tensor, values: tuple[Any, ...]) -> bool:
-        """Whether the arguments can be cut: not where states have another dimension first (Gemma 3n), or there are rows x heads of
-        something (BLOOM)."""
+        """Whether the arguments can be cut: not where states have another dimension first (Gemma 3n), or there are rows x
+        heads of something (BLOOM)."""
         several = (v for v in values if isinstance(v, Tensor) and v.dim() > 1 and len(v) > self._n_rows)
         return len(states) == self._n_rows and not any(len(v) % self._n_rows == 0 for v in several)
 
