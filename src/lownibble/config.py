@@ -83,7 +83,11 @@ class QuantConfig(Options):
         return self
 
     def _with(self, options: Mapping[str, Any]) -> QuantConfig:
-        return QuantConfig(**{**{key: getattr(self, key) for key in PER_LAYER}, "compute": self.compute, **options})
+        """This configuration with other options. What a format fixes goes to no other codec, and comes from none."""
+        codecs = {self.quant_type, options.get("quant_type", self.quant_type)}
+        fixed = {key for codec in codecs for key in FIXED.get(codec, {})} if len(codecs) > 1 else set()
+        own = {key: getattr(self, key) for key in PER_LAYER if key not in fixed}
+        return QuantConfig(**{**own, "compute": self.compute, **options})
 
     def for_layer(self, path: str) -> QuantConfig:
         """Configuration of the layer at `path`: this one, with the options of the first matching `pattern` if there is one."""

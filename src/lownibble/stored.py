@@ -148,13 +148,17 @@ def codec(stored: Mapping[str, Any]) -> QuantConfig | None:
     return None
 
 
+def named(stored: Mapping[str, Any], held: QuantConfig) -> str:
+    """The format in words, also where it is bitsandbytes' 4 bits or our own; `held`: the codec that holds it."""
+    return title(stored) or f"{held.quant_type}{' (bitsandbytes)' * (method(stored) == 'bitsandbytes')}"
+
+
 def why_not(stored: Mapping[str, Any], trained_by: str) -> str:
     """Why a method cannot train on weights that are stored like this, or ''."""
     held = codec(stored) if trained_by != "qlora" and stored else None
     if held is None:
         return ""
-    name = title(stored) or f"{held.quant_type}{' (bitsandbytes)' * (method(stored) == 'bitsandbytes')}"
-    return f"The weights are stored as {name}, on which qlora trains. Take qlora, or the dense model."
+    return f"The weights are stored as {named(stored, held)}, on which qlora trains. Take qlora, or the dense model."
 
 
 def _grouped(quant_type: str, size: int | str) -> QuantConfig | None:

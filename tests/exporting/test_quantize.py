@@ -15,7 +15,7 @@ from tiny_folders import WORDS, write_model
 
 import lownibble as ln
 from lownibble.calibration import join_rows, walk
-from lownibble.calibration.gptq import pack
+from lownibble.calibration.gptq import round_again
 from lownibble.cli.main import main
 from lownibble.config import DataConfig, QuantConfig
 from lownibble.data import encode, read
@@ -74,8 +74,10 @@ def test_by_gptq_it_is_what_the_whole_model_in_memory_gives(base, rows, tmp_path
     def visit(found):
         for path, moments in found.items():
             linear = model.get_submodule(path)
+            W = linear.weight.data
+            nearest = ln.quantize(W, quant, statistics=moments.diagonal)
             parent, _, last = path.rpartition(".")
-            setattr(model.get_submodule(parent), last, QuantLinear(pack(linear.weight.data, moments, quant)))
+            setattr(model.get_submodule(parent), last, QuantLinear(round_again(W, moments, nearest)))
 
     walk(model, joined, paths, visit)
     found, _ = ln.load(str(tmp_path / "out"))
@@ -149,20 +151,20 @@ def test_the_model_is_never_in_memory_as_a_whole(base, rows, tmp_path, monkeypat
 def test_an_interrupted_run_keeps_the_layers_that_are_finished(base, rows, tmp_path, monkeypatch):
     options = {"calibration": str(rows), "quant": QUANT, **OPTIONS}
     ln.quantize_model(str(base), tmp_path / "whole", **options)
-    calls, gptq_pack = [], quantizing.gptq_pack
+    calls, by_gptq = [], quantizing.round_again
 
-    def counted(*arguments, stop=10**9, **more):
-        calls.append(more["name"])
+    def counted(*arguments, stop=10**9):
+        calls.append(arguments)
         if len(calls) > stop:
             raise KeyboardInterrupt
-        return gptq_pack(*arguments, **more)
+        return by_gptq(*arguments)
 
-    monkeypatch.setattr(quantizing, "gptq_pack", partial(counted, stop=9))
+    monkeypatch.setattr(quantizing, "round_again", partial(counted, stop=9))
     with pytest.raises(KeyboardInterrupt):
         ln.quantize_model(str(base), tmp_path / "out", **options)
     assert not (tmp_path / "out").exists()
     calls.clear()
-    monkeypatch.setattr(quantizing, "gptq_pack", counted)
+    monkeypatch.setattr(quantizing, "round_again", counted)
     ln.quantize_model(str(base), tmp_path / "out", **options)
     assert len(calls) == 14 - 9
     name = "model.safetensors"

@@ -19,21 +19,21 @@ import json, re, sys
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from lownibble.kernels import triton as ours
+from lownibble.kernels import triton_programs as ours
 
 NESTED = {"nested_values": "fp32", "nested_absmax": "fp32", "offset": "fp32"}
 PACKED = {"codes": "u8", "values": "fp32", "scale": "u8", "zero": "u8"}
 POINTERS = {
-    "_dequantize_4bit": {"codes": "u8", "absmax": "u8", "values": "fp32", **NESTED, "out": "bf16"},
-    "_quantize_4bit": {"x": "bf16", "bounds": "fp32", "order": "u8", "codes": "u8", "absmax": "fp32"},
-    "_quantize_8bit": {"x": "fp32", "lookup": "u8", "codes": "u8", "absmax": "fp32"},
-    "_dequantize_8bit": {"codes": "u8", "absmax": "fp32", "values": "fp32", "out": "fp32"},
-    "_gemv_4bit": {"x": "bf16", "codes": "u8", "absmax": "u8", "values": "fp32", **NESTED, "out": "bf16"},
-    "_dequantize_grouped": {**PACKED, **NESTED, "order": "i32", "out": "bf16"},
-    "_gemv_grouped": {"x": "bf16", **PACKED, **NESTED, "out": "bf16"},
-    "_row_scales": {"absmax": "u8", **NESTED, "out": "fp32"},
-    "_quantize_rows": {"x": "fp32", "column_scale": "fp32", "scale": "fp32"},
-    "_matmul_8bit": {"codes": "u8", "absmax": "u8", "values": "fp32", **NESTED,
+    "dequantize_4bit": {"codes": "u8", "absmax": "u8", "values": "fp32", **NESTED, "out": "bf16"},
+    "quantize_4bit": {"x": "bf16", "bounds": "fp32", "order": "u8", "codes": "u8", "absmax": "fp32"},
+    "quantize_8bit": {"x": "fp32", "lookup": "u8", "codes": "u8", "absmax": "fp32"},
+    "dequantize_8bit": {"codes": "u8", "absmax": "fp32", "values": "fp32", "out": "fp32"},
+    "gemv_4bit": {"x": "bf16", "codes": "u8", "absmax": "u8", "values": "fp32", **NESTED, "out": "bf16"},
+    "dequantize_grouped": {**PACKED, **NESTED, "order": "i32", "out": "bf16"},
+    "gemv_grouped": {"x": "bf16", **PACKED, **NESTED, "out": "bf16"},
+    "row_scales": {"absmax": "u8", **NESTED, "out": "fp32"},
+    "quantize_rows": {"x": "fp32", "column_scale": "fp32", "scale": "fp32"},
+    "matmul_8bit": {"codes": "u8", "absmax": "u8", "values": "fp32", **NESTED,
                      "x_scale": "fp32", "row_scale": "fp32", "out": "fp32"},
 }
 DIVISIBLE = [["tt.divisibility", 16]]
@@ -50,30 +50,30 @@ def compiled_8bit(capability, code):
     rows = {"types": {"codes": code}, "capability": capability, "PARTS": 64, "TOP": 127.0 if code == "i8" else 448.0}
     product = {"types": {"x_codes": code}, "capability": capability, "NESTED_BLOCK": 256}
     large, small = {"TS": 128, "BLOCK": 64, "warps": 8}, {"TS": 64, "BLOCK": 32, "warps": 4}
-    yield "quantize_rows", compiled("_quantize_rows", SCALED=False, **rows)
-    yield "quantize_rows of a gradient, ragged", compiled("_quantize_rows", SCALED=True, odd=("C", "parts", "n_parts"), **rows)
+    yield "quantize_rows", compiled("quantize_rows", SCALED=False, **rows)
+    yield "quantize_rows of a gradient, ragged", compiled("quantize_rows", SCALED=True, odd=("C", "parts", "n_parts"), **rows)
     for transposed in (False, True):
         word = "transposed" if transposed else "forward"
-        yield f"matmul_8bit {word}", compiled("_matmul_8bit", TRANSPOSED=transposed, **large, **product)
-        yield f"matmul_8bit {word}, ragged", compiled("_matmul_8bit", TRANSPOSED=transposed, odd=("T", "N"), **small, **product)
+        yield f"matmul_8bit {word}", compiled("matmul_8bit", TRANSPOSED=transposed, **large, **product)
+        yield f"matmul_8bit {word}, ragged", compiled("matmul_8bit", TRANSPOSED=transposed, odd=("T", "N"), **small, **product)
 
 BLOCKS = {"BLOCKS": 64, "BLOCK": 64}
 GEMV = {"TS": 4, "NS": 4, "KS": 512, "BLOCK": 64, "NESTED_BLOCK": 256}
 GROUPED = {"GROUP": 64, "NESTED_BLOCK": 256, "SIZE": 1024, "K": 4096}
 cases = {
-    **{f"dequantize_grouped {bits}": compiled("_dequantize_grouped", BITS=bits, ZERO=bits < 8, ORDERED=bits == 4, **GROUPED)
+    **{f"dequantize_grouped {bits}": compiled("dequantize_grouped", BITS=bits, ZERO=bits < 8, ORDERED=bits == 4, **GROUPED)
        for bits in (2, 3, 4, 8)},
-    **{f"gemv_grouped {bits}": compiled("_gemv_grouped", BITS=bits, ZERO=bits < 8, TS=4, NS=4, KS=512, GROUP=64, NESTED_BLOCK=256)
+    **{f"gemv_grouped {bits}": compiled("gemv_grouped", BITS=bits, ZERO=bits < 8, TS=4, NS=4, KS=512, GROUP=64, NESTED_BLOCK=256)
        for bits in (3, 8)},
-    "dequantize_4bit": compiled("_dequantize_4bit", **BLOCKS, NESTED_BLOCK=256),
-    "dequantize_4bit fused": compiled("_dequantize_4bit", True, **BLOCKS, NESTED_BLOCK=256),
-    "dequantize_4bit, one block": compiled("_dequantize_4bit", BLOCKS=1, BLOCK=4096, NESTED_BLOCK=0),
-    "quantize_4bit": compiled("_quantize_4bit", **BLOCKS),
-    "quantize_8bit": compiled("_quantize_8bit", BLOCKS=16, BLOCK=256),
-    "dequantize_8bit": compiled("_dequantize_8bit", BLOCKS=16, BLOCK=256),
-    "gemv_4bit, whole blocks": compiled("_gemv_4bit", **GEMV, WHOLE=True),
-    "gemv_4bit": compiled("_gemv_4bit", **GEMV, WHOLE=False),
-    "row_scales": compiled("_row_scales", ROWS=16, BLOCKS=64, BLOCK=64, NESTED_BLOCK=256, TOP=127.0),
+    "dequantize_4bit": compiled("dequantize_4bit", **BLOCKS, NESTED_BLOCK=256),
+    "dequantize_4bit fused": compiled("dequantize_4bit", True, **BLOCKS, NESTED_BLOCK=256),
+    "dequantize_4bit, one block": compiled("dequantize_4bit", BLOCKS=1, BLOCK=4096, NESTED_BLOCK=0),
+    "quantize_4bit": compiled("quantize_4bit", **BLOCKS),
+    "quantize_8bit": compiled("quantize_8bit", BLOCKS=16, BLOCK=256),
+    "dequantize_8bit": compiled("dequantize_8bit", BLOCKS=16, BLOCK=256),
+    "gemv_4bit, whole blocks": compiled("gemv_4bit", **GEMV, WHOLE=True),
+    "gemv_4bit": compiled("gemv_4bit", **GEMV, WHOLE=False),
+    "row_scales": compiled("row_scales", ROWS=16, BLOCKS=64, BLOCK=64, NESTED_BLOCK=256, TOP=127.0),
 }
 for capability, code in ((80, "i8"), (90, "i8"), (89, "fp8e4nv"), (90, "fp8e4nv")):
     cases |= {f"{name} {code} {capability}": ptx for name, ptx in compiled_8bit(capability, code)}

@@ -13,7 +13,7 @@ from torch import nn
 import lownibble as ln
 from lownibble.decoding import Decoder
 from lownibble.errors import AdapterError, ModelError
-from lownibble.lora import inject
+from lownibble.lora.active import adapter_configs
 from lownibble.lora.layer import LoraLinear
 from lownibble.lora.variants import LORA, Variant, variant_of
 from lownibble.registry import VARIANTS
@@ -94,7 +94,7 @@ def test_loras_files_do_not_fit_it(write, adapt, scaled_rows, monkeypatch):
     model, _ = ln.load(str(folder), quant="nf4")
     with pytest.raises(AdapterError, match=r"lacks '.*lora_gain'"):
         ln.load_adapter(model, adapter)
-    assert not inject.adapter_configs(model)
+    assert not adapter_configs(model)
 
 
 def test_batched_decoding_refuses_more_than_a_low_rank_sum(scaled_rows, write, adapt):

@@ -12,7 +12,7 @@ from lownibble.arch import paths, read_shape
 from lownibble.config import LoraConfig, QuantConfig, TrainConfig
 from lownibble.errors import ConfigError, ModelError, TargetError
 from lownibble.lora import add_lora
-from lownibble.lora.inject import lora_layers
+from lownibble.lora.active import lora_layers
 from lownibble.models.load import quantizable
 from lownibble.optim import close_states, make_optimizer, planned_bytes
 from lownibble.optim import state_bytes as optimizer_state_bytes

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 import lownibble as ln
 from lownibble.config import DataConfig, LoraConfig, QuantConfig, RunConfig, TrainConfig
 from lownibble.errors import AdapterError, ConfigError, ModelError, OutputError, TargetError, TrainingError
-from lownibble.lora.inject import adapter_configs
+from lownibble.lora.active import adapter_configs
 from lownibble.training import Evaluated, Finished, JsonlSink, Saved, Sink, Started, Stepped, run
 from lownibble.training.output import claim
 

@@ -20,8 +20,7 @@ import torch
 from torch import Tensor
 
 from lownibble.calibration.moments import Moments
-from lownibble.config import QuantConfig
-from lownibble.quant import PackedWeight, quantize
+from lownibble.quant import PackedWeight
 from lownibble.quant.grid import Grid as Rounded
 
 BLOCK = 128
@@ -35,13 +34,13 @@ class Grid(Protocol):
         """The nearest values in a column (N,) float32, which are remembered."""
 
 
-def pack(weight_NK: Tensor, moments: Moments, config: QuantConfig, *, name: str = "tensor") -> PackedWeight:
-    """Pack a weight (N, K) with `config`'s codec and scales, and codes by GPTQ.
+def round_again(weight_NK: Tensor, moments: Moments, nearest: PackedWeight) -> PackedWeight:
+    """A weight (N, K) with the codec and scales of `nearest`, which is the weight rounded to nearest, and codes by GPTQ.
 
     Raises:
-        QuantizationError: as `quantize`; the codec has no grid, or the moments cannot be factored.
+        QuantizationError: the codec has no grid, or the moments cannot be factored.
     """
-    grid = Rounded(quantize(weight_NK, config, name=name, statistics=moments.diagonal))
+    grid = Rounded(nearest)
     gptq(weight_NK.float(), moments, grid)
     return grid.packed()
 

@@ -32,7 +32,7 @@ from torch import Tensor, nn
 
 from lownibble import record, stored, tensorfile
 from lownibble.calibration import Moments, join_rows, walk
-from lownibble.calibration.gptq import pack as gptq_pack
+from lownibble.calibration.gptq import round_again
 from lownibble.calibration.mixed import candidates, check_budget, choose, gradient_squares, loss_increase
 from lownibble.config import DataConfig, QuantConfig, QuantizeConfig
 from lownibble.data import encode, read
@@ -202,7 +202,7 @@ def _pack_layers(
             weight, how = matrix(linear).float(), config.quant.for_layer(path)
             nearest = quantize(weight, how, name=path, statistics=moments.diagonal)
             kept = _file(folder, path).exists()
-            made = _read(folder, path, config.quant) if kept else _packed(weight, moments, how, path)
+            made = _read(folder, path, config.quant) if kept else _by_gptq(weight, moments, nearest, path)
             if not kept:
                 _write(folder, path, made)
             made = made.to(weight.device).with_dtype(linear.weight.dtype)
@@ -257,9 +257,9 @@ def _is_inside(name: str, layers: Mapping[str, nn.Module]) -> bool:
     return any(name.startswith(f"{layer}.") for layer in layers)
 
 
-def _packed(weight: Tensor, moments: Moments, how: QuantConfig, path: str) -> PackedWeight:
+def _by_gptq(weight: Tensor, moments: Moments, nearest: PackedWeight, path: str) -> PackedWeight:
     try:
-        return gptq_pack(weight, moments, how, name=path)
+        return round_again(weight, moments, nearest)
     except QuantizationError as error:
         raise QuantizationError(f"'{path}' cannot be packed by GPTQ: {error}") from None
 

@@ -1,27 +1,6 @@
 """The Triton kernels, for CUDA devices; on a CPU they run in Triton's interpreter, which tests them without a GPU.
 
-Each program processes TILE elements: whole blocks, one per row of a two-dimensional tile, so that a block's absmax is loaded
-(and, if double-quantised, dequantised) once and its largest magnitude is a reduction along the row. A byte's two codes are
-dequantised side by side and interleaved, so that loads and stores stay contiguous. Tables are read through the L1 cache: 16
-values are 64 bytes, one transaction per warp whatever the codes are.
-
-Results are bit-identical to the reference's. Three things would break that and are ruled out:
-- contraction of `a * b + c` into one rounding: every launch has `enable_fp_fusion=False` (LLVM does not fuse, ptxas gets
-  `--fmad=false`), and the matrix-vector product requests its fused multiply-adds explicitly (`tl.fma`);
-- division: `/` is the approximate `div.full.f32` on NVIDIA; `tl.div_rn` rounds correctly;
-- subnormals: float32 multiplications and `div_rn` keep them (no `.ftz` in the PTX).
-`tests/kernels/test_triton_compile.py` compiles every kernel for a GPU, without needing one, and checks this in the PTX.
-
-Grouped weights: one element of the tile per code, whatever its bits; neighbours read the same constants from the cache. Codes of
-8 bits are looked up in a table of 256 values, since devices before capability 8.9 cannot convert float8.
-
-8-bit matmuls: a program computes a tile of the output, part by part (64 terms) along the summed dimension. It converts the 4-bit
-weights to 8-bit codes in registers, multiplies on the 8-bit units (`tl.dot` of int8 to int32, or of float8 to float32), and
-accumulates the part, times its scale, in float32. Tiles are tall, since each program converts the weights itself. A part's sum
-starts from zero: int8's is exact, and float8's has at most 64 terms, because the units of capability 9.0 accumulate in fewer bits
-than float32 (about 14 according to DeepSeek-V3's report, 2412.19437). Codes equal the reference's, except that on capability 8.9
-float8 is rounded through float16, so a value next to a tie may get the other neighbour. Torch adds bias and low-rank branch
-afterwards.
+The programs, and how they compute, are in `triton_programs.py`.
 
 The interpreter is selected when triton is imported (TRITON_INTERPRET=1), not when a kernel runs. Launches go to the current
 stream of the tensors' device and are asynchronous.
@@ -41,6 +20,7 @@ from triton.runtime.interpreter import InterpretedFunction
 
 from lownibble.errors import BackendError, InputError
 from lownibble.kernels import decoded, decoder, plain
+from lownibble.kernels import triton_programs as jit
 from lownibble.kernels.attention import attention as attention
 from lownibble.kernels.attention import attention_backward as attention_backward
 from lownibble.kernels.checks import (
@@ -70,281 +50,7 @@ GEMV_COLUMNS, GEMV_TILE, GEMV_ROWS = 512, 2048, 4
 """Matrix-vector product: columns per iteration, weight elements per iteration, and rows of x per program."""
 MATMUL_ROWS, MATMUL_ROWS_A_WARP = 128, 16
 """8-bit matmul: rows of x per program (half as many if x has no more), and rows per warp."""
-TINY = tl.constexpr(1e-38)  # as in reference.py
-TERMS = tl.constexpr(PART)
-ROUND = tl.constexpr(1.5 * 2**23)  # added to a small float32, it leaves the nearest integer in the lowest bits
-
-
-@triton.jit
-def _constants(absmax, block, inside, nested_values, nested_absmax, offset, NESTED_BLOCK: tl.constexpr):
-    """The float32 absmax of the blocks `block`; NESTED_BLOCK is 0 without double quantisation."""
-    if NESTED_BLOCK == 0:
-        constants = tl.load(absmax + block, mask=inside, other=0.0)
-    else:
-        code = tl.load(absmax + block, mask=inside, other=0).to(tl.int32)
-        outer = tl.load(nested_absmax + block // NESTED_BLOCK, mask=inside, other=0.0)
-        constants = tl.load(nested_values + code) * outer + tl.load(offset)
-    return constants
-
-
-@triton.jit
-def _dequantize_4bit(
-    codes, absmax, values, nested_values, nested_absmax, offset, out, n, n_bytes,
-    BLOCKS: tl.constexpr, BLOCK: tl.constexpr, NESTED_BLOCK: tl.constexpr,
-):  # fmt: skip
-    block = tl.program_id(0).to(tl.int64) * BLOCKS + tl.arange(0, BLOCKS)
-    scale = _constants(absmax, block, block * BLOCK < n, nested_values, nested_absmax, offset, NESTED_BLOCK)
-    pair = block[:, None] * (BLOCK // 2) + tl.arange(0, BLOCK // 2)[None, :]
-    byte = tl.load(codes + pair, mask=pair < n_bytes, other=0).to(tl.int32)
-    value = tl.interleave(tl.load(values + (byte >> 4)), tl.load(values + (byte & 15)))
-    element = block[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :]
-    tl.store(out + element, (value * scale[:, None]).to(out.dtype.element_ty), mask=element < n)
-
-
-@triton.jit
-def _quantize_4bit(x, bounds, order, codes, absmax, n, n_bytes, BLOCKS: tl.constexpr, BLOCK: tl.constexpr):
-    block = tl.program_id(0).to(tl.int64) * BLOCKS + tl.arange(0, BLOCKS)
-    element = block[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :]
-    value = tl.load(x + element, mask=element < n, other=0.0).to(tl.float32)
-    largest = tl.max(tl.abs(value), axis=1)
-    divisor = tl.maximum(largest, tl.full((), TINY, tl.float32))
-    short = (block + 1) * BLOCK > n  # a partial last block: divided, and its absmax has the floor TINY
-    reciprocal = tl.div_rn(1.0, divisor)
-    scaled = tl.where(short[:, None], tl.div_rn(value, divisor[:, None]), value * reciprocal[:, None])
-    tl.store(absmax + block, tl.where(short, divisor, largest), mask=block * BLOCK < n)
-    rank = tl.zeros((BLOCKS, BLOCK), tl.int32)
-    for i in tl.static_range(15):
-        rank += (scaled > tl.load(bounds + i)).to(tl.int32)
-    high, low = tl.split(tl.reshape(tl.load(order + rank), (BLOCKS, BLOCK // 2, 2)))
-    pair = block[:, None] * (BLOCK // 2) + tl.arange(0, BLOCK // 2)[None, :]
-    tl.store(codes + pair, (high << 4) | low, mask=pair < n_bytes)
-
-
-@triton.jit
-def _quantize_8bit(x, lookup, codes, absmax, n, BLOCKS: tl.constexpr, BLOCK: tl.constexpr):
-    block = tl.program_id(0).to(tl.int64) * BLOCKS + tl.arange(0, BLOCKS)
-    element = block[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :]
-    value = tl.load(x + element, mask=element < n, other=0.0)
-    largest = tl.max(tl.abs(value), axis=1)
-    tl.store(absmax + block, largest, mask=block * BLOCK < n)
-    scaled = value * tl.div_rn(1.0, largest)[:, None]
-    scaled = tl.where(scaled == scaled, scaled, -1.0)  # NaN (0 * inf in a block of zeros): the first grid point
-    scaled = tl.minimum(tl.maximum(scaled, -1.0), 1.0)
-    index = ((scaled + 1.0) * 32767.5 + 0.5).to(tl.int32)
-    tl.store(codes + element, tl.load(lookup + index), mask=element < n)
-
-
-@triton.jit
-def _dequantize_8bit(codes, absmax, values, out, n, BLOCKS: tl.constexpr, BLOCK: tl.constexpr):
-    block = tl.program_id(0).to(tl.int64) * BLOCKS + tl.arange(0, BLOCKS)
-    element = block[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :]
-    code = tl.load(codes + element, mask=element < n, other=0).to(tl.int32)
-    scale = tl.load(absmax + block, mask=block * BLOCK < n, other=0.0)
-    tl.store(out + element, tl.load(values + code) * scale[:, None], mask=element < n)
-
-
-@triton.jit
-def _gemv_4bit(
-    x, codes, absmax, values, nested_values, nested_absmax, offset, out, T, N, K,
-    TS: tl.constexpr, NS: tl.constexpr, KS: tl.constexpr, BLOCK: tl.constexpr, NESTED_BLOCK: tl.constexpr, WHOLE: tl.constexpr,
-):  # fmt: skip
-    """Compute a tile (TS, NS) of the output. WHOLE: rows of W are whole blocks; else byte and block are found per element."""
-    n_tiles = tl.cdiv(N, NS)
-    n = (tl.program_id(0) % n_tiles).to(tl.int64) * NS + tl.arange(0, NS)
-    t = (tl.program_id(0) // n_tiles).to(tl.int64) * TS + tl.arange(0, TS)
-    total = tl.zeros((TS, NS, KS // BLOCK, BLOCK // 2) if WHOLE else (TS, NS, KS), tl.float32)
-    for k_first in range(0, K, KS):
-        k = k_first + tl.arange(0, KS)
-        x_tile = tl.load(x + t[:, None] * K + k[None, :], mask=(t < T)[:, None] & (k < K)[None, :], other=0.0).to(tl.float32)
-        if WHOLE:
-            k_block = k_first // BLOCK + tl.arange(0, KS // BLOCK)
-            block = n[:, None] * (K // BLOCK) + k_block[None, :]
-            inside = (n < N)[:, None] & (k_block * BLOCK < K)[None, :]
-            scale = _constants(absmax, block, inside, nested_values, nested_absmax, offset, NESTED_BLOCK)[:, :, None]
-            pair = block[:, :, None] * (BLOCK // 2) + tl.arange(0, BLOCK // 2)[None, None, :]
-            byte = tl.load(codes + pair, mask=inside[:, :, None], other=0).to(tl.int32)
-            even, odd = tl.split(tl.reshape(x_tile, (TS, KS // BLOCK, BLOCK // 2, 2)))
-            total = tl.fma((tl.load(values + (byte >> 4)) * scale)[None, :, :, :], even[:, None, :, :], total)
-            total = tl.fma((tl.load(values + (byte & 15)) * scale)[None, :, :, :], odd[:, None, :, :], total)
-        else:
-            element = n[:, None] * K + k[None, :]
-            inside = (n < N)[:, None] & (k < K)[None, :]
-            scale = _constants(absmax, element // BLOCK, inside, nested_values, nested_absmax, offset, NESTED_BLOCK)
-            byte = tl.load(codes + element // 2, mask=inside, other=0).to(tl.int32)
-            code = tl.where(element % 2 == 0, byte >> 4, byte & 15)
-            total = tl.fma((tl.load(values + code) * scale)[None, :, :], x_tile[:, None, :], total)
-    if WHOLE:
-        total = tl.reshape(total, (TS, NS, KS // 2))
-    y = tl.sum(total, axis=2)
-    tl.store(out + t[:, None] * N + n[None, :], y.to(out.dtype.element_ty), mask=(t < T)[:, None] & (n < N)[None, :])
-
-
-@triton.jit
-def _code(codes, element, inside, BITS: tl.constexpr):
-    """Code `element` of a string of bits, the first code in the highest bits; of 3 bits it may continue in the next byte."""
-    byte, start = element * BITS // 8, (element * BITS % 8).to(tl.int32)
-    found = tl.load(codes + byte, mask=inside, other=0).to(tl.int32)
-    if BITS == 3:
-        following = tl.load(codes + byte + 1, mask=inside & (start > 8 - BITS), other=0).to(tl.int32)
-        return ((found << 8 | following) >> (16 - BITS - start)) & 7
-    return (found >> (8 - BITS - start)) & ((1 << BITS) - 1)
-
-
-@triton.jit
-def _group_values(
-    codes, values, scale, zero, nested_values, nested_absmax, offset, element, inside,
-    BITS: tl.constexpr, GROUP: tl.constexpr, ZERO: tl.constexpr, NESTED_BLOCK: tl.constexpr,
-):  # fmt: skip
-    """The float32 values of the codes `element` of a grouped weight."""
-    value, group = tl.load(values + _code(codes, element, inside, BITS)), element // GROUP
-    if ZERO:
-        value -= _code(zero, group, inside, BITS).to(tl.float32)
-    return value * _constants(scale, group, inside, nested_values, nested_absmax, offset, NESTED_BLOCK)
-
-
-@triton.jit
-def _dequantize_grouped(
-    codes, values, scale, zero, nested_values, nested_absmax, offset, order, out, n, K: tl.constexpr, SIZE: tl.constexpr,
-    BITS: tl.constexpr, GROUP: tl.constexpr, ZERO: tl.constexpr, ORDERED: tl.constexpr, NESTED_BLOCK: tl.constexpr,
-):  # fmt: skip
-    element = tl.program_id(0).to(tl.int64) * SIZE + tl.arange(0, SIZE)
-    inside = element < n
-    value = _group_values(
-        codes, values, scale, zero, nested_values, nested_absmax, offset, element, inside, BITS, GROUP, ZERO, NESTED_BLOCK
-    )
-    if ORDERED:
-        column = element % K
-        to = tl.load(order + column, mask=inside, other=0)
-        inside = inside & (to >= 0) & (to < K)  # a wrong order writes nothing outside of the row
-        element = element - column + to
-    tl.store(out + element, value.to(out.dtype.element_ty), mask=inside)
-
-
-@triton.jit
-def _gemv_grouped(
-    x, codes, values, scale, zero, nested_values, nested_absmax, offset, out, T, N, K, TS: tl.constexpr, NS: tl.constexpr,
-    KS: tl.constexpr, BITS: tl.constexpr, GROUP: tl.constexpr, ZERO: tl.constexpr, NESTED_BLOCK: tl.constexpr,
-):  # fmt: skip
-    """Compute a tile (TS, NS) of the output."""
-    n_tiles = tl.cdiv(N, NS)
-    n = (tl.program_id(0) % n_tiles).to(tl.int64) * NS + tl.arange(0, NS)
-    t = (tl.program_id(0) // n_tiles).to(tl.int64) * TS + tl.arange(0, TS)
-    total = tl.zeros((TS, NS, KS), tl.float32)
-    for k_first in range(0, K, KS):
-        k = k_first + tl.arange(0, KS)
-        x_tile = tl.load(x + t[:, None] * K + k[None, :], mask=(t < T)[:, None] & (k < K)[None, :], other=0.0).to(tl.float32)
-        inside = (n < N)[:, None] & (k < K)[None, :]
-        w_tile = _group_values(
-            codes, values, scale, zero, nested_values, nested_absmax, offset, n[:, None] * K + k[None, :], inside,
-            BITS, GROUP, ZERO, NESTED_BLOCK,
-        )  # fmt: skip
-        total = tl.fma(w_tile[None, :, :], x_tile[:, None, :], total)
-    y = tl.sum(total, axis=2)
-    tl.store(out + t[:, None] * N + n[None, :], y.to(out.dtype.element_ty), mask=(t < T)[:, None] & (n < N)[None, :])
-
-
-@triton.jit
-def _largest(value):
-    """The bits of the largest magnitude in each row; as integers they order like magnitudes, with NaN above all."""
-    return tl.max(value.to(tl.int32, bitcast=True) & 0x7FFFFFFF, axis=1)
-
-
-@triton.jit
-def _codes(value, code_type: tl.constexpr):
-    """Round to the nearest codes, ties to even; values are below 2^22 (int8: wraps modulo 256) or not much above 448 (float8)."""
-    return (value + ROUND).to(tl.int32, bitcast=True).to(tl.int8) if code_type == tl.int8 else value.to(code_type)
-
-
-@triton.jit
-def _row_scales(
-    absmax, nested_values, nested_absmax, offset, out, N, K, TOP: tl.constexpr,
-    ROWS: tl.constexpr, BLOCKS: tl.constexpr, BLOCK: tl.constexpr, NESTED_BLOCK: tl.constexpr,
-):  # fmt: skip
-    n = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    largest = tl.zeros((ROWS,), tl.int32)
-    for first in range(0, K // BLOCK + 2, BLOCKS):
-        block = (n * K // BLOCK)[:, None] + first + tl.arange(0, BLOCKS)[None, :]
-        inside = (n < N)[:, None] & (block * BLOCK < ((n + 1) * K)[:, None])
-        constants = _constants(absmax, block, inside, nested_values, nested_absmax, offset, NESTED_BLOCK)
-        largest = tl.maximum(largest, _largest(tl.where(inside, constants, 0.0)))
-    tl.store(out + n, tl.div_rn(largest.to(tl.float32, bitcast=True), TOP), mask=n < N)
-
-
-@triton.jit
-def _quantize_rows(
-    x, column_scale, codes, scale, n_parts, parts, C, TOP: tl.constexpr, SCALED: tl.constexpr, PARTS: tl.constexpr
-):  # fmt: skip
-    """Quantise PARTS parts of 64 columns, one per row of the tile. A row of x has `parts` parts; the last may be short."""
-    part = tl.program_id(0).to(tl.int64) * PARTS + tl.arange(0, PARTS)
-    column = (part % parts)[:, None] * TERMS + tl.arange(0, TERMS)[None, :]
-    element = (part // parts)[:, None] * C + column
-    inside = (part < n_parts)[:, None] & (column < C)
-    value = tl.load(x + element, mask=inside, other=0.0)
-    if SCALED:
-        value = value * tl.load(column_scale + column, mask=inside, other=0.0)
-    largest = _largest(value).to(tl.float32, bitcast=True)
-    factor = tl.div_rn(TOP, tl.where(largest > 0, largest, float("inf")))  # 0 for zeros and NaN
-    scaled = value * factor[:, None]
-    scaled = tl.where(scaled == scaled, scaled, 0.0)  # the part's scale shows the NaN
-    scaled = tl.minimum(tl.maximum(scaled, -TOP), TOP)
-    tl.store(codes + element, _codes(scaled, codes.dtype.element_ty), mask=inside)
-    tl.store(scale + part, tl.div_rn(largest, TOP), mask=part < n_parts)
-
-
-@triton.jit
-def _weight_codes(
-    codes, absmax, values, nested_values, nested_absmax, offset, row_scale, n, N, K, k_first,
-    code_type: tl.constexpr, BLOCK: tl.constexpr, NESTED_BLOCK: tl.constexpr,
-):  # fmt: skip
-    """(rows `n`, 64): the weight's 8-bit codes from column `k_first`, a multiple of 64. A part has one absmax, or two of 32.
-
-    The 16 values are scaled once per absmax and looked up by `tl.gather` within a warp: reads of a table in memory would be
-    pipelined as four-byte copies (triton 3.7). Rounding comes last, otherwise its compiler rejects the transposed matmul.
-    """
-    GROUPS: tl.constexpr = 1 if BLOCK >= TERMS else TERMS // BLOCK
-    element = n * K + k_first
-    block = (element // BLOCK)[:, None] + tl.arange(0, GROUPS)[None, :]
-    constants = _constants(absmax, block, (n < N)[:, None], nested_values, nested_absmax, offset, NESTED_BLOCK)
-    size = tl.load(row_scale + n, mask=n < N, other=0.0)
-    steps = constants * tl.div_rn(1.0, tl.where(size > 0, size, float("inf")))[:, None]
-    pair = tl.arange(0, GROUPS)[:, None] * (TERMS // GROUPS // 2) + tl.arange(0, TERMS // GROUPS // 2)[None, :]
-    byte = tl.load(codes + (element // 2)[:, None, None] + pair[None, :, :], mask=(n < N)[:, None, None], other=0).to(tl.int32)
-    table = tl.load(values + tl.arange(0, 16))[None, None, :] * steps[:, :, None]
-    scaled = tl.interleave(tl.gather(table, byte >> 4, 2), tl.gather(table, byte & 15, 2))
-    return _codes(tl.reshape(scaled, (n.shape[0], TERMS)), code_type)
-
-
-@triton.jit
-def _matmul_8bit(
-    x_codes, x_scale, codes, absmax, values, nested_values, nested_absmax, offset, row_scale, out, T, N, K,
-    TS: tl.constexpr, BLOCK: tl.constexpr, NESTED_BLOCK: tl.constexpr, TRANSPOSED: tl.constexpr,
-):  # fmt: skip
-    """Compute a tile (TS, 64) of the output. Its columns are rows of W, scaled at the end; transposed, columns of W."""
-    terms, columns = (N, K) if TRANSPOSED else (K, N)
-    tiles, parts = tl.cdiv(columns, TERMS), tl.cdiv(terms, TERMS)
-    tile = tl.program_id(0) % tiles
-    column = tile.to(tl.int64) * TERMS + tl.arange(0, TERMS)
-    t = (tl.program_id(0) // tiles).to(tl.int64) * TS + tl.arange(0, TS)
-    total = tl.zeros((TS, TERMS), tl.float32)
-    for part in range(0, parts):
-        term = part * TERMS + tl.arange(0, TERMS)
-        inside = (t < T)[:, None] & (term < terms)[None, :]
-        x_tile = tl.load(x_codes + t[:, None] * terms + term[None, :], mask=inside, other=0.0)
-        n = term.to(tl.int64) if TRANSPOSED else column
-        k_first = (tile if TRANSPOSED else part) * TERMS
-        w_tile = _weight_codes(
-            codes, absmax, values, nested_values, nested_absmax, offset, row_scale, n, N, K, k_first,
-            x_tile.dtype, BLOCK, NESTED_BLOCK,
-        )  # fmt: skip
-        sums = tl.dot(x_tile, w_tile if TRANSPOSED else tl.trans(w_tile)).to(tl.float32)
-        scale = tl.load(x_scale + t * parts + part, mask=t < T, other=0.0)
-        total = tl.fma(sums, scale[:, None], total)
-    if not TRANSPOSED:
-        total *= tl.load(row_scale + column, mask=column < N, other=0.0)[None, :]
-    tl.store(out + t[:, None] * columns + column[None, :], total, mask=(t < T)[:, None] & (column < columns)[None, :])
-
-
-_interpreted = isinstance(_dequantize_4bit, InterpretedFunction)
+_interpreted = isinstance(jit.dequantize_4bit, InterpretedFunction)
 if _interpreted != isinstance(tl.interleave, InterpretedFunction):
     raise BackendError(
         "TRITON_INTERPRET was set or unset after triton had been imported. Set it before Python starts, or leave it unset."
@@ -383,7 +89,7 @@ def quantize_4bit(x: Tensor, bounds: Tensor, order: Tensor, block_size: int) -> 
     codes = torch.empty((n + 1) // 2, dtype=torch.uint8, device=device)
     absmax = torch.empty(-(-n // block_size), dtype=torch.float32, device=device)
     programs, blocks = _per_tile(n, block_size)
-    _launch(_quantize_4bit, programs, x, bounds, order, codes, absmax, n, codes.numel(), **blocks)
+    _launch(jit.quantize_4bit, programs, x, bounds, order, codes, absmax, n, codes.numel(), **blocks)
     return codes, absmax
 
 
@@ -402,7 +108,7 @@ def dequantize_4bit(weight: FourBit, out: Tensor) -> Tensor:
     check_tensor(out, "out", out.dtype, n, device)
     pointers, sizes = _pointers(weight)
     programs, blocks = _per_tile(n, weight.block_size)
-    _launch(_dequantize_4bit, programs, *pointers, out, n, weight.codes.numel(), **{**sizes, **blocks})
+    _launch(jit.dequantize_4bit, programs, *pointers, out, n, weight.codes.numel(), **{**sizes, **blocks})
     return out
 
 
@@ -415,7 +121,7 @@ def quantize_8bit(x: Tensor, lookup: Tensor, block_size: int) -> tuple[Tensor, T
     codes = torch.empty(n, dtype=torch.uint8, device=device)
     absmax = torch.empty(-(-n // block_size), dtype=torch.float32, device=device)
     programs, blocks = _per_tile(n, block_size)
-    _launch(_quantize_8bit, programs, x, lookup, codes, absmax, n, **blocks)
+    _launch(jit.quantize_8bit, programs, x, lookup, codes, absmax, n, **blocks)
     return codes, absmax
 
 
@@ -428,7 +134,7 @@ def dequantize_8bit(codes: Tensor, absmax: Tensor, values: Tensor, block_size: i
     check_tensor(values, "values", torch.float32, 256, device)
     out = torch.empty(n, dtype=torch.float32, device=device)
     programs, blocks = _per_tile(n, block_size)
-    _launch(_dequantize_8bit, programs, codes, absmax, values, out, n, **blocks)
+    _launch(jit.dequantize_8bit, programs, codes, absmax, values, out, n, **blocks)
     return out
 
 
@@ -445,7 +151,7 @@ def gemv_4bit(x_TK: Tensor, weight: FourBit) -> Tensor:
     ns = max(1, GEMV_TILE // ks)
     pointers, sizes = _pointers(weight)
     programs = triton.cdiv(T, ts) * triton.cdiv(N, ns)
-    _launch(_gemv_4bit, programs, x_TK, *pointers, out_TN, T, N, K, TS=ts, NS=ns, KS=ks, **sizes, WHOLE=whole)
+    _launch(jit.gemv_4bit, programs, x_TK, *pointers, out_TN, T, N, K, TS=ts, NS=ns, KS=ks, **sizes, WHOLE=whole)
     return out_TN
 
 
@@ -466,7 +172,7 @@ def dequantize_grouped(weight: Grouped, out: Tensor) -> Tensor:
     check_tensor(out, "out", out.dtype, n, device)
     pointers, sizes = _grouped_pointers(weight)
     _launch(
-        _dequantize_grouped, triton.cdiv(n, GROUPED_TILE), *pointers, weight.scale if order is None else order, out, n, K=K,
+        jit.dequantize_grouped, triton.cdiv(n, GROUPED_TILE), *pointers, weight.scale if order is None else order, out, n, K=K,
         SIZE=GROUPED_TILE, ORDERED=order is not None, **sizes,
     )  # fmt: skip
     return out
@@ -483,7 +189,7 @@ def gemv_grouped(x_TK: Tensor, weight: Grouped) -> Tensor:
     ts, ns = min(triton.next_power_of_2(max(T, 1)), GEMV_ROWS), GEMV_TILE // GEMV_COLUMNS
     pointers, sizes = _grouped_pointers(weight)
     programs = triton.cdiv(T, ts) * triton.cdiv(N, ns)
-    _launch(_gemv_grouped, programs, x_TK, *pointers, out_TN, T, N, K, TS=ts, NS=ns, KS=GEMV_COLUMNS, **sizes)
+    _launch(jit.gemv_grouped, programs, x_TK, *pointers, out_TN, T, N, K, TS=ts, NS=ns, KS=GEMV_COLUMNS, **sizes)
     return out_TN
 
 
@@ -505,7 +211,7 @@ def row_scales(weight: FourBit, code_type: torch.dtype = torch.int8) -> Tensor:
     out_N = torch.empty(N, dtype=torch.float32, device=device)
     (_, absmax, _, *nested), sizes = _pointers(weight)
     top = float(LARGEST_CODE[code_type])
-    _launch(_row_scales, triton.cdiv(N, 16), absmax, *nested, out_N, N, K, TOP=top, ROWS=16, BLOCKS=64, **sizes)
+    _launch(jit.row_scales, triton.cdiv(N, 16), absmax, *nested, out_N, N, K, TOP=top, ROWS=16, BLOCKS=64, **sizes)
     return out_N
 
 
@@ -521,7 +227,7 @@ def quantize_rows(x_TC: Tensor, column_scale: Tensor | None = None, code_type: t
     parts = triton.cdiv(C, PART)
     sizes = {"TOP": float(LARGEST_CODE[code_type]), "SCALED": column_scale is not None, "PARTS": TILE // PART}
     arguments = x_TC, x_TC if column_scale is None else column_scale, codes, scale, T * parts, parts, C
-    _launch(_quantize_rows, triton.cdiv(T * parts, TILE // PART), *arguments, **sizes)
+    _launch(jit.quantize_rows, triton.cdiv(T * parts, TILE // PART), *arguments, **sizes)
     return Rows8bit(codes, scale, start, T, C)
 
 
@@ -543,7 +249,7 @@ def matmul_8bit(x: Rows8bit, weight: FourBit, row_scale: Tensor, transposed: boo
     ts = MATMUL_ROWS if T > MATMUL_ROWS // 2 else MATMUL_ROWS // 2
     pointers, sizes = _pointers(weight)
     _launch(
-        _matmul_8bit, triton.cdiv(T, ts) * triton.cdiv(columns, PART), x.codes, x.scale, *pointers, row_scale, out, T, N, K,
+        jit.matmul_8bit, triton.cdiv(T, ts) * triton.cdiv(columns, PART), x.codes, x.scale, *pointers, row_scale, out, T, N, K,
         TS=ts, **sizes, TRANSPOSED=transposed, num_warps=ts // MATMUL_ROWS_A_WARP,
     )  # fmt: skip
     if epilogue.bias is not None:

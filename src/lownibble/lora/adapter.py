@@ -21,19 +21,10 @@ from torch import Tensor, nn
 from lownibble import tensorfile
 from lownibble.config import LoraConfig
 from lownibble.errors import AdapterError, ConfigError, TargetError
+from lownibble.lora.active import adapter_configs, lora_layers, saved_modules, trained_biases
+from lownibble.lora.begin import take_out
 from lownibble.lora.init import find
-from lownibble.lora.inject import (
-    Plan,
-    adapter_configs,
-    add_lora,
-    lora_layers,
-    match_targets,
-    named_linears,
-    plan,
-    saved_modules,
-    take_out,
-    trained_biases,
-)
+from lownibble.lora.inject import Plan, add_lora, match_targets, named_linears, plan
 from lownibble.lora.layer import LoraLinear, LowRank, sizes
 from lownibble.lora.provenance import base_facts, from_metadata, other_codec, other_weights, to_metadata
 from lownibble.lora.targets import rank_of, unmatched
@@ -164,7 +155,7 @@ def save_adapter(model: nn.Module, folder: str | Path, *, name: str = "default")
     facts, start = base_facts(model), configs[name].init_lora_weights
     took_out = any(layer.adapter(name).start is not None for _, layer in lora_layers(model, name))
     facts |= {"took_out": True} if took_out else {}
-    facts |= {"corrects": start} if facts["quant"] and getattr(find(start), "corrects", False) else {}
+    facts |= {"corrects": start} if facts["quant"] and find(start).corrects else {}
     parts, metadata = ((key, 0, value) for key, value in tensors.items()), {"format": "pt", **to_metadata(facts)}
     tensorfile.write(folder / f".{WEIGHTS_FILE}.part", entries, parts, metadata)  # safetensors' own writer shuffles the metadata
     text = json.dumps(_config_json(model, _file_config(model, name), name), indent=2, sort_keys=True) + "\n"

@@ -9,7 +9,7 @@ as the weight in every forward pass:
 
 ||w_i||^2 is a constant of the frozen base, computed once in float32 and kept as a buffer that no file holds; W A^T is one product
 with the rows of A as input. The sum loses precision only where B A cancels a row of W. n is not kept from one pass to the next:
-the only sign that A has changed are version counters, which the kernels of 8-bit and paged optimisers do not raise.
+the only sign that A has changed are version counters, which writes through `.data` and optimisers of one's own may not raise.
 
 The product is LoRA's (`product.py`), scaled in place. Backward needs it once more, for the gradient of m, and takes it from the
 layer's output, (y - bias) / m: most layers' output is saved by the operation after it anyway. Where the model changes the output
@@ -19,7 +19,8 @@ With dropout, PEFT drops the inputs of the base's product, too, where it is scal
 
     y = x W^T + bias + (m / n - 1) * d W^T + m / n * s (d A^T) B^T = (x - d) W^T + bias + m / n * (d W^T + s (d A^T) B^T)
 
-which are two products with W in each direction. A row whose weight is zero stays zero; PEFT divides by zero there.
+which are two products with W in each direction. A row whose weight is zero starts as zero and can learn; PEFT divides by zero
+there.
 
 Source: Liu et al. 2024 (arXiv:2402.09353); the numbers and file keys are PEFT's.
 """

@@ -28,7 +28,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import wraps
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -49,7 +49,7 @@ class Start:
         weight: returns the layer's dense weight (out, in) in float32, read from the checkpoint if the base is packed.
             Raises ModelError if it is not available.
         packed: the packed weight; None if the base is dense.
-        moments: second moments of the layer's inputs from a calibration pass, for functions that `needs_calibration`; else None.
+        moments: second moments of the layer's inputs from a calibration pass, if the initialisation is `calibrated`; else None.
         generator: random generator, on the CPU.
     """
 
@@ -65,32 +65,36 @@ class Start:
         return None if self.moments is None else self.moments.diagonal
 
 
-Init = Callable[[LowRank, Start], PackedWeight | Tensor | None]
+Function = Callable[[LowRank, Start], PackedWeight | Tensor | None]
 """Sets A and B; returns what the base becomes, packed or dense (out, in), or None if it stays."""
 
 
-def needs_calibration(init: Init) -> Init:
-    """Mark an initialisation that needs the moments of a layer's inputs: a calibration pass is run for it."""
-    init.needs_calibration = True  # type: ignore[attr-defined]
-    return init
+@dataclass(frozen=True)
+class Initialisation:
+    """A function that starts adapters, and what is known of it beforehand.
+
+    Attributes:
+        calibrated: it needs the moments of a layer's inputs, so a calibration pass is run for it.
+        corrects: it starts at what packing lost; on a dense base nothing is, and it starts as `kaiming`.
+        takes_out: it returns the base without scale B A. Files then hold [A; A0] and [B, -B0], A0 and B0 the start, and fit the
+            base as it was; an adapter whose base was changed in another way fits no other base.
+    """
+
+    function: Function
+    calibrated: bool = False
+    corrects: bool = False
+    takes_out: bool = False
+
+    def __call__(self, adapter: LowRank, start: Start) -> PackedWeight | Tensor | None:
+        """Set A and B of a layer's adapter."""
+        return (kaiming if self.corrects and start.packed is None else self.function)(adapter, start)
 
 
-def takes_out(init: Init) -> Init:
-    """Mark an initialisation that returns the base without scale B A. Files then hold [A; A0] and [B, -B0], A0 and B0 the start,
-    and fit the base as it was; an adapter whose base was changed in another way fits no other base."""
-    init.takes_out = True  # type: ignore[attr-defined]
-    return init
-
-
-def corrects(init: Init) -> Init:
-    """Mark an initialisation that starts at what packing lost; on a dense base nothing is, and it starts as `kaiming`."""
-
-    @wraps(init)
-    def start_at_what_was_lost(adapter: LowRank, start: Start) -> PackedWeight | Tensor | None:
-        return (init if start.packed is not None else kaiming)(adapter, start)
-
-    start_at_what_was_lost.corrects = True  # type: ignore[attr-defined]
-    return start_at_what_was_lost
+def initialisation(
+    *, calibrated: bool = False, corrects: bool = False, takes_out: bool = False
+) -> Callable[[Function], Initialisation]:  # fmt: skip
+    """Decorator that says what is known of an initialisation; a plain function is one of which nothing is."""
+    return partial(Initialisation, calibrated=calibrated, corrects=corrects, takes_out=takes_out)
 
 
 def kaiming(adapter: LowRank, start: Start) -> None:
@@ -113,7 +117,7 @@ def random(adapter: LowRank, start: Start) -> None:
     adapter.lora_B.data.copy_(torch.empty(adapter.lora_B.shape).uniform_(-bound, bound, generator=start.generator))
 
 
-@needs_calibration
+@initialisation(calibrated=True)
 def eva(adapter: LowRank, start: Start) -> None:
     """A the leading eigenvectors of the inputs' second moments, B zero. Ranks are as configured (PEFT's rho = 1)."""
     kaiming(adapter, start)
@@ -122,14 +126,13 @@ def eva(adapter: LowRank, start: Start) -> None:
     adapter.lora_A.data[: len(vectors)].copy_(vectors)
 
 
-@corrects
+@initialisation(corrects=True)
 def loftq(adapter: LowRank, start: Start) -> None:
     """B A the best approximation of what packing lost."""
     _approximate(adapter, start, *leading(_lost(start), adapter.r))
 
 
-@corrects
-@needs_calibration
+@initialisation(calibrated=True, corrects=True)
 def qera(adapter: LowRank, start: Start) -> None:
     """B A the best approximation of what packing lost, in the layer's output."""
     assert start.moments is not None
@@ -138,8 +141,7 @@ def qera(adapter: LowRank, start: Start) -> None:
     _approximate(adapter, start, left, torch.linalg.solve_triangular(root, right, upper=False, left=False))
 
 
-@corrects
-@needs_calibration
+@initialisation(calibrated=True, corrects=True)
 def qera_approx(adapter: LowRank, start: Start) -> None:
     """As `qera` for inputs that are uncorrelated."""
     assert start.moments is not None
@@ -148,7 +150,7 @@ def qera_approx(adapter: LowRank, start: Start) -> None:
     _approximate(adapter, start, left, right / root)
 
 
-@takes_out
+@initialisation(takes_out=True)
 def pissa(adapter: LowRank, start: Start) -> PackedWeight | Tensor:
     """B A the leading part of W; returns the rest."""
     weight = start.weight()
@@ -160,7 +162,7 @@ def pissa(adapter: LowRank, start: Start) -> PackedWeight | Tensor:
     return _rest(adapter, start, weight)
 
 
-@takes_out
+@initialisation(takes_out=True)
 def olora(adapter: LowRank, start: Start) -> PackedWeight | Tensor:
     """B A the first r columns of Q and rows of R, W = Q R; returns the rest."""
     weight = start.weight()
@@ -223,8 +225,8 @@ def repack(weight: Tensor, packed: PackedWeight) -> PackedWeight:
     return quantize(weight.to(packed.device), config).with_dtype(packed.dtype)
 
 
-def find(init_lora_weights: bool | str) -> Init:
+def find(init_lora_weights: bool | str) -> Initialisation:
     """The initialisation named by `LoraConfig.init_lora_weights`."""
     name = {True: "kaiming", False: "random"}[init_lora_weights] if isinstance(init_lora_weights, bool) else init_lora_weights
-    found: Init = INITS[name]
-    return found
+    found = INITS[name]
+    return found if isinstance(found, Initialisation) else Initialisation(found)

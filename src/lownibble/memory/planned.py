@@ -9,8 +9,8 @@ import torch
 
 from lownibble.arch import paths, read_shape
 from lownibble.config import LoraConfig, Method, QuantConfig, TrainConfig
-from lownibble.errors import InputError
-from lownibble.lora.inject import adapter_configs
+from lownibble.errors import ConfigError, InputError
+from lownibble.lora.active import adapter_configs
 from lownibble.lora.layer import LoraLinear
 from lownibble.lora.merge_aware import MergeAware
 from lownibble.memory.budget import Fit
@@ -101,6 +101,8 @@ def plan_of(run: TrainingRun) -> tuple[Batch, MemoryPlan]:
     packed = {path.removesuffix(".base"): m for path, m in model.named_modules() if isinstance(m, QuantLinear)}
     method: Method = "full" if not adapters else "qlora" if packed else "lora"
     quant = QuantConfig()
+    if "lm_head" in packed:
+        raise ConfigError("The planner does not know a quantised head. Leave 'lm_head' in skip_modules to plan the run.")
     if packed:
         dense = ["lm_head", *(path for path, _ in paths(shape) if path not in packed)]
         quant = config_of({path: module.weight for path, module in packed.items()}, dense)

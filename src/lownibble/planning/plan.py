@@ -143,10 +143,10 @@ def as_stored(config: PlanConfig, shape: ModelShape | None = None) -> tuple[Plan
     stored.check(how, config.model)
     if not how:
         return config, ""
-    codec, name = stored.codec(how), stored.title(how)
+    codec = stored.codec(how)
     if codec is None:
-        return config, f"stored as {name or stored.method(how)}, whose numbers no codec here holds: decoded first"
-    name = name or f"{codec.quant_type} (bitsandbytes)" if stored.method(how) == "bitsandbytes" else name or codec.quant_type
+        return config, f"stored as {stored.title(how) or stored.method(how)}, whose numbers no codec here holds: decoded first"
+    name = stored.named(how, codec)
     if config.method != "all" and (why := stored.why_not(how, config.method)):
         raise ConfigError(f"'{config.model}' cannot be planned with {config.method}: {why}")
     shape = shape or find_shape(config.model)

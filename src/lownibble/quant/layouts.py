@@ -57,9 +57,7 @@ def four_bit(shape: Sequence[int], config: QuantConfig) -> Layout:
         ConfigError: the block size is not a number.
     """
     if not isinstance(config.block_size, int):
-        raise ConfigError(
-            f"The 'block_size' of {config.quant_type} must be a number of weights. Got {config.block_size!r}, which is for int8."
-        )
+        raise ConfigError(f"The 'block_size' of {config.quant_type} must be a number of weights. Got {config.block_size!r}.")
     n = math.prod(shape)
     return {
         "codes": TensorSpec("uint8", ((n + 1) // 2, 1)),

@@ -21,7 +21,7 @@ from lownibble.config import FOR_ADAPTERS, TrainConfig
 from lownibble.data import Batch, Choice, Example
 from lownibble.errors import ConfigError, TrainingError
 from lownibble.lora import count_parameters
-from lownibble.lora.inject import adapter_configs
+from lownibble.lora.active import adapter_configs
 from lownibble.memory import usage
 from lownibble.memory.budget import Fit, Setting
 from lownibble.models.head import check_head

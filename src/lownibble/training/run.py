@@ -12,7 +12,7 @@ import statistics
 import sys
 from collections.abc import Iterable
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,9 +26,9 @@ from lownibble.data import load as load_data
 from lownibble.data.inspect import warnings_of
 from lownibble.errors import ModelError
 from lownibble.lora import add_lora, count_parameters, load_adapter, match_targets, read_config, save_adapter
+from lownibble.lora.active import adapter_configs
 from lownibble.lora.adapter import WEIGHTS_FILE
 from lownibble.lora.init import find
-from lownibble.lora.inject import adapter_configs
 from lownibble.lora.merge_aware import check_adapter, facts_of, held_as
 from lownibble.lora.provenance import describe
 from lownibble.lora.variants import variant_of
@@ -156,9 +156,11 @@ def _make(config: RunConfig, rows: Dataset) -> tuple[Any, Any]:
 
 def _calibration(config: RunConfig, rows: Dataset, tokenizer: Any) -> torch.Tensor | None:
     """Training rows for an initialisation that looks at layers' inputs, as token ids (rows, tokens); None for others."""
-    if not getattr(find(config.lora.init_lora_weights), "needs_calibration", False):
+    if not find(config.lora.init_lora_weights).calibrated:
         return None
-    encoded = OBJECTIVES[config.train.objective].encode(rows, tokenizer, config.data, config.train.max_length)
+    order = torch.randperm(len(rows.rows), generator=torch.Generator().manual_seed(config.train.seed)).tolist()
+    some = replace(rows, rows=[rows.rows[i] for i in order[: config.data.calibration_tokens // 4]])  # not all are needed
+    encoded = OBJECTIVES[config.train.objective].encode(some, tokenizer, config.data, config.train.max_length)
     ids = [example.input_ids for example in encoded.examples]
     return join_rows(ids, config.data.calibration_tokens, config.train.max_length, config.train.seed)
 

@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from lownibble.data import Example
 from lownibble.errors import OutputError, TrainingError
 from lownibble.lora import load_adapter, set_adapter
+from lownibble.lora.active import active_adapter, adapter_configs, lora_layers, remove_adapter
 from lownibble.lora.adapter import WEIGHTS_FILE, file_tensors
-from lownibble.lora.inject import active_adapter, adapter_configs, lora_layers, remove_adapter
 
 _READ_BACK = "lownibble_read_back"
 _TOKENS = 16
