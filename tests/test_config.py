@@ -1,4 +1,4 @@
-"""Options: each leaf arrives through Python, TOML and flags; bad ones are named. Oracle: the definitions in config.py."""
+"""Options: each leaf arrives through Python, TOML and flags; bad ones are named. Oracle: the definitions in config/."""
 
 import argparse
 

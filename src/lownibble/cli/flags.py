@@ -1,4 +1,4 @@
-"""Command-line flags, derived from `config.py`: one flag per option, with its type, choices, default and description.
+"""Command-line flags, derived from `config/`: one flag per option, with its type, choices, default and description.
 
 An omitted flag is absent from the parsed arguments, so that it does not override the TOML file. Values are converted by
 their option's type (TOML for lists and tables) and validated only by the configuration classes.

@@ -1,0 +1,32 @@
+"""Every option of Lownibble, defined once.
+
+The same classes feed Python (`ln.LoraConfig(r=8)`), TOML files (tables `[lora]`, `[train]`, ...), command-line flags (derived
+in `cli/flags.py`) and the resolved configuration stored with every result. Names are PEFT's, transformers' and bitsandbytes'
+where the meaning is the same. A leaf's name is unique over all groups, so that it can be a flag of its own.
+
+Validation of option groups and its error messages are in `options.py`.
+"""
+
+from lownibble.config.commands import (
+    COMPARE_TRAIN,
+    FOR_ADAPTERS,
+    PACKED,
+    CompareConfig,
+    Data,
+    EvalConfig,
+    ExportConfig,
+    MergeConfig,
+    Method,
+    PlanConfig,
+    QuantizeConfig,
+    RowsConfig,
+    RunConfig,
+    ServeConfig,
+)
+from lownibble.config.groups import FIXED, PER_LAYER, DataConfig, LoraConfig, QuantConfig, TrainConfig
+
+__all__ = [
+    "COMPARE_TRAIN", "FIXED", "FOR_ADAPTERS", "PACKED", "PER_LAYER", "CompareConfig", "Data", "DataConfig", "EvalConfig",
+    "ExportConfig", "LoraConfig", "MergeConfig", "Method", "PlanConfig", "QuantConfig", "QuantizeConfig", "RowsConfig",
+    "RunConfig", "ServeConfig", "TrainConfig",
+]  # fmt: skip

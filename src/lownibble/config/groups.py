@@ -1,0 +1,233 @@
+"""Groups of options that several commands share: codecs, adapters, data, training."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
+
+from annotated_types import Ge, Gt, Le, Lt
+from pydantic import AfterValidator, BeforeValidator, Field, model_validator
+
+from lownibble.errors import ConfigError
+from lownibble.matching import by_pattern, check_patterns
+from lownibble.options import Known, Options, is_a_size
+from lownibble.registry import CODECS, INITS, OBJECTIVES, OPTIMIZERS
+
+PER_LAYER = ("quant_type", "block_size", "double_quant")
+"""Options of the codec that a `pattern` may set for some layers."""
+
+
+FIXED: dict[str, dict[str, Any]] = {"mxfp4": {"block_size": 32, "double_quant": False}}
+"""Codec -> options that its format fixes. Their defaults, meant for other codecs, are replaced; other values are refused."""
+
+
+def _digits_are_a_number(value: Any) -> Any:
+    return int(value) if isinstance(value, str) and value.isdecimal() else value
+
+
+class QuantConfig(Options):
+    """How the frozen base weights are stored (QLoRA). For nf4 and fp4 these are bitsandbytes' `BitsAndBytesConfig` options."""
+
+    quant_type: Annotated[str, Known(CODECS)] = Field(
+        "nf4",
+        description="codec: 'nf4' or 'fp4' (4 bits, bitsandbytes' bytes), 'nf3', 'nf2', 'int8', 'int4', 'int3', 'int2', 'fp8', "
+        "'mxfp4', or one from outside",
+    )
+    block_size: Annotated[Literal["row", 32, 64, 128, 256, 512, 1024, 2048, 4096], BeforeValidator(_digits_are_a_number)] = Field(
+        64, description="weights that share one constant; 'row' (not nf4, fp4): a row's; mxfp4 has blocks of 32"
+    )
+    double_quant: bool = Field(True, description="quantise the block constants to 8 bits as well; those of mxfp4 have 8 bits")
+    compute: Literal["auto", "exact", "int8", "fp8"] = Field(
+        "auto",
+        description="precision of the frozen base's matrix products: 'exact' in the activations' dtype; 'int8' on 8-bit units, "
+        "on CPUs the head's too (faster; values differ a little, the adapter stays exact); 'fp8' on those of newer CUDA devices "
+        "(values differ more); 'auto' is 'int8' in training on a CPU that has it, where 'bench quality' says that it learns as "
+        "well, else 'exact'",
+    )
+    skip_modules: list[str] = Field(["lm_head"], description="linear modules left in full precision, by last name or path")
+    pattern: dict[str, dict[str, Any]] = Field(
+        {}, description="other codecs by module name or regular expression, e.g. {down_proj = {quant_type = 'int8'}}"
+    )
+
+    @model_validator(mode="after")
+    def _patterns_are_codecs(self) -> QuantConfig:
+        check_patterns("The pattern of QuantConfig", self.pattern)
+        for key, options in self.pattern.items():
+            unknown = sorted(options.keys() - set(PER_LAYER))
+            if unknown:
+                raise ConfigError(
+                    f"The pattern {key!r} of QuantConfig can set {', '.join(PER_LAYER)}. Got {', '.join(unknown)}. Leave it out."
+                )
+            self._with(options)
+        return self
+
+    @model_validator(mode="after")
+    def _fixed_options(self) -> QuantConfig:
+        for key, value in FIXED.get(self.quant_type, {}).items():
+            given = getattr(self, key)
+            if given not in (value, type(self).model_fields[key].default):
+                raise ConfigError(f"The '{key}' of {self.quant_type} is {value}. Got {given!r}. Leave it out.")
+            self.__dict__[key] = value
+        return self
+
+    def _with(self, options: Mapping[str, Any]) -> QuantConfig:
+        """This configuration with other options. What a format fixes goes to no other codec, and comes from none."""
+        codecs = {self.quant_type, options.get("quant_type", self.quant_type)}
+        fixed = {key for codec in codecs for key in FIXED.get(codec, {})} if len(codecs) > 1 else set()
+        own = {key: getattr(self, key) for key in PER_LAYER if key not in fixed}
+        return QuantConfig(**{**own, "compute": self.compute, **options})
+
+    def for_layer(self, path: str) -> QuantConfig:
+        """Configuration of the layer at `path`: this one, with the options of the first matching `pattern` if there is one."""
+        options = by_pattern(path, self.pattern, None)
+        return self if options is None and not self.pattern else self._with(options or {})
+
+    @classmethod
+    def of_layers(cls, layers: Mapping[str, QuantConfig], skip_modules: list[str]) -> QuantConfig:
+        """The configuration that packs each path as given: the most common options, and a pattern for each group of others.
+
+        No two of its patterns match the same path.
+        """
+        ways = {path: tuple(getattr(each, key) for key in PER_LAYER) for path, each in layers.items()}
+        common = Counter(ways.values()).most_common(1)[0][0]
+        of_name: dict[str, set[tuple[Any, ...]]] = {}
+        for path, way in ways.items():
+            of_name.setdefault(path.rpartition(".")[2], set()).add(way)
+        pattern = {}
+        for path, way in ways.items():
+            name = path.rpartition(".")[2]
+            if way != common:
+                pattern[re.escape(name if len(of_name[name]) == 1 else path)] = dict(zip(PER_LAYER, way, strict=True))
+        options = dict(zip(PER_LAYER, common, strict=True))
+        return cls(**options, skip_modules=skip_modules, pattern=dict(sorted(pattern.items())))
+
+
+def _a_word_is_a_name(value: str | list[str] | None) -> str | list[str] | None:
+    """One name is a list of one; only what cannot be a path is a regular expression."""
+    return [value] if isinstance(value, str) and re.fullmatch(r"[\w.]+", value) else value
+
+
+class LoraConfig(Options):
+    """Low-rank adapters; names and meanings are PEFT's `LoraConfig`."""
+
+    r: Annotated[int, Ge(1)] = Field(16, description="rank of the update")
+    lora_alpha: Annotated[float, Gt(0)] = Field(32, description="scale: the update is multiplied by lora_alpha / r")
+    lora_dropout: Annotated[float, Ge(0), Lt(1)] = Field(0.0, description="dropout on the adapter's input")
+    target_modules: Annotated[str | list[str], AfterValidator(_a_word_is_a_name)] = Field(
+        "all-linear", description="'all-linear', module names, or a regular expression over full module paths"
+    )
+    exclude_modules: Annotated[str | list[str] | None, AfterValidator(_a_word_is_a_name)] = Field(
+        None, description="modules without adapters all the same: names, or a regular expression over full module paths"
+    )
+    bias: Literal["none", "all", "lora_only"] = Field("none", description="which biases are trained too")
+    use_rslora: bool = Field(False, description="scale by lora_alpha / sqrt(r) instead")
+    use_dora: bool = Field(False, description="DoRA: train the norm of each row of the weight apart from its direction")
+    init_lora_weights: bool | Annotated[str, Known(INITS)] = Field(
+        True,
+        description="true: A kaiming-uniform, B zero; 'gaussian': A normal / r, B zero; false: B random too (for tests); "
+        "'loftq', 'qera', 'qera_approx': start at what packing lost; 'pissa', 'olora': take the main part out of the base; "
+        "'eva': A from the layers' inputs; or the name of one from outside",
+    )
+    modules_to_save: list[str] = Field([], description="modules trained in full and saved with the adapter")
+    layers_to_transform: list[Annotated[int, Ge(0)]] | None = Field(None, description="only the layers with these indices")
+    layers_pattern: str | list[str] | None = Field(
+        None, description="name of the list of layers that layers_to_transform counts in, where a model has several"
+    )
+    rank_pattern: dict[str, Annotated[int, Ge(1)]] = Field({}, description="rank by module name or regular expression")
+    alpha_pattern: dict[str, Annotated[float, Gt(0)]] = Field({}, description="lora_alpha by module name or regular expression")
+
+
+class DataConfig(Options):
+    """Where rows come from and how they become prompt and completion."""
+
+    path: str = Field(
+        "demo",
+        description="'demo', a .jsonl/.csv/.parquet file, a folder with train and test files, or a hub data set id",
+        json_schema_extra={"flag": "data"},
+    )
+    eval_path: str | None = Field(
+        None, description="evaluation file; default: the test side of --data", json_schema_extra={"flag": "eval-data"}
+    )
+    split: str = Field("train", description="training split of a hub data set or folder")
+    eval_split: str = Field("test", description="evaluation split of a hub data set or folder")
+    eval_fraction: Annotated[float, Gt(0), Lt(1)] = Field(0.1, description="rows held out where the data has no test side")
+    prompt_template: str | None = Field(None, description="prompt made from a row's fields, e.g. 'Review: {text}\\nSentiment:'")
+    completion_template: str | None = Field(None, description="completion made from a row's fields, e.g. ' {label}'")
+    use_chat_template: bool = Field(False, description="wrap prompt and completion as user and assistant turns")
+    mask_prompt: bool = Field(True, description="take the loss on completions and assistant turns only")
+    trained_turns: Literal["all", "last"] = Field(
+        "all", description="assistant turns of a conversation that are trained: 'all', or its 'last' one"
+    )
+    overlength: Literal["cut", "drop", "error"] = Field(
+        "cut",
+        description="rows longer than max_length: 'cut' them, 'drop' them, or 'error'; how many there are is said in any case",
+    )
+    calibration_tokens: Annotated[int, Ge(256)] = Field(
+        16384,
+        description="tokens of training rows over which calibrated initialisations (init_lora_weights) look at layers' inputs",
+    )
+    max_rows: Annotated[int, Ge(1)] | None = Field(None, description="use at most this many training rows")
+    max_eval_rows: Annotated[int, Ge(1)] | None = Field(None, description="use at most this many evaluation rows")
+
+
+class TrainConfig(Options):
+    """The training run; names are transformers' `TrainingArguments` where the meaning is the same."""
+
+    learning_rate: Annotated[float, Gt(0)] = Field(2e-4, description="peak learning rate")
+    max_steps: Annotated[int, Ge(1)] | None = Field(None, description="optimiser steps; default: num_train_epochs over the data")
+    num_train_epochs: Annotated[float, Gt(0)] = Field(1.0, description="passes over the data where max_steps is not given")
+    batch_size: Annotated[int, Ge(1)] = Field(8, description="rows (with packing: packs) in one forward pass")
+    gradient_accumulation_steps: Annotated[int, Ge(1)] = Field(1, description="forward passes in one optimiser step")
+    lr_scheduler_type: Literal["constant", "linear", "cosine"] = Field("linear", description="schedule after the warm-up")
+    warmup_ratio: Annotated[float, Ge(0), Le(1)] = Field(0.03, description="share of the steps that warm up")
+    max_grad_norm: Annotated[float, Gt(0)] | None = Field(1.0, description="clip the gradient to this norm")
+    weight_decay: Annotated[float, Ge(0)] = Field(0.0, description="decoupled weight decay")
+    loraplus_lr_ratio: Annotated[float, Gt(0)] | None = Field(
+        None, description="LoRA+: learning rate of the matrices B, and of vectors, as a multiple of learning_rate, e.g. 16"
+    )
+    objective: Annotated[str, Known(OBJECTIVES)] = Field(
+        "next-token", description="what is minimised: 'next-token' (cross-entropy of label tokens), or one from outside"
+    )
+    optim: Annotated[str, Known(OPTIMIZERS)] = Field(
+        "adamw",
+        description="optimiser: adamw, paged_adamw, adamw_8bit, paged_adamw_8bit, or one from outside; paged: the same results "
+        "with only part of the states in memory, the rest in a file (CUDA: in host memory); 8bit: both moments in 8 bits",
+    )
+    optim_page_budget: Annotated[str, AfterValidator(is_a_size)] | None = Field(
+        None, description="states that a paged optimiser keeps in memory, e.g. '64MB'; default: a tenth of them, at least 16MiB"
+    )
+    memory_budget: Annotated[str, AfterValidator(is_a_size)] | None = Field(
+        None,
+        description="most memory to use, e.g. '12GB' (CUDA: of the device; else the whole process): before the first step, "
+        "forward passes, checkpointing and paging are chosen so that the longest batch fits; the effective batch stays the same",
+    )
+    max_length: Annotated[int, Ge(2)] = Field(512, description="tokens in a row; longer rows are cut")
+    group_by_length: bool = Field(False, description="batch rows of like length together (less padding)")
+    packing: bool = Field(False, description="rows one after the other up to max_length, no padding; each row sees itself only")
+    gradient_checkpointing: bool = Field(False, description="recompute activations in backward: less memory, slower")
+    torch_compile: bool | Literal["auto"] = Field(
+        "auto", description="compile one decoder layer and use it for all; auto: where the run is long enough for it to pay"
+    )
+    seed: Annotated[int, Ge(0), Lt(2**32)] = Field(0, description="seed of data order, initialisation and dropout")
+    eval_steps: Annotated[int, Ge(1)] | None = Field(None, description="evaluate every so many steps; default: before and after")
+    save_steps: Annotated[int, Ge(1)] | None = Field(None, description="checkpoint every so many steps; default: at the end")
+    output_dir: str | None = Field(
+        None,
+        description="folder for adapter, record and checkpoints; default on the command line: a new one below runs/",
+        json_schema_extra={"flag": "output"},
+    )
+    report_to: Literal["none", "tensorboard"] = Field(
+        "none", description="also write curves for TensorBoard into the output folder"
+    )
+    resume: bool = Field(False, description="resume from the newest checkpoint in the output folder")
+
+    @model_validator(mode="after")
+    def _one_remedy_for_padding(self) -> TrainConfig:
+        if self.packing and self.group_by_length:
+            raise ConfigError(
+                "The 'group_by_length' of TrainConfig must be false with packing, which leaves no padding. Got true. "
+                "Set group_by_length=False (--no-group-by-length)."
+            )
+        return self
