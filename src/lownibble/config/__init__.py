@@ -16,7 +16,6 @@ from lownibble.config.commands import (
     EvalConfig,
     ExportConfig,
     MergeConfig,
-    Method,
     PlanConfig,
     QuantizeConfig,
     RowsConfig,
@@ -24,9 +23,10 @@ from lownibble.config.commands import (
     ServeConfig,
 )
 from lownibble.config.groups import FIXED, PER_LAYER, DataConfig, LoraConfig, QuantConfig, TrainConfig
+from lownibble.config.methods import METHODS, Method, MethodSpec, NamedMethod, method_named
 
 __all__ = [
-    "COMPARE_TRAIN", "FIXED", "FOR_ADAPTERS", "PACKED", "PER_LAYER", "CompareConfig", "Data", "DataConfig", "EvalConfig",
-    "ExportConfig", "LoraConfig", "MergeConfig", "Method", "PlanConfig", "QuantConfig", "QuantizeConfig", "RowsConfig",
-    "RunConfig", "ServeConfig", "TrainConfig",
+    "COMPARE_TRAIN", "FIXED", "FOR_ADAPTERS", "METHODS", "PACKED", "PER_LAYER", "CompareConfig", "Data", "DataConfig",
+    "EvalConfig", "ExportConfig", "LoraConfig", "MergeConfig", "Method", "MethodSpec", "NamedMethod", "PlanConfig",
+    "QuantConfig", "QuantizeConfig", "RowsConfig", "RunConfig", "ServeConfig", "TrainConfig", "method_named",
 ]  # fmt: skip

@@ -8,11 +8,10 @@ from annotated_types import Ge, Gt, Le, Lt
 from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
 from lownibble.config.groups import PER_LAYER, DataConfig, LoraConfig, QuantConfig, TrainConfig
+from lownibble.config.methods import Method, method_named
 from lownibble.errors import ConfigError
 from lownibble.options import Known, Options, is_a_size
 from lownibble.registry import CODECS
-
-Method = Literal["full", "lora", "qlora"]
 
 
 def _path_means_data(value: Any) -> Any:
@@ -98,12 +97,18 @@ COMPARE_TRAIN = TrainConfig(
 class CompareConfig(_Subject):
     """The same model and data with several methods, side by side (`lownibble compare`)."""
 
-    methods: list[Method] = Field(["lora", "qlora"], min_length=1, description="methods to compare, in this order")
+    methods: list[str] = Field(
+        ["lora", "qlora"], min_length=1,
+        description="methods to compare, in this order: full, lora, qlora, and with '+' what changes them, e.g. lora+dora, "
+        "qlora+int3+gptq+qera, qlora+merge-aware",
+    )  # fmt: skip
     data: Data = DataConfig(max_eval_rows=256)
     train: TrainConfig = COMPARE_TRAIN
 
     @model_validator(mode="after")
-    def _distinct(self) -> CompareConfig:
+    def _methods_are_known(self) -> CompareConfig:
+        for method in self.methods:
+            method_named(method)
         if len(set(self.methods)) != len(self.methods):
             raise ValueError(f"The 'methods' of CompareConfig must be distinct. Got {self.methods}.")
         return self

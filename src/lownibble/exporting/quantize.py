@@ -66,8 +66,9 @@ def quantize_model(model: str | Path, output: str | Path, **options: Any) -> dic
     return run_quantize(QuantizeConfig(model=str(model), output=str(output), **options))
 
 
-def run_quantize(config: QuantizeConfig, tell: Tell = say_nothing) -> dict[str, Any]:
-    """`quantize_model` from a `QuantizeConfig`; `tell` receives progress."""
+def run_quantize(config: QuantizeConfig, tell: Tell = say_nothing, rows: Tensor | None = None) -> dict[str, Any]:
+    """`quantize_model` from a `QuantizeConfig`; `tell` receives progress. `rows`: calibration rows instead of the configured
+    ones, token ids (rows, tokens)."""
     output = check_free(config.output)
     source = resolve(config.model, config.revision)
     if how := stored.of_folder(source.folder):
@@ -91,7 +92,7 @@ def run_quantize(config: QuantizeConfig, tell: Tell = say_nothing) -> dict[str, 
     if config.rounding == "rtn" and config.bits is None:
         write(weights, weights.packed_target, output, result, tell=tell)
         return result
-    rows = _calibration_rows(config, source)
+    rows = _calibration_rows(config, source) if rows is None else rows
     result["calibration"] = {"tokens": rows.numel(), "row_tokens": rows.shape[1]}
     if config.bits is not None:
         quant, result["mixed"] = _mix(source, weights, config, rows, tell)

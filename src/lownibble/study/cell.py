@@ -19,6 +19,7 @@ from typing import Any
 
 from lownibble.config import RunConfig
 from lownibble.errors import LownibbleError, TrainingError
+from lownibble.study.bases import pack
 
 
 def work(spec: dict[str, Any]) -> dict[str, Any]:
@@ -88,7 +89,7 @@ def take_turns(spec: dict[str, Any]) -> dict[str, Any]:
     return {**record.new("study-speed"), "status": "ok", "environment": record.environment(), **found}
 
 
-WORK = {"cell": work, "speed": take_turns}
+WORK = {"cell": work, "speed": take_turns, "base": pack}
 
 
 def _with_perplexity(evaluation: dict[str, Any]) -> dict[str, float]:
@@ -114,8 +115,7 @@ def main() -> int:
             import traceback
 
             traceback.print_exc()
-        kind = "study-speed" if spec["job"] == "speed" else "study-cell"
-        found = {**record.new(kind), "status": "failed", "error": f"{type(error).__name__}: {error}"}
+        found = {**record.new(f"study-{spec['job']}"), "status": "failed", "error": f"{type(error).__name__}: {error}"}
         found["environment"] = record.environment()
     record.write(spec["record"], found)
     return 0 if found["status"] == "ok" else 1

@@ -1,6 +1,7 @@
 """`compare`: the same model and data with several methods, one process each, side by side.
 
     OUTPUT/<method>/record.json     each run's record, with adapter, events and checkpoints
+    OUTPUT/bases/<method>/          its base, where the method packs it first (`bases.py`)
     OUTPUT/paired.json              interleaved speed of the methods
     OUTPUT/record.json              the comparison: configuration, a summary per method, the advice
     OUTPUT/report.html              all of it as a page
@@ -23,14 +24,14 @@ from typing import Any
 import torch
 
 from lownibble import record, stored
-from lownibble.config import CompareConfig, RunConfig
+from lownibble.config import CompareConfig, RunConfig, method_named
 from lownibble.data import encode
 from lownibble.data import load as load_data
 from lownibble.errors import ConfigError, OutputError, TrainingError
 from lownibble.lora import plan
 from lownibble.measuring.stats import crossing
 from lownibble.models import load_tokenizer, pick_device, resolve, skeleton
-from lownibble.study import advice, report
+from lownibble.study import advice, bases, jobs, report
 from lownibble.study.paired import paired_speed
 from lownibble.study.worker import failed, how_it_ended
 
@@ -50,10 +51,11 @@ def compare(config: CompareConfig | None = None) -> dict[str, Any]:
     left_out = _check_inputs(config)
     configs = {method: _run_config(config, method, folder) for method in config.methods}
     runs = [
-        {"config": run.to_dict(), "status": "left out", "error": left_out[method]} if method in left_out else run_in_process(run)
+        {"config": run.to_dict(), "status": "left out", "error": left_out[method]} if method in left_out
+        else _run(method, run, folder)
         for method, run in configs.items()
-    ]
-    summaries = [summarize(run) for run in runs]
+    ]  # fmt: skip
+    summaries = [{**summarize(run), "method": method} for method, run in zip(configs, runs, strict=True)]
     add_steps_to_target(summaries, runs)
     finished = [s for s in summaries if s["status"] == "ok"]
     paired = _paired_speed(folder, {s["method"]: configs[s["method"]] for s in finished}, [s["peak_bytes"] for s in finished])
@@ -94,30 +96,61 @@ def _check_inputs(config: CompareConfig) -> dict[str, str]:
     pick_device(config.device)
     source = resolve(config.model, config.revision)
     how = stored.of_folder(source.folder)
-    left_out: dict[str, str] = {method: why for method in config.methods if (why := stored.why_not(how, method))}
+    specs = {name: method_named(name) for name in config.methods}
+    left_out: dict[str, str] = {name: why for name, spec in specs.items() if (why := stored.why_not(how, spec.method))}
     if len(left_out) == len(config.methods):
         raise ConfigError(f"'{config.model}' cannot be trained with {' or '.join(left_out)}: {next(iter(left_out.values()))}")
     tokenizer = load_tokenizer(source)
     for side in load_data(config.data):
         encode(side, tokenizer, config.data, config.train.max_length)
-    if set(config.methods) != {"full"}:
-        plan(skeleton(source, torch.float32), config.lora, "default")
+    for name, spec in specs.items():
+        if spec.method != "full" and name not in left_out:
+            plan(skeleton(source, torch.float32), _run_config(config, name, Path()).lora, "default")
     return left_out
 
 
-def _run_config(config: CompareConfig, method: str, folder: Path) -> RunConfig:
+def _run_config(config: CompareConfig, name: str, folder: Path) -> RunConfig:
+    """The run of a method, on the base as it is before anything is packed."""
+    spec = method_named(name)
     shared = {name: getattr(config, name) for name in RunConfig.model_fields if name in CompareConfig.model_fields}
-    output = str(folder / method)
-    return RunConfig(**{**shared, "method": method, "train": config.train.model_copy(update={"output_dir": output})})
+    own = {group: getattr(config, group).with_options(**getattr(spec, group)) for group in ("lora", "quant", "train")}
+    own["train"] = own["train"].model_copy(update={"output_dir": str(folder / name)})
+    run = RunConfig(**{**shared, **own, "method": spec.method, "merge_aware": spec.merge_aware})
+    if spec.quantize:
+        bases.packing(run, spec.quantize, folder)
+    return run
 
 
-def run_in_process(config: RunConfig) -> dict[str, Any]:
-    """Run `config` in a separate process and return its record; with `resume`, the record of a finished run is read instead."""
+def _run(name: str, config: RunConfig, folder: Path) -> dict[str, Any]:
+    """The record of a method's run, after its base was packed, where the method asks for that."""
+    if found := _finished(config):
+        return found
+    if how := method_named(name).quantize:
+        base = folder / "bases" / name
+        if not bases.is_packed(base):
+            print(f"{name}: packing the base", file=sys.stderr)
+            packed = jobs.perform(bases.job(config, how, base))
+            if packed["status"] != "ok":
+                failure = failed(config, f"Its base could not be packed: {packed['error']}")
+                record.write(folder / name / "record.json", failure)
+                return failure
+        config = bases.on_base(config, base)
+    return run_in_process(config)
+
+
+def _finished(config: RunConfig) -> dict[str, Any] | None:
+    """The record of a finished run that is resumed."""
     path = Path(config.train.output_dir or ".") / "record.json"
     if config.train.resume and path.exists():
         found: dict[str, Any] = json.loads(path.read_text())
         if found["status"] == "ok":
             return found
+    return None
+
+
+def run_in_process(config: RunConfig) -> dict[str, Any]:
+    """Run `config` in a separate process and return its record."""
+    path = Path(config.train.output_dir or ".") / "record.json"
     path.unlink(missing_ok=True)
     with tempfile.NamedTemporaryFile("w", prefix=f"spec-{config.method}-", suffix=".json") as spec:
         json.dump(config.to_dict(), spec)

@@ -2,6 +2,7 @@
 
     {"job": "cell", ...}     one run of the study
     {"job": "speed", ...}    interleaved speed of several methods
+    {"job": "base", ...}     packing of a base that runs share
 
 Each runs in its own process (`cell.py`). If that fails in any way, `perform` returns a record with status "failed" and the error.
 """
@@ -68,4 +69,4 @@ def _run(job: dict[str, Any]) -> dict[str, Any]:
     return found
 
 
-JOBS: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {"cell": _in_a_process, "speed": _in_a_process}
+JOBS: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = dict.fromkeys(("cell", "speed", "base"), _in_a_process)

@@ -1,6 +1,7 @@
 """`study run`: run the missing cells of a study, one process each, then the speed measurements.
 
     OUTPUT/study.json             the study, digests of its contents, the learning rates found, and which records belong to it
+    OUTPUT/bases/<name>/          packed bases that runs share (`bases.py`)
     OUTPUT/cells/<digest>.json    one record per run; `spec.py` says what the digest is of
     OUTPUT/speed/<digest>.json    interleaved speed of the methods of one model and task
     OUTPUT/summary.json           figures over all of it (`analysis.py`; written with the report)
@@ -27,6 +28,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
 from lownibble import record
 from lownibble.errors import ConfigError, OutputError
+from lownibble.study import bases
 from lownibble.study.contents import look
 from lownibble.study.executors import EXECUTORS
 from lownibble.study.spec import Cell, Contents, StudySpec, cells, read_study, tuning_cells
@@ -139,21 +141,46 @@ class _Study:
         """Run the cells that have no record."""
         unique = {cell.digest: cell for cell in wanted}
         missing = [cell for digest, cell in unique.items() if not (self.folder / "cells" / f"{digest}.json").exists()]
+        failed = self._bases(missing)
+        for cell in missing:
+            if cell.base in failed:
+                self._ended(cell, failed[cell.base])
+        missing = [cell for cell in missing if cell.base not in failed]
         work = [self._job(cell) for cell in missing]
         for index, found in EXECUTORS[self.executor](work, self.jobs):
-            cell = missing[index]
-            own = {**_labels(cell), "digest": cell.digest, "contents": cell.contents, "config": cell.config.to_dict()}
-            self._keep(f"cells/{cell.digest}.json", {"kind": "study-cell", **found, "cell": own})
             if found["status"] == "ok":
-                shutil.rmtree(self._work(cell), ignore_errors=True)
-            self.shown.ended(cell, found)
+                shutil.rmtree(self._work(missing[index]), ignore_errors=True)
+            self._ended(missing[index], found)
+
+    def _ended(self, cell: Cell, found: dict[str, Any]) -> None:
+        own = {**_labels(cell), "digest": cell.digest, "contents": cell.contents, "config": cell.config.to_dict()}
+        own |= {"quantize": dict(cell.quantize)} if cell.quantize else {}
+        self._keep(f"cells/{cell.digest}.json", {"kind": "study-cell", **found, "cell": own})
+        self.shown.ended(cell, found)
+
+    def _bases(self, wanted: Sequence[Cell]) -> dict[str | None, dict[str, Any]]:
+        """Pack the bases of these cells that are not there; returns the records of those that failed, by name."""
+        needed = {cell.base: cell for cell in wanted if cell.base is not None}
+        missing = {name: cell for name, cell in needed.items() if not bases.is_packed(self._base(name))}
+        work = [bases.job(cell.config, cell.quantize, self._base(name)) for name, cell in missing.items()]
+        failed: dict[str | None, dict[str, Any]] = {}
+        for index, found in EXECUTORS[self.executor](work, self.jobs):
+            name, cell = list(missing.items())[index]
+            if found["status"] != "ok":
+                failed[name] = {**found, "error": f"Its base could not be packed: {found['error']}"}
+            else:
+                self.shown.say(f"base {name}: packed for {cell.task} x {cell.method}")
+        return failed
+
+    def _base(self, name: str) -> Path:
+        return self.folder.resolve() / "bases" / name
 
     def _work(self, cell: Cell) -> Path:
         """The folder of a long run's checkpoints until it has finished."""
         return self.folder.resolve() / "work" / cell.digest
 
     def _job(self, cell: Cell) -> dict[str, Any]:
-        config = cell.config
+        config = cell.config if cell.base is None else bases.on_base(cell.config, self._base(cell.base))
         train = config.train.with_options(output_dir=None, report_to="none", resume=False)
         if config.train.save_steps is not None:  # long runs resume from their newest checkpoint
             train = train.with_options(output_dir=str(self._work(cell)), resume=True)
@@ -237,6 +264,10 @@ class _Shown:
     def __enter__(self) -> _Shown:
         self.progress.start()
         return self
+
+    def say(self, text: str) -> None:
+        """Show a line."""
+        self.console.print(text, markup=False)
 
     def count(self, all_cells: Sequence[Cell]) -> None:
         """Count the finished and the missing cells."""

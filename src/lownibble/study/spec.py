@@ -10,6 +10,7 @@
     lora = { method = "lora" }
     qlora = { method = "qlora" }
     qlora-r4 = { method = "qlora", lora = { r = 4 } }
+    gptq = "qlora+int3+gptq+qera"            # by name, as in `compare`: see config/methods.py
 
     [tasks]
     sentiment = { kind = "classification", data = "demo" }
@@ -32,18 +33,19 @@ from __future__ import annotations
 import difflib
 import hashlib
 import json
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
 from annotated_types import Ge, Gt, MinLen
 from pydantic import Field, model_validator
 
-from lownibble.config import Data, DataConfig, Method, RunConfig
+from lownibble.config import Data, DataConfig, NamedMethod, RunConfig
 from lownibble.errors import ConfigError
 from lownibble.leaves import build
 from lownibble.options import Options, read_toml
+from lownibble.study.bases import packing
 from lownibble.study.tasks import KINDS, check_kind, with_templates
 
 SCHEMA = 1
@@ -68,16 +70,6 @@ class Contents(NamedTuple):
 
     models: dict[str, str]
     data: dict[str, tuple[str, str]]
-
-
-class MethodSpec(Options):
-    """A method and its options."""
-
-    method: Method
-    lora: dict[str, Any] = Field({}, description="options of [lora]")
-    quant: dict[str, Any] = Field({}, description="options of [quant]")
-    train: dict[str, Any] = Field({}, description="options of [train]")
-    dtype: str = Field("auto", description="as in a run's configuration")
 
 
 class TaskSpec(Options):
@@ -111,9 +103,10 @@ class StudySpec(Options):
     seeds: Annotated[list[Annotated[int, Ge(0)]], MinLen(1)] = Field([0, 1, 2], description="seeds of every cell")
     tuning: TuningSpec = TuningSpec()
     models: Annotated[dict[str, str], MinLen(1)] = Field(description="name -> 'demo', a folder, a .gguf file or a hub id")
-    methods: Annotated[dict[str, MethodSpec], MinLen(1)] = Field(description="name -> method and settings")
+    methods: Annotated[dict[str, NamedMethod], MinLen(1)] = Field(description="name -> method and settings")
     tasks: Annotated[dict[str, TaskSpec], MinLen(1)] = Field(description="name -> task")
     train: dict[str, Any] = Field({}, description="options of [train] for all cells")
+    quant: dict[str, Any] = Field({}, description="options of [quant] for all cells")
 
     @model_validator(mode="after")
     def _makes_sense(self) -> StudySpec:
@@ -138,7 +131,8 @@ class StudySpec(Options):
 
 @dataclass(frozen=True)
 class Cell:
-    """One run of a study. `tuning`: part of the learning rate search. `contents`: digests of model and rows, if known."""
+    """One run of a study. `tuning`: part of the learning rate search. `contents`: digests of model and rows, if known.
+    `quantize`: options by which its base is packed first."""
 
     model: str
     method: str
@@ -147,6 +141,7 @@ class Cell:
     config: RunConfig
     tuning: bool = False
     contents: tuple[str, str, str] = ("", "", "")
+    quantize: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def seed(self) -> int:
@@ -161,8 +156,23 @@ class Cell:
         for group, names in (("train", _NO_PART), ("data", _DATA_BY_CONTENT if self.contents[1] else set())):
             options[group] = {key: value for key, value in options.get(group, {}).items() if key not in names}
         what = {"schema": SCHEMA, "kind": self.kind, "tuning": self.tuning, "contents": self.contents, "options": options}
-        text = json.dumps(what, sort_keys=True)
-        return hashlib.sha256(text.encode()).hexdigest()[:16]
+        return digest(what | ({"quantize": self.quantize} if self.quantize else {}))
+
+    @property
+    def base(self) -> str | None:
+        """Name of the packed base that it runs on: a digest of what determines that. None: it packs its base itself."""
+        if not self.quantize:
+            return None
+        how = packing(self.config, self.quantize, "")
+        options = how.model_dump(mode="json", exclude_defaults=True, exclude={"model", "revision", "output", "calibration"})
+        data = self.config.data.model_dump(mode="json", exclude=_DATA_BY_CONTENT if self.contents[1] else set())
+        model = self.contents[0] or self.config.model
+        return digest({"options": options, "model": model, "rows": self.contents[1], "data": data})
+
+
+def digest(what: Mapping[str, Any]) -> str:
+    """16 hex digits of the SHA-256 of JSON values."""
+    return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def read_study(path: str | Path) -> StudySpec:
@@ -233,11 +243,14 @@ def _cell(
 ) -> Cell:  # fmt: skip
     how, what = spec.methods[method], spec.tasks[task]
     shared = {"model": spec.models[model], "data": with_templates(what.kind, what.data).model_dump(exclude_unset=True)}
-    own = {"method": how.method, "dtype": how.dtype, "lora": how.lora, "quant": how.quant}
+    own = {name: getattr(how, name) for name in ("method", "dtype", "lora", "quant", "merge_aware")}
+    shared["quant"] = spec.quant
     layers = [{"train": each} for each in (spec.train, what.train, how.train, *own_train)]
     try:
         config: RunConfig = build(RunConfig, shared, own, *layers)
+        if how.quantize:
+            packing(config, how.quantize, "base")
     except ConfigError as error:
         raise ConfigError(f"The cell {model} x {method} x {task}: {error}") from None
     of = (contents.models[model], *contents.data[task]) if contents is not None else ("", "", "")
-    return Cell(model, method, task, what.kind, config, tuning, of)
+    return Cell(model, method, task, what.kind, config, tuning, of, how.quantize)

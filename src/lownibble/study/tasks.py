@@ -19,8 +19,8 @@ class Kind(NamedTuple):
     """A kind of task.
 
     Attributes:
-        columns: of every row. scored_by: see above. metrics: their names, the main one first; higher is better, except for
-            'perplexity'.
+        columns: of every row; none: whatever the task's data options take. scored_by: see above. metrics: their names, the main
+            one first; higher is better, except for 'perplexity'.
         margin: default equivalence margin of the first metric (for perplexity: of its logarithm, the loss).
         max_new_tokens: of a generated answer. stop: strings at which such an answer ends.
     """
@@ -59,6 +59,7 @@ KINDS: dict[str, Kind] = {
         ("prompt", "canonical_solution", "test", "entry_point"), "generation", ("pass@1",), 0.03, "{prompt}",
         "{canonical_solution}", 256, ("\ndef ", "\nclass ", "\nif ", "\nprint(", "\n#", "\n@"),
     ),
+    "completion": Kind((), "loss", ("perplexity",), 0.02),
     "instruction": Kind(("messages",), "loss", ("perplexity",), 0.02),
     "language-modelling": Kind(("text",), "loss", ("perplexity",), 0.02),
 }  # fmt: skip

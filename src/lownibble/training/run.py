@@ -158,11 +158,19 @@ def _calibration(config: RunConfig, rows: Dataset, tokenizer: Any) -> torch.Tens
     """Training rows for an initialisation that looks at layers' inputs, as token ids (rows, tokens); None for others."""
     if not find(config.lora.init_lora_weights).calibrated:
         return None
-    order = torch.randperm(len(rows.rows), generator=torch.Generator().manual_seed(config.train.seed)).tolist()
-    some = replace(rows, rows=[rows.rows[i] for i in order[: config.data.calibration_tokens // 4]])  # not all are needed
-    encoded = OBJECTIVES[config.train.objective].encode(some, tokenizer, config.data, config.train.max_length)
-    ids = [example.input_ids for example in encoded.examples]
-    return join_rows(ids, config.data.calibration_tokens, config.train.max_length, config.train.seed)
+    return calibration_rows(config, rows, tokenizer, config.data.calibration_tokens, config.train.max_length, config.train.seed)
+
+
+def calibration_rows(config: RunConfig, rows: Dataset, tokenizer: Any, n_tokens: int, length: int, seed: int) -> torch.Tensor:
+    """Rows as the run would train on them, joined: token ids (rows, tokens) of about `n_tokens` tokens.
+
+    Raises:
+        DataError: there are too few.
+    """
+    order = torch.randperm(len(rows.rows), generator=torch.Generator().manual_seed(seed)).tolist()
+    some = replace(rows, rows=[rows.rows[i] for i in order[: n_tokens // 4]])  # not all are needed
+    encoded = OBJECTIVES[config.train.objective].encode(some, tokenizer, config.data, length)
+    return join_rows([example.input_ids for example in encoded.examples], n_tokens, length, seed)
 
 
 def _held_quant(config: RunConfig) -> QuantConfig:

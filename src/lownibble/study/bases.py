@@ -1,0 +1,73 @@
+"""Bases that a comparison or a study packs before its runs (method parts 'gptq' and '3.5bits').
+
+    OUTPUT/bases/<name>/    a checkpoint as `lownibble quantize` writes it, over the runs' training rows; runs that differ in
+                            their adapters or seeds share it
+
+Each is packed by a process of its own; a finished one is found again, an interrupted one resumes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from lownibble.config import QuantConfig, QuantizeConfig, RunConfig
+from lownibble.errors import ConfigError
+
+OPTIONS = ("rounding", "bits", "calibration_tokens", "max_length", "seed")
+"""Options of `lownibble quantize` that a method may set."""
+
+
+def packing(config: RunConfig, options: Mapping[str, Any], output: str | Path) -> QuantizeConfig:
+    """How a run's base is packed.
+
+    Raises:
+        ConfigError: an option is not one of `OPTIONS` or invalid, or the method holds no packed base.
+    """
+    if unknown := sorted(options.keys() - set(OPTIONS)):
+        raise ConfigError(f"The 'quantize' of a method has unknown options: {', '.join(unknown)}. It has {', '.join(OPTIONS)}.")
+    if config.method != "qlora" or config.merge_aware:
+        what = "merge-aware training, whose base is int8 until the merge" if config.merge_aware else f"method '{config.method}'"
+        raise ConfigError(f"The 'quantize' of a method cannot be used with {what}. Leave it out.")
+    defaults = {"max_length": config.train.max_length, "calibration_tokens": config.data.calibration_tokens}
+    return QuantizeConfig(
+        model=config.model, revision=config.revision, device=config.device, quant=config.quant, output=str(output),
+        **{**defaults, **options},
+    )  # fmt: skip
+
+
+def job(config: RunConfig, options: Mapping[str, Any], output: Path) -> dict[str, Any]:
+    """The job that packs the base of a run into a folder."""
+    return {"job": "base", "config": config.to_dict(), "quantize": dict(options), "output": str(output)}
+
+
+def is_packed(folder: Path) -> bool:
+    """Whether a base is finished: its record is written last."""
+    return (folder / "merge.json").is_file()
+
+
+def on_base(config: RunConfig, folder: Path) -> RunConfig:
+    """The run on its packed base: what is stored decides the codecs."""
+    found: RunConfig = config.with_options(
+        model=str(folder.resolve()), revision=None, quant=QuantConfig(compute=config.quant.compute)
+    )
+    return found
+
+
+def pack(spec: Mapping[str, Any]) -> dict[str, Any]:
+    """Do a job of `job`; returns the record of packing.
+
+    Raises:
+        LownibbleError: as `run_quantize`.
+    """
+    from lownibble.data import load
+    from lownibble.exporting.quantize import run_quantize
+    from lownibble.models import load_tokenizer, resolve
+    from lownibble.training.run import calibration_rows
+
+    config = RunConfig(**spec["config"])
+    how = packing(config, spec["quantize"], spec["output"])
+    tokenizer = load_tokenizer(resolve(config.model, config.revision))
+    rows = calibration_rows(config, load(config.data)[0], tokenizer, how.calibration_tokens, how.max_length, how.seed)
+    return run_quantize(how, rows=rows)
