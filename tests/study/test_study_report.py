@@ -14,6 +14,7 @@ from lownibble.errors import ConfigError
 from lownibble.study.analysis import analyse
 from lownibble.study.claims import compare_claims
 from lownibble.study.report import study_page
+from lownibble.study.report.sizes import sizes
 from lownibble.study.spec import read_study
 
 HOSTILE = "</script><img src=x onerror=alert(1)>|\"'&"
@@ -39,8 +40,10 @@ def made(
     task="reviews",
     turns=True,
     no_trace=False,
+    bits=None,
+    of=None,
 ):
-    """A study's folder with these records; `leave_out` and `fail` are (method, seed)."""
+    """A study's folder with these records; `leave_out` and `fail` are (method, seed); `bits`: of packed bases; `of`: codecs."""
     study = {
         "kind": "study", "schema": 1, "status": "ok", "created": "2026-01-01T00:00:00+00:00", "name": f"made {task}",
         "command": ["lownibble", "study", "run", "x.toml"], "jobs": 1, "executor": "local", "environment": environment(),
@@ -64,6 +67,14 @@ def made(
                 write(folder, label, {"kind": "study-cell", "status": "failed", "error": f"boom {task}", "log": ["x"]})
             elif (method, seed) not in leave_out:
                 write(folder, label, record_of(method, seed))
+    for method, quant_type in (of or {}).items():
+        study["spec"]["methods"][method] = {"method": "qlora", "quant": {"quant_type": quant_type}}
+    for file in (folder / "cells").iterdir() if bits else ():
+        found = json.loads(file.read_text())
+        if packed := bits.get(found["cell"]["method"]):
+            found["model"]["quantized_parameters"] = 8000
+            found["measured"]["memory"] |= {"codes_bytes": 1000 * packed - 125, "constants_bytes": 125}
+            file.write_text(json.dumps(found))
     (folder / "study.json").write_text(json.dumps(study))
     if no_trace:  # the first run was killed: nothing but an error is known of it
         write(folder, study["tuning"][0], {"kind": "study-cell", "status": "failed", "error": "SIGKILL", "log": []})
@@ -251,6 +262,7 @@ CASES = {
     "one seed": {"seeds": (0,)},
     "nothing": {"leave_out": [(m, s) for m in CURVES for s in range(3)]},
     "one method": {"methods": ("lora",)},
+    "sizes": {"bits": {"qlora": 4.5, "lora": 3.25, "full": 2.25}, "of": {"qlora": "nf4", "lora": "nf3"}},
 }
 
 
@@ -337,6 +349,31 @@ def test_chromium_shows_it_without_complaint(pages, case, browser):
         assert browser.complaints() == []
     browser.open(path, script=False)
     assert browser.value("document.querySelectorAll('.forest, .panel, .advice').length") >= 1
+
+
+def test_losses_stand_at_the_sizes_of_their_bases(pages):
+    """Oracle: the records' bytes. One line: two methods that differ in their codec alone."""
+    folder, summary = pages["sizes"]
+    assert {m["method"]: m["bits"] for m in summary["groups"][0]["methods"]} == CASES["sizes"]["bits"]
+    assert {m["bits"] for m in pages["whole"][1]["groups"][0]["methods"]} == {None}
+    text = (folder / "report.html").read_text()
+    assert text.count('class="joined"') == 2  # after training and before it
+    assert text.count("bits a weight</p>") == 2
+    assert "qlora: 4.50 bits, 0.687" in text
+    assert "lora: 3.25 bits, 3.000" in text
+    assert 'class="joined"' not in (pages["whole"][0] / "report.html").read_text()
+    assert "| reviews | qlora | 4.50 | 3.000 | 0.687 (" in (folder / "report.md").read_text()
+    group = {**summary["groups"][0], "methods": summary["groups"][0]["methods"][1:]}
+    assert sizes(group, json.loads((folder / "study.json").read_text())["spec"]["methods"], ["full", "lora", "qlora"]) == []
+
+
+def test_of_many_methods_those_against_the_first_are_shown(tmp_path, monkeypatch):
+    folder = made(tmp_path / "s")
+    monkeypatch.setattr(study_page, "MAX_METHODS", 2)
+    study_page.write(folder)
+    page = Page((folder / "report.html").read_text())
+    assert "Other pairs: 1" in page.all("summary")
+    assert len(page.all("h3")) >= 3
 
 
 def test_methods_switch_and_losses_are_read_out(pages, browser):

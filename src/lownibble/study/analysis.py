@@ -148,7 +148,7 @@ def _method(
     runs: Mapping[int, dict[str, Any]], steps: Mapping[int, float], rates: dict[str, float] | None
 ) -> dict[str, Any]:  # fmt: skip
     if not runs:
-        return {"scores": {}, "scores_before": {}, "curve": None, "rates": rates}
+        return {"scores": {}, "scores_before": {}, "curve": None, "rates": rates, "bits": None}
     some = next(iter(runs.values()))
     results = {seed: run["result"] for seed, run in runs.items()}
     tokens = statistics.fmean(r["measured"]["speed"]["tokens_per_s"] * r["measured"]["speed"]["step_s"] for r in runs.values())
@@ -174,12 +174,19 @@ def _method(
             )
         },
         "rates": rates,
+        "bits": _bits(some),
         "step_s": per_step,
         "trained_parameters": some["model"]["trainable_parameters"],
         "parameters": some["model"]["parameters"],
         "curve": _band(list(runs.values())),
         "training_curves": {str(seed): run["result"]["losses"] for seed, run in runs.items()},
     }
+
+
+def _bits(run: Mapping[str, Any]) -> float | None:
+    """Bits a weight of the packed base, constants included; None for a dense one."""
+    packed, memory = run["model"].get("quantized_parameters"), run["measured"]["memory"]
+    return 8 * (memory["codes_bytes"] + memory["constants_bytes"]) / packed if packed else None
 
 
 def _curve(run: Mapping[str, Any]) -> list[tuple[float, float]]:

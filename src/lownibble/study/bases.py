@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from lownibble import stored
 from lownibble.config import QuantConfig, QuantizeConfig, RunConfig
 from lownibble.errors import ConfigError
 
@@ -35,6 +36,15 @@ def packing(config: RunConfig, options: Mapping[str, Any], output: str | Path) -
         model=config.model, revision=config.revision, device=config.device, quant=config.quant, output=str(output),
         **{**defaults, **options},
     )  # fmt: skip
+
+
+def why_not(how: Mapping[str, Any], method: str, *, repacked: bool) -> str:
+    """Why a method cannot be run on weights that are stored like this (`stored.of_folder`), or ''. `repacked`: it needs dense
+    ones, which it packs, now or when it has been trained."""
+    if repacked and how:
+        name = stored.title(how) or stored.method(how)
+        return f"The weights are stored quantised, as {name}, and the method packs dense ones. Take qlora, or the dense model."
+    return stored.why_not(how, method)
 
 
 def job(config: RunConfig, options: Mapping[str, Any], output: Path) -> dict[str, Any]:

@@ -97,7 +97,10 @@ def _check_inputs(config: CompareConfig) -> dict[str, str]:
     source = resolve(config.model, config.revision)
     how = stored.of_folder(source.folder)
     specs = {name: method_named(name) for name in config.methods}
-    left_out: dict[str, str] = {name: why for name, spec in specs.items() if (why := stored.why_not(how, spec.method))}
+    found = {
+        name: bases.why_not(how, spec.method, repacked=spec.merge_aware or bool(spec.quantize)) for name, spec in specs.items()
+    }
+    left_out = {name: why for name, why in found.items() if why}
     if len(left_out) == len(config.methods):
         raise ConfigError(f"'{config.model}' cannot be trained with {' or '.join(left_out)}: {next(iter(left_out.values()))}")
     tokenizer = load_tokenizer(source)

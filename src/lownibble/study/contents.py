@@ -20,6 +20,7 @@ from lownibble.data import Dataset, choices, encode, load, read
 from lownibble.errors import ConfigError, DataError
 from lownibble.lora import plan
 from lownibble.models import load_tokenizer, resolve, skeleton
+from lownibble.study import bases
 from lownibble.study.answers import score_answers
 from lownibble.study.spec import Cell, Contents
 from lownibble.study.tasks import KINDS, check_columns
@@ -43,7 +44,8 @@ def look(cells: Iterable[Cell]) -> Contents:
         if cell.model not in models:
             local = config.model != "demo" and Path(config.model).expanduser().exists()
             models[cell.model] = _digest(source.folder) if local else config.model
-        if why := stored.why_not(stored.of_folder(source.folder), config.method):
+        how, repacked = stored.of_folder(source.folder), config.merge_aware or bool(cell.quantize)
+        if why := bases.why_not(how, config.method, repacked=repacked):
             raise ConfigError(f"'{config.model}' cannot be trained with the method '{cell.method}': {why}")
         if config.method != "full" and (cell.model, cell.method) not in seen:
             plan(skeleton(source, torch.float32), config.lora, "default")

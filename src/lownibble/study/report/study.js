@@ -10,7 +10,7 @@
     });
   }
 
-  for (const figure of all(document, ".panel")) {
+  for (const figure of all(document, "[data-panel]")) {
     const { lo, hi, readings } = panels[figure.dataset.panel];
     const area = figure.querySelector(".area"), cross = figure.querySelector(".cross");
     let picked = -1;

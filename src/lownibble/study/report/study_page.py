@@ -23,9 +23,13 @@ from lownibble.study.claims import compare_claims
 from lownibble.study.hardware import hardware_table
 from lownibble.study.report.curves import Axis, linear
 from lownibble.study.report.page import content_hash
+from lownibble.study.report.sizes import sizes
 from lownibble.study.runner import read_record
 
 _HERE = Path(__file__).parent
+
+MAX_METHODS = 4
+"""With more methods than this, only their pairs with the first one are shown at once."""
 
 
 def write(folder: str | Path, pages: str | Path | None = None) -> dict[str, Any]:
@@ -146,10 +150,12 @@ def _context(folder: Path, study: Mapping[str, Any], summary: Mapping[str, Any])
     cells = {kind: study[kind] for kind in ("tuning", "cells")}
     records = {c["digest"]: read_record(folder / "cells" / f"{c['digest']}.json") for kind in cells.values() for c in kind}
     environments = [found["environment"] for found in records.values() if found is not None and "environment" in found]
+    forests = [found for pair in _pairs(summary["groups"]) if (found := _forest(summary["groups"], *pair))]
     return {
         "summary": summary, "study": study, "names": names, "groups": summary["groups"], "counts": summary["counts"],
         "created": summary["created"].replace("T", " ").replace("+00:00", " UTC"),
-        "forests": [found for pair in _pairs(summary["groups"]) if (found := _forest(summary["groups"], *pair))],
+        "forests": forests, "shown_pairs": len(forests) if len(names) <= MAX_METHODS else len(names) - 1,
+        "sizes": [plot for group in summary["groups"] for plot in sizes(group, study["spec"]["methods"], names)],
         "panels": [_panel(group, names) for group in summary["groups"] if any(m["curve"] for m in group["methods"])],
         "headline": _headline(summary["groups"]), "less_is_better": LESS_IS_BETTER, "level": LEVEL,
         "devices": devices, "models": models, "places": places, "hardware": hardware,
@@ -206,9 +212,10 @@ def _value(value: Any) -> str:
 
 
 def _pairs(groups: Sequence[Mapping[str, Any]]) -> list[tuple[str, str]]:
-    """The pairs of methods, LoRA against QLoRA first, the comparison that most readers want."""
+    """The pairs of methods, LoRA against QLoRA first, the comparison that most readers want, then those with the first method."""
     found = list(dict.fromkeys((pair["a"], pair["b"]) for group in groups for pair in group["pairs"]))
-    return sorted(found, key=lambda pair: set(pair) != {"lora", "qlora"})
+    first = found[0][0] if found else None
+    return sorted(found, key=lambda pair: (set(pair) != {"lora", "qlora"}, pair[0] != first))
 
 
 def _headline(groups: Sequence[Mapping[str, Any]]) -> str:
