@@ -31,6 +31,7 @@ from lownibble.matching import is_part
 from lownibble.models import compute
 from lownibble.models.checkpoint import Checkpoint
 from lownibble.models.conversion import ModelTensors, dtype_of, untie
+from lownibble.models.direct import read_directly
 from lownibble.models.info import info
 from lownibble.models.sources import ModelSource, resolve
 from lownibble.quant import PackedWeight, QuantLinear, eightbit, is_linear, is_transposed, layouts, matrix, quantize
@@ -269,8 +270,11 @@ def tied_aliases(model: nn.Module) -> set[str]:
 
 
 def quantizable(model: nn.Module, config: QuantConfig) -> dict[str, QuantConfig]:
-    """Path -> configuration of each linear layer that `config` packs: every plain `nn.Linear` that is neither skipped nor tied.
+    """Path -> configuration of each linear layer that `config` packs: every plain `nn.Linear` that is neither skipped nor tied,
+    nor read by the model's code outside of the layer.
 
+    Warns:
+        UserWarning: layers stay dense because the model's code reads their weights (named).
     Raises:
         ConfigError: an entry of skip_modules or pattern matches nothing, or a codec does not support an option (layer named).
         QuantizationError: a codec does not support a layer's shape (layer named).
@@ -280,7 +284,15 @@ def quantizable(model: nn.Module, config: QuantConfig) -> dict[str, QuantConfig]
     tied_parameters = {id(p) for name, p in model.named_parameters(remove_duplicate=False) if name in shared}
     linears = {path: m for path, m in model.named_modules() if is_linear(m)}
     tied = [path for path, linear in linears.items() if id(linear.weight) in tied_parameters]
-    found = layouts.choose({path: matrix(linear).shape for path, linear in linears.items()}, config, ["lm_head"], tied)
+    direct = [path for path in read_directly(model) if path not in tied and not is_part(path, config.skip_modules)]
+    found = layouts.choose(
+        {path: matrix(linear).shape for path, linear in linears.items()}, config, ["lm_head"], [*tied, *direct]
+    )  # fmt: skip
+    if direct:
+        warnings.warn(
+            f"{len(direct)} layers of {type(model).__name__} ({_last_names(direct)}) stay dense: its code reads their weights "
+            "itself.", stacklevel=2,
+        )  # fmt: skip
     if not found:
         raise ModelError(
             f"{type(model).__name__} has no linear module to quantise (skip_modules: {', '.join(config.skip_modules)}; linear: "

@@ -1,0 +1,115 @@
+"""Linear layers whose weight the model's code reads itself, instead of calling the layer: Mamba's dt_proj, which it multiplies
+without bias; weights that RWKV scales and Gemma 3n clamps.
+
+Such a weight must stay a dense tensor. Which ones they are is found out by two forward passes, in evaluation and in training,
+over a copy of the model on fake tensors (no values, no memory): an operation that gets a layer's weight outside of the layer's
+own forward pass reads it directly. So no list of names or architectures is kept. Rejected: searching the source of the model's
+classes (it names fast paths that are not taken, as Mamba 2's out_proj, which would stay dense for nothing).
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+import re
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+from torch.utils._pytree import tree_iter
+
+from lownibble.quant import is_linear
+
+N_TOKENS = 8
+_NUMBER = re.compile(r"\d+")
+
+
+_known: dict[tuple[type, str], frozenset[str]] = {}
+"""Class and configuration of a model -> what was found."""
+
+
+def read_directly(model: Any) -> frozenset[str]:
+    """Paths of the linear layers whose weight the model's code reads outside of the layer; the embeddings' too, if it is shared.
+
+    A pass that needs values (`nonzero` of a routing) ends early: what was read before it counts, in all decoder layers (paths
+    that differ in numbers), and what would have been read later is found by training's own check of the head.
+
+    Args:
+        model: of transformers, dense, on any device (also meta); unchanged.
+    """
+    key = type(model), model.config.to_json_string(use_diff=False)
+    if key not in _known:
+        kinds = {_NUMBER.sub("#", path) for path in _find(model)}
+        linears = (path for path, module in model.named_modules() if is_linear(module))
+        _known[key] = frozenset(path for path in linears if _NUMBER.sub("#", path) in kinds)
+    return _known[key]
+
+
+def _find(model: Any) -> set[str]:
+    with _disable_current_modes(), _quiet(), FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
+        tensors = (*model.parameters(), *model.buffers())
+        made: dict[int, Any] = {id(tensor): _fake(tensor) for tensor in tensors}
+        fake = copy.deepcopy(model, made)
+        reads = _Reads({path: module for path, module in fake.named_modules() if is_linear(module)})
+        ids = torch.zeros(1, N_TOKENS, dtype=torch.int64)
+        pair = {"decoder_input_ids": ids} if model.config.is_encoder_decoder else {}
+        for training in (False, True):  # RWKV scales its weights in evaluation, Gemma 3n clamps some in training
+            reads.inside.clear()
+            with reads, suppress(Exception):  # whatever the model's own code raises without values
+                fake.train(training)(input_ids=ids, use_cache=False, **pair)
+    return reads.found
+
+
+def _fake(tensor: Tensor) -> Tensor:
+    # 16 bits: torch's grouped products know no others without values
+    empty = torch.empty(tensor.shape, dtype=torch.bfloat16 if tensor.is_floating_point() else tensor.dtype)
+    return nn.Parameter(empty, requires_grad=False) if isinstance(tensor, nn.Parameter) else empty
+
+
+class _Reads(TorchDispatchMode):
+    """Notes the layers whose weights operations get outside of the layers' forward passes."""
+
+    def __init__(self, layers: Mapping[str, Any]) -> None:
+        super().__init__()
+        self.found: set[str] = set()
+        self.inside: list[str] = []
+        self._path = {_storage(layer.weight): path for path, layer in layers.items()}
+        for path, layer in layers.items():
+            layer.register_forward_pre_hook(partial(self._enter, path))
+            layer.register_forward_hook(self._leave)
+
+    def _enter(self, path: str, *of_hook: Any) -> None:
+        self.inside.append(path)
+
+    def _leave(self, *of_hook: Any) -> None:
+        self.inside.pop()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Run the operation."""
+        given = (self._path.get(_storage(each)) for each in tree_iter((args, kwargs or {})) if isinstance(each, Tensor))
+        self.found.update(path for path in given if path is not None and path not in self.inside)
+        return func(*args, **(kwargs or {}))
+
+
+def _storage(tensor: Tensor) -> int:
+    """What views of a tensor share."""
+    return int(tensor.untyped_storage()._cdata)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without what torch and transformers say of a pass that is not the user's."""
+    before = logging.root.manager.disable
+    logging.disable(logging.CRITICAL)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(before)

@@ -1,0 +1,72 @@
+"""Layers whose weights the model's code reads itself. Oracles: the code of six architectures; training; transformers."""
+
+import pytest
+import torch
+from architectures import build, quiet
+
+import lownibble as ln
+from lownibble.config import DataConfig, QuantConfig, TrainConfig
+from lownibble.models.direct import read_directly
+from lownibble.quant import QuantLinear
+
+MAMBA = {"state_size": 8, "time_step_rank": 4, "num_hidden_layers": 2, "hidden_size": 32}
+QUANT = QuantConfig(block_size=32)
+
+
+@pytest.mark.parametrize(
+    ("model_type", "names"),
+    [
+        ("mamba", {"dt_proj"}), ("falcon_mamba", {"dt_proj"}), ("jamba", {"dt_proj"}), ("rwkv", {"output", "value"}),
+        ("longcat_flash", {"classifier"}), ("gemma3n_text", {"correction_coefs", "prediction_coefs"}), ("llama", set()),
+        ("mamba2", set()), ("qwen3_moe", set()),
+    ],
+)  # fmt: skip
+def test_they_are_found_without_values(model_type, names):
+    with quiet():
+        model = build(model_type, 96)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    state = {key: value for key, value in vars(model).items() if not key.startswith("_")}
+    found = {path.rpartition(".")[2] for path in read_directly(model)}
+    assert found - {"lm_head"} == names  # of a head that is shared the embeddings read the weight
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    assert state == {key: value for key, value in vars(model).items() if not key.startswith("_")}
+
+
+def dense_of(model):
+    return {path.rpartition(".")[2] for path, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
+
+
+def test_they_stay_dense_and_the_model_trains(write, tmp_path):
+    folder = write("mamba", **MAMBA)
+    with pytest.warns(UserWarning, match=r"2 layers of MambaForCausalLM \(dt_proj\) stay dense: its code reads their weights"):
+        model, tokenizer = ln.load(str(folder), quant=QUANT)
+    assert dense_of(model) == {"dt_proj", "lm_head"}
+    assert any(isinstance(module, QuantLinear) for module in model.modules())
+    ln.add_lora(model, ln.LoraConfig(r=2))
+    (tmp_path / "rows.jsonl").write_text("".join(f'{{"text": "w1 w2 w3 w4 w{i}"}}\n' for i in range(8)))
+    data = DataConfig(path=str(tmp_path / "rows.jsonl"))
+    assert len(ln.train(model, tokenizer, data, TrainConfig(max_steps=2, batch_size=2, torch_compile=False)).losses) == 2
+
+
+def test_no_word_of_what_is_skipped(write):
+    model, _ = ln.load(str(write("mamba", **MAMBA)), quant=QUANT.with_options(skip_modules=["dt_proj"]))
+    assert "dt_proj" in dense_of(model)
+
+
+@pytest.mark.parametrize("rounding", ["rtn", "gptq"])
+def test_a_packed_checkpoint_runs_and_transformers_loads_it(write, tmp_path, bitsandbytes, rounding):
+    from transformers import AutoModelForCausalLM
+
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('{"text": "w1 w2 w3 w4 w5 w6 w7 w8"}\n' * 60)
+    calibration = {"calibration": str(rows), "calibration_tokens": 400, "max_length": 16} if rounding == "gptq" else {}
+    folder, out = write("mamba", **MAMBA), tmp_path / "out"
+    with pytest.warns(UserWarning, match="stay dense"):
+        ln.quantize_model(str(folder), out, rounding=rounding, quant=QuantConfig(), **calibration)
+    ours, theirs = ln.load(str(out))[0], AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32)
+    assert dense_of(ours) == {"dt_proj", "lm_head"}
+    for layer, other in zip(ours.backbone.layers, theirs.backbone.layers, strict=True):
+        assert torch.equal(layer.mixer.dt_proj.weight, other.mixer.dt_proj.weight)
+        assert torch.equal(layer.mixer.x_proj.weight.tensors()["codes"], other.mixer.x_proj.weight.data.view(-1, 1))
+    with torch.no_grad():
+        assert torch.isfinite(ours(input_ids=torch.arange(3, 12).unsqueeze(0)).logits).all()
