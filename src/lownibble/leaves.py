@@ -11,7 +11,17 @@ from typing import Any, get_args
 
 from pydantic.fields import FieldInfo
 
-from lownibble.config import PACKED, DataConfig, EvalConfig, ExportConfig, MergeConfig, PlanConfig, RowsConfig, ServeConfig
+from lownibble.config import (
+    PACKED,
+    DataConfig,
+    EvalConfig,
+    ExportConfig,
+    MergeConfig,
+    PlanConfig,
+    QuantizeConfig,
+    RowsConfig,
+    ServeConfig,
+)
 from lownibble.options import Options
 
 PLANNED = {
@@ -54,6 +64,7 @@ TAKES: dict[type[Options], Mapping[str, tuple[str, ...]]] = {
     RowsConfig: {"data": tuple(DataConfig.model_fields), "train": ("max_length",)},
     MergeConfig: MERGED,
     ExportConfig: ONLY_QUANT,
+    QuantizeConfig: ONLY_QUANT,
     ServeConfig: ONLY_QUANT,
 }
 """Configuration -> the options of its groups that it accepts; configurations not listed accept all."""

@@ -11,15 +11,15 @@ from functools import partial
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny_folders import WORDS, write_model
+from tiny_folders import WORDS, write_model, write_t5
 
 import lownibble as ln
 from lownibble.calibration import join_rows, walk
 from lownibble.calibration.gptq import round_again
 from lownibble.cli.main import main
-from lownibble.config import DataConfig, QuantConfig
+from lownibble.config import DataConfig, QuantConfig, QuantizeConfig
 from lownibble.data import encode, read
-from lownibble.errors import ConfigError, DataError, ModelError, OutputError
+from lownibble.errors import ConfigError, DataError, ModelError, OutputError, QuantizationError
 from lownibble.exporting import quantize as quantizing
 from lownibble.lora import lora_layers
 from lownibble.quant import QuantLinear, is_linear
@@ -68,7 +68,7 @@ def test_by_gptq_it_is_what_the_whole_model_in_memory_gives(base, rows, tmp_path
     record = ln.quantize_model(str(base), tmp_path / "out", calibration=str(rows), quant=quant, **OPTIONS)
     model, tokenizer = ln.load(str(base))
     data = DataConfig(path=str(rows))
-    joined = join_rows([row.input_ids for row in encode(read(str(rows))[0], tokenizer, data, 32).examples], 600, 32)
+    joined = join_rows([row.input_ids for row in encode(read(str(rows))[0], tokenizer, data, 600).examples], 600, 32)
     paths = [path for path, module in model.named_modules() if is_linear(module) and path != "lm_head"]
 
     def visit(found):
@@ -185,6 +185,63 @@ def test_what_cannot_be_quantised_is_said(base, rows, tmp_path):
         ln.quantize_model(str(tmp_path / "four"), tmp_path / "again")
     with pytest.raises(OutputError, match="holds something already"):
         ln.quantize_model(str(base), tmp_path / "four")
+
+
+def test_rows_are_joined_before_they_are_cut(base, rows, tmp_path):
+    """60 rows of 14 tokens; cut to 2 tokens first they would be 120 tokens, too few."""
+    record = ln.quantize_model(
+        str(base), tmp_path / "out", calibration=str(rows), quant=QUANT, max_length=2, calibration_tokens=600, device="cpu"
+    )
+    assert record["calibration"] == {"tokens": 600, "row_tokens": 2}
+
+
+def test_rows_are_no_longer_than_the_models_positions(base, rows, tmp_path):
+    config = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps({**config, "max_position_embeddings": 24}))
+    with pytest.warns(UserWarning, match="rows are of 24 tokens instead of 512: LlamaForCausalLM has no more positions"):
+        record = ln.quantize_model(
+            str(base), tmp_path / "out", calibration=str(rows), quant=QUANT, calibration_tokens=600, device="cpu"
+        )
+    assert record["calibration"]["row_tokens"] == 24
+
+
+@pytest.mark.parametrize("more", [{}, {"rounding": "rtn", "bits": 4.5}])
+def test_an_encoder_is_refused_with_a_remedy(tmp_path, more):
+    folder = write_t5(tmp_path / "t5")
+    with pytest.raises(ConfigError, match=r"t5' has an encoder: .* Use --method rtn, without --bits"):
+        ln.quantize_model(str(folder), tmp_path / "out", quant=QUANT, **more)
+    ln.quantize_model(str(folder), tmp_path / "out", quant=QUANT, rounding="rtn")
+
+
+@pytest.mark.parametrize(
+    "given", [{"calibration": "demo"}, {"calibration_tokens": 600}, {"max_length": 64}, {"seed": 1}, {"device": "cuda"}]
+)
+def test_what_rounding_to_nearest_does_not_use_is_refused(base, tmp_path, given):
+    with pytest.raises(ConfigError, match=rf"Rounding to nearest .* Got {next(iter(given))}\. Leave that out"):
+        QuantizeConfig(model=str(base), output=str(tmp_path / "out"), rounding="rtn", **given)
+    QuantizeConfig(model=str(base), output=str(tmp_path / "out"), rounding="rtn", bits=4.0, **given)
+
+
+def test_compute_is_no_option_of_the_command(base, tmp_path, capsys):
+    assert main(["quantize", str(base), "--output", str(tmp_path / "out"), "--compute", "exact"]) == 2
+    assert "--compute" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("error", "kept"), [(QuantizationError("no"), False), (OSError("full"), True), (RuntimeError(), True)])
+def test_finished_layers_are_kept_where_the_run_may_go_on(base, rows, tmp_path, monkeypatch, error, kept):
+    calls, by_gptq = [], quantizing.round_again
+
+    def fails(*arguments):
+        calls.append(arguments)
+        if len(calls) == 3:
+            raise error
+        return by_gptq(*arguments)
+
+    monkeypatch.setattr(quantizing, "round_again", fails)
+    with pytest.raises((QuantizationError, OutputError, RuntimeError)):
+        ln.quantize_model(str(base), tmp_path / "out", calibration=str(rows), quant=QUANT, **OPTIONS)
+    assert len(list(tmp_path.glob(".out.gptq/*.safetensors"))) == (2 if kept else 0)
+    assert (tmp_path / ".out.gptq").exists() == kept
 
 
 @pytest.mark.parametrize(("quant_type", "rounding"), [("int4", "gptq"), ("nf4", "rtn")])

@@ -2,19 +2,24 @@
 
 import json
 import warnings
+from dataclasses import replace
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from tiny_folders import WORDS, write_data, write_model
 
 import lownibble as ln
 from lownibble.config import DataConfig, QuantConfig, RunConfig
-from lownibble.errors import AdapterError, ModelError, TargetError
-from lownibble.lora import lora_layers
-from lownibble.lora.init import KAIMING_NORM, leading
+from lownibble.errors import AdapterError, ModelError, QuantizationError, TargetError
+from lownibble.lora import lora_layers, remove_adapter
+from lownibble.lora.init import KAIMING_NORM, find, leading
+from lownibble.lora.provenance import from_metadata
+from lownibble.lora.targets import KEEP_THEIR_START
 from lownibble.models.info import info
 from lownibble.quant import QuantLinear, is_linear
+from lownibble.registry import INITS
 
 QUANT = QuantConfig(block_size=32, compute="exact")
 CORRECTING = ["loftq", "qera", "qera_approx"]
@@ -301,8 +306,75 @@ def test_a_correcting_adapter_says_what_it_corrects(folder, ids, tmp_path, init)
     saved = ln.save_adapter(model, tmp_path / "adapter")
     again = ln.load_adapter(ln.load(str(folder), quant=QUANT)[0], saved)
     assert torch.equal(logits(again, ids), logits(model, ids))
-    with pytest.warns(UserWarning, match=rf"its start by '{init}' makes up for what packing lost there\), and these are dense"):
-        ln.load_adapter(ln.load(str(folder))[0], saved)
+    twice = ln.save_adapter(again, tmp_path / "twice")
+    for each in (saved, twice):
+        with pytest.warns(
+            UserWarning, match=rf"its start by '{init}' makes up for what packing lost there\), and these are dense"
+        ):
+            ln.load_adapter(ln.load(str(folder))[0], each)
+    remove_adapter(again, "default")
+    ln.add_lora(again, config(True))
+    assert "corrects" not in from_metadata(metadata_of(ln.save_adapter(again, tmp_path / "plain")))
+
+
+def metadata_of(adapter):
+    with safe_open(adapter / "adapter_model.safetensors", "pt") as file:
+        return file.metadata()
+
+
+@pytest.mark.parametrize("init", ["qera"])
+def test_a_layer_without_a_closed_form_is_named(folder, ids, init):
+    model, _ = ln.load(str(folder), quant=QUANT)
+    model.model.layers[1].input_layernorm.weight.data.zero_()
+    with pytest.raises(
+        QuantizationError, match=r"'model\.layers\.1\.self_attn\.q_proj' cannot be started by .*'qera': The second moments"
+    ):
+        ln.add_lora(model, config(init), calibration=ids)
+    assert not info(model).adapters.configs
+
+
+def test_rows_longer_than_the_models_positions_are_refused(write):
+    folder = write("gpt2", n_embd=32, n_head=4, n_layer=1, max_position_embeddings=24)
+    model, _ = ln.load(str(folder))
+    rows = torch.randint(3, 90, (3, 25), generator=torch.Generator().manual_seed(1))
+    with pytest.raises(ModelError, match=r"have 25 tokens, and GPT2LMHeadModel has 24 positions\. Join .* length=24\)"):
+        ln.add_lora(model, config("eva"), calibration=rows)
+    ln.add_lora(model, config("eva"), calibration=rows[:, :24])
+
+
+@pytest.mark.parametrize("init", CORRECTING)
+def test_starts_that_correct_are_refused_for_merge_aware_training(folder, ids, init):
+    model, _ = ln.load(str(folder), quant=QuantConfig(quant_type="int8", block_size="row"))
+    info(model).merge_aware = QUANT
+    with pytest.raises(TargetError, match=rf"'{init}' starts at what packing lost, and merge-aware training packs anew"):
+        ln.add_lora(model, config(init), calibration=ids)
+    assert not info(model).adapters.configs
+
+
+def test_what_the_planner_knows_of_initialisations_is_what_they_say():
+    assert {name for name in INITS if find(name).takes_out} == set(KEEP_THEIR_START)
+    assert not [name for name in INITS if find(name).takes_out and find(name).keeps_base]
+
+
+@pytest.mark.parametrize(("init", "again"), [("qera", False), ("loftq", False), ("eva", False), ("pissa", True)])
+def test_a_resumed_run_starts_no_adapters_anew(folder, tmp_path, monkeypatch, init, again):
+    rows = write_data(tmp_path)
+    started = []
+
+    def train(steps, **more):
+        options = {"max_steps": steps, "batch_size": 8, "max_length": 32, "save_steps": 2, "lr_scheduler_type": "constant"}
+        data = DataConfig(path=str(rows), calibration_tokens=300, max_eval_rows=8)
+        options |= {"output_dir": str(tmp_path / "out"), **more}
+        return ln.run(RunConfig(model=str(folder), quant=QUANT, lora=config(init), data=data, train=options))
+
+    start = find(init).function
+    counted = replace(find(init), function=lambda adapter, given: started.append(given.path) or start(adapter, given))
+    monkeypatch.setattr(f"lownibble.lora.init.{init}", counted)
+    train(2)
+    assert started
+    started.clear()
+    assert len(train(3, resume=True).losses) == 3
+    assert bool(started) == again
 
 
 def test_what_an_initialisation_lacks_is_said(folder, ids, tmp_path, tiny):

@@ -225,6 +225,32 @@ def test_mxfp4_is_decoded_as_elsewhere():
     assert layouts.n_bytes((7, 192), QuantConfig(quant_type="mxfp4")) * 8 / (7 * 192) == 4.25
 
 
+@pytest.mark.parametrize("block_size", [128, "row"])
+def test_what_the_format_of_mxfp4_fixes_stays_its_own(block_size):
+    pattern = {"down_proj": {"quant_type": "mxfp4"}}
+    outside = QuantConfig(quant_type="int8", block_size=block_size, double_quant=False, pattern=pattern)
+    inside = outside.for_layer("mlp.down_proj")
+    assert (inside.quant_type, inside.block_size, inside.double_quant) == ("mxfp4", 32, False)
+    assert outside.for_layer("mlp.up_proj").block_size == block_size
+    base = QuantConfig(quant_type="mxfp4", pattern={"down_proj": {"quant_type": "nf4"}, "o_proj": {"quant_type": "int8"}})
+    for path in ("mlp.down_proj", "self_attn.o_proj"):
+        other = base.for_layer(path)
+        assert (other.block_size, other.double_quant) == (64, True)  # the defaults
+    assert base.for_layer("mlp.up_proj").block_size == 32
+
+
+def test_options_with_another_codec_follow_its_format():
+    wide = QuantConfig(quant_type="int8", block_size=128, double_quant=False)
+    found = wide.with_options(quant_type="mxfp4")
+    assert found == QuantConfig(quant_type="mxfp4")
+    assert found.block_size == 32
+    back = found.with_options(block_size=32).with_options(quant_type="nf4", skip_modules=[])
+    assert (back.block_size, back.double_quant, back.skip_modules) == (64, True, [])
+    assert wide.with_options(compute="exact").block_size == 128
+    with pytest.raises(ConfigError, match="'block_size' of mxfp4 is 32"):
+        wide.with_options(quant_type="mxfp4", block_size=128)
+
+
 def test_mxfp4_has_no_other_blocks():
     """The defaults, which are meant for other codecs, stand for the format's own; anything else is refused."""
     for options in ({}, {"block_size": 32}, {"double_quant": False}, {"block_size": 64, "double_quant": True}):

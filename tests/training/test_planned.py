@@ -85,6 +85,13 @@ def test_a_model_that_the_planner_does_not_know_is_trained_all_the_same(config, 
     assert run(config()).record["memory"]["planned"] == {"unknown": "'x' is a 'mamba', which the planner does not know."}
 
 
+def test_a_packed_head_is_not_planned(config, widen):
+    asked, untied = config("qlora"), widen(tie_word_embeddings=False)
+    trainer, _ = prepare(asked.with_options(quant=asked.quant.with_options(skip_modules=[]), model=str(untied)))
+    with pytest.raises(ConfigError, match=r"does not know a quantised head\. Leave 'lm_head' in skip_modules to plan the run"):
+        planned.plan_of(trainer)
+
+
 def test_a_run_larger_than_the_machine_warns_before_its_first_step(config, monkeypatch):
     small = replace(hardware.this_machine(), memory_bytes=2**20)
     monkeypatch.setattr(planned, "device_of", lambda device: small)

@@ -2,6 +2,6 @@
 
 from lownibble.calibration.layers import walk
 from lownibble.calibration.moments import Moments
-from lownibble.calibration.rows import join_rows
+from lownibble.calibration.rows import join_rows, row_length
 
-__all__ = ["Moments", "join_rows", "walk"]
+__all__ = ["Moments", "join_rows", "row_length", "walk"]

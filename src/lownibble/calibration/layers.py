@@ -26,6 +26,7 @@ import torch
 from torch import Tensor, nn
 
 from lownibble.calibration.moments import Moments
+from lownibble.calibration.rows import positions
 from lownibble.errors import ModelError
 from lownibble.models.head import Head, for_comparing, hidden_states
 from lownibble.models.info import decoder_layers
@@ -46,10 +47,19 @@ def walk(model: Any, rows_BT: Tensor, paths: list[str], visit: Visit, around: Ar
         paths: of the linear layers to measure, each given to `visit` once.
         around: called with a decoder layer's path; the layer works inside of what it returns, so it can be read then.
     Raises:
-        ModelError: an encoder-decoder model, or the model's values are not finite.
+        ModelError: an encoder-decoder model, rows longer than the model's positions, or the model's values are not finite.
     """
     if model.config.is_encoder_decoder:
-        raise ModelError(f"{type(model).__name__} has an encoder: calibration is for models with a decoder alone.")
+        raise ModelError(
+            f"{type(model).__name__} has an encoder: calibration is for models with a decoder alone. Use an initialisation that "
+            "needs no calibration rows (init_lora_weights=True, 'loftq', 'pissa')."
+        )
+    held = positions(model)
+    if held is not None and rows_BT.shape[1] > held:
+        raise ModelError(
+            f"The calibration rows have {rows_BT.shape[1]} tokens, and {type(model).__name__} has {held} positions. Join them "
+            f"with join_rows(..., length={held})."
+        )
     config = model.config.get_text_config()
     heads = {getattr(config, name, 0) for name in ("num_attention_heads", "n_head", "n_heads")}
     if len(rows_BT) in heads - {1}:  # so that rows are known by their number

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,6 +13,27 @@ from lownibble.errors import DataError
 
 MIN_TOKENS = 256
 """Fewer calibration tokens than this are an error."""
+
+
+def row_length(model: Any, wanted: int) -> int:
+    """Tokens in a calibration row: as wanted, or as many as the model has positions.
+
+    Warns:
+        UserWarning: the model has fewer.
+    """
+    held = positions(model)
+    if held is None or wanted <= held:
+        return wanted
+    warnings.warn(
+        f"Calibration rows are of {held} tokens instead of {wanted}: {type(model).__name__} has no more positions.", stacklevel=2
+    )
+    return held
+
+
+def positions(model: Any) -> int | None:
+    """The longest row that a model was made for, or None if it does not say."""
+    held = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    return held if isinstance(held, int) and held > 0 else None
 
 
 def join_rows(rows: Sequence[Sequence[int]], n_tokens: int, length: int, seed: int = 0) -> Tensor:

@@ -245,6 +245,19 @@ class QuantizeConfig(Options):
     device: str = Field("auto", description="auto, cpu, cuda or cuda:N")
     quant: QuantConfig = QuantConfig()
 
+    @model_validator(mode="after")
+    def _no_rows_for_rounding_to_nearest(self) -> QuantizeConfig:
+        if self.rounding != "rtn" or self.bits is not None:
+            return self
+        given = sorted(self.model_fields_set & {"calibration", "calibration_tokens", "max_length", "seed"})
+        given += ["device"] * (self.device not in ("auto", "cpu"))
+        if given:
+            raise ConfigError(
+                f"Rounding to nearest ('rtn') reads no calibration rows, and is done on the CPU. Got {', '.join(given)}. Leave "
+                "that out, or use --method gptq."
+            )
+        return self
+
 
 class ServeConfig(Options):
     """Serving one quantised base and a folder of adapters with an OpenAI-compatible API (`lownibble serve`)."""

@@ -72,12 +72,20 @@ class QuantConfig(Options):
             self.__dict__[key] = value
         return self
 
+    def with_options(self, **changes: Any) -> QuantConfig:
+        """A copy with options replaced. What a format fixes goes to no other codec, and comes from none."""
+        kept = self.model_fields_set - self._fixed_unless(changes)
+        return QuantConfig(**{**{name: getattr(self, name) for name in kept}, **changes})
+
     def _with(self, options: Mapping[str, Any]) -> QuantConfig:
-        """This configuration with other options. What a format fixes goes to no other codec, and comes from none."""
-        codecs = {self.quant_type, options.get("quant_type", self.quant_type)}
-        fixed = {key for codec in codecs for key in FIXED.get(codec, {})} if len(codecs) > 1 else set()
-        own = {key: getattr(self, key) for key in PER_LAYER if key not in fixed}
+        """The configuration of a layer with the options of a pattern, as `with_options`."""
+        own = {key: getattr(self, key) for key in PER_LAYER if key not in self._fixed_unless(options)}
         return QuantConfig(**{**own, "compute": self.compute, **options})
+
+    def _fixed_unless(self, changes: Mapping[str, Any]) -> set[str]:
+        """Options that the format of this codec or of the one in `changes` fixes, if they are two."""
+        codecs = {self.quant_type, changes.get("quant_type", self.quant_type)}
+        return {key for codec in codecs for key in FIXED.get(codec, {})} if len(codecs) > 1 else set()
 
     def for_layer(self, path: str) -> QuantConfig:
         """Configuration of the layer at `path`: this one, with the options of the first matching `pattern` if there is one."""

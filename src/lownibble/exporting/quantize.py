@@ -31,12 +31,12 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from lownibble import record, stored, tensorfile
-from lownibble.calibration import Moments, join_rows, walk
+from lownibble.calibration import Moments, join_rows, row_length, walk
 from lownibble.calibration.gptq import round_again
 from lownibble.calibration.mixed import candidates, check_budget, choose, gradient_squares, loss_increase
 from lownibble.config import DataConfig, QuantConfig, QuantizeConfig
 from lownibble.data import encode, read
-from lownibble.errors import ConfigError, OutputError, QuantizationError
+from lownibble.errors import ConfigError, InputError, OutputError, QuantizationError
 from lownibble.exporting.merge import check_free, write
 from lownibble.exporting.weights import Tell, Weights, say_nothing
 from lownibble.models import ModelSource, load_tokenizer, pick_device, resolve, skeleton
@@ -92,7 +92,11 @@ def run_quantize(config: QuantizeConfig, tell: Tell = say_nothing, rows: Tensor 
     if config.rounding == "rtn" and config.bits is None:
         write(weights, weights.packed_target, output, result, tell=tell)
         return result
-    rows = _calibration_rows(config, source) if rows is None else rows
+    if weights.model.config.is_encoder_decoder:
+        raise ConfigError(
+            f"'{config.model}' has an encoder: calibration is for models with a decoder alone. Use --method rtn, without --bits."
+        )
+    rows = _calibration_rows(config, source, weights.model) if rows is None else rows
     result["calibration"] = {"tokens": rows.numel(), "row_tokens": rows.shape[1]}
     if config.bits is not None:
         quant, result["mixed"] = _mix(source, weights, config, rows, tell)
@@ -103,7 +107,7 @@ def run_quantize(config: QuantizeConfig, tell: Tell = say_nothing, rows: Tensor 
         write(weights, weights.packed_target, output, result, tell=tell)
         return result
     aside = output.parent / f".{output.name}.gptq"
-    with hold(aside), _space_errors(output):
+    with hold(aside), _space_errors(output), _of_no_use_after_errors(aside):
         errors = _pack_layers(source, weights.requantized, config, rows, aside, tell)
         weights.ready, weights.ready_id = (lambda path: _read(aside, path, config.quant)), (aside / _STATE).read_text()
         result |= _summary(errors, weights.requantized)
@@ -164,6 +168,17 @@ def _ways(path: str, shape: torch.Size, how: QuantConfig, names: tuple[str, ...]
 
 
 @contextmanager
+def _of_no_use_after_errors(aside: Path) -> Iterator[None]:
+    """Remove the finished layers after an error that the same command would meet again; they are kept where it may go on."""
+    try:
+        yield
+    except InputError as error:
+        if not isinstance(error, OutputError):
+            shutil.rmtree(aside, ignore_errors=True)
+        raise
+
+
+@contextmanager
 def _space_errors(output: Path) -> Iterator[None]:
     try:
         yield
@@ -173,11 +188,13 @@ def _space_errors(output: Path) -> Iterator[None]:
         ) from error
 
 
-def _calibration_rows(config: QuantizeConfig, source: ModelSource) -> Tensor:
+def _calibration_rows(config: QuantizeConfig, source: ModelSource, model: Any) -> Tensor:
+    """Token ids (rows, tokens): rows of the data, joined first and cut then."""
     data = DataConfig(path=config.calibration)
     sides = [side for side in read(config.calibration) if side is not None]
-    encoded = encode(sides[0], load_tokenizer(source), data, config.max_length)
-    return join_rows([each.input_ids for each in encoded.examples], config.calibration_tokens, config.max_length, config.seed)
+    encoded = encode(sides[0], load_tokenizer(source), data, config.calibration_tokens)
+    length = row_length(model, config.max_length)
+    return join_rows([each.input_ids for each in encoded.examples], config.calibration_tokens, length, config.seed)
 
 
 def _summary(errors: Mapping[str, tuple[float, float]], packed: set[str]) -> dict[str, Any]:

@@ -23,7 +23,6 @@ from lownibble.config import LoraConfig
 from lownibble.errors import AdapterError, ConfigError, TargetError
 from lownibble.lora.active import adapter_configs, lora_layers, saved_modules, trained_biases
 from lownibble.lora.begin import take_out
-from lownibble.lora.init import find
 from lownibble.lora.inject import Plan, add_lora, match_targets, named_linears, plan
 from lownibble.lora.layer import LoraLinear, LowRank, sizes
 from lownibble.lora.provenance import base_facts, from_metadata, other_codec, other_weights, to_metadata
@@ -152,10 +151,10 @@ def save_adapter(model: nn.Module, folder: str | Path, *, name: str = "default")
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     entries = {key: tensorfile.Entry(value.dtype, tuple(value.shape)) for key, value in tensors.items()}
-    facts, start = base_facts(model), configs[name].init_lora_weights
+    facts, corrects = base_facts(model), info(model).adapters.corrects.get(name)
     took_out = any(layer.adapter(name).start is not None for _, layer in lora_layers(model, name))
     facts |= {"took_out": True} if took_out else {}
-    facts |= {"corrects": start} if facts["quant"] and find(start).corrects else {}
+    facts |= {"corrects": corrects} if facts["quant"] and corrects else {}
     parts, metadata = ((key, 0, value) for key, value in tensors.items()), {"format": "pt", **to_metadata(facts)}
     tensorfile.write(folder / f".{WEIGHTS_FILE}.part", entries, parts, metadata)  # safetensors' own writer shuffles the metadata
     text = json.dumps(_config_json(model, _file_config(model, name), name), indent=2, sort_keys=True) + "\n"
@@ -314,6 +313,8 @@ def load_adapter(
             tensor.data.copy_(stored.read(key))
     for tensor in adapter_tensors(model, name).values():
         tensor.requires_grad_(trainable)
+    if corrects := (stored.trained_on or {}).get("corrects"):
+        info(model).adapters.corrects[name] = corrects
     return model
 
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from lownibble.calibration import Moments, walk
 from lownibble.config import LoraConfig
-from lownibble.errors import ModelError, TargetError
+from lownibble.errors import ModelError, QuantizationError, TargetError
 from lownibble.lora.active import adapter_configs, lora_layers, remove_adapter, replace_module
 from lownibble.lora.init import Start, find, repack, without
 from lownibble.lora.layer import LoraLinear
@@ -39,10 +39,10 @@ def adapt(
     name: str,
     seed: int,
     calibration: Tensor | None,
-    of_file: bool,
+    set_later: bool,
 ) -> None:
-    """Put the layers with their initialised adapters into the model."""
-    init, generator = find(True if of_file else config.init_lora_weights), torch.Generator().manual_seed(seed)
+    """Put the layers with their initialised adapters into the model; `set_later`: with any A and B."""
+    init, generator = find(True if set_later else config.init_lora_weights), torch.Generator().manual_seed(seed)
     variant_at = variants(model, config, variant_of(config), layers)
 
     def add(path: str, moments: Moments | None) -> None:
@@ -51,7 +51,12 @@ def adapt(
         r, alpha = rank_of(path, config), alpha_of(path, config)
         adapter = layer.add(name, r, alpha, config.lora_dropout, config.use_rslora, variant_at[path])
         start = Start(path, partial(_dense_weight, model, path, layer), _packed(layer), moments, generator)
-        changed = init(adapter, start)
+        try:
+            changed = init(adapter, start)
+        except QuantizationError as error:
+            raise QuantizationError(
+                f"'{path}' cannot be started by init_lora_weights={config.init_lora_weights!r}: {error}"
+            ) from None
         if changed is not None and adapter_configs(model):
             raise TargetError(
                 f"init_lora_weights={config.init_lora_weights!r} changes the weight of '{path}', which other adapters were "

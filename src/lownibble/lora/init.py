@@ -76,6 +76,7 @@ class Initialisation:
     Attributes:
         calibrated: it needs the moments of a layer's inputs, so a calibration pass is run for it.
         corrects: it starts at what packing lost; on a dense base nothing is, and it starts as `kaiming`.
+        keeps_base: it never returns another base; so a resumed run, which has A and B from a checkpoint, need not repeat it.
         takes_out: it returns the base without scale B A. Files then hold [A; A0] and [B, -B0], A0 and B0 the start, and fit the
             base as it was; an adapter whose base was changed in another way fits no other base.
     """
@@ -83,6 +84,7 @@ class Initialisation:
     function: Function
     calibrated: bool = False
     corrects: bool = False
+    keeps_base: bool = False
     takes_out: bool = False
 
     def __call__(self, adapter: LowRank, start: Start) -> PackedWeight | Tensor | None:
@@ -91,10 +93,10 @@ class Initialisation:
 
 
 def initialisation(
-    *, calibrated: bool = False, corrects: bool = False, takes_out: bool = False
+    *, calibrated: bool = False, corrects: bool = False, keeps_base: bool = False, takes_out: bool = False
 ) -> Callable[[Function], Initialisation]:  # fmt: skip
     """Decorator that says what is known of an initialisation; a plain function is one of which nothing is."""
-    return partial(Initialisation, calibrated=calibrated, corrects=corrects, takes_out=takes_out)
+    return partial(Initialisation, calibrated=calibrated, corrects=corrects, keeps_base=keeps_base, takes_out=takes_out)
 
 
 def kaiming(adapter: LowRank, start: Start) -> None:
@@ -117,7 +119,7 @@ def random(adapter: LowRank, start: Start) -> None:
     adapter.lora_B.data.copy_(torch.empty(adapter.lora_B.shape).uniform_(-bound, bound, generator=start.generator))
 
 
-@initialisation(calibrated=True)
+@initialisation(calibrated=True, keeps_base=True)
 def eva(adapter: LowRank, start: Start) -> None:
     """A the leading eigenvectors of the inputs' second moments, B zero. Ranks are as configured (PEFT's rho = 1)."""
     kaiming(adapter, start)
@@ -126,13 +128,13 @@ def eva(adapter: LowRank, start: Start) -> None:
     adapter.lora_A.data[: len(vectors)].copy_(vectors)
 
 
-@initialisation(corrects=True)
+@initialisation(corrects=True, keeps_base=True)
 def loftq(adapter: LowRank, start: Start) -> None:
     """B A the best approximation of what packing lost."""
     _approximate(adapter, start, *leading(_lost(start), adapter.r))
 
 
-@initialisation(calibrated=True, corrects=True)
+@initialisation(calibrated=True, corrects=True, keeps_base=True)
 def qera(adapter: LowRank, start: Start) -> None:
     """B A the best approximation of what packing lost, in the layer's output."""
     assert start.moments is not None
@@ -141,7 +143,7 @@ def qera(adapter: LowRank, start: Start) -> None:
     _approximate(adapter, start, left, torch.linalg.solve_triangular(root, right, upper=False, left=False))
 
 
-@initialisation(calibrated=True, corrects=True)
+@initialisation(calibrated=True, corrects=True, keeps_base=True)
 def qera_approx(adapter: LowRank, start: Start) -> None:
     """As `qera` for inputs that are uncorrelated."""
     assert start.moments is not None

@@ -16,6 +16,7 @@ from lownibble.errors import TargetError
 from lownibble.lora import targets
 from lownibble.lora.active import adapter_configs, replace_module, set_adapter
 from lownibble.lora.begin import adapt, output_head, take_back
+from lownibble.lora.init import find
 from lownibble.lora.layer import LoraLinear, TrainedCopy
 from lownibble.models.info import info
 from lownibble.quant import QuantLinear, is_linear
@@ -131,7 +132,7 @@ def plan(model: nn.Module, config: LoraConfig, name: str, *, of_file: bool = Fal
 
 def add_lora(
     model: nn.Module, config: LoraConfig, *, name: str = "default", seed: int = 0, of_file: bool = False,
-    calibration: Tensor | None = None,
+    calibration: Tensor | None = None, restored: bool = False,
 ) -> nn.Module:  # fmt: skip
     """Freeze `model` and add low-rank adapters, in place; returns the model.
 
@@ -141,9 +142,10 @@ def add_lora(
         seed: of the initial A (and of B with `init_lora_weights=False`).
         of_file: the configuration is a saved adapter's (see `targets.match_targets`); its weights are set later.
         calibration: token ids (rows, tokens), for initialisations that look at the layers' inputs (`calibration.join_rows`).
+        restored: A and B are set later, from a checkpoint, so the initialisation (one that `keeps_base`) is left out.
     Raises:
         TargetError: a pattern matches nothing (lists the candidates), the name is taken, the initialisation does not suit the
-            model, or calibration rows are missing.
+            model, or calibration rows are missing. QuantizationError: the rows leave a layer's inputs without a closed form.
         ModelError: the initialisation needs dense weights that cannot be read. After an error the model is unchanged, unless its
             dense weights were to be changed.
     """
@@ -155,7 +157,7 @@ def add_lora(
             "new one."
         )
     try:
-        adapt(model, planned.targets, config, name, seed, calibration, of_file)
+        adapt(model, planned.targets, config, name, seed, calibration, of_file or restored)
     except BaseException:
         for path, module in planned.targets.items():
             take_back(model, path, module, name)
@@ -170,6 +172,8 @@ def add_lora(
         replace_module(model, path, wrapper.train(module.training))
     state = info(model).adapters
     state.configs[name] = config
+    if find(config.init_lora_weights).corrects:
+        state.corrects[name] = str(config.init_lora_weights)
     state.biases[name] = {path: (bias, bias.detach().clone()) for path, bias in planned.biases.items()}
     set_adapter(model, name)
     return model

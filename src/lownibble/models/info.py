@@ -25,11 +25,13 @@ class Adapters:
         configs: name -> its configuration.
         biases: by adapter, path in PEFT's files -> (the parameter in the base, the values swapped out: the original ones
             while the adapter is active, else the trained ones).
+        corrects: name -> its initialisation, for those that start at what packing the base lost (`Initialisation.corrects`).
         active: name of the active one.
     """
 
     configs: dict[str, LoraConfig] = field(default_factory=dict)
     biases: dict[str, dict[str, tuple[nn.Parameter, Tensor]]] = field(default_factory=dict)
+    corrects: dict[str, str] = field(default_factory=dict)
     active: str | None = None
 
 

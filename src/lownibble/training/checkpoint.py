@@ -30,6 +30,9 @@ from lownibble.optim import plain_name, states, warmup_steps
 from lownibble.tensorfile import Entry
 
 KEEP = 2
+CHECKPOINTS = "checkpoints"
+"""Folder below the output folder."""
+
 _FREE = {
     "output_dir",
     "resume",

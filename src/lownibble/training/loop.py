@@ -110,7 +110,7 @@ class Trainer:
         self.kinds, self.ledger = usage.bytes_by_kind(model, None), usage.ledger(model, None)
         self._measured = False
         self.stop_signal: Callable[[], int] = lambda: 0
-        self.checkpoints = Path(config.output_dir) / "checkpoints" if config.output_dir else None
+        self.checkpoints = Path(config.output_dir) / checkpoint.CHECKPOINTS if config.output_dir else None
 
     def _make_optimizer(self, paged: bool) -> torch.optim.Optimizer:
         config = self.config

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from lownibble import record, stored
-from lownibble.calibration import join_rows
+from lownibble.calibration import join_rows, row_length
 from lownibble.config import DataConfig, QuantConfig, RunConfig, TrainConfig
 from lownibble.data import Choice, Dataset, Encoded, Example, digest_of
 from lownibble.data import load as load_data
@@ -40,6 +40,7 @@ from lownibble.options import n_bytes
 from lownibble.quant import QuantLinear
 from lownibble.registry import OBJECTIVES
 from lownibble.training import interrupt, verify
+from lownibble.training.checkpoint import CHECKPOINTS, complete
 from lownibble.training.events import Evaluated, Event, Finished, Skipped, Started, Stepped, Warned
 from lownibble.training.loop import Trainer
 from lownibble.training.objectives import Objective
@@ -145,7 +146,9 @@ def _make(config: RunConfig, rows: Dataset) -> tuple[Any, Any]:
         with weights.open("rb") as file:
             info(model).started_from = hashlib.file_digest(file, "sha256").hexdigest()
     elif config.method != "full":
-        add_lora(model, config.lora, seed=config.train.seed, calibration=_calibration(config, rows, tokenizer))
+        restored = _is_restored(config)
+        ids = None if restored else _calibration(config, rows, model, tokenizer)
+        add_lora(model, config.lora, seed=config.train.seed, calibration=ids, restored=restored)
     else:
         model.requires_grad_(True)
         if model.device.type == "cuda" and config.dtype == "auto":
@@ -154,11 +157,12 @@ def _make(config: RunConfig, rows: Dataset) -> tuple[Any, Any]:
     return model, tokenizer
 
 
-def _calibration(config: RunConfig, rows: Dataset, tokenizer: Any) -> torch.Tensor | None:
-    """Training rows for an initialisation that looks at layers' inputs, as token ids (rows, tokens); None for others."""
+def _calibration(config: RunConfig, rows: Dataset, model: Any, tokenizer: Any) -> torch.Tensor | None:
+    """Training rows for an initialisation that looks at layers' inputs, joined, as token ids (rows, tokens); None for others."""
     if not find(config.lora.init_lora_weights).calibrated:
         return None
-    return calibration_rows(config, rows, tokenizer, config.data.calibration_tokens, config.train.max_length, config.train.seed)
+    length = row_length(model, config.train.max_length)
+    return calibration_rows(config, rows, tokenizer, config.data.calibration_tokens, length, config.train.seed)
 
 
 def calibration_rows(config: RunConfig, rows: Dataset, tokenizer: Any, n_tokens: int, length: int, seed: int) -> torch.Tensor:
@@ -169,8 +173,16 @@ def calibration_rows(config: RunConfig, rows: Dataset, tokenizer: Any, n_tokens:
     """
     order = torch.randperm(len(rows.rows), generator=torch.Generator().manual_seed(seed)).tolist()
     some = replace(rows, rows=[rows.rows[i] for i in order[: n_tokens // 4]])  # not all are needed
-    encoded = OBJECTIVES[config.train.objective].encode(some, tokenizer, config.data, length)
+    longest = n_tokens if config.data.overlength == "cut" else config.train.max_length  # joined first, cut then
+    encoded = OBJECTIVES[config.train.objective].encode(some, tokenizer, config.data, longest)
     return join_rows([example.input_ids for example in encoded.examples], n_tokens, length, seed)
+
+
+def _is_restored(config: RunConfig) -> bool:
+    """Whether A and B come from a checkpoint, so that an initialisation that leaves the base alone need not be repeated."""
+    train = config.train
+    there = train.resume and train.output_dir is not None and complete(Path(train.output_dir) / CHECKPOINTS)
+    return bool(there) and find(config.lora.init_lora_weights).keeps_base
 
 
 def _held_quant(config: RunConfig) -> QuantConfig:
