@@ -11,6 +11,7 @@ from lownibble.config import (
     ExportConfig,
     LoraConfig,
     MergeConfig,
+    PlanConfig,
     QuantConfig,
     QuantizeConfig,
     RowsConfig,
@@ -52,16 +53,17 @@ VALUES = {
     "max_adapter": "2MB", "max_rank": 9, "adapter_dtype": "float32", "adapter_budget": "3MB", "cache_budget": "4MB",
     "drain_seconds": 2.5,
     "trained_on": "dense", "force": True, "measure_tokens": 77, "source": "some/model", "format": "bnb-4bit", "rounding": "rtn",
-    "calibration": "x.jsonl", "bits": 3.5,
+    "calibration": "x.jsonl", "bits": 3.5, "gpu": "cpu", "tokens": 12, "records": "some/records", "price": 2.5,
 }  # fmt: skip
 
 REQUIRED = {
     MergeConfig: {"adapter": "a", "output": "b"}, ExportConfig: {"source": "a", "output": "b"}, QuantizeConfig: {"output": "b"},
+    PlanConfig: {"method": "qlora"},
 }  # fmt: skip
-"""Options without a default."""
+"""Options without a default, or that others need."""
 
 
-CONFIGS = (RunConfig, CompareConfig, EvalConfig, RowsConfig, MergeConfig, ExportConfig, QuantizeConfig, ServeConfig)
+CONFIGS = (RunConfig, CompareConfig, EvalConfig, RowsConfig, MergeConfig, ExportConfig, QuantizeConfig, ServeConfig, PlanConfig)
 
 
 def _toml(value):
@@ -88,7 +90,7 @@ def _leaves(config):
 
 ALL = _leaves(RunConfig) + [p for p in _leaves(CompareConfig) if p.values[1] == ("methods",)]
 ALL += _leaves(EvalConfig) + _leaves(RowsConfig) + _leaves(MergeConfig) + _leaves(ExportConfig) + _leaves(ServeConfig)
-ALL += _leaves(QuantizeConfig)
+ALL += _leaves(QuantizeConfig) + _leaves(PlanConfig)
 
 
 @pytest.mark.parametrize(("config", "path", "field"), ALL)

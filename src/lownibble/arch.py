@@ -33,6 +33,7 @@ class Family(NamedTuple):
         experts: the MLP is a mixture of experts, with two weight tensors for all of them. scaled: embeddings are scaled.
         head_bias: the head has a bias. rotates_a_part: partial rotary embedding (the part may be all of a head).
         encoder_decoder: two stacks; attention has a table of relative position biases instead of rotary embedding.
+        kept_dense: names of linears that packed checkpoints hold dense (transformers' `_keep_in_fp32_modules`).
     """
 
     names: Mapping[str, str] = {}
@@ -52,6 +53,7 @@ class Family(NamedTuple):
     head_bias: bool = False
     rotates_a_part: bool = False
     encoder_decoder: bool = False
+    kept_dense: tuple[str, ...] = ()
 
 
 _TIED = {"tie_word_embeddings": True}
@@ -112,7 +114,7 @@ FAMILIES: dict[str, Family] = {
             **_TIED, "num_layers": 6, "d_model": 512, "d_ff": 2048, "num_heads": 8, "vocab_size": 32128, "d_kv": 64,
             "feed_forward_proj": "relu", "dropout_rate": 0.1, "relative_attention_num_buckets": 32,
         },
-        linears=("q", "k", "v", "o"), encoder_decoder=True,
+        linears=("q", "k", "v", "o"), encoder_decoder=True, kept_dense=("wo",),
     ),
 }  # fmt: skip
 """`model_type` -> its family."""

@@ -51,6 +51,17 @@ def test_the_same_weights_as_our_own_loader(write, batch, case, tied):
     assert (model.lm_head.weight is model.model.embed_tokens.weight) == tied
 
 
+def test_layers_whose_weights_the_model_reads_itself_stay_dense(write, batch, tmp_path):
+    folder = write("mamba", state_size=8, time_step_rank=4)
+    with pytest.warns(UserWarning, match=r"2 layers of MambaForCausalLM \(dt_proj\) stay dense"):
+        model = load(folder)
+    assert {path.rpartition(".")[2] for path in packed(model)} == {"in_proj", "x_proj", "out_proj"}
+    model.save_pretrained(tmp_path / "saved")
+    with pytest.warns(UserWarning, match="stay dense"):
+        again = AutoModelForCausalLM.from_pretrained(tmp_path / "saved", dtype=torch.float32).eval()
+    assert torch.equal(logits(again, batch), logits(model, batch))
+
+
 def test_bytes_are_those_of_bitsandbytes(bitsandbytes, folder, tmp_path):
     load(folder).save_pretrained(tmp_path / "ours")
     config = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True)

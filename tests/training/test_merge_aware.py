@@ -15,8 +15,9 @@ from lownibble.config import LoraConfig, QuantConfig, RunConfig
 from lownibble.data import load as load_data
 from lownibble.errors import ConfigError, ModelError, TargetError
 from lownibble.lora import lora_layers
+from lownibble.lora.held import HELD
 from lownibble.lora.layer import LoraLinear
-from lownibble.lora.merge_aware import HELD, MergeAware
+from lownibble.lora.merge_aware import MergeAware
 from lownibble.lora.variants import LORA
 from lownibble.optim import make_optimizer
 from lownibble.quant import QuantLinear, quantize

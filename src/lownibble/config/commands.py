@@ -45,6 +45,21 @@ class _Model(Options):
 FOR_ADAPTERS = "The 'loraplus_lr_ratio' of TrainConfig is for adapters. Got {}. Leave it out, or {}."
 
 
+def _check_merge_aware(config: RunConfig | PlanConfig) -> None:
+    if not config.merge_aware:
+        return
+    compute, dropout = config.quant.compute, config.lora.lora_dropout
+    packs = "is of several" if config.method == "all" else "packs nothing"
+    for wrong, what, remedy in (
+        (config.method != "qlora", f"with method '{config.method}', which {packs}", "Use method qlora"),
+        (compute in ("int8", "fp8"), f"with compute '{compute}': its products are exact", "Leave compute out"),
+        (dropout > 0, f"with lora_dropout {dropout:g}: base and adapter are one weight", "Set lora_dropout=0"),
+    ):
+        if wrong:
+            name = type(config).__name__
+            raise ConfigError(f"The 'merge_aware' of {name} cannot be done {what}. {remedy}, or leave merge_aware out.")
+
+
 class _Subject(_Model):
     """Options shared by every run in addition: the device and the data."""
 
@@ -67,16 +82,7 @@ class RunConfig(_Subject):
 
     @model_validator(mode="after")
     def _merging_has_something_to_round(self) -> RunConfig:
-        if not self.merge_aware:
-            return self
-        compute, dropout = self.quant.compute, self.lora.lora_dropout
-        for wrong, what, remedy in (
-            (self.method != "qlora", f"with method '{self.method}', which packs nothing", "Use method qlora"),
-            (compute in ("int8", "fp8"), f"with compute '{compute}': its products are exact", "Leave compute out"),
-            (dropout > 0, f"with lora_dropout {dropout:g}: base and adapter are one weight", "Set lora_dropout=0"),
-        ):
-            if wrong:
-                raise ConfigError(f"The 'merge_aware' of RunConfig cannot be done {what}. {remedy}, or leave merge_aware out.")
+        _check_merge_aware(self)
         return self
 
     @model_validator(mode="after")
@@ -123,6 +129,10 @@ class PlanConfig(_Model):
         description="devices, separated by commas (rtx-4090,a100-80gb), 'all', 'cpu' (this machine), or one by its figures: "
         "'memory=24,bandwidth=1000,tflops=165' (GiB, GB/s, TFLOP/s)",
     )
+    merge_aware: bool = Field(
+        False,
+        description="merge-aware training: the base held in int8, beside what layers compute with, as the quant options say",
+    )
     adapter_dtype: Literal["float32", "bfloat16", "float16"] = Field(
         "float32", description="dtype of the adapters, their gradients and optimiser states; Lownibble trains in float32"
     )
@@ -132,6 +142,11 @@ class PlanConfig(_Model):
         None, description="folder with records of 'compare', which the recommendation goes by; default: runs, if it is there"
     )
     price: Annotated[float, Ge(0)] | None = Field(None, description="dollars an hour; default: what the table of devices has")
+
+    @model_validator(mode="after")
+    def _merging_has_something_to_round(self) -> PlanConfig:
+        _check_merge_aware(self)
+        return self
 
 
 PACKED = (*PER_LAYER, "skip_modules", "pattern")

@@ -35,6 +35,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from lownibble.config import QuantConfig
 from lownibble.errors import ConfigError
 from lownibble.models import packed as packed_files
+from lownibble.models.direct import left_dense
 from lownibble.models.load import DTYPES
 from lownibble.quant import PackedWeight, eightbit, is_linear, is_transposed, layouts, matrix, quantize
 from lownibble.quant.linear import frozen_linear, frozen_matmul
@@ -266,6 +267,8 @@ class NF4Quantizer(HfQuantizer):  # type: ignore[misc]
             (path, module) for path, module in model.named_modules()
             if is_linear(module) and should_convert_module(path, skipped)
         ]  # fmt: skip
+        direct = left_dense(model, [path for path, _ in chosen])
+        chosen = [(path, linear) for path, linear in chosen if path not in direct]
         layouts.choose({path: matrix(linear).shape for path, linear in chosen}, config.options.with_options(skip_modules=[]))
         for path, linear in chosen:
             n_out, n_in = matrix(linear).shape

@@ -24,22 +24,20 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from lownibble.config import PER_LAYER, LoraConfig, QuantConfig
-from lownibble.errors import ConfigError, TargetError
+from lownibble.errors import TargetError
 from lownibble.kernels import ops
 from lownibble.kernels.types import Epilogue
+from lownibble.lora.held import held
 from lownibble.lora.variants import LORA, Variant
 from lownibble.models.info import info
 from lownibble.models.load import quantizable, repacked
-from lownibble.quant import PackedWeight, QuantLinear, is_transposed, layouts, matrix
+from lownibble.quant import PackedWeight, QuantLinear, is_transposed, matrix
 from lownibble.quant.linear import frozen_linear
 from lownibble.quant.packed import restore
 from lownibble.quant.sums import pack_sum
 
 if TYPE_CHECKING:
     from lownibble.lora.layer import LowRank
-
-HELD = QuantConfig(quant_type="int8", block_size=64, double_quant=False)
-"""How adapted layers are held in training; in blocks of a row where rows are not whole blocks."""
 
 
 def held_as(model: nn.Module, quant: QuantConfig, adapted: Collection[str]) -> QuantConfig:
@@ -56,24 +54,11 @@ def held_as(model: nn.Module, quant: QuantConfig, adapted: Collection[str]) -> Q
     """
     leaves = quantizable(model, quant)
     rounded = sorted(repacked(model, leaves) & set(adapted))
-    if not rounded:
-        raise ConfigError(
-            "Merge-aware training rounds adapted layers that are packed, and there is none. Target other modules, or skip fewer."
-        )
-    held = {}
     for path in rounded:
-        module = model.get_submodule(path)
-        shape = matrix(module).shape
-        if is_transposed(module):
+        if is_transposed(model.get_submodule(path)):
             raise TargetError(f"'{path}' is a Conv1D, which no packed checkpoint holds. Train without --merge-aware.")
-        if layouts.n_bytes(shape, leaves[path]) >= shape.numel():
-            raise ConfigError(
-                f"Merge-aware training holds '{path}' in int8, and {leaves[path].quant_type} is no coarser. Use a quant_type of "
-                "fewer bits, or train without --merge-aware."
-            )
-        held[path] = HELD if shape[1] % int(HELD.block_size) == 0 else HELD.with_options(block_size="row")
-    found: QuantConfig = QuantConfig.of_layers({**leaves, **held}, quant.skip_modules).with_options(compute=quant.compute)
-    return found
+    shapes = {path: matrix(model.get_submodule(path)).shape for path in leaves}
+    return QuantConfig.of_layers(held(leaves, shapes, rounded), quant.skip_modules).with_options(compute=quant.compute)
 
 
 def check_adapter(config: LoraConfig, variant: Variant) -> None:

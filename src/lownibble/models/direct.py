@@ -13,7 +13,7 @@ import copy
 import logging
 import re
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from functools import partial
 from typing import Any
@@ -32,6 +32,22 @@ _NUMBER = re.compile(r"\d+")
 
 _known: dict[tuple[type, str], frozenset[str]] = {}
 """Class and configuration of a model -> what was found."""
+
+
+def left_dense(model: Any, linears: Iterable[str]) -> set[str]:
+    """Those of the linear layers, which are to be packed, that stay dense since the model's code reads their weights.
+
+    Warns:
+        UserWarning: there are some.
+    """
+    found = set(linears) & read_directly(model)
+    if found:
+        names = ", ".join(sorted({path.rpartition(".")[2] for path in found}))
+        warnings.warn(
+            f"{len(found)} layers of {type(model).__name__} ({names}) stay dense: its code reads their weights itself.",
+            stacklevel=3,
+        )
+    return found
 
 
 def read_directly(model: Any) -> frozenset[str]:

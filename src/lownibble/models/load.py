@@ -31,7 +31,7 @@ from lownibble.matching import is_part
 from lownibble.models import compute
 from lownibble.models.checkpoint import Checkpoint
 from lownibble.models.conversion import ModelTensors, dtype_of, untie
-from lownibble.models.direct import read_directly
+from lownibble.models.direct import left_dense
 from lownibble.models.info import info
 from lownibble.models.sources import ModelSource, resolve
 from lownibble.quant import PackedWeight, QuantLinear, eightbit, is_linear, is_transposed, layouts, matrix, quantize
@@ -284,15 +284,9 @@ def quantizable(model: nn.Module, config: QuantConfig) -> dict[str, QuantConfig]
     tied_parameters = {id(p) for name, p in model.named_parameters(remove_duplicate=False) if name in shared}
     linears = {path: m for path, m in model.named_modules() if is_linear(m)}
     tied = [path for path, linear in linears.items() if id(linear.weight) in tied_parameters]
-    direct = [path for path in read_directly(model) if path not in tied and not is_part(path, config.skip_modules)]
-    found = layouts.choose(
-        {path: matrix(linear).shape for path, linear in linears.items()}, config, ["lm_head"], [*tied, *direct]
-    )  # fmt: skip
-    if direct:
-        warnings.warn(
-            f"{len(direct)} layers of {type(model).__name__} ({_last_names(direct)}) stay dense: its code reads their weights "
-            "itself.", stacklevel=2,
-        )  # fmt: skip
+    may = (path for path in linears if path not in tied and not is_part(path, config.skip_modules))
+    never = [*tied, *left_dense(model, may)]
+    found = layouts.choose({path: matrix(linear).shape for path, linear in linears.items()}, config, ["lm_head"], never)
     if not found:
         raise ModelError(
             f"{type(model).__name__} has no linear module to quantise (skip_modules: {', '.join(config.skip_modules)}; linear: "

@@ -56,6 +56,7 @@ class Method:
         ranks: path of a linear -> rank of its adapter; absent: none. adapter_itemsize: bytes per element of its matrices.
         dora: the adapters are DoRA's.
         rounded: path of each merge-aware linear -> bytes of the codes and constants that it computes with, besides `packed`.
+        tiled: paths of those whose sum with the adapter is packed by tiles; of others it is a float32 weight first.
     """
 
     full: bool = False
@@ -65,6 +66,7 @@ class Method:
     adapter_itemsize: int = FLOAT32
     dora: bool = False
     rounded: Mapping[str, list[int]] = field(default_factory=dict)
+    tiled: Collection[str] = ()
 
 
 class SharedBuffers:
@@ -73,6 +75,7 @@ class SharedBuffers:
     def __init__(self, tape: Tape, run: Runtime) -> None:
         self._tape, self._run = tape, run
         self._buffers: list[Value | None] = [None] * run.decode_buffers
+        self._sum: Value | None = None
 
     def need(self, n: int, count: int | None = None) -> None:
         """Grow the first `count` buffers (None: all) to at least n elements."""
@@ -80,6 +83,14 @@ class SharedBuffers:
             if held is None or n > held.n:
                 self._buffers[i] = held = None
                 self._buffers[i] = self._tape.new(n, self._run.itemsize, "workspace")
+
+    def need_sum(self, n: int) -> None:
+        """As `need`, of the float32 buffer of the thread that runs forward passes: another one where weights are narrower."""
+        if self._run.itemsize == FLOAT32:
+            self.need(n, 1)
+        elif self._sum is None or n > self._sum.n:
+            self._sum = None
+            self._sum = self._tape.new(n, FLOAT32, "workspace")
 
 
 class LinearOnTape:
@@ -97,7 +108,7 @@ class LinearOnTape:
         else:
             codes, *constants = method.packed[path]
             self.parts = [tape.parameter(codes, 1, "codes"), *(tape.parameter(size, 1, "constants") for size in constants)]
-        self.rounded = path in method.rounded
+        self.rounded, self.tiled = path in method.rounded, path in method.tiled
         if self.rounded:
             codes, *constants = method.rounded[path]
             self.parts += [tape.parameter(codes, 1, "codes"), *(tape.parameter(size, 1, "constants") for size in constants)]
@@ -160,13 +171,13 @@ class LinearOnTape:
     def _adapted(self, x: Value) -> Value:
         tape, size, r, tokens = self.tape, self.run.itemsize, self.r, x.n // self.n_in
         A, B = self.adapter
-        if self.rounded and not self.fused:
-            self.buffers.need(self.n_in * self.n_out)  # the sum, before it is packed
+        if self.rounded and not self.tiled:
+            self.buffers.need_sum(self.n_in * self.n_out)
         narrow = size != self.of_adapter
         cast = tape.new(A.n, size) if narrow else None
         low = tape.new(tokens * r, size)
         del cast
-        out = self._product(tokens, self.n_out, B.n)
+        out = self._product(tokens, self.n_out, 0 if self.rounded else B.n)
         wants_x = x.wants_grad
 
         def backward(grads: list[Value | None], saved: list[Value]) -> Sequence[Value | None]:
@@ -181,7 +192,7 @@ class LinearOnTape:
                 turned = tape.new(B.n, self.of_adapter)
             dB = tape.new(B.n, self.of_adapter)
             del turned
-            dx = self._product(tokens, self.n_in, A.n) if wants_x else None
+            dx = self._product(tokens, self.n_in, 0 if self.rounded else A.n) if wants_x else None
             del dlow
             return [dx, dA, dB]
 

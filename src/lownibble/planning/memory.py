@@ -21,6 +21,8 @@ from lownibble.config import LoraConfig, QuantConfig, TrainConfig
 from lownibble.config import Method as MethodName
 from lownibble.errors import ConfigError, InputError, TargetError
 from lownibble.lora import targets
+from lownibble.lora.held import held
+from lownibble.matching import is_part
 from lownibble.optim import specs
 from lownibble.options import n_bytes
 from lownibble.planning.allocator import reserved_bytes
@@ -35,6 +37,9 @@ KINDS = ("weights", "codes", "constants", "adapters", "gradients", "optimizer", 
 
 FUSED = ("nf4", "fp4", *layouts.GROUPED)
 """Codecs with matmul kernels that dequantise internally, on CPUs with AVX-512."""
+
+TILED = ("nf4", "fp4")
+"""Codecs onto which a kernel packs the sum of an int8 base and an adapter tile by tile, on CPUs (`quant/sums.py`)."""
 
 ITEMSIZE = {"float32": FLOAT32, "bfloat16": BFLOAT16, "float16": BFLOAT16}
 
@@ -132,16 +137,20 @@ def plan_memory(
     run = _runtime(device, size)
     batch, passes = batch or _largest(train), min(2, train.gradient_accumulation_steps)
     of_adapter = ITEMSIZE[adapter_dtype]
+    if rounded and (step is not None or of_adapter != FLOAT32 or lora.use_dora):
+        raise ConfigError(
+            "The planner knows merge-aware training of the families of its own tape, with plain adapters in float32. Leave "
+            "merge_aware out, or --exact, adapter_dtype and use_dora."
+        )
     if step is not None and of_adapter != FLOAT32:
         raise ConfigError(f"A traced step is Lownibble's, whose adapters are in float32. Got adapter_dtype '{adapter_dtype}'.")
     trained = list(_trained(shape, method, ranks, size, of_adapter, lora.use_dora))
     if step is None:
         packed, rounded = packed_layers(shape, quant) if method == "qlora" else {}, rounded or {}
-        if rounded and size != FLOAT32:
-            raise ConfigError("The planner knows merge-aware training in float32 only. Take --dtype float32 to plan it.")
         fused = {path for path in packed if rounded.get(path, quant.for_layer(path)).quant_type in FUSED}
         computed_with = {path: _bytes_of(linear, rounded[path]) for path, linear in paths(shape) if path in rounded}
-        ways = Method(method == "full", packed, fused, ranks, of_adapter, lora.use_dora, computed_with)
+        tiled = {path for path, how in rounded.items() if device.kind == "cpu" and how.quant_type in TILED}
+        ways = Method(method == "full", packed, fused, ranks, of_adapter, lora.use_dora, computed_with, tiled)
         tape = run_step(shape, ways, run, batch, checkpointing=train.gradient_checkpointing, passes=passes)
     else:
         tape = step(method, run, batch, train.gradient_checkpointing, passes)
@@ -197,6 +206,22 @@ def packed_layers(shape: ModelShape, quant: QuantConfig) -> dict[str, list[int]]
     if not shape.tied and "lm_head" not in quant.skip_modules:
         raise ConfigError("The planner does not know a quantised head. Leave 'lm_head' in skip_modules to plan without.")
     return {path: _bytes_of(linear, chosen[path]) for path, linear in paths(shape) if path in chosen}
+
+
+def merge_aware(shape: ModelShape, quant: QuantConfig, lora: LoraConfig) -> tuple[QuantConfig, dict[str, QuantConfig]]:
+    """How a merge-aware run holds its base, and path -> codec of the layers that compute packed as `quant` says; see
+    `lora/merge_aware.held_as`.
+
+    Raises:
+        ConfigError: nothing is rounded, or the family is not known.
+    """
+    if shape.counts is not None:
+        raise ConfigError(f"The planner does not know merge-aware training of '{shape.name}'. Leave merge_aware out.")
+    shapes = {path: (linear.out_features, linear.in_features) for path, linear in paths(shape)}
+    leaves = {path: quant.for_layer(path) for path in packed_layers(shape, quant)}
+    adapted = _ranks(shape, lora).keys()
+    rounded = [path for path in leaves if path in adapted and not is_part(path, shape.family.kept_dense)]
+    return QuantConfig.of_layers(held(leaves, shapes, rounded), quant.skip_modules), {path: leaves[path] for path in rounded}
 
 
 def _bytes_of(linear: Linear, how: QuantConfig) -> list[int]:

@@ -19,7 +19,7 @@ from lownibble.planning import hardware, records
 from lownibble.planning.calibration import calibrated
 from lownibble.planning.fit import METHODS, Verdict, judge, largest, recommend
 from lownibble.planning.hardware import Device
-from lownibble.planning.memory import MemoryPlan, StepOf, plan_memory
+from lownibble.planning.memory import MemoryPlan, StepOf, merge_aware, plan_memory
 from lownibble.planning.models import find_config, find_shape
 from lownibble.planning.speed import SpeedPlan, plan_speed
 
@@ -144,6 +144,11 @@ def as_stored(config: PlanConfig, shape: ModelShape | None = None) -> tuple[Plan
     if not how:
         return config, ""
     codec = stored.codec(how)
+    if config.merge_aware:
+        raise ConfigError(
+            f"'{config.model}' is stored quantised, as {stored.title(how) or stored.method(how)}; merge-aware training rounds "
+            "dense weights. Give the checkpoint that it was made from, or leave merge_aware out."
+        )
     if codec is None:
         return config, f"stored as {stored.title(how) or stored.method(how)}, whose numbers no codec here holds: decoded first"
     name = stored.named(how, codec)
@@ -204,11 +209,13 @@ class _Memories:
         key = (device.alike, method, train.model_dump_json())
         if key not in self._made:
             config = self._config
+            quant, rounded = merge_aware(self._shape, config.quant, config.lora) if config.merge_aware else (config.quant, None)
             self._made[key] = plan_memory(
                 self._shape,
                 device,
                 method,
-                quant=config.quant,
+                quant=quant,
+                rounded=rounded,
                 lora=config.lora,
                 train=train,
                 dtype=config.dtype,

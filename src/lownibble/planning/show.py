@@ -31,6 +31,8 @@ def tables(plan: Plan) -> Iterator[RenderableType]:
         yield Text(f"{left_out} is not planned: {why}")
     if plan.shape.counts is not None:
         title += "; traced step"
+    if plan.config.merge_aware:
+        title += "; merge-aware"
     if len(plan.devices) > 1:
         yield _overview(plan, title)
         return
