@@ -56,6 +56,9 @@ VALUES = {
     "calibration": "x.jsonl", "bits": 3.5, "gpu": "cpu", "tokens": 12, "records": "some/records", "price": 2.5,
 }  # fmt: skip
 
+OWN = {(PlanConfig, "adapter_dtype"): "bfloat16"}
+"""Values of options that another configuration has by the same name, with other values."""
+
 REQUIRED = {
     MergeConfig: {"adapter": "a", "output": "b"}, ExportConfig: {"source": "a", "output": "b"}, QuantizeConfig: {"output": "b"},
     PlanConfig: {"method": "qlora"},
@@ -95,7 +98,7 @@ ALL += _leaves(QuantizeConfig) + _leaves(PlanConfig)
 
 @pytest.mark.parametrize(("config", "path", "field"), ALL)
 def test_each_leaf_arrives_by_python_toml_and_flag(config, path, field, tmp_path):
-    value, required = VALUES[path[-1]], REQUIRED.get(config, {})
+    value, required = OWN.get((config, path[-1]), VALUES[path[-1]]), REQUIRED.get(config, {})
     assert _get(config(**required), path) != value, "the test must change something"
 
     nested = value

@@ -25,9 +25,12 @@ from lownibble.config import (
 from lownibble.options import Options
 
 PLANNED = {
-    "data": ("path", "split", "prompt_template", "completion_template", "use_chat_template", "max_rows"),
+    "data": ("path", "split", "prompt_template", "completion_template", "use_chat_template", "max_rows", "calibration_tokens"),
     "quant": PACKED,
-    "lora": ("r", "use_dora", "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "rank_pattern"),
+    "lora": (
+        "r", "use_dora", "init_lora_weights", "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern",
+        "rank_pattern",
+    ),
     "train": (
         "num_train_epochs", "batch_size", "max_length", "packing", "gradient_accumulation_steps", "gradient_checkpointing",
         "optim", "optim_page_budget",

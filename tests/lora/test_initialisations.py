@@ -16,8 +16,9 @@ from lownibble.errors import AdapterError, ModelError, QuantizationError, Target
 from lownibble.lora import lora_layers, remove_adapter
 from lownibble.lora.init import KAIMING_NORM, find, leading
 from lownibble.lora.provenance import from_metadata
-from lownibble.lora.targets import KEEP_THEIR_START
+from lownibble.lora.targets import CORRECT, KEEP_THEIR_START, LOOK_AT_INPUTS
 from lownibble.models.info import info
+from lownibble.planning.calibrated import STARTS
 from lownibble.quant import QuantLinear, is_linear
 from lownibble.registry import INITS
 
@@ -353,6 +354,8 @@ def test_starts_that_correct_are_refused_for_merge_aware_training(folder, ids, i
 
 def test_what_the_planner_knows_of_initialisations_is_what_they_say():
     assert {name for name in INITS if find(name).takes_out} == set(KEEP_THEIR_START)
+    assert {name for name in INITS if find(name).calibrated} == set(LOOK_AT_INPUTS) == set(STARTS)
+    assert {name for name in INITS if find(name).corrects} == set(CORRECT)
     assert not [name for name in INITS if find(name).takes_out and find(name).keeps_base]
 
 

@@ -4,7 +4,7 @@ All rows go through the model in a single forward call of its body, while the de
 runs once with hooks that sum up the second moments of its linear layers' inputs, then the caller's `visit` may change the layer
 (pack it, start its adapters), then it runs again, and the next layer gets what the changed layer puts out, as it will in use. So
 embeddings, masks and positions are the model's own business, whatever its architecture, and only one layer's moments and the
-hidden states of all rows are held: rows x tokens x hidden twice, and in x in floats per distinct input.
+hidden states of all rows are held: as embedded, into a layer, and out of it; and in x in floats per distinct input.
 
 Layers that read the same tensor (q, k, v; gate, up) share one matrix.
 
@@ -17,6 +17,7 @@ which arguments differ from layer to layer (sliding windows, rotary embeddings),
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from functools import partial
@@ -99,11 +100,13 @@ class _Layer:
         with self._around():
             if not self._visited:  # layers that are used several times are measured on the first
                 self._visited = True
-                with _measured(self._model, self._paths) as found:
-                    for _ in self._outputs(args, kwargs):
-                        pass
-                self._visit(_moments(found))
-            return _joined(list(self._outputs(args, kwargs)))
+                self._measure(args, kwargs)
+            return _joined(self._outputs(args, kwargs), self._n_rows)
+
+    def _measure(self, args: Any, kwargs: Any) -> None:
+        with _measured(self._model, self._paths) as found:
+            deque(self._outputs(args, kwargs), maxlen=0)  # a loop's variable would hold one while the next is computed
+        self._visit(_moments(found))
 
     def _outputs(self, args: Any, kwargs: Any) -> Iterator[Any]:
         states = next(value for value in (*args, *kwargs.values()) if isinstance(value, Tensor) and value.is_floating_point())
@@ -132,14 +135,30 @@ def _some(value: Any, rows: slice, n_rows: int) -> Any:
     return value
 
 
-def _joined(parts: list[Any]) -> Any:
-    """Outputs of some rows each, as one."""
-    first = parts[0]
-    if isinstance(first, Tensor):
-        return torch.cat(parts)
-    if isinstance(first, tuple):
-        return tuple(_joined(list(each)) for each in zip(*parts, strict=True))
-    return first
+def _joined(parts: Iterator[Any], n_rows: int) -> Any:
+    """Outputs of some rows each, as one; each is copied into its place, so that there are no two of all rows."""
+    whole, done = None, 0
+    for part in parts:
+        if whole is None:
+            whole = _room_for(part, n_rows)
+        done += _put(part, whole, done)
+        del part  # before the next is computed
+    return whole
+
+
+def _room_for(part: Any, n_rows: int) -> Any:
+    if isinstance(part, Tensor):
+        return part if len(part) == n_rows else part.new_empty((n_rows, *part.shape[1:]))
+    return tuple(_room_for(each, n_rows) for each in part) if isinstance(part, tuple) else part
+
+
+def _put(part: Any, whole: Any, first: int) -> int:
+    """Copy tensors of some rows into those of all; returns the number of rows."""
+    if isinstance(part, Tensor):
+        if part is not whole:
+            whole[first : first + len(part)] = part
+        return len(part)
+    return max((_put(*each, first) for each in zip(part, whole, strict=True)), default=0) if isinstance(part, tuple) else 0
 
 
 @contextmanager

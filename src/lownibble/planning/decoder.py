@@ -65,20 +65,20 @@ class Decoder:
 
     def forward(self, rows: int, length: int, checkpointing: bool) -> Value:
         """Last hidden states (rows x length tokens)."""
-        tape, shape, size = self.tape, self.shape, self.run.itemsize
+        tape, shape = self.tape, self.shape
         hidden = op.embedding(tape, self.embedding, rows * length, shape.hidden)
         if shape.family.scaled:
             hidden = op.scale(tape, hidden)
         positions = tape.new(length, INT64)
         mask = self._mask(length)
         with tape.no_grad():
-            cos, sin = self._angles(length, size)
+            cos, sin = self.angles(length)
         del positions
         for layer in range(shape.layers):
             if checkpointing:
-                hidden = tape.checkpoint(lambda x, layer=layer: self._layer(layer, x, cos, sin, rows), hidden)  # type: ignore[misc]
+                hidden = tape.checkpoint(lambda x, layer=layer: self.layer(layer, x, cos, sin, rows), hidden)  # type: ignore[misc]
             else:
-                hidden = self._layer(layer, hidden, cos, sin, rows)
+                hidden = self.layer(layer, hidden, cos, sin, rows)
         del mask
         return self._norm(hidden, self.last_norm)
 
@@ -88,14 +88,17 @@ class Decoder:
     def _mask(self, length: int) -> Value | None:
         return self.tape.new(length * length, BOOL) if self._masked(length) else None
 
-    def _angles(self, length: int, size: int) -> tuple[Value, Value]:
+    def angles(self, length: int) -> tuple[Value, Value]:
+        """Cosines and sines of the rotary embedding."""
+        size = self.run.itemsize
         tape, n = self.tape, length * self.shape.rotary_dim
         angles, both = tape.new(n // 2, FLOAT32), tape.new(n, FLOAT32)
         cos, sin = op.scale(tape, tape.new(n, FLOAT32)), op.scale(tape, tape.new(n, FLOAT32))
         del angles, both
         return op.cast(tape, cos, size), op.cast(tape, sin, size)
 
-    def _layer(self, layer: int, hidden: Value, cos: Value, sin: Value, rows: int) -> Value:
+    def layer(self, layer: int, hidden: Value, cos: Value, sin: Value, rows: int) -> Value:
+        """Output of a decoder layer (rows x length tokens)."""
         tape, norms = self.tape, self.norms[layer]
         residual = hidden
         hidden = self._norm(hidden, norms[0])

@@ -178,6 +178,8 @@ class LinearOnTape:
         low = tape.new(tokens * r, size)
         del cast
         out = self._product(tokens, self.n_out, 0 if self.rounded else B.n)
+        if not tape.recording:  # the base's product is added to the adapter's
+            tape.like(out)
         wants_x = x.wants_grad
 
         def backward(grads: list[Value | None], saved: list[Value]) -> Sequence[Value | None]:

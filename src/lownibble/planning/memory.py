@@ -26,6 +26,7 @@ from lownibble.matching import is_part
 from lownibble.optim import specs
 from lownibble.options import n_bytes
 from lownibble.planning.allocator import reserved_bytes
+from lownibble.planning.calibrated import Rows, run_calibration
 from lownibble.planning.hardware import Device
 from lownibble.planning.linear import Method, Runtime, chunk_bytes
 from lownibble.planning.step import Batch, run_step
@@ -81,6 +82,14 @@ class MemoryPlan:
         """The same plan on another device with an equal `Device.alike`."""
         return replace(self, on_device=device)
 
+    def after(self, name: str, before: MemoryPlan) -> MemoryPlan:
+        """This plan with the peak of something that comes before the step, and leaves only what the step has too."""
+        instants = {name: before.instants[before.worst], **self.instants}
+        worst = max(instants, key=lambda each: instants[each])
+        kinds = before.kinds if worst == name else self.kinds
+        simulated = max(before.simulated_bytes, self.simulated_bytes)
+        return replace(self, instants=instants, worst=worst, kinds=kinds, simulated_bytes=simulated)
+
     @property
     def allocated(self) -> Interval:
         """Peak bytes of tensors."""
@@ -118,7 +127,7 @@ class MemoryPlan:
 def plan_memory(
     shape: ModelShape, device: Device, method: MethodName, *, quant: QuantConfig, lora: LoraConfig, train: TrainConfig,
     dtype: str = "auto", adapter_dtype: str = "float32", batch: Batch | None = None, step: StepOf | None = None,
-    rounded: Mapping[str, QuantConfig] | None = None,
+    rounded: Mapping[str, QuantConfig] | None = None, calibration: Rows | None = None,
 ) -> MemoryPlan:  # fmt: skip
     """The memory of a step.
 
@@ -128,6 +137,7 @@ def plan_memory(
         step: runs the step instead of the planner's own tape.
         rounded: path of each layer of a merge-aware run that computes with a second packed weight -> its codec; `quant` is then
             what the base is held in.
+        calibration: rows of the calibration pass, if the initialisation looks at layers' inputs; None: it is not counted.
     Raises:
         TargetError: LoRA's targets match nothing in this model.
         ConfigError: an option that the planner does not support.
@@ -145,19 +155,38 @@ def plan_memory(
     if step is not None and of_adapter != FLOAT32:
         raise ConfigError(f"A traced step is Lownibble's, whose adapters are in float32. Got adapter_dtype '{adapter_dtype}'.")
     trained = list(_trained(shape, method, ranks, size, of_adapter, lora.use_dora))
-    if step is None:
-        packed, rounded = packed_layers(shape, quant) if method == "qlora" else {}, rounded or {}
+    rounded = rounded or {}
+    ways = None
+    if shape.counts is None:
+        packed = packed_layers(shape, quant) if method == "qlora" else {}
         fused = {path for path in packed if rounded.get(path, quant.for_layer(path)).quant_type in FUSED}
         computed_with = {path: _bytes_of(linear, rounded[path]) for path, linear in paths(shape) if path in rounded}
         tiled = {path for path, how in rounded.items() if device.kind == "cpu" and how.quant_type in TILED}
         ways = Method(method == "full", packed, fused, ranks, of_adapter, lora.use_dora, computed_with, tiled)
+    if step is None:
+        assert ways is not None
         tape = run_step(shape, ways, run, batch, checkpointing=train.gradient_checkpointing, passes=passes)
     else:
         tape = step(method, run, batch, train.gradient_checkpointing, passes)
     if method != "full" and lora.init_lora_weights in targets.KEEP_THEIR_START:
         tape.hold([n * each for n, each in trained], "adapters")
     tape.hold(state_bytes(trained, train), "optimizer")
-    return _read(tape, passes, shape, device, sum(n for n, _ in trained))
+    found = _read(tape, passes, shape, device, sum(n for n, _ in trained))
+    init = str(lora.init_lora_weights)
+    if calibration is None or not needs_pass(method, init):
+        return found
+    if ways is None or shape.decoder_layers or "lm_head" in ranks:
+        raise ConfigError(
+            f"The planner knows the calibration pass of init_lora_weights='{init}' for decoders of the families of its own tape, "
+            "without an adapted head. Leave init_lora_weights out to plan without."
+        )
+    before = _read(run_calibration(shape, ways, run, calibration, init), 1, shape, device, 0)
+    return found.after("calibration", before)
+
+
+def needs_pass(method: MethodName, init: str) -> bool:
+    """Whether a calibration pass is run for an initialisation; what corrects a packed base needs none on a dense one."""
+    return init in targets.LOOK_AT_INPUTS and (method == "qlora" or (method == "lora" and init not in targets.CORRECT))
 
 
 def _largest(train: TrainConfig) -> Batch:
@@ -215,6 +244,11 @@ def merge_aware(shape: ModelShape, quant: QuantConfig, lora: LoraConfig) -> tupl
     Raises:
         ConfigError: nothing is rounded, or the family is not known.
     """
+    if lora.init_lora_weights in (*targets.CORRECT, *targets.KEEP_THEIR_START):
+        raise ConfigError(
+            f"Merge-aware training refuses init_lora_weights='{lora.init_lora_weights}', which corrects or changes packed "
+            "weights. Leave it out."
+        )
     if shape.counts is not None:
         raise ConfigError(f"The planner does not know merge-aware training of '{shape.name}'. Leave merge_aware out.")
     shapes = {path: (linear.out_features, linear.in_features) for path, linear in paths(shape)}

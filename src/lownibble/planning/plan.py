@@ -16,6 +16,7 @@ from lownibble.errors import ConfigError, ModelError
 from lownibble.leaves import GROUPS
 from lownibble.options import Options
 from lownibble.planning import hardware, records
+from lownibble.planning.calibrated import rows_of
 from lownibble.planning.calibration import calibrated
 from lownibble.planning.fit import METHODS, Verdict, judge, largest, recommend
 from lownibble.planning.hardware import Device
@@ -221,6 +222,7 @@ class _Memories:
                 dtype=config.dtype,
                 adapter_dtype=config.adapter_dtype,
                 step=self._step,
+                calibration=rows_of(config.data.calibration_tokens, train.max_length),
             )
         return self._made[key].on(device)
 

@@ -212,6 +212,11 @@ class Tape:
 
     # the graph
 
+    @property
+    def recording(self) -> bool:
+        """Whether operations are recorded for backward."""
+        return self._recording
+
     @contextmanager
     def no_grad(self) -> Iterator[None]:
         """Disable graph recording."""
