@@ -1,9 +1,9 @@
 """The calibration pass of a start that looks at layers' inputs, on a tape: `calibration/layers.py` and `lora/init.py`.
 
 It comes before the first step, with the model in memory and no gradient or optimiser state. The last decoder layer that has
-adapters is counted, when all others have theirs: the hidden states of all rows, a few rows within the layer, the second moments of its inputs,
-then what each start allocates. The symmetric eigenproblem is LAPACK's `syevd`: besides the copy of the matrix that becomes the
-vectors, it takes two more of its size.
+adapters is counted, when all others have theirs: the hidden states of all rows, a few rows within the layer, second moments of
+its inputs, then what each start allocates. The symmetric eigenproblem is LAPACK's `syevd`: besides the copy of the matrix that
+becomes the vectors, it takes two more of its size.
 """
 
 from __future__ import annotations
