@@ -22,6 +22,9 @@ KEYS = ("quantization_config", "compression_config")
 ORIGIN = "quantized_from"
 """Key of config.json in checkpoints that `lownibble quantize` makes: the dense model's name, revision and digest."""
 
+MX_GROUP = 32
+"""Weights that share an exponent in the MX formats."""
+
 METHODS = (
     "auto-round", "awq", "bitsandbytes", "bitsandbytes 8-bit", "compressed-tensors", "fbgemm_fp8", "fp8", "gptq", "hqq",
     "lownibble", "mxfp4", "mxfp8",
@@ -93,11 +96,45 @@ def _size(stored: Mapping[str, Any]) -> int:
     return size if isinstance(size, int) and size > 0 else 0
 
 
-def _schemes(stored: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """The weights' schemes of compressed-tensors."""
+def _groups(stored: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """The groups of compressed-tensors whose weights are quantised."""
     groups = stored.get("config_groups")
     groups = groups.values() if isinstance(groups, Mapping) else ()
-    return [group["weights"] for group in groups if isinstance(group, Mapping) and group.get("weights")]
+    return [group for group in groups if isinstance(group, Mapping) and group.get("weights")]
+
+
+def _schemes(stored: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The weights' schemes of compressed-tensors."""
+    return [group["weights"] for group in _groups(stored)]
+
+
+def scheme(stored: Mapping[str, Any], path: str) -> dict[str, Any]:
+    """compressed-tensors' scheme of the weight at `path`, or {}: a target's name goes before patterns, and these before
+    classes."""
+    groups = [(str(target), group["weights"]) for group in _groups(stored) for target in group.get("targets") or ("Linear",)]
+    exact = (weights for target, weights in groups if target == path)
+    matched = (weights for target, weights in groups if target.startswith("re:") and _is_named(path, target))
+    classes = (weights for target, weights in groups if target == "Linear")
+    return next((found for each in (exact, matched, classes) for found in each), {})
+
+
+def of_path(stored: Mapping[str, Any], path: str) -> Mapping[str, Any]:
+    """GPTQ's options for the layer at `path`: those of the first pattern of `dynamic` that fits, else the common ones."""
+    for pattern, options in _dynamic(stored).items():
+        if re.match(pattern.removeprefix("+:").removeprefix("-:"), path):
+            return stored if pattern.startswith("-:") else {**stored, **options}
+    return stored
+
+
+def _dynamic(stored: Mapping[str, Any]) -> dict[str, Any]:
+    """GPTQModel's options by pattern: '+:' or nothing, then a regular expression for the start of a path; '-:' for layers that
+    are dense."""
+    found = stored.get("dynamic")
+    return (
+        {str(key): value if isinstance(value, Mapping) else {} for key, value in found.items()}
+        if isinstance(found, Mapping)
+        else {}
+    )
 
 
 def title(stored: Mapping[str, Any]) -> str:
@@ -125,9 +162,7 @@ def codec(stored: Mapping[str, Any]) -> QuantConfig | None:
 
     Scales of blocks and tensors are held as scales of groups and rows.
     """
-    kind, bits, size = method(stored), stored.get("bits", 4), _size(stored) or "row"
-    act = "_act" * bool(stored.get("desc_act"))
-    block = stored.get("weight_block_size")
+    kind, block = method(stored), stored.get("weight_block_size")
     if kind == "bitsandbytes":
         return QuantConfig(
             quant_type=stored.get("bnb_4bit_quant_type", "fp4"), double_quant=stored.get("bnb_4bit_use_double_quant", False)
@@ -135,10 +170,12 @@ def codec(stored: Mapping[str, Any]) -> QuantConfig | None:
     if kind == "lownibble":
         known = {key: stored[key] for key in ("quant_type", "block_size", "double_quant", "pattern") if key in stored}
         return QuantConfig(**known)
-    if kind in ("gptq", "auto-round") and bits in (2, 3, 4, 8) and (bits < 8 or stored.get("sym", True)):
-        return _grouped(f"int{bits}{act}", size)
+    if kind in ("gptq", "auto-round"):
+        others = {key.removeprefix("+:"): value for key, value in _dynamic(stored).items() if not key.startswith("-:")}
+        by_target = [(f"^(?:{key}).*", _gptq({**stored, **value})) for key, value in others.items()]
+        return _mixed(_gptq(stored), by_target)
     if kind == "awq":
-        return _grouped("int4", size)
+        return _grouped("int4", _size(stored) or "row")
     if kind == "bitsandbytes 8-bit":
         return _grouped("int8", "row")
     if kind in ("fp8", "fbgemm_fp8", "mxfp8"):
@@ -168,19 +205,49 @@ def _grouped(quant_type: str, size: int | str) -> QuantConfig | None:
         return None
 
 
+def _gptq(stored: Mapping[str, Any]) -> QuantConfig | None:
+    bits = stored.get("bits", 4)
+    if bits not in (2, 3, 4, 8) or (bits == 8 and not stored.get("sym", True)):
+        return None
+    return _grouped(f"int{bits}{'_act' * bool(stored.get('desc_act'))}", _size(stored) or "row")
+
+
 def _compressed(stored: Mapping[str, Any]) -> QuantConfig | None:
-    found = []
-    for how in _schemes(stored):
-        bits, kind = how.get("num_bits"), how.get("type", "int")
-        block = how.get("block_structure")
-        size = block[1] if isinstance(block, list) else how.get("group_size") or "row"
-        if kind == "float" and bits == 8:
-            found.append(_grouped("fp8", size))
-        elif kind == "int" and bits in (2, 3, 4, 8) and (bits < 8 or how.get("symmetric", True)):
-            found.append(_grouped(f"int{bits}{'_act' * (how.get('actorder') in ('group', True))}", size))
-        else:
-            found.append(None)
-    return found[0] if found and all(each == found[0] for each in found) else None
+    common, by_target = None, []
+    for group in _groups(stored):
+        found, targets = _scheme_codec(group["weights"]), [str(target) for target in group.get("targets") or ("Linear",)]
+        if "Linear" in targets:
+            common = found
+        names = [name for name in targets if not name.startswith("re:") and name != "Linear"]
+        by_target += [("|".join(map(re.escape, names)), found)] * bool(names)
+        by_target += [(f"^(?:{name.removeprefix('re:')}).*", found) for name in targets if name.startswith("re:")]
+        if found is None:
+            return None
+    return _mixed(common or (by_target[0][1] if by_target else None), by_target)
+
+
+def _scheme_codec(how: Mapping[str, Any]) -> QuantConfig | None:
+    bits, kind = how.get("num_bits"), how.get("type", "int")
+    block = how.get("block_structure")
+    size = block[1] if isinstance(block, list) else how.get("group_size") or "row"
+    size = "row" if size == -1 else size
+    if kind == "float" and bits == 8:
+        return _grouped("fp8", size)
+    if kind == "float" and bits == 4 and size == MX_GROUP:
+        return QuantConfig(quant_type="mxfp4")
+    if kind == "int" and bits in (2, 3, 4, 8) and (bits < 8 or how.get("symmetric", True)):
+        return _grouped(f"int{bits}{'_act' * (how.get('actorder') in ('group', True))}", size)
+    return None
+
+
+def _mixed(common: QuantConfig | None, by_target: list[tuple[str, QuantConfig | None]]) -> QuantConfig | None:
+    """`common` with a pattern for those of other codecs; None if there is one that no codec holds."""
+    if common is None or any(how is None for _, how in by_target):
+        return None
+    pattern = {
+        key: {option: getattr(how, option) for option in PER_LAYER} for key, how in by_target if how is not None and how != common
+    }
+    return common.with_options(pattern=pattern) if pattern else common
 
 
 def of_layer(codec: QuantConfig, n_in: int) -> QuantConfig:
@@ -200,6 +267,9 @@ def is_quantised(stored: Mapping[str, Any], path: str) -> bool:
         return any(name == "Linear" or _is_named(path, name) for name in targets) and not any(
             _is_named(path, name) for name in names
         )
+    rule = next((key for key in _dynamic(stored) if re.match(key.removeprefix("+:").removeprefix("-:"), path)), "")
+    if rule.startswith("-:"):
+        return False
     inside = stored.get("modules_in_block_to_quantize")
     if inside:
         named = [name for each in inside for name in ([each] if isinstance(each, str) else each)]

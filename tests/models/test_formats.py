@@ -225,7 +225,7 @@ SCHEMES = {
     "mxfp4": (
         {"num_bits": 4, "type": "float", "strategy": "group", "group_size": 32, "symmetric": True, "scale_dtype": "torch.uint8",
          "format": "mxfp4-pack-quantized"},
-        None,
+        "mxfp4",
     ),
     "nvfp4": (
         {"num_bits": 4, "type": "float", "strategy": "tensor_group", "group_size": 16, "symmetric": True,

@@ -329,7 +329,11 @@ def quantize(arguments: argparse.Namespace) -> dict[str, Any]:
         console.print(f"error of the layers' outputs: {ratio:.2f} x that of rounding to nearest (median)", soft_wrap=True)
     for path in result.get("rounded_to_nearest", ()):
         console.print(f"  {path} was rounded to nearest: not in a decoder layer, or not reached", soft_wrap=True, markup=False)
-    console.print(f"{result['layers']} layers packed: {result['output']}", soft_wrap=True, markup=False)
+    if result["format"] == "lownibble" and config.format == "auto":
+        console.print(f"No other layout holds it ({result['other_formats']})", soft_wrap=True, markup=False)
+    if config.quant.double_quant and not result["quant"]["double_quant"]:
+        console.print(f"{result['format']} holds scales in float: they are not quantised again", soft_wrap=True, markup=False)
+    console.print(f"{result['layers']} layers packed as {result['format']}: {result['output']}", soft_wrap=True, markup=False)
     return result
 
 

@@ -246,6 +246,11 @@ class QuantizeConfig(Options):
         "calibration rows",
         json_schema_extra={"flag": "method"},
     )
+    format: Literal["auto", "bnb-4bit", "compressed-tensors", "gptq", "lownibble"] = Field(
+        "auto",
+        description="layout of the checkpoint: 'bnb-4bit' (nf4, fp4), 'compressed-tensors' (int2 to int8, fp8, mxfp4), "
+        "'gptq' (int2 to int8), 'lownibble', its own, of any codec; 'auto': the first of these that holds all layers",
+    )
     bits: Annotated[float, Gt(0)] | None = Field(
         None,
         description="bits a weight in the mean, constants included: each layer gets the codec of quant_type's family (nf2, nf3, "

@@ -27,9 +27,7 @@ from lownibble.lora.adapter import CONFIG_FILE, AdapterFile
 from lownibble.lora.provenance import other_weights
 from lownibble.models import resolve, skeleton
 from lownibble.models.checkpoint import Checkpoint
-
-BNB_TYPES = ("nf4", "fp4")
-"""Codecs of bitsandbytes' 4-bit checkpoints."""
+from lownibble.models.formats.write import BNB_TYPES
 
 
 def export(source: str | Path, output: str | Path, format: str, **options: Any) -> dict[str, Any]:

@@ -26,7 +26,6 @@ from lownibble.exporting.weights import Tell, Weights, check_onto, say_nothing
 from lownibble.lora.adapter import CONFIG_FILE, AdapterFile
 from lownibble.lora.provenance import describe, other_weights
 from lownibble.models import ModelSource, load_tokenizer, resolve
-from lownibble.models import packed as packed_files
 from lownibble.models.checkpoint import INDEX
 from lownibble.training.microbatches import collator
 from lownibble.training.output import hold
@@ -286,7 +285,8 @@ def _identity(weights: Weights, onto: str, shards: dict[str, dict[str, tensorfil
     return {
         "base": weights.checkpoint.digest(), "adapter": content, "onto": onto, "dtype": weights.dtype,
         "shards": {name: sorted(entries) for name, entries in shards.items()},
-        "ready": weights.ready_id, "codec": [quant and quant.to_dict() for quant in (weights.quant, weights.new_quant)],
+        "ready": weights.ready_id, "format": weights.writer.name,
+        "codec": [quant and quant.to_dict() for quant in (weights.quant, weights.new_quant)],
     }  # fmt: skip
 
 
@@ -374,7 +374,7 @@ def _config_json(weights: Weights, onto: str) -> dict[str, Any]:
     if onto == weights.packed_target:
         dtype = str(config.get("dtype") or config.get("torch_dtype") or "float32")
         dense = weights.dense_linears(weights.requantized)
-        config["quantization_config"] = packed_files.config_json(weights.new_quant, dense, dtype)
+        config["quantization_config"] = weights.writer.config_json(weights.new_quant, sorted(weights.requantized), dense, dtype)
     return config
 
 

@@ -9,8 +9,10 @@ interrupted run keeps the layers that are finished.
 With `bits` each layer first gets a codec of its own (`calibration/mixed.py`). That takes one pass for gradients, with the model
 packed in memory, and one over the dense layers.
 
-Layers outside of the decoder layers are rounded to nearest. nf4 and fp4 are written as bitsandbytes' checkpoints, which
-transformers loads; other codecs in this package's own format.
+Layers outside of the decoder layers are rounded to nearest.
+
+The checkpoint is in a layout that others load (`models/formats/write.py`): bitsandbytes', compressed-tensors' or GPTQ's, or in
+our own where none holds the codecs. What a layout holds of the scales is known before codes are chosen.
 """
 
 from __future__ import annotations
@@ -43,9 +45,11 @@ from lownibble.models import ModelSource, load_tokenizer, pick_device, resolve, 
 from lownibble.models import packed as packed_files
 from lownibble.models.checkpoint import Checkpoint
 from lownibble.models.conversion import ModelTensors, untie
+from lownibble.models.formats.write import ToPack
+from lownibble.models.formats.write import choose as choose_writer
 from lownibble.models.info import decoder_layers
 from lownibble.models.load import load, pick_dtype, place, place_shared
-from lownibble.quant import PackedWeight, QuantLinear, layouts, matrix, quantize
+from lownibble.quant import PackedWeight, QuantLinear, layouts, matrix
 from lownibble.training.output import hold
 
 _STATE = "state.json"
@@ -81,34 +85,47 @@ def run_quantize(config: QuantizeConfig, tell: Tell = say_nothing, rows: Tensor 
         raise ConfigError(
             f"The layers of '{config.model}' are Conv1D, which no packed checkpoint holds. Quantise it while loading."
         )
-    origin = str(Path(config.model).expanduser().resolve()) if Path(config.model).expanduser().exists() else config.model
-    known = {"model": origin, "revision": config.revision, "digest": weights.checkpoint.digest()}
-    weights.changes[stored.ORIGIN] = known
+    names = candidates(config.quant.quant_type) if config.bits is not None else ()
+    shapes = {path: matrix(weights.model.get_submodule(path)).shape for path in sorted(weights.requantized)}
+
+    def ways(quant: QuantConfig) -> dict[str, list[ToPack]]:
+        ways = {path: _ways(path, shape, quant.for_layer(path), names) for path, shape in shapes.items()}
+        return {path: [ToPack(shapes[path], how) for how in of.values()] for path, of in ways.items()}
+
+    writer, why = choose_writer(config.format, config.quant, ways)
     result = {
         **record.new("quantize"), "status": "ok", "config": config.to_dict(), "environment": record.environment(),
         "base": {"model": source.name, "digest": weights.checkpoint.digest()}, "layers": len(weights.requantized),
-        "output": str(output),
+        "format": writer.name, "other_formats": why, "output": str(output),
     }  # fmt: skip
-    if config.rounding == "rtn" and config.bits is None:
-        write(weights, weights.packed_target, output, result, tell=tell)
-        return result
-    if weights.model.config.is_encoder_decoder:
-        raise ConfigError(
-            f"'{config.model}' has an encoder: calibration is for models with a decoder alone. Use --method rtn, without --bits."
-        )
-    rows = _calibration_rows(config, source, weights.model) if rows is None else rows
-    result["calibration"] = {"tokens": rows.numel(), "row_tokens": rows.shape[1]}
+    config = config.with_options(quant=writer.options(config.quant))
+    if config.rounding == "gptq" or config.bits is not None:
+        if weights.model.config.is_encoder_decoder:
+            raise ConfigError(
+                f"'{config.model}' has an encoder: calibration is for models with a decoder alone. Use --method rtn, without "
+                "--bits."
+            )
+        rows = _calibration_rows(config, source, weights.model) if rows is None else rows
+        result["calibration"] = {"tokens": rows.numel(), "row_tokens": rows.shape[1]}
     if config.bits is not None:
-        quant, result["mixed"] = _mix(source, weights, config, rows, tell)
+        assert rows is not None
+        weights.writer = writer
+        quant, result["mixed"] = _mix(source, weights, config, names, rows, tell)
         config = config.with_options(quant=quant)
-        weights = Weights(source, None, None, quant)
-        weights.changes[stored.ORIGIN] = known
+    weights = Weights(source, None, None, config.quant)
+    weights.writer = writer
+    origin = str(Path(config.model).expanduser().resolve()) if Path(config.model).expanduser().exists() else config.model
+    weights.changes[stored.ORIGIN] = {
+        "model": origin, "revision": config.revision, "digest": weights.checkpoint.digest(),
+    }  # fmt: skip
+    result["quant"] = config.quant.to_dict()
     if config.rounding == "rtn":
         write(weights, weights.packed_target, output, result, tell=tell)
         return result
+    assert rows is not None
     aside = output.parent / f".{output.name}.gptq"
     with hold(aside), _space_errors(output), _of_no_use_after_errors(aside):
-        errors = _pack_layers(source, weights.requantized, config, rows, aside, tell)
+        errors = _pack_layers(source, weights, config, rows, aside, tell)
         weights.ready, weights.ready_id = (lambda path: _read(aside, path, config.quant)), (aside / _STATE).read_text()
         result |= _summary(errors, weights.requantized)
         write(weights, weights.packed_target, output, result, tell=tell)
@@ -116,17 +133,23 @@ def run_quantize(config: QuantizeConfig, tell: Tell = say_nothing, rows: Tensor 
     return result
 
 
-def _mix(source: ModelSource, weights: Weights, config: QuantizeConfig, rows_BT: Tensor, tell: Tell) -> tuple[QuantConfig, Any]:
-    """The configuration that gives each layer a codec, at most `config.bits` bits a weight in the mean, and facts for the record.
+def _mix(
+    source: ModelSource, weights: Weights, config: QuantizeConfig, names: tuple[str, ...], rows_BT: Tensor, tell: Tell
+) -> tuple[QuantConfig, Any]:
+    """The configuration that gives each layer a codec of `names`, at most `config.bits` bits a weight in the mean, as they are
+    written, and facts for the record.
 
     Raises:
-        ConfigError: no choice of codecs is that small, or the quant_type belongs to no family.
+        ConfigError: no choice of codecs is that small.
     """
     assert config.bits is not None
-    names = candidates(config.quant.quant_type)
     shapes = {path: matrix(weights.model.get_submodule(path)).shape for path in sorted(weights.requantized)}
     ways = {path: _ways(path, shape, config.quant.for_layer(path), names) for path, shape in shapes.items()}
-    sizes = {path: {name: layouts.n_bytes(shapes[path], how) for name, how in of.items()} for path, of in ways.items()}
+    dtypes = {path: weights.kept_dtype(f"{path}.weight") for path in shapes}
+    sizes = {
+        path: {name: weights.writer.n_bytes(ToPack(shapes[path], how), dtypes[path]) for name, how in of.items()}
+        for path, of in ways.items()
+    }
     n_weights = sum(shape.numel() for shape in shapes.values())
     check_budget(sizes, config.bits * n_weights / 8)  # before minutes of work
     tell("gradients", 0, 1)
@@ -140,7 +163,12 @@ def _mix(source: ModelSource, weights: Weights, config: QuantizeConfig, rows_BT:
         for path, moments in found.items():
             weight = matrix(empty.get_submodule(path)).float()
             costs[path] = {
-                name: loss_increase(weight, quantize(weight, how, name=path), moments, squares[path].to(weight.device))
+                name: loss_increase(
+                    weight,
+                    weights.writer.quantize(weight, how, dtypes[path], name=path),
+                    moments,
+                    squares[path].to(weight.device),
+                )
                 for name, how in ways[path].items()
             }
 
@@ -154,7 +182,9 @@ def _mix(source: ModelSource, weights: Weights, config: QuantizeConfig, rows_BT:
 
 
 def _ways(path: str, shape: torch.Size, how: QuantConfig, names: tuple[str, ...]) -> dict[str, QuantConfig]:
-    """Codec -> configuration, for those that suit a layer's shape."""
+    """Codec -> configuration, for those of `names` that suit a layer's shape; without names, how it is."""
+    if not names:
+        return {how.quant_type: how}
     ways = {}
     for name in names:
         with suppress(ConfigError, QuantizationError):
@@ -208,17 +238,18 @@ def _summary(errors: Mapping[str, tuple[float, float]], packed: set[str]) -> dic
 
 
 def _pack_layers(
-    source: ModelSource, packed: set[str], config: QuantizeConfig, rows_BT: Tensor, folder: Path, tell: Tell
+    source: ModelSource, weights: Weights, config: QuantizeConfig, rows_BT: Tensor, folder: Path, tell: Tell
 ) -> dict[str, tuple[float, float]]:
     """Pack the layers inside decoder layers by GPTQ, into files of `folder`; returns path -> output errors (gptq, rtn)."""
-    _check_state(folder, config, Checkpoint(source).digest(), rows_BT)
+    _check_state(folder, config, weights, rows_BT)
     errors: dict[str, tuple[float, float]] = {}
 
     def visit(model: Any, found: Mapping[str, Moments]) -> None:
         for path, moments in found.items():
             linear: Any = model.get_submodule(path)
             weight, how = matrix(linear).float(), config.quant.for_layer(path)
-            nearest = quantize(weight, how, name=path, statistics=moments.diagonal)
+            dtype = weights.kept_dtype(f"{path}.weight")
+            nearest = weights.writer.quantize(weight, how, dtype, name=path, statistics=moments.diagonal)
             kept = _file(folder, path).exists()
             made = _read(folder, path, config.quant) if kept else _by_gptq(weight, moments, nearest, path)
             if not kept:
@@ -228,7 +259,7 @@ def _pack_layers(
             parent, _, last = path.rpartition(".")
             setattr(model.get_submodule(parent), last, QuantLinear(made, linear.bias))
 
-    _walk_layers(source, packed, config, rows_BT, visit, partial(tell, "packing layers"))
+    _walk_layers(source, weights.requantized, config, rows_BT, visit, partial(tell, "packing layers"))
     return errors
 
 
@@ -288,10 +319,14 @@ def _error(weight: Tensor, packed: PackedWeight, moments: Moments) -> float:
     return float(((off @ moments.matrix) * off).sum() / ((weight @ moments.matrix) * weight).sum().clamp(min=1e-30))
 
 
-def _check_state(folder: Path, config: QuantizeConfig, digest: str, rows_BT: Tensor) -> None:
+def _check_state(folder: Path, config: QuantizeConfig, weights: Weights, rows_BT: Tensor) -> None:
     """Keep finished layers of the same run only."""
     tokens = hashlib.sha256(rows_BT.numpy().tobytes()).hexdigest()
-    state = json.dumps({"base": digest, "quant": config.quant.to_dict(), "rows": [list(rows_BT.shape), tokens]}, sort_keys=True)
+    facts = {
+        "base": weights.checkpoint.digest(), "quant": config.quant.to_dict(), "format": weights.writer.name,
+        "rows": [list(rows_BT.shape), tokens],
+    }  # fmt: skip
+    state = json.dumps(facts, sort_keys=True)
     file = folder / _STATE
     if not file.is_file() or file.read_text() != state:
         for old in folder.glob("*.safetensors"):

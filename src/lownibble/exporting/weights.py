@@ -37,6 +37,7 @@ from lownibble.models import ModelSource, skeleton
 from lownibble.models import packed as packed_files
 from lownibble.models.checkpoint import Checkpoint
 from lownibble.models.conversion import ModelTensors, stored_names, untie
+from lownibble.models.formats.write import ToPack, usual
 from lownibble.models.load import DTYPES, quantizable, repacked
 from lownibble.quant import PackedWeight, is_linear, is_transposed, quantize
 from lownibble.quant.sums import pack_sum
@@ -89,6 +90,7 @@ class Weights:
         edits: name -> the adapter variant's change, applied after `replaced`.
         changes: changed keys of config.json, with their values.
         merge_aware: whether the adapter was trained for its packed merge.
+        writer: the file format of the packed target.
         ready: gives layers that somebody else has packed, by path, and KeyError for others; or None. ready_id: names how.
     Raises:
         AdapterError: an adapter tensor matches nothing, is missing, has another shape or is not finite.
@@ -116,6 +118,7 @@ class Weights:
         leaves = None if adapter is None or self.packed else (adapter.trained_on or {}).get("merge_aware")
         self.merge_aware = leaves is not None
         self.new_quant = QuantConfig(**leaves) if leaves is not None else self.quant or new_quant
+        self.writer = usual(self.new_quant)
         untie(self.model, self.tensors.untied)
         self._groups = _tied_groups(self.model)  # now: hooks that lend the model its tensors part what is tied
         untied = self.tensors.untied and not self.model.config.is_encoder_decoder
@@ -375,7 +378,7 @@ class Weights:
         total = self.change(name, codec)(as_float(base))
         if packs:
             how = self.new_quant.for_layer(name.removesuffix(".weight"))
-            return quantize(total, how, name=name).with_dtype(self.kept_dtype(name))
+            return self.writer.quantize(total, how, self.kept_dtype(name), name=name).with_dtype(self.kept_dtype(name))
         return self._cast(total, name)
 
     def _cast(self, tensor: Tensor, name: str) -> Tensor:
@@ -403,7 +406,7 @@ class Weights:
         for name in names:
             if self._packs(name, onto):
                 path = name.removesuffix(".weight")
-                found |= packed_files.pack_shapes(path, self.shape(name), self.new_quant.for_layer(path))
+                found |= self.writer.specs(path, ToPack(self.shape(name), self.new_quant.for_layer(path)), self.kept_dtype(name))
             else:
                 dense[name] = torch.empty(self.shape(name), dtype=self.kept_dtype(name), device="meta")
         return found | {key: (tensor.dtype, tuple(tensor.shape)) for key, tensor in self._stored(dense, bool(found)).items()}
@@ -415,7 +418,7 @@ class Weights:
         for name in names:
             made = self.merged(name, onto)
             if isinstance(made, PackedWeight):
-                found |= packed_files.pack(name.removesuffix(".weight"), made)
+                found |= self.writer.tensors(name.removesuffix(".weight"), made)
             else:
                 dense[name] = made
         return found | self._stored(dense, bool(found))

@@ -91,13 +91,14 @@ def config_of(packed: Mapping[str, PackedWeight | QuantConfig], skip_modules: li
     return QuantConfig.of_layers(by_path, skip_modules)
 
 
-def config_json(config: QuantConfig, skip_modules: list[str], dtype: str) -> dict[str, Any]:
-    """The `quantization_config` of config.json with which transformers loads the checkpoint: bitsandbytes' if nf4 or fp4 without
-    a pattern, else Lownibble's own."""
-    kinds = {config.quant_type, *(how.get("quant_type", config.quant_type) for how in config.pattern.values())}
-    if config.pattern or kinds - {"nf4", "fp4"}:
-        options = {key: getattr(config, key) for key in PER_LAYER}
-        return {"quant_method": OWN_METHOD, **options, "pattern": config.pattern, "skip_modules": skip_modules}
+def own_config_json(config: QuantConfig, skip_modules: list[str]) -> dict[str, Any]:
+    """The `quantization_config` of config.json of a checkpoint of our own."""
+    options = {key: getattr(config, key) for key in PER_LAYER}
+    return {"quant_method": OWN_METHOD, **options, "pattern": config.pattern, "skip_modules": skip_modules}
+
+
+def bnb_config_json(config: QuantConfig, skip_modules: list[str], dtype: str) -> dict[str, Any]:
+    """The same with which transformers loads nf4 or fp4 in all layers, with bitsandbytes."""
     return {
         "quant_method": "bitsandbytes", "load_in_4bit": True, "load_in_8bit": False, "bnb_4bit_quant_type": config.quant_type,
         "bnb_4bit_use_double_quant": config.double_quant, "bnb_4bit_compute_dtype": dtype, "bnb_4bit_quant_storage": "uint8",

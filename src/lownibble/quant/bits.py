@@ -1,10 +1,10 @@
 """Codes of 1 to 8 bits in bytes.
 
 Two orders occur. `pack` is for our own codecs: a string of bits with the first code in the highest bits, so that two 4-bit
-codes are a byte with the first in the high nibble, as in bitsandbytes; `kernels/reference.unpack` reads it. `unpack_words` reads
-what GPTQ and compressed-tensors write: 32-bit words with the first code in the lowest bits; codes that do not divide 32 continue
-in the next word. `unpack_planes` reads GPTQModel's other order for those: for 32 codes first the words with their low bits, then
-those with the next ones.
+codes are a byte with the first in the high nibble, as in bitsandbytes; `kernels/reference.unpack` reads it. `pack_words` and
+`unpack_words` are for GPTQ's and compressed-tensors' files: 32-bit words with the first code in the lowest bits; codes that do
+not divide 32 continue in the next word. `unpack_planes` reads GPTQModel's other order for those: for 32 codes first the words
+with their low bits, then those with the next ones.
 """
 
 from __future__ import annotations
@@ -27,6 +27,21 @@ def pack(codes: Tensor, bits: int) -> Tensor:
         if after < 0:
             packed[:, byte + 1] |= units[:, i] << (8 + after)
     return packed.view(-1)
+
+
+def pack_words(codes: Tensor, bits: int) -> Tensor:
+    """Codes below 2^bits as 32-bit words, (rows, n) -> (rows, ceil(n * bits / 32)) int32; the last word is filled with zeros."""
+    n_rows, n = codes.shape
+    blocks = torch.nn.functional.pad(codes.to(torch.uint8), (0, -n % 32)).view(n_rows, -1, 32)
+    words = torch.zeros(n_rows, blocks.shape[1], bits, dtype=torch.int64, device=codes.device)
+    for i in range(32):
+        word, start = divmod(bits * i, 32)
+        code = blocks[..., i].long() << start
+        words[..., word] |= code & 0xFFFFFFFF
+        if start + bits > 32:
+            words[..., word + 1] |= code >> 32
+    signed = words - ((words >> 31) << 32)
+    return signed.to(torch.int32).flatten(1)[:, : -(-n * bits // 32)].contiguous()
 
 
 def unpack_words(words: Tensor, bits: int, n: int) -> Tensor:

@@ -22,9 +22,10 @@ from torch import Tensor
 
 from lownibble.config import QuantConfig
 from lownibble.models.checkpoint import Checkpoint
-from lownibble.models.formats.layer import Found, Layer, Numbers, StoredLayer, codec, need, of_activations, wrong
-from lownibble.quant.codebook import e8m0, levels
+from lownibble.models.formats.layer import Found, Layer, Numbers, StoredLayer, codec, exponents, need, of_activations, wrong
+from lownibble.quant.codebook import levels
 from lownibble.quant.layouts import GROUP_SIZES
+from lownibble.stored import MX_GROUP
 
 _FLOAT8 = (torch.float8_e4m3fn, torch.float8_e5m2)
 _SCALES = ("_scale_inv", "_scale", ".scale", ".qscale_weight")
@@ -84,7 +85,7 @@ def _read_float(
     checkpoint: Checkpoint, weight: str, scale: str, shape: torch.Size, grid: tuple[int, ...], size: tuple[int, int],
     width: int | None,
 ) -> Numbers | Tensor:  # fmt: skip
-    codes, scales = checkpoint.read(weight).clone(), _exponents(checkpoint.read(scale)).view(grid)
+    codes, scales = checkpoint.read(weight).clone(), exponents(checkpoint.read(scale)).view(grid)
     rows, columns = (shape[-2], shape[-1]) if len(shape) > 1 else (1, shape[-1])
     if codes.dtype not in _FLOAT8:
         codes = _pairs(codes.view(torch.uint8))
@@ -94,19 +95,17 @@ def _read_float(
     return (codes.float().view(*shape[:-2], rows, columns) * by_row.repeat_interleave(size[1], -1)[..., :columns]).view(shape)
 
 
-def _exponents(scale: Tensor) -> Tensor:
-    """Scales in float32; bytes are exponents of two, less 127."""
-    return e8m0()[scale.long()] if scale.dtype == torch.uint8 else scale.float()
-
-
 def _pairs(packed: Tensor) -> Tensor:
     """Values of two e2m1 codes a byte, the first in the low bits: (..., n) -> (..., 2n) float32."""
-    table = levels("mxfp4")
-    return torch.stack([table[(packed & 15).long()], table[(packed >> 4).long()]], dim=-1).flatten(-2)
+    return levels("mxfp4")[_nibbles(packed).long()]
+
+
+def _nibbles(packed: Tensor) -> Tensor:
+    return torch.stack([packed & 15, packed >> 4], dim=-1).flatten(-2)
 
 
 def four_bit_layer(checkpoint: Checkpoint, name: str, parts: Mapping[str, str]) -> Layer:
-    """A layer of MXFP4 or NVFP4 in compressed-tensors; no codec of ours holds it."""
+    """A layer of MXFP4 or NVFP4 in compressed-tensors; no codec holds the latter."""
     (n_out, half), n_scale = checkpoint.facts(parts["weight_packed"])[1], checkpoint.facts(parts["weight_scale"])[1]
     if len(n_scale) != 2 or n_scale[0] != n_out or not n_scale[1] or 2 * half % n_scale[1]:
         raise wrong(
@@ -114,14 +113,16 @@ def four_bit_layer(checkpoint: Checkpoint, name: str, parts: Mapping[str, str]) 
             checkpoint.name,
             f"scales of {tuple(n_scale)} do not belong to {(n_out, 2 * half)} codes",
         )
-    return StoredLayer(name, parts, (n_out, 2 * half), None, partial(_read_four_bit, checkpoint, parts))
+    mx = checkpoint.facts(parts["weight_scale"])[0] == torch.uint8 and 2 * half == MX_GROUP * n_scale[1]
+    how = QuantConfig(quant_type="mxfp4") if mx and "weight_global_scale" not in parts else None
+    return StoredLayer(name, parts, (n_out, 2 * half), how, partial(_read_four_bit, checkpoint, parts))
 
 
-def _read_four_bit(checkpoint: Checkpoint, parts: Mapping[str, str]) -> Tensor:
-    codes, scale = _pairs(checkpoint.read(parts["weight_packed"])), _exponents(checkpoint.read(parts["weight_scale"]))
+def _read_four_bit(checkpoint: Checkpoint, parts: Mapping[str, str]) -> Numbers:
+    codes, scale = _nibbles(checkpoint.read(parts["weight_packed"])), checkpoint.read(parts["weight_scale"]).clone()
     if "weight_global_scale" in parts:
-        scale = scale / checkpoint.read(parts["weight_global_scale"]).float()
-    return Numbers(codes, scale).dense()
+        scale = exponents(scale) / checkpoint.read(parts["weight_global_scale"]).float()
+    return Numbers(codes, scale, levels=levels("mxfp4"))
 
 
 def mxfp4(checkpoint: Checkpoint, stored: Mapping[str, Any]) -> Found:
@@ -142,5 +143,5 @@ def mxfp4(checkpoint: Checkpoint, stored: Mapping[str, Any]) -> Found:
 
 
 def _read_mxfp4(checkpoint: Checkpoint, parts: Mapping[str, str]) -> Tensor:
-    values = _pairs(checkpoint.read(parts["blocks"])) * _exponents(checkpoint.read(parts["scales"])).unsqueeze(-1)
+    values = _pairs(checkpoint.read(parts["blocks"])) * exponents(checkpoint.read(parts["scales"])).unsqueeze(-1)
     return values.flatten(-2).transpose(-1, -2).contiguous()

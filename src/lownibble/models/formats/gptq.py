@@ -32,6 +32,7 @@ from lownibble.errors import ModelError
 from lownibble.models.checkpoint import Checkpoint
 from lownibble.models.formats.layer import Found, Layer, Numbers, StoredLayer, by_path, codec, need, wrong
 from lownibble.quant.bits import unpack_planes, unpack_words
+from lownibble.stored import of_path
 
 WORD = 32
 
@@ -121,7 +122,7 @@ def _layers(checkpoint: Checkpoint, stored: Mapping[str, Any], unpack: Zeros, ze
     layers: dict[str, Layer] = {}
     for path, parts in by_path(checkpoint.file_of, ("qweight", "qzeros", "scales", "g_idx")).items():
         need(parts, ("qweight", "qzeros", "scales"), path, checkpoint.name)
-        layers[f"{path}.weight"] = _layer(checkpoint, stored, path, parts, unpack, zeros_of)
+        layers[f"{path}.weight"] = _layer(checkpoint, of_path(stored, path), path, parts, unpack, zeros_of)
     return Found(layers)
 
 

@@ -27,6 +27,7 @@ from lownibble.models.formats import floats
 from lownibble.models.formats.gptq import WORD, codec_of, groups_of
 from lownibble.models.formats.layer import Found, Layer, Numbers, StoredLayer, by_path, codec, need, of_activations, wrong
 from lownibble.quant.bits import unpack_words
+from lownibble.stored import scheme
 
 _COMPRESSED = ("pack-quantized", "int-quantized", "naive-quantized", "float-quantized", "mxfp4-pack-quantized",
                "nvfp4-pack-quantized", "mxfp8-quantized", "mixed-precision", "dense")  # fmt: skip
@@ -39,7 +40,7 @@ def compressed(checkpoint: Checkpoint, stored: Mapping[str, Any]) -> Found:
     """Layers of compressed-tensors checkpoints: packed integers, int8, and the float formats (`floats.py`)."""
     groups = stored.get("config_groups") or {}
     schemes = [group for group in groups.values() if isinstance(group, dict)] if isinstance(groups, dict) else []
-    kinds = {str(kind) for kind in (stored.get("format"), *(scheme.get("format") for scheme in schemes)) if kind}
+    kinds = {str(kind) for kind in (stored.get("format"), *(each.get("format") for each in schemes)) if kind}
     sparse = (stored.get("sparsity_config") or {}).get("format", "dense")
     transforms = (stored.get("transform_config") or {}).get("config_groups")
     odd = sorted(kinds - set(_COMPRESSED)) + ([sparse] if sparse != "dense" else []) + ["transforms"] * bool(transforms)
@@ -48,10 +49,7 @@ def compressed(checkpoint: Checkpoint, stored: Mapping[str, Any]) -> Found:
             f"'{checkpoint.name}' is a compressed-tensors checkpoint with {', '.join(odd)}. Known formats: "
             f"{', '.join(_COMPRESSED)}. Take one of those, or the dense checkpoint."
         )
-    blocks = [(scheme.get("weights") or {}).get("block_structure") for scheme in schemes]
-    block = tuple(next((block for block in blocks if block), ())) or None
-    size = next((size for scheme in schemes if (size := (scheme.get("weights") or {}).get("group_size"))), None)
-    bits = [int(n) for scheme in schemes if (n := (scheme.get("weights") or {}).get("num_bits"))]
+    known = [weights for each in schemes if (weights := each.get("weights"))]
     layers: dict[str, Layer] = {}
     for path, parts in by_path(checkpoint.file_of, _COMPRESSED_ROLES).items():
         if "weight_scale" not in parts:
@@ -59,14 +57,16 @@ def compressed(checkpoint: Checkpoint, stored: Mapping[str, Any]) -> Found:
                 need(parts, ("weight_scale",), path, checkpoint.name)
             continue
         need(parts, ("weight_packed" if "weight_packed" in parts else "weight",), path, checkpoint.name)
-        layers[f"{path}.weight"] = _compressed_layer(checkpoint, path, parts, block, size, bits)
+        said = scheme(stored, path)
+        layers[f"{path}.weight"] = _compressed_layer(checkpoint, path, parts, [said] if said else known)
     return Found(layers, of_activations(checkpoint.file_of))
 
 
-def _compressed_layer(
-    checkpoint: Checkpoint, path: str, parts: Mapping[str, str], block: tuple[int, ...] | None, said: int | None,
-    said_bits: list[int],
-) -> Layer:  # fmt: skip
+def _compressed_layer(checkpoint: Checkpoint, path: str, parts: Mapping[str, str], schemes: list[dict[str, Any]]) -> Layer:
+    """`schemes`: that of the layer, or all where config.json does not name the layer as the tensors do."""
+    block = tuple(next((block for each in schemes if (block := each.get("block_structure"))), ())) or None
+    said = next((size for each in schemes if (size := each.get("group_size"))), None)
+    said_bits = [int(n) for each in schemes if (n := each.get("num_bits"))]
     name, n_scale = f"{path}.weight", checkpoint.facts(parts["weight_scale"])[1]
     if "weight_packed" not in parts:
         dtype, shape = checkpoint.facts(parts["weight"])

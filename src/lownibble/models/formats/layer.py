@@ -16,6 +16,7 @@ from lownibble.config import QuantConfig
 from lownibble.errors import ConfigError, ModelError, QuantizationError
 from lownibble.models.checkpoint import Checkpoint
 from lownibble.quant import PackedWeight, layouts
+from lownibble.quant.codebook import e8m0
 from lownibble.quant.codecs.grouped import of_groups
 
 
@@ -73,23 +74,31 @@ class Numbers(NamedTuple):
     """A weight as `scale * (codes - zero)`, each group of columns with its own scale and zero.
 
     Attributes:
-        codes: (N, K) of any type. scale: (N, G). zero: (N, G) or None.
+        codes: (N, K) of any type. scale: (N, G); in uint8 exponents of two, plus 127. zero: (N, G) or None.
         group: (K,) the group of each column, or None: G groups of neighbours, all but the last of the same size.
+        levels: what each code stands for, float32; None: its number.
     """
 
     codes: Tensor
     scale: Tensor
     zero: Tensor | None = None
     group: Tensor | None = None
+    levels: Tensor | None = None
 
     def dense(self) -> Tensor:
         """The weight, float32."""
         n_in, n_groups = self.codes.shape[1], self.scale.shape[1]
         group = torch.arange(n_in) // -(-n_in // n_groups) if self.group is None else self.group.long()
-        codes, scale = self.codes.float(), self.scale.float()
+        codes = self.codes.float() if self.levels is None else self.levels[self.codes.long()]
+        scale = exponents(self.scale)
         if self.zero is not None:
             codes -= self.zero.float()[:, group]
         return codes.mul_(scale[:, group])
+
+
+def exponents(scale: Tensor) -> Tensor:
+    """Scales in float32; bytes are exponents of two, plus 127."""
+    return e8m0()[scale.long()] if scale.dtype == torch.uint8 else scale.float()
 
 
 class StoredLayer(Layer):

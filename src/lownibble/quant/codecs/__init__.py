@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+
 import torch
 from torch import Tensor
 
 from lownibble.config import QuantConfig
 from lownibble.errors import QuantizationError
 from lownibble.quant import layouts
+from lownibble.quant.codecs.grouped import Held, to_groups
 from lownibble.quant.packed import PackedWeight
 from lownibble.registry import CODECS
 
@@ -29,6 +33,23 @@ def quantize(
             names the tensor.
     """
     config = QuantConfig(quant_type=quant) if isinstance(quant, str) else quant
+    return _packed(tensor, config, name, statistics, CODECS[config.quant_type].quantize)
+
+
+def quantize_for(
+    tensor: Tensor, config: QuantConfig, held: Held, *, name: str = "tensor", statistics: Tensor | None = None
+) -> PackedWeight:
+    """`quantize` by a grouped codec, with scales that a file format holds.
+
+    Raises:
+        QuantizationError: as `quantize`, or a scale is too large for the format.
+    """
+    return _packed(tensor, config, name, statistics, partial(to_groups, held=held))
+
+
+def _packed(
+    tensor: Tensor, config: QuantConfig, name: str, statistics: Tensor | None, pack: Callable[..., PackedWeight]
+) -> PackedWeight:
     if tensor.dtype not in _FLOATS:
         raise QuantizationError(
             f"Cannot quantise '{name}': its dtype is {tensor.dtype}. Convert it to float32, bfloat16 or float16."
@@ -42,7 +63,7 @@ def quantize(
             "Check the checkpoint it came from, or add the module to skip_modules."
         )
     try:
-        packed: PackedWeight = CODECS[config.quant_type].quantize(tensor.detach(), config, statistics)
+        packed = pack(tensor.detach(), config, statistics)
     except QuantizationError as error:
         raise QuantizationError(f"Cannot quantise '{name}': {error}") from None
     _check(packed, config, tensor.shape)

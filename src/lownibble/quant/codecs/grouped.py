@@ -24,15 +24,16 @@ them here unchanged.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from lownibble.config import QuantConfig
+from lownibble.errors import QuantizationError
 from lownibble.kernels import decoded, ops
 from lownibble.kernels.reference import unpack
 from lownibble.kernels.types import NO_EPILOGUE, Epilogue, Grouped, Nested, Scaled8bit
@@ -158,8 +159,12 @@ class GroupedWeight(PackedWeight):
         return ops.gemv_grouped(x, self.grouped._replace(order=None))
 
 
-def _doubly(scale: Tensor, double_quant: bool) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor]:
+def _stored(scale: Tensor, double_quant: bool, held: Held | None) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor]:
     """Stored scales, nested scales and offset (None without double quantisation), and the scales as dequantised."""
+    if held is not None:
+        scale = held(scale)
+        if not bool(torch.isfinite(scale).all()):
+            raise QuantizationError("a scale is too large for the file format. Take --format lownibble, or skip the module.")
     if not double_quant:
         return scale, None, None, scale
     codes, nested_scale, offset = nested.encode(scale)
@@ -221,34 +226,7 @@ class _Grouped(Codec):
         return layouts.grouped(shape, config)
 
     def quantize(self, tensor: Tensor, config: QuantConfig, statistics: Tensor | None = None) -> GroupedWeight:
-        size, kind = layouts.group_size(tensor.shape, config), layouts.GROUPED[config.quant_type]
-        rows, order = tensor.float(), None
-        if kind.act_order:
-            n = tensor.shape[1]
-            order = torch.arange(n) if statistics is None else statistics.argsort(descending=True, stable=True)
-            order = order.to(device=tensor.device, dtype=torch.int32)
-            rows = rows[:, order.long()]
-        groups = rows.reshape(-1, max(1, size))
-        zero = None
-        if kind.zero:
-            low, high = (groups.amin(dim=1), groups.amax(dim=1)) if groups.numel() else 2 * [groups.new_zeros(len(groups))]
-            low, high, top = low.clamp(max=0), high.clamp(min=0), 2**kind.bits - 1
-            stored, nested_scale, offset, scale = _doubly((high - low) / top, config.double_quant)
-            zeros = (-low / _divisor(scale)).round().clamp(0, top)
-            codes = _codes(groups, scale.unsqueeze(1), zeros.unsqueeze(1), config.quant_type).view(-1, 1)
-            zero = bits.pack(zeros, kind.bits)
-        else:
-            largest = groups.abs().amax(dim=1) if groups.numel() else groups.new_zeros(len(groups))
-            if kind.exponents:
-                stored, nested_scale, offset = _exponents(largest), None, None
-                scale = e8m0(str(tensor.device))[stored.long()]
-            else:
-                stored, nested_scale, offset, scale = _doubly(largest / kind.top, config.double_quant)
-            codes = _codes(groups, scale.unsqueeze(1), None, config.quant_type)
-            codes = codes.view(-1, 1) if kind.packed else codes.view(tensor.shape)
-        return GroupedWeight(
-            codes, stored, zero, order, nested_scale, offset, tensor.shape, tensor.dtype, config.quant_type, config.block_size
-        )
+        return to_groups(tensor, config, statistics)
 
     def restore(self, facts: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> GroupedWeight:
         return GroupedWeight(
@@ -261,14 +239,54 @@ class _Grouped(Codec):
 GROUPED = _Grouped()
 
 
+Held = Callable[[Tensor], Tensor]
+"""Scales, float32 -> those of them that a file format holds, float32."""
+
+
+def to_groups(tensor: Tensor, config: QuantConfig, statistics: Tensor | None = None, held: Held | None = None) -> GroupedWeight:
+    """`Codec.quantize`; with `held`, scales are such as a file format holds, and codes are the nearest with them. Exponents of
+    mxfp4 are held by every format as they are.
+
+    Raises:
+        QuantizationError: a scale is not finite as the format holds it.
+    """
+    size, kind = layouts.group_size(tensor.shape, config), layouts.GROUPED[config.quant_type]
+    rows, order = tensor.float(), None
+    if kind.act_order:
+        n = tensor.shape[1]
+        order = torch.arange(n) if statistics is None else statistics.argsort(descending=True, stable=True)
+        order = order.to(device=tensor.device, dtype=torch.int32)
+        rows = rows[:, order.long()]
+    groups = rows.reshape(-1, max(1, size))
+    zeros = None
+    if kind.zero:
+        low, high = (groups.amin(dim=1), groups.amax(dim=1)) if groups.numel() else 2 * [groups.new_zeros(len(groups))]
+        low, high, top = low.clamp(max=0), high.clamp(min=0), 2**kind.bits - 1
+        stored, nested_scale, offset, scale = _stored((high - low) / top, config.double_quant, held)
+        zeros = (-low / _divisor(scale)).round().clamp(0, top)
+    else:
+        largest = groups.abs().amax(dim=1) if groups.numel() else groups.new_zeros(len(groups))
+        if kind.exponents:
+            stored, nested_scale, offset = _exponents(largest), None, None
+            scale = e8m0(str(tensor.device))[stored.long()]
+        else:
+            stored, nested_scale, offset, scale = _stored(largest / kind.top, config.double_quant, held)
+    codes = _codes(groups, scale.unsqueeze(1), None if zeros is None else zeros.unsqueeze(1), config.quant_type)
+    codes = codes.view(-1, 1) if kind.packed else codes.view(tensor.shape)
+    return GroupedWeight(
+        codes, stored, None if zeros is None else bits.pack(zeros, kind.bits), order, nested_scale, offset, tensor.shape,
+        tensor.dtype, config.quant_type, config.block_size,
+    )  # fmt: skip
+
+
 def of_groups(
     codes: Tensor, scale: Tensor, zero: Tensor | None, order: Tensor | None, dtype: torch.dtype, config: QuantConfig
 ) -> GroupedWeight:
     """The packed weight with these numbers, unchanged.
 
     Args:
-        codes: (N, K) with each group's columns side by side: integers from 0 for types with a zero point, int8, or float8.
-        scale: (N, groups of a row), any float type.
+        codes: (N, K) with each group's columns side by side: integers from 0 for packed types, int8, or float8.
+        scale: (N, groups of a row), any float type; exponents plus 127 in uint8 for mxfp4.
         zero: (N, groups of a row) of integers, or None for types without.
         order: (K,) the column that each column of `codes` is, for act-order types; else None.
         dtype: default dtype to dequantise to. config: quant_type and block size.
@@ -279,7 +297,33 @@ def of_groups(
     else:
         held = codes.contiguous().view(torch.uint8) if kind.is_float else codes.contiguous()
     zeros = bits.pack(zero.flatten(), kind.bits) if zero is not None else None
+    constants = scale.contiguous() if kind.exponents else scale.float()
     return GroupedWeight(
-        held, scale.float().flatten(), zeros, None if order is None else order.to(torch.int32), None, None, codes.shape, dtype,
+        held, constants.flatten(), zeros, None if order is None else order.to(torch.int32), None, None, codes.shape, dtype,
         config.quant_type, config.block_size,
     )  # fmt: skip
+
+
+class Parts(NamedTuple):
+    """The numbers of a grouped weight, as `of_groups` takes them.
+
+    Attributes:
+        codes: (N, K) in the order of the file: integers from 0 for packed types, int8, or float8.
+        scale: (N, G) float32, or exponents plus 127 in uint8. zero: (N, G) uint8 or None. order: (K,) int32 or None.
+    """
+
+    codes: Tensor
+    scale: Tensor
+    zero: Tensor | None
+    order: Tensor | None
+
+
+def parts_of(weight: GroupedWeight) -> Parts:
+    """The inverse of `of_groups`; scales that are doubly quantised are decoded."""
+    kind, (n_out, n_in) = layouts.GROUPED[weight.quant_type], weight.shape
+    codes = weight.codes.view(torch.float8_e4m3fn) if kind.is_float else weight.codes
+    if kind.packed:
+        codes = unpack(codes.view(-1), kind.bits)[: n_out * n_in].view(n_out, n_in)
+    scale = (weight.scale if kind.exponents else weight.decoded_scale()).view(n_out, -1)
+    zero = None if weight.zero is None else unpack(weight.zero, kind.bits)[: scale.numel()].view(scale.shape)
+    return Parts(codes, scale, zero, weight.order)
