@@ -222,9 +222,9 @@ def test_gptq(base, tmp_path, case):
     assert len(held) == (11 if case == "some dense" else 14)
 
 
-@pytest.mark.parametrize("format", ["compressed-tensors", "gptq"])
-def test_codes_are_chosen_for_the_scales_that_are_stored(base16, rows, tmp_path, monkeypatch, format):
-    """By GPTQ, what is measured while packing is what others decode; to nearest, no other code is nearer."""
+@pytest.mark.parametrize(("format", "quant_type"), [("compressed-tensors", "int4"), ("gptq", "int4"), ("gptq", "int4_act")])
+def test_codes_are_chosen_for_the_scales_that_are_stored(base16, rows, tmp_path, monkeypatch, format, quant_type):
+    """What GPTQ made is what others decode."""
     made, by_gptq = {}, quantizing._by_gptq
 
     def kept(weight, moments, nearest, path):
@@ -232,15 +232,26 @@ def test_codes_are_chosen_for_the_scales_that_are_stored(base16, rows, tmp_path,
         return made[path]
 
     monkeypatch.setattr(quantizing, "_by_gptq", kept)
-    quant = QuantConfig(quant_type="int4", block_size=32)
+    quant = QuantConfig(quant_type=quant_type, block_size=32)
     ln.quantize_model(str(base16), tmp_path / "out", format=format, calibration=str(rows), quant=quant, **OPTIONS)
-    held = layers(ln.load(str(tmp_path / "out"))[0])
+    held, tensors = layers(ln.load(str(tmp_path / "out"))[0]), load_file(tmp_path / "out" / "model.safetensors")
     assert held.keys() == made.keys()
     for path, packed in made.items():
         assert torch.equal(held[path].weight.dequantize(torch.float32), packed.dequantize(torch.float32))
+        if format == "gptq":
+            parts = {name: tensors[f"{path}.{name}"] for name in ("qweight", "qzeros", "scales", "g_idx")}
+            assert torch.equal(parts["g_idx"], parts["g_idx"].sort().values) == (quant_type == "int4"), (
+                "in order without act-order"
+            )
+            weight = transcribed({**parts, "scales": parts["scales"].float()}, 4).t()
+            assert torch.equal(weight, packed.dequantize(torch.float32))
         scale = packed.steps().scale
         assert torch.equal(scale, scale.bfloat16().float())
-    weight = dense_weights(base16)["model.layers.0.mlp.up_proj"].float()
+
+
+@pytest.mark.parametrize("format", ["compressed-tensors", "gptq"])
+def test_no_other_code_is_nearer_with_the_scales_that_are_stored(base16, format):
+    weight, quant = dense_weights(base16)["model.layers.0.mlp.up_proj"].float(), QuantConfig(quant_type="int4", block_size=32)
     packed = nearest(base16, format, quant)["model.layers.0.mlp.up_proj"]
     steps = packed.steps()
     levels = ((torch.arange(16) - steps.zero[:, None]) * steps.scale[:, None]).view(*weight.shape[:1], -1, 16)

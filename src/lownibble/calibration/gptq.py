@@ -57,10 +57,10 @@ def gptq(weight_NK: Tensor, moments: Moments, grid: Grid) -> None:
     columns = order.tolist()
     for first in range(0, len(columns), BLOCK):
         block = slice(first, first + BLOCK)
-        now_NB, factor_BB = left_NK[:, block], upper_KK[block, block]
-        error_NB = torch.empty_like(now_NB)
+        now_BN, factor_BB = left_NK[:, block].t().contiguous(), upper_KK[block, block]  # columns are contiguous
+        error_BN = torch.empty_like(now_BN)
         for i, column in enumerate(columns[block]):
-            rounded_N = grid.round(now_NB[:, i], column)
-            error_NB[:, i] = (now_NB[:, i] - rounded_N) / factor_BB[i, i]
-            now_NB[:, i:].addr_(error_NB[:, i], factor_BB[i, i:], alpha=-1)
-        left_NK[:, first + BLOCK :].addmm_(error_NB, upper_KK[block, first + BLOCK :], alpha=-1)
+            rounded_N = grid.round(now_BN[i], column)
+            torch.div(now_BN[i] - rounded_N, factor_BB[i, i], out=error_BN[i])
+            now_BN[i + 1 :].addr_(factor_BB[i, i + 1 :], error_BN[i], alpha=-1)
+        left_NK[:, first + BLOCK :].addmm_(error_BN.t(), upper_KK[block, first + BLOCK :], alpha=-1)
