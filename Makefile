@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 OUTPUT ?= runs/demo
 
-.PHONY: demo test check matrix format bench bench-parity bench-kernels bench-train bench-train-real bench-decode bench-quality bench-codecs bench-chats bench-memory bench-plan bench-paging bench-merge bench-latency bench-dropin bench-serve bench-soak study faults readme clean
+.PHONY: demo test check matrix format bench bench-parity bench-kernels bench-train bench-train-real bench-decode bench-quality bench-codecs bench-gptq bench-chats bench-memory bench-plan bench-paging bench-merge bench-latency bench-dropin bench-serve bench-soak study faults readme clean
 
 demo: $(VENV)/.ready  ## set up, then compare LoRA and QLoRA on the embedded model and data
 	$(BIN)/lownibble compare --output $(OUTPUT) --resume
@@ -47,6 +47,9 @@ bench-quality: $(VENV)/.ready-dev  ## about an hour: make bench-quality DATA=nli
 
 bench-codecs: $(VENV)/.ready-dev
 	$(BIN)/lownibble bench codecs --output benchmarks/results/codecs-cpu.json
+
+bench-gptq: $(VENV)/.ready-dev  ## a quarter of an hour
+	$(BIN)/lownibble bench gptq --output benchmarks/results/gptq-cpu.json
 
 bench-chats: $(VENV)/.ready-dev
 	$(BIN)/lownibble bench chats --peers --output benchmarks/results/chats-cpu.json

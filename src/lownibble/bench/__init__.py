@@ -12,6 +12,7 @@ BENCHES = (
     "decode",
     "quality",
     "codecs",
+    "gptq",
     "memory",
     "paging",
     "plan",
