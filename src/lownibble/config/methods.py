@@ -50,7 +50,7 @@ class MethodSpec(Options):
     merge_aware: bool = Field(False, description="as in a run's configuration")
     quantize: dict[str, Any] = Field(
         {}, description="the base is packed first, over the training rows, with these options of `lownibble quantize`: rounding, "
-        "bits, calibration_tokens, max_length, seed",
+        "bits, format, calibration_tokens, max_length, seed",
     )  # fmt: skip
 
 

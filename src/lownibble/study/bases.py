@@ -16,12 +16,12 @@ from lownibble import stored
 from lownibble.config import QuantConfig, QuantizeConfig, RunConfig
 from lownibble.errors import ConfigError
 
-OPTIONS = ("rounding", "bits", "calibration_tokens", "max_length", "seed")
+OPTIONS = ("rounding", "bits", "format", "calibration_tokens", "max_length", "seed")
 """Options of `lownibble quantize` that a method may set."""
 
 
 def packing(config: RunConfig, options: Mapping[str, Any], output: str | Path) -> QuantizeConfig:
-    """How a run's base is packed.
+    """How a run's base is packed; in this package's own format by default, which holds every codec as the options say.
 
     Raises:
         ConfigError: an option is not one of `OPTIONS` or invalid, or the method holds no packed base.
@@ -31,7 +31,11 @@ def packing(config: RunConfig, options: Mapping[str, Any], output: str | Path) -
     if config.method != "qlora" or config.merge_aware:
         what = "merge-aware training, whose base is int8 until the merge" if config.merge_aware else f"method '{config.method}'"
         raise ConfigError(f"The 'quantize' of a method cannot be used with {what}. Leave it out.")
-    defaults = {"max_length": config.train.max_length, "calibration_tokens": config.data.calibration_tokens}
+    defaults = {
+        "format": "lownibble",
+        "max_length": config.train.max_length,
+        "calibration_tokens": config.data.calibration_tokens,
+    }
     return QuantizeConfig(
         model=config.model, revision=config.revision, device=config.device, quant=config.quant, output=str(output),
         **{**defaults, **options},
