@@ -545,6 +545,48 @@ def codecs() -> str:
     return "\n".join(lines) + f"\n\n({source}; `benchmarks/results/codecs-cpu.json`)"
 
 
+def gptq() -> str:
+    """Perplexity by way of packing."""
+    record = _record("gptq-cpu")
+    ways, work = record["ways"], record["workload"]
+    columns = list(dict.fromkeys(name.split(" ", 1)[1] for name in ways if " " in name))
+    names = {"rtn": "to nearest", "gptq": "Lownibble", "published": "GPTQ as published", "published, act-order": "with act-order"}
+    lines = [f"| codec | {' | '.join(names[c] for c in columns)} |", "| --- |" + " ---: |" * len(columns)]
+    for codec in dict.fromkeys(name.split(" ", 1)[0] for name in ways if " " in name):
+        found = [ways.get(f"{codec} {column}") for column in columns]
+        figures = [f"{way['perplexity']:.2f}" if way else "-" for way in found]
+        lines.append(f"| {codec} | {' | '.join(figures)} |")
+    source = (
+        f"dense {ways['dense']['perplexity']:.2f}; perplexity over {work['held_out_tokens']} held-out tokens, groups of "
+        f"{work['group']},\n{work['tokens']} calibration tokens; {_where(record)}"
+    )
+    return "\n".join(lines) + f"\n\n({source}; `benchmarks/results/gptq-cpu.json`)"
+
+
+def starts() -> str:
+    """The study of codecs and starts."""
+    path = ROOT / "studies" / "starts" / "summary.json"
+    summary = json.loads(path.read_text())
+    lines = [
+        "| task | method | bits | rate | loss before | after (95% interval) | less LoRA's |",
+        "| --- | --- |" + " ---: |" * 5,
+    ]
+    for group in summary["groups"]:
+        less = {pair["b"]: pair["scores"]["loss"] for pair in group["pairs"] if pair["a"] == "lora"}
+        for m in group["methods"]:
+            if not m["scores"]:
+                continue
+            loss, rest = m["scores"]["loss"], less.get(m["method"])
+            bits = f"{m['bits']:.2f}" if m["bits"] else "-"
+            against = "-" if rest is None else f"{-rest['mean']:+.3f} ({-rest['high']:+.3f} to {-rest['low']:+.3f})"
+            lines.append(
+                f"| {group['task']} | {m['method']} | {bits} | {m['learning_rate']:g} | {m['scores_before']['loss']:.3f} | "
+                f"{loss['mean']:.3f} ({loss['low']:.3f} to {loss['high']:.3f}) | {against} |"
+            )
+    counts = summary["counts"]
+    return "\n".join(lines) + f"\n\n({counts['finished']} of {counts['cells']} runs finished; `studies/starts/summary.json`)"
+
+
 def chats() -> str:
     """What the number of turns costs."""
     record = _record("chats-cpu")
@@ -590,6 +632,8 @@ def models() -> str:
 SECTIONS: dict[str, Callable[[], str]] = {
     "chats": chats,
     "codecs": codecs,
+    "gptq": gptq,
+    "starts": starts,
     "models": models,
     "speed-summary": speed_summary,
     "memory-summary": memory_summary,
