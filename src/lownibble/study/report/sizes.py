@@ -1,7 +1,8 @@
 """Quality by the size of the base: evaluation loss before and after training against bits a weight, constants included.
 
 Two plots for each model and task whose bases have three sizes at least. Methods that differ in their codec alone, or
-in the bits that codecs were mixed for, are joined by a line; a method with a dense base is a level across the plot.
+in the bits that codecs were mixed for, are joined by a line; a method with a dense base is a level across the plot. Merge-aware
+methods, which hold two bases, are left out.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ class Dot:
     """A method's loss; positions in percent of the plot. `low` and `high`: of its interval, None without one."""
 
     method: int
+    name: str
     x: float
     y: float
     low: float | None
@@ -49,7 +51,10 @@ def sizes(group: Mapping[str, Any], methods: Mapping[str, Any], names: Sequence[
     Args:
         group: of the study's summary. methods: the study's methods, by name, as in its file. names: the order of their colours.
     """
-    found = [m for m in group["methods"] if m["scores"] and "loss" in m["scores_before"]]
+    found = [
+        m for m in group["methods"]
+        if m["scores"] and "loss" in m["scores_before"] and not methods[m["method"]].get("merge_aware")
+    ]  # fmt: skip
     if len({round(m["bits"], 2) for m in found if m["bits"]}) < MIN_SIZES:
         return []
     after = {m["method"]: m["scores"]["loss"] for m in found}
@@ -82,7 +87,7 @@ def _plot(
         at = up(loss["mean"])
         assert at is not None
         text = f"{m['method']}: {m['bits']:.2f} bits, {loss['mean']:.3f}"
-        dot = Dot(names.index(m["method"]), 100 * x.share(m["bits"]), at, up(loss["low"]), up(loss["high"]), text)
+        dot = Dot(names.index(m["method"]), m["method"], 100 * x.share(m["bits"]), at, up(loss["low"]), up(loss["high"]), text)
         dots.append(dot)
         families.setdefault(_family(methods[m["method"]]), []).append(dot)
     lines = [
