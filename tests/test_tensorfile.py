@@ -73,3 +73,10 @@ def test_a_strided_tensor_is_read_in_place(tmp_path):
     with Reader(tmp_path / "file") as reader:
         reader.read_into("x", 0, out)
     assert torch.equal(out, x)
+
+
+def test_a_single_value_is_written_whatever_its_stride(tmp_path):
+    """torch calls a tensor of one value contiguous with any strides: the corner of a matrix, as words that were cut are."""
+    corner = torch.arange(2, dtype=torch.int32).view(1, 2)[:, 1:].t().contiguous()
+    write(tmp_path / "file", {"a": Entry(torch.int32, (1, 1))}, [("a", 0, corner)])
+    assert load_file(tmp_path / "file")["a"].tolist() == [[1]]

@@ -41,7 +41,8 @@ class Entry(NamedTuple):
 
 
 def _bytes(values: Tensor) -> memoryview:
-    return memoryview(values.detach().reshape(-1).contiguous().view(torch.uint8).numpy())  # type: ignore[arg-type]
+    whole = values.detach().contiguous().as_strided((values.numel(),), (1,))  # one of a single value may have any stride
+    return memoryview(whole.view(torch.uint8).numpy())  # type: ignore[arg-type]
 
 
 def write(
