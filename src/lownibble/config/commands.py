@@ -266,6 +266,16 @@ class QuantizeConfig(Options):
     quant: QuantConfig = QuantConfig()
 
     @model_validator(mode="after")
+    def _bits_choose_the_codecs(self) -> QuantizeConfig:
+        named = [key for key, options in self.quant.pattern.items() if "quant_type" in options]
+        if self.bits is not None and named:
+            raise ConfigError(
+                f"The 'bits' of QuantizeConfig choose each layer's codec. Got a pattern with quant_type for {', '.join(named)}. "
+                "Leave quant_type out of it, or bits."
+            )
+        return self
+
+    @model_validator(mode="after")
     def _no_rows_for_rounding_to_nearest(self) -> QuantizeConfig:
         if self.rounding != "rtn" or self.bits is not None:
             return self
