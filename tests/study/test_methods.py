@@ -1,18 +1,21 @@
 """Methods by name, and bases that are packed first. Oracles: the options written out, `lownibble quantize` itself."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 
 from lownibble import stored
 from lownibble.config import CompareConfig, DataConfig, LoraConfig, MethodSpec, QuantConfig, RunConfig, TrainConfig, method_named
-from lownibble.errors import ConfigError
+from lownibble.errors import ConfigError, OutputError
 from lownibble.exporting.convert import export
 from lownibble.registry import CODECS, INITS
 from lownibble.study import bases
+from lownibble.study import compare as comparing
 from lownibble.study.compare import compare
 from lownibble.study.contents import look
+from lownibble.study.paired import paired_speed
 from lownibble.study.runner import run_study
 from lownibble.study.spec import cells, read_study
 
@@ -130,6 +133,81 @@ def test_a_packed_base_is_named_by_what_determines_it(study):
         assert changed != digests
 
 
+def base_of(study, *replaced):
+    text = study.read_text()
+    for old, new in replaced:
+        assert old in text
+        text = text.replace(old, new)
+    other = study.with_name("other.toml")
+    other.write_text(text)
+    spec = read_study(other)
+    [base] = {cell.base for cell in cells(spec, contents=look(cells(spec))) if cell.method == "gptq"}
+    return base
+
+
+def test_a_packed_base_is_named_by_the_rows_that_are_encoded_and_not_by_what_training_does_with_it(study):
+    first = base_of(study)
+    compute = ("[quant]", '[quant]\ncompute = "exact"')
+    moments = ("data = {", "data = { calibration_tokens = 512,")
+    longer = ("max_length = 32", "max_length = 48"), ("= 400", "= 400, max_length = 32")  # of training; packed over the same rows
+    for same in ([compute], [moments], longer):
+        assert base_of(study, *same) == first, same
+    drop = ("data = {", 'data = { overlength = "drop",')
+    dropped = base_of(study, drop, ("= 400", "= 400, max_length = 32"))
+    assert dropped not in (first, base_of(study, drop, *longer))  # rows that are longer than the run's are left out
+
+
+def test_a_base_that_is_rounded_to_nearest_reads_no_rows(study, tmp_path):
+    """Oracle: `lownibble quantize` refuses options of the calibration with it."""
+    to_nearest = {"rounding": "rtn", "format": "bnb-4bit"}
+    spec = next(cells(read_study(study)))
+    how = bases.packing(spec.config, to_nearest, tmp_path / "base")
+    assert how.model_fields_set.isdisjoint({"calibration_tokens", "max_length"})
+    with pytest.raises(ConfigError, match="calibration_tokens"):
+        bases.packing(spec.config, {**to_nearest, "calibration_tokens": 400}, "")
+    other = spec.config.with_options(data=DataConfig(path="elsewhere"))
+    assert bases.name(spec.config, to_nearest, "m", "a") == bases.name(other, to_nearest, "m", "b")
+    found = bases.pack(bases.job(spec.config, to_nearest, tmp_path / "base"))
+    assert found["format"] == "bnb-4bit"
+    assert bases.is_packed(tmp_path / "base")
+
+
+def test_a_base_is_packed_over_rows_no_longer_than_the_models_positions(study, tiny_model, tmp_path):
+    short = tmp_path / "short"
+    shutil.copytree(tiny_model, short)
+    config = json.loads((short / "config.json").read_text())
+    (short / "config.json").write_text(json.dumps({**config, "max_position_embeddings": 24}))
+    [cell, *_] = [each for each in cells(read_study(study)) if each.method == "gptq"]
+    with pytest.warns(UserWarning, match="of 24 tokens instead of 32"):
+        found = bases.pack(bases.job(cell.config.with_options(model=str(short)), cell.quantize, tmp_path / "base"))
+    assert found["calibration"]["row_tokens"] <= 24
+
+
+def test_a_studys_quant_options_leave_cells_without_a_packed_base_as_they_are(study):
+    text = study.read_text().replace('plain = "qlora"', 'plain = "lora"')
+    study.write_text(text)
+    before = {cell.method: cell.digest for cell in cells(read_study(study))}
+    study.write_text(text.replace("block_size = 32", "block_size = 64"))
+    after = {cell.method: cell.digest for cell in cells(read_study(study))}
+    assert before["plain"] == after["plain"]
+    assert before["gptq"] != after["gptq"]
+    study.write_text("\n".join(line for line in text.splitlines() if not line.startswith("gptq")))
+    with pytest.raises(ConfigError, match=r"\[quant\] of a study is for qlora"):
+        read_study(study)
+
+
+def test_a_codec_whose_blocks_are_fixed_goes_with_a_studys_block_size(study):
+    study.write_text(study.read_text().replace("block_size = 32", "block_size = 128").replace('"qlora"\n', '"qlora+mxfp4"\n'))
+    [found] = {cell.config.quant.block_size for cell in cells(read_study(study)) if cell.method == "plain"}
+    assert found == 32
+
+
+@pytest.mark.parametrize("options", [{"method": "full", "lora": {"r": 4}}, {"method": "lora", "quant": {"block_size": 32}}])
+def test_options_of_a_method_that_does_not_have_them_are_refused(options):
+    with pytest.raises(ConfigError, match=r"cannot be used with method '(full|lora)': it is for"):
+        MethodSpec(**options)
+
+
 @pytest.mark.parametrize(
     ("old", "new", "words"),
     [
@@ -173,26 +251,43 @@ def test_a_study_packs_a_base_once_for_the_runs_that_share_it(study, tmp_path):
     failed = [t for t in told if t["status"] == "failed"]
     assert len(failed) == 2
     assert all(t["error"].startswith("Its base could not be packed: ") for t in failed)
+    assert {t["kind"] for t in told} == {"study-cell"}
 
 
 @pytest.mark.slow
-def test_compare_packs_the_base_of_a_method_and_trains_on_it(tiny_model, tiny_data, tmp_path):
+def test_compare_packs_a_base_once_for_the_methods_that_share_it_and_trains_on_it(tiny_model, tiny_data, tmp_path, monkeypatch):
     data = DataConfig(path=str(tiny_data), prompt_template="review : {text} sentiment :", completion_template=" {label}")
     train = TrainConfig(max_steps=2, batch_size=8, max_length=32, output_dir=str(tmp_path / "cmp"))
-    name = "qlora+nf3+gptq"
+    names = ["qlora+nf3+gptq", "qlora+dora+gptq+nf3"]
     config = CompareConfig(
         model=str(tiny_model), data=data, lora=LoraConfig(r=2), train=train,
-        quant=QuantConfig(block_size=32, skip_modules=["down_proj"]), methods=["qlora+merge-aware", name],
+        quant=QuantConfig(block_size=32, skip_modules=["down_proj"]), methods=["qlora+merge-aware", *names],
     )  # fmt: skip
+    measured = {}
+
+    def paired(configs, peaks):
+        measured.update(configs)
+        return paired_speed(configs, peaks)
+
+    monkeypatch.setattr(comparing, "paired_speed", paired)
     result = compare(config)
-    assert [(s["method"], s["status"]) for s in result["methods"]] == [("qlora+merge-aware", "ok"), (name, "ok")]
-    assert set(result["paired_speed"]["ratios"]) == {f"{name}_vs_qlora+merge-aware"}
-    assert stored.of_folder(tmp_path / "cmp" / "bases" / name)
-    run = json.loads((tmp_path / "cmp" / name / "record.json").read_text())
-    assert run["config"]["model"] == str((tmp_path / "cmp" / "bases" / name).resolve())
+    assert [(s["method"], s["status"]) for s in result["methods"]] == [(name, "ok") for name in config.methods]
+    assert f"{names[1]}_vs_{names[0]}" in result["paired_speed"]["ratios"]
+    [base] = (tmp_path / "cmp" / "bases").iterdir()
+    assert stored.of_folder(base)
+    for name in names:
+        run = json.loads((tmp_path / "cmp" / name / "record.json").read_text())
+        assert run["config"]["model"] == measured[name].model == str(base.resolve())
     again = compare(config.with_options(train=train.with_options(resume=True)))
     assert again["methods"] == result["methods"]
-    assert name in (tmp_path / "cmp" / "report.html").read_text()
+    assert names[0] in (tmp_path / "cmp" / "report.html").read_text()
+    for changed, words in (
+        ({"train": train.with_options(resume=True, max_steps=3)}, r"'qlora\+merge-aware' .* \(train.max_steps: 2 -> 3\)"),
+        ({"methods": names[:1], "quant": QuantConfig(block_size=64, skip_modules=["down_proj"])}, r"gptq' .* \(model: "),
+    ):
+        resumed = {"train": train.with_options(resume=True)} | changed
+        with pytest.raises(OutputError, match=f"{words}.*Resume with the same ones"):
+            compare(config.with_options(**resumed))
 
 
 def test_methods_that_pack_dense_weights_are_left_out_on_packed_ones(tiny_model, tiny_data, study, tmp_path):

@@ -16,7 +16,7 @@ import difflib
 import re
 from typing import Annotated, Any, Literal, get_args
 
-from pydantic import BeforeValidator, Field
+from pydantic import BeforeValidator, Field, model_validator
 
 from lownibble.errors import ConfigError
 from lownibble.options import Options
@@ -52,6 +52,14 @@ class MethodSpec(Options):
         {}, description="the base is packed first, over the training rows, with these options of `lownibble quantize`: rounding, "
         "bits, format, calibration_tokens, max_length, seed",
     )  # fmt: skip
+
+    @model_validator(mode="after")
+    def _has_what_is_set(self) -> MethodSpec:
+        for group in ("lora", "quant"):
+            if getattr(self, group) and (self.method == "full" or (self.method != "qlora" and group in _OF_THE_BASE)):
+                what = f"cannot be used with method '{self.method}': it is for {_whose(group)}"
+                raise ConfigError(f"The '{group}' of a method {what}. Leave it out.")
+        return self
 
 
 def method_named(text: str) -> MethodSpec:

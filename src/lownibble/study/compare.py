@@ -1,13 +1,13 @@
 """`compare`: the same model and data with several methods, one process each, side by side.
 
     OUTPUT/<method>/record.json     each run's record, with adapter, events and checkpoints
-    OUTPUT/bases/<method>/          its base, where the method packs it first (`bases.py`)
+    OUTPUT/bases/<name>/            bases that methods pack first (`bases.py`)
     OUTPUT/paired.json              interleaved speed of the methods
     OUTPUT/record.json              the comparison: configuration, a summary per method, the advice
     OUTPUT/report.html              all of it as a page
 
 A method that fails is a recorded result, and the others continue; one that cannot train on a quantised checkpoint is left out,
-with the reason. With `resume`, finished methods are not run again.
+with the reason. With `resume`, finished methods are not run again; one that was made with other options is an error.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from lownibble.errors import ConfigError, OutputError, TrainingError
 from lownibble.lora import plan
 from lownibble.measuring.stats import crossing
 from lownibble.models import load_tokenizer, pick_device, resolve, skeleton
-from lownibble.study import advice, bases, jobs, report
+from lownibble.study import advice, bases, digests, jobs, report
 from lownibble.study.paired import paired_speed
 from lownibble.study.worker import failed, how_it_ended
 
@@ -41,7 +41,7 @@ def compare(config: CompareConfig | None = None) -> dict[str, Any]:
 
     Raises:
         InputError: the configuration, the data or the model cannot be used by any method; nothing was run.
-        OutputError: the output folder holds another run and `resume` is off.
+        OutputError: the output folder holds another run and `resume` is off, or a finished run with other options.
     """
     config = config or CompareConfig()
     folder = Path(config.train.output_dir or f"runs/compare-{datetime.now():%Y%m%d-%H%M%S}")
@@ -49,10 +49,13 @@ def compare(config: CompareConfig | None = None) -> dict[str, Any]:
     if held and not config.train.resume:
         raise OutputError(f"'{folder}' holds another run ({', '.join(held)}). Choose another --output, or go on with --resume.")
     left_out = _check_inputs(config)
-    configs = {method: _run_config(config, method, folder) for method in config.methods}
+    dense = {method: _run_config(config, method, folder) for method in config.methods}
+    configs = _on_bases(config, dense, folder)
+    for method, run in configs.items():
+        _check_finished(run, method, on_base=run.model != config.model)
     runs = [
         {"config": run.to_dict(), "status": "left out", "error": left_out[method]} if method in left_out
-        else _run(method, run, folder)
+        else _run(method, run, dense[method])
         for method, run in configs.items()
     ]  # fmt: skip
     summaries = [{**summarize(run), "method": method} for method, run in zip(configs, runs, strict=True)]
@@ -124,21 +127,62 @@ def _run_config(config: CompareConfig, name: str, folder: Path) -> RunConfig:
     return run
 
 
-def _run(name: str, config: RunConfig, folder: Path) -> dict[str, Any]:
-    """The record of a method's run, after its base was packed, where the method asks for that."""
+def _on_bases(config: CompareConfig, configs: dict[str, RunConfig], folder: Path) -> dict[str, RunConfig]:
+    """The runs as they train: on packed bases, where methods pack one first."""
+    how = {name: options for name in configs if (options := method_named(name).quantize)}
+    if not how:
+        return configs
+    model = digests.of_model(config.model, resolve(config.model, config.revision).folder)
+    rows = load_data(config.data)[0].digest
+    names = {name: bases.name(configs[name], options, model, rows) for name, options in how.items()}
+    return {name: bases.on_base(run, folder / "bases" / names[name]) if name in names else run for name, run in configs.items()}
+
+
+def _run(name: str, config: RunConfig, dense: RunConfig) -> dict[str, Any]:
+    """The record of a method's run, after its base was packed, where the method asks for that. `dense`: before that."""
     if found := _finished(config):
         return found
     if how := method_named(name).quantize:
-        base = folder / "bases" / name
+        base = Path(config.model)
         if not bases.is_packed(base):
             print(f"{name}: packing the base", file=sys.stderr)
-            packed = jobs.perform(bases.job(config, how, base))
+            packed = jobs.perform(bases.job(dense, how, base))
             if packed["status"] != "ok":
                 failure = failed(config, f"Its base could not be packed: {packed['error']}")
-                record.write(folder / name / "record.json", failure)
+                record.write(Path(config.train.output_dir or ".") / "record.json", failure)
                 return failure
-        config = bases.on_base(config, base)
     return run_in_process(config)
+
+
+_FREE = ("output_dir", "report_to", "resume", "save_steps", "memory_budget")
+"""Options of [train] that a resumed comparison may change."""
+
+
+def _check_finished(config: RunConfig, name: str, *, on_base: bool) -> None:
+    """Refuse a finished run with other options. `on_base`: its model is a base of the comparison, whose folder may have moved.
+
+    Raises:
+        OutputError: it has; names them.
+    """
+    found = _finished(config)
+    if found is None:
+        return
+    ours, theirs = _flat(config.to_dict()), _flat(found["config"])
+    if on_base:
+        ours["model"], theirs["model"] = Path(ours["model"]).name, Path(theirs["model"]).name
+    changed = [f"{key}: {theirs[key]!r} -> {ours[key]!r}" for key in ours if key in theirs and ours[key] != theirs[key]]
+    if changed:
+        raise OutputError(
+            f"The run of '{name}' in '{Path(config.train.output_dir or '.').parent}' was made with other options "
+            f"({', '.join(changed[:5])}). Resume with the same ones, or use a new --output."
+        )
+
+
+def _flat(config: dict[str, Any]) -> dict[str, Any]:
+    groups = {key: value for key, value in config.items() if isinstance(value, dict)}
+    single = {key: value for key, value in config.items() if key not in groups}
+    of_groups = {f"{group}.{key}": value for group, of in groups.items() for key, value in of.items() if key not in _FREE}
+    return single | of_groups
 
 
 def _finished(config: RunConfig) -> dict[str, Any] | None:

@@ -6,10 +6,8 @@ that would make cells fail are raised here if they can be found before anything 
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterable
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,7 +18,7 @@ from lownibble.data import Dataset, choices, encode, load, read
 from lownibble.errors import ConfigError, DataError
 from lownibble.lora import plan
 from lownibble.models import load_tokenizer, resolve, skeleton
-from lownibble.study import bases
+from lownibble.study import bases, digests
 from lownibble.study.answers import score_answers
 from lownibble.study.spec import Cell, Contents
 from lownibble.study.tasks import KINDS, check_columns
@@ -42,8 +40,7 @@ def look(cells: Iterable[Cell]) -> Contents:
         config = cell.config
         source = resolve(config.model, config.revision)
         if cell.model not in models:
-            local = config.model != "demo" and Path(config.model).expanduser().exists()
-            models[cell.model] = _digest(source.folder) if local else config.model
+            models[cell.model] = digests.of_model(config.model, source.folder)
         how, repacked = stored.of_folder(source.folder), config.merge_aware or bool(cell.quantize)
         if why := bases.why_not(how, config.method, repacked=repacked):
             raise ConfigError(f"'{config.model}' cannot be trained with the method '{cell.method}': {why}")
@@ -90,14 +87,3 @@ def check_rows(task: str, kind: str, sides: tuple[Dataset, Dataset], tokenizer: 
     if asked.scored_by == "generation":
         rows = sides[1].rows[:1] if kind.startswith("code") else sides[1].rows  # running programs is slow
         score_answers(kind, replace(sides[1], rows=rows), [""] * len(rows))
-
-
-def _digest(folder: Path) -> str:
-    """SHA-256 over the names and bytes of a model folder's weights, configuration and tokenizer."""
-    state = hashlib.sha256()
-    for file in sorted(folder.iterdir()):
-        if file.suffix in (".safetensors", ".json", ".txt", ".model", ".jinja") and file.is_file():
-            state.update(file.name.encode() + b"\0")
-            with file.open("rb") as opened:
-                state.update(hashlib.file_digest(opened, "sha256").digest())
-    return state.hexdigest()

@@ -155,7 +155,7 @@ class _Study:
     def _ended(self, cell: Cell, found: dict[str, Any]) -> None:
         own = {**_labels(cell), "digest": cell.digest, "contents": cell.contents, "config": cell.config.to_dict()}
         own |= {"quantize": dict(cell.quantize)} if cell.quantize else {}
-        self._keep(f"cells/{cell.digest}.json", {"kind": "study-cell", **found, "cell": own})
+        self._keep(f"cells/{cell.digest}.json", {**found, "kind": "study-cell", "cell": own})
         self.shown.ended(cell, found)
 
     def _bases(self, wanted: Sequence[Cell]) -> dict[str | None, dict[str, Any]]:

@@ -31,8 +31,6 @@ their paths. It leaves out options at their default, so that a new option does n
 from __future__ import annotations
 
 import difflib
-import hashlib
-import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -41,11 +39,11 @@ from typing import Annotated, Any, NamedTuple
 from annotated_types import Ge, Gt, MinLen
 from pydantic import Field, model_validator
 
-from lownibble.config import Data, DataConfig, NamedMethod, RunConfig
+from lownibble.config import Data, DataConfig, NamedMethod, QuantConfig, RunConfig
 from lownibble.errors import ConfigError
 from lownibble.leaves import build
 from lownibble.options import Options, read_toml
-from lownibble.study.bases import packing
+from lownibble.study import bases, digests
 from lownibble.study.tasks import KINDS, check_kind, with_templates
 
 SCHEMA = 1
@@ -56,10 +54,7 @@ _NO_PART = {"output_dir", "report_to", "resume", "save_steps"}
 
 
 _BY_CONTENT = {"model", "revision"}
-"""Options of a run that content digests replace in its digest; `_DATA_BY_CONTENT`: those of [data]."""
-
-_DATA_BY_CONTENT = {"path", "eval_path", "split", "eval_split", "eval_fraction", "max_rows", "max_eval_rows"}
-
+"""Options of a run that content digests replace in its digest; `bases.BY_CONTENT`: those of [data]."""
 
 _OURS = {"seed", "output_dir", "report_to", "resume"}
 """Options of [train] that a study sets itself."""
@@ -106,7 +101,7 @@ class StudySpec(Options):
     methods: Annotated[dict[str, NamedMethod], MinLen(1)] = Field(description="name -> method and settings")
     tasks: Annotated[dict[str, TaskSpec], MinLen(1)] = Field(description="name -> task")
     train: dict[str, Any] = Field({}, description="options of [train] for all cells")
-    quant: dict[str, Any] = Field({}, description="options of [quant] for all cells")
+    quant: dict[str, Any] = Field({}, description="options of [quant] for all cells with a packed base")
 
     @model_validator(mode="after")
     def _makes_sense(self) -> StudySpec:
@@ -124,6 +119,8 @@ class StudySpec(Options):
                 raise ValueError(f"The '{name}' in {where} is set by the study itself. {remedy}.")
             if tuned in options:
                 raise ValueError(f"The 'learning_rate' in {where} would not count: [tuning] finds one. Leave one of them out.")
+        if self.quant and all(method.method != "qlora" for method in self.methods.values()):
+            raise ValueError("The [quant] of a study is for qlora, and no method is that. Leave it out.")
         if len(set(self.tuning.learning_rates)) != len(self.tuning.learning_rates):
             raise ValueError(f"The 'learning_rates' of [tuning] must be distinct. Got {self.tuning.learning_rates}.")
         return self
@@ -153,26 +150,17 @@ class Cell:
         """16 hex digits of the SHA-256 of everything that determines the result."""
         left_out = _BY_CONTENT if self.contents[0] else set()
         options = self.config.model_dump(mode="json", exclude_defaults=True, exclude=left_out)
-        for group, names in (("train", _NO_PART), ("data", _DATA_BY_CONTENT if self.contents[1] else set())):
+        for group, names in (("train", _NO_PART), ("data", bases.BY_CONTENT if self.contents[1] else set())):
             options[group] = {key: value for key, value in options.get(group, {}).items() if key not in names}
         what = {"schema": SCHEMA, "kind": self.kind, "tuning": self.tuning, "contents": self.contents, "options": options}
-        return digest(what | ({"quantize": self.quantize} if self.quantize else {}))
+        return digests.of_values(what | ({"quantize": self.quantize} if self.quantize else {}))
 
     @property
     def base(self) -> str | None:
         """Name of the packed base that it runs on: a digest of what determines that. None: it packs its base itself."""
         if not self.quantize:
             return None
-        how = packing(self.config, self.quantize, "")
-        options = how.model_dump(mode="json", exclude_defaults=True, exclude={"model", "revision", "output", "calibration"})
-        data = self.config.data.model_dump(mode="json", exclude=_DATA_BY_CONTENT if self.contents[1] else set())
-        model = self.contents[0] or self.config.model
-        return digest({"options": options, "model": model, "rows": self.contents[1], "data": data})
-
-
-def digest(what: Mapping[str, Any]) -> str:
-    """16 hex digits of the SHA-256 of JSON values."""
-    return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:16]
+        return bases.name(self.config, self.quantize, self.contents[0] or self.config.model, self.contents[1])
 
 
 def read_study(path: str | Path) -> StudySpec:
@@ -244,12 +232,13 @@ def _cell(
     how, what = spec.methods[method], spec.tasks[task]
     shared = {"model": spec.models[model], "data": with_templates(what.kind, what.data).model_dump(exclude_unset=True)}
     own = {name: getattr(how, name) for name in ("method", "dtype", "lora", "quant", "merge_aware")}
-    shared["quant"] = spec.quant
     layers = [{"train": each} for each in (spec.train, what.train, how.train, *own_train)]
     try:
+        if how.method == "qlora":  # others have no packed base; their cells are the same whatever [quant] says
+            own["quant"] = QuantConfig(**spec.quant).with_options(**how.quant).model_dump(exclude_unset=True)
         config: RunConfig = build(RunConfig, shared, own, *layers)
         if how.quantize:
-            packing(config, how.quantize, "base")
+            bases.packing(config, how.quantize, "base")
     except ConfigError as error:
         raise ConfigError(f"The cell {model} x {method} x {task}: {error}") from None
     of = (contents.models[model], *contents.data[task]) if contents is not None else ("", "", "")
