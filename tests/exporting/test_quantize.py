@@ -65,7 +65,7 @@ def test_rounded_to_nearest_it_is_what_loading_packs(base, tmp_path, quant):
 
 def test_a_pattern_chooses_no_codec_beside_bits(tmp_path):
     options = {"output": str(tmp_path), "quant": QuantConfig(pattern={"down_proj": {"quant_type": "int8"}})}
-    with pytest.raises(ConfigError, match="Got a pattern with quant_type for down_proj. Leave quant_type out of it, or bits"):
+    with pytest.raises(ConfigError, match=r"Got a pattern with quant_type for down_proj\. Leave quant_type out of it, or bits"):
         QuantizeConfig(bits=4.0, **options)
     QuantizeConfig(**options)
     QuantizeConfig(bits=4.0, output=str(tmp_path), quant=QuantConfig(pattern={"down_proj": {"block_size": 32}}))
