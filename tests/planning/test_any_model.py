@@ -13,7 +13,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import lownibble as ln
 from lownibble.cli.main import main
-from lownibble.errors import ModelError, TargetError
+from lownibble.errors import ConfigError, ModelError, TargetError
 from lownibble.models.head import check_head, check_head_unseen
 from lownibble.rehearsal import plan as any_model
 
@@ -45,6 +45,20 @@ def test_a_traced_plan_is_that_of_the_family(folder, monkeypatch, model_type, op
         assert ours.verdict.memory.to_dict() == theirs.verdict.memory.to_dict()
         assert ours.speed.flops == theirs.speed.flops
         assert ours.verdict.words == theirs.verdict.words
+
+
+@pytest.mark.parametrize("known", [True, False])
+def test_a_calibration_pass_that_is_not_traced_is_refused_before_a_step_is(folder, monkeypatch, known):
+    model, told = str(folder("llama")), []
+    if not known:
+        monkeypatch.setattr(any_model, "is_known", lambda _: False)
+    with pytest.raises(
+        ConfigError, match=r"knows the calibration pass of init_lora_weights='qera' .* Leave init_lora_weights out"
+    ):
+        any_model.plan(model, exact=True, tell=told.append, **SMALL, init_lora_weights="qera")
+    assert not told
+    rows = any_model.plan(model, exact=True, **SMALL, method="lora", init_lora_weights="qera").rows  # corrects a packed base only
+    assert [row.verdict.method for row in rows] == ["lora"]
 
 
 def test_experts_count_by_their_share_in_a_tokens_way(folder, monkeypatch):

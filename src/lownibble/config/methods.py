@@ -23,7 +23,7 @@ from lownibble.options import Options
 from lownibble.registry import CODECS, INITS
 
 Method = Literal["full", "lora", "qlora"]
-METHODS: tuple[str, ...] = get_args(Method)
+METHODS: tuple[Method, ...] = get_args(Method)
 
 _BITS = re.compile(r"(\d+(?:\.\d+)?)bits")
 

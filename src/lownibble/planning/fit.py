@@ -17,8 +17,6 @@ from lownibble.planning.hardware import Device
 from lownibble.planning.memory import MemoryPlan
 from lownibble.planning.records import Measured
 
-METHODS: tuple[Method, ...] = ("full", "lora", "qlora")
-
 PlanOf = Callable[[Method, TrainConfig], MemoryPlan]
 """(method, training options) -> memory plan, on one device."""
 

@@ -45,6 +45,11 @@ TILED = ("nf4", "fp4")
 ITEMSIZE = {"float32": FLOAT32, "bfloat16": BFLOAT16, "float16": BFLOAT16}
 
 
+PASS_UNKNOWN = (
+    "The planner knows the calibration pass of init_lora_weights='{}' for decoders of the families of its own tape, without an "
+    "adapted head. Leave init_lora_weights out to plan without."
+)
+
 StepOf = Callable[[MethodName, Runtime, Batch, bool, int], Tape]
 """(method, runtime, batch, checkpointing, microbatches) -> a step's allocations, without optimiser states."""
 
@@ -176,10 +181,7 @@ def plan_memory(
     if calibration is None or not needs_pass(method, init):
         return found
     if ways is None or shape.decoder_layers or "lm_head" in ranks:
-        raise ConfigError(
-            f"The planner knows the calibration pass of init_lora_weights='{init}' for decoders of the families of its own tape, "
-            "without an adapted head. Leave init_lora_weights out to plan without."
-        )
+        raise ConfigError(PASS_UNKNOWN.format(init))
     before = _read(run_calibration(shape, ways, run, calibration, init), 1, shape, device, 0)
     return found.after("calibration", before)
 

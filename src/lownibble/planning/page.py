@@ -9,10 +9,9 @@ import json
 from pathlib import Path
 from typing import Any
 
-from lownibble.config import Method, TrainConfig
+from lownibble.config import METHODS, Method, TrainConfig
 from lownibble.errors import OutputError
 from lownibble.planning import hardware
-from lownibble.planning.fit import METHODS
 from lownibble.planning.memory import MemoryPlan, plan_memory
 from lownibble.planning.plan import Plan
 

@@ -11,14 +11,14 @@ from typing import Any
 
 from lownibble import stored
 from lownibble.arch import ModelShape, paths
-from lownibble.config import Method, PlanConfig, QuantConfig, TrainConfig
+from lownibble.config import METHODS, Method, PlanConfig, QuantConfig, TrainConfig
 from lownibble.errors import ConfigError, ModelError
 from lownibble.leaves import GROUPS
 from lownibble.options import Options
 from lownibble.planning import hardware, records
 from lownibble.planning.calibrated import rows_of
 from lownibble.planning.calibration import calibrated
-from lownibble.planning.fit import METHODS, Verdict, judge, largest, recommend
+from lownibble.planning.fit import Verdict, judge, largest, recommend
 from lownibble.planning.hardware import Device
 from lownibble.planning.memory import MemoryPlan, StepOf, merge_aware, plan_memory
 from lownibble.planning.models import find_config, find_shape

@@ -17,7 +17,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from lownibble import record
 from lownibble.arch import ModelShape, read_shape
-from lownibble.config import Method, PlanConfig
+from lownibble.config import METHODS, Method, PlanConfig
 from lownibble.data import Example
 from lownibble.errors import ConfigError
 from lownibble.lora import add_lora
@@ -26,7 +26,6 @@ from lownibble.models import pick_device, pick_dtype
 from lownibble.models.load import quantizable
 from lownibble.optim import close_states
 from lownibble.planning import calibration, hardware
-from lownibble.planning.fit import METHODS
 from lownibble.planning.hardware import Device
 from lownibble.planning.memory import MemoryPlan, plan_memory
 from lownibble.planning.models import find_config

@@ -14,8 +14,9 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from lownibble.arch import Counts, ModelShape, is_known
-from lownibble.config import LoraConfig, Method, PlanConfig, QuantConfig
-from lownibble.errors import InputError, ModelError
+from lownibble.config import METHODS, LoraConfig, Method, PlanConfig, QuantConfig
+from lownibble.errors import ConfigError, InputError, ModelError
+from lownibble.planning.memory import PASS_UNKNOWN, needs_pass
 from lownibble.planning.models import find_config
 from lownibble.planning.plan import Plan, as_stored, configured
 from lownibble.planning.plan import plan as of_family
@@ -44,6 +45,7 @@ def plan(model: str | PlanConfig = "demo", *, exact: bool = False, tell: Tell = 
     contents = find_config(config.model)
     if is_known(contents) and not exact:
         return of_family(config)
+    _check_no_pass(config)
     from lownibble.rehearsal.trace import exact_step
 
     if is_known(contents):
@@ -55,8 +57,7 @@ def plan(model: str | PlanConfig = "demo", *, exact: bool = False, tell: Tell = 
     config, _ = as_stored(config, shape)
     built.quant = config.quant
     step = _Steps(exact_step(contents, config.quant, config.lora), built, tell)
-    methods: tuple[Method, ...] = ("full", "lora", "qlora")
-    refused = {m: why for m in methods if config.method in ("all", m) and (why := built.refusal(m))}
+    refused = {m: why for m in METHODS if config.method in ("all", m) and (why := built.refusal(m))}
     while True:
         try:
             return of_family(config, step=step, shape=shape, refused=refused)
@@ -64,6 +65,17 @@ def plan(model: str | PlanConfig = "demo", *, exact: bool = False, tell: Tell = 
             if config.method != "all":
                 raise
             refused[error.method] = error.why
+
+
+def _check_no_pass(config: PlanConfig) -> None:
+    """Refuse starts whose calibration pass would have to be traced, before a step is.
+
+    Raises:
+        ConfigError: it is one, for a method that runs the pass.
+    """
+    init, methods = str(config.lora.init_lora_weights), METHODS if config.method == "all" else (config.method,)
+    if any(needs_pass(method, init) for method in methods):
+        raise ConfigError(PASS_UNKNOWN.format(init))
 
 
 class _CannotBeTracedError(ModelError):
