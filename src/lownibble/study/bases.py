@@ -38,7 +38,10 @@ def packing(config: RunConfig, options: Mapping[str, Any], output: str | Path) -
         raise ConfigError(f"The 'quantize' of a method cannot be used with {what}. Leave it out.")
     defaults: dict[str, Any] = {"format": "lownibble"}
     if _reads_rows(options):
-        defaults |= {"max_length": config.train.max_length, "calibration_tokens": config.data.calibration_tokens}
+        data = config.data
+        defaults |= {
+            "calibration": data.path, "calibration_tokens": data.calibration_tokens, "max_length": config.train.max_length,
+        }  # fmt: skip
     return QuantizeConfig(
         model=config.model, revision=config.revision, device=config.device, quant=config.quant, output=str(output),
         **{**defaults, **options},

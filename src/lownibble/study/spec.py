@@ -101,7 +101,7 @@ class StudySpec(Options):
     methods: Annotated[dict[str, NamedMethod], MinLen(1)] = Field(description="name -> method and settings")
     tasks: Annotated[dict[str, TaskSpec], MinLen(1)] = Field(description="name -> task")
     train: dict[str, Any] = Field({}, description="options of [train] for all cells")
-    quant: dict[str, Any] = Field({}, description="options of [quant] for all cells with a packed base")
+    quant: dict[str, Any] = Field({}, description="options of [quant] for all cells")
 
     @model_validator(mode="after")
     def _makes_sense(self) -> StudySpec:
@@ -234,8 +234,7 @@ def _cell(
     own = {name: getattr(how, name) for name in ("method", "dtype", "lora", "quant", "merge_aware")}
     layers = [{"train": each} for each in (spec.train, what.train, how.train, *own_train)]
     try:
-        if how.method == "qlora":  # others have no packed base; their cells are the same whatever [quant] says
-            own["quant"] = QuantConfig(**spec.quant).with_options(**how.quant).model_dump(exclude_unset=True)
+        own["quant"] = QuantConfig(**spec.quant).with_options(**how.quant).model_dump(exclude_unset=True)
         config: RunConfig = build(RunConfig, shared, own, *layers)
         if how.quantize:
             bases.packing(config, how.quantize, "base")
