@@ -1,7 +1,7 @@
 """Quality by the size of the base: evaluation loss before and after training against bits a weight, constants included.
 
-Two plots for each model and task whose bases have three sizes at least. Methods that differ in their codec alone, or
-in the bits that codecs were mixed for, are joined by a line; a method with a dense base is a level across the plot. Merge-aware
+Two plots for each model and task whose bases have three sizes at least. Methods that differ in the bits of their codec alone, or
+in those that codecs were mixed for, are joined by a line; a method with a dense base is a level across the plot. Merge-aware
 methods, which hold two bases, are left out.
 """
 
@@ -106,6 +106,7 @@ def _plot(
 
 def _family(method: Mapping[str, Any]) -> str:
     """What methods on one line have in common."""
-    quant = {key: value for key, value in method.get("quant", {}).items() if key != "quant_type"}
+    quant = method.get("quant", {})
+    quant = {**quant, "quant_type": quant.get("quant_type", "nf4").rstrip("0123456789")}
     quantize = {key: key == "bits" or value for key, value in method.get("quantize", {}).items()}
     return json.dumps({**method, "quant": quant, "quantize": quantize}, sort_keys=True)
