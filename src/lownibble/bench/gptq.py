@@ -92,10 +92,8 @@ def _measure(case: str | None, way: str) -> dict[str, float]:
     with tempfile.TemporaryDirectory() as folder:
         start = time.perf_counter()
         if case is not None and way in ("rtn", "gptq"):
-            quantize_model(
-                "demo", Path(folder) / "out", rounding=way, quant=CASES[case], calibration="demo", calibration_tokens=TOKENS,
-                max_length=LENGTH, device="cpu",
-            )  # fmt: skip
+            rows = {"calibration": "demo", "calibration_tokens": TOKENS, "max_length": LENGTH} if way == "gptq" else {}
+            quantize_model("demo", Path(folder) / "out", rounding=way, quant=CASES[case], device="cpu", **rows)
             seconds, peak = time.perf_counter() - start, _peak()
             model, tokenizer = load(str(Path(folder) / "out"), device="cpu")
         else:
