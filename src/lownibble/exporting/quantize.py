@@ -111,7 +111,7 @@ def run_quantize(config: QuantizeConfig, tell: Tell = say_nothing, rows: Tensor 
         assert rows is not None
         weights.writer = writer
         quant, result["mixed"] = _mix(source, weights, config, names, rows, tell)
-        config = config.with_options(quant=quant)
+        config = config.model_copy(update={"quant": quant})  # chosen, not asked for: a pattern beside `bits` is refused
     weights = Weights(source, None, None, config.quant)
     weights.writer = writer
     origin = str(Path(config.model).expanduser().resolve()) if Path(config.model).expanduser().exists() else config.model
