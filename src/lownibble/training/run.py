@@ -7,8 +7,6 @@ the same result.
 from __future__ import annotations
 
 import hashlib
-import json
-import statistics
 import sys
 from collections.abc import Iterable
 from contextlib import ExitStack
@@ -25,32 +23,25 @@ from lownibble.data import Choice, Dataset, Encoded, Example, digest_of
 from lownibble.data import load as load_data
 from lownibble.data.inspect import warnings_of
 from lownibble.errors import ModelError
-from lownibble.lora import add_lora, count_parameters, load_adapter, match_targets, read_config, save_adapter
+from lownibble.lora import add_lora, load_adapter, match_targets, read_config, save_adapter
 from lownibble.lora.active import adapter_configs
 from lownibble.lora.adapter import WEIGHTS_FILE
 from lownibble.lora.init import find
 from lownibble.lora.merge_aware import check_adapter, facts_of, held_as
-from lownibble.lora.provenance import describe
 from lownibble.lora.variants import variant_of
 from lownibble.memory import planned, usage
 from lownibble.models import compute, load, pick_device, resolve, skeleton
 from lownibble.models.head import Head
 from lownibble.models.info import info
-from lownibble.options import n_bytes
 from lownibble.quant import QuantLinear
 from lownibble.registry import OBJECTIVES
-from lownibble.training import interrupt, verify
+from lownibble.training import facts, interrupt, verify
 from lownibble.training.checkpoint import CHECKPOINTS, complete
-from lownibble.training.events import Evaluated, Event, Finished, Skipped, Started, Stepped, Warned
+from lownibble.training.events import Evaluated, Finished, Skipped, Stepped, Warned
 from lownibble.training.loop import Trainer
 from lownibble.training.objectives import Objective
 from lownibble.training.output import claim
-from lownibble.training.passes import Passes
 from lownibble.training.sinks import JsonlSink, Sink, TensorBoardSink, deliver, read_events
-
-WARMUP_STEPS = 2
-"""Steps excluded from speed figures, while allocators and caches warm up."""
-
 
 ROW_OPTIONS = ("prompt_template", "completion_template", "use_chat_template", "mask_prompt", "trained_turns", "overlength")
 """Options that decide what of a row is trained; a resumed run needs the same ones."""
@@ -250,7 +241,7 @@ def _train(
         trainer.warnings += plan.warnings()
         trainer.stop_signal = stack.enter_context(interrupt.requests())
         taken = list(deliver(trainer.events(), sinks))
-        events = _history(past, taken)
+        events = facts.history(past, taken)
         peak = usage.peak_bytes(trainer.device)
         warned = [e.message for e in events if isinstance(e, Warned)]
         memory = {
@@ -262,20 +253,20 @@ def _train(
             **{f"{kind}_bytes": n for kind, n in trainer.kinds.items()},
             "optimizer_state_bytes": trainer.optimizer_state_bytes,
             "ledger": trainer.ledger,
-            **_budget(trainer, warned),
+            **facts.of_budget(trainer, warned),
             "planned": plan.beside_measured(peak),
         }
         if not any(isinstance(event, Stepped) for event in taken):  # nothing of a step was measured
-            memory = _memory_of_record(folder) or {**memory, "planned": {"unknown": "no step was taken in this process"}}
+            memory = facts.memory_of_record(folder) or {**memory, "planned": {"unknown": "no step was taken in this process"}}
         result = {
             **record.new("train"),
             "status": "ok",
             "config": asked,
             "environment": record.environment(trainer.device),
-            "data": _data_facts(sides, encoded),
-            "model": _model_facts(model),
+            "data": facts.of_data(sides, encoded),
+            "model": facts.of_model(model),
             "memory": memory,
-            "speed": {**_compilation(trainer.passes), **_speed([e for e in events if isinstance(e, Stepped)])},
+            "speed": {**facts.of_compilation(trainer.passes), **facts.of_speed([e for e in events if isinstance(e, Stepped)])},
             "steps": [asdict(e) for e in events if isinstance(e, Stepped)],
             "skipped": [asdict(e) for e in events if isinstance(e, Skipped)],
             "warnings": warned,
@@ -291,24 +282,6 @@ def _train(
         where = f"saved in '{folder}'" if folder else "the exception's `result`"
         raise interrupt.RunInterrupted(f"Asked to stop when no step was left: the run is complete, {where}.", stop, trained)
     return trained
-
-
-def _memory_of_record(folder: Path | None) -> dict[str, Any] | None:
-    """The memory section of the record that is in the folder already."""
-    try:
-        found: dict[str, Any] = json.loads((folder / "record.json").read_text())["memory"] if folder else {}
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
-    return found or None
-
-
-def _history(past: list[Event], events: list[Event]) -> list[Event]:
-    """Events of the whole run: those before the checkpoint it was resumed from, then those of this process."""
-    first = next(event.first_step for event in events if isinstance(event, Started))
-    of_steps = (Stepped, Skipped, Evaluated)
-    kept = {(type(e), e.step): e for e in past if isinstance(e, of_steps) and e.step <= first}
-    now = {(type(e), e.step) for e in events if isinstance(e, of_steps)}
-    return [*(event for key, event in kept.items() if key not in now), *events]
 
 
 def _file_sinks(folder: Path | None, config: TrainConfig) -> list[Sink]:
@@ -331,70 +304,6 @@ def _subject(model: Any) -> dict[str, Any]:
         "head_compute": Head(model).compute,
         "started_from": info(model).started_from,
         **({"merge_aware": facts_of(leaves)} if leaves else {}),
-    }
-
-
-def _model_facts(model: Any) -> dict[str, Any]:
-    trainable, total = count_parameters(model)
-    quantized, leaves = [m for m in model.modules() if isinstance(m, QuantLinear)], info(model).merge_aware
-    return {
-        "class": type(model).__name__,
-        "parameters": total,
-        "trainable_parameters": trainable,
-        "compute": sorted({m.compute for m in quantized}),
-        "merge_aware": leaves and describe(facts_of(leaves)),
-        "head_compute": Head(model).compute,
-        "compute_chosen": info(model).compute,
-        "quantized_parameters": sum(m.in_features * m.out_features for m in quantized),
-        "dtype": str(model.dtype).removeprefix("torch."),
-    }
-
-
-def _data_facts(sides: tuple[Dataset, Dataset], encoded: list[Encoded]) -> dict[str, Any]:
-    return {
-        "name": sides[0].name,
-        "form": encoded[0].form,
-        **{f"{side}_rows": len(d.rows) for side, d in zip(("train", "eval"), sides, strict=True)},
-        **{f"{side}_digest": d.digest for side, d in zip(("train", "eval"), sides, strict=True)},
-        "cut_rows": encoded[0].n_cut,
-        "dropped_rows": encoded[0].n_dropped,
-    }
-
-
-def _budget(trainer: Trainer, told: list[str]) -> dict[str, Any]:
-    """How the run fitted into its memory budget; appends a warning to `told` if it did not."""
-    if not trainer.config.memory_budget:
-        return {}
-    budget, peak = n_bytes(trainer.config.memory_budget), usage.highest_bytes(trainer.device)
-    if peak > budget:
-        told.append(f"the run took {peak / 1e9:.2f} GB, more than its memory budget of {budget / 1e9:.2f} GB")
-    return {
-        "budget": {"budget_bytes": budget, "whole_tokens": trainer.micro.whole, **trainer.fit.to_dict(), "highest_bytes": peak}
-    }
-
-
-def _compilation(passes: Passes) -> dict[str, Any]:
-    return {
-        "attention": f"torch's: {passes.attention_reason}" if passes.attention_reason else "lownibble",
-        "compiled": passes.compiled, "compile_reason": passes.compile_reason, "compile_seconds": passes.compile_seconds,
-    }  # fmt: skip
-
-
-def _speed(steps: list[Stepped]) -> dict[str, Any]:
-    """Throughput over all steps after warm-up; quartiles over steps show the spread."""
-    counted = steps[WARMUP_STEPS:] or steps
-    if not counted:
-        return {}
-    seconds = sum(s.seconds for s in counted)
-    rates = [s.tokens / s.seconds for s in counted]
-    low, middle, high = statistics.quantiles(rates, n=4) if len(rates) > 1 else rates * 3
-    return {
-        "warmup_steps": len(steps) - len(counted),
-        "tokens_per_s": sum(s.tokens for s in counted) / seconds,
-        "samples_per_s": sum(s.samples for s in counted) / seconds,
-        "step_s": seconds / len(counted),
-        "tokens_per_s_quartiles": [low, middle, high],
-        "padding_share": 1 - sum(s.tokens for s in counted) / sum(s.padded_tokens for s in counted),
     }
 
 
