@@ -41,6 +41,7 @@ from lownibble.data import encode, read
 from lownibble.errors import ConfigError, InputError, OutputError, QuantizationError
 from lownibble.exporting.merge import check_free, write
 from lownibble.exporting.weights import Tell, Weights, say_nothing
+from lownibble.memory.usage import trim_heap
 from lownibble.models import ModelSource, load_tokenizer, pick_device, resolve, skeleton
 from lownibble.models import packed as packed_files
 from lownibble.models.checkpoint import Checkpoint
@@ -296,6 +297,7 @@ def _walk_layers(
         yield
         for name, _ in list(layers[layer].named_children()):
             setattr(layers[layer], name, nn.Identity())  # frees its tensors
+        trim_heap()
         done += 1
         tell(done, len(layers))
 
