@@ -6,7 +6,8 @@ from architectures import build, quiet
 
 import lownibble as ln
 from lownibble.config import DataConfig, QuantConfig, TrainConfig
-from lownibble.models.direct import read_directly
+from lownibble.lora import lora_layers
+from lownibble.models.direct import read_directly, without_effect
 from lownibble.quant import QuantLinear
 
 MAMBA = {"state_size": 8, "time_step_rank": 4, "num_hidden_layers": 2, "hidden_size": 32}
@@ -32,6 +33,36 @@ def test_they_are_found_without_values(model_type, names):
     assert state == {key: value for key, value in vars(model).items() if not key.startswith("_")}
 
 
+@pytest.mark.parametrize("quant", [None, QUANT.with_options(skip_modules=["dt_proj", "lm_head"])])
+def test_they_get_no_adapter_where_it_would_do_nothing(write, quant):
+    model, _ = ln.load(str(write("mamba", **MAMBA)), quant=quant)
+    with pytest.warns(
+        UserWarning, match=r"2 layers of MambaForCausalLM \(dt_proj\) get no adapter: its code reads their weights"
+    ):
+        ln.add_lora(model, ln.LoraConfig(r=2))
+    adapted = {path.rpartition(".")[2] for path, _ in lora_layers(model, "default")}
+    assert adapted == {"in_proj", "x_proj", "out_proj"}
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    for parameter in trained:
+        torch.nn.init.normal_(parameter)
+    model(input_ids=torch.arange(3, 12).unsqueeze(0)).logits.sum().backward()
+    assert all(parameter.grad.abs().sum() > 0 for parameter in trained)
+
+
+def test_only_such_layers_as_targets_are_refused(write):
+    model, _ = ln.load(str(write("mamba", **MAMBA)))
+    with pytest.raises(ln.errors.TargetError, match=r"dt_proj\) cannot carry an adapter.*Choose others: .*in_proj"):
+        ln.add_lora(model, ln.LoraConfig(r=2, target_modules=["dt_proj"]))
+
+
+@pytest.mark.parametrize("model_type", ["rwkv", "gemma3n_text", "llama"])
+def test_layers_that_are_called_too_keep_their_adapters(model_type):
+    with quiet():
+        model = build(model_type, 96)
+    linears = [path for path, module in model.named_modules() if isinstance(module, torch.nn.Linear)]
+    assert without_effect(model, linears) == []
+
+
 def dense_of(model):
     return {path.rpartition(".")[2] for path, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
 
@@ -42,7 +73,8 @@ def test_they_stay_dense_and_the_model_trains(write, tmp_path):
         model, tokenizer = ln.load(str(folder), quant=QUANT)
     assert dense_of(model) == {"dt_proj", "lm_head"}
     assert any(isinstance(module, QuantLinear) for module in model.modules())
-    ln.add_lora(model, ln.LoraConfig(r=2))
+    with pytest.warns(UserWarning, match="get no adapter"):
+        ln.add_lora(model, ln.LoraConfig(r=2))
     (tmp_path / "rows.jsonl").write_text("".join(f'{{"text": "w1 w2 w3 w4 w{i}"}}\n' for i in range(8)))
     data = DataConfig(path=str(tmp_path / "rows.jsonl"))
     assert len(ln.train(model, tokenizer, data, TrainConfig(max_steps=2, batch_size=2, torch_compile=False)).losses) == 2

@@ -7,6 +7,7 @@ also matches "input_layernorm").
 from __future__ import annotations
 
 import copy
+import warnings
 from dataclasses import dataclass
 
 from torch import Tensor, nn
@@ -18,6 +19,7 @@ from lownibble.lora.active import adapter_configs, replace_module, set_adapter
 from lownibble.lora.begin import adapt, output_head, take_back
 from lownibble.lora.init import find
 from lownibble.lora.layer import LoraLinear, TrainedCopy
+from lownibble.models.direct import without_effect
 from lownibble.models.info import info
 from lownibble.quant import QuantLinear, is_linear
 
@@ -49,7 +51,15 @@ def match_targets(model: nn.Module, config: LoraConfig, *, of_file: bool = False
     linears, head = named_linears(model), output_head(model)
     saved = [path for path, _ in model.named_modules() if path.endswith(tuple(config.modules_to_save))]
     of_head = next((path for path, module in linears.items() if module is head), None)
-    return {path: linears[path] for path in targets.match_targets(linears, config, head=of_head, excluded=saved, of_file=of_file)}
+    matched = targets.match_targets(linears, config, head=of_head, excluded=saved, of_file=of_file)
+    idle = set() if of_file else set(without_effect(model, matched))
+    if idle:
+        what = f"{len(idle)} layers of {type(model).__name__} ({targets.candidates(idle)})"
+        why = "its code reads their weights itself and never calls them, so that an adapter has no effect"
+        if idle == set(matched):
+            raise TargetError(f"{what} cannot carry an adapter: {why}. Choose others: {candidates(model)}.")
+        warnings.warn(f"{what} get no adapter: {why}.", stacklevel=2)
+    return {path: linears[path] for path in matched if path not in idle}
 
 
 def candidates(model: nn.Module) -> str:

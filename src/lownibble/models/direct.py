@@ -1,7 +1,8 @@
 """Linear layers whose weight the model's code reads itself, instead of calling the layer: Mamba's dt_proj, which it multiplies
 without bias; weights that RWKV scales and Gemma 3n clamps.
 
-Such a weight must stay a dense tensor. Which ones they are is found out by two forward passes, in evaluation and in training,
+Such a weight must stay a dense tensor; and where the layer is never called besides, an adapter on it has no effect. Which ones
+they are is found out by two forward passes, in evaluation and in training,
 over a copy of the model on fake tensors (no values, no memory): an operation that gets a layer's weight outside of the layer's
 own forward pass reads it directly. So no list of names or architectures is kept. Rejected: searching the source of the model's
 classes (it names fast paths that are not taken, as Mamba 2's out_proj, which would stay dense for nothing).
@@ -15,6 +16,7 @@ import re
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -24,13 +26,21 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_iter
 
-from lownibble.quant import is_linear
+from lownibble.quant import QuantLinear, is_linear
 
 N_TOKENS = 8
 _NUMBER = re.compile(r"\d+")
 
 
-_known: dict[tuple[type, str], frozenset[str]] = {}
+@dataclass(frozen=True)
+class _Found:
+    """Kinds of linear layers (paths without their numbers) whose weight the code reads, and of these the ones it never calls."""
+
+    read: frozenset[str]
+    never_called: frozenset[str]
+
+
+_known: dict[tuple[type, str], _Found] = {}
 """Class and configuration of a model -> what was found."""
 
 
@@ -59,15 +69,49 @@ def read_directly(model: Any) -> frozenset[str]:
     Args:
         model: of transformers, dense, on any device (also meta); unchanged.
     """
+    kinds = _look(model).read
+    return frozenset(path for path, module in model.named_modules() if is_linear(module) and _kind(path) in kinds)
+
+
+def without_effect(model: Any, paths: Iterable[str]) -> list[str]:
+    """Those of the paths of linear layers where an adapter would have no effect: the code reads the weight and never calls the
+    layer, in passes that ended.
+
+    Args:
+        model: any module; one that is not of transformers, or cannot be built again to be looked at, is taken to call its layers.
+    """
+    if not hasattr(model, "config") or not hasattr(model.config, "to_json_string"):
+        return []
+    kinds = _look(model).never_called
+    return [path for path in paths if _kind(path) in kinds]
+
+
+def _look(model: Any) -> _Found:
     key = type(model), model.config.to_json_string(use_diff=False)
     if key not in _known:
-        kinds = {_NUMBER.sub("#", path) for path in _find(model)}
-        linears = (path for path, module in model.named_modules() if is_linear(module))
-        _known[key] = frozenset(path for path in linears if _NUMBER.sub("#", path) in kinds)
+        _known[key] = _find(model if _is_plain(model) else _built_again(model))
     return _known[key]
 
 
-def _find(model: Any) -> set[str]:
+def _kind(path: str) -> str:
+    return _NUMBER.sub("#", path)
+
+
+def _is_plain(model: Any) -> bool:
+    return not any(isinstance(module, QuantLinear) or hasattr(module, "adapters") for module in model.modules())
+
+
+def _built_again(model: Any) -> Any:
+    """The model as its class makes it from its configuration, without values; None if that takes more than the configuration."""
+    with suppress(Exception), torch.device("meta"), _quiet():  # whatever another's constructor raises
+        return type(model)(copy.deepcopy(model.config))
+    return None
+
+
+def _find(model: Any) -> _Found:
+    if model is None:
+        return _Found(frozenset(), frozenset())
+    ended = 0
     with _disable_current_modes(), _quiet(), FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
         tensors = (*model.parameters(), *model.buffers())
         made: dict[int, Any] = {id(tensor): _fake(tensor) for tensor in tensors}
@@ -79,7 +123,9 @@ def _find(model: Any) -> set[str]:
             reads.inside.clear()
             with reads, suppress(Exception):  # whatever the model's own code raises without values
                 fake.train(training)(input_ids=ids, use_cache=False, **pair)
-    return reads.found
+                ended += 1
+    read, called = ({_kind(path) for path in paths} for paths in (reads.found, reads.called))
+    return _Found(frozenset(read), frozenset(read - called if ended == 2 else ()))
 
 
 def _fake(tensor: Tensor) -> Tensor:
@@ -94,6 +140,7 @@ class _Reads(TorchDispatchMode):
     def __init__(self, layers: Mapping[str, Any]) -> None:
         super().__init__()
         self.found: set[str] = set()
+        self.called: set[str] = set()
         self.inside: list[str] = []
         self._path = {_storage(layer.weight): path for path, layer in layers.items()}
         for path, layer in layers.items():
@@ -102,6 +149,7 @@ class _Reads(TorchDispatchMode):
 
     def _enter(self, path: str, *of_hook: Any) -> None:
         self.inside.append(path)
+        self.called.add(path)
 
     def _leave(self, *of_hook: Any) -> None:
         self.inside.pop()
