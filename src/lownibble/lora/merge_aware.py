@@ -128,6 +128,13 @@ class _StraightThrough(torch.autograd.Function):
         return dx, dA, dB, dy.sum(0) if ctx.needs_input_grad[3] else None, None, None
 
 
+@torch.no_grad()
+def _copy(packed: PackedWeight, into: PackedWeight) -> None:
+    """Write a packed weight's tensors into those of another of the same codec and shape."""
+    for new, old in zip(packed.tensors().values(), into.tensors().values(), strict=True):
+        old.copy_(new)
+
+
 class MergeAware(Variant):
     """LoRA on one packed layer, computed with the weight packed as `leaves` says. Files have LoRA's keys.
 
@@ -153,9 +160,13 @@ class MergeAware(Variant):
         A, B, held = adapter.lora_A, adapter.lora_B, base.weight
         state = (A._version, B._version, A.data_ptr(), B.data_ptr(), ops.active_backend(A.device))
         if self.packed is None or self._base is not held or self._state != state:
-            self.packed = None  # free the old one before packing
             with torch.inference_mode(False):  # training cannot save an inference tensor left by generation
-                self.packed, self._base, self._state = pack_sum(held, A, B, adapter.scale, self.leaves), held, state
+                packed = pack_sum(held, A, B, adapter.scale, self.leaves)
+                if self.packed is None or self._base is not held:
+                    self.packed = packed
+                else:  # in the old one's memory: new blocks at every step would fragment the heap
+                    _copy(packed, self.packed)
+            self._base, self._state = held, state
         return self.packed
 
     def forward(self, base: nn.Linear | QuantLinear, adapter: LowRank, x: Tensor, dropout: float) -> Tensor:
