@@ -125,7 +125,8 @@ INITS = Registry(
     {
         name: f"lownibble.lora.init:{name}"
         for name in ("kaiming", "gaussian", "random", "eva", "loftq", "qera", "qera_approx", "pissa", "olora")
-    },
+    }
+    | {"auto": "lownibble.lora.init:qera"},
 )
 
 VARIANTS = Registry(

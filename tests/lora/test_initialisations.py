@@ -23,7 +23,7 @@ from lownibble.quant import QuantLinear, is_linear
 from lownibble.registry import INITS
 
 QUANT = QuantConfig(block_size=32, compute="exact")
-CORRECTING = ["loftq", "qera", "qera_approx"]
+CORRECTING = ["loftq", "qera", "qera_approx", "auto"]
 CHANGING = ["pissa", "olora"]
 
 

@@ -86,7 +86,11 @@ def train(arguments: argparse.Namespace) -> dict[str, Any]:
     from lownibble.memory.usage import kept_heap
     from lownibble.planning.show import beside
     from lownibble.training import ProgressSink, run
+    from lownibble.training.starts import decide
 
+    config, decided = decide(config)
+    if decided:
+        _console(arguments).print(decided, soft_wrap=True)
     with kept_heap():  # this process is for the run only
         result = run(config, sinks=[ProgressSink(config.method)])
     first, last = result.record["evaluations"][0], result.record["evaluations"][-1]

@@ -136,7 +136,7 @@ class LoraConfig(Options):
         True,
         description="true: A kaiming-uniform, B zero; 'gaussian': A normal / r, B zero; false: B random too (for tests); "
         "'loftq', 'qera', 'qera_approx': start at what packing lost; 'pissa', 'olora': take the main part out of the base; "
-        "'eva': A from the layers' inputs; or the name of one from outside",
+        "'eva': A from the layers' inputs; 'auto': what held up, with its learning rate; or the name of one from outside",
     )
     modules_to_save: list[str] = Field([], description="modules trained in full and saved with the adapter")
     layers_to_transform: list[Annotated[int, Ge(0)]] | None = Field(None, description="only the layers with these indices")

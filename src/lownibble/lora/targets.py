@@ -17,10 +17,10 @@ from lownibble.matching import by_pattern, check_patterns, fits, names
 
 _LAYER_INDEX = re.compile(r".*?\.[^.]*\.(?P<index>\d+)\.")
 
-LOOK_AT_INPUTS = ("eva", "qera", "qera_approx")
+LOOK_AT_INPUTS = ("auto", "eva", "qera", "qera_approx")
 """Initialisations that a calibration pass is run for."""
 
-CORRECT = ("loftq", "qera", "qera_approx")
+CORRECT = ("auto", "loftq", "qera", "qera_approx")
 """Initialisations that start at what packing lost; on a dense base they start as kaiming, without a pass."""
 
 KEEP_THEIR_START = ("pissa", "olora")

@@ -151,5 +151,10 @@ def _leading(tape: Tape, matrix: Value, N: int, K: int, r: int) -> Value:
     return other
 
 
-STARTS: dict[str, Callable[[Tape, Linear, int, bool], None]] = {"eva": _eva, "qera": _qera, "qera_approx": _qera_approx}
+STARTS: dict[str, Callable[[Tape, Linear, int, bool], None]] = {
+    "eva": _eva,
+    "qera": _qera,
+    "qera_approx": _qera_approx,
+    "auto": _qera,
+}
 """Start -> what it allocates for a layer."""

@@ -209,15 +209,17 @@ class _Memories:
     def __call__(self, device: Device, method: Method, train: TrainConfig) -> MemoryPlan:
         key = (device.alike, method, train.model_dump_json())
         if key not in self._made:
-            config = self._config
-            quant, rounded = merge_aware(self._shape, config.quant, config.lora) if config.merge_aware else (config.quant, None)
+            config, lora = self._config, self._config.lora
+            if config.merge_aware and lora.init_lora_weights == "auto":  # the plain start (training/starts.py)
+                lora = lora.with_options(init_lora_weights=True)
+            quant, rounded = merge_aware(self._shape, config.quant, lora) if config.merge_aware else (config.quant, None)
             self._made[key] = plan_memory(
                 self._shape,
                 device,
                 method,
                 quant=quant,
                 rounded=rounded,
-                lora=config.lora,
+                lora=lora,
                 train=train,
                 dtype=config.dtype,
                 adapter_dtype=config.adapter_dtype,

@@ -42,6 +42,7 @@ from lownibble.training.loop import Trainer
 from lownibble.training.objectives import Objective
 from lownibble.training.output import claim
 from lownibble.training.sinks import JsonlSink, Sink, TensorBoardSink, deliver, read_events
+from lownibble.training.starts import decide
 
 ROW_OPTIONS = ("prompt_template", "completion_template", "use_chat_template", "mask_prompt", "trained_turns", "overlength")
 """Options that decide what of a row is trained; a resumed run needs the same ones."""
@@ -91,6 +92,7 @@ def train(
 
 def run(config: RunConfig, *, sinks: Iterable[Sink] = ()) -> TrainResult:
     """Load, adapt and train as `config` says; sinks receive every event. Raises as `load`, `add_lora` and `train`."""
+    config, _ = decide(config)
     device = pick_device(config.device)
     sides = load_data(config.data)
     usage.reset_peak(device)
@@ -102,6 +104,7 @@ def run(config: RunConfig, *, sinks: Iterable[Sink] = ()) -> TrainResult:
 
 def prepare(config: RunConfig) -> tuple[Trainer, int]:
     """The trainer of a run before `set_up`, and the bytes in use before its model was loaded; for measurements."""
+    config, _ = decide(config)
     device = pick_device(config.device)
     sides = load_data(config.data)
     usage.reset_peak(device)
