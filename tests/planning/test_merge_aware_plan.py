@@ -106,6 +106,7 @@ def test_it_takes_the_weights_of_8_bits_more_than_plain_qlora():
         ({"method": "all"}, "PlanConfig cannot be done with method 'all', which is of several. Use method qlora"),
         ({"method": "lora"}, "with method 'lora', which packs nothing"),
         ({"method": "qlora", "lora": LoraConfig(lora_dropout=0.1)}, "with lora_dropout 0.1"),
+        ({"method": "qlora", "lora": LoraConfig(init_lora_weights="qera")}, "with init_lora_weights 'qera', which corrects"),
     ],
 )
 def test_what_merge_aware_training_is_not_for_is_refused(options, words):
@@ -140,3 +141,13 @@ def test_the_plan_beside_a_run_is_of_the_same_bytes(tmp_path, monkeypatch):
         assert found == plan_memory(
             shape, hardware.this_machine(), "qlora", quant=held, rounded=rounded, lora=lora, train=train, batch=batch, dtype=dtype
         )
+
+
+def test_auto_is_planned_as_it_is_decided():
+    options = {"gpu": "a100-80gb", "method": "qlora", "max_length": 512}
+
+    def peak(**more):
+        return plan.plan("llama-2-7b", **options, **more).rows[0].verdict.memory.to_dict()
+
+    assert peak(init_lora_weights="auto") == peak(init_lora_weights="qera") != peak()
+    assert peak(init_lora_weights="auto", merge_aware=True) == peak(merge_aware=True)

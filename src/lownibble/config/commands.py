@@ -48,12 +48,16 @@ FOR_ADAPTERS = "The 'loraplus_lr_ratio' of TrainConfig is for adapters. Got {}. 
 def _check_merge_aware(config: RunConfig | PlanConfig) -> None:
     if not config.merge_aware:
         return
-    compute, dropout = config.quant.compute, config.lora.lora_dropout
+    from lownibble.lora.targets import CORRECT, KEEP_THEIR_START
+
+    compute, dropout, start = config.quant.compute, config.lora.lora_dropout, config.lora.init_lora_weights
+    changes_base = start != "auto" and start in (*CORRECT, *KEEP_THEIR_START)
     packs = "is of several" if config.method == "all" else "packs nothing"
     for wrong, what, remedy in (
         (config.method != "qlora", f"with method '{config.method}', which {packs}", "Use method qlora"),
         (compute in ("int8", "fp8"), f"with compute '{compute}': its products are exact", "Leave compute out"),
         (dropout > 0, f"with lora_dropout {dropout:g}: base and adapter are one weight", "Set lora_dropout=0"),
+        (changes_base, f"with init_lora_weights '{start}', which corrects or changes packed weights", "Leave that out"),
     ):
         if wrong:
             name = type(config).__name__

@@ -246,11 +246,6 @@ def merge_aware(shape: ModelShape, quant: QuantConfig, lora: LoraConfig) -> tupl
     Raises:
         ConfigError: nothing is rounded, or the family is not known.
     """
-    if lora.init_lora_weights in (*targets.CORRECT, *targets.KEEP_THEIR_START):
-        raise ConfigError(
-            f"Merge-aware training refuses init_lora_weights='{lora.init_lora_weights}', which corrects or changes packed "
-            "weights. Leave it out."
-        )
     if shape.counts is not None:
         raise ConfigError(f"The planner does not know merge-aware training of '{shape.name}'. Leave merge_aware out.")
     shapes = {path: (linear.out_features, linear.in_features) for path, linear in paths(shape)}
