@@ -1,12 +1,14 @@
 """Layers whose weights the model's code reads itself. Oracles: the code of six architectures; training; transformers."""
 
+import threading
+
 import pytest
 import torch
 from architectures import build, quiet
 
 import lownibble as ln
 from lownibble.config import DataConfig, QuantConfig, TrainConfig
-from lownibble.lora import lora_layers
+from lownibble.lora import load_adapter, lora_layers, save_adapter
 from lownibble.models.direct import read_directly, without_effect
 from lownibble.quant import QuantLinear
 
@@ -49,10 +51,32 @@ def test_they_get_no_adapter_where_it_would_do_nothing(write, quant):
     assert all(parameter.grad.abs().sum() > 0 for parameter in trained)
 
 
-def test_only_such_layers_as_targets_are_refused(write):
+@pytest.mark.parametrize("targets", [["in_proj", "dt_proj"], ".*_proj"])
+def test_named_as_targets_they_are_refused(write, targets):
     model, _ = ln.load(str(write("mamba", **MAMBA)))
-    with pytest.raises(ln.errors.TargetError, match=r"dt_proj\) cannot carry an adapter.*Choose others: .*in_proj"):
-        ln.add_lora(model, ln.LoraConfig(r=2, target_modules=["dt_proj"]))
+    with pytest.raises(ln.errors.TargetError, match=r"dt_proj\) cannot carry an adapter.*Leave them out of target_modules"):
+        ln.add_lora(model, ln.LoraConfig(r=2, target_modules=targets))
+
+
+def test_an_adapter_beside_them_is_saved_and_loaded(write, tmp_path):
+    folder = str(write("mamba", **MAMBA))
+    model, again = ln.load(folder)[0], ln.load(folder)[0]
+    with pytest.warns(UserWarning, match="get no adapter"):
+        ln.add_lora(model, ln.LoraConfig(r=2, init_lora_weights=False))
+    save_adapter(model, tmp_path / "adapter")
+    load_adapter(again, tmp_path / "adapter")
+    ids = torch.arange(3, 12).unsqueeze(0)
+    assert torch.equal(model(input_ids=ids).logits, again(input_ids=ids).logits)
+
+
+def test_a_model_is_not_touched_by_looking(write):
+    model, _ = ln.load(str(write("llama")))
+    model.lock, called = threading.Lock(), []
+    model.model.layers[0].register_forward_hook(lambda *given: called.append(given))
+    state = torch.random.get_rng_state()
+    assert without_effect(model, ["model.layers.0.self_attn.q_proj"]) == []
+    assert not called
+    assert torch.equal(torch.random.get_rng_state(), state)
 
 
 @pytest.mark.parametrize("model_type", ["rwkv", "gemma3n_text", "llama"])

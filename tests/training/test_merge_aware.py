@@ -14,6 +14,7 @@ import lownibble as ln
 from lownibble.config import LoraConfig, QuantConfig, RunConfig
 from lownibble.data import load as load_data
 from lownibble.errors import ConfigError, ModelError, TargetError
+from lownibble.kernels import ops
 from lownibble.lora import lora_layers
 from lownibble.lora.held import HELD
 from lownibble.lora.layer import LoraLinear
@@ -94,6 +95,29 @@ def test_generation_leaves_a_weight_that_can_be_trained():
         layer(x)
     layer(x.requires_grad_()).sum().backward()
     assert adapter.lora_A.grad.any()
+
+
+@pytest.mark.parametrize("change", ["values", "kernels"])
+def test_a_graph_keeps_its_weight_unless_its_matrices_change_in_place(change):
+    """The packed weight is written again in its own memory by steps only: another graph may hold it otherwise."""
+    layer, adapter = layer_of(QuantConfig())
+    x = torch.randn(7, 64, generator=torch.Generator().manual_seed(1), requires_grad=True)
+    expected = torch.autograd.grad(layer(x).square().sum(), x)
+    loss = layer(x).square().sum()
+    if change == "values":
+        values, adapter.lora_B.data = adapter.lora_B.data, adapter.lora_B.data + 1
+        layer(x).sum().backward()
+        adapter.lora_B.data = values
+    else:
+        with ops.use_backend("reference"), torch.no_grad():
+            layer(x)
+    torch.testing.assert_close(torch.autograd.grad(loss, x), expected)
+    with torch.no_grad():
+        layer(x)
+        held = adapter.variant.packed.codes
+        adapter.lora_B.add_(1)
+        layer(x)
+    assert adapter.variant.packed.codes is held
 
 
 def test_16_bit_activations():

@@ -1,13 +1,17 @@
 """`init_lora_weights='auto'`. Oracles: what each case can do; runs that name the start and the rate."""
 
 import json
+from pathlib import Path
 
 import pytest
 from tiny_folders import WORDS, write_model, write_t5
 
 import lownibble as ln
 from lownibble.cli.main import main
-from lownibble.config import LoraConfig, QuantConfig, RunConfig
+from lownibble.config import COMPARE_TRAIN, CompareConfig, LoraConfig, QuantConfig, RunConfig
+from lownibble.planning.plan import plan
+from lownibble.study.cell import work
+from lownibble.study.compare import compare
 from lownibble.training.starts import decide
 
 QUANT = QuantConfig(block_size=32)
@@ -56,10 +60,30 @@ def test_a_packed_checkpoint_is_corrected_where_its_dense_model_is_known(base, t
     assert "dense weights are not to be had" in of["others"][1]
 
 
+def test_a_packed_checkpoint_whose_dense_model_is_gone_gets_the_plain_start(base, tmp_path):
+    ln.quantize_model(base, tmp_path / "ours", rounding="rtn", quant=QUANT)
+    Path(base).rename(tmp_path / "elsewhere")
+    assert decide(RunConfig(model=str(tmp_path / "ours"), lora=AUTO, method="qlora"))[0].lora.init_lora_weights is True
+
+
+def test_plans_are_of_what_is_decided(base, tmp_path):
+    ln.quantize_model(base, tmp_path / "ours", rounding="rtn", quant=QUANT)
+    ln.export(base, str(tmp_path / "others"), format="bnb-4bit", quant=QUANT)
+
+    def peak(name, start):
+        options = {"gpu": "cpu", "method": "qlora", "max_length": 32, "calibration_tokens": 4096}
+        return plan(str(tmp_path / name), **options, init_lora_weights=start).rows[0].verdict.memory.to_dict()
+
+    assert peak("ours", "auto") == peak("ours", "qera")
+    assert peak("others", "auto") == peak("others", True) != peak("others", "qera")
+    write_t5(tmp_path / "t5")
+    assert peak("t5", "auto") == peak("t5", True)
+
+
 def test_an_encoder_gets_the_plain_start(tmp_path):
     decided, words = decide(RunConfig(model=str(write_t5(tmp_path / "t5")), lora=AUTO, method="qlora", quant=QUANT))
     assert decided.lora.init_lora_weights is True
-    assert "a decoder alone" in words
+    assert "a text decoder alone" in words
 
 
 def test_other_starts_and_full_fine_tuning_are_left_alone(base):
@@ -79,6 +103,28 @@ def test_add_lora_starts_by_qera_and_needs_rows(base):
     model, _ = ln.load(base, quant=QUANT)
     with pytest.raises(ln.errors.TargetError, match="'auto' looks at the inputs of the layers: give add_lora calibration rows"):
         ln.add_lora(model, AUTO)
+
+
+def test_a_comparison_keeps_its_rate_and_resumes(base, rows, tmp_path):
+    options = {"model": base, "methods": ["lora+auto", "qlora+auto"], "quant": QUANT, "data": rows}
+    train = COMPARE_TRAIN.with_options(**TRAIN, eval_steps=2, output_dir=str(tmp_path / "out"))
+    options |= {"train": train, "device": "cpu"}
+    config = CompareConfig(**options)
+    found = compare(config)
+    runs = [json.loads((tmp_path / "out" / name / "record.json").read_text())["config"] for name in config.methods]
+    assert [run["lora"]["init_lora_weights"] for run in runs] == [True, "qera"]
+    assert {run["train"]["learning_rate"] for run in runs} == {COMPARE_TRAIN.learning_rate}
+    resumed = CompareConfig(**{**options, "train": train.with_options(resume=True)})
+    assert compare(resumed)["methods"] == found["methods"]
+
+
+def test_a_cell_of_a_study_keeps_its_rate_and_says_its_start(base, rows):
+    config = RunConfig(model=base, method="qlora", quant=QUANT, lora=AUTO, data=rows, train=TRAIN)
+    spec = {"config": config.model_dump(mode="json", exclude_defaults=True), "tuning": True, "kind": "completion"}
+    found = work(spec)["result"]
+    named = config.with_options(lora=AUTO.with_options(init_lora_weights="qera"), train={**TRAIN, "learning_rate": 2e-4})
+    assert found["start"] == "qera"
+    assert found["losses"] == ln.run(named).losses
 
 
 def test_the_command_says_what_was_decided(base, rows, tmp_path, capsys):

@@ -76,6 +76,11 @@ def doctor(arguments: argparse.Namespace) -> dict[str, Any]:
 def train(arguments: argparse.Namespace) -> dict[str, Any]:
     """Train one run."""
     config: RunConfig = read(arguments, RunConfig, arguments.config)
+    from lownibble.training.starts import decide
+
+    config, decided = decide(config)
+    if decided:
+        _console(arguments).print(decided, soft_wrap=True)
     if arguments.dry_run:
         return _dry_run(config, _console(arguments))
     if config.train.output_dir is None:
@@ -86,11 +91,7 @@ def train(arguments: argparse.Namespace) -> dict[str, Any]:
     from lownibble.memory.usage import kept_heap
     from lownibble.planning.show import beside
     from lownibble.training import ProgressSink, run
-    from lownibble.training.starts import decide
 
-    config, decided = decide(config)
-    if decided:
-        _console(arguments).print(decided, soft_wrap=True)
     with kept_heap():  # this process is for the run only
         result = run(config, sinks=[ProgressSink(config.method)])
     first, last = result.record["evaluations"][0], result.record["evaluations"][-1]

@@ -56,8 +56,8 @@ def match_targets(model: nn.Module, config: LoraConfig, *, of_file: bool = False
     if idle:
         what = f"{len(idle)} layers of {type(model).__name__} ({targets.candidates(idle)})"
         why = "its code reads their weights itself and never calls them, so that an adapter has no effect"
-        if idle == set(matched):
-            raise TargetError(f"{what} cannot carry an adapter: {why}. Choose others: {candidates(model)}.")
+        if config.target_modules != "all-linear":
+            raise TargetError(f"{what} cannot carry an adapter: {why}. Leave them out of target_modules.")
         warnings.warn(f"{what} get no adapter: {why}.", stacklevel=2)
     return {path: linears[path] for path in matched if path not in idle}
 

@@ -162,10 +162,10 @@ class MergeAware(Variant):
         if self.packed is None or self._base is not held or self._state != state:
             with torch.inference_mode(False):  # training cannot save an inference tensor left by generation
                 packed = pack_sum(held, A, B, adapter.scale, self.leaves)
-                if self.packed is None or self._base is not held:
+                if self.packed is None or self._base is not held or self._state[2:] != state[2:]:
                     self.packed = packed
-                else:  # in the old one's memory: new blocks at every step would fragment the heap
-                    _copy(packed, self.packed)
+                else:  # A and B were changed in place, so that no graph can need the old one: in its memory, as new blocks at
+                    _copy(packed, self.packed)  # every step would fragment the heap
             self._base, self._state = held, state
         return self.packed
 

@@ -14,7 +14,7 @@ import copy
 import logging
 import re
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
@@ -26,7 +26,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_iter
 
-from lownibble.quant import QuantLinear, is_linear
+from lownibble.quant import is_linear
 
 N_TOKENS = 8
 _NUMBER = re.compile(r"\d+")
@@ -69,7 +69,7 @@ def read_directly(model: Any) -> frozenset[str]:
     Args:
         model: of transformers, dense, on any device (also meta); unchanged.
     """
-    kinds = _look(model).read
+    kinds = _look(model, _find).read
     return frozenset(path for path, module in model.named_modules() if is_linear(module) and _kind(path) in kinds)
 
 
@@ -82,14 +82,15 @@ def without_effect(model: Any, paths: Iterable[str]) -> list[str]:
     """
     if not hasattr(model, "config") or not hasattr(model.config, "to_json_string"):
         return []
-    kinds = _look(model).never_called
+    kinds = _look(model, lambda model: _find(_built_again(model))).never_called
     return [path for path in paths if _kind(path) in kinds]
 
 
-def _look(model: Any) -> _Found:
+def _look(model: Any, find: Callable[[Any], _Found]) -> _Found:
     key = type(model), model.config.to_json_string(use_diff=False)
     if key not in _known:
-        _known[key] = _find(model if _is_plain(model) else _built_again(model))
+        with torch.random.fork_rng(devices=[]):  # constructors draw random numbers
+            _known[key] = find(model)
     return _known[key]
 
 
@@ -97,12 +98,8 @@ def _kind(path: str) -> str:
     return _NUMBER.sub("#", path)
 
 
-def _is_plain(model: Any) -> bool:
-    return not any(isinstance(module, QuantLinear) or hasattr(module, "adapters") for module in model.modules())
-
-
 def _built_again(model: Any) -> Any:
-    """The model as its class makes it from its configuration, without values; None if that takes more than the configuration."""
+    """The model as its class makes it from its configuration, without values, adapters and hooks; None if it takes more."""
     with suppress(Exception), torch.device("meta"), _quiet():  # whatever another's constructor raises
         return type(model)(copy.deepcopy(model.config))
     return None

@@ -142,6 +142,20 @@ def _read_dense(tensors: ModelTensors, turned: set[str], path: str) -> Tensor:
     return weight.t() if path in turned else weight
 
 
+def has_dense(source: ModelSource) -> bool:
+    """Whether a model's dense weights can be read: its own, or those of the model that its packed checkpoint was made from."""
+    if not stored.of_folder(source.folder):
+        return True
+    origin = stored.read_json(source.folder / "config.json").get(stored.ORIGIN)
+    if not origin:
+        return False
+    try:
+        _DenseOrigin(origin, source.name).open()
+    except ModelError:
+        return False
+    return True
+
+
 class _DenseOrigin:
     """Reads dense weights of a packed checkpoint from the model that it was made from, which is opened on first use."""
 
@@ -156,10 +170,11 @@ class _DenseOrigin:
             ModelError: the model is not there, or it has other weights.
         """
         if self._tensors is None:
-            self._tensors = self._open()
+            self._tensors = self.open()
         return _read_dense(self._tensors, _transposed(self._tensors.model), path)
 
-    def _open(self) -> ModelTensors:
+    def open(self) -> ModelTensors:
+        """The dense model's tensors. Raises as a call."""
         wanted = str(self._origin.get("model"))
         try:
             source = resolve(wanted, self._origin.get("revision"))

@@ -204,13 +204,16 @@ class _Memories:
     def __init__(self, config: PlanConfig, shape: ModelShape, step: StepOf | None) -> None:
         self._config, self._shape, self._step = config, shape, step
         self.traced = step is not None
+        folder = Path(config.model)
+        lost = bool(stored.of_folder(folder)) and stored.ORIGIN not in stored.read_json(folder / "config.json")
+        self._starts_plainly = config.merge_aware or bool(shape.decoder_layers) or lost  # 'auto', as in training/starts.py
         self._made: dict[tuple[tuple[str, bool, int], Method, str], MemoryPlan] = {}
 
     def __call__(self, device: Device, method: Method, train: TrainConfig) -> MemoryPlan:
         key = (device.alike, method, train.model_dump_json())
         if key not in self._made:
             config, lora = self._config, self._config.lora
-            if config.merge_aware and lora.init_lora_weights == "auto":  # the plain start (training/starts.py)
+            if lora.init_lora_weights == "auto" and self._starts_plainly:
                 lora = lora.with_options(init_lora_weights=True)
             quant, rounded = merge_aware(self._shape, config.quant, lora) if config.merge_aware else (config.quant, None)
             self._made[key] = plan_memory(

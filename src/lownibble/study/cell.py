@@ -22,6 +22,12 @@ from lownibble.errors import LownibbleError, TrainingError
 from lownibble.study.bases import pack
 
 
+def _with_its_rate(config: RunConfig) -> RunConfig:
+    """The run with the study's learning rate as if it were given, so that a start of 'auto' takes no other."""
+    changed: RunConfig = config.with_options(train=config.train.with_options(learning_rate=config.train.learning_rate))
+    return changed
+
+
 def work(spec: dict[str, Any]) -> dict[str, Any]:
     """Train a cell's run, and score it; returns the record.
 
@@ -35,7 +41,7 @@ def work(spec: dict[str, Any]) -> dict[str, Any]:
     from lownibble.training import run
 
     started = time.perf_counter()
-    config = RunConfig(**spec["config"])
+    config = _with_its_rate(RunConfig(**spec["config"]))
     with kept_heap():
         trained = run(config)
     told = trained.record
@@ -50,6 +56,7 @@ def work(spec: dict[str, Any]) -> dict[str, Any]:
         "label_tokens": last["label_tokens"],
         "scores_before": _with_perplexity(first),
         "scores": _with_perplexity(last),
+        **({"start": told["config"]["lora"]["init_lora_weights"]} if config.lora.init_lora_weights == "auto" else {}),
         "row_scores": {"accuracy": [float(right) for right in last["correct"]]} if last["correct"] else {},
     }
     trained_s, answered_s = time.perf_counter() - started, 0.0

@@ -34,6 +34,7 @@ from lownibble.models import load_tokenizer, pick_device, resolve, skeleton
 from lownibble.study import advice, bases, digests, jobs, report
 from lownibble.study.paired import paired_speed
 from lownibble.study.worker import failed, how_it_ended
+from lownibble.training.starts import decide
 
 
 def compare(config: CompareConfig | None = None) -> dict[str, Any]:
@@ -122,6 +123,7 @@ def _run_config(config: CompareConfig, name: str, folder: Path) -> RunConfig:
     own = {group: getattr(config, group).with_options(**getattr(spec, group)) for group in ("lora", "quant", "train")}
     own["train"] = own["train"].model_copy(update={"output_dir": str(folder / name)})
     run = RunConfig(**{**shared, **own, "method": spec.method, "merge_aware": spec.merge_aware})
+    run, _ = decide(run)
     if spec.quantize:
         bases.packing(run, spec.quantize, folder)
     return run

@@ -11,13 +11,11 @@ Rates were measured at a width of `WIDTH` and are scaled by 1 / width, as change
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 
-from lownibble import stored
 from lownibble.config import RunConfig
-from lownibble.models import resolve, skeleton
+from lownibble.models import ModelSource, resolve, skeleton
+from lownibble.models.load import has_dense
 
 WIDTH = 576
 RATES = {"qera": 5e-4, True: 2e-3}
@@ -34,22 +32,24 @@ def decide(config: RunConfig) -> tuple[RunConfig, str]:
         return config, ""
     source = resolve(config.model, config.revision)
     model = skeleton(source, torch.float32)
-    start, why = _start(config, stored.read_json(source.folder / "config.json"), bool(stored.of_folder(source.folder)), model)
+    text = model.config.get_text_config(decoder=True)
+    start, why = _start(config, source, only_text=text is model.config, encoder=model.config.is_encoder_decoder)
     changes = {"lora": config.lora.with_options(init_lora_weights=start)}
-    if "learning_rate" not in config.train.model_fields_set:
-        rate = float(f"{RATES[start] * WIDTH / model.config.get_text_config().hidden_size:.2g}")
+    width = getattr(text, "hidden_size", None)
+    if width is not None and "learning_rate" not in config.train.model_fields_set:
+        rate = float(f"{RATES[start] * WIDTH / width:.2g}")
         changes["train"] = config.train.with_options(learning_rate=rate)
     decided: RunConfig = config.with_options(**changes)
     return decided, f"adapters start as {start!r}: {why}; learning rate {decided.train.learning_rate:g}"
 
 
-def _start(config: RunConfig, facts: dict[str, Any], is_stored_packed: bool, model: Any) -> tuple[str | bool, str]:
+def _start(config: RunConfig, source: ModelSource, *, only_text: bool, encoder: bool) -> tuple[str | bool, str]:
     if config.method == "lora":
         return True, "a dense base has nothing to correct"
     if config.merge_aware:
         return True, "merge-aware training packs anew at every step"
-    if is_stored_packed and stored.ORIGIN not in facts:
+    if encoder or not only_text:
+        return True, "calibration is for models with a text decoder alone"
+    if not has_dense(source):
         return True, "the checkpoint is packed, and its dense weights are not to be had"
-    if model.config.is_encoder_decoder:
-        return True, "calibration is for models with a decoder alone"
     return "qera", "it makes up for what packing lost"
