@@ -11,12 +11,11 @@ from safetensors.torch import load_file, save_file
 from tiny_folders import WORDS, write_data, write_model
 
 import lownibble as ln
-from lownibble.config import DataConfig, QuantConfig, RunConfig
+from lownibble.config import CORRECT, KEEP_THEIR_START, LOOK_AT_INPUTS, DataConfig, QuantConfig, RunConfig
 from lownibble.errors import AdapterError, ModelError, QuantizationError, TargetError
 from lownibble.lora import lora_layers, remove_adapter
 from lownibble.lora.init import KAIMING_NORM, find, leading
 from lownibble.lora.provenance import from_metadata
-from lownibble.lora.targets import CORRECT, KEEP_THEIR_START, LOOK_AT_INPUTS
 from lownibble.models.info import info
 from lownibble.planning.calibrated import STARTS
 from lownibble.quant import QuantLinear, is_linear

@@ -22,11 +22,22 @@ from lownibble.config.commands import (
     RunConfig,
     ServeConfig,
 )
-from lownibble.config.groups import FIXED, PER_LAYER, DataConfig, LoraConfig, QuantConfig, TrainConfig
+from lownibble.config.groups import (
+    CORRECT,
+    FIXED,
+    KEEP_THEIR_START,
+    LOOK_AT_INPUTS,
+    PER_LAYER,
+    DataConfig,
+    LoraConfig,
+    QuantConfig,
+    TrainConfig,
+)
 from lownibble.config.methods import METHODS, Method, MethodSpec, NamedMethod, method_named
 
 __all__ = [
-    "COMPARE_TRAIN", "FIXED", "FOR_ADAPTERS", "METHODS", "PACKED", "PER_LAYER", "CompareConfig", "Data", "DataConfig",
+    "COMPARE_TRAIN", "CORRECT", "FIXED", "FOR_ADAPTERS", "KEEP_THEIR_START", "LOOK_AT_INPUTS", "METHODS", "PACKED", "PER_LAYER",
+    "CompareConfig", "Data", "DataConfig",
     "EvalConfig", "ExportConfig", "LoraConfig", "MergeConfig", "Method", "MethodSpec", "NamedMethod", "PlanConfig",
     "QuantConfig", "QuantizeConfig", "RowsConfig", "RunConfig", "ServeConfig", "TrainConfig", "method_named",
 ]  # fmt: skip

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 from annotated_types import Ge, Gt, Le, Lt
 from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
-from lownibble.config.groups import PER_LAYER, DataConfig, LoraConfig, QuantConfig, TrainConfig
+from lownibble.config.groups import CORRECT, KEEP_THEIR_START, PER_LAYER, DataConfig, LoraConfig, QuantConfig, TrainConfig
 from lownibble.config.methods import Method, method_named
 from lownibble.errors import ConfigError
 from lownibble.options import Known, Options, is_a_size
@@ -48,8 +48,6 @@ FOR_ADAPTERS = "The 'loraplus_lr_ratio' of TrainConfig is for adapters. Got {}. 
 def _check_merge_aware(config: RunConfig | PlanConfig) -> None:
     if not config.merge_aware:
         return
-    from lownibble.lora.targets import CORRECT, KEEP_THEIR_START
-
     compute, dropout, start = config.quant.compute, config.lora.lora_dropout, config.lora.init_lora_weights
     changes_base = start != "auto" and start in (*CORRECT, *KEEP_THEIR_START)
     packs = "is of several" if config.method == "all" else "packs nothing"

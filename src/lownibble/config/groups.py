@@ -22,6 +22,15 @@ PER_LAYER = ("quant_type", "block_size", "double_quant")
 FIXED: dict[str, dict[str, Any]] = {"mxfp4": {"block_size": 32, "double_quant": False}}
 """Codec -> options that its format fixes. Their defaults, meant for other codecs, are replaced; other values are refused."""
 
+LOOK_AT_INPUTS = ("auto", "eva", "qera", "qera_approx")
+"""Initialisations that a calibration pass is run for."""
+
+CORRECT = ("auto", "loftq", "qera", "qera_approx")
+"""Initialisations that start at what packing lost; on a dense base they start as kaiming, without a pass."""
+
+KEEP_THEIR_START = ("pissa", "olora")
+"""Initialisations that take their start out of the base; A and B at the start are kept, to be taken out of other bases, too."""
+
 
 def _digits_are_a_number(value: Any) -> Any:
     return int(value) if isinstance(value, str) and value.isdecimal() else value

@@ -17,15 +17,6 @@ from lownibble.matching import by_pattern, check_patterns, fits, names
 
 _LAYER_INDEX = re.compile(r".*?\.[^.]*\.(?P<index>\d+)\.")
 
-LOOK_AT_INPUTS = ("auto", "eva", "qera", "qera_approx")
-"""Initialisations that a calibration pass is run for."""
-
-CORRECT = ("auto", "loftq", "qera", "qera_approx")
-"""Initialisations that start at what packing lost; on a dense base they start as kaiming, without a pass."""
-
-KEEP_THEIR_START = ("pissa", "olora")
-"""Initialisations that take their start out of the base; A and B at the start are kept, to be taken out of other bases, too."""
-
 
 def candidates(linears: Collection[str]) -> str:
     """The distinct last names of linear modules, for error messages."""

@@ -17,7 +17,7 @@ from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 from lownibble.arch import Linear, ModelShape, paths
-from lownibble.config import LoraConfig, QuantConfig, TrainConfig
+from lownibble.config import CORRECT, KEEP_THEIR_START, LOOK_AT_INPUTS, LoraConfig, QuantConfig, TrainConfig
 from lownibble.config import Method as MethodName
 from lownibble.errors import ConfigError, InputError, TargetError
 from lownibble.lora import targets
@@ -173,7 +173,7 @@ def plan_memory(
         tape = run_step(shape, ways, run, batch, checkpointing=train.gradient_checkpointing, passes=passes)
     else:
         tape = step(method, run, batch, train.gradient_checkpointing, passes)
-    if method != "full" and lora.init_lora_weights in targets.KEEP_THEIR_START:
+    if method != "full" and lora.init_lora_weights in KEEP_THEIR_START:
         tape.hold([n * each for n, each in trained], "adapters")
     tape.hold(state_bytes(trained, train), "optimizer")
     found = _read(tape, passes, shape, device, sum(n for n, _ in trained))
@@ -188,7 +188,7 @@ def plan_memory(
 
 def needs_pass(method: MethodName, init: str) -> bool:
     """Whether a calibration pass is run for an initialisation; what corrects a packed base needs none on a dense one."""
-    return init in targets.LOOK_AT_INPUTS and (method == "qlora" or (method == "lora" and init not in targets.CORRECT))
+    return init in LOOK_AT_INPUTS and (method == "qlora" or (method == "lora" and init not in CORRECT))
 
 
 def _largest(train: TrainConfig) -> Batch:
