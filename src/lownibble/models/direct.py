@@ -2,9 +2,10 @@
 without bias; weights that RWKV scales and Gemma 3n clamps.
 
 Such a weight must stay a dense tensor; and where the layer is never called besides, an adapter on it has no effect. Which ones
-they are is found out by two forward passes, in evaluation and in training, over a copy of the model on fake tensors (no values, no
-memory): an operation that gets a layer's weight outside of the layer's own forward pass reads it directly. So no list of names or architectures is kept. Rejected: searching the source of the model's
-classes (it names fast paths that are not taken, as Mamba 2's out_proj, which would stay dense for nothing).
+they are is found out by two forward passes, in evaluation and in training, over a copy of the model on fake tensors (no values,
+no memory): an operation that gets a layer's weight outside of the layer's own forward pass reads it directly. So no list of
+names or architectures is kept. Rejected: searching the source of the model's classes (it names fast paths that are not taken,
+as Mamba 2's out_proj, which would stay dense for nothing).
 """
 
 from __future__ import annotations
