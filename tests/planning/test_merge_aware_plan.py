@@ -12,7 +12,8 @@ from lownibble.lora import add_lora
 from lownibble.lora.inject import match_targets
 from lownibble.lora.merge_aware import held_as
 from lownibble.models.info import info
-from lownibble.models.load import empty_model, quantizable
+from lownibble.models.load import quantizable
+from lownibble.models.skeleton import empty_model
 from lownibble.planning import hardware, plan
 from lownibble.planning.memory import merge_aware, plan_memory
 from lownibble.planning.step import Batch

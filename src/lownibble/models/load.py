@@ -10,19 +10,14 @@ missing ones); the plug-in exists besides this loader, for users of transformers
 
 from __future__ import annotations
 
-import json
 import warnings
 from collections.abc import Iterable, Mapping
 from functools import partial
-from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
-from accelerate import init_empty_weights
-from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer, GenerationConfig
+from transformers import AutoTokenizer
 
 from lownibble import stored
 from lownibble.config import QuantConfig
@@ -31,8 +26,10 @@ from lownibble.matching import is_part
 from lownibble.models import compute
 from lownibble.models.checkpoint import Checkpoint
 from lownibble.models.conversion import ModelTensors, dtype_of, untie
+from lownibble.models.dense_origin import DenseOrigin, read_dense, transposed_layers
 from lownibble.models.direct import left_dense
 from lownibble.models.info import info
+from lownibble.models.skeleton import empty_model, reason, skeleton
 from lownibble.models.sources import ModelSource, resolve
 from lownibble.quant import PackedWeight, QuantLinear, eightbit, is_linear, is_transposed, layouts, matrix, quantize
 from lownibble.registry import CODECS
@@ -98,7 +95,7 @@ def load(
     target_dtype = pick_dtype(dtype, target_device)
     empty = skeleton(source, target_dtype)
     tensors = ModelTensors(empty, Checkpoint(source))
-    turned = _transposed(empty)
+    turned = transposed_layers(empty)
     _fill(empty, tensors, config, target_device, target_dtype)
     compute.decide(empty)
     empty.config._name_or_path = source.name
@@ -107,9 +104,9 @@ def load(
         info(empty).base["stored_as"] = stored_as
         _tell(tensors, stored_as, config, target_dtype)
     if config is not None and not tensors.packed:
-        info(empty).read_dense = partial(_read_dense, tensors, turned)
+        info(empty).read_dense = partial(read_dense, tensors, turned)
     elif origin := stored.read_json(source.folder / "config.json").get(stored.ORIGIN):
-        info(empty).read_dense = _DenseOrigin(origin, source.name)
+        info(empty).read_dense = DenseOrigin(origin, source.name)
     return empty.eval(), load_tokenizer(source)
 
 
@@ -132,121 +129,15 @@ def _tell(tensors: ModelTensors, stored_as: str, config: QuantConfig | None, dty
         warnings.warn(f"'{tensors.checkpoint.name}' is stored as {stored_as}: {'; '.join(said)}.", stacklevel=3)
 
 
-def _transposed(model: nn.Module) -> set[str]:
-    """Paths of linear layers that keep their weight as (in, out)."""
-    return {path for path, module in model.named_modules() if is_transposed(module)}
-
-
-def _read_dense(tensors: ModelTensors, turned: set[str], path: str) -> Tensor:
-    weight = tensors.read(f"{path}.weight").float()
-    return weight.t() if path in turned else weight
-
-
-def has_dense(source: ModelSource) -> bool:
-    """Whether a model's dense weights can be read: its own, or those of the model that its packed checkpoint was made from."""
-    if not stored.of_folder(source.folder):
-        return True
-    origin = stored.read_json(source.folder / "config.json").get(stored.ORIGIN)
-    if not origin:
-        return False
-    try:
-        _DenseOrigin(origin, source.name).open()
-    except ModelError:
-        return False
-    return True
-
-
-class _DenseOrigin:
-    """Reads dense weights of a packed checkpoint from the model that it was made from, which is opened on first use."""
-
-    def __init__(self, origin: Mapping[str, Any], name: str) -> None:
-        self._origin, self._name = origin, name
-        self._tensors: ModelTensors | None = None
-
-    def __call__(self, path: str) -> Tensor:
-        """The weight (out, in) in float32 of the layer at `path`.
-
-        Raises:
-            ModelError: the model is not there, or it has other weights.
-        """
-        if self._tensors is None:
-            self._tensors = self.open()
-        return _read_dense(self._tensors, _transposed(self._tensors.model), path)
-
-    def open(self) -> ModelTensors:
-        """The dense model's tensors. Raises as a call."""
-        wanted = str(self._origin.get("model"))
-        try:
-            source = resolve(wanted, self._origin.get("revision"))
-            tensors = ModelTensors(skeleton(source, torch.float32), Checkpoint(source))
-        except (ModelError, OSError) as error:
-            raise ModelError(
-                f"The dense weights that '{self._name}' was made from, '{wanted}', are needed and cannot be read: {error} Put "
-                "them there, or use init_lora_weights=True."
-            ) from None
-        if tensors.checkpoint.digest() != self._origin.get("digest"):
-            raise ModelError(
-                f"'{wanted}' is not what '{self._name}' was made from: its weights are others. Put the right ones there, or use "
-                "init_lora_weights=True."
-            )
-        return tensors
-
-
 def load_tokenizer(source: ModelSource) -> Any:
     """The tokenizer of a model folder; a missing pad token becomes the end-of-sequence token (masked by position, not by id)."""
     try:
         tokenizer = AutoTokenizer.from_pretrained(source.folder, trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:
-        raise ModelError(f"'{source.name}' has no usable tokenizer: {_reason(error)}") from None
+        raise ModelError(f"'{source.name}' has no usable tokenizer: {reason(error)}") from None
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
-
-
-def skeleton(source: ModelSource, dtype: torch.dtype) -> Any:
-    """The model on the meta device, weights tied, buffers real."""
-    try:
-        config = AutoConfig.from_pretrained(source.folder, trust_remote_code=False)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, StrictDataclassError) as error:
-        raise ModelError(f"'{source.name}': config.json cannot be used: {_reason(error)}") from None
-    stored.check(stored.of_folder(source.folder), source.name)
-    for part in (config, getattr(config, "text_config", None)):
-        vars(part or config).pop("quantization_config", None)
-    try:
-        with init_empty_weights(include_buffers=False):
-            model = _auto(config).from_config(config, dtype=dtype, trust_remote_code=False)
-    except ValueError as error:
-        raise ModelError(f"'{source.name}' is not a language model transformers knows: {_reason(error)}") from None
-    model.tie_weights()
-    if (source.folder / "generation_config.json").is_file():
-        try:
-            model.generation_config = GenerationConfig.from_pretrained(source.folder)
-        except (OSError, ValueError, TypeError) as error:
-            raise ModelError(f"'{source.name}': generation_config.json cannot be used: {_reason(error)}") from None
-    return model
-
-
-def _auto(config: Any) -> Any:
-    """transformers' class for language models of this kind."""
-    return AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
-
-
-def empty_model(config: Mapping[str, Any], dtype: torch.dtype) -> Any:
-    """The model of the contents of a config.json, on the meta device, weights tied, buffers real.
-
-    Raises:
-        ModelError: transformers does not support it.
-    """
-    try:
-        with TemporaryDirectory() as folder:  # transformers' reader, which knows infinities written as text
-            (Path(folder) / "config.json").write_text(json.dumps({k: v for k, v in config.items() if k not in stored.KEYS}))
-            wanted = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-        with init_empty_weights(include_buffers=False):
-            model = _auto(wanted).from_config(wanted, dtype=dtype, trust_remote_code=False)
-    except (OSError, ValueError, TypeError, AttributeError, KeyError, StrictDataclassError) as error:
-        raise ModelError(f"This configuration is of no language model transformers knows: {_reason(error)}") from None
-    model.tie_weights()
-    return model
 
 
 def uninitialised(config: Mapping[str, Any], quant: QuantConfig | None, dtype: torch.dtype) -> Any:
@@ -270,12 +161,6 @@ def uninitialised(config: Mapping[str, Any], quant: QuantConfig | None, dtype: t
     for key, buffer in list(model.named_buffers()):
         _set_tensor(model, key, torch.empty(buffer.shape, dtype=buffer.dtype))
     return model
-
-
-def _reason(error: Exception) -> str:
-    """An error of transformers on one line: its first sentence or what follows a heading."""
-    first, *rest = str(error).splitlines() or [type(error).__name__]
-    return f"{first} {rest[0].strip()}" if first.endswith(":") and rest else first
 
 
 def tied_aliases(model: nn.Module) -> set[str]:

@@ -102,7 +102,7 @@ class _Built:
         import torch
 
         from lownibble.lora import add_lora
-        from lownibble.models.load import empty_model
+        from lownibble.models.skeleton import empty_model
         from lownibble.quant import is_linear, matrix
 
         try:

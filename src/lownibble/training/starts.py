@@ -15,7 +15,7 @@ import torch
 
 from lownibble.config import RunConfig
 from lownibble.models import ModelSource, resolve, skeleton
-from lownibble.models.load import has_dense
+from lownibble.models.dense_origin import has_dense
 
 WIDTH = 576
 RATES = {"qera": 5e-4, True: 2e-3}
