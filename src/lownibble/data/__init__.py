@@ -9,6 +9,7 @@ from lownibble.data.batches import (
     encoder_ids,
     epoch_batches,
     flatten,
+    label_places,
     split_pair,
 )
 from lownibble.data.choices import Choice, choices
@@ -33,6 +34,7 @@ __all__ = [
     "encoder_ids",
     "epoch_batches",
     "flatten",
+    "label_places",
     "load",
     "prompts",
     "read",

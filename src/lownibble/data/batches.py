@@ -15,11 +15,12 @@ import random
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from lownibble.data.packing import pack, packed_batches
 from lownibble.data.template import Example
 from lownibble.errors import DataError
+from lownibble.transfers import to_device
 
 if TYPE_CHECKING:
     import torch
@@ -37,6 +38,9 @@ class Batch:
     `labels` are unshifted, with -100 where there is no loss, as transformers' models expect. `segments` are the lengths of
     packed examples (then B is 1 and T their sum), or None. For an encoder-decoder model, `source_ids` and `source_mask` (B, S)
     are the encoder's input and the other tensors the decoder's, which begins with the decoder start token.
+
+    `to` sets what only the host can know without waiting for the device: `padded`, whether there is padding, and `places`, the
+    label places (see `label_places`).
     """
 
     input_ids: torch.Tensor
@@ -45,6 +49,23 @@ class Batch:
     segments: tuple[int, ...] | None = None
     source_ids: torch.Tensor | None = None
     source_mask: torch.Tensor | None = None
+    padded: bool | None = None
+    places: tuple[torch.Tensor, torch.Tensor] | None = None
+
+    @property
+    def is_padded(self) -> bool:
+        """Whether the batch has padding."""
+        return not bool(self.attention_mask.all()) if self.padded is None else self.padded
+
+    @property
+    def mask(self) -> torch.Tensor | None:
+        """The attention mask that the model needs: none for a decoder's rows without padding."""
+        return self.attention_mask if self.is_padded or self.source_mask is not None else None
+
+    @property
+    def label_places(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """The batch's `label_places`."""
+        return label_places(self.labels) if self.places is None else self.places
 
     @property
     def source(self) -> tuple[torch.Tensor, torch.Tensor] | None:
@@ -72,9 +93,19 @@ class Batch:
         return int((self.labels[:, 1:] != IGNORE).sum())
 
     def to(self, device: torch.device | str) -> Batch:
-        """Move the batch to a device."""
+        """Move the batch to a device, without waiting for it."""
         held = {name: getattr(self, name) for name in ("input_ids", "attention_mask", "labels", "source_ids", "source_mask")}
-        return replace(self, **{name: tensor.to(device) for name, tensor in held.items() if tensor is not None})
+        moved: dict[str, Any] = {name: to_device(tensor, device) for name, tensor in held.items() if tensor is not None}
+        places, labels = self.label_places
+        return replace(self, **moved, padded=self.is_padded, places=(to_device(places, device), to_device(labels, device)))
+
+
+def label_places(labels_BT: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """(L,) indices into the flattened (B, T) of positions whose next token is a label, and (L,) those labels."""
+    targets_BT = labels_BT[:, 1:]
+    is_label_BT = targets_BT != IGNORE
+    row_L, column_L = is_label_BT.nonzero(as_tuple=True)
+    return row_L * labels_BT.shape[1] + column_L, targets_BT[is_label_BT]
 
 
 def collate(examples: Sequence[Example], pad_token_id: int) -> Batch:

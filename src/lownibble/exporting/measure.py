@@ -30,7 +30,6 @@ from lownibble.exporting.weights import Change, Tell, Weights, as_float, unchang
 from lownibble.memory.usage import trim_heap
 from lownibble.models.head import Head, hidden_states
 from lownibble.quant import PackedWeight
-from lownibble.training.loss import label_places
 from lownibble.training.microbatches import Collate
 
 LIVE, BASE = "live", "base"
@@ -69,7 +68,7 @@ def measure(weights: Weights, rows: list[Example], collate: Collate, tell: Tell)
         tell("measuring", number, len(models_of))
         hidden[name] = _hidden(weights, batch, tensors)
     tell("measuring", len(models_of), len(models_of))
-    places_L, _ = label_places(batch.labels)
+    places_L, _ = batch.label_places
     all_L, targets_L = _places(batch)
     is_label_L = torch.isin(all_L, places_L)
     found = {
@@ -92,7 +91,7 @@ def measure(weights: Weights, rows: list[Example], collate: Collate, tell: Tell)
 def _places(batch: Batch) -> tuple[Tensor, Tensor]:
     """(L,) flattened positions in the decoder's rows whose next token is not padding, and (L,) those next tokens."""
     if batch.source is not None:  # an encoder-decoder's rows are labels only
-        return label_places(batch.labels)
+        return batch.label_places
     ids_BT, mask_BT = batch.input_ids, batch.attention_mask.bool()
     row_L, column_L = (mask_BT[:, :-1] & mask_BT[:, 1:]).nonzero(as_tuple=True)
     return row_L * ids_BT.shape[1] + column_L, ids_BT[:, 1:][row_L, column_L]
@@ -160,7 +159,7 @@ def _hidden(weights: Weights, batch: Batch, tensors: _Live) -> Tensor:
     model = weights.model.eval()
     attach_align_device_hook(model, execution_device=torch.device("cpu"), offload=True, weights_map=tensors)
     try:
-        hidden_BTH = hidden_states(model, batch.input_ids, batch.attention_mask, source=batch.source)
+        hidden_BTH = hidden_states(model, batch.input_ids, batch.mask, source=batch.source)
     finally:
         remove_hook_from_submodules(model)
     return hidden_BTH.flatten(0, 1)

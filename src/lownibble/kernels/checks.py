@@ -62,6 +62,15 @@ def check_weight_8bit(shape: torch.Size, block_size: int) -> None:
         )
 
 
+def check_library_8bit(shape: torch.Size) -> None:
+    """Require sizes that the 8-bit products of cuBLAS take in both directions."""
+    if shape[0] % 16:
+        raise InputError(
+            f"8-bit products on CUDA take weights whose number of rows is a multiple of 16. Got {shape[0]} x {shape[1]}. Use "
+            "compute='exact'."
+        )
+
+
 def check_grouped(weight: Grouped, device: torch.device) -> None:
     """Check the tensors of a grouped weight."""
     n, K, size = weight.shape.numel(), weight.shape[-1], weight.group_size

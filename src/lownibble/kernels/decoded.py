@@ -68,10 +68,21 @@ def matmul(decode: Callable[[Tensor], Tensor], shape: torch.Size, x_TC: Tensor, 
 
 
 def matmul_dense(x_TC: Tensor, weight_NK: Tensor, transposed: bool, epilogue: Epilogue) -> Tensor:
-    """`x @ W.T` or, transposed, `x @ W`, plus `epilogue`, by torch; in x's dtype."""
-    factor_CM = weight_NK if transposed else weight_NK.t()
-    out = x_TC @ factor_CM if epilogue.bias is None else torch.addmm(epilogue.bias.to(x_TC.dtype), x_TC, factor_CM)
-    return add_low_rank(out, epilogue)
+    """`x @ W.T` or, transposed, `x @ W`, plus `epilogue`, by torch; in x's dtype.
+
+    The low-rank term is written first and the large product added to it, which reads it while it multiplies; the other way
+    round is one more pass over the output.
+    """
+    factor_CM, dtype = weight_NK if transposed else weight_NK.t(), x_TC.dtype
+    bias = None if epilogue.bias is None else epilogue.bias.to(dtype)
+    if epilogue.low is None or epilogue.factor is None:
+        return x_TC @ factor_CM if bias is None else torch.addmm(bias, x_TC, factor_CM)
+    low, factor = epilogue.low.to(dtype), epilogue.factor.to(dtype)
+    if bias is None:
+        out = x_TC.new_empty(len(x_TC), factor.shape[1]).addmm_(low, factor, beta=0, alpha=epilogue.scale)
+    else:
+        out = torch.addmm(bias, low, factor, alpha=epilogue.scale)
+    return out.addmm_(x_TC, factor_CM)
 
 
 def add_low_rank(out: Tensor, epilogue: Epilogue) -> Tensor:

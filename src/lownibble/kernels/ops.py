@@ -27,11 +27,12 @@ from lownibble.kernels.types import Epilogue, FourBit, Grouped, Rows8bit, Scaled
 class Backend(Protocol):
     """Interface of a backend module. Tensors are contiguous and share one device.
 
-    device_types: the device types it runs on; None means any.
+    device_types: the device types it runs on; None means any. row_part: columns that share a scale in 8-bit rows; None: a row.
     """
 
     name: str
     device_types: tuple[str, ...] | None
+    row_part: int | None
 
     def quantize_4bit(self, x: Tensor, bounds: Tensor, order: Tensor, block_size: int) -> tuple[Tensor, Tensor]: ...
 
@@ -63,7 +64,9 @@ class Backend(Protocol):
         self, x_TC: Tensor, column_scale: Tensor | None = None, code_type: torch.dtype = torch.int8
     ) -> Rows8bit: ...
 
-    def matmul_8bit(self, x: Rows8bit, weight: FourBit, row_scale: Tensor, transposed: bool, epilogue: Epilogue) -> Tensor: ...
+    def matmul_8bit(
+        self, x: Rows8bit, weight: FourBit, row_scale: Tensor, transposed: bool, epilogue: Epilogue, dtype: torch.dtype
+    ) -> Tensor: ...
 
     def matmul_8bit_dense(self, x: Rows8bit, weight_NK: Tensor, row_scale: Tensor, transposed: bool, out: Tensor) -> Tensor: ...
 
@@ -290,33 +293,38 @@ def row_scales(weight: FourBit, code_type: torch.dtype = torch.int8) -> Tensor:
 
 
 def quantize_rows(x_TC: Tensor, column_scale: Tensor | None = None, code_type: torch.dtype = torch.int8) -> Rows8bit:
-    """Quantise `x_TC * column_scale` to 8 bits: per row and 64 columns, the largest magnitude becomes `LARGEST_CODE[code_type]`.
+    """Quantise `x_TC * column_scale` to 8 bits: per row and `row_part` columns of the backend (64, or whole rows on CUDA), the
+    largest magnitude becomes `LARGEST_CODE[code_type]`.
 
     Rounds to the nearest code, ties to even. A part with a NaN or infinite value gets a non-finite scale, and no product with
     its row is finite.
 
     Args:
-        x_TC: (T, C) float32, contiguous.
+        x_TC: (T, C) float32, bfloat16 or float16, contiguous.
         column_scale: (C,) float32.
         code_type: int8 or float8_e4m3fn.
     """
     return _for(x_TC).quantize_rows(x_TC, column_scale, code_type)
 
 
-def matmul_8bit(x: Rows8bit, weight: FourBit, row_scale: Tensor, transposed: bool, epilogue: Epilogue) -> Tensor:
-    """Matmul of the 8-bit codes of `x` and of W (N, K), both of the same dtype, plus `epilogue`; float32.
+def matmul_8bit(
+    x: Rows8bit, weight: FourBit, row_scale: Tensor, transposed: bool, epilogue: Epilogue, dtype: torch.dtype = torch.float32
+) -> Tensor:
+    """Matmul of the 8-bit codes of `x` and of W (N, K), both of the same dtype, plus `epilogue`; in `dtype`.
 
-    `epilogue` is float32. W is quantised to codes of x's dtype, `q[n, k] = round(W[n, k] / row_scale[n])`. Forward, x (T, K):
-    (T, N) is `row_scale[n] * sum_k x.scale[t, k // 64] x.code[t, k] q[n, k]`. Transposed, x (T, N) with `row_scale` multiplied
-    into it: (T, K) is `sum_n x.scale[t, n // 64] x.code[t, n] q[n, k]`. Within a part, int8 products are summed exactly in 32
-    bits, float8 products in the precision of the device's units; parts are summed in float32.
+    W is quantised to codes of x's dtype, `q[n, k] = round(W[n, k] / row_scale[n])`. Forward, x (T, K):
+    (T, N) is `row_scale[n] * sum_k x.scale[t, k // part] x.code[t, k] q[n, k]`. Transposed, x (T, N) with `row_scale` multiplied
+    into it: (T, K) is `sum_n x.scale[t, n // part] x.code[t, n] q[n, k]`. Within a part, int8 products are summed exactly in 32
+    bits, float8 products in the precision of the device's units; parts are summed in float32. A product of whole rows is rounded
+    to `dtype` (float8's to bfloat16 first) before the low-rank branch is added.
 
     Args:
         x: from `quantize_rows` of the same backend.
         weight: K is a multiple of 64, the block size of 32.
         row_scale: (N,) from `row_scales` for the dtype of x's codes.
+        epilogue: its tensors are float32 or of `dtype`.
     """
-    return _for(weight.codes).matmul_8bit(x, weight, row_scale, transposed, epilogue)
+    return _for(weight.codes).matmul_8bit(x, weight, row_scale, transposed, epilogue, dtype)
 
 
 def matmul_8bit_dense(x: Rows8bit, weight_NK: Tensor, row_scale: Tensor, transposed: bool, out: Tensor) -> Tensor:

@@ -27,6 +27,7 @@ from lownibble.kernels.types import LARGEST_CODE, PART, Epilogue, FourBit, Group
 
 name = "reference"
 device_types = None  # any
+row_part: int | None = PART
 
 _TINY = 1e-38  # bitsandbytes' floor for the scale of an all-zero block
 
@@ -175,20 +176,23 @@ def row_scales(weight: FourBit, code_type: torch.dtype = torch.int8) -> Tensor:
     return (sizes.amax(dim=1) if sizes.numel() else sizes.new_zeros(weight.shape[0])) / LARGEST_CODE[code_type]
 
 
-def quantize_rows(x_TC: Tensor, column_scale: Tensor | None = None, code_type: torch.dtype = torch.int8) -> Rows8bit:
+def quantize_rows(
+    x_TC: Tensor, column_scale: Tensor | None = None, code_type: torch.dtype = torch.int8, part: int | None = PART
+) -> Rows8bit:
+    x_TC = x_TC.float()
     scaled = x_TC if column_scale is None else x_TC * column_scale
-    (T, C), top = x_TC.shape, LARGEST_CODE[code_type]
-    parts_TPG = torch.nn.functional.pad(scaled, (0, -C % PART)).view(T, -(-C // PART), PART)
+    (T, C), top, width = x_TC.shape, LARGEST_CODE[code_type], part or max(1, x_TC.shape[1])
+    parts_TPG = torch.nn.functional.pad(scaled, (0, -C % width)).view(T, -(-C // width), width)
     largest = parts_TPG.abs().amax(dim=2)
     factor = torch.where(largest > 0, torch.full_like(largest, top) / largest, 0.0)  # a number / tensor would round twice
     scaled_TPG = (parts_TPG * factor.unsqueeze(2)).nan_to_num(nan=0.0).clamp(-top, top)  # the factor of a tiny part is infinite
     codes = _codes(scaled_TPG, code_type)
-    n_codes, n_scales = row_sizes(T, C)
+    n_codes, n_scales = row_sizes(T, C, part)
     padded = (n_codes - T * C, n_scales - largest.numel())
     flat_codes, flat_scale = codes.flatten(1)[:, :C].flatten(), (largest / top).flatten()
     return Rows8bit(
         torch.nn.functional.pad(flat_codes, (0, padded[0])), torch.nn.functional.pad(flat_scale, (0, padded[1])),
-        flat_scale.new_zeros(n_scales, dtype=torch.int32), T, C,
+        flat_scale.new_zeros(n_scales if part else 0, dtype=torch.int32), T, C, part,
     )  # fmt: skip
 
 
@@ -198,24 +202,27 @@ def _steps(row_scale: Tensor) -> Tensor:
 
 def _multiply(x: Rows8bit, q_NK: Tensor, row_scale: Tensor, transposed: bool) -> Tensor:
     """Multiply 8-bit codes and apply the scales; float32."""
-    T, C, n_parts = x.rows, x.columns, -(-x.columns // PART)
+    width = x.part or max(1, x.columns)
+    T, C, n_parts = x.rows, x.columns, -(-x.columns // width)
     codes_TC, scale_TP = x.codes[: T * C].view(T, C).double(), x.scale[: T * n_parts].view(T, n_parts)
     q_CM = (q_NK if transposed else q_NK.t()).double()  # sums of codes are exact in float64
     out = row_scale.new_zeros(T, q_CM.shape[1])
     for part in range(n_parts):
-        terms = slice(part * PART, (part + 1) * PART)
+        terms = slice(part * width, (part + 1) * width)
         out += (codes_TC[:, terms] @ q_CM[terms]).float() * scale_TP[:, part : part + 1]
     return out if transposed else out * row_scale
 
 
-def matmul_8bit(x: Rows8bit, weight: FourBit, row_scale: Tensor, transposed: bool, epilogue: Epilogue) -> Tensor:
+def matmul_8bit(
+    x: Rows8bit, weight: FourBit, row_scale: Tensor, transposed: bool, epilogue: Epilogue, dtype: torch.dtype = torch.float32
+) -> Tensor:
     scaled = _values(weight) * (_constants(weight) * _steps(row_scale))
     out = _multiply(x, _codes(scaled, x.codes.dtype), row_scale, transposed)
     if epilogue.bias is not None:
-        out = out + epilogue.bias
+        out = out + epilogue.bias.float()
     if epilogue.low is not None and epilogue.factor is not None:
-        out = out + epilogue.low @ (epilogue.factor * epilogue.scale)
-    return out
+        out = out + epilogue.low.float() @ (epilogue.factor.float() * epilogue.scale)
+    return out.to(dtype)
 
 
 def matmul_8bit_dense(x: Rows8bit, weight_NK: Tensor, row_scale: Tensor, transposed: bool, out: Tensor) -> Tensor:

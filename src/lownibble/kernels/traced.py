@@ -14,7 +14,10 @@ from torch import Tensor
 
 from lownibble.kernels import decoded, plain
 from lownibble.kernels.decoder import DecoderLayers, Segment, Step
-from lownibble.kernels.types import Epilogue, FourBit, Grouped, Rows8bit, Scaled8bit, row_sizes
+from lownibble.kernels.types import PART, Epilogue, FourBit, Grouped, Rows8bit, Scaled8bit, row_sizes
+
+_PRODUCTS = {torch.int8: torch.int32, torch.float8_e4m3fn: torch.bfloat16}
+"""Dtype of the codes -> what the vendor's product of them comes in."""
 
 
 class Traced:
@@ -28,9 +31,11 @@ class Traced:
 
     name = "traced"
     device_types: tuple[str, ...] | None = None
+    row_part: int | None
 
     def __init__(self, *, fused: bool, attention: bool, softmax: bool) -> None:
         self._fused, self._attention, self._softmax = fused, attention, softmax
+        self.row_part = PART if fused else None
 
     def quantize_4bit(self, x: Tensor, bounds: Tensor, order: Tensor, block_size: int) -> tuple[Tensor, Tensor]:
         """As `ops.quantize_4bit`."""
@@ -91,15 +96,23 @@ class Traced:
         self, x_TC: Tensor, column_scale: Tensor | None = None, code_type: torch.dtype = torch.int8
     ) -> Rows8bit:  # fmt: skip
         """As `ops.quantize_rows`."""
-        n_codes, n_scales = row_sizes(*x_TC.shape)
-        codes = x_TC.new_empty(n_codes, dtype=code_type)
-        scale, start = x_TC.new_empty(n_scales), x_TC.new_empty(n_scales, dtype=torch.int32)
-        return Rows8bit(codes, scale, start, *x_TC.shape)
+        if self.row_part is not None:
+            x_TC = x_TC.float()
+        n_codes, n_scales = row_sizes(len(x_TC), x_TC.shape[1], self.row_part)
+        codes, scale = x_TC.new_empty(n_codes, dtype=code_type), x_TC.new_empty(n_scales, dtype=torch.float32)
+        start = x_TC.new_empty(n_scales if self.row_part else 0, dtype=torch.int32)
+        return Rows8bit(codes, scale, start, len(x_TC), x_TC.shape[1], self.row_part)
 
-    def matmul_8bit(self, x: Rows8bit, weight: FourBit, row_scale: Tensor, transposed: bool, epilogue: Epilogue) -> Tensor:
+    def matmul_8bit(
+        self, x: Rows8bit, weight: FourBit, row_scale: Tensor, transposed: bool, epilogue: Epilogue, dtype: torch.dtype
+    ) -> Tensor:
         """As `ops.matmul_8bit`."""
         columns = weight.shape[1] if transposed else weight.shape[0]
-        return weight.codes.new_empty((x.rows, columns), dtype=torch.float32)
+        if self.row_part is not None:
+            return weight.codes.new_empty((x.rows, columns), dtype=torch.float32).to(dtype)
+        decoded.scratch(weight.shape, x.codes.dtype, weight.codes.device)
+        sums = weight.codes.new_empty((x.rows, columns), dtype=_PRODUCTS[x.codes.dtype])
+        return decoded.add_low_rank(sums if sums.dtype == dtype else torch.empty_like(sums, dtype=dtype), epilogue)
 
     def matmul_8bit_dense(
         self, x: Rows8bit, weight_NK: Tensor, row_scale: Tensor, transposed: bool, out: Tensor

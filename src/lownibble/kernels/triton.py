@@ -9,7 +9,7 @@ stream of the tensors' device and are asynchronous.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -27,6 +27,7 @@ from lownibble.kernels.checks import (
     check_block_size,
     check_float,
     check_grouped,
+    check_library_8bit,
     check_tensor,
     check_unordered,
     check_weight,
@@ -38,7 +39,7 @@ from lownibble.kernels.plain import low_rank as low_rank
 from lownibble.kernels.plain import low_rank_backward as low_rank_backward
 from lownibble.kernels.plain import matmul_dense as matmul_dense
 from lownibble.kernels.plain import softmax_rows as softmax_rows
-from lownibble.kernels.types import LARGEST_CODE, PART, Epilogue, FourBit, Grouped, Rows8bit, Scaled8bit, row_sizes
+from lownibble.kernels.types import LARGEST_CODE, Epilogue, FourBit, Grouped, Rows8bit, Scaled8bit, row_sizes
 
 name = "triton"
 
@@ -48,14 +49,19 @@ GROUPED_TILE = 1024
 """Codes of a grouped weight per program."""
 GEMV_COLUMNS, GEMV_TILE, GEMV_ROWS = 512, 2048, 4
 """Matrix-vector product: columns per iteration, weight elements per iteration, and rows of x per program."""
-MATMUL_ROWS, MATMUL_ROWS_A_WARP = 128, 16
-"""8-bit matmul: rows of x per program (half as many if x has no more), and rows per warp."""
+ROW_TILE = 2048
+"""Columns of a row that a program quantises or scales at a time."""
+DECODE_TILE = {False: (16, 256), True: (64, 64)}
+"""8-bit codes of a weight per program (rows, columns), as rows and transposed: both write runs of at least 64 bytes."""
+SMALLEST_INT8_ROWS = 32
+"""cuBLAS's integer product takes more than 16 rows."""
 _interpreted = isinstance(jit.dequantize_4bit, InterpretedFunction)
 if _interpreted != isinstance(tl.interleave, InterpretedFunction):
     raise BackendError(
         "TRITON_INTERPRET was set or unset after triton had been imported. Set it before Python starts, or leave it unset."
     )
 device_types = ("cpu", "cuda") if _interpreted else ("cuda",)
+row_part = None
 
 
 def _launch(kernel: Any, programs: int, *arguments: Any, **constants: float) -> None:
@@ -216,47 +222,92 @@ def row_scales(weight: FourBit, code_type: torch.dtype = torch.int8) -> Tensor:
 
 
 def quantize_rows(x_TC: Tensor, column_scale: Tensor | None = None, code_type: torch.dtype = torch.int8) -> Rows8bit:
-    """As `ops.quantize_rows`; codes and scales are row-major, `start` is unused."""
+    """As `ops.quantize_rows`: one scale a row, as the vendor's products take it."""
     (T, C), device = x_TC.shape, x_TC.device
-    check_tensor(x_TC, "x_TC", torch.float32, T * C, device)
+    check_float(x_TC, "x_TC")
+    check_tensor(x_TC, "x_TC", x_TC.dtype, T * C, device)
     if column_scale is not None:
         check_tensor(column_scale, "column_scale", torch.float32, C, device)
-    n_codes, n_scales = row_sizes(T, C)
+    n_codes, n_scales = row_sizes(T, C, row_part)
     codes = torch.empty(n_codes, dtype=code_type, device=device)
-    scale, start = (torch.empty(n_scales, dtype=dtype, device=device) for dtype in (torch.float32, torch.int32))
-    parts = triton.cdiv(C, PART)
-    sizes = {"TOP": float(LARGEST_CODE[code_type]), "SCALED": column_scale is not None, "PARTS": TILE // PART}
-    arguments = x_TC, x_TC if column_scale is None else column_scale, codes, scale, T * parts, parts, C
-    _launch(jit.quantize_rows, triton.cdiv(T * parts, TILE // PART), *arguments, **sizes)
-    return Rows8bit(codes, scale, start, T, C)
+    scale, start = (torch.empty(n, dtype=dtype, device=device) for n, dtype in ((n_scales, torch.float32), (0, torch.int32)))
+    sizes = {"TOP": float(LARGEST_CODE[code_type]), "SCALED": column_scale is not None, "SIZE": ROW_TILE}
+    _launch(jit.quantize_rows, T, x_TC, x_TC if column_scale is None else column_scale, codes, scale, C, **sizes)
+    return Rows8bit(codes, scale, start, T, C, row_part)
 
 
-def matmul_8bit(x: Rows8bit, weight: FourBit, row_scale: Tensor, transposed: bool, epilogue: Epilogue) -> Tensor:
-    """As `ops.matmul_8bit`."""
-    (N, K), T, device = weight.shape, x.rows, weight.codes.device
+def decode_8bit(weight: FourBit, row_scale: Tensor, transposed: bool, code_type: torch.dtype) -> Tensor:
+    """The weight's 8-bit codes (N, K) or, transposed, (K, N), in the buffer that all layers share."""
+    (N, K), device = weight.shape, weight.codes.device
     check_weight_8bit(weight.shape, weight.block_size)
     check_weight(weight, device)
+    check_tensor(row_scale, "row_scale", torch.float32, N, device)
+    out = decoded.scratch(torch.Size((K, N) if transposed else (N, K)), code_type, device)
+    rows, columns = DECODE_TILE[transposed]
+    pointers, sizes = _pointers(weight)
+    _launch(
+        jit.decode_8bit, triton.cdiv(N, rows) * triton.cdiv(K, columns), *pointers, row_scale, out, N, K, ROWS=rows,
+        COLUMNS=columns, TRANSPOSED=transposed, **sizes,
+    )  # fmt: skip
+    return out
+
+
+def matmul_8bit(
+    x: Rows8bit, weight: FourBit, row_scale: Tensor, transposed: bool, epilogue: Epilogue, dtype: torch.dtype
+) -> Tensor:
+    """As `ops.matmul_8bit`: the weight in 8 bits in a reused buffer, then the vendor library's matmul (ADR 35)."""
+    (N, K), T, device, code_type = weight.shape, x.rows, weight.codes.device, x.codes.dtype
+    check_library_8bit(weight.shape)
     terms, columns = (N, K) if transposed else (K, N)
     if x.columns != terms:
         raise InputError(f"'x' must have {terms} columns. Got {x.columns}.")
-    n_codes, n_scales = row_sizes(T, terms)
-    if x.codes.dtype not in LARGEST_CODE:
-        raise InputError(f"The codes of 'x' must be {' or '.join(map(str, LARGEST_CODE))}. Got {x.codes.dtype}.")
-    check_tensor(x.codes, "codes", x.codes.dtype, n_codes, device)
+    if x.part is not row_part:
+        raise InputError(f"'x' must have one scale a row, from quantize_rows of this backend. Got parts of {x.part}.")
+    if code_type not in LARGEST_CODE:
+        raise InputError(f"The codes of 'x' must be {' or '.join(map(str, LARGEST_CODE))}. Got {code_type}.")
+    n_codes, n_scales = row_sizes(T, terms, row_part)
+    check_tensor(x.codes, "codes", code_type, n_codes, device)
     check_tensor(x.scale, "scale", torch.float32, n_scales, device)
-    check_tensor(row_scale, "row_scale", torch.float32, N, device)
-    out = torch.empty((T, columns), dtype=torch.float32, device=device)
-    ts = MATMUL_ROWS if T > MATMUL_ROWS // 2 else MATMUL_ROWS // 2
-    pointers, sizes = _pointers(weight)
-    _launch(
-        jit.matmul_8bit, triton.cdiv(T, ts) * triton.cdiv(columns, PART), x.codes, x.scale, *pointers, row_scale, out, T, N, K,
-        TS=ts, **sizes, TRANSPOSED=transposed, num_warps=ts // MATMUL_ROWS_A_WARP,
+    if T * N * K == 0:
+        return decoded.matmul_dense(
+            torch.zeros(T, 1, dtype=dtype, device=device), x.scale.new_zeros(1, columns).to(dtype), True, epilogue
+        )
+    weight_CM = decode_8bit(weight, row_scale, transposed, code_type).t()
+    product = _float8_product if code_type == torch.float8_e4m3fn else _int8_product
+    out = product(x.codes.view(T, terms), x.scale, weight_CM, None if transposed else row_scale, epilogue.bias, dtype)
+    return decoded.add_low_rank(out, epilogue)
+
+
+def _float8_product(
+    x_TC: Tensor, x_scale: Tensor, weight_CM: Tensor, weight_scale: Tensor | None, bias: Tensor | None, dtype: torch.dtype
+) -> Tensor:
+    """Products scaled by row come in bfloat16. Exact accumulation: the fast one, which keeps 14 bits, gains a twentieth."""
+    scale_M = _ones(weight_CM.shape[1], x_TC.device) if weight_scale is None else weight_scale
+    out = torch._scaled_mm(
+        x_TC, weight_CM, scale_a=x_scale.unsqueeze(1), scale_b=scale_M.unsqueeze(0), out_dtype=torch.bfloat16,
+        bias=None if bias is None else bias.to(torch.bfloat16),
     )  # fmt: skip
-    if epilogue.bias is not None:
-        out += epilogue.bias
-    if epilogue.low is not None and epilogue.factor is not None:
-        out.addmm_(epilogue.low, epilogue.factor, alpha=epilogue.scale)
+    return out.to(dtype)
+
+
+def _int8_product(
+    x_TC: Tensor, x_scale: Tensor, weight_CM: Tensor, weight_scale: Tensor | None, bias: Tensor | None, dtype: torch.dtype
+) -> Tensor:
+    T, columns = len(x_TC), weight_CM.shape[1]
+    missing = SMALLEST_INT8_ROWS - T
+    sums = torch._int_mm(torch.nn.functional.pad(x_TC, (0, 0, 0, missing)) if missing > 0 else x_TC, weight_CM)
+    out = torch.empty((T, columns), dtype=dtype, device=x_TC.device)
+    column_scale, own_bias = x_scale if weight_scale is None else weight_scale, x_scale if bias is None else bias
+    _launch(
+        jit.scale_sums, T * triton.cdiv(columns, ROW_TILE), sums, x_scale, column_scale, own_bias, out, columns,
+        SCALED=weight_scale is not None, BIAS=bias is not None, SIZE=ROW_TILE,
+    )  # fmt: skip
     return out
+
+
+@cache
+def _ones(n: int, device: torch.device) -> Tensor:
+    return torch.ones(n, device=device)
 
 
 def matmul_8bit_dense(x: Rows8bit, weight_NK: Tensor, row_scale: Tensor, transposed: bool, out: Tensor) -> Tensor:

@@ -15,13 +15,10 @@ Results are bit-identical to the reference's. Three things would break that and 
 Grouped weights: one element of the tile per code, whatever its bits; neighbours read the same constants from the cache. Codes of
 8 bits are looked up in a table of 256 values, since devices before capability 8.9 cannot convert float8.
 
-8-bit matmuls: a program computes a tile of the output, part by part (64 terms) along the summed dimension. It converts the 4-bit
-weights to 8-bit codes in registers, multiplies on the 8-bit units (`tl.dot` of int8 to int32, or of float8 to float32), and
-accumulates the part, times its scale, in float32. Tiles are tall, since each program converts the weights itself. A part's sum
-starts from zero: int8's is exact, and float8's has at most 64 terms, because the units of capability 9.0 accumulate in fewer bits
-than float32 (about 14 according to DeepSeek-V3's report, 2412.19437). Codes equal the reference's, except that on capability 8.9
-float8 is rounded through float16, so a value next to a tie may get the other neighbour. Torch adds bias and low-rank branch
-afterwards.
+8-bit matmuls are the vendor's (`triton.py`); the programs here make their operands. Weights go from 4 to 8 bits through the same
+table, each value times its block's constant over the row's scale, as rows or transposed, so that both directions have the summed
+dimension last. Codes equal the reference's, except that on capability 8.9 float8 is rounded through float16, so a value next to a
+tie may get the other neighbour.
 """
 
 from __future__ import annotations
@@ -232,74 +229,71 @@ def row_scales(
 
 
 @triton.jit
-def quantize_rows(
-    x, column_scale, codes, scale, n_parts, parts, C, TOP: tl.constexpr, SCALED: tl.constexpr, PARTS: tl.constexpr
-):  # fmt: skip
-    """Quantise PARTS parts of 64 columns, one per row of the tile. A row of x has `parts` parts; the last may be short."""
-    part = tl.program_id(0).to(tl.int64) * PARTS + tl.arange(0, PARTS)
-    column = (part % parts)[:, None] * TERMS + tl.arange(0, TERMS)[None, :]
-    element = (part // parts)[:, None] * C + column
-    inside = (part < n_parts)[:, None] & (column < C)
-    value = tl.load(x + element, mask=inside, other=0.0)
-    if SCALED:
-        value = value * tl.load(column_scale + column, mask=inside, other=0.0)
-    largest = _largest(value).to(tl.float32, bitcast=True)
-    factor = tl.div_rn(TOP, tl.where(largest > 0, largest, float("inf")))  # 0 for zeros and NaN
-    scaled = value * factor[:, None]
-    scaled = tl.where(scaled == scaled, scaled, 0.0)  # the part's scale shows the NaN
-    scaled = tl.minimum(tl.maximum(scaled, -TOP), TOP)
-    tl.store(codes + element, _codes(scaled, codes.dtype.element_ty), mask=inside)
-    tl.store(scale + part, tl.div_rn(largest, TOP), mask=part < n_parts)
+def quantize_rows(x, column_scale, codes, scale, C, TOP: tl.constexpr, SCALED: tl.constexpr, SIZE: tl.constexpr):
+    """Quantise one row, SIZE columns at a time, in two passes; the second finds the row in the cache."""
+    row = tl.program_id(0).to(tl.int64)
+    largest = tl.zeros((1,), tl.int32)
+    for first in range(0, C, SIZE):
+        largest = tl.maximum(largest, _largest(_row_values(x, column_scale, row, first, C, SCALED, SIZE)[None, :]))
+    size = largest.to(tl.float32, bitcast=True)
+    factor = tl.div_rn(TOP, tl.where(size > 0, size, float("inf")))  # 0 for zeros and NaN
+    for first in range(0, C, SIZE):
+        scaled = _row_values(x, column_scale, row, first, C, SCALED, SIZE) * factor
+        scaled = tl.where(scaled == scaled, scaled, 0.0)  # the row's scale shows the NaN
+        scaled = tl.minimum(tl.maximum(scaled, -TOP), TOP)
+        column = first + tl.arange(0, SIZE)
+        tl.store(codes + row * C + column, _codes(scaled, codes.dtype.element_ty), mask=column < C)
+    tl.store(scale + row + tl.arange(0, 1), tl.div_rn(size, TOP))
 
 
 @triton.jit
-def _weight_codes(
-    codes, absmax, values, nested_values, nested_absmax, offset, row_scale, n, N, K, k_first,
-    code_type: tl.constexpr, BLOCK: tl.constexpr, NESTED_BLOCK: tl.constexpr,
-):  # fmt: skip
-    """(rows `n`, 64): the weight's 8-bit codes from column `k_first`, a multiple of 64. A part has one absmax, or two of 32.
+def _row_values(x, column_scale, row, first, C, SCALED: tl.constexpr, SIZE: tl.constexpr):
+    column = first + tl.arange(0, SIZE)
+    value = tl.load(x + row * C + column, mask=column < C, other=0.0).to(tl.float32)
+    if SCALED:
+        value = value * tl.load(column_scale + column, mask=column < C, other=0.0)
+    return value
 
-    The 16 values are scaled once per absmax and looked up by `tl.gather` within a warp: reads of a table in memory would be
-    pipelined as four-byte copies (triton 3.7). Rounding comes last, otherwise its compiler rejects the transposed matmul.
+
+@triton.jit
+def decode_8bit(
+    codes, absmax, values, nested_values, nested_absmax, offset, row_scale, out, N, K, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    BLOCK: tl.constexpr, NESTED_BLOCK: tl.constexpr, TRANSPOSED: tl.constexpr,
+):  # fmt: skip
+    """A tile (ROWS, COLUMNS) of the weight's 8-bit codes, written as (N, K) or, transposed, as (K, N).
+
+    A group is what shares an absmax: a block, or 64 columns of a larger one.
     """
-    GROUPS: tl.constexpr = 1 if BLOCK >= TERMS else TERMS // BLOCK
-    element = n * K + k_first
-    block = (element // BLOCK)[:, None] + tl.arange(0, GROUPS)[None, :]
-    constants = _constants(absmax, block, (n < N)[:, None], nested_values, nested_absmax, offset, NESTED_BLOCK)
+    GROUP: tl.constexpr = BLOCK if BLOCK < TERMS else TERMS
+    tiles = tl.cdiv(K, COLUMNS)
+    n = (tl.program_id(0) // tiles).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    k_first = (tl.program_id(0) % tiles) * COLUMNS
+    k_group = k_first + tl.arange(0, COLUMNS // GROUP) * GROUP
+    start = n[:, None] * K + k_group[None, :]
+    inside = (n < N)[:, None] & (k_group < K)[None, :]
+    constants = _constants(absmax, start // BLOCK, inside, nested_values, nested_absmax, offset, NESTED_BLOCK)
     size = tl.load(row_scale + n, mask=n < N, other=0.0)
     steps = constants * tl.div_rn(1.0, tl.where(size > 0, size, float("inf")))[:, None]
-    pair = tl.arange(0, GROUPS)[:, None] * (TERMS // GROUPS // 2) + tl.arange(0, TERMS // GROUPS // 2)[None, :]
-    byte = tl.load(codes + (element // 2)[:, None, None] + pair[None, :, :], mask=(n < N)[:, None, None], other=0).to(tl.int32)
-    table = tl.load(values + tl.arange(0, 16))[None, None, :] * steps[:, :, None]
-    scaled = tl.interleave(tl.gather(table, byte >> 4, 2), tl.gather(table, byte & 15, 2))
-    return _codes(tl.reshape(scaled, (n.shape[0], TERMS)), code_type)
+    pair = (start // 2)[:, :, None] + tl.arange(0, GROUP // 2)[None, None, :]
+    byte = tl.load(codes + pair, mask=inside[:, :, None], other=0).to(tl.int32)
+    value = tl.interleave(tl.load(values + (byte >> 4)), tl.load(values + (byte & 15)))
+    tile = _codes(tl.reshape(value * steps[:, :, None], (ROWS, COLUMNS)), out.dtype.element_ty)
+    k = k_first + tl.arange(0, COLUMNS)
+    if TRANSPOSED:
+        tl.store(out + k.to(tl.int64)[:, None] * N + n[None, :], tl.trans(tile), mask=(k < K)[:, None] & (n < N)[None, :])
+    else:
+        tl.store(out + n[:, None] * K + k[None, :], tile, mask=(n < N)[:, None] & (k < K)[None, :])
 
 
 @triton.jit
-def matmul_8bit(
-    x_codes, x_scale, codes, absmax, values, nested_values, nested_absmax, offset, row_scale, out, T, N, K,
-    TS: tl.constexpr, BLOCK: tl.constexpr, NESTED_BLOCK: tl.constexpr, TRANSPOSED: tl.constexpr,
-):  # fmt: skip
-    """Compute a tile (TS, 64) of the output. Its columns are rows of W, scaled at the end; transposed, columns of W."""
-    terms, columns = (N, K) if TRANSPOSED else (K, N)
-    tiles, parts = tl.cdiv(columns, TERMS), tl.cdiv(terms, TERMS)
-    tile = tl.program_id(0) % tiles
-    column = tile.to(tl.int64) * TERMS + tl.arange(0, TERMS)
-    t = (tl.program_id(0) // tiles).to(tl.int64) * TS + tl.arange(0, TS)
-    total = tl.zeros((TS, TERMS), tl.float32)
-    for part in range(0, parts):
-        term = part * TERMS + tl.arange(0, TERMS)
-        inside = (t < T)[:, None] & (term < terms)[None, :]
-        x_tile = tl.load(x_codes + t[:, None] * terms + term[None, :], mask=inside, other=0.0)
-        n = term.to(tl.int64) if TRANSPOSED else column
-        k_first = (tile if TRANSPOSED else part) * TERMS
-        w_tile = _weight_codes(
-            codes, absmax, values, nested_values, nested_absmax, offset, row_scale, n, N, K, k_first,
-            x_tile.dtype, BLOCK, NESTED_BLOCK,
-        )  # fmt: skip
-        sums = tl.dot(x_tile, w_tile if TRANSPOSED else tl.trans(w_tile)).to(tl.float32)
-        scale = tl.load(x_scale + t * parts + part, mask=t < T, other=0.0)
-        total = tl.fma(sums, scale[:, None], total)
-    if not TRANSPOSED:
-        total *= tl.load(row_scale + column, mask=column < N, other=0.0)[None, :]
-    tl.store(out + t[:, None] * columns + column[None, :], total, mask=(t < T)[:, None] & (column < columns)[None, :])
+def scale_sums(sums, row_scale, column_scale, bias, out, C, SCALED: tl.constexpr, BIAS: tl.constexpr, SIZE: tl.constexpr):
+    """SIZE columns of a row: integer sums times the row's scale and the column's, plus a bias."""
+    tiles = tl.cdiv(C, SIZE)
+    row = (tl.program_id(0) // tiles).to(tl.int64)
+    column = (tl.program_id(0) % tiles) * SIZE + tl.arange(0, SIZE)
+    value = tl.load(sums + row * C + column, mask=column < C, other=0).to(tl.float32) * tl.load(row_scale + row)
+    if SCALED:
+        value = value * tl.load(column_scale + column, mask=column < C, other=0.0)
+    if BIAS:
+        value = value + tl.load(bias + column, mask=column < C, other=0.0)
+    tl.store(out + row * C + column, value.to(out.dtype.element_ty), mask=column < C)

@@ -80,26 +80,31 @@ class Scaled8bit(NamedTuple):
 
 
 PART = 64
-"""Values of a row that share an 8-bit scale. With one scale per token, outlier channels cost the others precision (ADR 7)."""
+"""Values of a row that share an 8-bit scale on CPUs. With one scale per token, outlier channels cost the others precision (ADR
+7); the vendor's products on CUDA take one a row (ADR 35)."""
 
 LARGEST_CODE = {torch.int8: 127, torch.float8_e4m3fn: 448}
 """8-bit code dtype -> the magnitude that the largest value of a part, or of a weight row, is scaled to."""
 
 
-def row_sizes(T: int, C: int) -> tuple[int, int]:
+def row_sizes(T: int, C: int, part: int | None = PART) -> tuple[int, int]:
     """Numbers of elements of a `Rows8bit`'s codes and scales, for T rows of C values.
 
-    Padded to tiles of 12 rows and groups of 4 columns; the same for every backend, so that compiled graphs are too.
+    Parts are padded to tiles of 12 rows and groups of 4 columns; the same for every backend, so that compiled graphs are too.
+    Whole rows (`part` None) are not padded.
     """
+    if part is None:
+        return T * C, T
     rows = -(-T // 12) * 12
     return rows * -(-C // 4) * 4, rows * -(-C // PART)
 
 
 class Rows8bit(NamedTuple):
-    """Rows quantised to 8 bits in parts of 64 columns: value [t, c] is about `code[t, c] * scale[t, c // 64]`.
+    """Rows quantised to 8 bits in parts of `part` columns: value [t, c] is about `code[t, c] * scale[t, c // part]`.
 
     codes: int8 or float8_e4m3fn; scale: float32; start: int32, a backend's initial accumulator of each part; all flat, of
-    `row_sizes` elements, in a backend-specific layout. rows, columns: T, C.
+    `row_sizes` elements, in a backend-specific layout. rows, columns: T, C. part: 64, or None for one scale a row; `start` is
+    then empty, and codes are row-major.
     """
 
     codes: Tensor
@@ -107,6 +112,7 @@ class Rows8bit(NamedTuple):
     start: Tensor
     rows: int
     columns: int
+    part: int | None = PART
 
 
 class Epilogue(NamedTuple):

@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from lownibble.kernels import ops
+from lownibble.kernels.decoded import matmul_dense
 from lownibble.kernels.types import NO_EPILOGUE, Epilogue, Rows8bit
 from lownibble.quant import eightbit
 from lownibble.quant.packed import PackedWeight, from_spec, restore
@@ -57,12 +58,10 @@ dropped.register_autograd(_drop_gradient, setup_context=_save_seed)
 
 def _input_gradient(dy: Tensor, weight: Tensor | PackedWeight, epilogue: Epilogue, code_type: torch.dtype | None) -> Tensor:
     """dy W, (T, K), plus `epilogue`."""
-    low, factor = epilogue.low, epilogue.factor
     if isinstance(weight, Tensor):
-        dx = dy @ weight.to(dy.dtype)
-        return dx if low is None or factor is None else dx.addmm_(low, factor.to(dy.dtype))
+        return matmul_dense(dy, weight.to(dy.dtype), True, epilogue)
     if code_type is not None:
-        return eightbit.backward(dy, weight, epilogue._replace(low=None if low is None else low.float()), code_type)
+        return eightbit.backward(dy, weight, epilogue, code_type)
     return weight.matmul(dy, transposed=True, epilogue=epilogue)
 
 
@@ -74,16 +73,13 @@ def forward(
     x = x.contiguous()
     dropped = x if dropout == 0 else x * _keep_mask(x, dropout, seed)
     low = ops.low_rank(dropped, lora_A.t())
+    epilogue = Epilogue(None if bias is None else bias.to(x.dtype), low, lora_B.t(), scale)
     if isinstance(weight, Tensor):
-        w = weight.to(x.dtype).t()
-        y = x @ w if bias is None else torch.addmm(bias.to(x.dtype), x, w)
-        y.addmm_(low, lora_B.to(x.dtype).t(), alpha=scale)
+        y = matmul_dense(x, weight.to(x.dtype), False, epilogue)
     elif rows is None:
-        own_bias = None if bias is None else bias.to(x.dtype)
-        y = weight.matmul(x, epilogue=Epilogue(own_bias, low, lora_B.t(), scale))
+        y = weight.matmul(x, epilogue=epilogue)
     else:
-        bias_32 = None if bias is None else bias.float()
-        y = eightbit.forward(rows, weight, Epilogue(bias_32, low.float(), lora_B.t(), scale), x.dtype)
+        y = eightbit.forward(rows, weight, epilogue, x.dtype)
     return y, low
 
 
@@ -151,8 +147,7 @@ def lora_matmul(
     8 bits from `eightbit.rows_of`, or empty.
     """
     x_TK = x.reshape(-1, x.shape[-1])
-    as_rows = Rows8bit(rows[0], rows[1], rows[2], *x_TK.shape) if rows else None
-    frozen = _weight(weight, spec)
+    frozen, as_rows = _weight(weight, spec), eightbit.of_tensors(rows, x_TK)
     y, low = forward(x_TK, frozen, bias, lora_A, lora_B, scale, dropout, 0 if seed is None else int(seed), as_rows)
     return y.view(*x.shape[:-1], -1), low
 

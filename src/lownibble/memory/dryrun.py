@@ -29,7 +29,7 @@ class Passes(Protocol):
     def compile_for(self, batch: Any, tokens: int) -> None:
         """Compile for batches of this kind, with a microbatch of about `tokens` tokens."""
 
-    def backward(self, batch: Any, n_total: int) -> float:
+    def backward(self, batch: Any, n_total: int) -> torch.Tensor:
         """Accumulate the gradients of a batch; returns its loss."""
 
 

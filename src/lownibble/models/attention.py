@@ -25,6 +25,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import cache
 from itertools import accumulate, groupby
 from typing import Any
 
@@ -36,6 +37,7 @@ from transformers import AttentionInterface
 from lownibble.errors import BackendError, ModelError
 from lownibble.kernels import ops
 from lownibble.models.info import body
+from lownibble.transfers import to_device
 
 PACKED, ROWS = "lownibble_packed", "lownibble_rows"
 
@@ -53,7 +55,8 @@ def inputs(model: Any, mask_BT: Tensor, segments: Sequence[int] | None) -> dict[
     device = mask_BT.device
     packed = {}
     if segments:
-        packed = {"position_ids": torch.cat([torch.arange(length) for length in segments]).unsqueeze(0).to(device)}
+        positions = torch.cat([torch.arange(length) for length in segments]).unsqueeze(0)
+        packed = {"position_ids": to_device(positions, device)}
     if _implementation(model) == ROWS:
         if segments:
             cu_seqlens = torch.tensor([0, *accumulate(segments)])
@@ -63,7 +66,7 @@ def inputs(model: Any, mask_BT: Tensor, segments: Sequence[int] | None) -> dict[
             cu_seqlens = torch.cat([begins[:1], ends])
         return {**packed, "cu_seq_lens_q": cu_seqlens}
     assert segments, "only the kernel takes padded rows"
-    cu_seqlens = torch.tensor([0, *accumulate(segments)], dtype=torch.int32, device=device)
+    cu_seqlens = to_device(torch.tensor([0, *accumulate(segments)], dtype=torch.int32), device)
     return {
         **packed,
         **dict.fromkeys(("cu_seq_lens_q", "cu_seq_lens_k"), cu_seqlens),
@@ -234,11 +237,17 @@ def keep_out_of_graphs() -> None:
     AttentionInterface.register(PACKED, torch.compiler.disable(_attend_packed))
 
 
+@cache
+def _has_varlen_options() -> bool:
+    """Whether torch's variable-length function has the options that it got after its first version."""
+    return {"window_size", "enable_gqa"} <= set(inspect.signature(varlen_attn).parameters)
+
+
 def _takes_varlen(query: Tensor, value: Tensor) -> bool:
     """Whether torch's variable-length kernel (flash attention) supports these tensors."""
     return (
         query.is_cuda
-        and {"window_size", "enable_gqa"} <= set(inspect.signature(varlen_attn).parameters)  # newer than the function itself
+        and _has_varlen_options()
         and query.dtype in (torch.float16, torch.bfloat16)
         and query.shape[-1] == value.shape[-1] <= 256
         and torch.cuda.get_device_capability(query.device) >= (8, 0)

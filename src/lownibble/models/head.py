@@ -84,7 +84,8 @@ def hidden_states(
 ) -> Tensor:  # fmt: skip
     """Last hidden states (B, T, H) of the model without its head; of an encoder-decoder model, those of its decoder.
 
-    `source`: ids and mask (B, S) of the encoder. No attention mask means all ones. With `segments`, the lengths of packed rows, B
+    `source`: ids and mask (B, S) of the encoder. No attention mask means all ones; without one attention takes its causal fast
+    path. With `segments`, the lengths of packed rows, B
     is 1, and forward and backward must run inside `segment_attention`. Other rows are right-padded.
     """
     if source is not None:
@@ -100,9 +101,7 @@ def hidden_states(
         extra = attention.inputs(model, mask_BT, segments)
     else:
         assert not segments
-        # without a mask attention takes its causal fast path; right-padded causal rows need no mask
-        full = attention_mask_BT is None or not info(model).needs_mask or bool(attention_mask_BT.all())
-        extra = {"attention_mask": None if full else attention_mask_BT}
+        extra = {"attention_mask": attention_mask_BT if info(model).needs_mask else None}
     output = body(model)(input_ids=input_ids_BT, use_cache=False, **extra)
     return output.last_hidden_state  # type: ignore[no-any-return]
 
@@ -155,7 +154,8 @@ def check_head(model: Any) -> None:
                 "their weights itself. Name them in skip_modules, or use --method lora."
             ) from error
         try:
-            ours = Head(model)(hidden_states(model, input_ids, torch.ones_like(input_ids), source=source)[0]).float()
+            mask = None if source is None else torch.ones_like(input_ids)
+            ours = Head(model)(hidden_states(model, input_ids, mask, source=source)[0]).float()
         except Exception as error:
             raise ModelError(
                 f"{name} cannot be trained here yet: its body and head are put together in a way that is not known "

@@ -14,22 +14,23 @@ if TYPE_CHECKING:
         planned_bytes,
         set_learning_rate,
         state_bytes,
+        step_if_finite,
     )
     from lownibble.optim.schedule import SCHEDULES, learning_rate, warmup_steps
-    from lownibble.optim.specs import OptimizerSpec, is_paged, paged_name, plain_name
+    from lownibble.optim.specs import OptimizerSpec, is_paged, paged_name, plain_name, spec
 
-_ADAMW = ("close_states", "make_optimizer", "open_states", "planned_bytes", "set_learning_rate", "state_bytes")
+_ADAMW = ("close_states", "make_optimizer", "open_states", "planned_bytes", "set_learning_rate", "state_bytes", "step_if_finite")
 
 __getattr__ = lazily(
     __name__,
     {
         **dict.fromkeys(_ADAMW, "adamw"),
         **dict.fromkeys(("SCHEDULES", "learning_rate", "warmup_steps"), "schedule"),
-        **dict.fromkeys(("OptimizerSpec", "is_paged", "paged_name", "plain_name"), "specs"),
+        **dict.fromkeys(("OptimizerSpec", "is_paged", "paged_name", "plain_name", "spec"), "specs"),
     },
 )
 
 __all__ = [
     "SCHEDULES", "OptimizerSpec", "close_states", "is_paged", "learning_rate", "make_optimizer", "open_states", "paged_name",
-    "plain_name", "planned_bytes", "set_learning_rate", "state_bytes", "warmup_steps",
+    "plain_name", "planned_bytes", "set_learning_rate", "spec", "state_bytes", "step_if_finite", "warmup_steps",
 ]  # fmt: skip

@@ -98,6 +98,18 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
         group["lr"] = rate * group.get(_FACTOR, 1.0)
 
 
+def step_if_finite(optimizer: torch.optim.Optimizer, values: torch.Tensor, *, on_device: bool) -> None:
+    """Take a step if all `values` are finite.
+
+    `on_device`: the optimiser decides that on the device, by torch's `found_inf`, so that the host need not wait for the values.
+    """
+    if on_device:
+        optimizer.found_inf = values.isfinite().all().logical_not().float()  # type: ignore[attr-defined]
+        optimizer.step()
+    elif bool(values.isfinite().all()):
+        optimizer.step()
+
+
 class StateBytes(NamedTuple):
     """Bytes of an optimiser's states: in total, and resident in device memory now (whole pages)."""
 

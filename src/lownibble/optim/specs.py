@@ -54,12 +54,14 @@ class OptimizerSpec:
         build: (groups, paging) -> the optimiser, or 'module:function', imported on first use.
         state_bytes: (elements, bytes per element) of a parameter -> bytes of its states.
         plain, paged: names of the unpaged and the paged optimiser with the same states, or None.
+        skips_on_device: a step with the attribute `found_inf`, () float32 on the device, changes nothing unless it is 0.
     """
 
     build: Callable[[Groups, Paging], torch.optim.Optimizer] | str
     state_bytes: Callable[[int, int], int]
     plain: str | None = None
     paged: str | None = None
+    skips_on_device: bool = False
 
     def make(self, groups: Groups, paging: Paging) -> torch.optim.Optimizer:
         """Create the optimiser over these groups."""
@@ -101,7 +103,7 @@ def both_moments_8bit(n: int, itemsize: int) -> int:
     return 2 * n * FLOAT32 if n < SMALLEST_8BIT else 2 * n + 2 * FLOAT32 * -(-n // BLOCK_8BIT)
 
 
-ADAMW = OptimizerSpec("lownibble.optim.adamw:fused", both_moments, "adamw", "paged_adamw")
+ADAMW = OptimizerSpec("lownibble.optim.adamw:fused", both_moments, "adamw", "paged_adamw", skips_on_device=True)
 PAGED_ADAMW = OptimizerSpec("lownibble.optim.adamw:paged", both_moments, "adamw", "paged_adamw")
 ADAMW_8BIT = OptimizerSpec("lownibble.optim.adamw:eight_bit", both_moments_8bit, "adamw_8bit", "paged_adamw_8bit")
 PAGED_ADAMW_8BIT = OptimizerSpec("lownibble.optim.adamw:paged_eight_bit", both_moments_8bit, "adamw_8bit", "paged_adamw_8bit")

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from lownibble.errors import BackendError, InputError
 from lownibble.kernels import ops
-from lownibble.kernels.checks import check_weight_8bit
+from lownibble.kernels.checks import check_library_8bit, check_weight_8bit
 from lownibble.kernels.types import Epilogue, FourBit, Rows8bit, row_sizes
 from lownibble.quant.packed import PackedWeight
 
@@ -50,8 +50,7 @@ def automatic(weights: Iterable[PackedWeight], dtype: torch.dtype, device: torch
     try:
         choose(compute, device)
         for weight in weights:
-            four_bit = _four_bit(weight, compute)
-            check_weight_8bit(four_bit.shape, four_bit.block_size)
+            _check_shape(_four_bit(weight, compute))
     except (BackendError, InputError) as error:
         return "exact", str(error).partition(". ")[0]
     return compute, "faster; 'bench quality' found no difference above seed noise; --compute exact turns it off"
@@ -104,6 +103,12 @@ def _four_bit(weight: PackedWeight, compute: str) -> FourBit:
     return weight.four_bit
 
 
+def _check_shape(weight: FourBit) -> None:
+    check_weight_8bit(weight.shape, weight.block_size)
+    if ops.current(weight.codes.device).row_part is None:
+        check_library_8bit(weight.shape)
+
+
 def check_weight(weight: PackedWeight, name: str, compute: str) -> None:
     """Check that the weight's codec, shape and block size support 8-bit matmuls.
 
@@ -120,7 +125,7 @@ def check_weight(weight: PackedWeight, name: str, compute: str) -> None:
             f"{weight.shape[0]} x {weight.shape[1]}. Use compute='exact', or add it to skip_modules."
         )
     try:
-        check_weight_8bit(four_bit.shape, four_bit.block_size)
+        _check_shape(four_bit)
     except InputError as error:
         raise InputError(f"'{name}': {error}") from None
 
@@ -140,7 +145,7 @@ def shared_rows(x: Tensor, code_type: torch.dtype) -> Rows8bit:
     state = None if x.is_inference() else (x._version, ops.active_backend(x.device), code_type)  # inference tensors: no version
     if _last.rows is not None and _last.source() is x and _last.state == state:
         return _last.rows
-    rows = ops.quantize_rows(x.detach().reshape(-1, x.shape[-1]).float().contiguous(), None, code_type)
+    rows = ops.quantize_rows(x.detach().reshape(-1, x.shape[-1]).contiguous(), None, code_type)
     if state is not None:
         _last.source, _last.state, _last.rows = weakref.ref(x), state, rows
     return rows
@@ -148,16 +153,17 @@ def shared_rows(x: Tensor, code_type: torch.dtype) -> Rows8bit:
 
 @torch.library.custom_op("lownibble::quantize_rows", mutates_args=())
 def _quantize_rows(x: Tensor, code_type: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
-    rows = ops.quantize_rows(x.reshape(-1, x.shape[-1]).float().contiguous(), None, code_type)
+    rows = ops.quantize_rows(x.reshape(-1, x.shape[-1]).contiguous(), None, code_type)
     return rows.codes, rows.scale, rows.start
 
 
 @_quantize_rows.register_fake
 def _(x, code_type):  # type: ignore[no-untyped-def]
     T, C = x.numel() // x.shape[-1], x.shape[-1]
-    n_codes, n_scales = row_sizes(T, C)
-    scales = (x.new_empty(n_scales, dtype=dtype) for dtype in (torch.float32, torch.int32))
-    return x.new_empty(n_codes, dtype=code_type), *scales
+    part = ops.current(x.device).row_part
+    n_codes, n_scales = row_sizes(T, C, part)
+    scale, start = x.new_empty(n_scales, dtype=torch.float32), x.new_empty(n_scales if part else 0, dtype=torch.int32)
+    return x.new_empty(n_codes, dtype=code_type), scale, start
 
 
 def rows_of(x: Tensor, code_type: torch.dtype | None) -> list[Tensor]:
@@ -168,16 +174,24 @@ def rows_of(x: Tensor, code_type: torch.dtype | None) -> list[Tensor]:
     return [] if code_type is None else list(_quantize_rows(x.detach(), code_type))
 
 
+def of_tensors(tensors: list[Tensor], x_TC: Tensor) -> Rows8bit | None:
+    """What `rows_of(x)` stands for, or None without a code type."""
+    if not tensors:
+        return None
+    codes, scale, start = tensors
+    return Rows8bit(codes, scale, start, len(x_TC), x_TC.shape[1], ops.current(x_TC.device).row_part)
+
+
 def forward(rows: Rows8bit, weight: PackedWeight, epilogue: Epilogue, dtype: torch.dtype) -> Tensor:
     """(T, N) in `dtype`: rows (T, K) times W^T for W (N, K), plus `epilogue`."""
     four_bit = _four_bit(weight, "int8")
     scale = ops.row_scales(four_bit, rows.codes.dtype)
-    return ops.matmul_8bit(rows, four_bit, scale, False, epilogue).to(dtype)
+    return ops.matmul_8bit(rows, four_bit, scale, False, epilogue, dtype)
 
 
 def backward(dy_TN: Tensor, weight: PackedWeight, epilogue: Epilogue, code_type: torch.dtype) -> Tensor:
     """(T, K) in dy's dtype: the gradient of the input, dy W, plus `epilogue`."""
     four_bit = _four_bit(weight, "int8")
     scale = ops.row_scales(four_bit, code_type)
-    rows = ops.quantize_rows(dy_TN.float().contiguous(), scale, code_type)
-    return ops.matmul_8bit(rows, four_bit, scale, True, epilogue).to(dy_TN.dtype)
+    rows = ops.quantize_rows(dy_TN.contiguous(), scale, code_type)
+    return ops.matmul_8bit(rows, four_bit, scale, True, epilogue, dy_TN.dtype)

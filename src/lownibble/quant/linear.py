@@ -109,9 +109,8 @@ class _FrozenMatmul(torch.autograd.Function):
 def frozen_matmul(x_TK: Tensor, weight: list[Tensor], spec: str, out_features: int, rows: list[Tensor]) -> Tensor:
     """Custom operator for torch.compile, which cannot trace packed weights: (T, K) -> (T, N). `rows`: `eightbit.rows_of(x)`."""
     frozen = from_spec(spec, weight)
-    if rows:
-        return eightbit.forward(Rows8bit(rows[0], rows[1], rows[2], *x_TK.shape), frozen, NO_EPILOGUE, x_TK.dtype)
-    return frozen.matmul(x_TK)
+    rows_8bit = eightbit.of_tensors(rows, x_TK)
+    return frozen.matmul(x_TK) if rows_8bit is None else eightbit.forward(rows_8bit, frozen, NO_EPILOGUE, x_TK.dtype)
 
 
 @frozen_matmul.register_fake

@@ -67,7 +67,7 @@ class Evaluator:
         for rows in self._batches(self.examples):
             self.before_pass()
             batch = self.collate([self.examples[i] for i in rows]).to(self.device)
-            hidden_BTH = hidden_states(model, batch.input_ids, batch.attention_mask, source=batch.source)
+            hidden_BTH = hidden_states(model, batch.input_ids, batch.mask, source=batch.source)
             is_label_BT = batch.labels[:, 1:] != -100
             losses_L = token_losses(head, hidden_BTH[:, :-1][is_label_BT], batch.labels[:, 1:][is_label_BT])
             total += float(losses_L.sum(dtype=torch.float64))
@@ -99,7 +99,7 @@ class Evaluator:
         for batch_rows in self._batches(rows):
             self.before_pass()
             batch = self.collate([rows[i] for i in batch_rows]).to(self.device)
-            hidden_BTH = hidden_states(model, batch.input_ids, batch.attention_mask, source=batch.source)[:, :-1]
+            hidden_BTH = hidden_states(model, batch.input_ids, batch.mask, source=batch.source)[:, :-1]
             is_label_BT = batch.labels[:, 1:] != -100
             losses_L = token_losses(head, hidden_BTH[is_label_BT], batch.labels[:, 1:][is_label_BT])
             owner_L = is_label_BT.nonzero()[:, 0]

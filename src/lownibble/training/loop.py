@@ -34,7 +34,9 @@ from lownibble.optim import (
     paged_name,
     planned_bytes,
     set_learning_rate,
+    spec,
     state_bytes,
+    step_if_finite,
     warmup_steps,
 )
 from lownibble.options import n_bytes
@@ -297,26 +299,28 @@ class Trainer:
         """Take optimiser step `step` (0-based), or skip it if its loss or gradient is not finite. On out-of-memory, the step
         restarts with smaller microbatches, which later steps keep.
 
+        The host waits for the device once, at the end: whether a step is skipped is decided on the device by optimisers that can.
+
         Raises:
             MemoryGoneError: microbatches cannot get smaller; the step was not taken.
         """
         began = time.perf_counter()
         config = self.config
-        batches, n_labels, loss, norm = usage.retry_on_oom(
-            lambda: self._gradients(step, rows), lambda: self._shrink(step, rows)
-        )  # fmt: skip
+        batches, n_labels, values = usage.retry_on_oom(lambda: self._gradients(step, rows), lambda: self._shrink(step, rows))
+        warmup = warmup_steps(self.total_steps, config.warmup_ratio)
+        rate = learning_rate(config.lr_scheduler_type, config.learning_rate, step, self.total_steps, warmup)
+        set_learning_rate(self.optimizer, rate)
+        step_if_finite(self.optimizer, values, on_device=spec(config.optim).skips_on_device)
+        if not self._measured and bool(values.isfinite().all()):
+            self.kinds, self._measured = usage.bytes_by_kind(self.model, self.optimizer), True
+            self.optimizer_state_bytes = state_bytes(self.optimizer).total
+            self.ledger = usage.ledger(self.model, self.optimizer)
+        *losses, norm = values.tolist()
+        loss = sum(losses)
         if not math.isfinite(loss) or not math.isfinite(norm):
             reason = f"the loss is {loss} and the gradient's norm {norm}; {self._origin(step, batches, n_labels)}"
             self.optimizer.zero_grad(set_to_none=True)
             return Skipped(step + 1, reason, time.perf_counter() - began)
-        warmup = warmup_steps(self.total_steps, config.warmup_ratio)
-        rate = learning_rate(config.lr_scheduler_type, config.learning_rate, step, self.total_steps, warmup)
-        set_learning_rate(self.optimizer, rate)
-        self.optimizer.step()
-        if not self._measured:
-            self.kinds, self._measured = usage.bytes_by_kind(self.model, self.optimizer), True
-            self.optimizer_state_bytes = state_bytes(self.optimizer).total
-            self.ledger = usage.ledger(self.model, self.optimizer)
         self.optimizer.zero_grad(set_to_none=True)
         self.fitting.keep_within(batches)
         return Stepped(
@@ -324,15 +328,16 @@ class Trainer:
             sum(b.n_rows for b in batches), time.perf_counter() - began,
         )  # fmt: skip
 
-    def _gradients(self, step: int, rows: Rows) -> tuple[list[Batch], int, float, float]:
-        """Accumulate and clip gradients; returns the microbatches, their total weight, the loss, and the norm before clipping."""
+    def _gradients(self, step: int, rows: Rows) -> tuple[list[Batch], int, torch.Tensor]:
+        """Accumulate and clip gradients; returns the microbatches, their total weight, and float32 on the device: the loss of
+        each, and the gradient's norm before clipping."""
         batches = self.micro.batches(rows)
-        n_labels, loss = sum(self.objective.weight(batch) for batch in batches), 0.0
+        n_labels, losses = sum(self.objective.weight(batch) for batch in batches), []
         for index, batch in enumerate(batches):
             self._seed(step, index)
             self.fitting.make_room()
-            loss += self.passes.backward(batch, n_labels, measured=not self._measured and index == 0)
-        return batches, n_labels, loss, self._clip()
+            losses.append(self.passes.backward(batch, n_labels, measured=not self._measured and index == 0))
+        return batches, n_labels, torch.stack([value.float() for value in (*losses, self._clip())])
 
     def _shrink(self, step: int, rows: Rows) -> None:
         self.optimizer.zero_grad(set_to_none=True)
@@ -354,9 +359,9 @@ class Trainer:
 
         return diagnose.origin(self.model, forward)
 
-    def _clip(self) -> float:
+    def _clip(self) -> torch.Tensor:
         trained = [p for p in self.model.parameters() if p.requires_grad]
         norm = nn.utils.get_total_norm([p.grad for p in trained if p.grad is not None])
         if self.config.max_grad_norm is not None:
             nn.utils.clip_grads_with_norm_(trained, self.config.max_grad_norm, norm)
-        return float(norm)
+        return norm

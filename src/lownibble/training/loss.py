@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from lownibble.data import IGNORE
+from lownibble.data import label_places
 from lownibble.errors import ModelError
 from lownibble.kernels import ops
 from lownibble.kernels.decoded import scratch
@@ -149,22 +149,16 @@ def label_loss(
         () float32, ready for backward.
     """
     places_L, labels_L = label_places(labels_BT)
-    return loss_at(model, input_ids_BT, attention_mask_BT, places_L, labels_L, n_total, segments, source)
-
-
-def label_places(labels_BT: Tensor) -> tuple[Tensor, Tensor]:
-    """(L,) indices into the flattened (B, T) of positions whose next token is a label, and (L,) those labels."""
-    targets_BT = labels_BT[:, 1:]
-    is_label_BT = targets_BT != IGNORE
-    row_L, column_L = is_label_BT.nonzero(as_tuple=True)
-    return row_L * labels_BT.shape[1] + column_L, targets_BT[is_label_BT]
+    mask_BT = None if source is None and bool(attention_mask_BT.all()) else attention_mask_BT
+    return loss_at(model, input_ids_BT, mask_BT, places_L, labels_L, n_total, segments, source)
 
 
 def loss_at(
     model: Any, input_ids_BT: Tensor, attention_mask_BT: Tensor | None, places_L: Tensor, labels_L: Tensor,
     n_total: int | None = None, segments: Sequence[int] | None = None, source: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:  # fmt: skip
-    """`label_loss` with the output of `label_places`: no shape depends on values, so it can be traced."""
+    """`label_loss` with the output of `label_places`, and no mask for rows without padding: no shape depends on values, so it can
+    be traced, and the host waits for no value."""
     head = Head(model)
     hidden_BTH = hidden_states(model, input_ids_BT, attention_mask_BT, segments, source)
     hidden_LH = hidden_BTH.flatten(0, 1).index_select(0, places_L)
@@ -198,11 +192,11 @@ def check_packing(model: Any, rows: Sequence[Sequence[int]]) -> None:
     device = model.get_input_embeddings().weight.device
     ids = [torch.tensor([row], device=device) for row in rows]
     with for_comparing(model):
-        alone = [hidden_states(model, row, torch.ones_like(row))[0] for row in ids]
+        alone = [hidden_states(model, row, None)[0] for row in ids]
         try:
             with attention.segment_attention(model):
                 whole = torch.cat(ids, 1)
-                packed = hidden_states(model, whole, torch.ones_like(whole), [len(row) for row in rows])[0]
+                packed = hidden_states(model, whole, None, [len(row) for row in rows])[0]
         except (TypeError, ValueError) as error:
             raise error if isinstance(error, ModelError) else attention.refusal(type(model).__name__, str(error)) from None
     pairs = zip(packed.float().split([len(row) for row in rows]), alone, strict=True)

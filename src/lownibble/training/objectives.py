@@ -17,7 +17,7 @@ from lownibble.config import DataConfig
 from lownibble.data import Batch, Choice, Dataset, Encoded, Example, choices, encode, split_pair
 from lownibble.errors import ConfigError, DataError
 from lownibble.training.evaluate import Evaluator
-from lownibble.training.loss import label_loss
+from lownibble.training.loss import loss_at
 from lownibble.training.microbatches import Collate, collator
 
 
@@ -63,7 +63,7 @@ class Objective:
 
     def loss(self, model: Any, batch: Batch, total: int) -> Tensor:
         """Sum of the batch's losses divided by `total`: () float32, ready for backward. The batch is on the model's device."""
-        return label_loss(model, batch.input_ids, batch.attention_mask, batch.labels, total, batch.segments, batch.source)
+        return loss_at(model, batch.input_ids, batch.mask, *batch.label_places, total, batch.segments, batch.source)
 
     def evaluator(
         self, examples: list[Example], choices: list[Choice] | None, collate: Collate, batch_size: int, device: torch.device

@@ -29,7 +29,7 @@ Kind = tuple[bool, bool]
 
 def kind(batch: Batch) -> Kind:
     """The kind of a batch."""
-    return not bool(batch.attention_mask.all()), len(batch.input_ids) > 1
+    return batch.is_padded, len(batch.input_ids) > 1
 
 
 class Passes:
@@ -179,8 +179,9 @@ class Passes:
         with self._precision():
             return self._of_batch(self.model, batch.to(self.device), n_total)
 
-    def backward(self, batch: Batch, n_total: int, *, measured: bool = False) -> float:
-        """Accumulate the gradients of a microbatch; returns its loss. `measured`: count the activations that autograd saves.
+    def backward(self, batch: Batch, n_total: int, *, measured: bool = False) -> torch.Tensor:
+        """Accumulate the gradients of a microbatch; returns its loss, (), on the device. `measured`: count the activations that
+        autograd saves.
 
         Raises:
             TrainingError: a layer cannot be compiled, or the loss has no gradient.
@@ -200,4 +201,4 @@ class Passes:
                     "trained here."
                 )
             torch.autograd.backward(loss)
-        return float(loss.detach())
+        return loss.detach()

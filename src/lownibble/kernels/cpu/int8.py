@@ -56,6 +56,7 @@ def _weight(weight: FourBit) -> tuple[int, int, int, list[int | None], int]:
 def quantize_rows(x_TC: Tensor, column_scale: Tensor | None = None, code_type: torch.dtype = torch.int8) -> Rows8bit:
     """As `ops.quantize_rows`, for int8; codes in tiles of 12 rows, see `native/int8.h`."""
     need_int8(code_type)
+    x_TC = x_TC.float()
     T, C = x_TC.shape
     n_codes, n_scales = row_sizes(T, C)
     codes, scale = torch.empty(n_codes, dtype=torch.int8), torch.empty(n_scales)
@@ -77,22 +78,26 @@ def _rows(x: Rows8bit, columns: int) -> tuple[int, int, int]:
     return codes, scale, address(x.start, "start", torch.int32, n_scales)
 
 
-def matmul_8bit(x: Rows8bit, weight: FourBit, row_scale: Tensor, transposed: bool, epilogue: Epilogue) -> Tensor:
-    """As `ops.matmul_8bit`."""
+def matmul_8bit(
+    x: Rows8bit, weight: FourBit, row_scale: Tensor, transposed: bool, epilogue: Epilogue, dtype: torch.dtype = torch.float32
+) -> Tensor:
+    """As `ops.matmul_8bit`; computed in float32."""
     N, K, shift, addresses, nested_shift = _weight(weight)
     T, columns = x.rows, K if transposed else N
     rows = _rows(x, N if transposed else K)
+    own_bias, low = (None if tensor is None else tensor.float() for tensor in (epilogue.bias, epilogue.low))
+    epilogue = epilogue._replace(bias=own_bias, low=low)
     bias, low_branch = epilogue_addresses(epilogue, T, columns)
     out = torch.empty((T, columns), dtype=torch.float32)
     if N * K == 0:
-        return decoded.matmul_dense(torch.zeros(T, 1), torch.zeros(1, columns), True, epilogue)
+        return decoded.matmul_dense(torch.zeros(T, 1), torch.zeros(1, columns), True, epilogue).to(dtype)
     failed = library().matmul_int8(
         *rows, T, *addresses, N, K, shift, nested_shift, int(transposed), address(row_scale, "row_scale", torch.float32, N),
         bias, *low_branch, epilogue.scale, out.data_ptr(), torch.get_num_threads(),
     )  # fmt: skip
     if failed:
         raise MemoryError("No memory for one packed panel of a weight.")
-    return out
+    return out.to(dtype)
 
 
 def matmul_8bit_dense(x: Rows8bit, weight_NK: Tensor, row_scale: Tensor, transposed: bool, out: Tensor) -> Tensor:

@@ -1,0 +1,187 @@
+"""What the host waits for in a training step. Oracle: every use of a value of a tensor that on a GPU would be on the device, seen
+on a CPU: calls from Python, and operations of the dispatcher, which those in compiled layers are too."""
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+import lownibble as ln
+from lownibble.config import DataConfig, LoraConfig, QuantConfig, RunConfig, TrainConfig
+from lownibble.kernels import ops
+from lownibble.models.info import info
+from lownibble.training.run import prepare
+from lownibble.transfers import to_device
+
+DATA = {"prompt_template": "review : {text} sentiment :", "completion_template": " {label}"}
+
+READS = {
+    torch.ops.aten._local_scalar_dense, torch.ops.aten.is_nonzero, torch.ops.aten.equal, torch.ops.aten.nonzero,
+    torch.ops.aten.masked_select, torch.ops.aten._unique2, torch.ops.aten.allclose, torch.ops.aten.item,
+}  # fmt: skip
+"""Operations whose result or its size the host needs."""
+
+CALLS = {"item", "tolist", "__bool__", "__float__", "__int__", "__index__", "numpy", "cpu", "__repr__"}
+
+
+class Waits(TorchDispatchMode):
+    """Collects operations that read values of device tensors: all but those that are made of host tensors only, or of nothing."""
+
+    def __init__(self):
+        super().__init__()
+        self.found, self._on_host = [], {}
+
+    @classmethod
+    def ignore_compile_internals(cls):
+        return True
+
+    def on_device(self, value):
+        return isinstance(value, torch.Tensor) and value.untyped_storage()._cdata not in self._on_host
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        inputs = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
+        device = any(map(self.on_device, inputs)) and func is not torch.ops.aten.lift_fresh.default
+        packet = func.overloadpacket
+        masked = packet in (torch.ops.aten.index, torch.ops.aten.index_put, torch.ops.aten.index_put_)
+        masked = masked and any(i is not None and i.dtype == torch.bool and self.on_device(i) for i in args[1])
+        if device and (packet in READS or masked):
+            self.found.append(str(packet))
+        out = func(*args, **(kwargs or {}))
+        for made in tree_leaves(out):
+            if isinstance(made, torch.Tensor):
+                storage = made.untyped_storage()
+                if device:
+                    self._on_host.pop(storage._cdata, None)
+                else:
+                    self._on_host[storage._cdata] = storage  # held, so that its address is not used again
+        return out
+
+    def __enter__(self):
+        self._methods = pytest.MonkeyPatch()
+        for name in CALLS:
+            self._methods.setattr(torch.Tensor, name, self._reported(name, getattr(torch.Tensor, name)))
+        return super().__enter__()
+
+    def __exit__(self, *exception):
+        super().__exit__(*exception)
+        self._methods.undo()
+
+    def _reported(self, name, method):
+        def call(tensor, *args, **kwargs):
+            if self.on_device(tensor):
+                self.found.append(name)
+            return method(tensor, *args, **kwargs)
+
+        return call
+
+
+def trainer_of(model, data, **options):
+    lora = options.pop("lora", {})
+    quant = options.pop("quant", {})
+    config = {"max_steps": 8, "batch_size": 4, "max_length": 32, "learning_rate": 1e-2, "torch_compile": False, **options}
+    trainer, _ = prepare(RunConfig(
+        model=str(model), method="qlora", dtype="bfloat16", data=DataConfig(path=str(data), **DATA), quant=QuantConfig(**quant),
+        lora=LoraConfig(r=4, **lora), train=TrainConfig(**config),
+    ))  # fmt: skip
+    info(trainer.model).needs_mask = False  # as found out on a GPU
+    trainer.set_up()
+    return trainer
+
+
+def waits_of_a_step(trainer, step=2):
+    steps = trainer.micro.steps()
+    rows = [next(steps) for _ in range(step + 1)]
+    for i in range(step):
+        trainer.step(i, rows[i])
+    with Waits() as waits:
+        taken = trainer.step(step, rows[step])
+    return waits.found, taken
+
+
+CASES = {
+    "eager": {},
+    "compiled": {"torch_compile": True},
+    "accumulated, dropout": {"gradient_accumulation_steps": 2, "lora": {"lora_dropout": 0.1}},
+    "packed": {"packing": True},
+    "checkpointed": {"gradient_checkpointing": True},
+    "fp8": {"quant": {"compute": "fp8"}},
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_step_waits_once_for_its_loss_and_norm(case, widen, tiny_data):
+    with ln.use_backend("reference"):
+        found, taken = waits_of_a_step(trainer_of(widen(num_hidden_layers=2), tiny_data, **CASES[case]))
+    assert isinstance(taken, ln.training.events.Stepped)
+    assert found == ["tolist"]
+
+
+@pytest.mark.parametrize("wait", ["item", "nonzero", "mask", "bool"])
+def test_the_modes_see_what_waits(wait, widen, tiny_data):
+    trainer = trainer_of(widen(num_hidden_layers=2), tiny_data)
+    weight = trainer.model.get_input_embeddings().weight
+    waiting = {
+        "item": lambda: weight.sum().item(), "nonzero": lambda: (weight > 0).nonzero(), "mask": lambda: weight[weight > 0],
+        "bool": lambda: bool((weight > 0).all()),
+    }[wait]  # fmt: skip
+    hook = trainer.model.get_input_embeddings().register_forward_hook(lambda *_: (waiting(), None)[1])
+    with ln.use_backend("reference"):
+        found, _ = waits_of_a_step(trainer)
+    hook.remove()
+    assert len(found) > 1
+
+
+def test_a_skipped_step_is_decided_on_the_device(widen, tiny_data):
+    trainer = trainer_of(widen(num_hidden_layers=2), tiny_data)
+    before = [p.detach().clone() for p in trainer.model.parameters() if p.requires_grad]
+    rows = next(trainer.micro.steps())
+    hook = trainer.model.get_input_embeddings().register_forward_hook(lambda module, inputs, output: output * float("nan"))
+    taken = trainer.step(0, rows)
+    hook.remove()
+    assert isinstance(taken, ln.training.events.Skipped)
+    after = [p.detach() for p in trainer.model.parameters() if p.requires_grad]
+    assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
+    assert all(float(state["step"]) == 0 and not state["exp_avg"].any() for state in trainer.optimizer.state.values())
+
+
+class _Counting:
+    """The reference kernels, counting the products with frozen weights by direction."""
+
+    def __init__(self):
+        self.kernels, self.counts = ops.backend("reference"), {False: 0, True: 0}
+
+    def __getattr__(self, name):
+        return getattr(self.kernels, name)
+
+    def matmul_4bit(self, x_TC, weight, transposed, epilogue):
+        self.counts[transposed] += 1
+        return self.kernels.matmul_4bit(x_TC, weight, transposed, epilogue)
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_every_frozen_product_is_computed_once_each_way(compiled, widen, tiny_data):
+    backend = _Counting()
+    with ln.use_backend(backend):
+        trainer = trainer_of(widen(num_hidden_layers=2), tiny_data, torch_compile=compiled)
+        backend.counts = {False: 0, True: 0}
+        trainer.step(0, next(trainer.micro.steps()))
+    assert backend.counts == {False: 14, True: 11}, "the first layer's q, k and v need no gradient of their input"
+
+
+def test_copies_to_a_gpu_are_queued():
+    calls = []
+
+    class Host:
+        device = torch.device("cpu")
+
+        def pin_memory(self):
+            calls.append("pinned")
+            return self
+
+        def to(self, device, **how):
+            calls.append((device, how))
+
+    to_device(Host(), "cuda:0")
+    assert calls == ["pinned", ("cuda:0", {"non_blocking": True})]
+    tensor = torch.ones(3)
+    assert to_device(tensor, "cpu") is tensor
