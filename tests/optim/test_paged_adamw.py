@@ -8,8 +8,10 @@ from hypothesis import strategies as st
 from torch import nn
 
 from lownibble.errors import ConfigError, OutputError, TrainingError
-from lownibble.optim import make_optimizer, open_states, set_learning_rate, state_bytes, states
-from lownibble.optim.eight_bit import BLOCK, AdamStep, decode, encode, nearest
+from lownibble.kernels import ops
+from lownibble.kernels.adamw import AdamStep, encode, nearest
+from lownibble.optim import make_optimizer, open_states, set_learning_rate, specs, state_bytes, states
+from lownibble.optim.eight_bit import BLOCK, code_maps
 from lownibble.optim.paged_adamw import EightBit, Fused, PagedAdamW
 from lownibble.optim.specs import Paging
 from lownibble.quant.codebook import dynamic8, dynamic8_unsigned
@@ -158,6 +160,46 @@ def test_the_default_budget_is_a_tenth_and_at_least_16_mib():
     assert make_optimizer("paged_adamw", [large], 1e-3, 0.0).budget_bytes == (30 << 20) * 2 * 8 // 10
 
 
+MIB = 1 << 20
+
+
+@pytest.mark.parametrize(
+    ("total", "budget", "page"),
+    [
+        (300 * MIB - 5, None, 300 * MIB), (10, None, MIB), (0, None, MIB),  # all resident: one page
+        (40 * MIB, 64 * MIB, 40 * MIB), (2000 * MIB, 200 * MIB, 32 * MIB), (2000 * MIB, 64 * MIB, 16 * MIB),
+        (2000 * MIB, 63 * MIB, 8 * MIB), (2000 * MIB, 3 * MIB, MIB), (4 * MIB - 9, 4 * MIB - 9, MIB),
+    ],
+)  # fmt: skip
+def test_pages_on_cuda(total, budget, page):
+    """A page for all that fits; else powers of two to 32 MiB, of which the budget holds four."""
+    assert specs.page_bytes(total, budget, "cuda") == page
+    assert specs.page_bytes(total, budget, "cpu") == MIB
+    resident = specs.resident_bytes(total, budget, "cuda")
+    assert resident % page == 0
+    assert resident <= total + MIB if budget is None else resident <= budget
+
+
+@pytest.mark.parametrize("kind", ["paged_adamw", "adamw_8bit", "paged_adamw_8bit"])
+@pytest.mark.parametrize("budget", [2 * MIB, 5 * MIB, 64 * MIB])
+def test_bits_do_not_depend_on_the_page_size(kind, budget, monkeypatch):
+    """CUDA's pages on the CPU, where the step is the same code; and what a plan counts is what is resident."""
+    shapes = [(1025, 1031), (513,), (700, 900)]
+    ours, theirs = _parameters(shapes=shapes), _parameters(shapes=shapes)
+    options = {"page_budget": budget} if kind.startswith("paged") else {}
+    plain = make_optimizer(kind, theirs, 1e-3, 0.1, **options)
+    size = specs.page_bytes
+    monkeypatch.setattr(specs, "page_bytes", lambda total, budget, _: size(total, budget, "cuda"))
+    optimizer = make_optimizer(kind, ours, 1e-3, 0.1, **options)
+    _train(optimizer, ours, 3)
+    _train(plain, theirs, 3)
+    assert _same(ours, theirs)
+    assert _same(_states(optimizer, ours).values(), _states(plain, theirs).values())
+    planned = specs.resident_bytes(optimizer.total_bytes, optimizer.budget_bytes, "cuda")
+    assert optimizer.planned_bytes == optimizer.resident_bytes == planned
+    optimizer.close(), plain.close()
+
+
 def test_unusable_options_and_models_are_named(tmp_path):
     with pytest.raises(ConfigError, match=r"for paged optimisers.*'paged_adamw'"):
         make_optimizer("adamw", _parameters(), 1e-3, 0.0, page_budget=1 << 20)
@@ -195,14 +237,16 @@ def test_codes_are_the_nearest(signed, n):
         x[256:512] = 0  # a block of zeros
     x = x if signed else x * x
     codes, absmax = torch.empty(n, dtype=torch.uint8), torch.empty(-(-n // BLOCK))
-    encode(x, signed, codes, absmax)
-    values = dynamic8() if signed else dynamic8_unsigned()
+    book = code_maps("cpu")[not signed]
+    encode(x, book, codes, absmax, BLOCK)
+    values = book.values
     differing = (codes.long() != _nearest(x, values, absmax)).nonzero().flatten()
     # a value that rounding puts on the other side of the middle between two codes is one off
     assert len(differing) <= n // 1000
-    assert torch.equal(decode(codes, signed, absmax), values[codes.long()] * absmax.repeat_interleave(BLOCK)[:n])
+    decoded = ops.dequantize_8bit(codes, absmax, values, BLOCK)
+    assert torch.equal(decoded, values[codes.long()] * absmax.repeat_interleave(BLOCK)[:n])
     if n > 600:
-        assert not decode(codes, signed, absmax)[256:512].any()
+        assert not decoded[256:512].any()
 
 
 @pytest.mark.parametrize("signed", [True, False])
@@ -214,7 +258,7 @@ def test_the_table_is_a_search(signed):
     x = torch.cat([bounds, values, powers, torch.rand(100_000, generator=torch.Generator().manual_seed(0)) ** 4])
     x = torch.cat([x, -x, torch.nextafter(x, torch.tensor(2.0)), torch.nextafter(x, torch.tensor(-2.0))]).clamp(-1, 1)
     x = x if signed else x.clamp(min=0)
-    assert torch.equal(nearest(x, signed), torch.bucketize(x, bounds, out_int32=True))
+    assert torch.equal(nearest(x, code_maps("cpu")[not signed]), torch.bucketize(x, bounds, out_int32=True))
 
 
 def _search(x, code, block_size=BLOCK):
@@ -228,7 +272,7 @@ def test_codes_are_those_of_bitsandbytes_search(bitsandbytes, signed):
     x = torch.randn(5003, generator=torch.Generator().manual_seed(0)) ** 5
     x = x if signed else x * x
     codes, absmax = torch.empty(5003, dtype=torch.uint8), torch.empty(-(-5003 // BLOCK))
-    encode(x, signed, codes, absmax)
+    encode(x, code_maps("cpu")[not signed], codes, absmax, BLOCK)
     wanted, wanted_absmax = _search(x, bitsandbytes.functional.create_dynamic_map(signed=signed))
     assert torch.equal(codes, wanted)
     assert torch.equal(absmax, wanted_absmax)

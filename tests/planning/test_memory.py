@@ -14,7 +14,7 @@ from lownibble.errors import ConfigError, ModelError, TargetError
 from lownibble.lora import add_lora
 from lownibble.lora.active import lora_layers
 from lownibble.models.load import quantizable
-from lownibble.optim import close_states, make_optimizer, planned_bytes
+from lownibble.optim import close_states, make_optimizer, planned_bytes, specs
 from lownibble.optim import state_bytes as optimizer_state_bytes
 from lownibble.planning import hardware, models
 from lownibble.planning.memory import _ranks, packed_layers, plan_memory, state_bytes
@@ -73,7 +73,11 @@ def test_packed_layers_are_as_large_as_packed_weights(quant_type):
 
 @pytest.mark.parametrize("optim", ["adamw", "adamw_8bit", "paged_adamw", "paged_adamw_8bit"])
 @pytest.mark.parametrize("shapes", [[(64, 64), (7,)], [(1024, 512), (512, 512), (512,)], [(3000, 2000)]])
-def test_optimiser_states(optim, shapes):
+@pytest.mark.parametrize("device_type", ["cpu", "cuda"])
+def test_optimiser_states(optim, shapes, device_type, monkeypatch):
+    """On CUDA: its sizes of pages, on the CPU."""
+    size = specs.page_bytes
+    monkeypatch.setattr(specs, "page_bytes", lambda total, budget, _: size(total, budget, device_type))
     parameters = [nn.Parameter(torch.zeros(shape)) for shape in shapes]
     optimizer = make_optimizer(optim, parameters, 1e-3, 0.0)
     for parameter in parameters:
@@ -81,7 +85,7 @@ def test_optimiser_states(optim, shapes):
     optimizer.step()
     real = planned_bytes(optim, optimizer) if optim.startswith("paged") else optimizer_state_bytes(optimizer).total
     close_states(optimizer)
-    ours = sum(state_bytes([(p.numel(), 4) for p in parameters], TrainConfig(optim=optim)))
+    ours = sum(state_bytes([(p.numel(), 4) for p in parameters], TrainConfig(optim=optim), device_type))
     assert ours == pytest.approx(real, abs=1 << 20), "to a page"
 
 

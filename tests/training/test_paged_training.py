@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 
 from lownibble.config import DataConfig, LoraConfig, QuantConfig, RunConfig, TrainConfig
 from lownibble.errors import ConfigError, OutputError, TrainingError
-from lownibble.optim import paged_adamw
+from lownibble.optim import specs
 from lownibble.training import Sink, Stepped, run
 
 PAGE = 4096
@@ -21,7 +21,7 @@ DATA_TEMPLATES = {"prompt_template": "review : {text} sentiment :", "completion_
 @pytest.fixture(autouse=True)
 def small_pages(monkeypatch):
     """The tiny model's states would fit into one page of the usual size."""
-    monkeypatch.setattr(paged_adamw, "PAGE_BYTES", PAGE)
+    monkeypatch.setattr(specs, "PAGE_BYTES", PAGE)
 
 
 def _config(tiny_model, tiny_data, method="full", **options):

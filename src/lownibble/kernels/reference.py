@@ -14,7 +14,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from lownibble.kernels import decoded, decoder, plain
+from lownibble.kernels import adamw, decoded, decoder, plain
 from lownibble.kernels.attention import attention as attention
 from lownibble.kernels.attention import attention_backward as attention_backward
 from lownibble.kernels.decoder import DecoderLayers, Segment, Step
@@ -234,3 +234,6 @@ def decoder_layers(
     x_TH: Tensor, layers: DecoderLayers, keys: Tensor, values: Tensor, step: Step, segments: Sequence[Segment]
 ) -> None:
     decoder.decoder_layers(gemv_4bit, x_TH, layers, keys, values, step, segments)
+
+
+adamw_8bit = partial(adamw.adamw_8bit, dequantize_8bit)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from lownibble.kernels import decoded, plain
+from lownibble.kernels.adamw import AdamPart, CodeMap
 from lownibble.kernels.decoder import DecoderLayers, Segment, Step
 from lownibble.kernels.types import PART, Epilogue, FourBit, Grouped, Rows8bit, Scaled8bit, row_sizes
 
@@ -162,3 +163,8 @@ class Traced:
         self, x_TH: Tensor, layers: DecoderLayers, keys: Tensor, values: Tensor, step: Step, segments: Sequence[Segment]
     ) -> None:
         """As `ops.decoder_layers`: in place, so nothing is allocated."""
+
+    def adamw_8bit(
+        self, parts: Sequence[AdamPart], books: tuple[CodeMap, CodeMap], block_size: int, found_inf: Tensor | None
+    ) -> None:
+        """As `ops.adamw_8bit`: in place; a stretch of temporaries is not counted."""

@@ -13,13 +13,17 @@ if TYPE_CHECKING:
         open_states,
         planned_bytes,
         set_learning_rate,
+        skipped,
         state_bytes,
         step_if_finite,
     )
     from lownibble.optim.schedule import SCHEDULES, learning_rate, warmup_steps
     from lownibble.optim.specs import OptimizerSpec, is_paged, paged_name, plain_name, spec
 
-_ADAMW = ("close_states", "make_optimizer", "open_states", "planned_bytes", "set_learning_rate", "state_bytes", "step_if_finite")
+_ADAMW = (
+    "close_states", "make_optimizer", "open_states", "planned_bytes", "set_learning_rate", "skipped", "state_bytes",
+    "step_if_finite",
+)  # fmt: skip
 
 __getattr__ = lazily(
     __name__,
@@ -32,5 +36,5 @@ __getattr__ = lazily(
 
 __all__ = [
     "SCHEDULES", "OptimizerSpec", "close_states", "is_paged", "learning_rate", "make_optimizer", "open_states", "paged_name",
-    "plain_name", "planned_bytes", "set_learning_rate", "spec", "state_bytes", "step_if_finite", "warmup_steps",
+    "plain_name", "planned_bytes", "set_learning_rate", "skipped", "spec", "state_bytes", "step_if_finite", "warmup_steps",
 ]  # fmt: skip

@@ -155,3 +155,12 @@ def close_states(optimizer: torch.optim.Optimizer) -> None:
     """Release the pages of a paged or 8-bit optimiser, and their file."""
     if isinstance(optimizer, PagedAdamW):
         optimizer.close()
+
+
+def skipped(optimizer: torch.optim.Optimizer) -> None:
+    """Count the last step as not taken, once it is known that `found_inf` was 1 in it; before the next step.
+
+    The optimiser is one whose `OptimizerSpec.skips_on_device` is set. torch's own count on the device, without such steps.
+    """
+    if isinstance(optimizer, PagedAdamW):
+        optimizer.take_back_step()

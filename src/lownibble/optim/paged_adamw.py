@@ -25,10 +25,11 @@ import torch
 from torch import Tensor, nn
 
 from lownibble.errors import ConfigError, TrainingError
-from lownibble.optim import eight_bit
-from lownibble.optim.eight_bit import AdamStep
+from lownibble.kernels import ops
+from lownibble.kernels.adamw import AdamPart, AdamStep
+from lownibble.optim import eight_bit, specs
 from lownibble.optim.paging import PageStore
-from lownibble.optim.specs import PAGE_BYTES, SHARE_PAGED, SMALLEST_PAGED, Paging
+from lownibble.optim.specs import Paging
 
 UNIT = 256
 """Parameters are split at multiples of this many elements: a block of 8-bit codes, and a multiple of any SIMD width."""
@@ -65,12 +66,13 @@ class Piece(NamedTuple):
 
 
 class Slices(NamedTuple):
-    """Flat tensors for updating one piece: parameter, gradient, one per field; and the parameter's step count."""
+    """Flat tensors for updating one piece: parameter, gradient, one per field; the parameter's step count and its group."""
 
     parameter: Tensor
     gradient: Tensor
     states: list[Tensor]
     step: Tensor
+    group: dict[str, Any]
 
 
 class Arithmetic(Protocol):
@@ -82,12 +84,12 @@ class Arithmetic(Protocol):
     def new_step(self, parameter: nn.Parameter) -> Tensor:
         """A new step counter, () float32 zero."""
 
-    def update(self, group: dict[str, Any], pieces: list[Slices]) -> None:
-        """One step on pieces of parameters of one group and dtype."""
+    def update(self, pieces: list[Slices], found_inf: Tensor | None) -> None:
+        """One step on pieces of parameters; none if `found_inf`, () float32 on their device, is 1."""
 
 
 class Fused:
-    """torch's fused AdamW; states in the parameter's dtype, as in torch."""
+    """torch's fused AdamW; states in the parameter's dtype, as in torch. On CUDA one launch takes dozens of tensors."""
 
     def fields(self, parameter: nn.Parameter) -> list[Field]:
         """Both moments."""
@@ -97,14 +99,19 @@ class Fused:
         """A step counter on the parameter's device, as the fused operation requires."""
         return torch.zeros((), device=parameter.device)
 
-    def update(self, group: dict[str, Any], pieces: list[Slices]) -> None:
-        """One call for all pieces, the same call that `torch.optim.AdamW(fused=True)` makes."""
-        torch._fused_adamw_(
-            [p.parameter for p in pieces], [p.gradient for p in pieces], [p.states[0] for p in pieces],
-            [p.states[1] for p in pieces], [], [p.step for p in pieces], lr=group["lr"], beta1=group["betas"][0],
-            beta2=group["betas"][1], weight_decay=group["weight_decay"], eps=group["eps"], amsgrad=False, maximize=False,
-            grad_scale=None, found_inf=None,
-        )  # fmt: skip
+    def update(self, pieces: list[Slices], found_inf: Tensor | None) -> None:
+        """One call for the pieces of one group and dtype, the same call that `torch.optim.AdamW(fused=True)` makes."""
+        alike = defaultdict(list)
+        for piece in pieces:
+            alike[id(piece.group), piece.parameter.dtype].append(piece)
+        for members in alike.values():
+            group = members[0].group
+            torch._fused_adamw_(
+                [p.parameter for p in members], [p.gradient for p in members], [p.states[0] for p in members],
+                [p.states[1] for p in members], [], [p.step for p in members], lr=group["lr"], beta1=group["betas"][0],
+                beta2=group["betas"][1], weight_decay=group["weight_decay"], eps=group["eps"], amsgrad=False, maximize=False,
+                grad_scale=None, found_inf=found_inf,
+            )  # fmt: skip
 
 
 class EightBit:
@@ -123,14 +130,15 @@ class EightBit:
         """A step counter on the CPU, where it is read."""
         return torch.zeros(())
 
-    def update(self, group: dict[str, Any], pieces: list[Slices]) -> None:
-        """Update piece by piece."""
-        for parameter, gradient, states, step in pieces:
+    def update(self, pieces: list[Slices], found_inf: Tensor | None) -> None:
+        """One operation for all pieces."""
+        parts = []
+        for parameter, gradient, states, step, group in pieces:
             numbers = AdamStep(int(step), group["lr"], group["betas"], group["eps"], group["weight_decay"])
-            if len(states) == 2:
-                numbers.update(parameter, gradient, states[0], states[1])
-            else:
-                eight_bit.update_encoded(numbers, parameter, gradient, (states[0], states[1]), (states[2], states[3]))
+            absmax = (states[2], states[3]) if len(states) == 4 else None
+            parts.append(AdamPart(numbers, parameter, gradient, (states[0], states[1]), absmax))
+        books = eight_bit.code_maps(str(pieces[0].parameter.device))
+        ops.adamw_8bit(parts, books, eight_bit.BLOCK, found_inf)
 
 
 class PagedAdamW(torch.optim.Optimizer):
@@ -139,18 +147,25 @@ class PagedAdamW(torch.optim.Optimizer):
     Args:
         groups: parameter groups with `lr`, `betas`, `eps` and `weight_decay`.
         paging: None keeps all pages resident.
-        page_bytes: size of a page, at least 4096; default: `PAGE_BYTES`.
+        page_bytes: size of a page, at least 4096; default: `specs.page_bytes`.
+
+    Attributes:
+        found_inf: None, or () float32 on the parameters' device: 1 makes `step` change neither parameters nor moments, 0 nothing
+            else, as with torch's fused optimisers. A GPU reads it when it gets there. The step counts go on either way;
+            `take_back_step` mends them.
+
     Raises:
         ConfigError: a parameter is not contiguous, parameters are on several devices, or the budget is below one page. (The file
             is created by `open`.)
     """
 
+    found_inf: Tensor | None = None
+
     def __init__(
         self, groups: list[dict[str, Any]], arithmetic: Arithmetic, paging: Paging | None, page_bytes: int | None = None
     ) -> None:
         super().__init__(groups, {})
-        page_bytes = page_bytes or PAGE_BYTES
-        self._arithmetic, self._page_bytes = arithmetic, page_bytes
+        self._arithmetic = arithmetic
         owned = [(p, number) for number, group in enumerate(self.param_groups) for p in group["params"]]
         devices = {p.device for p, _ in owned}
         if len(devices) > 1 or not all(p.is_contiguous() for p, _ in owned):
@@ -159,18 +174,21 @@ class PagedAdamW(torch.optim.Optimizer):
             )
         self._device = devices.pop()
         self._fields = {p: arithmetic.fields(p) for p, _ in owned}
-        self._pages = self._lay_out(owned)
         self.total_bytes = sum(field.count(p.numel()) * field.dtype.itemsize for p in self._fields for field in self._fields[p])
         self.budget_bytes, self._folder = None, None
         if paging is not None:
-            default = max(SMALLEST_PAGED, self.total_bytes // SHARE_PAGED)
-            self.budget_bytes, self._folder = default if paging.budget_bytes is None else paging.budget_bytes, paging.folder
-            if self.budget_bytes < page_bytes:
-                raise ConfigError(
-                    f"The page budget of the optimiser must be at least one page, {page_bytes / 2**20:g} MiB. Got "
-                    f"{self.budget_bytes} bytes. Raise 'optim_page_budget' (--optim-page-budget)."
-                )
+            self.budget_bytes, self._folder = specs.page_budget(self.total_bytes, paging.budget_bytes), paging.folder
+        padded = sum(field.span(p.numel()) for p in self._fields for field in self._fields[p])
+        self._page_bytes = page_bytes or specs.page_bytes(padded, self.budget_bytes, self._device.type)
+        if self.budget_bytes is not None and self.budget_bytes < self._page_bytes:
+            raise ConfigError(
+                f"The page budget of the optimiser must be at least one page, {self._page_bytes / 2**20:g} MiB. Got "
+                f"{self.budget_bytes} bytes. Raise 'optim_page_budget' (--optim-page-budget)."
+            )
+        self._pages = self._lay_out(owned)
         self._store: PageStore | None = None
+        self._held: dict[int, tuple[int, list[list[Tensor]]]] = {}
+        self._stepped: list[Tensor] = []
         self._backwards = False
 
     def _lay_out(self, owned: list[tuple[nn.Parameter, int]]) -> list[list[Piece]]:
@@ -211,6 +229,7 @@ class PagedAdamW(torch.optim.Optimizer):
         if self._store is not None:
             self._store.close()
             self._store = None
+            self._held.clear()
 
     @property
     def planned_bytes(self) -> int:
@@ -233,13 +252,17 @@ class PagedAdamW(torch.optim.Optimizer):
             TrainingError: reading or writing pages failed; some parameters have taken the step and others have not.
         """
         store = self.open()
-        flat = {}
+        flat, self._stepped = {}, []
         for parameter in self._fields:
             if parameter.grad is not None:
                 if not self.state[parameter]:
                     self.begin(parameter)
-                step = self.state[parameter]["step"].add_(1)
+                step = self.state[parameter]["step"]
                 flat[parameter] = parameter.view(-1), parameter.grad.reshape(-1), step
+                self._stepped.append(step)
+        if not flat:
+            return
+        torch._foreach_add_(self._stepped, 1)
         walk = [number for number, pieces in enumerate(self._pages) if any(piece.parameter in flat for piece in pieces)]
         if self._backwards:
             walk.reverse()
@@ -249,18 +272,29 @@ class PagedAdamW(torch.optim.Optimizer):
         for place, number in enumerate(walk):
             with store.use(number) as page:
                 store.prefetch(walk[place + ahead : place + ahead + 1] if ahead else ())
-                self._update(page, self._pages[number], flat)
+                slices = []
+                for piece, states in zip(self._pages[number], self._states(number, page), strict=True):
+                    if piece.parameter in flat:
+                        values, gradient, step = flat[piece.parameter]
+                        if piece.stop - piece.start < len(values):
+                            part = slice(piece.start, piece.stop)
+                            values, gradient = values[part], gradient[part]
+                        slices.append(Slices(values, gradient, states, step, self.param_groups[piece.group]))
+                self._arithmetic.update(slices, self.found_inf)
 
-    def _update(self, page: Tensor, pieces: list[Piece], flat: dict[nn.Parameter, tuple[Tensor, Tensor, Tensor]]) -> None:
-        alike = defaultdict(list)
-        for piece in pieces:
-            if piece.parameter in flat:
-                parameter, gradient, step = flat[piece.parameter]
-                part = slice(piece.start, piece.stop)
-                states = [values for _, values in self._views(page, piece)]
-                alike[piece.group, parameter.dtype].append(Slices(parameter[part], gradient[part], states, step))
-        for (group, _), members in alike.items():
-            self._arithmetic.update(self.param_groups[group], members)
+    def take_back_step(self) -> None:
+        """Take the last step off the step counts, if `found_inf` was 1 in it. Call it at most once, before the next step."""
+        if self._stepped:
+            torch._foreach_sub_(self._stepped, 1)
+            self._stepped = []
+
+    def _states(self, number: int, page: Tensor) -> list[list[Tensor]]:
+        """Views of the states of a page's pieces, kept as long as the page stays where it is."""
+        address, held = self._held.get(number, (None, []))
+        if address != page.data_ptr():
+            held = [[values for _, values in self._views(page, piece)] for piece in self._pages[number]]
+            self._held[number] = page.data_ptr(), held
+        return held
 
     def _views(self, page: Tensor, piece: Piece) -> Iterator[tuple[Field, Tensor]]:
         """Flat views of a piece's states in its page."""

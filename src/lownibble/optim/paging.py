@@ -36,7 +36,6 @@ import torch
 from torch import Tensor
 
 from lownibble.errors import ConfigError, OutputError, TrainingError
-from lownibble.optim.specs import PAGE_BYTES
 
 
 class Backing(Protocol):
@@ -171,7 +170,7 @@ class PageStore:
     """
 
     def __init__(
-        self, n_pages: int, page_bytes: int = PAGE_BYTES, budget_bytes: int | None = None, *,
+        self, n_pages: int, page_bytes: int, budget_bytes: int | None = None, *,
         folder: Path | None = None, device: torch.device | str = "cpu",
     ) -> None:  # fmt: skip
         device = torch.device(device)

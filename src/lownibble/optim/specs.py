@@ -23,8 +23,12 @@ if TYPE_CHECKING:
     import torch
 
 PAGE_BYTES = 1 << 20
-"""Page size of optimiser states: small enough that a page just read is still in the L2 cache when used, large enough to hide
-Python's overhead. A power of two, to which the pinned-memory allocator would round up anyway."""
+"""Page size of optimiser states on a CPU, and the smallest on CUDA: small enough that a page just read is still in the L2 cache
+when used, large enough to hide Python's overhead."""
+
+LARGEST_PAGE, FEWEST_PAGES = 32 << 20, 4
+"""Page size on CUDA, where a copy over PCIe is fastest in tens of MiB and a page is one launch; smaller where fewer than four
+would be resident (one in use, others on their way). Powers of two, to which the pinned-memory allocator would round up anyway."""
 
 SMALLEST_PAGED, SHARE_PAGED = 16 << 20, 10
 """Default page budget of a paged optimiser: minimum bytes, and divisor of its total state bytes; the larger applies."""
@@ -46,6 +50,28 @@ class Paging:
     folder: Path | None = None
 
 
+def page_budget(total: int, budget: int | None) -> int:
+    """Bytes of states of `total` bytes that a paged optimiser keeps resident: the budget given, or the default."""
+    return max(SMALLEST_PAGED, total // SHARE_PAGED) if budget is None else budget
+
+
+def page_bytes(total: int, budget: int | None, device_type: str) -> int:
+    """Page size for states of `total` bytes, of which `budget` bytes are resident (None: all). On CUDA, what fits is one page."""
+    if device_type != "cuda":
+        return PAGE_BYTES
+    whole = max(1, -(-total // PAGE_BYTES)) * PAGE_BYTES
+    if budget is None or whole <= budget:
+        return whole
+    return max(PAGE_BYTES, min(LARGEST_PAGE, 1 << (budget // FEWEST_PAGES).bit_length() - 1))
+
+
+def resident_bytes(total: int, budget: int | None, device_type: str) -> int:
+    """Bytes of the resident pages of states of `total` bytes, as `PagedAdamW.planned_bytes` of the pages it has laid out."""
+    page = page_bytes(total, budget, device_type)
+    pages = -(-total // page)
+    return page * (pages if budget is None else min(pages, budget // page))
+
+
 @dataclass(frozen=True)
 class OptimizerSpec:
     """Specification of an optimiser.
@@ -54,7 +80,9 @@ class OptimizerSpec:
         build: (groups, paging) -> the optimiser, or 'module:function', imported on first use.
         state_bytes: (elements, bytes per element) of a parameter -> bytes of its states.
         plain, paged: names of the unpaged and the paged optimiser with the same states, or None.
-        skips_on_device: a step with the attribute `found_inf`, () float32 on the device, changes nothing unless it is 0.
+        skips_on_device: whether `step` honours the attribute `found_inf` as torch's fused optimisers do: None, or a () float32
+            tensor on the parameters' device, 1 to leave parameters and moments as they are, else 0. `optim.skipped` is to be
+            called once that is known.
     """
 
     build: Callable[[Groups, Paging], torch.optim.Optimizer] | str
@@ -104,6 +132,10 @@ def both_moments_8bit(n: int, itemsize: int) -> int:
 
 
 ADAMW = OptimizerSpec("lownibble.optim.adamw:fused", both_moments, "adamw", "paged_adamw", skips_on_device=True)
-PAGED_ADAMW = OptimizerSpec("lownibble.optim.adamw:paged", both_moments, "adamw", "paged_adamw")
-ADAMW_8BIT = OptimizerSpec("lownibble.optim.adamw:eight_bit", both_moments_8bit, "adamw_8bit", "paged_adamw_8bit")
-PAGED_ADAMW_8BIT = OptimizerSpec("lownibble.optim.adamw:paged_eight_bit", both_moments_8bit, "adamw_8bit", "paged_adamw_8bit")
+PAGED_ADAMW = OptimizerSpec("lownibble.optim.adamw:paged", both_moments, "adamw", "paged_adamw", skips_on_device=True)
+ADAMW_8BIT = OptimizerSpec(
+    "lownibble.optim.adamw:eight_bit", both_moments_8bit, "adamw_8bit", "paged_adamw_8bit", skips_on_device=True
+)
+PAGED_ADAMW_8BIT = OptimizerSpec(
+    "lownibble.optim.adamw:paged_eight_bit", both_moments_8bit, "adamw_8bit", "paged_adamw_8bit", skips_on_device=True
+)

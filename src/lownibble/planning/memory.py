@@ -175,7 +175,7 @@ def plan_memory(
         tape = step(method, run, batch, train.gradient_checkpointing, passes)
     if method != "full" and lora.init_lora_weights in KEEP_THEIR_START:
         tape.hold([n * each for n, each in trained], "adapters")
-    tape.hold(state_bytes(trained, train), "optimizer")
+    tape.hold(state_bytes(trained, train, device.kind), "optimizer")
     found = _read(tape, passes, shape, device, sum(n for n, _ in trained))
     init = str(lora.init_lora_weights)
     if calibration is None or not needs_pass(method, init):
@@ -281,14 +281,13 @@ def _trained(
             yield math.prod(parameter), of_adapter
 
 
-def state_bytes(trained: list[tuple[int, int]], train: TrainConfig) -> list[int]:
+def state_bytes(trained: list[tuple[int, int]], train: TrainConfig, device_type: str) -> list[int]:
     """Bytes of the optimiser states in memory, per parameter; the resident total if paged."""
     each = [specs.spec(train.optim).state_bytes(n, size) for n, size in trained]
     if not specs.is_paged(train.optim):
         return each
-    least = max(specs.SMALLEST_PAGED, sum(each) // specs.SHARE_PAGED)
-    budget = n_bytes(train.optim_page_budget) if train.optim_page_budget else least
-    return [min(budget, -(-sum(each) // specs.PAGE_BYTES) * specs.PAGE_BYTES)]
+    budget = specs.page_budget(sum(each), n_bytes(train.optim_page_budget) if train.optim_page_budget else None)
+    return [specs.resident_bytes(sum(each), budget, device_type)]
 
 
 def _from_model(tape: Tape) -> list[tuple[int, int]]:

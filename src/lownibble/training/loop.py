@@ -34,6 +34,7 @@ from lownibble.optim import (
     paged_name,
     planned_bytes,
     set_learning_rate,
+    skipped,
     spec,
     state_bytes,
     step_if_finite,
@@ -318,6 +319,7 @@ class Trainer:
         *losses, norm = values.tolist()
         loss = sum(losses)
         if not math.isfinite(loss) or not math.isfinite(norm):
+            skipped(self.optimizer)
             reason = f"the loss is {loss} and the gradient's norm {norm}; {self._origin(step, batches, n_labels)}"
             self.optimizer.zero_grad(set_to_none=True)
             return Skipped(step + 1, reason, time.perf_counter() - began)

@@ -1,5 +1,6 @@
 """The compiled CPU kernels as a backend of `ops.py`."""
 
+from lownibble.kernels.cpu.adamw import adamw_8bit
 from lownibble.kernels.cpu.attention import attention, attention_backward, has_attention
 from lownibble.kernels.cpu.decoder import decoder_layers
 from lownibble.kernels.cpu.fourbit import (
@@ -25,7 +26,7 @@ device_types = ("cpu",)
 row_part: int | None = PART
 
 __all__ = [
-    "attention", "attention_backward", "available_isas", "decoder_layers", "dequantize_4bit", "dequantize_8bit",
+    "adamw_8bit", "attention", "attention_backward", "available_isas", "decoder_layers", "dequantize_4bit", "dequantize_8bit",
     "dequantize_grouped", "device_types", "gemv_4bit", "gemv_bf16", "gemv_grouped", "has_attention", "has_int8", "isa",
     "library", "low_rank", "low_rank_backward", "matmul_4bit", "matmul_8bit", "matmul_8bit_dense", "matmul_dense",
     "matmul_grouped", "name", "need_int8", "quantize_4bit", "quantize_8bit", "quantize_rows", "quantize_sum_4bit", "row_part",
