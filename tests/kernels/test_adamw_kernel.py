@@ -13,11 +13,10 @@ import sys
 import pytest
 import torch
 from oracles import running, variants
-from torch.utils._pytree import tree_leaves, tree_map
 
 from lownibble.errors import InputError
 from lownibble.kernels import ops
-from lownibble.kernels.adamw import AdamPart, AdamStep
+from lownibble.kernels.adamw import AdamPart, AdamStep, Moments
 from lownibble.optim.eight_bit import BLOCK, code_maps
 
 needs_triton = pytest.mark.skipif(ops.backend_status()["triton"] != "ok", reason="no Triton kernels here")
@@ -43,26 +42,29 @@ def _parts(dtype, seed=0):
             sizes[0][0] = sizes[1][0] = 0
             gradient[:BLOCK] = 0
             moments, absmax = (codes[0], codes[1]), (sizes[0], sizes[1])
-        parts.append(AdamPart(step, parameter, gradient, moments, absmax))
+        parts.append(AdamPart(step, parameter, gradient, Moments(moments, absmax, BLOCK)))
     return parts
 
 
-def _tensors(parts):
-    return [leaf for leaf in tree_leaves(parts) if isinstance(leaf, torch.Tensor)]
+def _tensors(part):
+    return [part.parameter, part.gradient, *part.moments.values, *(part.moments.absmax or ())]
 
 
-def _to(device, parts):
-    return tree_map(lambda leaf: leaf.to(device, copy=True) if isinstance(leaf, torch.Tensor) else leaf, parts)
+def _to(device, part):
+    """A copy."""
+    parameter, gradient, *moments = (tensor.to(device, copy=True) for tensor in _tensors(part))
+    absmax = tuple(moments[2:]) or None
+    return AdamPart(part.step, parameter, gradient, Moments(tuple(moments[:2]), absmax, part.moments.block_size))
 
 
 def _after(variant, parts, found_inf=None):
     """All tensors after a step on a copy."""
     device = DEVICE if variant == "triton" else "cpu"
-    parts = _to(device, parts)
+    parts = [_to(device, part) for part in parts]
     with running(variant):
         kernels = ops.backend(variant.partition("-")[0])
-        kernels.adamw_8bit(parts, code_maps(device), BLOCK, None if found_inf is None else found_inf.to(device))
-    return [tensor.cpu() for tensor in _tensors(parts)]
+        kernels.adamw_8bit(parts, code_maps(device), None if found_inf is None else found_inf.to(device))
+    return [tensor.cpu() for part in parts for tensor in _tensors(part)]
 
 
 def _equal(some, others):
@@ -82,7 +84,7 @@ def test_one_launch_equals_the_plain_arithmetic(dtype, exact_root):
     ours, theirs = _after("triton", parts), _after("reference", parts)
     assert all(value.isfinite().all() for value in theirs)
     assert _equal(ours, theirs)
-    assert not _equal(ours, _tensors(parts))
+    assert not _equal(ours, [tensor for part in parts for tensor in _tensors(part)])
 
 
 @needs_triton
@@ -106,7 +108,7 @@ def test_the_compiled_decoder_changes_no_bits(variant):
 @pytest.mark.parametrize("backend", ["reference", pytest.param("triton", marks=needs_triton)])
 def test_found_inf_leaves_every_bit(backend):
     parts = _parts(torch.bfloat16)
-    assert _equal(_after(backend, parts, torch.ones(())), _tensors(parts))
+    assert _equal(_after(backend, parts, torch.ones(())), [tensor for part in parts for tensor in _tensors(part)])
     assert _equal(_after(backend, parts, torch.zeros(())), _after(backend, parts))
 
 
@@ -125,15 +127,34 @@ def test_what_is_not_finite_stays_in_its_place():
     ("change", "role"),
     [
         ({"gradient": torch.zeros(5)}, "gradient"), ({"gradient": torch.zeros(4096).bfloat16()}, "gradient"),
-        ({"parameter": torch.zeros(4096).double()}, "parameter"), ({"moments": (torch.zeros(4096),) * 2}, "moments"),
-        ({"absmax": (torch.zeros(15),) * 2}, "absmax"),
+        ({"parameter": torch.zeros(4096).double(), "gradient": torch.zeros(4096).double()}, "parameter"),
     ],
     ids=str,
 )  # fmt: skip
 def test_wrong_tensors_are_refused(change, role):
     part = _to(DEVICE, _parts(torch.float32)[0]._replace(**change))
     with ops.use_backend("triton"), pytest.raises(InputError, match=role):
-        ops.adamw_8bit([part], code_maps(DEVICE), BLOCK)
+        ops.adamw_8bit([part], code_maps(DEVICE))
+
+
+@needs_triton
+def test_moments_of_other_blocks_are_refused():
+    parts = [_to(DEVICE, part) for part in _parts(torch.float32)[3:5]]
+    parts[1] = parts[1]._replace(moments=Moments(parts[1].moments.values, None, 64))
+    with ops.use_backend("triton"), pytest.raises(InputError, match="one size"):
+        ops.adamw_8bit(parts, code_maps(DEVICE))
+
+
+def test_moments_that_do_not_fit_are_refused():
+    values, codes = (torch.zeros(300),) * 2, (torch.zeros(300, dtype=torch.uint8),) * 2
+    for wrong in (
+        (values, (torch.zeros(2),) * 2),
+        (codes, None),
+        (codes, (torch.zeros(1),) * 2),
+        ((values[0], torch.zeros(299)), None),
+    ):
+        with pytest.raises(InputError, match=r"moments|absmax"):
+            Moments(*wrong, BLOCK)
 
 
 COMPILE = """
@@ -176,12 +197,12 @@ def test_the_compiled_kernel_rounds_as_the_reference(tmp_path):
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 def test_a_step_on_the_gpu_does_not_wait_for_it():
-    parts = _to("cuda", _parts(torch.float32))
+    parts = [_to("cuda", part) for part in _parts(torch.float32)]
     books, found_inf = code_maps("cuda"), torch.zeros((), device="cuda")
-    ops.adamw_8bit(parts, books, BLOCK, found_inf)  # compiles
+    ops.adamw_8bit(parts, books, found_inf)  # compiles
     before = torch.cuda.get_sync_debug_mode()
     torch.cuda.set_sync_debug_mode("error")
     try:
-        ops.adamw_8bit(parts, books, BLOCK, found_inf)
+        ops.adamw_8bit(parts, books, found_inf)
     finally:
         torch.cuda.set_sync_debug_mode(before)

@@ -9,11 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from math import sqrt
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+from lownibble.kernels.checks import check_block_size, check_tensor
 
 STRETCH = 1 << 17
 """Elements dequantised at a time, a multiple of any block: temporaries fit in cache and hardly add to peak memory."""
@@ -58,18 +61,54 @@ class AdamStep:
         parameter.copy_(parameter.float().mul(decay).add_(change))
 
 
-class AdamPart(NamedTuple):
-    """A tensor, or some of its blocks, to update in place. All tensors are contiguous and on one device.
+@dataclass(frozen=True, eq=False)
+class Moments:
+    """The moments of n elements, checked once: the first and the second, flat and contiguous, on one device.
 
-    parameter, gradient: (n,), of one dtype: float32, bfloat16 or float16.
-    moments: the first and the second: (n,) uint8 codes with `absmax`, each (ceil(n / block size),) float32; or (n,) float32.
+    values: (n,) uint8 codes with `absmax`, each (ceil(n / block_size),) float32; or (n,) float32 without.
+
+    Raises:
+        InputError: tensors of other sizes, types or devices.
+    """
+
+    values: tuple[Tensor, Tensor]
+    absmax: tuple[Tensor, Tensor] | None
+    block_size: int
+
+    def __post_init__(self) -> None:
+        n, device = self.n, self.device
+        check_block_size(self.block_size)
+        for values in self.values:
+            check_tensor(values, "moments", torch.float32 if self.absmax is None else torch.uint8, n, device)
+        for absmax in self.absmax or ():
+            check_tensor(absmax, "absmax", torch.float32, -(-n // self.block_size), device)
+
+    @cached_property
+    def n(self) -> int:
+        """Number of elements."""
+        return self.values[0].numel()
+
+    @cached_property
+    def device(self) -> torch.device:
+        """Where they are."""
+        return self.values[0].device
+
+    @cached_property
+    def addresses(self) -> tuple[int, ...]:
+        """Of the values and the absmax."""
+        return tuple(tensor.data_ptr() for tensor in (*self.values, *(self.absmax or ())))
+
+
+class AdamPart(NamedTuple):
+    """A tensor, or some of its blocks, to update in place: (n,), contiguous, on the moments' device.
+
+    parameter, gradient: of one dtype: float32, bfloat16 or float16.
     """
 
     step: AdamStep
     parameter: Tensor
     gradient: Tensor
-    moments: tuple[Tensor, Tensor]
-    absmax: tuple[Tensor, Tensor] | None
+    moments: Moments
 
 
 class CodeMap(NamedTuple):
@@ -129,25 +168,23 @@ def encode(x: Tensor, book: CodeMap, codes: Tensor, absmax: Tensor, block_size: 
     codes.copy_(nearest(scaled.clamp_(-1, 1), book))
 
 
-def _update_encoded(decode: Decode, part: AdamPart, books: tuple[CodeMap, CodeMap], block_size: int) -> None:
-    assert part.absmax is not None
+def _update_encoded(decode: Decode, part: AdamPart, absmax_of: tuple[Tensor, Tensor], books: tuple[CodeMap, CodeMap]) -> None:
+    block_size = part.moments.block_size
     for start in range(0, part.parameter.numel(), STRETCH):
         of, blocks = slice(start, start + STRETCH), slice(start // block_size, (start + STRETCH) // block_size)
-        codes, absmax = [each[of] for each in part.moments], [each[blocks] for each in part.absmax]
+        codes, absmax = [each[of] for each in part.moments.values], [each[blocks] for each in absmax_of]
         moments = [decode(codes[i], absmax[i], books[i].values, block_size) for i in (0, 1)]
         part.step.update(part.parameter[of], part.gradient[of], moments[0], moments[1])
         for i in (0, 1):
             encode(moments[i], books[i], codes[i], absmax[i], block_size)
 
 
-def adamw_8bit(
-    decode: Decode, parts: Sequence[AdamPart], books: tuple[CodeMap, CodeMap], block_size: int, found_inf: Tensor | None
-) -> None:
+def adamw_8bit(decode: Decode, parts: Sequence[AdamPart], books: tuple[CodeMap, CodeMap], found_inf: Tensor | None) -> None:
     """As `ops.adamw_8bit`; reads `found_inf` on the host."""
     if found_inf is not None and bool(found_inf):
         return
     for part in parts:
-        if part.absmax is None:
-            part.step.update(part.parameter, part.gradient, *part.moments)
+        if part.moments.absmax is None:
+            part.step.update(part.parameter, part.gradient, *part.moments.values)
         else:
-            _update_encoded(decode, part, books, block_size)
+            _update_encoded(decode, part, part.moments.absmax, books)

@@ -91,9 +91,7 @@ class Backend(Protocol):
         self, x_TH: Tensor, layers: DecoderLayers, keys: Tensor, values: Tensor, step: Step, segments: Sequence[Segment]
     ) -> None: ...
 
-    def adamw_8bit(
-        self, parts: Sequence[AdamPart], books: tuple[CodeMap, CodeMap], block_size: int, found_inf: Tensor | None
-    ) -> None: ...
+    def adamw_8bit(self, parts: Sequence[AdamPart], books: tuple[CodeMap, CodeMap], found_inf: Tensor | None) -> None: ...
 
 
 def _load_reference() -> Backend:
@@ -399,19 +397,17 @@ def decoder_layers(
     _for(x_TH).decoder_layers(x_TH, layers, keys, values, step, segments)
 
 
-def adamw_8bit(
-    parts: Sequence[AdamPart], books: tuple[CodeMap, CodeMap], block_size: int, found_inf: Tensor | None = None
-) -> None:
+def adamw_8bit(parts: Sequence[AdamPart], books: tuple[CodeMap, CodeMap], found_inf: Tensor | None = None) -> None:
     """One AdamW step on tensors whose moments are 8-bit codes, and on tensors with float32 moments, in place.
 
     A moment is `values[code] * absmax[block]`, updated in float32 and quantised again: full blocks times the reciprocal of their
     absmax, a partial last one divided by it; nearest code, ties to the lower one.
 
     Args:
-        parts: all on one device; no two overlap.
+        parts: all on one device and of one block size; no two overlap.
         books: of the first moment and of the second.
         found_inf: () float32 on the parts' device, or None; if it is not zero, nothing changes. The Triton kernels read it on the
             device.
     """
     if parts:
-        _for(parts[0].parameter).adamw_8bit(parts, books, block_size, found_inf)
+        _for(parts[0].parameter).adamw_8bit(parts, books, found_inf)

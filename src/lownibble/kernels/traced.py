@@ -164,7 +164,5 @@ class Traced:
     ) -> None:
         """As `ops.decoder_layers`: in place, so nothing is allocated."""
 
-    def adamw_8bit(
-        self, parts: Sequence[AdamPart], books: tuple[CodeMap, CodeMap], block_size: int, found_inf: Tensor | None
-    ) -> None:
+    def adamw_8bit(self, parts: Sequence[AdamPart], books: tuple[CodeMap, CodeMap], found_inf: Tensor | None) -> None:
         """As `ops.adamw_8bit`: in place; a stretch of temporaries is not counted."""

@@ -29,13 +29,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from lownibble.errors import InputError
 from lownibble.kernels.adamw import AdamPart, AdamStep, CodeMap
-from lownibble.kernels.checks import check_block_size, check_float, check_tensor
+from lownibble.kernels.checks import check_float, check_tensor
 
 TILE, WARPS = 2048, 8
 """Elements per program, or one block where that is more: 8 per thread, at most 128 registers."""
 
-_FIXED = 3  # numbers in a row ahead of the addresses: elements, first program, row of the hyperparameters
 _TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
 
@@ -74,7 +74,8 @@ def adamw(
 ):  # fmt: skip
     """Update BLOCKS blocks of one tensor.
 
-    table: int64: `rows` rows of WIDTH numbers, at most 2^halvings; then rows of `AdamStep.numbers`, float32.
+    table: int64: `rows` rows of WIDTH numbers, at most 2^halvings: elements, first program, row of hyperparameters, addresses;
+        then those rows, `AdamStep.numbers`, float32.
     """
     program = tl.program_id(0)
     low, high = 0, rows
@@ -115,42 +116,35 @@ def adamw(
         tl.store(second + element, square, mask=inside)
 
 
-def _check(part: AdamPart, block_size: int, device: torch.device) -> None:
-    parameter, n, encoded = part.parameter, part.parameter.numel(), part.absmax is not None
-    check_float(parameter, "parameter")
-    check_tensor(parameter, "parameter", parameter.dtype, n, device)
-    check_tensor(part.gradient, "gradient", parameter.dtype, n, device)
-    for moment in part.moments:
-        check_tensor(moment, "moments", torch.uint8 if encoded else torch.float32, n, device)
-    for absmax in part.absmax or ():
-        check_tensor(absmax, "absmax", torch.float32, -(-n // block_size), device)
-
-
 def _table(parts: Sequence[AdamPart], tile: int, device: torch.device) -> tuple[Tensor, int]:
     """The table on the device, and the number of programs."""
     rows: list[int] = []
     steps: dict[AdamStep, int] = {}
     programs = 0
-    for part in parts:
-        tensors = (part.parameter, part.gradient, *part.moments, *(part.absmax or ()))
-        n = part.parameter.numel()
-        rows += (n, programs, steps.setdefault(part.step, len(steps)), *(tensor.data_ptr() for tensor in tensors))
-        programs += -(-n // tile)
+    for step, parameter, gradient, moments in parts:
+        number = steps.setdefault(step, len(steps))
+        rows += (moments.n, programs, number, parameter.data_ptr(), gradient.data_ptr(), *moments.addresses)
+        programs += -(-moments.n // tile)
     numbers = torch.tensor([step.numbers for step in steps], dtype=torch.float32).view(-1).view(torch.int64)
     host = torch.empty(len(rows) + len(numbers), dtype=torch.int64, pin_memory=device.type == "cuda")
     torch.cat([torch.tensor(rows), numbers], out=host)
     return host.to(device, non_blocking=True), programs
 
 
-def adamw_8bit(parts: Sequence[AdamPart], books: tuple[CodeMap, CodeMap], block_size: int, found_inf: Tensor | None) -> None:
+def adamw_8bit(parts: Sequence[AdamPart], books: tuple[CodeMap, CodeMap], found_inf: Tensor | None) -> None:
     """As `ops.adamw_8bit`; the host waits for nothing."""
-    check_block_size(block_size)
     alike: dict[tuple[torch.dtype, bool], list[AdamPart]] = defaultdict(list)
-    device = parts[0].parameter.device
+    device, block_size = parts[0].moments.device, parts[0].moments.block_size
     for part in parts:
-        _check(part, block_size, device)
-        if part.parameter.numel():
-            alike[part.parameter.dtype, part.absmax is not None].append(part)
+        n, dtype = part.moments.n, part.parameter.dtype
+        if part.moments.device != device or part.moments.block_size != block_size:
+            raise InputError(
+                "All moments must be on one device, in blocks of one size. Update the others in a call of their own."
+            )
+        check_tensor(part.parameter, "parameter", dtype, n, device)
+        check_tensor(part.gradient, "gradient", dtype, n, device)
+        if n:
+            alike[dtype, part.moments.absmax is not None].append(part)
     for book in books:
         check_tensor(book.values, "values", torch.float32, 256, device)
         check_tensor(book.bounds, "bounds", torch.float32, 256, device)
@@ -158,12 +152,12 @@ def adamw_8bit(parts: Sequence[AdamPart], books: tuple[CodeMap, CodeMap], block_
         check_tensor(found_inf, "found_inf", torch.float32, 1, device)
     blocks = max(1, TILE // block_size)
     for (dtype, encoded), members in alike.items():
+        check_float(members[0].parameter, "parameter")
         table, programs = _table(members, blocks * block_size, device)
         with torch.cuda.device_of(table):
             adamw[(programs,)](
                 table, len(members), (len(members) - 1).bit_length(), table if found_inf is None else found_inf,
-                books[0].values, books[0].bounds, books[1].values, books[1].bounds,
-                WIDTH=_FIXED + (6 if encoded else 4), DTYPE=_TYPES[dtype], ENCODED=encoded,
-                SKIPS=found_inf is not None, BLOCKS=blocks, BLOCK=block_size, num_warps=WARPS,
-                enable_fp_fusion=False,
+                books[0].values, books[0].bounds, books[1].values, books[1].bounds, WIDTH=9 if encoded else 7,
+                DTYPE=_TYPES[dtype], ENCODED=encoded, SKIPS=found_inf is not None, BLOCKS=blocks, BLOCK=block_size,
+                num_warps=WARPS, enable_fp_fusion=False,
             )  # fmt: skip

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from lownibble.errors import ConfigError, TrainingError
 from lownibble.kernels import ops
-from lownibble.kernels.adamw import AdamPart, AdamStep
+from lownibble.kernels.adamw import AdamPart, AdamStep, Moments
 from lownibble.optim import eight_bit, specs
 from lownibble.optim.paging import PageStore
 from lownibble.optim.specs import Paging
@@ -66,11 +66,11 @@ class Piece(NamedTuple):
 
 
 class Slices(NamedTuple):
-    """Flat tensors for updating one piece: parameter, gradient, one per field; the parameter's step count and its group."""
+    """For updating one piece: parameter and gradient, flat; its states from `Arithmetic.hold`; step count and group."""
 
     parameter: Tensor
     gradient: Tensor
-    states: list[Tensor]
+    states: Any
     step: Tensor
     group: dict[str, Any]
 
@@ -83,6 +83,9 @@ class Arithmetic(Protocol):
 
     def new_step(self, parameter: nn.Parameter) -> Tensor:
         """A new step counter, () float32 zero."""
+
+    def hold(self, states: list[Tensor]) -> Any:
+        """The states of a piece, flat, one per field, as `update` takes them; kept as long as they stay where they are."""
 
     def update(self, pieces: list[Slices], found_inf: Tensor | None) -> None:
         """One step on pieces of parameters; none if `found_inf`, () float32 on their device, is 1."""
@@ -98,6 +101,10 @@ class Fused:
     def new_step(self, parameter: nn.Parameter) -> Tensor:
         """A step counter on the parameter's device, as the fused operation requires."""
         return torch.zeros((), device=parameter.device)
+
+    def hold(self, states: list[Tensor]) -> list[Tensor]:
+        """As they are."""
+        return states
 
     def update(self, pieces: list[Slices], found_inf: Tensor | None) -> None:
         """One call for the pieces of one group and dtype, the same call that `torch.optim.AdamW(fused=True)` makes."""
@@ -130,15 +137,20 @@ class EightBit:
         """A step counter on the CPU, where it is read."""
         return torch.zeros(())
 
+    def hold(self, states: list[Tensor]) -> Moments:
+        """For the operation."""
+        return Moments((states[0], states[1]), (states[2], states[3]) if len(states) == 4 else None, eight_bit.BLOCK)
+
     def update(self, pieces: list[Slices], found_inf: Tensor | None) -> None:
         """One operation for all pieces."""
+        made: dict[tuple[int, int], AdamStep] = {}
         parts = []
-        for parameter, gradient, states, step, group in pieces:
-            numbers = AdamStep(int(step), group["lr"], group["betas"], group["eps"], group["weight_decay"])
-            absmax = (states[2], states[3]) if len(states) == 4 else None
-            parts.append(AdamPart(numbers, parameter, gradient, (states[0], states[1]), absmax))
-        books = eight_bit.code_maps(str(pieces[0].parameter.device))
-        ops.adamw_8bit(parts, books, eight_bit.BLOCK, found_inf)
+        for parameter, gradient, moments, count, group in pieces:
+            key = id(group), int(count)
+            if key not in made:
+                made[key] = AdamStep(key[1], group["lr"], group["betas"], group["eps"], group["weight_decay"])
+            parts.append(AdamPart(made[key], parameter, gradient, moments))
+        ops.adamw_8bit(parts, eight_bit.code_maps(str(pieces[0].parameter.device)), found_inf)
 
 
 class PagedAdamW(torch.optim.Optimizer):
@@ -187,7 +199,7 @@ class PagedAdamW(torch.optim.Optimizer):
             )
         self._pages = self._lay_out(owned)
         self._store: PageStore | None = None
-        self._held: dict[int, tuple[int, list[list[Tensor]]]] = {}
+        self._held: dict[int, tuple[int, list[Any]]] = {}
         self._stepped: list[Tensor] = []
         self._backwards = False
 
@@ -288,11 +300,12 @@ class PagedAdamW(torch.optim.Optimizer):
             torch._foreach_sub_(self._stepped, 1)
             self._stepped = []
 
-    def _states(self, number: int, page: Tensor) -> list[list[Tensor]]:
-        """Views of the states of a page's pieces, kept as long as the page stays where it is."""
+    def _states(self, number: int, page: Tensor) -> list[Any]:
+        """The states of a page's pieces, kept as long as the page stays where it is."""
         address, held = self._held.get(number, (None, []))
         if address != page.data_ptr():
-            held = [[values for _, values in self._views(page, piece)] for piece in self._pages[number]]
+            views = ([values for _, values in self._views(page, piece)] for piece in self._pages[number])
+            held = [self._arithmetic.hold(states) for states in views]
             self._held[number] = page.data_ptr(), held
         return held
 
