@@ -1,7 +1,7 @@
 """The 8-bit AdamW operation: many tensors in one launch of the Triton kernel, and what comes out of its compiler.
 
-Oracle: the plain arithmetic, bit for bit, with a square root that is rounded correctly. MKL's, which torch takes on a CPU, is up
-to one unit in the last place off; that reaches parameters only, which are then as near as it leaves them.
+Oracle: the plain arithmetic, bit for bit, with a square root that is rounded correctly. torch's on a CPU may be
+one unit in the last place off (docs/log.md); that reaches parameters only, which are then as near as it leaves them.
 """
 
 import importlib.util

@@ -12,8 +12,8 @@ writing float32 moments; a table that is kept and mended where something moved: 
 
 Codes are found by bisection of the 255 bounds, 1 KiB that stays in the L1 cache; the plain path's table of cells takes 50. Bits
 equal the plain path's, by the means of `triton_programs.py` (no contraction, `div_rn`, `sqrt_rn`, no flushed subnormals), where
-that one's square root is rounded correctly; MKL's is up to one unit in the last place off. Values that are not finite are not
-compared: a reduction passes over NaN here.
+that one's square root is rounded correctly; torch's on a CPU may be one unit in the last place off. Values that are not
+finite are not compared: a reduction passes over NaN here.
 
 With `found_inf` the program reads it, and if it is set takes its tensor for empty: the host does not wait, and nothing else is
 read or written.

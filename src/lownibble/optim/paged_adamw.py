@@ -199,7 +199,7 @@ class PagedAdamW(torch.optim.Optimizer):
             )
         self._pages = self._lay_out(owned)
         self._store: PageStore | None = None
-        self._held: dict[int, tuple[int, list[Any]]] = {}
+        self._held: dict[int, tuple[int, list[Any]]] = {}  # address of a buffer -> its page, and the pieces' states
         self._stepped: list[Tensor] = []
         self._backwards = False
 
@@ -301,12 +301,12 @@ class PagedAdamW(torch.optim.Optimizer):
             self._stepped = []
 
     def _states(self, number: int, page: Tensor) -> list[Any]:
-        """The states of a page's pieces, kept as long as the page stays where it is."""
-        address, held = self._held.get(number, (None, []))
-        if address != page.data_ptr():
+        """The states of a page's pieces, kept until another page is read into its buffer."""
+        of, held = self._held.get(page.data_ptr(), (None, []))
+        if of != number:
             views = ([values for _, values in self._views(page, piece)] for piece in self._pages[number])
             held = [self._arithmetic.hold(states) for states in views]
-            self._held[number] = page.data_ptr(), held
+            self._held[page.data_ptr()] = number, held
         return held
 
     def _views(self, page: Tensor, piece: Piece) -> Iterator[tuple[Field, Tensor]]:
