@@ -48,6 +48,8 @@ BLOCK_SIZE = 64
 NESTED_BLOCK_SIZE = 256
 SHAPES_NK = [(4096, 4096), (576, 1536)]
 """A layer of a 7B model (64 MiB dequantised: main memory), and one of a 135M model (3.4 MiB: cache)."""
+CUDA_SHAPES_NK = [(14336, 4096)]
+"""Measured on CUDA, too: the largest layer of an 8B model. Seconds a turn on a CPU."""
 ROWS = [1, 4, 8]
 NATIVE = {"cpu": ("cpu", torch.float32), "cuda": ("triton", torch.bfloat16)}
 """Device type -> backend, dtype of the dense tensors."""
@@ -282,7 +284,8 @@ def bench_kernels(repeats: int = 15, peers: bool = True, device: str = "auto") -
         torch.cuda.set_device(place)
     bitsandbytes, peers_missing = _peers(peers)
     all_threads = torch.get_num_threads()
-    weights = [_Weight(N, K, place) for N, K in SHAPES_NK]
+    shapes = SHAPES_NK + CUDA_SHAPES_NK * (place.type == "cuda")
+    weights = [_Weight(N, K, place) for N, K in shapes]
     layers = [_bitsandbytes_layer(bitsandbytes, weight.dense_NK) if bitsandbytes else None for weight in weights]
     grouped = [_grouped_weights(weight.dense_NK) for weight in weights]
     by_threads: Record = {}
@@ -327,6 +330,9 @@ def _headlines(record: Record, dtype: torch.dtype) -> Record:
     (N, K), (n, k) = SHAPES_NK
     big, small, dense = f"{N}x{K}", f"{n}x{k}", str(dtype).removeprefix("torch.")
     large, gemv = record["dequantize_4bit"][big], record["gemv_4bit"][f"1x{K} by {big}"]
+    others = [
+        (f"{N}x{K}", record["gemv_4bit"][f"1x{K} by {N}x{K}"]) for N, K in CUDA_SHAPES_NK if f"{N}x{K}" in record["grouped"]
+    ]
     grouped = {name: each for name, each in record["grouped"][big].items() if not GROUPED[name].act_order}
     return {
         f"dequantize {big} / fill of the same memory": large["ratio_double_quant_vs_fill"],
@@ -338,6 +344,11 @@ def _headlines(record: Record, dtype: torch.dtype) -> Record:
         f"matrix-vector {big} / dense {dense}": gemv["ratio_double_quant_vs_dense"],
         f"matrix-vector {big} / bitsandbytes matmul_4bit, {dense}": gemv["ratio_double_quant_vs_bitsandbytes_matmul_4bit"],
         f"matrix-vector {big} / bitsandbytes layer, bfloat16": gemv["ratio_double_quant_vs_bitsandbytes_layer_bfloat16"],
+        **{
+            f"dequantize {shape} / fill of the same memory": record["dequantize_4bit"][shape]["ratio_double_quant_vs_fill"]
+            for shape, _ in others
+        },
+        **{f"matrix-vector {shape} / dense {dense}": each["ratio_double_quant_vs_dense"] for shape, each in others},
         **{f"{name}: dequantize {big} / fill of the same memory": each["ratio_vs_fill"] for name, each in grouped.items()},
         **{f"{name}: matrix-vector {big} / dense {dense}": each["ratio_gemv_vs_dense"] for name, each in grouped.items()},
     }
