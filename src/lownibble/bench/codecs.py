@@ -11,7 +11,7 @@ from __future__ import annotations
 import sys
 from typing import Any
 
-from lownibble.bench.plan import in_a_process
+from lownibble.bench.plan import in_a_process, peak_allocated
 from lownibble.config import QuantConfig, RunConfig, TrainConfig
 from lownibble.errors import ConfigError
 from lownibble.planning.models import find_shape
@@ -59,7 +59,7 @@ def _measure(name: str, quant: QuantConfig | None) -> dict[str, Any]:
     trained = run(RunConfig(data={"path": "demo", "max_eval_rows": 64}, train=TrainConfig(**RUN), **own)).record
     first, last = trained["evaluations"][0], trained["evaluations"][-1]
     config = RunConfig(data={"path": "demo", "max_rows": 64, "max_eval_rows": 4}, train=TrainConfig(**STEP), **own)
-    allocated, batch = in_a_process(config, True), trained["memory"]["planned"]
+    allocated, batch = in_a_process(config, peak_allocated), trained["memory"]["planned"]
     plan = _plan(config)
     shape = find_shape("demo")
     result = {

@@ -1,11 +1,14 @@
 """`lownibble bench plan`: planned memory next to the measured memory of a training step on this machine.
 
-Each setting runs twice, each time in a fresh process. Once with torch's profiler, which records every allocation and release of
-the CPU allocator, also inside operations; allocated bytes are their running sum from before the model is loaded, and the peak is
-its maximum during the first two steps. Once without the profiler, for the peak resident set size during those steps. Every row is
-truncated at `max_length`, so every batch is as large as the planner assumes.
+On a CPU each setting runs twice, each time in a fresh process. Once with torch's profiler, which records every allocation and
+release of the CPU allocator, also inside operations; allocated bytes are their running sum from before the model is loaded, and
+the peak is its maximum during the first two steps. Once without the profiler, for the peak resident set size during those steps.
+On CUDA one process gives both figures, the allocator's peaks of allocated and reserved bytes during the first two steps. Every
+row is truncated at `max_length`, so every batch is as large as the planner assumes. Layers are not compiled: plans are of eager
+ones.
 
-Planning time is that of the whole command, Python start-up included.
+The embedded model has many settings on a CPU; any other model, and CUDA, one for LoRA and one for QLoRA. Planning time is that of
+the whole command, Python start-up included, and is measured with the many settings.
 """
 
 from __future__ import annotations
@@ -17,15 +20,21 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
+from lownibble.bench.processes import Save
+from lownibble.bench.subject import subject
 from lownibble.config import DataConfig, LoraConfig, Method, RunConfig, TrainConfig
 from lownibble.errors import ConfigError
-from lownibble.planning.hardware import this_machine
+from lownibble.memory.planned import device_of
+from lownibble.models import pick_device
 from lownibble.planning.memory import plan_memory
 from lownibble.planning.models import find_shape
+
+_T = TypeVar("_T")
 
 
 def _setting(method: Method, batch_size: int, max_length: int, r: int = 16, **train: Any) -> RunConfig:
@@ -55,34 +64,56 @@ COMMANDS = {
 """Label -> timed command. On an H200 the first setting fits, so one step is traced."""
 
 
-def bench_plan(*, peers: bool = False, repeats: int = 1) -> dict[str, Any]:
+def bench_plan(
+    *, peers: bool = False, repeats: int = 1, model: str = "demo", batch_size: int | None = None, length: int | None = None,
+    save: Save = lambda record: None,
+) -> dict[str, Any]:  # fmt: skip
     """Plan and run every setting.
 
+    Args:
+        model: what to train; see `subject.py`.
+        batch_size, length: rows and tokens per row of the settings for one model (default 4 x 1024 on CUDA, 4 x 256 on a CPU).
+        save: called with the record so far, after each setting.
     Raises:
-        ConfigError: `peers` or `repeats` is given; neither applies.
+        ConfigError: `peers` or `repeats` is given; neither applies. Or a size is given for the many settings.
+        ModelError, ConfigError: the model cannot be measured.
     """
     if peers or repeats != 1:
         raise ConfigError("'bench plan' compares a plan with a run, once each. Leave --peers and --repeats out.")
-    with tempfile.TemporaryDirectory() as folder:
+    cuda = pick_device().type == "cuda"
+    many = model == "demo" and not cuda
+    if many and (batch_size or length):
+        raise ConfigError("'bench plan' has many settings for the embedded model. Leave --batch-size and --max-length out.")
+    size = batch_size or 4, length or (1024 if cuda else 256)
+    settings = SETTINGS if many else [_setting(method, *size) for method in ("lora", "qlora")]
+    runs: list[dict[str, Any]] = []
+    seconds: dict[str, float] = {}
+    with subject(model) as found, tempfile.TemporaryDirectory() as folder:
+        workload = {"model": found.name, "random_weights": found.random, "settings": len(settings)}
         data = Path(folder) / "rows.jsonl"
-        words = "one two three four five six seven eight nine ten " * 120
+        words = "one two three four five six seven eight nine ten " * (1 + max(each.train.max_length for each in settings) // 10)
         data.write_text("".join(json.dumps({"text": f"{number} {words}"}) + "\n" for number in range(64)))
-        runs = [_compare(setting.with_options(data=setting.data.with_options(path=str(data)))) for setting in SETTINGS]
+        for setting in settings:
+            options = {} if many else {"model": str(found.folder)}
+            runs.append(_compare(setting.with_options(data=setting.data.with_options(path=str(data)), **options)))
+            save({"workload": workload, "runs": runs, "headlines": _headlines(runs)})
+    if many:
+        seconds = {name: _seconds(command) for name, command in COMMANDS.items()}
+    timed = {f"seconds: {name}": each for name, each in seconds.items()}
+    plans = {"commands": COMMANDS, "seconds": seconds} if many else {}
+    return {"workload": workload, "runs": runs, **plans, "headlines": {**_headlines(runs), **timed}}
+
+
+def _headlines(runs: list[dict[str, Any]]) -> dict[str, Any]:
     errors = [abs(run["allocated_error"]) for run in runs]
+    found: dict[str, Any] = {"allocated, median error": statistics.median(errors), "allocated, worst error": max(errors)}
+    if "reserved_bytes" in runs[0]:
+        return {**found, "reserved, worst error": max(abs(run["reserved_error"]) for run in runs)}
     shares = [(run["process_bytes"] - run["allocated_bytes"]) / 2**20 for run in runs]
-    seconds = {name: _seconds(command) for name, command in COMMANDS.items()}
     return {
-        "workload": {"model": "demo", "settings": len(runs)},
-        "runs": runs,
-        "commands": COMMANDS,
-        "seconds": seconds,
-        "headlines": {
-            "allocated, median error": statistics.median(errors),
-            "allocated, worst error": max(errors),
-            "process, runs within the interval": f"{sum(run['process_within'] for run in runs)} of {len(runs)}",
-            "process less allocated, MiB, least and most": f"{min(shares):.0f} to {max(shares):.0f}",
-            **{f"seconds: {name}": each for name, each in seconds.items()},
-        },
+        **found,
+        "process, runs within the interval": f"{sum(run['process_within'] for run in runs)} of {len(runs)}",
+        "process less allocated, MiB, least and most": f"{min(shares):.0f} to {max(shares):.0f}",
     }
 
 
@@ -93,38 +124,61 @@ def _seconds(command: str) -> float:
 
 
 def _compare(config: RunConfig) -> dict[str, Any]:
-    train = config.train
+    train, device = config.train, pick_device()
     plan = plan_memory(
-        find_shape(config.model), this_machine(), config.method, quant=config.quant, lora=config.lora, train=train
+        find_shape(config.model), device_of(device), config.method, quant=config.quant, lora=config.lora, train=train
     )  # fmt: skip
-    allocated, process = (in_a_process(config, profiled) for profiled in (True, False))
-    found = {
+    found: dict[str, Any] = {
         "method": config.method, "batch_size": train.batch_size, "max_length": train.max_length, "r": config.lora.r,
         "gradient_checkpointing": train.gradient_checkpointing, "packing": train.packing, "optim": train.optim,
         "gradient_accumulation_steps": train.gradient_accumulation_steps,
+    }  # fmt: skip
+    if device.type == "cuda":
+        assert plan.reserved is not None
+        allocated, beside = in_a_process(config, _on_cuda)
+        name, planned = "reserved", plan.reserved
+    else:
+        allocated, beside = in_a_process(config, peak_allocated), in_a_process(config, _resident)
+        name, planned = "process", plan.device
+    found |= {
         "allocated_bytes": allocated, "planned": plan.to_dict(), "allocated_error": plan.allocated.likely / allocated - 1,
-        "process_bytes": process, "process_error": plan.device.likely / process - 1,
-        "process_within": plan.device.low <= process <= plan.device.high,
+        f"{name}_bytes": beside, f"{name}_error": planned.likely / beside - 1,
+        f"{name}_within": planned.low <= beside <= planned.high,
     }  # fmt: skip
     print(
         f"bench plan: {config.method} {train.batch_size} x {train.max_length} r {config.lora.r}: allocated "
-        f"{allocated / 1e9:.3f} GB, planned {found['allocated_error']:+.2%}; process {process / 1e9:.3f} GB, planned "
-        f"{found['process_error']:+.2%}",
+        f"{allocated / 1e9:.3f} GB, planned {found['allocated_error']:+.2%}; {name} {beside / 1e9:.3f} GB, planned "
+        f"{found[f'{name}_error']:+.2%}",
         file=sys.stderr,
     )
     return found
 
 
-def in_a_process(config: RunConfig, profiled: bool) -> int:
-    """Peak bytes of a run's first two steps in a fresh process: allocated (by the profiler) or the resident set size."""
+def in_a_process(config: RunConfig, measure: Callable[[str], _T]) -> _T:
+    """`measure` (a function of this module) of a run's configuration in JSON, in a fresh process."""
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
-        return pool.submit(_allocated if profiled else _resident, config.model_dump_json()).result()
+        return pool.submit(measure, config.model_dump_json()).result()
 
 
-def _allocated(config: str) -> int:
+def _on_cuda(config: str) -> tuple[int, int]:
+    """Peak bytes allocated and reserved by torch's CUDA allocator during two steps."""
+    import torch
+
+    from lownibble.memory import usage
+
+    trainer, first = _ready(config)
+    usage.settle(trainer.device)
+    usage.reset_peak(trainer.device)
+    _take_steps(trainer, first)
+    return torch.cuda.max_memory_allocated(trainer.device), torch.cuda.max_memory_reserved(trainer.device)
+
+
+def peak_allocated(config: str) -> int:
     """Peak bytes allocated by torch's CPU allocator during two steps."""
     from torch.profiler import ProfilerActivity, profile, record_function
 
+    with profile(activities=[ProfilerActivity.CPU]):
+        pass  # its first start is slow, and on a loaded machine the profiler gave up and crashed
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         trainer, first = _ready(config)
         with record_function("lownibble steps"):

@@ -16,7 +16,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 from rich.table import Table
 from rich.text import Text
 
-from lownibble.bench import run_bench
+from lownibble.bench import OPTIONS, SAVES, run_bench
 from lownibble.cli.flags import read
 from lownibble.config import (
     CompareConfig,
@@ -358,22 +358,19 @@ def bench(arguments: argparse.Namespace) -> dict[str, Any]:
     from lownibble import record
     from lownibble.models import pick_device
 
-    options: dict[str, Any] = {"repeats": arguments.repeats} if arguments.repeats else {}
-    if arguments.data:
-        if arguments.what not in ("train", "quality"):
-            raise ConfigError(
-                f"--data is for 'bench train' and 'bench quality'; 'bench {arguments.what}' has work of its own. Leave it out."
-            )
-        options["data"] = arguments.data
-    measured = run_bench(arguments.what, peers=arguments.peers, **options)
-    result = {
-        **record.new(f"bench-{arguments.what}"),
-        "status": "ok",
-        "environment": record.environment(pick_device()),
-        **measured,
-    }
-    if arguments.output:
-        record.write(arguments.output, result)
+    given = {name: getattr(arguments, name) for name in ("repeats", *OPTIONS)}
+    options: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
+    file = arguments.output
+
+    def whole(measured: dict[str, Any], status: str) -> dict[str, Any]:
+        environment = record.environment(pick_device())
+        return {**record.new(f"bench-{arguments.what}"), "status": status, "environment": environment, **measured}
+
+    if arguments.what in SAVES and file:
+        options["save"] = lambda measured: record.write(file, whole(measured, "partial"))
+    result = whole(run_bench(arguments.what, peers=arguments.peers, **options), "ok")
+    if file:
+        record.write(file, result)
     console = _console(arguments)
     table = Table(title=f"bench {arguments.what}", title_justify="left")
     table.add_column("figure")

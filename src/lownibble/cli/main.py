@@ -40,6 +40,12 @@ class _Parser(argparse.ArgumentParser):
         raise ConfigError(f"{message[:1].upper()}{message[1:]}. See '{self.prog} --help'.")
 
 
+def _count(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"must be an integer >= 1. Got {text!r}")
+    return int(text)
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = _Parser(prog="lownibble", description="LoRA and QLoRA, measured side by side; then trained, merged and served.")
     parser.add_argument("--version", action="version", version=f"lownibble {__version__}")
@@ -133,13 +139,24 @@ def _parser() -> argparse.ArgumentParser:
 
     bench = add("bench", commands.bench, "Measure kernels or the training step, next to peers.", "lownibble bench train --peers")
     bench.add_argument("what", choices=BENCHES, help="what to measure")
-    bench.add_argument("--peers", action="store_true", help="measure PEFT, bitsandbytes and TRL beside it, in turn")
+    bench.add_argument("--peers", action="store_true", help="measure the peers that there are for it beside it")
     bench.add_argument(
         "--data",
         help="train: rows of messages instead of fixed work, next to TRL; quality: rows of premise, hypothesis and label",
     )
-    bench.add_argument("--repeats", type=int, help="interleaved repeats; quality: seeds; soak: minutes")
-    bench.add_argument("--output", help="write the record to this .json file")
+    bench.add_argument(
+        "--model", metavar="MODEL",
+        help="train, decode, plan: a model folder, or a bundled shape or config.json, of which random weights are made "
+        "(default: demo)",
+    )  # fmt: skip
+    bench.add_argument("--batch-size", type=_count, metavar="N", help="train, plan: rows in a step (default: 4)")
+    bench.add_argument(
+        "--max-length", type=_count, metavar="N", help="train, plan: tokens in a row (default: 1024 on CUDA, else 256)"
+    )
+    bench.add_argument("--repeats", type=_count, metavar="N", help="interleaved repeats; quality: seeds; soak: minutes")
+    bench.add_argument(
+        "--output", help="write the record to this .json file"
+    )
     return parser
 
 

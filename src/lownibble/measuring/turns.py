@@ -1,7 +1,8 @@
 """Interleaved measurement: processes that take turns, so that machine drift affects all of them alike.
 
 A child answers each line `N` on its standard input with one JSON line on its standard output; the parent gives turns in an order
-that rotates from round to round. Ratios are taken within a round; their median, minimum and maximum are reported.
+that rotates from round to round. Ratios are taken within a round; their median, minimum and maximum are reported. An answer
+`{"error": ...}` says why a child cannot go on.
 
 Run as a program (`python -m lownibble.measuring.turns SPEC.json`), this module is such a child: a training run that takes steps
 until it is stopped.
@@ -11,10 +12,12 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import statistics
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
 from typing import IO, Any
@@ -24,8 +27,6 @@ from torch import nn
 
 from lownibble.config import RunConfig
 from lownibble.errors import TrainingError
-from lownibble.lora import count_parameters
-from lownibble.training.events import Stepped
 
 
 class TurnTaker:
@@ -60,14 +61,33 @@ class TurnTaker:
         line = stdout.readline()
         if not line:
             raise TrainingError(f"The process '{self.name}' ended with exit code {self.process.wait()}. Its messages are above.")
-        return json.loads(line)  # type: ignore[no-any-return]
+        answer: dict[str, Any] = json.loads(line)
+        if "error" in answer:
+            raise TrainingError(f"'{self.name}' failed: {answer['error']}")
+        return answer
 
 
-def answer_turns(facts: dict[str, Any], do: Callable[[int], dict[str, Any]]) -> None:
-    """Child side: print `facts`, then answer every turn with `do(steps)` until standard input ends."""
-    print(json.dumps(facts), flush=True)
+def answer_turns(facts: dict[str, Any], do: Callable[[int], dict[str, Any]], out: IO[str] | None = None) -> None:
+    """Child side: print `facts`, then answer every turn with `do(steps)` until standard input ends. `out`: default sys.stdout."""
+    print(json.dumps(facts), file=out, flush=True)
     for line in sys.stdin:
-        print(json.dumps(do(int(line))), flush=True)
+        print(json.dumps(do(int(line))), file=out, flush=True)
+
+
+@contextmanager
+def reserved_stdout() -> Iterator[IO[str]]:
+    """Child side: a file for the answers, on what was standard output; whatever else is printed there goes to standard error.
+
+    Libraries print when they are imported. An exception inside the block is an answer, too: `{"error": ...}`.
+    """
+    sys.stdout.flush()
+    with os.fdopen(os.dup(1), "w") as out:
+        os.dup2(2, 1)
+        try:
+            yield out
+        except Exception as error:
+            print(json.dumps({"error": f"{type(error).__name__}: {error}"[:2000]}), file=out, flush=True)
+            raise
 
 
 def play(takers: Sequence[TurnTaker], rounds: int, steps: int, warmup: int = 1) -> dict[str, list[dict[str, Any]]]:
@@ -90,9 +110,16 @@ def ratio(a: Sequence[float], b: Sequence[float]) -> dict[str, float]:
     return spread([x / y for x, y in zip(a, b, strict=True)])
 
 
+def ratio_apart(a: Sequence[float], b: Sequence[float]) -> dict[str, float]:
+    """Ratio a / b of values that were not measured in the same rounds: of the medians, and the least and largest there can be."""
+    return {"median": statistics.median(a) / statistics.median(b), "min": min(a) / max(b), "max": max(a) / min(b)}
+
+
 def main(spec: str) -> None:
     """Build the training run of the specification and take turns training it; `tokens` exclude padding."""
+    from lownibble.lora import count_parameters
     from lownibble.memory import usage
+    from lownibble.training.events import Stepped
     from lownibble.training.run import prepare
 
     config = RunConfig(**json.loads(Path(spec).read_text()))

@@ -1,0 +1,125 @@
+"""`lownibble bench train`, `decode` and `plan` with `--model`. Oracles: figures worked out by hand; runs of a tiny shape."""
+
+import json
+
+import pytest
+from shapes import write_shape
+
+from lownibble.bench import decode, plan, train
+from lownibble.bench.processes import Measured
+from lownibble.cli.main import main
+from lownibble.errors import ConfigError
+from lownibble.kernels.decoded import release_scratch
+from lownibble.measuring.turns import ratio, ratio_apart
+
+
+def _made_up(seconds, peak=100):
+    turn = {"tokens": 1000, "losses": [1.0], "peak_bytes": peak, "reserved_bytes": 2 * peak}
+    return [{**turn, "seconds": each} for each in (99.0, *seconds)]
+
+
+FOUND = Measured(
+    {"matmul": {}, "qlora": {"first_step_s": 3.0}, "lora": {"first_step_s": 1.0}},
+    {
+        "matmul": [{"flops": 4e6, "seconds": each} for each in (9.0, 1.0, 2.0)],
+        "qlora": _made_up((1.0, 2.0)),
+        "lora": _made_up((2.0, 1.0), peak=300),
+    },
+    {"peft_lora": "out of memory"},
+)
+"""Two counted rounds: 1000 and 500 tokens/s for QLoRA, 500 and 1000 for LoRA; the limit is 4 and 2 MFLOP/s."""
+
+
+def test_ratios_of_rounds_where_contenders_took_turns():
+    made = train._record({}, 2000.0, FOUND, ratio)
+    assert made["ratios"] == {"qlora_vs_lora": {"median": 1.25, "min": 0.5, "max": 2.0}}
+    qlora = made["contenders"]["qlora"]
+    assert qlora["tokens_per_s"] == {"median": 750, "min": 500, "max": 1000}
+    assert qlora["limit_share"] == {"median": 0.5, "min": 0.5, "max": 0.5}
+    assert (qlora["peak_bytes"], qlora["reserved_bytes"], qlora["first_step_s"]) == (100, 200, 3.0)
+    assert made["contenders"]["lora"]["losses"] == [1.0] * 3
+    assert "matmul" not in made["contenders"]
+
+
+def test_ratios_of_medians_where_they_ran_alone():
+    made = train._record({}, 2000.0, FOUND, ratio_apart)
+    assert made["ratios"] == {"qlora_vs_lora": {"median": 1.0, "min": 0.5, "max": 2.0}}
+    assert made["contenders"]["qlora"]["limit_share"] == {"median": 0.5, "min": 0.25, "max": 1.0}
+
+
+def test_without_a_limit_there_is_no_share():
+    answers = {name: given for name, given in FOUND.answers.items() if name != "matmul"}
+    made = train._record({}, 2000.0, FOUND._replace(answers=answers), ratio)
+    assert "limit_share" not in made["contenders"]["qlora"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["kernels", "--model", "demo"], "--model is for 'bench train', 'bench decode' and 'bench plan'"),
+        (["train", "--batch-size", "0"], "must be an integer >= 1. Got '0'"),
+        (["train", "--data", "x.jsonl", "--model", "llama-3-8b"], "Leave --model or --data out"),
+        (["plan", "--max-length", "64"], "many settings for the embedded model"),
+        (["train", "--model", "llama-3-8"], "Did you mean 'llama-3-8b'"),
+    ],
+)
+def test_what_makes_no_sense_is_refused(arguments, words, capsys):
+    assert main(["bench", *arguments]) == 2
+    assert words in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_a_shape_is_trained_and_the_record_written(tmp_path, monkeypatch, capsys):
+    whole = train._fixed_work
+
+    def few(peers, folder, batch_size, length):
+        commands, missing = whole(peers, folder, batch_size, length)
+        return {name: commands[name] for name in ("matmul", "lora")}, missing
+
+    monkeypatch.setattr(train, "_fixed_work", few)
+    monkeypatch.setattr(train, "installed", lambda kind: ([], {"unsloth_qlora": "needs CUDA"}))
+    output = tmp_path / "record.json"
+    size = ["--batch-size", "2", "--max-length", "16", "--repeats", "1"]
+    code = main(["bench", "train", "--model", write_shape(tmp_path), "--peers", *size, "--output", str(output), "--json"])
+    told = capsys.readouterr()
+    assert code == 0, told.err
+    record = json.loads(output.read_text())
+    assert record == json.loads(told.out)
+    assert record["status"] == "ok"
+    assert record["workload"]["random_weights"]
+    assert record["missing"] == {"unsloth_qlora": "needs CUDA"}
+    lora = record["contenders"]["lora"]
+    assert len(lora["losses"]) == 5, "the first step, and two rounds of two"
+    assert lora["limit_share"]["median"] > 0
+    assert lora["launches_per_step"] is lora["reserved_bytes"] is None
+
+
+@pytest.mark.slow
+def test_a_shape_is_decoded_with(tmp_path, monkeypatch):
+    monkeypatch.setattr(decode, "OURS", ("nf4",))
+    record = decode.bench_decode(model=write_shape(tmp_path), repeats=1, tokens=3)
+    assert record["contenders"]["nf4"]["tokens_per_s"]["median"] > 0
+    assert record["contenders"]["nf4"]["text"] is None, "random weights say nothing"
+    assert (record["ratios"], record["failed"], record["missing"]) == ({}, {}, {})
+
+
+@pytest.mark.slow
+def test_a_shape_is_planned_and_measured(tmp_path, monkeypatch):
+    def here(config, measure):  # a process needs seconds to import what is imported already
+        release_scratch()
+        return measure(config.model_dump_json())
+
+    monkeypatch.setattr(plan, "in_a_process", here)
+    saved = []
+    record = plan.bench_plan(model=write_shape(tmp_path), batch_size=2, length=32, save=saved.append)
+    assert [run["method"] for run in record["runs"]] == ["lora", "qlora"]
+    for run in record["runs"]:
+        assert abs(run["allocated_error"]) < 0.05, "a megabyte or so: small things count"
+        assert (run["batch_size"], run["max_length"]) == (2, 32)
+    assert len(saved) == 2
+    assert "seconds" not in record
+
+
+def test_plan_takes_no_peers():
+    with pytest.raises(ConfigError, match="once each"):
+        plan.bench_plan(peers=True)
