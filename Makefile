@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 OUTPUT ?= runs/demo
 
-.PHONY: demo test check matrix format bench bench-parity bench-kernels bench-train bench-train-real bench-decode bench-quality bench-codecs bench-gptq bench-chats bench-memory bench-plan bench-paging bench-merge bench-latency bench-dropin bench-serve bench-soak study faults readme clean
+.PHONY: demo test check matrix format bench bench-parity bench-kernels bench-train bench-train-real bench-decode bench-quality bench-codecs bench-gptq bench-chats bench-memory bench-plan bench-paging bench-merge bench-latency bench-dropin bench-serve bench-soak gpu study faults readme clean
 
 demo: $(VENV)/.ready  ## set up, then compare LoRA and QLoRA on the embedded model and data
 	$(BIN)/lownibble compare --output $(OUTPUT) --resume
@@ -77,6 +77,9 @@ bench-serve: $(VENV)/.ready-dev
 
 bench-soak: $(VENV)/.ready-dev  ## a quarter of an hour and 11 GB of disk
 	$(BIN)/lownibble bench soak --output benchmarks/results/soak-cpu.json
+
+gpu: $(VENV)/.ready-dev  ## on a machine with a CUDA device, eight minutes: every record that there is for one
+	$(BIN)/lownibble bench gpu --peers --output benchmarks/results
 
 study: $(VENV)/.ready-dev  ## what is missing of the articles' study (hours), and its report in docs/
 	$(BIN)/lownibble study run studies/articles.toml --output studies/articles

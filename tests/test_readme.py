@@ -1,6 +1,7 @@
 """README and docs pages: figures come from records, commands parse, links lead somewhere. Oracles: records, parser, files."""
 
 import ast
+import importlib.util
 import json
 import re
 import shlex
@@ -47,6 +48,68 @@ def _command_lines():
 def test_the_pages_are_what_the_records_say():
     done = subprocess.run([sys.executable, "tools/readme.py", "--check"], cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+
+
+@pytest.fixture
+def rendering(tmp_path, monkeypatch):
+    """tools/readme.py, with the records of a folder that is empty at first."""
+    spec = importlib.util.spec_from_file_location("readme_tool", ROOT / "tools" / "readme.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    monkeypatch.setattr(module, "RESULTS", tmp_path)
+    return module
+
+
+def test_without_records_of_cuda_nothing_is_rendered(rendering):
+    assert rendering.cuda() == rendering.cuda_summary() == ""
+    assert rendering._between("cuda", "") == "<!-- begin cuda --><!-- end cuda -->"
+
+
+def test_records_of_cuda_are_rendered_as_far_as_they_are_there(rendering):
+    def spread(value):
+        return {"median": value, "min": value - 1, "max": value + 1}
+
+    def write(name, status="ok", **record):
+        base = {
+            "status": status,
+            "environment": {"device": "A card", "kernels": "triton", "threads": 4, "versions": {"torch": "9"}},
+        }
+        (rendering.RESULTS / f"{name}-cuda.json").write_text(json.dumps({**base, **record}))
+
+    figures = {"peak_bytes": 3 * 2**30, "reserved_bytes": 4 * 2**30, "first_step_s": 10.5, "launches_per_step": 7800}
+    work = {"model": "llama-3-8b", "random_weights": True, "batch_size": 4, "length": 1024, "r": 16, "targets": "all-linear"}
+    write(
+        "train", "partial", workload=work, ratios={"qlora_vs_unsloth_qlora": spread(2)},
+        contenders={
+            "qlora": {**figures, "tokens_per_s": spread(14000), "limit_share": spread(0.5)},
+            "unsloth_qlora": {**figures, "tokens_per_s": spread(7000)},
+        },
+        failed={"peft_lora": "OutOfMemoryError: CUDA\nout of memory"}, missing={"torchao_qlora": "not installed: torchao"},
+    )  # fmt: skip
+    text = rendering.cuda()
+    assert "| Lownibble QLoRA | 14000 (13999 to 14001) | 3.0 | 4.0 | 10.5 | 7,800 | 0.50 |" in text
+    assert "| Unsloth QLoRA | 7000 (6999 to 7001) | 3.0 | 4.0 | 10.5 | 7,800 |  |" in text
+    assert "| Lownibble QLoRA / Unsloth QLoRA | 2.00 (1.00 to 3.00) |" in text
+    absent = "PEFT LoRA (OutOfMemoryError: CUDA out of memory); PEFT + torchao NF4 (not installed: torchao)"
+    assert f"Not measured: {absent}." in text
+    assert "llama-3-8b, random weights, 4 x 1024 tokens a step" in text
+    assert "`benchmarks/results/train-cuda.json`; ended before all was measured)" in text
+    assert "decoding" not in text, "there is no record of it"
+    summary = rendering.cuda_summary()
+    assert "\n" not in summary
+    assert "On A card, QLoRA trains llama-3-8b, random weights at 14,000 tokens/s in 3.0 GiB" in summary
+    assert "; 2.00 of Unsloth QLoRA (" in summary
+    write("kernels", headlines={"dequantize 14336x4096 / fill of the same memory": 1.25, "absent": None})
+    run = {"method": "qlora", "batch_size": 4, "max_length": 1024, "allocated_bytes": 3e9, "allocated_error": 0.002}
+    write("plan", workload=work, runs=[{**run, "reserved_bytes": 4e9, "reserved_error": -0.01}])
+    write("decode", workload={**work, "new_tokens": 48}, contenders={"nf4_layers": {"tokens_per_s": spread(30)}}, ratios={},
+          failed={}, missing={"nf4": "CPUs only"})  # fmt: skip
+    write("gpu-tests", "failed", tests={"passed": 9, "failed": 1}, failed=["tests/a.py::b"])
+    text = rendering.cuda()
+    assert "| dequantize 14336x4096 / fill of the same memory | 1.25 |" in text
+    assert "| qlora 4 x 1024 | 3.00 | +0.2% | 4.00 | -1.0% |" in text
+    assert "| NF4, transformers `generate` | 30.0 (29.0 to 31.0) |" in text
+    assert "Tests marked `gpu`: 9 passed, 1 failed (`tests/a.py::b`). (A card, torch 9; " in text
 
 
 def test_the_readme_is_short():

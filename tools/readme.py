@@ -1,7 +1,8 @@
 """Render the measured figures in README.md and docs/*.md from the records: `python tools/readme.py [--check]`.
 
 Text between `<!-- begin NAME -->` and `<!-- end NAME -->` is rendered from the records under benchmarks/results/ and studies/,
-never typed. Every section of `SECTIONS` must appear on exactly one page. With --check nothing is written, and the exit code is 1
+never typed; one line is rendered between them on theirs. Every section of `SECTIONS` must appear on exactly one page; those of
+CUDA are empty where there is no record. With --check nothing is written, and the exit code is 1
 if a page differs from the records.
 """
 
@@ -78,6 +79,16 @@ CONTENDERS = {
     },
 }
 """Record -> its contenders' names -> how a reader would call them."""
+
+CONTENDERS["train-cpu"] |= {"torchao_qlora": "PEFT + torchao NF4"}
+CONTENDERS["train-cuda"] = {
+    **CONTENDERS["train-cpu"],
+    "qlora_fp8": "Lownibble QLoRA, `--compute fp8`",
+    "qlora_again": "Lownibble QLoRA, again at the end",
+    "peft_bnb_liger": "PEFT + bitsandbytes QLoRA + Liger",
+    "unsloth_qlora": "Unsloth QLoRA",
+}
+CONTENDERS["decode-cuda"] = CONTENDERS["decode-cpu"]
 
 FIGURES = {
     "tensors with other bytes than bitsandbytes'": "quantised tensors that differ from bitsandbytes' in any byte",
@@ -452,6 +463,111 @@ def soak() -> str:
     return "\n".join(lines) + f"\n\n({source}; {_where(record)}; `benchmarks/results/soak-cpu.json`)"
 
 
+def cuda() -> str:
+    """All that was measured on a CUDA device; empty without records."""
+    parts = (_train_cuda, _decode_cuda, _kernels_cuda, _plan_cuda, _tests_cuda)
+    return "\n\n".join(text for text in (part() for part in parts) if text)
+
+
+def _there(name: str) -> dict[str, Any] | None:
+    return _record(name) if (RESULTS / f"{name}.json").exists() else None
+
+
+def _device(name: str, record: dict[str, Any]) -> str:
+    found = record["environment"]
+    partial = {"partial": "; ended before all was measured", "failed": "; ended with an error"}.get(record["status"], "")
+    return f"{found['device']}, torch {found['versions']['torch']}; `benchmarks/results/{name}.json`{partial}"
+
+
+def _of_model(work: dict[str, Any]) -> str:
+    return f"{work['model']}{', random weights' * bool(work.get('random_weights'))}"
+
+
+def _train_cuda() -> str:
+    if (record := _there("train-cuda")) is None:
+        return ""
+    columns = ["training step", "tokens/s, median (min to max)", "allocated, GiB", "reserved, GiB", "first step, s", "launches"]
+    lines = [f"| {' | '.join([*columns, 'share of the matmul limit'])} |", f"| --- |{' ---: |' * len(columns)}"]
+    for name, found in record["contenders"].items():
+        cells = [
+            CONTENDERS["train-cuda"][name], _spread(found["tokens_per_s"], 0), f"{found['peak_bytes'] / 2**30:.1f}",
+            f"{found['reserved_bytes'] / 2**30:.1f}", f"{found['first_step_s']:.1f}", f"{found['launches_per_step']:,}",
+            f"{found['limit_share']['median']:.2f}" if "limit_share" in found else "",
+        ]  # fmt: skip
+        lines.append(f"| {' | '.join(cells)} |")
+    work = record["workload"]
+    source = f"{_of_model(work)}, {work['batch_size']} x {work['length']} tokens a step, r={work['r']} {work['targets']}"
+    return "\n".join([*lines, *_apart("train-cuda", record), "", f"({source}; {_device('train-cuda', record)})"])
+
+
+def _apart(name: str, record: dict[str, Any]) -> list[str]:
+    """Ratios of contenders that ran one after another, and what was not measured."""
+    lines = []
+    if record["ratios"]:
+        lines += ["", "| ratio of tokens/s | medians (least to largest of any two rounds) |", "| --- | ---: |"]
+        lines += [f"| {_pair(name, pair)} | {_spread(ratio, 2)} |" for pair, ratio in record["ratios"].items()]
+    absent = [
+        f"{CONTENDERS[name].get(each, each)} ({' '.join(why.split())[:160]})"
+        for each, why in (record["failed"] | record["missing"]).items()
+    ]
+    return [*lines, "", f"Not measured: {'; '.join(absent)}."] if absent else lines
+
+
+def _decode_cuda() -> str:
+    if (record := _there("decode-cuda")) is None:
+        return ""
+    lines = ["| decoding | tokens/s, median (min to max) |", "| --- | ---: |"]
+    for name, found in record["contenders"].items():
+        lines.append(f"| {CONTENDERS['decode-cuda'][name]} | {_spread(found['tokens_per_s'], 1)} |")
+    work = record["workload"]
+    source = f"{_of_model(work)}, {work['new_tokens']} tokens, one sequence, greedy; {_device('decode-cuda', record)}"
+    return "\n".join([*lines, *_apart("decode-cuda", record), "", f"({source})"])
+
+
+def _kernels_cuda() -> str:
+    if (record := _there("kernels-cuda")) is None:
+        return ""
+    lines = ["| kernels | speed-up |", "| --- | ---: |"]
+    lines += [f"| {FIGURES.get(key, key)} | {_short(value)} |" for key, value in record["headlines"].items() if value is not None]
+    return "\n".join([*lines, "", f"({_device('kernels-cuda', record)})"])
+
+
+def _plan_cuda() -> str:
+    if (record := _there("plan-cuda")) is None:
+        return ""
+    columns = ["planned against measured", "allocated, GB", "error of the plan", "reserved, GB", "error of the plan"]
+    lines = [f"| {' | '.join(columns)} |", "| --- | ---: | ---: | ---: | ---: |"]
+    for run in record["runs"]:
+        bytes_ = [f"{run[f'{figure}_bytes'] / 1e9:.2f} | {run[f'{figure}_error']:+.1%}" for figure in ("allocated", "reserved")]
+        lines.append(f"| {run['method']} {run['batch_size']} x {run['max_length']} | {' | '.join(bytes_)} |")
+    return "\n".join([*lines, "", f"({_of_model(record['workload'])}, not compiled; {_device('plan-cuda', record)})"])
+
+
+def _tests_cuda() -> str:
+    if (record := _there("gpu-tests-cuda")) is None:
+        return ""
+    counts = ", ".join(f"{count} {outcome}" for outcome, count in record["tests"].items()) or "none ran"
+    failed = f" ({', '.join(f'`{name}`' for name in record['failed'])})" * bool(record["failed"])
+    return f"Tests marked `gpu`: {counts}{failed}. ({_device('gpu-tests-cuda', record)})"
+
+
+def cuda_summary() -> str:
+    """README: QLoRA on a CUDA device, in a sentence; empty without a record."""
+    record = _there("train-cuda")
+    if record is None or "qlora" not in record["contenders"]:
+        return ""
+    work, found = record["workload"], record["contenders"]["qlora"]
+    against = [
+        f"{record['ratios'][f'qlora_vs_{peer}']['median']:.2f} of {CONTENDERS['train-cuda'][peer]}"
+        for peer in ("unsloth_qlora", "peft_bnb_liger", "peft_bnb_qlora") if f"qlora_vs_{peer}" in record["ratios"]
+    ]  # fmt: skip
+    rate = f"{found['tokens_per_s']['median']:,.0f} tokens/s in {found['peak_bytes'] / 2**30:.1f} GiB"
+    text = (
+        f"On {record['environment']['device']}, QLoRA trains {_of_model(work)} at {rate}, {work['batch_size']} x {work['length']}"
+    )
+    return f"{text} tokens a step{''.join(f'; {each}' for each in against)} ([all](docs/benchmarks.md#on-a-cuda-device))."
+
+
 def speed_summary() -> str:
     """README: throughput next to peers, one row a benchmark."""
     rows = (
@@ -635,6 +751,8 @@ SECTIONS: dict[str, Callable[[], str]] = {
     "gptq": gptq,
     "starts": starts,
     "models": models,
+    "cuda": cuda,
+    "cuda-summary": cuda_summary,
     "speed-summary": speed_summary,
     "memory-summary": memory_summary,
     "quality-summary": quality_summary,
@@ -664,9 +782,14 @@ def pages() -> list[Path]:
     return [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 
+def _between(name: str, text: str) -> str:
+    room = "\n" if "\n" in text else ""
+    return f"<!-- begin {name} -->{room}{text}{room}<!-- end {name} -->"
+
+
 def rendered(texts: dict[Path, str]) -> dict[Path, str]:
     """The pages with every section rendered anew."""
-    bodies = {name: f"<!-- begin {name} -->\n{section()}\n<!-- end {name} -->" for name, section in SECTIONS.items()}
+    bodies = {name: _between(name, section()) for name, section in SECTIONS.items()}
     marker = re.compile(r"<!-- begin ([\w-]+) -->.*?<!-- end \1 -->", re.DOTALL)
     found = Counter(name for text in texts.values() for name in marker.findall(text))
     wrong = [f"'{name}' ({found[name]})" for name in sorted(SECTIONS.keys() | found) if name not in SECTIONS or found[name] != 1]

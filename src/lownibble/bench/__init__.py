@@ -25,14 +25,16 @@ BENCHES = (
     "serve",
     "soak",
     "chats",
+    "gpu",
 )
 """Benchmarks of `lownibble bench`. Each is a module of this package, imported when it runs, with a function `bench_NAME`."""
 
 OPTIONS = {
     "data": ("train", "quality"),
-    "model": ("train", "decode", "plan"),
-    "batch_size": ("train", "plan"),
-    "max_length": ("train", "plan"),
+    "model": ("train", "decode", "plan", "gpu"),
+    "batch_size": ("train", "plan", "gpu"),
+    "max_length": ("train", "plan", "gpu"),
+    "time_limit": ("gpu",),
 }
 """Option -> the benchmarks that have it; all have `peers` and `repeats`."""
 

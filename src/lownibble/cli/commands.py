@@ -366,6 +366,8 @@ def bench(arguments: argparse.Namespace) -> dict[str, Any]:
         environment = record.environment(pick_device())
         return {**record.new(f"bench-{arguments.what}"), "status": status, "environment": environment, **measured}
 
+    if arguments.what == "gpu" and file:  # a folder: each part has its record
+        options["output"], file = file, None
     if arguments.what in SAVES and file:
         options["save"] = lambda measured: record.write(file, whole(measured, "partial"))
     result = whole(run_bench(arguments.what, peers=arguments.peers, **options), "ok")

@@ -146,16 +146,17 @@ def _parser() -> argparse.ArgumentParser:
     )
     bench.add_argument(
         "--model", metavar="MODEL",
-        help="train, decode, plan: a model folder, or a bundled shape or config.json, of which random weights are made "
-        "(default: demo)",
+        help="train, decode, plan, gpu: a model folder, or a bundled shape or config.json, of which random weights are made "
+        "(default: demo; gpu: llama-3-8b)",
     )  # fmt: skip
-    bench.add_argument("--batch-size", type=_count, metavar="N", help="train, plan: rows in a step (default: 4)")
+    bench.add_argument("--batch-size", type=_count, metavar="N", help="train, plan, gpu: rows in a step (default: 4)")
     bench.add_argument(
-        "--max-length", type=_count, metavar="N", help="train, plan: tokens in a row (default: 1024 on CUDA, else 256)"
+        "--max-length", type=_count, metavar="N", help="train, plan, gpu: tokens in a row (default: 1024 on CUDA, else 256)"
     )
+    bench.add_argument("--time-limit", type=_count, metavar="SECONDS", help="gpu: for all parts together (default: 480)")
     bench.add_argument("--repeats", type=_count, metavar="N", help="interleaved repeats; quality: seeds; soak: minutes")
     bench.add_argument(
-        "--output", help="write the record to this .json file"
+        "--output", help="write the record to this .json file; gpu: folder of the records (default: benchmarks/results)"
     )
     return parser
 
