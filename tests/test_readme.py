@@ -81,13 +81,15 @@ def test_records_of_cuda_are_rendered_as_far_as_they_are_there(rendering):
     write(
         "train", "partial", workload=work, ratios={"qlora_vs_unsloth_qlora": spread(2)},
         contenders={
-            "qlora": {**figures, "tokens_per_s": spread(14000), "limit_share": spread(0.5)},
+            "qlora": {**figures, "tokens_per_s": spread(14000), "limit_share": spread(0.5), "max_tokens": None},
+            "lora": {**figures, "tokens_per_s": spread(9000), "limit_share": spread(0.5), "max_tokens": 2048},
             "unsloth_qlora": {**figures, "tokens_per_s": spread(7000)},
         },
         failed={"peft_lora": "OutOfMemoryError: CUDA\nout of memory"}, missing={"torchao_qlora": "not installed: torchao"},
     )  # fmt: skip
     text = rendering.cuda()
     assert "| Lownibble QLoRA | 14000 (13999 to 14001) | 3.0 | 4.0 | 10.5 | 7,800 | 0.50 |" in text
+    assert "| Lownibble LoRA, in microbatches of 2048 tokens | 9000" in text, "memory ran out: that is said"
     assert "| Unsloth QLoRA | 7000 (6999 to 7001) | 3.0 | 4.0 | 10.5 | 7,800 |  |" in text
     assert "| Lownibble QLoRA / Unsloth QLoRA | 2.00 (1.00 to 3.00) |" in text
     absent = "PEFT LoRA (OutOfMemoryError: CUDA out of memory); PEFT + torchao NF4 (not installed: torchao)"

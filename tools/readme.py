@@ -489,8 +489,9 @@ def _train_cuda() -> str:
     columns = ["training step", "tokens/s, median (min to max)", "allocated, GiB", "reserved, GiB", "first step, s", "launches"]
     lines = [f"| {' | '.join([*columns, 'share of the matmul limit'])} |", f"| --- |{' ---: |' * len(columns)}"]
     for name, found in record["contenders"].items():
+        split = f", in microbatches of {found['max_tokens']} tokens" if found.get("max_tokens") else ""
         cells = [
-            CONTENDERS["train-cuda"][name], _spread(found["tokens_per_s"], 0), f"{found['peak_bytes'] / 2**30:.1f}",
+            CONTENDERS["train-cuda"][name] + split, _spread(found["tokens_per_s"], 0), f"{found['peak_bytes'] / 2**30:.1f}",
             f"{found['reserved_bytes'] / 2**30:.1f}", f"{found['first_step_s']:.1f}", f"{found['launches_per_step']:,}",
             f"{found['limit_share']['median']:.2f}" if "limit_share" in found else "",
         ]  # fmt: skip

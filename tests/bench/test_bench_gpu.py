@@ -55,6 +55,7 @@ def test_parts_that_fail_or_write_nothing_do_not_stop_the_rest(tmp_path, capfd):
     assert "no room" in capfd.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_part_out_of_time_is_ended_with_all_that_it_started_and_keeps_its_record(tmp_path):
     began = time.monotonic()
     found = _run([_part(tmp_path, "slow", SLOW), _part(tmp_path, "next", WRITES, share=0.6)], 14)
@@ -68,6 +69,7 @@ def test_a_part_out_of_time_is_ended_with_all_that_it_started_and_keeps_its_reco
     assert not any(map(_is_there, numbers))
 
 
+@pytest.mark.slow
 def test_one_that_does_not_listen_is_killed(tmp_path, monkeypatch):
     monkeypatch.setattr(gpu, "GRACE_S", 0.5)
     deaf = "import signal\nsignal.signal(signal.SIGTERM, signal.SIG_IGN)\n" + SLOW

@@ -3,10 +3,11 @@
 import json
 
 import pytest
+import torch
 from shapes import write_shape
 
 from lownibble.bench import decode, plan, train
-from lownibble.bench.processes import Measured
+from lownibble.bench.processes import Command, Measured
 from lownibble.cli.main import main
 from lownibble.errors import ConfigError
 from lownibble.kernels.decoded import release_scratch
@@ -67,6 +68,55 @@ def test_without_a_limit_there_is_no_share():
 def test_what_makes_no_sense_is_refused(arguments, words, capsys):
     assert main(["bench", *arguments]) == 2
     assert words in capsys.readouterr().err
+
+
+@pytest.fixture
+def on_cuda(monkeypatch):
+    """What is decided by the device, as on CUDA with float8."""
+    monkeypatch.setattr(train, "pick_device", lambda: torch.device("cuda"))
+    monkeypatch.setattr(train.eightbit, "choose", lambda compute, device: compute)
+
+
+def test_on_cuda_qlora_is_the_first_and_the_last(on_cuda, monkeypatch):
+    monkeypatch.setattr(train, "installed", lambda kind: ([f"peer_{kind}"], {"other": "not installed: other"}))
+    commands, missing = train._fixed_work(True, "folder", 4, 1024)
+    assert list(commands) == ["matmul", "qlora", "lora", "qlora_fp8", "peer_cuda", "qlora_again"]
+    assert missing == {"other": "not installed: other"}
+    assert train._fixed_work(False, "folder", 4, 1024)[1] == {}
+
+
+PROGRAM = """
+import json, sys
+name, record = sys.argv[1:]
+if name == "fails":
+    print(json.dumps({"error": "OutOfMemoryError"}), flush=True)
+    sys.exit(1)
+there = json.load(open(record)) if name == "last" else {}
+facts = {"status": there.get("status"), "seen": sorted(there.get("contenders", {})), "failed": there.get("failed")}
+print(json.dumps(facts), flush=True)
+for line in sys.stdin:
+    print(json.dumps({"tokens": 10, "seconds": 2, "flops": 80, "losses": [], "peak_bytes": 1, "reserved_bytes": 1}), flush=True)
+"""
+
+
+def test_on_cuda_the_record_grows_with_each_contender(on_cuda, tmp_path, monkeypatch, capsys):
+    (tmp_path / "made_up.py").write_text(PROGRAM)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    output = tmp_path / "record.json"
+    commands = {name: Command("made_up", (name, str(output))) for name in ("matmul", "lora", "fails", "last")}
+    monkeypatch.setattr(train, "_fixed_work", lambda *_: (commands, {}))
+    monkeypatch.setattr(train, "_flops_per_token", lambda *_: 4.0)
+    assert main(["bench", "train", "--model", write_shape(tmp_path), "--repeats", "2", "--output", str(output)]) == 0
+    record = json.loads(output.read_text())
+    assert (record["status"], record["workload"]["length"]) == ("ok", 1024)
+    last = record["contenders"]["last"]
+    assert (last["status"], last["seen"]) == ("partial", ["lora"]), "what stood there before the last one began"
+    assert record["failed"] == last["failed"] == {"fails": "'fails' failed: OutOfMemoryError"}
+    assert last["limit_share"]["median"] == 0.5
+    capsys.readouterr()
+    monkeypatch.setattr(train, "_fixed_work", lambda *_: ({"fails": commands["fails"]}, {}))
+    assert main(["bench", "train", "--model", str(tmp_path), "--repeats", "2"]) == 1
+    assert "No contender could be measured. 'fails' failed: OutOfMemoryError" in capsys.readouterr().err
 
 
 @pytest.mark.slow
