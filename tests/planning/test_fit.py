@@ -47,14 +47,14 @@ def memory_of(method, train):
 def needs():
     """Bytes that LoRA takes with each relief."""
     train = TrainConfig(batch_size=4)
-    return {relief.words: memory_of("lora", options).device.high for relief, options in reliefs(train)}
+    return {relief.words: memory_of("lora", options).device.high for relief, options in reliefs(train, offloads=True)}
 
 
 @pytest.mark.parametrize("relief", RELIEFS, ids=lambda relief: relief.words)
 def test_the_cheapest_relief_that_suffices_is_taken(needs, relief):
     cheaper = [n for words, n in needs.items() if words != relief.words and n <= needs[relief.words]]
     train = TrainConfig(batch_size=4)
-    verdict = judge("lora", device(needs[relief.words] / GIB + 0.001), train, memory_of)
+    verdict = judge("lora", device(needs[relief.words] / GIB + 0.001), train, memory_of, offloads=True)
     assert verdict.fits
     assert verdict.memory.device.high <= verdict.device.memory_bytes
     order = [each.words for each in RELIEFS]
@@ -63,10 +63,16 @@ def test_the_cheapest_relief_that_suffices_is_taken(needs, relief):
 
 def test_what_does_not_fit_is_told_by_how_much(needs):
     least = min(needs.values())
-    verdict = judge("lora", device((least - GIB) / GIB), TrainConfig(batch_size=4), memory_of)
+    verdict = judge("lora", device((least - GIB) / GIB), TrainConfig(batch_size=4), memory_of, offloads=True)
     assert not verdict.fits
     assert verdict.over_bytes == pytest.approx(GIB, abs=2)
     assert verdict.words == "no: 1.0 GiB over"
+
+
+def test_checkpoints_are_offloaded_only_where_they_can_be():
+    asked = TrainConfig(gradient_checkpointing=True)
+    assert [train.gradient_checkpointing for _, train in reliefs(asked)] == [True, True]
+    assert [train.gradient_checkpointing for _, train in reliefs(asked, offloads=True)] == [True, True, "offload", "offload"]
 
 
 def test_what_was_asked_for_is_not_given_up():

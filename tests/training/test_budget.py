@@ -1,5 +1,6 @@
 """The choice of what to give up for a memory budget, against made-up memories whose truth is known."""
 
+import json
 import re
 
 import pytest
@@ -9,14 +10,16 @@ from hypothesis import strategies as st
 from lownibble.errors import ConfigError
 from lownibble.memory.budget import AIM, MARGIN, SETTINGS, Fit, Needs, Setting, choose
 
-PLAIN, PAGED, CHECKPOINTED, BOTH = SETTINGS
+PLAIN, PAGED, CHECKPOINTED, BOTH, OFFLOADED, ALL = SETTINGS
+ON_CPU = SETTINGS[:4]
 
 
 class Memory:
     """A model's memory: bytes = held + chunk (up to a size) + tokens x bytes of a token, by setting; notes what was tried."""
 
-    def __init__(self, held=1000, chunk=0, per_token=10, checkpointed=2, step=1, ends=None, unit=1):
-        self.held, self.chunk, self.rates, self.step, self.ends = held, chunk, (per_token, checkpointed), step, ends
+    def __init__(self, held=1000, chunk=0, per_token=10, checkpointed=2, step=1, ends=None, unit=1, offloaded=1):
+        self.held, self.chunk, self.step, self.ends = held, chunk, step, ends
+        self.rates = {False: per_token, True: checkpointed, "offload": offloaded}
         self.unit = unit
         self.tried = []
 
@@ -40,7 +43,7 @@ class Memory:
         return self.true(self.setting, tokens)
 
 
-def needs(longest=100, whole=1600, enough=100, states=0, paged=0, open_to=SETTINGS):
+def needs(longest=100, whole=1600, enough=100, states=0, paged=0, open_to=ON_CPU):
     return Needs(longest, whole, enough, {setting: paged if setting.paged else states for setting in open_to})
 
 
@@ -71,6 +74,13 @@ def test_states_count():
 def test_the_cheapest_setting_with_enough_tokens(states, paged, expected):
     fit = choose(10000, needs(longest=50, enough=400, states=states, paged=paged), Memory())
     assert Setting(fit.paged, fit.gradient_checkpointing) == expected
+
+
+@pytest.mark.parametrize(("states", "paged", "expected"), [(8000, 8000, OFFLOADED), (20000, 8000, ALL), (0, 0, PLAIN)])
+def test_checkpoints_are_offloaded_where_the_rest_is_not_enough(states, paged, expected):
+    fit = choose(10000, needs(50, enough=400, states=states, paged=paged, open_to=SETTINGS), Memory())
+    assert Setting(fit.paged, fit.gradient_checkpointing) == expected
+    assert Fit.from_dict(json.loads(json.dumps(fit.to_dict()))) == fit
 
 
 def test_with_enough_nowhere_the_most_tokens_count():
@@ -149,8 +159,8 @@ def test_no_pass_exceeds_the_budget_and_the_choice_uses_it(
     step = min(step, longest)
     longest = longest // step * step
     held, chunk, rate, saved, budget, states, paged = (1000 * n for n in (held, chunk, rate, saved, budget, states, paged))
-    memory = Memory(held, chunk, rate, min(rate, saved), step, unit=1000)
-    asked = needs(longest, longest * factor, enough, states, min(states, paged))
+    memory = Memory(held, chunk, rate, min(rate, saved), step, unit=1000, offloaded=min(rate, saved) // 2)
+    asked = needs(longest, longest * factor, enough, states, min(states, paged), SETTINGS)
     try:
         fit = choose(budget, asked, memory)
     except ConfigError:

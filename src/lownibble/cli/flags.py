@@ -36,6 +36,9 @@ def add_flags(parser: argparse.ArgumentParser, config: type[Options], positional
         if _is_bool(field):
             action = argparse.BooleanOptionalAction
             target.add_argument(name, dest=dest, action=action, default=argparse.SUPPRESS, help=text)
+        elif {bool, str} == _kinds(field):
+            words = "|".join(("true", "false", *_words(field)))
+            target.add_argument(name, f"--no-{name[2:]}", dest=dest, action=_Switch, help=text, metavar=words)
         elif list in _kinds(field):
             metavar = "METHOD" if path == ("methods",) else _metavar(field)
             target.add_argument(name, dest=dest, nargs="+", action=_Words, default=argparse.SUPPRESS, help=text, metavar=metavar)
@@ -68,6 +71,19 @@ class _Words(argparse.Action):
         setattr(namespace, self.dest, [*getattr(namespace, self.dest, []), *values])
 
 
+class _Switch(argparse.Action):
+    """On, off, or a word: `--flag` is true, `--no-flag` is false, `--flag word`."""
+
+    def __init__(self, option_strings: list[str], dest: str, **options: Any) -> None:
+        super().__init__(option_strings, dest, nargs="?", default=argparse.SUPPRESS, **options)
+
+    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
+        off = str(option_string).startswith("--no-")
+        if off and values is not None:
+            parser.error(f"{option_string} takes no value")
+        setattr(namespace, self.dest, "false" if off else values or "true")
+
+
 def _default(config: type[Options], path: tuple[str, ...], field: FieldInfo) -> Any:
     if len(path) > 1:
         return getattr(config.model_fields[path[0]].default, path[1])
@@ -86,6 +102,11 @@ def _kinds(field: FieldInfo) -> set[Any]:
     ]
     literal = {type(c) for m in members if get_origin(m) is Literal for c in get_args(m)}
     return literal | {get_origin(m) or m for m in members if get_origin(m) is not Literal}
+
+
+def _words(field: FieldInfo) -> list[str]:
+    """The literal choices of a union."""
+    return [c for m in get_args(field.annotation) if get_origin(m) is Literal for c in get_args(m)]
 
 
 def _metavar(field: FieldInfo) -> str:

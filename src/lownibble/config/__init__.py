@@ -23,11 +23,13 @@ from lownibble.config.commands import (
     ServeConfig,
 )
 from lownibble.config.groups import (
+    CHECKPOINTING,
     CORRECT,
     FIXED,
     KEEP_THEIR_START,
     LOOK_AT_INPUTS,
     PER_LAYER,
+    Checkpointing,
     DataConfig,
     LoraConfig,
     QuantConfig,
@@ -36,8 +38,8 @@ from lownibble.config.groups import (
 from lownibble.config.methods import METHODS, Method, MethodSpec, NamedMethod, method_named
 
 __all__ = [
-    "COMPARE_TRAIN", "CORRECT", "FIXED", "FOR_ADAPTERS", "KEEP_THEIR_START", "LOOK_AT_INPUTS", "METHODS", "PACKED", "PER_LAYER",
-    "CompareConfig", "Data", "DataConfig",
+    "CHECKPOINTING", "COMPARE_TRAIN", "CORRECT", "FIXED", "FOR_ADAPTERS", "KEEP_THEIR_START", "LOOK_AT_INPUTS", "METHODS",
+    "PACKED", "PER_LAYER", "Checkpointing", "CompareConfig", "Data", "DataConfig",
     "EvalConfig", "ExportConfig", "LoraConfig", "MergeConfig", "Method", "MethodSpec", "NamedMethod", "PlanConfig",
     "QuantConfig", "QuantizeConfig", "RowsConfig", "RunConfig", "ServeConfig", "TrainConfig", "method_named",
 ]  # fmt: skip

@@ -15,6 +15,12 @@ from lownibble.matching import by_pattern, check_patterns
 from lownibble.options import Known, Options, is_a_size
 from lownibble.registry import CODECS, INITS, OBJECTIVES, OPTIMIZERS
 
+Checkpointing = bool | Literal["offload"]
+"""How the layers' activations are recomputed in backward."""
+
+CHECKPOINTING: tuple[Checkpointing, ...] = (False, True, "offload")
+"""Its values, by increasing cost and decreasing memory."""
+
 PER_LAYER = ("quant_type", "block_size", "double_quant")
 """Options of the codec that a `pattern` may set for some layers."""
 
@@ -223,7 +229,11 @@ class TrainConfig(Options):
     max_length: Annotated[int, Ge(2)] = Field(512, description="tokens in a row; longer rows are cut")
     group_by_length: bool = Field(False, description="batch rows of like length together (less padding)")
     packing: bool = Field(False, description="rows one after the other up to max_length, no padding; each row sees itself only")
-    gradient_checkpointing: bool = Field(False, description="recompute activations in backward: less memory, slower")
+    gradient_checkpointing: Checkpointing = Field(
+        False,
+        description="recompute activations in backward: less memory, slower; 'offload' (CUDA): and keep decoder layers' inputs "
+        "in pinned host memory until then, for long rows",
+    )
     torch_compile: bool | Literal["auto"] = Field(
         "auto", description="compile one decoder layer and use it for all; auto: where the run is long enough for it to pay"
     )

@@ -6,7 +6,8 @@ constant size (the head's chunk), so a line through two measurements is exact or
 allocated yet; their bytes are known and added.
 
 Memory is saved in order of increasing cost (`SETTINGS`): only smaller microbatches; paged optimiser states (bit-identical);
-gradient checkpointing (each layer's forward is computed twice). The first setting that allows a microbatch of `ENOUGH_TOKENS`, or
+gradient checkpointing (each layer's forward is computed twice); on CUDA, checkpoints in host memory (copied there and back, at no
+time of their own if rows are long). The first setting that allows a microbatch of `ENOUGH_TOKENS`, or
 the whole batch, is chosen, otherwise the one with the largest microbatch; smaller microbatches underuse the processor and cost
 more than checkpointing does.
 
@@ -23,12 +24,13 @@ import math
 from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple, Protocol
 
+from lownibble.config import CHECKPOINTING, Checkpointing
 from lownibble.errors import ConfigError
 
 AIM = 0.98
 """Share of the budget that is used as the target."""
 
-MARGIN = {False: 1.13, True: 1.4}
+MARGIN: dict[Checkpointing, float] = {False: 1.13, True: 1.4, "offload": 1.4}
 """Gradient checkpointing -> safety factor on a microbatch's memory in the dry run. Equal-sized microbatches differ by C heap
 fragmentation, most with checkpointing, which allocates and frees more: by up to almost this factor when measured (log.md)."""
 
@@ -51,16 +53,18 @@ class Setting(NamedTuple):
     """Memory-saving options of a run."""
 
     paged: bool
-    gradient_checkpointing: bool
+    gradient_checkpointing: Checkpointing
 
     @property
     def words(self) -> str:
         """Phrase for a message: empty, or " with ..."."""
-        parts = ["paged optimiser states"] * self.paged + ["gradient checkpointing"] * self.gradient_checkpointing
+        parts = ["paged optimiser states"] * self.paged + [WORDS[self.gradient_checkpointing]] * bool(self.gradient_checkpointing)
         return f" with {' and '.join(parts)}" if parts else ""
 
 
-SETTINGS = (Setting(False, False), Setting(True, False), Setting(False, True), Setting(True, True))
+WORDS: dict[Checkpointing, str] = {True: "gradient checkpointing", "offload": "offloaded gradient checkpointing"}
+
+SETTINGS = tuple(Setting(paged, how) for how in CHECKPOINTING for paged in (False, True))
 """In order of increasing cost."""
 
 
@@ -93,7 +97,7 @@ class Probe:
     """One microbatch of the dry run (0 tokens: between microbatches); `peak_bytes` includes the future optimiser states."""
 
     paged: bool
-    gradient_checkpointing: bool
+    gradient_checkpointing: Checkpointing
     tokens: int
     peak_bytes: int
 
@@ -104,7 +108,7 @@ class Fit:
 
     max_tokens: int | None
     paged: bool
-    gradient_checkpointing: bool
+    gradient_checkpointing: Checkpointing
     peak_bytes: int
     probes: tuple[Probe, ...] = ()
 

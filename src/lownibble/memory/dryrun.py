@@ -10,6 +10,7 @@ from typing import Any, Protocol
 
 import torch
 
+from lownibble.config import Checkpointing
 from lownibble.memory import usage
 from lownibble.memory.budget import FIRST_TOKENS, Setting
 
@@ -23,8 +24,8 @@ class Passes(Protocol):
     model: Any
     compiled: bool
 
-    def set_checkpointing(self, on: bool) -> None:
-        """Turn gradient checkpointing on or off."""
+    def set_checkpointing(self, how: Checkpointing) -> None:
+        """Turn gradient checkpointing on or off, or on with offloaded checkpoints."""
 
     def compile_for(self, batch: Any, tokens: int) -> None:
         """Compile for batches of this kind, with a microbatch of about `tokens` tokens."""

@@ -8,7 +8,7 @@ from typing import Any, Protocol
 import torch
 
 from lownibble.arch import paths, read_shape
-from lownibble.config import LoraConfig, Method, QuantConfig, TrainConfig
+from lownibble.config import Checkpointing, LoraConfig, Method, QuantConfig, TrainConfig
 from lownibble.errors import ConfigError, InputError
 from lownibble.lora.active import adapter_configs
 from lownibble.lora.layer import LoraLinear
@@ -46,7 +46,7 @@ class RunPlan:
 
     def __init__(self, run: TrainingRun) -> None:
         self._run = run
-        self._made: dict[tuple[int | None, bool, bool], tuple[Batch, MemoryPlan] | InputError] = {}
+        self._made: dict[tuple[int | None, bool, Checkpointing], tuple[Batch, MemoryPlan] | InputError] = {}
 
     def _plan(self) -> tuple[Batch, MemoryPlan] | InputError:
         fit = self._run.fit

@@ -5,12 +5,14 @@ Local variables matter here: as in transformers' code, a tensor stays allocated 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from lownibble.arch import ModelShape
+from lownibble.config import Checkpointing
 from lownibble.planning import operations as op
 from lownibble.planning.linear import LinearOnTape, Method, Runtime, SharedBuffers
-from lownibble.planning.tape import BOOL, FLOAT32, INT64, Tape, Value
+from lownibble.planning.tape import BOOL, FLOAT32, INT64, LayerInputs, Tape, Value
+from lownibble.planning.tiles import tile_lengths, tiled
 
 
 class Decoder:
@@ -44,6 +46,7 @@ class Decoder:
         if family.head_bias:
             self._parameter(shape.vocab)
         self._frequencies = [tape.new(shape.head_dim // 2, FLOAT32, "weights") for _ in range(2)]
+        self._tiles = [0]
 
     def _parameter(self, n: int) -> Value:
         value = self.tape.parameter(n, self.run.itemsize, "weights", self.method.full)
@@ -63,12 +66,15 @@ class Decoder:
         """All parameters but the head's adapter."""
         return self._all + [p for layer in self.layers for linear in layer.values() for p in linear.parameters]
 
-    def forward(self, rows: int, length: int, checkpointing: bool) -> Value:
+    def forward(self, rows: int, length: int, checkpointing: Checkpointing) -> Value:
         """Last hidden states (rows x length tokens)."""
         tape, shape = self.tape, self.shape
+        self._tiles = tile_lengths(rows * length) if checkpointing else [rows * length]
+        inputs = LayerInputs(tape) if checkpointing == "offload" else None
         hidden = op.embedding(tape, self.embedding, rows * length, shape.hidden)
         if shape.family.scaled:
             hidden = op.scale(tape, hidden)
+        embedded = hidden  # the model's code holds it while the layers run
         positions = tape.new(length, INT64)
         mask = self._mask(length)
         with tape.no_grad():
@@ -76,11 +82,15 @@ class Decoder:
         del positions
         for layer in range(shape.layers):
             if checkpointing:
-                hidden = tape.checkpoint(lambda x, layer=layer: self.layer(layer, x, cos, sin, rows), hidden)  # type: ignore[misc]
+
+                def run(x: Value, layer: int = layer) -> Value:
+                    return self.layer(layer, x, cos, sin, rows)
+
+                hidden = tape.checkpoint(run, hidden, inputs)
             else:
                 hidden = self.layer(layer, hidden, cos, sin, rows)
-        del mask
-        return self._norm(hidden, self.last_norm)
+        del mask, embedded
+        return self._tiled_norm(hidden, self.last_norm)
 
     def _masked(self, length: int) -> bool:
         return self.shape.softcap or (self.shape.window is not None and self.shape.window < length)
@@ -101,21 +111,36 @@ class Decoder:
         """Output of a decoder layer (rows x length tokens)."""
         tape, norms = self.tape, self.norms[layer]
         residual = hidden
-        hidden = self._norm(hidden, norms[0])
+        hidden = self._tiled_norm(hidden, norms[0])
         if self.shape.family.parallel:
             attended = self._attention(layer, hidden, cos, sin, rows)
-            fed = self._mlp(layer, hidden)
+            fed = self._feed(layer, hidden)
             return op.add(tape, op.add(tape, attended, fed), residual)
         hidden = self._attention(layer, hidden, cos, sin, rows)
         if len(norms) == 4:
-            hidden = self._norm(hidden, norms[1])
+            hidden = self._tiled_norm(hidden, norms[1])
         hidden = op.add(tape, residual, hidden)
         residual = hidden
-        hidden = self._norm(hidden, norms[-2 if len(norms) == 4 else 1])
-        hidden = self._mlp(layer, hidden)
+        hidden = self._tiled_norm(hidden, norms[-2 if len(norms) == 4 else 1])
+        hidden = self._feed(layer, hidden)
         if len(norms) == 4:
-            hidden = self._norm(hidden, norms[3])
+            hidden = self._tiled_norm(hidden, norms[3])
         return op.add(tape, residual, hidden)
+
+    def _tiled_norm(self, x: Value, parameters: list[Value]) -> Value:
+        return self._in_tiles(lambda tile: self._norm(tile, parameters), x, parameters)
+
+    def _feed(self, layer: int, x: Value) -> Value:
+        if self.shape.family.experts:
+            return self._mlp(layer, x)
+        attention = self.shape.family.linears[: 2 if self.shape.family.fused else 4]
+        linears = [linear for name, linear in self.layers[layer].items() if name not in attention]
+        return self._in_tiles(lambda tile: self._mlp(layer, tile), x, [p for linear in linears for p in linear.parameters])
+
+    def _in_tiles(self, run: Callable[[Value], Value], x: Value, parameters: list[Value]) -> Value:
+        if len(self._tiles) == 1:
+            return run(x)
+        return tiled(self.tape, run, x, self._tiles, [p for p in parameters if p.trained])
 
     def _norm(self, x: Value, parameters: list[Value]) -> Value:
         tape, weight = self.tape, parameters[0]

@@ -1,7 +1,8 @@
 """What fits: methods x devices, the largest batch and row, and the recommended method.
 
 Memory is saved by the same settings and in the same order as by a run's memory budget (`memory/budget.py`): paged optimiser
-states cost little and do not change results, checkpointing computes the layers twice. A setting fits if the upper end of the
+states cost little and do not change results, checkpointing computes the layers twice, offloaded checkpoints take as many bytes of
+host memory. A setting fits if the upper end of the
 device's interval does, so that the verdict is safe.
 """
 
@@ -11,7 +12,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from lownibble.config import Method, TrainConfig
+from lownibble.config import CHECKPOINTING, Checkpointing, Method, TrainConfig
 from lownibble.optim.specs import is_paged, paged_name
 from lownibble.planning.hardware import Device
 from lownibble.planning.memory import MemoryPlan
@@ -30,12 +31,13 @@ class Relief(NamedTuple):
 
     words: str
     paged: bool
-    gradient_checkpointing: bool
+    gradient_checkpointing: Checkpointing
 
 
 RELIEFS = (
     Relief("fits", False, False), Relief("fits with paging", True, False), Relief("fits with checkpointing", False, True),
-    Relief("fits with checkpointing and paging", True, True),
+    Relief("fits with checkpointing and paging", True, True), Relief("fits with offloaded checkpoints", False, "offload"),
+    Relief("fits with offloaded checkpoints and paging", True, "offload"),
 )  # fmt: skip
 
 
@@ -65,11 +67,13 @@ class Verdict:
         }  # fmt: skip
 
 
-def reliefs(train: TrainConfig) -> Iterator[tuple[Relief, TrainConfig]]:
-    """The given options, then those with more memory saving, cheapest first."""
+def reliefs(train: TrainConfig, offloads: bool = False) -> Iterator[tuple[Relief, TrainConfig]]:
+    """The given options, then those with more memory saving, cheapest first. `offloads`: checkpoints can be offloaded."""
+    paged, checkpointing = is_paged(train.optim), train.gradient_checkpointing
+    allowed = CHECKPOINTING if offloads or checkpointing == "offload" else CHECKPOINTING[:-1]
+    allowed = allowed[allowed.index(checkpointing) :]
     for relief in RELIEFS:
-        paged, checkpointing = is_paged(train.optim), train.gradient_checkpointing
-        if relief.paged < paged or relief.gradient_checkpointing < checkpointing:
+        if relief.paged < paged or relief.gradient_checkpointing not in allowed:
             continue
         optim = train.optim if relief.paged == paged else paged_name(train.optim)
         if optim is None:
@@ -77,10 +81,10 @@ def reliefs(train: TrainConfig) -> Iterator[tuple[Relief, TrainConfig]]:
         yield relief, train.with_options(optim=optim, gradient_checkpointing=relief.gradient_checkpointing)
 
 
-def judge(method: Method, device: Device, train: TrainConfig, plan_of: PlanOf) -> Verdict:
-    """Whether a method fits on a device, and with which options; the cheapest that fit, else the nearest."""
+def judge(method: Method, device: Device, train: TrainConfig, plan_of: PlanOf, offloads: bool = False) -> Verdict:
+    """Whether a method fits on a device, and with which options; the cheapest that fit, else the nearest. See `reliefs`."""
     nearest: Verdict | None = None
-    for relief, options in reliefs(train):
+    for relief, options in reliefs(train, offloads):
         memory = plan_of(method, options)
         over = memory.device.high - device.memory_bytes
         if over <= 0:

@@ -17,7 +17,7 @@ from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 from lownibble.arch import Linear, ModelShape, paths
-from lownibble.config import CORRECT, KEEP_THEIR_START, LOOK_AT_INPUTS, LoraConfig, QuantConfig, TrainConfig
+from lownibble.config import CORRECT, KEEP_THEIR_START, LOOK_AT_INPUTS, Checkpointing, LoraConfig, QuantConfig, TrainConfig
 from lownibble.config import Method as MethodName
 from lownibble.errors import ConfigError, InputError, TargetError
 from lownibble.lora import targets
@@ -50,7 +50,7 @@ PASS_UNKNOWN = (
     "adapted head. Leave init_lora_weights out to plan without."
 )
 
-StepOf = Callable[[MethodName, Runtime, Batch, bool, int], Tape]
+StepOf = Callable[[MethodName, Runtime, Batch, Checkpointing, int], Tape]
 """(method, runtime, batch, checkpointing, microbatches) -> a step's allocations, without optimiser states."""
 
 
@@ -72,6 +72,7 @@ class MemoryPlan:
         simulated_bytes: reserved by the simulated caching allocator. pass_bytes: sum of all allocations of a microbatch,
             simultaneous or not.
         parameters, trained_parameters: elements.
+        host_bytes: pinned host memory for offloaded checkpoints.
     """
 
     kinds: dict[str, int]
@@ -82,6 +83,7 @@ class MemoryPlan:
     parameters: int
     trained_parameters: int
     on_device: Device
+    host_bytes: int = 0
 
     def on(self, device: Device) -> MemoryPlan:
         """The same plan on another device with an equal `Device.alike`."""
@@ -125,7 +127,7 @@ class MemoryPlan:
             "kinds": self.kinds, "instants": self.instants, "worst": self.worst, "allocated_bytes": self.allocated._asdict(),
             "reserved_bytes": None if self.reserved is None else self.reserved._asdict(),
             "device_bytes": self.device._asdict(), "parameters": self.parameters,
-            "trained_parameters": self.trained_parameters,
+            "trained_parameters": self.trained_parameters, "host_bytes": self.host_bytes,
         }  # fmt: skip
 
 
@@ -147,6 +149,11 @@ def plan_memory(
         TargetError: LoRA's targets match nothing in this model.
         ConfigError: an option that the planner does not support.
     """
+    if train.gradient_checkpointing == "offload" and (device.kind != "cuda" or shape.decoder_layers):
+        why = "it has an encoder" if shape.decoder_layers else "a CPU has no other memory"
+        raise ConfigError(
+            f"'{shape.name}' cannot be planned with offloaded checkpoints: {why}. Use --gradient-checkpointing true."
+        )
     size = itemsize(device, method, dtype)
     ranks = {} if method == "full" or shape.counts else _ranks(shape, lora)
     run = _runtime(device, size)
@@ -320,4 +327,4 @@ def _read(tape: Tape, passes: int, shape: ModelShape, device: Device, n_trained:
         kinds[tape.kinds[key]] += n
     simulated = reserved_bytes(_from_model(tape)) if device.kind == "cuda" else 0
     of_passes = sum(n for _, n in tape.events[tape.marks[0][1] : tape.marks[-1][1]] if n > 0) // passes
-    return MemoryPlan(kinds, instants, worst, simulated, of_passes, shape.parameters, n_trained, device)
+    return MemoryPlan(kinds, instants, worst, simulated, of_passes, shape.parameters, n_trained, device, tape.host_bytes)

@@ -9,13 +9,14 @@ import json
 from pathlib import Path
 from typing import Any
 
-from lownibble.config import METHODS, Method, TrainConfig
+from lownibble.config import CHECKPOINTING, METHODS, Checkpointing, Method, TrainConfig
 from lownibble.errors import OutputError
 from lownibble.planning import hardware
 from lownibble.planning.memory import MemoryPlan, plan_memory
 from lownibble.planning.plan import Plan
 
 _TEMPLATE = Path(__file__).with_name("page.html")
+CHECKPOINTING_WORDS: dict[Checkpointing, str] = {False: "off", True: "on", "offload": "offloaded"}
 BATCHES, LENGTHS = (1, 2, 4, 8, 16, 32), (128, 256, 512, 1024, 2048, 4096)
 """Slider values, in addition to the plan's own."""
 
@@ -40,6 +41,8 @@ def _data(plan: Plan) -> dict[str, Any]:
     config, train, base = plan.config, plan.config.train, plan.devices[0]
     batches = sorted({*BATCHES, train.batch_size})
     lengths = sorted({*LENGTHS, train.max_length})
+    how = train.gradient_checkpointing
+    ways = CHECKPOINTING if how == "offload" else CHECKPOINTING[:-1]
     methods: tuple[Method, ...] = METHODS if config.method == "all" else (config.method,)
 
     def cell(method: Method, options: TrainConfig) -> dict[str, Any]:
@@ -51,10 +54,9 @@ def _data(plan: Plan) -> dict[str, Any]:
 
     def grid(method: Method) -> list[list[list[dict[str, Any]]]]:
         """Cells indexed by checkpointing, batch and length."""
-        ways = [train.with_options(gradient_checkpointing=recompute) for recompute in (False, True)]
         return [
             [[cell(method, way.with_options(batch_size=rows, max_length=length)) for length in lengths] for rows in batches]
-            for way in ways
+            for way in (train.with_options(gradient_checkpointing=each) for each in ways)
         ]
 
     others = plan.devices if base.kind == "cpu" else [hardware.device(name) for name in hardware.names()]
@@ -65,7 +67,8 @@ def _data(plan: Plan) -> dict[str, Any]:
         f"{', packed' if train.packing else ''}. Bytes on the device at the worst instant of a step.",
         "note": "A setting fits where the upper end of its interval does; 'may fit' where only the lower end does.",
         "batch": batches, "length": lengths, "context": base.context_bytes + base.workspace_bytes,
-        "chosen": {"batch": train.batch_size, "length": train.max_length, "checkpointing": train.gradient_checkpointing},
+        "chosen": {"batch": train.batch_size, "length": train.max_length, "checkpointing": ways.index(how)},
+        "checkpointing": [CHECKPOINTING_WORDS[way] for way in ways],
         "grid": {method: grid(method) for method in methods},
         "devices": [
             {"title": d.title, "memory": d.memory_bytes, "context": d.context_bytes + d.workspace_bytes} for d in shown.values()

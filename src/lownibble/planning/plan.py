@@ -122,10 +122,12 @@ def _plan(config: PlanConfig, step: StepOf | None, shape: ModelShape, refused: M
     rows: list[Row] = []
     advice: dict[str, tuple[Method | None, list[str]]] = {}
     for device in devices:
-        verdicts = {
-            method: judge(method, device, config.train, lambda m, train, device=device: planned(device, m, train))  # type: ignore[misc]
-            for method in methods
-        }
+        offloads = device.kind == "cuda" and shape.counts is None and not shape.decoder_layers
+
+        def of_device(method: Method, train: TrainConfig, device: Device = device) -> MemoryPlan:
+            return planned(device, method, train)
+
+        verdicts = {method: judge(method, device, config.train, of_device, offloads) for method in methods}
         rows += [_row(config, shape, device, verdict, planned, alone=len(devices) == 1) for verdict in verdicts.values()]
         if len(methods) == len(METHODS):
             advice[device.name] = recommend({str(method): verdict for method, verdict in verdicts.items()}, measured)

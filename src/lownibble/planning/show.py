@@ -86,6 +86,8 @@ def _detail(plan: Plan, title: str) -> Table:
         "largest batch": [_largest(row.largest_batch_size) for row in plan.rows],
         "longest row": [_largest(row.largest_max_length) for row in plan.rows],
     }
+    if any(row.verdict.memory.host_bytes for row in plan.rows):
+        cells["pinned host memory, GiB"] = [f"{row.verdict.memory.host_bytes / 2**30:.1f}" for row in plan.rows]
     if any(row.speed for row in plan.rows):
         cells["tokens/s"] = [_range(row.speed.tokens_per_s if row.speed else None, "{:,.0f}") for row in plan.rows]
     if tokens and "tokens/s" in cells:

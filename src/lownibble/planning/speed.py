@@ -1,8 +1,9 @@
 """Step time: FLOPs over the device's reached FLOP/s, plus bytes moved over its bandwidth.
 
 FLOPs are those of the step's matrix products; bytes are the reads and writes of weights (packed and dequantised), optimiser
-states, gradients and activations. The two times are added, since kernels of one stream seldom overlap. The share of peak FLOP/s
-that a device reaches is measured by `lownibble plan --calibrate`; the default is `EFFICIENCY`.
+states, gradients and activations. The two times are added, since kernels of one stream seldom overlap. Offloaded checkpoints are
+copied meanwhile: they count only if they take longer than all of it. The share of peak FLOP/s that a device reaches is measured
+by `lownibble plan --calibrate`; the default is `EFFICIENCY`.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from lownibble.arch import ModelShape
 from lownibble.config import Method, TrainConfig
 from lownibble.planning.hardware import Device
 from lownibble.planning.memory import MemoryPlan
+from lownibble.planning.tiles import tile_lengths
 
 EFFICIENCY = (0.3, 0.5, 0.7)
 """Share of a CUDA device's peak FLOP/s that matrix products reach in training: low, likely, high. Not measured by us; from the
@@ -61,7 +63,8 @@ def plan_speed(
     per_step = _tokens(train)
     flops, moved = step_flops(shape, method, memory, train), moved_bytes(memory, method, train)
     shares = (device.efficiency or {}).get(method, EFFICIENCY)
-    step = Range(*(flops / (device.flops * share) + moved / device.bandwidth for share in reversed(shares)))
+    copied = copied_seconds(memory, train)
+    step = Range(*(max(copied, flops / (device.flops * share) + moved / device.bandwidth) for share in reversed(shares)))
     rate = Range(*(per_step / seconds for seconds in reversed(step)))
     hours = Range(*(tokens / each / 3600 for each in reversed(rate))) if tokens else None
     prices = (price, price) if price is not None else device.price
@@ -94,11 +97,22 @@ def flops_per_token(shape: ModelShape, method: Method, memory: MemoryPlan, train
     return forward * (2 if train.gradient_checkpointing else 1) + backward + head * (3 if method == "full" else 2)
 
 
+HOST_BANDWIDTH = 20e9
+"""Bytes/s between host and device for offloaded checkpoints: PCIe 4.0 x16, 31.5e9 in its specification, less protocol and other
+traffic; not measured by us."""
+
+
+def copied_seconds(memory: MemoryPlan, train: TrainConfig) -> float:
+    """Time to copy offloaded checkpoints to the host and back; they are copied while layers compute."""
+    return 2 * memory.host_bytes * train.gradient_accumulation_steps / HOST_BANDWIDTH
+
+
 def moved_bytes(memory: MemoryPlan, method: Method, train: TrainConfig) -> float:
     """Approximate bytes read from and written to device memory in a step."""
     kinds, passes = memory.kinds, train.gradient_accumulation_steps
     times = 3 if train.gradient_checkpointing else 2
+    tiles = len(tile_lengths(train.batch_size * train.max_length)) if train.gradient_checkpointing else 1
     weights = kinds["weights"] + kinds["codes"] + kinds["constants"]
-    decoded = 2 * 4 * kinds["codes"] if method == "qlora" else 0  # written and read in 16 bits, four times the 4-bit codes
+    decoded = 2 * 4 * kinds["codes"] * tiles if method == "qlora" else 0  # written and read in 16 bits, four times the codes
     activations = 2 * kinds["activations"] * times
     return passes * (times * (weights + decoded) + activations) + 2 * kinds["optimizer"] + 3 * kinds["gradients"]

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from lownibble.arch import ModelShape
+from lownibble.config import Checkpointing
 from lownibble.planning.decoder import Decoder
 from lownibble.planning.encoder_decoder import EncoderDecoder
 from lownibble.planning.linear import Method, Runtime
@@ -21,7 +22,7 @@ class Batch(NamedTuple):
 
 
 def run_step(
-    shape: ModelShape, method: Method, run: Runtime, batch: Batch, *, checkpointing: bool = False, passes: int = 1
+    shape: ModelShape, method: Method, run: Runtime, batch: Batch, *, checkpointing: Checkpointing = False, passes: int = 1
 ) -> Tape:  # fmt: skip
     """Run `passes` equal microbatches; optimiser states are left out.
 
@@ -43,9 +44,9 @@ def run_step(
     return tape
 
 
-def _loss(tape: Tape, model: Decoder | EncoderDecoder, batch: Batch, checkpointing: bool) -> Value:
+def _loss(tape: Tape, model: Decoder | EncoderDecoder, batch: Batch, checkpointing: Checkpointing) -> Value:
     if isinstance(model, EncoderDecoder):
-        hidden = model.forward(batch.rows, batch.length, -(-batch.labels // batch.rows), checkpointing)
+        hidden = model.forward(batch.rows, batch.length, -(-batch.labels // batch.rows), bool(checkpointing))
     else:
         hidden = model.forward(batch.rows, batch.length, checkpointing)
     tape.mark("forward")

@@ -80,13 +80,14 @@ class Node:
 
 
 class Leaf:
-    """A parameter's gradient, and the running sum of its gradients within a backward pass."""
+    """A parameter's gradient, and the running sum of its gradients within a backward pass; not `named`: of no parameter."""
 
-    __slots__ = ("grad", "grads")
+    __slots__ = ("grad", "grads", "named")
 
-    def __init__(self) -> None:
+    def __init__(self, named: bool = True) -> None:
         self.grad: Value | None = None
         self.grads: Grads = [None]
+        self.named = named
 
 
 class _Edge:
@@ -151,6 +152,41 @@ class Region:
             raise _Enough
 
 
+class LayerInputs:
+    """Inputs of checkpointed layers on the host, as `training/offload.py` keeps them: on the device is the newest one in forward,
+    in backward the one in use and the one before it."""
+
+    def __init__(self, tape: Tape) -> None:
+        self._tape = tape
+        self._on_device: list[Value | None] = []
+        self._sizes: list[tuple[int, int]] = []
+
+    def store(self, x: Value) -> Callable[[], Value]:
+        """Keep x on the host; returns what brings it back."""
+        if self._on_device:
+            self._on_device[-1] = None
+        number = len(self._sizes)
+        self._sizes.append((x.n, x.itemsize))
+        self._on_device.append(x)
+        self._tape.host_bytes = max(self._tape.host_bytes, sum(pinned_bytes(n * size) for n, size in self._sizes))
+        return lambda: self._load(number)
+
+    def _load(self, number: int) -> Value:
+        x = self._fetch(number)
+        self._on_device[number] = None
+        if number:
+            self._on_device[number - 1] = self._fetch(number - 1)
+        return x
+
+    def _fetch(self, number: int) -> Value:
+        return self._on_device[number] or self._tape.new(*self._sizes[number])
+
+
+def pinned_bytes(n_bytes: int) -> int:
+    """Bytes of pinned host memory for a tensor: torch rounds them to a power of two (ATen/core/CachingHostAllocator.h)."""
+    return 1 << max(0, n_bytes - 1).bit_length()
+
+
 class Tape:
     """Record of all allocations and frees, and the bytes in use.
 
@@ -159,9 +195,11 @@ class Tape:
         kinds: kind of memory of each storage, by its number.
         marks: (name, events so far, bytes in use) at the end of each phase.
         used: bytes in use now.
+        host_bytes: pinned host memory for offloaded checkpoints.
     """
 
     def __init__(self, round_to: int = 1) -> None:
+        self.host_bytes = 0
         self.events: list[tuple[int, int]] = []
         self.kinds: list[str] = []
         self.marks: list[tuple[str, int, int]] = []
@@ -192,6 +230,7 @@ class Tape:
         """A copy of a finished tape."""
         other = Tape(self.round_to)
         other.events, other.kinds, other.marks, other.used = [*self.events], [*self.kinds], [*self.marks], self.used
+        other.host_bytes = self.host_bytes
         return other
 
     # tensors
@@ -247,12 +286,14 @@ class Tape:
             return place
         return _Saved(value.view(), None)
 
-    def checkpoint(self, function: Callable[[Value], Value], x: Value) -> Value:
-        """`function(x)` with activation checkpointing: saved tensors are recomputed in backward."""
+    def checkpoint(self, function: Callable[[Value], Value], x: Value, inputs: LayerInputs | None = None) -> Value:
+        """`function(x)` with activation checkpointing: backward recomputes saved tensors from x, kept in `inputs` if given."""
+        wants = x.wants_grad
+        load = x.view if inputs is None else inputs.store(x.view())
 
         def again() -> object:
-            detached = x.view()
-            detached.trained = x.wants_grad
+            detached = load()
+            detached.trained = wants
             return function(detached)
 
         before, self._dropping = self._dropping, Region(self, again)
@@ -261,11 +302,26 @@ class Tape:
         finally:
             self._dropping = before
 
-    def backward(self, root: Value) -> None:
-        """Compute the gradients of all parameters that `root`, a scalar, depends on."""
+    def gradients(self, run: Callable[[], Value], gradient: Value, of: Sequence[Value]) -> list[Value]:
+        """The gradients of tensors in what `run` computes now, as torch.autograd.grad; parameters' own are left alone."""
+        before = [each.leaf for each in of]
+        leaves = [Leaf(named=False) for _ in of]
+        for each, leaf in zip(of, leaves, strict=True):
+            each.leaf = leaf
+        try:
+            out = run()
+        finally:
+            for each, own in zip(of, before, strict=True):
+                each.leaf = own
+        self.backward(out, gradient)
+        return [leaf.grad for leaf in leaves if leaf.grad is not None]
+
+    def backward(self, root: Value, gradient: Value | None = None) -> None:
+        """Compute the gradients of all parameters that `root` depends on; `gradient`: its own, default that of a scalar."""
         if root.node is None:
             return
-        root.node.grads[root.output] = self.like(root)
+        root.node.grads[root.output] = gradient or self.like(root)
+        del gradient
         waiting = _dependencies(root.node)
         ready = [(-root.node.sequence, root.node)]
         while ready:
@@ -305,7 +361,8 @@ class Tape:
         (gradient,), leaf.grads = leaf.grads, [None]
         if leaf.grad is None and gradient is not None:
             leaf.grad = gradient.view()
-            self.kinds[gradient.storage.key] = "gradients"
+            if leaf.named:
+                self.kinds[gradient.storage.key] = "gradients"
 
     def _sum(self, held: Value, gradient: Value) -> Value:
         """Add gradients, in place if the first one's storage has no other owner."""

@@ -14,7 +14,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from lownibble.arch import Counts, ModelShape, is_known
-from lownibble.config import METHODS, LoraConfig, Method, PlanConfig, QuantConfig
+from lownibble.config import METHODS, Checkpointing, LoraConfig, Method, PlanConfig, QuantConfig
 from lownibble.errors import ConfigError, InputError, ModelError
 from lownibble.planning.memory import PASS_UNKNOWN, needs_pass
 from lownibble.planning.models import find_config
@@ -166,10 +166,10 @@ class _Steps:
     def __post_init__(self) -> None:
         self._made: dict[tuple[Any, ...], Tape] = {}
 
-    def __call__(self, method: Method, run: Runtime, batch: Batch, checkpointing: bool, passes: int) -> Tape:
+    def __call__(self, method: Method, run: Runtime, batch: Batch, checkpointing: Checkpointing, passes: int) -> Tape:
         key = (method, run, batch, checkpointing, passes)
         if key not in self._made:
-            more = ", checkpointed" if checkpointing else ""
+            more = ", checkpoints offloaded" if checkpointing == "offload" else ", checkpointed" if checkpointing else ""
             self.tell(f"tracing {method}: {batch.rows} x {batch.length} tokens{more}")
             try:
                 self._made[key] = self.trace(method, run, batch, checkpointing, passes)

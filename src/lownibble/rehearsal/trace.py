@@ -18,7 +18,7 @@ import logging
 import warnings
 import weakref
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,23 +27,28 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
+from transformers import AttentionInterface
 
-from lownibble.config import LoraConfig, Method, QuantConfig
+from lownibble.config import Checkpointing, LoraConfig, Method, QuantConfig
 from lownibble.kernels import ops
 from lownibble.kernels.decoded import release_scratch
 from lownibble.kernels.traced import Traced
 from lownibble.lora import add_lora
 from lownibble.memory.usage import kind_of
-from lownibble.models.attention import kernel_obstacle, segment_attention
+from lownibble.models.attention import kernel_obstacle, segment_attention, window
 from lownibble.models.head import check_head_unseen
 from lownibble.models.load import uninitialised
 from lownibble.planning.linear import Runtime
 from lownibble.planning.memory import StepOf
 from lownibble.planning.step import Batch
-from lownibble.planning.tape import Tape
+from lownibble.planning.tape import Tape, pinned_bytes
+from lownibble.planning.tiles import tile_lengths
 from lownibble.quant.codebook import codebook, dynamic8, dynamic8_lookup
 from lownibble.training.loss import chunks_of, loss_at
+from lownibble.training.offload import Offloaded
+from lownibble.training.tiles import Tiled
 
+UNMASKED = "lownibble_unmasked"
 _TYPES = {4: torch.float32, 2: torch.bfloat16}
 
 
@@ -65,12 +70,13 @@ class _Recorder(TorchDispatchMode):
         self._numbers: dict[int, int] = {}
         self._sizes: list[int] = []
         self._pending: _Pending | None = None
+        self._unseen = False
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run the operation and record the storages it allocates."""
         out = func(*args, **(kwargs or {}))
         first = _key(args[0]) if self.backward and func is torch.ops.aten.add.Tensor else None
-        for tensor in tree_iter(out):
+        for tensor in () if self._unseen else tree_iter(out):
             if isinstance(tensor, torch.Tensor) and tensor.device.type != "meta" and _key(tensor) not in self._numbers:
                 self._comes(tensor, first)
         return out
@@ -103,9 +109,37 @@ class _Recorder(TorchDispatchMode):
         else:
             self.tape.change(number, -self._sizes[number])
 
+    @contextmanager
+    def unseen(self) -> Iterator[None]:
+        """Storages allocated inside the block are not recorded, and neither is when they are freed."""
+        self._unseen = True
+        try:
+            yield
+        finally:
+            self._unseen = False
+
     def call(self, tensor: torch.Tensor, kind: str) -> None:
         """Set the kind of a tensor's storage."""
         self.tape.kinds[self._numbers[_key(tensor)]] = kind
+
+
+class _HostCopies:
+    """`offload.Copies` of a traced step: the host's tensors are not recorded, and their bytes are counted apart."""
+
+    def __init__(self, recorder: _Recorder) -> None:
+        self._recorder, self._bytes = recorder, 0
+
+    def store(self, x: torch.Tensor) -> tuple[torch.Tensor, None]:
+        self._bytes += pinned_bytes(x.nbytes)
+        self._recorder.tape.host_bytes = max(self._recorder.tape.host_bytes, self._bytes)
+        with self._recorder.unseen():
+            return x.clone(), None
+
+    def fetch(self, host: torch.Tensor) -> tuple[torch.Tensor, None]:
+        return torch.empty_like(host).copy_(host), None
+
+    def wait(self, event: None) -> None:
+        """The copy has ended."""
 
 
 def _key(tensor: torch.Tensor) -> int:
@@ -115,7 +149,7 @@ def _key(tensor: torch.Tensor) -> int:
 def exact_step(config: Mapping[str, Any], quant: QuantConfig, lora: LoraConfig) -> StepOf:
     """Return a step function that `planning` uses instead of its own tape; see `trace_step`."""
 
-    def step(method: Method, run: Runtime, batch: Batch, checkpointing: bool, passes: int) -> Tape:
+    def step(method: Method, run: Runtime, batch: Batch, checkpointing: Checkpointing, passes: int) -> Tape:
         return trace_step(
             config, method, run, batch, quant=quant, lora=lora, checkpointing=checkpointing, passes=passes
         )  # fmt: skip
@@ -125,7 +159,7 @@ def exact_step(config: Mapping[str, Any], quant: QuantConfig, lora: LoraConfig) 
 
 def trace_step(
     config: Mapping[str, Any], method: Method, run: Runtime, batch: Batch, *, quant: QuantConfig, lora: LoraConfig,
-    checkpointing: bool = False, passes: int = 1, fake: bool = True,
+    checkpointing: Checkpointing = False, passes: int = 1, fake: bool = True,
 ) -> Tape:  # fmt: skip
     """Trace a step's allocations, in the form of `planning.step.run_step` (optimiser states left out).
 
@@ -146,14 +180,21 @@ def trace_step(
             add_lora(model, lora)
         _name_parameters(recorder, model)
         model.train()
-        if checkpointing:
+        if checkpointing is True:
             enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
             enable({"use_reentrant": False})
         recorder.tape.mark("model")
-        attention = nullcontext() if kernel_obstacle(model) else segment_attention(model)
+        tiled = _tiled(recorder, model) if checkpointing and len(tile_lengths(batch.rows * batch.length)) > 1 else None
         with chunks_of(run.chunk_bytes):
             for _ in range(passes):
-                _pass(recorder, model, batch, attention)
+                with ExitStack() as stack:
+                    stack.enter_context(_attention(model, batch.length))
+                    if tiled:
+                        stack.enter_context(tiled())
+                    if checkpointing == "offload":
+                        offloaded = Offloaded(model, torch.device("cuda"), _HostCopies(recorder))
+                        stack.enter_context(offloaded())
+                    _pass(recorder, model, batch)
         recorder.tape.mark("update")
     return recorder.tape
 
@@ -194,16 +235,44 @@ def _name_parameters(recorder: _Recorder, model: nn.Module) -> None:
             recorder.call(buffer, "weights")
 
 
-def _pass(recorder: _Recorder, model: Any, batch: Batch, attention: Any) -> None:
+def _attend(module: Any, query: Any, key: Any, value: Any, attention_mask: None, **others: Any) -> tuple[torch.Tensor, None]:
+    """transformers' attention function: SDPA without a mask, in whose place is that attention is causal."""
+    sdpa = AttentionInterface()["sdpa"]
+    return sdpa(module, query, key, value, None, **others)  # type: ignore[no-any-return]
+
+
+AttentionInterface.register(UNMASKED, _attend)
+
+
+def _attention(model: Any, length: int) -> AbstractContextManager[Any]:
+    """Our kernel; or SDPA without the mask (T x T) that transformers makes for tensors without values, but not for full rows."""
+    if not kernel_obstacle(model):
+        return segment_attention(model)
+    masked = model.config.is_encoder_decoder or model.config._attn_implementation != "sdpa"
+    if not masked and (window(model) or length) >= length:
+        model.set_attn_implementation(UNMASKED)
+    return nullcontext()
+
+
+def _tiled(recorder: _Recorder, model: Any) -> Tiled | None:
+    """What runs in tiles, found by a pass that is not recorded; None for a model with an encoder, as in training."""
+    if model.config.is_encoder_decoder:
+        return None
+    with recorder.unseen():
+        found = Tiled(model, torch.zeros(2, dtype=torch.int64), compare=False)
+        release_scratch()
+    return found
+
+
+def _pass(recorder: _Recorder, model: Any, batch: Batch) -> None:
     """Trace one forward and backward pass."""
     ids = torch.zeros(batch.rows, batch.length, dtype=torch.int64)
     places, labels = (torch.zeros(batch.labels, dtype=torch.int64) for _ in range(2))
-    with attention:
-        loss = loss_at(model, ids, None, places, labels)
-        recorder.tape.mark("loss")
-        recorder.backward = True
-        loss.backward()
-        recorder.backward = False
+    loss = loss_at(model, ids, None, places, labels)
+    recorder.tape.mark("loss")
+    recorder.backward = True
+    loss.backward()
+    recorder.backward = False
     recorder.settle()
     for parameter in model.parameters():
         if parameter.grad is not None:

@@ -15,7 +15,7 @@ import hashlib
 import shutil
 import sysconfig
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
@@ -29,6 +29,7 @@ from lownibble.errors import ConfigError, TrainingError
 from lownibble.lora import count_parameters
 from lownibble.models import attention
 from lownibble.models.info import decoder_layers, info
+from lownibble.training.forwards import Forward, replaced_forwards
 
 PAYS_AFTER_FLOPS = {"cpu": 1e14, "cuda": 5e15}
 """Device type -> FLOPs of a run (6 x parameters x tokens) from which compiling saves more time than it takes. CPU: compilation
@@ -116,7 +117,7 @@ class Compiled:
         if _operators() not in torch.compiler.config.cache_key_tag:
             torch.compiler.config.cache_key_tag += _operators()
         with torchs_own_warnings_off():
-            self.forwards: list[tuple[nn.Module, Callable[..., Any]]] = [
+            self.forwards: list[tuple[nn.Module, Forward]] = [
                 (layer, torch.compile(layer.forward, dynamic=True)) for layer in layers
             ]
 
@@ -130,11 +131,8 @@ class Compiled:
         from torch._dynamo import config
         from torch._dynamo.exc import FailOnRecompileLimitHit, TorchDynamoException
 
-        before = [vars(layer).get("forward") for layer, _ in self.forwards]  # such as accelerate's hooks
-        for layer, forward in self.forwards:
-            layer.forward = forward
         try:
-            with config.patch(recompile_limit=GRAPHS, fail_on_recompile_limit_hit=True):
+            with replaced_forwards(self.forwards), config.patch(recompile_limit=GRAPHS, fail_on_recompile_limit_hit=True):
                 yield
         except FailOnRecompileLimitHit as error:
             raise TrainingError(
@@ -146,9 +144,3 @@ class Compiled:
             raise TrainingError(
                 f"A decoder layer could not be compiled: {first_line} Use torch_compile=False (--torch-compile false)."
             ) from error
-        finally:
-            for (layer, _), own in zip(self.forwards, before, strict=True):
-                if own is None:
-                    del layer.forward
-                else:
-                    layer.forward = own

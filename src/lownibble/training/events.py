@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from lownibble.config import Checkpointing
+
 
 @dataclass(frozen=True)
 class Started:
@@ -36,7 +38,7 @@ class Fitted:
     max_tokens: int | None
     whole_tokens: int
     paged: bool
-    gradient_checkpointing: bool
+    gradient_checkpointing: Checkpointing
     seconds: float
 
 

@@ -84,10 +84,12 @@ def of_budget(trainer: Trainer, told: list[str]) -> dict[str, Any]:
 
 
 def of_compilation(passes: Passes) -> dict[str, Any]:
-    """Which attention ran, and whether layers were compiled."""
+    """Which attention ran, whether layers were compiled, and what ran in tiles (None: no microbatch was long)."""
+    tiled = passes.tiled
     return {
         "attention": f"torch's: {passes.attention_reason}" if passes.attention_reason else "lownibble",
         "compiled": passes.compiled, "compile_reason": passes.compile_reason, "compile_seconds": passes.compile_seconds,
+        "tiled": None if tiled is None else sorted(tiled.modules), "untiled": None if tiled is None else tiled.untiled,
     }  # fmt: skip
 
 

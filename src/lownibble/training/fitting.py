@@ -1,7 +1,7 @@
 """Fitting a run into memory: a dry run before the first step, and smaller microbatches if memory runs out after all.
 
 The effective batch size never changes: a step's rows are split into smaller microbatches, then gradient checkpointing is turned
-on. The choice is stored in checkpoints, so a resumed run splits its rows the same way.
+on, then (CUDA) its checkpoints are offloaded. The choice is stored in checkpoints, so a resumed run splits its rows the same way.
 """
 
 from __future__ import annotations
@@ -13,12 +13,12 @@ from typing import Any
 import psutil
 import torch
 
-from lownibble.config import TrainConfig
+from lownibble.config import CHECKPOINTING, Checkpointing, TrainConfig
 from lownibble.data import Batch
 from lownibble.errors import TrainingError
 from lownibble.kernels.decoded import release_scratch
 from lownibble.memory import usage
-from lownibble.memory.budget import AIM, ENOUGH_TOKENS, SETTINGS, Fit, Needs, Setting, choose
+from lownibble.memory.budget import AIM, ENOUGH_TOKENS, SETTINGS, WORDS, Fit, Needs, Setting, choose
 from lownibble.memory.dryrun import DryRun
 from lownibble.optim import is_paged, paged_name
 from lownibble.options import n_bytes
@@ -80,12 +80,16 @@ class Fitting:
         of_states = {
             setting: state_bytes(setting) for setting in SETTINGS
             if setting.paged >= asked.paged and (not setting.paged or paged_name(self.config.optim) is not None)
-            and setting.gradient_checkpointing >= asked.gradient_checkpointing
-            and (self.passes.can_checkpoint or not setting.gradient_checkpointing)
+            and setting.gradient_checkpointing in self._checkpointing(asked.gradient_checkpointing)
         }  # fmt: skip
         needs = Needs(self.micro.longest_row, self.micro.whole, ENOUGH_TOKENS[self.device.type], of_states)
         with DryRun(self.passes, self.micro, self.device) as bench:
             return choose(limit, needs, bench)
+
+    def _checkpointing(self, least: Checkpointing) -> list[Checkpointing]:
+        """Kinds of gradient checkpointing that the model has here, from `least` on."""
+        can: dict[Checkpointing, bool] = {False: True, True: self.passes.can_checkpoint, "offload": self.passes.can_offload}
+        return [how for how in CHECKPOINTING[CHECKPOINTING.index(least) :] if can[how] or how == least]
 
     def take(self, fit: Fit) -> None:
         """Apply a fit to microbatches, evaluation and checkpointing."""
@@ -124,13 +128,14 @@ class Fitting:
         if any(batch.n_rows > 1 for batch in batches):
             self.take(replace(self.fit, max_tokens=tokens // 2))
             what = f"forward passes have at most {tokens // 2} tokens from now on"
-        elif self.passes.can_checkpoint and not self.fit.gradient_checkpointing:
-            self.take(replace(self.fit, gradient_checkpointing=True))
-            what = "activations are computed twice from now on (gradient checkpointing)"
+        elif more := self._checkpointing(self.fit.gradient_checkpointing)[1:]:
+            self.take(replace(self.fit, gradient_checkpointing=more[0]))
+            what = f"from now on with {WORDS[more[0]]}, which computes activations twice"
         else:
+            how = self.fit.gradient_checkpointing
             raise MemoryGoneError(
                 f"Memory ran out in step {step + 1}, with one row of {tokens} tokens in a forward pass"
-                f"{' and gradient checkpointing' * self.fit.gradient_checkpointing}. Lower max_length (--max-length), use "
+                f"{f' and {WORDS[how]}' if how else ''}. Lower max_length (--max-length), use "
                 "--optim paged_adamw_8bit or --method qlora."
             )
         self.warnings.append(f"memory ran out in step {step + 1}, which began again: {what}")

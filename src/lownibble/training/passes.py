@@ -7,21 +7,25 @@ original model.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any, Literal
 
 import torch
 
+from lownibble.config import Checkpointing
 from lownibble.data import Batch, Example
 from lownibble.errors import ConfigError, TrainingError
 from lownibble.lora import LowRank
 from lownibble.memory import usage
 from lownibble.models.attention import kernel_obstacle, refusal, segment_attention
 from lownibble.models.info import info
+from lownibble.planning.tiles import tile_lengths
 from lownibble.training import compiling
 from lownibble.training.loss import check_packing, check_rows, check_unmasked
 from lownibble.training.microbatches import MicroBatches
+from lownibble.training.offload import Offloaded, obstacle
+from lownibble.training.tiles import Tiled
 
 Kind = tuple[bool, bool]
 """Kind of a batch for the compiler: whether it has padding, and more than one row. Each kind is compiled separately."""
@@ -40,6 +44,7 @@ class Passes:
         compiled, compile_reason, compile_seconds, compile_peak_bytes: whether the layers are compiled, why, how long it took and
             the peak memory up to the end of compilation.
         saved_activation_bytes: bytes that autograd saved in the last `measured` forward pass.
+        tiled: how modules of long microbatches run in tiles of tokens; None until there is one.
     """
 
     def __init__(
@@ -53,7 +58,9 @@ class Passes:
         self._attention = segment_attention if micro.pack_to else nullcontext
         self._layers: compiling.Compiled | None = None
         self._kinds: set[Kind] = set()
-        self._checkpointing = False
+        self._checkpointing: Checkpointing = False
+        self._offloaded: Offloaded | None = None
+        self.tiled: Tiled | None = None
 
     def check(self) -> None:
         """Choose the attention kernel; with packing, compare packed rows with each row alone.
@@ -141,29 +148,52 @@ class Passes:
         rows = [Example(longest.input_ids[:n], [False] + [True] * (n - 1), "compilation") for n in lengths]
         self.compile([self.micro.batch(rows)])
 
-    def set_checkpointing(self, on: bool) -> None:
-        """Turn gradient checkpointing on or off.
+    def set_checkpointing(self, how: Checkpointing) -> None:
+        """Turn gradient checkpointing on or off, or on with offloaded checkpoints.
 
         Raises:
-            ConfigError: the model does not support it.
+            ConfigError: the model does not support it, or checkpoints cannot be offloaded here.
         """
-        if on == self._checkpointing:
+        if how == self._checkpointing:
             return
-        verb = "enable" if on else "disable"
+        verb = "enable" if how is True else "disable"
         call = getattr(self.model, f"activation_checkpointing_{verb}", None)  # transformers 5.23 renamed it
         call = call or getattr(self.model, f"gradient_checkpointing_{verb}", None)
         if not self.can_checkpoint or call is None:
             raise ConfigError(f"{type(self.model).__name__} has no gradient checkpointing. Leave gradient_checkpointing out.")
-        call({"use_reentrant": False}) if on else call()
-        self._checkpointing = on
+        self._offloaded = Offloaded(self.model, self.device) if how == "offload" else None
+        call({"use_reentrant": False}) if how is True else call()
+        self._checkpointing = how
 
     @property
     def can_checkpoint(self) -> bool:
         """Whether the model supports gradient checkpointing."""
         return bool(getattr(self.model, "supports_gradient_checkpointing", False))
 
-    def _in_place(self) -> AbstractContextManager[None]:
-        return self._layers() if self._layers else nullcontext()
+    @property
+    def can_offload(self) -> bool:
+        """Whether checkpoints can be offloaded here."""
+        return self.can_checkpoint and not obstacle(self.model, self.device)
+
+    @contextmanager
+    def _in_place(self, batch: Batch) -> Iterator[None]:
+        """Compiled layers, or tiles for a long batch, and offloaded checkpoints."""
+        with ExitStack() as stack:
+            if self._runs_in_tiles(batch):
+                self.tiled = self.tiled or Tiled(self.model, batch.input_ids[0].to(self.device))
+                stack.enter_context(self.tiled())
+            elif self._layers:
+                stack.enter_context(self._layers())
+            if self._offloaded:
+                stack.enter_context(self._offloaded())
+            yield
+
+    def _runs_in_tiles(self, batch: Batch) -> bool:
+        return (
+            bool(self._checkpointing)
+            and not self.model.config.is_encoder_decoder
+            and len(tile_lengths(batch.input_ids.numel())) > 1
+        )
 
     def _precision(self) -> AbstractContextManager[Any]:
         """Autocast if the weights are float32 master weights for 16-bit matmuls."""
@@ -187,7 +217,7 @@ class Passes:
             TrainingError: a layer cannot be compiled, or the loss has no gradient.
         """
         self.model.train()
-        with self._attention(self.model), self._in_place():
+        with self._attention(self.model), self._in_place(batch):
             if measured:
                 watch = usage.SavedActivations()
                 with watch.watch(self.model):
