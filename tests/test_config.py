@@ -144,6 +144,33 @@ def test_lists_take_several_words_and_one_word_is_a_name(given, expected):
     assert read(parser.parse_args(given), RunConfig).lora.target_modules == expected
 
 
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        (["--gradient-checkpointing"], True), (["--gradient-checkpointing", "--seed", "4"], True),
+        (["--gradient-checkpointing", "true"], True), (["--gradient-checkpointing", "offload"], "offload"),
+        (["--no-gradient-checkpointing"], False), (["--gradient-checkpointing=false"], False),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_a_switch_with_a_word_is_a_switch_without_it(given, expected, tmp_path):
+    file = tmp_path / "c.toml"
+    file.write_text(f"[train]\ngradient_checkpointing = {_toml('offload' if expected is not True else False)}\n")
+    parser = argparse.ArgumentParser()
+    add_flags(parser, RunConfig)
+    assert read(parser.parse_args(given), RunConfig, str(file)).train.gradient_checkpointing is expected
+
+
+def test_another_word_is_refused(capsys):
+    parser = argparse.ArgumentParser()
+    add_flags(parser, RunConfig)
+    with pytest.raises(ConfigError, match=r"'gradient_checkpointing' of TrainConfig must be .*'offload'"):
+        read(parser.parse_args(["--gradient-checkpointing", "offlaod"]), RunConfig)
+    with pytest.raises(SystemExit):
+        parser.parse_args(["--no-gradient-checkpointing", "true"])
+    assert "--no-gradient-checkpointing takes no value" in capsys.readouterr().err
+
+
 def test_a_list_flag_twice_is_one_list():
     parser = argparse.ArgumentParser()
     add_flags(parser, RunConfig)

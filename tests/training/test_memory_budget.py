@@ -7,11 +7,11 @@ import re
 import pytest
 import torch
 
-from lownibble.config import DataConfig, LoraConfig, RunConfig, TrainConfig
+from lownibble.config import CHECKPOINTING, DataConfig, LoraConfig, RunConfig, TrainConfig
 from lownibble.errors import ConfigError, TrainingError
 from lownibble.memory import budget, usage
 from lownibble.memory.dryrun import DryRun
-from lownibble.training import evaluate, run, verify
+from lownibble.training import evaluate, offload, run, verify
 from lownibble.training.events import Fitted, Stepped
 from lownibble.training.passes import Passes
 from lownibble.training.run import prepare
@@ -36,7 +36,7 @@ def made_up(monkeypatch):
     tried = []
 
     def resident(self, setting):
-        self.rate = 1e5 if setting.gradient_checkpointing else 1e6
+        self.rate = {False: 1e6, True: 1e5, "offload": 1e4}[setting.gradient_checkpointing]
         return 10**8
 
     def peak(self, tokens):
@@ -153,7 +153,9 @@ def small_machine(monkeypatch):
 
     def backward(self, batch, n_total, *, measured=False):
         loss = before(self, batch, n_total, measured=measured)
-        if batch.input_ids.numel() > limit["tokens"] or (limit["checkpointing"] and not self._checkpointing):
+        if batch.input_ids.numel() > limit["tokens"] or (
+            CHECKPOINTING.index(self._checkpointing) < CHECKPOINTING.index(limit["checkpointing"])
+        ):
             raise RuntimeError(EXHAUSTED)  # after the gradients were made: they must not count twice
         return loss
 
@@ -177,6 +179,34 @@ def test_then_checkpointing(tiny_model, tiny_data, small_machine):
     result = run(config_of(tiny_model, tiny_data, batch_size=1, max_steps=3))
     assert result.losses == pytest.approx(whole.losses, rel=2e-5)
     assert "gradient checkpointing" in result.record["warnings"][0]
+
+
+@pytest.fixture
+def a_host(monkeypatch):
+    """A CPU that has another memory to offload to."""
+
+    class Copies:
+        def __init__(self, device):
+            self.store, self.fetch, self.wait = (lambda x: (x.clone(), None)), (lambda x: (x.clone(), None)), lambda _: None
+
+    monkeypatch.setitem(offload.COPIES, "cpu", Copies)
+
+
+def test_then_offloaded_checkpoints(tiny_model, tiny_data, small_machine, a_host):
+    whole = run(config_of(tiny_model, tiny_data, batch_size=1, max_steps=3))
+    small_machine["checkpointing"] = "offload"
+    result = run(config_of(tiny_model, tiny_data, batch_size=1, max_steps=3))
+    assert result.losses == pytest.approx(whole.losses, rel=2e-5)
+    assert "from now on with gradient checkpointing" in result.record["warnings"][0]
+    assert "from now on with offloaded gradient checkpointing" in result.record["warnings"][1]
+
+
+def test_a_budget_chooses_offloaded_checkpoints_where_there_is_a_host(tiny_model, tiny_data, made_up, a_host, capsys):
+    plain = run(config_of(tiny_model, tiny_data))
+    fitted = run(config_of(tiny_model, tiny_data, memory_budget="103MB"), sinks=[ProgressSink("lora")])
+    assert fitted.record["memory"]["budget"]["gradient_checkpointing"] == "offload"
+    assert fitted.losses == pytest.approx(plain.losses, rel=2e-5)
+    assert "with offloaded gradient checkpointing" in capsys.readouterr().err
 
 
 def test_with_nothing_left_to_give_up_the_steps_taken_are_saved(tiny_model, tiny_data, small_machine, tmp_path):

@@ -74,7 +74,7 @@ class Decoder:
         hidden = op.embedding(tape, self.embedding, rows * length, shape.hidden)
         if shape.family.scaled:
             hidden = op.scale(tape, hidden)
-        embedded = hidden  # the model's code holds it while the layers run
+        embedded = hidden  # the model's code holds it until it returns
         positions = tape.new(length, INT64)
         mask = self._mask(length)
         with tape.no_grad():
@@ -89,8 +89,10 @@ class Decoder:
                 hidden = tape.checkpoint(run, hidden, inputs)
             else:
                 hidden = self.layer(layer, hidden, cos, sin, rows)
-        del mask, embedded
-        return self._tiled_norm(hidden, self.last_norm)
+        del mask
+        last = self._tiled_norm(hidden, self.last_norm)
+        del embedded
+        return last
 
     def _masked(self, length: int) -> bool:
         return self.shape.softcap or (self.shape.window is not None and self.shape.window < length)

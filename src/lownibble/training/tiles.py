@@ -1,22 +1,23 @@
 """Norms and MLPs of a long microbatch, one tile of tokens at a time, in forward and in backward.
 
 With checkpointing a step's memory is that of one decoder layer in backward, and most of it is what the MLP and the norms keep:
-for 131,072 tokens of an 8B model 17 GB and 9 GB, at one time. These modules read each token alone, so they can run over parts of
-the microbatch. A tiled module keeps its input alone; backward runs it again for each tile, then backward through that tile, and
-adds up the parameters' gradients. Only these sums, and matrix products over fewer rows, differ from the untiled step: by
-rounding.
+for 131,072 tokens of an 8B model 20 of 34 GB of activations, by the plan (docs/adr/0034). These modules read each token alone,
+so they can run over parts of the microbatch. A tiled module keeps its input alone; backward runs it again for each tile, goes
+backward through that tile, and adds up the parameters' gradients. Only these sums, and matrix products over fewer rows, differ
+from the untiled step: by rounding.
 
-Under a checkpoint no time is lost: the input is saved by an operation of its own before the module runs, and recomputing a layer
-stops at the last tensor that its backward needs. So an MLP runs twice forward, as it does untiled. (Where a norm follows the
-MLP, as in Gemma 2, its input is needed, and the MLP runs three times.)
+Under a checkpoint this costs no second run: the input is saved by an operation of its own before the module runs, and
+recomputing a layer stops at the last tensor that its backward needs. So an MLP runs forward twice, as it does untiled. (Where a
+norm follows the MLP, as in Gemma 2, its input is needed, and the MLP runs three times.)
 
 Which modules read each token alone is found, not listed: the children of decoder layers, and of the model around them, that are
-called with the hidden states and nothing else, and whose output for two parts of a row is the output for the row. Attention gets
-positions, too, and stays whole; so do mixtures of experts, which gather the tokens of an expert. As compiled layers, tiled
-modules are installed for a microbatch and removed after it.
+called with hidden states and nothing else, and whose outputs for two parts of a row are the output for the row. Attention gets
+positions, too, and stays whole; so do mixtures of experts, which gather the tokens of an expert. Like compiled layers, tiled
+modules are installed for a microbatch and removed after it; the layers of a long microbatch are not compiled.
 
-Rejected: a checkpoint for each tile (within a layer's checkpoint all tiles but one would run three times); tiling the layer's
-whole second half (transformers' code would have to be replaced). Tile lengths: `planning/tiles.py`.
+Rejected: a checkpoint for each tile (within a layer's checkpoint, all tiles but one would run three times); compiled layers
+around tiles (autograd within backward cannot be traced); tiling the layer's whole second half (it is transformers' code). Tile
+lengths are in `planning/tiles.py`.
 """
 
 from __future__ import annotations
