@@ -6,12 +6,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lownibble.config import PlanConfig, TrainConfig
+from lownibble.config import LoraConfig, PlanConfig, QuantConfig, TrainConfig
 from lownibble.errors import ConfigError
 from lownibble.planning import hardware
 from lownibble.planning.fit import RELIEFS, judge, largest, recommend, reliefs
 from lownibble.planning.memory import plan_memory
+from lownibble.planning.models import find_shape
 from lownibble.planning.plan import plan
+from lownibble.planning.speed import HOST_BANDWIDTH, plan_speed
 
 GIB = 2**30
 
@@ -35,9 +37,6 @@ def device(gib):
 
 def memory_of(method, train):
     """Llama-2-7B for real; the devices are made up."""
-    from lownibble.config import LoraConfig, QuantConfig
-    from lownibble.planning.models import find_shape
-
     return plan_memory(
         find_shape("smollm2-1.7b"), hardware.device("rtx-4090"), method, quant=QuantConfig(), lora=LoraConfig(), train=train
     )  # fmt: skip
@@ -146,3 +145,32 @@ def test_a_plan_is_json():
     assert [row["device"] for row in found["rows"]] == ["t4"] * 3 + ["a100-40gb"] * 3
     assert found["rows"][0]["memory"]["allocated_bytes"]["likely"] > 0
     assert set(found["sources"]["t4"]) >= {"memory", "bandwidth", "tflops"}
+
+
+def test_a_long_row_fits_with_offloaded_checkpoints():
+    """Pinned memory for 32 layers' inputs, 2^30 bytes each; their copies hide behind the computation."""
+    found = plan("llama-3-8b", gpu="rtx-4090", method="qlora", batch_size=1, max_length=131072).rows[0]
+    assert found.verdict.words == "fits with offloaded checkpoints"
+    assert found.verdict.memory.host_bytes == found.verdict.to_dict()["memory"]["host_bytes"] == 32 * 2**30
+    on_device = plan("llama-3-8b", gpu="h200", method="qlora", batch_size=1, max_length=131072, gradient_checkpointing=True)
+    assert on_device.rows[0].verdict.words == "fits with checkpointing"
+    assert on_device.rows[0].verdict.memory.host_bytes == 0
+
+
+def test_copies_that_take_longer_than_the_step_are_its_time():
+    shape, device = find_shape("llama-3-8b"), hardware.device("rtx-4090")
+    train = TrainConfig(batch_size=1, max_length=4096, gradient_checkpointing="offload", gradient_accumulation_steps=2)
+    memory = plan_memory(shape, device, "qlora", quant=QuantConfig(), lora=LoraConfig(), train=train)
+    assert memory.host_bytes == 32 * 2 * 4096 * 4096
+    hidden = plan_speed(shape, device, "qlora", train, memory)
+    fast = plan_speed(shape, dataclasses.replace(device, flops=1e18, bandwidth=1e18), "qlora", train, memory)
+    plain = plan_speed(shape, device, "qlora", train, dataclasses.replace(memory, host_bytes=0))
+    assert hidden == plain
+    assert fast.step_s.likely == pytest.approx(2 * 2 * 32 * 2**25 / HOST_BANDWIDTH)
+
+
+@pytest.mark.parametrize(("model", "gpu", "why"), [("demo", "cpu", "a CPU has no other memory"), ("t5-base", "t4", "an encoder")])
+def test_what_cannot_be_offloaded_is_refused_and_not_tried(model, gpu, why):
+    with pytest.raises(ConfigError, match=rf"offloaded checkpoints: .*{why}\. Use --gradient-checkpointing true"):
+        plan(model, gpu=gpu, method="lora", gradient_checkpointing="offload")
+    assert plan(model, gpu=gpu, method="lora", batch_size=10**5).rows[0].verdict.words.startswith("no:")
