@@ -109,6 +109,26 @@ def test_an_input_leaves_the_device_when_the_next_layer_begins_and_comes_back_on
     ]  # fmt: skip
 
 
+def test_after_a_pass_that_ended_early_no_copy_is_under_way(on_cpu, adapted, batch):
+    """Else the next pass would get memory into which a copy is still written."""
+    model = adapted(layers=4)
+
+    def fail(*_):
+        raise RuntimeError("no memory")
+
+    def step():
+        with Offloaded(model, CPU)():
+            loss = label_loss(model, *batch())
+            model.model.layers[2].mlp.register_forward_pre_hook(fail)  # when it is recomputed
+            loss.backward()
+
+    with pytest.raises(RuntimeError, match="no memory"):
+        step()
+    begun = {each for each in on_cpu[0].log if each[0] != "wait"}
+    assert ("fetch", 1) in begun, "on its way when layer 2 failed"
+    assert begun == {each[1:] for each in on_cpu[0].log if each[0] == "wait"}
+
+
 def test_without_gradients_nothing_is_stored(on_cpu, adapted, batch):
     model = adapted(layers=2)
     with Offloaded(model, CPU)(), torch.no_grad():

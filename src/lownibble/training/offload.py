@@ -149,6 +149,12 @@ class _Inputs:
             self._fetch(self._all[wanted.number - 1])
         return x
 
+    def close(self) -> None:
+        """Wait for copies of what is still on the device, after a pass that ended early: its memory is free for others now."""
+        for held in self._all:
+            if held.device is not None:
+                self._take(held)
+
     def _fetch(self, wanted: _Input) -> None:
         if wanted.device is None:
             wanted.device, wanted.event = self._copies.fetch(wanted.host)
@@ -180,8 +186,11 @@ class Offloaded:
     def __call__(self) -> Iterator[None]:
         """Inside the block the layers are checkpointed."""
         inputs = _Inputs(self.copies)
-        with replaced_forwards((layer, partial(_checkpointed, layer.forward, inputs)) for layer in self.layers):
-            yield
+        try:
+            with replaced_forwards((layer, partial(_checkpointed, layer.forward, inputs)) for layer in self.layers):
+                yield
+        finally:
+            inputs.close()
 
 
 def _checkpointed(forward: Forward, inputs: _Inputs, *args: Any, **kwargs: Any) -> Any:

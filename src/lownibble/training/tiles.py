@@ -38,7 +38,7 @@ from lownibble.models.info import body, decoder_layers
 from lownibble.planning.tiles import tile_lengths
 from lownibble.training.forwards import Forward, replaced_forwards
 
-TOLERANCE = {torch.float32: 1e-5, torch.float16: 1e-2, torch.bfloat16: 6e-2}
+TOLERANCE = {torch.float32: 1e-5, torch.float16: 3e-3, torch.bfloat16: 2e-2}
 """Maximum relative difference between a module's output for parts of a row and for the row: roundings of products in another
 order, a few units of the dtype's mantissa. What reads other tokens is off by order one."""
 
