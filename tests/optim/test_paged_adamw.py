@@ -6,6 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
+from triton_interpreter import INTERPRETED
 
 from lownibble.errors import ConfigError, OutputError, TrainingError
 from lownibble.kernels import ops
@@ -315,6 +316,52 @@ def test_one_step_is_bitsandbytes_formula():
     torch.testing.assert_close(average.double(), m, rtol=1e-6, atol=1e-7)
     torch.testing.assert_close(square.double(), v, rtol=1e-6, atol=1e-9)
     torch.testing.assert_close(parameter.double(), wanted, rtol=1e-6, atol=1e-7)
+
+
+needs_interpreter = pytest.mark.skipif(not INTERPRETED, reason="the tensors are on the CPU")
+
+
+@needs_interpreter
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_kernel_trains_as_the_plain_arithmetic(dtype, monkeypatch):
+    """Paged, so that tensors are split; groups with and without weight decay; steps without some gradients. The plain root is
+    rounded correctly, as the kernel's."""
+    shapes = [(33, 47), (1,), (128, 65), (300,), (64, 64), (0, 4), (4099,)]
+    ours, theirs = _parameters(dtype, shapes), _parameters(dtype, shapes)
+    kernel = PagedAdamW(_groups(ours), EightBit(), Paging(3 * PAGE), page_bytes=PAGE)
+    plain = PagedAdamW(_groups(theirs), EightBit(), None)
+    with ops.use_backend("triton"):
+        _train(kernel, ours, 3)
+    root = torch.Tensor.sqrt
+    monkeypatch.setattr(torch.Tensor, "sqrt", lambda x: root(x.double()).float())
+    with ops.use_backend("reference"):
+        _train(plain, theirs, 3)
+    assert _same(ours, theirs)
+    found, wanted = _states(kernel, ours), _states(plain, theirs)
+    assert found.keys() == wanted.keys()
+    assert all(torch.equal(found[key], wanted[key]) for key in found)
+    kernel.close()
+
+
+@needs_interpreter
+def test_a_step_on_cuda_is_one_launch_for_the_tensors_of_a_kind(monkeypatch):
+    """CUDA's pages and kernel on the CPU; LoRA+ has groups of two rates. Launches are counted, not made."""
+    launched = []
+
+    class Counted:
+        def __getitem__(self, programs):
+            return lambda *arguments, **constants: launched.append((programs, arguments[1], constants["ENCODED"]))
+
+    parameters = _parameters(shapes=[(64, 65), (513, 16), (300,), (7, 5), (1025, 4)])
+    size = specs.page_bytes
+    monkeypatch.setattr(specs, "page_bytes", lambda total, budget, _: size(total, budget, "cuda"))
+    monkeypatch.setattr("lownibble.kernels.triton_adamw.adamw", Counted())
+    optimizer = make_optimizer("adamw_8bit", parameters, 1e-3, 0.1, fast=parameters[:1], ratio=4.0)
+    for parameter in parameters:
+        parameter.grad = torch.ones_like(parameter)
+    with ops.use_backend("triton"):
+        optimizer.step()
+    assert sorted(launched) == [((2,), 2, False), ((3 + 5 + 3,), 3, True)]  # (programs of 2048 elements, tensors, 8 bits)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
