@@ -9,16 +9,17 @@ leaves what it had measured, and the next one starts. Random weights are made on
 from __future__ import annotations
 
 import importlib.util
+import json
 import os
 import re
 import signal
 import subprocess
 import sys
+import tempfile
 import time
-from collections import Counter, deque
+from collections import Counter
 from pathlib import Path
-from threading import Thread
-from typing import IO, Any, NamedTuple
+from typing import Any, NamedTuple
 
 from lownibble import record
 from lownibble.bench.subject import subject
@@ -30,7 +31,6 @@ GRACE_S = 10.0
 """Seconds in which a part must end after it was asked to (SIGTERM), before it is killed."""
 LEAST_S = 5.0
 """A part is not begun with less time than this."""
-_TOLD_LINES = 12
 _OUTCOME = re.compile(r"^\S+::.* (PASSED|FAILED|ERROR|SKIPPED|XFAIL|XPASS)\b", re.MULTILINE)
 
 
@@ -81,18 +81,18 @@ def parts_of(model: str, folder: Path, work: list[str], asked: list[str]) -> lis
     """The parts, in order; tests only where the working folder has them and pytest is installed."""
     bench, of_model = [sys.executable, "-m", "lownibble", "bench"], ["--model", model]
     commands = (
-        ("train", [*bench, "train", *of_model, *work, *asked], 0.55),
-        ("kernels", [*bench, "kernels", *asked], 0.15),
+        ("train", [*bench, "train", *of_model, *work, *asked], 0.65),
+        ("kernels", [*bench, "kernels", *asked], 0.1),
         ("plan", [*bench, "plan", *of_model, *work], 0.1),
         ("decode", [*bench, "decode", *of_model, *asked], 0.1),
     )
     parts = [
-        Part(name, [*command, "--output", str(folder / f"{name}-cuda.json")], folder / f"{name}-cuda.json", share)
+        Part(name, [*command, "--json", "--output", str(folder / f"{name}-cuda.json")], folder / f"{name}-cuda.json", share)
         for name, command, share in commands
     ]
     if Path("tests").is_dir() and importlib.util.find_spec("pytest"):
         output = folder / "gpu-tests-cuda.json"
-        parts.append(Part("gpu-tests", [sys.executable, "-m", "lownibble.bench.gpu", str(output)], output, 0.1))
+        parts.append(Part("gpu-tests", [sys.executable, "-m", "lownibble.bench.gpu", str(output)], output, 0.05))
     return parts
 
 
@@ -100,7 +100,7 @@ def run_parts(parts: list[Part], until: float, total_s: float) -> dict[str, dict
     """Run the parts one after another until that time (`time.monotonic`); returns name -> outcome.
 
     An outcome has `status` (ok, failed, out of time, not begun), `seconds`, `record` (its path, None if the part wrote none) and,
-    if it failed, `error`: the last lines of its messages.
+    if it failed, `error`.
     """
     outcomes = {}
     for number, part in enumerate(parts):
@@ -117,29 +117,28 @@ def run_parts(parts: list[Part], until: float, total_s: float) -> dict[str, dict
 
 def _run(part: Part, seconds: float) -> dict[str, Any]:
     before, began = _stamp(part.output), time.monotonic()
-    told: deque[str] = deque(maxlen=_TOLD_LINES)
-    with subprocess.Popen(
-        part.command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, errors="replace", start_new_session=True
-    ) as process:
-        tee = Thread(target=_tell, args=(process.stderr, told))
-        tee.start()
+    # a file, not a pipe, which whatever outlives the part (compile workers have sessions of their own) would keep open
+    with tempfile.TemporaryFile("w+") as answer:
+        process = subprocess.Popen(part.command, stdout=answer, start_new_session=True)
         try:
             status = "ok" if process.wait(seconds) == 0 else "failed"
         except subprocess.TimeoutExpired:
             status = "out of time"
         finally:
             _end(process)
-            tee.join()
+        answer.seek(0)
+        told = answer.read()
     written = str(part.output) if _stamp(part.output) != before else None
     found: dict[str, Any] = {"status": status, "seconds": time.monotonic() - began, "record": written}
-    return {**found, "error": "".join(told)} if status == "failed" else found
+    return {**found, "error": _error(told, process.returncode)} if status == "failed" else found
 
 
-def _tell(lines: IO[str], told: deque[str]) -> None:
-    """Pass lines on to standard error, and keep the last of them."""
-    for line in lines:
-        sys.stderr.write(line)
-        told.append(line)
+def _error(told: str, code: int) -> str:
+    """The error in a command's JSON document, if it ended with one."""
+    try:
+        return str(json.loads(told)["error"])
+    except (ValueError, KeyError, TypeError):
+        return f"It ended with exit code {code}. Its messages are above."
 
 
 def _stamp(path: Path) -> tuple[int, int] | None:
@@ -148,7 +147,7 @@ def _stamp(path: Path) -> tuple[int, int] | None:
     return found and (found.st_ino, found.st_mtime_ns)
 
 
-def _end(process: subprocess.Popen[str]) -> None:
+def _end(process: subprocess.Popen[bytes]) -> None:
     """End a process and all that it has started."""
     for number, patience in ((signal.SIGTERM, GRACE_S), (signal.SIGKILL, None)):
         try:
