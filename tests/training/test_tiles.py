@@ -121,6 +121,21 @@ def test_dropout_is_drawn_again_in_backward(short_tiles, adapted):
         assert torch.allclose(ours, theirs, rtol=1e-5, atol=1e-5)
 
 
+def test_autocast_is_that_of_the_forward_pass(short_tiles, adapted):
+    found = []
+    for tiled in (True, False):
+        mlp = adapted(trained="full").model.layers[0].mlp
+        x = torch.randn(2, 9, 32, generator=torch.Generator().manual_seed(0)).requires_grad_()
+        with torch.autocast("cpu", torch.bfloat16):
+            out = _in_tiles(mlp, mlp.forward, x) if tiled else mlp(x)
+        assert out.dtype == torch.bfloat16
+        out.float().square().sum().backward()
+        found.append([out.detach().float(), x.grad, *[p.grad for p in mlp.parameters()]])
+    for ours, theirs in zip(*found, strict=True):
+        assert ours.dtype == theirs.dtype
+        assert float((ours - theirs).norm() / theirs.norm()) < 2e-2
+
+
 @pytest.mark.parametrize(("family", "times"), [("llama", 2), ("gemma2", 3)])
 def test_under_a_checkpoint_an_mlp_runs_forward_as_often_as_said(family, times, short_tiles, adapted, batch):
     model = checkpoint(adapted(family))

@@ -150,10 +150,14 @@ class _Tiles(torch.autograd.Function):
         ctx.backend, ctx.random = ops.chosen(), _random_state(x.device)
         kind = x.device.type
         ctx.autocast = kind, torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind)
-        out = torch.empty_like(x, memory_format=torch.contiguous_format)
-        out_TH = out.view(-1, x.shape[-1])
+        out: Tensor | None = None
         for part, tile in _tiles(x):
-            out_TH[part] = run(tile)[0]
+            of_tile = run(tile)
+            if out is None:
+                out = of_tile.new_empty(x.shape)  # under autocast not of x's dtype
+            out.view(-1, x.shape[-1])[part] = of_tile[0]
+            del of_tile
+        assert out is not None
         return out
 
     @staticmethod
