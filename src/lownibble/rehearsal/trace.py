@@ -44,6 +44,8 @@ from lownibble.planning.step import Batch
 from lownibble.planning.tape import Tape, pinned_bytes
 from lownibble.planning.tiles import tile_lengths
 from lownibble.quant.codebook import codebook, dynamic8, dynamic8_lookup
+from lownibble.rehearsal.compiled import backend as backend_of
+from lownibble.training.compiling import Compiled, torchs_own_warnings_off
 from lownibble.training.loss import chunks_of, loss_at
 from lownibble.training.offload import Offloaded
 from lownibble.training.tiles import Tiled
@@ -66,11 +68,16 @@ class _Recorder(TorchDispatchMode):
 
     def __init__(self, round_to: int) -> None:
         super().__init__()
-        self.tape, self.backward = Tape(round_to), False
+        self.tape, self.backward, self.fused = Tape(round_to), False, False
         self._numbers: dict[int, int] = {}
         self._sizes: list[int] = []
         self._pending: _Pending | None = None
         self._unseen = False
+
+    @classmethod
+    def ignore_compile_internals(cls) -> bool:
+        """Whether torch.compile works under this mode."""
+        return True
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run the operation and record the storages it allocates."""
@@ -84,7 +91,7 @@ class _Recorder(TorchDispatchMode):
     def _comes(self, tensor: torch.Tensor, first: int | None) -> None:
         self.settle()
         storage, key, number = tensor.untyped_storage(), _key(tensor), len(self._sizes)
-        size = -(-storage.nbytes() // self.tape.round_to) * self.tape.round_to
+        size = 0 if self.fused else -(-storage.nbytes() // self.tape.round_to) * self.tape.round_to
         self.tape.kinds.append("activations")
         self._sizes.append(size)
         self._numbers[key] = number
@@ -159,13 +166,14 @@ def exact_step(config: Mapping[str, Any], quant: QuantConfig, lora: LoraConfig) 
 
 def trace_step(
     config: Mapping[str, Any], method: Method, run: Runtime, batch: Batch, *, quant: QuantConfig, lora: LoraConfig,
-    checkpointing: Checkpointing = False, passes: int = 1, fake: bool = True,
+    checkpointing: Checkpointing = False, passes: int = 1, compiled: bool = False, fake: bool = True,
 ) -> Tape:  # fmt: skip
     """Trace a step's allocations, in the form of `planning.step.run_step` (optimiser states left out).
 
     Args:
         config: the contents of a model's config.json.
         run: runtime of the target device, which the trace does not need.
+        compiled: with compiled layers, see `compiled.py`.
         fake: False runs on real tensors, for tests.
     Raises:
         ModelError: transformers does not know this model. TargetError: LoRA's targets match nothing.
@@ -185,12 +193,17 @@ def trace_step(
             enable({"use_reentrant": False})
         recorder.tape.mark("model")
         tiled = _tiled(recorder, model) if checkpointing and len(tile_lengths(batch.rows * batch.length)) > 1 else None
+        layers = Compiled(model, recompute=run.cuda, backend=backend_of(recorder)) if compiled else None
         with chunks_of(run.chunk_bytes):
+            if layers:
+                _compile(recorder, model, batch, layers)
             for _ in range(passes):
                 with ExitStack() as stack:
                     stack.enter_context(_attention(model, batch.length))
                     if tiled:
                         stack.enter_context(tiled())
+                    if layers:
+                        stack.enter_context(layers())
                     if checkpointing == "offload":
                         offloaded = Offloaded(model, torch.device("cuda"), _HostCopies(recorder))
                         stack.enter_context(offloaded())
@@ -264,11 +277,24 @@ def _tiled(recorder: _Recorder, model: Any) -> Tiled | None:
     return found
 
 
-def _pass(recorder: _Recorder, model: Any, batch: Batch) -> None:
-    """Trace one forward and backward pass."""
+def _compile(recorder: _Recorder, model: Any, batch: Batch, layers: Compiled) -> None:
+    """Have the layers compiled, which makes tensors of its own, by a pass that is not recorded."""
+    with recorder.unseen(), _attention(model, batch.length), layers(), torchs_own_warnings_off():
+        _loss(model, batch).backward()
+        for parameter in model.parameters():
+            parameter.grad = None
+        release_scratch()
+
+
+def _loss(model: Any, batch: Batch) -> torch.Tensor:
     ids = torch.zeros(batch.rows, batch.length, dtype=torch.int64)
     places, labels = (torch.zeros(batch.labels, dtype=torch.int64) for _ in range(2))
-    loss = loss_at(model, ids, None, places, labels)
+    return loss_at(model, ids, None, places, labels)
+
+
+def _pass(recorder: _Recorder, model: Any, batch: Batch) -> None:
+    """Trace one forward and backward pass."""
+    loss = _loss(model, batch)
     recorder.tape.mark("loss")
     recorder.backward = True
     loss.backward()

@@ -5,6 +5,11 @@ tens of seconds before the first step, and a C++ compiler on the machine. Whole 
 the layers are all alike. Shapes are dynamic, so a new batch length does not recompile. The first layer is not compiled if its
 input needs no gradient, which would take a separate graph.
 
+What a layer saves for backward is chosen by torch's partitioner, which by default saves every tensor that a matmul of backward
+reads: outputs of norms and of the activation function too, although they follow elementwise from tensors that are saved anyway.
+On CUDA those are computed again (`RECOMPUTED`): at 8B shapes and 4 x 1024 tokens 184 of 569 MB a layer, for writing and reading
+them once more in backward. On a CPU bandwidth is what a step is short of, and memory less so.
+
 As with packing, the compiled forwards are installed for a training step and removed after it: evaluation, generation and the
 caller see the original model.
 """
@@ -15,7 +20,7 @@ import hashlib
 import shutil
 import sysconfig
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
@@ -36,6 +41,9 @@ PAYS_AFTER_FLOPS = {"cpu": 1e14, "cuda": 5e15}
 takes about ten to twenty seconds and saves a tenth of each step (`benchmarks/results/train-cpu.json`). CUDA: ten seconds, and 22%
 of each step (8B shapes on an H100, one measurement outside this repository's records); 5e15 lies between the break-even points of
 an H100 and of a card with a tenth of its speed, and is a minute or less of work on either."""
+
+RECOMPUTED = {"ban_recompute_materialized_backward": False}
+"""Options of `torch._functorch.config`: elementwise results that a matmul of backward reads are computed again, not saved."""
 
 IMPOSSIBLE = "not possible here: "
 """Prefix of the reason if `auto` would compile but a requirement is missing."""
@@ -107,10 +115,17 @@ def torchs_own_warnings_off() -> Iterator[None]:
 
 
 class Compiled:
-    """The model's compiled decoder layers; calling it gives a context manager for training steps. Compiles on first use."""
+    """The model's compiled decoder layers; calling it gives a context manager for training steps. Compiles on first use.
 
-    def __init__(self, model: Any) -> None:
+    Args:
+        recompute: save less for backward, and compute it again; default: on CUDA.
+        backend: of torch.compile.
+    """
+
+    def __init__(self, model: Any, *, recompute: bool | None = None, backend: str | Callable[..., Any] = "inductor") -> None:
         layers = list(decoder_layers(model).values())
+        on_cuda = model.get_input_embeddings().weight.device.type == "cuda"
+        self._saving = RECOMPUTED if (on_cuda if recompute is None else recompute) else {}
         if not model.get_input_embeddings().weight.requires_grad:
             layers = layers[1:]
         attention.keep_out_of_graphs()
@@ -118,7 +133,7 @@ class Compiled:
             torch.compiler.config.cache_key_tag += _operators()
         with torchs_own_warnings_off():
             self.forwards: list[tuple[nn.Module, Forward]] = [
-                (layer, torch.compile(layer.forward, dynamic=True)) for layer in layers
+                (layer, torch.compile(layer.forward, dynamic=True, backend=backend)) for layer in layers
             ]
 
     @contextmanager
@@ -130,9 +145,11 @@ class Compiled:
         """
         from torch._dynamo import config
         from torch._dynamo.exc import FailOnRecompileLimitHit, TorchDynamoException
+        from torch._functorch import config as partitioner
 
         try:
-            with replaced_forwards(self.forwards), config.patch(recompile_limit=GRAPHS, fail_on_recompile_limit_hit=True):
+            limit = config.patch(recompile_limit=GRAPHS, fail_on_recompile_limit_hit=True)
+            with replaced_forwards(self.forwards), limit, partitioner.patch(self._saving):
                 yield
         except FailOnRecompileLimitHit as error:
             raise TrainingError(
