@@ -13,6 +13,7 @@ import re
 import sys
 from collections import Counter
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -680,9 +681,9 @@ def gptq() -> str:
     return "\n".join(lines) + f"\n\n({source}; `benchmarks/results/gptq-cpu.json`)"
 
 
-def starts() -> str:
-    """The study of codecs and starts."""
-    path = ROOT / "studies" / "starts" / "summary.json"
+def of_study(name: str) -> str:
+    """The methods of the study in studies/NAME."""
+    path = ROOT / "studies" / name / "summary.json"
     summary = json.loads(path.read_text())
     lines = [
         "| task | method | bits | rate | loss before | after (95% interval) | less LoRA's |",
@@ -701,7 +702,7 @@ def starts() -> str:
                 f"{loss['mean']:.3f} ({loss['low']:.3f} to {loss['high']:.3f}) | {against} |"
             )
     counts = summary["counts"]
-    return "\n".join(lines) + f"\n\n({counts['finished']} of {counts['cells']} runs finished; `studies/starts/summary.json`)"
+    return "\n".join(lines) + f"\n\n({counts['finished']} of {counts['cells']} runs finished; `studies/{name}/summary.json`)"
 
 
 def chats() -> str:
@@ -750,7 +751,8 @@ SECTIONS: dict[str, Callable[[], str]] = {
     "chats": chats,
     "codecs": codecs,
     "gptq": gptq,
-    "starts": starts,
+    "starts": partial(of_study, "starts"),
+    "bits": partial(of_study, "bits"),
     "models": models,
     "cuda": cuda,
     "cuda-summary": cuda_summary,
