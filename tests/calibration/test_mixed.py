@@ -7,8 +7,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lownibble.calibration import Moments
-from lownibble.calibration.mixed import candidates, choose, gradient_squares, loss_increase
+from lownibble.calibration import mixed
+from lownibble.calibration.mixed import TRIMMED, Tokens, candidates, choose, loss_increase, sample_tokens
 from lownibble.errors import ConfigError
 from lownibble.quant import is_linear, quantize
 
@@ -43,7 +43,16 @@ def test_gradients_are_those_of_the_loss_by_the_layers_outputs(tiny):
     model = tiny("llama")
     rows = torch.randint(3, 96, (3, 8), generator=torch.Generator().manual_seed(0))
     paths = [path for path, module in model.named_modules() if is_linear(module) and path != "lm_head"]
-    found = gradient_squares(model, rows, paths)
+    inputs = {}
+    hooks = [
+        model.get_submodule(path).register_forward_pre_hook(
+            lambda module, args, path=path: inputs.update({path: args[0].detach()})
+        )
+        for path in paths
+    ]
+    found = sample_tokens(model, rows, paths)
+    for hook in hooks:
+        hook.remove()
     assert all(parameter.requires_grad and parameter.grad is None for parameter in model.parameters())
     for path in paths[::3]:
         layer = model.get_submodule(path)
@@ -52,15 +61,34 @@ def test_gradients_are_those_of_the_loss_by_the_layers_outputs(tiny):
         logits = model(input_ids=rows, use_cache=False).logits[:, :-1]
         torch.nn.functional.cross_entropy(logits.flatten(0, 1), rows[:, 1:].flatten(), reduction="sum").backward()
         handle.remove()
-        torch.testing.assert_close(found[path], added.grad.square().sum((0, 1)) / rows.numel(), rtol=1e-4, atol=1e-7)
+        torch.testing.assert_close(found[path].gradients, added.grad.flatten(0, 1), rtol=1e-4, atol=1e-7)
+        assert torch.equal(found[path].inputs, inputs[path].flatten(0, 1))
+        assert found[path].share == 1 / rows.numel()
     assert not any(module._forward_hooks for module in model.modules())
 
 
-def test_the_increase_is_the_quadratic_form_over_tokens():
+def test_some_tokens_stand_for_all(tiny, monkeypatch):
+    model = tiny("llama")
+    rows = torch.randint(3, 96, (3, 8), generator=torch.Generator().manual_seed(0))
+    paths = [path for path, module in model.named_modules() if is_linear(module) and path != "lm_head"]
+    every = sample_tokens(model, rows, paths)
+    widths = sum(sum(model.get_submodule(path).weight.shape) for path in paths)
+    monkeypatch.setattr(mixed, "SAMPLE_BYTES", 12 * widths * 4)  # half of the tokens
+    some = sample_tokens(model, rows, paths)
+    for path in paths:
+        assert torch.equal(some[path].inputs, every[path].inputs[::2])
+        assert torch.equal(some[path].gradients, every[path].gradients[::2])
+        assert some[path].share == 2 * every[path].share
+
+
+def test_the_increase_is_the_quadratic_form_over_all_but_the_largest_tokens():
     generator = torch.Generator().manual_seed(1)
-    weight, x, g = (torch.randn(shape, generator=generator) for shape in ((6, 64), (400, 64), (500, 6)))
+    weight, x, g = (torch.randn(shape, generator=generator) for shape in ((6, 64), (400, 64), (400, 6)))
     packed = quantize(weight, "int4")
-    moments, squares = Moments(x.T @ x / len(x), len(x)), g.square().mean(0)
-    off = (weight - packed.dequantize(torch.float32)) @ x.T  # (6, tokens)
-    expected = 0.5 * (off.square().mean(1) * squares).sum()
-    assert loss_increase(weight, packed, moments, squares) == pytest.approx(float(expected), rel=1e-4)
+    x[7] *= 1000  # an outlier
+    off = weight - packed.dequantize(torch.float32)
+    terms = torch.einsum("ti,ij,tj->t", g.double(), off.double(), x.double()).square()
+    kept = torch.cat([terms[:7], terms[8:]]).sort().values[: 400 - int(TRIMMED * 400)]
+    found = loss_increase(weight, packed, Tokens(x, g, 1 / 400))
+    assert found == pytest.approx(float(0.5 * kept.sum() / 400), rel=1e-4)
+    assert found < 0.1 * float(0.5 * terms.mean())

@@ -1,6 +1,7 @@
 """Batches. Oracles: torch's `pad_sequence` for padding; counting for orders; a stream from its start for a resumed one."""
 
 import random
+from dataclasses import replace
 
 import torch
 from hypothesis import given
@@ -96,3 +97,14 @@ def test_cut_packs_hold_each_example_once(lengths, tokens):
     packs = cut(lengths, tokens, packed=True)
     assert sorted(index for rows in packs for index in rows) == list(range(len(lengths)))
     assert all(len(rows) == 1 or sum(lengths[i] for i in rows) <= tokens for rows in packs)
+
+
+def test_a_changed_copy_of_a_moved_batch_finds_its_labels_and_padding_again():
+    moved = collate(examples_of([5, 3]), 0).to("cpu")
+    places, labels = moved.label_places
+    assert (places.tolist(), labels.tolist(), moved.is_padded) == ([0, 1, 2, 3, 5, 6], [2, 3, 4, 5, 2, 3], True)
+    assert moved.mask is moved.attention_mask
+    fewer = replace(moved, labels=moved.labels.masked_fill(moved.labels < 4, -100))
+    assert fewer.label_places[1].tolist() == [4, 5]
+    full = replace(moved, attention_mask=torch.ones_like(moved.attention_mask))
+    assert full.mask is None

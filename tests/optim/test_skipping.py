@@ -8,7 +8,7 @@ from torch import nn
 from triton_interpreter import INTERPRETED
 
 from lownibble.kernels import ops
-from lownibble.optim import close_states, make_optimizer, set_learning_rate, skipped, states
+from lownibble.optim import close_states, make_optimizer, set_learning_rate, skipped, states, step_if_finite
 from lownibble.optim.specs import spec
 
 KINDS = ["adamw", "paged_adamw", "adamw_8bit", "paged_adamw_8bit"]
@@ -93,3 +93,13 @@ def test_a_found_inf_of_zero_is_none(run):
         _step(plain, others, number)
     assert _same(_bits(ours, parameters), _bits(plain, others))
     close_states(ours), close_states(plain)
+
+
+def test_an_optimiser_from_outside_is_not_stepped(monkeypatch):
+    parameter = nn.Parameter(torch.ones(3))
+    parameter.grad = torch.ones(3)
+    optimizer = torch.optim.SGD([parameter], lr=1.0)
+    step_if_finite(optimizer, torch.tensor([1.0, torch.inf]), on_device=False)
+    assert torch.equal(parameter, torch.ones(3))
+    step_if_finite(optimizer, torch.tensor([1.0, 2.0]), on_device=False)
+    assert torch.equal(parameter, torch.zeros(3))

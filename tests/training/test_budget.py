@@ -9,6 +9,8 @@ from hypothesis import strategies as st
 
 from lownibble.errors import ConfigError
 from lownibble.memory.budget import AIM, MARGIN, SETTINGS, Fit, Needs, Setting, choose
+from lownibble.training.events import Fitted
+from lownibble.training.sinks import _fit
 
 PLAIN, PAGED, CHECKPOINTED, BOTH, OFFLOADED, ALL = SETTINGS
 ON_CPU = SETTINGS[:4]
@@ -180,3 +182,11 @@ def test_no_pass_exceeds_the_budget_and_the_choice_uses_it(
         more = memory.size(int(tokens * 1.1) + 2 * step + 1)
         over = memory.at_most(taken, more) + asked.state_bytes[taken] > limit
         assert over or more >= asked.whole, "a tenth more would not fit"
+
+
+@pytest.mark.parametrize("setting", SETTINGS, ids=str)
+def test_every_setting_can_be_told(setting):
+    told = _fit(Fitted(2 * 10**9, 10**9, None, 64, setting.paged, setting.gradient_checkpointing, 1.0))
+    assert ("paged" in told, "gradient checkpointing" in told) == (setting.paged, bool(setting.gradient_checkpointing))
+    assert ("offloaded" in told) == (setting.gradient_checkpointing == "offload")
+    assert (Setting(*setting).words == "") == (setting == Setting(False, False))

@@ -2,17 +2,22 @@
 
 import gc
 import weakref
+from types import SimpleNamespace
 
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
 
 from lownibble.config import DataConfig, LoraConfig, RunConfig, TrainConfig
 from lownibble.errors import ConfigError
 from lownibble.lora import add_lora
+from lownibble.memory.usage import is_exhausted
 from lownibble.training import offload, run
+from lownibble.training.fitting import MemoryGoneError
 from lownibble.training.loss import label_loss
-from lownibble.training.offload import Offloaded, PinnedCopies
+from lownibble.training.offload import Offloaded, PinnedCopies, PinnedMemoryError
+from lownibble.training.passes import Passes
 
 CPU = torch.device("cpu")
 DATA = {"prompt_template": "review : {text} sentiment :", "completion_template": " {label}"}
@@ -215,3 +220,40 @@ def test_pinned_copies_have_the_bits_and_leave_the_device(adapted, batch):
         del model, wrapped
     assert equal(*found)
     assert peaks[1] < peaks[0]
+
+
+class NoRoom(OtherBuffers):
+    """A host that cannot pin as much."""
+
+    def store(self, x):
+        raise PinnedMemoryError("1.00 GB of pinned host memory could not be had")
+
+
+def test_a_host_without_room_is_out_of_memory_and_loses_no_step(widen, tiny_data, tmp_path, monkeypatch):
+    assert is_exhausted(PinnedMemoryError("..."))
+    folder, calls, plain = tmp_path / "run", [], Passes.backward
+    monkeypatch.setitem(offload.COPIES, "cpu", NoRoom)
+
+    def backward(self, *args, **options):
+        calls.append(self._checkpointing)
+        if len(calls) > 2 and self._checkpointing is True:  # no room from the third step on
+            raise MemoryError
+        return plain(self, *args, **options)
+
+    monkeypatch.setattr(Passes, "backward", backward)
+    with pytest.raises(MemoryGoneError, match=r"in step 3, with one row .* and offloaded gradient checkpointing"):
+        trained(widen(), tiny_data, folder, True, batch_size=1, torch_compile=False)
+    assert calls[-1] == "offload"
+    assert [path.name for path in (folder / "checkpoints").iterdir() if path.is_dir()] == ["step-000002"]
+
+
+def test_without_pinned_memory_a_run_does_not_turn_to_it(widen, monkeypatch):
+    def refused(device):
+        raise ConfigError("pinned host memory cannot be had here")
+
+    model = AutoModelForCausalLM.from_pretrained(widen())
+    passes = Passes(model, SimpleNamespace(pack_to=None), CPU, None)
+    monkeypatch.setitem(offload.COPIES, "cpu", OtherBuffers)
+    assert passes.can_offload
+    monkeypatch.setitem(offload.COPIES, "cpu", refused)
+    assert not passes.can_offload

@@ -1,14 +1,18 @@
 """Modules in tiles of tokens. Oracles: the same step whole; autograd through the tiles' outputs put together; counted calls."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from torch import nn
 
 from lownibble.config import DataConfig, LoraConfig, RunConfig, TrainConfig
+from lownibble.data import Batch
 from lownibble.lora import add_lora
 from lownibble.planning import tiles as lengths
 from lownibble.training import run
 from lownibble.training.loss import label_loss
+from lownibble.training.passes import Passes
 from lownibble.training.tiles import Tiled, _in_tiles
 
 IDS = torch.arange(3, 30)
@@ -16,7 +20,7 @@ IDS = torch.arange(3, 30)
 
 @pytest.fixture
 def short_tiles(monkeypatch):
-    """Tiles of at most 5 tokens in any microbatch of more than 10."""
+    """Tiles of at most 5 tokens in runs whose largest microbatch has more than 10."""
     monkeypatch.setattr(lengths, "TILE_TOKENS", 5)
     monkeypatch.setattr(lengths, "LONG_TOKENS", 10)
 
@@ -46,13 +50,14 @@ def gradients(model):
     return torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
 
 
-@pytest.mark.parametrize("tokens", [1, 16384, 16385, 131072, 131071])
+@pytest.mark.parametrize("tokens", [1, 4096, 4097, 16384, 16385, 131072, 131071])
 def test_tiles_are_equal_and_together_the_batch(tokens):
     found = lengths.tile_lengths(tokens)
     assert sum(found) == tokens
     assert max(found) - min(found) <= 1
-    assert (len(found) == 1) == (tokens <= 16384)
-    assert found[0] <= 4096 or len(found) == 1
+    assert (len(found) == 1) == (tokens <= 4096)
+    assert found[0] <= 4096
+    assert lengths.is_long(tokens) == (tokens > 16384)
     assert found == sorted(found, reverse=True)
 
 
@@ -164,3 +169,20 @@ def test_long_batches_of_a_run_are_tiled(packing, method, tiny_model, tiny_data,
     assert tiled.record["speed"]["tiled"] == ["input_layernorm", "mlp", "norm", "post_attention_layernorm"]
     assert "self_attn" in tiled.record["speed"]["untiled"]
     assert whole.record["speed"]["tiled"] is None
+
+
+def test_a_run_of_long_batches_tiles_the_shorter_ones_too_and_compiles_none_of_them(tiny_model, tiny_data, short_tiles):
+    options = {"max_steps": 2, "batch_size": 6, "max_length": 32, "torch_compile": True, "gradient_checkpointing": True}
+    result = run(RunConfig(
+        model=str(tiny_model), method="qlora", data=DataConfig(path=str(tiny_data)), lora=LoraConfig(r=4),
+        train=TrainConfig(**options),
+    ))  # fmt: skip
+    assert result.record["speed"]["compiled"] is False
+    assert "run in tiles of tokens" in result.record["speed"]["compile_reason"]
+    micro = SimpleNamespace(whole=11, pack_to=None)
+    passes = Passes(result.model, micro, torch.device("cpu"), None)
+    passes._checkpointing = True
+    batch = Batch(*[torch.ones(1, 6, dtype=torch.int64)] * 3)
+    assert passes._runs_in_tiles(batch), "longer than a tile of 5 tokens, in a run whose largest batch is long"
+    micro.whole = 10
+    assert not passes._runs_in_tiles(batch)

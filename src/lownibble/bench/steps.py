@@ -43,7 +43,7 @@ def ids_of(model: str, batch_size: int, length: int) -> Tensor:
     """(N, B, T) token ids for a model folder: random ones for random weights, else the demo's training sentences."""
     from pathlib import Path
 
-    from lownibble.arch import read_config
+    from lownibble.arch import read_config, read_shape
     from lownibble.bench.subject import RANDOM, random_ids
     from lownibble.config import DataConfig
     from lownibble.data import load
@@ -51,9 +51,10 @@ def ids_of(model: str, batch_size: int, length: int) -> Tensor:
 
     config = read_config(Path(model))
     if RANDOM in config:
-        return random_ids(config["vocab_size"], COUNT, batch_size, length)
+        return random_ids(read_shape(config).vocab, COUNT, batch_size, length)
     train, _ = load(DataConfig(max_rows=2000))
     ids = torch.tensor(load_tokenizer(resolve(model))("\n".join(str(row.fields["text"]) for row in train.rows))["input_ids"])
+    ids = ids.repeat(-(-batch_size * length // len(ids)))
     count = len(ids) // (batch_size * length)
     return ids[: count * batch_size * length].view(count, batch_size, length)
 

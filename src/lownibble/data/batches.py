@@ -14,7 +14,7 @@ from __future__ import annotations
 import random
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from lownibble.data.packing import pack, packed_batches
@@ -40,7 +40,7 @@ class Batch:
     are the encoder's input and the other tensors the decoder's, which begins with the decoder start token.
 
     `to` sets what only the host can know without waiting for the device: `padded`, whether there is padding, and `places`, the
-    label places (see `label_places`).
+    label places (see `label_places`). A changed copy (`dataclasses.replace`) finds out again; tensors are not changed in place.
     """
 
     input_ids: torch.Tensor
@@ -49,8 +49,8 @@ class Batch:
     segments: tuple[int, ...] | None = None
     source_ids: torch.Tensor | None = None
     source_mask: torch.Tensor | None = None
-    padded: bool | None = None
-    places: tuple[torch.Tensor, torch.Tensor] | None = None
+    padded: bool | None = field(default=None, init=False)
+    places: tuple[torch.Tensor, torch.Tensor] | None = field(default=None, init=False)
 
     @property
     def is_padded(self) -> bool:
@@ -97,7 +97,9 @@ class Batch:
         held = {name: getattr(self, name) for name in ("input_ids", "attention_mask", "labels", "source_ids", "source_mask")}
         moved: dict[str, Any] = {name: to_device(tensor, device) for name, tensor in held.items() if tensor is not None}
         places, labels = self.label_places
-        return replace(self, **moved, padded=self.is_padded, places=(to_device(places, device), to_device(labels, device)))
+        batch = replace(self, **moved)
+        batch.padded, batch.places = self.is_padded, (to_device(places, device), to_device(labels, device))
+        return batch
 
 
 def label_places(labels_BT: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

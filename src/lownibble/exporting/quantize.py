@@ -35,7 +35,7 @@ from torch import Tensor, nn
 from lownibble import record, stored, tensorfile
 from lownibble.calibration import Moments, join_rows, row_length, walk
 from lownibble.calibration.gptq import round_again
-from lownibble.calibration.mixed import candidates, check_budget, choose, gradient_squares, loss_increase
+from lownibble.calibration.mixed import candidates, check_budget, choose, loss_increase, sample_tokens
 from lownibble.config import DataConfig, QuantConfig, QuantizeConfig
 from lownibble.data import encode, read
 from lownibble.errors import ConfigError, InputError, OutputError, QuantizationError
@@ -155,21 +155,16 @@ def _mix(
     check_budget(sizes, config.bits * n_weights / 8)  # before minutes of work
     tell("gradients", 0, 1)
     model, _ = load(config.model, quant=config.quant, device=config.device, revision=config.revision)
-    squares = gradient_squares(model, rows_BT, list(shapes))
+    tokens = sample_tokens(model, rows_BT, list(shapes))
     del model
     tell("gradients", 1, 1)
     costs: dict[str, dict[str, float]] = {}
 
     def visit(empty: Any, found: Mapping[str, Moments]) -> None:
-        for path, moments in found.items():
+        for path in found.keys() & tokens.keys():
             weight = matrix(empty.get_submodule(path)).float()
             costs[path] = {
-                name: loss_increase(
-                    weight,
-                    weights.writer.quantize(weight, how, dtypes[path], name=path),
-                    moments,
-                    squares[path].to(weight.device),
-                )
+                name: loss_increase(weight, weights.writer.quantize(weight, how, dtypes[path], name=path), tokens[path])
                 for name, how in ways[path].items()
             }
 

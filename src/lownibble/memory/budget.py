@@ -58,7 +58,8 @@ class Setting(NamedTuple):
     @property
     def words(self) -> str:
         """Phrase for a message: empty, or " with ..."."""
-        parts = ["paged optimiser states"] * self.paged + [WORDS[self.gradient_checkpointing]] * bool(self.gradient_checkpointing)
+        how = self.gradient_checkpointing
+        parts = ["paged optimiser states"] * self.paged + ([WORDS[how]] if how else [])
         return f" with {' and '.join(parts)}" if parts else ""
 
 

@@ -12,7 +12,7 @@ from lownibble.config import Checkpointing
 from lownibble.planning import operations as op
 from lownibble.planning.linear import LinearOnTape, Method, Runtime, SharedBuffers
 from lownibble.planning.tape import BOOL, FLOAT32, INT64, LayerInputs, Tape, Value
-from lownibble.planning.tiles import tile_lengths, tiled
+from lownibble.planning.tiles import is_long, tile_lengths, tiled
 
 
 class Decoder:
@@ -69,7 +69,8 @@ class Decoder:
     def forward(self, rows: int, length: int, checkpointing: Checkpointing) -> Value:
         """Last hidden states (rows x length tokens)."""
         tape, shape = self.tape, self.shape
-        self._tiles = tile_lengths(rows * length) if checkpointing else [rows * length]
+        cut = bool(checkpointing) and is_long(rows * length)
+        self._tiles = tile_lengths(rows * length) if cut else [rows * length]
         inputs = LayerInputs(tape) if checkpointing == "offload" else None
         hidden = op.embedding(tape, self.embedding, rows * length, shape.hidden)
         if shape.family.scaled:

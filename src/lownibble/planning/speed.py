@@ -15,7 +15,7 @@ from lownibble.arch import ModelShape
 from lownibble.config import Method, TrainConfig
 from lownibble.planning.hardware import Device
 from lownibble.planning.memory import MemoryPlan
-from lownibble.planning.tiles import tile_lengths
+from lownibble.planning.tiles import is_long, tile_lengths
 
 EFFICIENCY = (0.3, 0.5, 0.7)
 """Share of a CUDA device's peak FLOP/s that matrix products reach in training: low, likely, high. Not measured by us; from the
@@ -111,7 +111,8 @@ def moved_bytes(memory: MemoryPlan, method: Method, train: TrainConfig) -> float
     """Approximate bytes read from and written to device memory in a step."""
     kinds, passes = memory.kinds, train.gradient_accumulation_steps
     times = 3 if train.gradient_checkpointing else 2
-    tiles = len(tile_lengths(train.batch_size * train.max_length)) if train.gradient_checkpointing else 1
+    tokens = train.batch_size * train.max_length
+    tiles = len(tile_lengths(tokens)) if train.gradient_checkpointing and is_long(tokens) else 1
     weights = kinds["weights"] + kinds["codes"] + kinds["constants"]
     decoded = 2 * 4 * kinds["codes"] * tiles if method == "qlora" else 0  # written and read in 16 bits, four times the codes
     activations = 2 * kinds["activations"] * times

@@ -2,8 +2,9 @@
 
 A tile of `TILE_TOKENS` tokens is enough for matrix products at full speed on any card, and decoding a 4-bit weight again for
 each takes a few percent of its product. Its intermediates, about eight tensors as wide as the MLP, are 0.9 GB for an 8B model,
-less than one hidden state of 131,072 tokens; untiled they would be 17 GB. Microbatches of at most `LONG_TOKENS` are not cut:
-there the layer's intermediates are of the size of its weights.
+less than one hidden state of 131,072 tokens; untiled they would be 17 GB. A run whose largest microbatch has at most
+`LONG_TOKENS` is not cut: there the layer's intermediates are of the size of its weights. In other runs every microbatch is cut
+that is longer than a tile, so that a shorter one takes no more memory than the largest.
 """
 
 from __future__ import annotations
@@ -15,9 +16,14 @@ from lownibble.planning.tape import Tape, Value
 TILE_TOKENS, LONG_TOKENS = 4096, 16384
 
 
+def is_long(tokens: int) -> bool:
+    """Whether a run whose largest microbatch has so many tokens runs in tiles, with checkpointing."""
+    return tokens > LONG_TOKENS
+
+
 def tile_lengths(tokens: int) -> list[int]:
-    """Tokens of each tile of a microbatch, as equal as can be; one if it is not long."""
-    count = 1 if tokens <= LONG_TOKENS else -(-tokens // TILE_TOKENS)
+    """Tokens of each tile of a microbatch in a long run, as equal as can be."""
+    count = max(1, -(-tokens // TILE_TOKENS))
     return [(tokens + i) // count for i in reversed(range(count))]
 
 

@@ -42,7 +42,7 @@ from lownibble.planning.linear import Runtime
 from lownibble.planning.memory import StepOf
 from lownibble.planning.step import Batch
 from lownibble.planning.tape import Tape, pinned_bytes
-from lownibble.planning.tiles import tile_lengths
+from lownibble.planning.tiles import is_long
 from lownibble.quant.codebook import codebook, dynamic8, dynamic8_lookup
 from lownibble.rehearsal.compiled import backend as backend_of
 from lownibble.training.compiling import Compiled, torchs_own_warnings_off
@@ -192,7 +192,7 @@ def trace_step(
             enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
             enable({"use_reentrant": False})
         recorder.tape.mark("model")
-        tiled = _tiled(recorder, model) if checkpointing and len(tile_lengths(batch.rows * batch.length)) > 1 else None
+        tiled = _tiled(recorder, model) if checkpointing and is_long(batch.rows * batch.length) else None
         layers = Compiled(model, recompute=run.cuda, backend=backend_of(recorder)) if compiled else None
         with chunks_of(run.chunk_bytes):
             if layers:

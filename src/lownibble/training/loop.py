@@ -262,6 +262,9 @@ class Trainer:
                 raise
             self.passes.do_not_compile(f"{compiling.IMPOSSIBLE}{error}")
             self.identity["compiled"] = False
+        if self.passes.compiled and not self.passes.is_any_compiled:
+            self.passes.do_not_compile("all forward passes run in tiles of tokens, which are not compiled")
+            self.identity["compiled"] = False
 
     def evaluate(self, step: int) -> Evaluated:
         """Loss and, for classification data, accuracy on the evaluation rows; restarts with smaller passes on OOM.
@@ -319,7 +322,8 @@ class Trainer:
         *losses, norm = values.tolist()
         loss = sum(losses)
         if not math.isfinite(loss) or not math.isfinite(norm):
-            skipped(self.optimizer)
+            if spec(config.optim).skips_on_device:
+                skipped(self.optimizer)
             reason = f"the loss is {loss} and the gradient's norm {norm}; {self._origin(step, batches, n_labels)}"
             self.optimizer.zero_grad(set_to_none=True)
             return Skipped(step + 1, reason, time.perf_counter() - began)

@@ -38,6 +38,10 @@ from lownibble.training.forwards import Forward, replaced_forwards
 REMEDY = "Use --gradient-checkpointing true."
 
 
+class PinnedMemoryError(TrainingError, MemoryError):
+    """The host has not enough memory to pin; handled as the device's running out is."""
+
+
 class Copies(Protocol):
     """Asynchronous copies between a device and the host. An event is what `wait` takes."""
 
@@ -72,12 +76,12 @@ class PinnedCopies:
         """See `Copies`.
 
         Raises:
-            TrainingError: there is not enough pinned memory.
+            PinnedMemoryError: there is not enough pinned memory.
         """
         try:
             host = torch.empty_like(x, device="cpu", pin_memory=True)
         except RuntimeError as error:
-            raise TrainingError(
+            raise PinnedMemoryError(
                 f"{x.nbytes / 1e9:.2f} GB of pinned host memory, for the input of one decoder layer, could not be had "
                 f"({_first_line(error)}). {REMEDY}"
             ) from error

@@ -20,11 +20,11 @@ from lownibble.lora import LowRank
 from lownibble.memory import usage
 from lownibble.models.attention import kernel_obstacle, refusal, segment_attention
 from lownibble.models.info import info
-from lownibble.planning.tiles import tile_lengths
+from lownibble.planning.tiles import is_long, tile_lengths
 from lownibble.training import compiling
 from lownibble.training.loss import check_packing, check_rows, check_unmasked
 from lownibble.training.microbatches import MicroBatches
-from lownibble.training.offload import Offloaded, obstacle
+from lownibble.training.offload import COPIES, Offloaded, obstacle
 from lownibble.training.tiles import Tiled
 
 Kind = tuple[bool, bool]
@@ -111,17 +111,23 @@ class Passes:
         """
         self.compiled, self.compile_reason = compiling.choose(option, self.model, self.device, tokens)
 
+    @property
+    def is_any_compiled(self) -> bool:
+        """Whether the layers were compiled for some kind of batch."""
+        return bool(self._kinds)
+
     def do_not_compile(self, reason: str) -> None:
         """Cancel compilation, for `reason`."""
         self.compiled, self.compile_reason, self._layers = False, reason, None
 
     def compile(self, batches: Iterable[Batch]) -> None:
-        """Compile the layers for the kinds of these batches, by a pass over one batch of each new kind.
+        """Compile the layers for the kinds of these batches, by a pass over one batch of each new kind; batches that run in tiles
+        are left out.
 
         Raises:
             TrainingError: a layer cannot be compiled.
         """
-        new = {kind(batch): batch for batch in batches if kind(batch) not in self._kinds}
+        new = {kind(batch): batch for batch in batches if kind(batch) not in self._kinds and not self._runs_in_tiles(batch)}
         if not new:
             return
         began = time.perf_counter()
@@ -173,7 +179,13 @@ class Passes:
     @property
     def can_offload(self) -> bool:
         """Whether checkpoints can be offloaded here."""
-        return self.can_checkpoint and not obstacle(self.model, self.device)
+        if not self.can_checkpoint or obstacle(self.model, self.device):
+            return False
+        try:
+            COPIES[self.device.type](self.device)
+        except ConfigError:  # no pinned memory
+            return False
+        return True
 
     @contextmanager
     def _in_place(self, batch: Batch) -> Iterator[None]:
@@ -189,9 +201,11 @@ class Passes:
             yield
 
     def _runs_in_tiles(self, batch: Batch) -> bool:
+        """Whether a batch is run in tiles: with checkpointing, any that is longer than a tile, in a run of long batches."""
         return (
             bool(self._checkpointing)
             and not self.model.config.is_encoder_decoder
+            and is_long(self.micro.whole)
             and len(tile_lengths(batch.input_ids.numel())) > 1
         )
 
@@ -201,8 +215,9 @@ class Passes:
         return torch.autocast(self.device.type, dtype) if dtype is not None else nullcontext()
 
     def loss(self, batch: Batch, n_total: int) -> torch.Tensor:
-        """Sum of the batch's losses divided by `n_total`, without compiled layers."""
-        with self._attention(self.model):
+        """Sum of the batch's losses divided by `n_total`, without compiled layers; in tiles where `backward` was."""
+        tiles = self.tiled() if self.tiled and self._runs_in_tiles(batch) else nullcontext()
+        with self._attention(self.model), tiles:
             return self._loss(batch, n_total)
 
     def _loss(self, batch: Batch, n_total: int) -> torch.Tensor:
