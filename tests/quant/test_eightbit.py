@@ -430,15 +430,17 @@ def test_triton_arguments_are_checked():
     with pytest.raises(InputError, match=r"codes of 'x' must be torch\.int8 or torch\.float8_e4m3fn\. Got torch\.uint8"):
         product(codes=torch.zeros(12 * 64, dtype=torch.uint8, device=on))
     with pytest.raises(InputError, match="'codes' must be"):
-        product(codes=torch.zeros(3 * 64, dtype=torch.int8, device=on))
+        product(codes=torch.zeros(3 * 64 + 1, dtype=torch.int8, device=on))
     with pytest.raises(InputError, match="'scale' must be"):
-        product(scale=torch.ones(3, device=on))
+        product(scale=torch.ones(2, device=on))
     with pytest.raises(InputError, match="'row_scale' must be"):
         product(row_scale=random(63))
     with pytest.raises(InputError, match=r"multiple of 64 long, in blocks of at least 32\. Got 128 x 32 in blocks of 64"):
         product(32, shape=torch.Size((128, 32)))
     with pytest.raises(InputError, match="'x_TC' must be"):
-        triton.quantize_rows(random(3, 64).half().to(on))
+        triton.quantize_rows(random(64, 3).t().to(on))
+    with pytest.raises(InputError, match="'x_TC' must be"):
+        triton.quantize_rows(random(3, 64).double().to(on))
     with pytest.raises(InputError, match="'column_scale' must be"):
         triton.quantize_rows(random(3, 64).to(on), random(63).to(on))
     with pytest.raises(InputError, match="'codes' must be"):

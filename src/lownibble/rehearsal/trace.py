@@ -37,6 +37,7 @@ from lownibble.lora import add_lora
 from lownibble.memory.usage import kind_of
 from lownibble.models.attention import kernel_obstacle, segment_attention, window
 from lownibble.models.head import check_head_unseen
+from lownibble.models.info import body
 from lownibble.models.load import uninitialised
 from lownibble.planning.linear import Runtime
 from lownibble.planning.memory import StepOf
@@ -192,6 +193,7 @@ def trace_step(
             enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
             enable({"use_reentrant": False})
         recorder.tape.mark("model")
+        _leave_out_masks(recorder, model, batch.length)
         tiled = _tiled(recorder, model) if checkpointing and is_long(batch.rows * batch.length) else None
         layers = Compiled(model, recompute=run.cuda, backend=backend_of(recorder)) if compiled else None
         with chunks_of(run.chunk_bytes):
@@ -199,7 +201,7 @@ def trace_step(
                 _compile(recorder, model, batch, layers)
             for _ in range(passes):
                 with ExitStack() as stack:
-                    stack.enter_context(_attention(model, batch.length))
+                    stack.enter_context(_attention(model))
                     if tiled:
                         stack.enter_context(tiled())
                     if layers:
@@ -257,14 +259,24 @@ def _attend(module: Any, query: Any, key: Any, value: Any, attention_mask: None,
 AttentionInterface.register(UNMASKED, _attend)
 
 
-def _attention(model: Any, length: int) -> AbstractContextManager[Any]:
-    """Our kernel; or SDPA without the mask (T x T) that transformers makes for tensors without values, but not for full rows."""
-    if not kernel_obstacle(model):
-        return segment_attention(model)
+def _leave_out_masks(recorder: _Recorder, model: Any, length: int) -> None:
+    """Give a model SDPA without the mask (T x T) that transformers makes for tensors without values, but not for full rows; where
+    its code reads no mask itself, as DeepSeek's sparse attention does."""
     masked = model.config.is_encoder_decoder or model.config._attn_implementation != "sdpa"
-    if not masked and (window(model) or length) >= length:
-        model.set_attn_implementation(UNMASKED)
-    return nullcontext()
+    if masked or not kernel_obstacle(model) or (window(model) or length) < length:
+        return
+    model.set_attn_implementation(UNMASKED)
+    try:
+        with recorder.unseen(), torch.no_grad():
+            body(model)(input_ids=torch.zeros(1, 2, dtype=torch.int64), use_cache=False)
+    except Exception:
+        model.set_attn_implementation("sdpa")
+    release_scratch()
+
+
+def _attention(model: Any) -> AbstractContextManager[Any]:
+    """Our kernel where it runs, else what the model is set to."""
+    return nullcontext() if kernel_obstacle(model) else segment_attention(model)
 
 
 def _tiled(recorder: _Recorder, model: Any) -> Tiled | None:
@@ -279,7 +291,7 @@ def _tiled(recorder: _Recorder, model: Any) -> Tiled | None:
 
 def _compile(recorder: _Recorder, model: Any, batch: Batch, layers: Compiled) -> None:
     """Have the layers compiled, which makes tensors of its own, by a pass that is not recorded."""
-    with recorder.unseen(), _attention(model, batch.length), layers(), torchs_own_warnings_off():
+    with recorder.unseen(), _attention(model), layers(), torchs_own_warnings_off():
         _loss(model, batch).backward()
         for parameter in model.parameters():
             parameter.grad = None
