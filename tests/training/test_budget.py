@@ -161,7 +161,8 @@ def test_no_pass_exceeds_the_budget_and_the_choice_uses_it(
     step = min(step, longest)
     longest = longest // step * step
     held, chunk, rate, saved, budget, states, paged = (1000 * n for n in (held, chunk, rate, saved, budget, states, paged))
-    memory = Memory(held, chunk, rate, min(rate, saved), step, unit=1000, offloaded=min(rate, saved) // 2)
+    offloaded = max(1000, min(rate, saved) // 2)  # a token takes no less than what is measured
+    memory = Memory(held, chunk, rate, min(rate, saved), step, unit=1000, offloaded=offloaded)
     asked = needs(longest, longest * factor, enough, states, min(states, paged), SETTINGS)
     try:
         fit = choose(budget, asked, memory)
