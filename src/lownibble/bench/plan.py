@@ -178,7 +178,7 @@ def peak_allocated(config: str) -> int:
     from torch.profiler import ProfilerActivity, profile, record_function
 
     with profile(activities=[ProfilerActivity.CPU]):
-        pass  # its first start is slow, and on a loaded machine the profiler gave up and crashed
+        pass  # the profiler crashed once in its slow first start, on a loaded machine
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         trainer, first = _ready(config)
         with record_function("lownibble steps"):
