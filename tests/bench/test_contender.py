@@ -74,6 +74,26 @@ def test_launches_are_those_of_kernels_and_graphs():
     assert steps.launches(averages) == 5330 + 2487 + 384 + 1
 
 
+def test_kernels_are_those_of_the_device_the_longest_first():
+    types = torch.autograd.DeviceType
+
+    def average(key, kind, us, count=1):
+        return SimpleNamespace(
+            key=key, count=count, device_type=kind, self_device_time_total=us, is_user_annotation=key == "region"
+        )
+
+    averages = [
+        average("aten::mm", types.CPU, 0), average("gemm" * 100, types.CUDA, 5000.0, 3), average("norm", types.CUDA, 9000.4),
+        average("Memcpy HtoD", types.CUDA, 1000.0), average("launched by the host", types.CPU, 7.0),
+        average("region", types.CUDA, 15000.0),
+    ]  # fmt: skip
+    found = steps.kernels(averages, count=2)
+    assert found["device_ms"] == pytest.approx(15.0004)
+    assert [(each["name"], each["calls"], each["ms"]) for each in found["kernels"]] == [
+        ("norm", 1, 9.0), ("gemm" * 30, 3, 5.0),
+    ]  # fmt: skip
+
+
 def test_turns_go_on_where_the_first_step_ended(model, monkeypatch, tmp_path):
     taken = []
 

@@ -81,7 +81,7 @@ def parts_of(model: str, folder: Path, work: list[str], asked: list[str]) -> lis
     """The parts, in order; tests only where the working folder has them and pytest is installed."""
     bench, of_model = [sys.executable, "-m", "lownibble", "bench"], ["--model", model]
     commands = (
-        ("train", [*bench, "train", *of_model, *work, *asked], 0.65),
+        ("train", [*bench, "train", *of_model, *work, *asked], 0.6),
         ("kernels", [*bench, "kernels", *asked], 0.1),
         ("plan", [*bench, "plan", *of_model, *work], 0.1),
         ("decode", [*bench, "decode", *of_model, *asked], 0.1),
@@ -92,7 +92,7 @@ def parts_of(model: str, folder: Path, work: list[str], asked: list[str]) -> lis
     ]
     if Path("tests").is_dir() and importlib.util.find_spec("pytest"):
         output = folder / "gpu-tests-cuda.json"
-        parts.append(Part("gpu-tests", [sys.executable, "-m", "lownibble.bench.gpu", str(output)], output, 0.05))
+        parts.append(Part("gpu-tests", [sys.executable, "-m", "lownibble.bench.gpu", str(output)], output, 0.1))
     return parts
 
 

@@ -24,6 +24,8 @@ COUNT = 16
 
 _LAUNCH = re.compile(r"cu(da)?(Launch\w*Kernel\w*|GraphLaunch)")
 """Calls of the CUDA runtime and driver that launch a kernel, or a whole graph."""
+NAME = 120
+"""Characters of a kernel's name that are recorded; those of templates are long."""
 
 
 class Built(NamedTuple):
@@ -64,18 +66,32 @@ def launches(averages: Iterable[Any]) -> int:
     return sum(each.count for each in averages if _LAUNCH.fullmatch(each.key))
 
 
-def _counted(step: Callable[[], object]) -> int:
-    """Kernel launches of a step on CUDA."""
+def kernels(averages: Iterable[Any], count: int = 40) -> dict[str, Any]:
+    """From a profile's `key_averages()`: milliseconds that the device worked, and its `count` kernels that took longest."""
+    from torch.autograd.profiler_util import DeviceType
+
+    found = [each for each in averages if each.device_type == DeviceType.CUDA and not each.is_user_annotation]
+    found.sort(key=lambda each: -each.self_device_time_total)
+    longest = [
+        {"name": each.key[:NAME], "calls": each.count, "ms": round(each.self_device_time_total / 1e3, 3)}
+        for each in found[:count]
+    ]
+    return {"device_ms": sum(each.self_device_time_total for each in found) / 1e3, "kernels": longest}
+
+
+def _profiled(step: Callable[[], object]) -> dict[str, Any]:
+    """Kernel launches of a step on CUDA, and what its kernels took."""
     from torch.profiler import ProfilerActivity, profile
 
     with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiler:
         step()
         torch.cuda.synchronize()
-    return launches(profiler.key_averages())
+    averages = profiler.key_averages()
+    return {"launches_per_step": launches(averages), **kernels(averages)}
 
 
 def take_turns(build: Build, model: str, batch_size: int, length: int, out: Any) -> None:
-    """Build a contender, take its first step (on CUDA a second one, whose launches are counted), then answer turns.
+    """Build a contender, take its first step (on CUDA a second one, which is profiled), then answer turns.
 
     Args:
         model: the model's folder. out: where answers go (`reserved_stdout`).
@@ -101,7 +117,7 @@ def take_turns(build: Build, model: str, batch_size: int, length: int, out: Any)
     facts["first_step_s"] = time.perf_counter() - began
     if cuda:
         usage.reset_peak(device)
-        facts["launches_per_step"] = _counted(lambda: losses.append(built.step(1)))
+        facts |= _profiled(lambda: losses.append(built.step(1)))
     else:
         facts["launches_per_step"] = None
     trained = sum(p.numel() for p in built.model.parameters() if p.requires_grad)
