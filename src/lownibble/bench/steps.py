@@ -68,7 +68,7 @@ def launches(averages: Iterable[Any]) -> int:
 
 def kernels(averages: Iterable[Any], count: int = 40) -> dict[str, Any]:
     """From a profile's `key_averages()`: milliseconds that the device worked, and its `count` kernels that took longest."""
-    from torch.autograd.profiler_util import DeviceType
+    from torch._C._autograd import DeviceType
 
     found = [each for each in averages if each.device_type == DeviceType.CUDA and not each.is_user_annotation]
     found.sort(key=lambda each: -each.self_device_time_total)
