@@ -61,6 +61,7 @@ def test_without_a_limit_there_is_no_share():
         (["train", "--time-limit", "9"], "--time-limit is for 'bench gpu';"),
         (["train", "--batch-size", "0"], "must be an integer >= 1. Got '0'"),
         (["train", "--data", "x.jsonl", "--model", "llama-3-8b"], "Leave --model or --data out"),
+        (["train", "--only", "lora,unsloth"], "There is no contender 'unsloth' here. There are: lora, lora_eager,"),
         (["plan", "--max-length", "64"], "many settings for the embedded model"),
         (["train", "--model", "llama-3-8"], "Did you mean 'llama-3-8b'"),
     ],
@@ -121,16 +122,9 @@ def test_on_cuda_the_record_grows_with_each_contender(on_cuda, tmp_path, monkeyp
 
 @pytest.mark.slow
 def test_a_shape_is_trained_and_the_record_written(tmp_path, monkeypatch, capsys):
-    whole = train._fixed_work
-
-    def few(peers, folder, batch_size, length):
-        commands, missing = whole(peers, folder, batch_size, length)
-        return {name: commands[name] for name in ("matmul", "lora")}, missing
-
-    monkeypatch.setattr(train, "_fixed_work", few)
     monkeypatch.setattr(train, "installed", lambda kind: ([], {"unsloth_qlora": "needs CUDA"}))
     output = tmp_path / "record.json"
-    size = ["--batch-size", "2", "--max-length", "16", "--repeats", "1"]
+    size = ["--batch-size", "2", "--max-length", "16", "--repeats", "1", "--only", "lora"]
     code = main(["bench", "train", "--model", write_shape(tmp_path), "--peers", *size, "--output", str(output), "--json"])
     told = capsys.readouterr()
     assert code == 0, told.err
@@ -139,7 +133,8 @@ def test_a_shape_is_trained_and_the_record_written(tmp_path, monkeypatch, capsys
     assert record["status"] == "ok"
     assert record["workload"]["random_weights"]
     assert record["missing"] == {"unsloth_qlora": "needs CUDA"}
-    lora = record["contenders"]["lora"]
+    lora = record["contenders"].pop("lora")
+    assert record["contenders"] == {}
     assert len(lora["losses"]) == 5, "the first step, and two rounds of two"
     assert lora["limit_share"]["median"] > 0
     assert lora["launches_per_step"] is lora["reserved_bytes"] is None

@@ -34,6 +34,7 @@ OPTIONS = {
     "model": ("train", "decode", "plan", "gpu"),
     "batch_size": ("train", "plan", "gpu"),
     "max_length": ("train", "plan", "gpu"),
+    "only": ("train",),
     "time_limit": ("gpu",),
 }
 """Option -> the benchmarks that have it; all have `peers` and `repeats`."""

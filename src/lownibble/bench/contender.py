@@ -68,6 +68,7 @@ def build(name: str, model: str, ids_NBT: Tensor) -> Built:
         return {
             "compute": how.compute or "dense", "compiled": passes.compiled, "compile_reason": passes.compile_reason,
             "compile_seconds": passes.compile_seconds, "max_tokens": trainer.micro.max_tokens,
+            "cuda_graphs": passes.graph_reason if passes.graphs is None else passes.graphs.obstacle or len(passes.graphs),
         }  # fmt: skip
 
     return Built(step, loaded, facts)

@@ -48,7 +48,7 @@ RATIOS = (
 
 def bench_train(
     *, peers: bool = False, repeats: int = 5, steps: int | None = None, batch_size: int | None = None, length: int | None = None,
-    data: str | None = None, model: str = "demo", save: Save = lambda record: None,
+    data: str | None = None, model: str = "demo", only: str | None = None, save: Save = lambda record: None,
 ) -> Record:  # fmt: skip
     """Measure training steps.
 
@@ -60,6 +60,7 @@ def bench_train(
         length: tokens per row (default 256, on CUDA 1024); with `data`, the maximum row length and the pack length (default 512).
         data: rows of `messages`; None for fixed work.
         model: what to train; see `subject.py`. With `data`, 'demo' only.
+        only: contenders to measure, separated by commas; default: all.
         save: called with the record so far, after each contender that ran alone.
     Raises:
         DataError: the data are not rows of messages.
@@ -87,6 +88,7 @@ def bench_train(
             workload |= {"model": found.name, "random_weights": found.random}
             commands, missing = _fixed_work(peers, str(found.folder), batch_size, length)
             flops = _flops_per_token(str(found.folder), batch_size, length)
+        commands = _chosen(commands, only)
         alone = cuda and not rows
 
         def record(measured: Measured) -> Record:
@@ -138,6 +140,17 @@ def _fixed_work(peers: bool, folder: str, batch_size: int, length: int) -> tuple
     if kind != "cpu":
         commands["qlora_again"] = Command("lownibble.bench.contender", ("qlora_again", *work))
     return commands, missing
+
+
+def _chosen(commands: dict[str, Command], only: str | None) -> dict[str, Command]:
+    """The contenders that are asked for, and the measurement of the limit."""
+    if only is None:
+        return commands
+    names = [name.strip() for name in only.split(",")]
+    for name in names:
+        if name not in commands:
+            raise ConfigError(f"There is no contender '{name}' here. There are: {', '.join(sorted(commands))}.")
+    return {name: command for name, command in commands.items() if name in names or name == "matmul"}
 
 
 def _flops_per_token(folder: str, batch_size: int, length: int) -> float:

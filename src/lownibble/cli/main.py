@@ -153,6 +153,7 @@ def _parser() -> argparse.ArgumentParser:
     bench.add_argument(
         "--max-length", type=_count, metavar="N", help="train, plan, gpu: tokens in a row (default: 1024 on CUDA, else 256)"
     )
+    bench.add_argument("--only", metavar="NAMES", help="train: contenders to measure, separated by commas (default: all)")
     bench.add_argument("--time-limit", type=_count, metavar="SECONDS", help="gpu: for all parts together (default: 480)")
     bench.add_argument("--repeats", type=_count, metavar="N", help="interleaved repeats; quality: seeds; soak: minutes")
     bench.add_argument(

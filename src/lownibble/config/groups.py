@@ -237,6 +237,9 @@ class TrainConfig(Options):
     torch_compile: bool | Literal["auto"] = Field(
         "auto", description="compile one decoder layer and use it for all; auto: where the run is long enough for it to pay"
     )
+    cuda_graphs: bool | Literal["auto"] = Field(
+        "auto", description="on CUDA, replay passes as graphs, without waiting for the host; auto: where layers are compiled"
+    )
     seed: Annotated[int, Ge(0), Lt(2**32)] = Field(0, description="seed of data order, initialisation and dropout")
     eval_steps: Annotated[int, Ge(1)] | None = Field(None, description="evaluate every so many steps; default: before and after")
     save_steps: Annotated[int, Ge(1)] | None = Field(None, description="checkpoint every so many steps; default: at the end")

@@ -50,6 +50,11 @@ def scratch(shape: torch.Size, dtype: torch.dtype, device: torch.device) -> Tens
     return buffers[key][:numel].view(shape)
 
 
+def scratch_buffers() -> list[Tensor]:
+    """The buffers of all threads."""
+    return [buffer for buffers in list(_everybodys) for buffer in buffers.values()]
+
+
 def release_scratch() -> int:
     """Free the buffers of all threads, including autograd's; returns their bytes. A buffer in use is freed after that use."""
     freed = 0

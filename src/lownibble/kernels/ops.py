@@ -361,15 +361,15 @@ def attention_backward(
 def low_rank(x_TC: Tensor, factor_Cr: Tensor, scale: float = 1.0) -> Tensor:
     """`scale * x @ factor`, (T, r) in x's dtype, for a rank much smaller than C.
 
-    x_TC: contiguous; factor_Cr: float32 with any strides.
+    x_TC: contiguous; factor_Cr: float32 or of x's dtype, with any strides.
     """
     return _for(x_TC).low_rank(x_TC, factor_Cr, scale)
 
 
 def low_rank_backward(dy_TN: Tensor, x_TK: Tensor, low_Tr: Tensor, lora_B: Tensor, scale: float) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of `y = scale * low B^T`, `low = x A^T`: dlow (T, r) in dy's dtype, dA (r, K) and dB (N, r) in B's.
+    """Gradients of `y = scale * low B^T`, `low = x A^T`: dlow (T, r) in dy's dtype, dA (r, K) and dB (N, r) in float32.
 
-    lora_B: (N, r); the other tensors are contiguous and of one dtype.
+    lora_B: (N, r), float32 or of dy's dtype; the other tensors are contiguous and of one dtype.
     """
     return _for(dy_TN).low_rank_backward(dy_TN, x_TK, low_Tr, lora_B, scale)
 

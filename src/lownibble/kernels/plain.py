@@ -37,12 +37,18 @@ def gemv_bf16(x_TK: Tensor, weight_NK: Tensor) -> Tensor:
 
 def low_rank(x_TC: Tensor, factor_Cr: Tensor, scale: float) -> Tensor:
     """As `ops.low_rank`."""
-    low_Tr = x_TC @ factor_Cr.to(x_TC.dtype)
-    return low_Tr if scale == 1 else low_Tr.mul_(scale)
+    factor = factor_Cr.to(x_TC.dtype)
+    if scale == 1:
+        return x_TC @ factor
+    return x_TC.new_empty(len(x_TC), factor.shape[1]).addmm_(x_TC, factor, beta=0, alpha=scale)
 
 
 def low_rank_backward(dy_TN: Tensor, x_TK: Tensor, low_Tr: Tensor, lora_B: Tensor, scale: float) -> tuple[Tensor, Tensor, Tensor]:
-    """As `ops.low_rank_backward`."""
+    """As `ops.low_rank_backward`; on CUDA the gradients of 16-bit factors are not rounded to 16 bits."""
     dlow_Tr = low_rank(dy_TN, lora_B, scale)
-    dB = (low_Tr.t() @ dy_TN).mul_(scale).t().to(lora_B.dtype).contiguous()
-    return dlow_Tr, (dlow_Tr.t() @ x_TK).to(lora_B.dtype), dB
+    dtype = torch.promote_types(lora_B.dtype, torch.float32)
+    if dy_TN.is_cuda and dy_TN.dtype != dtype:
+        dB = torch.mm(dy_TN.t(), low_Tr, out_dtype=dtype).mul_(scale)
+        return dlow_Tr, torch.mm(dlow_Tr.t(), x_TK, out_dtype=dtype), dB
+    dB = (low_Tr.t() @ dy_TN).mul_(scale).t().to(dtype).contiguous()
+    return dlow_Tr, (dlow_Tr.t() @ x_TK).to(dtype), dB

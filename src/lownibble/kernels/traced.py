@@ -147,9 +147,11 @@ class Traced:
         self, dy_TN: Tensor, x_TK: Tensor, low_Tr: Tensor, lora_B: Tensor, scale: float
     ) -> tuple[Tensor, Tensor, Tensor]:
         """As `ops.low_rank_backward`; the buffer of partial sums is not counted."""
-        if not (self._fused and dy_TN.dtype == torch.float32):
+        own = dy_TN.is_cuda or (self._fused and dy_TN.dtype == torch.float32)
+        if not own:
             return plain.low_rank_backward(dy_TN, x_TK, low_Tr, lora_B, scale)
-        return torch.empty_like(low_Tr), lora_B.new_empty(low_Tr.shape[1], x_TK.shape[1]), torch.empty_like(lora_B)
+        dA, dB = (x_TK.new_empty(shape, dtype=torch.float32) for shape in ((low_Tr.shape[1], x_TK.shape[1]), lora_B.shape))
+        return torch.empty_like(low_Tr), dA, dB
 
     def softmax_rows(self, x_LV: Tensor, scale: float) -> Tensor:
         """As `ops.softmax_rows`."""

@@ -9,11 +9,13 @@ takes its place, because the compiler cannot trace kernels that work on pointers
 call, but a decoder layer becomes one graph, whose norms, rotary embedding and activation function are fused and partly
 recomputed in backward instead of saved.
 
-Adapters are float32 master weights; with 16-bit activations they are cast for the matmul and their gradient is cast back.
+Adapters are float32 master weights; with 16-bit activations they are cast for the matmul, by the caller once for all layers and
+both directions (`rounded`) or else at each use. Their gradients are float32.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -25,6 +27,9 @@ from lownibble.kernels.decoded import matmul_dense
 from lownibble.kernels.types import NO_EPILOGUE, Epilogue, Rows8bit
 from lownibble.quant import eightbit
 from lownibble.quant.packed import PackedWeight, from_spec, restore
+
+Rounded = Sequence[Tensor]
+"""A and B in the dtype of the activations, or nothing."""
 
 
 def _keep_mask(x: Tensor, p: float, seed: int) -> Tensor:
@@ -105,12 +110,13 @@ class LoraMatmul(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, x: Tensor, weight: Tensor | PackedWeight, bias: Tensor | None, lora_A: Tensor, lora_B: Tensor,
-        scale: float, dropout: float, seed: int, rows: Rows8bit | None,
+        scale: float, dropout: float, seed: int, rows: Rows8bit | None, rounded: Rounded,
     ) -> Tensor:  # fmt: skip
-        """The module-level `forward`; returns y only."""
-        y, low = forward(x, weight, bias, lora_A, lora_B, scale, dropout, seed, rows)
+        """The module-level `forward`; returns y only. `rounded`: A and B in x's dtype, or none."""
+        A, B = rounded or (lora_A, lora_B)
+        y, low = forward(x, weight, bias, A, B, scale, dropout, seed, rows)
         tensors = {"": weight} if isinstance(weight, Tensor) else weight.tensors()
-        ctx.save_for_backward(x, lora_A, lora_B, low, *tensors.values())
+        ctx.save_for_backward(x, A, B, low, *tensors.values())
         ctx.packed = None if isinstance(weight, Tensor) else (weight.facts(), tuple(tensors))
         ctx.rest = scale, dropout, seed, None if rows is None else rows.codes.dtype
         ctx.backend = ops.chosen()
@@ -129,7 +135,7 @@ class LoraMatmul(torch.autograd.Function):
                 dy, x, weight, lora_A, lora_B, low, scale, dropout, seed, code_type, ctx.needs_input_grad[0]
             )  # fmt: skip
         dbias = dy.sum(0) if ctx.needs_input_grad[2] else None
-        return dx, None, dbias, dA, dB, None, None, None, None
+        return dx, None, dbias, dA, dB, None, None, None, None, None
 
 
 def _weight(tensors: list[Tensor], spec: str) -> Tensor | PackedWeight:
@@ -139,21 +145,22 @@ def _weight(tensors: list[Tensor], spec: str) -> Tensor | PackedWeight:
 @torch.library.custom_op("lownibble::lora_matmul", mutates_args=())
 def lora_matmul(
     x: Tensor, weight: list[Tensor], spec: str, bias: Tensor | None, lora_A: Tensor, lora_B: Tensor, scale: float,
-    dropout: float, seed: Tensor | None, rows: list[Tensor],
+    dropout: float, seed: Tensor | None, rows: list[Tensor], rounded: list[Tensor],
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Custom operator for torch.compile: x (..., K) -> y (..., N) and dropout(x) A^T (T, r).
 
     `weight`: one dense tensor, or with a `spec` the `flat` of a `QuantLinear`. `seed`: () int64, with dropout. `rows`: x in
-    8 bits from `eightbit.rows_of`, or empty.
+    8 bits from `eightbit.rows_of`, or empty. `rounded`: A and B in x's dtype, or empty.
     """
     x_TK = x.reshape(-1, x.shape[-1])
     frozen, as_rows = _weight(weight, spec), eightbit.of_tensors(rows, x_TK)
-    y, low = forward(x_TK, frozen, bias, lora_A, lora_B, scale, dropout, 0 if seed is None else int(seed), as_rows)
+    A, B = rounded or (lora_A, lora_B)
+    y, low = forward(x_TK, frozen, bias, A, B, scale, dropout, 0 if seed is None else int(seed), as_rows)
     return y.view(*x.shape[:-1], -1), low
 
 
 @lora_matmul.register_fake
-def _(x, weight, spec, bias, lora_A, lora_B, scale, dropout, seed, rows):  # type: ignore[no-untyped-def]
+def _(x, weight, spec, bias, lora_A, lora_B, scale, dropout, seed, rows, rounded):  # type: ignore[no-untyped-def]
     return x.new_empty((*x.shape[:-1], lora_B.shape[0])), x.new_empty((x.numel() // x.shape[-1], lora_A.shape[0]))
 
 
@@ -170,27 +177,29 @@ def _lora_matmul_backward(
 
 @_lora_matmul_backward.register_fake
 def _(dy, x, weight, spec, lora_A, lora_B, low, scale, dropout, seed, code_type, wants_dx):  # type: ignore[no-untyped-def]
-    return x.new_empty(x.shape if wants_dx else 0), torch.empty_like(lora_A), torch.empty_like(lora_B)
+    dA, dB = (x.new_empty(factor.shape, dtype=torch.promote_types(factor.dtype, torch.float32)) for factor in (lora_A, lora_B))
+    return x.new_empty(x.shape if wants_dx else 0), dA, dB
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    x, weight, spec, _, lora_A, lora_B, scale, dropout, seed, rows = inputs
+    x, weight, spec, _, lora_A, lora_B, scale, dropout, seed, rows, rounded = inputs
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(x, lora_A, lora_B, output[1], seed, *weight)
-    ctx.rest = spec, scale, dropout, len(weight), [tensor.dtype for tensor in rows]
+    ctx.save_for_backward(x, *(rounded or (lora_A, lora_B)), output[1], seed, *weight)
+    ctx.rest = spec, scale, dropout, len(weight), [tensor.dtype for tensor in rows], len(rounded)
     ctx.backend = ops.chosen()
 
 
 def _differentiate(ctx: Any, dy: Tensor, _: None) -> tuple[Any, ...]:
     x, lora_A, lora_B, low, seed, *weight = ctx.saved_tensors
-    spec, scale, dropout, n_weight, row_types = ctx.rest
+    spec, scale, dropout, n_weight, row_types, n_rounded = ctx.rest
     wants_dx, code_type = ctx.needs_input_grad[0], row_types[0] if row_types else None
     with ops.keeping(ctx.backend):
         dx, dA, dB = _lora_matmul_backward(
             dy, x, weight, spec, lora_A, lora_B, low, scale, dropout, seed, code_type, wants_dx
         )  # fmt: skip
     dbias = dy.flatten(0, -2).sum(0) if ctx.needs_input_grad[3] else None
-    return dx if wants_dx else None, [None] * n_weight, None, dbias, dA, dB, None, None, None, [None] * len(row_types)
+    without = [None] * n_weight, [None] * len(row_types), [None] * n_rounded
+    return dx if wants_dx else None, without[0], None, dbias, dA, dB, None, None, None, *without[1:]
 
 
 lora_matmul.register_autograd(_differentiate, setup_context=_save)

@@ -60,19 +60,20 @@ def low_rank_sum(
     base: nn.Linear | QuantLinear, adapter: LowRank, x: Tensor, bias: Tensor | None, dropout: float
 ) -> Tensor:  # fmt: skip
     """x W^T + bias + scale (dropout(x) A^T) B^T, (T, out) or, compiled, (..., out)."""
-    lora_A, lora_B, scale = adapter.lora_A, adapter.lora_B, adapter.scale
+    lora_A, lora_B, scale, rounded = adapter.lora_A, adapter.lora_B, adapter.scale, adapter.rounded
     code_type = base.code_type if isinstance(base, QuantLinear) else None
     seed = torch.randint(2**62, ()) if dropout else None
     y: Tensor
     if torch.compiler.is_compiling():
         weight, spec = (base.flat, base.spec) if isinstance(base, QuantLinear) else ([matrix(base)], "")
         rows_8bit = eightbit.rows_of(x, code_type)
-        y, _ = lora_matmul(x, weight, spec, bias, lora_A, lora_B, scale, dropout, seed, rows_8bit)
+        y, _ = lora_matmul(x, weight, spec, bias, lora_A, lora_B, scale, dropout, seed, rows_8bit, rounded)
         return y
     frozen = base.weight if isinstance(base, QuantLinear) else matrix(base)
     rows = None if code_type is None else eightbit.shared_rows(x, code_type)
     y = LoraMatmul.apply(
         x.reshape(-1, x.shape[-1]), frozen, bias, lora_A, lora_B, scale, dropout, 0 if seed is None else int(seed), rows,
+        rounded,
     )  # fmt: skip
     return y
 

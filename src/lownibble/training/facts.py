@@ -89,6 +89,8 @@ def of_compilation(passes: Passes) -> dict[str, Any]:
     return {
         "attention": f"torch's: {passes.attention_reason}" if passes.attention_reason else "lownibble",
         "compiled": passes.compiled, "compile_reason": passes.compile_reason, "compile_seconds": passes.compile_seconds,
+        "cuda_graphs": 0 if passes.graphs is None else len(passes.graphs),
+        "cuda_graphs_reason": passes.graph_reason if passes.graphs is None else passes.graphs.obstacle,
         "tiled": None if tiled is None else sorted(tiled.modules), "untiled": None if tiled is None else tiled.untiled,
     }  # fmt: skip
 

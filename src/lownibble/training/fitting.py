@@ -122,6 +122,8 @@ class Fitting:
             MemoryGoneError: microbatches are single rows, and checkpointing is on or not available.
         """
         release_scratch()
+        if self._gave_up_graphs(f"step {step + 1}, which began again"):
+            return
         usage.settle(self.device)
         batches = self.micro.batches(rows)
         tokens = max(self.micro.tokens(passed) for passed in self.micro.dealt(rows))
@@ -140,6 +142,14 @@ class Fitting:
             )
         self.warnings.append(f"memory ran out in step {step + 1}, which began again: {what}")
 
+    def _gave_up_graphs(self, when: str) -> bool:
+        """Free the memory of CUDA graphs, if there are any, before anything gets smaller."""
+        dropped = self.passes.drop_graphs("memory ran out")
+        if dropped:
+            self.warnings.append(f"memory ran out in {when}: passes are no longer replayed as CUDA graphs")
+            usage.settle(self.device)
+        return dropped
+
     def shrink_evaluation(self, step: int) -> None:
         """After running out of memory in an evaluation: shrink its forward passes from now on.
 
@@ -147,6 +157,8 @@ class Fitting:
             MemoryGoneError: a pass is already a single row.
         """
         release_scratch()
+        if self._gave_up_graphs(f"the evaluation after step {step}, which began again"):
+            return
         usage.settle(self.device)
         tokens = self.evaluator.halve()
         if not tokens:

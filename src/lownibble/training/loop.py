@@ -230,6 +230,7 @@ class Trainer:
         open_states(self.optimizer)
         if self.passes.compiled and not over:
             self._compile(past)
+        self.passes.choose_graphs(self.config.cuda_graphs, type(self.objective).loss is Objective.loss)
         return past.step if past else 0
 
     def _past(self) -> checkpoint.Facts | None:
@@ -342,7 +343,7 @@ class Trainer:
         for index, batch in enumerate(batches):
             self._seed(step, index)
             self.fitting.make_room()
-            losses.append(self.passes.backward(batch, n_labels, measured=not self._measured and index == 0))
+            losses.append(self.passes.backward(batch, n_labels, measured=not self._measured and index == 0, replay=True))
         return batches, n_labels, torch.stack([value.float() for value in (*losses, self._clip())])
 
     def _shrink(self, step: int, rows: Rows) -> None:

@@ -50,7 +50,7 @@ class _LabelLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, hidden_LH: Tensor, labels_L: Tensor, head: Head, n_total: int, n_parameters: int, *parameters: Tensor,
+        ctx: Any, hidden_LH: Tensor, labels_L: Tensor, head: Head, n_total: int | Tensor, n_parameters: int, *parameters: Tensor,
     ) -> Tensor:  # fmt: skip
         wants_hidden = ctx.needs_input_grad[0]
         wants_any = wants_hidden or n_parameters > 0
@@ -83,7 +83,7 @@ class _LabelLoss(torch.autograd.Function):
 
 
 def _through_head(
-    head: Head, hidden_LH: Tensor, labels_L: Tensor, part: slice, n_total: int,
+    head: Head, hidden_LH: Tensor, labels_L: Tensor, part: slice, n_total: int | Tensor,
     parameters: Sequence[Tensor], dhidden_LH: Tensor | None, dparameters: list[Tensor],
 ) -> Tensor:  # fmt: skip
     """A chunk's loss by autograd; writes its hidden gradient, adds its parameter gradients, and frees everything else."""
@@ -115,7 +115,7 @@ def _into_one_buffer(hidden_LH: Tensor, plain: DenseProducts) -> Iterator[tuple[
         yield part, plain.forward(hidden_LH[part], buffer[: part.stop - start])
 
 
-def _cross_entropy(logits_LV: Tensor, labels_L: Tensor, n_total: int, wants_gradient: bool) -> tuple[Tensor, Tensor]:
+def _cross_entropy(logits_LV: Tensor, labels_L: Tensor, n_total: int | Tensor, wants_gradient: bool) -> tuple[Tensor, Tensor]:
     """Sum of cross-entropies, and its gradient divided by n_total, in place for float32 logits."""
     dtype = logits_LV.dtype
     scores = logits_LV.float()
@@ -155,7 +155,7 @@ def label_loss(
 
 def loss_at(
     model: Any, input_ids_BT: Tensor, attention_mask_BT: Tensor | None, places_L: Tensor, labels_L: Tensor,
-    n_total: int | None = None, segments: Sequence[int] | None = None, source: tuple[Tensor, Tensor] | None = None,
+    n_total: int | Tensor | None = None, segments: Sequence[int] | None = None, source: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:  # fmt: skip
     """`label_loss` with the output of `label_places`, and no mask for rows without padding: no shape depends on values, so it can
     be traced, and the host waits for no value."""
@@ -164,7 +164,8 @@ def loss_at(
     hidden_LH = hidden_BTH.flatten(0, 1).index_select(0, places_L)
     del hidden_BTH
     trained = head.trained if torch.is_grad_enabled() else []
-    return _LabelLoss.apply(hidden_LH, labels_L, head, n_total or len(labels_L), len(trained), *trained)  # type: ignore[no-any-return]
+    n_total = len(labels_L) if n_total is None else n_total
+    return _LabelLoss.apply(hidden_LH, labels_L, head, n_total, len(trained), *trained)  # type: ignore[no-any-return]
 
 
 @torch.no_grad()

@@ -61,8 +61,11 @@ class Objective:
         """The batch's weight: a step's loss is divided by the sum of its microbatches' weights."""
         return batch.n_label_tokens
 
-    def loss(self, model: Any, batch: Batch, total: int) -> Tensor:
-        """Sum of the batch's losses divided by `total`: () float32, ready for backward. The batch is on the model's device."""
+    def loss(self, model: Any, batch: Batch, total: int | Tensor) -> Tensor:
+        """Sum of the batch's losses divided by `total`: () float32, ready for backward. The batch is on the model's device.
+
+        `total` is a tensor, () float32, in passes that become CUDA graphs; only for this loss, not for an override.
+        """
         return loss_at(model, batch.input_ids, batch.mask, *batch.label_places, total, batch.segments, batch.source)
 
     def evaluator(

@@ -17,11 +17,14 @@ from lownibble.config import Checkpointing
 from lownibble.data import Batch, Example
 from lownibble.errors import ConfigError, TrainingError
 from lownibble.lora import LowRank
+from lownibble.lora.layer import RoundedAdapters
 from lownibble.memory import usage
 from lownibble.models.attention import kernel_obstacle, refusal, segment_attention
 from lownibble.models.info import info
 from lownibble.planning.tiles import is_long, tile_lengths
 from lownibble.training import compiling
+from lownibble.training.graphs import Graphs, decided, draws_random
+from lownibble.training.graphs import obstacle as obstacle_to_graphs
 from lownibble.training.loss import check_packing, check_rows, check_unmasked
 from lownibble.training.microbatches import MicroBatches
 from lownibble.training.offload import COPIES, Offloaded, obstacle
@@ -45,10 +48,11 @@ class Passes:
             the peak memory up to the end of compilation.
         saved_activation_bytes: bytes that autograd saved in the last `measured` forward pass.
         tiled: how modules of long microbatches run in tiles of tokens; None until there is one.
+        graphs, graph_reason: CUDA graphs of the passes, or None, and why there are none.
     """
 
     def __init__(
-        self, model: Any, micro: MicroBatches, device: torch.device, loss: Callable[[Any, Batch, int], torch.Tensor]
+        self, model: Any, micro: MicroBatches, device: torch.device, loss: Callable[[Any, Batch, Any], torch.Tensor]
     ) -> None:
         self._of_batch = loss
         self.model, self.micro, self.device = model, micro, device
@@ -61,6 +65,9 @@ class Passes:
         self._checkpointing: Checkpointing = False
         self._offloaded: Offloaded | None = None
         self.tiled: Tiled | None = None
+        self._rounded: RoundedAdapters | None = None
+        self.graphs: Graphs | None = None
+        self.graph_reason = ""
 
     def check(self) -> None:
         """Choose the attention kernel; with packing, compare packed rows with each row alone.
@@ -110,6 +117,27 @@ class Passes:
             ConfigError: compilation was requested but is not possible here (says what is missing).
         """
         self.compiled, self.compile_reason = compiling.choose(option, self.model, self.device, tokens)
+
+    def choose_graphs(self, option: bool | Literal["auto"], plain_loss: bool) -> None:
+        """Decide whether passes are replayed as CUDA graphs, after the rest is decided.
+
+        Args:
+            plain_loss: the loss is the next-token one.
+        Raises:
+            ConfigError: graphs were requested but are not possible here.
+        """
+        found = obstacle_to_graphs(self.model, self.device, packed=self.micro.pack_to is not None, plain_loss=plain_loss)
+        if option is True and found:
+            raise ConfigError(f"cuda_graphs=True cannot be done: {found}. Use cuda_graphs=False (--cuda-graphs false).")
+        self.graph_reason = decided(option, self.compiled, found)
+        if not self.graph_reason:
+            trained = [p for p in self.model.parameters() if p.requires_grad]
+            grow = not info(self.model).needs_mask
+            self.graphs = Graphs(self._run, trained, self.device, self.micro.longest_row, grow=grow)
+
+    def drop_graphs(self, reason: str) -> bool:
+        """Go on without CUDA graphs, and free their memory; returns whether there were any."""
+        return self.graphs is not None and self.graphs.drop(reason)
 
     @property
     def is_any_compiled(self) -> bool:
@@ -168,7 +196,8 @@ class Passes:
         if not self.can_checkpoint or call is None:
             raise ConfigError(f"{type(self.model).__name__} has no gradient checkpointing. Leave gradient_checkpointing out.")
         self._offloaded = Offloaded(self.model, self.device) if how == "offload" else None
-        call({"use_reentrant": False}) if how is True else call()
+        keep = {"use_reentrant": False, "preserve_rng_state": draws_random(self.model)}  # reading its state waits for the device
+        call(keep) if how is True else call()
         self._checkpointing = how
 
     @property
@@ -209,6 +238,12 @@ class Passes:
             and len(tile_lengths(batch.input_ids.numel())) > 1
         )
 
+    def _rounding(self) -> AbstractContextManager[Any]:
+        """Adapters rounded once for a pass, where launches of kernels are what costs."""
+        if self._rounded is None and self.device.type == "cuda" and self.model.dtype in (torch.bfloat16, torch.float16):
+            self._rounded = RoundedAdapters(self.model, self.model.dtype)
+        return nullcontext() if self._rounded is None else self._rounded()
+
     def _precision(self) -> AbstractContextManager[Any]:
         """Autocast if the weights are float32 master weights for 16-bit matmuls."""
         dtype = info(self.model).autocast
@@ -220,26 +255,31 @@ class Passes:
         with self._attention(self.model), tiles:
             return self._loss(batch, n_total)
 
-    def _loss(self, batch: Batch, n_total: int) -> torch.Tensor:
+    def _loss(self, batch: Batch, n_total: int | torch.Tensor) -> torch.Tensor:
         with self._precision():
             return self._of_batch(self.model, batch.to(self.device), n_total)
 
-    def backward(self, batch: Batch, n_total: int, *, measured: bool = False) -> torch.Tensor:
-        """Accumulate the gradients of a microbatch; returns its loss, (), on the device. `measured`: count the activations that
-        autograd saves.
+    def backward(self, batch: Batch, n_total: int, *, measured: bool = False, replay: bool = False) -> torch.Tensor:
+        """Accumulate the gradients of a microbatch; returns its loss, (), on the device.
 
+        Args:
+            measured: count the activations that autograd saves.
+            replay: with CUDA graphs where there are any.
         Raises:
             TrainingError: a layer cannot be compiled, or the loss has no gradient.
         """
+        if replay and self.graphs is not None and not (measured or self._offloaded or self._runs_in_tiles(batch)):
+            return self.graphs(batch, n_total)
+        return self._run(batch, n_total, measured)
+
+    def _run(self, batch: Batch, n_total: int | torch.Tensor, measured: bool = False) -> torch.Tensor:
+        watch = usage.SavedActivations()
         self.model.train()
-        with self._attention(self.model), self._in_place(batch):
-            if measured:
-                watch = usage.SavedActivations()
-                with watch.watch(self.model):
-                    loss = self._loss(batch, n_total)
-                self.saved_activation_bytes = watch.bytes
-            else:
+        with self._attention(self.model), self._in_place(batch), self._rounding():
+            with watch.watch(self.model) if measured else nullcontext():
                 loss = self._loss(batch, n_total)
+            if measured:
+                self.saved_activation_bytes = watch.bytes
             if not loss.requires_grad:
                 raise TrainingError(
                     f"The loss of {type(self.model).__name__} has no gradient: its code detaches its layers, and it cannot be "
