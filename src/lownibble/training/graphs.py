@@ -168,18 +168,20 @@ class Graphs:
     def _add(self, key: tuple[int, ...], inputs: _Inputs) -> None:
         if not self._buffers:
             self._buffers = [torch.zeros_like(parameter) for parameter in self._parameters]
-        before = [parameter.grad for parameter in self._parameters]
         trained: list[int] = []
 
         def run() -> Tensor:
-            loss = self._run(inputs.batch, inputs.total)
-            trained[:] = [index for index, parameter in enumerate(self._parameters) if parameter.grad is not None]
-            gradients = [gradient for index in trained if (gradient := self._parameters[index].grad) is not None]
-            torch._foreach_add_([self._buffers[index] for index in trained], gradients)
-            self._set_gradients([None] * len(self._parameters))
+            before = [parameter.grad for parameter in self._parameters]
+            self._set_gradients([None] * len(before))
+            try:
+                loss = self._run(inputs.batch, inputs.total)
+                found = {index: p.grad for index, p in enumerate(self._parameters) if p.grad is not None}
+                torch._foreach_add_([self._buffers[index] for index in found], list(found.values()))
+            finally:
+                self._set_gradients(before)
+            trained[:] = found
             return loss
 
-        self._set_gradients([None] * len(self._parameters))
         try:
             replay, loss = self._capture(run)
         except (
@@ -188,8 +190,6 @@ class Graphs:
             self.drop(f"capturing failed: {(str(error).splitlines() or [type(error).__name__])[0]}")
         else:
             self._graphs[key] = _Graph(replay, loss, trained, scratch_buffers())
-        finally:
-            self._set_gradients(before)
 
     def _set_gradients(self, gradients: Sequence[Tensor | None]) -> None:
         for parameter, gradient in zip(self._parameters, gradients, strict=True):
