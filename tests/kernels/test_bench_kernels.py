@@ -4,6 +4,7 @@ import json
 import math
 
 import pytest
+import torch
 
 from lownibble.bench import kernels as bench
 from lownibble.quant import layouts
@@ -14,6 +15,7 @@ DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 @pytest.mark.parametrize("device", DEVICES)
 def test_every_figure_is_measured_on_the_devices_own_kernels(monkeypatch, bitsandbytes, device):
     monkeypatch.setattr(bench, "SHAPES_NK", [(128, 128), (32, 64)])
+    monkeypatch.setattr(bench, "CUDA_LOGITS_LV", (16, 1000))
     record = bench.bench_kernels(repeats=2, device=device)
     json.dumps(record, allow_nan=False)
     assert record["environment"]["device_type"] == device
@@ -27,7 +29,15 @@ def test_every_figure_is_measured_on_the_devices_own_kernels(monkeypatch, bitsan
     grouped = next(iter(record["threads"].values()))["grouped"]["32x64"]
     assert grouped.keys() == layouts.GROUPED.keys()
     assert all(each["ratio_vs_fill"] > 0 and each["ratio_gemv_vs_dense"] > 0 for each in grouped.values())
+    assert list(next(iter(record["threads"].values())).get("cross_entropy", {})) == ["16x1000"] * (device == "cuda")
     assert all(t["min_us"] <= t["median_us"] <= t["max_us"] for t in figures["times"].values())
+
+
+def test_the_loss_is_measured_with_its_gradient():
+    figures = bench._bench_cross_entropy(16, 1000, 3, torch.device("cpu"))
+    assert figures["times"].keys() == {"native", "fill", "torch"}
+    assert figures["logits_bytes"] == 4 * 16 * 1000
+    assert figures["ratio_vs_torch"] > 0 < figures["ratio_vs_fill"]
 
 
 def test_without_peers_the_record_says_so(monkeypatch):

@@ -221,18 +221,6 @@ def test_layers_of_different_sizes_are_refused():
         _run(DecoderLayers([_layer(0), _layer(1, inner=64)]), [0], [0])
 
 
-@pytest.mark.parametrize("shape", [(1, 1), (3, 17), (5, 64), (2, 1000), (0, 7)])
-def test_softmax_of_rows_in_place(backend, shape):
-    torch.manual_seed(0)
-    x = torch.randn(shape) * 20
-    expected = x.double()
-    lse = ops.softmax_rows(x, 0.25)
-    torch.testing.assert_close(lse, expected.logsumexp(1).float(), rtol=1e-6, atol=1e-5)
-    torch.testing.assert_close(
-        x, (0.25 * expected.softmax(1)).float(), rtol=2e-5, atol=1e-7
-    )  # an exponent of 60 has an ulp of 4e-6
-
-
 @pytest.mark.parametrize("shape", [(1, 576, 130), (3, 70, 33), (8, 64, 5), (0, 64, 5), (2, 64, 0)])
 def test_product_with_a_bfloat16_weight(backend, shape):
     T, K, N = shape

@@ -68,6 +68,23 @@ def test_the_planners_tape_is_within_half_a_percent(model_type, method, checkpoi
     assert peak(planned) == pytest.approx(peak(trace(config, method, batch, checkpointing)), rel=0.005)
 
 
+@pytest.mark.parametrize("cuda", [False, True], ids=["cpu", "cuda"])
+@pytest.mark.parametrize("itemsize", [2, 4])
+@pytest.mark.parametrize("model_type", ["llama", "gemma2"])
+def test_chunks_of_logits_that_are_the_peak(model_type, itemsize, cuda):
+    """By a plain head and by one whose logits are capped; on CUDA without the float32 copy of 16-bit logits."""
+    config, batch = {**config_of(model_type), "vocab_size": 50000}, Batch(2, 64, 120)
+    shape, run = read_shape(config), Runtime(itemsize, fused=False, kernel_attention=False, decode_buffers=1, cuda=cuda)
+    ranks = {f"model.layers.{i}.{linear.name}": 16 for i in range(3) for linear in shape.linears}
+    planned = run_step(shape, Method(ranks=ranks), run, batch)
+    traced = trace_step(config, "lora", run, batch, quant=QuantConfig(), lora=LoraConfig())
+    above = [peak(tape) - tape.marks[0][2] for tape in (planned, traced)]
+    logits = 120 * 50000
+    assert above[0] == pytest.approx(above[1], rel=0.011)  # the trace keeps the buffer that logits share with decoded weights
+    if model_type == "llama":
+        assert above[0] == pytest.approx((6 if itemsize == 2 and not cuda else itemsize) * logits, rel=0.1)
+
+
 @pytest.fixture
 def short_tiles(monkeypatch):
     """Tiles of at most 16 tokens in any microbatch of more than 32."""

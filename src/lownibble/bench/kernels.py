@@ -14,6 +14,8 @@ Baselines:
   output (on a CPU, the non-temporal stores used for large outputs beat it: they do not read the cache lines first);
 - a matrix-vector product on 4-bit weights reads 1/8 of the dense one, its competitor in token-by-token decoding; the codecs in
   groups are measured against the same two, with their default options;
+- the head's loss with its gradient (on CUDA) replaces the logits; the baseline is torch's cross-entropy with its backward pass,
+  which keeps the logits;
 - bitsandbytes' kernels do the same work on the same bytes. Its API allocates the output of every dequantisation, and for large
   outputs the page faults of that cost more than the kernel; `_kernel` is the kernel alone, on the same preallocated output,
   and `native_allocating` the native one with a new output each time. Its inference layer on a CPU repacks the weight and computes
@@ -50,6 +52,8 @@ SHAPES_NK = [(4096, 4096), (576, 1536)]
 """A layer of a 7B model (64 MiB dequantised: main memory), and one of a 135M model (3.4 MiB: cache)."""
 CUDA_SHAPES_NK = [(14336, 4096)]
 """Measured on CUDA, too: the largest layer of an 8B model. Seconds a turn on a CPU."""
+CUDA_LOGITS_LV = (2048, 128256)
+"""Logits of the loss, measured on CUDA: 2048 label tokens of Llama 3's vocabulary, 0.5 GB in bfloat16."""
 ROWS = [1, 4, 8]
 NATIVE = {"cpu": ("cpu", torch.float32), "cuda": ("triton", torch.bfloat16)}
 """Device type -> backend, dtype of the dense tensors."""
@@ -265,6 +269,31 @@ def _bench_grouped(packed: PackedWeight, dense_NK: Tensor, repeats: int) -> Reco
     }
 
 
+def _bench_cross_entropy(L: int, V: int, repeats: int, device: torch.device) -> Record:
+    generator = torch.Generator(device).manual_seed(3)
+    logits_LV = torch.randn(L, V, generator=generator, device=device, dtype=NATIVE[device.type][1])
+    labels_L = torch.randint(V, (L,), generator=generator, device=device)
+    leaf_LV = logits_LV.clone().requires_grad_()
+
+    def torchs() -> tuple[Tensor, ...]:
+        with torch.enable_grad():
+            return torch.autograd.grad(F.cross_entropy(leaf_LV, labels_L), leaf_LV)
+
+    calls: Calls = {
+        "native": lambda: ops.cross_entropy(logits_LV, labels_L, 1 / L),
+        "fill": lambda: logits_LV.fill_(1.0),
+        "torch": torchs,
+    }
+    with ops.use_backend(NATIVE[device.type][0]):
+        seconds = _take_turns(calls, repeats, device)
+    return {
+        "logits_bytes": logits_LV.nbytes,
+        "times": _times(seconds),
+        "ratio_vs_fill": _ratio(seconds, "fill", "native"),
+        "ratio_vs_torch": _ratio(seconds, "torch", "native"),
+    }
+
+
 @torch.no_grad()
 def bench_kernels(repeats: int = 15, peers: bool = True, device: str = "auto") -> Record:
     """Measure the kernels of a device; a CPU's with one thread and with torch's number of threads. Under a minute on two cores.
@@ -305,6 +334,9 @@ def bench_kernels(repeats: int = 15, peers: bool = True, device: str = "auto") -
                 record["grouped"][f"{N}x{K}"] = {
                     quant_type: _bench_grouped(each, weight.dense_NK, repeats) for quant_type, each in packed.items()
                 }
+            if place.type == "cuda":
+                L, V = CUDA_LOGITS_LV
+                record["cross_entropy"] = {f"{L}x{V}": _bench_cross_entropy(L, V, repeats, place)}
             by_threads[str(threads)] = record
     finally:
         torch.set_num_threads(all_threads)
@@ -349,6 +381,10 @@ def _headlines(record: Record, dtype: torch.dtype) -> Record:
             for shape, _ in others
         },
         **{f"matrix-vector {shape} / dense {dense}": each["ratio_double_quant_vs_dense"] for shape, each in others},
+        **{
+            f"loss and its gradient {shape} / torch's cross_entropy, forward and backward": each["ratio_vs_torch"]
+            for shape, each in record.get("cross_entropy", {}).items()
+        },
         **{f"{name}: dequantize {big} / fill of the same memory": each["ratio_vs_fill"] for name, each in grouped.items()},
         **{f"{name}: matrix-vector {big} / dense {dense}": each["ratio_gemv_vs_dense"] for name, each in grouped.items()},
     }

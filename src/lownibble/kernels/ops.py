@@ -83,7 +83,7 @@ class Backend(Protocol):
         self, dy_TN: Tensor, x_TK: Tensor, low_Tr: Tensor, lora_B: Tensor, scale: float
     ) -> tuple[Tensor, Tensor, Tensor]: ...
 
-    def softmax_rows(self, x_LV: Tensor, scale: float) -> Tensor: ...
+    def cross_entropy(self, logits_LV: Tensor, labels_L: Tensor, scale: float | Tensor, wants_gradient: bool) -> Tensor: ...
 
     def gemv_bf16(self, x_TK: Tensor, weight_NK: Tensor) -> Tensor: ...
 
@@ -374,9 +374,19 @@ def low_rank_backward(dy_TN: Tensor, x_TK: Tensor, low_Tr: Tensor, lora_B: Tenso
     return _for(dy_TN).low_rank_backward(dy_TN, x_TK, low_Tr, lora_B, scale)
 
 
-def softmax_rows(x_LV: Tensor, scale: float) -> Tensor:
-    """Replace each row of `x_LV` (L, V) float32, contiguous, by `scale` times its softmax; returns its log-sum-exp (L,)."""
-    return _for(x_LV).softmax_rows(x_LV, scale)
+def cross_entropy(logits_LV: Tensor, labels_L: Tensor, scale: float | Tensor, wants_gradient: bool = True) -> Tensor:
+    """Cross-entropy of each row, (L,) float32; the logits are replaced by its gradient times `scale`, in their own dtype.
+
+    Computed in float32 and rounded once. A row of the label -100 has the loss 0 and a gradient of zeros. A row with a logit that
+    is NaN or positive infinity has the loss NaN.
+
+    Args:
+        logits_LV: (L, V) float32, bfloat16 or float16, contiguous.
+        labels_L: (L,) int64, each -100 or in [0, V); others raise an error of torch's or, from the Triton kernel, give NaN.
+        scale: a number, or () float32 on the logits' device, which the Triton kernel reads there.
+        wants_gradient: False leaves the logits undefined.
+    """
+    return _for(logits_LV).cross_entropy(logits_LV, labels_L, scale, wants_gradient)
 
 
 def gemv_bf16(x_TK: Tensor, weight_NK: Tensor) -> Tensor:

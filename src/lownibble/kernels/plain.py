@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
 from lownibble.kernels import decoded
-from lownibble.kernels.types import Scaled8bit
+from lownibble.kernels.types import IGNORED, Scaled8bit
 
 
 def matmul_dense(x_TC: Tensor, weight_NK: Tensor, transposed: bool, out: Tensor) -> Tensor:
@@ -21,13 +23,31 @@ def sum_8bit(base: Scaled8bit, low_Nr: Tensor, lora_A: Tensor) -> Tensor:
     return total.addmm_(low_Nr, lora_A)
 
 
-def softmax_rows(x_LV: Tensor, scale: float) -> Tensor:
-    """As `ops.softmax_rows`."""
+def softmax_rows(x_LV: Tensor, scale: float | Tensor) -> Tensor:
+    """Replace each row of `x_LV` (L, V) float32 by `scale` times its softmax; returns its log-sum-exp (L,)."""
     largest_L1 = x_LV.amax(1, keepdim=True)
     x_LV.sub_(largest_L1).exp_()
     total_L1 = x_LV.sum(1, keepdim=True)
-    x_LV.mul_(scale / total_L1)
+    x_LV.mul_(total_L1.reciprocal() * scale)
     return (largest_L1 + total_L1.log()).squeeze(1)
+
+
+def cross_entropy(
+    logits_LV: Tensor, labels_L: Tensor, scale: float | Tensor, wants_gradient: bool,
+    softmax: Callable[[Tensor, float | Tensor], Tensor] = softmax_rows,
+) -> Tensor:  # fmt: skip
+    """As `ops.cross_entropy`, around a `softmax_rows`."""
+    ignored_L = labels_L == IGNORED
+    label_L1 = labels_L.masked_fill(ignored_L, 0).unsqueeze(1)
+    scores_LV = logits_LV.float()  # float32 logits themselves
+    chosen_L = scores_LV.gather(1, label_L1).squeeze(1)
+    loss_L = softmax(scores_LV, scale) - chosen_L
+    if wants_gradient:
+        scores_LV.scatter_(1, label_L1, scores_LV.gather(1, label_L1) - scale)
+        scores_LV.index_fill_(0, ignored_L.nonzero().squeeze(1), 0)  # a mask would be another pass over all rows
+        if scores_LV is not logits_LV:
+            logits_LV.copy_(scores_LV)
+    return loss_L.masked_fill_(ignored_L, 0)
 
 
 def gemv_bf16(x_TK: Tensor, weight_NK: Tensor) -> Tensor:

@@ -18,11 +18,11 @@ from lownibble.kernels import adamw, decoded, decoder, plain
 from lownibble.kernels.attention import attention as attention
 from lownibble.kernels.attention import attention_backward as attention_backward
 from lownibble.kernels.decoder import DecoderLayers, Segment, Step
+from lownibble.kernels.plain import cross_entropy as cross_entropy
 from lownibble.kernels.plain import gemv_bf16 as gemv_bf16
 from lownibble.kernels.plain import low_rank as low_rank
 from lownibble.kernels.plain import low_rank_backward as low_rank_backward
 from lownibble.kernels.plain import matmul_dense as matmul_dense
-from lownibble.kernels.plain import softmax_rows as softmax_rows
 from lownibble.kernels.types import LARGEST_CODE, PART, Epilogue, FourBit, Grouped, Rows8bit, Scaled8bit, row_sizes
 
 name = "reference"

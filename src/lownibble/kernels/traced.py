@@ -27,15 +27,15 @@ class Traced:
     Args:
         fused: 4-bit and grouped matmuls dequantise inside the kernel (CPUs with AVX-512), not into a buffer first.
         attention: there is a training attention kernel (the same CPUs).
-        softmax: the head's softmax allocates no temporaries (any compiled CPU kernel); else as torch's operations do.
+        cross_entropy: there is a kernel for the loss (CUDA); else it is computed on a float32 copy of 16-bit logits.
     """
 
     name = "traced"
     device_types: tuple[str, ...] | None = None
     row_part: int | None
 
-    def __init__(self, *, fused: bool, attention: bool, softmax: bool) -> None:
-        self._fused, self._attention, self._softmax = fused, attention, softmax
+    def __init__(self, *, fused: bool, attention: bool, cross_entropy: bool) -> None:
+        self._fused, self._attention, self._cross_entropy = fused, attention, cross_entropy
         self.row_part = PART if fused else None
 
     def quantize_4bit(self, x: Tensor, bounds: Tensor, order: Tensor, block_size: int) -> tuple[Tensor, Tensor]:
@@ -153,9 +153,11 @@ class Traced:
         dA, dB = (x_TK.new_empty(shape, dtype=torch.float32) for shape in ((low_Tr.shape[1], x_TK.shape[1]), lora_B.shape))
         return torch.empty_like(low_Tr), dA, dB
 
-    def softmax_rows(self, x_LV: Tensor, scale: float) -> Tensor:
-        """As `ops.softmax_rows`."""
-        return x_LV.new_empty(len(x_LV)) if self._softmax else plain.softmax_rows(x_LV, scale)
+    def cross_entropy(self, logits_LV: Tensor, labels_L: Tensor, scale: float | Tensor, wants_gradient: bool) -> Tensor:
+        """As `ops.cross_entropy`; the plain version's temporaries of a row each are not counted."""
+        if not self._cross_entropy:
+            logits_LV.float()
+        return logits_LV.new_empty(len(logits_LV), dtype=torch.float32)
 
     def gemv_bf16(self, x_TK: Tensor, weight_NK: Tensor) -> Tensor:
         """As `ops.gemv_bf16`."""

@@ -38,7 +38,6 @@ from lownibble.kernels.plain import gemv_bf16 as gemv_bf16
 from lownibble.kernels.plain import low_rank as low_rank
 from lownibble.kernels.plain import low_rank_backward as low_rank_backward
 from lownibble.kernels.plain import matmul_dense as matmul_dense
-from lownibble.kernels.plain import softmax_rows as softmax_rows
 from lownibble.kernels.triton_adamw import adamw_8bit as adamw_8bit
 from lownibble.kernels.types import LARGEST_CODE, Epilogue, FourBit, Grouped, Rows8bit, Scaled8bit, row_sizes
 
@@ -54,6 +53,8 @@ ROW_TILE = 2048
 """Columns of a row that a program quantises or scales at a time."""
 DECODE_TILE = {False: (16, 256), True: (64, 64)}
 """8-bit codes of a weight per program (rows, columns), as rows and transposed: both write runs of at least 64 bytes."""
+LOSS_TILE, LOSS_WARPS = 8192, 8
+"""Logits of a row that a program of the cross-entropy reads at a time, and its warps."""
 SMALLEST_INT8_ROWS = 32
 """cuBLAS's integer product takes more than 16 rows."""
 _interpreted = isinstance(jit.dequantize_4bit, InterpretedFunction)
@@ -314,6 +315,24 @@ def _ones(n: int, device: torch.device) -> Tensor:
 def matmul_8bit_dense(x: Rows8bit, weight_NK: Tensor, row_scale: Tensor, transposed: bool, out: Tensor) -> Tensor:
     """Not implemented: a 16-bit head already runs on tensor cores."""
     raise BackendError("The 'triton' kernels have no 8-bit product with a dense matrix. Use torch's, or the 'reference' backend.")
+
+
+def cross_entropy(logits_LV: Tensor, labels_L: Tensor, scale: float | Tensor, wants_gradient: bool) -> Tensor:
+    """As `ops.cross_entropy`: one program a row."""
+    (L, V), device = logits_LV.shape, logits_LV.device
+    check_float(logits_LV, "logits_LV")
+    check_tensor(logits_LV, "logits_LV", logits_LV.dtype, L * V, device)
+    check_tensor(labels_L, "labels_L", torch.int64, L, device)
+    if isinstance(scale, Tensor):
+        check_tensor(scale, "scale", torch.float32, 1, device)
+    loss_L = torch.empty(L, dtype=torch.float32, device=device)
+    _launch(
+        jit.cross_entropy, L, logits_LV, labels_L, scale, loss_L, V, ON_DEVICE=isinstance(scale, Tensor), GRADIENT=wants_gradient,
+        SIZE=LOSS_TILE, num_warps=LOSS_WARPS,
+    )  # fmt: skip
+    if wants_gradient:
+        torch.autograd.graph.increment_version(logits_LV)  # so that autograd refuses to use logits that it has saved
+    return loss_L
 
 
 def decoder_layers(

@@ -5,7 +5,7 @@ Each program processes TILE elements: whole blocks, one per row of a two-dimensi
 dequantised side by side and interleaved, so that loads and stores stay contiguous. Tables are read through the L1 cache: 16
 values are 64 bytes, one transaction per warp whatever the codes are.
 
-Results are bit-identical to the reference's. Three things would break that and are ruled out:
+Results are bit-identical to the reference's, but for the cross-entropy. Three things would break that and are ruled out:
 - contraction of `a * b + c` into one rounding: every launch has `enable_fp_fusion=False` (LLVM does not fuse, ptxas gets
   `--fmad=false`), and the matrix-vector product requests its fused multiply-adds explicitly (`tl.fma`);
 - division: `/` is the approximate `div.full.f32` on NVIDIA; `tl.div_rn` rounds correctly;
@@ -19,6 +19,9 @@ Grouped weights: one element of the tile per code, whatever its bits; neighbours
 table, each value times its block's constant over the row's scale, as rows or transposed, so that both directions have the summed
 dimension last. Codes equal the reference's, except that on capability 8.9 float8 is rounded through float16, so a value next to a
 tie may get the other neighbour.
+
+The cross-entropy reads a row of logits twice and writes it once, where torch's operations on a float32 copy take a dozen passes.
+Its exponentials and logarithms are the device's, so it equals the reference to float32 rounding, not bit for bit.
 """
 
 from __future__ import annotations
@@ -26,10 +29,12 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from lownibble.kernels.types import PART
+from lownibble.kernels.types import IGNORED, PART
 
 TINY = tl.constexpr(1e-38)  # as in reference.py
 TERMS = tl.constexpr(PART)
+NO_LABEL = tl.constexpr(IGNORED)
+LOWEST = tl.constexpr(-3.4028234663852886e38)  # of float32; unlike -inf it can be subtracted from -inf
 ROUND = tl.constexpr(1.5 * 2**23)  # added to a small float32, it leaves the nearest integer in the lowest bits
 
 
@@ -297,3 +302,38 @@ def scale_sums(sums, row_scale, column_scale, bias, out, C, SCALED: tl.constexpr
     if BIAS:
         value = value + tl.load(bias + column, mask=column < C, other=0.0)
     tl.store(out + row * C + column, value.to(out.dtype.element_ty), mask=column < C)
+
+
+@triton.jit
+def cross_entropy(
+    logits, labels, scale, loss, V, ON_DEVICE: tl.constexpr, GRADIENT: tl.constexpr, SIZE: tl.constexpr
+):  # fmt: skip
+    """A row's cross-entropy, SIZE logits at a time; a second pass replaces the logits by the gradient times `scale`.
+
+    The first pass keeps the largest logit so far and the sum of exponentials relative to it.
+    """
+    row = tl.program_id(0).to(tl.int64)
+    label = tl.load(labels + row)
+    logits += row * V
+    # Before any store. A wrong label reads nothing.
+    chosen = tl.load(logits + label, mask=(label >= 0) & (label < V), other=float("nan")).to(tl.float32)
+    largest = tl.full((), LOWEST, tl.float32)
+    total = tl.full((), 0.0, tl.float32)
+    for first in range(0, V, SIZE):
+        column = first + tl.arange(0, SIZE)
+        value = tl.load(logits + column, mask=column < V, other=float("-inf")).to(tl.float32)
+        before = largest
+        largest = tl.maximum(before, tl.max(value, axis=0))
+        total = total * tl.exp(before - largest) + tl.sum(tl.exp(value - largest), axis=0)
+    tl.store(loss + row, tl.where(label == NO_LABEL, 0.0, largest + tl.log(total) - chosen))
+    if GRADIENT:
+        if ON_DEVICE:
+            scale = tl.load(scale)
+        factor = tl.div_rn(scale, total)
+        for first in range(0, V, SIZE):
+            column = first + tl.arange(0, SIZE)
+            value = tl.load(logits + column, mask=column < V, other=float("-inf")).to(tl.float32)
+            value = tl.exp(value - largest) * factor
+            value = tl.where(column == label, value - scale, value)
+            value = tl.where(label == NO_LABEL, 0.0, value)
+            tl.store(logits + column, value.to(logits.dtype.element_ty), mask=column < V)

@@ -15,6 +15,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+IGNORED = -100
+"""Label of a token without a loss, as torch has it."""
+
 
 class Nested(NamedTuple):
     """Tables and constants that dequantise a double-quantised absmax.

@@ -16,7 +16,10 @@ their memory. The head is read again for each chunk: at a vocabulary of 128,256 
 
 
 def chunk_bytes(device_bytes: int | None) -> int:
-    """Maximum bytes of one float32 logits chunk, at most 256 MiB, by device memory; None: a CPU. Also used in training."""
+    """Maximum bytes of one logits chunk, at most 256 MiB, by device memory; None: a CPU. Also used in training.
+
+    Counted in float32, which they are in on a CPU for the loss; 16-bit logits on CUDA take half.
+    """
     if device_bytes is None or device_bytes < SMALLEST_CHUNK * CHUNK_SHARE:
         return SMALLEST_CHUNK
     return int(min(256 << 20, 1 << (device_bytes // CHUNK_SHARE).bit_length() - 1))
@@ -32,7 +35,7 @@ class Runtime:
         kernel_attention: attention uses Lownibble's kernel, unless the model has a window or a softcap.
         decode_buffers: shared buffers for dequantised weights; on CUDA, autograd's own thread has a second one.
         round_to: allocation granularity in bytes.
-        chunk_bytes: maximum bytes of one float32 logits chunk.
+        chunk_bytes: maximum bytes of one logits chunk, counted in float32.
         cuda: dropout saves a byte mask instead of factors, and fused attention takes a bias.
     """
 

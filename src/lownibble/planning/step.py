@@ -75,7 +75,8 @@ def _label_loss(tape: Tape, model: Decoder | EncoderDecoder, hidden: Value) -> V
     trained = [head] * head.trained + model.head_adapter
     dhidden = tape.like(hidden) if wants_hidden else None
     gradients = [tape.like(parameter) for parameter in trained]
-    most = max(16, model.run.chunk_bytes // (4 * V))
+    most = max(16, model.run.chunk_bytes // (FLOAT32 * V))
+    copied = size != FLOAT32 and not model.run.cuda  # CUDA's kernel replaces 16-bit logits by their gradient where they are
     if model.shape.plain_head and not model.head_adapter:
         rows = -(-L // max(1, -(-L // most)))
         logits = None
@@ -83,21 +84,23 @@ def _label_loss(tape: Tape, model: Decoder | EncoderDecoder, hidden: Value) -> V
             logits = tape.new(rows * V, size)
         else:
             model.buffers.need(rows * V, 1)
-        scores = tape.new(rows * V, FLOAT32) if size != FLOAT32 else None
-        dlogits = tape.new(rows * V, size) if size != FLOAT32 else None
-        del logits, scores, dlogits
+        scores = tape.new(rows * V, FLOAT32) if copied else None
+        del logits, scores
     else:
         rows = min(most, L)
         logits = tape.new(rows * V, size)
-        if model.shape.scaled_logits:
+        scaled, capped = model.shape.scaled_logits, model.shape.scaled_logits and not model.shape.decoder_layers
+        tanh = tape.like(logits) if capped else None
+        if scaled:
             logits = tape.like(logits)
-        scores = tape.new(rows * V, FLOAT32) if size != FLOAT32 else logits
-        dlogits = tape.new(rows * V, size) if size != FLOAT32 else scores
+        scores = tape.new(rows * V, FLOAT32) if copied else None
         del scores
-        before = tape.like(logits) if model.shape.scaled_logits else None
+        before = tape.like(logits) if scaled else None
+        if capped:
+            before, tanh = tape.like(logits), None
         dchunk = tape.new(rows * H, size) if wants_hidden else None
         parts = [tape.like(parameter) for parameter in trained]
-        del logits, dlogits, before, dchunk, parts
+        del logits, tanh, before, dchunk, parts
     out = tape.new(1, FLOAT32)
 
     def backward(grads: list[Value | None], saved: list[Value]) -> Sequence[Value | None]:

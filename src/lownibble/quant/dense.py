@@ -67,7 +67,7 @@ class DenseProducts:
 
     @property
     def row_bytes(self) -> int:
-        """Bytes of a row (N,) in backward: float32 values and, in 8 bits, codes plus a scale and a start per part."""
+        """Bytes of a row (N,) in backward, counted in float32: values and, in 8 bits, codes plus a scale and a start per part."""
         N = len(self.weight)
         return 4 * N + (0 if self.code_type is None else N + -(-N // PART) * 8)
 

@@ -116,14 +116,8 @@ def _into_one_buffer(hidden_LH: Tensor, plain: DenseProducts) -> Iterator[tuple[
 
 
 def _cross_entropy(logits_LV: Tensor, labels_L: Tensor, n_total: int | Tensor, wants_gradient: bool) -> tuple[Tensor, Tensor]:
-    """Sum of cross-entropies, and its gradient divided by n_total, in place for float32 logits."""
-    dtype = logits_LV.dtype
-    scores = logits_LV.float()
-    chosen = scores.gather(1, labels_L.unsqueeze(1)).squeeze(1)
-    loss = (ops.softmax_rows(scores, 1 / n_total) - chosen).sum()
-    if wants_gradient:
-        scores.scatter_add_(1, labels_L.unsqueeze(1), scores.new_full((len(labels_L), 1), -1 / n_total))
-    return loss, scores.to(dtype)
+    """Sum of cross-entropies, and its gradient divided by n_total, in place of the logits."""
+    return ops.cross_entropy(logits_LV, labels_L, 1 / n_total, wants_gradient).sum(), logits_LV
 
 
 def _chunk_tokens(row_bytes: int, device: torch.device) -> int:

@@ -4,6 +4,7 @@ from lownibble.kernels.cpu.adamw import adamw_8bit
 from lownibble.kernels.cpu.attention import attention, attention_backward, has_attention
 from lownibble.kernels.cpu.decoder import decoder_layers
 from lownibble.kernels.cpu.fourbit import (
+    cross_entropy,
     dequantize_4bit,
     dequantize_8bit,
     gemv_4bit,
@@ -13,7 +14,6 @@ from lownibble.kernels.cpu.fourbit import (
     quantize_4bit,
     quantize_8bit,
     quantize_sum_4bit,
-    softmax_rows,
 )
 from lownibble.kernels.cpu.grouped import dequantize_grouped, gemv_grouped, matmul_grouped
 from lownibble.kernels.cpu.int8 import has_int8, matmul_8bit, matmul_8bit_dense, need_int8, quantize_rows, row_scales
@@ -26,9 +26,9 @@ device_types = ("cpu",)
 row_part: int | None = PART
 
 __all__ = [
-    "adamw_8bit", "attention", "attention_backward", "available_isas", "decoder_layers", "dequantize_4bit", "dequantize_8bit",
-    "dequantize_grouped", "device_types", "gemv_4bit", "gemv_bf16", "gemv_grouped", "has_attention", "has_int8", "isa",
-    "library", "low_rank", "low_rank_backward", "matmul_4bit", "matmul_8bit", "matmul_8bit_dense", "matmul_dense",
-    "matmul_grouped", "name", "need_int8", "quantize_4bit", "quantize_8bit", "quantize_rows", "quantize_sum_4bit", "row_part",
-    "row_scales",    "select_isa", "softmax_rows",
+    "adamw_8bit", "attention", "attention_backward", "available_isas", "cross_entropy", "decoder_layers", "dequantize_4bit",
+    "dequantize_8bit", "dequantize_grouped", "device_types", "gemv_4bit", "gemv_bf16", "gemv_grouped", "has_attention",
+    "has_int8", "isa", "library", "low_rank", "low_rank_backward", "matmul_4bit", "matmul_8bit", "matmul_8bit_dense",
+    "matmul_dense", "matmul_grouped", "name", "need_int8", "quantize_4bit", "quantize_8bit", "quantize_rows", "quantize_sum_4bit",
+    "row_part", "row_scales", "select_isa",
 ]  # fmt: skip

@@ -154,9 +154,14 @@ def gemv_bf16(x_TK: Tensor, weight_NK: Tensor) -> Tensor:
     return out_TN
 
 
-def softmax_rows(x_LV: Tensor, scale: float) -> Tensor:
-    """As `ops.softmax_rows`."""
-    L, V = x_LV.shape
+def _softmax_rows(x_LV: Tensor, scale: float | Tensor) -> Tensor:
+    """As `plain.softmax_rows`."""
+    (L, V), x_data = x_LV.shape, address(x_LV, "logits_LV", torch.float32, x_LV.numel())
     lse = torch.empty(L)
-    library().softmax_rows(address(x_LV, "x_LV", torch.float32, L * V), L, V, scale, lse.data_ptr(), torch.get_num_threads())
+    library().softmax_rows(x_data, L, V, float(scale), lse.data_ptr(), torch.get_num_threads())
     return lse
+
+
+def cross_entropy(logits_LV: Tensor, labels_L: Tensor, scale: float | Tensor, wants_gradient: bool) -> Tensor:
+    """As `ops.cross_entropy`."""
+    return plain.cross_entropy(logits_LV, labels_L, scale, wants_gradient, _softmax_rows)
