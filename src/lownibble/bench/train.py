@@ -60,7 +60,7 @@ def bench_train(
         length: tokens per row (default 256, on CUDA 1024); with `data`, the maximum row length and the pack length (default 512).
         data: rows of `messages`; None for fixed work.
         model: what to train; see `subject.py`. With `data`, 'demo' only.
-        only: contenders to measure, separated by commas; default: all.
+        only: contenders to measure, in order, separated by commas; default: all.
         save: called with the record so far, after each contender that ran alone.
     Raises:
         DataError: the data are not rows of messages.
@@ -143,14 +143,14 @@ def _fixed_work(peers: bool, folder: str, batch_size: int, length: int) -> tuple
 
 
 def _chosen(commands: dict[str, Command], only: str | None) -> dict[str, Command]:
-    """The contenders that are asked for, and the measurement of the limit."""
+    """The measurement of the limit, and the contenders that are asked for."""
     if only is None:
         return commands
     names = [name.strip() for name in only.split(",")]
     for name in names:
         if name not in commands:
             raise ConfigError(f"There is no contender '{name}' here. There are: {', '.join(sorted(commands))}.")
-    return {name: command for name, command in commands.items() if name in names or name == "matmul"}
+    return {name: commands[name] for name in ("matmul", *names) if name in commands}
 
 
 def _flops_per_token(folder: str, batch_size: int, length: int) -> float:

@@ -80,13 +80,19 @@ class CudaCapture:
         self._pool = torch.cuda.graph_pool_handle()
 
     def __call__(self, run: Callable[[], Tensor]) -> tuple[Callable[[], object], Tensor]:
-        """Capture `run`, which is not executed."""
+        """Capture `run`, which is not executed, from the current stream; not the default one."""
         graph, stream = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
+        generator = torch.cuda.default_generators[stream.device.index]
+        before = generator.get_state()
         try:
-            with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
+            with torch.cuda.graph(graph, pool=self._pool, stream=stream, capture_error_mode="thread_local"):
                 loss = run()
-        finally:
-            torch.cuda.set_stream(stream)  # torch leaves its own behind where capturing fails
+        except BaseException:  # where capturing fails, torch leaves its stream set, and the generator believing that it goes on
+            torch.cuda.set_stream(stream)
+            fresh = torch.Generator(stream.device)
+            fresh.set_state(before)
+            generator.graphsafe_set_state(fresh.graphsafe_get_state())
+            raise
         return graph.replay, loss
 
 

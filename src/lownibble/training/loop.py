@@ -10,9 +10,10 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator
+from functools import wraps
 from itertools import islice
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import nn
@@ -51,6 +52,8 @@ from lownibble.training.microbatches import MicroBatches, Rows
 from lownibble.training.objectives import Objective
 from lownibble.training.passes import Passes
 
+_T = TypeVar("_T")
+
 MAX_SKIPPED = 3
 """Consecutive skipped steps (loss or gradient not finite) after which a run ends: the weights no longer change."""
 
@@ -58,6 +61,28 @@ COMPILER_BYTES = 10**9
 """Free bytes within the memory budget required for compiling. A guess from its use on the embedded model."""
 
 _STEP_STRIDE, _RUN_STRIDE = 10_007, 1_000_000_007  # keep the seeds of neighbouring steps and runs distinct
+
+
+def _on_own_stream(method: Callable[..., _T]) -> Callable[..., _T]:
+    """A method of `Trainer` that works on the run's stream; what is queued before and after it, on the caller's, waits.
+
+    CUDA graphs are not captured from the default stream, and what autograd keeps of earlier passes must be of the stream that
+    captures.
+    """
+
+    @wraps(method)
+    def call(self: Trainer, *arguments: Any) -> _T:
+        if self.stream is None:
+            return method(self, *arguments)
+        outside = torch.cuda.current_stream(self.device)
+        self.stream.wait_stream(outside)
+        try:
+            with torch.cuda.stream(self.stream):
+                return method(self, *arguments)
+        finally:
+            outside.wait_stream(self.stream)
+
+    return call
 
 
 class Trainer:
@@ -74,6 +99,7 @@ class Trainer:
         ledger: those bytes by kind and dtype, and what is held in more bits than in the checkpoint.
         stop_signal: called between steps; a non-zero signal number saves and ends the run.
         warnings: messages for the user that no event has reported yet.
+        stream: the CUDA stream on which the run works, or None.
         total_steps: optimiser steps of the whole run.
     """
 
@@ -112,6 +138,7 @@ class Trainer:
         self.optimizer_state_bytes = 0
         self.kinds, self.ledger = usage.bytes_by_kind(model, None), usage.ledger(model, None)
         self._measured = False
+        self.stream = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
         self.stop_signal: Callable[[], int] = lambda: 0
         self.checkpoints = Path(config.output_dir) / checkpoint.CHECKPOINTS if config.output_dir else None
 
@@ -204,6 +231,7 @@ class Trainer:
             path = checkpoint.save(self.checkpoints, done, self.model, self.optimizer, self.identity, self.fit.to_dict())
             yield Saved(done, str(path))
 
+    @_on_own_stream
     def set_up(self) -> int:
         """Prepare the first step: check the model, choose compilation, fit the run into the memory budget, restore a checkpoint,
         allocate optimiser states, and compile.
@@ -267,6 +295,7 @@ class Trainer:
             self.passes.do_not_compile("all forward passes run in tiles of tokens, which are not compiled")
             self.identity["compiled"] = False
 
+    @_on_own_stream
     def evaluate(self, step: int) -> Evaluated:
         """Loss and, for classification data, accuracy on the evaluation rows; restarts with smaller passes on OOM.
 
@@ -300,6 +329,7 @@ class Trainer:
             return f"Stopped after step {done} of {self.total_steps}, which is saved. Resume with --resume."
         return f"Stopped after step {done} of {self.total_steps}. Nothing was saved: there is no output folder."
 
+    @_on_own_stream
     def step(self, step: int, rows: Rows) -> Stepped | Skipped:
         """Take optimiser step `step` (0-based), or skip it if its loss or gradient is not finite. On out-of-memory, the step
         restarts with smaller microbatches, which later steps keep.
