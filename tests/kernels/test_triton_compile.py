@@ -35,15 +35,16 @@ POINTERS = {
     "row_scales": {"absmax": "u8", **NESTED, "out": "fp32"},
     "quantize_rows": {"x": "bf16", "column_scale": "fp32", "scale": "fp32"},
     "decode_8bit": {"codes": "u8", "absmax": "u8", "values": "fp32", **NESTED, "row_scale": "fp32"},
-    "cross_entropy": {"logits": "bf16", "labels": "i64", "scale": "fp32", "loss": "fp32"},
+    "cross_entropy": {"logits": "bf16", "labels": "i64", "loss": "fp32"},
     "scale_sums": {"sums": "i32", "row_scale": "fp32", "column_scale": "fp32", "bias": "fp32", "out": "bf16"},
 }
 DIVISIBLE = [["tt.divisibility", 16]]
 
-def compiled(name, fusion=False, capability=80, types={}, odd=(), warps=4, **constants):
+def compiled(name, fusion=False, capability=80, types={}, floats=(), odd=(), warps=4, **constants):
     kernel, pointers = getattr(ours, name), POINTERS[name] | types
-    signature = {n: "constexpr" if n in constants else "*" + pointers[n] if n in pointers else "i32" for n in kernel.arg_names}
-    attributes = {(i,): DIVISIBLE for i, n in enumerate(kernel.arg_names) if n not in constants and n not in odd}
+    plain = dict.fromkeys(kernel.arg_names, "i32") | dict.fromkeys(floats, "fp32")
+    signature = {n: "constexpr" if n in constants else "*" + pointers[n] if n in pointers else plain[n] for n in kernel.arg_names}
+    attributes = {(i,): DIVISIBLE for i, n in enumerate(kernel.arg_names) if n not in (*constants, *floats, *odd)}
     result = triton.compile(ASTSource(kernel, signature, constants, attributes), target=GPUTarget("cuda", capability, 32),
                             options={"enable_fp_fusion": fusion, "num_warps": warps})
     return result.asm["ptx"]
@@ -61,6 +62,7 @@ def compiled_8bit(capability, code):
 
 BLOCKS = {"BLOCKS": 64, "BLOCK": 64}
 GEMV = {"TS": 4, "NS": 4, "KS": 512, "BLOCK": 64, "NESTED_BLOCK": 256}
+SCALE, LOSS = {"scale": "fp32"}, {"SIZE": 8192, "warps": 8}
 GROUPED = {"GROUP": 64, "NESTED_BLOCK": 256, "SIZE": 1024, "K": 4096}
 cases = {
     **{f"dequantize_grouped {bits}": compiled("dequantize_grouped", BITS=bits, ZERO=bits < 8, ORDERED=bits == 4, **GROUPED)
@@ -76,8 +78,9 @@ cases = {
     "gemv_4bit, whole blocks": compiled("gemv_4bit", **GEMV, WHOLE=True),
     "gemv_4bit": compiled("gemv_4bit", **GEMV, WHOLE=False),
     "row_scales": compiled("row_scales", ROWS=16, BLOCKS=64, BLOCK=64, NESTED_BLOCK=256, TOP=127.0),
-    "cross_entropy": compiled("cross_entropy", ON_DEVICE=True, GRADIENT=True, SIZE=8192, warps=8),
-    "cross_entropy, the loss alone": compiled("cross_entropy", ON_DEVICE=True, GRADIENT=False, SIZE=8192, warps=8),
+    "cross_entropy": compiled("cross_entropy", floats=["scale"], ON_DEVICE=False, GRADIENT=True, **LOSS),
+    "cross_entropy, scale on the device": compiled("cross_entropy", types=SCALE, ON_DEVICE=True, GRADIENT=True, **LOSS),
+    "cross_entropy, the loss alone": compiled("cross_entropy", floats=["scale"], ON_DEVICE=False, GRADIENT=False, **LOSS),
     "scale_sums": compiled("scale_sums", SCALED=True, BIAS=True, SIZE=2048),
 }
 for capability, code in ((80, "i8"), (90, "i8"), (89, "fp8e4nv"), (90, "fp8e4nv")):
@@ -133,7 +136,7 @@ def test_decoded_weights_are_stored_in_whole_vectors(ptx):
 
 def test_the_cross_entropy_writes_logits_once_and_in_whole_vectors(ptx):
     """8192 bfloat16 values over 256 threads are four stores of 16 bytes; without a gradient nothing but the loss is stored."""
-    assert ptx["cross_entropy"]["st.global.v4"] == 4
+    assert ptx["cross_entropy"]["st.global.v4"] == ptx["cross_entropy, scale on the device"]["st.global.v4"] == 4
     assert ptx["cross_entropy, the loss alone"]["st.global"] == 1
 
 
