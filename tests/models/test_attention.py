@@ -13,7 +13,8 @@ from lownibble.kernels import ops
 from lownibble.models import attention
 from lownibble.models.attention import inputs, segment_attention
 from lownibble.models.head import hidden_states
-from lownibble.training.loss import check_packing, check_rows
+from lownibble.models.info import info
+from lownibble.training.loss import check_packing, check_rows, check_unmasked
 
 LENGTHS = (12, 12, 7, 3, 1)
 MODELS = {
@@ -107,6 +108,38 @@ def test_rows_of_one_length_are_one_call(tiny, monkeypatch):
         whole = torch.cat(some_rows(), 1)
         hidden_states(model, whole, torch.ones_like(whole), LENGTHS)
     assert shapes == [(2, 4, 12, 8), (1, 4, 7, 8), (1, 4, 3, 8), (1, 4, 1, 8)] * 2  # two layers
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_right_padded_rows_need_no_mask(tiny, batch, name):
+    family, options = MODELS[name]
+    model, (ids, mask, _) = tiny(family, **options), batch(rows=3, length=11)
+    model.set_attn_implementation("sdpa")  # gemma2's own default is not
+    window = options.get("sliding_window", 99)
+    obstacle = attention.causal_obstacle(model, 11)
+    assert obstacle == (f"its attention has a window of {window} tokens, and rows are longer" if window < 12 else "")
+    if obstacle:
+        return
+    with torch.no_grad():
+        expected = hidden_states(model, ids, mask)
+        info(model).needs_mask = False
+        with attention.causal_attention(model):
+            found = hidden_states(model, ids, mask)
+    assert model.config._attn_implementation == "sdpa"
+    assert_same(found[mask.bool()], expected[mask.bool()])
+
+
+def test_attention_of_another_kind_keeps_its_masks(tiny, batch):
+    model = tiny("llama")
+    model.set_attn_implementation("eager")
+    assert attention.causal_obstacle(model, 9) == "its attention is 'eager', not torch's"
+    chunks = tiny("llama")
+    chunks.config.attention_chunk_size = 8
+    assert "chunks of 8 tokens" in attention.causal_obstacle(chunks, 9)
+    assert attention.causal_obstacle(chunks, 7) == ""
+    capped, (ids, mask, _) = tiny("gemma2"), batch()
+    assert not check_unmasked(capped, ids, mask, attention.causal_attention), "its scores are capped"
+    assert capped.config._attn_implementation != attention.CAUSAL
 
 
 def test_the_models_own_attention_comes_back(tiny):

@@ -11,7 +11,10 @@ import lownibble as ln
 from lownibble.config import DataConfig, LoraConfig, QuantConfig, RunConfig, TrainConfig
 from lownibble.data import IGNORE, Example, collate
 from lownibble.errors import ConfigError
-from lownibble.training.graphs import Graphs, decided, fitted, obstacle
+from lownibble.models.attention import causal_attention
+from lownibble.models.head import hidden_states
+from lownibble.models.info import info
+from lownibble.training.graphs import Graphs, _origin, decided, fitted, obstacle
 from lownibble.training.run import prepare
 
 DATA = {"prompt_template": "review : {text} sentiment :", "completion_template": " {label}"}
@@ -168,6 +171,30 @@ def test_what_stands_against_graphs_is_named(tiny_model):
     assert decided("auto", True, "") == decided(True, False, "") == ""
     assert "not compiled" in decided("auto", False, "")
     assert decided(False, True, "") == "cuda_graphs is off"
+
+
+@pytest.mark.parametrize("capturing", [False, True])
+def test_a_pass_that_is_captured_has_no_masks_either(capturing, tiny_model):
+    """transformers makes masks where it is traced or captured; layers compiled for passes without would be compiled again."""
+    model, _ = ln.load(str(tiny_model))
+    masks, ids = [], torch.arange(12).view(2, 6)
+    model.model.layers[0].register_forward_pre_hook(lambda _, __, given: masks.append(given["attention_mask"]), with_kwargs=True)
+    info(model).needs_mask = False
+    with patch("transformers.masking_utils.is_tracing", lambda *_: capturing), causal_attention(model):
+        hidden_states(model, ids, torch.ones_like(ids))
+    assert masks == [None]
+
+
+def test_the_first_error_of_a_capture_is_told():
+    def capture():
+        try:
+            raise RuntimeError("the cause\nmore")
+        finally:
+            raise RuntimeError("not completed")
+
+    with pytest.raises(RuntimeError, match="not completed") as caught:
+        capture()
+    assert _origin(caught.value) == "the cause"
 
 
 def test_graphs_that_are_asked_for_and_not_possible_are_an_error(tiny_model, tiny_data):

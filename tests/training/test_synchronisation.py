@@ -1,6 +1,8 @@
 """What the host waits for in a training step. Oracle: every use of a value of a tensor that on a GPU would be on the device, seen
 on a CPU: calls from Python, and operations of the dispatcher, which those in compiled layers are too."""
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -9,7 +11,7 @@ from torch.utils._pytree import tree_leaves
 import lownibble as ln
 from lownibble.config import DataConfig, LoraConfig, QuantConfig, RunConfig, TrainConfig
 from lownibble.kernels import ops
-from lownibble.models.info import info
+from lownibble.models.info import body, info
 from lownibble.training.run import prepare
 from lownibble.transfers import to_device
 
@@ -25,11 +27,12 @@ CALLS = {"item", "tolist", "__bool__", "__float__", "__int__", "__index__", "num
 
 
 class Waits(TorchDispatchMode):
-    """Collects operations that read values of device tensors: all but those that are made of host tensors only, or of nothing."""
+    """Collects operations that read values of device tensors: all but those that are made of host tensors only, or of nothing; in
+    `model`'s own code those that are made on a device that it names are the device's, too."""
 
-    def __init__(self):
+    def __init__(self, model):
         super().__init__()
-        self.found, self._on_host = [], {}
+        self.found, self._on_host, self._model, self._inside = [], {}, model, False
 
     @classmethod
     def ignore_compile_internals(cls):
@@ -40,7 +43,8 @@ class Waits(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         inputs = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
-        device = any(map(self.on_device, inputs)) and func is not torch.ops.aten.lift_fresh.default
+        device = any(map(self.on_device, inputs)) or (self._inside and "device" in (kwargs or {}))
+        device = device and func is not torch.ops.aten.lift_fresh.default
         packet = func.overloadpacket
         masked = packet in (torch.ops.aten.index, torch.ops.aten.index_put, torch.ops.aten.index_put_)
         masked = masked and any(i is not None and i.dtype == torch.bool and self.on_device(i) for i in args[1])
@@ -57,6 +61,10 @@ class Waits(TorchDispatchMode):
         return out
 
     def __enter__(self):
+        self._hooks = [
+            body(self._model).register_forward_pre_hook(lambda *_: setattr(self, "_inside", True)),
+            body(self._model).register_forward_hook(lambda *_: setattr(self, "_inside", False)),
+        ]
         self._methods = pytest.MonkeyPatch()
         for name in CALLS:
             self._methods.setattr(torch.Tensor, name, self._reported(name, getattr(torch.Tensor, name)))
@@ -65,6 +73,8 @@ class Waits(TorchDispatchMode):
     def __exit__(self, *exception):
         super().__exit__(*exception)
         self._methods.undo()
+        for hook in self._hooks:
+            hook.remove()
 
     def _reported(self, name, method):
         def call(tensor, *args, **kwargs):
@@ -83,9 +93,16 @@ def trainer_of(model, data, **options):
         model=str(model), method="qlora", dtype="bfloat16", data=DataConfig(path=str(data), **DATA), quant=QuantConfig(**quant),
         lora=LoraConfig(r=4, **lora), train=TrainConfig(**config),
     ))  # fmt: skip
-    info(trainer.model).needs_mask = False  # as found out on a GPU
+    if not config.get("packing"):
+        trainer.passes.check = lambda: found_on_a_gpu(trainer.passes)
     trainer.set_up()
     return trainer
+
+
+def found_on_a_gpu(passes):
+    passes._check_masks(passes.micro.batch([passes.micro.rows[0], min(passes.micro.rows, key=lambda row: len(row.input_ids))]))
+    assert passes.mask_reason == ""
+    assert not info(passes.model).needs_mask
 
 
 def waits_of_a_step(trainer, step=2):
@@ -93,7 +110,7 @@ def waits_of_a_step(trainer, step=2):
     rows = [next(steps) for _ in range(step + 1)]
     for i in range(step):
         trainer.step(i, rows[i])
-    with Waits() as waits:
+    with Waits(trainer.model) as waits:
         taken = trainer.step(step, rows[step])
     return waits.found, taken
 
@@ -114,6 +131,14 @@ def test_a_step_waits_once_for_its_loss_and_norm(case, widen, tiny_data):
         found, taken = waits_of_a_step(trainer_of(widen(num_hidden_layers=2), tiny_data, **CASES[case]))
     assert isinstance(taken, ln.training.events.Stepped)
     assert found == ["tolist"]
+
+
+def test_transformers_own_masks_are_waited_for(widen, tiny_data):
+    trainer = trainer_of(widen(num_hidden_layers=2), tiny_data)
+    trainer.passes._attention = nullcontext
+    with ln.use_backend("reference"):
+        found, _ = waits_of_a_step(trainer)
+    assert "__bool__" in found, "it looks for packed rows, where there is no mask; if not any more, our attention is not needed"
 
 
 @pytest.mark.parametrize("wait", ["item", "nonzero", "mask", "bool"])

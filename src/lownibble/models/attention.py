@@ -4,12 +4,15 @@ padded batch.
 transformers lets a function be registered as an attention implementation and passes the keyword arguments of a model's forward
 to it; a model that is set to one of ours gets no mask (there is no mask function of that name, so none is built) and its layers
 call the function with the cu_seqlens of the segments, under the names that transformers' flash attention uses. Nothing else in
-the model changes. There are two:
+the model changes. There are two for segments, and one for right-padded rows on GPUs:
 
 - `lownibble_rows` is our kernel (`kernels/ops.py`), for float32 on CPUs that have it: packed or padded, also in compiled layers.
 - `lownibble_packed` is for packed rows everywhere else. On CUDA, if torch supports it (half precision, capability 8.0, same head
   sizes), it is one variable-length kernel; elsewhere one SDPA call per run of rows of equal length, which is why a batch keeps
   its rows sorted.
+- `lownibble_causal` is torch's SDPA, causal and without a mask, which right-padded rows do not need. With its own, transformers
+  looks for packed rows in the positions of each pass, for which the host waits, and in a pass that is captured as a CUDA graph,
+  where it must not wait, it makes a full mask, which no fast kernel takes.
 
 The implementation is set for a training step and restored after it, so that evaluation, generation and the caller see the
 model's original attention. There is no fallback: a layer that gets no cu_seqlens, or requests an unsupported feature, is an
@@ -39,7 +42,7 @@ from lownibble.kernels import ops
 from lownibble.models.info import body
 from lownibble.transfers import to_device
 
-PACKED, ROWS = "lownibble_packed", "lownibble_rows"
+PACKED, ROWS, CAUSAL = "lownibble_packed", "lownibble_rows", "lownibble_causal"
 
 _REFUSED = ("softcap", "s_aux", "position_bias")
 """Attention arguments that neither SDPA nor the variable-length kernel supports: capped scores, sinks, position biases."""
@@ -121,14 +124,42 @@ def segment_attention(model: Any) -> Iterator[None]:
     parameters = inspect.signature(body(model).forward).parameters
     if "position_ids" not in parameters or not any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
         raise refusal(type(model).__name__, "its forward takes no position_ids or hands no arguments on to attention")
+    with _swapped(model, PACKED if kernel_obstacle(model) else ROWS):
+        yield
+
+
+@contextmanager
+def causal_attention(model: Any) -> Iterator[None]:
+    """Set torch's causal attention without masks inside the block, for right-padded rows; see `causal_obstacle`.
+
+    Raises:
+        ModelError: the model's attention implementation cannot be replaced.
+    """
+    with _swapped(model, CAUSAL):
+        yield
+
+
+@contextmanager
+def _swapped(model: Any, implementation: str) -> Iterator[None]:
     before = model.config._attn_implementation
-    model.set_attn_implementation(PACKED if kernel_obstacle(model) else ROWS)
+    model.set_attn_implementation(implementation)
     try:
-        if not takes_segments(model):
+        if _implementation(model) != implementation:
             raise refusal(type(model).__name__, "its attention cannot be swapped")
         yield
     finally:
         model.set_attn_implementation(before)
+
+
+def causal_obstacle(model: Any, longest: int) -> str:
+    """Why rows of up to `longest` tokens may need another mask than a causal one, or ''."""
+    config = model.config.get_text_config()
+    if _implementation(model) != "sdpa":
+        return f"its attention is '{_implementation(model)}', not torch's"
+    for name, size in (("a window", window(model)), ("chunks", getattr(config, "attention_chunk_size", None))):
+        if size is not None and longest >= size:
+            return f"its attention has {name} of {size} tokens, and rows are longer"
+    return ""
 
 
 def takes_segments(model: Any) -> bool:
@@ -230,6 +261,19 @@ def _attend_packed(
 
 
 AttentionInterface.register(PACKED, _attend_packed)
+
+
+def _attend_causal(
+    module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, dropout: float = 0.0,
+    scaling: float | None = None, is_causal: bool | None = None, **others: Any,
+) -> tuple[Tensor, None]:  # fmt: skip
+    """transformers' attention function: query (B, heads, T, D), key and value (B, key heads, T, D) -> (B, T, heads, D)."""
+    _refuse(module, attention_mask, is_causal, others)
+    output, _ = AttentionInterface()["sdpa"](module, query, key, value, None, dropout=dropout, scaling=scaling, is_causal=True)
+    return output, None
+
+
+AttentionInterface.register(CAUSAL, _attend_causal)
 
 
 def keep_out_of_graphs() -> None:

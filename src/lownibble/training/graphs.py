@@ -193,7 +193,7 @@ class Graphs:
         except (
             Exception
         ) as error:  # of the model's own code, or of torch; a pass without a graph shows what is wrong, if anything
-            self.drop(f"capturing failed: {(str(error).splitlines() or [type(error).__name__])[0]}")
+            self.drop(f"capturing failed: {_origin(error)}")
         else:
             self._graphs[key] = _Graph(replay, loss, trained, scratch_buffers())
 
@@ -214,6 +214,13 @@ class Graphs:
             torch._foreach_zero_(empty)
         graph.replay()
         return graph.loss.clone()
+
+
+def _origin(error: BaseException) -> str:
+    """The first error of those that a failed capture raises; the last one is that it was not completed."""
+    while error.__context__ is not None:
+        error = error.__context__
+    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 def fitted(batch: Batch, longest: int, *, grow: bool) -> Batch:

@@ -13,8 +13,8 @@ The backbone is called without the head (`models/head.py`).
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
 from typing import Any
 
@@ -229,8 +229,10 @@ def check_rows(model: Any, input_ids_BT: Tensor, attention_mask_BT: Tensor) -> s
     return "" if difference <= PACKING_TOLERANCE[torch.float32] else "its attention computes something else"
 
 
-def check_unmasked(model: Any, input_ids_BT: Tensor, attention_mask_BT: Tensor) -> bool:
-    """Whether right-padded rows get the same hidden states without an attention mask.
+def check_unmasked(
+    model: Any, input_ids_BT: Tensor, attention_mask_BT: Tensor, swap: Callable[[Any], AbstractContextManager[None]] = nullcontext
+) -> bool:
+    """Whether right-padded rows get the same hidden states without an attention mask, inside `swap(model)`.
 
     Causal attention never attends to later tokens, so right padding needs no mask. With one, transformers repeats keys and values
     for every query head and does not use flash attention: 1.9 GB more for 4 rows of 1024 tokens of 8B shapes (DESIGN section 6).
@@ -241,7 +243,8 @@ def check_unmasked(model: Any, input_ids_BT: Tensor, attention_mask_BT: Tensor) 
         expected = hidden_states(model, input_ids_BT, attention_mask_BT)
         known.needs_mask = False
         try:
-            found = hidden_states(model, input_ids_BT, attention_mask_BT)
+            with swap(model):
+                found = hidden_states(model, input_ids_BT, attention_mask_BT)
         except Exception:  # the model's own code cannot do without
             return False
         finally:

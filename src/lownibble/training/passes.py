@@ -19,7 +19,7 @@ from lownibble.errors import ConfigError, TrainingError
 from lownibble.lora import LowRank
 from lownibble.lora.layer import RoundedAdapters
 from lownibble.memory import usage
-from lownibble.models.attention import kernel_obstacle, refusal, segment_attention
+from lownibble.models.attention import causal_attention, causal_obstacle, kernel_obstacle, refusal, segment_attention
 from lownibble.models.info import info
 from lownibble.planning.tiles import is_long, tile_lengths
 from lownibble.training import compiling
@@ -44,6 +44,7 @@ class Passes:
 
     Attributes:
         attention_reason: why attention does not run on Lownibble's kernel; empty if it does.
+        mask_reason: why transformers makes masks for each pass on a GPU; empty if it does not.
         compiled, compile_reason, compile_seconds, compile_peak_bytes: whether the layers are compiled, why, how long it took and
             the peak memory up to the end of compilation.
         saved_activation_bytes: bytes that autograd saved in the last `measured` forward pass.
@@ -56,7 +57,7 @@ class Passes:
     ) -> None:
         self._of_batch = loss
         self.model, self.micro, self.device = model, micro, device
-        self.attention_reason = ""
+        self.attention_reason = self.mask_reason = ""
         self.compiled, self.compile_reason, self.compile_seconds, self.compile_peak_bytes = False, "", 0.0, 0
         self.saved_activation_bytes = 0
         self._attention = segment_attention if micro.pack_to else nullcontext
@@ -91,7 +92,18 @@ class Passes:
         if not self.attention_reason:
             self._attention = segment_attention
         elif self.device.type != "cpu":
-            info(self.model).needs_mask = not check_unmasked(self.model, batch.input_ids, batch.attention_mask)
+            self._check_masks(batch)
+
+    def _check_masks(self, batch: Batch) -> None:
+        """Find out whether right-padded rows can do without masks, best with attention that never makes any."""
+        given, known = (batch.input_ids, batch.attention_mask), info(self.model)
+        self.mask_reason = causal_obstacle(self.model, self.micro.longest_row)
+        if not self.mask_reason and not check_unmasked(self.model, *given, causal_attention):
+            self.mask_reason = "its attention needs transformers' masks"
+        if not self.mask_reason:
+            self._attention, known.needs_mask = causal_attention, False
+        else:
+            known.needs_mask = not check_unmasked(self.model, *given)
 
     def check_outputs(self) -> None:
         """Find out, by a pass over the shortest row, whether the model changes outputs of layers in place that their adapters
@@ -127,6 +139,8 @@ class Passes:
             ConfigError: graphs were requested but are not possible here.
         """
         found = obstacle_to_graphs(self.model, self.device, packed=self.micro.pack_to is not None, plain_loss=plain_loss)
+        if not found and self.mask_reason:
+            found = f"masks are made anew in each pass: {self.mask_reason}"
         if option is True and found:
             raise ConfigError(f"cuda_graphs=True cannot be done: {found}. Use cuda_graphs=False (--cuda-graphs false).")
         self.graph_reason = decided(option, self.compiled, found)
