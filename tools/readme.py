@@ -681,25 +681,25 @@ def gptq() -> str:
     return "\n".join(lines) + f"\n\n({source}; `benchmarks/results/gptq-cpu.json`)"
 
 
-def of_study(name: str) -> str:
-    """The methods of the study in studies/NAME."""
+def of_study(name: str, against: Callable[[str], str] = lambda method: "lora", whose: str = "LoRA's") -> str:
+    """The methods of the study in studies/NAME, each less the one that `against` names for it."""
     path = ROOT / "studies" / name / "summary.json"
     summary = json.loads(path.read_text())
     lines = [
-        "| task | method | bits | rate | loss before | after (95% interval) | less LoRA's |",
+        f"| task | method | bits | rate | loss before | after (95% interval) | less {whose} |",
         "| --- | --- |" + " ---: |" * 5,
     ]
     for group in summary["groups"]:
-        less = {pair["b"]: pair["scores"]["loss"] for pair in group["pairs"] if pair["a"] == "lora"}
+        less = {pair["b"]: pair["scores"]["loss"] for pair in group["pairs"] if pair["a"] == against(pair["b"])}
         for m in group["methods"]:
             if not m["scores"]:
                 continue
             loss, rest = m["scores"]["loss"], less.get(m["method"])
             bits = f"{m['bits']:.2f}" if m["bits"] else "-"
-            against = "-" if rest is None else f"{-rest['mean']:+.3f} ({-rest['high']:+.3f} to {-rest['low']:+.3f})"
+            apart = "-" if rest is None else f"{-rest['mean']:+.3f} ({-rest['high']:+.3f} to {-rest['low']:+.3f})"
             lines.append(
                 f"| {group['task']} | {m['method']} | {bits} | {m['learning_rate']:g} | {m['scores_before']['loss']:.3f} | "
-                f"{loss['mean']:.3f} ({loss['low']:.3f} to {loss['high']:.3f}) | {against} |"
+                f"{loss['mean']:.3f} ({loss['low']:.3f} to {loss['high']:.3f}) | {apart} |"
             )
     counts = summary["counts"]
     return "\n".join(lines) + f"\n\n({counts['finished']} of {counts['cells']} runs finished; `studies/{name}/summary.json`)"
@@ -753,6 +753,7 @@ SECTIONS: dict[str, Callable[[], str]] = {
     "gptq": gptq,
     "starts": partial(of_study, "starts"),
     "bits": partial(of_study, "bits"),
+    "merge-aware": partial(of_study, "merge-aware", lambda method: method.removesuffix("-merge-aware"), "plain QLoRA's"),
     "models": models,
     "cuda": cuda,
     "cuda-summary": cuda_summary,
