@@ -76,7 +76,13 @@ def test_records_of_cuda_are_rendered_as_far_as_they_are_there(rendering):
         }
         (rendering.RESULTS / f"{name}-cuda.json").write_text(json.dumps({**base, **record}))
 
-    figures = {"peak_bytes": 3 * 2**30, "reserved_bytes": 4 * 2**30, "first_step_s": 10.5, "launches_per_step": 7800}
+    figures = {
+        "peak_bytes": 3 * 2**30,
+        "reserved_bytes": 4 * 2**30,
+        "first_step_s": 10.5,
+        "launches_per_step": 7800,
+        "device_ms": 250.4,
+    }
     work = {"model": "llama-3-8b", "random_weights": True, "batch_size": 4, "length": 1024, "r": 16, "targets": "all-linear"}
     write(
         "train", "partial", workload=work, ratios={"qlora_vs_unsloth_qlora": spread(2)},
@@ -88,9 +94,9 @@ def test_records_of_cuda_are_rendered_as_far_as_they_are_there(rendering):
         failed={"peft_lora": "OutOfMemoryError: CUDA\nout of memory"}, missing={"torchao_qlora": "not installed: torchao"},
     )  # fmt: skip
     text = rendering.cuda()
-    assert "| Lownibble QLoRA | 14000 (13999 to 14001) | 3.0 | 4.0 | 10.5 | 7,800 | 0.50 |" in text
+    assert "| Lownibble QLoRA | 14000 (13999 to 14001) | 3.0 | 4.0 | 10.5 | 7,800 | 250 / 293 | 0.50 |" in text
     assert "| Lownibble LoRA, in microbatches of 2048 tokens | 9000" in text, "memory ran out: that is said"
-    assert "| Unsloth QLoRA | 7000 (6999 to 7001) | 3.0 | 4.0 | 10.5 | 7,800 |  |" in text
+    assert "| Unsloth QLoRA | 7000 (6999 to 7001) | 3.0 | 4.0 | 10.5 | 7,800 | 250 / 585 |  |" in text
     assert "| Lownibble QLoRA / Unsloth QLoRA | 2.00 (1.00 to 3.00) |" in text
     absent = "PEFT LoRA (OutOfMemoryError: CUDA out of memory); PEFT + torchao NF4 (not installed: torchao)"
     assert f"Not measured: {absent}." in text
@@ -101,6 +107,9 @@ def test_records_of_cuda_are_rendered_as_far_as_they_are_there(rendering):
     assert "\n" not in summary
     assert "On A card, QLoRA trains llama-3-8b, random weights at 14,000 tokens/s in 3.0 GiB" in summary
     assert "; 2.00 of Unsloth QLoRA (" in summary
+    path = rendering.RESULTS / "train-cuda.json"
+    path.write_text(path.read_text().replace("qlora_vs_unsloth_qlora", "qlora_vs_lora"))
+    assert rendering.cuda_summary() == "", "a figure beside no other says little"
     write("kernels", headlines={"dequantize 14336x4096 / fill of the same memory": 1.25, "absent": None})
     run = {"method": "qlora", "batch_size": 4, "max_length": 1024, "allocated_bytes": 3e9, "allocated_error": 0.002}
     write("plan", workload=work, runs=[{**run, "reserved_bytes": 4e9, "reserved_error": -0.01}])

@@ -487,17 +487,26 @@ def _of_model(work: dict[str, Any]) -> str:
 def _train_cuda() -> str:
     if (record := _there("train-cuda")) is None:
         return ""
-    columns = ["training step", "tokens/s, median (min to max)", "allocated, GiB", "reserved, GiB", "first step, s", "launches"]
+    work = record["workload"]
+    columns = [
+        "training step",
+        "tokens/s, median (min to max)",
+        "allocated, GiB",
+        "reserved, GiB",
+        "first step, s",
+        "launches",
+        "device busy / step, ms",
+    ]
     lines = [f"| {' | '.join([*columns, 'share of the matmul limit'])} |", f"| --- |{' ---: |' * len(columns)}"]
     for name, found in record["contenders"].items():
         split = f", in microbatches of {found['max_tokens']} tokens" if found.get("max_tokens") else ""
         cells = [
             CONTENDERS["train-cuda"][name] + split, _spread(found["tokens_per_s"], 0), f"{found['peak_bytes'] / 2**30:.1f}",
             f"{found['reserved_bytes'] / 2**30:.1f}", f"{found['first_step_s']:.1f}", f"{found['launches_per_step']:,}",
+            f"{found['device_ms']:.0f} / {1e3 * work['batch_size'] * work['length'] / found['tokens_per_s']['median']:.0f}",
             f"{found['limit_share']['median']:.2f}" if "limit_share" in found else "",
         ]  # fmt: skip
         lines.append(f"| {' | '.join(cells)} |")
-    work = record["workload"]
     source = f"{_of_model(work)}, {work['batch_size']} x {work['length']} tokens a step, r={work['r']} {work['targets']}"
     return "\n".join([*lines, *_apart("train-cuda", record), "", f"({source}; {_device('train-cuda', record)})"])
 
@@ -554,7 +563,7 @@ def _tests_cuda() -> str:
 
 
 def cuda_summary() -> str:
-    """README: QLoRA on a CUDA device, in a sentence; empty without a record."""
+    """README: QLoRA on a CUDA device, in a sentence; empty without a record of it beside a peer."""
     record = _there("train-cuda")
     if record is None or "qlora" not in record["contenders"]:
         return ""
@@ -563,6 +572,8 @@ def cuda_summary() -> str:
         f"{record['ratios'][f'qlora_vs_{peer}']['median']:.2f} of {CONTENDERS['train-cuda'][peer]}"
         for peer in ("unsloth_qlora", "peft_bnb_liger", "peft_bnb_qlora") if f"qlora_vs_{peer}" in record["ratios"]
     ]  # fmt: skip
+    if not against:
+        return ""
     rate = f"{found['tokens_per_s']['median']:,.0f} tokens/s in {found['peak_bytes'] / 2**30:.1f} GiB"
     text = (
         f"On {record['environment']['device']}, QLoRA trains {_of_model(work)} at {rate}, {work['batch_size']} x {work['length']}"
