@@ -43,7 +43,7 @@ VALUES = {
     "weight_decay": 0.1, "loraplus_lr_ratio": 16.0,
     "optim": "paged_adamw", "optim_page_budget": "64MB", "memory_budget": "12GB",
     "max_length": 99, "group_by_length": True, "packing": True,
-    "gradient_checkpointing": True, "torch_compile": True, "cuda_graphs": True, "seed": 4, "eval_steps": 5,
+    "gradient_checkpointing": True, "torch_compile": True, "cuda_graphs": True, "deterministic": True, "seed": 4, "eval_steps": 5,
     "save_steps": 6, "output_dir": "out", "report_to": "tensorboard", "resume": True,
     "adapter": "some/adapter", "task": "nli", "harness": ["hellaswag", "arc_easy"], "harness_path": "tasks", "limit": 12,
     "num_fewshot": 3, "quantized": True, "any_base": True, "output": "merged", "onto": "nf4", "base": "some/base",

@@ -240,6 +240,9 @@ class TrainConfig(Options):
     cuda_graphs: bool | Literal["auto"] = Field(
         "auto", description="on CUDA, replay passes as graphs, without waiting for the host; auto: where layers are compiled"
     )
+    deterministic: bool = Field(
+        False, description="on CUDA, the same bits from run to run, with a slower backward pass of attention; CPUs always are"
+    )
     seed: Annotated[int, Ge(0), Lt(2**32)] = Field(0, description="seed of data order, initialisation and dropout")
     eval_steps: Annotated[int, Ge(1)] | None = Field(None, description="evaluate every so many steps; default: before and after")
     save_steps: Annotated[int, Ge(1)] | None = Field(None, description="checkpoint every so many steps; default: at the end")

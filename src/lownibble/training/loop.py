@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from functools import wraps
 from itertools import islice
 from pathlib import Path
@@ -45,6 +46,7 @@ from lownibble.options import n_bytes
 from lownibble.quant import QuantLinear, dense
 from lownibble.registry import OBJECTIVES
 from lownibble.training import checkpoint, compiling, diagnose
+from lownibble.training.determinism import deterministic
 from lownibble.training.events import Evaluated, Event, Finished, Fitted, Saved, Skipped, Started, Stepped, Warned
 from lownibble.training.fitting import Fitting, MemoryGoneError, recorded_fit
 from lownibble.training.interrupt import RunInterrupted
@@ -77,7 +79,7 @@ def _on_own_stream(method: Callable[..., _T]) -> Callable[..., _T]:
         outside = torch.cuda.current_stream(self.device)
         self.stream.wait_stream(outside)
         try:
-            with torch.cuda.stream(self.stream):
+            with torch.cuda.stream(self.stream), deterministic() if self.config.deterministic else nullcontext():
                 return method(self, *arguments)
         finally:
             outside.wait_stream(self.stream)
