@@ -112,13 +112,15 @@ def test_records_of_cuda_are_rendered_as_far_as_they_are_there(rendering):
     assert rendering.cuda_summary() == "", "a figure beside no other says little"
     write("kernels", headlines={"dequantize 14336x4096 / fill of the same memory": 1.25, "absent": None})
     run = {"method": "qlora", "batch_size": 4, "max_length": 1024, "allocated_bytes": 3e9, "allocated_error": 0.002}
-    write("plan", workload=work, runs=[{**run, "reserved_bytes": 4e9, "reserved_error": -0.01}])
+    run |= {"reserved_bytes": 4e9, "reserved_error": -0.01}
+    write("plan", workload=work, runs=[run, {**run, "compiled": True}])
     write("decode", workload={**work, "new_tokens": 48}, contenders={"nf4_layers": {"tokens_per_s": spread(30)}}, ratios={},
           failed={}, missing={"nf4": "CPUs only"})  # fmt: skip
     write("gpu-tests", "failed", tests={"passed": 9, "failed": 1}, failed=["tests/a.py::b"])
     text = rendering.cuda()
     assert "| dequantize 14336x4096 / fill of the same memory | 1.25 |" in text
-    assert "| qlora 4 x 1024 | 3.00 | +0.2% | 4.00 | -1.0% |" in text
+    assert "| qlora 4 x 1024, not compiled | 3.00 | +0.2% | 4.00 | -1.0% |" in text
+    assert "| qlora 4 x 1024, compiled | 3.00 | +0.2% | 4.00 | -1.0% |" in text
     assert "| NF4, transformers `generate` | 30.0 (29.0 to 31.0) |" in text
     assert "Tests marked `gpu`: 9 passed, 1 failed (`tests/a.py::b`). (A card, torch 9; " in text
 

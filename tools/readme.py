@@ -550,8 +550,9 @@ def _plan_cuda() -> str:
     lines = [f"| {' | '.join(columns)} |", "| --- | ---: | ---: | ---: | ---: |"]
     for run in record["runs"]:
         bytes_ = [f"{run[f'{figure}_bytes'] / 1e9:.2f} | {run[f'{figure}_error']:+.1%}" for figure in ("allocated", "reserved")]
-        lines.append(f"| {run['method']} {run['batch_size']} x {run['max_length']} | {' | '.join(bytes_)} |")
-    return "\n".join([*lines, "", f"({_of_model(record['workload'])}, not compiled; {_device('plan-cuda', record)})"])
+        how = "compiled" if run.get("compiled") else "not compiled"
+        lines.append(f"| {run['method']} {run['batch_size']} x {run['max_length']}, {how} | {' | '.join(bytes_)} |")
+    return "\n".join([*lines, "", f"({_of_model(record['workload'])}; {_device('plan-cuda', record)})"])
 
 
 def _tests_cuda() -> str:

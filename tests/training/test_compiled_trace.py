@@ -1,5 +1,7 @@
 """Compiled steps traced on fake tensors. Oracles: what autograd saves in real ones; the formula of what is computed again."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -26,8 +28,8 @@ PER_TOKEN = 2 * SIZES["hidden_size"] + SIZES["intermediate_size"]
 """Elements a token and layer: outputs of both norms, and silu(gate) * up."""
 
 
-def runtime(cuda):
-    return Runtime(2, fused=False, kernel_attention=False, decode_buffers=2, cuda=cuda)
+def runtime(cuda, compiled=True):
+    return Runtime(2, fused=False, kernel_attention=False, decode_buffers=2, cuda=cuda, compiled=compiled)
 
 
 def saved_bytes(recompute):
@@ -58,8 +60,8 @@ def test_elementwise_results_are_computed_again_in_real_steps_and_in_traces():
     for cuda in (False, True):
         tape = trace_step(
             config, "qlora", runtime(cuda), Batch(ROWS, LENGTH, ROWS * LENGTH), quant=QuantConfig(), lora=LoraConfig(r=8),
-            compiled=True,
         )  # fmt: skip
+        assert tape.compiled
         traced[cuda] = next(used for name, _, used in tape.marks if name == "loss")
     compiled_layers = SIZES["num_hidden_layers"] - 1  # the first is not: its input needs no gradient
     spared = compiled_layers * PER_TOKEN * ROWS * LENGTH * 2
@@ -79,12 +81,11 @@ def peak(tape):
 @pytest.mark.slow
 def test_8b_takes_less_than_20_gb_by_default():
     """4 rows of 1024 tokens, adapters of rank 16 on all linear layers, on a card of 80 GB; with two moments a parameter."""
-    run = Runtime(2, fused=False, kernel_attention=False, decode_buffers=2, round_to=512, cuda=True, chunk_bytes=1 << 28)
     peaks = {}
     for compiled in (False, True):
         tape = trace_step(
-            find_config("llama-3-8b"), "qlora", run, Batch(4, 1024, 4096), quant=QuantConfig(), lora=LoraConfig(r=16),
-            compiled=compiled,
+            find_config("llama-3-8b"), "qlora", replace(runtime(True, compiled), round_to=512, chunk_bytes=1 << 28),
+            Batch(4, 1024, 4096), quant=QuantConfig(), lora=LoraConfig(r=16),
         )  # fmt: skip
         peaks[compiled] = peak(tape) + 2 * 4 * 41_943_040
     assert peaks[True] < 20e9 < 30e9 < peaks[False]

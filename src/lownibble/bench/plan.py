@@ -4,11 +4,12 @@ On a CPU each setting runs twice, each time in a fresh process. Once with torch'
 release of the CPU allocator, also inside operations; allocated bytes are their running sum from before the model is loaded, and
 the peak is its maximum during the first two steps. Once without the profiler, for the peak resident set size during those steps.
 On CUDA one process gives both figures, the allocator's peaks of allocated and reserved bytes during the first two steps. Every
-row is truncated at `max_length`, so every batch is as large as the planner assumes. Layers are not compiled: plans are of eager
-ones.
+row is truncated at `max_length`, so every batch is as large as the planner assumes.
 
-The embedded model has many settings on a CPU; any other model, and CUDA, one for LoRA and one for QLoRA. Planning time is that of
-the whole command, Python start-up included, and is measured with the many settings.
+The embedded model has many settings on a CPU; any other model there, one for LoRA and one for QLoRA. Plans for a CPU are of
+layers that are not compiled, and so are these runs. CUDA has three settings: QLoRA and LoRA as in a long run with default
+flags, which compiles, and QLoRA not compiled. Planning time is that of the whole command, Python start-up included, and is
+measured with the many settings.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 from lownibble.bench.processes import Save
 from lownibble.bench.subject import subject
@@ -31,17 +32,30 @@ from lownibble.config import DataConfig, LoraConfig, Method, RunConfig, TrainCon
 from lownibble.errors import ConfigError
 from lownibble.memory.planned import device_of
 from lownibble.models import pick_device
-from lownibble.planning.memory import plan_memory
+from lownibble.planning.memory import compiles, plan_memory
 from lownibble.planning.models import find_shape
 
 _T = TypeVar("_T")
 
 
-def _setting(method: Method, batch_size: int, max_length: int, r: int = 16, **train: Any) -> RunConfig:
+LONG = 10_000
+"""Optimiser steps of a run with compiled layers, of which two are taken."""
+
+
+def _setting(
+    method: Method, batch_size: int, max_length: int, r: int = 16, *, max_steps: int = 2,
+    torch_compile: bool | Literal["auto"] = False, **train: Any,
+) -> RunConfig:  # fmt: skip
+    sizes = {"batch_size": batch_size, "max_length": max_length, "max_steps": max_steps}
     return RunConfig(
         method=method, lora=LoraConfig(r=r), data=DataConfig(max_eval_rows=2),
-        train=TrainConfig(batch_size=batch_size, max_length=max_length, max_steps=2, torch_compile=False, **train),
+        train=TrainConfig(**sizes, torch_compile=torch_compile, **train),
     )  # fmt: skip
+
+
+def _on_a_card(size: tuple[int, int]) -> list[RunConfig]:
+    long: dict[str, Any] = {"max_steps": LONG, "torch_compile": "auto"}
+    return [_setting("qlora", *size, **long), _setting("lora", *size, **long), _setting("qlora", *size)]
 
 
 SETTINGS = (
@@ -85,7 +99,8 @@ def bench_plan(
     if many and (batch_size or length):
         raise ConfigError("'bench plan' has many settings for the embedded model. Leave --batch-size and --max-length out.")
     size = batch_size or 4, length or (1024 if cuda else 256)
-    settings = SETTINGS if many else [_setting(method, *size) for method in ("lora", "qlora")]
+    one_model = _on_a_card(size) if cuda else [_setting(method, *size) for method in ("lora", "qlora")]
+    settings = SETTINGS if many else one_model
     runs: list[dict[str, Any]] = []
     seconds: dict[str, float] = {}
     with subject(model) as found, tempfile.TemporaryDirectory() as folder:
@@ -124,9 +139,11 @@ def _seconds(command: str) -> float:
 
 
 def _compare(config: RunConfig) -> dict[str, Any]:
-    train, device = config.train, pick_device()
+    train, device, shape = config.train, pick_device(), find_shape(config.model)
+    tokens = (train.max_steps or 0) * train.batch_size * train.max_length * train.gradient_accumulation_steps
     plan = plan_memory(
-        find_shape(config.model), device_of(device), config.method, quant=config.quant, lora=config.lora, train=train
+        shape, device_of(device), config.method, quant=config.quant, lora=config.lora, train=train,
+        compiled=compiles(shape, device_of(device), train, tokens=tokens),
     )  # fmt: skip
     found: dict[str, Any] = {
         "method": config.method, "batch_size": train.batch_size, "max_length": train.max_length, "r": config.lora.r,
@@ -135,7 +152,7 @@ def _compare(config: RunConfig) -> dict[str, Any]:
     }  # fmt: skip
     if device.type == "cuda":
         assert plan.reserved is not None
-        allocated, beside = in_a_process(config, _on_cuda)
+        allocated, beside, found["compiled"] = in_a_process(config, _on_cuda)
         name, planned = "reserved", plan.reserved
     else:
         allocated, beside = in_a_process(config, peak_allocated), in_a_process(config, _resident)
@@ -146,7 +163,8 @@ def _compare(config: RunConfig) -> dict[str, Any]:
         f"{name}_within": planned.low <= beside <= planned.high,
     }  # fmt: skip
     print(
-        f"bench plan: {config.method} {train.batch_size} x {train.max_length} r {config.lora.r}: allocated "
+        f"bench plan: {config.method} {train.batch_size} x {train.max_length} r {config.lora.r}"
+        f"{', compiled' if found.get('compiled') else ''}: allocated "
         f"{allocated / 1e9:.3f} GB, planned {found['allocated_error']:+.2%}; {name} {beside / 1e9:.3f} GB, planned "
         f"{found[f'{name}_error']:+.2%}",
         file=sys.stderr,
@@ -160,8 +178,8 @@ def in_a_process(config: RunConfig, measure: Callable[[str], _T]) -> _T:
         return pool.submit(measure, config.model_dump_json()).result()
 
 
-def _on_cuda(config: str) -> tuple[int, int]:
-    """Peak bytes allocated and reserved by torch's CUDA allocator during two steps."""
+def _on_cuda(config: str) -> tuple[int, int, bool]:
+    """Peak bytes allocated and reserved by torch's CUDA allocator during two steps, and whether their layers are compiled."""
     import torch
 
     from lownibble.memory import usage
@@ -170,7 +188,8 @@ def _on_cuda(config: str) -> tuple[int, int]:
     usage.settle(trainer.device)
     usage.reset_peak(trainer.device)
     _take_steps(trainer, first)
-    return torch.cuda.max_memory_allocated(trainer.device), torch.cuda.max_memory_reserved(trainer.device)
+    peaks = torch.cuda.max_memory_allocated(trainer.device), torch.cuda.max_memory_reserved(trainer.device)
+    return *peaks, trainer.passes.compiled
 
 
 def peak_allocated(config: str) -> int:

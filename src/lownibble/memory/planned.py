@@ -46,11 +46,11 @@ class RunPlan:
 
     def __init__(self, run: TrainingRun) -> None:
         self._run = run
-        self._made: dict[tuple[int | None, bool, Checkpointing], tuple[Batch, MemoryPlan] | InputError] = {}
+        self._made: dict[tuple[int | None, bool, Checkpointing, bool], tuple[Batch, MemoryPlan] | InputError] = {}
 
     def _plan(self) -> tuple[Batch, MemoryPlan] | InputError:
         fit = self._run.fit
-        key = fit.max_tokens, fit.paged, fit.gradient_checkpointing
+        key = fit.max_tokens, fit.paged, fit.gradient_checkpointing, self._run.passes.compiled
         if key not in self._made:
             try:
                 self._made[key] = plan_of(self._run)
@@ -61,8 +61,9 @@ class RunPlan:
     def beside_measured(self, peak_bytes: int) -> dict[str, Any]:
         """For the record: the plan of the run's largest microbatch, and its relative error against the measured peak.
 
-        Compares the resident set size on a CPU, allocated bytes on CUDA. Compiled layers save fewer activations than planned; the
-        plan assumes eager layers. If the planner does not know the model or an option, returns only `unknown`, the reason.
+        Compares the resident set size on a CPU, allocated bytes on CUDA. On a CPU the plan is of layers that are not compiled;
+        compiled ones save fewer activations. If the planner does not know the model or an option, returns only `unknown`, the
+        reason.
         """
         run, found = self._run, self._plan()
         if isinstance(found, InputError):
@@ -115,7 +116,7 @@ def plan_of(run: TrainingRun) -> tuple[Batch, MemoryPlan]:
     return batch, plan_memory(
         shape, device_of(run.device), method, quant=quant,
         lora=next(iter(adapters.values()), LoraConfig()), train=options, dtype=str(model.dtype).removeprefix("torch."),
-        batch=batch, rounded=_rounded(model),
+        batch=batch, rounded=_rounded(model), compiled=run.passes.compiled and run.device.type == "cuda",
     )  # fmt: skip
 
 

@@ -1,6 +1,9 @@
 """A decoder-only model on a `Tape`, module by module as in transformers.
 
 Local variables matter here: as in transformers' code, a tensor stays allocated as long as a variable refers to it.
+
+In a compiled layer (`training/compiling.py`) norms, rotary embedding, activation function and residual sums are the operations of
+`fused.py`; linear layers and attention are the same ones. The first layer is not compiled if its input needs no gradient.
 """
 
 from __future__ import annotations
@@ -9,6 +12,7 @@ from collections.abc import Callable, Sequence
 
 from lownibble.arch import ModelShape
 from lownibble.config import Checkpointing
+from lownibble.planning import fused
 from lownibble.planning import operations as op
 from lownibble.planning.linear import LinearOnTape, Method, Runtime, SharedBuffers
 from lownibble.planning.tape import BOOL, FLOAT32, INT64, LayerInputs, Tape, Value
@@ -47,6 +51,7 @@ class Decoder:
             self._parameter(shape.vocab)
         self._frequencies = [tape.new(shape.head_dim // 2, FLOAT32, "weights") for _ in range(2)]
         self._tiles = [0]
+        self._in_graph = False
 
     def _parameter(self, n: int) -> Value:
         value = self.tape.parameter(n, self.run.itemsize, "weights", self.method.full)
@@ -91,6 +96,7 @@ class Decoder:
             else:
                 hidden = self.layer(layer, hidden, cos, sin, rows)
         del mask
+        self._in_graph = False
         last = self._tiled_norm(hidden, self.last_norm)
         del embedded
         return last
@@ -112,23 +118,32 @@ class Decoder:
 
     def layer(self, layer: int, hidden: Value, cos: Value, sin: Value, rows: int) -> Value:
         """Output of a decoder layer (rows x length tokens)."""
-        tape, norms = self.tape, self.norms[layer]
+        self._in_graph = self.run.compiled and (layer > 0 or self.embedding.trained)
+        out = self._layer(layer, hidden, cos, sin, rows)
+        out.recipe = None  # a graph's output is written
+        return out
+
+    def _layer(self, layer: int, hidden: Value, cos: Value, sin: Value, rows: int) -> Value:
+        norms = self.norms[layer]
         residual = hidden
         hidden = self._tiled_norm(hidden, norms[0])
         if self.shape.family.parallel:
             attended = self._attention(layer, hidden, cos, sin, rows)
             fed = self._feed(layer, hidden)
-            return op.add(tape, op.add(tape, attended, fed), residual)
+            return self._add(self._add(attended, fed), residual)
         hidden = self._attention(layer, hidden, cos, sin, rows)
         if len(norms) == 4:
             hidden = self._tiled_norm(hidden, norms[1])
-        hidden = op.add(tape, residual, hidden)
+        hidden = self._add(residual, hidden)
         residual = hidden
         hidden = self._tiled_norm(hidden, norms[-2 if len(norms) == 4 else 1])
         hidden = self._feed(layer, hidden)
         if len(norms) == 4:
             hidden = self._tiled_norm(hidden, norms[3])
-        return op.add(tape, residual, hidden)
+        return self._add(residual, hidden)
+
+    def _add(self, a: Value, b: Value) -> Value:
+        return fused.add(self.tape, a, b) if self._in_graph else op.add(self.tape, a, b)
 
     def _tiled_norm(self, x: Value, parameters: list[Value]) -> Value:
         return self._in_tiles(lambda tile: self._norm(tile, parameters), x, parameters)
@@ -148,6 +163,8 @@ class Decoder:
     def _norm(self, x: Value, parameters: list[Value]) -> Value:
         tape, weight = self.tape, parameters[0]
         rows = x.n // weight.n
+        if self._in_graph:
+            return fused.norm(tape, x, parameters)
         if self.shape.family.norm == "layer":
             return op.layer_norm(tape, x, weight, parameters[1])
         hidden = op.cast(tape, x, FLOAT32)
@@ -165,14 +182,19 @@ class Decoder:
         if shape.family.fused:
             q_share, k_share = shape.heads * shape.head_dim, shape.key_heads * shape.head_dim
             tokens = hidden.n // shape.hidden
-            fused = linears["qkv_proj"](hidden)
-            query, key, value = (op.narrow(tape, fused, tokens * n) for n in (q_share, k_share, k_share))
+            whole, shares = linears["qkv_proj"](hidden), [tokens * n for n in (q_share, k_share, k_share)]
+            if self._in_graph:
+                query, key, value = fused.split(tape, whole, shares)
+            else:
+                query, key, value = (op.narrow(tape, whole, n) for n in shares)
+            del whole
         else:
+            copied = not self.qk_norms[layer] and not self._in_graph
             query = linears["q_proj"](hidden)
-            if not self.qk_norms[layer]:
+            if copied:
                 query = op.heads_first(tape, query)
             key = linears["k_proj"](hidden)
-            if not self.qk_norms[layer]:
+            if copied:
                 key = op.heads_first(tape, key)
             value = linears["v_proj"](hidden)
         if self.qk_norms[layer]:
@@ -185,12 +207,21 @@ class Decoder:
         else:
             length = query.n // (shape.heads * shape.head_dim * rows)
             if self._masked(length) and shape.key_heads != shape.heads:  # with a mask, K and V are repeated for each query head
-                key, value = (op.concatenate(tape, [each] * (shape.heads // shape.key_heads)) for each in (key, value))
+                key, value = (self._repeat(each, shape.heads // shape.key_heads) for each in (key, value))
             out = self._torchs_attention(query, key, value)
+        if (
+            self._in_graph and shape.rotary_dim < shape.head_dim
+        ):  # attention returns the layout of its query, here a concatenation
+            out = fused.copy(tape, out)
         return linears[shape.family.linears[1 if shape.family.fused else 3]](out)
+
+    def _repeat(self, x: Value, times: int) -> Value:
+        return fused.repeat(self.tape, x, times) if self._in_graph else op.concatenate(self.tape, [x] * times)
 
     def _rotate(self, x: Value, cos: Value, sin: Value) -> Value:
         tape = self.tape
+        if self._in_graph:
+            return fused.turn(tape, x)
         if self.shape.family.rotates_a_part:
             turned = x.n * self.shape.rotary_dim // self.shape.head_dim
             x, rest = op.narrow(tape, x, turned), op.narrow(tape, x, x.n - turned)
@@ -240,13 +271,20 @@ class Decoder:
             return self._mixture(layer, x)
         if self.shape.family.fused:
             both = linears["gate_up_proj"](x)
+            if self._in_graph:
+                return linears["down_proj"](fused.activate(tape, [both], both.n // 2))
             gate, up = op.halves(tape, both)
             up = op.mul(tape, up, activate(tape, gate))
             return linears["down_proj"](up)
         if not self.shape.family.gated:
             x = linears[names[4]](x)
-            x = activate(tape, x)
+            x = fused.activate(tape, [x], x.n) if self._in_graph else activate(tape, x)
             return linears[names[5]](x)
+        if self._in_graph:
+            gate, up = linears["gate_proj"](x), linears["up_proj"](x)
+            fed = fused.activate(tape, [gate, up], gate.n)
+            del gate, up
+            return linears["down_proj"](fed)
         gated = activate(tape, linears["gate_proj"](x))
         return linears["down_proj"](op.mul(tape, gated, linears["up_proj"](x)))
 

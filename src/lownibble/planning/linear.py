@@ -37,6 +37,7 @@ class Runtime:
         round_to: allocation granularity in bytes.
         chunk_bytes: maximum bytes of one logits chunk, counted in float32.
         cuda: dropout saves a byte mask instead of factors, and fused attention takes a bias.
+        compiled: decoder layers are compiled.
     """
 
     itemsize: int
@@ -46,6 +47,7 @@ class Runtime:
     round_to: int = 1
     cuda: bool = False
     chunk_bytes: int = SMALLEST_CHUNK
+    compiled: bool = False
 
 
 @dataclass(frozen=True)

@@ -31,6 +31,7 @@ from lownibble.planning.hardware import Device
 from lownibble.planning.linear import Method, Runtime, chunk_bytes
 from lownibble.planning.step import Batch, run_step
 from lownibble.planning.tape import BFLOAT16, FLOAT32, Tape
+from lownibble.planning.tiles import is_long
 from lownibble.quant import layouts
 
 KINDS = ("weights", "codes", "constants", "adapters", "gradients", "optimizer", "activations", "workspace")
@@ -49,6 +50,12 @@ PASS_UNKNOWN = (
     "The planner knows the calibration pass of init_lora_weights='{}' for decoders of the families of its own tape, without an "
     "adapted head. Leave init_lora_weights out to plan without."
 )
+
+PAYS_AFTER_FLOPS = {"cpu": 1e14, "cuda": 5e15}
+"""Device type -> FLOPs of a run (6 x parameters x tokens) from which compiling saves more time than it takes. CPU: compilation
+takes about ten to twenty seconds and saves a tenth of each step (`benchmarks/results/train-cpu.json`). CUDA: ten seconds, and 22%
+of each step (8B shapes on an H100, one measurement outside this repository's records); 5e15 lies between the break-even points of
+an H100 and of a card with a tenth of its speed, and is a minute or less of work on either. Also used in training."""
 
 StepOf = Callable[[MethodName, Runtime, Batch, Checkpointing, int], Tape]
 """(method, runtime, batch, checkpointing, microbatches) -> a step's allocations, without optimiser states."""
@@ -73,6 +80,7 @@ class MemoryPlan:
             simultaneous or not.
         parameters, trained_parameters: elements.
         host_bytes: pinned host memory for offloaded checkpoints.
+        compiled: whether the step is one of compiled decoder layers.
     """
 
     kinds: dict[str, int]
@@ -84,6 +92,7 @@ class MemoryPlan:
     trained_parameters: int
     on_device: Device
     host_bytes: int = 0
+    compiled: bool = False
 
     def on(self, device: Device) -> MemoryPlan:
         """The same plan on another device with an equal `Device.alike`."""
@@ -128,13 +137,14 @@ class MemoryPlan:
             "reserved_bytes": None if self.reserved is None else self.reserved._asdict(),
             "device_bytes": self.device._asdict(), "parameters": self.parameters,
             "trained_parameters": self.trained_parameters, "host_bytes": self.host_bytes,
+            "compiled": self.compiled,
         }  # fmt: skip
 
 
 def plan_memory(
     shape: ModelShape, device: Device, method: MethodName, *, quant: QuantConfig, lora: LoraConfig, train: TrainConfig,
     dtype: str = "auto", adapter_dtype: str = "float32", batch: Batch | None = None, step: StepOf | None = None,
-    rounded: Mapping[str, QuantConfig] | None = None, calibration: Rows | None = None,
+    rounded: Mapping[str, QuantConfig] | None = None, calibration: Rows | None = None, compiled: bool = False,
 ) -> MemoryPlan:  # fmt: skip
     """The memory of a step.
 
@@ -145,6 +155,8 @@ def plan_memory(
         rounded: path of each layer of a merge-aware run that computes with a second packed weight -> its codec; `quant` is then
             what the base is held in.
         calibration: rows of the calibration pass, if the initialisation looks at layers' inputs; None: it is not counted.
+        compiled: the run compiles decoder layers (see `compiles`); those that run in tiles of tokens are not. Only on CUDA: plans
+            for a CPU are of layers that are not compiled.
     Raises:
         TargetError: LoRA's targets match nothing in this model.
         ConfigError: an option that the planner does not support.
@@ -156,8 +168,9 @@ def plan_memory(
         )
     size = itemsize(device, method, dtype)
     ranks = {} if method == "full" or shape.counts else _ranks(shape, lora)
-    run = _runtime(device, size)
     batch, passes = batch or _largest(train), min(2, train.gradient_accumulation_steps)
+    tiled = bool(train.gradient_checkpointing) and is_long(batch.rows * batch.length)
+    run = _runtime(device, size, compiled and not tiled)
     of_adapter = ITEMSIZE[adapter_dtype]
     if rounded and (step is not None or of_adapter != FLOAT32 or lora.use_dora):
         raise ConfigError(
@@ -173,8 +186,8 @@ def plan_memory(
         packed = packed_layers(shape, quant) if method == "qlora" else {}
         fused = {path for path in packed if rounded.get(path, quant.for_layer(path)).quant_type in FUSED}
         computed_with = {path: _bytes_of(linear, rounded[path]) for path, linear in paths(shape) if path in rounded}
-        tiled = {path for path, how in rounded.items() if device.kind == "cpu" and how.quant_type in TILED}
-        ways = Method(method == "full", packed, fused, ranks, of_adapter, lora.use_dora, computed_with, tiled)
+        by_tiles = {path for path, how in rounded.items() if device.kind == "cpu" and how.quant_type in TILED}
+        ways = Method(method == "full", packed, fused, ranks, of_adapter, lora.use_dora, computed_with, by_tiles)
     if step is None:
         assert ways is not None
         tape = run_step(shape, ways, run, batch, checkpointing=train.gradient_checkpointing, passes=passes)
@@ -189,8 +202,18 @@ def plan_memory(
         return found
     if ways is None or shape.decoder_layers or "lm_head" in ranks:
         raise ConfigError(PASS_UNKNOWN.format(init))
-    before = _read(run_calibration(shape, ways, run, calibration, init), 1, shape, device, 0)
+    before = _read(run_calibration(shape, ways, replace(run, compiled=False), calibration, init), 1, shape, device, 0)
     return found.after("calibration", before)
+
+
+def compiles(
+    shape: ModelShape, device: Device, train: TrainConfig, *, merge_aware: bool = False, tokens: int | None = None
+) -> bool:  # fmt: skip
+    """Whether a run compiles its decoder layers, as `training/compiling.choose`; never on a CPU, whose plans are of layers that
+    are not compiled. `tokens`: of the run; None: enough of them."""
+    if device.kind == "cpu" or train.torch_compile is False or shape.decoder_layers or merge_aware:
+        return False
+    return train.torch_compile is True or tokens is None or 6 * shape.parameters * tokens >= PAYS_AFTER_FLOPS[device.kind]
 
 
 def needs_pass(method: MethodName, init: str) -> bool:
@@ -210,12 +233,15 @@ def itemsize(device: Device, method: MethodName, dtype: str) -> int:
     return ITEMSIZE[dtype]
 
 
-def _runtime(device: Device, size: int) -> Runtime:
+def _runtime(device: Device, size: int, compiled: bool = False) -> Runtime:
     if device.kind == "cpu":
         fast = device.avx512 and size == FLOAT32
         return Runtime(size, fused=fast, kernel_attention=fast, decode_buffers=1)
     chunk = chunk_bytes(device.memory_bytes)
-    return Runtime(size, fused=False, kernel_attention=False, decode_buffers=2, round_to=512, cuda=True, chunk_bytes=chunk)
+    return Runtime(
+        size, fused=False, kernel_attention=False, decode_buffers=2, round_to=512, cuda=True, chunk_bytes=chunk,
+        compiled=compiled,
+    )  # fmt: skip
 
 
 def _ranks(shape: ModelShape, lora: LoraConfig) -> dict[str, int]:
@@ -327,4 +353,6 @@ def _read(tape: Tape, passes: int, shape: ModelShape, device: Device, n_trained:
         kinds[tape.kinds[key]] += n
     simulated = reserved_bytes(_from_model(tape)) if device.kind == "cuda" else 0
     of_passes = sum(n for _, n in tape.events[tape.marks[0][1] : tape.marks[-1][1]] if n > 0) // passes
-    return MemoryPlan(kinds, instants, worst, simulated, of_passes, shape.parameters, n_trained, device, tape.host_bytes)
+    return MemoryPlan(
+        kinds, instants, worst, simulated, of_passes, shape.parameters, n_trained, device, tape.host_bytes, tape.compiled
+    )

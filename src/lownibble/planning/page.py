@@ -12,7 +12,7 @@ from typing import Any
 from lownibble.config import CHECKPOINTING, METHODS, Checkpointing, Method, TrainConfig
 from lownibble.errors import OutputError
 from lownibble.planning import hardware
-from lownibble.planning.memory import MemoryPlan, plan_memory
+from lownibble.planning.memory import MemoryPlan, compiles, plan_memory
 from lownibble.planning.plan import Plan
 
 _TEMPLATE = Path(__file__).with_name("page.html")
@@ -48,7 +48,7 @@ def _data(plan: Plan) -> dict[str, Any]:
     def cell(method: Method, options: TrainConfig) -> dict[str, Any]:
         found = plan_memory(
             plan.shape, base, method, quant=config.quant, lora=config.lora, train=options, dtype=config.dtype,
-            adapter_dtype=config.adapter_dtype,
+            adapter_dtype=config.adapter_dtype, compiled=compiles(plan.shape, base, options, tokens=config.tokens),
         )  # fmt: skip
         return {"kinds": _kinds(found), "device": list(found.device)}
 

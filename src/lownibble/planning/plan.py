@@ -20,7 +20,7 @@ from lownibble.planning.calibrated import rows_of
 from lownibble.planning.calibration import calibrated
 from lownibble.planning.fit import Verdict, judge, largest, recommend
 from lownibble.planning.hardware import Device
-from lownibble.planning.memory import MemoryPlan, StepOf, merge_aware, plan_memory
+from lownibble.planning.memory import MemoryPlan, StepOf, compiles, merge_aware, plan_memory
 from lownibble.planning.models import find_config, find_shape
 from lownibble.planning.speed import SpeedPlan, plan_speed
 
@@ -230,6 +230,7 @@ class _Memories:
                 adapter_dtype=config.adapter_dtype,
                 step=self._step,
                 calibration=rows_of(config.data.calibration_tokens, train.max_length),
+                compiled=compiles(self._shape, device, train, merge_aware=config.merge_aware, tokens=config.tokens),
             )
         return self._made[key].on(device)
 

@@ -33,6 +33,8 @@ def tables(plan: Plan) -> Iterator[RenderableType]:
         title += "; traced step"
     if plan.config.merge_aware:
         title += "; merge-aware"
+    if any(row.verdict.memory.compiled for row in plan.rows):
+        title += "; compiled layers"
     if len(plan.devices) > 1:
         yield _overview(plan, title)
         return
@@ -88,6 +90,8 @@ def _detail(plan: Plan, title: str) -> Table:
     }
     if any(row.verdict.memory.host_bytes for row in plan.rows):
         cells["pinned host memory, GiB"] = [f"{row.verdict.memory.host_bytes / 2**30:.1f}" for row in plan.rows]
+    if any(row.verdict.memory.compiled for row in plan.rows):
+        cells["decoder layers"] = ["compiled" if row.verdict.memory.compiled else "not compiled" for row in plan.rows]
     if any(row.speed for row in plan.rows):
         cells["tokens/s"] = [_range(row.speed.tokens_per_s if row.speed else None, "{:,.0f}") for row in plan.rows]
     if tokens and "tokens/s" in cells:
@@ -142,7 +146,7 @@ def _bars(verdict: Verdict) -> Iterator[Text]:
 def beside(planned: Mapping[str, Any]) -> str:
     """A run's planned and measured memory, from its record."""
     ours = {name: n / 2**30 for name, n in planned["planned_bytes"].items()}
-    compiled = ", for layers not compiled" if planned["compiled"] else ""
+    compiled = ", for layers not compiled" if planned["compiled"] and not planned["plan"].get("compiled") else ""
     return (
         f"planned {ours['likely']:.2f} GiB ({ours['low']:.2f} to {ours['high']:.2f}{compiled}), measured "
         f"{planned['measured_bytes'] / 2**30:.2f} GiB, error {planned['error']:+.1%}"

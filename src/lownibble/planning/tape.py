@@ -5,7 +5,8 @@ the sizes of a model that may exceed this machine, in pure Python and a fraction
 torch's does and saves the same tensors for backward; its backward follows torch's derivatives
 (tools/autograd/derivatives.yaml), temporaries included. As in torch, memory is freed when Python drops the last reference: a
 `Storage` is freed by its own `__del__`, so lifetimes need no bookkeeping. The engine runs nodes in torch's order (latest first,
-gradients accumulated in place), and checkpointing is the non-reentrant variant with early stop.
+gradients accumulated in place), and checkpointing is the non-reentrant variant with early stop. In a compiled layer, a tensor
+that follows elementwise from others is not saved but computed again, once, when backward first reads it (`Recipe`).
 
 Oracle: torch's profiler on a real step of small models on a CPU; tests hold the peak to it (0.5% for most families of decoders),
 and to a trace of the step on fake tensors (`rehearsal/trace.py`).
@@ -44,15 +45,16 @@ class Storage:
 
 
 class Value:
-    """A tensor: its storage, elements, bytes per element, and where its gradient goes."""
+    """A tensor: its storage, elements, bytes per element, where its gradient goes, and how backward computes it again."""
 
-    __slots__ = ("itemsize", "leaf", "n", "node", "output", "storage", "trained")
+    __slots__ = ("itemsize", "leaf", "n", "node", "output", "recipe", "storage", "trained")
 
     def __init__(self, storage: Storage, n: int, itemsize: int, trained: bool = False) -> None:
         self.storage, self.n, self.itemsize, self.trained = storage, n, itemsize, trained
         self.node: Node | None = None
         self.output = 0
         self.leaf: Leaf | None = None
+        self.recipe: Recipe | None = None
 
     @property
     def wants_grad(self) -> bool:
@@ -62,6 +64,22 @@ class Value:
     def view(self) -> Value:
         """The same storage, detached from the graph."""
         return Value(self.storage, self.n, self.itemsize)
+
+
+class Recipe:
+    """A tensor that backward computes again, from `sources`, at its first use; it is freed after the last one."""
+
+    __slots__ = ("_like", "_made", "_tape", "sources")
+
+    def __init__(self, tape: Tape, value: Value, sources: Sequence[Value]) -> None:
+        self.sources = [each.view() for each in sources]
+        self._tape, self._like = tape, (value.n, value.itemsize)
+        self._made: Value | None = None
+
+    def run(self) -> Value:
+        """The tensor."""
+        self._made = self._made or self._tape.new(*self._like)
+        return self._made
 
 
 Grads = list["Value | None"]
@@ -109,7 +127,7 @@ class _Saved:
 
     __slots__ = ("region", "value")
 
-    def __init__(self, value: Value | None, region: Region | None) -> None:
+    def __init__(self, value: Value | Recipe | None, region: Region | None) -> None:
         self.value, self.region = value, region
 
     def unpack(self) -> Value:
@@ -117,7 +135,7 @@ class _Saved:
             assert self.region is not None
             self.region.run_again()
         assert self.value is not None
-        return self.value
+        return self.value.run() if isinstance(self.value, Recipe) else self.value
 
 
 class _Enough(Exception):  # noqa: N818 - not an error
@@ -125,10 +143,11 @@ class _Enough(Exception):  # noqa: N818 - not an error
 
 
 class Region:
-    """A checkpointed region: its saved tensors are dropped, and recomputed when the first of them is needed."""
+    """A checkpointed region: its saved tensors are dropped, and recomputed when the first of them is needed; `whole`: those that
+    a compiled graph would compute again later, too."""
 
-    def __init__(self, tape: Tape, run: Callable[[], object]) -> None:
-        self._tape, self._run = tape, run
+    def __init__(self, tape: Tape, run: Callable[[], object], whole: bool) -> None:
+        self._tape, self._run, self._whole = tape, run, whole
         self.places: list[_Saved] = []
         self.filled = 0
 
@@ -145,7 +164,7 @@ class Region:
 
     def fill(self, value: Value) -> None:
         """Fill the next slot; raises `_Enough` after the last one."""
-        self.places[self.filled].value = value.view()
+        self.places[self.filled].value = value.view() if self._whole else value.recipe or value.view()
         self.filled += 1
         if self.filled == len(self.places):
             self.places = []  # the nodes hold them
@@ -196,10 +215,11 @@ class Tape:
         marks: (name, events so far, bytes in use) at the end of each phase.
         used: bytes in use now.
         host_bytes: pinned host memory for offloaded checkpoints.
+        compiled: whether it is a step of compiled decoder layers.
     """
 
-    def __init__(self, round_to: int = 1) -> None:
-        self.host_bytes = 0
+    def __init__(self, round_to: int = 1, *, compiled: bool = False) -> None:
+        self.host_bytes, self.compiled = 0, compiled
         self.events: list[tuple[int, int]] = []
         self.kinds: list[str] = []
         self.marks: list[tuple[str, int, int]] = []
@@ -228,7 +248,7 @@ class Tape:
 
     def copy(self) -> Tape:
         """A copy of a finished tape."""
-        other = Tape(self.round_to)
+        other = Tape(self.round_to, compiled=self.compiled)
         other.events, other.kinds, other.marks, other.used = [*self.events], [*self.kinds], [*self.marks], self.used
         other.host_bytes = self.host_bytes
         return other
@@ -284,10 +304,12 @@ class Tape:
             place = _Saved(None, self._dropping)
             self._dropping.places.append(place)
             return place
-        return _Saved(value.view(), None)
+        return _Saved(value.recipe or value.view(), None)
 
     def checkpoint(self, function: Callable[[Value], Value], x: Value, inputs: LayerInputs | None = None) -> Value:
-        """`function(x)` with activation checkpointing: backward recomputes saved tensors from x, kept in `inputs` if given."""
+        """`function(x)` with activation checkpointing: backward recomputes saved tensors from x, kept in `inputs` if given. As
+        in transformers, a checkpoint without `inputs` is inside of a compiled layer's graph, whose backward runs the whole layer
+        again; one with `inputs` is outside of it."""
         wants = x.wants_grad
         load = x.view if inputs is None else inputs.store(x.view())
 
@@ -296,7 +318,7 @@ class Tape:
             detached.trained = wants
             return function(detached)
 
-        before, self._dropping = self._dropping, Region(self, again)
+        before, self._dropping = self._dropping, Region(self, again, inputs is None)
         try:
             return function(x)
         finally:

@@ -13,6 +13,7 @@ from typing import Any, Protocol
 
 import torch
 from torch import fx
+from torch._prims.rng_prims import run_and_save_rng_state, run_with_rng_state
 
 
 class Recorder(Protocol):
@@ -59,6 +60,16 @@ class _Interpreter(fx.Interpreter):
             return super().run_node(n)
         finally:
             self._recorder.fused = False
+
+    def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
+        """As `fx.Interpreter`; operations that a checkpoint in the layer runs again with the same random numbers draw any."""
+        if target is run_and_save_rng_state:
+            operation, *rest = args
+            return torch.empty(16, dtype=torch.uint8), operation(*rest, **kwargs)
+        if target is run_with_rng_state:
+            _, operation, *rest = args
+            return operation(*rest, **kwargs)
+        return super().call_function(target, args, kwargs)
 
 
 def _is_elementwise(node: fx.Node) -> bool:

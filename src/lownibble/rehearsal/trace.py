@@ -46,7 +46,7 @@ from lownibble.planning.tape import Tape, pinned_bytes
 from lownibble.planning.tiles import is_long
 from lownibble.quant.codebook import codebook, dynamic8, dynamic8_lookup
 from lownibble.rehearsal.compiled import backend as backend_of
-from lownibble.training.compiling import Compiled, torchs_own_warnings_off
+from lownibble.training.compiling import Compiled, obstacle_to, torchs_own_warnings_off
 from lownibble.training.loss import chunks_of, loss_at
 from lownibble.training.offload import Offloaded
 from lownibble.training.tiles import Tiled
@@ -167,14 +167,14 @@ def exact_step(config: Mapping[str, Any], quant: QuantConfig, lora: LoraConfig) 
 
 def trace_step(
     config: Mapping[str, Any], method: Method, run: Runtime, batch: Batch, *, quant: QuantConfig, lora: LoraConfig,
-    checkpointing: Checkpointing = False, passes: int = 1, compiled: bool = False, fake: bool = True,
+    checkpointing: Checkpointing = False, passes: int = 1, fake: bool = True,
 ) -> Tape:  # fmt: skip
     """Trace a step's allocations, in the form of `planning.step.run_step` (optimiser states left out).
 
     Args:
         config: the contents of a model's config.json.
-        run: runtime of the target device, which the trace does not need.
-        compiled: with compiled layers, see `compiled.py`.
+        run: runtime of the target device, which the trace does not need. With compiled layers, see `compiled.py`, the tape says
+            whether they are: layers that cannot be compiled are traced as they are.
         fake: False runs on real tensors, for tests.
     Raises:
         ModelError: transformers does not know this model. TargetError: LoRA's targets match nothing.
@@ -195,10 +195,9 @@ def trace_step(
         recorder.tape.mark("model")
         _leave_out_masks(recorder, model, batch.length)
         tiled = _tiled(recorder, model) if checkpointing and is_long(batch.rows * batch.length) else None
-        layers = Compiled(model, recompute=run.cuda, backend=backend_of(recorder)) if compiled else None
         with chunks_of(run.chunk_bytes):
-            if layers:
-                _compile(recorder, model, batch, layers)
+            layers = _compiled(recorder, model, run, batch) if run.compiled and not tiled else None
+            recorder.tape.compiled = layers is not None
             for _ in range(passes):
                 with ExitStack() as stack:
                     stack.enter_context(_attention(model))
@@ -289,13 +288,23 @@ def _tiled(recorder: _Recorder, model: Any) -> Tiled | None:
     return found
 
 
-def _compile(recorder: _Recorder, model: Any, batch: Batch, layers: Compiled) -> None:
-    """Have the layers compiled, which makes tensors of its own, by a pass that is not recorded."""
-    with recorder.unseen(), _attention(model), layers(), torchs_own_warnings_off():
-        _loss(model, batch).backward()
-        for parameter in model.parameters():
-            parameter.grad = None
-        release_scratch()
+def _compiled(recorder: _Recorder, model: Any, run: Runtime, batch: Batch) -> Compiled | None:
+    """The model's compiled layers, by a pass that is not recorded: compiling makes tensors of its own. None if they cannot be."""
+    if obstacle_to(model, torch.device("meta")):
+        return None
+    torch._dynamo.reset()  # a layer's code keeps the graphs of earlier traces, and their number is limited
+    with recorder.unseen(), torchs_own_warnings_off():
+        layers = Compiled(model, recompute=run.cuda, backend=backend_of(recorder))
+        try:
+            with _attention(model), layers():
+                _loss(model, batch).backward()
+        except Exception:  # of the model's own code or torch's: the tape says that these layers are not compiled
+            return None
+        finally:
+            for parameter in model.parameters():
+                parameter.grad = None
+            release_scratch()
+    return layers
 
 
 def _loss(model: Any, batch: Batch) -> torch.Tensor:

@@ -34,13 +34,8 @@ from lownibble.errors import ConfigError, TrainingError
 from lownibble.lora import count_parameters
 from lownibble.models import attention
 from lownibble.models.info import decoder_layers, info
+from lownibble.planning.memory import PAYS_AFTER_FLOPS
 from lownibble.training.forwards import Forward, replaced_forwards
-
-PAYS_AFTER_FLOPS = {"cpu": 1e14, "cuda": 5e15}
-"""Device type -> FLOPs of a run (6 x parameters x tokens) from which compiling saves more time than it takes. CPU: compilation
-takes about ten to twenty seconds and saves a tenth of each step (`benchmarks/results/train-cpu.json`). CUDA: ten seconds, and 22%
-of each step (8B shapes on an H100, one measurement outside this repository's records); 5e15 lies between the break-even points of
-an H100 and of a card with a tenth of its speed, and is a minute or less of work on either."""
 
 RECOMPUTED = {"ban_recompute_materialized_backward": False}
 """Options of `torch._functorch.config`: elementwise results that a matmul of backward reads are computed again, not saved."""
@@ -67,7 +62,7 @@ def choose(option: bool | Literal["auto"], model: Any, device: torch.device, tok
         reason = f"the run takes about {flops:.0e} operations; compiling pays from {needed:.0e}"
         if flops < needed:
             return False, reason
-    obstacle = _obstacle(model, device)
+    obstacle = obstacle_to(model, device)
     if obstacle and option is True:
         raise ConfigError(f"torch_compile=True cannot be done: {obstacle}. Use torch_compile=False (--torch-compile false).")
     if obstacle:
@@ -75,7 +70,8 @@ def choose(option: bool | Literal["auto"], model: Any, device: torch.device, tok
     return True, "torch_compile is on" if option is True else reason
 
 
-def _obstacle(model: Any, device: torch.device) -> str:
+def obstacle_to(model: Any, device: torch.device) -> str:
+    """Why a model's decoder layers cannot be compiled on a device, or ''."""
     if model.config.is_encoder_decoder:
         return f"{type(model).__name__} has an encoder, whose layers are of another form"
     if info(model).merge_aware is not None:
