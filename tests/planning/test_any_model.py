@@ -17,7 +17,7 @@ from lownibble.errors import ConfigError, ModelError, TargetError
 from lownibble.models.head import check_head, check_head_unseen
 from lownibble.rehearsal import plan as any_model
 
-SMALL = {"gpu": "rtx-4090", "max_length": 32, "batch_size": 2, "r": 4}
+SMALL = {"gpu": "rtx-4090", "max_length": 32, "batch_size": 2, "r": 4, "torch_compile": False}
 
 
 @pytest.fixture

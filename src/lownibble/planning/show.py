@@ -30,7 +30,7 @@ def tables(plan: Plan) -> Iterator[RenderableType]:
     for left_out, why in plan.refused.items():
         yield Text(f"{left_out} is not planned: {why}")
     if plan.shape.counts is not None:
-        title += "; traced step"
+        title += "; traced step, its layers not compiled"
     if plan.config.merge_aware:
         title += "; merge-aware"
     if any(row.verdict.memory.compiled for row in plan.rows):
