@@ -119,6 +119,8 @@ class Decoder:
     def layer(self, layer: int, hidden: Value, cos: Value, sin: Value, rows: int) -> Value:
         """Output of a decoder layer (rows x length tokens)."""
         self._in_graph = self.run.compiled and (layer > 0 or self.embedding.trained)
+        for linear in self.layers[layer].values():
+            linear.in_graph = self._in_graph
         out = self._layer(layer, hidden, cos, sin, rows)
         out.recipe = None  # a graph's output is written
         return out
@@ -255,6 +257,10 @@ class Decoder:
         tokens = query.n // (shape.heads * shape.head_dim)
         pairs = shape.heads * tokens * (tokens // rows)
         spread = shape.heads // shape.key_heads
+        if self._in_graph:
+            key, value = (fused.repeat(tape, each, spread) for each in (key, value))
+            weights = fused.capped_softmax(tape, op.matmul(tape, query, key, pairs), shape.heads * tokens)
+            return fused.copy(tape, op.matmul(tape, weights, value, query.n))
         if spread > 1:
             key, value = (op.scale(tape, op.concatenate(tape, [each] * spread)) for each in (key, value))
         scores = op.scale(tape, op.matmul(tape, query, key, pairs))

@@ -78,11 +78,28 @@ def activate(tape: Tape, parts: Sequence[Value], n: int) -> Value:
     """The activation function, n elements, of one tensor; times another one, or of one half of it times the other. The first of
     two gradients is written into the incoming one."""
     out, itemsize = tape.new(n, parts[0].itemsize), parts[0].itemsize
-    rest = [part.n for part in parts if part.n != n] or [n] * (len(parts) - 1)
+    reused, sources = parts[0].n == n, _sources(*parts)
+    written = [part.n for part in parts][reused:]
 
     def backward(grads: list[Value | None], saved: list[Value]) -> Sequence[Value | None]:
-        return [*(grads if saved[0].n == n else []), *(tape.new(each, itemsize) for each in rest)]
+        return [*(grads if reused else []), *(tape.new(each, itemsize) for each in written)]
 
-    tape.record([out], parts, parts, backward)
-    out.recipe = Recipe(tape, out, parts)
+    tape.record([out], parts, sources, backward)
+    out.recipe = Recipe(tape, out, sources)
+    return out
+
+
+def rescale(tape: Tape, z: Value, magnitude: Value, gain: Value) -> Value:
+    """DoRA: z times each output's gain, which follows from its magnitude."""
+    out, sources = tape.like(z), [z, gain]
+    tape.record([out], [z, magnitude], sources, lambda grads, saved: [tape.like(saved[0]), tape.like(magnitude)])
+    out.recipe = Recipe(tape, out, sources)
+    return out
+
+
+def capped_softmax(tape: Tape, scores: Value, rows: int) -> Value:
+    """Attention's weights from scores that are capped; saves the scores, and each row's float32 maximum and sum."""
+    out, sources = tape.like(scores), [scores, *(tape.new(rows, FLOAT32) for _ in range(2))]
+    tape.record([out], [scores], sources, lambda grads, saved: [tape.like(saved[0])])
+    out.recipe = Recipe(tape, out, sources)
     return out

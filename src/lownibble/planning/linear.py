@@ -6,6 +6,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from lownibble.arch import Linear
+from lownibble.planning import fused
 from lownibble.planning import operations as op
 from lownibble.planning.tape import FLOAT32, Tape, Value
 
@@ -99,12 +100,13 @@ class SharedBuffers:
 
 
 class LinearOnTape:
-    """A linear layer, dense (trained or frozen) or packed, with or without an adapter, as `method` says for its path."""
+    """A linear layer, dense (trained or frozen) or packed, with or without an adapter, as `method` says for its path. `in_graph`:
+    it is in a compiled decoder layer."""
 
     def __init__(
         self, tape: Tape, path: str, linear: Linear, method: Method, run: Runtime, buffers: SharedBuffers
     ) -> None:  # fmt: skip
-        self.tape, self.run, self.buffers = tape, run, buffers
+        self.tape, self.run, self.buffers, self.in_graph = tape, run, buffers, False
         self.n_in, self.n_out, self.r = linear.in_features, linear.out_features, method.ranks.get(path, 0)
         n = self.n_in * self.n_out
         self.packed, self.fused = path in method.packed, run.fused and path in method.fused
@@ -211,6 +213,8 @@ class LinearOnTape:
         tape, norm = self.tape, self._norm()
         z = self._adapted(x)
         gain = tape.like(norm)
+        if self.in_graph:
+            return fused.rescale(tape, z, magnitude, gain)
         y = z.view()
 
         def backward(grads: list[Value | None], saved: list[Value]) -> Sequence[Value | None]:
