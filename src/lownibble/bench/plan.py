@@ -140,10 +140,9 @@ def _seconds(command: str) -> float:
 
 def _compare(config: RunConfig) -> dict[str, Any]:
     train, device, shape = config.train, pick_device(), find_shape(config.model)
-    tokens = (train.max_steps or 0) * train.batch_size * train.max_length * train.gradient_accumulation_steps
     plan = plan_memory(
         shape, device_of(device), config.method, quant=config.quant, lora=config.lora, train=train,
-        compiled=compiles(shape, device_of(device), train, tokens=tokens),
+        compiled=compiles(shape, device_of(device), train, tokens=_tokens(train)),
     )  # fmt: skip
     found: dict[str, Any] = {
         "method": config.method, "batch_size": train.batch_size, "max_length": train.max_length, "r": config.lora.r,
@@ -170,6 +169,11 @@ def _compare(config: RunConfig) -> dict[str, Any]:
         file=sys.stderr,
     )
     return found
+
+
+def _tokens(train: TrainConfig) -> int:
+    """Tokens of the whole run."""
+    return (train.max_steps or 0) * train.batch_size * train.max_length * train.gradient_accumulation_steps
 
 
 def in_a_process(config: RunConfig, measure: Callable[[str], _T]) -> _T:
