@@ -102,6 +102,17 @@ def test_a_run_larger_than_the_machine_warns_before_its_first_step(config, monke
     assert planned.RunPlan(trainer).warnings() == []
 
 
+@pytest.mark.parametrize("option", [pytest.param(True, marks=pytest.mark.slow), False])
+def test_on_cuda_the_plan_is_of_layers_as_the_run_compiles_them(config, monkeypatch, option):
+    """Also the one that warns, before anything is compiled."""
+    monkeypatch.setattr(planned, "device_of", lambda device: hardware.device("h100"))
+    made = []
+    monkeypatch.setattr(planned.RunPlan, "warnings", lambda self: made.append(planned.plan_of(self._run)[1]) or [])
+    found = run(config("qlora", torch_compile=option, max_steps=1)).record["memory"]["planned"]
+    assert [plan.compiled for plan in made] == [found["plan"]["compiled"]] == [option]
+    assert found["compiled"] is option
+
+
 @pytest.mark.parametrize("optim", ["adamw", "paged_adamw"])
 def test_a_dry_run_takes_the_largest_pass_and_writes_nothing(config, tmp_path, monkeypatch, optim):
     monkeypatch.chdir(tmp_path)

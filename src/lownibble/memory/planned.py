@@ -113,10 +113,11 @@ def plan_of(run: TrainingRun) -> tuple[Batch, MemoryPlan]:
     )  # fmt: skip
     steps = islice(run.micro.steps(), min(STEPS, run.total_steps))
     batch = run.micro.shape(max((rows for step in steps for rows in run.micro.dealt(step)), key=run.micro.tokens))
+    device = device_of(run.device)
     return batch, plan_memory(
-        shape, device_of(run.device), method, quant=quant,
+        shape, device, method, quant=quant,
         lora=next(iter(adapters.values()), LoraConfig()), train=options, dtype=str(model.dtype).removeprefix("torch."),
-        batch=batch, rounded=_rounded(model), compiled=run.passes.compiled and run.device.type == "cuda",
+        batch=batch, rounded=_rounded(model), compiled=run.passes.compiled and device.kind == "cuda",
     )  # fmt: skip
 
 

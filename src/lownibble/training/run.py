@@ -241,6 +241,8 @@ def _train(
         usage.reset_peak(trainer.device)
         past = read_events(folder / "events.jsonl") if folder and config.resume else []
         plan = planned.RunPlan(trainer)
+        # what the warnings plan; `set_up` chooses again, by the checkpoint if there is one
+        trainer.passes.choose_compilation(config.torch_compile, trainer.micro.planned_tokens(trainer.total_steps))
         trainer.warnings += plan.warnings()
         trainer.stop_signal = stack.enter_context(interrupt.requests())
         taken = list(deliver(trainer.events(), sinks))
