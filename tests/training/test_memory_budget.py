@@ -151,7 +151,7 @@ def small_machine(monkeypatch):
     limit = {"tokens": 60, "checkpointing": False}
     before = Passes.backward
 
-    def backward(self, batch, n_total, *, measured=False):
+    def backward(self, batch, n_total, *, measured=False, replay=False):
         loss = before(self, batch, n_total, measured=measured)
         if batch.input_ids.numel() > limit["tokens"] or (
             CHECKPOINTING.index(self._checkpointing) < CHECKPOINTING.index(limit["checkpointing"])
@@ -294,7 +294,7 @@ def test_memory_gone_after_saving_is_a_warning(tiny_model, tiny_data, tmp_path, 
 
 
 def test_another_error_is_not_taken_for_it(tiny_model, tiny_data, monkeypatch):
-    def backward(self, batch, n_total, *, measured=False):
+    def backward(self, batch, n_total, *, measured=False, replay=False):
         raise RuntimeError("shapes cannot be multiplied")
 
     monkeypatch.setattr(Passes, "backward", backward)

@@ -28,7 +28,7 @@ CALLS = {"item", "tolist", "__bool__", "__float__", "__int__", "__index__", "num
 
 class Waits(TorchDispatchMode):
     """Collects operations that read values of device tensors: all but those that are made of host tensors only, or of nothing; in
-    `model`'s own code those that are made on a device that it names are the device's, too."""
+    `model`'s own code those that are made of nothing are the device's, too, but for our seeds."""
 
     def __init__(self, model):
         super().__init__()
@@ -43,7 +43,7 @@ class Waits(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         inputs = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
-        device = any(map(self.on_device, inputs)) or (self._inside and "device" in (kwargs or {}))
+        device = any(map(self.on_device, inputs)) or (self._inside and not inputs and "rand" not in str(func))
         device = device and func is not torch.ops.aten.lift_fresh.default
         packet = func.overloadpacket
         masked = packet in (torch.ops.aten.index, torch.ops.aten.index_put, torch.ops.aten.index_put_)

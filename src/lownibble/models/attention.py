@@ -141,7 +141,11 @@ def causal_attention(model: Any) -> Iterator[None]:
 
 @contextmanager
 def _swapped(model: Any, implementation: str) -> Iterator[None]:
-    before = model.config._attn_implementation
+    config = model.config
+    before = {
+        key: getattr(config, key)._attn_implementation for key in config.sub_configs if getattr(config, key, None) is not None
+    }
+    before[""] = config._attn_implementation
     model.set_attn_implementation(implementation)
     try:
         if _implementation(model) != implementation:
@@ -154,8 +158,8 @@ def _swapped(model: Any, implementation: str) -> Iterator[None]:
 def causal_obstacle(model: Any, longest: int) -> str:
     """Why rows of up to `longest` tokens may need another mask than a causal one, or ''."""
     config = model.config.get_text_config()
-    if _implementation(model) != "sdpa":
-        return f"its attention is '{_implementation(model)}', not torch's"
+    if config._attn_implementation != "sdpa":
+        return f"its attention is '{config._attn_implementation}', not torch's"
     for name, size in (("a window", window(model)), ("chunks", getattr(config, "attention_chunk_size", None))):
         if size is not None and longest >= size:
             return f"its attention has {name} of {size} tokens, and rows are longer"

@@ -196,6 +196,10 @@ def plan_memory(
         tape = step(method, run, batch, train.gradient_checkpointing, passes)
     if method != "full" and lora.init_lora_weights in KEEP_THEIR_START:
         tape.hold([n * each for n, each in trained], "adapters")
+    if device.kind == "cuda" and method != "full":
+        tape.hold([n * size for n, each in trained if each > size], "adapters")  # rounded once a pass
+        if tape.compiled and _replays(train, lora):
+            tape.hold([n * each for n, each in trained], "gradients")  # those that graphs add to
     tape.hold(state_bytes(trained, train, device.kind), "optimizer")
     found = _read(tape, passes, shape, device, sum(n for n, _ in trained))
     init = str(lora.init_lora_weights)
@@ -205,6 +209,13 @@ def plan_memory(
         raise ConfigError(PASS_UNKNOWN.format(init))
     before = _read(run_calibration(shape, ways, replace(run, compiled=False), calibration, init), 1, shape, device, 0)
     return found.after("calibration", before)
+
+
+def _replays(train: TrainConfig, lora: LoraConfig) -> bool:
+    """Whether the passes of a run with compiled layers are replayed as CUDA graphs, as far as its options tell (see
+    `training/graphs.py`)."""
+    against = train.packing or lora.lora_dropout or train.memory_budget or train.gradient_checkpointing == "offload"
+    return train.cuda_graphs is not False and not against
 
 
 def compiles(

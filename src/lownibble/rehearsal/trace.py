@@ -195,7 +195,7 @@ def trace_step(
         recorder.tape.mark("model")
         _leave_out_masks(recorder, model, batch.length)
         tiled = _tiled(recorder, model) if checkpointing and is_long(batch.rows * batch.length) else None
-        with chunks_of(run.chunk_bytes):
+        with chunks_of(run.chunk_bytes, shared=not run.cuda):
             layers = _compiled(recorder, model, run, batch) if run.compiled and not tiled else None
             recorder.tape.compiled = layers is not None
             for _ in range(passes):

@@ -40,6 +40,8 @@ _FREE = {
     "eval_steps",
     "optim_page_budget",
     "memory_budget",
+    "cuda_graphs",
+    "deterministic",
     "compute",
     "head_compute",
     "tokens",

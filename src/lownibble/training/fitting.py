@@ -122,7 +122,7 @@ class Fitting:
             MemoryGoneError: microbatches are single rows, and checkpointing is on or not available.
         """
         release_scratch()
-        if self._gave_up_graphs(f"step {step + 1}, which began again"):
+        if self._gave_up_graphs(f"step {step + 1}"):
             return
         usage.settle(self.device)
         batches = self.micro.batches(rows)
@@ -142,11 +142,10 @@ class Fitting:
             )
         self.warnings.append(f"memory ran out in step {step + 1}, which began again: {what}")
 
-    def _gave_up_graphs(self, when: str) -> bool:
-        """Free the memory of CUDA graphs, if there are any, before anything gets smaller."""
-        dropped = self.passes.drop_graphs("memory ran out")
+    def _gave_up_graphs(self, where: str) -> bool:
+        """Free the memory of CUDA graphs, if there are any, before anything gets smaller; the loop tells of it."""
+        dropped = self.passes.drop_graphs(f"memory ran out in {where}")
         if dropped:
-            self.warnings.append(f"memory ran out in {when}: passes are no longer replayed as CUDA graphs")
             usage.settle(self.device)
         return dropped
 
@@ -157,7 +156,7 @@ class Fitting:
             MemoryGoneError: a pass is already a single row.
         """
         release_scratch()
-        if self._gave_up_graphs(f"the evaluation after step {step}, which began again"):
+        if self._gave_up_graphs(f"the evaluation after step {step}"):
             return
         usage.settle(self.device)
         tokens = self.evaluator.halve()

@@ -6,15 +6,15 @@ Replaying takes the host out of it.
 
 A graph repeats the same kernels on the same memory, so a pass is made to fit:
 
-- Shapes: rows are padded to a multiple of a sixteenth of the longest row, places of labels to a multiple of a quarter of the
-  tokens. The first pass of a shape runs without a graph, which compiles and loads its kernels; the second is captured.
+- Shapes: rows are padded by an eighth of their length at most, places of labels by a quarter of their number. The first pass of a
+  shape runs without a graph, which compiles and loads its kernels; the second is captured.
 - Inputs are copied into tensors of the graph. The number of label tokens, which divides the loss, is one of them.
 - Gradients are added to buffers that all graphs share; they become the `grad` of the parameters.
 - Memory: graphs share a pool as large as the largest pass. A pass without a graph (evaluation, a shape's first) finds its memory
   beside the pool; where that runs out, graphs are given up (`drop`) and the run goes on without.
 
-Passes that draw random numbers with seeds of the host, read sizes of each batch (packed rows) or move data to the host cannot be
-captured: `obstacle`. If a model's own code cannot, capturing fails, the reason is kept, and the run goes on without graphs.
+Passes that draw random numbers, read sizes of each batch (packed rows), move data to the host, or get masks that are made anew
+cannot be captured: `obstacle`. If a model's own code cannot, capturing fails, the reason is told, and the run goes on without.
 """
 
 from __future__ import annotations
@@ -29,25 +29,27 @@ from torch import Tensor, nn
 from lownibble.data import IGNORE, Batch
 from lownibble.kernels.decoded import scratch_buffers
 from lownibble.lora import LowRank
+from lownibble.models.head import hidden_states
 from lownibble.models.info import info
 from lownibble.transfers import to_device
 
 MOST = 64
 """Graphs at most; passes of further shapes run without."""
-LENGTHS, PLACES = 16, 4
-"""Lengths of rows, and counts of label places, that are told apart: a longer row is padded to the next."""
+FINEST = 16
+"""Tokens by which lengths of rows and counts of label places differ at least."""
 
-Run = Callable[[Batch, Tensor], Tensor]
-"""(batch on the device, label tokens of the step () float32) -> loss (); adds to the parameters' gradients."""
+Run = Callable[[Batch, Tensor, bool], Tensor]
+"""(batch on the device, label tokens of the step () float32, whether to measure) -> loss (); adds to parameters' gradients."""
 Capture = Callable[[Callable[[], Tensor]], tuple[Callable[[], object], Tensor]]
 """Captures a pass: -> a function that replays it, and the tensor that its loss is in afterwards."""
 
 
-def obstacle(model: Any, device: torch.device, *, packed: bool, plain_loss: bool) -> str:
+def obstacle(model: Any, device: torch.device, *, packed: bool, plain_loss: bool, draws: bool) -> str:
     """Why passes of a model cannot be captured, or ''.
 
     Args:
         packed: rows are packed. plain_loss: the loss is the next-token one, which takes its divisor as a tensor.
+        draws: passes draw random numbers (`draws_random`).
     """
     if device.type != "cuda":
         return f"there are none on '{device.type}'"
@@ -61,16 +63,27 @@ def obstacle(model: Any, device: torch.device, *, packed: bool, plain_loss: bool
         return "the model is trained in full"
     if info(model).merge_aware is not None:
         return "merge-aware layers pack their weight between steps"
-    return "dropout draws other numbers in each pass" if draws_random(model) else ""
+    return "random numbers (dropout) are drawn in each pass" if draws else ""
 
 
-def draws_random(model: Any) -> bool:
-    """Whether a training pass draws random numbers (dropout)."""
-    modules = list(model.modules())
-    if any((isinstance(m, nn.Dropout) and m.p > 0) or (isinstance(m, LowRank) and m.dropout > 0) for m in modules):
-        return True
-    config = model.config.get_text_config().to_dict()
-    return any("drop" in key and isinstance(value, float) and value > 0 for key, value in config.items())
+@torch.no_grad()
+def draws_random(model: Any, input_ids_BT: Tensor, attention_mask_BT: Tensor) -> bool:
+    """Whether a training pass draws random numbers (dropout, a router's noise), found out by one."""
+    device, training = input_ids_BT.device, model.training
+    devices = [device] if device.type == "cuda" else []
+    with torch.random.fork_rng(devices):
+        before = _generators(device)
+        model.train()
+        try:
+            hidden_states(model, input_ids_BT, attention_mask_BT)
+        finally:
+            model.train(training)
+        return any(not torch.equal(a, b) for a, b in zip(before, _generators(device), strict=True))
+
+
+def _generators(device: torch.device) -> list[Tensor]:
+    """The states of torch's generators."""
+    return [torch.get_rng_state(), *([torch.cuda.get_rng_state(device)] if device.type == "cuda" else [])]
 
 
 class CudaCapture:
@@ -80,19 +93,27 @@ class CudaCapture:
         self._pool = torch.cuda.graph_pool_handle()
 
     def __call__(self, run: Callable[[], Tensor]) -> tuple[Callable[[], object], Tensor]:
-        """Capture `run`, which is not executed, from the current stream; not the default one."""
+        """Capture `run`, which is not executed, from the current stream; not the default one.
+
+        Raises:
+            RuntimeError: the first error of those that a failed capture raises; torch's last is that it was not completed.
+        """
         graph, stream = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
         generator = torch.cuda.default_generators[stream.device.index]
-        before = generator.get_state()
+        before, first = generator.get_state(), None
         try:
             with torch.cuda.graph(graph, pool=self._pool, stream=stream, capture_error_mode="thread_local"):
-                loss = run()
-        except BaseException:  # where capturing fails, torch leaves its stream set, and the generator believing that it goes on
+                try:
+                    loss = run()
+                except Exception as error:
+                    first = error
+                    raise
+        except Exception as error:  # torch leaves its stream set, and the generator believing that the capture goes on
             torch.cuda.set_stream(stream)
             fresh = torch.Generator(stream.device)
             fresh.set_state(before)
             generator.graphsafe_set_state(fresh.graphsafe_get_state())
-            raise
+            raise RuntimeError(str(first or error)) from error
         return graph.replay, loss
 
 
@@ -125,18 +146,19 @@ class Graphs:
     """Runs microbatches, from the second of a shape on by replaying its graph.
 
     Args:
-        run: the pass. parameters: those that are trained. longest: tokens of the longest row of the run.
-        grow: rows can be padded freely (the model needs no attention mask).
+        run: the pass; with True, it is the one that is measured.
+        parameters: those that are trained.
+        limit: tokens beyond which no batch is padded, as far as it has fewer; called for each.
         capture: how passes are captured; default: into CUDA graphs.
     Attributes:
         obstacle: why there are no graphs any more, or ''.
     """
 
     def __init__(
-        self, run: Run, parameters: Sequence[nn.Parameter], device: torch.device, longest: int, *, grow: bool,
+        self, run: Run, parameters: Sequence[nn.Parameter], device: torch.device, limit: Callable[[], int],
         capture: Capture | None = None,
     ) -> None:  # fmt: skip
-        self._run, self._parameters, self._device, self._longest, self._grow = run, list(parameters), device, longest, grow
+        self._run, self._parameters, self._device, self._limit = run, list(parameters), device, limit
         self._capture = capture or CudaCapture()
         self._inputs: dict[tuple[int, ...], _Inputs] = {}
         self._graphs: dict[tuple[int, ...], _Graph] = {}
@@ -146,41 +168,46 @@ class Graphs:
     def __len__(self) -> int:
         return len(self._graphs)
 
-    def __call__(self, batch: Batch, n_total: int) -> Tensor:
-        """Accumulate the gradients of a microbatch, on the host or the device; returns its loss, () float32, on the device."""
-        if not self.obstacle:
-            batch = fitted(batch, self._longest, grow=self._grow)
-        key = (*batch.input_ids.shape, len(batch.label_places[0]), batch.is_padded)
-        if self.obstacle or (key not in self._inputs and len(self._inputs) >= MOST):
-            total = torch.full((), n_total, dtype=torch.float32, device=self._device)
-            return self._run(batch.to(self._device), total)
+    def __call__(self, batch: Batch, n_total: int, measured: bool = False) -> Tensor:
+        """Accumulate the gradients of a microbatch of the host; returns its loss, () float32, on the device.
+
+        Args:
+            measured: this pass is measured, so it runs without a graph.
+        """
+        grown = batch if self.obstacle else fitted(batch, self._limit())
+        key = (*grown.input_ids.shape, len(grown.label_places[0]))
         first = key not in self._inputs
-        inputs = self._inputs.setdefault(key, _Inputs(batch, self._device))
-        inputs.set(batch, n_total)
-        if not first and key not in self._graphs:
+        if self.obstacle or (first and len(self._inputs) >= MOST):
+            total = torch.full((), n_total, dtype=torch.float32, device=self._device)
+            return self._run(batch.to(self._device), total, measured)
+        if first:
+            self._inputs[key] = _Inputs(grown, self._device)
+        inputs = self._inputs[key]
+        inputs.set(grown, n_total)
+        if not (first or measured or key in self._graphs):
             self._add(key, inputs)
-        if key in self._graphs:
+        if key in self._graphs and not measured:
             return self._replay(self._graphs[key])
-        return self._run(inputs.batch, inputs.total)
+        return self._run(inputs.batch, inputs.total, measured)
 
     def drop(self, reason: str) -> bool:
-        """Give up all graphs and their memory, from now on; returns whether there were any."""
-        had, self.obstacle = bool(self._graphs), self.obstacle or reason
-        self._graphs.clear()
-        self._inputs.clear()
-        self._buffers.clear()
+        """Give up all graphs and their memory from now on, if there are any or capturing one failed; returns whether so."""
+        had = bool(self._graphs or self._buffers)
+        if had:
+            self.obstacle = self.obstacle or reason
+            self._graphs.clear()
+            self._inputs.clear()
+            self._buffers.clear()
         return had
 
     def _add(self, key: tuple[int, ...], inputs: _Inputs) -> None:
-        if not self._buffers:
-            self._buffers = [torch.zeros_like(parameter) for parameter in self._parameters]
         trained: list[int] = []
 
         def run() -> Tensor:
             before = [parameter.grad for parameter in self._parameters]
             self._set_gradients([None] * len(before))
             try:
-                loss = self._run(inputs.batch, inputs.total)
+                loss = self._run(inputs.batch, inputs.total, False)
                 found = {index: p.grad for index, p in enumerate(self._parameters) if p.grad is not None}
                 torch._foreach_add_([self._buffers[index] for index in found], list(found.values()))
             finally:
@@ -188,14 +215,17 @@ class Graphs:
             trained[:] = found
             return loss
 
+        held = scratch_buffers()
         try:
+            for parameter in self._parameters[len(self._buffers) :]:
+                self._buffers.append(torch.zeros_like(parameter))
             replay, loss = self._capture(run)
         except (
             Exception
         ) as error:  # of the model's own code, or of torch; a pass without a graph shows what is wrong, if anything
-            self.drop(f"capturing failed: {_origin(error)}")
+            self.drop(f"capturing failed: {(str(error).splitlines() or [type(error).__name__])[0]}")
         else:
-            self._graphs[key] = _Graph(replay, loss, trained, scratch_buffers())
+            self._graphs[key] = _Graph(replay, loss, trained, [*held, *scratch_buffers()])
 
     def _set_gradients(self, gradients: Sequence[Tensor | None]) -> None:
         for parameter, gradient in zip(self._parameters, gradients, strict=True):
@@ -216,23 +246,15 @@ class Graphs:
         return graph.loss.clone()
 
 
-def _origin(error: BaseException) -> str:
-    """The first error of those that a failed capture raises; the last one is that it was not completed."""
-    while error.__context__ is not None:
-        error = error.__context__
-    return (str(error).splitlines() or [type(error).__name__])[0]
-
-
-def fitted(batch: Batch, longest: int, *, grow: bool) -> Batch:
+def fitted(batch: Batch, limit: int) -> Batch:
     """A batch of the host, padded so that shapes repeat; its label places are padded with labels that are ignored.
 
     Args:
-        longest: tokens of the longest row of the run, to which rows are padded at most.
-        grow: pad rows; False: label places only.
+        limit: tokens that it may have; a batch that would have more is not padded.
     """
     B, T = batch.input_ids.shape
-    if grow:
-        extra = max(T, min(longest, _next(T, -(-longest // LENGTHS)))) - T
+    extra = _next(T, 8) - T
+    if extra and B * (T + extra) <= limit:
         last = batch.input_ids[:, -1:].expand(B, extra)
         batch = replace(
             batch, input_ids=torch.cat([batch.input_ids, last], 1),
@@ -240,26 +262,27 @@ def fitted(batch: Batch, longest: int, *, grow: bool) -> Batch:
             labels=nn.functional.pad(batch.labels, (0, extra), value=IGNORE),
         )  # fmt: skip
     places, labels = batch.label_places
-    tokens = batch.input_ids.numel()
-    padding = (0, min(tokens, _next(len(places), -(-tokens // PLACES))) - len(places))
+    padding = (0, min(batch.input_ids.numel(), _next(len(places), 4)) - len(places))
+    batch = replace(batch)  # the caller's keeps its own
     batch.places = nn.functional.pad(places, padding), nn.functional.pad(labels, padding, value=IGNORE)
-    batch.padded = batch.is_padded or grow
+    batch.padded = True
     return batch
 
 
-def _next(count: int, step: int) -> int:
-    """The next multiple of `step`, at least one."""
+def _next(count: int, parts: int) -> int:
+    """The next of the sizes that divide each doubling into `parts`, and differ by `FINEST` at least."""
+    step = max(FINEST, (1 << max(0, count - 1).bit_length()) // (2 * parts))
     return max(1, -(-count // step)) * step
 
 
-def decided(option: bool | Literal["auto"], compiled: bool, found: str) -> str:
-    """Why a run has no graphs, or '': with 'auto' it has them where layers are compiled.
+def decided(option: bool | Literal["auto"], not_compiled: str, budgeted: bool, found: str) -> str:
+    """Why a run has no graphs, or '': with 'auto' it has them where layers are compiled and memory is not limited.
 
     Args:
-        found: the `obstacle`.
+        not_compiled: why layers are not compiled, or ''. found: the `obstacle`.
     """
     if option is False:
         return "cuda_graphs is off"
-    if not found and option == "auto" and not compiled:
-        return "layers are not compiled, as the run is short"
+    if not found and option == "auto" and (not_compiled or budgeted):
+        return f"layers are not compiled: {not_compiled}" if not_compiled else "the memory budget was fitted without"
     return found

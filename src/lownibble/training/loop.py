@@ -73,14 +73,14 @@ def _on_own_stream(method: Callable[..., _T]) -> Callable[..., _T]:
     """
 
     @wraps(method)
-    def call(self: Trainer, *arguments: Any) -> _T:
+    def call(self: Trainer, *arguments: Any, **options: Any) -> _T:
         if self.stream is None:
-            return method(self, *arguments)
+            return method(self, *arguments, **options)
         outside = torch.cuda.current_stream(self.device)
         self.stream.wait_stream(outside)
         try:
             with torch.cuda.stream(self.stream), deterministic() if self.config.deterministic else nullcontext():
-                return method(self, *arguments)
+                return method(self, *arguments, **options)
         finally:
             outside.wait_stream(self.stream)
 
@@ -246,6 +246,8 @@ class Trainer:
         dense.forget()
         check_head(self.model)
         self.passes.check()
+        plain_loss = type(self.objective).loss is Objective.loss
+        self.passes.refuse_graphs(self.config.cuda_graphs, plain_loss)
         self.passes.check_outputs()
         past = self._past()
         over = past is not None and past.step >= self.total_steps
@@ -260,7 +262,7 @@ class Trainer:
         open_states(self.optimizer)
         if self.passes.compiled and not over:
             self._compile(past)
-        self.passes.choose_graphs(self.config.cuda_graphs, type(self.objective).loss is Objective.loss)
+        self.passes.choose_graphs(self.config.cuda_graphs, plain_loss, self.config.memory_budget is not None)
         return past.step if past else 0
 
     def _past(self) -> checkpoint.Facts | None:
@@ -361,6 +363,8 @@ class Trainer:
             self.optimizer.zero_grad(set_to_none=True)
             return Skipped(step + 1, reason, time.perf_counter() - began)
         self.optimizer.zero_grad(set_to_none=True)
+        if lost := self.passes.lost_graphs():
+            self.warnings.append(f"passes are no longer replayed as CUDA graphs: {lost}")
         self.fitting.keep_within(batches)
         return Stepped(
             step + 1, loss, rate, norm, sum(b.n_tokens for b in batches), sum(b.n_padded_tokens for b in batches), n_labels,

@@ -32,13 +32,14 @@ from lownibble.models.info import info
 from lownibble.planning.linear import chunk_bytes
 from lownibble.quant.dense import DenseProducts
 
-_chunk: ContextVar[int | None] = ContextVar("lownibble_chunk", default=None)
+_chunk: ContextVar[tuple[int, bool] | None] = ContextVar("lownibble_chunk", default=None)
 
 
 @contextmanager
-def chunks_of(n_bytes: int) -> Iterator[None]:
-    """Inside the block, chunks of logits take `n_bytes` on any device: for tracing another device's step, and for tests."""
-    token = _chunk.set(n_bytes)
+def chunks_of(n_bytes: int, shared: bool = True) -> Iterator[None]:
+    """Inside the block, chunks of logits take `n_bytes` on any device, in the buffer that is kept for them as on a CPU, or not
+    `shared`, in one of their own as elsewhere: for tracing another device's step, and for tests."""
+    token = _chunk.set((n_bytes, shared))
     try:
         yield
     finally:
@@ -108,8 +109,8 @@ def _into_one_buffer(hidden_LH: Tensor, plain: DenseProducts) -> Iterator[tuple[
     count = -(-len(hidden_LH) // _chunk_tokens(plain.row_bytes, hidden_LH.device))
     size = -(-len(hidden_LH) // max(1, count))
     shape = torch.Size((size, len(plain.weight)))
-    on_cpu = hidden_LH.device.type == "cpu"  # elsewhere the allocator caches it
-    buffer = scratch(shape, hidden_LH.dtype, hidden_LH.device) if on_cpu else hidden_LH.new_empty(shape)
+    shared = hidden_LH.device.type == "cpu" and (_chunk.get() or (0, True))[1]  # elsewhere the allocator caches it
+    buffer = scratch(shape, hidden_LH.dtype, hidden_LH.device) if shared else hidden_LH.new_empty(shape)
     for start in range(0, len(hidden_LH), max(1, size)):
         part = slice(start, min(start + size, len(hidden_LH)))
         yield part, plain.forward(hidden_LH[part], buffer[: part.stop - start])
@@ -123,7 +124,8 @@ def _cross_entropy(logits_LV: Tensor, labels_L: Tensor, n_total: int | Tensor, w
 def _chunk_tokens(row_bytes: int, device: torch.device) -> int:
     """Tokens per chunk: enough for an efficient matmul, few enough not to raise peak memory."""
     on_cuda = device.type == "cuda"
-    n_bytes = _chunk.get() or chunk_bytes(torch.cuda.get_device_properties(device).total_memory if on_cuda else None)
+    given = _chunk.get()
+    n_bytes = given[0] if given else chunk_bytes(torch.cuda.get_device_properties(device).total_memory if on_cuda else None)
     return max(16, n_bytes // row_bytes)
 
 

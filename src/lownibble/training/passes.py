@@ -67,6 +67,8 @@ class Passes:
         self._offloaded: Offloaded | None = None
         self.tiled: Tiled | None = None
         self._rounded: RoundedAdapters | None = None
+        self._draws, self._told_of_graphs = True, False
+        self._captured_with: Checkpointing = False
         self.graphs: Graphs | None = None
         self.graph_reason = ""
 
@@ -97,6 +99,7 @@ class Passes:
     def _check_masks(self, batch: Batch) -> None:
         """Find out whether right-padded rows can do without masks, best with attention that never makes any."""
         given, known = (batch.input_ids, batch.attention_mask), info(self.model)
+        self._draws = draws_random(self.model, *given)
         self.mask_reason = causal_obstacle(self.model, self.micro.longest_row)
         if not self.mask_reason and not check_unmasked(self.model, *given, causal_attention):
             self.mask_reason = "its attention needs transformers' masks"
@@ -130,28 +133,49 @@ class Passes:
         """
         self.compiled, self.compile_reason = compiling.choose(option, self.model, self.device, tokens)
 
-    def choose_graphs(self, option: bool | Literal["auto"], plain_loss: bool) -> None:
-        """Decide whether passes are replayed as CUDA graphs, after the rest is decided.
+    def refuse_graphs(self, option: bool | Literal["auto"], plain_loss: bool) -> None:
+        """Refuse CUDA graphs that are requested and not possible; before the rest is decided.
 
         Args:
             plain_loss: the loss is the next-token one.
         Raises:
-            ConfigError: graphs were requested but are not possible here.
+            ConfigError: they are not possible here.
         """
-        found = obstacle_to_graphs(self.model, self.device, packed=self.micro.pack_to is not None, plain_loss=plain_loss)
-        if not found and self.mask_reason:
-            found = f"masks are made anew in each pass: {self.mask_reason}"
-        if option is True and found:
+        if option is True and (found := self._against_graphs(plain_loss)):
             raise ConfigError(f"cuda_graphs=True cannot be done: {found}. Use cuda_graphs=False (--cuda-graphs false).")
-        self.graph_reason = decided(option, self.compiled, found)
+
+    def choose_graphs(self, option: bool | Literal["auto"], plain_loss: bool, budgeted: bool) -> None:
+        """Decide whether passes are replayed as CUDA graphs, after the rest is decided; see `decided`."""
+        found = self._against_graphs(plain_loss)
+        self.graph_reason = decided(option, "" if self.compiled else self.compile_reason, budgeted, found)
         if not self.graph_reason:
             trained = [p for p in self.model.parameters() if p.requires_grad]
-            grow = not info(self.model).needs_mask
-            self.graphs = Graphs(self._run, trained, self.device, self.micro.longest_row, grow=grow)
+            self.graphs, self._captured_with = Graphs(self._run, trained, self.device, self._most_tokens), self._checkpointing
+
+    def _against_graphs(self, plain_loss: bool) -> str:
+        packed = self.micro.pack_to is not None
+        found = obstacle_to_graphs(self.model, self.device, packed=packed, plain_loss=plain_loss, draws=self._draws)
+        if not found and self.mask_reason:
+            return f"masks are made anew in each pass: {self.mask_reason}"
+        if not found and self._checkpointing == "offload":
+            return "checkpoints are offloaded to the host"
+        if not found and self._checkpointing and is_long(self.micro.whole):
+            return "long microbatches run in tiles of tokens"
+        return found
+
+    def _most_tokens(self) -> int:
+        """Tokens that a padded microbatch may have: those that memory was fitted to."""
+        return self.micro.max_tokens or self.micro.whole
 
     def drop_graphs(self, reason: str) -> bool:
         """Go on without CUDA graphs, and free their memory; returns whether there were any."""
         return self.graphs is not None and self.graphs.drop(reason)
+
+    def lost_graphs(self) -> str:
+        """Why CUDA graphs were given up, the first time that this is asked after they were; else ''."""
+        lost = "" if self.graphs is None or self._told_of_graphs else self.graphs.obstacle
+        self._told_of_graphs = self._told_of_graphs or bool(lost)
+        return lost
 
     @property
     def is_any_compiled(self) -> bool:
@@ -210,7 +234,7 @@ class Passes:
         if not self.can_checkpoint or call is None:
             raise ConfigError(f"{type(self.model).__name__} has no gradient checkpointing. Leave gradient_checkpointing out.")
         self._offloaded = Offloaded(self.model, self.device) if how == "offload" else None
-        keep = {"use_reentrant": False, "preserve_rng_state": draws_random(self.model)}  # reading its state waits for the device
+        keep = {"use_reentrant": False, "preserve_rng_state": self._draws}  # a pass whose state is read cannot be captured
         call(keep) if how is True else call()
         self._checkpointing = how
 
@@ -282,8 +306,8 @@ class Passes:
         Raises:
             TrainingError: a layer cannot be compiled, or the loss has no gradient.
         """
-        if replay and self.graphs is not None and not (measured or self._offloaded or self._runs_in_tiles(batch)):
-            return self.graphs(batch, n_total)
+        if replay and self.graphs is not None and self._checkpointing == self._captured_with:
+            return self.graphs(batch, n_total, measured)
         return self._run(batch, n_total, measured)
 
     def _run(self, batch: Batch, n_total: int | torch.Tensor, measured: bool = False) -> torch.Tensor:
