@@ -235,14 +235,14 @@ def _train(
     with ExitStack() as stack:
         stack.callback(compute.decide, model)  # undo 'auto' matmul precision after the run
         trainer, encoded = _trainer(model, tokenizer, sides, data, config)
+        # for the plan of the warnings; `set_up` chooses again, by the checkpoint if there is one
+        trainer.passes.choose_compilation(config.torch_compile, trainer.micro.planned_tokens(trainer.total_steps))
         folder = stack.enter_context(claim(config.output_dir, resume=config.resume)) if config.output_dir else None
         sinks = [*sinks, *_file_sinks(folder, config)]
         baseline = loaded["baseline_bytes"] if loaded else usage.used_bytes(trainer.device)
         usage.reset_peak(trainer.device)
         past = read_events(folder / "events.jsonl") if folder and config.resume else []
         plan = planned.RunPlan(trainer)
-        # what the warnings plan; `set_up` chooses again, by the checkpoint if there is one
-        trainer.passes.choose_compilation(config.torch_compile, trainer.micro.planned_tokens(trainer.total_steps))
         trainer.warnings += plan.warnings()
         trainer.stop_signal = stack.enter_context(interrupt.requests())
         taken = list(deliver(trainer.events(), sinks))
