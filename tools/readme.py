@@ -489,14 +489,9 @@ def _train_cuda() -> str:
         return ""
     work = record["workload"]
     columns = [
-        "training step",
-        "tokens/s, median (min to max)",
-        "allocated, GiB",
-        "reserved, GiB",
-        "first step, s",
-        "launches",
+        "training step", "tokens/s, median (min to max)", "allocated, GiB", "reserved, GiB", "first step, s", "launches",
         "device busy / step, ms",
-    ]
+    ]  # fmt: skip
     lines = [f"| {' | '.join([*columns, 'share of the matmul limit'])} |", f"| --- |{' ---: |' * len(columns)}"]
     for name, found in record["contenders"].items():
         split = f", in microbatches of {found['max_tokens']} tokens" if found.get("max_tokens") else ""

@@ -211,10 +211,8 @@ class Decoder:
             if self._masked(length) and shape.key_heads != shape.heads:  # with a mask, K and V are repeated for each query head
                 key, value = (self._repeat(each, shape.heads // shape.key_heads) for each in (key, value))
             out = self._torchs_attention(query, key, value)
-        if (
-            self._in_graph and shape.rotary_dim < shape.head_dim
-        ):  # attention returns the layout of its query, here a concatenation
-            out = fused.copy(tape, out)
+        if self._in_graph and shape.rotary_dim < shape.head_dim:
+            out = fused.copy(tape, out)  # attention returns the layout of its query, here a concatenation
         return linears[shape.family.linears[1 if shape.family.fused else 3]](out)
 
     def _repeat(self, x: Value, times: int) -> Value:

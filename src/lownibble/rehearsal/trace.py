@@ -27,7 +27,6 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
-from transformers import AttentionInterface
 
 from lownibble.config import Checkpointing, LoraConfig, Method, QuantConfig
 from lownibble.kernels import ops
@@ -35,7 +34,7 @@ from lownibble.kernels.decoded import release_scratch
 from lownibble.kernels.traced import Traced
 from lownibble.lora import add_lora
 from lownibble.memory.usage import kind_of
-from lownibble.models.attention import kernel_obstacle, segment_attention, window
+from lownibble.models.attention import CAUSAL, causal_obstacle, kernel_obstacle, segment_attention
 from lownibble.models.head import check_head_unseen
 from lownibble.models.info import body
 from lownibble.models.load import uninitialised
@@ -51,7 +50,6 @@ from lownibble.training.loss import chunks_of, loss_at
 from lownibble.training.offload import Offloaded
 from lownibble.training.tiles import Tiled
 
-UNMASKED = "lownibble_unmasked"
 _TYPES = {4: torch.float32, 2: torch.bfloat16}
 
 
@@ -249,22 +247,12 @@ def _name_parameters(recorder: _Recorder, model: nn.Module) -> None:
             recorder.call(buffer, "weights")
 
 
-def _attend(module: Any, query: Any, key: Any, value: Any, attention_mask: None, **others: Any) -> tuple[torch.Tensor, None]:
-    """transformers' attention function: SDPA without a mask, in whose place is that attention is causal."""
-    sdpa = AttentionInterface()["sdpa"]
-    return sdpa(module, query, key, value, None, **others)  # type: ignore[no-any-return]
-
-
-AttentionInterface.register(UNMASKED, _attend)
-
-
 def _leave_out_masks(recorder: _Recorder, model: Any, length: int) -> None:
     """Give a model SDPA without the mask (T x T) that transformers makes for tensors without values, but not for full rows; where
     its code reads no mask itself, as DeepSeek's sparse attention does."""
-    masked = model.config.is_encoder_decoder or model.config._attn_implementation != "sdpa"
-    if masked or not kernel_obstacle(model) or (window(model) or length) < length:
+    if model.config.is_encoder_decoder or not kernel_obstacle(model) or causal_obstacle(model, length):
         return
-    model.set_attn_implementation(UNMASKED)
+    model.set_attn_implementation(CAUSAL)
     try:
         with recorder.unseen(), torch.no_grad():
             body(model)(input_ids=torch.zeros(1, 2, dtype=torch.int64), use_cache=False)

@@ -1,7 +1,7 @@
 """CUDA graphs: forward and backward of a microbatch, captured once for each shape and replayed as one launch.
 
-A compiled QLoRA step of 8B shapes launches more than 5,000 kernels, for each of which the host takes 20 to 80 microseconds of
-Python. Beside an H100 that is as long as the device works, or longer (`benchmarks/results/train-cuda.json` has both times).
+A compiled QLoRA step of 8B shapes launches more than 5,000 kernels, for each of which the host runs some Python. Beside an
+H100 that is as long as the device works, or longer (`benchmarks/results/train-cuda.json` has both times).
 Replaying takes the host out of it.
 
 A graph repeats the same kernels on the same memory, so a pass is made to fit:
@@ -11,10 +11,10 @@ A graph repeats the same kernels on the same memory, so a pass is made to fit:
 - Inputs are copied into tensors of the graph. The number of label tokens, which divides the loss, is one of them.
 - Gradients are added to buffers that all graphs share; they become the `grad` of the parameters.
 - Memory: graphs share a pool as large as the largest pass. A pass without a graph (evaluation, a shape's first) finds its memory
-  beside the pool; where that runs out, graphs are given up (`drop`) and the run goes on without.
+  beside the pool; where that runs out, graphs are disabled for the rest of the run.
 
 Passes that draw random numbers, read sizes of each batch (packed rows), move data to the host, or get masks that are made anew
-cannot be captured: `obstacle`. If a model's own code cannot, capturing fails, the reason is told, and the run goes on without.
+cannot be captured; `obstacle` gives the reason. Where a model's own code cannot be captured, graphs are disabled with a warning.
 """
 
 from __future__ import annotations
@@ -191,14 +191,17 @@ class Graphs:
         return self._run(inputs.batch, inputs.total, measured)
 
     def drop(self, reason: str) -> bool:
-        """Give up all graphs and their memory from now on, if there are any or capturing one failed; returns whether so."""
-        had = bool(self._graphs or self._buffers)
+        """Go on without graphs and free their memory, if there are any; returns whether there were."""
+        had = bool(self._graphs)
         if had:
-            self.obstacle = self.obstacle or reason
-            self._graphs.clear()
-            self._inputs.clear()
-            self._buffers.clear()
+            self._disable(reason)
         return had
+
+    def _disable(self, reason: str) -> None:
+        self.obstacle = reason
+        self._graphs.clear()
+        self._inputs.clear()
+        self._buffers.clear()
 
     def _add(self, key: tuple[int, ...], inputs: _Inputs) -> None:
         trained: list[int] = []
@@ -220,10 +223,9 @@ class Graphs:
             for parameter in self._parameters[len(self._buffers) :]:
                 self._buffers.append(torch.zeros_like(parameter))
             replay, loss = self._capture(run)
-        except (
-            Exception
-        ) as error:  # of the model's own code, or of torch; a pass without a graph shows what is wrong, if anything
-            self.drop(f"capturing failed: {(str(error).splitlines() or [type(error).__name__])[0]}")
+        except Exception as error:
+            # of the model's own code, or of torch; a pass without a graph shows what is wrong, if anything
+            self._disable(f"capturing failed: {(str(error).splitlines() or [type(error).__name__])[0]}")
         else:
             self._graphs[key] = _Graph(replay, loss, trained, [*held, *scratch_buffers()])
 

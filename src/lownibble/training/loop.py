@@ -10,11 +10,9 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
-from functools import wraps
 from itertools import islice
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -46,15 +44,13 @@ from lownibble.options import n_bytes
 from lownibble.quant import QuantLinear, dense
 from lownibble.registry import OBJECTIVES
 from lownibble.training import checkpoint, compiling, diagnose
-from lownibble.training.determinism import deterministic
 from lownibble.training.events import Evaluated, Event, Finished, Fitted, Saved, Skipped, Started, Stepped, Warned
 from lownibble.training.fitting import Fitting, MemoryGoneError, recorded_fit
 from lownibble.training.interrupt import RunInterrupted
 from lownibble.training.microbatches import MicroBatches, Rows
 from lownibble.training.objectives import Objective
 from lownibble.training.passes import Passes
-
-_T = TypeVar("_T")
+from lownibble.training.stream import on_own_stream
 
 MAX_SKIPPED = 3
 """Consecutive skipped steps (loss or gradient not finite) after which a run ends: the weights no longer change."""
@@ -63,28 +59,6 @@ COMPILER_BYTES = 10**9
 """Free bytes within the memory budget required for compiling. A guess from its use on the embedded model."""
 
 _STEP_STRIDE, _RUN_STRIDE = 10_007, 1_000_000_007  # keep the seeds of neighbouring steps and runs distinct
-
-
-def _on_own_stream(method: Callable[..., _T]) -> Callable[..., _T]:
-    """A method of `Trainer` that works on the run's stream; what is queued before and after it, on the caller's, waits.
-
-    CUDA graphs are not captured from the default stream, and what autograd keeps of earlier passes must be of the stream that
-    captures.
-    """
-
-    @wraps(method)
-    def call(self: Trainer, *arguments: Any, **options: Any) -> _T:
-        if self.stream is None:
-            return method(self, *arguments, **options)
-        outside = torch.cuda.current_stream(self.device)
-        self.stream.wait_stream(outside)
-        try:
-            with torch.cuda.stream(self.stream), deterministic() if self.config.deterministic else nullcontext():
-                return method(self, *arguments, **options)
-        finally:
-            outside.wait_stream(self.stream)
-
-    return call
 
 
 class Trainer:
@@ -233,7 +207,7 @@ class Trainer:
             path = checkpoint.save(self.checkpoints, done, self.model, self.optimizer, self.identity, self.fit.to_dict())
             yield Saved(done, str(path))
 
-    @_on_own_stream
+    @on_own_stream
     def set_up(self) -> int:
         """Prepare the first step: check the model, choose compilation, fit the run into the memory budget, restore a checkpoint,
         allocate optimiser states, and compile.
@@ -299,7 +273,7 @@ class Trainer:
             self.passes.do_not_compile("all forward passes run in tiles of tokens, which are not compiled")
             self.identity["compiled"] = False
 
-    @_on_own_stream
+    @on_own_stream
     def evaluate(self, step: int) -> Evaluated:
         """Loss and, for classification data, accuracy on the evaluation rows; restarts with smaller passes on OOM.
 
@@ -333,7 +307,7 @@ class Trainer:
             return f"Stopped after step {done} of {self.total_steps}, which is saved. Resume with --resume."
         return f"Stopped after step {done} of {self.total_steps}. Nothing was saved: there is no output folder."
 
-    @_on_own_stream
+    @on_own_stream
     def step(self, step: int, rows: Rows) -> Stepped | Skipped:
         """Take optimiser step `step` (0-based), or skip it if its loss or gradient is not finite. On out-of-memory, the step
         restarts with smaller microbatches, which later steps keep.

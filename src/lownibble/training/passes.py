@@ -172,7 +172,7 @@ class Passes:
         return self.graphs is not None and self.graphs.drop(reason)
 
     def lost_graphs(self) -> str:
-        """Why CUDA graphs were given up, the first time that this is asked after they were; else ''."""
+        """Why CUDA graphs were disabled during the run, when asked for the first time afterwards; else ''."""
         lost = "" if self.graphs is None or self._told_of_graphs else self.graphs.obstacle
         self._told_of_graphs = self._told_of_graphs or bool(lost)
         return lost
