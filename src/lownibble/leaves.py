@@ -29,7 +29,7 @@ PLANNED = {
     "quant": PACKED,
     "lora": (
         "r", "use_dora", "init_lora_weights", "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern",
-        "rank_pattern",
+        "rank_pattern", "target_parameters", "target_experts",
     ),
     "train": (
         "num_train_epochs", "batch_size", "max_length", "packing", "gradient_accumulation_steps", "gradient_checkpointing",

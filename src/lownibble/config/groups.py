@@ -144,6 +144,10 @@ class LoraConfig(Options):
     exclude_modules: Annotated[str | list[str] | None, AfterValidator(_a_word_is_a_name)] = Field(
         None, description="modules without adapters all the same: names, or a regular expression over full module paths"
     )
+    target_parameters: list[str] = Field(
+        [], description="weights of a mixture's experts with adapters, by name (gate_up_proj) or path, besides target_modules"
+    )
+    target_experts: bool = Field(True, description="whether 'all-linear' includes the experts of a mixture")
     bias: Literal["none", "all", "lora_only"] = Field("none", description="which biases are trained too")
     use_rslora: bool = Field(False, description="scale by lora_alpha / sqrt(r) instead")
     use_dora: bool = Field(False, description="DoRA: train the norm of each row of the weight apart from its direction")

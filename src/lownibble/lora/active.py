@@ -9,14 +9,19 @@ from torch import Tensor, nn
 from lownibble.config import LoraConfig
 from lownibble.errors import TargetError
 from lownibble.lora.layer import LoraLinear, TrainedCopy
+from lownibble.models import experts
 from lownibble.models.info import info
 from lownibble.quant import QuantLinear
 
 
 def replace_module(model: nn.Module, path: str, module: nn.Module) -> None:
-    """Replace the module at `path` by `module`."""
+    """Replace the module, or the weight of experts, at `path` by `module`."""
     parent, _, name = path.rpartition(".")
-    setattr(model.get_submodule(parent), name, module)
+    holder = model.get_submodule(parent)
+    if experts.is_container(holder):
+        experts.place(holder, name, module)
+    else:
+        setattr(holder, name, module)
 
 
 def adapter_configs(model: nn.Module) -> dict[str, LoraConfig]:
@@ -106,7 +111,7 @@ def count_parameters(model: nn.Module) -> tuple[int, int]:
     total = 0
     for module in model.modules():
         if isinstance(module, QuantLinear):
-            total += module.in_features * module.out_features + (module.bias.numel() if module.bias is not None else 0)
+            total += module.weight.numel() + (module.bias.numel() if module.bias is not None else 0)
         else:
             total += sum(p.numel() for p in module.parameters(recurse=False))
     shared = sum(p.numel() for p in _all_slots(model)) - sum(p.numel() for p in model.parameters())

@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import os
 import warnings
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from lownibble.config import LoraConfig
 from lownibble.errors import AdapterError, ConfigError, TargetError
 from lownibble.lora.active import adapter_configs, lora_layers, saved_modules, trained_biases
 from lownibble.lora.begin import take_out
+from lownibble.lora.experts import file_paths, is_experts, named_experts, variant_for
 from lownibble.lora.inject import Plan, add_lora, match_targets, named_linears, plan
 from lownibble.lora.layer import LoraLinear, LowRank, sizes
 from lownibble.lora.provenance import base_facts, from_metadata, other_codec, other_weights, to_metadata
@@ -40,7 +42,7 @@ _INERT: dict[str, Any] = {
     "corda_config": None, "ensure_weight_tying": False, "eva_config": None, "fan_in_fan_out": ...,
     "inference_mode": ..., "layer_replication": None, "loftq_config": ..., "lora_bias": False,
     "megatron_config": None, "megatron_core": ..., "peft_type": "LORA", "peft_version": ..., "qalora_group_size": ...,
-    "revision": ..., "runtime_config": ..., "target_parameters": None, "task_type": ..., "trainable_token_indices": None,
+    "revision": ..., "runtime_config": ..., "task_type": ..., "trainable_token_indices": None,
     "use_qalora": False, "use_rslora": ..., "use_bdlora": None,
 }  # fmt: skip
 """PEFT options that Lownibble has no counterpart for -> the value that means 'off' (`...`: no effect on the weights)."""
@@ -49,27 +51,44 @@ _INITS_THAT_CHANGE_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 """Values (or prefixes) of PEFT's `init_lora_weights` that modify the base, so that the adapter fits only the modified base."""
 
 
-def adapter_tensors(model: nn.Module, name: str) -> dict[str, Tensor]:
-    """File key -> the live tensor, for everything that the adapter `name` trains."""
+@dataclass(frozen=True)
+class _Part:
+    """A layer's adapter, and where its parameters are in a file: name -> key."""
+
+    path: str
+    adapter: LowRank
+    keys: dict[str, str]
+
+
+def _parts(model: nn.Module, name: str) -> list[_Part]:
+    layers = dict(lora_layers(model, name))
+    paths = file_paths(layers, [path for path, layer in layers.items() if is_experts(layer)])
+    adapters = {path: layer.adapter(name) for path, layer in layers.items()}
+    return [
+        _Part(path, adapter, {own: f"{PREFIX}{paths[path]}.{key}" for own, key in adapter.variant.keys.items()})
+        for path, adapter in adapters.items()
+    ]
+
+
+def _others(model: nn.Module, name: str) -> dict[str, Tensor]:
+    """File key -> the live tensor of what the adapter trains besides its layers' parameters."""
     tensors: dict[str, Tensor] = {}
-    for path, layer in lora_layers(model, name):
-        adapter = layer.adapter(name)
-        tensors |= {f"{PREFIX}{path}.{key}": getattr(adapter, own) for own, key in adapter.variant.keys.items()}
     for path, module in saved_modules(model, name):
         tensors |= {f"{PREFIX}{path}.{key}": value for key, value in module.named_parameters()}
     return tensors | {PREFIX + path: bias for path, bias in trained_biases(model, name)}
 
 
 def file_tensors(model: nn.Module, name: str) -> dict[str, Tensor]:
-    """As `adapter_tensors`, as they are written: where the start was taken out of the base, with the start to be taken out."""
-    tensors = adapter_tensors(model, name)
-    for path, layer in lora_layers(model, name):
-        adapter = layer.adapter(name)
+    """File key -> tensor, for everything that the adapter `name` trains, as it is written: where the start was taken out of the
+    base, with the start to be taken out."""
+    tensors: dict[str, Tensor] = {}
+    for part in _parts(model, name):
+        adapter = part.adapter
+        tensors |= {key: adapter.variant.to_file(own, getattr(adapter, own)) for own, key in part.keys.items()}
         if adapter.start is not None:
-            keys = {own: f"{PREFIX}{path}.{key}" for own, key in adapter.variant.keys.items()}
-            tensors[keys["lora_A"]] = torch.cat([adapter.lora_A, adapter.start[0]])
-            tensors[keys["lora_B"]] = torch.cat([adapter.lora_B, -adapter.start[1]], dim=1)
-    return tensors
+            tensors[part.keys["lora_A"]] = torch.cat([adapter.lora_A, adapter.start[0]])
+            tensors[part.keys["lora_B"]] = torch.cat([adapter.lora_B, -adapter.start[1]], dim=1)
+    return tensors | _others(model, name)
 
 
 def _file_config(model: nn.Module, name: str) -> LoraConfig:
@@ -103,11 +122,20 @@ def _portable_targets(model: nn.Module, config: LoraConfig, name: str) -> str | 
     """'all-linear' as module names (PEFT resolves it the same way): last names if they select the same layers, else paths."""
     if config.target_modules != "all-linear":
         return config.target_modules
-    paths = {path for path, _ in lora_layers(model, name)}
+    paths = {path for path, layer in lora_layers(model, name) if not is_experts(layer)}
     names = {path.rsplit(".", 1)[-1] for path in paths}
     called = {path for path, _ in model.named_modules() if path.rsplit(".", 1)[-1] in names and not _is_inside(path, paths)}
     same = called == paths  # PEFT matches any module by its last name
     return sorted(names if same and config.layers_to_transform is None else paths)
+
+
+def _portable_parameters(model: nn.Module, config: LoraConfig, name: str) -> list[str] | None:
+    """The adapted weights of experts by name: last names if they select the same, else paths."""
+    adapted = {path for path, layer in lora_layers(model, name) if is_experts(layer)}
+    names = {path.rpartition(".")[2] for path in adapted}
+    same = {path for path in named_experts(model) if path.rpartition(".")[2] in names} == adapted
+    of_linears = [wanted for wanted in config.target_parameters if wanted.endswith(".weight")]
+    return sorted([*(names if same else adapted), *of_linears]) or None
 
 
 def _is_inside(path: str, outer: set[str]) -> bool:
@@ -124,8 +152,9 @@ def _config_json(model: nn.Module, config: LoraConfig, name: str) -> dict[str, A
         "base_model_name_or_path": base or None,
         "inference_mode": True,
         "fan_in_fan_out": any(is_transposed(layer.base) for _, layer in lora_layers(model, name)),
-        **config.to_dict(),
+        **{key: value for key, value in config.to_dict().items() if key != "target_experts"},  # PEFT's names
         "target_modules": _portable_targets(model, config, name),
+        "target_parameters": _portable_parameters(model, config, name),
         "modules_to_save": config.modules_to_save or None,
     }
     if isinstance(values["target_modules"], list) and config.target_modules == "all-linear":
@@ -208,6 +237,7 @@ def _to_config(path: Path, values: dict[str, Any]) -> LoraConfig:
         known["layers_to_transform"] = [known["layers_to_transform"]]
     if known.get("init_lora_weights") not in (True, False, "gaussian"):
         known["init_lora_weights"] = True  # the initialisation no longer matters
+    known["target_experts"] = False  # those of a file are its target_parameters
     try:
         return LoraConfig(**known)
     except ConfigError as error:
@@ -302,28 +332,27 @@ def load_adapter(
     if ignored := unmatched(named_linears(model), stored.config, matched):
         warnings.warn(f"'{stored.folder}': {', '.join(ignored)} match nothing in this model and are ignored.", stacklevel=2)
     add_lora(model, _times(stored.config, 0.5) if changed else stored.config, name=name, of_file=True)
+    parts, others = _parts(model, name), _others(model, name)
     if changed:
-        starts = {path: _set_parted(layer.adapter(name), path, stored) for path, layer in lora_layers(model, name)}
-        take_out(model, name, starts, changed)
-    split = {
-        f"{PREFIX}{path}.{key}" for path, layer in lora_layers(model, name) for key in layer.adapter(name).variant.keys.values()
-    }
-    for key, tensor in adapter_tensors(model, name).items():
-        if not (changed and key in split):
-            tensor.data.copy_(stored.read(key))
-    for tensor in adapter_tensors(model, name).values():
+        take_out(model, name, {part.path: _set_parted(part, stored) for part in parts}, changed)
+    else:
+        for part in parts:
+            for own, key in part.keys.items():
+                getattr(part.adapter, own).data.copy_(part.adapter.variant.from_file(own, stored.read(key)))
+    for key, tensor in others.items():
+        tensor.data.copy_(stored.read(key))
+    for tensor in (*(getattr(part.adapter, own) for part in parts for own in part.keys), *others.values()):
         tensor.requires_grad_(trainable)
     if corrects := (stored.trained_on or {}).get("corrects"):
         info(model).adapters.corrects[name] = corrects
     return model
 
 
-def _set_parted(adapter: LowRank, path: str, stored: AdapterFile) -> tuple[Tensor, Tensor]:
+def _set_parted(part: _Part, stored: AdapterFile) -> tuple[Tensor, Tensor]:
     """Set A and B as trained; returns those at the start."""
-    read = {own: stored.read(f"{PREFIX}{path}.{key}") for own, key in adapter.variant.keys.items()}
-    trained, start = parted(read["lora_A"], read["lora_B"])
-    adapter.lora_A.data.copy_(trained[0])
-    adapter.lora_B.data.copy_(trained[1])
+    trained, start = parted(*(stored.read(part.keys[own]) for own in ("lora_A", "lora_B")))
+    part.adapter.lora_A.data.copy_(trained[0])
+    part.adapter.lora_B.data.copy_(trained[1])
     return start
 
 
@@ -348,11 +377,13 @@ def _check_base(model: nn.Module, stored: AdapterFile, any_base: bool, changed: 
 def _expected_shapes(planned: Plan, config: LoraConfig) -> dict[str, torch.Size]:
     """File key -> shape of every tensor that the adapter's file must hold."""
     shapes: dict[str, torch.Size] = {}
-    variant = variant_of(config)
+    paths = file_paths(planned.targets, [path for path, layer in planned.targets.items() if is_experts(layer)])
     for path, layer in planned.targets.items():
+        variant = variant_for(layer, variant_of(config))
         n_out, n_in = sizes(layer.base if isinstance(layer, LoraLinear) else layer)
         wanted = variant.shapes(n_in, n_out, rank_of(path, config))
-        shapes |= {f"{path}.{variant.keys[own]}": torch.Size(shape) for own, shape in wanted.items()}
+        empty = {own: variant.to_file(own, torch.empty(shape, device="meta")) for own, shape in wanted.items()}
+        shapes |= {f"{paths[path]}.{variant.keys[own]}": tensor.shape for own, tensor in empty.items()}
     for path, module in planned.saved.items():
         shapes |= {f"{path}.{key}": parameter.shape for key, parameter in module.named_parameters()}
     shapes |= {path: bias.shape for path, bias in planned.biases.items()}

@@ -17,6 +17,7 @@ from lownibble.calibration import Moments, walk
 from lownibble.config import LoraConfig
 from lownibble.errors import ModelError, QuantizationError, TargetError
 from lownibble.lora.active import adapter_configs, lora_layers, remove_adapter, replace_module
+from lownibble.lora.experts import LoraExperts, is_experts, variant_for
 from lownibble.lora.init import Start, find, repack, without
 from lownibble.lora.layer import LoraLinear
 from lownibble.lora.merge_aware import variants
@@ -47,9 +48,10 @@ def adapt(
 
     def add(path: str, moments: Moments | None) -> None:
         module = layers[path]
-        layer = module if isinstance(module, LoraLinear) else LoraLinear(module)  # type: ignore[arg-type]
+        wrapper: Any = LoraExperts if is_experts(module) else LoraLinear
+        layer = module if isinstance(module, LoraLinear) else wrapper(module)
         r, alpha = rank_of(path, config), alpha_of(path, config)
-        adapter = layer.add(name, r, alpha, config.lora_dropout, config.use_rslora, variant_at[path])
+        adapter = layer.add(name, r, alpha, config.lora_dropout, config.use_rslora, variant_for(layer, variant_at[path]))
         start = Start(path, partial(_dense_weight, model, path, layer), _packed(layer), moments, generator)
         try:
             changed = init(adapter, start)

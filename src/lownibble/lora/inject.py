@@ -17,6 +17,7 @@ from lownibble.errors import TargetError
 from lownibble.lora import targets
 from lownibble.lora.active import adapter_configs, replace_module, set_adapter
 from lownibble.lora.begin import adapt, output_head, take_back
+from lownibble.lora.experts import check, is_experts, named_experts
 from lownibble.lora.init import find
 from lownibble.lora.layer import LoraLinear, TrainedCopy
 from lownibble.models.direct import without_effect
@@ -25,10 +26,12 @@ from lownibble.quant import QuantLinear, is_linear
 
 
 def named_linears(model: nn.Module) -> dict[str, nn.Module]:
-    """Path -> linear layer, for all that can carry an adapter, including adapted ones and the output head."""
+    """Path -> linear layer, for all that can carry an adapter, including adapted ones and the output head; without experts."""
     found: dict[str, nn.Module] = {}
     for path, module in model.named_modules():
         linear = is_linear(module) or isinstance(module, QuantLinear)
+        if is_experts(module):
+            continue
         if isinstance(module, LoraLinear) or (linear and not _inside_wrapper(path, model)):
             found[path] = module
     return found
@@ -43,7 +46,7 @@ def _inside_wrapper(path: str, model: nn.Module) -> bool:
 
 
 def match_targets(model: nn.Module, config: LoraConfig, *, of_file: bool = False) -> dict[str, nn.Module]:
-    """Path -> module of every linear layer that `config` targets.
+    """Path -> module of every linear layer, and of every mixture's experts, that `config` targets.
 
     Raises:
         TargetError: nothing matches, or options contradict each other; lists the candidates.
@@ -59,7 +62,11 @@ def match_targets(model: nn.Module, config: LoraConfig, *, of_file: bool = False
         if config.target_modules != "all-linear":
             raise TargetError(f"{what} cannot carry an adapter: {why}. Leave them out of target_modules.")
         warnings.warn(f"{what} get no adapter: {why}.", stacklevel=2)
-    return {path: linears[path] for path in matched if path not in idle}
+    of_experts = named_experts(model)
+    adapted = targets.match_experts(of_experts, config, of_file=of_file)
+    targets.check_ranks(config, [*matched, *adapted], of_file)
+    check(config, adapted, merge_aware=info(model).merge_aware is not None)
+    return {path: linears[path] for path in matched if path not in idle} | {path: of_experts[path] for path in adapted}
 
 
 def candidates(model: nn.Module) -> str:

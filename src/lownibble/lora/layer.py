@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from lownibble.lora.targets import scaling
 from lownibble.lora.variants import LORA, Variant
 from lownibble.quant import PackedWeight, QuantLinear, matrix
+from lownibble.quant.experts import DenseExperts
 
 
 class LowRank(nn.Module):
@@ -91,8 +92,9 @@ class RoundedAdapters:
 
 
 def sizes(linear: nn.Module) -> tuple[int, int]:
-    """(out, in) features of a linear layer, dense or packed."""
-    n_out, n_in = linear.weight.shape if isinstance(linear, QuantLinear) else matrix(linear).shape
+    """(out, in) features of a linear layer, or of each expert's, dense or packed."""
+    held = isinstance(linear, (QuantLinear, DenseExperts))
+    n_out, n_in = (linear.weight if held else matrix(linear)).shape[-2:]  # type: ignore[index, union-attr]
     return int(n_out), int(n_in)
 
 
@@ -123,7 +125,7 @@ class LoraLinear(nn.Module):
     @property
     def weight(self) -> Tensor | PackedWeight:
         """The base's weight, (out_features, in_features)."""
-        return self.base.weight if isinstance(self.base, QuantLinear) else matrix(self.base)
+        return self.base.weight if isinstance(self.base, (QuantLinear, DenseExperts)) else matrix(self.base)
 
     @property
     def bias(self) -> Tensor | None:

@@ -18,9 +18,9 @@ from lownibble.matching import by_pattern, check_patterns, fits, names
 _LAYER_INDEX = re.compile(r".*?\.[^.]*\.(?P<index>\d+)\.")
 
 
-def candidates(linears: Collection[str]) -> str:
-    """The distinct last names of linear modules, for error messages."""
-    return ", ".join(sorted({path.rpartition(".")[2] for path in linears})) or "none (no nn.Linear in this model)"
+def candidates(paths: Collection[str], none: str = "none (no nn.Linear in this model)") -> str:
+    """The distinct last names of paths, for error messages; `none` if there are none."""
+    return ", ".join(sorted({path.rpartition(".")[2] for path in paths})) or none
 
 
 def match_targets(
@@ -60,11 +60,52 @@ def match_targets(
     if layers:
         exact = target if isinstance(target, list) else []
         matched = [p for p in matched if p in exact or _layer_of(p, config.layers_pattern) in layers]
-    if not matched:
+    matched += [path for path in linears_by_parameter(linears, config) if path not in matched]
+    if not matched and not (config.target_parameters and not target):
         within = f" in layers {layers}" if layers is not None else ""
         raise TargetError(f"target_modules {target!r} match no linear module{within}. Candidates: {candidates(linears)}.")
-    _check_patterns(config, matched, of_file)
     return matched
+
+
+def match_experts(weights: Collection[str], config: LoraConfig, *, of_file: bool = False) -> list[str]:
+    """Paths of the experts' weights that `config` targets: those that `target_parameters` names, and with 'all-linear' all of
+    them unless `target_experts` is off.
+
+    Args:
+        weights: paths of the weights of all mixtures' experts.
+        of_file: as in `match_targets`; a file's 'all-linear' is PEFT's, which has no experts.
+    Raises:
+        TargetError: `target_parameters` names what is not there; lists the candidates.
+    """
+    named = [path for path in weights if names(path, config.target_parameters)]
+    missing = [name for name in config.target_parameters if not any(names(path, [name]) for path in weights)]
+    missing = [name for name in missing if not name.endswith(_OF_LINEAR)]
+    if missing and not (of_file and named):
+        raise TargetError(
+            f"target_parameters {missing} match no weight of experts. Candidates: {candidates(weights, 'none (no experts)')}."
+        )
+    if config.target_modules != "all-linear" or not config.target_experts or of_file:
+        return named
+    allowed = [path for path in weights if not _is_excluded(path, config.exclude_modules)]
+    layers = config.layers_to_transform
+    return [path for path in allowed if path in named or not layers or _layer_of(path, config.layers_pattern) in layers]
+
+
+_OF_LINEAR = ".weight"
+"""End of a name in `target_parameters` that is a linear layer's weight."""
+
+
+def linears_by_parameter(linears: Collection[str], config: LoraConfig) -> list[str]:
+    """Paths of linear layers that `target_parameters` names by their weight.
+
+    Raises:
+        TargetError: a name that ends in '.weight' is no linear layer's.
+    """
+    wanted = [name for name in config.target_parameters if name.endswith(_OF_LINEAR)]
+    for name in wanted:
+        if not any(names(f"{path}{_OF_LINEAR}", [name]) for path in linears):
+            raise TargetError(f"target_parameters ['{name}'] match no linear module's weight. Candidates: {candidates(linears)}.")
+    return [path for path in linears if names(f"{path}{_OF_LINEAR}", wanted)]
 
 
 def unmatched(linears: Collection[str], config: LoraConfig, targets: Collection[str]) -> list[str]:
@@ -93,7 +134,12 @@ def _layer_of(path: str, patterns: str | list[str] | None) -> int | None:
     return next((int(match["index"]) for match in found if match), None)
 
 
-def _check_patterns(config: LoraConfig, targets: list[str], of_file: bool) -> None:
+def check_ranks(config: LoraConfig, targets: list[str], of_file: bool) -> None:
+    """Check the patterns for ranks and scales of these targets.
+
+    Raises:
+        TargetError: one is not valid, or (but for a saved adapter's) matches none.
+    """
     for option, patterns in (("rank_pattern", config.rank_pattern), ("alpha_pattern", config.alpha_pattern)):
         try:
             check_patterns(option, patterns)

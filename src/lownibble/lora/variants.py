@@ -44,6 +44,14 @@ class Variant(ABC):
     def shapes(self, n_in: int, n_out: int, r: int) -> dict[str, tuple[int, ...]]:
         """Name -> shape of each parameter of a layer's adapter; all are float32."""
 
+    def to_file(self, name: str, tensor: Tensor) -> Tensor:
+        """The parameter `name` in the layout of PEFT's files."""
+        return tensor
+
+    def from_file(self, name: str, tensor: Tensor) -> Tensor:
+        """The parameter `name` from the layout of PEFT's files."""
+        return tensor
+
     def start(self, base: nn.Linear | QuantLinear, adapter: LowRank) -> None:  # noqa: B027 - optional
         """Set what follows from the base and the initialised matrices; called once, when the layer has its final base."""
 

@@ -11,7 +11,7 @@ missing ones); the plug-in exists besides this loader, for users of transformers
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -23,7 +23,7 @@ from lownibble import stored
 from lownibble.config import QuantConfig
 from lownibble.errors import ModelError
 from lownibble.matching import is_part
-from lownibble.models import compute
+from lownibble.models import compute, experts
 from lownibble.models.checkpoint import Checkpoint
 from lownibble.models.conversion import ModelTensors, dtype_of, untie
 from lownibble.models.dense_origin import DenseOrigin, read_dense, transposed_layers
@@ -32,6 +32,8 @@ from lownibble.models.info import info
 from lownibble.models.skeleton import empty_model, reason, skeleton
 from lownibble.models.sources import ModelSource, resolve
 from lownibble.quant import PackedWeight, QuantLinear, eightbit, is_linear, is_transposed, layouts, matrix, quantize
+from lownibble.quant.codecs import quantize_experts
+from lownibble.quant.experts import QuantExperts
 from lownibble.registry import CODECS
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -151,7 +153,9 @@ def uninitialised(config: Mapping[str, Any], quant: QuantConfig | None, dtype: t
     for key, parameter in list(model.named_parameters()):
         path, _, last = key.rpartition(".")
         tensor = torch.empty(parameter.shape, dtype=dtype)
-        if path in to_quantize and last == "weight":
+        if key in to_quantize:
+            _place_experts(model, key, quantize_experts(_as_rows(model, key, tensor), to_quantize[key]).with_dtype(dtype), device)
+        elif path in to_quantize and last == "weight":
             how = to_quantize[path]
             tensor = tensor.t().contiguous() if is_transposed(model.get_submodule(path)) else tensor
             _place_quantized(model, path, CODECS[how.quant_type].quantize(tensor, how).with_dtype(dtype), device)
@@ -170,11 +174,12 @@ def tied_aliases(model: nn.Module) -> set[str]:
 
 
 def quantizable(model: nn.Module, config: QuantConfig) -> dict[str, QuantConfig]:
-    """Path -> configuration of each linear layer that `config` packs: every plain `nn.Linear` that is neither skipped nor tied,
-    nor read by the model's code outside of the layer.
+    """Path -> configuration of each layer that `config` packs: every plain `nn.Linear` that is neither skipped nor tied, nor read
+    by the model's code outside of the layer, and the weights of experts.
 
     Warns:
-        UserWarning: layers stay dense because the model's code reads their weights (named).
+        UserWarning: layers stay dense because the model's code reads their weights (named), or experts because nothing is known
+            of how it computes with them.
     Raises:
         ConfigError: an entry of skip_modules or pattern matches nothing, or a codec does not support an option (layer named).
         QuantizationError: a codec does not support a layer's shape (layer named).
@@ -186,11 +191,14 @@ def quantizable(model: nn.Module, config: QuantConfig) -> dict[str, QuantConfig]
     tied = [path for path, linear in linears.items() if id(linear.weight) in tied_parameters]
     may = (path for path in linears if path not in tied and not is_part(path, config.skip_modules))
     never = [*tied, *left_dense(model, may)]
-    found = layouts.choose({path: matrix(linear).shape for path, linear in linears.items()}, config, ["lm_head"], never)
+    shapes: dict[str, Sequence[int]] = {path: matrix(linear).shape for path, linear in linears.items()}
+    shapes |= experts.shapes(model)
+    experts.tell_unknown(model)
+    found = layouts.choose(shapes, config, ["lm_head"], never)
     if not found:
         raise ModelError(
             f"{type(model).__name__} has no linear module to quantise (skip_modules: {', '.join(config.skip_modules)}; linear: "
-            f"{_last_names(linears) or 'none'}). Load it with quant=None."
+            f"{_last_names(shapes) or 'none'}). Load it with quant=None."
         )
     return found
 
@@ -225,7 +233,10 @@ def _fill(model: Any, tensors: ModelTensors, config: QuantConfig | None, device:
         path, _, last = key.rpartition(".")
         own = getattr(model.get_submodule(path), last)
         _check_shape(tensors, key, tensor, own)
-        if path in to_quantize and last == "weight":
+        if key in to_quantize:
+            rows = _as_rows(model, key, tensor).to(device)
+            _place_experts(model, key, quantize_experts(rows, to_quantize[key], name=key).with_dtype(dtype), device)
+        elif path in to_quantize and last == "weight":
             rows = tensor.t().contiguous() if is_transposed(model.get_submodule(path)) else tensor
             quantized = quantize(rows.to(device), to_quantize[path], name=key).with_dtype(dtype)
             _place_quantized(model, path, quantized, device)
@@ -278,6 +289,20 @@ def _set_tensor(model: nn.Module, key: str, tensor: Tensor) -> None:
     else:
         frozen = isinstance(module, QuantLinear)
         module.register_parameter(last, nn.Parameter(tensor, requires_grad=tensor.is_floating_point() and not frozen))
+
+
+def _as_rows(model: nn.Module, key: str, tensor: Tensor) -> Tensor:
+    """The weights (E, out, in) of a container's parameter, which may hold them turned."""
+    path, _, _ = key.rpartition(".")
+    return tensor.transpose(1, 2) if model.get_submodule(path).is_transposed else tensor
+
+
+def _place_experts(model: nn.Module, key: str, weight: PackedWeight, device: torch.device) -> None:
+    path, _, name = key.rpartition(".")
+    container: Any = model.get_submodule(path)
+    if tuple(weight.shape) != experts.shape_of(container, name):
+        raise ModelError(f"The packed weight of '{key}' has shape {tuple(weight.shape)}; config.json says otherwise.")
+    experts.place(container, name, QuantExperts(weight).to(device))
 
 
 def _place_quantized(model: nn.Module, path: str, weight: PackedWeight, device: torch.device) -> None:

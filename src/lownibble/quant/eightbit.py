@@ -119,10 +119,10 @@ def check_weight(weight: PackedWeight, name: str, compute: str) -> None:
         four_bit = _four_bit(weight, compute)
     except InputError as error:
         raise InputError(f"'{name}': {error}") from None
-    if weight.shape[1] % 64:
+    if weight.shape[-1] % 64:
         raise InputError(
             f"compute='{compute}' takes weights whose rows are a multiple of 64 long. '{name}' is "
-            f"{weight.shape[0]} x {weight.shape[1]}. Use compute='exact', or add it to skip_modules."
+            f"{' x '.join(map(str, weight.shape))}. Use compute='exact', or add it to skip_modules."
         )
     try:
         _check_shape(four_bit)

@@ -175,9 +175,21 @@ def layout(shape: Sequence[int], config: QuantConfig) -> Layout:
     return found
 
 
+def of_layer(shape: Sequence[int], config: QuantConfig) -> Layout:
+    """The tensors of a layer's packed weight: (N, K), or (E, N, K) of the experts of a mixture, each packed on its own.
+
+    Raises:
+        ConfigError, QuantizationError: as `layout`.
+    """
+    if len(shape) != 3:
+        return layout(shape, config)
+    n_experts, *each = shape
+    return {name: TensorSpec(spec.dtype, (n_experts, *spec.shape)) for name, spec in layout(each, config).items()}
+
+
 def n_bytes(shape: Sequence[int], config: QuantConfig) -> int:
-    """Bytes of a weight of `shape` packed with `config`."""
-    return sum(spec.n_bytes for spec in layout(shape, config).values())
+    """Bytes of a layer's weight of `shape` packed with `config`."""
+    return sum(spec.n_bytes for spec in of_layer(shape, config).values())
 
 
 def choose(
@@ -186,7 +198,7 @@ def choose(
     """Choose the layers to pack: path -> its configuration.
 
     Args:
-        linears: path -> weight shape of every linear layer.
+        linears: path -> weight shape of every linear layer, and of the experts' weights.
         may_be_absent: entries of `skip_modules` that may match nothing.
         never: paths that stay dense whatever the options say (a head tied to the embeddings).
     Raises:
@@ -207,7 +219,7 @@ def choose(
             )
     for path, how in packed.items():
         try:
-            layout(linears[path], how)
+            of_layer(linears[path], how)
         except (ConfigError, QuantizationError) as error:
             raise type(error)(f"'{path}' cannot be packed: {error}") from None
     return packed

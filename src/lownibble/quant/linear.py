@@ -195,7 +195,7 @@ class QuantLinear(nn.Module):
         super().__init__()
         self.compute = compute
         self._view: tuple[tuple[int, ...], PackedWeight] | None = None
-        self.out_features, self.in_features = weight.shape
+        self.out_features, self.in_features = weight.shape[-2:]
         tensors = weight.tensors()
         self.facts, self.names, self.spec = weight.facts(), tuple(tensors), to_spec(weight)
         for name, tensor in tensors.items():

@@ -14,7 +14,7 @@ from __future__ import annotations
 import json
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cache
 from typing import Any, ClassVar
 
@@ -223,8 +223,59 @@ def _key(path: str, place: int, name: str) -> str:
 
 def restore(facts: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> PackedWeight:
     """Rebuild a packed weight from its `facts()` and `tensors()`."""
+    if "experts" in facts:
+        return PackedExperts(facts, tensors)
     weight: PackedWeight = CODECS[facts["quant_type"]].restore(facts, tensors)
     return weight
+
+
+class PackedExperts(PackedWeight):
+    """The weights (E, N, K) of the experts of a mixture: E matrices, packed each on its own by any codec, in one set of tensors.
+
+    Each tensor is one of the codec's with a leading dimension of E, so that experts are read, sharded and decoded one by one; no
+    codec needs to know of it.
+    """
+
+    def __init__(self, facts: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
+        self._facts, self._tensors = dict(facts), dict(tensors)
+        self.shape = torch.Size(facts["shape"])
+        self.dtype = getattr(torch, facts["dtype"])
+        self._of_one = {key: value for key, value in facts.items() if key != "experts"} | {"shape": facts["shape"][1:]}
+
+    @classmethod
+    def of(cls, weights: Iterable[PackedWeight], n_experts: int) -> PackedExperts:
+        """Put the packed weights of `n_experts` experts, of one codec and shape, into one set of tensors."""
+        facts: dict[str, Any] = {}
+        stacked: dict[str, Tensor] = {}
+        for expert, weight in enumerate(weights):
+            if not stacked:
+                facts = weight.facts()
+                stacked = {name: tensor.new_empty((n_experts, *tensor.shape)) for name, tensor in weight.tensors().items()}
+            assert weight.facts() == facts
+            for name, tensor in weight.tensors().items():
+                stacked[name][expert] = tensor
+        return cls({**facts, "shape": [n_experts, *facts["shape"]], "experts": n_experts}, stacked)
+
+    def __len__(self) -> int:
+        return int(self.shape[0])
+
+    def __getitem__(self, expert: int) -> PackedWeight:
+        """The weight (N, K) of one expert; it shares the tensors."""
+        return restore(self._of_one, {name: tensor[expert] for name, tensor in self._tensors.items()})
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The codec's tensors, with a leading dimension of experts."""
+        return dict(self._tensors)
+
+    def facts(self) -> dict[str, Any]:
+        """An expert's facts, with the shape (E, N, K), and 'experts'."""
+        return dict(self._facts)
+
+    def decode(self, out: Tensor) -> Tensor:
+        """Dequantise all experts."""
+        for expert in range(len(self)):
+            self[expert].decode(out[expert])
+        return out
 
 
 @cache

@@ -12,7 +12,7 @@ from lownibble.config import QuantConfig
 from lownibble.errors import QuantizationError
 from lownibble.quant import layouts
 from lownibble.quant.codecs.grouped import Held, to_groups
-from lownibble.quant.packed import PackedWeight
+from lownibble.quant.packed import PackedExperts, PackedWeight
 from lownibble.registry import CODECS
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
@@ -34,6 +34,16 @@ def quantize(
     """
     config = QuantConfig(quant_type=quant) if isinstance(quant, str) else quant
     return _packed(tensor, config, name, statistics, CODECS[config.quant_type].quantize)
+
+
+def quantize_experts(tensor: Tensor, config: QuantConfig, *, name: str = "tensor") -> PackedExperts:
+    """Pack the weights (E, N, K) of a mixture's experts, one after another.
+
+    Raises:
+        QuantizationError: as `quantize`; names the tensor and the expert.
+    """
+    each = (quantize(matrix, config, name=f"{name}[{expert}]") for expert, matrix in enumerate(tensor))
+    return PackedExperts.of(each, len(tensor))
 
 
 def quantize_for(

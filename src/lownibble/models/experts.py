@@ -1,0 +1,138 @@
+"""Mixtures of experts: which modules hold the experts' weights, and the pass through them.
+
+transformers marks a module of fused experts by what its decorator `use_experts_implementation` sets (whether weights are turned,
+whether there is a gate, a bias, a norm), and lets others register an implementation for all of them (`ALL_EXPERTS_FUNCTIONS`). So
+a container is known by what it is, no list of models is kept, and gates, clamps and norms stay the model's own code. Mixtures
+whose experts are modules of their own (a list of MLPs) need none of this: their layers are linear layers like others.
+
+Weights of three dimensions that no such module holds (Llama 4's, JetMoE's) are read by the model's own code; they stay dense,
+which is said.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+
+from lownibble.quant.experts import DenseExperts, dense_product, ends_of
+
+WEIGHTS = ("gate_up_proj", "up_proj", "down_proj")
+"""Names of a container's weights, in the order in which it has them."""
+
+IMPLEMENTATION = "lownibble"
+"""Our name among transformers' implementations of the experts' pass."""
+
+_MARKS = ("is_transposed", "has_gate", "has_bias", "has_post_expert_norm", "_apply_gate")
+
+
+def is_container(module: nn.Module) -> bool:
+    """Whether a module holds the weights of all experts of a mixture, with an implementation that others may replace."""
+    return all(hasattr(module, mark) for mark in _MARKS) and any(hasattr(module, name) for name in WEIGHTS)
+
+
+def containers(model: nn.Module) -> Iterator[tuple[str, Any]]:
+    """(path, module) of every container of experts."""
+    return ((path, module) for path, module in model.named_modules() if is_container(module))
+
+
+def expert_weights(model: nn.Module) -> dict[str, Any]:
+    """Path -> the dense parameter, or the module that holds it, of the weights of every mixture's experts, in the order in which
+    PEFT goes through them."""
+    return {
+        f"{path}.{name}": getattr(container, name)
+        for path, container in containers(model) for name in WEIGHTS if hasattr(container, name)
+    }  # fmt: skip
+
+
+def shapes(model: nn.Module) -> dict[str, tuple[int, int, int]]:
+    """Path -> (E, out, in) of the dense weights of every mixture's experts."""
+    return {
+        f"{path}.{name}": shape_of(container, name)
+        for path, container in containers(model) for name in WEIGHTS if name in container._parameters
+    }  # fmt: skip
+
+
+def tell_unknown(model: nn.Module) -> None:
+    """Warn of weights of three dimensions that stay dense, because the model's own code computes with them.
+
+    Warns:
+        UserWarning: there are some (named, with their share of the model).
+    """
+    known, parameters, counts = shapes(model), dict(model.named_parameters()), _numbers_of_experts(model)
+    unknown = [name for name, p in parameters.items() if p.ndim == 3 and name not in known and len(p) in counts]
+    if unknown:
+        share = sum(parameters[name].numel() for name in unknown) / sum(p.numel() for p in parameters.values())
+        names = ", ".join(sorted({name.rpartition(".")[2] for name in unknown}))
+        warnings.warn(
+            f"{len(unknown)} weights of {type(model).__name__} ({names}; {share:.0%} of the model) stay dense: its code computes "
+            "with the weights of all experts itself.",
+            stacklevel=3,
+        )
+
+
+_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts")
+
+
+def _numbers_of_experts(model: Any) -> set[int]:
+    """What the configurations of a model's parts call numbers of experts."""
+    configs = {id(part.config): part.config for part in model.modules() if hasattr(part, "config")}
+    found = (getattr(config, name, None) for config in configs.values() for name in _COUNTS)
+    return {count for count in found if isinstance(count, int) and count > 1}
+
+
+def shape_of(container: Any, name: str) -> tuple[int, int, int]:
+    """(E, out, in) of a container's dense weight."""
+    n_experts, rows, columns = getattr(container, name).shape
+    return (n_experts, columns, rows) if container.is_transposed else (n_experts, rows, columns)
+
+
+def place(container: Any, name: str, module: nn.Module) -> None:
+    """Put a module in the place of a weight, dense or already a module; of `DenseExperts`, its parameter."""
+    container._parameters.pop(name, None)
+    container._modules.pop(name, None)
+    if isinstance(module, DenseExperts):
+        container.register_parameter(name, module.parameter)
+    else:
+        container.add_module(name, module)
+    container.config._experts_implementation = IMPLEMENTATION
+
+
+def _product(container: Any, name: str, x_SK: Tensor, ends: Sequence[int]) -> Tensor:
+    held = getattr(container, name)
+    if isinstance(held, nn.Module):
+        y: Tensor = held(x_SK, ends)
+        return y
+    return dense_product(x_SK, held.transpose(1, 2) if container.is_transposed else held, ends)
+
+
+def experts_forward(container: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+    """The pass through a container: (T, K) -> (T, K), as transformers' `grouped_mm_experts_forward`.
+
+    Args:
+        container: the module that holds the weights.
+        hidden_states: (T, K). top_k_index, top_k_weights: (T, k) the experts of each token and their shares.
+    """
+    k, (T, K) = top_k_index.shape[-1], hidden_states.shape
+    expert_of_row, order_S = top_k_index.reshape(-1).sort(stable=True)
+    ends = ends_of(expert_of_row, container.num_experts)
+
+    def project(name: str, x_SK: Tensor) -> Tensor:
+        y_SN = _product(container, name, x_SK, ends)
+        return y_SN + getattr(container, f"{name}_bias")[expert_of_row] if container.has_bias else y_SN
+
+    x_SF = project("gate_up_proj" if container.has_gate else "up_proj", hidden_states[order_S // k])
+    x_SF = container._apply_gate(x_SF) if container.has_gate else container.act_fn(x_SF)
+    y_SK = project("down_proj", x_SF)
+    if container.has_post_expert_norm:
+        y_SK = container.post_expert_norm(y_SK)
+    y_SK = y_SK * top_k_weights.reshape(-1)[order_S].unsqueeze(-1)
+    sorted_place = torch.empty_like(order_S).scatter_(0, order_S, torch.arange(len(order_S), device=order_S.device))
+    return y_SK[sorted_place].view(T, k, K).sum(1).to(hidden_states.dtype)
+
+
+ALL_EXPERTS_FUNCTIONS.register(IMPLEMENTATION, experts_forward)

@@ -1,0 +1,173 @@
+"""Adapters on the experts of mixtures. Oracle: PEFT's `target_parameters`."""
+
+import copy
+import json
+
+import pytest
+import torch
+from mixtures import ATTENTION, MIXTURES, decode_into, folder_of, logits, some_ids, theirs
+from safetensors.torch import load_file
+
+import lownibble as ln
+from lownibble.errors import AdapterError, TargetError
+from lownibble.lora import adapter as files
+from lownibble.lora import lora_layers, remove_adapter
+from lownibble.lora.experts import LoraExperts
+from lownibble.models import experts
+
+WEIGHTS = ["gate_up_proj", "down_proj"]
+STEPS, RELATIVE = 10, 1e-5  # issue 25
+LOGITS = {"rtol": 1e-5, "atol": 2e-5}  # as in test_lora_peft
+
+
+def attention_of(model):
+    names = {path.rpartition(".")[2] for path, _ in model.named_modules()}
+    return [name for name in ATTENTION if name in names]
+
+
+def with_peft(peft, model, **options):
+    config = {"r": 4, "lora_alpha": 8, "target_modules": attention_of(model), "init_lora_weights": False, **options}
+    torch.manual_seed(1)
+    return peft.get_peft_model(model, peft.LoraConfig(**config)).eval()
+
+
+@pytest.mark.filterwarnings("ignore:The following rank_pattern keys:RuntimeWarning")  # PEFT looks at modules only, and uses them
+@pytest.mark.parametrize("kind", MIXTURES)
+def test_files_are_pefts_both_ways(peft, kind, tokenizer, tmp_path):
+    base = theirs(folder_of(kind, tmp_path / "model", tokenizer))
+    model = with_peft(peft, copy.deepcopy(base), target_parameters=WEIGHTS, rank_pattern={"down_proj": 2})
+    expected = logits(model, some_ids())
+    assert (expected - logits(base, some_ids())).abs().max() > 0.1, "the adapter matters"
+    model.save_pretrained(tmp_path / "peft")
+    ours = ln.load_adapter(copy.deepcopy(base), tmp_path / "peft").eval()
+    torch.testing.assert_close(logits(ours, some_ids()), expected, **LOGITS)
+    ln.save_adapter(ours, tmp_path / "ours")
+    theirs_file, our_file = (load_file(tmp_path / folder / "adapter_model.safetensors") for folder in ("peft", "ours"))
+    assert theirs_file.keys() == our_file.keys()
+    assert all(torch.equal(theirs_file[key], our_file[key]) for key in our_file)
+    back = peft.PeftModel.from_pretrained(copy.deepcopy(base), tmp_path / "ours").eval()
+    assert torch.equal(logits(back, some_ids()), expected)
+
+
+@pytest.mark.parametrize("targets", [["gate_up_proj"], ["down_proj"], ["layers.1.mlp.experts.down_proj", "gate_up_proj"]])
+def test_one_of_the_weights_or_some_layers(peft, targets, tokenizer, tmp_path):
+    base = theirs(folder_of("qwen3_moe", tmp_path / "model", tokenizer))
+    model = with_peft(peft, copy.deepcopy(base), target_parameters=targets)
+    model.save_pretrained(tmp_path / "peft")
+    ours = ln.load_adapter(copy.deepcopy(base), tmp_path / "peft").eval()
+    torch.testing.assert_close(logits(ours, some_ids()), logits(model, some_ids()), **LOGITS)
+    ln.save_adapter(ours, tmp_path / "ours")
+    back = peft.PeftModel.from_pretrained(copy.deepcopy(base), tmp_path / "ours").eval()
+    torch.testing.assert_close(logits(back, some_ids()), logits(model, some_ids()), **LOGITS)
+
+
+@pytest.mark.parametrize("quant", [None, "nf4"])
+@pytest.mark.parametrize("kind", MIXTURES)
+def test_losses_of_ten_steps_are_pefts(peft, kind, quant, tokenizer, tmp_path):
+    folder = folder_of(kind, tmp_path / "model", tokenizer)
+    reference, (model, _) = theirs(folder), ln.load(str(folder), quant=quant)
+    if quant:
+        decode_into(reference, model)
+    oracle = with_peft(peft, reference, target_parameters=WEIGHTS, init_lora_weights=True)
+    oracle.save_pretrained(tmp_path / "start")
+    ln.load_adapter(model, tmp_path / "start", trainable=True)
+    losses = [steps_of(each.train()) for each in (oracle, model)]
+    assert losses[0][0] - losses[0][-1] > 0.01, "it learns"
+    assert losses[1] == pytest.approx(losses[0], rel=RELATIVE)
+
+
+def steps_of(model):
+    optimizer, ids, losses = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2), some_ids(), []
+    for _ in range(STEPS):
+        loss = model(input_ids=ids, labels=ids).loss
+        losses.append(float(loss.detach()))
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return losses
+
+
+def test_gradients_are_those_of_the_formula():
+    """Oracle: torch's autograd through dense weights per expert."""
+    from lownibble.lora.experts import _LoraExperts
+    from lownibble.quant.codecs import quantize_experts
+
+    drawn = torch.Generator().manual_seed(0)
+    ends, shape, r = [3, 3, 7, 9], (4, 10, 64), 2
+    packed = quantize_experts(torch.randn(shape, generator=drawn), ln.QuantConfig())
+    x, A, B = (torch.randn(size, generator=drawn).requires_grad_() for size in ((10, 64), (4, r, 64), (4, 10, r)))
+    dy = torch.randn(10, 10, generator=drawn)
+    y = _LoraExperts.apply(x, packed, ends, A, B, 0.5, None, [])
+    y.backward(dy)
+    found = [tensor.grad.clone() for tensor in (x, A, B)]
+    for tensor in (x, A, B):
+        tensor.grad = None
+    weights = packed.dequantize() + 0.5 * B @ A
+    rows = [slice(0, 3), slice(3, 3), slice(3, 7), slice(7, 9)]
+    expected = torch.cat([*(x[part] @ weights[expert].t() for expert, part in enumerate(rows)), torch.zeros(1, 10)])
+    torch.testing.assert_close(y, expected, rtol=1e-5, atol=1e-5)
+    expected.backward(dy)
+    for ours, tensor in zip(found, (x, A, B), strict=True):
+        torch.testing.assert_close(ours, tensor.grad, rtol=1e-4, atol=1e-5)
+    assert not found[1][1].any(), "an expert without rows has no gradient"
+
+
+def test_all_linear_includes_experts_unless_told_otherwise(tokenizer, tmp_path):
+    folder = folder_of("qwen3_moe", tmp_path / "model", tokenizer)
+    model, _ = ln.load(str(folder), quant="nf4")
+    ln.add_lora(model, ln.LoraConfig(r=2))
+    adapted = [path for path, layer in lora_layers(model, "default") if isinstance(layer, LoraExperts)]
+    assert adapted == [f"model.layers.{i}.mlp.experts.{name}" for i in range(2) for name in WEIGHTS]
+    files.save_adapter(model, tmp_path / "adapter")
+    written = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
+    assert written["target_parameters"] == sorted(WEIGHTS)
+    assert "target_experts" not in written, "PEFT does not know it"
+    model, _ = ln.load(str(folder), quant="nf4")
+    ln.add_lora(model, ln.LoraConfig(r=2, target_experts=False))
+    assert not any(isinstance(layer, LoraExperts) for _, layer in lora_layers(model, "default"))
+
+
+@pytest.mark.parametrize("quant", [None, "nf4"])
+def test_removing_an_adapter_leaves_the_model_as_it_was(quant, tokenizer, tmp_path):
+    model, _ = ln.load(str(folder_of("gpt_oss", tmp_path / "model", tokenizer)), quant=quant)
+    expected, names = logits(model, some_ids()), {name for name, _ in model.named_parameters()}
+    ln.add_lora(model, ln.LoraConfig(r=2, init_lora_weights=False))
+    assert not torch.equal(logits(model, some_ids()), expected)
+    remove_adapter(model, "default")
+    assert {name for name, _ in model.named_parameters()} == names
+    torch.testing.assert_close(logits(model, some_ids()), expected, rtol=1e-5, atol=1e-6)
+    if quant is None:
+        assert experts.shapes(model), "parameters of the container again"
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (
+            {"target_parameters": ["experts.w13"]},
+            r"\['experts.w13'\] match no weight of experts. Candidates: down_proj, gate_up_proj",
+        ),
+        ({"target_parameters": ["q_proj.bias"]}, "match no weight of experts"),
+        ({"target_parameters": ["x_proj.weight"]}, "match no linear module's weight"),
+        ({"lora_dropout": 0.1}, r"cannot be combined with lora_dropout = 0.1.*--target-experts false"),
+        ({"use_dora": True}, "cannot be combined with use_dora"),
+        ({"init_lora_weights": "pissa"}, "cannot be combined with init_lora_weights = 'pissa'"),
+        ({"rank_pattern": {"w1": 3}}, "rank_pattern 'w1' matches no targeted module"),
+    ],
+)
+def test_what_experts_cannot_do_is_refused_by_name(options, said, tokenizer, tmp_path):
+    model, _ = ln.load(str(folder_of("mixtral", tmp_path / "model", tokenizer)), quant="nf4")
+    with pytest.raises(TargetError, match=said):
+        ln.add_lora(model, ln.LoraConfig(r=2, **options))
+    assert not list(lora_layers(model, "default"))
+
+
+def test_an_adapter_of_other_experts_is_refused_by_name(tokenizer, tmp_path):
+    model, _ = ln.load(str(folder_of("mixtral", tmp_path / "model", tokenizer)), quant="nf4")
+    ln.add_lora(model, ln.LoraConfig(r=2))
+    ln.save_adapter(model, tmp_path / "adapter")
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config = AutoConfig.from_pretrained(tmp_path / "model", num_local_experts=6)
+    with pytest.raises(AdapterError, match=r"experts.base_layer.lora_A.weight' has shape \(8, 64\), not \(12, 64\)"):
+        ln.load_adapter(AutoModelForCausalLM.from_config(config), tmp_path / "adapter", any_base=True)

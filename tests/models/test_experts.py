@@ -1,0 +1,121 @@
+"""Experts of mixtures, packed on loading. Oracle: transformers' own pass with the decoded weights."""
+
+import pytest
+import torch
+from architectures import model_types, quiet
+from mixtures import MIXTURES, decode_into, folder_of, logits, some_ids, theirs
+
+import lownibble as ln
+from lownibble.errors import QuantizationError
+from lownibble.lora.experts import named_experts
+from lownibble.models import experts
+from lownibble.models.experts import containers, expert_weights
+from lownibble.models.load import quantizable
+from lownibble.models.skeleton import empty_model
+from lownibble.quant import layouts
+from lownibble.quant.codecs import quantize_experts
+from lownibble.quant.experts import ends_of, segments
+from lownibble.quant.packed import PackedExperts, from_spec, to_spec
+from lownibble.registry import CODECS
+
+
+def dense_of_three(model):
+    """Names of float weights of three dimensions that hold a matrix for each expert."""
+    counts = experts._numbers_of_experts(model)
+    return [name for name, p in model.named_parameters() if p.ndim == 3 and p.is_floating_point() and p.shape[0] in counts
+            and min(p.shape[1:]) > 1]  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", MIXTURES)
+@pytest.mark.parametrize("quant_type", ["nf4", "int8"])
+def test_a_packed_mixture_has_the_logits_of_its_decoded_weights(kind, quant_type, tokenizer, tmp_path):
+    folder = folder_of(kind, tmp_path / "model", tokenizer)
+    quant = ln.QuantConfig(quant_type=quant_type, block_size=32 if quant_type == "nf4" else "row")
+    model, _ = ln.load(str(folder), quant=quant)
+    reference = theirs(folder)
+    assert not dense_of_three(model), "not one dense expert is left"
+    assert decode_into(reference, model) == 2 * len(list(containers(model)))
+    torch.testing.assert_close(logits(model, some_ids()), logits(reference, some_ids()), rtol=1e-4, atol=1e-5)
+    shapes, ways = experts.shapes(reference), quantizable(reference, quant)
+    planned = {path: layouts.n_bytes(shape, ways[path]) for path, shape in shapes.items()}
+    assert {path: module.weight.nbytes for path, module in named_experts(model).items()} == planned
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("kind", model_types())
+def test_every_architecture_with_fused_experts_is_packed(kind, tokenizer, tmp_path):
+    from architectures import build
+
+    try:
+        built = build(kind, len(tokenizer))
+    except Exception as error:
+        pytest.skip(f"transformers does not build it: {error}")
+    if not dense_of_three(built):
+        pytest.skip("no fused experts")
+    assert [path.rpartition(".")[2] for path in expert_weights(built)] == [
+        name for _, container in containers(built) for name in container._parameters if name in experts.WEIGHTS
+    ], "the order of a container's weights is the order in which PEFT wraps them"
+    del built
+    folder = folder_of(kind, tmp_path / "model", tokenizer)
+    if kind in ("jetmoe", "llama4", "llama4_text", "longcat_flash"):
+        with pytest.warns(UserWarning, match=r"stay dense: its code computes with the weights of all experts itself"):
+            ln.load(str(folder), quant="nf4")
+        return
+    model, _ = ln.load(str(folder), quant="nf4")
+    reference = theirs(folder)
+    assert not dense_of_three(model)
+    assert decode_into(reference, model)
+    with quiet():
+        torch.testing.assert_close(logits(model, some_ids()), logits(reference, some_ids()), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("quant_type", sorted(CODECS))
+def test_experts_are_packed_each_on_its_own_by_any_codec(quant_type):
+    config, codec = ln.QuantConfig(quant_type=quant_type, double_quant=quant_type != "mxfp4"), CODECS[quant_type]
+    weight = torch.randn(3, 10, 128, generator=torch.Generator().manual_seed(0))
+    packed = quantize_experts(weight, config)
+    each = [codec.quantize(matrix, config) for matrix in weight]
+    assert (packed.shape, len(packed), packed.nbytes) == (weight.shape, 3, sum(one.nbytes for one in each))
+    assert packed.nbytes == layouts.n_bytes(weight.shape, config)
+    decoded = packed.dequantize()
+    for expert, one in enumerate(each):
+        assert torch.equal(decoded[expert], one.dequantize())
+        assert torch.equal(packed[expert].dequantize(), one.dequantize())
+    again = from_spec(to_spec(packed), list(packed.tensors().values()))
+    assert isinstance(again, PackedExperts)
+    assert torch.equal(again.dequantize(), decoded)
+
+
+def test_an_expert_that_is_not_finite_is_named():
+    weight = torch.randn(3, 4, 64)
+    weight[1, 2, 3] = torch.nan
+    with pytest.raises(QuantizationError, match=r"'experts.down_proj\[1\]': 1 of its 256 values"):
+        quantize_experts(weight, ln.QuantConfig(), name="experts.down_proj")
+
+
+def test_only_experts_that_have_rows_are_visited():
+    ends = ends_of(torch.tensor([0, 0, 3, 3, 3]), 5)
+    assert ends == [2, 2, 2, 5, 5]
+    assert list(segments(ends)) == [(0, slice(0, 2)), (3, slice(2, 5))]
+
+
+def test_patterns_and_skipped_modules_reach_experts(tokenizer, tmp_path):
+    folder = folder_of("qwen3_moe", tmp_path / "model", tokenizer)
+    mixed = ln.QuantConfig(pattern={"gate_up_proj": {"quant_type": "int8"}})
+    model, _ = ln.load(str(folder), quant=mixed)
+    container = model.model.layers[0].mlp.experts
+    assert (container.gate_up_proj.quant_type, container.down_proj.quant_type) == ("int8", "nf4")
+    model, _ = ln.load(str(folder), quant=ln.QuantConfig(skip_modules=["lm_head", "experts"]))
+    assert set(dense_of_three(model)) == set(experts.shapes(model))
+    assert model.model.layers[0].self_attn.q_proj.quant_type == "nf4"
+
+
+def test_shapes_of_what_is_not_loaded_are_those_of_the_model(tokenizer, tmp_path):
+    folder = folder_of("gpt_oss", tmp_path / "model", tokenizer)
+    model = theirs(folder)
+    empty = empty_model(model.config.to_dict(), torch.float32)
+    assert experts.shapes(empty) == experts.shapes(model)
+    packed, _ = ln.load(str(folder), quant="nf4")
+    found = {path: tuple(module.weight.shape) for path, module in named_experts(packed).items()}
+    assert found == experts.shapes(model), "(E, out, in), whichever way the model holds them"
