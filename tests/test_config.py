@@ -41,7 +41,7 @@ VALUES = {
     "exclude_modules": ["k_proj", "o_proj"], "layers_pattern": "layers", "rank_pattern": {"q_proj": 2},
     "alpha_pattern": {"v_proj": 9.0}, "learning_rate": 0.5, "max_steps": 11, "num_train_epochs": 2.5, "batch_size": 3,
     "gradient_accumulation_steps": 2, "lr_scheduler_type": "cosine", "warmup_ratio": 0.2, "max_grad_norm": 0.3,
-    "weight_decay": 0.1, "loraplus_lr_ratio": 16.0,
+    "weight_decay": 0.1, "router_aux_loss_coef": 0.01, "loraplus_lr_ratio": 16.0,
     "optim": "paged_adamw", "optim_page_budget": "64MB", "memory_budget": "12GB",
     "max_length": 99, "group_by_length": True, "packing": True,
     "gradient_checkpointing": True, "torch_compile": True, "cuda_graphs": True, "deterministic": True, "seed": 4, "eval_steps": 5,

@@ -1,5 +1,6 @@
 """The tiny model and data on disk."""
 
+import json
 import shutil
 
 import pytest
@@ -30,3 +31,17 @@ def tiny_run(tiny_model, tiny_data):  # noqa: F811
     """(dense model, tokenizer, data) as a Python user has them."""
     model, tokenizer = ln.load(str(tiny_model), device="cpu")
     return model, tokenizer, ln.DataConfig(path=str(tiny_data))
+
+
+@pytest.fixture
+def rows_of(tmp_path):
+    """`rows_of(n)`: a data set of n rows of text."""
+
+    def _rows(n):
+        lines = [json.dumps({"text": " ".join(f"w{(3 * i + j) % 90}" for j in range(9))}) for i in range(n)]
+        (tmp_path / "data").mkdir(exist_ok=True)
+        for side in ("train", "test"):
+            (tmp_path / "data" / f"{side}.jsonl").write_text("\n".join(lines) + "\n")
+        return ln.DataConfig(path=str(tmp_path / "data"))
+
+    return _rows

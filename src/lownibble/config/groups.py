@@ -210,6 +210,11 @@ class TrainConfig(Options):
     lr_scheduler_type: Literal["constant", "linear", "cosine"] = Field("linear", description="schedule after the warm-up")
     warmup_ratio: Annotated[float, Ge(0), Le(1)] = Field(0.03, description="share of the steps that warm up")
     max_grad_norm: Annotated[float, Gt(0)] | None = Field(1.0, description="clip the gradient to this norm")
+    router_aux_loss_coef: Annotated[float, Ge(0)] | None = Field(
+        None,
+        description="weight of a mixture's load-balancing loss; none: the model's own, if its configuration asks for it "
+        "(output_router_logits)",
+    )
     weight_decay: Annotated[float, Ge(0)] = Field(0.0, description="decoupled weight decay")
     loraplus_lr_ratio: Annotated[float, Gt(0)] | None = Field(
         None, description="LoRA+: learning rate of the matrices B, and of vectors, as a multiple of learning_rate, e.g. 16"

@@ -22,9 +22,10 @@ from torch import Tensor, nn
 from lownibble import tensorfile
 from lownibble.config import LoraConfig
 from lownibble.errors import AdapterError, ConfigError, TargetError
+from lownibble.lora import portable
 from lownibble.lora.active import adapter_configs, lora_layers, saved_modules, trained_biases
 from lownibble.lora.begin import take_out
-from lownibble.lora.experts import file_paths, is_experts, named_experts, variant_for
+from lownibble.lora.experts import file_paths, is_experts, variant_for
 from lownibble.lora.inject import Plan, add_lora, match_targets, named_linears, plan
 from lownibble.lora.layer import LoraLinear, LowRank, sizes
 from lownibble.lora.provenance import base_facts, from_metadata, other_codec, other_weights, to_metadata
@@ -118,48 +119,18 @@ def parted(lora_A: Tensor, lora_B: Tensor) -> tuple[tuple[Tensor, Tensor], tuple
     return (lora_A[:r], lora_B[:, :r]), (lora_A[r:], -lora_B[:, r:])
 
 
-def _portable_targets(model: nn.Module, config: LoraConfig, name: str) -> str | list[str]:
-    """'all-linear' as module names (PEFT resolves it the same way): last names if they select the same layers, else paths."""
-    if config.target_modules != "all-linear":
-        return config.target_modules
-    paths = {path for path, layer in lora_layers(model, name) if not is_experts(layer)}
-    names = {path.rsplit(".", 1)[-1] for path in paths}
-    called = {path for path, _ in model.named_modules() if path.rsplit(".", 1)[-1] in names and not _is_inside(path, paths)}
-    same = called == paths  # PEFT matches any module by its last name
-    return sorted(names if same and config.layers_to_transform is None else paths)
-
-
-def _portable_parameters(model: nn.Module, config: LoraConfig, name: str) -> list[str] | None:
-    """The adapted weights of experts by name: last names if they select the same, else paths."""
-    adapted = {path for path, layer in lora_layers(model, name) if is_experts(layer)}
-    names = {path.rpartition(".")[2] for path in adapted}
-    same = {path for path in named_experts(model) if path.rpartition(".")[2] in names} == adapted
-    of_linears = [wanted for wanted in config.target_parameters if wanted.endswith(".weight")]
-    return sorted([*(names if same else adapted), *of_linears]) or None
-
-
-def _is_inside(path: str, outer: set[str]) -> bool:
-    """Whether a module is part of one of `outer` (an adapted layer's base and adapters)."""
-    parents = path.split(".")[:-1]
-    return any(".".join(parents[:n]) in outer for n in range(1, len(parents) + 1))
-
-
 def _config_json(model: nn.Module, config: LoraConfig, name: str) -> dict[str, Any]:
     base = getattr(getattr(model, "config", None), "_name_or_path", None)
-    values = {
+    return {
         "peft_type": "LORA",
         "task_type": "SEQ_2_SEQ_LM" if getattr(getattr(model, "config", None), "is_encoder_decoder", False) else "CAUSAL_LM",
         "base_model_name_or_path": base or None,
         "inference_mode": True,
         "fan_in_fan_out": any(is_transposed(layer.base) for _, layer in lora_layers(model, name)),
         **{key: value for key, value in config.to_dict().items() if key != "target_experts"},  # PEFT's names
-        "target_modules": _portable_targets(model, config, name),
-        "target_parameters": _portable_parameters(model, config, name),
+        **portable.named(model, config, name),
         "modules_to_save": config.modules_to_save or None,
     }
-    if isinstance(values["target_modules"], list) and config.target_modules == "all-linear":
-        values["layers_to_transform"] = values["layers_pattern"] = None  # the paths say it
-    return values
 
 
 def save_adapter(model: nn.Module, folder: str | Path, *, name: str = "default") -> Path:
@@ -219,6 +190,7 @@ def _read_values(folder: str | Path) -> dict[str, Any]:
 
 
 def _to_config(path: Path, values: dict[str, Any]) -> LoraConfig:
+    values = portable.read_patterns(values)
     known = {key: value for key, value in values.items() if key in LoraConfig.model_fields and value is not None}
     for key, value in values.items():
         off = _INERT.get(key)

@@ -125,6 +125,16 @@ class LoraExperts(LoraLinear):
         return y
 
 
+LINEAR, EXPERTS = "linear layers", "weights of experts"
+
+
+def adapted_layers(model: nn.Module) -> dict[str, int]:
+    """Kind -> how many layers have the active adapter: linear layers, and weights of a mixture's experts."""
+    layers = [module for module in model.modules() if isinstance(module, LoraLinear) and module.active is not None]
+    of_experts = sum(isinstance(layer, LoraExperts) for layer in layers)
+    return {LINEAR: len(layers) - of_experts, EXPERTS: of_experts}
+
+
 def named_experts(model: nn.Module) -> dict[str, nn.Module]:
     """Path -> the module of every mixture's experts' weights: adapted, packed, or one around a dense parameter."""
     found: dict[str, nn.Module] = {}

@@ -17,6 +17,9 @@ from lownibble.matching import by_pattern, check_patterns, fits, names
 
 _LAYER_INDEX = re.compile(r".*?\.[^.]*\.(?P<index>\d+)\.")
 
+OF_LINEAR = ".weight"
+"""End of a name in `target_parameters` that is a linear layer's weight."""
+
 
 def candidates(paths: Collection[str], none: str = "none (no nn.Linear in this model)") -> str:
     """The distinct last names of paths, for error messages; `none` if there are none."""
@@ -79,7 +82,7 @@ def match_experts(weights: Collection[str], config: LoraConfig, *, of_file: bool
     """
     named = [path for path in weights if names(path, config.target_parameters)]
     missing = [name for name in config.target_parameters if not any(names(path, [name]) for path in weights)]
-    missing = [name for name in missing if not name.endswith(_OF_LINEAR)]
+    missing = [name for name in missing if not name.endswith(OF_LINEAR)]
     if missing and not (of_file and named):
         raise TargetError(
             f"target_parameters {missing} match no weight of experts. Candidates: {candidates(weights, 'none (no experts)')}."
@@ -91,21 +94,17 @@ def match_experts(weights: Collection[str], config: LoraConfig, *, of_file: bool
     return [path for path in allowed if path in named or not layers or _layer_of(path, config.layers_pattern) in layers]
 
 
-_OF_LINEAR = ".weight"
-"""End of a name in `target_parameters` that is a linear layer's weight."""
-
-
 def linears_by_parameter(linears: Collection[str], config: LoraConfig) -> list[str]:
     """Paths of linear layers that `target_parameters` names by their weight.
 
     Raises:
         TargetError: a name that ends in '.weight' is no linear layer's.
     """
-    wanted = [name for name in config.target_parameters if name.endswith(_OF_LINEAR)]
+    wanted = [name for name in config.target_parameters if name.endswith(OF_LINEAR)]
     for name in wanted:
-        if not any(names(f"{path}{_OF_LINEAR}", [name]) for path in linears):
+        if not any(names(f"{path}{OF_LINEAR}", [name]) for path in linears):
             raise TargetError(f"target_parameters ['{name}'] match no linear module's weight. Candidates: {candidates(linears)}.")
-    return [path for path in linears if names(f"{path}{_OF_LINEAR}", wanted)]
+    return [path for path in linears if names(f"{path}{OF_LINEAR}", wanted)]
 
 
 def unmatched(linears: Collection[str], config: LoraConfig, targets: Collection[str]) -> list[str]:

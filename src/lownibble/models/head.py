@@ -80,13 +80,14 @@ class Head:
 
 def hidden_states(
     model: Any, input_ids_BT: Tensor, attention_mask_BT: Tensor | None, segments: Sequence[int] | None = None,
-    source: tuple[Tensor, Tensor] | None = None,
+    source: tuple[Tensor, Tensor] | None = None, routers: list[Tensor] | None = None,
 ) -> Tensor:  # fmt: skip
     """Last hidden states (B, T, H) of the model without its head; of an encoder-decoder model, those of its decoder.
 
     `source`: ids and mask (B, S) of the encoder. No attention mask means all ones; without one attention takes its causal fast
     path. With `segments`, the lengths of packed rows, B
-    is 1, and forward and backward must run inside `segment_attention`. Other rows are right-padded.
+    is 1, and forward and backward must run inside `segment_attention`. Other rows are right-padded. `routers`: takes the logits
+    of the routers of a mixture of experts, by layer.
     """
     if source is not None:
         ids_BS, mask_BS = source
@@ -102,7 +103,11 @@ def hidden_states(
     else:
         assert not segments
         extra = {"attention_mask": attention_mask_BT if info(model).needs_mask else None}
+    if routers is not None:
+        extra["output_router_logits"] = True
     output = body(model)(input_ids=input_ids_BT, use_cache=False, **extra)
+    if routers is not None:
+        routers.extend(output.router_logits or ())
     return output.last_hidden_state  # type: ignore[no-any-return]
 
 

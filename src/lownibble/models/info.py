@@ -51,6 +51,7 @@ class ModelInfo:
             model has no dense checkpoint.
         started_from: SHA-256 of the adapter's weights that a run trains on from, or None.
         changed_base: name of the adapter initialisation that changed the packed weights, or None.
+        balance: the auxiliary load-balancing loss of a mixture's routers in training, or None (`training/balance.py`).
         merge_aware: how the model will be packed with its adapter merged, where that is trained (`lora/merge_aware.py`), or None.
     """
 
@@ -64,6 +65,7 @@ class ModelInfo:
     changed_base: str | None = None
     started_from: str | None = None
     merge_aware: QuantConfig | None = None
+    balance: Callable[[tuple[Tensor, ...], Tensor | None], Tensor] | None = None
     adapters: Adapters = field(default_factory=Adapters)
 
 

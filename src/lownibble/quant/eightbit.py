@@ -26,7 +26,7 @@ from lownibble.errors import BackendError, InputError
 from lownibble.kernels import ops
 from lownibble.kernels.checks import check_library_8bit, check_weight_8bit
 from lownibble.kernels.types import Epilogue, FourBit, Rows8bit, row_sizes
-from lownibble.quant.packed import PackedWeight
+from lownibble.quant.packed import PackedExperts, PackedWeight
 
 CODE_TYPES = {"int8": torch.int8, "fp8": torch.float8_e4m3fn}
 """Values of `compute` with 8-bit matmuls -> their code dtype."""
@@ -90,11 +90,12 @@ def _need_capability(compute: str, device: torch.device) -> None:
 
 
 def _four_bit(weight: PackedWeight, compute: str) -> FourBit:
-    """The weight in the format of the 8-bit matmuls.
+    """The weight, or of experts the first one's, in the format of the 8-bit matmuls.
 
     Raises:
         InputError: its codec has no 8-bit matmuls.
     """
+    weight = weight[0] if isinstance(weight, PackedExperts) else weight
     if weight.four_bit is None:
         codec = weight.facts()["quant_type"]
         raise InputError(

@@ -14,7 +14,7 @@ from lownibble.config import Checkpointing
 @dataclass(frozen=True)
 class Started:
     """Before the first step. `first_step` is above 0 after a resume; `compile_seconds` is the time to compile the layers;
-    `compute` is the frozen-base matmul precision that 'auto' chose, and why."""
+    `compute` is the frozen-base matmul precision that 'auto' chose, and why; `adapted` counts the adapted layers by kind."""
 
     total_steps: int
     first_step: int
@@ -26,6 +26,7 @@ class Started:
     compile_seconds: float = 0.0
     compile_reason: str = ""
     compute: str = ""
+    adapted: dict[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ from typing import Any
 
 from lownibble.data import Dataset, Encoded
 from lownibble.lora import count_parameters
+from lownibble.lora.experts import adapted_layers
 from lownibble.lora.merge_aware import facts_of
 from lownibble.lora.provenance import describe
 from lownibble.memory import usage
@@ -54,7 +55,8 @@ def of_model(model: Any) -> dict[str, Any]:
         "merge_aware": leaves and describe(facts_of(leaves)),
         "head_compute": Head(model).compute,
         "compute_chosen": info(model).compute,
-        "quantized_parameters": sum(m.in_features * m.out_features for m in quantized),
+        "quantized_parameters": sum(m.weight.numel() for m in quantized),
+        "adapted": adapted_layers(model),
         "dtype": str(model.dtype).removeprefix("torch."),
     }
 

@@ -22,6 +22,7 @@ from lownibble.data import Batch, Choice, Example
 from lownibble.errors import ConfigError, TrainingError
 from lownibble.lora import count_parameters
 from lownibble.lora.active import adapter_configs
+from lownibble.lora.experts import adapted_layers
 from lownibble.memory import usage
 from lownibble.memory.budget import Fit, Setting
 from lownibble.models.head import check_head
@@ -43,7 +44,7 @@ from lownibble.optim import (
 from lownibble.options import n_bytes
 from lownibble.quant import QuantLinear, dense
 from lownibble.registry import OBJECTIVES
-from lownibble.training import checkpoint, compiling, diagnose
+from lownibble.training import balance, checkpoint, compiling, diagnose
 from lownibble.training.events import Evaluated, Event, Finished, Fitted, Saved, Skipped, Started, Stepped, Warned
 from lownibble.training.fitting import Fitting, MemoryGoneError, recorded_fit
 from lownibble.training.interrupt import RunInterrupted
@@ -168,7 +169,7 @@ class Trainer:
         yield Started(
             self.total_steps, first, len(self.micro.rows), self.cut_rows, *count_parameters(self.model),
             compiled=self.passes.compiled, compile_seconds=self.passes.compile_seconds,
-            compile_reason=self.passes.compile_reason, compute=info(self.model).compute,
+            compile_reason=self.passes.compile_reason, compute=info(self.model).compute, adapted=adapted_layers(self.model),
         )  # fmt: skip
         if first in (0, self.total_steps):
             yield self.evaluate(first)
@@ -220,7 +221,8 @@ class Trainer:
         dense.forget()
         check_head(self.model)
         self.passes.check()
-        plain_loss = type(self.objective).loss is Objective.loss
+        balanced = balance.set_up(self.model, self.config.router_aux_loss_coef)
+        plain_loss = type(self.objective).loss is Objective.loss and not balanced
         self.passes.refuse_graphs(self.config.cuda_graphs, plain_loss)
         self.passes.check_outputs()
         past = self._past()

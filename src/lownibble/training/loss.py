@@ -155,13 +155,18 @@ def loss_at(
 ) -> Tensor:  # fmt: skip
     """`label_loss` with the output of `label_places`, and no mask for rows without padding: no shape depends on values, so it can
     be traced, and the host waits for no value."""
-    head = Head(model)
-    hidden_BTH = hidden_states(model, input_ids_BT, attention_mask_BT, segments, source)
+    head, balance, routers = Head(model), info(model).balance, list[Tensor]()
+    hidden_BTH = hidden_states(
+        model, input_ids_BT, attention_mask_BT, segments, source, routers if balance is not None else None
+    )  # fmt: skip
     hidden_LH = hidden_BTH.flatten(0, 1).index_select(0, places_L)
     del hidden_BTH
     trained = head.trained if torch.is_grad_enabled() else []
     n_total = len(labels_L) if n_total is None else n_total
-    return _LabelLoss.apply(hidden_LH, labels_L, head, n_total, len(trained), *trained)  # type: ignore[no-any-return]
+    loss: Tensor = _LabelLoss.apply(hidden_LH, labels_L, head, n_total, len(trained), *trained)
+    if balance is not None:
+        loss = loss + balance(tuple(routers), attention_mask_BT) * (len(labels_L) / n_total)
+    return loss
 
 
 @torch.no_grad()

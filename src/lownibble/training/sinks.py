@@ -16,6 +16,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from lownibble.errors import ConfigError
+from lownibble.lora.experts import EXPERTS
 from lownibble.memory.budget import Setting
 from lownibble.training.compiling import IMPOSSIBLE
 from lownibble.training.events import Evaluated, Event, Finished, Fitted, Skipped, Started, Stepped, Warned
@@ -58,6 +59,9 @@ class ProgressSink(Sink):
         elif isinstance(event, Started):
             if event.compute:
                 self.console.print(f"{self.label}: frozen-base matmul precision: {event.compute}")
+            if event.adapted.get(EXPERTS):
+                said = " and ".join(f"{count} {kind}" for kind, count in event.adapted.items())
+                self.console.print(f"{self.label}: adapters on {said} (--target-experts false leaves experts out)")
             if event.compiled:
                 self.console.print(f"{self.label}: layers compiled in {event.compile_seconds:.0f} s ({event.compile_reason})")
             elif event.compile_reason.startswith(IMPOSSIBLE):
