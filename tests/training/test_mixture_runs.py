@@ -13,8 +13,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 import lownibble as ln
 from lownibble.config import RunConfig
 from lownibble.errors import BackendError
-from lownibble.lora.adapter import WEIGHTS_FILE
 from lownibble.lora.experts import LoraExperts
+from lownibble.lora.portable import WEIGHTS_FILE
 from lownibble.training import run
 
 try:

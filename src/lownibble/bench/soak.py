@@ -38,7 +38,7 @@ from lownibble.bench.clients import Misbehaving, Tally, WellBehaved
 from lownibble.config import LoraConfig
 from lownibble.errors import InputError, TrainingError
 from lownibble.lora import add_lora, save_adapter
-from lownibble.lora.adapter import CONFIG_FILE, WEIGHTS_FILE
+from lownibble.lora.portable import CONFIG_FILE, WEIGHTS_FILE
 from lownibble.measuring.turns import spread
 from lownibble.models import load
 

@@ -1,7 +1,7 @@
 """`lownibble export`: convert weights to another tool's format.
 
     from a model      safetensors (dense), bnb-4bit (packed; nf4 and fp4 byte-identical to bitsandbytes), gguf
-    from an adapter   gguf (PEFT folder); peft (.gguf file)
+    from an adapter   gguf, peft-per-expert (PEFT folder); peft (.gguf file)
 
 A packed checkpoint is not requantised: bnb-4bit copies its bytes, the dense formats dequantise them. To export an adapter
 in a model format, merge it first, which measures the loss; a merged model that was measured to lose its fine-tuning gain in
@@ -23,7 +23,9 @@ from lownibble.exporting import gguf
 from lownibble.exporting.measure import BASE, FAITHFUL, LIVE
 from lownibble.exporting.merge import RECORD, check_free, write
 from lownibble.exporting.weights import DENSE_TARGETS, Tell, Weights, say_nothing
-from lownibble.lora.adapter import CONFIG_FILE, AdapterFile
+from lownibble.lora.adapter import AdapterFile
+from lownibble.lora.apart import split
+from lownibble.lora.portable import CONFIG_FILE
 from lownibble.lora.provenance import other_weights
 from lownibble.models import resolve, skeleton
 from lownibble.models.checkpoint import Checkpoint
@@ -36,7 +38,7 @@ def export(source: str | Path, output: str | Path, format: str, **options: Any) 
     Args:
         source: a model as `load` takes it, or an adapter: a folder or a .gguf file.
         output: a folder that does not exist or is empty; for gguf a file that does not exist.
-        format: 'safetensors', 'bnb-4bit', 'gguf' or 'peft'.
+        format: 'safetensors', 'bnb-4bit', 'gguf', 'peft' or 'peft-per-expert'.
         options: of `ExportConfig`: base, dtype, quant, ...
     Raises:
         ConfigError: the source cannot be written in that format.
@@ -53,8 +55,8 @@ def run_export(config: ExportConfig, tell: Tell = say_nothing) -> dict[str, Any]
     is_file = source.suffix == ".gguf" and source.is_file()
     if (source / CONFIG_FILE).is_file() or (is_file and gguf.is_adapter(source)):
         return {**started, **_adapter(config, source, output, is_file)}
-    if config.format == "peft" or config.base is not None:
-        what = "--format peft is" if config.format == "peft" else "--base is"
+    if config.format.startswith("peft") or config.base is not None:
+        what = f"--format {config.format} is" if config.format.startswith("peft") else "--base is"
         raise ConfigError(f"{what} for adapters, and '{config.source}' is a model. Leave it out.")
     model = resolve(config.source, config.revision)
     auto = "float16" if config.format == "gguf" else "auto"
@@ -121,11 +123,12 @@ def _check(config: ExportConfig) -> Path:
 
 
 def _adapter(config: ExportConfig, source: Path, output: Path, is_file: bool) -> dict[str, Any]:
-    formats = ("peft",) if is_file else ("gguf",)
+    formats = ("peft",) if is_file else ("gguf", "peft-per-expert")
     if config.format not in formats:
         if config.format == ("gguf" if is_file else "peft"):
             raise ConfigError(f"'{source}' is in that format already. Copy it.")
-        raise ConfigError(f"An adapter exports to {formats[0]}, not {config.format}. Merge it first: lownibble merge {source}")
+        said = " or ".join(formats)
+        raise ConfigError(f"An adapter exports to {said}, not {config.format}. Merge it first: lownibble merge {source}")
     if config.dtype != "auto":
         raise ConfigError("Adapters are exported in float32. Leave --dtype out.")
     adapter = None if is_file else AdapterFile(source)
@@ -139,4 +142,6 @@ def _adapter(config: ExportConfig, source: Path, output: Path, is_file: bool) ->
     base = skeleton(source_of_base, torch.float32)
     if adapter is None:
         return gguf.read_adapter(source, base, output)
+    if config.format == "peft-per-expert":
+        return split(adapter, base, output)
     return gguf.write_adapter(adapter, base, output)

@@ -36,7 +36,8 @@ from lownibble.config import LoraConfig
 from lownibble.errors import AdapterError, ModelError, OutputError
 from lownibble.exporting.gguf_tokenizer import add_tokenizer
 from lownibble.exporting.weights import Tell, Weights, as_float, say_nothing
-from lownibble.lora.adapter import CONFIG_FILE, PREFIX, WEIGHTS_FILE, AdapterFile
+from lownibble.lora.adapter import AdapterFile
+from lownibble.lora.portable import CONFIG_FILE, PREFIX, WEIGHTS_FILE
 from lownibble.lora.provenance import METADATA_KEY, from_metadata, to_metadata
 from lownibble.lora.targets import scale_of
 from lownibble.lora.variants import LORA

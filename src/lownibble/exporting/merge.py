@@ -23,7 +23,8 @@ from lownibble.data import encode, load
 from lownibble.errors import AdapterError, ConfigError, InputError, OutputError
 from lownibble.exporting.measure import BASE, FAITHFUL, choose_rows, measure
 from lownibble.exporting.weights import Tell, Weights, check_onto, say_nothing
-from lownibble.lora.adapter import CONFIG_FILE, AdapterFile
+from lownibble.lora.adapter import AdapterFile
+from lownibble.lora.portable import CONFIG_FILE
 from lownibble.lora.provenance import describe, other_weights
 from lownibble.models import ModelSource, load_tokenizer, resolve
 from lownibble.models.checkpoint import INDEX

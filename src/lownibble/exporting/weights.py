@@ -29,8 +29,9 @@ from torch import Tensor, nn
 
 from lownibble.config import QuantConfig
 from lownibble.errors import AdapterError, ConfigError, ModelError
-from lownibble.lora.adapter import PREFIX, AdapterFile, parted
+from lownibble.lora.adapter import AdapterFile, parted
 from lownibble.lora.init import without
+from lownibble.lora.portable import PREFIX
 from lownibble.lora.targets import scale_of
 from lownibble.lora.variants import variant_of
 from lownibble.models import ModelSource, skeleton

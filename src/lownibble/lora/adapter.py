@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import os
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,19 +25,17 @@ from lownibble.config import LoraConfig
 from lownibble.errors import AdapterError, ConfigError, TargetError
 from lownibble.lora import portable
 from lownibble.lora.active import adapter_configs, lora_layers, saved_modules, trained_biases
+from lownibble.lora.apart import fitted
 from lownibble.lora.begin import take_out
 from lownibble.lora.experts import file_paths, is_experts, variant_for
 from lownibble.lora.inject import Plan, add_lora, match_targets, named_linears, plan
 from lownibble.lora.layer import LoraLinear, LowRank, sizes
+from lownibble.lora.portable import CONFIG_FILE, PREFIX, WEIGHTS_FILE
 from lownibble.lora.provenance import base_facts, from_metadata, other_codec, other_weights, to_metadata
 from lownibble.lora.targets import rank_of, unmatched
 from lownibble.lora.variants import variant_of
 from lownibble.models.info import info
 from lownibble.quant import is_transposed
-
-CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
-PREFIX = "base_model.model."
-"""PEFT's prefix of module paths in its files."""
 
 _INERT: dict[str, Any] = {
     "alora_invocation_tokens": None, "arrow_config": None, "auto_mapping": ..., "base_model_name_or_path": ...,
@@ -221,6 +220,7 @@ class AdapterFile:
 
     Attributes:
         base, revision: the base's name and revision, or None if the files do not record them.
+        made: key -> what makes its tensor of others, for files that are read in another layout (`apart.py`).
         trained_on: facts of the base (see `provenance.py`), or None if the file does not record them.
     Raises:
         AdapterError: files are missing or damaged.
@@ -231,6 +231,7 @@ class AdapterFile:
         self.config = _to_config(Path(folder) / CONFIG_FILE, values)
         self.base, self.revision = values.get("base_model_name_or_path"), values.get("revision")
         self.folder, self.path = Path(folder), Path(folder) / WEIGHTS_FILE
+        self.made: dict[str, Callable[[], Tensor]] = {}
         if not self.path.exists():
             raise AdapterError(f"'{self.path}' is missing. Only safetensors adapters are read; convert others with PEFT.")
         try:
@@ -256,6 +257,8 @@ class AdapterFile:
 
     def read(self, key: str) -> Tensor:
         """Read one tensor, without keeping the file open."""
+        if key in self.made:
+            return self.made[key]()
         with safe_open(self.path, "pt") as file:
             tensor: Tensor = file.get_tensor(key)
             return tensor.clone()
@@ -294,7 +297,7 @@ def load_adapter(
     Warns:
         UserWarning: the base is stored in another format (4-bit, dense) than in training.
     """
-    stored = AdapterFile(folder)
+    stored = fitted(AdapterFile(folder), model)
     expected = stored.expected(model, name)
     extra = stored.shapes.keys() - expected.keys()
     stored.check_fit(expected, {key for key in extra if _repeats_base(model, key, stored.read(key))})

@@ -19,6 +19,10 @@ from lownibble.lora.experts import is_experts, named_experts
 from lownibble.lora.targets import OF_LINEAR, alpha_of, rank_of
 from lownibble.models.experts import containers
 
+CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
+PREFIX = "base_model.model."
+"""PEFT's prefix of module paths in its files."""
+
 TAKEN_FOR_EXPERTS = ("gate", "gate_proj", "up_proj", "down_proj", "w1", "w2", "w3")
 """Names in `target_modules` that PEFT (0.18 and later) takes for experts' on mixtures."""
 

@@ -64,7 +64,7 @@ def match_targets(
         exact = target if isinstance(target, list) else []
         matched = [p for p in matched if p in exact or _layer_of(p, config.layers_pattern) in layers]
     matched += [path for path in linears_by_parameter(linears, config) if path not in matched]
-    if not matched and not (config.target_parameters and not target):
+    if not matched and not (config.target_parameters and (of_file or not target)):
         within = f" in layers {layers}" if layers is not None else ""
         raise TargetError(f"target_modules {target!r} match no linear module{within}. Candidates: {candidates(linears)}.")
     return matched

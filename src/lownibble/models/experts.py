@@ -50,10 +50,10 @@ def expert_weights(model: nn.Module) -> dict[str, Any]:
 
 
 def shapes(model: nn.Module) -> dict[str, tuple[int, int, int]]:
-    """Path -> (E, out, in) of the dense weights of every mixture's experts."""
+    """Path -> (E, out, in) of the weights of every mixture's experts, dense or held by modules."""
     return {
         f"{path}.{name}": shape_of(container, name)
-        for path, container in containers(model) for name in WEIGHTS if name in container._parameters
+        for path, container in containers(model) for name in WEIGHTS if hasattr(container, name)
     }  # fmt: skip
 
 
@@ -86,9 +86,12 @@ def _numbers_of_experts(model: Any) -> set[int]:
 
 
 def shape_of(container: Any, name: str) -> tuple[int, int, int]:
-    """(E, out, in) of a container's dense weight."""
-    n_experts, rows, columns = getattr(container, name).shape
-    return (n_experts, columns, rows) if container.is_transposed else (n_experts, rows, columns)
+    """(E, out, in) of a container's weight."""
+    held: Any = getattr(container, name)
+    is_module = isinstance(held, nn.Module)
+    n_experts, rows, columns = (held.weight if is_module else held).shape
+    turned = container.is_transposed and not is_module
+    return (n_experts, columns, rows) if turned else (n_experts, rows, columns)
 
 
 def place(container: Any, name: str, module: nn.Module) -> None:

@@ -30,7 +30,8 @@ from torch import Tensor
 from lownibble.config import LoraConfig
 from lownibble.errors import AdapterError, InputError
 from lownibble.kernels.decoder import PROJECTIONS, Adapter, LowRank
-from lownibble.lora.adapter import CONFIG_FILE, PREFIX, WEIGHTS_FILE, AdapterFile
+from lownibble.lora.adapter import AdapterFile
+from lownibble.lora.portable import CONFIG_FILE, PREFIX, WEIGHTS_FILE
 from lownibble.lora.provenance import base_facts, other_codec, other_weights
 from lownibble.lora.targets import scale_of
 from lownibble.lora.variants import variant_of

@@ -25,9 +25,9 @@ from lownibble.data.inspect import warnings_of
 from lownibble.errors import ModelError
 from lownibble.lora import add_lora, load_adapter, match_targets, read_config, save_adapter
 from lownibble.lora.active import adapter_configs
-from lownibble.lora.adapter import WEIGHTS_FILE
 from lownibble.lora.init import find
 from lownibble.lora.merge_aware import check_adapter, facts_of, held_as
+from lownibble.lora.portable import WEIGHTS_FILE
 from lownibble.lora.variants import variant_of
 from lownibble.memory import planned, usage
 from lownibble.models import compute, load, pick_device, resolve, skeleton

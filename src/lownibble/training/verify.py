@@ -18,7 +18,8 @@ from lownibble.data import Example
 from lownibble.errors import OutputError, TrainingError
 from lownibble.lora import load_adapter, set_adapter
 from lownibble.lora.active import active_adapter, adapter_configs, lora_layers, remove_adapter
-from lownibble.lora.adapter import WEIGHTS_FILE, file_tensors
+from lownibble.lora.adapter import file_tensors
+from lownibble.lora.portable import WEIGHTS_FILE
 
 _READ_BACK = "lownibble_read_back"
 _TOKENS = 16

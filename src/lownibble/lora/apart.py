@@ -1,0 +1,216 @@
+"""Adapters whose experts are stored one by one: `experts.3.gate_proj.lora_A.weight`, a pair of matrices for each expert's layer.
+
+That is how adapters look that were trained before transformers fused experts, or by tools that keep experts as modules, and what
+vLLM and SGLang read for most mixtures (docs/train.md). Which part of a fused weight a name stands for is asked of transformers'
+own rules, which split a tensor of row numbers as they split the weight. Fused, gate and up have one A: that of the two below each
+other, and B in blocks beside each other, as PEFT converts such files; apart, both have the fused A.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from lownibble import tensorfile
+from lownibble.config import LoraConfig
+from lownibble.errors import AdapterError
+from lownibble.lora.experts import ExpertsLoRA, file_paths
+from lownibble.lora.inject import named_linears
+from lownibble.lora.portable import CONFIG_FILE, PREFIX, WEIGHTS_FILE
+from lownibble.lora.provenance import to_metadata
+from lownibble.lora.targets import match_experts, rank_of, scale_of
+from lownibble.matching import fits
+from lownibble.models import experts
+from lownibble.models.conversion import stored_names
+
+if TYPE_CHECKING:
+    from lownibble.lora.adapter import AdapterFile
+
+
+@dataclass(frozen=True)
+class Part:
+    """What an expert's layer in a file is of a fused weight: some rows of one expert's matrix."""
+
+    weight: str
+    expert: int
+    rows: Tensor
+
+
+def parts(model: Any) -> dict[str, Part]:
+    """Path of an expert's layer in a checkpoint -> its part, for the weights that checkpoints store expert by expert."""
+    found: dict[str, Part] = {}
+    for weight, (n_experts, n_out, _) in experts.shapes(model).items():
+        container: Any = model.get_submodule(weight.rpartition(".")[0])
+        numbers = torch.arange(n_experts * n_out).view(n_experts, n_out, 1)
+        split = stored_names(model, {weight: numbers.transpose(1, 2) if container.is_transposed else numbers})
+        for name, part in split.items():
+            if part.numel() < numbers.numel():
+                first = part.flatten()
+                found[name.removesuffix(".weight")] = Part(weight, int(first[0]) // n_out, first % n_out)
+    return found
+
+
+def fitted(stored: AdapterFile, model: Any) -> AdapterFile:
+    """The file as one of fused experts, if it has experts one by one and the model has them fused; else the file itself.
+
+    Raises:
+        AdapterError: an expert lacks a tensor, or experts differ in rank or scale.
+    """
+    held = {key.removeprefix(PREFIX).removesuffix(".lora_A.weight") for key in stored.shapes if key.endswith(".lora_A.weight")}
+    if not any(re.search(r"\.\d+\.[^.]+$", path) and ".experts." in path for path in held):
+        return stored
+    known = parts(model)
+    fused: dict[str, dict[str, Part]] = {}
+    for path in sorted(held & known.keys()):
+        fused.setdefault(known[path].weight, {})[path] = known[path]
+    if not fused:
+        return stored
+    made, shapes, ranks, alphas = dict[str, Callable[[], Tensor]](), dict(stored.shapes), dict[str, int](), dict[str, float]()
+    paths = file_paths((), fused)
+    for weight, those in fused.items():
+        n_experts, n_out, n_in = experts.shapes(model)[weight]
+        kinds = _kinds(stored, weight, those, n_experts)
+        r = sum(kinds.values())
+        scale = scale_of(next(iter(those)), stored.config)
+        ranks[re.escape(weight)], alphas[re.escape(weight)] = r, scale * (math.sqrt(r) if stored.config.use_rslora else r)
+        variant = ExpertsLoRA(n_experts)
+        for own, shape in variant.shapes(n_in, n_out, r).items():
+            key = f"{PREFIX}{paths[weight]}.{variant.keys[own]}"
+            made[key] = partial(_fuse, stored, those, list(kinds), variant, own, shape)
+            shapes[key] = variant.to_file(own, torch.empty(shape, device="meta")).shape
+        for path in those:
+            for key in variant.keys.values():
+                shapes.pop(f"{PREFIX}{path}.{key}", None)
+    result = copy.copy(stored)
+    result.shapes, result.made, result.config = shapes, made, _config_of(stored.config, model, fused, ranks, alphas)
+    return result
+
+
+def _name(path: str) -> str:
+    return path.rpartition(".")[2]
+
+
+def _kinds(stored: AdapterFile, weight: str, those: Mapping[str, Part], n_experts: int) -> dict[str, int]:
+    """Last name of the layers of a fused weight -> their rank; the same for all experts."""
+    ranks: dict[str, dict[int, tuple[int, float]]] = {}
+    for path, part in those.items():
+        r = stored.shapes[f"{PREFIX}{path}.lora_A.weight"][0]
+        ranks.setdefault(_name(path), {})[part.expert] = r, scale_of(path, stored.config)
+    for name, of_expert in ranks.items():
+        missing = sorted(set(range(n_experts)) - of_expert.keys())
+        if missing:
+            raise AdapterError(
+                f"'{stored.path}' has '{name}' of {len(of_expert)} of the {n_experts} experts of '{weight}'; expert {missing[0]} "
+                "lacks it. Load it on the base it was trained on."
+            )
+    if len({scale for of_expert in ranks.values() for _, scale in of_expert.values()}) > 1 or any(
+        len(set(of_expert.values())) > 1 for of_expert in ranks.values()
+    ):
+        raise AdapterError(
+            f"'{stored.path}' has other ranks or scales for some experts of '{weight}', and this model holds all experts in one "
+            "weight. Merge it with the tool that made it."
+        )
+    return {name: of_expert[0][0] for name, of_expert in ranks.items()}
+
+
+def _fuse(
+    stored: AdapterFile, those: Mapping[str, Part], kinds: list[str], variant: ExpertsLoRA, own: str, shape: tuple[int, ...]
+) -> Tensor:
+    """A or B of all experts, in the layout of PEFT's files."""
+    fused, place = torch.zeros(shape), 0
+    for name in kinds:
+        of_kind = {path: part for path, part in those.items() if _name(path) == name}
+        r = 0
+        for path, part in of_kind.items():
+            tensor = stored.read(f"{PREFIX}{path}.{variant.keys[own]}").float()
+            r = len(tensor) if own == "lora_A" else tensor.shape[1]
+            if own == "lora_A":
+                fused[part.expert, place : place + r] = tensor
+            else:
+                fused[part.expert, part.rows, place : place + r] = tensor
+        place += r
+    return variant.to_file(own, fused)
+
+
+def _config_of(
+    config: LoraConfig, model: Any, fused: Mapping[str, Mapping[str, Part]], ranks: dict[str, int], alphas: dict[str, float]
+) -> LoraConfig:
+    """The configuration with the fused weights as targets, and without patterns that were for experts alone."""
+    matched = {path for those in fused.values() for path in those}
+    targets = config.target_modules
+    if isinstance(targets, list):
+        apart, linears = (
+            {_name(path) for those in fused.values() for path in those},
+            {_name(path) for path in named_linears(model)},
+        )
+        targets = [name for name in targets if _name(name) not in apart - linears]
+    of_others = {
+        option: {pattern: value for pattern, value in given.items() if not any(fits(path, pattern) for path in matched)}
+        for option, given in (("rank_pattern", config.rank_pattern), ("alpha_pattern", config.alpha_pattern))
+    }
+    changed: LoraConfig = config.with_options(
+        target_modules=targets, target_parameters=sorted({*config.target_parameters, *fused}),
+        rank_pattern={**ranks, **of_others["rank_pattern"]}, alpha_pattern={**alphas, **of_others["alpha_pattern"]},
+    )  # fmt: skip
+    return changed
+
+
+def split(stored: AdapterFile, model: Any, output: Path) -> dict[str, Any]:
+    """Write an adapter with its experts one by one, into the folder `output`; returns counts.
+
+    Args:
+        model: the base, with or without values.
+    Raises:
+        AdapterError: it adapts no experts, or only some layers' weights are stored expert by expert.
+    """
+    adapted = match_experts(experts.shapes(model), stored.config, of_file=True)
+    of_weight: dict[str, dict[str, Part]] = {}
+    for path, part in parts(model).items():
+        of_weight.setdefault(part.weight, {})[path] = part
+    fused = [weight for weight in adapted if weight not in of_weight]
+    if not adapted or fused:
+        what = f"checkpoints of this model store '{fused[0]}' fused, and so do servers read it" if fused else "it has no experts"
+        raise AdapterError(f"'{stored.folder}' cannot be written expert by expert: {what}. Use it as it is.")
+    paths, config = file_paths((), adapted), json.loads((stored.folder / CONFIG_FILE).read_text())
+    tensors = {key: partial(stored.read, key) for key in stored.shapes}
+    entries = dict(stored.shapes)
+    ranks, names = dict(config.get("rank_pattern") or {}), set[str]()
+    for weight in adapted:
+        variant = ExpertsLoRA(experts.shapes(model)[weight][0])
+        whole = {own: f"{PREFIX}{paths[weight]}.{key}" for own, key in variant.keys.items()}
+        r = rank_of(weight, stored.config)
+        for path, part in of_weight[weight].items():
+            names.add(_name(path))
+            if r != stored.config.r:
+                ranks[re.escape(path)] = r
+            for own, key in variant.keys.items():
+                tensors[f"{PREFIX}{path}.{key}"] = partial(_cut, stored, whole[own], variant, own, part)
+                shape = stored.shapes[whole[own]]
+                entries[f"{PREFIX}{path}.{key}"] = torch.Size((r, shape[1]) if own == "lora_A" else (len(part.rows), r))
+        for key in whole.values():
+            del tensors[key], entries[key]
+    rest = [wanted.removesuffix(".weight") for wanted in config.get("target_parameters") or () if wanted.endswith(".weight")]
+    modules = config.get("target_modules") or []
+    modules = modules if isinstance(modules, str) else sorted({*modules, *names, *map(_name, rest)})
+    config |= {"target_modules": modules, "target_parameters": None, "rank_pattern": ranks}
+    output.mkdir(parents=True, exist_ok=True)
+    metadata = {"format": "pt", **(to_metadata(stored.trained_on) if stored.trained_on else {})}
+    header = {key: tensorfile.Entry(torch.float32, tuple(shape)) for key, shape in sorted(entries.items())}
+    tensorfile.write(output / WEIGHTS_FILE, header, ((key, 0, tensors[key]().float()) for key in header), metadata)
+    (output / CONFIG_FILE).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+    return {"tensors": len(header), "experts": sum(len(those) for those in of_weight.values())}
+
+
+def _cut(stored: AdapterFile, key: str, variant: ExpertsLoRA, own: str, part: Part) -> Tensor:
+    matrix = variant.from_file(own, stored.read(key))[part.expert]
+    return matrix.contiguous() if own == "lora_A" else matrix[part.rows].contiguous()

@@ -1,0 +1,124 @@
+"""Adapters whose experts are stored one by one. Oracles: PEFT's own conversion of such files, and the fused adapter."""
+
+import copy
+import json
+import re
+
+import pytest
+import torch
+from mixtures import folder_of, logits, some_ids, theirs
+from safetensors.torch import load_file, save_file
+
+import lownibble as ln
+from lownibble.errors import AdapterError
+from lownibble.exporting.convert import export
+
+LOGITS = {"rtol": 1e-5, "atol": 2e-5}
+APART = ("mixtral", "qwen3_moe", "deepseek_v3", "glm4_moe")
+
+
+def per_expert(folder, model, kind, r=3):
+    """An adapter as transformers 4 and PEFT wrote it: a pair of matrices for each expert's layer, all of them random."""
+    names = ("w1", "w3", "w2") if kind == "mixtral" else ("gate_proj", "up_proj", "down_proj")
+    hidden, ffn, drawn, tensors = 64, 96 if kind == "mixtral" else 32, torch.Generator().manual_seed(0), {}
+    for layer in range(2):
+        block = "block_sparse_moe" if kind == "mixtral" else "mlp"
+        if not hasattr(model.model.layers[layer].mlp, "experts"):
+            continue
+        for expert in range(4):
+            for name, (n_out, n_in) in zip(names, ((ffn, hidden), (ffn, hidden), (hidden, ffn)), strict=True):
+                path = f"base_model.model.model.layers.{layer}.{block}.experts.{expert}.{name}"
+                tensors[f"{path}.lora_A.weight"] = torch.randn(r, n_in, generator=drawn) / n_in**0.5
+                tensors[f"{path}.lora_B.weight"] = torch.randn(n_out, r, generator=drawn)
+    folder.mkdir()
+    save_file(tensors, folder / "adapter_model.safetensors")
+    config = {"peft_type": "LORA", "r": r, "lora_alpha": 2 * r, "target_modules": list(names), "task_type": "CAUSAL_LM"}
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    return tensors
+
+
+@pytest.mark.filterwarnings("ignore:The following rank_pattern keys:RuntimeWarning")
+@pytest.mark.filterwarnings("ignore:The following alpha_pattern keys:RuntimeWarning")
+@pytest.mark.parametrize("quant", [None, "nf4"])
+@pytest.mark.parametrize("kind", ["mixtral", "qwen3_moe"])
+def test_adapters_of_experts_one_by_one_load_as_in_peft(peft, kind, quant, tokenizer, tmp_path):
+    folder = folder_of(kind, tmp_path / "model", tokenizer)
+    base = theirs(folder)
+    per_expert(tmp_path / "old", base, kind)
+    expected = logits(peft.PeftModel.from_pretrained(copy.deepcopy(base), tmp_path / "old").eval(), some_ids())
+    ours = ln.load(str(folder), quant=quant)[0]
+    if quant:
+        from mixtures import decode_into
+
+        decode_into(base, ours)
+        expected = logits(peft.PeftModel.from_pretrained(copy.deepcopy(base), tmp_path / "old").eval(), some_ids())
+    assert (expected - logits(base, some_ids())).abs().max() > 0.1
+    ln.load_adapter(ours, tmp_path / "old")
+    torch.testing.assert_close(logits(ours.eval(), some_ids()), expected, rtol=1e-4, atol=5e-5)
+    ln.save_adapter(ours, tmp_path / "fused")
+    again = peft.PeftModel.from_pretrained(copy.deepcopy(base), tmp_path / "fused").eval()
+    torch.testing.assert_close(logits(again, some_ids()), expected, rtol=1e-4, atol=5e-5)
+
+
+@pytest.mark.parametrize("kind", APART)
+def test_an_adapter_is_written_expert_by_expert_and_read_again(kind, tokenizer, tmp_path):
+    folder = folder_of(kind, tmp_path / "model", tokenizer)
+    model, _ = ln.load(str(folder))
+    ln.add_lora(model, ln.LoraConfig(r=4, init_lora_weights=False, rank_pattern={"down_proj": 2}))
+    expected = logits(model.eval(), some_ids())
+    ln.save_adapter(model, tmp_path / "fused")
+    made = export(tmp_path / "fused", tmp_path / "apart", "peft-per-expert")
+    tensors = load_file(tmp_path / "apart" / "adapter_model.safetensors")
+    assert len(tensors) == made["tensors"]
+    config = json.loads((tmp_path / "apart" / "adapter_config.json").read_text())
+    assert config["target_parameters"] is None
+    wanted = {"w1", "w2", "w3"} if kind == "mixtral" else {"gate_proj", "up_proj", "down_proj"}
+    assert wanted <= set(config["target_modules"])
+    for key, tensor in tensors.items():  # each is what a plain LoRA layer of that expert would have
+        if found := re.search(r"experts\.(\d+)\.(\w+)\.lora_(A|B)", key):
+            assert tensor.ndim == 2
+            r = 2 if found[2] in ("w2", "down_proj") else 4
+            assert tensor.shape[found[3] == "B"] == r
+    again, _ = ln.load(str(folder))
+    ln.load_adapter(again, tmp_path / "apart")
+    torch.testing.assert_close(logits(again.eval(), some_ids()), expected, **LOGITS)
+
+
+def test_what_vllm_reads_of_experts():
+    """Transcribed from vLLM (vllm/lora/model_manager.py, `_stack_moe_lora_weights`): of models that hold experts fused,
+    `experts.base_layer` is gate_up_proj, `experts` down_proj; A is cut into (E, r, in), B (out, r E) into (out, r, E)."""
+    from lownibble.lora.experts import ExpertsLoRA, file_paths
+
+    n_experts, r, n_in, n_out = 3, 2, 5, 4
+    paths = file_paths((), ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"])
+    assert paths == {"mlp.experts.gate_up_proj": "mlp.experts.base_layer", "mlp.experts.down_proj": "mlp.experts"}
+    A, B = torch.randn(n_experts, r, n_in), torch.randn(n_experts, n_out, r)
+    variant = ExpertsLoRA(n_experts)
+    in_file = variant.to_file("lora_A", A), variant.to_file("lora_B", B)
+    assert torch.equal(in_file[0].reshape(n_experts, -1, n_in), A)
+    assert torch.equal(in_file[1].reshape(n_out, -1, n_experts).permute(2, 0, 1), B)
+
+
+def test_files_that_lack_an_expert_are_refused_by_name(tokenizer, tmp_path):
+    folder = folder_of("mixtral", tmp_path / "model", tokenizer)
+    tensors = per_expert(tmp_path / "old", theirs(folder), "mixtral")
+    kept = {key: value for key, value in tensors.items() if ".layers.1.block_sparse_moe.experts.2.w3." not in key}
+    save_file(kept, tmp_path / "old" / "adapter_model.safetensors")
+    with pytest.raises(AdapterError, match=r"'w3' of 3 of the 4 experts of 'model.layers.1.mlp.experts.gate_up_proj'; expert 2"):
+        ln.load_adapter(ln.load(str(folder))[0], tmp_path / "old")
+    save_file({**tensors, "base_model.model.model.layers.0.block_sparse_moe.experts.9.w1.lora_A.weight": torch.ones(3, 64)},
+              tmp_path / "old" / "adapter_model.safetensors")  # fmt: skip
+    with pytest.raises(AdapterError, match=r"has no place for '.*experts.9.w1.lora_A.weight'"):
+        ln.load_adapter(ln.load(str(folder))[0], tmp_path / "old")
+
+
+def test_what_cannot_be_written_expert_by_expert_is_said(tokenizer, tmp_path):
+    folder = folder_of("gpt_oss", tmp_path / "model", tokenizer)
+    for name, options in {"experts": {}, "attention": {"target_experts": False}}.items():
+        model, _ = ln.load(str(folder))
+        ln.add_lora(model, ln.LoraConfig(r=2, **options))
+        ln.save_adapter(model, tmp_path / name)
+    with pytest.raises(AdapterError, match=r"store 'model.layers.0.mlp.experts.gate_up_proj' fused, and so do servers"):
+        export(tmp_path / "experts", tmp_path / "apart", "peft-per-expert")
+    with pytest.raises(AdapterError, match="it has no experts"):
+        export(tmp_path / "attention", tmp_path / "apart", "peft-per-expert")
