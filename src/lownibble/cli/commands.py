@@ -333,7 +333,10 @@ def quantize(arguments: argparse.Namespace) -> dict[str, Any]:
     if ratio := result.get("error_over_rtn_median"):
         console.print(f"error of the layers' outputs: {ratio:.2f} x that of rounding to nearest (median)", soft_wrap=True)
     for path in result.get("rounded_to_nearest", ()):
-        console.print(f"  {path} was rounded to nearest: not in a decoder layer, or not reached", soft_wrap=True, markup=False)
+        why = "experts, or not in a decoder layer, or not reached"
+        console.print(f"  {path} was rounded to nearest: {why}", soft_wrap=True, markup=False)
+    if share := result["dense_experts"]:
+        console.print(f"experts stay dense, {share:.0%} of the model: skip_modules", soft_wrap=True, markup=False)
     if result["format"] == "lownibble" and config.format == "auto":
         console.print(f"No other layout holds it ({result['other_formats']})", soft_wrap=True, markup=False)
     if config.quant.double_quant and not result["quant"]["double_quant"]:

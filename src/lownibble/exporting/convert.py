@@ -29,7 +29,7 @@ from lownibble.lora.portable import CONFIG_FILE
 from lownibble.lora.provenance import other_weights
 from lownibble.models import resolve, skeleton
 from lownibble.models.checkpoint import Checkpoint
-from lownibble.models.formats.write import BNB_TYPES
+from lownibble.models.formats.write import BNB_TYPES, leave_dense
 
 
 def export(source: str | Path, output: str | Path, format: str, **options: Any) -> dict[str, Any]:
@@ -70,6 +70,11 @@ def run_export(config: ExportConfig, tell: Tell = say_nothing) -> dict[str, Any]
         raise ConfigError(
             f"'{config.source}' is stored as {weights.tensors.stored_as or ' and '.join(sorted(kinds))}, not as nf4 or fp4. "
             "Export it with --format safetensors first, and that folder with --format bnb-4bit."
+        )
+    if config.format == "bnb-4bit" and (stacks := sorted(weights.experts.keys() & weights.requantized)):
+        raise ConfigError(
+            f"bitsandbytes has no place for the experts of a mixture ({stacks[0]}, ...: {weights.share(stacks):.0%} of the "
+            f"model). Leave them dense: {leave_dense(stacks[0])}, or use lownibble quantize, whose own format has."
         )
     if config.format == "gguf":
         return {**started, **gguf.write_model(weights, onto, output, dtype, model, tell)}

@@ -35,7 +35,7 @@ from torch import Tensor
 from lownibble.config import LoraConfig
 from lownibble.errors import AdapterError, ModelError, OutputError
 from lownibble.exporting.gguf_tokenizer import add_tokenizer
-from lownibble.exporting.weights import Tell, Weights, as_float, say_nothing
+from lownibble.exporting.weights import Tell, Weights, say_nothing
 from lownibble.lora.adapter import AdapterFile
 from lownibble.lora.portable import CONFIG_FILE, PREFIX, WEIGHTS_FILE
 from lownibble.lora.provenance import METADATA_KEY, from_metadata, to_metadata
@@ -92,7 +92,9 @@ def write_model(
         _announce(writer, target, weights.shape(name), how)
 
         def make(name: str = name, how: Type = how) -> np.ndarray[Any, Any]:
-            return _encoded(_turned(as_float(weights.merged(name, onto)), name, weights.model.config, architecture), how, name)
+            return _encoded(
+                _turned(weights.as_float(name, weights.merged(name, onto)), name, weights.model.config, architecture), how, name
+            )
 
         stored[target] = make
     for target, factors in _rope_factors(weights.model.config):

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from lownibble.data import Batch, Example
 from lownibble.errors import AdapterError
-from lownibble.exporting.weights import Change, Tell, Weights, as_float, unchanged
+from lownibble.exporting.weights import Change, Tell, Weights, unchanged
 from lownibble.memory.usage import trim_heap
 from lownibble.models.head import Head, hidden_states
 from lownibble.quant import PackedWeight
@@ -123,7 +123,7 @@ class _Live(Mapping[str, Tensor]):
 
     def __getitem__(self, name: str) -> Tensor:
         trim_heap()  # return the previous tensors' freed but fragmented memory to the system
-        return self.change(name)(as_float(self.stored(name)))
+        return self.change(name)(self.weights.as_float(name, self.stored(name)))
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.weights.names)
@@ -143,11 +143,18 @@ class _Merged(_Live):
         name = self.weights.resolve(name)
         made = self.weights.merged(name, self.target)
         if name in self.weights.edits and name not in self.errors:
-            off, size = self.weights.live_change(name)(as_float(self.weights.live(name))), self.weights.delta_norm(name)
-            off = off.sub_(made.dequantize(torch.float32) if isinstance(made, PackedWeight) else made)
+            size = self.weights.delta_norm(name)
             if size:  # a zero delta has no relative error
-                self.errors[name] = float(off.norm()) / size
+                self.errors[name] = self._off(name, made) / size
         return made
+
+    def _off(self, name: str, made: Tensor | PackedWeight) -> float:
+        """Frobenius norm of a merged weight's difference from the live model's."""
+        weights, live, change = self.weights, self.weights.live(name), self.weights.live_change(name)
+        return math.hypot(*(
+            float(change(weights.as_float(name, live, part), part).sub_(weights.as_float(name, made, part)).norm())
+            for part in weights.parts(name)
+        ))  # fmt: skip
 
     def change(self, name: str) -> Change:
         """None: it is in what is stored."""

@@ -286,7 +286,7 @@ def _identity(weights: Weights, onto: str, shards: dict[str, dict[str, tensorfil
     return {
         "base": weights.checkpoint.digest(), "adapter": content, "onto": onto, "dtype": weights.dtype,
         "shards": {name: sorted(entries) for name, entries in shards.items()},
-        "ready": weights.ready_id, "format": weights.writer.name,
+        "ready": weights.ready_id, "format": weights.writer.name if onto == weights.packed_target else None,
         "codec": [quant and quant.to_dict() for quant in (weights.quant, weights.new_quant)],
     }  # fmt: skip
 
@@ -374,7 +374,7 @@ def _config_json(weights: Weights, onto: str) -> dict[str, Any]:
         config["dtype"] = str(dtypes.pop()).removeprefix("torch.")
     if onto == weights.packed_target:
         dtype = str(config.get("dtype") or config.get("torch_dtype") or "float32")
-        dense = weights.dense_linears(weights.requantized)
+        dense = weights.dense_layers(weights.requantized)
         config["quantization_config"] = weights.writer.config_json(weights.new_quant, sorted(weights.requantized), dense, dtype)
     return config
 

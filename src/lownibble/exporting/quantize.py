@@ -9,7 +9,7 @@ interrupted run keeps the layers that are finished.
 With `bits` each layer first gets a codec of its own (`calibration/mixed.py`). That takes one pass for gradients, with the model
 packed in memory, and one over the dense layers.
 
-Layers outside of the decoder layers are rounded to nearest.
+Layers outside of the decoder layers, and the experts of mixtures, are rounded to nearest.
 
 The checkpoint is in a layout that others load (`models/formats/write.py`): bitsandbytes', compressed-tensors' or GPTQ's, or in
 our own where none holds the codecs. What a layout holds of the scales is known before codes are chosen.
@@ -46,10 +46,10 @@ from lownibble.models import ModelSource, load_tokenizer, pick_device, resolve, 
 from lownibble.models import packed as packed_files
 from lownibble.models.checkpoint import Checkpoint
 from lownibble.models.conversion import ModelTensors, untie
-from lownibble.models.formats.write import ToPack
+from lownibble.models.formats.write import ToPack, leave_dense
 from lownibble.models.formats.write import choose as choose_writer
 from lownibble.models.info import decoder_layers
-from lownibble.models.load import load, pick_dtype, place, place_shared
+from lownibble.models.load import load, pack_experts, pick_dtype, place, place_shared
 from lownibble.quant import PackedWeight, QuantLinear, layouts, matrix
 from lownibble.training.output import hold
 
@@ -87,7 +87,13 @@ def run_quantize(config: QuantizeConfig, tell: Tell = say_nothing, rows: Tensor 
             f"The layers of '{config.model}' are Conv1D, which no packed checkpoint holds. Quantise it while loading."
         )
     names = candidates(config.quant.quant_type) if config.bits is not None else ()
-    shapes = {path: matrix(weights.model.get_submodule(path)).shape for path in sorted(weights.requantized)}
+    shapes = {path: weights.rows(path) for path in sorted(weights.requantized)}
+    if config.bits is not None and (stacks := sorted(shapes.keys() & weights.experts.keys())):
+        raise ConfigError(
+            f"--bits chooses codecs for linear layers, and '{config.model}' is a mixture: its experts ({stacks[0]}, ...) are "
+            f"{weights.share(stacks):.0%} of the model. Leave --bits out, or leave the experts dense: "
+            f"{leave_dense(stacks[0])}."
+        )
 
     def ways(quant: QuantConfig) -> dict[str, list[ToPack]]:
         ways = {path: _ways(path, shape, quant.for_layer(path), names) for path, shape in shapes.items()}
@@ -98,6 +104,7 @@ def run_quantize(config: QuantizeConfig, tell: Tell = say_nothing, rows: Tensor 
         **record.new("quantize"), "status": "ok", "config": config.to_dict(), "environment": record.environment(),
         "base": {"model": source.name, "digest": weights.checkpoint.digest()}, "layers": len(weights.requantized),
         "format": writer.name, "other_formats": why, "output": str(output),
+        "dense_experts": weights.share(weights.experts.keys() - weights.requantized),
     }  # fmt: skip
     config = config.with_options(quant=writer.options(config.quant))
     if config.rounding == "gptq" or config.bits is not None:
@@ -144,7 +151,7 @@ def _mix(
         ConfigError: no choice of codecs is that small.
     """
     assert config.bits is not None
-    shapes = {path: matrix(weights.model.get_submodule(path)).shape for path in sorted(weights.requantized)}
+    shapes = {path: weights.rows(path) for path in sorted(weights.requantized)}
     ways = {path: _ways(path, shape, config.quant.for_layer(path), names) for path, shape in shapes.items()}
     dtypes = {path: weights.kept_dtype(f"{path}.weight") for path in shapes}
     sizes = {
@@ -168,7 +175,7 @@ def _mix(
                 for name, how in ways[path].items()
             }
 
-    _walk_layers(source, weights.requantized, config, rows_BT, visit, partial(tell, "measuring layers"))
+    _walk_layers(source, weights, config, rows_BT, visit, partial(tell, "measuring layers"))
     for path in shapes.keys() - costs.keys():  # outside of the decoder layers, or reached by no token
         costs[path] = {name: float(size == min(sizes[path].values())) for name, size in sizes[path].items()}
     chosen = choose(costs, sizes, config.bits * n_weights / 8)
@@ -255,15 +262,16 @@ def _pack_layers(
             parent, _, last = path.rpartition(".")
             setattr(model.get_submodule(parent), last, QuantLinear(made, linear.bias))
 
-    _walk_layers(source, weights.requantized, config, rows_BT, visit, partial(tell, "packing layers"))
+    _walk_layers(source, weights, config, rows_BT, visit, partial(tell, "packing layers"))
     return errors
 
 
 def _walk_layers(
-    source: ModelSource, packed: set[str], config: QuantizeConfig, rows_BT: Tensor,
+    source: ModelSource, weights: Weights, config: QuantizeConfig, rows_BT: Tensor,
     visit: Callable[[Any, Mapping[str, Moments]], None], tell: Callable[[int, int], None],
 ) -> None:  # fmt: skip
-    """`calibration.walk` over a checkpoint, of which one decoder layer is in memory at a time; `visit` gets the model, too.
+    """`calibration.walk` over a checkpoint, of which one decoder layer is in memory at a time; `visit` gets the model, too. The
+    experts of a mixture are packed, rounded to nearest, before their layer runs.
 
     Raises:
         ConfigError: the model's decoder layers are not known.
@@ -274,6 +282,8 @@ def _walk_layers(
     tensors = ModelTensors(model, Checkpoint(source))
     untie(model, tensors.untied)
     layers = decoder_layers(model)
+    stacks = weights.requantized & weights.experts.keys()
+    packed = weights.requantized - stacks
     inside = {layer: [path for path in packed if path.startswith(f"{layer}.")] for layer in layers}
     if not any(inside.values()):
         raise ConfigError(f"The decoder layers of {type(model).__name__} are not known. Use --method rtn, without --bits.")
@@ -289,6 +299,9 @@ def _walk_layers(
         nonlocal done
         tell(done, len(layers))
         place(model, tensors, [name for name in names if name.startswith(f"{layer}.")], device, dtype)
+        for path in stacks:
+            if path.startswith(f"{layer}."):
+                pack_experts(model, path, config.quant.for_layer(path))
         yield
         for name, _ in list(layers[layer].named_children()):
             setattr(layers[layer], name, nn.Identity())  # frees its tensors

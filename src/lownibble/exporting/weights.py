@@ -12,6 +12,9 @@ training (`lora/merge_aware.py`) names the codec it is packed with; its live mod
 final cast. The written tensors and the merged models that are measured both come from `Weights.merged`, so what is measured is
 what is written.
 
+The experts of a mixture are one weight (E, out, in), added to, packed and cast one expert after another. A checkpoint of another
+tool holds no packed experts: where there are some, the packed target is in our own format.
+
 Tied weights: a low-rank branch or a trained copy belongs to one of the modules that share a tensor. The merged model then needs
 two tensors, and its configuration unties them.
 """
@@ -19,7 +22,8 @@ two tensors, and its configuration unties them.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Mapping
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
 from functools import cached_property
 from typing import Any, NamedTuple, Protocol
@@ -33,14 +37,16 @@ from lownibble.lora.adapter import AdapterFile, parted
 from lownibble.lora.init import without
 from lownibble.lora.portable import PREFIX
 from lownibble.lora.targets import scale_of
-from lownibble.lora.variants import variant_of
-from lownibble.models import ModelSource, skeleton
+from lownibble.lora.variants import Variant
+from lownibble.models import ModelSource, experts, skeleton
 from lownibble.models import packed as packed_files
 from lownibble.models.checkpoint import Checkpoint
 from lownibble.models.conversion import ModelTensors, stored_names, untie
-from lownibble.models.formats.write import ToPack, usual
+from lownibble.models.formats.write import ToPack, Writer, usual
 from lownibble.models.load import DTYPES, quantizable, repacked
 from lownibble.quant import PackedWeight, is_linear, is_transposed, quantize
+from lownibble.quant.codecs import quantize_experts
+from lownibble.quant.packed import PackedExperts
 from lownibble.quant.sums import pack_sum
 
 DENSE_TARGETS = ("dequantized", "original")
@@ -58,8 +64,8 @@ ALL = slice(None)
 
 
 class Change(Protocol):
-    """A float32 weight of the base, or those `rows` of it (output features) -> the same as the adapter changes it, maybe in
-    place."""
+    """A float32 weight of the base, or those `rows` of it (output features; of experts' weights: experts) -> the same as the
+    adapter changes it, maybe in place."""
 
     def __call__(self, weight: Tensor, rows: slice = ALL) -> Tensor:
         """Apply the change."""
@@ -73,6 +79,7 @@ def unchanged(weight: Tensor, rows: slice = ALL) -> Tensor:
 class Edit(NamedTuple):
     """An adapter's change to a layer's weight; `keys`: the variant's parameter name -> key in the adapter file."""
 
+    variant: Variant
     keys: dict[str, str]
     scale: float
 
@@ -91,7 +98,6 @@ class Weights:
         edits: name -> the adapter variant's change, applied after `replaced`.
         changes: changed keys of config.json, with their values.
         merge_aware: whether the adapter was trained for its packed merge.
-        writer: the file format of the packed target.
         ready: gives layers that somebody else has packed, by path, and KeyError for others; or None. ready_id: names how.
     Raises:
         AdapterError: an adapter tensor matches nothing, is missing, has another shape or is not finite.
@@ -111,6 +117,7 @@ class Weights:
         self.config: dict[str, Any] = json.loads((source.folder / "config.json").read_text())
         self.model = skeleton(source, torch.float32)
         self.tensors = ModelTensors(self.model, self.checkpoint)
+        self.experts = experts.shapes(self.model)
         self.packed = self.tensors.packed
         self.names = {name: name for name in self.tensors.names}
         self.quantized = set(self.packed) or (set(quantizable(self.model, quant)) if quant is not None else set())
@@ -119,12 +126,12 @@ class Weights:
         leaves = None if adapter is None or self.packed else (adapter.trained_on or {}).get("merge_aware")
         self.merge_aware = leaves is not None
         self.new_quant = QuantConfig(**leaves) if leaves is not None else self.quant or new_quant
-        self.writer = usual(self.new_quant)
         untie(self.model, self.tensors.untied)
         self._groups = _tied_groups(self.model)  # now: hooks that lend the model its tensors part what is tied
         untied = self.tensors.untied and not self.model.config.is_encoder_decoder
         self.changes: dict[str, Any] = {"tie_word_embeddings": False} if untied else {}
         self.transposed = {path for path, module in self.model.named_modules() if is_transposed(module)}
+        self._turned = self.transposed | {path for path in self.experts if self.tensors.is_turned(path)}
         self.ready: Callable[[str], PackedWeight] | None = None
         self.ready_id = ""
         self.edits: dict[str, Edit] = {}
@@ -139,6 +146,11 @@ class Weights:
         chosen = self.quantized or set(quantizable(self.model, self._to_pack))
         return repacked(self.model, chosen) | (chosen & set(self.packed))
 
+    @cached_property
+    def writer(self) -> Writer:
+        """The file format of the packed target."""
+        return usual(self.new_quant, of_experts=bool(self.requantized & self.experts.keys()))
+
     def resolve(self, name: str) -> str:
         """The name in `names` that holds a model parameter's tensor: its own, or that of a tied parameter."""
         return name if name in self.names else next(other for other in self._tied(name) if other in self.names)
@@ -149,11 +161,12 @@ class Weights:
 
     def _packed_codec(self) -> QuantConfig:
         held = {path: self.tensors.packed_options(path) for path in self.packed}
-        return packed_files.config_of(held, self.dense_linears(set(self.packed)))
+        return packed_files.config_of(held, self.dense_layers(set(self.packed)))
 
-    def dense_linears(self, packed: set[str]) -> list[str]:
-        """Paths of the linear layers that are not packed."""
-        return sorted(path for path, m in self.model.named_modules() if is_linear(m) and path not in packed)
+    def dense_layers(self, packed: set[str]) -> list[str]:
+        """Paths of the linear layers, and of the experts' weights, that are not packed."""
+        linears = (path for path, module in self.model.named_modules() if is_linear(module))
+        return sorted({*linears, *self.experts} - packed)
 
     @property
     def packed_target(self) -> str:
@@ -176,15 +189,10 @@ class Weights:
         for key in (*expected, *carried.values()):
             if not torch.isfinite(adapter.read(key)).all():
                 raise AdapterError(f"'{key}' of '{adapter.path}' holds NaN or infinite values. Train again with a lower rate.")
-        self.variant = variant_of(adapter.config)
-        for key in expected:
-            name = _name_of(key)
-            own = next((own for own, suffix in self.variant.keys.items() if name.endswith(f".{suffix}")), None)
-            if own is None:
-                self.replaced[name] = key
-                continue
-            path = name.removesuffix(f".{self.variant.keys[own]}")
-            self.edits.setdefault(f"{path}.weight", Edit({}, scale_of(path, adapter.config))).keys[own] = key
+        for path, (variant, keys) in adapter.layers(self.model).items():
+            self.edits[self.tensors.name_of(path)] = Edit(variant, keys, scale_of(path, adapter.config))
+        of_layers = {key for edit in self.edits.values() for key in edit.keys.values()}
+        self.replaced |= {_name_of(key): key for key in expected if key not in of_layers}
         self._untie(carried, embedding, head)
 
     def _extra(
@@ -284,24 +292,50 @@ class Weights:
         shape: torch.Size = getattr(self.model.get_submodule(parent), last).shape
         return shape
 
+    def share(self, paths: Iterable[str]) -> float:
+        """The share of the model's parameters that the weights of the layers at `paths` are."""
+        whole: int = sum(parameter.numel() for parameter in self.model.parameters())
+        return sum(self.rows(path).numel() for path in paths) / whole
+
+    def rows(self, path: str) -> torch.Size:
+        """(out, in), or (E, out, in), of the weight of the layer at `path`."""
+        *stack, n_out, n_in = self.shape(self.tensors.name_of(path))
+        return torch.Size((*stack, n_in, n_out) if path in self._turned else (*stack, n_out, n_in))
+
     def trained_on(self, name: str, codec: bool = True) -> Tensor | PackedWeight:
         """The base's tensor: packed if it was packed in training (with `codec`) or is in the checkpoint, else as stored."""
         path = name.removesuffix(".weight")
         if path in self.packed:
-            return self._as_stored(path, self.tensors.read_packed(path, self.kept_dtype(name)))
+            return self.tensors.read_packed(path, self.kept_dtype(name))
         tensor = self.tensors.read(self.names[name])
-        if codec and path in self.quantized and name != path:
+        if codec and path in self.quantized:
             assert self.quant is not None
-            rows = tensor.t().contiguous() if path in self.transposed else tensor
+            rows, how = self._turn(name, tensor), self.quant.for_layer(path)
+            if path in self.experts:
+                return quantize_experts(rows, how, name=name)
             if name in self.edits and self.took_out:
                 _, (start_A, start_B) = parted(**self._parameters(name))
                 rows = without(rows.float(), start_A, start_B, self.edits[name].scale)
-            return self._as_stored(path, quantize(rows, self.quant.for_layer(path), name=name))
+            return quantize(rows.contiguous(), how, name=name)
         return tensor
 
-    def _as_stored(self, path: str, weight: PackedWeight) -> Tensor | PackedWeight:
-        """A packed weight; decoded and turned where the model keeps the weight as (in, out)."""
-        return weight.dequantize(torch.float32).t().contiguous() if path in self.transposed else weight
+    def _turn(self, name: str, tensor: Tensor) -> Tensor:
+        """(out, in) of what the model may keep as (in, out), or back."""
+        return tensor.mT if name.removesuffix(".weight") in self._turned else tensor
+
+    def parts(self, name: str) -> list[slice]:
+        """The rows in which a weight is worked on: of experts' weights each expert, else all at once."""
+        n_experts = self.shape(name)[0] if name in self.experts else 0
+        return [slice(expert, expert + 1) for expert in range(n_experts)] or [ALL]
+
+    def as_float(self, name: str, tensor: Tensor | PackedWeight, rows: slice = ALL) -> Tensor:
+        """A float32 copy of what `trained_on`, `live` or `merged` gave for `name`, or of those `rows` of it (`parts`), decoded if
+        packed, in the model's layout."""
+        if not isinstance(tensor, PackedWeight):
+            return tensor[rows].to(torch.float32, copy=True)
+        if isinstance(tensor, PackedExperts) and rows is not ALL:
+            return self._turn(name, tensor[rows.start].dequantize(torch.float32).unsqueeze(0)).contiguous()
+        return self._turn(name, tensor.dequantize(torch.float32)).contiguous()
 
     def _base(self, name: str, codec: bool = True) -> Tensor | PackedWeight:
         """The weight that an edit changes: the adapter's tensor if it replaces the base's, else the base's."""
@@ -327,7 +361,11 @@ class Weights:
 
     def delta_norm(self, name: str) -> float:
         """Frobenius norm of the adapter's change at `name`."""
-        return float((self.change(name)(as_float(self._base(name))) - as_float(self._base(name))).norm())
+        base, change = self._base(name), self.change(name)
+        return math.hypot(*(
+            float((change(self.as_float(name, base, part), part) - self.as_float(name, base, part)).norm())
+            for part in self.parts(name)
+        ))  # fmt: skip
 
     @property
     def took_out(self) -> bool:
@@ -338,22 +376,21 @@ class Weights:
     def _parameters(self, name: str) -> dict[str, Tensor]:
         """The adapter's parameters at `name`, in float32, by the variant's parameter names."""
         assert self.adapter is not None
-        return {own: self.adapter.read(key).float() for own, key in self.edits[name].keys.items()}
+        variant, keys, _ = self.edits[name]
+        return {own: variant.from_file(own, self.adapter.read(key).float()) for own, key in keys.items()}
 
     def change(self, name: str, codec: bool = True) -> Change:
         """The adapter's change at `name`, which may do nothing; reads the adapter's parameters once. Of the base as it was in
         training, or, without `codec`, of the dense one."""
         if self.adapter is None or name not in self.edits:
             return unchanged
-        edit, turned = self.edits[name], name.removesuffix(".weight") in self.transposed
-        read = self._parameters(name)
+        edit, read, by_expert = self.edits[name], self._parameters(name), name in self.experts
         if codec and self.took_out:
             read["lora_A"], read["lora_B"] = parted(read["lora_A"], read["lora_B"])[0]
 
         def change(weight: Tensor, rows: slice = ALL) -> Tensor:
-            some = {own: value if own == "lora_A" else value[rows] for own, value in read.items()}
-            total = self.variant.merge(weight.t() if turned else weight, some, edit.scale)
-            return total.t() if turned else total
+            some = {own: value if own == "lora_A" and not by_expert else value[rows] for own, value in read.items()}
+            return self._turn(name, edit.variant.merge(self._turn(name, weight), some, edit.scale))
 
         return change
 
@@ -376,11 +413,27 @@ class Weights:
             read, how = self._parameters(name), self.new_quant.for_layer(name.removesuffix(".weight"))
             packed = pack_sum(base, read["lora_A"], read["lora_B"], self.edits[name].scale, how, name)
             return packed.with_dtype(self.kept_dtype(name))
-        total = self.change(name, codec)(as_float(base))
+        change, parts = self.change(name, codec), self.parts(name)
+        sums = (change(self.as_float(name, base, part), part) for part in parts)
         if packs:
-            how = self.new_quant.for_layer(name.removesuffix(".weight"))
-            return self.writer.quantize(total, how, self.kept_dtype(name), name=name).with_dtype(self.kept_dtype(name))
-        return self._cast(total, name)
+            return self._pack(name, sums).with_dtype(self.kept_dtype(name))
+        if parts == [ALL]:
+            return self._cast(next(sums), name)
+        made = torch.empty(self.shape(name), dtype=self.kept_dtype(name))
+        for part, total in zip(parts, sums, strict=True):
+            made[part] = self._cast(total, name)
+        return made
+
+    def _pack(self, name: str, sums: Iterator[Tensor]) -> PackedWeight:
+        """Pack a merged weight, given by `parts`."""
+        how, dtype = self.new_quant.for_layer(name.removesuffix(".weight")), self.kept_dtype(name)
+        if name not in self.experts:
+            return self.writer.quantize(next(sums), how, dtype, name=name)
+        each = (
+            self.writer.quantize(self._turn(name, total)[0].contiguous(), how, dtype, name=f"{name}[{expert}]")
+            for expert, total in enumerate(sums)
+        )
+        return PackedExperts.of(each, self.shape(name)[0])
 
     def _cast(self, tensor: Tensor, name: str) -> Tensor:
         dtype = self.kept_dtype(name)
@@ -398,7 +451,7 @@ class Weights:
 
     def _packs(self, name: str, onto: str) -> bool:
         path = name.removesuffix(".weight")
-        return onto == self.packed_target and path in self.requantized and name != path
+        return onto == self.packed_target and path in self.requantized
 
     def layout(self, names: list[str], onto: str) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
         """Key -> type and shape of what is written for names that are stored together."""
@@ -407,7 +460,7 @@ class Weights:
         for name in names:
             if self._packs(name, onto):
                 path = name.removesuffix(".weight")
-                found |= self.writer.specs(path, ToPack(self.shape(name), self.new_quant.for_layer(path)), self.kept_dtype(name))
+                found |= self.writer.specs(path, ToPack(self.rows(path), self.new_quant.for_layer(path)), self.kept_dtype(name))
             else:
                 dense[name] = torch.empty(self.shape(name), dtype=self.kept_dtype(name), device="meta")
         return found | {key: (tensor.dtype, tuple(tensor.shape)) for key, tensor in self._stored(dense, bool(found)).items()}
@@ -440,11 +493,6 @@ def _tied_groups(model: nn.Module) -> dict[str, tuple[str, ...]]:
     for name, parameter in model.named_parameters(remove_duplicate=False):
         groups.setdefault(id(parameter), []).append(name)
     return {name: tuple(names) for names in groups.values() for name in names}
-
-
-def as_float(tensor: Tensor | PackedWeight) -> Tensor:
-    """A float32 copy, dequantised if packed."""
-    return tensor.dequantize(torch.float32) if isinstance(tensor, PackedWeight) else tensor.to(torch.float32, copy=True)
 
 
 def check_onto(weights: Weights, onto: str) -> None:

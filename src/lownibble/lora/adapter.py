@@ -33,7 +33,7 @@ from lownibble.lora.layer import LoraLinear, LowRank, sizes
 from lownibble.lora.portable import CONFIG_FILE, PREFIX, WEIGHTS_FILE
 from lownibble.lora.provenance import base_facts, from_metadata, other_codec, other_weights, to_metadata
 from lownibble.lora.targets import rank_of, unmatched
-from lownibble.lora.variants import variant_of
+from lownibble.lora.variants import Variant, variant_of
 from lownibble.models.info import info
 from lownibble.quant import is_transposed
 
@@ -269,8 +269,25 @@ class AdapterFile:
         Raises:
             AdapterError: the adapter's targets do not fit the model.
         """
+        return _expected_shapes(self._plan(model, name), self.config)
+
+    def layers(self, model: nn.Module, name: str = "default") -> dict[str, tuple[Variant, dict[str, str]]]:
+        """Path of every adapted layer -> its variant, and its parameters' names -> keys in the file.
+
+        Raises:
+            AdapterError: as `expected`.
+        """
+        targets = self._plan(model, name).targets
+        paths = file_paths(targets, [path for path, layer in targets.items() if is_experts(layer)])
+        variants = {path: variant_for(layer, variant_of(self.config)) for path, layer in targets.items()}
+        return {
+            path: (variant, {own: f"{PREFIX}{paths[path]}.{key}" for own, key in variant.keys.items()})
+            for path, variant in variants.items()
+        }  # fmt: skip
+
+    def _plan(self, model: nn.Module, name: str) -> Plan:
         try:
-            return _expected_shapes(plan(model, self.config, name, of_file=True), self.config)
+            return plan(model, self.config, name, of_file=True)
         except TargetError as error:
             raise AdapterError(f"'{self.folder}' does not fit this model: {error}") from None
 

@@ -26,6 +26,7 @@ from torch import nn
 from lownibble.config import PER_LAYER
 from lownibble.lora.layer import LoraLinear, TrainedCopy
 from lownibble.lora.merge_aware import facts_of
+from lownibble.models.experts import expert_weights
 from lownibble.models.info import info
 from lownibble.models.packed import config_of
 from lownibble.quant import QuantLinear, is_linear
@@ -49,8 +50,10 @@ def _codec(model: nn.Module) -> dict[str, Any] | None:
     if not packed:
         return None
     config = config_of({path: module.weight for path, module in packed.items()}, [])
+    held = {path: getattr(each, "base", each) for path, each in expert_weights(model).items()}
+    dense = {*linears, *(path for path, each in held.items() if not isinstance(each, QuantLinear))} - packed.keys()
     names = {path.rpartition(".")[2] for path in packed}
-    last_names = {path: path.rpartition(".")[2] for path in linears.keys() - packed.keys()}
+    last_names = {path: path.rpartition(".")[2] for path in dense}
     skipped = {path if last in names else last for path, last in last_names.items()}
     return {
         "quant_type": config.quant_type, "block_size": config.block_size, "double_quant": config.double_quant,

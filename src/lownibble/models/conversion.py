@@ -32,7 +32,7 @@ from transformers.core_model_loading import (
 )
 
 from lownibble.errors import ModelError
-from lownibble.models import formats
+from lownibble.models import experts, formats
 from lownibble.models.checkpoint import Checkpoint
 from lownibble.quant import PackedWeight, is_linear, is_transposed
 
@@ -57,7 +57,8 @@ class ModelTensors:
 
     Attributes:
         names: the model's parameters and buffers that the checkpoint gives, in the checkpoint's order; a packed weight has the
-            name of its layer's weight. Of tied parameters one is named, unless the checkpoint has several with other values.
+            name of its layer's weight (`name_of`). Of tied parameters one is named, unless the checkpoint has several with other
+            values.
         packed: path of each layer that is held packed as it is stored -> its codec.
         decoded: names of weights that are stored quantised and read dense: no codec holds their numbers, or those of another
             layer of the checkpoint; or transformers makes them part of another tensor.
@@ -75,6 +76,7 @@ class ModelTensors:
         self.packed: dict[str, str] = {}
         self.decoded: set[str] = set()
         self._layer_of: dict[str, formats.Layer] = {}
+        self._experts = experts.shapes(model)
         self._turned: set[str] = set()  # layers that the model keeps as (in, out)
         self._groups: dict[str, _Group] = {}
         self._facts: dict[str, Facts] = {}
@@ -108,7 +110,7 @@ class ModelTensors:
             if key in self._layers:
                 self._check_kind(name, self._layers[key])
                 self.decoded.add(name)
-                if converter is None and self._is_linear(name):
+                if converter is None and (name in self._experts or self._is_linear(name)):
                     packed[name] = self._layers[key]
                     continue
             group = self._groups.setdefault(name, _Group(deepcopy(converter), name))
@@ -145,13 +147,19 @@ class ModelTensors:
         whole = all(layer.quant_type for layer in layers.values())
         for name, layer in layers.items():
             path = name.removesuffix(".weight")
-            if is_transposed(self.model.get_submodule(path)):
+            if self.is_turned(path) and (name not in self._experts or layer.quant_type is not None):
                 self._turned.add(layer.name)
             if whole and layer.quant_type is not None:
                 self.packed[path], self._layer_of[path] = layer.quant_type, layer
                 self.decoded.discard(name)
             else:
                 self._groups[name] = _Group(None, name, {layer.name: [layer.name]})
+
+    def is_turned(self, path: str) -> bool:
+        """Whether the model keeps the weight of the layer at `path` as (in, out)."""
+        if path in self._experts:
+            return bool(self.model.get_submodule(path.rpartition(".")[0]).is_transposed)
+        return is_transposed(self.model.get_submodule(path))
 
     def _facts_of(self, group: _Group) -> dict[str, Facts]:
         if group.converter is None:
@@ -165,13 +173,14 @@ class ModelTensors:
         layer = self._layers.get(key)
         if layer is None:
             return self.checkpoint.facts(key)
-        return self.checkpoint.dtype, torch.Size(layer.shape[::-1]) if key in self._turned else layer.shape
+        *stack, rows, columns = layer.shape
+        return self.checkpoint.dtype, torch.Size((*stack, columns, rows)) if key in self._turned else layer.shape
 
     def _read_stored(self, key: str) -> Tensor:
         layer = self._layers.get(key)
         if layer is None:
             return self.checkpoint.read(key)
-        return layer.dense().t().contiguous() if key in self._turned else layer.dense()
+        return layer.dense().mT.contiguous() if key in self._turned else layer.dense()
 
     def _convert(self, group: _Group, read: Callable[[str], Tensor]) -> dict[str, Tensor]:
         """Name -> tensor of everything that the group gives."""
@@ -231,7 +240,11 @@ class ModelTensors:
     @property
     def names(self) -> list[str]:
         """Every tensor of the model that the checkpoint gives."""
-        return [*self._facts, *(f"{path}.weight" for path in self.packed)]
+        return [*self._facts, *map(self.name_of, self.packed)]
+
+    def name_of(self, path: str) -> str:
+        """Name of the parameter that is the weight of the layer at `path`; experts' weights are parameters themselves."""
+        return path if path in self._experts else f"{path}.weight"
 
     def facts(self, name: str) -> Facts:
         """Type and shape of a dense tensor, as it is read."""
@@ -274,7 +287,7 @@ class ModelTensors:
         for name in self.dense():
             groups.setdefault(self._group_of[name].first, []).append(name)
         yield from groups.values()
-        yield from ([f"{path}.weight"] for path in self.packed)
+        yield from ([self.name_of(path)] for path in self.packed)
 
 
 def untie(model: Any, names: list[str]) -> None:

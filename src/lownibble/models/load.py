@@ -226,8 +226,10 @@ def _fill(model: Any, tensors: ModelTensors, config: QuantConfig | None, device:
     untie(model, tensors.untied)
     to_quantize = quantizable(model, config) if config is not None and not packed else {}
     held_in = dtype_of(model, dtype)
+    stacks = experts.shapes(model)
     for path in sorted(packed):
-        _place_quantized(model, path, tensors.read_packed(path, dtype), device)
+        place_packed = _place_experts if path in stacks else _place_quantized
+        place_packed(model, path, tensors.read_packed(path, dtype), device)
     for key in tensors.dense():
         tensor = tensors.read(key)
         path, _, last = key.rpartition(".")
@@ -295,6 +297,13 @@ def _as_rows(model: nn.Module, key: str, tensor: Tensor) -> Tensor:
     """The weights (E, out, in) of a container's parameter, which may hold them turned."""
     path, _, _ = key.rpartition(".")
     return tensor.transpose(1, 2) if model.get_submodule(path).is_transposed else tensor
+
+
+def pack_experts(model: nn.Module, key: str, how: QuantConfig) -> None:
+    """Pack the dense weights of experts that the parameter `key` of the model holds."""
+    dense = model.get_parameter(key).detach()
+    packed = quantize_experts(_as_rows(model, key, dense), how, name=key).with_dtype(dense.dtype)
+    _place_experts(model, key, packed, dense.device)
 
 
 def _place_experts(model: nn.Module, key: str, weight: PackedWeight, device: torch.device) -> None:

@@ -2,6 +2,8 @@
 
 The codec defines which tensors belong together and how they are read and written (`quant/packed.py`): a layer at PATH has its
 codes as `PATH.weight`, its constants as `PATH.weight.NAME`, and a marker tensor with codec and facts. Bytes are kept unchanged.
+The weights of a mixture's experts are one layer, at the path of the model's parameter, in the codecs' common format: no other
+tool has one for them.
 """
 
 from __future__ import annotations
@@ -16,6 +18,7 @@ from lownibble.config import PER_LAYER, QuantConfig
 from lownibble.errors import ModelError
 from lownibble.models.checkpoint import Checkpoint
 from lownibble.quant import Codec, PackedWeight
+from lownibble.quant import packed as common
 from lownibble.registry import CODECS
 
 OWN_METHOD = "lownibble"
@@ -26,7 +29,7 @@ def packed_modules(keys: Iterable[str]) -> dict[str, str]:
     """Path of each layer that is stored packed -> its quant_type."""
     keys = [key for key in keys if ".weight." in key]
     found = {}
-    for marker in {CODECS[name].marker for name in CODECS} if keys else ():
+    for marker in {common.MARKER, *(CODECS[name].marker for name in CODECS)} if keys else ():
         for key in keys:
             path, is_marked, quant_type = key.partition(marker)
             if is_marked:
@@ -51,9 +54,26 @@ def options(checkpoint: Checkpoint, path: str, quant_type: str) -> QuantConfig:
     Raises:
         ModelError: it is damaged, or the codec is unknown.
     """
-    codec = _codec(quant_type, path, f"'{checkpoint.name}'")
-    how: QuantConfig = codec.stored_options(path, checkpoint.read(f"{path}{codec.marker}{quant_type}"), f"'{checkpoint.name}'")
-    return how
+    name = f"'{checkpoint.name}'"
+    codec = _codec(quant_type, path, name)
+    if is_of_experts(checkpoint, path, quant_type):
+        return codec.options(common.read_facts(path, checkpoint.read(f"{path}{common.MARKER}{quant_type}"), name))
+    return codec.stored_options(path, checkpoint.read(f"{path}{codec.marker}{quant_type}"), name)
+
+
+def is_of_experts(checkpoint: Checkpoint, path: str, quant_type: str) -> bool:
+    """Whether the packed weight at `path` is that of a mixture's experts.
+
+    Raises:
+        ModelError: as `options`.
+    """
+    key, name = f"{path}{common.MARKER}{quant_type}", f"'{checkpoint.name}'"
+    _codec(quant_type, path, name)
+    return key in checkpoint.file_of and _of_experts(path, checkpoint.read(key), name)
+
+
+def _of_experts(path: str, marker: Tensor, name: str) -> bool:
+    return "experts" in common.read_facts(path, marker, name)
 
 
 def _codec(quant_type: str, path: str, name: str) -> Codec:
@@ -67,18 +87,24 @@ def _codec(quant_type: str, path: str, name: str) -> Codec:
 
 def unpack(parts: Mapping[str, Tensor], path: str, quant_type: str, dtype: torch.dtype, name: str) -> PackedWeight:
     """`read` for tensors in memory, by their full names; `name` is the checkpoint's name in errors."""
-    return _codec(quant_type, path, name).read(path, parts, dtype, name)
+    codec, marker = _codec(quant_type, path, name), parts.get(f"{path}{common.MARKER}{quant_type}")
+    if marker is not None and _of_experts(path, marker, name):
+        return common.read(path, parts, dtype, name)
+    return codec.read(path, parts, dtype, name)
 
 
 def pack(path: str, weight: PackedWeight) -> dict[str, Tensor]:
     """Tensors by name that a checkpoint stores for the layer at `path`."""
+    if isinstance(weight, common.PackedExperts):
+        return common.write(path, weight)
     stored: dict[str, Tensor] = CODECS[weight.facts()["quant_type"]].write(path, weight)
     return stored
 
 
 def pack_shapes(path: str, shape: torch.Size, config: QuantConfig) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
     """Dtype and shape of each tensor that `pack` returns for a weight of `shape`."""
-    specs = CODECS[config.quant_type].written(path, shape, config)
+    of_codec = CODECS[config.quant_type].written if len(shape) == 2 else common.written
+    specs = of_codec(path, shape, config)
     return {key: (getattr(torch, spec.dtype), spec.shape) for key, spec in specs.items()}
 
 

@@ -30,6 +30,9 @@ from lownibble.quant.grid import Steps
 from lownibble.quant.layouts import Layout, TensorSpec
 from lownibble.registry import CODECS
 
+MARKER = ".weight.packed."
+"""Between path and quant_type in the name of the tensor that marks a packed layer in the common file format."""
+
 _DTYPES = {name: getattr(torch, name) for name in layouts.ITEMSIZE}
 
 
@@ -125,12 +128,13 @@ class PackedWeight(ABC):
 class Codec(ABC):
     """A scheme for packing weights, registered in `registry.CODECS` under its `quant_type`.
 
-    `write` and `read` define the default file format of packed layers, which a codec may override: for a layer at PATH the codes
-    are `PATH.weight`, constants `PATH.weight.NAME`, and the facts JSON in a uint8 tensor `PATH.weight.packed.QUANT_TYPE`.
+    `write` and `read` are the common file format of packed layers (`write` and `read` of this file), which a codec may override
+    for matrices; experts' weights have the common one with every codec.
     """
 
-    marker: ClassVar[str] = ".weight.packed."
-    """Separator of path and quant_type in the name of the tensor that marks a packed layer in a file."""
+    marker: ClassVar[str] = MARKER
+    """Separator of path and quant_type in the name of the tensor that marks a packed layer in a file; a format of the codec's own
+    has another."""
 
     @abstractmethod
     def layout(self, shape: Sequence[int], config: QuantConfig) -> Layout:
@@ -160,27 +164,11 @@ class Codec(ABC):
 
     def write(self, path: str, weight: PackedWeight) -> dict[str, Tensor]:
         """Tensors by name that a file stores for the layer at `path`."""
-        facts = weight.facts()
-        text = json.dumps(facts, sort_keys=True).encode().ljust(_FACTS_BYTES)
-        stored = {_key(path, i, name): tensor for i, (name, tensor) in enumerate(weight.tensors().items())}
-        return {**stored, f"{path}{self.marker}{facts['quant_type']}": torch.frombuffer(bytearray(text), dtype=torch.uint8)}
+        return write(path, weight)
 
     def written(self, path: str, shape: Sequence[int], config: QuantConfig) -> dict[str, TensorSpec]:
         """Dtype and shape of each tensor that `write` returns for a weight of `shape`."""
-        found = {_key(path, i, name): spec for i, (name, spec) in enumerate(self.layout(shape, config).items())}
-        return {**found, f"{path}{self.marker}{config.quant_type}": TensorSpec("uint8", (_FACTS_BYTES,))}
-
-    def _facts(self, path: str, stored: Tensor, name: str) -> dict[str, Any]:
-        try:
-            facts = json.loads(bytes(stored.tolist()))
-            torch.Size(facts["shape"])
-            self.options(facts)
-        except (ValueError, KeyError, TypeError) as error:
-            raise ModelError(
-                f"{name}: the facts of the packed weight '{path}' cannot be read ({error}). Download the checkpoint again."
-            ) from None
-        found: dict[str, Any] = facts
-        return found
+        return written(path, shape, config)
 
     def stored_options(self, path: str, stored: Tensor, name: str) -> QuantConfig:
         """Configuration of the packed layer at `path`, from its marker tensor.
@@ -188,7 +176,7 @@ class Codec(ABC):
         Raises:
             ModelError: it cannot be read.
         """
-        return self.options(self._facts(path, stored, name))
+        return self.options(read_facts(path, stored, name))
 
     def read(self, path: str, parts: Mapping[str, Tensor], dtype: torch.dtype, name: str) -> PackedWeight:
         """The packed weight of the layer at `path` from the tensors that `write` returned; `name` is the file's name in errors.
@@ -196,21 +184,7 @@ class Codec(ABC):
         Raises:
             ModelError: a part is missing, damaged or of another shape.
         """
-        key = next((key for key in parts if key.startswith(path + self.marker)), "")
-        if not key:
-            raise ModelError(f"{name}: the packed weight '{path}' lacks its facts. Download the checkpoint again.")
-        facts = self._facts(path, parts[key], name)
-        config, shape = self.options(facts), torch.Size(facts["shape"])
-        found = {}
-        for i, (part, (wanted, size)) in enumerate(self.layout(shape, config).items()):
-            tensor = parts.get(_key(path, i, part))
-            if tensor is None or tensor.dtype != _DTYPES[wanted] or tuple(tensor.shape) != size:
-                got = "it is missing" if tensor is None else f"it is {dtype_name(tensor.dtype)} {tuple(tensor.shape)}"
-                raise ModelError(
-                    f"{name}: '{_key(path, i, part)}' must be {wanted} {size}: {got}. Download the checkpoint again."
-                )
-            found[part] = tensor
-        return self.restore({**facts, "dtype": dtype_name(dtype)}, found)
+        return read(path, parts, dtype, name)
 
 
 _FACTS_BYTES = 512
@@ -219,6 +193,58 @@ _FACTS_BYTES = 512
 def _key(path: str, place: int, name: str) -> str:
     """Name in a file of a packed layer's tensor; the codes (place 0) have the name of a dense weight."""
     return f"{path}.weight.{name}" if place else f"{path}.weight"
+
+
+def write(path: str, weight: PackedWeight) -> dict[str, Tensor]:
+    """The tensors by name that a file stores for the layer or the experts' weights at `path`: the codes `PATH.weight`, constants
+    `PATH.weight.NAME`, and the facts as JSON in a uint8 tensor `PATH.weight.packed.QUANT_TYPE`."""
+    facts = weight.facts()
+    text = json.dumps(facts, sort_keys=True).encode().ljust(_FACTS_BYTES)
+    stored = {_key(path, i, name): tensor for i, (name, tensor) in enumerate(weight.tensors().items())}
+    return {**stored, f"{path}{MARKER}{facts['quant_type']}": torch.frombuffer(bytearray(text), dtype=torch.uint8)}
+
+
+def written(path: str, shape: Sequence[int], config: QuantConfig) -> dict[str, TensorSpec]:
+    """Dtype and shape of each tensor that `write` returns for a weight of `shape`, (N, K) or (E, N, K)."""
+    found = {_key(path, i, name): spec for i, (name, spec) in enumerate(layouts.of_layer(shape, config).items())}
+    return {**found, f"{path}{MARKER}{config.quant_type}": TensorSpec("uint8", (_FACTS_BYTES,))}
+
+
+def read_facts(path: str, stored: Tensor, name: str) -> dict[str, Any]:
+    """The facts of the packed weight at `path` from its marker tensor; `name` is the file's name in errors.
+
+    Raises:
+        ModelError: they cannot be read.
+    """
+    try:
+        facts: dict[str, Any] = json.loads(bytes(stored.tolist()))
+        torch.Size(facts["shape"])
+        CODECS[facts["quant_type"]].options(facts)
+    except (ValueError, KeyError, TypeError) as error:
+        raise ModelError(
+            f"{name}: the facts of the packed weight '{path}' cannot be read ({error}). Download the checkpoint again."
+        ) from None
+    return facts
+
+
+def read(path: str, parts: Mapping[str, Tensor], dtype: torch.dtype, name: str) -> PackedWeight:
+    """The packed weight at `path` from the tensors that `write` returned; `name` is the file's name in errors.
+
+    Raises:
+        ModelError: a part is missing, damaged or of another shape.
+    """
+    key = next((key for key in parts if key.startswith(path + MARKER)), "")
+    if not key:
+        raise ModelError(f"{name}: the packed weight '{path}' lacks its facts. Download the checkpoint again.")
+    facts = read_facts(path, parts[key], name)
+    config, found = CODECS[facts["quant_type"]].options(facts), {}
+    for i, (part, (wanted, size)) in enumerate(layouts.of_layer(facts["shape"], config).items()):
+        tensor = parts.get(_key(path, i, part))
+        if tensor is None or tensor.dtype != _DTYPES[wanted] or tuple(tensor.shape) != size:
+            got = "it is missing" if tensor is None else f"it is {dtype_name(tensor.dtype)} {tuple(tensor.shape)}"
+            raise ModelError(f"{name}: '{_key(path, i, part)}' must be {wanted} {size}: {got}. Download the checkpoint again.")
+        found[part] = tensor
+    return restore({**facts, "dtype": dtype_name(dtype)}, found)
 
 
 def restore(facts: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> PackedWeight:

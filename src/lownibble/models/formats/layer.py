@@ -24,7 +24,7 @@ class Layer(ABC):
     """The weight of one layer.
 
     Attributes:
-        name: of the dense tensor that it stands for: 'model.layers.0.mlp.up_proj.weight'.
+        name: of the dense tensor that it stands for: 'model.layers.0.mlp.up_proj.weight', 'model.layers.0.mlp.experts.down_proj'.
         keys: names of the stored tensors.
         quant_type: the codec that holds its numbers unchanged, or None.
     """

@@ -19,11 +19,12 @@ METHOD = packed_files.OWN_METHOD
 
 
 class OwnLayer(Layer):
-    """A layer that its codec reads."""
+    """A layer that its codec reads, or the weights of experts."""
 
     def __init__(self, checkpoint: Checkpoint, path: str, quant_type: str, keys: tuple[str, ...]) -> None:
         self._checkpoint, self._path = checkpoint, path
-        self.name, self.keys, self.quant_type = f"{path}.weight", keys, quant_type
+        of_experts = packed_files.is_of_experts(checkpoint, path, quant_type)
+        self.name, self.keys, self.quant_type = path if of_experts else f"{path}.weight", keys, quant_type
 
     @cached_property
     def shape(self) -> torch.Size:
@@ -54,4 +55,5 @@ def find(checkpoint: Checkpoint, stored: Mapping[str, Any]) -> Found:
         path, found, _ = key.partition(".weight.")
         if found and path in keys:
             keys[path].append(key)
-    return Found({f"{path}.weight": OwnLayer(checkpoint, path, kinds[path], tuple(keys[path])) for path in kinds})
+    layers = (OwnLayer(checkpoint, path, kinds[path], tuple(keys[path])) for path in kinds)
+    return Found({layer.name: layer for layer in layers})

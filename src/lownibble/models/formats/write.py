@@ -11,7 +11,7 @@ file holds before codes are chosen, so that what is in memory, what is written a
     gptq                int2 to int8 and their act-order forms, as gptq_v2: v1 has no zero point of 0, and GPTQModel refuses v1
                         files with zero points that it has not written. Scales in float16, for models in bfloat16 such that
                         that holds them too. Layers of other codecs, and dense ones, are rules in `dynamic`
-    lownibble           every codec, as its file format is
+    lownibble           every codec, as its file format is; the only one for the experts of mixtures, which the others leave dense
 
 'auto' takes the first of these that holds all layers; for mixtures of integers GPTQ's, whose rules GPTQModel and vLLM know.
 compressed-tensors goes before GPTQ because transformers reads it on any device with one pure-Python package, and vLLM has kernels
@@ -320,9 +320,10 @@ WRITERS: dict[str, Writer] = {
 """File formats of packed layers, as `--format` calls them; 'auto' takes the first that holds all layers."""
 
 
-def usual(quant: QuantConfig) -> Writer:
-    """The writer of merges and exports: bitsandbytes' format for nf4 or fp4 in all layers, else our own."""
-    return WRITERS["bnb-4bit" if quant.quant_type in BNB_TYPES and not quant.pattern else OWN]
+def usual(quant: QuantConfig, *, of_experts: bool) -> Writer:
+    """The writer of merges and exports: bitsandbytes' format for nf4 or fp4 in all layers, else our own; `of_experts`: whether
+    experts of a mixture are packed, too."""
+    return WRITERS["bnb-4bit" if quant.quant_type in BNB_TYPES and not quant.pattern and not of_experts else OWN]
 
 
 def choose(name: str, quant: QuantConfig, layers: Callable[[QuantConfig], Mapping[str, Iterable[ToPack]]]) -> tuple[Writer, str]:
@@ -340,11 +341,21 @@ def choose(name: str, quant: QuantConfig, layers: Callable[[QuantConfig], Mappin
         first = Gptq.name if mixed and Gptq.name in holding else holding[0]
         return WRITERS[first], "; ".join(f"{other}: {reason}" for other, reason in why.items() if reason)
     if why[name]:
-        raise ConfigError(f"--format {name} does not hold this model: {why[name]}. Take --format {' or '.join(holding)}.")
+        stacks = [path for path, ways in layers(quant).items() if any(len(way.shape) == 3 for way in ways)]
+        dense = f", or leave the experts dense: {leave_dense(stacks[0])}" if stacks else ""
+        raise ConfigError(f"--format {name} does not hold this model: {why[name]}. Take --format {' or '.join(holding)}{dense}.")
     return WRITERS[name], ""
 
 
+def leave_dense(path: str) -> str:
+    """The options that leave the experts' weights at `path`, and others of the kind, dense."""
+    return f"--skip-modules lm_head {path.split('.')[-2]}"
+
+
 def _why_not(writer: Writer, layers: Mapping[str, Iterable[ToPack]]) -> str:
+    stacks = [path for path, ways in layers.items() if any(len(way.shape) == 3 for way in ways)]
+    if stacks and writer.name != OWN:
+        return f"it has no place for the experts of a mixture ({stacks[0]}, ...)"
     several = writer.name == "bnb-4bit" and len({_way(each.how) for ways in layers.values() for each in ways}) > 1
     reasons = (writer.why_not(path, way) for path, ways in layers.items() for way in ways)
     return next(filter(None, reasons), "its layers are all packed alike" * several)
