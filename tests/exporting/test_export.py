@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig, GgufConfig, PreTrainedTokenizerFast
+from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, GgufConfig, PreTrainedTokenizerFast
 
 import lownibble as ln
 from lownibble.errors import AdapterError, ConfigError, ModelError, OutputError
@@ -68,9 +68,9 @@ def logits(model, batch):
         return model(input_ids=ids, attention_mask=mask).logits.float()
 
 
-def by_transformers(file):
+def by_transformers(file, **options):
     model = AutoModelForCausalLM.from_pretrained(
-        file.parent, gguf_file=file.name, quantization_config=GgufConfig(dequantize=True), dtype=torch.float32
+        file.parent, gguf_file=file.name, quantization_config=GgufConfig(dequantize=True), dtype=torch.float32, **options
     )
     return model.eval()
 
@@ -90,6 +90,113 @@ def test_transformers_reads_the_model_back(model_folder, batch, tmp_path, family
     messages = [{"role": "user", "content": "Hi"}]
     assert its_tokenizer.apply_chat_template(messages, tokenize=False) == tokenizer.apply_chat_template(messages, tokenize=False)
     assert (its_tokenizer.bos_token_id, its_tokenizer.eos_token_id) == (0, 1)
+
+
+MIXTURES = {
+    "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": None},
+    "qwen3_moe": {
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 96,
+        "norm_topk_prob": True,
+        "head_dim": 16,
+    },
+    "gpt_oss": {"num_local_experts": 4, "num_experts_per_tok": 2, "head_dim": 16, "sliding_window": 8},
+}
+CONTAINER = "model.layers.{}.mlp.experts.{}"
+
+
+def in_llama_cpp(kind, values, name):
+    """Names of llama.cpp's tensors of experts -> values, as conversion/llama.py, qwen.py and gpt_oss.py make them."""
+    if kind == "gpt_oss":
+        values = values if name.endswith("_bias") else values.transpose(-1, -2)
+        axis = -1 if name.endswith("_bias") else -2
+        pair = [values.index_select(axis, torch.arange(first, values.shape[axis], 2)) for first in (0, 1)]
+    else:
+        pair = values.chunk(2, 1)
+    suffix = "bias" if name.endswith("_bias") else "weight"
+    if name.startswith("gate_up_proj"):
+        return {f"ffn_gate_exps.{suffix}": pair[0], f"ffn_up_exps.{suffix}": pair[1]}
+    return {f"ffn_down_exps.{suffix}": values}
+
+
+@pytest.mark.parametrize("kind", MIXTURES)
+def test_experts_are_laid_out_as_llama_cpp_does(model_folder, kind, tmp_path):
+    folder = model_folder(kind, pre="gpt-4o" if kind == "gpt_oss" else "gpt-2", **MIXTURES[kind])
+    ln.export(folder, tmp_path / "model.gguf", "gguf", dtype="float32")
+    reader = gguf.GGUFReader(tmp_path / "model.gguf")
+    stored = {tensor.name: torch.from_numpy(tensor.data.copy()) for tensor in reader.tensors}
+    model, found = ln.load(str(folder))[0], set()
+    for layer in range(2):
+        for name, values in model.model.layers[layer].mlp.experts.named_parameters():
+            for last, wanted in in_llama_cpp(kind, values.detach(), name).items():
+                found.add(f"blk.{layer}.{last}")
+                assert torch.equal(stored[f"blk.{layer}.{last}"], wanted), (layer, last)
+        router = model.model.layers[layer].mlp.router if kind == "gpt_oss" else model.model.layers[layer].mlp.gate
+        assert torch.equal(stored[f"blk.{layer}.ffn_gate_inp.weight"], router.weight)
+    assert {name for name in stored if "_exps." in name} == found
+    architecture = reader.fields["general.architecture"].contents()
+    assert architecture == {"mixtral": "llama", "qwen3_moe": "qwen3moe", "gpt_oss": "gpt-oss"}[kind]
+    facts = {key: reader.fields[f"{architecture}.{key}"].contents() for key in ("expert_count", "expert_used_count")}
+    assert facts == {"expert_count": 4, "expert_used_count": 2}
+    if kind == "gpt_oss":
+        assert torch.equal(stored["blk.1.attn_sinks.weight"], model.model.layers[1].self_attn.sinks)
+        assert torch.equal(stored["blk.1.post_attention_norm.weight"], model.model.layers[1].post_attention_layernorm.weight)
+        assert reader.fields["gpt-oss.rope.scaling.type"].contents() == "yarn"
+    ln.export(folder, tmp_path / "small.gguf", "gguf", dtype="q8_0")
+    kinds = {tensor.name: tensor.tensor_type.name for tensor in gguf.GGUFReader(tmp_path / "small.gguf").tensors}
+    assert (kinds["blk.0.ffn_up_exps.weight"], kinds["blk.0.ffn_gate_inp.weight"]) == ("Q8_0", "F32")
+    assert {how for name, how in kinds.items() if name.endswith(".bias")} <= {"F32"}
+
+
+def test_transformers_reads_a_mixture_back(model_folder, batch, tmp_path):
+    """Of packed experts, which are decoded on the way. transformers knows the names of Qwen3-MoE's experts."""
+    folder = model_folder("qwen3_moe", pre="qwen2", **MIXTURES["qwen3_moe"])
+    ln.quantize_model(str(folder), tmp_path / "packed", rounding="rtn", quant={"block_size": 32})
+    ln.export(tmp_path / "packed", tmp_path / "model.gguf", "gguf", dtype="float32")
+    expected = logits(ln.load(str(tmp_path / "packed"))[0], batch)
+    config = AutoConfig.from_pretrained(folder)  # transformers reads neither the experts' width nor norm_topk_prob from GGUF
+    found = logits(by_transformers(tmp_path / "model.gguf", config=config), batch)
+    assert float((found - expected).abs().max()) <= 1e-5 * float(expected.abs().max())
+
+
+@pytest.mark.parametrize("kind", MIXTURES)
+def test_adapters_on_experts_are_what_llama_cpp_adds(model_folder, kind, tmp_path):
+    """For each expert alpha / rank * B A, of gate, up and down apart. Oracle: the merged weights in llama.cpp's layout."""
+    folder = model_folder(kind, **MIXTURES[kind])
+    model = ln.add_lora(
+        ln.load(str(folder))[0],
+        ln.LoraConfig(r=4, lora_alpha=6, use_rslora=True, rank_pattern={"down_proj": 3}, init_lora_weights=False),
+    )
+    ln.save_adapter(model, tmp_path / "adapter")
+    ln.export(tmp_path / "adapter", tmp_path / "adapter.gguf", "gguf")
+    reader = gguf.GGUFReader(tmp_path / "adapter.gguf")
+    alpha = reader.fields["adapter.lora.alpha"].contents()
+    stored = {tensor.name: torch.from_numpy(tensor.data.copy()) for tensor in reader.tensors}
+    ln.merge(tmp_path / "adapter", tmp_path / "merged", onto="original", measure_tokens=0)
+    before, after = ln.load(str(folder))[0], ln.load(str(tmp_path / "merged"))[0]
+    found = set()
+    for layer in range(2):
+        for name in ("gate_up_proj", "down_proj"):
+            values, changed = (m.get_parameter(CONTAINER.format(layer, name)).detach() for m in (before, after))
+            for last, delta in in_llama_cpp(kind, changed - values, name).items():
+                A, B = (stored[f"blk.{layer}.{last}.lora_{which}"] for which in "ab")
+                assert A.shape[0] == B.shape[0] == 4
+                torch.testing.assert_close(alpha / B.shape[-1] * B @ A, delta, rtol=1e-4, atol=1e-6)
+                found |= {f"blk.{layer}.{last}.lora_a", f"blk.{layer}.{last}.lora_b"}
+    assert {name for name in stored if "_exps." in name} == found
+    assert any("attn_q" in name for name in stored)
+    with pytest.raises(AdapterError, match=r"adapts experts \('blk.0.ffn_[a-z]+_exps.weight.lora_a'\), which is not read back"):
+        ln.export(tmp_path / "adapter.gguf", tmp_path / "again", "peft")
+
+
+def test_mixtures_that_llama_cpp_computes_otherwise_are_refused(model_folder, tmp_path):
+    folder = model_folder("qwen3_moe", **{**MIXTURES["qwen3_moe"], "norm_topk_prob": False})
+    with pytest.raises(ModelError, match=r"llama.cpp has qwen3_moe with norm_topk_prob = True only, and this model's is False"):
+        ln.export(folder, tmp_path / "model.gguf", "gguf")
+    folder = model_folder("olmoe", name="other", num_experts=4, num_experts_per_tok=2)
+    with pytest.raises(ModelError, match=r"Models of type 'olmoe' cannot be written as GGUF here \(known: .*gpt_oss\)"):
+        ln.export(folder, tmp_path / "model.gguf", "gguf")
 
 
 @pytest.mark.parametrize(("dtype", "share"), [("float32", 1e-5), ("bf16", 2e-2), ("Q8_0", 2e-2)])

@@ -2,16 +2,21 @@
 
 The container, tensor names and quantised types come from the `gguf` library. It lacks what llama.cpp keeps in its conversion
 script: the hyperparameters an architecture needs, how its weights are permuted, and which pre-tokenizer to use. `ARCHITECTURES`
-covers the first two for Llama-like models, `gguf_tokenizer.py` the last; anything else is refused by name, because a wrong guess
-gives a file that loads but generates nonsense.
+covers the first two for Llama-like models and some mixtures of experts, `gguf_tokenizer.py` the last; anything else is refused by
+name, because a wrong guess gives a file that loads but generates nonsense.
 
 - llama.cpp's `llama` rotates adjacent pairs where transformers rotates halves (RoPE), so the rows of q and k are permuted.
 - Matrices are stored as F32, F16, BF16 or Q8_0, vectors as F32. Rows whose length is not a multiple of 32 cannot be Q8_0 and
   become F16.
+- The experts of a layer are three tensors (E, out, in): gate, up and down. The model holds the rows of gate and up in one weight,
+  as halves or interleaved; adapters on it become two with the same A. Routers stay F32.
 - An adapter file has one alpha for all layers and llama.cpp scales by alpha / rank; the rest of a layer's scale (rsLoRA,
   patterns) is multiplied into its B.
 
 Tensors are converted one at a time, so peak memory depends on the largest tensor.
+
+Sources: llama.cpp's conversion/llama.py, qwen.py, gpt_oss.py, convert_lora_to_gguf.py, and `build_lora_mm_id` of llama-graph.cpp,
+which applies adapters on experts.
 """
 
 from __future__ import annotations
@@ -40,15 +45,22 @@ from lownibble.lora.adapter import AdapterFile
 from lownibble.lora.portable import CONFIG_FILE, PREFIX, WEIGHTS_FILE
 from lownibble.lora.provenance import METADATA_KEY, from_metadata, to_metadata
 from lownibble.lora.targets import scale_of
-from lownibble.lora.variants import LORA
-from lownibble.models import ModelSource
+from lownibble.lora.variants import LORA, Variant
+from lownibble.models import ModelSource, experts
 
 
 class Architecture(NamedTuple):
-    """llama.cpp's name for a model type, and whether the rows of q and k are permuted to adjacent rotary pairs."""
+    """What llama.cpp makes of a model type.
+
+    Attributes:
+        name: its own name for it.
+        pairs: whether the rows of q and k are permuted to adjacent rotary pairs.
+        experts: how the rows of gate and up lie in the experts' `gate_up_proj`: 'halves' or 'interleaved'; '': no experts.
+    """
 
     name: str
     pairs: bool
+    experts: str = ""
 
 
 ARCHITECTURES = {
@@ -56,6 +68,9 @@ ARCHITECTURES = {
     "mistral": Architecture("llama", pairs=True),
     "qwen2": Architecture("qwen2", pairs=False),
     "qwen3": Architecture("qwen3", pairs=False),
+    "mixtral": Architecture("llama", pairs=True, experts="halves"),
+    "qwen3_moe": Architecture("qwen3moe", pairs=False, experts="halves"),
+    "gpt_oss": Architecture("gpt-oss", pairs=False, experts="interleaved"),
 }
 """`model_type` of config.json -> architecture."""
 
@@ -76,7 +91,7 @@ def write_model(
         OutputError: the file cannot be written.
     """
     kind, architecture = _architecture(weights.model.config)
-    names = _names(weights.model.config, architecture)
+    places = _places(weights.model.config, architecture)
     writer = gguf.GGUFWriter(None, architecture.name)
     writer.add_type(gguf.GGUFType.MODEL)
     writer.add_name(Path(weights.source.name).name)
@@ -86,17 +101,19 @@ def write_model(
     stored: dict[str, Callable[[], np.ndarray[Any, Any]]] = {}
     types: dict[str, int] = {}
     for name in weights.names:
-        target = names(name)
-        how = _type_of(weights.shape(name), TYPES[dtype])
-        types[how.name] = types.get(how.name, 0) + 1
-        _announce(writer, target, weights.shape(name), how)
+        empty = weights.turn(name, torch.empty(weights.shape(name), device="meta"))
+        for target, rows in places(name):
+            shape = _some(empty, target, rows).shape
+            how = _type_of(target, shape, TYPES[dtype])
+            types[how.name] = types.get(how.name, 0) + 1
+            _announce(writer, target, shape, how)
 
-        def make(name: str = name, how: Type = how) -> np.ndarray[Any, Any]:
-            return _encoded(
-                _turned(weights.as_float(name, weights.merged(name, onto)), name, weights.model.config, architecture), how, name
-            )
+            def make(name: str = name, target: str = target, rows: slice = rows, how: Type = how) -> np.ndarray[Any, Any]:
+                values = weights.turn(name, weights.as_float(name, weights.merged(name, onto)))
+                values = _turned(_some(values, target, rows), name, weights.model.config, architecture)
+                return _encoded(values.contiguous(), how, name)
 
-        stored[target] = make
+            stored[target] = make
     for target, factors in _rope_factors(weights.model.config):
         _announce(writer, target, factors.shape, Type.F32)
         stored[target] = factors.numpy
@@ -113,11 +130,12 @@ def write_adapter(adapter: AdapterFile, base: Any, path: Path) -> dict[str, Any]
     """
     expected = adapter.expected(base)
     adapter.check_fit(expected, set())
-    matrices = tuple(LORA.keys.values())
-    if beyond := [key for key in expected if not key.endswith(matrices)]:
+    layers = adapter.layers(base)
+    matrices = {key for _, keys in layers.values() for own, key in keys.items() if own in LORA.keys}
+    if beyond := sorted(expected.keys() - matrices):
         raise AdapterError(f"A GGUF adapter holds low-rank sums only, and '{adapter.folder}' has {beyond[0]}. Merge it instead.")
     _, architecture = _architecture(base.config)
-    names = _names(base.config, architecture)
+    places, of_experts = _places(base.config, architecture), experts.shapes(base)
     writer = gguf.GGUFWriter(None, architecture.name)
     writer.add_type(gguf.GGUFType.ADAPTER)
     writer.add_name(adapter.folder.name)
@@ -127,20 +145,23 @@ def write_adapter(adapter: AdapterFile, base: Any, path: Path) -> dict[str, Any]
         for key, value in to_metadata(adapter.trained_on).items():
             writer.add_string(key, value)
     stored: dict[str, Callable[[], np.ndarray[Any, Any]]] = {}
-    for key in expected:
-        name, which = key.removeprefix(PREFIX).removesuffix(".weight").rsplit(".lora_", 1)
-        weight = f"{name}.weight"
-        target = f"{names(weight)}.lora_{which.lower()}"
-        _announce(writer, target, adapter.shapes[key], Type.F32)
+    for layer, (variant, keys) in layers.items():
+        weight = layer if layer in of_experts else f"{layer}.weight"
+        for own, key in keys.items():
+            empty = variant.from_file(own, torch.empty(adapter.shapes[key], device="meta"))
+            for place, part in places(weight):
+                target, rows = f"{place}.{own.lower()}", part if own == "lora_B" else slice(None)
+                _announce(writer, target, _some(empty, place, rows).shape, Type.F32)
 
-        def make(key: str = key, name: str = name, which: str = which) -> np.ndarray[Any, Any]:
-            values = adapter.read(key).float()
-            if which == "B":
-                values = _turned(values, f"{name}.weight", base.config, architecture)
-                values = values * (scale_of(name, adapter.config) * values.shape[1] / adapter.config.lora_alpha)
-            return values.numpy()
+                def make(layer: str = layer, own: str = own, key: str = key, place: str = place, rows: slice = rows,
+                         variant: Variant = variant, weight: str = weight) -> np.ndarray[Any, Any]:  # fmt: skip
+                    values = _some(variant.from_file(own, adapter.read(key).float()), place, rows)
+                    if own == "lora_B":
+                        values = _turned(values, weight, base.config, architecture)
+                        values = values * (scale_of(layer, adapter.config) * values.shape[-1] / adapter.config.lora_alpha)
+                    return values.contiguous().numpy()
 
-        stored[target] = make
+                stored[target] = make
     _write(writer, path, stored)
     return {"architecture": architecture.name, "tensors": len(stored), "alpha": adapter.config.lora_alpha}
 
@@ -175,6 +196,10 @@ def read_adapter(path: Path, base: Any, output: Path) -> dict[str, Any]:
     tensors, ranks = {}, {}
     for tensor in reader.tensors:
         target, _, which = tensor.name.rpartition(".lora_")
+        if "_exps." in target:
+            raise AdapterError(
+                f"'{path}' adapts experts ('{tensor.name}'), which is not read back. Keep the PEFT folder it is of."
+            )
         if target not in path_of or which not in ("a", "b"):
             raise AdapterError(f"'{path}' has '{tensor.name}', which has no place in the base. Name its own with --base.")
         values = torch.from_numpy(np.array(gguf.dequantize(tensor.data, tensor.tensor_type), dtype=np.float32))
@@ -243,6 +268,30 @@ def _names(config: Any, architecture: Architecture) -> Callable[[str], str]:
     return name_of
 
 
+def _places(config: Any, architecture: Architecture) -> Callable[[str], list[tuple[str, slice]]]:
+    """Map from transformers' tensor name to llama.cpp's names, each with the rows (output features) that go there."""
+    name_of = _names(config, architecture)
+    F = getattr(config, "moe_intermediate_size", None) or config.intermediate_size
+    gate, up = (slice(0, None, 2), slice(1, None, 2)) if architecture.experts == "interleaved" else (slice(F), slice(F, None))
+
+    def places(name: str) -> list[tuple[str, slice]]:
+        path, _, last = name.rpartition(".")
+        kind, suffix = last.removesuffix("_bias"), "bias" if last.endswith("_bias") else "weight"
+        if kind not in experts.WEIGHTS:
+            return [(name_of(f"{name}.weight" if last == "sinks" else name), slice(None))]
+        parts = {"gate_proj": gate, "up_proj": up} if kind == "gate_up_proj" else {kind: slice(None)}
+        return [(name_of(f"{path}.{part}.{suffix}"), rows) for part, rows in parts.items()]
+
+    return places
+
+
+def _some(values: Tensor, target: str, rows: slice) -> Tensor:
+    """The rows (output features) of a tensor that go to `target`: of biases the last dimension, of weights the one before."""
+    if values.dim() == 1:
+        return values
+    return values[..., rows] if target.endswith(".bias") else values[..., rows, :]
+
+
 def _head_dim(config: Any) -> int:
     return int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
 
@@ -259,18 +308,45 @@ def _add_shape(writer: gguf.GGUFWriter, config: Any, kind: str) -> None:
     writer.add_rope_dimension_count(_head_dim(config))
     writer.add_key_length(_head_dim(config))
     writer.add_value_length(_head_dim(config))
+    if ARCHITECTURES[kind].experts:
+        _add_experts(writer, config)
     rope = _rope(config)
     writer.add_rope_freq_base(float(rope["rope_theta"]))
-    if rope["rope_type"] == "linear":
+    if rope["rope_type"] == "yarn" and kind == "gpt_oss":
+        writer.add_rope_scaling_type(gguf.RopeScalingType.YARN)
+        writer.add_rope_scaling_factor(float(rope["factor"]))
+        writer.add_rope_scaling_orig_ctx_len(int(rope["original_max_position_embeddings"]))
+    elif rope["rope_type"] == "linear":
         writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)
         writer.add_rope_scaling_factor(float(rope["factor"]))
     elif rope["rope_type"] not in ("default", "llama3"):
         raise ModelError(f"Rotary scaling '{rope['rope_type']}' cannot be written as GGUF here. Use llama.cpp's own conversion.")
     window = getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) else None
     if window and window < config.max_position_embeddings:
-        if kind != "mistral":
+        if kind not in ("mistral", "gpt_oss"):
             raise ModelError("A sliding window cannot be written as GGUF for this architecture. Use llama.cpp's own conversion.")
         writer.add_sliding_window(window)
+
+
+def _add_experts(writer: gguf.GGUFWriter, config: Any) -> None:
+    """What llama.cpp needs to know of a mixture. The rest is fixed in its code for each architecture, and checked here.
+
+    Raises:
+        ModelError: the model differs from that.
+    """
+    fixed: dict[str, Any] = {"norm_topk_prob": True, "decoder_sparse_step": 1, "mlp_only_layers": []}
+    if config.model_type == "gpt_oss":
+        n_layers = config.num_hidden_layers
+        fixed["layer_types"] = (["sliding_attention", "full_attention"] * n_layers)[:n_layers]
+    for key, value in fixed.items():
+        if getattr(config, key, value) != value:
+            raise ModelError(
+                f"llama.cpp has {config.model_type} with {key} = {value!r} only, and this model's is {getattr(config, key)!r}. "
+                "Write safetensors (lownibble merge)."
+            )
+    writer.add_expert_count(getattr(config, "num_local_experts", None) or config.num_experts)
+    writer.add_expert_used_count(config.num_experts_per_tok)
+    writer.add_expert_feed_forward_length(getattr(config, "moe_intermediate_size", None) or config.intermediate_size)
 
 
 def _rope(config: Any) -> dict[str, Any]:
@@ -307,8 +383,8 @@ def _turned(values: Tensor, name: str, config: Any, architecture: Architecture, 
     return values.reshape(*parts, *values.shape[1:]).transpose(1, 2).reshape(values.shape).contiguous()
 
 
-def _type_of(shape: torch.Size, wanted: Type) -> Type:
-    if len(shape) == 1:
+def _type_of(target: str, shape: torch.Size, wanted: Type) -> Type:
+    if len(shape) == 1 or target.endswith(".bias") or ".ffn_gate_inp." in target:
         return Type.F32
     return Type.F16 if wanted == Type.Q8_0 and shape[-1] % _Q8_BLOCK else wanted
 

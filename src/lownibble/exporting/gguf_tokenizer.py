@@ -14,12 +14,16 @@ import gguf
 from lownibble.errors import ModelError
 
 _WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|"
+_UPPER, _LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
+_ENDING = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)?|"
+_CASED = rf"[^\r\n\p{{L}}\p{{N}}]?{_UPPER}*{_LOWER}+{_ENDING}[^\r\n\p{{L}}\p{{N}}]?{_UPPER}+{_LOWER}*{_ENDING}"
 _REST = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 PRE_TOKENIZERS: dict[tuple[str, ...], str] = {
     ("ByteLevel",): "gpt-2",
     ("Digits", "ByteLevel"): "smollm",
     (_WORDS + r"\p{N}{1,3}" + _REST, "ByteLevel"): "llama-bpe",
     (_WORDS + r"\p{N}" + _REST, "ByteLevel"): "qwen2",
+    (_CASED + r"\p{N}{1,3}" + _REST.replace(r"[\r\n]*", r"[\r\n/]*", 1), "ByteLevel"): "gpt-4o",
 }
 """Pre-tokenizer steps of tokenizer.json -> llama.cpp's pre-tokenizer name."""
 

@@ -310,7 +310,7 @@ class Weights:
         tensor = self.tensors.read(self.names[name])
         if codec and path in self.quantized:
             assert self.quant is not None
-            rows, how = self._turn(name, tensor), self.quant.for_layer(path)
+            rows, how = self.turn(name, tensor), self.quant.for_layer(path)
             if path in self.experts:
                 return quantize_experts(rows, how, name=name)
             if name in self.edits and self.took_out:
@@ -319,7 +319,7 @@ class Weights:
             return quantize(rows.contiguous(), how, name=name)
         return tensor
 
-    def _turn(self, name: str, tensor: Tensor) -> Tensor:
+    def turn(self, name: str, tensor: Tensor) -> Tensor:
         """(out, in) of what the model may keep as (in, out), or back."""
         return tensor.mT if name.removesuffix(".weight") in self._turned else tensor
 
@@ -334,8 +334,8 @@ class Weights:
         if not isinstance(tensor, PackedWeight):
             return tensor[rows].to(torch.float32, copy=True)
         if isinstance(tensor, PackedExperts) and rows is not ALL:
-            return self._turn(name, tensor[rows.start].dequantize(torch.float32).unsqueeze(0)).contiguous()
-        return self._turn(name, tensor.dequantize(torch.float32)).contiguous()
+            return self.turn(name, tensor[rows.start].dequantize(torch.float32).unsqueeze(0)).contiguous()
+        return self.turn(name, tensor.dequantize(torch.float32)).contiguous()
 
     def _base(self, name: str, codec: bool = True) -> Tensor | PackedWeight:
         """The weight that an edit changes: the adapter's tensor if it replaces the base's, else the base's."""
@@ -390,7 +390,7 @@ class Weights:
 
         def change(weight: Tensor, rows: slice = ALL) -> Tensor:
             some = {own: value if own == "lora_A" and not by_expert else value[rows] for own, value in read.items()}
-            return self._turn(name, edit.variant.merge(self._turn(name, weight), some, edit.scale))
+            return self.turn(name, edit.variant.merge(self.turn(name, weight), some, edit.scale))
 
         return change
 
@@ -430,7 +430,7 @@ class Weights:
         if name not in self.experts:
             return self.writer.quantize(next(sums), how, dtype, name=name)
         each = (
-            self.writer.quantize(self._turn(name, total)[0].contiguous(), how, dtype, name=f"{name}[{expert}]")
+            self.writer.quantize(self.turn(name, total)[0].contiguous(), how, dtype, name=f"{name}[{expert}]")
             for expert, total in enumerate(sums)
         )
         return PackedExperts.of(each, self.shape(name)[0])
