@@ -419,7 +419,9 @@ class Weights:
             return self._pack(name, sums).with_dtype(self.kept_dtype(name))
         if parts == [ALL]:
             return self._cast(next(sums), name)
-        made = torch.empty(self.shape(name), dtype=self.kept_dtype(name))
+        kept = self.kept_dtype(name)
+        in_place = isinstance(base, Tensor) and base.dtype == kept
+        made = base if in_place else torch.empty(self.shape(name), dtype=kept)
         for part, total in zip(parts, sums, strict=True):
             made[part] = self._cast(total, name)
         return made
