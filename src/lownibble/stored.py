@@ -182,7 +182,7 @@ def codec(stored: Mapping[str, Any]) -> QuantConfig | None:
         return _grouped("fp8", block[1] if block else 32 if kind == "mxfp8" else "row")
     if kind == "compressed-tensors":
         return _compressed(stored)
-    return None
+    return QuantConfig(quant_type="mxfp4") if kind == "mxfp4" else None
 
 
 def named(stored: Mapping[str, Any], held: QuantConfig) -> str:
@@ -258,8 +258,16 @@ def of_layer(codec: QuantConfig, n_in: int) -> QuantConfig:
     return _grouped("fp8", "row" if n_in < block else math.gcd(block, n_in)) or codec
 
 
+def only_experts(stored: Mapping[str, Any]) -> bool:
+    """Whether the format is one of the experts of mixtures alone."""
+    return method(stored) == "mxfp4"
+
+
 def is_quantised(stored: Mapping[str, Any], path: str) -> bool:
-    """Whether the linear layer at `path` is stored quantised, by the names and patterns of config.json."""
+    """Whether the linear layer at `path`, or the weight of experts, is stored quantised, by the names and patterns of
+    config.json."""
+    if only_experts(stored) and not is_part(path, ["experts"]):
+        return False
     names = [name for key in _DENSE for name in stored.get(key) or () if isinstance(name, str)]
     if method(stored) == "compressed-tensors":
         groups = (stored.get("config_groups") or {}).values()

@@ -155,6 +155,67 @@ def fp8(folder, block=None, per="row", name="weight_scale_inv", method="fp8", ac
     return rewrite(folder, config | ({"weight_block_size": list(block)} if block else {}), layer)
 
 
+def rewrite_experts(folder, config, weights):
+    """Replace the fused weights of experts by what `weights(name, tensor)` returns: (tensors by what is added to the name, dense
+    weight as the model holds it)."""
+    tensors, dense = load_file(folder / "model.safetensors"), {}
+    for key in [key for key in tensors if key.endswith(("experts.gate_up_proj", "experts.down_proj"))]:
+        stored, dense[key] = weights(key, tensors.pop(key))
+        tensors |= {f"{key}{end}": tensor.contiguous() for end, tensor in stored.items()}
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    file = folder / "config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "quantization_config": config}))
+    return dense
+
+
+E2M1 = (0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6)
+
+
+def mxfp4(folder):
+    """gpt-oss: each row of an expert's weight, 32 values after another, as 16 bytes of two codes, the first in the low bits, and
+    the exponent of a power of two. The model holds the weights turned."""
+    values = torch.tensor(E2M1)
+
+    def weights(key, tensor):
+        n_experts, n_in, n_out = tensor.shape
+        blocks = torch.empty(n_experts, n_out, n_in // 32, 16, dtype=torch.uint8)
+        scales, dense = torch.empty(n_experts, n_out, n_in // 32, dtype=torch.uint8), torch.empty_like(tensor)
+        for expert in range(n_experts):
+            for row in range(n_out):
+                for group in range(n_in // 32):
+                    columns = slice(32 * group, 32 * group + 32)
+                    numbers = tensor[expert, columns, row]
+                    exponent = int(numbers.abs().max().log2().floor()) - 2
+                    codes = (numbers[:, None] / 2.0**exponent - values).abs().argmin(1)
+                    scales[expert, row, group] = exponent + 127
+                    blocks[expert, row, group] = codes[::2] + 16 * codes[1::2]
+                    dense[expert, columns, row] = values[codes] * 2.0**exponent
+        return {"_blocks": blocks, "_scales": scales}, dense
+
+    dense_modules = ["model.layers.*.self_attn", "model.layers.*.mlp.router", "model.embed_tokens", "lm_head"]
+    return rewrite_experts(folder, {"quant_method": "mxfp4", "modules_to_not_convert": dense_modules}, weights)
+
+
+def fp8_experts(folder, block):
+    """FP8 of fused experts, as transformers stores them: scales (E, rows, columns) of blocks, or of whole matrices."""
+
+    def weights(key, tensor):
+        (n_experts, n_out, n_in), size = tensor.shape, block or tensor.shape[1:]
+        scale = torch.empty(n_experts, -(-n_out // size[0]), -(-n_in // size[1]))
+        codes, dense = torch.empty_like(tensor, dtype=torch.float8_e4m3fn), torch.empty_like(tensor)
+        for expert in range(n_experts):
+            for i in range(scale.shape[1]):
+                for j in range(scale.shape[2]):
+                    at = expert, slice(i * size[0], (i + 1) * size[0]), slice(j * size[1], (j + 1) * size[1])
+                    scale[expert, i, j] = tensor[at].abs().max() / 448
+                    codes[at] = (tensor[at] / scale[expert, i, j]).to(torch.float8_e4m3fn)
+                    dense[at] = codes[at].float() * scale[expert, i, j]
+        return {"": codes, "_scale_inv": scale}, dense
+
+    config = {"quant_method": "fp8", "activation_scheme": "dynamic", "modules_to_not_convert": ["self_attn", "lm_head"]}
+    return rewrite_experts(folder, config | ({"weight_block_size": list(block)} if block else {}), weights)
+
+
 def hqq(folder, bits=4, size=64, axis=1, said=None):
     """HQQ's state dict with encoded facts, as its layers save it: without its optimisation of zeros. `said`: the bits that it
     states, where it packs others."""

@@ -10,14 +10,7 @@ import pytest
 import torch
 from quantised import affine, awq, bitsandbytes8, decoded, fp8, gptq, hqq, rewrite, words
 from safetensors.torch import load_file, save_file
-from transformers import (
-    AutoModelForCausalLM,
-    CompressedTensorsConfig,
-    GptOssConfig,
-    GptOssForCausalLM,
-    Qwen3MoeConfig,
-    Qwen3MoeForCausalLM,
-)  # fmt: skip
+from transformers import AutoModelForCausalLM, CompressedTensorsConfig
 from transformers.quantizers.quantizers_utils import should_convert_module
 
 import lownibble as ln
@@ -351,50 +344,6 @@ def test_compressed_tensors_with_act_order(base, batch, symmetric):
     model, _ = load(base)
     assert held_codecs(model) == {("int4_act", 32, False)} == {expected_codec(base)}
     torch.testing.assert_close(logits(model, batch), logits(dense_model(base, dense), batch), rtol=1e-4, atol=1e-4)
-
-
-def test_mxfp4_experts_are_transformers_reading(tokenizer, batch, tmp_path):
-    """gpt-oss: fused experts in MXFP4, everything else dense."""
-    folder = tmp_path / "oss"
-    torch.manual_seed(0)
-    config = GptOssConfig(
-        hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=16,
-        num_local_experts=4, num_experts_per_tok=2, vocab_size=96, pad_token_id=0, eos_token_id=1, sliding_window=32,
-    )  # fmt: skip
-    GptOssForCausalLM(config).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    tensors = load_file(folder / WEIGHTS)
-    generator = torch.Generator().manual_seed(1)
-    for key in [key for key in tensors if key.endswith(("gate_up_proj", "down_proj"))]:
-        experts, n_in, n_out = tensors.pop(key).shape
-        blocks = torch.randint(0, 256, (experts, n_out, n_in // 32, 16), generator=generator, dtype=torch.uint8)
-        scales = torch.randint(120, 125, (experts, n_out, n_in // 32), generator=generator, dtype=torch.uint8)
-        tensors |= {f"{key}_blocks": blocks, f"{key}_scales": scales}
-    save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
-    file = folder / "config.json"
-    stored = {"quant_method": "mxfp4", "modules_to_not_convert": ["model.layers.*.self_attn", "lm_head"]}
-    file.write_text(json.dumps({**json.loads(file.read_text()), "quantization_config": stored}))
-    model, said = load(folder)
-    assert "is stored as MXFP4 experts: 4 tensors (fused experts and the like) were decoded" in said[0]
-    expected = logits(quietly(folder), batch)
-    torch.testing.assert_close(logits(model, batch), expected, rtol=1e-4, atol=1e-4)
-
-
-def test_experts_stored_one_by_one_are_decoded_and_fused(tokenizer, batch, tmp_path):
-    """A mixture in FP8: attention keeps its numbers, experts become the model's fused tensors. Oracle: transformers."""
-    folder = tmp_path / "mixture"
-    torch.manual_seed(0)
-    config = Qwen3MoeConfig(
-        hidden_size=128, intermediate_size=128, moe_intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, head_dim=32, num_experts=4, num_experts_per_tok=2, vocab_size=96, pad_token_id=0, eos_token_id=1,
-    )  # fmt: skip
-    Qwen3MoeForCausalLM(config).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    fp8(folder, block=(64, 64))
-    model, said = load(folder)
-    assert kinds(model) == {"fp8"}
-    assert "is stored as FP8 in blocks of 64 x 64: 4 tensors (fused experts and the like) were decoded" in said[0]
-    torch.testing.assert_close(logits(model, batch), logits(quietly(folder), batch), rtol=1e-4, atol=1e-4)
 
 
 def test_biases_of_zeros_are_left_out(base, batch):

@@ -84,6 +84,12 @@ class Checkpoint:
             self._sampled[key] = _sample(tensor)
         return tensor
 
+    def read_entry(self, key: str, index: int) -> Tensor:
+        """Read one entry of a tensor's first dimension, and no more of the file; a copy."""
+        with safe_open(self.file_of[key], "pt") as handle:
+            entry: Tensor = handle.get_slice(key)[index : index + 1][0]
+        return entry.clone()
+
     def facts(self, key: str) -> tuple[torch.dtype, torch.Size]:
         """A tensor's dtype and shape, without reading it."""
         with safe_open(self.file_of[key], "pt") as handle:

@@ -23,6 +23,8 @@ import torch
 from torch import Tensor, nn
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
+    Concatenate,
+    MergeModulelist,
     WeightConverter,
     WeightRenaming,
     build_glob_alternation,
@@ -59,7 +61,7 @@ class ModelTensors:
         names: the model's parameters and buffers that the checkpoint gives, in the checkpoint's order; a packed weight has the
             name of its layer's weight (`name_of`). Of tied parameters one is named, unless the checkpoint has several with other
             values.
-        packed: path of each layer that is held packed as it is stored -> its codec.
+        packed: path of each layer that is held packed as it is stored -> its codec; experts' path is their parameter's name.
         decoded: names of weights that are stored quantised and read dense: no codec holds their numbers, or those of another
             layer of the checkpoint; or transformers makes them part of another tensor.
         stored_as: the format of another tool, in words, or ''.
@@ -110,11 +112,12 @@ class ModelTensors:
             if key in self._layers:
                 self._check_kind(name, self._layers[key])
                 self.decoded.add(name)
-                if converter is None and (name in self._experts or self._is_linear(name)):
+                if converter is None and (self._is_linear(name) or self._holds(name, self._layers[key])):
                     packed[name] = self._layers[key]
                     continue
             group = self._groups.setdefault(name, _Group(deepcopy(converter), name))
             group.sources.setdefault(key if pattern is None else pattern, []).append(key)
+        packed |= {name: stack for name, group in self._groups.items() if (stack := self._stack(name, group))}
         self._place(packed)
         for group in self._groups.values():
             for name, facts in self._facts_of(group).items():
@@ -142,17 +145,38 @@ class ModelTensors:
         path, _, last = name.rpartition(".")
         return last == "weight" and is_linear(self.model.get_submodule(path))
 
+    def _holds(self, name: str, layer: formats.Layer) -> bool:
+        """Whether a name is that of experts' weights, and they can be held packed as `layer` has them."""
+        if name not in self._experts or layer.quant_type is None:
+            return False
+        return not isinstance(layer, formats.Experts) or layer.turned == self.is_turned(name)
+
+    def _stack(self, name: str, group: _Group) -> formats.Layer | None:
+        """The packed weights of experts that are stored one by one, if all that the converter does is to stack them, and of each
+        the rows of its layers (gate and up)."""
+        converter = group.converter
+        steps = [] if converter is None else [(type(each), getattr(each, "dim", None)) for each in converter.operations]
+        if converter is None or steps not in ([(MergeModulelist, 0)], [(MergeModulelist, 0), (Concatenate, 1)]):
+            return None
+        by_pattern = [[self._layers.get(key) for key in group.sources.get(each, ())] for each in converter.source_patterns]
+        if len({len(layers) for layers in by_pattern}) != 1 or any(None in layers for layers in by_pattern):
+            return None
+        stack = formats.stacked(name, list(zip(*by_pattern, strict=True)))  # type: ignore[arg-type]
+        return stack if stack is not None and self._holds(name, stack) else None
+
     def _place(self, layers: dict[str, formats.Layer]) -> None:
-        """Hold quantised linear layers packed: all of them, or none, so that one choice of the user decides for the rest."""
-        whole = all(layer.quant_type for layer in layers.values())
+        """Hold quantised layers packed: all linear ones or none, so that one choice of the user decides for the rest, and with
+        them those of experts that can be."""
+        whole = all(layer.quant_type for name, layer in layers.items() if self._is_linear(name))
         for name, layer in layers.items():
             path = name.removesuffix(".weight")
-            if self.is_turned(path) and (name not in self._experts or layer.quant_type is not None):
+            if self.is_turned(path) and not isinstance(layer, formats.Experts):
                 self._turned.add(layer.name)
             if whole and layer.quant_type is not None:
                 self.packed[path], self._layer_of[path] = layer.quant_type, layer
                 self.decoded.discard(name)
-            else:
+                self._groups.pop(name, None)
+            elif name not in self._groups:
                 self._groups[name] = _Group(None, name, {layer.name: [layer.name]})
 
     def is_turned(self, path: str) -> bool:
@@ -252,9 +276,10 @@ class ModelTensors:
 
     def file_of(self, name: str) -> Path:
         """The shard that a tensor, or the first of those that it is made of, is in."""
-        path = name.removesuffix(".weight")
-        stored = self._layer_of[path].name if path in self.packed else self._group_of[name].stored[0]
-        return self.checkpoint.file_of[self._layers[stored].keys[0] if stored in self._layers else stored]
+        packed = self._layer_of.get(name.removesuffix(".weight"))
+        stored = packed.name if packed is not None else self._group_of[name].stored[0]
+        layer = packed or self._layers.get(stored)
+        return self.checkpoint.file_of[layer.keys[0] if layer is not None else stored]
 
     def read(self, name: str) -> Tensor:
         """A dense tensor of the model."""

@@ -97,14 +97,14 @@ def load(
     target_dtype = pick_dtype(dtype, target_device)
     empty = skeleton(source, target_dtype)
     tensors = ModelTensors(empty, Checkpoint(source))
-    turned = transposed_layers(empty)
+    turned, size = transposed_layers(empty), sum(parameter.numel() for parameter in empty.parameters())
     _fill(empty, tensors, config, target_device, target_dtype)
     compute.decide(empty)
     empty.config._name_or_path = source.name
     info(empty).base = {"model": source.name, "revision": revision, "digest": tensors.checkpoint.digest()}
     if stored_as := tensors.stored_as or (f"GGUF {source.gguf_type}" if source.gguf_type else ""):
         info(empty).base["stored_as"] = stored_as
-        _tell(tensors, stored_as, config, target_dtype)
+        _tell(tensors, stored_as, config, target_dtype, size)
     if config is not None and not tensors.packed:
         info(empty).read_dense = partial(read_dense, tensors, turned)
     elif origin := stored.read_json(source.folder / "config.json").get(stored.ORIGIN):
@@ -112,8 +112,9 @@ def load(
     return empty.eval(), load_tokenizer(source)
 
 
-def _tell(tensors: ModelTensors, stored_as: str, config: QuantConfig | None, dtype: torch.dtype) -> None:
-    """Warn of what became of the weights of another tool's checkpoint, where it is not what was asked for."""
+def _tell(tensors: ModelTensors, stored_as: str, config: QuantConfig | None, dtype: torch.dtype, size: int) -> None:
+    """Warn of what became of the weights of another tool's checkpoint, where it is not what was asked for; `size`: weights of the
+    model."""
     said, name = [], str(dtype).removeprefix("torch.")
     again = f"packed again as {config.quant_type}" if config is not None else f"held in {name}; quantise them to save memory"
     if stored_as.startswith("GGUF") and not stored_as.endswith((" F32", " F16", " BF16", " file")):
@@ -122,11 +123,18 @@ def _tell(tensors: ModelTensors, stored_as: str, config: QuantConfig | None, dty
     if tensors.packed and config is not None and kinds != config.quant_type:
         said.append(f"its layers are kept as they are stored (as {kinds}), not packed as {config.quant_type}")
     linears = [key for key in tensors.decoded if key.endswith(".weight") and len(tensors.facts(key)[1]) == 2]
-    others = len(tensors.decoded) - len(linears)
+    dense = dict(tensors.model.named_parameters())
+    others = [key for key in tensors.decoded.difference(linears) if key in dense]
+    n_packed = len(tensors.decoded) - len(linears) - len(others)
     if linears:
         said.append(f"no codec here holds these numbers, so {len(linears)} weights were decoded and {again}")
+    if n_packed:
+        said.append(f"{n_packed} weights of experts were decoded and {again}")
     if others:
-        said.append(f"{others} tensors (fused experts and the like) were decoded and are held in {name}")
+        share = sum(dense[key].numel() for key in others) / size
+        said.append(
+            f"{len(others)} tensors (fused experts and the like; {share:.0%} of the model) were decoded and are held in {name}"
+        )
     if said:
         warnings.warn(f"'{tensors.checkpoint.name}' is stored as {stored_as}: {'; '.join(said)}.", stacklevel=3)
 

@@ -161,11 +161,12 @@ def as_stored(config: PlanConfig, shape: ModelShape | None = None) -> tuple[Plan
     linears = shape.counts.linears if shape.counts else {path: linear.in_features for path, linear in paths(shape)}
     quantised = [path for path in linears if stored.is_quantised(how, path)]
     held = {path: stored.of_layer(codec.for_layer(path), linears[path]) for path in quantised}
-    if not held:
+    if not held and not stored.only_experts(how):
         raise ModelError(f"'{config.model}' is stored as {name}, and config.json names no layer of the model that is. Check it.")
     if why := stored.contradiction(config.quant, held, held.__getitem__, [*linears, "lm_head"]):
         raise ConfigError(f"'{config.model}' is stored as {name}: {why}. Its layers stay as they are: leave quant options out.")
-    quant = QuantConfig.of_layers(held, ["lm_head", *sorted(linears.keys() - held.keys())])
+    dense = ["lm_head", *sorted(linears.keys() - held.keys())]
+    quant = QuantConfig.of_layers(held, dense) if held else codec.with_options(skip_modules=dense)
     quant = quant.with_options(compute=config.quant.compute)
     head = "; its quantised head is planned dense" if how.get("lm_head") is True else ""
     said = f"stored as {name}, and trained on as it is, with qlora{head}"

@@ -162,6 +162,14 @@ class Codec(ABC):
         known = {key: facts[key] for key in ("quant_type", "block_size", "double_quant") if key in facts}
         return QuantConfig(**known)
 
+    def below(self, config: QuantConfig, shapes: Sequence[Sequence[int]]) -> QuantConfig | None:
+        """How `join` holds weights of these shapes, all packed as `config` says; None if it cannot."""
+        return None
+
+    def join(self, weights: Sequence[PackedWeight]) -> PackedWeight:
+        """The weight whose rows are those of `weights`, one below the other, with the same values; where `below` allows it."""
+        raise NotImplementedError
+
     def write(self, path: str, weight: PackedWeight) -> dict[str, Tensor]:
         """Tensors by name that a file stores for the layer at `path`."""
         return write(path, weight)

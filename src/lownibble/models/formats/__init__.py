@@ -24,9 +24,9 @@ from lownibble import stored
 from lownibble.errors import ModelError
 from lownibble.models.checkpoint import Checkpoint
 from lownibble.models.formats import floats, gptq, integers, own
-from lownibble.models.formats.layer import Finder, Found, Layer
+from lownibble.models.formats.layer import Experts, Finder, Found, Layer, stacked
 
-__all__ = ["Found", "Layer", "find"]
+__all__ = ["Experts", "Found", "Layer", "find", "stacked"]
 
 FINDERS: dict[str, Finder] = {
     "gptq": gptq.gptq, "awq": gptq.awq, "auto-round": gptq.auto_round, "hqq": integers.hqq,

@@ -3,7 +3,7 @@
     FP8     weight float8 (N, K) and one scale per tensor, row, group of a row, or block of rows and columns. transformers and
             DeepSeek call it weight_scale_inv, and multiply by it nevertheless; others weight_scale. Fused experts are 3-D.
     MXFP4   X_blocks (experts, N, groups, 16 bytes) of pairs of e2m1 codes, the first in the low bits, and X_scales, powers of
-            two (gpt-oss); in compressed-tensors weight_packed (N, K/2) and weight_scale
+            two (gpt-oss): our bytes with their halves exchanged; in compressed-tensors weight_packed (N, K/2) and weight_scale
     NVFP4   weight_packed, a float8 scale per 16 columns, and weight_global_scale, which the scales are divided by
 
 Blocks become groups of columns: each row has the scale of its block, and the same values.
@@ -22,8 +22,20 @@ from torch import Tensor
 
 from lownibble.config import QuantConfig
 from lownibble.models.checkpoint import Checkpoint
-from lownibble.models.formats.layer import Found, Layer, Numbers, StoredLayer, codec, exponents, need, of_activations, wrong
+from lownibble.models.formats.layer import (
+    Experts,
+    Found,
+    Layer,
+    Numbers,
+    StoredLayer,
+    codec,
+    exponents,
+    need,
+    of_activations,
+    wrong,
+)
 from lownibble.quant.codebook import levels
+from lownibble.quant.codecs.grouped import GroupedWeight, of_groups
 from lownibble.quant.layouts import GROUP_SIZES
 from lownibble.stored import MX_GROUP
 
@@ -66,6 +78,10 @@ def float_layer(
         shape = torch.Size((*shape[:-1], 2 * shape[-1]))
     rows, columns = (shape[-2], shape[-1]) if len(shape) > 1 else (1, shape[-1])
     grid = tuple(n_scale) if len(n_scale) > 1 else (n_scale.numel(), 1)
+    if len(shape) == 3:  # of experts: each has scales of its own
+        grid = (*n_scale, *(1, 1)[: max(0, 3 - len(n_scale))])
+        if len(grid) != 3 or grid[0] != shape[0]:
+            raise wrong(name, checkpoint.name, f"scales of shape {tuple(n_scale)} do not belong to a weight of {tuple(shape)}")
     fitting = block is not None and grid[-2:] == (-(-rows // block[0]), -(-columns // block[1]))
     assert block is not None or not fitting
     size = (block[0], block[1]) if fitting and block else (rows // max(1, grid[-2]), columns // max(1, grid[-1]))
@@ -73,12 +89,24 @@ def float_layer(
         stem = name.removesuffix(".weight")
         raise wrong(stem, checkpoint.name, f"scales of shape {tuple(n_scale)} do not belong to a weight of {tuple(shape)}")
     width = columns if size[1] >= columns else math.gcd(size[1], columns)
-    plain = len(shape) == 2 and dtype == torch.float8_e4m3fn
-    how: QuantConfig | None = (
-        codec("fp8", shape, width, block[1] if block else said) if plain and (width in GROUP_SIZES or width == columns) else None
-    )
+    plain = len(shape) in (2, 3) and dtype == torch.float8_e4m3fn and (width in GROUP_SIZES or width == columns)
+    how = codec("fp8", shape[-2:], width, block[1] if block else said) if plain else None
+    if how is not None and len(shape) == 3:
+
+        def expert(index: int, dtype: torch.dtype) -> GroupedWeight:
+            codes, scales = (checkpoint.read_entry(parts[role], index) for role in (weight, scale))
+            return of_groups(codes, _by_row(exponents(scales).view(grid[1:]), shape[1:], size, width), None, None, dtype, how)
+
+        return Experts(name, parts.values(), shape, how, expert)
     read = partial(_read_float, checkpoint, parts[weight], parts[scale], shape, grid, size, width if how else None)
     return StoredLayer(name, parts, shape, how, read)
+
+
+def _by_row(scales: Tensor, shape: tuple[int, ...], size: tuple[int, int], width: int) -> Tensor:
+    """Scales of blocks of `size` -> those of groups of `width` columns in each row, (N, G)."""
+    n_out, n_in = shape
+    rows = scales.repeat_interleave(size[0], -2)[:n_out]
+    return rows.repeat_interleave(max(1, min(size[1], n_in) // width), -1)[:, : n_in // width]
 
 
 def _read_float(
@@ -86,13 +114,13 @@ def _read_float(
     width: int | None,
 ) -> Numbers | Tensor:  # fmt: skip
     codes, scales = checkpoint.read(weight).clone(), exponents(checkpoint.read(scale)).view(grid)
+    if width is not None:
+        return Numbers(codes, _by_row(scales, shape, size, width))
     rows, columns = (shape[-2], shape[-1]) if len(shape) > 1 else (1, shape[-1])
     if codes.dtype not in _FLOAT8:
         codes = _pairs(codes.view(torch.uint8))
-    by_row = scales.repeat_interleave(size[0], -2)[..., :rows, :]
-    if width is not None:
-        return Numbers(codes, by_row.repeat_interleave(max(1, min(size[1], columns) // width), -1)[:, : columns // width])
-    return (codes.float().view(*shape[:-2], rows, columns) * by_row.repeat_interleave(size[1], -1)[..., :columns]).view(shape)
+    of_all = scales.repeat_interleave(size[0], -2)[..., :rows, :].repeat_interleave(size[1], -1)[..., :columns]
+    return (codes.float().view(*shape[:-2], rows, columns) * of_all).view(shape)
 
 
 def _pairs(packed: Tensor) -> Tensor:
@@ -134,14 +162,22 @@ def mxfp4(checkpoint: Checkpoint, stored: Mapping[str, Any]) -> Found:
             continue
         parts = {"blocks": key, "scales": f"{name}_scales"}
         need({role: at for role, at in parts.items() if at in checkpoint.file_of}, parts, name, checkpoint.name)
-        *experts, rows, groups, half = checkpoint.facts(key)[1]
-        if checkpoint.facts(parts["scales"])[1] != torch.Size((*experts, rows, groups)):
+        of_blocks, of_scales = (checkpoint.facts(at) for at in parts.values())
+        bytes_alike = of_blocks[0] == of_scales[0] == torch.uint8 and len(of_blocks[1]) == 4
+        if not bytes_alike or of_blocks[1] != torch.Size((*of_scales[1], MX_GROUP // 2)):
             raise wrong(name, checkpoint.name, "its blocks and scales do not belong together")
-        shape = (*experts, groups * half * 2, rows)
-        layers[name] = StoredLayer(name, parts, shape, None, partial(_read_mxfp4, checkpoint, parts))
+        n_experts, rows, groups, _ = of_blocks[1]
+        shape, how = (n_experts, rows, groups * MX_GROUP), QuantConfig(quant_type="mxfp4")
+        layers[name] = Experts(name, parts.values(), shape, how, partial(_mxfp4_expert, checkpoint, parts, how), turned=True)
     return Found(layers)
 
 
-def _read_mxfp4(checkpoint: Checkpoint, parts: Mapping[str, str]) -> Tensor:
-    values = _pairs(checkpoint.read(parts["blocks"])) * exponents(checkpoint.read(parts["scales"])).unsqueeze(-1)
-    return values.flatten(-2).transpose(-1, -2).contiguous()
+def _mxfp4_expert(
+    checkpoint: Checkpoint, parts: Mapping[str, str], how: QuantConfig, expert: int, dtype: torch.dtype
+) -> GroupedWeight:
+    blocks = checkpoint.read_entry(parts["blocks"], expert)
+    rows, groups, _ = blocks.shape
+    codes = (blocks >> 4).bitwise_or_(blocks << 4).view(-1, 1)  # the first code of two into the high bits
+    scale = checkpoint.read_entry(parts["scales"], expert).flatten()
+    shape = torch.Size((rows, groups * MX_GROUP))
+    return GroupedWeight(codes, scale, None, None, None, None, shape, dtype, how.quant_type, how.block_size)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, NamedTuple
@@ -18,6 +18,8 @@ from lownibble.models.checkpoint import Checkpoint
 from lownibble.quant import PackedWeight, layouts
 from lownibble.quant.codebook import e8m0
 from lownibble.quant.codecs.grouped import of_groups
+from lownibble.quant.packed import PackedExperts
+from lownibble.registry import CODECS
 
 
 class Layer(ABC):
@@ -154,6 +156,74 @@ class StoredLayer(Layer):
         """The decoded weight."""
         found = self._read()
         return found.dense() if isinstance(found, Numbers) else found
+
+
+class Experts(Layer):
+    """The weights of a mixture's experts that are held packed, each read on its own.
+
+    Args:
+        name, keys: of the model's parameter, and of the stored tensors.
+        shape: (E, N, K) of the packed weights.
+        options: how a codec holds each.
+        read: expert, dtype -> its packed weight (N, K), which decodes to `dtype`.
+        turned: whether the parameter that the checkpoint stands for is (E, K, N).
+    """
+
+    def __init__(
+        self, name: str, keys: Iterable[str], shape: Iterable[int], options: QuantConfig,
+        read: Callable[[int, torch.dtype], PackedWeight], turned: bool = False,
+    ) -> None:  # fmt: skip
+        self.name, self.keys, self.quant_type = name, tuple(keys), options.quant_type
+        self._shape, self._options, self._read, self.turned = torch.Size(shape), options, read, turned
+
+    @property
+    def shape(self) -> torch.Size:
+        """The shape of the model's parameter."""
+        n_experts, rows, columns = self._shape
+        return torch.Size((n_experts, columns, rows)) if self.turned else self._shape
+
+    @property
+    def options(self) -> QuantConfig:
+        """How the codec holds each expert."""
+        return self._options
+
+    def packed(self, dtype: torch.dtype) -> PackedExperts:
+        """The weights (E, N, K) in their codec."""
+        n_experts = self._shape[0]
+        return PackedExperts.of((self._read(expert, dtype) for expert in range(n_experts)), n_experts)
+
+    def dense(self) -> Tensor:
+        """The decoded parameter."""
+        weights = self.packed(torch.float32).dequantize(torch.float32)
+        return weights.transpose(1, 2).contiguous() if self.turned else weights
+
+
+def stacked(name: str, experts: Sequence[Sequence[Layer]]) -> Experts | None:
+    """Layers that are stored expert by expert as the packed weights of a mixture, without decoding; None if no codec holds them
+    together.
+
+    Args:
+        name: of the model's parameter (E, N, K).
+        experts: of each expert the layers whose rows, one below the other, are its weight.
+    """
+    layers, first = [layer for parts in experts for layer in parts], experts[0]
+    kinds = {layer.quant_type for layer in layers}
+    if len(kinds) != 1 or None in kinds or any(layer.options != first[0].options for layer in layers[1:]):
+        return None
+    shapes = [layer.shape for layer in first]
+    if len({shape[1] for shape in shapes}) != 1 or any([layer.shape for layer in parts] != shapes for parts in experts):
+        return None
+    codec = CODECS[first[0].options.quant_type]
+    how = first[0].options if len(first) == 1 else codec.below(first[0].options, shapes)
+    if how is None:
+        return None
+
+    def read(expert: int, dtype: torch.dtype) -> PackedWeight:
+        one: list[PackedWeight] = [layer.packed(dtype) for layer in experts[expert]]
+        return codec.join(one) if len(one) > 1 else one[0]
+
+    size = (len(experts), sum(shape[0] for shape in shapes), shapes[0][1])
+    return Experts(name, (key for layer in layers for key in layer.keys), size, how, read)
 
 
 def codec(quant_type: str, shape: Iterable[int], group: int, said: int | None) -> QuantConfig | None:

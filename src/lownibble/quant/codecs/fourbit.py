@@ -11,6 +11,7 @@ In a file a layer at PATH has `PATH.weight` (codes), `PATH.weight.absmax`, `PATH
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -94,12 +95,15 @@ class FourBitWeight(PackedWeight):
         """As `PackedWeight.matmul`, with the backend's kernel."""
         return ops.matmul_4bit(x_TC.contiguous(), self.four_bit, transposed, epilogue)
 
+    def decoded_absmax(self) -> Tensor:
+        """The absmax in float32, (blocks,)."""
+        if self.nested_absmax is None or self.offset is None:
+            return self.absmax
+        return nested.decode(self.absmax, self.nested_absmax, self.offset)
+
     def steps(self) -> Steps:
         """As `PackedWeight.steps`."""
-        absmax = self.absmax
-        if self.nested_absmax is not None and self.offset is not None:
-            absmax = nested.decode(absmax, self.nested_absmax, self.offset)
-        return Steps(codebook(self.quant_type, str(self.device)).values, absmax, None, self.block_size)
+        return Steps(codebook(self.quant_type, str(self.device)).values, self.decoded_absmax(), None, self.block_size)
 
     def with_codes(self, codes_NK: Tensor) -> FourBitWeight:
         """As `PackedWeight.with_codes`."""
@@ -139,6 +143,23 @@ class _FourBit(Codec):
             tensors["codes"], tensors["absmax"], tensors.get("nested_absmax"), tensors.get("offset"), torch.Size(facts["shape"]),
             getattr(torch, facts["dtype"]), facts["quant_type"], facts["block_size"],
         )  # fmt: skip
+
+    def below(self, config: QuantConfig, shapes: Sequence[Sequence[int]]) -> QuantConfig | None:
+        """Doubly quantised absmax are decoded; blocks that end within a byte or go on in the next weight cannot be joined."""
+        assert isinstance(config.block_size, int)
+        whole = all(math.prod(shape) % config.block_size == 0 for shape in shapes)
+        return config.with_options(double_quant=False) if whole else None
+
+    def join(self, weights: Sequence[PackedWeight]) -> FourBitWeight:
+        held = [weight for weight in weights if isinstance(weight, FourBitWeight)]
+        return replace(
+            held[0],
+            codes=torch.cat([each.codes for each in held]),
+            absmax=torch.cat([each.decoded_absmax() for each in held]),
+            nested_absmax=None,
+            offset=None,
+            shape=torch.Size((sum(each.shape[0] for each in held), held[0].shape[1])),
+        )
 
     def write(self, path: str, weight: PackedWeight) -> dict[str, Tensor]:
         """As bitsandbytes writes it, with the JSON padded to a fixed length."""

@@ -235,6 +235,24 @@ class _Grouped(Codec):
             facts["block_size"],
         )  # fmt: skip
 
+    def below(self, config: QuantConfig, shapes: Sequence[Sequence[int]]) -> QuantConfig | None:
+        """Doubly quantised scales are decoded; the order of columns is a layer's own."""
+        return None if layouts.GROUPED[config.quant_type].act_order else config.with_options(double_quant=False)
+
+    def join(self, weights: Sequence[PackedWeight]) -> GroupedWeight:
+        held = [weight for weight in weights if isinstance(weight, GroupedWeight)]
+        first, kind = held[0], layouts.GROUPED[held[0].quant_type]
+        zeros = [unpack(each.zero, kind.bits)[: each.scale.numel()] for each in held if each.zero is not None]
+        return replace(
+            first,
+            codes=torch.cat([each.codes for each in held]),  # a row is whole bytes
+            scale=torch.cat([each.scale if kind.exponents else each.decoded_scale() for each in held]),
+            zero=bits.pack(torch.cat(zeros), kind.bits) if zeros else None,
+            nested_scale=None,
+            offset=None,
+            shape=torch.Size((sum(each.shape[0] for each in held), first.shape[1])),
+        )
+
 
 GROUPED = _Grouped()
 
