@@ -66,10 +66,13 @@ def planes(rows, bits):
     return torch.cat(found, -1).flatten(1)
 
 
-def gptq(folder, bits=4, size=32, symmetric=True, act_order=False, version="gptq", odd=False, tool="gptqmodel"):
-    """GPTQ's files. `odd`: act-order with groups of unequal sizes; `tool`: who wrote it. AutoGPTQ's has zero points of 2^bits
-    where all bits of a field are set; AutoRound's is 'auto-round'."""
-    generator = torch.Generator().manual_seed(3)
+def gptq(
+    folder, bits=4, size=32, symmetric=True, act_order=False, version="gptq", odd=False, tool="gptqmodel", order_of=None
+):  # fmt: skip
+    """GPTQ's files. `odd`: act-order with groups of unequal sizes; `order_of`: paths for which it returns the same have the same
+    act-order; `tool`: who wrote it. AutoGPTQ's has zero points of 2^bits where all bits of a field are set; AutoRound's is
+    'auto-round'."""
+    generator, orders = torch.Generator().manual_seed(3), {}
     pack = planes if version == "gptq_p" else words
 
     def layer(path, weight):
@@ -78,7 +81,8 @@ def gptq(folder, bits=4, size=32, symmetric=True, act_order=False, version="gptq
         group = torch.arange(n_in) // step
         n_groups = int(group.max()) + 1
         if act_order:
-            group = group[torch.randperm(n_in, generator=generator)]
+            key = path if order_of is None else order_of(path)
+            group = group[orders.setdefault(key, torch.randperm(n_in, generator=generator))]
         if odd:
             every = torch.arange(n_groups)
             group = torch.randint(0, n_groups, (n_in,), generator=generator).scatter(0, every, every)

@@ -185,6 +185,20 @@ def test_a_gpt_oss_as_published_trains_with_qlora(oss, peft, tmp_path, capsys):
     assert all(torch.equal(saved[key], again[key]) for key in saved)
 
 
+def test_its_adapters_are_merged_and_it_is_exported(oss, adapt, tmp_path):
+    folder, dense = oss
+    live, adapter = adapt(folder, None)
+    ln.merge(adapter, tmp_path / "merged", onto="dequantized", measure_tokens=0)
+    merged = transformers_reading(tmp_path / "merged")
+    torch.testing.assert_close(logits(merged, some_ids()), logits(live, some_ids()), rtol=1e-3, atol=1e-3)
+    ln.merge(adapter, tmp_path / "packed", onto="mxfp4", measure_tokens=0, force=True)
+    packed, _ = load(tmp_path / "packed")
+    assert held(packed) == dict.fromkeys(dense, ("mxfp4", 32, False))
+    ln.export(str(folder), tmp_path / "dense", "safetensors")
+    exported = load_file(tmp_path / "dense" / WEIGHTS)
+    assert all(torch.equal(exported[name].float(), tensor) for name, tensor in dense.items())
+
+
 @pytest.mark.parametrize("method", ["lora", "full"])
 def test_other_methods_are_refused_on_mxfp4(oss, method, tmp_path):
     folder, _ = oss
@@ -304,8 +318,18 @@ def test_4_bit_experts_stored_one_by_one_are_stacked(qwen, double_quant):
     torch.testing.assert_close(logits(model, some_ids()), logits(reference, some_ids()), rtol=1e-4, atol=1e-4)
 
 
+def test_act_order_that_gate_and_up_share_is_kept(qwen):
+    """As GPTQ makes it: the order follows the inputs, which both have."""
+    dense = gptq(qwen, act_order=True, order_of=lambda path: path.replace("up_proj", "gate_proj"))
+    model, said = load(qwen)
+    assert set(held(model).values()) == {("int4_act", 32, False)}
+    assert len(held(model)) == 4
+    assert not said
+    torch.testing.assert_close(logits(model, some_ids()), logits(dense_model(qwen, dense), some_ids()), rtol=1e-4, atol=1e-4)
+
+
 def test_what_cannot_be_stacked_is_decoded_and_said(qwen):
-    """Act-order: the columns of gate and up are in orders of their own, so their rows are no rows of one weight."""
+    """The columns of gate and up are in different orders, so their rows are no rows of one weight."""
     dense = gptq(qwen, act_order=True)
     model, said = load(qwen)
     assert set(held(model)) == {f"model.layers.{i}.mlp.experts.down_proj" for i in range(2)}
@@ -334,6 +358,27 @@ def test_experts_without_a_codec_are_packed_again_as_asked(qwen):
     model, said = load(qwen, quant="nf4")
     assert set(held(model).values()) == {("nf4", 64, True)}
     assert "4 weights of experts were decoded and packed again as nf4" in said[0]
+
+
+def test_experts_of_pairs_of_e2m1_codes_are_mxfp4(qwen):
+    """As DeepSeek V4's: int8 bytes of two codes, exponents of 32 columns; other layers in FP8. Oracle: transformers' reading."""
+    fp8(qwen, block=(64, 64))
+    tensors, dense, generator = load_file(qwen / WEIGHTS), {}, torch.Generator().manual_seed(2)
+    for key in [key for key in tensors if ".experts." in key and key.endswith(".weight")]:
+        n_out, n_in = tensors[key].shape
+        codes = torch.randint(-128, 128, (n_out, n_in // 2), generator=generator, dtype=torch.int8)
+        scale = torch.randint(120, 124, (n_out, n_in // 32), generator=generator, dtype=torch.uint8).view(torch.float8_e8m0fnu)
+        tensors |= {key: codes, f"{key}_scale_inv": scale}
+        dense[key] = Fp8Dequantize(None)._dequantize_one(codes, scale, torch.float32)
+    save_file(tensors, qwen / WEIGHTS, metadata={"format": "pt"})
+    model, _ = load(qwen)
+    assert set(held(model).values()) == {("mxfp4", 32, False)}
+    assert model.model.layers[0].self_attn.q_proj.quant_type == "fp8"
+    for path, module in named_experts(model).items():
+        names = ("gate_proj", "up_proj") if path.endswith("gate_up_proj") else ("down_proj",)
+        folder = path.rpartition(".")[0]
+        expected = torch.stack([torch.cat([dense[f"{folder}.{expert}.{name}.weight"] for name in names]) for expert in range(4)])
+        assert torch.equal(module.weight.dequantize(torch.float32), expected)
 
 
 @pytest.mark.parametrize("block", [(64, 64), (64, 32), None], ids=str)
@@ -369,15 +414,13 @@ def test_scales_of_other_experts_are_refused(qwen):
 
 @pytest.mark.parametrize("quant_type", sorted(CODECS))
 def test_rows_of_several_weights_are_joined_by_every_codec(quant_type):
-    """Joined, a weight has the values of its parts; with one zero point in four bits a part ends within a byte."""
+    """Joined, a weight has the values of its parts; with one zero point in four bits a part ends within a byte. Without
+    statistics, columns are in the order of their places."""
     codec, generator = CODECS[quant_type], torch.Generator().manual_seed(0)
     parts = [torch.randn(rows, 64, generator=generator) for rows in (3, 6)]
     for options in ({"block_size": 32}, {"block_size": 64, "double_quant": False}):
         config = ln.QuantConfig(quant_type=quant_type, **({} if quant_type == "mxfp4" else options))
         how = codec.below(config, [part.shape for part in parts])
-        if quant_type.endswith("_act"):
-            assert how is None
-            continue
         packed = [codec.quantize(part, config) for part in parts]
         whole = codec.join(packed)
         assert how == codec.options(whole.facts())

@@ -167,7 +167,8 @@ class Codec(ABC):
         return None
 
     def join(self, weights: Sequence[PackedWeight]) -> PackedWeight:
-        """The weight whose rows are those of `weights`, one below the other, with the same values; where `below` allows it."""
+        """The weight whose rows are those of `weights`, one below the other, with the same values; where `below` allows it, and
+        the columns are in one order."""
         raise NotImplementedError
 
     def write(self, path: str, weight: PackedWeight) -> dict[str, Tensor]:

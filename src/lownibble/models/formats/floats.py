@@ -1,7 +1,8 @@
 """Float formats of other tools: `scale * code` with codes of 8 or 4 bits.
 
     FP8     weight float8 (N, K) and one scale per tensor, row, group of a row, or block of rows and columns. transformers and
-            DeepSeek call it weight_scale_inv, and multiply by it nevertheless; others weight_scale. Fused experts are 3-D.
+            DeepSeek call it weight_scale_inv, and multiply by it nevertheless; others weight_scale. Fused experts are 3-D. Bytes
+            (int8) are pairs of e2m1 codes, with exponents as scales of 32 columns (DeepSeek V4's experts): MXFP4
     MXFP4   X_blocks (experts, N, groups, 16 bytes) of pairs of e2m1 codes, the first in the low bits, and X_scales, powers of
             two (gpt-oss): our bytes with their halves exchanged; in compressed-tensors weight_packed (N, K/2) and weight_scale
     NVFP4   weight_packed, a float8 scale per 16 columns, and weight_global_scale, which the scales are divided by
@@ -40,6 +41,7 @@ from lownibble.quant.layouts import GROUP_SIZES
 from lownibble.stored import MX_GROUP
 
 _FLOAT8 = (torch.float8_e4m3fn, torch.float8_e5m2)
+_EXPONENTS = (torch.uint8, torch.float8_e8m0fnu)
 _SCALES = ("_scale_inv", "_scale", ".scale", ".qscale_weight")
 
 
@@ -91,6 +93,9 @@ def float_layer(
     width = columns if size[1] >= columns else math.gcd(size[1], columns)
     plain = len(shape) in (2, 3) and dtype == torch.float8_e4m3fn and (width in GROUP_SIZES or width == columns)
     how = codec("fp8", shape[-2:], width, block[1] if block else said) if plain else None
+    if len(shape) == 2 and dtype == torch.int8 and size == (1, MX_GROUP) and checkpoint.facts(parts[scale])[0] in _EXPONENTS:
+        pairs = {"weight_packed": parts[weight], "weight_scale": parts[scale]}
+        return StoredLayer(name, parts, shape, QuantConfig(quant_type="mxfp4"), partial(_read_four_bit, checkpoint, pairs))
     if how is not None and len(shape) == 3:
 
         def expert(index: int, dtype: torch.dtype) -> GroupedWeight:
@@ -147,7 +152,11 @@ def four_bit_layer(checkpoint: Checkpoint, name: str, parts: Mapping[str, str]) 
 
 
 def _read_four_bit(checkpoint: Checkpoint, parts: Mapping[str, str]) -> Numbers:
-    codes, scale = _nibbles(checkpoint.read(parts["weight_packed"])), checkpoint.read(parts["weight_scale"]).clone()
+    codes, scale = (
+        _nibbles(checkpoint.read(parts["weight_packed"]).view(torch.uint8)),
+        checkpoint.read(parts["weight_scale"]).clone(),
+    )
+    scale = scale.view(torch.uint8) if scale.dtype in _EXPONENTS else scale
     if "weight_global_scale" in parts:
         scale = exponents(scale) / checkpoint.read(parts["weight_global_scale"]).float()
     return Numbers(codes, scale, levels=levels("mxfp4"))

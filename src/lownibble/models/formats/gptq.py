@@ -152,7 +152,7 @@ def _layer(
     how = codec_of(bits, (n_out, n_in), size, stored.get("group_size"), group is not None, symmetric)
     how = how if even and in_range else None
     read = partial(_read, checkpoint, parts, bits, n_in, unpack, zeros_of, group, symmetric)
-    return StoredLayer(f"{path}.weight", parts, (n_out, n_in), how, read)
+    return StoredLayer(f"{path}.weight", parts, (n_out, n_in), how, read, group)
 
 
 def _group_size(stored: Mapping[str, Any], n_in: int, n_groups: int, g_idx: Tensor | None) -> int:

@@ -91,7 +91,7 @@ def _compressed_layer(checkpoint: Checkpoint, path: str, parts: Mapping[str, str
     symmetric = "weight_zero_point" not in parts
     how = codec_of(bits, (n_out, n_in), size, said, places is not None, symmetric) if even else None
     packed = partial(_read_packed, checkpoint, parts, bits, (n_out, n_in), places)
-    return StoredLayer(name, parts, (n_out, n_in), how, packed)
+    return StoredLayer(name, parts, (n_out, n_in), how, packed, places)
 
 
 def _words(n: int, bits: int) -> int:

@@ -29,11 +29,13 @@ class Layer(ABC):
         name: of the dense tensor that it stands for: 'model.layers.0.mlp.up_proj.weight', 'model.layers.0.mlp.experts.down_proj'.
         keys: names of the stored tensors.
         quant_type: the codec that holds its numbers unchanged, or None.
+        group: (K,) the group of each column, or None: it is that of the column's place.
     """
 
     name: str
     keys: tuple[str, ...]
     quant_type: str | None
+    group: Tensor | None = None
 
     @property
     @abstractmethod
@@ -111,6 +113,7 @@ class StoredLayer(Layer):
         shape: of the weight.
         options: how a codec holds it, or None if none does.
         read: reads the numbers, or, if they are of no such form, the weight.
+        group: see `Layer`.
     """
 
     def __init__(
@@ -120,6 +123,7 @@ class StoredLayer(Layer):
         shape: Iterable[int],
         options: QuantConfig | None,
         read: Callable[[], Numbers | Tensor],
+        group: Tensor | None = None,
     ) -> None:
         self.name, self.keys, self._shape, self._options, self._read = (
             name,
@@ -128,7 +132,7 @@ class StoredLayer(Layer):
             options,
             read,
         )
-        self.quant_type = options.quant_type if options is not None else None
+        self.quant_type, self.group = options.quant_type if options is not None else None, group
 
     @property
     def shape(self) -> torch.Size:
@@ -213,6 +217,8 @@ def stacked(name: str, experts: Sequence[Sequence[Layer]]) -> Experts | None:
     shapes = [layer.shape for layer in first]
     if len({shape[1] for shape in shapes}) != 1 or any([layer.shape for layer in parts] != shapes for parts in experts):
         return None
+    if any(not _grouped_alike(layer, parts[0]) for parts in experts for layer in parts):
+        return None
     codec = CODECS[first[0].options.quant_type]
     how = first[0].options if len(first) == 1 else codec.below(first[0].options, shapes)
     if how is None:
@@ -224,6 +230,12 @@ def stacked(name: str, experts: Sequence[Sequence[Layer]]) -> Experts | None:
 
     size = (len(experts), sum(shape[0] for shape in shapes), shapes[0][1])
     return Experts(name, (key for layer in layers for key in layer.keys), size, how, read)
+
+
+def _grouped_alike(one: Layer, other: Layer) -> bool:
+    if one.group is None or other.group is None:
+        return one.group is other.group
+    return torch.equal(one.group, other.group)
 
 
 def codec(quant_type: str, shape: Iterable[int], group: int, said: int | None) -> QuantConfig | None:

@@ -236,8 +236,8 @@ class _Grouped(Codec):
         )  # fmt: skip
 
     def below(self, config: QuantConfig, shapes: Sequence[Sequence[int]]) -> QuantConfig | None:
-        """Doubly quantised scales are decoded; the order of columns is a layer's own."""
-        return None if layouts.GROUPED[config.quant_type].act_order else config.with_options(double_quant=False)
+        """Doubly quantised scales are decoded."""
+        return config.with_options(double_quant=False)
 
     def join(self, weights: Sequence[PackedWeight]) -> GroupedWeight:
         held = [weight for weight in weights if isinstance(weight, GroupedWeight)]
