@@ -2,6 +2,7 @@
 dense weights that they stand for; transformers' own dequantisation."""
 
 import json
+import re
 import warnings
 from types import SimpleNamespace
 
@@ -297,19 +298,42 @@ def test_compressed_tensors_experts_are_stacked(qwen):
     torch.testing.assert_close(logits(model, some_ids()), logits(dense_model(qwen, dense), some_ids()), rtol=1e-3, atol=1e-3)
 
 
-@pytest.mark.parametrize("double_quant", [False, True])
-def test_4_bit_experts_stored_one_by_one_are_stacked(qwen, double_quant):
-    """bitsandbytes' files; doubly quantised constants of gate and up are joined decoded, with the same values."""
-    config, tensors, dense = ln.QuantConfig(double_quant=double_quant), load_file(qwen / WEIGHTS), {}
+def in_4_bits(folder, double_quant=True):
+    """bitsandbytes' file of every linear layer; returns the dense weights."""
+    config, tensors, dense = ln.QuantConfig(double_quant=double_quant), load_file(folder / WEIGHTS), {}
     for key in [key for key in tensors if key.endswith("_proj.weight")]:
         packed, path = ln.quantize(tensors.pop(key), config), key.removesuffix(".weight")
         dense[key] = packed.dequantize()
         tensors |= {name: tensor.clone() for name, tensor in CODECS["nf4"].write(path, packed).items()}
-    save_file(tensors, qwen / WEIGHTS, metadata={"format": "pt"})
-    file = qwen / "config.json"
+    save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
+    file = folder / "config.json"
     how = {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
     file.write_text(json.dumps({**json.loads(file.read_text()), "quantization_config": how}))
-    model, _ = load(qwen)
+    return dense
+
+
+def test_4_bit_experts_whose_blocks_go_on_are_decoded_and_said(tokenizer, tmp_path):
+    folder = tmp_path / "odd"
+    config = Qwen3MoeConfig(
+        hidden_size=40, intermediate_size=40, moe_intermediate_size=20, num_hidden_layers=1, num_attention_heads=4, head_dim=10,
+        num_key_value_heads=2, num_experts=4, num_experts_per_tok=2, vocab_size=96, pad_token_id=0, eos_token_id=1,
+    )  # fmt: skip
+    write(Qwen3MoeForCausalLM, config, folder, tokenizer)
+    dense = in_4_bits(folder)
+    model, said = load(folder)
+    assert list(held(model)) == ["model.layers.0.mlp.experts.down_proj"]
+    assert re.search(
+        r"is stored as bitsandbytes: 1 tensors \(fused experts and the like; \d+% of the model\) were decoded", said[0]
+    )
+    torch.testing.assert_close(logits(model, some_ids()), logits(dense_model(folder, dense), some_ids()), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("double_quant", [False, True])
+def test_4_bit_experts_stored_one_by_one_are_stacked(qwen, double_quant):
+    """bitsandbytes' files; doubly quantised constants of gate and up are joined decoded, with the same values."""
+    dense = in_4_bits(qwen, double_quant)
+    model, said = load(qwen)
+    assert not said
     reference = dense_model(qwen, dense)
     for path, (quant_type, _, doubly) in held(model).items():
         assert (quant_type, doubly) == ("nf4", double_quant and path.endswith("down_proj"))

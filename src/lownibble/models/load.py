@@ -104,7 +104,8 @@ def load(
     info(empty).base = {"model": source.name, "revision": revision, "digest": tensors.checkpoint.digest()}
     if stored_as := tensors.stored_as or (f"GGUF {source.gguf_type}" if source.gguf_type else ""):
         info(empty).base["stored_as"] = stored_as
-        _tell(tensors, stored_as, config, target_dtype, size)
+    if stored_as or tensors.decoded:
+        _tell(tensors, stored_as or stored.method(tensors.checkpoint.stored), config, target_dtype, size)
     if config is not None and not tensors.packed:
         info(empty).read_dense = partial(read_dense, tensors, turned)
     elif origin := stored.read_json(source.folder / "config.json").get(stored.ORIGIN):
