@@ -84,6 +84,20 @@ def test_an_adapter_is_written_expert_by_expert_and_read_again(kind, tokenizer, 
     torch.testing.assert_close(logits(again.eval(), some_ids()), expected, **LOGITS)
 
 
+def test_a_merge_of_experts_one_by_one_is_that_of_the_fused_adapter(tokenizer, tmp_path):
+    folder = folder_of("mixtral", tmp_path / "model", tokenizer)
+    model, _ = ln.load(str(folder))
+    ln.add_lora(model, ln.LoraConfig(r=4, init_lora_weights=False))
+    ln.save_adapter(model, tmp_path / "fused")
+    export(tmp_path / "fused", tmp_path / "apart", "peft-per-expert")
+    for name in ("fused", "apart"):
+        ln.merge(tmp_path / name, tmp_path / f"merged {name}", onto="original", measure_tokens=0)
+    fused, apart = (load_file(tmp_path / f"merged {name}" / "model.safetensors") for name in ("fused", "apart"))
+    assert fused.keys() == apart.keys()
+    for key, tensor in fused.items():
+        torch.testing.assert_close(apart[key], tensor, rtol=1e-5, atol=1e-6)
+
+
 def test_what_vllm_reads_of_experts():
     """Transcribed from vLLM (vllm/lora/model_manager.py, `_stack_moe_lora_weights`): of models that hold experts fused,
     `experts.base_layer` is gate_up_proj, `experts` down_proj; A is cut into (E, r, in), B (out, r E) into (out, r, E)."""

@@ -42,6 +42,7 @@ from lownibble.errors import AdapterError, ModelError, OutputError
 from lownibble.exporting.gguf_tokenizer import add_tokenizer
 from lownibble.exporting.weights import Tell, Weights, say_nothing
 from lownibble.lora.adapter import AdapterFile
+from lownibble.lora.apart import fitted
 from lownibble.lora.portable import CONFIG_FILE, PREFIX, WEIGHTS_FILE
 from lownibble.lora.provenance import METADATA_KEY, from_metadata, to_metadata
 from lownibble.lora.targets import scale_of
@@ -128,6 +129,7 @@ def write_adapter(adapter: AdapterFile, base: Any, path: Path) -> dict[str, Any]
         AdapterError: it holds more than low-rank matrices.
         ModelError: the architecture is not supported.
     """
+    adapter = fitted(adapter, base)
     expected = adapter.expected(base)
     adapter.check_fit(expected, set())
     layers = adapter.layers(base)

@@ -34,6 +34,7 @@ from torch import Tensor, nn
 from lownibble.config import QuantConfig
 from lownibble.errors import AdapterError, ConfigError, ModelError
 from lownibble.lora.adapter import AdapterFile, parted
+from lownibble.lora.apart import fitted
 from lownibble.lora.init import without
 from lownibble.lora.portable import PREFIX
 from lownibble.lora.targets import scale_of
@@ -112,10 +113,11 @@ class Weights:
         new_quant: QuantConfig,
         dtype: str = "auto",
     ) -> None:
-        self.source, self.adapter, self.dtype = source, adapter, dtype
+        self.source, self.dtype = source, dtype
         self.checkpoint = Checkpoint(source)
         self.config: dict[str, Any] = json.loads((source.folder / "config.json").read_text())
         self.model = skeleton(source, torch.float32)
+        self.adapter = adapter = adapter and fitted(adapter, self.model)
         self.tensors = ModelTensors(self.model, self.checkpoint)
         self.experts = experts.shapes(self.model)
         self.packed = self.tensors.packed
@@ -421,7 +423,7 @@ class Weights:
             return self._cast(next(sums), name)
         kept = self.kept_dtype(name)
         in_place = isinstance(base, Tensor) and base.dtype == kept
-        made = base if in_place else torch.empty(self.shape(name), dtype=kept)
+        made: Tensor = base if in_place else torch.empty(self.shape(name), dtype=kept)  # type: ignore[assignment]
         for part, total in zip(parts, sums, strict=True):
             made[part] = self._cast(total, name)
         return made
