@@ -7,6 +7,7 @@ import pytest
 import torch
 from mixtures import ATTENTION, MIXTURES, folder_of, logits, some_ids, theirs
 from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
 
 import lownibble as ln
 from lownibble.config import QuantConfig
@@ -199,3 +200,26 @@ def test_an_adapter_of_other_experts_is_not_merged(tokenizer, tmp_path):
     save_file({**tensors, key: tensors[key][:-4]}, file)
     with pytest.raises(AdapterError, match=r"experts.base_layer.lora_A.weight' has shape \(12, 64\), not \(16, 64\)"):
         ln.merge(tmp_path / "adapter", tmp_path / "merged", base=str(tmp_path / "model"), onto="original", measure_tokens=0)
+
+
+def test_dense_experts_beside_packed_layers_are_told(tokenizer, tmp_path):
+    """As bitsandbytes leaves them: its file does not name them."""
+    folder = folder_of("qwen3_moe", tmp_path / "model", tokenizer)
+    ln.quantize_model(str(folder), tmp_path / "out", rounding="rtn", quant=QuantConfig(skip_modules=["lm_head", "experts"]))
+    file = tmp_path / "out" / "config.json"
+    config = json.loads(file.read_text())
+    config["quantization_config"]["llm_int8_skip_modules"] = ["lm_head"]
+    file.write_text(json.dumps(config))
+    with pytest.warns(UserWarning, match=r"weights of experts dense \(model.layers.0.mlp.experts.gate_up_proj, ...: \d+% of the"):
+        ln.load(str(tmp_path / "out"))
+
+
+def test_transformers_is_told_what_it_cannot_load(tokenizer, tmp_path):
+    from lownibble.integrations.transformers import NF4Config
+
+    folder = folder_of("mixtral", tmp_path / "model", tokenizer)
+    ln.quantize_model(str(folder), tmp_path / "packed", rounding="rtn", quant=QuantConfig(block_size=32))
+    with pytest.raises(ConfigError, match=r"experts of a mixture packed \(model.layers.0.mlp.experts.down_proj, ...\)"):
+        AutoModelForCausalLM.from_pretrained(tmp_path / "packed")
+    with pytest.warns(UserWarning, match=r"experts of MixtralForCausalLM .* stay dense: NF4Config packs linear layers"):
+        AutoModelForCausalLM.from_pretrained(folder, quantization_config=NF4Config())

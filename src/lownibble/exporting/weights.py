@@ -296,8 +296,7 @@ class Weights:
 
     def share(self, paths: Iterable[str]) -> float:
         """The share of the model's parameters that the weights of the layers at `paths` are."""
-        whole: int = sum(parameter.numel() for parameter in self.model.parameters())
-        return sum(self.rows(path).numel() for path in paths) / whole
+        return sum(self.rows(path).numel() for path in paths) / self.tensors.n_weights
 
     def rows(self, path: str) -> torch.Size:
         """(out, in), or (E, out, in), of the weight of the layer at `path`."""
@@ -422,8 +421,8 @@ class Weights:
         if parts == [ALL]:
             return self._cast(next(sums), name)
         kept = self.kept_dtype(name)
-        in_place = isinstance(base, Tensor) and base.dtype == kept
-        made: Tensor = base if in_place else torch.empty(self.shape(name), dtype=kept)  # type: ignore[assignment]
+        held = base if isinstance(base, Tensor) and base.dtype == kept else None  # nobody else's: added to in place
+        made = torch.empty(self.shape(name), dtype=kept) if held is None else held
         for part, total in zip(parts, sums, strict=True):
             made[part] = self._cast(total, name)
         return made

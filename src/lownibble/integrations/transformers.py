@@ -21,10 +21,13 @@ bfloat16.
 
 from __future__ import annotations
 
+import math
+import warnings
 from collections.abc import Callable
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from torch import Tensor, nn
 from transformers.core_model_loading import ConversionOps
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
@@ -34,6 +37,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from lownibble.config import QuantConfig
 from lownibble.errors import ConfigError
+from lownibble.models import experts
 from lownibble.models import packed as packed_files
 from lownibble.models.direct import left_dense
 from lownibble.models.load import DTYPES
@@ -234,6 +238,12 @@ class _Deserialize(ConversionOps):  # type: ignore[misc]
         return {"weight": codes}
 
 
+def _keys(file: str) -> list[str]:
+    with safe_open(file, "pt") as handle:
+        found: list[str] = list(handle.keys())
+    return found
+
+
 @register_quantizer(METHOD)
 class NF4Quantizer(HfQuantizer):  # type: ignore[misc]
     """The quantizer that `from_pretrained` uses to load a model with an `NF4Config`."""
@@ -260,8 +270,9 @@ class NF4Quantizer(HfQuantizer):  # type: ignore[misc]
         if len(places) > 1 and places & {"cpu", "disk"}:
             raise ConfigError("NF4Config cannot keep part of a model on the CPU or the disk. Give device_map one device.")
 
-    def _process_model_before_weight_loading(self, model: Any, **_: Any) -> Any:
+    def _process_model_before_weight_loading(self, model: Any, checkpoint_files: Any = None, **_: Any) -> Any:
         config = self.quantization_config
+        self._check_experts(model, checkpoint_files or [])
         skipped = self.get_modules_to_not_convert(model, config.skip_modules, model._keep_in_fp32_modules)
         chosen = [
             (path, module) for path, module in model.named_modules()
@@ -276,6 +287,28 @@ class NF4Quantizer(HfQuantizer):  # type: ignore[misc]
             layer.transposed = is_transposed(linear)
             model.set_submodule(path, layer.requires_grad_(False))
         return model
+
+    def _check_experts(self, model: Any, files: list[str]) -> None:
+        """Refuse packed experts of mixtures, which transformers has no place for; warn of those that stay dense.
+
+        Raises:
+            ConfigError: the checkpoint holds packed experts.
+        """
+        shapes = experts.shapes(model)
+        if not shapes:
+            return
+        keys = {key for file in files for key in _keys(file)} if self.pre_quantized else set()
+        if packed := sorted(shapes.keys() & packed_files.packed_modules(keys)):
+            raise ConfigError(
+                f"The checkpoint holds the experts of a mixture packed ({packed[0]}, ...), which transformers cannot load. "
+                "Load it with lownibble.load."
+            )
+        share = sum(math.prod(shape) for shape in shapes.values()) / sum(p.numel() for p in model.parameters())
+        warnings.warn(
+            f"The experts of {type(model).__name__} ({next(iter(shapes))}, ...: {share:.0%} of the model) stay dense: NF4Config "
+            "packs linear layers. lownibble.load packs experts, too.",
+            stacklevel=2,
+        )
 
     def _process_model_after_weight_loading(self, model: Any, **_: Any) -> Any:
         # The layers' state dict is already in checkpoint format: no reverse conversion when the model is saved.

@@ -67,6 +67,7 @@ class ModelTensors:
         stored_as: the format of another tool, in words, or ''.
         shared: other name of a tied parameter -> the name in `names` whose tensor it has.
         untied: names of parameters that the configuration ties and the checkpoint does not.
+        n_weights: the model's parameters.
     Raises:
         ModelError: the checkpoint lacks tensors that the model needs, or has others that the model has no place for.
     """
@@ -78,6 +79,7 @@ class ModelTensors:
         self.packed: dict[str, str] = {}
         self.decoded: set[str] = set()
         self._layer_of: dict[str, formats.Layer] = {}
+        self.n_weights: int = sum(parameter.numel() for parameter in model.parameters())
         self._experts = experts.shapes(model)
         self._turned: set[str] = set()  # layers that the model keeps as (in, out)
         self._groups: dict[str, _Group] = {}

@@ -10,6 +10,7 @@ missing ones); the plug-in exists besides this loader, for users of transformers
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
@@ -99,6 +100,7 @@ def load(
     tensors = ModelTensors(empty, Checkpoint(source))
     turned, size = transposed_layers(empty), sum(parameter.numel() for parameter in empty.parameters())
     _fill(empty, tensors, config, target_device, target_dtype)
+    _tell_dense_experts(empty, tensors)
     compute.decide(empty)
     empty.config._name_or_path = source.name
     info(empty).base = {"model": source.name, "revision": revision, "digest": tensors.checkpoint.digest()}
@@ -138,6 +140,19 @@ def _tell(tensors: ModelTensors, stored_as: str, config: QuantConfig | None, dty
         )
     if said:
         warnings.warn(f"'{tensors.checkpoint.name}' is stored as {stored_as}: {'; '.join(said)}.", stacklevel=3)
+
+
+def _tell_dense_experts(model: Any, tensors: ModelTensors) -> None:
+    """Warn of experts that are stored dense beside packed layers, unless config.json names them."""
+    shapes, how = experts.shapes(model), tensors.checkpoint.stored
+    dense = [path for path in shapes if tensors.packed and path not in tensors.decoded and stored.is_quantised(how, path)]
+    if dense:
+        share = sum(math.prod(shapes[path]) for path in dense) / tensors.n_weights
+        warnings.warn(
+            f"'{tensors.checkpoint.name}' has its linear layers packed and the weights of experts dense ({dense[0]}, ...: "
+            f"{share:.0%} of the model). Pack the dense model, with lownibble quantize or while loading, to save memory.",
+            stacklevel=3,
+        )
 
 
 def load_tokenizer(source: ModelSource) -> Any:
