@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM
 
+from lownibble.models.experts import expert_weights
+
 sys.path.insert(0, str(Path(__file__).parent / "models"))
 from architectures import build, quiet
 
@@ -47,6 +49,11 @@ def decode_into(reference: Any, packed: Any) -> int:
         else:
             reference.get_submodule(path).weight.data.copy_(weight)
     return found
+
+
+def dense_experts(model: Any) -> list[str]:
+    """Paths of experts' weights that are dense."""
+    return [path for path, held in expert_weights(model).items() if isinstance(held, torch.nn.Parameter)]
 
 
 def logits(model: Any, ids: torch.Tensor) -> torch.Tensor:

@@ -329,7 +329,7 @@ def test_what_cannot_be_written_is_said(write, model_folder, adapt, tiny, tmp_pa
         (gemma, "gguf", {}, ModelError, r"Models of type 'gemma2' cannot be written as GGUF here \(known: llama"),
         (yarn, "gguf", {}, ModelError, r"Rotary scaling 'yarn' cannot be written"),
         (adapter, "gguf", {}, AdapterError, r"A GGUF adapter holds low-rank sums only"),
-        (adapter, "bnb-4bit", {}, ConfigError, r"An adapter exports to gguf, not bnb-4bit. Merge it first: lownibble merge"),
+        (adapter, "bnb-4bit", {}, ConfigError, r"An adapter exports to gguf or peft-per-expert, not bnb-4bit. Merge it first"),
         (adapter, "peft", {}, ConfigError, r"is in that format already"),
         (crowded, "gguf", {}, ModelError, r"has \d+ tokens and the model 96 rows for them"),
         (folder, "peft", {}, ConfigError, r"--format peft is for adapters"),

@@ -5,7 +5,7 @@ import json
 
 import pytest
 import torch
-from mixtures import ATTENTION, MIXTURES, folder_of, logits, some_ids, theirs
+from mixtures import ATTENTION, MIXTURES, dense_experts, folder_of, logits, some_ids, theirs
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
@@ -84,7 +84,7 @@ def same_packed(found, expected):
         {path: m.weight for path, m in model.named_modules() if isinstance(m, QuantLinear)} for model in (found, expected)
     )
     assert ours.keys() == theirs_.keys()
-    assert not experts.shapes(found), "no dense expert is left"
+    assert not dense_experts(found), "no dense expert is left"
     assert named_experts(found).keys() <= ours.keys()
     for path, weight in ours.items():
         assert weight.facts() == theirs_[path].facts()
@@ -150,7 +150,7 @@ def test_gptq_leaves_experts_to_rounding_and_says_so(rows, tokenizer, tmp_path):
     record = ln.quantize_model(str(folder), tmp_path / "out", quant=quant, **options)
     nearest, found = ln.load(str(folder), quant=quant)[0], ln.load(str(tmp_path / "out"))[0]
     assert record["rounded_to_nearest"] == sorted(named_experts(nearest))
-    assert not experts.shapes(found)
+    assert not dense_experts(found)
     for path, module in named_experts(nearest).items():
         assert torch.equal(named_experts(found)[path].weight.dequantize(), module.weight.dequantize())
     changed = found.model.layers[1].self_attn.q_proj.weight.dequantize()

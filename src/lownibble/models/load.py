@@ -145,7 +145,8 @@ def _tell(tensors: ModelTensors, stored_as: str, config: QuantConfig | None, dty
 def _tell_dense_experts(model: Any, tensors: ModelTensors) -> None:
     """Warn of experts that are stored dense beside packed layers, unless config.json names them."""
     shapes, how = experts.shapes(model), tensors.checkpoint.stored
-    dense = [path for path in shapes if tensors.packed and path not in tensors.decoded and stored.is_quantised(how, path)]
+    held = [path for path, weight in experts.expert_weights(model).items() if isinstance(weight, nn.Parameter)]
+    dense = [path for path in held if tensors.packed and path not in tensors.decoded and stored.is_quantised(how, path)]
     if dense:
         share = sum(math.prod(shapes[path]) for path in dense) / tensors.n_weights
         warnings.warn(
