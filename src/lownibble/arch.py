@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -30,7 +31,9 @@ class Family(NamedTuple):
         fused: q, k and v are one projection, and so are gate and up.
         gated: the MLP has a gate. parallel: attention and MLP read the same input and are added together.
         linears: the model's names of q, k, v, o, gate, up, down (without gate: up, down).
-        experts: the MLP is a mixture of experts, with two weight tensors for all of them. scaled: embeddings are scaled.
+        experts: the MLP is a mixture of experts, with two weight tensors for all of them. expert_bias: these and the router have
+            biases. wide_shares: experts' shares stay in float32. scaled: embeddings are scaled.
+        sinks: attention has a learned score for each head besides those of the tokens, which only eager attention knows.
         head_bias: the head has a bias. rotates_a_part: partial rotary embedding (the part may be all of a head).
         encoder_decoder: two stacks; attention has a table of relative position biases instead of rotary embedding.
         kept_dense: names of linears that packed checkpoints hold dense (transformers' `_keep_in_fp32_modules`).
@@ -49,6 +52,9 @@ class Family(NamedTuple):
     parallel: bool = False
     linears: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
     experts: bool = False
+    expert_bias: bool = False
+    wide_shares: bool = False
+    sinks: bool = False
     scaled: bool = False
     head_bias: bool = False
     rotates_a_part: bool = False
@@ -97,6 +103,7 @@ FAMILIES: dict[str, Family] = {
     "mixtral": Family(
         names={"experts": "num_local_experts", "expert_ffn": "intermediate_size", "active_experts": "num_experts_per_tok"},
         defaults={"num_experts_per_tok": 2, "num_local_experts": 8, **_sizes(32, 4096, 14336, 32, 32000, 8)}, experts=True,
+        wide_shares=True,
     ),
     "qwen3_moe": Family(
         names={"experts": "num_experts", "expert_ffn": "moe_intermediate_size", "active_experts": "num_experts_per_tok"},
@@ -104,6 +111,14 @@ FAMILIES: dict[str, Family] = {
             "num_experts_per_tok": 8, "num_experts": 128, "moe_intermediate_size": 768, **_sizes(24, 2048, 6144, 32, 151936, 4)
         },
         qk_norm=True, experts=True, **_BIASES,
+    ),
+    "gpt_oss": Family(
+        names={"experts": "num_local_experts", "expert_ffn": "intermediate_size", "active_experts": "num_experts_per_tok"},
+        defaults={
+            "num_experts_per_tok": 4, "num_local_experts": 128, "head_dim": 64, "sliding_window": 128, "attention_bias": True,
+            **_sizes(36, 2880, 2880, 64, 201088, 8)
+        },
+        experts=True, expert_bias=True, sinks=True, **_BIASES,
     ),
     "t5": Family(
         names={
@@ -126,12 +141,20 @@ _KEYS = {
 
 
 class Linear(NamedTuple):
-    """A linear layer in each layer of a stack: its name within the layer, its sizes, and whether it has a bias."""
+    """A linear layer in each layer of a stack: its name within the layer, its sizes, whether it has a bias, and of how many
+    experts it holds the weights (0: it is no mixture's)."""
 
     name: str
     in_features: int
     out_features: int
     bias: bool
+    experts: int = 0
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the weight: (out, in), or (E, out, in) of experts."""
+        matrix = (self.out_features, self.in_features)
+        return (self.experts, *matrix) if self.experts else matrix
 
 
 class Counts(NamedTuple):
@@ -139,7 +162,8 @@ class Counts(NamedTuple):
 
     Attributes:
         parameters: elements of each parameter. linear, active_experts: weights of the linears, and of the experts that a token
-            passes through. adapters: elements of each parameter of an adapter.
+            passes through. adapters: elements of each parameter of an adapter. active_adapters: of those that a token passes
+            through.
         linears: path of each linear layer, the head left out -> the length of its weight's rows.
     """
 
@@ -147,6 +171,7 @@ class Counts(NamedTuple):
     linear: int
     active_experts: int
     adapters: tuple[int, ...]
+    active_adapters: int
     linears: Mapping[str, int]
 
 
@@ -216,9 +241,21 @@ class ModelShape:
         return (self.layers * family.norms + 1) * each + self.layers * 2 * self.head_dim * family.qk_norm
 
     @property
+    def expert_linears(self) -> tuple[Linear, ...]:
+        """The linears of a mixture's experts in one layer, in execution order; not in `linears`."""
+        if not self.experts:
+            return ()
+        ffn, hidden, bias = self.expert_ffn, self.hidden, self.family.expert_bias
+        return (
+            Linear("mlp.experts.gate_up_proj", hidden, 2 * ffn, bias, self.experts),
+            Linear("mlp.experts.down_proj", ffn, hidden, bias, self.experts),
+        )
+
+    @property
     def expert_parameters(self) -> int:
-        """Weights of all experts, and of the routers."""
-        return self.layers * self.experts * (3 * self.expert_ffn * self.hidden + self.hidden)
+        """Weights and biases of all experts, and of the routers."""
+        of_experts = sum(math.prod(each.shape) + each.bias * self.experts * each.out_features for each in self.expert_linears)
+        return self.layers * (of_experts + self.experts * (self.hidden + self.family.expert_bias)) if self.experts else 0
 
     @property
     def active_expert_parameters(self) -> int:
@@ -234,8 +271,8 @@ class ModelShape:
             return sum(self.counts.parameters)
         biases = self.layers * sum(linear.out_features for linear in self.linears if linear.bias)
         tables = self.vocab * self.hidden * (1 if self.tied else 2) + self.vocab * self.family.head_bias
-        distances = 2 * self.buckets * self.heads
-        return self.linear_parameters + self.expert_parameters + self.norm_parameters + biases + tables + distances
+        others = 2 * self.buckets * self.heads + self.layers * self.heads * self.family.sinks
+        return self.linear_parameters + self.expert_parameters + self.norm_parameters + biases + tables + others
 
 
 def is_known(config: Mapping[str, Any]) -> bool:
@@ -381,3 +418,15 @@ def paths(shape: ModelShape) -> Iterator[tuple[str, Linear]]:
         for layer in range(layers):
             for linear in linears:
                 yield f"{stack}.{layer}.{linear.name}", linear
+
+
+def expert_paths(shape: ModelShape) -> Iterator[tuple[str, Linear]]:
+    """(full path, linear) of the weights of every mixture's experts."""
+    return (
+        (f"model.layers.{layer}.{linear.name}", linear) for layer in range(shape.layers) for linear in shape.expert_linears
+    )  # fmt: skip
+
+
+def all_paths(shape: ModelShape) -> dict[str, Linear]:
+    """Path -> linear of every layer's linears, those of experts included."""
+    return {**dict(paths(shape)), **dict(expert_paths(shape))}

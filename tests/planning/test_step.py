@@ -8,17 +8,20 @@ from pairwise import pairwise
 from torch.profiler import ProfilerActivity, profile
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from lownibble.arch import read_shape
+from lownibble.arch import all_paths, paths, read_shape
 from lownibble.config import LoraConfig, QuantConfig
 from lownibble.kernels import ops
 from lownibble.kernels.decoded import release_scratch
 from lownibble.lora import add_lora
+from lownibble.models import experts
 from lownibble.models.attention import kernel_obstacle, segment_attention
 from lownibble.models.load import quantizable
 from lownibble.planning.linear import Method, Runtime
 from lownibble.planning.memory import packed_layers
 from lownibble.planning.step import Batch, run_step
 from lownibble.quant import QuantLinear
+from lownibble.quant.codecs import quantize_experts
+from lownibble.quant.experts import QuantExperts
 from lownibble.training.loss import loss_at
 
 SIZES = {
@@ -49,11 +52,17 @@ def model_of(config, method, attention="sdpa"):
 
 def as_trained(model, method):
     if DORA.get(method, method) == "qlora":
-        for path in quantizable(model, QuantConfig()):
+        for path, how in quantizable(model, QuantConfig()).items():
             parent, _, name = path.rpartition(".")
             owner = model.get_submodule(parent)
-            setattr(owner, name, QuantLinear.from_linear(getattr(owner, name)))
-    return model if method == "full" else add_lora(model, LoraConfig(use_dora=method in DORA))
+            held = getattr(owner, name)
+            if isinstance(held, torch.nn.Parameter):
+                experts.place(owner, name, QuantExperts(quantize_experts(held, how)))
+            else:
+                setattr(owner, name, QuantLinear.from_linear(held))
+    if method == "full":
+        return model
+    return add_lora(model, LoraConfig(use_dora=method in DORA, target_experts=method != "lora, not on experts"))
 
 
 def checkpoint(model):
@@ -106,7 +115,8 @@ def packed(shape, method):
 
 
 def planned(shape, method, batch, passes, checkpointing):
-    ranks = {} if method == "full" else {f"model.layers.{i}.{linear.name}": 16 for i in range(3) for linear in shape.linears}
+    linears = paths(shape) if method == "lora, not on experts" else all_paths(shape).items()
+    ranks = {} if method == "full" else {path: 16 for path, _ in linears}
     run = Runtime(4, fused=True, kernel_attention=True, decode_buffers=1)
     tape = run_step(
         shape,
@@ -136,12 +146,12 @@ def test_equals_the_real_step(model_type, method, checkpointing):
 
 @needs_kernel
 @pytest.mark.parametrize("checkpointing", [False, True], ids=["", "checkpointing"])
-@pytest.mark.parametrize("method", ["full", "lora"])
+@pytest.mark.parametrize("method", ["full", "lora", "lora, not on experts", "qlora"])
 @pytest.mark.parametrize(
     ("model_type", "sizes", "tolerance"),
     [
         ("mixtral", {"num_local_experts": 8, "num_experts_per_tok": 2, "sliding_window": None}, TOLERANCE),
-        ("qwen3_moe", {"num_experts": 16, "moe_intermediate_size": 96, "num_experts_per_tok": 4}, 0.05),
+        ("qwen3_moe", {"num_experts": 16, "moe_intermediate_size": 96, "num_experts_per_tok": 4}, TOLERANCE),
     ],
 )
 def test_mixtures_of_experts(model_type, sizes, tolerance, method, checkpointing):

@@ -19,8 +19,6 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from lownibble.config import LoraConfig
-from lownibble.errors import TargetError
 from lownibble.kernels import ops
 from lownibble.kernels.types import Epilogue
 from lownibble.lora.layer import LoraLinear, LowRank
@@ -168,25 +166,3 @@ def file_paths(paths: Iterable[str], of_experts: Iterable[str]) -> dict[str, str
         outermost_first = sorted(names, key=experts.WEIGHTS.index, reverse=True)
         found |= {f"{container}.{name}": container + depth * ".base_layer" for depth, name in enumerate(outermost_first)}
     return found
-
-
-def check(config: LoraConfig, paths: Sequence[str], *, merge_aware: bool) -> None:
-    """Check that the options suit adapters on experts.
-
-    Raises:
-        TargetError: one does not (named, with the remedy).
-    """
-    wrong = [
-        what
-        for given, what in (
-            (config.lora_dropout > 0, f"lora_dropout = {config.lora_dropout:g}"), (config.use_dora, "use_dora"),
-            (config.init_lora_weights not in (True, False, "gaussian"), f"init_lora_weights = {config.init_lora_weights!r}"),
-            (merge_aware, "merge_aware"),
-        ) if given
-    ]  # fmt: skip
-    if paths and wrong:
-        raise TargetError(
-            f"Adapters on experts ({', '.join(paths[:2])}{', ...' * (len(paths) > 2)}) cannot be combined with "
-            f"{', '.join(wrong)}, nor can PEFT load that. Leave it out, or the experts: target_experts=false (--target-experts "
-            "false)."
-        )

@@ -17,7 +17,7 @@ from lownibble.errors import TargetError
 from lownibble.lora import targets
 from lownibble.lora.active import adapter_configs, replace_module, set_adapter
 from lownibble.lora.begin import adapt, output_head, take_back
-from lownibble.lora.experts import check, is_experts, named_experts
+from lownibble.lora.experts import is_experts, named_experts
 from lownibble.lora.init import find
 from lownibble.lora.layer import LoraLinear, TrainedCopy
 from lownibble.models.direct import without_effect
@@ -65,7 +65,7 @@ def match_targets(model: nn.Module, config: LoraConfig, *, of_file: bool = False
     of_experts = named_experts(model)
     adapted = targets.match_experts(of_experts, config, of_file=of_file)
     targets.check_ranks(config, [*matched, *adapted], of_file)
-    check(config, adapted, merge_aware=info(model).merge_aware is not None)
+    targets.check_experts(config, adapted, merge_aware=info(model).merge_aware is not None)
     return {path: linears[path] for path in matched if path not in idle} | {path: of_experts[path] for path in adapted}
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 
 from lownibble.config import LoraConfig
 from lownibble.errors import ConfigError, TargetError
@@ -147,6 +147,28 @@ def check_ranks(config: LoraConfig, targets: list[str], of_file: bool) -> None:
         for key in patterns:
             if not of_file and not any(fits(path, key) for path in targets):
                 raise TargetError(f"{option} {key!r} matches no targeted module. Targets: {', '.join(targets[:4])}, ...")
+
+
+def check_experts(config: LoraConfig, paths: Sequence[str], *, merge_aware: bool) -> None:
+    """Check that the options suit adapters on experts.
+
+    Raises:
+        TargetError: one does not (named, with the remedy).
+    """
+    wrong = [
+        what
+        for given, what in (
+            (config.lora_dropout > 0, f"lora_dropout = {config.lora_dropout:g}"), (config.use_dora, "use_dora"),
+            (config.init_lora_weights not in (True, False, "gaussian"), f"init_lora_weights = {config.init_lora_weights!r}"),
+            (merge_aware, "merge_aware"),
+        ) if given
+    ]  # fmt: skip
+    if paths and wrong:
+        raise TargetError(
+            f"Adapters on experts ({', '.join(paths[:2])}{', ...' * (len(paths) > 2)}) cannot be combined with "
+            f"{', '.join(wrong)}, nor can PEFT load that. Leave it out, or the experts: target_experts=false (--target-experts "
+            "false)."
+        )
 
 
 def parameter_shapes(n_in: int, n_out: int, r: int, use_dora: bool = False) -> dict[str, tuple[int, ...]]:

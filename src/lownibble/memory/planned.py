@@ -7,7 +7,7 @@ from typing import Any, Protocol
 
 import torch
 
-from lownibble.arch import paths, read_shape
+from lownibble.arch import all_paths, read_shape
 from lownibble.config import Checkpointing, LoraConfig, Method, QuantConfig, TrainConfig
 from lownibble.errors import ConfigError, InputError
 from lownibble.lora.active import adapter_configs
@@ -105,7 +105,7 @@ def plan_of(run: TrainingRun) -> tuple[Batch, MemoryPlan]:
     if "lm_head" in packed:
         raise ConfigError("The planner does not know a quantised head. Leave 'lm_head' in skip_modules to plan the run.")
     if packed:
-        dense = ["lm_head", *(path for path, _ in paths(shape) if path not in packed)]
+        dense = ["lm_head", *(path for path in all_paths(shape) if path not in packed)]
         quant = config_of({path: module.weight for path, module in packed.items()}, dense)
     options = train.with_options(
         optim=(paged_name(train.optim) if fit.paged else None) or plain_name(train.optim),

@@ -105,6 +105,11 @@ def place(container: Any, name: str, module: nn.Module) -> None:
     container.config._experts_implementation = IMPLEMENTATION
 
 
+def goes_by_expert(model: nn.Module) -> bool:
+    """Whether a mixture's experts run our pass, as some are packed or adapted."""
+    return any(container.config._experts_implementation == IMPLEMENTATION for _, container in containers(model))
+
+
 def _product(container: Any, name: str, x_SK: Tensor, ends: Sequence[int]) -> Tensor:
     held = getattr(container, name)
     if isinstance(held, nn.Module):

@@ -35,6 +35,7 @@ from lownibble.models.sources import ModelSource, resolve
 from lownibble.quant import PackedWeight, QuantLinear, eightbit, is_linear, is_transposed, layouts, matrix, quantize
 from lownibble.quant.codecs import quantize_experts
 from lownibble.quant.experts import QuantExperts
+from lownibble.quant.packed import PackedExperts
 from lownibble.registry import CODECS
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -179,7 +180,9 @@ def uninitialised(config: Mapping[str, Any], quant: QuantConfig | None, dtype: t
         path, _, last = key.rpartition(".")
         tensor = torch.empty(parameter.shape, dtype=dtype)
         if key in to_quantize:
-            _place_experts(model, key, quantize_experts(_as_rows(model, key, tensor), to_quantize[key]).with_dtype(dtype), device)
+            how, rows = to_quantize[key], _as_rows(model, key, tensor)
+            one = CODECS[how.quant_type].quantize(rows[0].contiguous(), how).with_dtype(dtype)
+            _place_experts(model, key, PackedExperts.uninitialised(one, len(rows)), device)
         elif path in to_quantize and last == "weight":
             how = to_quantize[path]
             tensor = tensor.t().contiguous() if is_transposed(model.get_submodule(path)) else tensor

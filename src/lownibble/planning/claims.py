@@ -13,12 +13,13 @@ Each judgement shows its arithmetic.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from lownibble.arch import ModelShape, paths
+from lownibble.arch import ModelShape, all_paths
 from lownibble.config import LoraConfig, Method, QuantConfig, TrainConfig
 from lownibble.errors import ConfigError
 from lownibble.options import n_bytes, read_toml
@@ -156,8 +157,9 @@ def _stored(shape: ModelShape, method: Method) -> tuple[int, str]:
         gradients = shape.parameters * 2 if method == "full" else 0
         what = "16 bits each, and their gradients as much again" if gradients else "16 bits each"
         return shape.parameters * 2 + gradients, what
-    packed = sum(layouts.n_bytes((linear.out_features, linear.in_features), QuantConfig()) for _, linear in paths(shape))
-    rest, bits = 2 * (shape.parameters - shape.linear_parameters), 8 * packed / shape.linear_parameters
+    shapes = [linear.shape for linear in all_paths(shape).values()]
+    packed, elements = sum(layouts.n_bytes(each, QuantConfig()) for each in shapes), sum(map(math.prod, shapes))
+    rest, bits = 2 * (shape.parameters - elements), 8 * packed / elements
     return packed + rest, f"linears {packed / 1e9:.1f} GB at {bits:.3f} bits, the rest {rest / 1e9:.2f} GB at 16"
 
 

@@ -8,12 +8,13 @@ In a compiled layer (`training/compiling.py`) norms, rotary embedding, activatio
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 from lownibble.arch import ModelShape
 from lownibble.config import Checkpointing
 from lownibble.planning import fused
 from lownibble.planning import operations as op
+from lownibble.planning.experts import Mixture
 from lownibble.planning.linear import LinearOnTape, Method, Runtime, SharedBuffers
 from lownibble.planning.tape import BOOL, FLOAT32, INT64, LayerInputs, Tape, Value
 from lownibble.planning.tiles import is_long, tile_lengths, tiled
@@ -43,7 +44,10 @@ class Decoder:
         self.norms = [[self._norm_parameters(hidden) for _ in range(family.norms)] for _ in range(shape.layers)]
         self.qk_norms = [[self._norm_parameters(shape.head_dim) for _ in range(2 * family.qk_norm)] for _ in range(shape.layers)]
         self.last_norm = self._norm_parameters(hidden)
-        self.experts = [each for _ in range(shape.layers * family.experts) for each in self._expert_parameters()]
+        self.mixtures = [
+            Mixture(tape, shape, method, run, self.buffers, layer, self._parameter)
+            for layer in range(shape.layers) if family.experts
+        ]  # fmt: skip
         self.head = self.embedding if shape.tied else self._parameter(shape.vocab * hidden)
         r = method.ranks.get("lm_head", 0)
         self.head_adapter = [tape.parameter(r * n, method.adapter_itemsize, "adapters", True) for n in (hidden, shape.vocab) if r]
@@ -61,15 +65,12 @@ class Decoder:
     def _norm_parameters(self, n: int) -> list[Value]:
         return [self._parameter(n) for _ in range(2 if self.shape.family.norm == "layer" else 1)]
 
-    def _expert_parameters(self) -> list[Value]:
-        shape = self.shape
-        each = shape.expert_ffn * shape.hidden
-        return [self._parameter(shape.experts * n) for n in (2 * each, each, shape.hidden)]
-
     @property
     def parameters(self) -> list[Value]:
         """All parameters but the head's adapter."""
-        return self._all + [p for layer in self.layers for linear in layer.values() for p in linear.parameters]
+        linears = [linear for layer in self.layers for linear in layer.values()]
+        linears += [linear for mixture in self.mixtures for linear in mixture.linears]
+        return self._all + [p for linear in linears for p in linear.parameters]
 
     def forward(self, rows: int, length: int, checkpointing: Checkpointing) -> Value:
         """Last hidden states (rows x length tokens)."""
@@ -152,7 +153,7 @@ class Decoder:
 
     def _feed(self, layer: int, x: Value) -> Value:
         if self.shape.family.experts:
-            return self._mlp(layer, x)
+            return self.mixtures[layer](x)
         attention = self.shape.family.linears[: 2 if self.shape.family.fused else 4]
         linears = [linear for name, linear in self.layers[layer].items() if name not in attention]
         return self._in_tiles(lambda tile: self._mlp(layer, tile), x, [p for linear in linears for p in linear.parameters])
@@ -271,8 +272,6 @@ class Decoder:
     def _mlp(self, layer: int, x: Value) -> Value:
         tape, linears, names = self.tape, self.layers[layer], self.shape.family.linears
         activate = op.ACTIVATIONS.get(self.shape.activation, op.activation)
-        if self.shape.family.experts:
-            return self._mixture(layer, x)
         if self.shape.family.fused:
             both = linears["gate_up_proj"](x)
             if self._in_graph:
@@ -291,53 +290,3 @@ class Decoder:
             return linears["down_proj"](fed)
         gated = activate(tape, linears["gate_proj"](x))
         return linears["down_proj"](op.mul(tape, gated, linears["up_proj"](x)))
-
-    def _mixture(self, layer: int, x: Value) -> Value:
-        """Mixture of experts: tokens are sorted by expert, so that all experts run as one grouped matmul."""
-        tape, shape, size = self.tape, self.shape, x.itemsize
-        gate_up, down, router = self.experts[layer * 3 : layer * 3 + 3]
-        tokens = x.n // shape.hidden
-        sent = tokens * shape.active_experts
-        weights, order = self._route(x, router, tokens, sent)
-        current = self._moved(x, sent * shape.hidden, order)
-        gate, up = op.halves(tape, self._grouped(current, gate_up, 2 * sent * shape.expert_ffn))
-        del current
-        fed = op.mul(tape, op.activation(tape, gate), up)
-        del gate, up
-        out = self._grouped(fed, down, sent * shape.hidden)
-        del fed
-        out = op.mul(tape, out, weights)
-        out = self._moved(out, out.n, order)
-        result, n = tape.new(x.n, size), out.n
-        tape.record([result], [out], [], lambda grads, saved: [Value(grads[0].storage, n, size)])  # type: ignore[union-attr]
-        return result
-
-    def _route(self, x: Value, router: Value, tokens: int, sent: int) -> tuple[Value, Value]:
-        """Routing weights of each token's experts, and the token order sorted by expert."""
-        tape, experts = self.tape, self.shape.experts
-        scores = op.cast(tape, self._grouped(x, router, tokens * experts), FLOAT32)
-        shares = op.softmax(tape, scores, FLOAT32)
-        chosen, places = tape.new(sent, FLOAT32), tape.new(sent, INT64)
-        tape.record([chosen], [shares], [places], lambda grads, saved: [tape.new(tokens * experts, FLOAT32)])
-        chosen = op.mul(tape, chosen, tape.new(tokens, FLOAT32))
-        return op.cast(tape, self._moved(chosen, sent, places), x.itemsize), tape.new(sent, INT64)
-
-    def _moved(self, x: Value, n: int, order: Value) -> Value:
-        """Gather rows of x, possibly repeated: n elements."""
-        tape, before = self.tape, x.n
-        out = tape.new(n, x.itemsize)
-        itemsize = x.itemsize
-        tape.record([out], [x], [order], lambda grads, _: [tape.new(before, itemsize)])
-        return out
-
-    def _grouped(self, x: Value, weight: Value, n: int) -> Value:
-        """Grouped matmul with all experts' weights, or the router's: n result elements."""
-        tape, before, itemsize = self.tape, x.n, x.itemsize
-        out = tape.new(n, itemsize)
-        wants_x, wants_weight = x.wants_grad, weight.trained
-
-        def backward(grads: list[Value | None], saved: list[Value]) -> Sequence[Value | None]:
-            return [tape.new(before, itemsize) if wants_x else None, tape.like(weight) if wants_weight else None]
-
-        tape.record([out], [x, weight], [*[weight] * wants_x, *[x] * wants_weight], backward)
-        return out

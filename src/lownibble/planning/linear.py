@@ -108,7 +108,8 @@ class LinearOnTape:
     ) -> None:  # fmt: skip
         self.tape, self.run, self.buffers, self.in_graph = tape, run, buffers, False
         self.n_in, self.n_out, self.r = linear.in_features, linear.out_features, method.ranks.get(path, 0)
-        n = self.n_in * self.n_out
+        self.n_experts = linear.experts or 1
+        n, n_biases = self.n_experts * self.n_in * self.n_out, self.n_experts * self.n_out
         self.packed, self.fused = path in method.packed, run.fused and path in method.fused
         if not self.packed:
             self.parts = [tape.parameter(n, run.itemsize, "weights", method.full)]
@@ -119,9 +120,10 @@ class LinearOnTape:
         if self.rounded:
             codes, *constants = method.rounded[path]
             self.parts += [tape.parameter(codes, 1, "codes"), *(tape.parameter(size, 1, "constants") for size in constants)]
-        self.bias = tape.parameter(self.n_out, run.itemsize, "weights", method.full) if linear.bias else None
+        self.bias = tape.parameter(n_biases, run.itemsize, "weights", method.full) if linear.bias else None
         self.of_adapter, of_adapter = method.adapter_itemsize, method.adapter_itemsize
-        self.adapter = [tape.parameter(self.r * n, of_adapter, "adapters", True) for n in (self.n_in, self.n_out) if self.r]
+        of_factors = [self.n_experts * self.r * width for width in (self.n_in, self.n_out) if self.r]
+        self.adapter = [tape.parameter(each, of_adapter, "adapters", True) for each in of_factors]
         self.magnitude: Value | None = None
         if self.r and method.dora:
             self.magnitude = tape.parameter(self.n_out, of_adapter, "adapters", True)

@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
-from lownibble.arch import Linear, ModelShape, paths
+from lownibble.arch import Linear, ModelShape, all_paths, expert_paths, paths
 from lownibble.config import CORRECT, KEEP_THEIR_START, LOOK_AT_INPUTS, Checkpointing, LoraConfig, QuantConfig, TrainConfig
 from lownibble.config import Method as MethodName
 from lownibble.errors import ConfigError, InputError, TargetError
@@ -28,6 +28,7 @@ from lownibble.optim import specs
 from lownibble.options import n_bytes
 from lownibble.planning.allocator import reserved_bytes
 from lownibble.planning.calibrated import Rows, run_calibration
+from lownibble.planning.experts import goes_by_expert
 from lownibble.planning.hardware import Device
 from lownibble.planning.linear import Method, Runtime, chunk_bytes
 from lownibble.planning.step import Batch, run_step
@@ -79,7 +80,8 @@ class MemoryPlan:
         worst: the phase with the peak.
         simulated_bytes: reserved by the simulated caching allocator. pass_bytes: sum of all allocations of a microbatch,
             simultaneous or not.
-        parameters, trained_parameters: elements.
+        parameters, trained_parameters: elements. adapters_per_token: of the trained ones of adapters, those that a token passes
+            through.
         host_bytes: pinned host memory for offloaded checkpoints.
         compiled: whether the step is one of compiled decoder layers.
     """
@@ -94,6 +96,7 @@ class MemoryPlan:
     on_device: Device
     host_bytes: int = 0
     compiled: bool = False
+    adapters_per_token: int = 0
 
     def on(self, device: Device) -> MemoryPlan:
         """The same plan on another device with an equal `Device.alike`."""
@@ -156,8 +159,8 @@ def plan_memory(
         rounded: path of each layer of a merge-aware run that computes with a second packed weight -> its codec; `quant` is then
             what the base is held in.
         calibration: rows of the calibration pass, if the initialisation looks at layers' inputs; None: it is not counted.
-        compiled: the run compiles decoder layers (see `compiles`); those that run in tiles of tokens are not. Only on CUDA: plans
-            for a CPU are of layers that are not compiled.
+        compiled: the run compiles decoder layers (see `compiles`); those that run in tiles of tokens are not, nor those of
+            mixtures with packed or adapted experts. Only on CUDA: plans for a CPU are of layers that are not compiled.
     Raises:
         TargetError: LoRA's targets match nothing in this model.
         ConfigError: an option that the planner does not support.
@@ -171,7 +174,6 @@ def plan_memory(
     ranks = {} if method == "full" or shape.counts else _ranks(shape, lora)
     batch, passes = batch or _largest(train), min(2, train.gradient_accumulation_steps)
     tiled = bool(train.gradient_checkpointing) and is_long(batch.rows * batch.length)
-    run = _runtime(device, size, compiled and not tiled)
     of_adapter = ITEMSIZE[adapter_dtype]
     if rounded and (step is not None or of_adapter != FLOAT32 or lora.use_dora):
         raise ConfigError(
@@ -189,6 +191,7 @@ def plan_memory(
         computed_with = {path: _bytes_of(linear, rounded[path]) for path, linear in paths(shape) if path in rounded}
         by_tiles = {path for path, how in rounded.items() if device.kind == "cpu" and how.quant_type in TILED}
         ways = Method(method == "full", packed, fused, ranks, of_adapter, lora.use_dora, computed_with, by_tiles)
+    run = _runtime(device, size, compiled and not tiled and not (ways and goes_by_expert(shape, ways)))
     if step is None:
         assert ways is not None
         tape = run_step(shape, ways, run, batch, checkpointing=train.gradient_checkpointing, passes=passes)
@@ -202,6 +205,8 @@ def plan_memory(
             tape.hold([n * each for n, each in trained], "gradients")  # those that graphs add to
     tape.hold(state_bytes(trained, train, device.kind), "optimizer")
     found = _read(tape, passes, shape, device, sum(n for n, _ in trained))
+    if method != "full":
+        found = replace(found, adapters_per_token=_active_adapters(shape, ranks, lora.use_dora))
     init = str(lora.init_lora_weights)
     if calibration is None or not needs_pass(method, init):
         return found
@@ -257,32 +262,35 @@ def _runtime(device: Device, size: int, compiled: bool = False) -> Runtime:
     )  # fmt: skip
 
 
-def _ranks(shape: ModelShape, lora: LoraConfig) -> dict[str, int]:
-    """Path of each adapted linear -> its rank."""
+def _ranks(shape: ModelShape, lora: LoraConfig, *, merge_aware: bool = False) -> dict[str, int]:
+    """Path of each adapted linear, experts' included -> its rank."""
     for option, value, off in (("bias", lora.bias, "none"), ("modules_to_save", lora.modules_to_save, [])):
         if value != off:
             raise ConfigError(f"The planner does not know '{option}'. Got {value!r}. Leave it out to plan without.")
     linears = [path for path, _ in paths(shape)]
     try:
         matched = targets.match_targets([*linears, "lm_head"], lora, head="lm_head")
+        of_experts = targets.match_experts([path for path, _ in expert_paths(shape)], lora)
+        targets.check_ranks(lora, [*matched, *of_experts], of_file=False)
+        targets.check_experts(lora, of_experts, merge_aware=merge_aware)
     except TargetError as error:
         raise TargetError(f"'{shape.name}': {error}") from None
     if lora.use_dora and (lora.lora_dropout or "lm_head" in matched):
         what = f"lora_dropout. Got {lora.lora_dropout}" if lora.lora_dropout else "an adapted lm_head"
         raise ConfigError(f"The planner does not know use_dora with {what}. Leave it out to plan without.")
-    return {path: targets.rank_of(path, lora) for path in matched}
+    return {path: targets.rank_of(path, lora) for path in [*matched, *of_experts]}
 
 
 def packed_layers(shape: ModelShape, quant: QuantConfig) -> dict[str, list[int]]:
-    """Path of each packed linear -> bytes of its codes, then of each of its constants."""
-    linears = {path: (linear.out_features, linear.in_features) for path, linear in paths(shape)}
+    """Path of each packed linear, experts' included -> bytes of its codes, then of each of its constants."""
+    linears = all_paths(shape)
     try:
-        chosen = layouts.choose(linears, quant, ["lm_head"])
+        chosen = layouts.choose({path: linear.shape for path, linear in linears.items()}, quant, ["lm_head"])
     except InputError as error:
         raise type(error)(f"'{shape.name}': {error}") from None
     if not shape.tied and "lm_head" not in quant.skip_modules:
         raise ConfigError("The planner does not know a quantised head. Leave 'lm_head' in skip_modules to plan without.")
-    return {path: _bytes_of(linear, chosen[path]) for path, linear in paths(shape) if path in chosen}
+    return {path: _bytes_of(linear, chosen[path]) for path, linear in linears.items() if path in chosen}
 
 
 def merge_aware(shape: ModelShape, quant: QuantConfig, lora: LoraConfig) -> tuple[QuantConfig, dict[str, QuantConfig]]:
@@ -290,20 +298,20 @@ def merge_aware(shape: ModelShape, quant: QuantConfig, lora: LoraConfig) -> tupl
     `lora/merge_aware.held_as`.
 
     Raises:
-        ConfigError: nothing is rounded, or the family is not known.
+        ConfigError: nothing is rounded, or the family is not known. TargetError: there are adapters on experts.
     """
     if shape.counts is not None:
         raise ConfigError(f"The planner does not know merge-aware training of '{shape.name}'. Leave merge_aware out.")
-    shapes = {path: (linear.out_features, linear.in_features) for path, linear in paths(shape)}
+    shapes = {path: linear.shape for path, linear in all_paths(shape).items()}
     leaves = {path: quant.for_layer(path) for path in packed_layers(shape, quant)}
-    adapted = _ranks(shape, lora).keys()
+    adapted = _ranks(shape, lora, merge_aware=True).keys()
     rounded = [path for path in leaves if path in adapted and not is_part(path, shape.family.kept_dense)]
     return QuantConfig.of_layers(held(leaves, shapes, rounded), quant.skip_modules), {path: leaves[path] for path in rounded}
 
 
 def _bytes_of(linear: Linear, how: QuantConfig) -> list[int]:
     """Bytes of a packed linear's codes, then of each of its constants."""
-    return [spec.n_bytes for spec in layouts.layout((linear.out_features, linear.in_features), how).values()]
+    return [spec.n_bytes for spec in layouts.of_layer(linear.shape, how).values()]
 
 
 def _trained(
@@ -316,15 +324,28 @@ def _trained(
         )
         return
     if method == "full":
-        yield shape.parameters - shape.linear_parameters, size
-        for _, linear in paths(shape):
-            yield linear.in_features * linear.out_features, size
+        sizes = [math.prod(linear.shape) for linear in all_paths(shape).values()]
+        yield shape.parameters - sum(sizes), size
+        yield from ((n, size) for n in sizes)
         return
-    adapted = {path: (linear.in_features, linear.out_features) for path, linear in paths(shape) if path in ranks}
-    adapted |= {"lm_head": (shape.hidden, shape.vocab)} if "lm_head" in ranks else {}
-    for path, (n_in, n_out) in adapted.items():
-        for parameter in targets.parameter_shapes(n_in, n_out, ranks[path], use_dora).values():
-            yield math.prod(parameter), of_adapter
+    for linear, n in _adapters(shape, ranks, use_dora):
+        yield (linear.experts or 1) * n, of_adapter
+
+
+def _adapters(shape: ModelShape, ranks: Mapping[str, int], use_dora: bool) -> Iterator[tuple[Linear, int]]:
+    """(adapted linear, elements) of every parameter of an adapter, for one expert."""
+    linears = {**all_paths(shape), "lm_head": Linear("lm_head", shape.hidden, shape.vocab, bias=False)}
+    for path, r in ranks.items():
+        linear = linears[path]
+        for parameter in targets.parameter_shapes(linear.in_features, linear.out_features, r, use_dora).values():
+            yield linear, math.prod(parameter)
+
+
+def _active_adapters(shape: ModelShape, ranks: Mapping[str, int], use_dora: bool) -> int:
+    """Elements of the adapters that a token passes through."""
+    if shape.counts is not None:
+        return shape.counts.active_adapters
+    return sum((shape.active_experts if linear.experts else 1) * n for linear, n in _adapters(shape, ranks, use_dora))
 
 
 def state_bytes(trained: list[tuple[int, int]], train: TrainConfig, device_type: str) -> list[int]:

@@ -36,7 +36,11 @@ def mul(tape: Tape, a: Value, b: Value) -> Value:
     a_size, b_size = a.itemsize, b.itemsize
 
     def backward(grads: list[Value | None], saved: list[Value]) -> Sequence[Value | None]:
-        return [tape.new(n, a_size) if wants_a else None, tape.new(n, b_size) if wants_b else None]
+        wide: list[Value | None] = [tape.new(n, itemsize) if wants else None for wants in (wants_a, wants_b)]
+        for i, size in enumerate((a_size, b_size)):
+            if size != itemsize and wide[i] is not None:
+                wide[i] = tape.new(n, size)
+        return wide
 
     tape.record([out], [a, b], [*[b] * wants_a, *[a] * wants_b], backward)
     return out

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from lownibble import stored
-from lownibble.arch import ModelShape, paths
+from lownibble.arch import ModelShape, all_paths
 from lownibble.config import METHODS, Method, PlanConfig, QuantConfig, TrainConfig
 from lownibble.errors import ConfigError, ModelError
 from lownibble.leaves import GROUPS
@@ -158,7 +158,7 @@ def as_stored(config: PlanConfig, shape: ModelShape | None = None) -> tuple[Plan
     if config.method != "all" and (why := stored.why_not(how, config.method)):
         raise ConfigError(f"'{config.model}' cannot be planned with {config.method}: {why}")
     shape = shape or find_shape(config.model)
-    linears = shape.counts.linears if shape.counts else {path: linear.in_features for path, linear in paths(shape)}
+    linears = shape.counts.linears if shape.counts else {path: linear.in_features for path, linear in all_paths(shape).items()}
     quantised = [path for path in linears if stored.is_quantised(how, path)]
     held = {path: stored.of_layer(codec.for_layer(path), linears[path]) for path in quantised}
     if not held and not stored.only_experts(how):

@@ -86,12 +86,12 @@ def step_flops(shape: ModelShape, method: Method, memory: MemoryPlan, train: Tra
 def flops_per_token(shape: ModelShape, method: Method, memory: MemoryPlan, train: TrainConfig) -> float:
     """FLOPs of a step per token: per weight 2 in forward, 2 for the input gradient, and 2 for its own gradient if trained;
     attention over half the row (all of it if bidirectional); a second forward pass with checkpointing. An encoder-decoder model
-    is assumed to read and write rows of `max_length`."""
+    is assumed to read and write rows of `max_length`. Of a mixture count the experts that a token passes through."""
     layers = 2 * (shape.linear_parameters + shape.active_expert_parameters)
     halves = shape.layers + 3 * shape.decoder_layers + (shape.layers if shape.decoder_layers else 0)
     attention = 2 * halves * shape.heads * shape.head_dim * train.max_length
     head = 2 * shape.vocab * shape.hidden
-    adapters = 0 if method == "full" else 2 * memory.trained_parameters
+    adapters = 2 * memory.adapters_per_token
     forward = layers + attention + adapters
     backward = layers * (2 if method == "full" else 1) + 2.5 * attention + 2 * adapters
     return forward * (2 if train.gradient_checkpointing else 1) + backward + head * (3 if method == "full" else 2)

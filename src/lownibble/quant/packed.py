@@ -280,16 +280,21 @@ class PackedExperts(PackedWeight):
     @classmethod
     def of(cls, weights: Iterable[PackedWeight], n_experts: int) -> PackedExperts:
         """Put the packed weights of `n_experts` experts, of one codec and shape, into one set of tensors."""
-        facts: dict[str, Any] = {}
-        stacked: dict[str, Tensor] = {}
+        found: PackedExperts | None = None
         for expert, weight in enumerate(weights):
-            if not stacked:
-                facts = weight.facts()
-                stacked = {name: tensor.new_empty((n_experts, *tensor.shape)) for name, tensor in weight.tensors().items()}
-            assert weight.facts() == facts
+            found = found or cls.uninitialised(weight, n_experts)
+            assert weight.facts() == found[expert].facts()
             for name, tensor in weight.tensors().items():
-                stacked[name][expert] = tensor
-        return cls({**facts, "shape": [n_experts, *facts["shape"]], "experts": n_experts}, stacked)
+                found._tensors[name][expert] = tensor
+        assert found is not None
+        return found
+
+    @classmethod
+    def uninitialised(cls, one: PackedWeight, n_experts: int) -> PackedExperts:
+        """The weights of `n_experts` experts that are packed as `one`, with any values."""
+        facts = one.facts()
+        tensors = {name: tensor.new_empty((n_experts, *tensor.shape)) for name, tensor in one.tensors().items()}
+        return cls({**facts, "shape": [n_experts, *facts["shape"]], "experts": n_experts}, tensors)
 
     def __len__(self) -> int:
         return int(self.shape[0])

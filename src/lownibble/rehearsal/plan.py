@@ -117,8 +117,14 @@ class _Built:
         experts = sum(p.numel() for p in model.parameters() if p.ndim == 3)
         every = _of(config, "num_experts", "num_local_experts", "n_routed_experts")
         active = min(every, _of(config, "num_experts_per_tok", "top_k", "moe_topk"))
+
+        def passed(n: int) -> int:
+            """Of n elements of all experts, those that a token passes through."""
+            return n * active // every if every else n
+
         add_lora(model, self.lora)
-        adapters = tuple(p.numel() for p in model.parameters() if p.requires_grad)
+        trained = [p for p in model.parameters() if p.requires_grad]
+        adapters, of_experts = tuple(p.numel() for p in trained), sum(p.numel() for p in trained if p.ndim == 3)
         embeddings = model.get_input_embeddings().weight
         heads = _of(config, "num_attention_heads")
         return ModelShape(
@@ -126,7 +132,7 @@ class _Built:
             hidden=int(embeddings.shape[1]), ffn=0, heads=heads, key_heads=heads,
             head_dim=_of(config, "head_dim") or (_of(config, "hidden_size") // heads if heads else 0),
             vocab=int(embeddings.shape[0]), tied=False, linears=(), activation="", rotary_dim=0,
-            counts=Counts(parameters, linear, experts * active // every if every else experts, adapters, rows),
+            counts=Counts(parameters, linear, passed(experts), adapters, sum(adapters) - of_experts + passed(of_experts), rows),
         )  # fmt: skip
 
     def refusal(self, method: Method) -> str:

@@ -32,7 +32,7 @@ from torch import nn
 import lownibble
 from lownibble.errors import ConfigError, TrainingError
 from lownibble.lora import count_parameters
-from lownibble.models import attention
+from lownibble.models import attention, experts
 from lownibble.models.info import decoder_layers, info
 from lownibble.planning.memory import PAYS_AFTER_FLOPS
 from lownibble.training.forwards import Forward, replaced_forwards
@@ -76,6 +76,8 @@ def obstacle_to(model: Any, device: torch.device) -> str:
         return f"{type(model).__name__} has an encoder, whose layers are of another form"
     if info(model).merge_aware is not None:
         return "merge-aware layers pack their weight between steps, out of a graph's sight"
+    if experts.goes_by_expert(model):
+        return "packed or adapted experts run one by one, with as many rows each as the router sends them, which a graph cannot"
     if not decoder_layers(model):
         return f"the decoder layers of {type(model).__name__} are not known"
     if device.type == "cpu":

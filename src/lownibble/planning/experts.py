@@ -1,0 +1,180 @@
+"""The MLP of a mixture of experts on a `Tape`: router, and experts that are held in one tensor for all of them.
+
+Experts that are neither packed nor adapted run transformers' pass: tokens are sorted by expert, and all experts are one grouped
+matmul. If any layer's are, all run ours (`models/experts.py`), which goes expert by expert over the sorted rows: it decodes one
+expert at a time, and a product is written into the rows of a tensor for all. What an expert takes meanwhile is counted once, for
+an even share of the rows; how many the busiest one has, only the data tell.
+
+Local variables matter, as in `decoder.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from lownibble.arch import ModelShape, expert_paths
+from lownibble.planning import operations as op
+from lownibble.planning.linear import LinearOnTape, Method, Runtime, SharedBuffers
+from lownibble.planning.tape import FLOAT32, INT64, Tape, Value
+
+
+class ExpertsOnTape(LinearOnTape):
+    """A linear layer of all experts, dense or packed, with or without an adapter, as in `quant/experts.py` and
+    `lora/experts.py`."""
+
+    def __call__(self, x: Value) -> Value:
+        """Forward pass for rows that are sorted by expert."""
+        out = self._adapted_rows(x) if self.r else self._frozen_rows(x)
+        return out if self.bias is None else op.add(self.tape, out, self.tape.new(out.n, out.itemsize))
+
+    def _share(self, rows: int) -> int:
+        return -(-rows // self.n_experts)
+
+    def _frozen_rows(self, x: Value) -> Value:
+        tape, size, rows = self.tape, self.run.itemsize, x.n // self.n_in
+        out = tape.new(rows * self.n_out, size)
+        self._product(self._share(rows), self.n_out, 0)
+
+        def backward(grads: list[Value | None], saved: list[Value]) -> Sequence[Value | None]:
+            dx = tape.new(rows * self.n_in, size)
+            self._product(self._share(rows), self.n_in, 0)
+            return [dx]
+
+        tape.record([out], [x], [], backward)
+        return out
+
+    def _adapted_rows(self, x: Value) -> Value:
+        tape, size, r, rows = self.tape, self.run.itemsize, self.r, x.n // self.n_in
+        (A, B), share, narrow, of_adapter = self.adapter, self._share(rows), size != self.of_adapter, self.of_adapter
+        out, low = tape.new(rows * self.n_out, size), tape.new(rows * r, size)
+        cast = tape.new(r * self.n_in, size) if narrow else None
+        part = tape.new(share * r, size)
+        del cast, part
+        self._product(share, self.n_out, r * self.n_out)
+        wants_x = x.wants_grad
+
+        def backward(grads: list[Value | None], saved: list[Value]) -> Sequence[Value | None]:
+            dA, dB = (tape.new(each.n, of_adapter) for each in (A, B))
+            dx = tape.new(rows * self.n_in, size) if wants_x else None
+            cast = tape.new(r * self.n_out, size) if narrow else None
+            dlow = tape.new(share * r, size)
+            del cast
+            turned = [tape.new(r * self.n_out, each) for each in ([size] if narrow else []) + [of_adapter] * (not self.run.fused)]
+            of_one = [tape.new(r * self.n_out, of_adapter)]
+            del turned
+            product = tape.new(r * self.n_in, size) if narrow else None
+            of_one.append(tape.new(r * self.n_in, of_adapter))
+            del product, of_one
+            if wants_x:
+                self._product(share, self.n_in, r * self.n_in)
+            del dlow
+            return [dx, dA, dB]
+
+        tape.record([out], [x, A, B], [x, low], backward)
+        return out
+
+
+def goes_by_expert(shape: ModelShape, method: Method) -> bool:
+    """Whether a mixture's experts run our pass, as some are packed or adapted."""
+    return any(path in method.packed or path in method.ranks for path, _ in expert_paths(shape))
+
+
+class Mixture:
+    """Router and experts of a decoder layer.
+
+    Args:
+        layer: its number. new: makes a parameter of n elements that is the model's own.
+    """
+
+    def __init__(
+        self, tape: Tape, shape: ModelShape, method: Method, run: Runtime, buffers: SharedBuffers, layer: int,
+        new: Callable[[int], Value],
+    ) -> None:  # fmt: skip
+        self._tape, self._shape = tape, shape
+        self.gate_up, self.down = self.linears = [
+            ExpertsOnTape(tape, f"model.layers.{layer}.{linear.name}", linear, method, run, buffers)
+            for linear in shape.expert_linears
+        ]
+        self._router = new(shape.experts * shape.hidden)
+        self._router_bias = new(shape.experts) if shape.family.expert_bias else None
+        self._ours = goes_by_expert(shape, method)
+
+    def __call__(self, x: Value) -> Value:
+        """The sum over each token's experts, for all tokens."""
+        tokens = x.n // self._shape.hidden
+        rows = tokens * self._shape.active_experts
+        shares = self._route(x, tokens, rows)
+        return (self._our_pass if self._ours else self._grouped_pass)(x, shares, rows)
+
+    def _route(self, x: Value, tokens: int, rows: int) -> Value:
+        """The share of each token's experts."""
+        tape, experts = self._tape, self._shape.experts
+        scores = op.cast(tape, self._grouped(x, self._router, self._router_bias, tokens * experts), FLOAT32)
+        shares = op.softmax(tape, scores, FLOAT32)
+        chosen, places = tape.new(rows, FLOAT32), tape.new(rows, INT64)
+        tape.record([chosen], [shares], [places], lambda grads, saved: [tape.new(tokens * experts, FLOAT32)])
+        shares = op.mul(tape, chosen, tape.new(tokens, FLOAT32))
+        return shares if self._shape.family.wide_shares else op.cast(tape, shares, x.itemsize)
+
+    def _our_pass(self, x: Value, shares: Value, rows: int) -> Value:
+        tape, width = self._tape, self._shape.hidden
+        expert_of_row, order = tape.new(rows, INT64), tape.new(rows, INT64)
+        current = self._moved(x, rows * width, tape.new(rows, INT64))
+        both = self.gate_up(current)
+        del current
+        fed = self._gate(both)
+        del both
+        out = self.down(fed)
+        out = op.mul(tape, out, self._moved(shares, rows, order))
+        summed = self._summed(self._moved(out, out.n, tape.new(rows, INT64)), x)
+        del out, fed, expert_of_row, order
+        return summed
+
+    def _grouped_pass(self, x: Value, shares: Value, rows: int) -> Value:
+        tape, shape = self._tape, self._shape
+        shares, order = self._moved(shares, rows, tape.new(rows, INT64)), tape.new(rows, INT64)
+        current = self._moved(x, rows * shape.hidden, order)
+        both = self._grouped(current, self.gate_up.parts[0], self.gate_up.bias, 2 * rows * shape.expert_ffn)
+        del current
+        fed = self._gate(both)
+        del both
+        out = self._grouped(fed, self.down.parts[0], self.down.bias, rows * shape.hidden)
+        del fed
+        out = op.mul(tape, out, shares)
+        out = self._moved(out, out.n, order)
+        return self._summed(out, x)
+
+    def _summed(self, out: Value, x: Value) -> Value:
+        """The sum over each token's experts, of x's size."""
+        tape, result, n, size = self._tape, self._tape.new(x.n, out.itemsize), out.n, out.itemsize
+        tape.record([result], [out], [], lambda grads, saved: [Value(grads[0].storage, n, size)])  # type: ignore[union-attr]
+        del out
+        return op.cast(tape, result, x.itemsize)
+
+    def _gate(self, both: Value) -> Value:
+        gate, up = op.halves(self._tape, both)
+        return op.mul(self._tape, op.activation(self._tape, gate), up)
+
+    def _moved(self, x: Value, n: int, order: Value) -> Value:
+        """Gather rows of x, possibly repeated: n elements."""
+        tape, before = self._tape, x.n
+        out = tape.new(n, x.itemsize)
+        itemsize = x.itemsize
+        tape.record([out], [x], [order], lambda grads, _: [tape.new(before, itemsize)])
+        return out
+
+    def _grouped(self, x: Value, weight: Value, bias: Value | None, n: int) -> Value:
+        """Grouped matmul with all experts' weights, or the router's: n result elements."""
+        tape, before, itemsize = self._tape, x.n, x.itemsize
+        out = tape.new(n, itemsize)
+        wants_x, wants_weight = x.wants_grad, weight.trained
+
+        def backward(grads: list[Value | None], saved: list[Value]) -> Sequence[Value | None]:
+            return [
+                tape.new(before, itemsize) if wants_x else None,
+                tape.like(weight) if wants_weight else None,
+                tape.like(bias) if wants_weight and bias is not None else None,
+            ]
+
+        tape.record([out], [x, weight, bias], [*[weight] * wants_x, *[x] * wants_weight], backward)
+        return out
