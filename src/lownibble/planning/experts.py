@@ -103,18 +103,20 @@ class Mixture:
         """The sum over each token's experts, for all tokens."""
         tokens = x.n // self._shape.hidden
         rows = tokens * self._shape.active_experts
-        shares = self._route(x, tokens, rows)
-        return (self._our_pass if self._ours else self._grouped_pass)(x, shares, rows)
+        shares, *held = self._route(x, tokens, rows)
+        out = (self._our_pass if self._ours else self._grouped_pass)(x, shares, rows)
+        del held
+        return out
 
-    def _route(self, x: Value, tokens: int, rows: int) -> Value:
-        """The share of each token's experts."""
+    def _route(self, x: Value, tokens: int, rows: int) -> tuple[Value, ...]:
+        """The share of each token's experts, and what else the router returns."""
         tape, experts = self._tape, self._shape.experts
-        scores = op.cast(tape, self._grouped(x, self._router, self._router_bias, tokens * experts), FLOAT32)
-        shares = op.softmax(tape, scores, FLOAT32)
+        scores = self._grouped(x, self._router, self._router_bias, tokens * experts)
+        shares = op.softmax(tape, op.cast(tape, scores, FLOAT32), FLOAT32)
         chosen, places = tape.new(rows, FLOAT32), tape.new(rows, INT64)
         tape.record([chosen], [shares], [places], lambda grads, saved: [tape.new(tokens * experts, FLOAT32)])
         shares = op.mul(tape, chosen, tape.new(tokens, FLOAT32))
-        return shares if self._shape.family.wide_shares else op.cast(tape, shares, x.itemsize)
+        return shares if self._shape.family.wide_shares else op.cast(tape, shares, x.itemsize), places, scores
 
     def _our_pass(self, x: Value, shares: Value, rows: int) -> Value:
         tape, width = self._tape, self._shape.hidden
@@ -132,17 +134,19 @@ class Mixture:
 
     def _grouped_pass(self, x: Value, shares: Value, rows: int) -> Value:
         tape, shape = self._tape, self._shape
-        shares, order = self._moved(shares, rows, tape.new(rows, INT64)), tape.new(rows, INT64)
-        current = self._moved(x, rows * shape.hidden, order)
+        expert_of_row, order = tape.new(rows, INT64), tape.new(rows, INT64)
+        current = self._moved(x, rows * shape.hidden, tape.new(rows, INT64))
+        shares = self._moved(shares, rows, order)
         both = self._grouped(current, self.gate_up.parts[0], self.gate_up.bias, 2 * rows * shape.expert_ffn)
-        del current
         fed = self._gate(both)
         del both
         out = self._grouped(fed, self.down.parts[0], self.down.bias, rows * shape.hidden)
         del fed
-        out = op.mul(tape, out, shares)
-        out = self._moved(out, out.n, order)
-        return self._summed(out, x)
+        weighted = op.mul(tape, out, shares)
+        weighted = self._moved(weighted, out.n, tape.new(rows, INT64))
+        summed = self._summed(weighted, x)
+        del current, out, expert_of_row, order
+        return summed
 
     def _summed(self, out: Value, x: Value) -> Value:
         """The sum over each token's experts, of x's size."""
