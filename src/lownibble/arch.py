@@ -24,7 +24,8 @@ class Family(NamedTuple):
     Attributes:
         names: our dimension -> the configuration's key, if it differs from `_KEYS`.
         defaults: key -> default of keys that may be missing.
-        norm: 'rms' (weights centred at one), 'rms1' (at zero: one is added in float32) or 'layer' (with bias).
+        norm: 'rms' (weights centred at one), 'rms32' (as it, weighted in float32), 'rms1' (centred at zero: one is added in
+            float32) or 'layer' (with bias).
         norms: number of norms per layer.
         qk_norm: query and key are normalised per head.
         qkv_bias, output_bias, mlp_bias: true, false or the configuration key that decides.
@@ -32,7 +33,8 @@ class Family(NamedTuple):
         gated: the MLP has a gate. parallel: attention and MLP read the same input and are added together.
         linears: the model's names of q, k, v, o, gate, up, down (without gate: up, down).
         experts: the MLP is a mixture of experts, with two weight tensors for all of them. expert_bias: these and the router have
-            biases. wide_shares: experts' shares stay in float32. scaled: embeddings are scaled.
+            biases. wide_shares: experts' shares stay in float32. clamped: their gates are clamped, and their shares are a softmax
+            over the chosen ones. scaled: embeddings are scaled.
         sinks: attention has a learned score for each head besides those of the tokens, which only eager attention knows.
         head_bias: the head has a bias. rotates_a_part: partial rotary embedding (the part may be all of a head).
         encoder_decoder: two stacks; attention has a table of relative position biases instead of rotary embedding.
@@ -54,6 +56,7 @@ class Family(NamedTuple):
     experts: bool = False
     expert_bias: bool = False
     wide_shares: bool = False
+    clamped: bool = False
     sinks: bool = False
     scaled: bool = False
     head_bias: bool = False
@@ -118,7 +121,7 @@ FAMILIES: dict[str, Family] = {
             "num_experts_per_tok": 4, "num_local_experts": 128, "head_dim": 64, "sliding_window": 128, "attention_bias": True,
             **_sizes(36, 2880, 2880, 64, 201088, 8)
         },
-        experts=True, expert_bias=True, sinks=True, **_BIASES,
+        norm="rms32", experts=True, expert_bias=True, clamped=True, sinks=True, **_BIASES,
     ),
     "t5": Family(
         names={

@@ -83,7 +83,7 @@ class Decoder:
             hidden = op.scale(tape, hidden)
         embedded = hidden  # the model's code holds it until it returns
         positions = tape.new(length, INT64)
-        mask = self._mask(length)
+        masks = self._masks(rows, length)
         with tape.no_grad():
             cos, sin = self.angles(length)
         del positions
@@ -96,7 +96,7 @@ class Decoder:
                 hidden = tape.checkpoint(run, hidden, inputs)
             else:
                 hidden = self.layer(layer, hidden, cos, sin, rows)
-        del mask
+        del masks
         self._in_graph = False
         last = self._tiled_norm(hidden, self.last_norm)
         del embedded
@@ -105,8 +105,10 @@ class Decoder:
     def _masked(self, length: int) -> bool:
         return self.shape.softcap or (self.shape.window is not None and self.shape.window < length)
 
-    def _mask(self, length: int) -> Value | None:
-        return self.tape.new(length * length, BOOL) if self._masked(length) else None
+    def _masks(self, rows: int, length: int) -> list[Value]:
+        if self.shape.family.sinks:  # of both kinds of layers, for eager attention
+            return [self.tape.new(rows * length * length, self.run.itemsize) for _ in range(2)]
+        return [self.tape.new(length * length, BOOL)] if self._masked(length) else []
 
     def angles(self, length: int) -> tuple[Value, Value]:
         """Cosines and sines of the rotary embedding."""
@@ -178,6 +180,8 @@ class Decoder:
             return op.cast(tape, output, x.itemsize)
         variance = op.mean(tape, op.square(tape, hidden), rows)
         hidden = op.mul(tape, hidden, op.rsqrt(tape, op.shift(tape, variance)))
+        if self.shape.family.norm == "rms32":
+            return op.cast(tape, op.mul(tape, weight, hidden), x.itemsize)
         return op.mul(tape, weight, op.cast(tape, hidden, x.itemsize))
 
     def _attention(self, layer: int, hidden: Value, cos: Value, sin: Value, rows: int) -> Value:
@@ -203,7 +207,9 @@ class Decoder:
         if self.qk_norms[layer]:
             query, key = self._norm(query, self.qk_norms[layer][0]), self._norm(key, self.qk_norms[layer][1])
         query, key = self._rotate(query, cos, sin), self._rotate(key, cos, sin)
-        if shape.softcap:
+        if shape.family.sinks:
+            out = self._attention_with_sinks(query, key, value, rows)
+        elif shape.softcap:
             out = self._plain_attention(query, key, value, rows)
         elif self.run.kernel_attention and shape.window is None:
             out = op.attention(tape, query, key, value, query.n // shape.head_dim)
@@ -231,7 +237,13 @@ class Decoder:
 
     def _turn(self, x: Value, cos: Value, sin: Value) -> Value:
         tape = self.tape
+        if self.shape.family.sinks:
+            first, second = op.halves(tape, x)
+            return op.concatenate(tape, [self._turned_half(*each, cos, sin) for each in ((first, second), (second, first))])
         return op.add(tape, op.mul(tape, x, cos), op.mul(tape, op.rotate_half(tape, x), sin))
+
+    def _turned_half(self, a: Value, b: Value, cos: Value, sin: Value) -> Value:
+        return op.add(self.tape, op.mul(self.tape, a, cos), op.mul(self.tape, b, sin))
 
     def _torchs_attention(self, query: Value, key: Value, value: Value) -> Value:
         """torch's attention as CUDA's flash kernel: grouped K and V are not repeated; backward has gradients for all heads, and a
@@ -268,6 +280,21 @@ class Decoder:
         weights = op.cast(tape, op.softmax(tape, scores, FLOAT32), query.itemsize)
         del scores
         return op.scale(tape, op.matmul(tape, weights, value, query.n))
+
+    def _attention_with_sinks(self, query: Value, key: Value, value: Value, rows: int) -> Value:
+        """Eager attention with a score besides those of all tokens, whose share goes nowhere."""
+        tape, shape = self.tape, self.shape
+        tokens = query.n // (shape.heads * shape.head_dim)
+        pairs = shape.heads * tokens * (tokens // rows)
+        key, value = (self._repeat(each, shape.heads // shape.key_heads) for each in (key, value))
+        scores = op.shift(tape, op.scale(tape, op.matmul(tape, query, key, pairs)))
+        combined = op.concatenate(tape, [scores, Value(scores.storage, shape.heads * tokens, scores.itemsize)])
+        combined = op.less_maximum(tape, combined, shape.heads * tokens)
+        weights = op.softmax(tape, combined, query.itemsize)
+        del scores
+        out = op.matmul(tape, op.narrow(tape, weights, pairs), value, query.n)
+        del combined
+        return fused.copy(tape, out)
 
     def _mlp(self, layer: int, x: Value) -> Value:
         tape, linears, names = self.tape, self.layers[layer], self.shape.family.linears

@@ -112,6 +112,11 @@ class Mixture:
         """The share of each token's experts, and what else the router returns."""
         tape, experts = self._tape, self._shape.experts
         scores = self._grouped(x, self._router, self._router_bias, tokens * experts)
+        if self._shape.family.clamped:
+            n, size = scores.n, scores.itemsize
+            chosen, places = tape.new(rows, size), tape.new(rows, INT64)
+            tape.record([chosen], [scores], [places], lambda grads, saved: [tape.new(n, size)])
+            return op.softmax(tape, chosen, size), places, scores
         shares = op.softmax(tape, op.cast(tape, scores, FLOAT32), FLOAT32)
         chosen, places = tape.new(rows, FLOAT32), tape.new(rows, INT64)
         tape.record([chosen], [shares], [places], lambda grads, saved: [tape.new(tokens * experts, FLOAT32)])
@@ -156,8 +161,13 @@ class Mixture:
         return op.cast(tape, result, x.itemsize)
 
     def _gate(self, both: Value) -> Value:
-        gate, up = op.halves(self._tape, both)
-        return op.mul(self._tape, op.activation(self._tape, gate), up)
+        tape = self._tape
+        if not self._shape.family.clamped:
+            gate, up = op.halves(tape, both)
+            return op.mul(tape, op.activation(tape, gate), up)
+        gate, up = (op.activation(tape, op.narrow(tape, both, both.n // 2)) for _ in range(2))
+        gated = op.mul(tape, gate, op.tanh(tape, op.scale(tape, gate)))
+        return op.mul(tape, op.shift(tape, up), gated)
 
     def _moved(self, x: Value, n: int, order: Value) -> Value:
         """Gather rows of x, possibly repeated: n elements."""

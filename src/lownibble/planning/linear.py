@@ -145,14 +145,11 @@ class LinearOnTape:
     def _dense(self, x: Value) -> Value:
         tape, size, weight, tokens = self.tape, self.run.itemsize, self.parts[0], x.n // self.n_in
         out = tape.new(tokens * self.n_out, size)
-        wants_x, wants_w, in_graph = x.wants_grad, weight.trained, self.in_graph
+        wants_x, wants_w = x.wants_grad, weight.trained
 
         def backward(grads: list[Value | None], saved: list[Value]) -> Sequence[Value | None]:
-            dw = tape.new(weight.n, size) if wants_w and in_graph else None
-            if in_graph:
-                saved.clear()  # a graph is done with x, which may have been computed again, before dx
             dx = tape.new(tokens * self.n_in, size) if wants_x else None
-            dw = tape.new(weight.n, size) if wants_w and not in_graph else dw
+            dw = tape.new(weight.n, size) if wants_w else None
             db = tape.new(self.n_out, size) if wants_w and self.bias is not None else None
             return [dx, dw, db]
 

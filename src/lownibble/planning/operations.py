@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from lownibble.planning.tape import BOOL, FLOAT32, Tape, Value
+from lownibble.planning.tape import BOOL, FLOAT32, INT64, Tape, Value
 
 
 def add(tape: Tape, a: Value, b: Value) -> Value:
@@ -64,6 +64,15 @@ def mean(tape: Tape, a: Value, rows: int) -> Value:
     out = tape.new(rows, a.itemsize)
     n, itemsize = a.n, a.itemsize
     tape.record([out], [a], [], lambda grads, _: [tape.new(n, itemsize)])
+    return out
+
+
+def less_maximum(tape: Tape, a: Value, rows: int) -> Value:
+    """a minus the maximum of each of `rows` rows; saves the maxima's places."""
+    highest, places, out = tape.new(rows, a.itemsize), tape.new(rows, INT64), tape.like(a)
+    n, itemsize = a.n, a.itemsize
+    tape.record([highest], [a], [places], lambda grads, _: [tape.new(n, itemsize)])
+    tape.record([out], [a, highest], [], lambda grads, _: [grads[0], tape.new(n, itemsize)])
     return out
 
 
