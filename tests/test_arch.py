@@ -15,7 +15,7 @@ SIZES = {
 }  # fmt: skip
 MORE = {
     "mixtral": {"num_local_experts": 4}, "qwen3_moe": {"num_experts": 6, "moe_intermediate_size": 32},
-    "phi3": {"pad_token_id": 0}, "qwen3": {"head_dim": 32},
+    "gpt_oss": {"num_local_experts": 4}, "phi3": {"pad_token_id": 0}, "qwen3": {"head_dim": 32},
     "t5": {"d_model": 64, "d_ff": 96, "num_layers": 3, "num_decoder_layers": 2, "num_heads": 4, "d_kv": 8, "vocab_size": 100},
 }  # fmt: skip
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from mixtures import build, quiet
 from safetensors.torch import load_file
 from torch import nn
 
@@ -248,3 +249,18 @@ def test_a_layer_that_cannot_be_compiled_is_a_clear_error(wide_model):
     with pytest.raises(TrainingError, match=r"could not be compiled.*--torch-compile false"), compiled():
         model(torch.tensor([[1, 2, 3]]))
     assert all("forward" not in vars(module) for module in model.modules())
+
+
+def test_a_mixture_that_goes_by_expert_is_not_compiled():
+    with quiet():
+        model = build("mixtral", 96)
+        assert "experts" not in compiling.obstacle_to(model, torch.device("meta"))
+        ln.add_lora(model, LoraConfig(r=4))
+    assert compiling.choose("auto", model, CPU, 10**15) == (
+        False,
+        compiling.IMPOSSIBLE
+        + "packed or adapted experts run one by one, with as many rows each as the router sends them, which a "
+        "a graph cannot",
+    )
+    with pytest.raises(ConfigError, match="torch_compile=True cannot be done: packed or adapted experts"):
+        compiling.choose(True, model, CPU, 10**15)

@@ -14,7 +14,7 @@ from lownibble.arch import ModelShape
 from lownibble.config import Checkpointing
 from lownibble.planning import fused
 from lownibble.planning import operations as op
-from lownibble.planning.experts import Mixture
+from lownibble.planning.experts import Mixture, goes_by_expert
 from lownibble.planning.linear import LinearOnTape, Method, Runtime, SharedBuffers
 from lownibble.planning.tape import BOOL, FLOAT32, INT64, LayerInputs, Tape, Value
 from lownibble.planning.tiles import is_long, tile_lengths, tiled
@@ -44,8 +44,9 @@ class Decoder:
         self.norms = [[self._norm_parameters(hidden) for _ in range(family.norms)] for _ in range(shape.layers)]
         self.qk_norms = [[self._norm_parameters(shape.head_dim) for _ in range(2 * family.qk_norm)] for _ in range(shape.layers)]
         self.last_norm = self._norm_parameters(hidden)
+        ours = goes_by_expert(shape, method)
         self.mixtures = [
-            Mixture(tape, shape, method, run, self.buffers, layer, self._parameter)
+            Mixture(tape, shape, method, run, self.buffers, layer, ours, self._parameter)
             for layer in range(shape.layers) if family.experts
         ]  # fmt: skip
         self.head = self.embedding if shape.tied else self._parameter(shape.vocab * hidden)

@@ -83,12 +83,12 @@ class Mixture:
     """Router and experts of a decoder layer.
 
     Args:
-        layer: its number. new: makes a parameter of n elements that is the model's own.
+        layer: its number. ours: it runs our pass. new: makes a parameter of n elements that is the model's own.
     """
 
     def __init__(
         self, tape: Tape, shape: ModelShape, method: Method, run: Runtime, buffers: SharedBuffers, layer: int,
-        new: Callable[[int], Value],
+        ours: bool, new: Callable[[int], Value],
     ) -> None:  # fmt: skip
         self._tape, self._shape = tape, shape
         self.gate_up, self.down = self.linears = [
@@ -97,7 +97,7 @@ class Mixture:
         ]
         self._router = new(shape.experts * shape.hidden)
         self._router_bias = new(shape.experts) if shape.family.expert_bias else None
-        self._ours = goes_by_expert(shape, method)
+        self._ours = ours
 
     def __call__(self, x: Value) -> Value:
         """The sum over each token's experts, for all tokens."""
