@@ -288,8 +288,7 @@ class Tape:
     def record(
         self, outputs: Sequence[Value], inputs: Sequence[Value | None], saved: Sequence[Value], backward: Backward
     ) -> None:  # fmt: skip
-        """Add a graph node from inputs to outputs. `saved` is held until its backward has run, as that one's second argument, or
-        has cleared it."""
+        """Add a graph node from inputs to outputs. `saved` is held until its backward has run, as that one's second argument."""
         if not self._recording or not any(value is not None and value.wants_grad for value in inputs):
             return
         node = Node(self._sequence, backward, list(inputs), [self._save(value) for value in saved], len(outputs))
@@ -370,13 +369,13 @@ class Tape:
 
     def _results(self, node: Node) -> list[Value | None]:
         grads, node.grads = node.grads, []
-        saved, node.saved = [each.unpack() for each in node.saved], []
-        results = list(node.backward(grads, saved))
-        del grads, saved
+        results = list(node.backward(grads, [saved.unpack() for saved in node.saved]))
+        del grads
         for i, (edge, result) in enumerate(zip(node.edges, results, strict=True)):
             if edge is not None and result is not None and result.n > edge.n:
                 results[i] = self.new(edge.n, result.itemsize)  # summed over the broadcast dimensions
                 del result
+        node.saved = []
         return results
 
     def _accumulate(self, leaf: Leaf) -> None:
