@@ -122,18 +122,17 @@ def plan_of(shape, method, lora=None, gpu="h100", quant=None, **options):
     )
 
 
-PUBLISHED = {"gpt-oss-20b": (13.76e9, 20.9e9), "qwen3-30b-a3b": (61.06e9, 30.5e9), "mixtral-8x7b": (93.41e9, 46.7e9)}
-"""Bytes of the safetensors of the hub's repositories as they are published (MXFP4 with bfloat16, bfloat16, bfloat16; the sizes in
-their index files), and parameters as their model cards say."""
+PUBLISHED = {"gpt-oss-20b": 13_761_264_768, "qwen3-30b-a3b": 61_064_245_248, "mixtral-8x7b": 93_405_585_408}
+"""Bytes of the tensors as published, in MXFP4 with bfloat16, bfloat16 and bfloat16: `total_size` of model.safetensors.index.json.
+Seen in copies of these files in public GitHub repositories (2026-11-27), not on the hub; for Mixtral in one that selects experts,
+and beside a listing of its files, 93,405,713,504 bytes with headers."""
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_weights_are_as_large_as_the_published_checkpoint(name):
-    n_bytes, parameters = PUBLISHED[name]
     made = ln.plan(name, gpu="b200", method="qlora" if name == "gpt-oss-20b" else "lora", max_length=64, batch_size=1)
     kinds = made.rows[0].verdict.memory.kinds
-    assert made.shape.parameters == pytest.approx(parameters, rel=0.005)
-    assert sum(kinds[kind] for kind in ("weights", "codes", "constants")) == pytest.approx(n_bytes, rel=0.001)
+    assert sum(kinds[kind] for kind in ("weights", "codes", "constants")) == pytest.approx(PUBLISHED[name], rel=1e-4)
 
 
 def test_gpt_oss_is_planned_as_it_is_published():
