@@ -39,9 +39,10 @@ CONFIGS = {
 RUN = Runtime(
     2, fused=False, kernel_attention=False, decode_buffers=1, round_to=512, cuda=True, chunk_bytes=1 << 28, compiled=True
 )  # fmt: skip
-TOLERANCE = {"phi": 0.02, "gemma2": 0.02, "small llama": 0.025}
+TOLERANCE = {"phi": 0.02, "gemma2": 0.02, "small llama": 0.025, "gemma3 in full": 0.05}
 """Share of the saved bytes and of backward's peak, if not 0.005. Copies of attention's output or query are not all planned, and a
-recomputed layer that is trained in full is planned with one tensor too many."""
+recomputed layer that is trained in full is planned with one tensor too many. The trace of Gemma 3 in full frees inputs of fused
+operations that Inductor's code holds: 68.4 MB, 71.3 planned, 73.4 traced when they are held (docs/plan.md)."""
 
 
 def peak(tape, phase):
@@ -88,7 +89,7 @@ def test_what_compiled_layers_save_and_the_peak_of_their_backward_are_those_of_t
     assert traced.compiled
     assert planned.compiled
     saved, ours = (next(used for mark, _, used in tape.marks if mark == "loss") for tape in (traced, planned))
-    tolerance = TOLERANCE.get(name, 0.005)
+    tolerance = TOLERANCE.get(f"{name} in {method}", TOLERANCE.get(name, 0.005))
     assert ours == pytest.approx(saved, rel=tolerance)
     assert peak(planned, "backward") == pytest.approx(peak(traced, "backward"), rel=tolerance)
 
