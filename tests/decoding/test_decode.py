@@ -177,7 +177,7 @@ REFUSED = {
     "llama": ({"hidden_act": "gelu"}, "gelu"),
     "llama long": ({"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}}, "dynamic"),
     "granite": ({"residual_multiplier": 0.5}, "something else"),
-    "mixtral": ({"num_local_experts": 2}, "is made of|other projections"),
+    "mixtral": ({"num_local_experts": 2}, "experts.gate_up_proj of layer 0 is not on packed weights"),
 }
 
 

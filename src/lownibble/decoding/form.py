@@ -1,19 +1,24 @@
 """Read a transformers model's decoder layers as data for `ops.decoder_layers`, or say why that is not possible.
 
 There is no list of model names: a layer qualifies by its modules (the seven projections on packed weights, two norms, optional
-query and key norms). Whether they compute what their names say is checked numerically, see `decoder.py`.
+query and key norms; in a mixture, a block with experts in the place of the last three projections). Whether they compute what
+their names say is checked numerically, see `decoder.py`.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from lownibble.decoding.mixture import Mixture
 from lownibble.errors import ModelError
 from lownibble.kernels.decoder import PROJECTIONS, Adapter, DecoderLayer, DecoderLayers, LowRank, Projection
+from lownibble.lora.experts import ExpertsLoRA
 from lownibble.lora.layer import LoraLinear
+from lownibble.models.experts import containers
 from lownibble.quant import QuantLinear
 
 ROPE_TYPES = ("default", "linear", "llama3", "yarn")
@@ -54,7 +59,7 @@ def read_adapter(model: Any, adapter: str | None = None) -> Adapter | None:
     Raises:
         ModelError: the adapter's variant is more than a plain low-rank sum.
     """
-    found = [[_branch(module, adapter) for module in _projections(layer)] for layer in model.base_model.layers]
+    found = [[_branch(module, adapter) for module in linears(layer).values()] for layer in model.base_model.layers]
     return Adapter(found) if any(branch for branches in found for branch in branches) else None
 
 
@@ -65,13 +70,29 @@ def _branch(module: nn.Module, adapter: str | None) -> LowRank | None:
     if name is None or name not in module.adapters:
         return None
     low = module.adapter(name)
-    if not low.variant.plain:
+    if not (low.variant.plain or isinstance(low.variant, ExpertsLoRA)):
         raise refusal(low, "its adapter is more than a low-rank sum")
     return LowRank(low.lora_A.detach(), low.lora_B.detach(), low.scale)
 
 
-def _projections(layer: Any) -> list[nn.Module]:
-    return [getattr(layer.self_attn if name in _ATTENTION else layer.mlp, name) for name in PROJECTIONS]
+def linears(layer: Any) -> Mapping[str, nn.Module]:
+    """A layer's linear layers and experts' weights by path, in the order of an adapter's branches."""
+    if is_mixture(layer.mlp):
+        paths = [f"self_attn.{name}" for name in PROJECTIONS[:4]] + [f"mlp.{name}" for name in Mixture.linears_of(layer.mlp)]
+    else:
+        paths = [f"{'self_attn' if name in _ATTENTION else 'mlp'}.{name}" for name in PROJECTIONS]
+    return {path: layer.get_submodule(path) for path in paths}
+
+
+def branch_paths(model: Any) -> list[list[str]]:
+    """By layer: the paths in the model of its linear layers and experts' weights, in the order of an adapter's branches."""
+    paths = {id(module): path for path, module in model.named_modules()}
+    return [[f"{paths[id(layer)]}.{path}" for path in linears(layer)] for layer in model.base_model.layers]
+
+
+def is_mixture(block: nn.Module) -> bool:
+    """Whether the second half of a layer is a mixture of experts whose weights are fused."""
+    return any(True for _ in containers(block))
 
 
 def _layer(model: Any, name: str, layer: Any) -> DecoderLayer:
@@ -82,19 +103,21 @@ def _layer(model: Any, name: str, layer: Any) -> DecoderLayer:
     if not holds(layer, _LAYER, set()):
         raise refusal(model, f"{name} is made of {', '.join(child for child, _ in layer.named_children())}")
     attention = layer.self_attn
-    if not holds(attention, _ATTENTION, {"q_norm", "k_norm"}) or not holds(layer.mlp, _MLP, {"act_fn"}):
+    mixture = is_mixture(layer.mlp)
+    if not holds(attention, _ATTENTION, {"q_norm", "k_norm"}) or not (mixture or holds(layer.mlp, _MLP, {"act_fn"})):
         raise refusal(model, f"attention or feed-forward part of {name} has other projections than {', '.join(PROJECTIONS)}")
-    linears = [
-        _linear(model, f"{name}'s {projection}", module)
-        for projection, module in zip(PROJECTIONS, _projections(layer), strict=True)
-    ]
+    if mixture and (dense := Mixture.dense_weights(layer.mlp)):
+        raise refusal(model, f"{dense[0]} of {name} is not on packed weights")
+    found = list(linears(layer).items())[: 4 if mixture else None]
+    projections = [_linear(model, f"{name}'s {path.rpartition('.')[2]}", module) for path, module in found]
     head_dim = attention.head_dim
     norm, post_norm = (_norm(model, module) for module in (layer.input_layernorm, layer.post_attention_layernorm))
     of_heads = [getattr(attention, name, None) for name in ("q_norm", "k_norm")]
     q_norm, k_norm = (None if module is None else _norm(model, module) for module in of_heads)
-    heads, key_heads = (linears[index].weight.shape[0] // head_dim for index in (0, 1))
+    heads, key_heads = (projections[index].weight.shape[0] // head_dim for index in (0, 1))
     eps = layer.input_layernorm.variance_epsilon
-    return DecoderLayer(linears, norm, post_norm, q_norm, k_norm, heads, key_heads, head_dim, eps, attention.scaling)
+    of_heads_sizes = (heads, key_heads, head_dim, eps, attention.scaling)
+    return DecoderLayer(projections, norm, post_norm, q_norm, k_norm, *of_heads_sizes, Mixture(layer.mlp) if mixture else None)
 
 
 def _norm(model: Any, norm: nn.Module) -> Tensor:

@@ -1,9 +1,10 @@
 """The decoder layers of a Llama-like model as data, and the operation on them in plain torch.
 
 A layer is `x += O attention(rotate(Q norm(x)), rotate(K norm(x)), V norm(x))`, then `x += Down(silu(Gate norm(x)) * Up norm(x))`,
-with RMS norms and seven packed projections, each with an optional low-rank branch. Compiled kernels support only 4-bit
-projections; with other codecs the layers run here. `native/decoder.h` explains why the layers are one operation; `decoding/`
-determines which models have this form.
+with RMS norms and seven packed projections, each with an optional low-rank branch. In a mixture of experts a layer has the four
+projections of attention, and its second half is a `FeedForward`, which is called between the layers. Compiled kernels support
+only 4-bit projections; with other codecs the layers run here. `native/decoder.h` explains why the layers are one operation;
+`decoding/` determines which models have this form.
 """
 
 from __future__ import annotations
@@ -41,8 +42,26 @@ class Projection(NamedTuple):
     bias: Tensor | None = None
 
 
+Branches = Sequence[tuple[int, int, "Sequence[LowRank | None]"]]
+"""By segment of the tokens: begin, end, and the low-rank branches of a layer's linear layers."""
+
+
+class FeedForward(Protocol):
+    """The second half of a layer of a mixture of experts."""
+
+    @property
+    def linears(self) -> Sequence[str]:
+        """Its linear layers and experts' weights by name; their branches follow those of attention in an adapter."""
+
+    def __call__(self, x_TH: Tensor, branches: Branches) -> Tensor:
+        """Its output (T, hidden) for the normed input, with low-rank branches in the order of `linears`."""
+
+
 class DecoderLayer(NamedTuple):
-    """Weights of a layer. Norms are float32: (hidden,), and (head_dim,) for `q_norm` and `k_norm`, which may be None."""
+    """Weights of a layer: seven projections, or attention's four and `feed_forward`.
+
+    Norms are float32: (hidden,), and (head_dim,) for `q_norm` and `k_norm`, which may be None.
+    """
 
     projections: Sequence[Projection]
     input_norm: Tensor
@@ -54,6 +73,17 @@ class DecoderLayer(NamedTuple):
     head_dim: int
     eps: float
     scaling: float
+    feed_forward: FeedForward | None = None
+
+    def norm(self, x: Tensor, weight: Tensor) -> Tensor:
+        """The RMS norm of x's last dimension."""
+        return weight * (x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.eps))
+
+    def add_feed_forward(self, x_TH: Tensor, branches: Branches) -> None:
+        """x += FeedForward(norm(x)); `branches` are the whole layer's."""
+        assert self.feed_forward is not None
+        of_linears = [(begin, end, of[len(self.projections) :]) for begin, end, of in branches]
+        x_TH += self.feed_forward(self.norm(x_TH, self.post_norm), of_linears)
 
 
 @dataclass(frozen=True, eq=False)
@@ -71,6 +101,7 @@ class DecoderLayers:
 
 class LowRank(NamedTuple):
     """Low-rank branch of one projection, `scale * B A`: A (r, K), contiguous, and B (N, r); both float32 or of one 16-bit dtype.
+    Of experts' weights, each with a leading dimension of experts.
 
     The compiled kernels read B by columns: they use it directly if its transpose is contiguous, else a copy.
     """
@@ -82,7 +113,8 @@ class LowRank(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class Adapter:
-    """A low-rank branch, or None, for each projection of each layer. `prepared` as in `DecoderLayers`."""
+    """A low-rank branch, or None, for each projection of each layer, then for each of its `feed_forward`'s linear layers.
+    `prepared` as in `DecoderLayers`."""
 
     of: Sequence[Sequence[LowRank | None]]
     prepared: dict[str, Any] = field(default_factory=dict)
@@ -90,7 +122,7 @@ class Adapter:
     @cached_property
     def largest_r(self) -> int:
         """The largest rank."""
-        return max((branch.A.shape[0] for branches in self.of for branch in branches if branch), default=0)
+        return max((branch.A.shape[-2] for branches in self.of for branch in branches if branch), default=0)
 
 
 class Segment(NamedTuple):
@@ -136,8 +168,7 @@ def decoder_layers(
 
 
 def _decoder_layer(
-    gemv: Gemv, x_TH: Tensor, layer: DecoderLayer, keys: Tensor, values: Tensor, step: Step,
-    branches: Sequence[tuple[int, int, Sequence[LowRank | None]]],
+    gemv: Gemv, x_TH: Tensor, layer: DecoderLayer, keys: Tensor, values: Tensor, step: Step, branches: Branches
 ) -> None:  # fmt: skip
     T, D = len(x_TH), layer.head_dim
 
@@ -152,8 +183,7 @@ def _decoder_layer(
                 y[begin:end] += (x[begin:end] @ branch.A.float().t()) @ branch.B.float().t() * branch.scale
         return y
 
-    def norm(x: Tensor, weight: Tensor) -> Tensor:
-        return weight * (x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + layer.eps))
+    norm = layer.norm
 
     def turn(x_TND: Tensor) -> Tensor:
         a, b = x_TND.chunk(2, dim=-1)
@@ -176,5 +206,8 @@ def _decoder_layer(
         scores = (past_keys @ q[t].unsqueeze(2)).squeeze(2) * layer.scaling  # (heads, position + 1)
         attended[t] = (scores.softmax(dim=1).unsqueeze(1) @ past_values).flatten()
     x_TH += project(3, attended)
+    if layer.feed_forward is not None:
+        layer.add_feed_forward(x_TH, branches)
+        return
     normed = norm(x_TH, layer.post_norm)
     x_TH += project(6, torch.nn.functional.silu(project(4, normed)) * project(5, normed))

@@ -291,6 +291,10 @@ class AdapterFile:
         except TargetError as error:
             raise AdapterError(f"'{self.folder}' does not fit this model: {error}") from None
 
+    def layers(self, model: nn.Module, name: str = "default") -> dict[str, dict[str, str]]:
+        """Path of each layer that it adapts -> key of each parameter of the layer's variant. Raises as `expected`."""
+        return _layer_keys(plan(model, self.config, name, of_file=True), self.config)
+
     def check_fit(self, expected: dict[str, torch.Size], ignored: set[str]) -> None:
         """Check that the file holds exactly the expected tensors, besides the ignored ones.
 
@@ -369,17 +373,25 @@ def _check_base(model: nn.Module, stored: AdapterFile, any_base: bool, changed: 
 def _expected_shapes(planned: Plan, config: LoraConfig) -> dict[str, torch.Size]:
     """File key -> shape of every tensor that the adapter's file must hold."""
     shapes: dict[str, torch.Size] = {}
-    paths = file_paths(planned.targets, [path for path, layer in planned.targets.items() if is_experts(layer)])
+    keys = _layer_keys(planned, config)
     for path, layer in planned.targets.items():
         variant = variant_for(layer, variant_of(config))
         n_out, n_in = sizes(layer.base if isinstance(layer, LoraLinear) else layer)
         wanted = variant.shapes(n_in, n_out, rank_of(path, config))
         empty = {own: variant.to_file(own, torch.empty(shape, device="meta")) for own, shape in wanted.items()}
-        shapes |= {f"{paths[path]}.{variant.keys[own]}": tensor.shape for own, tensor in empty.items()}
+        shapes |= {keys[path][own]: tensor.shape for own, tensor in empty.items()}
     for path, module in planned.saved.items():
-        shapes |= {f"{path}.{key}": parameter.shape for key, parameter in module.named_parameters()}
-    shapes |= {path: bias.shape for path, bias in planned.biases.items()}
-    return {PREFIX + key: shape for key, shape in shapes.items()}
+        shapes |= {f"{PREFIX}{path}.{key}": parameter.shape for key, parameter in module.named_parameters()}
+    return shapes | {PREFIX + path: bias.shape for path, bias in planned.biases.items()}
+
+
+def _layer_keys(planned: Plan, config: LoraConfig) -> dict[str, dict[str, str]]:
+    """Path of each layer -> file key of each parameter of its variant."""
+    paths = file_paths(planned.targets, [path for path, layer in planned.targets.items() if is_experts(layer)])
+    variants = {path: variant_for(layer, variant_of(config)) for path, layer in planned.targets.items()}
+    return {
+        path: {own: f"{PREFIX}{paths[path]}.{key}" for own, key in variant.keys.items()} for path, variant in variants.items()
+    }
 
 
 def _repeats_base(model: nn.Module, key: str, tensor: Tensor) -> bool:

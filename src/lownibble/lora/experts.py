@@ -30,6 +30,7 @@ from lownibble.quant.experts import (
     QuantExperts,
     Weights,
     expert_product,
+    products,
     save_weights,
     saved_weights,
     segments,
@@ -70,6 +71,15 @@ class _LoraExperts(torch.autograd.Function):
                     epilogue = Epilogue(low=dlow, factor=A[expert])
                     dx[rows] = expert_product(dy[rows], weights[expert], True, epilogue, code_type)
         return dx, None, None, dA, dB, None, None, None
+
+
+def low_rank_of_experts(x_SK: Tensor, ends: Sequence[int], A: Tensor, B: Tensor, scale: float) -> Tensor:
+    """scale (x A_e^T) B_e^T, (S, out), for x (S, in) with rows sorted by expert; no gradient. A (E, r, in), B (E, out, r)."""
+    y = x_SK.new_zeros(len(x_SK), B.shape[1])
+    for expert, rows in segments(ends):
+        low = x_SK[rows] @ A[expert].to(x_SK.dtype).t()
+        torch.mm(low.mul_(scale), B[expert].to(x_SK.dtype).t(), out=y[rows])
+    return y
 
 
 class ExpertsLoRA(Variant):
@@ -117,6 +127,10 @@ class LoraExperts(LoraLinear):
             base: Tensor = self.base(x_SK, ends)
             return base
         adapter, code_type = self.adapter(self.active), getattr(self.base, "code_type", None)
+        if not torch.is_grad_enabled():
+            A, B = adapter.rounded or (adapter.lora_A, adapter.lora_B)
+            weights: Any = self.weight
+            return products(x_SK, weights, ends, code_type).add_(low_rank_of_experts(x_SK, ends, A, B, adapter.scale))
         y: Tensor = _LoraExperts.apply(
             x_SK, self.weight, ends, adapter.lora_A, adapter.lora_B, adapter.scale, code_type, adapter.rounded
         )

@@ -5,8 +5,9 @@ and `down_proj` (E, K, F), or turned, (E, in, out). Here such a parameter become
 rows that are sorted by expert, and which adapters wrap as they wrap a linear layer. An expert without rows is neither decoded
 nor multiplied.
 
-Products are a loop over the experts that have rows, each with the kernels of a single matrix (decode into the shared buffer, then
-the library's product). At training sizes an expert has dozens of rows, and the loop's own cost is a few percent.
+Products are a loop over the experts that have rows, each with the kernels of a single matrix: decode into the shared buffer, then
+the library's product; with few rows and no gradient, as in decoding, the fused matrix-vector kernel (a third of the time at one
+row). At training sizes an expert has dozens of rows, and the loop's own cost is a few percent.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from lownibble.kernels import ops
 from lownibble.kernels.decoded import matmul_dense
 from lownibble.kernels.types import NO_EPILOGUE, Epilogue
 from lownibble.quant import eightbit
-from lownibble.quant.linear import QuantLinear
+from lownibble.quant.linear import MATVEC_MAX_ROWS, QuantLinear
 from lownibble.quant.packed import PackedExperts, PackedWeight, restore
 
 Weights = Tensor | PackedExperts
@@ -59,6 +60,26 @@ def expert_product(
     if transposed:
         return eightbit.backward(x_TC, weight, epilogue, code_type)
     return eightbit.forward(ops.quantize_rows(x_TC.contiguous(), None, code_type), weight, epilogue, x_TC.dtype)
+
+
+def products(x_SK: Tensor, weights: Weights, ends: Sequence[int], code_type: torch.dtype | None = None) -> Tensor:
+    """x (S, in), rows sorted by expert -> (S, out), without gradient."""
+    out = x_SK.new_zeros(len(x_SK), weights.shape[1])
+    for expert, rows in segments(ends):
+        weight, few = weights[expert], code_type is None and rows.stop - rows.start <= MATVEC_MAX_ROWS
+        if few and isinstance(weight, PackedWeight):
+            out[rows] = weight.matvec(x_SK[rows])
+        else:
+            out[rows] = expert_product(x_SK[rows], weight, False, NO_EPILOGUE, code_type)
+    return out
+
+
+def frozen_product(x_SK: Tensor, weights: Weights, ends: Sequence[int], code_type: torch.dtype | None = None) -> Tensor:
+    """x (S, in), rows sorted by expert, times frozen weights -> (S, out), with x's gradient if it has one."""
+    if torch.is_grad_enabled() and x_SK.requires_grad:
+        y: Tensor = _FrozenExperts.apply(x_SK, weights, ends, code_type)
+        return y
+    return products(x_SK, weights, ends, code_type)
 
 
 def save_weights(ctx: Any, weights: Weights, *others: Tensor) -> None:
@@ -106,14 +127,20 @@ class QuantExperts(QuantLinear):
     """The experts' linear layers with frozen packed weights (E, out, in); parameters as `QuantLinear`, each with a leading E."""
 
     @property
+    def weight(self) -> PackedExperts:
+        """The packed weights, (E, out, in); as `QuantLinear.weight`."""
+        packed = super().weight
+        assert isinstance(packed, PackedExperts)
+        return packed
+
+    @property
     def n_experts(self) -> int:
         """Experts."""
         return int(self.facts["experts"])
 
     def forward(self, x_SK: Tensor, ends: Sequence[int]) -> Tensor:  # type: ignore[override]
         """x (S, in), rows sorted by expert -> (S, out). `ends`: by expert, the end of its rows."""
-        y: Tensor = _FrozenExperts.apply(x_SK, self.weight, ends, self.code_type)
-        return y
+        return frozen_product(x_SK, self.weight, ends, self.code_type)
 
     def extra_repr(self) -> str:
         """Shown by `print(model)`."""
@@ -166,7 +193,6 @@ def dense_product(x_SK: Tensor, weight: Tensor, ends: Sequence[int]) -> Tensor:
     """x (S, in), rows sorted by expert, times dense weights (E, out, in) -> (S, out); with the weights' gradient if they have
     one."""
     if not weight.requires_grad:
-        y: Tensor = _FrozenExperts.apply(x_SK, weight, ends, None)
-        return y
+        return frozen_product(x_SK, weight, ends)
     parts = [x_SK[rows] @ weight[expert].t().to(x_SK.dtype) for expert, rows in segments(ends)]
     return torch.cat([*parts, x_SK.new_zeros(len(x_SK) - sum(map(len, parts)), weight.shape[1])])

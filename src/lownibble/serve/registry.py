@@ -28,10 +28,12 @@ from safetensors.torch import load as parse_safetensors
 from torch import Tensor
 
 from lownibble.config import LoraConfig
+from lownibble.decoding import branch_paths
 from lownibble.errors import AdapterError, InputError
-from lownibble.kernels.decoder import PROJECTIONS, Adapter, LowRank
+from lownibble.kernels.decoder import Adapter, LowRank
 from lownibble.lora.adapter import AdapterFile
-from lownibble.lora.portable import CONFIG_FILE, PREFIX, WEIGHTS_FILE
+from lownibble.lora.experts import named_experts, variant_for
+from lownibble.lora.portable import CONFIG_FILE, WEIGHTS_FILE
 from lownibble.lora.provenance import base_facts, other_codec, other_weights
 from lownibble.lora.targets import scale_of
 from lownibble.lora.variants import variant_of
@@ -117,8 +119,8 @@ class Registry:
         self.folder, self.budget, self.dtype, self.any_base = folder, budget, dtype, any_base
         self.max_rank, self.max_bytes = max_rank, max_bytes
         self._model, self._facts = model, base_facts(model)
-        paths = {id(module): path for path, module in model.named_modules()}
-        self._layers = [paths[id(layer)] for layer in model.base_model.layers]
+        self._paths = branch_paths(model)
+        self._experts = named_experts(model)
         self._held: dict[str, Loaded] = {}  # current versions, least recently used first
         self._old: list[Loaded] = []  # outdated versions that requests still use
         self._withdrawn: set[str] = set()
@@ -336,12 +338,9 @@ class Registry:
 
     def _adapter(self, name: str, file: AdapterFile, tensors: Mapping[str, Tensor]) -> tuple[Adapter, int]:
         """Copy the adapter into a buffer of its own; returns it and the buffer's bytes."""
-        paths = [
-            [f"{layer}.{'self_attn' if projection in PROJECTIONS[:4] else 'mlp'}.{projection}" for projection in PROJECTIONS]
-            for layer in self._layers
-        ]
-        places = {f"{PREFIX}{path}.lora_{which}.weight" for of_layer in paths for path in of_layer for which in "AB"}
-        if beyond := sorted(tensors.keys() - places):
+        keys, plain = file.layers(self._model), variant_of(file.config)
+        shared = {key for of_layer in self._paths for path in of_layer for key in keys.get(path, {}).values()}
+        if beyond := sorted(tensors.keys() - shared):
             raise AdapterError(
                 f"Adapter '{name}' changes '{beyond[0]}', which is not shared by requests with other adapters. Merge it "
                 "(lownibble merge) and serve the result."
@@ -356,11 +355,14 @@ class Registry:
             return place.copy_(tensor)
 
         def branch(path: str) -> LowRank | None:
-            a, b = (tensors.get(f"{PREFIX}{path}.lora_{which}.weight") for which in "AB")
+            if path not in keys:
+                return None
+            variant = variant_for(self._experts[path], plain) if path in self._experts else plain
+            a, b = (variant.from_file(own, tensors[keys[path][own]]) for own in ("lora_A", "lora_B"))
             # B column-major, as the kernels read it
-            return None if a is None or b is None else LowRank(keep(a), keep(b.t()).t(), scale_of(path, file.config))
+            return LowRank(keep(a), keep(b.transpose(-2, -1)).transpose(-2, -1), scale_of(path, file.config))
 
-        return Adapter([[branch(path) for path in of_layer] for of_layer in paths]), held.nbytes
+        return Adapter([[branch(path) for path in of_layer] for of_layer in self._paths]), held.nbytes
 
 
 def _check_patterns(name: str, config: LoraConfig) -> None:

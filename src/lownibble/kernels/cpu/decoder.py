@@ -82,25 +82,28 @@ def _linear(name: str, projection: Projection, N: int, K: int) -> _Linear4bit:
 
 
 def _layer(layer: DecoderLayer) -> _DecoderLayer:
-    hidden, inner = layer.input_norm.numel(), layer.projections[4].weight.shape[0]
+    hidden, inner = layer.input_norm.numel(), 0 if layer.feed_forward else layer.projections[4].weight.shape[0]
     q, kv = layer.heads * layer.head_dim, layer.key_heads * layer.head_dim
     if layer.heads % layer.key_heads or layer.head_dim % 2:
         raise InputError(f"{layer.heads} heads of {layer.head_dim} over {layer.key_heads} key heads cannot be computed.")
     sizes = ((q, hidden), (kv, hidden), (kv, hidden), (hidden, q), (inner, hidden), (inner, hidden), (hidden, inner))
-    linears = [_linear(name, linear, *size) for name, linear, size in zip(PROJECTIONS, layer.projections, sizes, strict=True)]
+    named = zip(PROJECTIONS, layer.projections, sizes, strict=layer.feed_forward is None)
+    linears = [_linear(name, linear, *size) for name, linear, size in named]
     lengths = {"input_norm": hidden, "post_norm": hidden, "q_norm": layer.head_dim, "k_norm": layer.head_dim}
     norms = [
         None if (norm := getattr(layer, name)) is None else _floats(norm, name, length) for name, length in lengths.items()
     ]  # fmt: skip
     sizes_of_heads = (layer.heads, layer.key_heads, layer.head_dim)
-    return _DecoderLayer((_Linear4bit * len(linears))(*linears), *norms, hidden, *sizes_of_heads, layer.eps, layer.scaling)
+    return _DecoderLayer((_Linear4bit * len(PROJECTIONS))(*linears), *norms, hidden, *sizes_of_heads, layer.eps, layer.scaling)
 
 
 def _layers(layers: DecoderLayers) -> Any:
-    """The layers as ctypes structures; they point to tensors that `layers` keeps alive."""
+    """The layers as ctypes structures, those of a mixture with projections 4 to 6 empty, which the kernels take for a layer of
+    attention only; they point to tensors that `layers` keeps alive."""
     if "cpu" not in layers.prepared:
         made = [_layer(layer) for layer in layers.of]
-        if len({(one.hidden, one.heads, one.key_heads, one.head_dim, one.projections[4].N) for one in made}) != 1:
+        inner = {one.projections[4].N for one in made} - {0}  # none in a layer of a mixture
+        if len({(one.hidden, one.heads, one.key_heads, one.head_dim) for one in made}) != 1 or len(inner) > 1:
             raise InputError("All decoder layers must be of the same sizes, and there must be one.")
         layers.prepared["cpu"] = (_DecoderLayer * len(made))(*made)
     return layers.prepared["cpu"]
@@ -112,7 +115,10 @@ def _adapter(adapter: Adapter, layers: DecoderLayers) -> Any:
         made = (_LowRank * (len(layers.of) * len(PROJECTIONS)))()
         copies = []
         for i, (layer, branches) in enumerate(zip(layers.of, adapter.of, strict=True)):
-            for p, (name, projection, branch) in enumerate(zip(PROJECTIONS, layer.projections, branches, strict=True)):
+            n_branches = len(layer.projections) + len(layer.feed_forward.linears if layer.feed_forward else ())
+            if len(branches) != n_branches:
+                raise InputError(f"Layer {i} has {n_branches} linear layers, and the adapter branches of {len(branches)}.")
+            for p, (name, projection, branch) in enumerate(zip(PROJECTIONS, layer.projections, branches, strict=False)):
                 if branch is None:
                     continue
                 (N, K), r = projection.weight.shape, branch.A.shape[0]
@@ -172,20 +178,38 @@ def decoder_layers(
         )
     if step.fits[0] > slots or step.fits[1] > capacity:
         raise InputError(f"The cache has {slots} slots of {capacity} positions; the step needs {step.fits[0]} of {step.fits[1]}.")
-    array = (_Segment * len(segments))()
-    for index, (begin, end, adapter) in enumerate(segments):
+    for begin, end, _ in segments:
         if not 0 <= begin <= end <= T:
             raise InputError(f"A segment must lie within {T} tokens. Got {begin} to {end}.")
-        array[index] = _Segment(begin, end, ctypes.addressof(_adapter(adapter, layers)))
+    branches = [_adapter(adapter, layers) for _, _, adapter in segments]
     largest_r = max((adapter.largest_r for _, _, adapter in segments), default=0)
     for name in ("slots", "positions"):
         check_tensor(getattr(step, name), name, torch.int64, T, _CPU)
-    tokens = _Tokens(
-        _floats(x_TH, "x_TH", T * made[0].hidden), T, _floats(step.cosine, "cosine", T * D), _floats(step.sine, "sine", T * D),
-        _floats(keys, "keys", keys.numel()), _floats(values, "values", keys.numel()), slots, capacity,
-        step.slots.data_ptr(), step.positions.data_ptr(), ctypes.addressof(array), len(segments),
-    )  # fmt: skip
     threads = torch.get_num_threads()
-    workspace = _workspace(library.decoder_workspace(ctypes.byref(made[0]), T, largest_r, capacity, threads))
-    if library.decoder_layers(ctypes.byref(made), len(made), ctypes.byref(tokens), largest_r, workspace, threads):
-        raise MemoryError("No memory for the decoded panels of a weight.")
+    widest = max(made, key=lambda one: one.projections[4].N)
+    workspace = _workspace(library.decoder_workspace(ctypes.byref(widest), T, largest_r, capacity, threads))
+    x, angles = _floats(x_TH, "x_TH", T * made[0].hidden), [_floats(getattr(step, n), n, T * D) for n in ("cosine", "sine")]
+    for name, held in (("keys", keys), ("values", values)):
+        _floats(held, name, keys.numel())
+    begin = 0
+    for end in _ends(layers):
+        array = (_Segment * len(segments))()
+        for index, (of_all, segment) in enumerate(zip(branches, segments, strict=True)):
+            of_these = ctypes.addressof(of_all) + begin * len(PROJECTIONS) * ctypes.sizeof(_LowRank)
+            array[index] = _Segment(segment.begin, segment.end, of_these)
+        tokens = _Tokens(
+            x, T, *angles, *(each[begin:end].data_ptr() for each in (keys, values)), slots, capacity,
+            step.slots.data_ptr(), step.positions.data_ptr(), ctypes.addressof(array), len(segments),
+        )  # fmt: skip
+        if library.decoder_layers(ctypes.byref(made[begin]), end - begin, ctypes.byref(tokens), largest_r, workspace, threads):
+            raise MemoryError("No memory for the decoded panels of a weight.")
+        last = layers.of[end - 1]
+        if last.feed_forward is not None:
+            last.add_feed_forward(x_TH, [(s.begin, s.end, s.adapter.of[end - 1]) for s in segments])
+        begin = end
+
+
+def _ends(layers: DecoderLayers) -> list[int]:
+    """Ends of the runs of layers that one call computes: the last of a run may have a feed-forward part in Python."""
+    n = len(layers.of)
+    return [i + 1 for i, layer in enumerate(layers.of) if layer.feed_forward is not None or i + 1 == n]

@@ -30,7 +30,7 @@ struct Linear4bit {
 };
 
 struct DecoderLayer {
-    Linear4bit projections[kProjections];
+    Linear4bit projections[kProjections];  // the last three empty (N, K = 0): attention only
     const float *input_norm, *post_norm;  // (hidden,)
     const float *q_norm, *k_norm;         // (head_dim,) or null
     std::int64_t hidden, heads, key_heads, head_dim;
