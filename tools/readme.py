@@ -89,6 +89,12 @@ CONTENDERS["train-cuda"] = {
     "peft_bnb_liger": "PEFT + bitsandbytes QLoRA + Liger",
     "unsloth_qlora": "Unsloth QLoRA",
 }
+CONTENDERS["experts-cpu"] = {
+    "qlora_eager": "Lownibble QLoRA",
+    "qlora_int8_eager": "Lownibble QLoRA, `--compute int8`",
+    "peft_float32": "PEFT, dense float32",
+    "peft_bfloat16": "PEFT, dense bfloat16",
+}
 CONTENDERS["decode-cuda"] = CONTENDERS["decode-cpu"]
 
 FIGURES = {
@@ -221,6 +227,28 @@ def train_real() -> str:
         "train-real-cpu",
         lambda w: f"{w['batch_size']} rows or packs of up to {w['length']} tokens a step, r={w['r']} {w['targets']}",
     )
+
+
+def experts() -> str:
+    """The training step of a mixture, and its time by the number of active experts; empty without a record."""
+    record = _there("experts-cpu")
+    if record is None:
+        return ""
+    body = _turns(
+        "experts-cpu",
+        lambda w: (
+            f"{w['active']} of {w['experts']} experts, {w['batch_size']} x {w['length']} tokens a step, r={w['r']} on "
+            f"{w['targets']}"
+        ),
+    )
+    times = record["by_active"]
+    lines = ["| active experts | seconds a step, median (min to max) |", "| ---: | ---: |"]
+    lines += [f"| {k} | {_spread(seconds, 2)} |" for k, seconds in times["seconds"].items()]
+    last = (
+        f"The line {times['constant_s']:.2f} s + {times['per_active_s']:.3f} s per active expert is at most "
+        f"{times['furthest']:.0%} away from them."
+    )
+    return "\n\n".join([body, "\n".join(lines), last])
 
 
 def decode() -> str:
@@ -772,6 +800,7 @@ SECTIONS: dict[str, Callable[[], str]] = {
     "train": train,
     "train-real": train_real,
     "decode": decode,
+    "experts": experts,
     "latency": latency,
     "serve": serve,
     "soak": soak,

@@ -6,15 +6,15 @@ from architectures import model_types, quiet
 from mixtures import MIXTURES, decode_into, folder_of, logits, some_ids, theirs
 
 import lownibble as ln
-from lownibble.errors import QuantizationError
+from lownibble.errors import InputError, QuantizationError
 from lownibble.lora.experts import named_experts
 from lownibble.models import experts
 from lownibble.models.experts import containers, expert_weights
 from lownibble.models.load import quantizable
 from lownibble.models.skeleton import empty_model
-from lownibble.quant import layouts
+from lownibble.quant import eightbit, layouts
 from lownibble.quant.codecs import quantize_experts
-from lownibble.quant.experts import ends_of, segments
+from lownibble.quant.experts import QuantExperts, ends_of, segments
 from lownibble.quant.packed import PackedExperts, from_spec, to_spec
 from lownibble.registry import CODECS
 
@@ -85,6 +85,23 @@ def test_experts_are_packed_each_on_its_own_by_any_codec(quant_type):
     again = from_spec(to_spec(packed), list(packed.tensors().values()))
     assert isinstance(again, PackedExperts)
     assert torch.equal(again.dequantize(), decoded)
+
+
+def test_products_of_experts_in_8_bits_and_of_few_rows():
+    """Oracle: the decoded matrices of each expert; 8 bits: a percent of the largest value."""
+    weight = torch.randn(4, 64, 128, generator=torch.Generator().manual_seed(0))
+    packed, ends = quantize_experts(weight, ln.QuantConfig()), [1, 1, 4, 14]
+    eightbit.check_weight(packed, "experts.down_proj", "int8")
+    with pytest.raises(InputError, match=r"'experts.down_proj': compute='int8' is for 4-bit codecs"):
+        eightbit.check_weight(quantize_experts(weight, ln.QuantConfig(quant_type="int4")), "experts.down_proj", "int8")
+    x = torch.randn(15, 128, generator=torch.Generator().manual_seed(1))
+    expected = torch.cat([x[rows] @ packed[e].dequantize().t() for e, rows in segments(ends)] + [torch.zeros(1, 64)])
+    layer = QuantExperts(packed)
+    torch.testing.assert_close(layer(x, ends), expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(layer(x.requires_grad_(), ends), expected, rtol=1e-5, atol=1e-5)
+    layer.compute = "int8"
+    difference = (layer(x, ends) - expected).abs().max() / expected.abs().max()
+    assert 1e-6 < difference < 0.02, "in 8 bits"
 
 
 def test_an_expert_that_is_not_finite_is_named():

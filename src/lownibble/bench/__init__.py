@@ -11,6 +11,7 @@ BENCHES = (
     "kernels",
     "parity",
     "train",
+    "experts",
     "decode",
     "quality",
     "codecs",
@@ -31,9 +32,9 @@ BENCHES = (
 
 OPTIONS = {
     "data": ("train", "quality"),
-    "model": ("train", "decode", "plan", "gpu"),
-    "batch_size": ("train", "plan", "gpu"),
-    "max_length": ("train", "plan", "gpu"),
+    "model": ("train", "experts", "decode", "plan", "gpu"),
+    "batch_size": ("train", "experts", "plan", "gpu"),
+    "max_length": ("train", "experts", "plan", "gpu"),
     "only": ("train",),
     "time_limit": ("gpu",),
 }

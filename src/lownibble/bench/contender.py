@@ -38,6 +38,7 @@ CONTENDERS = {
     "lora": Ours(None), "qlora": Ours("exact"), "qlora_again": Ours("exact"),
     "qlora_int8": Ours("int8"), "qlora_fp8": Ours("fp8"),
     "lora_eager": Ours(None, torch_compile=False), "qlora_eager": Ours("exact", torch_compile=False),
+    "qlora_int8_eager": Ours("int8", torch_compile=False),
 }  # fmt: skip
 """Name -> how it is trained. `qlora_again` is `qlora` once more, at the end: the difference is the machine's drift."""
 

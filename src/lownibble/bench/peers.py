@@ -13,7 +13,8 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -63,6 +64,18 @@ def _peft(folder: str, length: int) -> nn.Module:
     return _adapted(_pretrained(folder))
 
 
+def _peft_experts(folder: str, length: int, dtype: torch.dtype) -> nn.Module:
+    import peft
+    from transformers import AutoModelForCausalLM
+
+    base = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
+    lora = peft.LoraConfig(
+        r=R, lora_alpha=ALPHA, target_modules=["q_proj", "k_proj", "v_proj", "o_proj"],
+        target_parameters=["gate_up_proj", "down_proj"], task_type="CAUSAL_LM",
+    )  # fmt: skip
+    return peft.get_peft_model(base, lora)  # type: ignore[no-any-return]
+
+
 def _bitsandbytes(folder: str, length: int) -> nn.Module:
     return _adapted(_pretrained(folder, bits4=True))
 
@@ -109,11 +122,17 @@ PEERS = {
 }
 """Name -> peer, in order of interest."""
 
+EXPERTS = {
+    "peft_float32": Peer(("peft",), partial(_peft_experts, dtype=torch.float32), on_cpu=True),
+    "peft_bfloat16": Peer(("peft",), partial(_peft_experts, dtype=torch.bfloat16), on_cpu=True),
+}
+"""Peers with adapters on the experts of a mixture, by the dtype of the base: bitsandbytes leaves fused experts dense."""
 
-def installed(device_type: str) -> tuple[list[str], dict[str, str]]:
+
+def installed(device_type: str, peers: Mapping[str, Peer] = PEERS) -> tuple[list[str], dict[str, str]]:
     """Peers that can be tried on a device, and those that cannot -> why. Nothing is imported."""
     there, missing = [], {}
-    for name, peer in PEERS.items():
+    for name, peer in peers.items():
         absent = [package for package in peer.packages if importlib.util.find_spec(package) is None]
         if absent:
             missing[name] = f"not installed: {', '.join(absent)}"
@@ -129,7 +148,7 @@ def build(name: str, model: str, ids_NBT: Tensor) -> Built:
     from lownibble.optim import make_optimizer
 
     device, dtype = _device(), _dtype()
-    made = PEERS[name].make(model, ids_NBT.shape[2]).train()
+    made = (PEERS | EXPERTS)[name].make(model, ids_NBT.shape[2]).train()
     ids_NBT = ids_NBT.to(device)
     trained = [p for p in made.parameters() if p.requires_grad]
     optimizer: torch.optim.Optimizer
@@ -154,7 +173,7 @@ def build(name: str, model: str, ids_NBT: Tensor) -> Built:
 def main(name: str, model: str, batch_size: int, length: int) -> None:
     """Import the peer `name`, build it and take turns until standard input ends."""
     with reserved_stdout() as out:
-        for package in PEERS[name].packages:
+        for package in (PEERS | EXPERTS)[name].packages:
             importlib.import_module(package)
         take_turns(lambda *work: build(name, *work), model, batch_size, length, out)
 

@@ -146,12 +146,15 @@ def _parser() -> argparse.ArgumentParser:
     )
     bench.add_argument(
         "--model", metavar="MODEL",
-        help="train, decode, plan, gpu: a model folder, or a bundled shape or config.json, of which random weights are made "
-        "(default: demo; gpu: llama-3-8b)",
+        help="train, experts, decode, plan, gpu: a model folder, or a bundled shape or config.json, of which random weights are "
+        "made (default: demo; experts: a mixture of 1B; gpu: llama-3-8b)",
     )  # fmt: skip
-    bench.add_argument("--batch-size", type=_count, metavar="N", help="train, plan, gpu: rows in a step (default: 4)")
+    bench.add_argument("--batch-size", type=_count, metavar="N", help="train, experts, plan, gpu: rows in a step (default: 4)")
     bench.add_argument(
-        "--max-length", type=_count, metavar="N", help="train, plan, gpu: tokens in a row (default: 1024 on CUDA, else 256)"
+        "--max-length",
+        type=_count,
+        metavar="N",
+        help="train, experts, plan, gpu: tokens in a row (default: 1024 on CUDA, else 256)",
     )
     bench.add_argument("--only", metavar="NAMES", help="train: contenders to measure, separated by commas (default: all)")
     bench.add_argument("--time-limit", type=_count, metavar="SECONDS", help="gpu: for all parts together (default: 480)")

@@ -74,7 +74,8 @@ class _Experts(nn.Module):
         self.base, self.index, self.tokens = base, index, tokens
 
     def forward(self, x_SK: Tensor, ends: Sequence[int]) -> Tensor:
-        y_SN = products(x_SK, self.base.weight, ends)
+        weights: Any = self.base.weight
+        y_SN = products(x_SK, weights, ends)
         for (rows, its_ends), (_, _, of_linears) in zip(self.tokens.sorted, self.tokens.branches, strict=True):
             if branch := of_linears[self.index]:
                 y_SN.index_add_(0, rows, low_rank_of_experts(x_SK[rows], its_ends, branch.A, branch.B, branch.scale))

@@ -29,6 +29,7 @@ from lownibble.quant.experts import (
     DenseExperts,
     QuantExperts,
     Weights,
+    empty_rows,
     expert_product,
     products,
     save_weights,
@@ -46,7 +47,7 @@ class _LoraExperts(torch.autograd.Function):
         code_type: torch.dtype | None, rounded: Rounded,
     ) -> Tensor:  # fmt: skip
         A, B = rounded or (lora_A, lora_B)
-        y, low = x.new_zeros(len(x), B.shape[1]), x.new_empty(len(x), A.shape[1])
+        y, low = empty_rows(x, B.shape[1], ends), x.new_empty(len(x), A.shape[1])
         for expert, rows in segments(ends):
             low[rows] = ops.low_rank(x[rows], A[expert].t())
             epilogue = Epilogue(None, low[rows], B[expert].t(), scale)
@@ -63,7 +64,7 @@ class _LoraExperts(torch.autograd.Function):
         dy, wants_dx = dy.contiguous(), ctx.needs_input_grad[0]
         kind = torch.promote_types(A.dtype, torch.float32)
         dA, dB = A.new_zeros(A.shape, dtype=kind), B.new_zeros(B.shape, dtype=kind)
-        dx = torch.zeros_like(x) if wants_dx else None
+        dx = empty_rows(x, x.shape[1], ends) if wants_dx else None
         with ops.keeping(ctx.backend):
             for expert, rows in segments(ends):
                 dlow, dA[expert], dB[expert] = ops.low_rank_backward(dy[rows], x[rows], low[rows], B[expert], scale)
@@ -75,7 +76,7 @@ class _LoraExperts(torch.autograd.Function):
 
 def low_rank_of_experts(x_SK: Tensor, ends: Sequence[int], A: Tensor, B: Tensor, scale: float) -> Tensor:
     """scale (x A_e^T) B_e^T, (S, out), for x (S, in) with rows sorted by expert; no gradient. A (E, r, in), B (E, out, r)."""
-    y = x_SK.new_zeros(len(x_SK), B.shape[1])
+    y = empty_rows(x_SK, B.shape[1], ends)
     for expert, rows in segments(ends):
         low = x_SK[rows] @ A[expert].to(x_SK.dtype).t()
         torch.mm(low.mul_(scale), B[expert].to(x_SK.dtype).t(), out=y[rows])

@@ -111,11 +111,13 @@ def _check_shape(weight: FourBit) -> None:
 
 
 def check_weight(weight: PackedWeight, name: str, compute: str) -> None:
-    """Check that the weight's codec, shape and block size support 8-bit matmuls.
+    """Check that the weight's codec, shape and block size support 8-bit matmuls; of experts, those of one.
 
     Raises:
         InputError: names the weight and what to do.
     """
+    if isinstance(weight, PackedExperts):
+        weight = weight[0]
     try:
         four_bit = _four_bit(weight, compute)
     except InputError as error:

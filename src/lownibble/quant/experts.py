@@ -40,6 +40,13 @@ def segments(ends: Sequence[int]) -> Iterator[tuple[int, slice]]:
         start = end
 
 
+def empty_rows(like: Tensor, n: int, ends: Sequence[int]) -> Tensor:
+    """(S, n) for one row per row of `like`, of its dtype: to be written for the experts' rows, zero for those after them."""
+    out = like.new_empty(len(like), n)
+    out[ends[-1] :].zero_()
+    return out
+
+
 def ends_of(expert_of_row: Tensor, n_experts: int) -> list[int]:
     """The end of each expert's rows, for rows sorted by expert; without values (fake tensors): as if they were even."""
     rows = len(expert_of_row)
@@ -64,7 +71,7 @@ def expert_product(
 
 def products(x_SK: Tensor, weights: Weights, ends: Sequence[int], code_type: torch.dtype | None = None) -> Tensor:
     """x (S, in), rows sorted by expert -> (S, out), without gradient."""
-    out = x_SK.new_zeros(len(x_SK), weights.shape[1])
+    out = empty_rows(x_SK, weights.shape[1], ends)
     for expert, rows in segments(ends):
         weight, few = weights[expert], code_type is None and rows.stop - rows.start <= MATVEC_MAX_ROWS
         if few and isinstance(weight, PackedWeight):
@@ -107,7 +114,7 @@ class _FrozenExperts(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, weights: Weights, ends: Sequence[int], code_type: torch.dtype | None) -> Tensor:
         save_weights(ctx, weights)
         ctx.rest = ends, code_type, weights.shape
-        out = x.new_zeros(len(x), weights.shape[1])
+        out = empty_rows(x, weights.shape[1], ends)
         for expert, rows in segments(ends):
             out[rows] = expert_product(x[rows], weights[expert], False, NO_EPILOGUE, code_type)
         return out
@@ -116,7 +123,7 @@ class _FrozenExperts(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         ends, code_type, shape = ctx.rest
-        weights, dx = saved_weights(ctx, ctx.saved_tensors), dy.new_zeros(len(dy), shape[2])
+        weights, dx = saved_weights(ctx, ctx.saved_tensors), empty_rows(dy, shape[2], ends)
         with ops.keeping(ctx.backend):
             for expert, rows in segments(ends):
                 dx[rows] = expert_product(dy[rows], weights[expert], True, NO_EPILOGUE, code_type)
@@ -127,20 +134,14 @@ class QuantExperts(QuantLinear):
     """The experts' linear layers with frozen packed weights (E, out, in); parameters as `QuantLinear`, each with a leading E."""
 
     @property
-    def weight(self) -> PackedExperts:
-        """The packed weights, (E, out, in); as `QuantLinear.weight`."""
-        packed = super().weight
-        assert isinstance(packed, PackedExperts)
-        return packed
-
-    @property
     def n_experts(self) -> int:
         """Experts."""
         return int(self.facts["experts"])
 
     def forward(self, x_SK: Tensor, ends: Sequence[int]) -> Tensor:  # type: ignore[override]
         """x (S, in), rows sorted by expert -> (S, out). `ends`: by expert, the end of its rows."""
-        return frozen_product(x_SK, self.weight, ends, self.code_type)
+        weights: Any = self.weight
+        return frozen_product(x_SK, weights, ends, self.code_type)
 
     def extra_repr(self) -> str:
         """Shown by `print(model)`."""
