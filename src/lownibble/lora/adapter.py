@@ -277,23 +277,13 @@ class AdapterFile:
         Raises:
             AdapterError: as `expected`.
         """
-        targets = self._plan(model, name).targets
-        paths = file_paths(targets, [path for path, layer in targets.items() if is_experts(layer)])
-        variants = {path: variant_for(layer, variant_of(self.config)) for path, layer in targets.items()}
-        return {
-            path: (variant, {own: f"{PREFIX}{paths[path]}.{key}" for own, key in variant.keys.items()})
-            for path, variant in variants.items()
-        }  # fmt: skip
+        return _layers(self._plan(model, name), self.config)
 
     def _plan(self, model: nn.Module, name: str) -> Plan:
         try:
             return plan(model, self.config, name, of_file=True)
         except TargetError as error:
             raise AdapterError(f"'{self.folder}' does not fit this model: {error}") from None
-
-    def layers(self, model: nn.Module, name: str = "default") -> dict[str, dict[str, str]]:
-        """Path of each layer that it adapts -> key of each parameter of the layer's variant. Raises as `expected`."""
-        return _layer_keys(plan(model, self.config, name, of_file=True), self.config)
 
     def check_fit(self, expected: dict[str, torch.Size], ignored: set[str]) -> None:
         """Check that the file holds exactly the expected tensors, besides the ignored ones.
@@ -373,25 +363,25 @@ def _check_base(model: nn.Module, stored: AdapterFile, any_base: bool, changed: 
 def _expected_shapes(planned: Plan, config: LoraConfig) -> dict[str, torch.Size]:
     """File key -> shape of every tensor that the adapter's file must hold."""
     shapes: dict[str, torch.Size] = {}
-    keys = _layer_keys(planned, config)
-    for path, layer in planned.targets.items():
-        variant = variant_for(layer, variant_of(config))
+    for path, (variant, keys) in _layers(planned, config).items():
+        layer = planned.targets[path]
         n_out, n_in = sizes(layer.base if isinstance(layer, LoraLinear) else layer)
         wanted = variant.shapes(n_in, n_out, rank_of(path, config))
         empty = {own: variant.to_file(own, torch.empty(shape, device="meta")) for own, shape in wanted.items()}
-        shapes |= {keys[path][own]: tensor.shape for own, tensor in empty.items()}
+        shapes |= {keys[own]: tensor.shape for own, tensor in empty.items()}
     for path, module in planned.saved.items():
         shapes |= {f"{PREFIX}{path}.{key}": parameter.shape for key, parameter in module.named_parameters()}
     return shapes | {PREFIX + path: bias.shape for path, bias in planned.biases.items()}
 
 
-def _layer_keys(planned: Plan, config: LoraConfig) -> dict[str, dict[str, str]]:
-    """Path of each layer -> file key of each parameter of its variant."""
+def _layers(planned: Plan, config: LoraConfig) -> dict[str, tuple[Variant, dict[str, str]]]:
+    """Path of each layer -> its variant, and the file key of each of its parameters."""
     paths = file_paths(planned.targets, [path for path, layer in planned.targets.items() if is_experts(layer)])
     variants = {path: variant_for(layer, variant_of(config)) for path, layer in planned.targets.items()}
     return {
-        path: {own: f"{PREFIX}{paths[path]}.{key}" for own, key in variant.keys.items()} for path, variant in variants.items()
-    }
+        path: (variant, {own: f"{PREFIX}{paths[path]}.{key}" for own, key in variant.keys.items()})
+        for path, variant in variants.items()
+    }  # fmt: skip
 
 
 def _repeats_base(model: nn.Module, key: str, tensor: Tensor) -> bool:

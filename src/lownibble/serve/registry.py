@@ -32,7 +32,7 @@ from lownibble.decoding import branch_paths
 from lownibble.errors import AdapterError, InputError
 from lownibble.kernels.decoder import Adapter, LowRank
 from lownibble.lora.adapter import AdapterFile
-from lownibble.lora.experts import named_experts, variant_for
+from lownibble.lora.apart import fitted
 from lownibble.lora.portable import CONFIG_FILE, WEIGHTS_FILE
 from lownibble.lora.provenance import base_facts, other_codec, other_weights
 from lownibble.lora.targets import scale_of
@@ -120,7 +120,6 @@ class Registry:
         self.max_rank, self.max_bytes = max_rank, max_bytes
         self._model, self._facts = model, base_facts(model)
         self._paths = branch_paths(model)
-        self._experts = named_experts(model)
         self._held: dict[str, Loaded] = {}  # current versions, least recently used first
         self._old: list[Loaded] = []  # outdated versions that requests still use
         self._withdrawn: set[str] = set()
@@ -310,6 +309,7 @@ class Registry:
                 "(lownibble merge) and serve the result."
             )
         _check_patterns(name, file.config)
+        file = fitted(file, self._model)
         facts = file.trained_on
         if facts is not None and not self.any_base and (different := other_weights(facts, self._facts)):
             raise AdapterError(f"Adapter '{name}' is for another base: {different}. Serve it there, or start with --any-base.")
@@ -321,7 +321,7 @@ class Registry:
         self._check_size(name, sum(shape.numel() for shape in expected.values()) * self.dtype.itemsize)
         try:
             content = file.path.read_bytes()
-            tensors = parse_safetensors(content)
+            tensors = {key: file.read(key) for key in expected} if file.made else parse_safetensors(content)
         except (OSError, SafetensorError) as error:
             raise AdapterError(f"Adapter '{name}' cannot be read: {error}. Copy it again.") from None
         for key, tensor in tensors.items():
@@ -338,8 +338,9 @@ class Registry:
 
     def _adapter(self, name: str, file: AdapterFile, tensors: Mapping[str, Tensor]) -> tuple[Adapter, int]:
         """Copy the adapter into a buffer of its own; returns it and the buffer's bytes."""
-        keys, plain = file.layers(self._model), variant_of(file.config)
-        shared = {key for of_layer in self._paths for path in of_layer for key in keys.get(path, {}).values()}
+        layers = file.layers(self._model)
+        here = {path for of_layer in self._paths for path in of_layer} & layers.keys()
+        shared = {key for path in here for key in layers[path][1].values()}
         if beyond := sorted(tensors.keys() - shared):
             raise AdapterError(
                 f"Adapter '{name}' changes '{beyond[0]}', which is not shared by requests with other adapters. Merge it "
@@ -355,10 +356,10 @@ class Registry:
             return place.copy_(tensor)
 
         def branch(path: str) -> LowRank | None:
-            if path not in keys:
+            if path not in layers:
                 return None
-            variant = variant_for(self._experts[path], plain) if path in self._experts else plain
-            a, b = (variant.from_file(own, tensors[keys[path][own]]) for own in ("lora_A", "lora_B"))
+            variant, keys = layers[path]
+            a, b = (variant.from_file(own, tensors[keys[own]]) for own in ("lora_A", "lora_B"))
             # B column-major, as the kernels read it
             return LowRank(keep(a), keep(b.transpose(-2, -1)).transpose(-2, -1), scale_of(path, file.config))
 
