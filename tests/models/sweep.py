@@ -52,7 +52,7 @@ def _why(error: BaseException) -> str:
         "put together in a way that is not known": "its body and head are put together in a way not known",
         "does not run with these layers packed": "its code uses packed weights itself",
         "incompatible with Mamba": "PEFT refuses adapters on Mamba's projections",
-        "other logits": "other logits: PEFT turns targets named like experts into fused parameters",
+        "other logits": "other logits: PEFT renames some of its tensors as a checkpoint's",
         "match no linear module": "no linear layers but the head",
         "has no linear module": "no linear layers but the head",
         "has no gradient": "its code detaches its layers, so the loss has no gradient",
