@@ -17,7 +17,7 @@ from lownibble.config import LoraConfig
 from lownibble.lora.active import lora_layers
 from lownibble.lora.experts import is_experts, named_experts
 from lownibble.lora.targets import OF_LINEAR, alpha_of, rank_of
-from lownibble.models.experts import containers
+from lownibble.models.conversion import fuses_experts
 
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."
@@ -57,7 +57,7 @@ def read_patterns(values: dict[str, Any]) -> dict[str, Any]:
 
 def _mistaken(model: nn.Module, config: LoraConfig, linears: set[str]) -> list[str]:
     """Linear layers that PEFT would take for experts'; none with dropout or DoRA, which it refuses for parameters."""
-    if config.lora_dropout or config.use_dora or not any(containers(model)):
+    if config.lora_dropout or config.use_dora or not fuses_experts(model):
         return []
     return [path for path in linears if path.rpartition(".")[2] in TAKEN_FOR_EXPERTS]
 

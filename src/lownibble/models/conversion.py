@@ -317,6 +317,14 @@ class ModelTensors:
         yield from ([self.name_of(path)] for path in self.packed)
 
 
+def fuses_experts(model: Any) -> bool:
+    """Whether transformers makes fused experts of checkpoints of this kind of model, which may have none itself."""
+    if not hasattr(model, "config"):
+        return False
+    converters = (entry for entry in get_model_conversion_mapping(model) if isinstance(entry, WeightConverter))
+    return any(target.endswith("gate_up_proj") for converter in converters for target in converter.target_patterns)
+
+
 def untie(model: Any, names: list[str]) -> None:
     """Give parameters that the configuration ties a tensor of their own, on the meta device."""
     for name in names:

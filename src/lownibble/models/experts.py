@@ -63,8 +63,7 @@ def tell_unknown(model: nn.Module) -> None:
     Warns:
         UserWarning: there are some (named, with their share of the model).
     """
-    known, parameters, counts = shapes(model), dict(model.named_parameters()), _numbers_of_experts(model)
-    unknown = [name for name, p in parameters.items() if p.ndim == 3 and name not in known and len(p) in counts]
+    unknown, parameters = of_other_form(model), dict(model.named_parameters())
     if unknown:
         share = sum(parameters[name].numel() for name in unknown) / sum(p.numel() for p in parameters.values())
         names = ", ".join(sorted({name.rpartition(".")[2] for name in unknown}))
@@ -73,6 +72,12 @@ def tell_unknown(model: nn.Module) -> None:
             "with the weights of all experts itself.",
             stacklevel=3,
         )
+
+
+def of_other_form(model: nn.Module) -> list[str]:
+    """Names of dense weights of three dimensions, one matrix for each expert, that no container holds."""
+    known, counts = shapes(model), _numbers_of_experts(model)
+    return [name for name, p in model.named_parameters() if p.ndim == 3 and name not in known and len(p) in counts]
 
 
 _COUNTS = ("num_experts", "num_local_experts", "n_routed_experts")
