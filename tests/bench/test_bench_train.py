@@ -57,7 +57,10 @@ def test_without_a_limit_there_is_no_share():
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["kernels", "--model", "demo"], "--model is for 'bench train', 'bench decode', 'bench plan'"),
+        (
+            ["kernels", "--model", "demo"],
+            "--model is for 'bench train', 'bench experts', 'bench decode', 'bench plan' and 'bench gpu'",
+        ),
         (["train", "--time-limit", "9"], "--time-limit is for 'bench gpu';"),
         (["train", "--batch-size", "0"], "must be an integer >= 1. Got '0'"),
         (["train", "--data", "x.jsonl", "--model", "llama-3-8b"], "Leave --model or --data out"),

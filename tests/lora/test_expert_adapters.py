@@ -171,3 +171,79 @@ def test_an_adapter_of_other_experts_is_refused_by_name(tokenizer, tmp_path):
     config = AutoConfig.from_pretrained(tmp_path / "model", num_local_experts=6)
     with pytest.raises(AdapterError, match=r"experts.base_layer.lora_A.weight' has shape \(8, 64\), not \(12, 64\)"):
         ln.load_adapter(AutoModelForCausalLM.from_config(config), tmp_path / "adapter", any_base=True)
+
+
+def test_a_module_that_is_trained_in_full_keeps_its_experts_to_itself(tokenizer, tmp_path):
+    folder = folder_of("qwen3_moe", tmp_path / "model", tokenizer)
+    model, _ = ln.load(str(folder))
+    ln.add_lora(model, ln.LoraConfig(r=2, modules_to_save=["mlp.experts"]))
+    assert not any(isinstance(layer, LoraExperts) for _, layer in lora_layers(model, "default"))
+    ln.save_adapter(model, tmp_path / "adapter")
+    ln.load_adapter(ln.load(str(folder))[0], tmp_path / "adapter")
+    ln.add_lora(model, ln.LoraConfig(r=2, target_parameters=[]), name="second")
+    assert not any(isinstance(layer, LoraExperts) for _, layer in lora_layers(model, "second"))
+
+
+def test_a_linear_layer_named_by_its_weight_stays_in_the_file(peft, tokenizer, tmp_path):
+    base = theirs(folder_of("qwen3_moe", tmp_path / "model", tokenizer))
+    model = with_peft(peft, copy.deepcopy(base), target_modules=["q_proj"], target_parameters=["o_proj.weight", "down_proj"])
+    model.save_pretrained(tmp_path / "peft")
+    ours = ln.load_adapter(copy.deepcopy(base), tmp_path / "peft").eval()
+    torch.testing.assert_close(logits(ours, some_ids()), logits(model, some_ids()), **LOGITS)
+    ln.save_adapter(ours, tmp_path / "ours")
+    for again in (peft.PeftModel.from_pretrained, ln.load_adapter):
+        torch.testing.assert_close(
+            logits(again(copy.deepcopy(base), tmp_path / "ours").eval(), some_ids()), logits(model, some_ids()), **LOGITS
+        )
+
+
+@pytest.mark.parametrize(
+    ("options", "layers"),
+    [
+        ({"layers_to_transform": [0]}, {0}),
+        ({"exclude_modules": r".*layers\.0\..*"}, {1}),
+        ({"exclude_modules": ["experts"]}, set()),
+        ({"target_modules": ["q_proj"], "target_parameters": ["down_proj"], "layers_to_transform": [1]}, {1}),
+        ({"target_modules": ["q_proj"], "target_parameters": ["down_proj"], "exclude_modules": r".*layers\.0\..*"}, {1}),
+    ],
+)  # fmt: skip
+def test_layers_and_exclusions_reach_experts(options, layers, tokenizer, tmp_path):
+    model, _ = ln.load(str(folder_of("qwen3_moe", tmp_path / "model", tokenizer)))
+    ln.add_lora(model, ln.LoraConfig(r=2, **options))
+    adapted = [path for path, layer in lora_layers(model, "default") if isinstance(layer, LoraExperts)]
+    assert {int(path.split(".")[2]) for path in adapted} == layers
+    ln.save_adapter(model, tmp_path / "adapter")
+    again = ln.load_adapter(ln.load(str(tmp_path / "model"))[0], tmp_path / "adapter")
+    assert {path for path, _ in lora_layers(again, "default")} == {path for path, _ in lora_layers(model, "default")}
+
+
+def test_removing_the_last_adapter_gives_the_container_back(tokenizer, tmp_path):
+    model = theirs(folder_of("qwen3_moe", tmp_path / "model", tokenizer))
+    before, names = model.config._experts_implementation, [name for name, _ in model.named_parameters()]
+    ln.add_lora(model, ln.LoraConfig(r=2, target_modules=["q_proj"], target_parameters=["gate_up_proj"]), name="one")
+    ln.add_lora(model, ln.LoraConfig(r=2), name="two")
+    remove_adapter(model, "one")
+    assert model.config._experts_implementation == experts.IMPLEMENTATION
+    remove_adapter(model, "two")
+    assert model.config._experts_implementation == before
+    assert [name for name, _ in model.named_parameters()] == names, "PEFT wraps them in this order"
+
+
+def test_experts_named_as_modules_are_pointed_to_the_option(tokenizer, tmp_path):
+    model, _ = ln.load(str(folder_of("qwen3_moe", tmp_path / "model", tokenizer)))
+    with pytest.raises(TargetError, match=r"\['down_proj'\] are weights of experts. Name them in target_parameters"):
+        ln.add_lora(model, ln.LoraConfig(r=2, target_modules=["q_proj", "down_proj"]))
+
+
+def test_what_peft_will_not_load_is_said_before_training(tokenizer, tmp_path):
+    model, _ = ln.load(str(folder_of("deepseek_v3", tmp_path / "model", tokenizer)))
+    with pytest.warns(
+        UserWarning, match="PEFT will not load this adapter, because of lora_dropout: it takes down_proj, gate_proj"
+    ):
+        ln.add_lora(model, ln.LoraConfig(r=2, lora_dropout=0.1, target_experts=False))
+
+
+def test_experts_of_another_form_get_no_adapter_and_this_is_said(tokenizer, tmp_path):
+    model = theirs(folder_of("llama4_text", tmp_path / "model", tokenizer))
+    with pytest.warns(UserWarning, match=r"4 weights of experts of Llama4ForCausalLM \(down_proj, gate_up_proj\) get no adapter"):
+        ln.add_lora(model, ln.LoraConfig(r=2))

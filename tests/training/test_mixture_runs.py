@@ -110,3 +110,12 @@ def test_what_is_adapted_is_said(tokenizer, tmp_path, rows_of):
     run(config_of(folder, rows_of(16), tmp_path / "out"))
     record = json.loads((tmp_path / "out" / "record.json").read_text())
     assert record["model"]["adapted"] == {"linear layers": 8, "weights of experts": 4}
+
+
+@pytest.mark.parametrize("kind", ["mixtral", "gpt_oss"])
+def test_full_fine_tuning_is_saved_under_the_checkpoints_names(kind, tokenizer, tmp_path, rows_of):
+    folder = folder_of(kind, tmp_path / "model", tokenizer)
+    train = ln.TrainConfig(**{**TRAIN, "learning_rate": 1e-3}, output_dir=str(tmp_path / "out"))
+    result = run(RunConfig(model=str(folder), method="full", data=rows_of(16), train=train))
+    again = theirs(tmp_path / "out" / "model")
+    torch.testing.assert_close(logits(again, some_ids()), logits(result.model.eval(), some_ids()), rtol=1e-5, atol=1e-5)

@@ -103,6 +103,7 @@ def remove_adapter(model: nn.Module, name: str) -> None:
                 del parts[name]
             if not parts:
                 replace_module(model, path, module.base if isinstance(module, LoraLinear) else module.original)
+    experts.restore_implementation(model)
 
 
 def count_parameters(model: nn.Module) -> tuple[int, int]:

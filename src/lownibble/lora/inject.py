@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import warnings
+from collections.abc import Collection
 from dataclasses import dataclass
 
 from torch import Tensor, nn
@@ -20,7 +21,11 @@ from lownibble.lora.begin import adapt, output_head, take_back
 from lownibble.lora.experts import is_experts, named_experts
 from lownibble.lora.init import find
 from lownibble.lora.layer import LoraLinear, TrainedCopy
+from lownibble.lora.portable import TAKEN_FOR_EXPERTS
+from lownibble.matching import names
+from lownibble.models.conversion import fuses_experts
 from lownibble.models.direct import without_effect
+from lownibble.models.experts import of_other_form
 from lownibble.models.info import info
 from lownibble.quant import QuantLinear, is_linear
 
@@ -51,7 +56,8 @@ def match_targets(model: nn.Module, config: LoraConfig, *, of_file: bool = False
     Raises:
         TargetError: nothing matches, or options contradict each other; lists the candidates.
     """
-    linears, head = named_linears(model), output_head(model)
+    linears, of_experts, head = named_linears(model), named_experts(model), output_head(model)
+    _check_names(config, linears, of_experts)
     saved = [path for path, _ in model.named_modules() if path.endswith(tuple(config.modules_to_save))]
     of_head = next((path for path, module in linears.items() if module is head), None)
     matched = targets.match_targets(linears, config, head=of_head, excluded=saved, of_file=of_file)
@@ -62,11 +68,39 @@ def match_targets(model: nn.Module, config: LoraConfig, *, of_file: bool = False
         if config.target_modules != "all-linear":
             raise TargetError(f"{what} cannot carry an adapter: {why}. Leave them out of target_modules.")
         warnings.warn(f"{what} get no adapter: {why}.", stacklevel=2)
-    of_experts = named_experts(model)
-    adapted = targets.match_experts(of_experts, config, of_file=of_file)
+    adapted = targets.match_experts(of_experts, config, excluded=saved, of_file=of_file)
     targets.check_ranks(config, [*matched, *adapted], of_file)
-    targets.check_experts(config, adapted, merge_aware=info(model).merge_aware is not None)
+    targets.check_experts(config, adapted, merge_aware=info(model).merge_aware is not None, of_file=of_file)
+    if not of_file:
+        _tell_of_mixture(model, config, matched)
     return {path: linears[path] for path in matched if path not in idle} | {path: of_experts[path] for path in adapted}
+
+
+def _check_names(config: LoraConfig, linears: Collection[str], of_experts: Collection[str]) -> None:
+    """Raise TargetError if `target_modules` names experts' weights, which are no modules."""
+    given = config.target_modules if isinstance(config.target_modules, list) else []
+    wrong = [name for name in given if any(names(p, [name]) for p in of_experts) and not any(names(p, [name]) for p in linears)]
+    if wrong:
+        raise TargetError(
+            f"target_modules {wrong} are weights of experts. Name them in target_parameters (--target-parameters "
+            f"{' '.join(wrong)}), or take target_modules='all-linear'."
+        )
+
+
+def _tell_of_mixture(model: nn.Module, config: LoraConfig, linears: Collection[str]) -> None:
+    """Warn of what an adapter on a mixture of experts will not do."""
+    other = of_other_form(model) if config.target_modules == "all-linear" and config.target_experts else []
+    if other:
+        what = f"{len(other)} weights of experts of {type(model).__name__} ({targets.candidates(other)})"
+        warnings.warn(f"{what} get no adapter: its code computes with all of them itself.", stacklevel=3)
+    taken = [path for path in linears if path.rpartition(".")[2] in TAKEN_FOR_EXPERTS]
+    options = [name for name in ("lora_dropout", "use_dora") if getattr(config, name)]
+    if options and taken and fuses_experts(model):
+        warnings.warn(
+            f"PEFT will not load this adapter, because of {' and '.join(options)}: it takes {targets.candidates(taken)} of this "
+            "model for experts. Leave that out if PEFT is to read it.",
+            stacklevel=3,
+        )
 
 
 def candidates(model: nn.Module) -> str:

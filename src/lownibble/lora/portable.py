@@ -36,6 +36,8 @@ def named(model: nn.Module, config: LoraConfig, name: str) -> dict[str, Any]:
     linears = layers.keys() - experts
     mistaken = set(_mistaken(model, config, linears))
     parameters = [*_short(experts, set(named_experts(model))), *_short(mistaken, _weights(model), OF_LINEAR)]
+    if config.target_modules != "all-linear" and not mistaken:
+        parameters += [wanted for wanted in config.target_parameters if wanted.endswith(OF_LINEAR)]
     found: dict[str, Any] = {
         "target_modules": config.target_modules, "target_parameters": parameters or None, **_patterns(config, mistaken)
     }  # fmt: skip

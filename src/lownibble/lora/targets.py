@@ -70,13 +70,17 @@ def match_targets(
     return matched
 
 
-def match_experts(weights: Collection[str], config: LoraConfig, *, of_file: bool = False) -> list[str]:
+def match_experts(
+    weights: Collection[str], config: LoraConfig, *, excluded: Collection[str] = (), of_file: bool = False
+) -> list[str]:  # fmt: skip
     """Paths of the experts' weights that `config` targets: those that `target_parameters` names, and with 'all-linear' all of
     them unless `target_experts` is off.
 
     Args:
         weights: paths of the weights of all mixtures' experts.
-        of_file: as in `match_targets`; a file's 'all-linear' is PEFT's, which has no experts.
+        excluded: as in `match_targets`.
+        of_file: as in `match_targets`; a file's 'all-linear' is PEFT's, which has no experts, and its `target_parameters` are
+            whatever else it says.
     Raises:
         TargetError: `target_parameters` names what is not there; lists the candidates.
     """
@@ -87,11 +91,14 @@ def match_experts(weights: Collection[str], config: LoraConfig, *, of_file: bool
         raise TargetError(
             f"target_parameters {missing} match no weight of experts. Candidates: {candidates(weights, 'none (no experts)')}."
         )
-    if config.target_modules != "all-linear" or not config.target_experts or of_file:
+    if of_file:
         return named
-    allowed = [path for path in weights if not _is_excluded(path, config.exclude_modules)]
-    layers = config.layers_to_transform
-    return [path for path in allowed if path in named or not layers or _layer_of(path, config.layers_pattern) in layers]
+    every = config.target_modules == "all-linear" and config.target_experts
+    layers, barred = config.layers_to_transform, config.exclude_modules
+    allowed = [p for p in weights if not any(p.startswith(f"{outer}.") for outer in excluded)]
+    allowed = [p for p in allowed if not (_is_excluded(p, barred) or _is_excluded(p.rpartition(".")[0], barred))]
+    in_layers = [p for p in allowed if not layers or _layer_of(p, config.layers_pattern) in layers]
+    return in_layers if every else [p for p in in_layers if p in named]
 
 
 def linears_by_parameter(linears: Collection[str], config: LoraConfig) -> list[str]:
@@ -103,7 +110,10 @@ def linears_by_parameter(linears: Collection[str], config: LoraConfig) -> list[s
     wanted = [name for name in config.target_parameters if name.endswith(OF_LINEAR)]
     for name in wanted:
         if not any(names(f"{path}{OF_LINEAR}", [name]) for path in linears):
-            raise TargetError(f"target_parameters ['{name}'] match no linear module's weight. Candidates: {candidates(linears)}.")
+            raise TargetError(
+                f"target_parameters ['{name}'] match no linear module's weight (a router's cannot be adapted here). Candidates: "
+                f"{candidates(linears)}."
+            )
     return [path for path in linears if names(f"{path}{OF_LINEAR}", wanted)]
 
 
@@ -149,8 +159,8 @@ def check_ranks(config: LoraConfig, targets: list[str], of_file: bool) -> None:
                 raise TargetError(f"{option} {key!r} matches no targeted module. Targets: {', '.join(targets[:4])}, ...")
 
 
-def check_experts(config: LoraConfig, paths: Sequence[str], *, merge_aware: bool) -> None:
-    """Check that the options suit adapters on experts.
+def check_experts(config: LoraConfig, paths: Sequence[str], *, merge_aware: bool, of_file: bool = False) -> None:
+    """Check that the options suit adapters on experts; a saved adapter's dropout matters no more.
 
     Raises:
         TargetError: one does not (named, with the remedy).
@@ -158,7 +168,7 @@ def check_experts(config: LoraConfig, paths: Sequence[str], *, merge_aware: bool
     wrong = [
         what
         for given, what in (
-            (config.lora_dropout > 0, f"lora_dropout = {config.lora_dropout:g}"), (config.use_dora, "use_dora"),
+            (config.lora_dropout > 0 and not of_file, f"lora_dropout = {config.lora_dropout:g}"), (config.use_dora, "use_dora"),
             (config.init_lora_weights not in (True, False, "gaussian"), f"init_lora_weights = {config.init_lora_weights!r}"),
             (merge_aware, "merge_aware"),
         ) if given

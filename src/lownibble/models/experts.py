@@ -76,8 +76,9 @@ def tell_unknown(model: nn.Module) -> None:
 
 def of_other_form(model: nn.Module) -> list[str]:
     """Names of dense weights of three dimensions, one matrix for each expert, that no container holds."""
-    known, counts = shapes(model), _numbers_of_experts(model)
-    return [name for name, p in model.named_parameters() if p.ndim == 3 and name not in known and len(p) in counts]
+    held, counts = tuple(f"{path}." for path in shapes(model)), _numbers_of_experts(model)
+    found = [name for name, p in model.named_parameters() if p.ndim == 3 and p.is_floating_point() and len(p) in counts]
+    return [name for name in found if not f"{name}.".startswith(held)]
 
 
 _COUNTS = ("num_experts", "num_local_experts", "n_routed_experts")
@@ -101,13 +102,29 @@ def shape_of(container: Any, name: str) -> tuple[int, int, int]:
 
 def place(container: Any, name: str, module: nn.Module) -> None:
     """Put a module in the place of a weight, dense or already a module; of `DenseExperts`, its parameter."""
+    known = vars(container).setdefault(_BEFORE, (container.config._experts_implementation, list(container._parameters)))
     container._parameters.pop(name, None)
     container._modules.pop(name, None)
     if isinstance(module, DenseExperts):
         container.register_parameter(name, module.parameter)
+        _, order = known  # PEFT goes by it
+        container._parameters = {each: container._parameters[each] for each in order if each in container._parameters}
     else:
         container.add_module(name, module)
     container.config._experts_implementation = IMPLEMENTATION
+
+
+_BEFORE = "_lownibble_before"
+"""Attribute of a container that has held modules: the implementation and the order of parameters that it had."""
+
+
+def restore_implementation(model: nn.Module) -> None:
+    """Give a model all of whose experts are dense parameters again the implementation that it had."""
+    if all(isinstance(held, nn.Parameter) for held in expert_weights(model).values()):
+        for _, container in containers(model):
+            before, _ = vars(container).pop(_BEFORE, (IMPLEMENTATION, []))
+            if before != IMPLEMENTATION:  # the first container's; others share its configuration
+                container.config._experts_implementation = before
 
 
 def goes_by_expert(model: nn.Module) -> bool:

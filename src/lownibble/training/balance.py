@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -32,6 +33,20 @@ Balance = Callable[[tuple[Tensor, ...], Tensor | None], Tensor]
 """(router logits by layer, attention mask or None) -> the weighted loss, () float32."""
 
 
+@dataclass(frozen=True)
+class Loss:
+    """coefficient * function(router logits, experts, experts per token, mask)."""
+
+    function: Callable[..., Tensor]
+    n_experts: int
+    k: int
+    coefficient: float
+
+    def __call__(self, logits: tuple[Tensor, ...], mask_BT: Tensor | None) -> Tensor:
+        """The weighted loss, () float32."""
+        return self.coefficient * self.function(logits, self.n_experts, self.k, mask_BT)
+
+
 def of(model: Any, coefficient: float | None) -> Balance | None:
     """The auxiliary loss of a model, or None without one.
 
@@ -47,16 +62,13 @@ def of(model: Any, coefficient: float | None) -> Balance | None:
         return None
     function = getattr(sys.modules[type(model).__module__], _FUNCTION, None)
     n_experts = next((count for name in _COUNTS if (count := getattr(config, name, None))), None)
-    if function is None or n_experts is None:
+    if function is None or n_experts is None or model.config.is_encoder_decoder:
         raise ConfigError(
             f"The 'router_aux_loss_coef' is for mixtures of experts that transformers has a load-balancing loss for, and "
             f"{type(model).__name__} has none. Leave it out."
         )
 
-    def loss(logits: tuple[Tensor, ...], mask_BT: Tensor | None) -> Tensor:
-        found: Tensor = function(logits, n_experts, config.num_experts_per_tok, mask_BT)
-        return coefficient * found
-
+    loss = Loss(function, n_experts, config.num_experts_per_tok, coefficient)
     _check(model, loss, coefficient)
     return loss
 

@@ -156,6 +156,7 @@ class Trainer:
         finally:
             close_states(self.optimizer)
             self.fitting.close()
+            info(self.model).balance = None
 
     def _events(self) -> Iterator[Event]:
         config, began = self.config, time.perf_counter()

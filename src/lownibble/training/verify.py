@@ -20,6 +20,7 @@ from lownibble.lora import load_adapter, set_adapter
 from lownibble.lora.active import active_adapter, adapter_configs, lora_layers, remove_adapter
 from lownibble.lora.adapter import file_tensors
 from lownibble.lora.portable import WEIGHTS_FILE
+from lownibble.models.conversion import stored_names
 
 _READ_BACK = "lownibble_read_back"
 _TOKENS = 16
@@ -77,7 +78,7 @@ def check_model(model: Any, folder: Path, examples: list[Example], end: int | No
     Raises:
         OutputError: a tensor is missing from the files, or differs.
     """
-    expected = dict(model.state_dict())
+    expected = stored_names(model, dict(model.state_dict()))  # experts may be stored one by one
     for file in sorted(folder.glob("*.safetensors")):
         with safe_open(file, "pt") as opened:
             for key in opened.keys():  # noqa: SIM118 - not a mapping
