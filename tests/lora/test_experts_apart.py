@@ -12,6 +12,8 @@ from safetensors.torch import load_file, save_file
 import lownibble as ln
 from lownibble.errors import AdapterError
 from lownibble.exporting.convert import export
+from lownibble.lora.adapter import read_config
+from lownibble.lora.targets import alpha_of, rank_of
 
 LOGITS = {"rtol": 1e-5, "atol": 2e-5}
 APART = ("mixtral", "qwen3_moe", "deepseek_v3", "glm4_moe")
@@ -81,6 +83,49 @@ def test_an_adapter_is_written_expert_by_expert_and_read_again(kind, tokenizer, 
             assert tensor.shape[found[3] == "B"] == r
     again, _ = ln.load(str(folder))
     ln.load_adapter(again, tmp_path / "apart")
+    torch.testing.assert_close(logits(again.eval(), some_ids()), expected, **LOGITS)
+
+
+PATTERNS = {
+    "of experts": {"rank_pattern": {"experts.gate_up_proj": 5}, "alpha_pattern": {"experts.down_proj": 7.0}},
+    "of one layer": {"rank_pattern": {r"layers\.1\.mlp\.experts\.down_proj": 5}, "alpha_pattern": {r".*\.1\.mlp\..*": 7.0}},
+    "of shared experts": {"rank_pattern": {"gate_proj": 5}, "alpha_pattern": {"shared_experts.up_proj": 7.0, "up_proj": 9.0}},
+    "of both": {"rank_pattern": {"down_proj": 5}, "alpha_pattern": {"down_proj": 7.0, "o_proj": 9.0}},
+    "of some experts' numbers": {"alpha_pattern": {r".*\.1\..*": 7.0}, "rank_pattern": {r"experts\.gate_up_proj": 5}},
+}
+
+
+@pytest.mark.parametrize("case", PATTERNS)
+def test_ranks_and_alphas_are_those_of_the_fused_adapter(case, tokenizer, tmp_path):
+    """Also where patterns for other layers match an expert's path, or a fused weight's."""
+    folder = folder_of("deepseek_v3", tmp_path / "model", tokenizer)
+    model, _ = ln.load(str(folder))
+    ln.add_lora(model, ln.LoraConfig(r=2, lora_alpha=4, init_lora_weights=False, **PATTERNS[case]))
+    expected = logits(model.eval(), some_ids())
+    ln.save_adapter(model, tmp_path / "fused")
+    export(tmp_path / "fused", tmp_path / "apart", "peft-per-expert")
+    written, fused = read_config(tmp_path / "apart"), read_config(tmp_path / "fused")
+    tensors = load_file(tmp_path / "apart" / "adapter_model.safetensors")
+    for path in {key.partition("model.")[2].rpartition(".lora_")[0].removeprefix("model.") for key in tensors}:
+        found = re.fullmatch(r"(.*\.experts)\.\d+\.(\w+)", path)
+        whole = path if not found else f"{found[1]}.{'down_proj' if found[2] == 'down_proj' else 'gate_up_proj'}"
+        assert rank_of(path, written) == rank_of(whole, fused) == len(tensors[f"base_model.model.{path}.lora_A.weight"])
+        assert alpha_of(path, written) == alpha_of(whole, fused)
+    again, _ = ln.load(str(folder))
+    ln.load_adapter(again, tmp_path / "apart")
+    torch.testing.assert_close(logits(again.eval(), some_ids()), expected, **LOGITS)
+
+
+def test_a_file_of_experts_one_by_one_is_loaded_saved_and_written_again(tokenizer, tmp_path):
+    """The rank of gate and up doubles each time, and the scale stays."""
+    folder = folder_of("qwen3_moe", tmp_path / "model", tokenizer)
+    per_expert(tmp_path / "old", theirs(folder), "qwen3_moe")
+    again = ln.load_adapter(ln.load(str(folder))[0], tmp_path / "old")
+    expected = logits(again.eval(), some_ids())
+    ln.save_adapter(again, tmp_path / "fused again")
+    export(tmp_path / "fused again", tmp_path / "apart again", "peft-per-expert", base=str(folder))
+    again, _ = ln.load(str(folder))
+    ln.load_adapter(again, tmp_path / "apart again")
     torch.testing.assert_close(logits(again.eval(), some_ids()), expected, **LOGITS)
 
 

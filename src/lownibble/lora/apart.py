@@ -16,7 +16,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -28,13 +28,15 @@ from lownibble.lora.experts import ExpertsLoRA, file_paths
 from lownibble.lora.inject import named_linears
 from lownibble.lora.portable import CONFIG_FILE, PREFIX, WEIGHTS_FILE
 from lownibble.lora.provenance import to_metadata
-from lownibble.lora.targets import match_experts, rank_of, scale_of
-from lownibble.matching import fits
+from lownibble.lora.targets import alpha_of, match_experts, rank_of, scale_of
+from lownibble.matching import by_pattern, fits
 from lownibble.models import experts
 from lownibble.models.conversion import stored_names
 
 if TYPE_CHECKING:
     from lownibble.lora.adapter import AdapterFile
+
+_T = TypeVar("_T")
 
 
 @dataclass(frozen=True)
@@ -92,7 +94,7 @@ def fitted(stored: AdapterFile, model: Any) -> AdapterFile:
             for key in variant.keys.values():
                 shapes.pop(f"{PREFIX}{path}.{key}", None)
     result = copy.copy(stored)
-    result.shapes, result.made, result.config = shapes, made, _config_of(stored.config, model, fused, ranks, alphas)
+    result.shapes, result.made, result.config = shapes, made, _config_of(stored, model, fused, ranks, alphas)
     return result
 
 
@@ -142,10 +144,20 @@ def _fuse(
     return variant.to_file(own, fused)
 
 
+def _linears(stored: AdapterFile, model: Any) -> set[str]:
+    """Paths of the linear layers that the file adapts."""
+    return {path for path in named_linears(model) if f"{PREFIX}{path}.lora_A.weight" in stored.shapes}
+
+
+def _of_linears(patterns: Mapping[str, _T], linears: set[str]) -> dict[str, _T]:
+    return {pattern: value for pattern, value in patterns.items() if any(fits(path, pattern) for path in linears)}
+
+
 def _config_of(
-    config: LoraConfig, model: Any, fused: Mapping[str, Mapping[str, Part]], ranks: dict[str, int], alphas: dict[str, float]
+    stored: AdapterFile, model: Any, fused: Mapping[str, Mapping[str, Part]], ranks: dict[str, int], alphas: dict[str, float]
 ) -> LoraConfig:
     """The configuration with the fused weights as targets, and without patterns that were for experts alone."""
+    config, adapted = stored.config, _linears(stored, model)
     matched = {path for those in fused.values() for path in those}
     targets = config.target_modules
     if isinstance(targets, list):
@@ -155,9 +167,12 @@ def _config_of(
         )
         targets = [name for name in targets if _name(name) not in apart - linears]
     of_others = {
-        option: {pattern: value for pattern, value in given.items() if not any(fits(path, pattern) for path in matched)}
-        for option, given in (("rank_pattern", config.rank_pattern), ("alpha_pattern", config.alpha_pattern))
-    }
+        option: {
+            pattern: value for pattern, value in given.items()
+            if pattern not in ranks
+            and (any(fits(path, pattern) for path in adapted) or not any(fits(path, pattern) for path in matched))
+        } for option, given in (("rank_pattern", config.rank_pattern), ("alpha_pattern", config.alpha_pattern))
+    }  # fmt: skip
     changed: LoraConfig = config.with_options(
         target_modules=targets, target_parameters=sorted({*config.target_parameters, *fused}),
         rank_pattern={**ranks, **of_others["rank_pattern"]}, alpha_pattern={**alphas, **of_others["alpha_pattern"]},
@@ -184,15 +199,19 @@ def split(stored: AdapterFile, model: Any, output: Path) -> dict[str, Any]:
     paths, config = file_paths((), adapted), json.loads((stored.folder / CONFIG_FILE).read_text())
     tensors = {key: partial(stored.read, key) for key in stored.shapes}
     entries = dict(stored.shapes)
-    ranks, names = dict(config.get("rank_pattern") or {}), set[str]()
+    linears, names = _linears(stored, model), set[str]()
+    ranks, alphas = (_of_linears(given, linears) for given in (stored.config.rank_pattern, stored.config.alpha_pattern))
+    own_ranks, own_alphas = dict[str, int](), dict[str, float]()
     for weight in adapted:
         variant = ExpertsLoRA(experts.shapes(model)[weight][0])
         whole = {own: f"{PREFIX}{paths[weight]}.{key}" for own, key in variant.keys.items()}
-        r = rank_of(weight, stored.config)
+        r, alpha = rank_of(weight, stored.config), alpha_of(weight, stored.config)
         for path, part in of_weight[weight].items():
             names.add(_name(path))
-            if r != stored.config.r:
-                ranks[re.escape(path)] = r
+            if by_pattern(path, ranks, stored.config.r) != r:
+                own_ranks[_pattern(path, part)] = r
+            if by_pattern(path, alphas, stored.config.lora_alpha) != alpha:
+                own_alphas[_pattern(path, part)] = alpha
             for own, key in variant.keys.items():
                 tensors[f"{PREFIX}{path}.{key}"] = partial(_cut, stored, whole[own], variant, own, part)
                 shape = stored.shapes[whole[own]]
@@ -202,13 +221,20 @@ def split(stored: AdapterFile, model: Any, output: Path) -> dict[str, Any]:
     rest = [wanted.removesuffix(".weight") for wanted in config.get("target_parameters") or () if wanted.endswith(".weight")]
     modules = config.get("target_modules") or []
     modules = modules if isinstance(modules, str) else sorted({*modules, *names, *map(_name, rest)})
-    config |= {"target_modules": modules, "target_parameters": None, "rank_pattern": ranks}
+    config |= {"target_modules": modules, "target_parameters": None}
+    config |= {"rank_pattern": {**own_ranks, **ranks}, "alpha_pattern": {**own_alphas, **alphas}}  # the first that matches counts
     output.mkdir(parents=True, exist_ok=True)
     metadata = {"format": "pt", **(to_metadata(stored.trained_on) if stored.trained_on else {})}
     header = {key: tensorfile.Entry(torch.float32, tuple(shape)) for key, shape in sorted(entries.items())}
     tensorfile.write(output / WEIGHTS_FILE, header, ((key, 0, tensors[key]().float()) for key in header), metadata)
-    (output / CONFIG_FILE).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+    (output / CONFIG_FILE).write_text(json.dumps(dict(sorted(config.items())), indent=2) + "\n")  # patterns keep their order
     return {"tensors": len(header), "experts": sum(len(those) for those in of_weight.values())}
+
+
+def _pattern(path: str, part: Part) -> str:
+    """A pattern for this layer of all experts of its weight: an entry for each expert would make looking up quadratic."""
+    before, _, after = path.rpartition(f".{part.expert}.")
+    return rf"{re.escape(before)}\.\d+\.{re.escape(after)}"
 
 
 def _cut(stored: AdapterFile, key: str, variant: ExpertsLoRA, own: str, part: Part) -> Tensor:
