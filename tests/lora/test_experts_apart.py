@@ -3,6 +3,7 @@
 import copy
 import json
 import re
+import warnings
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from mixtures import folder_of, logits, some_ids, theirs
 from safetensors.torch import load_file, save_file
 
 import lownibble as ln
+from lownibble.cli.main import main
 from lownibble.errors import AdapterError
 from lownibble.exporting.convert import export
 from lownibble.lora.adapter import read_config
@@ -114,6 +116,80 @@ def test_ranks_and_alphas_are_those_of_the_fused_adapter(case, tokenizer, tmp_pa
     again, _ = ln.load(str(folder))
     ln.load_adapter(again, tmp_path / "apart")
     torch.testing.assert_close(logits(again.eval(), some_ids()), expected, **LOGITS)
+
+
+BOTH = ["gate_up_proj", "down_proj"]
+FOR_PEFT = {
+    "all": ("qwen3_moe", {}, None),
+    "experts and attention beside dense and shared layers": (
+        "deepseek_v3", {"target_modules": ["q_a_proj"], "target_parameters": BOTH}, None
+    ),
+    "one layer": ("qwen3_moe", {"layers_to_transform": [1]}, None),
+    "down": ("mixtral", {"target_modules": ["q_proj"], "target_parameters": ["down_proj"]}, None),
+    "others' pattern": ("qwen3_moe", {"rank_pattern": {"q_proj": 4}}, None),
+    "shared experts": ("deepseek_v3", {}, "takes linear layers called down_proj, gate_proj, up_proj for experts'"),
+    "gate and up": ("qwen3_moe", {"target_modules": ["q_proj"], "target_parameters": ["gate_up_proj"]}, "wants down adapted"),
+    "rank": ("qwen3_moe", {"rank_pattern": {"down_proj": 4}}, "only the rank and alpha that hold without patterns"),
+    "alpha": ("qwen3_moe", {"alpha_pattern": {"gate_up_proj": 400.0}}, "only the rank and alpha that hold without patterns"),
+    "rslora": ("qwen3_moe", {"use_rslora": True}, "scales gate and up by the root of 2"),
+    "another model": ("phimoe", {}, "does not fuse the experts of phimoe"),
+}  # fmt: skip
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning:peft")
+@pytest.mark.filterwarnings("ignore:The following (rank|alpha)_pattern keys:RuntimeWarning")
+@pytest.mark.parametrize("case", FOR_PEFT)
+def test_what_peft_cannot_read_is_said_and_nothing_else(peft, case, tokenizer, tmp_path):
+    kind, options, said = FOR_PEFT[case]
+    folder = folder_of(kind, tmp_path / "model", tokenizer)
+    model, _ = ln.load(str(folder))
+    ln.add_lora(model, ln.LoraConfig(**{"r": 2, "init_lora_weights": False, **options}))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(generator=torch.Generator().manual_seed(0))
+    expected = logits(model.eval(), some_ids())
+    ln.save_adapter(model, tmp_path / "fused")
+    made = export(tmp_path / "fused", tmp_path / "apart", "peft-per-expert")
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        ours = ln.load_adapter(ln.load(str(folder))[0], tmp_path / "apart")
+    assert not [str(warning.message) for warning in told if "match nothing" in str(warning.message)]
+    torch.testing.assert_close(logits(ours.eval(), some_ids()), expected, **LOGITS)
+    try:
+        theirs_adapted = peft.PeftModel.from_pretrained(theirs(folder), tmp_path / "apart").eval()
+        read = torch.allclose(logits(theirs_adapted, some_ids()), expected, rtol=1e-4, atol=5e-5)
+    except RuntimeError:  # sizes
+        read = False
+    assert read == (said is None)
+    if said is None:
+        assert "warning" not in made
+    else:
+        assert said in made["warning"]
+
+
+def test_targets_are_names_only_where_they_select_nothing_else(tokenizer, tmp_path):
+    folder = folder_of("deepseek_v3", tmp_path / "model", tokenizer)
+    for name, options in {"all": {}, "some": {"target_modules": r".*\.0\..*q_a_proj", "target_parameters": BOTH}}.items():
+        model, _ = ln.load(str(folder))
+        ln.add_lora(model, ln.LoraConfig(r=2, **options))
+        ln.save_adapter(model, tmp_path / name)
+        export(tmp_path / name, tmp_path / f"{name} apart", "peft-per-expert")
+        targets = json.loads((tmp_path / f"{name} apart" / "adapter_config.json").read_text())["target_modules"]
+        if name == "all":
+            assert "down_proj" in targets
+            assert not any("." in target for target in targets)
+        else:
+            experts = [f"model.layers.1.mlp.experts.{e}.{n}_proj" for e in range(4) for n in ("down", "gate", "up")]
+            assert targets == ["model.layers.0.self_attn.q_a_proj", *experts]
+
+
+def test_the_command_says_what_peft_cannot_read(tokenizer, tmp_path, capsys):
+    model, _ = ln.load(str(folder_of("qwen3_moe", tmp_path / "model", tokenizer)))
+    ln.save_adapter(ln.add_lora(model, ln.LoraConfig(r=2, use_rslora=True)), tmp_path / "fused")
+    assert main(["export", str(tmp_path / "fused"), "--format", "peft-per-expert", "--output", str(tmp_path / "apart")]) == 0
+    printed = capsys.readouterr()
+    assert "PEFT does not read this file as it is meant: it scales gate and up" in printed.out + printed.err
 
 
 def test_a_file_of_experts_one_by_one_is_loaded_saved_and_written_again(tokenizer, tmp_path):

@@ -313,7 +313,10 @@ def export(arguments: argparse.Namespace) -> dict[str, Any]:
 
     with _bar() as tell:
         result = run_export(config, tell)
-    _console(arguments).print(f"{result['tensors']} tensors as {config.format}: {result['output']}", soft_wrap=True, markup=False)
+    console = _console(arguments)
+    console.print(f"{result['tensors']} tensors as {config.format}: {result['output']}", soft_wrap=True, markup=False)
+    if warning := result.get("warning"):
+        console.print(warning, soft_wrap=True, markup=False)
     return result
 
 

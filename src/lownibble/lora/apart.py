@@ -12,21 +12,23 @@ import copy
 import json
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
+from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor
+from transformers import conversion_mapping
 
 from lownibble import tensorfile
 from lownibble.config import LoraConfig
 from lownibble.errors import AdapterError
 from lownibble.lora.experts import ExpertsLoRA, file_paths
 from lownibble.lora.inject import named_linears
-from lownibble.lora.portable import CONFIG_FILE, PREFIX, WEIGHTS_FILE
+from lownibble.lora.portable import CONFIG_FILE, PREFIX, TAKEN_FOR_EXPERTS, WEIGHTS_FILE
 from lownibble.lora.provenance import to_metadata
 from lownibble.lora.targets import alpha_of, match_experts, rank_of, scale_of
 from lownibble.matching import by_pattern, fits
@@ -153,6 +155,11 @@ def _of_linears(patterns: Mapping[str, _T], linears: set[str]) -> dict[str, _T]:
     return {pattern: value for pattern, value in patterns.items() if any(fits(path, pattern) for path in linears)}
 
 
+def _endings(paths: Iterable[str]) -> set[str]:
+    """What in a list of `target_modules` would select one of the paths: the path, and whole names at its end."""
+    return {ending for path in paths for ending in accumulate(reversed(path.split(".")), lambda end, name: f"{name}.{end}")}
+
+
 def _config_of(
     stored: AdapterFile, model: Any, fused: Mapping[str, Mapping[str, Part]], ranks: dict[str, int], alphas: dict[str, float]
 ) -> LoraConfig:
@@ -161,11 +168,8 @@ def _config_of(
     matched = {path for those in fused.values() for path in those}
     targets = config.target_modules
     if isinstance(targets, list):
-        apart, linears = (
-            {_name(path) for those in fused.values() for path in those},
-            {_name(path) for path in named_linears(model)},
-        )
-        targets = [name for name in targets if _name(name) not in apart - linears]
+        for_experts = _endings(matched) - _endings(named_linears(model))
+        targets = [name for name in targets if name not in for_experts]
     of_others = {
         option: {
             pattern: value for pattern, value in given.items()
@@ -181,7 +185,8 @@ def _config_of(
 
 
 def split(stored: AdapterFile, model: Any, output: Path) -> dict[str, Any]:
-    """Write an adapter with its experts one by one, into the folder `output`; returns counts.
+    """Write an adapter with its experts one by one, into the folder `output`; returns counts, and under "warning" what of the
+    file PEFT would not read as it is meant, if anything.
 
     Args:
         model: the base, with or without values.
@@ -190,7 +195,8 @@ def split(stored: AdapterFile, model: Any, output: Path) -> dict[str, Any]:
     """
     adapted = match_experts(experts.shapes(model), stored.config, of_file=True)
     of_weight: dict[str, dict[str, Part]] = {}
-    for path, part in parts(model).items():
+    known = parts(model)
+    for path, part in known.items():
         of_weight.setdefault(part.weight, {})[path] = part
     fused = [weight for weight in adapted if weight not in of_weight]
     if not adapted or fused:
@@ -199,7 +205,7 @@ def split(stored: AdapterFile, model: Any, output: Path) -> dict[str, Any]:
     paths, config = file_paths((), adapted), json.loads((stored.folder / CONFIG_FILE).read_text())
     tensors = {key: partial(stored.read, key) for key in stored.shapes}
     entries = dict(stored.shapes)
-    linears, names = _linears(stored, model), set[str]()
+    linears, written = _linears(stored, model), set[str]()
     ranks, alphas = (_of_linears(given, linears) for given in (stored.config.rank_pattern, stored.config.alpha_pattern))
     own_ranks, own_alphas = dict[str, int](), dict[str, float]()
     for weight in adapted:
@@ -207,7 +213,7 @@ def split(stored: AdapterFile, model: Any, output: Path) -> dict[str, Any]:
         whole = {own: f"{PREFIX}{paths[weight]}.{key}" for own, key in variant.keys.items()}
         r, alpha = rank_of(weight, stored.config), alpha_of(weight, stored.config)
         for path, part in of_weight[weight].items():
-            names.add(_name(path))
+            written.add(path)
             if by_pattern(path, ranks, stored.config.r) != r:
                 own_ranks[_pattern(path, part)] = r
             if by_pattern(path, alphas, stored.config.lora_alpha) != alpha:
@@ -218,17 +224,53 @@ def split(stored: AdapterFile, model: Any, output: Path) -> dict[str, Any]:
                 entries[f"{PREFIX}{path}.{key}"] = torch.Size((r, shape[1]) if own == "lora_A" else (len(part.rows), r))
         for key in whole.values():
             del tensors[key], entries[key]
-    rest = [wanted.removesuffix(".weight") for wanted in config.get("target_parameters") or () if wanted.endswith(".weight")]
-    modules = config.get("target_modules") or []
-    modules = modules if isinstance(modules, str) else sorted({*modules, *names, *map(_name, rest)})
-    config |= {"target_modules": modules, "target_parameters": None}
+    paths_of_all = {*known, *(path for path, _ in model.named_modules())}
+    config |= dict.fromkeys(("target_parameters", "exclude_modules", "layers_to_transform", "layers_pattern"))
+    config["target_modules"] = _short(written | linears, paths_of_all)  # says all that these said
+    config["init_lora_weights"] = True  # PEFT adapts the experts of other layers, too: B has to be zero there
     config |= {"rank_pattern": {**own_ranks, **ranks}, "alpha_pattern": {**own_alphas, **alphas}}  # the first that matches counts
     output.mkdir(parents=True, exist_ok=True)
     metadata = {"format": "pt", **(to_metadata(stored.trained_on) if stored.trained_on else {})}
     header = {key: tensorfile.Entry(torch.float32, tuple(shape)) for key, shape in sorted(entries.items())}
     tensorfile.write(output / WEIGHTS_FILE, header, ((key, 0, tensors[key]().float()) for key in header), metadata)
     (output / CONFIG_FILE).write_text(json.dumps(dict(sorted(config.items())), indent=2) + "\n")  # patterns keep their order
-    return {"tensors": len(header), "experts": sum(len(those) for those in of_weight.values())}
+    reasons = _unread_by_peft(model, stored.config, adapted, linears, (*ranks, *alphas))
+    told = f"PEFT does not read this file as it is meant: {'; '.join(reasons)}. For PEFT, take '{stored.folder}' as it is."
+    return {
+        "tensors": len(header), "experts": sum(len(those) for those in of_weight.values()),
+        **({"warning": told} if reasons else {}),
+    }  # fmt: skip
+
+
+def _unread_by_peft(model: Any, config: LoraConfig, adapted: list[str], linears: set[str], patterns: Iterable[str]) -> list[str]:
+    """Why PEFT (0.21: `transformers_weight_conversion.py`) would not fuse the experts of a file, or lose other layers.
+
+    Args:
+        adapted: experts' weights. linears: linear layers. patterns: those of the file that are for linear layers.
+    """
+    kind, fused_as = model.config.model_type, getattr(conversion_mapping, "_MODEL_TO_CONVERSION_PATTERN", {})
+    mistaken = sorted({_name(path) for path in linears} & set(TAKEN_FOR_EXPERTS))
+    uneven = any(
+        (rank_of(weight, config), alpha_of(weight, config)) != (config.r, config.lora_alpha)
+        or any(fits(weight, pattern) for pattern in patterns)
+        for weight in adapted
+    )
+    return [
+        why
+        for found, why in (
+            (kind != "mixtral" and fused_as.get(kind) not in ("mixtral", "qwen2_moe"), f"it does not fuse the experts of {kind}"),
+            (mistaken, f"it takes linear layers called {', '.join(mistaken)} for experts'"),
+            ({_name(weight) for weight in adapted} == {"gate_up_proj"}, "it wants down adapted beside gate and up"),
+            (uneven, "it gives experts only the rank and alpha that hold without patterns"),
+            (config.use_rslora, "it scales gate and up by the root of 2 with use_rslora"),
+        ) if found
+    ]  # fmt: skip
+
+
+def _short(paths: set[str], candidates: set[str]) -> list[str]:
+    """`paths` by their last names if those select no other candidate, else whole."""
+    names = {_name(path) for path in paths}
+    return sorted(names if {path for path in candidates if _name(path) in names} == paths else paths)
 
 
 def _pattern(path: str, part: Part) -> str:
