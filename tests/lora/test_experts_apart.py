@@ -247,6 +247,38 @@ def test_files_that_lack_an_expert_are_refused_by_name(tokenizer, tmp_path):
         ln.load_adapter(ln.load(str(folder))[0], tmp_path / "old")
 
 
+ONE = "base_model.model.model.layers.1.mlp.experts.2.up_proj"
+DAMAGE = {
+    "no A": ({f"{ONE}.lora_A.weight": None}, f"lacks '{ONE}.lora_A.weight'"),
+    "no B": ({f"{ONE}.lora_B.weight": None}, f"lacks '{ONE}.lora_B.weight'"),
+    "inputs": ({f"{ONE}.lora_A.weight": (3, 7)}, rf"'{ONE}.lora_A.weight' has shape \(3, 7\), not \(3, 64\)"),
+    "one number": ({f"{ONE}.lora_A.weight": ()}, rf"'{ONE}.lora_A.weight' has shape \(\), not \(3, 64\)"),
+    "rows": ({f"{ONE}.lora_B.weight": (1, 3)}, rf"'{ONE}.lora_B.weight' has shape \(1, 3\), not \(32, 3\)"),
+    "rank of B": ({f"{ONE}.lora_B.weight": (32, 1)}, rf"'{ONE}.lora_B.weight' has shape \(32, 1\), not \(32, 3\)"),
+    "rank of both": ({f"{ONE}.lora_A.weight": (2, 64), f"{ONE}.lora_B.weight": (32, 2)}, "lora_A.*; and 1 more. Load it on"),
+}
+
+
+@pytest.mark.parametrize("case", DAMAGE)
+def test_damaged_files_are_refused_by_name_before_anything_is_changed(case, tokenizer, tmp_path):
+    changes, said = DAMAGE[case]
+    folder = folder_of("qwen3_moe", tmp_path / "model", tokenizer)
+    tensors = per_expert(tmp_path / "old", theirs(folder), "qwen3_moe")
+    model, _ = ln.load(str(folder))
+    expected, before = logits(model.eval(), some_ids()), [(name, p.requires_grad) for name, p in model.named_parameters()]
+    for key, shape in changes.items():
+        del tensors[key]
+        if shape is not None:
+            tensors[key] = torch.ones(shape)
+    save_file(tensors, tmp_path / "old" / "adapter_model.safetensors")
+    with pytest.raises(AdapterError, match=said):
+        ln.load_adapter(model, tmp_path / "old")
+    assert [(name, p.requires_grad) for name, p in model.named_parameters()] == before
+    assert torch.equal(logits(model, some_ids()), expected)
+    with pytest.raises(AdapterError, match=said):
+        ln.merge(tmp_path / "old", tmp_path / "merged", base=str(folder), onto="original", measure_tokens=0)
+
+
 def test_what_cannot_be_written_expert_by_expert_is_said(tokenizer, tmp_path):
     folder = folder_of("gpt_oss", tmp_path / "model", tokenizer)
     for name, options in {"experts": {}, "attention": {"target_experts": False}}.items():

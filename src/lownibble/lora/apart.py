@@ -68,9 +68,10 @@ def fitted(stored: AdapterFile, model: Any) -> AdapterFile:
     """The file as one of fused experts, if it has experts one by one and the model has them fused; else the file itself.
 
     Raises:
-        AdapterError: an expert lacks a tensor, or experts differ in rank or scale.
+        AdapterError: an expert lacks a tensor or has one of another shape (named), or experts differ in rank or scale.
     """
-    held = {key.removeprefix(PREFIX).removesuffix(".lora_A.weight") for key in stored.shapes if key.endswith(".lora_A.weight")}
+    ends = tuple(f".{key}" for key in ExpertsLoRA.keys.values())
+    held = {key.removeprefix(PREFIX).rpartition(".lora_")[0] for key in stored.shapes if key.endswith(ends)}
     if not any(re.search(r"\.\d+\.[^.]+$", path) and ".experts." in path for path in held):
         return stored
     known = parts(model)
@@ -83,7 +84,7 @@ def fitted(stored: AdapterFile, model: Any) -> AdapterFile:
     paths = file_paths((), fused)
     for weight, those in fused.items():
         n_experts, n_out, n_in = experts.shapes(model)[weight]
-        kinds = _kinds(stored, weight, those, n_experts)
+        kinds = _kinds(stored, weight, those, n_experts, n_in)
         r = sum(kinds.values())
         scale = scale_of(next(iter(those)), stored.config)
         ranks[re.escape(weight)], alphas[re.escape(weight)] = r, scale * (math.sqrt(r) if stored.config.use_rslora else r)
@@ -104,12 +105,20 @@ def _name(path: str) -> str:
     return path.rpartition(".")[2]
 
 
-def _kinds(stored: AdapterFile, weight: str, those: Mapping[str, Part], n_experts: int) -> dict[str, int]:
+def _kinds(stored: AdapterFile, weight: str, those: Mapping[str, Part], n_experts: int, n_in: int) -> dict[str, int]:
     """Last name of the layers of a fused weight -> their rank; the same for all experts."""
     ranks: dict[str, dict[int, tuple[int, float]]] = {}
+    wrong: list[str] = []
     for path, part in those.items():
-        r = stored.shapes[f"{PREFIX}{path}.lora_A.weight"][0]
+        r = rank_of(path, stored.config)
         ranks.setdefault(_name(path), {})[part.expert] = r, scale_of(path, stored.config)
+        for own, key in ExpertsLoRA.keys.items():
+            key = f"{PREFIX}{path}.{key}"
+            wanted, found = (r, n_in) if own == "lora_A" else (len(part.rows), r), stored.shapes.get(key)
+            if found is None:
+                wrong.append(f"lacks '{key}'")
+            elif tuple(found) != wanted:
+                wrong.append(f"'{key}' has shape {tuple(found)}, not {wanted}")
     for name, of_expert in ranks.items():
         missing = sorted(set(range(n_experts)) - of_expert.keys())
         if missing:
@@ -117,6 +126,11 @@ def _kinds(stored: AdapterFile, weight: str, those: Mapping[str, Part], n_expert
                 f"'{stored.path}' has '{name}' of {len(of_expert)} of the {n_experts} experts of '{weight}'; expert {missing[0]} "
                 "lacks it. Load it on the base it was trained on."
             )
+    if wrong:
+        raise AdapterError(
+            f"'{stored.path}' does not fit this model: {wrong[0]}{f'; and {len(wrong) - 1} more' * (len(wrong) > 1)}. Load it on "
+            "the base it was trained on."
+        )
     if len({scale for of_expert in ranks.values() for _, scale in of_expert.values()}) > 1 or any(
         len(set(of_expert.values())) > 1 for of_expert in ranks.values()
     ):
