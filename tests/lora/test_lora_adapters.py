@@ -5,11 +5,13 @@ import shutil
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 import lownibble as ln
 from lownibble.errors import AdapterError, TargetError
 from lownibble.lora import LoraLinear, remove_adapter
+from lownibble.lora.adapter import AdapterFile
 from lownibble.registry import INITS
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -286,6 +288,52 @@ def test_damaged_files_leave_the_model_alone(tiny, batch, clone, case, held, tmp
     assert same(before, state(model))
     assert torch.equal(logits(model, batch), expected)
     ln.add_lora(model, ln.LoraConfig())
+
+
+FAILURES = {
+    "safetensors": (
+        SafetensorError("cut short"),
+        AdapterError,
+        "adapter_model.safetensors' is damaged: cut short. Copy or save it",
+    ),
+    "disk": (OSError("no such device"), OSError, "no such device"),
+    "stopped": (KeyboardInterrupt("stopped"), KeyboardInterrupt, "stopped"),
+}
+
+
+@pytest.mark.parametrize("good_reads", [0, 20])
+@pytest.mark.parametrize("held", [0, 2])
+@pytest.mark.parametrize("case", FAILURES)
+def test_reads_that_fail_leave_the_model_alone(tiny, batch, clone, case, held, good_reads, tmp_path, monkeypatch):
+    """Also which of other adapters is active, what trains, and biases that the file's trained in place."""
+    base = tiny(attention_bias=True)
+    other = ln.add_lora(clone(base), ln.LoraConfig(r=4, bias="all", modules_to_save=["norm"]))
+    with torch.no_grad():
+        for path, parameter in other.named_parameters():
+            if path.endswith("bias"):
+                parameter.add_(1)
+    folder = ln.save_adapter(other, tmp_path / "adapter")
+    model = base
+    for seed in range(held):
+        model = ln.add_lora(model, ln.LoraConfig(r=2, init_lora_weights=False), name=f"held {seed}", seed=seed)
+    before, expected = state(model), logits(model, batch)
+    raised, seen, message = FAILURES[case]
+    read, keys = AdapterFile.read, []
+
+    def failing(file, key):
+        keys.append(key)
+        if len(keys) > good_reads:
+            raise raised
+        return read(file, key)
+
+    monkeypatch.setattr(AdapterFile, "read", failing)
+    with pytest.raises(seen, match=message):
+        ln.load_adapter(model, folder)
+    monkeypatch.undo()
+    assert len(keys) > good_reads
+    assert same(before, state(model))
+    assert torch.equal(logits(model, batch), expected)
+    assert logits(ln.load_adapter(model, folder), batch).sub(expected).abs().max() > 1e-3
 
 
 def test_a_base_of_another_size(tiny, tmp_path):

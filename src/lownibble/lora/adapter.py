@@ -24,7 +24,15 @@ from lownibble import tensorfile
 from lownibble.config import LoraConfig
 from lownibble.errors import AdapterError, ConfigError, TargetError
 from lownibble.lora import portable
-from lownibble.lora.active import adapter_configs, lora_layers, saved_modules, trained_biases
+from lownibble.lora.active import (
+    active_adapter,
+    adapter_configs,
+    lora_layers,
+    remove_adapter,
+    saved_modules,
+    set_adapter,
+    trained_biases,
+)
 from lownibble.lora.apart import fitted
 from lownibble.lora.begin import take_out
 from lownibble.lora.experts import file_paths, is_experts, variant_for
@@ -304,7 +312,7 @@ def load_adapter(
         any_base: accept an adapter that records other weights as its base.
     Raises:
         AdapterError: files missing or damaged, tensors that are missing, extra or of another shape (named), or an adapter of
-            another base.
+            another base. After an error the model is without the adapter.
     Warns:
         UserWarning: the base is stored in another format (4-bit, dense) than in training.
     """
@@ -317,16 +325,27 @@ def load_adapter(
     matched = match_targets(model, stored.config, of_file=True)
     if ignored := unmatched(named_linears(model), stored.config, matched):
         warnings.warn(f"'{stored.folder}': {', '.join(ignored)} match nothing in this model and are ignored.", stacklevel=2)
+    active, trained = active_adapter(model), [parameter for parameter in model.parameters() if parameter.requires_grad]
     add_lora(model, _times(stored.config, 0.5) if changed else stored.config, name=name, of_file=True)
     parts, others = _parts(model, name), _others(model, name)
-    if changed:
-        take_out(model, name, {part.path: _set_parted(part, stored) for part in parts}, changed)
-    else:
-        for part in parts:
-            for own, key in part.keys.items():
-                getattr(part.adapter, own).data.copy_(part.adapter.variant.from_file(own, stored.read(key)))
-    for key, tensor in others.items():
-        tensor.data.copy_(stored.read(key))
+    try:
+        for key, tensor in others.items():
+            tensor.data.copy_(stored.read(key))
+        if changed:  # last, as it changes the base
+            take_out(model, name, {part.path: _set_parted(part, stored) for part in parts}, changed)
+        else:
+            for part in parts:
+                for own, key in part.keys.items():
+                    getattr(part.adapter, own).data.copy_(part.adapter.variant.from_file(own, stored.read(key)))
+    except BaseException as error:
+        if name in adapter_configs(model):  # else `take_out` removed it
+            remove_adapter(model, name)
+        set_adapter(model, active)
+        for parameter in trained:
+            parameter.requires_grad_(True)
+        if isinstance(error, SafetensorError):
+            raise AdapterError(f"'{stored.path}' is damaged: {error}. Copy or save it again.") from None
+        raise
     for tensor in (*(getattr(part.adapter, own) for part in parts for own in part.keys), *others.values()):
         tensor.requires_grad_(trainable)
     if corrects := (stored.trained_on or {}).get("corrects"):
