@@ -289,3 +289,21 @@ def test_what_cannot_be_written_expert_by_expert_is_said(tokenizer, tmp_path):
         export(tmp_path / "experts", tmp_path / "apart", "peft-per-expert")
     with pytest.raises(AdapterError, match="it has no experts"):
         export(tmp_path / "attention", tmp_path / "apart", "peft-per-expert")
+
+
+def test_dropout_in_a_file_of_experts_matters_in_training_alone(tokenizer, tmp_path):
+    folder = folder_of("mixtral", tmp_path / "model", tokenizer)
+    per_expert(tmp_path / "old", theirs(folder), "mixtral")
+    expected = logits(ln.load_adapter(ln.load(str(folder))[0], tmp_path / "old").eval(), some_ids())
+    file = tmp_path / "old" / "adapter_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "lora_dropout": 0.05}))
+    assert torch.equal(logits(ln.load_adapter(ln.load(str(folder))[0], tmp_path / "old").eval(), some_ids()), expected)
+    with pytest.raises(AdapterError, match=r"lora_dropout = 0.05, which experts cannot be trained with. Set lora_dropout to 0"):
+        ln.load_adapter(ln.load(str(folder))[0], tmp_path / "old", trainable=True)
+
+
+def test_patterns_keep_their_order_in_a_file(tokenizer, tmp_path):
+    model, _ = ln.load(str(folder_of("mixtral", tmp_path / "model", tokenizer)))
+    ln.add_lora(model, ln.LoraConfig(r=4, rank_pattern={r"layers\.1\.self_attn\.q_proj": 2, ".*q_proj": 3}))
+    ln.save_adapter(model, tmp_path / "adapter")
+    ln.load_adapter(model, tmp_path / "adapter", name="again")

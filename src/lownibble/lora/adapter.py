@@ -164,7 +164,8 @@ def save_adapter(model: nn.Module, folder: str | Path, *, name: str = "default")
     facts |= {"corrects": corrects} if facts["quant"] and corrects else {}
     parts, metadata = ((key, 0, value) for key, value in tensors.items()), {"format": "pt", **to_metadata(facts)}
     tensorfile.write(folder / f".{WEIGHTS_FILE}.part", entries, parts, metadata)  # safetensors' own writer shuffles the metadata
-    text = json.dumps(_config_json(model, _file_config(model, name), name), indent=2, sort_keys=True) + "\n"
+    values = _config_json(model, _file_config(model, name), name)
+    text = json.dumps(dict(sorted(values.items())), indent=2) + "\n"  # patterns keep their order: the first match wins
     (folder / f".{CONFIG_FILE}.part").write_text(text)
     for file in (WEIGHTS_FILE, CONFIG_FILE):
         part = folder / f".{file}.part"
@@ -325,6 +326,11 @@ def load_adapter(
     matched = match_targets(model, stored.config, of_file=True)
     if ignored := unmatched(named_linears(model), stored.config, matched):
         warnings.warn(f"'{stored.folder}': {', '.join(ignored)} match nothing in this model and are ignored.", stacklevel=2)
+    if trainable and stored.config.lora_dropout and any(map(is_experts, matched.values())):
+        raise AdapterError(
+            f"'{stored.folder}' has experts and lora_dropout = {stored.config.lora_dropout:g}, which experts cannot be trained "
+            f"with. Set lora_dropout to 0 in its {CONFIG_FILE}."
+        )
     active, trained = active_adapter(model), [parameter for parameter in model.parameters() if parameter.requires_grad]
     add_lora(model, _times(stored.config, 0.5) if changed else stored.config, name=name, of_file=True)
     parts, others = _parts(model, name), _others(model, name)
