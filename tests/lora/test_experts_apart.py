@@ -14,7 +14,7 @@ import lownibble as ln
 from lownibble.cli.main import main
 from lownibble.errors import AdapterError
 from lownibble.exporting.convert import export
-from lownibble.lora.adapter import read_config
+from lownibble.lora.configuration import read_config
 from lownibble.lora.targets import alpha_of, rank_of
 
 LOGITS = {"rtol": 1e-5, "atol": 2e-5}

@@ -346,7 +346,7 @@ def _add_experts(writer: gguf.GGUFWriter, config: Any) -> None:
                 f"llama.cpp has {config.model_type} with {key} = {value!r} only, and this model's is {getattr(config, key)!r}. "
                 "Write safetensors (lownibble merge)."
             )
-    writer.add_expert_count(getattr(config, "num_local_experts", None) or config.num_experts)
+    writer.add_expert_count(experts.number_in(config))
     writer.add_expert_used_count(config.num_experts_per_tok)
     writer.add_expert_feed_forward_length(getattr(config, "moe_intermediate_size", None) or config.intermediate_size)
 

@@ -11,12 +11,14 @@ from lownibble.lazy import lazily
 
 if TYPE_CHECKING:
     from lownibble.lora.active import count_parameters, lora_layers, remove_adapter, set_adapter, trainable_summary
-    from lownibble.lora.adapter import load_adapter, read_config, save_adapter
+    from lownibble.lora.adapter import load_adapter, save_adapter
+    from lownibble.lora.configuration import read_config
     from lownibble.lora.inject import add_lora, match_targets, plan
     from lownibble.lora.layer import LoraLinear, LowRank
 
 _HOME = {
-    **dict.fromkeys(("load_adapter", "read_config", "save_adapter"), "adapter"),
+    **dict.fromkeys(("load_adapter", "save_adapter"), "adapter"),
+    "read_config": "configuration",
     **dict.fromkeys(("count_parameters", "lora_layers", "remove_adapter", "set_adapter", "trainable_summary"), "active"),
     **dict.fromkeys(("add_lora", "match_targets", "plan"), "inject"),
     **dict.fromkeys(("LoraLinear", "LowRank"), "layer"),

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from lownibble import tensorfile
 from lownibble.config import LoraConfig
-from lownibble.errors import AdapterError, ConfigError, TargetError
+from lownibble.errors import AdapterError, TargetError
 from lownibble.lora import portable
 from lownibble.lora.active import (
     active_adapter,
@@ -35,6 +35,7 @@ from lownibble.lora.active import (
 )
 from lownibble.lora.apart import fitted
 from lownibble.lora.begin import take_out
+from lownibble.lora.configuration import read_values, to_config
 from lownibble.lora.experts import file_paths, is_experts, variant_for
 from lownibble.lora.inject import Plan, add_lora, match_targets, named_linears, plan
 from lownibble.lora.layer import LoraLinear, LowRank, sizes
@@ -44,19 +45,6 @@ from lownibble.lora.targets import rank_of, unmatched
 from lownibble.lora.variants import Variant, variant_of
 from lownibble.models.info import info
 from lownibble.quant import is_transposed
-
-_INERT: dict[str, Any] = {
-    "alora_invocation_tokens": None, "arrow_config": None, "auto_mapping": ..., "base_model_name_or_path": ...,
-    "corda_config": None, "ensure_weight_tying": False, "eva_config": None, "fan_in_fan_out": ...,
-    "inference_mode": ..., "layer_replication": None, "loftq_config": ..., "lora_bias": False,
-    "megatron_config": None, "megatron_core": ..., "peft_type": "LORA", "peft_version": ..., "qalora_group_size": ...,
-    "revision": ..., "runtime_config": ..., "task_type": ..., "trainable_token_indices": None,
-    "use_qalora": False, "use_rslora": ..., "use_bdlora": None,
-}  # fmt: skip
-"""PEFT options that Lownibble has no counterpart for -> the value that means 'off' (`...`: no effect on the weights)."""
-
-_INITS_THAT_CHANGE_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
-"""Values (or prefixes) of PEFT's `init_lora_weights` that modify the base, so that the adapter fits only the modified base."""
 
 
 @dataclass(frozen=True)
@@ -175,55 +163,6 @@ def save_adapter(model: nn.Module, folder: str | Path, *, name: str = "default")
     return folder
 
 
-def read_config(folder: str | Path) -> LoraConfig:
-    """The `LoraConfig` of an adapter folder written by Lownibble or PEFT.
-
-    Raises:
-        AdapterError: no such file, not JSON, not LoRA, or it uses something Lownibble does not implement (named).
-    """
-    return _to_config(Path(folder) / CONFIG_FILE, _read_values(folder))
-
-
-def _read_values(folder: str | Path) -> dict[str, Any]:
-    path = Path(folder) / CONFIG_FILE
-    try:
-        values = json.loads(path.read_text())
-    except FileNotFoundError:
-        raise AdapterError(f"'{folder}' holds no adapter: {CONFIG_FILE} is missing. Point to the folder that has it.") from None
-    except (OSError, ValueError) as error:
-        raise AdapterError(f"Cannot read '{path}': {error}. Save the adapter again.") from None
-    if not isinstance(values, dict):
-        raise AdapterError(f"Cannot read '{path}': it is not a JSON object. Save the adapter again.")
-    return values
-
-
-def _to_config(path: Path, values: dict[str, Any]) -> LoraConfig:
-    values = portable.read_patterns(values)
-    known = {key: value for key, value in values.items() if key in LoraConfig.model_fields and value is not None}
-    for key, value in values.items():
-        off = _INERT.get(key)
-        if key not in known and off is not ... and value != off and value not in (None, False, [], {}):
-            raise AdapterError(f"'{path}' uses {key} = {value!r}, which Lownibble does not implement. Merge it with PEFT first.")
-    absent = [key for key in ("r", "lora_alpha", "target_modules") if key not in known]
-    if absent:
-        raise AdapterError(f"'{path}' does not say {', '.join(absent)}. Save the adapter again.")
-    start = known.get("init_lora_weights")
-    if isinstance(start, str) and start.startswith(_INITS_THAT_CHANGE_THE_BASE):
-        raise AdapterError(
-            f"'{path}' was started with init_lora_weights = {start!r}, which changes the base weights. "
-            "Save it again with PEFT's path_initial_model_for_weight_conversion."
-        )
-    if isinstance(known.get("layers_to_transform"), int):
-        known["layers_to_transform"] = [known["layers_to_transform"]]
-    if known.get("init_lora_weights") not in (True, False, "gaussian"):
-        known["init_lora_weights"] = True  # the initialisation no longer matters
-    known["target_experts"] = False  # those of a file are its target_parameters
-    try:
-        return LoraConfig(**known)
-    except ConfigError as error:
-        raise AdapterError(f"'{path}' cannot be used: {error}") from None
-
-
 class AdapterFile:
     """The weights of an adapter folder: names and shapes up front, values on demand.
 
@@ -236,8 +175,8 @@ class AdapterFile:
     """
 
     def __init__(self, folder: str | Path) -> None:
-        values = _read_values(folder)
-        self.config = _to_config(Path(folder) / CONFIG_FILE, values)
+        values = read_values(folder)
+        self.config = to_config(Path(folder) / CONFIG_FILE, values)
         self.base, self.revision = values.get("base_model_name_or_path"), values.get("revision")
         self.folder, self.path = Path(folder), Path(folder) / WEIGHTS_FILE
         self.made: dict[str, Callable[[], Tensor]] = {}

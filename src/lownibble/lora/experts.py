@@ -21,7 +21,7 @@ from torch.autograd.function import once_differentiable
 
 from lownibble.kernels import ops
 from lownibble.kernels.types import Epilogue
-from lownibble.lora.layer import LoraLinear, LowRank, TrainedCopy
+from lownibble.lora.layer import LoraLinear, LowRank, TrainedCopy, inside
 from lownibble.lora.product import Rounded
 from lownibble.lora.variants import Variant
 from lownibble.models import experts
@@ -152,8 +152,7 @@ def named_experts(model: nn.Module) -> dict[str, nn.Module]:
     """Path -> the module of every mixture's experts' weights: adapted, packed, or one around a dense parameter."""
     found: dict[str, nn.Module] = {}
     for path, held in experts.expert_weights(model).items():
-        parents = path.split(".")[:-1]
-        if any(isinstance(model.get_submodule(".".join(parents[:n])), TrainedCopy) for n in range(1, len(parents) + 1)):
+        if inside(path, model, TrainedCopy):
             continue  # trained in full
         if isinstance(held, nn.Parameter):
             container: Any = model.get_submodule(path.rpartition(".")[0])

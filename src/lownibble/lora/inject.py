@@ -20,12 +20,12 @@ from lownibble.lora.active import adapter_configs, replace_module, set_adapter
 from lownibble.lora.begin import adapt, output_head, take_back
 from lownibble.lora.experts import is_experts, named_experts
 from lownibble.lora.init import find
-from lownibble.lora.layer import LoraLinear, TrainedCopy
+from lownibble.lora.layer import LoraLinear, TrainedCopy, inside
 from lownibble.lora.portable import TAKEN_FOR_EXPERTS
 from lownibble.matching import names
 from lownibble.models.conversion import fuses_experts
 from lownibble.models.direct import without_effect
-from lownibble.models.experts import of_other_form
+from lownibble.models.experts import of_other_form, restore_implementation
 from lownibble.models.info import info
 from lownibble.quant import QuantLinear, is_linear
 
@@ -43,11 +43,7 @@ def named_linears(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def _inside_wrapper(path: str, model: nn.Module) -> bool:
-    parents = path.split(".")[:-1]
-    return any(
-        isinstance(model.get_submodule(".".join(parents[:depth])), (LoraLinear, TrainedCopy))
-        for depth in range(1, len(parents) + 1)
-    )
+    return inside(path, model, (LoraLinear, TrainedCopy))
 
 
 def match_targets(model: nn.Module, config: LoraConfig, *, of_file: bool = False) -> dict[str, nn.Module]:
@@ -212,6 +208,7 @@ def add_lora(
     except BaseException:
         for path, module in planned.targets.items():
             take_back(model, path, module, name)
+        restore_implementation(model)
         if not known.adapters.configs:
             known.changed_base = None
         raise

@@ -180,6 +180,12 @@ class TrainedCopy(nn.Module):
         return _cast(self.current(*(_cast(a, master) for a in args), **kwargs), outside)
 
 
+def inside(path: str, model: nn.Module, kinds: type | tuple[type, ...]) -> bool:
+    """Whether the module or parameter at `path` is part of a module of these kinds."""
+    parents = path.split(".")[:-1]
+    return any(isinstance(model.get_submodule(".".join(parents[:depth])), kinds) for depth in range(1, len(parents) + 1))
+
+
 def _cast(value: Any, dtype: torch.dtype) -> Any:
     """Cast floating-point tensors, also inside tuples, to `dtype`; return anything else unchanged."""
     if isinstance(value, tuple):

@@ -81,14 +81,15 @@ def of_other_form(model: nn.Module) -> list[str]:
     return [name for name in found if not f"{name}.".startswith(held)]
 
 
-_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts")
+def number_in(config: Any) -> int:
+    """The number of experts that a configuration names, or 0."""
+    found = (getattr(config, name, None) for name in ("num_experts", "num_local_experts", "n_routed_experts"))
+    return next((count for count in found if isinstance(count, int)), 0)
 
 
 def _numbers_of_experts(model: Any) -> set[int]:
     """What the configurations of a model's parts call numbers of experts."""
-    configs = {id(part.config): part.config for part in model.modules() if hasattr(part, "config")}
-    found = (getattr(config, name, None) for config in configs.values() for name in _COUNTS)
-    return {count for count in found if isinstance(count, int) and count > 1}
+    return {count for part in model.modules() if hasattr(part, "config") and (count := number_in(part.config)) > 1}
 
 
 def shape_of(container: Any, name: str) -> tuple[int, int, int]:

@@ -102,6 +102,7 @@ class _Built:
         import torch
 
         from lownibble.lora import add_lora
+        from lownibble.models.experts import number_in
         from lownibble.models.skeleton import empty_model
         from lownibble.quant import is_linear, matrix
 
@@ -115,7 +116,7 @@ class _Built:
         rows = {path: int(weight.shape[1]) for path, weight in linears.items()}
         linear = sum(weight.numel() for weight in linears.values())
         experts = sum(p.numel() for p in model.parameters() if p.ndim == 3)
-        every = _of(config, "num_experts", "num_local_experts", "n_routed_experts")
+        every = number_in(config)
         active = min(every, _of(config, "num_experts_per_tok", "top_k", "moe_topk"))
 
         def passed(n: int) -> int:

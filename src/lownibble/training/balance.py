@@ -21,11 +21,11 @@ import torch
 from torch import Tensor
 
 from lownibble.errors import ConfigError, ModelError
+from lownibble.models.experts import number_in
 from lownibble.models.head import for_comparing, hidden_states
 from lownibble.models.info import info
 
 _FUNCTION = "load_balancing_loss_func"
-_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts")
 _TOLERANCE = {torch.float32: 1e-4}
 """Relative difference between our loss and the model's own, by dtype; 16-bit passes differ in their last bits."""
 
@@ -61,8 +61,8 @@ def of(model: Any, coefficient: float | None) -> Balance | None:
     if not coefficient:
         return None
     function = getattr(sys.modules[type(model).__module__], _FUNCTION, None)
-    n_experts = next((count for name in _COUNTS if (count := getattr(config, name, None))), None)
-    if function is None or n_experts is None or model.config.is_encoder_decoder:
+    n_experts = number_in(config)
+    if function is None or not n_experts or model.config.is_encoder_decoder:
         raise ConfigError(
             f"The 'router_aux_loss_coef' is for mixtures of experts that transformers has a load-balancing loss for, and "
             f"{type(model).__name__} has none. Leave it out."
