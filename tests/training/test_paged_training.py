@@ -133,7 +133,7 @@ import torch
 from pathlib import Path
 from torch import nn
 from lownibble.optim import make_optimizer
-from lownibble.training import checkpoint
+from lownibble.training import checkpoint, sharding
 from lownibble.memory import usage
 device, folder = torch.device("cpu"), Path({str(tmp_path)!r})
 def fresh():
@@ -143,8 +143,8 @@ one, two = fresh(), fresh()
 one[0].weight.grad = torch.ones_like(one[0].weight)
 one[1].step()
 two[1].open()
-saving = lambda: checkpoint.save(folder, 1, *one, {{}}, {{}})
-restoring = lambda: checkpoint.restore(checkpoint.newest(folder)[0], *two, {{}})
+saving = lambda: checkpoint.save(folder, 1, sharding.parts(one[0]), one[1], {{}}, {{}})
+restoring = lambda: checkpoint.restore(checkpoint.newest(folder)[0], sharding.parts(two[0]), two[1], {{}})
 for work in (saving, restoring):
     usage.reset_peak(device)
     before = usage.used_bytes(device)

@@ -16,6 +16,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 from rich.table import Table
 from rich.text import Text
 
+from lownibble import launch
 from lownibble.bench import OPTIONS, SAVES, run_bench
 from lownibble.cli.flags import read
 from lownibble.config import (
@@ -79,11 +80,11 @@ def train(arguments: argparse.Namespace) -> dict[str, Any]:
     from lownibble.training.starts import decide
 
     config, decided = decide(config)
-    if decided:
+    if decided and launch.rank() == 0:
         _console(arguments).print(decided, soft_wrap=True)
     if arguments.dry_run:
         return _dry_run(config, _console(arguments))
-    if config.train.output_dir is None:
+    if config.train.output_dir is None and not launch.is_several():
         from datetime import datetime
 
         folder = f"runs/{config.method}-{datetime.now():%Y%m%d-%H%M%S}"
@@ -94,6 +95,8 @@ def train(arguments: argparse.Namespace) -> dict[str, Any]:
 
     with kept_heap():  # this process is for the run only
         result = run(config, sinks=[ProgressSink(config.method)])
+    if launch.rank():
+        return result.record
     first, last = result.record["evaluations"][0], result.record["evaluations"][-1]
     console = _console(arguments)
     console.print(f"evaluation loss {first['loss']:.4f} -> {last['loss']:.4f} on {last['label_tokens']} label tokens")

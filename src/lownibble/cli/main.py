@@ -15,7 +15,7 @@ import warnings
 from collections.abc import Callable
 from typing import Any
 
-from lownibble import __version__
+from lownibble import __version__, launch
 from lownibble.bench import BENCHES
 from lownibble.cli import commands
 from lownibble.cli.flags import add_flags
@@ -171,10 +171,12 @@ def main(argv: list[str] | None = None) -> int:
     as_json = "--json" in (sys.argv[1:] if argv is None else argv)
     try:
         arguments = _parser().parse_args(argv)
+        if launch.is_several() and arguments.command != "train":
+            raise ConfigError(f"torchrun is for 'lownibble train'; start 'lownibble {arguments.command}' without it.")
         with warnings.catch_warnings():
             warnings.showwarning = _warn
             result = arguments.run(arguments)
-        if arguments.json:
+        if arguments.json and launch.rank() == 0:
             print(json.dumps(result, allow_nan=False))
         return 0 if result.get("status", "ok") == "ok" else 1
     except InputError as error:
@@ -195,14 +197,18 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _warn(message: Warning | str, category: type[Warning], *where: Any, **options: Any) -> None:
-    """Print a `UserWarning` on one line; other categories in Python's format."""
+    """Print a `UserWarning` on one line; other categories in Python's format. Of several processes only the first warns."""
+    if launch.rank():
+        return
     text = f"warning: {message}\n" if category is UserWarning else warnings.formatwarning(message, category, where[0], where[1])
     sys.stderr.write(text)
 
 
 def _fail(error: LownibbleError | OSError, code: int, as_json: bool) -> int:
-    print(f"error: {error}", file=sys.stderr)
-    if as_json:
+    who = f"rank {launch.rank()}: " if launch.rank() else ""
+    if launch.should_tell(str(error)):
+        print(f"{who}error: {error}", file=sys.stderr)
+    if as_json and not who:
         print(json.dumps({"status": "failed", "error": str(error), "kind": type(error).__name__}))
     return code
 

@@ -264,6 +264,14 @@ class TrainConfig(Options):
         "none", description="also write curves for TensorBoard into the output folder"
     )
     resume: bool = Field(False, description="resume from the newest checkpoint in the output folder")
+    parallel: Literal["auto", "ddp", "fsdp"] = Field(
+        "auto",
+        description="how the processes of torchrun share the model: each holds all of it ('ddp'), or a part of each layer "
+        "('fsdp'); auto: ddp where the run fits a device by the plan, else fsdp. batch_size is the run's, whatever their number",
+    )
+    parallel_timeout: Annotated[int, Ge(1)] = Field(
+        600, description="seconds that a process waits for the others before the run ends"
+    )
 
     @model_validator(mode="after")
     def _one_remedy_for_padding(self) -> TrainConfig:

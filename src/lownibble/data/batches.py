@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
-from lownibble.data.packing import pack, packed_batches
+from lownibble.data.packing import joined, pack, packed_batches
 from lownibble.data.template import Example
 from lownibble.errors import DataError
 from lownibble.transfers import to_device
@@ -174,21 +174,24 @@ def flatten(examples: Sequence[Example]) -> Batch:
 
 def epoch_batches(
     examples: Sequence[Example], batch_size: int, seed: int, epoch: int, group_by_length: bool = False,
-    pack_to: int | None = None,
+    pack_to: int | None = None, share: tuple[int, int] = (0, 1),
 ) -> list[list[int]]:  # fmt: skip
     """The batches of one epoch as lists of example indices; each example occurs once and one batch may be short.
 
-    With `pack_to`, a batch is `batch_size` packs of at most `pack_to` tokens each.
+    With `pack_to`, a batch is `batch_size` packs of at most `pack_to` tokens each. `share`, (i, n): only the i-th of n shares of
+    each batch, as large as the others but for a short batch's.
     """
+    first, step = share
     generator = random.Random(f"{seed}:{epoch}")
     order = list(range(len(examples)))
     generator.shuffle(order)
     if not group_by_length and pack_to is None:
-        return _cut(order, batch_size)
+        return [batch[first::step] for batch in _cut(order, batch_size)]
     lengths = [len(example.input_ids) for example in examples]
     if pack_to is not None:
-        batches = packed_batches(order, lengths, batch_size, pack_to, generator)
-        sizes = [sum(lengths[j] for j in batch) for batch in batches]
+        of_packs = packed_batches(order, lengths, batch_size, pack_to, generator)
+        sizes = [sum(lengths[j] for pack in packs for j in pack) for packs in of_packs]
+        batches = [joined(packs[first::step], lengths) for packs in of_packs]
     else:
         by_length = [
             index
@@ -198,6 +201,7 @@ def epoch_batches(
         batches = _cut(by_length, batch_size)
         generator.shuffle(batches)
         sizes = [len(batch) * max(lengths[j] for j in batch) for batch in batches]
+        batches = [batch[first::step] for batch in batches]
     largest = sizes.index(max(sizes))
     batches[0], batches[largest] = batches[largest], batches[0]
     return batches

@@ -38,13 +38,15 @@ def pack(rows: Sequence[int], lengths: Sequence[int], max_length: int) -> list[l
 
 def packed_batches(
     order: Sequence[int], lengths: Sequence[int], batch_size: int, max_length: int, generator: random.Random
-) -> list[list[int]]:
-    """Batches of `batch_size` packs as lists of row indices, longest first; `order` is the epoch's shuffled order."""
+) -> list[list[list[int]]]:
+    """Batches of `batch_size` packs, which are lists of row indices; `order` is the epoch's shuffled order."""
     packs: list[list[int]] = []
     for start in range(0, len(order), CHUNK_ROWS):
         packs += pack(order[start : start + CHUNK_ROWS], lengths, max_length)
     generator.shuffle(packs)
-    return [
-        sorted((row for rows in packs[start : start + batch_size] for row in rows), key=lengths.__getitem__, reverse=True)
-        for start in range(0, len(packs), batch_size)
-    ]
+    return [packs[start : start + batch_size] for start in range(0, len(packs), batch_size)]
+
+
+def joined(packs: Sequence[Sequence[int]], lengths: Sequence[int]) -> list[int]:
+    """The rows of these packs, longest first."""
+    return sorted((row for rows in packs for row in rows), key=lengths.__getitem__, reverse=True)

@@ -38,12 +38,12 @@ def adapt(
     layers: Mapping[str, nn.Module],
     config: LoraConfig,
     name: str,
-    seed: int,
+    generator: torch.Generator,
     calibration: Tensor | None,
     set_later: bool,
 ) -> None:
     """Put the layers with their initialised adapters into the model; `set_later`: with any A and B."""
-    init, generator = find(True if set_later else config.init_lora_weights), torch.Generator().manual_seed(seed)
+    init = find(True if set_later else config.init_lora_weights)
     variant_at = variants(model, config, variant_of(config), layers)
 
     def add(path: str, moments: Moments | None) -> None:

@@ -11,6 +11,7 @@ import warnings
 from collections.abc import Collection
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor, nn
 
 from lownibble.config import LoraConfig
@@ -114,18 +115,22 @@ def _match_saved(model: nn.Module, config: LoraConfig) -> dict[str, nn.Module]:
         for path in paths:
             module = model.get_submodule(path)
             original = module.original if isinstance(module, TrainedCopy) else module
-            inside = list(original.modules())
-            if any(isinstance(m, QuantLinear) for m in inside):
-                raise TargetError(
-                    f"modules_to_save '{path}' is quantised and cannot be trained. Add it to skip_modules, or, "
-                    "where the checkpoint stores it quantised, take a dense one."
-                )
-            if any(isinstance(m, (LoraLinear, TrainedCopy)) for m in inside):
+            _check_dense(path, original)
+            if any(isinstance(m, (LoraLinear, TrainedCopy)) for m in original.modules()):
                 raise TargetError(f"modules_to_save '{path}' carries another adapter. Remove that one first.")
             if not list(original.parameters()):
                 raise TargetError(f"modules_to_save '{path}' has no parameters to train. Leave it out.")
             found[path] = original
     return {p: m for p, m in found.items() if not any(p.startswith(f"{outer}.") for outer in found)}
+
+
+def _check_dense(path: str, module: nn.Module) -> None:
+    """Raise TargetError if a module of `modules_to_save` is packed."""
+    if any(isinstance(each, QuantLinear) for each in module.modules()):
+        raise TargetError(
+            f"modules_to_save '{path}' is quantised and cannot be trained. Add it to skip_modules, or, "
+            "where the checkpoint stores it quantised, take a dense one."
+        )
 
 
 def _biases(
@@ -196,32 +201,81 @@ def add_lora(
         ModelError: the initialisation needs dense weights that cannot be read. After an error the model is unchanged, unless its
             dense weights were to be changed.
     """
-    planned = plan(model, config, name, of_file=of_file)
-    known = info(model)
-    if known.changed_base is not None and not of_file:
-        raise TargetError(
-            f"The base was changed by init_lora_weights='{known.changed_base}' of another adapter. Load the model again for a "
-            "new one."
-        )
-    try:
-        adapt(model, planned.targets, config, name, seed, calibration, of_file or restored)
-    except BaseException:
-        for path, module in planned.targets.items():
-            take_back(model, path, module, name)
-        restore_implementation(model)
-        if not known.adapters.configs:
-            known.changed_base = None
-        raise
-    model.requires_grad_(False)
-    for path, original in planned.saved.items():
-        module = model.get_submodule(path)
-        wrapper = module if isinstance(module, TrainedCopy) else TrainedCopy(original)
-        wrapper.copies[name] = copy.deepcopy(original).float()
-        replace_module(model, path, wrapper.train(module.training))
-    state = info(model).adapters
-    state.configs[name] = config
-    if find(config.init_lora_weights).corrects:
-        state.corrects[name] = str(config.init_lora_weights)
-    state.biases[name] = {path: (bias, bias.detach().clone()) for path, bias in planned.biases.items()}
-    set_adapter(model, name)
+    addition = Addition(
+        model, config, name=name, seed=seed, of_file=of_file, calibration=calibration, restored=restored
+    )  # fmt: skip
+    addition.add("")
+    addition.finish()
     return model
+
+
+class Addition:
+    """`add_lora` in instalments, for a model that is loaded layer by layer: `add` what is below a path, then `finish`.
+
+    Args and errors are those of `add_lora`. Modules are looked up when they are adapted: until then they may be placeholders.
+    """
+
+    def __init__(
+        self, model: nn.Module, config: LoraConfig, *, name: str = "default", seed: int = 0, of_file: bool = False,
+        calibration: Tensor | None = None, restored: bool = False,
+    ) -> None:  # fmt: skip
+        self._planned = plan(model, config, name, of_file=of_file)
+        known = info(model)
+        if known.changed_base is not None and not of_file:
+            raise TargetError(
+                f"The base was changed by init_lora_weights='{known.changed_base}' of another adapter. Load the model again for "
+                "a new one."
+            )
+        self._model, self._config, self._name = model, config, name
+        self._calibration, self._set_later = calibration, of_file or restored
+        self._generator = torch.Generator().manual_seed(seed)
+        self._left = [*self._planned.targets, *self._planned.saved]
+        self._taken: dict[str, nn.Module] = {}
+
+    def add(self, path: str) -> None:
+        """Freeze and adapt the module at `path`, or with '' all that is left. After an error the model is as it was before,
+        unless its dense weights were to be changed."""
+        model, name, planned = self._model, self._name, self._planned
+        due = [each for each in self._left if not path or each.startswith(f"{path}.")]
+        targets = {each: model.get_submodule(each) for each in due if each in planned.targets}
+        self._left = [each for each in self._left if each not in due]
+        self._taken |= targets
+        try:
+            adapt(model, targets, self._config, name, self._generator, self._calibration, self._set_later)
+        except BaseException:
+            for each, module in self._taken.items():
+                take_back(model, each, module, name)
+            restore_implementation(model)
+            known = info(model)
+            if not known.adapters.configs:
+                known.changed_base = None
+            raise
+        model.get_submodule(path).requires_grad_(False)
+        for each in due:
+            if each in planned.saved:
+                module = model.get_submodule(each)
+                _check_dense(each, module)
+                wrapper = module if isinstance(module, TrainedCopy) else TrainedCopy(module)
+                wrapper.copies[name] = copy.deepcopy(wrapper.original).float()
+                replace_module(model, each, wrapper.train(module.training))
+        if path:  # its adapters are trained; `finish` sees to the rest
+            _train(model.get_submodule(path), name)
+
+    def finish(self) -> None:
+        """Make the adapter the active one."""
+        state = info(self._model).adapters
+        state.configs[self._name] = self._config
+        if find(self._config.init_lora_weights).corrects:
+            state.corrects[self._name] = str(self._config.init_lora_weights)
+        biases = self._planned.biases.items()
+        state.biases[self._name] = {path: (bias, bias.detach().clone()) for path, bias in biases}
+        set_adapter(self._model, self._name)
+
+
+def _train(module: nn.Module, name: str) -> None:
+    """Train the adapter `name` of the layers in a module."""
+    for layer in module.modules():
+        if isinstance(layer, LoraLinear) and name in layer.adapters:
+            layer.adapter(name).requires_grad_(True)
+        elif isinstance(layer, TrainedCopy) and name in layer.copies:
+            layer.copies[name].requires_grad_(True)

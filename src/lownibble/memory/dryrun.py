@@ -6,6 +6,7 @@ that its peak does not include what an earlier one left behind. Nothing is train
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, Protocol
 
 import torch
@@ -45,10 +46,13 @@ class Rows(Protocol):
 
 
 class DryRun:
-    """`budget.Bench` over a run's passes; a context manager that leaves no gradients behind."""
+    """`budget.Bench` over a run's passes; a context manager that leaves no gradients behind.
 
-    def __init__(self, passes: Passes, micro: Rows, device: torch.device) -> None:
-        self.passes, self.micro, self.device = passes, micro, device
+    `most`: the largest of a number over the ranks of the run, which choose alike.
+    """
+
+    def __init__(self, passes: Passes, micro: Rows, device: torch.device, most: Callable[[int], int] = int) -> None:
+        self.passes, self.micro, self.device, self._most = passes, micro, device, most
         self._began = False
 
     def __enter__(self) -> DryRun:
@@ -66,7 +70,7 @@ class DryRun:
             self._backward(FIRST_TOKENS // 2)
             self._began = True
         usage.settle(self.device)
-        return usage.used_bytes(self.device)
+        return self._most(usage.used_bytes(self.device))
 
     def size(self, tokens: int) -> int:
         """Tokens of the largest microbatch of at most `tokens` tokens."""
@@ -76,13 +80,16 @@ class DryRun:
         """Peak bytes held during that microbatch (CUDA: reserved); None: out of memory."""
         usage.settle(self.device)
         usage.reset_peak(self.device)
+        exhausted = False
         try:
             self._backward(tokens)
         except (RuntimeError, MemoryError) as error:
             if not usage.is_exhausted(error):
                 raise
+            exhausted = True
+        if self._most(exhausted):
             return None
-        return usage.held_peak_bytes(self.device)
+        return self._most(usage.held_peak_bytes(self.device))
 
     def _backward(self, tokens: int) -> None:
         batch = self.micro.largest(tokens)

@@ -12,14 +12,16 @@ import gc
 import math
 import resource
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, TypeVar
 
 import psutil
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from lownibble.errors import TrainingError
 from lownibble.lora import LowRank
@@ -155,6 +157,11 @@ def reset_peak(device: torch.device) -> None:
         _CLEAR.write_text("5")
 
 
+def local(tensor: Tensor) -> Tensor:
+    """What this process holds of a tensor: all of it, or its shard."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
 def bytes_by_kind(model: nn.Module, optimizer: torch.optim.Optimizer | None) -> dict[str, int]:
     """Live bytes by kind: dense weights, codes of packed weights, quantisation constants, adapters, gradients, resident optimiser
     states.
@@ -168,9 +175,9 @@ def bytes_by_kind(model: nn.Module, optimizer: torch.optim.Optimizer | None) -> 
             if id(parameter) in seen:
                 continue
             seen.add(id(parameter))
-            kinds[kind_of(module, name)] += parameter.nbytes
+            kinds[kind_of(module, name)] += local(parameter).nbytes
             if parameter.grad is not None:
-                kinds["gradients"] += parameter.grad.nbytes
+                kinds["gradients"] += local(parameter.grad).nbytes
     for name, tensor in _rounded(model):
         kinds[name] += tensor.nbytes
     if optimizer is not None:
@@ -188,7 +195,9 @@ def _rounded(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
             yield from (("constants", each) for each in constants)
 
 
-def ledger(model: Any, optimizer: torch.optim.Optimizer | None) -> dict[str, Any]:
+def ledger(
+    model: Any, optimizer: torch.optim.Optimizer | None, stepped: Mapping[nn.Parameter, nn.Parameter] = MappingProxyType({})
+) -> dict[str, Any]:
     """Tensors by kind and dtype (optimiser states paged out or not), and weights held in a wider dtype than the checkpoint's.
 
     Returns:
@@ -204,13 +213,14 @@ def ledger(model: Any, optimizer: torch.optim.Optimizer | None) -> dict[str, Any
                 continue
             seen.add(id(parameter))
             kind, dtype = kind_of(module, name), str(parameter.dtype).removeprefix("torch.")
-            _add(found, (kind, dtype), parameter.nbytes)
+            _add(found, (kind, dtype), local(parameter).nbytes)
             before = stored.get(f"{path}.{name}".lstrip(".").replace(".base.", "."))
             if before and kind == "weights" and parameter.itemsize > getattr(torch, before).itemsize:
-                _add(raised, (kind, before, dtype), parameter.nbytes)
+                _add(raised, (kind, before, dtype), local(parameter).nbytes)
             if parameter.grad is not None:
-                _add(found, ("gradients", str(parameter.grad.dtype).removeprefix("torch.")), parameter.grad.nbytes)
-            for of_state, shape in states.shapes(optimizer, parameter).values() if optimizer and parameter.requires_grad else ():
+                _add(found, ("gradients", str(parameter.grad.dtype).removeprefix("torch.")), local(parameter.grad).nbytes)
+            owner = stepped.get(parameter, parameter)
+            for of_state, shape in states.shapes(optimizer, owner).values() if optimizer and parameter.requires_grad else ():
                 _add(found, ("optimizer", str(of_state).removeprefix("torch.")), math.prod(shape) * of_state.itemsize)
     for kind, tensor in _rounded(model):
         _add(found, (kind, str(tensor.dtype).removeprefix("torch.")), tensor.nbytes)

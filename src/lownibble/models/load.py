@@ -14,7 +14,7 @@ import math
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -29,7 +29,7 @@ from lownibble.models.checkpoint import Checkpoint
 from lownibble.models.conversion import ModelTensors, dtype_of, untie
 from lownibble.models.dense_origin import DenseOrigin, read_dense, transposed_layers
 from lownibble.models.direct import left_dense
-from lownibble.models.info import info
+from lownibble.models.info import decoder_layers, info
 from lownibble.models.skeleton import empty_model, reason, skeleton
 from lownibble.models.sources import ModelSource, resolve
 from lownibble.quant import PackedWeight, QuantLinear, eightbit, is_linear, is_transposed, layouts, matrix, quantize
@@ -74,7 +74,7 @@ def pick_dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype:
 
 def load(
     model: str = "demo", *, quant: str | QuantConfig | None = None, dtype: str | torch.dtype = "auto", device: str = "auto",
-    revision: str | None = None,
+    revision: str | None = None, by_layer: ByLayer | None = None,
 ) -> tuple[Any, Any]:  # fmt: skip
     """Load a language model (causal, or encoder-decoder) and its tokenizer, its linear weights dense or quantised.
 
@@ -86,6 +86,7 @@ def load(
         dtype: of everything that is not quantised, and of the activations.
         device: where the model goes.
         revision: of a hub id.
+        by_layer: takes the model while its weights come in, to shard it.
     Returns:
         (model, tokenizer): transformers' own classes; the model is in eval mode, and only its packed layers have
         `requires_grad=False`.
@@ -100,7 +101,11 @@ def load(
     empty = skeleton(source, target_dtype)
     tensors = ModelTensors(empty, Checkpoint(source))
     turned, size = transposed_layers(empty), sum(parameter.numel() for parameter in empty.parameters())
-    _fill(empty, tensors, config, target_device, target_dtype)
+    if config is not None and not tensors.packed:
+        info(empty).read_dense = partial(read_dense, tensors, turned)
+    elif origin := stored.read_json(source.folder / "config.json").get(stored.ORIGIN):
+        info(empty).read_dense = DenseOrigin(origin, source.name)
+    _fill(empty, tensors, config, target_device, target_dtype, by_layer)
     _tell_dense_experts(empty, tensors)
     compute.decide(empty)
     empty.config._name_or_path = source.name
@@ -109,10 +114,8 @@ def load(
         info(empty).base["stored_as"] = stored_as
     if stored_as or tensors.decoded:
         _tell(tensors, stored_as or stored.method(tensors.checkpoint.stored), config, target_dtype, size)
-    if config is not None and not tensors.packed:
-        info(empty).read_dense = partial(read_dense, tensors, turned)
-    elif origin := stored.read_json(source.folder / "config.json").get(stored.ORIGIN):
-        info(empty).read_dense = DenseOrigin(origin, source.name)
+    if by_layer:
+        by_layer.finish(empty)
     return empty.eval(), load_tokenizer(source)
 
 
@@ -241,7 +244,23 @@ def _last_names(paths: Any) -> str:
     return ", ".join(sorted({path.rsplit(".", 1)[-1] for path in paths}))
 
 
-def _fill(model: Any, tensors: ModelTensors, config: QuantConfig | None, device: torch.device, dtype: torch.dtype) -> None:
+class ByLayer(Protocol):
+    """Takes a model while it is loaded, layer by layer."""
+
+    def begin(self, model: Any) -> None:
+        """Take up the model, before its weights are there."""
+
+    def finish_layer(self, model: Any, path: str) -> None:
+        """The weights of the decoder layer at `path` are there."""
+
+    def finish(self, model: Any) -> None:
+        """All weights are there."""
+
+
+def _fill(
+    model: Any, tensors: ModelTensors, config: QuantConfig | None, device: torch.device, dtype: torch.dtype,
+    by_layer: ByLayer | None = None,
+) -> None:  # fmt: skip
     packed, name = tensors.packed, tensors.checkpoint.name
     if config is not None and packed:
         linears = [path for path, module in model.named_modules() if is_linear(module)]
@@ -255,10 +274,8 @@ def _fill(model: Any, tensors: ModelTensors, config: QuantConfig | None, device:
     to_quantize = quantizable(model, config) if config is not None and not packed else {}
     held_in = dtype_of(model, dtype)
     stacks = experts.shapes(model)
-    for path in sorted(packed):
-        place_packed = _place_experts if path in stacks else _place_quantized
-        place_packed(model, path, tensors.read_packed(path, dtype), device)
-    for key in tensors.dense():
+
+    def place_key(key: str) -> None:
         tensor = tensors.read(key)
         path, _, last = key.rpartition(".")
         own = getattr(model.get_submodule(path), last)
@@ -273,9 +290,30 @@ def _fill(model: Any, tensors: ModelTensors, config: QuantConfig | None, device:
         else:
             known.stored_dtypes[key] = str(tensors.facts(key)[0]).removeprefix("torch.")
             _set_tensor(model, key, tensor.to(device=device, dtype=held_in(key, own.dtype), copy=True))  # no file stays mapped
+
+    if by_layer:
+        by_layer.begin(model)
+    layers = [*decoder_layers(model)] if by_layer else []
+    packed_in, dense_in = _by_layer(sorted(packed), layers), _by_layer(tensors.dense(), layers)
+    for layer in (*layers, ""):
+        for path in packed_in.get(layer, ()):
+            place_packed = _place_experts if path in stacks else _place_quantized
+            place_packed(model, path, tensors.read_packed(path, dtype), device)
+        for key in dense_in.get(layer, ()):
+            place_key(key)
+        if by_layer and layer:
+            by_layer.finish_layer(model, layer)
     place_shared(model, tensors)
     for buffer_name, buffer in model.named_buffers():  # not in checkpoints: rotary frequencies and the like
         _set_tensor(model, buffer_name, buffer.to(device))
+
+
+def _by_layer(names: Iterable[str], layers: Sequence[str]) -> dict[str, list[str]]:
+    """The names below each decoder layer's path, and under '' all others."""
+    found: dict[str, list[str]] = {}
+    for name in names:
+        found.setdefault(next((layer for layer in layers if name.startswith(f"{layer}.")), ""), []).append(name)
+    return found
 
 
 def place(model: Any, tensors: ModelTensors, names: Iterable[str], device: torch.device, dtype: torch.dtype) -> None:

@@ -15,25 +15,36 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.autograd.graph import increment_version
 
 from lownibble import tensorfile
 from lownibble.errors import OutputError
 from lownibble.optim import plain_name, states, warmup_steps
 from lownibble.tensorfile import Entry
+from lownibble.training.distributed import ALONE, Ranks
+from lownibble.training.sharding import Part
+
+Held = Mapping[str, Part]
+"""Name -> what this rank holds of each trained tensor (`sharding.parts`)."""
+
+Parts = Iterator[tuple[str, int, Tensor]]
+"""(name in the file, index of the first value, values)."""
 
 KEEP = 2
 CHECKPOINTS = "checkpoints"
 """Folder below the output folder."""
 
 _FREE = {
+    "parallel",
+    "parallel_timeout",
     "output_dir",
     "resume",
     "save_steps",
@@ -47,10 +58,6 @@ _FREE = {
     "tokens",
 }
 """Options that may change on resume."""
-
-
-def _trained(model: nn.Module) -> dict[str, nn.Parameter]:
-    return {name: p for name, p in model.named_parameters() if p.requires_grad}
 
 
 def sync(path: Path) -> None:
@@ -73,20 +80,44 @@ class Facts:
 
 
 def save(
-    folder: Path, step: int, model: nn.Module, optimizer: torch.optim.Optimizer, config: dict[str, Any], fit: dict[str, Any]
+    folder: Path, step: int, held: Held, optimizer: torch.optim.Optimizer, config: dict[str, Any], fit: dict[str, Any],
+    ranks: Ranks = ALONE,
 ) -> Path:  # fmt: skip
-    """Write the checkpoint of `step` below `folder`; returns its path. `config` and `fit`: see `Facts`."""
-    trained = _trained(model)
-    entries = {f"model/{name}": Entry(p.dtype, tuple(p.shape)) for name, p in trained.items()}
-    for name, parameter in trained.items():
-        for key, (dtype, shape) in states.shapes(optimizer, parameter).items():
-            entries[f"optimizer/{key}/{name}"] = Entry(dtype, shape)
+    """Write the checkpoint of `step` below `folder`; returns its path. `config` and `fit`: see `Facts`.
+
+    The file is the same for any number of ranks: the first one writes all, and the others send it their shards.
+    """
+    entries = _entries(held, optimizer)
+    if ranks.sharded:
+        for others in ranks.of_all(entries):
+            entries |= others
+    final = folder / f"step-{step:06d}"
+    if not ranks.is_first:
+        if ranks.sharded:
+            for name, first, values in _parts(held, optimizer, shards_only=True):
+                ranks.send((name, first), values)
+            ranks.send(None)
+        return final
+    return _write(folder, step, entries, _all_parts(held, optimizer, ranks), {"step": step, "config": config, "fit": fit})
+
+
+def _entries(held: Held, optimizer: torch.optim.Optimizer) -> dict[str, Entry]:
+    """Dtype and shape of each tensor of a checkpoint of which this rank holds a part."""
+    entries = {f"model/{name}": Entry(part.parameter.dtype, part.shape) for name, part in held.items()}
+    for name, part in held.items():
+        for key, (dtype, shape) in states.shapes(optimizer, part.parameter).items():
+            whole = part.shape if shape == tuple(part.parameter.shape) else shape
+            entries[f"optimizer/{key}/{name}"] = Entry(dtype, whole)
+    return entries
+
+
+def _write(folder: Path, step: int, entries: dict[str, Entry], parts: Parts, state: dict[str, Any]) -> Path:
     final = folder / f"step-{step:06d}"
     aside = folder / f".step-{step:06d}.part"
     shutil.rmtree(aside, ignore_errors=True)
     aside.mkdir(parents=True)
-    tensorfile.write(aside / "state.safetensors", entries, _parts(trained, optimizer))
-    state = {"step": step, "config": config, "fit": fit, "tensors": _digest(aside / "state.safetensors")}
+    tensorfile.write(aside / "state.safetensors", entries, parts)
+    state = {**state, "tensors": _digest(aside / "state.safetensors")}
     (aside / "state.json").write_text(json.dumps({**state, "self": _own_digest(state)}, indent=2, sort_keys=True) + "\n")
     for file in aside.iterdir():
         sync(file)
@@ -98,13 +129,32 @@ def save(
     return final
 
 
-def _parts(trained: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer) -> Iterator[tuple[str, int, Tensor]]:
-    """Yield (name in the file, offset, values) of everything in a checkpoint."""
-    for name, parameter in trained.items():
-        yield f"model/{name}", 0, parameter.detach()
-    names: dict[Tensor, str] = {parameter: name for name, parameter in trained.items()}
-    for owner, key, first, values in states.parts(optimizer):
-        yield f"optimizer/{key}/{names[owner]}", first, values
+def _parts(held: Held, optimizer: torch.optim.Optimizer, *, shards_only: bool = False, change: bool = False) -> Parts:
+    """Yield (name in the file, offset, values) of everything in a checkpoint that this rank holds, or of what no other holds.
+
+    change: whether the caller writes into the values.
+    """
+    names: dict[Tensor, str] = {part.parameter: name for name, part in held.items()}
+    for name, part in held.items():
+        if part.is_shard or not shards_only:
+            yield f"model/{name}", part.first, part.parameter.detach()
+            if change:
+                increment_version(part.parameter)
+    for owner, key, first, values in states.parts(optimizer, change=change):
+        part = held[names[owner]]
+        is_one = values.numel() == 1 and key == "step"  # the count of steps is every rank's
+        if (part.is_shard and not is_one) or not shards_only:
+            yield f"optimizer/{key}/{names[owner]}", first if is_one else part.first + first, values
+
+
+def _all_parts(held: Held, optimizer: torch.optim.Optimizer, ranks: Ranks) -> Parts:
+    """The parts of all ranks, on the first."""
+    yield from _parts(held, optimizer)
+    for rank in range(1, ranks.world if ranks.sharded else 1):
+        while (received := ranks.receive(rank))[0] is not None:
+            (name, first), values = received
+            assert values is not None
+            yield name, first, values
 
 
 def complete(folder: Path) -> list[Path]:
@@ -139,6 +189,11 @@ def _read(path: Path) -> Facts:
         raise ValueError(f"{type(error).__name__}: {error}") from None
 
 
+def newest_for(folder: Path, ranks: Ranks) -> tuple[Facts | None, list[str]]:
+    """`newest`, as the first rank finds it."""
+    return ranks.from_first(lambda: newest(folder))
+
+
 def newest(folder: Path) -> tuple[Facts | None, list[str]]:
     """The newest intact checkpoint below `folder` (None if there are no checkpoints), and what is wrong with newer ones.
 
@@ -156,21 +211,55 @@ def newest(folder: Path) -> tuple[Facts | None, list[str]]:
     return None, []
 
 
-def restore(found: Facts, model: nn.Module, optimizer: torch.optim.Optimizer, config: dict[str, Any]) -> None:
-    """Restore parameters and optimiser states from a checkpoint, in place.
+def restore(
+    found: Facts, held: Held, optimizer: torch.optim.Optimizer, config: dict[str, Any], ranks: Ranks = ALONE
+) -> None:  # fmt: skip
+    """Restore parameters and optimiser states from a checkpoint, in place. The first rank reads for all.
 
     Raises:
         OutputError: it cannot be read, or belongs to a run with other options (named).
     """
-    path = found.path
+    shapes = {name: (part.parameter.dtype, part.shape) for name, part in held.items()}
+    if ranks.sharded:
+        for others in ranks.of_all(shapes):
+            shapes |= others
+    entries = ranks.from_first(lambda: _readable(found, shapes, config))
+    _allocate(entries, held, optimizer)
+    if not ranks.is_first:
+        for name, first, values in _parts(held, optimizer, change=True):
+            ranks.send((name, first, values.dtype, values.numel()))
+            _, sent = ranks.receive()
+            assert sent is not None
+            values.copy_(sent.view_as(values))
+        ranks.send(None)
+        return
+    with _reading(found.path) as file:
+        for name, first, values in _parts(held, optimizer, change=True):
+            file.read_into(name, first, values)
+        for rank in range(1, ranks.world):
+            while (asked := ranks.receive(rank)[0]) is not None:
+                name, first, dtype, count = asked
+                values = torch.empty(count, dtype=dtype)
+                file.read_into(name, first, values)
+                ranks.send(name, values, rank)
+
+
+@contextmanager
+def _reading(path: Path) -> Iterator[tensorfile.Reader]:
     try:
         with tensorfile.Reader(path / "state.safetensors") as file:
-            _check(found, model, config, file)
-            _fill(file, _trained(model), optimizer)
+            yield file
     except OutputError:
         raise
     except (OSError, ValueError) as error:
         raise OutputError(f"Checkpoint '{path}' cannot be read: {error}. Delete it to resume from the one before.") from None
+
+
+def _readable(found: Facts, shapes: dict[str, states.Shape], config: dict[str, Any]) -> dict[str, Entry]:
+    """The entries of a checkpoint that this run can resume from."""
+    with _reading(found.path) as file:
+        _check(found, shapes, config, file)
+        return file.entries
 
 
 def changed(found: Facts, config: dict[str, Any]) -> list[str]:
@@ -188,9 +277,9 @@ def changed(found: Facts, config: dict[str, Any]) -> list[str]:
     ]
 
 
-def _check(found: Facts, model: nn.Module, config: dict[str, Any], file: tensorfile.Reader) -> None:
+def _check(found: Facts, shapes: dict[str, states.Shape], config: dict[str, Any], file: tensorfile.Reader) -> None:
     """Reject a checkpoint of a run with other options or trained tensors."""
-    path, ours, theirs = found.path, _flat(config), _flat(found.config)
+    path, ours, theirs = found.path, flat(config), flat(found.config)
     free = _may_go_on_longer(found, ours, theirs)
     differing = sorted(k for k in ours.keys() | theirs.keys() if k not in free and _differ(k, ours.get(k), theirs.get(k)))
     if differing:
@@ -202,7 +291,7 @@ def _check(found: Facts, model: nn.Module, config: dict[str, Any], file: tensorf
             f"'{path}' was made with other options ({changes}). Resume with the same ones, or use a new --output.{more}"
         )
     held = {name.removeprefix("model/"): (e.dtype, e.shape) for name, e in file.entries.items() if name.startswith("model/")}
-    if held != {name: (p.dtype, tuple(p.shape)) for name, p in _trained(model).items()}:
+    if held != shapes:
         raise OutputError(f"'{path}' holds other trained tensors than this model. Resume with the same model and adapter.")
 
 
@@ -226,29 +315,28 @@ def _may_go_on_longer(found: Facts, ours: dict[str, Any], theirs: dict[str, Any]
     return {*length, "total_steps"}
 
 
-def _fill(file: tensorfile.Reader, trained: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer) -> None:
-    """Load the file's tensors into the parameters and the optimiser."""
-    held: dict[str, dict[str, states.Shape]] = {name: {} for name in trained}
-    for entry_name, entry in file.entries.items():
+def _allocate(entries: dict[str, Entry], held: Held, optimizer: torch.optim.Optimizer) -> None:
+    """Allocate the optimiser states that a checkpoint has."""
+    stored: dict[str, dict[str, states.Shape]] = {}
+    for entry_name, entry in entries.items():
         kind, _, rest = entry_name.partition("/")
         if kind == "optimizer":
             key, _, name = rest.partition("/")
-            held[name][key] = entry.dtype, entry.shape
-    for name, parameter in trained.items():
-        file.read_into(f"model/{name}", 0, parameter.detach())
-        increment_version(parameter)
-        if held[name]:
-            states.allocate(optimizer, parameter, held[name])
-    names: dict[Tensor, str] = {parameter: name for name, parameter in trained.items()}
-    for owner, key, first, values in states.parts(optimizer, change=True):
-        file.read_into(f"optimizer/{key}/{names[owner]}", first, values)
+            shape = entry.shape
+            if name in held and shape == held[name].shape:
+                shape = tuple(held[name].parameter.shape)
+            stored.setdefault(name, {})[key] = entry.dtype, shape
+    for name, part in held.items():
+        if name in stored:
+            states.allocate(optimizer, part.parameter, stored[name])
 
 
-def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
+def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested options by dotted name."""
+    found: dict[str, Any] = {}
     for key, value in values.items():
         if isinstance(value, dict):
-            flat |= _flat(value, f"{prefix}{key}.")
+            found |= flat(value, f"{prefix}{key}.")
         else:
-            flat[prefix + key] = value
-    return flat
+            found[prefix + key] = value
+    return found

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from lownibble.data import Choice, Example, cut
 from lownibble.models.head import Head, hidden_states
+from lownibble.training.distributed import ALONE
 from lownibble.training.loss import token_losses
 from lownibble.training.microbatches import Collate
 
@@ -31,10 +32,21 @@ class Evaluation:
     correct: list[bool] = field(default_factory=list)
 
 
+@dataclass
+class Sums:
+    """What one rank adds to an evaluation: the sum of losses over its label tokens, and scores (rows, candidates), zero for the
+    rows of others."""
+
+    loss: float
+    n_labels: int
+    scores: Tensor
+
+
 class Evaluator:
     """Evaluates a model on fixed rows; `choices` are the same rows as questions, or None.
 
     Attributes:
+        ranks: the processes that share the rows.
         before_pass: called before each forward pass.
         max_tokens: maximum tokens per forward pass, padding included (a longer row runs alone); None: only `batch_size` applies.
     """
@@ -44,6 +56,7 @@ class Evaluator:
     ) -> None:
         self.examples, self.choices, self.collate, self.device = examples, choices, collate, device
         self.batch_size = batch_size
+        self.ranks = ALONE
         self.max_tokens: int | None = None
         self.before_pass: Callable[[], None] = lambda: None
         self.single_token = choices is not None and all(len(c) == 1 for c in choices[0].candidates)
@@ -57,17 +70,27 @@ class Evaluator:
         self.max_tokens = max(longest, tokens // 2)
         return self.max_tokens
 
-    @torch.no_grad()
     def __call__(self, model: Any) -> Evaluation:
         """Evaluate; restores the model's training mode."""
+        sums = self.ranks.together(lambda: self._share(model))
+        total, scores_NC = torch.tensor(sums.loss, dtype=torch.float64), sums.scores
+        self.ranks.add_up([total, scores_NC] if scores_NC.numel() else [total])
+        (n_labels,) = self.ranks.total(sums.n_labels)
+        return self._result(float(total) / n_labels, n_labels, scores_NC)
+
+    @torch.no_grad()
+    def _share(self, model: Any) -> Sums:
+        """Evaluate this rank's share of the rows."""
         was_training = model.training
         model.eval()
         head, total, n_labels = Head(model), 0.0, 0
-        scores_NC = torch.empty(len(self.examples), len(self.choices[0].candidates) if self.choices else 0)
-        for rows in self._batches(self.examples):
+        scores_NC = torch.zeros(len(self.examples), len(self.choices[0].candidates) if self.choices else 0)
+        for rows, counts in self._batches(self.examples):
             self.before_pass()
             batch = self.collate([self.examples[i] for i in rows]).to(self.device)
             hidden_BTH = hidden_states(model, batch.input_ids, batch.mask, source=batch.source)
+            if not counts:
+                continue
             is_label_BT = batch.labels[:, 1:] != -100
             losses_L = token_losses(head, hidden_BTH[:, :-1][is_label_BT], batch.labels[:, 1:][is_label_BT])
             total += float(losses_L.sum(dtype=torch.float64))
@@ -83,10 +106,14 @@ class Evaluator:
         if self.choices is not None and not self.single_token:
             scores_NC = self._candidate_likelihoods(model, head)
         model.train(was_training)
-        return self._result(total / n_labels, n_labels, scores_NC)
+        return Sums(total, n_labels, scores_NC)
 
-    def _batches(self, examples: list[Example]) -> list[list[int]]:
-        return cut([len(example.input_ids) for example in examples], self.max_tokens, most=self.batch_size)
+    def _batches(self, examples: list[Example]) -> list[tuple[list[int], bool]]:
+        """This rank's batches, and whether they count: with sharded weights all ranks run as many passes."""
+        batches = cut([len(example.input_ids) for example in examples], self.max_tokens, most=self.batch_size)
+        mine = [(rows, True) for rows in batches[self.ranks.rank :: self.ranks.world]]
+        missing = -(-len(batches) // self.ranks.world) - len(mine) if self.ranks.sharded else 0
+        return mine + [(batches[-1][-1:], False)] * missing
 
     def _candidate_likelihoods(self, model: Any, head: Head) -> Tensor:
         """(rows, candidates): log-probability of each candidate's tokens after the prompt."""
@@ -95,11 +122,13 @@ class Evaluator:
             Example(c.prompt_ids + candidate, [False] * len(c.prompt_ids) + [True] * len(candidate), c.origin)
             for c in self.choices for candidate in c.candidates
         ]  # fmt: skip
-        scores = torch.empty(len(rows))
-        for batch_rows in self._batches(rows):
+        scores = torch.zeros(len(rows))
+        for batch_rows, counts in self._batches(rows):
             self.before_pass()
             batch = self.collate([rows[i] for i in batch_rows]).to(self.device)
             hidden_BTH = hidden_states(model, batch.input_ids, batch.mask, source=batch.source)[:, :-1]
+            if not counts:
+                continue
             is_label_BT = batch.labels[:, 1:] != -100
             losses_L = token_losses(head, hidden_BTH[is_label_BT], batch.labels[:, 1:][is_label_BT])
             owner_L = is_label_BT.nonzero()[:, 0]

@@ -22,6 +22,7 @@ from lownibble.memory.budget import AIM, ENOUGH_TOKENS, SETTINGS, WORDS, Fit, Ne
 from lownibble.memory.dryrun import DryRun
 from lownibble.optim import is_paged, paged_name
 from lownibble.options import n_bytes
+from lownibble.training.distributed import ALONE, Ranks
 from lownibble.training.evaluate import Evaluator
 from lownibble.training.microbatches import MicroBatches, Rows
 from lownibble.training.passes import Passes
@@ -43,8 +44,10 @@ class Fitting:
     """
 
     def __init__(
-        self, config: TrainConfig, micro: MicroBatches, passes: Passes, evaluator: Evaluator, device: torch.device
-    ) -> None:
+        self, config: TrainConfig, micro: MicroBatches, passes: Passes, evaluator: Evaluator, device: torch.device,
+        ranks: Ranks = ALONE,
+    ) -> None:  # fmt: skip
+        self._ranks = ranks
         self.config, self.micro, self.passes, self.evaluator, self.device = config, micro, passes, evaluator, device
         self.fit = Fit(None, is_paged(config.optim), config.gradient_checkpointing, 0)
         self.warnings: list[str] = []
@@ -83,7 +86,7 @@ class Fitting:
             and setting.gradient_checkpointing in self._checkpointing(asked.gradient_checkpointing)
         }  # fmt: skip
         needs = Needs(self.micro.longest_row, self.micro.whole, ENOUGH_TOKENS[self.device.type], of_states)
-        with DryRun(self.passes, self.micro, self.device) as bench:
+        with DryRun(self.passes, self.micro, self.device, self._ranks.most) as bench:
             return choose(limit, needs, bench)
 
     def _checkpointing(self, least: Checkpointing) -> list[Checkpointing]:
@@ -104,9 +107,11 @@ class Fitting:
 
     def keep_within(self, batches: list[Batch]) -> None:
         """Shrink microbatches after a step whose peak nearly reached the process's memory budget, contrary to the dry run."""
-        peak = usage.peak_bytes(self.device) if self._process_budget else 0
-        if peak > CLOSE * self._process_budget and any(batch.n_rows > 1 for batch in batches):
-            tokens = int(0.9 * max(batch.input_ids.numel() for batch in batches))
+        if not self._process_budget:
+            return
+        peak = self._ranks.most(usage.peak_bytes(self.device))
+        if peak > CLOSE * self._process_budget and self._ranks.most(max((batch.n_rows for batch in batches), default=0)) > 1:
+            tokens = int(0.9 * self._ranks.most(max((batch.input_ids.numel() for batch in batches), default=0)))
             self.take(replace(self.fit, max_tokens=tokens))
             self.warnings.append(
                 f"a step took {peak / 1e9:.2f} GB, close to the memory budget: forward passes have at most {tokens} tokens from "
@@ -126,8 +131,8 @@ class Fitting:
             return
         usage.settle(self.device)
         batches = self.micro.batches(rows)
-        tokens = max(self.micro.tokens(passed) for passed in self.micro.dealt(rows))
-        if any(batch.n_rows > 1 for batch in batches):
+        tokens = self._ranks.most(max((self.micro.tokens(passed) for passed in self.micro.dealt(rows)), default=0))
+        if self._ranks.most(max((batch.n_rows for batch in batches), default=0)) > 1:
             self.take(replace(self.fit, max_tokens=tokens // 2))
             what = f"forward passes have at most {tokens // 2} tokens from now on"
         elif more := self._checkpointing(self.fit.gradient_checkpointing)[1:]:

@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Iterator
 from itertools import islice
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import nn
@@ -44,7 +44,8 @@ from lownibble.optim import (
 from lownibble.options import n_bytes
 from lownibble.quant import QuantLinear, dense
 from lownibble.registry import OBJECTIVES
-from lownibble.training import balance, checkpoint, compiling, diagnose
+from lownibble.training import balance, checkpoint, compiling, diagnose, sharding
+from lownibble.training.distributed import ALONE, Ranks
 from lownibble.training.events import Evaluated, Event, Finished, Fitted, Saved, Skipped, Started, Stepped, Warned
 from lownibble.training.fitting import Fitting, MemoryGoneError, recorded_fit
 from lownibble.training.interrupt import RunInterrupted
@@ -59,7 +60,16 @@ MAX_SKIPPED = 3
 COMPILER_BYTES = 10**9
 """Free bytes within the memory budget required for compiling. A guess from its use on the embedded model."""
 
-_STEP_STRIDE, _RUN_STRIDE = 10_007, 1_000_000_007  # keep the seeds of neighbouring steps and runs distinct
+_STEP_STRIDE, _RANK_STRIDE, _RUN_STRIDE = 10_007, 5_000_011, 1_000_000_007  # keep seeds of neighbours distinct
+
+
+class Counts(NamedTuple):
+    """What a step's microbatches hold, on all ranks: tokens without and with padding, label tokens (the loss's divisor), rows."""
+
+    tokens: int
+    padded_tokens: int
+    labels: int
+    rows: int
 
 
 class Trainer:
@@ -82,7 +92,7 @@ class Trainer:
 
     def __init__(
         self, model: Any, tokenizer: Any, train: list[Example], evaluation: list[Example], config: TrainConfig, *,
-        choices: list[Choice] | None = None, cut_rows: int = 0, identity: dict[str, Any] | None = None,
+        choices: list[Choice] | None = None, cut_rows: int = 0, identity: dict[str, Any] | None = None, ranks: Ranks = ALONE,
     ) -> None:  # fmt: skip
         if not any(p.requires_grad for p in model.parameters()):
             raise ConfigError("The model has no trainable parameters. Call add_lora first, or load it dense to train it in full.")
@@ -97,18 +107,22 @@ class Trainer:
                 "Training in float16 is not done: small gradients would be lost without loss scaling. Use --dtype bfloat16, or "
                 "float32 where the device has no bfloat16."
             )
-        self.model, self.config, self.cut_rows = model, config, cut_rows
+        if ranks.sharded:
+            sharding.check_training(config)
+        self.model, self.config, self.cut_rows, self.ranks = model, config, cut_rows, ranks
         self.device: torch.device = model.get_input_embeddings().weight.device
         if model.config.is_encoder_decoder and config.memory_budget:
             raise ConfigError(f"The 'memory_budget' is not for {type(model).__name__}, which has an encoder. Leave it out.")
         self.objective: Objective = OBJECTIVES[config.objective]
         collate = self.objective.collate(model, tokenizer)
-        self.micro = MicroBatches(train, config, collate)
+        self.micro = MicroBatches(train, config, collate, ranks)
         self.passes = Passes(model, self.micro, self.device, self.objective.loss)
-        self.evaluator = self.objective.evaluator(evaluation, choices, collate, 2 * config.batch_size, self.device)
+        self.evaluator = self.objective.evaluator(evaluation, choices, collate, 2 * self.micro.batch_size, self.device)
+        self.evaluator.ranks = ranks
         self.total_steps = config.max_steps or self.micro.steps_of_epochs(config.num_train_epochs)
         self.identity = {"train": config.to_dict(), "total_steps": self.total_steps, **(identity or {})}
-        self.fitting = Fitting(config, self.micro, self.passes, self.evaluator, self.device)
+        self.fitting = Fitting(config, self.micro, self.passes, self.evaluator, self.device, ranks)
+        self.parts = sharding.parts(model)
         self.warnings = self.fitting.warnings
         self.evaluator.before_pass = self.fitting.make_room
         self.optimizer = self._make_optimizer(self.fit.paged)
@@ -123,9 +137,9 @@ class Trainer:
         config = self.config
         kind = (paged_name(config.optim) if paged else None) or config.optim
         ratio = config.loraplus_lr_ratio
-        fast = [] if ratio is None else [p for name, p in self.model.named_parameters() if name.endswith(".lora_B")]
+        fast = [] if ratio is None else [part.parameter for name, part in self.parts.items() if name.endswith(".lora_B")]
         return make_optimizer(
-            kind, self.model.parameters(), config.learning_rate, config.weight_decay,
+            kind, [part.parameter for part in self.parts.values()], config.learning_rate, config.weight_decay,
             page_budget=n_bytes(config.optim_page_budget) if config.optim_page_budget else None,
             folder=Path(config.output_dir) if config.output_dir else None, fast=fast, ratio=ratio or 1.0,
         )  # fmt: skip
@@ -187,7 +201,7 @@ class Trainer:
                 last = done == self.total_steps
                 if last or (config.eval_steps and done % config.eval_steps == 0):
                     yield self.evaluate(done)
-                stop = self.stop_signal()
+                stop = self.ranks.most(self.stop_signal())
                 if last or stop or (config.save_steps and done % config.save_steps == 0):
                     yield from self._save(done)
                 if stop and not last:
@@ -206,7 +220,9 @@ class Trainer:
     def _save(self, done: int) -> Iterator[Event]:
         if self.checkpoints:
             self.fitting.make_room()
-            path = checkpoint.save(self.checkpoints, done, self.model, self.optimizer, self.identity, self.fit.to_dict())
+            path = checkpoint.save(
+                self.checkpoints, done, self.parts, self.optimizer, self.identity, self.fit.to_dict(), self.ranks
+            )
             yield Saved(done, str(path))
 
     @on_own_stream
@@ -234,8 +250,10 @@ class Trainer:
             self.optimizer = self._make_optimizer(fit.paged)
         self.fitting.take(fit)
         if past:
-            checkpoint.restore(past, self.model, self.optimizer, self.identity)
+            checkpoint.restore(past, self.parts, self.optimizer, self.identity, self.ranks)
             self.warnings += checkpoint.changed(past, self.identity)
+        elif not self.ranks.sharded:  # as they are by the seed, but for machines that round otherwise
+            self.ranks.as_first(part.parameter.detach() for part in self.parts.values())
         open_states(self.optimizer)
         if self.passes.compiled and not over:
             self._compile(past)
@@ -246,7 +264,7 @@ class Trainer:
         """The checkpoint to resume from, or None."""
         if not (self.config.resume and self.checkpoints):
             return None
-        found, damaged = checkpoint.newest(self.checkpoints)
+        found, damaged = checkpoint.newest_for(self.checkpoints, self.ranks)
         self.warnings += [f"{what}; the one before it is used" for what in damaged]
         return found
 
@@ -322,7 +340,7 @@ class Trainer:
         """
         began = time.perf_counter()
         config = self.config
-        batches, n_labels, values = usage.retry_on_oom(lambda: self._gradients(step, rows), lambda: self._shrink(step, rows))
+        batches, counts, values = usage.retry_on_oom(lambda: self._gradients(step, rows), lambda: self._shrink(step, rows))
         warmup = warmup_steps(self.total_steps, config.warmup_ratio)
         rate = learning_rate(config.lr_scheduler_type, config.learning_rate, step, self.total_steps, warmup)
         set_learning_rate(self.optimizer, rate)
@@ -330,45 +348,74 @@ class Trainer:
         if not self._measured and bool(values.isfinite().all()):
             self.kinds, self._measured = usage.bytes_by_kind(self.model, self.optimizer), True
             self.optimizer_state_bytes = state_bytes(self.optimizer).total
-            self.ledger = usage.ledger(self.model, self.optimizer)
+            stepped = {part.of: part.parameter for part in self.parts.values()}
+            self.ledger = usage.ledger(self.model, self.optimizer, stepped)
         *losses, norm = values.tolist()
         loss = sum(losses)
         if not math.isfinite(loss) or not math.isfinite(norm):
             if spec(config.optim).skips_on_device:
                 skipped(self.optimizer)
-            reason = f"the loss is {loss} and the gradient's norm {norm}; {self._origin(step, batches, n_labels)}"
-            self.optimizer.zero_grad(set_to_none=True)
+            reason = f"the loss is {loss} and the gradient's norm {norm}; {self._origin(step, batches, counts.labels)}"
+            sharding.drop_gradients(self.parts.values())
             return Skipped(step + 1, reason, time.perf_counter() - began)
-        self.optimizer.zero_grad(set_to_none=True)
+        sharding.drop_gradients(self.parts.values())
         if lost := self.passes.lost_graphs():
             self.warnings.append(f"passes are no longer replayed as CUDA graphs: {lost}")
         self.fitting.keep_within(batches)
         return Stepped(
-            step + 1, loss, rate, norm, sum(b.n_tokens for b in batches), sum(b.n_padded_tokens for b in batches), n_labels,
-            sum(b.n_rows for b in batches), time.perf_counter() - began,
+            step + 1, loss, rate, norm, counts.tokens, counts.padded_tokens, counts.labels, counts.rows,
+            time.perf_counter() - began,
         )  # fmt: skip
 
-    def _gradients(self, step: int, rows: Rows) -> tuple[list[Batch], int, torch.Tensor]:
-        """Accumulate and clip gradients; returns the microbatches, their total weight, and float32 on the device: the loss of
-        each, and the gradient's norm before clipping."""
-        batches = self.micro.batches(rows)
-        n_labels, losses = sum(self.objective.weight(batch) for batch in batches), []
+    def _gradients(self, step: int, rows: Rows) -> tuple[list[Batch], Counts, torch.Tensor]:
+        """Accumulate and clip gradients; returns the microbatches, what all ranks' hold, and float32 on the device: the loss of
+        each (of several ranks: their sum), and the gradient's norm before clipping."""
+        batches, ranks = self.micro.batches(rows), self.ranks
+        counts = Counts(*ranks.total(
+            sum(batch.n_tokens for batch in batches), sum(batch.n_padded_tokens for batch in batches),
+            sum(self.objective.weight(batch) for batch in batches), sum(batch.n_rows for batch in batches),
+        ))  # fmt: skip
+        if ranks.sharded:
+            batches += [self.micro.empty()] * (ranks.most(len(batches)) - len(batches))
+        losses = ranks.together(lambda: self._backward(step, batches, counts.labels))
+        sharding.give_gradients(self.parts.values())
+        if ranks.several:
+            losses = [self._summed(losses)]
+        return batches, counts, torch.stack([value.float() for value in (*losses, self._clip())])
+
+    def _backward(self, step: int, batches: list[Batch], n_labels: int) -> list[torch.Tensor]:
+        losses, measured = [], not (self._measured or self.ranks.sharded)  # gathered weights are saved too, and freed
         for index, batch in enumerate(batches):
             self._seed(step, index)
             self.fitting.make_room()
-            losses.append(self.passes.backward(batch, n_labels, measured=not self._measured and index == 0, replay=True))
-        return batches, n_labels, torch.stack([value.float() for value in (*losses, self._clip())])
+            losses.append(self.passes.backward(batch, n_labels, measured=measured and index == 0, replay=True))
+        return losses
+
+    def _summed(self, losses: list[torch.Tensor]) -> torch.Tensor:
+        """Sum losses, and the gradients that are not sharded, over ranks."""
+        total = torch.stack(losses).float().sum() if losses else torch.zeros((), device=self.device)
+        whole = [part.parameter for part in self.parts.values() if not part.is_shard]
+        has = self.ranks.total(*(int(parameter.grad is not None) for parameter in whole)) if whole else []
+        reached = [parameter for parameter, count in zip(whole, has, strict=True) if count]
+        for parameter in reached:
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+        self.ranks.add_up([total, *(parameter.grad for parameter in reached if parameter.grad is not None)])
+        return total
 
     def _shrink(self, step: int, rows: Rows) -> None:
-        self.optimizer.zero_grad(set_to_none=True)
+        sharding.drop_gradients(self.parts.values())
         self.fitting.shrink_step(step, rows)
 
     def _seed(self, step: int, index: int) -> None:
-        """Set the dropout seed of microbatch `index` of a step."""
-        torch.manual_seed(self.config.seed * _RUN_STRIDE + step * _STEP_STRIDE + index)
+        """Set the dropout seed of microbatch `index` of a step, another one on each rank."""
+        rank = self.ranks.rank * _RANK_STRIDE
+        torch.manual_seed(self.config.seed * _RUN_STRIDE + step * _STEP_STRIDE + rank + index)
 
     def _origin(self, step: int, batches: list[Batch], n_labels: int) -> str:
         """Where the step's values became non-finite."""
+        if self.ranks.sharded or not batches:
+            return f"rank {self.ranks.rank} does not look where that began"
 
         def forward() -> torch.Tensor:
             losses = []
@@ -380,8 +427,21 @@ class Trainer:
         return diagnose.origin(self.model, forward)
 
     def _clip(self) -> torch.Tensor:
-        trained = [p for p in self.model.parameters() if p.requires_grad]
-        norm = nn.utils.get_total_norm([p.grad for p in trained if p.grad is not None])
+        trained = [part.parameter for part in self.parts.values()]
+        if self.ranks.sharded:
+            norm = self._norm_of_shards()
+        else:
+            norm = nn.utils.get_total_norm([p.grad for p in trained if p.grad is not None])
         if self.config.max_grad_norm is not None:
             nn.utils.clip_grads_with_norm_(trained, self.config.max_grad_norm, norm)
         return norm
+
+    def _norm_of_shards(self) -> torch.Tensor:
+        """The norm of all gradients: of every rank's shards, and once of what is whole on each."""
+        norms = []
+        for shards in (True, False):
+            held = [p.parameter.grad for p in self.parts.values() if p.is_shard is shards and p.parameter.grad is not None]
+            norms.append(nn.utils.get_total_norm(held).float() if held else torch.zeros((), device=self.device))
+        squared = norms[0].square()
+        self.ranks.add_up([squared])
+        return (squared + norms[1].square()).sqrt()

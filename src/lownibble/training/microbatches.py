@@ -5,6 +5,8 @@ all rows of the step are redistributed over microbatches of at most `max_tokens`
 together, longest first. The step's rows stay the same, and so do its loss and gradient, which are sums over rows divided by the
 label tokens of the whole step. The limit is in tokens because memory scales with tokens: a limit in rows that fits the longest
 rows would leave most of the memory unused on all others.
+
+On several ranks each has its share of the same step's rows (`Ranks.deal`).
 """
 
 from __future__ import annotations
@@ -20,6 +22,7 @@ from lownibble.config import TrainConfig
 from lownibble.data import IGNORE, Batch, Example, collate, collate_pairs, cut, epoch_batches, flatten
 from lownibble.errors import ModelError
 from lownibble.planning.step import Batch as Shape
+from lownibble.training.distributed import ALONE, Ranks
 
 Rows = list[list[Example]]
 """The rows of one step, by batch or microbatch."""
@@ -46,32 +49,46 @@ def collator(model: Any, tokenizer: Any) -> Collate:
 
 
 class MicroBatches:
-    """The microbatches of a run over `rows`.
+    """The microbatches of a run over `rows`, on one of its ranks.
 
     Attributes:
         max_tokens: maximum tokens per microbatch, padding included (a longer row gets its own); None: batches as configured.
+        ranks: the processes of the run.
+        batch_size, n_batches: rows (packs) of a batch, and batches of a step, on this rank.
     """
 
-    def __init__(self, rows: list[Example], config: TrainConfig, collate: Collate) -> None:
-        self.rows, self.config, self.collate = rows, config, collate
+    def __init__(self, rows: list[Example], config: TrainConfig, collate: Collate, ranks: Ranks = ALONE) -> None:
+        self.rows, self.config, self.collate, self.ranks = rows, config, collate, ranks
+        self.batch_size, self.n_batches = ranks.deal(config)
         self.pack_to = config.max_length if config.packing else None
         self.max_tokens: int | None = None
         self._by_length = sorted(rows, key=lambda row: len(row.input_ids), reverse=True)
         self._lengths = [len(row.input_ids) for row in self._by_length]
 
     def steps(self, first_step: int = 0) -> Iterator[Rows]:
-        """The rows of each step from `first_step` on, endlessly. An epoch's last step has the remaining batches."""
-        count = self.config.gradient_accumulation_steps
+        """This rank's rows of each step from `first_step` on, endlessly. An epoch's last step has the remaining batches; a short
+        batch, or such a step, may leave a rank without rows."""
+        count, (first, n_ranks) = self.config.gradient_accumulation_steps, self._share_of_batches
         for epoch in itertools.count():
             batches = self._of_epoch(epoch)
             starts = range(0, len(batches), count)
             for start in starts[first_step:]:
-                yield [[self.rows[i] for i in batch] for batch in batches[start : start + count]]
+                yield [[self.rows[i] for i in batch] for batch in batches[start : start + count][first::n_ranks] if batch]
             first_step = max(0, first_step - len(starts))
 
     def _of_epoch(self, epoch: int) -> list[list[int]]:
         config = self.config
-        return epoch_batches(self.rows, config.batch_size, config.seed, epoch, config.group_by_length, self.pack_to)
+        share = (self.ranks.rank, self.ranks.world) if self._splits_batches else (0, 1)
+        return epoch_batches(self.rows, config.batch_size, config.seed, epoch, config.group_by_length, self.pack_to, share)
+
+    @property
+    def _splits_batches(self) -> bool:
+        """Whether ranks share each batch, rather than the batches of a step."""
+        return self.batch_size < self.config.batch_size
+
+    @property
+    def _share_of_batches(self) -> tuple[int, int]:
+        return (0, 1) if self._splits_batches else (self.ranks.rank, self.ranks.world)
 
     def batches(self, rows: Rows) -> list[Batch]:
         """The microbatches of a step."""
@@ -102,6 +119,10 @@ class MicroBatches:
         """Collate or pack rows into one microbatch."""
         return self.collate(rows) if self.pack_to is None else flatten(rows)
 
+    def empty(self) -> Batch:
+        """A microbatch without labels, for a rank whose share of a step is used up while others still run passes."""
+        return self.batch([Example(self.rows[0].input_ids[:2], [False] * len(self.rows[0].input_ids[:2]), "no row")])
+
     def steps_of_epochs(self, epochs: float) -> int:
         """Number of optimiser steps in `epochs` epochs; packed epochs differ in their number of batches."""
         whole, part = divmod(epochs, 1)
@@ -111,11 +132,11 @@ class MicroBatches:
         return sum(steps[: int(whole)]) + last
 
     def planned_tokens(self, steps: int) -> int:
-        """Approximate number of tokens in `steps` steps."""
+        """Approximate number of tokens of this rank in `steps` steps."""
         config = self.config
         mean = sum(self._lengths) / len(self._lengths)
-        batch = config.batch_size * config.max_length if config.packing else min(config.batch_size, len(self.rows)) * mean
-        return int(steps * config.gradient_accumulation_steps * batch)
+        batch = self.batch_size * config.max_length if config.packing else min(self.batch_size, len(self.rows)) * mean
+        return int(steps * self.n_batches * batch)
 
     @property
     def longest_row(self) -> int:
@@ -126,8 +147,8 @@ class MicroBatches:
     def whole(self) -> int:
         """Maximum tokens of a batch as configured, padding included."""
         if self.pack_to is None:
-            return min(self.config.batch_size, len(self.rows)) * self.longest_row
-        return min(self.config.batch_size * self.pack_to, sum(self._lengths))
+            return min(self.batch_size, len(self.rows)) * self.longest_row
+        return min(self.batch_size * self.pack_to, sum(self._lengths))
 
     def size(self, tokens: int) -> int:
         """Tokens of the largest microbatch of at most `tokens` tokens, padding included."""
@@ -164,7 +185,7 @@ class MicroBatches:
 
     @property
     def _rows_of_a_step(self) -> int:
-        return min(self.config.batch_size * self.config.gradient_accumulation_steps, len(self.rows))
+        return min(self.batch_size * self.n_batches, len(self.rows))
 
     def _most_labels(self, tokens: int) -> int:
         """Upper limit for the label tokens of a microbatch of `tokens` tokens."""

@@ -153,6 +153,8 @@ class Passes:
             self.graphs, self._captured_with = Graphs(self._run, trained, self.device, self._most_tokens), self._checkpointing
 
     def _against_graphs(self, plain_loss: bool) -> str:
+        if self.micro.ranks.sharded:
+            return "weights are gathered from other ranks in each pass"
         packed = self.micro.pack_to is not None
         found = obstacle_to_graphs(self.model, self.device, packed=packed, plain_loss=plain_loss, draws=self._draws)
         if not found and self.mask_reason:

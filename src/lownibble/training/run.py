@@ -8,21 +8,22 @@ from __future__ import annotations
 
 import hashlib
 import sys
-from collections.abc import Iterable
-from contextlib import ExitStack
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from lownibble import record, stored
+from lownibble import launch, record, stored
 from lownibble.calibration import join_rows, row_length
 from lownibble.config import DataConfig, QuantConfig, RunConfig, TrainConfig
 from lownibble.data import Choice, Dataset, Encoded, Example, digest_of
 from lownibble.data import load as load_data
 from lownibble.data.inspect import warnings_of
-from lownibble.errors import ModelError
+from lownibble.errors import ConfigError, ModelError
 from lownibble.lora import add_lora, load_adapter, match_targets, read_config, save_adapter
 from lownibble.lora.active import adapter_configs
 from lownibble.lora.init import find
@@ -36,11 +37,14 @@ from lownibble.models.info import info
 from lownibble.quant import QuantLinear
 from lownibble.registry import OBJECTIVES
 from lownibble.training import facts, interrupt, verify
-from lownibble.training.checkpoint import CHECKPOINTS, complete
+from lownibble.training.checkpoint import CHECKPOINTS, complete, flat
+from lownibble.training.distributed import ALONE, Ranks, code_facts, joined, local_device
 from lownibble.training.events import Evaluated, Finished, Skipped, Stepped, Warned
 from lownibble.training.loop import Trainer
 from lownibble.training.objectives import Objective
 from lownibble.training.output import claim
+from lownibble.training.sharding import Sharding, gathered, mode_of
+from lownibble.training.sharding import check as check_sharded
 from lownibble.training.sinks import JsonlSink, Sink, TensorBoardSink, deliver, read_events
 from lownibble.training.starts import decide
 
@@ -91,15 +95,39 @@ def train(
 
 
 def run(config: RunConfig, *, sinks: Iterable[Sink] = ()) -> TrainResult:
-    """Load, adapt and train as `config` says; sinks receive every event. Raises as `load`, `add_lora` and `train`."""
+    """Load, adapt and train as `config` says; sinks receive every event. Raises as `load`, `add_lora` and `train`.
+
+    Under torchrun each process trains its share of the rows (`distributed.py`); the first one's sinks receive the events, and it
+    writes the files. Every process returns a result.
+    """
     config, _ = decide(config)
+    config = config.with_options(device=local_device(config.device))
     device = pick_device(config.device)
-    sides = load_data(config.data)
-    usage.reset_peak(device)
-    baseline = usage.used_bytes(device)
-    model, tokenizer = _make_model(config, sides[0])
-    loaded = {"baseline_bytes": baseline, "load_peak_bytes": max(0, usage.peak_bytes(device) - baseline)}
-    return _train(model, tokenizer, sides, config.data, config.train, config.to_dict(), sinks, loaded)
+    with joined(config.train, device, partial(mode_of, config, device)) as ranks:
+        if ranks.several:
+            config = _for_ranks(config, ranks)
+        sides = load_data(config.data)
+        ranks.check_equal({f"the data's {side.name} side": side.digest for side in sides})
+        usage.reset_peak(device)
+        baseline = usage.used_bytes(device)
+        model, tokenizer = _make_model(config, sides[0], Sharding(ranks, device, config) if ranks.sharded else None)
+        loaded = {"baseline_bytes": baseline, "load_peak_bytes": max(0, usage.peak_bytes(device) - baseline)}
+        return _train(model, tokenizer, sides, config.data, config.train, config.to_dict(), sinks, loaded, ranks)
+
+
+def _for_ranks(config: RunConfig, ranks: Ranks) -> RunConfig:
+    """The configuration of a run on several ranks; processes that torchrun has started again resume.
+
+    Raises:
+        ConfigError: ranks differ, or an option is not for several.
+    """
+    ranks.check_equal({**code_facts(), **flat(config.with_options(device="").to_dict())})
+    if ranks.sharded:
+        check_sharded(config)
+    if config.train.output_dir is None:
+        raise ConfigError("Several processes need one output folder. Give --output.")
+    ranks.deal(config.train)
+    return config.with_options(train=config.train.with_options(resume=config.train.resume or launch.restarts() > 0))
 
 
 def prepare(config: RunConfig) -> tuple[Trainer, int]:
@@ -113,7 +141,7 @@ def prepare(config: RunConfig) -> tuple[Trainer, int]:
     return _trainer(model, tokenizer, sides, config.data, config.train)[0], baseline
 
 
-def _make_model(config: RunConfig, rows: Dataset) -> tuple[Any, Any]:
+def _make_model(config: RunConfig, rows: Dataset, sharding: Sharding | None = None) -> tuple[Any, Any]:
     """Load the model and prepare it for the method; returns it and its tokenizer. `rows`: the training rows.
 
     Raises:
@@ -122,14 +150,16 @@ def _make_model(config: RunConfig, rows: Dataset) -> tuple[Any, Any]:
     with usage.oom_becomes_error(
         lambda: f"Memory ran out while '{config.model}' was loaded. Take --method qlora, or a smaller model."
     ):
-        return _make(config, rows)
+        return _make(config, rows, sharding)
 
 
-def _make(config: RunConfig, rows: Dataset) -> tuple[Any, Any]:
+def _make(config: RunConfig, rows: Dataset, sharding: Sharding | None) -> tuple[Any, Any]:
     quant = None if config.method != "qlora" else _held_quant(config) if config.merge_aware else config.quant
     # in full fine-tuning an update is often smaller than bfloat16 can resolve
     dtype = "float32" if config.method == "full" and config.dtype == "auto" else config.dtype
-    model, tokenizer = load(config.model, quant=quant, dtype=dtype, device=config.device, revision=config.revision)
+    model, tokenizer = load(
+        config.model, quant=quant, dtype=dtype, device=config.device, revision=config.revision, by_layer=sharding
+    )  # fmt: skip
     packed = any(isinstance(module, QuantLinear) for module in model.modules())
     if packed and config.method != "qlora":
         raise ModelError(f"'{config.model}' holds quantised weights. Train it with --method qlora, or give a dense checkpoint.")
@@ -139,11 +169,11 @@ def _make(config: RunConfig, rows: Dataset) -> tuple[Any, Any]:
         weights = Path(config.adapter) / WEIGHTS_FILE
         with weights.open("rb") as file:
             info(model).started_from = hashlib.file_digest(file, "sha256").hexdigest()
-    elif config.method != "full":
+    elif config.method != "full" and sharding is None:
         restored = _is_restored(config)
         ids = None if restored else _calibration(config, rows, model, tokenizer)
         add_lora(model, config.lora, seed=config.train.seed, calibration=ids, restored=restored)
-    else:
+    elif config.method == "full":
         model.requires_grad_(True)
         if model.device.type == "cuda" and config.dtype == "auto":
             info(model).autocast = torch.bfloat16
@@ -198,7 +228,7 @@ def _held_quant(config: RunConfig) -> QuantConfig:
 
 
 def _trainer(
-    model: Any, tokenizer: Any, sides: tuple[Dataset, Dataset], data: DataConfig, config: TrainConfig
+    model: Any, tokenizer: Any, sides: tuple[Dataset, Dataset], data: DataConfig, config: TrainConfig, ranks: Ranks = ALONE
 ) -> tuple[Trainer, list[Encoded]]:
     """The trainer over the rows of both splits, and the encoded rows."""
     objective: Objective = OBJECTIVES[config.objective]
@@ -214,7 +244,7 @@ def _trainer(
     trainer = Trainer(
         model, tokenizer, encoded[0].examples, encoded[1].examples, config,
         choices=_kept(objective.choices(*sides, tokenizer, data, config.max_length), encoded[1]), cut_rows=encoded[0].n_cut,
-        identity=identity,
+        identity=identity, ranks=ranks,
     )  # fmt: skip
     trainer.warnings += warnings_of(encoded, tokenizer, config.max_length)
     return trainer, encoded
@@ -230,15 +260,17 @@ def _kept(choices: list[Choice] | None, evaluation: Encoded) -> list[Choice] | N
 
 def _train(
     model: Any, tokenizer: Any, sides: tuple[Dataset, Dataset], data: DataConfig, config: TrainConfig, asked: dict[str, Any],
-    sinks: Iterable[Sink], loaded: dict[str, int] | None = None,
+    sinks: Iterable[Sink], loaded: dict[str, int] | None = None, ranks: Ranks = ALONE,
 ) -> TrainResult:  # fmt: skip
     with ExitStack() as stack:
         stack.callback(compute.decide, model)  # undo 'auto' matmul precision after the run
-        trainer, encoded = _trainer(model, tokenizer, sides, data, config)
+        trainer, encoded = _trainer(model, tokenizer, sides, data, config, ranks)
+        ranks.check_equal({"the rows' tokens": trainer.identity["tokens"], "the model": str(info(model).base)})
         # for the plan of the warnings; `set_up` chooses again, by the checkpoint if there is one
         trainer.passes.choose_compilation(config.torch_compile, trainer.micro.planned_tokens(trainer.total_steps))
-        folder = stack.enter_context(claim(config.output_dir, resume=config.resume)) if config.output_dir else None
-        sinks = [*sinks, *_file_sinks(folder, config)]
+        claimed = stack.enter_context(_claimed(config, ranks)) if config.output_dir else None
+        folder = claimed if ranks.is_first else None
+        sinks = [*sinks, *_file_sinks(folder, config)] if ranks.is_first else []
         baseline = loaded["baseline_bytes"] if loaded else usage.used_bytes(trainer.device)
         usage.reset_peak(trainer.device)
         past = read_events(folder / "events.jsonl") if folder and config.resume else []
@@ -254,7 +286,7 @@ def _train(
             **(loaded or {}),
             "train_peak_bytes": max(0, peak - baseline),
             "compile_peak_bytes": max(0, trainer.passes.compile_peak_bytes - baseline),
-            "saved_activation_bytes": trainer.passes.saved_activation_bytes,
+            "saved_activation_bytes": None if ranks.sharded else trainer.passes.saved_activation_bytes,
             **{f"{kind}_bytes": n for kind, n in trainer.kinds.items()},
             "optimizer_state_bytes": trainer.optimizer_state_bytes,
             "ledger": trainer.ledger,
@@ -279,7 +311,15 @@ def _train(
             "seconds": next((e.seconds for e in events if isinstance(e, Finished)), None),
         }
         told = len(result["warnings"])
-        adapter = _save(model, tokenizer, folder, result, encoded[0].examples) if folder else None
+        if ranks.several:
+            result["parallel"] = {"mode": ranks.mode, "ranks": ranks.world, "memory": ranks.of_all(memory)}
+        if ranks.sharded:
+            verify.check_finite(model)
+        adapter = None
+        with gathered(model, ranks) if ranks.sharded else nullcontext():
+            if folder:
+                adapter = _save(model, tokenizer, folder, result, encoded[0].examples, sharded=ranks.sharded)
+        ranks.wait()
         for message in result["warnings"][told:]:
             print(f"warning: {message}", file=sys.stderr)
     trained = TrainResult(model, tokenizer, result, adapter)
@@ -312,12 +352,31 @@ def _subject(model: Any) -> dict[str, Any]:
     }
 
 
-def _save(model: Any, tokenizer: Any, folder: Path, result: dict[str, Any], examples: list[Example]) -> Path | None:
+@contextmanager
+def _claimed(config: TrainConfig, ranks: Ranks) -> Iterator[Path]:
+    """The run's output folder, which the first rank claims; others may be on machines that do not see it, and keep there what a
+    paged optimiser pages out."""
+    assert config.output_dir is not None
+    if not ranks.several:
+        with claim(config.output_dir, resume=config.resume) as folder:
+            yield folder
+        return
+    with ExitStack() as stack:
+        ranks.from_first(lambda: str(stack.enter_context(claim(config.output_dir or "", resume=config.resume))))
+        folder = Path(config.output_dir)
+        folder.mkdir(parents=True, exist_ok=True)
+        yield folder
+
+
+def _save(
+    model: Any, tokenizer: Any, folder: Path, result: dict[str, Any], examples: list[Example], *, sharded: bool = False
+) -> Path | None:  # fmt: skip
     usage.settle(model.device)
     adapter = bool(adapter_configs(model))
     saved = folder / ("adapter" if adapter else "model")
     with usage.oom_becomes_error(lambda: "Memory ran out while saving the result. Resume with --resume to save it again."):
-        verify.check_finite(model)
+        if not sharded:
+            verify.check_finite(model)
         if adapter:
             save_adapter(model, saved)
         else:
@@ -325,7 +384,7 @@ def _save(model: Any, tokenizer: Any, folder: Path, result: dict[str, Any], exam
             tokenizer.save_pretrained(saved)
     check = verify.check_adapter if adapter else verify.check_model
     try:
-        result["saved"], told = check(model, saved, examples, tokenizer.eos_token_id)
+        result["saved"], told = check(model, saved, examples, tokenizer.eos_token_id, runs=not sharded)
     except (RuntimeError, MemoryError, OSError) as error:
         if not usage.is_exhausted(error):
             raise

@@ -1,0 +1,52 @@
+"""What torchrun told this process: its rank, and whether it was started again. Imports no torch, because every command asks.
+
+The processes of a run usually fail alike, over their options, and print one message (`should_tell`): the first rank its own, and
+another one only if it says something else. They compare over the store that torchrun keeps for its processes.
+"""
+
+from __future__ import annotations
+
+import os
+from contextlib import suppress
+from datetime import timedelta
+from typing import Any
+
+_SECONDS = 5
+"""Seconds that a rank waits for the first one's message before it prints its own."""
+
+
+def is_several() -> bool:
+    """Whether this process was started as one of several."""
+    return "WORLD_SIZE" in os.environ
+
+
+def rank() -> int:
+    """This process's number."""
+    return int(os.environ.get("RANK", "0"))
+
+
+def restarts() -> int:
+    """How often the processes were started again, because one of them failed."""
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
+
+
+def should_tell(message: str) -> bool:
+    """Whether this process should print its error, `message`."""
+    if not is_several():
+        return True
+    store, key = _store(), f"lownibble/error/{restarts()}"
+    with suppress(RuntimeError):
+        if rank() == 0 and store is not None:
+            store.set(key, message)
+        elif store is not None:
+            return bool(store.get(key).decode() != message)
+    return True
+
+
+def _store() -> Any:
+    from torch.distributed import TCPStore
+
+    with suppress(RuntimeError, ValueError, KeyError):
+        host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+        return TCPStore(host, port, is_master=False, timeout=timedelta(seconds=_SECONDS), wait_for_workers=False)
+    return None

@@ -1,0 +1,217 @@
+"""FSDP2 over the decoder layers of a model, and what a rank holds of each trained tensor.
+
+Layers are sharded by torch's `fully_shard`: each tensor, packed ones too, along its first dimension, gathered when its layer runs
+and freed after it, forward and backward; the next layer is gathered meanwhile. Embeddings, final norm and head are whole on every
+rank: they would be gathered from the first to the last of a step anyway, and the loss reads the head's weight itself. Where they
+are trained their gradients are summed as with 'ddp'.
+
+Loading puts adapters on each layer and shards it as soon as its weights are there, so that a rank holds its shards and one layer
+(`Sharding.finish_layer`, called by `models.load`).
+
+The optimiser sees plain tensors, this rank's rows of each trained one (`Part`): AdamW computes element by element, so its results
+are those on the whole tensor. Moments in 8 bits are kept by blocks, which the shards would cut at other places: refused.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor
+
+from lownibble.config import RunConfig, TrainConfig
+from lownibble.errors import ConfigError, InputError, ModelError
+from lownibble.lora.init import find
+from lownibble.lora.inject import Addition
+from lownibble.memory.planned import device_of
+from lownibble.models.info import body, decoder_layers
+from lownibble.optim import plain_name
+from lownibble.planning.memory import plan_memory
+from lownibble.planning.models import find_shape
+from lownibble.training.distributed import Mode, Ranks
+
+
+@dataclass(frozen=True)
+class Part:
+    """What this rank holds of a trained tensor.
+
+    Attributes:
+        parameter: what the optimiser steps: the model's own parameter, or a view of this rank's shard of it.
+        of: the model's parameter.
+        shape: of the whole tensor.
+        first: index of the part's first value in it.
+    """
+
+    parameter: nn.Parameter
+    of: nn.Parameter
+    shape: tuple[int, ...]
+    first: int = 0
+
+    @property
+    def is_shard(self) -> bool:
+        """Whether other ranks hold the rest."""
+        return self.parameter is not self.of
+
+
+def parts(model: nn.Module) -> dict[str, Part]:
+    """Name -> this rank's part of each trained tensor that it holds any of."""
+    found = {}
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        if not isinstance(parameter, DTensor):
+            found[name] = Part(parameter, parameter, tuple(parameter.shape))
+            continue
+        local = parameter.to_local()
+        if local.numel():
+            rows = -(-parameter.shape[0] // parameter.device_mesh.size())
+            first = rows * parameter.device_mesh.get_local_rank() * (parameter.numel() // parameter.shape[0])
+            found[name] = Part(nn.Parameter(local.detach()), parameter, tuple(parameter.shape), first)
+    return found
+
+
+def give_gradients(held: Iterable[Part]) -> None:
+    """Hand gradients of shards to the tensors that the optimiser steps."""
+    for part in held:
+        if part.is_shard and part.of.grad is not None:
+            gradient = part.of.grad
+            part.parameter.grad = gradient.to_local() if isinstance(gradient, DTensor) else gradient
+
+
+def drop_gradients(held: Iterable[Part]) -> None:
+    """Drop all gradients."""
+    for part in held:
+        part.parameter.grad = part.of.grad = None
+
+
+@contextmanager
+def gathered(model: nn.Module, ranks: Ranks) -> Iterator[None]:
+    """Inside the block the first rank's model has its trained parameters whole, on the CPU; for reading, not for forward passes.
+
+    They are gathered one by one: other ranks hold one at a time.
+    """
+    held: list[tuple[nn.Module, str, nn.Parameter]] = []
+    for module in model.modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            if isinstance(parameter, DTensor) and parameter.requires_grad:
+                held.append((module, name, parameter))
+    try:
+        for module, name, parameter in held:
+            whole = parameter.full_tensor()
+            if ranks.is_first:
+                module._parameters[name] = nn.Parameter(whole.cpu())
+        yield
+    finally:
+        for module, name, parameter in held:
+            module._parameters[name] = parameter
+
+
+def check(config: RunConfig) -> None:
+    """Refuse what cannot be sharded, before anything is loaded.
+
+    Raises:
+        ConfigError: names the option and a remedy.
+    """
+    lora, train = config.lora, config.train
+    start = find(lora.init_lora_weights) if config.method != "full" and config.adapter is None else None
+    for wrong, what, remedy in (
+        (start is not None and start.calibrated, f"init_lora_weights={lora.init_lora_weights!r}, which looks at the inputs of "
+         "all layers", "Use init_lora_weights=true"),
+        (config.adapter is not None, "'adapter': its weights are read into whole layers", "Start from new adapters"),
+        (config.merge_aware, "merge_aware, which packs whole layers between steps", "Leave it out"),
+        (lora.bias != "none", f"bias={lora.bias!r}, which swaps biases in place", "Use bias='none'"),
+    ):  # fmt: skip
+        if wrong:
+            raise ConfigError(f"parallel='fsdp' cannot be done with {what}. {remedy}, or use --parallel ddp.")
+    check_training(train)
+
+
+def check_training(config: TrainConfig) -> None:
+    """Refuse training options that cannot be done on shards.
+
+    Raises:
+        ConfigError: names the option and a remedy.
+    """
+    for wrong, what, remedy in (
+        ("8bit" in plain_name(config.optim), f"optim={config.optim!r}: its blocks would be cut by the shards",
+         "Use adamw or paged_adamw"),
+        (config.memory_budget is not None, "memory_budget: a rank that runs out of memory between collectives cannot tell the "
+         "others", "Lower batch_size, or set gradient_checkpointing"),
+        (config.gradient_checkpointing == "offload", "gradient_checkpointing='offload'", "Use gradient_checkpointing=true"),
+        (config.cuda_graphs is True, "cuda_graphs=True, for which passes must not communicate", "Leave it out"),
+    ):  # fmt: skip
+        if wrong:
+            raise ConfigError(f"parallel='fsdp' cannot be done with {what}. {remedy}, or use --parallel ddp.")
+
+
+def mode_of(config: RunConfig, device: torch.device, world: int) -> Mode:
+    """How `world` ranks share the model where that is left open: 'ddp' where the run fits a device by the plan, else 'fsdp'.
+
+    'ddp' too where the planner does not know the model, or the run cannot be sharded.
+    """
+    try:
+        check(config)
+        shape, there = find_shape(config.model), device_of(device)
+        quant, rows = config.quant, Ranks(0, world, "ddp").deal(config.train)[0]
+        train = config.train.with_options(batch_size=rows)
+        needed = plan_memory(shape, there, config.method, quant=quant, lora=config.lora, train=train, dtype=config.dtype).device
+    except InputError:
+        return "ddp"
+    on_this_machine = int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if device.type == "cpu" else 1
+    return "ddp" if needed.likely * on_this_machine <= there.memory_bytes else "fsdp"
+
+
+class Sharding:
+    """Shards a model while it is loaded (`models.load.ByLayer`), as the run's configuration says; `device` is this rank's."""
+
+    def __init__(self, ranks: Ranks, device: torch.device, config: RunConfig) -> None:
+        from torch.distributed.fsdp import fully_shard
+
+        self._shard = partial(fully_shard, mesh=init_device_mesh(device.type, (ranks.world,)))
+        self._config = config
+        self._addition: Addition | None = None
+
+    def begin(self, model: Any) -> None:
+        """Take up a model whose weights are not there yet.
+
+        Raises:
+            ModelError: nothing is known of its layers. Also raises as `add_lora`.
+        """
+        if model.config.is_encoder_decoder or not decoder_layers(model):
+            what = "it has an encoder" if model.config.is_encoder_decoder else "its decoder layers are not known"
+            raise ModelError(f"{type(model).__name__} cannot be sharded: {what}. Use --parallel ddp.")
+        if self._config.method != "full":
+            self._addition = Addition(model, self._config.lora, seed=self._config.train.seed)
+
+    def finish_layer(self, model: Any, path: str) -> None:
+        """Shard the decoder layer at `path`, whose weights are there, with its adapters."""
+        if self._addition:
+            self._addition.add(path)
+        layer = model.get_submodule(path)
+        if not self._addition:
+            layer.requires_grad_(True)
+        _sum_gradients(self._shard(layer, reshard_after_forward=True))
+
+    def finish(self, model: Any) -> None:
+        """Put adapters on the rest of the model, and make it the root of the layers."""
+        if self._addition:
+            self._addition.add("")
+            self._addition.finish()
+        else:
+            model.requires_grad_(True)
+        inner = body(model)
+        rest = {parameter for parameter in inner.parameters() if not isinstance(parameter, DTensor)}
+        _sum_gradients(self._shard(inner, ignored_params=rest))
+
+
+def _sum_gradients(module: Any) -> None:
+    """Sum gradients over ranks; FSDP2's default is their mean."""
+    module.set_gradient_divide_factor(1.0)
+    module.set_force_sum_reduction_for_comms(True)

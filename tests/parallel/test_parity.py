@@ -1,0 +1,172 @@
+"""Two gloo ranks train as one process does: losses, gradient norms, evaluations and what is saved.
+
+Oracle: the same run in this process. Ranks add up in another order: a few roundings of float32 (eps 1.2e-7) of losses of order 1.
+"""
+
+import copy
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from lownibble.config import RunConfig
+from lownibble.training import run
+
+RESULT = "adapter/adapter_model.safetensors"
+
+
+@pytest.fixture
+def options(tiny_model, tiny_data, tmp_path):  # noqa: F811
+    def make(method="qlora", lora=None, quant=None, **train):
+        return {
+            "model": str(tiny_model), "data": {"path": str(tiny_data)}, "method": method, "device": "cpu",
+            "lora": {"r": 4, **(lora or {})}, "quant": quant or {}, "train": {
+                "max_steps": 5, "batch_size": 6, "learning_rate": 1e-2, "max_length": 32, "torch_compile": False,
+                "output_dir": str(tmp_path / "one"), **train,
+            },
+        }  # fmt: skip
+
+    return make
+
+
+def in_ranks(options, mode, tmp_path, **train):
+    """The options of the same run on ranks."""
+    changed = copy.deepcopy(options)
+    changed["train"] |= {"parallel": mode, "output_dir": str(tmp_path / mode), **train}
+    return changed
+
+
+def tensors(folder, name=RESULT):
+    return load_file(folder / name)
+
+
+def assert_close(found, expected, atol):
+    assert found.keys() == expected.keys()
+    for key, value in expected.items():
+        torch.testing.assert_close(found[key], value, rtol=0, atol=atol, msg=lambda text, key=key: f"{key}: {text}")
+
+
+CASES = {
+    "qlora": {},
+    "without-double-quantisation": {"quant": {"double_quant": False}},
+    "int8": {"quant": {"quant_type": "int8"}},
+    "lora": {"method": "lora"},
+    "full": {"method": "full", "learning_rate": 1e-3},
+    "packed": {"packing": True, "max_length": 64, "batch_size": 2},
+    "accumulation": {"batch_size": 3, "gradient_accumulation_steps": 2},
+    "accumulation-of-split-batches": {"batch_size": 4, "gradient_accumulation_steps": 3},
+    "uneven": {"batch_size": 10, "max_steps": None, "num_train_epochs": 1},  # 72 rows: the last batch has two
+    "a-rank-without-rows": {"batch_size": 1, "gradient_accumulation_steps": 2, "max_steps": 5},
+    "by-length": {"group_by_length": True},
+    "checkpointing": {"gradient_checkpointing": True},
+    "dora": {"lora": {"use_dora": True}},
+    "head-in-full": {"lora": {"modules_to_save": ["norm"]}},
+    "loftq": {"lora": {"init_lora_weights": "loftq"}},
+    "paged": {"optim": "paged_adamw"},
+    "loraplus": {"loraplus_lr_ratio": 4.0},
+}
+"""What could compute something else on ranks."""
+
+
+@pytest.mark.parametrize("mode", ["ddp", "fsdp"])
+@pytest.mark.parametrize(
+    "case", [name if name in ("qlora", "uneven") else pytest.param(name, marks=pytest.mark.slow) for name in CASES]
+)
+def test_ranks_train_as_one_process(two, options, tmp_path, case, mode):
+    wanted = options(**CASES[case])
+    one = run(RunConfig.model_validate(wanted))
+    first, second = two.train(in_ranks(wanted, mode, tmp_path))
+    assert "error" not in first, first
+    assert first["losses"] == second["losses"] == pytest.approx(one.losses, abs=2e-6)
+    assert first["norms"] == pytest.approx([step["grad_norm"] for step in one.record["steps"]], rel=1e-5)
+    for key, name in (("tokens", "tokens"), ("labels", "label_tokens")):
+        assert first[key] == [step[name] for step in one.record["steps"]]
+    assert first["evaluations"] == pytest.approx([each["loss"] for each in one.record["evaluations"]], abs=2e-6)
+    assert first["correct"] == one.record["evaluations"][-1]["correct"]
+    assert first["parallel"]["mode"] == mode and first["parallel"]["ranks"] == 2 and len(first["parallel"]["memory"]) == 2
+    name = "model/model.safetensors" if case == "full" else RESULT
+    assert_close(tensors(tmp_path / mode, name), tensors(tmp_path / "one", name), atol=2e-5 if case == "full" else 1e-5)
+    states = "checkpoints/step-{:06d}/state.safetensors".format(len(one.losses))
+    assert_close(tensors(tmp_path / mode, states), tensors(tmp_path / "one", states), atol=2e-5)
+
+
+@pytest.mark.parametrize("mode", ["ddp", "fsdp"])
+def test_resuming_is_bit_identical_and_another_number_of_ranks_goes_on(two, options, tmp_path, mode):
+    wanted = in_ranks(options(max_steps=6, save_steps=3), mode, tmp_path)
+    whole, _ = two.train(wanted)
+    one = run(RunConfig.model_validate(options(max_steps=6, save_steps=3)))
+    for where in (mode, "one"):  # forget what came after step 3
+        for step in (tmp_path / where / "checkpoints").glob("step-000006"):
+            for file in step.iterdir():
+                file.unlink()
+            step.rmdir()
+    expected = tensors(tmp_path / mode)
+    again = copy.deepcopy(wanted)
+    again["train"]["resume"] = True
+    resumed, _ = two.train(again)
+    assert resumed["losses"] == whole["losses"]
+    for key, value in tensors(tmp_path / mode).items():
+        assert torch.equal(value, expected[key]), key
+
+    on_ranks = in_ranks(options(max_steps=6, save_steps=3, resume=True), mode, tmp_path, output_dir=str(tmp_path / "one"))
+    found, _ = two.train(on_ranks)  # begun by one process
+    assert "error" not in found, found
+    assert found["losses"][3:] == pytest.approx(one.losses[3:], abs=2e-6)
+
+
+def test_one_process_resumes_what_ranks_began(two, options, tmp_path):
+    wanted = options(max_steps=6, save_steps=3)
+    one = run(RunConfig.model_validate(wanted))
+    two.train(in_ranks(wanted, "fsdp", tmp_path))
+    for file in (tmp_path / "fsdp/checkpoints/step-000006").iterdir():
+        file.unlink()
+    (tmp_path / "fsdp/checkpoints/step-000006").rmdir()
+    alone = options(max_steps=6, save_steps=3, resume=True, output_dir=str(tmp_path / "fsdp"))
+    resumed = run(RunConfig.model_validate(alone))
+    assert resumed.losses == pytest.approx(one.losses, abs=2e-6)
+
+
+def test_ranks_hold_their_shards(two, widen, options, tmp_path):
+    wanted = options(method="qlora")
+    wanted["model"] = str(widen(num_hidden_layers=4))
+    whole, _ = two.train(in_ranks(wanted, "ddp", tmp_path))
+    first, second = two.train(in_ranks(wanted, "fsdp", tmp_path))
+    for key in ("codes_bytes", "adapters_bytes", "optimizer_state_bytes"):
+        held = [each["parallel"]["memory"] for each in (first, second)][0]
+        assert sum(rank[key] for rank in held) == pytest.approx(whole["kinds"][key], rel=0.02), key
+        assert max(rank[key] for rank in held) <= 0.52 * whole["kinds"][key], key
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"optim": "adamw_8bit"}, "optim='adamw_8bit'"),
+        ({"memory_budget": "2GB"}, "memory_budget"),
+        ({"batch_size": 3}, "must be a multiple of 2"),
+    ],
+)
+def test_what_cannot_be_sharded_is_refused(two, options, tmp_path, changes, message):
+    for answer in two.train(in_ranks(options(**changes), "fsdp", tmp_path)):
+        assert "ConfigError" in answer["error"] and message in answer["error"]
+
+
+def test_ranks_that_differ_are_named(two, options, tmp_path):
+    wanted = in_ranks(options(), "ddp", tmp_path)
+    other = copy.deepcopy(wanted)
+    other["train"]["learning_rate"] = 0.5
+    for answer in two.train(wanted, other=other):
+        assert "Rank 1 differs from rank 0" in answer["error"] and "train.learning_rate is 0.5 instead of 0.01" in answer["error"]
+
+
+def test_ranks_with_other_data_are_named(two, options, tmp_path, tiny_data):  # noqa: F811
+    rows = (tiny_data / "train.jsonl").read_text().splitlines(keepends=True)
+    other_data = tmp_path / "data"
+    other_data.mkdir()
+    (other_data / "train.jsonl").write_text("".join(rows[:-1]))
+    (other_data / "test.jsonl").write_text((tiny_data / "test.jsonl").read_text())
+    wanted = in_ranks(options(), "ddp", tmp_path)
+    link = tmp_path / "link"
+    link.symlink_to(tiny_data)
+    wanted["data"]["path"] = str(link)
+    answers = two.train(wanted, other={**wanted, "data": {"path": str(other_data)}})
+    assert all("Rank 1 differs" in answer["error"] for answer in answers)

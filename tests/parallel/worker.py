@@ -1,0 +1,35 @@
+"""One rank of a test: reads runs from standard input, one JSON object a line, trains each, and answers with a line of JSON."""
+
+import json
+import sys
+
+import torch
+import torch.distributed as dist
+
+from lownibble.config import RunConfig
+from lownibble.errors import LownibbleError
+from lownibble.training import run
+
+
+def answer(options):
+    try:
+        result = run(RunConfig.model_validate(options))
+    except LownibbleError as error:
+        return {"error": f"{type(error).__name__}: {error}"}
+    record = result.record
+    return {
+        "losses": result.losses, "norms": [step["grad_norm"] for step in record["steps"]],
+        "tokens": [step["tokens"] for step in record["steps"]], "labels": [step["label_tokens"] for step in record["steps"]],
+        "evaluations": [each["loss"] for each in record["evaluations"]], "correct": record["evaluations"][-1]["correct"],
+        "parallel": record.get("parallel"), "warnings": record["warnings"], "kinds": {
+            key: value for key, value in record["memory"].items() if isinstance(value, int)
+        },
+    }  # fmt: skip
+
+
+torch.set_num_threads(1)
+dist.init_process_group("gloo")
+for line in sys.stdin:
+    print(json.dumps(answer(json.loads(line))), flush=True)
+    torch._dynamo.reset()
+dist.destroy_process_group()
