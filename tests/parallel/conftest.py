@@ -1,8 +1,12 @@
-"""Two ranks that stay for all tests of a module, and a tiny model with data."""
+"""Two ranks that stay for all tests, a tiny model, a wider one, and data."""
+
+import shutil
 
 import pytest
+import torch
 from ranks import Workers
 from tiny_folders import tiny_data, tiny_model  # noqa: F401
+from transformers import LlamaConfig, LlamaForCausalLM
 
 
 @pytest.fixture(scope="session")
@@ -10,3 +14,14 @@ def two():
     workers = Workers(2)
     yield workers
     workers.close()
+
+
+@pytest.fixture(scope="session")
+def wider_model(tiny_model, tmp_path_factory):  # noqa: F811
+    """Folder of a four-layer Llama whose weights are most of it."""
+    folder = tmp_path_factory.mktemp("wider") / "model"
+    shutil.copytree(tiny_model, folder)
+    torch.manual_seed(0)
+    config = LlamaConfig.from_pretrained(tiny_model, hidden_size=64, intermediate_size=256, num_hidden_layers=4, head_dim=16)
+    LlamaForCausalLM(config).save_pretrained(folder)
+    return folder
