@@ -44,7 +44,7 @@ def should_tell(message: str) -> bool:
 
 
 def _store() -> Any:
-    from torch.distributed import TCPStore
+    from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
     with suppress(RuntimeError, ValueError, KeyError):
         host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])

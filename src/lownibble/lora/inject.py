@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -237,7 +237,10 @@ class Addition:
         unless its dense weights were to be changed."""
         model, name, planned = self._model, self._name, self._planned
         due = [each for each in self._left if not path or each.startswith(f"{path}.")]
-        targets = {each: model.get_submodule(each) for each in due if each in planned.targets}
+        found: Mapping[str, nn.Module] = planned.targets
+        if path or self._taken:  # not the placeholders that were planned for
+            found = {**named_linears(model), **named_experts(model)}
+        targets = {each: found[each] for each in due if each in planned.targets}
         self._left = [each for each in self._left if each not in due]
         self._taken |= targets
         try:

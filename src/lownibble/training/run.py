@@ -127,7 +127,10 @@ def _for_ranks(config: RunConfig, ranks: Ranks) -> RunConfig:
     if config.train.output_dir is None:
         raise ConfigError("Several processes need one output folder. Give --output.")
     ranks.deal(config.train)
-    return config.with_options(train=config.train.with_options(resume=config.train.resume or launch.restarts() > 0))
+    found: RunConfig = config.with_options(
+        train=config.train.with_options(resume=config.train.resume or launch.restarts() > 0)
+    )
+    return found
 
 
 def prepare(config: RunConfig) -> tuple[Trainer, int]:

@@ -97,7 +97,7 @@ def gathered(model: nn.Module, ranks: Ranks) -> Iterator[None]:
 
     They are gathered one by one: other ranks hold one at a time.
     """
-    held: list[tuple[nn.Module, str, nn.Parameter]] = []
+    held: list[tuple[nn.Module, str, Any]] = []
     for module in model.modules():
         for name, parameter in module.named_parameters(recurse=False):
             if isinstance(parameter, DTensor) and parameter.requires_grad:
