@@ -269,9 +269,6 @@ class TrainConfig(Options):
         description="how the processes of torchrun share the model: each holds all of it ('ddp'), or a part of each layer "
         "('fsdp'); auto: ddp where the run fits a device by the plan, else fsdp. batch_size is the run's, whatever their number",
     )
-    parallel_timeout: Annotated[int, Ge(1)] = Field(
-        600, description="seconds that a process waits for the others before the run ends"
-    )
 
     @model_validator(mode="after")
     def _one_remedy_for_padding(self) -> TrainConfig:

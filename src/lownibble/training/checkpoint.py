@@ -44,7 +44,6 @@ CHECKPOINTS = "checkpoints"
 
 _FREE = {
     "parallel",
-    "parallel_timeout",
     "output_dir",
     "resume",
     "save_steps",

@@ -45,6 +45,10 @@ Mode = Literal["alone", "ddp", "fsdp"]
 BUFFER_BYTES = 64 << 20
 """Gradients are joined to buffers of at most this size; larger ones are summed where they are."""
 
+TIMEOUT = "LOWNIBBLE_PARALLEL_TIMEOUT"
+"""Environment variable: seconds that a rank waits for the others before the run ends; 600 by default, for slow evaluations and
+files."""
+
 _LOST = ("gloo", "NCCL", "Connection closed", "Connection reset", "Timed out waiting", "Broken pipe", "Socket")
 """Parts of what torch says when a collective fails because a rank is gone or silent."""
 
@@ -268,7 +272,7 @@ def joined(config: TrainConfig, device: torch.device, choose: Callable[[int], Mo
         return
     ours = not dist.is_initialized()
     if ours:
-        _join(device, config.parallel_timeout)
+        _join(device)
     try:
         with _lost_becomes_error():
             plain = Ranks(dist.get_rank(), dist.get_world_size(), "ddp")
@@ -280,14 +284,14 @@ def joined(config: TrainConfig, device: torch.device, choose: Callable[[int], Mo
                 dist.destroy_process_group()
 
 
-def _join(device: torch.device, timeout: int) -> None:
+def _join(device: torch.device) -> None:
     backend = "gloo"
     if device.type == "cuda":
         if not dist.is_nccl_available():
             raise ConfigError("This torch has no NCCL, over which GPUs communicate. Install a CUDA build, or use --device cpu.")
         backend = "cpu:gloo,cuda:nccl"
     try:
-        dist.init_process_group(backend, timeout=timedelta(seconds=timeout), device_id=device if device.type == "cuda" else None)
+        dist.init_process_group(backend, timeout=timedelta(seconds=_patience()), device_id=device if device.type == "cuda" else None)
     except (RuntimeError, ValueError) as error:
         raise ConfigError(
             f"The processes of the run do not find each other ({_first_line(error)}). Start them with torchrun, and on several "
@@ -308,6 +312,18 @@ def _lost_becomes_error() -> Iterator[None]:
                 "--resume continues from the last checkpoint."
             ) from error
         raise
+
+
+def _patience() -> int:
+    """Seconds that a rank waits for the others.
+
+    Raises:
+        ConfigError: `TIMEOUT` is set to something else than a number of seconds.
+    """
+    text = os.environ.get(TIMEOUT, "600")
+    if not text.isdecimal() or int(text) < 1:
+        raise ConfigError(f"The environment variable {TIMEOUT} must be a number of seconds. Got {text!r}.")
+    return int(text)
 
 
 def _first_line(error: BaseException) -> str:
