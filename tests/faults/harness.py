@@ -12,6 +12,7 @@ nan        a module that gives NaN in one step, or from some step on
 memory     an address space that is too small for the batch (RLIMIT_AS), once set up
 budget     a resumption within a smaller memory budget
 two runs   a second process on the same folder
+ranks      runs on several ranks: SIGKILL of one or all (the others are ended as torchrun does), SIGTERM on one
 
 Processes are forked from one that has imported torch, so that a fault lands in the work and not in the imports.
 """
@@ -28,12 +29,13 @@ import resource
 import shlex
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -49,6 +51,7 @@ class Subject(NamedTuple):
     name: str
     flags: list[str]
     threads: int = 0
+    ranks: int = 1
 
 
 def subjects(folder: Path) -> dict[str, Subject]:
@@ -65,6 +68,12 @@ def subjects(folder: Path) -> dict[str, Subject]:
         "full": Subject(
             "small, full, paged 8-bit optimiser", [*small, *shlex.split("--method full --optim paged_adamw_8bit")], 1
         ),
+        **{
+            f"{mode} ranks": Subject(
+                f"small, {method}, two ranks, {mode}", [*small, "--method", method, "--r", "4", "--parallel", mode], 1, 2
+            )
+            for mode, method in (("ddp", "lora"), ("fsdp", "qlora"))
+        },
         "embedded": Subject("embedded, qlora", [*embedded, "--torch-compile", "false"]),
         "large batches": Subject("embedded, qlora, batches of 16", [*embedded, *shlex.split("--batch-size 16 --max-steps 6")]),
     }
@@ -87,30 +96,74 @@ def train(flags: list[str], messages: str, threads: int, before: Callable[[], No
     sys.exit(main(["train", *flags]))
 
 
+def free_port() -> int:
+    """A port of this machine that nobody uses."""
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return int(found.getsockname()[1])
+
+
+class Rank:
+    """Makes a process a rank of several; to be called in it."""
+
+    def __init__(self, rank: int, world: int, port: int) -> None:
+        self.environment = {
+            "RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "LOCAL_WORLD_SIZE": world, "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": port,
+        }  # fmt: skip
+
+    def __call__(self) -> None:
+        os.environ |= {key: str(value) for key, value in self.environment.items()}
+
+
 class Run:
-    """A training process on an output folder."""
+    """A training process on an output folder, or one for each rank."""
 
     def __init__(self, subject: Subject, output: Path, *extra: str, before: Callable[[], None] | None = None) -> None:
         self.output = output
-        self._messages = output.with_name(f"{output.name}.{time.monotonic_ns()}.txt")
+        now, port = time.monotonic_ns(), free_port()
+        self._messages = [output.with_name(f"{output.name}.{now}.{rank}.txt") for rank in range(subject.ranks)]
         flags = [*subject.flags, "--output", str(output), *extra]
-        self.process = _processes.Process(target=train, args=(flags, str(self._messages), subject.threads, before))
-        self.process.start()
+        self.processes = []
+        for rank, messages in enumerate(self._messages):
+            first = Rank(rank, subject.ranks, port) if subject.ranks > 1 else before
+            self.processes.append(_processes.Process(target=train, args=(flags, str(messages), subject.threads, first)))
+            self.processes[-1].start()
+
+    @property
+    def process(self) -> multiprocessing.process.BaseProcess:
+        """The first process."""
+        return self.processes[0]
 
     def wait(self, seconds: float | None = None) -> int | None:
-        """The exit code, or None after so many seconds."""
-        self.process.join(seconds)
-        return self.process.exitcode
+        """The exit code, of several the largest, or None after so many seconds."""
+        for process in self.processes:
+            process.join(seconds)
+        codes = [process.exitcode for process in self.processes]
+        return None if None in codes else max(codes, key=abs)
 
-    def signal(self, number: int) -> int:
-        """Send a signal; returns the exit code."""
-        os.kill(self.process.pid, number)
+    def signal(self, number: int, ranks: Sequence[int] = (0,)) -> int:
+        """Send a signal; returns the exit code. Others of a killed rank get SIGTERM, and a while later SIGKILL, as torchrun does."""
+        for rank in ranks:
+            if self.processes[rank].is_alive():
+                os.kill(self.processes[rank].pid, number)
+        if number == signal.SIGKILL:
+            self.processes[ranks[0]].join()
+            self._end_others()
         return int(self.wait() or 0)
+
+    def _end_others(self) -> None:
+        for how, seconds in ((signal.SIGTERM, 20), (signal.SIGKILL, None)):
+            for process in self.processes:
+                if process.is_alive():
+                    os.kill(process.pid, how)
+            for process in self.processes:
+                process.join(seconds)
 
     @property
     def said(self) -> str:
-        """What the process wrote."""
-        return self._messages.read_text(errors="replace") if self._messages.exists() else ""
+        """What the processes wrote."""
+        return "".join(each.read_text(errors="replace") for each in self._messages if each.exists())
 
     def checkpoints(self) -> list[Path]:
         """The complete checkpoints, oldest first."""
@@ -203,7 +256,10 @@ def kills(trial: Trial) -> Outcomes:
         if run.wait(trial.draw.uniform(0, trial.truth.seconds) if len(moments) < trial.left else None) is not None:
             break
         moments.append(_moment(run))
-        run.signal(signal.SIGKILL)
+        ranks = trial.draw.choice([[0], [1], [0, 1]]) if trial.subject.ranks > 1 else [0]
+        run.signal(signal.SIGKILL, ranks)
+        if "Traceback" in run.said:
+            yield wrong(run)
     end = trial.truth.outcome(trial.output) if run.wait() == 0 else wrong(run)
     yield from (f"{end} (killed {moment})" for moment in moments)
 
@@ -222,7 +278,8 @@ def stops(trial: Trial) -> Outcomes:
     run = trial.run()
     run.wait_for_checkpoints(1)
     run.wait(trial.draw.uniform(0, trial.truth.seconds / 2))
-    code = run.signal(signal.SIGTERM) if run.wait(0) is None else run.wait()
+    ranks = [trial.draw.randrange(trial.subject.ranks)]
+    code = run.signal(signal.SIGTERM, ranks) if run.wait(0) is None else run.wait()
     yield trial.resumed() if code in (0, 128 + signal.SIGTERM) else wrong(run)
 
 
@@ -306,8 +363,8 @@ class Poison:
         run = importlib.import_module("lownibble.training.run")  # the name in the package is the function
         make = run._make_model
 
-        def poisoned(config: Any, rows: Any) -> Any:
-            model, tokenizer = make(config, rows)
+        def poisoned(*arguments: Any) -> Any:
+            model, tokenizer = make(*arguments)
             layers = [name for name, module in model.named_modules() if name.endswith("_proj")]
             seen = 0
 
@@ -431,6 +488,10 @@ FAULTS = (
     Fault("SIGKILL at a random moment", kills, "full", 40),
     Fault("SIGKILL at a random moment", kills, "embedded", 10),
     Fault("SIGTERM at a random moment", stops, "lora", 10),
+    Fault("SIGKILL of a rank or all at a random moment", kills, "ddp ranks", 15),
+    Fault("SIGKILL of a rank or all at a random moment", kills, "fsdp ranks", 15),
+    Fault("SIGTERM on a rank at a random moment", stops, "ddp ranks", 4),
+    Fault("SIGTERM on a rank at a random moment", stops, "fsdp ranks", 4),
     Fault("full disk", full_disks, "full", 8),
     Fault("damaged checkpoint", corruptions, "lora", 20),
     Fault("NaN from a module", poisons, "lora", 9),
