@@ -21,7 +21,8 @@ def _load_interpreted() -> None:
 def _mend_conversions() -> None:
     """triton 3.7's interpreter truncates where it converts float32 to bfloat16; GPUs round to nearest, ties to even, as torch
     does (`test_triton_compile.py` sees the instructions). Its way back is wrong for subnormals. To float8 (e4m3) it rounds ties
-    away, loses what is carried into the exponent, and is wrong for subnormals; GPUs round as torch does, and saturate."""
+    away, loses what is carried into the exponent, and is wrong for subnormals; GPUs round as torch does, and saturate. Its
+    products of bfloat16 tiles take the bits for integers."""
     from triton import language as tl
     from triton.runtime import interpreter
 
@@ -37,6 +38,15 @@ def _mend_conversions() -> None:
         return theirs(data, source, target, rounding)
 
     interpreter._convert_float = convert
+    builder, handle = interpreter.InterpreterBuilder, interpreter.TensorHandle
+    their_dot = builder.create_dot
+
+    def dot(self, a, b, *rest):
+        if a.dtype.scalar == tl.bfloat16:
+            a, b = (handle(convert(each.data, tl.bfloat16, tl.float32, None), tl.float32) for each in (a, b))
+        return their_dot(self, a, b, *rest)
+
+    builder.create_dot = dot
 
 
 INTERPRETED = importlib.util.find_spec("triton") is not None and not torch.cuda.is_available()

@@ -91,9 +91,10 @@ def test_gradients_are_those_of_the_formula():
     """Oracle: torch's autograd through dense weights per expert."""
     from lownibble.lora.experts import _LoraExperts
     from lownibble.quant.codecs import quantize_experts
+    from lownibble.quant.experts import Ends
 
     drawn = torch.Generator().manual_seed(0)
-    ends, shape, r = [3, 3, 7, 9], (4, 10, 64), 2
+    ends, shape, r = Ends(torch.tensor([3, 3, 7, 9]), 10), (4, 10, 64), 2
     packed = quantize_experts(torch.randn(shape, generator=drawn), ln.QuantConfig())
     x, A, B = (torch.randn(size, generator=drawn).requires_grad_() for size in ((10, 64), (4, r, 64), (4, 10, r)))
     dy = torch.randn(10, 10, generator=drawn)

@@ -14,7 +14,7 @@ from lownibble.models.load import quantizable
 from lownibble.models.skeleton import empty_model
 from lownibble.quant import eightbit, layouts
 from lownibble.quant.codecs import quantize_experts
-from lownibble.quant.experts import QuantExperts, ends_of, segments
+from lownibble.quant.experts import Ends, QuantExperts
 from lownibble.quant.packed import PackedExperts, from_spec, to_spec
 from lownibble.registry import CODECS
 
@@ -90,12 +90,12 @@ def test_experts_are_packed_each_on_its_own_by_any_codec(quant_type):
 def test_products_of_experts_in_8_bits_and_of_few_rows():
     """Oracle: the decoded matrices of each expert; 8 bits: a percent of the largest value."""
     weight = torch.randn(4, 64, 128, generator=torch.Generator().manual_seed(0))
-    packed, ends = quantize_experts(weight, ln.QuantConfig()), [1, 1, 4, 14]
+    packed, ends = quantize_experts(weight, ln.QuantConfig()), Ends(torch.tensor([1, 1, 4, 14]), 15)
     eightbit.check_weight(packed, "experts.down_proj", "int8")
     with pytest.raises(InputError, match=r"'experts.down_proj': compute='int8' is for 4-bit codecs"):
         eightbit.check_weight(quantize_experts(weight, ln.QuantConfig(quant_type="int4")), "experts.down_proj", "int8")
     x = torch.randn(15, 128, generator=torch.Generator().manual_seed(1))
-    expected = torch.cat([x[rows] @ packed[e].dequantize().t() for e, rows in segments(ends)] + [torch.zeros(1, 64)])
+    expected = torch.cat([x[rows] @ packed[e].dequantize().t() for e, rows in ends.segments()] + [torch.zeros(1, 64)])
     layer = QuantExperts(packed)
     torch.testing.assert_close(layer(x, ends), expected, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(layer(x.requires_grad_(), ends), expected, rtol=1e-5, atol=1e-5)
@@ -112,9 +112,9 @@ def test_an_expert_that_is_not_finite_is_named():
 
 
 def test_only_experts_that_have_rows_are_visited():
-    ends = ends_of(torch.tensor([0, 0, 3, 3, 3]), 5)
-    assert ends == [2, 2, 2, 5, 5]
-    assert list(segments(ends)) == [(0, slice(0, 2)), (3, slice(2, 5))]
+    ends = Ends.of(torch.tensor([0, 0, 3, 3, 3, 5, 6]), 5)
+    assert ends.on_host == [2, 2, 2, 5, 5], "rows of experts 5 and 6, which are not here, are nobody's"
+    assert list(ends.segments()) == [(0, slice(0, 2)), (3, slice(2, 5))]
 
 
 def test_patterns_and_skipped_modules_reach_experts(tokenizer, tmp_path):

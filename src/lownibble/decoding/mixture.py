@@ -12,7 +12,6 @@ slower on a CPU, at 8 to 64 rows of rank 16.
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor, nn
@@ -23,7 +22,7 @@ from lownibble.lora.experts import low_rank_of_experts
 from lownibble.lora.layer import LoraLinear
 from lownibble.models import experts
 from lownibble.quant import QuantLinear
-from lownibble.quant.experts import QuantExperts, ends_of, products
+from lownibble.quant.experts import Ends, QuantExperts, products
 from lownibble.quant.linear import is_linear
 
 
@@ -33,15 +32,15 @@ class _Tokens:
     def __init__(self) -> None:
         self.count = 0
         self.branches: Branches = ()
-        self.sorted: list[tuple[Tensor, list[int]]] = []
-        """By segment: its rows among those sorted by expert, and of these, by expert, the end."""
+        self.sorted: list[tuple[Tensor, Ends]] = []
+        """By segment: its rows among those sorted by expert, and where these end by expert."""
 
     def sort(self, top_k_index: Tensor, n_experts: int) -> None:
         """Find each segment's rows; `top_k_index`: (T, k) the experts of each token."""
         expert_of_row, order = top_k_index.reshape(-1).sort(stable=True)
         token_of_row = order // top_k_index.shape[-1]
         rows = [((token_of_row >= begin) & (token_of_row < end)).nonzero()[:, 0] for begin, end, _ in self.branches]
-        self.sorted = [(of_segment, ends_of(expert_of_row[of_segment], n_experts)) for of_segment in rows]
+        self.sorted = [(of_segment, Ends.of(expert_of_row[of_segment], n_experts)) for of_segment in rows]
 
 
 class _Linear(nn.Module):
@@ -73,7 +72,7 @@ class _Experts(nn.Module):
         super().__init__()
         self.base, self.index, self.tokens = base, index, tokens
 
-    def forward(self, x_SK: Tensor, ends: Sequence[int]) -> Tensor:
+    def forward(self, x_SK: Tensor, ends: Ends) -> Tensor:
         weights: Any = self.base.weight
         y_SN = products(x_SK, weights, ends)
         for (rows, its_ends), (_, _, of_linears) in zip(self.tokens.sorted, self.tokens.branches, strict=True):

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from lownibble.errors import InputError
-from lownibble.kernels.types import PART, FourBit, Grouped, Nested
+from lownibble.kernels.types import PART, FourBit, Grouped, Nested, Stack, of_expert
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 """Float dtypes that the kernels read and write -> their number in native/kernels.h."""
@@ -124,3 +124,27 @@ def check_weight(weight: FourBit, device: torch.device) -> None:
     check_tensor(weight.absmax, "absmax", torch.float32 if nested is None else torch.uint8, n_blocks, device)
     if nested is not None:
         _check_nested(nested, n_blocks, device)
+
+
+def check_stack(weights: Stack, device: torch.device) -> None:
+    """Check the tensors of experts' matrices."""
+    if isinstance(weights, Tensor):
+        check_float(weights, "weights")
+        if weights.device != device:
+            raise InputError(f"'weights' must be on {device}. They are on {weights.device}.")
+        return
+    n_experts, nested = weights.shape[0], weights.nested
+    held = (weights.codes, *((nested.absmax, nested.offset) if nested else ()))
+    held += (weights.absmax,) if isinstance(weights, FourBit) else (weights.scale, *_present(weights.zero))
+    if not n_experts or any(tensor.numel() % n_experts or not tensor.is_contiguous() for tensor in held):
+        raise InputError(f"The tensors of {n_experts} experts' weights must be contiguous, with as many elements for each.")
+    one = of_expert(weights, 0)
+    if isinstance(one, FourBit):
+        check_weight(one, device)
+    elif isinstance(one, Grouped):
+        check_unordered(one)
+        check_grouped(one, device)
+
+
+def _present(tensor: Tensor | None) -> tuple[Tensor, ...]:
+    return () if tensor is None else (tensor,)

@@ -22,18 +22,20 @@ from torch import Tensor
 from lownibble.errors import BackendError
 from lownibble.kernels.adamw import AdamPart, CodeMap
 from lownibble.kernels.decoder import DecoderLayers, Segment, Step
-from lownibble.kernels.types import Epilogue, FourBit, Grouped, Rows8bit, Scaled8bit
+from lownibble.kernels.types import NO_EPILOGUE, Epilogue, FourBit, Grouped, Rows8bit, Scaled8bit, Stack
 
 
 class Backend(Protocol):
     """Interface of a backend module. Tensors are contiguous and share one device.
 
     device_types: the device types it runs on; None means any. row_part: columns that share a scale in 8-bit rows; None: a row.
+    experts_at_once: products of experts are kernels for all experts, which read on the device which rows are whose; else loops.
     """
 
     name: str
     device_types: tuple[str, ...] | None
     row_part: int | None
+    experts_at_once: bool
 
     def quantize_4bit(self, x: Tensor, bounds: Tensor, order: Tensor, block_size: int) -> tuple[Tensor, Tensor]: ...
 
@@ -70,6 +72,10 @@ class Backend(Protocol):
     ) -> Tensor: ...
 
     def matmul_8bit_dense(self, x: Rows8bit, weight_NK: Tensor, row_scale: Tensor, transposed: bool, out: Tensor) -> Tensor: ...
+
+    def matmul_experts(self, x_SC: Tensor, weights: Stack, ends_E: Tensor, transposed: bool, epilogue: Epilogue) -> Tensor: ...
+
+    def outer_experts(self, a_SP: Tensor, b_SQ: Tensor, ends_E: Tensor, scale: float, dtype: torch.dtype) -> Tensor: ...
 
     def attention(self, q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, scaling: float) -> tuple[Tensor, Tensor]: ...
 
@@ -336,6 +342,32 @@ def matmul_8bit_dense(x: Rows8bit, weight_NK: Tensor, row_scale: Tensor, transpo
     row_scale: (N,), the 8-bit scale of each row: its largest magnitude / `LARGEST_CODE`. K is a multiple of 64.
     """
     return _for(weight_NK).matmul_8bit_dense(x, weight_NK, row_scale, transposed, out)
+
+
+def matmul_experts(
+    x_SC: Tensor, weights: Stack, ends_E: Tensor, transposed: bool = False, epilogue: Epilogue = NO_EPILOGUE
+) -> Tensor:
+    """Products of rows that are sorted by expert with their experts' matrices: for the rows of expert e `x @ W_e.T` (S, N) or,
+    transposed, `x @ W_e` (S, K), plus the low-rank terms of `epilogue`; in x's dtype. Rows after the last expert's are zeros.
+
+    Args:
+        x_SC: (S, C) float32, bfloat16 or float16, contiguous.
+        weights: (E, N, K), rounded to x's dtype; dense ones with any strides, grouped ones without `order`.
+        ends_E: (E,) int32 on x's device, ascending: the end of each expert's rows, which start at the one before.
+        epilogue: without bias; `low` (S, r) in x's dtype, `factor` (E, r, columns) float32 or of x's dtype, with any strides.
+    """
+    return _for(x_SC).matmul_experts(x_SC, weights, ends_E, transposed, epilogue)
+
+
+def outer_experts(a_SP: Tensor, b_SQ: Tensor, ends_E: Tensor, scale: float = 1.0, dtype: torch.dtype = torch.float32) -> Tensor:
+    """`scale * a.T @ b` over the rows of each expert, (E, P, Q) in `dtype`; zeros for experts without rows.
+
+    The gradient of experts' matrices. Summed in float32 where the Triton kernels do it, else in the dtype of a and b.
+
+    Args:
+        a_SP, b_SQ: (S, P) and (S, Q) of one dtype, contiguous, rows sorted by expert. ends_E: as of `matmul_experts`.
+    """
+    return _for(a_SP).outer_experts(a_SP, b_SQ, ends_E, scale, dtype)
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, scaling: float) -> tuple[Tensor, Tensor]:

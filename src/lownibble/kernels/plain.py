@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from lownibble.kernels import decoded
-from lownibble.kernels.types import IGNORED, Scaled8bit
+from lownibble.kernels.types import IGNORED, Epilogue, FourBit, Grouped, Scaled8bit, Stack, of_expert
 
 
 def matmul_dense(x_TC: Tensor, weight_NK: Tensor, transposed: bool, out: Tensor) -> Tensor:
@@ -72,3 +73,39 @@ def low_rank_backward(dy_TN: Tensor, x_TK: Tensor, low_Tr: Tensor, lora_B: Tenso
         return dlow_Tr, torch.mm(dlow_Tr.t(), x_TK, out_dtype=dtype), dB
     dB = (low_Tr.t() @ dy_TN).mul_(scale).t().to(dtype).contiguous()
     return dlow_Tr, (dlow_Tr.t() @ x_TK).to(dtype), dB
+
+
+def _rows(ends_E: Tensor) -> Iterator[tuple[int, slice]]:
+    """(expert, its rows) for every expert that has rows."""
+    start = 0
+    for expert, end in enumerate(ends_E.tolist()):
+        if end > start:
+            yield expert, slice(start, end)
+        start = max(start, end)
+
+
+def matmul_experts(
+    matmul_4bit: Callable[..., Tensor], matmul_grouped: Callable[..., Tensor], x_SC: Tensor, weights: Stack, ends_E: Tensor,
+    transposed: bool, epilogue: Epilogue,
+) -> Tensor:  # fmt: skip
+    """As `ops.matmul_experts`: a loop over experts that have rows, around the products of one matrix."""
+    out = x_SC.new_zeros(len(x_SC), weights.shape[2 if transposed else 1])
+    for expert, rows in _rows(ends_E):
+        own, one = epilogue, of_expert(weights, expert)
+        if epilogue.low is not None and epilogue.factor is not None:
+            own = Epilogue(None, epilogue.low[rows], epilogue.factor[expert], epilogue.scale)
+        product: Any = matmul_4bit if isinstance(one, FourBit) else matmul_grouped if isinstance(one, Grouped) else _matmul
+        out[rows] = product(x_SC[rows], one, transposed, own)
+    return out
+
+
+def _matmul(x_TC: Tensor, weight_NK: Tensor, transposed: bool, epilogue: Epilogue) -> Tensor:
+    return decoded.matmul_dense(x_TC, weight_NK.to(x_TC.dtype), transposed, epilogue)
+
+
+def outer_experts(a_SP: Tensor, b_SQ: Tensor, ends_E: Tensor, scale: float, dtype: torch.dtype) -> Tensor:
+    """As `ops.outer_experts`: a loop over experts that have rows."""
+    out = a_SP.new_zeros(len(ends_E), a_SP.shape[1], b_SQ.shape[1], dtype=dtype)
+    for expert, rows in _rows(ends_E):
+        out[expert] = (a_SP[rows].t() @ b_SQ[rows]).mul_(scale)
+    return out

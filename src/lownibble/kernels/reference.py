@@ -23,11 +23,13 @@ from lownibble.kernels.plain import gemv_bf16 as gemv_bf16
 from lownibble.kernels.plain import low_rank as low_rank
 from lownibble.kernels.plain import low_rank_backward as low_rank_backward
 from lownibble.kernels.plain import matmul_dense as matmul_dense
+from lownibble.kernels.plain import outer_experts as outer_experts
 from lownibble.kernels.types import LARGEST_CODE, PART, Epilogue, FourBit, Grouped, Rows8bit, Scaled8bit, row_sizes
 
 name = "reference"
 device_types = None  # any
 row_part: int | None = PART
+experts_at_once = False
 
 _TINY = 1e-38  # bitsandbytes' floor for the scale of an all-zero block
 
@@ -163,6 +165,10 @@ def matmul_grouped(x_TC: Tensor, weight: Grouped, transposed: bool, epilogue: Ep
 
 def matmul_4bit(x_TC: Tensor, weight: FourBit, transposed: bool, epilogue: Epilogue) -> Tensor:
     return decoded.matmul(partial(dequantize_4bit, weight), weight.shape, x_TC, transposed, epilogue)
+
+
+matmul_experts = partial(plain.matmul_experts, matmul_4bit, matmul_grouped)
+"""As `ops.matmul_experts`."""
 
 
 def _codes(scaled: Tensor, code_type: torch.dtype) -> Tensor:

@@ -15,7 +15,7 @@ from torch import Tensor
 from lownibble.kernels import decoded, plain
 from lownibble.kernels.adamw import AdamPart, CodeMap
 from lownibble.kernels.decoder import DecoderLayers, Segment, Step
-from lownibble.kernels.types import PART, Epilogue, FourBit, Grouped, Rows8bit, Scaled8bit, row_sizes
+from lownibble.kernels.types import PART, Epilogue, FourBit, Grouped, Rows8bit, Scaled8bit, Stack, row_sizes
 
 _PRODUCTS = {torch.int8: torch.int32, torch.float8_e4m3fn: torch.bfloat16}
 """Dtype of the codes -> what the vendor's product of them comes in."""
@@ -28,15 +28,16 @@ class Traced:
         fused: 4-bit and grouped matmuls dequantise inside the kernel (CPUs with AVX-512), not into a buffer first.
         attention: there is a training attention kernel (the same CPUs).
         cross_entropy: there is a kernel for the loss (CUDA); else it is computed on a float32 copy of 16-bit logits.
+        experts_at_once: products of experts are kernels for all experts (CUDA).
     """
 
     name = "traced"
     device_types: tuple[str, ...] | None = None
     row_part: int | None
 
-    def __init__(self, *, fused: bool, attention: bool, cross_entropy: bool) -> None:
+    def __init__(self, *, fused: bool, attention: bool, cross_entropy: bool, experts_at_once: bool) -> None:
         self._fused, self._attention, self._cross_entropy = fused, attention, cross_entropy
-        self.row_part = PART if fused else None
+        self.row_part, self.experts_at_once = PART if fused else None, experts_at_once
 
     def quantize_4bit(self, x: Tensor, bounds: Tensor, order: Tensor, block_size: int) -> tuple[Tensor, Tensor]:
         """As `ops.quantize_4bit`."""
@@ -88,6 +89,14 @@ class Traced:
     def matmul_dense(self, x_TC: Tensor, weight_NK: Tensor, transposed: bool, out: Tensor) -> Tensor:
         """As `ops.matmul_dense`."""
         return out
+
+    def matmul_experts(self, x_SC: Tensor, weights: Stack, ends_E: Tensor, transposed: bool, epilogue: Epilogue) -> Tensor:
+        """As `ops.matmul_experts`."""
+        return x_SC.new_empty(len(x_SC), weights.shape[2 if transposed else 1])
+
+    def outer_experts(self, a_SP: Tensor, b_SQ: Tensor, ends_E: Tensor, scale: float, dtype: torch.dtype) -> Tensor:
+        """As `ops.outer_experts`."""
+        return a_SP.new_empty(len(ends_E), a_SP.shape[1], b_SQ.shape[1], dtype=dtype)
 
     def row_scales(self, weight: FourBit, code_type: torch.dtype = torch.int8) -> Tensor:
         """As `ops.row_scales`."""

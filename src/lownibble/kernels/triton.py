@@ -1,6 +1,6 @@
 """The Triton kernels, for CUDA devices; on a CPU they run in Triton's interpreter, which tests them without a GPU.
 
-The programs, and how they compute, are in `triton_programs.py`.
+The programs, and how they compute, are in `triton_programs.py`; experts' products and AdamW have files of their own.
 
 The interpreter is selected when triton is imported (TRITON_INTERPRET=1), not when a kernel runs. Launches go to the current
 stream of the tensors' device and are asynchronous.
@@ -39,6 +39,8 @@ from lownibble.kernels.plain import low_rank as low_rank
 from lownibble.kernels.plain import low_rank_backward as low_rank_backward
 from lownibble.kernels.plain import matmul_dense as matmul_dense
 from lownibble.kernels.triton_adamw import adamw_8bit as adamw_8bit
+from lownibble.kernels.triton_experts import matmul_experts as matmul_experts
+from lownibble.kernels.triton_experts import outer_experts as outer_experts
 from lownibble.kernels.types import LARGEST_CODE, Epilogue, FourBit, Grouped, Rows8bit, Scaled8bit, row_sizes
 
 name = "triton"
@@ -64,6 +66,7 @@ if _interpreted != isinstance(tl.interleave, InterpretedFunction):
     )
 device_types = ("cpu", "cuda") if _interpreted else ("cuda",)
 row_part = None
+experts_at_once = True
 
 
 def _launch(kernel: Any, programs: int, *arguments: Any, **constants: float) -> None:

@@ -6,6 +6,9 @@ The 4-bit layout is bitsandbytes': a weight of n elements is flattened row-major
 last may be short). A value is `values[code] * absmax[block]`, computed in float32 and rounded once to the output dtype. With
 double quantisation `absmax` is uint8 codes, which `Nested` dequantises: `absmax[b] = nested.values[codes[b]] * nested.absmax[b
 // nested.block_size] + nested.offset` (two roundings, no FMA).
+
+A stack of experts' matrices is a packed weight of shape (E, N, K) whose tensors, but for the tables, hold one expert's after the
+other's: each expert is packed on its own (`of_expert`).
 """
 
 from __future__ import annotations
@@ -69,6 +72,30 @@ class Grouped(NamedTuple):
     group_size: int
     shape: torch.Size
     nested: Nested | None = None
+
+
+Stack = Tensor | FourBit | Grouped
+"""Matrices (E, N, K) of experts: dense, or packed each on its own."""
+
+
+def of_expert(weights: Stack, expert: int) -> Stack:
+    """The matrix (N, K) of one expert; it shares the tensors."""
+    if isinstance(weights, Tensor):
+        return weights[expert]
+    nested, n_experts, shape = weights.nested, weights.shape[0], weights.shape[1:]
+
+    def part(tensor: Tensor) -> Tensor:
+        return tensor.view(n_experts, -1)[expert]
+
+    if nested is not None:
+        nested = nested._replace(absmax=part(nested.absmax), offset=part(nested.offset))
+    if isinstance(weights, FourBit):
+        return weights._replace(codes=part(weights.codes), absmax=part(weights.absmax), shape=shape, nested=nested)
+    zero = None if weights.zero is None else part(weights.zero)
+    order = None if weights.order is None else part(weights.order)
+    return weights._replace(
+        codes=part(weights.codes), scale=part(weights.scale), zero=zero, order=order, shape=shape, nested=nested
+    )  # fmt: skip
 
 
 class Scaled8bit(NamedTuple):

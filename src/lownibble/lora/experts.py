@@ -7,12 +7,13 @@ column i of expert e. PEFT wraps the module that holds the weights once for each
 innermost, so its tensors are called after the module, with `.base_layer` for each wrapper around: with both weights adapted
 `gate_up_proj` is at `experts.base_layer` and `down_proj` at `experts`. vLLM and SGLang read the same names (docs/train.md).
 
-Frozen products, low-rank products and their gradients go expert by expert over the rows sorted by expert (`quant/experts.py`).
+Frozen products, low-rank products and their gradients are of rows sorted by expert, as in `quant/experts.py`: on CUDA each is a
+kernel for all experts, else they go expert by expert.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from typing import Any, ClassVar
 
 import torch
@@ -20,22 +21,29 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from lownibble.kernels import ops
-from lownibble.kernels.types import Epilogue
+from lownibble.kernels.types import Epilogue, Stack
 from lownibble.lora.layer import LoraLinear, LowRank, TrainedCopy, inside
 from lownibble.lora.product import Rounded
 from lownibble.lora.variants import Variant
 from lownibble.models import experts
 from lownibble.quant.experts import (
     DenseExperts,
+    Ends,
     QuantExperts,
     Weights,
+    at_once,
     empty_rows,
     expert_product,
     products,
     save_weights,
     saved_weights,
-    segments,
 )
+
+
+def _adapted(x: Tensor, stack: Stack, ends: Ends, A: Tensor, B: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """The formula above and x A^T, by kernels for all experts."""
+    low = ops.matmul_experts(x, A, ends.on_device)
+    return ops.matmul_experts(x, stack, ends.on_device, False, Epilogue(None, low, B.transpose(1, 2), scale)), low
 
 
 class _LoraExperts(torch.autograd.Function):
@@ -43,15 +51,19 @@ class _LoraExperts(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weights: Weights, ends: Sequence[int], lora_A: Tensor, lora_B: Tensor, scale: float,
+        ctx: Any, x: Tensor, weights: Weights, ends: Ends, lora_A: Tensor, lora_B: Tensor, scale: float,
         code_type: torch.dtype | None, rounded: Rounded,
     ) -> Tensor:  # fmt: skip
-        A, B = rounded or (lora_A, lora_B)
-        y, low = empty_rows(x, B.shape[1], ends), x.new_empty(len(x), A.shape[1])
-        for expert, rows in segments(ends):
-            low[rows] = ops.low_rank(x[rows], A[expert].t())
-            epilogue = Epilogue(None, low[rows], B[expert].t(), scale)
-            y[rows] = expert_product(x[rows], weights[expert], False, epilogue, code_type)
+        (A, B), x = rounded or (lora_A, lora_B), x.contiguous()
+        stack = at_once(x, weights, code_type)
+        if stack is not None:
+            y, low = _adapted(x, stack, ends, A, B, scale)
+        else:
+            y, low = empty_rows(x, B.shape[1], ends), x.new_empty(len(x), A.shape[1])
+            for expert, rows in ends.segments():
+                low[rows] = ops.low_rank(x[rows], A[expert].t())
+                epilogue = Epilogue(None, low[rows], B[expert].t(), scale)
+                y[rows] = expert_product(x[rows], weights[expert], False, epilogue, code_type)
         save_weights(ctx, weights, x, A, B, low)
         ctx.rest = ends, scale, code_type
         return y
@@ -62,22 +74,38 @@ class _LoraExperts(torch.autograd.Function):
         x, A, B, low, *tensors = ctx.saved_tensors
         weights, (ends, scale, code_type) = saved_weights(ctx, tensors), ctx.rest
         dy, wants_dx = dy.contiguous(), ctx.needs_input_grad[0]
-        kind = torch.promote_types(A.dtype, torch.float32)
-        dA, dB = A.new_zeros(A.shape, dtype=kind), B.new_zeros(B.shape, dtype=kind)
-        dx = empty_rows(x, x.shape[1], ends) if wants_dx else None
         with ops.keeping(ctx.backend):
-            for expert, rows in segments(ends):
-                dlow, dA[expert], dB[expert] = ops.low_rank_backward(dy[rows], x[rows], low[rows], B[expert], scale)
-                if dx is not None:
-                    epilogue = Epilogue(low=dlow, factor=A[expert])
-                    dx[rows] = expert_product(dy[rows], weights[expert], True, epilogue, code_type)
+            stack = at_once(dy, weights, code_type)
+            if stack is None:
+                dx, dA, dB = _backward_by_expert(dy, x, weights, ends, A, B, low, scale, code_type, wants_dx)
+            else:
+                kind, dlow = torch.promote_types(A.dtype, torch.float32), ops.matmul_experts(dy, B, ends.on_device, True)
+                dA = ops.outer_experts(dlow, x, ends.on_device, scale, kind)
+                dB = ops.outer_experts(dy, low, ends.on_device, scale, kind)
+                epilogue = Epilogue(None, dlow, A, scale)
+                dx = ops.matmul_experts(dy, stack, ends.on_device, True, epilogue) if wants_dx else None
         return dx, None, None, dA, dB, None, None, None
 
 
-def low_rank_of_experts(x_SK: Tensor, ends: Sequence[int], A: Tensor, B: Tensor, scale: float) -> Tensor:
+def _backward_by_expert(
+    dy: Tensor, x: Tensor, weights: Weights, ends: Ends, A: Tensor, B: Tensor, low: Tensor, scale: float,
+    code_type: torch.dtype | None, wants_dx: bool,
+) -> tuple[Tensor | None, Tensor, Tensor]:  # fmt: skip
+    kind = torch.promote_types(A.dtype, torch.float32)
+    dA, dB = A.new_zeros(A.shape, dtype=kind), B.new_zeros(B.shape, dtype=kind)
+    dx = empty_rows(x, x.shape[1], ends) if wants_dx else None
+    for expert, rows in ends.segments():
+        dlow, dA[expert], dB[expert] = ops.low_rank_backward(dy[rows], x[rows], low[rows], B[expert], scale)
+        if dx is not None:
+            epilogue = Epilogue(low=dlow, factor=A[expert])
+            dx[rows] = expert_product(dy[rows], weights[expert], True, epilogue, code_type)
+    return dx, dA, dB
+
+
+def low_rank_of_experts(x_SK: Tensor, ends: Ends, A: Tensor, B: Tensor, scale: float) -> Tensor:
     """scale (x A_e^T) B_e^T, (S, out), for x (S, in) with rows sorted by expert; no gradient. A (E, r, in), B (E, out, r)."""
     y = empty_rows(x_SK, B.shape[1], ends)
-    for expert, rows in segments(ends):
+    for expert, rows in ends.segments():
         low = x_SK[rows] @ A[expert].to(x_SK.dtype).t()
         torch.mm(low.mul_(scale), B[expert].to(x_SK.dtype).t(), out=y[rows])
     return y
@@ -122,8 +150,8 @@ class LoraExperts(LoraLinear):
     def __init__(self, base: DenseExperts | QuantExperts) -> None:
         super().__init__(base)  # type: ignore[arg-type]
 
-    def forward(self, x_SK: Tensor, ends: Sequence[int]) -> Tensor:  # type: ignore[override]
-        """x (S, in), rows sorted by expert -> (S, out). `ends`: by expert, the end of its rows."""
+    def forward(self, x_SK: Tensor, ends: Ends) -> Tensor:  # type: ignore[override]
+        """x (S, in), rows sorted by expert -> (S, out)."""
         if self.active is None:
             base: Tensor = self.base(x_SK, ends)
             return base
@@ -131,6 +159,9 @@ class LoraExperts(LoraLinear):
         if not torch.is_grad_enabled():
             A, B = adapter.rounded or (adapter.lora_A, adapter.lora_B)
             weights: Any = self.weight
+            stack = at_once(x_SK, weights, code_type)
+            if stack is not None:
+                return _adapted(x_SK.contiguous(), stack, ends, A, B, adapter.scale)[0]
             return products(x_SK, weights, ends, code_type).add_(low_rank_of_experts(x_SK, ends, A, B, adapter.scale))
         y: Tensor = _LoraExperts.apply(
             x_SK, self.weight, ends, adapter.lora_A, adapter.lora_B, adapter.scale, code_type, adapter.rounded

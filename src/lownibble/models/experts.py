@@ -12,14 +12,14 @@ which is said.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
-from lownibble.quant.experts import DenseExperts, dense_product, ends_of
+from lownibble.quant.experts import DenseExperts, Ends, dense_product
 
 WEIGHTS = ("gate_up_proj", "up_proj", "down_proj")
 """Names of a container's weights, in the order in which it has them."""
@@ -133,7 +133,7 @@ def goes_by_expert(model: nn.Module) -> bool:
     return any(container.config._experts_implementation == IMPLEMENTATION for _, container in containers(model))
 
 
-def _product(container: Any, name: str, x_SK: Tensor, ends: Sequence[int]) -> Tensor:
+def _product(container: Any, name: str, x_SK: Tensor, ends: Ends) -> Tensor:
     held = getattr(container, name)
     if isinstance(held, nn.Module):
         y: Tensor = held(x_SK, ends)
@@ -150,7 +150,7 @@ def experts_forward(container: Any, hidden_states: Tensor, top_k_index: Tensor, 
     """
     k, (T, K) = top_k_index.shape[-1], hidden_states.shape
     expert_of_row, order_S = top_k_index.reshape(-1).sort(stable=True)
-    ends = ends_of(expert_of_row, container.num_experts)
+    ends = Ends.of(expert_of_row, container.num_experts)
 
     def project(name: str, x_SK: Tensor) -> Tensor:
         y_SN = _product(container, name, x_SK, ends)

@@ -5,14 +5,17 @@ and `down_proj` (E, K, F), or turned, (E, in, out). Here such a parameter become
 rows that are sorted by expert, and which adapters wrap as they wrap a linear layer. An expert without rows is neither decoded
 nor multiplied.
 
-Products are a loop over the experts that have rows, each with the kernels of a single matrix: decode into the shared buffer, then
-the library's product; with few rows and no gradient, as in decoding, the fused matrix-vector kernel (a third of the time at one
-row). At training sizes an expert has dozens of rows, and the loop's own cost is a few percent.
+On CUDA a product is one kernel for all experts, which decodes inside and reads on the device which rows are whose, so that the
+host waits for nothing (`kernels/triton_experts.py`). Elsewhere, for 8-bit products, and for codecs that the kernel does not know,
+it is a loop over the experts that have rows, each with the kernels of a single matrix: decode into the shared buffer, then the
+library's product; with few rows and no gradient, as in decoding, the fused matrix-vector kernel (a third of the time at one row).
+At training sizes an expert has dozens of rows, and on a CPU the loop's own cost is a few percent.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -21,8 +24,9 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd.function import once_differentiable
 
 from lownibble.kernels import ops
+from lownibble.kernels.checks import DTYPES
 from lownibble.kernels.decoded import matmul_dense
-from lownibble.kernels.types import NO_EPILOGUE, Epilogue
+from lownibble.kernels.types import NO_EPILOGUE, Epilogue, Stack
 from lownibble.quant import eightbit
 from lownibble.quant.linear import MATVEC_MAX_ROWS, QuantLinear
 from lownibble.quant.packed import PackedExperts, PackedWeight, restore
@@ -31,29 +35,52 @@ Weights = Tensor | PackedExperts
 """Weights of all experts, indexed by expert: dense (E, N, K), or packed."""
 
 
-def segments(ends: Sequence[int]) -> Iterator[tuple[int, slice]]:
-    """(expert, its rows) for every expert that has rows; `ends`: by expert, the end of its rows."""
-    start = 0
-    for expert, end in enumerate(ends):
-        if end > start:
-            yield expert, slice(start, end)
-        start = end
+class Ends:
+    """Where the rows of each expert end, for rows that are sorted by expert.
+
+    Args:
+        on_device: (E,) int32, on the rows' device. n_rows: rows in all; there may be some after the last expert's.
+    """
+
+    def __init__(self, on_device: Tensor, n_rows: int) -> None:
+        self.on_device, self.n_rows = on_device, n_rows
+
+    @classmethod
+    def of(cls, expert_of_row: Tensor, n_experts: int) -> Ends:
+        """The ends for rows with these experts, ascending; rows of experts beyond the number of experts are nobody's."""
+        experts = torch.arange(n_experts, device=expert_of_row.device, dtype=expert_of_row.dtype)
+        return cls(torch.searchsorted(expert_of_row, experts, right=True, out_int32=True), len(expert_of_row))
+
+    @cached_property
+    def on_host(self) -> list[int]:
+        """The same as numbers, for which the host waits, once; without values (fake tensors): as if they were even."""
+        if isinstance(self.on_device, FakeTensor):
+            n_experts = len(self.on_device)
+            return [self.n_rows * (expert + 1) // n_experts for expert in range(n_experts)]
+        found: list[int] = self.on_device.tolist()
+        return found
+
+    def segments(self) -> Iterator[tuple[int, slice]]:
+        """(expert, its rows) for every expert that has rows."""
+        start = 0
+        for expert, end in enumerate(self.on_host):
+            if end > start:
+                yield expert, slice(start, end)
+            start = end
 
 
-def empty_rows(like: Tensor, n: int, ends: Sequence[int]) -> Tensor:
+def empty_rows(like: Tensor, n: int, ends: Ends) -> Tensor:
     """(S, n) for one row per row of `like`, of its dtype: to be written for the experts' rows, zero for those after them."""
     out = like.new_empty(len(like), n)
-    out[ends[-1] :].zero_()
+    out[ends.on_host[-1] :].zero_()
     return out
 
 
-def ends_of(expert_of_row: Tensor, n_experts: int) -> list[int]:
-    """The end of each expert's rows, for rows sorted by expert; without values (fake tensors): as if they were even."""
-    rows = len(expert_of_row)
-    if isinstance(expert_of_row, FakeTensor):
-        return [rows * (expert + 1) // n_experts for expert in range(n_experts)]
-    found: list[int] = torch.bincount(expert_of_row, minlength=n_experts).cumsum(0).tolist()
-    return found
+def at_once(x: Tensor, weights: Weights, code_type: torch.dtype | None) -> Stack | None:
+    """The weights as the backend's kernels for all experts take them, or None: products go by expert."""
+    if code_type is not None or x.dtype not in DTYPES or not ops.current(x.device).experts_at_once:
+        return None
+    return weights if isinstance(weights, Tensor) else weights.stack
 
 
 def expert_product(
@@ -69,19 +96,29 @@ def expert_product(
     return eightbit.forward(ops.quantize_rows(x_TC.contiguous(), None, code_type), weight, epilogue, x_TC.dtype)
 
 
-def products(x_SK: Tensor, weights: Weights, ends: Sequence[int], code_type: torch.dtype | None = None) -> Tensor:
-    """x (S, in), rows sorted by expert -> (S, out), without gradient."""
-    out = empty_rows(x_SK, weights.shape[1], ends)
-    for expert, rows in segments(ends):
-        weight, few = weights[expert], code_type is None and rows.stop - rows.start <= MATVEC_MAX_ROWS
-        if few and isinstance(weight, PackedWeight):
-            out[rows] = weight.matvec(x_SK[rows])
-        else:
-            out[rows] = expert_product(x_SK[rows], weight, False, NO_EPILOGUE, code_type)
+def _all_products(x_SC: Tensor, weights: Weights, ends: Ends, transposed: bool, code_type: torch.dtype | None) -> Tensor:
+    """`expert_product` for the rows of every expert."""
+    stack = at_once(x_SC, weights, code_type)
+    if stack is not None:
+        return ops.matmul_experts(x_SC.contiguous(), stack, ends.on_device, transposed)
+    out = empty_rows(x_SC, weights.shape[2 if transposed else 1], ends)
+    for expert, rows in ends.segments():
+        out[rows] = expert_product(x_SC[rows], weights[expert], transposed, NO_EPILOGUE, code_type)
     return out
 
 
-def frozen_product(x_SK: Tensor, weights: Weights, ends: Sequence[int], code_type: torch.dtype | None = None) -> Tensor:
+def products(x_SK: Tensor, weights: Weights, ends: Ends, code_type: torch.dtype | None = None) -> Tensor:
+    """x (S, in), rows sorted by expert -> (S, out), without gradient."""
+    if isinstance(weights, Tensor) or code_type is not None or at_once(x_SK, weights, code_type) is not None:
+        return _all_products(x_SK, weights, ends, False, code_type)
+    out = empty_rows(x_SK, weights.shape[1], ends)
+    for expert, rows in ends.segments():
+        few, weight = rows.stop - rows.start <= MATVEC_MAX_ROWS, weights[expert]
+        out[rows] = weight.matvec(x_SK[rows]) if few else expert_product(x_SK[rows], weight, False, NO_EPILOGUE, None)
+    return out
+
+
+def frozen_product(x_SK: Tensor, weights: Weights, ends: Ends, code_type: torch.dtype | None = None) -> Tensor:
     """x (S, in), rows sorted by expert, times frozen weights -> (S, out), with x's gradient if it has one."""
     if torch.is_grad_enabled() and x_SK.requires_grad:
         y: Tensor = _FrozenExperts.apply(x_SK, weights, ends, code_type)
@@ -111,23 +148,37 @@ class _FrozenExperts(torch.autograd.Function):
     """y[rows of e] = x[rows of e] W_e^T for frozen weights."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weights: Weights, ends: Sequence[int], code_type: torch.dtype | None) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weights: Weights, ends: Ends, code_type: torch.dtype | None) -> Tensor:
         save_weights(ctx, weights)
-        ctx.rest = ends, code_type, weights.shape
-        out = empty_rows(x, weights.shape[1], ends)
-        for expert, rows in segments(ends):
-            out[rows] = expert_product(x[rows], weights[expert], False, NO_EPILOGUE, code_type)
-        return out
+        ctx.rest = ends, code_type
+        return _all_products(x, weights, ends, False, code_type)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        ends, code_type, shape = ctx.rest
-        weights, dx = saved_weights(ctx, ctx.saved_tensors), empty_rows(dy, shape[2], ends)
+        ends, code_type = ctx.rest
         with ops.keeping(ctx.backend):
-            for expert, rows in segments(ends):
-                dx[rows] = expert_product(dy[rows], weights[expert], True, NO_EPILOGUE, code_type)
+            dx = _all_products(dy, saved_weights(ctx, ctx.saved_tensors), ends, True, code_type)
         return dx, None, None, None
+
+
+class _TrainedExperts(torch.autograd.Function):
+    """y[rows of e] = x[rows of e] W_e^T for dense weights that are trained, where products are kernels for all experts."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weights: Tensor, ends: Ends) -> Tensor:
+        x = x.contiguous()
+        ctx.save_for_backward(x, weights)
+        ctx.ends, ctx.backend = ends, ops.chosen()
+        return ops.matmul_experts(x, weights, ends.on_device)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        (x, weights), ends, dy = ctx.saved_tensors, ctx.ends.on_device, dy.contiguous()
+        with ops.keeping(ctx.backend):
+            dx = ops.matmul_experts(dy, weights, ends, True) if ctx.needs_input_grad[0] else None
+            return dx, ops.outer_experts(dy, x, ends, 1.0, weights.dtype), None
 
 
 class QuantExperts(QuantLinear):
@@ -138,8 +189,8 @@ class QuantExperts(QuantLinear):
         """Experts."""
         return int(self.facts["experts"])
 
-    def forward(self, x_SK: Tensor, ends: Sequence[int]) -> Tensor:  # type: ignore[override]
-        """x (S, in), rows sorted by expert -> (S, out). `ends`: by expert, the end of its rows."""
+    def forward(self, x_SK: Tensor, ends: Ends) -> Tensor:  # type: ignore[override]
+        """x (S, in), rows sorted by expert -> (S, out)."""
         weights: Any = self.weight
         return frozen_product(x_SK, weights, ends, self.code_type)
 
@@ -181,8 +232,8 @@ class DenseExperts(nn.Module):
         """Features of an input row."""
         return int(self.weight.shape[2])
 
-    def forward(self, x_SK: Tensor, ends: Sequence[int]) -> Tensor:
-        """x (S, in), rows sorted by expert -> (S, out). `ends`: by expert, the end of its rows."""
+    def forward(self, x_SK: Tensor, ends: Ends) -> Tensor:
+        """x (S, in), rows sorted by expert -> (S, out)."""
         return dense_product(x_SK, self.weight, ends)
 
     def extra_repr(self) -> str:
@@ -190,10 +241,13 @@ class DenseExperts(nn.Module):
         return f"{self.n_experts} x {self.in_features}, {self.out_features}"
 
 
-def dense_product(x_SK: Tensor, weight: Tensor, ends: Sequence[int]) -> Tensor:
+def dense_product(x_SK: Tensor, weight: Tensor, ends: Ends) -> Tensor:
     """x (S, in), rows sorted by expert, times dense weights (E, out, in) -> (S, out); with the weights' gradient if they have
     one."""
     if not weight.requires_grad:
         return frozen_product(x_SK, weight, ends)
-    parts = [x_SK[rows] @ weight[expert].t().to(x_SK.dtype) for expert, rows in segments(ends)]
+    if at_once(x_SK, weight, None) is not None:
+        y: Tensor = _TrainedExperts.apply(x_SK, weight, ends)
+        return y
+    parts = [x_SK[rows] @ weight[expert].t().to(x_SK.dtype) for expert, rows in ends.segments()]
     return torch.cat([*parts, x_SK.new_zeros(len(x_SK) - sum(map(len, parts)), weight.shape[1])])

@@ -15,7 +15,7 @@ import json
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
-from functools import cache
+from functools import cache, cached_property
 from typing import Any, ClassVar
 
 import torch
@@ -24,7 +24,7 @@ from torch import Tensor
 from lownibble.config import QuantConfig
 from lownibble.errors import ModelError, QuantizationError
 from lownibble.kernels import decoded
-from lownibble.kernels.types import NO_EPILOGUE, Epilogue, FourBit
+from lownibble.kernels.types import NO_EPILOGUE, Epilogue, FourBit, Grouped
 from lownibble.quant import layouts
 from lownibble.quant.grid import Steps
 from lownibble.quant.layouts import Layout, TensorSpec
@@ -82,6 +82,11 @@ class PackedWeight(ABC):
     @property
     def four_bit(self) -> FourBit | None:
         """The weight in the 4-bit kernels' format, or None; only these have 8-bit matmuls and compiled decoder layers."""
+        return None
+
+    @property
+    def grouped(self) -> Grouped | None:
+        """The weight in the format of the kernels of codes with one scale a group, or None."""
         return None
 
     def numel(self) -> int:
@@ -302,6 +307,15 @@ class PackedExperts(PackedWeight):
     def __getitem__(self, expert: int) -> PackedWeight:
         """The weight (N, K) of one expert; it shares the tensors."""
         return restore(self._of_one, {name: tensor[expert] for name, tensor in self._tensors.items()})
+
+    @cached_property
+    def stack(self) -> FourBit | Grouped | None:
+        """All matrices in the format of the kernels for all experts, or None: the codec has no kernels, or orders columns."""
+        one = self[0]
+        if one.four_bit is None and (one.grouped is None or one.grouped.order is not None):
+            return None
+        held = restore({**self._of_one, "shape": self.shape}, self._tensors)
+        return held.four_bit or held.grouped
 
     def tensors(self) -> dict[str, Tensor]:
         """The codec's tensors, with a leading dimension of experts."""

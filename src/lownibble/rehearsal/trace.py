@@ -178,7 +178,7 @@ def trace_step(
         ModelError: transformers does not know this model. TargetError: LoRA's targets match nothing.
     """
     recorder = _Recorder(run.round_to)
-    backend = Traced(fused=run.fused, attention=run.kernel_attention, cross_entropy=run.cuda)
+    backend = Traced(fused=run.fused, attention=run.kernel_attention, cross_entropy=run.cuda, experts_at_once=run.cuda)
     with without_values(backend, fake=fake), recorder:
         model = uninitialised(config, quant if method == "qlora" else None, _TYPES[run.itemsize])
         if method == "full":
@@ -217,7 +217,7 @@ def check(config: Mapping[str, Any], quant: QuantConfig | None) -> None:
     Raises:
         ModelError: it cannot; says why. Whatever else the model's own code raises on tensors without values.
     """
-    with without_values(Traced(fused=False, attention=False, cross_entropy=False)):
+    with without_values(Traced(fused=False, attention=False, cross_entropy=False, experts_at_once=False)):
         check_head_unseen(uninitialised(config, quant, torch.bfloat16))
 
 

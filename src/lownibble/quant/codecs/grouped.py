@@ -105,8 +105,9 @@ class GroupedWeight(PackedWeight):
     def _nested(self, kind: layouts.Grouped, device: str) -> Nested | None:
         """What decodes the scales: exponents are codes of powers of two whose constants are 1."""
         if kind.exponents:
-            ones = torch.ones(-(-self.scale.numel() // _EXPONENTS_BLOCK), device=device)
-            return Nested(e8m0(device), ones, torch.zeros(1, device=device), _EXPONENTS_BLOCK)
+            *experts, n = self.scale.shape  # of a stack there are constants for each expert
+            ones = torch.ones(*experts, -(-n // _EXPONENTS_BLOCK), device=device)
+            return Nested(e8m0(device), ones, torch.zeros(*experts, 1, device=device), _EXPONENTS_BLOCK)
         if self.nested_scale is None or self.offset is None:
             return None
         return Nested(dynamic8(device), self.nested_scale, self.offset, NESTED_BLOCK_SIZE)
