@@ -10,10 +10,13 @@ from safetensors.torch import load_file
 
 import lownibble as ln
 from lownibble.errors import AdapterError, TargetError
+from lownibble.kernels import ops
 from lownibble.lora import adapter as files
 from lownibble.lora import lora_layers, remove_adapter
-from lownibble.lora.experts import LoraExperts
+from lownibble.lora.experts import LoraExperts, _LoraExperts
 from lownibble.models import experts
+from lownibble.quant.codecs import quantize_experts
+from lownibble.quant.experts import Ends, dense_product, frozen_product
 
 WEIGHTS = ["gate_up_proj", "down_proj"]
 STEPS, RELATIVE = 10, 1e-5  # issue 25
@@ -87,30 +90,75 @@ def steps_of(model):
     return losses
 
 
-def test_gradients_are_those_of_the_formula():
-    """Oracle: torch's autograd through dense weights per expert."""
-    from lownibble.lora.experts import _LoraExperts
-    from lownibble.quant.codecs import quantize_experts
-    from lownibble.quant.experts import Ends
+BACKENDS = [name for name, status in ops.backend_status().items() if status == "ok"]
+"""Triton in its interpreter where there is no GPU, for which a loop and kernels for all experts at once are compared."""
 
-    drawn = torch.Generator().manual_seed(0)
-    ends, shape, r = Ends(torch.tensor([3, 3, 7, 9]), 10), (4, 10, 64), 2
-    packed = quantize_experts(torch.randn(shape, generator=drawn), ln.QuantConfig())
-    x, A, B = (torch.randn(size, generator=drawn).requires_grad_() for size in ((10, 64), (4, r, 64), (4, 10, r)))
-    dy = torch.randn(10, 10, generator=drawn)
-    y = _LoraExperts.apply(x, packed, ends, A, B, 0.5, None, [])
-    y.backward(dy)
-    found = [tensor.grad.clone() for tensor in (x, A, B)]
-    for tensor in (x, A, B):
-        tensor.grad = None
-    weights = packed.dequantize() + 0.5 * B @ A
+
+@pytest.mark.parametrize("held", ["nf4", "int8", "dense", "turned", "trained"])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_gradients_are_those_of_the_formula(backend, held):
+    """Oracle: torch's autograd through dense weights per expert."""
+    drawn, device = torch.Generator().manual_seed(0), "cuda" if backend == "triton" and torch.cuda.is_available() else "cpu"
+    ends, shape, r = Ends(torch.tensor([3, 3, 7, 9], dtype=torch.int32, device=device), 10), (4, 10, 64), 2
+    weights = torch.randn(shape, generator=drawn).to(device)
+    packed = quantize_experts(weights, ln.QuantConfig(quant_type=held)) if held in ("nf4", "int8") else weights
+    packed = weights.transpose(1, 2).contiguous().transpose(1, 2) if held == "turned" else packed
+    weights = packed.clone() if isinstance(packed, torch.Tensor) else packed.dequantize()
+    sizes = (10, 64), (4, r, 64), (4, 10, r)
+    x, A, B = (torch.randn(size, generator=drawn).to(device).requires_grad_() for size in sizes)
+    dy = torch.randn(10, 10, generator=drawn).to(device)
+    tensors = [x] if held == "trained" else [x, A, B]
+    with ln.use_backend(backend):
+        if held == "trained":
+            tensors.append(packed.requires_grad_())
+            y = dense_product(x, packed, ends)
+        else:
+            y = _LoraExperts.apply(x, packed, ends, A, B, 0.5, None, [])
+        frozen = frozen_product(x.detach().requires_grad_(), packed, ends)
+        (frozen_dx,) = torch.autograd.grad(frozen, frozen.grad_fn.next_functions[0][0].variable, dy)
+        with torch.no_grad():
+            decoded = frozen_product(x, packed, ends)
+    found = torch.autograd.grad(y, tensors, dy)
+    weights.requires_grad_()
+    matrices = weights if held == "trained" else weights + 0.5 * B @ A
     rows = [slice(0, 3), slice(3, 3), slice(3, 7), slice(7, 9)]
-    expected = torch.cat([*(x[part] @ weights[expert].t() for expert, part in enumerate(rows)), torch.zeros(1, 10)])
+
+    def products(matrices):
+        each = (x[part] @ matrices[expert].t() for expert, part in enumerate(rows))
+        return torch.cat([*each, torch.zeros(1, 10, device=device)])
+
+    expected, plain = products(matrices), products(weights)
     torch.testing.assert_close(y, expected, rtol=1e-5, atol=1e-5)
-    expected.backward(dy)
-    for ours, tensor in zip(found, (x, A, B), strict=True):
-        torch.testing.assert_close(ours, tensor.grad, rtol=1e-4, atol=1e-5)
+    for each in (frozen, decoded):
+        torch.testing.assert_close(each, plain, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(frozen_dx, torch.autograd.grad(plain, x, dy)[0], rtol=1e-4, atol=1e-5)
+    theirs = torch.autograd.grad(expected, [x, weights] if held == "trained" else tensors, dy)
+    for ours, gradient in zip(found, theirs, strict=True):
+        torch.testing.assert_close(ours, gradient, rtol=1e-4, atol=1e-5)
     assert not found[1][1].any(), "an expert without rows has no gradient"
+
+
+@pytest.mark.parametrize("rounded", [False, True])
+def test_16_bit_activations_take_adapters_rounded_once_and_give_float32_gradients(rounded):
+    """Kernels for all experts at once against the loop: roundings apart."""
+    if ops.backend_status()["triton"] != "ok":
+        pytest.skip("no triton")
+    drawn, device = torch.Generator().manual_seed(0), "cuda" if torch.cuda.is_available() else "cpu"
+    packed = quantize_experts(torch.randn((4, 48, 64), generator=drawn).to(device), ln.QuantConfig())
+    x = torch.randn((40, 64), generator=drawn).to(device, torch.bfloat16)
+    A, B = (torch.randn(size, generator=drawn).to(device).requires_grad_() for size in ((4, 8, 64), (4, 48, 8)))
+    ends = torch.tensor([11, 11, 25, 40], dtype=torch.int32, device=device)
+
+    def step(backend):
+        with ln.use_backend(backend):
+            leaf = x.clone().requires_grad_()
+            copies = [A.detach().bfloat16(), B.detach().bfloat16()] if rounded else []
+            y = _LoraExperts.apply(leaf, packed, Ends(ends, 40), A, B, 0.5, None, copies)
+            return y, *torch.autograd.grad(y.float().square().sum(), [leaf, A, B])
+
+    for ours, expected in zip(step("triton"), step("reference"), strict=True):
+        assert ours.dtype == expected.dtype
+        assert (ours - expected).abs().max() < 0.02 * expected.abs().max()
 
 
 def test_all_linear_includes_experts_unless_told_otherwise(tokenizer, tmp_path):

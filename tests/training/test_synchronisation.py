@@ -5,12 +5,14 @@ from contextlib import nullcontext
 
 import pytest
 import torch
+from mixtures import folder_of
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import lownibble as ln
 from lownibble.config import DataConfig, LoraConfig, QuantConfig, RunConfig, TrainConfig
 from lownibble.kernels import ops
+from lownibble.kernels.types import of_expert
 from lownibble.models.info import body, info
 from lownibble.training.run import prepare
 from lownibble.transfers import to_device
@@ -131,6 +133,50 @@ def test_a_step_waits_once_for_its_loss_and_norm(case, widen, tiny_data):
         found, taken = waits_of_a_step(trainer_of(widen(num_hidden_layers=2), tiny_data, **CASES[case]))
     assert isinstance(taken, ln.training.events.Stepped)
     assert found == ["tolist"]
+
+
+class _AtOnce:
+    """The reference kernels, with products of experts that read nothing on the host, as a GPU: each row times its own matrix."""
+
+    experts_at_once = True
+
+    def __init__(self):
+        self.kernels, self.calls = ops.backend("reference"), 0
+
+    def __getattr__(self, name):
+        return getattr(self.kernels, name)
+
+    def _experts_of(self, rows, ends):
+        return torch.searchsorted(ends, torch.arange(rows, dtype=ends.dtype), right=True).clamp(max=len(ends) - 1)
+
+    def matmul_experts(self, x, weights, ends, transposed, epilogue):
+        self.calls += 1
+        each = [of_expert(weights, expert) for expert in range(len(ends))]
+        each = [w if isinstance(w, torch.Tensor) else self.dequantize_4bit(w, x.new_empty(w.shape)) for w in each]
+        expert = self._experts_of(len(x), ends)
+        matrices = torch.stack(each).to(x.dtype).index_select(0, expert)
+        y = torch.bmm(x.unsqueeze(1), matrices if transposed else matrices.transpose(1, 2)).squeeze(1)
+        if epilogue.low is None:
+            return y
+        factors = epilogue.factor.to(x.dtype).index_select(0, expert)
+        return y + epilogue.scale * torch.bmm(epilogue.low.unsqueeze(1), factors).squeeze(1)
+
+    def outer_experts(self, a, b, ends, scale, dtype):
+        mine = (self._experts_of(len(a), ends) == torch.arange(len(ends)).unsqueeze(1)).to(dtype)
+        return scale * torch.einsum("es,sp,sq->epq", mine, a.to(dtype), b.to(dtype))
+
+
+def test_a_mixture_waits_for_no_rows_of_experts_where_kernels_take_all_at_once(tokenizer, tiny_data, tmp_path):
+    folder, backend = folder_of("qwen3_moe", tmp_path / "model", tokenizer), _AtOnce()
+    with ln.use_backend(backend):
+        found, taken = waits_of_a_step(trainer_of(folder, tiny_data))
+    assert isinstance(taken, ln.training.events.Stepped)
+    assert found == ["tolist"]
+    assert backend.calls
+    with ln.use_backend("reference"):
+        found, again = waits_of_a_step(trainer_of(folder, tiny_data))
+    assert found == ["tolist"] * (1 + 2), "a loop over experts waits once in each of two layers"
+    assert taken.loss == pytest.approx(again.loss, rel=0.01)
 
 
 def test_transformers_own_masks_are_waited_for(widen, tiny_data):

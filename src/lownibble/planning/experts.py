@@ -1,9 +1,10 @@
 """The MLP of a mixture of experts on a `Tape`: router, and experts that are held in one tensor for all of them.
 
 Experts that are neither packed nor adapted run transformers' pass: tokens are sorted by expert, and all experts are one grouped
-matmul. If any layer's are, all run ours (`models/experts.py`), which goes expert by expert over the sorted rows: it decodes one
-expert at a time, and a product is written into the rows of a tensor for all. What an expert takes meanwhile is counted once, for
-an even share of the rows; how many the busiest one has, only the data tell.
+matmul. If any layer's are, all run ours (`models/experts.py`) on the sorted rows. On CUDA a product is a kernel for all experts,
+which decodes inside. Elsewhere, or with a codec without kernels, it goes expert by expert: it decodes one expert at a time, and a
+product is written into the rows of a tensor for all. What an expert takes meanwhile is counted once, for an even share of the
+rows; how many the busiest one has, only the data tell.
 
 Local variables matter, as in `decoder.py`.
 """
@@ -12,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from lownibble.arch import ModelShape, expert_paths
+from lownibble.arch import Linear, ModelShape, expert_paths
 from lownibble.planning import operations as op
 from lownibble.planning.linear import LinearOnTape, Method, Runtime, SharedBuffers
 from lownibble.planning.tape import FLOAT32, INT64, Tape, Value
@@ -22,10 +23,32 @@ class ExpertsOnTape(LinearOnTape):
     """A linear layer of all experts, dense or packed, with or without an adapter, as in `quant/experts.py` and
     `lora/experts.py`."""
 
+    def __init__(
+        self, tape: Tape, path: str, linear: Linear, method: Method, run: Runtime, buffers: SharedBuffers
+    ) -> None:  # fmt: skip
+        super().__init__(tape, path, linear, method, run, buffers)
+        self.at_once = run.cuda and (not self.packed or path in method.fused)
+
     def __call__(self, x: Value) -> Value:
         """Forward pass for rows that are sorted by expert."""
-        out = self._adapted_rows(x) if self.r else self._frozen_rows(x)
+        by_expert = self._adapted_rows if self.r else self._frozen_rows
+        out = self._rows_at_once(x) if self.at_once else by_expert(x)
         return out if self.bias is None else op.add(self.tape, out, self.tape.new(out.n, out.itemsize))
+
+    def _rows_at_once(self, x: Value) -> Value:
+        tape, size, rows, wants_x = self.tape, self.run.itemsize, x.n // self.n_in, x.wants_grad
+        low = tape.new(rows * self.r, size) if self.r else None
+        out = tape.new(rows * self.n_out, size)
+
+        def backward(grads: list[Value | None], saved: list[Value]) -> Sequence[Value | None]:
+            dlow = tape.new(rows * self.r, size) if self.r else None
+            factors = [tape.new(each.n, FLOAT32) for each in self.adapter]
+            dx = tape.new(rows * self.n_in, size) if wants_x else None
+            del dlow
+            return [dx, *factors]
+
+        tape.record([out], [x, *self.adapter], [] if low is None else [x, low], backward)
+        return out
 
     def _share(self, rows: int) -> int:
         return -(-rows // self.n_experts)
