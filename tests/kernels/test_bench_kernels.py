@@ -16,6 +16,8 @@ DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 def test_every_figure_is_measured_on_the_devices_own_kernels(monkeypatch, bitsandbytes, device):
     monkeypatch.setattr(bench, "SHAPES_NK", [(128, 128), (32, 64)])
     monkeypatch.setattr(bench, "CUDA_LOGITS_LV", (16, 1000))
+    monkeypatch.setattr(bench, "CUDA_EXPERTS_ENK", (4, 64, 128))
+    monkeypatch.setattr(bench, "CUDA_EXPERT_ROWS", 40)
     record = bench.bench_kernels(repeats=2, device=device)
     json.dumps(record, allow_nan=False)
     assert record["environment"]["device_type"] == device
@@ -30,6 +32,7 @@ def test_every_figure_is_measured_on_the_devices_own_kernels(monkeypatch, bitsan
     assert grouped.keys() == layouts.GROUPED.keys()
     assert all(each["ratio_vs_fill"] > 0 and each["ratio_gemv_vs_dense"] > 0 for each in grouped.values())
     assert list(next(iter(record["threads"].values())).get("cross_entropy", {})) == ["16x1000"] * (device == "cuda")
+    assert list(next(iter(record["threads"].values())).get("experts", {})) == ["40x4x64x128"] * (device == "cuda")
     assert all(t["min_us"] <= t["median_us"] <= t["max_us"] for t in figures["times"].values())
 
 
@@ -38,6 +41,14 @@ def test_the_loss_is_measured_with_its_gradient():
     assert figures["times"].keys() == {"native", "fill", "torch"}
     assert figures["logits_bytes"] == 4 * 16 * 1000
     assert figures["ratio_vs_torch"] > 0 < figures["ratio_vs_fill"]
+
+
+def test_products_of_experts_are_measured_both_ways_next_to_a_loop_and_torchs():
+    found = bench._bench_experts((4, 64, 128), 40, 2, torch.device("cpu"))
+    assert found.keys() == {"forward", "transposed"}
+    for figures in found.values():
+        assert figures["times"].keys() == {"native", "loop", "torch_on_decoded"}
+        assert min(figures["ratio_vs_loop"], figures["ratio_vs_torch_on_decoded"], figures["TFLOPps"]) > 0
 
 
 def test_without_peers_the_record_says_so(monkeypatch):

@@ -20,7 +20,7 @@ import json, re, sys
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from lownibble.kernels import triton_programs as ours
+from lownibble.kernels import triton_experts, triton_programs
 
 NESTED = {"nested_values": "fp32", "nested_absmax": "fp32", "offset": "fp32"}
 PACKED = {"codes": "u8", "values": "fp32", "scale": "u8", "zero": "u8"}
@@ -37,17 +37,45 @@ POINTERS = {
     "decode_8bit": {"codes": "u8", "absmax": "u8", "values": "fp32", **NESTED, "row_scale": "fp32"},
     "cross_entropy": {"logits": "bf16", "labels": "i64", "loss": "fp32"},
     "scale_sums": {"sums": "i32", "row_scale": "fp32", "column_scale": "fp32", "bias": "fp32", "out": "bf16"},
+    "experts_product": {**dict.fromkeys(("x", "low", "factor", "out"), "bf16"), "ends": "i32", "weight": "u8", "values": "fp32",
+                        "scale": "u8", "zero": "u8", **NESTED},
+    "experts_outer": {"a": "bf16", "b": "bf16", "ends": "i32", "out": "fp32"},
 }
 DIVISIBLE = [["tt.divisibility", 16]]
 
 def compiled(name, fusion=False, capability=80, types={}, floats=(), odd=(), warps=4, **constants):
-    kernel, pointers = getattr(ours, name), POINTERS[name] | types
+    kernel, pointers = getattr(triton_programs, name, None) or getattr(triton_experts, name), POINTERS[name] | types
     plain = dict.fromkeys(kernel.arg_names, "i32") | dict.fromkeys(floats, "fp32")
     signature = {n: "constexpr" if n in constants else "*" + pointers[n] if n in pointers else plain[n] for n in kernel.arg_names}
     attributes = {(i,): DIVISIBLE for i, n in enumerate(kernel.arg_names) if n not in (*constants, *floats, *odd)}
     result = triton.compile(ASTSource(kernel, signature, constants, attributes), target=GPUTarget("cuda", capability, 32),
                             options={"enable_fp_fusion": fusion, "num_warps": warps})
+    shared = result.metadata.shared
+    assert shared <= 99 * 1024, f"{name} takes {shared} bytes of shared memory; capability 8.6 has 99 KiB a program"
     return result.asm["ptx"]
+
+def compiled_experts(capability):
+    whole = {"BITS": 4, "GROUP": 64, "ZERO": False, "NESTED_BLOCK": 256, "WHOLE": True}
+    dense = whole | {"BITS": 0, "GROUP": 1, "NESTED_BLOCK": 0, "WHOLE": False}
+    float32 = dict.fromkeys(("x", "low", "out", "factor"), "fp32")
+    for label, how, types, large in (
+        ("nf4", whole, {}, True), ("mxfp4", whole | {"GROUP": 32, "NESTED_BLOCK": 4096}, {}, True),
+        ("blocks over row ends", whole | {"WHOLE": False}, {}, False), ("float32", whole, float32, False),
+        ("int3", whole | {"BITS": 3, "ZERO": True}, {}, False), ("int8", whole | {"BITS": 8}, {}, False),
+        ("dense", dense, {"weight": "bf16"}, True),
+        ("dense, wider", dense, {"weight": "fp32"}, False),
+    ):
+        most_rows, COLUMNS, TERMS = triton_experts.LARGEST[large]
+        for transposed in (False, True) if label in ("nf4", "dense") else (False,):
+            for rows in (16, most_rows) if label == "nf4" else (most_rows,):
+                yield f"experts_product {label}{' transposed' * transposed} {rows}", compiled(
+                    "experts_product", floats=["alpha"], odd=["S", "E"], types=types, capability=capability, ROWS=rows,
+                    warps=8 if rows * COLUMNS > 8192 else 4, TRANSPOSED=transposed, EXPERTS=256, COLUMNS=COLUMNS, TERMS=TERMS,
+                    RANKS=16, **how)
+    for dtype, rows in (("bf16", 64), ("fp32", 32)):
+        types = {"a": dtype, "b": dtype}
+        yield f"experts_outer {dtype}", compiled("experts_outer", floats=["alpha"], odd=["S", "E"], types=types,
+                                                 capability=capability, PS=64, QS=64, ROWS=rows)
 
 def compiled_8bit(capability, code):
     rows = {"types": {"codes": code}, "capability": capability, "SIZE": 2048, "TOP": 127.0 if code == "i8" else 448.0}
@@ -85,8 +113,10 @@ cases = {
 }
 for capability, code in ((80, "i8"), (90, "i8"), (89, "fp8e4nv"), (90, "fp8e4nv")):
     cases |= {f"{name} {code} {capability}": ptx for name, ptx in compiled_8bit(capability, code)}
-words = ("fma.rn.f32", ".ftz", "div.full", "div.rn.f32", "cvt.rn.bf16", "st.global.v4", ".local.",
-         "cvt.rn.satfinite.e4m3x2.f32", "cvt.rn.satfinite.e4m3x2.f16x2", "st.global.v2", "st.global")
+for capability in (80, 90):
+    cases |= {f"{name} {capability}": ptx for name, ptx in compiled_experts(capability)}
+words = ("mma.sync", "wgmma.mma_async", "fma.rn.f32", ".ftz", "div.full", "div.rn.f32", "cvt.rn.bf16", "st.global.v4", ".local.",
+         "cvt.rn.satfinite.e4m3x2.f32", "cvt.rn.satfinite.e4m3x2.f16x2", "st.global.v2", "st.global", "cp.async.c")
 print(json.dumps({name: {word: ptx.count(word) for word in words} for name, ptx in cases.items()}))
 """
 
@@ -107,7 +137,8 @@ def test_no_kernel_rounds_otherwise_than_the_reference(ptx):
         if name.startswith("cross_entropy"):  # only in the logarithm of a row's sum
             continue
         assert counts[".ftz"] == 0, name
-        if not name.startswith("gemv") and not name.endswith("fused"):
+        in_float32 = "experts" in name and ("float32" in name or "fp32" in name)  # multiply-adds are the product itself
+        if not name.startswith("gemv") and not name.endswith("fused") and not in_float32:
             assert counts["fma.rn.f32"] == 0, name
     assert ptx["dequantize_4bit fused"]["fma.rn.f32"] > 0, "contraction would happen if launches did not forbid it"
     assert ptx["quantize_4bit"]["div.rn.f32"] > 0
@@ -158,3 +189,20 @@ def test_float8_is_rounded_from_float32_at_once_from_capability_9_on(ptx):
             here, other = ("f32", "f16x2") if name.endswith("90") else ("f16x2", "f32")
             assert counts[f"cvt.rn.satfinite.e4m3x2.{here}"] > 0, name
             assert counts[f"cvt.rn.satfinite.e4m3x2.{other}"] == 0, name
+
+
+def test_products_of_experts_are_the_tensor_cores_but_for_float32(ptx):
+    names = [name for name in ptx if name.startswith("experts")]
+    assert len(names) == 2 * (4 + 2 + 6 + 2)
+    for name in names:
+        counts, is_float32 = ptx[name], "float32" in name or "fp32" in name
+        assert (counts["mma.sync"] + counts["wgmma.mma_async"] > 0) != is_float32, name
+        assert (counts["fma.rn.f32"] > 0) == is_float32, name
+        if name.endswith("128 90"):
+            assert counts["mma.sync"] == 0, f"{name}: capability 9 has units of its own"
+
+
+def test_values_are_looked_up_in_shared_memory_not_copied_one_by_one(ptx):
+    """A tile of 128 x 64 codes of 4 bits over 128 threads is 64 values each; codes and x come in asynchronous copies."""
+    for capability in (80, 90):
+        assert 0 < ptx[f"experts_product nf4 16 {capability}"]["cp.async.c"] < 64

@@ -16,6 +16,9 @@ Baselines:
   groups are measured against the same two, with their default options;
 - the head's loss with its gradient (on CUDA) replaces the logits; the baseline is torch's cross-entropy with its backward pass,
   which keeps the logits;
+- products of experts (on CUDA) decode inside, for all experts at once; the baselines are the loop over experts with the kernels
+  of one matrix, which waits for the numbers of rows, and torch's grouped product on weights that were decoded before, which a
+  model in 4 bits has no room for;
 - bitsandbytes' kernels do the same work on the same bytes. Its API allocates the output of every dequantisation, and for large
   outputs the page faults of that cost more than the kernel; `_kernel` is the kernel alone, on the same preallocated output,
   and `native_allocating` the native one with a new output each time. Its inference layer on a CPU repacks the weight and computes
@@ -38,11 +41,14 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from lownibble import record as records
-from lownibble.kernels import cpu, ops, reference
-from lownibble.kernels.types import FourBit, Nested
+from lownibble.config import QuantConfig
+from lownibble.kernels import cpu, ops, plain, reference
+from lownibble.kernels.types import NO_EPILOGUE, FourBit, Nested
 from lownibble.models import pick_device
 from lownibble.quant import quantize
 from lownibble.quant.codebook import Codebook, codebook, dynamic8, dynamic8_lookup
+from lownibble.quant.codecs import quantize_experts
+from lownibble.quant.experts import Ends
 from lownibble.quant.layouts import GROUPED
 from lownibble.quant.packed import PackedWeight
 
@@ -54,6 +60,8 @@ CUDA_SHAPES_NK = [(14336, 4096)]
 """Measured on CUDA, too: the largest layer of an 8B model. Seconds a turn on a CPU."""
 CUDA_LOGITS_LV = (2048, 128256)
 """Logits of the loss, measured on CUDA: 2048 label tokens of Llama 3's vocabulary, 0.5 GB in bfloat16."""
+CUDA_EXPERTS_ENK, CUDA_EXPERT_ROWS = (128, 1536, 2048), 32768
+"""Experts' matrices, measured on CUDA: gate and up of a layer of Qwen3-30B-A3B, for 4,096 tokens of 8 experts each."""
 ROWS = [1, 4, 8]
 NATIVE = {"cpu": ("cpu", torch.float32), "cuda": ("triton", torch.bfloat16)}
 """Device type -> backend, dtype of the dense tensors."""
@@ -294,6 +302,41 @@ def _bench_cross_entropy(L: int, V: int, repeats: int, device: torch.device) -> 
     }
 
 
+def _bench_experts(shape_ENK: tuple[int, int, int], rows: int, repeats: int, device: torch.device) -> Record:
+    """Products of rows, each with an expert at random, both ways."""
+    (n_experts, N, K), (name, dtype) = shape_ENK, NATIVE[device.type]
+    native, generator = ops.backend(name), torch.Generator(device).manual_seed(4)
+    dense_ENK = torch.randn(shape_ENK, generator=generator, device=device, dtype=dtype)
+    packed = quantize_experts(dense_ENK, QuantConfig())
+    packed.decode(dense_ENK)
+    stack = packed.stack
+    assert stack is not None
+    expert_of_row = torch.randint(n_experts, (rows,), generator=generator, device=device).sort().values
+    ends_E = Ends.of(expert_of_row, n_experts).on_device
+    found: Record = {}
+    for transposed in (False, True):
+        x_SC = torch.randn(rows, N if transposed else K, generator=generator, device=device, dtype=dtype)
+        factor_ECM = dense_ENK if transposed else dense_ENK.transpose(1, 2)
+
+        def ours(x: Tensor = x_SC, turned: bool = transposed) -> Tensor:
+            return native.matmul_experts(x, stack, ends_E, turned, NO_EPILOGUE)
+
+        def loop(x: Tensor = x_SC, turned: bool = transposed) -> Tensor:
+            return plain.matmul_experts(native.matmul_4bit, native.matmul_grouped, x, stack, ends_E, turned, NO_EPILOGUE)
+
+        def torchs(x: Tensor = x_SC, factor: Tensor = factor_ECM) -> Tensor:
+            return torch._grouped_mm(x, factor, ends_E)
+
+        seconds = _take_turns({"native": ours, "loop": loop, "torch_on_decoded": torchs}, repeats, device)
+        found["transposed" if transposed else "forward"] = {
+            "times": _times(seconds),
+            "TFLOPps": 2 * rows * N * K / statistics.median(seconds["native"]) / 1e12,
+            "ratio_vs_loop": _ratio(seconds, "loop", "native"),
+            "ratio_vs_torch_on_decoded": _ratio(seconds, "torch_on_decoded", "native"),
+        }
+    return found
+
+
 @torch.no_grad()
 def bench_kernels(repeats: int = 15, peers: bool = True, device: str = "auto") -> Record:
     """Measure the kernels of a device; a CPU's with one thread and with torch's number of threads. Under a minute on two cores.
@@ -337,6 +380,8 @@ def bench_kernels(repeats: int = 15, peers: bool = True, device: str = "auto") -
             if place.type == "cuda":
                 L, V = CUDA_LOGITS_LV
                 record["cross_entropy"] = {f"{L}x{V}": _bench_cross_entropy(L, V, repeats, place)}
+                experts = "x".join(map(str, (CUDA_EXPERT_ROWS, *CUDA_EXPERTS_ENK)))
+                record["experts"] = {experts: _bench_experts(CUDA_EXPERTS_ENK, CUDA_EXPERT_ROWS, repeats, place)}
             by_threads[str(threads)] = record
     finally:
         torch.set_num_threads(all_threads)
@@ -384,6 +429,15 @@ def _headlines(record: Record, dtype: torch.dtype) -> Record:
         **{
             f"loss and its gradient {shape} / torch's cross_entropy, forward and backward": each["ratio_vs_torch"]
             for shape, each in record.get("cross_entropy", {}).items()
+        },
+        **{
+            f"products of experts {shape}, {way} / {other}": figures[key]
+            for shape, each in record.get("experts", {}).items()
+            for way, figures in each.items()
+            for key, other in (
+                ("ratio_vs_loop", "a loop over experts"),
+                ("ratio_vs_torch_on_decoded", "torch's grouped product, decoded before"),
+            )
         },
         **{f"{name}: dequantize {big} / fill of the same memory": each["ratio_vs_fill"] for name, each in grouped.items()},
         **{f"{name}: matrix-vector {big} / dense {dense}": each["ratio_gemv_vs_dense"] for name, each in grouped.items()},

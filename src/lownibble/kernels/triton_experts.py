@@ -35,8 +35,8 @@ from lownibble.kernels.types import Epilogue, FourBit, Stack
 SMALLEST = 16
 """Rows, columns and terms that a tensor core takes at least. A tile has as many rows as an expert has on average."""
 LARGEST = {True: (128, 128, 64), False: (32, 64, 32)}
-"""Rows and columns of a tile, and terms at a time, at most. False: for float32, which has no tensor cores, and for weights whose
-codes are found one by one; they need more registers (ptxas spills none with these)."""
+"""Rows and columns of a tile, and terms at a time, at most. False: for float32, and for weights whose codes are found one by
+one; they need more registers and shared memory (ptxas spills no registers with these)."""
 ROWS_AT_A_TIME, OUTER = {2: 64, 4: 32}, 64
 """`outer_experts`: bytes of an element -> rows that a program multiplies at a time; rows and columns of a tile at most."""
 
@@ -233,8 +233,10 @@ def matmul_experts(x_SC: Tensor, weights: Stack, ends_E: Tensor, transposed: boo
         raise InputError("Products of experts add no bias. Add each row's own.")
     out_SC = torch.empty((S, columns), dtype=dtype, device=device)
     held = _tensors(weights, x_SC)
-    in_pairs = held.constants["WHOLE"] and held.constants["BITS"] == 4
-    most_rows, most_columns, at_a_time = LARGEST[dtype.itemsize == 2 and (in_pairs or isinstance(weights, Tensor))]
+    narrow = (
+        weights.dtype.itemsize == 2 if isinstance(weights, Tensor) else held.constants["WHOLE"] and held.constants["BITS"] == 4
+    )
+    most_rows, most_columns, at_a_time = LARGEST[dtype.itemsize == 2 and narrow]
     rows, width = _tile(S // max(1, n_experts), most_rows), _tile(columns, most_columns)
     row_tiles = S // rows + min(S, n_experts + 1)
     _launch(
