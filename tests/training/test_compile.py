@@ -258,8 +258,8 @@ def test_a_mixture_that_goes_by_expert_is_not_compiled():
         ln.add_lora(model, LoraConfig(r=4))
     assert compiling.choose("auto", model, CPU, 10**15) == (
         False,
-        compiling.IMPOSSIBLE + "packed or adapted experts run one by one, with as many rows each as the router sends them, which "
-        "a graph cannot",
+        compiling.IMPOSSIBLE
+        + "packed or adapted experts have a pass of their own, at whose products a compiled graph would end, which does not pay",
     )
     with pytest.raises(ConfigError, match="torch_compile=True cannot be done: packed or adapted experts"):
         compiling.choose(True, model, CPU, 10**15)

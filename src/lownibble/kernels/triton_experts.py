@@ -233,9 +233,8 @@ def matmul_experts(x_SC: Tensor, weights: Stack, ends_E: Tensor, transposed: boo
         raise InputError("Products of experts add no bias. Add each row's own.")
     out_SC = torch.empty((S, columns), dtype=dtype, device=device)
     held = _tensors(weights, x_SC)
-    narrow = (
-        weights.dtype.itemsize == 2 if isinstance(weights, Tensor) else held.constants["WHOLE"] and held.constants["BITS"] == 4
-    )
+    in_pairs = bool(held.constants["WHOLE"]) and held.constants["BITS"] == 4
+    narrow = weights.dtype.itemsize == 2 if isinstance(weights, Tensor) else in_pairs
     most_rows, most_columns, at_a_time = LARGEST[dtype.itemsize == 2 and narrow]
     rows, width = _tile(S // max(1, n_experts), most_rows), _tile(columns, most_columns)
     row_tiles = S // rows + min(S, n_experts + 1)

@@ -77,7 +77,9 @@ def obstacle_to(model: Any, device: torch.device) -> str:
     if info(model).merge_aware is not None:
         return "merge-aware layers pack their weight between steps, out of a graph's sight"
     if experts.goes_by_expert(model):
-        return "packed or adapted experts run one by one, with as many rows each as the router sends them, which a graph cannot"
+        return (
+            "packed or adapted experts have a pass of their own, at whose products a compiled graph would end, which does not pay"
+        )
     if not decoder_layers(model):
         return f"the decoder layers of {type(model).__name__} are not known"
     if device.type == "cpu":
