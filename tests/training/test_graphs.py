@@ -5,6 +5,7 @@ from unittest.mock import patch
 
 import pytest
 import torch
+from mixtures import folder_of
 from torch import nn
 
 import lownibble as ln
@@ -275,6 +276,17 @@ def test_captured_steps_are_those_without_graphs(options, widen, tiny_data):
     assert trainer.passes.graphs.obstacle == ""
     assert len(trainer.passes.graphs) > 0
     assert found == pytest.approx(losses_of(trainer_of(model, tiny_data, cuda_graphs=False, **options)), rel=0.02)
+
+
+@pytest.mark.gpu
+def test_the_experts_pass_is_captured(tokenizer, tiny_data, tmp_path):
+    """With products of all experts at once; eager, since layers with experts are not compiled."""
+    model = folder_of("qwen3_moe", tmp_path / "model", tokenizer)
+    trainer = trainer_of(model, tiny_data, cuda_graphs=True)
+    found = losses_of(trainer)
+    assert trainer.passes.graphs.obstacle == ""
+    assert len(trainer.passes.graphs) > 0
+    assert found == pytest.approx(losses_of(trainer_of(model, tiny_data, cuda_graphs=False)), rel=0.02)
 
 
 @pytest.mark.gpu

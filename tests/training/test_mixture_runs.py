@@ -13,9 +13,12 @@ from transformers import AutoConfig, AutoModelForCausalLM
 import lownibble as ln
 from lownibble.config import RunConfig
 from lownibble.errors import BackendError
+from lownibble.kernels import ops
 from lownibble.lora.experts import LoraExperts
 from lownibble.lora.portable import WEIGHTS_FILE
+from lownibble.quant.experts import Ends
 from lownibble.training import run
+from lownibble.training.loss import label_loss
 
 try:
     from lownibble.kernels import cpu
@@ -119,3 +122,33 @@ def test_full_fine_tuning_is_saved_under_the_checkpoints_names(kind, tokenizer, 
     result = run(RunConfig(model=str(folder), method="full", data=rows_of(16), train=train))
     again = theirs(tmp_path / "out" / "model")
     torch.testing.assert_close(logits(again, some_ids()), logits(result.model.eval(), some_ids()), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("kind", "quant"), [("qwen3_moe", "nf4"), pytest.param("gpt_oss", "mxfp4", marks=pytest.mark.slow), ("mixtral", None)]
+)
+def test_a_step_with_all_experts_at_once_is_the_loops(kind, quant, tokenizer, tmp_path):
+    """On Triton's kernels, in the interpreter where there is no GPU, against the reference's loop on the same device."""
+    if ops.backend_status()["triton"] != "ok":
+        pytest.skip("no triton")
+    folder, ids = folder_of(kind, tmp_path / "model", tokenizer), some_ids()
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model, _ = ln.load(str(folder), quant=quant and ln.QuantConfig(quant_type=quant, block_size=32, double_quant=False))
+    ln.add_lora(model, ln.LoraConfig(r=4, init_lora_weights=False))
+    model.to(device)
+    waited = []
+
+    def step(backend):
+        model.zero_grad()
+        with ln.use_backend(backend), pytest.MonkeyPatch.context() as patch:
+            patch.setattr(Ends, "segments", lambda ends, loop=Ends.segments: waited.append(backend) or loop(ends))
+            loss = label_loss(model, ids.to(device), torch.ones_like(ids).to(device), ids.to(device))
+            loss.backward()
+        gradients = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+        return {"loss": loss.detach(), **gradients}
+
+    ours, expected = step("triton"), step("reference")
+    assert set(waited) == {"reference"}
+    assert sum("experts" in name for name in ours) == 2 * 2 * 2
+    for name, value in expected.items():
+        torch.testing.assert_close(ours[name], value, rtol=1e-3, atol=1e-4 * float(value.abs().max()), msg=name)
