@@ -1,0 +1,135 @@
+"""Runs under torchrun, as a user starts them: what is printed, what ends them, what goes on."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+from ranks import environment, free_port
+from safetensors.torch import load_file
+
+pytestmark = pytest.mark.slow
+
+
+def command(tiny_model, tiny_data, output, *extra, steps=6):
+    return [
+        "-m", "lownibble", "train", "--model", str(tiny_model), "--data", str(tiny_data), "--method", "lora", "--device", "cpu",
+        "--batch-size", "6", "--max-length", "32", "--learning-rate", "1e-2", "--max-steps", str(steps), "--save-steps", "2",
+        "--output", str(output), *extra,
+    ]  # fmt: skip
+
+
+def torchrun(*arguments, **options):
+    line = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", str(free_port())]
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen([*line, *arguments], env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options)
+
+
+def by_hand(arguments, **more):
+    """The two processes without torchrun, which would end them before they can speak."""
+    return [
+        subprocess.Popen(
+            [sys.executable, *arguments], env={**env, **more}, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        )
+        for env in environment(2, free_port())
+    ]
+
+
+def children(process):
+    found = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True)
+    return [int(pid) for pid in found.stdout.split()]
+
+
+def test_one_document_and_one_record(tiny_model, tiny_data, tmp_path):
+    run = torchrun(*command(tiny_model, tiny_data, tmp_path / "out", "--json"))
+    out, errors = run.communicate(timeout=300)
+    assert run.returncode == 0, errors
+    (line,) = out.splitlines()
+    record = json.loads(line)
+    assert record["parallel"]["ranks"] == 2
+    assert record["parallel"]["mode"] == "ddp"  # by the plan it fits
+    assert errors.count("6 steps in") == 1
+    assert record == json.loads((tmp_path / "out/record.json").read_text())
+
+
+def test_a_killed_rank_and_max_restarts(tiny_model, tiny_data, tmp_path):
+    whole = torchrun(*command(tiny_model, tiny_data, tmp_path / "whole", steps=60))
+    assert whole.communicate(timeout=300) and whole.returncode == 0
+    run = torchrun("--max-restarts", "1", *command(tiny_model, tiny_data, tmp_path / "out", steps=60))
+    deadline = time.monotonic() + 200
+    while not list((tmp_path / "out").glob("checkpoints/step-*")):
+        assert time.monotonic() < deadline
+        assert run.poll() is None
+        time.sleep(0.02)
+    os.kill(children(run)[1], signal.SIGKILL)
+    _, errors = run.communicate(timeout=300)
+    assert run.returncode == 0, errors
+    events = [json.loads(line) for line in (tmp_path / "out/events.jsonl").read_text().splitlines()]
+    assert [event["first_step"] for event in events if event["event"] == "Started"][-1] > 0
+    found, expected = (load_file(tmp_path / name / "adapter/adapter_model.safetensors") for name in ("out", "whole"))
+    assert all(found[key].equal(value) for key, value in expected.items())
+
+
+@pytest.mark.parametrize(
+    ("extra", "message"),
+    [
+        (["--batch-size", "3"], "must be a multiple of 2"),
+        (["--lora-alpha", "x"], "lora_alpha"),
+        (["--parallel", "fsdp", "--optim", "adamw_8bit"], "optim='adamw_8bit'"),
+        (["--model", "/nowhere"], "/nowhere"),
+    ],
+)
+def test_what_all_ranks_refuse_is_said_once(tiny_model, tiny_data, tmp_path, extra, message):
+    ranks = by_hand(command(tiny_model, tiny_data, tmp_path / "out", *extra))
+    ended = [rank.communicate(timeout=200)[1] for rank in ranks]
+    assert [rank.returncode for rank in ranks] == [2, 2]
+    assert message in ended[0]
+    assert "error" not in ended[1]
+
+
+def test_an_error_of_one_rank_names_it(tiny_model, tiny_data, tmp_path):
+    first, second = environment(2, free_port())
+    good = command(tiny_model, tiny_data, tmp_path / "out")
+    ranks = [
+        subprocess.Popen([sys.executable, *arguments], env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        for arguments, env in ((good, first), ([*good, "--r", "0"], {**second, "LOWNIBBLE_PARALLEL_TIMEOUT": "20"}))
+    ]
+    _, errors = ranks[1].communicate(timeout=200)
+    ranks[0].kill()
+    ranks[0].communicate()
+    assert ranks[1].returncode == 2
+    assert errors.startswith("rank 1: error: ")
+    assert "'r' of LoraConfig" in errors
+
+
+def test_a_rank_that_is_gone_ends_the_others_with_one_sentence(tiny_model, tiny_data, tmp_path):
+    ranks = by_hand(command(tiny_model, tiny_data, tmp_path / "out", steps=2000))
+    while not list((tmp_path / "out").glob("checkpoints/step-*")):
+        assert ranks[0].poll() is None
+        time.sleep(0.02)
+    ranks[1].kill()
+    _, errors = ranks[0].communicate(timeout=60)
+    ranks[1].communicate()
+    assert ranks[0].returncode == 1
+    assert "Traceback" not in errors
+    assert "Another process of the run ended or cannot be reached" in errors
+    assert "--resume" in errors
+
+
+def test_other_commands_say_what_torchrun_is_for(tmp_path):
+    (rank, other) = by_hand(["-m", "lownibble", "doctor"])
+    _, errors = rank.communicate(timeout=100)
+    other.communicate(timeout=100)
+    assert rank.returncode == 2
+    assert "torchrun is for 'lownibble train'" in errors
+
+
+def test_alone_there_is_nothing_to_share(tiny_model, tiny_data, tmp_path):
+    done = subprocess.run(
+        [sys.executable, *command(tiny_model, tiny_data, tmp_path / "out", "--parallel", "fsdp")], capture_output=True, text=True
+    )
+    assert done.returncode == 2
+    assert "torchrun --nproc-per-node" in done.stderr
