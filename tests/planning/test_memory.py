@@ -65,10 +65,10 @@ def test_every_figure_has_a_source(name):
 def test_packed_layers_are_as_large_as_packed_weights(quant_type):
     shape = read_shape(CONFIG.to_dict())
     config = QuantConfig(quant_type=quant_type, block_size=32, pattern={"down_proj": {"quant_type": "int8"}})
-    for path, sizes in packed_layers(shape, config).items():
+    for path, tensors in packed_layers(shape, config).items():
         linear = dict(paths(shape))[path]
         packed = quantize(torch.randn(linear.out_features, linear.in_features), config.for_layer(path))
-        assert sizes == [tensor.nbytes for tensor in packed.tensors().values()]
+        assert [(each.n_bytes, each.shape) for each in tensors] == [(t.nbytes, tuple(t.shape)) for t in packed.tensors().values()]
 
 
 @pytest.mark.parametrize("optim", ["adamw", "adamw_8bit", "paged_adamw", "paged_adamw_8bit"])

@@ -100,7 +100,7 @@ def test_packed_and_adapted_experts_are_those_of_the_real_model(kind):
         assert packed_layers(shape, quant).keys() == quantizable(model, quant).keys()
         for path, how in quantizable(model, quant).items():
             linear = all_paths(shape)[path]
-            n_bytes = sum(packed_layers(shape, quant)[path])
+            n_bytes = sum(spec.n_bytes for spec in packed_layers(shape, quant)[path])
             one = ln.quantize(next(iter(model.parameters())).new_ones(linear.shape[-2:]), how)
             assert n_bytes == (linear.experts or 1) * one.nbytes
     for options in (

@@ -107,7 +107,7 @@ def peak_of_events(profiler):
 
 
 def packed(shape, method):
-    """Bytes of codes and constants of each linear, and which have products that decode inside the kernel; for qlora."""
+    """Codes and constants of each linear, and which have products that decode inside the kernel; for qlora."""
     if DORA.get(method, method) != "qlora":
         return {}, ()
     found = packed_layers(shape, QuantConfig())

@@ -190,6 +190,8 @@ def study(arguments: argparse.Namespace) -> dict[str, Any]:
 def plan(arguments: argparse.Namespace) -> dict[str, Any]:
     """Plan a run, and show what fits."""
     config: PlanConfig = read(arguments, PlanConfig, arguments.config)
+    if arguments.html and config.gpus:
+        raise ConfigError("The page of --html is of one GPU. Leave it out, or --gpus.")
     from lownibble.planning.show import tables
     from lownibble.rehearsal.plan import plan as make_plan
 

@@ -35,11 +35,11 @@ from lownibble.config.groups import (
     QuantConfig,
     TrainConfig,
 )
-from lownibble.config.methods import METHODS, Method, MethodSpec, NamedMethod, method_named
+from lownibble.config.methods import METHODS, PARALLEL, Method, MethodSpec, NamedMethod, Parallel, method_named
 
 __all__ = [
     "CHECKPOINTING", "COMPARE_TRAIN", "CORRECT", "FIXED", "FOR_ADAPTERS", "KEEP_THEIR_START", "LOOK_AT_INPUTS", "METHODS",
-    "PACKED", "PER_LAYER", "Checkpointing", "CompareConfig", "Data", "DataConfig",
-    "EvalConfig", "ExportConfig", "LoraConfig", "MergeConfig", "Method", "MethodSpec", "NamedMethod", "PlanConfig",
-    "QuantConfig", "QuantizeConfig", "RowsConfig", "RunConfig", "ServeConfig", "TrainConfig", "method_named",
+    "PACKED", "PARALLEL", "PER_LAYER", "Checkpointing", "CompareConfig", "Data", "DataConfig",
+    "EvalConfig", "ExportConfig", "LoraConfig", "MergeConfig", "Method", "MethodSpec", "NamedMethod", "Parallel",
+    "PlanConfig", "QuantConfig", "QuantizeConfig", "RowsConfig", "RunConfig", "ServeConfig", "TrainConfig", "method_named",
 ]  # fmt: skip

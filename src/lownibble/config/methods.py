@@ -25,6 +25,10 @@ from lownibble.registry import CODECS, INITS
 Method = Literal["full", "lora", "qlora"]
 METHODS: tuple[Method, ...] = get_args(Method)
 
+Parallel = Literal["ddp", "fsdp"]
+"""How several ranks train: each holds the whole model, or a part of every parameter."""
+PARALLEL: tuple[Parallel, ...] = get_args(Parallel)
+
 _BITS = re.compile(r"(\d+(?:\.\d+)?)bits")
 
 _OTHERS: dict[str, dict[str, Any]] = {

@@ -41,7 +41,7 @@ def run_calibration(shape: ModelShape, method: Method, run: Runtime, rows: Rows,
     Args:
         init: the start's name, in `STARTS`.
     """
-    tape = Tape(run.round_to)
+    tape = Tape(run.round_to, shards=run.shards or 1)
     model = Decoder(tape, shape, method, run)
     tape.mark("model")
     with tape.no_grad():
@@ -52,6 +52,8 @@ def run_calibration(shape: ModelShape, method: Method, run: Runtime, rows: Rows,
         few = min(rows.number, max(1, TOKENS_AT_ONCE // rows.length))
         last = max(i for i in range(shape.layers) if any(path.startswith(f"model.layers.{i}.") for path in method.ranks))
         part = Value(states.storage, few * rows.length * shape.hidden, run.itemsize)
+        if model.groups:
+            model.groups.gather(last)
         measured = [linear for linear in shape.linears if f"model.layers.{last}.{linear.name}" in method.ranks]
         widths = _widths(measured)
         late = widths[-1:] if measured[-1:] == [*shape.linears[-1:]] else []  # the MLP's last, after its widest tensors

@@ -8,7 +8,7 @@ In a compiled layer (`training/compiling.py`) norms, rotary embedding, activatio
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from lownibble.arch import ModelShape
 from lownibble.config import Checkpointing
@@ -16,7 +16,8 @@ from lownibble.planning import fused
 from lownibble.planning import operations as op
 from lownibble.planning.experts import Mixture, goes_by_expert
 from lownibble.planning.linear import LinearOnTape, Method, Runtime, SharedBuffers
-from lownibble.planning.tape import BOOL, FLOAT32, INT64, LayerInputs, Tape, Value
+from lownibble.planning.sharded import Groups
+from lownibble.planning.tape import BOOL, FLOAT32, INT64, LayerInputs, Parameter, Tape, Value
 from lownibble.planning.tiles import is_long, tile_lengths, tiled
 
 
@@ -25,13 +26,14 @@ class Decoder:
 
     Attributes:
         head: the head's weight; the embedding's if tied. head_adapter: A and B, or empty.
+        groups: the parameters by group, where ranks hold parts of them.
     """
 
     def __init__(self, tape: Tape, shape: ModelShape, method: Method, run: Runtime) -> None:
         self.tape, self.shape, self.run, self.method = tape, shape, run, method
-        self._all: list[Value] = []
+        self._all: list[Parameter] = []
         self.buffers, family, hidden = SharedBuffers(tape, run), shape.family, shape.hidden
-        self.embedding = self._parameter(shape.vocab * hidden)
+        self.embedding = self._parameter(shape.vocab * hidden, shape.vocab)
         self.layers = [
             {
                 linear.name.rpartition(".")[2]: LinearOnTape(
@@ -49,25 +51,37 @@ class Decoder:
             Mixture(tape, shape, method, run, self.buffers, layer, ours, self._parameter)
             for layer in range(shape.layers) if family.experts
         ]  # fmt: skip
-        self.head = self.embedding if shape.tied else self._parameter(shape.vocab * hidden)
+        self.head = self.embedding if shape.tied else self._parameter(shape.vocab * hidden, shape.vocab)
         r = method.ranks.get("lm_head", 0)
-        self.head_adapter = [tape.parameter(r * n, method.adapter_itemsize, "adapters", True) for n in (hidden, shape.vocab) if r]
+        of_factors = [(r, hidden), (shape.vocab, r)] if r else []
+        self.head_adapter = [tape.parameter(N * K, method.adapter_itemsize, "adapters", True, N) for N, K in of_factors]
         if family.head_bias:
             self._parameter(shape.vocab)
         self._frequencies = [tape.new(shape.head_dim // 2, FLOAT32, "weights") for _ in range(2)]
         self._tiles = [0]
         self._in_graph = False
+        self.groups = self._grouped() if run.shards else None
 
-    def _parameter(self, n: int) -> Value:
-        value = self.tape.parameter(n, self.run.itemsize, "weights", self.method.full)
+    def _grouped(self) -> Groups:
+        layers: list[list[Parameter]] = []
+        for layer, linears in enumerate(self.layers):
+            own = [*self.norms[layer], *self.qk_norms[layer]]
+            layers.append([*(p for linear in linears.values() for p in linear.parameters), *(p for norm in own for p in norm)])
+        for layer, mixture in enumerate(self.mixtures):
+            layers[layer] += mixture.parameters
+        inside = {id(each) for layer in layers for each in layer}
+        return Groups(self.tape, layers, [each for each in (*self._all, *self.head_adapter) if id(each) not in inside])
+
+    def _parameter(self, n: int, rows: int | None = None) -> Parameter:
+        value = self.tape.parameter(n, self.run.itemsize, "weights", self.method.full, rows)
         self._all.append(value)
         return value
 
-    def _norm_parameters(self, n: int) -> list[Value]:
+    def _norm_parameters(self, n: int) -> list[Parameter]:
         return [self._parameter(n) for _ in range(2 if self.shape.family.norm == "layer" else 1)]
 
     @property
-    def parameters(self) -> list[Value]:
+    def parameters(self) -> list[Parameter]:
         """All parameters but the head's adapter."""
         linears = [linear for layer in self.layers for linear in layer.values()]
         linears += [linear for mixture in self.mixtures for linear in mixture.linears]
@@ -79,6 +93,8 @@ class Decoder:
         cut = bool(checkpointing) and is_long(rows * length)
         self._tiles = tile_lengths(rows * length) if cut else [rows * length]
         inputs = LayerInputs(tape) if checkpointing == "offload" else None
+        if self.groups:
+            self.groups.start()
         hidden = op.embedding(tape, self.embedding, rows * length, shape.hidden)
         if shape.family.scaled:
             hidden = op.scale(tape, hidden)
@@ -89,17 +105,20 @@ class Decoder:
             cos, sin = self.angles(length)
         del positions
         for layer in range(shape.layers):
-            if checkpointing:
 
-                def run(x: Value, layer: int = layer) -> Value:
-                    return self.layer(layer, x, cos, sin, rows)
+            def run(x: Value, layer: int = layer) -> Value:
+                return self.layer(layer, x, cos, sin, rows)
 
-                hidden = tape.checkpoint(run, hidden, inputs)
-            else:
-                hidden = self.layer(layer, hidden, cos, sin, rows)
+            def checkpointed(x: Value, run: Callable[[Value], Value] = run) -> Value:
+                return tape.checkpoint(run, x, inputs)
+
+            way = checkpointed if checkpointing else run
+            hidden = self.groups.run(layer, hidden, way) if self.groups else way(hidden)
         del masks
         self._in_graph = False
         last = self._tiled_norm(hidden, self.last_norm)
+        if self.groups:
+            self.groups.forwarded()
         del embedded
         return last
 
@@ -151,7 +170,7 @@ class Decoder:
     def _add(self, a: Value, b: Value) -> Value:
         return fused.add(self.tape, a, b) if self._in_graph else op.add(self.tape, a, b)
 
-    def _tiled_norm(self, x: Value, parameters: list[Value]) -> Value:
+    def _tiled_norm(self, x: Value, parameters: Sequence[Value]) -> Value:
         return self._in_tiles(lambda tile: self._norm(tile, parameters), x, parameters)
 
     def _feed(self, layer: int, x: Value) -> Value:
@@ -161,12 +180,12 @@ class Decoder:
         linears = [linear for name, linear in self.layers[layer].items() if name not in attention]
         return self._in_tiles(lambda tile: self._mlp(layer, tile), x, [p for linear in linears for p in linear.parameters])
 
-    def _in_tiles(self, run: Callable[[Value], Value], x: Value, parameters: list[Value]) -> Value:
+    def _in_tiles(self, run: Callable[[Value], Value], x: Value, parameters: Sequence[Value]) -> Value:
         if len(self._tiles) == 1:
             return run(x)
         return tiled(self.tape, run, x, self._tiles, [p for p in parameters if p.trained])
 
-    def _norm(self, x: Value, parameters: list[Value]) -> Value:
+    def _norm(self, x: Value, parameters: Sequence[Value]) -> Value:
         tape, weight = self.tape, parameters[0]
         rows = x.n // weight.n
         if self._in_graph:

@@ -16,7 +16,7 @@ from collections.abc import Callable, Sequence
 from lownibble.arch import Linear, ModelShape, expert_paths
 from lownibble.planning import operations as op
 from lownibble.planning.linear import LinearOnTape, Method, Runtime, SharedBuffers
-from lownibble.planning.tape import FLOAT32, INT64, Tape, Value
+from lownibble.planning.tape import FLOAT32, INT64, Parameter, Tape, Value
 
 
 class ExpertsOnTape(LinearOnTape):
@@ -106,21 +106,27 @@ class Mixture:
     """Router and experts of a decoder layer.
 
     Args:
-        layer: its number. ours: it runs our pass. new: makes a parameter of n elements that is the model's own.
+        layer: its number. ours: it runs our pass. new: (elements, first dimension) -> a parameter that is the model's own.
     """
 
     def __init__(
         self, tape: Tape, shape: ModelShape, method: Method, run: Runtime, buffers: SharedBuffers, layer: int,
-        ours: bool, new: Callable[[int], Value],
+        ours: bool, new: Callable[[int, int], Parameter],
     ) -> None:  # fmt: skip
         self._tape, self._shape = tape, shape
         self.gate_up, self.down = self.linears = [
             ExpertsOnTape(tape, f"model.layers.{layer}.{linear.name}", linear, method, run, buffers)
             for linear in shape.expert_linears
         ]
-        self._router = new(shape.experts * shape.hidden)
-        self._router_bias = new(shape.experts) if shape.family.expert_bias else None
+        self._router = new(shape.experts * shape.hidden, shape.experts)
+        self._router_bias = new(shape.experts, shape.experts) if shape.family.expert_bias else None
         self._ours = ours
+
+    @property
+    def parameters(self) -> list[Parameter]:
+        """Of experts and router."""
+        router = [each for each in (self._router, self._router_bias) if each is not None]
+        return [*(p for linear in self.linears for p in linear.parameters), *router]
 
     def __call__(self, x: Value) -> Value:
         """The sum over each token's experts, for all tokens."""

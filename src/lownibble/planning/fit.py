@@ -8,11 +8,11 @@ device's interval does, so that the verdict is safe.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from lownibble.config import CHECKPOINTING, Checkpointing, Method, TrainConfig
+from lownibble.config import CHECKPOINTING, Checkpointing, Method, Parallel, TrainConfig
 from lownibble.optim.specs import is_paged, paged_name
 from lownibble.planning.hardware import Device
 from lownibble.planning.memory import MemoryPlan
@@ -93,6 +93,11 @@ def judge(method: Method, device: Device, train: TrainConfig, plan_of: PlanOf, o
             nearest = Verdict(method, device, False, f"no: {over / 2**30:.1f} GiB over", over, options, memory)
     assert nearest is not None
     return nearest
+
+
+def chosen(verdicts: Mapping[Parallel, Verdict]) -> Parallel:
+    """What 'auto' is on several GPUs: ddp where the whole model fits one of them as it is, else fsdp if that can be planned."""
+    return "ddp" if "fsdp" not in verdicts or ("ddp" in verdicts and _plain(verdicts["ddp"])) else "fsdp"
 
 
 def largest(least: int, most: int, limit: int, need: Callable[[int], int]) -> int:

@@ -36,6 +36,8 @@ class Device:
             unknown.
         efficiency: method -> share of `flops` that training reaches (low, likely, high), if measured.
         price: dollars per hour, lowest and highest, or None.
+        link: bytes/s in each direction between cards of a node. network: bytes/s in each direction between nodes, of a whole
+            node. Both None if unknown.
         avx512: whether a CPU uses the AVX-512 kernels.
         allocated_error: shares by which allocated memory may be below and above the plan.
         reserved_error: share by which reserved memory may exceed the simulation; contains most published figures
@@ -52,6 +54,8 @@ class Device:
     bandwidth: float | None = None
     flops: float | None = None
     price: tuple[float, float] | None = None
+    link: float | None = None
+    network: float | None = None
     efficiency: Mapping[str, tuple[float, float, float]] | None = None
     context_bytes: int = CONTEXT_MIB << 20
     workspace_bytes: int = WORKSPACE_MIB << 20
@@ -110,8 +114,11 @@ def _from_table(key: str) -> Device:
     cited = tuple((figure, sources[values[-1]]) for figure, values in entry.items() if isinstance(values, list))
     price = (float(entry["price"][0]), float(entry["price"][1])) if "price" in entry else None
     memory, bandwidth, tflops = (entry[figure][0] for figure in ("memory", "bandwidth", "tflops"))
+    links = {figure: _table()["links"][entry[figure]]["bandwidth"] for figure in ("link", "network")}
+    cited += tuple((figure, f"{entry[figure]}: {sources[source]}") for figure, (_, source) in links.items())
     return Device(
         key, entry["title"], "cuda", int(memory * 2**30), bandwidth * 1e9, tflops * 1e12, price,
+        link=links["link"][0] * 1e9, network=links["network"][0] * 1e9,
         context_bytes=entry.get("context_mib", CONTEXT_MIB) << 20,
         workspace_bytes=entry.get("workspace_mib", WORKSPACE_MIB) << 20,
         sources=cited,

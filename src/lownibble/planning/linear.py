@@ -8,7 +8,8 @@ from dataclasses import dataclass, field
 from lownibble.arch import Linear
 from lownibble.planning import fused
 from lownibble.planning import operations as op
-from lownibble.planning.tape import FLOAT32, Tape, Value
+from lownibble.planning.tape import FLOAT32, Parameter, Tape, Value
+from lownibble.quant.layouts import TensorSpec
 
 SMALLEST_CHUNK, CHUNK_SHARE = 64 << 20, 128
 """Bytes of a logits chunk on a CPU and on small devices; on larger ones a chunk is a power of two of at most 1 / CHUNK_SHARE of
@@ -39,6 +40,7 @@ class Runtime:
         chunk_bytes: maximum bytes of one logits chunk, counted in float32.
         cuda: dropout saves a byte mask instead of factors, and fused attention takes a bias.
         compiled: decoder layers are compiled.
+        shards: FSDP's ranks, each of which holds a part of every parameter; 0: parameters are whole.
     """
 
     itemsize: int
@@ -49,6 +51,7 @@ class Runtime:
     cuda: bool = False
     chunk_bytes: int = SMALLEST_CHUNK
     compiled: bool = False
+    shards: int = 0
 
 
 @dataclass(frozen=True)
@@ -57,21 +60,21 @@ class Method:
 
     Attributes:
         full: all weights are trained.
-        packed: path of each packed linear -> bytes of its codes, then of each of its constants; other linears are dense.
+        packed: path of each packed linear -> its codes, then each of its constants; other linears are dense.
         fused: paths of those whose codec has a matmul kernel that dequantises internally.
         ranks: path of a linear -> rank of its adapter; absent: none. adapter_itemsize: bytes per element of its matrices.
         dora: the adapters are DoRA's.
-        rounded: path of each merge-aware linear -> bytes of the codes and constants that it computes with, besides `packed`.
+        rounded: path of each merge-aware linear -> the codes and constants that it computes with, besides `packed`.
         tiled: paths of those whose sum with the adapter is packed by tiles; of others it is a float32 weight first.
     """
 
     full: bool = False
-    packed: Mapping[str, list[int]] = field(default_factory=dict)
+    packed: Mapping[str, list[TensorSpec]] = field(default_factory=dict)
     fused: Collection[str] = ()
     ranks: Mapping[str, int] = field(default_factory=dict)
     adapter_itemsize: int = FLOAT32
     dora: bool = False
-    rounded: Mapping[str, list[int]] = field(default_factory=dict)
+    rounded: Mapping[str, list[TensorSpec]] = field(default_factory=dict)
     tiled: Collection[str] = ()
 
 
@@ -109,28 +112,30 @@ class LinearOnTape:
         self.tape, self.run, self.buffers, self.in_graph = tape, run, buffers, False
         self.n_in, self.n_out, self.r = linear.in_features, linear.out_features, method.ranks.get(path, 0)
         self.n_experts = linear.experts or 1
-        n, n_biases = self.n_experts * self.n_in * self.n_out, self.n_experts * self.n_out
+        n, n_biases, rows = self.n_experts * self.n_in * self.n_out, self.n_experts * self.n_out, linear.experts or None
         self.packed, self.fused = path in method.packed, run.fused and path in method.fused
         if not self.packed:
-            self.parts = [tape.parameter(n, run.itemsize, "weights", method.full)]
+            self.parts = [tape.parameter(n, run.itemsize, "weights", method.full, rows or self.n_out)]
         else:
-            codes, *constants = method.packed[path]
-            self.parts = [tape.parameter(codes, 1, "codes"), *(tape.parameter(size, 1, "constants") for size in constants)]
+            self.parts = self._stored(method.packed[path])
         self.rounded, self.tiled = path in method.rounded, path in method.tiled
         if self.rounded:
-            codes, *constants = method.rounded[path]
-            self.parts += [tape.parameter(codes, 1, "codes"), *(tape.parameter(size, 1, "constants") for size in constants)]
-        self.bias = tape.parameter(n_biases, run.itemsize, "weights", method.full) if linear.bias else None
+            self.parts += self._stored(method.rounded[path])
+        self.bias = tape.parameter(n_biases, run.itemsize, "weights", method.full, rows) if linear.bias else None
         self.of_adapter, of_adapter = method.adapter_itemsize, method.adapter_itemsize
-        of_factors = [self.n_experts * self.r * width for width in (self.n_in, self.n_out) if self.r]
-        self.adapter = [tape.parameter(each, of_adapter, "adapters", True) for each in of_factors]
-        self.magnitude: Value | None = None
+        of_factors = [(self.r, self.n_in), (self.n_out, self.r)] if self.r else []
+        self.adapter = [tape.parameter(self.n_experts * N * K, of_adapter, "adapters", True, rows or N) for N, K in of_factors]
+        self.magnitude: Parameter | None = None
         if self.r and method.dora:
             self.magnitude = tape.parameter(self.n_out, of_adapter, "adapters", True)
-            self.row_squares = tape.parameter(self.n_out, FLOAT32, "weights")
+            self.row_squares = tape.new(self.n_out, FLOAT32, "weights")
+
+    def _stored(self, specs: Sequence[TensorSpec]) -> list[Parameter]:
+        kinds = ("codes", *["constants"] * (len(specs) - 1))
+        return [self.tape.parameter(spec.n_bytes, 1, kind, rows=spec.shape[0]) for kind, spec in zip(kinds, specs, strict=True)]
 
     @property
-    def parameters(self) -> list[Value]:
+    def parameters(self) -> list[Parameter]:
         """All parameters: weight, bias and adapter."""
         return [each for each in (*self.parts, self.bias, *self.adapter, self.magnitude) if each is not None]
 

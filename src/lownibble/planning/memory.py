@@ -18,7 +18,16 @@ from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 from lownibble.arch import Linear, ModelShape, all_paths, expert_paths, paths
-from lownibble.config import CORRECT, KEEP_THEIR_START, LOOK_AT_INPUTS, Checkpointing, LoraConfig, QuantConfig, TrainConfig
+from lownibble.config import (
+    CORRECT,
+    KEEP_THEIR_START,
+    LOOK_AT_INPUTS,
+    Checkpointing,
+    LoraConfig,
+    Parallel,
+    QuantConfig,
+    TrainConfig,
+)
 from lownibble.config import Method as MethodName
 from lownibble.errors import ConfigError, InputError, TargetError
 from lownibble.lora import targets
@@ -28,6 +37,7 @@ from lownibble.optim import specs
 from lownibble.options import n_bytes
 from lownibble.planning.allocator import reserved_bytes
 from lownibble.planning.calibrated import Rows, run_calibration
+from lownibble.planning.exchange import Exchange
 from lownibble.planning.experts import goes_by_expert
 from lownibble.planning.hardware import Device
 from lownibble.planning.linear import Method, Runtime, chunk_bytes
@@ -38,6 +48,9 @@ from lownibble.quant import layouts
 
 KINDS = ("weights", "codes", "constants", "adapters", "gradients", "optimizer", "activations", "workspace")
 """Kinds of memory, in display order."""
+
+OF_RANKS = ("gathered", "communication")
+"""Kinds of memory that only one of several ranks has: tensors gathered from all, and buffers that are sent and received."""
 
 FUSED = ("nf4", "fp4", *layouts.GROUPED)
 """Codecs with matmul kernels that dequantise internally, on CPUs with AVX-512."""
@@ -84,6 +97,7 @@ class MemoryPlan:
             through.
         host_bytes: pinned host memory for offloaded checkpoints.
         compiled: whether the step is one of compiled decoder layers.
+        exchange: what ranks exchange, of a plan of one of several.
     """
 
     kinds: dict[str, int]
@@ -97,6 +111,7 @@ class MemoryPlan:
     host_bytes: int = 0
     compiled: bool = False
     adapters_per_token: int = 0
+    exchange: Exchange | None = None
 
     def on(self, device: Device) -> MemoryPlan:
         """The same plan on another device with an equal `Device.alike`."""
@@ -141,7 +156,7 @@ class MemoryPlan:
             "reserved_bytes": None if self.reserved is None else self.reserved._asdict(),
             "device_bytes": self.device._asdict(), "parameters": self.parameters,
             "trained_parameters": self.trained_parameters, "host_bytes": self.host_bytes,
-            "compiled": self.compiled,
+            "compiled": self.compiled, **({} if self.exchange is None else {"exchange_bytes": self.exchange._asdict()}),
         }  # fmt: skip
 
 
@@ -149,8 +164,9 @@ def plan_memory(
     shape: ModelShape, device: Device, method: MethodName, *, quant: QuantConfig, lora: LoraConfig, train: TrainConfig,
     dtype: str = "auto", adapter_dtype: str = "float32", batch: Batch | None = None, step: StepOf | None = None,
     rounded: Mapping[str, QuantConfig] | None = None, calibration: Rows | None = None, compiled: bool = False,
+    parallel: Parallel | None = None, ranks: int = 1,
 ) -> MemoryPlan:  # fmt: skip
-    """The memory of a step.
+    """The memory of a step, on one of several ranks with `parallel`.
 
     Args:
         batch: its largest microbatch; default: the largest possible, where every row has `max_length` tokens, all but the first
@@ -161,6 +177,8 @@ def plan_memory(
         calibration: rows of the calibration pass, if the initialisation looks at layers' inputs; None: it is not counted.
         compiled: the run compiles decoder layers (see `compiles`); those that run in tiles of tokens are not, nor those of
             mixtures with packed or adapted experts. Only on CUDA: plans for a CPU are of layers that are not compiled.
+        parallel, ranks: how several ranks train (`exchange.py`), and their number. With fsdp adapters are rounded where they are
+            used, not once a pass, and passes are not replayed as CUDA graphs: tensors come and go.
     Raises:
         TargetError: LoRA's targets match nothing in this model.
         ConfigError: an option that the planner does not support.
@@ -170,8 +188,11 @@ def plan_memory(
         raise ConfigError(
             f"'{shape.name}' cannot be planned with offloaded checkpoints: {why}. Use --gradient-checkpointing true."
         )
+    shards = ranks if parallel == "fsdp" else 0
+    if shards and (why := not_sharded(shape, traced=step is not None)):
+        raise ConfigError(f"'{shape.name}' cannot be planned with fsdp: {why}. Use --parallel ddp.")
     size = itemsize(device, method, dtype)
-    ranks = {} if method == "full" or shape.counts else _ranks(shape, lora)
+    adapted = {} if method == "full" or shape.counts else _ranks(shape, lora)
     batch, passes = batch or _largest(train), min(2, train.gradient_accumulation_steps)
     tiled = bool(train.gradient_checkpointing) and is_long(batch.rows * batch.length)
     of_adapter = ITEMSIZE[adapter_dtype]
@@ -182,38 +203,50 @@ def plan_memory(
         )
     if step is not None and of_adapter != FLOAT32:
         raise ConfigError(f"A traced step is Lownibble's, whose adapters are in float32. Got adapter_dtype '{adapter_dtype}'.")
-    trained = list(_trained(shape, method, ranks, size, of_adapter, lora.use_dora))
+    trained = list(_trained(shape, method, adapted, size, of_adapter, lora.use_dora))
+    n_trained = sum(n for n, _ in trained)
     rounded = rounded or {}
     ways = None
     if shape.counts is None:
         packed = packed_layers(shape, quant) if method == "qlora" else {}
         fused = {path for path in packed if rounded.get(path, quant.for_layer(path)).quant_type in FUSED}
-        computed_with = {path: _bytes_of(linear, rounded[path]) for path, linear in paths(shape) if path in rounded}
+        computed_with = {path: _specs_of(linear, rounded[path]) for path, linear in paths(shape) if path in rounded}
         by_tiles = {path for path, how in rounded.items() if device.kind == "cpu" and how.quant_type in TILED}
-        ways = Method(method == "full", packed, fused, ranks, of_adapter, lora.use_dora, computed_with, by_tiles)
-    run = _runtime(device, size, compiled and not tiled and not (ways and goes_by_expert(shape, ways)))
+        ways = Method(method == "full", packed, fused, adapted, of_adapter, lora.use_dora, computed_with, by_tiles)
+    run = _runtime(device, size, compiled and not tiled and not (ways and goes_by_expert(shape, ways)), shards)
     if step is None:
         assert ways is not None
         tape = run_step(shape, ways, run, batch, checkpointing=train.gradient_checkpointing, passes=passes)
     else:
         tape = step(method, run, batch, train.gradient_checkpointing, passes)
+    trained = tape.parts if shards else trained
     if method != "full" and lora.init_lora_weights in KEEP_THEIR_START:
         tape.hold([n * each for n, each in trained], "adapters")
-    if device.kind == "cuda" and method != "full":
+    if device.kind == "cuda" and method != "full" and not shards:
         tape.hold([n * size for n, each in trained if each > size], "adapters")  # rounded once a pass
         if tape.compiled and _replays(train, lora):
             tape.hold([n * each for n, each in trained], "gradients")  # those that graphs add to
     tape.hold(state_bytes(trained, train, device.kind), "optimizer")
-    found = _read(tape, passes, shape, device, sum(n for n, _ in trained))
+    if parallel == "ddp":
+        tape.exchange = Exchange("ddp", 0, 0, n_trained * FLOAT32)
+        tape.insert("all-reduce", n_trained * FLOAT32, "communication")
+    found = _read(tape, passes, shape, device, n_trained)
     if method != "full":
-        found = replace(found, adapters_per_token=_active_adapters(shape, ranks, lora.use_dora))
+        found = replace(found, adapters_per_token=_active_adapters(shape, adapted, lora.use_dora))
     init = str(lora.init_lora_weights)
     if calibration is None or not needs_pass(method, init):
         return found
-    if ways is None or shape.decoder_layers or "lm_head" in ranks:
+    if ways is None or shape.decoder_layers or "lm_head" in adapted:
         raise ConfigError(PASS_UNKNOWN.format(init))
     before = _read(run_calibration(shape, ways, replace(run, compiled=False), calibration, init), 1, shape, device, 0)
     return found.after("calibration", before)
+
+
+def not_sharded(shape: ModelShape, *, traced: bool) -> str:
+    """Why the planner cannot plan a model with fsdp, or ''. `traced`: its step is."""
+    if traced or shape.counts is not None:
+        return "the planner knows it for the families of its own tape, not for a step that is traced"
+    return "the planner knows it for decoders, and this model has an encoder" if shape.decoder_layers else ""
 
 
 def _replays(train: TrainConfig, lora: LoraConfig) -> bool:
@@ -251,14 +284,14 @@ def itemsize(device: Device, method: MethodName, dtype: str) -> int:
     return ITEMSIZE[dtype]
 
 
-def _runtime(device: Device, size: int, compiled: bool = False) -> Runtime:
+def _runtime(device: Device, size: int, compiled: bool = False, shards: int = 0) -> Runtime:
     if device.kind == "cpu":
         fast = device.avx512 and size == FLOAT32
-        return Runtime(size, fused=fast, kernel_attention=fast, decode_buffers=1)
+        return Runtime(size, fused=fast, kernel_attention=fast, decode_buffers=1, shards=shards)
     chunk = chunk_bytes(device.memory_bytes)
     return Runtime(
         size, fused=False, kernel_attention=False, decode_buffers=2, round_to=512, cuda=True, chunk_bytes=chunk,
-        compiled=compiled,
+        compiled=compiled, shards=shards,
     )  # fmt: skip
 
 
@@ -281,8 +314,8 @@ def _ranks(shape: ModelShape, lora: LoraConfig, *, merge_aware: bool = False) ->
     return {path: targets.rank_of(path, lora) for path in [*matched, *of_experts]}
 
 
-def packed_layers(shape: ModelShape, quant: QuantConfig) -> dict[str, list[int]]:
-    """Path of each packed linear, experts' included -> bytes of its codes, then of each of its constants."""
+def packed_layers(shape: ModelShape, quant: QuantConfig) -> dict[str, list[layouts.TensorSpec]]:
+    """Path of each packed linear, experts' included -> its codes, then each of its constants."""
     linears = all_paths(shape)
     try:
         chosen = layouts.choose({path: linear.shape for path, linear in linears.items()}, quant, ["lm_head"])
@@ -290,7 +323,7 @@ def packed_layers(shape: ModelShape, quant: QuantConfig) -> dict[str, list[int]]
         raise type(error)(f"'{shape.name}': {error}") from None
     if not shape.tied and "lm_head" not in quant.skip_modules:
         raise ConfigError("The planner does not know a quantised head. Leave 'lm_head' in skip_modules to plan without.")
-    return {path: _bytes_of(linear, chosen[path]) for path, linear in linears.items() if path in chosen}
+    return {path: _specs_of(linear, chosen[path]) for path, linear in linears.items() if path in chosen}
 
 
 def merge_aware(shape: ModelShape, quant: QuantConfig, lora: LoraConfig) -> tuple[QuantConfig, dict[str, QuantConfig]]:
@@ -309,9 +342,9 @@ def merge_aware(shape: ModelShape, quant: QuantConfig, lora: LoraConfig) -> tupl
     return QuantConfig.of_layers(held(leaves, shapes, rounded), quant.skip_modules), {path: leaves[path] for path in rounded}
 
 
-def _bytes_of(linear: Linear, how: QuantConfig) -> list[int]:
-    """Bytes of a packed linear's codes, then of each of its constants."""
-    return [spec.n_bytes for spec in layouts.of_layer(linear.shape, how).values()]
+def _specs_of(linear: Linear, how: QuantConfig) -> list[layouts.TensorSpec]:
+    """A packed linear's codes, then each of its constants."""
+    return list(layouts.of_layer(linear.shape, how).values())
 
 
 def _trained(
@@ -382,11 +415,12 @@ def _read(tape: Tape, passes: int, shape: ModelShape, device: Device, n_trained:
         if used > peak:
             peak, at = used, place
     worst = max(instants, key=lambda each: instants[each])
-    kinds = dict.fromkeys(KINDS, 0)
+    kinds = dict.fromkeys((*KINDS, *OF_RANKS) if tape.exchange else KINDS, 0)
     for key, n in tape.events[: at + 1]:
         kinds[tape.kinds[key]] += n
     simulated = reserved_bytes(_from_model(tape)) if device.kind == "cuda" else 0
     of_passes = sum(n for _, n in tape.events[tape.marks[0][1] : tape.marks[-1][1]] if n > 0) // passes
     return MemoryPlan(
-        kinds, instants, worst, simulated, of_passes, shape.parameters, n_trained, device, tape.host_bytes, tape.compiled
-    )
+        kinds, instants, worst, simulated, of_passes, shape.parameters, n_trained, device, tape.host_bytes, tape.compiled,
+        exchange=tape.exchange,
+    )  # fmt: skip

@@ -7,42 +7,61 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from lownibble import stored
 from lownibble.arch import ModelShape, all_paths
-from lownibble.config import METHODS, Method, PlanConfig, QuantConfig, TrainConfig
+from lownibble.config import METHODS, PARALLEL, Method, Parallel, PlanConfig, QuantConfig, TrainConfig
 from lownibble.errors import ConfigError, ModelError
 from lownibble.leaves import GROUPS
 from lownibble.options import Options
 from lownibble.planning import hardware, records
 from lownibble.planning.calibrated import rows_of
 from lownibble.planning.calibration import calibrated
-from lownibble.planning.fit import Verdict, judge, largest, recommend
+from lownibble.planning.exchange import link_of
+from lownibble.planning.fit import Verdict, chosen, judge, largest, recommend
 from lownibble.planning.hardware import Device
-from lownibble.planning.memory import MemoryPlan, StepOf, compiles, merge_aware, plan_memory
+from lownibble.planning.memory import MemoryPlan, StepOf, compiles, merge_aware, not_sharded, plan_memory
 from lownibble.planning.models import find_config, find_shape
-from lownibble.planning.speed import SpeedPlan, plan_speed
+from lownibble.planning.speed import Range, SpeedPlan, dollars_of, plan_speed
 
 MOST_ROWS, MOST_TOKENS = 4096, 1 << 20
 """Upper limits of the search for the largest batch and the longest row."""
 
 
+class Ranks(NamedTuple):
+    """How several GPUs train: their number; dollars for a million tokens; whether 'auto' is this way."""
+
+    gpus: int
+    parallel: Parallel
+    dollars_per_million: Range | None = None
+    is_auto: bool = False
+
+
 @dataclass(frozen=True)
 class Row:
-    """A method on a device: whether it fits, its speed there, and the largest batch and row that fit with the same options."""
+    """A method on a device: whether it fits, its speed there, and the largest batch and row that fit with the same options; or on
+    each of several devices, and the speed of all."""
 
     verdict: Verdict
     speed: SpeedPlan | None
     largest_batch_size: int | None
     largest_max_length: int | None
+    ranks: Ranks | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """For JSON."""
         return {
             **self.verdict.to_dict(), "speed": None if self.speed is None else self.speed.to_dict(),
-            "largest_batch_size": self.largest_batch_size, "largest_max_length": self.largest_max_length,
+            "largest_batch_size": self.largest_batch_size, "largest_max_length": self.largest_max_length, **self._of_ranks(),
         }  # fmt: skip
+
+    def _of_ranks(self) -> dict[str, Any]:
+        if self.ranks is None:
+            return {}
+        gpus, parallel, dollars, is_auto = self.ranks
+        dollars_per_million = None if dollars is None else dollars._asdict()
+        return {"gpus": gpus, "parallel": parallel, "is_auto": is_auto, "dollars_per_million_tokens": dollars_per_million}
 
 
 @dataclass(frozen=True)
@@ -50,10 +69,10 @@ class Plan:
     """Result of `plan`.
 
     Attributes:
-        rows: by device, then by method.
+        rows: by device, then by number of GPUs and way of training on several, then by method.
         stored_as: how the model's weights are stored and what that means for the plan, in words; '' if they are dense.
-        refused: method that was asked for with 'all' and is not planned -> why.
-        advice: device -> method (None: nothing fits) and reasons; only where all methods were planned.
+        refused: method that was asked for with 'all', or 'fsdp' with 'auto', and is not planned -> why.
+        advice: device -> method (None: nothing fits) and reasons; only where all methods were planned, for one GPU.
     """
 
     config: PlanConfig
@@ -62,12 +81,16 @@ class Plan:
     rows: tuple[Row, ...]
     advice: Mapping[str, tuple[Method | None, list[str]]]
     stored_as: str = ""
-    refused: Mapping[Method, str] = field(default_factory=dict)
+    refused: Mapping[str, str] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
         """For JSON."""
         advice = {device: {"method": method, "reasons": reasons} for device, (method, reasons) in self.advice.items()}
-        sources = {device.name: dict(device.sources) for device in self.devices}
+        left_out = () if self.config.gpus else ("link", "network")
+        sources = {
+            device.name: {figure: source for figure, source in device.sources if figure not in left_out}
+            for device in self.devices
+        }  # fmt: skip
         return {
             "config": self.config.to_dict(), "parameters": self.shape.parameters,
             "planned_part": f"the text model of a {self.shape.wrapper}" if self.shape.wrapper else "the whole model",
@@ -87,7 +110,7 @@ def plan(
         model: 'demo', a bundled model, a config.json, a model folder or a hub id; or the whole configuration.
         step: runs the step instead of the planner's own tape (`rehearsal.trace.exact_step`).
         shape, refused: of a model that was built to be traced: its sizes, and the methods that it cannot be trained by.
-        options: of `PlanConfig` (gpu, method, tokens, price, dtype), or of its groups by their own names (max_length=512).
+        options: of `PlanConfig` (gpu, gpus, method, tokens, price, dtype), or of its groups by their own names (max_length=512).
     Raises:
         ConfigError, ModelError, TargetError: an invalid request; names what is valid.
     """
@@ -114,15 +137,19 @@ def _plan(config: PlanConfig, step: StepOf | None, shape: ModelShape, refused: M
     config, stored_as = as_stored(config, shape)
     devices = _devices(config.gpu)
     methods = METHODS if config.method == "all" else (config.method,)
-    refused = {method: why for method, why in refused.items() if method in methods}
-    methods = tuple(method for method in methods if method not in refused)
+    not_planned: dict[str, str] = {method: why for method, why in refused.items() if method in methods}
+    methods = tuple(method for method in methods if method not in not_planned)
     if not methods:
-        raise ModelError(f"'{config.model}' cannot be planned: {' '.join(dict.fromkeys(refused.values()))}")
+        raise ModelError(f"'{config.model}' cannot be planned: {' '.join(dict.fromkeys(not_planned.values()))}")
     planned = _Memories(config, shape, step)
+    if _several(config):
+        ways, no_way = _ways(config, shape, traced=planned.traced)
+        of_ranks = [row for device in devices for row in _rows_of_ranks(config, shape, device, methods, ways, planned)]
+        return Plan(config, shape, tuple(devices), tuple(of_ranks), {}, stored_as, not_planned | no_way)
     rows: list[Row] = []
     advice: dict[str, tuple[Method | None, list[str]]] = {}
     for device in devices:
-        offloads = device.kind == "cuda" and shape.counts is None and not shape.decoder_layers
+        offloads = _offloads(device, shape)
 
         def of_device(method: Method, train: TrainConfig, device: Device = device) -> MemoryPlan:
             return planned(device, method, train)
@@ -131,7 +158,71 @@ def _plan(config: PlanConfig, step: StepOf | None, shape: ModelShape, refused: M
         rows += [_row(config, shape, device, verdict, planned, alone=len(devices) == 1) for verdict in verdicts.values()]
         if len(methods) == len(METHODS):
             advice[device.name] = recommend({str(method): verdict for method, verdict in verdicts.items()}, measured)
-    return Plan(config, shape, tuple(devices), tuple(rows), advice, stored_as, refused)
+    return Plan(config, shape, tuple(devices), tuple(rows), advice, stored_as, not_planned)
+
+
+def _offloads(device: Device, shape: ModelShape) -> bool:
+    return device.kind == "cuda" and shape.counts is None and not shape.decoder_layers
+
+
+def _several(config: PlanConfig) -> bool:
+    """Whether the plan is of several GPUs.
+
+    Raises:
+        ConfigError: an option of several is given for one.
+    """
+    given = sorted(config.model_fields_set & {"parallel", "gpus_per_node", "link_gb_per_s"})
+    if given and not config.gpus:
+        raise ConfigError(f"The '{given[0]}' of PlanConfig is for several GPUs. Give their number (gpus), or leave it out.")
+    return bool(config.gpus)
+
+
+def _ways(config: PlanConfig, shape: ModelShape, *, traced: bool) -> tuple[tuple[Parallel, ...], dict[str, str]]:
+    """The ways of training on several GPUs to plan, and those of 'auto' that cannot be -> why."""
+    if config.parallel != "auto":
+        return (config.parallel,), {}
+    why = not_sharded(shape, traced=traced)
+    return (("ddp",), {"fsdp": why}) if why else (PARALLEL, {})
+
+
+def _rows_of_ranks(
+    config: PlanConfig, shape: ModelShape, device: Device, methods: tuple[Method, ...], ways: tuple[Parallel, ...],
+    planned: _Memories,
+) -> Iterator[Row]:  # fmt: skip
+    """Numbers of GPUs x ways x methods on one kind of device.
+
+    Raises:
+        ConfigError: the device is this machine's CPU, whose memory ranks share.
+    """
+    if device.kind == "cpu":
+        raise ConfigError(
+            "The 'gpus' of PlanConfig are for GPUs; processes on a CPU share its memory. Leave gpus out, or name a gpu."
+        )
+    for gpus in dict.fromkeys(config.gpus):
+        link = link_of(device, gpus, config.gpus_per_node, config.link_gb_per_s)
+        verdicts: dict[tuple[Parallel, Method], Verdict] = {}
+        for way in ways:
+
+            def of_rank(method: Method, train: TrainConfig, way: Parallel = way, gpus: int = gpus) -> MemoryPlan:
+                return planned(device, method, train, way, gpus)
+
+            for method in methods:
+                verdicts[way, method] = judge(method, device, config.train, of_rank, _offloads(device, shape))
+        auto = {method: chosen({way: verdicts[way, method] for way in ways}) for method in methods}
+        for (way, method), verdict in verdicts.items():
+            speed = plan_speed(
+                shape, device, method, verdict.train, verdict.memory, tokens=config.tokens, price=config.price, cards=gpus,
+                link=link,
+            )  # fmt: skip
+            ranks = Ranks(gpus, way, _dollars_per_million(config, device, speed, gpus), auto[method] == way)
+            yield Row(verdict, speed, None, None, ranks)
+
+
+def _dollars_per_million(config: PlanConfig, device: Device, speed: SpeedPlan | None, gpus: int) -> Range | None:
+    if speed is None:
+        return None
+    hours = Range(*(1e6 / rate / 3600 for rate in reversed(speed.tokens_per_s)))
+    return dollars_of(hours, device, config.price, gpus)
 
 
 def as_stored(config: PlanConfig, shape: ModelShape | None = None) -> tuple[PlanConfig, str]:
@@ -210,10 +301,13 @@ class _Memories:
         folder = Path(config.model)
         lost = bool(stored.of_folder(folder)) and stored.ORIGIN not in stored.read_json(folder / "config.json")
         self._starts_plainly = config.merge_aware or bool(shape.decoder_layers) or lost  # 'auto', as in training/starts.py
-        self._made: dict[tuple[tuple[str, bool, int], Method, str], MemoryPlan] = {}
+        self._made: dict[tuple[tuple[str, bool, int], Method, str, Parallel | None, int], MemoryPlan] = {}
 
-    def __call__(self, device: Device, method: Method, train: TrainConfig) -> MemoryPlan:
-        key = (device.alike, method, train.model_dump_json())
+    def __call__(
+        self, device: Device, method: Method, train: TrainConfig, parallel: Parallel | None = None, ranks: int = 1
+    ) -> MemoryPlan:
+        ranks = ranks if parallel == "fsdp" else 1  # with ddp each rank holds the same, however many there are
+        key = (device.alike, method, train.model_dump_json(), parallel, ranks)
         if key not in self._made:
             config, lora = self._config, self._config.lora
             if lora.init_lora_weights == "auto" and self._starts_plainly:
@@ -232,6 +326,8 @@ class _Memories:
                 step=self._step,
                 calibration=rows_of(config.data.calibration_tokens, train.max_length),
                 compiled=compiles(self._shape, device, train, merge_aware=config.merge_aware, tokens=config.tokens),
+                parallel=parallel,
+                ranks=ranks,
             )
         return self._made[key].on(device)
 

@@ -10,7 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from lownibble.planning.fit import Verdict
-from lownibble.planning.memory import KINDS, Interval
+from lownibble.planning.memory import KINDS, OF_RANKS, Interval
 from lownibble.planning.plan import Plan, Row
 from lownibble.planning.speed import Range
 
@@ -35,6 +35,13 @@ def tables(plan: Plan) -> Iterator[RenderableType]:
         title += "; merge-aware"
     if any(row.verdict.memory.compiled for row in plan.rows):
         title += "; compiled layers"
+    if plan.config.gpus:
+        for device in plan.devices:
+            rows = [row for row in plan.rows if row.verdict.device == device]
+            yield _of_ranks(plan, rows, f"{title}, on each {device.title} ({device.memory_bytes / 2**30:.1f} GiB)")
+            yield Text("GiB on each at the worst instant:")
+            yield from map(_kinds, rows)
+        return
     if len(plan.devices) > 1:
         yield _overview(plan, title)
         return
@@ -64,6 +71,32 @@ def _overview(plan: Plan, title: str) -> Table:
         advice = [plan.advice[device.name][0] or "none"] if plan.advice else []
         table.add_row(device.title, f"{device.memory_bytes / 2**30:.1f}", *map(_cell, rows), *advice)
     return table
+
+
+def _of_ranks(plan: Plan, rows: list[Row], title: str) -> Table:
+    """Numbers of GPUs, ways and methods: what each card needs, and the speed and the cost of all."""
+    tokens = plan.config.tokens
+    table = Table(title=f"{title}; *: auto takes it", title_justify="left")
+    columns = ("GPUs", "method", "", "needs, GiB", "tokens/s of all", "$ for 1,000,000 tokens")
+    for name in (*columns, *((f"hours, $ for {tokens:,} tokens",) if tokens else ())):
+        table.add_column(name)
+    for row in rows:
+        verdict, speed, ranks = row.verdict, row.speed, row.ranks
+        assert ranks is not None
+        figures = [_range(speed.tokens_per_s if speed else None, "{:,.0f}"), _range(ranks.dollars_per_million, "{:.2f}")]
+        if tokens:
+            figures.append(f"{_range(speed.hours if speed else None)}, {_range(speed.dollars if speed else None)}")
+        table.add_row(
+            f"{ranks.gpus} {ranks.parallel}{'*' * ranks.is_auto}", verdict.method, Text(verdict.words, style=_style(verdict)),
+            _gib(verdict.memory.device), *figures,
+        )  # fmt: skip
+    return table
+
+
+def _kinds(row: Row) -> Text:
+    assert row.ranks is not None
+    held = ", ".join(f"{kind} {n / 2**30:.2f}" for kind, n in parts(row.verdict).items())
+    return Text(f"{row.ranks.gpus:>4} {row.ranks.parallel:<4} {row.verdict.method:<6} {held}")
 
 
 def _cell(row: Row) -> Text:
@@ -119,7 +152,7 @@ def _range(found: Range | None, form: str = "{:.1f}") -> str:
 
 def parts(verdict: Verdict) -> dict[str, int]:
     """Kind of memory -> bytes on the device, and 'the rest': context, workspaces, fragmentation."""
-    kinds = {kind: verdict.memory.kinds[kind] for kind in KINDS if verdict.memory.kinds[kind]}
+    kinds = {kind: n for kind in (*KINDS, *OF_RANKS) if (n := verdict.memory.kinds.get(kind))}
     return {**kinds, "the rest": max(0, verdict.memory.device.likely - sum(kinds.values()))}
 
 

@@ -2,8 +2,8 @@
 
 FLOPs are those of the step's matrix products; bytes are the reads and writes of weights (packed and dequantised), optimiser
 states, gradients and activations. The two times are added, since kernels of one stream seldom overlap. Offloaded checkpoints are
-copied meanwhile: they count only if they take longer than all of it. The share of peak FLOP/s that a device reaches is measured
-by `lownibble plan --calibrate`; the default is `EFFICIENCY`.
+copied meanwhile: they count only if they take longer than all of it. What ranks exchange is in `exchange.py`. The share of peak
+FLOP/s that a device reaches is measured by `lownibble plan --calibrate`; the default is `EFFICIENCY`.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 from lownibble.arch import ModelShape
 from lownibble.config import Method, TrainConfig
+from lownibble.planning.exchange import REACHED
 from lownibble.planning.hardware import Device
 from lownibble.planning.memory import MemoryPlan
 from lownibble.planning.tiles import is_long, tile_lengths
@@ -33,7 +34,8 @@ class Range(NamedTuple):
 
 @dataclass(frozen=True)
 class SpeedPlan:
-    """FLOPs and bytes of a step, and the resulting seconds and tokens/s; for a total of tokens also hours and dollars."""
+    """FLOPs and bytes of a step on one card, and the resulting seconds; tokens, tokens/s, and for a total of tokens hours and
+    dollars, of all cards."""
 
     flops: float
     moved_bytes: float
@@ -51,27 +53,39 @@ class SpeedPlan:
 
 def plan_speed(
     shape: ModelShape, device: Device, method: Method, train: TrainConfig, memory: MemoryPlan, *, tokens: int | None = None,
-    price: float | None = None,
+    price: float | None = None, cards: int = 1, link: float | None = None,
 ) -> SpeedPlan | None:  # fmt: skip
-    """Time of a step, and of `tokens` tokens; None if the device's speed is unknown.
+    """Time of a step, and of `tokens` tokens; None if the device's speed is unknown, or the link's if there are several.
 
     Args:
-        price: dollars per hour, instead of the device's.
+        price: dollars per hour of a card, instead of the device's.
+        cards: their number. link: bytes/s that each can send at (`exchange.link_of`).
     """
-    if device.flops is None or device.bandwidth is None:
+    if device.flops is None or device.bandwidth is None or (cards > 1 and link is None):
         return None
-    per_step = _tokens(train)
-    flops, moved = step_flops(shape, method, memory, train), moved_bytes(memory, method, train)
+    per_step = cards * _tokens(train)
+    flops, moved = step_flops(shape, method, memory, train), moved_bytes(memory, method, train, cards)
     shares = (device.efficiency or {}).get(method, EFFICIENCY)
     copied = copied_seconds(memory, train)
     step = Range(*(max(copied, flops / (device.flops * share) + moved / device.bandwidth) for share in reversed(shares)))
+    if memory.exchange is not None and link is not None:
+        sent = memory.exchange.sent(cards, train.gradient_accumulation_steps)
+        sending = [sent / (link * share) for share in reversed(REACHED)]
+        at_worst = (False, False, True)
+        step = Range(*map(memory.exchange.step_s, step, sending, at_worst))
     rate = Range(*(per_step / seconds for seconds in reversed(step)))
     hours = Range(*(tokens / each / 3600 for each in reversed(rate))) if tokens else None
-    prices = (price, price) if price is not None else device.price
-    dollars = None
-    if hours is not None and prices is not None:
-        dollars = Range(hours.low * prices[0], hours.likely * sum(prices) / 2, hours.high * prices[1])
+    dollars = None if hours is None else dollars_of(hours, device, price, cards)
     return SpeedPlan(flops, moved, per_step, step, rate, hours, dollars)
+
+
+def dollars_of(hours: Range, device: Device, price: float | None = None, cards: int = 1) -> Range | None:
+    """Dollars for hours of so many cards; None if there is no price. `price`: an hour of a card, instead of the device's."""
+    prices = (price, price) if price is not None else device.price
+    if prices is None:
+        return None
+    low, high = (cards * each for each in prices)
+    return Range(hours.low * low, hours.likely * (low + high) / 2, hours.high * high)
 
 
 def _tokens(train: TrainConfig) -> int:
@@ -107,13 +121,19 @@ def copied_seconds(memory: MemoryPlan, train: TrainConfig) -> float:
     return 2 * memory.host_bytes * train.gradient_accumulation_steps / HOST_BANDWIDTH
 
 
-def moved_bytes(memory: MemoryPlan, method: Method, train: TrainConfig) -> float:
-    """Approximate bytes read from and written to device memory in a step."""
+def moved_bytes(memory: MemoryPlan, method: Method, train: TrainConfig, cards: int = 1) -> float:
+    """Approximate bytes read from and written to device memory in a step. With fsdp all ranks' parts are read, after they were
+    written to a flat buffer and copied out of it."""
+    sharded = memory.exchange is not None and memory.exchange.parallel == "fsdp"
+    parts = cards if sharded else 1
     kinds, passes = memory.kinds, train.gradient_accumulation_steps
     times = 3 if train.gradient_checkpointing else 2
     tokens = train.batch_size * train.max_length
     tiles = len(tile_lengths(tokens)) if train.gradient_checkpointing and is_long(tokens) else 1
-    weights = kinds["weights"] + kinds["codes"] + kinds["constants"]
-    decoded = 2 * 4 * kinds["codes"] * tiles if method == "qlora" else 0  # written and read in 16 bits, four times the codes
+    weights = parts * (kinds["weights"] + kinds["codes"] + kinds["constants"])
+    decoded = (
+        2 * 4 * parts * kinds["codes"] * tiles if method == "qlora" else 0
+    )  # written and read in 16 bits, four times the codes
     activations = 2 * kinds["activations"] * times
-    return passes * (times * (weights + decoded) + activations) + 2 * kinds["optimizer"] + 3 * kinds["gradients"]
+    gathered = 3 * (2 * memory.exchange.layers + memory.exchange.rest) if sharded and memory.exchange else 0
+    return passes * (times * (weights + decoded) + activations + gathered) + 2 * kinds["optimizer"] + 3 * kinds["gradients"]

@@ -29,7 +29,7 @@ def run_step(
     Returns:
         the tape, with the marks 'model', then per microbatch 'forward', 'loss' and 'backward', then 'update'.
     """
-    tape = Tape(run.round_to, compiled=run.compiled)
+    tape = Tape(run.round_to, compiled=run.compiled, shards=run.shards or 1)
     model = (EncoderDecoder if shape.decoder_layers else Decoder)(tape, shape, method, run)
     tape.mark("model")
     for _ in range(passes):
@@ -38,6 +38,8 @@ def run_step(
         tape.mark("loss")
         tape.backward(result)
         del result, inputs
+        if isinstance(model, Decoder) and model.groups:
+            model.groups.finish()
         tape.mark("backward")
     tape.mark("update")
     del model

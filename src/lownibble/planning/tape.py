@@ -21,6 +21,10 @@ import heapq
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from lownibble.planning.exchange import Exchange
 
 FLOAT32, BFLOAT16, INT64, BOOL = 4, 2, 8, 1
 """Bytes per element."""
@@ -64,6 +68,16 @@ class Value:
     def view(self) -> Value:
         """The same storage, detached from the graph."""
         return Value(self.storage, self.n, self.itemsize)
+
+
+class Parameter(Value):
+    """A parameter; `part`: the elements of it that a rank holds."""
+
+    __slots__ = ("part",)
+
+    def __init__(self, storage: Storage, n: int, itemsize: int, trained: bool, part: int) -> None:
+        super().__init__(storage, n, itemsize, trained)
+        self.part = part
 
 
 class Recipe:
@@ -216,10 +230,15 @@ class Tape:
         used: bytes in use now.
         host_bytes: pinned host memory for offloaded checkpoints.
         compiled: whether it is a step of compiled decoder layers.
+        shards: ranks that each parameter is divided among.
+        parts: (elements on this rank, bytes per element) of every trained parameter.
+        exchange: what ranks exchange, if they do.
     """
 
-    def __init__(self, round_to: int = 1, *, compiled: bool = False) -> None:
-        self.host_bytes, self.compiled = 0, compiled
+    def __init__(self, round_to: int = 1, *, compiled: bool = False, shards: int = 1) -> None:
+        self.host_bytes, self.compiled, self.shards = 0, compiled, shards
+        self.parts: list[tuple[int, int]] = []
+        self.exchange: Exchange | None = None
         self.events: list[tuple[int, int]] = []
         self.kinds: list[str] = []
         self.marks: list[tuple[str, int, int]] = []
@@ -246,6 +265,16 @@ class Tape:
         self.events[place:place] = [(first + number, n) for number, n in enumerate(sizes)]
         self.marks = [(name, at + len(sizes), used + sum(sizes)) for name, at, used in self.marks]
 
+    def insert(self, name: str, n_bytes: int, kind: str) -> None:
+        """Insert a phase after the last backward pass, in which so many bytes are allocated and freed; for a finished tape."""
+        number = max(number for number, (phase, _, _) in enumerate(self.marks) if phase == "backward") + 1
+        _, place, used = self.marks[number - 1]
+        n_bytes, key = -(-n_bytes // self.round_to) * self.round_to, len(self.kinds)
+        self.kinds.append(kind)
+        self.events[place:place] = [(key, n_bytes), (key, -n_bytes)]
+        later = [(phase, at + 2, used) for phase, at, used in self.marks[number:]]
+        self.marks[number:] = [(name, place + 2, used), *later]
+
     def copy(self) -> Tape:
         """A copy of a finished tape."""
         other = Tape(self.round_to, compiled=self.compiled)
@@ -259,11 +288,13 @@ class Tape:
         """Allocate a tensor."""
         return Value(Storage(self, -(-n * itemsize // self.round_to) * self.round_to, kind), n, itemsize)
 
-    def parameter(self, n: int, itemsize: int, kind: str, trained: bool = False) -> Value:
-        """Allocate a parameter."""
-        value = self.new(n, itemsize, kind)
-        value.trained = trained
-        return value
+    def parameter(self, n: int, itemsize: int, kind: str, trained: bool = False, rows: int | None = None) -> Parameter:
+        """Allocate a parameter, or a rank's part of it; `rows`: its first dimension, default that of a vector."""
+        rows = rows or n
+        part = -(-rows // self.shards) * (n // rows)
+        if trained:
+            self.parts.append((part, itemsize))
+        return Parameter(self.new(part, itemsize, kind).storage, n, itemsize, trained, part)
 
     def like(self, value: Value) -> Value:
         """Allocate a tensor of the same size and dtype."""

@@ -1,0 +1,62 @@
+"""What ranks exchange in a step, and the time it takes. One process a card, each with batches of its own.
+
+- *ddp*: every rank holds the whole model. After a step's last backward pass the trained parameters' gradients are copied to one
+  flat float32 buffer, which is all-reduced.
+- *fsdp* (FSDP2, by decoder layer, and one group of the rest): a microbatch gathers each layer for forward and again for
+  backward, where checkpointing computes it again, too; the rest once. Gradients are reduce-scattered as a group's backward ends.
+
+Rings: all-reduce sends 2 (N - 1) / N of the bytes over each card's link, all-gather and reduce-scatter (N - 1) / N. Over more
+cards than a node has, rings pass through the network, and each card sends at most as fast as a node does.
+
+Time: ddp's all-reduce comes after the last gradient and is added to the step. fsdp's exchanges run beside the computation, and
+only what exceeds it counts; as nothing hides if they wait for each other, the upper bound is the sum of both. `REACHED` is the
+share of a link's rate that is reached. Neither was measured by us.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from lownibble.config import Parallel
+from lownibble.errors import ConfigError
+from lownibble.planning.hardware import Device
+
+REACHED = (0.5, 0.75, 0.9)
+"""Share of a link's rate that collectives reach: low, likely, high. A guess; large messages over NVLink are near the upper end,
+PCIe without peer-to-peer transfers (consumer cards) is below the middle."""
+
+
+class Exchange(NamedTuple):
+    """Bytes of tensors that a rank exchanges: of all layers, of the other parameters (both 0 with ddp), and of gradients."""
+
+    parallel: Parallel
+    layers: int
+    rest: int
+    gradients: int
+
+    def sent(self, cards: int, passes: int) -> float:
+        """Bytes that each card sends in a step of so many microbatches."""
+        share = (cards - 1) / cards
+        if self.parallel == "ddp":
+            return 2 * share * self.gradients
+        return passes * share * (2 * self.layers + self.rest + self.gradients)
+
+    def step_s(self, computing: float, sending: float, at_worst: bool) -> float:
+        """Seconds of a step that computes and sends for so long; `at_worst`: nothing of it at the same time."""
+        return computing + sending if at_worst or self.parallel == "ddp" else max(computing, sending)
+
+
+def link_of(device: Device, cards: int, per_node: int, given: float | None = None) -> float | None:
+    """Bytes/s in each direction that a card can send at in a ring of `cards`; None: unknown. `given`: in GB/s, instead
+    of the table's.
+
+    Raises:
+        ConfigError: more cards than a node has, and no number of whole nodes.
+    """
+    if cards > per_node and cards % per_node:
+        raise ConfigError(f"{cards} GPUs are no whole nodes of {per_node}. Give another number, or --gpus-per-node.")
+    if given is not None:
+        return given * 1e9
+    if device.link is None or cards <= per_node:
+        return device.link
+    return None if device.network is None else min(device.link, device.network)
