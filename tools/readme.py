@@ -17,6 +17,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from lownibble.study.hardware import CARDS, MODELS, NUMBERS, TRAIN, fewest_cards
 from lownibble.study.report import study_page
 from lownibble.study.table import markdown
 
@@ -421,6 +422,27 @@ def plan() -> str:
     return "\n".join(lines) + f"\n\n{summary}\n\n({_where(record)}; `benchmarks/results/plan-cpu.json`)"
 
 
+def cards() -> str:
+    """How many of which cards the articles' largest model takes, by plan."""
+    found = {(each["method"], each["device"]): each for each in fewest_cards()}
+    devices = list(dict.fromkeys(device for _, device in found))
+
+    def cell(each: dict[str, Any]) -> str:
+        if each["cards"] is None:
+            return "none"
+        extra = each["verdict"].removeprefix("fits").removeprefix(" with ")
+        return f"{each['cards']}, {each['gib']:.1f} GiB on each{f' ({extra})' if extra else ''}"
+
+    lines = [f"| {MODELS[-1]} | {' | '.join(devices)} |", f"| --- |{' --- |' * len(CARDS)}"]
+    for method in dict.fromkeys(method for method, _ in found):
+        lines.append(f"| {method} | {' | '.join(cell(found[method, device]) for device in devices)} |")
+    tried = ", ".join(map(str, (1, *NUMBERS)))
+    return "\n".join(lines) + (
+        f"\n\n(Planned, not measured: batch {TRAIN.batch_size} x {TRAIN.max_length} on each card; several with fsdp; the "
+        f"fewest of {tried} that fit by the upper bound, and with what.)"
+    )
+
+
 def published() -> str:
     """Plans beside published peaks."""
     record = _record("published")
@@ -808,6 +830,7 @@ SECTIONS: dict[str, Callable[[], str]] = {
     "merge": merge,
     "quality": quality,
     "plan": plan,
+    "cards": cards,
     "published": published,
     "memory": memory,
     "paging": paging,

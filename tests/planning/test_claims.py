@@ -24,6 +24,9 @@ def articles():
         ("Llama-2-7B, r = 64 on all linears and the head, batch 4 x 512, A10G: LoRA 21.5 GB", "implausible"),
         ("Llama-2-7B, r = 64, batch 4 x 512, A10G: LoRA 120 s", "implausible"),
         ("QLoRA 65B on one A100", "consistent"),
+        ("LoRA 65B requires multiple GPUs", "consistent"),
+        ("LoRA 65B on four A100 80GB", "consistent"),
+        ("QLoRA 65B on one card of 48 GB", "consistent"),
         ("SST-2", "not decided"),
     ],
 )
@@ -46,6 +49,16 @@ def test_the_bound_of_impossible_is_named():
     assert found.verdict == "impossible"
     assert "12.0 GB are 1.47 bits for each of 65.29e9 parameters" in found.arithmetic[0]
     assert "linears 33.4 GB at 4.127 bits" in found.arithmetic[1]
+
+
+def test_what_does_not_fit_one_card_is_said_to_fit_several(articles):
+    assert "it fits on 2 of them, each with a part (fsdp)" in articles["LoRA 65B requires multiple GPUs (A100 80GB)"].arithmetic
+    full = {"kind": "fits", "model": "llama-65b", "method": "full", "gpu": "rtx-3060", "fits": True, "gpus": 2}
+    found = judge_claim(full)
+    assert found.verdict == "impossible"
+    assert found.arithmetic[-1] == "nor on up to 16 of them"
+    with pytest.raises(ConfigError, match=r"The 'gpus' of a claim must be an integer >= 1\. Got 0"):
+        judge_claim({**full, "gpus": 0})
 
 
 @pytest.mark.parametrize("memory", ["300MB", "900GB"])

@@ -24,7 +24,7 @@ from lownibble.config import LoraConfig, Method, QuantConfig, TrainConfig
 from lownibble.errors import ConfigError
 from lownibble.options import n_bytes, read_toml
 from lownibble.planning import hardware
-from lownibble.planning.memory import MemoryPlan, plan_memory
+from lownibble.planning.memory import Interval, MemoryPlan, plan_memory
 from lownibble.planning.models import find_shape
 from lownibble.planning.speed import EFFICIENCY, flops_per_token, plan_speed
 from lownibble.quant import layouts
@@ -38,7 +38,7 @@ KINDS: dict[str, tuple[set[str], set[str]]] = {
     "memory": ({"model", "method", "memory"}, {"batch_size", "max_length", "r", "target_modules", "gradient_checkpointing"}),
     "time": ({"model", "method", "gpu", "step_s"}, {"batch_size", "max_length", "r", "target_modules"}),
     "ratio": ({"model", "gpu", "lora_per_qlora"}, {"batch_size", "max_length"}),
-    "fits": ({"model", "method", "gpu", "fits"}, {"batch_size", "max_length"}),
+    "fits": ({"model", "method", "gpu", "fits"}, {"batch_size", "max_length", "gpus"}),
     "saved": ({"parameters", "saved_bits", "saved_memory"}, set()),
     "quality": ({"measure"}, set()),
 }  # fmt: skip
@@ -121,10 +121,12 @@ def _usual(claim: Mapping[str, Any], way: _Way) -> Iterator[tuple[TrainConfig, L
         yield train, LoraConfig(r=claim.get("r", r), target_modules=claim.get("target_modules", "all-linear"))
 
 
-def _plan(claim: Mapping[str, Any], method: Method, way: _Way, train: TrainConfig, lora: LoraConfig) -> MemoryPlan:
+def _plan(claim: Mapping[str, Any], method: Method, way: _Way, train: TrainConfig, lora: LoraConfig, gpus: int = 1) -> MemoryPlan:
+    """On one of so many cards, with fsdp if there are several."""
     device = hardware.device("a100-80gb")  # the same tensors on all CUDA devices
     return plan_memory(
-        find_shape(claim["model"]), device, method, quant=QuantConfig(), lora=lora, train=train, dtype=way.dtype
+        find_shape(claim["model"]), device, method, quant=QuantConfig(), lora=lora, train=train, dtype=way.dtype,
+        parallel="fsdp" if gpus > 1 else None, ranks=gpus,
     )  # fmt: skip
 
 
@@ -204,18 +206,31 @@ def _ratio(claim: Mapping[str, Any]) -> tuple[str, list[str]]:
     return ("consistent" if low * 0.95 <= claimed <= high * 1.05 else "implausible"), lines
 
 
+NUMBERS = (1, 2, 4, 8, 16)
+"""Of cards, that a judgement looks for the smallest one in that suffices."""
+
+
 def _fits(claim: Mapping[str, Any]) -> tuple[str, list[str]]:
-    shape, device, method = find_shape(claim["model"]), hardware.device(claim["gpu"]), claim["method"]
+    shape, device, method, gpus = find_shape(claim["model"]), hardware.device(claim["gpu"]), claim["method"], claim.get("gpus", 1)
+    if not isinstance(gpus, int) or gpus < 1:
+        raise ConfigError(f"The 'gpus' of a claim must be an integer >= 1. Got {gpus!r}.")
     way = next(_ways({"gradient_checkpointing": True}, method))
-    least = _plan(claim, method, way, *next(_usual(claim, way))).on(device).device
-    weights, how = _stored(shape, method)
+
+    def least(number: int) -> Interval:
+        return _plan(claim, method, way, *next(_usual(claim, way)), gpus=number).on(device).device
+
+    need, (weights, how) = least(gpus), _stored(shape, method)
+    each = f"on each of {gpus} " if gpus > 1 else ""
     lines = [
-        f"{device.title} has {device.memory_bytes / 2**30:.1f} GiB; with all that saves memory the smallest step takes "
-        f"{least.low / 2**30:.1f} to {least.high / 2**30:.1f}",
+        f"{device.title} has {device.memory_bytes / 2**30:.1f} GiB; with all that saves memory the smallest step takes {each}"
+        f"{need.low / 2**30:.1f} to {need.high / 2**30:.1f}",
         f"the weights alone take {weights / 2**30:.1f} GiB: {how}",
     ]
-    fits = least.high <= device.memory_bytes
-    if claim["fits"] and weights > device.memory_bytes:
+    fits = need.high <= device.memory_bytes
+    if not fits:
+        enough = next((number for number in NUMBERS if number > gpus and least(number).high <= device.memory_bytes), None)
+        lines.append(f"it fits on {enough} of them, each with a part (fsdp)" if enough else f"nor on up to {NUMBERS[-1]} of them")
+    if claim["fits"] and weights > gpus * device.memory_bytes:
         return "impossible", lines
     return ("consistent" if fits == claim["fits"] else "implausible"), lines
 
