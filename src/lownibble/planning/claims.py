@@ -220,10 +220,10 @@ def _fits(claim: Mapping[str, Any]) -> tuple[str, list[str]]:
         return _plan(claim, method, way, *next(_usual(claim, way)), gpus=number).on(device).device
 
     need, (weights, how) = least(gpus), _stored(shape, method)
-    each = f"on each of {gpus} " if gpus > 1 else ""
+    each = f" on each of {gpus}" if gpus > 1 else ""
     lines = [
-        f"{device.title} has {device.memory_bytes / 2**30:.1f} GiB; with all that saves memory the smallest step takes {each}"
-        f"{need.low / 2**30:.1f} to {need.high / 2**30:.1f}",
+        f"{device.title} has {device.memory_bytes / 2**30:.1f} GiB; with all that saves memory the smallest step takes "
+        f"{need.low / 2**30:.1f} to {need.high / 2**30:.1f}{each}",
         f"the weights alone take {weights / 2**30:.1f} GiB: {how}",
     ]
     fits = need.high <= device.memory_bytes
