@@ -56,7 +56,7 @@ VALUES = {
     "drain_seconds": 2.5,
     "trained_on": "dense", "force": True, "measure_tokens": 77, "source": "some/model", "format": "bnb-4bit", "rounding": "rtn",
     "calibration": "x.jsonl", "bits": 3.5, "gpu": "cpu", "tokens": 12, "records": "some/records", "price": 2.5,
-    "gpus": [2, 4], "parallel": "fsdp", "gpus_per_node": 4, "link_gb_per_s": 20.0,
+    "gpus": [2, 4], "gpus_per_node": 4, "link_gb_per_s": 20.0,
 }  # fmt: skip
 
 OWN = {(PlanConfig, "adapter_dtype"): "bfloat16"}

@@ -33,7 +33,7 @@ PLANNED = {
     ),
     "train": (
         "num_train_epochs", "batch_size", "max_length", "packing", "gradient_accumulation_steps", "gradient_checkpointing",
-        "optim", "optim_page_budget", "torch_compile", "cuda_graphs",
+        "optim", "optim_page_budget", "torch_compile", "cuda_graphs", "parallel",
     ),
 }  # fmt: skip
 """Group -> its options that affect a plan; others may be given and have no effect."""

@@ -143,7 +143,7 @@ class Run:
         return None if None in codes else max(codes, key=abs)
 
     def signal(self, number: int, ranks: Sequence[int] = (0,)) -> int:
-        """Send a signal; returns the exit code. Others of a killed rank get SIGTERM, and a while later SIGKILL, as torchrun does."""
+        """Send a signal; returns the exit code. Others of a killed rank get SIGTERM, and later SIGKILL, as torchrun does."""
         for rank in ranks:
             if self.processes[rank].is_alive():
                 os.kill(self.processes[rank].pid, number)

@@ -17,7 +17,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from lownibble.arch import all_paths, read_shape
-from lownibble.config import LoraConfig, PlanConfig, QuantConfig, TrainConfig
+from lownibble.config import LoraConfig, QuantConfig, TrainConfig
 from lownibble.errors import ConfigError
 from lownibble.kernels.decoded import release_scratch
 from lownibble.models.attention import kernel_obstacle, segment_attention
@@ -246,7 +246,7 @@ def test_every_device_has_links():
 
 
 def test_a_plan_of_several():
-    found = plan("demo", gpu="t4", gpus=[2, 8], tokens=10**6, price=2.0, batch_size=2, max_length=64)
+    found = plan("demo", gpu="t4", gpus=[2, 8], tokens=10**6, price=2.0, batch_size=8, max_length=64)
     assert [(row.ranks.gpus, row.ranks.parallel, row.verdict.method) for row in found.rows] == [
         (gpus, parallel, method) for gpus in (2, 8) for parallel in ("ddp", "fsdp") for method in ("full", "lora", "qlora")
     ]
@@ -264,7 +264,7 @@ def test_a_plan_of_several():
 
 
 def test_auto_takes_fsdp_where_the_model_does_not_fit_a_card():
-    found = plan("llama-2-7b", gpu="h100", gpus=[4], method="full", batch_size=1, max_length=64).rows
+    found = plan("llama-2-7b", gpu="h100", gpus=[4], method="full", batch_size=4, max_length=64).rows
     assert [(row.ranks.parallel, row.ranks.is_auto, row.verdict.fits) for row in found] == [
         ("ddp", False, False), ("fsdp", True, True),
     ]  # fmt: skip
@@ -287,9 +287,9 @@ def test_a_model_that_cannot_be_sharded_is_planned_with_ddp():
     [
         ("demo", {"gpus": [0]}, r"The 'gpus' of PlanConfig must be a list of integer >= 1 items. Got 0"),
         ("demo", {"gpus": ["x"]}, r"The 'gpus' of PlanConfig must be a list of integer >= 1 items. Got 'x'"),
-        ("demo", {"gpus": [2], "parallel": "tensor"}, "The 'parallel' of PlanConfig must be one of 'auto', 'ddp', 'fsdp'"),
+        ("demo", {"gpus": [2], "parallel": "tensor"}, "The 'parallel' of TrainConfig must be one of 'auto', 'ddp', 'fsdp'"),
         ("demo", {"gpus": [2], "link_gb_per_s": 0}, "The 'link_gb_per_s' of PlanConfig must be a number > 0"),
-        ("demo", {"parallel": "fsdp"}, "The 'parallel' of PlanConfig is for several GPUs"),
+        ("demo", {"parallel": "fsdp"}, "The 'parallel' of TrainConfig is for several GPUs"),
         ("demo", {"link_gb_per_s": 2}, "The 'link_gb_per_s' of PlanConfig is for several GPUs"),
         ("demo", {"gpus": [2], "gpu": "cpu"}, "processes on a CPU share its memory"),
         ("demo", {"gpus": [12], "gpu": "t4"}, "12 GPUs are no whole nodes of 8"),
@@ -298,4 +298,4 @@ def test_a_model_that_cannot_be_sharded_is_planned_with_ddp():
 )
 def test_bad_input(model, options, message):
     with pytest.raises(ConfigError, match=message):
-        plan(PlanConfig(model=model, **options))
+        plan(model, **options)

@@ -149,9 +149,6 @@ class PlanConfig(_Model):
     gpus: list[Annotated[int, Ge(1)]] = Field(
         [], description="numbers of GPUs to train on, e.g. 2,4,8: what each card needs, speed and cost of all; default: one GPU"
     )
-    parallel: Literal["auto", "ddp", "fsdp"] = Field(
-        "auto", description="with gpus: 'ddp', the whole model on each; 'fsdp', a part of it on each; 'auto' shows both"
-    )
     gpus_per_node: Annotated[int, Ge(1)] = Field(8, description="with gpus: more of them than this talk over the network")
     link_gb_per_s: Annotated[float, Gt(0)] | None = Field(
         None, description="with gpus: GB/s that each sends to the next at; default: what the table of devices has"

@@ -1,4 +1,5 @@
-"""What ranks exchange in a step, and the time it takes. One process a card, each with batches of its own.
+"""What ranks exchange in a step, and the time it takes. One process a card, each with its share of a
+step's rows (`share`).
 
 - *ddp*: every rank holds the whole model. After a step's last backward pass the trained parameters' gradients are copied to one
   flat float32 buffer, which is all-reduced.
@@ -17,13 +18,34 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from lownibble.config import Parallel
+from lownibble.config import Parallel, TrainConfig
 from lownibble.errors import ConfigError
 from lownibble.planning.hardware import Device
 
 REACHED = (0.5, 0.75, 0.9)
 """Share of a link's rate that collectives reach: low, likely, high. A guess; large messages over NVLink are near the upper end,
 PCIe without peer-to-peer transfers (consumer cards) is below the middle."""
+
+
+def share(train: TrainConfig, ranks: int) -> TrainConfig:
+    """What each of so many ranks runs of a step, which is the run's whatever their number: batches are split, or dealt whole.
+
+    Raises:
+        ConfigError: neither can be divided by the number of ranks.
+    """
+    rows, batches = train.batch_size, train.gradient_accumulation_steps
+    if rows % ranks == 0:
+        rows //= ranks
+    elif batches % ranks == 0:
+        batches //= ranks
+    else:
+        raise ConfigError(
+            f"A step of batch_size={rows} x gradient_accumulation_steps={batches} cannot be dealt to {ranks} processes: one of "
+            f"the two must be a multiple of {ranks}. Set --batch-size {-(-rows // ranks) * ranks}, or take another number of "
+            "processes."
+        )
+    found: TrainConfig = train.with_options(batch_size=rows, gradient_accumulation_steps=batches)
+    return found
 
 
 class Exchange(NamedTuple):

@@ -18,7 +18,7 @@ from lownibble.options import Options
 from lownibble.planning import hardware, records
 from lownibble.planning.calibrated import rows_of
 from lownibble.planning.calibration import calibrated
-from lownibble.planning.exchange import link_of
+from lownibble.planning.exchange import link_of, share
 from lownibble.planning.fit import Verdict, chosen, judge, largest, recommend
 from lownibble.planning.hardware import Device
 from lownibble.planning.memory import MemoryPlan, StepOf, compiles, merge_aware, not_sharded, plan_memory
@@ -171,16 +171,17 @@ def _several(config: PlanConfig) -> bool:
     Raises:
         ConfigError: an option of several is given for one.
     """
-    given = sorted(config.model_fields_set & {"parallel", "gpus_per_node", "link_gb_per_s"})
+    given = [f"'{name}' of PlanConfig" for name in sorted(config.model_fields_set & {"gpus_per_node", "link_gb_per_s"})]
+    given += ["'parallel' of TrainConfig"] * (config.train.parallel != "auto")
     if given and not config.gpus:
-        raise ConfigError(f"The '{given[0]}' of PlanConfig is for several GPUs. Give their number (gpus), or leave it out.")
+        raise ConfigError(f"The {given[0]} is for several GPUs. Give their number (gpus), or leave it out.")
     return bool(config.gpus)
 
 
 def _ways(config: PlanConfig, shape: ModelShape, *, traced: bool) -> tuple[tuple[Parallel, ...], dict[str, str]]:
     """The ways of training on several GPUs to plan, and those of 'auto' that cannot be -> why."""
-    if config.parallel != "auto":
-        return (config.parallel,), {}
+    if config.train.parallel != "auto":
+        return (config.train.parallel,), {}
     why = not_sharded(shape, traced=traced)
     return (("ddp",), {"fsdp": why}) if why else (PARALLEL, {})
 
@@ -199,7 +200,7 @@ def _rows_of_ranks(
             "The 'gpus' of PlanConfig are for GPUs; processes on a CPU share its memory. Leave gpus out, or name a gpu."
         )
     for gpus in dict.fromkeys(config.gpus):
-        link = link_of(device, gpus, config.gpus_per_node, config.link_gb_per_s)
+        link, train = link_of(device, gpus, config.gpus_per_node, config.link_gb_per_s), share(config.train, gpus)
         verdicts: dict[tuple[Parallel, Method], Verdict] = {}
         for way in ways:
 
@@ -207,7 +208,7 @@ def _rows_of_ranks(
                 return planned(device, method, train, way, gpus)
 
             for method in methods:
-                verdicts[way, method] = judge(method, device, config.train, of_rank, _offloads(device, shape))
+                verdicts[way, method] = judge(method, device, train, of_rank, _offloads(device, shape))
         auto = {method: chosen({way: verdicts[way, method] for way in ways}) for method in methods}
         for (way, method), verdict in verdicts.items():
             speed = plan_speed(

@@ -43,7 +43,10 @@ def fewest_cards(model: str = MODELS[-1]) -> list[dict[str, Any]]:
     """Each kind of card and method: the smallest number of cards on which the model fits (None: on none of `NUMBERS`), with what
     options, and device memory of a step on each (GiB). Several train with fsdp, each with a batch of its own."""
     options: dict[str, Any] = {"model": model, "gpu": ",".join(CARDS), "train": TRAIN, "data": DataConfig(path="none")}
-    made = [plan(PlanConfig(**options)), plan(PlanConfig(**options, gpus=list(NUMBERS), parallel="fsdp"))]
+    made = [plan(PlanConfig(**options))]
+    for number in NUMBERS:
+        train = TRAIN.with_options(batch_size=number * TRAIN.batch_size, parallel="fsdp")
+        made.append(plan(PlanConfig(**{**options, "train": train}, gpus=[number])))
     found: dict[tuple[str, str], dict[str, Any]] = {}
     for row in (row for each in made for row in each.rows):
         verdict = row.verdict

@@ -37,6 +37,7 @@ from lownibble import launch
 from lownibble.config import TrainConfig
 from lownibble.errors import ConfigError, LownibbleError, TrainingError
 from lownibble.memory.usage import is_exhausted
+from lownibble.planning.exchange import share
 
 _T = TypeVar("_T")
 
@@ -91,16 +92,8 @@ class Ranks:
         Raises:
             ConfigError: neither can be divided by the number of ranks.
         """
-        rows, batches = config.batch_size, config.gradient_accumulation_steps
-        if rows % self.world == 0:
-            return rows // self.world, batches
-        if batches % self.world == 0:
-            return rows, batches // self.world
-        raise ConfigError(
-            f"A step of batch_size={rows} x gradient_accumulation_steps={batches} cannot be dealt to {self.world} processes: one "
-            f"of the two must be a multiple of {self.world}. Set --batch-size {-(-rows // self.world) * self.world}, or start "
-            "another number of processes."
-        )
+        own = share(config, self.world)
+        return own.batch_size, own.gradient_accumulation_steps
 
     def total(self, *counts: int) -> list[int]:
         """Sum of each count over ranks."""
@@ -290,9 +283,18 @@ def _join(device: torch.device) -> None:
         if not dist.is_nccl_available():
             raise ConfigError("This torch has no NCCL, over which GPUs communicate. Install a CUDA build, or use --device cpu.")
         backend = "cpu:gloo,cuda:nccl"
+    patience = timedelta(seconds=_patience())
     try:
-        dist.init_process_group(backend, timeout=timedelta(seconds=_patience()), device_id=device if device.type == "cuda" else None)
-    except (RuntimeError, ValueError) as error:
+        rank, world = launch.rank(), int(os.environ["WORLD_SIZE"])
+        host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+        of_agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+        store = dist.TCPStore(host, port, world, is_master=rank == 0 and not of_agent, timeout=patience)
+        # torchrun may keep its store for processes that it starts again, with the addresses of those that are dead
+        dist.init_process_group(
+            backend, store=dist.PrefixStore(f"lownibble/{launch.restarts()}", store), rank=rank, world_size=world,
+            timeout=patience, device_id=device if device.type == "cuda" else None,
+        )  # fmt: skip
+    except (RuntimeError, ValueError, KeyError) as error:
         raise ConfigError(
             f"The processes of the run do not find each other ({_first_line(error)}). Start them with torchrun, and on several "
             "machines with the same --rdzv-endpoint."

@@ -20,6 +20,7 @@ from lownibble.models.head import Head, hidden_states
 from lownibble.training.distributed import ALONE
 from lownibble.training.loss import token_losses
 from lownibble.training.microbatches import Collate
+from lownibble.training.sharding import rest_gathered
 
 
 @dataclass
@@ -72,7 +73,8 @@ class Evaluator:
 
     def __call__(self, model: Any) -> Evaluation:
         """Evaluate; restores the model's training mode."""
-        sums = self.ranks.together(lambda: self._share(model))
+        with rest_gathered(model, self.ranks):
+            sums = self.ranks.together(lambda: self._share(model))
         total, scores_NC = torch.tensor(sums.loss, dtype=torch.float64), sums.scores
         self.ranks.add_up([total, scores_NC] if scores_NC.numel() else [total])
         (n_labels,) = self.ranks.total(sums.n_labels)

@@ -236,9 +236,10 @@ class Trainer:
             ModelError, ConfigError, OutputError, TrainingError: the run is not possible; nothing was trained.
         """
         dense.forget()
-        check_head(self.model)
-        self.passes.check()
-        balanced = balance.set_up(self.model, self.config.router_aux_loss_coef)
+        with sharding.rest_gathered(self.model, self.ranks):
+            check_head(self.model)
+            self.passes.check()
+            balanced = balance.set_up(self.model, self.config.router_aux_loss_coef)
         plain_loss = type(self.objective).loss is Objective.loss and not balanced
         self.passes.refuse_graphs(self.config.cuda_graphs, plain_loss)
         self.passes.check_outputs()

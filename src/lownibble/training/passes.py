@@ -28,6 +28,7 @@ from lownibble.training.graphs import obstacle as obstacle_to_graphs
 from lownibble.training.loss import check_packing, check_rows, check_unmasked
 from lownibble.training.microbatches import MicroBatches
 from lownibble.training.offload import COPIES, Offloaded, obstacle
+from lownibble.training.sharding import rest_gathered
 from lownibble.training.tiles import Tiled
 
 Kind = tuple[bool, bool]
@@ -292,7 +293,7 @@ class Passes:
     def loss(self, batch: Batch, n_total: int) -> torch.Tensor:
         """Sum of the batch's losses divided by `n_total`, without compiled layers; in tiles where `backward` was."""
         tiles = self.tiled() if self.tiled and self._runs_in_tiles(batch) else nullcontext()
-        with self._attention(self.model), tiles:
+        with rest_gathered(self.model, self.micro.ranks), self._attention(self.model), tiles:
             return self._loss(batch, n_total)
 
     def _loss(self, batch: Batch, n_total: int | torch.Tensor) -> torch.Tensor:
@@ -315,7 +316,7 @@ class Passes:
     def _run(self, batch: Batch, n_total: int | torch.Tensor, measured: bool = False) -> torch.Tensor:
         watch = usage.SavedActivations()
         self.model.train()
-        with self._attention(self.model), self._in_place(batch), self._rounding():
+        with rest_gathered(self.model, self.micro.ranks), self._attention(self.model), self._in_place(batch), self._rounding():
             with watch.watch(self.model) if measured else nullcontext():
                 loss = self._loss(batch, n_total)
             if measured:

@@ -43,7 +43,7 @@ from lownibble.training.events import Evaluated, Finished, Skipped, Stepped, War
 from lownibble.training.loop import Trainer
 from lownibble.training.objectives import Objective
 from lownibble.training.output import claim
-from lownibble.training.sharding import Sharding, gathered, mode_of
+from lownibble.training.sharding import Sharding, gathered, mode_of, rest_gathered
 from lownibble.training.sharding import check as check_sharded
 from lownibble.training.sinks import JsonlSink, Sink, TensorBoardSink, deliver, read_events
 from lownibble.training.starts import decide
@@ -127,9 +127,7 @@ def _for_ranks(config: RunConfig, ranks: Ranks) -> RunConfig:
     if config.train.output_dir is None:
         raise ConfigError("Several processes need one output folder. Give --output.")
     ranks.deal(config.train)
-    found: RunConfig = config.with_options(
-        train=config.train.with_options(resume=config.train.resume or launch.restarts() > 0)
-    )
+    found: RunConfig = config.with_options(train=config.train.with_options(resume=config.train.resume or launch.restarts() > 0))
     return found
 
 
@@ -317,7 +315,8 @@ def _train(
         if ranks.several:
             result["parallel"] = {"mode": ranks.mode, "ranks": ranks.world, "memory": ranks.of_all(memory)}
         if ranks.sharded:
-            verify.check_finite(model)
+            with rest_gathered(model, ranks):
+                verify.check_finite(model)
         adapter = None
         with gathered(model, ranks) if ranks.sharded else nullcontext():
             if folder:

@@ -1,9 +1,8 @@
 """FSDP2 over the decoder layers of a model, and what a rank holds of each trained tensor.
 
 Layers are sharded by torch's `fully_shard`: each tensor, packed ones too, along its first dimension, gathered when its layer runs
-and freed after it, forward and backward; the next layer is gathered meanwhile. Embeddings, final norm and head are whole on every
-rank: they would be gathered from the first to the last of a step anyway, and the loss reads the head's weight itself. Where they
-are trained their gradients are summed as with 'ddp'.
+and freed after it, forward and backward; the next layer is gathered meanwhile. Embeddings, final norm and head are one more
+group, gathered for a whole pass, since the loss reads the head's weight itself (`rest_gathered`).
 
 Loading puts adapters on each layer and shards it as soon as its weights are there, so that a rank holds its shards and one layer
 (`Sharding.finish_layer`, called by `models.load`).
@@ -18,7 +17,6 @@ import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
@@ -31,8 +29,9 @@ from lownibble.errors import ConfigError, InputError, ModelError
 from lownibble.lora.init import find
 from lownibble.lora.inject import Addition
 from lownibble.memory.planned import device_of
-from lownibble.models.info import body, decoder_layers
+from lownibble.models.info import decoder_layers
 from lownibble.optim import plain_name
+from lownibble.planning.exchange import share
 from lownibble.planning.memory import plan_memory
 from lownibble.planning.models import find_shape
 from lownibble.training.distributed import Mode, Ranks
@@ -102,15 +101,31 @@ def gathered(model: nn.Module, ranks: Ranks) -> Iterator[None]:
         for name, parameter in module.named_parameters(recurse=False):
             if isinstance(parameter, DTensor) and parameter.requires_grad:
                 held.append((module, name, parameter))
+    whole: dict[int, nn.Parameter] = {}  # tied ones stay tied
     try:
         for module, name, parameter in held:
-            whole = parameter.full_tensor()
+            if id(parameter) not in whole:
+                values = parameter.full_tensor()
+                whole[id(parameter)] = nn.Parameter(values.cpu() if ranks.is_first else values.new_empty(0))
             if ranks.is_first:
-                module._parameters[name] = nn.Parameter(whole.cpu())
+                module._parameters[name] = whole[id(parameter)]
         yield
     finally:
         for module, name, parameter in held:
             module._parameters[name] = parameter
+
+
+@contextmanager
+def rest_gathered(model: Any, ranks: Ranks) -> Iterator[None]:
+    """Inside the block what is outside of decoder layers is whole on every rank: for a pass, and for what reads those weights."""
+    if not ranks.sharded:
+        yield
+        return
+    model.unshard()
+    try:
+        yield
+    finally:
+        model.reshard()
 
 
 def check(config: RunConfig) -> None:
@@ -159,8 +174,7 @@ def mode_of(config: RunConfig, device: torch.device, world: int) -> Mode:
     try:
         check(config)
         shape, there = find_shape(config.model), device_of(device)
-        quant, rows = config.quant, Ranks(0, world, "ddp").deal(config.train)[0]
-        train = config.train.with_options(batch_size=rows)
+        quant, train = config.quant, share(config.train, world)
         needed = plan_memory(shape, there, config.method, quant=quant, lora=config.lora, train=train, dtype=config.dtype).device
     except InputError:
         return "ddp"
@@ -172,9 +186,7 @@ class Sharding:
     """Shards a model while it is loaded (`models.load.ByLayer`), as the run's configuration says; `device` is this rank's."""
 
     def __init__(self, ranks: Ranks, device: torch.device, config: RunConfig) -> None:
-        from torch.distributed.fsdp import fully_shard
-
-        self._shard = partial(fully_shard, mesh=init_device_mesh(device.type, (ranks.world,)))
+        self._mesh = init_device_mesh(device.type, (ranks.world,))
         self._config = config
         self._addition: Addition | None = None
 
@@ -197,7 +209,7 @@ class Sharding:
         layer = model.get_submodule(path)
         if not self._addition:
             layer.requires_grad_(True)
-        _sum_gradients(self._shard(layer, reshard_after_forward=True))
+        self._shard(layer, reshard_after_forward=True)
 
     def finish(self, model: Any) -> None:
         """Put adapters on the rest of the model, and make it the root of the layers."""
@@ -206,12 +218,14 @@ class Sharding:
             self._addition.finish()
         else:
             model.requires_grad_(True)
-        inner = body(model)
-        rest = {parameter for parameter in inner.parameters() if not isinstance(parameter, DTensor)}
-        _sum_gradients(self._shard(inner, ignored_params=rest))
+        self._shard(model, reshard_after_forward=False)
 
+    def _shard(self, module: Any, *, reshard_after_forward: bool) -> None:
+        from torch.distributed.fsdp import fully_shard
 
-def _sum_gradients(module: Any) -> None:
-    """Sum gradients over ranks; FSDP2's default is their mean."""
-    module.set_gradient_divide_factor(1.0)
-    module.set_force_sum_reduction_for_comms(True)
+        kind = type(module)
+        fully_shard(module, mesh=self._mesh, reshard_after_forward=reshard_after_forward)
+        sharded = type(module)  # a class of its own, under which others would not know the module
+        sharded.__name__, sharded.__qualname__, sharded.__module__ = kind.__name__, kind.__qualname__, kind.__module__
+        module.set_gradient_divide_factor(1.0)  # the sum over ranks, not their mean
+        module.set_force_sum_reduction_for_comms(True)
