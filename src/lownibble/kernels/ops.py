@@ -29,7 +29,8 @@ class Backend(Protocol):
     """Interface of a backend module. Tensors are contiguous and share one device.
 
     device_types: the device types it runs on; None means any. row_part: columns that share a scale in 8-bit rows; None: a row.
-    experts_at_once: products of experts are kernels for all experts, which read on the device which rows are whose; else loops.
+    experts_at_once: products of experts are kernels for all experts, which read on the device which rows are whose; else a
+        mixture is trained expert by expert, with all that is done to an expert's rows (`models/expert_pass.py`).
     """
 
     name: str

@@ -29,6 +29,7 @@ from lownibble.models import experts
 from lownibble.quant.experts import (
     DenseExperts,
     Ends,
+    Product,
     QuantExperts,
     Weights,
     at_once,
@@ -167,6 +168,14 @@ class LoraExperts(LoraLinear):
             x_SK, self.weight, ends, adapter.lora_A, adapter.lora_B, adapter.scale, code_type, adapter.rounded
         )
         return y
+
+    def product(self) -> Product:
+        """What it computes with."""
+        base: Product = self.base.product()  # type: ignore[operator]
+        if self.active is None:
+            return base
+        adapter = self.adapter(self.active)
+        return base._replace(adapter=(adapter.lora_A, adapter.lora_B), rounded=adapter.rounded, scale=adapter.scale)
 
 
 LINEAR, EXPERTS = "linear layers", "weights of experts"

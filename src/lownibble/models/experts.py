@@ -19,6 +19,8 @@ import torch
 from torch import Tensor, nn
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
+from lownibble.kernels import ops
+from lownibble.models.expert_pass import expert_pass, sides_of
 from lownibble.quant.experts import DenseExperts, Ends, dense_product
 
 WEIGHTS = ("gate_up_proj", "up_proj", "down_proj")
@@ -151,6 +153,10 @@ def experts_forward(container: Any, hidden_states: Tensor, top_k_index: Tensor, 
     k, (T, K) = top_k_index.shape[-1], hidden_states.shape
     expert_of_row, order_S = top_k_index.reshape(-1).sort(stable=True)
     ends = Ends.of(expert_of_row, container.num_experts)
+    if torch.is_grad_enabled() and not ops.current(hidden_states.device).experts_at_once:
+        held = [getattr(container, name) for name in WEIGHTS if hasattr(container, name)]
+        if sides := sides_of(container, held):
+            return expert_pass(hidden_states, top_k_weights.reshape(-1)[order_S], order_S // k, ends, sides)
 
     def project(name: str, x_SK: Tensor) -> Tensor:
         y_SN = _product(container, name, x_SK, ends)

@@ -2,9 +2,9 @@
 
 Experts that are neither packed nor adapted run transformers' pass: tokens are sorted by expert, and all experts are one grouped
 matmul. If any layer's are, all run ours (`models/experts.py`) on the sorted rows. On CUDA a product is a kernel for all experts,
-which decodes inside. Elsewhere, or with a codec without kernels, it goes expert by expert: it decodes one expert at a time, and a
-product is written into the rows of a tensor for all. What an expert takes meanwhile is counted once, for an even share of the
-rows; how many the busiest one has, only the data tell.
+which decodes inside, or, with a codec without kernels, goes expert by expert, each written into the rows of a tensor for all. On
+a CPU the pass goes expert by expert from tokens to tokens (`models/expert_pass.py`), decoding one expert at a time. What an
+expert takes meanwhile is counted once, for an even share of the rows; how many the busiest one has, only the data tell.
 
 Local variables matter, as in `decoder.py`.
 """
@@ -16,7 +16,7 @@ from collections.abc import Callable, Sequence
 from lownibble.arch import Linear, ModelShape, expert_paths
 from lownibble.planning import operations as op
 from lownibble.planning.linear import LinearOnTape, Method, Runtime, SharedBuffers
-from lownibble.planning.tape import FLOAT32, INT64, Parameter, Tape, Value
+from lownibble.planning.tape import FLOAT32, INT64, Leaf, Parameter, Tape, Value
 
 
 class ExpertsOnTape(LinearOnTape):
@@ -50,35 +50,24 @@ class ExpertsOnTape(LinearOnTape):
         tape.record([out], [x, *self.adapter], [] if low is None else [x, low], backward)
         return out
 
-    def _share(self, rows: int) -> int:
+    def share(self, rows: int) -> int:
+        """An expert's rows of so many for all."""
         return -(-rows // self.n_experts)
 
-    def _frozen_rows(self, x: Value) -> Value:
-        tape, size, rows = self.tape, self.run.itemsize, x.n // self.n_in
-        out = tape.new(rows * self.n_out, size)
-        self._product(self._share(rows), self.n_out, 0)
+    def rows_of_one(self, share: int) -> Value:
+        """An expert's product, (share, out)."""
+        tape, size, r = self.tape, self.run.itemsize, self.r
+        if r:
+            cast = tape.new(r * self.n_in, size) if size != self.of_adapter else None
+            part = tape.new(share * r, size)
+            del cast, part
+        return self._product(share, self.n_out, r * self.n_out)
 
-        def backward(grads: list[Value | None], saved: list[Value]) -> Sequence[Value | None]:
-            dx = tape.new(rows * self.n_in, size)
-            self._product(self._share(rows), self.n_in, 0)
-            return [dx]
-
-        tape.record([out], [x], [], backward)
-        return out
-
-    def _adapted_rows(self, x: Value) -> Value:
-        tape, size, r, rows = self.tape, self.run.itemsize, self.r, x.n // self.n_in
-        (A, B), share, narrow, of_adapter = self.adapter, self._share(rows), size != self.of_adapter, self.of_adapter
-        out, low = tape.new(rows * self.n_out, size), tape.new(rows * r, size)
-        cast = tape.new(r * self.n_in, size) if narrow else None
-        part = tape.new(share * r, size)
-        del cast, part
-        self._product(share, self.n_out, r * self.n_out)
-        wants_x = x.wants_grad
-
-        def backward(grads: list[Value | None], saved: list[Value]) -> Sequence[Value | None]:
-            dA, dB = (tape.new(each.n, of_adapter) for each in (A, B))
-            dx = tape.new(rows * self.n_in, size) if wants_x else None
+    def gradients_of_one(self, share: int, wants_x: bool = True) -> Value | None:
+        """An expert's part of backward: the gradient of its rows, if wanted."""
+        tape, size, r, of_adapter = self.tape, self.run.itemsize, self.r, self.of_adapter
+        narrow, dlow = size != of_adapter, None
+        if r:
             cast = tape.new(r * self.n_out, size) if narrow else None
             dlow = tape.new(share * r, size)
             del cast
@@ -88,9 +77,34 @@ class ExpertsOnTape(LinearOnTape):
             product = tape.new(r * self.n_in, size) if narrow else None
             of_one.append(tape.new(r * self.n_in, of_adapter))
             del product, of_one
-            if wants_x:
-                self._product(share, self.n_in, r * self.n_in)
-            del dlow
+        dx = self._product(share, self.n_in, r * self.n_in) if wants_x else None
+        del dlow
+        return dx
+
+    def _frozen_rows(self, x: Value) -> Value:
+        tape, size, rows = self.tape, self.run.itemsize, x.n // self.n_in
+        out = tape.new(rows * self.n_out, size)
+        self.rows_of_one(self.share(rows))
+
+        def backward(grads: list[Value | None], saved: list[Value]) -> Sequence[Value | None]:
+            dx = tape.new(rows * self.n_in, size)
+            self.gradients_of_one(self.share(rows))
+            return [dx]
+
+        tape.record([out], [x], [], backward)
+        return out
+
+    def _adapted_rows(self, x: Value) -> Value:
+        tape, size, r, rows = self.tape, self.run.itemsize, self.r, x.n // self.n_in
+        (A, B), share = self.adapter, self.share(rows)
+        out, low = tape.new(rows * self.n_out, size), tape.new(rows * r, size)
+        self.rows_of_one(share)
+        wants_x = x.wants_grad
+
+        def backward(grads: list[Value | None], saved: list[Value]) -> Sequence[Value | None]:
+            dA, dB = (tape.new(each.n, self.of_adapter) for each in (A, B))
+            dx = tape.new(rows * self.n_in, size) if wants_x else None
+            self.gradients_of_one(share, wants_x)
             return [dx, dA, dB]
 
         tape.record([out], [x, A, B], [x, low], backward)
@@ -120,7 +134,7 @@ class Mixture:
         ]
         self._router = new(shape.experts * shape.hidden, shape.experts)
         self._router_bias = new(shape.experts, shape.experts) if shape.family.expert_bias else None
-        self._ours = ours
+        self._pass = self._grouped_pass if not ours else self._pass_by_product if run.cuda else self._pass_by_expert
 
     @property
     def parameters(self) -> list[Parameter]:
@@ -133,7 +147,7 @@ class Mixture:
         tokens = x.n // self._shape.hidden
         rows = tokens * self._shape.active_experts
         shares, *held = self._route(x, tokens, rows)
-        out = (self._our_pass if self._ours else self._grouped_pass)(x, shares, rows)
+        out = self._pass(x, shares, rows)
         del held
         return out
 
@@ -152,7 +166,52 @@ class Mixture:
         shares = op.mul(tape, chosen, tape.new(tokens, FLOAT32))
         return shares if self._shape.family.wide_shares else op.cast(tape, shares, x.itemsize), places, scores
 
-    def _our_pass(self, x: Value, shares: Value, rows: int) -> Value:
+    def _pass_by_expert(self, x: Value, shares: Value, rows: int) -> Value:
+        """As `models/expert_pass.py`."""
+        tape, size, first, second = self._tape, x.itemsize, self.gate_up, self.down
+        share, width, narrow = first.share(rows), self._shape.hidden, x.itemsize != FLOAT32
+        expert_of_row, order = tape.new(rows, INT64), tape.new(rows, INT64)
+        shares, tokens = self._moved(shares, rows, order), tape.new(rows, INT64)
+        out, fed = tape.new(x.n, FLOAT32), tape.new(rows * first.n_out, size)
+        lows = [tape.new(rows * each.r, size) for each in self.linears if each.r]
+        gathered = tape.new(share * width, size)
+        made = first.rows_of_one(share)
+        del gathered, made
+        with tape.no_grad():
+            h = self._gate(Value(fed.storage, share * first.n_out, size))
+        h = tape.like(h)
+        made = second.rows_of_one(share)
+        made = op.cast(tape, made, FLOAT32)
+        del h, made
+        wants_x, adapters, n_shares, n_x = x.wants_grad, [*first.adapter, *second.adapter], shares.itemsize, x.n
+
+        def backward(grads: list[Value | None], saved: list[Value]) -> Sequence[Value | None]:
+            dshares = tape.new(rows, n_shares)
+            dx = tape.new(n_x, FLOAT32) if wants_x else None
+            found = [tape.new(each.n, first.of_adapter) for each in adapters]
+            dy = tape.new(share * width, FLOAT32)
+            if narrow:
+                dy = tape.new(share * width, size)
+            before = Value(saved[0].storage, share * first.n_out, size, trained=True)
+            before.leaf = Leaf(named=False)
+            h = self._gate(before)
+            weighted = tape.like(h)
+            u = second.gradients_of_one(share)
+            del weighted
+            tape.backward(h, u)
+            del h, u, dy
+            gathered = tape.new(share * width, size)
+            first.gradients_of_one(share, wants_x)
+            del gathered, before
+            return [dx if dx is None else op.cast(tape, dx, size), dshares, *found]
+
+        tape.record([out], [x, shares, *adapters], [fed, x, shares, tokens, *lows], backward)
+        summed = op.cast(tape, out, size)
+        del out, fed, lows, expert_of_row, order, tokens
+        return summed
+
+    def _pass_by_product(self, x: Value, shares: Value, rows: int) -> Value:
+        """As `models/experts.py`."""
         tape, width = self._tape, self._shape.hidden
         expert_of_row, order = tape.new(rows, INT64), tape.new(rows, INT64)
         current = self._moved(x, rows * width, tape.new(rows, INT64))

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -67,6 +67,20 @@ class Ends:
             if end > start:
                 yield expert, slice(start, end)
             start = end
+
+
+class Product(NamedTuple):
+    """What a product with frozen weights of all experts computes with, x W_e^T + scale (x A_e^T) B_e^T.
+
+    Attributes:
+        adapter: A (E, r, in) and B (E, out, r), or nothing. rounded: both in the dtype of activations, or nothing.
+    """
+
+    weights: Weights
+    code_type: torch.dtype | None = None
+    adapter: Sequence[Tensor] = ()
+    rounded: Sequence[Tensor] = ()
+    scale: float = 1.0
 
 
 def empty_rows(like: Tensor, n: int, ends: Ends) -> Tensor:
@@ -194,6 +208,11 @@ class QuantExperts(QuantLinear):
         weights: Any = self.weight
         return frozen_product(x_SK, weights, ends, self.code_type)
 
+    def product(self) -> Product:
+        """What it computes with."""
+        weights: Any = self.weight
+        return Product(weights, self.code_type)
+
     def extra_repr(self) -> str:
         """Shown by `print(model)`."""
         return f"{self.n_experts} x {super().extra_repr()}"
@@ -235,6 +254,10 @@ class DenseExperts(nn.Module):
     def forward(self, x_SK: Tensor, ends: Ends) -> Tensor:
         """x (S, in), rows sorted by expert -> (S, out)."""
         return dense_product(x_SK, self.weight, ends)
+
+    def product(self) -> Product:
+        """What it computes with."""
+        return Product(self.weight)
 
     def extra_repr(self) -> str:
         """Shown by `print(model)`."""

@@ -31,6 +31,7 @@ from typing import Any, Literal, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed import PrefixStore, TCPStore  # type: ignore[attr-defined]
 
 import lownibble
 from lownibble import launch
@@ -288,10 +289,10 @@ def _join(device: torch.device) -> None:
         rank, world = launch.rank(), int(os.environ["WORLD_SIZE"])
         host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
         of_agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
-        store = dist.TCPStore(host, port, world, is_master=rank == 0 and not of_agent, timeout=patience)
+        store = TCPStore(host, port, world, is_master=rank == 0 and not of_agent, timeout=patience)
         # torchrun may keep its store for processes that it starts again, with the addresses of those that are dead
         dist.init_process_group(
-            backend, store=dist.PrefixStore(f"lownibble/{launch.restarts()}", store), rank=rank, world_size=world,
+            backend, store=PrefixStore(f"lownibble/{launch.restarts()}", store), rank=rank, world_size=world,
             timeout=patience, device_id=device if device.type == "cuda" else None,
         )  # fmt: skip
     except (RuntimeError, ValueError, KeyError) as error:
