@@ -9,7 +9,7 @@ from lownibble.bench.processes import Command, in_turns, one_after_another
 from lownibble.errors import TrainingError
 
 PROGRAM = """
-import json, pathlib, sys
+import json, os, pathlib, signal, sys
 mode, folder = sys.argv[1], pathlib.Path(sys.argv[2])
 others = [path.name for path in folder.iterdir()]
 (folder / mode).touch()
@@ -18,10 +18,17 @@ if mode == "dies":
 if mode == "tells":
     print(json.dumps({"error": "OutOfMemoryError: too large"}), flush=True)
     sys.exit(1)
+if mode == "killed":
+    os.kill(os.getpid(), signal.SIGKILL)
 print(json.dumps({"others": others}), flush=True)
-for line in sys.stdin:
+if mode == "gone":
+    os.kill(os.getpid(), signal.SIGKILL)
+for turn, line in enumerate(sys.stdin):
     if mode == "breaks":
         sys.exit(4)
+    if mode == "halfway" and turn:
+        print('{"mode": "half', end="", flush=True)
+        os.kill(os.getpid(), signal.SIGKILL)
     print(json.dumps({"mode": mode, "steps": int(line)}), flush=True)
 """
 
@@ -52,6 +59,24 @@ def test_by_turns_a_peer_may_fail_and_others_may_not(command):
     assert found.failed.keys() == {"tells"}
     with pytest.raises(TrainingError, match="too large"):
         in_turns({"a": command("a"), "tells": command("tells")}, 1, 3)
+
+
+KILLED = "was ended by the signal SIGKILL, as the system does where memory runs out. Its messages are above."
+
+
+def test_peers_that_are_killed_are_recorded_with_the_reason_and_the_rest_go_on(command):
+    """While they are set up, between turns and in one."""
+    modes = ("a", "killed", "gone", "halfway", "breaks", "b")
+    found = in_turns({mode: command(mode, may_fail=len(mode) > 1) for mode in modes}, 2, 3)
+    assert found.answers == {mode: [{"mode": mode, "steps": 3}] * 3 for mode in ("a", "b")}
+    assert found.facts.keys() == found.answers.keys()
+    assert found.failed == {
+        **{mode: f"The process '{mode}' {KILLED}" for mode in ("killed", "gone", "halfway")},
+        "breaks": "The process 'breaks' ended with exit code 4. Its messages are above.",
+    }
+    for mode in ("killed", "gone", "halfway"):
+        with pytest.raises(TrainingError, match="SIGKILL"):
+            in_turns({"a": command("a"), mode: command(mode)}, 1, 3)
 
 
 @pytest.mark.slow

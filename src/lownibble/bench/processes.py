@@ -36,12 +36,18 @@ class Measured(NamedTuple):
 
 
 def in_turns(commands: dict[str, Command], repeats: int, steps: int) -> Measured:
-    """All contenders at once. One that may fail and cannot be set up is left out.
+    """All contenders at once. One that may fail is left out if it does, while it is set up or in its turns.
 
     Raises:
         TrainingError: another one failed.
     """
     failed: dict[str, str] = {}
+
+    def give_up(taker: TurnTaker, error: TrainingError) -> None:
+        if not commands[taker.name].may_fail:
+            raise error
+        failed[taker.name] = _told(error)
+
     with ExitStack() as stack:
         takers = []
         for name, command in commands.items():  # sequentially, so that loading does not disturb another's memory figures
@@ -49,14 +55,12 @@ def in_turns(commands: dict[str, Command], repeats: int, steps: int) -> Measured
             try:
                 taker.ready()
             except TrainingError as error:
-                if not command.may_fail:
-                    raise
-                failed[name] = _told(error)
+                give_up(taker, error)
             else:
                 takers.append(taker)
                 print(f"bench: {name} is ready", file=sys.stderr)
-        answers = play(takers, repeats, steps)
-    return Measured({taker.name: taker.facts for taker in takers}, answers, failed)
+        answers = play(takers, repeats, steps, give_up=give_up)
+    return Measured({taker.name: taker.facts for taker in takers if taker.name in answers}, answers, failed)
 
 
 def one_after_another(

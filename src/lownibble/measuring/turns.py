@@ -13,11 +13,12 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import signal
 import statistics
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from itertools import islice
 from pathlib import Path
 from typing import IO, Any
@@ -52,19 +53,27 @@ class TurnTaker:
     def turn(self, steps: int) -> dict[str, Any]:
         """Let the child do `steps` steps; returns its answer."""
         stdin: IO[str] = self.process.stdin  # type: ignore[assignment]
-        stdin.write(f"{steps}\n")
-        stdin.flush()
+        with suppress(BrokenPipeError):  # it has ended: so does its output
+            stdin.write(f"{steps}\n")
+            stdin.flush()
         return self._answer()
 
     def _answer(self) -> dict[str, Any]:
         stdout: IO[str] = self.process.stdout  # type: ignore[assignment]
         line = stdout.readline()
-        if not line:
-            raise TrainingError(f"The process '{self.name}' ended with exit code {self.process.wait()}. Its messages are above.")
+        if not line.endswith("\n"):
+            raise TrainingError(f"The process '{self.name}' {_ended(self.process.wait())}. Its messages are above.")
         answer: dict[str, Any] = json.loads(line)
         if "error" in answer:
             raise TrainingError(f"'{self.name}' failed: {answer['error']}")
         return answer
+
+
+def _ended(code: int) -> str:
+    if code >= 0:
+        return f"ended with exit code {code}"
+    why = ", as the system does where memory runs out" if code == -signal.SIGKILL else ""
+    return f"was ended by the signal {signal.Signals(-code).name}{why}"
 
 
 def answer_turns(facts: dict[str, Any], do: Callable[[int], dict[str, Any]], out: IO[str] | None = None) -> None:
@@ -90,13 +99,27 @@ def reserved_stdout() -> Iterator[IO[str]]:
             raise
 
 
-def play(takers: Sequence[TurnTaker], rounds: int, steps: int, warmup: int = 1) -> dict[str, list[dict[str, Any]]]:
-    """Give turns for `warmup` + `rounds` rounds; returns name -> answers of all rounds, warm-up first."""
+def play(
+    takers: Sequence[TurnTaker], rounds: int, steps: int, warmup: int = 1,
+    give_up: Callable[[TurnTaker, TrainingError], object] | None = None,
+) -> dict[str, list[dict[str, Any]]]:  # fmt: skip
+    """Give turns for `warmup` + `rounds` rounds; returns name -> answers of all rounds, warm-up first.
+
+    Args:
+        give_up: called when a child fails, which is then left out, its answers too; by default the error is raised.
+    """
     answers: dict[str, list[dict[str, Any]]] = {taker.name: [] for taker in takers}
     for index in range(warmup + rounds):
-        shift = index % len(takers)
-        for taker in [*takers[shift:], *takers[:shift]]:
-            answers[taker.name].append(taker.turn(steps))
+        playing = [taker for taker in takers if taker.name in answers]
+        shift = index % max(1, len(playing))
+        for taker in [*playing[shift:], *playing[:shift]]:
+            try:
+                answers[taker.name].append(taker.turn(steps))
+            except TrainingError as error:
+                if give_up is None:
+                    raise
+                give_up(taker, error)
+                del answers[taker.name]
     return answers
 
 
