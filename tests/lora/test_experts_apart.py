@@ -14,8 +14,6 @@ import lownibble as ln
 from lownibble.cli.main import main
 from lownibble.errors import AdapterError
 from lownibble.exporting.convert import export
-from lownibble.lora.configuration import read_config
-from lownibble.lora.targets import alpha_of, rank_of
 
 LOGITS = {"rtol": 1e-5, "atol": 2e-5}
 APART = ("mixtral", "qwen3_moe", "deepseek_v3", "glm4_moe")
@@ -81,8 +79,7 @@ def test_an_adapter_is_written_expert_by_expert_and_read_again(kind, tokenizer, 
     for key, tensor in tensors.items():  # each is what a plain LoRA layer of that expert would have
         if found := re.search(r"experts\.(\d+)\.(\w+)\.lora_(A|B)", key):
             assert tensor.ndim == 2
-            r = 2 if found[2] in ("w2", "down_proj") else 4
-            assert tensor.shape[found[3] == "B"] == r
+            assert tensor.shape[found[3] == "B"] == 4, "filled with zeros"
     again, _ = ln.load(str(folder))
     ln.load_adapter(again, tmp_path / "apart")
     torch.testing.assert_close(logits(again.eval(), some_ids()), expected, **LOGITS)
@@ -93,26 +90,36 @@ PATTERNS = {
     "of one layer": {"rank_pattern": {r"layers\.1\.mlp\.experts\.down_proj": 5}, "alpha_pattern": {r".*\.1\.mlp\..*": 7.0}},
     "of shared experts": {"rank_pattern": {"gate_proj": 5}, "alpha_pattern": {"shared_experts.up_proj": 7.0, "up_proj": 9.0}},
     "of both": {"rank_pattern": {"down_proj": 5}, "alpha_pattern": {"down_proj": 7.0, "o_proj": 9.0}},
+    "none, of rsLoRA": {"use_rslora": True},
+    "an alpha that is no whole number": {"r": 3, "lora_alpha": 4, "rank_pattern": {"down_proj": 5}},
     "of some experts' numbers": {"alpha_pattern": {r".*\.1\..*": 7.0}, "rank_pattern": {r"experts\.gate_up_proj": 5}},
 }
 
 
 @pytest.mark.parametrize("case", PATTERNS)
-def test_ranks_and_alphas_are_those_of_the_fused_adapter(case, tokenizer, tmp_path):
-    """Also where patterns for other layers match an expert's path, or a fused weight's."""
+def test_one_scale_for_all_layers_gives_the_deltas_of_the_fused_adapter(case, tokenizer, tmp_path):
+    """As vLLM reads adapter_config.json (lora/peft_helper.py): lora_alpha / r alone, patterns unknown. Also where patterns for
+    other layers match an expert's path, or a fused weight's. Oracle: the weights that a merge of the fused adapter adds to."""
     folder = folder_of("deepseek_v3", tmp_path / "model", tokenizer)
     model, _ = ln.load(str(folder))
-    ln.add_lora(model, ln.LoraConfig(r=2, lora_alpha=4, init_lora_weights=False, **PATTERNS[case]))
+    ln.add_lora(model, ln.LoraConfig(**{"r": 2, "lora_alpha": 4, "init_lora_weights": False, **PATTERNS[case]}))
     expected = logits(model.eval(), some_ids())
     ln.save_adapter(model, tmp_path / "fused")
     export(tmp_path / "fused", tmp_path / "apart", "peft-per-expert")
-    written, fused = read_config(tmp_path / "apart"), read_config(tmp_path / "fused")
+    written = json.loads((tmp_path / "apart" / "adapter_config.json").read_text())
+    assert written["rank_pattern"] == written["alpha_pattern"] == {}
+    assert not written["use_rslora"]
     tensors = load_file(tmp_path / "apart" / "adapter_model.safetensors")
-    for path in {key.partition("model.")[2].rpartition(".lora_")[0].removeprefix("model.") for key in tensors}:
-        found = re.fullmatch(r"(.*\.experts)\.\d+\.(\w+)", path)
-        whole = path if not found else f"{found[1]}.{'down_proj' if found[2] == 'down_proj' else 'gate_up_proj'}"
-        assert rank_of(path, written) == rank_of(whole, fused) == len(tensors[f"base_model.model.{path}.lora_A.weight"])
-        assert alpha_of(path, written) == alpha_of(whole, fused)
+    scale, paths = written["lora_alpha"] / written["r"], {key.rpartition(".lora_")[0] for key in tensors}
+    deltas = {path: scale * tensors[f"{path}.lora_B.weight"] @ tensors[f"{path}.lora_A.weight"] for path in paths}
+    assert {len(tensors[f"{path}.lora_A.weight"]) for path in paths} == {written["r"]}
+    ln.merge(tmp_path / "fused", tmp_path / "merged", onto="original", measure_tokens=0)
+    before, after = (load_file(where / "model.safetensors") for where in (folder, tmp_path / "merged"))
+    changed = {key.removesuffix(".weight") for key in before if not torch.equal(before[key], after[key])}
+    assert {path.removeprefix("base_model.model.") for path in paths} == changed
+    for path, delta in deltas.items():
+        key = f"{path.removeprefix('base_model.model.')}.weight"
+        torch.testing.assert_close(before[key] + delta, after[key], rtol=1e-5, atol=1e-6)
     again, _ = ln.load(str(folder))
     ln.load_adapter(again, tmp_path / "apart")
     torch.testing.assert_close(logits(again.eval(), some_ids()), expected, **LOGITS)
@@ -129,9 +136,9 @@ FOR_PEFT = {
     "others' pattern": ("qwen3_moe", {"rank_pattern": {"q_proj": 4}}, None),
     "shared experts": ("deepseek_v3", {}, "takes linear layers called down_proj, gate_proj, up_proj for experts'"),
     "gate and up": ("qwen3_moe", {"target_modules": ["q_proj"], "target_parameters": ["gate_up_proj"]}, "wants down adapted"),
-    "rank": ("qwen3_moe", {"rank_pattern": {"down_proj": 4}}, "only the rank and alpha that hold without patterns"),
-    "alpha": ("qwen3_moe", {"alpha_pattern": {"gate_up_proj": 400.0}}, "only the rank and alpha that hold without patterns"),
-    "rslora": ("qwen3_moe", {"use_rslora": True}, "scales gate and up by the root of 2"),
+    "rank": ("qwen3_moe", {"rank_pattern": {"down_proj": 4}}, None),
+    "alpha": ("qwen3_moe", {"alpha_pattern": {"gate_up_proj": 400.0}}, None),
+    "rslora": ("qwen3_moe", {"use_rslora": True}, None),
     "another model": ("phimoe", {}, "does not fuse the experts of phimoe"),
 }  # fmt: skip
 
@@ -186,10 +193,11 @@ def test_targets_are_names_only_where_they_select_nothing_else(tokenizer, tmp_pa
 
 def test_the_command_says_what_peft_cannot_read(tokenizer, tmp_path, capsys):
     model, _ = ln.load(str(folder_of("qwen3_moe", tmp_path / "model", tokenizer)))
-    ln.save_adapter(ln.add_lora(model, ln.LoraConfig(r=2, use_rslora=True)), tmp_path / "fused")
+    options = {"target_modules": ["q_proj"], "target_parameters": ["gate_up_proj"]}
+    ln.save_adapter(ln.add_lora(model, ln.LoraConfig(r=2, **options)), tmp_path / "fused")
     assert main(["export", str(tmp_path / "fused"), "--format", "peft-per-expert", "--output", str(tmp_path / "apart")]) == 0
     printed = capsys.readouterr()
-    assert "PEFT does not read this file as it is meant: it scales gate and up" in printed.out + printed.err
+    assert "PEFT does not read this file as it is meant: it wants down adapted" in printed.out + printed.err
 
 
 def test_a_file_of_experts_one_by_one_is_loaded_saved_and_written_again(tokenizer, tmp_path):

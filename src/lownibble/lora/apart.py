@@ -4,6 +4,10 @@ That is how adapters look that were trained before transformers fused experts, o
 vLLM and SGLang read for most mixtures (docs/train.md). Which part of a fused weight a name stands for is asked of transformers'
 own rules, which split a tensor of row numbers as they split the weight. Fused, gate and up have one A: that of the two below each
 other, and B in blocks beside each other, as PEFT converts such files; apart, both have the fused A.
+
+vLLM scales every layer by lora_alpha / r of adapter_config.json and knows no patterns (`lora/peft_helper.py`); PEFT gives fused
+experts no rank or alpha of their own either. So what is written has one rank and one scale: B takes what a layer's own scale is
+off it, and lower ranks are filled with zeros.
 """
 
 from __future__ import annotations
@@ -12,15 +16,15 @@ import copy
 import json
 import math
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import accumulate
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import conversion_mapping
 
 from lownibble import tensorfile
@@ -30,15 +34,13 @@ from lownibble.lora.experts import ExpertsLoRA, file_paths
 from lownibble.lora.inject import named_linears
 from lownibble.lora.portable import CONFIG_FILE, PREFIX, TAKEN_FOR_EXPERTS, WEIGHTS_FILE
 from lownibble.lora.provenance import to_metadata
-from lownibble.lora.targets import alpha_of, match_experts, rank_of, scale_of
-from lownibble.matching import by_pattern, fits
+from lownibble.lora.targets import match_experts, rank_of, scale_of, scaling
+from lownibble.matching import fits
 from lownibble.models import experts
 from lownibble.models.conversion import stored_names
 
 if TYPE_CHECKING:
     from lownibble.lora.adapter import AdapterFile
-
-_T = TypeVar("_T")
 
 
 @dataclass(frozen=True)
@@ -165,10 +167,6 @@ def _linears(stored: AdapterFile, model: Any) -> set[str]:
     return {path for path in named_linears(model) if f"{PREFIX}{path}.lora_A.weight" in stored.shapes}
 
 
-def _of_linears(patterns: Mapping[str, _T], linears: set[str]) -> dict[str, _T]:
-    return {pattern: value for pattern, value in patterns.items() if any(fits(path, pattern) for path in linears)}
-
-
 def _endings(paths: Iterable[str]) -> set[str]:
     """What in a list of `target_modules` would select one of the paths: the path, and whole names at its end."""
     return {ending for path in paths for ending in accumulate(reversed(path.split(".")), lambda end, name: f"{name}.{end}")}
@@ -220,35 +218,34 @@ def split(stored: AdapterFile, model: Any, output: Path) -> dict[str, Any]:
     tensors = {key: partial(stored.read, key) for key in stored.shapes}
     entries = dict(stored.shapes)
     linears, written = _linears(stored, model), set[str]()
-    ranks, alphas = (_of_linears(given, linears) for given in (stored.config.rank_pattern, stored.config.alpha_pattern))
-    own_ranks, own_alphas = dict[str, int](), dict[str, float]()
+    shared = _Shared.of(stored.config, {*adapted, *linears})
+    for path in linears:
+        for own, key in ExpertsLoRA.keys.items():
+            key = f"{PREFIX}{path}.{key}"
+            entries[key] = shared.shape(own, stored.shapes[key])
+            tensors[key] = partial(shared.fill, own, tensors[key], scale_of(path, stored.config))
     for weight in adapted:
         variant = ExpertsLoRA(experts.shapes(model)[weight][0])
-        whole = {own: f"{PREFIX}{paths[weight]}.{key}" for own, key in variant.keys.items()}
-        r, alpha = rank_of(weight, stored.config), alpha_of(weight, stored.config)
-        for path, part in of_weight[weight].items():
-            written.add(path)
-            if by_pattern(path, ranks, stored.config.r) != r:
-                own_ranks[_pattern(path, part)] = r
-            if by_pattern(path, alphas, stored.config.lora_alpha) != alpha:
-                own_alphas[_pattern(path, part)] = alpha
-            for own, key in variant.keys.items():
-                tensors[f"{PREFIX}{path}.{key}"] = partial(_cut, stored, whole[own], variant, own, part)
-                shape = stored.shapes[whole[own]]
-                entries[f"{PREFIX}{path}.{key}"] = torch.Size((r, shape[1]) if own == "lora_A" else (len(part.rows), r))
-        for key in whole.values():
-            del tensors[key], entries[key]
+        for own, key in variant.keys.items():
+            whole = f"{PREFIX}{paths[weight]}.{key}"
+            del tensors[whole], entries[whole]
+            for path, part in of_weight[weight].items():
+                written.add(path)
+                cut = partial(_cut, stored, whole, variant, own, part)
+                n_in = stored.shapes[whole][1]
+                entries[f"{PREFIX}{path}.{key}"] = shared.shape(own, (shared.r, n_in) if own == "lora_A" else (len(part.rows),))
+                tensors[f"{PREFIX}{path}.{key}"] = partial(shared.fill, own, cut, scale_of(weight, stored.config))
     paths_of_all = {*known, *(path for path, _ in model.named_modules())}
     config |= dict.fromkeys(("target_parameters", "exclude_modules", "layers_to_transform", "layers_pattern"))
     config["target_modules"] = _short(written | linears, paths_of_all)  # says all that these said
     config["init_lora_weights"] = True  # PEFT adapts the experts of other layers, too: B has to be zero there
-    config |= {"rank_pattern": {**own_ranks, **ranks}, "alpha_pattern": {**own_alphas, **alphas}}  # the first that matches counts
+    config |= {"r": shared.r, "lora_alpha": shared.alpha, "use_rslora": False, "rank_pattern": {}, "alpha_pattern": {}}
     output.mkdir(parents=True, exist_ok=True)
     metadata = {"format": "pt", **(to_metadata(stored.trained_on) if stored.trained_on else {})}
     header = {key: tensorfile.Entry(torch.float32, tuple(shape)) for key, shape in sorted(entries.items())}
     tensorfile.write(output / WEIGHTS_FILE, header, ((key, 0, tensors[key]().float()) for key in header), metadata)
-    (output / CONFIG_FILE).write_text(json.dumps(dict(sorted(config.items())), indent=2) + "\n")  # patterns keep their order
-    reasons = _unread_by_peft(model, stored.config, adapted, linears, (*ranks, *alphas))
+    (output / CONFIG_FILE).write_text(json.dumps(dict(sorted(config.items())), indent=2) + "\n")
+    reasons = _unread_by_peft(model, adapted, linears)
     told = f"PEFT does not read this file as it is meant: {'; '.join(reasons)}. For PEFT, take '{stored.folder}' as it is."
     return {
         "tensors": len(header), "experts": sum(len(those) for those in of_weight.values()),
@@ -256,27 +253,45 @@ def split(stored: AdapterFile, model: Any, output: Path) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _unread_by_peft(model: Any, config: LoraConfig, adapted: list[str], linears: set[str], patterns: Iterable[str]) -> list[str]:
+@dataclass(frozen=True)
+class _Shared:
+    """The rank and lora_alpha, a whole number, of all layers of a file."""
+
+    r: int
+    alpha: int
+
+    @classmethod
+    def of(cls, config: LoraConfig, paths: Iterable[str]) -> _Shared:
+        """The highest rank of the layers at `paths`, and the alpha that keeps the scale of the first where it can."""
+        r = max(rank_of(path, config) for path in paths)
+        return cls(r, max(1, round(scaling(config.r, config.lora_alpha, config.use_rslora) * r)))
+
+    def shape(self, own: str, shape: Sequence[int]) -> torch.Size:
+        """The shape of a layer's A or B."""
+        return torch.Size((self.r, *shape[1:]) if own == "lora_A" else (shape[0], self.r))
+
+    def fill(self, own: str, read: Callable[[], Tensor], scale: float) -> Tensor:
+        """A layer's A or B, which had the scale `scale`."""
+        tensor = read().float()
+        if own == "lora_A":
+            return nn.functional.pad(tensor, (0, 0, 0, self.r - len(tensor)))
+        return nn.functional.pad(tensor * (scale * self.r / self.alpha), (0, self.r - tensor.shape[1]))
+
+
+def _unread_by_peft(model: Any, adapted: list[str], linears: set[str]) -> list[str]:
     """Why PEFT (0.21: `transformers_weight_conversion.py`) would not fuse the experts of a file, or lose other layers.
 
     Args:
-        adapted: experts' weights. linears: linear layers. patterns: those of the file that are for linear layers.
+        adapted: experts' weights. linears: linear layers.
     """
     kind, fused_as = model.config.model_type, getattr(conversion_mapping, "_MODEL_TO_CONVERSION_PATTERN", {})
     mistaken = sorted({_name(path) for path in linears} & set(TAKEN_FOR_EXPERTS))
-    uneven = any(
-        (rank_of(weight, config), alpha_of(weight, config)) != (config.r, config.lora_alpha)
-        or any(fits(weight, pattern) for pattern in patterns)
-        for weight in adapted
-    )
     return [
         why
         for found, why in (
             (kind != "mixtral" and fused_as.get(kind) not in ("mixtral", "qwen2_moe"), f"it does not fuse the experts of {kind}"),
             (mistaken, f"it takes linear layers called {', '.join(mistaken)} for experts'"),
             ({_name(weight) for weight in adapted} == {"gate_up_proj"}, "it wants down adapted beside gate and up"),
-            (uneven, "it gives experts only the rank and alpha that hold without patterns"),
-            (config.use_rslora, "it scales gate and up by the root of 2 with use_rslora"),
         ) if found
     ]  # fmt: skip
 
@@ -285,12 +300,6 @@ def _short(paths: set[str], candidates: set[str]) -> list[str]:
     """`paths` by their last names if those select no other candidate, else whole."""
     names = {_name(path) for path in paths}
     return sorted(names if {path for path in candidates if _name(path) in names} == paths else paths)
-
-
-def _pattern(path: str, part: Part) -> str:
-    """A pattern for this layer of all experts of its weight: an entry for each expert would make looking up quadratic."""
-    before, _, after = path.rpartition(f".{part.expert}.")
-    return rf"{re.escape(before)}\.\d+\.{re.escape(after)}"
 
 
 def _cut(stored: AdapterFile, key: str, variant: ExpertsLoRA, own: str, part: Part) -> Tensor:
