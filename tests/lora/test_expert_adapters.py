@@ -2,10 +2,11 @@
 
 import copy
 import json
+import warnings
 
 import pytest
 import torch
-from mixtures import ATTENTION, MIXTURES, decode_into, folder_of, logits, some_ids, theirs
+from mixtures import ATTENTION, MIXTURES, build, decode_into, folder_of, logits, quiet, some_ids, theirs
 from safetensors.torch import load_file
 
 import lownibble as ln
@@ -296,3 +297,25 @@ def test_experts_of_another_form_get_no_adapter_and_this_is_said(tokenizer, tmp_
     model = theirs(folder_of("llama4_text", tmp_path / "model", tokenizer))
     with pytest.warns(UserWarning, match=r"4 weights of experts of Llama4ForCausalLM \(down_proj, gate_up_proj\) get no adapter"):
         ln.add_lora(model, ln.LoraConfig(r=2))
+
+
+@pytest.mark.parametrize("kind", ["laguna", "inkling2_text", "mixtral", "deepseek_v3"])
+def test_tensors_that_peft_would_misplace_are_said(peft, kind, tmp_path):
+    """Oracle: what PEFT's conversion of the file's tensors leaves of their names."""
+    from peft.utils.transformers_weight_conversion import convert_peft_adapter_state_dict_for_transformers as convert
+
+    with quiet():
+        model = ln.add_lora(build(kind, 96), ln.LoraConfig(r=2))
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        ln.save_adapter(model, tmp_path / "adapter")
+    tensors = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
+    config = peft.LoraConfig.from_pretrained(tmp_path / "adapter")
+    with quiet():
+        lost = tensors.keys() - convert(build(kind, 96), config, dict(tensors)).keys()
+    said = [str(each.message) for each in told if "PEFT does not apply" in str(each.message)]
+    assert bool(lost) == (kind in ("laguna", "inkling2_text"))
+    assert len(said) == bool(lost)
+    if lost:
+        assert f"does not apply {len(lost)} of this adapter's {len(tensors)} tensors" in said[0]
+        assert any(f"('{key}' to " in said[0] for key in lost)

@@ -6,7 +6,7 @@ from architectures import model_types, quiet
 from mixtures import MIXTURES, decode_into, folder_of, logits, some_ids, theirs
 
 import lownibble as ln
-from lownibble.errors import InputError, QuantizationError
+from lownibble.errors import InputError, ModelError, QuantizationError
 from lownibble.lora.experts import named_experts
 from lownibble.models import experts
 from lownibble.models.experts import containers, expert_weights
@@ -136,3 +136,15 @@ def test_shapes_of_what_is_not_loaded_are_those_of_the_model(tokenizer, tmp_path
     packed, _ = ln.load(str(folder), quant="nf4")
     found = {path: tuple(module.weight.shape) for path, module in named_experts(packed).items()}
     assert found == experts.shapes(model), "(E, out, in), whichever way the model holds them"
+
+
+def test_an_implementation_that_knows_no_packed_experts_is_refused(tokenizer, tmp_path):
+    model, _ = ln.load(str(folder_of("qwen3_moe", tmp_path / "model", tokenizer)), quant="nf4")
+    expected = logits(model, some_ids())
+    model.set_experts_implementation("eager")
+    with pytest.raises(
+        ModelError, match=r"set to the implementation 'eager', which .* Call .*set_experts_implementation\('lownib"
+    ):
+        logits(model, some_ids())
+    model.set_experts_implementation("lownibble")
+    assert torch.equal(logits(model, some_ids()), expected)

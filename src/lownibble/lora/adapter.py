@@ -131,6 +131,8 @@ def _config_json(model: nn.Module, config: LoraConfig, name: str) -> dict[str, A
 def save_adapter(model: nn.Module, folder: str | Path, *, name: str = "default") -> Path:
     """Write the adapter `name` as PEFT does; returns the folder.
 
+    Warns:
+        UserWarning: PEFT will not apply all of its tensors.
     Raises:
         AdapterError: the model has no such adapter, or a trained tensor is not finite.
     """
@@ -160,6 +162,14 @@ def save_adapter(model: nn.Module, folder: str | Path, *, name: str = "default")
         with part.open("rb+") as handle:
             os.fsync(handle.fileno())
         part.replace(folder / file)
+    if lost := portable.renamed(model, tensors):
+        key, found = next(iter(lost.items()))
+        warnings.warn(
+            f"PEFT does not apply {len(lost)} of this adapter's {len(tensors)} tensors: reading them, it renames some of "
+            f"{type(model).__name__}'s as those of a checkpoint ('{key}' to '{found}'). Lownibble reads them; for other tools "
+            "merge the adapter (lownibble merge).",
+            stacklevel=2,
+        )
     return folder
 
 

@@ -4,14 +4,19 @@ PEFT matches modules by their last names, and weights of experts by `target_para
 fuses it reads some names (`TAKEN_FOR_EXPERTS`) in `target_modules` as those of the experts' former layers, and looks for them
 among the fused weights: adapters on shared experts or on dense layers of such a model would be lost. Their weights are therefore
 named in `target_parameters`, which PEFT wraps with the same tensors under the same keys.
+
+Where PEFT renames tensors that are called as they should be (`renamed`), no file can be right for it: `save_adapter` says so.
 """
 
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from typing import Any
 
 from torch import nn
+from transformers.conversion_mapping import get_checkpoint_conversion_mapping, get_model_conversion_mapping
+from transformers.core_model_loading import WeightRenaming, rename_source_key
 
 from lownibble.config import LoraConfig
 from lownibble.lora.active import lora_layers
@@ -55,6 +60,20 @@ def read_patterns(values: dict[str, Any]) -> dict[str, Any]:
     return {
         **values, **{key: {p.removesuffix(_ESCAPED): value for p, value in given.items()} for key, given in patterns.items()}
     }  # fmt: skip
+
+
+def renamed(model: Any, keys: Iterable[str]) -> dict[str, str]:
+    """Key of an adapter's file -> the name in the model under which PEFT looks it up, for those that are called otherwise there.
+
+    PEFT (0.21: `transformers_weight_conversion.py`) renames an adapter's tensors as transformers renames a checkpoint's, and
+    takes that back where no more than a prefix was lost. A rule that also fits names of the model's own misplaces them.
+    """
+    if get_checkpoint_conversion_mapping(getattr(model.config, "model_type", None)) is None:
+        return {}
+    rules = [rule for rule in get_model_conversion_mapping(model) if isinstance(rule, WeightRenaming)]
+    rules = [WeightRenaming(f"{PREFIX}model.", "model."), WeightRenaming(PREFIX, ""), *rules]
+    names = {key: rename_source_key(key, rules, [])[0] for key in keys if ".lora_" in key}
+    return {key: name for key, name in names.items() if not key.endswith(name)}
 
 
 def _mistaken(model: nn.Module, config: LoraConfig, linears: set[str]) -> list[str]:

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
+from lownibble.errors import ModelError
 from lownibble.kernels import ops
 from lownibble.models.expert_pass import expert_pass, sides_of
 from lownibble.quant.experts import DenseExperts, Ends, dense_product
@@ -114,7 +115,19 @@ def place(container: Any, name: str, module: nn.Module) -> None:
         container._parameters = {each: container._parameters[each] for each in order if each in container._parameters}
     else:
         container.add_module(name, module)
+        if _check_implementation not in container._forward_pre_hooks.values():
+            container.register_forward_pre_hook(_check_implementation)
     container.config._experts_implementation = IMPLEMENTATION
+
+
+def _check_implementation(container: Any, _: Any) -> None:
+    """Before the pass through a container: raise ModelError if it is not ours, and weights are modules."""
+    chosen = container.config._experts_implementation
+    if chosen != IMPLEMENTATION and any(name in container._modules for name in WEIGHTS):
+        raise ModelError(
+            f"The model's experts were set to the implementation '{chosen}', which knows no packed or adapted weights. Call "
+            f"model.set_experts_implementation('{IMPLEMENTATION}')."
+        )
 
 
 _BEFORE = "_lownibble_before"
