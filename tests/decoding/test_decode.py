@@ -1,5 +1,7 @@
 """Decoding on the 4-bit base. Oracle: transformers' own `generate` and forward on the same layers."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from torch import nn
@@ -134,6 +136,11 @@ def test_stops_where_transformers_stops(quantized, capsys, tmp_path):
     class Words:
         def decode(self, ids, **_):
             return " ".join(map(str, torch.as_tensor(ids).flatten().tolist())) + "\n"
+
+    del asked["eos_token_id"]
+    tokenizer = SimpleNamespace(eos_token_id=int(rows[0, 9]), chat_template=None, all_special_tokens=[], added_tokens_decoder={})
+    assert torch.equal(model.generate(**asked, custom_generate=ln.decode, chat_tokenizer=tokenizer), expected)
+    asked["eos_token_id"] = tokenizer.eos_token_id
 
     one = {**asked, "input_ids": asked["input_ids"][1:], "attention_mask": asked["attention_mask"][1:]}
     shown = []

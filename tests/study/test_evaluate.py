@@ -8,6 +8,7 @@ import torch
 import lownibble as ln
 from lownibble.config import EvalConfig
 from lownibble.errors import ConfigError, DataError, ModelError
+from lownibble.study.answers import write_answers
 from lownibble.study.evaluate import evaluate
 
 TEMPLATES = {"prompt_template": "review : {text} sentiment :", "completion_template": " {label}"}
@@ -88,6 +89,18 @@ def test_the_harness_runs_on_our_layers(tiny_model, tiny_data, tmp_path):
     assert score["rows"] == len(rows)
     with pytest.raises(ConfigError, match=r"Did you mean .*hellaswag"):
         evaluate(EvalConfig(model=str(tiny_model), harness=["helaswag"]))
+
+
+def test_answers_end_with_the_turn_of_the_chat_template(write):
+    """Another token than any configuration names."""
+    model, tokenizer = ln.load(str(write()), quant="nf4")
+    prompt = tokenizer("w1 w5 w9")["input_ids"]
+    whole = write_answers(model, tokenizer, [prompt], max_new_tokens=8)[0].split()
+    word = next(word for word in whole[1:] if word != whole[0])
+    tokenizer.add_special_tokens({"additional_special_tokens": [word]})
+    tokenizer.chat_template = "{% for m in messages %}{{ m['role'] }} : {{ m['content'] }} " + word + "{% endfor %}"
+    found = write_answers(model, tokenizer, [prompt], max_new_tokens=8)[0].split()
+    assert found == whole[: whole.index(word)]
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,7 @@ from lownibble.data.batches import (
     split_pair,
 )
 from lownibble.data.choices import Choice, choices
+from lownibble.data.ends import end_tokens
 from lownibble.data.rows import Dataset, Row
 from lownibble.data.sources import load, read
 from lownibble.data.template import Encoded, Example, digest_of, encode, prompts
@@ -32,6 +33,7 @@ __all__ = [
     "digest_of",
     "encode",
     "encoder_ids",
+    "end_tokens",
     "epoch_batches",
     "flatten",
     "label_places",

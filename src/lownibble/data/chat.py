@@ -148,7 +148,7 @@ class ChatRenderer:
         regions = self._by_loops(messages, tools, text)
         by_contents = regions is None or any(number not in regions for number in wanted)
         if by_contents:
-            regions = regions_by_contents(messages, text, wanted, self.header, self._special_tokens)
+            regions = regions_by_contents(messages, text, wanted, self.header, self.special_tokens)
         if regions is None:
             return self._last_turn(messages, tools, text, wanted)
         known, header = regions, "" if by_contents else self.header
@@ -223,9 +223,9 @@ class ChatRenderer:
         start += header_end(header, text[start:end], plain_content(messages[number]).strip())
         found, last = [(start, end), *others], (others or [(start, end)])[-1][1]
         rest = text[last:].lstrip()
-        closed = text[start:last].rstrip().endswith(tuple(self._special_tokens))
+        closed = text[start:last].rstrip().endswith(tuple(self.special_tokens))
         eos = self.tokenizer.eos_token
-        following = next((token for token in self._special_tokens if rest.startswith(token)), "")
+        following = next((token for token in self.special_tokens if rest.startswith(token)), "")
         if eos and number == len(messages) - 1 and rest.startswith(eos):
             found.append((at := text.index(eos, last), at + len(eos)))
         elif following and not closed and not self.header.startswith(following):
@@ -293,7 +293,8 @@ class ChatRenderer:
         return Rendered(text, [(start, len(text), last)], only_last=len(wanted) > 1)
 
     @cached_property
-    def _special_tokens(self) -> list[str]:
+    def special_tokens(self) -> list[str]:
+        """All special tokens, the longest first."""
         added = [token.content for token in self.tokenizer.added_tokens_decoder.values() if token.special]
         return sorted({*self.tokenizer.all_special_tokens, *added}, key=len, reverse=True)
 

@@ -1,7 +1,7 @@
 """`decode`: a generation loop on the 4-bit decoder, for `model.generate(..., custom_generate=lownibble.decode)`.
 
-Options, logits processors and stopping criteria stay transformers'. Only a streamer must be passed as `token_streamer`:
-`generate` does not forward `streamer` to a custom loop.
+Options, logits processors and stopping criteria stay transformers'. Only a streamer must be passed as `token_streamer`, and the
+tokenizer as `chat_tokenizer`: `generate` does not forward `streamer` and `tokenizer` to a custom loop.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from transformers.generation import GenerateDecoderOnlyOutput
 
+from lownibble.data import end_tokens
 from lownibble.decoding.decoder import Cache, Decoder
 from lownibble.decoding.form import refusal
 
@@ -19,12 +20,12 @@ from lownibble.decoding.form import refusal
 @torch.inference_mode()
 def decode(
     model: Any, input_ids: Tensor, logits_processor: Any, stopping_criteria: Any, generation_config: Any,
-    token_streamer: Any = None, **model_kwargs: Any,
+    token_streamer: Any = None, chat_tokenizer: Any = None, **model_kwargs: Any,
 ) -> Any:  # fmt: skip
     """Greedy search or sampling, for `custom_generate`; arguments and results are those of transformers' own loop.
 
     input_ids: (B, T), left-padded where `attention_mask` is 0. token_streamer: receives the prompt and each token, like
-    transformers' `streamer`.
+    transformers' `streamer`. chat_tokenizer: a row also ends with what ends a turn in this tokenizer's chat template.
 
     Raises:
         ModelError: the model or an option is not supported.
@@ -51,6 +52,7 @@ def decode(
     with_scores, with_logits = generation_config.output_scores, generation_config.output_logits
     scores: tuple[Tensor, ...] = ()
     raw: tuple[Tensor, ...] = ()
+    ends = torch.tensor(sorted(end_tokens(model, chat_tokenizer) if chat_tokenizer is not None else ()), dtype=torch.int64)
     unfinished, slots = torch.ones(B, dtype=torch.bool), torch.arange(B)
     while True:
         processed = logits_processor(input_ids, logits)
@@ -62,7 +64,7 @@ def decode(
         input_ids = torch.cat([input_ids, chosen.unsqueeze(1)], dim=1)
         if token_streamer is not None:
             token_streamer.put(chosen)
-        unfinished &= ~stopping_criteria(input_ids, scores)
+        unfinished &= ~(stopping_criteria(input_ids, scores) | torch.isin(chosen, ends))
         if not unfinished.any():
             break
         logits = decoder.step(chosen, slots, lengths, cache)

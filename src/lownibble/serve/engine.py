@@ -22,6 +22,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from lownibble.data import end_tokens
 from lownibble.decoding import Cache, Decoder
 from lownibble.errors import ConfigError, InputError
 from lownibble.kernels.decoder import Segment
@@ -78,9 +79,7 @@ class Engine:
             )
         self.cache = Cache(self.decoder, min(max_batch, cache_budget // a_slot), max_context)
         self.max_queue = max_queue
-        config = model.generation_config
-        ends = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
-        self.eos = {end for end in (*ends, tokenizer.eos_token_id) if end is not None}
+        self.eos = end_tokens(model, tokenizer)
         self._idle: OrderedDict[int, _Kept] = OrderedDict((slot, _Kept(None, [])) for slot in range(self.cache.slots))
         self._lines: OrderedDict[str | None, deque[Request]] = OrderedDict()
         self._loading: list[tuple[Request, Future[Loaded]]] = []

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -92,7 +92,7 @@ class Running:
         """Number of output tokens so far."""
         return len(self.tokens) - len(self.request.prompt)
 
-    def take(self, chosen: Chosen, eos: set[int]) -> str | None:
+    def take(self, chosen: Chosen, eos: Container[int]) -> str | None:
         """Append a token and send the text that is certain; returns the finish reason, None if generation continues."""
         request = self.request
         if self.first is None:

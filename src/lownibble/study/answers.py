@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import GenerationConfig, StoppingCriteriaList
 
 from lownibble.config import DataConfig
-from lownibble.data import Dataset, cut, encoder_ids, prompts
+from lownibble.data import Dataset, cut, encoder_ids, end_tokens, prompts
 from lownibble.decoding import Decoder, decode
 from lownibble.errors import DataError, ModelError
 from lownibble.study import metrics
@@ -60,13 +60,12 @@ def write_answers(
 def _greedy(model: Any, tokenizer: Any, max_new_tokens: int) -> Iterator[None]:
     """Set plain greedy decoding: a model's own generation config may sample or penalise repetitions.
 
-    The end-of-sequence tokens are those of the tokenizer and of the model's generation config.
+    The tokens that end an answer are those of the model, of its generation config and of the chat template.
     """
     own = model.generation_config
-    ends = own.eos_token_id if isinstance(own.eos_token_id, list) else [own.eos_token_id]
     model.generation_config = GenerationConfig(
         max_new_tokens=max_new_tokens, do_sample=False, pad_token_id=tokenizer.pad_token_id,
-        eos_token_id=sorted({end for end in (*ends, tokenizer.eos_token_id) if end is not None}) or None,
+        eos_token_id=sorted(end_tokens(model, tokenizer)) or None,
         bos_token_id=own.bos_token_id, decoder_start_token_id=own.decoder_start_token_id,
     )  # fmt: skip
     try:

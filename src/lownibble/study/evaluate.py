@@ -14,7 +14,7 @@ from typing import Any
 
 from lownibble import record
 from lownibble.config import DataConfig, EvalConfig, QuantConfig
-from lownibble.data import choices, encode
+from lownibble.data import choices, encode, end_tokens
 from lownibble.errors import ConfigError, InputError, TrainingError
 from lownibble.lora import load_adapter
 from lownibble.measuring import stats
@@ -118,6 +118,7 @@ def _harness(config: EvalConfig) -> Any:
 
     def run(model: Any, tokenizer: Any) -> dict[str, Any]:
         kind = "seq2seq" if model.config.is_encoder_decoder else "causal"
+        model.generation_config.eos_token_id = sorted(end_tokens(model, tokenizer)) or None
         wrapped = HFLM(pretrained=model, tokenizer=tokenizer, backend=kind, batch_size=config.train.batch_size)
         try:
             found = simple_evaluate(
