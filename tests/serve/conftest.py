@@ -7,6 +7,8 @@ import openai
 import pytest
 import torch
 import uvicorn
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast
 
 import lownibble as ln
 from lownibble.config import ServeConfig
@@ -24,6 +26,33 @@ def base(write, tokenizer):
     """A tiny model's folder whose tokenizer has a chat template."""
     folder = write("llama", max_position_embeddings=2048)
     tokenizer.chat_template = TEMPLATE
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+CHATML = (
+    "{% if tools %}{% for tool in tools %}{{ tool | tojson }}\n{% endfor %}{% endif %}"
+    "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + (m.content or '') }}{% for call in m.tool_calls or [] %}"
+    "{{ '<tool_call>\n' + (call.function | tojson) + '\n</tool_call>' }}{% endfor %}{{ '<|im_end|>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}{{ hint }}"
+)
+
+
+@pytest.fixture
+def bytes_base(write):
+    """A tiny model's folder whose tokenizer knows every text: byte-level, with ChatML and Hermes' calls of tools."""
+    core = Tokenizer(models.BPE())
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    core.decoder = decoders.ByteLevel()
+    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<s>", "[TOOL_CALLS]", "<|eot_id|>", "<|eom_id|>"]
+    trainer = trainers.BpeTrainer(
+        vocab_size=400, special_tokens=special, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
+    )
+    core.train_from_iterator(["user assistant system", '{"name": "weather", "arguments": {"city": "Paris"}}'] * 4, trainer)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, eos_token="<|endoftext|>", pad_token="<|endoftext|>")
+    tokenizer.add_tokens(["<tool_call>", "</tool_call>"])
+    tokenizer.chat_template = CHATML
+    folder = write("llama", name="bytes", vocab_size=416, max_position_embeddings=2048)
     tokenizer.save_pretrained(folder)
     return folder
 
@@ -100,7 +129,7 @@ class Live:
     """A server on a port of its own."""
 
     def __init__(self, service):
-        self.service = service
+        self.service, self.clients = service, []
         self.server = uvicorn.Server(uvicorn.Config(app(service), port=0, log_level="warning"))
         self.thread = threading.Thread(target=self.server.run, daemon=True)
         self.thread.start()
@@ -110,9 +139,12 @@ class Live:
         self.url = f"http://127.0.0.1:{self.port}"
 
     def client(self, key="none"):
-        return openai.OpenAI(base_url=f"{self.url}/v1", api_key=key, max_retries=0)
+        self.clients.append(openai.OpenAI(base_url=f"{self.url}/v1", api_key=key, max_retries=0))
+        return self.clients[-1]
 
     def close(self):
+        for client in self.clients:
+            client.close()
         self.server.should_exit = True
         self.thread.join(30)
         self.service.engine.close(0)
@@ -120,14 +152,15 @@ class Live:
 
 @pytest.fixture
 def live(base, adapters):
+    """`live(folder=base, **options)`: a server on a tiny model with those adapters; closed in the end."""
     made = []
 
-    def _live(**options):
+    def _live(folder=base, **options):
         values = {
             "max_batch": 4, "max_context": 256, "adapter_budget": "10MB", "adapter_dtype": "float32", "cache_budget": "50MB",
             **options,
         }  # fmt: skip
-        made.append(Live(make_service(ServeConfig(model=str(base), adapters=str(adapters), **values))))
+        made.append(Live(make_service(ServeConfig(model=str(folder), adapters=str(adapters), **values))))
         return made[-1]
 
     yield _live

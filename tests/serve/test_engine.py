@@ -301,7 +301,7 @@ def test_a_long_prompt_is_read_though_shorter_ones_keep_coming(engine, ask, monk
 def test_a_request_that_cannot_begin_costs_no_slot(engine, ask, monkeypatch):
     made, sampler = engine(max_batch=1), requests.Sampler
 
-    def fails(sampling):
+    def fails(*_):
         raise OSError("no file descriptors")
 
     for adapter in (None, "one"):

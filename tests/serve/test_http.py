@@ -16,6 +16,7 @@ from lownibble.errors import ConfigError
 
 GREEDY = {"temperature": 0, "max_tokens": 8}
 SAID = [{"role": "user", "content": "w1 w5 w9"}]
+TOOL = {"type": "function", "function": {"name": "weather", "parameters": {"type": "object", "properties": {}}}}
 
 
 def reference(base, adapters, text, n, name=None):
@@ -56,7 +57,8 @@ def test_a_completion_goes_on_from_its_prompt(live, base):
     _, tokenizer = ln.load(str(base), quant="nf4")
     asked = {"model": "one", "logprobs": True, "extra_body": {"ignore_eos": True}, **GREEDY}
     answer = client.completions.create(prompt="w1 w5 w9", **asked).choices[0]
-    tokens = tokenizer("w1 w5 w9").input_ids + tokenizer.convert_tokens_to_ids(answer.logprobs.tokens)
+    assert "".join(answer.logprobs.tokens) == answer.text
+    tokens = tokenizer("w1 w5 w9").input_ids + tokenizer.convert_tokens_to_ids(answer.text.split())
     assert "w1 w5 w9" + answer.text == tokenizer.decode(tokens)
     said = client.chat.completions.create(messages=SAID, **asked).choices[0].message.content
     assert said
@@ -111,7 +113,7 @@ def test_options(live):
     assert [len(choice.logprobs.tokens) for choice in plain.choices] == [8, 8]
     for choice in plain.choices:
         offsets = choice.logprobs.text_offset
-        parts = [choice.text[begin:end].strip() for begin, end in zip(offsets, [*offsets[1:], None], strict=True)]
+        parts = [choice.text[begin:end] for begin, end in zip(offsets, [*offsets[1:], None], strict=True)]
         assert parts == choice.logprobs.tokens
     word = plain.choices[0].text.split()[2]
     stopped = client.completions.create(model="one", prompt="w1", stop=word, extra_body={"ignore_eos": True}, **GREEDY)
@@ -129,11 +131,54 @@ BAD = {
     "max_tokens": ({"max_tokens": 0}, 400, "max_tokens"),
     "too many tokens": ({"max_tokens": 255}, 400, "this server's context|the context is 256"),
     "n": ({"n": 1000}, 400, "n: Input"),
-    "tools": ({"tools": [{"type": "function"}]}, 400, "'tools' is not supported"),
-    "format": ({"response_format": {"type": "json_object"}}, 400, "'response_format' is not supported"),
+    "tools": ({"tools": [{"type": "function"}]}, 400, "tools.0.function: Field required"),
+    "tools of a template that knows none": ({"tools": [TOOL]}, 400, "leaves out the tools"),
+    "a choice without tools": ({"tool_choice": "required"}, 400, "'tools' names none"),
+    "a tool that is not there": (
+        {"tools": [TOOL], "tool_choice": {"type": "function", "function": {"name": "x"}}},
+        400,
+        "names 'x', which is not among",
+    ),
+    "tools twice": ({"tools": [TOOL, TOOL]}, 400, "two functions of the same name"),
+    "format": ({"response_format": {"type": "json_object"}}, 400, "tokenizer cannot be constrained|needs llguidance"),
+    "a format without its schema": ({"response_format": {"type": "json_schema"}}, 400, "'json_schema' must be given"),
+    "tools and a format": (
+        {"tools": [TOOL], "response_format": {"type": "json_object"}},
+        400,
+        "'response_format' and 'tools' exclude each other",
+    ),
+    "unknown": (
+        {"temprature": 0.5},
+        400,
+        "'temprature' is not supported by this server. Leave it out. Did you mean 'temperature'?",
+    ),
+    "of vLLM": ({"guided_json": {}}, 400, "'guided_json' is not supported"),
+    "of vLLM, with an effect": ({"min_tokens": 5}, 400, "'min_tokens' is not supported"),
+    "within": ({"stream": True, "stream_options": {"usage": True}}, 400, "'usage' is not supported"),
+    "in a message": ({"messages": [{**SAID[0], "function_call": {"name": "x"}}]}, 400, "'function_call' is not supported"),
+    "bias": ({"logit_bias": {"96": 1}}, 400, "Token 96 is not in the vocabulary of 96"),
+    "bias by name": ({"logit_bias": {"w1": 1}}, 400, "logit_bias"),
+    "stop token": ({"stop_token_ids": [2**31]}, 400, "stop_token_ids"),
+    "stop with a special token": ({"stop": "w1 <eos>"}, 400, "has the special token '<eos>' within"),
+    "scores in a stream": ({"stream": True, "prompt_logprobs": 1}, 400, "'prompt_logprobs' cannot be streamed"),
+    "top without": ({"top_logprobs": 2}, 400, "'top_logprobs' needs 'logprobs'"),
+    "both": ({"continue_final_message": True, "add_generation_prompt": True}, 400, "exclude each other"),
+    "no variable": (
+        {"chat_template_kwargs": {"enable_thinking": True}},
+        400,
+        "The chat template has no variable 'enable_thinking'",
+    ),
+    "an argument": ({"chat_template_kwargs": {"tokenize": True}}, 400, "The chat template has no variable 'tokenize'"),
+    "no content": ({"messages": [{"role": "user"}]}, 400, "'content' is missing"),
+    "calls of a user": (
+        {"messages": [{**SAID[0], "tool_call_id": "a"}]},
+        400,
+        "'tool_call_id' is not for messages of the role 'user'",
+    ),
+    "echo of a chat": ({"echo": True}, 400, "'echo' is not supported"),
     "role": ({"messages": [{"role": "wizard", "content": "w1"}]}, 400, "messages.0.role"),
     "no messages": ({"messages": []}, 400, "messages"),
-    "image": ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, 400, "messages.0.content"),
+    "image": ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, 400, "a content part of type 'image_url' is"),
     "empty stop": ({"stop": ""}, 400, "'stop' must not"),
     "scale of the base": ({"model": "base", "lora_scale": 0.5}, 400, "'lora_scale' is for adapters"),
     "not finite": ({"temperature": float("nan")}, 400, "temperature"),

@@ -23,12 +23,13 @@ token); a list of known templates.
 
 from __future__ import annotations
 
+import inspect
 import json
 import re
 from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property, lru_cache
 from itertools import count
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 from lownibble.data.turns import (
     Regions,
@@ -45,6 +46,8 @@ from lownibble.data.turns import (
     shared_length,
 )
 from lownibble.errors import DataError, ModelError
+
+_T = TypeVar("_T")
 
 _TURN = "lownibble_turn"
 """Key of a message that carries its number while the marked template is rendered."""
@@ -92,19 +95,45 @@ class ChatRenderer:
             raise ModelError(f"The tokenizer's chat templates cannot be used: {str(error).partition(chr(10))[0]}") from None
         return found
 
-    def text(self, messages: list[dict[str, Any]], tools: Any = None, generation: bool = False) -> str:
-        """The conversation as text; `generation` adds the header of the assistant's next turn.
+    def variables(self, tools: Any = None) -> set[str]:
+        """Names of the template's own variables, which `text` takes as options."""
+        from jinja2 import meta
+        from transformers.utils.chat_template_utils import _compile_jinja_template
+
+        template = self.template(tools)
+
+        def read() -> set[str]:
+            return meta.find_undeclared_variables(_compile_jinja_template(template).environment.parse(template))
+
+        set_by_us = {*inspect.signature(self.tokenizer.apply_chat_template).parameters, *self.tokenizer.special_tokens_map}
+        return _guarded(read) - set_by_us - {"messages", "raise_exception", "strftime_now"}
+
+    def text(self, messages: list[dict[str, Any]], tools: Any = None, generation: bool = False, **options: Any) -> str:
+        """The conversation as text; `generation` adds the header of the assistant's next turn. `options` are those of
+        `apply_chat_template`, and variables of the template.
 
         Raises:
             ModelError: the tokenizer has no chat template.
             DataError: the template refuses the conversation (the message is the template's).
         """
-        return self._render(self._formed(messages), tools, generation)
+        return self._either(self._formed(messages), tools, generation, **options)[1]
 
-    def _render(self, messages: list[dict[str, Any]], tools: Any, generation: bool) -> str:
+    def _either(
+        self, messages: list[dict[str, Any]], tools: Any, generation: bool, **options: Any
+    ) -> tuple[list[dict[str, Any]], str]:  # fmt: skip
+        """The messages, with the arguments of their calls in the form that the template takes, and their text."""
+        try:
+            return messages, self._render(messages, tools, generation, **options)
+        except DataError:
+            other = [_other_arguments(message) for message in messages]
+            if other == messages:
+                raise
+            return other, self._render(other, tools, generation, **options)
+
+    def _render(self, messages: list[dict[str, Any]], tools: Any, generation: bool, **options: Any) -> str:
         def render() -> str:
             text: str = self.tokenizer.apply_chat_template(
-                messages, tools=tools, tokenize=False, add_generation_prompt=generation
+                messages, tools=tools, tokenize=False, add_generation_prompt=generation, **options
             )
             return text
 
@@ -118,14 +147,7 @@ class ChatRenderer:
             ModelError: the tokenizer has no chat template.
             DataError: the template refuses the conversation, or leaves nothing of an assistant turn.
         """
-        messages = self._formed(messages)
-        try:
-            text = self._render(messages, tools, False)
-        except DataError:
-            other = [_other_arguments(message) for message in messages]
-            if other == messages:
-                raise
-            messages, text = other, self._render(other, tools, False)
+        messages, text = self._either(self._formed(messages), tools, False)
         check_kept(messages, text, tools)
         speaking = [number for number, message in enumerate(messages) if message["role"] == "assistant"]
         wanted = [number for number in speaking if trained is None or trained[number]]
@@ -355,7 +377,7 @@ def _shows(rendered: str, probe: str) -> bool:
     return probe in rendered and "'text'" not in rendered and '"text"' not in rendered
 
 
-def _guarded(render: Callable[[], str]) -> str:
+def _guarded(render: Callable[[], _T]) -> _T:
     """Render; whatever a template does to a conversation becomes an error that says so."""
     from jinja2 import TemplateError
 

@@ -15,13 +15,15 @@ from typing import Any
 from lownibble.data.chat import ChatRenderer
 from lownibble.errors import DataError, ModelError
 
-_ANSWER = "lownibbleprobe"
-_ASKED, _ANSWERED = {"role": "user", "content": "a"}, {"role": "assistant", "content": _ANSWER}
+PROBE = "lownibbleprobe"
+"""The sentinel: an answer, and the name of a tool."""
+
+_ASKED, _ANSWERED = {"role": "user", "content": "a"}, {"role": "assistant", "content": PROBE}
 _PARAMETERS = {"type": "object", "properties": {"b": {"type": "string", "description": "c"}}, "required": ["b"]}
-_TOOL = {"type": "function", "function": {"name": _ANSWER, "description": "a", "parameters": _PARAMETERS}}
-_CALL = {"id": "lownibble", "type": "function", "function": {"name": _ANSWER, "arguments": {"b": "c"}}}
+_TOOL = {"type": "function", "function": {"name": PROBE, "description": "a", "parameters": _PARAMETERS}}
+_CALL = {"id": "lownibble", "type": "function", "function": {"name": PROBE, "arguments": {"b": "c"}}}
 _CALLED = {"role": "assistant", "content": "", "tool_calls": [_CALL]}
-_RETURNED = {"role": "tool", "name": _ANSWER, "tool_call_id": "lownibble", "content": "d"}
+_RETURNED = {"role": "tool", "name": PROBE, "tool_call_id": "lownibble", "content": "d"}
 
 
 def end_tokens(model: Any, tokenizer: Any) -> frozenset[int]:
@@ -39,11 +41,15 @@ def turn_ends(tokenizer: Any) -> frozenset[int]:
     if not special:
         return frozenset()
     answers = _written(chat, [_ASKED, _ANSWERED, _ASKED, _ANSWERED], None)
-    after = [re.match(rf"\s*(?:{special})*({special})", text.rpartition(_ANSWER)[2]) for text in reversed(answers)]
-    call = _written(chat, [_ASKED, _CALLED, _RETURNED, _ANSWERED], [_TOOL])[:1]
-    called = [re.search(rf"({special})\s*$", text) for text in call]
+    after = [re.match(rf"\s*(?:{special})*({special})", text.rpartition(PROBE)[2]) for text in reversed(answers)]
+    called = [re.search(rf"({special})\s*$", text) for text in (written_call(chat),)]
     found = next((match for match in after if match), None)
     return frozenset(tokenizer.convert_tokens_to_ids(match[1]) for match in (found, *called) if match)
+
+
+def written_call(chat: ChatRenderer) -> str:
+    """What the template prints of an assistant's turn that calls `PROBE` with {"b": "c"}; "" where it knows no tools."""
+    return next(iter(_written(chat, [_ASKED, _CALLED, _RETURNED, _ANSWERED], [_TOOL])), "")
 
 
 def _written(chat: ChatRenderer, messages: list[dict[str, Any]], tools: Any) -> list[str]:

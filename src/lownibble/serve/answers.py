@@ -18,17 +18,49 @@ from typing import Any, TypeVar
 from fastapi import Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 
+from lownibble.serve.constraint import Matcher
 from lownibble.serve.engine import QueueFullError
 from lownibble.serve.protocol import Generation
-from lownibble.serve.request import End, Failed, Piece
+from lownibble.serve.request import End, Event, Failed, Piece, Scored
 from lownibble.serve.request import Request as EngineRequest
-from lownibble.serve.sampling import Sampling
+from lownibble.serve.sampling import Chosen, Sampling
 from lownibble.serve.service import ApiError, Service, as_api
+from lownibble.serve.tools import Call, CallForm, CallReader
 
 _T = TypeVar("_T")
 
 DEFAULT_TOKENS = 256
 """Default `max_tokens` of a chat completion (text completions: 16), limited by context and `limits.output`."""
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What is asked for besides the options that chat and text completions share.
+
+    Attributes:
+        prompts: token ids of each prompt. texts: what `echo` repeats of each; None: no echo.
+        limit: tokens of each output; None: the default. logprobs: number of top tokens; None: no log probabilities.
+        matcher: what outputs must follow. calls: how they may call tools; names: which; most: how many times (None: any).
+    """
+
+    prompts: list[list[int]]
+    limit: int | None
+    logprobs: int | None
+    chat: bool
+    texts: list[str] | None = None
+    matcher: Matcher | None = None
+    calls: CallForm | None = None
+    names: frozenset[str] = frozenset()
+    most: int | None = None
+
+    @property
+    def param(self) -> str:
+        """Name of the field with the prompt."""
+        return "messages" if self.chat else "prompt"
+
+    def reader(self) -> CallReader | None:
+        """A reader of one output's calls; None where there are none to read."""
+        return None if self.calls is None else CallReader(self.calls, set(self.names), self.most)
 
 
 @dataclass(eq=False)
@@ -37,15 +69,40 @@ class _Choice:
 
     index: int
     request: EngineRequest
+    echo: str | None
+    reader: CallReader | None
+    scored: list[Chosen] = field(default_factory=list)
     pieces: list[Piece] = field(default_factory=list)
+    parts: list[str | Call] = field(default_factory=list)
     end: End | None = None
 
+    def add(self, event: Piece | End) -> list[str | Call]:
+        """Take an event; returns what it adds to the output."""
+        if isinstance(event, Piece):
+            self.pieces.append(event)
+        else:
+            self.end = event
+        text, last = (event.text, False) if isinstance(event, Piece) else ("", True)
+        new: list[str | Call] = [text] if text else []
+        if self.reader:
+            new = self.reader.feed(text, last=last)
+        self.parts += new
+        return new
 
-async def answer(
-    service: Service, request: Request, body: Generation, prompts: list[list[int]], limit: int | None, logprobs: int | None, *,
-    chat: bool,
-) -> Response:  # fmt: skip
-    """Generate for each prompt `body.n` times, at most `limit` tokens each; returns a JSON or a streaming response.
+    @property
+    def calls(self) -> list[Call]:
+        """The calls of tools so far."""
+        return [part for part in self.parts if isinstance(part, Call)]
+
+    @property
+    def reason(self) -> str:
+        """Why it has ended."""
+        assert self.end is not None
+        return "tool_calls" if self.calls and self.end.reason == "stop" else self.end.reason
+
+
+async def answer(service: Service, request: Request, body: Generation, asked: Asked) -> Response:
+    """Generate for each prompt `body.n` times; returns a JSON or a streaming response.
 
     Raises:
         ApiError: a field does not fit the model, the queue is full, or the adapter cannot be used.
@@ -53,28 +110,31 @@ async def answer(
     adapter = service.check_model(body.model)
     if adapter is None and body.lora_scale != 1:
         raise ApiError(400, "'lora_scale' is for adapters, and 'model' names the base.", param="lora_scale")
-    form = _Form(service, body.model, chat, logprobs is not None)
+    form = _Form(service, body, asked)
     loop = asyncio.get_running_loop()
-    events: asyncio.Queue[tuple[int, Piece | End | Failed]] = asyncio.Queue()
+    events: asyncio.Queue[tuple[int, Event]] = asyncio.Queue()
     choices: list[_Choice] = []
-    if not prompts:
-        raise ApiError(400, "There is no prompt. Send at least one.", param=form.param)
-    for prompt in prompts:
-        tokens = _length_of_answer(service, form, prompt, limit)
+    if not asked.prompts:
+        raise ApiError(400, "There is no prompt. Send at least one.", param=asked.param)
+    stop, stop_tokens = _stops(service, body)
+    score = max((top for top in (asked.logprobs if asked.texts else None, body.prompt_logprobs) if top is not None), default=None)
+    for place, prompt in enumerate(asked.prompts):
+        echo = None if asked.texts is None else asked.texts[place]
+        tokens = _length_of_answer(service, asked, prompt)
         for number in range(body.n or 1):
             index = len(choices)
 
-            def tell(event: Piece | End | Failed, index: int = index) -> None:
+            def tell(event: Event, index: int = index) -> None:
                 with contextlib.suppress(RuntimeError):  # the loop is closed: no listener
                     loop.call_soon_threadsafe(events.put_nowait, (index, event))
 
-            seed = None if body.seed is None else body.seed + number
-            temperature = 1.0 if body.temperature is None else body.temperature
-            sampling = Sampling(temperature, body.top_p or 1.0, seed, logprobs)
             wanted = EngineRequest(
-                prompt, tokens, tell, adapter, body.lora_scale, sampling, body.stops, body.ignore_eos, continues=not chat
-            )
-            choices.append(_Choice(index, wanted))
+                prompt, tokens, tell, adapter, body.lora_scale, _sampling(service, body, asked.logprobs, number), stop,
+                stop_tokens, body.ignore_eos, continues=not asked.chat,
+                keeps_special=asked.calls is not None and asked.calls.special, score=score,
+                constraint=None if asked.matcher is None else asked.matcher.copy(),
+            )  # fmt: skip
+            choices.append(_Choice(index, wanted, echo, asked.reader()))
     try:
         service.engine.submit(*(choice.request for choice in choices))
     except QueueFullError as error:
@@ -89,29 +149,63 @@ async def answer(
     return JSONResponse(form.whole(choices))
 
 
-def _length_of_answer(service: Service, form: _Form, prompt: list[int], limit: int | None) -> int:
-    """Maximum tokens of a completion: `limit`, or the default.
+def _sampling(service: Service, body: Generation, logprobs: int | None, number: int) -> Sampling:
+    """Sampling parameters of the choice of this number."""
+    bias = tuple((body.logit_bias or {}).items())
+    check_tokens(service, [token for token, _ in bias], "logit_bias")
+    given = {name: getattr(body, name) for name in Sampling._fields if getattr(body, name, None) is not None}
+    seed = None if body.seed is None else body.seed + number
+    return Sampling(**{"temperature": 1.0, **given, "seed": seed, "logprobs": logprobs, "logit_bias": bias})
+
+
+def _stops(service: Service, body: Generation) -> tuple[tuple[str, ...], frozenset[int]]:
+    """Stop strings and stop tokens. A special token is never part of the text, so a stop string that is one is its token.
+
+    Raises:
+        ApiError: a token is not in the vocabulary, or a stop string has a special token and something else.
+    """
+    special = {token.content: id_ for id_, token in service.tokenizer.added_tokens_decoder.items() if token.special}
+    tokens = list(body.stop_token_ids or ())
+    check_tokens(service, tokens, "stop_token_ids")
+    for text in body.stops:
+        if text.strip() not in special and (inside := next((token for token in special if token in text), None)):
+            raise ApiError(
+                400, f"The stop string '{text[:64]}' has the special token '{inside}' within, which texts never have. Give the "
+                "token alone.", param="stop",
+            )  # fmt: skip
+    tokens += [special[text.strip()] for text in body.stops if text.strip() in special]
+    return tuple(text for text in body.stops if text.strip() not in special), frozenset(tokens)
+
+
+def check_tokens(service: Service, tokens: list[int], param: str) -> None:
+    """Reject tokens that are not in the vocabulary (ApiError)."""
+    if tokens and max(tokens) >= service.vocabulary:
+        raise ApiError(400, f"Token {max(tokens)} is not in the vocabulary of {service.vocabulary}.", param=param)
+
+
+def _length_of_answer(service: Service, asked: Asked, prompt: list[int]) -> int:
+    """Maximum tokens of a completion: the limit asked for, or the default.
 
     Raises:
         ApiError: the prompt is empty or holds a token outside the vocabulary, or prompt or completion is too long.
     """
-    context, limits = service.engine.cache.capacity, service.limits
-    vocabulary = service.engine.decoder.model.get_input_embeddings().num_embeddings
+    context, limits, limit = service.engine.cache.capacity, service.limits, asked.limit
     if not prompt:
-        raise ApiError(400, "The prompt is empty. Send at least one token.", param=form.param)
-    if max(prompt) >= vocabulary:
-        raise ApiError(400, f"Token {max(prompt)} is not in the vocabulary of {vocabulary}.", param=form.param)
-    wanted, too_long = limit or 1, "context_length_exceeded"
+        raise ApiError(400, "The prompt is empty. Send at least one token.", param=asked.param)
+    check_tokens(service, prompt, asked.param)
+    wanted, too_long = 1 if limit is None else limit, "context_length_exceeded"
     if limits.prompt and len(prompt) > limits.prompt:
         raise ApiError(400, f"The prompt has {len(prompt)} tokens; at most {limits.prompt} are read here. Shorten it.",
-                       code=too_long, param=form.param)  # fmt: skip
+                       code=too_long, param=asked.param)  # fmt: skip
     if limits.output and wanted > limits.output:
         raise ApiError(400, f"{wanted} tokens are asked for; an answer has at most {limits.output} here. Ask for fewer.",
                        code=too_long, param="max_tokens")  # fmt: skip
     if len(prompt) + wanted > context:
         raise ApiError(400, f"The prompt has {len(prompt)} tokens and {wanted} more are asked for; the context is {context}.",
-                       code=too_long, param=form.param)  # fmt: skip
-    return limit or min(DEFAULT_TOKENS if form.chat else 16, context - len(prompt), limits.output or context)
+                       code=too_long, param=asked.param)  # fmt: skip
+    return (
+        limit if limit is not None else min(DEFAULT_TOKENS if asked.chat else 16, context - len(prompt), limits.output or context)
+    )
 
 
 def check_number(service: Service, body: Generation, prompts: int) -> None:
@@ -140,17 +234,16 @@ async def _unless_gone(request: Request, work: Coroutine[Any, Any, _T]) -> _T:
         task.cancel()
 
 
-async def _rest(
-    service: Service, choices: list[_Choice], events: asyncio.Queue[tuple[int, Piece | End | Failed]]
-) -> None:  # fmt: skip
+async def _rest(service: Service, choices: list[_Choice], events: asyncio.Queue[tuple[int, Event]]) -> None:
     while any(choice.end is None for choice in choices):
         await _next(service, choices, events)
 
 
 async def _next(
-    service: Service, choices: list[_Choice], events: asyncio.Queue[tuple[int, Piece | End | Failed]]
-) -> tuple[_Choice, Piece | End]:
-    """Wait for the next event and add it to its choice; on failure or cancellation, cancel all unfinished requests."""
+    service: Service, choices: list[_Choice], events: asyncio.Queue[tuple[int, Event]]
+) -> tuple[_Choice, Event, list[str | Call]]:  # fmt: skip
+    """Wait for the next event and add it to its choice; returns both, and what the event adds to the output. On failure or
+    cancellation, cancel all unfinished requests."""
     try:
         index, event = await events.get()
         if isinstance(event, Failed):
@@ -158,13 +251,14 @@ async def _next(
     except BaseException:
         _cancel(service, choices)
         raise
-    choice = choices[index]
-    if isinstance(event, Piece):
-        choice.pieces.append(event)
+    choice, new = choices[index], list[str | Call]()
+    if isinstance(event, Scored):
+        choice.scored = event.tokens
     else:
-        choice.end = event
+        new = choice.add(event)
+    if isinstance(event, End):
         service.metrics.ended(choice.request.adapter or service.names[0], event)
-    return choice, event
+    return choice, event, new
 
 
 def _cancel(service: Service, choices: list[_Choice]) -> None:
@@ -174,23 +268,36 @@ def _cancel(service: Service, choices: list[_Choice]) -> None:
 
 
 async def _stream(
-    service: Service, form: _Form, choices: list[_Choice],
-    events: asyncio.Queue[tuple[int, Piece | End | Failed]], first: tuple[_Choice, Piece | End], usage: bool,
+    service: Service, form: _Form, choices: list[_Choice], events: asyncio.Queue[tuple[int, Event]],
+    first: tuple[_Choice, Event, list[str | Call]], usage: bool,
 ) -> AsyncIterator[str]:  # fmt: skip
     try:
-        if form.chat:
-            for choice in choices:
-                yield _event(form.chunk(choice, {"role": "assistant", "content": ""}, None))
-        choice, event = first
+        for choice in choices:
+            if form.asked.chat:
+                yield _event(form.chunk(choice, {"role": "assistant", "content": ""}))
+            elif choice.echo is not None and not form.logprobs:  # else it comes with its log probabilities
+                yield _event(form.chunk(choice, {"content": choice.echo}))
+        choice, event, new = first
         while True:
+            if isinstance(event, Scored) and choice.echo is not None and form.logprobs:
+                yield _event(form.chunk(choice, {"content": choice.echo}, told=form.told_prompt(choice)))
+            told = form.told([event], choice) if isinstance(event, Piece) and event.token is not None and form.logprobs else None
+            made = len(choice.calls) - sum(isinstance(part, Call) for part in new)
+            for part in new:
+                if isinstance(part, str):
+                    delta: dict[str, Any] = {"content": part}
+                else:
+                    delta, made = {"tool_calls": [part.told(made)]}, made + 1
+                yield _event(form.chunk(choice, delta, told=told))
+                told = None
+            if told is not None:
+                yield _event(form.chunk(choice, {"content": ""}, told=told))
             if isinstance(event, End):
-                yield _event(form.chunk(choice, {}, event.reason))
-            elif event.text or (event.token is not None and form.logprobs):
-                yield _event(form.chunk(choice, {"content": event.text}, None, event))
+                yield _event(form.chunk(choice, {}, reason=choice.reason))
             if all(choice.end is not None for choice in choices):
                 break
             try:
-                choice, event = await _next(service, choices, events)
+                choice, event, new = await _next(service, choices, events)
             except ApiError as error:
                 yield _event(error.body)
                 return
@@ -208,29 +315,38 @@ def _event(value: dict[str, Any]) -> str:
 class _Form:
     """The response JSON of chat and text completions."""
 
-    def __init__(self, service: Service, model: str, chat: bool, logprobs: bool) -> None:
-        self.service, self.model, self.chat, self.logprobs = service, model, chat, logprobs
-        self.param = "messages" if chat else "prompt"
-        self.id, self.created = f"{'chatcmpl' if chat else 'cmpl'}-{uuid.uuid4().hex}", int(time.time())
+    def __init__(self, service: Service, body: Generation, asked: Asked) -> None:
+        self.model, self.asked, self.logprobs, self.scores = body.model, asked, asked.logprobs is not None, body.prompt_logprobs
+        self.text, self.ignored = service.texts, body.noted
+        self.id, self.created = f"{'chatcmpl' if asked.chat else 'cmpl'}-{uuid.uuid4().hex}", int(time.time())
 
     def head(self, *, chunk: bool) -> dict[str, Any]:
-        kind = ("chat.completion.chunk" if chunk else "chat.completion") if self.chat else "text_completion"
-        return {"id": self.id, "object": kind, "created": self.created, "model": self.model}
+        kind = ("chat.completion.chunk" if chunk else "chat.completion") if self.asked.chat else "text_completion"
+        noted = {"ignored": self.ignored} if self.ignored else {}
+        return {"id": self.id, "object": kind, "created": self.created, "model": self.model, **noted}
 
-    def chunk(self, choice: _Choice, delta: dict[str, Any], reason: str | None, piece: Piece | None = None) -> dict[str, Any]:
-        said = {"delta": delta} if self.chat else {"text": delta.get("content", "")}
-        told = self._told([piece]) if piece is not None and self.logprobs else None
+    def chunk(
+        self, choice: _Choice, delta: dict[str, Any], *, reason: str | None = None, told: dict[str, Any] | None = None
+    ) -> dict[str, Any]:  # fmt: skip
+        said = {"delta": delta} if self.asked.chat else {"text": delta.get("content", "")}
         return {**self.head(chunk=True), "choices": [{"index": choice.index, **said, "logprobs": told, "finish_reason": reason}]}
 
     def whole(self, choices: list[_Choice]) -> dict[str, Any]:
-        found = []
+        found, head = [], self.head(chunk=False)
         for choice in choices:
-            text = "".join(piece.text for piece in choice.pieces)
-            said: dict[str, Any] = {"message": {"role": "assistant", "content": text}} if self.chat else {"text": text}
-            told = self._told(choice.pieces) if self.logprobs else None
-            assert choice.end is not None
-            found.append({"index": choice.index, **said, "logprobs": told, "finish_reason": choice.end.reason})
-        return {**self.head(chunk=False), "choices": found, "usage": self.usage(choices)}
+            text, calls = "".join(part for part in choice.parts if isinstance(part, str)), choice.calls
+            said: dict[str, Any] = {"text": (choice.echo or "") + text}
+            if self.asked.chat:
+                called = {"tool_calls": [call.told() for call in calls]} if calls else {}
+                said = {"message": {"role": "assistant", "content": text if text or not calls else None, **called}}
+            told = self.told(choice.pieces, choice) if self.logprobs else None
+            if told is not None and choice.echo is not None:
+                told = {key: [*values, *told[key]] for key, values in self.told_prompt(choice).items()}
+            scores = {} if self.scores is None else {"prompt_logprobs": self._scores(choice, self.scores)}
+            if self.asked.chat and scores:
+                head, scores = {**head, **scores}, {}
+            found.append({"index": choice.index, **said, "logprobs": told, "finish_reason": choice.reason, **scores})
+        return {**head, "choices": found, "usage": self.usage(choices)}
 
     def usage(self, choices: list[_Choice]) -> dict[str, Any]:
         ends = [choice.end for choice in choices if choice.end is not None]
@@ -242,20 +358,39 @@ class _Form:
             "prompt_tokens_details": {"cached_tokens": min(reused, read)},
         }  # fmt: skip
 
-    def _told(self, pieces: list[Piece]) -> dict[str, Any]:
+    def told(self, pieces: list[Piece], choice: _Choice) -> dict[str, Any]:
+        """Log probabilities of the output's tokens."""
         tokens = [piece.token for piece in pieces if piece.token is not None]
-        if self.chat:
+        if self.asked.chat:
             return {"content": [{**self._token(one.token, one.logprob), "top_logprobs": [self._token(*top) for top in one.top]}
                                 for one in tokens]}  # fmt: skip
+        before = len(choice.echo or "")
+        return self._lists(tokens, [before + piece.offset for piece in pieces if piece.token is not None])
+
+    def told_prompt(self, choice: _Choice) -> dict[str, Any]:
+        """Log probabilities of the prompt's tokens; the first has none."""
+        ends = [0]
+        for one in choice.scored:
+            ends.append(ends[-1] + len(self.text(one.token)))
+        lists = self._lists([one._replace(top=one.top[: self.asked.logprobs]) for one in choice.scored], ends[:-1])
+        return {**lists, "top_logprobs": [None, *lists["top_logprobs"][1:]]}
+
+    def _lists(self, tokens: list[Chosen], offsets: list[int]) -> dict[str, Any]:
         return {
-            "tokens": [self._text(one.token) for one in tokens], "token_logprobs": [one.logprob for one in tokens],
-            "text_offset": [piece.offset for piece in pieces if piece.token is not None],
-            "top_logprobs": [{self._text(token): value for token, value in one.top} for one in tokens],
+            "tokens": [self.text(one.token) for one in tokens], "token_logprobs": [one.logprob for one in tokens],
+            "text_offset": offsets, "top_logprobs": [{self.text(token): value for token, value in one.top} for one in tokens],
         }  # fmt: skip
 
-    def _text(self, token: int) -> str:
-        return str(self.service.tokenizer.decode([token]))
+    def _scores(self, choice: _Choice, top: int) -> list[dict[str, Any] | None]:
+        """vLLM's `prompt_logprobs`: of each token of the prompt, and of the `top` most probable ones in its place."""
+        found: list[dict[str, Any] | None] = [None]
+        for one in choice.scored[1:]:
+            ranked = [(token, value, rank) for rank, (token, value) in enumerate(one.top[:top], 1)]
+            entries = [(one.token, one.logprob, one.rank), *ranked]
+            found.append({str(token): {"logprob": value, "rank": rank, "decoded_token": self.text(token)}
+                          for token, value, rank in entries})  # fmt: skip
+        return found
 
     def _token(self, token: int, logprob: float | None) -> dict[str, Any]:
-        text = self._text(token)
+        text = self.text(token)
         return {"token": text, "logprob": logprob, "bytes": list(text.encode())}

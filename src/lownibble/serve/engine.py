@@ -210,8 +210,9 @@ class Engine:
             request.tell(End("cancelled", len(request.prompt), 0, 0, None, time.monotonic() - request.submitted))
             return
         key = (loaded.digest, request.scale) if loaded else ("", 1.0)
-        # the slot with the longest common prefix; without any, the one idle longest
-        shared = {slot: _in_common(kept, key, request.prompt) for slot, kept in self._idle.items()}
+        # the slot with the longest common prefix; without any, the one idle longest. To be scored a prompt must be read
+        prompt = request.prompt if request.score is None else []
+        shared = {slot: _in_common(kept, key, prompt) for slot, kept in self._idle.items()}
         slot = max(shared, key=lambda one: shared[one])
         try:
             one = Running(request, slot, loaded, shared[slot], self.tokenizer.backend_tokenizer)
@@ -252,7 +253,7 @@ class Engine:
         slots: list[int] = []
         positions: list[int] = []
         wanted: list[int] = []
-        finishing: list[Running] = []
+        takers: list[tuple[Running, int]] = []  # whose logits are wanted, and after how many of its tokens
         segments: list[Segment] = []
         for one, n in parts:
             begin = len(tokens)
@@ -264,18 +265,21 @@ class Engine:
                     segments[-1] = Segment(segments[-1].begin, begin + n, one.adapter)
                 else:
                     segments.append(Segment(begin, begin + n, one.adapter))
-            if one.done + n == len(one.tokens):
-                wanted.append(len(tokens) - 1)
-                finishing.append(one)
+            first = one.done + 1 if one.request.score is not None and one.made == 0 else len(one.tokens)
+            for read in range(first, one.done + n + 1):
+                wanted.append(begin + read - one.done - 1)
+                takers.append((one, read))
         logits = self.decoder.step(
             torch.tensor(tokens), torch.tensor(slots), torch.tensor(positions), self.cache, segments=segments,
             wanted=torch.tensor(wanted, dtype=torch.int64),
         )  # fmt: skip
         for one, n in parts:
             one.done += n
-        for one, row in zip(finishing, logits, strict=True):
+        for (one, read), row in zip(takers, logits, strict=True):
+            if one not in self._running:  # its prompt could not be scored
+                continue
             try:
-                reason = one.take(one.sampler(row), self.eos)
+                reason = one.go_on(read, row, self.eos)
             except Exception as error:
                 self._leave(one, Failed(error), keep=False)
                 continue

@@ -12,15 +12,25 @@ from typing import Any
 from fastapi import Depends, FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import FileResponse, PlainTextResponse, Response
-from jinja2 import TemplateError
 from starlette.concurrency import run_in_threadpool
 from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
 
 from lownibble.errors import InputError
-from lownibble.serve.answers import answer, check_number
-from lownibble.serve.protocol import ChatRequest, CompletionRequest, LoadRequest, UnloadRequest
+from lownibble.serve.answers import Asked, answer, check_number, check_tokens
+from lownibble.serve.constraint import ConstraintError, Matcher
+from lownibble.serve.prompts import conversation_text, encode
+from lownibble.serve.protocol import (
+    ChatRequest,
+    CompletionRequest,
+    DetokenizeRequest,
+    Generation,
+    LoadRequest,
+    TokenizeRequest,
+    UnloadRequest,
+)
 from lownibble.serve.service import ApiError, Service, as_api
+from lownibble.serve.tools import call_grammar
 
 PAGE = Path(__file__).with_name("page.html")
 BODY_SECONDS, SEND_SECONDS = 30.0, 60.0
@@ -83,22 +93,29 @@ def app(service: Service) -> FastAPI:
     @made.post("/v1/chat/completions")
     async def chat(body: ChatRequest, request: Request) -> Response:
         check_number(service, body, 1)
-        messages = [{"role": one.role, "content": one.text} for one in body.messages]
-        try:
-            text = service.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-        except (TemplateError, ValueError) as error:
-            raise ApiError(400, f"The model's chat template does not take these messages: {error}", param="messages") from None
-        prompt = await run_in_threadpool(_encode, service, text, special=False)
-        limit = body.max_completion_tokens or body.max_tokens
-        return await answer(service, request, body, [prompt], limit, body.wanted_logprobs, chat=True)
+        return await answer(service, request, body, await run_in_threadpool(_asked_in_chat, service, body))
 
     @made.post("/v1/completions")
     async def completions(body: CompletionRequest, request: Request) -> Response:
         check_number(service, body, len(body.prompts))
-        prompts = []
-        for one in body.prompts:
-            prompts.append(await run_in_threadpool(_encode, service, one) if isinstance(one, str) else one)
-        return await answer(service, request, body, prompts, body.max_tokens, body.wanted_logprobs, chat=False)
+        return await answer(service, request, body, await run_in_threadpool(_asked, service, body))
+
+    @made.get("/tokenizer_info")
+    async def tokenizer_info() -> dict[str, Any]:
+        names = ("bos_token", "eos_token", "pad_token", "chat_template")
+        return {"tokenizer_class": type(service.tokenizer).__name__, **{name: getattr(service.tokenizer, name) for name in names}}
+
+    @made.post("/tokenize")
+    async def tokenize(body: TokenizeRequest) -> dict[str, Any]:
+        ids = await run_in_threadpool(_tokens, service, body)
+        strings = {"token_strs": [service.texts(token) for token in ids]} if body.return_token_strs else {}
+        return {"count": len(ids), "max_model_len": service.engine.cache.capacity, "tokens": ids, **strings}
+
+    @made.post("/detokenize")
+    async def detokenize(body: DetokenizeRequest) -> dict[str, Any]:
+        _check_name(service, body.model)
+        check_tokens(service, body.tokens, "tokens")
+        return {"prompt": service.texts.all(body.tokens)}
 
     @made.post("/v1/load_lora_adapter", dependencies=[Depends(admin)])
     async def load(body: LoadRequest) -> dict[str, Any]:
@@ -143,19 +160,64 @@ async def _guarded(work: Awaitable[Any]) -> Any:
         raise as_api(error) from None
 
 
-def _encode(service: Service, text: str, *, special: bool = True) -> list[int]:
+def _asked(service: Service, body: CompletionRequest) -> Asked:
+    given = body.prompts
+    prompts = [encode(service.tokenizer, one, special=body.add_special_tokens) if isinstance(one, str) else one for one in given]
+    for prompt in prompts:
+        check_tokens(service, prompt, "prompt")
+    texts = [one if isinstance(one, str) else service.texts.all(one) for one in given] if body.echo else None
+    return Asked(prompts, body.max_tokens, body.wanted_logprobs, chat=False, texts=texts, matcher=_matcher(service, body))
+
+
+def _asked_in_chat(service: Service, body: ChatRequest) -> Asked:
+    text = conversation_text(service.tokenizer, body, body.messages, body.tools_shown)
+    prompt = encode(service.tokenizer, text, special=False)
+    limit, matcher, form = body.max_completion_tokens or body.max_tokens, _matcher(service, body), None
+    several = body.parallel_tool_calls is not False
+    if body.tools_shown:
+        form = service.calls
+        if form is None:
+            raise ApiError(400, "The chat template prints calls of tools in a form that this server does not read. Leave 'tools' "
+                           "out, or set 'tool_choice' to 'none'.", param="tools")  # fmt: skip
+        if body.tools_required:
+            grammar = call_grammar(form, body.tools_required, several=several, tokenizer=service.tokenizer)
+            matcher = _compiled(service.grammars.lark, grammar, "tools")
+    names = frozenset(tool.function.name for tool in body.tools_shown)
+    return Asked([prompt], limit, body.wanted_logprobs, chat=True, matcher=matcher, calls=form, names=names,
+                 most=None if several else 1)  # fmt: skip
+
+
+def _matcher(service: Service, body: Generation) -> Matcher | None:
+    """What outputs must follow by `response_format`."""
+    schema = None if body.response_format is None else body.response_format.schema_wanted
+    return None if schema is None else _compiled(service.grammars.json, schema, "response_format")
+
+
+def _compiled(compile_: Callable[[Any], Matcher], grammar: Any, param: str) -> Matcher:
     try:
-        text.encode()
-    except UnicodeEncodeError:
-        raise ApiError(400, "The text holds a lone surrogate. Send valid Unicode.", param="prompt") from None
-    ids: list[int] = service.tokenizer(text, add_special_tokens=special).input_ids
-    return ids
+        return compile_(grammar)
+    except ConstraintError as error:
+        raise ApiError(400, str(error), code="bad_schema", param=param) from None
+
+
+def _tokens(service: Service, body: TokenizeRequest) -> list[int]:
+    _check_name(service, body.model)
+    if body.messages is None:
+        special = body.add_special_tokens is not False
+        return encode(service.tokenizer, body.prompt or "", special=special)
+    text = conversation_text(service.tokenizer, body, body.messages, body.tools or [])
+    return encode(service.tokenizer, text, special=bool(body.add_special_tokens))
+
+
+def _check_name(service: Service, name: str | None) -> None:
+    if name is not None:
+        service.check_model(name)
 
 
 class _Gate:
-    """Middleware: reads bodies; rejects those too large (announced or not) or too slow, requests under /v1 without a valid key,
-    foreign Host headers if there is no API key, and requests beyond the limit (GET outside /v1, for monitoring, is exempt from
-    it). Drops clients that do not read their response."""
+    """Middleware: reads bodies; rejects those too large (announced or not) or too slow, requests without a valid key, and
+    requests beyond the limit (GET outside /v1, for monitoring, is exempt from both), and foreign Host headers if there is no API
+    key. Drops clients that do not read their response."""
 
     def __init__(self, app: Callable[..., Awaitable[None]], service: Service) -> None:
         self.app, self.service, self.limits, self.inside = app, service, service.limits, 0
@@ -186,7 +248,7 @@ class _Gate:
         if not service.api_key and not _is_address(host := headers.get("host", ""), service.host):
             raise ApiError(403, f"Without an API key this server answers to its address only, not to '{host[:100]}': a page of "
                            "that name could use it. Start it with --api-key, or with that name as --host.")  # fmt: skip
-        if scope["path"].startswith("/v1/"):
+        if counts:
             _check_key(headers, service.api_key, service.admin_key)
         try:
             async with asyncio.timeout(BODY_SECONDS):

@@ -1,4 +1,4 @@
-"""Engine requests, their events (`Piece`, `End`, `Failed`), and running sequences."""
+"""Engine requests, their events (`Scored`, `Piece`, `End`, `Failed`), and running sequences."""
 
 from __future__ import annotations
 
@@ -8,13 +8,20 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from tokenizers.decoders import DecodeStream
+from torch import Tensor
 
 from lownibble.kernels.decoder import Adapter
 from lownibble.serve.registry import Loaded
-from lownibble.serve.sampling import Chosen, Sampler, Sampling
+from lownibble.serve.sampling import Chosen, Constraint, Sampler, Sampling, check_finite, scored
 
 TEXT_BEFORE = 8
 """Prompt tokens that the detokeniser sees before the output: with some tokenizers they decide whether it begins with a space."""
+
+
+class Scored(NamedTuple):
+    """The prompt's tokens with their log probabilities; the first has none. Told once, before the output."""
+
+    tokens: list[Chosen]
 
 
 class Piece(NamedTuple):
@@ -44,26 +51,38 @@ class Failed(NamedTuple):
     error: Exception
 
 
+Event = Scored | Piece | End | Failed
+
+
 @dataclass(eq=False)
 class Request:
     """One sequence to generate. `tell` is called from the engine's thread and must not block.
 
     Attributes:
         prompt: token ids; at least one.
+        max_tokens: of the output; 0 reads the prompt only.
         adapter: name, or None for the base; `scale` multiplies its low-rank branch.
-        stop: strings that end the output and are not part of it.
+        stop, stop_tokens: strings and tokens that end the output and are not part of it.
+        ignore_eos: the model's own end tokens do not end the output.
         continues: decode the output as a continuation of the prompt's text, including the space between them.
+        keeps_special: special tokens are part of the text.
+        score: number of top tokens to report for each token of the prompt; None: the prompt is not scored.
+        constraint: what the output follows; of this request alone.
     """
 
     prompt: list[int]
     max_tokens: int
-    tell: Callable[[Piece | End | Failed], None]
+    tell: Callable[[Event], None]
     adapter: str | None = None
     scale: float = 1.0
     sampling: Sampling = field(default_factory=Sampling)
     stop: tuple[str, ...] = ()
+    stop_tokens: frozenset[int] = frozenset()
     ignore_eos: bool = False
     continues: bool = False
+    keeps_special: bool = False
+    score: int | None = None
+    constraint: Constraint | None = None
     cancelled: bool = False
     submitted: float = field(default_factory=time.monotonic)
 
@@ -76,10 +95,11 @@ class Running:
         self.adapter: Adapter | None = loaded.scaled(request.scale) if loaded else None
         self.tokens = list(request.prompt)
         self.done = reused  # tokens whose keys and values are in the cache
-        self.sampler = Sampler(request.sampling)
+        self.sampler = Sampler(request.sampling, request.prompt, request.constraint)
+        self.scores = [Chosen(request.prompt[0])]
         self.tokenizer = tokenizer
         before = request.prompt[-TEXT_BEFORE:] if request.continues else []
-        self.stream = DecodeStream(before, skip_special_tokens=True)
+        self.stream = DecodeStream(before, skip_special_tokens=not request.keeps_special)
         said = tokenizer.decode(before, skip_special_tokens=True)
         # if the prompt ends within a character, the stream's first text is all of `before` with that character completed
         self.repeated = len(said.rstrip("\ufffd")) if said.endswith("\ufffd") else 0
@@ -92,13 +112,28 @@ class Running:
         """Number of output tokens so far."""
         return len(self.tokens) - len(self.request.prompt)
 
+    def go_on(self, read: int, logits_V: Tensor, eos: Container[int]) -> str | None:
+        """Score the next token of the prompt, or sample one of the output, by the logits (V,) after `read` tokens; returns as
+        `take`."""
+        request = self.request
+        if read < len(request.prompt):
+            check_finite(logits_V)
+            self.scores.append(scored(logits_V, request.prompt[read], request.score or 0))
+            return None
+        if read == len(request.prompt):
+            if request.score is not None:
+                request.tell(Scored(self.scores))
+            if request.max_tokens == 0:
+                return "length"
+        return self.take(self.sampler(logits_V), eos)
+
     def take(self, chosen: Chosen, eos: Container[int]) -> str | None:
         """Append a token and send the text that is certain; returns the finish reason, None if generation continues."""
         request = self.request
         if self.first is None:
             self.first = time.monotonic()
         self.tokens.append(chosen.token)
-        if chosen.token in eos and not request.ignore_eos:
+        if chosen.token in request.stop_tokens or (chosen.token in eos and not request.ignore_eos):
             request.tell(Piece(self.text, None, self.told))
             return "stop"
         offset = self.told + len(self.text)
@@ -107,18 +142,19 @@ class Running:
         if found:
             request.tell(Piece(self.text[: min(found)], chosen, offset))
             return "stop"
-        ends = self.made == request.max_tokens
+        complete = request.constraint is not None and request.constraint.accept(chosen.token)
+        ends = complete or self.made == request.max_tokens
         held = 0 if ends else _could_begin(self.text, request.stop)
         sure = len(self.text) - held
         request.tell(Piece(self.text[:sure], chosen, offset))
         self.told, self.text = self.told + sure, self.text[sure:]
-        return "length" if ends else None
+        return "stop" if complete else "length" if ends else None
 
     def _decode(self, token: int) -> str:
         try:
             text = self.stream.step(self.tokenizer, token) or ""
         except Exception:  # invalid bytes changed text already sent: restart without them
-            self.stream = DecodeStream([], skip_special_tokens=True)
+            self.stream = DecodeStream([], skip_special_tokens=not self.request.keeps_special)
             text = self.stream.step(self.tokenizer, token) or ""
         if text and self.repeated:
             text, self.repeated = text[self.repeated :], 0

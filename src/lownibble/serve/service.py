@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 from fastapi.responses import JSONResponse, Response
 
 from lownibble.errors import InputError
+from lownibble.serve.constraint import ConstraintError, Grammars
 from lownibble.serve.engine import Engine, QueueFullError
 from lownibble.serve.metrics import Metrics
 from lownibble.serve.registry import NoRoomError, Registry, UnknownAdapterError
+from lownibble.serve.texts import TokenTexts
+from lownibble.serve.tools import CallForm, call_form
 
 
 class ApiError(Exception):
@@ -38,6 +42,8 @@ def as_api(error: Exception) -> ApiError:
         return ApiError(429, str(error), code="queue_full")
     if isinstance(error, NoRoomError):
         return ApiError(429, str(error), code="no_room")
+    if isinstance(error, ConstraintError):
+        return ApiError(400, str(error), code="bad_schema")
     if isinstance(error, InputError):
         return ApiError(422, str(error), code="bad_adapter", param="model")
     return ApiError(500, f"An error of the server's own: {type(error).__name__}.")
@@ -69,6 +75,26 @@ class Service:
     host: str = "127.0.0.1"
     created: int = field(default_factory=lambda: int(time.time()))
     metrics: Metrics = field(default_factory=Metrics)
+
+    @cached_property
+    def vocabulary(self) -> int:
+        """Number of logits."""
+        return int(self.engine.decoder.model.get_input_embeddings().num_embeddings)
+
+    @cached_property
+    def texts(self) -> TokenTexts:
+        """Texts of single tokens."""
+        return TokenTexts(self.tokenizer)
+
+    @cached_property
+    def grammars(self) -> Grammars:
+        """Compiler of grammars for outputs."""
+        return Grammars(self.tokenizer, self.vocabulary, frozenset(self.engine.eos))
+
+    @cached_property
+    def calls(self) -> CallForm | None:
+        """How the chat template prints calls of tools; None where that is not known."""
+        return call_form(self.tokenizer)
 
     def check_model(self, name: str) -> str | None:
         """The adapter that a request's `model` names, None for the base.
