@@ -44,7 +44,7 @@ def test_how_messages_are_rendered(chat):
     told = client.chat.completions.create(messages=SAID, **asked)
     same = client.completions.create(prompt=tokenizer(rendered(url, tokenizer, messages=SAID)).input_ids, **asked)
     assert told.choices[0].message.content == same.choices[0].text
-    with pytest.raises(openai.BadRequestError, match="has no variable 'enable_thinking'. It has: hint"):
+    with pytest.raises(openai.BadRequestError, match=r"has no variable 'enable_thinking'\. It has: hint"):
         client.chat.completions.create(
             messages=SAID, model="bytes", extra_body={"chat_template_kwargs": {"enable_thinking": False}}
         )

@@ -3,6 +3,7 @@
 import json
 import sys
 
+import httpx
 import jsonschema
 import openai
 import pytest
@@ -92,18 +93,16 @@ def test_schemas_that_cannot_be_followed_are_refused(live, bytes_base, schema, s
 
 
 def test_schemas_that_are_too_much_fail_their_own_request(live, bytes_base):
-    client = live(bytes_base).client()
+    made, asked = live(bytes_base), {"model": "bytes", "messages": SAID}
     heavy = {"type": "string", "pattern": "^(a{1,500}b{1,500}){1,500}$"}
     deep = {"type": "array", "items": {}}
     for _ in range(200):
         deep = {"type": "array", "items": deep}
     for schema in (heavy, deep):
         form = {"type": "json_schema", "json_schema": {"name": "n", "schema": schema}}
-        try:
-            client.chat.completions.create(model="bytes", messages=SAID, response_format=form, max_tokens=5)
-        except openai.APIStatusError as error:
-            assert error.status_code == 400
-    assert client.chat.completions.create(model="bytes", messages=SAID, max_tokens=2).choices
+        answer = httpx.post(f"{made.url}/v1/chat/completions", json={**asked, "response_format": form, "max_tokens": 5})
+        assert answer.status_code in (200, 400), answer.text
+    assert made.client().chat.completions.create(**asked, max_tokens=2).choices
 
 
 def test_without_the_library_the_extra_is_named(live, bytes_base, monkeypatch):

@@ -22,8 +22,9 @@ HERMES = '<tool_call>\n{"name": "weather", "arguments": {"city": "Paris"}}\n</to
 LLAMA = '{"name": "weather", "parameters": {"city": "Paris"}}'
 MISTRAL = '[TOOL_CALLS] [{"name": "weather", "arguments": {"city": "Paris"}}]'
 MISTRAL_TEMPLATE = (
-    "{% if tools %}[AVAILABLE_TOOLS]{{ tools | tojson }}[/AVAILABLE_TOOLS]{% endif %}{% for m in messages %}{% if m.role == 'user' %}"
-    "[INST] {{ m.content }}[/INST]{% elif m.tool_calls %}{{ '[TOOL_CALLS] [' }}{% for c in m.tool_calls %}{{ c.function | tojson }}"
+    "{% if tools %}[AVAILABLE_TOOLS]{{ tools | tojson }}[/AVAILABLE_TOOLS]{% endif %}{% for m in messages %}"
+    "{% if m.role == 'user' %}[INST] {{ m.content }}[/INST]{% elif m.tool_calls %}"
+    "{{ '[TOOL_CALLS] [' }}{% for c in m.tool_calls %}{{ c.function | tojson }}"
     "{{ ', ' if not loop.last }}{% endfor %}{{ ']<|endoftext|>' }}{% elif m.role == 'tool' %}[TOOL_RESULTS] {{ m.content }}"
     "[/TOOL_RESULTS]{% else %} {{ m.content }}<|endoftext|>{% endif %}{% endfor %}"
 )
