@@ -113,10 +113,12 @@ class Sampler:
     def _draw(self, logits_V: Tensor) -> int:
         how = self.sampling
         probabilities_V = (logits_V.double() / how.temperature).softmax(0)
-        values, ids = probabilities_V.sort(descending=True, stable=True)
+        if 0 < how.top_k < len(probabilities_V):
+            values, ids = probabilities_V.topk(how.top_k)
+        else:
+            values, ids = probabilities_V.sort(descending=True, stable=True)
         if how.min_p > 0 or how.top_k > 0:
             values = torch.where(values < how.min_p * values[0], 0.0, values)
-            values[how.top_k if how.top_k > 0 else len(values) :] = 0.0
             values /= values.sum()
         before = values.cumsum(0) - values
         values = torch.where(before < how.top_p, values, 0.0)  # the most probable token is always kept
