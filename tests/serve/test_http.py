@@ -140,7 +140,7 @@ BAD = {
         "names 'x', which is not among",
     ),
     "tools twice": ({"tools": [TOOL, TOOL]}, 400, "two functions of the same name"),
-    "format": ({"response_format": {"type": "json_object"}}, 400, "tokenizer cannot be constrained|needs llguidance"),
+    "format": ({"response_format": {"type": "json_object"}}, 400, "tokenizer cannot be constrained|need llguidance"),
     "a format without its schema": ({"response_format": {"type": "json_schema"}}, 400, "'json_schema' must be given"),
     "tools and a format": (
         {"tools": [TOOL], "response_format": {"type": "json_object"}},

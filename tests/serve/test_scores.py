@@ -131,6 +131,7 @@ def test_tokenize_and_back(live, base):
 
 def test_tokenizing_needs_the_key(live):
     made = live(api_key="secret")
+    assert httpx.get(f"{made.url}/tokenizer_info").status_code == 401
     for path, body in (("/tokenize", {"prompt": "w1"}), ("/detokenize", {"tokens": [5]})):
         assert httpx.post(made.url + path, json=body).status_code == 401
         assert httpx.post(made.url + path, json=body, headers={"authorization": "Bearer secret"}).status_code == 200

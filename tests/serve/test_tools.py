@@ -9,6 +9,7 @@ import openai
 import pytest
 from transformers import AutoTokenizer
 
+from lownibble.data.chat import ChatRenderer
 from lownibble.serve.protocol import Tool
 from lownibble.serve.tools import Call, CallReader, call_form, call_grammar
 
@@ -64,7 +65,7 @@ def test_forms_of_real_templates(speaks, name):
     made = copy.deepcopy(speaks("hermes")[1])
     made.bos_token = "<s>"
     made.chat_template = (Path(trl.__file__).parent / "chat_templates" / f"{name}.jinja").read_text()
-    form = call_form(made)
+    form = call_form(ChatRenderer(made))
     if name in UNKNOWN:
         assert form is None
     elif KNOWN[name] == "hermes":
@@ -106,7 +107,7 @@ OUTPUTS = {
 @pytest.mark.parametrize("size", [1, 3, 10**6])
 def test_calls_are_read_whole_and_in_pieces(speaks, case, size):
     form, text, calls, said = OUTPUTS[case]
-    reader = CallReader(call_form(speaks(form)[1]), NAMES)
+    reader = CallReader(call_form(ChatRenderer(speaks(form)[1])), NAMES)
     parts = [part for at in range(0, len(text), size) for part in reader.feed(text[at : at + size])]
     parts += reader.feed("", last=True)
     assert [tuple(part) for part in parts if isinstance(part, Call)] == calls
@@ -114,11 +115,11 @@ def test_calls_are_read_whole_and_in_pieces(speaks, case, size):
 
 
 def test_text_is_not_held_back_longer_than_needed(speaks):
-    reader = CallReader(call_form(speaks("hermes")[1]), NAMES)
+    reader = CallReader(call_form(ChatRenderer(speaks("hermes")[1])), NAMES)
     assert reader.feed("I look") == ["I look"]
     assert reader.feed(" <tool") == []
     assert reader.feed("s>") == [" <tools>"]
-    limited = CallReader(call_form(speaks("hermes")[1]), NAMES, most=1)
+    limited = CallReader(call_form(ChatRenderer(speaks("hermes")[1])), NAMES, most=1)
     assert limited.feed(HERMES * 3) == [Call("weather", CITY)]
 
 
@@ -178,7 +179,7 @@ def test_a_call_that_is_required_is_made(live, speaks, form):
 def test_several_calls_may_be_required(speaks):
     tools = [Tool(**tool) for tool in TOOLS]
     tokenizer = speaks("hermes")[1]
-    form = call_form(tokenizer)
+    form = call_form(ChatRenderer(tokenizer))
     assert 'call ("\\n" call)*' in call_grammar(form, tools, several=True, tokenizer=tokenizer)
     assert "(" not in call_grammar(form, tools, several=False, tokenizer=tokenizer).splitlines()[0]
 

@@ -164,7 +164,7 @@ def _stops(service: Service, body: Generation) -> tuple[tuple[str, ...], frozens
     Raises:
         ApiError: a token is not in the vocabulary, or a stop string has a special token and something else.
     """
-    special = {token.content: id_ for id_, token in service.tokenizer.added_tokens_decoder.items() if token.special}
+    special = service.special_tokens
     tokens = list(body.stop_token_ids or ())
     check_tokens(service, tokens, "stop_token_ids")
     for text in body.stops:

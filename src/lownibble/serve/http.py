@@ -170,7 +170,7 @@ def _asked(service: Service, body: CompletionRequest) -> Asked:
 
 
 def _asked_in_chat(service: Service, body: ChatRequest) -> Asked:
-    text = conversation_text(service.tokenizer, body, body.messages, body.tools_shown)
+    text = conversation_text(service.chat, body, body.messages, body.tools_shown)
     prompt = encode(service.tokenizer, text, special=False)
     limit, matcher, form = body.max_completion_tokens or body.max_tokens, _matcher(service, body), None
     several = body.parallel_tool_calls is not False
@@ -197,7 +197,7 @@ def _compiled(compile_: Callable[[Any], Matcher], grammar: Any, param: str) -> M
     try:
         return compile_(grammar)
     except ConstraintError as error:
-        raise ApiError(400, str(error), code="bad_schema", param=param) from None
+        raise ApiError(400, str(error), code="cannot_constrain", param=param) from None
 
 
 def _tokens(service: Service, body: TokenizeRequest) -> list[int]:
@@ -205,7 +205,7 @@ def _tokens(service: Service, body: TokenizeRequest) -> list[int]:
     if body.messages is None:
         special = body.add_special_tokens is not False
         return encode(service.tokenizer, body.prompt or "", special=special)
-    text = conversation_text(service.tokenizer, body, body.messages, body.tools or [])
+    text = conversation_text(service.chat, body, body.messages, body.tools or [])
     return encode(service.tokenizer, text, special=bool(body.add_special_tokens))
 
 
@@ -215,9 +215,9 @@ def _check_name(service: Service, name: str | None) -> None:
 
 
 class _Gate:
-    """Middleware: reads bodies; rejects those too large (announced or not) or too slow, requests without a valid key, and
-    requests beyond the limit (GET outside /v1, for monitoring, is exempt from both), and foreign Host headers if there is no API
-    key. Drops clients that do not read their response."""
+    """Middleware: reads bodies; rejects those too large (announced or not) or too slow, requests without a valid key, foreign
+    Host headers if there is no API key, and requests beyond the limit. GET of pages and of what monitors watch needs no key and
+    does not count. Drops clients that do not read their response."""
 
     def __init__(self, app: Callable[..., Awaitable[None]], service: Service) -> None:
         self.app, self.service, self.limits, self.inside = app, service, service.limits, 0
@@ -226,7 +226,7 @@ class _Gate:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        counts = scope["method"] != "GET" or scope["path"].startswith("/v1/")
+        counts = scope["method"] != "GET" or scope["path"].startswith(("/v1/", "/tokenizer_info"))
         self.inside += counts
         try:
             body = await self._enter(scope, receive, counts)

@@ -16,13 +16,12 @@ from lownibble.serve.protocol import Message, Rendering, Tool
 from lownibble.serve.service import ApiError
 
 
-def conversation_text(tokenizer: Any, how: Rendering, messages: list[Message], tools: list[Tool]) -> str:
+def conversation_text(chat: ChatRenderer, how: Rendering, messages: list[Message], tools: list[Tool]) -> str:
     """The conversation as the chat template renders it.
 
     Raises:
         ApiError: the template does not take it, or leaves something of it out.
     """
-    chat = ChatRenderer(tokenizer)
     given = [tool.model_dump(exclude_none=True) for tool in tools] or None
     try:
         template = chat.template(given)

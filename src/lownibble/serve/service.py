@@ -9,6 +9,7 @@ from typing import Any
 
 from fastapi.responses import JSONResponse, Response
 
+from lownibble.data.chat import ChatRenderer
 from lownibble.errors import InputError
 from lownibble.serve.constraint import ConstraintError, Grammars
 from lownibble.serve.engine import Engine, QueueFullError
@@ -43,7 +44,7 @@ def as_api(error: Exception) -> ApiError:
     if isinstance(error, NoRoomError):
         return ApiError(429, str(error), code="no_room")
     if isinstance(error, ConstraintError):
-        return ApiError(400, str(error), code="bad_schema")
+        return ApiError(400, str(error), code="cannot_constrain")
     if isinstance(error, InputError):
         return ApiError(422, str(error), code="bad_adapter", param="model")
     return ApiError(500, f"An error of the server's own: {type(error).__name__}.")
@@ -82,6 +83,16 @@ class Service:
         return int(self.engine.decoder.model.get_input_embeddings().num_embeddings)
 
     @cached_property
+    def special_tokens(self) -> dict[str, int]:
+        """Special tokens and their ids."""
+        return {token.content: id_ for id_, token in self.tokenizer.added_tokens_decoder.items() if token.special}
+
+    @cached_property
+    def chat(self) -> ChatRenderer:
+        """The chat template."""
+        return ChatRenderer(self.tokenizer)
+
+    @cached_property
     def texts(self) -> TokenTexts:
         """Texts of single tokens."""
         return TokenTexts(self.tokenizer)
@@ -94,7 +105,7 @@ class Service:
     @cached_property
     def calls(self) -> CallForm | None:
         """How the chat template prints calls of tools; None where that is not known."""
-        return call_form(self.tokenizer)
+        return call_form(self.chat)
 
     def check_model(self, name: str) -> str | None:
         """The adapter that a request's `model` names, None for the base.

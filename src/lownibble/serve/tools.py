@@ -51,9 +51,8 @@ class Call(NamedTuple):
         return {**number, "id": f"call_{uuid.uuid4().hex[:24]}", "type": "function", "function": function}
 
 
-def call_form(tokenizer: Any) -> CallForm | None:
-    """The form of calls in the tokenizer's chat template; None where it is none of those that are known."""
-    chat = ChatRenderer(tokenizer)
+def call_form(chat: ChatRenderer) -> CallForm | None:
+    """The form of calls in a chat template; None where it is none of those that are known."""
     text = written_call(chat).strip()
     for start in (place for place, letter in enumerate(text) if letter in "{["):
         try:
