@@ -104,6 +104,8 @@ def test_options_without_effect_are_named_and_nulls_are_nothing(chat):
     noted = client.chat.completions.create(**asked, user="me", metadata={"a": "b"}, store=False, service_tier="auto")
     assert noted.model_extra["ignored"] == ["user", "metadata", "store", "service_tier"]
     assert noted.choices[0].message.content == plain.choices[0].message.content
+    named = client.chat.completions.create(**{**asked, "messages": [{**SAID[0], "name": "Ann"}]})
+    assert named.model_extra["ignored"] == ["messages.0.name"]
     nulls = {
         "top_p": None,
         "n": None,

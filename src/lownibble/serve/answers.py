@@ -41,6 +41,7 @@ class Asked:
         prompts: token ids of each prompt. texts: what `echo` repeats of each; None: no echo.
         limit: tokens of each output; None: the default. logprobs: number of top tokens; None: no log probabilities.
         matcher: what outputs must follow. calls: how they may call tools; names: which; most: how many times (None: any).
+        noted: what was taken and changes nothing.
     """
 
     prompts: list[list[int]]
@@ -52,6 +53,7 @@ class Asked:
     calls: CallForm | None = None
     names: frozenset[str] = frozenset()
     most: int | None = None
+    noted: tuple[str, ...] = ()
 
     @property
     def param(self) -> str:
@@ -317,7 +319,7 @@ class _Form:
 
     def __init__(self, service: Service, body: Generation, asked: Asked) -> None:
         self.model, self.asked, self.logprobs, self.scores = body.model, asked, asked.logprobs is not None, body.prompt_logprobs
-        self.text, self.ignored = service.texts, body.noted
+        self.text, self.ignored = service.texts, [*body.noted, *asked.noted]
         self.id, self.created = f"{'chatcmpl' if asked.chat else 'cmpl'}-{uuid.uuid4().hex}", int(time.time())
 
     def head(self, *, chunk: bool) -> dict[str, Any]:

@@ -183,8 +183,11 @@ def _asked_in_chat(service: Service, body: ChatRequest) -> Asked:
             grammar = call_grammar(form, body.tools_required, several=several, tokenizer=service.tokenizer)
             matcher = _compiled(service.grammars.lark, grammar, "tools")
     names = frozenset(tool.function.name for tool in body.tools_shown)
+    noted = (
+        f"messages.{n}.name" for n, one in enumerate(body.messages) if one.name and one.role != "tool" and one.name not in text
+    )
     return Asked([prompt], limit, body.wanted_logprobs, chat=True, matcher=matcher, calls=form, names=names,
-                 most=None if several else 1)  # fmt: skip
+                 most=None if several else 1, noted=tuple(noted))  # fmt: skip
 
 
 def _matcher(service: Service, body: Generation) -> Matcher | None:
