@@ -62,6 +62,7 @@ CASES = {
     "dora": {"lora": {"use_dora": True}},
     "head-in-full": {"lora": {"modules_to_save": ["norm"]}},
     "loftq": {"lora": {"init_lora_weights": "loftq"}},
+    "compiled": {"torch_compile": True},
     "paged": {"optim": "paged_adamw"},
     "loraplus": {"loraplus_lr_ratio": 4.0},
 }

@@ -26,6 +26,7 @@ BENCHES = (
     "serve",
     "soak",
     "chats",
+    "parallel",
     "gpu",
 )
 """Benchmarks of `lownibble bench`. Each is a module of this package, imported when it runs, with a function `bench_NAME`."""

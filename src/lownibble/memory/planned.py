@@ -35,6 +35,7 @@ class TrainingRun(Protocol):
     passes: Any
     device: torch.device
     total_steps: int
+    ranks: Any
 
     @property
     def fit(self) -> Fit:
@@ -118,6 +119,7 @@ def plan_of(run: TrainingRun) -> tuple[Batch, MemoryPlan]:
         shape, device, method, quant=quant,
         lora=next(iter(adapters.values()), LoraConfig()), train=options, dtype=str(model.dtype).removeprefix("torch."),
         batch=batch, rounded=_rounded(model), compiled=run.passes.compiled and device.kind == "cuda",
+        parallel=run.ranks.mode if run.ranks.several else None, ranks=run.ranks.world,
     )  # fmt: skip
 
 

@@ -1,8 +1,8 @@
 """What ranks exchange in a step, and the time it takes. One process a card, each with its share of a
 step's rows (`share`).
 
-- *ddp*: every rank holds the whole model. After a step's last backward pass the trained parameters' gradients are copied to one
-  flat float32 buffer, which is all-reduced.
+- *ddp*: every rank holds the whole model. After a step's last backward pass the trained parameters' gradients are all-reduced,
+  float32, in buffers of at most `BUFFER_BYTES`; larger ones where they are.
 - *fsdp* (FSDP2, by decoder layer, and one group of the rest): a microbatch gathers each layer for forward and again for
   backward, where checkpointing computes it again, too; the rest once. Gradients are reduce-scattered as a group's backward ends.
 
@@ -21,6 +21,9 @@ from typing import NamedTuple
 from lownibble.config import Parallel, TrainConfig
 from lownibble.errors import ConfigError
 from lownibble.planning.hardware import Device
+
+BUFFER_BYTES = 64 << 20
+"""Gradients that are summed over ranks are joined to buffers of at most this size."""
 
 REACHED = (0.5, 0.75, 0.9)
 """Share of a link's rate that collectives reach: low, likely, high. A guess; large messages over NVLink are near the upper end,

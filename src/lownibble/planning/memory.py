@@ -37,7 +37,7 @@ from lownibble.optim import specs
 from lownibble.options import n_bytes
 from lownibble.planning.allocator import reserved_bytes
 from lownibble.planning.calibrated import Rows, run_calibration
-from lownibble.planning.exchange import Exchange
+from lownibble.planning.exchange import BUFFER_BYTES, Exchange
 from lownibble.planning.experts import goes_by_expert
 from lownibble.planning.hardware import Device
 from lownibble.planning.linear import Method, Runtime, chunk_bytes
@@ -229,7 +229,7 @@ def plan_memory(
     tape.hold(state_bytes(trained, train, device.kind), "optimizer")
     if parallel == "ddp":
         tape.exchange = Exchange("ddp", 0, 0, n_trained * FLOAT32)
-        tape.insert("all-reduce", n_trained * FLOAT32, "communication")
+        tape.insert("all-reduce", min(n_trained * FLOAT32, BUFFER_BYTES), "communication")
     found = _read(tape, passes, shape, device, n_trained)
     if method != "full":
         found = replace(found, adapters_per_token=_active_adapters(shape, adapted, lora.use_dora))

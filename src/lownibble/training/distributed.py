@@ -38,14 +38,11 @@ from lownibble import launch
 from lownibble.config import TrainConfig
 from lownibble.errors import ConfigError, LownibbleError, TrainingError
 from lownibble.memory.usage import is_exhausted
-from lownibble.planning.exchange import share
+from lownibble.planning.exchange import BUFFER_BYTES, share
 
 _T = TypeVar("_T")
 
 Mode = Literal["alone", "ddp", "fsdp"]
-
-BUFFER_BYTES = 64 << 20
-"""Gradients are joined to buffers of at most this size; larger ones are summed where they are."""
 
 TIMEOUT = "LOWNIBBLE_PARALLEL_TIMEOUT"
 """Environment variable: seconds that a rank waits for the others before the run ends; 600 by default, for slow evaluations and

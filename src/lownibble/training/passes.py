@@ -280,7 +280,9 @@ class Passes:
         )
 
     def _rounding(self) -> AbstractContextManager[Any]:
-        """Adapters rounded once for a pass, where launches of kernels are what costs."""
+        """Adapters rounded once for a pass, where launches of kernels are what costs and they are at hand."""
+        if self.micro.ranks.sharded:
+            return nullcontext()
         if self._rounded is None and self.device.type == "cuda" and self.model.dtype in (torch.bfloat16, torch.float16):
             self._rounded = RoundedAdapters(self.model, self.model.dtype)
         return nullcontext() if self._rounded is None else self._rounded()
