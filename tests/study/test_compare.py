@@ -2,8 +2,6 @@
 
 import json
 import math
-import subprocess
-import sys
 
 import pytest
 
@@ -15,6 +13,7 @@ from lownibble.study import advice
 from lownibble.study import compare as comparing
 from lownibble.study.compare import compare, computed_in
 from lownibble.study.paired import paired_speed
+from lownibble.study.processes import run_module
 from lownibble.study.table import markdown
 from lownibble.study.worker import failed
 
@@ -85,7 +84,7 @@ def test_a_method_that_fails_is_recorded_and_the_others_go_on(tiny_model, tiny_d
 def test_methods_that_cannot_train_on_a_quantised_base_are_left_out_by_name(tiny_model, tiny_data, tmp_path, monkeypatch):
     four_bits = tmp_path / "four-bits"
     export(str(tiny_model), str(four_bits), format="bnb-4bit", quant=QuantConfig(block_size=32))
-    monkeypatch.setattr(comparing, "run_in_process", lambda run: failed(run, "killed by the test"))
+    monkeypatch.setattr(comparing, "run_in_processes", lambda run, ranks: failed(run, "killed by the test"))
     result = compare(_config(four_bits, tiny_data, tmp_path / "cmp", methods=["lora", "qlora"]))
     assert [s["status"] for s in result["methods"]] == ["left out", "failed"]
     assert "| result | left out: The weights are stored as nf4 (bitsandbytes), on which qlora trains." in markdown(
@@ -126,11 +125,8 @@ def test_worker_exit_code_says_that_the_run_failed(tiny_model, tiny_data, tmp_pa
     spec = {k: v for k, v in config.to_dict().items() if k != "methods"} | {"method": "lora"}
     spec["train"]["learning_rate"] = 1e30
     (tmp_path / "spec.json").write_text(json.dumps(spec))
-    done = subprocess.run(
-        [sys.executable, "-m", "lownibble.study.worker", tmp_path / "spec.json"], check=False, capture_output=True
-    )
-    assert done.returncode == 1
-    record = json.loads((tmp_path / "out" / "record.json").read_text())
+    assert run_module("lownibble.study.worker", str(tmp_path / "spec.json")) == {0: 1}
+    record = json.loads((tmp_path / "failed-0.json").read_text())
     assert record["status"] == "failed"
     assert "TrainingError" in record["error"]
 

@@ -17,7 +17,7 @@ from tiny_folders import write_t5
 from lownibble.config import QuantConfig
 from lownibble.errors import ConfigError, DataError, ModelError, OutputError, TargetError
 from lownibble.exporting.convert import export
-from lownibble.study import cell, executors, jobs
+from lownibble.study import cell, executors, jobs, processes
 from lownibble.study.runner import read_record, run_study
 from lownibble.study.tasks import KINDS
 
@@ -203,9 +203,9 @@ def test_a_killed_process_is_a_failed_cell(study, tmp_path, no_turns, monkeypatc
     path = study(**{"learning_rates = [1e-3, 1e-2]": "learning_rates = []", "seeds = [0, 1]": "seeds = [0]"})
 
     def killer():
-        while not jobs.alive:
+        while not processes.alive:
             time.sleep(0.01)
-        os.kill(next(iter(jobs.alive)).pid, signal.SIGKILL)
+        os.kill(next(iter(processes.alive)).pid, signal.SIGKILL)
 
     threading.Thread(target=killer).start()
     run_study(path, tmp_path / "out")

@@ -84,7 +84,9 @@ def train(arguments: argparse.Namespace) -> dict[str, Any]:
         _console(arguments).print(decided, soft_wrap=True)
     if arguments.dry_run:
         return _dry_run(config, _console(arguments))
-    if config.train.output_dir is None and not launch.is_several():
+    if config.train.output_dir is None:
+        if launch.is_several():  # each would make up its own
+            raise ConfigError("Several processes need one output folder. Give --output.")
         from datetime import datetime
 
         folder = f"runs/{config.method}-{datetime.now():%Y%m%d-%H%M%S}"
@@ -148,7 +150,7 @@ def compare(arguments: argparse.Namespace) -> dict[str, Any]:
     from lownibble.study.compare import compare as run_compare
     from lownibble.study.table import comparison_table
 
-    result = run_compare(config)
+    result = run_compare(config, gpus_per_cell=arguments.gpus_per_cell)
     console = _console(arguments)
     console.print(comparison_table(result["methods"]))
     chosen = result["advice"]["method"]
@@ -166,7 +168,7 @@ def study(arguments: argparse.Namespace) -> dict[str, Any]:
     from lownibble.study.study_table import tables
 
     if arguments.what == "report":
-        given = [n for n in ("jobs", "executor", "retry_failed") if getattr(arguments, n)]
+        given = [n for n in ("jobs", "gpus_per_cell", "executor", "retry_failed") if getattr(arguments, n)]
         if given:
             raise ConfigError(f"--{given[0].replace('_', '-')} is for 'study run'. Leave it out.")
         folder, pages = Path(arguments.path), Path(arguments.output or arguments.path)
@@ -176,8 +178,8 @@ def study(arguments: argparse.Namespace) -> dict[str, Any]:
         if not jobs.isdecimal():
             raise ConfigError(f"The number of --jobs must be an integer >= 1. Got {jobs!r}.")
         run_study(
-            arguments.path, folder, jobs=int(jobs), executor=arguments.executor or "local",
-            retry_failed=arguments.retry_failed,
+            arguments.path, folder, jobs=int(jobs), gpus_per_cell=arguments.gpus_per_cell or 1,
+            executor=arguments.executor or "local", retry_failed=arguments.retry_failed,
         )  # fmt: skip
     summary = study_page.write(folder, pages)
     console = _console(arguments)

@@ -35,6 +35,9 @@ from lownibble.errors import ConfigError, InputError, LownibbleError
 _MODELS = "'demo', a bundled model (llama-3-8b, qwen2.5-7b, ...), a config.json, a model folder or a hub id"
 
 
+_GPUS = "GPUs that a run is trained on, one process each; processes where there are no GPUs"
+
+
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> Any:
         raise ConfigError(f"{message[:1].upper()}{message[1:]}. See '{self.prog} --help'.")
@@ -93,6 +96,7 @@ def _parser() -> argparse.ArgumentParser:
     compare = add("compare", commands.compare, "Train the same model and data with several methods, side by side, and advise.",
                   "lownibble compare --methods lora qlora --output runs/compare")  # fmt: skip
     compare.add_argument("config", nargs="?", metavar="CONFIG.toml", help="options from a TOML file; flags win over it")
+    compare.add_argument("--gpus-per-cell", type=_count, default=1, metavar="N", help=f"{_GPUS} (default: 1)")
     add_flags(compare, CompareConfig)
 
     study = add("study", commands.study, "Run a matrix of models, methods, tasks and seeds, and report it with statistics.",
@@ -105,8 +109,10 @@ def _parser() -> argparse.ArgumentParser:
     study.add_argument(
         "--jobs",
         metavar="N",
-        help="run: cells at a time, each on all processors unless OMP_NUM_THREADS says otherwise (default: 1)",
+        help="run: cells at a time, each on a GPU of its own, or on all processors unless OMP_NUM_THREADS says otherwise "
+        "(default: 1)",
     )
+    study.add_argument("--gpus-per-cell", type=_count, metavar="N", help=f"run: {_GPUS} (default: 1)")
     study.add_argument("--executor", metavar="NAME", help="run: local, or ray for a cluster (default: local)")
     study.add_argument("--retry-failed", action="store_true", help="run: also run failed cells again")
 

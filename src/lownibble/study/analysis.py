@@ -185,8 +185,9 @@ def _method(
 
 def _bits(run: Mapping[str, Any]) -> float | None:
     """Bits a weight of the packed base, constants included; None for a dense one."""
-    packed, memory = run["model"].get("quantized_parameters"), run["measured"]["memory"]
-    return 8 * (memory["codes_bytes"] + memory["constants_bytes"]) / packed if packed else None
+    packed, measured = run["model"].get("quantized_parameters"), run["measured"]
+    shards = measured["parallel"]["memory"] if measured.get("parallel", {}).get("mode") == "fsdp" else [measured["memory"]]
+    return 8 * sum(held["codes_bytes"] + held["constants_bytes"] for held in shards) / packed if packed else None
 
 
 def _curve(run: Mapping[str, Any]) -> list[tuple[float, float]]:

@@ -12,8 +12,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 from transformers import GenerationConfig, StoppingCriteriaList
 
+from lownibble import launch
 from lownibble.config import DataConfig
 from lownibble.data import Dataset, cut, encoder_ids, end_tokens, prompts
 from lownibble.decoding import Decoder, decode
@@ -31,7 +33,8 @@ def write_answers(
 ) -> list[str]:  # fmt: skip
     """Generate the text after each prompt (token ids), up to the end of sequence or the first of the stop strings `stop`.
 
-    An encoder-decoder gets the prompt as in training: ended by the end-of-sequence token, padded on the right.
+    An encoder-decoder gets the prompt as in training: ended by the end-of-sequence token, padded on the right. Ranks that hold
+    parts of a model all generate the same.
     """
     was_training, paired = model.training, bool(model.config.is_encoder_decoder)
     model.eval()
@@ -78,7 +81,7 @@ def answer_rows(
     model: Any, tokenizer: Any, kind: str, data: DataConfig, max_length: int, rows: Dataset
 ) -> dict[str, Any]:  # fmt: skip
     """Generate answers to the rows (`answers`) and score them by row (`row_scores`); {} if the kind is not scored by generation.
-    Raises as `score_answers`."""
+    Raises as `score_answers`. Of several ranks the first one scores."""
     asked = KINDS[kind]
     if asked.scored_by != "generation":
         return {}
@@ -87,6 +90,8 @@ def answer_rows(
     written = write_answers(
         model, tokenizer, prompts(rows, tokenizer, data, room), max_new_tokens=asked.max_new_tokens, stop=asked.stop
     )
+    if launch.rank():
+        return {}
     return {"answers": written, "row_scores": score_answers(kind, rows, written)}
 
 
@@ -107,6 +112,8 @@ class _Said:
 
 
 def _own_loop(model: Any) -> dict[str, Any]:
+    if any(isinstance(parameter, DTensor) for parameter in model.parameters()):
+        return {}  # a part of each layer: only its own forward pass gathers the rest
     try:
         Decoder(model)
     except ModelError:

@@ -1,7 +1,8 @@
 """One job of a study in a separate process: `python -m lownibble.study.cell`.
 
 The first line of standard input is the job (sent by `jobs.py`); the record is written to the file that it names. The process
-exits when standard input closes: its parent has then ended or been killed.
+exits when standard input closes: its parent has then ended or been killed. A cell on several ranks trains on all of them; the
+first one scores it, with the others only if they hold parts of the model.
 
 A record separates what the configuration determines (`result`: reproducible on the same machine) from what depends on the
 machine (`measured`: time and memory).
@@ -11,15 +12,16 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import sys
-import threading
 import time
+from contextlib import ExitStack
 from typing import Any
 
+from lownibble import launch
 from lownibble.config import RunConfig
 from lownibble.errors import LownibbleError, TrainingError
 from lownibble.study.bases import pack
+from lownibble.study.processes import end_with_standard_input
 
 
 def _with_its_rate(config: RunConfig) -> RunConfig:
@@ -37,18 +39,32 @@ def work(spec: dict[str, Any]) -> dict[str, Any]:
     from lownibble import record
     from lownibble.data import load
     from lownibble.memory.usage import kept_heap
+    from lownibble.models import pick_device
     from lownibble.study.answers import answer_rows
+    from lownibble.study.devices import memory_of
     from lownibble.training import run
+    from lownibble.training.distributed import joined, local_device
 
-    started = time.perf_counter()
+    started, answered = time.perf_counter(), {}
     config = _with_its_rate(RunConfig(**spec["config"]))
-    with kept_heap():
-        trained = run(config)
-    told = trained.record
+    with ExitStack() as group:
+        group.enter_context(joined(config.train, pick_device(local_device(config.device)), lambda _: "ddp"))
+        with kept_heap():
+            trained = run(config)
+        told = trained.record
+        sharded = told.get("parallel", {}).get("mode") == "fsdp"
+        wrong = next((e for e in told["evaluations"] if not math.isfinite(e["loss"])), None)
+        if wrong is not None:
+            raise TrainingError(f"The evaluation loss at step {wrong['step']} is {wrong['loss']}. Lower the learning rate.")
+        trained_s = time.perf_counter() - started
+        if not sharded:
+            group.close()
+        if not spec["tuning"] and (sharded or launch.rank() == 0):
+            answered = answer_rows(
+                trained.model, trained.tokenizer, spec["kind"], config.data, config.train.max_length, load(config.data)[1]
+            )
+        answered_s = time.perf_counter() - started - trained_s
     first, last = told["evaluations"][0], told["evaluations"][-1]
-    wrong = next((e for e in told["evaluations"] if not math.isfinite(e["loss"])), None)
-    if wrong is not None:
-        raise TrainingError(f"The evaluation loss at step {wrong['step']} is {wrong['loss']}. Lower the learning rate.")
     result: dict[str, Any] = {
         "losses": trained.losses,
         "skipped": len(told["skipped"]),
@@ -59,20 +75,17 @@ def work(spec: dict[str, Any]) -> dict[str, Any]:
         **({"start": told["config"]["lora"]["init_lora_weights"]} if config.lora.init_lora_weights == "auto" else {}),
         "row_scores": {"accuracy": [float(right) for right in last["correct"]]} if last["correct"] else {},
     }
-    trained_s, answered_s = time.perf_counter() - started, 0.0
+    result |= answered
     if not spec["tuning"]:
-        result |= answer_rows(
-            trained.model, trained.tokenizer, spec["kind"], config.data, config.train.max_length, load(config.data)[1]
-        )
         result["scores"] |= {name: math.fsum(rows) / len(rows) for name, rows in result["row_scores"].items()}
-        answered_s = time.perf_counter() - started - trained_s
     return {
         **record.new("study-cell"),
         "status": "ok",
         **{name: told[name] for name in ("environment", "data", "model")},
         "result": result,
         "measured": {
-            "memory": told["memory"],
+            "memory": memory_of(told),
+            **({"parallel": told["parallel"]} if "parallel" in told else {}),
             "speed": told["speed"],
             "step_seconds": [step["seconds"] for step in told["steps"]],
             "training_s": told["seconds"],
@@ -103,16 +116,10 @@ def _with_perplexity(evaluation: dict[str, Any]) -> dict[str, float]:
     return {**evaluation["scores"], "loss": evaluation["loss"], "perplexity": math.exp(min(evaluation["loss"], 50))}
 
 
-def _end_with_standard_input() -> None:
-    while os.read(0, 4096):
-        pass
-    os._exit(1)
-
-
 def main() -> int:
     """Run the job given on standard input; returns the exit code."""
     spec = json.loads(sys.stdin.readline())
-    threading.Thread(target=_end_with_standard_input, daemon=True).start()
+    end_with_standard_input()
     from lownibble import record
 
     try:

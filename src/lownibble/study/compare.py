@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import json
 import math
-import subprocess
 import sys
 import tempfile
 from datetime import datetime
@@ -31,15 +30,19 @@ from lownibble.errors import ConfigError, OutputError, TrainingError
 from lownibble.lora import plan
 from lownibble.measuring.stats import crossing
 from lownibble.models import load_tokenizer, pick_device, resolve, skeleton
-from lownibble.study import advice, bases, digests, jobs, report
+from lownibble.study import advice, bases, devices, digests, jobs, report
 from lownibble.study.paired import paired_speed
-from lownibble.study.worker import failed, how_it_ended
+from lownibble.study.processes import run_module, why_failed
+from lownibble.study.worker import failed, failure_file
 from lownibble.training.starts import decide
 
 
-def compare(config: CompareConfig | None = None) -> dict[str, Any]:
+def compare(config: CompareConfig | None = None, *, gpus_per_cell: int = 1) -> dict[str, Any]:
     """Run every method and compare them; returns the comparison's record, which is also written.
 
+    Args:
+        gpus_per_cell: GPUs that each method trains on, one process each; without GPUs, processes. With several, methods do not
+            take turns.
     Raises:
         InputError: the configuration, the data or the model cannot be used by any method; nothing was run.
         OutputError: the output folder holds another run and `resume` is off, or a finished run with other options.
@@ -49,26 +52,28 @@ def compare(config: CompareConfig | None = None) -> dict[str, Any]:
     held = [name for name in ("record.json", *config.methods) if (folder / name).exists()]
     if held and not config.train.resume:
         raise OutputError(f"'{folder}' holds another run ({', '.join(held)}). Choose another --output, or go on with --resume.")
-    left_out = _check_inputs(config)
+    left_out = _check_inputs(config, gpus_per_cell)
     dense = {method: _run_config(config, method, folder) for method in config.methods}
     configs = _on_bases(config, dense, folder)
     for method, run in configs.items():
         _check_finished(run, method, on_base=run.model != config.model)
     runs = [
         {"config": run.to_dict(), "status": "left out", "error": left_out[method]} if method in left_out
-        else _run(method, run, dense[method])
+        else _run(method, run, dense[method], gpus_per_cell)
         for method, run in configs.items()
     ]  # fmt: skip
     summaries = [{**summarize(run), "method": method} for method, run in zip(configs, runs, strict=True)]
     add_steps_to_target(summaries, runs)
     finished = [s for s in summaries if s["status"] == "ok"]
-    paired = _paired_speed(folder, {s["method"]: configs[s["method"]] for s in finished}, [s["peak_bytes"] for s in finished])
+    taking_turns = {s["method"]: configs[s["method"]] for s in finished}
+    paired = _paired_speed(folder, taking_turns, [s["peak_bytes"] for s in finished], gpus_per_cell)
     for summary in finished:
         summary["paired_tokens_per_s"] = paired.get("tokens_per_s", {}).get(summary["method"])
     result = {
         **record.new("compare"),
         "status": "ok" if any(run["status"] == "ok" for run in runs) else "failed",
         "config": config.to_dict(),
+        "gpus_per_cell": gpus_per_cell,
         "environment": next((run["environment"] for run in runs if "environment" in run), {}),
         "output": str(folder),
         "methods": summaries,
@@ -80,10 +85,12 @@ def compare(config: CompareConfig | None = None) -> dict[str, Any]:
     return result
 
 
-def _paired_speed(folder: Path, configs: dict[str, RunConfig], peaks: list[int]) -> dict[str, Any]:
+def _paired_speed(folder: Path, configs: dict[str, RunConfig], peaks: list[int], gpus: int) -> dict[str, Any]:
     """Interleaved speed, kept in paired.json: a resumed comparison of the same methods reuses it."""
     path, methods = folder / "paired.json", sorted(configs)
     known = json.loads(path.read_text()) if path.exists() else None
+    if gpus > 1:
+        return {"skipped": devices.ALONE}
     if known is None or known.get("methods", methods) != methods:
         print("speed: the methods take turns", file=sys.stderr)
         try:
@@ -94,13 +101,16 @@ def _paired_speed(folder: Path, configs: dict[str, RunConfig], peaks: list[int])
     return json.loads(path.read_text())  # type: ignore[no-any-return]
 
 
-def _check_inputs(config: CompareConfig) -> dict[str, str]:
+def _check_inputs(config: CompareConfig, gpus: int) -> dict[str, str]:
     """Raise the errors on which every method would fail: an input error is the caller's, not a result. Returns the methods that
     cannot train on weights as these are stored, with the reason."""
     pick_device(config.device)
     source = resolve(config.model, config.revision)
     how = stored.of_folder(source.folder)
     specs = {name: method_named(name) for name in config.methods}
+    for name in specs:
+        devices.check(_run_config(config, name, Path()), gpus)
+    devices.slots(1, 1 if config.device == "cpu" else gpus)
     found = {
         name: bases.why_not(how, spec.method, repacked=spec.merge_aware or bool(spec.quantize)) for name, spec in specs.items()
     }
@@ -140,7 +150,7 @@ def _on_bases(config: CompareConfig, configs: dict[str, RunConfig], folder: Path
     return {name: bases.on_base(run, folder / "bases" / names[name]) if name in names else run for name, run in configs.items()}
 
 
-def _run(name: str, config: RunConfig, dense: RunConfig) -> dict[str, Any]:
+def _run(name: str, config: RunConfig, dense: RunConfig, gpus: int) -> dict[str, Any]:
     """The record of a method's run, after its base was packed, where the method asks for that. `dense`: before that."""
     if found := _finished(config):
         return found
@@ -153,10 +163,10 @@ def _run(name: str, config: RunConfig, dense: RunConfig) -> dict[str, Any]:
                 failure = failed(config, f"Its base could not be packed: {packed['error']}")
                 record.write(Path(config.train.output_dir or ".") / "record.json", failure)
                 return failure
-    return run_in_process(config)
+    return run_in_processes(config, gpus)
 
 
-_FREE = ("output_dir", "report_to", "resume", "save_steps", "memory_budget")
+_FREE = ("output_dir", "report_to", "resume", "save_steps", "memory_budget", "parallel")
 """Options of [train] that a resumed comparison may change."""
 
 
@@ -197,16 +207,18 @@ def _finished(config: RunConfig) -> dict[str, Any] | None:
     return None
 
 
-def run_in_process(config: RunConfig) -> dict[str, Any]:
-    """Run `config` in a separate process and return its record."""
+def run_in_processes(config: RunConfig, ranks: int = 1) -> dict[str, Any]:
+    """Run `config` in separate processes, one a rank, and return its record."""
     path = Path(config.train.output_dir or ".") / "record.json"
     path.unlink(missing_ok=True)
-    with tempfile.NamedTemporaryFile("w", prefix=f"spec-{config.method}-", suffix=".json") as spec:
-        json.dump(config.to_dict(), spec)
-        spec.flush()
-        code = subprocess.call([sys.executable, "-m", "lownibble.study.worker", spec.name], stdout=sys.stderr)
+    with tempfile.TemporaryDirectory(prefix="run-") as aside:
+        spec = Path(aside) / f"spec-{config.method}.json"
+        spec.write_text(json.dumps(config.to_dict()))
+        codes = run_module("lownibble.study.worker", str(spec), ranks=ranks)
+        left = {rank: json.loads(file.read_text()) for rank in range(ranks) if (file := failure_file(spec, rank)).exists()}
     if not path.exists():
-        record.write(path, failed(config, how_it_ended(code)))
+        error = why_failed(codes, {rank: failure["error"] for rank, failure in left.items()}, ranks)
+        record.write(path, {**left.get(0, failed(config, error)), "error": error})
     return json.loads(path.read_text())  # type: ignore[no-any-return]
 
 
@@ -215,12 +227,14 @@ def summarize(run: dict[str, Any]) -> dict[str, Any]:
     summary: dict[str, Any] = {"method": run["config"]["method"], "status": run["status"]}
     if run["status"] != "ok":
         return {**summary, "error": run["error"]}
-    memory, speed, evaluations = run["memory"], run["speed"], run["evaluations"]
+    memory, speed, evaluations = devices.memory_of(run), run["speed"], run["evaluations"]
     held = ("weights_bytes", "codes_bytes", "constants_bytes", "adapters_bytes", "gradients_bytes", "optimizer_bytes")
     peak = max(memory["train_peak_bytes"], memory["load_peak_bytes"])
+    saved = memory["saved_activation_bytes"]  # None on shards, where it is not counted: 'other' has it
     first, last = evaluations[0], evaluations[-1]
     return {
         **summary,
+        **({"parallel": {key: run["parallel"][key] for key in ("mode", "ranks")}} if "parallel" in run else {}),
         "base_computed_in": computed_in(run["model"]),
         "peak_bytes": peak,
         "load_peak_bytes": memory["load_peak_bytes"],
@@ -228,8 +242,8 @@ def summarize(run: dict[str, Any]) -> dict[str, Any]:
         "planned": memory.get("planned"),
         "bytes_by_kind": {
             **{key.removesuffix("_bytes"): memory[key] for key in held},
-            "activations": memory["saved_activation_bytes"],
-            "other": max(0, peak - sum(memory[key] for key in held) - memory["saved_activation_bytes"]),
+            **({} if saved is None else {"activations": saved}),
+            "other": max(0, peak - sum(memory[key] for key in held) - (saved or 0)),
         },
         "tokens_per_s": speed["tokens_per_s"],
         "tokens_per_s_quartiles": speed["tokens_per_s_quartiles"],

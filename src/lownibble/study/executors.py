@@ -1,40 +1,57 @@
 """Executors of a study's jobs: each takes jobs and yields (index, record) of each as it ends.
 
-`local` is this machine. `ray` is a Ray cluster (RAY_ADDRESS), or a Ray instance started on this machine if there is none; models
-and data must have the same paths on all of its machines. Leaving the iteration kills the jobs that are still running.
+`local` is this machine: each job has GPUs of its own where there are enough (`devices.slots`). `ray` is a Ray cluster
+(RAY_ADDRESS), or a Ray instance started on this machine if there is none; models and data must have the same paths on all of its
+machines, and Ray deals the GPUs. Leaving the iteration kills the jobs that are still running.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
+from queue import SimpleQueue
 from typing import Any
 
 from lownibble.errors import ConfigError
-from lownibble.study import jobs
+from lownibble.study import devices, jobs, processes
 
-Executor = Callable[[Sequence[dict[str, Any]], int], Iterator[tuple[int, dict[str, Any]]]]
-"""(jobs, maximum concurrent jobs) -> (index, record) in order of completion."""
+Executor = Callable[[Sequence[dict[str, Any]], int, int], Iterator[tuple[int, dict[str, Any]]]]
+"""(jobs, maximum concurrent jobs, GPUs of each) -> (index, record) in order of completion."""
 
 
-def local(work: Sequence[dict[str, Any]], workers: int) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Run jobs on this machine, one process each."""
+def local(work: Sequence[dict[str, Any]], workers: int, gpus: int = 1) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Run jobs on this machine, in processes of their own.
+
+    Raises:
+        ConfigError: it has too few GPUs.
+    """
+    free: SimpleQueue[list[str] | None] = SimpleQueue()
+    for slot in devices.slots(workers, gpus):
+        free.put(slot)
+
+    def perform(job: dict[str, Any]) -> dict[str, Any]:
+        slot = free.get()
+        try:
+            return jobs.perform({**job, "devices": slot})
+        finally:
+            free.put(slot)
+
     with ThreadPoolExecutor(workers) as pool:
-        futures = {pool.submit(jobs.perform, job): index for index, job in enumerate(work)}
+        futures = {pool.submit(perform, job): index for index, job in enumerate(work)}
         try:
             for future in as_completed(futures):
                 yield futures[future], future.result()
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
-            for process in list(jobs.alive):
+            for process in list(processes.alive):
                 process.kill()
 
 
-def on_ray(work: Sequence[dict[str, Any]], workers: int) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Run jobs on a Ray cluster; each is a task that requests one CPU (Ray's default).
+def on_ray(work: Sequence[dict[str, Any]], workers: int, gpus: int = 1) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Run jobs on a Ray cluster; each is a task that requests so many GPUs, or as many CPUs where the cluster has no GPUs.
 
     Raises:
-        ConfigError: Ray is not installed.
+        ConfigError: Ray is not installed, or no machine of the cluster has so many: the task would wait for ever.
     """
     try:
         import ray
@@ -42,7 +59,7 @@ def on_ray(work: Sequence[dict[str, Any]], workers: int) -> Iterator[tuple[int, 
         raise ConfigError("The executor 'ray' needs Ray. Install it: pip install 'lownibble[ray]'.") from None
     if not ray.is_initialized():
         ray.init(log_to_driver=False, include_dashboard=False)
-    task = ray.remote(jobs.perform)
+    task = ray.remote(**_requests(ray.nodes(), gpus))(jobs.perform)
     waiting: list[tuple[int, dict[str, Any]]] = list(enumerate(work))
     running: dict[Any, int] = {}
     try:
@@ -59,6 +76,16 @@ def on_ray(work: Sequence[dict[str, Any]], workers: int) -> Iterator[tuple[int, 
     finally:
         for reference in running:
             ray.cancel(reference, force=True)
+
+
+def _requests(nodes: Sequence[dict[str, Any]], gpus: int) -> dict[str, int]:
+    """What a task requests of a cluster with these nodes (`ray.nodes()`)."""
+    there = [node["Resources"] for node in nodes if node["Alive"]]
+    kind = "GPU" if any(node.get("GPU") for node in there) else "CPU"
+    most = max((int(node.get(kind, 0)) for node in there), default=0)
+    if gpus > most:
+        raise ConfigError(f"No machine of the Ray cluster has {gpus} {kind}s; the largest has {most}. Lower --gpus-per-cell.")
+    return {f"num_{kind.lower()}s": gpus}
 
 
 EXECUTORS: dict[str, Executor] = {"local": local, "ray": on_ray}

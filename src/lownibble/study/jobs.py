@@ -4,27 +4,22 @@
     {"job": "speed", ...}    interleaved speed of several methods
     {"job": "base", ...}     packing of a base that runs share
 
-Each runs in its own process (`cell.py`). If that fails in any way, `perform` returns a record with status "failed" and the error.
+Each runs in its own process (`cell.py`), a cell with `ranks` in so many. `devices`: the CUDA devices that they see, given by the
+executor. If a job fails in any way, `perform` returns a record with status "failed" and the error.
 """
 
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 import tempfile
 from collections.abc import Callable
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from lownibble.study.worker import how_it_ended
+from lownibble.study.processes import run_module, why_failed
 
 LOG_LINES = 20
 """Last lines of a failed process's output that are kept in its record."""
-
-alive: set[subprocess.Popen[str]] = set()
-"""Running processes, for the executor that must kill them."""
 
 
 def perform(job: dict[str, Any]) -> dict[str, Any]:
@@ -40,31 +35,19 @@ def _in_a_process(job: dict[str, Any]) -> dict[str, Any]:
 
 
 def _run(job: dict[str, Any]) -> dict[str, Any]:
+    ranks = job.get("ranks", 1)
     with tempfile.TemporaryDirectory(prefix="cell-") as folder:
-        path, log = Path(folder) / "record.json", Path(folder) / "log"
+        log, paths = Path(folder) / "log", [Path(folder) / f"record-{rank}.json" for rank in range(ranks)]
         with log.open("w") as messages:
-            process = subprocess.Popen(
-                [sys.executable, "-m", "lownibble.study.cell"], stdin=subprocess.PIPE, stdout=messages, stderr=messages,
-                text=True, start_new_session=True,
+            codes = run_module(
+                "lownibble.study.cell", ranks=ranks, devices=job.get("devices"), output=messages,
+                line=lambda rank: json.dumps({**job, "record": str(paths[rank])}),
             )  # fmt: skip
-            alive.add(process)
-            assert process.stdin is not None
-            try:
-                with suppress(BrokenPipeError):  # it has exited already: see its exit code
-                    process.stdin.write(json.dumps({**job, "record": str(path)}) + "\n")
-                    process.stdin.flush()
-                code = process.wait()
-            finally:
-                process.kill()
-                process.wait()
-                with suppress(BrokenPipeError):
-                    process.stdin.close()
-                alive.discard(process)
-        if path.exists():
-            found: dict[str, Any] = json.loads(path.read_text())
-        else:
-            found = {"status": "failed", "error": how_it_ended(code)}
+        left: dict[int, dict[str, Any]] = {r: json.loads(path.read_text()) for r, path in enumerate(paths) if path.exists()}
+        found = left.get(0, {"status": "failed"})
         if found["status"] != "ok":
+            errors = {rank: record["error"] for rank, record in left.items() if record["status"] != "ok"}
+            found = {**found, "error": why_failed(codes, errors, ranks)}
             found["log"] = log.read_text(errors="replace").splitlines()[-LOG_LINES:]
     return found
 

@@ -28,7 +28,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
 from lownibble import record
 from lownibble.errors import ConfigError, OutputError
-from lownibble.study import bases
+from lownibble.study import bases, devices
 from lownibble.study.contents import look
 from lownibble.study.executors import EXECUTORS
 from lownibble.study.spec import Cell, Contents, StudySpec, cells, read_study, tuning_cells
@@ -38,13 +38,16 @@ Rates = dict[tuple[str, str, str], float]
 
 
 def run_study(
-    path: str | Path, output: str | Path, *, jobs: int = 1, executor: str = "local", retry_failed: bool = False
+    path: str | Path, output: str | Path, *, jobs: int = 1, gpus_per_cell: int = 1, executor: str = "local",
+    retry_failed: bool = False,
 ) -> dict[str, Any]:  # fmt: skip
     """Run the missing parts of the study in the file `path`; returns the contents of OUTPUT/study.json.
 
     Args:
         output: its folder; records of the study in it are reused.
-        jobs: maximum concurrent runs. Speed is always measured alone.
+        jobs: maximum concurrent runs, each on GPUs of its own (`devices.slots`). Speed is always measured alone.
+        gpus_per_cell: GPUs that a run is trained on, one process each; without GPUs, processes. With several, methods do not take
+            turns.
         executor: 'local' or 'ray'.
         retry_failed: run failed cells and failed or skipped speed measurements again.
     Raises:
@@ -56,10 +59,12 @@ def run_study(
     if jobs < 1:
         raise ConfigError(f"The number of jobs must be an integer >= 1. Got {jobs}.")
     spec = read_study(path)
+    for cell in cells(spec):
+        devices.check(cell.config, gpus_per_cell)
     contents = look(cell for cell in cells(spec) if cell.seed == spec.seeds[0])
     with hold(output) as folder:
         _forget_kept(folder, retry_failed)
-        studied = _Study(spec, contents, folder, jobs, executor)
+        studied = _Study(spec, contents, folder, jobs, gpus_per_cell, executor)
         return studied.run()
 
 
@@ -83,8 +88,9 @@ def read_record(file: Path) -> dict[str, Any] | None:
 class _Study:
     """A running study and its folder."""
 
-    def __init__(self, spec: StudySpec, contents: Contents, folder: Path, jobs: int, executor: str) -> None:
-        self.spec, self.contents, self.folder, self.jobs, self.executor = spec, contents, folder, jobs, executor
+    def __init__(self, spec: StudySpec, contents: Contents, folder: Path, jobs: int, gpus: int, executor: str) -> None:
+        self.spec, self.contents, self.folder, self.jobs = spec, contents, folder, jobs
+        self.gpus, self.executor = gpus, executor
         self.grid = list(tuning_cells(spec, contents))
         self.shown = _Shown(folder, jobs)
 
@@ -112,6 +118,7 @@ class _Study:
             "contents": self.contents._asdict(),
             "environment": record.environment(),
             "jobs": self.jobs,
+            "gpus_per_cell": self.gpus,
             "executor": self.executor,
             "tuning": [{**_labels(cell), "digest": cell.digest} for cell in self.grid],
             "learning_rates": [
@@ -147,7 +154,7 @@ class _Study:
                 self._ended(cell, failed[cell.base])
         missing = [cell for cell in missing if cell.base not in failed]
         work = [self._job(cell) for cell in missing]
-        for index, found in EXECUTORS[self.executor](work, self.jobs):
+        for index, found in EXECUTORS[self.executor](work, self.jobs, self.gpus):
             if found["status"] == "ok":
                 shutil.rmtree(self._work(missing[index]), ignore_errors=True)
             self._ended(missing[index], found)
@@ -164,7 +171,7 @@ class _Study:
         missing = {name: cell for name, cell in needed.items() if not bases.is_packed(self._base(name))}
         work = [bases.job(cell.config, cell.quantize, self._base(name)) for name, cell in missing.items()]
         failed: dict[str | None, dict[str, Any]] = {}
-        for index, found in EXECUTORS[self.executor](work, self.jobs):
+        for index, found in EXECUTORS[self.executor](work, self.jobs, self.gpus):
             name, cell = list(missing.items())[index]
             if found["status"] != "ok":
                 failed[name] = {**found, "error": f"Its base could not be packed: {found['error']}"}
@@ -185,7 +192,7 @@ class _Study:
         if config.train.save_steps is not None:  # long runs resume from their newest checkpoint
             train = train.with_options(output_dir=str(self._work(cell)), resume=True)
         return {
-            "job": "cell", "kind": cell.kind, "tuning": cell.tuning,
+            "job": "cell", "kind": cell.kind, "tuning": cell.tuning, "ranks": self.gpus,
             "config": config.with_options(train=train).to_dict(),
         }  # fmt: skip
 
@@ -208,16 +215,21 @@ class _Study:
             known = read_record(path)
             if len(finished) < 2 or (known is not None and known.get("methods") == list(finished)):
                 continue
+            if self.gpus > 1:
+                skipped = {**record.new("study-speed"), "status": "ok", "skipped": devices.ALONE}
+                self._keep_speed(digest, skipped, model, task, list(finished))
+                continue
             print(f"speed: {model} x {task}: {', '.join(finished)} take turns", file=sys.stderr)
             configs = {name: self._job(group[name])["config"] for name in finished}
             for config in configs.values():
                 config["train"]["output_dir"], config["train"]["resume"] = None, False
             job = {"job": "speed", "methods": list(finished), "configs": configs, "peaks": list(finished.values())}
-            for _, found in EXECUTORS[self.executor]([job], 1):
-                self._keep(
-                    f"speed/{digest}.json",
-                    {"kind": "study-speed", **found, "model": model, "task": task, "methods": list(finished)},
-                )
+            for _, found in EXECUTORS[self.executor]([job], 1, self.gpus):
+                self._keep_speed(digest, found, model, task, list(finished))
+
+    def _keep_speed(self, digest: str, found: dict[str, Any], model: str, task: str, methods: list[str]) -> None:
+        own = {"model": model, "task": task, "methods": methods}
+        self._keep(f"speed/{digest}.json", {"kind": "study-speed", **found, **own})
 
 
 def _labels(cell: Cell) -> dict[str, Any]:

@@ -49,8 +49,8 @@ from lownibble.study.tasks import KINDS, check_kind, with_templates
 SCHEMA = 1
 """Schema version in the digests: a change makes all cells new. Raise it when a default changes, which digests do not see."""
 
-_NO_PART = {"output_dir", "report_to", "resume", "save_steps"}
-"""Options of [train] that do not affect the result: output, logging, checkpoints and resuming."""
+_NO_PART = {"output_dir", "report_to", "resume", "save_steps", "parallel"}
+"""Options of [train] that do not affect the result: output, logging, checkpoints, resuming, how processes share the model."""
 
 
 _BY_CONTENT = {"model", "revision"}

@@ -26,6 +26,11 @@ def _planned(summary: dict[str, Any]) -> str:
     return f"{ours / 2**30:.2f} -> {_gib(theirs)} ({planned['error']:+.0%})"
 
 
+def _activations(summary: dict[str, Any]) -> str:
+    kinds = summary["bytes_by_kind"]
+    return _mib(kinds["activations"]) if "activations" in kinds else "-"
+
+
 def _change(summary: dict[str, Any], score: str) -> str:
     before, after = summary["scores_before"].get(score), summary["scores"].get(score)
     return "-" if before is None or after is None else f"{before:.3f} -> {after:.3f}"
@@ -52,9 +57,14 @@ def rows(summaries: list[dict[str, Any]]) -> list[tuple[str, list[str]]]:
             if all("base_computed_in" in s for s in summaries if s["status"] == "ok")
             else []  # an older record without this field
         ),
+        *(
+            [row("processes", lambda s: f"{s['parallel']['ranks']} ({s['parallel']['mode']})" if "parallel" in s else "1")]
+            if any("parallel" in s for s in summaries)
+            else []
+        ),
         row("peak memory above imports", lambda s: _gib(s["peak_bytes"])),
         row("  weights and constants", lambda s: _mib(sum(s["bytes_by_kind"][k] for k in ("weights", "codes", "constants")))),
-        row("  saved activations", lambda s: _mib(s["bytes_by_kind"]["activations"])),
+        row("  saved activations", _activations),
         *(
             [row("process peak (CUDA: allocated), planned -> measured", _planned)]
             if any(s["status"] == "ok" and s.get("planned") for s in summaries)

@@ -23,7 +23,7 @@ from lownibble.config import DataConfig, QuantConfig, RunConfig, TrainConfig
 from lownibble.data import Choice, Dataset, Encoded, Example, digest_of
 from lownibble.data import load as load_data
 from lownibble.data.inspect import warnings_of
-from lownibble.errors import ConfigError, ModelError
+from lownibble.errors import ModelError
 from lownibble.lora import add_lora, load_adapter, match_targets, read_config, save_adapter
 from lownibble.lora.active import adapter_configs
 from lownibble.lora.init import find
@@ -124,8 +124,6 @@ def _for_ranks(config: RunConfig, ranks: Ranks) -> RunConfig:
     ranks.check_equal({**code_facts(), **flat(config.with_options(device="").to_dict())})
     if ranks.sharded:
         check_sharded(config)
-    if config.train.output_dir is None:
-        raise ConfigError("Several processes need one output folder. Give --output.")
     ranks.deal(config.train)
     found: RunConfig = config.with_options(train=config.train.with_options(resume=config.train.resume or launch.restarts() > 0))
     return found
