@@ -17,7 +17,7 @@ from tiny_folders import write_t5
 from lownibble.config import QuantConfig
 from lownibble.errors import ConfigError, DataError, ModelError, OutputError, TargetError
 from lownibble.exporting.convert import export
-from lownibble.study import cell, executors, jobs, processes
+from lownibble.study import cell, devices, executors, jobs, processes
 from lownibble.study.runner import read_record, run_study
 from lownibble.study.tasks import KINDS
 
@@ -105,6 +105,20 @@ def test_cells_are_run_once_and_learning_rates_found_first(study, tmp_path, here
     assert {file: file.stat().st_mtime_ns for file in (tmp_path / "out").glob("cells/*.json")} == before
     run_study(study("more.toml", **{"seeds = [0, 1]": "seeds = [0, 1, 2]"}), tmp_path / "out")  # it runs what is new
     assert len(records(tmp_path / "out")) == 10
+
+
+def test_the_number_of_gpus_is_in_the_records_and_no_part_of_a_cell(study, tmp_path, here, monkeypatch):
+    few = {"learning_rates = [1e-3, 1e-2]": "learning_rates = []", "seeds = [0, 1]": "seeds = [0]"}
+    asked, worked_on = [], jobs.JOBS["cell"]
+    monkeypatch.setitem(jobs.JOBS, "cell", lambda job: asked.append(job["ranks"]) or worked_on(job))
+    told = run_study(study(**few), tmp_path / "out", gpus_per_cell=2)
+    assert asked == [2, 2]
+    assert told["gpus_per_cell"] == 2
+    [speed] = [json.loads(file.read_text()) for file in (tmp_path / "out").glob("speed/*.json")]
+    assert speed["skipped"] == devices.ALONE
+    again = run_study(study(**few), tmp_path / "out")
+    assert len(asked) == 2  # another number of GPUs is the same cell
+    assert again["cells"] == told["cells"]
 
 
 @pytest.mark.slow
@@ -308,6 +322,8 @@ def test_one_study_in_a_folder_at_a_time(study, tmp_path, no_turns):
     [
         ({}, {"executor": "slurm"}, ConfigError, "local, ray"),
         ({}, {"jobs": 0}, ConfigError, ">= 1"),
+        ({}, {"gpus_per_cell": 0}, ConfigError, ">= 1. Got 0"),
+        ({}, {"gpus_per_cell": 3}, ConfigError, "must be a multiple of 3"),
         ({'"classification"': '"nli"'}, {}, DataError, r"'sentiment' \(nli\) lacks premise, hypothesis. Expected: premise"),
         (
             {"lora = { r = 4 }, quant": 'lora = { target_modules = ["nothing"] }, quant'},

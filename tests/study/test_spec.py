@@ -85,6 +85,7 @@ def test_a_cell_is_named_by_what_decides_its_result(study):
     before = digests()
     assert digests(first="second", small="tiny") == before  # names of things
     assert digests(**{"max_steps = 40": "max_steps = 40\nsave_steps = 7"}) == before
+    assert digests(**{"max_steps = 40": 'max_steps = 40\nparallel = "ddp"'}) == before
     for replaced in (
         {"max_steps = 40": "max_steps = 41"}, {"r = 4": "r = 8"}, {'data = "rows"': 'data = "other"'}, {"[3, 1]": "[4, 2]"},
     ):  # fmt: skip

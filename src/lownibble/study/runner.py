@@ -59,7 +59,7 @@ def run_study(
     if jobs < 1:
         raise ConfigError(f"The number of jobs must be an integer >= 1. Got {jobs}.")
     spec = read_study(path)
-    for cell in cells(spec):
+    for cell in (*tuning_cells(spec), *cells(spec)):
         devices.check(cell.config, gpus_per_cell)
     contents = look(cell for cell in cells(spec) if cell.seed == spec.seeds[0])
     with hold(output) as folder:
