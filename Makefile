@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 OUTPUT ?= runs/demo
 
-.PHONY: demo test check matrix format bench bench-parity bench-kernels bench-train bench-train-real bench-experts bench-decode bench-quality bench-codecs bench-gptq bench-chats bench-memory bench-plan bench-paging bench-merge bench-latency bench-dropin bench-serve bench-soak gpu study faults readme clean
+.PHONY: demo test check matrix format bench bench-parity bench-kernels bench-train bench-train-real bench-experts bench-parallel bench-decode bench-quality bench-codecs bench-gptq bench-chats bench-memory bench-plan bench-paging bench-merge bench-latency bench-dropin bench-serve bench-soak gpu study faults readme clean
 
 demo: $(VENV)/.ready  ## set up, then compare LoRA and QLoRA on the embedded model and data
 	$(BIN)/lownibble compare --output $(OUTPUT) --resume
@@ -41,6 +41,9 @@ bench-train-real: $(VENV)/.ready-dev  ## real rows of messages: make bench-train
 
 bench-experts: $(VENV)/.ready-dev  ## needs 20 GB of memory
 	$(BIN)/lownibble bench experts --peers --output benchmarks/results/experts-cpu.json
+
+bench-parallel: $(VENV)/.ready-dev
+	$(BIN)/lownibble bench parallel --output benchmarks/results/parallel-cpu.json
 
 bench-decode: $(VENV)/.ready-dev
 	$(BIN)/lownibble bench decode --peers --output benchmarks/results/decode-cpu.json

@@ -443,6 +443,26 @@ def cards() -> str:
     )
 
 
+def parallel() -> str:
+    """Two ranks on a CPU: what they cost, and what they hold."""
+    record = _record("parallel-cpu")
+    ratio, work = record["weak_scaling"]["ratio"], record["work"]
+    lines = [
+        f"Two ranks of one run (ddp, {work['rows_of_a_rank']} packs of {work['max_length']} tokens on each) run a step at "
+        f"{ratio['median']:.2f} ({ratio['low']:.2f} to {ratio['high']:.2f}) of the speed of two processes that train a run each "
+        "at the same time, one thread each.", "",
+        "| fsdp, two ranks | rank | tensors held, MB | planned, MB | peak of loading, MB |", "| --- | --- | --- | --- | --- |",
+        *(
+            f"| {method} | {each['rank']} | {each['held_bytes'] / 1e6:.1f} | {each['planned_bytes'] / 1e6:.1f} "
+            f"| {each['load_peak_bytes'] / 1e6:.0f} |"
+            for method, found in record["fsdp_memory"].items() for each in found["held"]
+        ), "",
+        f"({_where(record)}; the peak is the process's above its start, libraries that are imported meanwhile included; "
+        "`benchmarks/results/parallel-cpu.json`)",
+    ]  # fmt: skip
+    return "\n".join(lines)
+
+
 def published() -> str:
     """Plans beside published peaks."""
     record = _record("published")
@@ -831,6 +851,7 @@ SECTIONS: dict[str, Callable[[], str]] = {
     "quality": quality,
     "plan": plan,
     "cards": cards,
+    "parallel": parallel,
     "published": published,
     "memory": memory,
     "paging": paging,

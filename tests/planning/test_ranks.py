@@ -107,11 +107,11 @@ def test_on_cuda_too(method):
     assert rank.instants["all-reduce"] > alone.instants["model"] + 4 * alone.trained_parameters + buffer - 512
 
 
-def test_the_buffer_of_gradients_can_be_the_peak():
+def test_the_buffer_of_gradients_is_bounded():
     alone, rank = (memory(find_shape("demo"), CPU, "full", parallel, 2) for parallel in (None, "ddp"))
-    assert rank.worst == "all-reduce"
-    assert rank.kinds["communication"] == BUFFER_BYTES < 4 * alone.trained_parameters
-    assert rank.kinds["activations"] == 0
+    held = sum(alone.kinds[kind] for kind in ("weights", "optimizer", "workspace"))
+    assert 4 * alone.trained_parameters > BUFFER_BYTES
+    assert rank.instants["all-reduce"] == held + 4 * alone.trained_parameters + BUFFER_BYTES
 
 
 @pytest.mark.parametrize("method", ["full", "lora", "qlora"])
