@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any, Protocol
 
@@ -101,11 +101,12 @@ def load(
     empty = skeleton(source, target_dtype)
     tensors = ModelTensors(empty, Checkpoint(source))
     turned, size = transposed_layers(empty), sum(parameter.numel() for parameter in empty.parameters())
+    read: Callable[[str], Tensor] | None = None
     if config is not None and not tensors.packed:
-        info(empty).read_dense = partial(read_dense, tensors, turned)
+        read = partial(read_dense, tensors, turned)
     elif origin := stored.read_json(source.folder / "config.json").get(stored.ORIGIN):
-        info(empty).read_dense = DenseOrigin(origin, source.name)
-    _fill(empty, tensors, config, target_device, target_dtype, by_layer)
+        read = DenseOrigin(origin, source.name)
+    _fill(empty, tensors, config, target_device, target_dtype, read, by_layer)
     _tell_dense_experts(empty, tensors)
     compute.decide(empty)
     empty.config._name_or_path = source.name
@@ -259,7 +260,7 @@ class ByLayer(Protocol):
 
 def _fill(
     model: Any, tensors: ModelTensors, config: QuantConfig | None, device: torch.device, dtype: torch.dtype,
-    by_layer: ByLayer | None = None,
+    read: Callable[[str], Tensor] | None, by_layer: ByLayer | None,
 ) -> None:  # fmt: skip
     packed, name = tensors.packed, tensors.checkpoint.name
     if config is not None and packed:
@@ -291,6 +292,7 @@ def _fill(
             known.stored_dtypes[key] = str(tensors.facts(key)[0]).removeprefix("torch.")
             _set_tensor(model, key, tensor.to(device=device, dtype=held_in(key, own.dtype), copy=True))  # no file stays mapped
 
+    known.read_dense = read
     if by_layer:
         by_layer.begin(model)
     layers = [*decoder_layers(model)] if by_layer else []
