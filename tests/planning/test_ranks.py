@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_step import SIZES, as_trained, checkpoint, needs_kernel, packed, peak_of_events
+from test_step import SIZES, as_trained, checkpoint, evenly, needs_kernel, packed, peak_of_events
 from torch import nn
 from torch.distributed.fsdp import fully_shard
 from torch.profiler import ProfilerActivity, profile
@@ -29,6 +29,7 @@ from lownibble.planning.models import find_shape
 from lownibble.planning.plan import plan
 from lownibble.planning.speed import plan_speed
 from lownibble.planning.step import Batch, run_step
+from lownibble.quant.experts import Ends
 from lownibble.training.loss import loss_at
 
 TINY = read_shape({
@@ -173,7 +174,8 @@ def measured(model, batch, passes, ranks):
     ],
     indirect=["ranks"],
 )  # fmt: skip
-def test_equals_fully_shard(ranks, model_type, method, checkpointing, passes):
+def test_equals_fully_shard(ranks, model_type, method, checkpointing, passes, monkeypatch):
+    monkeypatch.setattr(Ends, "of", evenly)
     more = {"num_local_experts": 8, "num_experts_per_tok": 2, "sliding_window": None} if model_type == "mixtral" else {}
     config = AutoConfig.for_model(model_type, **{**SIZES, "num_hidden_layers": 5, **more})
     torch.manual_seed(0)
