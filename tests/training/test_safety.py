@@ -247,12 +247,12 @@ def test_a_model_trained_in_full_is_read_back(tiny_model, tiny_data, tmp_path, m
     assert run(config).record["saved"]["equal_after_reading_back"] is True
     before = verify.check_model
 
-    def damaged(model, folder, *rest):
+    def damaged(model, folder, *rest, **options):
         file = folder / "model.safetensors"
         tensors = load_file(file)
         tensors["model.norm.weight"] += 1
         save_file(tensors, file, {"format": "pt"})
-        return before(model, folder, *rest)
+        return before(model, folder, *rest, **options)
 
     monkeypatch.setattr(verify, "check_model", damaged)
     other = config.with_options(train=config.train.with_options(output_dir=str(tmp_path / "other")))
