@@ -204,7 +204,7 @@ def _main(argv: list[str] | None) -> int:
     except KeyboardInterrupt as error:
         message = str(error) or "Interrupted."
         print(message, file=sys.stderr)
-        if as_json:
+        if as_json and launch.rank() == 0:
             print(json.dumps({"status": "interrupted", "error": message}))
         return 128 + int(getattr(error, "signal", signal.SIGINT))
 

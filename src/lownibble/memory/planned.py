@@ -113,7 +113,10 @@ def plan_of(run: TrainingRun) -> tuple[Batch, MemoryPlan]:
         gradient_checkpointing=fit.gradient_checkpointing
     )  # fmt: skip
     steps = islice(run.micro.steps(), min(STEPS, run.total_steps))
-    batch = run.micro.shape(max((rows for step in steps for rows in run.micro.dealt(step)), key=run.micro.tokens))
+    largest = max((rows for step in steps for rows in run.micro.dealt(step)), key=run.micro.tokens, default=None)
+    if largest is None:
+        raise ConfigError("This rank has no rows in the first steps, so there is nothing to plan.")
+    batch = run.micro.shape(largest)
     device = device_of(run.device)
     return batch, plan_memory(
         shape, device, method, quant=quant,

@@ -223,6 +223,7 @@ class Trainer:
             path = checkpoint.save(
                 self.checkpoints, done, self.parts, self.optimizer, self.identity, self.fit.to_dict(), self.ranks
             )
+            self.ranks.wait()  # a rank that ended now would make torchrun end the one that writes
             yield Saved(done, str(path))
 
     @on_own_stream
