@@ -30,6 +30,11 @@ def restarts() -> int:
     return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
 
 
+def sharing(device_type: str) -> int:
+    """Processes of the run that share the memory of this one's device: on a CPU all of this machine."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if device_type == "cpu" else 1
+
+
 def should_tell(message: str) -> bool:
     """Whether this process should print its error, `message`."""
     if not is_several():

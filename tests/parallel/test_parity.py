@@ -4,13 +4,17 @@ Oracle: the same run in this process. Ranks add up in another order: a few round
 """
 
 import copy
+from types import SimpleNamespace
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
 from lownibble.config import RunConfig
+from lownibble.errors import TrainingError
 from lownibble.training import run
+from lownibble.training.distributed import Ranks
+from lownibble.training.loop import Trainer
 
 RESULT = "adapter/adapter_model.safetensors"
 
@@ -158,6 +162,49 @@ def test_ranks_that_differ_are_named(two, options, tmp_path):
     other["train"]["learning_rate"] = 0.5
     for answer in two.train(wanted, other=other):
         assert "Rank 1 differs from rank 0: train.learning_rate is 0.5 instead of 0.01" in answer["error"]
+
+
+def test_ranks_with_other_ways_of_sharing_are_named(two, options, tmp_path):
+    for mode in ("ddp", "fsdp"):
+        wanted = in_ranks(options(), "auto", tmp_path)
+        answers = two.train(wanted, other=in_ranks(options(), mode, tmp_path, output_dir=wanted["train"]["output_dir"]))
+        assert all(f"train.parallel is '{mode}' instead of 'auto'" in answer["error"] for answer in answers)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", ["ddp", "fsdp"])
+def test_a_rank_that_never_has_rows(two, options, tmp_path, mode):
+    wanted = options(packing=True, max_length=2048, batch_size=2, max_steps=3)  # one pack holds all rows
+    one = run(RunConfig.model_validate(wanted))
+    first, second = two.train(in_ranks(wanted, mode, tmp_path))
+    assert first["losses"] == second["losses"] == pytest.approx(one.losses, abs=2e-6)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", ["ddp", "fsdp"])
+def test_mixtures_train_as_one_process(two, mixture, options, tmp_path, mode):
+    wanted = {**options(), "model": str(mixture)}
+    one = run(RunConfig.model_validate(wanted))
+    first, _ = two.train(in_ranks(wanted, mode, tmp_path))
+    assert "error" not in first, first
+    assert first["losses"] == pytest.approx(one.losses, abs=2e-6)
+    assert_close(tensors(tmp_path / mode), tensors(tmp_path / "one"), atol=1e-5)
+
+
+@pytest.mark.slow
+def test_layers_are_compiled_for_the_batches_of_every_rank(two, options, tmp_path):
+    wanted = options(torch_compile=True, batch_size=10, max_steps=None, num_train_epochs=1)  # the last batch has two rows
+    one = run(RunConfig.model_validate(wanted))
+    first, second = two.train(in_ranks(wanted, "fsdp", tmp_path))
+    assert first["losses"] == second["losses"] == pytest.approx(one.losses, abs=1e-5)
+
+
+def test_out_of_memory_on_a_shard_ends_the_run():
+    trainer = SimpleNamespace(ranks=Ranks(1, 2, "fsdp"), _kept=lambda: "Nothing was saved")
+    with pytest.raises(TrainingError, match=r"Memory ran out on rank 1 in step 3\. Nothing was saved"):
+        Trainer._end_if_sharded(trainer, "step 3")
+    trainer.ranks = Ranks(1, 2, "ddp")
+    Trainer._end_if_sharded(trainer, "step 3")
 
 
 def test_ranks_with_other_data_are_named(two, options, tmp_path, tiny_data):

@@ -123,6 +123,18 @@ def test_a_rank_that_is_gone_ends_the_others_with_one_sentence(by_hand, tiny_mod
     assert "--resume" in errors
 
 
+def test_a_restart_does_not_take_over_another_run(by_hand, tiny_model, tiny_data, tmp_path, monkeypatch):
+    kept = tmp_path / "out/adapter/adapter_model.safetensors"
+    kept.parent.mkdir(parents=True)
+    kept.write_text("precious")
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    ranks = by_hand(command(tiny_model, tiny_data, tmp_path / "out"))
+    ended = [rank.communicate(timeout=200)[1] for rank in ranks]
+    assert [rank.returncode for rank in ranks] == [2, 2]
+    assert "holds another run" in ended[0]
+    assert kept.read_text() == "precious"
+
+
 def test_other_commands_say_what_torchrun_is_for(by_hand):
     rank, _ = by_hand(["-m", "lownibble", "doctor"])
     _, errors = rank.communicate(timeout=100)

@@ -11,18 +11,15 @@ start against the rank's shards and one decoder layer as it comes from the file.
 from __future__ import annotations
 
 import json
-import os
-import socket
 import statistics
-import subprocess
-import sys
 import tempfile
-from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 from lownibble import record
 from lownibble.errors import ConfigError, TrainingError
+from lownibble.study.processes import run_module
 
 BATCH, LENGTH, STEPS, RANKS = 4, 128, 8, 2
 KINDS = ("weights", "codes", "constants", "adapters", "optimizer")
@@ -57,11 +54,10 @@ def bench_parallel(*, peers: bool = False, repeats: int = 3) -> dict[str, Any]:
 def _scaling(folder: Path, repeats: int) -> dict[str, Any]:
     alone, together = [], []
     for turn in range(repeats):
-        apart = [_start(folder / f"alone-{turn}-{rank}", BATCH, []) for rank in range(RANKS)]
-        alone.append(statistics.mean(_step_s(process) for process in apart))
-        ranks = _ranks(folder / f"ranks-{turn}", ["--parallel", "ddp"])
-        together.append(_step_s(ranks[0]))
-        _step_s(ranks[1], silent=True)
+        apart = [folder / f"alone-{turn}-{number}" for number in range(RANKS)]
+        with ThreadPoolExecutor(RANKS) as pool:
+            alone.append(statistics.mean(map(_step_s, pool.map(_train, apart))))
+        together.append(_step_s(_train(folder / f"ranks-{turn}", "--parallel", "ddp", ranks=RANKS)))
     ratios = [a / b for a, b in zip(alone, together, strict=True)]
     return {
         "alone_s": alone, "ranks_s": together,
@@ -70,9 +66,7 @@ def _scaling(folder: Path, repeats: int) -> dict[str, Any]:
 
 
 def _memory(folder: Path, method: str) -> dict[str, Any]:
-    first, second = _ranks(folder / f"fsdp-{method}", ["--parallel", "fsdp", "--method", method])
-    found = _answer(first)
-    _step_s(second, silent=True)
+    found = _train(folder / f"fsdp-{method}", "--parallel", "fsdp", "--method", method, ranks=RANKS)
     planned = found["memory"]["planned"]["plan"]["kinds"]
     expected = sum(planned[kind] for kind in KINDS)
     held = []
@@ -85,40 +79,22 @@ def _memory(folder: Path, method: str) -> dict[str, Any]:
     return {"method": method, "planned_kinds": planned, "held": held}
 
 
-def _flags(output: Path, batch: int, extra: Sequence[str]) -> list[str]:
-    return [
-        sys.executable, "-m", "lownibble", "train", "--model", "demo", "--data", "demo", "--device", "cpu", "--batch-size",
-        str(batch), "--max-length", str(LENGTH), "--max-steps", str(STEPS), "--packing", "--torch-compile", "false",
-        "--max-eval-rows", "8", "--output", str(output), "--json", *extra,
+def _train(output: Path, *extra: str, ranks: int = 1) -> dict[str, Any]:
+    """The record of a run, with `BATCH` packs for each rank."""
+    flags = [
+        "train", "--model", "demo", "--data", "demo", "--device", "cpu", "--batch-size", str(ranks * BATCH), "--max-length",
+        str(LENGTH), "--max-steps", str(STEPS), "--packing", "--torch-compile", "false", "--max-eval-rows", "8", "--output",
+        str(output), *extra,
     ]  # fmt: skip
+    with output.with_suffix(".txt").open("w+") as messages:
+        codes = run_module("lownibble", *flags, ranks=ranks, threads=1, output=messages)
+        if len(codes) < ranks or any(codes.values()):
+            messages.seek(0)
+            raise TrainingError(f"A run of the benchmark failed: {messages.read()[-500:]}")
+    found: dict[str, Any] = json.loads((output / "record.json").read_text())
+    return found
 
 
-def _start(output: Path, batch: int, extra: Sequence[str], **more: str) -> subprocess.Popen[str]:
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", **more}
-    return subprocess.Popen(
-        _flags(output, batch, extra), env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
-
-
-def _ranks(output: Path, extra: Sequence[str]) -> list[subprocess.Popen[str]]:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": str(RANKS), "LOCAL_WORLD_SIZE": str(RANKS)}
-    return [
-        _start(output, RANKS * BATCH, extra, **shared, RANK=str(rank), LOCAL_RANK=str(rank)) for rank in range(RANKS)
-    ]  # fmt: skip
-
-
-def _answer(process: subprocess.Popen[str]) -> dict[str, Any]:
-    out, errors = process.communicate()
-    if process.returncode:
-        raise TrainingError(f"A run of the benchmark failed: {errors[-500:]}")
-    answer: dict[str, Any] = json.loads(out.splitlines()[-1]) if out else {}
-    return answer
-
-
-def _step_s(process: subprocess.Popen[str], *, silent: bool = False) -> float:
-    """Median seconds of a step, without the first two; `silent`: of a rank that prints none."""
-    answer = _answer(process)
-    return 0.0 if silent else statistics.median(step["seconds"] for step in answer["steps"][2:])
+def _step_s(run: dict[str, Any]) -> float:
+    """Median seconds of a step, without the first two."""
+    return float(statistics.median(step["seconds"] for step in run["steps"][2:]))

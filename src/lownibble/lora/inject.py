@@ -27,7 +27,7 @@ from lownibble.matching import names
 from lownibble.models.conversion import fuses_experts
 from lownibble.models.direct import without_effect
 from lownibble.models.experts import of_other_form, restore_implementation
-from lownibble.models.info import info
+from lownibble.models.info import decoder_layers, info
 from lownibble.quant import QuantLinear, is_linear
 
 
@@ -229,7 +229,8 @@ class Addition:
         self._model, self._config, self._name = model, config, name
         self._calibration, self._set_later = calibration, of_file or restored
         self._generator = torch.Generator().manual_seed(seed)
-        self._left = [*self._planned.targets, *self._planned.saved]
+        layers = {path: number for number, path in enumerate(decoder_layers(model))}  # of all, so that both ways draw alike
+        self._left = sorted([*self._planned.targets, *self._planned.saved], key=lambda path: _layer_of(path, layers))
         self._taken: dict[str, nn.Module] = {}
 
     def add(self, path: str) -> None:
@@ -273,6 +274,11 @@ class Addition:
         biases = self._planned.biases.items()
         state.biases[self._name] = {path: (bias, bias.detach().clone()) for path, bias in biases}
         set_adapter(self._model, self._name)
+
+
+def _layer_of(path: str, layers: Mapping[str, int]) -> int:
+    """The number of the decoder layer that a path is in; what is in none comes last."""
+    return next((number for layer, number in layers.items() if path.startswith(f"{layer}.")), len(layers))
 
 
 def _train(module: nn.Module, name: str) -> None:

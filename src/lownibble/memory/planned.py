@@ -7,6 +7,7 @@ from typing import Any, Protocol
 
 import torch
 
+from lownibble import launch
 from lownibble.arch import all_paths, read_shape
 from lownibble.config import Checkpointing, LoraConfig, Method, QuantConfig, TrainConfig
 from lownibble.errors import ConfigError, InputError
@@ -84,6 +85,7 @@ class RunPlan:
         if isinstance(found, InputError):
             return []
         needed, there = found[1].device, device_of(self._run.device).memory_bytes
+        there //= launch.sharing(self._run.device.type)
         if self._run.config.memory_budget or needed.likely <= there:
             return []
         return [

@@ -33,14 +33,14 @@ alive: set[subprocess.Popen[str]] = set()
 
 def run_module(
     module: str, *arguments: str, ranks: int = 1, devices: Sequence[str] | None = None, line: Callable[[int], str] | None = None,
-    output: IO[str] | None = None,
+    output: IO[str] | None = None, threads: int | None = None,
 ) -> dict[int, int]:  # fmt: skip
     """Run `python -m MODULE ARGUMENTS` in so many processes until they end, or one failed and the others had `GRACE_S`.
 
     Args:
         devices: CUDA devices that they see, as in CUDA_VISIBLE_DEVICES; None: as this process.
         line: rank -> a line that it gets on standard input.
-        output: where what they print goes; None: standard error.
+        output: where what they print goes; None: standard error. threads: of each; None: its share of the processors.
     Returns:
         rank -> exit code; those that were killed because another had failed are not in it.
     """
@@ -51,7 +51,7 @@ def run_module(
             process = subprocess.Popen(
                 [sys.executable, "-m", module, *arguments], stdin=subprocess.PIPE, stdout=output or sys.stderr,
                 stderr=output, text=True, start_new_session=True,
-                env=environment(rank, ranks, store.port if store else 0, devices),
+                env=environment(rank, ranks, store.port if store else 0, devices, threads),
             )  # fmt: skip
             alive.add(process)
             processes.append(process)
@@ -78,11 +78,15 @@ def _store() -> Any:
     return TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
 
 
-def environment(rank: int, ranks: int, port: int, devices: Sequence[str] | None) -> dict[str, str]:
+def environment(
+    rank: int, ranks: int, port: int, devices: Sequence[str] | None, threads: int | None = None
+) -> dict[str, str]:  # fmt: skip
     """The environment of a rank: torchrun's variables, its share of the processors and the devices that it sees."""
     found = dict(os.environ)
     if devices is not None:
         found["CUDA_VISIBLE_DEVICES"] = ",".join(devices)
+    if threads is not None:
+        found["OMP_NUM_THREADS"] = str(threads)
     if ranks > 1:
         found.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // ranks)))
         found |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "TORCHELASTIC_USE_AGENT_STORE": "True"}

@@ -244,13 +244,16 @@ def local_device(device: str) -> str:
 
 
 @contextmanager
-def joined(config: TrainConfig, device: torch.device, choose: Callable[[int], Mode]) -> Iterator[Ranks]:
+def joined(
+    config: TrainConfig, device: torch.device, choose: Callable[[int], Mode], same: Callable[[], Mapping[str, Any]] = dict
+) -> Iterator[Ranks]:  # fmt: skip
     """Join the other processes of the run for the block; without others, `ALONE`.
 
     Args:
         choose: number of ranks -> how they share the model, where the configuration leaves it open; asked on the first rank.
+        same: returns what must be the same on all ranks.
     Raises:
-        ConfigError: ranks were asked for and there are none, or they cannot communicate.
+        ConfigError: ranks were asked for and there are none, they cannot communicate, or they differ.
         RankLostError: another rank ended, or cannot be reached.
     """
     if not launch.is_several() and not dist.is_initialized():
@@ -267,6 +270,7 @@ def joined(config: TrainConfig, device: torch.device, choose: Callable[[int], Mo
     try:
         with _lost_becomes_error():
             plain = Ranks(dist.get_rank(), dist.get_world_size(), "ddp")
+            plain.check_equal(same())  # before ranks that differ go different ways
             mode = plain.from_first(lambda: choose(plain.world)) if config.parallel == "auto" else config.parallel
             yield Ranks(plain.rank, plain.world, mode)
     finally:

@@ -85,6 +85,12 @@ class Evaluator:
         """Evaluate this rank's share of the rows."""
         was_training = model.training
         model.eval()
+        try:
+            return self._sums(model)
+        finally:
+            model.train(was_training)
+
+    def _sums(self, model: Any) -> Sums:
         head, total, n_labels = Head(model), 0.0, 0
         scores_NC = torch.zeros(len(self.examples), len(self.choices[0].candidates) if self.choices else 0)
         for rows, counts in self._batches(self.examples):
@@ -107,7 +113,6 @@ class Evaluator:
                 scores_NC[rows] = logits_BV.log_softmax(1)[:, candidates].cpu()
         if self.choices is not None and not self.single_token:
             scores_NC = self._candidate_likelihoods(model, head)
-        model.train(was_training)
         return Sums(total, n_labels, scores_NC)
 
     def _batches(self, examples: list[Example]) -> list[tuple[list[int], bool]]:

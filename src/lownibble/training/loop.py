@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import torch
-from torch import nn
 
 from lownibble.config import FOR_ADAPTERS, TrainConfig
 from lownibble.data import Batch, Choice, Example
@@ -44,7 +43,7 @@ from lownibble.optim import (
 from lownibble.options import n_bytes
 from lownibble.quant import QuantLinear, dense
 from lownibble.registry import OBJECTIVES
-from lownibble.training import balance, checkpoint, compiling, diagnose, sharding
+from lownibble.training import balance, checkpoint, compiling, diagnose, gradients, sharding
 from lownibble.training.distributed import ALONE, Ranks
 from lownibble.training.events import Evaluated, Event, Finished, Fitted, Saved, Skipped, Started, Stepped, Warned
 from lownibble.training.fitting import Fitting, MemoryGoneError, recorded_fit
@@ -286,7 +285,7 @@ class Trainer:
         """Compile for the kinds of batches in the first 100 steps of the run."""
         steps = islice(self.micro.steps(), min(100, self.total_steps))
         try:
-            self.passes.compile(batch for rows in steps for batch in self.micro.batches(rows))
+            self.passes.compile([batch for rows in steps for batch in self.micro.batches(rows)])
         except TrainingError as error:
             if self.config.torch_compile is True or past:  # a resumed run must stay compiled
                 raise
@@ -304,7 +303,7 @@ class Trainer:
             MemoryGoneError: a pass is already a single row.
         """
         began = time.perf_counter()
-        found = usage.retry_on_oom(lambda: self.evaluator(self.model), lambda: self.fitting.shrink_evaluation(step))
+        found = usage.retry_on_oom(lambda: self.evaluator(self.model), lambda: self._shrink_evaluation(step))
         return Evaluated(step, found.loss, found.label_tokens, time.perf_counter() - began, found.scores, found.correct)
 
     def _out_of_memory(self) -> str:
@@ -357,7 +356,9 @@ class Trainer:
         if not math.isfinite(loss) or not math.isfinite(norm):
             if spec(config.optim).skips_on_device:
                 skipped(self.optimizer)
-            reason = f"the loss is {loss} and the gradient's norm {norm}; {self._origin(step, batches, counts.labels)}"
+            origins = self.ranks.of_all(self._origin(step, batches, counts.labels))
+            where = origins[0] if len(set(origins)) == 1 else "; ".join(f"rank {r}: {each}" for r, each in enumerate(origins))
+            reason = f"the loss is {loss} and the gradient's norm {norm}; {where}"
             sharding.drop_gradients(self.parts.values())
             return Skipped(step + 1, reason, time.perf_counter() - began)
         sharding.drop_gradients(self.parts.values())
@@ -382,8 +383,9 @@ class Trainer:
         losses = ranks.together(lambda: self._backward(step, batches, counts.labels))
         sharding.give_gradients(self.parts.values())
         if ranks.several:
-            losses = [self._summed(losses)]
-        return batches, counts, torch.stack([value.float() for value in (*losses, self._clip())])
+            losses = [gradients.add_up(losses, self.parts.values(), ranks, self.device)]
+        norm = gradients.clip(self.parts.values(), ranks, self.config.max_grad_norm, self.device)
+        return batches, counts, torch.stack([value.float() for value in (*losses, norm)])
 
     def _backward(self, step: int, batches: list[Batch], n_labels: int) -> list[torch.Tensor]:
         losses, measured = [], not (self._measured or self.ranks.sharded)  # gathered weights are saved too, and freed
@@ -393,19 +395,20 @@ class Trainer:
             losses.append(self.passes.backward(batch, n_labels, measured=measured and index == 0, replay=True))
         return losses
 
-    def _summed(self, losses: list[torch.Tensor]) -> torch.Tensor:
-        """Sum losses, and the gradients that are not sharded, over ranks."""
-        total = torch.stack(losses).float().sum() if losses else torch.zeros((), device=self.device)
-        whole = [part.parameter for part in self.parts.values() if not part.is_shard]
-        has = self.ranks.total(*(int(parameter.grad is not None) for parameter in whole)) if whole else []
-        reached = [parameter for parameter, count in zip(whole, has, strict=True) if count]
-        for parameter in reached:
-            if parameter.grad is None:
-                parameter.grad = torch.zeros_like(parameter)
-        self.ranks.add_up([total, *(parameter.grad for parameter in reached if parameter.grad is not None)])
-        return total
+    def _shrink_evaluation(self, step: int) -> None:
+        self._end_if_sharded(f"the evaluation after step {step}")
+        self.fitting.shrink_evaluation(step)
+
+    def _end_if_sharded(self, where: str) -> None:
+        """Other ranks wait in the middle of a pass for this one, which cannot begin again without them."""
+        if self.ranks.sharded:
+            raise TrainingError(
+                f"Memory ran out on rank {self.ranks.rank} in {where}. {self._kept()}. Lower --batch-size, set "
+                "--gradient-checkpointing true, or take more GPUs; --resume continues from a checkpoint."
+            )
 
     def _shrink(self, step: int, rows: Rows) -> None:
+        self._end_if_sharded(f"step {step + 1}")
         sharding.drop_gradients(self.parts.values())
         self.fitting.shrink_step(step, rows)
 
@@ -417,7 +420,7 @@ class Trainer:
     def _origin(self, step: int, batches: list[Batch], n_labels: int) -> str:
         """Where the step's values became non-finite."""
         if self.ranks.sharded or not batches:
-            return f"rank {self.ranks.rank} does not look where that began"
+            return "where that began is not looked for" if batches else "it had no rows"
 
         def forward() -> torch.Tensor:
             losses = []
@@ -427,23 +430,3 @@ class Trainer:
             return torch.stack(losses)
 
         return diagnose.origin(self.model, forward)
-
-    def _clip(self) -> torch.Tensor:
-        trained = [part.parameter for part in self.parts.values()]
-        if self.ranks.sharded:
-            norm = self._norm_of_shards()
-        else:
-            norm = nn.utils.get_total_norm([p.grad for p in trained if p.grad is not None])
-        if self.config.max_grad_norm is not None:
-            nn.utils.clip_grads_with_norm_(trained, self.config.max_grad_norm, norm)
-        return norm
-
-    def _norm_of_shards(self) -> torch.Tensor:
-        """The norm of all gradients: of every rank's shards, and once of what is whole on each."""
-        norms = []
-        for shards in (True, False):
-            held = [p.parameter.grad for p in self.parts.values() if p.is_shard is shards and p.parameter.grad is not None]
-            norms.append(nn.utils.get_total_norm(held).float() if held else torch.zeros((), device=self.device))
-        squared = norms[0].square()
-        self.ranks.add_up([squared])
-        return (squared + norms[1].square()).sqrt()

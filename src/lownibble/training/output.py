@@ -5,6 +5,7 @@
     OUTPUT/events.jsonl   every event of the loop
     OUTPUT/checkpoints/   the state needed to resume
     OUTPUT/.lock          held while a process trains here
+    OUTPUT/.launch        which start of torchrun trains here: its processes may begin again, those of another start may not
 
 One run per folder: a folder that contains a run is rejected unless that run is resumed, and a second process on the same folder
 is rejected while the first one is alive.
@@ -13,6 +14,8 @@ is rejected while the first one is alive.
 from __future__ import annotations
 
 import fcntl
+import os
+import platform
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -43,6 +46,22 @@ def hold(folder: str | Path) -> Iterator[Path]:
         except OSError:
             raise OutputError(f"Another process is using '{folder}'. Wait for it, or choose another --output.") from None
         yield folder
+
+
+def _this_launch() -> str:
+    """The start of torchrun that this process belongs to: its agent is the parent of every process that it starts or restarts."""
+    return f"{platform.node()} {os.getppid()}"
+
+
+def begin(folder: Path) -> None:
+    """Note, in a claimed folder, that this start of torchrun trains here."""
+    (folder / ".launch").write_text(_this_launch())
+
+
+def began(folder: str | Path) -> bool:
+    """Whether processes of this start of torchrun trained in the folder before."""
+    note = Path(folder) / ".launch"
+    return note.exists() and note.read_text() == _this_launch()
 
 
 @contextmanager

@@ -19,6 +19,7 @@ from lownibble.errors import ConfigError, TrainingError
 from lownibble.lora import LowRank
 from lownibble.lora.layer import RoundedAdapters
 from lownibble.memory import usage
+from lownibble.memory.dryrun import COMPILED_TOKENS
 from lownibble.models.attention import causal_attention, causal_obstacle, kernel_obstacle, refusal, segment_attention
 from lownibble.models.info import info
 from lownibble.planning.tiles import is_long, tile_lengths
@@ -197,6 +198,9 @@ class Passes:
             TrainingError: a layer cannot be compiled.
         """
         new = {kind(batch): batch for batch in batches if kind(batch) not in self._kinds and not self._runs_in_tiles(batch)}
+        if self.micro.ranks.sharded:  # all ranks take part in each pass
+            kinds = sorted(set().union(*self.micro.ranks.of_all(set(new))))
+            new = {each: new.get(each) or self._batch_of(each, COMPILED_TOKENS) for each in kinds}
         if not new:
             return
         began = time.perf_counter()
@@ -216,12 +220,16 @@ class Passes:
 
     def compile_for(self, batch: Batch, tokens: int) -> None:
         """Compile the layers for this batch's kind, by a pass over a batch of about `tokens` tokens."""
-        padded, several = kind(batch)
+        self.compile([self._batch_of(kind(batch), tokens)])
+
+    def _batch_of(self, wanted: Kind, tokens: int) -> Batch:
+        """A batch of a kind, of about `tokens` tokens."""
+        padded, several = wanted
         longest = max(self.micro.rows, key=lambda row: len(row.input_ids))
         length = min(tokens // (1 + several), len(longest.input_ids))
         lengths = [length, max(1, length - padded)][: 1 + several]
         rows = [Example(longest.input_ids[:n], [False] + [True] * (n - 1), "compilation") for n in lengths]
-        self.compile([self.micro.batch(rows)])
+        return self.micro.batch(rows)
 
     def set_checkpointing(self, how: Checkpointing) -> None:
         """Turn gradient checkpointing on or off, or on with offloaded checkpoints.

@@ -23,7 +23,7 @@ from lownibble.config import DataConfig, QuantConfig, RunConfig, TrainConfig
 from lownibble.data import Choice, Dataset, Encoded, Example, digest_of
 from lownibble.data import load as load_data
 from lownibble.data.inspect import warnings_of
-from lownibble.errors import ModelError
+from lownibble.errors import ModelError, OutputError
 from lownibble.lora import add_lora, load_adapter, match_targets, read_config, save_adapter
 from lownibble.lora.active import adapter_configs
 from lownibble.lora.init import find
@@ -42,7 +42,7 @@ from lownibble.training.distributed import ALONE, Ranks, code_facts, joined, loc
 from lownibble.training.events import Evaluated, Finished, Skipped, Stepped, Warned
 from lownibble.training.loop import Trainer
 from lownibble.training.objectives import Objective
-from lownibble.training.output import claim
+from lownibble.training.output import began, begin, claim
 from lownibble.training.sharding import Sharding, gathered, mode_of, rest_gathered
 from lownibble.training.sharding import check as check_sharded
 from lownibble.training.sinks import JsonlSink, Sink, TensorBoardSink, deliver, read_events
@@ -103,7 +103,11 @@ def run(config: RunConfig, *, sinks: Iterable[Sink] = ()) -> TrainResult:
     config, _ = decide(config)
     config = config.with_options(device=local_device(config.device))
     device = pick_device(config.device)
-    with joined(config.train, device, partial(mode_of, config, device)) as ranks:
+
+    def same() -> dict[str, Any]:
+        return {**code_facts(), **flat(config.with_options(device="").to_dict())}
+
+    with joined(config.train, device, partial(mode_of, config, device), same) as ranks:
         if ranks.several:
             config = _for_ranks(config, ranks)
         sides = load_data(config.data)
@@ -119,13 +123,14 @@ def _for_ranks(config: RunConfig, ranks: Ranks) -> RunConfig:
     """The configuration of a run on several ranks; processes that torchrun has started again resume.
 
     Raises:
-        ConfigError: ranks differ, or an option is not for several.
+        ConfigError: an option is not for several.
     """
-    ranks.check_equal({**code_facts(), **flat(config.with_options(device="").to_dict())})
     if ranks.sharded:
         check_sharded(config)
     ranks.deal(config.train)
-    found: RunConfig = config.with_options(train=config.train.with_options(resume=config.train.resume or launch.restarts() > 0))
+    folder = config.train.output_dir
+    again = bool(launch.restarts() and folder) and ranks.from_first(lambda: began(folder or ""))
+    found: RunConfig = config.with_options(train=config.train.with_options(resume=config.train.resume or again))
     return found
 
 
@@ -362,9 +367,14 @@ def _claimed(config: TrainConfig, ranks: Ranks) -> Iterator[Path]:
             yield folder
         return
     with ExitStack() as stack:
-        ranks.from_first(lambda: str(stack.enter_context(claim(config.output_dir or "", resume=config.resume))))
         folder = Path(config.output_dir)
-        folder.mkdir(parents=True, exist_ok=True)
+        ranks.from_first(lambda: str(stack.enter_context(claim(folder, resume=config.resume))))
+        if ranks.is_first:
+            begin(folder)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise OutputError(f"Rank {ranks.rank} cannot write to '{folder}': {error.strerror}.") from None
         yield folder
 
 

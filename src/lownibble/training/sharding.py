@@ -13,7 +13,6 @@ are those on the whole tensor. Moments in 8 bits are kept by blocks, which the s
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -24,6 +23,7 @@ from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
 
+from lownibble import launch
 from lownibble.config import RunConfig, TrainConfig
 from lownibble.errors import ConfigError, InputError, ModelError
 from lownibble.lora.init import find
@@ -174,12 +174,13 @@ def mode_of(config: RunConfig, device: torch.device, world: int) -> Mode:
     try:
         check(config)
         shape, there = find_shape(config.model), device_of(device)
+        if shape.decoder_layers:  # it has an encoder, and cannot be sharded
+            return "ddp"
         quant, train = config.quant, share(config.train, world)
         needed = plan_memory(shape, there, config.method, quant=quant, lora=config.lora, train=train, dtype=config.dtype).device
     except InputError:
         return "ddp"
-    on_this_machine = int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if device.type == "cpu" else 1
-    return "ddp" if needed.likely * on_this_machine <= there.memory_bytes else "fsdp"
+    return "ddp" if needed.likely * launch.sharing(device.type) <= there.memory_bytes else "fsdp"
 
 
 class Sharding:

@@ -20,6 +20,7 @@ from lownibble.lora import load_adapter, set_adapter
 from lownibble.lora.active import active_adapter, adapter_configs, lora_layers, remove_adapter
 from lownibble.lora.adapter import file_tensors
 from lownibble.lora.portable import WEIGHTS_FILE
+from lownibble.memory.usage import local
 from lownibble.models.conversion import stored_names
 
 _READ_BACK = "lownibble_read_back"
@@ -142,7 +143,7 @@ def _facts(model: Any, examples: list[Example], end: int | None) -> dict[str, An
     ended = sum(any(label and token == end for token, label in zip(e.input_ids, e.is_label, strict=True)) for e in examples)
     config = model.config.get_text_config()
     inputs, outputs = model.get_input_embeddings(), model.get_output_embeddings()
-    tied = outputs is not None and _weight(inputs).data_ptr() == _weight(outputs).data_ptr()
+    tied = outputs is not None and local(_weight(inputs)).data_ptr() == local(_weight(outputs)).data_ptr()
     return {
         "rows_that_train_the_end_of_sequence": ended,
         "rows": len(examples),
