@@ -267,7 +267,7 @@ def test_a_plan_of_several():
 
 
 def test_auto_takes_fsdp_where_the_model_does_not_fit_a_card():
-    found = plan("llama-2-7b", gpu="h100", gpus=[4], method="full", batch_size=4, max_length=64).rows
+    found = plan("llama-2-13b", gpu="h100", gpus=[4], method="full", batch_size=4, max_length=64).rows
     assert [(row.ranks.parallel, row.ranks.is_auto, row.verdict.fits) for row in found] == [
         ("ddp", False, False), ("fsdp", True, True),
     ]  # fmt: skip
