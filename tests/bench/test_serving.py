@@ -33,7 +33,7 @@ def test_a_short_soak():
     found = bench_soak(repeats=0.1, adapters=12, loaded=5)
     soak, held = found["soak"], found["loaded"]
     assert soak["well_behaved"]["answered"] > 0
-    assert soak["well_behaved"]["lost"] == 0
+    assert soak["well_behaved"]["lost"] == 0, soak["well_behaved"]["why"]
     assert soak["misbehaviour"] > 0
     assert (soak["server_errors"], soak["left_running"], soak["exit_status"]) == (0, 0, 0)
     assert soak["adapters"]["loads"] > 0

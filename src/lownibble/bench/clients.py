@@ -78,7 +78,7 @@ class WellBehaved:
             prompt = [words.randrange(100, 40_000) for _ in range(words.randrange(16, 49))]
             body = {
                 "model": f"a{number}", "prompt": prompt, "max_tokens": self.tokens, "temperature": 0, "ignore_eos": True,
-                "stream": stream, "stream_options": {"include_usage": True},
+                "stream": stream, **({"stream_options": {"include_usage": True}} if stream else {}),
             }  # fmt: skip
             try:
                 while (text := self._ask(connection, body)) is None:
