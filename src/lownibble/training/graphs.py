@@ -1,7 +1,7 @@
 """CUDA graphs: forward and backward of a microbatch, captured once for each shape and replayed as one launch.
 
 A compiled QLoRA step of 8B shapes launches more than 5,000 kernels, for each of which the host runs some Python. Beside an
-H100 that is as long as the device works, or longer (`benchmarks/results/train-cuda.json` has both times).
+H100 that is as long as the device works, or longer (`benchmarks/results/train-cuda-uncaptured.json` has both times).
 Replaying takes the host out of it.
 
 A graph repeats the same kernels on the same memory, so a pass is made to fit:
