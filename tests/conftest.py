@@ -8,7 +8,7 @@ import warnings
 from collections import Counter
 
 import pytest
-import shared_cores  # noqa: F401 - before anything imports torch
+import surroundings  # noqa: F401 - before anything imports torch
 import torch
 import triton_interpreter  # noqa: F401 - before anything imports triton
 from tokenizers import Tokenizer, models, pre_tokenizers
@@ -70,6 +70,8 @@ def pytest_collection_modifyitems(items):
             item.add_marker(pytest.mark.browser)
         if item.get_closest_marker("gpu") and not torch.cuda.is_available():
             item.add_marker(pytest.mark.skip(reason="no CUDA device"))
+    long = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: item.path not in long)  # what is left to share out at the end takes seconds
 
 
 def pytest_collection_finish():
