@@ -1,4 +1,4 @@
-"""A thousand adapters drawn from PEFT's configuration space: PEFT's logits, or refused by name. Oracle: PEFT."""
+"""Adapters drawn from PEFT's configuration space: PEFT's logits, or refused by name. Oracle: PEFT."""
 
 import warnings
 
@@ -31,7 +31,7 @@ OPTIONS = st.fixed_dictionaries(
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 @settings(
-    max_examples=1000, deadline=None,
+    max_examples=300, deadline=None,
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow, HealthCheck.filter_too_much],
 )  # fmt: skip
 @given(options=OPTIONS)

@@ -11,7 +11,7 @@ from lownibble.config import CompareConfig, DataConfig, LoraConfig, MethodSpec, 
 from lownibble.errors import ConfigError, OutputError
 from lownibble.exporting.convert import export
 from lownibble.registry import CODECS, INITS
-from lownibble.study import bases
+from lownibble.study import bases, cell, jobs
 from lownibble.study import compare as comparing
 from lownibble.study.compare import compare
 from lownibble.study.contents import look
@@ -177,11 +177,11 @@ def test_a_base_is_packed_over_rows_no_longer_than_the_models_positions(study, t
     shutil.copytree(tiny_model, short)
     config = json.loads((short / "config.json").read_text())
     (short / "config.json").write_text(json.dumps({**config, "max_position_embeddings": 24}))
-    [cell, *_] = [each for each in cells(read_study(study)) if each.method == "gptq"]
+    [first, *_] = [each for each in cells(read_study(study)) if each.method == "gptq"]
     with pytest.warns(UserWarning, match="of 24 tokens instead of 32"):
-        found = bases.pack(bases.job(cell.config.with_options(model=str(short)), cell.quantize, tmp_path / "base"))
+        found = bases.pack(bases.job(first.config.with_options(model=str(short)), first.quantize, tmp_path / "base"))
     assert found["calibration"]["row_tokens"] <= 24
-    assert found["config"]["calibration"] == cell.config.data.path
+    assert found["config"]["calibration"] == first.config.data.path
 
 
 def test_a_studys_quant_options_are_refused_where_no_method_is_qlora(study):
@@ -223,7 +223,10 @@ def test_bad_packing_in_a_study_is_refused_before_it_runs(study, old, new, words
 
 
 @pytest.mark.slow
-def test_a_study_packs_a_base_once_for_the_runs_that_share_it(study, tmp_path):
+def test_a_study_packs_a_base_once_for_the_runs_that_share_it(study, tmp_path, monkeypatch):
+    """Bases are packed in processes; cells are worked on here, and methods take turns on bases in the comparison's test."""
+    monkeypatch.setitem(jobs.JOBS, "cell", cell.work)
+    monkeypatch.setitem(jobs.JOBS, "speed", lambda job: {"status": "ok", "skipped": "left out by the test"})
     out = tmp_path / "out"
     run_study(study, out)
     [base] = (out / "bases").iterdir()
