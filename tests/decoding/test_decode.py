@@ -1,5 +1,6 @@
 """Decoding on the 4-bit base. Oracle: transformers' own `generate` and forward on the same layers."""
 
+import re
 from types import SimpleNamespace
 
 import pytest
@@ -8,7 +9,7 @@ from torch import nn
 from transformers import TextStreamer
 
 import lownibble as ln
-from lownibble.decoding import Cache, Decoder
+from lownibble.decoding import CpuDecoder, choose
 from lownibble.errors import ModelError
 from lownibble.quant import QuantLinear
 
@@ -153,11 +154,11 @@ def test_stops_where_transformers_stops(quantized, capsys, tmp_path):
 
 def test_head_exact_in_bfloat16_is_read_from_a_copy(quantized):
     model = quantized()
-    assert Decoder(model)._half is None
+    assert CpuDecoder(model)._half is None
     other = quantized(seed=1)
     with torch.no_grad():
         other.lm_head.weight.copy_(other.lm_head.weight.bfloat16())
-    assert Decoder(other)._half is not None
+    assert CpuDecoder(other)._half is not None
     asked = {**_prompts(), "max_new_tokens": 8, "do_sample": False, "return_dict_in_generate": True, "output_logits": True}
     for a, b in zip(
         other.generate(**asked).logits, other.generate(**asked, custom_generate=ln.decode).logits, strict=True
@@ -168,10 +169,10 @@ def test_head_exact_in_bfloat16_is_read_from_a_copy(quantized):
 def test_long_prompts_go_in_parts(quantized, monkeypatch):
     model = quantized()
     tokens = torch.randint(3, 96, (23,), generator=torch.Generator().manual_seed(2))
-    whole, parts = (Cache(Decoder(model), 1, 23) for _ in range(2))
-    expected = Decoder(model).prompt(tokens, 0, whole)
+    whole, parts = (CpuDecoder(model).cache(1, 23) for _ in range(2))
+    expected = CpuDecoder(model).prompt(tokens, 0, whole)
     monkeypatch.setattr("lownibble.decoding.decoder.PROMPT_TOKENS", 5)
-    torch.testing.assert_close(Decoder(model).prompt(tokens, 0, parts), expected, **CLOSE)
+    torch.testing.assert_close(CpuDecoder(model).prompt(tokens, 0, parts), expected, **CLOSE)
     torch.testing.assert_close(parts.keys, whole.keys, **CLOSE)
     assert parts.nbytes == 2 * 2 * 2 * 23 * 8 * 4
 
@@ -189,11 +190,14 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("family", REFUSED)
-def test_models_of_another_form_are_refused(quantized, family):
+def test_models_of_another_form_run_on_transformers_modules(quantized, family):
     options, says = REFUSED[family]
     model = quantized(family.split()[0], **options)
     with pytest.raises(ModelError, match=f"(?s)({says}).*leave custom_generate out"):
-        model.generate(**_prompts(), max_new_tokens=2, do_sample=False, custom_generate=ln.decode)
+        CpuDecoder(model, 12)
+    assert re.search(says, choose(model, 12).note)
+    asked = {**_prompts(), "max_new_tokens": 5, "do_sample": False}
+    assert torch.equal(model.generate(**asked, custom_generate=ln.decode), model.generate(**asked))
 
 
 def test_dense_layers_training_mode_and_half_precision_are_refused(tiny, quantized):
@@ -203,7 +207,7 @@ def test_dense_layers_training_mode_and_half_precision_are_refused(tiny, quantiz
         (quantized().bfloat16(), "bfloat16"),
     ):
         with pytest.raises(ModelError, match=says):
-            Decoder(model)
+            CpuDecoder(model)
 
 
 @pytest.mark.parametrize("option", [{"num_beams": 2}, {"output_attentions": True, "return_dict_in_generate": True}])

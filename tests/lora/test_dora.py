@@ -11,7 +11,7 @@ from torch.utils._pytree import tree_iter
 from transformers.pytorch_utils import Conv1D
 
 import lownibble as ln
-from lownibble.decoding import Decoder
+from lownibble.decoding import CpuDecoder
 from lownibble.errors import AdapterError, ModelError
 from lownibble.lora.dora import DORA
 from lownibble.lora.init import kaiming
@@ -249,7 +249,7 @@ def test_what_takes_low_rank_sums_only_refuses_it(write, adapt, tmp_path, quant)
         ln.export(adapter, tmp_path / "adapter.gguf", "gguf")
     if quant:
         with pytest.raises(ModelError, match="more than a low-rank sum"):
-            Decoder(model)
+            CpuDecoder(model)
 
 
 @pytest.mark.parametrize("head", [False, True])

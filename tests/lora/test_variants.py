@@ -11,7 +11,7 @@ from safetensors import safe_open
 from torch import nn
 
 import lownibble as ln
-from lownibble.decoding import Decoder
+from lownibble.decoding import CpuDecoder
 from lownibble.errors import AdapterError, ModelError
 from lownibble.lora.active import adapter_configs
 from lownibble.lora.layer import LoraLinear
@@ -100,4 +100,4 @@ def test_loras_files_do_not_fit_it(write, adapt, scaled_rows, monkeypatch):
 def test_batched_decoding_refuses_more_than_a_low_rank_sum(scaled_rows, write, adapt):
     model, _ = adapt(write("llama", hidden_size=64, intermediate_size=128, head_dim=16))
     with pytest.raises(ModelError, match="more than a low-rank sum"):
-        Decoder(model)
+        CpuDecoder(model)

@@ -12,6 +12,7 @@ from transformers import PreTrainedTokenizerFast
 
 import lownibble as ln
 from lownibble.config import ServeConfig
+from lownibble.decoding import choose
 from lownibble.serve.engine import Engine
 from lownibble.serve.http import app
 from lownibble.serve.registry import Registry
@@ -79,12 +80,45 @@ def engine(base, adapters):
 
     def _engine(budget=10**7, dtype=torch.float32, **options):
         model, tokenizer = ln.load(str(base), quant="nf4")
-        registry = Registry(model, adapters, budget, dtype=dtype)
+        decoder = choose(model, 64)
+        registry = Registry(decoder, adapters, budget, dtype=dtype)
         values = {"max_batch": 4, "max_context": 64, "max_queue": 100, "cache_budget": 10**7, **options}
-        made.append(Engine(model, tokenizer, registry, **values))
+        made.append(Engine(decoder, tokenizer, registry, **values))
         return made[-1]
 
     yield _engine
+    for one in made:
+        one.close(0)
+
+
+@pytest.fixture
+def adapters_of(tmp_path):
+    """`adapters_of(base, {name: options of LoraConfig})`: the folder of such adapters, with random values."""
+
+    def _adapters_of(base, options):
+        for seed, (name, lora) in enumerate(options.items()):
+            model, _ = ln.load(str(base), quant="nf4")
+            ln.add_lora(model, ln.LoraConfig(**{"r": 4, "init_lora_weights": False, **lora}), seed=seed)
+            ln.save_adapter(model, tmp_path / "adapters" / name)
+        return tmp_path / "adapters"
+
+    return _adapters_of
+
+
+@pytest.fixture
+def serving():
+    """`serving(base, adapters)`: an engine on any model with those adapters, exact ones; closed in the end."""
+    made = []
+
+    def _serving(base, adapters, **options):
+        model, tokenizer = ln.load(str(base), quant="nf4")
+        decoder = choose(model, 64)
+        registry = Registry(decoder, adapters, 10**7, dtype=torch.float32)
+        values = {"max_batch": 3, "max_context": 64, "max_queue": 100, "cache_budget": 10**7, **options}
+        made.append(Engine(decoder, tokenizer, registry, **values))
+        return made[-1]
+
+    yield _serving
     for one in made:
         one.close(0)
 

@@ -11,6 +11,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import lownibble as ln
+from lownibble.decoding import choose
 from lownibble.errors import AdapterError
 from lownibble.kernels.decoder import PROJECTIONS
 from lownibble.serve.registry import NoRoomError, PinnedError, Registry, UnknownAdapterError
@@ -20,7 +21,7 @@ from lownibble.serve.registry import NoRoomError, PinnedError, Registry, Unknown
 def registry(base, adapters):
     def _registry(budget=10**7, **options):
         model, _ = ln.load(str(base), quant="nf4")
-        return Registry(model, adapters, budget, **options)
+        return Registry(choose(model, 64), adapters, budget, **options)
 
     return _registry
 
@@ -65,9 +66,9 @@ def test_names_are_looked_up_and_never_paths(registry, adapters, tmp_path):
         assert name not in made
         with pytest.raises(UnknownAdapterError, match="There is no adapter"):
             made.acquire(name)
-    assert Registry(made._model, None, 1).names() == []
+    assert Registry(made.decoder, None, 1).names() == []
     with pytest.raises(AdapterError, match="is no folder"):
-        Registry(made._model, tmp_path / "nowhere", 1)
+        Registry(made.decoder, tmp_path / "nowhere", 1)
 
 
 def test_least_recently_used_versions_leave(registry, adapters):

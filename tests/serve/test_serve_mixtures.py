@@ -8,6 +8,7 @@ from mixtures import folder_of
 from safetensors.torch import load_file, save_file
 
 import lownibble as ln
+from lownibble.decoding import choose
 from lownibble.errors import AdapterError
 from lownibble.serve.registry import Registry
 
@@ -35,7 +36,7 @@ def adapters(base, tmp_path):
 
 
 def registry(base, adapters, **options):
-    return Registry(ln.load(str(base), quant="nf4")[0], adapters, 10**7, **options)
+    return Registry(choose(ln.load(str(base), quant="nf4")[0], 64), adapters, 10**7, **options)
 
 
 def alone(base, adapters, prompt, n, name):

@@ -2,7 +2,7 @@
 
 There is no list of model names: a layer qualifies by its modules (the seven projections on packed weights, two norms, optional
 query and key norms; in a mixture, a block with experts in the place of the last three projections). Whether they compute what
-their names say is checked numerically, see `decoder.py`.
+their names say is checked numerically, see `cpu.py`.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lownibble.decoding.decoder import RefusedError
 from lownibble.decoding.mixture import Mixture
-from lownibble.errors import ModelError
 from lownibble.kernels.decoder import PROJECTIONS, Adapter, DecoderLayer, DecoderLayers, LowRank, Projection
 from lownibble.lora.experts import ExpertsLoRA
 from lownibble.lora.layer import LoraLinear
@@ -28,13 +28,6 @@ _LAYER = {"self_attn", "mlp", "input_layernorm", "post_attention_layernorm"}
 _ATTENTION, _MLP = set(PROJECTIONS[:4]), set(PROJECTIONS[4:])
 
 
-def refusal(who: object, why: str) -> ModelError:
-    """The error for a model that Lownibble cannot decode."""
-    return ModelError(
-        f"{type(who).__name__} cannot be decoded by Lownibble: {why}. Use transformers' own loop (leave custom_generate out)."
-    )
-
-
 def read_layers(model: Any) -> DecoderLayers:
     """Read the decoder layers of a causal model; they share the model's tensors.
 
@@ -44,12 +37,14 @@ def read_layers(model: Any) -> DecoderLayers:
     base = model.base_model
     layers = getattr(base, "layers", None)
     if layers is None or not all(hasattr(base, name) for name in ("norm", "rotary_emb")):
-        raise refusal(model, "its parts are not called 'layers', 'norm' and 'rotary_emb'")
+        raise RefusedError(model, "its parts are not called 'layers', 'norm' and 'rotary_emb'")
     activation = getattr(model.config.get_text_config(), "hidden_act", None)
     if activation not in ("silu", "swish"):
-        raise refusal(model, f"its activation is {activation}, not silu")
+        raise RefusedError(model, f"its activation is {activation}, not silu")
     if base.rotary_emb.rope_type not in ROPE_TYPES:
-        raise refusal(model, f"its rotary embedding is '{base.rotary_emb.rope_type}', which depends on more than the position")
+        raise RefusedError(
+            model, f"its rotary embedding is '{base.rotary_emb.rope_type}', which depends on more than the position"
+        )
     return DecoderLayers([_layer(model, f"layer {index}", layer) for index, layer in enumerate(layers)])
 
 
@@ -71,7 +66,7 @@ def _branch(module: nn.Module, adapter: str | None) -> LowRank | None:
         return None
     low = module.adapter(name)
     if not (low.variant.plain or isinstance(low.variant, ExpertsLoRA)):
-        raise refusal(low, "its adapter is more than a low-rank sum")
+        raise RefusedError(low, "its adapter is more than a low-rank sum")
     return LowRank(low.lora_A.detach(), low.lora_B.detach(), low.scale)
 
 
@@ -101,13 +96,13 @@ def _layer(model: Any, name: str, layer: Any) -> DecoderLayer:
         return needed <= found <= needed | allowed
 
     if not holds(layer, _LAYER, set()):
-        raise refusal(model, f"{name} is made of {', '.join(child for child, _ in layer.named_children())}")
+        raise RefusedError(model, f"{name} is made of {', '.join(child for child, _ in layer.named_children())}")
     attention = layer.self_attn
     mixture = is_mixture(layer.mlp)
     if not holds(attention, _ATTENTION, {"q_norm", "k_norm"}) or not (mixture or holds(layer.mlp, _MLP, {"act_fn"})):
-        raise refusal(model, f"attention or feed-forward part of {name} has other projections than {', '.join(PROJECTIONS)}")
+        raise RefusedError(model, f"attention or feed-forward part of {name} has other projections than {', '.join(PROJECTIONS)}")
     if mixture and (dense := Mixture.dense_weights(layer.mlp)):
-        raise refusal(model, f"{dense[0]} of {name} is not on packed weights")
+        raise RefusedError(model, f"{dense[0]} of {name} is not on packed weights")
     found = list(linears(layer).items())[: 4 if mixture else None]
     projections = [_linear(model, f"{name}'s {path.rpartition('.')[2]}", module) for path, module in found]
     head_dim = attention.head_dim
@@ -123,16 +118,16 @@ def _layer(model: Any, name: str, layer: Any) -> DecoderLayer:
 def _norm(model: Any, norm: nn.Module) -> Tensor:
     weight = getattr(norm, "weight", None)
     if not isinstance(weight, Tensor) or not hasattr(norm, "variance_epsilon"):
-        raise refusal(model, f"{type(norm).__name__} is not an RMS norm")
+        raise RefusedError(model, f"{type(norm).__name__} is not an RMS norm")
     return weight.detach()
 
 
 def _linear(model: Any, name: str, module: nn.Module) -> Projection:
     base = module.base if isinstance(module, LoraLinear) else module
     if not isinstance(base, QuantLinear):
-        raise refusal(model, f"{name} is a {type(base).__name__}, not on a packed weight")
+        raise RefusedError(model, f"{name} is a {type(base).__name__}, not on a packed weight")
     bias = base.bias
     if bias is not None and bias.dtype != torch.float32:
-        raise refusal(model, f"the bias of {name} is {bias.dtype}, not float32")
+        raise RefusedError(model, f"the bias of {name} is {bias.dtype}, not float32")
     weight = base.weight
     return Projection(weight.four_bit or weight, None if bias is None else bias.detach())

@@ -1,4 +1,5 @@
-"""`decode`: a generation loop on the 4-bit decoder, for `model.generate(..., custom_generate=lownibble.decode)`.
+"""`decode`: a generation loop for `model.generate(..., custom_generate=lownibble.decode)`, on whichever decoder takes the model
+(`choice.py`).
 
 Options, logits processors and stopping criteria stay transformers'. Only a streamer must be passed as `token_streamer`, and the
 tokenizer as `chat_tokenizer`: `generate` does not forward `streamer` and `tokenizer` to a custom loop.
@@ -13,8 +14,8 @@ from torch import Tensor
 from transformers.generation import GenerateDecoderOnlyOutput
 
 from lownibble.data import end_tokens
-from lownibble.decoding.decoder import Cache, Decoder
-from lownibble.decoding.form import refusal
+from lownibble.decoding.choice import choose
+from lownibble.decoding.decoder import RefusedError
 
 
 @torch.inference_mode()
@@ -34,18 +35,18 @@ def decode(
     refused += ["num_beams"] if (generation_config.num_beams or 1) > 1 else []
     refused += [name for name in ("inputs_embeds", "encoder_outputs") if model_kwargs.get(name) is not None]
     if refused:
-        raise refusal(model, f"it does not do {', '.join(refused)}")
+        raise RefusedError(model, f"it does not do {', '.join(refused)}")
     past = model_kwargs.get("past_key_values")
     if past is not None and past.get_seq_length():
-        raise refusal(model, "it cannot go on from a cache of transformers'")
+        raise RefusedError(model, "it cannot go on from a cache of transformers'")
     if token_streamer is not None:
         token_streamer.put(input_ids)
-    decoder = Decoder(model)
+    decoder = choose(model, generation_config.max_length)
     B = len(input_ids)
     mask = model_kwargs.get("attention_mask")
     mask = torch.ones_like(input_ids) if mask is None else mask
     lengths = mask.sum(dim=1)
-    cache = Cache(decoder, B, generation_config.max_length)
+    cache = decoder.cache(B, generation_config.max_length)
     logits = torch.cat([decoder.prompt(input_ids[row][mask[row] != 0], row, cache) for row in range(B)])
 
     pad, sample = generation_config._pad_token_tensor, generation_config.do_sample

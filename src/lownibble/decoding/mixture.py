@@ -26,8 +26,8 @@ from lownibble.quant.experts import Ends, QuantExperts, products
 from lownibble.quant.linear import is_linear
 
 
-class _Tokens:
-    """What the parts of a block know of the tokens in progress."""
+class Tokens:
+    """What the parts of a block, or the hooks of a model, know of the tokens in progress."""
 
     def __init__(self) -> None:
         self.count = 0
@@ -42,43 +42,56 @@ class _Tokens:
         rows = [((token_of_row >= begin) & (token_of_row < end)).nonzero()[:, 0] for begin, end, _ in self.branches]
         self.sorted = [(of_segment, Ends.of(expert_of_row[of_segment], n_experts)) for of_segment in rows]
 
+    def add_of_experts(self, index: int, x_SK: Tensor, y_SN: Tensor) -> Tensor:
+        """Add the branches of the experts' weight `index` to its product, rows sorted by expert."""
+        for (rows, its_ends), (_, _, of_linears) in zip(self.sorted, self.branches, strict=True):
+            if branch := of_linears[index]:
+                y_SN.index_add_(0, rows, low_rank_of_experts(x_SK[rows], its_ends, branch.A, branch.B, branch.scale))
+        return y_SN
+
+    def add(self, index: int, bias: Tensor | None, x: Tensor, y: Tensor) -> Tensor:
+        """Add the branches of the linear layer `index` to its output, after scaling its rows where a branch has a gain."""
+        x_TK, y_TN = x.reshape(-1, x.shape[-1]), y.view(-1, y.shape[-1])
+        if len(x_TK) != self.count:
+            raise ModelError(
+                f"A linear layer is given {len(x_TK)} rows for {self.count} tokens, so the rows' adapters are not known. Merge "
+                "the adapter (lownibble merge)."
+            )
+        for begin, end, of_linears in self.branches:
+            if branch := of_linears[index]:
+                rows = y_TN[begin:end]
+                if branch.gain is not None:
+                    rows.mul_(gain := branch.gain.to(y))
+                    if bias is not None:
+                        rows.addcmul_(bias, 1 - gain)
+                low = x_TK[begin:end] @ branch.A.to(y).t()
+                rows.addmm_(low, branch.B.to(y).t(), alpha=branch.scale)
+        return y
+
 
 class _Linear(nn.Module):
     """A linear layer and its branches; `index`: of the branches of the layer."""
 
-    def __init__(self, base: nn.Module, index: int, tokens: _Tokens) -> None:
+    def __init__(self, base: nn.Module, index: int, tokens: Tokens) -> None:
         super().__init__()
         self.base, self.index, self.tokens = base, index, tokens
 
     def forward(self, x: Tensor) -> Tensor:
-        y: Tensor = self.base(x)
-        x_TK, y_TN = x.reshape(-1, x.shape[-1]), y.view(-1, y.shape[-1])
-        if len(x_TK) != self.tokens.count:
-            raise ModelError(
-                f"A linear layer of the mixture is given {len(x_TK)} rows for {self.tokens.count} tokens, so the rows' adapters "
-                "are not known. Merge the adapter (lownibble merge)."
-            )
-        for begin, end, of_linears in self.tokens.branches:
-            if branch := of_linears[self.index]:
-                low = x_TK[begin:end] @ branch.A.to(x.dtype).t()
-                y_TN[begin:end].addmm_(low, branch.B.to(x.dtype).t(), alpha=branch.scale)
-        return y
+        bias: Tensor | None = self.base.bias  # type: ignore[assignment]
+        return self.tokens.add(self.index, bias, x, self.base(x))
 
 
 class _Experts(nn.Module):
     """Weights of experts and their branches; `index`: of the branches of the layer."""
 
-    def __init__(self, base: QuantExperts, index: int, tokens: _Tokens) -> None:
+    def __init__(self, base: QuantExperts, index: int, tokens: Tokens) -> None:
         super().__init__()
         self.base, self.index, self.tokens = base, index, tokens
 
     def forward(self, x_SK: Tensor, ends: Ends) -> Tensor:
         weights: Any = self.base.weight
         y_SN = products(x_SK, weights, ends)
-        for (rows, its_ends), (_, _, of_linears) in zip(self.tokens.sorted, self.tokens.branches, strict=True):
-            if branch := of_linears[self.index]:
-                y_SN.index_add_(0, rows, low_rank_of_experts(x_SK[rows], its_ends, branch.A, branch.B, branch.scale))
-        return y_SN
+        return self.tokens.add_of_experts(self.index, x_SK, y_SN)
 
 
 class Mixture:
@@ -90,7 +103,7 @@ class Mixture:
 
     def __init__(self, block: nn.Module) -> None:
         self.linears = self.linears_of(block)
-        self._tokens = _Tokens()
+        self._tokens = Tokens()
         shared: dict[int, Any] = {id(tensor): tensor for tensor in (*block.parameters(), *block.buffers())}
         shared |= {id(part.config): part.config for part in block.modules() if hasattr(part, "config")}
         for index, path in enumerate(self.linears):
@@ -129,7 +142,7 @@ class Mixture:
         ]
 
 
-def _pass_of(container: Any, tokens: _Tokens) -> Any:
+def _pass_of(container: Any, tokens: Tokens) -> Any:
     def forward(hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         tokens.sort(top_k_index, container.num_experts)
         return experts.experts_forward(container, hidden_states, top_k_index, top_k_weights)

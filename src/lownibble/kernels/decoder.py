@@ -104,11 +104,14 @@ class LowRank(NamedTuple):
     Of experts' weights, each with a leading dimension of experts.
 
     The compiled kernels read B by columns: they use it directly if its transpose is contiguous, else a copy.
+
+    `gain`: (N,), or None: what the base's output without its bias is multiplied by (DoRA; B then has the gain in it).
     """
 
     A: Tensor
     B: Tensor
     scale: float
+    gain: Tensor | None = None
 
 
 @dataclass(frozen=True, eq=False)

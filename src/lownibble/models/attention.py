@@ -124,7 +124,7 @@ def segment_attention(model: Any) -> Iterator[None]:
     parameters = inspect.signature(body(model).forward).parameters
     if "position_ids" not in parameters or not any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
         raise refusal(type(model).__name__, "its forward takes no position_ids or hands no arguments on to attention")
-    with _swapped(model, PACKED if kernel_obstacle(model) else ROWS):
+    with swapped(model, PACKED if kernel_obstacle(model) else ROWS):
         yield
 
 
@@ -135,12 +135,17 @@ def causal_attention(model: Any) -> Iterator[None]:
     Raises:
         ModelError: the model's attention implementation cannot be replaced.
     """
-    with _swapped(model, CAUSAL):
+    with swapped(model, CAUSAL):
         yield
 
 
 @contextmanager
-def _swapped(model: Any, implementation: str) -> Iterator[None]:
+def swapped(model: Any, implementation: str) -> Iterator[None]:
+    """Set an attention implementation inside the block.
+
+    Raises:
+        ModelError: the model's attention cannot be replaced.
+    """
     config = model.config
     before = {
         key: getattr(config, key)._attn_implementation for key in config.sub_configs if getattr(config, key, None) is not None

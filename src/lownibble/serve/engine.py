@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 import torch
 
 from lownibble.data import end_tokens
-from lownibble.decoding import Cache, Decoder
+from lownibble.decoding import Decoder
 from lownibble.errors import ConfigError, InputError
 from lownibble.kernels.decoder import Segment
 from lownibble.serve.registry import Loaded, NoRoomError, PinnedError, Registry
@@ -48,18 +48,18 @@ class Engine:
     """Runs requests; `submit` and `cancel` are thread-safe.
 
     Args:
-        model, tokenizer: from `load`, with a 4-bit base.
+        decoder, tokenizer: of a model from `load`.
         max_batch: maximum concurrent sequences; fewer if `cache_budget` (bytes of keys and values) holds fewer.
         max_context: maximum tokens of a sequence, prompt and output; capped at the model's `max_position_embeddings`.
         max_queue: maximum waiting requests; further ones are rejected.
     Raises:
         ConfigError: `cache_budget` does not hold one sequence.
-        ModelError: `Decoder` does not support the model.
+        ModelError: the model cannot attend to as many tokens.
     """
 
     def __init__(
         self,
-        model: Any,
+        decoder: Decoder,
         tokenizer: Any,
         registry: Registry,
         *,
@@ -68,16 +68,16 @@ class Engine:
         max_queue: int,
         cache_budget: int,
     ) -> None:
-        self.decoder, self.registry, self.tokenizer = Decoder(model), registry, tokenizer
-        layer = self.decoder.layers.of[0]
-        max_context = min(max_context, model.config.get_text_config().max_position_embeddings)
-        a_slot = 2 * 4 * len(self.decoder.layers.of) * layer.key_heads * layer.head_dim * max_context
+        self.decoder, self.registry, self.tokenizer, model = decoder, registry, tokenizer, decoder.model
+        most = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+        max_context = min(max_context, most or max_context)
+        a_slot = max(1, decoder.slot_bytes(max_context))
         if cache_budget < a_slot:
             raise ConfigError(
                 f"A sequence of {max_context} tokens takes {a_slot / 1e6:.0f} MB of keys and values, and --cache-budget is "
                 f"{cache_budget / 1e6:.0f} MB. Allow more, or shorter sequences (--max-context)."
             )
-        self.cache = Cache(self.decoder, min(max_batch, cache_budget // a_slot), max_context)
+        self.cache = decoder.cache(min(max_batch, cache_budget // a_slot), max_context)
         self.max_queue = max_queue
         self.eos = end_tokens(model, tokenizer)
         self._idle: OrderedDict[int, _Kept] = OrderedDict((slot, _Kept(None, [])) for slot in range(self.cache.slots))
@@ -215,7 +215,8 @@ class Engine:
         shared = {slot: _in_common(kept, key, prompt) for slot, kept in self._idle.items()}
         slot = max(shared, key=lambda one: shared[one])
         try:
-            one = Running(request, slot, loaded, shared[slot], self.tokenizer.backend_tokenizer)
+            reused = self.cache.resume(slot, shared[slot])
+            one = Running(request, slot, loaded, reused, self.tokenizer.backend_tokenizer)
         except Exception as error:  # keep the slot idle and release the adapter
             if loaded:
                 self.registry.release(loaded)
@@ -272,7 +273,7 @@ class Engine:
         logits = self.decoder.step(
             torch.tensor(tokens), torch.tensor(slots), torch.tensor(positions), self.cache, segments=segments,
             wanted=torch.tensor(wanted, dtype=torch.int64),
-        )  # fmt: skip
+        ).float().cpu()  # fmt: skip
         for one, n in parts:
             one.done += n
         for (one, read), row in zip(takers, logits, strict=True):

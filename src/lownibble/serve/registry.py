@@ -20,7 +20,6 @@ import threading
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -28,7 +27,7 @@ from safetensors.torch import load as parse_safetensors
 from torch import Tensor
 
 from lownibble.config import LoraConfig
-from lownibble.decoding import branch_paths
+from lownibble.decoding import Decoder
 from lownibble.errors import AdapterError, InputError
 from lownibble.kernels.decoder import Adapter, LowRank
 from lownibble.lora.adapter import AdapterFile
@@ -92,10 +91,10 @@ class Loaded:
 
 
 class Registry:
-    """The adapters in the sub-folders of `folder`, for `model`; thread-safe.
+    """The adapters in the sub-folders of `folder`, for the model of `decoder`; thread-safe.
 
     Args:
-        model: from `load`, with a 4-bit base.
+        decoder: what will compute with them.
         folder: None: no adapters.
         budget: maximum bytes of the held adapters.
         max_rank, max_bytes: larger adapters are rejected.
@@ -105,7 +104,7 @@ class Registry:
 
     def __init__(
         self,
-        model: Any,
+        decoder: Decoder,
         folder: Path | None,
         budget: int,
         *,
@@ -118,8 +117,8 @@ class Registry:
             raise AdapterError(f"'{folder}' is no folder. Name one whose sub-folders are adapters.")
         self.folder, self.budget, self.dtype, self.any_base = folder, budget, dtype, any_base
         self.max_rank, self.max_bytes = max_rank, max_bytes
-        self._model, self._facts = model, base_facts(model)
-        self._paths = branch_paths(model)
+        self.decoder, self._model, self._facts = decoder, decoder.model, base_facts(decoder.model)
+        self._paths = decoder.paths
         self._held: dict[str, Loaded] = {}  # current versions, least recently used first
         self._old: list[Loaded] = []  # outdated versions that requests still use
         self._withdrawn: set[str] = set()

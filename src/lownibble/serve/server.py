@@ -14,6 +14,7 @@ import torch
 import uvicorn
 
 from lownibble.config import ServeConfig
+from lownibble.decoding import choose
 from lownibble.errors import ConfigError, ModelError
 from lownibble.models import load
 from lownibble.options import n_bytes
@@ -28,20 +29,21 @@ def make_service(config: ServeConfig) -> Service:
 
     Raises:
         ConfigError: a budget is too small, or a key is empty.
-        ModelError: the model is missing, damaged, not supported by `Decoder`, or has no fast tokenizer.
+        ModelError: the model is missing, damaged, not supported by any decoder, or has no fast tokenizer.
         AdapterError: the adapter folder is missing.
     """
     model, tokenizer = load(config.model, quant=config.quant, dtype=torch.float32, device="cpu", revision=config.revision)
     if getattr(tokenizer, "backend_tokenizer", None) is None:
         raise ModelError(f"'{config.model}' has no fast tokenizer (tokenizer.json). Save its tokenizer again with transformers.")
     folder = None if config.adapters is None else Path(config.adapters).expanduser()
+    decoder = choose(model, config.max_context)
     registry = Registry(
-        model, folder, n_bytes(config.adapter_budget), max_rank=config.max_rank,
+        decoder, folder, n_bytes(config.adapter_budget), max_rank=config.max_rank,
         max_bytes=None if config.max_adapter is None else n_bytes(config.max_adapter),
         dtype=getattr(torch, config.adapter_dtype), any_base=config.any_base,
     )  # fmt: skip
     engine = Engine(
-        model, tokenizer, registry, max_batch=config.max_batch, max_context=config.max_context, max_queue=config.max_queue,
+        decoder, tokenizer, registry, max_batch=config.max_batch, max_context=config.max_context, max_queue=config.max_queue,
         cache_budget=n_bytes(config.cache_budget),
     )  # fmt: skip
     keys = [config.api_key, os.environ.get("LOWNIBBLE_API_KEY")], [config.admin_key, os.environ.get("LOWNIBBLE_ADMIN_KEY")]
@@ -89,6 +91,7 @@ def run_server(config: ServeConfig, tell: Callable[[str], None]) -> dict[str, An
         )  # fmt: skip
         names = service.registry.names()
         listener.listen(server.config.backlog)  # uvicorn would only after `tell`: early clients would be refused
+        tell(f"decoder: {service.engine.decoder.note}")
         tell(f"{service.names[0]} and {len(names)} adapter{'s' * (len(names) != 1)} at {address}/v1")
         server.run(sockets=[listener])
         service.engine.close(0)

@@ -18,7 +18,7 @@ from transformers import GenerationConfig, StoppingCriteriaList
 from lownibble import launch
 from lownibble.config import DataConfig
 from lownibble.data import Dataset, cut, encoder_ids, end_tokens, prompts
-from lownibble.decoding import Decoder, decode
+from lownibble.decoding import CpuDecoder, decode
 from lownibble.errors import DataError, ModelError
 from lownibble.study import metrics
 from lownibble.study.tasks import KINDS
@@ -115,7 +115,7 @@ def _own_loop(model: Any) -> dict[str, Any]:
     if any(isinstance(parameter, DTensor) for parameter in model.parameters()):
         return {}  # a part of each layer: only its own forward pass gathers the rest
     try:
-        Decoder(model)
+        CpuDecoder(model)
     except ModelError:
         return {}
     return {"custom_generate": decode}

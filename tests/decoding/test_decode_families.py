@@ -1,0 +1,161 @@
+"""Decoding by transformers' own modules. Oracle: transformers' `generate` on each prompt alone, with its own cache."""
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import lownibble as ln
+from lownibble.decoding import choose
+from lownibble.decoding.modules import ModulesDecoder
+from lownibble.errors import ModelError
+from lownibble.kernels.decoder import Adapter, LowRank, Segment
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "models"))
+from architectures import build, quiet
+
+TOGETHER = ("gemma3_text", "gemma2", "phi", "gpt2", "glm", "qwen3", "opt", "gpt_oss", "deepseek_v3", "cohere2")
+APART = {
+    "falcon": "interface", "bloom": "no positions", "mamba": "no positions", "qwen3_next": "kind 'linear_attention'",
+    "llama4_text": "chunk", "jamba": "kind 'linear_attention'",
+}  # fmt: skip
+NEW = 6
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def louder(model):
+    """Weights large enough that what precedes a token decides what follows it."""
+    generator = torch.Generator().manual_seed(4)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.ndim >= 2 and "norm" not in name and "conv" not in name:
+                parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.12)
+    return model
+
+
+def rows():
+    """Prompts of unlike lengths, one of them longer than the windows of the tiny models."""
+    generator = torch.Generator().manual_seed(1)
+    return [torch.randint(3, 96, (n,), generator=generator).tolist() for n in (5, 2, 9, 40)]
+
+
+def alone(model, prompt):
+    with quiet():
+        ids = torch.tensor([prompt])
+        found = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=NEW, do_sample=False, pad_token_id=0,
+                               eos_token_id=None)  # fmt: skip
+    return found[0, len(prompt) :].tolist()
+
+
+def decoded(decoder, prompts, adapters):
+    """Greedy tokens: prompts in parts of up to 4 tokens, with what others have in the same step, then a token of each a step."""
+    cache = decoder.cache(len(prompts), 64)
+    known, done = [list(prompt) for prompt in prompts], [0] * len(prompts)
+    while any(len(tokens) < len(prompt) + NEW for tokens, prompt in zip(known, prompts, strict=True)):
+        tokens, slots, positions, segments, last = [], [], [], [], {}
+        for slot, prompt in enumerate(prompts):
+            if len(known[slot]) == len(prompt) + NEW:
+                continue
+            part = known[slot][done[slot] : done[slot] + 4]
+            if adapters[slot]:
+                segments.append(Segment(len(tokens), len(tokens) + len(part), adapters[slot]))
+            tokens += part
+            slots += [slot] * len(part)
+            positions += range(done[slot], done[slot] + len(part))
+            done[slot] += len(part)
+            if done[slot] == len(known[slot]):
+                last[slot] = len(tokens) - 1
+        with torch.inference_mode():
+            logits = decoder.step(torch.tensor(tokens), torch.tensor(slots), torch.tensor(positions), cache, segments=segments,
+                                  wanted=torch.tensor(list(last.values()), dtype=torch.int64))  # fmt: skip
+        for slot, row in zip(last, logits, strict=True):
+            known[slot].append(int(row.argmax()))
+    return [tokens[len(prompt) :] for tokens, prompt in zip(known, prompts, strict=True)]
+
+
+@pytest.mark.parametrize("kind", [*TOGETHER, *APART])
+def test_mixed_sequences_give_the_tokens_of_each_alone(kind):
+    model = louder(build(kind, 96))
+    with quiet():
+        decoder = choose(model, 64)
+    assert isinstance(decoder, ModulesDecoder)
+    assert decoder.together == (kind in TOGETHER)
+    assert "all sequences at once" in decoder.note if kind in TOGETHER else APART[kind] in decoder.note
+    expected = [alone(model, prompt) for prompt in rows()]
+    assert len({tuple(tokens) for tokens in expected}) > 2
+    assert decoded(decoder, rows(), [None] * 4) == expected
+
+
+def adapter_of(model, decoder, name):
+    """The branches of an adapter that the model carries, as a step takes them."""
+    found = []
+    for path in decoder.paths[0]:
+        module = model.get_submodule(path)
+        low = module.adapters[name] if hasattr(module, "adapters") and name in module.adapters else None
+        found.append(low and LowRank(low.lora_A.detach(), low.lora_B.detach(), low.scale))
+    return Adapter([found])
+
+
+@pytest.mark.parametrize("kind", ["gemma3_text", "gpt2", "deepseek_v3", "falcon"])
+def test_adapters_are_mixed_in_a_step(kind):
+    """Of linear layers and Conv1D, together and apart. Oracle: transformers' generate with the adapter active in the layers."""
+    model = louder(build(kind, 96))
+    for seed, name in enumerate(("one", "two")):
+        targets = ["q_b_proj", "o_proj", "shared_experts.down_proj"] if kind == "deepseek_v3" else "all-linear"
+        ln.add_lora(model, ln.LoraConfig(r=2 + seed, target_modules=targets, init_lora_weights=False), name=name, seed=seed)
+    model.eval()
+    adapters = [None, "one", "two", "one"]
+    expected = []
+    for prompt, name in zip(rows(), adapters, strict=True):
+        ln.set_adapter(model, name)
+        expected.append(alone(model, prompt))
+    ln.set_adapter(model, None)
+    assert expected[1:] != [alone(model, prompt) for prompt in rows()[1:]]
+    with quiet():
+        decoder = choose(model, 64)
+    held = {name: adapter_of(model, decoder, name) for name in ("one", "two")}
+    assert decoded(decoder, rows(), [held.get(name) for name in adapters]) == expected
+    assert decoded(decoder, rows(), [None] * 4) == [alone(model, prompt) for prompt in rows()], "nothing is left behind"
+
+
+def test_what_decode_runs_is_the_models_own_adapter():
+    model = louder(build("phi", 96))
+    ln.add_lora(model, ln.LoraConfig(r=2, target_modules="all-linear", init_lora_weights=False, use_dora=True)).eval()
+    ids = torch.tensor([[0, 0, 9, 8, 7], [5, 6, 7, 8, 9]])
+    asked = {
+        "attention_mask": (ids > 0).long(),
+        "max_new_tokens": NEW,
+        "do_sample": False,
+        "pad_token_id": 0,
+        "eos_token_id": None,
+    }
+    assert torch.equal(model.generate(ids, **asked, custom_generate=ln.decode), model.generate(ids, **asked))
+
+
+@pytest.mark.parametrize("kind", ["gemma3_text", "falcon", "mamba"])
+def test_a_slot_goes_on_from_a_prefix_or_starts_anew(kind):
+    model = louder(build(kind, 96))
+    with quiet():
+        decoder = choose(model, 64)
+    cache = decoder.cache(1, 64)
+    prompt = torch.tensor(rows()[3])
+    with torch.inference_mode():
+        first = decoder.prompt(prompt, 0, cache)
+        kept = cache.resume(0, 20)
+        assert kept == (0 if kind == "mamba" else 20)
+        again = decoder.prompt(prompt[kept:], 0, cache, position=kept)
+    torch.testing.assert_close(again, first, rtol=1e-4, atol=1e-4)
+    assert cache.nbytes >= (0 if kind == "mamba" else 1) * 40 * decoder.slot_bytes(1)
+
+
+def test_training_mode_is_refused():
+    with pytest.raises(ModelError, match="training mode"):
+        choose(build("gpt2", 96).train(), 64)
