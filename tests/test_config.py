@@ -49,7 +49,7 @@ VALUES = {
     "parallel": "ddp",
     "adapter": "some/adapter", "task": "nli", "harness": ["hellaswag", "arc_easy"], "harness_path": "tasks", "limit": 12,
     "num_fewshot": 3, "quantized": True, "any_base": True, "output": "merged", "onto": "nf4", "base": "some/base",
-    "merge_aware": True,
+    "merge_aware": True, "preload": True,
     "adapters": "some/folder", "host": "0.0.0.0", "port": 8123, "api_key": "k", "admin_key": "a", "max_batch": 3,
     "max_context": 99, "max_queue": 5, "max_body": "2MB", "max_requests": 7, "max_prompt": 8, "max_output": 9,
     "max_adapter": "2MB", "max_rank": 9, "adapter_dtype": "float32", "adapter_budget": "3MB", "cache_budget": "4MB",

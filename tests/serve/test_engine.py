@@ -1,6 +1,7 @@
 """Continuous batching. Oracle: transformers' own greedy loop on the model with one adapter loaded, a request alone."""
 
 import json
+import shutil
 import threading
 import time
 
@@ -349,3 +350,19 @@ def test_text_within_a_character():
         assert decoded(ids[:n], ids[n:]) == "\U0001f9ff it is"
     # bytes that are no text are told, and do not end the answer
     assert decoded(ids[:1], [ids[inside[0] - 1], *ids[-2:]]).endswith(" it is")
+
+
+def test_dora_shares_steps_with_others(base, adapters, adapt, engine, ask):
+    """On the CPU's decoder. Its contribution has no scale."""
+    shutil.move(adapt(base, "nf4", name="dora", size=4.0, target_modules="all-linear", use_dora=True)[1], adapters / "dora")
+    made = engine()
+    cases = [(prompt, name) for prompt in PROMPTS for name in (None, "one", "dora")]
+    expected = [alone(base, adapters, prompt, 8, name) for prompt, name in cases]
+    assert expected[2::3] != expected[::3]
+    told = [ask(made, prompt, adapter=name)[1] for prompt, name in cases]
+    for one in told:
+        one.wait()
+    assert [one.tokens for one in told] == expected
+    refused = ask(made, PROMPTS[0], adapter="dora", scale=0.5)[1].wait()
+    assert isinstance(refused, Failed)
+    assert "no scale" in str(refused.error)

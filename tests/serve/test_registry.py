@@ -224,9 +224,42 @@ def test_what_cannot_be_shared_in_a_batch_is_refused(registry, adapters, base, a
     shutil.move(adapt(base, "nf4", name="head", target_modules=["q_proj", "lm_head"])[1], adapters / "head")
     with pytest.raises(AdapterError, match=r"changes '.*lm_head.*', which is not shared .* Merge it"):
         registry().acquire("head")
-    shutil.move(adapt(base, "nf4", name="dora", use_dora=True)[1], adapters / "dora")
-    with pytest.raises(AdapterError, match=r"'dora' is DoRA, .* Merge it \(lownibble merge\) and serve the result"):
-        registry().acquire("dora")
+
+
+def test_folders_may_have_any_name(registry, adapters):
+    names = ["client 7 (v2)", "Ünïcode-适配器", "_under", "a+b=c", "x" * 200]
+    for name in names:
+        shutil.copytree(adapters / "two", adapters / name)
+    made = registry()
+    assert made.names() == sorted(["one", "two", "three", *names])
+    assert len({made.acquire(name).digest for name in names}) == 1
+
+
+def test_what_is_not_taken_is_said(registry, adapters, base, adapt):
+    for name in ("demo", "damaged", "line\nbreak"):
+        shutil.copytree(adapters / "one", adapters / name)
+    (adapters / "empty").mkdir()
+    (adapters / ".hidden").mkdir()
+    (adapters / "damaged" / "adapter_model.safetensors").write_bytes(b"nothing")
+    shutil.move(adapt(base, "nf4", name="head", target_modules=["q_proj", "lm_head"])[1], adapters / "head")
+    made = registry(reserved=("demo",))
+    assert made.examine() == []
+    says = {
+        "demo": "base is called so", "damaged": "is damaged", "line\\nbreak": "cannot be printed", "head": "Merge it",
+        "empty": "no adapter_config.json",
+    }  # fmt: skip
+    assert made.not_taken.keys() == says.keys()
+    assert all(text in made.not_taken[name] for name, text in says.items()), made.not_taken
+    assert str(adapters) not in "".join(made.not_taken.values())
+    shutil.copy(adapters / "one" / "adapter_model.safetensors", adapters / "damaged")
+    made.release(made.acquire("damaged"))
+    assert "damaged" not in made.not_taken, "it has been mended"
+
+
+def test_preloading_goes_on_while_the_budget_lasts(registry, adapters):
+    made = registry(size_of(adapters, "one") + size_of(adapters, "two"))
+    assert made.examine(preload=True) == ["one", "two"]
+    assert (made.loads, made.evictions, made.not_taken) == (2, 0, {})
 
 
 def test_reading_one_holds_up_nobody(registry, monkeypatch):

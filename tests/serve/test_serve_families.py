@@ -8,6 +8,7 @@ from lownibble.decoding.modules import ModulesDecoder
 
 TARGETS = {
     "one": {"target_modules": "all-linear"},
+    "dora": {"target_modules": r".*\.(o_proj|c_proj|fc2|dense)", "use_dora": True},
     "two": {"r": 2, "target_modules": r".*\.(o_proj|c_proj|fc2|dense)", "use_rslora": True},
 }  # fmt: skip
 

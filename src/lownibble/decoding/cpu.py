@@ -81,8 +81,6 @@ def _check_window(model: Any, capacity: int) -> None:
 class CpuDecoder(Decoder):
     """A model's decoder layers, ready for decode steps. Shares the model's weights; recreate it if they move or change."""
 
-    scales_rows = False
-
     def __init__(self, model: Any, capacity: int = 0) -> None:
         """Read the model, for sequences of up to `capacity` tokens.
 

@@ -53,13 +53,11 @@ class Decoder(ABC):
         note: one line for the user: which decoder this is, and why.
         paths: by layer, the paths of the linear layers and experts' weights that adapters may change, in the order of an
             adapter's branches.
-        scales_rows: whether an adapter's branches may have a `gain` (DoRA).
     """
 
     model: Any
     note: str
     paths: Sequence[Sequence[str]]
-    scales_rows: bool
 
     @abstractmethod
     def cache(self, slots: int, capacity: int) -> Cache:

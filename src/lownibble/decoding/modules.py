@@ -137,8 +137,6 @@ class ModulesDecoder(Decoder):
         ModelError: it is in training mode, or no causal model that can be continued.
     """
 
-    scales_rows = True
-
     def __init__(self, model: Any, why: str) -> None:
         if model.training:
             raise RefusedError(model, "it is in training mode (model.eval() ends that)")

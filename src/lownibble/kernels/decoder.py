@@ -3,7 +3,8 @@
 A layer is `x += O attention(rotate(Q norm(x)), rotate(K norm(x)), V norm(x))`, then `x += Down(silu(Gate norm(x)) * Up norm(x))`,
 with RMS norms and seven packed projections, each with an optional low-rank branch. In a mixture of experts a layer has the four
 projections of attention, and its second half is a `FeedForward`, which is called between the layers. Compiled kernels support
-only 4-bit projections; with other codecs the layers run here. `native/decoder.h` explains why the layers are one operation;
+only 4-bit projections and low-rank sums: with other codecs, and in steps with DoRA adapters, the layers run here.
+`native/decoder.h` explains why the layers are one operation;
 `decoding/` determines which models have this form.
 """
 
@@ -127,6 +128,11 @@ class Adapter:
         """The largest rank."""
         return max((branch.A.shape[-2] for branches in self.of for branch in branches if branch), default=0)
 
+    @cached_property
+    def has_gains(self) -> bool:
+        """Whether some branches scale the base's output, which the compiled kernels do not do."""
+        return any(branch.gain is not None for branches in self.of for branch in branches if branch)
+
 
 class Segment(NamedTuple):
     """Tokens [begin, end) and their adapter."""
@@ -178,6 +184,9 @@ def _decoder_layer(
     def project(index: int, x: Tensor) -> Tensor:
         weight, bias = layer.projections[index]
         y = gemv(x, weight) if isinstance(weight, FourBit) else weight.matvec(x)
+        for begin, end, of_projection in branches:
+            if (branch := of_projection[index]) and branch.gain is not None:
+                y[begin:end] *= branch.gain
         if bias is not None:
             y = y + bias
         for begin, end, of_projection in branches:

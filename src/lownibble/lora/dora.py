@@ -57,9 +57,7 @@ class _DoRA(Variant):
         return parameter_shapes(n_in, n_out, r, use_dora=True)
 
     def start(self, base: nn.Linear | QuantLinear, adapter: LowRank) -> None:
-        weight = base.weight.dequantize(torch.float32) if isinstance(base, QuantLinear) else matrix(base).detach()
-        norms = torch.linalg.vector_norm(weight, dim=1, dtype=torch.float32)
-        adapter.register_buffer("row_squares", norms.square_(), persistent=False)
+        adapter.register_buffer("row_squares", row_squares(base), persistent=False)
         adapter.magnitude.data.copy_(_norm(base, adapter, base.weight.dtype))
 
     def forward(self, base: nn.Linear | QuantLinear, adapter: LowRank, x: Tensor, dropout: float) -> Tensor:
@@ -82,9 +80,28 @@ DORA = _DoRA()
 
 
 @torch.no_grad()
+def row_squares(base: nn.Linear | QuantLinear) -> Tensor:
+    """||w_i||^2 of each row of a base, (out,) float32."""
+    weight = base.weight.dequantize(torch.float32) if isinstance(base, QuantLinear) else matrix(base).detach()
+    norms: Tensor = torch.linalg.vector_norm(weight, dim=1, dtype=torch.float32)
+    return norms.square_()
+
+
+def row_gains(base: nn.Linear | QuantLinear, parameters: Mapping[str, Tensor], scale: float, squares: Tensor) -> Tensor:
+    """m / n of an adapter whose `parameters` are fixed, (out,) float32; `squares`: of `row_squares`."""
+    A, B = parameters["lora_A"].float(), parameters["lora_B"].float()
+    return parameters["magnitude"].float() / _row_norm(base, A, B, scale, squares, torch.float32)
+
+
 def _norm(base: nn.Linear | QuantLinear, adapter: LowRank, dtype: torch.dtype) -> Tensor:
+    return _row_norm(base, adapter.lora_A.detach(), adapter.lora_B.detach(), adapter.scale, adapter.row_squares, dtype)
+
+
+@torch.no_grad()
+def _row_norm(
+    base: nn.Linear | QuantLinear, A: Tensor, B: Tensor, s: float, squares: Tensor, dtype: torch.dtype
+) -> Tensor:  # fmt: skip
     """||W + s B A|| of each row, (out,) float32, from a product with W in `dtype`."""
-    A, B, s = adapter.lora_A.detach(), adapter.lora_B.detach(), adapter.scale
     if not isinstance(base, QuantLinear):
         product = A.to(base.weight.dtype) @ matrix(base).t()
     elif torch.compiler.is_compiling():
@@ -92,7 +109,7 @@ def _norm(base: nn.Linear | QuantLinear, adapter: LowRank, dtype: torch.dtype) -
     else:
         product = base.weight.matmul(A.to(dtype))
     inner = torch.addmm(product.float().t(), B, A @ A.t(), beta=2, alpha=s)  # (out, r)
-    return (inner.mul_(B).sum(1).mul_(s).add_(adapter.row_squares)).clamp_min_(_TINY).sqrt_()
+    return (inner.mul_(B).sum(1).mul_(s).add_(squares)).clamp_min_(_TINY).sqrt_()
 
 
 def _rescaled(z: Tensor, adapter: LowRank, norm: Tensor, bias: Tensor | None) -> Tensor:

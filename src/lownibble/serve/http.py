@@ -83,7 +83,8 @@ def app(service: Service) -> FastAPI:
     @made.get("/v1/models")
     async def models() -> dict[str, Any]:
         names = await run_in_threadpool(service.registry.names)
-        return {"object": "list", "data": [_model(service, name) for name in (service.names[0], *names)]}
+        refused = [{"id": name, "reason": why} for name, why in sorted(service.registry.not_taken.items())]
+        return {"object": "list", "data": [_model(service, name) for name in (service.names[0], *names)], "not_taken": refused}
 
     @made.get("/v1/models/{name:path}")
     async def model(name: str) -> dict[str, Any]:

@@ -41,8 +41,9 @@ class Metrics:
             "requests_running": "Requests that have a slot.", "requests_waiting": "Requests that wait.",
             "adapter_bytes": "Bytes of the adapters held.", "adapters_held": "Adapters held.",
             "adapter_loads": "Adapters read since the start.", "adapter_hits": "Requests whose adapter was held.",
-            "adapter_evictions": "Adapters that made room for others.", "cache_bytes": "Bytes of the key-value cache.",
-            "process_bytes": "Resident memory of the process.",
+            "adapter_evictions": "Adapters that made room for others.",
+            "adapters_not_taken": "Folders of adapters that cannot be served; /v1/models says why.",
+            "cache_bytes": "Bytes of the key-value cache.", "process_bytes": "Resident memory of the process.",
         }  # fmt: skip
         self._gauges = {name: Gauge(f"lownibble_{name}", text, registry=self._all) for name, text in gauges.items()}
 
@@ -71,8 +72,8 @@ class Metrics:
         now = {
             "requests_running": engine.running, "requests_waiting": engine.waiting, "adapter_bytes": registry.nbytes,
             "adapters_held": len(registry.held), "adapter_loads": registry.loads, "adapter_hits": registry.hits,
-            "adapter_evictions": registry.evictions, "cache_bytes": engine.cache.nbytes,
-            "process_bytes": self._process.memory_info().rss,
+            "adapter_evictions": registry.evictions, "adapters_not_taken": len(registry.not_taken),
+            "cache_bytes": engine.cache.nbytes, "process_bytes": self._process.memory_info().rss,
         }  # fmt: skip
         for name, value in now.items():
             self._gauges[name].set(value)

@@ -1,12 +1,15 @@
 """The adapters of a folder: validated before anything is evicted for them, held within a budget, never changed during a request.
 
-A name must match `_NAME` (no path separators, no leading dot) before it is joined to the folder's path. A held adapter was read
-from one version of its files: a request keeps the version it began with, and the next one gets what the folder holds by then.
+A folder may have any name that is one plain component of a path and can be printed (`_is_name`); those with a leading dot are
+other programs' business. What cannot be served is known by name and reason (`not_taken`): `examine` checks configurations and
+shapes of all. A held adapter was read from one version of its files: a request keeps the version it began with, and the next one
+gets what the folder holds by then.
 Least recently used adapters are evicted to make room for new ones, unless they are pinned or in use.
 
 An adapter's values lie in one contiguous buffer, in the order in which a step reads them, by default in float16: a batch of
 different adapters is bound by memory bandwidth. The rounding error is at most 2^-11 relative for magnitudes of 6e-5 or more, and
-3e-8 absolute below; products and sums are in float32. An adapter with a value beyond float16's range is held in float32.
+3e-8 absolute below; products and sums are in float32. An adapter with a value beyond float16's range is held in float32. DoRA's
+row gains, which multiply the base's output, are float32 always.
 """
 
 from __future__ import annotations
@@ -17,9 +20,11 @@ import logging
 import mmap
 import re
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
+from typing import Any, TypeVar
 
 import torch
 from safetensors import SafetensorError
@@ -32,13 +37,17 @@ from lownibble.errors import AdapterError, InputError
 from lownibble.kernels.decoder import Adapter, LowRank
 from lownibble.lora.adapter import AdapterFile
 from lownibble.lora.apart import fitted
+from lownibble.lora.dora import DORA, row_gains, row_squares
 from lownibble.lora.portable import CONFIG_FILE, WEIGHTS_FILE
 from lownibble.lora.provenance import base_facts, other_codec, other_weights
 from lownibble.lora.targets import scale_of
 from lownibble.lora.variants import variant_of
 
+_T = TypeVar("_T")
 _log = logging.getLogger(__name__)
-_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
+_LONGEST_NAME = 255
+"""Bytes; file systems have no longer ones."""
+
 _ATTEMPTS = 3
 _REPEATED_GROUP, _REPEATS, _MOST_REPEATS = re.compile(r"\)\s*[*+{?]"), re.compile(r"[*+{]"), 4
 
@@ -81,6 +90,8 @@ class Loaded:
         """The adapter with every scale multiplied by `by`; shares the tensors."""
         if by == 1:
             return self.adapter
+        if self.adapter.has_gains:
+            raise AdapterError(f"Adapter '{self.name}' is DoRA, whose contribution has no scale. Leave lora_scale out.")
         if by not in self._scaled:
             if len(self._scaled) >= 8:
                 self._scaled.clear()
@@ -100,6 +111,9 @@ class Registry:
         max_rank, max_bytes: larger adapters are rejected.
         dtype: of the held adapters: float16 or float32.
         any_base: also accept adapters whose metadata says that they were trained on other weights.
+        reserved: names of the base, which no adapter may have.
+    Attributes:
+        not_taken: name -> why, of the folders that cannot be served, as far as they were looked at.
     """
 
     def __init__(
@@ -112,6 +126,7 @@ class Registry:
         max_bytes: int | None = None,
         dtype: torch.dtype = torch.float16,
         any_base: bool = False,
+        reserved: Collection[str] = (),
     ) -> None:
         if folder is not None and not folder.is_dir():
             raise AdapterError(f"'{folder}' is no folder. Name one whose sub-folders are adapters.")
@@ -119,6 +134,9 @@ class Registry:
         self.max_rank, self.max_bytes = max_rank, max_bytes
         self.decoder, self._model, self._facts = decoder, decoder.model, base_facts(decoder.model)
         self._paths = decoder.paths
+        self._row_squares: dict[str, Tensor] = {}  # path of a layer -> of its base, for DoRA
+        self._reserved = frozenset(reserved)
+        self.not_taken: dict[str, str] = {}
         self._held: dict[str, Loaded] = {}  # current versions, least recently used first
         self._old: list[Loaded] = []  # outdated versions that requests still use
         self._withdrawn: set[str] = set()
@@ -128,16 +146,43 @@ class Registry:
 
     def names(self) -> list[str]:
         """The names of all available adapters, sorted."""
-        if self.folder is None:
-            return []
-        found = (path.name for path in self.folder.iterdir() if _NAME.fullmatch(path.name) and (path / CONFIG_FILE).is_file())
-        return sorted(set(found) - self._withdrawn)
+        return [] if self.folder is None else sorted(path.name for path in self.folder.iterdir() if path.name in self)
 
     def __contains__(self, name: str) -> bool:
-        return (
-            self.folder is not None and _NAME.fullmatch(name) is not None and name not in self._withdrawn
-            and (self.folder / name / CONFIG_FILE).is_file()
-        )  # fmt: skip
+        if self.folder is None or not _is_name(name) or name in self._reserved or name in self._withdrawn:
+            return False
+        return (self.folder / name / CONFIG_FILE).is_file()
+
+    def examine(self, *, preload: bool = False) -> list[str]:
+        """Check all adapters, so that `not_taken` is complete, and with `preload` hold them while the budget lasts; returns the
+        names of those held."""
+        if self.folder is None:
+            return []
+        for path in sorted(self.folder.iterdir()):
+            if not path.is_dir() or path.name.startswith("."):
+                continue
+            name = path.name
+            if not (path / CONFIG_FILE).is_file():
+                self.not_taken[name] = f"it has no {CONFIG_FILE}"
+            elif not _is_name(name):
+                self.not_taken[name.encode("unicode_escape", "surrogatepass").decode()] = "its name cannot be printed"
+            elif name in self._reserved:
+                self.not_taken[name] = "the base is called so"
+            elif name in self:
+                self._examine(name, preload)
+        if (self.folder / CONFIG_FILE).is_file():
+            self.not_taken[self.folder.name] = "it is an adapter itself: name the folder that it is in"
+        return list(self.held)
+
+    def _examine(self, name: str, preload: bool) -> None:
+        try:
+            _, expected = self._guarded(name, partial(self._checked, name))
+            if preload and self.nbytes + self._size(expected) <= self.budget:
+                self.load(name)
+        except InputError as error:
+            self.not_taken[name] = str(error)
+        else:
+            self.not_taken.pop(name, None)
 
     @property
     def nbytes(self) -> int:
@@ -170,8 +215,8 @@ class Registry:
                 with self._lock:
                     if (held := self._held.pop(name, None)) is not None:
                         self._retire(held)  # the files changed: new requests do not get the old version
-                # clients see this message: leave out the folder's path
-                raise type(error)(str(error).replace(f"{self.folder}/", "")) from None
+                    self.not_taken[name] = str(error)
+                raise
             with self._lock:
                 if name not in self:
                     raise UnknownAdapterError(f"The adapter '{name}' was withdrawn. GET /v1/models lists what there is.")
@@ -179,6 +224,7 @@ class Registry:
                 if (held := self._held.pop(name, None)) is not None:
                     self._retire(held)
                 self._held[name] = fresh
+                self.not_taken.pop(name, None)
                 self.loads += 1
                 if fresh.note:
                     _log.warning(fresh.note)
@@ -282,29 +328,38 @@ class Registry:
             ) from None
         return tuple((one.st_ino, one.st_mtime_ns, one.st_size) for one in found)
 
+    def _guarded(self, name: str, read: Callable[[], _T]) -> _T:
+        """What `read` returns; adapter files are untrusted, so whatever goes wrong is an error of this adapter. Clients see the
+        message, which leaves out the folder's path."""
+        try:
+            return read()
+        except InputError as error:
+            raise type(error)(str(error).replace(f"{self.folder}/", "")) from None
+        except Exception as error:
+            raise AdapterError(f"Adapter '{name}' cannot be used ({type(error).__name__}: {error}). Save it again.") from None
+
     def _read_whole(self, name: str) -> Loaded:
         """Read one version of the files, with `_ATTEMPTS` attempts if they change meanwhile."""
         for _ in range(_ATTEMPTS):
             stamp = self._stamp(name)
             try:
-                fresh = self._read(name, stamp)
+                fresh = self._guarded(name, partial(self._read, name, stamp))
             except InputError:
                 if stamp == self._stamp(name):
                     raise
                 continue
-            except Exception as error:  # adapter files are untrusted
-                raise AdapterError(f"Adapter '{name}' cannot be used ({type(error).__name__}: {error}). Save it again.") from None
             if stamp == self._stamp(name):
                 return fresh
         raise AdapterError(f"Adapter '{name}' changes while it is read. Write it elsewhere and rename its folder.")
 
-    def _read(self, name: str, stamp: tuple[tuple[int, int, int], ...]) -> Loaded:
-        """Read and validate an adapter, before anything is evicted for it."""
+    def _checked(self, name: str) -> tuple[AdapterFile, dict[str, torch.Size]]:
+        """What an adapter's configuration and its file's header say, after checking that it can be served: the file, and the
+        shapes that it must have."""
         assert self.folder is not None
         file = AdapterFile(self.folder / name)
-        if not variant_of(file.config).plain:
+        if not (variant := variant_of(file.config)).plain and variant is not DORA:
             raise AdapterError(
-                f"Adapter '{name}' is DoRA, which scales the base's weights too, so requests cannot share them. Merge it "
+                f"Adapter '{name}' is of a variant that is neither LoRA nor DoRA, so requests cannot share the base. Merge it "
                 "(lownibble merge) and serve the result."
             )
         _check_patterns(name, file.config)
@@ -317,7 +372,22 @@ class Registry:
             raise AdapterError(f"Adapter '{name}' has rank {largest}, above {self.max_rank}. Start with a larger --max-rank.")
         expected = file.expected(self._model)
         file.check_fit(expected, set())
-        self._check_size(name, sum(shape.numel() for shape in expected.values()) * self.dtype.itemsize)
+        self._check_size(name, self._size(expected))
+        layers = file.layers(self._model)
+        here = {path for of_layer in self._paths for path in of_layer} & layers.keys()
+        if beyond := sorted(expected.keys() - {key for path in here for key in layers[path][1].values()}):
+            raise AdapterError(
+                f"Adapter '{name}' changes '{beyond[0]}', which is not shared by requests with other adapters. Merge it "
+                "(lownibble merge) and serve the result."
+            )
+        return file, expected
+
+    def _size(self, expected: Mapping[str, torch.Size]) -> int:
+        return sum(shape.numel() for shape in expected.values()) * self.dtype.itemsize
+
+    def _read(self, name: str, stamp: tuple[tuple[int, int, int], ...]) -> Loaded:
+        """Read and validate an adapter, before anything is evicted for it."""
+        file, expected = self._checked(name)
         try:
             content = file.path.read_bytes()
             tensors = {key: file.read(key) for key in expected} if file.made else parse_safetensors(content)
@@ -331,22 +401,14 @@ class Registry:
         digest = hashlib.sha256(content)
         digest.update(json.dumps(file.config.to_dict(), sort_keys=True).encode())
         adapter, nbytes = self._adapter(name, file, tensors)
-        differs = facts and other_codec(facts, self._facts)
+        differs = file.trained_on and other_codec(file.trained_on, self._facts)
         note = f"Adapter '{name}': {differs}; its outputs will differ from those in training." if differs else None
         return Loaded(name, adapter, nbytes, digest.hexdigest(), stamp, note)
 
     def _adapter(self, name: str, file: AdapterFile, tensors: Mapping[str, Tensor]) -> tuple[Adapter, int]:
         """Copy the adapter into a buffer of its own; returns it and the buffer's bytes."""
         layers = file.layers(self._model)
-        here = {path for of_layer in self._paths for path in of_layer} & layers.keys()
-        shared = {key for path in here for key in layers[path][1].values()}
-        if beyond := sorted(tensors.keys() - shared):
-            raise AdapterError(
-                f"Adapter '{name}' changes '{beyond[0]}', which is not shared by requests with other adapters. Merge it "
-                "(lownibble merge) and serve the result."
-            )
-
-        held = _memory(sum(tensor.numel() for tensor in tensors.values()), _held_in(tensors, self.dtype))
+        held = _memory(sum(tensor.numel() for tensor in tensors.values() if tensor.dim() > 1), _held_in(tensors, self.dtype))
         taken = 0
 
         def keep(tensor: Tensor) -> Tensor:
@@ -357,12 +419,29 @@ class Registry:
         def branch(path: str) -> LowRank | None:
             if path not in layers:
                 return None
-            variant, keys = layers[path]
-            a, b = (variant.from_file(own, tensors[keys[own]]) for own in ("lora_A", "lora_B"))
+            (variant, keys), scale = layers[path], scale_of(path, file.config)
+            read = {own: variant.from_file(own, tensors[key]) for own, key in keys.items()}
+            gain = None
+            if variant is DORA:
+                base: Any = self._model.get_submodule(path)
+                if path not in self._row_squares:
+                    self._row_squares[path] = row_squares(base)
+                gain = row_gains(base, read, scale, self._row_squares[path])
+                read["lora_B"] = read["lora_B"] * gain.unsqueeze(1)
+                gains.append(gain)
             # B column-major, as the kernels read it
-            return LowRank(keep(a), keep(b.transpose(-2, -1)).transpose(-2, -1), scale_of(path, file.config))
+            return LowRank(keep(read["lora_A"]), keep(read["lora_B"].transpose(-2, -1)).transpose(-2, -1), scale, gain)
 
-        return Adapter([[branch(path) for path in of_layer] for of_layer in self._paths]), held.nbytes
+        gains: list[Tensor] = []
+        adapter = Adapter([[branch(path) for path in of_layer] for of_layer in self._paths])
+        return adapter, held.nbytes + sum(gain.nbytes for gain in gains)
+
+
+def _is_name(name: str) -> bool:
+    """Whether a name is one component of a path that can be printed, and does not begin with a dot."""
+    if not name.isprintable() or name.startswith(".") or Path(name).name != name:
+        return False
+    return len(name.encode("utf-8", "surrogatepass")) <= _LONGEST_NAME
 
 
 def _check_patterns(name: str, config: LoraConfig) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import socket
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -37,10 +38,13 @@ def make_service(config: ServeConfig) -> Service:
         raise ModelError(f"'{config.model}' has no fast tokenizer (tokenizer.json). Save its tokenizer again with transformers.")
     folder = None if config.adapters is None else Path(config.adapters).expanduser()
     decoder = choose(model, config.max_context)
+    known = (Path(config.model).name if Path(config.model).exists() else config.model, "base", config.model)
+    names = tuple(dict.fromkeys(known))
     registry = Registry(
         decoder, folder, n_bytes(config.adapter_budget), max_rank=config.max_rank,
         max_bytes=None if config.max_adapter is None else n_bytes(config.max_adapter),
         dtype=getattr(torch, config.adapter_dtype), any_base=config.any_base,
+        reserved=names,
     )  # fmt: skip
     engine = Engine(
         decoder, tokenizer, registry, max_batch=config.max_batch, max_context=config.max_context, max_queue=config.max_queue,
@@ -51,9 +55,8 @@ def make_service(config: ServeConfig) -> Service:
         raise ConfigError(
             "A key is empty (--api-key, --admin-key, LOWNIBBLE_API_KEY or LOWNIBBLE_ADMIN_KEY). Set it, or unset it."
         )
-    known = (Path(config.model).name if Path(config.model).exists() else config.model, "base", config.model)
     return Service(
-        engine, registry, tokenizer, tuple(dict.fromkeys(known)), keys[0][0] or keys[0][1], keys[1][0] or keys[1][1],
+        engine, registry, tokenizer, names, keys[0][0] or keys[0][1], keys[1][0] or keys[1][1],
         Limits(n_bytes(config.max_body), config.max_prompt, config.max_output, config.max_requests), config.host,
     )  # fmt: skip
 
@@ -89,13 +92,24 @@ def run_server(config: ServeConfig, tell: Callable[[str], None]) -> dict[str, An
                 h11_max_incomplete_event_size=64 << 10, timeout_keep_alive=30,
             )
         )  # fmt: skip
+        if config.preload:
+            service.registry.examine(preload=True)
         names = service.registry.names()
         listener.listen(server.config.backlog)  # uvicorn would only after `tell`: early clients would be refused
-        tell(f"decoder: {service.engine.decoder.note}")
         tell(f"{service.names[0]} and {len(names)} adapter{'s' * (len(names) != 1)} at {address}/v1")
+        threading.Thread(target=_report, args=(service, tell), name="report", daemon=True).start()
         server.run(sockets=[listener])
         service.engine.close(0)
     return {"status": "ok", "address": address, "adapters": len(names)}
+
+
+def _report(service: Service, tell: Callable[[str], None]) -> None:
+    """Tell which decoder there is and how many adapters are in memory; check all, and tell which are not taken and why."""
+    registry = service.registry
+    tell(f"decoder: {service.engine.decoder.note}; adapters in memory: {len(registry.held)} ({registry.nbytes / 1e6:.1f} MB)")
+    registry.examine()
+    for name, why in registry.not_taken.items():
+        tell(f"not taken: '{name}': {why}")
 
 
 def _open_many_files() -> None:

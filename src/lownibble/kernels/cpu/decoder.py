@@ -164,8 +164,8 @@ _EMPTY = torch.empty(0)
 def decoder_layers(
     x_TH: Tensor, layers: DecoderLayers, keys: Tensor, values: Tensor, step: Step, segments: Sequence[Segment]
 ) -> None:
-    """As `ops.decoder_layers`; in plain torch if any projection is not 4-bit."""
-    if not layers.in_4bit:
+    """As `ops.decoder_layers`; in plain torch if any projection is not 4-bit or any adapter scales the base's output."""
+    if not layers.in_4bit or any(segment.adapter.has_gains for segment in segments):
         decoder.decoder_layers(gemv_4bit, x_TH, layers, keys, values, step, segments)
         return
     library = _checked_library()
