@@ -195,7 +195,7 @@ def test_mixtures_that_llama_cpp_computes_otherwise_are_refused(model_folder, tm
     with pytest.raises(ModelError, match=r"llama.cpp has qwen3_moe with norm_topk_prob = True only, and this model's is False"):
         ln.export(folder, tmp_path / "model.gguf", "gguf")
     folder = model_folder("olmoe", name="other", num_experts=4, num_experts_per_tok=2)
-    with pytest.raises(ModelError, match=r"Models of type 'olmoe' cannot be written as GGUF here \(known: .*gpt_oss\)"):
+    with pytest.raises(ModelError, match=r"Models of type 'olmoe' cannot be written as GGUF here \(known: .*gpt_oss"):
         ln.export(folder, tmp_path / "model.gguf", "gguf")
 
 
@@ -318,7 +318,7 @@ def test_adapters_to_gguf_and_back(model_folder, adapt, batch, tmp_path, case, f
 def test_what_cannot_be_written_is_said(write, model_folder, adapt, tiny, tmp_path):
     folder, words = model_folder(), write("llama", name="words")
     _, adapter = adapt(folder, None, modules_to_save=["lm_head"], target_modules=["q_proj"])
-    gemma = write("gemma2", name="gemma")
+    bloom = write("bloom", name="bloom")
     crowded = write("llama", name="crowded")
     byte_level_bpe(crowded, "gpt-2")
     taken = tmp_path / "taken.gguf"
@@ -326,7 +326,7 @@ def test_what_cannot_be_written_is_said(write, model_folder, adapt, tiny, tmp_pa
     yarn = model_folder(name="yarn", rope_parameters={"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0})
     cases = [
         (words, "gguf", {}, ModelError, r"is a WordLevel tokenizer; only BPE can be written as GGUF"),
-        (gemma, "gguf", {}, ModelError, r"Models of type 'gemma2' cannot be written as GGUF here \(known: llama"),
+        (bloom, "gguf", {}, ModelError, r"Models of type 'bloom' cannot be written as GGUF here \(known: llama"),
         (yarn, "gguf", {}, ModelError, r"Rotary scaling 'yarn' cannot be written"),
         (adapter, "gguf", {}, AdapterError, r"A GGUF adapter holds low-rank sums only"),
         (adapter, "bnb-4bit", {}, ConfigError, r"An adapter exports to gguf or peft-per-expert, not bnb-4bit. Merge it first"),

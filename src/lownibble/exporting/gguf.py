@@ -1,11 +1,12 @@
 """Write GGUF files of models and adapters, for llama.cpp and tools built on it; read adapters back.
 
 The container, tensor names and quantised types come from the `gguf` library. It lacks what llama.cpp keeps in its conversion
-script: the hyperparameters an architecture needs, how its weights are permuted, and which pre-tokenizer to use. `ARCHITECTURES`
-covers the first two for Llama-like models and some mixtures of experts, `gguf_tokenizer.py` the last; anything else is refused by
-name, because a wrong guess gives a file that loads but generates nonsense.
+script: the hyperparameters an architecture needs, how its weights are changed, and which pre-tokenizer to use. `ARCHITECTURES`
+covers the first two, `gguf_tokenizer.py` the last; anything else is refused by name, because a wrong guess gives a file that
+loads but generates nonsense. So is a model that differs from what llama.cpp's code has fixed for its architecture.
 
 - llama.cpp's `llama` rotates adjacent pairs where transformers rotates halves (RoPE), so the rows of q and k are permuted.
+- Norms that multiply by 1 + w (Gemma, Nemotron) are stored as 1 + w.
 - Matrices are stored as F32, F16, BF16 or Q8_0, vectors as F32. Rows whose length is not a multiple of 32 cannot be Q8_0 and
   become F16.
 - The experts of a layer are three tensors (E, out, in): gate, up and down. The model holds the rows of gate and up in one weight,
@@ -15,7 +16,8 @@ name, because a wrong guess gives a file that loads but generates nonsense.
 
 Tensors are converted one at a time, so peak memory depends on the largest tensor.
 
-Sources: llama.cpp's conversion/llama.py, qwen.py, gpt_oss.py, convert_lora_to_gguf.py, and `build_lora_mm_id` of llama-graph.cpp,
+Sources: llama.cpp's conversion/llama.py, qwen.py, gpt_oss.py, gemma.py, phi.py, glm.py, granite.py and others there,
+convert_lora_to_gguf.py, and `build_lora_mm_id` of llama-graph.cpp,
 which applies adapters on experts.
 """
 
@@ -25,7 +27,7 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -57,22 +59,75 @@ class Architecture(NamedTuple):
         name: its own name for it.
         pairs: whether the rows of q and k are permuted to adjacent rotary pairs.
         experts: how the rows of gate and up lie in the experts' `gate_up_proj`: 'halves' or 'interleaved'; '': no experts.
+        shifted: whether norms multiply by 1 + w.
+        facts: option of config.json -> the method of `GGUFWriter` that writes it; without a value it is left out.
+        fixed: option -> the only value that llama.cpp's code has; or a function of the configuration that gives it.
+        window: whether it has sliding windows.
     """
 
     name: str
-    pairs: bool
+    pairs: bool = False
     experts: str = ""
+    shifted: bool = False
+    facts: Mapping[str, str] = {}
+    fixed: Mapping[str, Any] = {}
+    window: bool = False
 
 
+def _every(n: int) -> Callable[[Any], list[str]]:
+    """Kinds of layers of which every n-th has no window."""
+
+    def kinds(config: Any) -> list[str]:
+        return ["sliding_attention" if (i + 1) % n else "full_attention" for i in range(config.num_hidden_layers)]
+
+    return kinds
+
+
+_EXPERTS: Mapping[str, Any] = {"norm_topk_prob": True, "decoder_sparse_step": 1, "mlp_only_layers": []}
+_CAPS = {"attn_logit_softcapping": "add_attn_logit_softcapping", "final_logit_softcapping": "add_final_logit_softcapping"}
+_GELU = {"hidden_activation": "gelu_pytorch_tanh"}
 ARCHITECTURES = {
     "llama": Architecture("llama", pairs=True),
-    "mistral": Architecture("llama", pairs=True),
-    "qwen2": Architecture("qwen2", pairs=False),
-    "qwen3": Architecture("qwen3", pairs=False),
-    "mixtral": Architecture("llama", pairs=True, experts="halves"),
-    "qwen3_moe": Architecture("qwen3moe", pairs=False, experts="halves"),
-    "gpt_oss": Architecture("gpt-oss", pairs=False, experts="interleaved"),
-}
+    "mistral": Architecture("llama", pairs=True, window=True),
+    "qwen2": Architecture("qwen2"),
+    "qwen3": Architecture("qwen3"),
+    "mixtral": Architecture("llama", pairs=True, experts="halves", fixed=_EXPERTS),
+    "qwen3_moe": Architecture("qwen3moe", experts="halves", fixed=_EXPERTS),
+    "gpt_oss": Architecture("gpt-oss", experts="interleaved", fixed={**_EXPERTS, "layer_types": _every(2)}, window=True),
+    "gemma": Architecture("gemma", shifted=True),
+    "gemma2": Architecture(
+        "gemma2", shifted=True, facts=_CAPS, window=True,
+        fixed={**_GELU, "query_pre_attn_scalar": lambda config: _head_dim(config), "layer_types": _every(2)},
+    ),
+    "gemma3_text": Architecture(
+        "gemma3", shifted=True, window=True,
+        fixed={
+            **_GELU, "query_pre_attn_scalar": lambda config: _head_dim(config), "layer_types": _every(6),
+            "attn_logit_softcapping": None, "final_logit_softcapping": None,
+        },
+    ),
+    "phi": Architecture("phi2", fixed={"qk_layernorm": False, "hidden_act": "gelu_new"}),
+    "phi3": Architecture(
+        "phi3", facts={"original_max_position_embeddings": "add_rope_scaling_orig_ctx_len"}, fixed={"hidden_act": "silu"},
+        window=True,
+    ),
+    "glm": Architecture("chatglm", fixed={"hidden_act": "silu"}),
+    "glm4": Architecture("glm4", fixed={"hidden_act": "silu"}),
+    "granite": Architecture(
+        "granite", pairs=True,
+        facts={
+            "attention_multiplier": "add_attention_scale", "embedding_multiplier": "add_embedding_scale",
+            "residual_multiplier": "add_residual_scale", "logits_scaling": "add_logit_scale",
+        },
+    ),
+    "starcoder2": Architecture("starcoder2", fixed={"hidden_act": "gelu_pytorch_tanh"}),
+    "stablelm": Architecture(
+        "stablelm", facts={"use_parallel_residual": "add_parallel_residual"}, fixed={"qk_layernorm": False, "hidden_act": "silu"}
+    ),
+    "olmo2": Architecture("olmo2", fixed={"hidden_act": "silu"}),
+    "nemotron": Architecture("nemotron", shifted=True, fixed={"hidden_act": "relu2"}),
+    "gpt2": Architecture("gpt2", fixed={"activation_function": "gelu_new", "scale_attn_by_inverse_layer_idx": False}),
+}  # fmt: skip
 """`model_type` of config.json -> architecture."""
 
 TYPES = {"float32": Type.F32, "float16": Type.F16, "bfloat16": Type.BF16, "q8_0": Type.Q8_0}
@@ -273,7 +328,7 @@ def _names(config: Any, architecture: Architecture) -> Callable[[str], str]:
 def _places(config: Any, architecture: Architecture) -> Callable[[str], list[tuple[str, slice]]]:
     """Map from transformers' tensor name to llama.cpp's names, each with the rows (output features) that go there."""
     name_of = _names(config, architecture)
-    F = getattr(config, "moe_intermediate_size", None) or config.intermediate_size
+    F = _first(config, "moe_intermediate_size", "intermediate_size")
     gate, up = (slice(0, None, 2), slice(1, None, 2)) if architecture.experts == "interleaved" else (slice(F), slice(F, None))
 
     def places(name: str) -> list[tuple[str, slice]]:
@@ -298,22 +353,63 @@ def _head_dim(config: Any) -> int:
     return int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
 
 
+def _first(config: Any, *names: str) -> Any:
+    """The first of these options that the configuration has, or None."""
+    return next((found for name in names if (found := getattr(config, name, None)) is not None), None)
+
+
 def _add_shape(writer: gguf.GGUFWriter, config: Any, kind: str) -> None:
+    """Write what llama.cpp needs to know. The rest is fixed in its code for each architecture, and checked here.
+
+    Raises:
+        ModelError: the model differs from that.
+    """
+    architecture = ARCHITECTURES[kind]
+    for key, value in architecture.fixed.items():
+        wanted = value(config) if callable(value) else value
+        if getattr(config, key, wanted) != wanted:
+            raise ModelError(
+                f"llama.cpp has {config.model_type} with {key} = {wanted!r} only, and this model's is {getattr(config, key)!r}. "
+                "Write safetensors (lownibble merge)."
+            )
     writer.add_context_length(config.max_position_embeddings)
     writer.add_embedding_length(config.hidden_size)
     writer.add_block_count(config.num_hidden_layers)
-    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_feed_forward_length(_first(config, "intermediate_size", "n_inner") or 4 * config.hidden_size)
     writer.add_head_count(config.num_attention_heads)
-    writer.add_head_count_kv(config.num_key_value_heads)
-    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_head_count_kv(_first(config, "num_key_value_heads", "num_attention_heads"))
+    if (eps := _first(config, "rms_norm_eps")) is not None:
+        writer.add_layer_norm_rms_eps(eps)
+    else:
+        writer.add_layer_norm_eps(_first(config, "layer_norm_eps", "layer_norm_epsilon", "norm_epsilon", "norm_eps"))
     writer.add_vocab_size(config.vocab_size)
-    writer.add_rope_dimension_count(_head_dim(config))
     writer.add_key_length(_head_dim(config))
     writer.add_value_length(_head_dim(config))
-    if ARCHITECTURES[kind].experts:
-        _add_experts(writer, config)
+    for key, method in architecture.facts.items():
+        if (value := getattr(config, key, None)) is not None:
+            getattr(writer, method)(value)
+    if architecture.experts:
+        writer.add_expert_count(experts.number_in(config))
+        writer.add_expert_used_count(config.num_experts_per_tok)
+        writer.add_expert_feed_forward_length(_first(config, "moe_intermediate_size", "intermediate_size"))
+    if kind != "gpt2":
+        _add_rope(writer, config, kind)
+    window = getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) else None
+    if window and window < config.max_position_embeddings:
+        if not architecture.window:
+            raise ModelError("A sliding window cannot be written as GGUF for this architecture. Use llama.cpp's own conversion.")
+        writer.add_sliding_window(window)
+
+
+def _add_rope(writer: gguf.GGUFWriter, config: Any, kind: str) -> None:
     rope = _rope(config)
+    part = rope.get("partial_rotary_factor") or getattr(config, "partial_rotary_factor", None) or 1.0
+    writer.add_rope_dimension_count(int(_head_dim(config) * part))
     writer.add_rope_freq_base(float(rope["rope_theta"]))
+    if local := rope.get("local"):
+        if local != {"rope_type": "default", "rope_theta": 10000.0}:
+            raise ModelError(f"llama.cpp's {kind} has plain rotary angles of base 10,000 in layers with a window, not {local}.")
+        writer.add_rope_freq_base_swa(10000.0)
     if rope["rope_type"] == "yarn" and kind == "gpt_oss":
         writer.add_rope_scaling_type(gguf.RopeScalingType.YARN)
         writer.add_rope_scaling_factor(float(rope["factor"]))
@@ -323,37 +419,13 @@ def _add_shape(writer: gguf.GGUFWriter, config: Any, kind: str) -> None:
         writer.add_rope_scaling_factor(float(rope["factor"]))
     elif rope["rope_type"] not in ("default", "llama3"):
         raise ModelError(f"Rotary scaling '{rope['rope_type']}' cannot be written as GGUF here. Use llama.cpp's own conversion.")
-    window = getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) else None
-    if window and window < config.max_position_embeddings:
-        if kind not in ("mistral", "gpt_oss"):
-            raise ModelError("A sliding window cannot be written as GGUF for this architecture. Use llama.cpp's own conversion.")
-        writer.add_sliding_window(window)
-
-
-def _add_experts(writer: gguf.GGUFWriter, config: Any) -> None:
-    """What llama.cpp needs to know of a mixture. The rest is fixed in its code for each architecture, and checked here.
-
-    Raises:
-        ModelError: the model differs from that.
-    """
-    fixed: dict[str, Any] = {"norm_topk_prob": True, "decoder_sparse_step": 1, "mlp_only_layers": []}
-    if config.model_type == "gpt_oss":
-        n_layers = config.num_hidden_layers
-        fixed["layer_types"] = (["sliding_attention", "full_attention"] * n_layers)[:n_layers]
-    for key, value in fixed.items():
-        if getattr(config, key, value) != value:
-            raise ModelError(
-                f"llama.cpp has {config.model_type} with {key} = {value!r} only, and this model's is {getattr(config, key)!r}. "
-                "Write safetensors (lownibble merge)."
-            )
-    writer.add_expert_count(experts.number_in(config))
-    writer.add_expert_used_count(config.num_experts_per_tok)
-    writer.add_expert_feed_forward_length(getattr(config, "moe_intermediate_size", None) or config.intermediate_size)
 
 
 def _rope(config: Any) -> dict[str, Any]:
-    """Rotary (RoPE) parameters, under transformers 5's names."""
+    """Rotary (RoPE) parameters, under transformers 5's names; 'local': those of layers with a window, where they differ."""
     found = {**(getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {})}
+    if isinstance(found.get("full_attention"), dict):
+        found = {**found["full_attention"], "local": found.get("sliding_attention")}
     found.setdefault("rope_theta", getattr(config, "rope_theta", 10000.0))
     found.setdefault("rope_type", "default")
     return found
@@ -376,8 +448,12 @@ def _rope_factors(config: Any) -> Iterator[tuple[str, Tensor]]:
 
 
 def _turned(values: Tensor, name: str, config: Any, architecture: Architecture, back: bool = False) -> Tensor:
-    """Permute rows of q and k from rotary halves to adjacent pairs (`back`: the inverse); other tensors unchanged."""
-    heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}.get(name.split(".")[-2])
+    """Permute rows of q and k from rotary halves to adjacent pairs (`back`: the inverse), and add 1 to norms where that is how
+    they multiply; other tensors unchanged."""
+    if architecture.shifted and name.endswith("norm.weight"):
+        return values + 1
+    sizes = {"q_proj": config.num_attention_heads, "k_proj": getattr(config, "num_key_value_heads", None)}
+    heads = sizes.get(name.split(".")[-2])
     if not architecture.pairs or heads is None:
         return values
     half = len(values) // heads // 2
@@ -386,7 +462,7 @@ def _turned(values: Tensor, name: str, config: Any, architecture: Architecture, 
 
 
 def _type_of(target: str, shape: torch.Size, wanted: Type) -> Type:
-    if len(shape) == 1 or target.endswith(".bias") or ".ffn_gate_inp." in target:
+    if len(shape) == 1 or target.endswith(".bias") or ".ffn_gate_inp." in target or target.startswith("position_embd."):
         return Type.F32
     return Type.F16 if wanted == Type.Q8_0 and shape[-1] % _Q8_BLOCK else wanted
 

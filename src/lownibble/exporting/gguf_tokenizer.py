@@ -62,12 +62,20 @@ def add_tokenizer(writer: gguf.GGUFWriter, folder: Path, vocab_size: int) -> Non
         writer.add_tokenizer_model("llama")
         writer.add_tokenizer_pre("default")
         writer.add_token_scores([-float(number) for number in range(vocab_size)])
+        writer.add_add_space_prefix(_prepends(found))
     else:
         writer.add_tokenizer_model("gpt2")
         writer.add_tokenizer_pre(_pre_tokenizer(found, file))
     writer.add_token_list(tokens)
     writer.add_token_types(types)
     gguf.SpecialVocab(folder, load_merges=True, n_vocab=vocab_size).add_to_gguf(writer, quiet=True)
+
+
+def _prepends(tokenizer: dict[str, Any]) -> bool:
+    """Whether a tokenizer with byte fallback puts a space before the text: Llama's does, Gemma's does not."""
+    normalizer, splitter = tokenizer.get("normalizer") or {}, tokenizer.get("pre_tokenizer") or {}
+    steps = [*normalizer.get("normalizers", [normalizer]), *splitter.get("pretokenizers", [splitter])]
+    return any(step.get("type") == "Prepend" or step.get("prepend_scheme", "never") != "never" for step in steps)
 
 
 def _pre_tokenizer(tokenizer: dict[str, Any], file: Path) -> str:
