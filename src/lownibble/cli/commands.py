@@ -324,6 +324,8 @@ def export(arguments: argparse.Namespace) -> dict[str, Any]:
     console.print(f"{result['tensors']} tensors as {config.format}: {result['output']}", soft_wrap=True, markup=False)
     if warning := result.get("warning"):
         console.print(warning, soft_wrap=True, markup=False)
+    if command := result.get("command"):
+        console.print(f"Serve it with:\n{command}", soft_wrap=True, markup=False)
     return result
 
 

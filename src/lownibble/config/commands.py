@@ -229,11 +229,11 @@ class ExportConfig(Options):
 
     source: str = Field(description="a model ('demo', a folder, a .gguf file, a hub id) or an adapter (a folder, a .gguf file)")
     output: str = Field(description="folder to make; for gguf the file")
-    format: Literal["safetensors", "bnb-4bit", "gguf", "peft", "peft-per-expert"] = Field(
+    format: Literal["safetensors", "bnb-4bit", "gguf", "peft", "peft-per-expert", "ollama", "vllm"] = Field(
         "gguf",
         description="'safetensors', dense, for transformers; 'bnb-4bit', packed, for transformers with bitsandbytes; 'gguf', for "
         "llama.cpp, of a model or an adapter; 'peft', of an adapter; 'peft-per-expert', of an adapter of a mixture, with experts "
-        "one by one, for servers",
+        "one by one, for servers; 'ollama' and 'vllm', folders that these serve",
     )
     base: str | None = Field(None, description="of an adapter: its base; default: the one that the adapter names")
     revision: str | None = Field(None, description="hub revision of the model")

@@ -2,6 +2,7 @@
 
     from a model      safetensors (dense), bnb-4bit (packed; nf4 and fp4 byte-identical to bitsandbytes), gguf
     from an adapter   gguf, peft-per-expert (PEFT folder); peft (.gguf file)
+    from either       ollama, vllm (folders that these serve; `engines.py`)
 
 A packed checkpoint is not requantised: bnb-4bit copies its bytes, the dense formats dequantise them. To export an adapter
 in a model format, merge it first, which measures the loss; a merged model that was measured to lose its fine-tuning gain in
@@ -19,7 +20,7 @@ import torch
 from lownibble import record
 from lownibble.config import ExportConfig, QuantConfig
 from lownibble.errors import AdapterError, ConfigError, OutputError
-from lownibble.exporting import gguf
+from lownibble.exporting import engines, gguf
 from lownibble.exporting.measure import BASE, FAITHFUL, LIVE
 from lownibble.exporting.merge import RECORD, check_free, write
 from lownibble.exporting.weights import DENSE_TARGETS, Tell, Weights, say_nothing
@@ -27,7 +28,7 @@ from lownibble.lora.adapter import AdapterFile
 from lownibble.lora.apart import split
 from lownibble.lora.portable import CONFIG_FILE
 from lownibble.lora.provenance import other_weights
-from lownibble.models import resolve, skeleton
+from lownibble.models import ModelSource, resolve, skeleton
 from lownibble.models.checkpoint import Checkpoint
 from lownibble.models.formats.write import BNB_TYPES, leave_dense
 
@@ -38,7 +39,7 @@ def export(source: str | Path, output: str | Path, format: str, **options: Any) 
     Args:
         source: a model as `load` takes it, or an adapter: a folder or a .gguf file.
         output: a folder that does not exist or is empty; for gguf a file that does not exist.
-        format: 'safetensors', 'bnb-4bit', 'gguf', 'peft' or 'peft-per-expert'.
+        format: 'safetensors', 'bnb-4bit', 'gguf', 'peft', 'peft-per-expert', 'ollama' or 'vllm'.
         options: of `ExportConfig`: base, dtype, quant, ...
     Raises:
         ConfigError: the source cannot be written in that format.
@@ -52,6 +53,8 @@ def run_export(config: ExportConfig, tell: Tell = say_nothing) -> dict[str, Any]
     """`export` from an `ExportConfig`; `tell` receives progress."""
     source, output = Path(config.source), _check(config)
     started = {**record.new("export"), "status": "ok", "config": config.to_dict(), "output": str(output)}
+    if config.format in ("ollama", "vllm"):
+        return {**started, **_engine(config, source, output, tell)}
     is_file = source.suffix == ".gguf" and source.is_file()
     if (source / CONFIG_FILE).is_file() or (is_file and gguf.is_adapter(source)):
         return {**started, **_adapter(config, source, output, is_file)}
@@ -116,10 +119,10 @@ def _check(config: ExportConfig) -> Path:
             raise OutputError(f"'{output}' exists already. Choose another --output, a file such as model.gguf.")
     else:
         output = check_free(output)
-        if config.dtype == "q8_0":
-            raise ConfigError("--dtype q8_0 is for --format gguf. Choose another.")
-    if config.format != "bnb-4bit" and config.quant != QuantConfig():
-        raise ConfigError("Options of the quantisation are for --format bnb-4bit. Leave them out.")
+        if config.dtype == "q8_0" and config.format != "ollama":
+            raise ConfigError("--dtype q8_0 is for --format gguf and ollama. Choose another.")
+    if config.format not in ("bnb-4bit", "vllm") and config.quant != QuantConfig():
+        raise ConfigError("Options of the quantisation are for --format bnb-4bit and vllm. Leave them out.")
     if config.format == "bnb-4bit" and (config.quant.pattern or config.quant.quant_type not in BNB_TYPES):
         raise ConfigError(
             f"--format bnb-4bit is bitsandbytes' 4-bit format: {' or '.join(BNB_TYPES)} in all layers. Leave other codecs out."
@@ -138,15 +141,41 @@ def _adapter(config: ExportConfig, source: Path, output: Path, is_file: bool) ->
         raise ConfigError("Adapters are exported in float32. Leave --dtype out.")
     adapter = None if is_file else AdapterFile(source)
     facts = (adapter.trained_on if adapter else gguf.trained_on(source)) or {}
-    name = config.base or facts.get("model") or (adapter and adapter.base)
-    if not name:
-        raise AdapterError(f"'{source}' does not say what it was trained on. Name the base with --base.")
-    source_of_base = resolve(name, config.revision or (None if config.base else facts.get("revision")))
-    if facts and (other := other_weights(facts, {"model": name, "digest": Checkpoint(source_of_base).digest()})):
-        raise AdapterError(f"'{source}' is an adapter of another base: {other}. Name its own with --base.")
+    source_of_base = _base_of(config, source, facts, adapter.base if adapter else None)
     base = skeleton(source_of_base, torch.float32)
     if adapter is None:
         return gguf.read_adapter(source, base, output)
     if config.format == "peft-per-expert":
         return split(adapter, base, output)
     return gguf.write_adapter(adapter, base, output)
+
+
+def _base_of(config: ExportConfig, source: Path, facts: dict[str, Any], named: str | None) -> ModelSource:
+    """The base of the adapter `source`, which has the provenance `facts` and names `named`."""
+    name = config.base or facts.get("model") or named
+    if not name:
+        raise AdapterError(f"'{source}' does not say what it was trained on. Name the base with --base.")
+    found = resolve(name, config.revision or (None if config.base else facts.get("revision")))
+    if facts and (other := other_weights(facts, {"model": name, "digest": Checkpoint(found).digest()})):
+        raise AdapterError(f"'{source}' is an adapter of another base: {other}. Name its own with --base.")
+    return found
+
+
+def _engine(config: ExportConfig, source: Path, output: Path, tell: Tell) -> dict[str, Any]:
+    """Write a folder for Ollama or vLLM, from a model, an adapter or (vLLM) a folder of adapters."""
+    adapters = {name: AdapterFile(folder) for name, folder in engines.adapters_of(source).items()}
+    if config.format == "ollama" and not (source / CONFIG_FILE).is_file():
+        adapters = {}
+    if config.base is not None and not adapters:
+        raise ConfigError(f"--base is for adapters, and '{config.source}' is a model. Leave it out.")
+    bases = [_base_of(config, one.folder, one.trained_on or {}, one.base) for one in adapters.values()]
+    if len({one.folder.resolve() for one in bases}) > 1:
+        raise AdapterError(f"The adapters of '{source}' are of several bases. Export those of one base together.")
+    model = bases[0] if bases else resolve(config.source, config.revision)
+    base = skeleton(model, torch.float32) if adapters else None
+    if config.format == "vllm":
+        if config.dtype != "auto":
+            raise ConfigError("--format vllm keeps the types that weights are stored in. Leave --dtype out.")
+        return engines.write_vllm(model, adapters, base, output, config.quant, tell)
+    dtype = "float16" if config.dtype == "auto" else config.dtype
+    return engines.write_ollama(model, next(iter(adapters.values()), None), base, output, dtype, tell)

@@ -196,12 +196,13 @@ def _config_of(
     return changed
 
 
-def split(stored: AdapterFile, model: Any, output: Path) -> dict[str, Any]:
+def split(stored: AdapterFile, model: Any, output: Path, *, needs_experts: bool = True) -> dict[str, Any]:
     """Write an adapter with its experts one by one, into the folder `output`; returns counts, and under "warning" what of the
     file PEFT would not read as it is meant, if anything.
 
     Args:
         model: the base, with or without values.
+        needs_experts: refuse adapters without experts; else they are only given one rank and one scale.
     Raises:
         AdapterError: it adapts no experts, or only some layers' weights are stored expert by expert.
     """
@@ -211,7 +212,7 @@ def split(stored: AdapterFile, model: Any, output: Path) -> dict[str, Any]:
     for path, part in known.items():
         of_weight.setdefault(part.weight, {})[path] = part
     fused = [weight for weight in adapted if weight not in of_weight]
-    if not adapted or fused:
+    if fused or (needs_experts and not adapted):
         what = f"checkpoints of this model store '{fused[0]}' fused, and so do servers read it" if fused else "it has no experts"
         raise AdapterError(f"'{stored.folder}' cannot be written expert by expert: {what}. Use it as it is.")
     paths, config = file_paths((), adapted), json.loads((stored.folder / CONFIG_FILE).read_text())
@@ -245,7 +246,7 @@ def split(stored: AdapterFile, model: Any, output: Path) -> dict[str, Any]:
     header = {key: tensorfile.Entry(torch.float32, tuple(shape)) for key, shape in sorted(entries.items())}
     tensorfile.write(output / WEIGHTS_FILE, header, ((key, 0, tensors[key]().float()) for key in header), metadata)
     (output / CONFIG_FILE).write_text(json.dumps(dict(sorted(config.items())), indent=2) + "\n")
-    reasons = _unread_by_peft(model, adapted, linears)
+    reasons = _unread_by_peft(model, adapted, linears) if adapted else []
     told = f"PEFT does not read this file as it is meant: {'; '.join(reasons)}. For PEFT, take '{stored.folder}' as it is."
     return {
         "tensors": len(header), "experts": sum(len(those) for those in of_weight.values()),
