@@ -45,7 +45,7 @@ VALUES = {
     "optim": "paged_adamw", "optim_page_budget": "64MB", "memory_budget": "12GB",
     "max_length": 99, "group_by_length": True, "packing": True,
     "gradient_checkpointing": True, "torch_compile": True, "cuda_graphs": True, "deterministic": True, "seed": 4, "eval_steps": 5,
-    "save_steps": 6, "output_dir": "out", "report_to": "tensorboard", "resume": True,
+    "save_steps": 6, "output_dir": "out", "report_to": ["tensorboard", "wandb"], "resume": True,
     "parallel": "ddp",
     "adapter": "some/adapter", "task": "nli", "harness": ["hellaswag", "arc_easy"], "harness_path": "tasks", "limit": 12,
     "num_fewshot": 3, "quantized": True, "any_base": True, "output": "merged", "onto": "nf4", "base": "some/base",

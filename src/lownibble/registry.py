@@ -5,6 +5,7 @@
     VARIANTS     `LoraConfig.use_dora`           computation of adapted layers   lora/variants.py
     OPTIMIZERS   `TrainConfig.optim`             optimiser                       optim/specs.py
     OBJECTIVES   `TrainConfig.objective`         training objective              training/objectives.py
+    TRACKERS     `TrainConfig.report_to`         tracker of experiments          training/trackers/tracker.py
 
 A built-in entry is 'module:attribute', imported on first use: reading a configuration or planning imports no torch. A plug-in's
 entry is added by importing the file that defines it (`CODECS.add("name", entry)`). Plug-ins are found automatically: modules or
@@ -144,3 +145,14 @@ OPTIMIZERS = Registry(
 )
 
 OBJECTIVES = Registry("objective", {"next-token": "lownibble.training.objectives:NEXT_TOKEN"})
+
+TRACKERS = Registry(
+    "tracker of experiments",
+    {
+        "tensorboard": "lownibble.training.trackers.tensorboard:TensorBoard",
+        "wandb": "lownibble.training.trackers.wandb:Wandb",
+        "mlflow": "lownibble.training.trackers.mlflow:MLflow",
+        "trackio": "lownibble.training.trackers.trackio:Trackio",
+        "swanlab": "lownibble.training.trackers.swanlab:SwanLab",
+    },
+)

@@ -358,14 +358,6 @@ def test_training_goes_on_from_a_loaded_adapter(tiny_model, tiny_data, tmp_path)
     assert again.record["evaluations"][0]["loss"] == pytest.approx(first.eval_loss, rel=1e-5)
 
 
-def test_tensorboard_gets_the_curves(tiny_model, tiny_data, tmp_path):
-    event_accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
-    result = run(_config(tiny_model, tiny_data, output_dir=str(tmp_path / "out"), report_to="tensorboard"))
-    found = event_accumulator.EventAccumulator(str(tmp_path / "out" / "tensorboard")).Reload()
-    assert [e.value for e in found.Scalars("train/loss")] == pytest.approx(result.losses, rel=1e-6)
-    assert {"eval/loss", "eval/accuracy"} <= set(found.Tags()["scalars"])
-
-
 def test_the_jsonl_sink_writes_each_event_at_once(tmp_path):
     path = tmp_path / "deep" / "events.jsonl"
     with JsonlSink(path) as sink:

@@ -13,7 +13,7 @@ from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 from lownibble.errors import ConfigError
 from lownibble.matching import by_pattern, check_patterns
 from lownibble.options import Known, Options, is_a_size
-from lownibble.registry import CODECS, INITS, OBJECTIVES, OPTIMIZERS
+from lownibble.registry import CODECS, INITS, OBJECTIVES, OPTIMIZERS, TRACKERS
 
 Checkpointing = bool | Literal["offload"]
 """How the layers' activations are recomputed in backward."""
@@ -199,6 +199,12 @@ class DataConfig(Options):
     max_eval_rows: Annotated[int, Ge(1)] | None = Field(None, description="use at most this many evaluation rows")
 
 
+def _a_name_is_a_list(value: Any) -> Any:
+    """As in transformers: one name, or 'none'."""
+    names = [value] if isinstance(value, str) else value
+    return [] if names == ["none"] else names
+
+
 class TrainConfig(Options):
     """The training run; names are transformers' `TrainingArguments` where the meaning is the same."""
 
@@ -260,8 +266,8 @@ class TrainConfig(Options):
         description="folder for adapter, record and checkpoints; default on the command line: a new one below runs/",
         json_schema_extra={"flag": "output"},
     )
-    report_to: Literal["none", "tensorboard"] = Field(
-        "none", description="also write curves for TensorBoard into the output folder"
+    report_to: Annotated[list[Annotated[str, Known(TRACKERS)]], BeforeValidator(_a_name_is_a_list)] = Field(
+        [], description="trackers that get curves, options, record and adapter: tensorboard, wandb, mlflow, trackio, swanlab"
     )
     resume: bool = Field(False, description="resume from the newest checkpoint in the output folder")
     parallel: Literal["auto", "ddp", "fsdp"] = Field(

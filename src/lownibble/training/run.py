@@ -45,8 +45,10 @@ from lownibble.training.objectives import Objective
 from lownibble.training.output import began, begin, claim
 from lownibble.training.sharding import Sharding, gathered, mode_of, rest_gathered
 from lownibble.training.sharding import check as check_sharded
-from lownibble.training.sinks import JsonlSink, Sink, TensorBoardSink, deliver, read_events
+from lownibble.training.sinks import JsonlSink, Sink, deliver, read_events
 from lownibble.training.starts import decide
+from lownibble.training.trackers import Trackers
+from lownibble.training.trackers import check as check_trackers
 
 ROW_OPTIONS = ("prompt_template", "completion_template", "use_chat_template", "mask_prompt", "trained_turns", "overlength")
 """Options that decide what of a row is trained; a resumed run needs the same ones."""
@@ -89,6 +91,7 @@ def train(
         RunInterrupted: a signal stopped the run.
     """
     data, config = data or DataConfig(), config or TrainConfig()
+    check_trackers(config)
     asked = {"model": getattr(model.config, "_name_or_path", ""), "data": data.to_dict(), "train": config.to_dict()}
     sides = load_data(data)
     return _train(model, tokenizer, sides, data, config, asked, sinks)
@@ -100,6 +103,7 @@ def run(config: RunConfig, *, sinks: Iterable[Sink] = ()) -> TrainResult:
     Under torchrun each process trains its share of the rows (`distributed.py`); the first one's sinks receive the events, and it
     writes the files. Every process returns a result.
     """
+    check_trackers(config.train)
     config, _ = decide(config)
     config = config.with_options(device=local_device(config.device))
     device = pick_device(config.device)
@@ -274,17 +278,21 @@ def _train(
         trainer.passes.choose_compilation(config.torch_compile, trainer.micro.planned_tokens(trainer.total_steps))
         claimed = stack.enter_context(_claimed(config, ranks)) if config.output_dir else None
         folder = claimed if ranks.is_first else None
-        sinks = [*sinks, *_file_sinks(folder, config)] if ranks.is_first else []
+        names = config.report_to if ranks.is_first else []
+        trackers = Trackers(names, asked, folder, resumed=config.resume)
+        stack.enter_context(trackers)
+        file = [JsonlSink(folder / "events.jsonl", append=config.resume)] if folder else []
         baseline = loaded["baseline_bytes"] if loaded else usage.used_bytes(trainer.device)
         usage.reset_peak(trainer.device)
         past = read_events(folder / "events.jsonl") if folder and config.resume else []
         plan = planned.RunPlan(trainer)
         trainer.warnings += plan.warnings()
         trainer.stop_signal = stack.enter_context(interrupt.requests())
-        taken = list(deliver(trainer.events(), sinks))
+        # the trackers' end is after the record
+        taken = list(deliver(trainer.events(), [*sinks, *file, nullcontext(trackers)] if ranks.is_first else []))
         events = facts.history(past, taken)
         peak = usage.peak_bytes(trainer.device)
-        warned = [e.message for e in events if isinstance(e, Warned)]
+        warned = [*(e.message for e in events if isinstance(e, Warned)), *trackers.failures]
         memory = {
             "baseline_bytes": baseline,
             **(loaded or {}),
@@ -324,6 +332,8 @@ def _train(
         with gathered(model, ranks) if ranks.sharded else nullcontext():
             if folder:
                 adapter = _save(model, tokenizer, folder, result, encoded[0].examples, sharded=ranks.sharded)
+        if folder:
+            trackers.finish("finished", [folder / "record.json", *([adapter] if adapter else [])])
         ranks.wait()
         for message in result["warnings"][told:]:
             print(f"warning: {message}", file=sys.stderr)
@@ -332,15 +342,6 @@ def _train(
         where = f"saved in '{folder}'" if folder else "the exception's `result`"
         raise interrupt.RunInterrupted(f"Asked to stop when no step was left: the run is complete, {where}.", stop, trained)
     return trained
-
-
-def _file_sinks(folder: Path | None, config: TrainConfig) -> list[Sink]:
-    if folder is None:
-        return []
-    sinks: list[Sink] = [JsonlSink(folder / "events.jsonl", append=config.resume)]
-    if config.report_to == "tensorboard":
-        sinks.append(TensorBoardSink(folder / "tensorboard"))
-    return sinks
 
 
 def _subject(model: Any) -> dict[str, Any]:

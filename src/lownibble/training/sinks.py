@@ -1,4 +1,7 @@
-"""Event sinks: progress bar, JSONL file, TensorBoard. A sink is a callable that takes an event, and a context manager."""
+"""Event sinks: progress bar and JSONL file; trackers have a room of their own.
+
+A sink is a callable that takes an event, and a context manager.
+"""
 
 from __future__ import annotations
 
@@ -10,12 +13,11 @@ from contextlib import AbstractContextManager, ExitStack, suppress
 from dataclasses import asdict
 from pathlib import Path
 from types import TracebackType
-from typing import IO, Any, Self, get_args
+from typing import IO, Self, get_args
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from lownibble.errors import ConfigError
 from lownibble.lora.experts import EXPERTS
 from lownibble.memory.budget import Setting
 from lownibble.training.compiling import IMPOSSIBLE
@@ -122,33 +124,7 @@ def read_events(path: Path) -> list[Event]:
     return events
 
 
-class TensorBoardSink(Sink):
-    """Scalars for TensorBoard; needs the `tensorboard` extra."""
-
-    def __init__(self, folder: str | Path) -> None:
-        try:
-            from torch.utils.tensorboard import SummaryWriter
-        except ImportError:
-            raise ConfigError("TensorBoard is not installed. Run: pip install 'lownibble[tensorboard]'") from None
-        self.writer: Any = SummaryWriter(str(folder))
-
-    def __exit__(self, *_: object) -> None:
-        self.writer.close()
-
-    def __call__(self, event: Event) -> None:
-        """Write one event's scalars."""
-        if isinstance(event, Stepped):
-            self.writer.add_scalar("train/loss", event.loss, event.step)
-            self.writer.add_scalar("train/learning_rate", event.learning_rate, event.step)
-            self.writer.add_scalar("train/grad_norm", event.grad_norm, event.step)
-            self.writer.add_scalar("train/tokens_per_s", event.tokens / event.seconds, event.step)
-        elif isinstance(event, Evaluated):
-            self.writer.add_scalar("eval/loss", event.loss, event.step)
-            for name, value in event.scores.items():
-                self.writer.add_scalar(f"eval/{name}", value, event.step)
-
-
-def deliver(events: Iterable[Event], sinks: Iterable[Sink]) -> Iterator[Event]:
+def deliver(events: Iterable[Event], sinks: Iterable[AbstractContextManager[Sink]]) -> Iterator[Event]:
     """Yield events after passing each to every sink; closes the sinks at the end, also after an error."""
     with ExitStack() as stack:
         opened = [stack.enter_context(sink) for sink in sinks]
