@@ -12,6 +12,7 @@ from lownibble.config import (
     LoraConfig,
     MergeConfig,
     PlanConfig,
+    PushConfig,
     QuantConfig,
     QuantizeConfig,
     RowsConfig,
@@ -56,6 +57,7 @@ VALUES = {
     "drain_seconds": 2.5,
     "trained_on": "dense", "force": True, "measure_tokens": 77, "source": "some/model", "format": "bnb-4bit", "rounding": "rtn",
     "calibration": "x.jsonl", "bits": 3.5, "gpu": "cpu", "tokens": 12, "records": "some/records", "price": 2.5,
+    "repo": "some/repo", "public": True, "dry_run": True,
     "gpus": [2, 4], "gpus_per_node": 4, "link_gb_per_s": 20.0,
 }  # fmt: skip
 
@@ -64,12 +66,23 @@ OWN = {(PlanConfig, "adapter_dtype"): "bfloat16"}
 
 REQUIRED = {
     MergeConfig: {"adapter": "a", "output": "b"}, ExportConfig: {"source": "a", "output": "b"}, QuantizeConfig: {"output": "b"},
-    PlanConfig: {"method": "qlora"},
+    PlanConfig: {"method": "qlora"}, PushConfig: {"source": "a", "repo": "b/c"},
 }  # fmt: skip
 """Options without a default, or that others need."""
 
 
-CONFIGS = (RunConfig, CompareConfig, EvalConfig, RowsConfig, MergeConfig, ExportConfig, QuantizeConfig, ServeConfig, PlanConfig)
+CONFIGS = (
+    RunConfig,
+    CompareConfig,
+    EvalConfig,
+    RowsConfig,
+    MergeConfig,
+    ExportConfig,
+    QuantizeConfig,
+    ServeConfig,
+    PlanConfig,
+    PushConfig,
+)
 
 
 def _toml(value):
@@ -96,7 +109,7 @@ def _leaves(config):
 
 ALL = _leaves(RunConfig) + [p for p in _leaves(CompareConfig) if p.values[1] == ("methods",)]
 ALL += _leaves(EvalConfig) + _leaves(RowsConfig) + _leaves(MergeConfig) + _leaves(ExportConfig) + _leaves(ServeConfig)
-ALL += _leaves(QuantizeConfig) + _leaves(PlanConfig)
+ALL += _leaves(QuantizeConfig) + _leaves(PlanConfig) + _leaves(PushConfig)
 
 
 @pytest.mark.parametrize(("config", "path", "field"), ALL)

@@ -11,7 +11,7 @@ PUBLIC = {
     "Codec", "CompareConfig", "DataConfig", "LoraConfig", "Objective", "OptimizerSpec", "PackedWeight", "PlanConfig",
     "QuantConfig", "QuantLinear", "QuantizedTensor", "RunConfig",
     "TrainConfig", "TrainResult", "__version__", "add_lora", "compare", "decode", "dequantize", "export", "load", "load_adapter",
-    "merge", "plan", "quantize", "quantize_model", "run", "save_adapter", "set_adapter", "train", "trainable_summary",
+    "merge", "plan", "push", "quantize", "quantize_model", "run", "save_adapter", "set_adapter", "train", "trainable_summary",
     "use_backend",
 }  # fmt: skip
 

@@ -21,6 +21,7 @@ from lownibble.config import (
     ExportConfig,
     MergeConfig,
     PlanConfig,
+    PushConfig,
     QuantizeConfig,
     RunConfig,
     ServeConfig,
@@ -31,6 +32,7 @@ PAGES = [ROOT / "README.md", *sorted(path for path in (ROOT / "docs").glob("*.md
 CONFIGS = {
     commands.train: RunConfig, commands.plan: PlanConfig, commands.compare: CompareConfig, commands.evaluate: EvalConfig,
     commands.merge: MergeConfig, commands.export: ExportConfig, commands.quantize: QuantizeConfig, commands.serve: ServeConfig,
+    commands.push: PushConfig,
 }  # fmt: skip
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```", re.DOTALL | re.MULTILINE)
 
@@ -151,6 +153,23 @@ def test_commands_are_accepted_by_the_command_line(page, line):
         read(arguments, config)  # values too; files that a command names need not exist
 
 
+def test_llms_txt_is_in_its_form_and_names_every_page_and_command():
+    """Oracle: llmstxt.org: a title, a quote, text without headings, then sections that are lists of links."""
+    text = (ROOT / "llms.txt").read_text()
+    title, quote, *_ = text.split("\n\n")
+    assert re.fullmatch(r"# \w+", title)
+    assert quote.startswith("> ")
+    sections = text.split("\n## ")[1:]
+    assert [section.partition("\n")[0] for section in sections] == ["Docs", "Optional"]
+    lines = [line for section in sections for line in section.splitlines()[1:] if line]
+    assert all(re.fullmatch(r"- \[[^\]]+\]\([^)]+\)(: .+)?", line) for line in lines)
+    assert {f"docs/{path.name}" for path in PAGES[1:]} <= set(re.findall(r"\]\(([^)]+)\)", text))
+    for command in re.findall(r"`lownibble ([a-z]+)", text):
+        with pytest.raises(SystemExit) as stopped:
+            _parser().parse_args([command, "--help"])
+        assert stopped.value.code == 0
+
+
 def test_the_pages_show_commands():
     assert len(_command_lines()) > 30
 
@@ -162,7 +181,7 @@ def test_examples_in_python_and_toml_parse():
         tomllib.loads(text)
 
 
-@pytest.mark.parametrize("path", PAGES, ids=lambda p: p.name)
+@pytest.mark.parametrize("path", [*PAGES, ROOT / "llms.txt"], ids=lambda p: p.name)
 def test_links_lead_to_files(path):
     targets = re.findall(r"\]\(([^)\s]+)\)", FENCE.sub("", path.read_text()))
     files = [(path.parent / target.partition("#")[0]).resolve() for target in targets if "://" not in target and target[0] != "#"]

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from lownibble.exporting.convert import export
     from lownibble.exporting.merge import merge
     from lownibble.exporting.quantize import quantize_model
+    from lownibble.hub.push import push
     from lownibble.kernels.ops import use_backend
     from lownibble.lora import add_lora, load_adapter, save_adapter, set_adapter, trainable_summary
     from lownibble.models.load import load
@@ -35,15 +36,16 @@ _HOME = {
     **dict.fromkeys(("add_lora", "load_adapter", "save_adapter", "set_adapter", "trainable_summary"), "lora"),
     **dict.fromkeys(("TrainResult", "run", "train"), "training"), "Objective": "training.objectives", "OptimizerSpec": "optim",
     "compare": "study.compare", "decode": "decoding.generate", "export": "exporting.convert", "load": "models",
-    "merge": "exporting.merge", "plan": "rehearsal.plan", "quantize_model": "exporting.quantize", "use_backend": "kernels.ops",
+    "merge": "exporting.merge", "plan": "rehearsal.plan", "push": "hub.push",
+    "quantize_model": "exporting.quantize", "use_backend": "kernels.ops",
 }  # fmt: skip
 """Public name -> its module."""
 
 __all__ = [
     "Codec", "CompareConfig", "DataConfig", "LoraConfig", "Objective", "OptimizerSpec", "PackedWeight", "PlanConfig",
     "QuantConfig", "QuantLinear", "QuantizedTensor", "RunConfig", "TrainConfig", "TrainResult", "__version__", "add_lora",
-    "compare", "decode", "dequantize", "export", "load", "load_adapter", "merge", "plan", "quantize", "quantize_model",
-    "run", "save_adapter", "set_adapter", "train", "trainable_summary", "use_backend",
+    "compare", "decode", "dequantize", "export", "load", "load_adapter", "merge", "plan", "push", "quantize",
+    "quantize_model",    "run", "save_adapter", "set_adapter", "train", "trainable_summary", "use_backend",
 ]  # fmt: skip
 
 

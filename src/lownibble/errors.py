@@ -10,6 +10,7 @@
     │   ├── AdapterError      adapter files that are missing, damaged or made for another model
     │   └── OutputError       an output folder that cannot be used (it holds another run, is not writable)
     ├── BackendError          a kernel backend was requested and cannot run here (the reason is in the message)
+    ├── HubError              the hub did not take an upload (why, and what to do, is in the message)
     └── TrainingError         training started and could not continue
 
 A message says what is wrong, with the value, and then one remedy. Each class also derives from the built-in exception that
@@ -55,6 +56,10 @@ class OutputError(InputError):
 
 class BackendError(LownibbleError, RuntimeError):
     """A kernel backend was requested by name and cannot run here."""
+
+
+class HubError(LownibbleError, RuntimeError):
+    """The hub cannot be reached, or did not take an upload."""
 
 
 class TrainingError(LownibbleError, RuntimeError):

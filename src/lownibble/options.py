@@ -15,7 +15,7 @@ from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from annotated_types import Ge, Gt, Le, Lt
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError, WithJsonSchema
 from pydantic_core import ErrorDetails, PydanticCustomError, core_schema
 
 from lownibble.errors import ConfigError
@@ -37,6 +37,9 @@ class Known:
             return value
 
         return core_schema.no_info_after_validator_function(check, handler(source))
+
+    def __get_pydantic_json_schema__(self, schema: Any, handler: Any) -> dict[str, Any]:
+        return {**handler(schema), "enum": list(self.names)}
 
 
 def _expectation(annotation: Any, metadata: tuple[Any, ...]) -> str:
@@ -85,6 +88,7 @@ def _problem(owner: type[Options], error: ErrorDetails) -> str:
     return f"The '{key}' of {owner.__name__} must be {expected}. Got {error['input']!r}."
 
 
+_SIZE = r"\s*(\d+(?:\.\d+)?)\s*([kmgKMG][iI]?|)[bB]\s*"
 _UNITS = {"": 1, "k": 1000, "m": 1000**2, "g": 1000**3, "ki": 1 << 10, "mi": 1 << 20, "gi": 1 << 30}
 
 
@@ -94,7 +98,7 @@ def n_bytes(size: str) -> int:
     Raises:
         ValueError: it is not a size.
     """
-    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmg]i?|)b\s*", size, re.IGNORECASE)
+    found = re.fullmatch(_SIZE, size)
     if found is None:
         raise ValueError(f"must be a size such as '64MB' or '1.5GiB'. Got {size!r}.")
     return int(float(found[1]) * _UNITS[found[2].lower()])
@@ -104,6 +108,10 @@ def is_a_size(value: str) -> str:
     """Validate a size and return it unchanged; for pydantic fields."""
     n_bytes(value)
     return value
+
+
+Size = Annotated[str, AfterValidator(is_a_size), WithJsonSchema({"type": "string", "pattern": f"^{_SIZE}$"})]
+"""A size in bytes: '64MB'."""
 
 
 class Options(BaseModel):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -25,12 +26,13 @@ from lownibble.config import (
     ExportConfig,
     MergeConfig,
     PlanConfig,
+    PushConfig,
     QuantizeConfig,
     RowsConfig,
     RunConfig,
     ServeConfig,
 )
-from lownibble.errors import ConfigError
+from lownibble.errors import ConfigError, LownibbleError
 
 
 def _console(arguments: argparse.Namespace) -> Console:
@@ -50,6 +52,16 @@ def _bar() -> Iterator[Callable[[str, int, int], None]]:
             bar.update(tasks[what], completed=done)
 
         yield tell
+
+
+def schema(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Print options as JSON Schema."""
+    from lownibble.cli.schema import schema as of
+
+    found = of(arguments.of)
+    if not arguments.json:
+        print(json.dumps(found, indent=2))
+    return found
 
 
 def doctor(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -84,6 +96,10 @@ def train(arguments: argparse.Namespace) -> dict[str, Any]:
         _console(arguments).print(decided, soft_wrap=True)
     if arguments.dry_run:
         return _dry_run(config, _console(arguments))
+    if arguments.push_to_hub and launch.rank() == 0:
+        from lownibble.hub.push import check
+
+        check(arguments.push_to_hub, config)
     if config.train.output_dir is None:
         if launch.is_several():  # each would make up its own
             raise ConfigError("Several processes need one output folder. Give --output.")
@@ -110,7 +126,23 @@ def train(arguments: argparse.Namespace) -> dict[str, Any]:
     console.print(
         f"{result.record['speed'].get('tokens_per_s', 0):.0f} tokens/s, files in {config.train.output_dir}", soft_wrap=True
     )
+    if arguments.push_to_hub:
+        return {**result.record, **_pushed(str(config.train.output_dir), arguments.push_to_hub, console)}
     return result.record
+
+
+def _pushed(folder: str, repo: str, console: Console) -> dict[str, Any]:
+    """Push a run's result; what to add to the command's result. The run is complete whatever becomes of it."""
+    from lownibble.hub.push import push as upload
+
+    try:
+        found = upload(folder, repo)
+    except LownibbleError as error:
+        message = f"{error} The run is complete; to push it: lownibble push {folder} {repo}"
+        print(f"error: {message}", file=sys.stderr)
+        return {"status": "failed", "error": message, "kind": type(error).__name__}
+    console.print(f"Pushed to {found['url']}", soft_wrap=True, markup=False)
+    return {"push": found}
 
 
 def _dry_run(config: RunConfig, console: Console) -> dict[str, Any]:
@@ -280,6 +312,17 @@ def data(arguments: argparse.Namespace) -> dict[str, Any]:
     for warning in found["warnings"]:
         print(f"warning: {warning}", file=sys.stderr)
     return found
+
+
+def push(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Upload an adapter or a model to the hub."""
+    config: PushConfig = read(arguments, PushConfig)
+    from lownibble.hub.push import run_push
+
+    result = run_push(config)
+    said = f"Card: {result['card']}. Nothing was uploaded." if config.dry_run else f"Pushed to {result['url']}"
+    _console(arguments).print(said, soft_wrap=True, markup=False)
+    return result
 
 
 def merge(arguments: argparse.Namespace) -> dict[str, Any]:

@@ -25,6 +25,7 @@ from lownibble.config import (
     ExportConfig,
     MergeConfig,
     PlanConfig,
+    PushConfig,
     QuantizeConfig,
     RowsConfig,
     RunConfig,
@@ -73,6 +74,9 @@ def _parser() -> argparse.ArgumentParser:
                 "lownibble train --model demo --data demo --method qlora --max-steps 40 --output runs/first")  # fmt: skip
     train.add_argument("config", nargs="?", metavar="CONFIG.toml", help="options from a TOML file; flags win over it")
     train.add_argument("--dry-run", action="store_true", help="try a few steps, show planned and measured memory, write nothing")
+    train.add_argument(
+        "--push-to-hub", metavar="ID", help="push the result to this repository on the hub afterwards, as 'lownibble push' does"
+    )
     add_flags(train, RunConfig)
 
     data = add("data", commands.data, "Show rows as the model will see them: text, tokens, which are trained, lengths, oddities.",
@@ -136,12 +140,22 @@ def _parser() -> argparse.ArgumentParser:
     quantize.add_argument("model", nargs="?", default=argparse.SUPPRESS, help=_MODELS)
     add_flags(quantize, QuantizeConfig, positional=("model",))
 
+    push = add("push", commands.push, "Upload an adapter or a model to the hub, with a card made from its record.",
+               "lownibble push runs/first me/first-adapter --dry-run")  # fmt: skip
+    push.add_argument("source", metavar="DIR", help="a run's output folder, or the folder of an adapter or a model")
+    push.add_argument("repo", metavar="ID", help="id of the repository on the hub: owner/name, or a name of your own")
+    add_flags(push, PushConfig, positional=("source", "repo"))
+
     serve = add("serve", commands.serve, "Serve one 4-bit base and the adapters of a folder behind OpenAI's API.",
                 "lownibble serve demo --adapters runs/adapters --port 8000")  # fmt: skip
     serve.add_argument(
         "model", nargs="?", default=argparse.SUPPRESS, help="the base: 'demo', a model folder, a .gguf file, a hub id"
     )
     add_flags(serve, ServeConfig, positional=("model",))
+
+    options = add("schema", commands.schema, "Print the options of all commands, or of one, as JSON Schema.",
+                  "lownibble schema train")  # fmt: skip
+    options.add_argument("of", nargs="?", metavar="COMMAND", help="train, compare, study, ... (default: all)")
 
     bench = add("bench", commands.bench, "Measure kernels or the training step, next to peers.", "lownibble bench train --peers")
     bench.add_argument("what", choices=BENCHES, help="what to measure")

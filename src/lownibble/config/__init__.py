@@ -17,6 +17,7 @@ from lownibble.config.commands import (
     ExportConfig,
     MergeConfig,
     PlanConfig,
+    PushConfig,
     QuantizeConfig,
     RowsConfig,
     RunConfig,
@@ -41,5 +42,6 @@ __all__ = [
     "CHECKPOINTING", "COMPARE_TRAIN", "CORRECT", "FIXED", "FOR_ADAPTERS", "KEEP_THEIR_START", "LOOK_AT_INPUTS", "METHODS",
     "PACKED", "PARALLEL", "PER_LAYER", "Checkpointing", "CompareConfig", "Data", "DataConfig",
     "EvalConfig", "ExportConfig", "LoraConfig", "MergeConfig", "Method", "MethodSpec", "NamedMethod", "Parallel",
-    "PlanConfig", "QuantConfig", "QuantizeConfig", "RowsConfig", "RunConfig", "ServeConfig", "TrainConfig", "method_named",
+    "PlanConfig", "PushConfig", "QuantConfig", "QuantizeConfig", "RowsConfig", "RunConfig", "ServeConfig",
+    "TrainConfig", "method_named",
 ]  # fmt: skip

@@ -5,12 +5,12 @@ from __future__ import annotations
 from typing import Annotated, Any, Literal
 
 from annotated_types import Ge, Gt, Le, Lt
-from pydantic import AfterValidator, BeforeValidator, Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
 from lownibble.config.groups import CORRECT, KEEP_THEIR_START, PER_LAYER, DataConfig, LoraConfig, QuantConfig, TrainConfig
 from lownibble.config.methods import Method, method_named
 from lownibble.errors import ConfigError
-from lownibble.options import Known, Options, is_a_size
+from lownibble.options import Known, Options, Size
 from lownibble.registry import CODECS
 
 
@@ -18,7 +18,7 @@ def _path_means_data(value: Any) -> Any:
     return {"path": value} if isinstance(value, str) else value
 
 
-Data = Annotated[DataConfig, BeforeValidator(_path_means_data)]
+Data = Annotated[DataConfig, BeforeValidator(_path_means_data, json_schema_input_type=DataConfig | str)]
 """A data set with its options, or its path alone."""
 
 
@@ -224,6 +224,12 @@ def _without_gguf_names(value: Any) -> Any:
     return names.get(value.lower(), value.lower()) if isinstance(value, str) else value
 
 
+_OR_GGUF_NAMES = BeforeValidator(
+    _without_gguf_names,
+    json_schema_input_type=Literal["auto", "float32", "bfloat16", "float16", "q8_0", "f32", "f16", "bf16"],
+)
+
+
 class ExportConfig(Options):
     """Export of weights to another format (`lownibble export`)."""
 
@@ -237,7 +243,7 @@ class ExportConfig(Options):
     )
     base: str | None = Field(None, description="of an adapter: its base; default: the one that the adapter names")
     revision: str | None = Field(None, description="hub revision of the model")
-    dtype: Annotated[Literal["auto", "float32", "bfloat16", "float16", "q8_0"], BeforeValidator(_without_gguf_names)] = Field(
+    dtype: Annotated[Literal["auto", "float32", "bfloat16", "float16", "q8_0"], _OR_GGUF_NAMES] = Field(
         "auto",
         description="type of dense matrices (f32, f16 and bf16 do too); auto: gguf float16, else what they are stored in; q8_0: "
         "gguf only",
@@ -301,6 +307,16 @@ class QuantizeConfig(Options):
         return self
 
 
+class PushConfig(Options):
+    """Upload of an adapter or a model to the hub (`lownibble push`)."""
+
+    source: str = Field(description="a run's output folder, or the folder of an adapter or a model")
+    repo: str = Field(description="id of the repository on the hub: owner/name, or a name of your own")
+    base: str | None = Field(None, description="hub id of the base model; default: the one that the adapter or model names")
+    public: bool = Field(False, description="make the repository public; one that is there keeps its visibility")
+    dry_run: bool = Field(False, description="write the card into the folder, and upload nothing")
+
+
 class ServeConfig(Options):
     """Serving one quantised base and a folder of adapters with an OpenAI-compatible API (`lownibble serve`)."""
 
@@ -317,16 +333,14 @@ class ServeConfig(Options):
     max_context: Annotated[int, Ge(16)] = Field(1024, description="tokens of a request, prompt and answer")
     max_queue: Annotated[int, Ge(0)] = Field(256, description="requests that may wait; more are answered with 429")
     max_requests: Annotated[int, Ge(1)] = Field(1024, description="requests in progress, those being sent or read too")
-    max_body: Annotated[str, AfterValidator(is_a_size)] = Field("1MB", description="largest body of a request")
+    max_body: Size = Field("1MB", description="largest body of a request")
     max_prompt: Annotated[int, Ge(1)] | None = Field(None, description="tokens of a prompt; default: what the context holds")
     max_output: Annotated[int, Ge(1)] | None = Field(None, description="tokens of an answer; default: what the context holds")
     max_rank: Annotated[int, Ge(1)] = Field(256, description="largest rank of an adapter")
-    max_adapter: Annotated[str, AfterValidator(is_a_size)] | None = Field(
-        None, description="largest adapter, in memory; default: the budget of all"
-    )
+    max_adapter: Size | None = Field(None, description="largest adapter, in memory; default: the budget of all")
     adapter_dtype: Literal["float16", "float32"] = Field("float16", description="what adapters are held in; sums are in float32")
-    adapter_budget: Annotated[str, AfterValidator(is_a_size)] = Field("1GB", description="memory for adapters")
-    cache_budget: Annotated[str, AfterValidator(is_a_size)] = Field("1GB", description="memory for keys and values")
+    adapter_budget: Size = Field("1GB", description="memory for adapters")
+    cache_budget: Size = Field("1GB", description="memory for keys and values")
     preload: bool = Field(False, description="read adapters before the first request, while the budget lasts")
     any_base: bool = Field(False, description="also adapters that were trained on other weights than the model's")
     drain_seconds: Annotated[float, Ge(0)] = Field(30.0, description="time that requests have to end after SIGTERM")

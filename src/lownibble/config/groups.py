@@ -12,7 +12,7 @@ from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
 from lownibble.errors import ConfigError
 from lownibble.matching import by_pattern, check_patterns
-from lownibble.options import Known, Options, is_a_size
+from lownibble.options import Known, Options, Size
 from lownibble.registry import CODECS, INITS, OBJECTIVES, OPTIMIZERS, TRACKERS
 
 Checkpointing = bool | Literal["offload"]
@@ -205,6 +205,10 @@ def _a_name_is_a_list(value: Any) -> Any:
     return [] if names == ["none"] else names
 
 
+_Tracker = Annotated[str, Known(TRACKERS)]
+_NAMES_OR_ONE = BeforeValidator(_a_name_is_a_list, json_schema_input_type=list[_Tracker] | _Tracker | Literal["none"])
+
+
 class TrainConfig(Options):
     """The training run; names are transformers' `TrainingArguments` where the meaning is the same."""
 
@@ -233,10 +237,10 @@ class TrainConfig(Options):
         description="optimiser: adamw, paged_adamw, adamw_8bit, paged_adamw_8bit, or one from outside; paged: the same results "
         "with only part of the states in memory, the rest in a file (CUDA: in host memory); 8bit: both moments in 8 bits",
     )
-    optim_page_budget: Annotated[str, AfterValidator(is_a_size)] | None = Field(
+    optim_page_budget: Size | None = Field(
         None, description="states that a paged optimiser keeps in memory, e.g. '64MB'; default: a tenth of them, at least 16MiB"
     )
-    memory_budget: Annotated[str, AfterValidator(is_a_size)] | None = Field(
+    memory_budget: Size | None = Field(
         None,
         description="most memory to use, e.g. '12GB' (CUDA: of the device; else the whole process): before the first step, "
         "forward passes, checkpointing and paging are chosen so that the longest batch fits; the effective batch stays the same",
@@ -266,7 +270,7 @@ class TrainConfig(Options):
         description="folder for adapter, record and checkpoints; default on the command line: a new one below runs/",
         json_schema_extra={"flag": "output"},
     )
-    report_to: Annotated[list[Annotated[str, Known(TRACKERS)]], BeforeValidator(_a_name_is_a_list)] = Field(
+    report_to: Annotated[list[_Tracker], _NAMES_OR_ONE] = Field(
         [], description="trackers that get curves, options, record and adapter: tensorboard, wandb, mlflow, trackio, swanlab"
     )
     resume: bool = Field(False, description="resume from the newest checkpoint in the output folder")

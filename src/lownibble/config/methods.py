@@ -120,5 +120,5 @@ def _name_means_method(value: Any) -> Any:
     return method_named(value) if isinstance(value, str) else value
 
 
-NamedMethod = Annotated[MethodSpec, BeforeValidator(_name_means_method)]
+NamedMethod = Annotated[MethodSpec, BeforeValidator(_name_means_method, json_schema_input_type=MethodSpec | str)]
 """A method with its options, or its name alone."""

@@ -1,0 +1,222 @@
+"""Cards and pushes. Oracles: the records; a stand-in for the hub's HTTP API (hub_server.py) that huggingface_hub talks to."""
+
+import json
+import os
+import subprocess
+import sys
+import tomllib
+
+import hub_server
+import pytest
+from huggingface_hub import ModelCard, constants
+
+from lownibble import push
+from lownibble.cli.main import main
+from lownibble.config import DataConfig, LoraConfig, RunConfig, TrainConfig
+from lownibble.errors import ConfigError, HubError, OutputError
+from lownibble.hub.card import hub_id
+from lownibble.training import run
+
+pytestmark = pytest.mark.filterwarnings("ignore:Use .content=.*to upload raw bytes")  # huggingface_hub's own call
+DATA = {"prompt_template": "review : {text} sentiment :", "completion_template": " {label}"}
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory, tiny_model, tiny_data):
+    """The output folder of a run of two steps."""
+    folder = tmp_path_factory.mktemp("runs") / "first"
+    train = TrainConfig(max_steps=2, batch_size=4, max_length=32, output_dir=str(folder))
+    run(RunConfig(model=str(tiny_model), method="qlora", data=DataConfig(path=str(tiny_data), max_rows=40, **DATA),
+                  lora=LoraConfig(r=2), quant={"block_size": 32}, train=train))  # fmt: skip
+    return folder
+
+
+@pytest.fixture
+def hub(monkeypatch):
+    """The stand-in, as the hub of this process."""
+    with hub_server.serving() as hub:
+        monkeypatch.setattr(constants, "ENDPOINT", hub.url)
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+        monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+        monkeypatch.setenv("HF_TOKEN", hub_server.TOKEN)
+        yield hub
+
+
+@pytest.fixture
+def adapter(trained, tmp_path):
+    """A copy of the run, to write cards into."""
+    import shutil
+
+    shutil.copytree(trained, tmp_path / "first")
+    return tmp_path / "first"
+
+
+def test_a_run_is_pushed_with_a_card_of_its_record(trained, hub):
+    done = push(trained, "first", base="org/base")
+    there = hub.repos["me/first"]
+    assert done["repo"] == "me/first"
+    assert done["commit"] == "abc"
+    assert there["visibility"] == "private"
+    assert set(there["files"]) == set(done["files"]) == {"README.md", "adapter_config.json", "adapter_model.safetensors"}
+    assert there["files"]["adapter_model.safetensors"] == (trained / "adapter" / "adapter_model.safetensors").read_bytes()
+    ours = json.loads((trained / "adapter" / "adapter_config.json").read_text())
+    assert json.loads(there["files"]["adapter_config.json"]) == ours | {"base_model_name_or_path": "org/base"}
+    assert str(trained.parent).encode() not in b"".join(there["files"].values()), "no local path leaves the machine"
+
+    text = there["files"]["README.md"].decode()
+    record = json.loads((trained / "record.json").read_text())
+    data = ModelCard(text).data
+    assert (data.base_model, data.license, data.library_name) == ("org/base", "mit", "peft")
+    assert {"lownibble", "qlora"} <= set(data.tags)
+    first, last = record["evaluations"][0], record["evaluations"][-1]
+    n = len(last["correct"])
+    error = (last["scores"]["accuracy"] * (1 - last["scores"]["accuracy"]) / (n - 1)) ** 0.5
+    assert f"| loss, nats per label token | {first['loss']:.4f} | {last['loss']:.4f} |" in text
+    assert f"{last['scores']['accuracy']:.3f} ± {error:.3f} |" in text
+    assert record["data"]["train_digest"] in text
+    assert 'PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained("org/base"), "me/first")' in text
+    assert 'ln.load("org/base", quant="nf4")' in text
+    options = tomllib.loads(text.partition("```toml\n")[2].partition("```")[0])
+    asked = record["config"]
+    assert options["quant"] == {name: value for name, value in asked["quant"].items() if value is not None}
+    assert RunConfig(**options).train == RunConfig(**asked).train.with_options(output_dir=None)
+    assert options["lora"]["r"] == 2
+
+    push(trained, "first", base="org/base", public=True)
+    assert there["visibility"] == "private", "one that is there keeps its visibility"
+
+
+def test_a_dry_run_writes_the_card_only_and_an_edited_one_is_kept(adapter, hub):
+    hub.licences.clear()
+    done = push(adapter, "org/named", base="org/base", dry_run=True)
+    card = adapter / "adapter" / "README.md"
+    assert done["card"] == str(card)
+    assert hub.repos == {}
+    assert "That of the base model: not known to Lownibble" in card.read_text()
+    with pytest.raises(OutputError, match=r"README\.md' is there already"):
+        push(adapter, "org/named", base="org/base", dry_run=True)
+    card.write_text("---\nlicense: mit\n---\nMine.\n")
+    push(adapter / "adapter", "org/named", base="org/base", public=True)
+    assert hub.repos["org/named"]["files"]["README.md"] == card.read_bytes()
+    assert hub.repos["org/named"]["visibility"] == "public"
+
+
+def test_a_merged_model_has_the_merge_and_the_training_on_its_card(trained, hub, tmp_path, tiny_model):
+    merged = tmp_path / "merged"
+    merged.mkdir()
+    (merged / "model.safetensors").write_bytes(b"weights")
+    for name, text in (("config.json", "{}"), ("tokenizer.json", "{}")):
+        (merged / name).write_text(text)
+    at = {"kl": 0.00125, "kl_standard_error": 0.0002, "top1_agreement": 0.99, "perplexity": 3.5}
+    (merged / "merge.json").write_text(json.dumps({
+        "kind": "merge", "config": {"adapter": str(trained / "adapter")}, "base": {"model": str(tiny_model)},
+        "onto": "dequantized", "measured": {"tokens": 64, "models": {"dequantized": {"label_tokens": at}}},
+    }))  # fmt: skip
+    done = push(merged, "me/merged")
+    assert done["files"] == ["README.md", "config.json", "model.safetensors", "tokenizer.json"]
+    text = hub.repos["me/merged"]["files"]["README.md"].decode()
+    assert "| dequantized (this one) | 0.00125 ± 0.0002 | 99.0% | 3.5 |" in text
+    assert "## Data" in text
+    assert 'AutoModelForCausalLM.from_pretrained("me/merged")' in text
+    assert str(tiny_model) not in text
+    (merged / "merge.json").unlink()
+    push(merged, "me/bare")
+    assert "There is no record of the training" in hub.repos["me/bare"]["files"]["README.md"].decode()
+
+
+def test_what_cannot_be_pushed_is_refused(trained, hub, tmp_path):
+    with pytest.raises(ConfigError, match="holds no adapter and no model"):
+        push(tmp_path, "me/x")
+    with pytest.raises(ConfigError, match=r"is no id of a repository: .* Give owner/name"):
+        push(trained, "me/x/y")
+    with pytest.raises(ConfigError, match=r"base is '.*' on this machine, which others cannot load. Name it with --base"):
+        push(trained, "me/x")
+    assert hub.calls == []
+
+
+def test_errors_of_the_hub_are_one_sentence(trained, hub, monkeypatch):
+    def message():
+        with pytest.raises(HubError) as caught:
+            push(trained, "me/x", base="org/base")
+        assert "\n" not in str(caught.value)
+        return str(caught.value)
+
+    hub.forbidden.add("me/x")
+    assert message() == "The token may not write to 'me/x'. Use one with write access to it, or a repository of your own."
+    hub.forbidden.clear()
+    hub.broken["/lfs/"] = 413
+    assert "The hub did not take 'me/x': it is broken. Mend that" in message()
+    monkeypatch.setenv("HF_TOKEN", "hf_an_old_one")
+    assert "does not know the token. Run 'hf auth login'" in message()
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
+    assert message().startswith("The hub (http://127.0.0.1:9) cannot be reached: ")
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    assert "HF_HUB_OFFLINE" in message()
+    monkeypatch.delenv("HF_TOKEN")
+    monkeypatch.setattr(constants, "HF_TOKEN_PATH", "/no/such/file")
+    monkeypatch.setattr("huggingface_hub.utils._auth.constants.HF_TOKEN_PATH", "/no/such/file")
+    assert "There is no token for the hub" in message()
+
+
+def test_the_command_line_reaches_the_hub_by_hf_endpoint(trained, hub):
+    environment = {**os.environ, "HF_ENDPOINT": hub.url, "HF_TOKEN": hub_server.TOKEN, "HF_HUB_DISABLE_XET": "1"}
+    environment.pop("HF_HUB_OFFLINE", None)
+    words = ["push", str(trained), "me/by-command", "--base", "org/base", "--json"]
+    code = (
+        f"import sys; from lownibble.cli.main import main; code = main({words}); sys.exit(code or 9 * ('torch' in sys.modules))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["repo"] == "me/by-command"
+    assert "README.md" in hub.repos["me/by-command"]["files"]
+
+
+def test_a_run_is_pushed_when_it_is_done_and_kept_when_that_fails(hub, tiny_model, tiny_data, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("lownibble.hub.push.hub_id", lambda name: "org/base" if name == str(tiny_model) else hub_id(name))
+
+    def train(name, repo, **options):
+        words = [
+            "train",
+            "--model",
+            str(tiny_model),
+            "--data",
+            str(tiny_data),
+            "--method",
+            "lora",
+            "--r",
+            "2",
+            "--max-steps",
+            "1",
+        ]
+        words += ["--max-length", "32", "--max-rows", "40", "--output", str(tmp_path / name), "--push-to-hub", repo, "--json"]
+        for key, template in DATA.items():
+            words += [f"--{key.replace('_', '-')}", template]
+        return main(words), json.loads(capsys.readouterr().out)
+
+    code, result = train("a", "me/a")
+    assert code == 0
+    assert result["push"]["repo"] == "me/a"
+    assert "adapter_model.safetensors" in hub.repos["me/a"]["files"]
+
+    hub.broken["/api/repos/create"] = 507
+    code, result = train("b", "me/b")
+    assert code == 1
+    assert result["status"] == "failed"
+    assert f"The run is complete; to push it: lownibble push {tmp_path / 'b'} me/b" in result["error"]
+    assert json.loads((tmp_path / "b" / "record.json").read_text())["status"] == "ok"
+    assert (tmp_path / "b" / "adapter" / "adapter_model.safetensors").exists()
+
+    for repo, role in (("someone-else/c", "write"), ("me/c", "read")):  # known before anything is trained
+        hub.role = role
+        code, result = train("c", repo)
+        assert code == 1
+        assert f"may not write to '{repo}'" in result["error"]
+    assert not (tmp_path / "c").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [("demo", "HuggingFaceTB/SmolLM2-135M-Instruct"), ("org/base", "org/base"), ("/a/b", None), ("a.gguf", None), (".", None)],
+)
+def test_what_a_models_name_is_on_the_hub(name, expected):
+    assert hub_id(name) == expected
