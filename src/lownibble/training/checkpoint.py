@@ -45,6 +45,7 @@ CHECKPOINTS = "checkpoints"
 _FREE = {
     "parallel",
     "output_dir",
+    "report_to",
     "resume",
     "save_steps",
     "eval_steps",
