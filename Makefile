@@ -6,7 +6,7 @@ OUTPUT ?= runs/demo
 # Images of containers often set it. Without bytecode each process that trains compiles torch and transformers anew: 13 s to start, not 5.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: demo test check matrix format bench bench-parity bench-kernels bench-train bench-train-real bench-experts bench-parallel bench-decode bench-quality bench-codecs bench-gptq bench-chats bench-memory bench-plan bench-paging bench-merge bench-latency bench-dropin bench-serve bench-soak gpu study faults readme clean
+.PHONY: demo test check matrix format bench bench-parity bench-kernels bench-train bench-train-real bench-experts bench-parallel bench-decode bench-quality bench-codecs bench-gptq bench-chats bench-memory bench-plan bench-paging bench-merge bench-latency bench-dropin bench-serve bench-soak gpu study faults readme release clean
 
 demo: $(VENV)/.ready  ## set up, then compare LoRA and QLoRA on the embedded model and data
 	$(BIN)/lownibble compare --output $(OUTPUT) --resume
@@ -99,6 +99,9 @@ faults: $(VENV)/.ready-dev  ## kill, fill, damage and starve training runs, and 
 readme: $(VENV)/.ready-dev  ## render the recorded figures in README.md and docs/
 	$(BIN)/python tools/readme.py
 
+release: $(VENV)/.ready-dev  ## build sdist and wheel into dist/ and check them (docs/release.md): make release RELEASE=--rehearsal
+	$(BIN)/python tools/release.py $(RELEASE)
+
 $(VENV)/.ready: pyproject.toml setup.py constraints.txt tools/install.py $(wildcard src/lownibble/kernels/native/*)
 	$(PYTHON) tools/install.py $(VENV)
 	@touch $@
@@ -108,4 +111,4 @@ $(VENV)/.ready-dev: $(VENV)/.ready
 	@touch $@
 
 clean:
-	rm -rf $(VENV) .cache/matrix build src/*.egg-info src/lownibble/kernels/_native*
+	rm -rf $(VENV) .cache/matrix build dist src/*.egg-info src/lownibble/kernels/_native*

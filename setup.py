@@ -1,8 +1,9 @@
 """Builds the CPU kernels: one shared library from one translation unit per instruction set, each with its own flags.
 
-The result is `lownibble/kernels/_native<suffix>.so`, a plain C library that `lownibble.kernels.cpu` loads with ctypes. It is
-optional: without a C++ compiler (or with LOWNIBBLE_NO_NATIVE=1) the installation succeeds, `lownibble/kernels/_native.txt`
-keeps the reason, and the package runs on its plain-torch kernels. Everything else about the package is in pyproject.toml.
+The result is `lownibble/kernels/_native.so`, a plain C library that `lownibble.kernels.cpu` loads with ctypes. It uses nothing of
+Python's, so that one wheel serves every Python 3 (its tag is py3-none-PLATFORM). It is optional: without a C++ compiler (or with
+LOWNIBBLE_NO_NATIVE=1) the installation succeeds, `lownibble/kernels/_native.txt` keeps the reason, and the package runs on its
+plain-torch kernels. Everything else about the package is in pyproject.toml.
 
 macOS is built without OpenMP: Apple's clang has none, and a second runtime beside torch's would be worse than one thread.
 """
@@ -14,6 +15,7 @@ import sys
 from pathlib import Path
 
 from setuptools import Extension, setup
+from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
 from setuptools.errors import BaseError, CCompilerError
 
@@ -36,6 +38,9 @@ class BuildNative(build_ext):
     """Compile each file with its own flags; on failure keep the reason instead of stopping the installation."""
 
     reason = ""
+
+    def get_ext_filename(self, fullname):
+        return str(Path(*fullname.split("."))) + ".so"
 
     def run(self):
         super().run()
@@ -79,6 +84,13 @@ class BuildNative(build_ext):
         self.compiler.link_shared_object(objects, str(target), extra_postargs=OPENMP_FLAGS, target_lang="c++")
 
 
+class AnyPython(bdist_wheel):
+    """The compiled library belongs to a platform, not to a version of Python."""
+
+    def get_tag(self):
+        return "py3", "none", super().get_tag()[2]
+
+
 setup(
     ext_modules=[
         Extension(
@@ -88,5 +100,5 @@ setup(
             optional=True,
         )
     ],
-    cmdclass={"build_ext": BuildNative},
+    cmdclass={"build_ext": BuildNative, "bdist_wheel": AnyPython},
 )

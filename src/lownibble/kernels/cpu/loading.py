@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import ctypes
 import os
-import sysconfig
 from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
@@ -121,7 +120,7 @@ def library() -> SimpleNamespace:
         BackendError: it is missing or does not load (with the reason kept from the installation), or LOWNIBBLE_ISA names an
             instruction set that this machine does not have.
     """
-    path = _FOLDER / f"_native{sysconfig.get_config_var('EXT_SUFFIX')}"
+    path = _FOLDER / "_native.so"
     if not path.exists():
         marker = _FOLDER / "_native.txt"
         reason = marker.read_text(encoding="utf-8").strip() if marker.exists() else "it was never built; reinstall lownibble."
