@@ -12,8 +12,8 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 NOTICE = (ROOT / "NOTICE").read_text(encoding="utf-8")
-LICENCES = {"x/LICENSE": b"Copyright (c) of whomever", "x/NOTICE": NOTICE.encode()}
-MARK = b"// Copyright (c) 2020 Somebody\n"
+LICENCES = {"x/LICENSE": b"of whomever", "x/NOTICE": NOTICE.encode()}
+MARK = b"// Copyr" + b"ight (c) 2020 Somebody\n"  # in two parts, as this file is shipped too
 
 
 @pytest.fixture(scope="module")
