@@ -33,7 +33,7 @@ PLANNED = {
     ),
     "train": (
         "num_train_epochs", "batch_size", "max_length", "packing", "gradient_accumulation_steps", "gradient_checkpointing",
-        "optim", "optim_page_budget", "torch_compile", "cuda_graphs", "parallel",
+        "optim", "optim_page_budget", "torch_compile", "cuda_graphs", "parallel", "objective", "precompute_ref_log_probs",
     ),
 }  # fmt: skip
 """Group -> its options that affect a plan; others may be given and have no effect."""
@@ -64,7 +64,7 @@ EVALUATED = {
 TAKES: dict[type[Options], Mapping[str, tuple[str, ...]]] = {
     PlanConfig: PLANNED,
     EvalConfig: EVALUATED,
-    RowsConfig: {"data": tuple(DataConfig.model_fields), "train": ("max_length",)},
+    RowsConfig: {"data": tuple(DataConfig.model_fields), "train": ("max_length", "objective")},
     MergeConfig: MERGED,
     ExportConfig: ONLY_QUANT,
     QuantizeConfig: ONLY_QUANT,

@@ -144,7 +144,13 @@ OPTIMIZERS = Registry(
     },
 )
 
-OBJECTIVES = Registry("objective", {"next-token": "lownibble.training.objectives:NEXT_TOKEN"})
+OBJECTIVES = Registry(
+    "objective",
+    {
+        "next-token": "lownibble.training.objectives:NEXT_TOKEN",
+        **{name: f"lownibble.training.preference:{name.upper()}" for name in ("dpo", "orpo", "kto")},
+    },
+)
 
 TRACKERS = Registry(
     "tracker of experiments",

@@ -30,6 +30,8 @@ from lownibble.config.groups import (
     KEEP_THEIR_START,
     LOOK_AT_INPUTS,
     PER_LAYER,
+    PREFERENCE,
+    SMOOTHED,
     Checkpointing,
     DataConfig,
     LoraConfig,
@@ -40,7 +42,7 @@ from lownibble.config.methods import METHODS, PARALLEL, Method, MethodSpec, Name
 
 __all__ = [
     "CHECKPOINTING", "COMPARE_TRAIN", "CORRECT", "FIXED", "FOR_ADAPTERS", "KEEP_THEIR_START", "LOOK_AT_INPUTS", "METHODS",
-    "PACKED", "PARALLEL", "PER_LAYER", "Checkpointing", "CompareConfig", "Data", "DataConfig",
+    "PACKED", "PARALLEL", "PER_LAYER", "PREFERENCE", "SMOOTHED", "Checkpointing", "CompareConfig", "Data", "DataConfig",
     "EvalConfig", "ExportConfig", "LoraConfig", "MergeConfig", "Method", "MethodSpec", "NamedMethod", "Parallel",
     "PlanConfig", "PushConfig", "QuantConfig", "QuantizeConfig", "RowsConfig", "RunConfig", "ServeConfig",
     "TrainConfig", "method_named",

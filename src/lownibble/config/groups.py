@@ -127,6 +127,22 @@ class QuantConfig(Options):
         return cls(**options, skip_modules=skip_modules, pattern=dict(sorted(pattern.items())))
 
 
+DPO_LOSSES = (
+    "sigmoid", "hinge", "ipo", "robust", "exo_pair", "nca_pair", "bco_pair", "sppo_hard", "apo_zero", "apo_down", "sigmoid_norm",
+)  # fmt: skip
+KTO_LOSSES = ("kto", "apo_zero_unpaired")
+LOSS_TYPES = (*DPO_LOSSES, *KTO_LOSSES)
+SMOOTHED = ("robust", "exo_pair")
+"""Losses of dpo that take `label_smoothing`."""
+
+PREFERENCE: dict[str, tuple[str, ...]] = {
+    "dpo": ("beta", "loss_type", "label_smoothing", "precompute_ref_log_probs"),
+    "orpo": ("beta",),
+    "kto": ("beta", "loss_type", "desirable_weight", "undesirable_weight", "precompute_ref_log_probs"),
+}
+"""Objectives over preference data -> their own options."""
+
+
 def _a_word_is_a_name(value: str | list[str] | None) -> str | list[str] | None:
     """One name is a list of one; only what cannot be a path is a regular expression."""
     return [value] if isinstance(value, str) and re.fullmatch(r"[\w.]+", value) else value
@@ -230,7 +246,27 @@ class TrainConfig(Options):
         None, description="LoRA+: learning rate of the matrices B, and of vectors, as a multiple of learning_rate, e.g. 16"
     )
     objective: Annotated[str, Known(OBJECTIVES)] = Field(
-        "next-token", description="what is minimised: 'next-token' (cross-entropy of label tokens), or one from outside"
+        "next-token",
+        description="what is minimised: 'next-token' (cross-entropy of label tokens); 'dpo' or 'orpo' over rows of chosen and "
+        "rejected answers, 'kto' over answers labelled good or bad; or one from outside",
+    )
+    beta: Annotated[float, Gt(0)] = Field(
+        0.1, description="dpo, kto: what leaving the reference model costs; orpo: weight of the odds ratio; ipo: tau"
+    )
+    loss_type: Literal[LOSS_TYPES] | None = Field(  # type: ignore[valid-type]
+        None,
+        description="dpo: sigmoid (default), hinge, ipo, robust, exo_pair, nca_pair, bco_pair, sppo_hard, apo_zero, apo_down, "
+        "sigmoid_norm; kto: kto (default), apo_zero_unpaired; names and formulas are TRL's",
+    )
+    label_smoothing: Annotated[float, Ge(0), Lt(0.5)] = Field(
+        0.0, description="dpo with loss_type robust or exo_pair: share of the rows whose preference is taken to be wrong"
+    )
+    desirable_weight: Annotated[float, Gt(0)] = Field(1.0, description="kto: weight of the losses of good answers")
+    undesirable_weight: Annotated[float, Gt(0)] = Field(1.0, description="kto: weight of the losses of bad answers")
+    precompute_ref_log_probs: bool | Literal["auto"] = Field(
+        "auto",
+        description="dpo, kto: compute the reference model's log-probabilities before the first step, and keep them in the "
+        "output folder; false: in each step, with the adapter off; auto: before, which never costs more",
     )
     optim: Annotated[str, Known(OPTIMIZERS)] = Field(
         "adamw",
@@ -286,5 +322,39 @@ class TrainConfig(Options):
             raise ConfigError(
                 "The 'group_by_length' of TrainConfig must be false with packing, which leaves no padding. Got true. "
                 "Set group_by_length=False (--no-group-by-length)."
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _options_of_preference_objectives(self) -> TrainConfig:
+        objective, own = self.objective, PREFERENCE.get(self.objective, ())
+        if own or objective == "next-token":
+            for name in dict.fromkeys(name for names in PREFERENCE.values() for name in names):
+                if name not in own and getattr(self, name) != type(self).model_fields[name].default:
+                    users = " or ".join(each for each, names in PREFERENCE.items() if name in names)
+                    raise ConfigError(f"The '{name}' of TrainConfig is for objective {users}. Got '{objective}'. Leave it out.")
+        if not own:
+            return self
+        if self.packing:
+            raise ConfigError(f"The 'packing' of TrainConfig cannot be done with objective '{objective}'. Leave it out.")
+        if self.parallel == "fsdp":
+            raise ConfigError(f"Objective '{objective}' does not run on shards (parallel 'fsdp'). Use --parallel ddp.")
+        if self.router_aux_loss_coef:
+            raise ConfigError(f"The 'router_aux_loss_coef' of TrainConfig is not for objective '{objective}'. Leave it out.")
+        losses = DPO_LOSSES if objective == "dpo" else KTO_LOSSES
+        if self.loss_type is not None and self.loss_type not in losses:
+            raise ConfigError(
+                f"The 'loss_type' of TrainConfig with objective '{objective}' must be one of {', '.join(losses)}. Got "
+                f"'{self.loss_type}'."
+            )
+        if (self.label_smoothing > 0) != (self.loss_type in SMOOTHED) and (self.label_smoothing or self.loss_type == "exo_pair"):
+            raise ConfigError(
+                "The 'label_smoothing' of TrainConfig goes with loss_type robust or exo_pair, and exo_pair needs it. Got "
+                f"{self.label_smoothing:g} with {self.loss_type or 'sigmoid'}."
+            )
+        if objective == "kto" and self.loss_type != "apo_zero_unpaired" and self.batch_size == 1:
+            raise ConfigError(
+                "The 'batch_size' of TrainConfig must be at least 2 with objective 'kto': a prompt is paired with another row's "
+                "answer. Got 1. Use --batch-size 2, or loss_type apo_zero_unpaired."
             )
         return self

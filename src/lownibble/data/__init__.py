@@ -14,6 +14,7 @@ from lownibble.data.batches import (
 )
 from lownibble.data.choices import Choice, choices
 from lownibble.data.ends import end_tokens
+from lownibble.data.preference import PreferenceBatch, check_rows, collate_preferences, encode_preferences, sequences_of
 from lownibble.data.rows import Dataset, Row
 from lownibble.data.sources import load, read
 from lownibble.data.template import Encoded, Example, digest_of, encode, prompts
@@ -25,13 +26,17 @@ __all__ = [
     "Dataset",
     "Encoded",
     "Example",
+    "PreferenceBatch",
     "Row",
+    "check_rows",
     "choices",
     "collate",
     "collate_pairs",
+    "collate_preferences",
     "cut",
     "digest_of",
     "encode",
+    "encode_preferences",
     "encoder_ids",
     "end_tokens",
     "epoch_batches",
@@ -40,5 +45,6 @@ __all__ = [
     "load",
     "prompts",
     "read",
+    "sequences_of",
     "split_pair",
 ]

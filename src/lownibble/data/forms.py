@@ -6,6 +6,7 @@ The form is detected from the fields of the first row; all rows must have the sa
     prompt-completion   `prompt` and `completion`, or any fields that templates render to them
     text-label          `text` and `label`, with a short default template if none is given
     text                `text` alone: language modelling
+    preference          `chosen` and `rejected`, with or without `prompt` (`pairs.py`)
 
 If a row fits several forms, the first in this list wins. Templates are `str.format` over the row's fields; a template in the
 configuration takes precedence over the data set's own (`demo`), and that over the form's default. Only the fields that are used
@@ -25,16 +26,19 @@ from typing import Any, Literal, NamedTuple
 
 from lownibble.config import DataConfig
 from lownibble.data.dialects import TRAIN
+from lownibble.data.pairs import PAIRED, pair_of
 from lownibble.data.rows import Dataset, Problems, Row, canonical
 from lownibble.errors import ConfigError, DataError
 
-Form = Literal["messages", "prompt-completion", "text-label", "text"]
+Form = Literal["messages", "prompt-completion", "text-label", "text", "preference", "unpaired"]
+"""The form of rows; 'unpaired' (answers with a label) is never detected: an objective takes other forms for it."""
 
 FIELDS: dict[Form, tuple[str, ...]] = {
     "messages": ("messages",),
     "prompt-completion": ("prompt", "completion"),
     "text-label": ("text", "label"),
     "text": ("text",),
+    "preference": PAIRED,
 }
 """The required fields of each form, in order of precedence."""
 
@@ -100,6 +104,8 @@ class Recipe:
             return canonical(turns[:first] or turns)
         if self.form == "text":
             return canonical(row.fields["text"])
+        if self.form == "preference":
+            return canonical(pair_of(row.fields).prompt)
         assert self.prompt_template is not None
         return canonical([row.fields[name] for name in sorted(set(_field_names(self.prompt_template)))])
 
@@ -134,7 +140,8 @@ def recipe_for(dataset: Dataset, config: DataConfig) -> Recipe:
     elif form is None:
         raise DataError(
             f"{first.origin}: cannot tell what these rows are; their fields are {_listed(first.fields)}. Name the fields "
-            "messages, prompt + completion, text + label or text, or set prompt_template and completion_template."
+            "messages, prompt + completion, text + label, text or chosen + rejected, or set prompt_template and "
+            "completion_template."
         )
     else:
         prompt, completion = _default_templates(dataset, form) or (None, None)
@@ -201,9 +208,15 @@ def _row_problem(row: Row, recipe: Recipe, names: list[str], form: Form | None) 
     if form is not None and form != recipe.form:
         return f"a {form} row among {recipe.form} rows. Give all rows of a data set the same fields."
     if recipe.form == "messages":
-        return _messages_problem(row.fields["messages"]) or _text_problem(row.fields.get("tools"))
+        return messages_problem(row.fields["messages"]) or text_problem(row.fields.get("tools"))
+    if recipe.form == "preference":
+        try:
+            pair_of(row.fields)
+        except DataError as error:
+            return str(error)
+        return None
     for name in names:
-        problem = _value_problem(row.fields[name], text=name in ("text", "prompt", "completion"))
+        problem = value_problem(row.fields[name], text=name in ("text", "prompt", "completion"))
         if problem:
             return f"the field '{name}' {problem}. Fill it, or remove the row."
     if recipe.form == "text":
@@ -217,7 +230,8 @@ def _row_problem(row: Row, recipe: Recipe, names: list[str], form: Form | None) 
     return None
 
 
-def _value_problem(value: Any, text: bool) -> str | None:
+def value_problem(value: Any, text: bool) -> str | None:
+    """What is wrong with a field's value, or None; `text`: it must be text that is not empty."""
     if value is None:
         return "is null"
     if isinstance(value, float) and not math.isfinite(value):
@@ -234,7 +248,8 @@ def _value_problem(value: Any, text: bool) -> str | None:
     return None
 
 
-def _messages_problem(messages: Any) -> str | None:
+def messages_problem(messages: Any) -> str | None:
+    """What is wrong with a conversation, and what to do, or None."""
     if not isinstance(messages, list) or not messages:
         return "'messages' must be a list of {role, content} that is not empty. Mend or remove the row."
     for number, turn in enumerate(messages, 1):
@@ -247,10 +262,10 @@ def _messages_problem(messages: Any) -> str | None:
             return f"the tool_calls of message {number} {problem}. Mend or remove the row."
         if problem := _content_problem(turn):
             return f"the content of message {number} {problem}. Fill it, or remove the row."
-    return _text_problem(messages)
+    return text_problem(messages)
 
 
-def _text_problem(value: Any) -> str | None:
+def text_problem(value: Any) -> str | None:
     """Whether there is text in it that no tokenizer takes."""
     try:
         json.dumps(value, ensure_ascii=False, default=str).encode("utf-8")
@@ -282,7 +297,7 @@ def _content_problem(turn: dict[str, Any]) -> str | None:
         return problem or ("is empty" if empty else None)
     if not isinstance(content, str) and content is None and (turn.get("tool_calls") or turn.get("function_call")):
         return None
-    problem = _value_problem(content, text=True)
+    problem = value_problem(content, text=True)
     may_be_empty = turn["role"] in ("system", "tool") or turn.get("tool_calls")
     return None if problem == "is empty" and may_be_empty else problem
 

@@ -39,11 +39,12 @@ if TYPE_CHECKING:
 
 
 class Example(NamedTuple):
-    """One tokenised row: T token ids, T label flags (unshifted), and its origin."""
+    """One tokenised row: T token ids, T label flags (unshifted), its origin, and what an objective keeps beside them."""
 
     input_ids: list[int]
     is_label: list[bool]
     origin: str
+    beside: Any = None
 
 
 @dataclass(frozen=True)
@@ -74,10 +75,14 @@ def encode(dataset: Dataset, tokenizer: PreTrainedTokenizerBase, config: DataCon
 
     Raises:
         DataError: rows are bad or have no label token left (with their origins).
-        ConfigError: the templates do not fit the rows.
+        ConfigError: the templates do not fit the rows, or these are preferences.
         ModelError: the tokenizer lacks a required chat template or end-of-sequence token.
     """
     recipe = recipe_for(dataset, config)
+    if recipe.form == "preference":
+        raise ConfigError(
+            f"The rows of '{dataset.name}' are preferences (chosen, rejected). Train on them with --objective dpo, orpo or kto."
+        )
     coder = TokenCoder(tokenizer)
     problems = Problems(dataset.name)
     examples: list[Example] = []

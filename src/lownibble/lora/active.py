@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 
 from torch import Tensor, nn
 
@@ -78,6 +79,31 @@ def set_adapter(model: nn.Module, name: str | None) -> None:
                 parameter.data.copy_(aside)
                 aside.copy_(in_place)
     state.active = name
+
+
+@contextmanager
+def adapter_off(model: nn.Module, *, off: bool = True) -> Iterator[None]:
+    """Inside the block, which computes no gradients, the active adapter is without effect; not `off`: it is as it was."""
+    state = info(model).adapters
+    name = state.active if off else None
+    parts = [m for m in model.modules() if isinstance(m, (LoraLinear, TrainedCopy)) and m.active == name] if name else []
+    biases = list(state.biases.get(name, {}).values()) if name else []
+
+    def swap() -> None:
+        for parameter, aside in biases:
+            in_place = parameter.detach().clone()
+            parameter.data.copy_(aside)
+            aside.copy_(in_place)
+
+    for part in parts:
+        part.active = None
+    swap()
+    try:
+        yield
+    finally:
+        swap()
+        for part in parts:
+            part.active = name
 
 
 def remove_adapter(model: nn.Module, name: str) -> None:

@@ -20,6 +20,7 @@ from lownibble.models.head import Head, hidden_states
 from lownibble.training.distributed import ALONE
 from lownibble.training.loss import token_losses
 from lownibble.training.microbatches import Collate
+from lownibble.training.passes import Passes
 from lownibble.training.sharding import rest_gathered
 
 
@@ -48,6 +49,7 @@ class Evaluator:
 
     Attributes:
         ranks: the processes that share the rows.
+        passes: the run's, for what is computed as in training; None outside of one.
         before_pass: called before each forward pass.
         max_tokens: maximum tokens per forward pass, padding included (a longer row runs alone); None: only `batch_size` applies.
     """
@@ -58,6 +60,7 @@ class Evaluator:
         self.examples, self.choices, self.collate, self.device = examples, choices, collate, device
         self.batch_size = batch_size
         self.ranks = ALONE
+        self.passes: Passes | None = None
         self.max_tokens: int | None = None
         self.before_pass: Callable[[], None] = lambda: None
         self.single_token = choices is not None and all(len(c) == 1 for c in choices[0].candidates)

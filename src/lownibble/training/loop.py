@@ -43,7 +43,7 @@ from lownibble.optim import (
 from lownibble.options import n_bytes
 from lownibble.quant import QuantLinear, dense
 from lownibble.registry import OBJECTIVES
-from lownibble.training import balance, checkpoint, compiling, diagnose, gradients, sharding
+from lownibble.training import balance, checkpoint, compiling, diagnose, gradients, reference, sharding
 from lownibble.training.distributed import ALONE, Ranks
 from lownibble.training.events import Evaluated, Event, Finished, Fitted, Saved, Skipped, Started, Stepped, Warned
 from lownibble.training.fitting import Fitting, MemoryGoneError, recorded_fit
@@ -51,6 +51,7 @@ from lownibble.training.interrupt import RunInterrupted
 from lownibble.training.microbatches import MicroBatches, Rows
 from lownibble.training.objectives import Objective
 from lownibble.training.passes import Passes
+from lownibble.training.preference import Preferences
 from lownibble.training.stream import on_own_stream
 
 MAX_SKIPPED = 3
@@ -63,12 +64,14 @@ _STEP_STRIDE, _RANK_STRIDE, _RUN_STRIDE = 10_007, 5_000_011, 1_000_000_007  # ke
 
 
 class Counts(NamedTuple):
-    """What a step's microbatches hold, on all ranks: tokens without and with padding, label tokens (the loss's divisor), rows."""
+    """What a step's microbatches hold, on all ranks: tokens without and with padding, label tokens, rows, and the loss's divisor
+    (label tokens, unless the objective says otherwise)."""
 
     tokens: int
     padded_tokens: int
     labels: int
     rows: int
+    weight: int
 
 
 class Trainer:
@@ -85,6 +88,7 @@ class Trainer:
         ledger: those bytes by kind and dtype, and what is held in more bits than in the checkpoint.
         stop_signal: called between steps; a non-zero signal number saves and ends the run.
         warnings: messages for the user that no event has reported yet.
+        reference: how the reference model's log-probabilities were computed, or None.
         stream: the CUDA stream on which the run works, or None.
         total_steps: optimiser steps of the whole run.
     """
@@ -112,12 +116,13 @@ class Trainer:
         self.device: torch.device = model.get_input_embeddings().weight.device
         if model.config.is_encoder_decoder and config.memory_budget:
             raise ConfigError(f"The 'memory_budget' is not for {type(model).__name__}, which has an encoder. Leave it out.")
-        self.objective: Objective = OBJECTIVES[config.objective]
+        self.objective: Objective = OBJECTIVES[config.objective].of(config)
         collate = self.objective.collate(model, tokenizer)
         self.micro = MicroBatches(train, config, collate, ranks)
         self.passes = Passes(model, self.micro, self.device, self.objective.loss)
         self.evaluator = self.objective.evaluator(evaluation, choices, collate, 2 * self.micro.batch_size, self.device)
-        self.evaluator.ranks = ranks
+        self.evaluator.ranks, self.evaluator.passes = ranks, self.passes
+        self.reference: dict[str, Any] | None = None
         self.total_steps = config.max_steps or self.micro.steps_of_epochs(config.num_train_epochs)
         self.identity = {"train": config.to_dict(), "total_steps": self.total_steps, **(identity or {})}
         self.fitting = Fitting(config, self.micro, self.passes, self.evaluator, self.device, ranks)
@@ -250,6 +255,7 @@ class Trainer:
         if fit.paged != self.fit.paged:
             self.optimizer = self._make_optimizer(fit.paged)
         self.fitting.take(fit)
+        self._refer()
         if past:
             checkpoint.restore(past, self.parts, self.optimizer, self.identity, self.ranks)
             self.warnings += checkpoint.changed(past, self.identity)
@@ -260,6 +266,26 @@ class Trainer:
             self._compile(past)
         self.passes.choose_graphs(self.config.cuda_graphs, plain_loss, self.config.memory_budget is not None)
         return past.step if past else 0
+
+    def _refer(self) -> None:
+        """Compute the reference model's log-probabilities, if the objective has one; the model is as it begins."""
+        objective, evaluator = self.objective, self.evaluator
+        if not (isinstance(objective, Preferences) and objective.has_reference):
+            return
+        if not self.config.precompute_ref_log_probs:
+            reference.check_steps(self.model)
+            self.reference = {"computed": "with each step", "adapter": "off"}
+            return
+        keys = ("tokens", "lora", "quant", "compute", "head_compute", "started_from", "merge_aware")
+        identity = {key: self.identity.get(key) for key in keys} | {"seed": self.config.seed}
+        self.reference = usage.retry_on_oom(
+            lambda: reference.before(
+                objective, self.passes, self.micro, evaluator.examples, evaluator.collate,
+                lambda: (evaluator.batch_size, evaluator.max_tokens), self.total_steps, identity,
+                Path(self.config.output_dir) if self.config.output_dir else None, self.ranks, self.fitting.make_room,
+            ),
+            lambda: self._shrink_evaluation(0),
+        )  # fmt: skip
 
     def _past(self) -> checkpoint.Facts | None:
         """The checkpoint to resume from, or None."""
@@ -356,7 +382,7 @@ class Trainer:
         if not math.isfinite(loss) or not math.isfinite(norm):
             if spec(config.optim).skips_on_device:
                 skipped(self.optimizer)
-            origins = self.ranks.of_all(self._origin(step, batches, counts.labels))
+            origins = self.ranks.of_all(self._origin(step, batches, counts.weight))
             where = origins[0] if len(set(origins)) == 1 else "; ".join(f"rank {r}: {each}" for r, each in enumerate(origins))
             reason = f"the loss is {loss} and the gradient's norm {norm}; {where}"
             sharding.drop_gradients(self.parts.values())
@@ -376,23 +402,25 @@ class Trainer:
         batches, ranks = self.micro.batches(rows), self.ranks
         counts = Counts(*ranks.total(
             sum(batch.n_tokens for batch in batches), sum(batch.n_padded_tokens for batch in batches),
-            sum(self.objective.weight(batch) for batch in batches), sum(batch.n_rows for batch in batches),
+            sum(batch.n_label_tokens for batch in batches), sum(batch.n_rows for batch in batches),
+            sum(self.objective.weight(batch) for batch in batches),
         ))  # fmt: skip
+        self.objective.prepare(batches, self.passes, ranks)
         if ranks.sharded:
             batches += [self.micro.empty()] * (ranks.most(len(batches)) - len(batches))
-        losses = ranks.together(lambda: self._backward(step, batches, counts.labels))
+        losses = ranks.together(lambda: self._backward(step, batches, counts.weight))
         sharding.give_gradients(self.parts.values())
         if ranks.several:
             losses = [gradients.add_up(losses, self.parts.values(), ranks, self.device)]
         norm = gradients.clip(self.parts.values(), ranks, self.config.max_grad_norm, self.device)
         return batches, counts, torch.stack([value.float() for value in (*losses, norm)])
 
-    def _backward(self, step: int, batches: list[Batch], n_labels: int) -> list[torch.Tensor]:
+    def _backward(self, step: int, batches: list[Batch], weight: int) -> list[torch.Tensor]:
         losses, measured = [], not (self._measured or self.ranks.sharded)  # gathered weights are saved too, and freed
         for index, batch in enumerate(batches):
             self._seed(step, index)
             self.fitting.make_room()
-            losses.append(self.passes.backward(batch, n_labels, measured=measured and index == 0, replay=True))
+            losses.append(self.passes.backward(batch, weight, measured=measured and index == 0, replay=True))
         return losses
 
     def _shrink_evaluation(self, step: int) -> None:
@@ -417,7 +445,7 @@ class Trainer:
         rank = self.ranks.rank * _RANK_STRIDE
         torch.manual_seed(self.config.seed * _RUN_STRIDE + step * _STEP_STRIDE + rank + index)
 
-    def _origin(self, step: int, batches: list[Batch], n_labels: int) -> str:
+    def _origin(self, step: int, batches: list[Batch], weight: int) -> str:
         """Where the step's values became non-finite."""
         if self.ranks.sharded or not batches:
             return "where that began is not looked for" if batches else "it had no rows"
@@ -426,7 +454,7 @@ class Trainer:
             losses = []
             for index, batch in enumerate(batches):
                 self._seed(step, index)
-                losses.append(self.passes.loss(batch, n_labels))
+                losses.append(self.passes.loss(batch, weight))
             return torch.stack(losses)
 
         return diagnose.origin(self.model, forward)

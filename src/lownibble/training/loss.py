@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from torch.utils.checkpoint import checkpoint
 
 from lownibble.data import label_places
 from lownibble.errors import ModelError
@@ -61,8 +62,8 @@ class _LabelLoss(torch.autograd.Function):
         plain = head.plain
         if plain is not None and plain.weight.dtype == hidden_LH.dtype:
             for part, logits in _into_one_buffer(hidden_LH.detach(), plain):
-                loss, dlogits = _cross_entropy(logits, labels_L[part], n_total, wants_any)
-                total += loss
+                losses, dlogits = _cross_entropy(logits, labels_L[part], n_total, wants_any)
+                total += losses.sum()
                 if dhidden is not None:
                     plain.backward(dlogits, dhidden[part])
                 for dweight_VH in dparameters:
@@ -71,7 +72,7 @@ class _LabelLoss(torch.autograd.Function):
             size = _chunk_tokens(4 * head.vocab_size, hidden_LH.device)
             for start in range(0, len(labels_L), size):
                 part = slice(start, start + size)
-                total += _through_head(head, hidden_LH, labels_L, part, n_total, parameters, dhidden, dparameters)
+                total += _through_head(head, hidden_LH, labels_L, part, n_total, parameters, dhidden, dparameters).sum()
         ctx.gradients = (dhidden, dparameters)
         return total / n_total
 
@@ -87,21 +88,54 @@ def _through_head(
     head: Head, hidden_LH: Tensor, labels_L: Tensor, part: slice, n_total: int | Tensor,
     parameters: Sequence[Tensor], dhidden_LH: Tensor | None, dparameters: list[Tensor],
 ) -> Tensor:  # fmt: skip
-    """A chunk's loss by autograd; writes its hidden gradient, adds its parameter gradients, and frees everything else."""
+    """A chunk's losses by autograd; writes its hidden gradient, adds its parameter gradients, and frees everything else."""
     wants_hidden = dhidden_LH is not None
     wants_any = wants_hidden or len(parameters) > 0
     chunk_LH = hidden_LH[part].detach().requires_grad_(wants_hidden)
     with torch.set_grad_enabled(wants_any):
         logits = head(chunk_LH)
     values = logits.detach().clone() if head.keeps_logits else logits.detach()
-    loss, dlogits = _cross_entropy(values, labels_L[part], n_total, wants_any)
+    losses, dlogits = _cross_entropy(values, labels_L[part], n_total, wants_any)
     if wants_any:
         grads = list(torch.autograd.grad(logits, [chunk_LH] * wants_hidden + list(parameters), dlogits))
         if dhidden_LH is not None:
             dhidden_LH[part] = grads.pop(0)
         for accumulated, grad in zip(dparameters, grads, strict=True):
             accumulated += grad
-    return loss
+    return losses
+
+
+def _frozen_losses(hidden_LH: Tensor, labels_L: Tensor, head: Head, dhidden_LH: Tensor | None) -> Tensor:
+    """Cross-entropy of each label token through a frozen head, (L,) float32; writes the gradient of their sum."""
+    losses_L = torch.empty(len(labels_L), dtype=torch.float32, device=hidden_LH.device)
+    plain, wants = head.plain, dhidden_LH is not None
+    if plain is not None and plain.weight.dtype == hidden_LH.dtype:
+        for part, logits in _into_one_buffer(hidden_LH.detach(), plain):
+            losses_L[part], dlogits = _cross_entropy(logits, labels_L[part], 1, wants)
+            if dhidden_LH is not None:
+                plain.backward(dlogits, dhidden_LH[part])
+        return losses_L
+    size = _chunk_tokens(4 * head.vocab_size, hidden_LH.device)
+    for start in range(0, len(labels_L), size):
+        part = slice(start, start + size)
+        losses_L[part] = _through_head(head, hidden_LH, labels_L, part, 1, (), dhidden_LH, [])
+    return losses_L
+
+
+class _TokenLosses(torch.autograd.Function):
+    """Cross-entropy of each of L label tokens through a frozen head. A token's loss depends on its own hidden state alone, so the
+    gradients that forward computes, for weights of 1, are multiplied by the tokens' weights in backward."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden_LH: Tensor, labels_L: Tensor, head: Head) -> Tensor:
+        ctx.dhidden = torch.empty_like(hidden_LH)
+        return _frozen_losses(hidden_LH, labels_L, head, ctx.dhidden)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dlosses_L: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        dhidden, ctx.dhidden = ctx.dhidden, None
+        return dhidden.mul_(dlosses_L.to(dhidden.dtype).unsqueeze(1)), None, None
 
 
 def _into_one_buffer(hidden_LH: Tensor, plain: DenseProducts) -> Iterator[tuple[slice, Tensor]]:
@@ -117,8 +151,8 @@ def _into_one_buffer(hidden_LH: Tensor, plain: DenseProducts) -> Iterator[tuple[
 
 
 def _cross_entropy(logits_LV: Tensor, labels_L: Tensor, n_total: int | Tensor, wants_gradient: bool) -> tuple[Tensor, Tensor]:
-    """Sum of cross-entropies, and its gradient divided by n_total, in place of the logits."""
-    return ops.cross_entropy(logits_LV, labels_L, 1 / n_total, wants_gradient).sum(), logits_LV
+    """Cross-entropies (L,), and the gradient of their sum divided by n_total, in place of the logits."""
+    return ops.cross_entropy(logits_LV, labels_L, 1 / n_total, wants_gradient), logits_LV
 
 
 def _chunk_tokens(row_bytes: int, device: torch.device) -> int:
@@ -169,12 +203,36 @@ def loss_at(
     return loss
 
 
+def token_logps(
+    model: Any, input_ids_BT: Tensor, attention_mask_BT: Tensor | None, places_L: Tensor, labels_L: Tensor
+) -> Tensor:  # fmt: skip
+    """Log-probability of each of L label tokens, (L,) float32, for losses that are no sum over tokens; differentiable once.
+
+    Arguments are those of `loss_at`. A frozen head is read once, as for `label_loss`; a trained one again in backward, since the
+    gradient of its weights needs the tokens' weights.
+    """
+    head = Head(model)
+    hidden_LH = hidden_states(model, input_ids_BT, attention_mask_BT).flatten(0, 1).index_select(0, places_L)
+    if not (torch.is_grad_enabled() and head.trained):
+        if not hidden_LH.requires_grad:
+            return -_frozen_losses(hidden_LH, labels_L, head, None)
+        losses_L: Tensor = _TokenLosses.apply(hidden_LH, labels_L, head)
+        return -losses_L
+    size = _chunk_tokens(4 * head.vocab_size, hidden_LH.device)
+    pieces = zip(hidden_LH.split(size), labels_L.split(size), strict=True)
+    return -torch.cat([checkpoint(_losses_of, head, h, labels, use_reentrant=False) for h, labels in pieces])
+
+
+def _losses_of(head: Head, hidden_LH: Tensor, labels_L: Tensor) -> Tensor:
+    return nn.functional.cross_entropy(head(hidden_LH).float(), labels_L, reduction="none")
+
+
 @torch.no_grad()
 def token_losses(head: Head, hidden_LH: Tensor, labels_L: Tensor) -> Tensor:
     """Cross-entropy of each of L label tokens, (L,) float32, one chunk of logits at a time."""
     size = _chunk_tokens(4 * head.vocab_size, hidden_LH.device)
     pieces = zip(hidden_LH.split(size), labels_L.split(size), strict=True)
-    return torch.cat([nn.functional.cross_entropy(head(h).float(), labels, reduction="none") for h, labels in pieces])
+    return torch.cat([_losses_of(head, h, labels) for h, labels in pieces])
 
 
 PACKING_TOLERANCE = {torch.float32: 1e-3, torch.float16: 0.1, torch.bfloat16: 0.1}

@@ -101,11 +101,11 @@ class MicroBatches:
 
     def shape(self, batch: list[Example]) -> Shape:
         """The shape of a microbatch of these rows, for the planner."""
-        rows = 1 if self.pack_to is not None else len(batch)
         padded = self.batch(batch)
         if padded.source_ids is not None:  # the planner takes labels / rows as the decoder's length
-            return Shape(rows, padded.source_ids.shape[1], padded.input_ids.numel())
-        return Shape(rows, self.tokens(batch) // rows, sum(sum(row.is_label[1:]) for row in batch))
+            return Shape(len(batch), padded.source_ids.shape[1], padded.input_ids.numel())
+        sequences, length = padded.input_ids.shape
+        return Shape(sequences, length, sum(sum(row.is_label[1:]) for row in batch))
 
     def dealt(self, rows: Rows) -> Rows:
         """The rows of each microbatch of a step."""

@@ -13,16 +13,29 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lownibble.config import DataConfig
+from lownibble.config import DataConfig, TrainConfig
 from lownibble.data import Batch, Choice, Dataset, Encoded, Example, choices, encode, split_pair
 from lownibble.errors import ConfigError, DataError
+from lownibble.training.distributed import Ranks
 from lownibble.training.evaluate import Evaluator
 from lownibble.training.loss import loss_at
 from lownibble.training.microbatches import Collate, collator
+from lownibble.training.passes import Passes
 
 
 class Objective:
     """Mean cross-entropy of the next token over label tokens."""
+
+    def of(self, config: TrainConfig) -> Objective:
+        """The objective with the options of a run; this one has none."""
+        return self
+
+    def check_rows(self, dataset: Dataset, data: DataConfig) -> None:
+        """Check what `load` does not, before a model is loaded.
+
+        Raises:
+            DataError: rows are bad. ConfigError: an option of `data` is not for this objective.
+        """
 
     def encode(self, dataset: Dataset, tokenizer: Any, data: DataConfig, max_length: int) -> Encoded:
         """Tokenise the rows of a data set, with label flags."""
@@ -35,7 +48,7 @@ class Objective:
             ConfigError, DataError: rows for an encoder-decoder model have no prompt, or several answers; or a token has no row in
                 the embeddings.
         """
-        _check_tokens(model, encoded)
+        check_tokens(model, encoded)
         if not model.config.is_encoder_decoder:
             return
         if encoded[0].form == "text" or not data.mask_prompt:
@@ -61,6 +74,9 @@ class Objective:
         """The batch's weight: a step's loss is divided by the sum of its microbatches' weights."""
         return batch.n_label_tokens
 
+    def prepare(self, batches: list[Batch], passes: Passes, ranks: Ranks) -> None:
+        """Called with a step's microbatches before their passes; again where the step begins again with smaller ones."""
+
     def loss(self, model: Any, batch: Batch, total: int | Tensor) -> Tensor:
         """Sum of the batch's losses divided by `total`: () float32, ready for backward. The batch is on the model's device.
 
@@ -75,7 +91,12 @@ class Objective:
         return Evaluator(examples, choices, collate, batch_size, device)
 
 
-def _check_tokens(model: Any, encoded: list[Encoded]) -> None:
+def check_tokens(model: Any, encoded: list[Encoded]) -> None:
+    """Check that all tokens have embeddings.
+
+    Raises:
+        DataError: one has none.
+    """
     rows = model.get_input_embeddings().weight.shape[0]
     for side in encoded:
         for example in side.examples:

@@ -310,6 +310,17 @@ class Passes:
         with self._precision():
             return self._of_batch(self.model, batch.to(self.device), n_total)
 
+    @contextmanager
+    def frozen(self) -> Iterator[None]:
+        """Inside the block the model runs as in training passes, without gradients, dropout and compiled layers."""
+        was_training = self.model.training
+        self.model.eval()
+        try:
+            with torch.no_grad(), self._attention(self.model), self._precision():
+                yield
+        finally:
+            self.model.train(was_training)
+
     def backward(self, batch: Batch, n_total: int, *, measured: bool = False, replay: bool = False) -> torch.Tensor:
         """Accumulate the gradients of a microbatch; returns its loss, (), on the device.
 

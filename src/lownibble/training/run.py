@@ -19,8 +19,8 @@ import torch
 
 from lownibble import launch, record, stored
 from lownibble.calibration import join_rows, row_length
-from lownibble.config import DataConfig, QuantConfig, RunConfig, TrainConfig
-from lownibble.data import Choice, Dataset, Encoded, Example, digest_of
+from lownibble.config import PREFERENCE, DataConfig, QuantConfig, RunConfig, TrainConfig
+from lownibble.data import Choice, Dataset, Encoded, Example, digest_of, sequences_of
 from lownibble.data import load as load_data
 from lownibble.data.inspect import warnings_of
 from lownibble.errors import ModelError, OutputError
@@ -93,7 +93,7 @@ def train(
     data, config = data or DataConfig(), config or TrainConfig()
     check_trackers(config)
     asked = {"model": getattr(model.config, "_name_or_path", ""), "data": data.to_dict(), "train": config.to_dict()}
-    sides = load_data(data)
+    sides = load_sides(data, config)
     return _train(model, tokenizer, sides, data, config, asked, sinks)
 
 
@@ -114,7 +114,7 @@ def run(config: RunConfig, *, sinks: Iterable[Sink] = ()) -> TrainResult:
     with joined(config.train, device, partial(mode_of, config, device), same) as ranks:
         if ranks.several:
             config = _for_ranks(config, ranks)
-        sides = load_data(config.data)
+        sides = load_sides(config.data, config.train)
         ranks.check_equal({f"the data's {side.name} side": side.digest for side in sides})
         usage.reset_peak(device)
         baseline = usage.used_bytes(device)
@@ -138,11 +138,19 @@ def _for_ranks(config: RunConfig, ranks: Ranks) -> RunConfig:
     return found
 
 
+def load_sides(data: DataConfig, config: TrainConfig) -> tuple[Dataset, Dataset]:
+    """The rows of both splits, checked for the run's objective. Raises as `load` and `Objective.check_rows`."""
+    sides, objective = load_data(data), OBJECTIVES[config.objective]
+    for side in sides:
+        objective.check_rows(side, data)
+    return sides
+
+
 def prepare(config: RunConfig) -> tuple[Trainer, int]:
     """The trainer of a run before `set_up`, and the bytes in use before its model was loaded; for measurements."""
     config, _ = decide(config)
     device = pick_device(config.device)
-    sides = load_data(config.data)
+    sides = load_sides(config.data, config.train)
     usage.reset_peak(device)
     baseline = usage.used_bytes(device)
     model, tokenizer = _make_model(config, sides[0])
@@ -206,15 +214,16 @@ def calibration_rows(config: RunConfig, rows: Dataset, tokenizer: Any, n_tokens:
     order = torch.randperm(len(rows.rows), generator=torch.Generator().manual_seed(seed)).tolist()
     some = replace(rows, rows=[rows.rows[i] for i in order[: n_tokens // 4]])  # not all are needed
     longest = n_tokens if config.data.overlength == "cut" else config.train.max_length  # joined first, cut then
-    encoded = OBJECTIVES[config.train.objective].encode(some, tokenizer, config.data, longest)
-    return join_rows([example.input_ids for example in encoded.examples], n_tokens, length, seed)
+    encoded = OBJECTIVES[config.train.objective].of(config.train).encode(some, tokenizer, config.data, longest)
+    return join_rows([ids for example in encoded.examples for ids, _ in sequences_of(example)], n_tokens, length, seed)
 
 
 def _is_restored(config: RunConfig) -> bool:
     """Whether A and B come from a checkpoint, so that an initialisation that leaves the base alone need not be repeated."""
     train = config.train
     there = train.resume and train.output_dir is not None and complete(Path(train.output_dir) / CHECKPOINTS)
-    return bool(there) and find(config.lora.init_lora_weights).keeps_base
+    fresh = config.train.objective in PREFERENCE  # whose reference is the model as it begins
+    return bool(there) and find(config.lora.init_lora_weights).keeps_base and not fresh
 
 
 def _held_quant(config: RunConfig) -> QuantConfig:
@@ -239,7 +248,7 @@ def _trainer(
     model: Any, tokenizer: Any, sides: tuple[Dataset, Dataset], data: DataConfig, config: TrainConfig, ranks: Ranks = ALONE
 ) -> tuple[Trainer, list[Encoded]]:
     """The trainer over the rows of both splits, and the encoded rows."""
-    objective: Objective = OBJECTIVES[config.objective]
+    objective: Objective = OBJECTIVES[config.objective].of(config)
     encoded = [objective.encode(side, tokenizer, data, config.max_length) for side in sides]
     objective.check(model, encoded, data)
     compute.decide(model, training=True)
@@ -320,6 +329,7 @@ def _train(
             "skipped": [asdict(e) for e in events if isinstance(e, Skipped)],
             "warnings": warned,
             "evaluations": [asdict(e) for e in events if isinstance(e, Evaluated)],
+            **({} if trainer.reference is None else {"reference": trainer.reference}),
             "seconds": next((e.seconds for e in events if isinstance(e, Finished)), None),
         }
         told = len(result["warnings"])
