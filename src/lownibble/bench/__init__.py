@@ -27,13 +27,14 @@ BENCHES = (
     "soak",
     "chats",
     "parallel",
+    "preference",
     "gpu",
 )
 """Benchmarks of `lownibble bench`. Each is a module of this package, imported when it runs, with a function `bench_NAME`."""
 
 OPTIONS = {
     "data": ("train", "quality"),
-    "model": ("train", "experts", "decode", "plan", "gpu"),
+    "model": ("train", "experts", "decode", "plan", "preference", "gpu"),
     "batch_size": ("train", "experts", "plan", "gpu"),
     "max_length": ("train", "experts", "plan", "gpu"),
     "only": ("train",),

@@ -26,7 +26,8 @@ from lownibble.memory import usage
 from lownibble.models import load_tokenizer, pick_device, pick_dtype, resolve
 
 
-def _quantization(layers: str, dtype: torch.dtype) -> Any:
+def quantization(layers: str, dtype: torch.dtype) -> Any:
+    """The quantisation of a contender's layers: bitsandbytes', or ours through the drop-in."""
     from transformers import BitsAndBytesConfig
 
     from lownibble.integrations.transformers import NF4Config
@@ -53,9 +54,9 @@ def main(spec: str, packing: bool, layers: str = "bitsandbytes") -> None:
     dtype = pick_dtype("auto", device)
     usage.reset_peak(device)
     baseline = usage.used_bytes(device)
-    quantization = _quantization(layers, dtype)
+    how = quantization(layers, dtype)
     placed = {} if device.type == "cpu" else {"device_map": {"": device}}
-    model = AutoModelForCausalLM.from_pretrained(source.folder, dtype=dtype, quantization_config=quantization, **placed)
+    model = AutoModelForCausalLM.from_pretrained(source.folder, dtype=dtype, quantization_config=how, **placed)
 
     class Timed(SFTTrainer):  # type: ignore[misc]
         tokens = padded_tokens = 0

@@ -120,6 +120,8 @@ def train(arguments: argparse.Namespace) -> dict[str, Any]:
     console.print(f"evaluation loss {first['loss']:.4f} -> {last['loss']:.4f} on {last['label_tokens']} label tokens")
     for name, value in last["scores"].items():
         console.print(f"{name} {first['scores'].get(name, float('nan')):.3f} -> {value:.3f}")
+    if reference := result.record.get("reference"):
+        console.print(f"reference model's log-probabilities: {_referred(reference)}", soft_wrap=True)
     planned = result.record["memory"]["planned"]
     if "unknown" not in planned:
         console.print(f"memory ({planned['figure']}): {beside(planned)}", soft_wrap=True)
@@ -143,6 +145,15 @@ def _pushed(folder: str, repo: str, console: Console) -> dict[str, Any]:
         return {"status": "failed", "error": message, "kind": type(error).__name__}
     console.print(f"Pushed to {found['url']}", soft_wrap=True, markup=False)
     return {"push": found}
+
+
+def _referred(reference: dict[str, Any]) -> str:
+    if reference["computed"] != "before":
+        return "with each step, the adapter off"
+    return (
+        f"{reference['rows']} rows before the first step in {reference['seconds']:.0f} s, the adapter {reference['adapter']}; "
+        f"{reference['kept_rows']} kept from before"
+    )
 
 
 def _dry_run(config: RunConfig, console: Console) -> dict[str, Any]:
@@ -304,8 +315,12 @@ def data(arguments: argparse.Namespace) -> dict[str, Any]:
         console.print(f"{upto:>7} {'█' * round(40 * count / most):<40} {count}", markup=False)
     for row in found["rows"]:
         console.print(f"\n{row['origin']}, {row['tokens']} tokens; trained is marked:", markup=False)
+        if "label" in row:
+            console.print(f"label: {'good' if row['label'] else 'bad'}")
         text = Text()
-        for piece, trained in row["pieces"]:
+        for number, (piece, trained) in enumerate(row["pieces"]):
+            if number == row.get("rejected_from"):
+                text.append("\n--- rejected:\n")
             marked = piece if console.color_system or not trained else f"⟦{piece}⟧"
             text.append(marked, style="bold green" if trained else "dim")
         console.print(text, soft_wrap=True)

@@ -352,9 +352,4 @@ class TrainConfig(Options):
                 "The 'label_smoothing' of TrainConfig goes with loss_type robust or exo_pair, and exo_pair needs it. Got "
                 f"{self.label_smoothing:g} with {self.loss_type or 'sigmoid'}."
             )
-        if objective == "kto" and self.loss_type != "apo_zero_unpaired" and self.batch_size == 1:
-            raise ConfigError(
-                "The 'batch_size' of TrainConfig must be at least 2 with objective 'kto': a prompt is paired with another row's "
-                "answer. Got 1. Use --batch-size 2, or loss_type apo_zero_unpaired."
-            )
         return self

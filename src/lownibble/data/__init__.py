@@ -14,7 +14,14 @@ from lownibble.data.batches import (
 )
 from lownibble.data.choices import Choice, choices
 from lownibble.data.ends import end_tokens
-from lownibble.data.preference import PreferenceBatch, check_rows, collate_preferences, encode_preferences, sequences_of
+from lownibble.data.preference import (
+    PreferenceBatch,
+    check_rows,
+    collate_preferences,
+    encode_for,
+    encode_preferences,
+    sequences_of,
+)
 from lownibble.data.rows import Dataset, Row
 from lownibble.data.sources import load, read
 from lownibble.data.template import Encoded, Example, digest_of, encode, prompts
@@ -36,6 +43,7 @@ __all__ = [
     "cut",
     "digest_of",
     "encode",
+    "encode_for",
     "encode_preferences",
     "encoder_ids",
     "end_tokens",

@@ -11,8 +11,9 @@ from collections import Counter
 from typing import Any
 
 from lownibble.config import RowsConfig
+from lownibble.data.preference import Beside, encode_for, sequences_of
 from lownibble.data.sources import load
-from lownibble.data.template import Encoded, Example, TokenCoder, encode
+from lownibble.data.template import Encoded, Example, TokenCoder
 
 BUCKETS = 12
 """Bars of the histogram of lengths."""
@@ -28,23 +29,38 @@ def inspect(config: RowsConfig) -> dict[str, Any]:
 
     tokenizer = load_tokenizer(resolve(config.model, config.revision))
     sides = load(config.data)
-    encoded = [encode(side, tokenizer, config.data, config.train.max_length) for side in sides]
+    encoded = [encode_for(side, tokenizer, config.data, config.train) for side in sides]
     coder = TokenCoder(tokenizer)
     described = [_describe(side, len(dataset.rows), coder) for side, dataset in zip(encoded, sides, strict=True)]
     return {
         "kind": "data", "data": sides[0].name, "model": config.model, "form": encoded[0].form,
         "max_length": config.train.max_length, "training": described[0], "evaluation": described[1],
         "rows": [
-            {"origin": example.origin, "tokens": len(example.input_ids), "pieces": pieces(example, tokenizer)}
+            {"origin": example.origin, "tokens": _length(example), "pieces": pieces(example, tokenizer), **_answer(example)}
             for example in encoded[0].examples[: config.rows]
         ],
         "warnings": warnings_of(encoded, tokenizer, config.train.max_length),
     }  # fmt: skip
 
 
+def _length(example: Example) -> int:
+    """Tokens of a row; of a pair, of the longer sequence, which max_length is for."""
+    return max(len(ids) for ids, _ in sequences_of(example))
+
+
+def _answer(example: Example) -> dict[str, Any]:
+    """Of a labelled answer, its label; of a pair, the number of its first piece that is the rejected sequence's."""
+    if not isinstance(example.beside, Beside):
+        return {}
+    if example.beside.label is not None:
+        return {"label": example.beside.label}
+    return {"rejected_from": sum(1 for _ in itertools.groupby(sequences_of(example)[0][1]))}
+
+
 def _describe(side: Encoded, n_rows: int, coder: TokenCoder) -> dict[str, Any]:
-    lengths = sorted(len(example.input_ids) for example in side.examples)
-    labels, tokens = sum(sum(example.is_label) for example in side.examples), sum(lengths)
+    lengths = sorted(_length(example) for example in side.examples)
+    tokens = sum(len(ids) for example in side.examples for ids, _ in sequences_of(example))
+    labels = sum(sum(example.is_label) for example in side.examples)
     return {
         "rows": n_rows, "tokens": tokens, "label_tokens": labels, "label_share": labels / tokens,
         "lengths": {
@@ -64,14 +80,19 @@ def histogram(lengths: list[int]) -> list[tuple[int, int]]:
 
 
 def pieces(example: Example, tokenizer: Any) -> list[tuple[str, bool]]:
-    """The row's text in stretches of tokens that are trained or not."""
-    paired = zip(example.input_ids, example.is_label, strict=True)
-    stretches = itertools.groupby(paired, key=lambda pair: pair[1])
-    return [(tokenizer.decode([token for token, _ in stretch]), flag) for flag, stretch in stretches]
+    """The row's text in stretches of tokens that are trained or not; of a pair, first the chosen sequence's."""
+    found = []
+    for ids, is_label in sequences_of(example):
+        stretches = itertools.groupby(zip(ids, is_label, strict=True), key=lambda pair: pair[1])
+        found += [(tokenizer.decode([token for token, _ in stretch]), flag) for flag, stretch in stretches]
+    return found
 
 
 def _without_end(side: Encoded, coder: TokenCoder) -> list[Example]:
-    """Rows whose last label is no special token, though nothing was cut: the model is not taught to stop there."""
+    """Rows whose last label is no special token, though nothing was cut: the model is not taught to stop there. Answers of
+    preferences run to the end of what the template prints."""
+    if side.form in ("preference", "unpaired"):
+        return []
     longest = max((len(example.input_ids) for example in side.examples), default=0)
     ends = {*coder.special_ids, coder.tokenizer.eos_token_id}
     whole = (example for example in side.examples if not (side.n_cut and len(example.input_ids) == longest))
@@ -88,6 +109,23 @@ def _repeated(side: Encoded) -> int:
     return len(side.examples) - len({tuple(example.input_ids) for example in side.examples})
 
 
+UNEVEN = 4 / 3
+"""Ratio of good and bad answers, each weighted, from which KTO's authors advise other weights (section 4.2)."""
+
+
+def _one_sided(side: Encoded) -> list[str]:
+    good = sum(bool(example.beside.label) for example in side.examples)
+    bad = len(side.examples) - good
+    if not good or not bad:
+        return [f"all {len(side.examples)} training rows are {'good' if good else 'bad'} answers: there is nothing to tell apart"]
+    if max(good, bad) <= UNEVEN * min(good, bad):
+        return []
+    fewer, ratio = ("desirable_weight", bad / good) if good < bad else ("undesirable_weight", good / bad)
+    return [
+        f"of {len(side.examples)} training rows {good} are good answers and {bad} bad: a {fewer} of {ratio:.3g} evens them out"
+    ]
+
+
 def warnings_of(encoded: list[Encoded], tokenizer: Any, max_length: int) -> list[str]:
     """What a user should know of the rows of both sides before training on them."""
     coder, told = TokenCoder(tokenizer), []
@@ -102,6 +140,8 @@ def warnings_of(encoded: list[Encoded], tokenizer: Any, max_length: int) -> list
                 "not let the others be told apart"
             )
     training, evaluation = encoded
+    if training.form == "unpaired":
+        told += _one_sided(training)
     if endless := _without_end(training, coder):
         told.append(
             f"{len(endless)} of {len(training.examples)} training rows train no token that ends a turn ({endless[0].origin}): "

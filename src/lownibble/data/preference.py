@@ -22,12 +22,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from lownibble.config import DataConfig
+from lownibble.config import PREFERENCE, DataConfig, TrainConfig
 from lownibble.data.batches import Batch, collate
 from lownibble.data.forms import as_turns, messages_problem, text_problem, value_problem
 from lownibble.data.pairs import Preference, Said, labelled_of, pair_of
 from lownibble.data.rows import Dataset, Problems, Row
-from lownibble.data.template import Encoded, Example, TokenCoder, tokenise_chats
+from lownibble.data.template import Encoded, Example, TokenCoder, encode, tokenise_chats
 from lownibble.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
@@ -150,6 +150,15 @@ def encode_preferences(
     if objective == "kto" and group:
         _mismatch(examples, group, max_length)
     return Encoded(examples, "unpaired" if objective == "kto" else "preference", n_cut, n_dropped)
+
+
+def encode_for(
+    dataset: Dataset, tokenizer: PreTrainedTokenizerBase, data: DataConfig, train: TrainConfig
+) -> Encoded:  # fmt: skip
+    """Tokenise rows for a built-in objective; others are taken for the next-token one. Raises as `encode`."""
+    if train.objective in PREFERENCE:
+        return encode_preferences(dataset, tokenizer, data, train.max_length, train.objective, train.batch_size)
+    return encode(dataset, tokenizer, data, train.max_length)
 
 
 def _tokenise(found: list[tuple[Row, Preference]], coder: TokenCoder, problems: Problems) -> list[_Sequences]:

@@ -22,6 +22,7 @@ from lownibble.config import (
     CORRECT,
     KEEP_THEIR_START,
     LOOK_AT_INPUTS,
+    PREFERENCE,
     Checkpointing,
     LoraConfig,
     Parallel,
@@ -188,6 +189,8 @@ def plan_memory(
         raise ConfigError(
             f"'{shape.name}' cannot be planned with offloaded checkpoints: {why}. Use --gradient-checkpointing true."
         )
+    if train.objective in PREFERENCE and shape.decoder_layers:
+        raise ConfigError(f"'{shape.name}' has an encoder, which objective '{train.objective}' is not for. Leave it out.")
     shards = ranks if parallel == "fsdp" else 0
     if shards and (why := not_sharded(shape, traced=step is not None)):
         raise ConfigError(f"'{shape.name}' cannot be planned with fsdp: {why}. Use --parallel ddp.")
@@ -253,6 +256,7 @@ def _replays(train: TrainConfig, lora: LoraConfig) -> bool:
     """Whether the passes of a run with compiled layers are replayed as CUDA graphs, as far as its options tell (see
     `training/graphs.py`)."""
     against = train.packing or lora.lora_dropout or train.memory_budget or train.gradient_checkpointing == "offload"
+    against = against or train.objective in PREFERENCE  # whose loss is no sum over tokens
     return train.cuda_graphs is not False and not against
 
 
@@ -272,9 +276,16 @@ def needs_pass(method: MethodName, init: str) -> bool:
     return init in LOOK_AT_INPUTS and (method == "qlora" or (method == "lora" and init not in CORRECT))
 
 
+def sequences_of_row(train: TrainConfig) -> int:
+    """Sequences of a row in a training pass: two of a pair of answers."""
+    return 2 if train.objective in ("dpo", "orpo") else 1
+
+
 def _largest(train: TrainConfig) -> Batch:
-    rows, length = (1, train.batch_size * train.max_length) if train.packing else (train.batch_size, train.max_length)
-    return Batch(rows, length, train.batch_size * (train.max_length - 1))
+    if train.packing:
+        return Batch(1, train.batch_size * train.max_length, train.batch_size * (train.max_length - 1))
+    sequences = train.batch_size * sequences_of_row(train)
+    return Batch(sequences, train.max_length, sequences * (train.max_length - 1))
 
 
 def itemsize(device: Device, method: MethodName, dtype: str) -> int:

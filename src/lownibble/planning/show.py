@@ -10,7 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from lownibble.planning.fit import Verdict
-from lownibble.planning.memory import KINDS, OF_RANKS, Interval
+from lownibble.planning.memory import KINDS, OF_RANKS, Interval, sequences_of_row
 from lownibble.planning.plan import Plan, Row
 from lownibble.planning.speed import Range
 
@@ -26,7 +26,8 @@ def tables(plan: Plan) -> Iterator[RenderableType]:
     train = plan.config.train
     part = f" (the text model of a {plan.shape.wrapper}; the rest is not planned)" if plan.shape.wrapper else ""
     size = f"{plan.shape.parameters / 1e9:.2f}B parameters{f', {plan.stored_as}' if plan.stored_as else ''}"
-    title = f"{plan.shape.name}{part}: {size}, batch {train.batch_size} x {train.max_length}"
+    pairs = f" ({train.objective}: two sequences a row)" if sequences_of_row(train) == 2 else ""
+    title = f"{plan.shape.name}{part}: {size}, batch {train.batch_size} x {train.max_length}{pairs}"
     for left_out, why in plan.refused.items():
         yield Text(f"{left_out} is not planned: {why}")
     if plan.shape.counts is not None:

@@ -15,7 +15,7 @@ from lownibble.arch import ModelShape
 from lownibble.config import Method, TrainConfig
 from lownibble.planning.exchange import REACHED
 from lownibble.planning.hardware import Device
-from lownibble.planning.memory import MemoryPlan
+from lownibble.planning.memory import MemoryPlan, sequences_of_row
 from lownibble.planning.tiles import is_long, tile_lengths
 
 EFFICIENCY = (0.3, 0.5, 0.7)
@@ -89,7 +89,17 @@ def dollars_of(hours: Range, device: Device, price: float | None = None, cards: 
 
 
 def _tokens(train: TrainConfig) -> int:
-    return train.batch_size * train.max_length * train.gradient_accumulation_steps
+    return train.batch_size * sequences_of_row(train) * train.max_length * train.gradient_accumulation_steps
+
+
+def forwards_without_gradients(train: TrainConfig) -> float:
+    """Forward passes for each training pass, over as many tokens: the reference model's of dpo and kto, once for each row or with
+    each step, and those of kto's mismatched answers, under both models."""
+    if train.objective not in ("dpo", "kto"):
+        return 0.0
+    reference = 1.0 if train.precompute_ref_log_probs is False else 1 / max(1.0, train.num_train_epochs)
+    has_kl = train.objective == "kto" and train.loss_type != "apo_zero_unpaired"
+    return 2 * reference + 1 if has_kl else reference
 
 
 def step_flops(shape: ModelShape, method: Method, memory: MemoryPlan, train: TrainConfig) -> float:
@@ -100,7 +110,8 @@ def step_flops(shape: ModelShape, method: Method, memory: MemoryPlan, train: Tra
 def flops_per_token(shape: ModelShape, method: Method, memory: MemoryPlan, train: TrainConfig) -> float:
     """FLOPs of a step per token: per weight 2 in forward, 2 for the input gradient, and 2 for its own gradient if trained;
     attention over half the row (all of it if bidirectional); a second forward pass with checkpointing. An encoder-decoder model
-    is assumed to read and write rows of `max_length`. Of a mixture count the experts that a token passes through."""
+    is assumed to read and write rows of `max_length`. Objectives over preferences have passes without gradients besides.
+    Of a mixture count the experts that a token passes through."""
     layers = 2 * (shape.linear_parameters + shape.active_expert_parameters)
     halves = shape.layers + 3 * shape.decoder_layers + (shape.layers if shape.decoder_layers else 0)
     attention = 2 * halves * shape.heads * shape.head_dim * train.max_length
@@ -108,7 +119,8 @@ def flops_per_token(shape: ModelShape, method: Method, memory: MemoryPlan, train
     adapters = 2 * memory.adapters_per_token
     forward = layers + attention + adapters
     backward = layers * (2 if method == "full" else 1) + 2.5 * attention + 2 * adapters
-    return forward * (2 if train.gradient_checkpointing else 1) + backward + head * (3 if method == "full" else 2)
+    more = forwards_without_gradients(train) * (forward + head)
+    return forward * (2 if train.gradient_checkpointing else 1) + backward + head * (3 if method == "full" else 2) + more
 
 
 HOST_BANDWIDTH = 20e9

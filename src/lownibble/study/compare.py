@@ -24,7 +24,7 @@ import torch
 
 from lownibble import record, stored
 from lownibble.config import CompareConfig, RunConfig, method_named
-from lownibble.data import encode
+from lownibble.data import encode_for
 from lownibble.data import load as load_data
 from lownibble.errors import ConfigError, OutputError, TrainingError
 from lownibble.lora import plan
@@ -119,7 +119,7 @@ def _check_inputs(config: CompareConfig, gpus: int) -> dict[str, str]:
         raise ConfigError(f"'{config.model}' cannot be trained with {' or '.join(left_out)}: {next(iter(left_out.values()))}")
     tokenizer = load_tokenizer(source)
     for side in load_data(config.data):
-        encode(side, tokenizer, config.data, config.train.max_length)
+        encode_for(side, tokenizer, config.data, config.train)
     for name, spec in specs.items():
         if spec.method != "full" and name not in left_out:
             plan(skeleton(source, torch.float32), _run_config(config, name, Path()).lora, "default")

@@ -346,6 +346,15 @@ class Kto(Preferences):
         """Whether the loss has the KL term."""
         return self.config.loss_type != "apo_zero_unpaired"
 
+    def check_rows(self, dataset: Dataset, data: DataConfig) -> None:
+        """Check the rows, and that a batch has more than one."""
+        if self.has_kl and self.config.batch_size == 1:
+            raise ConfigError(
+                "The 'batch_size' of TrainConfig must be at least 2 with objective 'kto': prompts are paired with other rows' "
+                "answers. Got 1. Use --batch-size 2, or loss_type apo_zero_unpaired."
+            )
+        super().check_rows(dataset, data)
+
     def encode(self, dataset: Dataset, tokenizer: Any, data: DataConfig, max_length: int) -> Encoded:
         """Tokenise the rows of a data set; without the KL term no answers are exchanged."""
         group = self.config.batch_size if self.has_kl else 0

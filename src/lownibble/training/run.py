@@ -140,7 +140,7 @@ def _for_ranks(config: RunConfig, ranks: Ranks) -> RunConfig:
 
 def load_sides(data: DataConfig, config: TrainConfig) -> tuple[Dataset, Dataset]:
     """The rows of both splits, checked for the run's objective. Raises as `load` and `Objective.check_rows`."""
-    sides, objective = load_data(data), OBJECTIVES[config.objective]
+    sides, objective = load_data(data), OBJECTIVES[config.objective].of(config)
     for side in sides:
         objective.check_rows(side, data)
     return sides

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from lownibble.config import PlanConfig
-from lownibble.data import encode
+from lownibble.data import encode_for, sequences_of
 from lownibble.data import load as load_data
 from lownibble.errors import ModelError
 from lownibble.models import load_tokenizer, resolve
@@ -13,14 +13,15 @@ from lownibble.planning.models import hub_id
 
 
 def count_tokens(config: PlanConfig) -> tuple[int, str]:
-    """Tokens of `config.data`'s training rows, truncated to `max_length`, times the epochs; and a note for the user, or "".
+    """Tokens of `config.data`'s training rows (of pairs: of both sequences), truncated to `max_length`, times the epochs; and a note for the
+    user, or "".
 
     Raises:
         DataError, ConfigError: the data cannot be used.
     """
     tokenizer, told = _tokenizer(config)
-    examples = encode(load_data(config.data)[0], tokenizer, config.data, config.train.max_length).examples
-    count = sum(len(example.input_ids) for example in examples)
+    examples = encode_for(load_data(config.data)[0], tokenizer, config.data, config.train).examples
+    count = sum(len(ids) for example in examples for ids, _ in sequences_of(example))
     return max(1, round(count * config.train.num_train_epochs)), told
 
 
