@@ -13,8 +13,8 @@ from lownibble.planning.models import hub_id
 
 
 def count_tokens(config: PlanConfig) -> tuple[int, str]:
-    """Tokens of `config.data`'s training rows (of pairs: of both sequences), truncated to `max_length`, times the epochs; and a note for the
-    user, or "".
+    """Tokens of `config.data`'s training rows (of pairs: of both sequences), truncated to `max_length`, times the epochs; and a
+    note for the user, or "".
 
     Raises:
         DataError, ConfigError: the data cannot be used.
