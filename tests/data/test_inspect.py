@@ -76,3 +76,26 @@ def test_bad_rows_are_one_error(tiny_model, tmp_path, capsys):
     path.write_text('{"prompt": "a"}\n')
     assert main(["data", str(path), "--model", str(tiny_model)]) == 2
     assert "bad.jsonl:1: " in capsys.readouterr().err
+
+
+def test_preferences_are_shown_with_both_answers_and_uneven_labels_are_told(tiny_model, tmp_path):
+    pairs = [{"prompt": f"film {word}", "chosen": " good", "rejected": " very bad"} for word in ("plot", "actor")]
+    labelled = [
+        {"prompt": "film plot", "completion": f" {word}", "label": word == "good"} for word in ("good", "bad", "awful", "fine")
+    ]
+    for rows, objective in ((pairs, "dpo"), (labelled, "kto")):
+        folder = tmp_path / objective
+        folder.mkdir()
+        for side in ("train", "test"):
+            (folder / f"{side}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        train = TrainConfig(objective=objective, max_length=16)
+        found = inspect(RowsConfig(model=str(tiny_model), data=DataConfig(path=str(folder)), train=train, rows=1))
+        if objective == "dpo":
+            assert found["rows"][0]["pieces"] == [
+                ("film plot", False), ("good <eos>", True), ("film plot", False), ("very bad <eos>", True)
+            ]  # fmt: skip
+            assert (found["rows"][0]["rejected_from"], found["training"]["tokens"]) == (2, 2 * (4 + 5))
+            assert found["training"]["lengths"]["longest"] == 5
+        else:
+            assert found["rows"][0]["label"] is True
+            assert "of 4 training rows 1 are good answers and 3 bad: a desirable_weight of 3 evens them out" in found["warnings"]

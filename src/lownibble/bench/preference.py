@@ -62,7 +62,9 @@ def bench_preference(*, peers: bool = False, repeats: int = 3, model: str = "") 
                 config = RunConfig(
                     model=model or MODEL, method=method, data=DataConfig(path=str(folder), max_eval_rows=2),
                     lora=LoraConfig(r=16), quant=QuantConfig(compute="exact"),
-                    train=TrainConfig(objective=objective, batch_size=2, max_length=256, max_steps=16, learning_rate=1e-5),
+                    train=TrainConfig(
+                        objective=objective, batch_size=2, max_length=256, max_steps=repeats + 1, learning_rate=1e-5,
+                    ),
                 )  # fmt: skip
                 spec = folder / f"{method}.json"
                 spec.write_text(json.dumps(config.to_dict()))

@@ -1,0 +1,34 @@
+"""Plans of objectives over preferences. Oracle: plans of the same sequences as rows of their own; forward passes by hand."""
+
+import pytest
+
+from lownibble.config import TrainConfig
+from lownibble.planning.plan import plan
+from lownibble.planning.speed import forwards_without_gradients
+
+OPTIONS = {"gpu": "rtx-4090", "method": "qlora", "max_length": 128, "cuda_graphs": False}
+
+
+def test_a_pair_is_two_sequences_in_bytes_and_time():
+    (pairs,), (rows,) = (
+        plan("llama-3-8b", **OPTIONS, **options).rows
+        for options in ({"objective": "orpo", "batch_size": 2}, {"objective": "next-token", "batch_size": 4})
+    )
+    assert pairs.verdict.memory.kinds == rows.verdict.memory.kinds
+    assert pairs.speed.step_s == pytest.approx(rows.speed.step_s)
+    (reference,) = plan("llama-3-8b", **OPTIONS, objective="dpo", batch_size=2).rows
+    assert reference.verdict.memory.kinds == rows.verdict.memory.kinds
+    assert 1.2 < reference.speed.step_s.likely / rows.speed.step_s.likely < 1.6  # a forward pass is a third of a step and more
+
+
+@pytest.mark.parametrize(
+    ("options", "count"),
+    [
+        ({"objective": "next-token"}, 0), ({"objective": "orpo"}, 0), ({"objective": "dpo"}, 1),
+        ({"objective": "dpo", "num_train_epochs": 4.0}, 0.25),
+        ({"objective": "dpo", "num_train_epochs": 4.0, "precompute_ref_log_probs": False}, 1), ({"objective": "kto"}, 3),
+        ({"objective": "kto", "loss_type": "apo_zero_unpaired"}, 1),
+    ],
+)  # fmt: skip
+def test_forward_passes_without_gradients(options, count):
+    assert forwards_without_gradients(TrainConfig(**options)) == count
