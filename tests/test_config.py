@@ -4,7 +4,6 @@ import argparse
 
 import pytest
 
-from lownibble.cli.flags import add_flags, read
 from lownibble.config import (
     CompareConfig,
     EvalConfig,
@@ -18,9 +17,11 @@ from lownibble.config import (
     RowsConfig,
     RunConfig,
     ServeConfig,
+    StudioConfig,
     TrainConfig,
 )
 from lownibble.errors import ConfigError
+from lownibble.flags import add_flags, read
 from lownibble.leaves import build, flag_name, leaves
 from lownibble.options import n_bytes, read_toml
 from lownibble.registry import OBJECTIVES
@@ -59,7 +60,7 @@ VALUES = {
     "drain_seconds": 2.5,
     "trained_on": "dense", "force": True, "measure_tokens": 77, "source": "some/model", "format": "bnb-4bit", "rounding": "rtn",
     "calibration": "x.jsonl", "bits": 3.5, "gpu": "cpu", "tokens": 12, "records": "some/records", "price": 2.5,
-    "repo": "some/repo", "public": True, "dry_run": True,
+    "repo": "some/repo", "public": True, "dry_run": True, "folder": "some/runs",
     "gpus": [2, 4], "gpus_per_node": 4, "link_gb_per_s": 20.0,
 }  # fmt: skip
 
@@ -92,6 +93,7 @@ CONFIGS = (
     ServeConfig,
     PlanConfig,
     PushConfig,
+    StudioConfig,
 )
 
 
@@ -119,7 +121,7 @@ def _leaves(config):
 
 ALL = _leaves(RunConfig) + [p for p in _leaves(CompareConfig) if p.values[1] == ("methods",)]
 ALL += _leaves(EvalConfig) + _leaves(RowsConfig) + _leaves(MergeConfig) + _leaves(ExportConfig) + _leaves(ServeConfig)
-ALL += _leaves(QuantizeConfig) + _leaves(PlanConfig) + _leaves(PushConfig)
+ALL += _leaves(QuantizeConfig) + _leaves(PlanConfig) + _leaves(PushConfig) + _leaves(StudioConfig)
 
 
 @pytest.mark.parametrize(("config", "path", "field"), ALL)

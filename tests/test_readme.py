@@ -13,7 +13,6 @@ from pathlib import Path
 import pytest
 
 from lownibble.cli import commands
-from lownibble.cli.flags import read
 from lownibble.cli.main import _parser
 from lownibble.config import (
     CompareConfig,
@@ -26,6 +25,7 @@ from lownibble.config import (
     RunConfig,
     ServeConfig,
 )
+from lownibble.flags import read
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted(path for path in (ROOT / "docs").glob("*.md") if path.name != "log.md")]

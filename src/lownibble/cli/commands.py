@@ -19,7 +19,6 @@ from rich.text import Text
 
 from lownibble import launch
 from lownibble.bench import OPTIONS, SAVES, run_bench
-from lownibble.cli.flags import read
 from lownibble.config import (
     CompareConfig,
     EvalConfig,
@@ -31,8 +30,10 @@ from lownibble.config import (
     RowsConfig,
     RunConfig,
     ServeConfig,
+    StudioConfig,
 )
 from lownibble.errors import ConfigError, LownibbleError
+from lownibble.flags import read
 
 
 def _console(arguments: argparse.Namespace) -> Console:
@@ -424,6 +425,17 @@ def serve(arguments: argparse.Namespace) -> dict[str, Any]:
         raise ConfigError(f"Serving needs {error.name}. Run: pip install 'lownibble[serve]'") from None
 
     return run_server(config, lambda text: print(text, file=sys.stderr, flush=True))
+
+
+def studio(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Serve the page until stopped."""
+    config: StudioConfig = read(arguments, StudioConfig)
+    try:
+        from lownibble.studio.opening import run_studio
+    except ImportError as error:
+        raise ConfigError(f"The studio needs {error.name}. Run: pip install 'lownibble[serve]'") from None
+
+    return run_studio(config, lambda text: print(text, file=sys.stderr, flush=True))
 
 
 def bench(arguments: argparse.Namespace) -> dict[str, Any]:

@@ -18,7 +18,6 @@ from typing import Any
 from lownibble import __version__, launch
 from lownibble.bench import BENCHES
 from lownibble.cli import commands
-from lownibble.cli.flags import add_flags
 from lownibble.config import (
     CompareConfig,
     EvalConfig,
@@ -30,8 +29,10 @@ from lownibble.config import (
     RowsConfig,
     RunConfig,
     ServeConfig,
+    StudioConfig,
 )
 from lownibble.errors import ConfigError, InputError, LownibbleError
+from lownibble.flags import add_flags
 
 _MODELS = "'demo', a bundled model (llama-3-8b, qwen2.5-7b, ...), a config.json, a model folder or a hub id"
 
@@ -156,6 +157,10 @@ def _parser() -> argparse.ArgumentParser:
     options = add("schema", commands.schema, "Print the options of all commands, or of one, as JSON Schema.",
                   "lownibble schema train")  # fmt: skip
     options.add_argument("of", nargs="?", metavar="COMMAND", help="train, compare, study, ... (default: all)")
+
+    studio = add("studio", commands.studio, "Plan, start, watch and ship runs on a page in the browser.",
+                 "lownibble studio --folder runs")  # fmt: skip
+    add_flags(studio, StudioConfig)
 
     bench = add("bench", commands.bench, "Measure kernels or the training step, next to peers.", "lownibble bench train --peers")
     bench.add_argument("what", choices=BENCHES, help="what to measure")

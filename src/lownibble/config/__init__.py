@@ -1,7 +1,7 @@
 """Every option of Lownibble, defined once.
 
 The same classes feed Python (`ln.LoraConfig(r=8)`), TOML files (tables `[lora]`, `[train]`, ...), command-line flags (derived
-in `cli/flags.py`) and the resolved configuration stored with every result. Names are PEFT's, transformers' and bitsandbytes'
+in `flags.py`) and the resolved configuration stored with every result. Names are PEFT's, transformers' and bitsandbytes'
 where the meaning is the same. A leaf's name is unique over all groups, so that it can be a flag of its own.
 
 Validation of option groups and its error messages are in `options.py`.
@@ -22,6 +22,7 @@ from lownibble.config.commands import (
     RowsConfig,
     RunConfig,
     ServeConfig,
+    StudioConfig,
 )
 from lownibble.config.groups import (
     CHECKPOINTING,
@@ -44,6 +45,6 @@ __all__ = [
     "CHECKPOINTING", "COMPARE_TRAIN", "CORRECT", "FIXED", "FOR_ADAPTERS", "KEEP_THEIR_START", "LOOK_AT_INPUTS", "METHODS",
     "PACKED", "PARALLEL", "PER_LAYER", "PREFERENCE", "SMOOTHED", "Checkpointing", "CompareConfig", "Data", "DataConfig",
     "EvalConfig", "ExportConfig", "LoraConfig", "MergeConfig", "Method", "MethodSpec", "NamedMethod", "Parallel",
-    "PlanConfig", "PushConfig", "QuantConfig", "QuantizeConfig", "RowsConfig", "RunConfig", "ServeConfig",
+    "PlanConfig", "PushConfig", "QuantConfig", "QuantizeConfig", "RowsConfig", "RunConfig", "ServeConfig", "StudioConfig",
     "TrainConfig", "method_named",
 ]  # fmt: skip

@@ -345,3 +345,12 @@ class ServeConfig(Options):
     any_base: bool = Field(False, description="also adapters that were trained on other weights than the model's")
     drain_seconds: Annotated[float, Ge(0)] = Field(30.0, description="time that requests have to end after SIGTERM")
     quant: QuantConfig = QuantConfig()
+
+
+class StudioConfig(Options):
+    """The page that plans, starts and watches all of it (`lownibble studio`)."""
+
+    folder: str = Field("runs", description="folder of the runs, of uploads, and of the notes on started jobs")
+    host: str = Field("127.0.0.1", description="address to listen on; any but a loopback one needs --api-key")
+    port: Annotated[int, Ge(0), Le(65535)] = Field(8100, description="port to listen on; 0: any that is free")
+    api_key: str | None = Field(None, description="key that the page asks for; better in the environment: LOWNIBBLE_API_KEY")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import hmac
-import ipaddress
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
 
 from lownibble.errors import InputError
+from lownibble.listening import is_address
 from lownibble.serve.answers import Asked, answer, check_number, check_tokens
 from lownibble.serve.constraint import ConstraintError, Matcher
 from lownibble.serve.prompts import conversation_text, encode
@@ -249,7 +249,7 @@ class _Gate:
             raise ApiError(
                 429, f"{self.limits.requests} requests are in progress. Try again in a while.", code="too_many_requests"
             )
-        if not service.api_key and not _is_address(host := headers.get("host", ""), service.host):
+        if not service.api_key and not is_address(host := headers.get("host", ""), service.host):
             raise ApiError(403, f"Without an API key this server answers to its address only, not to '{host[:100]}': a page of "
                            "that name could use it. Start it with --api-key, or with that name as --host.")  # fmt: skip
         if counts:
@@ -293,15 +293,3 @@ class _Gate:
                 await send(message)
 
         await self.app(scope, again, send_soon)
-
-
-def _is_address(host: str, own: str) -> bool:
-    """Whether a Host header is localhost, an IP address, or the server's configured host."""
-    name = host.rsplit(":", 1)[0] if not host.endswith("]") else host
-    if name.lower() in ("localhost", own.lower()):
-        return True
-    try:
-        ipaddress.ip_address(name.strip("[]"))
-    except ValueError:
-        return False
-    return True

@@ -3,11 +3,7 @@
 from __future__ import annotations
 
 import os
-import signal
-import socket
-import threading
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +13,7 @@ import uvicorn
 from lownibble.config import ServeConfig
 from lownibble.decoding import choose
 from lownibble.errors import ConfigError, ModelError
+from lownibble.listening import Server, listen
 from lownibble.models import load
 from lownibble.options import n_bytes
 from lownibble.serve.engine import Engine
@@ -61,32 +58,19 @@ def make_service(config: ServeConfig) -> Service:
     )  # fmt: skip
 
 
-class _Server(uvicorn.Server):
-    """Exits normally after SIGINT or SIGTERM: uvicorn would re-raise it after shutdown and the exit status would say 'killed'."""
-
-    @contextmanager
-    def capture_signals(self) -> Iterator[None]:
-        before = {number: signal.signal(number, self.handle_exit) for number in (signal.SIGINT, signal.SIGTERM)}
-        try:
-            yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
-
-
 def run_server(config: ServeConfig, tell: Callable[[str], None]) -> dict[str, Any]:
     """Serve until SIGTERM or Ctrl-C; `tell` is called with the address once the server listens.
 
     Raises:
         ConfigError: the address cannot be used. Also raises as `make_service`.
     """
-    listener = _listen(config)
+    listener = listen(config.host, config.port)
     with listener:
         _open_many_files()
         service = make_service(config)
         host, port = listener.getsockname()[:2]
         address = f"http://{host}:{port}"
-        server = _Server(
+        server = Server(
             uvicorn.Config(
                 app(service), log_level="warning", access_log=False, timeout_graceful_shutdown=int(config.drain_seconds) or 1,
                 h11_max_incomplete_event_size=64 << 10, timeout_keep_alive=30,
@@ -120,19 +104,3 @@ def _open_many_files() -> None:
         return
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
-
-
-def _listen(config: ServeConfig) -> socket.socket:
-    """Bind the socket; called before the model is loaded, so that a port in use is reported at once."""
-    try:
-        family, kind, _, _, address = socket.getaddrinfo(config.host, config.port, type=socket.SOCK_STREAM)[0]
-        with ExitStack() as stack:
-            listener = stack.enter_context(socket.socket(family, kind))
-            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            listener.bind(address)
-            stack.pop_all()
-    except OSError as error:
-        raise ConfigError(
-            f"Cannot listen on {config.host}:{config.port}: {error.strerror}. Choose another --host or --port."
-        ) from None
-    return listener

@@ -29,17 +29,17 @@ def add_flags(parser: argparse.ArgumentParser, config: type[Options], positional
         if path[0] in positional:
             continue
         target = groups[path[0]] if len(path) > 1 else parser
-        default = _default(config, path, field)
+        default = default_of(config, path, field)
         shown = "" if default in (None, PydanticUndefined) else f" (default: {default})"
         text = f"{field.description or path[-1]}{shown}".replace("%", "%%")
         name, dest = "--" + flag_name(path, field), ".".join(path)
         if _is_bool(field):
             action = argparse.BooleanOptionalAction
             target.add_argument(name, dest=dest, action=action, default=argparse.SUPPRESS, help=text)
-        elif {bool, str} == _kinds(field):
+        elif {bool, str} == kinds_of(field):
             words = "|".join(("true", "false", *_words(field)))
             target.add_argument(name, f"--no-{name[2:]}", dest=dest, action=_Switch, help=text, metavar=words)
-        elif list in _kinds(field):
+        elif list in kinds_of(field):
             metavar = "METHOD" if path == ("methods",) else _metavar(field)
             target.add_argument(name, dest=dest, nargs="+", action=_Words, default=argparse.SUPPRESS, help=text, metavar=metavar)
         else:
@@ -84,7 +84,8 @@ class _Switch(argparse.Action):
         setattr(namespace, self.dest, "false" if off else values or "true")
 
 
-def _default(config: type[Options], path: tuple[str, ...], field: FieldInfo) -> Any:
+def default_of(config: type[Options], path: tuple[str, ...], field: FieldInfo) -> Any:
+    """An option's default; None or `PydanticUndefined` if it has none."""
     if len(path) > 1:
         return getattr(config.model_fields[path[0]].default, path[1])
     return field.default
@@ -94,7 +95,7 @@ def _is_bool(field: FieldInfo) -> bool:
     return field.annotation is bool
 
 
-def _kinds(field: FieldInfo) -> set[Any]:
+def kinds_of(field: FieldInfo) -> set[Any]:
     """The types an option accepts: members of a union, and the types of its literal choices."""
     union = get_origin(field.annotation) in (Union, UnionType)
     members = [
@@ -110,7 +111,7 @@ def _words(field: FieldInfo) -> list[str]:
 
 
 def _metavar(field: FieldInfo) -> str:
-    kinds = _kinds(field)
+    kinds = kinds_of(field)
     return next((word for kind, word in ((int, "N"), (float, "X"), (list, "LIST"), (dict, "TABLE")) if kind in kinds), "VALUE")
 
 
@@ -122,7 +123,7 @@ def _parse(value: Any, field: FieldInfo, flag: str) -> Any:
         return [item for word in value for item in word.split(",") if item]
     if not isinstance(value, str):
         return value
-    kinds = _kinds(field)
+    kinds = kinds_of(field)
     if value.lower() == "none" and type(None) in kinds:
         return None
     if value.lower() in ("true", "false") and bool in kinds:

@@ -1,0 +1,61 @@
+"""What the servers (`serve`, `studio`) share: their socket, their end on a signal, and the names that they answer to.
+
+Without a key a server answers to addresses only: a page elsewhere whose name is made to resolve to this machine (DNS rebinding)
+sends its own name as Host.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import signal
+import socket
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+
+import uvicorn
+
+from lownibble.errors import ConfigError
+
+
+class Server(uvicorn.Server):
+    """Exits normally after SIGINT or SIGTERM: uvicorn would re-raise it after shutdown and the exit status would say 'killed'."""
+
+    @contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        """Handle SIGINT and SIGTERM as requests to end."""
+        before = {number: signal.signal(number, self.handle_exit) for number in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """Bind a socket; called before anything slow, so that a port in use is reported at once.
+
+    Raises:
+        ConfigError: the address cannot be used.
+    """
+    try:
+        family, kind, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        with ExitStack() as stack:
+            listener = stack.enter_context(socket.socket(family, kind))
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            listener.bind(address)
+            stack.pop_all()
+    except OSError as error:
+        raise ConfigError(f"Cannot listen on {host}:{port}: {error.strerror}. Choose another --host or --port.") from None
+    return listener
+
+
+def is_address(host: str, own: str) -> bool:
+    """Whether a Host header is localhost, an IP address, or the server's configured host."""
+    name = host.rsplit(":", 1)[0] if not host.endswith("]") else host
+    if name.lower() in ("localhost", own.lower()):
+        return True
+    try:
+        ipaddress.ip_address(name.strip("[]"))
+    except ValueError:
+        return False
+    return True

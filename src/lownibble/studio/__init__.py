@@ -1,0 +1,1 @@
+"""The page that plans, starts and watches all of it: `lownibble studio`."""

@@ -1,0 +1,51 @@
+"""The studio's process: lock the folder, listen, and leave jobs running when it ends."""
+
+from __future__ import annotations
+
+import ipaddress
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import uvicorn
+
+from lownibble.config import StudioConfig
+from lownibble.errors import ConfigError
+from lownibble.listening import Server, listen
+from lownibble.studio.launched import opened
+from lownibble.studio.routes import app
+
+
+def run_studio(config: StudioConfig, tell: Callable[[str], None]) -> dict[str, Any]:
+    """Serve the page until SIGTERM or Ctrl-C; `tell` is called with the address once it listens.
+
+    Raises:
+        ConfigError: the address cannot be used, or can be reached from elsewhere and there is no key.
+        OutputError: another studio has the folder, or it cannot be written.
+    """
+    key = config.api_key or os.environ.get("LOWNIBBLE_API_KEY")
+    if key is not None and not (key.strip() and key.isascii()):
+        raise ConfigError("The key (--api-key or LOWNIBBLE_API_KEY) must be ASCII text, and not empty. Set another, or unset it.")
+    if not _is_loopback(config.host) and key is None:
+        raise ConfigError(
+            f"'{config.host}' can be reached from other machines, and whoever reaches the studio can start processes. Give "
+            "--api-key (or LOWNIBBLE_API_KEY), or leave --host out."
+        )
+    with opened(Path(config.folder)) as jobs, listen(config.host, config.port) as listener:
+        host, port = listener.getsockname()[:2]
+        address = f"http://{f'[{host}]' if ':' in host else host}:{port}/"
+        jobs.announce(address)
+        made = app(jobs, host=config.host, api_key=key)
+        server = Server(uvicorn.Config(made, log_level="warning", access_log=False, timeout_graceful_shutdown=2))
+        listener.listen(server.config.backlog)
+        tell(f"Studio of '{config.folder}': {address}")
+        server.run(sockets=[listener])
+    return {"status": "ok", "address": address, "folder": config.folder}
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"

@@ -1,0 +1,417 @@
+"""Routes of the studio (FastAPI), and who may use them.
+
+The page is four files of this folder; everything else is JSON below /api. Whoever can send a request here can start processes,
+so each request is checked before it is read: its Host (a page whose name was made to resolve to this machine sends that name),
+its Origin (a page of another server cannot use the browser against this one), its Content-Type (forms cannot send ours), and the
+key if there is one. Work that takes long or may crash on what was uploaded runs in a process of its own.
+"""
+
+from __future__ import annotations
+
+import hmac
+import json
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+import threading
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import FileResponse, JSONResponse, Response
+from pydantic import BaseModel, ConfigDict
+from starlette.concurrency import run_in_threadpool
+from starlette.datastructures import Headers
+
+from lownibble import __version__
+from lownibble.config import PlanConfig
+from lownibble.data.files import SUFFIXES
+from lownibble.errors import ConfigError, DataError, InputError, LownibbleError, OutputError
+from lownibble.listening import is_address
+from lownibble.planning import hardware, models
+from lownibble.studio.fields import COMMANDS, command_line, configuration, fields, taken_by
+from lownibble.studio.launched import Job, Jobs, gpu_name
+
+HERE = Path(__file__).parent
+MOST_JOBS = 100
+"""Jobs in the list: the newest."""
+
+MOST_BODY = 4 << 20
+"""Bytes of a JSON body."""
+
+SPARE = 64 << 20
+"""Bytes of the disk that an upload leaves free."""
+
+_POLICY = "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; img-src data:; base-uri 'none'; "
+_POLICY += "form-action 'none'; frame-ancestors 'none'"
+_REPORT = "sandbox allow-scripts; default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src data:"
+"""Reports are pages with scripts of their own; sandboxed, they cannot use this server."""
+
+_FILES = {"/": "studio.html", "/studio.css": "studio.css", "/studio.js": "studio.js", "/charts.js": "charts.js"}
+
+
+class Form(BaseModel):
+    """A command and the texts of its options."""
+
+    model_config = ConfigDict(extra="forbid")
+    command: str
+    values: dict[str, str] = {}
+    gpu: str | None = None
+    tokens: int | None = None
+    toml: str | None = None
+
+
+class Key(BaseModel):
+    """What the page sends for the cookie."""
+
+    key: str
+
+
+def app(jobs: Jobs, *, host: str = "127.0.0.1", api_key: str | None = None) -> FastAPI:
+    """Build the application."""
+    made = FastAPI(title="Lownibble studio", docs_url=None, redoc_url=None, openapi_url=None)
+    made.add_middleware(_Gate, host=host, key=api_key)
+    previews = threading.Lock()
+
+    @made.exception_handler(InputError)
+    async def bad(_: Request, error: InputError) -> Response:
+        return JSONResponse({"error": str(error)}, 507 if isinstance(error, OutputError) else 400)
+
+    @made.exception_handler(RequestValidationError)
+    async def invalid(_: Request, error: RequestValidationError) -> Response:
+        return JSONResponse({"error": error.errors()[0]["msg"]}, 400)
+
+    @made.exception_handler(Exception)
+    async def bug(_: Request, error: Exception) -> Response:
+        return JSONResponse({"error": f"An error of the studio's own: {type(error).__name__}: {error}"}, 500)
+
+    def file(name: str) -> Callable[[], Awaitable[Response]]:
+        async def send() -> Response:
+            return FileResponse(HERE / name, headers={"Content-Security-Policy": _POLICY, "Cache-Control": "no-cache"})
+
+        return send
+
+    for path, name in _FILES.items():
+        made.add_api_route(path, file(name))
+
+    @made.post("/api/key")
+    async def key(body: Key, request: Request) -> Response:
+        if not api_key or not hmac.compare_digest(body.key.encode(), api_key.encode()):
+            return JSONResponse({"error": "The key is wrong. It was given as --api-key or LOWNIBBLE_API_KEY."}, 401)
+        answer = JSONResponse({"status": "ok"})
+        answer.set_cookie(_cookie(request.headers), api_key, httponly=True, samesite="strict")
+        return answer
+
+    @made.get("/api/form")
+    def form() -> dict[str, Any]:
+        return {
+            "version": __version__, "folder": str(jobs.folder), "suffixes": SUFFIXES, "here": here(),
+            "commands": {name: {"fields": fields(name), "positional": spec.positional} for name, spec in COMMANDS.items()},
+            "devices": [{"name": "cpu", "title": "this machine's processor"}]
+            + [{"name": d.name, "title": f"{d.title}, {d.memory_bytes / 2**30:.0f} GiB"} for d in _devices()],
+            "models": ["demo", *models.names()],
+        }  # fmt: skip
+
+    @made.post("/api/check")
+    def check(body: Form) -> dict[str, Any]:
+        words = command_line(body.command, body.values)
+        return {"command": _shown(words)}
+
+    @made.post("/api/plan")
+    def plan(body: Form) -> dict[str, Any]:
+        return make_plan(body)
+
+    @made.post("/api/preview")
+    def preview(body: Form) -> dict[str, Any]:
+        words = command_line("data", taken_by("data", body.values))
+        with previews:
+            return {"command": _shown(words), **_answer_of(words)}
+
+    @made.post("/api/upload")
+    async def upload(name: str, request: Request) -> dict[str, Any]:
+        return await _receive(jobs.folder / "uploads", name, request)
+
+    @made.get("/api/jobs")
+    def all_jobs() -> dict[str, Any]:
+        found = jobs.all()
+        return {
+            "jobs": [jobs.describe(job) for job in found[:MOST_JOBS]], "left_out": max(0, len(found) - MOST_JOBS),
+            "disk_free": shutil.disk_usage(jobs.folder).free,
+        }  # fmt: skip
+
+    @made.post("/api/jobs")
+    def start(body: Form) -> dict[str, Any]:
+        return jobs.describe(_start(jobs, body, host, api_key))
+
+    @made.get("/api/jobs/{id_}")
+    def one(id_: str) -> dict[str, Any]:
+        job = jobs.job(id_)
+        described = jobs.describe(job)
+        curves = [track.curve() for track in jobs.curves(job)]
+        return {
+            **described, "curves": curves, "memory": jobs.memory(job), "log": jobs.log(job), "address": _address(jobs, job),
+            "warnings": [line for track in jobs.curves(job) for line in track.warnings][-20:],
+            "report": job.folder is not None and (job.folder / "report.html").exists(),
+            "result": _summary(jobs.result(job)), "products": _products(job),
+        }  # fmt: skip
+
+    @made.get("/api/jobs/{id_}/curves")
+    def curves(id_: str) -> list[dict[str, Any]]:
+        return [track.curve() for track in jobs.curves(jobs.job(id_))]
+
+    @made.get("/api/jobs/{id_}/report")
+    def report(id_: str) -> Response:
+        folder = jobs.job(id_).folder
+        if folder is None or not (folder / "report.html").exists():
+            raise ConfigError("There is no report yet. It is written when the job has ended.")
+        return FileResponse(folder / "report.html", headers={"Content-Security-Policy": _REPORT})
+
+    @made.post("/api/jobs/{id_}/stop")
+    def stop(id_: str) -> dict[str, Any]:
+        return jobs.describe(jobs.stop(id_))
+
+    @made.post("/api/jobs/{id_}/resume")
+    def resume(id_: str) -> dict[str, Any]:
+        return jobs.describe(jobs.resume(id_))
+
+    return made
+
+
+def here() -> str:
+    """The planner's name for the device that runs are trained on by default."""
+    known = hardware.known_as(gpu_name())
+    return known if known in hardware.names() else "cpu"
+
+
+def _devices() -> list[hardware.Device]:
+    return [hardware.device(name) for name in hardware.names()]
+
+
+def _shown(words: list[str]) -> str:
+    return f"lownibble {shlex.join(words)}"
+
+
+def make_plan(body: Form) -> dict[str, Any]:
+    """The plan of a run or a comparison with all methods on a card, and on every card what its method needs.
+
+    Raises:
+        InputError: an option is not valid, or the model cannot be planned.
+    """
+    run = configuration(body.command, body.values)
+    values = {k: v for k, v in taken_by("plan", body.values).items() if not k.startswith("data.") and k != "train.parallel"}
+    method = str(getattr(run, "method", "all"))
+    both = {"gpu": body.gpu or here(), **({"tokens": str(body.tokens)} if body.tokens else {})}
+    one = method != "all" and (getattr(run, "merge_aware", False) or run.train.loraplus_lr_ratio is not None)
+    chosen = _plan({**values, **both, "method": method if one else "all"})
+    cards = _plan({**values, **both, "gpu": "all", "method": method}) if both["gpu"] != "cpu" or method != "all" else None
+    return {"method": method, "plan": chosen, "cards": cards}
+
+
+def _plan(values: dict[str, str]) -> dict[str, Any]:
+    from lownibble.arch import is_known
+    from lownibble.planning.plan import plan
+
+    config: PlanConfig = configuration("plan", values)
+    if is_known(models.find_config(config.model)):
+        return plan(config).to_dict()
+    return _answer_of(command_line("plan", values))
+
+
+def _answer_of(words: list[str], seconds: float = 600) -> dict[str, Any]:
+    """The JSON document of a command that runs in a process of its own, here and now.
+
+    Raises:
+        DataError: it failed; says why.
+    """
+    try:
+        done = subprocess.run(
+            [sys.executable, "-m", "lownibble", *words, "--json"], capture_output=True, text=True, check=False, timeout=seconds,
+            stdin=subprocess.DEVNULL,
+        )  # fmt: skip
+        found: dict[str, Any] = json.loads(done.stdout.strip().rpartition("\n")[2])
+    except subprocess.TimeoutExpired:
+        raise DataError(f"'{_shown(words)}' did not end within {seconds:.0f} s. Try it in a terminal.") from None
+    except ValueError:
+        why = done.stderr.strip().rpartition("\n")[2]
+        raise DataError(
+            f"'{_shown(words)}' ended without an answer (exit code {done.returncode}). {why} Is the file what its name says?"
+        ) from None
+    if done.returncode:
+        raise DataError(str(found.get("error", "It failed.")))
+    return found
+
+
+_FACTS = ("model", "adapter", "adapters", "source", "method", "methods", "data.path")
+"""Options that the page names a job by, and fills the next one's with."""
+
+
+def _start(jobs: Jobs, body: Form, host: str, api_key: str | None) -> Job:
+    values, files, environment = dict(body.values), {}, {}
+    if body.command == "study":
+        output = values.get("output") or jobs.free_output("study")
+        words, files = ["study", "run", "{job}/study.toml", "--output", output], {"study.toml": body.toml or ""}
+        return jobs.start(words, output, files=files)
+    if body.command not in COMMANDS:
+        raise ConfigError(f"There is no command '{body.command}'. Known: {', '.join(COMMANDS)}, study.")
+    leaf = COMMANDS[body.command].output
+    if leaf is not None and not values.get(leaf):
+        values[leaf] = jobs.free_output(_name(body.command, values))
+    if body.command == "serve" and api_key:
+        values.setdefault("host", host)
+        environment["LOWNIBBLE_API_KEY"] = api_key
+    words = command_line(body.command, values)
+    planned = None
+    if body.command == "train":
+        planned = _planned(body)
+    facts: dict[str, Any] = {
+        name: values[name] for name in ("model", "adapter", "source", "method", "methods", "data.path") if name in values
+    }
+    return jobs.start(words, values.get(leaf) if leaf else None, planned=planned, facts=facts, environment=environment)
+
+
+def _name(command: str, values: dict[str, str]) -> str:
+    of = values.get("method", "qlora") if command == "train" else command
+    return f"{of}.gguf" if command == "export" and values.get("format", "gguf") == "gguf" else of
+
+
+def _planned(body: Form) -> list[int] | None:
+    """Low, likely and high bytes of a run by its plan; None where there is none: that is no reason not to run."""
+    try:
+        found = make_plan(body)
+    except LownibbleError:
+        return None
+    row = next((row for row in found["plan"]["rows"] if row["method"] == found["method"]), None)
+    return None if row is None else [int(row["memory"]["device_bytes"][end]) for end in ("low", "likely", "high")]
+
+
+def _address(jobs: Jobs, job: Job) -> str | None:
+    """Where a server listens, once it does."""
+    found = re.findall(r" at (http://\S+)/v1", jobs.log(job)) if job.kind == "serve" else []
+    return found[-1] if found and jobs.status(job) == "running" else None
+
+
+def _products(job: Job) -> list[dict[str, str]]:
+    """What a job left that another can take: adapters, models and files."""
+    folder, found = job.folder, []
+    if folder is None or job.output is None:
+        return []
+    for path in (folder, *(sorted(each for each in folder.iterdir() if each.is_dir()) if folder.is_dir() else ())):
+        shown = job.output if path == folder else f"{job.output}/{path.name}"
+        if (path / "adapter" / "adapter_config.json").exists():
+            found.append({"what": "adapter", "path": f"{shown}/adapter", "folder": shown})
+        if (path / "adapter_config.json").exists() and path == folder:
+            found.append({"what": "adapter", "path": shown, "folder": str(Path(shown).parent)})
+        if (path / "config.json").exists() and not (path / "adapter_config.json").exists():
+            found.append({"what": "model", "path": shown, "folder": shown})
+    if folder.is_file():
+        found.append({"what": "file", "path": job.output, "folder": str(Path(job.output).parent)})
+    return found
+
+
+def _summary(result: dict[str, Any] | None) -> dict[str, Any] | None:
+    """Of a record, what the page shows: not its steps."""
+    if result is None:
+        return None
+    kept = ("kind", "status", "error", "seconds", "advice", "output", "onto", "scores", "adapter_bytes", "format", "warnings")
+    found = {name: result[name] for name in kept if name in result}
+    if evaluations := result.get("evaluations"):
+        found["evaluations"] = [
+            {k: each.get(k) for k in ("step", "loss", "scores")} for each in (evaluations[0], evaluations[-1])
+        ]
+    planned = result.get("memory", {}).get("planned", {}) if isinstance(result.get("memory"), dict) else {}
+    if "measured_bytes" in planned:
+        found["memory"] = {name: planned[name] for name in ("planned_bytes", "measured_bytes", "error", "within")}
+    if isinstance(result.get("config"), dict):
+        found["config"] = result["config"]
+    if isinstance(result.get("methods"), list):
+        shown = ("method", "status", "eval_loss", "peak_bytes", "tokens_per_s", "error")
+        found["methods"] = [{name: each.get(name) for name in shown} for each in result["methods"]]
+    return found
+
+
+async def _receive(folder: Path, name: str, request: Request) -> dict[str, Any]:
+    """Write an uploaded file, whole or not at all.
+
+    Raises:
+        DataError: its name says no format that is read, or it was not sent whole. OutputError: the disk has no room.
+    """
+    clean = re.sub(r"[^\w.-]+", "_", Path(name.replace("\\", "/")).name).lstrip(".-")[-120:]
+    if not clean.lower().endswith(tuple(SUFFIXES)):
+        raise DataError(
+            f"'{name[:100]}' is no file of rows: its name must end in one of {', '.join(SUFFIXES)}. Save the table as .csv or "
+            ".jsonl, then upload that."
+        )
+    announced = int(request.headers.get("content-length") or 0)
+    free = shutil.disk_usage(folder.parent).free
+    if announced + SPARE > free:
+        raise OutputError(
+            f"The file has {announced / 1e6:.0f} MB and the disk {free / 1e6:.0f} MB free. Free some space, or give its path."
+        )
+    part, received = folder / f".{clean}.{id(request)}.part", 0
+    try:
+        folder.mkdir(exist_ok=True)
+        with part.open("wb") as file:
+            async for chunk in request.stream():
+                received += len(chunk)
+                await run_in_threadpool(file.write, chunk)
+        if received != announced and announced:
+            raise DataError("The file did not arrive whole. Upload it again.")
+        target = next(p for n in range(1 << 20) if not (p := folder / (clean if not n else f"{n}-{clean}")).exists())
+        part.replace(target)
+    except OSError as error:
+        raise OutputError(f"Cannot write '{clean}': {error.strerror}. Free some space, then upload it again.") from None
+    finally:
+        part.unlink(missing_ok=True)
+    return {"path": str(target), "bytes": received}
+
+
+def _cookie(headers: Headers) -> str:
+    """The cookie's name, by port: browsers send the cookies of all ports of a host."""
+    return f"studio-{headers.get('host', '').rpartition(':')[2]}"
+
+
+class _Gate:
+    """Middleware: refuses foreign Hosts, Origins and Content-Types, requests without the key, and bodies that are too large."""
+
+    def __init__(self, app: Callable[..., Awaitable[None]], host: str, key: str | None) -> None:
+        self.app, self.host, self.key = app, host, key
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        refused = self._refusal(scope) if scope["type"] == "http" else None
+        await (refused or self.app)(scope, receive, send)
+
+    def _refusal(self, scope: Any) -> Response | None:
+        headers, path, posts = Headers(scope=scope), scope["path"], scope["method"] not in ("GET", "HEAD")
+        host = headers.get("host", "")
+        if not self.key and not is_address(host, self.host):
+            return _no(403, f"Without a key the studio answers to its address only, not to '{host[:100]}'. Open it by that.")
+        origin = headers.get("origin")
+        if origin is not None and urlsplit(origin).netloc.lower() != host.lower():
+            return _no(403, "This request comes from a page of another server.")
+        if headers.get("sec-fetch-site", "none") not in ("same-origin", "none") and path.startswith("/api"):
+            return _no(403, "This request comes from a page of another server.")
+        kind = headers.get("content-type", "").partition(";")[0]
+        if posts and kind != ("application/octet-stream" if path == "/api/upload" else "application/json"):
+            return _no(415, "The body must be JSON; that of an upload application/octet-stream.")
+        size = headers.get("content-length", "0")
+        if posts and path != "/api/upload" and (not size.isdigit() or int(size) > MOST_BODY or "transfer-encoding" in headers):
+            return _no(413, f"The body is larger than {MOST_BODY >> 20} MB, or does not say how large it is.")
+        if self.key and path.startswith("/api/") and path != "/api/key" and not self._has_key(headers):
+            return _no(401, "The studio asks for its key: it was given as --api-key or LOWNIBBLE_API_KEY.")
+        return None
+
+    def _has_key(self, headers: Headers) -> bool:
+        assert self.key is not None
+        cookies = dict(pair.strip().partition("=")[::2] for pair in headers.get("cookie", "").split(";"))
+        given = (headers.get("authorization", "").removeprefix("Bearer "), cookies.get(_cookie(headers), "").strip('"'))
+        same = [hmac.compare_digest(each.encode(), self.key.encode()) for each in given]  # compare all: constant time
+        return any(same)
+
+
+def _no(status: int, why: str) -> Response:
+    return JSONResponse({"error": why}, status)

@@ -1,0 +1,170 @@
+"""Jobs: found again, stopped, resumed, dead; and curves from files that grow. Oracle: the processes, and the lines written."""
+
+import json
+import os
+import time
+
+import numpy as np
+import psutil
+import pytest
+
+from lownibble.errors import ConfigError, OutputError
+from lownibble.studio.launched import Jobs, opened
+from lownibble.studio.tracks import POINTS, Track
+
+
+def until(jobs, id_, status, seconds=20):
+    end = time.monotonic() + seconds
+    while (found := jobs.status(jobs.job(id_))) != status:
+        assert time.monotonic() < end, found
+        time.sleep(0.02)
+
+
+@pytest.mark.parametrize(
+    ("word", "status", "note"), [("good", "ok", ""), ("bad", "failed", "Free some"), ("dies", "died", "Resume")]
+)
+def test_how_a_job_ends_is_known(jobs, word, status, note):
+    job = jobs.start(["eval", word], None)
+    until(jobs, job.id, status)
+    described = jobs.describe(job)
+    assert note in described["note"]
+    assert described["command"] == f"lownibble eval {word}"
+    assert f"asked for -m lownibble eval {word} --json" in jobs.log(job)
+
+
+def test_a_job_outlives_the_studio_and_is_found_again(jobs):
+    job = jobs.start(["train", "sleeps"], "runs/one")
+    again = Jobs(jobs.folder, jobs.note)
+    try:
+        assert again.job(job.id) == job
+        assert again.status(job) == "running"
+        with pytest.raises(OutputError, match="is running"):
+            again.start(["train", "sleeps"], "runs/one")
+        assert psutil.Process(job.pid).ppid() == os.getpid()
+        again.stop(job.id)
+        until(jobs, job.id, "interrupted")
+        resumed = again.resume(job.id)
+        assert psutil.pid_exists(resumed.pid)
+        while again.log(resumed).count("asked for") < 2:
+            time.sleep(0.02)
+        assert "asked for -m lownibble train sleeps --resume --json" in again.log(resumed)
+    finally:
+        for _ in range(2):
+            again.stop(job.id)
+        again.children[job.id].wait(10)
+        again.close()
+
+
+def test_a_job_that_does_not_stop_is_ended_when_asked_again(jobs):
+    job = jobs.start(["merge", "deaf"], None)
+    while "asked for" not in jobs.log(job):
+        time.sleep(0.02)
+    jobs.stop(job.id)
+    time.sleep(0.3)
+    assert jobs.status(jobs.job(job.id)) == "running"
+    with pytest.raises(ConfigError, match="has ended can be resumed"):
+        jobs.resume(job.id)
+    jobs.stop(job.id)
+    until(jobs, job.id, "interrupted")
+
+
+def test_another_process_with_the_same_id_is_not_the_job(jobs):
+    job = jobs.start(["eval", "good"], None)
+    until(jobs, job.id, "ok")
+    place = jobs.folder / ".studio" / "jobs" / job.id
+    (place / "result").write_text("")
+    written = json.loads((place / "job.json").read_text())
+    (place / "job.json").write_text(json.dumps({**written, "pid": os.getpid(), "began": 1.0}))
+    assert jobs.status(jobs.job(job.id)) == "died"
+
+
+def test_two_studios_on_a_folder(jobs):
+    jobs.announce("http://127.0.0.1:8123/")
+    with pytest.raises(OutputError, match=r"8123/\. Use that one"), opened(jobs.folder):
+        pass
+
+
+def test_a_full_disk_is_said_and_nothing_is_started(jobs, monkeypatch):
+    def full(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("pathlib.Path.write_text", full)
+    with pytest.raises(OutputError, match=r"No space left on device \(.* GB are free\). Free some space"):
+        jobs.start(["train", "sleeps"], "runs/one")
+    assert all(child.wait(10) < 0 for child in jobs.children.values())
+
+
+def test_runs_of_a_terminal_are_listed(jobs):
+    folder = jobs.folder / "by-hand"
+    folder.mkdir()
+    (folder / "record.json").write_text(json.dumps({"command": ["lownibble", "train", "--r", "4"], "status": "ok"}))
+    (folder / "events.jsonl").write_text(line(1, 2.5))
+    (found,) = jobs.all()
+    described = jobs.describe(found)
+    assert (described["status"], described["command"], described["own"]) == ("ok", "lownibble train --r 4", False)
+    assert described["runs"][0]["loss"] == 2.5
+
+
+def line(step, loss):
+    return json.dumps({"event": "Stepped", "step": step, "loss": loss, "tokens": 100, "seconds": 0.5}) + "\n"
+
+
+def test_ten_long_runs_reach_the_page_at_once(client, jobs):
+    """What ten runs of 10,000 steps append is on the page within a second, and only that is read."""
+    losses = np.random.default_rng(0).random(10_000)
+    names = [f"long-{n}" for n in range(10)]
+    for name in names:
+        (jobs.folder / name).mkdir()
+        (jobs.folder / name / "events.jsonl").write_text("".join(line(n + 1, loss) for n, loss in enumerate(losses)))
+
+    def page():
+        listed = client.get("/api/jobs").json()["jobs"]
+        return listed, [client.get(f"/api/jobs/{each['id']}/curves").json()[0] for each in listed]
+
+    page()
+    tracks = list(jobs.tracks.values())
+    before = [track.tail.bytes_read for track in tracks]
+    new = line(10_001, 0.25)
+    for name in names:
+        with (jobs.folder / name / "events.jsonl").open("a") as file:
+            file.write(new)
+    began = time.perf_counter()
+    listed, curves = page()
+    assert (
+        time.perf_counter() - began < 1
+    )  # with the page's wait of 0.4 s between looks still far below a second on a free machine
+    assert [each["runs"][0]["step"] for each in listed] == [10_001] * 10
+    assert [track.tail.bytes_read - n for track, n in zip(tracks, before, strict=True)] == [len(new)] * 10
+    for curve in curves:
+        assert len(curve["step"]) <= POINTS
+        width = curve["mean_of"]
+        assert curve["loss"][0] == pytest.approx(losses[:width].mean(), rel=1e-4)
+        assert curve["step"][-1] == 10_001
+
+
+def test_steps_done_again_replace_those_of_before(tmp_path):
+    path = tmp_path / "events.jsonl"
+    path.write_text("".join(line(n, float(n)) for n in range(1, 9)) + '{"event": "Stepped", "step": 9, "lo')
+    track = Track("", path).look()
+    assert track.curve()["step"] == [1, 2, 3, 4, 5, 6, 7, 8]
+    with path.open("a") as file:
+        file.write(
+            '\n{"event": "Started", "first_step": 4, "total_steps": 20}\n'
+            + line(5, 50.0)
+            + "[]\nno json\n"
+            + line(6, float("nan"))
+        )
+    curve = track.look().curve()
+    assert curve["step"] == [1, 2, 3, 4, 5, 6]
+    assert curve["loss"] == [1, 2, 3, 4, 50, None]
+    assert track.figures()["total"] == 20
+
+
+def test_memory_is_noted_while_a_job_runs(jobs):
+    job = jobs.start(["eval", "sleeps"], None, planned=[1, 2, 3])
+    end = time.monotonic() + 20
+    while not (found := jobs.memory(job))["bytes"]:
+        assert time.monotonic() < end
+        time.sleep(0.1)
+    assert 0 < found["peak"] < 1 << 30
+    assert jobs.describe(job)["planned"] == [1, 2, 3]
