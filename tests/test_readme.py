@@ -24,6 +24,7 @@ from lownibble.config import (
     QuantizeConfig,
     RunConfig,
     ServeConfig,
+    StudioConfig,
 )
 from lownibble.flags import read
 
@@ -33,6 +34,7 @@ CONFIGS = {
     commands.train: RunConfig, commands.plan: PlanConfig, commands.compare: CompareConfig, commands.evaluate: EvalConfig,
     commands.merge: MergeConfig, commands.export: ExportConfig, commands.quantize: QuantizeConfig, commands.serve: ServeConfig,
     commands.push: PushConfig,
+    commands.studio: StudioConfig,
 }  # fmt: skip
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```", re.DOTALL | re.MULTILINE)
 

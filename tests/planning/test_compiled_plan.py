@@ -113,7 +113,7 @@ def test_peaks_of_whole_models_are_within_2_percent_of_the_trace(name, batch, me
 
 @pytest.mark.parametrize(("method", "measured"), [("qlora", 19_999_194_624), ("lora", 30_122_357_760)])
 def test_peaks_measured_on_an_h100(method, measured):
-    """`bench train` with default flags on one H100 (2026-11-27, train-cuda-uncaptured.json): 8B, 4 x 1024, full rows, labels at all tokens,
+    """`bench train` with default flags on one H100 (train-cuda-uncaptured.json): 8B, 4 x 1024, full rows, labels at all tokens,
     r 16 on all linear layers. Plans are 0.07 GB less, as for eager steps: two workspaces of cuBLAS, which are no tensors of the
     step. The code of that run still held float32 logits and the last chunk's gradient; it had no CUDA graphs, and did not round
     adapters once a pass."""

@@ -25,7 +25,7 @@ const charts = (() => {
   // figure: an element. chart: { title, x: word, unit, series: [{ name, x, y, dots }], band: [low, high, words], zero, format, colours }
   function draw(figure, chart) {
     const format = chart.format || short, series = chart.series.filter((one) => one.x.length);
-    const width = Math.max(240, figure.clientWidth || 480), height = 220, left = 56, right = 12, top = 10, bottom = 30;
+    const width = Math.max(240, figure.clientWidth || 480), height = 232, left = 52, right = 14, top = 12, bottom = 42;
     const picked = figure.dataset.at === undefined ? null : Number(figure.dataset.at);
     let body = figure.querySelector("svg");
     if (!body) {
@@ -68,14 +68,14 @@ const charts = (() => {
     }
     const across = ticks(x0, x1, Math.max(2, width / 110));
     for (const at of across) make(body, "text", { x: px(at), y: height - bottom + 16, "text-anchor": "middle" }, short(at));
-    make(body, "text", { x: width - right, y: height - 3, "text-anchor": "end", class: "axis" }, chart.x);
+    make(body, "text", { x: (left + width - right) / 2, y: height - 6, "text-anchor": "middle" }, chart.x);
     make(body, "line", { x1: left, x2: width - right, y1: height - bottom, y2: height - bottom, class: "base" });
     if (chart.band) {
       make(body, "rect", { x: left, width: width - left - right, y: py(band[1]), height: Math.max(2, py(band[0]) - py(band[1])), class: "band" });
       make(body, "text", { x: width - right - 4, y: py(band[1]) - 4, "text-anchor": "end", class: "inband" }, chart.band[2]);
     }
     const clip = `clip-${figure.id || chart.title.replace(/\W/g, "")}`;
-    make(make(body, "clipPath", { id: clip }), "rect", { x: left, y: 0, width: width - left - right, height: height - bottom + 3 });
+    make(make(body, "clipPath", { id: clip }), "rect", { x: left - 5, y: 0, width: width - left - right + 10, height: height - bottom + 4 });
     const lines = make(body, "g", { "clip-path": `url(#${clip})` });
     chart.series.forEach((one, index) => {
       const colour = one.colour ?? index, kind = `s${colour % 8}`, dash = DASHES[Math.floor(one.dash ?? (colour >= 8 ? 1 : colour)) % DASHES.length];

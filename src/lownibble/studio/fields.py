@@ -97,6 +97,8 @@ def configuration(command: str, values: Mapping[str, str]) -> Any:
     Raises:
         ConfigError: an option is unknown to the command, or its value is not valid.
     """
+    if command not in COMMANDS:
+        raise ConfigError(f"There is no command '{command}'. Known: {', '.join(COMMANDS)}.")
     config = COMMANDS[command].config
     known = {".".join(path) for path, _ in leaves(config)} - set(NOT_SHOWN)
     if unknown := sorted(values.keys() - known):

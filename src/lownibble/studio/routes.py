@@ -119,18 +119,16 @@ def app(jobs: Jobs, *, host: str = "127.0.0.1", api_key: str | None = None) -> F
 
     @made.post("/api/check")
     def check(body: Form) -> dict[str, Any]:
-        words = command_line(body.command, body.values)
-        return {"command": _shown(words)}
+        return _or_error(lambda: {"command": _shown(command_line(body.command, _with_output(jobs, body)))})
 
     @made.post("/api/plan")
     def plan(body: Form) -> dict[str, Any]:
-        return make_plan(body)
+        return _or_error(lambda: make_plan(body))
 
     @made.post("/api/preview")
     def preview(body: Form) -> dict[str, Any]:
-        words = command_line("data", taken_by("data", body.values))
         with previews:
-            return {"command": _shown(words), **_answer_of(words)}
+            return _or_error(lambda: _answer_of(command_line("data", taken_by("data", body.values))))
 
     @made.post("/api/upload")
     async def upload(name: str, request: Request) -> dict[str, Any]:
@@ -182,6 +180,14 @@ def app(jobs: Jobs, *, host: str = "127.0.0.1", api_key: str | None = None) -> F
     return made
 
 
+def _or_error(answer: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """An answer, or what is wrong with the form: that is an answer, too, and no failed request in the browser's console."""
+    try:
+        return answer()
+    except InputError as error:
+        return {"error": str(error)}
+
+
 def here() -> str:
     """The planner's name for the device that runs are trained on by default."""
     known = hardware.known_as(gpu_name())
@@ -197,7 +203,7 @@ def _shown(words: list[str]) -> str:
 
 
 def make_plan(body: Form) -> dict[str, Any]:
-    """The plan of a run or a comparison with all methods on a card, and on every card what its method needs.
+    """The plan of a run or a comparison with all methods, on one card or on 'all'; and which method was asked for.
 
     Raises:
         InputError: an option is not valid, or the model cannot be planned.
@@ -205,11 +211,9 @@ def make_plan(body: Form) -> dict[str, Any]:
     run = configuration(body.command, body.values)
     values = {k: v for k, v in taken_by("plan", body.values).items() if not k.startswith("data.") and k != "train.parallel"}
     method = str(getattr(run, "method", "all"))
-    both = {"gpu": body.gpu or here(), **({"tokens": str(body.tokens)} if body.tokens else {})}
-    one = method != "all" and (getattr(run, "merge_aware", False) or run.train.loraplus_lr_ratio is not None)
-    chosen = _plan({**values, **both, "method": method if one else "all"})
-    cards = _plan({**values, **both, "gpu": "all", "method": method}) if both["gpu"] != "cpu" or method != "all" else None
-    return {"method": method, "plan": chosen, "cards": cards}
+    alone = method != "all" and (run.merge_aware or run.train.loraplus_lr_ratio is not None)  # what not every method can have
+    values |= {"gpu": body.gpu or here(), "method": method if alone else "all"}
+    return {"method": method, "plan": _plan(values | ({"tokens": str(body.tokens)} if body.tokens else {}))}
 
 
 def _plan(values: dict[str, str]) -> dict[str, Any]:
@@ -251,32 +255,30 @@ _FACTS = ("model", "adapter", "adapters", "source", "method", "methods", "data.p
 
 
 def _start(jobs: Jobs, body: Form, host: str, api_key: str | None) -> Job:
-    values, files, environment = dict(body.values), {}, {}
     if body.command == "study":
-        output = values.get("output") or jobs.free_output("study")
-        words, files = ["study", "run", "{job}/study.toml", "--output", output], {"study.toml": body.toml or ""}
-        return jobs.start(words, output, files=files)
-    if body.command not in COMMANDS:
-        raise ConfigError(f"There is no command '{body.command}'. Known: {', '.join(COMMANDS)}, study.")
-    leaf = COMMANDS[body.command].output
-    if leaf is not None and not values.get(leaf):
-        values[leaf] = jobs.free_output(_name(body.command, values))
+        output = jobs.free_output("study")
+        words = ["study", "run", "{job}/study.toml", "--output", output]
+        return jobs.start(words, output, files={"study.toml": body.toml or ""})
+    values, environment = _with_output(jobs, body), {}
     if body.command == "serve" and api_key:
         values.setdefault("host", host)
         environment["LOWNIBBLE_API_KEY"] = api_key
-    words = command_line(body.command, values)
-    planned = None
-    if body.command == "train":
-        planned = _planned(body)
+    words, leaf = command_line(body.command, values), COMMANDS[body.command].output
+    planned = _planned(body) if body.command == "train" else None
     facts: dict[str, Any] = {
         name: values[name] for name in ("model", "adapter", "source", "method", "methods", "data.path") if name in values
     }
     return jobs.start(words, values.get(leaf) if leaf else None, planned=planned, facts=facts, environment=environment)
 
 
-def _name(command: str, values: dict[str, str]) -> str:
-    of = values.get("method", "qlora") if command == "train" else command
-    return f"{of}.gguf" if command == "export" and values.get("format", "gguf") == "gguf" else of
+def _with_output(jobs: Jobs, body: Form) -> dict[str, str]:
+    """A form's values, with a new path in the studio's folder where the command has an output and none is given."""
+    leaf = COMMANDS[body.command].output if body.command in COMMANDS else None
+    if leaf is None or body.values.get(leaf):
+        return body.values
+    name = body.values.get("method", "qlora") if body.command == "train" else body.command
+    is_file = body.command == "export" and body.values.get("format", "gguf") == "gguf"
+    return {**body.values, leaf: jobs.free_output(f"{name}.gguf" if is_file else name)}
 
 
 def _planned(body: Form) -> list[int] | None:

@@ -38,7 +38,7 @@ async function api(path, body) {
   catch { throw new Refused("The studio does not answer. Jobs go on without it; start it again: lownibble studio"); }
   const found = await answer.json().catch(() => ({ error: `${answer.status} ${answer.statusText}` }));
   if (answer.status === 401 && !$("#keyed").open) { $("#keyed").showModal(); $("#key").focus(); }
-  if (!answer.ok) throw new Refused(found.error);
+  if (!answer.ok || found.error) throw new Refused(found.error);
   return found;
 }
 
@@ -46,7 +46,7 @@ async function api(path, body) {
 
 // One option's label and control; `set(text)` is called with '' for the default.
 function field(option, value, set, words) {
-  const label = words || option.name.split(".").at(-1).replaceAll("_", " ");
+  const plain = option.name.split(".").at(-1).replaceAll("_", " "), label = words || plain[0].toUpperCase() + plain.slice(1);
   const id = `o-${option.name.replaceAll(".", "-")}-${Math.random().toString(36).slice(2, 7)}`;
   let control;
   if (!option.open) {
@@ -85,7 +85,7 @@ function build() {
   const put = (where, names, command, words = {}) => $(where).replaceChildren(...names.map((name) => option(command, name)).filter(Boolean).map((each) => field(each, values[each.name], set(each.name), words[each.name])));
   const command = what() === "study" ? "train" : what();
   put("#subject", ["model", "data.path", "data.prompt_template", "data.completion_template"], command, { model: "Model", "data.path": "Data", "data.prompt_template": "Prompt, from a row's fields", "data.completion_template": "Completion" });
-  put("#basic", BASIC, command, { "train.output_dir": "output folder", "lora.r": "adapter rank (r)", "train.batch_size": "rows in a step", "train.max_length": "tokens in a row" });
+  put("#basic", BASIC, command, { "train.max_steps": "Steps", "train.num_train_epochs": "Epochs", "train.learning_rate": "Learning rate", "train.output_dir": "Output folder", "lora.r": "Adapter rank (r)", "train.batch_size": "Rows in a step", "train.max_length": "Tokens in a row" });
   if (what() === "train") method(); else if (what() === "compare") put("#how", ["methods"], "compare", { methods: "Methods, separated by commas" }); else study(true);
   $("#options").hidden = what() === "study";
   const shown = new Set(["model", "data.path", "data.prompt_template", "data.completion_template", "method", "methods", ...BASIC]);
@@ -199,7 +199,7 @@ async function plan() {
     const found = await api("plan", { command: what(), values: taken(what()), gpu: $("#card").value, tokens: tokens() });
     if (mine === planning) box.replaceChildren(...planned(found));
   } catch (error) { if (mine === planning) box.replaceChildren(el("p", { className: "quiet", textContent: `No plan: ${error.message}` })); }
-  if (mine === planning) box.removeAttribute("aria-busy");
+  if (mine === planning) { box.removeAttribute("aria-busy"); cards(); }
 }
 function pill(words, fits) { return el("span", { className: `pill ${!fits ? "bad" : words === "fits" ? "good" : "fair"}`, textContent: words }); }
 function planned(found) {
@@ -226,19 +226,23 @@ function planned(found) {
   for (const [name, { method, reasons }] of Object.entries(made.advice)) out.push(el("p", {}, el("b", { textContent: `Recommended on ${name}: ${METHODS[method] || "none fits"}. ` }), reasons.join(" ")));
   for (const why of Object.values(made.refused)) out.push(el("p", { className: "quiet", textContent: why }));
   if (!tokens) out.push(el("p", { className: "quiet", textContent: "Preview the rows for time and dollars of this run." }));
-  if (found.cards) out.push(cards(found));
   return out;
 }
-function cards(found) {
-  const names = [...new Set(found.cards.rows.map((row) => row.device))], methods = [...new Set(found.cards.rows.map((row) => row.method))];
+// Every card: asked for only while it is open.
+async function cards() {
+  const box = $("#cards");
+  if (!$("#fits").open || what() === "study") return;
+  let found;
+  try { found = await api("plan", { command: what(), values: taken(what()), gpu: "all", tokens: tokens() }); } catch { box.replaceChildren(); return; }
+  const list = found.plan.rows, names = [...new Set(list.map((row) => row.device))], methods = [...new Set(list.map((row) => row.method))];
   const title = Object.fromEntries(form.devices.map((each) => [each.name, each.title.split(",")[0]]));
-  return el("details", {}, el("summary", { textContent: "What would fit on which card" }), el("div", { className: "wide" }, el("table", {},
+  box.replaceChildren(el("table", {},
     el("thead", {}, el("tr", {}, el("th", { textContent: "card" }), ...methods.map((each) => el("th", { textContent: METHODS[each] })))),
     el("tbody", {}, ...names.map((name) => el("tr", {}, el("th", { scope: "row", textContent: title[name] || name }), ...methods.map((each) => {
-      const row = found.cards.rows.find((one) => one.device === name && one.method === each);
+      const row = list.find((one) => one.device === name && one.method === each);
       const more = [row?.speed?.hours && span(row.speed.hours.likely * 3600), row?.speed?.dollars && dollars(row.speed.dollars.likely)].filter(Boolean);
       return row ? el("td", {}, pill(row.verdict, row.fits), row.fits && more.length ? ` ${more.join(", ")}` : "") : el("td", { textContent: "–" });
-    })))))));
+    }))))));
 }
 
 // ---- starting
@@ -280,7 +284,7 @@ function ask(command, title, about, given) {
   if (leaf) $("[data-option=output]", dialog).placeholder = "a new one in the studio's folder";
   $("#go").onclick = async () => { const why = await start({ command, values: clean() }, $("#go")); if (why) refuse(why); else dialog.close(); };
   dialog.showModal();
-  if (!leaf || chosen.output) update(); else { chosen.output = `${form.folder}/${command}-${Date.now() % 1e6}${command === "export" ? ".gguf" : ""}`; $("[data-option=output]", dialog).value = chosen.output; update(); }
+  update();
 }
 
 // ---- runs
@@ -388,6 +392,7 @@ function fill(found) {
     el("p", { className: "quiet", textContent: total(found) ? `step ${whole(done(found))} of ${whole(total(found))}` : "getting ready: reading the model and the rows" })] : []));
   const figures = [];
   if (run) figures.push(["training loss", run.loss === null ? "–" : charts.short(run.loss)], ["evaluation loss", run.evaluation === null ? "–" : charts.short(run.evaluation)], ["tokens/s", run.tokens_per_s === null ? "–" : whole(run.tokens_per_s)]);
+  if (found.status === "running" && run?.seconds_left) figures.push(["left", span(run.seconds_left)]);
   if (peak) figures.push(["peak memory", gib(peak)]);
   if (found.planned) figures.push(["planned memory", gib(found.planned[1])]);
   $("#j-figures").className = figures.length ? "figures" : "";
@@ -395,10 +400,10 @@ function fill(found) {
   const curves = found.curves;
   $("#j-charts").hidden = !found.runs.length;
   if (found.runs.length) {
-    const colours = curves.length > 1, mean = Math.max(1, ...curves.map((c) => c.mean_of));
-    charts.draw($("#c-loss"), { title: "Loss", x: "step", clip: true, upTo: found.runs[0]?.total, note: `line: training${mean > 1 ? `, means of ${mean} steps` : ""}; dots: evaluation`, series: curves.flatMap((c, i) => [{ name: colours ? c.name : "", x: c.step, y: c.loss, colour: i }, { x: c.evaluations.map((e) => e[0]), y: c.evaluations.map((e) => e[1]), dots: true, colour: colours ? i : 1 }]) });
-    charts.draw($("#c-memory"), { title: "Memory", x: "seconds", zero: true, fromZero: true, format: (n) => `${(n / GIB).toFixed(2)} GiB`.replace(" GiB", n < 0 ? "" : "G"), note: found.planned ? "line: measured; band: the plan" : "measured", band: found.planned ? [found.planned[0], found.planned[2], "planned"] : null, series: [{ x: found.memory.seconds, y: found.memory.bytes, colour: 2, dash: 0 }] });
-    charts.draw($("#c-rate"), { title: "Tokens/s", x: "step", zero: true, clip: true, upTo: found.runs[0]?.total, series: curves.map((c, i) => ({ name: colours ? c.name : "", x: c.step, y: c.tokens_per_s, colour: colours ? i : 4, dash: colours ? i : 0 })) });
+    const upTo = done(found) > total(found) / 3 ? found.runs[0]?.total : 0, colours = curves.length > 1, mean = Math.max(1, ...curves.map((c) => c.mean_of));
+    charts.draw($("#c-loss"), { title: "Loss", x: "step", clip: true, upTo, note: `line: training${mean > 1 ? `, means of ${mean} steps` : ""}; dots: evaluation`, series: curves.flatMap((c, i) => [{ name: colours ? c.name : "", x: c.step, y: c.loss, colour: i }, { x: c.evaluations.map((e) => e[0]), y: c.evaluations.map((e) => e[1]), dots: true, colour: colours ? i : 1 }]) });
+    charts.draw($("#c-memory"), { title: "Memory", x: "seconds", zero: true, fromZero: true, note: `GiB, ${found.planned ? "line: measured; band: the plan" : "measured"}`, band: found.planned ? [found.planned[0] / GIB, found.planned[2] / GIB, "planned"] : null, series: [{ x: found.memory.seconds, y: found.memory.bytes.map((n) => n / GIB), colour: 2, dash: 0 }] });
+    charts.draw($("#c-rate"), { title: "Tokens/s", x: "step", zero: true, clip: true, upTo, series: curves.map((c, i) => ({ name: colours ? c.name : "", x: c.step, y: c.tokens_per_s, colour: colours ? i : 4, dash: colours ? i : 0 })) });
   }
   same($("#j-next"), mark, () => next(found));
   same($("#j-result"), JSON.stringify(found.result), () => result(found.result));
@@ -412,7 +417,7 @@ function next(found) {
   for (const product of found.products) {
     const buttons = [], { path, folder, what } = product;
     if (what === "adapter") {
-      buttons.push(button("Chat", (pressed) => start({ command: "serve", values: { model, adapters: folder, port: "0", any_base: "true" } }, pressed), true));
+      buttons.push(button("Chat", (pressed) => start({ command: "serve", values: { model, adapters: folder, port: "0", ...(found.facts.method === "lora" && { any_base: "true" }) } }, pressed), true));
       buttons.push(button("Merge…", () => ask("merge", "Merge", "Make the adapter part of its base's weights. The loss of doing so is measured first.", { adapter: path })));
       buttons.push(button("Export…", () => ask("export", "Export", "Write the adapter for another tool: llama.cpp (gguf), PEFT, servers.", { source: path })));
       buttons.push(button("Evaluate…", () => ask("eval", "Evaluate", "Score the base with this adapter on rows.", { model, adapter: path, "data.path": found.facts["data.path"] || "demo" })));
@@ -483,6 +488,7 @@ async function open() {
   loop();
 }
 $("#card").onchange = plan;
+$("#fits").ontoggle = cards;
 $("#look").onclick = look;
 $("#find").oninput = find;
 $("#start").onclick = startForm;

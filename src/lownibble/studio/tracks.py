@@ -57,7 +57,7 @@ class Track:
     def _clear(self) -> None:
         self.steps, self.losses, self.rates = array("q"), array("d"), array("d")
         self.evaluations: list[tuple[int, float]] = []
-        self.total, self.tokens, self.seconds = 0, 0, 0.0
+        self.total, self.counted, self.seconds = 0, 0, 0.0
         self.warnings: list[str] = []
         self.phase = "starting"
 
@@ -74,7 +74,7 @@ class Track:
                     self.steps.append(step)
                     self.losses.append(loss)
                     self.rates.append(rate)
-                    self.tokens += int(event["tokens"])
+                    self.counted += 1
                     self.seconds += float(event["seconds"])
                 elif kind == "Evaluated":
                     self.evaluations.append((int(event["step"]), float(event["loss"])))
@@ -92,13 +92,17 @@ class Track:
         self.evaluations = [each for each in self.evaluations if each[0] <= step]
 
     def figures(self) -> dict[str, Any]:
-        """What a list of runs shows: last step, loss and tokens/s of the last steps."""
+        """What a list of runs shows: last step, loss and tokens/s of the last steps, seconds left."""
         recent = slice(-16, None)
         return {
             "step": self.steps[-1] if self.steps else 0, "total": self.total, "phase": self.phase,
             "loss": _mean(self.losses[recent]), "tokens_per_s": _mean(self.rates[recent]),
-            "evaluation": self.evaluations[-1][1] if self.evaluations else None,
+            "evaluation": _finite(self.evaluations[-1][1]) if self.evaluations else None, "seconds_left": self._seconds_left(),
         }  # fmt: skip
+
+    def _seconds_left(self) -> float | None:
+        """At the mean pace of the steps that this studio has seen, evaluations not counted."""
+        return _finite((self.total - self.steps[-1]) * self.seconds / self.counted) if self.counted and self.steps else None
 
     def curve(self) -> dict[str, Any]:
         """Down-sampled columns, ready for JSON; values that are not finite are null."""
@@ -131,14 +135,17 @@ class Memory:
     """Bytes that a job's processes held, as `launched.py` notes them: at most `POINTS` maxima of 2^n neighbours."""
 
     def __init__(self, path: Path) -> None:
-        self.tail, self.seconds, self.held = Tail(path), array("d"), array("d")
+        self.tail, self.seconds, self.held, self.before = Tail(path), array("d"), array("d"), 0.0
 
     def look(self) -> Memory:
         """Read what is new."""
         for sample in self.tail.lines():
             with suppress(KeyError, TypeError, ValueError):
-                self.seconds.append(float(sample["seconds"]))
-                self.held.append(float(sample["bytes"]))
+                seconds, held = float(sample["seconds"]), float(sample["bytes"])
+                if self.seconds and seconds + self.before < self.seconds[-1]:  # resumed: its clock began again
+                    self.before = self.seconds[-1]
+                self.seconds.append(seconds + self.before)
+                self.held.append(held)
         return self
 
     def curve(self) -> dict[str, Any]:
