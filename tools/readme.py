@@ -210,7 +210,7 @@ def study() -> str:
             continue
         test = pair["equivalence"]
         found = pair["scores"][test["metric"]]
-        said = study_page.verdict(found, test, "lora", "qlora", test["metric"])
+        said = study_page.verdict(pair)
         ratios = [study_page.ratio(pair[f"{name}_ratio"]) for name in ("steps", "speed", "memory")]
         lines.append(f"| {' | '.join([group['task'], test['metric'], study_page.signed(found), said, *ratios])} |")
     counts = summary["counts"]
@@ -705,7 +705,7 @@ def quality_summary() -> str:
         pair = next(p for p in group["pairs"] if (p["a"], p["b"]) == ("lora", "qlora"))
         metric = pair["equivalence"]["metric"]
         means = {each["method"]: each["scores"][metric]["mean"] for each in group["methods"]}
-        said = study_page.verdict(pair["scores"][metric], pair["equivalence"], "lora", "qlora", metric)
+        said = study_page.verdict(pair)
         cells = [
             group["task"],
             metric,

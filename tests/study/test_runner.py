@@ -18,7 +18,8 @@ from lownibble.config import QuantConfig
 from lownibble.errors import ConfigError, DataError, ModelError, OutputError, TargetError
 from lownibble.exporting.convert import export
 from lownibble.study import cell, devices, executors, jobs, processes
-from lownibble.study.runner import read_record, run_study
+from lownibble.study.records import read_record
+from lownibble.study.runner import run_study
 from lownibble.study.tasks import KINDS
 
 STUDY = """

@@ -5,15 +5,19 @@ import math
 import statistics
 from urllib.parse import unquote
 
+import numpy as np
 import pytest
 from chromium import BINARY, Chromium
 from fixtures.html_page import Page
 from scipy import stats as theirs
 
 from lownibble.errors import ConfigError
+from lownibble.measuring import mixed
 from lownibble.study.analysis import analyse
 from lownibble.study.claims import compare_claims
+from lownibble.study.decide import DIFFERENT, tails
 from lownibble.study.report import study_page
+from lownibble.study.report.methods import methods
 from lownibble.study.report.sizes import sizes
 from lownibble.study.spec import read_study
 
@@ -49,7 +53,7 @@ def made(
         "command": ["lownibble", "study", "run", "x.toml"], "jobs": 1, "executor": "local", "environment": environment(),
         "spec": {
             "name": f"made {task}", "seeds": list(seeds), "models": {"m": "demo"}, "methods": {m: {"method": m} for m in methods},
-            "tasks": {task: {"kind": "classification", "data": {"path": "demo"}}}, "train": {"max_steps": 20},
+            "tasks": {task: {"kind": "classification", "data": {"path": "demo"}, "margin": 0.03}}, "train": {"max_steps": 20},
         },
         "cells": [], "tuning": [], "speed": [{"model": "m", "task": task, "digest": "turns"}],
     }  # fmt: skip
@@ -124,7 +128,7 @@ def record_of(method, seed, loss=None):
                 "perplexity": math.exp(loss or losses[-1]),
             },
             "evaluations": [{"step": 10 * i, "loss": value, "scores": {}} for i, value in enumerate(losses)],
-            "row_scores": {"accuracy": [1.0] * round(100 * accuracy) + [0.0] * round(100 - 100 * accuracy)},
+            "row_scores": {},
         },
         "measured": {
             "seconds": 36.0, "speed": {"tokens_per_s": 400.0, "step_s": 0.5},
@@ -146,9 +150,32 @@ def test_differences_are_paired_over_seeds(tmp_path):
     low, high = expected.confidence_interval(0.95)
     assert found["mean"] == pytest.approx(statistics.fmean(ACCURACY["lora"]) - statistics.fmean(ACCURACY["qlora"]))
     assert (found["low"], found["high"], found["p"]) == pytest.approx((low, high, expected.pvalue))
-    rows = pair(summary, "full", "lora")["rows"]
-    assert (rows["rows"], rows["metric"]) == (100, "accuracy")
-    assert rows["mean"] == pytest.approx(statistics.fmean(ACCURACY["full"]) - statistics.fmean(ACCURACY["lora"]))
+    assert found["rows"] == 1
+
+
+def test_differences_are_over_rows_where_these_are_scored(tmp_path):
+    """An interval over seeds and rows is that of the mixed model, at the look that the study ended with."""
+    folder = made(tmp_path / "s", methods=("lora", "qlora"))
+    study = json.loads((folder / "study.json").read_text())
+    study["spec"]["decide"] = {"looks": [2]}
+    (folder / "study.json").write_text(json.dumps(study))
+    rows = np.random.default_rng(0).integers(0, 2, (2, 3, 40)).astype(float)
+    for file in folder.glob("cells/*.json"):
+        found = json.loads(file.read_text())
+        if not found["cell"]["tuning"]:
+            of = rows[("lora", "qlora").index(found["cell"]["method"]), found["cell"]["seed"]]
+            found["result"]["row_scores"]["accuracy"] = of.tolist()
+            file.write_text(json.dumps(found))
+    summary = analyse(folder)
+    found = pair(summary, "lora", "qlora")
+    expected = mixed.estimate(mixed.layout(rows[0] - rows[1]))
+    reach = expected.reach(tails(DIFFERENT, (2, 3), 1)[-1])
+    accuracy = found["scores"]["accuracy"]
+    assert (accuracy["rows"], accuracy["mean"]) == (40, pytest.approx(expected.mean))
+    assert (accuracy["low"], accuracy["high"]) == (pytest.approx(expected.mean - reach), pytest.approx(expected.mean + reach))
+    assert found["detectable"] == pytest.approx(expected.reach(0.025) + expected.reach(0.2))
+    assert found["decision"] == {"shown": None, "seeds": 3, "looked": 2}
+    assert any("looks after 2 and 3 seeds" in text for text in methods(summary))
 
 
 def test_convergence_is_the_ratio_of_steps_to_a_common_loss(tmp_path):
@@ -183,7 +210,14 @@ def test_memory_speed_grid_and_front(tmp_path):
     assert [(e["learning_rate"], e["loss"]) for e in by_name["full"]["grid"]] == [(1e-4, 0.9), (1e-3, 1.5)]
     assert all(m["at_edge"] for m in by_name.values())  # a grid of two has nothing but edges
     assert group["advice"] == "qlora"  # no difference shown, least memory
-    assert summary["counts"] == {"cells": 15, "finished": 15, "failed": 0, "missing": 0, "hours": pytest.approx(0.15)}
+    assert summary["counts"] == {
+        "cells": 15,
+        "finished": 15,
+        "failed": 0,
+        "stopped": 0,
+        "missing": 0,
+        "hours": pytest.approx(0.15),
+    }
 
 
 @pytest.mark.slow
@@ -327,8 +361,9 @@ def test_a_page_elsewhere_links_to_the_records(pages, tmp_path):
     study_page.write(folder, tmp_path / "docs" / "it")
     page = Page((tmp_path / "docs" / "it" / "report.html").read_text())
     links = [attributes["href"] for tag, attributes in page.elements if tag == "a"]
-    assert len(links) == 10
-    assert all((tmp_path / "docs" / "it" / unquote(link)).resolve().is_file() for link in links)
+    assert len(links) == 11
+    files = [link for link in links if not link.startswith("#")]
+    assert all((tmp_path / "docs" / "it" / unquote(link)).resolve().is_file() for link in files)
 
 
 @pytest.fixture(scope="module")

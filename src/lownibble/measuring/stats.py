@@ -1,8 +1,8 @@
-"""Paired differences between methods with confidence intervals, equivalence tests and learning-curve statistics, for studies.
+"""Means with confidence intervals, and learning-curve statistics, for studies.
 
-Runs are paired by seed: the same seed has the same data order and initialisation for both methods, so the effect of the seed
-cancels out in the difference. Confidence intervals are Student's t over the seeds' differences; with three seeds they are rightly
-wide. Equivalence is shown by two one-sided tests (TOST, Schuirmann 1987), not by a difference that was not significant.
+Intervals are Student's t over seeds; with three seeds they are rightly wide. (Differences between methods, over seeds and rows,
+and
+equivalence: `mixed.py`.)
 """
 
 from __future__ import annotations
@@ -32,18 +32,6 @@ class Difference(NamedTuple):
     pairs: int
 
 
-def paired_difference(
-    a: Mapping[int, float], b: Mapping[int, float], confidence: float = 0.95
-) -> Difference:  # fmt: skip
-    """Mean of a - b over the seeds in both (seed -> value); see `Difference`.
-
-    Raises:
-        ValueError: no seed is in both.
-    """
-    differences = [a[seed] - b[seed] for seed in sorted(a.keys() & b.keys())]
-    return mean_difference(differences, confidence)
-
-
 def mean_difference(differences: Sequence[float], confidence: float = 0.95) -> Difference:
     """Mean, confidence interval and p-value of paired differences; see `Difference`."""
     n = len(differences)
@@ -57,23 +45,6 @@ def mean_difference(differences: Sequence[float], confidence: float = 0.95) -> D
         return Difference(mean, -math.inf, math.inf, 1.0, n)
     reach = float(stats.t.ppf((1 + confidence) / 2, n - 1)) * error
     return Difference(mean, mean - reach, mean + reach, float(2 * stats.t.sf(abs(mean) / error, n - 1)), n)
-
-
-def equivalence(differences: Sequence[float], margin: float) -> float:
-    """p-value of two one-sided tests (TOST): the larger one of the tests of the mean difference against -margin and +margin.
-
-    At most 0.05: equivalent within the margin at that level. 1 with fewer than two pairs or identical differences.
-    """
-    if margin <= 0:
-        raise ValueError(f"The margin must be above 0. Got {margin}.")
-    n = len(differences)
-    if n < 2:
-        return 1.0
-    mean = math.fsum(differences) / n
-    error = standard_error(differences) or 0.0
-    if error <= NO_SPREAD * (1 + abs(mean)):
-        return 1.0
-    return float(max(stats.t.sf((mean + margin) / error, n - 1), stats.t.cdf((mean - margin) / error, n - 1)))
 
 
 def standard_error(values: Sequence[float]) -> float | None:

@@ -1,9 +1,10 @@
 """Analysis of a study's records: means over seeds and differences between methods, each with a confidence interval.
 
-Methods are compared within a model and a task, paired by seed: a seed has the same order of rows and the same initialisation for
-all of them. Convergence is, per seed, the ratio of the steps that two methods need to the lowest loss that both reach, averaged
-over logarithms (geometric mean). (A method's own steps are to the lowest loss that all reach.) Speed is measured interleaved, not
-taken from the cells, which ran at different times. Memory is the peak of the cell's process above its baseline after imports.
+Methods are compared within a model and a task, paired by seed (the same order of rows and the same initialisation for all of
+them) and by evaluation row; what the comparisons show is decided in `decide.py`. Convergence is, per seed, the ratio of the
+steps that two methods need to the lowest loss that both reach, averaged over logarithms (geometric mean). (A method's own steps
+are to the lowest loss that all reach.) Speed is measured interleaved, not taken from the cells, which ran at different times.
+Memory is the peak of the cell's process above its baseline after imports.
 """
 
 from __future__ import annotations
@@ -16,15 +17,27 @@ from pathlib import Path
 from typing import Any
 
 from lownibble.errors import ConfigError
-from lownibble.measuring import stats
-from lownibble.study.runner import peak_bytes, read_record
+from lownibble.measuring import mixed, stats
+from lownibble.study.decide import (
+    DIFFERENT,
+    LEVEL,
+    Decision,
+    comparisons,
+    decide,
+    differences,
+    main_metric,
+    margin_of,
+    planned_looks,
+    still_needed,
+)  # fmt: skip
+from lownibble.study.records import peak_bytes, read_record
 from lownibble.study.tasks import KINDS
 
 LESS_IS_BETTER = ("perplexity", "loss")
 """Metrics for which lower is better."""
 
-LEVEL = 0.05
-"""Significance level of the equivalence tests."""
+POWER = 0.8
+"""The detectable difference is one that would be shown with this probability."""
 
 MEMORY_MATTERS = 0.05
 """Fraction of the peak that a method must save for memory to decide between methods of equal quality."""
@@ -42,13 +55,21 @@ def analyse(folder: str | Path) -> dict[str, Any]:
         raise ConfigError(f"'{folder}' holds no study (study.json is missing or unreadable). Give the folder of 'study run'.")
     records = {cell["digest"]: read_record(folder / "cells" / f"{cell['digest']}.json") for cell in _all(study)}
     speeds = {(each["model"], each["task"]): read_record(folder / "speed" / f"{each['digest']}.json") for each in study["speed"]}
+    looks = planned_looks(study["spec"].get("decide", {}), seeds := study["spec"].get("seeds", [0, 1, 2]))
+    planned = comparisons(study, records)
+    decisions = decide(planned, looks)
+    decided = {(c.model, c.task, c.a, c.b): decision for c, decision in zip(planned, decisions, strict=True)}
+    needed = still_needed(planned, decisions)
     groups = []
     for model, task in dict.fromkeys((cell["model"], cell["task"]) for cell in study["cells"]):
         of = {kind: [c for c in study[kind] if (c["model"], c["task"]) == (model, task)] for kind in ("cells", "tuning")}
-        groups.append(_group(study, of["cells"], of["tuning"], records, speeds.get((model, task))))
+        groups.append(_group(study, of["cells"], of["tuning"], records, speeds.get((model, task)), decided))
     several = len({group["model"] for group in groups}) > 1
     for group in groups:
         group["label"] = f"{group['task']} on {group['model']}" if several else group["task"]
+    stopped = {
+        c["digest"] for c in study["cells"] if records[c["digest"]] is None and not needed(c["model"], c["task"], c["method"])
+    }
     found = list(records.values())
     compared = [records[cell["digest"]] for cell in study["cells"]]
     return {
@@ -61,11 +82,13 @@ def analyse(folder: str | Path) -> dict[str, Any]:
             "cells": len(found),
             "finished": sum(r is not None and r["status"] == "ok" for r in found),
             "failed": sum(r is not None and r["status"] != "ok" for r in found),
-            "missing": sum(r is None for r in found),
+            "stopped": len(stopped),
+            "missing": sum(r is None for r in found) - len(stopped),
             "hours": sum(r["measured"]["seconds"] for r in found if r is not None and r["status"] == "ok") / 3600,
         },
-        "seeds": study["spec"].get("seeds", [0, 1, 2]),
-        "comparisons": sum(len(pair["scores"]) for group in groups for pair in group["pairs"]),
+        "seeds": seeds,
+        "looks": list(looks),
+        "comparisons": len(planned),
         "groups": groups,
     }
 
@@ -77,11 +100,12 @@ def _all(study: Mapping[str, Any]) -> list[dict[str, Any]]:
 def _group(
     study: Mapping[str, Any], cells: Sequence[dict[str, Any]], grid: Sequence[dict[str, Any]],
     records: Mapping[str, dict[str, Any] | None], speed: dict[str, Any] | None,
+    decided: Mapping[tuple[str, str, str, str], Decision],
 ) -> dict[str, Any]:  # fmt: skip
     """The summary of one model and task."""
     first = cells[0]
-    kind = KINDS[first["kind"]]
-    margin = study["spec"]["tasks"][first["task"]].get("margin") or kind.margin
+    kind, place = KINDS[first["kind"]], (first["model"], first["task"])
+    margin = study["spec"]["tasks"][first["task"]].get("margin")
     names = list(dict.fromkeys(cell["method"] for cell in cells))
     runs = {name: _runs([cell for cell in cells if cell["method"] == name], records) for name in names}
     steps, target = _steps_to_target(runs)
@@ -97,9 +121,13 @@ def _group(
             **_tuned([cell for cell in grid if cell["method"] == name], records),
             **_method(runs[name], steps.get(name, {}), _rates(speed, name)),
         })  # fmt: skip
-    pairs = [_pair(a, b, runs, kind.metrics, margin, speed) for a, b in combinations(names, 2) if runs[a].keys() & runs[b].keys()]
+    pairs = [
+        _pair(a, b, runs, first["kind"], margin, speed, decided.get((*place, a, b)))
+        for a, b in combinations(names, 2)
+        if runs[a].keys() & runs[b].keys()
+    ]
     return {
-        "model": first["model"], "task": first["task"], "kind": first["kind"], "metrics": list(kind.metrics), "margin": margin,
+        "model": first["model"], "task": first["task"], "kind": first["kind"], "metrics": list(kind.metrics),
         "target_loss": target, "speed_skipped": (speed or {}).get("skipped"), "methods": methods, "pairs": pairs,
         "pareto": _pareto(methods, kind.metrics[0]), **_advice(methods, pairs, kind.metrics[0]),
     }  # fmt: skip
@@ -220,50 +248,48 @@ def _steps_to_target(
 
 
 def _pair(
-    a: str, b: str, runs: Mapping[str, Mapping[int, dict[str, Any]]], metrics: Sequence[str], margin: float,
-    speed: dict[str, Any] | None,
+    a: str, b: str, runs: Mapping[str, Mapping[int, dict[str, Any]]], kind: str, margin: float | None,
+    speed: dict[str, Any] | None, decision: Decision | None,
 ) -> dict[str, Any]:  # fmt: skip
-    """`a` against `b`: differences are a - b, ratios a / b."""
-    both = sorted(runs[a].keys() & runs[b].keys())
-    results = {name: {seed: runs[name][seed]["result"]["scores"] for seed in both} for name in (a, b)}
-    scores = {}
-    for metric in dict.fromkeys((*metrics, "loss")):
-        of = {name: {seed: found[metric] for seed, found in by_seed.items()} for name, by_seed in results.items()}
-        scores[metric] = _difference(stats.paired_difference(of[a], of[b]), [of[a][seed] - of[b][seed] for seed in both])
-    main = "loss" if metrics[0] == "perplexity" else metrics[0]
-    equivalent = stats.equivalence(scores[main]["values"], margin)
+    """`a` against `b`: differences are a - b, ratios a / b. `decision`: None if the comparison is not planned."""
+    both = [seed for seed in runs[a] if seed in runs[b]]
+    results = {seed: [runs[name][seed]["result"] for name in (a, b)] for seed in both}
+    scores = {metric: _difference(results, metric) for metric in dict.fromkeys((*KINDS[kind].metrics, "loss"))}
+    main = main_metric(kind)
+    used = {seed: results[seed] for seed in both[: decision.seeds if decision else None]} or results
+    scores[main] = _difference(used, main, decision.tail if decision else LEVEL / 2)
+    data = mixed.layout(differences(used, main))
+    found = mixed.estimate(data)
+    margin = margin or margin_of(kind, results)
+    assert margin is not None  # there is a seed
+    known = scores[main]["low"] is not None
     steps, _ = _steps_to_target({a: runs[a], b: runs[b]})
     counted = [seed for seed in both if steps[a][seed] > 0 and steps[b][seed] > 0]
     peaks = [peak_bytes(runs[a][seed]) / peak_bytes(runs[b][seed]) for seed in both]
     return {
         "a": a, "b": b, "seeds": both, "scores": scores,
-        "equivalence": {"metric": main, "margin": margin, "p": equivalent},
+        "equivalence": {
+            "metric": main, "margin": margin, "p": found.tail(margin - abs(float(found.mean))) if known else 1.0,
+        },
+        "decision": None if decision is None else {"shown": decision.shown, "seeds": decision.seeds, "looked": decision.looked},
+        "detectable": float(found.reach(LEVEL / 2) + found.reach(1 - POWER)) if known else None,
+        "variances": {**mixed.variances(data)._asdict(), "rows": data.rows, "seeds": len(used)} if len(used) > 1 else None,
         "steps_ratio": interval([steps[a][seed] / steps[b][seed] for seed in counted], logarithms=True),
         "memory_ratio": interval(peaks, logarithms=True),
         "speed_ratio": _speed_ratio(speed, a, b),
-        "rows": _rows(a, b, runs, both, metrics),
     }  # fmt: skip
 
 
-def _difference(found: stats.Difference, values: list[float]) -> dict[str, Any]:
-    known = math.isfinite(found.low)
+def _difference(results: Mapping[int, Sequence[Mapping[str, Any]]], metric: str, tail: float = LEVEL / 2) -> dict[str, Any]:
+    """The difference of a metric with its interval, by the mixed model; p is that of a single look."""
+    data = mixed.layout(differences(results, metric))
+    found = mixed.estimate(data)
+    mean, reach = float(found.mean), float(found.reach(tail))
+    known = math.isfinite(reach)
     return {
-        "mean": found.mean, "low": found.low if known else None, "high": found.high if known else None,
-        "p": found.p, "values": values,
+        "mean": mean, "low": mean - reach if known else None, "high": mean + reach if known else None,
+        "p": 2 * found.tail(abs(mean)), "values": data.means.tolist(), "rows": data.rows,
     }  # fmt: skip
-
-
-def _rows(
-    a: str, b: str, runs: Mapping[str, Mapping[int, dict[str, Any]]], seeds: Sequence[int], metrics: Sequence[str]
-) -> dict[str, Any] | None:  # fmt: skip
-    """Paired difference over evaluation rows of the first metric scored by row, rows averaged over seeds; None without one."""
-    metric = next((m for m in metrics if all(m in runs[n][s]["result"]["row_scores"] for n in (a, b) for s in seeds)), None)
-    if metric is None:
-        return None
-    of = {name: [runs[name][seed]["result"]["row_scores"][metric] for seed in seeds] for name in (a, b)}
-    means = {name: [statistics.fmean(row) for row in zip(*lists, strict=True)] for name, lists in of.items()}
-    differences = [x - y for x, y in zip(means[a], means[b], strict=True)]
-    return {"metric": metric, "rows": len(differences), **{**_difference(stats.mean_difference(differences), []), "values": None}}
 
 
 def _speed_ratio(speed: dict[str, Any] | None, a: str, b: str) -> dict[str, float] | None:
@@ -316,11 +342,8 @@ def _advice(methods: Sequence[dict[str, Any]], pairs: Sequence[dict[str, Any]], 
 
 
 def shown_worse(pair: Mapping[str, Any], metric: str) -> str | None:
-    """The worse method of a pair by the 95% confidence interval of the difference; None: neither, or they are equivalent."""
-    if pair["equivalence"]["p"] <= LEVEL:
+    """The worse method of a pair that was decided as different; None: none was."""
+    if pair["decision"] is None or pair["decision"]["shown"] != DIFFERENT:
         return None
-    found = pair["scores"]["loss" if metric == "perplexity" else metric]
-    if found["low"] is None or found["low"] <= 0 <= found["high"]:
-        return None
-    first_is_better = (found["mean"] < 0) == (metric in LESS_IS_BETTER)
+    first_is_better = (pair["scores"][pair["equivalence"]["metric"]]["mean"] < 0) == (metric in LESS_IS_BETTER)
     return str(pair["b"] if first_is_better else pair["a"])

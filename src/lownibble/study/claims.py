@@ -20,7 +20,7 @@ from typing import Any
 
 from lownibble.options import read_toml
 from lownibble.planning.claims import ARTICLES, Judgement, judge_claim
-from lownibble.study.analysis import LEVEL
+from lownibble.study.decide import DIFFERENT, EQUIVALENT
 
 AGREES, DISAGREES, MIXED, UNDECIDED, UNTESTED = (
     "agrees", "disagrees", "differs by task", "not decided", "could not be tested here",
@@ -109,8 +109,9 @@ def _equivalent(pair: Mapping[str, Any], task: str) -> tuple[str, str] | None:
     if found["low"] is None:
         return None
     text = f"{task}: {test['metric']} {found['mean']:+.3f} ({found['low']:+.3f} to {found['high']:+.3f})"
-    if test["p"] <= LEVEL:
-        return AGREES, f"{text}, equivalent within {test['margin']:g}"
-    if found["low"] > 0 or found["high"] < 0:
+    shown = (pair["decision"] or {}).get("shown")
+    if shown == EQUIVALENT:
+        return AGREES, f"{text}, equivalent within {test['margin']:.3g}"
+    if shown == DIFFERENT:
         return DISAGREES, f"{text}, a difference"
     return UNDECIDED, f"{text}, neither shown"

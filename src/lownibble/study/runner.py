@@ -7,19 +7,19 @@
     OUTPUT/summary.json           figures over all of it (`analysis.py`; written with the report)
     OUTPUT/report.html, .md       the report (`report/study_page.py`)
 
-A record is written atomically when its cell has ended, so a killed study is resumable: only missing cells are run. A failed cell
-is a result too, and is run again only with `retry_failed`. Order: learning rate search, compared runs, speed measurements.
+A record is written atomically when its cell has ended, so a killed study is resumable: only missing cells are run. A failed
+cell is a result too, and is run again only with `retry_failed`. Order: learning rate search, compared runs, speed measurements.
+Seeds are run up to each look (`decide.py`); methods whose comparisons are all decided then are left out of later ones.
 """
 
 from __future__ import annotations
 
 import hashlib
-import json
 import math
 import shutil
 import statistics
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +30,9 @@ from lownibble import record
 from lownibble.errors import ConfigError, OutputError
 from lownibble.study import bases, devices
 from lownibble.study.contents import look
+from lownibble.study.decide import comparisons, decide, planned_looks, still_needed
 from lownibble.study.executors import EXECUTORS
+from lownibble.study.records import peak_bytes, read_record
 from lownibble.study.spec import Cell, Contents, StudySpec, cells, read_study, tuning_cells
 from lownibble.training.output import hold
 
@@ -76,15 +78,6 @@ def _forget_kept(folder: Path, retry_failed: bool) -> None:
             file.unlink()
 
 
-def read_record(file: Path) -> dict[str, Any] | None:
-    """Read a record; None if it is missing or unreadable."""
-    try:
-        found: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
-    return found if isinstance(found, dict) and "status" in found else None
-
-
 class _Study:
     """A running study and its folder."""
 
@@ -103,9 +96,24 @@ class _Study:
             compared = list(cells(self.spec, rates, self.contents))
             self._write(rates)
             self.shown.count([*self.grid, *compared])
-            self._cells(compared)
+            for look in planned_looks(self.spec.decide.model_dump(), self.spec.seeds):
+                still = self._undecided(compared)
+                self.shown.count([*self.grid, *still])
+                self._cells([cell for cell in still if cell.seed in self.spec.seeds[:look]])
             self._speed(compared)
         return self._write(rates)
+
+    def _undecided(self, compared: Sequence[Cell]) -> list[Cell]:
+        """The cells that have a record, and those that comparisons which are not decided yet need."""
+        records = {cell.digest: read_record(self.folder / "cells" / f"{cell.digest}.json") for cell in compared}
+        looks = planned_looks(self.spec.decide.model_dump(), self.spec.seeds)
+        study = {
+            "spec": self.spec.model_dump(mode="json", exclude_unset=True),
+            "cells": [{**_labels(cell), "digest": cell.digest} for cell in compared],
+        }
+        planned = comparisons(study, records)
+        needed = still_needed(planned, decide(planned, looks))
+        return [cell for cell in compared if records[cell.digest] or needed(cell.model, cell.task, cell.method)]
 
     def _write(self, rates: Rates) -> dict[str, Any]:
         """Write study.json: the study and which records belong to it."""
@@ -242,12 +250,6 @@ def _peak(folder: Path, cell: Cell) -> int | None:
     if found is None or found["status"] != "ok":
         return None
     return peak_bytes(found)
-
-
-def peak_bytes(found: Mapping[str, Any]) -> int:
-    """Peak memory of a finished cell's process above its baseline after imports, over loading and training."""
-    memory = found["measured"]["memory"]
-    return int(max(memory["train_peak_bytes"], memory["load_peak_bytes"]))
 
 
 def best_rates(folder: Path, grid: Sequence[Cell]) -> Rates:

@@ -23,6 +23,10 @@
     learning_rates = [1e-4, 3e-4, 1e-3]
     train = { max_steps = 20 }
 
+    [decide]                                # what is compared, and when: see decide.py
+    pairs = [["lora", "qlora"]]
+    looks = [2]
+
 A cell is one run. Its name is a digest of everything that determines its result: a finished cell is found again whatever the
 file's name or order, and one whose settings have changed is a new cell. The digest covers the contents of rows and models, not
 their paths. It leaves out options at their default, so that a new option does not invalidate finished cells.
@@ -36,7 +40,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
-from annotated_types import Ge, Gt, MinLen
+from annotated_types import Ge, Gt, Lt, MaxLen, MinLen
 from pydantic import Field, model_validator
 
 from lownibble.config import Data, DataConfig, NamedMethod, QuantConfig, RunConfig
@@ -74,7 +78,9 @@ class TaskSpec(Options):
     data: Data
     train: dict[str, Any] = Field({}, description="options of [train], e.g. max_length")
     margin: Annotated[float, Gt(0)] | None = Field(
-        None, description="difference of the first metric below which methods count as equivalent; default: the kind's"
+        None,
+        description="difference of the first metric (of perplexity: the loss) below which methods count as equivalent; default: "
+        "the kind's",
     )
 
     @model_validator(mode="after")
@@ -91,6 +97,23 @@ class TuningSpec(Options):
     train: dict[str, Any] = Field({}, description="options of [train] for these runs only, e.g. fewer steps")
 
 
+class DecideSpec(Options):
+    """What is compared, and when."""
+
+    pairs: list[Annotated[list[str], MinLen(2), MaxLen(2)]] = Field(
+        [], description="the planned comparisons, which share the 5%; default: every pair of methods"
+    )
+    looks: list[Annotated[int, Ge(2)]] = Field(
+        [], description="numbers of seeds after which decided comparisons run no further; all seeds are the last look"
+    )
+    power: Annotated[float, Gt(0), Lt(1)] | None = Field(
+        None, description="a study that is not expected to show equivalence of equal methods with this probability is refused"
+    )
+    hours: Annotated[float, Gt(0)] | None = Field(
+        None, description="the time given: only seeds that end within it count for 'power'"
+    )
+
+
 class StudySpec(Options):
     """A study file's contents."""
 
@@ -102,6 +125,7 @@ class StudySpec(Options):
     tasks: Annotated[dict[str, TaskSpec], MinLen(1)] = Field(description="name -> task")
     train: dict[str, Any] = Field({}, description="options of [train] for all cells")
     quant: dict[str, Any] = Field({}, description="options of [quant] for all cells")
+    decide: DecideSpec = DecideSpec()
 
     @model_validator(mode="after")
     def _makes_sense(self) -> StudySpec:
@@ -123,6 +147,12 @@ class StudySpec(Options):
             raise ValueError("The [quant] of a study is for qlora, and no method is that. Leave it out.")
         if len(set(self.tuning.learning_rates)) != len(self.tuning.learning_rates):
             raise ValueError(f"The 'learning_rates' of [tuning] must be distinct. Got {self.tuning.learning_rates}.")
+        looks = self.decide.looks
+        if looks != sorted(set(looks)) or (looks and looks[-1] >= len(self.seeds)):
+            raise ValueError(f"The 'looks' of [decide] must increase and be below the {len(self.seeds)} seeds. Got {looks}.")
+        for pair in self.decide.pairs:
+            if pair[0] == pair[1] or not set(pair) <= self.methods.keys():
+                raise ValueError(f"The 'pairs' of [decide] must be of two of the methods {', '.join(self.methods)}. Got {pair}.")
         return self
 
 

@@ -27,10 +27,8 @@ def tables(summary: Mapping[str, Any]) -> Iterator[RenderableType]:
     for group in summary["groups"]:
         for pair in group["pairs"]:
             yield Text(f"{group['label']}, {pair['a']} against {pair['b']}", style="bold")
-            test = pair["equivalence"]
-            found = pair["scores"][test["metric"]]
-            said = verdict(found, test, pair["a"], pair["b"], test["metric"])
-            yield Text(f"  {test['metric']} {signed(found)}: {said}")
+            metric = pair["equivalence"]["metric"]
+            yield Text(f"  {metric} {signed(pair['scores'][metric])}: {verdict(pair)}")
             steps, speed, memory = (ratio(pair[f"{name}_ratio"]) for name in ("steps", "speed", "memory"))
             yield Text(f"  steps {steps}, tokens/s {speed}, memory {memory}")
 

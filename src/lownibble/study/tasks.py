@@ -21,7 +21,8 @@ class Kind(NamedTuple):
     Attributes:
         columns: of every row; none: whatever the task's data options take. scored_by: see above. metrics: their names, the main
             one first; higher is better, except for 'perplexity'.
-        margin: default equivalence margin of the first metric (for perplexity: of its logarithm, the loss).
+        margin: default equivalence margin of the first metric: 2 points of accuracy or pass@1, 1 of F1 and ROUGE; for perplexity:
+            of its logarithm, the loss, as a share of it.
         max_new_tokens: of a generated answer. stop: strings at which such an answer ends.
     """
 
@@ -37,31 +38,31 @@ class Kind(NamedTuple):
 
 KINDS: dict[str, Kind] = {
     "classification": Kind(
-        ("text", "label"), "likelihood", ("accuracy", "label_probability"), 0.03, "{text}\nLabel:", " {label}"
+        ("text", "label"), "likelihood", ("accuracy", "label_probability"), 0.02, "{text}\nLabel:", " {label}"
     ),
     "nli": Kind(
-        ("premise", "hypothesis", "label"), "likelihood", ("accuracy", "label_probability"), 0.03,
+        ("premise", "hypothesis", "label"), "likelihood", ("accuracy", "label_probability"), 0.02,
         "Premise: {premise}\nHypothesis: {hypothesis}\nLabel:", " {label}",
     ),
     "question-answering": Kind(
-        ("context", "question", "answer"), "generation", ("f1", "exact_match"), 0.03,
+        ("context", "question", "answer"), "generation", ("f1", "exact_match"), 0.01,
         "{context}\nQuestion: {question}\nAnswer:", " {answer}", 32, ("\n",),
     ),
     "summarisation": Kind(
-        ("document", "summary"), "generation", ("rougeL", "rouge1", "rouge2"), 0.02, "{document}\nSummary:", " {summary}", 64,
+        ("document", "summary"), "generation", ("rougeL", "rouge1", "rouge2"), 0.01, "{document}\nSummary:", " {summary}", 64,
         ("\n",),
     ),
     "code": Kind(
-        ("prompt", "completion", "tests", "setup"), "generation", ("pass@1",), 0.03, "{prompt}\n", "{completion}", 256,
+        ("prompt", "completion", "tests", "setup"), "generation", ("pass@1",), 0.02, "{prompt}\n", "{completion}", 256,
         ("\nassert", "\nprint("),
     ),
     "code-completion": Kind(
-        ("prompt", "canonical_solution", "test", "entry_point"), "generation", ("pass@1",), 0.03, "{prompt}",
+        ("prompt", "canonical_solution", "test", "entry_point"), "generation", ("pass@1",), 0.02, "{prompt}",
         "{canonical_solution}", 256, ("\ndef ", "\nclass ", "\nif ", "\nprint(", "\n#", "\n@"),
     ),
-    "completion": Kind((), "loss", ("perplexity",), 0.02),
-    "instruction": Kind(("messages",), "loss", ("perplexity",), 0.02),
-    "language-modelling": Kind(("text",), "loss", ("perplexity",), 0.02),
+    "completion": Kind((), "loss", ("perplexity",), 0.01),
+    "instruction": Kind(("messages",), "loss", ("perplexity",), 0.01),
+    "language-modelling": Kind(("text",), "loss", ("perplexity",), 0.01),
 }  # fmt: skip
 
 

@@ -18,13 +18,15 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from lownibble import record
-from lownibble.study.analysis import LESS_IS_BETTER, LEVEL, analyse
+from lownibble.study.analysis import LESS_IS_BETTER, analyse, shown_worse
 from lownibble.study.claims import compare_claims
+from lownibble.study.decide import EQUIVALENT, LEVEL
 from lownibble.study.hardware import hardware_table
+from lownibble.study.records import read_record
 from lownibble.study.report.curves import Axis, linear
+from lownibble.study.report.methods import methods
 from lownibble.study.report.page import content_hash
 from lownibble.study.report.sizes import sizes
-from lownibble.study.runner import read_record
 
 _HERE = Path(__file__).parent
 
@@ -157,7 +159,7 @@ def _context(folder: Path, study: Mapping[str, Any], summary: Mapping[str, Any])
         "forests": forests, "shown_pairs": len(forests) if len(names) <= MAX_METHODS else len(names) - 1,
         "sizes": [plot for group in summary["groups"] for plot in sizes(group, study["spec"]["methods"], names)],
         "panels": [_panel(group, names) for group in summary["groups"] if any(m["curve"] for m in group["methods"])],
-        "headline": _headline(summary["groups"]), "less_is_better": LESS_IS_BETTER, "level": LEVEL,
+        "headline": _headline(summary["groups"]), "less_is_better": LESS_IS_BETTER, "statistics": methods(summary),
         "devices": devices, "models": models, "places": places, "hardware": hardware,
         "command": shlex.join(study["command"]), "environment": next(iter(environments), study["environment"]),
         "machines": sorted(set(map(_machine, environments))),
@@ -233,7 +235,7 @@ def _headline(groups: Sequence[Mapping[str, Any]]) -> str:
 class Line:
     """One difference of a forest plot; positions in percent of its width. `low` and `high` None: no interval.
 
-    `rows`: the difference over rows instead of seeds, or ''.
+    `basis`: seeds and rows, and what they could have shown.
     """
 
     label: str
@@ -244,7 +246,7 @@ class Line:
     margin: tuple[float, float]
     text: str
     verdict: str
-    rows: str
+    basis: str
 
 
 @dataclass(frozen=True)
@@ -263,19 +265,11 @@ def _forest(groups: Sequence[Mapping[str, Any]], a: str, b: str) -> Forest | Non
     for group in groups:
         pair = next((p for p in group["pairs"] if (p["a"], p["b"]) == (a, b)), None)
         if pair is not None:
-            metric = pair["equivalence"]["metric"]
-            found.append((group, pair["scores"][metric], pair["equivalence"], metric, pair["rows"]))
+            found.append((group, pair, pair["scores"][pair["equivalence"]["metric"]], pair["equivalence"]["margin"]))
     if not found:
         return None
-    margins = [equivalence["margin"] for _, _, equivalence, _, _ in found]
     reach = max(
-        (
-            abs(v) / margin
-            for (_, d, _, _, _), margin in zip(found, margins, strict=True)
-            for v in (d["mean"], d["low"], d["high"])
-            if v is not None
-        ),
-        default=1.0,
+        (abs(v) / margin for _, _, d, margin in found for v in (d["mean"], d["low"], d["high"]) if v is not None), default=1.0
     )
     half = min(max(1.25, reach * 1.05), 12.0)
 
@@ -284,28 +278,40 @@ def _forest(groups: Sequence[Mapping[str, Any]], a: str, b: str) -> Forest | Non
 
     lines = [
         Line(
-            group["label"], metric, place(d["mean"], margin),
+            group["label"], pair["equivalence"]["metric"], place(d["mean"], margin),
             None if d["low"] is None else place(d["low"], margin), None if d["high"] is None else place(d["high"], margin),
-            (place(-margin, margin), place(margin, margin)), signed(d), verdict(d, equivalence, a, b, metric),
-            f"over {rows['rows']} rows: {signed(rows)}" if rows else "",
+            (place(-margin, margin), place(margin, margin)), signed(d), verdict(pair), basis(pair),
         )
-        for (group, d, equivalence, metric, rows), margin in zip(found, margins, strict=True)
+        for group, pair, d, margin in found
     ]  # fmt: skip
     step = next(s for s in (1, 2, 5) if half / s <= 4.5 or s == 5)
     ticks = [(place(n * step, 1.0), f"{n * step:+d}" if n else "0") for n in range(-int(half / step), int(half / step) + 1)]
     return Forest(a, b, lines, 50.0, ticks)
 
 
-def verdict(difference: Mapping[str, Any], equivalence: Mapping[str, Any], a: str, b: str, metric: str) -> str:
-    """The verdict of a difference and its equivalence test, as text."""
-    if difference["low"] is None:
+def verdict(pair: Mapping[str, Any]) -> str:
+    """What a pair of methods shows, as text."""
+    test, decision = pair["equivalence"], pair["decision"]
+    found = pair["scores"][test["metric"]]
+    if found["low"] is None:
         return "nothing can be told"
-    if equivalence["p"] <= LEVEL:
-        return f"equivalent within ±{equivalence['margin']:g}"
-    if difference["low"] > 0 or difference["high"] < 0:
-        better = a if (difference["mean"] < 0) == (metric in LESS_IS_BETTER) else b
-        return f"{better} better"
-    return "neither a difference nor equivalence shown"
+    if decision is None:
+        return "no planned comparison"
+    if decision["shown"] == EQUIVALENT:
+        return f"equivalent within ±{test['margin']:.3g}"
+    if worse := shown_worse(pair, test["metric"]):
+        return f"{pair['a'] if worse == pair['b'] else pair['b']} better"
+    alone = "equivalence" if test["p"] <= LEVEL else "a difference" if found["low"] > 0 or found["high"] < 0 else None
+    return "neither a difference nor equivalence shown" + (f" ({alone} if it were the only comparison)" if alone else "")
+
+
+def basis(pair: Mapping[str, Any]) -> str:
+    """How many seeds and rows a difference is of, and what they could have shown."""
+    of = pair["variances"]
+    if of is None or pair["detectable"] is None:
+        return ""
+    rows = f" x {of['rows']} rows" if of["rows"] > 1 else ""
+    return f"{of['seeds']} seeds{rows}; differences from {pair['detectable']:.2g} are likely to show"
 
 
 @dataclass(frozen=True)
