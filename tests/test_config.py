@@ -62,6 +62,7 @@ VALUES = {
     "calibration": "x.jsonl", "bits": 3.5, "gpu": "cpu", "tokens": 12, "records": "some/records", "price": 2.5,
     "repo": "some/repo", "public": True, "dry_run": True, "folder": "some/runs",
     "gpus": [2, 4], "gpus_per_node": 4, "link_gb_per_s": 20.0,
+    "seeds": 3,
 }  # fmt: skip
 
 OWN = {(PlanConfig, "adapter_dtype"): "bfloat16"}
@@ -119,7 +120,7 @@ def _leaves(config):
     return [pytest.param(config, path, field, id=f"{config.__name__}-{'.'.join(path)}") for path, field in leaves(config)]
 
 
-ALL = _leaves(RunConfig) + [p for p in _leaves(CompareConfig) if p.values[1] == ("methods",)]
+ALL = _leaves(RunConfig) + [p for p in _leaves(CompareConfig) if p.values[1] in (("methods",), ("seeds",))]
 ALL += _leaves(EvalConfig) + _leaves(RowsConfig) + _leaves(MergeConfig) + _leaves(ExportConfig) + _leaves(ServeConfig)
 ALL += _leaves(QuantizeConfig) + _leaves(PlanConfig) + _leaves(PushConfig) + _leaves(StudioConfig)
 

@@ -2,12 +2,15 @@
 
 import json
 import math
+from pathlib import Path
 
+import numpy as np
 import pytest
 
 from lownibble.config import CompareConfig, DataConfig, LoraConfig, QuantConfig, RunConfig, TrainConfig
 from lownibble.errors import ConfigError, DataError, OutputError, TargetError
 from lownibble.exporting.convert import export
+from lownibble.measuring import mixed
 from lownibble.measuring.stats import crossing
 from lownibble.study import advice
 from lownibble.study import compare as comparing
@@ -161,7 +164,7 @@ GOOD, MIXED = [True] * 100, [True, False] * 50
         pytest.param([_summary("lora", 100, 10, GOOD), _summary("qlora", 60, 9, GOOD)], "qlora", id="equal quality: memory"),
         pytest.param([_summary("lora", 100, 10, GOOD), _summary("qlora", 98, 9, GOOD)], "lora", id="little saved: speed"),
         pytest.param([_summary("lora", 100, 10, GOOD), _summary("qlora", 60, 9, MIXED)], "lora", id="clearly better quality"),
-        pytest.param([_summary("lora", 100, 10, loss=1.0), _summary("qlora", 60, 9, loss=1.2)], "lora", id="loss without rows"),
+        pytest.param([_summary("lora", 100, 10, loss=1.0), _summary("qlora", 60, 9, loss=1.2)], "qlora", id="loss without error"),
         pytest.param([_summary("lora", 0, 0, status="failed"), _summary("qlora", 60, 9)], "qlora", id="only one finished"),
         pytest.param([_summary("lora", 0, 0, status="failed")], None, id="none finished"),
     ],
@@ -171,6 +174,78 @@ def test_advice_follows_its_rules(summaries, method):
     assert found["method"] == method
     assert found["reasons"]
     assert all("no memory" in r for r, s in zip(found["reasons"], summaries, strict=False) if s["status"] == "failed")
+
+
+def _results(**accuracy):
+    """Results over seeds: method -> accuracy by seed, over 100 rows of which the first ones are right."""
+    return {
+        name.replace("_", "+"): {
+            seed: {"scores": {"loss": 1.0}, "row_scores": {"accuracy": [1.0] * right + [0.0] * (100 - right)}}
+            for seed, right in enumerate(of)
+        }
+        for name, of in accuracy.items()
+    }  # fmt: skip
+
+
+def test_over_seeds_only_what_is_shown_counts_and_what_could_have_been_is_told():
+    """Oracle: the mixed model on the same rows. 4 points between noisy seeds are inside their error, 40 are not."""
+    summaries = [_summary("lora", 100, 10), _summary("qlora+exact", 62, 5), _summary("qlora", 60, 9)]
+    near = _results(lora=[84, 80, 88], qlora_exact=[83, 84, 86], qlora=[80, 84, 76])
+    pairs = advice.over_seeds(near)
+    found = advice.advise(summaries, {}, pairs)
+    assert found["method"] == "qlora"  # no worse, and leaner
+    by_names = {(pair["a"], pair["b"]): pair for pair in pairs}
+    lora, qlora = (np.array([near[name][s]["row_scores"]["accuracy"] for s in range(3)]) for name in ("lora", "qlora"))
+    expected = mixed.estimate(mixed.layout(lora - qlora))
+    pair = by_names["lora", "qlora"]
+    assert (pair["shown"], pair["seeds"], pair["rows"]) == (None, 3, 100)
+    assert (pair["mean"], pair["high"]) == pytest.approx((0.04, 0.04 + expected.reach(0.025)))
+    assert pair["detectable"] == pytest.approx(expected.reach(0.025 / 3) + expected.reach(0.2))
+    assert f"from {100 * pair['detectable']:.1f} points on it would likely have been shown" in " ".join(found["reasons"])
+    assert any(reason.startswith("Storage in 4 bits (qlora+exact less lora): no effect shown") for reason in found["reasons"])
+    assert any("less qlora+exact): no effect shown (accuracy differs by -4.3" in reason for reason in found["reasons"])
+    far = advice.over_seeds(_results(lora=[84, 85, 86], qlora_exact=[84, 84, 86], qlora=[44, 46, 43]))
+    found = advice.advise(summaries, {}, far)
+    assert found["method"] == "qlora+exact"
+    assert found["quality"]["qlora_vs_lora"]["verdict"] == "worse than"
+
+
+def test_one_that_is_not_faster_in_every_round_is_not_chosen_for_speed():
+    summaries = [_summary("lora", 100, 10, GOOD), _summary("qlora", 98, 9, GOOD)]
+    for low, chosen in ((0.9, "qlora"), (1.05, "lora")):
+        assert advice.advise(summaries, {"lora_vs_qlora": {"median": 1.1, "min": low, "max": 1.2}})["method"] == chosen
+
+
+def test_seeds_are_paired_and_exact_qlora_is_added_where_qlora_computes_in_8_bits(tiny_model, tiny_data, tmp_path, monkeypatch):
+    """Runs stand in for themselves: their records say which method and seed they were. Accuracies by seed."""
+    asked = []
+
+    def run(config, ranks):
+        asked.append((Path(config.train.output_dir).relative_to(tmp_path / "cmp").as_posix(), config.train.seed))
+        return {"config": config.to_dict(), "status": "failed", "error": "not run", "compute": config.quant.compute}
+
+    def finished(run):
+        return {"status": "ok", "model": {"compute": ["int8"]}, "evaluations": [{"correct": [], "scores": {}, "loss": 1.0}]}
+
+    monkeypatch.setattr(comparing, "run_in_processes", run)
+    config = _config(tiny_model, tiny_data, tmp_path / "cmp", seeds=3)
+    compare(config)
+    assert asked == [("lora", 0), ("qlora", 0)]  # both failed: no other seeds
+    runs = {name: finished(name) for name in ("lora", "qlora")}
+    assert comparing._is_added(config, runs)
+    assert not comparing._is_added(config.with_options(seeds=1), runs)
+    runs["qlora"]["model"]["compute"] = ["exact"]
+    assert not comparing._is_added(config, runs)
+    monkeypatch.setattr(comparing, "_run", lambda name, config, dense, gpus: asked.append((name, config.train)) or finished(name))
+    asked.clear()
+    configs = {name: comparing._run_config(config, name, tmp_path) for name in ("lora", "qlora+exact")}
+    pairs = comparing._over_seeds(config, configs, configs, [finished(name) for name in configs], 1)
+    assert [(name, train.seed, Path(train.output_dir).name) for name, train in asked] == [
+        (name, seed, f"seed-{seed}") for seed in (1, 2) for name in configs
+    ]
+    assert configs["qlora+exact"].quant.compute == "exact"
+    [pair] = pairs
+    assert (pair["seeds"], pair["metric"], pair["low"]) == (3, "loss", None)  # all seeds alike
 
 
 @pytest.mark.parametrize(("ratios", "words"), [

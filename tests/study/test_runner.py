@@ -18,6 +18,7 @@ from lownibble.config import QuantConfig
 from lownibble.errors import ConfigError, DataError, ModelError, OutputError, TargetError
 from lownibble.exporting.convert import export
 from lownibble.study import cell, devices, executors, jobs, processes
+from lownibble.study.analysis import analyse
 from lownibble.study.records import read_record
 from lownibble.study.runner import run_study
 from lownibble.study.tasks import KINDS
@@ -369,3 +370,28 @@ def test_a_cluster_of_two_workers_gives_the_records_of_this_machine(study, tmp_p
     finally:
         ray.shutdown()
     assert records(tmp_path / "there") == records(tmp_path / "here")
+
+
+def test_cells_of_comparisons_that_are_decided_are_not_run(study, tmp_path, here, monkeypatch):
+    """Oracle: scores by hand. The two methods differ by far, so the look after three of five seeds decides."""
+    worked_on = jobs.JOBS["cell"]
+
+    def scored(job):
+        found = worked_on(job)
+        seed, own = job["config"]["train"]["seed"], 0.9 if job["config"]["method"] == "lora" else 0.1
+        found["result"]["row_scores"], found["result"]["scores"]["accuracy"] = {}, own * (1 + 1e-3 * seed)
+        return found
+
+    monkeypatch.setitem(jobs.JOBS, "cell", scored)
+    looks = {
+        "seeds = [0, 1]": "seeds = [0, 1, 2, 3, 4]", "learning_rates = [1e-3, 1e-2]": "learning_rates = []",
+        "[train]": "[decide]\nlooks = [3]\n[train]", "max_steps = 3": "max_steps = 1",
+    }  # fmt: skip
+    run_study(study(**looks), tmp_path / "out")
+    summary = analyse(tmp_path / "out")
+    found = summary["groups"][0]["pairs"][0]["decision"]
+    assert (found["shown"], found["seeds"], found["looked"]) == ("different", 3, 1)
+    assert summary["counts"] | {"hours": 0} == {
+        "cells": 10, "finished": 6, "failed": 0, "stopped": 4, "missing": 0, "hours": 0
+    }  # fmt: skip
+    assert {record["cell"]["seed"] for record in records(tmp_path / "out").values()} == {0, 1, 2}

@@ -206,10 +206,11 @@ def compare(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def study(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Run a study or report on an existing one."""
+    """Plan a study, run it or report on an existing one."""
+    from lownibble.study.power import plan_study
     from lownibble.study.report import study_page
     from lownibble.study.runner import run_study
-    from lownibble.study.study_table import tables
+    from lownibble.study.study_table import plan_tables, tables
 
     if arguments.what == "report":
         given = [n for n in ("jobs", "gpus_per_cell", "executor", "retry_failed") if getattr(arguments, n)]
@@ -221,6 +222,12 @@ def study(arguments: argparse.Namespace) -> dict[str, Any]:
         jobs = arguments.jobs or "1"
         if not jobs.isdecimal():
             raise ConfigError(f"The number of --jobs must be an integer >= 1. Got {jobs!r}.")
+        if arguments.what == "plan":
+            planned = plan_study(arguments.path, folder, int(jobs))
+            console = _console(arguments)
+            for table in plan_tables(planned):
+                console.print(table)
+            return planned
         run_study(
             arguments.path, folder, jobs=int(jobs), gpus_per_cell=arguments.gpus_per_cell or 1,
             executor=arguments.executor or "local", retry_failed=arguments.retry_failed,

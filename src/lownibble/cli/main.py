@@ -106,15 +106,21 @@ def _parser() -> argparse.ArgumentParser:
 
     study = add("study", commands.study, "Run a matrix of models, methods, tasks and seeds, and report it with statistics.",
                 "lownibble study run study.toml --output runs/study")  # fmt: skip
-    study.add_argument("what", choices=("run", "report"), help="run missing cells and report, or report existing records")
-    study.add_argument("path", metavar="STUDY.toml|DIR", help="run: the study file; report: the study's folder")
     study.add_argument(
-        "--output", metavar="DIR", help="run: the study's folder (default: runs/NAME OF THE FILE); report: where the page goes"
+        "what",
+        choices=("plan", "run", "report"),
+        help="say cells, hours and power; run missing cells and report; or report existing records",
+    )
+    study.add_argument("path", metavar="STUDY.toml|DIR", help="plan, run: the study file; report: the study's folder")
+    study.add_argument(
+        "--output",
+        metavar="DIR",
+        help="plan, run: the study's folder (default: runs/NAME OF THE FILE); report: where the page goes",
     )
     study.add_argument(
         "--jobs",
         metavar="N",
-        help="run: cells at a time, each on a GPU of its own, or on all processors unless OMP_NUM_THREADS says otherwise "
+        help="plan, run: cells at a time, each on a GPU of its own, or on all processors unless OMP_NUM_THREADS says otherwise "
         "(default: 1)",
     )
     study.add_argument("--gpus-per-cell", type=_count, metavar="N", help=f"run: {_GPUS} (default: 1)")

@@ -110,6 +110,9 @@ class CompareConfig(_Subject):
         description="methods to compare, in this order: full, lora, qlora, and with '+' what changes them, e.g. lora+dora, "
         "qlora+int3+gptq+qera, qlora+merge-aware",
     )  # fmt: skip
+    seeds: Annotated[int, Ge(1)] = Field(
+        1, description="seeds that each method is trained with, from 'seed' on; with two or more, differences have intervals"
+    )
     data: Data = DataConfig(max_eval_rows=256)
     train: TrainConfig = COMPARE_TRAIN
 

@@ -4,6 +4,7 @@ full, lora, qlora       the method itself
 nf3, int4, ...          qlora: the codec of the base (quant_type)
 gptq                    qlora: the base is packed by GPTQ over the training rows first, as `lownibble quantize` does
 3.5bits                 qlora: layers get codecs of their own, so many bits a weight in the mean
+exact                   qlora: the base's products are computed in the activations' dtype, not in 8 bits (compute)
 merge-aware             qlora: trained for the packed merge
 qera, pissa, ...        the adapter's start (init_lora_weights)
 dora, rslora            the adapter's kind (use_dora, use_rslora)
@@ -33,6 +34,7 @@ _BITS = re.compile(r"(\d+(?:\.\d+)?)bits")
 
 _OTHERS: dict[str, dict[str, Any]] = {
     "gptq": {"quantize": {"rounding": "gptq"}},
+    "exact": {"quant": {"compute": "exact"}},
     "merge-aware": {"merge_aware": True},
     "dora": {"lora": {"use_dora": True}},
     "rslora": {"lora": {"use_rslora": True}},

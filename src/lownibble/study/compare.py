@@ -6,6 +6,9 @@
     OUTPUT/record.json              the comparison: configuration, a summary per method, the advice
     OUTPUT/report.html              all of it as a page
 
+With several seeds each method runs with all of them, the later ones in OUTPUT/<method>/seed-N, and differences are over seeds.
+If QLoRA computes in 8 bits, `qlora+exact` is added, which separates what 4-bit storage changes from what the products change.
+
 A method that fails is a recorded result, and the others continue; one that cannot train on a quantised checkpoint is left out,
 with the reason. With `resume`, finished methods are not run again; one that was made with other options is an error.
 """
@@ -62,7 +65,13 @@ def compare(config: CompareConfig | None = None, *, gpus_per_cell: int = 1) -> d
         else _run(method, run, dense[method], gpus_per_cell)
         for method, run in configs.items()
     ]  # fmt: skip
+    if _is_added(config, dict(zip(configs, runs, strict=True))):
+        added = _run_config(config, advice.EXACT, folder)
+        _check_finished(added, advice.EXACT, on_base=False)
+        runs.append(_run(advice.EXACT, added, added, gpus_per_cell))
+        configs[advice.EXACT] = dense[advice.EXACT] = added
     summaries = [{**summarize(run), "method": method} for method, run in zip(configs, runs, strict=True)]
+    pairs = _over_seeds(config, configs, dense, runs, gpus_per_cell) if config.seeds > 1 else None
     add_steps_to_target(summaries, runs)
     finished = [s for s in summaries if s["status"] == "ok"]
     taking_turns = {s["method"]: configs[s["method"]] for s in finished}
@@ -78,11 +87,50 @@ def compare(config: CompareConfig | None = None, *, gpus_per_cell: int = 1) -> d
         "output": str(folder),
         "methods": summaries,
         "paired_speed": paired,
-        "advice": advice.advise(summaries, paired.get("ratios", {})),
+        "over_seeds": pairs,
+        "advice": advice.advise(summaries, paired.get("ratios", {}), pairs),
     }
     record.write(folder / "record.json", result)
     report.write(folder / "report.html", result, runs)
     return result
+
+
+def _is_added(config: CompareConfig, runs: dict[str, dict[str, Any]]) -> bool:
+    """Whether `qlora+exact` belongs into the comparison: over seeds, of lora and a qlora that did not compute exactly."""
+    if config.seeds == 1 or not {"lora", "qlora"} <= runs.keys() or advice.EXACT in runs:
+        return False
+    qlora = runs["qlora"]
+    return qlora["status"] == "ok" and any(compute != "exact" for compute in qlora["model"]["compute"])
+
+
+def _over_seeds(
+    config: CompareConfig, configs: dict[str, RunConfig], dense: dict[str, RunConfig], first: list[dict[str, Any]], gpus: int
+) -> list[dict[str, Any]]:  # fmt: skip
+    """Run the other seeds of the methods whose first finished, seed by seed; returns the differences over seeds."""
+    results = {name: {config.train.seed: _scores(run)} for name, run in zip(configs, first, strict=True) if run["status"] == "ok"}
+    for seed in range(config.train.seed + 1, config.train.seed + config.seeds):
+        for name in results:
+            again, unpacked = (_with_seed(of[name], seed) for of in (configs, dense))
+            _check_finished(again, name, on_base=again.model != config.model)
+            run = _run(name, again, unpacked, gpus)
+            if run["status"] == "ok":
+                results[name][seed] = _scores(run)
+            else:
+                print(f"{name}, seed {seed}: failed: {run['error']}", file=sys.stderr)
+    return advice.over_seeds(results)
+
+
+def _with_seed(config: RunConfig, seed: int) -> RunConfig:
+    output = str(Path(config.train.output_dir or ".") / f"seed-{seed}")
+    train = config.train.model_copy(update={"seed": seed, "output_dir": output})
+    return config.model_copy(update={"train": train})
+
+
+def _scores(run: dict[str, Any]) -> dict[str, Any]:
+    """A run's scores as in the records of a study's cells."""
+    last = run["evaluations"][-1]
+    rows = {"accuracy": [float(right) for right in last["correct"]]} if last["correct"] else {}
+    return {"scores": {**last["scores"], "loss": last["loss"]}, "row_scores": rows}
 
 
 def _paired_speed(folder: Path, configs: dict[str, RunConfig], peaks: list[int], gpus: int) -> dict[str, Any]:

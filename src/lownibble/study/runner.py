@@ -32,6 +32,7 @@ from lownibble.study import bases, devices
 from lownibble.study.contents import look
 from lownibble.study.decide import comparisons, decide, planned_looks, still_needed
 from lownibble.study.executors import EXECUTORS
+from lownibble.study.power import plan_study
 from lownibble.study.records import peak_bytes, read_record
 from lownibble.study.spec import Cell, Contents, StudySpec, cells, read_study, tuning_cells
 from lownibble.training.output import hold
@@ -64,10 +65,26 @@ def run_study(
     for cell in (*tuning_cells(spec), *cells(spec)):
         devices.check(cell.config, gpus_per_cell)
     contents = look(cell for cell in cells(spec) if cell.seed == spec.seeds[0])
+    if spec.decide.power is not None:
+        _check_power(plan_study(path, output, jobs))
     with hold(output) as folder:
         _forget_kept(folder, retry_failed)
         studied = _Study(spec, contents, folder, jobs, gpus_per_cell, executor)
         return studied.run()
+
+
+def _check_power(plan: dict[str, Any]) -> None:
+    """Refuse a study whose power does not suffice; of one that has begun, say so.
+
+    Raises:
+        ConfigError: as above.
+    """
+    if not plan["told"]:
+        return
+    found = "\n  ".join(["The study is not expected to reach the 'power' of its [decide].", *plan["told"]])
+    if not plan["started"]:
+        raise ConfigError(f"{found}\n  Nothing was run. Change the study, or leave 'power' out to run it all the same.")
+    print(f"warning: {found}", file=sys.stderr)
 
 
 def _forget_kept(folder: Path, retry_failed: bool) -> None:

@@ -112,6 +112,7 @@ class DecideSpec(Options):
     hours: Annotated[float, Gt(0)] | None = Field(
         None, description="the time given: only seeds that end within it count for 'power'"
     )
+    pilot: str | None = Field(None, description="folder of a study whose records say how scores vary and how long cells take")
 
 
 class StudySpec(Options):
@@ -210,7 +211,10 @@ def read_study(path: str | Path) -> StudySpec:
     spec = StudySpec(**contents)
     tasks = {name: task.with_options(data=_from(folder, task.data)) for name, task in spec.tasks.items()}
     models = {name: _beside(folder, model) for name, model in spec.models.items()}
+    pilot = None if spec.decide.pilot is None else _beside(folder, spec.decide.pilot)
     found: StudySpec = spec.with_options(tasks=tasks, models=models)
+    if pilot is not None:
+        found = found.with_options(decide=spec.decide.with_options(pilot=pilot))
     for _ in (*cells(found), *tuning_cells(found)):
         pass  # building a cell validates its options
     return found

@@ -33,5 +33,34 @@ def tables(summary: Mapping[str, Any]) -> Iterator[RenderableType]:
             yield Text(f"  steps {steps}, tokens/s {speed}, memory {memory}")
 
 
+def plan_tables(plan: Mapping[str, Any]) -> Iterator[RenderableType]:
+    """A study's plan: its tasks with their power, then what is to be said of it."""
+    hours = "unknown hours" if plan["hours"] is None else f"about {plan['hours']:.1f} hours"
+    yield Text(f"{plan['name']}: {plan['cells']} cells, {plan['left']} of them to run, {hours}", style="bold")
+    shown = Table(title=Text(f"{plan['comparisons']} comparisons, looks after {plan['looks']} seeds"), title_justify="left")
+    for name in (
+        "task",
+        "score",
+        "margin",
+        "seeds x rows",
+        "power",
+        "shows from",
+        "seeds x rows that suffice",
+        "variances from",
+    ):
+        shown.add_column(name, justify="left" if name in ("task", "score", "variances from") else "right")
+    for of in plan["tasks"]:
+        detectable = "-" if of["detectable"] is None else f"{of['detectable']:.3g}"
+        enough = ", ".join(f"{seeds} x {rows}" for seeds, rows in of["needs"]) or "-"
+        figures = (f"{of['margin']:.3g}", f"{of['seeds']} x {of['rows']}", f"{of['power']:.0%}", detectable, enough)
+        shown.add_row(*map(Text, (of["task"], of["metric"], *figures, of["source"])))
+    yield shown
+    yield Text(
+        "power: the probability that equivalence of equal methods is shown. shows from: a difference that is shown in 80%."
+    )
+    for text in plan["told"]:
+        yield Text(text, style="yellow")
+
+
 def _none(method: Mapping[str, Any]) -> str:
     return f"failed: {method['failed'][0]}" if method["failed"] else f"{method['missing']} missing"

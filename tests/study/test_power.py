@@ -1,0 +1,104 @@
+"""Plans of studies. Oracles: the closed form of a t-test's power, simulated studies, arithmetic on made-up records."""
+
+import json
+
+import numpy as np
+import pytest
+from scipy import integrate, stats
+from test_study_report import made
+
+from lownibble.errors import ConfigError
+from lownibble.measuring import mixed
+from lownibble.study import power
+from lownibble.study.runner import run_study
+
+STUDY = """
+name = "planned"
+seeds = [0, 1, 2]
+[models]
+m = "MODEL"
+[methods]
+lora = "lora"
+qlora = "qlora"
+[tasks]
+reviews = { kind = "classification", data = "ROWS" }
+[decide]
+"""
+
+
+def test_power_without_rows_is_that_of_two_one_sided_t_tests():
+    sd, margin, seeds = 0.02, 0.03, 6
+    error, at = sd / seeds**0.5, stats.t.isf(0.05, seeds - 1)
+
+    def shown(s):  # given the standard deviation s of chi's distribution
+        room = margin - at * sd * s / seeds**0.5
+        return (
+            max(0.0, 2 * stats.norm.cdf(room / error) - 1) * stats.chi.pdf(s * (seeds - 1) ** 0.5, seeds - 1) * (seeds - 1) ** 0.5
+        )
+
+    closed, _ = integrate.quad(shown, 0, 5)
+    found, until = power.expected(mixed.Variances(sd**2, 0.0, 0.0), (seeds,), 1, margin, 1, studies=20000)
+    assert found == pytest.approx(closed, abs=0.012)
+    assert until == seeds
+
+
+def test_looks_save_seeds_and_little_power_and_comparisons_cost_some():
+    of = mixed.Variances(0.01**2, 0.05**2, 0.05)
+    once, _ = power.expected(of, (12,), 400, 0.03, 1)
+    looked, until = power.expected(of, (4, 8, 12), 400, 0.03, 1)
+    assert once - 0.05 < looked <= once + 0.02
+    assert until < 11
+    assert power.expected(of, (12,), 400, 0.03, 12)[0] < once
+    shows = power.detectable(of, 12, 400, 1)
+    drawn = mixed.estimate(mixed.draw(of, 12, 400, 4000, np.random.default_rng(5), shows))
+    assert np.mean(drawn.mean > drawn.reach(0.025)) == pytest.approx(0.8, abs=0.03)
+
+
+@pytest.fixture
+def planned(tiny_model, tiny_data, tmp_path):
+    """Write a study file with these lines in [decide]."""
+    made(tmp_path / "pilot", methods=("lora", "qlora"))
+
+    def write(decide):
+        (tmp_path / "study.toml").write_text(STUDY.replace("MODEL", str(tiny_model)).replace("ROWS", str(tiny_data)) + decide)
+        return tmp_path / "study.toml"
+
+    return write
+
+
+def test_a_plan_says_cells_hours_and_power_from_a_pilot(planned, tmp_path):
+    plan = power.plan_study(planned('pilot = "pilot"\nhours = 0.045'), tmp_path / "out")
+    assert (plan["cells"], plan["left"], plan["started"]) == (6, 6, False)
+    assert plan["hours"] == pytest.approx(6 * 36 / 3600)
+    assert plan["seeds_in_time"] == 2  # 2 x 2 x 36 s are 0.04 h
+    [task] = plan["tasks"]
+    assert (task["seeds"], task["margin"], task["source"]) == (2, 0.02, "records of these comparisons: 1 x 3 seeds")
+    assert task["variances"]["seed"] == pytest.approx(np.var([0.01, 0.0, 0.01], ddof=1))
+    assert plan["told"][0].startswith("In 0.045 hours 2 of 3 seeds end")
+    own = power.plan_study(planned(""), tmp_path / "pilot")
+    assert (own["left"], own["hours"]) == (0, 0)
+
+
+def test_a_plan_without_records_says_what_it_assumes(planned, tmp_path):
+    plan = power.plan_study(planned("hours = 1"), tmp_path / "out")
+    assert (plan["hours"], plan["tasks"][0]["source"]) == (None, "assumed")
+    assert mixed.Variances(**plan["tasks"][0]["variances"]) == power.ASSUMED
+    assert any("Nothing is known of how long" in text for text in plan["told"])
+
+
+def test_a_study_that_cannot_reach_its_power_is_refused_before_it_starts(planned, tmp_path):
+    with pytest.raises(ConfigError, match=r"power is \d+% and should be 90%.*seeds x \d+ rows(.|\n)*Nothing was run"):
+        run_study(planned('pilot = "pilot"\npower = 0.9'), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    with pytest.raises(ConfigError, match="holds no study"):
+        power.plan_study(planned('pilot = "nothing"'), tmp_path / "out")
+
+
+def test_options_of_decide_are_checked(planned):
+    for line, words in {"looks = [3]": "below the 3 seeds", 'pairs = [["lora", "full"]]': "two of the methods"}.items():
+        with pytest.raises(ConfigError, match=words):
+            power.plan_study(planned(line), "nowhere")
+
+
+def test_the_record_is_json(planned, tmp_path):
+    assert json.loads(json.dumps(power.plan_study(planned('pilot = "pilot"'), tmp_path / "out")))["kind"] == "study-plan"
