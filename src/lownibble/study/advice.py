@@ -68,7 +68,7 @@ def over_seeds(results: Results) -> list[dict[str, Any]]:
         data = mixed.layout(differences(both, metric)) if both else None
         planned.append(Comparison("", "", a, b, metric, margin_of(kind, both), tuple(both), data, (len(both),)))
     found = []
-    for each, decision in zip(planned, decide(planned, (max(map(len, results.values())),)), strict=True):
+    for each, decision in zip(planned, decide(planned, (max(map(len, results.values()), default=1),)), strict=True):
         if each.data is None:
             continue
         estimate = mixed.estimate(each.data)
