@@ -28,6 +28,17 @@ def wider_model(tiny_model, tmp_path_factory):  # noqa: F811
 
 
 @pytest.fixture(scope="session")
+def deep_model(tiny_model, tmp_path_factory):  # noqa: F811
+    """Folder of a Llama of twelve layers of 4 MB, in which a layer is little beside the model."""
+    folder = tmp_path_factory.mktemp("deep") / "model"
+    shutil.copytree(tiny_model, folder)
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 256, "intermediate_size": 1024, "num_hidden_layers": 12, "head_dim": 64}
+    LlamaForCausalLM(LlamaConfig.from_pretrained(tiny_model, **sizes)).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
 def mixture(tiny_model, tmp_path_factory):  # noqa: F811
     """Folder of a two-layer Mixtral with four experts."""
     folder = tmp_path_factory.mktemp("mixture") / "model"

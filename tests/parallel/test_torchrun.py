@@ -90,6 +90,22 @@ def test_a_killed_rank_and_max_restarts(whole, tiny_model, tiny_data, tmp_path):
     assert all(found[key].equal(value) for key, value in expected.items())
 
 
+def test_a_rank_that_was_asked_to_stop_is_not_started_again(tiny_model, tiny_data, tmp_path):
+    run = torchrun("--max-restarts", "1", *command(tiny_model, tiny_data, tmp_path / "out", steps=2000))
+    deadline = time.monotonic() + 200
+    while not list((tmp_path / "out").glob("checkpoints/step-*")):
+        assert time.monotonic() < deadline
+        assert run.poll() is None
+        time.sleep(0.02)
+    os.kill(children(run)[1], signal.SIGTERM)  # torchrun itself is not told
+    _, errors = run.communicate(timeout=300)
+    assert run.returncode
+    assert "The run was asked to stop, and is not started again. Resume with --resume." in errors
+    events = [json.loads(line) for line in (tmp_path / "out/events.jsonl").read_text().splitlines()]
+    assert [event["event"] for event in events].count("Started") == 1
+    assert events[-1]["event"] == "Saved"
+
+
 @pytest.mark.parametrize(
     ("extra", "message"),
     [

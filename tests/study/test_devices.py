@@ -181,7 +181,7 @@ def _runs(pid):
         ({}, {}, 0, "integer >= 1. Got 0"),
         ({}, {}, 3, "must be a multiple of 3"),
         ({}, {"parallel": "ddp"}, 1, "--gpus-per-cell"),
-        ({}, {"parallel": "fsdp", "optim": "adamw_8bit"}, 2, "optim='adamw_8bit'"),
+        ({}, {"parallel": "fsdp", "gradient_checkpointing": "offload"}, 2, "gradient_checkpointing='offload'"),
         ({"device": "cuda:1"}, {}, 2, "all would share 'cuda:1'"),
     ],
 )

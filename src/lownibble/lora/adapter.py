@@ -8,10 +8,11 @@ and renamed, so that a reader never sees a partial file. Only safetensors is rea
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -37,7 +38,7 @@ from lownibble.lora.apart import fitted
 from lownibble.lora.begin import take_out
 from lownibble.lora.configuration import read_values, to_config
 from lownibble.lora.experts import file_paths, is_experts, variant_for
-from lownibble.lora.inject import Plan, add_lora, match_targets, named_linears, plan
+from lownibble.lora.inject import Addition, Plan, add_lora, match_targets, named_linears, plan
 from lownibble.lora.layer import LoraLinear, LowRank, sizes
 from lownibble.lora.portable import CONFIG_FILE, PREFIX, WEIGHTS_FILE
 from lownibble.lora.provenance import base_facts, from_metadata, other_codec, other_weights, to_metadata
@@ -68,10 +69,13 @@ def _parts(model: nn.Module, name: str) -> list[_Part]:
 
 def _others(model: nn.Module, name: str) -> dict[str, Tensor]:
     """File key -> the live tensor of what the adapter trains besides its layers' parameters."""
-    tensors: dict[str, Tensor] = {}
-    for path, module in saved_modules(model, name):
-        tensors |= {f"{PREFIX}{path}.{key}": value for key, value in module.named_parameters()}
-    return tensors | {PREFIX + path: bias for path, bias in trained_biases(model, name)}
+    return _saved(model, name) | {PREFIX + path: bias for path, bias in trained_biases(model, name)}
+
+
+def _saved(model: nn.Module, name: str) -> dict[str, Tensor]:
+    """File key -> the live tensor of what `modules_to_save` trains."""
+    modules = saved_modules(model, name)
+    return {f"{PREFIX}{path}.{key}": value for path, module in modules for key, value in module.named_parameters()}
 
 
 def file_tensors(model: nn.Module, name: str) -> dict[str, Tensor]:
@@ -272,14 +276,7 @@ def load_adapter(
     stored.check_fit(expected, {key for key in extra if _repeats_base(model, key, stored.read(key))})
     changed = stored.changed_base(model)
     _check_base(model, stored, any_base, changed)
-    matched = match_targets(model, stored.config, of_file=True)
-    if ignored := unmatched(named_linears(model), stored.config, matched):
-        warnings.warn(f"'{stored.folder}': {', '.join(ignored)} match nothing in this model and are ignored.", stacklevel=2)
-    if trainable and stored.config.lora_dropout and any(map(is_experts, matched.values())):
-        raise AdapterError(
-            f"'{stored.folder}' has experts and lora_dropout = {stored.config.lora_dropout:g}, which experts cannot be trained "
-            f"with. Set lora_dropout to 0 in its {CONFIG_FILE}."
-        )
+    _check_targets(model, stored, trainable)
     active, trained = active_adapter(model), [parameter for parameter in model.parameters() if parameter.requires_grad]
     add_lora(model, _times(stored.config, 0.5) if changed else stored.config, name=name, of_file=True)
     parts, others = _parts(model, name), _others(model, name)
@@ -306,6 +303,80 @@ def load_adapter(
     if corrects := (stored.trained_on or {}).get("corrects"):
         info(model).adapters.corrects[name] = corrects
     return model
+
+
+def _check_targets(model: nn.Module, stored: AdapterFile, trainable: bool) -> None:
+    matched = match_targets(model, stored.config, of_file=True)
+    if ignored := unmatched(named_linears(model), stored.config, matched):
+        warnings.warn(f"'{stored.folder}': {', '.join(ignored)} match nothing in this model and are ignored.", stacklevel=3)
+    if trainable and stored.config.lora_dropout and any(map(is_experts, matched.values())):
+        raise AdapterError(
+            f"'{stored.folder}' has experts and lora_dropout = {stored.config.lora_dropout:g}, which experts cannot be trained "
+            f"with. Set lora_dropout to 0 in its {CONFIG_FILE}."
+        )
+
+
+class StoredAddition:
+    """`load_adapter` in instalments, to train the adapter further, for a model that several processes load layer by layer.
+
+    Args:
+        from_first: gives all processes what its argument returns, or raises, on the first of them, which alone reads the file.
+    Raises:
+        AdapterError: as `load_adapter`; or the adapter trains biases, or took its start out of the packed base.
+    """
+
+    def __init__(self, model: nn.Module, folder: str | Path, from_first: Callable[[Callable[[], Any]], Any]) -> None:
+        self._model, self._folder, self._from_first = model, folder, from_first
+        self._stored: AdapterFile | None = None
+        config, self._corrects, info(model).started_from = from_first(self._open)
+        self._addition = Addition(model, config, of_file=True)
+        self._set: set[str] = set()
+
+    def _open(self) -> tuple[LoraConfig, str | None, str]:
+        self._stored = stored = fitted(AdapterFile(self._folder), self._model)
+        facts = stored.trained_on or {}
+        for wrong, what in (
+            (stored.config.bias != "none", "trains biases"),
+            (facts.get("took_out") and facts.get("quant"), "took its start out of the packed base"),
+        ):
+            if wrong:
+                raise AdapterError(f"'{self._folder}' {what}, which cannot be done with shards. Use --parallel ddp.")
+        stored.check_fit(stored.expected(self._model), set())
+        _check_targets(self._model, stored, trainable=True)
+        with stored.path.open("rb") as file:
+            return stored.config, facts.get("corrects"), hashlib.file_digest(file, "sha256").hexdigest()
+
+    def add(self, path: str) -> None:
+        """Adapt the module at `path`, or with '' all that is left, with the file's values."""
+        self._addition.add(path)
+        of_layers = {key: (part.adapter, own) for part in _parts(self._model, "default") for own, key in part.keys.items()}
+        others = _saved(self._model, "default")
+        values = self._from_first(lambda: self._read({*of_layers, *others} - self._set))
+        self._set |= values.keys()
+        for key, value in values.items():
+            if key in others:
+                others[key].data.copy_(value)
+            else:
+                adapter, own = of_layers[key]
+                getattr(adapter, own).data.copy_(adapter.variant.from_file(own, value))
+
+    def _read(self, keys: Iterable[str]) -> dict[str, Tensor]:
+        assert self._stored is not None, "on the first process"
+        try:
+            return {key: self._stored.read(key) for key in keys}
+        except SafetensorError as error:
+            raise AdapterError(f"'{self._stored.path}' is damaged: {error}. Copy or save it again.") from None
+
+    def finish(self) -> None:
+        """Check that the base is the adapter's, and make the adapter the active one."""
+        self._addition.finish()
+        self._from_first(self._check)
+        if self._corrects:
+            info(self._model).adapters.corrects["default"] = self._corrects
+
+    def _check(self) -> None:
+        assert self._stored is not None, "on the first process"
+        _check_base(self._model, self._stored, False, "")
 
 
 def _set_parted(part: _Part, stored: AdapterFile) -> tuple[Tensor, Tensor]:

@@ -105,13 +105,15 @@ class Probe:
 
 @dataclass(frozen=True)
 class Fit:
-    """The chosen settings. `max_tokens`: maximum tokens of a microbatch, None: as configured; `peak_bytes`: expected peak."""
+    """The chosen settings. `max_tokens`: maximum tokens of a microbatch, None: as configured; `peak_bytes`: expected peak;
+    `ranks`: on which ranks of a run that was measured."""
 
     max_tokens: int | None
     paged: bool
     gradient_checkpointing: Checkpointing
     peak_bytes: int
     probes: tuple[Probe, ...] = ()
+    ranks: str = "alone"
 
     @property
     def room_bytes(self) -> int:

@@ -48,11 +48,15 @@ class Rows(Protocol):
 class DryRun:
     """`budget.Bench` over a run's passes; a context manager that leaves no gradients behind.
 
-    `most`: the largest of a number over the ranks of the run, which choose alike.
+    Args:
+        most: the largest of a number over the ranks of the run, which choose alike.
+        may_fail: a microbatch may run out of memory; else that is an error.
     """
 
-    def __init__(self, passes: Passes, micro: Rows, device: torch.device, most: Callable[[int], int] = int) -> None:
-        self.passes, self.micro, self.device, self._most = passes, micro, device, most
+    def __init__(
+        self, passes: Passes, micro: Rows, device: torch.device, most: Callable[[int], int] = int, *, may_fail: bool = True
+    ) -> None:
+        self.passes, self.micro, self.device, self._most, self._may_fail = passes, micro, device, most, may_fail
         self._began = False
 
     def __enter__(self) -> DryRun:
@@ -84,7 +88,7 @@ class DryRun:
         try:
             self._backward(tokens)
         except (RuntimeError, MemoryError) as error:
-            if not usage.is_exhausted(error):
+            if not (self._may_fail and usage.is_exhausted(error)):
                 raise
             exhausted = True
         if self._most(exhausted):

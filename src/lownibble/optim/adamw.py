@@ -6,8 +6,9 @@ matrices B, and vectors as PEFT does, a larger learning rate.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import NamedTuple
 
 import torch
@@ -15,7 +16,7 @@ from torch import nn
 from torch.autograd.graph import increment_version
 
 from lownibble.errors import ConfigError
-from lownibble.optim.paged_adamw import EightBit, Fused, PagedAdamW
+from lownibble.optim.paged_adamw import SIZES, EightBit, Fused, PagedAdamW
 from lownibble.optim.specs import Groups, Paging, is_paged, paged_name, spec
 
 BETAS, EPSILON = (0.9, 0.999), 1e-8
@@ -48,6 +49,7 @@ def paged_eight_bit(groups: Groups, paging: Paging) -> torch.optim.Optimizer:
 def make_optimizer(
     kind: str, parameters: Iterable[nn.Parameter], rate: float, weight_decay: float, *,
     page_budget: int | None = None, folder: Path | None = None, fast: Collection[nn.Parameter] = (), ratio: float = 1.0,
+    sizes: Mapping[nn.Parameter, int] = MappingProxyType({}),
 ) -> torch.optim.Optimizer:  # fmt: skip
     """Create the optimiser named `kind` over the parameters that require a gradient.
 
@@ -55,6 +57,7 @@ def make_optimizer(
         page_budget: bytes of states that a paged optimiser keeps in memory; default: a tenth of them, at least 16 MiB.
         folder: where a paged optimiser on a CPU keeps the rest; default: the system's folder for temporary files.
         fast, ratio: for LoRA+: matrices that, as all vectors, learn at `ratio` times the rate.
+        sizes: elements of the whole tensor, for parameters that are shards: small ones have no 8-bit moments.
     Raises:
         ConfigError: the budget is below one page, or was given for an optimiser that is not paged; or the optimiser, one from
             outside, does not keep groups of different rates apart.
@@ -68,10 +71,13 @@ def make_optimizer(
     for parameter in trained:
         matrix = parameter.ndim > 1
         kinds[matrix, ratio if id(parameter) in chosen or not matrix else 1.0].append(parameter)
-    groups = [
+    groups: Groups = [
         {"params": members, "weight_decay": weight_decay if matrix else 0.0, "lr": rate * factor, **shared}
         for (matrix, factor), members in kinds.items() if members
     ]  # fmt: skip
+    if sizes:
+        for group in groups:
+            group[SIZES] = [sizes.get(parameter, parameter.numel()) for parameter in group["params"]]
     optimizer = spec(kind).make(groups, Paging(page_budget, folder))
     factors = {id(parameter): factor for (_, factor), members in kinds.items() for parameter in members}
     for group in optimizer.param_groups:

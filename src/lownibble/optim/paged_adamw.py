@@ -35,6 +35,9 @@ UNIT = 256
 """Parameters are split at multiples of this many elements: a block of 8-bit codes, and a multiple of any SIMD width."""
 
 ALIGNMENT = 64
+SIZES = "sizes"
+"""Key in a group of shards: elements of the whole tensor of each of its parameters."""
+
 AHEAD = 8
 """Pages prefetched ahead of the one in use."""
 
@@ -78,8 +81,8 @@ class Slices(NamedTuple):
 class Arithmetic(Protocol):
     """An optimiser's states and their update."""
 
-    def fields(self, parameter: nn.Parameter) -> list[Field]:
-        """The states of a parameter."""
+    def fields(self, parameter: nn.Parameter, size: int) -> list[Field]:
+        """The states of a parameter; `size`: elements of the tensor that it is, or is a shard of."""
 
     def new_step(self, parameter: nn.Parameter) -> Tensor:
         """A new step counter, () float32 zero."""
@@ -94,7 +97,7 @@ class Arithmetic(Protocol):
 class Fused:
     """torch's fused AdamW; states in the parameter's dtype, as in torch. On CUDA one launch takes dozens of tensors."""
 
-    def fields(self, parameter: nn.Parameter) -> list[Field]:
+    def fields(self, parameter: nn.Parameter, size: int) -> list[Field]:
         """Both moments."""
         return [Field("exp_avg", parameter.dtype), Field("exp_avg_sq", parameter.dtype)]
 
@@ -124,9 +127,9 @@ class Fused:
 class EightBit:
     """AdamW with 8-bit moments; float32 for small parameters."""
 
-    def fields(self, parameter: nn.Parameter) -> list[Field]:
+    def fields(self, parameter: nn.Parameter, size: int) -> list[Field]:
         """Codes and block absmax of both moments, or float32 moments."""
-        if parameter.numel() < eight_bit.SMALLEST:
+        if size < eight_bit.SMALLEST:
             return [Field("exp_avg", torch.float32), Field("exp_avg_sq", torch.float32)]
         return [
             Field("exp_avg", torch.uint8), Field("exp_avg_sq", torch.uint8),
@@ -185,7 +188,8 @@ class PagedAdamW(torch.optim.Optimizer):
                 "A paged or 8-bit optimiser wants contiguous parameters on one device. Use optim='adamw' for this model."
             )
         self._device = devices.pop()
-        self._fields = {p: arithmetic.fields(p) for p, _ in owned}
+        sizes = [size for g in self.param_groups for size in g.get(SIZES) or (p.numel() for p in g["params"])]
+        self._fields = {p: arithmetic.fields(p, size) for (p, _), size in zip(owned, sizes, strict=True)}
         self.total_bytes = sum(field.count(p.numel()) * field.dtype.itemsize for p in self._fields for field in self._fields[p])
         self.budget_bytes, self._folder = None, None
         if paging is not None:

@@ -8,9 +8,15 @@ import torch
 from torch import Tensor, nn
 
 from lownibble.errors import OutputError
+from lownibble.optim.eight_bit import BLOCK
 from lownibble.optim.paged_adamw import PagedAdamW
 
 Shape = tuple[torch.dtype, tuple[int, ...]]
+
+
+def elements_per_value(key: str) -> int:
+    """Elements of a parameter that share a value of the state `key`."""
+    return BLOCK if key.endswith("_absmax") else 1
 
 
 def shapes(optimizer: torch.optim.Optimizer, parameter: nn.Parameter) -> dict[str, Shape]:

@@ -229,7 +229,7 @@ def plan_memory(
         tape.hold([n * size for n, each in trained if each > size], "adapters")  # rounded once a pass
         if tape.compiled and _replays(train, lora):
             tape.hold([n * each for n, each in trained], "gradients")  # those that graphs add to
-    tape.hold(state_bytes(trained, train, device.kind), "optimizer")
+    tape.hold(state_bytes(trained, train, device.kind, max(1, shards)), "optimizer")
     if parallel == "ddp":
         tape.exchange = Exchange("ddp", 0, 0, n_trained * FLOAT32)
         tape.insert("all-reduce", min(n_trained * FLOAT32, BUFFER_BYTES), "communication")
@@ -392,9 +392,9 @@ def _active_adapters(shape: ModelShape, ranks: Mapping[str, int], use_dora: bool
     return sum((shape.active_experts if linear.experts else 1) * n for linear, n in _adapters(shape, ranks, use_dora))
 
 
-def state_bytes(trained: list[tuple[int, int]], train: TrainConfig, device_type: str) -> list[int]:
-    """Bytes of the optimiser states in memory, per parameter; the resident total if paged."""
-    each = [specs.spec(train.optim).state_bytes(n, size) for n, size in trained]
+def state_bytes(trained: list[tuple[int, int]], train: TrainConfig, device_type: str, shards: int = 1) -> list[int]:
+    """Bytes of the optimiser states in memory, per parameter or part of one; the resident total if paged."""
+    each = [-(-specs.spec(train.optim).state_bytes(shards * n, size) // shards) for n, size in trained]
     if not specs.is_paged(train.optim):
         return each
     budget = specs.page_budget(sum(each), n_bytes(train.optim_page_budget) if train.optim_page_budget else None)

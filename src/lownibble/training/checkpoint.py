@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import shutil
 from collections.abc import Iterator, Mapping
@@ -106,9 +107,16 @@ def _entries(held: Held, optimizer: torch.optim.Optimizer) -> dict[str, Entry]:
     entries = {f"model/{name}": Entry(part.parameter.dtype, part.shape) for name, part in held.items()}
     for name, part in held.items():
         for key, (dtype, shape) in states.shapes(optimizer, part.parameter).items():
-            whole = part.shape if shape == tuple(part.parameter.shape) else shape
-            entries[f"optimizer/{key}/{name}"] = Entry(dtype, whole)
+            entries[f"optimizer/{key}/{name}"] = Entry(dtype, _of(part.shape, key, shape, tuple(part.parameter.shape)))
     return entries
+
+
+def _of(size: tuple[int, ...], key: str, shape: tuple[int, ...], of: tuple[int, ...]) -> tuple[int, ...]:
+    """The shape of a state for a part or whole of `size`, where it has `shape` for one of the size `of`."""
+    per = states.elements_per_value(key)
+    if per > 1:
+        return (-(-math.prod(size) // per),)
+    return size if shape == of else shape
 
 
 def _write(folder: Path, step: int, entries: dict[str, Entry], parts: Parts, state: dict[str, Any]) -> Path:
@@ -144,7 +152,8 @@ def _parts(held: Held, optimizer: torch.optim.Optimizer, *, shards_only: bool = 
         part = held[names[owner]]
         is_one = values.numel() == 1 and key == "step"  # the count of steps is every rank's
         if (part.is_shard and not is_one) or not shards_only:
-            yield f"optimizer/{key}/{names[owner]}", first if is_one else part.first + first, values
+            before = 0 if is_one else part.first // states.elements_per_value(key)
+            yield f"optimizer/{key}/{names[owner]}", before + first, values
 
 
 def _all_parts(held: Held, optimizer: torch.optim.Optimizer, ranks: Ranks) -> Parts:
@@ -322,10 +331,9 @@ def _allocate(entries: dict[str, Entry], held: Held, optimizer: torch.optim.Opti
         kind, _, rest = entry_name.partition("/")
         if kind == "optimizer":
             key, _, name = rest.partition("/")
-            shape = entry.shape
-            if name in held and shape == held[name].shape:
-                shape = tuple(held[name].parameter.shape)
-            stored.setdefault(name, {})[key] = entry.dtype, shape
+            if name in held:
+                shape = _of(tuple(held[name].parameter.shape), key, entry.shape, held[name].shape)
+                stored.setdefault(name, {})[key] = entry.dtype, shape
     for name, part in held.items():
         if name in stored:
             states.allocate(optimizer, part.parameter, stored[name])

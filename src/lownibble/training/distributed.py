@@ -84,6 +84,11 @@ class Ranks:
         """Whether passes gather weights, so that all ranks must run as many."""
         return self.mode == "fsdp"
 
+    @property
+    def words(self) -> str:
+        """How many ranks share what: 'alone', or such as '4 ddp'."""
+        return f"{self.world} {self.mode}" if self.several else self.mode
+
     def deal(self, config: TrainConfig) -> tuple[int, int]:
         """Rows (packs) of a batch and batches of a step on each rank: batches are split, or else dealt whole.
 
@@ -106,17 +111,22 @@ class Ranks:
         dist.all_reduce(values, how)
         return [int(value) for value in values.tolist()]
 
-    def add_up(self, tensors: Iterable[Tensor]) -> None:
-        """Sum each tensor over ranks, in place."""
-        if self.several:
-            for group in _buffers(tensors):
-                if len(group) == 1:
-                    dist.all_reduce(group[0])
-                    continue
-                flat = torch.cat([tensor.reshape(-1) for tensor in group])
-                dist.all_reduce(flat)
-                for tensor, part in zip(group, flat.split([tensor.numel() for tensor in group]), strict=True):
-                    tensor.copy_(part.view_as(tensor))
+    def add_up(self, tensors: Iterable[Tensor], buffer: Tensor | None = None) -> None:
+        """Sum each tensor over ranks, in place; `buffer`: from `buffer_for` of the same tensors."""
+        if not self.several:
+            return
+        for group in _groups(tensors):
+            if len(group) == 1 or buffer is None:
+                for tensor in group:
+                    dist.all_reduce(tensor)
+                continue
+            flat = buffer[: sum(tensor.nbytes for tensor in group)].view(group[0].dtype)
+            parts = flat.split([tensor.numel() for tensor in group])
+            for tensor, part in zip(group, parts, strict=True):
+                part.view_as(tensor).copy_(tensor)
+            dist.all_reduce(flat)
+            for tensor, part in zip(group, parts, strict=True):
+                tensor.copy_(part.view_as(tensor))
 
     def as_first(self, tensors: Iterable[Tensor]) -> None:
         """Give each tensor the first rank's values, in place."""
@@ -210,7 +220,14 @@ ALONE = Ranks()
 """One process without others."""
 
 
-def _buffers(tensors: Iterable[Tensor]) -> Iterator[list[Tensor]]:
+def buffer_for(tensors: Iterable[Tensor]) -> Tensor | None:
+    """Memory in which `Ranks.add_up` joins small tensors, uint8; None if it joins none."""
+    joined = [group for group in _groups(tensors) if len(group) > 1]
+    most = max((sum(tensor.nbytes for tensor in group) for group in joined), default=0)
+    return torch.empty(most, dtype=torch.uint8, device=joined[0][0].device) if joined else None
+
+
+def _groups(tensors: Iterable[Tensor]) -> Iterator[list[Tensor]]:
     """Tensors in order, in groups of one dtype and at most `BUFFER_BYTES`."""
     group: list[Tensor] = []
     held = 0

@@ -1,7 +1,13 @@
 """Fitting a run into memory: a dry run before the first step, and smaller microbatches if memory runs out after all.
 
 The effective batch size never changes: a step's rows are split into smaller microbatches, then gradient checkpointing is turned
-on, then (CUDA) its checkpoints are offloaded. The choice is stored in checkpoints, so a resumed run splits its rows the same way.
+on, then (CUDA) its checkpoints are offloaded. The choice is stored in checkpoints, so a run that is resumed on as many ranks
+splits its rows the same way; on another number each has other shares of rows and weights, and the run is fitted again.
+
+Several ranks make the dry run together and go by the one that needs most. With shards a rank whose memory runs out in a pass
+cannot tell the others, which wait for its weights: so the device's allocator is not limited to the budget, the dry run stops
+short of it by its own prediction, and a step that comes close is followed by smaller ones, as on a CPU. Memory that does run
+out ends the run.
 """
 
 from __future__ import annotations
@@ -52,7 +58,8 @@ class Fitting:
         self.fit = Fit(None, is_paged(config.optim), config.gradient_checkpointing, 0)
         self.warnings: list[str] = []
         self._fraction: float | None = None
-        self._process_budget = n_bytes(config.memory_budget) if config.memory_budget and device.type == "cpu" else 0
+        is_limited = device.type == "cuda" and not ranks.sharded
+        self._process_budget = n_bytes(config.memory_budget) if config.memory_budget and not is_limited else 0
 
     def close(self) -> None:
         """Release buffers and restore the process's memory limit."""
@@ -74,11 +81,11 @@ class Fitting:
         if budget is None:
             return asked
         limit = n_bytes(budget)
-        if self.device.type == "cuda":
+        if self.device.type == "cuda" and not self._ranks.sharded:
             total = torch.cuda.get_device_properties(self.device).total_memory
             self._fraction = torch.cuda.memory.get_per_process_memory_fraction(self.device)
             torch.cuda.set_per_process_memory_fraction(min(1.0, limit / total), self.device)
-        elif limit > psutil.virtual_memory().total:
+        elif self.device.type == "cpu" and limit > psutil.virtual_memory().total:
             self.warnings.append(f"the memory budget of {budget} is more than this machine has")
         of_states = {
             setting: state_bytes(setting) for setting in SETTINGS
@@ -86,8 +93,8 @@ class Fitting:
             and setting.gradient_checkpointing in self._checkpointing(asked.gradient_checkpointing)
         }  # fmt: skip
         needs = Needs(self.micro.longest_row, self.micro.whole, ENOUGH_TOKENS[self.device.type], of_states)
-        with DryRun(self.passes, self.micro, self.device, self._ranks.most) as bench:
-            return choose(limit, needs, bench)
+        with DryRun(self.passes, self.micro, self.device, self._ranks.most, may_fail=not self._ranks.sharded) as bench:
+            return replace(choose(limit, needs, bench), ranks=self._ranks.words)
 
     def _checkpointing(self, least: Checkpointing) -> list[Checkpointing]:
         """Kinds of gradient checkpointing that the model has here, from `least` on."""
@@ -109,7 +116,7 @@ class Fitting:
         """Shrink microbatches after a step whose peak nearly reached the process's memory budget, contrary to the dry run."""
         if not self._process_budget:
             return
-        peak = self._ranks.most(usage.peak_bytes(self.device))
+        peak = self._ranks.most(usage.held_peak_bytes(self.device))
         if peak > CLOSE * self._process_budget and self._ranks.most(max((batch.n_rows for batch in batches), default=0)) > 1:
             tokens = int(0.9 * self._ranks.most(max((batch.input_ids.numel() for batch in batches), default=0)))
             self.take(replace(self.fit, max_tokens=tokens))
@@ -175,8 +182,9 @@ class Fitting:
         )
 
 
-def recorded_fit(config: TrainConfig, past: Any) -> Fit | None:
-    """The fit in a checkpoint's facts, if it was made for the same memory budget."""
+def recorded_fit(config: TrainConfig, past: Any, ranks: Ranks = ALONE) -> Fit | None:
+    """The fit in a checkpoint's facts, if it was made for the same memory budget and, where there is one, the same ranks."""
     if past and past.config["train"].get("memory_budget") == config.memory_budget and past.fit:
-        return Fit.from_dict(past.fit)
+        found = Fit.from_dict(past.fit)
+        return found if config.memory_budget is None or found.ranks == ranks.words else None
     return None

@@ -7,24 +7,32 @@ from collections.abc import Collection, Sequence
 import torch
 from torch import Tensor, nn
 
-from lownibble.training.distributed import Ranks
+from lownibble.training.distributed import Ranks, buffer_for
 from lownibble.training.sharding import Part
 
 
 def add_up(losses: Sequence[Tensor], parts: Collection[Part], ranks: Ranks, device: torch.device) -> Tensor:
     """Sum a rank's losses, and the gradients that are not sharded, over ranks; returns the loss, () float32.
 
-    A tensor that no rank's rows reached keeps no gradient, as in one process.
+    A tensor that no rank's rows reached keeps no gradient, as in one process. What this needs is allocated before anything is
+    exchanged, so that a rank without memory for it can tell the others.
+
+    Raises:
+        MemoryError: a rank has no memory for it (on all ranks; with shards on that one).
     """
     total = torch.stack(list(losses)).float().sum() if losses else torch.zeros((), device=device)
     whole = [part.parameter for part in parts if not part.is_shard]
     counts = ranks.total(*(int(parameter.grad is not None) for parameter in whole)) if whole else []
     summed = [total]
-    for parameter, count in zip(whole, counts, strict=True):
-        if count:
-            parameter.grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
-            summed.append(parameter.grad)
-    ranks.add_up(summed)
+
+    def allocate() -> Tensor | None:
+        for parameter, count in zip(whole, counts, strict=True):
+            if count:
+                parameter.grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+                summed.append(parameter.grad)
+        return buffer_for(summed)
+
+    ranks.add_up(summed, ranks.together(allocate))
     return total
 
 

@@ -126,6 +126,8 @@ class Trainer:
         self.total_steps = config.max_steps or self.micro.steps_of_epochs(config.num_train_epochs)
         self.identity = {"train": config.to_dict(), "total_steps": self.total_steps, **(identity or {})}
         self.fitting = Fitting(config, self.micro, self.passes, self.evaluator, self.device, ranks)
+        if ranks.sharded:
+            sharding.check_blocks(model, config.optim)
         self.parts = sharding.parts(model)
         self.warnings = self.fitting.warnings
         self.evaluator.before_pass = self.fitting.make_room
@@ -146,10 +148,11 @@ class Trainer:
             kind, [part.parameter for part in self.parts.values()], config.learning_rate, config.weight_decay,
             page_budget=n_bytes(config.optim_page_budget) if config.optim_page_budget else None,
             folder=Path(config.output_dir) if config.output_dir else None, fast=fast, ratio=ratio or 1.0,
+            sizes={part.parameter: math.prod(part.shape) for part in self.parts.values() if part.is_shard},
         )  # fmt: skip
 
     def _planned_state_bytes(self, setting: Setting) -> int:
-        return planned_bytes(self.config.optim, self._make_optimizer(setting.paged))
+        return self.ranks.most(planned_bytes(self.config.optim, self._make_optimizer(setting.paged)))
 
     @property
     def fit(self) -> Fit:
@@ -251,7 +254,7 @@ class Trainer:
         past = self._past()
         over = past is not None and past.step >= self.total_steps
         self._choose_compilation(past)
-        fit = self.fit if over else self.fitting.choose(recorded_fit(self.config, past), self._planned_state_bytes)
+        fit = self.fit if over else self.fitting.choose(recorded_fit(self.config, past, self.ranks), self._planned_state_bytes)
         if fit.paged != self.fit.paged:
             self.optimizer = self._make_optimizer(fit.paged)
         self.fitting.take(fit)
@@ -302,7 +305,7 @@ class Trainer:
             option = bool(past.config["compiled"])
         self.passes.choose_compilation(option, self.micro.planned_tokens(self.total_steps))
         if option == "auto" and self.passes.compiled and self.config.memory_budget:
-            free = n_bytes(self.config.memory_budget) - usage.used_bytes(self.device)
+            free = n_bytes(self.config.memory_budget) - self.ranks.most(usage.used_bytes(self.device))
             if self.device.type == "cpu" and free < COMPILER_BYTES:
                 self.passes.do_not_compile("the compiler takes more memory than the budget leaves")
         self.identity["compiled"] = self.passes.compiled

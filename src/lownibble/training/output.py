@@ -5,7 +5,8 @@
     OUTPUT/events.jsonl   every event of the loop
     OUTPUT/checkpoints/   the state needed to resume
     OUTPUT/.lock          held while a process trains here
-    OUTPUT/.launch        which start of torchrun trains here: its processes may begin again, those of another start may not
+    OUTPUT/.launch        which start of torchrun trains here: its processes may begin again, those of another start may not, and
+                          none once it was asked to stop
 
 One run per folder: a folder that contains a run is rejected unless that run is resumed, and a second process on the same folder
 is rejected while the first one is alive.
@@ -60,8 +61,23 @@ def begin(folder: Path) -> None:
 
 def began(folder: str | Path) -> bool:
     """Whether processes of this start of torchrun trained in the folder before."""
+    return _note(folder)[:1] == [_this_launch()]
+
+
+def stop(folder: Path, signal_number: int) -> None:
+    """Note that this start of torchrun was asked to stop: it takes that for a failure, and may start its processes again."""
+    (folder / ".launch").write_text(f"{_this_launch()}\n{signal_number}")
+
+
+def stopped(folder: str | Path) -> int:
+    """The signal that asked this start of torchrun to stop, or 0."""
+    noted = _note(folder)
+    return int(noted[1]) if len(noted) > 1 and began(folder) else 0
+
+
+def _note(folder: str | Path) -> list[str]:
     note = Path(folder) / ".launch"
-    return note.exists() and note.read_text() == _this_launch()
+    return note.read_text().splitlines() if note.exists() else []
 
 
 @contextmanager

@@ -257,7 +257,7 @@ class Passes:
     @property
     def can_offload(self) -> bool:
         """Whether checkpoints can be offloaded here."""
-        if not self.can_checkpoint or obstacle(self.model, self.device):
+        if not self.can_checkpoint or self.micro.ranks.sharded or obstacle(self.model, self.device):
             return False
         try:
             COPIES[self.device.type](self.device)

@@ -42,7 +42,7 @@ from lownibble.training.distributed import ALONE, Ranks, code_facts, joined, loc
 from lownibble.training.events import Evaluated, Finished, Skipped, Stepped, Warned
 from lownibble.training.loop import Trainer
 from lownibble.training.objectives import Objective
-from lownibble.training.output import began, begin, claim
+from lownibble.training.output import began, begin, claim, stop, stopped
 from lownibble.training.sharding import Sharding, gathered, mode_of, rest_gathered
 from lownibble.training.sharding import check as check_sharded
 from lownibble.training.sinks import JsonlSink, Sink, deliver, read_events
@@ -116,10 +116,13 @@ def run(config: RunConfig, *, sinks: Iterable[Sink] = ()) -> TrainResult:
             config = _for_ranks(config, ranks)
         sides = load_sides(config.data, config.train)
         ranks.check_equal({f"the data's {side.name} side": side.digest for side in sides})
+        sharding = Sharding(ranks, device, config) if ranks.sharded else None
         usage.reset_peak(device)
         baseline = usage.used_bytes(device)
-        model, tokenizer = _make_model(config, sides[0], Sharding(ranks, device, config) if ranks.sharded else None)
+        model, tokenizer = _make_model(config, sides[0], sharding)
         loaded = {"baseline_bytes": baseline, "load_peak_bytes": max(0, usage.peak_bytes(device) - baseline)}
+        if sharding:
+            loaded["largest_group_bytes"] = sharding.largest_bytes
         return _train(model, tokenizer, sides, config.data, config.train, config.to_dict(), sinks, loaded, ranks)
 
 
@@ -128,12 +131,17 @@ def _for_ranks(config: RunConfig, ranks: Ranks) -> RunConfig:
 
     Raises:
         ConfigError: an option is not for several.
+        RunInterrupted: the processes were asked to stop before they were started again.
     """
     if ranks.sharded:
         check_sharded(config)
     ranks.deal(config.train)
     folder = config.train.output_dir
     again = bool(launch.restarts() and folder) and ranks.from_first(lambda: began(folder or ""))
+    if again and (signal_number := ranks.from_first(lambda: stopped(folder or ""))):
+        raise interrupt.RunInterrupted(
+            "The run was asked to stop, and is not started again. Resume with --resume.", signal_number
+        )
     found: RunConfig = config.with_options(train=config.train.with_options(resume=config.train.resume or again))
     return found
 
@@ -180,7 +188,7 @@ def _make(config: RunConfig, rows: Dataset, sharding: Sharding | None) -> tuple[
     if packed and config.method != "qlora":
         raise ModelError(f"'{config.model}' holds quantised weights. Train it with --method qlora, or give a dense checkpoint.")
     info(model).merge_aware = config.quant if config.merge_aware else None
-    if config.adapter is not None:
+    if config.adapter is not None and sharding is None:
         load_adapter(model, config.adapter, trainable=True)
         weights = Path(config.adapter) / WEIGHTS_FILE
         with weights.open("rb") as file:
@@ -297,8 +305,12 @@ def _train(
         plan = planned.RunPlan(trainer)
         trainer.warnings += plan.warnings()
         trainer.stop_signal = stack.enter_context(interrupt.requests())
-        # the trackers' end is after the record
-        taken = list(deliver(trainer.events(), [*sinks, *file, nullcontext(trackers)] if ranks.is_first else []))
+        try:
+            # the trackers' end is after the record
+            taken = list(deliver(trainer.events(), [*sinks, *file, nullcontext(trackers)] if ranks.is_first else []))
+        except interrupt.RunInterrupted as error:
+            _note_stop(folder, error.signal, ranks)
+            raise
         events = facts.history(past, taken)
         peak = usage.peak_bytes(trainer.device)
         warned = [*(e.message for e in events if isinstance(e, Warned)), *trackers.failures]
@@ -348,10 +360,20 @@ def _train(
         for message in result["warnings"][told:]:
             print(f"warning: {message}", file=sys.stderr)
     trained = TrainResult(model, tokenizer, result, adapter)
-    if stop := trainer.stop_signal():  # requested after the last step: let the caller stop too
+    if signal_number := ranks.most(trainer.stop_signal()):  # requested after the last step: let the caller stop too
+        _note_stop(folder, signal_number, ranks)
         where = f"saved in '{folder}'" if folder else "the exception's `result`"
-        raise interrupt.RunInterrupted(f"Asked to stop when no step was left: the run is complete, {where}.", stop, trained)
+        raise interrupt.RunInterrupted(
+            f"Asked to stop when no step was left: the run is complete, {where}.", signal_number, trained
+        )
     return trained
+
+
+def _note_stop(folder: Path | None, signal_number: int, ranks: Ranks) -> None:
+    """Note a stop for processes that torchrun starts again, before one ends."""
+    if folder and ranks.several:
+        stop(folder, signal_number)
+    ranks.wait()
 
 
 def _subject(model: Any) -> dict[str, Any]:

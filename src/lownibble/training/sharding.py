@@ -8,7 +8,8 @@ Loading puts adapters on each layer and shards it as soon as its weights are the
 (`Sharding.finish_layer`, called by `models.load`).
 
 The optimiser sees plain tensors, this rank's rows of each trained one (`Part`): AdamW computes element by element, so its results
-are those on the whole tensor. Moments in 8 bits are kept by blocks, which the shards would cut at other places: refused.
+are those on the whole tensor. Moments in 8 bits are kept by blocks of 256 values: where every rank's rows begin with a block,
+blocks, codes and checkpoints are those of one process; where one would be cut, 8-bit optimisers are refused (`check_blocks`).
 """
 
 from __future__ import annotations
@@ -26,11 +27,13 @@ from torch.distributed.tensor import DTensor
 from lownibble import launch
 from lownibble.config import RunConfig, TrainConfig
 from lownibble.errors import ConfigError, InputError, ModelError
+from lownibble.lora.adapter import StoredAddition
 from lownibble.lora.init import find
 from lownibble.lora.inject import Addition
 from lownibble.memory.planned import device_of
 from lownibble.models.info import decoder_layers
 from lownibble.optim import plain_name
+from lownibble.optim.specs import BLOCK_8BIT, SMALLEST_8BIT
 from lownibble.planning.exchange import share
 from lownibble.planning.memory import plan_memory
 from lownibble.planning.models import find_shape
@@ -139,7 +142,6 @@ def check(config: RunConfig) -> None:
     for wrong, what, remedy in (
         (start is not None and start.calibrated, f"init_lora_weights={lora.init_lora_weights!r}, which looks at the inputs of "
          "all layers", "Use init_lora_weights=true"),
-        (config.adapter is not None, "'adapter': its weights are read into whole layers", "Start from new adapters"),
         (config.merge_aware, "merge_aware, which packs whole layers between steps", "Leave it out"),
         (lora.bias != "none", f"bias={lora.bias!r}, which swaps biases in place", "Use bias='none'"),
     ):  # fmt: skip
@@ -155,15 +157,30 @@ def check_training(config: TrainConfig) -> None:
         ConfigError: names the option and a remedy.
     """
     for wrong, what, remedy in (
-        ("8bit" in plain_name(config.optim), f"optim={config.optim!r}: its blocks would be cut by the shards",
-         "Use adamw or paged_adamw"),
-        (config.memory_budget is not None, "memory_budget: a rank that runs out of memory between collectives cannot tell the "
-         "others", "Lower batch_size, or set gradient_checkpointing"),
         (config.gradient_checkpointing == "offload", "gradient_checkpointing='offload'", "Use gradient_checkpointing=true"),
         (config.cuda_graphs is True, "cuda_graphs=True, for which passes must not communicate", "Leave it out"),
     ):  # fmt: skip
         if wrong:
             raise ConfigError(f"parallel='fsdp' cannot be done with {what}. {remedy}, or use --parallel ddp.")
+
+
+def check_blocks(model: nn.Module, optim: str) -> None:
+    """Refuse an optimiser with 8-bit moments where a rank's rows do not begin with a block of them.
+
+    Raises:
+        ConfigError: names the tensor.
+    """
+    if "8bit" not in plain_name(optim):
+        return
+    for name, parameter in model.named_parameters():
+        if not (parameter.requires_grad and isinstance(parameter, DTensor)) or parameter.numel() < SMALLEST_8BIT:
+            continue
+        ranks, rows = parameter.device_mesh.size(), parameter.shape[0]
+        if ranks > 1 and -(-rows // ranks) * (parameter.numel() // rows) % BLOCK_8BIT:
+            raise ConfigError(
+                f"optim={optim!r} keeps moments in blocks of {BLOCK_8BIT} values, and {ranks} processes would cut a block of "
+                f"'{name}' {tuple(parameter.shape)}. Use adamw or paged_adamw, another number of processes, or --parallel ddp."
+            )
 
 
 def mode_of(config: RunConfig, device: torch.device, world: int) -> Mode:
@@ -184,12 +201,20 @@ def mode_of(config: RunConfig, device: torch.device, world: int) -> Mode:
 
 
 class Sharding:
-    """Shards a model while it is loaded (`models.load.ByLayer`), as the run's configuration says; `device` is this rank's."""
+    """Shards a model while it is loaded (`models.load.ByLayer`), as the run's configuration says; `device` is this rank's.
+
+    Attributes:
+        largest_bytes: of the largest group (a layer, or the rest), whole: beside its shards, what a rank holds to load.
+    """
 
     def __init__(self, ranks: Ranks, device: torch.device, config: RunConfig) -> None:
+        from torch.distributed.fsdp import fully_shard  # before memory is measured
+
+        self._ranks, self._fully_shard = ranks, fully_shard
         self._mesh = init_device_mesh(device.type, (ranks.world,))
         self._config = config
-        self._addition: Addition | None = None
+        self._addition: Addition | StoredAddition | None = None
+        self.largest_bytes = 0
 
     def begin(self, model: Any) -> None:
         """Take up a model whose weights are not there yet.
@@ -200,7 +225,9 @@ class Sharding:
         if model.config.is_encoder_decoder or not decoder_layers(model):
             what = "it has an encoder" if model.config.is_encoder_decoder else "its decoder layers are not known"
             raise ModelError(f"{type(model).__name__} cannot be sharded: {what}. Use --parallel ddp.")
-        if self._config.method != "full":
+        if self._config.adapter is not None:
+            self._addition = StoredAddition(model, self._config.adapter, self._ranks.from_first)
+        elif self._config.method != "full":
             self._addition = Addition(model, self._config.lora, seed=self._config.train.seed)
 
     def finish_layer(self, model: Any, path: str) -> None:
@@ -222,10 +249,10 @@ class Sharding:
         self._shard(model, reshard_after_forward=False)
 
     def _shard(self, module: Any, *, reshard_after_forward: bool) -> None:
-        from torch.distributed.fsdp import fully_shard
-
         kind = type(module)
-        fully_shard(module, mesh=self._mesh, reshard_after_forward=reshard_after_forward)
+        whole = sum(p.nbytes for p in module.parameters() if not isinstance(p, DTensor))
+        self.largest_bytes = max(self.largest_bytes, whole)
+        self._fully_shard(module, mesh=self._mesh, reshard_after_forward=reshard_after_forward)
         sharded = type(module)  # a class of its own, under which others would not know the module
         sharded.__name__, sharded.__qualname__, sharded.__module__ = kind.__name__, kind.__qualname__, kind.__module__
         module.set_gradient_divide_factor(1.0)  # the sum over ranks, not their mean
