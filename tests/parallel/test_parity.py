@@ -69,6 +69,8 @@ CASES = {
     "dora": {"lora": {"use_dora": True}},
     "head-in-full": {"lora": {"modules_to_save": ["norm"]}},
     "loftq": {"lora": {"init_lora_weights": "loftq"}},
+    "qera": {"lora": {"init_lora_weights": "qera"}},
+    "eva": {"method": "lora", "lora": {"init_lora_weights": "eva"}},
     "compiled": {"torch_compile": True},
     "paged": {"optim": "paged_adamw"},
     "loraplus": {"loraplus_lr_ratio": 4.0},
@@ -143,6 +145,17 @@ def test_ranks_hold_their_shards(two, wider_model, options, tmp_path):
         held = first["parallel"]["memory"]
         assert sum(rank[key] for rank in held) == pytest.approx(whole["kinds"][key], rel=0.02), key
         assert max(rank[key] for rank in held) <= 0.52 * whole["kinds"][key], key
+
+
+def test_loading_takes_the_shards_and_one_layer(two, deep_model, options, tmp_path):
+    wanted = in_ranks({**options("lora", max_steps=1), "model": str(deep_model)}, "fsdp", tmp_path)
+    two.train(wanted)  # libraries that a first run imports are none of loading's memory
+    first, _ = two.train(in_ranks(wanted, "fsdp", tmp_path, output_dir=str(tmp_path / "again")))
+    for memory in first["parallel"]["memory"]:
+        shards, layer = memory["weights_bytes"] + memory["adapters_bytes"], memory["largest_group_bytes"]
+        assert 10 * layer < 2 * shards  # of 12 layers
+        assert memory["load_peak_bytes"] > 0.8 * shards  # it is measured
+        assert memory["load_peak_bytes"] < shards + layer + 8e6  # what the C heap wastes; the model is twice its shards
 
 
 @pytest.mark.parametrize(

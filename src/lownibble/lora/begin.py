@@ -41,8 +41,10 @@ def adapt(
     generator: torch.Generator,
     calibration: Tensor | None,
     set_later: bool,
+    moments: Mapping[str, Moments] | None = None,
 ) -> None:
-    """Put the layers with their initialised adapters into the model; `set_later`: with any A and B."""
+    """Put the layers with their initialised adapters into the model; `set_later`: with any A and B. `moments`: of their inputs,
+    where calibration rows have gone through them."""
     init = find(True if set_later else config.init_lora_weights)
     variant_at = variants(model, config, variant_of(config), layers)
 
@@ -85,11 +87,11 @@ def adapt(
             "every step. Use init_lora_weights=True, or train without --merge-aware."
         )
     dense = not any(isinstance(getattr(module, "base", module), QuantLinear) for module in layers.values())
-    if not init.calibrated or (dense and init.corrects):
+    if not (layers and init.calibrated) or (dense and init.corrects):
         for path in layers:
             add(path, None)
         return
-    if calibration is None:
+    if calibration is None and moments is None:
         raise TargetError(
             f"init_lora_weights={config.init_lora_weights!r} looks at the inputs of the layers: give add_lora calibration rows "
             "(calibration=lownibble.calibration.join_rows(...)), or use lownibble train."
@@ -99,7 +101,10 @@ def adapt(
         for path, moments in found.items():
             add(path, moments)
 
-    walk(model, calibration, list(layers), visit)
+    if moments is not None:
+        visit(moments)
+    elif calibration is not None:
+        walk(model, calibration, list(layers), visit)
     for path in layers.keys() - {path for path, layer in lora_layers(model, name)}:
         raise TargetError(
             f"'{path}' was not reached by the calibration rows (an expert that they do not choose?), and init_lora_weights="

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from lownibble.calibration import Moments
 from lownibble.config import LoraConfig
 from lownibble.errors import TargetError
 from lownibble.lora import targets
@@ -233,9 +234,15 @@ class Addition:
         self._left = sorted([*self._planned.targets, *self._planned.saved], key=lambda path: _layer_of(path, layers))
         self._taken: dict[str, nn.Module] = {}
 
-    def add(self, path: str) -> None:
+    @property
+    def left(self) -> list[str]:
+        """Paths of the layers that are still to be adapted."""
+        return [path for path in self._left if path in self._planned.targets]
+
+    def add(self, path: str, moments: Mapping[str, Moments] | None = None) -> None:
         """Freeze and adapt the module at `path`, or with '' all that is left. After an error the model is as it was before,
-        unless its dense weights were to be changed."""
+        unless its dense weights were to be changed. `moments`: of the inputs of its layers, for initialisations that look at
+        them."""
         model, name, planned = self._model, self._name, self._planned
         due = [each for each in self._left if not path or each.startswith(f"{path}.")]
         found: Mapping[str, nn.Module] = planned.targets
@@ -245,7 +252,7 @@ class Addition:
         self._left = [each for each in self._left if each not in due]
         self._taken |= targets
         try:
-            adapt(model, targets, self._config, name, self._generator, self._calibration, self._set_later)
+            adapt(model, targets, self._config, name, self._generator, self._calibration, self._set_later, moments)
         except BaseException:
             for each, module in self._taken.items():
                 take_back(model, each, module, name)

@@ -251,8 +251,8 @@ class ByLayer(Protocol):
     def begin(self, model: Any) -> None:
         """Take up the model, before its weights are there."""
 
-    def finish_layer(self, model: Any, path: str) -> None:
-        """The weights of the decoder layer at `path` are there."""
+    def fill(self, model: Any, layers: Sequence[str], place: Callable[[str], None]) -> None:
+        """Let `place` read the weights of each decoder layer, by its path, and with '' all others, in any order."""
 
     def finish(self, model: Any) -> None:
         """All weights are there."""
@@ -297,17 +297,22 @@ def _fill(
         by_layer.begin(model)
     layers = [*decoder_layers(model)] if by_layer else []
     packed_in, dense_in = _by_layer(sorted(packed), layers), _by_layer(tensors.dense(), layers)
-    for layer in (*layers, ""):
+
+    def place_all(layer: str) -> None:
         for path in packed_in.get(layer, ()):
             place_packed = _place_experts if path in stacks else _place_quantized
             place_packed(model, path, tensors.read_packed(path, dtype), device)
         for key in dense_in.get(layer, ()):
             place_key(key)
-        if by_layer and layer:
-            by_layer.finish_layer(model, layer)
-    place_shared(model, tensors)
-    for buffer_name, buffer in model.named_buffers():  # not in checkpoints: rotary frequencies and the like
-        _set_tensor(model, buffer_name, buffer.to(device))
+        if not layer:
+            place_shared(model, tensors)
+            for name, buffer in model.named_buffers():  # not in checkpoints: rotary frequencies and the like
+                _set_tensor(model, name, buffer.to(device))
+
+    if by_layer:
+        by_layer.fill(model, layers, place_all)
+    else:
+        place_all("")
 
 
 def _by_layer(names: Iterable[str], layers: Sequence[str]) -> dict[str, list[str]]:

@@ -34,6 +34,7 @@ from lownibble.memory import planned, usage
 from lownibble.models import compute, load, pick_device, resolve, skeleton
 from lownibble.models.head import Head
 from lownibble.models.info import info
+from lownibble.models.load import load_tokenizer
 from lownibble.quant import QuantLinear
 from lownibble.registry import OBJECTIVES
 from lownibble.training import facts, interrupt, verify
@@ -116,7 +117,8 @@ def run(config: RunConfig, *, sinks: Iterable[Sink] = ()) -> TrainResult:
             config = _for_ranks(config, ranks)
         sides = load_sides(config.data, config.train)
         ranks.check_equal({f"the data's {side.name} side": side.digest for side in sides})
-        sharding = Sharding(ranks, device, config) if ranks.sharded else None
+        sharding = _sharding(config, sides[0], device, ranks) if ranks.sharded else None
+        usage.settle(device)  # what an earlier run has freed is no room for this one's loading
         usage.reset_peak(device)
         baseline = usage.used_bytes(device)
         model, tokenizer = _make_model(config, sides[0], sharding)
@@ -152,6 +154,19 @@ def load_sides(data: DataConfig, config: TrainConfig) -> tuple[Dataset, Dataset]
     for side in sides:
         objective.check_rows(side, data)
     return sides
+
+
+def _sharding(config: RunConfig, rows: Dataset, device: torch.device, ranks: Ranks) -> Sharding:
+    restored, start = ranks.from_first(lambda: _is_restored(config)), find(config.lora.init_lora_weights)
+    if restored or not start.calibrated or config.adapter is not None or (config.method != "qlora" and start.corrects):
+        return Sharding(ranks, device, config, restored=restored)
+
+    def calibration(model: Any) -> torch.Tensor:
+        tokenizer = load_tokenizer(resolve(config.model, config.revision))
+        length = row_length(model, config.train.max_length)
+        return calibration_rows(config, rows, tokenizer, config.data.calibration_tokens, length, config.train.seed)
+
+    return Sharding(ranks, device, config, calibration=calibration)
 
 
 def prepare(config: RunConfig) -> tuple[Trainer, int]:

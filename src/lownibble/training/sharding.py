@@ -14,21 +14,21 @@ blocks, codes and checkpoints are those of one process; where one would be cut, 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
 
 from lownibble import launch
+from lownibble.calibration import Moments, walk
 from lownibble.config import RunConfig, TrainConfig
-from lownibble.errors import ConfigError, InputError, ModelError
+from lownibble.errors import ConfigError, InputError, ModelError, TargetError
 from lownibble.lora.adapter import StoredAddition
-from lownibble.lora.init import find
 from lownibble.lora.inject import Addition
 from lownibble.memory.planned import device_of
 from lownibble.models.info import decoder_layers
@@ -37,6 +37,7 @@ from lownibble.optim.specs import BLOCK_8BIT, SMALLEST_8BIT
 from lownibble.planning.exchange import share
 from lownibble.planning.memory import plan_memory
 from lownibble.planning.models import find_shape
+from lownibble.quant.linear import exact_products
 from lownibble.training.distributed import Mode, Ranks
 
 
@@ -138,10 +139,7 @@ def check(config: RunConfig) -> None:
         ConfigError: names the option and a remedy.
     """
     lora, train = config.lora, config.train
-    start = find(lora.init_lora_weights) if config.method != "full" and config.adapter is None else None
     for wrong, what, remedy in (
-        (start is not None and start.calibrated, f"init_lora_weights={lora.init_lora_weights!r}, which looks at the inputs of "
-         "all layers", "Use init_lora_weights=true"),
         (config.merge_aware, "merge_aware, which packs whole layers between steps", "Leave it out"),
         (lora.bias != "none", f"bias={lora.bias!r}, which swaps biases in place", "Use bias='none'"),
     ):  # fmt: skip
@@ -203,16 +201,23 @@ def mode_of(config: RunConfig, device: torch.device, world: int) -> Mode:
 class Sharding:
     """Shards a model while it is loaded (`models.load.ByLayer`), as the run's configuration says; `device` is this rank's.
 
+    Args:
+        restored: A and B come from a checkpoint, so that adapters need not be started.
+        calibration: model -> token ids (rows, tokens), for a start that looks at layers' inputs; None for others.
+
     Attributes:
         largest_bytes: of the largest group (a layer, or the rest), whole: beside its shards, what a rank holds to load.
     """
 
-    def __init__(self, ranks: Ranks, device: torch.device, config: RunConfig) -> None:
+    def __init__(
+        self, ranks: Ranks, device: torch.device, config: RunConfig, *, restored: bool = False,
+        calibration: Callable[[Any], Tensor] | None = None,
+    ) -> None:  # fmt: skip
         from torch.distributed.fsdp import fully_shard  # before memory is measured
 
         self._ranks, self._fully_shard = ranks, fully_shard
         self._mesh = init_device_mesh(device.type, (ranks.world,))
-        self._config = config
+        self._config, self._restored, self._calibration = config, restored, calibration
         self._addition: Addition | StoredAddition | None = None
         self.largest_bytes = 0
 
@@ -228,9 +233,43 @@ class Sharding:
         if self._config.adapter is not None:
             self._addition = StoredAddition(model, self._config.adapter, self._ranks.from_first)
         elif self._config.method != "full":
-            self._addition = Addition(model, self._config.lora, seed=self._config.train.seed)
+            seed = self._config.train.seed
+            self._addition = Addition(model, self._config.lora, seed=seed, restored=self._restored)
 
-    def finish_layer(self, model: Any, path: str) -> None:
+    def fill(self, model: Any, layers: Sequence[str], place: Callable[[str], None]) -> None:
+        """Read, adapt and shard each decoder layer, then read the rest; where an initialisation looks at layers' inputs, the rest
+        first, and each layer as calibration rows come to it.
+
+        Raises:
+            TargetError: it would look at the inputs of a layer outside of the decoder layers.
+        """
+        addition = self._addition
+        if self._calibration is None or not isinstance(addition, Addition):
+            for path in layers:
+                place(path)
+                self._finish_layer(model, path)
+            place("")
+            return
+        place("")
+        targets = addition.left
+        if outer := [each for each in targets if not any(each.startswith(f"{path}.") for path in layers)]:
+            raise TargetError(
+                f"'{outer[0]}' is outside of the decoder layers, whose inputs shards are calibrated by. Leave it out."
+            )
+
+        @contextmanager
+        def around(path: str) -> Iterator[None]:
+            place(path)
+            with exact_products(model.get_submodule(path)):
+                yield
+            self._finish_layer(model, path)
+
+        def visit(moments: Mapping[str, Moments]) -> None:
+            addition.add(next(path for path in layers if next(iter(moments)).startswith(f"{path}.")), moments)
+
+        walk(model, self._calibration(model), targets, visit, around)
+
+    def _finish_layer(self, model: Any, path: str) -> None:
         """Shard the decoder layer at `path`, whose weights are there, with its adapters."""
         if self._addition:
             self._addition.add(path)
