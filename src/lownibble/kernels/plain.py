@@ -69,10 +69,16 @@ def low_rank_backward(dy_TN: Tensor, x_TK: Tensor, low_Tr: Tensor, lora_B: Tenso
     dlow_Tr = low_rank(dy_TN, lora_B, scale)
     dtype = torch.promote_types(lora_B.dtype, torch.float32)
     if dy_TN.is_cuda and dy_TN.dtype != dtype:
-        dB = torch.mm(dy_TN.t(), low_Tr, out_dtype=dtype).mul_(scale)
-        return dlow_Tr, torch.mm(dlow_Tr.t(), x_TK, out_dtype=dtype), dB
+        return dlow_Tr, outer(dlow_Tr, x_TK), outer(dy_TN, low_Tr).mul_(scale)
     dB = (low_Tr.t() @ dy_TN).mul_(scale).t().to(dtype).contiguous()
     return dlow_Tr, (dlow_Tr.t() @ x_TK).to(dtype), dB
+
+
+def outer(a_TP: Tensor, b_TQ: Tensor) -> Tensor:
+    """a^T b (P, Q) in float32; on CUDA it is not rounded to 16 bits before."""
+    if a_TP.is_cuda and a_TP.dtype != torch.float32:
+        return torch.mm(a_TP.t(), b_TQ, out_dtype=torch.float32)
+    return (a_TP.t() @ b_TQ).float()
 
 
 def _rows(ends_E: Tensor) -> Iterator[tuple[int, slice]]:

@@ -61,8 +61,8 @@ def _drop_gradient(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
 dropped.register_autograd(_drop_gradient, setup_context=_save_seed)
 
 
-def _input_gradient(dy: Tensor, weight: Tensor | PackedWeight, epilogue: Epilogue, code_type: torch.dtype | None) -> Tensor:
-    """dy W, (T, K), plus `epilogue`."""
+def input_gradient(dy: Tensor, weight: Tensor | PackedWeight, epilogue: Epilogue, code_type: torch.dtype | None) -> Tensor:
+    """dy (T, N) -> dy W (T, K), plus `epilogue`. `code_type`: that of 8-bit products, or None."""
     if isinstance(weight, Tensor):
         return matmul_dense(dy, weight.to(dy.dtype), True, epilogue)
     if code_type is not None:
@@ -78,14 +78,20 @@ def forward(
     x = x.contiguous()
     dropped = x if dropout == 0 else x * _keep_mask(x, dropout, seed)
     low = ops.low_rank(dropped, lora_A.t())
+    return with_low(x, weight, bias, low, lora_B, scale, rows), low
+
+
+def with_low(
+    x: Tensor, weight: Tensor | PackedWeight, bias: Tensor | None, low: Tensor, lora_B: Tensor, scale: float,
+    rows: Rows8bit | None,
+) -> Tensor:  # fmt: skip
+    """x (T, K) -> y (T, N), with `low` for x A^T (T, r)."""
     epilogue = Epilogue(None if bias is None else bias.to(x.dtype), low, lora_B.t(), scale)
     if isinstance(weight, Tensor):
-        y = matmul_dense(x, weight.to(x.dtype), False, epilogue)
-    elif rows is None:
-        y = weight.matmul(x, epilogue=epilogue)
-    else:
-        y = eightbit.forward(rows, weight, epilogue, x.dtype)
-    return y, low
+        return matmul_dense(x, weight.to(x.dtype), False, epilogue)
+    if rows is None:
+        return weight.matmul(x, epilogue=epilogue)
+    return eightbit.forward(rows, weight, epilogue, x.dtype)
 
 
 def backward(
@@ -98,7 +104,7 @@ def backward(
     dlow, dA, dB = ops.low_rank_backward(dy, x if mask is None else x * mask, low, lora_B, scale)
     if not wants_dx:
         return None, dA, dB
-    dx = _input_gradient(dy, weight, Epilogue(low=dlow, factor=lora_A) if mask is None else NO_EPILOGUE, code_type)
+    dx = input_gradient(dy, weight, Epilogue(low=dlow, factor=lora_A) if mask is None else NO_EPILOGUE, code_type)
     if mask is not None:
         dx.add_((dlow @ lora_A.to(dy.dtype)).mul_(mask))
     return dx, dA, dB
@@ -138,7 +144,8 @@ class LoraMatmul(torch.autograd.Function):
         return dx, None, dbias, dA, dB, None, None, None, None, None
 
 
-def _weight(tensors: list[Tensor], spec: str) -> Tensor | PackedWeight:
+def frozen_weight(tensors: list[Tensor], spec: str) -> Tensor | PackedWeight:
+    """The weight that an operator's arguments stand for."""
     return from_spec(spec, tensors) if spec else tensors[0]
 
 
@@ -153,7 +160,7 @@ def lora_matmul(
     8 bits from `eightbit.rows_of`, or empty. `rounded`: A and B in x's dtype, or empty.
     """
     x_TK = x.reshape(-1, x.shape[-1])
-    frozen, as_rows = _weight(weight, spec), eightbit.of_tensors(rows, x_TK)
+    frozen, as_rows = frozen_weight(weight, spec), eightbit.of_tensors(rows, x_TK)
     A, B = rounded or (lora_A, lora_B)
     y, low = forward(x_TK, frozen, bias, A, B, scale, dropout, 0 if seed is None else int(seed), as_rows)
     return y.view(*x.shape[:-1], -1), low
@@ -165,17 +172,17 @@ def _(x, weight, spec, bias, lora_A, lora_B, scale, dropout, seed, rows, rounded
 
 
 @torch.library.custom_op("lownibble::lora_matmul_backward", mutates_args=())
-def _lora_matmul_backward(
+def lora_matmul_backward(
     dy: Tensor, x: Tensor, weight: list[Tensor], spec: str, lora_A: Tensor, lora_B: Tensor, low: Tensor, scale: float,
     dropout: float, seed: Tensor | None, code_type: torch.dtype | None, wants_dx: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     dy_TN, x_TK = dy.reshape(-1, dy.shape[-1]), x.reshape(-1, x.shape[-1])
-    frozen, drawn = _weight(weight, spec), 0 if seed is None else int(seed)
+    frozen, drawn = frozen_weight(weight, spec), 0 if seed is None else int(seed)
     dx, dA, dB = backward(dy_TN, x_TK, frozen, lora_A, lora_B, low, scale, dropout, drawn, code_type, wants_dx)
     return x.new_empty(0) if dx is None else dx.view(x.shape), dA, dB
 
 
-@_lora_matmul_backward.register_fake
+@lora_matmul_backward.register_fake
 def _(dy, x, weight, spec, lora_A, lora_B, low, scale, dropout, seed, code_type, wants_dx):  # type: ignore[no-untyped-def]
     dA, dB = (x.new_empty(factor.shape, dtype=torch.promote_types(factor.dtype, torch.float32)) for factor in (lora_A, lora_B))
     return x.new_empty(x.shape if wants_dx else 0), dA, dB
@@ -194,7 +201,7 @@ def _differentiate(ctx: Any, dy: Tensor, _: None) -> tuple[Any, ...]:
     spec, scale, dropout, n_weight, row_types, n_rounded = ctx.rest
     wants_dx, code_type = ctx.needs_input_grad[0], row_types[0] if row_types else None
     with ops.keeping(ctx.backend):
-        dx, dA, dB = _lora_matmul_backward(
+        dx, dA, dB = lora_matmul_backward(
             dy, x, weight, spec, lora_A, lora_B, low, scale, dropout, seed, code_type, wants_dx
         )  # fmt: skip
     dbias = dy.flatten(0, -2).sum(0) if ctx.needs_input_grad[3] else None

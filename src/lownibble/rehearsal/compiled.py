@@ -33,6 +33,9 @@ def backend(recorder: Recorder) -> Callable[..., Any]:
     from torch._dynamo.backends.common import aot_autograd
     from torch._functorch.partitioners import min_cut_rematerialization_partition
     from torch._inductor.decomposition import select_decomp_table
+    from torch._inductor.pattern_matcher import stable_topological_sort
+
+    from lownibble.lora.joined import JoinLowRank
 
     def compile_graph(graph: fx.GraphModule, example_inputs: Any) -> Callable[[list[Any]], Any]:
         def call(arguments: list[Any]) -> Any:
@@ -41,8 +44,14 @@ def backend(recorder: Recorder) -> Callable[..., Any]:
         call._boxed_call = True  # type: ignore[attr-defined]  # arguments are freed after their last use
         return call
 
+    def partition(joint: fx.GraphModule, *arguments: Any, **options: Any) -> Any:
+        JoinLowRank()(joint.graph)
+        stable_topological_sort(joint.graph)
+        joint.recompile()
+        return min_cut_rematerialization_partition(joint, *arguments, **options)
+
     made: Callable[..., Any] = aot_autograd(
-        fw_compiler=compile_graph, bw_compiler=compile_graph, partition_fn=min_cut_rematerialization_partition,
+        fw_compiler=compile_graph, bw_compiler=compile_graph, partition_fn=partition,
         decompositions=select_decomp_table(),
     )  # fmt: skip
     return made

@@ -21,7 +21,7 @@ import shutil
 import sysconfig
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cache
 from pathlib import Path
 from typing import Any, Literal
@@ -119,13 +119,18 @@ class Compiled:
 
     Args:
         recompute: save less for backward, and compute it again; default: on CUDA.
-        backend: of torch.compile.
+        join: join the low-rank products of layers that read the same input (`lora/joined.py`); default: on CUDA.
+        backend: of torch.compile; another than 'inductor' joins them itself.
     """
 
-    def __init__(self, model: Any, *, recompute: bool | None = None, backend: str | Callable[..., Any] = "inductor") -> None:
+    def __init__(
+        self, model: Any, *, recompute: bool | None = None, join: bool | None = None,
+        backend: str | Callable[..., Any] = "inductor",
+    ) -> None:  # fmt: skip
         layers = list(decoder_layers(model).values())
         on_cuda = model.get_input_embeddings().weight.device.type == "cuda"
         self._saving = RECOMPUTED if (on_cuda if recompute is None else recompute) else {}
+        self._join = on_cuda if join is None else join
         if not model.get_input_embeddings().weight.requires_grad:
             layers = layers[1:]
         attention.keep_out_of_graphs()
@@ -149,7 +154,7 @@ class Compiled:
 
         try:
             limit = config.patch(recompile_limit=GRAPHS, fail_on_recompile_limit_hit=True)
-            with replaced_forwards(self.forwards), limit, partitioner.patch(self._saving):
+            with replaced_forwards(self.forwards), limit, partitioner.patch(self._saving), self._joining():
                 yield
         except FailOnRecompileLimitHit as error:
             raise TrainingError(
@@ -161,3 +166,13 @@ class Compiled:
             raise TrainingError(
                 f"A decoder layer could not be compiled: {first_line} Use torch_compile=False (--torch-compile false)."
             ) from error
+
+    def _joining(self) -> AbstractContextManager[Any]:
+        if not self._join:
+            return nullcontext()
+        with torchs_own_warnings_off():
+            from torch._inductor import config
+
+            from lownibble.lora.joined import JoinLowRank
+        patched: AbstractContextManager[Any] = config.patch(joint_custom_pre_pass=JoinLowRank())
+        return patched
