@@ -59,7 +59,7 @@ def test_without_a_limit_there_is_no_share():
     [
         (
             ["kernels", "--model", "demo"],
-            "--model is for 'bench train', 'bench experts', 'bench decode', 'bench plan' and 'bench gpu'",
+            "--model is for 'bench train', 'bench experts', 'bench decode', 'bench plan', 'bench preference' and 'bench gpu'",
         ),
         (["train", "--time-limit", "9"], "--time-limit is for 'bench gpu';"),
         (["train", "--batch-size", "0"], "must be an integer >= 1. Got '0'"),

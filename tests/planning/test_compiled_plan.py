@@ -188,7 +188,7 @@ def test_layers_that_cannot_be_compiled_are_traced_as_they_are(monkeypatch):
     def broken(graph, example_inputs):
         raise ValueError("no luck")
 
-    monkeypatch.setattr(trace, "backend_of", lambda recorder: broken)
+    monkeypatch.setattr(trace, "backend_of", lambda recorder, join: broken)
     tapes = [
         trace_step(CONFIGS["small llama"], "lora", run, Batch(1, 32, 32), quant=QuantConfig(), lora=LoraConfig())
         for run in (RUN, replace(RUN, compiled=False))

@@ -57,7 +57,7 @@ def operators(monkeypatch):
 
 
 def made():
-    return backend(SimpleNamespace(fused=False))
+    return backend(SimpleNamespace(fused=False), join=True)
 
 
 @pytest.mark.parametrize("how", [{"quant": None}, {}, {"target_modules": ["q_proj", "v_proj", "up_proj"], "r": 20}])

@@ -28,8 +28,12 @@ _ELEMENTWISE = {torch.ops.prims.convert_element_type.default, torch.ops.aten._to
 _REDUCTIONS = ("mean", "sum", "amax", "amin", "var_mean", "prod")
 
 
-def backend(recorder: Recorder) -> Callable[..., Any]:
-    """A backend for torch.compile whose graphs run on fake tensors, with fused results announced to `recorder`."""
+def backend(recorder: Recorder, join: bool) -> Callable[..., Any]:
+    """A backend for torch.compile whose graphs run on fake tensors, with fused results announced to `recorder`.
+
+    Args:
+        join: join low-rank products, as in compiled layers on CUDA.
+    """
     from torch._dynamo.backends.common import aot_autograd
     from torch._functorch.partitioners import min_cut_rematerialization_partition
     from torch._inductor.decomposition import select_decomp_table
@@ -45,9 +49,10 @@ def backend(recorder: Recorder) -> Callable[..., Any]:
         return call
 
     def partition(joint: fx.GraphModule, *arguments: Any, **options: Any) -> Any:
-        JoinLowRank()(joint.graph)
-        stable_topological_sort(joint.graph)
-        joint.recompile()
+        if join:
+            JoinLowRank()(joint.graph)
+            stable_topological_sort(joint.graph)
+            joint.recompile()
         return min_cut_rematerialization_partition(joint, *arguments, **options)
 
     made: Callable[..., Any] = aot_autograd(

@@ -282,7 +282,7 @@ def _compiled(recorder: _Recorder, model: Any, run: Runtime, batch: Batch) -> Co
         return None
     torch._dynamo.reset()  # a layer's code keeps the graphs of earlier traces, and their number is limited
     with recorder.unseen(), torchs_own_warnings_off():
-        layers = Compiled(model, recompute=run.cuda, backend=backend_of(recorder))
+        layers = Compiled(model, recompute=run.cuda, backend=backend_of(recorder, run.cuda))
         try:
             with _attention(model), layers():
                 _loss(model, batch).backward()
