@@ -11,7 +11,7 @@ from torch import fx
 import lownibble as ln
 from lownibble.config import LoraConfig, QuantConfig
 from lownibble.lora import add_lora
-from lownibble.lora.joined import JoinLowRank, low_ranks, low_ranks_backward, lora_product, lora_product_backward
+from lownibble.lora.joined import JoinLowRank, lora_product, lora_product_backward, low_ranks, low_ranks_backward
 from lownibble.quant import eightbit
 from lownibble.rehearsal.compiled import backend
 from lownibble.training.compiling import Compiled, torchs_own_warnings_off
@@ -123,4 +123,3 @@ def test_the_operators_keep_torchs_rules(compute, widen):
         }  # fmt: skip
         for operator, arguments in calls.items():
             torch.library.opcheck(operator, arguments, test_utils=checks)
-
