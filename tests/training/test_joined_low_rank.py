@@ -1,4 +1,4 @@
-"""Joined low-rank products in compiled layers. Oracles: the layers as they are; counts of operators in the graphs that torch makes."""
+"""Joined low-rank products in compiled layers. Oracles: the layers as they are; counts of operators in torch's graphs."""
 
 from collections import Counter
 from contextlib import nullcontext

@@ -4,8 +4,8 @@ Alone, each of them reads x for x A^T and again for the gradient of A, and its s
 that is added to it, and summed with the others'. Joined, x is read once for all A together and once for their gradients, and what
 the low-rank branches give to dx is one product, which the compiler adds in the same kernel that sums the bases' shares.
 
-`JoinLowRank` rewrites the graph of a layer's forward and backward before torch splits it: `lora_matmul` nodes of one x become one
-`low_ranks` and a `lora_product` each, and their backwards a `lora_product_backward` each and one `low_ranks_backward`. No layer
+`JoinLowRank` rewrites the graph of a layer's forward and backward before torch splits it: `lora_matmul` nodes of one x become
+one `low_ranks` and a `lora_product` each, and their backwards a `lora_product_backward` each and one `low_ranks_backward`. No layer
 knows of it, so nothing has to be found out about the model. With dropout each layer has an input of its own, so nothing is joined.
 """
 
@@ -98,6 +98,7 @@ class JoinLowRank(CustomGraphPass):
     """Rewrites the graph of forward and backward; for `torch._inductor.config.joint_custom_pre_pass`."""
 
     def __call__(self, graph: fx.Graph) -> None:
+        """Join what can be joined, in place; torch sorts the nodes afterwards."""
         forwards, backwards = defaultdict(list), defaultdict(list)
         for node in graph.nodes:
             if node.target is _FORWARD and _arguments(node)["dropout"] == 0:

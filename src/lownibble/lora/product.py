@@ -176,6 +176,7 @@ def lora_matmul_backward(
     dy: Tensor, x: Tensor, weight: list[Tensor], spec: str, lora_A: Tensor, lora_B: Tensor, low: Tensor, scale: float,
     dropout: float, seed: Tensor | None, code_type: torch.dtype | None, wants_dx: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """The gradients of x (nothing if not wanted), A and B; see `backward`."""
     dy_TN, x_TK = dy.reshape(-1, dy.shape[-1]), x.reshape(-1, x.shape[-1])
     frozen, drawn = frozen_weight(weight, spec), 0 if seed is None else int(seed)
     dx, dA, dB = backward(dy_TN, x_TK, frozen, lora_A, lora_B, low, scale, dropout, drawn, code_type, wants_dx)
