@@ -26,7 +26,7 @@ LEFT = {
     "1-first-fine-tune.md": ["runs/first/adapter/adapter_model.safetensors", "runs/first/record.json"],
     "2-my-data.md": [],
     "3-method-and-card.md": ["runs/compare/report.html"],
-    "4-production.md": ["runs/merged/model.safetensors", "runs/dense-bnb/model.safetensors"],
+    "4-production.md": ["runs/merged/model.safetensors", "adapter.gguf"],
     "5-reading-a-study.md": ["runs/study/report.html", "runs/study/report.md"],
 }
 """Page -> the files that its commands leave."""
@@ -38,14 +38,15 @@ def smaller(text, model):
     return re.sub(r"\beval_steps = \d+", "eval_steps = 1", re.sub(r"(?<![\w-])demo(?![\w-])", str(model), text))
 
 
-def serving(command, told):
+def serving(command, log):
     """The server of a page, once it answers."""
-    server = subprocess.Popen([sys.executable, "-m", "lownibble", *command[1:]], stderr=told, stdout=told)
+    with log.open("w") as told:
+        server = subprocess.Popen([sys.executable, "-m", "lownibble", *command[1:]], stderr=told, stdout=told)
     port = command[command.index("--port") + 1]
     health = ["curl", "-sf", f"http://127.0.0.1:{port}/health"]
     until = time.monotonic() + 120
     while subprocess.run(health, capture_output=True, check=False).returncode != 0:
-        assert server.poll() is None, "the server ended"
+        assert server.poll() is None, log.read_text()
         assert time.monotonic() < until
         time.sleep(0.2)
     return server
@@ -67,7 +68,7 @@ def test_every_command_of_the_pages(tmp_path, monkeypatch, capfd):
                     for line in text.splitlines():
                         command = shlex.split(line)
                         if command[:2] == ["lownibble", "serve"]:
-                            servers.append(serving(command, (tmp_path / "server.log").open("w")))
+                            servers.append(serving(command, tmp_path / "server.log"))
                         elif command[0] == "lownibble":
                             assert main(command[1:]) == 0, f"{page.name}: {line}\n{capfd.readouterr().err[-2000:]}"
                         else:
