@@ -5,8 +5,9 @@ that is added to it, and summed with the others'. Joined, x is read once for all
 the low-rank branches give to dx is one product, which the compiler adds in the same kernel that sums the bases' shares.
 
 `JoinLowRank` rewrites the graph of a layer's forward and backward before torch splits it: `lora_matmul` nodes of one x become
-one `low_ranks` and a `lora_product` each, and their backwards a `lora_product_backward` each and one `low_ranks_backward`. No layer
-knows of it, so nothing has to be found out about the model. With dropout each layer has an input of its own, so nothing is joined.
+one `low_ranks` and a `lora_product` each, and their backwards one `low_ranks_backward` and a `lora_product_backward` each. No
+layer knows of it, so nothing has to be found out about the model. With dropout each layer has an input of its own, so nothing is
+joined.
 """
 
 from __future__ import annotations
