@@ -34,6 +34,9 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedTokenizerBase
 
+TAKEN_APART = 1000
+"""Pairs that are taken apart together, into good answers and bad ones after them."""
+
 GAP = -1
 """Fills up the shorter sequence of a pair."""
 
@@ -124,7 +127,7 @@ def encode_preferences(
         DataError: rows are bad, or have no difference left within `max_length`. ConfigError: see `check_rows`.
         ModelError: the tokenizer lacks a required chat template or end-of-sequence token.
     """
-    found = check_rows(dataset, data, objective)
+    found = _good_ones_first(check_rows(dataset, data, objective))
     coder, problems = TokenCoder(tokenizer), Problems(dataset.name)
     examples, n_cut, n_dropped = list[Example](), 0, 0
     for (row, preference), sequences in zip(found, _tokenise(found, coder, problems), strict=True):
@@ -150,6 +153,15 @@ def encode_preferences(
     if objective == "kto" and group:
         _mismatch(examples, group, max_length)
     return Encoded(examples, "unpaired" if objective == "kto" else "preference", n_cut, n_dropped)
+
+
+def _good_ones_first(found: list[tuple[Row, Preference]]) -> list[tuple[Row, Preference]]:
+    """Labelled answers of pairs, all good ones before all bad ones of so many rows, as TRL takes pairs apart: answers that are
+    exchanged with their neighbours' would else be answers to the same prompt."""
+    if not any(one is other for (one, _), (other, _) in itertools.pairwise(found)):
+        return found
+    parts = (found[first : first + 2 * TAKEN_APART] for first in range(0, len(found), 2 * TAKEN_APART))
+    return [each for part in parts for each in sorted(part, key=lambda each: not each[1].label)]
 
 
 def encode_for(

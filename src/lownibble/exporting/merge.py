@@ -18,8 +18,8 @@ from typing import Any
 from safetensors import SafetensorError
 
 from lownibble import record, stored, tensorfile
-from lownibble.config import PACKED, DataConfig, MergeConfig, QuantConfig
-from lownibble.data import encode, load
+from lownibble.config import PACKED, PREFERENCE, DataConfig, MergeConfig, QuantConfig, TrainConfig
+from lownibble.data import Example, encode_for, load, sequences_of
 from lownibble.errors import AdapterError, ConfigError, InputError, OutputError
 from lownibble.exporting.measure import BASE, FAITHFUL, choose_rows, measure
 from lownibble.exporting.weights import Tell, Weights, check_onto, say_nothing
@@ -32,6 +32,7 @@ from lownibble.training.microbatches import collator
 from lownibble.training.output import hold
 
 RECORD, _STATE = "merge.json", ".merging.json"
+NEXT_TOKEN = "next-token"
 _LEFT_BEHIND = (
     "config.json", INDEX, "README.md", RECORD, "quantize_config.json", "quant_config.json", "hf_quant_config.json"
 )  # fmt: skip
@@ -168,27 +169,32 @@ def _check_base(config: MergeConfig, adapter: AdapterFile, weights: Weights) -> 
 
 def _measure(config: MergeConfig, adapter: AdapterFile, weights: Weights, tell: Tell) -> tuple[dict[str, Any], str]:
     """The measurement, and the source of its rows."""
-    data, said = _data(config, adapter)
+    data, objective, said = _data(config, adapter)
     tokenizer = load_tokenizer(_tokenizer_of(adapter, weights.source))
-    examples = encode(load(data)[1], tokenizer, data, config.max_length).examples
+    train = TrainConfig(objective=objective, max_length=config.max_length)
+    encoded = encode_for(load(data)[1], tokenizer, data, train).examples
+    examples = [Example(ids, flags, each.origin) for each in encoded for ids, flags in sequences_of(each)]
     rows = choose_rows(examples, config.measure_tokens)
     return measure(weights, rows, collator(weights.model, tokenizer), tell), said
 
 
-def _data(config: MergeConfig, adapter: AdapterFile) -> tuple[DataConfig, str]:
+def _data(config: MergeConfig, adapter: AdapterFile) -> tuple[DataConfig, str, str]:
+    """The rows to measure on, the objective that says how they are read, and where they are from."""
     if config.data.path != "run":
-        return config.data, config.data.path
+        return config.data, NEXT_TOKEN, config.data.path
     run = adapter.folder.parent / "record.json"
     if run.is_file():
         try:
-            data = DataConfig(**json.loads(run.read_text())["config"]["data"])
+            options = json.loads(run.read_text())["config"]
+            data, objective = DataConfig(**options["data"]), options.get("train", {}).get("objective", NEXT_TOKEN)
             load(data)
         except (OSError, ValueError, KeyError, TypeError, InputError) as error:
             raise ConfigError(
                 f"The data of the run in '{run}' cannot be read again: {error} Name other rows with --data."
             ) from None
-        return data, f"{data.path} (of the run that made the adapter)"
-    return DataConfig(), "demo (the adapter's own data are not known; name them with --data)"
+        known = objective if objective in PREFERENCE else NEXT_TOKEN
+        return data, known, f"{data.path} (of the run that made the adapter)"
+    return DataConfig(), NEXT_TOKEN, "demo (the adapter's own data are not known; name them with --data)"
 
 
 def _choose(config: MergeConfig, weights: Weights, measured: dict[str, Any] | None) -> tuple[str, list[str]]:

@@ -258,7 +258,7 @@ class Trainer:
         if fit.paged != self.fit.paged:
             self.optimizer = self._make_optimizer(fit.paged)
         self.fitting.take(fit)
-        self._refer()
+        self._refer(past is not None)
         if past:
             checkpoint.restore(past, self.parts, self.optimizer, self.identity, self.ranks)
             self.warnings += checkpoint.changed(past, self.identity)
@@ -270,7 +270,7 @@ class Trainer:
         self.passes.choose_graphs(self.config.cuda_graphs, plain_loss, self.config.memory_budget is not None)
         return past.step if past else 0
 
-    def _refer(self) -> None:
+    def _refer(self, resumed: bool) -> None:
         """Compute the reference model's log-probabilities, if the objective has one; the model is as it begins."""
         objective, evaluator = self.objective, self.evaluator
         if not (isinstance(objective, Preferences) and objective.has_reference):
@@ -285,7 +285,7 @@ class Trainer:
             lambda: reference.before(
                 objective, self.passes, self.micro, evaluator.examples, evaluator.collate,
                 lambda: (evaluator.batch_size, evaluator.max_tokens), self.total_steps, identity,
-                Path(self.config.output_dir) if self.config.output_dir else None, self.ranks, self.fitting.make_room,
+                Path(self.config.output_dir) if self.config.output_dir else None, self.ranks, self.fitting.make_room, resumed,
             ),
             lambda: self._shrink_evaluation(0),
         )  # fmt: skip

@@ -30,7 +30,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from lownibble.data import Example, PreferenceBatch, cut
-from lownibble.errors import ConfigError
+from lownibble.errors import ConfigError, TrainingError
 from lownibble.lora.active import active_adapter, lora_layers
 from lownibble.lora.layer import LoraLinear
 from lownibble.lora.merge_aware import MergeAware
@@ -70,18 +70,26 @@ def check_steps(model: Any) -> None:
 def before(
     objective: Preferences, passes: Passes, micro: MicroBatches, evaluation: list[Example], collate: Collate,
     limits: Callable[[], tuple[int, int | None]], total_steps: int, identity: dict[str, Any], folder: Path | None, ranks: Ranks,
-    before_pass: Callable[[], None],
+    before_pass: Callable[[], None], resumed: bool = False,
 ) -> dict[str, Any]:  # fmt: skip
     """Set the reference of all rows that the run will see; call it while the model is as it begins.
 
     Args:
         evaluation: held-out rows, all of which are seen. limits: rows and tokens of a forward pass at most.
         identity: what of the run determines the figures. folder: where they are kept; None: nowhere.
+        resumed: the run goes on from a checkpoint, which is not restored yet.
     Returns:
         facts for the record.
+    Raises:
+        TrainingError: the model given to a resumed run is trained already.
     """
     began, model = time.perf_counter(), passes.model
     off = starts_at_base(model)
+    if ranks.from_first(lambda: resumed and not off and folder is not None and _is_of_base(folder)):
+        raise TrainingError(
+            "The adapter of the model given is trained already, and the run's reference is the model without it. Load the model "
+            "again, then resume."
+        )
     key = _key(objective, {**identity, "off": off}, model)
     sides = {"train": micro.rows, "eval": evaluation}
     kept = _read(folder, key, sides) if folder and ranks.is_first else 0
@@ -93,7 +101,7 @@ def before(
     if missing:
         _compute(objective, passes, missing, collate, limits, off, ranks, before_pass)
         if folder and ranks.is_first:
-            _write(folder, key, sides)
+            _write(folder, key, off, sides)
     return {
         "computed": "before", "adapter": "off" if off else "as it begins", "rows": len(missing), "kept_rows": kept,
         "tokens": tokens, "seconds": time.perf_counter() - began,
@@ -174,9 +182,18 @@ def _read(folder: Path, key: str, sides: Sides) -> int:
     return _take(sides, {name: [(one, other) for one, other in tensor.tolist()] for name, tensor in values.items()})
 
 
-def _write(folder: Path, key: str, sides: Sides) -> None:
+def _is_of_base(folder: Path) -> bool:
+    """Whether the references kept are those with the adapter off."""
+    try:
+        with safe_open(folder / FILE, "pt") as file:  # type: ignore[no-untyped-call]
+            return bool((file.metadata() or {}).get("adapter") == "off")
+    except (OSError, SafetensorError):
+        return False
+
+
+def _write(folder: Path, key: str, off: bool, sides: Sides) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     aside = folder / f".{FILE}.part"
     tensors = {name: torch.tensor(rows, dtype=torch.float32) for name, rows in _values(sides).items()}
-    save_file(tensors, aside, {"key": key})
+    save_file(tensors, aside, {"key": key, "adapter": "off" if off else "as it begins"})
     aside.rename(folder / FILE)
