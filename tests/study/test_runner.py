@@ -372,8 +372,9 @@ def test_a_cluster_of_two_workers_gives_the_records_of_this_machine(study, tmp_p
     assert records(tmp_path / "there") == records(tmp_path / "here")
 
 
-def test_cells_of_comparisons_that_are_decided_are_not_run(study, tmp_path, here, monkeypatch):
-    """Oracle: scores by hand. The two methods differ by far, so the look after three of five seeds decides."""
+@pytest.fixture
+def far_apart(monkeypatch):
+    """Cells with scores by hand: the two methods differ by far."""
     worked_on = jobs.JOBS["cell"]
 
     def scored(job):
@@ -383,6 +384,18 @@ def test_cells_of_comparisons_that_are_decided_are_not_run(study, tmp_path, here
         return found
 
     monkeypatch.setitem(jobs.JOBS, "cell", scored)
+
+
+def test_without_looks_no_seed_is_left_out(study, tmp_path, here, far_apart):
+    """Also where a study is extended, or was interrupted, after seeds that would decide."""
+    short = {"learning_rates = [1e-3, 1e-2]": "learning_rates = []", "max_steps = 3": "max_steps = 1"}
+    for seeds in ("[0, 1]", "[0, 1, 2]"):
+        run_study(study(**short, **{"seeds = [0, 1]": f"seeds = {seeds}"}), tmp_path / "out")
+    assert {record["cell"]["seed"] for record in records(tmp_path / "out").values()} == {0, 1, 2}
+
+
+def test_cells_of_comparisons_that_are_decided_are_not_run(study, tmp_path, here, far_apart):
+    """The look after three of five seeds decides."""
     looks = {
         "seeds = [0, 1]": "seeds = [0, 1, 2, 3, 4]", "learning_rates = [1e-3, 1e-2]": "learning_rates = []",
         "[train]": "[decide]\nlooks = [3]\n[train]", "max_steps = 3": "max_steps = 1",

@@ -108,7 +108,8 @@ class JoinLowRank(CustomGraphPass):
                 backwards[_itself(_arguments(node)["low"])].append(node)
         for x, nodes in forwards.items():
             after = [backwards[low] for node in nodes if (low := _taken(node, 1)) is not None]
-            if len(nodes) > 1 and [len(each) for each in after] == [1] * len(nodes) and _are_inputs(nodes):
+            wanting = {_arguments(node)["wants_dx"] for each in after for node in each}
+            if len(nodes) > 1 and [len(each) for each in after] == [1] * len(nodes) and len(wanting) == 1 and _are_inputs(nodes):
                 _join(graph, x, nodes, [each[0] for each in after])
 
     def uuid(self) -> str:

@@ -124,6 +124,8 @@ class _Study:
         """The cells that have a record, and those that comparisons which are not decided yet need."""
         records = {cell.digest: read_record(self.folder / "cells" / f"{cell.digest}.json") for cell in compared}
         looks = planned_looks(self.spec.decide.model_dump(), self.spec.seeds)
+        if len(looks) == 1:  # nothing is decided before the last seed, also where the study was interrupted or is extended
+            return list(compared)
         study = {
             "spec": self.spec.model_dump(mode="json", exclude_unset=True),
             "cells": [{**_labels(cell), "digest": cell.digest} for cell in compared],
