@@ -124,6 +124,56 @@ def test_a_merged_model_has_the_merge_and_the_training_on_its_card(trained, hub,
     assert "There is no record of the training" in hub.repos["me/bare"]["files"]["README.md"].decode()
 
 
+def test_the_folder_may_be_the_working_directory_and_the_record_is_of_a_runs_own_result(adapter, hub, monkeypatch):
+    monkeypatch.chdir(adapter / "adapter")
+    push(".", "me/inside", base="org/base")
+    assert "## Data" in hub.repos["me/inside"]["files"]["README.md"].decode()
+    (adapter / "adapter").rename(adapter / "another")
+    push(adapter / "another", "me/another", base="org/base")
+    assert "There is no record of the training" in hub.repos["me/another"]["files"]["README.md"].decode()
+
+
+def test_a_card_of_a_preference_run_that_took_no_step_when_resumed(adapter, hub):
+    file = adapter / "record.json"
+    record = json.loads(file.read_text())
+    record["config"]["train"]["objective"] = "dpo"
+    record["reference"] = {"computed": "with each step", "adapter": "off"}
+    record["speed"] = {"compiled_s": 1.0}
+    for each in record["evaluations"]:
+        each["scores"] = {"rewards/accuracies": 0.5}
+    file.write_text(json.dumps(record))
+    push(adapter, "me/dpo", base="org/base")
+    text = hub.repos["me/dpo"]["files"]["README.md"].decode()
+    assert "| loss of dpo |" in text
+    assert "nats per label token" not in text
+    assert "±" not in text
+    assert "Row by row" not in text
+    assert "- speed" not in text
+
+
+def test_an_encoder_decoder_is_loaded_as_one(adapter, hub, tmp_path):
+    config = adapter / "adapter" / "adapter_config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"task_type": "SEQ_2_SEQ_LM"}))
+    model = tmp_path / "t5"
+    model.mkdir()
+    (model / "model.safetensors").write_bytes(b"weights")
+    (model / "config.json").write_text('{"is_encoder_decoder": true}')
+    push(adapter, "me/adapter", base="org/t5")
+    push(model, "me/t5")
+    for repo, loaded in (("me/adapter", "org/t5"), ("me/t5", "me/t5")):
+        text = hub.repos[repo]["files"]["README.md"].decode()
+        assert f'AutoModelForSeq2SeqLM.from_pretrained("{loaded}")' in text
+        assert "AutoModelForCausalLM" not in text
+        assert ModelCard(text).data.pipeline_tag == "text2text-generation"
+
+
+def test_nothing_is_made_on_the_hub_if_the_card_cannot_be_rendered(adapter, hub):
+    (adapter / "record.json").write_text('{"kind": "train"}')
+    with pytest.raises(KeyError):
+        push(adapter, "me/x", base="org/base")
+    assert hub.repos == {}
+
+
 def test_what_cannot_be_pushed_is_refused(trained, hub, tmp_path):
     with pytest.raises(ConfigError, match="holds no adapter and no model"):
         push(tmp_path, "me/x")
@@ -216,7 +266,14 @@ def test_a_run_is_pushed_when_it_is_done_and_kept_when_that_fails(hub, tiny_mode
 
 @pytest.mark.parametrize(
     ("name", "expected"),
-    [("demo", "HuggingFaceTB/SmolLM2-135M-Instruct"), ("org/base", "org/base"), ("/a/b", None), ("a.gguf", None), (".", None)],
+    [
+        ("demo", "HuggingFaceTB/SmolLM2-135M-Instruct"),
+        ("org/base", "org/base"),
+        ("/a/b", None),
+        ("a.gguf", None),
+        (".", None),
+        ("data/rows.jsonl", None),
+    ],
 )
 def test_what_a_models_name_is_on_the_hub(name, expected):
     assert hub_id(name) == expected

@@ -13,6 +13,7 @@ from lownibble.errors import ConfigError
 from lownibble.registry import TRACKERS
 from lownibble.training import Evaluated, Sink, Stepped, run
 from lownibble.training.trackers import Tracker, Trackers
+from lownibble.training.trackers.mlflow import MLflow
 
 DATA = {"prompt_template": "review : {text} sentiment :", "completion_template": " {label}"}
 RUNS = []
@@ -95,8 +96,29 @@ def test_one_that_fails_is_dropped_and_the_run_goes_on(config, capsys):
     assert capsys.readouterr().out == "", "standard output is the command's"
     noisy, notes = RUNS
     assert len(noisy.figures) < len(notes.figures)
-    assert noisy.ended is None
+    assert noisy.ended == ("failed", [])
     assert notes.ended[0] == "finished"
+
+
+def test_mlflow_ends_its_run_when_figures_were_not_taken(tmp_path):
+    done = []
+
+    class Client:
+        def log_artifact(self, run, path):
+            done.append(path)
+
+        def set_terminated(self, run, status):
+            done.append(status)
+
+    class Lost:
+        def wait(self):
+            raise ConnectionError("figures lost")
+
+    tracker = object.__new__(MLflow)
+    tracker.client, tracker.id, tracker.sent = Client(), "1", [Lost()]
+    with pytest.raises(ConnectionError, match="figures lost"):
+        tracker.end("finished", [tmp_path / "record.json"])
+    assert done == [str(tmp_path / "record.json"), "FINISHED"]
 
 
 def test_a_resumed_run_goes_on_with_its_curves(config):

@@ -27,10 +27,15 @@ _NOT_SHOWN = {"device", "train.output_dir", "train.report_to", "train.resume"}
 
 _PATHS = {"model", "adapter", "data.path", "data.eval_path"}
 
+_OF_FILES = (".gguf", ".jsonl", ".json", ".csv", ".parquet", ".txt")
+
 
 @dataclass(frozen=True)
 class Subject:
-    """What a card is of. `base`: hub id, None if not known; `run`, `merge`: records of `train`, and of `merge` or `quantize`."""
+    """What a card is of. `base`: hub id, None if not known; `run`, `merge`: records of `train`, and of `merge` or `quantize`.
+
+    `seq2seq`: it is, or is for, an encoder-decoder model.
+    """
 
     name: str
     kind: Literal["adapter", "model"]
@@ -38,13 +43,14 @@ class Subject:
     trained_on: str
     run: Mapping[str, Any] | None
     merge: Mapping[str, Any] | None
+    seq2seq: bool = False
 
 
 def hub_id(name: str | None) -> str | None:
     """The hub id that a model's name is, or stands for; None of a local folder or file."""
     if name == "demo":
         return DEMO[0]
-    if not name or name.count("/") != 1 or Path(name).expanduser().exists() or name.endswith(".gguf"):
+    if not name or name.count("/") != 1 or Path(name).expanduser().exists() or name.lower().endswith(_OF_FILES):
         return None
     try:
         validate_repo_id(name)
@@ -74,7 +80,7 @@ def render(subject: Subject, repo: str, licence: str | None) -> str:
         base_model=subject.base,
         license=licence,
         library_name="peft" if subject.kind == "adapter" else "transformers",
-        pipeline_tag="text-generation",
+        pipeline_tag="text2text-generation" if subject.seq2seq else "text-generation",
         tags=["lownibble", *_methods(subject)],
         datasets=[name] if (name := hub_id(_config(subject).get("data", {}).get("path"))) else None,
         ignore_metadata_errors=False,
@@ -111,17 +117,18 @@ def _what(subject: Subject) -> str:
 
 
 def _loading(subject: Subject, repo: str) -> str:
+    auto = "AutoModelForSeq2SeqLM" if subject.seq2seq else "AutoModelForCausalLM"
     if subject.kind == "model":
-        code = f"""from transformers import AutoModelForCausalLM, AutoTokenizer
+        code = f"""from transformers import {auto}, AutoTokenizer
 
-model = AutoModelForCausalLM.from_pretrained("{repo}")
+model = {auto}.from_pretrained("{repo}")
 tokenizer = AutoTokenizer.from_pretrained("{repo}")"""
         return f"## How to load\n\n```python\n{code}\n```\n\n```python\nimport lownibble as ln\n\n{_ours(repo, None)}\n```"
     base = subject.base or subject.trained_on
     code = f"""from peft import PeftModel
-from transformers import AutoModelForCausalLM
+from transformers import {auto}
 
-model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained("{base}"), "{repo}")"""
+model = PeftModel.from_pretrained({auto}.from_pretrained("{base}"), "{repo}")"""
     quant = (subject.run or {}).get("config", {}).get("quant", {}).get("quant_type") if "qlora" in _methods(subject) else None
     ours = f"import lownibble as ln\nfrom huggingface_hub import snapshot_download\n\n{_ours(base, quant)}"
     ours += f'\nmodel = ln.load_adapter(model, snapshot_download("{repo}"))'
@@ -134,28 +141,29 @@ def _ours(model: str, quant: str | None) -> str:
 
 
 def _results(subject: Subject) -> Iterator[str]:
-    evaluations = (subject.run or {}).get("evaluations", [])
-    if evaluations:
-        yield f"## Results\n\n{_evaluation(evaluations[0], evaluations[-1])}"
+    if subject.run and subject.run["evaluations"]:
+        yield f"## Results\n\n{_evaluation(subject.run)}"
     if measured := (subject.merge or {}).get("measured"):
         yield f"## The merge\n\n{_merged(measured, (subject.merge or {})['onto'])}"
 
 
-def _evaluation(first: Mapping[str, Any], last: Mapping[str, Any]) -> str:
+def _evaluation(run: Mapping[str, Any]) -> str:
+    first, last, objective = run["evaluations"][0], run["evaluations"][-1], run["config"]["train"]["objective"]
     lines = ["| evaluation | before | after |", "| --- | ---: | ---: |"]
-    lines.append(f"| loss, nats per label token | {first['loss']:.4f} | {last['loss']:.4f} |")
+    loss = "loss, nats per label token" if objective == "next-token" else f"loss of {objective}"
+    lines.append(f"| {loss} | {first['loss']:.4f} | {last['loss']:.4f} |")
     for name, value in last["scores"].items():
         before = first["scores"].get(name)
         old = "-" if before is None else _scored(name, before, first)
         lines.append(f"| {name.replace('_', ' ')} | {old} | {_scored(name, value, last)} |")
     text = "\n".join(lines) + f"\n\nOver {last['label_tokens']:,} label tokens"
     if rows := len(last.get("correct", ())):
-        text += f" of {rows:,} rows; ± is the standard error over rows"
-    if rows and len(first.get("correct", ())) == rows:
+        text += f" of {rows:,} rows"
+    if rows and len(first.get("correct", ())) == rows and "reference" not in run:  # with one, all rewards are 0 before step 1
         changes = [float(b) - float(a) for a, b in zip(first["correct"], last["correct"], strict=True)]
         error = standard_error(changes)
         text += f". Row by row, accuracy changed by {sum(changes) / rows:+.3f}{'' if error is None else f' ± {error:.3f}'}"
-    return f"{text}. Steps: {last['step']:,}."
+    return f"{text}. Steps: {last['step']:,}.{' ± is the standard error over rows.' if '±' in text else ''}"
 
 
 def _scored(name: str, value: float, of: Mapping[str, Any]) -> str:
@@ -195,7 +203,7 @@ def _training(subject: Subject) -> Iterator[str]:
     model, speed, planned, environment = run["model"], run["speed"], run["memory"].get("planned", {}), run["environment"]
     lines = [f"- {model['trainable_parameters']:,} of {model['parameters']:,} parameters trained, {model['class']}"]
     lines += [f"- {environment['device']}; " + ", ".join(f"{name} {of}" for name, of in environment["versions"].items())]
-    if speed:
+    if "tokens_per_s" in speed:  # else no step was taken in that process
         low, _, high = speed["tokens_per_s_quartiles"]
         lines.append(f"- speed: {speed['tokens_per_s']:,.0f} tokens/s (middle half of the steps: {low:,.0f} to {high:,.0f})")
     if "planned_bytes" in planned:

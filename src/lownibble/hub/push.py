@@ -43,7 +43,7 @@ def push(source: str | Path, repo: str, **options: Any) -> dict[str, Any]:
 def run_push(config: PushConfig) -> dict[str, Any]:
     """`push` from a `PushConfig`."""
     _check_id(config.repo)
-    folder = _find(Path(config.source).expanduser())
+    folder = _find(Path(config.source).expanduser().resolve())
     subject = _subject(folder, config)
     card = folder / CARD
     done = {"kind": "push", "status": "ok", "repo": config.repo, "folder": str(folder), "what": subject.kind}
@@ -55,12 +55,13 @@ def run_push(config: PushConfig) -> dict[str, Any]:
     files = sorted(path for path in folder.iterdir() if path.is_file() and path.name[0] != "." and path.name not in (MERGE, RUN))
     with _told(config.repo):
         api = HfApi(token=_token())
+        repo = config.repo if "/" in config.repo else f"{api.whoami()['name']}/{config.repo}"
+        text = card.read_bytes() if card.exists() else _card(subject, repo).encode()
         where = api.create_repo(config.repo, private=not config.public, exist_ok=True)
         operations = [CommitOperationAdd(path.name, path) for path in files if path.name not in (CARD, ADAPTER)]
         if subject.kind == "adapter":
             adapter = json.loads((folder / ADAPTER).read_text()) | {"base_model_name_or_path": subject.base}
             operations.append(CommitOperationAdd(ADAPTER, (json.dumps(adapter, indent=2) + "\n").encode()))
-        text = card.read_bytes() if card.exists() else _card(subject, where.repo_id).encode()
         operations.append(CommitOperationAdd(CARD, text))
         what = "Adapter" if subject.kind == "adapter" else "Model"
         commit = api.create_commit(where.repo_id, operations, commit_message=f"{what} and card by Lownibble")
@@ -110,21 +111,27 @@ def _find(folder: Path) -> Path:
 
 
 def _subject(folder: Path, config: PushConfig) -> Subject:
-    merge, run = _record(folder / MERGE), _record(folder.parent / RUN)
-    if merge is not None and "adapter" in merge["config"]:
-        run = _record(Path(merge["config"]["adapter"]).parent / RUN)
     kind: Literal["adapter", "model"] = "adapter" if (folder / ADAPTER).is_file() else "model"
+    merge, run = _record(folder / MERGE), _run_of(folder, kind)
+    described = json.loads((folder / (ADAPTER if kind == "adapter" else "config.json")).read_text(encoding="utf-8"))
+    if merge is not None:
+        run = _run_of(Path(merge["config"].get("adapter") or ""), "adapter")
     if kind == "adapter":
-        named = json.loads((folder / ADAPTER).read_text()).get("base_model_name_or_path") or "not named"
+        named = described.get("base_model_name_or_path") or "not named"
     elif merge is not None:
         named = merge["base"]["model"]
     else:
-        run = run if folder.name == "model" else None
         named = run["config"]["model"] if run else "a model"
+    seq2seq = described.get("task_type") == "SEQ_2_SEQ_LM" or bool(described.get("is_encoder_decoder"))
     base = config.base or hub_id(named)
     if kind == "adapter":
         _check_base(base, named, "Name it with --base")
-    return Subject(config.repo.rpartition("/")[2], kind, base, named, run, merge)
+    return Subject(config.repo.rpartition("/")[2], kind, base, named, run, merge, seq2seq)
+
+
+def _run_of(folder: Path, kind: str) -> dict[str, Any] | None:
+    """The record of the run whose result the folder is: `train` calls it as its kind."""
+    return _record(folder.parent / RUN) if folder.name == kind else None
 
 
 def _record(path: Path) -> dict[str, Any] | None:

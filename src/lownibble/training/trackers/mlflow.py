@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -49,12 +50,21 @@ class MLflow(Tracker):
         self.sent.append(self.client.log_batch(self.id, metrics=metrics, synchronous=False))
 
     def end(self, status: Status, files: list[Path]) -> None:
-        """Wait for what was sent, log the artifacts and end the run."""
-        for sent in self.sent:
-            sent.wait()
-        for path in files:
-            if path.is_dir():
-                self.client.log_artifacts(self.id, str(path), path.name)
-            else:
-                self.client.log_artifact(self.id, str(path))
-        self.client.set_terminated(self.id, STATES[status])
+        """Wait for what was sent, log the artifacts and end the run; the first error is raised when all of it was tried."""
+        errors: list[Exception] = []
+        try:
+            for act in (*(sent.wait for sent in self.sent), *(partial(self._keep, path) for path in files)):
+                try:
+                    act()
+                except Exception as error:
+                    errors.append(error)
+            if errors:
+                raise errors[0]
+        finally:
+            self.client.set_terminated(self.id, STATES[status])
+
+    def _keep(self, path: Path) -> None:
+        if path.is_dir():
+            self.client.log_artifacts(self.id, str(path), path.name)
+        else:
+            self.client.log_artifact(self.id, str(path))

@@ -48,7 +48,10 @@ class About:
 
 
 class Tracker(ABC):
-    """One run in one tracker. It is started when made; any exception of any method drops it, and the run goes on."""
+    """One run in one tracker. It is started when made; any exception of any method drops it, and the run goes on.
+
+    One whose `log` raised is ended as "failed", without files.
+    """
 
     module: ClassVar[str]
     """The library, which is the name of this package's extra, too."""
@@ -140,9 +143,8 @@ class Trackers(Sink):
 
     def finish(self, status: Status, files: list[Path]) -> None:
         """End every tracker that still runs, with the files to keep."""
-        for name, tracker in list(self.running.items()):
-            self._guarded(name, partial(tracker.end, status, files))
-        self.running.clear()
+        for name in list(self.running):
+            self._guarded(name, partial(self.running.pop(name).end, status, files))
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         stopped = isinstance(error, KeyboardInterrupt)
@@ -153,7 +155,9 @@ class Trackers(Sink):
             with redirect_stdout(sys.stderr):  # standard output is the command's
                 act()
         except Exception as error:
-            self.running.pop(name, None)
+            if dropped := self.running.pop(name, None):
+                with suppress(Exception), redirect_stdout(sys.stderr):
+                    dropped.end("failed", [])
             words = " ".join(str(error).split()) or "no reason given"
             self.failures.append(f"reporting to {name} failed ({type(error).__name__}: {words}); the run goes on without it")
             warnings.warn(self.failures[-1], stacklevel=2)
