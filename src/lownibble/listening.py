@@ -1,7 +1,7 @@
-"""What the servers (`serve`, `studio`) share: their socket, their end on a signal, and the names that they answer to.
+"""What the servers (`serve`, `studio`) share: their socket, their end on a signal, and whom they answer.
 
-Without a key a server answers to addresses only: a page elsewhere whose name is made to resolve to this machine (DNS rebinding)
-sends its own name as Host.
+Without a key a server listens on this machine only, and answers to addresses only: a page elsewhere whose name is made to resolve
+to this machine (DNS rebinding) sends its own name as Host.
 """
 
 from __future__ import annotations
@@ -47,6 +47,23 @@ def listen(host: str, port: int) -> socket.socket:
     except OSError as error:
         raise ConfigError(f"Cannot listen on {host}:{port}: {error.strerror}. Choose another --host or --port.") from None
     return listener
+
+
+def ask_for_key(host: str, key: str | None, danger: str) -> None:
+    """Refuse to listen where other machines reach a server without a key; `danger` says what they could do.
+
+    Raises:
+        ConfigError: `host` is no loopback address, and there is no key.
+    """
+    try:
+        loopback = ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        loopback = host == "localhost"
+    if not loopback and key is None:
+        raise ConfigError(
+            f"'{host}' can be reached from other machines, and {danger}. Give --api-key (or LOWNIBBLE_API_KEY), or leave --host "
+            "out."
+        )
 
 
 def is_address(host: str, own: str) -> bool:

@@ -74,7 +74,8 @@ def test_who_comes_when_the_address_is_told_is_served(base, adapters):
     assert "the CPU's decoder" in said[1]
 
 
-def test_what_cannot_be_served_is_said(base, adapters, tmp_path, capsys):
+def test_what_cannot_be_served_is_said(base, adapters, tmp_path, capsys, monkeypatch):
+    monkeypatch.delenv("LOWNIBBLE_API_KEY", raising=False)
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
@@ -88,6 +89,7 @@ def test_what_cannot_be_served_is_said(base, adapters, tmp_path, capsys):
                 "--adapters",
                 str(tmp_path / "none"),
             ],
+            "whoever reaches the server can use it. Give --api-key": [str(base), "--port", "0", "--host", "0.0.0.0"],
             "--cache-budget is": [str(base), "--port", "0", "--cache-budget", "1KB"],
             "nowhere": [str(tmp_path / "nowhere"), "--port", "0"],
         }

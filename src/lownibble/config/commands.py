@@ -326,7 +326,7 @@ class ServeConfig(Options):
     model: str = Field("demo", description="the base: 'demo', a model folder, a .gguf file, or a hub id")
     adapters: str | None = Field(None, description="folder whose sub-folders are adapters, by name")
     revision: str | None = Field(None, description="hub revision of the model")
-    host: str = Field("127.0.0.1", description="address to listen on; 0.0.0.0 is every network this machine is in")
+    host: str = Field("127.0.0.1", description="address to listen on; any but a loopback one needs --api-key")
     port: Annotated[int, Ge(0), Le(65535)] = Field(8000, description="port to listen on; 0: any that is free")
     api_key: str | None = Field(None, description="key that clients must send; better in the environment: LOWNIBBLE_API_KEY")
     admin_key: str | None = Field(

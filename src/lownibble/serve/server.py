@@ -14,7 +14,7 @@ import uvicorn
 from lownibble.config import ServeConfig
 from lownibble.decoding import choose
 from lownibble.errors import ConfigError, ModelError
-from lownibble.listening import Server, listen
+from lownibble.listening import Server, ask_for_key, listen
 from lownibble.models import load
 from lownibble.options import n_bytes
 from lownibble.serve.engine import Engine
@@ -63,8 +63,10 @@ def run_server(config: ServeConfig, tell: Callable[[str], None]) -> dict[str, An
     """Serve until SIGTERM or Ctrl-C; `tell` is called with the address once the server listens.
 
     Raises:
-        ConfigError: the address cannot be used. Also raises as `make_service`.
+        ConfigError: the address cannot be used, or can be reached from elsewhere and there is no key. Also raises as
+            `make_service`.
     """
+    ask_for_key(config.host, config.api_key or os.environ.get("LOWNIBBLE_API_KEY"), "whoever reaches the server can use it")
     listener = listen(config.host, config.port)
     with listener:
         _open_many_files()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ipaddress
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -12,7 +11,7 @@ import uvicorn
 
 from lownibble.config import StudioConfig
 from lownibble.errors import ConfigError
-from lownibble.listening import Server, listen
+from lownibble.listening import Server, ask_for_key, listen
 from lownibble.studio.launched import opened
 from lownibble.studio.routes import app
 
@@ -27,11 +26,7 @@ def run_studio(config: StudioConfig, tell: Callable[[str], None]) -> dict[str, A
     key = config.api_key or os.environ.get("LOWNIBBLE_API_KEY")
     if key is not None and not (key.strip() and key.isascii()):
         raise ConfigError("The key (--api-key or LOWNIBBLE_API_KEY) must be ASCII text, and not empty. Set another, or unset it.")
-    if not _is_loopback(config.host) and key is None:
-        raise ConfigError(
-            f"'{config.host}' can be reached from other machines, and whoever reaches the studio can start processes. Give "
-            "--api-key (or LOWNIBBLE_API_KEY), or leave --host out."
-        )
+    ask_for_key(config.host, key, "whoever reaches the studio can start processes")
     with opened(Path(config.folder)) as jobs, listen(config.host, config.port) as listener:
         host, port = listener.getsockname()[:2]
         address = f"http://{f'[{host}]' if ':' in host else host}:{port}/"
@@ -42,10 +37,3 @@ def run_studio(config: StudioConfig, tell: Callable[[str], None]) -> dict[str, A
         tell(f"Studio of '{config.folder}': {address}")
         server.run(sockets=[listener])
     return {"status": "ok", "address": address, "folder": config.folder}
-
-
-def _is_loopback(host: str) -> bool:
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
