@@ -3,6 +3,7 @@
 import json
 import os
 import time
+from pathlib import Path
 
 import numpy as np
 import psutil
@@ -92,6 +93,23 @@ def test_a_full_disk_is_said_and_nothing_is_started(jobs, monkeypatch):
     with pytest.raises(OutputError, match=r"No space left on device \(.* GB are free\). Free some space"):
         jobs.start(["train", "sleeps"], "runs/one")
     assert all(child.wait(10) < 0 for child in jobs.children.values())
+    assert list((jobs.folder / ".studio" / "jobs").iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("words", "why"),
+    [
+        (["train", "x" * (1 << 20)], "Argument list too long"),
+        (["train", "a\0b"], "embedded null byte"),
+    ],
+    ids=["long", "zero"],
+)
+def test_a_process_that_cannot_start_leaves_nothing(jobs, words, why):
+    with pytest.raises(ConfigError, match=f"Cannot start 'lownibble train' in .*{why}") as raised:
+        jobs.start(words, "runs/one")
+    assert "Free some space" not in str(raised.value)
+    assert list((jobs.folder / ".studio" / "jobs").iterdir()) == []
+    assert jobs.start(["train", "good"], "runs/one").id == "train-1"
 
 
 def test_runs_of_a_terminal_are_listed(jobs):
@@ -103,6 +121,25 @@ def test_runs_of_a_terminal_are_listed(jobs):
     described = jobs.describe(found)
     assert (described["status"], described["command"], described["own"]) == ("ok", "lownibble train --r 4", False)
     assert described["runs"][0]["loss"] == 2.5
+
+
+def test_records_and_folders_that_cannot_be_read(client, jobs, monkeypatch):
+    for name, text in (("list", "[1]"), ("text", '"x"'), ("none", "null"), ("half", "{"), ("odd", '{"command": 5}')):
+        (jobs.folder / name).mkdir()
+        (jobs.folder / name / "record.json").write_text(text)
+    (jobs.folder / "locked").mkdir()
+    there = Path.exists
+
+    def exists(self):
+        if "locked" in self.parts:
+            raise PermissionError(13, "Permission denied", str(self))
+        return there(self)
+
+    monkeypatch.setattr(Path, "exists", exists)
+    listed = client.get("/api/jobs").json()["jobs"]
+    assert {each["id"] for each in listed} == {"run:list", "run:text", "run:none", "run:half", "run:odd"}
+    assert {each["command"] for each in listed} == {"lownibble train"}
+    assert [client.get(f"/api/jobs/{each['id']}").status_code for each in listed] == [200] * 5
 
 
 def line(step, loss):
@@ -161,11 +198,21 @@ def test_steps_done_again_replace_those_of_before(tmp_path):
     assert track.figures()["total"] == 20
 
 
-def test_memory_is_noted_while_a_job_runs(jobs):
+def test_memory_is_noted_while_a_job_runs(jobs, monkeypatch):
+    failures = []
+
+    def fails_once():
+        if not failures:
+            failures.append(1)
+            raise RuntimeError("the driver's tool said something new")
+        return {}
+
+    monkeypatch.setattr("lownibble.studio.launched.gpu_bytes", fails_once)
     job = jobs.start(["eval", "sleeps"], None, planned=[1, 2, 3])
     end = time.monotonic() + 20
     while not (found := jobs.memory(job))["bytes"]:
         assert time.monotonic() < end
         time.sleep(0.1)
     assert 0 < found["peak"] < 1 << 30
+    assert failures
     assert jobs.describe(job)["planned"] == [1, 2, 3]

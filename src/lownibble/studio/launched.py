@@ -137,10 +137,11 @@ class Jobs:
         """Start a command.
 
         Args:
-            words: after `lownibble`; '{job}' in one is the job's own folder.
-            files: name -> text of files to put into that folder.
+            words: after `lownibble`; a word '{job}/NAME' is the path of the file NAME of `files`.
+            files: name -> text of files to put into the job's own folder.
         Raises:
             OutputError: a running job has the same output, or the job's folder cannot be written.
+            ConfigError: the process cannot be started.
         """
         with self.lock:
             for other in self.all():
@@ -148,23 +149,35 @@ class Jobs:
                     raise OutputError(f"A job that writes to '{output}' is running. Choose another name, or stop that one first.")
             id_ = self._free_id(words[0])
             place = self._place(id_)
+            paths = {f"{{job}}/{name}": str(place / name) for name in files or {}}
+            job = Job(id_, [paths.get(word, word) for word in words], str(Path.cwd()), output, planned=planned,
+                      facts=facts or {})  # fmt: skip
             with _disk(place):
                 place.mkdir(parents=True)
-                for name, text in (files or {}).items():
-                    (place / name).write_text(text, encoding="utf-8")
-            job = Job(id_, [word.replace("{job}", str(place)) for word in words], str(Path.cwd()), output, planned=planned,
-                      facts=facts or {})  # fmt: skip
-            return self._launch(job, job.words, environment)
+            try:
+                with _disk(place):
+                    for name, text in (files or {}).items():
+                        (place / name).write_text(text, encoding="utf-8")
+                return self._launch(job, job.words, environment)
+            except BaseException:
+                shutil.rmtree(place, ignore_errors=True)
+                raise
 
     def _launch(self, job: Job, words: list[str], environment: dict[str, str] | None = None) -> Job:
         place = self._place(job.id)
         with _disk(place), (place / "result").open("wb") as result, (place / "log").open("ab") as log:
             log.write(f"$ lownibble {shlex.join(words)}\n".encode())
             log.flush()
-            child = subprocess.Popen(
-                [sys.executable, "-m", "lownibble", *words, "--json"], stdin=subprocess.DEVNULL, stdout=result, stderr=log,
-                cwd=job.cwd, env={**os.environ, **(environment or {})}, start_new_session=True,
-            )  # fmt: skip
+            try:
+                child = subprocess.Popen(
+                    [sys.executable, "-m", "lownibble", *words, "--json"], stdin=subprocess.DEVNULL, stdout=result, stderr=log,
+                    cwd=job.cwd, env={**os.environ, **(environment or {})}, start_new_session=True,
+                )  # fmt: skip
+            except (OSError, ValueError) as error:  # no such folder, no more processes, too long, a zero byte
+                raise ConfigError(
+                    f"Cannot start 'lownibble {job.kind}' in '{job.cwd}': {error}. Look whether that folder is there, and "
+                    "whether the machine has room for another process."
+                ) from None
             self.children[job.id] = child
             began = 0.0
             with suppress(psutil.Error):
@@ -192,14 +205,19 @@ class Jobs:
                     self._write(job)
             return job
 
-    def resume(self, id_: str) -> Job:
-        """Start a job that is not running again, from where it was."""
+    def resume(self, id_: str, environment: dict[str, str] | None = None) -> Job:
+        """Start a job that is not running again, from where it was.
+
+        Raises:
+            ConfigError: it is running, or was not started here, or the process cannot be started.
+            OutputError: the job's folder cannot be written.
+        """
         with self.lock:
             job = self.job(id_)
             if self.status(job) == "running" or not job.pid:
                 raise ConfigError("Only a job that was started here and has ended can be resumed.")
             more = ["--resume"] if job.kind in RESUMED and "--resume" not in job.words else []
-            return self._launch(job, [*job.words, *more])
+            return self._launch(job, [*job.words, *more], environment)
 
     def _free_id(self, kind: str) -> str:
         taken = {path.name for path in (self.folder / ".studio" / "jobs").iterdir()}
@@ -232,11 +250,14 @@ class Jobs:
                 found.append(Job(**known))
         outputs = {job.folder for job in found}
         for folder in self.folder.iterdir():
-            path = Path.cwd() / folder
-            if path not in outputs and not folder.name.startswith(".") and _is_run(folder):
+            if Path.cwd() / folder in outputs or folder.name.startswith("."):
+                continue
+            with suppress(OSError, ValueError):  # it may not be read, or is no run: max of nothing
                 written = max(each.stat().st_mtime for name in _OF_A_RUN if (each := folder / name).exists())
-                words = (self._parsed(folder / "record.json") or {}).get("command", ["", "train"])[1:]
-                found.append(Job(f"run:{folder.name}", list(map(str, words)), str(Path.cwd()), str(folder), started=written))
+                record = self._parsed(folder / "record.json")
+                command = record.get("command") if isinstance(record, dict) else None
+                words = list(map(str, command[1:])) if isinstance(command, list) else ["train"]
+                found.append(Job(f"run:{folder.name}", words, str(Path.cwd()), str(folder), started=written))
         return sorted(found, key=lambda job: -job.started)
 
     def job(self, id_: str) -> Job:
@@ -320,7 +341,7 @@ class Jobs:
     def _sample(self) -> None:
         """Note once a second what running jobs hold."""
         while not self.ended.wait(1.0):
-            with suppress(OSError):  # the folder is gone, or the disk is full: the page says so
+            with suppress(Exception):  # the folder is gone, the disk is full: the page says so, and this thread is the only one
                 running = [job for job in self.all() if job.pid and self.status(job) == "running"]
                 on_gpus = gpu_bytes() if running else {}
                 for job in running:
@@ -332,10 +353,6 @@ class Jobs:
 
 
 _OF_A_RUN = ("record.json", "events.jsonl")
-
-
-def _is_run(folder: Path) -> bool:
-    return any((folder / name).exists() for name in _OF_A_RUN)
 
 
 def _lives(job: Job) -> bool:
