@@ -1,7 +1,9 @@
 """The studio's routes: who may use them, forms, uploads of anything. Oracle: the command line's own parser."""
 
 import json
+import time
 
+import psutil
 import pytest
 from starlette.testclient import TestClient
 
@@ -77,6 +79,53 @@ def test_a_key_is_asked_for_and_kept_in_a_cookie(jobs):
         assert "HttpOnly" in answer.headers["set-cookie"]
         assert "SameSite=strict" in answer.headers["set-cookie"]
         assert client.get("/api/jobs").status_code == 200
+
+
+def test_a_key_of_any_characters_logs_in(jobs):
+    key = 'a,b;c"d\\e f='
+    with TestClient(app(jobs, api_key=key), base_url="http://127.0.0.1:8100") as client:
+        assert client.post("/api/key", json={"key": key}).status_code == 200
+        (ticket,) = client.cookies.values()
+        assert client.get("/api/jobs").status_code == 200
+        client.cookies.clear()
+        assert client.get("/api/jobs", headers={"authorization": f"Bearer {ticket}"}).status_code == 401
+        assert client.get("/api/jobs", headers={"authorization": f"Bearer {key}"}).status_code == 200
+
+
+def key_of(pid):
+    """The key in a process's environment, which is empty for a moment while it is started."""
+    end = time.monotonic() + 10
+    while not (found := psutil.Process(pid).environ()):
+        assert time.monotonic() < end
+    return found.get("LOWNIBBLE_API_KEY")
+
+
+def test_a_server_has_the_studios_key_when_resumed_too(jobs, monkeypatch):
+    monkeypatch.delenv("LOWNIBBLE_API_KEY", raising=False)
+    with TestClient(app(jobs, api_key="secret"), base_url="http://127.0.0.1:8100") as client:
+        client.headers["authorization"] = "Bearer secret"
+        asked = {"command": "serve", "values": {"model": "sleeps"}}
+        id_ = client.post("/api/jobs", json=asked).json()["id"]
+        first = jobs.job(id_).pid
+        assert key_of(first) == "secret"
+        client.post(f"/api/jobs/{id_}/stop", json={})
+        jobs.children[id_].wait(10)
+        assert client.post(f"/api/jobs/{id_}/resume", json={}).status_code == 200
+        resumed = jobs.job(id_).pid
+        assert resumed != first
+        assert key_of(resumed) == "secret"
+        other = client.post("/api/jobs", json={"command": "eval", "values": {"model": "sleeps"}}).json()["id"]
+        assert key_of(jobs.job(other).pid) is None
+
+
+def test_a_template_with_the_word_job_stays(client, jobs):
+    values = {"model": "good", "data.prompt_template": "Title: {job}"}
+    id_ = client.post("/api/jobs", json={"command": "eval", "values": values}).json()["id"]
+    assert any(word.endswith("Title: {job}") for word in jobs.job(id_).words)
+    study = client.post("/api/jobs", json={"command": "study", "toml": "# good"}).json()["id"]
+    place = jobs.folder / ".studio" / "jobs" / study
+    assert jobs.job(study).words[2] == str(place / "study.toml")
+    assert (place / "study.toml").read_text() == "# good"
 
 
 def test_the_page_is_small_and_loads_nothing_from_elsewhere(client):

@@ -8,6 +8,7 @@ key if there is one. Work that takes long or may crash on what was uploaded runs
 
 from __future__ import annotations
 
+import hashlib
 import hmac
 import json
 import re
@@ -104,7 +105,7 @@ def app(jobs: Jobs, *, host: str = "127.0.0.1", api_key: str | None = None) -> F
         if not api_key or not hmac.compare_digest(body.key.encode(), api_key.encode()):
             return JSONResponse({"error": "The key is wrong. It was given as --api-key or LOWNIBBLE_API_KEY."}, 401)
         answer = JSONResponse({"status": "ok"})
-        answer.set_cookie(_cookie(request.headers), api_key, httponly=True, samesite="strict")
+        answer.set_cookie(_cookie(request.headers), _ticket(api_key), httponly=True, samesite="strict")
         return answer
 
     @made.get("/api/form")
@@ -175,7 +176,7 @@ def app(jobs: Jobs, *, host: str = "127.0.0.1", api_key: str | None = None) -> F
 
     @made.post("/api/jobs/{id_}/resume")
     def resume(id_: str) -> dict[str, Any]:
-        return jobs.describe(jobs.resume(id_))
+        return jobs.describe(jobs.resume(id_, _environment(jobs.job(id_).kind, api_key)))
 
     return made
 
@@ -254,15 +255,19 @@ _FACTS = ("model", "adapter", "adapters", "source", "method", "methods", "data.p
 """Options that the page names a job by, and fills the next one's with."""
 
 
+def _environment(command: str, api_key: str | None) -> dict[str, str]:
+    """What a command gets beside the studio's own environment: a server asks for the studio's key."""
+    return {"LOWNIBBLE_API_KEY": api_key} if command == "serve" and api_key else {}
+
+
 def _start(jobs: Jobs, body: Form, host: str, api_key: str | None) -> Job:
     if body.command == "study":
         output = jobs.free_output("study")
         words = ["study", "run", "{job}/study.toml", "--output", output]
         return jobs.start(words, output, files={"study.toml": body.toml or ""})
-    values, environment = _with_output(jobs, body), {}
-    if body.command == "serve" and api_key:
+    values, environment = _with_output(jobs, body), _environment(body.command, api_key)
+    if environment:
         values.setdefault("host", host)
-        environment["LOWNIBBLE_API_KEY"] = api_key
     words, leaf = command_line(body.command, values), COMMANDS[body.command].output
     planned = _planned(body) if body.command == "train" else None
     facts: dict[str, Any] = {
@@ -377,6 +382,11 @@ def _cookie(headers: Headers) -> str:
     return f"studio-{headers.get('host', '').rpartition(':')[2]}"
 
 
+def _ticket(key: str) -> str:
+    """The cookie's value: known to who knows the key, and of characters that a cookie may have."""
+    return hmac.new(key.encode(), b"lownibble studio", hashlib.sha256).hexdigest()
+
+
 class _Gate:
     """Middleware: refuses foreign Hosts, Origins and Content-Types, requests without the key, and bodies that are too large."""
 
@@ -410,8 +420,9 @@ class _Gate:
     def _has_key(self, headers: Headers) -> bool:
         assert self.key is not None
         cookies = dict(pair.strip().partition("=")[::2] for pair in headers.get("cookie", "").split(";"))
-        given = (headers.get("authorization", "").removeprefix("Bearer "), cookies.get(_cookie(headers), "").strip('"'))
-        same = [hmac.compare_digest(each.encode(), self.key.encode()) for each in given]  # compare all: constant time
+        bearer, ticket = headers.get("authorization", "").removeprefix("Bearer "), cookies.get(_cookie(headers), "")
+        pairs = (bearer, self.key), (ticket, _ticket(self.key))
+        same = [hmac.compare_digest(given.encode(), right.encode()) for given, right in pairs]  # compare all: constant time
         return any(same)
 
 
