@@ -7,8 +7,9 @@ from mixtures import folder_of
 import lownibble as ln
 from lownibble.decoding import CpuDecoder
 from lownibble.decoding.form import read_adapter
+from lownibble.decoding.mixture import Tokens
 from lownibble.errors import ModelError
-from lownibble.kernels.decoder import Segment
+from lownibble.kernels.decoder import LowRank, Segment
 
 CLOSE = {"rtol": 1e-4, "atol": 1e-4}  # as in test_decode
 DECODED = ("mixtral", "qwen3_moe")
@@ -89,3 +90,14 @@ def test_dense_experts_are_refused_by_name(tokenizer, tmp_path):
     model, _ = ln.load(str(folder), quant=ln.QuantConfig(skip_modules=["lm_head", "experts"]))
     with pytest.raises(ModelError, match=r"experts.gate_up_proj of layer 0 is not on packed weights"):
         CpuDecoder(model.eval())
+
+
+def test_rows_are_those_of_tokens_where_branches_are():
+    """A layer without branches may be given any rows."""
+    tokens, branch = Tokens(), LowRank(torch.ones(1, 2), torch.ones(2, 1), 1.0)
+    tokens.count, tokens.branches = 4, [(1, 3, [None, branch])]
+    assert torch.equal(tokens.add(0, None, torch.ones(3, 2), torch.zeros(3, 2)), torch.zeros(3, 2))
+    with pytest.raises(ModelError, match="3 rows for 4 tokens"):
+        tokens.add(1, None, torch.ones(3, 2), torch.zeros(3, 2))
+    expected = torch.tensor([0.0, 2, 2, 0])[:, None].expand(4, 2)
+    assert torch.equal(tokens.add(1, None, torch.ones(4, 2), torch.zeros(4, 2)), expected)

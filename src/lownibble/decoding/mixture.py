@@ -50,22 +50,28 @@ class Tokens:
         return y_SN
 
     def add(self, index: int, bias: Tensor | None, x: Tensor, y: Tensor) -> Tensor:
-        """Add the branches of the linear layer `index` to its output, after scaling its rows where a branch has a gain."""
+        """Add the branches of the linear layer `index` to its output, after scaling its rows where a branch has a gain.
+
+        Raises:
+            ModelError: there are branches, and the layer is not given one row per token.
+        """
+        branches = [(begin, end, branch) for begin, end, of_linears in self.branches if (branch := of_linears[index])]
+        if not branches:
+            return y
         x_TK, y_TN = x.reshape(-1, x.shape[-1]), y.view(-1, y.shape[-1])
         if len(x_TK) != self.count:
             raise ModelError(
                 f"A linear layer is given {len(x_TK)} rows for {self.count} tokens, so the rows' adapters are not known. Merge "
                 "the adapter (lownibble merge)."
             )
-        for begin, end, of_linears in self.branches:
-            if branch := of_linears[index]:
-                rows = y_TN[begin:end]
-                if branch.gain is not None:
-                    rows.mul_(gain := branch.gain.to(y))
-                    if bias is not None:
-                        rows.addcmul_(bias, 1 - gain)
-                low = x_TK[begin:end] @ branch.A.to(y).t()
-                rows.addmm_(low, branch.B.to(y).t(), alpha=branch.scale)
+        for begin, end, branch in branches:
+            rows = y_TN[begin:end]
+            if branch.gain is not None:
+                rows.mul_(gain := branch.gain.to(y))
+                if bias is not None:
+                    rows.addcmul_(bias, 1 - gain)
+            low = x_TK[begin:end] @ branch.A.to(y).t()
+            rows.addmm_(low, branch.B.to(y).t(), alpha=branch.scale)
         return y
 
 
