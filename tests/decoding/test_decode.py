@@ -6,6 +6,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 from torch import nn
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves
 from transformers import TextStreamer
 
 import lownibble as ln
@@ -200,6 +202,14 @@ def test_models_of_another_form_run_on_transformers_modules(quantized, family):
     assert torch.equal(model.generate(**asked, custom_generate=ln.decode), model.generate(**asked))
 
 
+def test_a_model_that_fails_the_check_is_checked_once(quantized, monkeypatch):
+    model = quantized("granite", residual_multiplier=0.5)
+    for _ in range(2):
+        with pytest.raises(ModelError, match="something else"):
+            CpuDecoder(model)
+        monkeypatch.setattr(CpuDecoder, "_check", lambda self: pytest.fail("checked again"))
+
+
 def test_dense_layers_training_mode_and_half_precision_are_refused(tiny, quantized):
     for model, says in (
         (tiny(), "not on a packed weight"),
@@ -208,6 +218,62 @@ def test_dense_layers_training_mode_and_half_precision_are_refused(tiny, quantiz
     ):
         with pytest.raises(ModelError, match=says):
             CpuDecoder(model)
+
+
+class Card(TorchFunctionMode):
+    """A stand-in for a GPU: tensors made with device 'cuda' lie on the CPU, are marked, and must not meet others."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = dict(kwargs or {})
+        given = [t for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)]
+        on_card = [hasattr(t, "on_card") for t in given]
+        if func == torch.Tensor.device.__get__:
+            return torch.device("cuda" if on_card[0] else "cpu")
+        marked = any(on_card)
+        if "device" in kwargs:
+            marked = torch.device(kwargs.pop("device")).type == "cuda"
+        elif marked and func is not torch.Tensor.__getitem__:
+            assert all(on_card), f"{func} of tensors on two devices"
+        if func is torch.Tensor.cpu:
+            return args[0].clone() if marked else args[0]
+        found = func(*args, **kwargs)
+        if marked and isinstance(found, torch.Tensor):
+            found.on_card = True
+        return found
+
+
+def test_a_step_is_described_on_the_host_and_sampled_on_the_device(monkeypatch):
+    """A model on a card. The decoder asserts what `Decoder.step` says; anything else that meets on two devices raises."""
+    seen = []
+
+    class OnCard:
+        def cache(self, slots, capacity):
+            return None
+
+        def prompt(self, tokens, slot, cache):
+            assert tokens.device.type == "cpu"
+            seen.append(tokens.tolist())
+            return torch.nn.functional.one_hot(torch.tensor([3 + slot], device="cuda"), 9).float()
+
+        def step(self, tokens, slots, positions, cache):
+            assert {t.device.type for t in (tokens, slots, positions)} == {"cpu"}
+            seen.append((tokens.tolist(), slots.tolist(), positions.tolist()))
+            return torch.nn.functional.one_hot(torch.tensor([5, 6], device="cuda"), 9).float()
+
+    def stopping(ids, scores):
+        return torch.tensor([ids.shape[1] >= 5] * 2, device=ids.device)
+
+    monkeypatch.setattr("lownibble.decoding.generate.choose", lambda model, capacity: OnCard())
+    monkeypatch.setattr("lownibble.decoding.generate.end_tokens", lambda model, tokenizer: [4])
+    with Card():
+        ids, pad = torch.tensor([[0, 7], [8, 7]], device="cuda"), torch.tensor(0, device="cuda")
+        options = SimpleNamespace(num_beams=1, max_length=5, _pad_token_tensor=pad, do_sample=False, output_scores=False,
+                                  output_logits=False, return_dict_in_generate=False)  # fmt: skip
+        mask = torch.tensor([[0, 1], [1, 1]], device="cuda")
+        found = ln.decode(None, ids, lambda ids, scores: scores, stopping, options, chat_tokenizer=True, attention_mask=mask)
+        assert found.device.type == "cuda"
+    assert found.tolist() == [[0, 7, 3, 5, 5], [8, 7, 4, 0, 0]]
+    assert seen == [[7], [8, 7], ([3, 4], [0, 1], [1, 2]), ([5, 0], [0, 1], [2, 3])]
 
 
 @pytest.mark.parametrize("option", [{"num_beams": 2}, {"output_attentions": True, "return_dict_in_generate": True}])

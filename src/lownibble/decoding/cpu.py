@@ -45,6 +45,8 @@ class _Known:
 
 
 _models: WeakKeyDictionary[Any, _Known] = WeakKeyDictionary()
+_refused: WeakKeyDictionary[Any, str] = WeakKeyDictionary()
+"""Why models failed the check, which so runs once per model."""
 
 
 class CpuCache:
@@ -97,11 +99,17 @@ class CpuDecoder(Decoder):
         self.paths = branch_paths(model)
         self.note = f"the CPU's decoder with {'compiled' if self.layers.in_4bit else 'plain'} layers"
         self._angles = (torch.empty(0, self.layers.of[0].head_dim),) * 2
+        if why := _refused.get(model):
+            raise RefusedError(model, why)
         head = model.get_output_embeddings().weight
         state, known = (head.data_ptr(), head._version), _models.get(model)
         self._half = known.half if known and known.head == state else self._exact_half(model.get_output_embeddings())
         if known is None:
-            self._check()
+            try:
+                self._check()
+            except RefusedError as error:
+                _refused[model] = error.why
+                raise
         _models[model] = _Known(state, self._half)
 
     def cache(self, slots: int, capacity: int) -> CpuCache:

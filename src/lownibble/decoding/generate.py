@@ -45,16 +45,17 @@ def decode(
     B = len(input_ids)
     mask = model_kwargs.get("attention_mask")
     mask = torch.ones_like(input_ids) if mask is None else mask
-    lengths = mask.sum(dim=1)
+    lengths = mask.sum(dim=1).cpu()
     cache = decoder.cache(B, generation_config.max_length)
-    logits = torch.cat([decoder.prompt(input_ids[row][mask[row] != 0], row, cache) for row in range(B)])
+    logits = torch.cat([decoder.prompt(input_ids[row][mask[row] != 0].cpu(), row, cache) for row in range(B)])
 
     pad, sample = generation_config._pad_token_tensor, generation_config.do_sample
     with_scores, with_logits = generation_config.output_scores, generation_config.output_logits
     scores: tuple[Tensor, ...] = ()
     raw: tuple[Tensor, ...] = ()
-    ends = torch.tensor(sorted(end_tokens(model, chat_tokenizer) if chat_tokenizer is not None else ()), dtype=torch.int64)
-    unfinished, slots = torch.ones(B, dtype=torch.bool), torch.arange(B)
+    ended_by, device = end_tokens(model, chat_tokenizer) if chat_tokenizer is not None else (), input_ids.device
+    ends = torch.tensor(sorted(ended_by), dtype=torch.int64, device=device)
+    unfinished, slots = torch.ones(B, dtype=torch.bool, device=device), torch.arange(B)
     while True:
         processed = logits_processor(input_ids, logits)
         scores += (processed,) if with_scores else ()
@@ -68,7 +69,7 @@ def decode(
         unfinished &= ~(stopping_criteria(input_ids, scores) | torch.isin(chosen, ends))
         if not unfinished.any():
             break
-        logits = decoder.step(chosen, slots, lengths, cache)
+        logits = decoder.step(chosen.cpu(), slots, lengths, cache)
         lengths = lengths + 1
     if token_streamer is not None:
         token_streamer.end()
