@@ -1,14 +1,17 @@
 """Decoding by transformers' own modules. Oracle: transformers' `generate` on each prompt alone, with its own cache."""
 
+import gc
 import sys
+import weakref
 from pathlib import Path
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM, LlamaConfig, Phi3Config
 
 import lownibble as ln
 from lownibble.decoding import choose
-from lownibble.decoding.modules import ModulesDecoder
+from lownibble.decoding.modules import ModulesDecoder, PastCache
 from lownibble.errors import ModelError
 from lownibble.kernels.decoder import Adapter, LowRank, Segment
 
@@ -153,7 +156,65 @@ def test_a_slot_goes_on_from_a_prefix_or_starts_anew(kind):
         assert kept == (0 if kind == "mamba" else 20)
         again = decoder.prompt(prompt[kept:], 0, cache, position=kept)
     torch.testing.assert_close(again, first, rtol=1e-4, atol=1e-4)
-    assert cache.nbytes >= (0 if kind == "mamba" else 1) * 40 * decoder.slot_bytes(1)
+    if kind == "gemma3_text":  # all is allocated at once
+        assert cache.nbytes == decoder.slot_bytes(64)
+    else:
+        assert cache.nbytes == decoder.slot_bytes(40)
+        assert (decoder.slot_bytes(1000) == cache.nbytes) == (kind == "mamba"), "recurrent states do not grow"
+
+
+SIZES = {
+    "vocab_size": 96, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2,
+    "num_key_value_heads": 2, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 1,
+}  # fmt: skip
+ROPES = {
+    "longrope": lambda: Phi3Config(
+        **SIZES, max_position_embeddings=64, original_max_position_embeddings=32,
+        rope_parameters={"rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0] * 4, "long_factor": [8.0] * 4},
+    ),
+    "dynamic": lambda: LlamaConfig(
+        **SIZES, max_position_embeddings=32, rope_parameters={"rope_type": "dynamic", "rope_theta": 1e4, "factor": 4.0}
+    ),
+}  # fmt: skip
+"""Models whose angles change beyond 32 tokens."""
+
+
+@pytest.mark.parametrize("rope_type", ROPES)
+def test_contexts_end_where_rotary_angles_change(rope_type):
+    """Oracle: the model's own pass over the whole."""
+    with quiet():
+        model = louder(AutoModelForCausalLM.from_config(ROPES[rope_type]()).eval())
+        decoder = choose(model, 32)
+    with pytest.raises(ModelError, match=f"'{rope_type}' change beyond 32 tokens.* 33 were asked for"):
+        decoder.cache(1, 33)
+
+    def difference(cache, n):
+        prompt = torch.tensor(rows()[3][:n])
+        with torch.inference_mode():
+            decoder.prompt(prompt[:24], 0, cache)
+            found = decoder.prompt(prompt[24:], 0, cache, position=24)
+            return float((found[0] - model(prompt.unsqueeze(0)).logits[0, -1]).abs().max())
+
+    assert difference(decoder.cache(1, 32), 32) < 1e-4
+    assert difference(PastCache(1, 40), 40) > 1e-2, "there is a reason"
+
+
+def test_a_model_is_tried_once(monkeypatch):
+    """With its weights as they are; and the finding does not keep the model."""
+    model, trials = build("falcon", 96), []
+    trial = ModulesDecoder._trial
+    monkeypatch.setattr(ModulesDecoder, "_trial", lambda self, *args: trials.append(1) or trial(self, *args))
+    with quiet():
+        first, second = choose(model, 64), choose(model, 64)
+        assert len(trials) == 1
+        assert (first.note, first.together, first.slot_bytes(9)) == (second.note, second.together, second.slot_bytes(9))
+        half = choose(model.bfloat16(), 64)
+    assert len(trials) == 2
+    assert half.slot_bytes(9) == first.slot_bytes(9) // 2
+    kept = weakref.ref(model)
+    del model, first, second, half
+    gc.collect()
+    assert kept() is None
 
 
 def test_training_mode_is_refused():

@@ -9,7 +9,10 @@ chunks, rotary angles that depend on the length), runs one sequence after anothe
 goes on from it in parts, or token by token where the model's states cannot take more (Mamba).
 
 Which of these is found by trying, not by a list: two sequences in parts must give the logits that the model gives for each as
-a whole. A model that fails all is refused.
+a whole. A model that fails all is refused. What was found is kept for the model's lifetime.
+
+Angles of some rotary embeddings change for all positions once a sequence passes a length; keys cached before would be wrong, so
+a cache of more tokens is refused.
 
 Low-rank branches are added by hooks to what linear layers and experts' weights return, so a step mixes adapters; the model's
 modules stay as they are, and a model's own active adapter computes as ever. DoRA's branches rescale the base's output.
@@ -24,6 +27,7 @@ from contextvars import ContextVar
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, NamedTuple
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -59,6 +63,22 @@ class _Part(NamedTuple):
     begin: int
     end: int
     position: int
+
+
+class _Trial(NamedTuple):
+    """What the trial of a model found."""
+
+    weights: tuple[torch.device, torch.dtype]
+    """Where the model's weights were, and in which dtype."""
+    obstacle: str
+    """Why sequences cannot run together, or ''."""
+    in_parts: bool
+    """Whether a sequence goes on by more than one token at once."""
+    slot_bytes: tuple[float, float]
+    """Of a slot: a constant, and what each token adds."""
+
+
+_trials: WeakKeyDictionary[Any, _Trial] = WeakKeyDictionary()
 
 
 @dataclass
@@ -100,7 +120,11 @@ class PastCache:
     @property
     def nbytes(self) -> int:
         """Bytes of what the sequences hold now."""
-        return sum(map(_bytes_within, self.past.values()))
+        return sum(map(self.slot_bytes, self.past))
+
+    def slot_bytes(self, slot: int) -> int:
+        """Bytes of what a sequence holds now."""
+        return _bytes_within(self.past[slot])
 
     def resume(self, slot: int, n: int) -> int:
         """Cut what is beyond n tokens; a cache of windows or recurrent states cannot be cut, and starts anew."""
@@ -146,7 +170,8 @@ class ModulesDecoder(Decoder):
         parameters = inspect.signature(model.forward).parameters
         self._takes_wanted = "logits_to_keep" in parameters
         self._past = next((name for name in ("past_key_values", "cache_params") if name in parameters), "")
-        self._device = model.get_input_embeddings().weight.device
+        weight = model.get_input_embeddings().weight
+        self._device = weight.device
         head = output_head(model)
         adaptable = {path: module for path, module in named_linears(model).items() if module is not head}
         adaptable |= {
@@ -155,24 +180,28 @@ class ModulesDecoder(Decoder):
         self.paths = [list(adaptable)]
         self._modules = [_base(module) for module in adaptable.values()]
         self._tokens: Tokens | None = None  # of the hooks, set with them by the first step that needs them
-        self._slot_bytes = 0.0  # per token
-        self.together, self._in_parts = True, True
-        if obstacle := self._obstacle():
-            self.together = False
-            if self._failure():
-                self._in_parts = False
-                if failed := self._failure():
-                    raise RefusedError(model, f"{why}; and with transformers' modules {failed}")
-        how = "all sequences at once" if self.together else f"one sequence after another, as {obstacle}"
+        found, weights = _trials.get(model), (weight.device, weight.dtype)
+        if found is None or found.weights != weights:
+            found = _trials[model] = self._trial(weights, why)
+        self.together, self._in_parts, self._slot_bytes = not found.obstacle, found.in_parts, found.slot_bytes
+        how = "all sequences at once" if self.together else f"one sequence after another, as {found.obstacle}"
         self.note = f"transformers' modules, {how}; not the CPU's decoder, as {why}"
 
     def cache(self, slots: int, capacity: int) -> SlotCache | PastCache:
         """As `Decoder.cache`."""
+        kind, most = _rope_limit(self.model.config.get_text_config())
+        if most is not None and capacity > most:
+            raise RefusedError(
+                self.model,
+                f"the angles of its rotary embedding '{kind}' change beyond {most} tokens, so cached keys would be wrong, and "
+                f"{capacity} were asked for (--max-context, max_new_tokens)",
+            )
         return SlotCache(slots, capacity) if self.together else PastCache(slots, capacity)
 
     def slot_bytes(self, capacity: int) -> int:
         """As `Decoder.slot_bytes`; estimated from the trial."""
-        return int(self._slot_bytes * capacity)
+        constant, per_token = self._slot_bytes
+        return int(constant + per_token * capacity)
 
     def step(
         self, tokens: Tensor, slots: Tensor, positions: Tensor, cache: Any, *, segments: Sequence[Segment] | None = None,
@@ -227,11 +256,21 @@ class ModulesDecoder(Decoder):
         finally:
             self._tokens.branches = ()
 
+    def _trial(self, weights: tuple[torch.device, torch.dtype], why: str) -> _Trial:
+        """Try the ways of running the model, the fastest first; RefusedError if none gives the model's logits."""
+        self.together, self._in_parts = True, True
+        if obstacle := self._obstacle():
+            self.together = False
+            if self._failure():
+                self._in_parts = False
+                if failed := self._failure():
+                    raise RefusedError(self.model, f"{why}; and with transformers' modules {failed}")
+        return _Trial(weights, obstacle, self._in_parts, self._slot_bytes)
+
     def _obstacle(self) -> str:
         """Why sequences cannot run together, or ''."""
         config, found = self.model.config.get_text_config(), inspect.signature(body(self.model).forward).parameters
-        rope = getattr(config, "rope_parameters", None) or {}
-        kinds = {each.get("rope_type", "default") for each in [rope, *rope.values()] if isinstance(each, dict)}
+        kinds = {each.get("rope_type", "default") for each in _ropes(config)}
         if other := kinds - {*ROPE_TYPES}:
             return f"its rotary embedding is '{other.pop()}', which depends on more than the position"
         if "position_ids" not in found:
@@ -275,10 +314,26 @@ class ModulesDecoder(Decoder):
         if isinstance(cache, SlotCache):
             if not cache.layers:
                 return "its attention does not go by transformers' interface"
-            self._tried = cache
-        # of recurrent states, which do not grow, and of windows this is more than they take
-        self._slot_bytes = cache.nbytes / (2 * longer if self.together else longer + shorter)
+            self._tried, self._slot_bytes = cache, (0.0, cache.nbytes / (2 * longer))
+        else:  # recurrent states do not grow; for windows this is more than they take
+            per_token = (cache.slot_bytes(0) - cache.slot_bytes(1)) / (longer - shorter)
+            self._slot_bytes = cache.slot_bytes(0) - longer * per_token, per_token
         return ""
+
+
+def _ropes(config: Any) -> list[dict[str, Any]]:
+    """The parameters of the rotary embeddings, one or one per kind of layer."""
+    rope = getattr(config, "rope_parameters", None) or {}
+    return [each for each in (rope, *rope.values()) if isinstance(each, dict)]
+
+
+def _rope_limit(config: Any) -> tuple[str, int | None]:
+    """The rotary embedding whose angles change with the length, and up to how many tokens they stay; or ('', None)."""
+    found = [
+        (kind, config.max_position_embeddings if kind == "dynamic" else each["original_max_position_embeddings"])
+        for each in _ropes(config) if (kind := each.get("rope_type")) in ("dynamic", "longrope")
+    ]  # fmt: skip
+    return min(found, key=lambda one: one[1], default=("", None))
 
 
 def _base(module: Any) -> Any:
