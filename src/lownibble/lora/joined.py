@@ -193,7 +193,7 @@ def _join(graph: fx.Graph, x: fx.Node, forwards: Sequence[fx.Node], backwards: S
 def _call(graph: fx.Graph, target: Any, arguments: tuple[Any, ...], like: fx.Node) -> fx.Node:
     """A new node with its fake result; what else torch notes of nodes is that of `like`."""
     node = graph.call_function(target, arguments)
-    node.meta = dict(like.meta)
+    node.meta = {name: value for name, value in like.meta.items() if name != "eager_input_vals"}  # those are of its arguments
     values = fx.map_arg(arguments, lambda each: each.meta["val"])
     node.meta["val"] = target(*values)
     return node
