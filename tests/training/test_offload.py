@@ -14,6 +14,7 @@ from lownibble.errors import ConfigError
 from lownibble.lora import add_lora
 from lownibble.memory.usage import is_exhausted
 from lownibble.training import offload, run
+from lownibble.training.distributed import ALONE
 from lownibble.training.fitting import MemoryGoneError
 from lownibble.training.loss import label_loss
 from lownibble.training.offload import Offloaded, PinnedCopies, PinnedMemoryError
@@ -252,7 +253,7 @@ def test_without_pinned_memory_a_run_does_not_turn_to_it(widen, monkeypatch):
         raise ConfigError("pinned host memory cannot be had here")
 
     model = AutoModelForCausalLM.from_pretrained(widen())
-    passes = Passes(model, SimpleNamespace(pack_to=None), CPU, None)
+    passes = Passes(model, SimpleNamespace(pack_to=None, ranks=ALONE), CPU, None)
     monkeypatch.setitem(offload.COPIES, "cpu", OtherBuffers)
     assert passes.can_offload
     monkeypatch.setitem(offload.COPIES, "cpu", refused)
