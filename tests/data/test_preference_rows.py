@@ -104,6 +104,14 @@ def test_ktos_answers_move_on_within_a_group(tokenizer):
     assert batch.mismatched.input_ids.shape == (3, 4)
 
 
+def test_pairs_for_kto_are_taken_apart_as_trl_does(tokenizer):
+    """All good answers before all bad ones: an exchanged answer is never one to the same prompt."""
+    rows = [{"prompt": p, "chosen": " good", "rejected": " bad"} for p in ("film", "plot", "actor", "story")]
+    examples = _encoded(tokenizer, rows, "kto").examples
+    assert [example.beside.label for example in examples] == [True] * 4 + [False] * 4
+    assert [example.origin for example in examples] == [f"d:{n}" for n in (1, 2, 3, 4)] * 2
+
+
 def test_a_conversation_is_an_answer_after_the_templates_header(tokenizer):
     rows = [{"chosen": [USER, GOOD], "rejected": [USER, BAD]}]
     chosen, rejected = sequences_of(_encoded(tokenizer, rows).examples[0])

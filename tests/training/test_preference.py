@@ -9,7 +9,7 @@ from tiny_folders import tiny_model  # noqa: F401
 import lownibble as ln
 from lownibble.config import SMOOTHED
 from lownibble.data import load as load_data
-from lownibble.errors import ConfigError
+from lownibble.errors import ConfigError, TrainingError
 from lownibble.lora.active import adapter_off
 from lownibble.registry import OBJECTIVES
 from lownibble.training.events import Stepped
@@ -313,3 +313,15 @@ def test_a_resumed_run_has_the_same_bits(objective, method, widen, tmp_path):
         assert known["kept_rows"] >= len(ROWS[objective]) + 2
     first, last = (whole.record["evaluations"][n]["scores"]["rewards/margins"] for n in (0, -1))
     assert last > first
+
+
+def test_a_trained_model_is_no_reference_for_a_resumed_run_and_its_merge_is_measured(widen, tmp_path):
+    data, options = _write(tmp_path / "rows", PAIRS), {**TRAIN, "objective": "dpo", "batch_size": 2}
+    model, tokenizer = ln.load(str(widen()), quant=None)
+    ln.add_lora(model, ln.LoraConfig(r=4))
+    config = ln.TrainConfig(**{**options, "max_steps": 2, "output_dir": str(tmp_path / "run")})
+    ln.train(model, tokenizer, data, config)
+    with pytest.raises(TrainingError, match="Load the model again"):
+        ln.train(model, tokenizer, data, config.with_options(max_steps=4, resume=True))
+    merged = ln.merge(str(tmp_path / "run" / "adapter"), str(tmp_path / "merged"))
+    assert merged["measured"]["data"].endswith("(of the run that made the adapter)")
