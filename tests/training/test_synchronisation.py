@@ -70,6 +70,7 @@ class Waits(TorchDispatchMode):
         self._methods = pytest.MonkeyPatch()
         for name in CALLS:
             self._methods.setattr(torch.Tensor, name, self._reported(name, getattr(torch.Tensor, name)))
+        self._methods.setattr(torch, "frombuffer", self._of_host(torch.frombuffer))  # it is not dispatched
         return super().__enter__()
 
     def __exit__(self, *exception):
@@ -77,6 +78,15 @@ class Waits(TorchDispatchMode):
         self._methods.undo()
         for hook in self._hooks:
             hook.remove()
+
+    def _of_host(self, function):
+        def call(*args, **kwargs):
+            made = function(*args, **kwargs)
+            storage = made.untyped_storage()
+            self._on_host[storage._cdata] = storage
+            return made
+
+        return call
 
     def _reported(self, name, method):
         def call(tensor, *args, **kwargs):
