@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import json
 import sys
-import time
 import warnings
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -19,7 +18,7 @@ from typing import Any
 
 import torch
 
-from lownibble.bench.trl_run import quantization
+from lownibble.bench.trl_run import quantization, turns
 from lownibble.config import RunConfig
 from lownibble.data import load as load_data
 from lownibble.measuring.turns import reserved_stdout
@@ -42,7 +41,7 @@ def main(spec: str, out: Any, *, precomputed: bool) -> None:
     """Build the trainer and take turns until standard input ends; answers go to `out`."""
     import peft
     from datasets import Dataset
-    from transformers import AutoModelForCausalLM, TrainerCallback
+    from transformers import AutoModelForCausalLM
 
     config = RunConfig(**json.loads(Path(spec).read_text()))
     rows, train = [row.fields for row in load_data(config.data)[0].rows], config.train
@@ -55,26 +54,9 @@ def main(spec: str, out: Any, *, precomputed: bool) -> None:
         placed["quantization_config"] = quantization("bitsandbytes", dtype)
     model = AutoModelForCausalLM.from_pretrained(source.folder, dtype=dtype, **placed)
 
-    class Turns(TrainerCallback):  # type: ignore[misc]
-        left, steps, seconds, began = 0, 0, 0.0, 0.0
-
-        def on_step_begin(self, *_: Any, **__: Any) -> None:
-            if self.left == 0:
-                line = sys.stdin.readline()
-                if not line:
-                    sys.exit(0)
-                self.left, self.steps, self.seconds = int(line), int(line), 0.0
-            self.began = time.perf_counter()
-
-        def on_step_end(self, *_: Any, **__: Any) -> None:
-            if device.type == "cuda":
-                torch.cuda.synchronize(device)
-            self.seconds += time.perf_counter() - self.began
-            self.left -= 1
-            if self.left == 0:
-                peak = usage.peak_bytes(device) - baseline
-                answer = {"rows": self.steps * train.batch_size, "seconds": self.seconds, "peak_bytes": peak}
-                print(json.dumps(answer), file=out, flush=True)
+    def answer(steps: int, seconds: float) -> None:
+        peak = usage.peak_bytes(device) - baseline
+        print(json.dumps({"rows": steps * train.batch_size, "seconds": seconds, "peak_bytes": peak}), file=out, flush=True)
 
     arguments, trainer_class = classes(train.objective)
     with TemporaryDirectory() as folder:
@@ -91,7 +73,7 @@ def main(spec: str, out: Any, *, precomputed: bool) -> None:
             peft_config=peft.LoraConfig(
                 r=config.lora.r, lora_alpha=int(config.lora.lora_alpha), target_modules="all-linear", task_type="CAUSAL_LM"
             ),
-            callbacks=[Turns()],
+            callbacks=[turns(device, lambda: None, answer)],
         )  # fmt: skip
         print(json.dumps({"rows": len(rows)}), file=out, flush=True)
         trainer.train()

@@ -14,6 +14,7 @@ from __future__ import annotations
 import json
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -40,11 +41,43 @@ def quantization(layers: str, dtype: torch.dtype) -> Any:
     )
 
 
+def turns(device: torch.device, begin: Callable[[], object], answer: Callable[[int, float], object]) -> Any:
+    """A callback of transformers' Trainer that waits for turns on standard input, and ends the process with it.
+
+    Args:
+        begin: called before a turn's first step. answer: called after its last with its number of steps and their seconds.
+    """
+    from transformers import TrainerCallback
+
+    class Turns(TrainerCallback):  # type: ignore[misc]
+        left, steps, seconds, began = 0, 0, 0.0, 0.0
+
+        def on_step_begin(self, *_: Any, **__: Any) -> None:
+            if self.left == 0:
+                line = sys.stdin.readline()
+                if not line:
+                    sys.exit(0)
+                self.left = self.steps = int(line)
+                self.seconds = 0.0
+                begin()
+            self.began = time.perf_counter()
+
+        def on_step_end(self, *_: Any, **__: Any) -> None:
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
+            self.seconds += time.perf_counter() - self.began
+            self.left -= 1
+            if self.left == 0:
+                answer(self.steps, self.seconds)
+
+    return Turns()
+
+
 def main(spec: str, packing: bool, layers: str = "bitsandbytes") -> None:
     """Build the trainer and take turns until standard input ends."""
     import peft
     from datasets import Dataset
-    from transformers import AutoModelForCausalLM, PrinterCallback, TrainerCallback
+    from transformers import AutoModelForCausalLM, PrinterCallback
     from trl.trainer.sft_config import SFTConfig
     from trl.trainer.sft_trainer import SFTTrainer
 
@@ -67,26 +100,13 @@ def main(spec: str, packing: bool, layers: str = "bitsandbytes") -> None:
             self.tokens += int(inputs["input_ids"].numel() if mask is None else mask.sum())
             return super().training_step(model, inputs, *arguments)
 
-    class Turns(TrainerCallback):  # type: ignore[misc]
-        left, seconds, began = 0, 0.0, 0.0
+    def forget() -> None:
+        trainer.tokens = trainer.padded_tokens = 0
 
-        def on_step_begin(self, *_: Any, **__: Any) -> None:
-            if self.left == 0:
-                line = sys.stdin.readline()
-                if not line:
-                    sys.exit(0)
-                self.left, self.seconds, trainer.tokens, trainer.padded_tokens = int(line), 0.0, 0, 0
-            self.began = time.perf_counter()
-
-        def on_step_end(self, *_: Any, **__: Any) -> None:
-            if device.type == "cuda":
-                torch.cuda.synchronize(device)
-            self.seconds += time.perf_counter() - self.began
-            self.left -= 1
-            if self.left == 0:
-                peak = usage.peak_bytes(device) - baseline
-                found = {"tokens": trainer.tokens, "padded_tokens": trainer.padded_tokens}
-                print(json.dumps({**found, "seconds": self.seconds, "peak_bytes": peak}), flush=True)
+    def answer(steps: int, seconds: float) -> None:
+        peak = usage.peak_bytes(device) - baseline
+        found = {"tokens": trainer.tokens, "padded_tokens": trainer.padded_tokens}
+        print(json.dumps({**found, "seconds": seconds, "peak_bytes": peak}), flush=True)
 
     with TemporaryDirectory() as folder:
         trainer = Timed(
@@ -102,7 +122,7 @@ def main(spec: str, packing: bool, layers: str = "bitsandbytes") -> None:
             peft_config=peft.LoraConfig(
                 r=config.lora.r, lora_alpha=int(config.lora.lora_alpha), target_modules="all-linear", task_type="CAUSAL_LM"
             ),
-            callbacks=[Turns()],
+            callbacks=[turns(device, forget, answer)],
         )  # fmt: skip
         trainer.remove_callback(PrinterCallback)  # standard output carries the answers
         print(json.dumps({"rows": len(rows)}), flush=True)

@@ -31,7 +31,7 @@ NO_SPREAD = 1e-12
 
 
 SMALLEST = 1e-15
-"""Probabilities are told down to this one."""
+"""The smallest probability that is reported."""
 
 
 class Variances(NamedTuple):

@@ -1,4 +1,4 @@
-// Line charts in SVG: axes, a legend that is told apart by dashes too, and values read out under the pointer and by arrow keys.
+// Line charts in SVG: axes, a legend that differs in dashes too, not in colour alone, and values read out under the pointer and by arrow keys.
 // Names and figures only ever become text.
 "use strict";
 const charts = (() => {

@@ -1,7 +1,7 @@
 """MLflow. MLFLOW_TRACKING_URI (default: a database in the working directory), MLFLOW_EXPERIMENT_NAME.
 
 By the client and not by MLflow's global active run, which belongs to the caller. Figures are sent in the background, so that a
-step does not wait for a server; what went wrong with them is told at the end.
+step does not wait for a server; errors are reported at the end.
 """
 
 from __future__ import annotations

@@ -30,7 +30,7 @@ IDS = "trackers.json"
 
 @dataclass(frozen=True)
 class About:
-    """What a tracker is told of a run. `id`: for trackers that take one; a resumed run has that of the first."""
+    """What a tracker gets to know of a run. `id`: for trackers that take one; a resumed run has that of the first."""
 
     name: str
     folder: Path | None
