@@ -451,10 +451,11 @@ def parallel() -> str:
         f"Two ranks of one run (ddp, {work['rows_of_a_rank']} packs of {work['max_length']} tokens on each) run a step at "
         f"{ratio['median']:.2f} ({ratio['low']:.2f} to {ratio['high']:.2f}) of the speed of two processes that train a run each "
         "at the same time, one thread each.", "",
-        "| fsdp, two ranks | rank | tensors held, MB | planned, MB | peak of loading, MB |", "| --- | --- | --- | --- | --- |",
+        "| fsdp, two ranks | rank | tensors held, MB | planned, MB | shards and largest group, MB | peak of loading, MB |",
+        "| --- | --- | ---: | ---: | ---: | ---: |",
         *(
             f"| {method} | {each['rank']} | {each['held_bytes'] / 1e6:.1f} | {each['planned_bytes'] / 1e6:.1f} "
-            f"| {each['load_peak_bytes'] / 1e6:.0f} |"
+            f"| {each['load_bound_bytes'] / 1e6:.1f} | {each['load_peak_bytes'] / 1e6:.0f} |"
             for method, found in record["fsdp_memory"].items() for each in found["held"]
         ), "",
         f"({_where(record)}; the peak is the process's above its start, libraries that are imported meanwhile included; "

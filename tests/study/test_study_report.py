@@ -1,9 +1,12 @@
 """A study's summary and report. Oracles: scipy's tests and arithmetic on records with known figures; an HTML parser; Chromium."""
 
+import csv
 import json
 import math
 import statistics
+import time
 from urllib.parse import unquote
+from xml.etree import ElementTree
 
 import numpy as np
 import pytest
@@ -13,6 +16,7 @@ from scipy import stats as theirs
 
 from lownibble.errors import ConfigError
 from lownibble.measuring import mixed
+from lownibble.measuring.survival import mean_of_censored
 from lownibble.study.analysis import analyse
 from lownibble.study.claims import compare_claims
 from lownibble.study.decide import DIFFERENT, tails
@@ -179,23 +183,26 @@ def test_differences_are_over_rows_where_these_are_scored(tmp_path):
 
 
 def test_convergence_is_the_ratio_of_steps_to_a_common_loss(tmp_path):
-    summary = analyse(made(tmp_path / "s", methods=("lora", "qlora")))
-    group, ratios = summary["groups"][0], []
+    group = analyse(made(tmp_path / "s", methods=("lora", "qlora")))["groups"][0]
     for seed in range(3):
-        target = max(CURVES["lora"][seed][-1], CURVES["qlora"][seed][-1])
-        assert group["target_loss"][seed] == target
-        steps = {}
-        for method in ("lora", "qlora"):
-            _, middle, last = CURVES[method][seed]
-            steps[method] = 10 + 10 * (middle - target) / (middle - last)
-        ratios.append(math.log(steps["lora"] / steps["qlora"]))
-    found = pair(summary, "lora", "qlora")["steps_ratio"]
-    assert found["mean"] == pytest.approx(math.exp(statistics.fmean(ratios)))
-    reach = theirs.t.ppf(0.975, 2) * statistics.stdev(ratios) / 3**0.5
-    assert found["high"] == pytest.approx(math.exp(statistics.fmean(ratios) + reach))
+        assert group["target_loss"][seed] == max(CURVES["lora"][seed][-1], CURVES["qlora"][seed][-1])
     lora = group["methods"][0]
     assert lora["seconds_to_target"]["mean"] == pytest.approx(lora["steps_to_target"]["mean"] * 400 * 0.5 / RATES["lora"])
     assert lora["area"]["values"][0] == pytest.approx((10 * (3.0 + 1.5) / 2 + 10 * (1.5 + 0.6) / 2) / 20)
+
+    found, curves = pair({"groups": [group]}, "lora", "qlora")["steps_ratio"], CURVES
+    loss = 1.01 * max(statistics.fmean(curve[-1] for curve in curves[name].values()) for name in ("lora", "qlora"))
+    assert found["loss"] == pytest.approx(loss)
+
+    def steps(curve):
+        _, middle, last = curve
+        return 10 + 10 * (middle - loss) / (middle - last) if last <= loss else None
+
+    both = [(steps(curves["lora"][seed]), steps(curves["qlora"][seed])) for seed in range(3)]
+    ratios = [math.log(a / b) for a, b in both if a and b]
+    assert found["ended_before"] == [sum(not a for a, _ in both), sum(not b for _, b in both)]
+    expected = mean_of_censored(ratios, [], [math.log(a / 20) for a, b in both if a and not b])
+    assert (found["mean"], found["low"], found["high"]) == pytest.approx([math.exp(v) for v in expected[:3]])
 
 
 def test_memory_speed_grid_and_front(tmp_path):
@@ -425,3 +432,44 @@ def test_methods_switch_and_losses_are_read_out(pages, browser):
     assert "step 20" in tip
     assert f"qlora: {curve['mean'][2]:.3f} ({curve['low'][2]:.3f} to {curve['high'][2]:.3f})" in tip
     assert browser.complaints() == []
+
+
+def test_plots_and_tables_are_saved(pages, browser, tmp_path):
+    """As a reader does it: buttons, files. The plot is well-formed and drawn without complaint on its own."""
+    folder, summary = pages["whole"]
+    browser.open(folder / "report.html")
+    browser("Page.setDownloadBehavior", behavior="allow", downloadPath=str(tmp_path))
+    for name in ("reviews as SVG", "reviews as CSV", "Decisions as CSV"):
+        browser.value(f"document.querySelector('[aria-label=\"Save {name}\"]').click()")
+    files = [tmp_path / name for name in ("reviews.svg", "reviews.csv", "decisions.csv")]
+    deadline = time.monotonic() + 20
+    while not all(file.exists() for file in files) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    with files[1].open(newline="") as file:
+        head, *rows = csv.reader(file)
+    assert head[:5] == ["method", "step", "mean", "low", "high"]
+    for method in summary["groups"][0]["methods"]:
+        of = [[float(v or "nan") for v in row[1:]] for row in rows if row[0] == method["method"]]
+        curve = method["curve"]
+        assert [row[0] for row in of] == curve["steps"]
+        assert [row[1] for row in of] == curve["mean"]
+        assert [row[4:] for row in of] == curve["values"]
+    with files[2].open(newline="") as file:
+        assert next(csv.reader(file)) == ["task, score", "lora and qlora", "full and lora", "full and qlora"]
+    text = [element.text for element in ElementTree.parse(files[0]).iter("{http://www.w3.org/2000/svg}text")]
+    assert {"reviews", "full", "lora", "qlora", "optimiser steps"} <= set(text)
+    browser.open(files[0])
+    assert browser.value("document.querySelectorAll('.stroke').length") >= 3
+    assert browser.complaints() == []
+
+
+def test_what_is_open_has_a_bound_and_decisions_come_first(tmp_path, monkeypatch):
+    monkeypatch.setitem(ACCURACY, "qlora", [0.60, 0.61, 0.60])
+    folder = made(tmp_path / "s")
+    study_page.write(folder)
+    text, found = (folder / "report.md").read_text(), analyse(folder)
+    first = next(line for line in text.splitlines() if line.startswith("| reviews |"))
+    of = pair(found, "full", "lora")["scores"]["accuracy"]
+    assert f"open; at most {max(-of['low'], of['high']):.2g} apart" in first
+    assert "**lora better**; +0.2" in first
+    assert "2 of 3 planned comparisons are decided" in text or "1 of 3 planned comparisons are decided" in text

@@ -140,8 +140,9 @@ def draw(of: Variances, seeds: int, rows: int, studies: int, generator: np.rando
     if rows > 1:
         root = np.linalg.cholesky(of.row * np.ones((seeds, seeds)) + max(of.rest, 1e-30) * np.eye(seeds))
         lower = np.tril(generator.normal(size=(studies, seeds, seeds)), -1)
-        for i in range(seeds):
-            lower[:, i, i] = np.sqrt(generator.chisquare(rows - 1 - i, studies)) if rows - 1 > i else 0.0
+        lower[:, :, rows - 1 :] = 0.0  # with fewer rows than seeds the products have not full rank
+        for i in range(min(seeds, rows - 1)):
+            lower[:, i, i] = np.sqrt(generator.chisquare(rows - 1 - i, studies))
         half = root @ lower
         products = half @ half.transpose(0, 2, 1)
     return Layout(means, products, rows)

@@ -1,10 +1,12 @@
 """Analysis of a study's records: means over seeds and differences between methods, each with a confidence interval.
 
 Methods are compared within a model and a task, paired by seed (the same order of rows and the same initialisation for all of
-them) and by evaluation row; what the comparisons show is decided in `decide.py`. Convergence is, per seed, the ratio of the
-steps that two methods need to the lowest loss that both reach, averaged over logarithms (geometric mean). (A method's own steps
-are to the lowest loss that all reach.) Speed is measured interleaved, not taken from the cells, which ran at different times.
-Memory is the peak of the cell's process above its baseline after imports.
+them) and by evaluation row; what the comparisons show is decided in `decide.py`. Convergence is the ratio of the steps that two
+methods need to the same loss, the higher one of their mean lowest losses and a hundredth more, paired by seed, averaged over
+logarithms (geometric mean). A seed that does not get there counts as one that takes more steps than it had
+(`measuring/survival.py`). (A method's own steps are, per seed, to the lowest loss that all reach.) Speed is measured
+interleaved, not taken from the cells, which ran at different times. Memory is the peak of the cell's process above its baseline
+after imports.
 """
 
 from __future__ import annotations
@@ -17,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from lownibble.errors import ConfigError
-from lownibble.measuring import mixed, stats
+from lownibble.measuring import mixed, stats, survival
 from lownibble.study.decide import (
     DIFFERENT,
     LEVEL,
@@ -31,13 +33,16 @@ from lownibble.study.decide import (
     still_needed,
 )  # fmt: skip
 from lownibble.study.records import peak_bytes, read_record
-from lownibble.study.tasks import KINDS
+from lownibble.study.tasks import KINDS, LOSS_MARGIN
 
 LESS_IS_BETTER = ("perplexity", "loss")
 """Metrics for which lower is better."""
 
 POWER = 0.8
 """The detectable difference is one that would be shown with this probability."""
+
+LARGE = 100.0
+"""Logarithms of ratios beyond which nothing is known."""
 
 MEMORY_MATTERS = 0.05
 """Fraction of the peak that a method must save for memory to decide between methods of equal quality."""
@@ -247,6 +252,33 @@ def _steps_to_target(
     return steps, targets
 
 
+def _steps_ratio(curves: Sequence[Sequence[Sequence[tuple[float, float]]]]) -> dict[str, Any]:
+    """Steps of the first over those of the second to a common loss, over seeds: mean, interval, the loss, and how many seeds of
+    each ended before. An end of the interval is None if nothing is known of it.
+
+    Args:
+        curves: for each seed the evaluation losses of both.
+    """
+    lowest = [statistics.fmean(min(loss for _, loss in of[side]) for of in curves) for side in (0, 1)]
+    target = (1 + LOSS_MARGIN) * max(lowest)
+    known, above, below, ended_before = [], [], [], [0, 0]
+    for a, b in curves:
+        x, y = stats.crossing(a, target), stats.crossing(b, target)
+        ended_before = [ended_before[0] + (x is None), ended_before[1] + (y is None)]
+        if x and y:
+            known.append(math.log(x / y))
+        elif x is None and y:
+            above.append(math.log(a[-1][0] / y))
+        elif y is None and x:
+            below.append(math.log(x / b[-1][0]))
+    found = survival.mean_of_censored(known, above, below)
+    mean, low, high = (None, None, None) if found is None else (math.exp(v) if abs(v) < LARGE else None for v in found[:3])
+    return {
+        "mean": mean, "low": low, "high": high, "values": [math.exp(v) for v in known],
+        "loss": target, "ended_before": ended_before,
+    }  # fmt: skip
+
+
 def _pair(
     a: str, b: str, runs: Mapping[str, Mapping[int, dict[str, Any]]], kind: str, margin: float | None,
     speed: dict[str, Any] | None, decision: Decision | None,
@@ -263,8 +295,6 @@ def _pair(
     margin = margin or margin_of(kind, results)
     assert margin is not None  # there is a seed
     known = scores[main]["low"] is not None
-    steps, _ = _steps_to_target({a: runs[a], b: runs[b]})
-    counted = [seed for seed in both if steps[a][seed] > 0 and steps[b][seed] > 0]
     peaks = [peak_bytes(runs[a][seed]) / peak_bytes(runs[b][seed]) for seed in both]
     return {
         "a": a, "b": b, "seeds": both, "scores": scores,
@@ -274,7 +304,7 @@ def _pair(
         "decision": None if decision is None else {"shown": decision.shown, "seeds": decision.seeds, "looked": decision.looked},
         "detectable": float(found.reach(LEVEL / 2) + found.reach(1 - POWER)) if known else None,
         "variances": {**mixed.variances(data)._asdict(), "rows": data.rows, "seeds": len(used)} if len(used) > 1 else None,
-        "steps_ratio": interval([steps[a][seed] / steps[b][seed] for seed in counted], logarithms=True),
+        "steps_ratio": _steps_ratio([[_curve(runs[name][seed]) for name in (a, b)] for seed in both]),
         "memory_ratio": interval(peaks, logarithms=True),
         "speed_ratio": _speed_ratio(speed, a, b),
     }  # fmt: skip

@@ -13,6 +13,7 @@ small model hold for that model; the page says so.
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from functools import cache
@@ -92,15 +93,18 @@ def _answer(wanted: Mapping[str, Any], group: Mapping[str, Any]) -> tuple[str, s
     if value is None:
         return None
     middle, low, high = (value.get(a, value.get(b)) for a, b in (("mean", "median"), ("low", "min"), ("high", "max")))
-    if middle is None or low is None:
+    if middle is None or (low is None and high is None):
         return None
+    low, high = low or 0.0, math.inf if high is None else high
     if turned:
-        middle, low, high = 1 / middle, 1 / high, 1 / low
+        middle, low, high = 1 / middle, 1 / high, 1 / low if low else math.inf
     if high < wanted["low"] or low > wanted["high"]:
         verdict = DISAGREES
     else:
         verdict = AGREES if wanted["low"] <= low and high <= wanted["high"] else UNDECIDED
-    return verdict, f"{group['label']}: {wanted['a']} / {wanted['b']} {middle:.2f} ({low:.2f} to {high:.2f})"
+    return verdict, f"{group['label']}: {wanted['a']} / {wanted['b']} {middle:.2f} ({low:.2f} to {high:.2f})".replace(
+        "inf", "no bound"
+    )
 
 
 def _equivalent(pair: Mapping[str, Any], task: str) -> tuple[str, str] | None:

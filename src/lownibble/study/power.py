@@ -210,8 +210,9 @@ def _variances(
     cell: Cell, metric: str, pairs: Sequence[tuple[str, str]], known: Sequence[_Earlier]
 ) -> tuple[mixed.Variances, float, str]:  # fmt: skip
     """Variances of a comparison on a task, its margin, and where they are from."""
+    planned = [set(pair) for pair in pairs]
     like: list[tuple[str, Callable[[Comparison], bool]]] = [
-        ("these comparisons", lambda c: (c.model, c.task) == (cell.model, cell.task) and (c.a, c.b) in pairs),
+        ("these comparisons", lambda c: (c.model, c.task) == (cell.model, cell.task) and {c.a, c.b} in planned),
         (f"the task {cell.task}", lambda c: c.task == cell.task and c.metric == metric),
         (f"other tasks with {metric}", lambda c: c.metric == metric),
     ]
@@ -239,7 +240,7 @@ def _told(
         found.append(f"In {spec.decide.hours:g} hours {fitting} of {len(spec.seeds)} seeds end; all take {hours:.1f} hours.")
     for each in short:
         needs = " or ".join(f"{seeds} seeds x {rows} rows" for seeds, rows in each["needs"])
-        known = f"{each['metric']} within {each['margin']:.3g}; variances: {each['source']}"
+        known = f"{each['metric']} within {each['margin']:.3g}"
         found.append(
             f"{each['task']} on {each['model']}: the power is {each['power']:.0%} and should be {wanted:.0%} "
             f"({each['seeds']} seeds x {each['rows']} rows, {known}). It takes {needs or f'more than {TRIED[-1]} seeds'}."

@@ -38,26 +38,18 @@ def plan_tables(plan: Mapping[str, Any]) -> Iterator[RenderableType]:
     hours = "unknown hours" if plan["hours"] is None else f"about {plan['hours']:.1f} hours"
     yield Text(f"{plan['name']}: {plan['cells']} cells, {plan['left']} of them to run, {hours}", style="bold")
     shown = Table(title=Text(f"{plan['comparisons']} comparisons, looks after {plan['looks']} seeds"), title_justify="left")
-    for name in (
-        "task",
-        "score",
-        "margin",
-        "seeds x rows",
-        "power",
-        "shows from",
-        "seeds x rows that suffice",
-        "variances from",
-    ):
-        shown.add_column(name, justify="left" if name in ("task", "score", "variances from") else "right")
+    for name in ("task", "score", "margin", "seeds x rows", "power", "shows from"):
+        shown.add_column(name, justify="left" if name in ("task", "score") else "right")
     for of in plan["tasks"]:
         detectable = "-" if of["detectable"] is None else f"{of['detectable']:.3g}"
-        enough = ", ".join(f"{seeds} x {rows}" for seeds, rows in of["needs"]) or "-"
-        figures = (f"{of['margin']:.3g}", f"{of['seeds']} x {of['rows']}", f"{of['power']:.0%}", detectable, enough)
-        shown.add_row(*map(Text, (of["task"], of["metric"], *figures, of["source"])))
+        figures = (f"{of['margin']:.3g}", f"{of['seeds']} x {of['rows']}", f"{of['power']:.0%}", detectable)
+        shown.add_row(*map(Text, (of["task"], of["metric"], *figures)))
     yield shown
     yield Text(
         "power: the probability that equivalence of equal methods is shown. shows from: a difference that is shown in 80%."
     )
+    for source in dict.fromkeys(of["source"] for of in plan["tasks"]):
+        yield Text(f"variances of {', '.join(of['task'] for of in plan['tasks'] if of['source'] == source)}: {source}")
     for text in plan["told"]:
         yield Text(text, style="yellow")
 

@@ -36,6 +36,9 @@ class Kind(NamedTuple):
     stop: tuple[str, ...] = ()
 
 
+LOSS_MARGIN = 0.01
+"""Losses that differ by less than this share of them count as equal."""
+
 KINDS: dict[str, Kind] = {
     "classification": Kind(
         ("text", "label"), "likelihood", ("accuracy", "label_probability"), 0.02, "{text}\nLabel:", " {label}"
@@ -60,9 +63,9 @@ KINDS: dict[str, Kind] = {
         ("prompt", "canonical_solution", "test", "entry_point"), "generation", ("pass@1",), 0.02, "{prompt}",
         "{canonical_solution}", 256, ("\ndef ", "\nclass ", "\nif ", "\nprint(", "\n#", "\n@"),
     ),
-    "completion": Kind((), "loss", ("perplexity",), 0.01),
-    "instruction": Kind(("messages",), "loss", ("perplexity",), 0.01),
-    "language-modelling": Kind(("text",), "loss", ("perplexity",), 0.01),
+    "completion": Kind((), "loss", ("perplexity",), LOSS_MARGIN),
+    "instruction": Kind(("messages",), "loss", ("perplexity",), LOSS_MARGIN),
+    "language-modelling": Kind(("text",), "loss", ("perplexity",), LOSS_MARGIN),
 }  # fmt: skip
 
 

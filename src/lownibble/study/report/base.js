@@ -1,4 +1,5 @@
-// What the pages share: closed parts open for printing, a tip beside a figure, and reading a figure by pointer or keys.
+// What the pages share: closed parts open for printing, a tip beside a figure, reading a figure by pointer or keys, and saving
+// figures (SVG) and tables (CSV).
 "use strict";
 const page = (() => {
   document.documentElement.classList.add("script");
@@ -35,5 +36,80 @@ const page = (() => {
     document.addEventListener("pointerdown", (event) => { if (!figure.contains(event.target)) reader.leave(); });
   }
 
-  return { all, showTip, attach };
+  function save(title, type, text) {
+    const link = document.createElement("a");
+    link.href = URL.createObjectURL(new Blob([text], { type }));
+    link.download = `${title.toLowerCase().replace(/[^a-z0-9]+/g, "-").replace(/^-|-$/g, "")}.${type === "text/csv" ? "csv" : "svg"}`;
+    link.click();
+    setTimeout(() => URL.revokeObjectURL(link.href), 10000);
+  }
+
+  // Text that a spreadsheet would take for a formula begins with a quote.
+  const field = (v) => {
+    const text = typeof v === "number" ? String(v) : String(v ?? "").replace(/^(?=[=@]|[+-][^\d.\s])/, "'");
+    return /[",\n]/.test(text) ? `"${text.replaceAll('"', '""')}"` : text;
+  };
+  const csv = (rows) => rows.map((row) => row.map(field).join(",") + "\r\n").join("");
+
+  // A plot as a file of its own: as it is on the page, in light colours, with title, names of the methods and the page's style.
+  function svg(figure) {
+    const [plot, area] = [".plot", ".area"].map((name) => figure.querySelector(name)), space = area.namespaceURI;
+    const outer = plot.getBoundingClientRect(), box = area.getBoundingClientRect(), top = 52;
+    const make = (parent, name, attributes, text) => {
+      const element = document.createElementNS(space, name);
+      for (const [key, value] of Object.entries(attributes)) element.setAttribute(key, value);
+      if (text !== undefined) element.textContent = text;
+      return parent.appendChild(element);
+    };
+    const root = document.createElementNS(space, "svg"), height = outer.height + top + 18;
+    for (const [key, value] of Object.entries({ width: outer.width, height, viewBox: `0 0 ${outer.width} ${height}` })) root.setAttribute(key, value);
+    const style = document.querySelector("style").textContent.replace(/@media screen and \(prefers-color-scheme: dark\)/g, "@media not all");
+    make(root, "style", {}, `${style} svg { font-family: sans-serif; }`);
+    root.append(document.querySelector(".defs defs").cloneNode(true));
+    make(root, "rect", { width: "100%", height: "100%", fill: "#fff" });
+    make(root, "text", { x: 8, y: 18, "font-weight": 600 }, figure.querySelector("h3").textContent.trim());
+    let x = 8;
+    for (const swatch of all(document, ".methods .swatch")) {
+      const label = swatch.closest("label"), key = swatch.cloneNode(true), input = label.querySelector("input");
+      if (input && !input.checked) continue;
+      for (const [name, value] of Object.entries({ x, y: 28 })) key.setAttribute(name, value);
+      root.append(key);
+      x += 36 + make(root, "text", { x: x + 36, y: 38, "font-size": 12 }, label.textContent.trim()).textContent.length * 7 + 14;
+    }
+    const copy = area.cloneNode(true);
+    for (const [key, value] of Object.entries({ x: box.left - outer.left, y: box.top - outer.top + top, width: box.width, height: box.height })) copy.setAttribute(key, value);
+    all(copy, ".cross, .away").forEach((element) => element.remove());
+    root.append(copy);
+    const axis = figure.querySelector(".axis");
+    if (axis) make(root, "text", { x: box.left - outer.left + box.width / 2, y: height - 6, "text-anchor": "middle", "font-size": 12 }, axis.textContent);
+    return new XMLSerializer().serializeToString(root);
+  }
+
+  function buttons(after, title, kinds) {
+    const line = document.createElement("p");
+    line.className = "save";
+    for (const [kind, type, text] of kinds) {
+      const button = line.appendChild(document.createElement("button"));
+      button.type = "button";
+      button.textContent = kind;
+      button.setAttribute("aria-label", `Save ${title} as ${kind}`);
+      button.addEventListener("click", () => save(title, type, text()));
+    }
+    after.after(line);
+  }
+
+  // The buttons under every table, and under every plot; `rows(figure)`: the plot's values with a head.
+  function saving(rows) {
+    for (const table of all(document, ".wide > table")) {
+      const cells = () => all(table, "tr").map((row) => all(row, "th, td").map((cell) => cell.innerText.replace(/\s+/g, " ").trim()));
+      buttons(table.parentElement, table.getAttribute("aria-label"), [["CSV", "text/csv", () => csv(cells())]]);
+    }
+    for (const figure of all(document, ".panel")) {
+      const found = rows(figure), kinds = [["SVG", "image/svg+xml", () => svg(figure)]];
+      if (found) kinds.push(["CSV", "text/csv", () => csv(found())]);
+      buttons(figure.lastElementChild, figure.querySelector("h3").textContent.trim(), kinds);
+    }
+  }
+
+  return { all, showTip, attach, saving };
 })();

@@ -1,7 +1,7 @@
 // Moves what the page has drawn: another x axis, another loss scale, methods on and off; reads values out under pointer and keys.
 // Nothing is fetched and no markup is made from data: names and figures only ever become text.
 (() => {
-  const { all, showTip, attach } = page;
+  const { all, showTip, attach, saving } = page;
 
   for (const figure of all(document, ".bar")) {
     const bar = figure.querySelector("svg"), segments = all(bar, ".segment");
@@ -22,7 +22,12 @@
   }
 
   const data = document.getElementById("curves");
-  if (data) drawCurves(JSON.parse(data.textContent));
+  const drawn = data ? JSON.parse(data.textContent) : null;
+  if (drawn) drawCurves(drawn);
+  saving((figure) => () => [["method", "series", "step", "seconds", "tokens", "value", "error"], ...drawn.panels[figure.dataset.panel].series.flatMap((s) => {
+    const at = drawn.tracks[s.method][s.track];
+    return s.y.map((y, i) => [drawn.methods[s.method], s.label, at.steps[i], at.seconds[i], at.tokens[i], y, s.error ? s.error[i] : ""]).filter((row) => row[5] !== null);
+  })]);
   document.documentElement.dataset.charts = "ready";
 
   function drawCurves(drawn) {

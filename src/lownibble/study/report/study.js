@@ -1,6 +1,6 @@
 // Moves what the page has drawn: methods on and off; reads evaluation losses out under pointer and keys. Nothing is fetched.
 (() => {
-  const { all, showTip, attach } = page;
+  const { all, showTip, attach, saving } = page;
   const panels = JSON.parse(document.getElementById("panels").textContent);
 
   for (const box of all(document, "[data-method]")) {
@@ -31,5 +31,6 @@
       leave() { picked = -1; cross.setAttribute("visibility", "hidden"); figure.querySelector(".tip").hidden = true; },
     });
   }
+  saving((figure) => ("panel" in figure.dataset ? () => panels[figure.dataset.panel].rows : null));
   document.documentElement.dataset.charts = "ready";
 })();

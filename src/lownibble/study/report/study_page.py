@@ -92,9 +92,11 @@ def span(found: Mapping[str, Any] | None, digits: int = 3) -> str:
     """'mean (low to high)'; without an interval, the mean and the reason."""
     if found is None or found["mean"] is None:
         return "-"
-    if found["low"] is None:
+    low, high = found["low"], found["high"]
+    if low is None and high is None:
         return f"{found['mean']:.{digits}f} ({_no_interval(found)})"
-    return f"{found['mean']:.{digits}f} ({found['low']:.{digits}f} to {found['high']:.{digits}f})"
+    ends = (None if end is None else f"{end:.{digits}f}" for end in (low, high))
+    return f"{found['mean']:.{digits}f} ({' to '.join(end or 'no bound' for end in ends)})"
 
 
 def _no_interval(found: Mapping[str, Any]) -> str:
@@ -159,7 +161,8 @@ def _context(folder: Path, study: Mapping[str, Any], summary: Mapping[str, Any])
         "forests": forests, "shown_pairs": len(forests) if len(names) <= MAX_METHODS else len(names) - 1,
         "sizes": [plot for group in summary["groups"] for plot in sizes(group, study["spec"]["methods"], names)],
         "panels": [_panel(group, names) for group in summary["groups"] if any(m["curve"] for m in group["methods"])],
-        "headline": _headline(summary["groups"]), "less_is_better": LESS_IS_BETTER, "statistics": methods(summary),
+        "headline": _headline(summary["groups"]), "decisions": _decisions(summary["groups"]),
+        "less_is_better": LESS_IS_BETTER, "statistics": methods(summary),
         "devices": devices, "models": models, "places": places, "hardware": hardware,
         "command": shlex.join(study["command"]), "environment": next(iter(environments), study["environment"]),
         "machines": sorted(set(map(_machine, environments))),
@@ -217,7 +220,12 @@ def _pairs(groups: Sequence[Mapping[str, Any]]) -> list[tuple[str, str]]:
     """The pairs of methods, LoRA against QLoRA first, the comparison that most readers want, then those with the first method."""
     found = list(dict.fromkeys((pair["a"], pair["b"]) for group in groups for pair in group["pairs"]))
     first = found[0][0] if found else None
-    return sorted(found, key=lambda pair: (set(pair) != {"lora", "qlora"}, pair[0] != first))
+    return sorted(found, key=lambda pair: (_first_lora_qlora(pair), pair[0] != first))
+
+
+def _first_lora_qlora(pair: tuple[str, str]) -> bool:
+    """A key that sorts the comparison of LoRA and QLoRA first."""
+    return set(pair) != {"lora", "qlora"}
 
 
 def _headline(groups: Sequence[Mapping[str, Any]]) -> str:
@@ -302,7 +310,40 @@ def verdict(pair: Mapping[str, Any]) -> str:
     if worse := shown_worse(pair, test["metric"]):
         return f"{pair['a'] if worse == pair['b'] else pair['b']} better"
     alone = "equivalence" if test["p"] <= LEVEL else "a difference" if found["low"] > 0 or found["high"] < 0 else None
-    return "neither a difference nor equivalence shown" + (f" ({alone} if it were the only comparison)" if alone else "")
+    bound = f"; at most {_bound(found):.2g} apart"
+    return f"neither a difference nor equivalence shown{bound}{f' ({alone} if it were the only comparison)' if alone else ''}"
+
+
+def _decisions(groups: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """The table that comes first: for each task and planned pair (class, what is shown, the difference or its bound)."""
+    planned = [[pair for pair in group["pairs"] if pair["decision"] is not None] for group in groups]
+    pairs = sorted({(p["a"], p["b"]): None for of in planned for p in of}, key=_first_lora_qlora)
+    rows = []
+    for group, of in zip(groups, planned, strict=True):
+        by_name = {(p["a"], p["b"]): p for p in of}
+        if of:
+            cells = [_decision(by_name[pair]) if pair in by_name else ("none", "-", "") for pair in pairs]
+            rows.append((group["label"], of[0]["equivalence"]["metric"], cells))
+    shown = [cell for *_, cells in rows for cell in cells if cell[1] != "-"]
+    return {"pairs": pairs, "rows": rows, "planned": len(shown), "decided": sum(cell[0] == "shown" for cell in shown)}
+
+
+def _decision(pair: Mapping[str, Any]) -> tuple[str, str, str]:
+    metric, shown = pair["equivalence"]["metric"], pair["decision"]["shown"]
+    found = pair["scores"][metric]
+    if found["low"] is None:
+        return "open", "open", "nothing can be told"
+    if shown is None:
+        return "open", "open", f"at most {_bound(found):.2g} apart"
+    if shown == EQUIVALENT:
+        return "shown", "equivalent", f"within {pair['equivalence']['margin']:.2g}"
+    worse = shown_worse(pair, metric)
+    return "shown", f"{pair['a'] if worse == pair['b'] else pair['b']} better", signed(found)
+
+
+def _bound(found: Mapping[str, Any]) -> float:
+    """How far two methods are apart at most, by the interval."""
+    return float(max(-found["low"], found["high"]))
 
 
 def basis(pair: Mapping[str, Any]) -> str:
@@ -336,6 +377,8 @@ class Panel:
     curves: list[Curve]
     readings: list[tuple[int, str]]
     """(step, text shown at it)"""
+    rows: list[list[Any]]
+    """The values with their head, to be saved"""
     summary: str
 
 
@@ -368,8 +411,14 @@ def _panel(group: Mapping[str, Any], names: Sequence[str]) -> Panel:
             if step in m["curve"]["steps"]
         ]
         readings.append((int(step), f"step {step:g}\n" + "\n".join(lines)))
+    rows: list[list[Any]] = [["method", "step", "mean", "low", "high", "value of each seed"]]
+    rows += [
+        [m["method"], step, *(m["curve"][name][i] for name in ("mean", "low", "high")), *m["curve"]["values"][i]]
+        for m in methods
+        for i, step in enumerate(m["curve"]["steps"])
+    ]
     last = "; ".join(f"{m['method']} {m['curve']['mean'][-1]:.3f}" for m in methods)
-    return Panel(group["label"], x, y, curves, readings, f"evaluation loss at the end: {last}")
+    return Panel(group["label"], x, y, curves, readings, rows, f"evaluation loss at the end: {last}")
 
 
 def _at(curve: Mapping[str, Any], i: int) -> dict[str, Any]:
