@@ -490,14 +490,14 @@ def paging() -> str:
     return f"{turns}\n\n{bits}"
 
 
-def faults() -> str:
+def faults(name: str = "faults-cpu") -> str:
     """Fault injection: how the runs ended."""
-    record = _record("faults-cpu")
+    record = _record(name)
     lines = ["| injected fault | run | outcome | count |", "| --- | --- | --- | ---: |"]
     for fault in record["faults"]:
         for outcome, count in fault["outcomes"].items():
             lines.append(f"| {' | '.join(map(_plain, (fault['fault'], fault['run'], outcome)))} | {count} |")
-    return "\n".join(lines) + f"\n\n({_where(record)}; `benchmarks/results/faults-cpu.json`)"
+    return "\n".join(lines) + f"\n\n({_where(record)}; `benchmarks/results/{name}.json`)"
 
 
 def _plain(text: str) -> str:
@@ -857,6 +857,7 @@ SECTIONS: dict[str, Callable[[], str]] = {
     "memory": memory,
     "paging": paging,
     "faults": faults,
+    "faults-ranks": partial(faults, "faults-ranks-cpu"),
     "kernels": kernels,
     "parity": parity,
 }

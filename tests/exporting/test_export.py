@@ -13,7 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, G
 import lownibble as ln
 from lownibble.errors import AdapterError, ConfigError, ModelError, OutputError
 from lownibble.exporting.gguf_tokenizer import PRE_TOKENIZERS
-from lownibble.lora.adapter import AdapterFile
+from lownibble.lora.adapter_file import AdapterFile
 
 TEXT = ["The film was good in 1984, wasn't it?", "  two  spaces\nand\ttabs", "naïve café №5", "x = [i**2 for i in range(10)]"]
 F16 = 2e-3

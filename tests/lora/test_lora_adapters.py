@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 import lownibble as ln
 from lownibble.errors import AdapterError, TargetError
 from lownibble.lora import LoraLinear, remove_adapter
-from lownibble.lora.adapter import AdapterFile
+from lownibble.lora.adapter_file import AdapterFile
 from lownibble.registry import INITS
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"

@@ -18,7 +18,7 @@ import lownibble.integrations.transformers
 from lownibble import stored
 from lownibble.config import QuantConfig
 from lownibble.errors import ConfigError, LownibbleError, ModelError
-from lownibble.lora.adapter import AdapterFile
+from lownibble.lora.adapter_file import AdapterFile
 from lownibble.models.info import info
 from lownibble.quant import QuantLinear
 

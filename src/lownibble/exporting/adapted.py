@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from lownibble.config import QuantConfig
 from lownibble.errors import AdapterError, ModelError
-from lownibble.lora.adapter import AdapterFile
+from lownibble.lora.adapter_file import AdapterFile
 from lownibble.lora.apart import fitted
 from lownibble.lora.portable import PREFIX
 from lownibble.lora.targets import scale_of

@@ -24,7 +24,7 @@ from lownibble.exporting import engines, gguf
 from lownibble.exporting.measure import BASE, FAITHFUL, LIVE
 from lownibble.exporting.merge import RECORD, check_free, write
 from lownibble.exporting.weights import DENSE_TARGETS, Tell, Weights, say_nothing
-from lownibble.lora.adapter import AdapterFile
+from lownibble.lora.adapter_file import AdapterFile
 from lownibble.lora.apart import split
 from lownibble.lora.portable import CONFIG_FILE
 from lownibble.lora.provenance import other_weights

@@ -27,7 +27,7 @@ from lownibble.errors import AdapterError, ConfigError, DataError, ModelError
 from lownibble.exporting import gguf
 from lownibble.exporting.quantize import run_quantize
 from lownibble.exporting.weights import Tell, Weights, say_nothing
-from lownibble.lora.adapter import AdapterFile
+from lownibble.lora.adapter_file import AdapterFile
 from lownibble.lora.apart import fitted, parts, split
 from lownibble.lora.portable import CONFIG_FILE
 from lownibble.lora.targets import match_experts

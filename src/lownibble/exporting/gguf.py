@@ -43,7 +43,7 @@ from lownibble.config import LoraConfig
 from lownibble.errors import AdapterError, ModelError, OutputError
 from lownibble.exporting.gguf_tokenizer import add_tokenizer
 from lownibble.exporting.weights import Tell, Weights, say_nothing
-from lownibble.lora.adapter import AdapterFile
+from lownibble.lora.adapter_file import AdapterFile
 from lownibble.lora.apart import fitted
 from lownibble.lora.portable import CONFIG_FILE, PREFIX, WEIGHTS_FILE
 from lownibble.lora.provenance import METADATA_KEY, from_metadata, to_metadata

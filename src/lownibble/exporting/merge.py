@@ -23,7 +23,7 @@ from lownibble.data import Example, encode_for, load, sequences_of
 from lownibble.errors import AdapterError, ConfigError, InputError, OutputError
 from lownibble.exporting.measure import BASE, FAITHFUL, choose_rows, measure
 from lownibble.exporting.weights import Tell, Weights, check_onto, say_nothing
-from lownibble.lora.adapter import AdapterFile
+from lownibble.lora.adapter_file import AdapterFile
 from lownibble.lora.portable import CONFIG_FILE
 from lownibble.lora.provenance import describe, other_weights
 from lownibble.models import ModelSource, load_tokenizer, resolve

@@ -32,7 +32,7 @@ from torch import Tensor
 from lownibble.config import QuantConfig
 from lownibble.errors import AdapterError, ConfigError
 from lownibble.exporting.adapted import ALL, AdaptedBase
-from lownibble.lora.adapter import AdapterFile, parted
+from lownibble.lora.adapter_file import AdapterFile, parted
 from lownibble.lora.init import without
 from lownibble.models import ModelSource
 from lownibble.models.conversion import stored_names

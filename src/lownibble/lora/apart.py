@@ -40,7 +40,7 @@ from lownibble.models import experts
 from lownibble.models.conversion import stored_names
 
 if TYPE_CHECKING:
-    from lownibble.lora.adapter import AdapterFile
+    from lownibble.lora.adapter_file import AdapterFile
 
 
 @dataclass(frozen=True)

@@ -35,7 +35,7 @@ from lownibble.config import LoraConfig
 from lownibble.decoding import Decoder
 from lownibble.errors import AdapterError, InputError
 from lownibble.kernels.decoder import Adapter, LowRank
-from lownibble.lora.adapter import AdapterFile
+from lownibble.lora.adapter_file import AdapterFile
 from lownibble.lora.apart import fitted
 from lownibble.lora.dora import DORA, row_gains, row_squares
 from lownibble.lora.portable import CONFIG_FILE, WEIGHTS_FILE
