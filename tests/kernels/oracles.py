@@ -79,11 +79,13 @@ def assert_same_bits(actual: Tensor, expected: Tensor) -> None:
     assert torch.equal(*same_bits), f"{int((actual != expected).sum())} of {actual.numel()} values differ"
 
 
-def gemv_bound(x_TK: Tensor, weight_NK: Tensor, exact_TN: Tensor) -> Tensor:
+def gemv_bound(x_TK: Tensor, weight_NK: Tensor, exact_TN: Tensor, kernels: ops.Backend | None = None) -> Tensor:
     """Largest error of summing K rounded products in float32 in any order (Higham 2002, section 3.1), then rounding once to
-    the output type; the last term is half of float16's smallest step."""
-    K = x_TK.shape[1]
-    summed = (K + 1) * ROUNDOFF[torch.float32] * (x_TK.double().abs() @ weight_NK.double().abs().t())
+    the output type; the last term is half of float16's smallest step. Tensor cores take weights rounded to x's dtype."""
+    (T, K), sizes = x_TK.shape, x_TK.double().abs() @ weight_NK.double().abs().t()
+    summed = (K + 1) * ROUNDOFF[torch.float32] * sizes
+    if kernels is not None and kernels.name == "triton" and T > 1 and x_TK.dtype != torch.float32:
+        summed += ROUNDOFF[x_TK.dtype] * sizes + 2.0**-25 * x_TK.double().abs().sum(1, keepdim=True)
     return summed + ROUNDOFF[x_TK.dtype] * (exact_TN.abs() + summed) + 2.0**-25
 
 

@@ -20,7 +20,8 @@ import json, re, sys
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from lownibble.kernels import triton_experts, triton_programs
+import triton.language as tl
+from lownibble.kernels import triton_decode, triton_experts, triton_few, triton_programs
 
 NESTED = {"nested_values": "fp32", "nested_absmax": "fp32", "offset": "fp32"}
 PACKED = {"codes": "u8", "values": "fp32", "scale": "u8", "zero": "u8"}
@@ -39,12 +40,21 @@ POINTERS = {
     "scale_sums": {"sums": "i32", "row_scale": "fp32", "column_scale": "fp32", "bias": "fp32", "out": "bf16"},
     "experts_product": {**dict.fromkeys(("x", "low", "factor", "out"), "bf16"), "ends": "i32", "weight": "u8", "values": "fp32",
                         "scale": "u8", "zero": "u8", **NESTED},
+    "one_row": {"x": "i32", **PACKED, **NESTED, "out": "bf16"},
+    "few_rows": {"x": "i32", **PACKED, **NESTED, "out": "fp32"},
+    "add_parts": {"parts": "fp32", "out": "bf16"},
+    "attend_part": {**dict.fromkeys(("q", "keys", "values"), "bf16"), **dict.fromkeys(("slots", "positions"), "i64"),
+                    **dict.fromkeys(("sums", "largest", "out"), "fp32")},
+    "attend_whole": {**dict.fromkeys(("sums", "largest", "parts"), "fp32"), "sinks": "bf16", "out": "bf16"},
+    "shrink": {"x": "bf16", "index": "i64", "pointers": "i64", "ranks": "i32", "low": "fp32"},
+    "expand": {"low": "fp32", "index": "i64", "pointers": "i64", "ranks": "i32", "scales": "fp32", "out": "bf16"},
     "experts_outer": {"a": "bf16", "b": "bf16", "ends": "i32", "out": "fp32"},
 }
 DIVISIBLE = [["tt.divisibility", 16]]
 
 def compiled(name, fusion=False, capability=80, types={}, floats=(), odd=(), warps=4, **constants):
-    kernel, pointers = getattr(triton_programs, name, None) or getattr(triton_experts, name), POINTERS[name] | types
+    modules = triton_programs, triton_experts, triton_few, triton_decode
+    kernel, pointers = next(found for module in modules if (found := getattr(module, name, None))), POINTERS[name] | types
     plain = dict.fromkeys(kernel.arg_names, "i32") | dict.fromkeys(floats, "fp32")
     signature = {n: "constexpr" if n in constants else "*" + pointers[n] if n in pointers else plain[n] for n in kernel.arg_names}
     attributes = {(i,): DIVISIBLE for i, n in enumerate(kernel.arg_names) if n not in (*constants, *floats, *odd)}
@@ -76,6 +86,27 @@ def compiled_experts(capability):
         types = {"a": dtype, "b": dtype}
         yield f"experts_outer {dtype}", compiled("experts_outer", floats=["alpha"], odd=["S", "E"], types=types,
                                                  capability=capability, PS=64, QS=64, ROWS=rows)
+
+def compiled_decoding(capability):
+    how, few = triton_few.ONE_ROW, triton_few.FEW_ROWS
+    newest = capability == 90
+    for label, zero, group in (("nf4", False, 64), ("int4", True, 128))[: 1 + newest]:
+        codec = {"KIND": tl.bfloat16, "GROUP": group, "ZERO": zero, "NESTED_BLOCK": 256, "capability": capability, "fusion": True}
+        yield f"one_row {label}", compiled("one_row", ROWS=how.rows, CHUNKS=how.chunks, STAGES=how.stages, warps=how.warps,
+                                           **codec)
+        for rows in (16, 64)[: 1 + newest]:
+            yield f"few_rows {label} {rows}", compiled("few_rows", odd=["T"], TS=rows, ROWS=few.rows, PAIRS=few.pairs,
+                                                       STAGES=few.stages, warps=few.warps, **codec)
+    yield "add_parts", compiled("add_parts", PARTS=4, SIZE=triton_few.ADDED, capability=capability)
+    for label, D, group, window, capped in (("128", 128, 4, 0, False), ("80, a window, a cap", 80, 1, 512, True))[: 1 + newest]:
+        yield f"attend_part {label}", compiled(
+            "attend_part", floats=["scaling", "softcap"], odd=["C"], KEY_HEADS=8, GROUP=group, D=D, DV=D, DS=128, DVS=128,
+            HEADS=16, KEYS_AT_ONCE=triton_decode.KEYS, PARTS=32, WINDOW=window, CAPPED=capped, warps=triton_decode.WARPS,
+            fusion=True, capability=capability)
+    yield "attend_whole", compiled("attend_whole", H=32, DV=128, DVS=128, PARTS=32, SINKS=True, capability=capability)
+    sizes = {"R": 16, "capability": capability, "fusion": True, "odd": ["linear", "linears"]}
+    yield "shrink", compiled("shrink", RANKS=triton_decode.SHRINK_RANKS, TERMS=triton_decode.SHRINK_TERMS, **sizes)
+    yield "expand", compiled("expand", OUTPUTS=triton_decode.EXPAND_OUTPUTS, **sizes)
 
 def compiled_8bit(capability, code):
     rows = {"types": {"codes": code}, "capability": capability, "SIZE": 2048, "TOP": 127.0 if code == "i8" else 448.0}
@@ -115,8 +146,10 @@ for capability, code in ((80, "i8"), (90, "i8"), (89, "fp8e4nv"), (90, "fp8e4nv"
     cases |= {f"{name} {code} {capability}": ptx for name, ptx in compiled_8bit(capability, code)}
 for capability in (80, 90):
     cases |= {f"{name} {capability}": ptx for name, ptx in compiled_experts(capability)}
+    cases |= {f"{name} {capability}": ptx for name, ptx in compiled_decoding(capability)}
 words = ("mma.sync", "wgmma.mma_async", "fma.rn.f32", ".ftz", "div.full", "div.rn.f32", "cvt.rn.bf16", "st.global.v4", ".local.",
-         "cvt.rn.satfinite.e4m3x2.f32", "cvt.rn.satfinite.e4m3x2.f16x2", "st.global.v2", "st.global", "cp.async.c")
+         "cvt.rn.satfinite.e4m3x2.f32", "cvt.rn.satfinite.e4m3x2.f16x2", "st.global.v2", "st.global", "cp.async.c",
+         "ld.global.v4.b32", "ld.global.b8", "ld.global.u8", ", 0x10, ")
 print(json.dumps({name: {word: ptx.count(word) for word in words} for name, ptx in cases.items()}))
 """
 
@@ -131,10 +164,13 @@ def ptx(tmp_path_factory):
     return json.loads(done.stdout)
 
 
+DECODING = ("one_row", "few_rows", "attend", "shrink", "expand")
+
+
 def test_no_kernel_rounds_otherwise_than_the_reference(ptx):
     for name, counts in ptx.items():
         assert counts["div.full"] == 0, name
-        if name.startswith("cross_entropy"):  # only in the logarithm of a row's sum
+        if name.startswith(("cross_entropy", *DECODING)):  # a row's logarithm, and sums that are of tensor cores or contracted
             continue
         assert counts[".ftz"] == 0, name
         in_float32 = "experts" in name and ("float32" in name or "fp32" in name)  # multiply-adds are the product itself
@@ -206,3 +242,24 @@ def test_values_are_looked_up_in_shared_memory_not_copied_one_by_one(ptx):
     """A tile of 128 x 64 codes of 4 bits over 128 threads is 64 values each; codes and x come in asynchronous copies."""
     for capability in (80, 90):
         assert 0 < ptx[f"experts_product nf4 16 {capability}"]["cp.async.c"] < 64
+
+
+@pytest.mark.parametrize("capability", [80, 90])
+def test_steps_of_a_token_read_in_whole_vectors(ptx, capability):
+    """Codes of one row: 4096 bytes over 128 threads are two loads of 16 bytes, and a multiply-add for each of 64 codes. Of few
+    rows 16 bytes are copied at once to shared memory. Keys, values and both low-rank matrices come in 16 bytes, too."""
+    newest = capability == 90
+    for label in ("nf4", "int4")[: 1 + newest]:
+        one = ptx[f"one_row {label} {capability}"]
+        assert one["ld.global.v4.b32"] >= 2
+        assert one["fma.rn.f32"] >= 64
+        for rows in (16, 64)[: 1 + newest]:
+            few = ptx[f"few_rows {label} {rows} {capability}"]
+            assert few["wgmma.mma_async" if capability == 90 else "mma.sync"] > 0
+            assert few[", 0x10, "] > 0
+    for label in ("128", "80, a window, a cap")[: 1 + newest]:
+        part = ptx[f"attend_part {label} {capability}"]
+        assert part["mma.sync"] > 0
+        assert part[", 0x10, "] + part["ld.global.v4.b32"] > 0
+    assert ptx[f"shrink {capability}"]["ld.global.v4.b32"] > 0
+    assert ptx[f"expand {capability}"]["ld.global.v4.b32"] > 0

@@ -22,6 +22,7 @@ from torch import Tensor
 from lownibble.errors import BackendError
 from lownibble.kernels.adamw import AdamPart, CodeMap
 from lownibble.kernels.decoder import DecoderLayers, Segment, Step
+from lownibble.kernels.rows import PLAIN_ATTENTION, Attending, RowAdapters
 from lownibble.kernels.types import NO_EPILOGUE, Epilogue, FourBit, Grouped, Rows8bit, Scaled8bit, Stack
 
 
@@ -97,6 +98,12 @@ class Backend(Protocol):
     def decoder_layers(
         self, x_TH: Tensor, layers: DecoderLayers, keys: Tensor, values: Tensor, step: Step, segments: Sequence[Segment]
     ) -> None: ...
+
+    def attend_slots(
+        self, q_BHD: Tensor, keys: Tensor, values: Tensor, slots_B: Tensor, positions_B: Tensor, how: Attending
+    ) -> Tensor: ...
+
+    def add_low_rank_rows(self, y_TN: Tensor, x_TK: Tensor, adapters: RowAdapters, linear: int) -> None: ...
 
     def adamw_8bit(self, parts: Sequence[AdamPart], books: tuple[CodeMap, CodeMap], found_inf: Tensor | None) -> None: ...
 
@@ -438,6 +445,32 @@ def decoder_layers(
         segments: in order, non-overlapping; tokens outside all of them have no adapter.
     """
     _for(x_TH).decoder_layers(x_TH, layers, keys, values, step, segments)
+
+
+def attend_slots(
+    q_BHD: Tensor, keys: Tensor, values: Tensor, slots_B: Tensor, positions_B: Tensor, how: Attending = PLAIN_ATTENTION
+) -> Tensor:
+    """Attention of one token of each of some slots to the keys of its slot up to its own position, (B, heads, D of values).
+
+    Slots and positions are read on the device, so shapes and launches are the same whatever they are. No gradient.
+
+    Args:
+        q_BHD: (B, heads, D). keys, values: (slots, key_heads, capacity, D) and (..., D of values), contiguous, of q's dtype.
+        slots_B, positions_B: (B,) int64; below the numbers of slots and the capacity.
+    """
+    return _for(q_BHD).attend_slots(q_BHD, keys, values, slots_B, positions_B, how)
+
+
+def add_low_rank_rows(y_TN: Tensor, x_TK: Tensor, adapters: RowAdapters, linear: int) -> None:
+    """Add to each row of y, in place, the low-rank branch that the row's own adapter has for a linear layer.
+
+    Which adapter a row has is read on the device: the launches are the same for one adapter and for one of each row. Products are
+    summed in float32 by the Triton kernels, else in x's dtype. No gradient.
+
+    Args:
+        y_TN, x_TK: contiguous, of the adapters' dtype. linear: index of the layer in the adapters' branches.
+    """
+    _for(x_TK).add_low_rank_rows(y_TN, x_TK, adapters, linear)
 
 
 def adamw_8bit(parts: Sequence[AdamPart], books: tuple[CodeMap, CodeMap], found_inf: Tensor | None = None) -> None:

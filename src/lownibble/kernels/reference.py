@@ -24,6 +24,8 @@ from lownibble.kernels.plain import low_rank as low_rank
 from lownibble.kernels.plain import low_rank_backward as low_rank_backward
 from lownibble.kernels.plain import matmul_dense as matmul_dense
 from lownibble.kernels.plain import outer_experts as outer_experts
+from lownibble.kernels.rows import add_low_rank_rows as add_low_rank_rows
+from lownibble.kernels.rows import attend_slots as attend_slots
 from lownibble.kernels.types import LARGEST_CODE, PART, Epilogue, FourBit, Grouped, Rows8bit, Scaled8bit, row_sizes
 
 name = "reference"

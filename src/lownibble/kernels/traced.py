@@ -15,6 +15,7 @@ from torch import Tensor
 from lownibble.kernels import decoded, plain
 from lownibble.kernels.adamw import AdamPart, CodeMap
 from lownibble.kernels.decoder import DecoderLayers, Segment, Step
+from lownibble.kernels.rows import Attending, RowAdapters
 from lownibble.kernels.types import PART, Epilogue, FourBit, Grouped, Rows8bit, Scaled8bit, Stack, row_sizes
 
 _PRODUCTS = {torch.int8: torch.int32, torch.float8_e4m3fn: torch.bfloat16}
@@ -176,6 +177,15 @@ class Traced:
         self, x_TH: Tensor, layers: DecoderLayers, keys: Tensor, values: Tensor, step: Step, segments: Sequence[Segment]
     ) -> None:
         """As `ops.decoder_layers`: in place, so nothing is allocated."""
+
+    def attend_slots(
+        self, q_BHD: Tensor, keys: Tensor, values: Tensor, slots_B: Tensor, positions_B: Tensor, how: Attending
+    ) -> Tensor:
+        """As `ops.attend_slots`."""
+        return q_BHD.new_empty(*q_BHD.shape[:2], values.shape[3])
+
+    def add_low_rank_rows(self, y_TN: Tensor, x_TK: Tensor, adapters: RowAdapters, linear: int) -> None:
+        """As `ops.add_low_rank_rows`: in place; a low-rank product of a row is not counted."""
 
     def adamw_8bit(self, parts: Sequence[AdamPart], books: tuple[CodeMap, CodeMap], found_inf: Tensor | None) -> None:
         """As `ops.adamw_8bit`: in place; a stretch of temporaries is not counted."""

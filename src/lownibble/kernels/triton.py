@@ -1,6 +1,7 @@
 """The Triton kernels, for CUDA devices; on a CPU they run in Triton's interpreter, which tests them without a GPU.
 
-The programs, and how they compute, are in `triton_programs.py`; experts' products and AdamW have files of their own.
+The programs, and how they compute, are in `triton_programs.py`; experts' products, products of few rows, decoding steps and
+AdamW have files of their own.
 
 The interpreter is selected when triton is imported (TRITON_INTERPRET=1), not when a kernel runs. Launches go to the current
 stream of the tensors' device and are asynchronous.
@@ -19,7 +20,7 @@ from torch import Tensor
 from triton.runtime.interpreter import InterpretedFunction
 
 from lownibble.errors import BackendError, InputError
-from lownibble.kernels import decoded, decoder, plain
+from lownibble.kernels import decoded, decoder, plain, triton_few
 from lownibble.kernels import triton_programs as jit
 from lownibble.kernels.attention import attention as attention
 from lownibble.kernels.attention import attention_backward as attention_backward
@@ -39,6 +40,8 @@ from lownibble.kernels.plain import low_rank as low_rank
 from lownibble.kernels.plain import low_rank_backward as low_rank_backward
 from lownibble.kernels.plain import matmul_dense as matmul_dense
 from lownibble.kernels.triton_adamw import adamw_8bit as adamw_8bit
+from lownibble.kernels.triton_decode import add_low_rank_rows as add_low_rank_rows
+from lownibble.kernels.triton_decode import attend_slots as attend_slots
 from lownibble.kernels.triton_experts import matmul_experts as matmul_experts
 from lownibble.kernels.triton_experts import outer_experts as outer_experts
 from lownibble.kernels.types import LARGEST_CODE, Epilogue, FourBit, Grouped, Rows8bit, Scaled8bit, row_sizes
@@ -155,6 +158,10 @@ def gemv_4bit(x_TK: Tensor, weight: FourBit) -> Tensor:
     check_weight(weight, device)
     check_float(x_TK, "x_TK")
     check_tensor(x_TK, "x_TK", x_TK.dtype, T * K, device)
+    if triton_few.takes(T, K, x_TK.dtype, block_size):
+        (codes, absmax, values, *nested), sizes = _pointers(weight)
+        constants = {"ZERO": False, "NESTED_BLOCK": sizes["NESTED_BLOCK"]}
+        return triton_few.product(x_TK, triton_few.Codes((codes, values, absmax, absmax, *nested), constants, block_size), N)
     out_TN = torch.empty((T, N), dtype=x_TK.dtype, device=device)
     whole = K % block_size == 0
     ts = min(triton.next_power_of_2(max(T, 1)), GEMV_ROWS)
@@ -164,6 +171,13 @@ def gemv_4bit(x_TK: Tensor, weight: FourBit) -> Tensor:
     programs = triton.cdiv(T, ts) * triton.cdiv(N, ns)
     _launch(jit.gemv_4bit, programs, x_TK, *pointers, out_TN, T, N, K, TS=ts, NS=ns, KS=ks, **sizes, WHOLE=whole)
     return out_TN
+
+
+def takes_few(x_TK: Tensor, weight: FourBit | Grouped | None) -> bool:
+    """Whether `gemv_4bit` or `gemv_grouped` multiplies these rows on tensor cores, without decoding the weight into a buffer."""
+    if isinstance(weight, FourBit):
+        return triton_few.takes(len(x_TK), weight.shape[1], x_TK.dtype, weight.block_size)
+    return weight is not None and triton_few.takes(len(x_TK), weight.shape[1], x_TK.dtype, weight.group_size, weight.bits)
 
 
 def _grouped_pointers(weight: Grouped) -> tuple[tuple[Tensor, ...], dict[str, int]]:
@@ -196,6 +210,10 @@ def gemv_grouped(x_TK: Tensor, weight: Grouped) -> Tensor:
     check_grouped(weight, device)
     check_float(x_TK, "x_TK")
     check_tensor(x_TK, "x_TK", x_TK.dtype, T * K, device)
+    if triton_few.takes(T, K, x_TK.dtype, weight.group_size, weight.bits):
+        tensors, sizes = _grouped_pointers(weight)
+        constants = {name: sizes[name] for name in ("ZERO", "NESTED_BLOCK")}
+        return triton_few.product(x_TK, triton_few.Codes(tensors, constants, weight.group_size), N)
     out_TN = torch.empty((T, N), dtype=x_TK.dtype, device=device)
     ts, ns = min(triton.next_power_of_2(max(T, 1)), GEMV_ROWS), GEMV_TILE // GEMV_COLUMNS
     pointers, sizes = _grouped_pointers(weight)

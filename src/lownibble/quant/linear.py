@@ -153,15 +153,23 @@ frozen_matmul.register_autograd(_differentiate, setup_context=_save)
 def frozen_linear(x: Tensor, weight: PackedWeight, bias: Tensor | None, code_type: torch.dtype | None) -> Tensor:
     """x (..., K) -> (..., N) with a packed weight (N, K) and a bias, in x's dtype; 8-bit matmuls if `code_type` is given.
 
-    Up to `MATVEC_MAX_ROWS` rows without gradient are exact.
+    Few rows without gradient are exact.
     """
     N, K = weight.shape
     x_TK = x.reshape(-1, K)
-    if x_TK.shape[0] <= MATVEC_MAX_ROWS and not (torch.is_grad_enabled() and x.requires_grad):
+    if not (torch.is_grad_enabled() and x.requires_grad) and _is_few(x_TK, weight):
         y_TN = weight.matvec(x_TK)
     else:
         y_TN = _FrozenMatmul.apply(x_TK, weight, None if code_type is None else eightbit.shared_rows(x, code_type))
     return _with_bias(y_TN, bias).view(*x.shape[:-1], N)
+
+
+def _is_few(x_TK: Tensor, weight: PackedWeight) -> bool:
+    """Whether a kernel that reads the codes beats decoding the weight first. Some backends have one for more rows."""
+    if len(x_TK) <= MATVEC_MAX_ROWS:
+        return True
+    takes_few = getattr(ops.current(x_TK.device), "takes_few", None)
+    return takes_few is not None and takes_few(x_TK, weight.four_bit or weight.grouped)
 
 
 def _with_bias(y_TN: Tensor, bias: Tensor | None) -> Tensor:

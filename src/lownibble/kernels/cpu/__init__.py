@@ -23,6 +23,7 @@ from lownibble.kernels.cpu.int8 import has_int8, matmul_8bit, matmul_8bit_dense,
 from lownibble.kernels.cpu.loading import available_isas, isa, library, select_isa
 from lownibble.kernels.cpu.low_rank import low_rank, low_rank_backward
 from lownibble.kernels.plain import outer_experts
+from lownibble.kernels.rows import add_low_rank_rows, attend_slots
 from lownibble.kernels.types import PART
 
 name = "cpu"
@@ -32,7 +33,8 @@ experts_at_once = False
 matmul_experts = partial(plain.matmul_experts, matmul_4bit, matmul_grouped)
 
 __all__ = [
-    "adamw_8bit", "attention", "attention_backward", "available_isas", "cross_entropy", "decoder_layers", "dequantize_4bit",
+    "adamw_8bit", "add_low_rank_rows", "attend_slots", "attention", "attention_backward", "available_isas", "cross_entropy",
+    "decoder_layers", "dequantize_4bit",
     "dequantize_8bit", "dequantize_grouped", "device_types", "experts_at_once", "gemv_4bit", "gemv_bf16", "gemv_grouped",
     "has_attention", "has_int8", "isa", "library", "low_rank", "low_rank_backward", "matmul_4bit", "matmul_8bit",
     "matmul_8bit_dense", "matmul_dense", "matmul_experts", "matmul_grouped", "name", "need_int8", "outer_experts",
