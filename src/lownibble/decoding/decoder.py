@@ -53,11 +53,13 @@ class Decoder(ABC):
         note: one line for the user: which decoder this is, and why.
         paths: by layer, the paths of the linear layers and experts' weights that adapters may change, in the order of an
             adapter's branches.
+        draws: logits are on another device than the host, which had better get tokens only (`drawing.py`).
     """
 
     model: Any
     note: str
     paths: Sequence[Sequence[str]]
+    draws: bool = False
 
     @abstractmethod
     def cache(self, slots: int, capacity: int) -> Cache:

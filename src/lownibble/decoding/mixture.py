@@ -14,10 +14,13 @@ from __future__ import annotations
 import copy
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from lownibble.errors import ModelError
+from lownibble.kernels import ops
 from lownibble.kernels.decoder import Branches
+from lownibble.kernels.rows import RowAdapters
 from lownibble.lora.experts import low_rank_of_experts
 from lownibble.lora.layer import LoraLinear
 from lownibble.models import experts
@@ -32,6 +35,8 @@ class Tokens:
     def __init__(self) -> None:
         self.count = 0
         self.branches: Branches = ()
+        self.rows: RowAdapters | None = None
+        """The adapters of a static step's rows, which are all tokens; then there are no `branches`."""
         self.sorted: list[tuple[Tensor, Ends]] = []
         """By segment: its rows among those sorted by expert, and where these end by expert."""
 
@@ -59,11 +64,7 @@ class Tokens:
         if not branches:
             return y
         x_TK, y_TN = x.reshape(-1, x.shape[-1]), y.view(-1, y.shape[-1])
-        if len(x_TK) != self.count:
-            raise ModelError(
-                f"A linear layer is given {len(x_TK)} rows for {self.count} tokens, so the rows' adapters are not known. Merge "
-                "the adapter (lownibble merge)."
-            )
+        self._check_rows(x_TK)
         for begin, end, branch in branches:
             rows = y_TN[begin:end]
             if branch.gain is not None:
@@ -73,6 +74,32 @@ class Tokens:
             low = x_TK[begin:end] @ branch.A.to(y).t()
             rows.addmm_(low, branch.B.to(y).t(), alpha=branch.scale)
         return y
+
+    def add_rows(self, index: int, x: Tensor, y: Tensor) -> None:
+        """Add to the output of the linear layer `index` the branch of each row's adapter, if any has one there.
+
+        Raises:
+            ModelError: as `add`.
+        """
+        assert self.rows is not None
+        if index not in self.rows.touched:
+            return
+        x_TK, y_TN = x.reshape(-1, x.shape[-1]).contiguous(), y.view(-1, y.shape[-1])
+        self._check_rows(x_TK)
+        dtype = self.rows.dtype
+        if y.dtype == dtype:
+            ops.add_low_rank_rows(y_TN, x_TK.to(dtype), self.rows, index)
+        else:  # a layer that the model keeps in another precision
+            added = torch.zeros_like(y_TN, dtype=dtype)
+            ops.add_low_rank_rows(added, x_TK.to(dtype), self.rows, index)
+            y_TN.add_(added)
+
+    def _check_rows(self, x_TK: Tensor) -> None:
+        if len(x_TK) != self.count:
+            raise ModelError(
+                f"A linear layer is given {len(x_TK)} rows for {self.count} tokens, so the rows' adapters are not known. Merge "
+                "the adapter (lownibble merge)."
+            )
 
 
 class _Linear(nn.Module):

@@ -1,8 +1,10 @@
 """ModulesDecoder: decoding by transformers' own modules, for every model that the CPU's decoder does not read.
 
 **Together.** All tokens of a step go through the model as one row of their own positions, so each weight is multiplied once for
-all sequences. Attention is transformers' seam (`AttentionInterface`): our function writes keys and values to the sequences' slots
-and lets each token attend to its own slot. Caps, sinks and windows that the model hands to its attention are applied.
+all sequences, and attention is over slots (`slots.py`).
+
+**Static.** Tokens that are alone in their sequence, as in generation, go in a pass of fixed shapes (`static.py`), on CUDA as a
+graph; what is left of a step, parts of prompts, is a pass of its own after it.
 
 **Apart.** A model whose attention does not go by that seam, or that carries state of another kind (ALiBi, recurrent layers,
 chunks, rotary angles that depend on the length), runs one sequence after another, each with transformers' own cache; a prompt
@@ -15,7 +17,8 @@ Angles of some rotary embeddings change for all positions once a sequence passes
 a cache of more tokens is refused.
 
 Low-rank branches are added by hooks to what linear layers and experts' weights return, so a step mixes adapters; the model's
-modules stay as they are, and a model's own active adapter computes as ever. DoRA's branches rescale the base's output.
+modules stay as they are, and a model's own active adapter computes as ever. DoRA's branches rescale the base's output; a step
+with them, or with branches of experts' weights, has no static pass.
 """
 
 from __future__ import annotations
@@ -23,46 +26,36 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from contextvars import ContextVar
-from dataclasses import dataclass, field
 from functools import partial
+from itertools import groupby
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface
-from transformers.cache_utils import DynamicLayer
 
+from lownibble.decoding.caches import PastCache, SlotCache
 from lownibble.decoding.decoder import Decoder, RefusedError
 from lownibble.decoding.form import ROPE_TYPES
 from lownibble.decoding.mixture import Tokens
-from lownibble.errors import ModelError
-from lownibble.kernels.decoder import Segment
+from lownibble.decoding.slots import Part, Rows, attending, parts_of
+from lownibble.decoding.static import StaticSteps, takes
+from lownibble.kernels.capture import Capture
+from lownibble.kernels.decoder import Adapter, Segment
+from lownibble.kernels.rows import RowAdapters
 from lownibble.lora.begin import output_head
 from lownibble.lora.inject import named_linears
 from lownibble.lora.layer import LoraLinear
 from lownibble.models import attention, experts
 from lownibble.models.info import body
 from lownibble.quant.experts import Ends, QuantExperts
-
-SLOTS = "lownibble_slots"
-"""Our attention's name among transformers' implementations."""
+from lownibble.transfers import to_device
 
 _TRIED = (12, 9), 7
 """Tokens of the two sequences of the trial, and of the first part of the first."""
 
 _TOLERANCE = {torch.float32: 1e-3}
 """dtype -> maximum logit difference relative to the largest logit; rounding stays far below it."""
-
-
-class _Part(NamedTuple):
-    """Tokens [begin, end) of a step: those of one slot, at positions from `position` on."""
-
-    slot: int
-    begin: int
-    end: int
-    position: int
 
 
 class _Trial(NamedTuple):
@@ -76,80 +69,13 @@ class _Trial(NamedTuple):
     """Whether a sequence goes on by more than one token at once."""
     slot_bytes: tuple[float, float]
     """Of a slot: a constant, and what each token adds."""
+    not_static: str
+    """Why there are no static passes, or ''."""
+    no_graphs: str
+    """Why static passes are not captured, or ''."""
 
 
 _trials: WeakKeyDictionary[Any, _Trial] = WeakKeyDictionary()
-
-
-@dataclass
-class _Layer:
-    """Keys (slots, key heads, capacity, head_dim) and values of a layer."""
-
-    keys: Tensor
-    values: Tensor
-
-
-@dataclass
-class SlotCache:
-    """Keys and values of all sequences, by layer; allocated when a layer first runs."""
-
-    slots: int
-    capacity: int
-    layers: dict[int, _Layer] = field(default_factory=dict)
-    windows: dict[int, int | None] = field(default_factory=dict)
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of all keys and values."""
-        return sum(layer.keys.nbytes + layer.values.nbytes for layer in self.layers.values())
-
-    def resume(self, slot: int, n: int) -> int:
-        """Later keys and values are written over."""
-        return n
-
-
-@dataclass
-class PastCache:
-    """transformers' own cache of each sequence, and how many tokens it has."""
-
-    slots: int
-    capacity: int
-    past: dict[int, Any] = field(default_factory=dict)
-    lengths: dict[int, int] = field(default_factory=dict)
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of what the sequences hold now."""
-        return sum(map(self.slot_bytes, self.past))
-
-    def slot_bytes(self, slot: int) -> int:
-        """Bytes of what a sequence holds now."""
-        return _bytes_within(self.past[slot])
-
-    def resume(self, slot: int, n: int) -> int:
-        """Cut what is beyond n tokens; a cache of windows or recurrent states cannot be cut, and starts anew."""
-        if n and n == self.lengths.get(slot, 0):
-            return n
-        layers: Any = getattr(self.past.get(slot), "layers", None)
-        if n and layers and all(type(layer) is DynamicLayer for layer in layers):
-            for layer in layers:
-                layer.keys, layer.values = (t[..., :n, :] for t in (layer.keys, layer.values))
-            self.lengths[slot] = n
-            return n
-        self.past.pop(slot, None)
-        self.lengths.pop(slot, None)
-        return 0
-
-
-def _bytes_within(value: Any) -> int:
-    """Bytes of the tensors in transformers' cache."""
-    if isinstance(value, Tensor):
-        return value.nbytes
-    if isinstance(value, dict):
-        return sum(map(_bytes_within, value.values()))
-    if isinstance(value, (list, tuple)):
-        return sum(map(_bytes_within, value))
-    return sum(map(_bytes_within, vars(value).values())) if type(value).__module__.startswith("transformers.") else 0
 
 
 class ModulesDecoder(Decoder):
@@ -157,11 +83,13 @@ class ModulesDecoder(Decoder):
 
     Args:
         why: why no other decoder takes the model.
+        static: run tokens that are alone in their sequence in passes of fixed shapes; default: on CUDA.
+        capture: how static passes are captured; default: into CUDA graphs, where there are some.
     Raises:
         ModelError: it is in training mode, or no causal model that can be continued.
     """
 
-    def __init__(self, model: Any, why: str) -> None:
+    def __init__(self, model: Any, why: str, *, static: bool | None = None, capture: Capture | None = None) -> None:
         if model.training:
             raise RefusedError(model, "it is in training mode (model.eval() ends that)")
         if model.config.is_encoder_decoder:
@@ -180,11 +108,18 @@ class ModulesDecoder(Decoder):
         self.paths = [list(adaptable)]
         self._modules = [_base(module) for module in adaptable.values()]
         self._tokens: Tokens | None = None  # of the hooks, set with them by the first step that needs them
+        self.draws = self._device.type == "cuda" if static is None else static
+        self._dtype, self._capture, self._no_graphs = weight.dtype, capture, ""
+        self._not_static = "" if self.draws else "they are for CUDA"
         found, weights = _trials.get(model), (weight.device, weight.dtype)
-        if found is None or found.weights != weights:
+        if found is None or found.weights != weights or static is not None:
             found = _trials[model] = self._trial(weights, why)
         self.together, self._in_parts, self._slot_bytes = not found.obstacle, found.in_parts, found.slot_bytes
+        self._not_static = found.not_static
         how = "all sequences at once" if self.together else f"one sequence after another, as {found.obstacle}"
+        if self._device.type == "cuda" and self.together:
+            obstacle = found.not_static or found.no_graphs
+            how += f", without graphs, as {obstacle}" if obstacle else ", with CUDA graphs"
         self.note = f"transformers' modules, {how}; not the CPU's decoder, as {why}"
 
     def cache(self, slots: int, capacity: int) -> SlotCache | PastCache:
@@ -208,10 +143,9 @@ class ModulesDecoder(Decoder):
         wanted: Tensor | None = None,
     ) -> Tensor:  # fmt: skip
         """As `Decoder.step`. A model that carries adapters runs the active one whatever `segments` says."""
-        parts, wanted = _parts(slots, positions), torch.arange(len(tokens)) if wanted is None else wanted
+        parts, wanted = parts_of(slots, positions), torch.arange(len(tokens)) if wanted is None else wanted
         if self.together:
-            with self._branches(segments or (), 0, len(tokens)), _attending(self.model, cache, parts):
-                return self._logits(tokens, wanted, position_ids=positions.unsqueeze(0).to(self._device), use_cache=False)[0]
+            return self._step_together(tokens, slots, positions, parts, cache, segments or (), wanted)
         found = []
         for part in parts:
             its = wanted[(wanted >= part.begin) & (wanted < part.end)] - part.begin
@@ -219,7 +153,71 @@ class ModulesDecoder(Decoder):
         order = torch.argsort(wanted, stable=True).argsort()
         return torch.cat(found)[order.to(self._device)]
 
-    def _go_on(self, tokens: Tensor, wanted: Tensor, part: _Part, cache: PastCache, segments: Sequence[Segment]) -> Tensor:
+    def _step_together(
+        self, tokens: Tensor, slots: Tensor, positions: Tensor, parts: list[Part], cache: SlotCache, segments: Sequence[Segment],
+        wanted: Tensor,
+    ) -> Tensor:  # fmt: skip
+        static = not self._not_static and all(takes(segment.adapter) for segment in segments)
+        ones = [part for part in parts if part.end == part.begin + 1] if static else []
+        if not ones:
+            return self._pass(tokens, positions, parts, cache, segments, wanted)
+        adapters: list[Adapter | None] = [None] * len(tokens)
+        for segment in segments:
+            adapters[segment.begin : segment.end] = [segment.adapter] * (segment.end - segment.begin)
+        found = [self._static_pass(tokens, ones, cache, [adapters[part.begin] for part in ones])]
+        row_of = torch.zeros(len(tokens), dtype=torch.int64)
+        row_of[[part.begin for part in ones]] = torch.arange(len(ones))
+        if len(ones) < len(parts):
+            among = torch.ones(len(tokens), dtype=torch.bool)
+            among[[part.begin for part in ones]] = False
+            others, its = among.nonzero()[:, 0], wanted[among[wanted]]
+            row_of[its] = len(ones) + torch.arange(len(its))
+            place = among.cumsum(0) - 1
+            found.append(self._pass(
+                tokens[others], positions[others], parts_of(slots[others], positions[others]), cache,
+                _segments([adapters[i] for i in others.tolist()]), place[its],
+            ))  # fmt: skip
+        logits, rows = torch.cat(found), row_of[wanted]
+        return logits if torch.equal(rows, torch.arange(len(logits))) else logits[to_device(rows, self._device)]
+
+    def _pass(
+        self, tokens: Tensor, positions: Tensor, parts: list[Part], cache: SlotCache, segments: Sequence[Segment], wanted: Tensor
+    ) -> Tensor:
+        """A pass over any runs of tokens: the logits of those that are wanted."""
+        with self._branches(segments, 0, len(tokens)), attending(self.model, cache, parts):
+            return self._logits(tokens, wanted, position_ids=positions.unsqueeze(0).to(self._device), use_cache=False)[0]
+
+    def _static_pass(self, tokens: Tensor, parts: list[Part], cache: SlotCache, adapters: Sequence[Adapter | None]) -> Tensor:
+        """A pass over tokens that are alone in their sequence: the logits of all."""
+        if any(adapters) and self._tokens is None:
+            self._tokens = _hooked(self.model, self._modules)
+        if cache.steps is None:
+            most, run = 1 << (cache.slots - 1).bit_length(), partial(self._rows_pass, cache)
+            cache.steps = StaticSteps(run, most, len(self._modules), self._dtype, self._device, self._capture)
+        ids = tokens[[part.begin for part in parts]].tolist()
+        return cache.steps(ids, [part.slot for part in parts], [part.position for part in parts], adapters)
+
+    def _rows_pass(
+        self, cache: SlotCache, tokens_B: Tensor, slots_B: Tensor, positions_B: Tensor, adapters: RowAdapters | None
+    ) -> Tensor:  # fmt: skip
+        with attending(self.model, cache, Rows(slots_B, positions_B)), self._rows(adapters, len(tokens_B)):
+            output = self.model(tokens_B.unsqueeze(0), position_ids=positions_B.unsqueeze(0), use_cache=False)
+        logits: Tensor = output.logits[0]
+        return logits
+
+    @contextmanager
+    def _rows(self, adapters: RowAdapters | None, count: int) -> Iterator[None]:
+        """Inside the block linear layers add the branches of each row's adapter."""
+        if adapters is None or self._tokens is None:
+            yield
+            return
+        self._tokens.count, self._tokens.rows = count, adapters
+        try:
+            yield
+        finally:
+            self._tokens.rows = None
+
+    def _go_on(self, tokens: Tensor, wanted: Tensor, part: Part, cache: PastCache, segments: Sequence[Segment]) -> Tensor:
         assert not part.position or cache.lengths[part.slot] == part.position
         held, found = cache.past.get(part.slot) if part.position else None, []
         n = len(tokens) if self._in_parts or held is None else 1  # at once
@@ -265,7 +263,7 @@ class ModulesDecoder(Decoder):
                 self._in_parts = False
                 if failed := self._failure():
                     raise RefusedError(self.model, f"{why}; and with transformers' modules {failed}")
-        return _Trial(weights, obstacle, self._in_parts, self._slot_bytes)
+        return _Trial(weights, obstacle, self._in_parts, self._slot_bytes, self._not_static, self._no_graphs)
 
     def _obstacle(self) -> str:
         """Why sequences cannot run together, or ''."""
@@ -280,9 +278,13 @@ class ModulesDecoder(Decoder):
             return f"it has layers of kind '{sorted(other)[0]}'"
         if not getattr(self.model, "_can_set_attn_implementation", lambda: True)():
             return "its attention does not go by transformers' interface"
-        if failed := self._failure():
+        failed = self._failure()
+        if failed and not self._not_static:
+            self._not_static = failed
+            failed = self._failure()
+        if failed:
             return failed
-        window, windows = attention.window(self.model), list(self._tried.windows.values())
+        window, windows = attention.window(self.model), self._windows
         expected = sum(kind == "sliding_attention" for kind in layers) if layers else len(windows)
         if window is not None and sum(size is not None for size in windows) != expected:
             return "its attention is not told of the window"
@@ -298,23 +300,30 @@ class ModulesDecoder(Decoder):
         rows = [(torch.arange(n) * 37 + seed) % vocabulary for seed, n in ((0, longer), (5, shorter))]
         places = [torch.arange(n) for n in (longer, shorter)]
         cache = self.cache(2, longer)
+        tries = 3 if self.together and not self._not_static else 1  # without a graph, captured, replayed
         try:
             expected = [self.model(row.unsqueeze(0).to(self._device), use_cache=False).logits[0] for row in rows]
             begun = self.step(
-                torch.cat([rows[1], rows[0][:first]]), torch.tensor([1] * shorter + [0] * first),
-                torch.cat([places[1], places[0][:first]]), cache,
+                torch.cat([rows[1][:-1], rows[0][:first]]), torch.tensor([1] * (shorter - 1) + [0] * first),
+                torch.cat([places[1][:-1], places[0][:first]]), cache,
             )  # fmt: skip
-            ended = self.step(rows[0][first:], torch.zeros(longer - first, dtype=torch.int64), places[0][first:], cache)
+            rest = rows[0][first:-1]
+            ended = self.step(rest, torch.zeros_like(rest), places[0][first:-1], cache)
+            for _ in range(tries):
+                last = self.step(
+                    torch.stack([row[-1] for row in rows]), torch.arange(2), torch.tensor([longer - 1, shorter - 1]), cache
+                )
         except Exception as error:  # of the model's own code, which was not made for this
             return f"its forward pass fails ({type(error).__name__}: {str(error).partition(chr(10))[0][:120]})"
-        found = [torch.cat([begun[shorter:], ended]), begun[:shorter]]
+        found = [torch.cat([begun[shorter - 1 :], ended, last[:1]]), torch.cat([begun[: shorter - 1], last[1:]])]
         difference = max(float((a - b).abs().max() / b.abs().max()) for a, b in zip(found, expected, strict=True))
         if not difference <= _TOLERANCE.get(expected[0].dtype, 0.05):
             return f"its parts give other logits than the whole (by {difference:.0e})"
         if isinstance(cache, SlotCache):
             if not cache.layers:
                 return "its attention does not go by transformers' interface"
-            self._tried, self._slot_bytes = cache, (0.0, cache.nbytes / (2 * longer))
+            self._windows, self._slot_bytes = list(cache.windows.values()), (0.0, cache.nbytes / (2 * longer))
+            self._no_graphs = "" if cache.steps is None else cache.steps.obstacle
         else:  # recurrent states do not grow; for windows this is more than they take
             per_token = (cache.slot_bytes(0) - cache.slot_bytes(1)) / (longer - shorter)
             self._slot_bytes = cache.slot_bytes(0) - longer * per_token, per_token
@@ -340,14 +349,14 @@ def _base(module: Any) -> Any:
     return module.base if isinstance(module, LoraLinear) else module
 
 
-def _parts(slots: Tensor, positions: Tensor) -> list[_Part]:
-    """The runs of tokens of the same slot."""
-    found: list[_Part] = []
-    for i, (slot, position) in enumerate(zip(slots.tolist(), positions.tolist(), strict=True)):
-        if found and found[-1].slot == slot:
-            found[-1] = found[-1]._replace(end=i + 1)
-        else:
-            found.append(_Part(slot, i, i + 1, position))
+def _segments(adapters: Sequence[Adapter | None]) -> list[Segment]:
+    """The runs of tokens of the same adapter."""
+    found, begin = [], 0
+    for _, run in groupby(adapters, id):
+        one, *more = run
+        end = begin + 1 + len(more)
+        found += [] if one is None else [Segment(begin, end, one)]
+        begin = end
     return found
 
 
@@ -368,65 +377,10 @@ def _hooked(model: Any, modules: Sequence[nn.Module]) -> Tokens:
 
 
 def _add(tokens: Tokens, index: int, module: Any, args: tuple[Tensor, ...], y: Tensor) -> Tensor:
+    if tokens.rows is not None:
+        tokens.add_rows(index, args[0], y)
     return tokens.add(index, module.bias, args[0], y) if tokens.branches else y
 
 
 def _add_of_experts(tokens: Tokens, index: int, module: Any, args: tuple[Tensor, Ends], y_SN: Tensor) -> Tensor:
     return tokens.add_of_experts(index, args[0], y_SN) if tokens.branches else y_SN
-
-
-_step: ContextVar[tuple[SlotCache, list[_Part]]] = ContextVar("lownibble_slots")
-
-
-@contextmanager
-def _attending(model: Any, cache: SlotCache, parts: list[_Part]) -> Iterator[None]:
-    """Inside the block the model's attention is ours, over these slots."""
-    token = _step.set((cache, parts))
-    try:
-        with attention.swapped(model, SLOTS):
-            yield
-    finally:
-        _step.reset(token)
-
-
-def _attend_slots(
-    module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, scaling: float | None = None,
-    dropout: float = 0.0, sliding_window: int | None = None, softcap: float | None = None, s_aux: Tensor | None = None,
-    is_causal: bool | None = None, position_bias: Tensor | None = None, **others: Any,
-) -> tuple[Tensor, None]:  # fmt: skip
-    """transformers' attention function: query (1, heads, T, D), key (1, key heads, T, D), value (1, key heads, T, D of values) ->
-    (1, T, heads, D of values)."""
-    cache, parts = _step.get()
-    causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
-    if attention_mask is not None or position_bias is not None or not causal:
-        raise ModelError("its attention is not plainly causal")
-    layer = cache.layers.get(module.layer_idx)
-    if layer is None:
-        shape = (cache.slots, key.shape[1], cache.capacity)
-        layer = _Layer(key.new_zeros(*shape, key.shape[3]), value.new_zeros(*shape, value.shape[3]))
-        cache.layers[module.layer_idx], cache.windows[module.layer_idx] = layer, sliding_window
-    H, G, scale = key.shape[1], query.shape[1] // key.shape[1], query.shape[3] ** -0.5 if scaling is None else scaling
-    output = query.new_empty(1, query.shape[2], query.shape[1], value.shape[3])
-    for slot, begin, end, position in parts:
-        n, length = end - begin, position + end - begin
-        layer.keys[slot, :, position:length] = key[0, :, begin:end]
-        layer.values[slot, :, position:length] = value[0, :, begin:end]
-        first = 0 if sliding_window is None else max(0, position - sliding_window + 1)
-        keys, values = layer.keys[slot, :, first:length], layer.values[slot, :, first:length]
-        scores = (query[0, :, begin:end].reshape(H, G * n, -1) @ keys.transpose(1, 2)).view(H, G, n, -1) * scale
-        if softcap is not None:
-            scores = torch.tanh(scores / softcap) * softcap
-        if n > 1:
-            ahead = (
-                torch.arange(first, length, device=query.device) - torch.arange(position, length, device=query.device)[:, None]
-            )
-            unseen = ahead > 0 if sliding_window is None else (ahead > 0) | (ahead <= -sliding_window)
-            scores = scores.masked_fill(unseen, -torch.inf)
-        if s_aux is not None:  # sinks take a share of the weight, and have no value
-            scores = torch.cat([scores, s_aux.to(scores).view(H, G, 1, 1).expand(H, G, n, 1)], dim=-1)
-        weights = scores.softmax(-1, dtype=torch.float32).to(query.dtype)[..., : length - first]
-        output[0, begin:end] = (weights.reshape(H, G * n, -1) @ values).view(H * G, n, -1).transpose(0, 1)
-    return output, None
-
-
-AttentionInterface.register(SLOTS, _attend_slots)

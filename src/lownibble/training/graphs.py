@@ -27,6 +27,7 @@ import torch
 from torch import Tensor, nn
 
 from lownibble.data import IGNORE, Batch
+from lownibble.kernels.capture import Capture, CudaCapture
 from lownibble.kernels.decoded import scratch_buffers
 from lownibble.lora import LowRank
 from lownibble.models.head import hidden_states
@@ -40,8 +41,6 @@ FINEST = 16
 
 Run = Callable[[Batch, Tensor, bool], Tensor]
 """(batch on the device, label tokens of the step () float32, whether to measure) -> loss (); adds to parameters' gradients."""
-Capture = Callable[[Callable[[], Tensor]], tuple[Callable[[], object], Tensor]]
-"""Captures a pass: -> a function that replays it, and the tensor that its loss is in afterwards."""
 
 
 def obstacle(model: Any, device: torch.device, *, packed: bool, plain_loss: bool, draws: bool) -> str:
@@ -84,37 +83,6 @@ def draws_random(model: Any, input_ids_BT: Tensor, attention_mask_BT: Tensor) ->
 def _generators(device: torch.device) -> list[Tensor]:
     """The states of torch's generators."""
     return [torch.get_rng_state(), *([torch.cuda.get_rng_state(device)] if device.type == "cuda" else [])]
-
-
-class CudaCapture:
-    """Captures passes into CUDA graphs of one memory pool."""
-
-    def __init__(self) -> None:
-        self._pool = torch.cuda.graph_pool_handle()
-
-    def __call__(self, run: Callable[[], Tensor]) -> tuple[Callable[[], object], Tensor]:
-        """Capture `run`, which is not executed, from the current stream; not the default one.
-
-        Raises:
-            RuntimeError: the first error of those that a failed capture raises; torch's last is that it was not completed.
-        """
-        graph, stream = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
-        generator = torch.cuda.default_generators[stream.device.index]
-        before, first = generator.get_state(), None
-        try:
-            with torch.cuda.graph(graph, pool=self._pool, stream=stream, capture_error_mode="thread_local"):
-                try:
-                    loss = run()
-                except Exception as error:
-                    first = error
-                    raise
-        except Exception as error:  # torch leaves its stream set, and the generator believing that the capture goes on
-            torch.cuda.set_stream(stream)
-            fresh = torch.Generator(stream.device)
-            fresh.set_state(before)
-            generator.graphsafe_set_state(fresh.graphsafe_get_state())
-            raise RuntimeError(str(first or error)) from error
-        return graph.replay, loss
 
 
 class _Inputs:

@@ -1,0 +1,118 @@
+"""Attention over slots, for all sequences of a step at once.
+
+transformers' seam (`AttentionInterface`): our function writes keys and values to the sequences' slots and lets each token attend
+to its own slot. Caps, sinks and windows that the model hands to its attention are applied. A step is either runs of tokens, whose
+places the host knows (`Part`), or one token of each of some slots, whose places are on the device (`Rows`): then shapes do not
+depend on the contexts, nothing is read by the host, and the step can be captured in a graph.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from transformers import AttentionInterface
+
+from lownibble.decoding.caches import Layer, SlotCache
+from lownibble.errors import ModelError
+from lownibble.kernels import ops
+from lownibble.kernels.rows import Attending
+from lownibble.models import attention
+
+SLOTS = "lownibble_slots"
+"""Our attention's name among transformers' implementations."""
+
+
+class Part(NamedTuple):
+    """Tokens [begin, end) of a step: those of one slot, at positions from `position` on."""
+
+    slot: int
+    begin: int
+    end: int
+    position: int
+
+
+class Rows(NamedTuple):
+    """One token of each row: its slot and position, (B,) int64 on the device."""
+
+    slots: Tensor
+    positions: Tensor
+
+
+def parts_of(slots: Tensor, positions: Tensor) -> list[Part]:
+    """The runs of tokens of the same slot."""
+    found: list[Part] = []
+    for i, (slot, position) in enumerate(zip(slots.tolist(), positions.tolist(), strict=True)):
+        if found and found[-1].slot == slot:
+            found[-1] = found[-1]._replace(end=i + 1)
+        else:
+            found.append(Part(slot, i, i + 1, position))
+    return found
+
+
+_step: ContextVar[tuple[SlotCache, list[Part] | Rows]] = ContextVar("lownibble_slots")
+
+
+@contextmanager
+def attending(model: Any, cache: SlotCache, parts: list[Part] | Rows) -> Iterator[None]:
+    """Inside the block the model's attention is ours, over these slots."""
+    token = _step.set((cache, parts))
+    try:
+        with attention.swapped(model, SLOTS):
+            yield
+    finally:
+        _step.reset(token)
+
+
+def _attend_slots(
+    module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, scaling: float | None = None,
+    dropout: float = 0.0, sliding_window: int | None = None, softcap: float | None = None, s_aux: Tensor | None = None,
+    is_causal: bool | None = None, position_bias: Tensor | None = None, **others: Any,
+) -> tuple[Tensor, None]:  # fmt: skip
+    """transformers' attention function: query (1, heads, T, D), key (1, key heads, T, D), value (1, key heads, T, D of values) ->
+    (1, T, heads, D of values)."""
+    cache, parts = _step.get()
+    causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
+    if attention_mask is not None or position_bias is not None or not causal:
+        raise ModelError("its attention is not plainly causal")
+    layer = cache.layers.get(module.layer_idx)
+    if layer is None:
+        shape = (cache.slots, key.shape[1], cache.capacity)
+        layer = Layer(key.new_zeros(*shape, key.shape[3]), value.new_zeros(*shape, value.shape[3]))
+        cache.layers[module.layer_idx], cache.windows[module.layer_idx] = layer, sliding_window
+    if isinstance(parts, Rows):
+        slots, positions = parts
+        layer.keys[slots, :, positions] = key[0].transpose(0, 1)
+        layer.values[slots, :, positions] = value[0].transpose(0, 1)
+        how = Attending(scaling, sliding_window, softcap, s_aux)
+        query_BHD = query[0].transpose(0, 1).contiguous()
+        return ops.attend_slots(query_BHD, layer.keys, layer.values, slots, positions, how).unsqueeze(0), None
+    H, G, scale = key.shape[1], query.shape[1] // key.shape[1], query.shape[3] ** -0.5 if scaling is None else scaling
+    output = query.new_empty(1, query.shape[2], query.shape[1], value.shape[3])
+    for slot, begin, end, position in parts:
+        n, length = end - begin, position + end - begin
+        layer.keys[slot, :, position:length] = key[0, :, begin:end]
+        layer.values[slot, :, position:length] = value[0, :, begin:end]
+        first = 0 if sliding_window is None else max(0, position - sliding_window + 1)
+        keys, values = layer.keys[slot, :, first:length], layer.values[slot, :, first:length]
+        scores = (query[0, :, begin:end].reshape(H, G * n, -1) @ keys.transpose(1, 2)).view(H, G, n, -1) * scale
+        if softcap is not None:
+            scores = torch.tanh(scores / softcap) * softcap
+        if n > 1:
+            ahead = (
+                torch.arange(first, length, device=query.device) - torch.arange(position, length, device=query.device)[:, None]
+            )
+            unseen = ahead > 0 if sliding_window is None else (ahead > 0) | (ahead <= -sliding_window)
+            scores = scores.masked_fill(unseen, -torch.inf)
+        if s_aux is not None:  # sinks take a share of the weight, and have no value
+            scores = torch.cat([scores, s_aux.to(scores).view(H, G, 1, 1).expand(H, G, n, 1)], dim=-1)
+        weights = scores.softmax(-1, dtype=torch.float32).to(query.dtype)[..., : length - first]
+        output[0, begin:end] = (weights.reshape(H, G * n, -1) @ values).view(H * G, n, -1).transpose(0, 1)
+    return output, None
+
+
+AttentionInterface.register(SLOTS, _attend_slots)

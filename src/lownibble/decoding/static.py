@@ -1,0 +1,195 @@
+"""Steps of one token of each row, whose launches are the same from step to step, so that CUDA graphs replay them.
+
+A step of an 8B model launches some 2,000 kernels, for each of which the host runs some Python: tens of milliseconds, where the
+device needs a few. A graph takes the host out of it. It repeats the same kernels on the same memory, so
+
+- rows are padded to a power of two with copies of the first one, which write the same keys and values to the same place;
+- tokens, slots, positions and the adapters of the rows are copied to tensors of the graph, in one copy from pinned memory;
+- adapters are found through tables of addresses, so they come and go without a new graph. A larger rank than before, or a linear
+  layer that no adapter had changed before, needs a new one.
+
+A shape's first step runs without a graph, which compiles and loads its kernels; the second is captured. Where that fails, steps
+stay without graphs. Nothing in a step waits for the device; who takes the logits to the host does.
+
+On a CPU the same steps run without graphs: that is how they are tested without a GPU.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from lownibble.kernels.capture import Capture, CudaCapture
+from lownibble.kernels.decoded import scratch_buffers
+from lownibble.kernels.decoder import Adapter, LowRank
+from lownibble.kernels.rows import RANK_STEP, RowAdapters
+from lownibble.transfers import to_device
+
+_TOKENS, _SLOTS, _POSITIONS, _PLACES = range(4)
+
+
+class Run(Protocol):
+    """A pass of the model over one token of each row; returns (B, vocabulary) logits."""
+
+    def __call__(self, tokens_B: Tensor, slots_B: Tensor, positions_B: Tensor, adapters: RowAdapters | None) -> Tensor:
+        """All arguments are on the device."""
+
+
+class _Prepared(NamedTuple):
+    """An adapter's branches on the device, and its lines of the tables, on the host."""
+
+    branches: list[LowRank | None]
+    pointers: Tensor
+    ranks: Tensor
+    scales: Tensor
+
+
+def takes(adapter: Adapter) -> bool:
+    """Whether an adapter is low-rank sums of linear layers: neither DoRA nor experts' branches."""
+    if "takes" not in adapter.prepared:
+        found = [branch for branches in adapter.of for branch in branches if branch]
+        adapter.prepared["takes"] = all(branch.gain is None and branch.A.ndim == 2 for branch in found)
+    return bool(adapter.prepared["takes"])
+
+
+def _prepare(adapter: Adapter, dtype: torch.dtype, device: torch.device) -> _Prepared:
+    """Copies only what is of another dtype or device, or has a rank that is not padded."""
+    key = f"rows in {dtype} on {device}"
+    if key not in adapter.prepared:
+        branches: list[LowRank | None] = []
+        for branch in (branch for of_layer in adapter.of for branch in of_layer):
+            if branch is None:
+                branches.append(None)
+                continue
+            missing = -len(branch.A) % RANK_STEP
+            A = torch.nn.functional.pad(branch.A, (0, 0, 0, missing)) if missing else branch.A
+            B = torch.nn.functional.pad(branch.B, (0, missing)) if missing else branch.B
+            branches.append(LowRank(A.to(device, dtype).contiguous(), B.to(device, dtype).contiguous(), branch.scale))
+        pointers = [[one.A.data_ptr(), one.B.data_ptr()] if one else [0, 0] for one in branches]
+        ranks = [len(one.A) // RANK_STEP if one else 0 for one in branches]
+        scales = [one.scale if one else 0.0 for one in branches]
+        tables = torch.tensor(pointers), torch.tensor(ranks, dtype=torch.int32), torch.tensor(scales)
+        adapter.prepared[key] = _Prepared(branches, *tables)
+    found: _Prepared = adapter.prepared[key]
+    return found
+
+
+class _Tables:
+    """The adapters of the latest step, on the device."""
+
+    def __init__(self, places: int, linears: int, dtype: torch.dtype, device: torch.device) -> None:
+        self._dtype, self._device = dtype, device
+        self.pointers = torch.zeros(places, linears, 2, dtype=torch.int64, device=device)
+        self.ranks = torch.zeros(places, linears, dtype=torch.int32, device=device)
+        self.scales = torch.zeros(places, linears, device=device)
+        self.largest_r, self.touched = 0, frozenset[int]()
+        self._held: list[Adapter] = []
+        self._branches: list[list[LowRank | None]] = []  # holds the memory that the addresses point to
+
+    def take(self, adapters: list[Adapter]) -> bool:
+        """Put a step's adapters in their places; returns whether graphs captured before do not do for them."""
+        if len(adapters) == len(self._held) and all(a is b for a, b in zip(adapters, self._held, strict=True)):
+            return False
+        prepared = [_prepare(adapter, self._dtype, self._device) for adapter in adapters]
+        for name in ("pointers", "ranks", "scales"):
+            table: Tensor = getattr(self, name)
+            table[: len(prepared)].copy_(to_device(torch.stack([getattr(one, name) for one in prepared]), self._device))
+        self._held, self._branches = adapters, [one.branches for one in prepared]
+        before = self.largest_r, self.touched
+        self.largest_r = max(self.largest_r, *(int(one.ranks.max()) * RANK_STEP for one in prepared))
+        self.touched |= {i for one in prepared for i, branch in enumerate(one.branches) if branch}
+        return (self.largest_r, self.touched) != before
+
+    def rows(self, places_B: Tensor) -> RowAdapters:
+        """The adapters of rows, by their places."""
+        tables = self.pointers, self.ranks, self.scales
+        return RowAdapters(places_B, *tables, self.largest_r, self._dtype, self.touched, self._branches)
+
+
+class _Captured(NamedTuple):
+    replay: Callable[[], object]
+    logits: Tensor
+    held: list[Tensor]
+    """Buffers shared with other passes: not to be freed before the graph."""
+
+
+class StaticSteps:
+    """The steps of one cache.
+
+    Args:
+        most: rows of a step at most. linears: branches of an adapter. dtype: of the activations.
+        capture: how steps are captured; default: into CUDA graphs on a CUDA device, not at all elsewhere.
+    Attributes:
+        obstacle: why there are no graphs, or ''.
+    """
+
+    def __init__(
+        self, run: Run, most: int, linears: int, dtype: torch.dtype, device: torch.device, capture: Capture | None = None
+    ) -> None:  # fmt: skip
+        self._run, self._device = run, device
+        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self._capture = capture or (CudaCapture() if device.type == "cuda" else None)
+        self.obstacle = "" if self._capture else f"there are none on '{device.type}'"
+        with torch.inference_mode(False):
+            self._tables = _Tables(most, linears, dtype, device)
+        self._inputs: dict[int, Tensor] = {}
+        self._graphs: dict[tuple[int, bool], _Captured | None] = {}
+        """By rows and whether there are adapters; None: the shape has run once."""
+
+    def __call__(
+        self, tokens: Sequence[int], slots: Sequence[int], positions: Sequence[int], adapters: Sequence[Adapter | None]
+    ) -> Tensor:
+        """(B, vocabulary) logits, valid until the next step."""
+        distinct = list({id(one): one for one in adapters if one}.values())
+        places = {id(one): place for place, one in enumerate(distinct)}
+        of_rows = [-1 if one is None else places[id(one)] for one in adapters]
+        B, rows = len(tokens), 1 << (len(tokens) - 1).bit_length()
+        inputs = torch.tensor([[*line, *[line[0]] * (rows - B)] for line in (tokens, slots, positions, of_rows)])
+        with self._own_stream():
+            if distinct and self._tables.take(distinct):
+                self._graphs = {key: graph for key, graph in self._graphs.items() if not key[1]}
+            if rows not in self._inputs:
+                with torch.inference_mode(False):
+                    self._inputs[rows] = torch.empty_like(inputs, device=self._device)
+            self._inputs[rows].copy_(to_device(inputs, self._device))
+            return self._logits(rows, bool(distinct))[:B]
+
+    def _logits(self, rows: int, adapted: bool) -> Tensor:
+        inputs, key = self._inputs[rows], (rows, adapted)
+
+        def run() -> Tensor:
+            adapters = self._tables.rows(inputs[_PLACES]) if adapted else None
+            return self._run(inputs[_TOKENS], inputs[_SLOTS], inputs[_POSITIONS], adapters)
+
+        if self._capture is None or self.obstacle or key not in self._graphs:
+            self._graphs.setdefault(key, None)
+            return run()
+        graph = self._graphs[key]
+        if graph is None:
+            held = scratch_buffers()
+            try:
+                replay, logits = self._capture(run)
+            except RuntimeError as error:
+                self.obstacle = f"a step cannot be captured ({str(error).partition(chr(10))[0][:120]})"
+                self._graphs.clear()
+                return run()
+            graph = self._graphs[key] = _Captured(replay, logits, [*held, *scratch_buffers()])
+        graph.replay()
+        return graph.logits
+
+    @contextmanager
+    def _own_stream(self) -> Iterator[None]:
+        """Work of the block is on a stream of its own, after all that was queued before and before all that is queued after it:
+        graphs are not captured from the default stream."""
+        if self._stream is None:
+            yield
+            return
+        before: Any = torch.cuda.current_stream(self._device)
+        self._stream.wait_stream(before)
+        with torch.cuda.stream(self._stream):
+            yield
+        before.wait_stream(self._stream)

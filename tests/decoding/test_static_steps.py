@@ -1,0 +1,161 @@
+"""Steps of one token of each row in fixed shapes. Oracles: transformers' `generate` on each prompt alone; torch's own tracing of
+a step, whose replay sees the tensors of the step and nothing that the host had decided; the uses of tensors' values."""
+
+import pytest
+import torch
+from families import NEW, adapter_of, alone, build, decoded, louder, quiet, rows
+from torch.fx.experimental.proxy_tensor import make_fx
+from waits import Waits
+
+import lownibble as ln
+from lownibble.decoding.modules import ModulesDecoder
+from lownibble.decoding.static import StaticSteps
+from lownibble.kernels import ops
+from lownibble.kernels.decoder import Adapter, LowRank, Segment
+
+
+def static(model, **options):
+    with quiet():
+        decoder = ModulesDecoder(model, "it is a test", static=True, **options)
+    assert decoder.together
+    assert not decoder._not_static
+    return decoder
+
+
+@pytest.mark.parametrize("kind", ["qwen3", "gemma3_text", "gemma2", "gpt_oss", "deepseek_v3", "gpt2"])
+def test_rows_give_the_tokens_of_each_sequence_alone(kind, monkeypatch):
+    """Grouped heads, windows, caps, sinks, values of another size, Conv1D; prompts in parts beside sequences that generate."""
+    passes = []
+    call = StaticSteps.__call__
+    monkeypatch.setattr(StaticSteps, "__call__", lambda self, ids, *rest: passes.append(len(ids)) or call(self, ids, *rest))
+    model = louder(build(kind, 96))
+    decoder = static(model)
+    passes.clear()
+    expected = [alone(model, prompt) for prompt in rows()]
+    assert len({tuple(tokens) for tokens in expected}) > 2
+    assert decoded(decoder, rows(), [None] * 4) == expected
+    assert {1, 2, 3} <= set(passes)
+    assert len(passes) >= NEW
+
+
+class Traced:
+    """Captures a step as torch traces it: operations on the very tensors, with all else as it was."""
+
+    def __init__(self):
+        self.captured, self.replays = 0, 0
+
+    def __call__(self, run):
+        self.captured += 1
+        graph, logits = make_fx(run, tracing_mode="real")(), run().clone()
+
+        def replay():
+            self.replays += 1
+            logits.copy_(graph())
+
+        return replay, logits
+
+
+def test_replayed_steps_see_tokens_slots_positions_and_adapters_of_each_step():
+    model, capture = louder(build("gemma3_text", 96)), Traced()
+    for seed, name in enumerate(("one", "two")):
+        ln.add_lora(model, ln.LoraConfig(r=2 + seed, target_modules="all-linear", init_lora_weights=False), name=name, seed=seed)
+    model.eval()
+    prompts, names = [rows()[i] for i in (0, 2)], ["one", "two"]
+    expected = []
+    for prompt, name in zip(prompts, names, strict=True):
+        ln.set_adapter(model, name)
+        expected.append(alone(model, prompt))
+    ln.set_adapter(model, None)
+    assert expected != [alone(model, prompt) for prompt in prompts]
+    with ln.use_backend("reference"):
+        decoder = static(model)
+        decoder._capture = capture  # after the trial of the model, as tracing takes seconds
+        held = [adapter_of(model, decoder, name) for name in names]
+        assert decoded(decoder, prompts, held) == expected
+    assert capture.captured == 2, "one row and two rows"
+    assert capture.replays >= NEW - 2
+
+
+def linear_steps(places=4, capture=None):
+    """Steps of a "model" that is a linear layer's branch: the tables are all there is to see."""
+    seen = []
+
+    def run(tokens, slots, positions, adapters):
+        y = torch.zeros(len(tokens), 3)
+        if adapters is not None:
+            seen.append(adapters)
+            ops.add_low_rank_rows(y, tokens.unsqueeze(1).float().repeat(1, 5), adapters, 1)
+        return y
+
+    return StaticSteps(run, places, 2, torch.float32, torch.device("cpu"), capture), seen
+
+
+def adapter(seed, r):
+    generator = torch.Generator().manual_seed(seed)
+    return Adapter([[None], [LowRank(torch.randn(r, 5, generator=generator), torch.randn(3, r, generator=generator), 0.5)]])
+
+
+def test_adapters_come_and_go_and_larger_ranks_are_captured_anew():
+    calls = []
+
+    def capture(run):
+        calls.append(1)
+        logits = run().clone()
+        return lambda: logits.copy_(run()), logits
+
+    steps, seen = linear_steps(capture=capture)
+    a, b, wide = adapter(1, 2), adapter(2, 3), adapter(3, 20)
+
+    def expected(of_rows, tokens):
+        x = torch.tensor(tokens).unsqueeze(1).float().repeat(1, 5)
+        branches = [one and one.of[1][0] for one in of_rows]
+        return torch.stack(
+            [row @ b.A.t() @ b.B.t() * b.scale if b else torch.zeros(3) for row, b in zip(x, branches, strict=True)]
+        )
+
+    for of_rows, captured in (
+        ([a, None, b], 0), ([b, a, None], 1), ([a, a, b, b], 1), ([wide, a], 1), ([wide, b], 1 + 1), ([None, wide, b], 2),
+    ):  # fmt: skip
+        tokens = list(range(1, 1 + len(of_rows)))
+        found = steps(tokens, tokens, tokens, of_rows)
+        torch.testing.assert_close(found, expected(of_rows, tokens))
+        assert len(calls) == captured, of_rows
+    assert seen[0].largest_r == 16
+    assert seen[-1].largest_r == 32
+    assert seen[-1].ranks[:2].tolist() == [[0, 2], [0, 1]]
+    held = seen[-1].branches[0][1]
+    assert seen[-1].pointers[0, 1].tolist() == [held.A.data_ptr(), held.B.data_ptr()]
+
+
+def test_a_step_that_cannot_be_captured_goes_on_without_graphs():
+    def capture(run):
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    steps, _ = linear_steps(capture=capture)
+    one = adapter(1, 2)
+    first, second, third = (steps([3], [0], [0], [one]) for _ in range(3))
+    assert torch.equal(first, second)
+    assert torch.equal(first, third)
+    assert "cannot be captured (operation not permitted" in steps.obstacle
+
+
+def test_nothing_in_a_step_waits_for_the_device():
+    model = louder(build("qwen3", 96))
+    with ln.use_backend("reference"), torch.inference_mode():
+        decoder = static(model)
+        branches = [LowRank(torch.randn(2, m.in_features), torch.randn(m.out_features, 2), 1.0) for m in decoder._modules]
+        cache, one = decoder.cache(4, 32), Adapter([branches])
+        first, slots = torch.tensor([5, 6]), torch.tensor([0, 1])
+        plain = decoder.step(first, slots, torch.zeros_like(slots), cache)
+        adapted = decoder.step(first, slots, torch.zeros_like(slots), cache, segments=[Segment(0, 1, one)])
+        assert not torch.equal(plain[0], adapted[0])
+        assert torch.equal(plain[1], adapted[1])
+        for adapters in ([None, None], [one, None]):
+            with Waits(model) as waits:
+                cache.steps([7, 8], [0, 1], [1, 1], adapters)
+            assert waits.found == []
+            hook = model.get_input_embeddings().register_forward_hook(lambda module, args, y: y.sum().item() and None)
+            with Waits(model) as waits:
+                cache.steps([7, 8], [0, 1], [1, 1], adapters)
+            hook.remove()
+            assert waits.found, "the modes see what waits"
