@@ -21,9 +21,10 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 
 from lownibble.data import end_tokens
-from lownibble.decoding import Decoder
+from lownibble.decoding import Decoder, Drawer
 from lownibble.errors import ConfigError, InputError
 from lownibble.kernels.decoder import Segment
 from lownibble.serve.registry import Loaded, NoRoomError, PinnedError, Registry
@@ -79,6 +80,7 @@ class Engine:
             )
         self.cache = decoder.cache(min(max_batch, cache_budget // a_slot), max_context)
         self.max_queue = max_queue
+        self._drawer: Drawer | None = None
         self.eos = end_tokens(model, tokenizer)
         self._idle: OrderedDict[int, _Kept] = OrderedDict((slot, _Kept(None, [])) for slot in range(self.cache.slots))
         self._lines: OrderedDict[str | None, deque[Request]] = OrderedDict()
@@ -273,19 +275,37 @@ class Engine:
         logits = self.decoder.step(
             torch.tensor(tokens), torch.tensor(slots), torch.tensor(positions), self.cache, segments=segments,
             wanted=torch.tensor(wanted, dtype=torch.int64),
-        ).float().cpu()  # fmt: skip
+        )  # fmt: skip
+        drawn = self._drawn(logits, takers) if self.decoder.draws else {}
+        others = [row for row in range(len(takers)) if row not in drawn]
+        rows = dict(zip(others, (logits[others] if drawn else logits).float().cpu(), strict=True))
         for one, n in parts:
             one.done += n
-        for (one, read), row in zip(takers, logits, strict=True):
+        for row, (one, read) in enumerate(takers):
             if one not in self._running:  # its prompt could not be scored
                 continue
             try:
-                reason = one.go_on(read, row, self.eos)
+                reason = one.go_on_with(drawn[row], self.eos) if row in drawn else one.go_on(read, rows[row], self.eos)
             except Exception as error:
                 self._leave(one, Failed(error), keep=False)
                 continue
             if reason:
                 self._leave(one, self._end(one, reason))
+
+    def _drawn(self, logits_WV: Tensor, takers: list[tuple[Running, int]]) -> dict[int, int]:
+        """Row -> token, for the rows whose request needs no logits on the host: drawn on their device, in one copy."""
+        rows = [row for row, (one, _) in enumerate(takers) if one.drawn_by]
+        if not rows:
+            return {}
+        if self._drawer is None:
+            self._drawer = Drawer(self.cache.slots, logits_WV.shape[1], logits_WV.device)
+        for one in (takers[row][0] for row in rows):
+            if not one.made:
+                assert one.drawn_by is not None
+                self._drawer.begin(one.slot, one.drawn_by, one.request.prompt, one.request.sampling.seed)
+        its = logits_WV if len(rows) == len(logits_WV) else logits_WV[rows]
+        tokens = self._drawer(its, [takers[row][0].slot for row in rows])
+        return dict(zip(rows, tokens.tolist(), strict=True))
 
 
 def _in_common(kept: _Kept, key: tuple[str, float], prompt: list[int]) -> int:

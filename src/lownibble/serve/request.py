@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 from tokenizers.decoders import DecodeStream
 from torch import Tensor
 
+from lownibble.decoding import How
 from lownibble.kernels.decoder import Adapter
 from lownibble.serve.registry import Loaded
 from lownibble.serve.sampling import Chosen, Constraint, Sampler, Sampling, check_finite, scored
@@ -126,6 +127,22 @@ class Running:
             if request.max_tokens == 0:
                 return "length"
         return self.take(self.sampler(logits_V), eos)
+
+    @property
+    def drawn_by(self) -> How | None:
+        """How the next token may be drawn on the logits' device; None: the host needs the logits."""
+        request, how = self.request, self.request.sampling
+        if request.score is not None or request.constraint or request.max_tokens == 0:
+            return None
+        if how.logprobs is not None or how.logit_bias:
+            return None
+        return How(**{name: getattr(how, name) for name in How._fields})
+
+    def go_on_with(self, token: int, eos: Container[int]) -> str | None:
+        """Go on with a token drawn elsewhere; returns as `take`. Raises ArithmeticError for -1: its logits are not finite."""
+        if token < 0:
+            raise ArithmeticError("The model's logits are not finite.")
+        return self.take(Chosen(token), eos)
 
     def take(self, chosen: Chosen, eos: Container[int]) -> str | None:
         """Append a token and send the text that is certain; returns the finish reason, None if generation continues."""

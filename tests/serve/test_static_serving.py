@@ -1,0 +1,71 @@
+"""The server on a decoder as on CUDA: fixed shapes, tokens drawn where the logits are. Oracle: transformers' greedy loop."""
+
+import pytest
+import torch
+from mixtures import folder_of
+from test_serve_families import TARGETS
+from test_serve_mixtures import PROMPTS, alone
+
+from lownibble.decoding import Drawer
+from lownibble.decoding.modules import ModulesDecoder
+from lownibble.decoding.static import StaticSteps
+from lownibble.serve.sampling import Sampling
+
+
+@pytest.fixture
+def base(tokenizer, tmp_path):
+    return folder_of("gemma3_text", tmp_path / "base", tokenizer)
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """Rows of the static steps, and of the tokens that were drawn."""
+    found = {StaticSteps: [], Drawer: []}
+    for kind, rows in found.items():
+        call = kind.__call__
+        monkeypatch.setattr(kind, "__call__", lambda self, a, *b, c=call, rows=rows: rows.append(len(a)) or c(self, a, *b))
+    monkeypatch.setattr("conftest.choose", lambda model, n: ModulesDecoder(model, "it is a test", static=True))
+    return found
+
+
+def test_requests_with_and_without_adapters(base, adapters_of, serving, ask, calls):
+    """Steps with a DoRA adapter are passes of any shape; others are static. Tokens are drawn on the device in both."""
+    adapters = adapters_of(base, TARGETS)
+    cases = [(prompt, name) for prompt in PROMPTS[1:] for name in (None, "one", "two", "dora")]
+    expected = [alone(base, adapters, prompt, 6, name) for prompt, name in cases]
+    made = serving(base, adapters)
+    told = [ask(made, prompt, 6, adapter=name)[1] for prompt, name in cases]
+    for one in told:
+        one.wait()
+    assert [one.tokens for one in told] == expected
+    assert sum(calls[Drawer]) == 6 * len(cases)
+    assert max(calls[StaticSteps]) > 1
+
+
+def test_sampled_requests_and_those_whose_logits_the_host_needs(base, serving, ask, calls):
+    made = serving(base, None)
+    hot = Sampling(temperature=1.5, top_p=0.9, presence_penalty=0.3, seed=7)
+    one = ask(made, PROMPTS[1], 6, sampling=hot)[1]
+    one.wait()
+    drawn = len(calls[Drawer])
+    assert drawn == 6
+    told = ask(made, PROMPTS[1], 6, sampling=hot._replace(logprobs=2))[1]
+    told.wait()
+    assert len(calls[Drawer]) == drawn
+    assert all(len(piece.token.top) == 2 for piece in told.pieces)
+    others = [ask(made, PROMPTS[2], 6, sampling=Sampling(temperature=2.0, top_k=9))[1] for _ in range(2)]
+    again = ask(made, PROMPTS[1], 6, sampling=hot)[1]
+    for each in (*others, again):
+        each.wait()
+    assert again.tokens == one.tokens, "whatever else is running"
+    seeds = [ask(made, PROMPTS[1], 6, sampling=hot._replace(seed=seed))[1] for seed in range(5)]
+    for each in seeds:
+        each.wait()
+    assert len({tuple(each.tokens) for each in seeds}) > 2
+
+
+def test_logits_that_are_not_finite_fail_the_request(base, serving, ask, calls):
+    made = serving(base, None)
+    head = made.decoder.model.get_output_embeddings()
+    head.register_forward_hook(lambda module, args, y: torch.full_like(y, float("nan")))
+    assert "not finite" in str(ask(made, PROMPTS[1], 6)[1].wait().error)
