@@ -96,7 +96,10 @@ CONTENDERS["experts-cpu"] = {
     "peft_float32": "PEFT, dense float32",
     "peft_bfloat16": "PEFT, dense bfloat16",
 }
-CONTENDERS["decode-cuda"] = CONTENDERS["decode-cpu"]
+CONTENDERS["decode-cuda"] = CONTENDERS["decode-cpu"] | {
+    "eight_of_one": "NF4, 8 requests at once, one adapter for all",
+    "eight_adapters": "NF4, 8 requests at once, an adapter for each",
+}
 
 FIGURES = {
     "tensors with other bytes than bitsandbytes'": "quantised tensors that differ from bitsandbytes' in any byte",
@@ -597,7 +600,7 @@ def _decode_cuda() -> str:
     for name, found in record["contenders"].items():
         lines.append(f"| {CONTENDERS['decode-cuda'][name]} | {_spread(found['tokens_per_s'], 1)} |")
     work = record["workload"]
-    source = f"{_of_model(work)}, {work['new_tokens']} tokens, one sequence, greedy; {_device('decode-cuda', record)}"
+    source = f"{_of_model(work)}, {work['new_tokens']} tokens a sequence, greedy; {_device('decode-cuda', record)}"
     return "\n".join([*lines, *_apart("decode-cuda", record), "", f"({source})"])
 
 

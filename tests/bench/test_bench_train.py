@@ -8,10 +8,13 @@ from shapes import write_shape
 
 from lownibble.bench import decode, plan, train
 from lownibble.bench.processes import Command, Measured
+from lownibble.bench.subject import subject
 from lownibble.cli.main import main
+from lownibble.decoding.modules import ModulesDecoder
 from lownibble.errors import ConfigError
 from lownibble.kernels.decoded import release_scratch
 from lownibble.measuring.turns import ratio, ratio_apart
+from lownibble.models import load
 
 
 def _made_up(seconds, peak=100):
@@ -173,3 +176,28 @@ def test_a_shape_is_planned_and_measured(tmp_path, monkeypatch):
 def test_plan_takes_no_peers():
     with pytest.raises(ConfigError, match="once each"):
         plan.bench_plan(peers=True)
+
+
+def test_eight_requests_have_an_adapter_each(tmp_path, monkeypatch):
+    """What a process on CUDA does in a turn, and how its two parts become contenders."""
+    with subject(write_shape(tmp_path)) as found:
+        model, _ = load(found.folder, quant="nf4")
+    decoders = []
+    monkeypatch.setattr(decode, "choose", lambda *_: decoders.append(ModulesDecoder(model, "a test", static=True)) or decoders[0])
+    steps = []
+    step = ModulesDecoder.step
+    monkeypatch.setattr(ModulesDecoder, "step", lambda self, *a, **k: steps.append((a, k)) or step(self, *a, **k))
+    answer = decode._several(model, torch.arange(5))(4)
+    assert (answer["tokens"], answer["text"]) == (8 * 4, None)
+    assert answer["seconds"] > 0
+    assert answer["of_one"] > 0
+    together = [k["segments"] for a, k in steps if len(a[0]) == 8]
+    assert len(together) == 2 * 3
+    assert [len({id(one.adapter) for one in segments}) for segments in together] == [1] * 3 + [8] * 3
+    with pytest.raises(ConfigError, match="Ask for at most 1019"):
+        decode._several(model, torch.arange(5))(1020)
+    both = decode._both(
+        Measured({}, {"eight_adapters": [answer] * 2, "nf4": [{"tokens": 1, "seconds": 2.0, "text": None}] * 2}, {})
+    )
+    record = decode._record(both, lambda a, b: {"median": a[0] / b[0]})
+    assert record["ratios"]["eight_adapters_vs_eight_of_one"]["median"] == pytest.approx(answer["of_one"] / answer["seconds"])

@@ -81,10 +81,10 @@ def parts_of(model: str, folder: Path, work: list[str], asked: list[str]) -> lis
     """The parts, in order; tests only where the working folder has them and pytest is installed."""
     bench, of_model = [sys.executable, "-m", "lownibble", "bench"], ["--model", model]
     commands = (
-        ("train", [*bench, "train", *of_model, *work, *asked], 0.6),
+        ("train", [*bench, "train", *of_model, *work, *asked], 0.5),
         ("kernels", [*bench, "kernels", *asked], 0.1),
         ("plan", [*bench, "plan", *of_model, *work], 0.1),
-        ("decode", [*bench, "decode", *of_model, *asked], 0.1),
+        ("decode", [*bench, "decode", *of_model, *asked], 0.2),
     )
     parts = [
         Part(name, [*command, "--json", "--output", str(folder / f"{name}-cuda.json")], folder / f"{name}-cuda.json", share)
