@@ -148,7 +148,7 @@ OBJECTIVES = Registry(
     "objective",
     {
         "next-token": "lownibble.training.objectives:NEXT_TOKEN",
-        **{name: f"lownibble.training.preference:{name.upper()}" for name in ("dpo", "orpo", "kto")},
+        **{name: f"lownibble.training.preference_losses:{name.upper()}" for name in ("dpo", "orpo", "kto")},
     },
 )
 

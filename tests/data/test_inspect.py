@@ -96,6 +96,12 @@ def test_preferences_are_shown_with_both_answers_and_uneven_labels_are_told(tiny
             ]  # fmt: skip
             assert (found["rows"][0]["rejected_from"], found["training"]["tokens"]) == (2, 2 * (4 + 5))
             assert found["training"]["lengths"]["longest"] == 5
+            short = inspect(
+                RowsConfig(model=str(tiny_model), data=DataConfig(path=str(folder)), train=train.with_options(max_length=4))
+            )
+            where = "prompts on the left down to half of it, then answers at the end (in 2 rows)"
+            assert f"2 of 2 training rows are longer than max_length 4 and are cut: {where}" in short["warnings"]
+            assert (short["training"]["cut"], short["training"]["answers_cut"]) == (2, 2)
         else:
             assert found["rows"][0]["label"] is True
             assert "of 4 training rows 1 are good answers and 3 bad: a desirable_weight of 3 evens them out" in found["warnings"]

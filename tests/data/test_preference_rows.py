@@ -128,10 +128,17 @@ def test_a_conversation_is_an_answer_after_the_templates_header(tokenizer):
 def test_prompts_are_cut_alike_and_what_is_left_must_differ(tokenizer):
     rows = [{"prompt": "the film was a very very", "chosen": " good", "rejected": " bad film"}]
     found = _encoded(tokenizer, rows, max_length=5)
-    assert found.n_cut == 1
+    assert (found.n_cut, found.n_answers_cut) == (1, 0)
     assert [tokenizer.decode(ids) for ids, _ in sequences_of(found.examples[0])] == [
         "very very good <eos>",
         "very very bad film <eos>",
+    ]
+    long = [{**rows[0], "chosen": " good" + " film" * 9, "rejected": " bad"}]
+    found = _encoded(tokenizer, long, max_length=8)
+    assert (found.n_cut, found.n_answers_cut) == (1, 1), "half is kept for the prompt, where TRL keeps all of it"
+    assert [tokenizer.decode(ids) for ids, _ in sequences_of(found.examples[0])] == [
+        "was a very very good film film film",
+        "was a very very bad <eos>",
     ]
     same = [{"prompt": "film", "chosen": " a a a good", "rejected": " a a a bad"}]
     with pytest.raises(DataError, match=r"d:1: the answers are the same within max_length 3\. Raise it"):

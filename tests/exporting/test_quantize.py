@@ -205,6 +205,16 @@ def test_rows_are_joined_before_they_are_cut(base, rows, tmp_path):
     assert record["calibration"] == {"tokens": 600, "row_tokens": 2}
 
 
+def test_of_preferences_the_chosen_answers_calibrate(base, tmp_path):
+    """Oracle: the same texts as prompts and completions."""
+    pairs = [{"prompt": " ".join(WORDS[n : n + 6]), "chosen": f" {WORDS[n]} film", "rejected": " bad"} for n in range(12)] * 6
+    plain = [{"prompt": pair["prompt"], "completion": pair["chosen"]} for pair in pairs]
+    for name, each in (("pairs", pairs), ("plain", plain)):
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in each))
+        ln.quantize_model(str(base), tmp_path / name, calibration=str(tmp_path / f"{name}.jsonl"), quant=QUANT, **OPTIONS)
+    equal(*(packed_layers(ln.load(str(tmp_path / name))[0]) for name in ("pairs", "plain")))
+
+
 def test_rows_are_no_longer_than_the_models_positions(base, rows, tmp_path):
     config = json.loads((base / "config.json").read_text())
     (base / "config.json").write_text(json.dumps({**config, "max_position_embeddings": 24}))

@@ -19,6 +19,7 @@ from lownibble.study.paired import paired_speed
 from lownibble.study.processes import run_module
 from lownibble.study.table import markdown
 from lownibble.study.worker import failed
+from lownibble.training.run import run
 
 
 def _config(tiny_model, tiny_data, output, **changes):
@@ -67,6 +68,18 @@ def test_compare_runs_each_method_writes_its_files_and_resumes(tiny_model, tiny_
         compare(config)
     again = compare(config.with_options(train=config.train.with_options(resume=True)))
     assert again["methods"] == result["methods"]
+
+
+def test_a_preference_loss_has_no_perplexity(tiny_model, tmp_path):
+    pairs = [{"prompt": "the film was", "chosen": " good", "rejected": " bad"}] * 4
+    for side in ("train", "test"):
+        (tmp_path / f"{side}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in pairs))
+    output = str(tmp_path / "out")
+    train = TrainConfig(objective="dpo", max_steps=1, batch_size=2, max_length=32, output_dir=output)
+    trained = run(RunConfig(model=str(tiny_model), method="lora", data=DataConfig(path=str(tmp_path)), train=train))
+    summary = comparing.summarize(trained.record)
+    assert summary["eval_loss"] == trained.record["evaluations"][-1]["loss"]
+    assert "perplexity" not in summary
 
 
 def test_a_method_that_fails_is_recorded_and_the_others_go_on(tiny_model, tiny_data, tmp_path, monkeypatch):

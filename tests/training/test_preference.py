@@ -15,7 +15,7 @@ from lownibble.registry import OBJECTIVES
 from lownibble.training.events import Stepped
 from lownibble.training.loop import Trainer
 from lownibble.training.loss import chunks_of, token_logps
-from lownibble.training.preference import DPO_LOSSES
+from lownibble.training.preference_losses import DPO_LOSSES
 from lownibble.training.reference import FILE
 
 ANSWERS = [("film", "very good", "bad"), ("plot", "fine", "awful"), ("actor", "good", "not"), ("a scene", "good", "a")]

@@ -30,6 +30,7 @@ from lownibble.config.groups import (
     FIXED,
     KEEP_THEIR_START,
     LOOK_AT_INPUTS,
+    NEXT_TOKEN,
     PER_LAYER,
     PREFERENCE,
     SMOOTHED,
@@ -43,8 +44,8 @@ from lownibble.config.methods import METHODS, PARALLEL, Method, MethodSpec, Name
 
 __all__ = [
     "CHECKPOINTING", "COMPARE_TRAIN", "CORRECT", "FIXED", "FOR_ADAPTERS", "KEEP_THEIR_START", "LOOK_AT_INPUTS", "METHODS",
-    "PACKED", "PARALLEL", "PER_LAYER", "PREFERENCE", "SMOOTHED", "Checkpointing", "CompareConfig", "Data", "DataConfig",
-    "EvalConfig", "ExportConfig", "LoraConfig", "MergeConfig", "Method", "MethodSpec", "NamedMethod", "Parallel",
+    "NEXT_TOKEN", "PACKED", "PARALLEL", "PER_LAYER", "PREFERENCE", "SMOOTHED", "Checkpointing", "CompareConfig", "Data",
+    "DataConfig", "EvalConfig", "ExportConfig", "LoraConfig", "MergeConfig", "Method", "MethodSpec", "NamedMethod", "Parallel",
     "PlanConfig", "PushConfig", "QuantConfig", "QuantizeConfig", "RowsConfig", "RunConfig", "ServeConfig", "StudioConfig",
     "TrainConfig", "method_named",
 ]  # fmt: skip

@@ -135,6 +135,9 @@ LOSS_TYPES = (*DPO_LOSSES, *KTO_LOSSES)
 SMOOTHED = ("robust", "exo_pair")
 """Losses of dpo that take `label_smoothing`."""
 
+NEXT_TOKEN = "next-token"
+"""The objective whose loss is the mean cross-entropy of label tokens."""
+
 PREFERENCE: dict[str, tuple[str, ...]] = {
     "dpo": ("beta", "loss_type", "label_smoothing", "precompute_ref_log_probs"),
     "orpo": ("beta",),
@@ -246,7 +249,7 @@ class TrainConfig(Options):
         None, description="LoRA+: learning rate of the matrices B, and of vectors, as a multiple of learning_rate, e.g. 16"
     )
     objective: Annotated[str, Known(OBJECTIVES)] = Field(
-        "next-token",
+        NEXT_TOKEN,
         description="what is minimised: 'next-token' (cross-entropy of label tokens); 'dpo' or 'orpo' over rows of chosen and "
         "rejected answers, 'kto' over answers labelled good or bad; or one from outside",
     )
@@ -328,7 +331,7 @@ class TrainConfig(Options):
     @model_validator(mode="after")
     def _options_of_preference_objectives(self) -> TrainConfig:
         objective, own = self.objective, PREFERENCE.get(self.objective, ())
-        if own or objective == "next-token":
+        if own or objective == NEXT_TOKEN:
             for name in dict.fromkeys(name for names in PREFERENCE.values() for name in names):
                 if name not in own and getattr(self, name) != type(self).model_fields[name].default:
                     users = " or ".join(each for each, names in PREFERENCE.items() if name in names)

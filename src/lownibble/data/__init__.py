@@ -14,6 +14,7 @@ from lownibble.data.batches import (
 )
 from lownibble.data.choices import Choice, choices
 from lownibble.data.ends import end_tokens
+from lownibble.data.forms import recipe_for
 from lownibble.data.preference import (
     PreferenceBatch,
     check_rows,
@@ -53,6 +54,7 @@ __all__ = [
     "load",
     "prompts",
     "read",
+    "recipe_for",
     "sequences_of",
     "split_pair",
 ]

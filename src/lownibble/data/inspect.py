@@ -67,7 +67,7 @@ def _describe(side: Encoded, n_rows: int, coder: TokenCoder) -> dict[str, Any]:
             "shortest": lengths[0], "median": lengths[len(lengths) // 2], "95%": lengths[int(0.95 * (len(lengths) - 1))],
             "longest": lengths[-1],
         },
-        "histogram": histogram(lengths), "cut": side.n_cut, "dropped": side.n_dropped,
+        "histogram": histogram(lengths), "cut": side.n_cut, "answers_cut": side.n_answers_cut, "dropped": side.n_dropped,
         "without_an_end": len(_without_end(side, coder)), "repeated": _repeated(side),
     }  # fmt: skip
 
@@ -131,7 +131,10 @@ def warnings_of(encoded: list[Encoded], tokenizer: Any, max_length: int) -> list
     coder, told = TokenCoder(tokenizer), []
     for which, side in zip(("training", "evaluation"), encoded, strict=True):
         n_rows = len(side.examples) + side.n_dropped
-        for count, what in ((side.n_cut, "cut"), (side.n_dropped, "dropped")):
+        where = ""
+        if side.form in ("preference", "unpaired"):
+            where = f": prompts on the left down to half of it, then answers at the end (in {side.n_answers_cut} rows)"
+        for count, what in ((side.n_cut, f"cut{where}"), (side.n_dropped, "dropped")):
             if count:
                 told.append(f"{count} of {n_rows} {which} rows are longer than max_length {max_length} and are {what}")
         if side.n_last_only:

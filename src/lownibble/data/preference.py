@@ -3,8 +3,10 @@
 Text is tokenised as in `template.py`: the prompt alone, then the answer, which ends with the end-of-sequence token. Conversations
 are rendered by the chat template (`chat.py`). An answer begins where its first assistant turn does, after the header, and ends
 with the rendering; white space that the template puts after the last turn belongs to it, as in TRL, so that log-probabilities are
-TRL's. Where a row is longer than max_length its prompt is cut on the left, alike for both answers, so that these stay whole if
-they fit.
+TRL's. Where a row is longer than max_length its prompt is cut on the left, alike for both answers, down to half of max_length;
+what is too long then, the answers lose at their ends. TRL keeps the prompt whole and leaves out rows whose prompt alone fills
+max_length: a long prompt leaves a token of the answers, which tells nothing. To keep the answers whole would leave a token of
+the prompt.
 
 *A pair is one example*, so that batches, microbatches and memory budgets deal with pairs as with any row: its tokens are the
 chosen sequence, then the rejected one, each filled up with `GAP` to the length of the longer. So its length is what it takes in a
@@ -24,7 +26,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from lownibble.config import PREFERENCE, DataConfig, TrainConfig
 from lownibble.data.batches import Batch, collate
-from lownibble.data.forms import as_turns, messages_problem, text_problem, value_problem
+from lownibble.data.forms import Form, as_turns, messages_problem, text_problem, value_problem
 from lownibble.data.pairs import Preference, Said, labelled_of, pair_of
 from lownibble.data.rows import Dataset, Problems, Row
 from lownibble.data.template import Encoded, Example, TokenCoder, encode, tokenise_chats
@@ -129,7 +131,7 @@ def encode_preferences(
     """
     found = _good_ones_first(check_rows(dataset, data, objective))
     coder, problems = TokenCoder(tokenizer), Problems(dataset.name)
-    examples, n_cut, n_dropped = list[Example](), 0, 0
+    examples, n_cut, n_answers_cut, n_dropped = list[Example](), 0, 0, 0
     for (row, preference), sequences in zip(found, _tokenise(found, coder, problems), strict=True):
         longest = len(sequences.prompt) + max(map(len, sequences.answers))
         if longest > max_length and data.overlength == "drop":
@@ -139,6 +141,7 @@ def encode_preferences(
             problems.add(row.origin, f"it has {longest} tokens, and max_length is {max_length}. Shorten it, or raise max_length.")
         n_cut += longest > max_length
         prompt, answers = _fit(sequences, coder, max_length)
+        n_answers_cut += answers != sequences.answers
         if not all(answers) or (len(answers) == 2 and answers[0] == answers[1]):
             what = "the answers are the same" if all(answers) else "an answer has no token left"
             problems.add(row.origin, f"{what} within max_length {max_length}. Raise it, or remove the row (overlength = 'drop').")
@@ -152,7 +155,8 @@ def encode_preferences(
         raise DataError(f"All {n_dropped} rows of '{dataset.name}' are longer than max_length {max_length}. Raise it.")
     if objective == "kto" and group:
         _mismatch(examples, group, max_length)
-    return Encoded(examples, "unpaired" if objective == "kto" else "preference", n_cut, n_dropped)
+    form: Form = "unpaired" if objective == "kto" else "preference"
+    return Encoded(examples, form, n_cut, n_dropped, n_answers_cut=n_answers_cut)
 
 
 def _good_ones_first(found: list[tuple[Row, Preference]]) -> list[tuple[Row, Preference]]:
@@ -209,7 +213,7 @@ def _parted(tokenised: list[tuple[list[int], list[Any]]]) -> _Sequences:
 
 
 def _fit(sequences: _Sequences, coder: TokenCoder, max_length: int) -> tuple[list[int], list[list[int]]]:
-    prompt = coder.cut_left(sequences.prompt, max_length - max(map(len, sequences.answers)))
+    prompt = coder.cut_left(sequences.prompt, max(max_length - max(map(len, sequences.answers)), max_length // 2))
     return prompt, [answer[: max(0, max_length - len(prompt))] for answer in sequences.answers]
 
 

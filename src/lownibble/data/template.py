@@ -50,14 +50,15 @@ class Example(NamedTuple):
 @dataclass(frozen=True)
 class Encoded:
     """A tokenised data set: its examples in row order, its form, and how many rows were longer than `max_length` and therefore
-    truncated, or dropped; and of how many conversations only the last assistant turn is trained, because the template does not
-    let the others be told apart."""
+    truncated, or dropped; of how many conversations only the last assistant turn is trained, because the template does not
+    let the others be told apart; and in how many preferences an answer was truncated, too."""
 
     examples: list[Example]
     form: Form
     n_cut: int
     n_dropped: int = 0
     n_last_only: int = 0
+    n_answers_cut: int = 0
 
 
 def digest_of(sides: Iterable[Encoded]) -> str:

@@ -18,7 +18,7 @@ from typing import Any
 from safetensors import SafetensorError
 
 from lownibble import record, stored, tensorfile
-from lownibble.config import PACKED, PREFERENCE, DataConfig, MergeConfig, QuantConfig, TrainConfig
+from lownibble.config import NEXT_TOKEN, PACKED, PREFERENCE, DataConfig, MergeConfig, QuantConfig, TrainConfig
 from lownibble.data import Example, encode_for, load, sequences_of
 from lownibble.errors import AdapterError, ConfigError, InputError, OutputError
 from lownibble.exporting.measure import BASE, FAITHFUL, choose_rows, measure
@@ -32,7 +32,6 @@ from lownibble.training.microbatches import collator
 from lownibble.training.output import hold
 
 RECORD, _STATE = "merge.json", ".merging.json"
-NEXT_TOKEN = "next-token"
 _LEFT_BEHIND = (
     "config.json", INDEX, "README.md", RECORD, "quantize_config.json", "quant_config.json", "hf_quant_config.json"
 )  # fmt: skip

@@ -36,8 +36,8 @@ from lownibble import record, stored, tensorfile
 from lownibble.calibration import Moments, join_rows, row_length, walk
 from lownibble.calibration.gptq import round_again
 from lownibble.calibration.mixed import candidates, check_budget, choose, loss_increase, sample_tokens
-from lownibble.config import DataConfig, QuantConfig, QuantizeConfig
-from lownibble.data import encode, read
+from lownibble.config import NEXT_TOKEN, DataConfig, QuantConfig, QuantizeConfig, TrainConfig
+from lownibble.data import encode_for, read, recipe_for, sequences_of
 from lownibble.errors import ConfigError, InputError, OutputError, QuantizationError
 from lownibble.exporting.merge import check_free, write
 from lownibble.exporting.weights import Tell, Weights, say_nothing
@@ -222,12 +222,14 @@ def _space_errors(output: Path) -> Iterator[None]:
 
 
 def _calibration_rows(config: QuantizeConfig, source: ModelSource, model: Any) -> Tensor:
-    """Token ids (rows, tokens): rows of the data, joined first and cut then."""
+    """Token ids (rows, tokens): rows of the data, of preferences the chosen answers; joined first and cut then."""
     data = DataConfig(path=config.calibration)
-    sides = [side for side in read(config.calibration) if side is not None]
-    encoded = encode(sides[0], load_tokenizer(source), data, config.calibration_tokens)
-    length = row_length(model, config.max_length)
-    return join_rows([each.input_ids for each in encoded.examples], config.calibration_tokens, length, config.seed)
+    rows = next(side for side in read(config.calibration) if side is not None)
+    objective = "dpo" if recipe_for(rows, data).form == "preference" else NEXT_TOKEN
+    train = TrainConfig(objective=objective, max_length=config.calibration_tokens)
+    encoded = encode_for(rows, load_tokenizer(source), data, train)
+    chosen = [sequences_of(each)[0][0] for each in encoded.examples]
+    return join_rows(chosen, config.calibration_tokens, row_length(model, config.max_length), config.seed)
 
 
 def _summary(errors: Mapping[str, tuple[float, float]], packed: set[str]) -> dict[str, Any]:

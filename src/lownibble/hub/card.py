@@ -16,6 +16,7 @@ from typing import Any, Literal
 from huggingface_hub import HfApi, ModelCardData, metadata_load
 from huggingface_hub.utils._validators import validate_repo_id
 
+from lownibble.config import NEXT_TOKEN
 from lownibble.measuring.stats import standard_error
 from lownibble.planning.show import beside
 
@@ -150,7 +151,7 @@ def _results(subject: Subject) -> Iterator[str]:
 def _evaluation(run: Mapping[str, Any]) -> str:
     first, last, objective = run["evaluations"][0], run["evaluations"][-1], run["config"]["train"]["objective"]
     lines = ["| evaluation | before | after |", "| --- | ---: | ---: |"]
-    loss = "loss, nats per label token" if objective == "next-token" else f"loss of {objective}"
+    loss = "loss, nats per label token" if objective == NEXT_TOKEN else f"loss of {objective}"
     lines.append(f"| {loss} | {first['loss']:.4f} | {last['loss']:.4f} |")
     for name, value in last["scores"].items():
         before = first["scores"].get(name)

@@ -26,7 +26,7 @@ from typing import Any
 import torch
 
 from lownibble import record, stored
-from lownibble.config import CompareConfig, RunConfig, method_named
+from lownibble.config import NEXT_TOKEN, CompareConfig, RunConfig, method_named
 from lownibble.data import encode_for
 from lownibble.data import load as load_data
 from lownibble.errors import ConfigError, OutputError, TrainingError
@@ -302,7 +302,7 @@ def summarize(run: dict[str, Any]) -> dict[str, Any]:
         "adapter_bytes": run["adapter_bytes"],
         "eval_loss_before": first["loss"],
         "eval_loss": last["loss"],
-        "perplexity": math.exp(min(last["loss"], 50)),
+        **({"perplexity": math.exp(min(last["loss"], 50))} if run["config"]["train"]["objective"] == NEXT_TOKEN else {}),
         "scores_before": first["scores"],
         "scores": last["scores"],
         "score_gain": advice.paired_difference(first["correct"], last["correct"]),
