@@ -6,7 +6,7 @@ OUTPUT ?= runs/demo
 # Images of containers often set it. Without bytecode each process that trains compiles torch and transformers anew: 13 s to start, not 5.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: demo test check matrix format bench bench-parity bench-kernels bench-train bench-train-real bench-experts bench-parallel bench-decode bench-quality bench-codecs bench-gptq bench-chats bench-memory bench-plan bench-paging bench-merge bench-latency bench-dropin bench-serve bench-soak gpu study faults readme release clean
+.PHONY: demo test check matrix format bench bench-parity bench-kernels bench-train bench-train-real bench-preference bench-experts bench-parallel bench-decode bench-quality bench-codecs bench-gptq bench-chats bench-memory bench-plan bench-paging bench-merge bench-latency bench-dropin bench-serve bench-soak gpu study faults new-user readme release clean
 
 demo: $(VENV)/.ready  ## set up, then compare LoRA and QLoRA on the embedded model and data
 	$(BIN)/lownibble compare --output $(OUTPUT) --resume
@@ -40,6 +40,9 @@ bench-train: $(VENV)/.ready-dev
 
 bench-train-real: $(VENV)/.ready-dev  ## real rows of messages: make bench-train-real DATA=rows.jsonl
 	$(BIN)/lownibble bench train --peers --data $(DATA) --output benchmarks/results/train-real-cpu.json
+
+bench-preference: $(VENV)/.ready-dev
+	$(BIN)/lownibble bench preference --peers --output benchmarks/results/preference-cpu.json
 
 bench-experts: $(VENV)/.ready-dev  ## needs 20 GB of memory
 	$(BIN)/lownibble bench experts --peers --output benchmarks/results/experts-cpu.json
@@ -95,6 +98,9 @@ study: $(VENV)/.ready-dev  ## what is missing of the articles' study (hours), an
 
 faults: $(VENV)/.ready-dev  ## kill, fill, damage and starve training runs, and record what becomes of them
 	$(BIN)/python tests/faults/harness.py --output benchmarks/results/faults-cpu.json
+
+new-user: $(VENV)/.ready-dev  ## from pip install to a chat with an adapter of one's own, through the page: after make release
+	$(BIN)/python tests/studio/new_user.py dist/*.whl --output benchmarks/results/new-user-cpu.json
 
 readme: $(VENV)/.ready-dev  ## render the recorded figures in README.md and docs/
 	$(BIN)/python tools/readme.py

@@ -15,8 +15,8 @@ LAYERS = {
     "kernels": 4, "quant": 5, "models": 6, "calibration": 7, "lora": 8, "optim": 8, "data": 8, "record": 8, "planning": 9,
     "memory": 10, "training": 11, "decoding": 11, "integrations": 11,
     "rehearsal": 12, "measuring": 12, "exporting": 12, "serve": 12,
-    "hub": 13, "study": 13, "studio": 13,
-    "bench": 14,
+    "hub": 13, "study": 13,
+    "bench": 14, "studio": 14,
     "cli": 15,
     "__main__": 16,
 }  # fmt: skip

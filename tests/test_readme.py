@@ -69,6 +69,23 @@ def test_without_records_of_cuda_nothing_is_rendered(rendering):
     assert rendering._between("cuda", "") == "<!-- begin cuda --><!-- end cuda -->"
 
 
+def test_preferences_are_rendered_once_they_are_measured(rendering):
+    assert rendering.preference() == ""
+    found = {
+        "rows_per_s": {"ours": {"median": 1.5, "min": 1, "max": 2}}, "ratios": {"trl": {"median": 2.5, "min": 2, "max": 3}},
+        "peak_bytes": {"ours": 2**30, "trl": 3 * 2**30},
+    }  # fmt: skip
+    record = {
+        "environment": {"device": "A CPU", "threads": 2, "kernels": "cpu"}, "objectives": {"orpo lora": found},
+        "failed": {"dpo lora, trl": "no\nmodule trl"},
+        "workload": {"model": "demo", "batch_size": 2, "r": 16, "targets": "all-linear", "rounds": 3},
+    }  # fmt: skip
+    (rendering.RESULTS / "preference-cpu.json").write_text(json.dumps(record))
+    text = rendering.preference()
+    assert "| orpo lora | 1.50 (1.00 to 2.00) | 2.50 (2.00 to 3.00) | - | 1.00 | 3.00 |" in text
+    assert "Not measured: dpo lora, trl (no module trl)." in text
+
+
 def test_records_of_cuda_are_rendered_as_far_as_they_are_there(rendering):
     def spread(value):
         return {"median": value, "min": value - 1, "max": value + 1}

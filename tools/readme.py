@@ -2,7 +2,7 @@
 
 Text between `<!-- begin NAME -->` and `<!-- end NAME -->` is rendered from the records under benchmarks/results/ and studies/,
 never typed; one line is rendered between them on theirs. Every section of `SECTIONS` must appear on exactly one page; those of
-CUDA are empty where there is no record. With --check nothing is written, and the exit code is 1
+CUDA, of preferences and of a new user are empty where there is no record. With --check nothing is written, and the exit code is 1
 if a page differs from the records.
 """
 
@@ -230,6 +230,46 @@ def train_real() -> str:
     return _turns(
         "train-real-cpu",
         lambda w: f"{w['batch_size']} rows or packs of up to {w['length']} tokens a step, r={w['r']} {w['targets']}",
+    )
+
+
+def preference() -> str:
+    """Steps of preference objectives next to TRL; empty without a record."""
+    if (record := _there("preference-cpu")) is None:
+        return ""
+    columns = ["", "rows/s, median (min to max)", "/ TRL", "/ TRL, reference precomputed", "peak GiB", "TRL's"]
+    lines = [f"| {' | '.join(columns)} |", f"| --- |{' ---: |' * (len(columns) - 1)}"]
+    for name, found in record["objectives"].items():
+        ratios, peaks = found["ratios"], found["peak_bytes"]
+        cells = [
+            name, _spread(found["rows_per_s"]["ours"], 2),
+            *(_spread(ratios[peer], 2) if peer in ratios else "-" for peer in ("trl", "trl_precomputed")),
+            *(f"{peaks[whose] / 2**30:.2f}" if whose in peaks else "-" for whose in ("ours", "trl")),
+        ]  # fmt: skip
+        lines.append(f"| {' | '.join(cells)} |")
+    if record["failed"]:
+        absent = "; ".join(f"{name} ({' '.join(why.split())[:160]})" for name, why in record["failed"].items())
+        lines += ["", f"Not measured: {absent}."]
+    work = record["workload"]
+    source = (
+        f"{work['model']}, {work['batch_size']} rows a step, r={work['r']} {work['targets']}, {work['rounds']} interleaved "
+        f"rounds; {_where(record)}; `benchmarks/results/preference-cpu.json`"
+    )
+    head = "Steps beside TRL's trainers, the same rows in the same order (DPO's and ORPO's are two sequences each):"
+    return "\n".join([head, "", *lines, "", f"({source})"])
+
+
+def new_user() -> str:
+    """A new user's way through the studio; empty without a record."""
+    if (record := _there("new-user-cpu")) is None:
+        return ""
+    steps = ", ".join(f"{name} {seconds:.0f} s" for name, seconds in record["seconds"].items())
+    before, after = record["evaluation_losses"]
+    return (
+        f"Measured, from `pip install` in a new environment to the answers of base and adapter, trained on {record['rows']} rows "
+        f"by the page alone: {record['total_seconds'] / 60:.1f} minutes ({steps}); evaluation loss {before:.2f} before and "
+        f"{after:.2f} after. Load {record['load_before'][0]:.1f} before and {record['load_after'][0]:.1f} after, "
+        f"on {record['cpus']} processors. ({_where(record)}; `benchmarks/results/new-user-cpu.json`)"
     )
 
 
@@ -847,6 +887,8 @@ SECTIONS: dict[str, Callable[[], str]] = {
     "train-real": train_real,
     "decode": decode,
     "experts": experts,
+    "preference": preference,
+    "new-user": new_user,
     "latency": latency,
     "serve": serve,
     "soak": soak,

@@ -189,6 +189,19 @@ def test_wrong_options_are_said(client):
     assert client.get("/api/jobs/nothing").status_code == 400
 
 
+def test_a_study_is_checked_before_it_is_started(client):
+    asked = {"command": "study", "toml": "name = 'mine'\nlora = {}"}
+    assert client.post("/api/check", json=asked).json()["error"].startswith("'study.toml' has what a study does not: lora.")
+    assert "TOML" in client.post("/api/check", json={**asked, "toml": "name ="}).json()["error"]
+    whole = """name = "a"
+seeds = [0]
+models = { m = "demo" }
+methods = { lora = { method = "lora" } }
+tasks = { t = { kind = "classification", data = { path = "demo" } } }"""
+    checked = client.post("/api/check", json={**asked, "toml": whole}).json()
+    assert checked == {"command": "lownibble study run study.toml --output runs/study-1"}
+
+
 def test_a_study_is_written_and_started(client, jobs):
     made = client.post("/api/jobs", json={"command": "study", "toml": "name = 'mine'", "values": {}}).json()
     assert made["output"] == "runs/study-1"

@@ -3,14 +3,12 @@
 import json
 import os
 import signal
-import subprocess
-import sys
 import time
-from contextlib import contextmanager
 
 import psutil
 import pytest
 from chromium import BINARY, Chromium
+from driving import badge, check_quiet, choose, click, fill, studio, until, upload
 from gguf import GGUFReader
 from safetensors.torch import load_file
 
@@ -23,59 +21,13 @@ def browser(tmp_path):
         yield chromium
 
 
-@contextmanager
-def studio(folder):
-    """A studio's process in `folder`, and its address; killed in the end, as by a crash."""
-    command = [sys.executable, "-m", "lownibble", "studio", "--port", "0", "--folder", "runs"]
-    with subprocess.Popen(command, cwd=folder, stderr=subprocess.PIPE, text=True) as process:
-        try:
-            yield process.stderr.readline().split()[-1]
-        finally:
-            process.kill()
-
-
-def until(browser, expression, seconds=300):
-    end = time.monotonic() + seconds
-    while not browser.value(expression):
-        assert time.monotonic() < end, browser.value("document.body.innerText")
-        time.sleep(0.1)
-
-
-def fill(browser, name, text):
-    browser.value(
-        f"(() => {{ const e = document.querySelector('[data-option=\"{name}\"]'); e.value = {json.dumps(text)}; "
-        "e.dispatchEvent(new Event(e.tagName == 'SELECT' ? 'change' : 'input')); })()"
-    )
-
-
-def click(browser, text):
-    found = f"[...document.querySelectorAll('button, a')].find(e => e.textContent == {json.dumps(text)} && e.offsetParent)"
-    until(browser, f"!!{found}")
-    browser.value(f"{found}.click()")
-
-
-def badge(words):
-    return f"document.querySelector('#j-badge')?.textContent == '{words}'"
-
-
-def check_quiet(browser, address):
-    """No message on the console, nothing asked of elsewhere, nothing wider than the window."""
-    asked = [e["params"]["request"]["url"] for e in browser.events if e["method"] == "Network.requestWillBeSent"]
-    assert [url for url in asked if not url.startswith((address, "data:"))] == []
-    assert [e for e in browser.complaints() if e["method"] != "Network.requestWillBeSent"] == []
-    assert browser.value("document.documentElement.scrollWidth <= innerWidth")
-
-
 @pytest.mark.slow
 def test_from_the_first_click_to_an_exported_adapter(browser, tiny_model, tiny_data, tmp_path):
     with studio(tmp_path) as address:
         browser.open(address)
         until(browser, "document.querySelectorAll('.planned').length == 3")
         fill(browser, "model", str(tiny_model))
-        document = browser("DOM.getDocument")["root"]["nodeId"]
-        node = browser("DOM.querySelector", nodeId=document, selector="#file")["nodeId"]
-        browser("DOM.setFileInputFiles", nodeId=node, files=[str(tiny_data / "train.jsonl")])
-        until(browser, "!document.querySelector('#preview').hidden && !document.querySelector('#look').disabled")
+        upload(browser, tiny_data / "train.jsonl")
         assert (tmp_path / "runs" / "uploads" / "train.jsonl").read_bytes() == (tiny_data / "train.jsonl").read_bytes()
         fill(browser, "data.prompt_template", "review : {text} sentiment :")
         fill(browser, "data.completion_template", " {label}")
@@ -129,3 +81,103 @@ def test_from_the_first_click_to_an_exported_adapter(browser, tiny_model, tiny_d
         browser.value("document.querySelector('.run input').click()")
         until(browser, "document.querySelector('#beside table')?.textContent.includes('60 of 60')")
         check_quiet(browser, address)
+
+
+STUDY = """
+name = "tiny"
+seeds = [0]
+[models]
+tiny = "MODEL"
+[methods]
+lora = { method = "lora" }
+qlora = { method = "qlora" }
+[tasks.reviews]
+kind = "classification"
+data = { path = "DATA", prompt_template = "review : {text} sentiment :", completion_template = " {label}" }
+train = { batch_size = 8, max_length = 32 }
+[quant]
+block_size = 32
+[train]
+max_steps = 4
+"""
+
+
+def open_report(browser, address):
+    """Follow the page's link to the report; returns its headings."""
+    href = browser.value("[...document.querySelectorAll('#j-buttons a')].find(e => e.textContent == 'Open the report').href")
+    assert href.startswith(address)
+    browser.open(href)
+    check_quiet(browser, address)
+    return browser.value("[...document.querySelectorAll('h1, h2')].map(e => e.textContent)")
+
+
+@pytest.mark.slow
+def test_a_comparison_and_a_study_are_watched_and_their_reports_opened(browser, tiny_model, tiny_data, tmp_path):
+    with studio(tmp_path) as address:
+        browser.open(address)
+        until(browser, "document.querySelectorAll('.planned').length == 3")
+        choose(browser, "compare")
+        for name, text in (
+            ("model", str(tiny_model)), ("data.path", str(tiny_data)), ("methods", "lora,qlora"), ("train.max_steps", "4"),
+            ("data.prompt_template", "review : {text} sentiment :"), ("data.completion_template", " {label}"),
+            ("train.max_length", "32"), ("lora.r", "2"),
+        ):  # fmt: skip
+            fill(browser, name, text)
+        until(browser, "document.querySelector('#command').textContent.includes('--methods lora,qlora')")
+        click(browser, "Start comparing")
+        until(browser, "document.querySelectorAll('#c-loss .line').length == 2")
+        until(browser, badge("done"))
+        summary = json.loads((tmp_path / "runs/compare-1/record.json").read_text())
+        shown = browser.value("[...document.querySelectorAll('#j-result tbody th')].map(e => e.textContent)")
+        assert shown == [each["method"] for each in summary["methods"]] == ["lora", "qlora"]
+        check_quiet(browser, address)
+        assert any("LoRA" in heading or "lora" in heading for heading in open_report(browser, address))
+
+        browser.open(f"{address}#new", dark=True)
+        until(browser, "document.querySelectorAll('.planned').length == 3")
+        choose(browser, "study")
+        toml = STUDY.replace("MODEL", str(tiny_model)).replace("DATA", str(tiny_data))
+        browser.value(f"(() => {{ const e = document.querySelector('#toml'); e.value = {json.dumps(toml)}; "
+                      "e.dispatchEvent(new Event('input')); })()")  # fmt: skip
+        click(browser, "Start the study")
+        until(browser, "document.querySelector('#j-progress')?.textContent.includes('[1/2]')")
+        until(browser, badge("done"))
+        assert len(list((tmp_path / "runs/study-1/cells").glob("*.json"))) == 2
+        check_quiet(browser, address)
+        assert open_report(browser, address)
+
+
+@pytest.mark.slow
+def test_steps_of_ten_long_runs_are_seen_within_a_second(browser, tmp_path):
+    """From the line in the file to the text on the page, with all ten runs' curves drawn; of three, the fastest."""
+
+    def add(first, count):
+        steps = range(first, first + count)
+        text = "".join(
+            json.dumps({"event": "Stepped", "step": n, "loss": 2.0, "tokens": 9, "seconds": 0.1}) + "\n" for n in steps
+        )
+        for n in range(10):
+            (tmp_path / "runs" / f"long-{n}").mkdir(parents=True, exist_ok=True)
+            with (tmp_path / "runs" / f"long-{n}" / "events.jsonl").open("a") as file:
+                file.write(text)
+
+    started = json.dumps({"event": "Started", "first_step": 0, "total_steps": 20_000}) + "\n"
+    for n in range(10):
+        (tmp_path / "runs" / f"long-{n}").mkdir(parents=True)
+        (tmp_path / "runs" / f"long-{n}" / "events.jsonl").write_text(started)
+    add(1, 10_000)
+    shown = "document.querySelector('#beside table')?.textContent.split('{} of 20000').length == 11"
+    with studio(tmp_path) as address:
+        browser.open(f"{address}#runs")
+        until(browser, "document.querySelectorAll('.run input').length == 10")
+        browser.value("document.querySelectorAll('.run input').forEach(e => e.click())")
+        until(browser, shown.format(10_000))
+        waits = []
+        for last in (10_001, 10_002, 10_003):
+            began = time.monotonic()
+            add(last, 1)
+            until(browser, shown.format(last))
+            waits.append(time.monotonic() - began)
+        assert browser.value("document.querySelectorAll('#b-loss li').length") == 10
+        check_quiet(browser, address)
+    assert min(waits) < 1.0, waits

@@ -35,6 +35,7 @@ from typing import Any
 import psutil
 
 from lownibble.errors import ConfigError, OutputError
+from lownibble.studio.held import gpu_bytes, held
 from lownibble.studio.tracks import Memory, Track
 
 RESUMED = ("train", "compare")
@@ -345,9 +346,9 @@ class Jobs:
                 running = [job for job in self.all() if job.pid and self.status(job) == "running"]
                 on_gpus = gpu_bytes() if running else {}
                 for job in running:
-                    ids, held = _held(job.pid)
+                    ids, in_memory = held(job.pid)
                     on_gpu = sum(on_gpus.get(pid, 0) for pid in ids)
-                    sample = {"seconds": round(time.time() - job.started, 1), "bytes": on_gpu or held}
+                    sample = {"seconds": round(time.time() - job.started, 1), "bytes": on_gpu or in_memory}
                     with (self._place(job.id) / "memory").open("a") as file:
                         file.write(json.dumps(sample) + "\n")
 
@@ -361,40 +362,6 @@ def _lives(job: Job) -> bool:
         same = abs(process.create_time() - job.began) < 5
         return bool(same and process.status() != psutil.STATUS_ZOMBIE)
     return False
-
-
-def _held(pid: int) -> tuple[list[int], int]:
-    """The ids of a process and its children, and the bytes that they hold together."""
-    ids, held = [], 0
-    with suppress(psutil.Error):
-        process = psutil.Process(pid)
-        for each in (process, *process.children(recursive=True)):
-            with suppress(psutil.Error):
-                held += each.memory_info().rss
-                ids.append(each.pid)
-    return ids, held
-
-
-def gpu_bytes() -> dict[int, int]:
-    """Process id -> bytes on GPUs, as the driver's own tool has it; empty without one."""
-    if shutil.which("nvidia-smi") is None:
-        return {}
-    query = ["nvidia-smi", "--query-compute-apps=pid,used_memory", "--format=csv,noheader,nounits"]
-    with suppress(OSError, subprocess.SubprocessError):
-        lines = subprocess.run(query, capture_output=True, text=True, timeout=5, check=True).stdout.splitlines()
-        pairs = [line.split(",") for line in lines]
-        return {int(pid): int(mib) << 20 for pid, mib in pairs if mib.strip().isdigit()}
-    return {}
-
-
-def gpu_name() -> str:
-    """What the driver's own tool calls the first GPU; '' without one."""
-    if shutil.which("nvidia-smi") is None:
-        return ""
-    query = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
-    with suppress(OSError, subprocess.SubprocessError):
-        return subprocess.run(query, capture_output=True, text=True, timeout=5, check=True).stdout.partition("\n")[0].strip()
-    return ""
 
 
 @contextmanager

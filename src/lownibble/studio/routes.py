@@ -1,14 +1,10 @@
-"""Routes of the studio (FastAPI), and who may use them.
+"""Routes of the studio (FastAPI): the page is four files of this folder, everything else is JSON below /api.
 
-The page is four files of this folder; everything else is JSON below /api. Whoever can send a request here can start processes,
-so each request is checked before it is read: its Host (a page whose name was made to resolve to this machine sends that name),
-its Origin (a page of another server cannot use the browser against this one), its Content-Type (forms cannot send ours), and the
-key if there is one. Work that takes long or may crash on what was uploaded runs in a process of its own.
+Who may use them: `gate.py`. Work that takes long or may crash on what was uploaded runs in a process of its own.
 """
 
 from __future__ import annotations
 
-import hashlib
 import hmac
 import json
 import re
@@ -19,31 +15,29 @@ import sys
 import threading
 from collections.abc import Awaitable, Callable
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
-from urllib.parse import urlsplit
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import FileResponse, JSONResponse, Response
 from pydantic import BaseModel, ConfigDict
 from starlette.concurrency import run_in_threadpool
-from starlette.datastructures import Headers
 
 from lownibble import __version__
 from lownibble.config import PlanConfig
 from lownibble.data.files import SUFFIXES
 from lownibble.errors import ConfigError, DataError, InputError, LownibbleError, OutputError
-from lownibble.listening import is_address
 from lownibble.planning import hardware, models
 from lownibble.studio.fields import COMMANDS, command_line, configuration, fields, taken_by
-from lownibble.studio.launched import Job, Jobs, gpu_name
+from lownibble.studio.gate import Gate, cookie, ticket
+from lownibble.studio.held import gpu_name
+from lownibble.studio.launched import Job, Jobs
+from lownibble.study.spec import read_study
 
 HERE = Path(__file__).parent
 MOST_JOBS = 100
 """Jobs in the list: the newest."""
-
-MOST_BODY = 4 << 20
-"""Bytes of a JSON body."""
 
 SPARE = 64 << 20
 """Bytes of the disk that an upload leaves free."""
@@ -76,7 +70,7 @@ class Key(BaseModel):
 def app(jobs: Jobs, *, host: str = "127.0.0.1", api_key: str | None = None) -> FastAPI:
     """Build the application."""
     made = FastAPI(title="Lownibble studio", docs_url=None, redoc_url=None, openapi_url=None)
-    made.add_middleware(_Gate, host=host, key=api_key)
+    made.add_middleware(Gate, host=host, key=api_key)
     previews = threading.Lock()
 
     @made.exception_handler(InputError)
@@ -105,7 +99,7 @@ def app(jobs: Jobs, *, host: str = "127.0.0.1", api_key: str | None = None) -> F
         if not api_key or not hmac.compare_digest(body.key.encode(), api_key.encode()):
             return JSONResponse({"error": "The key is wrong. It was given as --api-key or LOWNIBBLE_API_KEY."}, 401)
         answer = JSONResponse({"status": "ok"})
-        answer.set_cookie(_cookie(request.headers), _ticket(api_key), httponly=True, samesite="strict")
+        answer.set_cookie(cookie(request.headers), ticket(api_key), httponly=True, samesite="strict")
         return answer
 
     @made.get("/api/form")
@@ -120,6 +114,9 @@ def app(jobs: Jobs, *, host: str = "127.0.0.1", api_key: str | None = None) -> F
 
     @made.post("/api/check")
     def check(body: Form) -> dict[str, Any]:
+        if body.command == "study":
+            words = ["study", "run", "study.toml", "--output", jobs.free_output("study")]
+            return _or_error(lambda: _check_study(body.toml or "") or {"command": _shown(words)})
         return _or_error(lambda: {"command": _shown(command_line(body.command, _with_output(jobs, body)))})
 
     @made.post("/api/plan")
@@ -154,7 +151,7 @@ def app(jobs: Jobs, *, host: str = "127.0.0.1", api_key: str | None = None) -> F
         curves = [track.curve() for track in jobs.curves(job)]
         return {
             **described, "curves": curves, "memory": jobs.memory(job), "log": jobs.log(job), "address": _address(jobs, job),
-            "warnings": [line for track in jobs.curves(job) for line in track.warnings][-20:],
+            "warnings": list(dict.fromkeys(line for track in jobs.curves(job) for line in track.warnings))[-20:],
             "report": job.folder is not None and (job.folder / "report.html").exists(),
             "result": _summary(jobs.result(job)), "products": _products(job),
         }  # fmt: skip
@@ -187,6 +184,17 @@ def _or_error(answer: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         return answer()
     except InputError as error:
         return {"error": str(error)}
+
+
+def _check_study(text: str) -> None:
+    """Check a study's text. Raises ConfigError as `read_study`."""
+    with TemporaryDirectory() as folder:
+        path = Path(folder) / "study.toml"
+        path.write_text(text, encoding="utf-8")
+        try:
+            read_study(path)
+        except ConfigError as error:
+            raise ConfigError(str(error).replace(str(path), path.name)) from None
 
 
 def here() -> str:
@@ -270,9 +278,7 @@ def _start(jobs: Jobs, body: Form, host: str, api_key: str | None) -> Job:
         values.setdefault("host", host)
     words, leaf = command_line(body.command, values), COMMANDS[body.command].output
     planned = _planned(body) if body.command == "train" else None
-    facts: dict[str, Any] = {
-        name: values[name] for name in ("model", "adapter", "source", "method", "methods", "data.path") if name in values
-    }
+    facts = {name: values[name] for name in _FACTS if name in values}
     return jobs.start(words, values.get(leaf) if leaf else None, planned=planned, facts=facts, environment=environment)
 
 
@@ -375,56 +381,3 @@ async def _receive(folder: Path, name: str, request: Request) -> dict[str, Any]:
     finally:
         part.unlink(missing_ok=True)
     return {"path": str(target), "bytes": received}
-
-
-def _cookie(headers: Headers) -> str:
-    """The cookie's name, by port: browsers send the cookies of all ports of a host."""
-    return f"studio-{headers.get('host', '').rpartition(':')[2]}"
-
-
-def _ticket(key: str) -> str:
-    """The cookie's value: known to who knows the key, and of characters that a cookie may have."""
-    return hmac.new(key.encode(), b"lownibble studio", hashlib.sha256).hexdigest()
-
-
-class _Gate:
-    """Middleware: refuses foreign Hosts, Origins and Content-Types, requests without the key, and bodies that are too large."""
-
-    def __init__(self, app: Callable[..., Awaitable[None]], host: str, key: str | None) -> None:
-        self.app, self.host, self.key = app, host, key
-
-    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
-        refused = self._refusal(scope) if scope["type"] == "http" else None
-        await (refused or self.app)(scope, receive, send)
-
-    def _refusal(self, scope: Any) -> Response | None:
-        headers, path, posts = Headers(scope=scope), scope["path"], scope["method"] not in ("GET", "HEAD")
-        host = headers.get("host", "")
-        if not self.key and not is_address(host, self.host):
-            return _no(403, f"Without a key the studio answers to its address only, not to '{host[:100]}'. Open it by that.")
-        origin = headers.get("origin")
-        if origin is not None and urlsplit(origin).netloc.lower() != host.lower():
-            return _no(403, "This request comes from a page of another server.")
-        if headers.get("sec-fetch-site", "none") not in ("same-origin", "none") and path.startswith("/api"):
-            return _no(403, "This request comes from a page of another server.")
-        kind = headers.get("content-type", "").partition(";")[0]
-        if posts and kind != ("application/octet-stream" if path == "/api/upload" else "application/json"):
-            return _no(415, "The body must be JSON; that of an upload application/octet-stream.")
-        size = headers.get("content-length", "0")
-        if posts and path != "/api/upload" and (not size.isdigit() or int(size) > MOST_BODY or "transfer-encoding" in headers):
-            return _no(413, f"The body is larger than {MOST_BODY >> 20} MB, or does not say how large it is.")
-        if self.key and path.startswith("/api/") and path != "/api/key" and not self._has_key(headers):
-            return _no(401, "The studio asks for its key: it was given as --api-key or LOWNIBBLE_API_KEY.")
-        return None
-
-    def _has_key(self, headers: Headers) -> bool:
-        assert self.key is not None
-        cookies = dict(pair.strip().partition("=")[::2] for pair in headers.get("cookie", "").split(";"))
-        bearer, ticket = headers.get("authorization", "").removeprefix("Bearer "), cookies.get(_cookie(headers), "")
-        pairs = (bearer, self.key), (ticket, _ticket(self.key))
-        same = [hmac.compare_digest(given.encode(), right.encode()) for given, right in pairs]  # compare all: constant time
-        return any(same)
-
-
-def _no(status: int, why: str) -> Response:
-    return JSONResponse({"error": why}, status)

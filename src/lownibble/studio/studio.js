@@ -114,14 +114,14 @@ function study(first) {
   const toml = `name = "LoRA and QLoRA on my data"\nseeds = [0, 1, 2]\n\n[models]\nmine = ${text("model", "demo")}\n\n[methods]\nlora = { method = "lora" }\nqlora = { method = "qlora" }\n\n[tasks.mine]\nkind = "classification"\ndata = { path = ${text("data.path", "demo")}, max_eval_rows = 128${values["data.prompt_template"] ? `, prompt_template = ${text("data.prompt_template")}` : ""}${values["data.completion_template"] ? `, completion_template = ${text("data.completion_template")}` : ""} }\ntrain = { batch_size = 8, max_length = 128 }\n\n[train]\nmax_steps = ${steps}\n`;
   if (first) {
     $("#how").replaceChildren(el("div", { className: "field" }, el("label", { htmlFor: "toml", textContent: "The study: every model × method × task × seed is a run (docs/study.md)" }),
-      el("textarea", { id: "toml", rows: 18, spellcheck: false, value: toml, oninput: (event) => { event.target.dataset.own = "1"; check(); } })));
+      el("textarea", { id: "toml", rows: 18, spellcheck: false, value: toml, oninput: (event) => { event.target.dataset.own = "1"; refresh(); } })));
   } else if (!$("#toml").dataset.own) $("#toml").value = toml;
 }
 
 async function check() {
   const wrong = $("#wrong");
   try {
-    $("#command").textContent = what() === "study" ? "lownibble study run study.toml --output …" : (await api("check", { command: what(), values: taken(what()) })).command;
+    $("#command").textContent = (await api("check", what() === "study" ? { command: "study", toml: $("#toml").value } : { command: what(), values: taken(what()) })).command;
     wrong.hidden = true;
   } catch (error) { wrong.textContent = error.message; wrong.hidden = false; }
   $("#start").disabled = !wrong.hidden;
@@ -157,8 +157,8 @@ function preview(found) {
     el("p", {}, el("b", { textContent: found.data }), ` ${found.form} rows, tokenised for ${found.model}`),
     el("p", { className: "quiet", textContent: side("training", found.training) }), el("p", { className: "quiet", textContent: side("evaluation", found.evaluation) }),
     ...found.warnings.map((line) => el("p", { className: "warning", textContent: line })), bars,
-    ...found.rows.map((row) => el("figure", { className: "example" }, el("figcaption", { textContent: `${row.origin}, ${row.tokens} tokens; what is trained is marked` }),
-      el("p", {}, ...row.pieces.map(([text, trained]) => (trained ? el("mark", { textContent: text }) : el("span", { textContent: text })))))),
+    ...found.rows.map((row) => el("figure", { className: "example" }, el("figcaption", { textContent: `${row.origin}, ${row.tokens} tokens; what is trained is marked${"label" in row ? `; a ${row.label ? "good" : "bad"} answer` : ""}` }),
+      el("p", {}, ...row.pieces.flatMap(([text, trained], n) => [n === row.rejected_from && el("b", { textContent: "\nrejected: " }), el(trained ? "mark" : "span", { textContent: text })])))),
   ];
 }
 async function upload(file) {
@@ -310,7 +310,7 @@ function list() {
     if (item.dataset.mark === mark) return;
     item.dataset.mark = mark;
     const run = each.runs.find((one) => one.phase === "training") || each.runs.at(-1);
-    const figures = run ? [run.loss !== null && `loss ${charts.short(run.loss)}`, run.evaluation !== null && `evaluation ${charts.short(run.evaluation)}`, run.tokens_per_s !== null && `${whole(run.tokens_per_s)} tokens/s`].filter(Boolean).join(" · ") : "";
+    const figures = run ? [each.runs.length > 1 && run.name, run.loss !== null && `loss ${charts.short(run.loss)}`, run.evaluation !== null && `evaluation ${charts.short(run.evaluation)}`, run.tokens_per_s !== null && `${whole(run.tokens_per_s)} tokens/s`].filter(Boolean).join(" · ") : "";
     const focus = document.activeElement?.closest(".run") === item ? document.activeElement.tagName : null;
     item.replaceChildren(
       each.runs.length ? el("input", { type: "checkbox", checked: checked.has(each.id), ariaLabel: `show ${named(each)} beside others`, onchange: (event) => { if (event.target.checked) checked.add(each.id); else checked.delete(each.id); beside(); } }) : el("span"),
@@ -337,7 +337,7 @@ async function beside(force = true) {
   const flags = found.map((each) => Object.fromEntries([...each.command.matchAll(/--([\w-]+)(?:[ =](?!--)('[^']*'|\S+))?/g)].map(([, name, value]) => [name, value ?? "yes"])));
   const differing = [...new Set(flags.flatMap(Object.keys))].filter((name) => name !== "output" && new Set(flags.map((each) => each[name])).size > 1);
   const line = (name, cells) => el("tr", {}, el("th", { scope: "row", textContent: name }), ...cells.map((text) => el("td", { textContent: text ?? "–" })));
-  const last = (each, what) => each.runs.map((run) => (run[what] === null ? "–" : what === "loss" || what === "evaluation" ? charts.short(run[what]) : whole(run[what]))).join(", ");
+  const last = (each, what) => each.runs.map((run) => (each.runs.length > 1 ? `${run.name} ` : "") + (run[what] === null ? "–" : what === "loss" || what === "evaluation" ? charts.short(run[what]) : whole(run[what]))).join(", ");
   $("table", box).replaceChildren(el("thead", {}, el("tr", {}, el("td"), ...found.map((each) => el("th", { scope: "col" }, el("a", { href: `#job/${each.id}`, textContent: named(each) }))))),
     el("tbody", {}, line("status", found.map((each) => STATUS[each.status])), line("step", found.map((each) => `${done(each)} of ${total(each)}`)), line("training loss", found.map((each) => last(each, "loss"))), line("evaluation loss", found.map((each) => last(each, "evaluation"))),
       line("tokens/s", found.map((each) => last(each, "tokens_per_s"))), line("peak memory", found.map((each) => (each.result?.memory ? gib(each.result.memory.measured_bytes) : each.memory.peak ? gib(each.memory.peak) : null))),
@@ -359,9 +359,9 @@ async function showJob(id, fresh) {
 function skeleton(box, found) {
   const part = (id) => el("div", { id });
   box.replaceChildren(el("p", {}, el("a", { href: "#runs", textContent: "← Runs" })), el("div", { className: "between" }, el("h1", { textContent: named(found), tabIndex: -1 }), el("span", { id: "j-badge" })),
-    el("div", { className: "row", id: "j-buttons" }), part("j-note"), part("j-progress"), part("j-figures"), part("j-next"),
+    el("div", { className: "row", id: "j-buttons" }), part("j-note"), part("j-progress"), part("j-figures"), part("j-result"), part("j-next"),
     el("div", { className: "charts", id: "j-charts", hidden: true }, el("figure", { id: "c-loss" }), el("figure", { id: "c-memory" }), el("figure", { id: "c-rate" })),
-    part("j-result"), el("h2", { textContent: "Command" }), el("pre", { className: "command", tabIndex: 0, textContent: found.command }), el("div", { className: "row" }, el("button", { type: "button", className: "copy", textContent: "Copy", ariaLabel: "Copy the command" })),
+    el("h2", { textContent: "Command" }), el("pre", { className: "command", tabIndex: 0, textContent: found.command }), el("div", { className: "row" }, el("button", { type: "button", className: "copy", textContent: "Copy", ariaLabel: "Copy the command" })),
     el("details", { id: "j-logs", open: true }, el("summary", { textContent: "Log" }), el("pre", { id: "j-log", className: "log", tabIndex: 0, ariaLabel: "log" })));
 }
 function button(words, work, main) { return el("button", { type: "button", className: main ? "main" : "", textContent: words, onclick: (event) => work(event.target) }); }
@@ -376,9 +376,9 @@ function fill(found) {
     if (found.status !== "running" && found.status !== "ok" && found.own) made.push(button(found.kind === "train" || found.kind === "compare" ? "Resume" : "Run again", act("resume"), true));
     if (found.report) made.push(el("a", { className: "button main", href: `/api/jobs/${found.id}/report`, target: "_blank", rel: "noopener", textContent: "Open the report" }));
     if (found.address) {
-      const at = new URL(found.address), own = /adapters?\/?$/.test(found.facts.adapter || "") ? "adapter" : "";
+      const at = new URL(found.address);
       if (["0.0.0.0", "[::]"].includes(at.hostname)) at.hostname = location.hostname;
-      made.push(el("a", { className: "button main", id: "chat", href: `${at.origin}/${own && `?right=${own}`}`, target: "_blank", rel: "noopener", textContent: "Open the chat: base beside adapter" }));
+      made.push(el("a", { className: "button main", id: "chat", href: at.origin, target: "_blank", rel: "noopener", textContent: "Open the chat: base beside adapter" }));
     }
     return made;
   });
@@ -388,10 +388,13 @@ function fill(found) {
     ...found.warnings.map((line) => el("p", { className: "warning", textContent: line })),
   ].filter(Boolean));
   const run = found.runs.find((one) => one.phase === "training") || found.runs.at(-1), peak = found.result?.memory?.measured_bytes || found.memory.peak;
-  same($("#j-progress"), `${found.status}${done(found)}/${total(found)}`, () => (found.status === "running" ? [el("progress", { ...(total(found) && { max: total(found), value: done(found) }), ariaLabel: "progress" }),
-    el("p", { className: "quiet", textContent: total(found) ? `step ${whole(done(found))} of ${whole(total(found))}` : "getting ready: reading the model and the rows" })] : []));
+  const said = found.log.trim().split("\n").at(-1), trains = ["train", "compare"].includes(found.kind);
+  const doing = total(found) > done(found) ? `step ${whole(done(found))} of ${whole(total(found))}` : trains || said.startsWith("$ ") ? "getting ready: reading the model and the rows" : said;
+  same($("#j-progress"), `${found.status}${doing}`, () => (found.status !== "running" || found.address ? [] : [
+    el("progress", { ...(total(found) && { max: total(found), value: done(found) }), ariaLabel: "progress" }), el("p", { className: "quiet", textContent: doing })]));
   const figures = [];
-  if (run) figures.push(["training loss", run.loss === null ? "–" : charts.short(run.loss)], ["evaluation loss", run.evaluation === null ? "–" : charts.short(run.evaluation)], ["tokens/s", run.tokens_per_s === null ? "–" : whole(run.tokens_per_s)]);
+  const whose = found.runs.length > 1 ? `${run.name}: ` : "";
+  if (run) figures.push([`${whose}training loss`, run.loss === null ? "–" : charts.short(run.loss)], [`${whose}evaluation loss`, run.evaluation === null ? "–" : charts.short(run.evaluation)], [`${whose}tokens/s`, run.tokens_per_s === null ? "–" : whole(run.tokens_per_s)]);
   if (found.status === "running" && run?.seconds_left) figures.push(["left", span(run.seconds_left)]);
   if (peak) figures.push(["peak memory", gib(peak)]);
   if (found.planned) figures.push(["planned memory", gib(found.planned[1])]);
