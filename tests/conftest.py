@@ -4,6 +4,8 @@ warnings that a comparison with peers cannot avoid."""
 import copy
 import gc
 import importlib
+import subprocess
+import sys
 import warnings
 from collections import Counter
 
@@ -11,6 +13,7 @@ import pytest
 import surroundings  # noqa: F401 - before anything imports torch
 import torch
 import triton_interpreter  # noqa: F401 - before anything imports triton
+from forked import Forked, server
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
@@ -114,6 +117,14 @@ def pytest_terminal_summary(terminalreporter, config):
     absent = [f"cpu-{isa}" for isa in ("scalar", "avx2", "avx512", "neon") if isa not in isas]
     absent += [f"{name} ({reason})" for name, reason in status.items() if reason != "ok"]
     terminalreporter.write_line(f"Kernels that cannot run here, so without cases: {', '.join(absent) or 'none'}")
+
+
+@pytest.fixture
+def forked(monkeypatch):
+    """Processes of this Python are forked from one that has imported what they would import (`forked.py`)."""
+    if sys.platform == "linux":
+        server()
+        monkeypatch.setattr(subprocess, "Popen", Forked)
 
 
 @pytest.fixture

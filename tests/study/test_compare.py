@@ -32,8 +32,7 @@ def _config(tiny_model, tiny_data, output, **changes):
 
 
 @pytest.mark.slow
-def test_compare_runs_each_method_writes_its_files_and_resumes(tiny_model, tiny_data, tmp_path):
-    """One test, because each comparison costs three processes that load torch."""
+def test_compare_runs_each_method_writes_its_files_and_resumes(tiny_model, tiny_data, tmp_path, forked):
     output = tmp_path / "cmp"
     config = _config(tiny_model, tiny_data, output, methods=["full", "lora", "qlora"])
     result = compare(config)
@@ -82,12 +81,11 @@ def test_a_preference_loss_has_no_perplexity(tiny_model, tmp_path):
     assert "perplexity" not in summary
 
 
-def test_a_method_that_fails_is_recorded_and_the_others_go_on(tiny_model, tiny_data, tmp_path, monkeypatch):
+def test_a_method_that_fails_is_recorded_and_the_others_go_on(tiny_model, tiny_data, tmp_path, forked, monkeypatch):
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
-    (tmp_path / "sitecustomize.py").write_text(
-        "import sys\n"
-        "if any('spec-qlora' in a for a in sys.orig_argv):\n"
-        "    import os, signal; os.kill(os.getpid(), signal.SIGKILL)\n"
+    (tmp_path / "killed.py").write_text("import os, signal; os.kill(os.getpid(), signal.SIGKILL)")
+    monkeypatch.setattr(
+        comparing, "run_module", lambda name, spec, **how: run_module("killed" if "spec-qlora" in spec else name, spec, **how)
     )
     result = compare(_config(tiny_model, tiny_data, tmp_path / "cmp", methods=["qlora", "lora"]))
     assert [s["status"] for s in result["methods"]] == ["failed", "ok"]
@@ -136,7 +134,7 @@ def test_a_comparison_that_was_interrupted_is_refused_without_resume(tiny_model,
 
 
 @pytest.mark.slow
-def test_worker_exit_code_says_that_the_run_failed(tiny_model, tiny_data, tmp_path):
+def test_worker_exit_code_says_that_the_run_failed(tiny_model, tiny_data, tmp_path, forked):
     config = _config(tiny_model, tiny_data, tmp_path / "out")
     spec = {k: v for k, v in config.to_dict().items() if k not in ("methods", "seeds")} | {"method": "lora"}
     spec["train"]["learning_rate"] = 1e30

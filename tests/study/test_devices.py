@@ -213,7 +213,7 @@ def test_the_command_refuses_numbers_of_gpus(capsys, arguments, message):
 
 
 @pytest.mark.slow
-def test_compare_on_two_ranks_is_that_of_one_process(tiny_model, tiny_data, tmp_path):
+def test_compare_on_two_ranks_is_that_of_one_process(tiny_model, tiny_data, tmp_path, forked):
     shared = {
         key: value for key, value in options(tiny_model, tiny_data, output_dir=str(tmp_path / "out")).items() if key != "method"
     }
@@ -248,7 +248,7 @@ def asked(tiny_model, tmp_path, monkeypatch):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("mode", ["ddp", "fsdp"])
-def test_a_cell_on_two_ranks_is_that_of_one_process(asked, mode):
+def test_a_cell_on_two_ranks_is_that_of_one_process(asked, forked, mode):
     one = cell.work(asked())
     two = jobs.perform({**asked(parallel=mode), "ranks": 2})
     assert two["status"] == "ok", two
@@ -260,11 +260,9 @@ def test_a_cell_on_two_ranks_is_that_of_one_process(asked, mode):
 
 
 @pytest.mark.slow
-def test_the_message_of_the_rank_that_failed_is_in_the_record(asked, tmp_path, monkeypatch):
-    (tmp_path / "sitecustomize.py").write_text(
-        "import os\nif os.environ.get('RANK') == '1': os.environ['LOWNIBBLE_PARALLEL_TIMEOUT'] = 'soon'\n"
-    )
-    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")]))
+def test_the_message_of_the_rank_that_failed_is_in_the_record(asked, forked, monkeypatch):
+    usual, wrong = processes.environment, {"LOWNIBBLE_PARALLEL_TIMEOUT": "soon"}
+    monkeypatch.setattr(processes, "environment", lambda rank, *others: usual(rank, *others) | (wrong if rank == 1 else {}))
     monkeypatch.setattr(processes, "GRACE_S", 1)
     found = jobs.perform({**asked(), "ranks": 2})
     assert found["status"] == "failed"

@@ -223,7 +223,7 @@ def test_bad_packing_in_a_study_is_refused_before_it_runs(study, old, new, words
 
 
 @pytest.mark.slow
-def test_a_study_packs_a_base_once_for_the_runs_that_share_it(study, tmp_path, monkeypatch):
+def test_a_study_packs_a_base_once_for_the_runs_that_share_it(study, tmp_path, forked, monkeypatch):
     """Bases are packed in processes; cells are worked on here, and methods take turns on bases in the comparison's test."""
     monkeypatch.setitem(jobs.JOBS, "cell", cell.work)
     monkeypatch.setitem(jobs.JOBS, "speed", lambda job: {"status": "ok", "skipped": "left out by the test"})
@@ -253,7 +253,9 @@ def test_a_study_packs_a_base_once_for_the_runs_that_share_it(study, tmp_path, m
 
 
 @pytest.mark.slow
-def test_compare_packs_a_base_once_for_the_methods_that_share_it_and_trains_on_it(tiny_model, tiny_data, tmp_path, monkeypatch):
+def test_compare_packs_a_base_once_for_the_methods_that_share_it_and_trains_on_it(
+    tiny_model, tiny_data, tmp_path, forked, monkeypatch
+):
     data = DataConfig(path=str(tiny_data), prompt_template="review : {text} sentiment :", completion_template=" {label}")
     train = TrainConfig(max_steps=2, batch_size=8, max_length=32, output_dir=str(tmp_path / "cmp"))
     names = ["qlora+nf3+gptq", "qlora+dora+gptq+nf3"]

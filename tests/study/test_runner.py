@@ -124,7 +124,7 @@ def test_the_number_of_gpus_is_in_the_records_and_no_part_of_a_cell(study, tmp_p
 
 
 @pytest.mark.slow
-def test_killed_ten_times_it_ends_with_the_records_of_an_uninterrupted_run(study, tmp_path, here):
+def test_killed_ten_times_it_ends_with_the_records_of_an_uninterrupted_run(study, tmp_path, here, forked):
     path = study(**{"seeds = [0, 1]": "seeds = [0, 1, 2]", "learning_rates = [1e-3, 1e-2]": "learning_rates = [1e-2]"})
     run_study(path, tmp_path / "whole")
     program = (
@@ -155,7 +155,7 @@ def test_killed_ten_times_it_ends_with_the_records_of_an_uninterrupted_run(study
 
 
 @pytest.mark.slow
-def test_no_cell_outlives_a_runner_that_was_killed(study, tmp_path):
+def test_no_cell_outlives_a_runner_that_was_killed(study, tmp_path, forked):
     program = f"from lownibble.study.runner import run_study; run_study({str(study())!r}, {str(tmp_path / 'cut')!r})"
     process = subprocess.Popen([sys.executable, "-c", program], stderr=subprocess.PIPE, text=True, start_new_session=True)
     assert "study: 8 cells" in process.stderr.readline()
@@ -192,7 +192,7 @@ in_process = jobs.JOBS["cell"]
 
 
 @pytest.mark.slow
-def test_a_failed_cell_is_a_record_and_the_others_go_on(study, tmp_path, here, monkeypatch):
+def test_a_failed_cell_is_a_record_and_the_others_go_on(study, tmp_path, here, forked, monkeypatch):
     path = study(**{"learning_rates = [1e-3, 1e-2]": "learning_rates = []"})
     alone, calls = jobs.JOBS["cell"], []
 
@@ -215,7 +215,7 @@ def test_a_failed_cell_is_a_record_and_the_others_go_on(study, tmp_path, here, m
     assert {r["status"] for r in records(tmp_path / "out").values()} == {"ok"}
 
 
-def test_a_killed_process_is_a_failed_cell(study, tmp_path, no_turns, monkeypatch):
+def test_a_killed_process_is_a_failed_cell(study, tmp_path, no_turns, forked):
     path = study(**{"learning_rates = [1e-3, 1e-2]": "learning_rates = []", "seeds = [0, 1]": "seeds = [0]"})
 
     def killer():
@@ -296,13 +296,6 @@ def test_every_kind_is_scored_and_encoder_decoders_too(study, tmp_path, here, mo
     assert all(len(found[kind]["result"]["answers"]) == 6 for kind in ("question-answering", "summarisation", "code"))
 
     paired = {"[train]": f'asked = {{ kind = "question-answering", data = "{tmp_path / "question-answering"}" }}\n[train]'}
-    paired |= (
-        {
-            f'tiny = "{tmp_path}': "",
-        }
-        if False
-        else {}
-    )
     text = study("t5.toml", **few, **paired).read_text()
     model = next(line for line in text.splitlines() if line.startswith("tiny = "))
     (tmp_path / "t5.toml").write_text(text.replace(model, f'tiny = "{tmp_path / "t5"}"'))
