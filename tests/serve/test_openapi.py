@@ -9,6 +9,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from lownibble.serve.protocol import ChatRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest
+from lownibble.serve.responses import ResponsesRequest
 
 
 def test_the_server_does_not_fall_over(live):
@@ -18,7 +19,7 @@ def test_the_server_does_not_fall_over(live):
         operation = found.ok()
         seen[operation.label] = answers_to(operation.as_strategy())
     assert {"POST /v1/chat/completions", "POST /v1/completions", "POST /v1/load_lora_adapter", "GET /v1/models"} <= seen.keys()
-    assert {"POST /tokenize", "POST /detokenize", "GET /tokenizer_info"} <= seen.keys()
+    assert {"POST /v1/responses", "POST /tokenize", "POST /detokenize", "GET /tokenizer_info"} <= seen.keys()
     assert seen["GET /v1/models"] == {200}
     assert 400 in seen["POST /v1/completions"] | seen["POST /v1/chat/completions"]
 
@@ -42,13 +43,15 @@ def answers_to(cases):
 
 MODELS = {
     "/v1/chat/completions": ChatRequest, "/v1/completions": CompletionRequest, "/tokenize": TokenizeRequest,
-    "/detokenize": DetokenizeRequest,
+    "/detokenize": DetokenizeRequest, "/v1/responses": ResponsesRequest,
 }  # fmt: skip
 TOOL = {"type": "function", "function": {"name": "f", "parameters": {"type": "object"}}}
 GOOD = {
     "messages": [{"role": "user", "content": "Hi"}], "prompt": "Hi", "tools": [TOOL], "response_format": {"type": "json_object"},
     "tool_choice": "required", "logit_bias": {"5": 1.0}, "stop": ["<|im_end|>"], "stop_token_ids": [3], "stream": True, "n": 2,
     "logprobs": 1, "top_logprobs": 2, "prompt_logprobs": 1, "echo": True, "chat_template_kwargs": {"hint": "a"}, "tokens": [5],
+    "input": [{"role": "user", "content": "Hi"}], "include": ["message.output_text.logprobs"],
+    "text": {"format": {"type": "json_object"}},
 }  # fmt: skip
 NUMBERS = st.sampled_from([0, -1, 1, 2**31, 2**63, 2**64, -(2**63), 10**4000, 1e308, 1e-308, -0.0, 0.5, 96, 415, 416])
 TEXTS = st.sampled_from(["\ud800", "\0", "{{ messages }}", "[" * 900])
@@ -66,7 +69,7 @@ def bodies(draw):
     names = [*MODELS[path].model_fields, "metadata", "guided_json", draw(st.text(max_size=5))]
     chosen = draw(st.lists(st.sampled_from(names), max_size=3, unique=True))
     body = {"model": "bytes"} if path.startswith("/v1") else {}
-    body |= {name: GOOD[name] for name in ("messages", "prompt", "tokens") if name in MODELS[path].model_fields}
+    body |= {name: GOOD[name] for name in ("messages", "prompt", "tokens", "input") if name in MODELS[path].model_fields}
     if path == "/tokenize":
         del body[draw(st.sampled_from(["messages", "prompt"]))]
     for name in chosen:
@@ -96,7 +99,7 @@ def test_hostile_bodies_are_answered_and_the_server_stays_up(live, bytes_base):
                 assert error["message"]
             elif answer.headers["content-type"].startswith("text/event-stream"):
                 lines = [line for line in answer.text.splitlines() if line]
-                assert lines[-1] == "data: [DONE]" or "error" in json.loads(lines[-1].removeprefix("data: "))
+                assert lines[-1] == "data: [DONE]" or json.loads(lines[-1].removeprefix("data: ")).keys() & {"error", "response"}
 
         ask()
         assert statuses.keys() >= {200, 400}

@@ -17,7 +17,7 @@ from starlette.exceptions import HTTPException
 
 from lownibble.errors import InputError
 from lownibble.listening import is_address
-from lownibble.serve.answers import Asked, answer, check_number, check_tokens
+from lownibble.serve.answers import answer, check_number, check_tokens
 from lownibble.serve.constraint import ConstraintError, Matcher
 from lownibble.serve.prompts import conversation_text, encode
 from lownibble.serve.protocol import (
@@ -29,6 +29,8 @@ from lownibble.serve.protocol import (
     TokenizeRequest,
     UnloadRequest,
 )
+from lownibble.serve.replies import Asked
+from lownibble.serve.responses import NAMES, ResponsesReply, ResponsesRequest
 from lownibble.serve.service import ApiError, Service, as_api
 from lownibble.serve.tools import call_grammar
 
@@ -100,6 +102,16 @@ def app(service: Service) -> FastAPI:
     async def completions(body: CompletionRequest, request: Request) -> Response:
         check_number(service, body, len(body.prompts))
         return await answer(service, request, body, await run_in_threadpool(_asked, service, body))
+
+    @made.post("/v1/responses")
+    async def responses(body: ResponsesRequest, request: Request) -> Response:
+        chat = body.as_chat()
+        try:
+            asked = await run_in_threadpool(_asked_in_chat, service, chat)
+            return await answer(service, request, chat, asked, ResponsesReply(service, body, chat, asked))
+        except ApiError as error:
+            error.rename(NAMES)
+            raise
 
     @made.get("/tokenizer_info")
     async def tokenizer_info() -> dict[str, Any]:

@@ -28,12 +28,13 @@ _WITHOUT_EFFECT: dict[str, tuple[Any, ...]] = {
     "min_tokens": (0,), "skip_special_tokens": (True,), "spaces_between_special_tokens": (True,), "priority": (0,),
     "include_stop_str_in_output": (False,), "return_tokens_as_token_ids": (False,), "return_token_ids": (False,),
     "bad_words": ([],), "add_special_tokens": (False,),
-    "annotations": ([],), "include_obfuscation": (False,), "continuous_usage_stats": (False,),
+    "background": (False,), "truncation": ("disabled",), "annotations": ([],), "include_obfuscation": (False,),
+    "continuous_usage_stats": (False,),
 }  # fmt: skip
 """Option that is not supported -> values of it that have no effect."""
 
 
-class _Strict(BaseModel):
+class Strict(BaseModel):
     """Refuses options that it does not know, but for those without effect."""
 
     model_config = ConfigDict(extra="allow", allow_inf_nan=False)
@@ -46,7 +47,7 @@ class _Strict(BaseModel):
     @model_validator(mode="after")
     def _nothing_unknown(self) -> Self:
         for name, value in (self.model_extra or {}).items():
-            if value in _WITHOUT_EFFECT.get(name, ()) or (name in NOTED and isinstance(self, Generation)):
+            if value in _WITHOUT_EFFECT.get(name, ()) or (name in NOTED and isinstance(self, Sampled)):
                 continue
             near = difflib.get_close_matches(name[:64], type(self).model_fields, n=1)
             hint = f" Did you mean '{near[0]}'?" if near else ""
@@ -54,13 +55,13 @@ class _Strict(BaseModel):
         return self
 
 
-class StreamOptions(_Strict):
+class StreamOptions(Strict):
     """Options of a stream: whether a last chunk reports the token usage."""
 
     include_usage: bool = False
 
 
-class JsonSchema(_Strict):
+class JsonSchema(Strict):
     """A named JSON schema; `strict` or not, it is followed."""
 
     name: Annotated[str, Field(max_length=128)] = "answer"
@@ -69,7 +70,7 @@ class JsonSchema(_Strict):
     strict: bool | None = None
 
 
-class ResponseFormat(_Strict):
+class ResponseFormat(Strict):
     """What the output must be: text, any JSON object, or JSON of a schema."""
 
     type: Literal["text", "json_object", "json_schema"]
@@ -89,11 +90,10 @@ class ResponseFormat(_Strict):
         return {"type": "object"} if self.json_schema is None else self.json_schema.schema_
 
 
-class Generation(_Strict):
-    """Fields that chat and text completions share."""
+class Sampled(Strict):
+    """Fields that all completions share."""
 
     model: Annotated[str, Field(min_length=1, max_length=512)]
-    max_tokens: _Count | None = None
     temperature: Annotated[float, Field(ge=0, le=2)] | None = None
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
     top_k: Annotated[int, Field(ge=-1, lt=2**31)] | None = None
@@ -102,25 +102,17 @@ class Generation(_Strict):
     frequency_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
     repetition_penalty: Annotated[float, Field(ge=0.01, le=100)] | None = None
     logit_bias: dict[_Token, Annotated[float, Field(ge=-100, le=100)]] | None = Field(None, max_length=MAX_BIASES)
-    n: Annotated[int, Field(ge=1, le=MAX_N)] | None = None
     seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
     stop: str | Annotated[list[str], Field(max_length=MAX_STOPS)] | None = None
     stop_token_ids: Annotated[list[_Token], Field(max_length=128)] | None = None
     ignore_eos: bool = False
-    prompt_logprobs: _Top | None = None
-    response_format: ResponseFormat | None = None
     stream: bool | None = None
-    stream_options: StreamOptions | None = None
     lora_scale: Annotated[float, Field(ge=-10, le=10)] = 1.0
 
     @model_validator(mode="after")
-    def _consistent(self) -> Self:
+    def _no_empty_stop(self) -> Self:
         if any(not text for text in self.stops):
             raise ValueError("'stop' must not hold an empty text.")
-        if self.stream and self.prompt_logprobs is not None:
-            raise ValueError("'prompt_logprobs' cannot be streamed. Leave out 'stream'.")
-        if self.stream_options is not None and not self.stream:
-            raise ValueError("'stream_options' is for streams. Set 'stream', or leave it out.")
         return self
 
     @property
@@ -134,21 +126,39 @@ class Generation(_Strict):
         return [name for name in NOTED if name in (self.model_extra or {})]
 
 
-class Part(_Strict):
+class Generation(Sampled):
+    """Fields that chat and text completions share."""
+
+    max_tokens: _Count | None = None
+    n: Annotated[int, Field(ge=1, le=MAX_N)] | None = None
+    prompt_logprobs: _Top | None = None
+    response_format: ResponseFormat | None = None
+    stream_options: StreamOptions | None = None
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if self.stream and self.prompt_logprobs is not None:
+            raise ValueError("'prompt_logprobs' cannot be streamed. Leave out 'stream'.")
+        if self.stream_options is not None and not self.stream:
+            raise ValueError("'stream_options' is for streams. Set 'stream', or leave it out.")
+        return self
+
+
+class Part(Strict):
     """A part of a message's content."""
 
     type: Literal["text"]
     text: str
 
 
-class CalledFunction(_Strict):
+class CalledFunction(Strict):
     """The function of a call, and its arguments as JSON text."""
 
     name: str
     arguments: str
 
 
-class ToolCall(_Strict):
+class ToolCall(Strict):
     """A call that an assistant's message made."""
 
     id: str
@@ -157,7 +167,7 @@ class ToolCall(_Strict):
     index: int | None = None
 
 
-class Message(_Strict):
+class Message(Strict):
     """A chat message."""
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
@@ -191,7 +201,7 @@ class Message(_Strict):
         return self.content if isinstance(self.content, str) else "".join(part.text for part in self.content or ())
 
 
-class Function(_Strict):
+class Function(Strict):
     """A function that the model may call; `parameters` is a JSON schema."""
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]{1,64}$")]
@@ -200,20 +210,20 @@ class Function(_Strict):
     strict: bool | None = None
 
 
-class Tool(_Strict):
+class Tool(Strict):
     """A tool that the model may use."""
 
     type: Literal["function"]
     function: Function
 
 
-class NamedFunction(_Strict):
+class NamedFunction(Strict):
     """A function by name."""
 
     name: str
 
 
-class NamedTool(_Strict):
+class NamedTool(Strict):
     """The tool that must be called."""
 
     type: Literal["function"]
@@ -223,7 +233,7 @@ class NamedTool(_Strict):
 _Messages = Annotated[list[Message], Field(fail_fast=True, min_length=1, max_length=MAX_PARTS)]
 
 
-class Rendering(_Strict):
+class Rendering(Strict):
     """How the chat template renders messages."""
 
     tools: Annotated[list[Tool], Field(fail_fast=True, max_length=MAX_TOOLS)] | None = None
@@ -293,7 +303,7 @@ class ChatRequest(Generation, Rendering):
         return (self.top_logprobs or 0) if self.logprobs else None
 
 
-class Prompt(_Strict):
+class Prompt(Strict):
     """A text or tokens, or several of either."""
 
     prompt: str | _Many[str] | _Many[_Token] | _Many[_Many[_Token]]
@@ -343,14 +353,14 @@ class TokenizeRequest(Rendering):
         return self
 
 
-class DetokenizeRequest(_Strict):
+class DetokenizeRequest(Strict):
     """The body of /detokenize."""
 
     model: str | None = None
     tokens: _Many[_Token]
 
 
-class LoadRequest(_Strict):
+class LoadRequest(Strict):
     """The body of /v1/load_lora_adapter; `lora_path`, if given, must equal `lora_name`."""
 
     lora_name: Annotated[str, Field(min_length=1, max_length=512)]
@@ -358,7 +368,7 @@ class LoadRequest(_Strict):
     pin: bool = False
 
 
-class UnloadRequest(_Strict):
+class UnloadRequest(Strict):
     """The body of /v1/unload_lora_adapter."""
 
     lora_name: Annotated[str, Field(min_length=1, max_length=512)]

@@ -28,6 +28,11 @@ class ApiError(Exception):
         kind = "server_error" if status >= 500 else kinds.get(status, "invalid_request_error")
         self.status, self.body = status, {"error": {"message": message, "type": kind, "param": param, "code": code}}
 
+    def rename(self, names: dict[str, str]) -> None:
+        """Give the option that is to blame the name that the client knows."""
+        error = self.body["error"]
+        error["param"] = names.get(error["param"] or "", error["param"])
+
     def response(self) -> Response:
         """The HTTP response."""
         headers = {"Retry-After": "1"} if self.status in (429, 503) else {}
