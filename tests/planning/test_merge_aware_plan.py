@@ -127,7 +127,7 @@ def test_the_plan_beside_a_run_is_of_the_same_bytes(tmp_path, monkeypatch):
     from tiny_folders import write_data, write_model
 
     from lownibble.memory import planned
-    from lownibble.training.run import prepare
+    from lownibble.training.making import prepare
 
     model = str(write_model(tmp_path / "model"))
     lora, quant = LoraConfig(r=4), QuantConfig(block_size=32)

@@ -10,7 +10,7 @@ from lownibble.config import DataConfig, LoraConfig, QuantConfig, RunConfig, Tra
 from lownibble.errors import ConfigError
 from lownibble.kernels import ops
 from lownibble.training.determinism import WORKSPACE, deterministic
-from lownibble.training.run import prepare
+from lownibble.training.making import prepare
 
 DATA = {"prompt_template": "review : {text} sentiment :", "completion_template": " {label}"}
 

@@ -17,7 +17,7 @@ from lownibble.models.head import hidden_states
 from lownibble.models.info import info
 from lownibble.training.events import Skipped
 from lownibble.training.graphs import FINEST, Graphs, _Inputs, _next, decided, draws_random, fitted, obstacle
-from lownibble.training.run import prepare
+from lownibble.training.making import prepare
 
 DATA = {"prompt_template": "review : {text} sentiment :", "completion_template": " {label}"}
 

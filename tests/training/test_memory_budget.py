@@ -13,8 +13,8 @@ from lownibble.memory import budget, usage
 from lownibble.memory.dryrun import DryRun
 from lownibble.training import evaluate, offload, run, verify
 from lownibble.training.events import Fitted, Stepped
+from lownibble.training.making import prepare
 from lownibble.training.passes import Passes
-from lownibble.training.run import prepare
 from lownibble.training.sinks import ProgressSink, Sink, read_events
 
 EXHAUSTED = (
@@ -275,7 +275,7 @@ def test_memory_gone_while_loading_is_one_clear_error(tiny_model, tiny_data, mon
     def load(*_, **__):
         raise MemoryError
 
-    monkeypatch.setattr(importlib.import_module("lownibble.training.run"), "load", load)
+    monkeypatch.setattr(importlib.import_module("lownibble.training.making"), "load", load)
     with pytest.raises(TrainingError, match=r"Memory ran out while '.*' was loaded"):
         run(config_of(tiny_model, tiny_data))
 

@@ -25,7 +25,7 @@ from lownibble.quant import QuantLinear, quantize
 from lownibble.quant.sums import pack_sum
 from lownibble.registry import INITS, OPTIMIZERS, VARIANTS
 from lownibble.training import run
-from lownibble.training.run import _trainer
+from lownibble.training.making import make_trainer
 
 QUANT = {
     "nf4": {},
@@ -156,7 +156,7 @@ def evaluate(folder, config):
     model, tokenizer = ln.load(str(folder), device="cpu")
     ln.add_lora(model, LoraConfig(r=1))
     train = config.train.with_options(output_dir=None)
-    return _trainer(model, tokenizer, load_data(config.data), config.data, train)[0].evaluate(0).loss
+    return make_trainer(model, tokenizer, load_data(config.data), config.data, train)[0].evaluate(0).loss
 
 
 @pytest.mark.parametrize("name", QUANT)

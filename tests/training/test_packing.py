@@ -18,7 +18,7 @@ from lownibble.models.attention import segment_attention
 from lownibble.training import Evaluated, Sink, Stepped, run
 from lownibble.training.loop import Trainer
 from lownibble.training.loss import label_loss
-from lownibble.training.run import prepare
+from lownibble.training.making import prepare
 
 TEMPLATES = {"prompt_template": "review : {text} sentiment :", "completion_template": " {label}"}
 LORA = LoraConfig(r=4, lora_alpha=8, init_lora_weights=False)  # B random too: gradients reach A

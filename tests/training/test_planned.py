@@ -16,7 +16,7 @@ from lownibble.planning.step import Batch
 from lownibble.rehearsal.calibrate import calibrate
 from lownibble.rehearsal.rehearse import rehearse
 from lownibble.training import run
-from lownibble.training.run import prepare
+from lownibble.training.making import prepare
 
 
 @pytest.fixture

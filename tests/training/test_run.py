@@ -155,7 +155,7 @@ def test_resume_refuses_another_mask_and_tells_of_other_tokens(tiny_model, tiny_
     resumed = config.with_options(train=config.train.with_options(resume=True, max_steps=6))
     with pytest.raises(OutputError, match=r"rows\.mask_prompt: True -> False"):
         run(resumed.with_options(data=config.data.with_options(mask_prompt=False)))
-    monkeypatch.setattr(sys.modules["lownibble.training.run"], "digest_of", lambda sides: "of another template")
+    monkeypatch.setattr(sys.modules["lownibble.training.making"], "digest_of", lambda sides: "of another template")
     told = run(resumed)
     assert [m for m in told.record["warnings"] if m.startswith("the rows have other tokens or labels than when the run began")]
 

@@ -13,7 +13,7 @@ from lownibble.config import DataConfig, LoraConfig, QuantConfig, RunConfig, Tra
 from lownibble.kernels import ops
 from lownibble.kernels.types import of_expert
 from lownibble.models.info import info
-from lownibble.training.run import prepare
+from lownibble.training.making import prepare
 from lownibble.transfers import to_device
 
 DATA = {"prompt_template": "review : {text} sentiment :", "completion_template": " {label}"}

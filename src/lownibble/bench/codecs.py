@@ -80,7 +80,7 @@ def _measure(name: str, quant: QuantConfig | None) -> dict[str, Any]:
 def _plan(config: RunConfig) -> int:
     """Planned allocated bytes of the largest microbatch in the run's first two steps."""
     from lownibble.memory.planned import plan_of
-    from lownibble.training.run import prepare
+    from lownibble.training.making import prepare
 
     trainer, _ = prepare(config)
     trainer.total_steps = 2

@@ -185,7 +185,7 @@ def _tune(scratch: Path) -> dict[str, Any]:
 def _aware(scratch: Path, quant: QuantConfig, train: TrainConfig = COMPARE_TRAIN, **subject: Any) -> dict[str, Any]:
     """Figures of the same run plain and merge-aware with one codec. `subject`: other options of `RunConfig` (model, data)."""
     from lownibble.lora import save_adapter
-    from lownibble.training.run import prepare
+    from lownibble.training.making import prepare
 
     subject["train"] = train.with_options(torch_compile=False)
     ways = {"plain": RunConfig(quant=quant, **subject), "aware": RunConfig(quant=quant, merge_aware=True, **subject)}

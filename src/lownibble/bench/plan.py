@@ -230,7 +230,7 @@ def _resident(config: str) -> int:
 
 
 def _ready(config: str) -> tuple[Any, int]:
-    from lownibble.training.run import prepare
+    from lownibble.training.making import prepare
 
     trainer, _ = prepare(RunConfig.model_validate_json(config))
     return trainer, trainer.set_up()

@@ -143,7 +143,7 @@ def main(spec: str) -> None:
     from lownibble.lora import count_parameters
     from lownibble.memory import usage
     from lownibble.training.events import Stepped
-    from lownibble.training.run import prepare
+    from lownibble.training.making import prepare
 
     config = RunConfig(**json.loads(Path(spec).read_text()))
     trainer, baseline = prepare(config.with_options(train=config.train.with_options(output_dir=None, resume=False)))

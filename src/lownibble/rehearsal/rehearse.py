@@ -17,8 +17,8 @@ from lownibble.memory import planned, usage
 from lownibble.optim import close_states
 from lownibble.training.events import Skipped, Stepped
 from lownibble.training.loop import Trainer
+from lownibble.training.making import prepare
 from lownibble.training.microbatches import Rows
-from lownibble.training.run import prepare
 
 STEPS = 4
 """Steps taken from the beginning of the run; the first is not timed."""

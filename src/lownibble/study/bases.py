@@ -110,7 +110,7 @@ def pack(spec: Mapping[str, Any]) -> dict[str, Any]:
     from lownibble.data import load
     from lownibble.exporting.quantize import run_quantize
     from lownibble.models import load_tokenizer, resolve, skeleton
-    from lownibble.training.run import calibration_rows
+    from lownibble.training.making import calibration_rows
 
     config = RunConfig(**spec["config"])
     how = packing(config, spec["quantize"], spec["output"])
