@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from lownibble.cli import commands
+from lownibble.cli import commands, shipping
 from lownibble.cli.main import _parser
 from lownibble.config import (
     CompareConfig,
@@ -32,9 +32,9 @@ ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted(path for path in (ROOT / "docs").glob("*.md") if path.name != "log.md")]
 CONFIGS = {
     commands.train: RunConfig, commands.plan: PlanConfig, commands.compare: CompareConfig, commands.evaluate: EvalConfig,
-    commands.merge: MergeConfig, commands.export: ExportConfig, commands.quantize: QuantizeConfig, commands.serve: ServeConfig,
-    commands.push: PushConfig,
-    commands.studio: StudioConfig,
+    shipping.merge: MergeConfig, shipping.export: ExportConfig, shipping.quantize: QuantizeConfig, shipping.serve: ServeConfig,
+    shipping.push: PushConfig,
+    shipping.studio: StudioConfig,
 }  # fmt: skip
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```", re.DOTALL | re.MULTILINE)
 

@@ -1,58 +1,33 @@
-"""One function per command: read the options, make one library call, print the result and return it."""
+"""One function per command: read the options, make one library call, print the result and return it.
+
+Those for a trained model are in `shipping.py`.
+"""
 
 from __future__ import annotations
 
 import argparse
 import json
 import sys
-from collections import Counter
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
 
 from lownibble import launch
 from lownibble.bench import OPTIONS, SAVES, run_bench
+from lownibble.cli.said import console_of
 from lownibble.config import (
     CompareConfig,
     EvalConfig,
-    ExportConfig,
-    MergeConfig,
     PlanConfig,
-    PushConfig,
-    QuantizeConfig,
     RowsConfig,
     RunConfig,
-    ServeConfig,
-    StudioConfig,
 )
 from lownibble.errors import ConfigError, LownibbleError
 from lownibble.flags import read
-
-
-def _console(arguments: argparse.Namespace) -> Console:
-    return Console(file=sys.stderr if arguments.json else sys.stdout, highlight=False)
-
-
-@contextmanager
-def _bar() -> Iterator[Callable[[str, int, int], None]]:
-    """Progress bar with remaining time on standard error, if that is a terminal."""
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True), disable=not sys.stderr.isatty(), transient=True) as bar:
-        tasks: dict[str, TaskID] = {}
-
-        def tell(what: str, done: int, total: int) -> None:
-            if what not in tasks:
-                tasks[what] = bar.add_task(what, total=total)
-            bar.update(tasks[what], completed=done)
-
-        yield tell
 
 
 def schema(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -71,7 +46,7 @@ def doctor(arguments: argparse.Namespace) -> dict[str, Any]:
     from lownibble.models import pick_device
 
     found = record.environment(pick_device())
-    console = _console(arguments)
+    console = console_of(arguments)
     console.print(f"device    {found['device']} ({found['device_type']}), {found['threads']} threads, {found['cpu_capability']}")
     console.print(f"memory    {found['ram_bytes'] / 2**30:.1f} GiB")
     isa = f" ({found['kernel_isa']})" if "kernel_isa" in found else ""
@@ -94,9 +69,9 @@ def train(arguments: argparse.Namespace) -> dict[str, Any]:
 
     config, decided = decide(config)
     if decided and launch.rank() == 0:
-        _console(arguments).print(decided, soft_wrap=True)
+        console_of(arguments).print(decided, soft_wrap=True)
     if arguments.dry_run:
-        return _dry_run(config, _console(arguments))
+        return _dry_run(config, console_of(arguments))
     if arguments.push_to_hub and launch.rank() == 0:
         from lownibble.hub.push import check
 
@@ -117,7 +92,7 @@ def train(arguments: argparse.Namespace) -> dict[str, Any]:
     if launch.rank():
         return result.record
     first, last = result.record["evaluations"][0], result.record["evaluations"][-1]
-    console = _console(arguments)
+    console = console_of(arguments)
     console.print(f"evaluation loss {first['loss']:.4f} -> {last['loss']:.4f} on {last['label_tokens']} label tokens")
     for name, value in last["scores"].items():
         console.print(f"{name} {first['scores'].get(name, float('nan')):.3f} -> {value:.3f}")
@@ -195,7 +170,7 @@ def compare(arguments: argparse.Namespace) -> dict[str, Any]:
     from lownibble.study.table import comparison_table
 
     result = run_compare(config, gpus_per_cell=arguments.gpus_per_cell)
-    console = _console(arguments)
+    console = console_of(arguments)
     console.print(comparison_table(result["methods"]))
     chosen = result["advice"]["method"]
     console.print(f"Recommendation: {chosen}" if chosen else "No method finished.", style="bold")
@@ -224,7 +199,7 @@ def study(arguments: argparse.Namespace) -> dict[str, Any]:
             raise ConfigError(f"The number of --jobs must be an integer >= 1. Got {jobs!r}.")
         if arguments.what == "plan":
             planned = plan_study(arguments.path, folder, int(jobs))
-            console = _console(arguments)
+            console = console_of(arguments)
             for table in plan_tables(planned):
                 console.print(table)
             return planned
@@ -233,7 +208,7 @@ def study(arguments: argparse.Namespace) -> dict[str, Any]:
             executor=arguments.executor or "local", retry_failed=arguments.retry_failed,
         )  # fmt: skip
     summary = study_page.write(folder, pages)
-    console = _console(arguments)
+    console = console_of(arguments)
     for table in tables(summary):
         console.print(table)
     console.print(f"Report: {pages / 'report.html'}", soft_wrap=True)
@@ -248,7 +223,7 @@ def plan(arguments: argparse.Namespace) -> dict[str, Any]:
     from lownibble.planning.show import tables
     from lownibble.rehearsal.plan import plan as make_plan
 
-    console = _console(arguments)
+    console = console_of(arguments)
     if arguments.calibrate:
         from lownibble.rehearsal.calibrate import calibrate
 
@@ -277,7 +252,7 @@ def claims(arguments: argparse.Namespace) -> dict[str, Any]:
     from lownibble.planning.claims import ARTICLES, judge_file
 
     judged = judge_file(arguments.file or ARTICLES)
-    console = _console(arguments)
+    console = console_of(arguments)
     colours = {"impossible": "red", "implausible": "yellow", "consistent": "green", "not decided": "bright_black"}
     for each in judged:
         console.print(f"[{colours[each.verdict]}]{each.verdict:<12}[/] {escape(each.text)}", soft_wrap=True)
@@ -299,7 +274,7 @@ def evaluate(arguments: argparse.Namespace) -> dict[str, Any]:
         for name, found in scores.items():
             error = "-" if found["standard_error"] is None else f"{found['standard_error']:.4f}"
             table.add_row(escape(task), escape(name), f"{found['value']:.4f}", error, str(found["rows"] or "-"))
-    _console(arguments).print(table)
+    console_of(arguments).print(table)
     return result
 
 
@@ -310,7 +285,7 @@ def data(arguments: argparse.Namespace) -> dict[str, Any]:
     config: RowsConfig = read(arguments, RowsConfig)
     from lownibble.data.inspect import inspect
 
-    found, console = inspect(config), _console(arguments)
+    found, console = inspect(config), console_of(arguments)
     console.print(f"{found['data']}: {found['form']} rows, tokenised for {found['model']}", markup=False, soft_wrap=True)
     for side in ("training", "evaluation"):
         of = found[side]
@@ -337,114 +312,6 @@ def data(arguments: argparse.Namespace) -> dict[str, Any]:
     return found
 
 
-def push(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Upload an adapter or a model to the hub."""
-    config: PushConfig = read(arguments, PushConfig)
-    from lownibble.hub.push import run_push
-
-    result = run_push(config)
-    said = f"Card: {result['card']}. Nothing was uploaded." if config.dry_run else f"Pushed to {result['url']}"
-    _console(arguments).print(said, soft_wrap=True, markup=False)
-    return result
-
-
-def merge(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Merge an adapter into its base."""
-    config: MergeConfig = read(arguments, MergeConfig)
-    from lownibble.exporting.merge import run_merge
-
-    with _bar() as tell:
-        result = run_merge(config, tell)
-    console = _console(arguments)
-    if result["measured"] is not None:
-        console.print(_merge_table(result["measured"]["models"]))
-        console.print(f"Compared on {result['measured']['tokens']} tokens of {result['measured']['data']}.", soft_wrap=True)
-    for line in result["advice"]:
-        console.print(f"  {line}", soft_wrap=True, markup=False)
-    console.print(f"Merged onto {result['onto']}: {result['output']}", soft_wrap=True)
-    return result
-
-
-def _merge_table(models: dict[str, Any]) -> Table:
-    table = Table(title="compared with the unmerged adapter, on label tokens", title_justify="left")
-    table.add_column("model")
-    for name in ("KL (nats/token)", "same top-1 token", "perplexity", "fine-tuning gain retained"):
-        table.add_column(name, justify="right")
-    for model, figures in models.items():
-        at = figures["label_tokens"]
-        kl = f"{at['kl']:.3g} ± {at['kl_standard_error']:.1g}" if "kl" in at else "-"
-        same = f"{at['top1_agreement']:.1%}" if "kl" in at else "-"
-        kept = f"{max(0.0, figures['kept']):.1%}" if "kept" in figures else "-"
-        table.add_row(model, kl, same, f"{at['perplexity']:.4g}", kept)
-    return table
-
-
-def export(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Write weights in another format."""
-    config: ExportConfig = read(arguments, ExportConfig)
-    from lownibble.exporting.convert import run_export
-
-    with _bar() as tell:
-        result = run_export(config, tell)
-    console = _console(arguments)
-    console.print(f"{result['tensors']} tensors as {config.format}: {result['output']}", soft_wrap=True, markup=False)
-    if warning := result.get("warning"):
-        console.print(warning, soft_wrap=True, markup=False)
-    if command := result.get("command"):
-        console.print(f"Serve it with:\n{command}", soft_wrap=True, markup=False)
-    return result
-
-
-def quantize(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Pack a model into a checkpoint."""
-    config: QuantizeConfig = read(arguments, QuantizeConfig)
-    from lownibble.exporting.quantize import run_quantize
-
-    with _bar() as tell:
-        result = run_quantize(config, tell)
-    console = _console(arguments)
-    if mixed := result.get("mixed"):
-        counts = Counter(mixed["codecs"].values()).most_common()
-        console.print(
-            f"{mixed['bits']:.2f} bits a weight: {', '.join(f'{n} layers {name}' for name, n in counts)}", soft_wrap=True
-        )
-    if ratio := result.get("error_over_rtn_median"):
-        console.print(f"error of the layers' outputs: {ratio:.2f} x that of rounding to nearest (median)", soft_wrap=True)
-    for path in result.get("rounded_to_nearest", ()):
-        why = "experts, or not in a decoder layer, or not reached"
-        console.print(f"  {path} was rounded to nearest: {why}", soft_wrap=True, markup=False)
-    if share := result["dense_experts"]:
-        console.print(f"experts stay dense, {share:.0%} of the model: skip_modules", soft_wrap=True, markup=False)
-    if result["format"] == "lownibble" and config.format == "auto":
-        console.print(f"No other layout holds it ({result['other_formats']})", soft_wrap=True, markup=False)
-    if config.quant.double_quant and not result["quant"]["double_quant"]:
-        console.print(f"{result['format']} holds scales in float: they are not quantised again", soft_wrap=True, markup=False)
-    console.print(f"{result['layers']} layers packed as {result['format']}: {result['output']}", soft_wrap=True, markup=False)
-    return result
-
-
-def serve(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Serve until stopped."""
-    config: ServeConfig = read(arguments, ServeConfig)
-    try:
-        from lownibble.serve.server import run_server
-    except ImportError as error:
-        raise ConfigError(f"Serving needs {error.name}. Run: pip install 'lownibble[serve]'") from None
-
-    return run_server(config, lambda text: print(text, file=sys.stderr, flush=True))
-
-
-def studio(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Serve the page until stopped."""
-    config: StudioConfig = read(arguments, StudioConfig)
-    try:
-        from lownibble.studio.opening import run_studio
-    except ImportError as error:
-        raise ConfigError(f"The studio needs {error.name}. Run: pip install 'lownibble[serve]'") from None
-
-    return run_studio(config, lambda text: print(text, file=sys.stderr, flush=True))
-
-
 def bench(arguments: argparse.Namespace) -> dict[str, Any]:
     """Run a benchmark and show its figures."""
     from lownibble import record
@@ -465,7 +332,7 @@ def bench(arguments: argparse.Namespace) -> dict[str, Any]:
     result = whole(run_bench(arguments.what, peers=arguments.peers, **options), "ok")
     if file:
         record.write(file, result)
-    console = _console(arguments)
+    console = console_of(arguments)
     table = Table(title=f"bench {arguments.what}", title_justify="left")
     table.add_column("figure")
     table.add_column("value", justify="right")

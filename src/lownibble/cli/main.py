@@ -17,7 +17,7 @@ from typing import Any
 
 from lownibble import __version__, launch
 from lownibble.bench import BENCHES
-from lownibble.cli import commands
+from lownibble.cli import commands, shipping
 from lownibble.config import (
     CompareConfig,
     EvalConfig,
@@ -132,28 +132,28 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument("model", nargs="?", default=argparse.SUPPRESS, help="'demo', a model folder, a .gguf file or a hub id")
     add_flags(evaluate, EvalConfig, positional=("model",))
 
-    merge = add("merge", commands.merge, "Make an adapter part of its base's weights, measured first, in little memory.",
+    merge = add("merge", shipping.merge, "Make an adapter part of its base's weights, measured first, in little memory.",
                 "lownibble merge runs/first/adapter --output runs/merged --onto dequantized")  # fmt: skip
     merge.add_argument("adapter", help="folder of the adapter")
     add_flags(merge, MergeConfig, positional=("adapter",))
 
-    export = add("export", commands.export, "Write a model or an adapter in the format that another tool reads.",
+    export = add("export", shipping.export, "Write a model or an adapter in the format that another tool reads.",
                  "lownibble export runs/merged --output model.gguf --format gguf --dtype q8_0")  # fmt: skip
     export.add_argument("source", help="a model, or an adapter: a folder or a .gguf file")
     add_flags(export, ExportConfig, positional=("source",))
 
-    quantize = add("quantize", commands.quantize, "Pack a model's layers into a checkpoint, by GPTQ or rounded to nearest.",
+    quantize = add("quantize", shipping.quantize, "Pack a model's layers into a checkpoint, by GPTQ or rounded to nearest.",
                    "lownibble quantize demo --output runs/int3 --quant-type int3 --calibration rows.jsonl")  # fmt: skip
     quantize.add_argument("model", nargs="?", default=argparse.SUPPRESS, help=_MODELS)
     add_flags(quantize, QuantizeConfig, positional=("model",))
 
-    push = add("push", commands.push, "Upload an adapter or a model to the hub, with a card made from its record.",
+    push = add("push", shipping.push, "Upload an adapter or a model to the hub, with a card made from its record.",
                "lownibble push runs/first me/first-adapter --dry-run")  # fmt: skip
     push.add_argument("source", metavar="DIR", help="a run's output folder, or the folder of an adapter or a model")
     push.add_argument("repo", metavar="ID", help="id of the repository on the hub: owner/name, or a name of your own")
     add_flags(push, PushConfig, positional=("source", "repo"))
 
-    serve = add("serve", commands.serve, "Serve one 4-bit base and the adapters of a folder behind OpenAI's API.",
+    serve = add("serve", shipping.serve, "Serve one 4-bit base and the adapters of a folder behind OpenAI's API.",
                 "lownibble serve demo --adapters runs/adapters --port 8000")  # fmt: skip
     serve.add_argument(
         "model", nargs="?", default=argparse.SUPPRESS, help="the base: 'demo', a model folder, a .gguf file, a hub id"
@@ -164,7 +164,7 @@ def _parser() -> argparse.ArgumentParser:
                   "lownibble schema train")  # fmt: skip
     options.add_argument("of", nargs="?", metavar="COMMAND", help="train, compare, study, ... (default: all)")
 
-    studio = add("studio", commands.studio, "Plan, start, watch and ship runs on a page in the browser.",
+    studio = add("studio", shipping.studio, "Plan, start, watch and ship runs on a page in the browser.",
                  "lownibble studio --folder runs")  # fmt: skip
     add_flags(studio, StudioConfig)
 
