@@ -33,7 +33,7 @@ def rows():
 
 def alone(model, prompt):
     with quiet():
-        ids = torch.tensor([prompt])
+        ids = torch.tensor([prompt], device=model.device)
         found = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=NEW, do_sample=False, pad_token_id=0,
                                eos_token_id=None)  # fmt: skip
     return found[0, len(prompt) :].tolist()

@@ -20,7 +20,6 @@ import json, re, sys
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-import triton.language as tl
 from lownibble.kernels import triton_decode, triton_experts, triton_few, triton_programs
 
 NESTED = {"nested_values": "fp32", "nested_absmax": "fp32", "offset": "fp32"}
@@ -40,8 +39,8 @@ POINTERS = {
     "scale_sums": {"sums": "i32", "row_scale": "fp32", "column_scale": "fp32", "bias": "fp32", "out": "bf16"},
     "experts_product": {**dict.fromkeys(("x", "low", "factor", "out"), "bf16"), "ends": "i32", "weight": "u8", "values": "fp32",
                         "scale": "u8", "zero": "u8", **NESTED},
-    "one_row": {"x": "i32", **PACKED, **NESTED, "out": "bf16"},
-    "few_rows": {"x": "i32", **PACKED, **NESTED, "out": "fp32"},
+    "one_row": {"x": "bf16", "words": "i32", **PACKED, **NESTED, "out": "bf16"},
+    "few_rows": {"x": "bf16", "words": "i32", **PACKED, **NESTED, "out": "fp32"},
     "add_parts": {"parts": "fp32", "out": "bf16"},
     "attend_part": {**dict.fromkeys(("q", "keys", "values"), "bf16"), **dict.fromkeys(("slots", "positions"), "i64"),
                     **dict.fromkeys(("sums", "largest", "out"), "fp32")},
@@ -91,11 +90,11 @@ def compiled_decoding(capability):
     how, few = triton_few.ONE_ROW, triton_few.FEW_ROWS
     newest = capability == 90
     for label, zero, group in (("nf4", False, 64), ("int4", True, 128))[: 1 + newest]:
-        codec = {"KIND": tl.bfloat16, "GROUP": group, "ZERO": zero, "NESTED_BLOCK": 256, "capability": capability, "fusion": True}
+        codec = {"GROUP": group, "ZERO": zero, "NESTED_BLOCK": 256, "capability": capability, "fusion": True}
         yield f"one_row {label}", compiled("one_row", ROWS=how.rows, CHUNKS=how.chunks, STAGES=how.stages, warps=how.warps,
                                            **codec)
         for rows in (16, 64)[: 1 + newest]:
-            yield f"few_rows {label} {rows}", compiled("few_rows", odd=["T"], TS=rows, ROWS=few.rows, PAIRS=few.pairs,
+            yield f"few_rows {label} {rows}", compiled("few_rows", odd=["T"], TS=rows, ROWS=few.rows, WORDS=few.words,
                                                        STAGES=few.stages, warps=few.warps, **codec)
     yield "add_parts", compiled("add_parts", PARTS=4, SIZE=triton_few.ADDED, capability=capability)
     for label, D, group, window, capped in (("128", 128, 4, 0, False), ("80, a window, a cap", 80, 1, 512, True))[: 1 + newest]:
@@ -246,13 +245,13 @@ def test_values_are_looked_up_in_shared_memory_not_copied_one_by_one(ptx):
 
 @pytest.mark.parametrize("capability", [80, 90])
 def test_steps_of_a_token_read_in_whole_vectors(ptx, capability):
-    """Codes of one row: 4096 bytes over 128 threads are two loads of 16 bytes, and a multiply-add for each of 64 codes. Of few
-    rows 16 bytes are copied at once to shared memory. Keys, values and both low-rank matrices come in 16 bytes, too."""
+    """Codes are copied to shared memory by 16 bytes, and one row is a multiply-add for each: a program's 4 x 64 runs of 32 over
+    64 threads are 128. Keys, values and both low-rank matrices come in 16 bytes, too."""
     newest = capability == 90
     for label in ("nf4", "int4")[: 1 + newest]:
         one = ptx[f"one_row {label} {capability}"]
-        assert one["ld.global.v4.b32"] >= 2
-        assert one["fma.rn.f32"] >= 64
+        assert one[", 0x10, "] >= 4
+        assert 128 <= one["fma.rn.f32"] <= 136, "and those of the constants"
         for rows in (16, 64)[: 1 + newest]:
             few = ptx[f"few_rows {label} {rows} {capability}"]
             assert few["wgmma.mma_async" if capability == 90 else "mma.sync"] > 0

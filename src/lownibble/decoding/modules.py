@@ -39,9 +39,9 @@ from lownibble.decoding.decoder import Decoder, RefusedError
 from lownibble.decoding.form import ROPE_TYPES
 from lownibble.decoding.mixture import Tokens
 from lownibble.decoding.slots import Part, Rows, attending, parts_of
-from lownibble.decoding.static import StaticSteps, takes
+from lownibble.decoding.static import StaticSteps, prepared, takes
 from lownibble.kernels.capture import Capture
-from lownibble.kernels.decoder import Adapter, Segment
+from lownibble.kernels.decoder import Adapter, LowRank, Segment
 from lownibble.kernels.rows import RowAdapters
 from lownibble.lora.begin import output_head
 from lownibble.lora.inject import named_linears
@@ -247,12 +247,18 @@ class ModulesDecoder(Decoder):
         if self._tokens is None:
             yield
             return
-        cut = [(max(s.begin, begin) - begin, min(s.end, end) - begin, s.adapter.of[0]) for s in segments]
+        cut = [(max(s.begin, begin) - begin, min(s.end, end) - begin, self._on_device(s.adapter)) for s in segments]
         self._tokens.count, self._tokens.branches = end - begin, [one for one in cut if one[0] < one[1]]
         try:
             yield
         finally:
             self._tokens.branches = ()
+
+    def _on_device(self, adapter: Adapter) -> Sequence[LowRank | None]:
+        """An adapter's branches; where static passes need them on the device, those."""
+        if self._not_static or not takes(adapter):
+            return adapter.of[0]
+        return prepared(adapter, self._dtype, self._device).branches
 
     def _trial(self, weights: tuple[torch.device, torch.dtype], why: str) -> _Trial:
         """Try the ways of running the model, the fastest first; RefusedError if none gives the model's logits."""

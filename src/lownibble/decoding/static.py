@@ -39,7 +39,7 @@ class Run(Protocol):
         """All arguments are on the device."""
 
 
-class _Prepared(NamedTuple):
+class Prepared(NamedTuple):
     """An adapter's branches on the device, and its lines of the tables, on the host."""
 
     branches: list[LowRank | None]
@@ -56,8 +56,8 @@ def takes(adapter: Adapter) -> bool:
     return bool(adapter.prepared["takes"])
 
 
-def _prepare(adapter: Adapter, dtype: torch.dtype, device: torch.device) -> _Prepared:
-    """Copies only what is of another dtype or device, or has a rank that is not padded."""
+def prepared(adapter: Adapter, dtype: torch.dtype, device: torch.device) -> Prepared:
+    """An adapter for a device, kept with it; copies only what is of another dtype or device, or has a rank that is not padded."""
     key = f"rows in {dtype} on {device}"
     if key not in adapter.prepared:
         branches: list[LowRank | None] = []
@@ -73,8 +73,8 @@ def _prepare(adapter: Adapter, dtype: torch.dtype, device: torch.device) -> _Pre
         ranks = [len(one.A) // RANK_STEP if one else 0 for one in branches]
         scales = [one.scale if one else 0.0 for one in branches]
         tables = torch.tensor(pointers), torch.tensor(ranks, dtype=torch.int32), torch.tensor(scales)
-        adapter.prepared[key] = _Prepared(branches, *tables)
-    found: _Prepared = adapter.prepared[key]
+        adapter.prepared[key] = Prepared(branches, *tables)
+    found: Prepared = adapter.prepared[key]
     return found
 
 
@@ -94,14 +94,14 @@ class _Tables:
         """Put a step's adapters in their places; returns whether graphs captured before do not do for them."""
         if len(adapters) == len(self._held) and all(a is b for a, b in zip(adapters, self._held, strict=True)):
             return False
-        prepared = [_prepare(adapter, self._dtype, self._device) for adapter in adapters]
+        lines = [prepared(adapter, self._dtype, self._device) for adapter in adapters]
         for name in ("pointers", "ranks", "scales"):
             table: Tensor = getattr(self, name)
-            table[: len(prepared)].copy_(to_device(torch.stack([getattr(one, name) for one in prepared]), self._device))
-        self._held, self._branches = adapters, [one.branches for one in prepared]
+            table[: len(lines)].copy_(to_device(torch.stack([getattr(one, name) for one in lines]), self._device))
+        self._held, self._branches = adapters, [one.branches for one in lines]
         before = self.largest_r, self.touched
-        self.largest_r = max(self.largest_r, *(int(one.ranks.max()) * RANK_STEP for one in prepared))
-        self.touched |= {i for one in prepared for i, branch in enumerate(one.branches) if branch}
+        self.largest_r = max(self.largest_r, *(int(one.ranks.max()) * RANK_STEP for one in lines))
+        self.touched |= {i for one in lines for i, branch in enumerate(one.branches) if branch}
         return (self.largest_r, self.touched) != before
 
     def rows(self, places_B: Tensor) -> RowAdapters:

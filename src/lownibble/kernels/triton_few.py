@@ -1,20 +1,23 @@
 """Products of few rows with 4-bit weights on CUDA, bound by reading the codes: decoding of up to `MOST_ROWS` sequences at once.
 
-**One row** (`one_row`): a program computes a few outputs. A thread reads 16 bytes of a row of W at a time, 32 codes that share a
+**One row** (`one_row`): a program computes a few outputs. A thread has 16 bytes of a row of W at a time, 32 codes that share a
 constant, and multiplies them with 32 values of x, which it keeps for its other rows of W; the sum of the 32 products is scaled
-once. x is read as 32-bit words, whose halves are the factors of a byte's two codes, so bytes and words lie alike in registers and
-nothing is exchanged between threads before the end.
+once. Threads exchange nothing before the end.
 
 **More rows** (`few_rows`): a tile of W is decoded, rounded to x's dtype as where weights are decoded into a buffer, and
-multiplied by tensor cores with all rows of x, padded to 16: high and low codes are two products, with the even and the odd
-columns of x. So the work for a weight does not grow with the rows. With few outputs the columns are split among programs, and
-their parts are added in a fixed order by a second launch (`add_parts`): results are the same from run to run.
+multiplied by tensor cores with all rows of x, padded to 16. So the work for a weight does not grow with the rows. With few
+outputs the columns are split among programs, and their parts are added in a fixed order by a second launch (`add_parts`): results
+are the same from run to run.
 
 Both decode what a row of W has in groups of whole 32 codes: NF4, FP4, MXFP4 and int4 with zero points, constants of single or
-double quantisation. Values come from a table of 16 in shared memory, which has them in 16 banks: no conflicts whatever the codes.
+double quantisation. Codes are read as 32-bit words, by copies of 16 bytes to shared memory that run ahead of the arithmetic, and
+shifted apart in registers. Values come from a table of 16 in shared memory, which has them in 16 banks: no conflicts whatever the
+codes are. int4 takes no table.
 
-Counted for 14336 x 4096 in NF4 with double quantisation: 29.4 MB of codes, 0.9 MB of constants, 0.03 MB of outputs, 0.52 bytes a
-weight: 9 us at 3.35 TB/s, 6.3 us at 4.8 TB/s. INSTRUCTIONS
+Counted for 14336 x 4096 in NF4 with double quantisation: 29.4 MB of codes and 0.9 MB of constants are 0.52 bytes a weight, 9 us
+at 3.35 TB/s, 6.3 us at 4.8 TB/s. In the machine code for capability 9.0 (`nvdisasm`) one row takes 5.7 instructions a weight:
+shift, mask, address, lookup, multiply-add, and 0.7 for x, copies and constants; few rows take 7.5, of which one scales and the
+rest rounds and moves to the tensor cores. At four instructions a clock of 132 multiprocessors at 1.75 GHz that is 11 and 15 us.
 """
 
 from __future__ import annotations
@@ -39,15 +42,15 @@ class OneRow(NamedTuple):
 
     rows: int = 4
     chunks: int = 64
-    warps: int = 4
-    stages: int = 1
+    warps: int = 2
+    stages: int = 2
 
 
 class FewRows(NamedTuple):
-    """Constants of `few_rows`: outputs and pairs of codes of a tile, warps, stages, and programs that fill the device."""
+    """Constants of `few_rows`: outputs and words of 8 codes of a tile, warps, stages, and programs that fill the device."""
 
     rows: int = 64
-    pairs: int = 64
+    words: int = 16
     warps: int = 4
     stages: int = 3
     programs: int = 264
@@ -70,88 +73,91 @@ class Codes(NamedTuple):
 
 
 @triton.jit
-def _values(values, code, SIZE: tl.constexpr):
-    """The values of SIZE codes, of any shape, from the table."""
-    found = tl.gather(tl.load(values + tl.arange(0, 16)), tl.reshape(code, (SIZE,)), 0)
-    return tl.reshape(found, code.shape)
+def _code_of(word, i: tl.constexpr):
+    """Code i of the 8 in each word: two a byte, the first in the high bits."""
+    return (word >> (4 * (i ^ 1))) & 15
 
 
 @triton.jit
-def _decoded(values, zero, byte, group, inside, SIZE: tl.constexpr, ZERO: tl.constexpr):
-    """The values of the high and the low codes of SIZE bytes, whose last dimension has one `group`, before they are scaled.
+def _codes_of(word):
+    """The 8 codes of each word, in order, as three more dimensions: bits of their number, which stay in the word's thread."""
+    even = tl.join(tl.join(_code_of(word, 0), _code_of(word, 4)), tl.join(_code_of(word, 2), _code_of(word, 6)))
+    odd = tl.join(tl.join(_code_of(word, 1), _code_of(word, 5)), tl.join(_code_of(word, 3), _code_of(word, 7)))
+    return tl.join(even, odd)
+
+
+@triton.jit
+def _decoded(
+    word, values, zero, group, inside, ROWS: tl.constexpr, GROUPS: tl.constexpr, TERMS: tl.constexpr, ZERO: tl.constexpr
+):  # fmt: skip
+    """The values (ROWS, GROUPS, TERMS) of the codes in words, before they are scaled. `group`: (ROWS, GROUPS).
 
     With zero points the values are the codes themselves: as the low bits of 2^23 they are numbers without being converted.
     """
+    codes = _codes_of(word)
     if ZERO:
         point = _code(zero, group, inside, 4).to(tl.float32)[:, :, None] + WHOLE
-        high = ((byte >> 4) | WHOLE_BITS).to(tl.float32, bitcast=True) - point
-        low = ((byte & 15) | WHOLE_BITS).to(tl.float32, bitcast=True) - point
+        codes = tl.reshape(codes, (ROWS, GROUPS, TERMS))
+        value = (codes | WHOLE_BITS).to(tl.float32, bitcast=True) - point
     else:
-        high, low = _values(values, byte >> 4, SIZE), _values(values, byte & 15, SIZE)
-    return high, low
-
-
-@triton.jit
-def _halves(word, KIND: tl.constexpr):
-    """The two 16-bit numbers in each 32-bit word, the first in the low bits."""
-    first, second = (word & 0xFFFF).to(tl.uint16), (word >> 16).to(tl.uint16)
-    return first.to(KIND, bitcast=True), second.to(KIND, bitcast=True)
+        table, flat = tl.load(values + tl.arange(0, 16)), tl.reshape(codes, (ROWS * GROUPS * TERMS,))
+        value = tl.reshape(tl.gather(table, flat.to(tl.int32), 0), (ROWS, GROUPS, TERMS))
+    return value
 
 
 @triton.jit
 def one_row(
-    x, codes, values, scale, zero, nested_values, nested_absmax, offset, out, N, chunks, KIND: tl.constexpr, ROWS: tl.constexpr,
+    x, words, values, scale, zero, nested_values, nested_absmax, offset, out, N, chunks, ROWS: tl.constexpr,
     CHUNKS: tl.constexpr, GROUP: tl.constexpr, ZERO: tl.constexpr, NESTED_BLOCK: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """ROWS outputs. `chunks`: runs of 32 codes in a row of W; `x`: words of two values."""
+    """ROWS outputs. `chunks`: runs of 32 codes in a row of W."""
     n = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    j = tl.arange(0, 16)
+    w, k = tl.arange(0, 4), tl.arange(0, 32)
     total = tl.zeros((ROWS, CHUNKS), tl.float32)
     for first in tl.range(0, chunks, CHUNKS, num_stages=STAGES):
         chunk = first + tl.arange(0, CHUNKS)
         run = n.to(tl.int64)[:, None] * chunks + chunk[None, :]
         inside = (n < N)[:, None] & (chunk < chunks)[None, :]
-        word = tl.load(x + chunk[:, None] * 16 + j[None, :], mask=(chunk < chunks)[:, None], other=0)
-        byte = tl.load(codes + run[:, :, None] * 16 + j[None, None, :], mask=inside[:, :, None], other=0).to(tl.int32)
+        x_tile = tl.load(x + chunk[:, None] * 32 + k[None, :], mask=(chunk < chunks)[:, None], other=0.0).to(tl.float32)
+        word = tl.load(words + run[:, :, None] * 4 + w[None, None, :], mask=inside[:, :, None], other=0)
         group = run // (GROUP // 32)
-        high, low = _decoded(values, zero, byte, group, inside, ROWS * CHUNKS * 16, ZERO)
-        even, odd = _halves(word, KIND)
-        # multiplied and added one by one, which are contracted, as all terms of a run are in one thread
-        product = tl.sum(high * even.to(tl.float32)[None, :, :], axis=2) + tl.sum(low * odd.to(tl.float32)[None, :, :], axis=2)
-        total += product * _constants(scale, group, inside, nested_values, nested_absmax, offset, NESTED_BLOCK)
+        value = _decoded(word.to(tl.uint32, bitcast=True), values, zero, group, inside, ROWS, CHUNKS, 32, ZERO)
+        constants = _constants(scale, group, inside, nested_values, nested_absmax, offset, NESTED_BLOCK)
+        # the terms of a run are in one thread, where products and their sum are contracted to multiply-adds
+        total += tl.sum(value * x_tile[None, :, :], axis=2) * constants
     tl.store(out + n, tl.sum(total, axis=1).to(out.dtype.element_ty), mask=n < N)
 
 
 @triton.jit
 def few_rows(
-    x, codes, values, scale, zero, nested_values, nested_absmax, offset, out, T, N, pairs, per_part,
-    KIND: tl.constexpr, TS: tl.constexpr, ROWS: tl.constexpr, PAIRS: tl.constexpr, GROUP: tl.constexpr, ZERO: tl.constexpr,
+    x, words, values, scale, zero, nested_values, nested_absmax, offset, out, T, N, row_words, per_part,
+    TS: tl.constexpr, ROWS: tl.constexpr, WORDS: tl.constexpr, GROUP: tl.constexpr, ZERO: tl.constexpr,
     NESTED_BLOCK: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """A tile (TS, ROWS) of the output, or of a part of its sums: `per_part` of the pairs of codes in a row of W."""
-    SHARED: tl.constexpr = GROUP // 2 if GROUP // 2 < PAIRS else PAIRS
+    """A tile (TS, ROWS) of the output, or of a part of its sums: `per_part` of the `row_words` words in a row of W."""
+    SHARED: tl.constexpr = GROUP // 8 if GROUP // 8 < WORDS else WORDS
     tiles = tl.cdiv(N, ROWS)
     part = tl.program_id(0) // tiles
     n = (tl.program_id(0) % tiles) * ROWS + tl.arange(0, ROWS)
     t = tl.arange(0, TS)
-    start = n.to(tl.int64)[:, None] * pairs
+    start = n.to(tl.int64)[:, None] * row_words
     total = tl.zeros((ROWS, TS), tl.float32)
-    last = tl.minimum((part + 1) * per_part, pairs)
-    for first in tl.range(part * per_part, last, PAIRS, num_stages=STAGES):
-        pair = first + tl.arange(0, PAIRS)
-        word = tl.load(x + t[:, None] * pairs + pair[None, :], mask=(t < T)[:, None] & (pair < last)[None, :], other=0)
-        byte = tl.load(codes + start + pair[None, :], mask=(n < N)[:, None] & (pair < last)[None, :], other=0).to(tl.int32)
-        of_groups = first + tl.arange(0, PAIRS // SHARED) * SHARED
+    last = tl.minimum((part + 1) * per_part, row_words)
+    for first in tl.range(part * per_part, last, WORDS, num_stages=STAGES):
+        k = first * 8 + tl.arange(0, WORDS * 8)
+        place = first + tl.arange(0, WORDS)
+        x_tile = tl.load(
+            x + t[:, None] * (row_words * 8) + k[None, :], mask=(t < T)[:, None] & (k < last * 8)[None, :], other=0.0
+        )
+        word = tl.load(words + start + place[None, :], mask=(n < N)[:, None] & (place < last)[None, :], other=0)
+        of_groups = first + tl.arange(0, WORDS // SHARED) * SHARED
         inside = (n < N)[:, None] & (of_groups < last)[None, :]
-        group = (start + of_groups[None, :]) // (GROUP // 2)
-        grouped = tl.reshape(byte, (ROWS, PAIRS // SHARED, SHARED))
-        high, low = _decoded(values, zero, grouped, group, inside, ROWS * PAIRS, ZERO)
-        constants = _constants(scale, group, inside, nested_values, nested_absmax, offset, NESTED_BLOCK)[:, :, None]
-        even, odd = _halves(word, KIND)
-        high = tl.reshape((high * constants).to(KIND), (ROWS, PAIRS))
-        low = tl.reshape((low * constants).to(KIND), (ROWS, PAIRS))
-        total = tl.dot(high, tl.trans(even), total)
-        total = tl.dot(low, tl.trans(odd), total)
+        group = (start + of_groups[None, :]) // (GROUP // 8)
+        word = word.to(tl.uint32, bitcast=True)
+        value = _decoded(word, values, zero, group, inside, ROWS, WORDS // SHARED, SHARED * 8, ZERO)
+        constants = _constants(scale, group, inside, nested_values, nested_absmax, offset, NESTED_BLOCK)
+        weight = tl.reshape((value * constants[:, :, None]).to(x.dtype.element_ty), (ROWS, WORDS * 8))
+        total = tl.dot(weight, tl.trans(x_tile), total)
     place = (part * T + t)[None, :].to(tl.int64) * N + n[:, None]
     tl.store(out + place, total.to(out.dtype.element_ty), mask=(t < T)[None, :] & (n < N)[:, None])
 
@@ -168,7 +174,7 @@ def add_parts(parts, out, count, PARTS: tl.constexpr, SIZE: tl.constexpr):
 
 def takes(T: int, K: int, dtype: torch.dtype, group: int, bits: int = 4) -> bool:
     """Whether the programs multiply T rows of `dtype` with a weight of K columns in groups of `group` codes."""
-    whole = group % CODES == 0 and group & (group - 1) == 0 and K % group == 0
+    whole = group % CODES == 0 and group & (group - 1) == 0 and K % group == 0  # so codes are whole words, too
     return dtype.itemsize == 2 and bits == 4 and whole and 0 < T <= MOST_ROWS
 
 
@@ -182,28 +188,25 @@ def product(x_TK: Tensor, weight: Codes, N: int) -> Tensor:
     """`x @ W.T`, (T, N) in x's dtype; `takes` is true, and arguments are checked."""
     (T, K), dtype = x_TK.shape, x_TK.dtype
     out_TN = torch.empty((T, N), dtype=dtype, device=x_TK.device)
-    # bytes and words of x may lie anywhere in a larger tensor: 32-bit words need an address that is a multiple of 4
-    words = (x_TK if x_TK.data_ptr() % 4 == 0 else x_TK.clone()).view(torch.int32)
-    common: dict[str, Any] = {"KIND": _KINDS[dtype], "GROUP": weight.group, **weight.constants}
+    codes, *others = weight.tensors
+    tensors = (x_TK, codes.view(torch.int32), *others)
+    common: dict[str, Any] = {"GROUP": weight.group, **weight.constants}
     if T == 1:
         how = ONE_ROW
         _launch(
-            one_row, triton.cdiv(N, how.rows), words, *weight.tensors, out_TN, N, K // CODES, ROWS=how.rows, CHUNKS=how.chunks,
+            one_row, triton.cdiv(N, how.rows), *tensors, out_TN, N, K // CODES, ROWS=how.rows, CHUNKS=how.chunks,
             STAGES=how.stages, num_warps=how.warps, **common,
         )  # fmt: skip
         return out_TN
-    few, pairs = FEW_ROWS, K // 2
+    few, row_words = FEW_ROWS, K // 8
     tiles = triton.cdiv(N, few.rows)
-    per_part = triton.cdiv(triton.cdiv(pairs, few.pairs), triton.cdiv(few.programs, tiles)) * few.pairs
-    n_parts = triton.cdiv(pairs, per_part)
+    per_part = triton.cdiv(triton.cdiv(row_words, few.words), triton.cdiv(few.programs, tiles)) * few.words
+    n_parts = triton.cdiv(row_words, per_part)
     to = out_TN if n_parts == 1 else torch.empty((n_parts, T, N), dtype=torch.float32, device=x_TK.device)
     _launch(
-        few_rows, tiles * n_parts, words, *weight.tensors, to, T, N, pairs, per_part, TS=max(16, triton.next_power_of_2(T)),
-        ROWS=few.rows, PAIRS=few.pairs, STAGES=few.stages, num_warps=few.warps, **common,
+        few_rows, tiles * n_parts, *tensors, to, T, N, row_words, per_part, TS=max(16, triton.next_power_of_2(T)),
+        ROWS=few.rows, WORDS=few.words, STAGES=few.stages, num_warps=few.warps, **common,
     )  # fmt: skip
     if n_parts > 1:
         _launch(add_parts, triton.cdiv(T * N, ADDED), to, out_TN, T * N, PARTS=n_parts, SIZE=ADDED)
     return out_TN
-
-
-_KINDS = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}

@@ -31,7 +31,7 @@ def make_service(config: ServeConfig) -> Service:
         ModelError: the model is missing, damaged, not supported by any decoder, or has no fast tokenizer.
         AdapterError: the adapter folder is missing.
     """
-    model, tokenizer = load(config.model, quant=config.quant, dtype=torch.float32, device="cpu", revision=config.revision)
+    model, tokenizer = load(config.model, quant=config.quant, revision=config.revision)
     if getattr(tokenizer, "backend_tokenizer", None) is None:
         raise ModelError(f"'{config.model}' has no fast tokenizer (tokenizer.json). Save its tokenizer again with transformers.")
     folder = None if config.adapters is None else Path(config.adapters).expanduser()
