@@ -1,10 +1,11 @@
-"""Steps of one token of each row in fixed shapes. Oracles: transformers' `generate` on each prompt alone; torch's own tracing of
-a step, whose replay sees the tensors of the step and nothing that the host had decided; the uses of tensors' values."""
+"""Steps of one token of each row in fixed shapes. Oracles: transformers' `generate` on each prompt alone; the recorded
+operations of a step, whose replay sees its tensors and nothing that the host had decided; the uses of tensors' values."""
 
 import pytest
 import torch
 from families import NEW, adapter_of, alone, build, decoded, louder, quiet, rows
-from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map
 from waits import Waits
 
 import lownibble as ln
@@ -40,25 +41,39 @@ def test_rows_give_the_tokens_of_each_sequence_alone(kind, monkeypatch):
     assert len(passes) >= NEW
 
 
-class Traced:
-    """Captures a step as torch traces it: operations on the very tensors, with all else as it was."""
+class Recorded(TorchDispatchMode):
+    """Captures a step as a graph does: the operations that it runs, on the very tensors, with all else as it was."""
 
     def __init__(self):
+        super().__init__()
         self.captured, self.replays = 0, 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        self.calls.append((func, args, kwargs or {}, out))
+        return out
 
     def __call__(self, run):
         self.captured += 1
-        graph, logits = make_fx(run, tracing_mode="real")(), run().clone()
+        self.calls = calls = []
+        with self:
+            logits = run()
 
         def replay():
             self.replays += 1
-            logits.copy_(graph())
+            now = {}
+            for func, args, kwargs, before in calls:
+                args, kwargs = tree_map(lambda a, now=now: now.get(id(a), a), (args, kwargs))
+                after = func(*args, **kwargs)
+                now.update(zip(map(id, tree_leaves(before)), tree_leaves(after), strict=True))
+            result.copy_(now[id(logits)])
 
-        return replay, logits
+        result = logits.clone()
+        return replay, result
 
 
 def test_replayed_steps_see_tokens_slots_positions_and_adapters_of_each_step():
-    model, capture = louder(build("gemma3_text", 96)), Traced()
+    model, capture = louder(build("gemma3_text", 96)), Recorded()
     for seed, name in enumerate(("one", "two")):
         ln.add_lora(model, ln.LoraConfig(r=2 + seed, target_modules="all-linear", init_lora_weights=False), name=name, seed=seed)
     model.eval()
@@ -70,8 +85,9 @@ def test_replayed_steps_see_tokens_slots_positions_and_adapters_of_each_step():
     ln.set_adapter(model, None)
     assert expected != [alone(model, prompt) for prompt in prompts]
     with ln.use_backend("reference"):
-        decoder = static(model)
-        decoder._capture = capture  # after the trial of the model, as tracing takes seconds
+        decoder = static(model, capture=capture)
+        assert capture.captured == 1, "by the trial of the model"
+        capture.captured = capture.replays = 0
         held = [adapter_of(model, decoder, name) for name in names]
         assert decoded(decoder, prompts, held) == expected
     assert capture.captured == 1, "three rows, padded to four"
