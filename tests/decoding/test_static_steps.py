@@ -179,6 +179,18 @@ def test_nothing_in_a_step_waits_for_the_device():
             assert waits.found, "the modes see what waits"
 
 
+def test_a_slot_is_copied_from_another():
+    """Oracle: the same prompt read in one slot."""
+    model = louder(build("gemma3_text", 96))
+    decoder = static(model)
+    cache, prompt = decoder.cache(2, 64), torch.tensor(rows()[3])
+    with torch.inference_mode():
+        expected = decoder.prompt(prompt, 0, cache)
+        cache.fork(0, 1, 30)
+        assert not cache.layers[0].keys[1, :, 30:].any()
+        torch.testing.assert_close(decoder.prompt(prompt[30:], 1, cache, position=30), expected, rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("kind", ["qwen3", "gemma3_text", "gpt_oss"])
 def test_graphs_on_a_gpu_give_the_tokens_of_each_sequence_alone(kind):

@@ -51,14 +51,14 @@ POINTERS = {
 }
 DIVISIBLE = [["tt.divisibility", 16]]
 
-def compiled(name, fusion=False, capability=80, types={}, floats=(), odd=(), warps=4, **constants):
+def compiled(name, fusion=False, capability=80, types={}, floats=(), odd=(), warps=4, stages=3, **constants):
     modules = triton_programs, triton_experts, triton_few, triton_decode
     kernel, pointers = next(found for module in modules if (found := getattr(module, name, None))), POINTERS[name] | types
     plain = dict.fromkeys(kernel.arg_names, "i32") | dict.fromkeys(floats, "fp32")
     signature = {n: "constexpr" if n in constants else "*" + pointers[n] if n in pointers else plain[n] for n in kernel.arg_names}
     attributes = {(i,): DIVISIBLE for i, n in enumerate(kernel.arg_names) if n not in (*constants, *floats, *odd)}
     result = triton.compile(ASTSource(kernel, signature, constants, attributes), target=GPUTarget("cuda", capability, 32),
-                            options={"enable_fp_fusion": fusion, "num_warps": warps})
+                            options={"enable_fp_fusion": fusion, "num_warps": warps, "num_stages": stages})
     shared = result.metadata.shared
     assert shared <= 99 * 1024, f"{name} takes {shared} bytes of shared memory; capability 8.6 has 99 KiB a program"
     return result.asm["ptx"]
@@ -97,11 +97,11 @@ def compiled_decoding(capability):
             yield f"few_rows {label} {rows}", compiled("few_rows", odd=["T"], TS=rows, ROWS=few.rows, WORDS=few.words,
                                                        STAGES=few.stages, warps=few.warps, **codec)
     yield "add_parts", compiled("add_parts", PARTS=4, SIZE=triton_few.ADDED, capability=capability)
-    for label, D, group, window, capped in (("128", 128, 4, 0, False), ("80, a window, a cap", 80, 1, 512, True))[: 1 + newest]:
+    for label, D, group, window, capped in (("128", 128, 4, 0, False), ("256, a window, a cap", 256, 1, 512, True))[: 1 + newest]:
         yield f"attend_part {label}", compiled(
-            "attend_part", floats=["scaling", "softcap"], odd=["C"], KEY_HEADS=8, GROUP=group, D=D, DV=D, DS=128, DVS=128,
-            HEADS=16, KEYS_AT_ONCE=triton_decode.KEYS, PARTS=32, WINDOW=window, CAPPED=capped, warps=triton_decode.WARPS,
-            fusion=True, capability=capability)
+            "attend_part", floats=["scaling", "softcap"], odd=["C"], KEY_HEADS=8, GROUP=group, D=D, DV=D, DS=D, DVS=D, HEADS=16,
+            KEYS_AT_ONCE=triton_decode.keys_at_once(D, D, 2), PARTS=32, WINDOW=window, CAPPED=capped, warps=triton_decode.WARPS,
+            stages=triton_decode.STAGES, fusion=True, capability=capability)
     yield "attend_whole", compiled("attend_whole", H=32, DV=128, DVS=128, PARTS=32, SINKS=True, capability=capability)
     sizes = {"R": 16, "capability": capability, "fusion": True, "odd": ["linear", "linears"]}
     yield "shrink", compiled("shrink", RANKS=triton_decode.SHRINK_RANKS, TERMS=triton_decode.SHRINK_TERMS, **sizes)
@@ -256,7 +256,7 @@ def test_steps_of_a_token_read_in_whole_vectors(ptx, capability):
             few = ptx[f"few_rows {label} {rows} {capability}"]
             assert few["wgmma.mma_async" if capability == 90 else "mma.sync"] > 0
             assert few[", 0x10, "] > 0
-    for label in ("128", "80, a window, a cap")[: 1 + newest]:
+    for label in ("128", "256, a window, a cap")[: 1 + newest]:
         part = ptx[f"attend_part {label} {capability}"]
         assert part["mma.sync"] > 0
         assert part[", 0x10, "] + part["ld.global.v4.b32"] > 0

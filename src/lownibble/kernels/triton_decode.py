@@ -24,8 +24,10 @@ from lownibble.errors import InputError
 from lownibble.kernels.checks import check_float, check_tensor
 from lownibble.kernels.rows import RANK_STEP, Attending, RowAdapters
 
-KEYS, WARPS = 64, 4
-"""Keys that a program of the attention reads at a time, and its warps."""
+KEYS, WARPS, STAGES = 64, 4, 2
+"""Keys that a program of the attention reads at a time at most, its warps, and how far it reads ahead."""
+AT_ONCE_BYTES = 2**15
+"""Keys and values that it reads at a time, so that it fits into any card's shared memory."""
 PROGRAMS, MOST_PARTS = 264, 64
 """Programs that fill the device: two for each of 132 multiprocessors. Parts of a context at most."""
 SHRINK_RANKS, SHRINK_TERMS = 2, 1024
@@ -103,7 +105,7 @@ def attend_whole(
     tl.store(out + head * DV + dv, y.to(out.dtype.element_ty), mask=dv < DV)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["linear", "linears"])  # one program for all layers of a shape
 def shrink(
     x, index, pointers, ranks, low, linear, linears, K, R: tl.constexpr, RANKS: tl.constexpr, TERMS: tl.constexpr
 ):  # fmt: skip
@@ -126,7 +128,7 @@ def shrink(
     tl.store(low + row * R + r, tl.sum(total, axis=1))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["linear", "linears"])
 def expand(
     low, index, pointers, ranks, scales, out, linear, linears, N, R: tl.constexpr, OUTPUTS: tl.constexpr
 ):  # fmt: skip
@@ -159,6 +161,11 @@ def _launch(kernel: Any, programs: int, *arguments: Any, **constants: Any) -> No
             kernel[(programs,)](*arguments, **constants)
 
 
+def keys_at_once(ds: int, dvs: int, itemsize: int) -> int:
+    """How many keys and values a program reads at a time; sizes are powers of two."""
+    return max(16, min(KEYS, AT_ONCE_BYTES // ((ds + dvs) * itemsize)))
+
+
 def attend_slots(
     q_BHD: Tensor, keys: Tensor, values: Tensor, slots_B: Tensor, positions_B: Tensor, how: Attending
 ) -> Tensor:  # fmt: skip
@@ -172,17 +179,18 @@ def attend_slots(
     check_tensor(positions_B, "positions_B", torch.int64, B, device)
     if H % heads:
         raise InputError(f"{H} query heads cannot share {heads} key heads.")
+    ds, dvs = (max(16, triton.next_power_of_2(n)) for n in (D, DV))
+    at_once = keys_at_once(ds, dvs, q_BHD.dtype.itemsize)
     fill = triton.next_power_of_2(triton.cdiv(PROGRAMS, max(1, B * heads)))
-    parts = min(fill, MOST_PARTS, triton.next_power_of_2(triton.cdiv(C, KEYS)))
+    parts = min(fill, MOST_PARTS, triton.next_power_of_2(triton.cdiv(C, at_once)))
     sums, largest, weighted = (torch.empty((B, H, parts, *n), dtype=torch.float32, device=device) for n in ((), (), (DV,)))
     out_BHV = torch.empty((B, H, DV), dtype=q_BHD.dtype, device=device)
-    ds, dvs = (max(16, triton.next_power_of_2(n)) for n in (D, DV))
     scaling = D**-0.5 if how.scaling is None else how.scaling
     _launch(
         attend_part, B * heads * parts, q_BHD, keys, values, slots_B, positions_B, sums, largest, weighted, C, float(scaling),
         float(how.softcap or 1.0), KEY_HEADS=heads, GROUP=H // heads, D=D, DV=DV, DS=ds, DVS=dvs,
-        HEADS=max(16, triton.next_power_of_2(H // heads)), KEYS_AT_ONCE=KEYS, PARTS=parts, WINDOW=how.window or 0,
-        CAPPED=how.softcap is not None, num_warps=WARPS,
+        HEADS=max(16, triton.next_power_of_2(H // heads)), KEYS_AT_ONCE=at_once, PARTS=parts, WINDOW=how.window or 0,
+        CAPPED=how.softcap is not None, num_warps=WARPS, num_stages=STAGES,
     )  # fmt: skip
     sinks = sums if how.sinks is None else how.sinks
     _launch(

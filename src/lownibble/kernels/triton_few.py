@@ -128,7 +128,7 @@ def one_row(
     tl.store(out + n, tl.sum(total, axis=1).to(out.dtype.element_ty), mask=n < N)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T"])
 def few_rows(
     x, words, values, scale, zero, nested_values, nested_absmax, offset, out, T, N, row_words, per_part,
     TS: tl.constexpr, ROWS: tl.constexpr, WORDS: tl.constexpr, GROUP: tl.constexpr, ZERO: tl.constexpr,

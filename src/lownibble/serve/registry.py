@@ -426,7 +426,8 @@ class Registry:
                 base: Any = self._model.get_submodule(path)
                 if path not in self._row_squares:
                     self._row_squares[path] = row_squares(base)
-                gain = row_gains(base, read, scale, self._row_squares[path])
+                there = {own: tensor.to(self._row_squares[path].device) for own, tensor in read.items()}
+                gain = row_gains(base, there, scale, self._row_squares[path]).cpu()
                 read["lora_B"] = read["lora_B"] * gain.unsqueeze(1)
                 gains.append(gain)
             # B column-major, as the kernels read it
