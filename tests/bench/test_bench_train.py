@@ -192,8 +192,8 @@ def test_eight_requests_have_an_adapter_each(tmp_path, monkeypatch):
     assert answer["seconds"] > 0
     assert answer["of_one"] > 0
     together = [k["segments"] for a, k in steps if len(a[0]) == 8]
-    assert len(together) == 2 * 3
-    assert [len({id(one.adapter) for one in segments}) for segments in together] == [1] * 3 + [8] * 3
+    assert len(together) == 2 * 4
+    assert [len({id(one.adapter) for one in segments}) for segments in together] == [1] * 4 + [8] * 4
     with pytest.raises(ConfigError, match="Ask for at most 1019"):
         decode._several(model, torch.arange(5))(1020)
     both = decode._both(

@@ -113,7 +113,9 @@ def adapter(seed, r):
     return Adapter([[None], [LowRank(torch.randn(r, 5, generator=generator), torch.randn(3, r, generator=generator), 0.5)]])
 
 
-def test_adapters_come_and_go_and_larger_ranks_are_captured_anew():
+@pytest.mark.parametrize("backend", [name for name in ("reference", "triton") if ops.backend_status()[name] == "ok"])
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the tensors are on the CPU")
+def test_adapters_come_and_go_and_larger_ranks_are_captured_anew(backend):
     calls = []
 
     def capture(run):
@@ -135,7 +137,8 @@ def test_adapters_come_and_go_and_larger_ranks_are_captured_anew():
         ([a, None, b], 0), ([b, a, None], 1), ([a, a, b, b], 1), ([wide, a], 1), ([wide, b], 1 + 1), ([None, wide, b], 2),
     ):  # fmt: skip
         tokens = list(range(1, 1 + len(of_rows)))
-        found = steps(tokens, tokens, tokens, of_rows)
+        with ln.use_backend(backend):
+            found = steps(tokens, tokens, tokens, of_rows)
         torch.testing.assert_close(found, expected(of_rows, tokens))
         assert len(calls) == captured, of_rows
     assert seen[0].largest_r == 16

@@ -104,7 +104,7 @@ def compiled_decoding(capability):
             stages=triton_decode.STAGES, fusion=True, capability=capability)
     yield "attend_whole", compiled("attend_whole", H=32, DV=128, DVS=128, PARTS=32, SINKS=True, capability=capability)
     sizes = {"R": 16, "capability": capability, "fusion": True, "odd": ["linear", "linears"]}
-    yield "shrink", compiled("shrink", RANKS=triton_decode.SHRINK_RANKS, TERMS=triton_decode.SHRINK_TERMS, **sizes)
+    yield "shrink", compiled("shrink", RANKS=triton_decode.SHRINK_RANKS, TERMS=triton_decode.SHRINK_TERMS, ALIGNED=True, **sizes)
     yield "expand", compiled("expand", OUTPUTS=triton_decode.EXPAND_OUTPUTS, **sizes)
 
 def compiled_8bit(capability, code):
@@ -260,5 +260,5 @@ def test_steps_of_a_token_read_in_whole_vectors(ptx, capability):
         part = ptx[f"attend_part {label} {capability}"]
         assert part["mma.sync"] > 0
         assert part[", 0x10, "] + part["ld.global.v4.b32"] > 0
-    assert ptx[f"shrink {capability}"]["ld.global.v4.b32"] > 0
-    assert ptx[f"expand {capability}"]["ld.global.v4.b32"] > 0
+    assert ptx[f"shrink {capability}"]["ld.global.v4.b32"] == 2 + 1, "2048 values of A over 128 threads, and x"
+    assert ptx[f"expand {capability}"]["ld.global.v4.b32"] >= 2 + 1, "2048 values of B, and low"

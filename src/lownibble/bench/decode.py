@@ -6,7 +6,8 @@ CPU they take turns (`measuring/turns.py`); on CUDA they run one after another. 
 Random weights (`subject.py`) continue random token ids.
 
 On CUDA one process more decodes eight requests at once, step by step as a server does: in each turn first with one adapter for
-all (`eight_of_one`), then with an adapter for each (`eight_adapters`). Adapters are random, of rank 16 on all linear layers.
+all (`eight_of_one`), then with an adapter for each (`eight_adapters`). Adapters are random, of rank 16 on all linear layers. Its
+cache, and so its graphs, last for all turns, as a server's; `generate` has a new one in each turn, and captures anew.
 
 Run as a program (`python -m lownibble.bench.decode NAME MODEL`), this module is one of the processes.
 """
@@ -142,20 +143,20 @@ def random_adapter(decoder: Decoder, seed: int) -> Adapter:
 
 
 def _several(model: Any, prompt: torch.Tensor) -> Callable[[int], dict[str, Any]]:
-    """A turn continues the prompt `REQUESTS` times at once, with one adapter for all and then with one for each."""
+    """A turn continues the prompt `REQUESTS` times at once, with one adapter for all and then with one for each. Steps of a token
+    each are timed, prompts are not."""
     decoder, n = choose(model, len(prompt)), len(prompt)
     adapters = [random_adapter(decoder, seed) for seed in range(REQUESTS)]
     cache = decoder.cache(REQUESTS, MOST_TOKENS)
 
     def seconds(of_rows: list[Adapter], tokens: int) -> float:
-        slots = torch.arange(REQUESTS)
-        began = time.perf_counter()
+        slots, segments = torch.arange(REQUESTS), [Segment(row, row + 1, one) for row, one in enumerate(of_rows)]
         logits = torch.cat([decoder.prompt(prompt, slot, cache, adapter=one) for slot, one in enumerate(of_rows)])
-        segments = [Segment(row, row + 1, one) for row, one in enumerate(of_rows)]
-        for done in range(tokens - 1):
-            chosen = logits.argmax(-1).cpu()
+        chosen = logits.argmax(-1).cpu()
+        began = time.perf_counter()
+        for done in range(tokens):
             logits = decoder.step(chosen, slots, torch.full((REQUESTS,), n + done), cache, segments=segments)
-        logits.argmax(-1).cpu()
+            chosen = logits.argmax(-1).cpu()  # waits for the device
         return time.perf_counter() - began
 
     @torch.inference_mode()

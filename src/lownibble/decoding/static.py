@@ -57,7 +57,7 @@ def takes(adapter: Adapter) -> bool:
 
 
 def prepared(adapter: Adapter, dtype: torch.dtype, device: torch.device) -> Prepared:
-    """An adapter for a device, kept with it; copies only what is of another dtype or device, or has a rank that is not padded."""
+    """An adapter for a device, kept with it; copies only what cannot be used as it is."""
     key = f"rows in {dtype} on {device}"
     if key not in adapter.prepared:
         branches: list[LowRank | None] = []
@@ -68,7 +68,7 @@ def prepared(adapter: Adapter, dtype: torch.dtype, device: torch.device) -> Prep
             missing = -len(branch.A) % RANK_STEP
             A = torch.nn.functional.pad(branch.A, (0, 0, 0, missing)) if missing else branch.A
             B = torch.nn.functional.pad(branch.B, (0, missing)) if missing else branch.B
-            branches.append(LowRank(A.to(device, dtype).contiguous(), B.to(device, dtype).contiguous(), branch.scale))
+            branches.append(LowRank(_held(A, dtype, device), _held(B, dtype, device), branch.scale))
         pointers = [[one.A.data_ptr(), one.B.data_ptr()] if one else [0, 0] for one in branches]
         ranks = [len(one.A) // RANK_STEP if one else 0 for one in branches]
         scales = [one.scale if one else 0.0 for one in branches]
@@ -76,6 +76,12 @@ def prepared(adapter: Adapter, dtype: torch.dtype, device: torch.device) -> Prep
         adapter.prepared[key] = Prepared(branches, *tables)
     found: Prepared = adapter.prepared[key]
     return found
+
+
+def _held(matrix: Tensor, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """The matrix as kernels read it, in 16 bytes at once."""
+    held = matrix.to(device, dtype).contiguous()
+    return held if held.data_ptr() % 16 == 0 else held.clone()
 
 
 class _Tables:

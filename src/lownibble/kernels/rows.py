@@ -39,8 +39,9 @@ class RowAdapters(NamedTuple):
 
     Attributes:
         at: (B,) int64, the place of each row's adapter in the tables; -1: none.
-        pointers: (places, linears, 2) int64, the addresses of A (r, K) and B (N, r). ranks: (places, linears) int32, in units of
-            `RANK_STEP`; 0: no branch. scales: (places, linears) float32. All on the device.
+        pointers: (places, linears, 2) int64, the addresses of A (r, K) and B (N, r), multiples of 16.
+        ranks: (places, linears) int32, in units of `RANK_STEP`; 0: no branch.
+        scales: (places, linears) float32; all are on the device.
         largest_r: of all ranks, a multiple of `RANK_STEP`.
         dtype: of A and B. touched: the linear layers that some adapter may have a branch for.
         branches: by place, the branches on the device, contiguous, their ranks a multiple of `RANK_STEP`, without gains.

@@ -107,9 +107,10 @@ def attend_whole(
 
 @triton.jit(do_not_specialize=["linear", "linears"])  # one program for all layers of a shape
 def shrink(
-    x, index, pointers, ranks, low, linear, linears, K, R: tl.constexpr, RANKS: tl.constexpr, TERMS: tl.constexpr
+    x, index, pointers, ranks, low, linear, linears, K, R: tl.constexpr, RANKS: tl.constexpr, TERMS: tl.constexpr,
+    ALIGNED: tl.constexpr,
 ):  # fmt: skip
-    """RANKS of a row's `A x`; `low` (T, R)."""
+    """RANKS of a row's `A x`; `low` (T, R). ALIGNED: rows of A begin at multiples of 16 bytes."""
     row = tl.program_id(0) // (R // RANKS)
     r = (tl.program_id(0) % (R // RANKS)) * RANKS + tl.arange(0, RANKS)
     place = tl.load(index + row)
@@ -121,7 +122,9 @@ def shrink(
     total = tl.zeros((RANKS, TERMS), tl.float32)
     for first in range(0, K, TERMS):
         k = first + tl.arange(0, TERMS)
-        there = tl.multiple_of(A + r[:, None] * K + k[None, :], [1, 8])
+        there = A + r[:, None] * K + k[None, :]
+        if ALIGNED:
+            there = tl.multiple_of(there, [1, 16])
         a = tl.load(there, mask=(r < rank)[:, None] & (k < K)[None, :], other=0.0)
         x_k = tl.load(x + row * K + k, mask=k < K, other=0.0)
         total += a.to(tl.float32) * x_k.to(tl.float32)[None, :]
@@ -147,7 +150,7 @@ def expand(
     total = tl.zeros((OUTPUTS,), tl.float32)
     for first in range(0, rank, STEP):
         r = first + tl.arange(0, STEP)
-        there = tl.multiple_of(B + n[:, None] * rank + r[None, :], [1, 8])
+        there = tl.multiple_of(B + n[:, None] * rank + r[None, :], [1, 16])  # as ranks are a multiple of 16
         b = tl.load(there, mask=(n < N)[:, None], other=0.0)
         total += tl.sum(b.to(tl.float32) * tl.load(low + row * R + r)[None, :], axis=1)
     there = out + row.to(tl.int64) * N + n
@@ -211,7 +214,7 @@ def add_low_rank_rows(y_TN: Tensor, x_TK: Tensor, adapters: RowAdapters, linear:
     low = torch.empty((T, R), dtype=torch.float32, device=device)
     _launch(
         shrink, T * (R // SHRINK_RANKS), x_TK, adapters.at, adapters.pointers, adapters.ranks, low, linear, linears, K,
-        R=R, RANKS=SHRINK_RANKS, TERMS=SHRINK_TERMS,
+        R=R, RANKS=SHRINK_RANKS, TERMS=SHRINK_TERMS, ALIGNED=K * x_TK.element_size() % 16 == 0,
     )  # fmt: skip
     _launch(
         expand, T * triton.cdiv(N, EXPAND_OUTPUTS), low, adapters.at, adapters.pointers, adapters.ranks, adapters.scales,
