@@ -23,6 +23,7 @@ from lownibble.errors import ConfigError, ModelError, QuantizationError
 from lownibble.quant import layouts
 
 PAGE = Path(__file__).parent.parent / "docs" / "extending.md"
+pytestmark = pytest.mark.usefixtures("forked")
 FILES = dict(re.findall(r"```python file=(\S+)\n(.*?)```", PAGE.read_text(), flags=re.DOTALL))
 
 

@@ -527,7 +527,7 @@ def test_a_t5_merged_onto_nf4_loads_in_transformers(tmp_path, monkeypatch):
 
 @pytest.mark.slow
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="SIGKILL")
-def test_killed_it_goes_on(tmp_path, tokenizer):
+def test_killed_it_goes_on(tmp_path, tokenizer, forked):
     """kill -9 while shards are written; the same command again ends with the bytes of an undisturbed merge."""
     large = write_large(tmp_path / "large")
     tokenizer.save_pretrained(large.folder)

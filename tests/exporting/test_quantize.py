@@ -298,7 +298,7 @@ def test_the_command(base, rows, tmp_path, capsys):
 
 
 @pytest.mark.slow
-def test_killed_while_packing_it_ends_with_the_same_bytes(base, rows, tmp_path):
+def test_killed_while_packing_it_ends_with_the_same_bytes(base, rows, tmp_path, forked):
     command = [sys.executable, "-m", "lownibble", "quantize", str(base), "--quant-type", "int3", "--block-size", "row"]
     command += ["--calibration", str(rows), "--calibration-tokens", "600", "--max-length", "32", "--output"]
     subprocess.run([*command, str(tmp_path / "whole")], check=True, capture_output=True)

@@ -16,7 +16,7 @@ from lownibble.config import ServeConfig
 from lownibble.serve.server import run_server
 
 
-def test_a_signal_ends_it_after_what_was_begun(base, adapters):
+def test_a_signal_ends_it_after_what_was_begun(base, adapters, forked):
     command = [
         sys.executable,
         "-m",

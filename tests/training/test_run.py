@@ -225,7 +225,7 @@ def test_an_adapter_file_has_the_same_bytes_each_time(tiny_model, tiny_data, tmp
 
 
 @pytest.mark.slow
-def test_a_killed_process_resumes_to_the_same_bits(tiny_model, tiny_data, tmp_path):
+def test_a_killed_process_resumes_to_the_same_bits(tiny_model, tiny_data, tmp_path, forked):
     options = {"max_steps": 40, "save_steps": 5, "eval_steps": 40}
     whole = run(_config(tiny_model, tiny_data, output_dir=str(tmp_path / "whole"), **options))
     cut = _config(tiny_model, tiny_data, output_dir=str(tmp_path / "cut"), **options)
@@ -249,7 +249,7 @@ def test_a_folder_with_a_run_is_refused(tiny_model, tiny_data, tmp_path):
     assert (tmp_path / "out" / "record.json").read_bytes() == before
 
 
-def test_two_runs_in_one_folder_are_refused(tmp_path):
+def test_two_runs_in_one_folder_are_refused(tmp_path, forked):
     with claim(tmp_path / "out", resume=False):
         code = f"from lownibble.training.output import claim; claim({str(tmp_path / 'out')!r}, resume=False).__enter__()"
         second = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)

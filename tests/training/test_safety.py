@@ -92,7 +92,7 @@ def test_damaged_checkpoints_only_are_an_error(tiny_model, tiny_data, tmp_path):
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_saves_and_stops(tiny_model, tiny_data, tmp_path, number):
+def test_a_signal_saves_and_stops(tiny_model, tiny_data, tmp_path, forked, number):
     command = [
         sys.executable, "-m", "lownibble.cli.main", "train", "--json", "--model", str(tiny_model), "--data", str(tiny_data),
         "--method", "lora", "--r", "4", "--max-steps", "3000", "--batch-size", "8", "--max-length", "24",

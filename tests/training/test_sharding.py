@@ -81,7 +81,7 @@ def losses(folder, quant_type, world):
 
 
 @pytest.mark.parametrize("quant_type", [pytest.param(name, marks=pytest.mark.slow) for name in ("nf4", "int8", "int4")])
-def test_two_ranks_train_as_one_process(write, quant_type):
+def test_two_ranks_train_as_one_process(write, forked, quant_type):
     folder = write("llama", hidden_size=64, intermediate_size=128)
     one, two = losses(folder, quant_type, 1), losses(folder, quant_type, 2)
     assert len(set(one)) == 3
