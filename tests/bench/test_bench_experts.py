@@ -39,7 +39,7 @@ def test_a_line_is_found_and_what_is_off_it():
 
 
 @pytest.mark.slow
-def test_contenders_do_the_same_work(peft, tmp_path):
+def test_contenders_do_the_same_work(peft, forked, tmp_path):
     found = bench.bench_experts(peers=True, repeats=1, batch_size=2, length=16, model=config_of(tmp_path, **TINY))
     assert found["failed"] == found["missing"] == {}
     losses = {name: each["losses"] for name, each in found["contenders"].items()}

@@ -127,7 +127,7 @@ def test_on_cuda_the_record_grows_with_each_contender(on_cuda, tmp_path, monkeyp
 
 
 @pytest.mark.slow
-def test_a_shape_is_trained_and_the_record_written(tmp_path, monkeypatch, capsys):
+def test_a_shape_is_trained_and_the_record_written(tmp_path, forked, monkeypatch, capsys):
     monkeypatch.setattr(train, "installed", lambda kind: ([], {"unsloth_qlora": "needs CUDA"}))
     output = tmp_path / "record.json"
     size = ["--batch-size", "2", "--max-length", "16", "--repeats", "1", "--only", "lora"]
@@ -147,7 +147,7 @@ def test_a_shape_is_trained_and_the_record_written(tmp_path, monkeypatch, capsys
 
 
 @pytest.mark.slow
-def test_a_shape_is_decoded_with(tmp_path, monkeypatch):
+def test_a_shape_is_decoded_with(tmp_path, forked, monkeypatch):
     monkeypatch.setattr(decode, "OURS", ("nf4",))
     record = decode.bench_decode(model=write_shape(tmp_path), repeats=1, tokens=3)
     assert record["contenders"]["nf4"]["tokens_per_s"]["median"] > 0

@@ -80,7 +80,7 @@ def test_peers_that_are_killed_are_recorded_with_the_reason_and_the_rest_go_on(c
 
 
 @pytest.mark.slow
-def test_what_a_library_prints_is_no_answer(tmp_path, monkeypatch, capfd):
+def test_what_a_library_prints_is_no_answer(tmp_path, forked, monkeypatch, capfd):
     (tmp_path / "chatty.py").write_text(
         "import os, sys\n"
         "from lownibble.measuring.turns import answer_turns, reserved_stdout\n"

@@ -144,7 +144,7 @@ def test_a_disk_without_room_is_refused_at_the_start(tmp_path, monkeypatch):
         PageStore(10, 1 << 20, 1 << 20, folder=tmp_path)
 
 
-def test_a_limit_on_file_sizes_is_refused_at_the_start(tmp_path):
+def test_a_limit_on_file_sizes_is_refused_at_the_start(tmp_path, forked):
     """A real failure of the reservation, not a simulated one."""
     code = (
         "import resource, signal, sys; from pathlib import Path; from lownibble.optim.paging import PageStore;"

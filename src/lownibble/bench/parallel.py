@@ -21,6 +21,7 @@ from lownibble import record
 from lownibble.errors import ConfigError, TrainingError
 from lownibble.study.processes import run_module
 
+MODEL = DATA = "demo"
 BATCH, LENGTH, STEPS, RANKS = 4, 128, 8, 2
 KINDS = ("weights", "codes", "constants", "adapters", "optimizer")
 """Kinds of bytes that a rank holds between steps."""
@@ -44,7 +45,7 @@ def bench_parallel(*, peers: bool = False, repeats: int = 3) -> dict[str, Any]:
     worst = max((abs(each["error"]) for found in memory.values() for each in found["held"]), default=0.0)
     return {
         **record.new("bench-parallel"), "status": "ok", "environment": record.environment(), "ranks": RANKS,
-        "work": {"model": "demo", "rows_of_a_rank": BATCH, "max_length": LENGTH, "steps": STEPS},
+        "work": {"model": MODEL, "rows_of_a_rank": BATCH, "max_length": LENGTH, "steps": STEPS},
         "weak_scaling": scaling, "fsdp_memory": memory,
         "headlines": {
             "weak scaling of ddp, two ranks": f"{ratio:.2f}", "fsdp: held against planned, at worst": f"{worst:.2%}",
@@ -85,7 +86,7 @@ def _memory(folder: Path, method: str) -> dict[str, Any]:
 def _train(output: Path, *extra: str, ranks: int = 1) -> dict[str, Any]:
     """The record of a run, with `BATCH` packs for each rank."""
     flags = [
-        "train", "--model", "demo", "--data", "demo", "--device", "cpu", "--batch-size", str(ranks * BATCH), "--max-length",
+        "train", "--model", MODEL, "--data", DATA, "--device", "cpu", "--batch-size", str(ranks * BATCH), "--max-length",
         str(LENGTH), "--max-steps", str(STEPS), "--packing", "--torch-compile", "false", "--max-eval-rows", "8", "--output",
         str(output), *extra,
     ]  # fmt: skip
