@@ -56,6 +56,7 @@ def decode(
     ended_by, device = end_tokens(model, chat_tokenizer) if chat_tokenizer is not None else (), input_ids.device
     ends = torch.tensor(sorted(ended_by), dtype=torch.int64, device=device)
     unfinished, slots = torch.ones(B, dtype=torch.bool, device=device), torch.arange(B)
+    skips = pad is not None and not (with_scores or with_logits)  # ended rows are padded: nobody asks for their logits
     while True:
         processed = logits_processor(input_ids, logits)
         scores += (processed,) if with_scores else ()
@@ -69,7 +70,10 @@ def decode(
         unfinished &= ~(stopping_criteria(input_ids, scores) | torch.isin(chosen, ends))
         if not unfinished.any():
             break
-        logits = decoder.step(chosen.cpu(), slots, lengths, cache)
+        goes_on = unfinished.nonzero()[:, 0] if skips else slots
+        rows = goes_on.cpu()
+        step = decoder.step(chosen.cpu()[rows], rows, lengths[rows], cache)
+        logits = step if len(rows) == B else logits.index_copy(0, goes_on, step)
         lengths = lengths + 1
     if token_streamer is not None:
         token_streamer.end()
