@@ -7,6 +7,8 @@ import torch
 
 import lownibble as ln
 from lownibble.config import EvalConfig
+from lownibble.decoding import CpuDecoder
+from lownibble.decoding.modules import ModulesDecoder
 from lownibble.errors import ConfigError, DataError, ModelError
 from lownibble.study.answers import write_answers
 from lownibble.study.evaluate import evaluate
@@ -89,6 +91,24 @@ def test_the_harness_runs_on_our_layers(tiny_model, tiny_data, tmp_path):
     assert score["rows"] == len(rows)
     with pytest.raises(ConfigError, match=r"Did you mean .*hellaswag"):
         evaluate(EvalConfig(model=str(tiny_model), harness=["helaswag"]))
+
+
+@pytest.mark.parametrize(("quant", "decoder"), [("nf4", CpuDecoder), (None, ModulesDecoder)])
+def test_answers_are_those_of_each_prompt_alone(write, monkeypatch, quant, decoder):
+    """Oracle: transformers' own loop. One row ends before the others, and takes no part in what follows."""
+    model, tokenizer = ln.load(str(write()), quant=quant, dtype=torch.float32)
+    prompts = [tokenizer(text)["input_ids"] for text in ("w1 w5 w9", "w7", "w3 w3 w8 w2 w11")]
+    expected = []
+    for prompt in prompts:
+        ids = torch.tensor([prompt])
+        out = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=8, do_sample=False, pad_token_id=0)
+        expected.append(tokenizer.decode(out[0, len(prompt) :], skip_special_tokens=True))
+    stop, rows, step = expected[0].split()[1], [], decoder.step
+    monkeypatch.setattr(decoder, "step", lambda self, tokens, *a, **k: rows.append(len(tokens)) or step(self, tokens, *a, **k))
+    found = write_answers(model, tokenizer, prompts, max_new_tokens=8, stop=[stop])
+    assert found == [text[: text.index(stop)] if stop in text else text for text in expected]
+    assert 3 in rows
+    assert rows[-1] < 3
 
 
 def test_answers_end_with_the_turn_of_the_chat_template(write):

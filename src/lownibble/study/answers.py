@@ -1,7 +1,8 @@
 """Generation of answers to the evaluation rows, and their scores by row.
 
-Decoding is greedy, so that answers are reproducible. Prompts of similar length are batched, padded on the left. Models that
-Lownibble's own decoding loop supports (4-bit bases) use it, others that of transformers.
+Decoding is greedy, so that answers are reproducible. Prompts of similar length are batched, padded on the left. They are decoded
+as the server does (`lownibble.decode`): by the CPU's decoder, or by transformers' modules. transformers' own loop is for what
+that does not take: encoder-decoders, models whose ranks hold parts, and longer contexts than a decoder has.
 """
 
 from __future__ import annotations
@@ -18,8 +19,8 @@ from transformers import GenerationConfig, StoppingCriteriaList
 from lownibble import launch
 from lownibble.config import DataConfig
 from lownibble.data import Dataset, cut, encoder_ids, end_tokens, prompts
-from lownibble.decoding import CpuDecoder, decode
-from lownibble.errors import DataError, ModelError
+from lownibble.decoding import RefusedError, choose, decode
+from lownibble.errors import DataError
 from lownibble.study import metrics
 from lownibble.study.tasks import KINDS
 
@@ -39,8 +40,8 @@ def write_answers(
     was_training, paired = model.training, bool(model.config.is_encoder_decoder)
     model.eval()
     answers = [""] * len(questions)
-    loop = {} if paired else _own_loop(model)
     asked = [encoder_ids(ids, tokenizer.eos_token_id) if paired else list(ids) for ids in questions]
+    loop = {} if paired else _own_loop(model, max_new_tokens + max(map(len, asked), default=0))
     with _greedy(model, tokenizer, max_new_tokens):
         for rows in cut([len(ids) for ids in asked], None, most=BATCH):
             width = max(len(asked[i]) for i in rows)
@@ -111,12 +112,12 @@ class _Said:
         return torch.tensor(said, device=input_ids.device)
 
 
-def _own_loop(model: Any) -> dict[str, Any]:
+def _own_loop(model: Any, capacity: int) -> dict[str, Any]:
     if any(isinstance(parameter, DTensor) for parameter in model.parameters()):
         return {}  # a part of each layer: only its own forward pass gathers the rest
     try:
-        CpuDecoder(model)
-    except ModelError:
+        choose(model, capacity).cache(1, capacity)
+    except RefusedError:
         return {}
     return {"custom_generate": decode}
 
