@@ -116,7 +116,7 @@ def app(jobs: Jobs, *, host: str = "127.0.0.1", api_key: str | None = None) -> F
     def check(body: Form) -> dict[str, Any]:
         if body.command == "study":
             words = ["study", "run", "study.toml", "--output", jobs.free_output("study")]
-            return _or_error(lambda: _check_study(body.toml or "") or {"command": _shown(words)})
+            return _or_error(lambda: {"command": _shown(words), "name": _study_name(body.toml or "")})
         return _or_error(lambda: {"command": _shown(command_line(body.command, _with_output(jobs, body)))})
 
     @made.post("/api/plan")
@@ -186,13 +186,13 @@ def _or_error(answer: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         return {"error": str(error)}
 
 
-def _check_study(text: str) -> None:
-    """Check a study's text. Raises ConfigError as `read_study`."""
+def _study_name(text: str) -> str:
+    """The name of the study in a text. Raises ConfigError as `read_study`."""
     with TemporaryDirectory() as folder:
         path = Path(folder) / "study.toml"
         path.write_text(text, encoding="utf-8")
         try:
-            read_study(path)
+            return read_study(path).name
         except ConfigError as error:
             raise ConfigError(str(error).replace(str(path), path.name)) from None
 
