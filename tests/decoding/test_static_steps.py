@@ -1,6 +1,9 @@
 """Steps of one token of each row in fixed shapes. Oracles: transformers' `generate` on each prompt alone; the recorded
 operations of a step, whose replay sees its tensors and nothing that the host had decided; the uses of tensors' values."""
 
+import gc
+import weakref
+
 import pytest
 import torch
 from families import NEW, adapter_of, alone, build, decoded, louder, quiet, rows
@@ -180,6 +183,23 @@ def test_nothing_in_a_step_waits_for_the_device():
                 cache.steps([7, 8], [0, 1], [1, 1], adapters)
             hook.remove()
             assert waits.found, "the modes see what waits"
+
+
+def test_a_cache_and_its_graphs_are_freed_at_once():
+    """Without Python's collector, which knows nothing of a GPU's memory."""
+    decoder = static(louder(build("qwen3", 96)), capture=lambda run: (lambda: None, run()))
+    cache, ids = decoder.cache(2, 8), torch.tensor([0, 1])
+    gc.disable()
+    try:
+        with torch.inference_mode():
+            for position in range(3):
+                decoder.step(ids, ids, torch.full_like(ids, position), cache)
+        held = [weakref.ref(cache), weakref.ref(cache.steps), weakref.ref(cache.layers[0].keys)]
+        assert cache.steps._graphs[2, False] is not None
+        del cache
+        assert [each() for each in held] == [None] * 3
+    finally:
+        gc.enable()
 
 
 def test_a_slot_is_copied_from_another():

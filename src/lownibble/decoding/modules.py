@@ -29,7 +29,7 @@ from contextlib import contextmanager
 from functools import partial
 from itertools import groupby
 from typing import Any, NamedTuple
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, ref
 
 import torch
 from torch import Tensor, nn
@@ -113,7 +113,9 @@ class ModulesDecoder(Decoder):
         self._not_static = "" if self.draws else "they are for CUDA"
         found, weights = _trials.get(model), (weight.device, weight.dtype)
         if found is None or found.weights != weights or static is not None:
-            found = _trials[model] = self._trial(weights, why)
+            found = self._trial(weights, why)
+            if static is None:
+                _trials[model] = found
         self.together, self._in_parts, self._slot_bytes = not found.obstacle, found.in_parts, found.slot_bytes
         self._not_static = found.not_static
         how = "all sequences at once" if self.together else f"one sequence after another, as {found.obstacle}"
@@ -192,14 +194,16 @@ class ModulesDecoder(Decoder):
         if any(adapters) and self._tokens is None:
             self._tokens = _hooked(self.model, self._modules)
         if cache.steps is None:
-            most, run = 1 << (cache.slots - 1).bit_length(), partial(self._rows_pass, cache)
+            most, run = 1 << (cache.slots - 1).bit_length(), partial(self._rows_pass, ref(cache))  # which holds the steps
             cache.steps = StaticSteps(run, most, len(self._modules), self._dtype, self._device, self._capture)
         ids = tokens[[part.begin for part in parts]].tolist()
         return cache.steps(ids, [part.slot for part in parts], [part.position for part in parts], adapters)
 
     def _rows_pass(
-        self, cache: SlotCache, tokens_B: Tensor, slots_B: Tensor, positions_B: Tensor, adapters: RowAdapters | None
+        self, held: ref[SlotCache], tokens_B: Tensor, slots_B: Tensor, positions_B: Tensor, adapters: RowAdapters | None
     ) -> Tensor:  # fmt: skip
+        cache = held()
+        assert cache is not None
         with attending(self.model, cache, Rows(slots_B, positions_B)), self._rows(adapters, len(tokens_B)):
             output = self.model(tokens_B.unsqueeze(0), position_ids=positions_B.unsqueeze(0), use_cache=False)
         logits: Tensor = output.logits[0]
