@@ -10,7 +10,7 @@ import hub_server
 import pytest
 from huggingface_hub import ModelCard, constants
 
-from lownibble import push
+from lownibble import merge, push
 from lownibble.cli.main import main
 from lownibble.config import DataConfig, LoraConfig, RunConfig, TrainConfig
 from lownibble.errors import ConfigError, HubError, OutputError
@@ -103,19 +103,17 @@ def test_a_dry_run_writes_the_card_only_and_an_edited_one_is_kept(adapter, hub):
 
 def test_a_merged_model_has_the_merge_and_the_training_on_its_card(trained, hub, tmp_path, tiny_model):
     merged = tmp_path / "merged"
-    merged.mkdir()
-    (merged / "model.safetensors").write_bytes(b"weights")
-    for name, text in (("config.json", "{}"), ("tokenizer.json", "{}")):
-        (merged / name).write_text(text)
-    at = {"kl": 0.00125, "kl_standard_error": 0.0002, "top1_agreement": 0.99, "perplexity": 3.5}
-    (merged / "merge.json").write_text(json.dumps({
-        "kind": "merge", "config": {"adapter": str(trained / "adapter")}, "base": {"model": str(tiny_model)},
-        "onto": "dequantized", "measured": {"tokens": 64, "models": {"dequantized": {"label_tokens": at}}},
-    }))  # fmt: skip
+    measured = merge(str(trained / "adapter"), str(merged), onto="original")["measured"]["models"]
     done = push(merged, "me/merged")
-    assert done["files"] == ["README.md", "config.json", "model.safetensors", "tokenizer.json"]
+    assert {"README.md", "config.json", "model.safetensors", "tokenizer.json"} <= set(done["files"])
+    assert {"merge.json", "record.json"}.isdisjoint(done["files"]), "they hold paths"
+    assert hub.repos["me/merged"]["files"]["model.safetensors"] == (merged / "model.safetensors").read_bytes()
     text = hub.repos["me/merged"]["files"]["README.md"].decode()
-    assert "| dequantized (this one) | 0.00125 ± 0.0002 | 99.0% | 3.5 |" in text
+    for name, row in (("original", "merged onto original (this one)"), ("nf4", "merged onto nf4"), ("base", "base alone")):
+        at = measured[name]["label_tokens"]
+        kl, same = f"{at['kl']:.3g} ± {at['kl_standard_error']:.1g}", f"{at['top1_agreement']:.1%}"
+        assert f"| {row} | {kl} | {same} | {at['perplexity']:.4g} |" in text
+    assert f"| adapter beside its base | - | - | {measured['live']['label_tokens']['perplexity']:.4g} |" in text
     assert "## Data" in text
     assert 'AutoModelForCausalLM.from_pretrained("me/merged")' in text
     assert str(tiny_model) not in text

@@ -84,7 +84,7 @@ def main() -> int:
         options.pictures.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        environment = {key: value for key, value in os.environ.items() if not key.startswith(("PYTHON", "LOWNIBBLE", "OMP_"))}
+        environment = {key: value for key, value in os.environ.items() if not key.startswith(("PYTHON", "LOWNIBBLE"))}
         environment["XDG_CACHE_HOME"] = str(folder / "cache")
         mine, clock = folder / "rows.jsonl", Clock(options.pictures)
         mine.write_text("".join(json.dumps(row) + "\n" for row in rows()))

@@ -172,6 +172,9 @@ def _scored(name: str, value: float, of: Mapping[str, Any]) -> str:
     return f"{value:.3f}" if error is None else f"{value:.3f} ± {error:.3f}"
 
 
+_NOT_MERGED = {"live": "adapter beside its base", "base": "base alone"}
+
+
 def _merged(measured: Mapping[str, Any], onto: str) -> str:
     lines = [
         "| model | KL to the unmerged adapter, nats per token | same top-1 token | perplexity |",
@@ -181,7 +184,8 @@ def _merged(measured: Mapping[str, Any], onto: str) -> str:
         at = figures["label_tokens"]
         kl = f"{at['kl']:.3g} ± {at['kl_standard_error']:.1g}" if "kl" in at else "-"
         same = f"{at['top1_agreement']:.1%}" if "kl" in at else "-"
-        lines.append(f"| {name}{' (this one)' if name == onto else ''} | {kl} | {same} | {at['perplexity']:.4g} |")
+        what = _NOT_MERGED.get(name, f"merged onto {name}{' (this one)' if name == onto else ''}")
+        lines.append(f"| {what} | {kl} | {same} | {at['perplexity']:.4g} |")
     return "\n".join(lines) + f"\n\nOn {measured['tokens']:,} tokens; ± is the standard error."
 
 

@@ -6,7 +6,7 @@ const KINDS = ["weights", "codes", "constants", "adapters", "gradients", "optimi
 const METHODS = { full: "Full", lora: "LoRA", qlora: "QLoRA" };
 const STATUS = { running: "running", ok: "done", failed: "failed", interrupted: "stopped", died: "died" };
 const GROUPS = { "": "The run", data: "Data", quant: "4-bit base (quant)", lora: "Adapters (lora)", train: "Training" };
-const BASIC = ["train.max_steps", "train.num_train_epochs", "train.learning_rate", "train.batch_size", "train.max_length", "lora.r", "train.output_dir"];
+const BASIC = ["train.max_steps", "train.num_train_epochs", "train.learning_rate", "train.batch_size", "train.max_length", "lora.r", "train.objective", "train.output_dir"];
 const ASKED = { // what a command's dialog shows at first; its other options are one click away
   merge: ["adapter", "output", "onto"], export: ["source", "output", "format", "dtype"], serve: ["model", "adapters", "port", "any_base"],
   eval: ["model", "adapter", "task", "data.path", "data.max_eval_rows"], quantize: ["model", "output", "quant.quant_type", "rounding"],
@@ -74,7 +74,7 @@ const taken = (command) => Object.fromEntries(options(command).filter((each) => 
 function set(name) { return (text) => { values[name] = text; changed(name); }; }
 const refresh = later(() => { check(); plan(); }, 250);
 function changed(name) {
-  if (name === "model" || name.startsWith("data.") || name === "train.max_length") stale();
+  if (name === "model" || name.startsWith("data.") || ["train.max_length", "train.objective"].includes(name)) stale();
   if (what() === "study") study();
   refresh();
 }
@@ -85,7 +85,7 @@ function build() {
   const put = (where, names, command, words = {}) => $(where).replaceChildren(...names.map((name) => option(command, name)).filter(Boolean).map((each) => field(each, values[each.name], set(each.name), words[each.name])));
   const command = what() === "study" ? "train" : what();
   put("#subject", ["model", "data.path", "data.prompt_template", "data.completion_template"], command, { model: "Model", "data.path": "Data", "data.prompt_template": "Prompt, from a row's fields", "data.completion_template": "Completion" });
-  put("#basic", BASIC, command, { "train.max_steps": "Steps", "train.num_train_epochs": "Epochs", "train.learning_rate": "Learning rate", "train.output_dir": "Output folder", "lora.r": "Adapter rank (r)", "train.batch_size": "Rows in a step", "train.max_length": "Tokens in a row" });
+  put("#basic", BASIC, command, { "train.max_steps": "Steps", "train.num_train_epochs": "Epochs", "train.learning_rate": "Learning rate", "train.output_dir": "Output folder", "lora.r": "Adapter rank (r)", "train.batch_size": "Rows in a step", "train.max_length": "Tokens in a row", "train.objective": "Objective" });
   if (what() === "train") method(); else if (what() === "compare") put("#how", ["methods"], "compare", { methods: "Methods, separated by commas" }); else study(true);
   $("#options").hidden = what() === "study";
   const shown = new Set(["model", "data.path", "data.prompt_template", "data.completion_template", "method", "methods", ...BASIC]);
@@ -158,7 +158,7 @@ function preview(found) {
     el("p", { className: "quiet", textContent: side("training", found.training) }), el("p", { className: "quiet", textContent: side("evaluation", found.evaluation) }),
     ...found.warnings.map((line) => el("p", { className: "warning", textContent: line })), bars,
     ...found.rows.map((row) => el("figure", { className: "example" }, el("figcaption", { textContent: `${row.origin}, ${row.tokens} tokens; what is trained is marked${"label" in row ? `; a ${row.label ? "good" : "bad"} answer` : ""}` }),
-      el("p", {}, ...row.pieces.flatMap(([text, trained], n) => [n === row.rejected_from && el("b", { textContent: "\nrejected: " }), el(trained ? "mark" : "span", { textContent: text })])))),
+      el("p", {}, ...row.pieces.flatMap(([text, trained], n) => ["rejected_from" in row && !n && el("b", { textContent: "chosen: " }), n === row.rejected_from && el("b", { textContent: "\nrejected: " }), el(trained ? "mark" : "span", { textContent: text })])))),
   ];
 }
 async function upload(file) {
@@ -394,7 +394,7 @@ function fill(found) {
     el("progress", { ...(total(found) && { max: total(found), value: done(found) }), ariaLabel: "progress" }), el("p", { className: "quiet", textContent: doing })]));
   const figures = [];
   const whose = found.runs.length > 1 ? `${run.name}: ` : "";
-  if (run) figures.push([`${whose}training loss`, run.loss === null ? "–" : charts.short(run.loss)], [`${whose}evaluation loss`, run.evaluation === null ? "–" : charts.short(run.evaluation)], [`${whose}tokens/s`, run.tokens_per_s === null ? "–" : whole(run.tokens_per_s)]);
+  if (run && !found.result?.methods) figures.push([`${whose}training loss`, run.loss === null ? "–" : charts.short(run.loss)], [`${whose}evaluation loss`, run.evaluation === null ? "–" : charts.short(run.evaluation)], [`${whose}tokens/s`, run.tokens_per_s === null ? "–" : whole(run.tokens_per_s)]);
   if (found.status === "running" && run?.seconds_left) figures.push(["left", span(run.seconds_left)]);
   if (peak) figures.push(["peak memory", gib(peak)]);
   if (found.planned) figures.push(["planned memory", gib(found.planned[1])]);
