@@ -114,10 +114,7 @@ def app(jobs: Jobs, *, host: str = "127.0.0.1", api_key: str | None = None) -> F
 
     @made.post("/api/check")
     def check(body: Form) -> dict[str, Any]:
-        if body.command == "study":
-            words = ["study", "run", "study.toml", "--output", jobs.free_output("study")]
-            return _or_error(lambda: {"command": _shown(words), "name": _study_name(body.toml or "")})
-        return _or_error(lambda: {"command": _shown(command_line(body.command, _with_output(jobs, body)))})
+        return _or_error(lambda: {"command": _shown(_words(jobs, body))})
 
     @made.post("/api/plan")
     def plan(body: Form) -> dict[str, Any]:
@@ -186,13 +183,20 @@ def _or_error(answer: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         return {"error": str(error)}
 
 
-def _study_name(text: str) -> str:
-    """The name of the study in a text. Raises ConfigError as `read_study`."""
+def _words(jobs: Jobs, body: Form) -> list[str]:
+    """The words after `lownibble` that do what a form says. Raises as `command_line`, and as `read_study`."""
+    if body.command != "study":
+        return command_line(body.command, _with_output(jobs, body))
+    _check_study(body.toml or "")
+    return ["study", "run", "study.toml", "--output", jobs.free_output("study")]
+
+
+def _check_study(text: str) -> None:
     with TemporaryDirectory() as folder:
         path = Path(folder) / "study.toml"
         path.write_text(text, encoding="utf-8")
         try:
-            return read_study(path).name
+            read_study(path)
         except ConfigError as error:
             raise ConfigError(str(error).replace(str(path), path.name)) from None
 
