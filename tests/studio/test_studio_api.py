@@ -199,7 +199,7 @@ models = { m = "demo" }
 methods = { lora = { method = "lora" } }
 tasks = { t = { kind = "classification", data = { path = "demo" } } }"""
     checked = client.post("/api/check", json={**asked, "toml": whole}).json()
-    assert checked == {"command": "lownibble study run study.toml --output runs/study-1", "name": "a"}
+    assert checked == {"command": "lownibble study run study.toml --output runs/study-1"}
 
 
 def test_a_study_is_written_and_started(client, jobs):
