@@ -8,6 +8,8 @@ import sys
 import tempfile
 from pathlib import Path
 
+from forked import Forked
+
 
 def environment(world, port):
     """The environment of each rank."""
@@ -28,7 +30,7 @@ class Workers:
         self.errors = [tempfile.TemporaryFile("w+") for _ in range(world)]  # noqa: SIM115 - closed below
         worker = Path(__file__).parent / "worker.py"
         self.processes = [
-            subprocess.Popen(
+            Forked(
                 [sys.executable, str(worker)], env=env, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, text=True
             )
             for env, errors in zip(environment(world, free_port()), self.errors, strict=True)

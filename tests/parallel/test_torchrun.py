@@ -12,6 +12,8 @@ from ranks import environment, free_port
 from safetensors.torch import load_file
 from torch.distributed import TCPStore
 
+from lownibble.cli.main import main
+
 pytestmark = pytest.mark.slow
 
 
@@ -30,7 +32,7 @@ def torchrun(*arguments, **options):
 
 
 @pytest.fixture
-def by_hand():
+def by_hand(forked):
     """Starts two processes as torchrun does, which would end one as soon as the other has failed; with a store as its own."""
     store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     started = []
@@ -162,9 +164,6 @@ def test_other_commands_say_what_torchrun_is_for(by_hand):
     assert "torchrun is for 'lownibble train'" in errors
 
 
-def test_alone_there_is_nothing_to_share(tiny_model, tiny_data, tmp_path):
-    done = subprocess.run(
-        [sys.executable, *command(tiny_model, tiny_data, tmp_path / "out", "--parallel", "fsdp")], capture_output=True, text=True
-    )
-    assert done.returncode == 2
-    assert "torchrun --nproc-per-node" in done.stderr
+def test_alone_there_is_nothing_to_share(tiny_model, tiny_data, tmp_path, capsys):
+    assert main([*command(tiny_model, tiny_data, tmp_path / "out", "--parallel", "fsdp")][2:]) == 2
+    assert "torchrun --nproc-per-node" in capsys.readouterr().err
