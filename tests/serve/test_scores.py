@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import lownibble as ln
+from lownibble.data import end_tokens
 
 PROMPTS = ["w1 w5 w9 w11 w3", "w7 w8", "w40 w2 w2 w2 w17 w33"]
 
@@ -177,3 +178,67 @@ def test_lm_eval_gets_the_scores_that_it_gets_in_process(live, bytes_base, monke
                  for lm in (client, inside)]  # fmt: skip
     assert generated[0] == [text.rstrip("\ufffd") for text in generated[1]]  # the server tells no part of a character
     assert generated[0][0]
+
+
+TASKS = {
+    "whole_choice": """
+output_type: multiple_choice
+doc_to_choice: ["user", "system", "Paris"]
+doc_to_target: "{{label}}"
+metric_list:
+  - metric: acc
+  - metric: acc_norm
+""",
+    "whole_text": """
+output_type: generate_until
+doc_to_target: "{{text[:2]}}"
+generation_kwargs: {until: ["\\n"], max_gen_toks: 5, do_sample: false}
+metric_list:
+  - metric: exact_match
+""",
+    "whole_rolling": """
+output_type: loglikelihood_rolling
+doc_to_target: "{{text}}"
+metric_list:
+  - metric: bits_per_byte
+""",
+}
+
+
+@pytest.mark.slow
+@pytest.mark.peer
+@pytest.mark.filterwarnings("ignore")  # lm-eval's and its dependencies'
+def test_whole_tasks_of_lm_eval_score_the_same(live, bytes_base, tmp_path):
+    """`--model local-completions` against the server, `lownibble eval --harness` in-process: scores and every sample."""
+    pytest.importorskip("lm_eval")
+    pytest.importorskip("tenacity")
+    from lm_eval import simple_evaluate
+    from lm_eval.models.huggingface import HFLM
+    from lm_eval.tasks import TaskManager
+
+    rows = [
+        {"text": text, "label": n % 3} for n, text in enumerate(("user name", "a system", "weather", "city", "is it", "Paris"))
+    ]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    for name, task in TASKS.items():
+        text = "''" if "rolling" in name else "'{{text}} '"
+        head = (
+            f"task: {name}\ndataset_path: json\ndataset_kwargs:\n  data_files:\n    test: {tmp_path}/rows.jsonl\ntest_split: test"
+        )
+        (tmp_path / f"{name}.yaml").write_text(f"{head}\ndoc_to_text: {text}{task}")
+    model, tokenizer = ln.load(str(bytes_base), quant="nf4")
+    model.generation_config.eos_token_id = sorted(end_tokens(model, tokenizer))
+    url = live(bytes_base).url
+    options = {"tasks": list(TASKS), "task_manager": TaskManager(include_path=str(tmp_path)), "bootstrap_iters": 0}
+    inside = simple_evaluate(HFLM(pretrained=model, tokenizer=tokenizer, batch_size=2), **options)
+    arguments = f"model=bytes,base_url={url}/v1/completions,tokenizer={bytes_base},max_length=250"
+    served = simple_evaluate("local-completions", model_args=arguments, **options)
+    assert served["results"].keys() == inside["results"].keys() == TASKS.keys()
+    for name in TASKS:
+        figures = {key: value for key, value in inside["results"][name].items() if isinstance(value, float)}
+        assert figures
+        assert {key: served["results"][name][key] for key in figures} == pytest.approx(figures, abs=1e-4)
+        said = [[sample["filtered_resps"] for sample in found["samples"][name]] for found in (served, inside)]
+        assert len(said[0]) == len(rows)
+        if name == "whole_text":
+            assert said[0] == [[text.rstrip("\ufffd") for text in each] for each in said[1]]
