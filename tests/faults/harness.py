@@ -361,7 +361,7 @@ class Poison:
         import torch
 
         run = importlib.import_module("lownibble.training.run")  # the name in the package is the function
-        make = run._make_model
+        make = run.make_model
 
         def poisoned(*arguments: Any) -> Any:
             model, tokenizer = make(*arguments)
@@ -381,7 +381,7 @@ class Poison:
             print(f"poisoned {name}", file=sys.stderr)
             return model, tokenizer
 
-        run._make_model = poisoned
+        run.make_model = poisoned
 
 
 def poisons(trial: Trial) -> Outcomes:

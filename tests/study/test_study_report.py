@@ -18,7 +18,7 @@ from lownibble.errors import ConfigError
 from lownibble.measuring import mixed
 from lownibble.measuring.survival import mean_of_censored
 from lownibble.study.analysis import analyse
-from lownibble.study.claims import compare_claims
+from lownibble.study.claims import _answer, compare_claims
 from lownibble.study.decide import DIFFERENT, tails
 from lownibble.study.report import study_page
 from lownibble.study.report.methods import methods
@@ -248,6 +248,15 @@ def test_claims_are_judged_by_intervals(tmp_path):
     assert all(c["verdict"] and c["basis"] for c in claims.values())
     one_seed = {c["text"]: c for c in compare_claims(analyse(made(tmp_path / "one", seeds=(0,)))["groups"])}
     assert "could not be tested" in one_seed["QLoRA needs 20 to 30% more steps"]["verdict"]
+
+
+def test_open_ends_of_a_claims_figure_are_said_and_names_left_alone():
+    wanted = {"figure": "steps_ratio", "a": "qlora", "b": "lora", "low": 1.2, "high": 1.3}
+    ratio = {"mean": 0.5, "low": None, "high": 0.9}
+    group = {"label": "inference", "pairs": [{"a": "lora", "b": "qlora", "steps_ratio": ratio}]}
+    assert _answer(wanted, group) == ("not decided", "inference: qlora / lora 2.00 (1.11 to no bound)")
+    turned = {**wanted, "a": "lora", "b": "qlora"}
+    assert _answer(turned, group) == ("disagrees", "inference: lora / qlora 0.50 (no bound to 0.90)")
 
 
 def test_what_is_smaller_than_the_margin_decides_nothing(tmp_path, monkeypatch):

@@ -123,7 +123,7 @@ def _eps(norm: Any) -> float:
 def _norm(model: Any, norm: nn.Module) -> Tensor:
     """What an RMS norm multiplies by: its weight, or 1 + its weight."""
     weight = getattr(norm, "weight", None)
-    if isinstance(weight, Tensor):
+    if isinstance(weight, Tensor) and weight.ndim == 1:
         weight, probe = weight.detach(), torch.linspace(-1, 2, len(weight))
         normed = probe * torch.rsqrt(probe.pow(2).mean() + _eps(norm))
         with torch.no_grad():

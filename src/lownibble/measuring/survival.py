@@ -22,6 +22,9 @@ from lownibble.measuring.stats import NO_SPREAD, Difference, mean_difference
 FARTHEST = 50.0
 """How many standard deviations from the mean an end of the interval is searched; beyond it is infinite."""
 
+LARGE = 700.0
+"""Logarithms beyond this are no floating-point numbers' any more."""
+
 
 def mean_of_censored(known: Sequence[float], above: Sequence[float], below: Sequence[float]) -> Difference | None:
     """The mean of a normal variable, its 95% confidence interval and the p-value against 0.
@@ -54,7 +57,7 @@ def mean_of_censored(known: Sequence[float], above: Sequence[float], below: Sequ
     t = float(stats.t.ppf(0.975, n - 1))
     allowed = n * math.log1p(t * t / (n - 1))
     low, high = (_end(fall, allowed, mean, side * spread) for side in (-1, 1))
-    t_of_zero = math.sqrt((n - 1) * math.expm1(fall(0.0) / n))
+    t_of_zero = math.sqrt((n - 1) * math.expm1(min(fall(0.0) / n, LARGE)))
     return Difference(mean, low, high, float(2 * stats.t.sf(t_of_zero, n - 1)), pairs)
 
 

@@ -15,7 +15,7 @@ import sys
 import threading
 from collections.abc import Awaitable, Callable
 from pathlib import Path
-from tempfile import TemporaryDirectory
+from tempfile import TemporaryDirectory, gettempdir
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -192,13 +192,15 @@ def _words(jobs: Jobs, body: Form) -> list[str]:
 
 
 def _check_study(text: str) -> None:
-    with TemporaryDirectory() as folder:
-        path = Path(folder) / "study.toml"
-        path.write_text(text, encoding="utf-8")
-        try:
+    try:
+        with TemporaryDirectory() as folder:
+            path = Path(folder) / "study.toml"
+            path.write_text(text, encoding="utf-8")
             read_study(path)
-        except ConfigError as error:
-            raise ConfigError(str(error).replace(str(path), path.name)) from None
+    except ConfigError as error:
+        raise ConfigError(str(error).replace(str(path), path.name)) from None
+    except OSError as error:
+        raise OutputError(f"The study could not be checked: {error.strerror} ({gettempdir()}). Make room there.") from None
 
 
 def here() -> str:

@@ -389,7 +389,8 @@ function fill(found) {
   ].filter(Boolean));
   const run = found.runs.find((one) => one.phase === "training") || found.runs.at(-1), peak = found.result?.memory?.measured_bytes || found.memory.peak;
   const said = found.log.trim().split("\n").at(-1), trains = ["train", "compare"].includes(found.kind);
-  const doing = total(found) > done(found) ? `step ${whole(done(found))} of ${whole(total(found))}` : trains || said.startsWith("$ ") ? "getting ready: reading the model and the rows" : said;
+  const ending = trains && run && total(found) && done(found) >= total(found) && run === found.runs.at(-1);
+  const doing = ending ? "ending: the last evaluation, then saving" : total(found) > done(found) ? `step ${whole(done(found))} of ${whole(total(found))}` : trains || said.startsWith("$ ") ? "getting ready: reading the model and the rows" : said;
   same($("#j-progress"), `${found.status}${doing}`, () => (found.status !== "running" || found.address ? [] : [
     el("progress", { ...(total(found) && { max: total(found), value: done(found) }), ariaLabel: "progress" }), el("p", { className: "quiet", textContent: doing })]));
   const figures = [];

@@ -95,16 +95,15 @@ def _answer(wanted: Mapping[str, Any], group: Mapping[str, Any]) -> tuple[str, s
     middle, low, high = (value.get(a, value.get(b)) for a, b in (("mean", "median"), ("low", "min"), ("high", "max")))
     if middle is None or (low is None and high is None):
         return None
-    low, high = low or 0.0, math.inf if high is None else high
+    low, high = -math.inf if low is None else low, math.inf if high is None else high
     if turned:
-        middle, low, high = 1 / middle, 1 / high, 1 / low if low else math.inf
+        middle, low, high = 1 / middle, (-math.inf if math.isinf(high) else 1 / high), (math.inf if low <= 0 else 1 / low)
     if high < wanted["low"] or low > wanted["high"]:
         verdict = DISAGREES
     else:
         verdict = AGREES if wanted["low"] <= low and high <= wanted["high"] else UNDECIDED
-    return verdict, f"{group['label']}: {wanted['a']} / {wanted['b']} {middle:.2f} ({low:.2f} to {high:.2f})".replace(
-        "inf", "no bound"
-    )
+    ends = " to ".join("no bound" if math.isinf(end) else f"{end:.2f}" for end in (low, high))
+    return verdict, f"{group['label']}: {wanted['a']} / {wanted['b']} {middle:.2f} ({ends})"
 
 
 def _equivalent(pair: Mapping[str, Any], task: str) -> tuple[str, str] | None:
