@@ -6,9 +6,12 @@ from mixtures import folder_of
 from test_serve_families import TARGETS
 from test_serve_mixtures import PROMPTS, alone
 
+import lownibble as ln
 from lownibble.decoding import Drawer
 from lownibble.decoding.modules import ModulesDecoder
 from lownibble.decoding.static import StaticSteps
+from lownibble.serve.engine import Engine
+from lownibble.serve.registry import Registry
 from lownibble.serve.sampling import Sampling
 
 
@@ -24,8 +27,24 @@ def calls(monkeypatch):
     for kind, rows in found.items():
         call = kind.__call__
         monkeypatch.setattr(kind, "__call__", lambda self, a, *b, c=call, rows=rows: rows.append(len(a)) or c(self, a, *b))
-    monkeypatch.setattr("conftest.choose", lambda model, n: ModulesDecoder(model, "it is a test", static=True))
     return found
+
+
+@pytest.fixture
+def serving():
+    """`serving(base, adapters)`: an engine on such a decoder; closed in the end."""
+    made = []
+
+    def _serving(base, adapters):
+        model, tokenizer = ln.load(str(base), quant="nf4")
+        decoder = ModulesDecoder(model, "it is a test", static=True)
+        registry = Registry(decoder, adapters, 10**7, dtype=torch.float32)
+        made.append(Engine(decoder, tokenizer, registry, max_batch=3, max_context=64, max_queue=100, cache_budget=10**7))
+        return made[-1]
+
+    yield _serving
+    for one in made:
+        one.close(0)
 
 
 def test_requests_with_and_without_adapters(base, adapters_of, serving, ask, calls):
