@@ -398,7 +398,8 @@ function fill(found) {
   if (run && !found.result?.methods) figures.push([`${whose}training loss`, run.loss === null ? "–" : charts.short(run.loss)], [`${whose}evaluation loss`, run.evaluation === null ? "–" : charts.short(run.evaluation)], [`${whose}tokens/s`, run.tokens_per_s === null ? "–" : whole(run.tokens_per_s)]);
   if (found.status === "running" && run?.seconds_left) figures.push(["left", span(run.seconds_left)]);
   if (peak) figures.push(["peak memory", gib(peak)]);
-  if (found.planned) figures.push(["planned memory", gib(found.planned[1])]);
+  const own = found.result?.memory?.planned_bytes, plan = own ? [own.low, own.likely, own.high] : found.planned; // the run's own knows its rows
+  if (plan) figures.push([own ? "planned memory" : "planned memory, rows of full length", gib(plan[1])]);
   $("#j-figures").className = figures.length ? "figures" : "";
   same($("#j-figures"), JSON.stringify(figures), () => figures.map(([name, text]) => el("div", {}, el("b", { textContent: text }), el("small", { textContent: name }))));
   const curves = found.curves;
@@ -406,7 +407,7 @@ function fill(found) {
   if (found.runs.length) {
     const upTo = done(found) > total(found) / 3 ? found.runs[0]?.total : 0, colours = curves.length > 1, mean = Math.max(1, ...curves.map((c) => c.mean_of));
     charts.draw($("#c-loss"), { title: "Loss", x: "step", clip: true, upTo, note: `line: training${mean > 1 ? `, means of ${mean} steps` : ""}; dots: evaluation`, series: curves.flatMap((c, i) => [{ name: colours ? c.name : "", x: c.step, y: c.loss, colour: i }, { x: c.evaluations.map((e) => e[0]), y: c.evaluations.map((e) => e[1]), dots: true, colour: colours ? i : 1 }]) });
-    charts.draw($("#c-memory"), { title: "Memory", x: "seconds", zero: true, fromZero: true, note: `GiB, ${found.planned ? "line: measured; band: the plan" : "measured"}`, band: found.planned ? [found.planned[0] / GIB, found.planned[2] / GIB, "planned"] : null, series: [{ x: found.memory.seconds, y: found.memory.bytes.map((n) => n / GIB), colour: 2, dash: 0 }] });
+    charts.draw($("#c-memory"), { title: "Memory", x: "seconds", zero: true, fromZero: true, note: `GiB, ${plan ? "line: measured; band: the plan" : "measured"}`, band: plan ? [plan[0] / GIB, plan[2] / GIB, "planned"] : null, series: [{ x: found.memory.seconds, y: found.memory.bytes.map((n) => n / GIB), colour: 2, dash: 0 }] });
     charts.draw($("#c-rate"), { title: "Tokens/s", x: "step", zero: true, clip: true, upTo, series: curves.map((c, i) => ({ name: colours ? c.name : "", x: c.step, y: c.tokens_per_s, colour: colours ? i : 4, dash: colours ? i : 0 })) });
   }
   same($("#j-next"), mark, () => next(found));
