@@ -71,33 +71,38 @@ CASES = {
     "loftq": {"lora": {"init_lora_weights": "loftq"}},
     "qera": {"lora": {"init_lora_weights": "qera"}},
     "eva": {"method": "lora", "lora": {"init_lora_weights": "eva"}},
-    "compiled": {"torch_compile": True},
+    "compiled": {
+        "torch_compile": True,
+        "batch_size": 10,
+        "max_steps": None,
+        "num_train_epochs": 1,
+    },  # a rank's last batch is one row
     "paged": {"optim": "paged_adamw"},
     "loraplus": {"loraplus_lr_ratio": 4.0},
 }
 """What could compute something else on ranks."""
 
 
-@pytest.mark.parametrize("mode", ["ddp", "fsdp"])
 @pytest.mark.parametrize(
     "case", [name if name in ("qlora", "uneven") else pytest.param(name, marks=pytest.mark.slow) for name in CASES]
 )
-def test_ranks_train_as_one_process(two, options, tmp_path, case, mode):
+def test_ranks_train_as_one_process(two, options, tmp_path, case):
     wanted = options(**CASES[case])
     one = run(RunConfig.model_validate(wanted))
-    first, second = two.train(in_ranks(wanted, mode, tmp_path))
-    assert "error" not in first, first
-    assert first["losses"] == second["losses"] == pytest.approx(one.losses, abs=2e-6)
-    assert first["norms"] == pytest.approx([step["grad_norm"] for step in one.record["steps"]], rel=1e-5)
-    for key, name in (("tokens", "tokens"), ("labels", "label_tokens")):
-        assert first[key] == [step[name] for step in one.record["steps"]]
-    assert first["evaluations"] == pytest.approx([each["loss"] for each in one.record["evaluations"]], abs=2e-6)
-    assert first["correct"] == one.record["evaluations"][-1]["correct"]
-    assert (first["parallel"]["mode"], first["parallel"]["ranks"], len(first["parallel"]["memory"])) == (mode, 2, 2)
-    name = "model/model.safetensors" if case == "full" else RESULT
-    assert_close(tensors(tmp_path / mode, name), tensors(tmp_path / "one", name), atol=2e-5 if case == "full" else 1e-5)
-    states = f"checkpoints/step-{len(one.losses):06d}/state.safetensors"
-    assert_close(tensors(tmp_path / mode, states), tensors(tmp_path / "one", states), atol=2e-5)
+    name, states = "model/model.safetensors" if case == "full" else RESULT, f"checkpoints/step-{len(one.losses):06d}"
+    for mode in ("ddp", "fsdp"):
+        first, second = two.train(in_ranks(wanted, mode, tmp_path))
+        assert "error" not in first, first
+        assert first["losses"] == second["losses"] == pytest.approx(one.losses, abs=2e-6)
+        assert first["norms"] == pytest.approx([step["grad_norm"] for step in one.record["steps"]], rel=1e-5)
+        for key, of_step in (("tokens", "tokens"), ("labels", "label_tokens")):
+            assert first[key] == [step[of_step] for step in one.record["steps"]]
+        assert first["evaluations"] == pytest.approx([each["loss"] for each in one.record["evaluations"]], abs=2e-6)
+        assert first["correct"] == one.record["evaluations"][-1]["correct"]
+        assert (first["parallel"]["mode"], first["parallel"]["ranks"], len(first["parallel"]["memory"])) == (mode, 2, 2)
+        assert_close(tensors(tmp_path / mode, name), tensors(tmp_path / "one", name), atol=2e-5 if case == "full" else 1e-5)
+        held = [tensors(tmp_path / where, f"{states}/state.safetensors") for where in (mode, "one")]
+        assert_close(*held, atol=2e-5)
 
 
 @pytest.mark.parametrize("mode", ["ddp", "fsdp"])
@@ -187,31 +192,23 @@ def test_ranks_with_other_ways_of_sharing_are_named(two, options, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("mode", ["ddp", "fsdp"])
-def test_a_rank_that_never_has_rows(two, options, tmp_path, mode):
+def test_a_rank_that_never_has_rows(two, options, tmp_path):
     wanted = options(packing=True, max_length=2048, batch_size=2, max_steps=3)  # one pack holds all rows
     one = run(RunConfig.model_validate(wanted))
-    first, second = two.train(in_ranks(wanted, mode, tmp_path))
-    assert first["losses"] == second["losses"] == pytest.approx(one.losses, abs=2e-6)
+    for mode in ("ddp", "fsdp"):
+        first, second = two.train(in_ranks(wanted, mode, tmp_path))
+        assert first["losses"] == second["losses"] == pytest.approx(one.losses, abs=2e-6)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("mode", ["ddp", "fsdp"])
-def test_mixtures_train_as_one_process(two, mixture, options, tmp_path, mode):
+def test_mixtures_train_as_one_process(two, mixture, options, tmp_path):
     wanted = {**options(), "model": str(mixture)}
     one = run(RunConfig.model_validate(wanted))
-    first, _ = two.train(in_ranks(wanted, mode, tmp_path))
-    assert "error" not in first, first
-    assert first["losses"] == pytest.approx(one.losses, abs=2e-6)
-    assert_close(tensors(tmp_path / mode), tensors(tmp_path / "one"), atol=1e-5)
-
-
-@pytest.mark.slow
-def test_layers_are_compiled_for_the_batches_of_every_rank(two, options, tmp_path):
-    wanted = options(torch_compile=True, batch_size=10, max_steps=None, num_train_epochs=1)  # the last batch has two rows
-    one = run(RunConfig.model_validate(wanted))
-    first, second = two.train(in_ranks(wanted, "fsdp", tmp_path))
-    assert first["losses"] == second["losses"] == pytest.approx(one.losses, abs=1e-5)
+    for mode in ("ddp", "fsdp"):
+        first, _ = two.train(in_ranks(wanted, mode, tmp_path))
+        assert "error" not in first, first
+        assert first["losses"] == pytest.approx(one.losses, abs=2e-6)
+        assert_close(tensors(tmp_path / mode), tensors(tmp_path / "one"), atol=1e-5)
 
 
 def test_out_of_memory_on_a_shard_ends_the_run():
