@@ -6,7 +6,7 @@ OUTPUT ?= runs/demo
 # Images of containers often set it. Without bytecode each process that trains compiles torch and transformers anew: 13 s to start, not 5.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: demo test check matrix format bench bench-parity bench-kernels bench-train bench-train-real bench-preference bench-experts bench-parallel bench-decode bench-quality bench-codecs bench-gptq bench-chats bench-memory bench-plan bench-paging bench-merge bench-latency bench-dropin bench-serve bench-soak gpu study faults new-user readme release clean
+.PHONY: demo test check matrix format bench bench-parity bench-kernels bench-train bench-train-real bench-preference bench-experts bench-parallel bench-decode bench-quality bench-codecs bench-gptq bench-chats bench-memory bench-plan bench-paging bench-merge bench-latency bench-dropin bench-serve bench-soak gpu study models faults new-user readme release clean
 
 demo: $(VENV)/.ready  ## set up, then compare LoRA and QLoRA on the embedded model and data
 	$(BIN)/lownibble compare --output $(OUTPUT) --resume
@@ -95,6 +95,9 @@ gpu: $(VENV)/.ready-dev  ## on a machine with a CUDA device, eight minutes: ever
 study: $(VENV)/.ready-dev  ## what is missing of the articles' study (hours), and its report in docs/
 	$(BIN)/lownibble study run studies/articles.toml --output studies/articles
 	$(BIN)/lownibble study report studies/articles --output docs/study
+
+models: $(VENV)/.ready-dev  ## half an hour: every causal architecture of transformers against the record of them
+	$(BIN)/python tests/models/sweep.py --check
 
 faults: $(VENV)/.ready-dev  ## kill, fill, damage and starve training runs, and record what becomes of them
 	$(BIN)/python tests/faults/harness.py --output benchmarks/results/faults-cpu.json

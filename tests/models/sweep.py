@@ -1,5 +1,6 @@
 """What holds for every causal architecture; `python tests/models/sweep.py [MODEL_TYPE ...]` writes models.json in
-benchmarks/results, of which docs/models.md is made (`make readme`).
+benchmarks/results, of which docs/models.md is made (`make readme`). With `--check` (`make models`, half an hour) it writes
+nothing and ends with 1 if a row is another than the record's; `test_sweep.py` does that for one architecture of each kind.
 
 Each is built tiny with random weights (`architectures.py`), saved, and put through what a user does: load (logits those of
 `from_pretrained`), train two steps with LoRA and with QLoRA, read the adapter back with PEFT (logits ours), merge (logits those
@@ -144,7 +145,8 @@ def read_record() -> dict[str, Any]:
 
 
 def main() -> int:
-    """Examine all, or those named, and write the record."""
+    """Examine all, or those named, and write the record, or hold it against them."""
+    named, known = [name for name in sys.argv[1:] if name != "--check"], read_record()["rows"]
     sys.path.insert(0, str(Path(__file__).parents[1]))
     from tiny_folders import write_data, write_model
 
@@ -155,15 +157,18 @@ def main() -> int:
         data.mkdir()
         write_model(base)
         rows_path = write_data(data)
-        for model_type in sys.argv[1:] or model_types():
+        for model_type in named or model_types():
             folder = Path(scratch) / model_type
             folder.mkdir()
             rows[model_type] = examine(model_type, folder, base, Path(rows_path))
             shutil.rmtree(folder)
             print(model_type, rows[model_type], file=sys.stderr, flush=True)
-    known = read_record()["rows"] if sys.argv[1:] else {}
+    if "--check" in sys.argv:
+        others = [model_type for model_type, row in rows.items() if row != known.get(model_type)]
+        print(f"{len(others)} of {len(rows)} rows differ from the record: {others}")
+        return bool(others)
     made = {**record.new("models"), "status": "ok", "environment": record.environment()}
-    record.write(RECORD, {**made, "columns": COLUMNS, "rows": dict(sorted({**known, **rows}.items()))})
+    record.write(RECORD, {**made, "columns": COLUMNS, "rows": dict(sorted({**(known if named else {}), **rows}.items()))})
     return 0
 
 

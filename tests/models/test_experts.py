@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from architectures import model_types, quiet
+from architectures import build, quiet
 from mixtures import MIXTURES, decode_into, folder_of, logits, some_ids, theirs
 
 import lownibble as ln
@@ -41,18 +41,20 @@ def test_a_packed_mixture_has_the_logits_of_its_decoded_weights(kind, quant_type
     assert {path: module.weight.nbytes for path, module in named_experts(model).items()} == planned
 
 
+FUSED = (
+    "aria_text", "nemotron_h", "deepseek_v4", "hy_v4", "inkling2_text", "minimax_m3_vl_text", "granitemoehybrid",
+    "jamba", "lfm2_moe", "qwen3_next", "zaya", "jetmoe", "llama4", "llama4_text", "longcat_flash",
+)  # fmt: skip
+"""Beside `MIXTURES`: containers unlike Mixtral's (weights held turned, no gate, gates of their own), and models with states, with
+several kinds of layers or with a configuration inside of another; the last four stay dense. Others have Mixtral's container."""
+
+
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("kind", model_types())
-def test_every_architecture_with_fused_experts_is_packed(kind, tokenizer, tmp_path):
-    from architectures import build
-
-    try:
-        built = build(kind, len(tokenizer))
-    except Exception as error:
-        pytest.skip(f"transformers does not build it: {error}")
-    if not dense_of_three(built):
-        pytest.skip("no fused experts")
+@pytest.mark.parametrize("kind", FUSED)
+def test_architectures_with_fused_experts_are_packed(kind, tokenizer, tmp_path):
+    built = build(kind, len(tokenizer))
+    assert list(containers(built)) or dense_of_three(built)
     assert [path.rpartition(".")[2] for path in expert_weights(built)] == [
         name for _, container in containers(built) for name in container._parameters if name in experts.WEIGHTS
     ], "the order of a container's weights is the order in which PEFT wraps them"
