@@ -52,7 +52,6 @@ CASES = {
     "packing, biases": {"lora": {"bias": "lora_only"}, "packing": True},
     "dense": {"method": "lora", "gradient_accumulation_steps": 2},
     "dora": {"lora": {"use_dora": True, "bias": "lora_only"}, "gradient_checkpointing": True},
-    "dora, dense": {"method": "lora", "lora": {"use_dora": True}},
 }  # fmt: skip
 
 
