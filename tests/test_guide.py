@@ -54,7 +54,8 @@ def serving(command, log):
 
 
 @pytest.mark.slow
-def test_every_command_of_the_pages(tmp_path, monkeypatch, capfd):
+def test_every_command_of_the_pages(tmp_path, forked, monkeypatch, capfd):
+    before = psutil.Process().children(recursive=True)
     monkeypatch.chdir(tmp_path)
     model, servers, answers = write_model(tmp_path / "tiny"), [], []
     try:
@@ -86,11 +87,11 @@ def test_every_command_of_the_pages(tmp_path, monkeypatch, capfd):
     assert {entry["id"] for entry in models["data"]} >= {"adapter"}
     assert completion["model"] == "adapter"
     assert completion["usage"]["completion_tokens"] >= 1
-    assert not psutil.Process().children(recursive=True)
+    assert psutil.Process().children(recursive=True) == before
 
 
 @pytest.mark.slow
-def test_notebook(tmp_path, monkeypatch):
+def test_notebook(tmp_path, forked, monkeypatch):
     """Its code cells, in order. (No Jupyter is needed: nothing in them is IPython's.)"""
     monkeypatch.chdir(tmp_path)
     notebook = json.loads(NOTEBOOK.read_text(encoding="utf-8"))

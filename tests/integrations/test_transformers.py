@@ -224,7 +224,7 @@ def test_bad_options_and_weights(tiny, folder, tmp_path):
 
 
 @pytest.mark.slow
-def test_the_example_runs(peft, tmp_path):
+def test_the_example_runs(peft, tmp_path, forked):
     """The articles' code with one import changed; its adapter merges."""
     pytest.importorskip("trl")
     folder = write_model(tmp_path / "model")
