@@ -8,6 +8,7 @@ import sys
 import time
 
 import pytest
+from forked import Forked
 from safetensors.torch import load_file
 
 pytestmark = pytest.mark.slow
@@ -37,23 +38,25 @@ def machines():
         ip("netns", "del", name)
 
 
-def start(model, data, folder, *extra, timeout="20"):
-    """A rank on each machine, in working folders of their own: what the second writes to 'out' the first does not see."""
+def start(model, data, folder, *extra, timeout="20", apart=True):
+    """A rank on each machine (or both on this one), in working folders of their own: what the second writes to 'out' the first
+    does not see."""
     ranks = []
     for rank, name in enumerate(NAMES):
         where = folder / name
         where.mkdir(exist_ok=True)
         env = {
             **os.environ, "OMP_NUM_THREADS": "1", "RANK": str(rank), "LOCAL_RANK": "0", "WORLD_SIZE": "2",
-            "LOCAL_WORLD_SIZE": "1", "MASTER_ADDR": ADDRESSES[0], "MASTER_PORT": "29511", "GLOO_SOCKET_IFNAME": f"cable{rank}",
-            "LOWNIBBLE_PARALLEL_TIMEOUT": timeout,
+            "LOCAL_WORLD_SIZE": "1", "MASTER_ADDR": ADDRESSES[0] if apart else "127.0.0.1", "MASTER_PORT": "29511",
+            "GLOO_SOCKET_IFNAME": f"cable{rank}" if apart else "lo", "LOWNIBBLE_PARALLEL_TIMEOUT": timeout,
         }  # fmt: skip
         command = [
-            "ip", "netns", "exec", name, sys.executable, "-m", "lownibble", "train", "--model", str(model), "--data", str(data),
+            *(["ip", "netns", "exec", name] if apart else []), sys.executable, "-m", "lownibble", "train",
+            "--model", str(model), "--data", str(data),
             "--method", "lora", "--device", "cpu", "--batch-size", "6", "--max-length", "32", "--save-steps", "2",
             "--parallel", "fsdp", "--output", "out", *extra,
         ]  # fmt: skip
-        ranks.append(subprocess.Popen(command, cwd=where, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True))
+        ranks.append(Forked(command, cwd=where, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True))
     return ranks
 
 
@@ -75,7 +78,7 @@ def test_two_machines_train_and_survive_a_cut_cable(machines, tiny_model, tiny_d
     again = start(tiny_model, tiny_data, tmp_path / "cut", "--max-steps", "60", "--resume", timeout="200")
     assert all(rank.communicate(timeout=400) and rank.returncode == 0 for rank in again)
     assert not list((tmp_path / "cut" / NAMES[1] / "out").iterdir())  # the second machine needed nothing
-    whole = start(tiny_model, tiny_data, tmp_path / "whole", "--max-steps", "60", timeout="200")
+    whole = start(tiny_model, tiny_data, tmp_path / "whole", "--max-steps", "60", timeout="200", apart=False)
     assert all(rank.communicate(timeout=400) and rank.returncode == 0 for rank in whole)
     found, expected = (
         load_file(tmp_path / name / NAMES[0] / "out/adapter/adapter_model.safetensors") for name in ("cut", "whole")
