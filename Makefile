@@ -6,7 +6,7 @@ OUTPUT ?= runs/demo
 # Images of containers often set it. Without bytecode each process that trains compiles torch and transformers anew: 13 s to start, not 5.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: demo test check matrix format bench bench-parity bench-kernels bench-train bench-train-real bench-preference bench-experts bench-parallel bench-decode bench-quality bench-codecs bench-gptq bench-chats bench-memory bench-plan bench-paging bench-merge bench-latency bench-dropin bench-serve bench-soak gpu study models faults new-user readme release clean
+.PHONY: demo test check matrix format bench bench-parity bench-kernels bench-train bench-train-real bench-preference bench-experts bench-parallel bench-decode bench-quality bench-codecs bench-gptq bench-chats bench-memory bench-plan bench-paging bench-merge bench-latency bench-dropin bench-serve bench-prefix bench-soak gpu study models faults new-user readme release clean
 
 demo: $(VENV)/.ready  ## set up, then compare LoRA and QLoRA on the embedded model and data
 	$(BIN)/lownibble compare --output $(OUTPUT) --resume
@@ -85,6 +85,9 @@ bench-dropin: $(VENV)/.ready-dev
 
 bench-serve: $(VENV)/.ready-dev
 	$(BIN)/lownibble bench serve --peers --output benchmarks/results/serve-cpu.json
+
+bench-prefix: $(VENV)/.ready-dev
+	$(BIN)/lownibble bench prefix --output benchmarks/results/prefix-cpu.json
 
 bench-soak: $(VENV)/.ready-dev  ## a quarter of an hour and 11 GB of disk
 	$(BIN)/lownibble bench soak --output benchmarks/results/soak-cpu.json

@@ -6,16 +6,16 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
-from lownibble.bench import serve
+from lownibble.bench import prefix, serve
 from lownibble.bench.clients import Misbehaving, Tally, WellBehaved
 from lownibble.bench.soak import bench_soak
+from lownibble.errors import ConfigError
 from lownibble.serve import server
 from lownibble.serve.server import make_service
 
 
 def test_a_batch_says_what_each_adapter_says_alone(tmp_path, monkeypatch):
-    monkeypatch.setattr(serve, "ADAPTERS", serve.BATCH)
-    serve._write_adapters(tmp_path)
+    serve.write_adapters(tmp_path, serve.BATCH)
     services = []
     monkeypatch.setattr(server, "make_service", lambda config: services.append(make_service(config)) or services[-1])
     distinct, alone, identical = (serve._ours(mix, tmp_path)(3) for mix in ("distinct", "alone", "identical"))
@@ -26,6 +26,17 @@ def test_a_batch_says_what_each_adapter_says_alone(tmp_path, monkeypatch):
     assert identical["adapter_loads"] == 1
     for service in services:
         service.engine.close(0)
+
+
+def test_waves_read_what_must_be_read_and_say_the_same(monkeypatch):
+    for name, value in {"REQUESTS": 4, "PREFIX_TOKENS": 24, "OWN_TOKENS": 8}.items():
+        monkeypatch.setattr(prefix, name, value)
+    found = prefix.bench_prefix(repeats=1, tokens=2)
+    read = {name: wave["read"] for name, wave in found["waves"].items()}
+    assert read == pytest.approx({"without": 1, "cold": (2 * 24 + 4 * 8) / (4 * 32), "warm": 8 / 32})
+    assert found["waves"]["cold"]["same"] == 1
+    with pytest.raises(ConfigError, match="no peers"):
+        prefix.bench_prefix(peers=True)
 
 
 @pytest.mark.slow

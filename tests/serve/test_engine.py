@@ -79,6 +79,54 @@ def test_the_cache_is_used_for_the_same_contents_only(base, adapters, engine, as
     assert other == alone(base, adapters, PROMPTS[3], 8, "one") != tokens
 
 
+def test_prompts_that_begin_alike_are_read_once(base, adapters, engine, ask):
+    """Submitted together: each adapter's others wait for the first, and copy what it has read. Also after it has ended."""
+    made, prefix = engine(max_batch=8), list(range(3, 40))
+    cases = [(prefix + end, name) for end in ([50], [60, 61], [50, 70]) for name in ("one", "three")]
+    told = [ask(made, prompt, adapter=name, submit=False) for prompt, name in cases]
+    made.submit(*(request for request, _ in told))
+    ends = [one.wait() for _, one in told]
+    assert [one.tokens for _, one in told] == [alone(base, adapters, prompt, 8, name) for prompt, name in cases]
+    assert [end.reused_tokens for end in ends] == [0, 0, 37, 37, 38, 38]
+    again = ask(made, [*prefix, 50, 70, 71], adapter="one")[1]
+    assert again.wait().reused_tokens == 39
+
+
+def test_the_rest_goes_on_where_the_one_ahead_was_cancelled(base, adapters, engine, ask, monkeypatch):
+    monkeypatch.setattr(engines, "PROMPT_TOKENS", 4)
+    made, prefix = engine(max_batch=3), list(range(3, 40))
+    first, gone = ask(made, [*prefix, 50], submit=False)
+    other, told = ask(made, [*prefix, 60], submit=False)
+    step, steps = made.decoder.step, []
+
+    def counted(*arguments, **options):
+        steps.append(1)
+        if len(steps) == 5:
+            made.cancel(first)
+        return step(*arguments, **options)
+
+    monkeypatch.setattr(made.decoder, "step", counted)
+    made.submit(first, other)
+    assert gone.wait().reason == "cancelled"
+    assert told.wait().reused_tokens == 20
+    assert told.tokens == alone(base, adapters, [*prefix, 60], 8)
+
+
+def test_without_the_prefix_cache_nothing_is_reused(engine, ask):
+    made = engine(prefix_cache=False)
+    told = [ask(made, PROMPTS[3])[1] for _ in range(3)]
+    assert [one.wait().reused_tokens for one in told] == [0] * 3
+
+
+def test_a_short_prompt_does_not_wait_for_long_ones(engine, ask, monkeypatch):
+    monkeypatch.setattr(engines, "PROMPT_TOKENS", 8)
+    made = engine()
+    told = [ask(made, [n] * 48, 1, submit=False) for n in (5, 6)] + [ask(made, [7, 8, 9], 1, submit=False)]
+    made.submit(*(request for request, _ in told))
+    long, _, short = (one.wait() for _, one in told)
+    assert short.s < long.s
+
+
 def _metadata(file):
     from safetensors import safe_open
 

@@ -24,6 +24,7 @@ BENCHES = (
     "latency",
     "dropin",
     "serve",
+    "prefix",
     "soak",
     "chats",
     "parallel",

@@ -66,7 +66,7 @@ def bench_serve(*, peers: bool = False, repeats: int = 6, tokens: int = 32) -> d
     """
     names = OURS + (PEERS if peers else ())
     with tempfile.TemporaryDirectory(prefix="lownibble-serve-") as folder, ExitStack() as stack:
-        adapter_bytes = _write_adapters(Path(folder))
+        adapter_bytes = write_adapters(Path(folder), ADAPTERS)
         takers = [stack.enter_context(TurnTaker(name, "lownibble.bench.serve", name, folder)) for name in names]
         for taker in takers:
             taker.ready()
@@ -98,12 +98,12 @@ def _same(ones: list[dict[str, Any]], others: list[dict[str, Any]]) -> float:
     return float(sum(a == b for a, b in pairs) / len(pairs))
 
 
-def _write_adapters(folder: Path) -> int:
-    """Write `ADAPTERS` different adapters with small weights; returns the bytes of one in float16."""
+def write_adapters(folder: Path, n: int) -> int:
+    """Write n different adapters with small weights, 'a0' and on; returns the bytes of one in float16."""
     model, _ = load("demo", quant="nf4", dtype=torch.float32)
     add_lora(model, LoraConfig(r=16))
     trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
-    for number in range(ADAPTERS):
+    for number in range(n):
         generator = torch.Generator().manual_seed(number)
         with torch.no_grad():
             for parameter in trained.values():

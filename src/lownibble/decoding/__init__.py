@@ -2,8 +2,8 @@
 
 from lownibble.decoding.choice import choose
 from lownibble.decoding.cpu import CpuDecoder
-from lownibble.decoding.decoder import Cache, Decoder, RefusedError
+from lownibble.decoding.decoder import Cache, Decoder, Forking, RefusedError
 from lownibble.decoding.drawing import Drawer, How
 from lownibble.decoding.generate import decode
 
-__all__ = ["Cache", "CpuDecoder", "Decoder", "Drawer", "How", "RefusedError", "choose", "decode"]
+__all__ = ["Cache", "CpuDecoder", "Decoder", "Drawer", "Forking", "How", "RefusedError", "choose", "decode"]

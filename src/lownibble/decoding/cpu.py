@@ -73,6 +73,11 @@ class CpuCache:
         """Later keys and values are written over."""
         return n
 
+    def fork(self, source: int, target: int, n: int) -> None:
+        """As `Forking.fork`."""
+        for held in (self.keys, self.values):
+            held[:, target, :, :n] = held[:, source, :, :n]
+
 
 def _check_window(model: Any, capacity: int) -> None:
     window = attention.window(model)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -44,6 +44,14 @@ class Cache(Protocol):
 
     def resume(self, slot: int, n: int) -> int:
         """Prepare a slot to go on after its first n tokens; returns after how many it can, n or 0."""
+
+
+@runtime_checkable
+class Forking(Protocol):
+    """A cache in which a sequence can begin as another does."""
+
+    def fork(self, source: int, target: int, n: int) -> None:
+        """Copy the first n tokens of a slot to another."""
 
 
 class Decoder(ABC):

@@ -4,12 +4,14 @@ One thread owns the model. A decoding step takes one token of every running sequ
 by adapter so that each adapter is one segment: the base matmuls run once for all tokens, the low-rank branches per segment. A
 sequence keeps its slot of the key-value cache from admission to its end; slots are assigned and freed between steps.
 
-Fairness: requests wait in one queue per adapter, served round-robin; prompts are prefilled in order of admission. Another thread
-loads adapters, so that loading does not stall running sequences.
+Fairness: requests wait in one queue per adapter, served round-robin; prompts are prefilled in order of admission. Half of a
+step's prompt tokens go first to prompts that they complete, the shortest first: a short one does not wait for long ones, and the
+oldest goes on in every step. Another thread loads adapters, so that loading does not stall running sequences.
 
 Prefix cache: a finished slot keeps its keys and values with their tokens, under (digest of the adapter, scale). A request with
 the same adapter and scale whose prompt starts with the same tokens reuses them. The digest is of the adapter's contents, so the
-prefix is never reused for another adapter or for a newer version under the same name.
+prefix is never reused for another adapter or for a newer version under the same name. If a running sequence has more of the
+prompt, its keys and values are copied; a prompt waits for the one that is just reading what both begin with.
 """
 
 from __future__ import annotations
@@ -24,7 +26,7 @@ import torch
 from torch import Tensor
 
 from lownibble.data import end_tokens
-from lownibble.decoding import Decoder, Drawer
+from lownibble.decoding import Decoder, Drawer, Forking
 from lownibble.errors import ConfigError, InputError
 from lownibble.kernels.decoder import Segment
 from lownibble.serve.registry import Loaded, NoRoomError, PinnedError, Registry
@@ -53,6 +55,7 @@ class Engine:
         max_batch: maximum concurrent sequences; fewer if `cache_budget` (bytes of keys and values) holds fewer.
         max_context: maximum tokens of a sequence, prompt and output; capped at the model's `max_position_embeddings`.
         max_queue: maximum waiting requests; further ones are rejected.
+        prefix_cache: reuse keys and values of prompts that begin alike.
     Raises:
         ConfigError: `cache_budget` does not hold one sequence.
         ModelError: the model cannot attend to as many tokens.
@@ -68,6 +71,7 @@ class Engine:
         max_context: int,
         max_queue: int,
         cache_budget: int,
+        prefix_cache: bool = True,
     ) -> None:
         self.decoder, self.registry, self.tokenizer, model = decoder, registry, tokenizer, decoder.model
         most = getattr(model.config.get_text_config(), "max_position_embeddings", None)
@@ -79,7 +83,7 @@ class Engine:
                 f"{cache_budget / 1e6:.0f} MB. Allow more, or shorter sequences (--max-context)."
             )
         self.cache = decoder.cache(min(max_batch, cache_budget // a_slot), max_context)
-        self.max_queue = max_queue
+        self.max_queue, self.prefix_cache = max_queue, prefix_cache
         self._drawer: Drawer | None = None
         self.eos = end_tokens(model, tokenizer)
         self._idle: OrderedDict[int, _Kept] = OrderedDict((slot, _Kept(None, [])) for slot in range(self.cache.slots))
@@ -211,21 +215,43 @@ class Engine:
                 self.registry.release(loaded)
             request.tell(End("cancelled", len(request.prompt), 0, 0, None, time.monotonic() - request.submitted))
             return
-        key = (loaded.digest, request.scale) if loaded else ("", 1.0)
+        key = _key(request, loaded)
         # the slot with the longest common prefix; without any, the one idle longest. To be scored a prompt must be read
-        prompt = request.prompt if request.score is None else []
+        prompt = request.prompt if request.score is None and self.prefix_cache else []
         shared = {slot: _in_common(kept, key, prompt) for slot, kept in self._idle.items()}
         slot = max(shared, key=lambda one: shared[one])
+        ahead, n = self._ahead(key, prompt)
+        if n > shared[slot]:  # not over what another prompt may begin with, if there is a slot without
+            slot = next((free for free, kept in self._idle.items() if not kept.tokens), next(iter(self._idle)))
+        else:
+            ahead = None
         try:
-            reused = self.cache.resume(slot, shared[slot])
+            reused = self.cache.resume(slot, shared[slot] if ahead is None else 0)
             one = Running(request, slot, loaded, reused, self.tokenizer.backend_tokenizer)
         except Exception as error:  # keep the slot idle and release the adapter
             if loaded:
                 self.registry.release(loaded)
             request.tell(Failed(error))
             return
+        one.ahead, one.shared = ahead, n
         del self._idle[slot]
         self._running.append(one)
+
+    def _ahead(self, key: tuple[str, float], prompt: list[int]) -> tuple[Running | None, int]:
+        """The running sequence that begins with most of the prompt, and with how much of it."""
+        if not isinstance(self.cache, Forking):
+            return None, 0
+        found = [(one, _in_common(_Kept(_key(one.request, one.loaded), one.tokens), key, prompt)) for one in self._running]
+        return max(found, key=lambda pair: (pair[1], pair[0].done), default=(None, 0))
+
+    def _take_over(self, one: Running, n: int) -> None:
+        """Copy what the sequence ahead has of the prompt, its first n tokens, if that is more than is there."""
+        assert one.ahead is not None
+        assert isinstance(self.cache, Forking)
+        if n > one.done:
+            self.cache.fork(one.ahead.slot, one.slot, n)
+            one.done = one.reused = n
+        one.ahead = None
 
     def _end(self, one: Running, reason: str) -> End:
         submitted = one.request.submitted
@@ -234,23 +260,40 @@ class Engine:
 
     def _leave(self, one: Running, last: End | Failed, *, keep: bool = True) -> None:
         self._running.remove(one)
+        for other in self._running:
+            if other.ahead is one:
+                self._take_over(other, min(other.shared, one.done) if keep else 0)
         self._full = False
-        key = (one.loaded.digest, one.request.scale) if one.loaded else ("", 1.0)
-        self._idle[one.slot] = _Kept(key, one.tokens[: one.done]) if keep else _Kept(None, [])
+        keep = keep and self.prefix_cache
+        self._idle[one.slot] = _Kept(_key(one.request, one.loaded), one.tokens[: one.done]) if keep else _Kept(None, [])
         if one.loaded:
             self.registry.release(one.loaded)
         one.request.tell(last)
 
+    def _parts(self) -> list[tuple[Running, int]]:
+        """The sequences of a step, and of how many tokens each."""
+        parts = {one: 1 for one in self._running if one.made}
+        prompts = [one for one in self._running if not one.made]
+        for one in prompts:
+            if one.ahead is not None and one.ahead.done >= one.shared:
+                self._take_over(one, one.shared)
+        left = PROMPT_TOKENS
+        for one in sorted(prompts, key=lambda one: one.unread):
+            if one.unread > left - PROMPT_TOKENS // 2:
+                break
+            parts[one] = one.unread
+            left -= one.unread
+        for one in prompts:  # in order of admission
+            waits = one.ahead is not None and (one.ahead in parts or one.ahead.done > one.done)
+            if left and one not in parts and not waits:
+                parts[one] = min(one.unread, left)
+                left -= parts[one]
+        return list(parts.items())
+
     @torch.inference_mode()
     def _step(self) -> None:
         """Advance every running sequence by one token, or by a chunk of its prompt."""
-        left = PROMPT_TOKENS
-        parts: list[tuple[Running, int]] = []
-        for one in sorted(self._running, key=lambda one: one.made == 0):  # then prompts, in order of admission
-            n = min(len(one.tokens) - one.done, max(left, 0) if one.made == 0 else 1)
-            left -= n if one.made == 0 else 0
-            if n:
-                parts.append((one, n))
+        parts = self._parts()
         parts.sort(key=lambda part: id(part[0].adapter))  # one segment per adapter
         tokens: list[int] = []
         slots: list[int] = []
@@ -306,6 +349,11 @@ class Engine:
         its = logits_WV if len(rows) == len(logits_WV) else logits_WV[rows]
         tokens = self._drawer(its, [takers[row][0].slot for row in rows])
         return dict(zip(rows, tokens.tolist(), strict=True))
+
+
+def _key(request: Request, loaded: Loaded | None) -> tuple[str, float]:
+    """Under which keys and values can be reused."""
+    return (loaded.digest, request.scale) if loaded else ("", 1.0)
 
 
 def _in_common(kept: _Kept, key: tuple[str, float], prompt: list[int]) -> int:

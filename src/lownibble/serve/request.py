@@ -96,6 +96,8 @@ class Running:
         self.adapter: Adapter | None = loaded.scaled(request.scale) if loaded else None
         self.tokens = list(request.prompt)
         self.done = reused  # tokens whose keys and values are in the cache
+        self.ahead: Running | None = None  # the sequence that has the first `shared` tokens of the prompt, or is reading them
+        self.shared = 0
         self.sampler = Sampler(request.sampling, request.prompt, request.constraint)
         self.scores = [Chosen(request.prompt[0])]
         self.tokenizer = tokenizer
@@ -112,6 +114,11 @@ class Running:
     def made(self) -> int:
         """Number of output tokens so far."""
         return len(self.tokens) - len(self.request.prompt)
+
+    @property
+    def unread(self) -> int:
+        """Number of tokens whose keys and values are not in the cache."""
+        return len(self.tokens) - self.done
 
     def go_on(self, read: int, logits_V: Tensor, eos: Container[int]) -> str | None:
         """Score the next token of the prompt, or sample one of the output, by the logits (V,) after `read` tokens; returns as
