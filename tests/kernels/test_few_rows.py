@@ -119,6 +119,7 @@ def test_what_the_programs_do_not_take_is_left_to_the_others(triton_kernels):
 ATTENTION = {
     "grouped heads": ({"heads": 6, "key_heads": 2, "D": 16, "DV": 16}, Attending()),
     "one head, other sizes": ({"heads": 1, "key_heads": 1, "D": 24, "DV": 40}, Attending(scaling=0.3)),
+    "head sizes of latent attention": ({"heads": 2, "key_heads": 1, "D": 192, "DV": 128}, Attending()),
     "a window": ({"heads": 4, "key_heads": 4, "D": 16, "DV": 16}, Attending(window=70)),
     "a cap and sinks": (
         {"heads": 4, "key_heads": 2, "D": 16, "DV": 16},

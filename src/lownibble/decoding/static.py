@@ -23,6 +23,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from lownibble.kernels import ops
 from lownibble.kernels.capture import Capture, CudaCapture
 from lownibble.kernels.decoded import scratch_buffers
 from lownibble.kernels.decoder import Adapter, LowRank
@@ -59,8 +60,13 @@ def takes(adapter: Adapter) -> bool:
 def prepared(adapter: Adapter, dtype: torch.dtype, device: torch.device) -> Prepared:
     """An adapter for a device, kept with it; copies only what cannot be used as it is."""
     key = f"rows in {dtype} on {device}"
-    if key not in adapter.prepared:
-        branches: list[LowRank | None] = []
+    if key not in adapter.prepared and adapter.unscaled:
+        same, of = prepared(adapter.unscaled, dtype, device), [branch for of_layer in adapter.of for branch in of_layer]
+        branches = [held and own and LowRank(held.A, held.B, own.scale) for held, own in zip(same.branches, of, strict=True)]
+        scales = torch.tensor([own.scale if own else 0.0 for own in of])
+        adapter.prepared[key] = Prepared(branches, same.pointers, same.ranks, scales)
+    elif key not in adapter.prepared:
+        branches = []
         for branch in (branch for of_layer in adapter.of for branch in of_layer):
             if branch is None:
                 branches.append(None)
@@ -71,8 +77,8 @@ def prepared(adapter: Adapter, dtype: torch.dtype, device: torch.device) -> Prep
             branches.append(LowRank(_held(A, dtype, device), _held(B, dtype, device), branch.scale))
         pointers = [[one.A.data_ptr(), one.B.data_ptr()] if one else [0, 0] for one in branches]
         ranks = [len(one.A) // RANK_STEP if one else 0 for one in branches]
-        scales = [one.scale if one else 0.0 for one in branches]
-        tables = torch.tensor(pointers), torch.tensor(ranks, dtype=torch.int32), torch.tensor(scales)
+        scales = torch.tensor([one.scale if one else 0.0 for one in branches])
+        tables = torch.tensor(pointers), torch.tensor(ranks, dtype=torch.int32), scales
         adapter.prepared[key] = Prepared(branches, *tables)
     found: Prepared = adapter.prepared[key]
     return found
@@ -108,7 +114,8 @@ class _Tables:
         before = self.largest_r, self.touched
         self.largest_r = max(self.largest_r, *(int(one.ranks.max()) * RANK_STEP for one in lines))
         self.touched |= {i for one in lines for i, branch in enumerate(one.branches) if branch}
-        return (self.largest_r, self.touched) != before
+        # without Triton a pass holds the branches themselves, not where their addresses are
+        return (self.largest_r, self.touched) != before or ops.current(self._device).name != "triton"
 
     def rows(self, places_B: Tensor) -> RowAdapters:
         """The adapters of rows, by their places."""

@@ -118,10 +118,11 @@ class LowRank(NamedTuple):
 @dataclass(frozen=True, eq=False)
 class Adapter:
     """A low-rank branch, or None, for each projection of each layer, then for each of its `feed_forward`'s linear layers.
-    `prepared` as in `DecoderLayers`."""
+    `prepared` as in `DecoderLayers`. `unscaled`: the adapter that differs in its scales only, whose preparation serves both."""
 
     of: Sequence[Sequence[LowRank | None]]
     prepared: dict[str, Any] = field(default_factory=dict)
+    unscaled: Adapter | None = None
 
     @cached_property
     def largest_r(self) -> int:

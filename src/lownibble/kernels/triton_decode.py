@@ -165,8 +165,9 @@ def _launch(kernel: Any, programs: int, *arguments: Any, **constants: Any) -> No
 
 
 def keys_at_once(ds: int, dvs: int, itemsize: int) -> int:
-    """How many keys and values a program reads at a time; sizes are powers of two."""
-    return max(16, min(KEYS, AT_ONCE_BYTES // ((ds + dvs) * itemsize)))
+    """How many keys and values a program reads at a time, a power of two."""
+    room = AT_ONCE_BYTES // ((ds + dvs) * itemsize)
+    return max(16, min(KEYS, 1 << room.bit_length() >> 1))
 
 
 def attend_slots(

@@ -96,7 +96,8 @@ class Loaded:
             if len(self._scaled) >= 8:
                 self._scaled.clear()
             self._scaled[by] = Adapter(
-                [[low and LowRank(low.A, low.B, low.scale * by) for low in layer] for layer in self.adapter.of]
+                [[low and LowRank(low.A, low.B, low.scale * by) for low in layer] for layer in self.adapter.of],
+                unscaled=self.adapter,
             )
         return self._scaled[by]
 
