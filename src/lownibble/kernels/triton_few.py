@@ -174,8 +174,8 @@ def add_parts(parts, out, count, PARTS: tl.constexpr, SIZE: tl.constexpr):
 
 def takes(T: int, K: int, dtype: torch.dtype, group: int, bits: int = 4) -> bool:
     """Whether the programs multiply T rows of `dtype` with a weight of K columns in groups of `group` codes."""
-    whole = group % CODES == 0 and group & (group - 1) == 0 and K % group == 0  # so codes are whole words, too
-    return dtype.itemsize == 2 and bits == 4 and whole and 0 < T <= MOST_ROWS
+    whole = group > 0 and group % CODES == 0 and group & (group - 1) == 0 and K % group == 0  # so codes are whole words, too
+    return dtype.itemsize == 2 and bits == 4 and whole and K > 0 and 0 < T <= MOST_ROWS
 
 
 def _launch(kernel: Any, programs: int, *arguments: Any, **constants: Any) -> None:
