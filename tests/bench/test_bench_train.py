@@ -1,6 +1,8 @@
 """`lownibble bench train`, `decode` and `plan` with `--model`. Oracles: figures worked out by hand; runs of a tiny shape."""
 
 import json
+import multiprocessing
+from concurrent.futures import ProcessPoolExecutor
 
 import pytest
 import torch
@@ -12,7 +14,6 @@ from lownibble.bench.subject import subject
 from lownibble.cli.main import main
 from lownibble.decoding.modules import ModulesDecoder
 from lownibble.errors import ConfigError
-from lownibble.kernels.decoded import release_scratch
 from lownibble.measuring.turns import ratio, ratio_apart
 from lownibble.models import load
 
@@ -157,16 +158,13 @@ def test_a_shape_is_decoded_with(tmp_path, forked, monkeypatch):
 
 @pytest.mark.slow
 def test_a_shape_is_planned_and_measured(tmp_path, monkeypatch):
-    def here(config, measure):  # a process needs seconds to import what is imported already
-        release_scratch()
-        return measure(config.model_dump_json())
-
-    monkeypatch.setattr(plan, "in_a_process", here)
     saved = []
-    record = plan.bench_plan(model=write_shape(tmp_path), batch_size=2, length=32, save=saved.append)
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:  # one for all: a start takes seconds
+        monkeypatch.setattr(plan, "in_a_process", lambda run, measure: pool.submit(measure, run.model_dump_json()).result())
+        record = plan.bench_plan(model=write_shape(tmp_path), batch_size=2, length=32, save=saved.append)
     assert [run["method"] for run in record["runs"]] == ["lora", "qlora"]
     lora, qlora = record["runs"]
-    assert abs(lora["allocated_error"]) < 0.02  # QLoRA's needs a process of its own: this one may hold int8 copies already
+    assert abs(lora["allocated_error"]) < 0.02  # QLoRA's needs a process of its own: this one holds buffers by then
     assert qlora["allocated_bytes"] > 0
     assert {(run["batch_size"], run["max_length"]) for run in record["runs"]} == {(2, 32)}
     assert len(saved) == 2
