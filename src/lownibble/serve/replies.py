@@ -1,4 +1,4 @@
-"""What is told of completions: requests' choices while they are generated, and OpenAI's JSON of chat and text completions.
+"""Responses of chat and text completions: requests' choices while they are generated, and OpenAI's JSON of them.
 
 Streams and whole responses share this code: `Choice` collects the engine's events, `Reply` puts them in shape. The Responses API
 has a reply of its own (`responses.py`).

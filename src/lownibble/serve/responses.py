@@ -314,7 +314,7 @@ class ResponsesReply(Reply):
         ]  # fmt: skip
 
     def _call(self, call: Call) -> list[str]:
-        """A call, which is told when it is complete; there are no log probabilities of its tokens."""
+        """A tool call, streamed once it is complete; there are no log probabilities of its tokens."""
         events, self._told = self._close("completed"), []
         item = {
             "id": f"fc_{uuid.uuid4().hex}",

@@ -9,7 +9,8 @@ from rich.console import RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from lownibble.study.report.study_page import gib, ratio, signed, span, verdict
+from lownibble.study.report.figures import gib, ratio, signed, span
+from lownibble.study.report.study_page import verdict
 
 
 def tables(summary: Mapping[str, Any]) -> Iterator[RenderableType]:

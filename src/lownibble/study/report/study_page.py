@@ -24,6 +24,7 @@ from lownibble.study.decide import EQUIVALENT, LEVEL
 from lownibble.study.hardware import hardware_table
 from lownibble.study.records import read_record
 from lownibble.study.report.curves import Axis, linear
+from lownibble.study.report.figures import gib, pipe, planned, ratio, score, signed, span
 from lownibble.study.report.methods import methods
 from lownibble.study.report.page import content_hash
 from lownibble.study.report.sizes import sizes
@@ -79,70 +80,8 @@ def _environment(*, autoescape: bool) -> Environment:
     found = Environment(
         loader=FileSystemLoader(_HERE), autoescape=autoescape, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
-    found.filters |= {"span": span, "score": score, "gib": gib, "signed": signed, "ratio": ratio, "cell": _cell, "pipe": _pipe}
+    found.filters |= {"span": span, "score": score, "gib": gib, "signed": signed, "ratio": ratio, "cell": planned, "pipe": pipe}
     return found
-
-
-def score(value: float | None) -> str:
-    """Three decimals (from 100 on: four significant digits), '-' for None."""
-    return "-" if value is None else f"{value:.4g}" if abs(value) >= 100 else f"{value:.3f}"
-
-
-def span(found: Mapping[str, Any] | None, digits: int = 3) -> str:
-    """'mean (low to high)'; without an interval, the mean and the reason."""
-    if found is None or found["mean"] is None:
-        return "-"
-    low, high = found["low"], found["high"]
-    if low is None and high is None:
-        return f"{found['mean']:.{digits}f} ({_no_interval(found)})"
-    ends = (None if end is None else f"{end:.{digits}f}" for end in (low, high))
-    return f"{found['mean']:.{digits}f} ({' to '.join(end or 'no bound' for end in ends)})"
-
-
-def _no_interval(found: Mapping[str, Any]) -> str:
-    return "all seeds alike" if len(found.get("values") or ()) > 1 else "one seed"
-
-
-def signed(found: Mapping[str, Any], digits: int = 3) -> str:
-    """A difference with its sign and interval."""
-    if found["low"] is None:
-        return f"{found['mean']:+.{digits}f} ({_no_interval(found)})"
-    return f"{found['mean']:+.{digits}f} ({found['low']:+.{digits}f} to {found['high']:+.{digits}f})"
-
-
-def ratio(found: Mapping[str, Any] | None) -> str:
-    """A ratio with its interval, or with the range over rounds."""
-    if found is None or found.get("mean", found.get("median")) is None:
-        return "-"
-    if "median" in found:
-        return f"{found['median']:.2f} ({found['min']:.2f} to {found['max']:.2f})"
-    return span(found, 2)
-
-
-def gib(found: Mapping[str, Any] | None) -> str:
-    """Mean bytes as GiB, with the range over seeds if there is one."""
-    if found is None or not found["values"]:
-        return "-"
-    low, high = min(found["values"]) / 2**30, max(found["values"]) / 2**30
-    return (
-        f"{found['mean'] / 2**30:.2f}"
-        if f"{low:.2f}" == f"{high:.2f}"
-        else f"{found['mean'] / 2**30:.2f} ({low:.2f} to {high:.2f})"
-    )
-
-
-def _cell(row: Mapping[str, Any]) -> str:
-    """One cell of the planner's table."""
-    if not row["fits"]:
-        return "no"
-    hours = "" if row["hours"] is None else f", {row['hours']:.1f} h"
-    dollars = "" if row["dollars"] is None else f", ${row['dollars']:.0f}"
-    return f"{row['gib']:.1f} GiB{hours}{dollars}"
-
-
-def _pipe(text: str) -> str:
-    """Escape text for a Markdown table."""
-    return str(text).replace("|", "\\|").replace("\n", " ").replace("<", "&lt;")
 
 
 def _context(folder: Path, study: Mapping[str, Any], summary: Mapping[str, Any]) -> dict[str, Any]:
