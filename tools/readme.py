@@ -323,6 +323,28 @@ def serve() -> str:
     return "\n".join(lines) + f"\n\n({source}; {_where(record)}; `benchmarks/results/serve-cpu.json`)"
 
 
+def prefix() -> str:
+    """Prompts that begin alike."""
+    record = _record("prefix-cpu")
+    work, waves, ratios = record["workload"], record["waves"], record["ratios"]
+    names = {
+        "without": "without the prefix cache", "cold": "with it, a prefix that nobody has sent before",
+        "warm": "with it, a prefix that each adapter has read before",
+    }  # fmt: skip
+    columns = ["", "median time to first token, s", "last, s", "/ without", "prompt tokens read", "same greedy tokens"]
+    lines = [f"| {' | '.join(columns)} |", "| --- | ---: | ---: | ---: | ---: | ---: |"]
+    for name, found in waves.items():
+        against = _spread(ratios[f"{name}_vs_without"], 2) if f"{name}_vs_without" in ratios else "1"
+        same = f"{found['same']:.1%}" if "same" in found else ""
+        times = [_spread(found[key], 1) for key in ("first_token_s", "last_first_token_s")]
+        lines.append(f"| {names[name]} | {times[0]} | {times[1]} | {against} | {found['read']:.0%} | {same} |")
+    source = (
+        f"{work['requests']} requests at once, of {work['adapters']} adapters; prompts of {work['prefix_tokens']} common and "
+    )
+    source += f"{work['own_tokens']} own tokens, rank {work['r']}, {work['rounds']} interleaved rounds"
+    return "\n".join(lines) + f"\n\n({source}; {_where(record)}; `benchmarks/results/prefix-cpu.json`)"
+
+
 def latency() -> str:
     """First token and those after it."""
     record = _record("latency-cpu")
@@ -891,6 +913,7 @@ SECTIONS: dict[str, Callable[[], str]] = {
     "new-user": new_user,
     "latency": latency,
     "serve": serve,
+    "prefix": prefix,
     "soak": soak,
     "dropin": dropin,
     "merge": merge,
