@@ -8,7 +8,7 @@ from tiny_folders import write_model
 from lownibble.cli.main import main
 from lownibble.config import DataConfig, RowsConfig, TrainConfig
 from lownibble.data import Dataset, Row, encode
-from lownibble.data.inspect import histogram, inspect, pieces, warnings_of
+from lownibble.data.inspect import histogram, inspect, pieces, suggested_epochs, warnings_of
 
 
 @pytest.fixture(scope="module")
@@ -43,6 +43,17 @@ def test_sides_rows_and_warnings(tiny_model, files):
     ]
 
 
+@pytest.mark.parametrize(
+    ("rows", "options", "epochs"),
+    [
+        (180, {}, 5), (180, {"gradient_accumulation_steps": 4}, 10), (799, {}, 2), (800, {}, None), (3, {}, 10),
+        (180, {"num_train_epochs": 1}, None), (180, {"max_steps": 5}, None),
+    ],
+)  # fmt: skip
+def test_a_short_run_is_told_unless_its_length_was_chosen(rows, options, epochs):
+    assert suggested_epochs(rows, TrainConfig(**options)) == epochs
+
+
 def test_a_turn_without_an_end_is_told(tokenizer):
     tokenizer.chat_template = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
     rows = Dataset("rows", [Row({"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}, "r:1")])
@@ -69,6 +80,7 @@ def test_the_command_prints_one_json_document(tiny_model, files, capsys):
     assert json.loads(out)["training"]["rows"] == 4
     assert "trained is marked" in err
     assert "warning: 1 of 4 training rows are longer" in err
+    assert "one epoch of 4 training rows is a short run, which teaches little: try --num-train-epochs 10" in err
 
 
 def test_bad_rows_are_one_error(tiny_model, tmp_path, capsys):

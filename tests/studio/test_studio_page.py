@@ -32,11 +32,14 @@ def test_from_the_first_click_to_an_exported_adapter(browser, tiny_model, tiny_d
         fill(browser, "data.prompt_template", "review : {text} sentiment :")
         fill(browser, "data.completion_template", " {label}")
         fill(browser, "train.max_length", "32")
+        click(browser, "Preview the rows")
+        until(browser, "document.querySelector('.example mark')?.textContent.trim().startsWith('positive')")
+        epochs = "document.querySelector('[data-option=\"train.num_train_epochs\"]').value"
+        assert browser.value(epochs) == "10", "few rows: the page makes the run longer"
+        fill(browser, "train.num_train_epochs", "")
         fill(browser, "train.max_steps", "60")
         fill(browser, "train.save_steps", "5")
         fill(browser, "lora.r", "2")
-        click(browser, "Preview the rows")
-        until(browser, "document.querySelector('.example mark')?.textContent.trim().startsWith('positive')")
         until(browser, "document.querySelector('.planned.mine')?.textContent.includes('fits')")
         fill(browser, "lora.lora_dropout", "2")
         until(browser, "!document.querySelector('#wrong').hidden")

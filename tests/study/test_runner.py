@@ -20,6 +20,7 @@ from lownibble.exporting.convert import export
 from lownibble.study import cell, devices, executors, jobs, processes
 from lownibble.study.analysis import analyse
 from lownibble.study.records import read_record
+from lownibble.study.report import study_page
 from lownibble.study.runner import run_study
 from lownibble.study.tasks import KINDS
 
@@ -107,6 +108,38 @@ def test_cells_are_run_once_and_learning_rates_found_first(study, tmp_path, here
     assert {file: file.stat().st_mtime_ns for file in (tmp_path / "out").glob("cells/*.json")} == before
     run_study(study("more.toml", **{"seeds = [0, 1]": "seeds = [0, 1, 2]"}), tmp_path / "out")  # it runs what is new
     assert len(records(tmp_path / "out")) == 10
+
+
+def test_finished_cells_run_once_more_agree(study, tmp_path, here, monkeypatch):
+    few = {"learning_rates = [1e-3, 1e-2]": "learning_rates = []"}
+    run_study(study(**few), tmp_path / "out")
+    before = records(tmp_path / "out")
+    run_study(study(**few), tmp_path / "out", again=2)
+    files = sorted((tmp_path / "out" / "again").iterdir())
+    ran = [json.loads(file.read_text()) for file in files]
+    assert {run["cell"]["method"] for run in ran} == {"lora", "qlora"}  # spread over the methods
+    assert [file.name for file in files] == sorted(f"{run['cell']['digest']}-1.json" for run in ran)
+    assert records(tmp_path / "out") == before
+    found = analyse(tmp_path / "out")["again"]
+    assert all(run["same"] and of["difference"] == 0 and of["agrees"] for run in found for of in run["scores"].values())
+
+    other = jobs.JOBS["cell"]  # a machine of other numbers, far beyond what seeds differ by, and one that fails
+    monkeypatch.setitem(jobs.JOBS, "cell", lambda job: _elsewhere(other(job)))
+    run_study(study(**few), tmp_path / "out", again=1)
+    monkeypatch.setitem(jobs.JOBS, "cell", lambda job: {"status": "failed", "error": "no memory", "created": "2027-01-01T"})
+    run_study(study(**few), tmp_path / "out", again=1)
+    found = [run for run in analyse(tmp_path / "out")["again"] if run["digest"] == ran[0]["cell"]["digest"]]
+    assert [run.get("same") for run in found] == [True, False, None]
+    assert found[1]["scores"]["loss"]["difference"] == pytest.approx(100)
+    assert not found[1]["scores"]["loss"]["agrees"]
+    page = study_page.write(tmp_path / "out") and (tmp_path / "out" / "report.md").read_text()
+    assert "4 runs were repeated; 2 gave the same numbers throughout. 1 failed." in page
+    assert "failed: no memory" in page
+
+
+def _elsewhere(found):
+    found["result"]["scores"]["loss"] += 100
+    return found
 
 
 def test_the_number_of_gpus_is_in_the_records_and_no_part_of_a_cell(study, tmp_path, here, monkeypatch):

@@ -187,10 +187,11 @@ def study(arguments: argparse.Namespace) -> dict[str, Any]:
     from lownibble.study.runner import run_study
     from lownibble.study.study_table import plan_tables, tables
 
+    of_run = ("gpus_per_cell", "executor", "retry_failed", "again")
+    ignored = {"run": (), "plan": of_run, "report": ("jobs", *of_run)}[arguments.what]
+    if given := [name for name in ignored if getattr(arguments, name)]:
+        raise ConfigError(f"--{given[0].replace('_', '-')} is for 'study run'. Leave it out.")
     if arguments.what == "report":
-        given = [n for n in ("jobs", "gpus_per_cell", "executor", "retry_failed") if getattr(arguments, n)]
-        if given:
-            raise ConfigError(f"--{given[0].replace('_', '-')} is for 'study run'. Leave it out.")
         folder, pages = Path(arguments.path), Path(arguments.output or arguments.path)
     else:
         folder = pages = Path(arguments.output or f"runs/{Path(arguments.path).stem}")
@@ -205,7 +206,7 @@ def study(arguments: argparse.Namespace) -> dict[str, Any]:
             return planned
         run_study(
             arguments.path, folder, jobs=int(jobs), gpus_per_cell=arguments.gpus_per_cell or 1,
-            executor=arguments.executor or "local", retry_failed=arguments.retry_failed,
+            executor=arguments.executor or "local", retry_failed=arguments.retry_failed, again=arguments.again or 0,
         )  # fmt: skip
     summary = study_page.write(folder, pages)
     console = console_of(arguments)
@@ -283,7 +284,7 @@ def data(arguments: argparse.Namespace) -> dict[str, Any]:
     if hasattr(arguments, "data"):
         setattr(arguments, "data.path", arguments.data)
     config: RowsConfig = read(arguments, RowsConfig)
-    from lownibble.data.inspect import inspect
+    from lownibble.data.inspect import SHORT_RUN, inspect
 
     found, console = inspect(config), console_of(arguments)
     console.print(f"{found['data']}: {found['form']} rows, tokenised for {found['model']}", markup=False, soft_wrap=True)
@@ -307,7 +308,8 @@ def data(arguments: argparse.Namespace) -> dict[str, Any]:
             marked = piece if console.color_system or not trained else f"⟦{piece}⟧"
             text.append(marked, style="bold green" if trained else "dim")
         console.print(text, soft_wrap=True)
-    for warning in found["warnings"]:
+    short = [SHORT_RUN.format(found["training"]["rows"], epochs)] if (epochs := found["suggested_epochs"]) else []
+    for warning in (*found["warnings"], *short):
         print(f"warning: {warning}", file=sys.stderr)
     return found
 

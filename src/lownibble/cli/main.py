@@ -126,6 +126,9 @@ def _parser() -> argparse.ArgumentParser:
     study.add_argument("--gpus-per-cell", type=_count, metavar="N", help=f"run: {_GPUS} (default: 1)")
     study.add_argument("--executor", metavar="NAME", help="run: local, or ray for a cluster (default: local)")
     study.add_argument("--retry-failed", action="store_true", help="run: also run failed cells again")
+    study.add_argument(
+        "--again", type=_count, metavar="N", help="run: also run N finished cells once more, and report whether they agree"
+    )
 
     evaluate = add("eval", commands.evaluate, "Score a model, with an adapter or without, on a task or with lm-eval.",
                    "lownibble eval demo --adapter runs/first/adapter --task classification --data demo")  # fmt: skip

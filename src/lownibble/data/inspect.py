@@ -7,16 +7,22 @@ that occur twice or on both sides of the split.
 from __future__ import annotations
 
 import itertools
+import math
 from collections import Counter
 from typing import Any
 
-from lownibble.config import RowsConfig
+from lownibble.config import RowsConfig, TrainConfig
 from lownibble.data.preference import Beside, encode_for, sequences_of
 from lownibble.data.sources import load
 from lownibble.data.template import Encoded, Example, TokenCoder
 
 BUCKETS = 12
 """Bars of the histogram of lengths."""
+
+ENOUGH_STEPS, MOST_EPOCHS = 100, 10
+"""Steps below which an adapter has hardly learned its rows; and epochs beyond which it learns them by heart."""
+
+SHORT_RUN = "one epoch of {} training rows is a short run, which teaches little: try --num-train-epochs {}"
 
 
 def inspect(config: RowsConfig) -> dict[str, Any]:
@@ -39,6 +45,7 @@ def inspect(config: RowsConfig) -> dict[str, Any]:
             {"origin": example.origin, "tokens": _length(example), "pieces": pieces(example, tokenizer), **_answer(example)}
             for example in encoded[0].examples[: config.rows]
         ],
+        "suggested_epochs": suggested_epochs(len(encoded[0].examples), config.train),
         "warnings": warnings_of(encoded, tokenizer, config.train.max_length),
     }  # fmt: skip
 
@@ -124,6 +131,15 @@ def _one_sided(side: Encoded) -> list[str]:
     return [
         f"of {len(side.examples)} training rows {good} are good answers and {bad} bad: a {fewer} of {ratio:.3g} evens them out"
     ]
+
+
+def suggested_epochs(rows: int, train: TrainConfig) -> int | None:
+    """Epochs that make ENOUGH_STEPS of few rows, at most MOST_EPOCHS; None if one is enough or the run's length was chosen."""
+    if train.packing or train.max_steps is not None or "num_train_epochs" in train.model_fields_set:
+        return None
+    steps = max(1, rows // (train.batch_size * train.gradient_accumulation_steps))
+    epochs = min(MOST_EPOCHS, math.ceil(ENOUGH_STEPS / steps))
+    return epochs if epochs > 1 else None
 
 
 def warnings_of(encoded: list[Encoded], tokenizer: Any, max_length: int) -> list[str]:

@@ -135,9 +135,11 @@ async function look() {
   button.disabled = true;
   $("#looking").textContent = "Reading and tokenising…";
   try {
-    rows = await api("preview", { command: "data", values: taken("data") });
+    const own = taken("data");
+    if (own[EPOCHS] === lengthened) delete own[EPOCHS];
+    rows = await api("preview", { command: "data", values: own });
     $("#looking").textContent = "";
-    $("#preview").replaceChildren(...preview(rows));
+    $("#preview").replaceChildren(...preview(rows), ...lengthen(rows));
   } catch (error) {
     rows = null;
     $("#looking").textContent = "";
@@ -177,6 +179,16 @@ async function upload(file) {
     $("#preview").replaceChildren(el("p", { className: "wrong", role: "alert", textContent: error instanceof Refused ? error.message : "The upload broke off. Try again, or give the file's path." }));
   }
   $("#file").value = "";
+}
+// A short run teaches little: the page sets the epochs, until the user says how long it is to be.
+const EPOCHS = "train.num_train_epochs";
+let lengthened = "";
+function lengthen(found) {
+  const own = values[EPOCHS] && values[EPOCHS] !== lengthened;
+  if (own) return [];
+  lengthened = String(found.suggested_epochs || "");
+  if ((values[EPOCHS] || "") !== lengthened) { set(EPOCHS)(lengthened); build(); }
+  return lengthened ? [el("p", { className: "note", textContent: `One epoch of ${whole(found.training.rows)} rows is a short run, which teaches little: Epochs is set to ${lengthened}.` })] : [];
 }
 // Tokens that the run trains on, once the rows have been looked at.
 function tokens() {

@@ -20,6 +20,7 @@ from typing import Any
 
 from lownibble.errors import ConfigError
 from lownibble.measuring import mixed, stats, survival
+from lownibble.study import reruns
 from lownibble.study.decide import (
     DIFFERENT,
     LEVEL,
@@ -95,6 +96,7 @@ def analyse(folder: str | Path) -> dict[str, Any]:
         "looks": list(looks),
         "comparisons": len(planned),
         "groups": groups,
+        "again": reruns.agreement(folder, study, records),
     }
 
 

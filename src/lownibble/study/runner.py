@@ -4,6 +4,7 @@
     OUTPUT/bases/<name>/          packed bases that runs share (`bases.py`)
     OUTPUT/cells/<digest>.json    one record per run; `spec.py` says what the digest is of
     OUTPUT/speed/<digest>.json    interleaved speed of the methods of one model and task
+    OUTPUT/again/                 further runs of finished cells (`reruns.py`)
     OUTPUT/summary.json           figures over all of it (`analysis.py`; written with the report)
     OUTPUT/report.html, .md       the report (`report/study_page.py`)
 
@@ -28,7 +29,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
 from lownibble import record
 from lownibble.errors import ConfigError, OutputError
-from lownibble.study import bases, devices
+from lownibble.study import bases, devices, reruns
 from lownibble.study.contents import look
 from lownibble.study.decide import comparisons, decide, planned_looks, still_needed
 from lownibble.study.executors import EXECUTORS
@@ -42,7 +43,7 @@ Rates = dict[tuple[str, str, str], float]
 
 def run_study(
     path: str | Path, output: str | Path, *, jobs: int = 1, gpus_per_cell: int = 1, executor: str = "local",
-    retry_failed: bool = False,
+    retry_failed: bool = False, again: int = 0,
 ) -> dict[str, Any]:  # fmt: skip
     """Run the missing parts of the study in the file `path`; returns the contents of OUTPUT/study.json.
 
@@ -53,6 +54,7 @@ def run_study(
             turns.
         executor: 'local' or 'ray'.
         retry_failed: run failed cells and failed or skipped speed measurements again.
+        again: run so many of the finished cells once more, to see whether they agree with their first run.
     Raises:
         InputError: the file, its data or its models cannot be used; nothing was run.
         OutputError: the folder cannot be written, or another process is using it.
@@ -70,7 +72,7 @@ def run_study(
     with hold(output) as folder:
         _forget_kept(folder, retry_failed)
         studied = _Study(spec, contents, folder, jobs, gpus_per_cell, executor)
-        return studied.run()
+        return studied.run(again)
 
 
 def _check_power(plan: dict[str, Any]) -> None:
@@ -104,7 +106,7 @@ class _Study:
         self.grid = list(tuning_cells(spec, contents))
         self.shown = _Shown(folder, jobs)
 
-    def run(self) -> dict[str, Any]:
+    def run(self, again: int) -> dict[str, Any]:
         self._write(best_rates(self.folder, self.grid))
         with self.shown:
             self.shown.count([*self.grid, *cells(self.spec, best_rates(self.folder, self.grid), self.contents)])
@@ -117,6 +119,7 @@ class _Study:
                 still = self._undecided(compared)
                 self.shown.count([*self.grid, *still])
                 self._cells([cell for cell in still if cell.seed in self.spec.seeds[:look]])
+            self._again(compared, again)
             self._speed(compared)
         return self._write(rates)
 
@@ -187,10 +190,23 @@ class _Study:
             self._ended(missing[index], found)
 
     def _ended(self, cell: Cell, found: dict[str, Any]) -> None:
-        own = {**_labels(cell), "digest": cell.digest, "contents": cell.contents, "config": cell.config.to_dict()}
-        own |= {"quantize": dict(cell.quantize)} if cell.quantize else {}
-        self._keep(f"cells/{cell.digest}.json", {**found, "kind": "study-cell", "cell": own})
+        self._keep(f"cells/{cell.digest}.json", _of_cell(cell, found))
         self.shown.ended(cell, found)
+
+    def _again(self, compared: Sequence[Cell], count: int) -> None:
+        """Run finished cells once more."""
+        finished = [cell.digest for cell in compared if _peak(self.folder, cell) is not None]
+        chosen = reruns.choose(compared, finished, count)
+        failed = self._bases(chosen)
+        work = [cell for cell in chosen if cell.base not in failed]
+        if count:
+            self.shown.say(f"{len(work)} finished cells are run once more")
+        for index, found in EXECUTORS[self.executor]([self._job(cell) for cell in work], self.jobs, self.gpus):
+            cell = work[index]
+            shutil.rmtree(self._work(cell), ignore_errors=True)
+            self._keep(str(reruns.file_of(self.folder, cell.digest).relative_to(self.folder)), _of_cell(cell, found))
+            how = found.get("error") or ", ".join(f"{name} {value:.3f}" for name, value in found["result"]["scores"].items())
+            self.shown.say(f"again: {cell.task} x {cell.method} x seed {cell.seed}: {how}")
 
     def _bases(self, wanted: Sequence[Cell]) -> dict[str | None, dict[str, Any]]:
         """Pack the bases of these cells that are not there; returns the records of those that failed, by name."""
@@ -257,6 +273,13 @@ class _Study:
     def _keep_speed(self, digest: str, found: dict[str, Any], model: str, task: str, methods: list[str]) -> None:
         own = {"model": model, "task": task, "methods": methods}
         self._keep(f"speed/{digest}.json", {"kind": "study-speed", **found, **own})
+
+
+def _of_cell(cell: Cell, found: dict[str, Any]) -> dict[str, Any]:
+    """The record of a cell's run."""
+    own = {**_labels(cell), "digest": cell.digest, "contents": cell.contents, "config": cell.config.to_dict()}
+    own |= {"quantize": dict(cell.quantize)} if cell.quantize else {}
+    return {**found, "kind": "study-cell", "cell": own}
 
 
 def _labels(cell: Cell) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from lownibble.calibration import join_rows, row_length
 from lownibble.config import PREFERENCE, DataConfig, QuantConfig, RunConfig, TrainConfig
 from lownibble.data import Choice, Dataset, Encoded, digest_of, sequences_of
 from lownibble.data import load as load_data
-from lownibble.data.inspect import warnings_of
+from lownibble.data.inspect import SHORT_RUN, suggested_epochs, warnings_of
 from lownibble.errors import ModelError
 from lownibble.lora import add_lora, load_adapter, match_targets, read_config
 from lownibble.lora.active import adapter_configs
@@ -180,6 +180,8 @@ def make_trainer(
         identity=identity, ranks=ranks,
     )  # fmt: skip
     trainer.warnings += warnings_of(encoded, tokenizer, config.max_length)
+    if epochs := suggested_epochs(rows := len(encoded[0].examples), config):
+        trainer.warnings.append(SHORT_RUN.format(rows, epochs))
     return trainer, encoded
 
 

@@ -18,6 +18,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from lownibble import record
+from lownibble.study import reruns
 from lownibble.study.analysis import LESS_IS_BETTER, analyse, shown_worse
 from lownibble.study.claims import compare_claims
 from lownibble.study.decide import EQUIVALENT, LEVEL
@@ -102,6 +103,7 @@ def _context(folder: Path, study: Mapping[str, Any], summary: Mapping[str, Any])
         "panels": [_panel(group, names) for group in summary["groups"] if any(m["curve"] for m in group["methods"])],
         "headline": _headline(summary["groups"]), "decisions": _decisions(summary["groups"]),
         "less_is_better": LESS_IS_BETTER, "statistics": methods(summary),
+        "again": summary["again"], "again_words": reruns.words(summary["again"]),
         "devices": devices, "models": models, "places": places, "hardware": hardware,
         "command": shlex.join(study["command"]), "environment": next(iter(environments), study["environment"]),
         "machines": sorted(set(map(_machine, environments))),
