@@ -30,7 +30,7 @@ from lownibble.calibration.moments import Moments
 from lownibble.calibration.rows import positions
 from lownibble.errors import ModelError
 from lownibble.models.head import Head, for_comparing, hidden_states
-from lownibble.models.info import decoder_layers
+from lownibble.models.info import decoder_layers, pass_device
 
 Visit = Callable[[Mapping[str, Moments]], None]
 Around = Callable[[str], AbstractContextManager[Any]]
@@ -65,7 +65,7 @@ def walk(model: Any, rows_BT: Tensor, paths: list[str], visit: Visit, around: Ar
     heads = {getattr(config, name, 0) for name in ("num_attention_heads", "n_head", "n_heads")}
     if len(rows_BT) in heads - {1}:  # so that rows are known by their number
         rows_BT = rows_BT[:-1]
-    rows_BT = rows_BT.to(model.get_input_embeddings().weight.device)
+    rows_BT = rows_BT.to(pass_device(model))
     known = decoder_layers(model)
     outer = [path for path in known if not any(path.startswith(f"{other}.") for other in known)]
     layers = {path: known[path] for path in outer} if any(each.startswith(f"{path}.") for path in outer for each in paths) else {}

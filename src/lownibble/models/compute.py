@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from lownibble.models.info import info
+from lownibble.models.info import info, pass_device
 from lownibble.quant import QuantLinear, eightbit
 
 
@@ -30,7 +30,7 @@ def decide(model: Any, *, training: bool = False) -> None:
         compute, reason = _automatic(model, layers)
         known.compute = f"{compute} ({reason})"
     elif layers:
-        compute = eightbit.choose(compute, model.device)
+        compute = eightbit.choose(compute, pass_device(model))
     for path, layer in layers.items():
         if compute in eightbit.CODE_TYPES:
             eightbit.check_weight(layer.weight, path, compute)
@@ -42,4 +42,4 @@ def _automatic(model: Any, layers: dict[str, QuantLinear]) -> tuple[str, str]:
         return "exact", "8-bit products have not been proven for models with an encoder"
     if info(model).merge_aware is not None:
         return "exact", "merge-aware layers have exact products"
-    return eightbit.automatic((layer.weight for layer in layers.values()), model.dtype, model.device)
+    return eightbit.automatic((layer.weight for layer in layers.values()), model.dtype, pass_device(model))

@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from lownibble.errors import ModelError
 from lownibble.models import attention
-from lownibble.models.info import body, info
+from lownibble.models.info import body, info, pass_device
 from lownibble.quant import QuantLinear, exact_products, is_plain_linear
 from lownibble.quant.dense import DenseProducts, code_type_for
 
@@ -52,7 +52,7 @@ class Head:
         if not is_plain_linear(head) or head.bias is not None or self.transforms:
             return None
         weight = cast(Tensor, head.weight)
-        return DenseProducts(weight, code_type_for(model, weight))
+        return DenseProducts(weight, code_type_for(model, weight, info(model).device))
 
     def __call__(self, hidden_LH: Tensor) -> Tensor:
         """Logits (L, V) of hidden states (L, H)."""
@@ -138,7 +138,7 @@ def check_head(model: Any) -> None:
     Raises:
         ModelError: they differ, so the model applies an unknown transform to its logits.
     """
-    device = model.get_input_embeddings().weight.device
+    device = pass_device(model)
     input_ids = torch.arange(1, 9, device=device).unsqueeze(0) % Head(model).vocab_size
     pair = {"decoder_input_ids": input_ids} if model.config.is_encoder_decoder else {}
     source = (input_ids, torch.ones_like(input_ids)) if pair else None

@@ -53,6 +53,7 @@ class ModelInfo:
         changed_base: name of the adapter initialisation that changed the packed weights, or None.
         balance: the auxiliary load-balancing loss of a mixture's routers in training, or None (`training/balance.py`).
         merge_aware: how the model will be packed with its adapter merged, where that is trained (`lora/merge_aware.py`), or None.
+        device: where passes run, of a model whose parameters may be elsewhere (`training/sharding.py`); None: where those are.
     """
 
     base: dict[str, Any] = field(default_factory=dict)
@@ -67,6 +68,7 @@ class ModelInfo:
     merge_aware: QuantConfig | None = None
     balance: Callable[[tuple[Tensor, ...], Tensor | None], Tensor] | None = None
     adapters: Adapters = field(default_factory=Adapters)
+    device: torch.device | None = None
 
 
 def info(model: Any) -> ModelInfo:
@@ -76,6 +78,12 @@ def info(model: Any) -> ModelInfo:
         found = ModelInfo()
         object.__setattr__(model, _ATTRIBUTE, found)
     return found
+
+
+def pass_device(model: Any) -> torch.device:
+    """Where the model's passes run: where its parameters are, but for shards that are kept in host memory between passes."""
+    device: torch.device = info(model).device or model.get_input_embeddings().weight.device
+    return device
 
 
 def body(model: Any) -> Any:

@@ -22,8 +22,9 @@ BACKENDS = ("cpu", "reference")
 """Backends with 8-bit dense matmuls; on GPUs a 16-bit head runs on tensor cores."""
 
 
-def code_type_for(model: nn.Module, weight_NK: Tensor) -> torch.dtype | None:
-    """Code dtype of matmuls with `weight_NK`, a dense matrix of the model; None if they are exact.
+def code_type_for(model: nn.Module, weight_NK: Tensor, device: torch.device | None = None) -> torch.dtype | None:
+    """Code dtype of matmuls with `weight_NK`, a dense matrix of the model; None if they are exact. `device`: where they run, if
+    the matrix is elsewhere now.
 
     int8 if the model's packed weights use it and the matrix is frozen, float32, and supported by the kernels in use.
     """
@@ -31,7 +32,7 @@ def code_type_for(model: nn.Module, weight_NK: Tensor) -> torch.dtype | None:
     if layer is None or layer.code_type is not torch.int8 or weight_NK.requires_grad or weight_NK.is_inference():
         return None  # an inference tensor has no version counter, by which scales are cached
     suits = weight_NK.dtype == torch.float32 and weight_NK.shape[1] % PART == 0 and weight_NK.is_contiguous()
-    return torch.int8 if suits and ops.active_backend(weight_NK.device) in BACKENDS else None
+    return torch.int8 if suits and ops.active_backend(device or weight_NK.device) in BACKENDS else None
 
 
 class _Last(threading.local):

@@ -21,6 +21,7 @@ from lownibble.config import DataConfig
 from lownibble.data import Dataset, cut, encoder_ids, end_tokens, prompts
 from lownibble.decoding import RefusedError, choose, decode
 from lownibble.errors import DataError
+from lownibble.models.info import pass_device
 from lownibble.study import metrics
 from lownibble.study.tasks import KINDS
 
@@ -39,6 +40,7 @@ def write_answers(
     """
     was_training, paired = model.training, bool(model.config.is_encoder_decoder)
     model.eval()
+    device = pass_device(model)
     answers = [""] * len(questions)
     asked = [encoder_ids(ids, tokenizer.eos_token_id) if paired else list(ids) for ids in questions]
     loop = {} if paired else _own_loop(model, max_new_tokens + max(map(len, asked), default=0))
@@ -48,8 +50,8 @@ def write_answers(
             first = 1 if paired else width
             gaps = [[tokenizer.pad_token_id] * (width - len(asked[i])) for i in rows]
             pieces = [(asked[i], gap) if paired else (gap, asked[i]) for i, gap in zip(rows, gaps, strict=True)]
-            ids = torch.tensor([a + b for a, b in pieces], device=model.device)
-            mask = torch.tensor([[int(paired)] * len(a) + [int(not paired)] * len(b) for a, b in pieces], device=model.device)
+            ids = torch.tensor([a + b for a, b in pieces], device=device)
+            mask = torch.tensor([[int(paired)] * len(a) + [int(not paired)] * len(b) for a, b in pieces], device=device)
             written = model.generate(
                 input_ids=ids, attention_mask=mask, **loop,
                 stopping_criteria=StoppingCriteriaList([_Said(tokenizer, stop, first)]),

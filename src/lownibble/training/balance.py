@@ -23,7 +23,7 @@ from torch import Tensor
 from lownibble.errors import ConfigError, ModelError
 from lownibble.models.experts import number_in
 from lownibble.models.head import for_comparing, hidden_states
-from lownibble.models.info import info
+from lownibble.models.info import info, pass_device
 
 _FUNCTION = "load_balancing_loss_func"
 _TOLERANCE = {torch.float32: 1e-4}
@@ -79,7 +79,7 @@ def _check(model: Any, loss: Balance, coefficient: float) -> None:
     Raises:
         ModelError: they differ.
     """
-    ids = torch.arange(1, 9, device=model.get_input_embeddings().weight.device).unsqueeze(0)
+    ids = torch.arange(1, 9, device=pass_device(model)).unsqueeze(0)
     mask = torch.ones_like(ids)
     with for_comparing(model):
         own = model(input_ids=ids, attention_mask=mask, output_router_logits=True, use_cache=False).aux_loss

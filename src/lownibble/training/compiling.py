@@ -33,7 +33,7 @@ import lownibble
 from lownibble.errors import ConfigError, TrainingError
 from lownibble.lora import count_parameters
 from lownibble.models import attention, experts
-from lownibble.models.info import decoder_layers, info
+from lownibble.models.info import decoder_layers, info, pass_device
 from lownibble.planning.memory import PAYS_AFTER_FLOPS
 from lownibble.training.forwards import Forward, replaced_forwards
 
@@ -128,7 +128,7 @@ class Compiled:
         backend: str | Callable[..., Any] = "inductor",
     ) -> None:  # fmt: skip
         layers = list(decoder_layers(model).values())
-        on_cuda = model.get_input_embeddings().weight.device.type == "cuda"
+        on_cuda = pass_device(model).type == "cuda"
         self._saving = RECOMPUTED if (on_cuda if recompute is None else recompute) else {}
         self._join = on_cuda if join is None else join
         if not model.get_input_embeddings().weight.requires_grad:

@@ -29,7 +29,7 @@ from lownibble.kernels import ops
 from lownibble.kernels.decoded import scratch
 from lownibble.models import attention
 from lownibble.models.head import Head, for_comparing, hidden_states
-from lownibble.models.info import info
+from lownibble.models.info import info, pass_device
 from lownibble.planning.linear import chunk_bytes
 from lownibble.quant.dense import DenseProducts
 
@@ -249,7 +249,7 @@ def check_packing(model: Any, rows: Sequence[Sequence[int]]) -> None:
     Raises:
         ModelError: they differ (recurrent state or convolution across `cu_seqlens` boundaries), or attention cannot be swapped.
     """
-    device = model.get_input_embeddings().weight.device
+    device = pass_device(model)
     ids = [torch.tensor([row], device=device) for row in rows]
     with for_comparing(model):
         alone = [hidden_states(model, row, None)[0] for row in ids]

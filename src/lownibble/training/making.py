@@ -25,7 +25,7 @@ from lownibble.lora.variants import variant_of
 from lownibble.memory import usage
 from lownibble.models import compute, load, pick_device, resolve, skeleton
 from lownibble.models.head import Head
-from lownibble.models.info import info
+from lownibble.models.info import info, pass_device
 from lownibble.models.load import load_tokenizer
 from lownibble.quant import QuantLinear
 from lownibble.registry import OBJECTIVES
@@ -107,9 +107,9 @@ def _make(config: RunConfig, rows: Dataset, sharding: Sharding | None) -> tuple[
         add_lora(model, config.lora, seed=config.train.seed, calibration=ids, restored=restored)
     elif config.method == "full":
         model.requires_grad_(True)
-        if model.device.type == "cuda" and config.dtype == "auto":
+        if pass_device(model).type == "cuda" and config.dtype == "auto":
             info(model).autocast = torch.bfloat16
-    usage.settle(model.device)  # frees temporaries of loading and quantising
+    usage.settle(pass_device(model))  # frees temporaries of loading and quantising
     return model, tokenizer
 
 

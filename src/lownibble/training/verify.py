@@ -22,6 +22,7 @@ from lownibble.lora.adapter import file_tensors
 from lownibble.lora.portable import WEIGHTS_FILE
 from lownibble.memory.usage import local
 from lownibble.models.conversion import stored_names
+from lownibble.models.info import pass_device
 
 _READ_BACK = "lownibble_read_back"
 _TOKENS = 16
@@ -101,7 +102,7 @@ def check_model(
 @torch.no_grad()
 def _logits(model: Any) -> Tensor:
     model.eval()
-    device, vocabulary = model.get_input_embeddings().weight.device, model.config.get_text_config().vocab_size
+    device, vocabulary = pass_device(model), model.config.get_text_config().vocab_size
     tokens = torch.arange(_TOKENS, device=device) * 37 % vocabulary
     ids = tokens.unsqueeze(0)
     pair = {"decoder_input_ids": ids} if model.config.is_encoder_decoder else {}
@@ -129,7 +130,7 @@ def _reads_back(model: Any, folder: Path, name: str, runs: bool) -> bool:
 def _how_compared(model: Any, name: str) -> str:
     if adapter_configs(model)[name].bias != "none":
         return "no: biases are trained in place; tensors bit for bit"
-    return "bit for bit" if model.device.type == "cpu" else f"within {LOGIT_TOLERANCE:g} of the largest"
+    return "bit for bit" if pass_device(model).type == "cpu" else f"within {LOGIT_TOLERANCE:g} of the largest"
 
 
 def _same(found: Tensor, expected: Tensor) -> bool:
