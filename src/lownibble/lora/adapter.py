@@ -85,8 +85,9 @@ def file_tensors(model: nn.Module, name: str) -> dict[str, Tensor]:
         adapter = part.adapter
         tensors |= {key: adapter.variant.to_file(own, getattr(adapter, own)) for own, key in part.keys.items()}
         if adapter.start is not None:
-            tensors[part.keys["lora_A"]] = torch.cat([adapter.lora_A, adapter.start[0]])
-            tensors[part.keys["lora_B"]] = torch.cat([adapter.lora_B, -adapter.start[1]], dim=1)
+            A, B = (each.to(adapter.lora_A.device) for each in adapter.start)  # shards are gathered on the CPU
+            tensors[part.keys["lora_A"]] = torch.cat([adapter.lora_A, A])
+            tensors[part.keys["lora_B"]] = torch.cat([adapter.lora_B, -B], dim=1)
     return tensors | _others(model, name)
 
 
