@@ -50,7 +50,7 @@ VALUES = {
     "max_length": 99, "group_by_length": True, "packing": True,
     "gradient_checkpointing": True, "torch_compile": True, "cuda_graphs": True, "deterministic": True, "seed": 4, "eval_steps": 5,
     "save_steps": 6, "output_dir": "out", "report_to": ["tensorboard", "wandb"], "resume": True,
-    "parallel": "ddp",
+    "parallel": "ddp", "fsdp_cpu_offload": True,
     "adapter": "some/adapter", "task": "nli", "harness": ["hellaswag", "arc_easy"], "harness_path": "tasks", "limit": 12,
     "num_fewshot": 3, "quantized": True, "any_base": True, "output": "merged", "onto": "nf4", "base": "some/base",
     "merge_aware": True, "preload": True,
@@ -79,8 +79,9 @@ NEEDS = {
     **{name: {"objective": "dpo"} for name in ("beta", "loss_type", "precompute_ref_log_probs")},
     **{name: {"objective": "kto"} for name in ("desirable_weight", "undesirable_weight")},
     "label_smoothing": {"objective": "dpo", "loss_type": "robust"},
+    "fsdp_cpu_offload": {"parallel": "fsdp"},
 }
-"""Options of [train] that are for some objectives only -> what they need."""
+"""Options of [train] that need others -> those."""
 
 
 CONFIGS = (
@@ -219,7 +220,7 @@ def test_values_cover_exactly_the_leaves():
 def test_leaf_names_and_flags_are_unique(config):
     flags = [flag_name(path, field) for path, field in leaves(config)]
     assert len(flags) == len(set(flags))
-    assert len(flags) <= 78  # 72, and 6 of the objectives over preferences, which TRL has as options of each of its trainers
+    assert len(flags) <= 79  # 73, and 6 of the objectives over preferences, which TRL has as options of each of its trainers
 
 
 def test_flags_win_over_toml_and_both_over_defaults(tmp_path):

@@ -33,7 +33,8 @@ PLANNED = {
     ),
     "train": (
         "num_train_epochs", "batch_size", "max_length", "packing", "gradient_accumulation_steps", "gradient_checkpointing",
-        "optim", "optim_page_budget", "torch_compile", "cuda_graphs", "parallel", "objective", "precompute_ref_log_probs",
+        "optim", "optim_page_budget", "torch_compile", "cuda_graphs", "parallel", "fsdp_cpu_offload", "objective",
+        "precompute_ref_log_probs",
     ),
 }  # fmt: skip
 """Group -> its options that affect a plan; others may be given and have no effect."""

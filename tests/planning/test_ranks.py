@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from rich.console import Console
 from test_step import SIZES, as_trained, checkpoint, evenly, needs_kernel, packed, peak_of_events
 from torch import nn
 from torch.distributed.fsdp import fully_shard
@@ -29,7 +30,8 @@ from lownibble.planning.linear import Method, Runtime
 from lownibble.planning.memory import plan_memory
 from lownibble.planning.models import find_shape
 from lownibble.planning.plan import plan
-from lownibble.planning.speed import plan_speed
+from lownibble.planning.show import tables
+from lownibble.planning.speed import HOST_MEMORY, plan_speed
 from lownibble.planning.step import Batch, run_step
 from lownibble.quant.experts import Ends
 from lownibble.training.loss import loss_at
@@ -44,7 +46,7 @@ BUFFERS = 2 * 3 * 4
 
 
 def memory(shape, device, method, parallel=None, ranks=1, **options):
-    train = TrainConfig(**{"batch_size": 1, "max_length": 8, **options})
+    train = TrainConfig(**{"batch_size": 1, "max_length": 8, "parallel": parallel or "auto", **options})
     quant, lora = QuantConfig(), LoraConfig(r=3)
     return plan_memory(shape, device, method, quant=quant, lora=lora, train=train, parallel=parallel, ranks=ranks)
 
@@ -201,6 +203,65 @@ def test_equals_fully_shard(ranks, model_type, method, checkpointing, passes):
     assert ours == pytest.approx(peak, rel=0.01)
 
 
+def test_offloaded_parts_are_in_host_memory_by_hand():
+    """Of eight ranks on a card, weights in bfloat16: what is left there is gathered, or is a copy on its way."""
+    on_card, found = (memory(TINY, H100, "lora", "fsdp", 8, fsdp_cpu_offload=off) for off in (False, True))
+    tables, A, B = 2 * 512, 6 * 12 + 20, 14 * 3  # in blocks of 512 bytes
+    assert found.instants["model"] == found.kinds["weights"] == tables
+    assert {found.kinds[kind] for kind in ("codes", "constants", "adapters", "optimizer")} == {0}
+    norms, rest = 2 * 2, 7 * 12 + 7 * 12 + 2
+    layer = 24 + 12 + 12 + 24 + 36 + 36 + 40 + norms
+    adapters = 4 * 3 * (A + B)
+    assert found.host_kinds == {
+        "weights": 2 * (3 * layer + rest), "adapters": adapters, "gradients": adapters, "optimizer": 2 * adapters,
+    }  # fmt: skip
+    pinned_layer = 64 + 32 + 32 + 64 + 128 + 128 + 128 + 2 * 4
+    a, b = (
+        6 * 64 + 128,
+        2 * 32 + 16 + 16 + 64 + 64 + 32,
+    )  # of 12, 12, 12, 12, 12, 12 and 20 values of A; 6, 3, 3, 6, 9, 9 and 6 of B
+    assert found.host_bytes == 3 * pinned_layer + 256 + 256 + 4 + 2 * 3 * (a + b) + 2 * adapters
+    assert found.exchange == on_card.exchange
+    assert found.kinds["gathered"] == on_card.kinds["gathered"]
+    assert on_card.host_kinds == {}
+    assert on_card.host_bytes == 0
+
+
+def test_a_cpu_has_no_other_memory():
+    assert memory(TINY, CPU, "lora", "fsdp", 8, fsdp_cpu_offload=True) == memory(TINY, CPU, "lora", "fsdp", 8)
+
+
+@pytest.mark.parametrize("method", ["full", "lora", "qlora"])
+def test_copies_to_and_from_the_host_are_time(method):
+    """The same step with shards on the card, copies of its own parts, and the optimiser's step on the host."""
+    shape, options = find_shape("demo"), {"batch_size": 2, "max_length": 64, "gradient_accumulation_steps": 2}
+    card = dataclasses.replace(H100, flops=1e30, bandwidth=1e30)
+    train, found = TrainConfig(**options), memory(shape, card, method, "fsdp", 4, **options, fsdp_cpu_offload=True)
+    speed = plan_speed(shape, card, method, train, found, cards=4, link=1e30)
+    copied = 2 * (2 * found.exchange.layers + found.exchange.rest + found.exchange.gradients) / 4
+    update = 6 * found.host_kinds["gradients"] + 2 * found.host_kinds["optimizer"]
+    for seconds, share, rate in zip(speed.step_s, reversed(REACHED), reversed(HOST_MEMORY), strict=True):
+        assert seconds == pytest.approx(copied / (63e9 * share) + update / rate)
+    assert plan_speed(shape, dataclasses.replace(card, host=None), method, train, found, cards=4, link=1e30) is None
+
+
+def test_a_plan_of_offloaded_shards():
+    options = {"gpu": "rtx-4090", "gpus": [2], "method": "full", "batch_size": 2, "parallel": "fsdp"}
+    (on_card,), (found,) = (plan("llama-2-13b", **options, fsdp_cpu_offload=off).rows for off in (False, True))
+    assert not on_card.verdict.fits
+    assert (found.verdict.words, found.verdict.train.optim) == ("fits", "adamw")
+    assert found.speed.step_s.likely > on_card.speed.step_s.likely
+    planned = plan("llama-2-13b", **options, fsdp_cpu_offload=True)
+    written = json.loads(json.dumps(planned.to_dict(), allow_nan=False))
+    assert written["rows"][0]["memory"]["host_bytes"] >= sum(written["rows"][0]["memory"]["host_kinds"].values()) > 50 * 2**30
+    assert written["sources"]["rtx-4090"]["host"].startswith("pcie-4-x16")
+    console = Console(width=200)
+    with console.capture() as shown:
+        console.print(*tables(planned))
+    assert "shards in host memory" in shown.get()
+    assert f"in host memory {found.verdict.memory.host_bytes / 2**30:.2f}" in shown.get()
+
+
 def test_what_is_sent_by_hand():
     assert Exchange("ddp", 0, 0, 100).sent(4, 3) == 2 * 100 * 3 / 4
     assert Exchange("fsdp", 1000, 50, 100).sent(4, 3) == 3 * (2 * 1000 + 50 + 100) * 3 / 4
@@ -249,7 +310,8 @@ def test_every_device_has_links():
         found = hardware.device(name)
         assert found.link > 0
         assert found.network > 0
-        assert {"link", "network"} <= dict(found.sources).keys()
+        assert found.host <= 63e9
+        assert {"link", "network", "host"} <= dict(found.sources).keys()
 
 
 def test_a_plan_of_several():
@@ -300,6 +362,7 @@ def test_a_model_that_cannot_be_sharded_is_planned_with_ddp():
         ("demo", {"link_gb_per_s": 2}, "The 'link_gb_per_s' of PlanConfig is for several GPUs"),
         ("demo", {"gpus": [2], "gpu": "cpu"}, "processes on a CPU share its memory"),
         ("demo", {"gpus": [12], "gpu": "t4"}, "12 GPUs are no whole nodes of 8"),
+        ("demo", {"parallel": "fsdp", "fsdp_cpu_offload": True}, "The 'parallel' of TrainConfig is for several GPUs"),
         ("t5-base", {"gpus": [2], "gpu": "t4", "parallel": "fsdp"}, "'t5-base' cannot be planned with fsdp: .* has an encoder"),
     ],
 )

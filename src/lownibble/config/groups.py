@@ -318,6 +318,11 @@ class TrainConfig(Options):
         description="how the processes of torchrun share the model: each holds all of it ('ddp'), or a part of each layer "
         "('fsdp'); auto: ddp where the run fits a device by the plan, else fsdp. batch_size is the run's, whatever their number",
     )
+    fsdp_cpu_offload: bool = Field(
+        False,
+        description="fsdp: keep shards, gradients and optimiser states in host memory, where the optimiser steps; a layer is on "
+        "the GPU only while it runs (accelerate: fsdp_offload_params)",
+    )
 
     @model_validator(mode="after")
     def _one_remedy_for_padding(self) -> TrainConfig:
@@ -325,6 +330,27 @@ class TrainConfig(Options):
             raise ConfigError(
                 "The 'group_by_length' of TrainConfig must be false with packing, which leaves no padding. Got true. "
                 "Set group_by_length=False (--no-group-by-length)."
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _shards_on_the_host(self) -> TrainConfig:
+        if not self.fsdp_cpu_offload:
+            return self
+        if self.parallel != "fsdp":
+            raise ConfigError(
+                f"The 'fsdp_cpu_offload' of TrainConfig is for shards. Got parallel='{self.parallel}'. Set parallel='fsdp' "
+                "(--parallel fsdp), or leave it out."
+            )
+        if self.gradient_checkpointing == "offload":
+            raise ConfigError(
+                "The 'gradient_checkpointing' of TrainConfig must be true or false with fsdp_cpu_offload. Got 'offload'. Set "
+                "gradient_checkpointing=True (--gradient-checkpointing true)."
+            )
+        if OPTIMIZERS[self.optim].paged == self.optim:
+            raise ConfigError(
+                "The 'optim' of TrainConfig must not be paged with fsdp_cpu_offload, which keeps all states in host memory. Got "
+                f"'{self.optim}'. Set optim='{OPTIMIZERS[self.optim].plain}' (--optim)."
             )
         return self
 

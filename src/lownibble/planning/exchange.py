@@ -9,9 +9,11 @@ step's rows (`share`).
 Rings: all-reduce sends 2 (N - 1) / N of the bytes over each card's link, all-gather and reduce-scatter (N - 1) / N. Over more
 cards than a node has, rings pass through the network, and each card sends at most as fast as a node does.
 
-Time: ddp's all-reduce comes after the last gradient and is added to the step. fsdp's exchanges run beside the computation, and
-only what exceeds it counts; as nothing hides if they wait for each other, the upper bound is the sum of both. `REACHED` is the
-share of a link's rate that is reached. Neither was measured by us.
+Offloaded shards are copied to the card before each gather, and gradients back, over the card's link to the host.
+
+Time: ddp's all-reduce comes after the last gradient and is added to the step. fsdp's exchanges and copies run beside the
+computation, and only what exceeds it counts; as nothing hides if they wait for each other, the upper bound is the sum of both.
+`REACHED` is the share of a link's rate that is reached. None of it was measured by us.
 """
 
 from __future__ import annotations
@@ -65,6 +67,10 @@ class Exchange(NamedTuple):
         if self.parallel == "ddp":
             return 2 * share * self.gradients
         return passes * share * (2 * self.layers + self.rest + self.gradients)
+
+    def copied(self, cards: int, passes: int) -> float:
+        """Bytes that each card copies from and to the host in such a step, if shards are there: its own part of what it sends."""
+        return passes * (2 * self.layers + self.rest + self.gradients) / cards
 
     def step_s(self, computing: float, sending: float, at_worst: bool) -> float:
         """Seconds of a step that computes and sends for so long; `at_worst`: nothing of it at the same time."""

@@ -75,6 +75,8 @@ def reliefs(train: TrainConfig, offloads: bool = False) -> Iterator[tuple[Relief
     for relief in RELIEFS:
         if relief.paged < paged or relief.gradient_checkpointing not in allowed:
             continue
+        if train.fsdp_cpu_offload and (relief.paged or relief.gradient_checkpointing == "offload"):
+            continue  # as `TrainConfig` refuses
         optim = train.optim if relief.paged == paged else paged_name(train.optim)
         if optim is None:
             continue  # a registered optimiser without a paged variant

@@ -37,7 +37,7 @@ class Device:
         efficiency: method -> share of `flops` that training reaches (low, likely, high), if measured.
         price: dollars per hour, lowest and highest, or None.
         link: bytes/s in each direction between cards of a node. network: bytes/s in each direction between nodes, of a whole
-            node. Both None if unknown.
+            node. host: bytes/s in each direction between a card and host memory. None if unknown.
         avx512: whether a CPU uses the AVX-512 kernels.
         allocated_error: shares by which allocated memory may be below and above the plan.
         reserved_error: share by which reserved memory may exceed the simulation; contains most published figures
@@ -56,6 +56,7 @@ class Device:
     price: tuple[float, float] | None = None
     link: float | None = None
     network: float | None = None
+    host: float | None = None
     efficiency: Mapping[str, tuple[float, float, float]] | None = None
     context_bytes: int = CONTEXT_MIB << 20
     workspace_bytes: int = WORKSPACE_MIB << 20
@@ -114,11 +115,12 @@ def _from_table(key: str) -> Device:
     cited = tuple((figure, sources[values[-1]]) for figure, values in entry.items() if isinstance(values, list))
     price = (float(entry["price"][0]), float(entry["price"][1])) if "price" in entry else None
     memory, bandwidth, tflops = (entry[figure][0] for figure in ("memory", "bandwidth", "tflops"))
-    links = {figure: _table()["links"][entry[figure]]["bandwidth"] for figure in ("link", "network")}
-    cited += tuple((figure, f"{entry[figure]}: {sources[source]}") for figure, (_, source) in links.items())
+    named = {"link": entry["link"], "network": entry["network"], "host": entry.get("host", entry["link"])}
+    links = {figure: _table()["links"][name]["bandwidth"] for figure, name in named.items()}
+    cited += tuple((figure, f"{named[figure]}: {sources[source]}") for figure, (_, source) in links.items())
     return Device(
         key, entry["title"], "cuda", int(memory * 2**30), bandwidth * 1e9, tflops * 1e12, price,
-        link=links["link"][0] * 1e9, network=links["network"][0] * 1e9,
+        link=links["link"][0] * 1e9, network=links["network"][0] * 1e9, host=links["host"][0] * 1e9,
         context_bytes=entry.get("context_mib", CONTEXT_MIB) << 20,
         workspace_bytes=entry.get("workspace_mib", WORKSPACE_MIB) << 20,
         sources=cited,

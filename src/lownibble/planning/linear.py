@@ -41,6 +41,7 @@ class Runtime:
         cuda: dropout saves a byte mask instead of factors, and fused attention takes a bias.
         compiled: decoder layers are compiled.
         shards: FSDP's ranks, each of which holds a part of every parameter; 0: parameters are whole.
+        offloaded: those parts are in host memory.
     """
 
     itemsize: int
@@ -52,6 +53,7 @@ class Runtime:
     chunk_bytes: int = SMALLEST_CHUNK
     compiled: bool = False
     shards: int = 0
+    offloaded: bool = False
 
 
 @dataclass(frozen=True)

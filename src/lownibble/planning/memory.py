@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 from lownibble.arch import Linear, ModelShape, all_paths, expert_paths, paths
@@ -96,7 +96,9 @@ class MemoryPlan:
             simultaneous or not.
         parameters, trained_parameters: elements. adapters_per_token: of the trained ones of adapters, those that a token passes
             through.
-        host_bytes: pinned host memory for offloaded checkpoints.
+        host_bytes: host memory for offloaded checkpoints, or for a rank's offloaded shards, gradients and optimiser states; torch
+            rounds what is pinned (all but the states) up to powers of two.
+        host_kinds: bytes of those shards, gradients and states by kind, as they are; empty if they are on the device.
         compiled: whether the step is one of compiled decoder layers.
         exchange: what ranks exchange, of a plan of one of several.
     """
@@ -113,6 +115,7 @@ class MemoryPlan:
     compiled: bool = False
     adapters_per_token: int = 0
     exchange: Exchange | None = None
+    host_kinds: Mapping[str, int] = field(default_factory=dict)
 
     def on(self, device: Device) -> MemoryPlan:
         """The same plan on another device with an equal `Device.alike`."""
@@ -157,7 +160,8 @@ class MemoryPlan:
             "reserved_bytes": None if self.reserved is None else self.reserved._asdict(),
             "device_bytes": self.device._asdict(), "parameters": self.parameters,
             "trained_parameters": self.trained_parameters, "host_bytes": self.host_bytes,
-            "compiled": self.compiled, **({} if self.exchange is None else {"exchange_bytes": self.exchange._asdict()}),
+            "compiled": self.compiled, **({"host_kinds": {**self.host_kinds}} if self.host_kinds else {}),
+            **({} if self.exchange is None else {"exchange_bytes": self.exchange._asdict()}),
         }  # fmt: skip
 
 
@@ -216,7 +220,9 @@ def plan_memory(
         computed_with = {path: _specs_of(linear, rounded[path]) for path, linear in paths(shape) if path in rounded}
         by_tiles = {path for path, how in rounded.items() if device.kind == "cpu" and how.quant_type in TILED}
         ways = Method(method == "full", packed, fused, adapted, of_adapter, lora.use_dora, computed_with, by_tiles)
-    run = _runtime(device, size, compiled and not tiled and not (ways and goes_by_expert(shape, ways)), shards)
+    offloaded = bool(shards) and train.fsdp_cpu_offload and device.kind == "cuda"
+    compiled = compiled and not tiled and not (ways and goes_by_expert(shape, ways))
+    run = _runtime(device, size, compiled, shards, offloaded=offloaded)
     if step is None:
         assert ways is not None
         tape = run_step(shape, ways, run, batch, checkpointing=train.gradient_checkpointing, passes=passes)
@@ -229,7 +235,12 @@ def plan_memory(
         tape.hold([n * size for n, each in trained if each > size], "adapters")  # rounded once a pass
         if tape.compiled and _replays(train, lora):
             tape.hold([n * each for n, each in trained], "gradients")  # those that graphs add to
-    tape.hold(state_bytes(trained, train, device.kind, max(1, shards)), "optimizer")
+    states = state_bytes(trained, train, device.kind, max(1, shards))
+    if offloaded:
+        tape.hold_on_host([n * each for n, each in trained], "gradients", pinned=True)
+        tape.hold_on_host(states, "optimizer", pinned=False)
+    else:
+        tape.hold(states, "optimizer")
     if parallel == "ddp":
         tape.exchange = Exchange("ddp", 0, 0, n_trained * FLOAT32)
         tape.insert("all-reduce", min(n_trained * FLOAT32, BUFFER_BYTES), "communication")
@@ -295,14 +306,14 @@ def itemsize(device: Device, method: MethodName, dtype: str) -> int:
     return ITEMSIZE[dtype]
 
 
-def _runtime(device: Device, size: int, compiled: bool = False, shards: int = 0) -> Runtime:
+def _runtime(device: Device, size: int, compiled: bool = False, shards: int = 0, *, offloaded: bool = False) -> Runtime:
     if device.kind == "cpu":
         fast = device.avx512 and size == FLOAT32
         return Runtime(size, fused=fast, kernel_attention=fast, decode_buffers=1, shards=shards)
     chunk = chunk_bytes(device.memory_bytes)
     return Runtime(
         size, fused=False, kernel_attention=False, decode_buffers=2, round_to=512, cuda=True, chunk_bytes=chunk,
-        compiled=compiled, shards=shards,
+        compiled=compiled, shards=shards, offloaded=offloaded,
     )  # fmt: skip
 
 
@@ -433,5 +444,5 @@ def _read(tape: Tape, passes: int, shape: ModelShape, device: Device, n_trained:
     of_passes = sum(n for _, n in tape.events[tape.marks[0][1] : tape.marks[-1][1]] if n > 0) // passes
     return MemoryPlan(
         kinds, instants, worst, simulated, of_passes, shape.parameters, n_trained, device, tape.host_bytes, tape.compiled,
-        exchange=tape.exchange,
+        exchange=tape.exchange, host_kinds=tape.host_kinds,
     )  # fmt: skip

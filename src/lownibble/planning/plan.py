@@ -86,7 +86,8 @@ class Plan:
     def to_dict(self) -> dict[str, Any]:
         """For JSON."""
         advice = {device: {"method": method, "reasons": reasons} for device, (method, reasons) in self.advice.items()}
-        left_out = () if self.config.gpus else ("link", "network")
+        used = {"link": self.config.gpus, "network": self.config.gpus, "host": self.config.train.fsdp_cpu_offload}
+        left_out = [figure for figure, is_used in used.items() if not is_used]
         sources = {
             device.name: {figure: source for figure, source in device.sources if figure not in left_out}
             for device in self.devices

@@ -7,6 +7,9 @@ and copied out of it. In forward the buffer is kept until the next layer has cop
 once, and the next layer's is there while a layer runs. Gradients are whole within a layer's backward; then they go to a flat
 buffer, which is kept until the next layer's is made, and come out as this rank's part.
 
+Offloaded shards are copied to the device tensor by tensor, from there into a group's flat buffer, and freed. Gradients' parts go
+to the host as soon as they are there.
+
 Oracle: the step of small models with torch's `fully_shard`, on a process group that moves nothing.
 """
 
@@ -71,7 +74,11 @@ class Groups:
         return sum(self._tape.shards * each.part * each.itemsize for each in chosen)
 
     def _buffer(self, number: int) -> Value:
-        return self._tape.new(self._flat_bytes(number), 1, "communication")
+        tape = self._tape
+        copies = [tape.new(each.part, each.itemsize, "communication") for each in self._groups[number] if tape.offloaded]
+        received = tape.new(self._flat_bytes(number), 1, "communication")
+        del copies
+        return received
 
     def _copy_out(self, number: int) -> None:
         shards = self._tape.shards
@@ -96,7 +103,8 @@ class Groups:
         for leaf in leaves:
             leaf.grad = None
         part = self._tape.new(n_bytes // self._tape.shards, 1, "gradients")
-        self._parts.setdefault(number, part)  # those of later microbatches are added to it
+        if not self._tape.offloaded:
+            self._parts.setdefault(number, part)  # those of later microbatches are added to it
 
     def _then(self, x: Value, what: Callable[[], None]) -> Value:
         """x, with something to be done when backward gets there."""

@@ -36,6 +36,8 @@ def tables(plan: Plan) -> Iterator[RenderableType]:
         title += "; merge-aware"
     if any(row.verdict.memory.compiled for row in plan.rows):
         title += "; compiled layers"
+    if plan.config.train.fsdp_cpu_offload:
+        title += "; shards in host memory"
     if plan.config.gpus:
         for device in plan.devices:
             rows = [row for row in plan.rows if row.verdict.device == device]
@@ -97,7 +99,8 @@ def _of_ranks(plan: Plan, rows: list[Row], title: str) -> Table:
 def _kinds(row: Row) -> Text:
     assert row.ranks is not None
     held = ", ".join(f"{kind} {n / 2**30:.2f}" for kind, n in parts(row.verdict).items())
-    return Text(f"{row.ranks.gpus:>4} {row.ranks.parallel:<4} {row.verdict.method:<6} {held}")
+    on_host = f"; in host memory {n / 2**30:.2f}" if (n := row.verdict.memory.host_bytes) else ""
+    return Text(f"{row.ranks.gpus:>4} {row.ranks.parallel:<4} {row.verdict.method:<6} {held}{on_host}")
 
 
 def _cell(row: Row) -> Text:

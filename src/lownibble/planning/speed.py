@@ -2,8 +2,9 @@
 
 FLOPs are those of the step's matrix products; bytes are the reads and writes of weights (packed and dequantised), optimiser
 states, gradients and activations. The two times are added, since kernels of one stream seldom overlap. Offloaded checkpoints are
-copied meanwhile: they count only if they take longer than all of it. What ranks exchange is in `exchange.py`. The share of peak
-FLOP/s that a device reaches is measured by `lownibble plan --calibrate`; the default is `EFFICIENCY`.
+copied meanwhile: they count only if they take longer than all of it. What ranks exchange is in `exchange.py`; where shards are
+offloaded, the optimiser's step on the host comes after it (`host_seconds`). The share of peak FLOP/s that a device reaches is
+measured by `lownibble plan --calibrate`; the default is `EFFICIENCY`.
 """
 
 from __future__ import annotations
@@ -55,13 +56,15 @@ def plan_speed(
     shape: ModelShape, device: Device, method: Method, train: TrainConfig, memory: MemoryPlan, *, tokens: int | None = None,
     price: float | None = None, cards: int = 1, link: float | None = None,
 ) -> SpeedPlan | None:  # fmt: skip
-    """Time of a step, and of `tokens` tokens; None if the device's speed is unknown, or the link's if there are several.
+    """Time of a step, and of `tokens` tokens; None if the device's speed is unknown, or that of a link that is used.
 
     Args:
         price: dollars per hour of a card, instead of the device's.
         cards: their number. link: bytes/s that each can send at (`exchange.link_of`).
     """
     if device.flops is None or device.bandwidth is None or (cards > 1 and link is None):
+        return None
+    if memory.host_kinds and device.host is None:
         return None
     per_step = cards * _tokens(train)
     flops, moved = step_flops(shape, method, memory, train), moved_bytes(memory, method, train, cards)
@@ -70,9 +73,12 @@ def plan_speed(
     step = Range(*(max(copied, flops / (device.flops * share) + moved / device.bandwidth) for share in reversed(shares)))
     if memory.exchange is not None and link is not None:
         sent = memory.exchange.sent(cards, train.gradient_accumulation_steps)
-        sending = [sent / (link * share) for share in reversed(REACHED)]
+        copied = memory.exchange.copied(cards, train.gradient_accumulation_steps)
+        seconds = sent / link + (copied / device.host if memory.host_kinds and device.host else 0)
+        sending = [seconds / share for share in reversed(REACHED)]
         at_worst = (False, False, True)
         step = Range(*map(memory.exchange.step_s, step, sending, at_worst))
+    step = Range(*(each + updating for each, updating in zip(step, host_seconds(memory), strict=True)))
     rate = Range(*(per_step / seconds for seconds in reversed(step)))
     hours = Range(*(tokens / each / 3600 for each in reversed(rate))) if tokens else None
     dollars = None if hours is None else dollars_of(hours, device, price, cards)
@@ -130,22 +136,38 @@ traffic; not measured by us."""
 
 def copied_seconds(memory: MemoryPlan, train: TrainConfig) -> float:
     """Time to copy offloaded checkpoints to the host and back; they are copied while layers compute."""
+    if train.gradient_checkpointing != "offload":
+        return 0.0
     return 2 * memory.host_bytes * train.gradient_accumulation_steps / HOST_BANDWIDTH
+
+
+HOST_MEMORY = (10e9, 20e9, 40e9)
+"""Bytes/s of host memory for each rank's optimiser step: low, likely, high. A guess: half of a desktop's, or an eighth of a
+server's with eight GPUs."""
+
+
+def host_seconds(memory: MemoryPlan) -> Range:
+    """Time of the optimiser's step on the host, if shards are there. A trained parameter is read and written, its gradient (of as
+    many bytes) read for the norm, read and written to be clipped, and read; states are read and written."""
+    moved = 6 * memory.host_kinds.get("gradients", 0) + 2 * memory.host_kinds.get("optimizer", 0)
+    return Range(*(moved / rate for rate in reversed(HOST_MEMORY)))
 
 
 def moved_bytes(memory: MemoryPlan, method: Method, train: TrainConfig, cards: int = 1) -> float:
     """Approximate bytes read from and written to device memory in a step. With fsdp all ranks' parts are read, after they were
-    written to a flat buffer and copied out of it."""
+    written to a flat buffer and copied out of it, wherever they are between passes."""
     sharded = memory.exchange is not None and memory.exchange.parallel == "fsdp"
     parts = cards if sharded else 1
     kinds, passes = memory.kinds, train.gradient_accumulation_steps
     times = 3 if train.gradient_checkpointing else 2
     tokens = train.batch_size * train.max_length
     tiles = len(tile_lengths(tokens)) if train.gradient_checkpointing and is_long(tokens) else 1
-    weights = parts * (kinds["weights"] + kinds["codes"] + kinds["constants"])
+    held = memory.host_kinds or kinds
+    weights = parts * sum(held.get(kind, 0) for kind in ("weights", "codes", "constants"))
     decoded = (
-        2 * 4 * parts * kinds["codes"] * tiles if method == "qlora" else 0
+        2 * 4 * parts * held.get("codes", 0) * tiles if method == "qlora" else 0
     )  # written and read in 16 bits, four times the codes
     activations = 2 * kinds["activations"] * times
     gathered = 3 * (2 * memory.exchange.layers + memory.exchange.rest) if sharded and memory.exchange else 0
-    return passes * (times * (weights + decoded) + activations + gathered) + 2 * kinds["optimizer"] + 3 * kinds["gradients"]
+    update = 2 * kinds["optimizer"] + 3 * kinds["gradients"] if held is kinds else 0
+    return passes * (times * (weights + decoded) + activations + gathered) + update

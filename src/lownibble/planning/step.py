@@ -29,7 +29,7 @@ def run_step(
     Returns:
         the tape, with the marks 'model', then per microbatch 'forward', 'loss' and 'backward', then 'update'.
     """
-    tape = Tape(run.round_to, compiled=run.compiled, shards=run.shards or 1)
+    tape = Tape(run.round_to, compiled=run.compiled, shards=run.shards or 1, offloaded=run.offloaded)
     model = (EncoderDecoder if shape.decoder_layers else Decoder)(tape, shape, method, run)
     tape.mark("model")
     for _ in range(passes):

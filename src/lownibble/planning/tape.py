@@ -228,15 +228,18 @@ class Tape:
         kinds: kind of memory of each storage, by its number.
         marks: (name, events so far, bytes in use) at the end of each phase.
         used: bytes in use now.
-        host_bytes: pinned host memory for offloaded checkpoints.
+        offloaded: whether parameters are in host memory (FSDP's offloaded shards).
+        host_bytes: host memory for offloaded checkpoints or shards; pinned tensors are rounded up (`pinned_bytes`).
+        host_kinds: kind -> bytes of the tensors of offloaded shards, as they are.
         compiled: whether it is a step of compiled decoder layers.
         shards: ranks that each parameter is divided among.
         parts: (elements on this rank, bytes per element) of every trained parameter.
         exchange: what ranks exchange, if they do.
     """
 
-    def __init__(self, round_to: int = 1, *, compiled: bool = False, shards: int = 1) -> None:
-        self.host_bytes, self.compiled, self.shards = 0, compiled, shards
+    def __init__(self, round_to: int = 1, *, compiled: bool = False, shards: int = 1, offloaded: bool = False) -> None:
+        self.host_bytes, self.compiled, self.shards, self.offloaded = 0, compiled, shards, offloaded
+        self.host_kinds: dict[str, int] = {}
         self.parts: list[tuple[int, int]] = []
         self.exchange: Exchange | None = None
         self.events: list[tuple[int, int]] = []
@@ -279,7 +282,7 @@ class Tape:
         """A copy of a finished tape."""
         other = Tape(self.round_to, compiled=self.compiled)
         other.events, other.kinds, other.marks, other.used = [*self.events], [*self.kinds], [*self.marks], self.used
-        other.host_bytes = self.host_bytes
+        other.host_bytes, other.host_kinds = self.host_bytes, {**self.host_kinds}
         return other
 
     # tensors
@@ -294,7 +297,14 @@ class Tape:
         part = -(-rows // self.shards) * (n // rows)
         if trained:
             self.parts.append((part, itemsize))
-        return Parameter(self.new(part, itemsize, kind).storage, n, itemsize, trained, part)
+        if self.offloaded:
+            self.hold_on_host([part * itemsize], kind, pinned=True)
+        return Parameter(self.new(0 if self.offloaded else part, itemsize, kind).storage, n, itemsize, trained, part)
+
+    def hold_on_host(self, sizes: Sequence[int], kind: str, *, pinned: bool) -> None:
+        """Count tensors of offloaded shards in host memory."""
+        self.host_kinds[kind] = self.host_kinds.get(kind, 0) + sum(sizes)
+        self.host_bytes += sum(map(pinned_bytes, sizes)) if pinned else sum(sizes)
 
     def like(self, value: Value) -> Value:
         """Allocate a tensor of the same size and dtype."""

@@ -224,7 +224,8 @@ def make_plan(body: Form) -> dict[str, Any]:
         InputError: an option is not valid, or the model cannot be planned.
     """
     run = configuration(body.command, body.values)
-    values = {k: v for k, v in taken_by("plan", body.values).items() if not k.startswith("data.") and k != "train.parallel"}
+    of_ranks = ("train.parallel", "train.fsdp_cpu_offload")
+    values = {k: v for k, v in taken_by("plan", body.values).items() if not k.startswith("data.") and k not in of_ranks}
     method = str(getattr(run, "method", "all"))
     alone = method != "all" and (run.merge_aware or run.train.loraplus_lr_ratio is not None)  # what not every method can have
     values |= {"gpu": body.gpu or here(), "method": method if alone else "all"}

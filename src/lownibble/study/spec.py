@@ -53,8 +53,9 @@ from lownibble.study.tasks import KINDS, check_kind, with_templates
 SCHEMA = 1
 """Schema version in the digests: a change makes all cells new. Raise it when a default changes, which digests do not see."""
 
-_NO_PART = {"output_dir", "report_to", "resume", "save_steps", "parallel"}
-"""Options of [train] that do not affect the result: output, logging, checkpoints, resuming, how processes share the model."""
+_NO_PART = {"output_dir", "report_to", "resume", "save_steps", "parallel", "fsdp_cpu_offload"}
+"""Options of [train] that do not affect the result: output, logging, checkpoints, resuming, how processes share the model, where
+shards are kept."""
 
 
 _BY_CONTENT = {"model", "revision"}
