@@ -24,14 +24,19 @@ def free_port():
 
 
 class Workers:
-    """`world` processes that train what they are told, together; one start for many runs."""
+    """`world` processes that train what they are told, together, over `backend`; one start for many runs."""
 
-    def __init__(self, world):
+    def __init__(self, world, backend="gloo"):
         self.errors = [tempfile.TemporaryFile("w+") for _ in range(world)]  # noqa: SIM115 - closed below
         worker = Path(__file__).parent / "worker.py"
         self.processes = [
             Forked(
-                [sys.executable, str(worker)], env=env, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, text=True
+                [sys.executable, str(worker), backend],
+                env=env,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=errors,
+                text=True,
             )
             for env, errors in zip(environment(world, free_port()), self.errors, strict=True)
         ]

@@ -1,4 +1,5 @@
-"""One rank of a test: reads runs from standard input, one JSON object a line, trains each, and answers with a line of JSON."""
+"""One rank of a test, over the backend that is its argument: reads runs from standard input, one JSON object a line, trains each,
+and answers with a line of JSON."""
 
 import json
 import sys
@@ -28,7 +29,7 @@ def answer(options):
 
 
 torch.set_num_threads(1)
-dist.init_process_group("gloo")
+dist.init_process_group(sys.argv[1])
 for line in sys.stdin:
     print(json.dumps(answer(json.loads(line))), flush=True)
     torch._dynamo.reset()

@@ -69,7 +69,7 @@ def test_compare_runs_each_method_writes_its_files_and_resumes(tiny_model, tiny_
     assert again["methods"] == result["methods"]
 
 
-def test_a_preference_loss_has_no_perplexity(tiny_model, tmp_path):
+def test_summaries_of_preference_losses_and_of_shards_in_host_memory(tiny_model, tmp_path):
     pairs = [{"prompt": "the film was", "chosen": " good", "rejected": " bad"}] * 4
     for side in ("train", "test"):
         (tmp_path / f"{side}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in pairs))
@@ -79,6 +79,11 @@ def test_a_preference_loss_has_no_perplexity(tiny_model, tmp_path):
     summary = comparing.summarize(trained.record)
     assert summary["eval_loss"] == trained.record["evaluations"][-1]["loss"]
     assert "perplexity" not in summary
+    memory = trained.record["memory"]
+    memory["host_bytes"] = memory["weights_bytes"]
+    kinds = comparing.summarize(trained.record)["bytes_by_kind"]  # of the device alone
+    assert kinds.pop("activations") + kinds.pop("other") == max(summary["peak_bytes"], memory["saved_activation_bytes"])
+    assert set(kinds.values()) == {0}
 
 
 def test_a_method_that_fails_is_recorded_and_the_others_go_on(tiny_model, tiny_data, tmp_path, forked, monkeypatch):

@@ -31,7 +31,8 @@ from lownibble.optim import state_bytes, states
 from lownibble.quant import QuantLinear
 
 _T = TypeVar("_T")
-_EXHAUSTED = ("can't allocate memory", "Cannot allocate memory", "not enough memory")
+_EXHAUSTED = ("can't allocate memory", "Cannot allocate memory", "not enough memory", "CUDA error: out of memory")
+"""In messages; the last is of pinned host memory."""
 _STATUS, _CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
 

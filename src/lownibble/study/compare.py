@@ -214,7 +214,7 @@ def _run(name: str, config: RunConfig, dense: RunConfig, gpus: int) -> dict[str,
     return run_in_processes(config, gpus)
 
 
-_FREE = ("output_dir", "report_to", "resume", "save_steps", "memory_budget", "parallel")
+_FREE = ("output_dir", "report_to", "resume", "save_steps", "memory_budget", "parallel", "fsdp_cpu_offload")
 """Options of [train] that a resumed comparison may change."""
 
 
@@ -278,6 +278,7 @@ def summarize(run: dict[str, Any]) -> dict[str, Any]:
     memory, speed, evaluations = devices.memory_of(run), run["speed"], run["evaluations"]
     held = ("weights_bytes", "codes_bytes", "constants_bytes", "adapters_bytes", "gradients_bytes", "optimizer_bytes")
     peak = max(memory["train_peak_bytes"], memory["load_peak_bytes"])
+    on_device = {key: 0 if memory.get("host_bytes") else memory[key] for key in held}  # offloaded shards are none of the peak
     saved = memory["saved_activation_bytes"]  # None on shards, where it is not counted: 'other' has it
     first, last = evaluations[0], evaluations[-1]
     return {
@@ -289,9 +290,9 @@ def summarize(run: dict[str, Any]) -> dict[str, Any]:
         "train_peak_bytes": memory["train_peak_bytes"],
         "planned": memory.get("planned"),
         "bytes_by_kind": {
-            **{key.removesuffix("_bytes"): memory[key] for key in held},
+            **{key.removesuffix("_bytes"): n for key, n in on_device.items()},
             **({} if saved is None else {"activations": saved}),
-            "other": max(0, peak - sum(memory[key] for key in held) - (saved or 0)),
+            "other": max(0, peak - sum(on_device.values()) - (saved or 0)),
         },
         "tokens_per_s": speed["tokens_per_s"],
         "tokens_per_s_quartiles": speed["tokens_per_s_quartiles"],

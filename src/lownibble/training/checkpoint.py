@@ -45,6 +45,7 @@ CHECKPOINTS = "checkpoints"
 
 _FREE = {
     "parallel",
+    "fsdp_cpu_offload",
     "output_dir",
     "report_to",
     "resume",

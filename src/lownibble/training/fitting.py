@@ -89,12 +89,17 @@ class Fitting:
             self.warnings.append(f"the memory budget of {budget} is more than this machine has")
         of_states = {
             setting: state_bytes(setting) for setting in SETTINGS
-            if setting.paged >= asked.paged and (not setting.paged or paged_name(self.config.optim) is not None)
+            if setting.paged >= asked.paged and (not setting.paged or self._pages)
             and setting.gradient_checkpointing in self._checkpointing(asked.gradient_checkpointing)
         }  # fmt: skip
         needs = Needs(self.micro.longest_row, self.micro.whole, ENOUGH_TOKENS[self.device.type], of_states)
         with DryRun(self.passes, self.micro, self.device, self._ranks.most, may_fail=not self._ranks.sharded) as bench:
             return replace(choose(limit, needs, bench), ranks=self._ranks.words)
+
+    @property
+    def _pages(self) -> bool:
+        """Whether paging optimiser states would save memory."""
+        return paged_name(self.config.optim) is not None and not self.config.fsdp_cpu_offload
 
     def _checkpointing(self, least: Checkpointing) -> list[Checkpointing]:
         """Kinds of gradient checkpointing that the model has here, from `least` on."""
@@ -183,8 +188,11 @@ class Fitting:
 
 
 def recorded_fit(config: TrainConfig, past: Any, ranks: Ranks = ALONE) -> Fit | None:
-    """The fit in a checkpoint's facts, if it was made for the same memory budget and, where there is one, the same ranks."""
-    if past and past.config["train"].get("memory_budget") == config.memory_budget and past.fit:
+    """The fit in a checkpoint's facts, if it was made for the same memory budget, with shards in the same place, and, where there
+    is a budget, on the same ranks."""
+    asked = past.config["train"] if past and past.fit else {}
+    there = (asked.get("memory_budget"), asked.get("fsdp_cpu_offload", False))
+    if asked and there == (config.memory_budget, config.fsdp_cpu_offload):
         found = Fit.from_dict(past.fit)
         return found if config.memory_budget is None or found.ranks == ranks.words else None
     return None

@@ -37,7 +37,7 @@ def add_up(losses: Sequence[Tensor], parts: Collection[Part], ranks: Ranks, devi
 
 
 def clip(parts: Collection[Part], ranks: Ranks, most: float | None, device: torch.device) -> Tensor:
-    """Clip to the norm `most`, if given; returns the norm of all gradients before, ()."""
+    """Clip to the norm `most`, if given; returns the norm of all gradients before, (), on their `device`."""
     trained = [part.parameter for part in parts]
     if ranks.sharded:
         norm = _norm_of_shards(parts, ranks, device)

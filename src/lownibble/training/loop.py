@@ -25,7 +25,7 @@ from lownibble.lora.experts import adapted_layers
 from lownibble.memory import usage
 from lownibble.memory.budget import Fit, Setting
 from lownibble.models.head import check_head
-from lownibble.models.info import info
+from lownibble.models.info import info, pass_device
 from lownibble.optim import (
     close_states,
     learning_rate,
@@ -82,9 +82,12 @@ class Trainer:
         micro: the microbatches of each step.
         passes: runs forward and backward passes; whether layers are compiled, and why.
         fitting: memory management.
+        device, parameter_device: where passes run, and where parameters, gradients and optimiser states are: the same, but for
+            shards that are offloaded to the host.
         optimizer: the optimiser; `set_up` replaces it if the memory budget chose paging.
         kinds: live bytes by kind after the first optimiser step, with gradients and resident optimiser states.
         optimizer_state_bytes: bytes of all optimiser states at that point, resident or not.
+        host_bytes: of the bytes in `kinds`, those in host memory while passes run on a GPU.
         ledger: those bytes by kind and dtype, and what is held in more bits than in the checkpoint.
         stop_signal: called between steps; a non-zero signal number saves and ends the run.
         warnings: messages for the user that no event has reported yet.
@@ -113,7 +116,8 @@ class Trainer:
         if ranks.sharded:
             sharding.check_training(config)
         self.model, self.config, self.cut_rows, self.ranks = model, config, cut_rows, ranks
-        self.device: torch.device = model.get_input_embeddings().weight.device
+        self.device = pass_device(model)
+        self.parameter_device: torch.device = model.get_input_embeddings().weight.device
         if model.config.is_encoder_decoder and config.memory_budget:
             raise ConfigError(f"The 'memory_budget' is not for {type(model).__name__}, which has an encoder. Leave it out.")
         self.objective: Objective = OBJECTIVES[config.objective].of(config)
@@ -132,7 +136,7 @@ class Trainer:
         self.warnings = self.fitting.warnings
         self.evaluator.before_pass = self.fitting.make_room
         self.optimizer = self._make_optimizer(self.fit.paged)
-        self.optimizer_state_bytes = 0
+        self.optimizer_state_bytes = self.host_bytes = 0
         self.kinds, self.ledger = usage.bytes_by_kind(model, None), usage.ledger(model, None)
         self._measured = False
         self.stream = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
@@ -151,7 +155,14 @@ class Trainer:
             sizes={part.parameter: math.prod(part.shape) for part in self.parts.values() if part.is_shard},
         )  # fmt: skip
 
+    @property
+    def _offloaded(self) -> bool:
+        return self.parameter_device.type != self.device.type
+
     def _planned_state_bytes(self, setting: Setting) -> int:
+        """Bytes of optimiser states on the passes' device."""
+        if self._offloaded:
+            return 0
         return self.ranks.most(planned_bytes(self.config.optim, self._make_optimizer(setting.paged)))
 
     @property
@@ -378,6 +389,7 @@ class Trainer:
         if not self._measured and bool(values.isfinite().all()):
             self.kinds, self._measured = usage.bytes_by_kind(self.model, self.optimizer), True
             self.optimizer_state_bytes = state_bytes(self.optimizer).total
+            self.host_bytes = sum(self.kinds.values()) if self._offloaded else 0
             stepped = {part.of: part.parameter for part in self.parts.values()}
             self.ledger = usage.ledger(self.model, self.optimizer, stepped)
         *losses, norm = values.tolist()
@@ -400,8 +412,8 @@ class Trainer:
         )  # fmt: skip
 
     def _gradients(self, step: int, rows: Rows) -> tuple[list[Batch], Counts, torch.Tensor]:
-        """Accumulate and clip gradients; returns the microbatches, what all ranks' hold, and float32 on the device: the loss of
-        each (of several ranks: their sum), and the gradient's norm before clipping."""
+        """Accumulate and clip gradients; returns the microbatches, what all ranks' hold, and float32 on the parameters' device:
+        the loss of each (of several ranks: their sum), and the gradient's norm before clipping."""
         batches, ranks = self.micro.batches(rows), self.ranks
         counts = Counts(*ranks.total(
             sum(batch.n_tokens for batch in batches), sum(batch.n_padded_tokens for batch in batches),
@@ -415,8 +427,8 @@ class Trainer:
         sharding.give_gradients(self.parts.values())
         if ranks.several:
             losses = [gradients.add_up(losses, self.parts.values(), ranks, self.device)]
-        norm = gradients.clip(self.parts.values(), ranks, self.config.max_grad_norm, self.device)
-        return batches, counts, torch.stack([value.float() for value in (*losses, norm)])
+        norm = gradients.clip(self.parts.values(), ranks, self.config.max_grad_norm, self.parameter_device)
+        return batches, counts, torch.stack([value.to(self.parameter_device, torch.float32) for value in (*losses, norm)])
 
     def _backward(self, step: int, batches: list[Batch], weight: int) -> list[torch.Tensor]:
         losses, measured = [], not (self._measured or self.ranks.sharded)  # gathered weights are saved too, and freed

@@ -22,7 +22,7 @@ from lownibble.lora import save_adapter
 from lownibble.lora.active import adapter_configs
 from lownibble.memory import planned, usage
 from lownibble.models import compute, pick_device
-from lownibble.models.info import info
+from lownibble.models.info import info, pass_device
 from lownibble.training import facts, interrupt, verify
 from lownibble.training.checkpoint import flat
 from lownibble.training.distributed import ALONE, Ranks, code_facts, joined, local_device
@@ -169,6 +169,7 @@ def _train(
             "saved_activation_bytes": None if ranks.sharded else trainer.passes.saved_activation_bytes,
             **{f"{kind}_bytes": n for kind, n in trainer.kinds.items()},
             "optimizer_state_bytes": trainer.optimizer_state_bytes,
+            "host_bytes": trainer.host_bytes,
             "ledger": trainer.ledger,
             **facts.of_budget(trainer, warned),
             "planned": plan.beside_measured(peak),
@@ -247,7 +248,7 @@ def _claimed(config: TrainConfig, ranks: Ranks) -> Iterator[Path]:
 def _save(
     model: Any, tokenizer: Any, folder: Path, result: dict[str, Any], examples: list[Example], *, sharded: bool = False
 ) -> Path | None:  # fmt: skip
-    usage.settle(model.device)
+    usage.settle(pass_device(model))
     adapter = bool(adapter_configs(model))
     saved = folder / ("adapter" if adapter else "model")
     with usage.oom_becomes_error(lambda: "Memory ran out while saving the result. Resume with --resume to save it again."):

@@ -7,6 +7,11 @@ group, gathered for a whole pass, since the loss reads the head's weight itself 
 Loading puts adapters on each layer and shards it as soon as its weights are there, so that a rank holds its shards and one layer
 (`Sharding.finish_layer`, called by `models.load`).
 
+With `fsdp_cpu_offload` shards, their gradients and the optimiser's states are in host memory, and the optimiser steps on the CPU;
+a group's shards are copied to the device before they are gathered. So there are two devices: where passes run
+(`models.info.pass_device`), which inputs go to, and where parameters are (`Trainer.parameter_device`), where gradients are
+clipped, their norm summed over gloo, and used. Without offloading, and on CPUs, they are one.
+
 The optimiser sees plain tensors, this rank's rows of each trained one (`Part`): AdamW computes element by element, so its results
 are those on the whole tensor. Moments in 8 bits are kept by blocks of 256 values: where every rank's rows begin with a block,
 blocks, codes and checkpoints are those of one process; where one would be cut, 8-bit optimisers are refused (`check_blocks`).
@@ -17,7 +22,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -31,7 +36,7 @@ from lownibble.errors import ConfigError, InputError, ModelError, TargetError
 from lownibble.lora.adapter import StoredAddition
 from lownibble.lora.inject import Addition
 from lownibble.memory.planned import device_of
-from lownibble.models.info import decoder_layers
+from lownibble.models.info import decoder_layers, info
 from lownibble.optim import plain_name
 from lownibble.optim.specs import BLOCK_8BIT, SMALLEST_8BIT
 from lownibble.planning.exchange import share
@@ -39,6 +44,9 @@ from lownibble.planning.memory import plan_memory
 from lownibble.planning.models import find_shape
 from lownibble.quant.linear import exact_products
 from lownibble.training.distributed import Mode, Ranks
+
+if TYPE_CHECKING:
+    from torch.distributed.fsdp import OffloadPolicy
 
 
 @dataclass(frozen=True)
@@ -132,6 +140,13 @@ def rest_gathered(model: Any, ranks: Ranks) -> Iterator[None]:
         model.reshard()
 
 
+def offload_policy(config: TrainConfig, device: torch.device) -> OffloadPolicy:
+    """Where shards are between passes: on the device, or in host memory, pinned where a GPU copies from it."""
+    from torch.distributed.fsdp import CPUOffloadPolicy, OffloadPolicy
+
+    return CPUOffloadPolicy(pin_memory=device.type == "cuda") if config.fsdp_cpu_offload else OffloadPolicy()
+
+
 def check(config: RunConfig) -> None:
     """Refuse what cannot be sharded, before anything is loaded.
 
@@ -216,7 +231,8 @@ class Sharding:
         from torch.distributed.fsdp import fully_shard  # before memory is measured
 
         self._ranks, self._fully_shard = ranks, fully_shard
-        self._mesh = init_device_mesh(device.type, (ranks.world,))
+        self._mesh, self._device = init_device_mesh(device.type, (ranks.world,)), device
+        self._offload_policy = offload_policy(config.train, device)
         self._config, self._restored, self._calibration = config, restored, calibration
         self._addition: Addition | StoredAddition | None = None
         self.largest_bytes = 0
@@ -230,6 +246,7 @@ class Sharding:
         if model.config.is_encoder_decoder or not decoder_layers(model):
             what = "it has an encoder" if model.config.is_encoder_decoder else "its decoder layers are not known"
             raise ModelError(f"{type(model).__name__} cannot be sharded: {what}. Use --parallel ddp.")
+        info(model).device = self._device
         if self._config.adapter is not None:
             self._addition = StoredAddition(model, self._config.adapter, self._ranks.from_first)
         elif self._config.method != "full":
@@ -291,7 +308,9 @@ class Sharding:
         kind = type(module)
         whole = sum(p.nbytes for p in module.parameters() if not isinstance(p, DTensor))
         self.largest_bytes = max(self.largest_bytes, whole)
-        self._fully_shard(module, mesh=self._mesh, reshard_after_forward=reshard_after_forward)
+        self._fully_shard(
+            module, mesh=self._mesh, reshard_after_forward=reshard_after_forward, offload_policy=self._offload_policy
+        )
         sharded = type(module)  # a class of its own, under which others would not know the module
         sharded.__name__, sharded.__qualname__, sharded.__module__ = kind.__name__, kind.__qualname__, kind.__module__
         module.set_gradient_divide_factor(1.0)  # the sum over ranks, not their mean
