@@ -16,6 +16,7 @@ from lownibble.errors import ConfigError
 from lownibble.lora import LowRank, adapter
 from lownibble.lora.variants import variant_of
 from lownibble.memory.budget import SETTINGS, Fit
+from lownibble.memory.usage import is_exhausted
 from lownibble.models import load
 from lownibble.models.info import decoder_layers, pass_device
 from lownibble.optim import make_optimizer, open_states, step_if_finite
@@ -151,3 +152,7 @@ def test_a_start_on_the_gpu_is_written_with_matrices_that_were_gathered_on_the_c
             "A": ((4, 6), CPU),
             "B": ((5, 4), CPU),
         }
+
+
+def test_lack_of_pinned_memory_is_lack_of_memory():
+    assert is_exhausted(RuntimeError("CUDA error: out of memory\nCUDA kernel errors might be asynchronously reported"))
