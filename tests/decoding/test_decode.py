@@ -50,6 +50,7 @@ def _prompts():
     return {"input_ids": ids, "attention_mask": mask}
 
 
+LAYERS = ["sliding_attention", "full_attention"]
 FAMILIES = {
     "llama": {},
     "llama with biases": {"attention_bias": True, "mlp_bias": True},
@@ -59,11 +60,13 @@ FAMILIES = {
             "original_max_position_embeddings": 32,
         }
     },
-    "mistral": {"sliding_window": None},
+    "mistral": {"sliding_window": 5},
     "qwen2": {},
     "qwen3": {"head_dim": 8},
     "llama with gelu": {"hidden_act": "gelu"},
     "gemma": {"head_dim": 8},
+    "gemma2": {"sliding_window": 8, "query_pre_attn_scalar": 12, "attn_logit_softcapping": 2.0, "final_logit_softcapping": 1.5},
+    "gemma3_text": {"head_dim": 8, "sliding_window": 8, "query_pre_attn_scalar": 12, "layer_types": LAYERS},
 }  # fmt: skip
 
 
@@ -184,9 +187,7 @@ def test_long_prompts_go_in_parts(quantized, monkeypatch):
 
 
 REFUSED = {
-    "gemma2": ({}, "is made of"),
     "olmo2": ({}, "is made of"),
-    "mistral": ({"sliding_window": 8}, "window of 8 tokens, and 12"),
     "gpt2": ({}, "not called 'layers'"),
     "llama long": ({"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}}, "dynamic"),
     "granite": ({"residual_multiplier": 0.5}, "something else"),
@@ -199,8 +200,8 @@ def test_models_of_another_form_run_on_transformers_modules(quantized, family):
     options, says = REFUSED[family]
     model = quantized(family.split()[0], **options)
     with pytest.raises(ModelError, match=f"(?s)({says}).*leave custom_generate out"):
-        CpuDecoder(model, 12)
-    assert re.search(says, choose(model, 12).note)
+        CpuDecoder(model)
+    assert re.search(says, choose(model).note)
     asked = {**_prompts(), "max_new_tokens": 5, "do_sample": False}
     assert torch.equal(model.generate(**asked, custom_generate=ln.decode), model.generate(**asked))
 
@@ -266,7 +267,7 @@ def test_a_step_is_described_on_the_host_and_sampled_on_the_device(monkeypatch):
     def stopping(ids, scores):
         return torch.tensor([ids.shape[1] >= 5] * 2, device=ids.device)
 
-    monkeypatch.setattr("lownibble.decoding.generate.choose", lambda model, capacity: OnCard())
+    monkeypatch.setattr("lownibble.decoding.generate.choose", lambda model: OnCard())
     monkeypatch.setattr("lownibble.decoding.generate.end_tokens", lambda model, tokenizer: [4])
     with Card():
         ids, pad = torch.tensor([[0, 7], [8, 7]], device="cuda"), torch.tensor(0, device="cuda")

@@ -24,7 +24,7 @@ APART = {
 def test_mixed_sequences_give_the_tokens_of_each_alone(kind):
     model = louder(build(kind, 96))
     with quiet():
-        decoder = choose(model, 64)
+        decoder = choose(model)
     assert isinstance(decoder, ModulesDecoder)
     assert decoder.together == (kind in TOGETHER)
     assert "all sequences at once" in decoder.note if kind in TOGETHER else APART[kind] in decoder.note
@@ -49,7 +49,7 @@ def test_adapters_are_mixed_in_a_step(kind):
     ln.set_adapter(model, None)
     assert expected[1:] != [alone(model, prompt) for prompt in rows()[1:]]
     with quiet():
-        decoder = choose(model, 64)
+        decoder = choose(model)
     held = {name: adapter_of(model, decoder, name) for name in ("one", "two")}
     assert decoded(decoder, rows(), [held.get(name) for name in adapters]) == expected
     assert decoded(decoder, rows(), [None] * 4) == [alone(model, prompt) for prompt in rows()], "nothing is left behind"
@@ -73,7 +73,7 @@ def test_what_decode_runs_is_the_models_own_adapter():
 def test_a_slot_goes_on_from_a_prefix_or_starts_anew(kind):
     model = louder(build(kind, 96))
     with quiet():
-        decoder = choose(model, 64)
+        decoder = choose(model)
     cache = decoder.cache(1, 64)
     prompt = torch.tensor(rows()[3])
     with torch.inference_mode():
@@ -110,7 +110,7 @@ def test_contexts_end_where_rotary_angles_change(rope_type):
     """Oracle: the model's own pass over the whole."""
     with quiet():
         model = louder(AutoModelForCausalLM.from_config(ROPES[rope_type]()).eval())
-        decoder = choose(model, 32)
+        decoder = choose(model)
     with pytest.raises(ModelError, match=f"'{rope_type}' change beyond 32 tokens.* 33 were asked for"):
         decoder.cache(1, 33)
 
@@ -131,10 +131,10 @@ def test_a_model_is_tried_once(monkeypatch):
     trial = ModulesDecoder._trial
     monkeypatch.setattr(ModulesDecoder, "_trial", lambda self, *args: trials.append(1) or trial(self, *args))
     with quiet():
-        first, second = choose(model, 64), choose(model, 64)
+        first, second = choose(model), choose(model)
         assert len(trials) == 1
         assert (first.note, first.together, first.slot_bytes(9)) == (second.note, second.together, second.slot_bytes(9))
-        half = choose(model.bfloat16(), 64)
+        half = choose(model.bfloat16())
     assert len(trials) == 2
     assert half.slot_bytes(9) == first.slot_bytes(9) // 2
     kept = weakref.ref(model)
@@ -145,4 +145,4 @@ def test_a_model_is_tried_once(monkeypatch):
 
 def test_training_mode_is_refused():
     with pytest.raises(ModelError, match="training mode"):
-        choose(build("gpt2", 96).train(), 64)
+        choose(build("gpt2", 96).train())

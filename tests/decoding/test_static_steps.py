@@ -249,7 +249,7 @@ def test_graphs_on_a_gpu_give_the_tokens_of_each_sequence_alone(kind):
         expected.append(alone(model, prompt))
     ln.set_adapter(model, None)
     with quiet():
-        decoder = choose(model, 64)
+        decoder = choose(model)
     assert "with CUDA graphs" in decoder.note
     held = {name: adapter_of(model, decoder, name) for name in ("one", "two")}
     assert decoded(decoder, rows(), [held.get(name) for name in names]) == expected
@@ -264,4 +264,4 @@ def test_packed_weights_are_decoded_with_graphs_on_a_gpu(quant, tiny):
         if isinstance(module, torch.nn.Linear) and name != "lm_head":
             model.set_submodule(name, QuantLinear.from_linear(module, ln.QuantConfig(**quant)))
     with quiet():
-        assert "with CUDA graphs" in choose(model.cuda(), 64).note
+        assert "with CUDA graphs" in choose(model.cuda()).note

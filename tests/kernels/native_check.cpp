@@ -446,11 +446,13 @@ Floats decode(std::int64_t T, std::int64_t D, std::int64_t inner, std::int32_t b
         }
         branches[p] = {factors[0], factors[1], r, 0.5f, dtype};
     }
-    const Floats norm = floats(hidden), head_norm = floats(D), cosine = floats(T * D), sine = floats(T * D);
-    layer.input_norm = layer.post_norm = norm.data();
+    const Floats norm = floats(hidden), head_norm = floats(D), cosine = floats(2 * T * D), sine = floats(2 * T * D);
+    layer.input_norm = layer.feed_forward_norm = norm.data();
+    layer.attention_output_norm = layer.feed_forward_output_norm = norm.data();
     layer.q_norm = layer.k_norm = head_norm.data();
     layer.hidden = hidden, layer.heads = heads, layer.key_heads = key_heads, layer.head_dim = D;
-    layer.eps = 1e-5f, layer.scaling = 0.3f;
+    layer.eps = 1e-5f, layer.scaling = 0.3f, layer.softcap = 2.0f;
+    layer.window = T / 2, layer.rope = 1, layer.activation = Activation::gelu_tanh;
     Floats x = floats(T * hidden), keys = floats(n_slots * kv * capacity), values = floats(n_slots * kv * capacity);
     std::vector<std::int64_t> slots(T, 1), positions(T);
     for (std::int64_t t = 0; t < T; ++t) positions[t] = t + 1;

@@ -37,8 +37,9 @@ def _layers(**form):
 
 
 def _layer(
-    seed, hidden=128, heads=4, key_heads=2, head_dim=32, inner=192, *, norms=False, biases=False, nested=True, block_size=64
-):
+    seed, hidden=128, heads=4, key_heads=2, head_dim=32, inner=192, *, norms=False, biases=False, nested=True, block_size=64,
+    outputs=False, **data,
+):  # fmt: skip
     torch.manual_seed(seed)
     q, kv = heads * head_dim, key_heads * head_dim
     shapes = ((q, hidden), (kv, hidden), (kv, hidden), (hidden, q), (inner, hidden), (inner, hidden), (hidden, inner))
@@ -47,9 +48,11 @@ def _layer(
         weight = quantize(torch.randn(N, K) / K**0.5, QuantConfig(double_quant=nested, block_size=block_size))
         projections.append(Projection(weight.four_bit, torch.randn(N) if biases else None))
     own = (torch.rand(head_dim) + 0.5, torch.rand(head_dim) + 0.5) if norms else (None, None)
+    of_outputs = [torch.rand(hidden) + 0.5 if outputs else None for _ in range(2)]
     return DecoderLayer(
-        projections, torch.rand(hidden) + 0.5, torch.rand(hidden) + 0.5, *own, heads, key_heads, head_dim, 1e-5, head_dim**-0.5
-    )
+        projections, torch.rand(hidden) + 0.5, torch.rand(hidden) + 0.5, *own, heads, key_heads, head_dim, 1e-5, head_dim**-0.5,
+        None, *of_outputs, rope=seed if data else 0, **data,
+    )  # fmt: skip
 
 
 def _adapter(layers, r, dtype=torch.float32):
@@ -62,12 +65,14 @@ def _adapter(layers, r, dtype=torch.float32):
 
 
 def _step(slots, positions, head_dim):
-    angles = torch.tensor(positions).unsqueeze(1) / 10 ** torch.linspace(0, 4, head_dim // 2)
+    angles = torch.tensor(positions).unsqueeze(1) / 10 ** (
+        torch.tensor([4.0, 2.0])[:, None, None] * torch.linspace(0, 1, head_dim // 2)
+    )
     return Step(
         torch.tensor(slots, dtype=torch.long),
         torch.tensor(positions, dtype=torch.long),
-        torch.cat([angles.cos()] * 2, 1),
-        torch.cat([angles.sin()] * 2, 1),
+        torch.cat([angles.cos()] * 2, 2),
+        torch.cat([angles.sin()] * 2, 2),
     )
 
 
@@ -94,6 +99,13 @@ FORMS = {
     "norms and biases": {"norms": True, "biases": True},
     "odd sizes": {"hidden": 72, "heads": 3, "key_heads": 1, "head_dim": 10, "inner": 37},
     "wide heads": {"heads": 2, "key_heads": 2, "head_dim": 80, "nested": False, "block_size": 32},
+    "four norms, a window, a cap, two angles": {
+        "norms": True,
+        "outputs": True,
+        "activation": "gelu_tanh",
+        "window": 7,
+        "softcap": 0.5,
+    },
 }
 
 
@@ -190,7 +202,7 @@ def test_equals_transformers_layer(backend, family):
     keys, values = torch.zeros(2, 1, 1, 2, 9, 16).unbind()
     found = x[0].clone()
     ops.decoder_layers(
-        found, DecoderLayers([layer]), keys, values, Step(torch.zeros(9, dtype=torch.long), positions, cosine[0], sine[0])
+        found, DecoderLayers([layer]), keys, values, Step(torch.zeros(9, dtype=torch.long), positions, cosine, sine)
     )
     torch.testing.assert_close(found, expected[0] if expected.dim() == 3 else expected, **CLOSE)
 

@@ -80,7 +80,7 @@ def engine(base, adapters):
 
     def _engine(budget=10**7, dtype=torch.float32, **options):
         model, tokenizer = ln.load(str(base), quant="nf4")
-        decoder = choose(model, 64)
+        decoder = choose(model)
         registry = Registry(decoder, adapters, budget, dtype=dtype)
         values = {"max_batch": 4, "max_context": 64, "max_queue": 100, "cache_budget": 10**7, **options}
         made.append(Engine(decoder, tokenizer, registry, **values))
@@ -112,7 +112,7 @@ def serving():
 
     def _serving(base, adapters, **options):
         model, tokenizer = ln.load(str(base), quant="nf4")
-        decoder = choose(model, 64)
+        decoder = choose(model)
         registry = Registry(decoder, adapters, 10**7, dtype=torch.float32)
         values = {"max_batch": 3, "max_context": 64, "max_queue": 100, "cache_budget": 10**7, **options}
         made.append(Engine(decoder, tokenizer, registry, **values))

@@ -21,7 +21,7 @@ from lownibble.serve.registry import NoRoomError, PinnedError, Registry, Unknown
 def registry(base, adapters):
     def _registry(budget=10**7, **options):
         model, _ = ln.load(str(base), quant="nf4")
-        return Registry(choose(model, 64), adapters, budget, **options)
+        return Registry(choose(model), adapters, budget, **options)
 
     return _registry
 

@@ -36,7 +36,7 @@ def adapters(base, tmp_path):
 
 
 def registry(base, adapters, **options):
-    return Registry(choose(ln.load(str(base), quant="nf4")[0], 64), adapters, 10**7, **options)
+    return Registry(choose(ln.load(str(base), quant="nf4")[0]), adapters, 10**7, **options)
 
 
 def alone(base, adapters, prompt, n, name):

@@ -145,7 +145,7 @@ def random_adapter(decoder: Decoder, seed: int) -> Adapter:
 def _several(model: Any, prompt: torch.Tensor) -> Callable[[int], dict[str, Any]]:
     """A turn continues the prompt `REQUESTS` times at once, with one adapter for all and then with one for each. Steps of a token
     each are timed, prompts are not."""
-    decoder, n = choose(model, len(prompt)), len(prompt)
+    decoder, n = choose(model), len(prompt)
     adapters = [random_adapter(decoder, seed) for seed in range(REQUESTS)]
     cache = decoder.cache(REQUESTS, MOST_TOKENS)
 

@@ -9,6 +9,7 @@ from torch import Tensor
 from transformers.cache_utils import DynamicLayer
 
 from lownibble.decoding.static import StaticSteps
+from lownibble.kernels.rows import Attending
 
 
 @dataclass
@@ -26,7 +27,8 @@ class SlotCache:
     slots: int
     capacity: int
     layers: dict[int, Layer] = field(default_factory=dict)
-    windows: dict[int, int | None] = field(default_factory=dict)
+    told: dict[int, Attending] = field(default_factory=dict)
+    """How each layer has asked to attend, when it first ran."""
     steps: StaticSteps | None = None
     """What runs steps of one token of each row, made by the first of them."""
 

@@ -9,13 +9,13 @@ from lownibble.decoding.decoder import Decoder, RefusedError
 from lownibble.decoding.modules import ModulesDecoder
 
 
-def choose(model: Any, capacity: int) -> Decoder:
-    """The fastest decoder that takes the model, for sequences of up to `capacity` tokens; its `note` says which and why.
+def choose(model: Any) -> Decoder:
+    """The fastest decoder that takes the model; its `note` says which and why.
 
     Raises:
         ModelError: none does, or the model is in training mode.
     """
     try:
-        return CpuDecoder(model, capacity)
+        return CpuDecoder(model)
     except RefusedError as error:
         return ModulesDecoder(model, error.why)

@@ -1,9 +1,11 @@
 """CpuDecoder: decoding of a causal model on a packed base on the CPU, with all decoder layers in one operation.
 
 transformers' layers are read once (`form.py`); embedding, final norm and head stay transformers' modules. A model whose modules
-qualify may still compute something else with them (a scaled residual, capped scores, sandwich norms), so before its first use
-the logits of a few tokens are compared with the model's own; a difference beyond rounding is an error. So no list of supported
-models is needed; packing is checked the same way (`models/attention.py`).
+qualify may still compute something else with them (a scaled residual), so before its first use the logits of a few tokens are
+compared with the model's own; a difference beyond rounding is an error. So no list of supported models is needed; packing is
+checked the same way (`models/attention.py`).
+
+Layers with a window keep all keys and values, so that a slot goes on after any prefix, and can be copied.
 
 Everything is float32. 8-bit matmul precision (`compute`) is for training: decode steps are exact.
 
@@ -22,10 +24,10 @@ import torch
 from torch import Tensor, nn
 
 from lownibble.decoding.decoder import Decoder, RefusedError
-from lownibble.decoding.form import branch_paths, read_adapter, read_layers
+from lownibble.decoding.form import branch_paths, read_adapter, read_layers, rope_types
 from lownibble.kernels import ops
 from lownibble.kernels.decoder import Segment, Step
-from lownibble.models import attention
+from lownibble.models.head import logit_transforms
 
 _CHECKED_TOKENS, _TOLERANCE = 12, 1e-3
 """Tokens compared, and the maximum logit difference relative to the largest logit; rounding stays far below it."""
@@ -53,12 +55,6 @@ class CpuCache:
     """KV cache of `slots` sequences of up to `capacity` tokens: (layers, slots, KV heads, capacity, head_dim) float32 each."""
 
     def __init__(self, decoder: CpuDecoder, slots: int, capacity: int) -> None:
-        """Allocate the cache.
-
-        Raises:
-            ModelError: `capacity` exceeds the model's attention window.
-        """
-        _check_window(decoder.model, capacity)
         layer = decoder.layers.of[0]
         shape = (2, len(decoder.layers.of), slots, layer.key_heads, capacity, layer.head_dim)
         self.slots, self.capacity = slots, capacity
@@ -79,22 +75,15 @@ class CpuCache:
             held[:, target, :, :n] = held[:, source, :, :n]
 
 
-def _check_window(model: Any, capacity: int) -> None:
-    window = attention.window(model)
-    if window is not None and capacity > window:
-        raise RefusedError(model, f"its attention sees a window of {window} tokens, and {capacity} were asked for")
-
-
 class CpuDecoder(Decoder):
     """A model's decoder layers, ready for decode steps. Shares the model's weights; recreate it if they move or change."""
 
-    def __init__(self, model: Any, capacity: int = 0) -> None:
-        """Read the model, for sequences of up to `capacity` tokens.
+    def __init__(self, model: Any) -> None:
+        """Read the model.
 
         Raises:
             RefusedError: the architecture does not qualify, or the model is in training mode or not float32 on the CPU.
         """
-        _check_window(model, capacity)
         weight = model.get_input_embeddings().weight
         if weight.device.type != "cpu" or weight.dtype != torch.float32:
             raise RefusedError(model, f"it is {weight.dtype} on '{weight.device}', not float32 on a CPU")
@@ -103,7 +92,8 @@ class CpuDecoder(Decoder):
         self.model, self.layers, self.adapter = model, read_layers(model), read_adapter(model)
         self.paths = branch_paths(model)
         self.note = f"the CPU's decoder with {'compiled' if self.layers.in_4bit else 'plain'} layers"
-        self._angles = (torch.empty(0, self.layers.of[0].head_dim),) * 2
+        self._angles = (torch.empty(1, 0, self.layers.of[0].head_dim),) * 2
+        self._transforms = logit_transforms(model)
         if why := _refused.get(model):
             raise RefusedError(model, why)
         head = model.get_output_embeddings().weight
@@ -137,9 +127,10 @@ class CpuDecoder(Decoder):
         x_TH = self.model.get_input_embeddings()(tokens)
         ops.decoder_layers(x_TH, self.layers, cache.keys, cache.values, Step(slots, positions, cosine, sine), segments)
         x_WH = self.model.base_model.norm(x_TH if wanted is None else x_TH[wanted])
-        if self._half is not None and len(x_WH) <= _HEAD_ROWS:
-            return ops.gemv_bf16(x_WH, self._half)
-        logits: Tensor = self.model.get_output_embeddings()(x_WH)
+        half = self._half if len(x_WH) <= _HEAD_ROWS else None
+        logits: Tensor = self.model.get_output_embeddings()(x_WH) if half is None else ops.gemv_bf16(x_WH, half)
+        for transform, value in self._transforms:
+            logits = transform(logits, value)
         return logits
 
     @staticmethod
@@ -156,15 +147,16 @@ class CpuDecoder(Decoder):
         return half
 
     def _rotary(self, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """Rotary cosines and sines (T, head_dim) at positions (T,), from tables that grow on demand."""
-        needed = int(positions.max()) + 1 if len(positions) else 0
-        if needed > len(self._angles[0]):
-            places = torch.arange(max(needed, 2 * len(self._angles[0]), 256)).unsqueeze(0)
-            cosine, sine = self.model.base_model.rotary_emb(torch.empty(1), places)
-            if cosine.shape[-1] != self.layers.of[0].head_dim:
+        """Rotary cosines and sines (angles, T, head_dim) at positions (T,), from tables that grow on demand."""
+        needed, known = int(positions.max()) + 1 if len(positions) else 0, self._angles[0].shape[1]
+        if needed > known:
+            places = torch.arange(max(needed, 2 * known, 256)).unsqueeze(0)
+            kinds = [() if kind is None else (kind,) for kind in rope_types(self.model)]
+            found = [self.model.base_model.rotary_emb(torch.empty(1), places, *kind) for kind in kinds]
+            if any(cosine.shape[-1] != self.layers.of[0].head_dim for cosine, _ in found):
                 raise RefusedError(self.model, "only a part of each head is rotated")
-            self._angles = (cosine[0].contiguous(), sine[0].contiguous())
-        return self._angles[0][positions], self._angles[1][positions]
+            self._angles = (torch.cat([cosine for cosine, _ in found]), torch.cat([sine for _, sine in found]))
+        return self._angles[0][:, positions], self._angles[1][:, positions]
 
     @torch.inference_mode()
     def _check(self) -> None:

@@ -1,23 +1,29 @@
 """Read a transformers model's decoder layers as data for `ops.decoder_layers`, or say why that is not possible.
 
-There is no list of model names: a layer qualifies by its modules (the seven projections on packed weights, two norms, optional
-query and key norms; in a mixture, a block with experts in the place of the last three projections). Whether they compute what
-their names say is checked numerically, see `cpu.py`. A feed-forward part with another activation than silu (Gemma) is run by the
-model's own code, as a mixture's is.
+There is no list of model names: a layer qualifies by its modules (the seven projections on packed weights, two or four norms,
+optional query and key norms; in a mixture, a block with experts in the place of the last three projections). What norms and
+activations compute is found by trying them, windows, caps and scaling from what each layer tells transformers' attention in a
+pass over one token. Whether the whole computes what its names say is checked numerically, see `cpu.py`. A feed-forward part with
+an activation that the kernels do not have is run by the model's own code, as a mixture's is.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import suppress
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
-from transformers.activations import SiLUActivation
 
+from lownibble.decoding.caches import SlotCache
 from lownibble.decoding.decoder import RefusedError
 from lownibble.decoding.mixture import Mixture
-from lownibble.kernels.decoder import PROJECTIONS, Adapter, DecoderLayer, DecoderLayers, LowRank, Projection
+from lownibble.decoding.slots import Part, attending
+from lownibble.errors import ModelError
+from lownibble.kernels.decoder import ACTIVATIONS, PROJECTIONS, Adapter, DecoderLayer, DecoderLayers, LowRank, Projection
+from lownibble.kernels.rows import Attending
 from lownibble.lora.experts import ExpertsLoRA
 from lownibble.lora.layer import LoraLinear
 from lownibble.models.experts import containers
@@ -26,8 +32,12 @@ from lownibble.quant import QuantLinear
 ROPE_TYPES = ("default", "linear", "llama3", "yarn")
 """RoPE types whose angles depend on the position only."""
 
-_SILU = (nn.SiLU, SiLUActivation)
-_LAYER = {"self_attn", "mlp", "input_layernorm", "post_attention_layernorm"}
+_NORMS = (
+    ("input_layernorm", "post_attention_layernorm"),
+    ("input_layernorm", "pre_feedforward_layernorm", "post_attention_layernorm", "post_feedforward_layernorm"),
+)
+"""What models call the norms of a layer: of the inputs of attention and feed-forward part, and of their outputs if there are."""
+
 _ATTENTION, _MLP = set(PROJECTIONS[:4]), set(PROJECTIONS[4:])
 
 
@@ -41,11 +51,42 @@ def read_layers(model: Any) -> DecoderLayers:
     layers = getattr(base, "layers", None)
     if layers is None or not all(hasattr(base, name) for name in ("norm", "rotary_emb")):
         raise RefusedError(model, "its parts are not called 'layers', 'norm' and 'rotary_emb'")
-    if base.rotary_emb.rope_type not in ROPE_TYPES:
-        raise RefusedError(
-            model, f"its rotary embedding is '{base.rotary_emb.rope_type}', which depends on more than the position"
-        )
-    return DecoderLayers([_layer(model, f"layer {index}", layer) for index, layer in enumerate(layers)])
+    ropes = rope_types(model)
+    if other := {*ropes.values()} - {*ROPE_TYPES}:
+        raise RefusedError(model, f"its rotary embedding is '{other.pop()}', which depends on more than the position")
+    found = [_layer(model, f"layer {index}", layer) for index, layer in enumerate(layers)]
+    kinds = [None] * len(found) if None in ropes else model.config.get_text_config().layer_types
+    if other := {*kinds} - {*ropes}:
+        raise RefusedError(model, f"its layers of kind '{other.pop()}' have no rotary embedding")
+    told = _told(model)
+    if {*told} != {*range(len(found))}:
+        raise RefusedError(model, "its attention does not go by transformers' interface, or is not plainly causal")
+    if any(how.sinks is not None for how in told.values()):
+        raise RefusedError(model, "its attention has sinks")
+    for index, layer in enumerate(found):
+        scaling, window, softcap, _ = told[index]
+        scaling = layer.scaling if scaling is None else scaling
+        found[index] = layer._replace(scaling=scaling, window=window, softcap=softcap, rope=[*ropes].index(kinds[index]))
+    return DecoderLayers(found)
+
+
+def rope_types(model: Any) -> Mapping[str | None, str]:
+    """Kind of layers -> type of their rotary embedding; None: of all layers."""
+    found: str | dict[str | None, str] = model.base_model.rotary_emb.rope_type
+    return found if isinstance(found, dict) else {None: found}
+
+
+def _told(model: Any) -> Mapping[int, Attending]:
+    """How each layer asks to attend, found once per model by a pass over one token; fewer layers if that fails."""
+    if model not in _heard:
+        cache = SlotCache(1, 1)
+        with suppress(ModelError), torch.inference_mode(), attending(model, cache, [Part(0, 0, 1, 0)]):
+            model.base_model(torch.zeros(1, 1, dtype=torch.int64), use_cache=False)
+        _heard[model] = cache.told
+    return _heard[model]
+
+
+_heard: WeakKeyDictionary[Any, Mapping[int, Attending]] = WeakKeyDictionary()
 
 
 def read_adapter(model: Any, adapter: str | None = None) -> Adapter | None:
@@ -87,8 +128,16 @@ def branch_paths(model: Any) -> list[list[str]]:
 
 def runs_itself(block: nn.Module) -> bool:
     """Whether the second half of a layer is run by the model's own code: a mixture of experts whose weights are fused, or dense
-    with another activation than silu."""
-    return any(True for _ in containers(block)) or not isinstance(getattr(block, "act_fn", None), _SILU)
+    with an activation that the kernels do not have."""
+    return any(True for _ in containers(block)) or _activation(block) is None
+
+
+@torch.no_grad()
+def _activation(block: Any) -> str | None:
+    """Which of `ACTIVATIONS` a feed-forward part has."""
+    own, probe = getattr(block, "act_fn", None), torch.linspace(-6, 6, 65)
+    same = (name for name, ours in ACTIVATIONS.items() if own and torch.allclose(own(probe), ours(probe), atol=1e-6))
+    return next(same, None)
 
 
 def _layer(model: Any, name: str, layer: Any) -> DecoderLayer:
@@ -96,10 +145,12 @@ def _layer(model: Any, name: str, layer: Any) -> DecoderLayer:
         found = {child for child, _ in module.named_children()}
         return needed <= found <= needed | allowed
 
-    if not holds(layer, _LAYER, set()):
+    names = next((names for names in _NORMS if holds(layer, {"self_attn", "mlp", *names}, set())), None)
+    if names is None:
         raise RefusedError(model, f"{name} is made of {', '.join(child for child, _ in layer.named_children())}")
     attention = layer.self_attn
-    own, mixture = runs_itself(layer.mlp), any(True for _ in containers(layer.mlp))
+    mixture, activation = any(True for _ in containers(layer.mlp)), _activation(layer.mlp)
+    own = mixture or activation is None
     if not holds(attention, _ATTENTION, {"q_norm", "k_norm"}) or not (mixture or holds(layer.mlp, _MLP, {"act_fn"})):
         raise RefusedError(model, f"attention or feed-forward part of {name} has other projections than {', '.join(PROJECTIONS)}")
     if own and (dense := Mixture.dense_weights(layer.mlp)):
@@ -107,13 +158,15 @@ def _layer(model: Any, name: str, layer: Any) -> DecoderLayer:
     found = list(linears(layer).items())[: 4 if own else None]
     projections = [_linear(model, f"{name}'s {path.rpartition('.')[2]}", module) for path, module in found]
     head_dim = attention.head_dim
-    norm, post_norm = (_norm(model, module) for module in (layer.input_layernorm, layer.post_attention_layernorm))
+    before, inner = (_norm(model, getattr(layer, name)) for name in names[:2])
+    outputs: list[Tensor | None] = [_norm(model, getattr(layer, name)) for name in names[2:]] or [None, None]
     of_heads = [getattr(attention, name, None) for name in ("q_norm", "k_norm")]
     q_norm, k_norm = (None if module is None else _norm(model, module) for module in of_heads)
     heads, key_heads = (projections[index].weight.shape[0] // head_dim for index in (0, 1))
-    eps = _eps(layer.input_layernorm)
-    of_heads_sizes = (heads, key_heads, head_dim, eps, attention.scaling)
-    return DecoderLayer(projections, norm, post_norm, q_norm, k_norm, *of_heads_sizes, Mixture(layer.mlp) if own else None)
+    return DecoderLayer(
+        projections, before, inner, q_norm, k_norm, heads, key_heads, head_dim, _eps(layer.input_layernorm), head_dim**-0.5,
+        Mixture(layer.mlp) if own else None, outputs[0], outputs[1], activation or "silu",
+    )  # fmt: skip
 
 
 def _eps(norm: Any) -> float:

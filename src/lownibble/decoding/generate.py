@@ -41,7 +41,7 @@ def decode(
         raise RefusedError(model, "it cannot go on from a cache of transformers'")
     if token_streamer is not None:
         token_streamer.put(input_ids)
-    decoder = choose(model, generation_config.max_length)
+    decoder = choose(model)
     B = len(input_ids)
     mask = model_kwargs.get("attention_mask")
     mask = torch.ones_like(input_ids) if mask is None else mask

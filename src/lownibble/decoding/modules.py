@@ -332,7 +332,7 @@ class ModulesDecoder(Decoder):
         if isinstance(cache, SlotCache):
             if not cache.layers:
                 return "its attention does not go by transformers' interface"
-            self._windows, self._slot_bytes = list(cache.windows.values()), (0.0, cache.nbytes / (2 * longer))
+            self._windows, self._slot_bytes = [how.window for how in cache.told.values()], (0.0, cache.nbytes / (2 * longer))
             self._no_graphs = "" if cache.steps is None else cache.steps.obstacle
         else:  # recurrent states do not grow; for windows this is more than they take
             per_token = (cache.slot_bytes(0) - cache.slot_bytes(1)) / (longer - shorter)

@@ -79,16 +79,16 @@ def _attend_slots(
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
     if attention_mask is not None or position_bias is not None or not causal:
         raise ModelError("its attention is not plainly causal")
+    how = Attending(scaling, sliding_window, softcap, s_aux)
     layer = cache.layers.get(module.layer_idx)
     if layer is None:
         shape = (cache.slots, key.shape[1], cache.capacity)
         layer = Layer(key.new_zeros(*shape, key.shape[3]), value.new_zeros(*shape, value.shape[3]))
-        cache.layers[module.layer_idx], cache.windows[module.layer_idx] = layer, sliding_window
+        cache.layers[module.layer_idx], cache.told[module.layer_idx] = layer, how
     if isinstance(parts, Rows):
         slots, positions = parts
         layer.keys[slots, :, positions] = key[0].transpose(0, 1)
         layer.values[slots, :, positions] = value[0].transpose(0, 1)
-        how = Attending(scaling, sliding_window, softcap, s_aux)
         query_BHD = query[0].transpose(0, 1).contiguous()
         return ops.attend_slots(query_BHD, layer.keys, layer.values, slots, positions, how).unsqueeze(0), None
     H, G, scale = key.shape[1], query.shape[1] // key.shape[1], query.shape[3] ** -0.5 if scaling is None else scaling

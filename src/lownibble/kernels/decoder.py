@@ -1,10 +1,11 @@
 """The decoder layers of a Llama-like model as data, and the operation on them in plain torch.
 
-A layer is `x += O attention(rotate(Q norm(x)), rotate(K norm(x)), V norm(x))`, then `x += Down(silu(Gate norm(x)) * Up norm(x))`,
-with RMS norms and seven packed projections, each with an optional low-rank branch. In a mixture of experts a layer has the four
-projections of attention, and its second half is a `FeedForward`, which is called between the layers. Compiled kernels support
-only 4-bit projections and low-rank sums: with other codecs, and in steps with DoRA adapters, the layers run here.
-`native/decoder.h` explains why the layers are one operation;
+A layer is `x += O attention(rotate(Q norm(x)), rotate(K norm(x)), V norm(x))`, then `x += Down(act(Gate norm(x)) * Up norm(x))`,
+with RMS norms and seven packed projections, each with an optional low-rank branch. What else a layer may have is data: norms of
+queries and keys (Qwen3) and of both outputs (Gemma 2 and 3), a window and a cap of attention's scores, one of several rotary
+angles, the activation. In a mixture of experts a layer has the four projections of attention, and its second half is a
+`FeedForward`, which is called between the layers. Compiled kernels support only 4-bit projections and low-rank sums: with other
+codecs, and in steps with DoRA adapters, the layers run here. `native/decoder.h` explains why the layers are one operation;
 `decoding/` determines which models have this form.
 """
 
@@ -12,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -23,6 +24,12 @@ from lownibble.kernels.types import FourBit
 
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 """transformers' names, in the order of every list of projections here."""
+
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "silu": torch.nn.functional.silu,
+    "gelu_tanh": partial(torch.nn.functional.gelu, approximate="tanh"),
+}
+"""Activations of feed-forward parts, in the order of the compiled kernels' numbers."""
 
 
 class Matvec(Protocol):
@@ -61,12 +68,15 @@ class FeedForward(Protocol):
 class DecoderLayer(NamedTuple):
     """Weights of a layer: seven projections, or attention's four and `feed_forward`.
 
-    Norms are float32: (hidden,), and (head_dim,) for `q_norm` and `k_norm`, which may be None.
+    Norms are float32: (hidden,), and (head_dim,) for `q_norm` and `k_norm`. Those that may be None: of queries and keys, and of
+    what attention and the feed-forward part add to x.
+    scaling: of scores. softcap: scores are `softcap * tanh(scores / softcap)`. window: last tokens that are seen, the own one
+    among them. rope: which of a step's angles. activation: in `ACTIVATIONS`, for layers of seven projections.
     """
 
     projections: Sequence[Projection]
     input_norm: Tensor
-    post_norm: Tensor
+    feed_forward_norm: Tensor
     q_norm: Tensor | None
     k_norm: Tensor | None
     heads: int
@@ -75,6 +85,12 @@ class DecoderLayer(NamedTuple):
     eps: float
     scaling: float
     feed_forward: FeedForward | None = None
+    attention_output_norm: Tensor | None = None
+    feed_forward_output_norm: Tensor | None = None
+    activation: str = "silu"
+    window: int | None = None
+    softcap: float | None = None
+    rope: int = 0
 
     def norm(self, x: Tensor, weight: Tensor) -> Tensor:
         """The RMS norm of x's last dimension."""
@@ -84,7 +100,11 @@ class DecoderLayer(NamedTuple):
         """x += FeedForward(norm(x)); `branches` are the whole layer's."""
         assert self.feed_forward is not None
         of_linears = [(begin, end, of[len(self.projections) :]) for begin, end, of in branches]
-        x_TH += self.feed_forward(self.norm(x_TH, self.post_norm), of_linears)
+        self.add(x_TH, self.feed_forward(self.norm(x_TH, self.feed_forward_norm), of_linears), self.feed_forward_output_norm)
+
+    def add(self, x_TH: Tensor, y_TH: Tensor, weight: Tensor | None) -> None:
+        """x += y, or its norm."""
+        x_TH += y_TH if weight is None else self.norm(y_TH, weight)
 
 
 @dataclass(frozen=True, eq=False)
@@ -147,8 +167,8 @@ class Segment(NamedTuple):
 class Step:
     """The tokens of one decoder pass.
 
-    slots, positions: (T,) int64, a token's slot (sequence) in the KV cache and its position there. cosine, sine: (T, head_dim)
-    float32. All earlier positions of a token's sequence must be in the cache or in the pass.
+    slots, positions: (T,) int64, a token's slot (sequence) in the KV cache and its position there. cosine, sine: (angles, T,
+    head_dim) float32. All earlier positions of a token's sequence must be in the cache or in the pass.
     """
 
     slots: Tensor
@@ -200,7 +220,7 @@ def _decoder_layer(
 
     def turn(x_TND: Tensor) -> Tensor:
         a, b = x_TND.chunk(2, dim=-1)
-        return x_TND * step.cosine.unsqueeze(1) + torch.cat([-b, a], dim=-1) * step.sine.unsqueeze(1)
+        return x_TND * step.cosine[layer.rope].unsqueeze(1) + torch.cat([-b, a], dim=-1) * step.sine[layer.rope].unsqueeze(1)
 
     normed = norm(x_TH, layer.input_norm)
     q, k, v = (project(i, normed).unflatten(1, (-1, D)) for i in range(3))
@@ -213,14 +233,18 @@ def _decoder_layer(
     values[step.slots, :, step.positions] = v
     attended = x_TH.new_empty(T, layer.heads * D)
     for t, (slot, position) in enumerate(zip(step.slots.tolist(), step.positions.tolist(), strict=True)):
+        seen = slice(0 if layer.window is None else max(0, position + 1 - layer.window), position + 1)
         past_keys, past_values = (
-            cache[slot, :, : position + 1].repeat_interleave(layer.heads // layer.key_heads, dim=0) for cache in (keys, values)
+            cache[slot, :, seen].repeat_interleave(layer.heads // layer.key_heads, dim=0) for cache in (keys, values)
         )
-        scores = (past_keys @ q[t].unsqueeze(2)).squeeze(2) * layer.scaling  # (heads, position + 1)
+        scores = (past_keys @ q[t].unsqueeze(2)).squeeze(2) * layer.scaling  # (heads, tokens seen)
+        if layer.softcap is not None:
+            scores = torch.tanh(scores / layer.softcap) * layer.softcap
         attended[t] = (scores.softmax(dim=1).unsqueeze(1) @ past_values).flatten()
-    x_TH += project(3, attended)
+    layer.add(x_TH, project(3, attended), layer.attention_output_norm)
     if layer.feed_forward is not None:
         layer.add_feed_forward(x_TH, branches)
         return
-    normed = norm(x_TH, layer.post_norm)
-    x_TH += project(6, torch.nn.functional.silu(project(4, normed)) * project(5, normed))
+    normed = norm(x_TH, layer.feed_forward_norm)
+    inner = ACTIVATIONS[layer.activation](project(4, normed)) * project(5, normed)
+    layer.add(x_TH, project(6, inner), layer.feed_forward_output_norm)

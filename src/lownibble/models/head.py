@@ -29,6 +29,18 @@ LOGIT_TRANSFORMS: dict[str, Callable[[Tensor, float], Tensor]] = {
 """Text-configuration key -> the logit transform that the model applies if the key is set (Gemma 2, Granite, Cohere)."""
 
 
+def logit_transforms(model: Any) -> list[tuple[Callable[[Tensor, float], Tensor], float]]:
+    """The transforms that come after the model's output head, in order, each with its value."""
+    config = model.config.get_text_config()
+    found = [
+        (transform, float(value)) for key, transform in LOGIT_TRANSFORMS.items()
+        if (value := getattr(config, key, None)) not in (None, 1.0)
+    ]  # fmt: skip
+    if getattr(config, "scale_decoder_outputs", False):  # T5
+        found.append((LOGIT_TRANSFORMS["logit_scale"], config.d_model**-0.5))
+    return found
+
+
 class Head:
     """A model's output head with its logit transforms: hidden states (L, H) -> logits (L, V)."""
 
@@ -36,13 +48,7 @@ class Head:
         self.module: nn.Module = model.get_output_embeddings()
         if self.module is None:
             raise ModelError(f"{type(model).__name__} has no output embeddings. Give a causal language model.")
-        config = model.config.get_text_config()
-        self.transforms = [
-            (transform, float(value)) for key, transform in LOGIT_TRANSFORMS.items()
-            if (value := getattr(config, key, None)) not in (None, 1.0)
-        ]  # fmt: skip
-        if getattr(config, "scale_decoder_outputs", False):  # T5
-            self.transforms.append((LOGIT_TRANSFORMS["logit_scale"], config.d_model**-0.5))
+        self.transforms = logit_transforms(model)
         self.plain = self._plain(model)
         self.vocab_size = int(self.module.weight.shape[0])  # type: ignore[union-attr,index]
 

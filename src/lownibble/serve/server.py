@@ -35,7 +35,7 @@ def make_service(config: ServeConfig) -> Service:
     if getattr(tokenizer, "backend_tokenizer", None) is None:
         raise ModelError(f"'{config.model}' has no fast tokenizer (tokenizer.json). Save its tokenizer again with transformers.")
     folder = None if config.adapters is None else Path(config.adapters).expanduser()
-    decoder = choose(model, config.max_context)
+    decoder = choose(model)
     known = (Path(config.model).name if Path(config.model).exists() else config.model, "base", config.model)
     names = tuple(dict.fromkeys(known))
     registry = Registry(

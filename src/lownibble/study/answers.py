@@ -118,7 +118,7 @@ def _own_loop(model: Any, capacity: int) -> dict[str, Any]:
     if any(isinstance(parameter, DTensor) for parameter in model.parameters()):
         return {}  # a part of each layer: only its own forward pass gathers the rest
     try:
-        choose(model, capacity).cache(1, capacity)
+        choose(model).cache(1, capacity)
     except RefusedError:
         return {}
     return {"custom_generate": decode}

@@ -16,7 +16,7 @@ from lownibble.kernels import decoder
 from lownibble.kernels.checks import DTYPES, check_block_size, check_float, check_tensor, check_weight
 from lownibble.kernels.cpu.fourbit import gemv_4bit
 from lownibble.kernels.cpu.loading import library
-from lownibble.kernels.decoder import PROJECTIONS, Adapter, DecoderLayer, DecoderLayers, Projection, Segment, Step
+from lownibble.kernels.decoder import ACTIVATIONS, PROJECTIONS, Adapter, DecoderLayer, DecoderLayers, Projection, Segment, Step
 from lownibble.kernels.types import FourBit
 
 _CPU = torch.device("cpu")
@@ -30,12 +30,15 @@ class _Linear4bit(ctypes.Structure):
     ]  # fmt: skip
 
 
+_NORMS = ("input_norm", "feed_forward_norm", "attention_output_norm", "feed_forward_output_norm", "q_norm", "k_norm")
+
+
 class _DecoderLayer(ctypes.Structure):
     _fields_ = [
         ("projections", _Linear4bit * len(PROJECTIONS)),
-        *((name, _pointer) for name in ("input_norm", "post_norm", "q_norm", "k_norm")),
-        *((name, _int64) for name in ("hidden", "heads", "key_heads", "head_dim")),
-        ("eps", _float), ("scaling", _float),
+        *((name, _pointer) for name in _NORMS),
+        *((name, _int64) for name in ("hidden", "heads", "key_heads", "head_dim", "window", "rope")),
+        *((name, _float) for name in ("eps", "scaling", "softcap")), ("activation", _int32),
     ]  # fmt: skip
 
 
@@ -89,12 +92,14 @@ def _layer(layer: DecoderLayer) -> _DecoderLayer:
     sizes = ((q, hidden), (kv, hidden), (kv, hidden), (hidden, q), (inner, hidden), (inner, hidden), (hidden, inner))
     named = zip(PROJECTIONS, layer.projections, sizes, strict=layer.feed_forward is None)
     linears = [_linear(name, linear, *size) for name, linear, size in named]
-    lengths = {"input_norm": hidden, "post_norm": hidden, "q_norm": layer.head_dim, "k_norm": layer.head_dim}
+    lengths = {name: layer.head_dim if name in ("q_norm", "k_norm") else hidden for name in _NORMS}
     norms = [
         None if (norm := getattr(layer, name)) is None else _floats(norm, name, length) for name, length in lengths.items()
     ]  # fmt: skip
-    sizes_of_heads = (layer.heads, layer.key_heads, layer.head_dim)
-    return _DecoderLayer((_Linear4bit * len(PROJECTIONS))(*linears), *norms, hidden, *sizes_of_heads, layer.eps, layer.scaling)
+    return _DecoderLayer(
+        (_Linear4bit * len(PROJECTIONS))(*linears), *norms, hidden, layer.heads, layer.key_heads, layer.head_dim,
+        layer.window or 0, layer.rope, layer.eps, layer.scaling, layer.softcap or 0.0, [*ACTIVATIONS].index(layer.activation),
+    )  # fmt: skip
 
 
 def _layers(layers: DecoderLayers) -> Any:
@@ -188,7 +193,10 @@ def decoder_layers(
     threads = torch.get_num_threads()
     widest = max(made, key=lambda one: one.projections[4].N)
     workspace = _workspace(library.decoder_workspace(ctypes.byref(widest), T, largest_r, capacity, threads))
-    x, angles = _floats(x_TH, "x_TH", T * made[0].hidden), [_floats(getattr(step, n), n, T * D) for n in ("cosine", "sine")]
+    if len(step.cosine) <= (rope := max(one.rope for one in made)):
+        raise InputError(f"The layers need {rope + 1} rotary angles, and the step has {len(step.cosine)}.")
+    x, n_angles = _floats(x_TH, "x_TH", T * made[0].hidden), len(step.cosine) * T * D
+    angles = [_floats(getattr(step, name), name, n_angles) for name in ("cosine", "sine")]
     for name, held in (("keys", keys), ("values", values)):
         _floats(held, name, keys.numel())
     begin = 0

@@ -430,16 +430,25 @@ float softmax_row(float* x, std::int64_t n, float scale) {
     return largest + __builtin_logf(total);
 }
 
-inline void silu_multiply(const float* gate, const float* up, std::int64_t n, float* out) {
-    for (std::int64_t i = 0; i < n; ++i) out[i] = gate[i] / (1.0f + exponential(-gate[i])) * up[i];
+// GELU's tanh is a logistic function, too: x / 2 (1 + tanh z) = x / (1 + e^-2z), with 2z = sqrt(8 / pi) (x + 0.044715 x^3).
+inline void activate_multiply(Activation activation, const float* gate, const float* up, std::int64_t n, float* out) {
+    if (activation == Activation::silu) {
+        for (std::int64_t i = 0; i < n; ++i) out[i] = gate[i] / (1.0f + exponential(-gate[i])) * up[i];
+        return;
+    }
+    for (std::int64_t i = 0; i < n; ++i) {
+        const float x = gate[i], twice = 1.59576912f * (x + 0.044715f * x * x * x);
+        out[i] = x / (1.0f + exponential(-twice)) * up[i];
+    }
 }
 
 template <class Simd>
 void attend(const float* q, const float* keys, const float* values, std::int64_t count, std::int64_t n, float scaling,
-            float* scores, float* out) {
+            float softcap, float* scores, float* out) {
     float largest = -__builtin_inff();
     for (std::int64_t i = 0; i < count; ++i) {
         scores[i] = scaling * dot<Simd>(q, keys + i * n, n);
+        if (softcap != 0.0f) scores[i] = softcap * (2.0f / (1.0f + exponential(-2.0f / softcap * scores[i])) - 1.0f);
         largest = scores[i] > largest ? scores[i] : largest;
     }
     for (std::int64_t i = 0; i < count; ++i) scores[i] = exponential(scores[i] - largest);
@@ -536,7 +545,7 @@ constexpr Kernels kernels_for(const char* name) {
         softmax_row<Simd>,
         rms_norm<Simd>,
         rotate,
-        silu_multiply,
+        activate_multiply,
         attend<Simd>,
     };
 }

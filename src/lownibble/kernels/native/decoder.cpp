@@ -94,11 +94,16 @@ void decoder_layer(const DecoderLayer& layer, std::int64_t index, const Tokens& 
         }
         return rows;
     };
-    // x += the projection of `input`, whose output lies in `out`.
-    const auto add_projection = [&](int p, const float* input, float* out) {
-        const Range rows = project(p, input, out);
-        for (std::int64_t t = 0; t < T; ++t) {
-            for (std::int64_t n = rows.begin; n < rows.end; ++n) tokens.x[t * H + n] += out[t * H + n];
+    // x += the projection of `input`, whose output lies in `out`, or its norm.
+    const auto add_projection = [&](int p, const float* input, float* out, const float* out_norm) {
+        Range columns = project(p, input, out), rows{0, T};
+        if (out_norm) {
+            worker.meet();
+            columns = {0, H}, rows = share(T, 1, worker);
+        }
+        for (std::int64_t t = rows.begin; t < rows.end; ++t) {
+            if (out_norm) kernels.rms_norm(out + t * H, out_norm, H, layer.eps, out + t * H);
+            for (std::int64_t n = columns.begin; n < columns.end; ++n) tokens.x[t * H + n] += out[t * H + n];
         }
         worker.meet();
     };
@@ -114,7 +119,8 @@ void decoder_layer(const DecoderLayer& layer, std::int64_t index, const Tokens& 
     const Range turned = share(T * heads, 1, worker);
     for (std::int64_t item = turned.begin; item < turned.end; ++item) {
         const std::int64_t t = item / heads, head = item % heads;
-        const float *cosine = tokens.cosine + t * D, *sine = tokens.sine + t * D;
+        const std::int64_t angle = (layer.rope * T + t) * D;
+        const float *cosine = tokens.cosine + angle, *sine = tokens.sine + angle;
         if (head < layer.heads) {
             float* const at = q + t * q_size + head * D;
             if (layer.q_norm) kernels.rms_norm(at, layer.q_norm, D, layer.eps, at);
@@ -135,30 +141,33 @@ void decoder_layer(const DecoderLayer& layer, std::int64_t index, const Tokens& 
 
     std::int64_t turn = 0;  // in turns, since later tokens of a prompt attend to more
     for (std::int64_t t = 0; t < T; ++t) {
+        const std::int64_t length = tokens.positions[t] + 1, count = layer.window ? smaller(length, layer.window) : length;
         for (std::int64_t head = 0; head < layer.heads; ++head) {
             if (turn++ % worker.count != worker.index) continue;
             const std::int64_t key_head = head / (layer.heads / layer.key_heads);
-            const std::int64_t place = (tokens.slots[t] * layer.key_heads + key_head) * tokens.capacity * D;
-            kernels.attend(q + t * q_size + head * D, keys + place, values + place, tokens.positions[t] + 1, D,
-                           layer.scaling, scores, attended + t * q_size + head * D);
+            const std::int64_t slot = tokens.slots[t] * layer.key_heads + key_head;
+            const std::int64_t place = (slot * tokens.capacity + length - count) * D;
+            kernels.attend(q + t * q_size + head * D, keys + place, values + place, count, D, layer.scaling, layer.softcap,
+                           scores, attended + t * q_size + head * D);
         }
     }
     worker.meet();
 
     reduce(attended, kO, kO);
-    add_projection(kO, attended, normed);
+    add_projection(kO, attended, normed, layer.attention_output_norm);
+    if (!inner) return;  // attention only
 
-    norm(layer.post_norm);
+    norm(layer.feed_forward_norm);
     reduce(normed, kGate, kUp);
     project(kGate, normed, gate);
     const Range columns = project(kUp, normed, up);
     for (std::int64_t t = 0; t < T; ++t) {
         const std::int64_t begin = t * inner + columns.begin;
-        kernels.silu_multiply(gate + begin, up + begin, columns.end - columns.begin, gate + begin);
+        kernels.activate_multiply(layer.activation, gate + begin, up + begin, columns.end - columns.begin, gate + begin);
     }
     worker.meet();
     reduce(gate, kDown, kDown);
-    add_projection(kDown, gate, normed);
+    add_projection(kDown, gate, normed, layer.feed_forward_output_norm);
 }
 
 }  // namespace

@@ -1,4 +1,5 @@
 // The decoder layers of a Llama-like model over a few tokens, with a KV cache; the interface that dispatch.cpp calls.
+// kernels/decoder.py says what a layer computes.
 //
 // Why one operation. In token-by-token decoding a layer of a small model is a dozen products of a few tens of microseconds;
 // called one at a time, norms, rotary embedding, activation and the interpreter between them take longer than the products. Here
@@ -31,10 +32,14 @@ struct Linear4bit {
 
 struct DecoderLayer {
     Linear4bit projections[kProjections];  // the last three empty (N, K = 0): attention only
-    const float *input_norm, *post_norm;  // (hidden,)
-    const float *q_norm, *k_norm;         // (head_dim,) or null
+    const float *input_norm, *feed_forward_norm;                    // (hidden,)
+    const float *attention_output_norm, *feed_forward_output_norm;  // (hidden,) or null
+    const float *q_norm, *k_norm;                                   // (head_dim,) or null
     std::int64_t hidden, heads, key_heads, head_dim;
-    float eps, scaling;
+    std::int64_t window;          // last tokens that are seen, the own one among them; 0: all
+    std::int64_t rope;            // which of the angles
+    float eps, scaling, softcap;  // softcap 0: scores are not capped
+    Activation activation;
 };
 
 // A low-rank branch of one projection: scale * B A, A being (r, K) and B, given as its transpose, (r, N); without one, A is null.
@@ -54,7 +59,7 @@ struct Segment {
 struct Tokens {
     float* x;                        // (T, hidden), replaced by the last layer's output
     std::int64_t T;
-    const float *cosine, *sine;      // (T, head_dim)
+    const float *cosine, *sine;      // (angles, T, head_dim)
     float *keys, *values;            // (layers, slots, key_heads, capacity, head_dim)
     std::int64_t n_slots, capacity;
     const std::int64_t *slots, *positions;  // (T,); the keys and values of a token are written before any token attends

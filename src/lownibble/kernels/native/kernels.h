@@ -26,6 +26,8 @@ namespace lownibble {
 
 enum class DType : std::int32_t { float32 = 0, bfloat16 = 1, float16 = 2 };
 
+enum class Activation : std::int32_t { silu = 0, gelu_tanh = 1 };
+
 struct BFloat16 {
     std::uint16_t bits;
 };
@@ -118,10 +120,11 @@ struct Kernels {
     // For decoder.cpp, each over one row of n floats. `out` may be `x`.
     void (*rms_norm)(const float* x, const float* weight, std::int64_t n, float eps, float* out);
     void (*rotate)(const float* x, const float* cosine, const float* sine, std::int64_t n, float* out);  // halves; n is even
-    void (*silu_multiply)(const float* gate, const float* up, std::int64_t n, float* out);
+    void (*activate_multiply)(Activation, const float* gate, const float* up, std::int64_t n, float* out);
     // softmax(scaling * q K^T) V over `count` rows of `keys` and `values`, (count, n); `scores` is memory for `count` floats.
+    // Scores s are softcap * tanh(s / softcap), unless that is 0.
     void (*attend)(const float* q, const float* keys, const float* values, std::int64_t count, std::int64_t n, float scaling,
-                   float* scores, float* out);
+                   float softcap, float* scores, float* out);
 };
 
 extern const Kernels kScalarKernels;
