@@ -1,9 +1,14 @@
 """Sampling on the device. Oracle: the host's sampler, its tokens for greedy requests and its distribution for others."""
 
+import weakref
+
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
-from lownibble.decoding.drawing import Drawer, How
+from lownibble.decoding.drawing import Drawer, How, most_bytes
 from lownibble.serve.sampling import Sampler, Sampling
 
 V = 50
@@ -107,3 +112,56 @@ def test_a_row_that_is_not_finite_has_no_token():
     drawer.begin(0, How(), [1])
     drawer.begin(1, How(temperature=1.0), [1])
     assert drawer(rows, [0, 1]).tolist() == [int(rows[0].argmax()), -1]
+
+
+def test_rows_that_are_drawn_one_after_another_are_drawn_as_all_at_once(monkeypatch):
+    hows, found = [How(), *HOWS.values()], []
+    for at_once in (10**9, 2 * V, 1):
+        monkeypatch.setattr("lownibble.decoding.drawing._AT_ONCE", at_once)
+        drawer = Drawer(len(hows), V, CPU)
+        for slot, how in enumerate(hows):
+            drawer.begin(slot, how, [1, 2], seed=slot)
+        found.append([drawer(logits(len(hows), step), range(len(hows))).tolist() for step in range(4)])
+    assert found[0] == found[1] == found[2]
+    assert len({tuple(said) for said in found[0]}) > 2
+
+
+class Held(TorchDispatchMode):
+    """Counts the bytes of the storages that operations make, while they are alive."""
+
+    def __init__(self):
+        super().__init__()
+        self.now, self.most, self._known = 0, 0, set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for made in tree_leaves(out):
+            storage = made.untyped_storage() if isinstance(made, torch.Tensor) else None
+            if storage is not None and storage._cdata not in self._known:
+                self._known.add(storage._cdata)
+                self.now += storage.nbytes()
+                self.most = max(self.most, self.now)
+                weakref.finalize(storage, self._goes, storage._cdata, storage.nbytes())
+        return out
+
+    def _goes(self, key, nbytes):
+        self._known.remove(key)
+        self.now -= nbytes
+
+
+@pytest.mark.parametrize(("rows", "vocabulary"), [(64, 256_000), (8, 256_000), (96, 32_000), (2, 50)])
+def test_working_memory_is_bounded(rows, vocabulary):
+    """Tensors of these sizes, without values. What sorting takes inside the operation, values and places again, is not seen."""
+    sorts = 32 * min(rows * vocabulary, max(2**21, vocabulary))
+    with FakeTensorMode(), Held() as held:
+        drawer = Drawer(rows, vocabulary, CPU)
+        for slot in range(rows):
+            drawer.begin(slot, HOWS["all"], [1, 2])
+        row = torch.zeros(rows, vocabulary, dtype=torch.bfloat16)
+        before = held.now
+        held.most = 0
+        drawer(row, range(rows))
+        counts = rows * vocabulary * 5
+        assert before - row.nbytes - counts < 200 * rows + 1000, "seeds and options"
+        assert held.most - before <= most_bytes(rows, vocabulary) - counts - sorts + 200 * rows + 1000
+        assert held.most - before > 0.8 * (most_bytes(rows, vocabulary) - counts - sorts), "the bound is no excuse"

@@ -7,9 +7,10 @@ from test_serve_families import TARGETS
 from test_serve_mixtures import PROMPTS, alone
 
 import lownibble as ln
-from lownibble.decoding import Drawer
+from lownibble.decoding import Drawer, most_bytes
 from lownibble.decoding.modules import ModulesDecoder
 from lownibble.decoding.static import StaticSteps
+from lownibble.errors import ConfigError
 from lownibble.serve.engine import Engine
 from lownibble.serve.registry import Registry
 from lownibble.serve.sampling import Sampling
@@ -88,3 +89,15 @@ def test_logits_that_are_not_finite_fail_the_request(base, serving, ask, calls):
     head = made.decoder.model.get_output_embeddings()
     head.register_forward_hook(lambda module, args, y: torch.full_like(y, float("nan")))
     assert "not finite" in str(ask(made, PROMPTS[1], 6)[1].wait().error)
+
+
+def test_what_drawing_takes_is_counted_in_the_budget(base, serving):
+    one = serving(base, None)
+    vocabulary, a_slot = one.decoder.model.config.vocab_size, one.decoder.slot_bytes(64)
+    assert (one.cache.slots, one.drawing_bytes) == (3, most_bytes(3, vocabulary))
+    options = {"max_batch": 3, "max_context": 64, "max_queue": 1}
+    less = Engine(one.decoder, one.tokenizer, one.registry, cache_budget=2 * a_slot + most_bytes(2, vocabulary), **options)
+    less.close(0)
+    assert less.cache.slots == 2
+    with pytest.raises(ConfigError, match="to draw tokens"):
+        Engine(one.decoder, one.tokenizer, one.registry, cache_budget=a_slot, **options)

@@ -343,7 +343,7 @@ class ServeConfig(Options):
     max_adapter: Size | None = Field(None, description="largest adapter, in memory; default: the budget of all")
     adapter_dtype: Literal["float16", "float32"] = Field("float16", description="what adapters are held in; sums are in float32")
     adapter_budget: Size = Field("1GB", description="memory for adapters")
-    cache_budget: Size = Field("1GB", description="memory for keys and values")
+    cache_budget: Size = Field("1GB", description="memory for keys and values, and on CUDA for drawing tokens")
     preload: bool = Field(False, description="read adapters before the first request, while the budget lasts")
     any_base: bool = Field(False, description="also adapters that were trained on other weights than the model's")
     drain_seconds: Annotated[float, Ge(0)] = Field(30.0, description="time that requests have to end after SIGTERM")

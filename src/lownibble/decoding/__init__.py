@@ -3,7 +3,7 @@
 from lownibble.decoding.choice import choose
 from lownibble.decoding.cpu import CpuDecoder
 from lownibble.decoding.decoder import Cache, Decoder, Forking, RefusedError
-from lownibble.decoding.drawing import Drawer, How
+from lownibble.decoding.drawing import Drawer, How, most_bytes
 from lownibble.decoding.generate import decode
 
-__all__ = ["Cache", "CpuDecoder", "Decoder", "Drawer", "Forking", "How", "RefusedError", "choose", "decode"]
+__all__ = ["Cache", "CpuDecoder", "Decoder", "Drawer", "Forking", "How", "RefusedError", "choose", "decode", "most_bytes"]

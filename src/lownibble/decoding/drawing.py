@@ -6,7 +6,8 @@ distribution, with other random numbers: one for each token, a hash of the reque
 that a seeded request draws the same whatever else is running. The token is where the sum of probabilities passes it.
 
 Everything is computed in double precision, as on the host, in shapes that do not depend on values: nothing waits for the device.
-Rows are sorted only if they cut their distribution, and penalties are computed only in steps where a row has some.
+Rows are sorted only if they cut their distribution, and penalties are computed only where a row has some. Some rows are drawn at
+once, then the next: so working memory does not grow with a step's rows (`most_bytes`).
 """
 
 from __future__ import annotations
@@ -22,6 +23,12 @@ from lownibble.transfers import to_device
 
 GREEDY = 1e-5
 """Temperatures below are greedy."""
+
+_AT_ONCE = 2**21
+"""Logits that are worked on at once: of 8 rows of 256,000 tokens, say. Fewer would be more launches for no less time."""
+
+_WORK_BYTES = 88
+"""Working memory per logit at most: 56 for what is held at once, and twice values and places for what sorting takes inside."""
 
 
 class How(NamedTuple):
@@ -44,6 +51,11 @@ class How(NamedTuple):
     def penalises(self) -> bool:
         """Whether tokens that have come before change their logits."""
         return self.repetition_penalty != 1 or bool(self.presence_penalty or self.frequency_penalty)
+
+
+def most_bytes(slots: int, vocabulary: int) -> int:
+    """Bytes that a `Drawer` takes at most on its device: which tokens were in prompt and output, and working memory."""
+    return slots * vocabulary * 5 + _WORK_BYTES * min(slots * vocabulary, max(_AT_ONCE, vocabulary))
 
 
 class Drawer:
@@ -78,7 +90,15 @@ class Drawer:
 
         logits_BV: (B, vocabulary), of the slots in order, no slot twice.
         """
-        hows, at_B = [self._how[slot] for slot in slots], to_device(torch.tensor(slots), self._device)
+        at_B, n = to_device(torch.tensor(slots), self._device), max(1, _AT_ONCE // self._vocabulary)
+        parts = [
+            self._tokens(logits_BV[i : i + n], at_B[i : i + n], [self._how[slot] for slot in slots[i : i + n]])
+            for i in range(0, len(slots), n)
+        ]
+        self._made.index_add_(0, at_B, torch.ones_like(at_B))
+        return torch.cat(parts)
+
+    def _tokens(self, logits_BV: Tensor, at_B: Tensor, hows: list[How]) -> Tensor:
         values_BF, logits_BV = self._values[at_B], logits_BV.double()
         how = dict(zip(How._fields, values_BF.unsqueeze(-1).unbind(1), strict=True))
         edited_BV = logits_BV
@@ -95,7 +115,6 @@ class Drawer:
         if penalises:
             assert self._output is not None
             self._output[at_B, tokens_B] += 1
-        self._made.index_add_(0, at_B, torch.ones_like(at_B))
         return torch.where(logits_BV.isfinite().all(-1), tokens_B, -1)
 
     def _penalised(self, logits_BV: Tensor, at_B: Tensor, how: dict[str, Tensor]) -> Tensor:
@@ -103,8 +122,8 @@ class Drawer:
         assert self._output is not None
         count_BV, repetition = self._output[at_B], how["repetition_penalty"]
         seen_BV = self._prompt[at_B] | (count_BV > 0)
-        repeated_BV = torch.where(logits_BV < 0, logits_BV * repetition, logits_BV / repetition)
-        edited_BV = torch.where(seen_BV, repeated_BV, logits_BV)
+        edited_BV = torch.where(logits_BV < 0, logits_BV * repetition, logits_BV / repetition)
+        edited_BV = torch.where(seen_BV, edited_BV, logits_BV)
         return edited_BV - torch.where(count_BV > 0, how["frequency_penalty"] * count_BV + how["presence_penalty"], 0.0)
 
     def _drawn(self, logits_BV: Tensor, at_B: Tensor, how: dict[str, Tensor], cut: bool) -> Tensor:
@@ -113,12 +132,12 @@ class Drawer:
         if cut:
             values_BV, ids_BV = values_BV.sort(dim=-1, descending=True, stable=True)
             rank_V, top_k = torch.arange(self._vocabulary, device=self._device), how["top_k"]
-            values_BV = torch.where((rank_V < top_k) | (top_k <= 0), values_BV, 0.0)
-            values_BV = torch.where(values_BV < how["min_p"] * values_BV[:, :1], 0.0, values_BV)
-            values_BV = values_BV / values_BV.sum(-1, keepdim=True)
-            before_BV = values_BV.cumsum(-1) - values_BV
-            first_V = rank_V == 0  # the most probable token is always kept
-            values_BV = torch.where((before_BV < how["top_p"]) | first_V, values_BV, 0.0)
+            values_BV.masked_fill_((rank_V >= top_k) & (top_k > 0), 0.0)
+            values_BV.masked_fill_(values_BV < how["min_p"] * values_BV[:, :1], 0.0)
+            values_BV /= values_BV.sum(-1, keepdim=True)
+            before_BV = values_BV.cumsum(-1).sub_(values_BV)
+            values_BV.masked_fill_((before_BV >= how["top_p"]) & (rank_V > 0), 0.0)  # the most probable token is always kept
+            del before_BV
         sums_BV = values_BV.cumsum(-1)
         target_B1 = self._uniform(at_B).unsqueeze(1) * sums_BV[:, -1:]
         # the last place at which the sum still grows: rounding must not lead beyond it

@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from lownibble.data import end_tokens
-from lownibble.decoding import Decoder, Drawer, Forking
+from lownibble.decoding import Decoder, Drawer, Forking, most_bytes
 from lownibble.errors import ConfigError, InputError
 from lownibble.kernels.decoder import Segment
 from lownibble.serve.registry import Loaded, NoRoomError, PinnedError, Registry
@@ -52,7 +52,8 @@ class Engine:
 
     Args:
         decoder, tokenizer: of a model from `load`.
-        max_batch: maximum concurrent sequences; fewer if `cache_budget` (bytes of keys and values) holds fewer.
+        max_batch: maximum concurrent sequences; fewer if `cache_budget` (bytes of keys and values, and of what drawing tokens on
+            the device takes) holds fewer.
         max_context: maximum tokens of a sequence, prompt and output; capped at the model's `max_position_embeddings`.
         max_queue: maximum waiting requests; further ones are rejected.
         prefix_cache: reuse keys and values of prompts that begin alike.
@@ -76,13 +77,16 @@ class Engine:
         self.decoder, self.registry, self.tokenizer, model = decoder, registry, tokenizer, decoder.model
         most = getattr(model.config.get_text_config(), "max_position_embeddings", None)
         max_context = min(max_context, most or max_context)
-        a_slot = max(1, decoder.slot_bytes(max_context))
-        if cache_budget < a_slot:
+        vocabulary = model.config.get_text_config().vocab_size if decoder.draws else 0
+        needed = [n * decoder.slot_bytes(max_context) + most_bytes(n, vocabulary) for n in range(1, max_batch + 1)]
+        slots = sum(one <= cache_budget for one in needed)
+        if not slots:
+            drawing = f" ({most_bytes(1, vocabulary) / 1e6:.0f} MB of it to draw tokens)" if vocabulary else ""
             raise ConfigError(
-                f"A sequence of {max_context} tokens takes {a_slot / 1e6:.0f} MB of keys and values, and --cache-budget is "
-                f"{cache_budget / 1e6:.0f} MB. Allow more, or shorter sequences (--max-context)."
+                f"A sequence of {max_context} tokens takes {needed[0] / 1e6:.0f} MB of keys and values{drawing}, and "
+                f"--cache-budget is {cache_budget / 1e6:.0f} MB. Allow more, or shorter sequences (--max-context)."
             )
-        self.cache = decoder.cache(min(max_batch, cache_budget // a_slot), max_context)
+        self.cache, self.drawing_bytes = decoder.cache(slots, max_context), most_bytes(slots, vocabulary)
         self.max_queue, self.prefix_cache = max_queue, prefix_cache
         self._drawer: Drawer | None = None
         self.eos = end_tokens(model, tokenizer)

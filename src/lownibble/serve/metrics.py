@@ -43,7 +43,9 @@ class Metrics:
             "adapter_loads": "Adapters read since the start.", "adapter_hits": "Requests whose adapter was held.",
             "adapter_evictions": "Adapters that made room for others.",
             "adapters_not_taken": "Folders of adapters that cannot be served; /v1/models says why.",
-            "cache_bytes": "Bytes of the key-value cache.", "process_bytes": "Resident memory of the process.",
+            "cache_bytes": "Bytes of the key-value cache.",
+            "drawing_bytes": "Bytes that drawing tokens on the device takes at most.",
+            "process_bytes": "Resident memory of the process.",
         }  # fmt: skip
         self._gauges = {name: Gauge(f"lownibble_{name}", text, registry=self._all) for name, text in gauges.items()}
 
@@ -73,7 +75,8 @@ class Metrics:
             "requests_running": engine.running, "requests_waiting": engine.waiting, "adapter_bytes": registry.nbytes,
             "adapters_held": len(registry.held), "adapter_loads": registry.loads, "adapter_hits": registry.hits,
             "adapter_evictions": registry.evictions, "adapters_not_taken": len(registry.not_taken),
-            "cache_bytes": engine.cache.nbytes, "process_bytes": self._process.memory_info().rss,
+            "cache_bytes": engine.cache.nbytes, "drawing_bytes": engine.drawing_bytes,
+            "process_bytes": self._process.memory_info().rss,
         }  # fmt: skip
         for name, value in now.items():
             self._gauges[name].set(value)
