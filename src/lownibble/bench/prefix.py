@@ -15,20 +15,17 @@ wave of short prompts, not counted, loads the adapters.
 
 from __future__ import annotations
 
-import queue
 import random
 import statistics
 import tempfile
-from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from lownibble.bench.serve import write_adapters
+from lownibble.bench.serve import answers, write_adapters
 from lownibble.config import ServeConfig
 from lownibble.errors import ConfigError
 from lownibble.measuring.turns import ratio, spread
 from lownibble.serve.engine import Engine
-from lownibble.serve.request import End, Event, Failed, Piece, Request
 from lownibble.serve.server import make_service
 
 REQUESTS, EACH, PREFIX_TOKENS, OWN_TOKENS = 32, 2, 512, 32
@@ -100,28 +97,9 @@ def _prompts(seed: int, ends: int, prefix: int) -> list[list[int]]:
     return [common + [draw.randrange(100, 40_000) for _ in range(OWN_TOKENS)] for _ in range(REQUESTS)]
 
 
-def _put(told: queue.Queue[tuple[int, Event]], index: int, event: Event) -> None:
-    told.put((index, event))
-
-
 def _wave(engine: Engine, prompts: list[list[int]], tokens: int, *, cached: bool = True) -> Wave:
     """All requests at once, until the last has ended."""
     engine.prefix_cache = cached
-    told: queue.Queue[tuple[int, Event]] = queue.Queue()
-    engine.submit(
-        *(
-            Request(prompt, tokens, partial(_put, told, index), adapter=f"a{index % (REQUESTS // EACH)}", ignore_eos=True)
-            for index, prompt in enumerate(prompts)
-        )
-    )
-    first, outputs, reused, left = [0.0] * REQUESTS, [list[int]() for _ in prompts], 0, REQUESTS
-    while left:
-        index, event = told.get()
-        if isinstance(event, Failed):
-            raise event.error
-        if isinstance(event, Piece) and event.token is not None:
-            outputs[index].append(event.token.token)
-        if isinstance(event, End):
-            assert event.first_s is not None
-            first[index], reused, left = event.first_s, reused + event.reused_tokens, left - 1
-    return Wave(first, 1 - reused / sum(map(len, prompts)), outputs)
+    outputs, ends = answers(engine, prompts, [f"a{index % (REQUESTS // EACH)}" for index in range(len(prompts))], tokens)
+    reused = sum(end.reused_tokens for end in ends)
+    return Wave([end.first_s for end in ends], 1 - reused / sum(map(len, prompts)), outputs)

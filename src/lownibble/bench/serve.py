@@ -28,7 +28,7 @@ import random
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
@@ -133,8 +133,33 @@ def _put(told: queue.Queue[tuple[int, Any]], index: int, event: Any) -> None:
     told.put((index, event))
 
 
-def _ours(mix: str, folder: Path) -> Callable[[int], dict[str, Any]]:
+def answers(
+    engine: Any, prompts: Sequence[list[int]], names: Sequence[str | None], tokens: int
+) -> tuple[list[list[int]], list[Any]]:  # fmt: skip
+    """The tokens and the `End` of each request; all are sent at once, `names` are their adapters."""
     from lownibble.serve.request import End, Failed, Piece, Request
+
+    told: queue.Queue[tuple[int, Any]] = queue.Queue()
+    outputs: list[list[int]] = [[] for _ in prompts]
+    ends: dict[int, End] = {}
+    engine.submit(
+        *(
+            Request(prompt, tokens, partial(_put, told, index), adapter=name, ignore_eos=True)
+            for index, (prompt, name) in enumerate(zip(prompts, names, strict=True))
+        )
+    )
+    while len(ends) < len(prompts):
+        index, event = told.get()
+        if isinstance(event, Failed):
+            raise event.error
+        if isinstance(event, Piece) and event.token is not None:
+            outputs[index].append(event.token.token)
+        if isinstance(event, End):
+            ends[index] = event
+    return outputs, [ends[index] for index in range(len(prompts))]
+
+
+def _ours(mix: str, folder: Path) -> Callable[[int], dict[str, Any]]:
     from lownibble.serve.server import make_service
 
     several = mix in ("uniform", "zipf")
@@ -147,23 +172,11 @@ def _ours(mix: str, folder: Path) -> Callable[[int], dict[str, Any]]:
     def do(tokens: int) -> dict[str, Any]:
         seed = next(rounds)
         names = _names(mix, seed)
-        told: queue.Queue[tuple[int, Any]] = queue.Queue()
-        outputs: list[list[int]] = [[] for _ in names]
-        requests = [
-            Request(prompt, tokens, partial(_put, told, index), adapter=name, ignore_eos=True)
-            for index, (name, prompt) in enumerate(zip(names, _prompts(seed, len(names)), strict=True))
-        ]  # fmt: skip
+        prompts, outputs, at_once = _prompts(seed, len(names)), [], 1 if mix == "alone" else len(names)
         began = time.perf_counter()
-        for together in [[one] for one in requests] if mix == "alone" else [requests]:
-            service.engine.submit(*together)
-            left = len(together)
-            while left:
-                index, event = told.get()
-                if isinstance(event, Failed):
-                    raise event.error
-                if isinstance(event, Piece) and event.token is not None:
-                    outputs[index].append(event.token.token)
-                left -= isinstance(event, End)
+        for begin in range(0, len(names), at_once):
+            sent = slice(begin, begin + at_once)
+            outputs += answers(service.engine, prompts[sent], names[sent], tokens)[0]
         seconds = time.perf_counter() - began
         registry = service.registry
         return {
