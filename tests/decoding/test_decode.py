@@ -251,6 +251,8 @@ def test_a_step_is_described_on_the_host_and_sampled_on_the_device(monkeypatch):
     seen = []
 
     class OnCard:
+        draws = False
+
         def cache(self, slots, capacity):
             return None
 

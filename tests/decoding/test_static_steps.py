@@ -3,6 +3,7 @@ operations of a step, whose replay sees its tensors and nothing that the host ha
 
 import gc
 import weakref
+from functools import partial
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from lownibble.decoding.modules import ModulesDecoder
 from lownibble.decoding.static import StaticSteps, prepared
 from lownibble.kernels import ops
 from lownibble.kernels.decoder import Adapter, LowRank, Segment
+from lownibble.models.kept import KEPT
 from lownibble.quant import QuantLinear
 
 
@@ -108,7 +110,8 @@ def linear_steps(places=4, capture=None):
             ops.add_low_rank_rows(y, tokens.unsqueeze(1).float().repeat(1, 5), adapters, 1)
         return y
 
-    return StaticSteps(run, places, 2, torch.float32, torch.device("cpu"), capture), seen
+    steps = StaticSteps(places, 2, torch.float32, torch.device("cpu"), capture)
+    return partial(steps, run=run), seen
 
 
 def adapter(seed, r):
@@ -180,7 +183,7 @@ def test_a_step_that_cannot_be_captured_goes_on_without_graphs():
     first, second, third = (steps([3], [0], [0], [one]) for _ in range(3))
     assert torch.equal(first, second)
     assert torch.equal(first, third)
-    assert "cannot be captured (operation not permitted" in steps.obstacle
+    assert "cannot be captured (operation not permitted" in steps.func.obstacle
 
 
 def test_nothing_in_a_step_waits_for_the_device():
@@ -195,12 +198,13 @@ def test_nothing_in_a_step_waits_for_the_device():
         assert not torch.equal(plain[0], adapted[0])
         assert torch.equal(plain[1], adapted[1])
         for adapters in ([None, None], [one, None]):
+            step = partial(cache.steps, [7, 8], [0, 1], [1, 1], adapters, partial(decoder._rows_pass, cache))
             with Waits(model) as waits:
-                cache.steps([7, 8], [0, 1], [1, 1], adapters)
+                step()
             assert waits.found == []
             hook = model.get_input_embeddings().register_forward_hook(lambda module, args, y: y.sum().item() and None)
             with Waits(model) as waits:
-                cache.steps([7, 8], [0, 1], [1, 1], adapters)
+                step()
             hook.remove()
             assert waits.found, "the modes see what waits"
 
@@ -220,6 +224,68 @@ def test_a_cache_and_its_graphs_are_freed_at_once():
         assert [each() for each in held] == [None] * 3
     finally:
         gc.enable()
+
+
+def test_generation_again_captures_nothing_until_what_its_graphs_depend_on_changes(monkeypatch):
+    """Of `lownibble.decode`. Oracle: transformers' own loop, after every change."""
+    model, capture = louder(build("gemma3_text", 96)), Recorded()
+    for seed, name in enumerate(("one", "two")):
+        ln.add_lora(model, ln.LoraConfig(r=2, target_modules="all-linear", init_lora_weights=False), name=name, seed=seed)
+    model.eval()
+    decoder = static(model, capture=capture)
+    monkeypatch.setattr("lownibble.decoding.generate.choose", lambda model: decoder)
+
+    def captured(prompt, rows=1):
+        """How many steps were captured, and replayed."""
+        before = capture.captured, capture.replays
+        ids = torch.tensor([prompt] * rows)
+        asked = {
+            "attention_mask": torch.ones_like(ids), "max_new_tokens": NEW, "do_sample": False, "pad_token_id": 0,
+            "eos_token_id": None,
+        }  # fmt: skip
+        with quiet():
+            found, expected = (model.generate(ids, **asked, **loop) for loop in ({"custom_generate": ln.decode}, {}))
+        assert torch.equal(found, expected)
+        return capture.captured - before[0], capture.replays - before[1]
+
+    short, long = rows()[2], rows()[3]
+    with ln.use_backend("reference"):
+        assert captured(short) == (1, NEW - 2), "the first step of a shape runs as it is"
+        assert captured(short) == (0, NEW - 1)
+        assert captured(short[:5]) == (0, NEW - 1), "another prompt"
+        assert captured(long)[0] == 1, "a longer context"
+        assert captured(short)[0] == 0
+        assert captured(short, rows=2)[0] == 1, "more rows"
+        assert captured(short)[0] == 1, "another shape in the same cache"
+        assert captured(short) == (0, NEW - 1)
+        ln.set_adapter(model, "one")
+        assert captured(short)[0] == 1, "another adapter"
+        assert captured(short)[0] == 0
+        with torch.no_grad():
+            model.get_input_embeddings().weight[3:9].neg_()
+        assert captured(short)[0] == 1, "changed in place"
+        layer = model.model.layers[0].self_attn.q_proj
+        layer.adapters["one"].lora_A = torch.nn.Parameter(-layer.adapters["one"].lora_A.detach())
+        assert captured(short)[0] == 1, "replaced"
+        layer.adapters["one"].scale *= 3
+        assert captured(short)[0] == 1, "another scale"
+        assert captured(short)[0] == 0
+    assert captured(short)[0] == 1, "other kernels"
+
+
+def test_what_is_kept_goes_with_its_model(monkeypatch):
+    def generated():
+        model = louder(build("qwen3", 96))
+        decoder = static(model, capture=lambda run: (lambda: None, run()))
+        monkeypatch.setattr("lownibble.decoding.generate.choose", lambda model: decoder)
+        with quiet():
+            model.generate(torch.tensor([[5, 6]]), max_new_tokens=3, pad_token_id=0, custom_generate=ln.decode)
+        return weakref.ref(model), weakref.ref(KEPT[model].cache)
+
+    held = generated()
+    monkeypatch.undo()
+    gc.collect()
+    assert [each() for each in held] == [None, None]
 
 
 def test_a_slot_is_copied_from_another():

@@ -1,21 +1,61 @@
 """`decode`: a generation loop for `model.generate(..., custom_generate=lownibble.decode)`, on whichever decoder takes the model
 (`choice.py`).
 
+**Kept.** A cache whose steps are captured in CUDA graphs stays with the model for its next call, which then captures nothing: as
+long as it is large enough, and the model is what it was. Graphs hold addresses of weights, and which adapter was active; so any
+tensor of the model that is changed, moved or replaced, another active adapter and another precision end it. Contexts are rounded
+up to a power of two, so that a chat that grows does not capture anew each turn. Training drops it, too (`models/kept.py`). Caches
+without graphs are made anew: that costs nothing.
+
 Options, logits processors and stopping criteria stay transformers'. Only a streamer must be passed as `token_streamer`, and the
 tokenizer as `chat_tokenizer`: `generate` does not forward `streamer` and `tokenizer` to a custom loop.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from contextlib import suppress
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from transformers.generation import GenerateDecoderOnlyOutput
 
 from lownibble.data import end_tokens
+from lownibble.decoding.caches import SlotCache
 from lownibble.decoding.choice import choose
-from lownibble.decoding.decoder import RefusedError
+from lownibble.decoding.decoder import Cache, Decoder, RefusedError
+from lownibble.kernels import ops
+from lownibble.lora.layer import LoraLinear, LowRank, TrainedCopy
+from lownibble.models.kept import KEPT
+from lownibble.quant import QuantLinear
+
+
+class _Kept(NamedTuple):
+    """The cache of a model's last call, and what its graphs depend on."""
+
+    state: object
+    cache: SlotCache
+
+
+def _state(model: Any) -> object:
+    """What graphs of a model's steps depend on: its tensors, what is active, and the kernels."""
+    tensors = [
+        (t.data_ptr(), t.shape, t.dtype, 0 if t.is_inference() else t._version) for t in (*model.parameters(), *model.buffers())
+    ]
+    active = [m.active for m in model.modules() if isinstance(m, (LoraLinear, TrainedCopy))]
+    scales = [m.scale for m in model.modules() if isinstance(m, LowRank)]
+    compute = [m.compute for m in model.modules() if isinstance(m, QuantLinear)]
+    return tensors, active, scales, compute, ops.current(model.device).name
+
+
+def _cache(decoder: Decoder, kept: _Kept | None, state: object, slots: int, capacity: int) -> Cache:
+    """The cache that was kept, if it does for `slots` sequences of `capacity` tokens; else a new one."""
+    if kept is not None and kept.state == state and kept.cache.slots >= slots and kept.cache.capacity >= capacity:
+        return kept.cache
+    if decoder.draws:  # may be kept
+        with suppress(RefusedError):  # beyond what the rotary angles allow
+            return decoder.cache(slots, 1 << (capacity - 1).bit_length())
+    return decoder.cache(slots, capacity)
 
 
 @torch.inference_mode()
@@ -46,7 +86,9 @@ def decode(
     mask = model_kwargs.get("attention_mask")
     mask = torch.ones_like(input_ids) if mask is None else mask
     lengths = mask.sum(dim=1).cpu()
-    cache = decoder.cache(B, generation_config.max_length)
+    state, kept = (_state(model), KEPT.pop(model, None)) if decoder.draws else (None, None)  # nobody else has it until the end
+    cache = _cache(decoder, kept, state, B, generation_config.max_length)
+    del kept
     logits = torch.cat([decoder.prompt(input_ids[row][mask[row] != 0].cpu(), row, cache) for row in range(B)])
 
     pad, sample = generation_config._pad_token_tensor, generation_config.do_sample
@@ -75,6 +117,8 @@ def decode(
         step = decoder.step(chosen.cpu()[rows], rows, lengths[rows], cache)
         logits = step if len(rows) == B else logits.index_copy(0, goes_on, step)
         lengths = lengths + 1
+    if isinstance(cache, SlotCache) and cache.steps is not None and not cache.steps.obstacle:
+        KEPT[model] = _Kept(state, cache)
     if token_streamer is not None:
         token_streamer.end()
     if not generation_config.return_dict_in_generate:

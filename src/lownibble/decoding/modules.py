@@ -29,7 +29,7 @@ from contextlib import contextmanager
 from functools import partial
 from itertools import groupby
 from typing import Any, NamedTuple
-from weakref import WeakKeyDictionary, ref
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -194,16 +194,14 @@ class ModulesDecoder(Decoder):
         if any(adapters) and self._tokens is None:
             self._tokens = _hooked(self.model, self._modules)
         if cache.steps is None:
-            most, run = 1 << (cache.slots - 1).bit_length(), partial(self._rows_pass, ref(cache))  # which holds the steps
-            cache.steps = StaticSteps(run, most, len(self._modules), self._dtype, self._device, self._capture)
-        ids = tokens[[part.begin for part in parts]].tolist()
-        return cache.steps(ids, [part.slot for part in parts], [part.position for part in parts], adapters)
+            most = 1 << (cache.slots - 1).bit_length()
+            cache.steps = StaticSteps(most, len(self._modules), self._dtype, self._device, self._capture)
+        ids, run = tokens[[part.begin for part in parts]].tolist(), partial(self._rows_pass, cache)
+        return cache.steps(ids, [part.slot for part in parts], [part.position for part in parts], adapters, run)
 
     def _rows_pass(
-        self, held: ref[SlotCache], tokens_B: Tensor, slots_B: Tensor, positions_B: Tensor, adapters: RowAdapters | None
+        self, cache: SlotCache, tokens_B: Tensor, slots_B: Tensor, positions_B: Tensor, adapters: RowAdapters | None
     ) -> Tensor:  # fmt: skip
-        cache = held()
-        assert cache is not None
         with attending(self.model, cache, Rows(slots_B, positions_B)), self._rows(adapters, len(tokens_B)):
             output = self.model(tokens_B.unsqueeze(0), position_ids=positions_B.unsqueeze(0), use_cache=False)
         logits: Tensor = output.logits[0]

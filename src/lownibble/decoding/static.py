@@ -11,6 +11,8 @@ device needs a few. A graph takes the host out of it. It repeats the same kernel
 A shape's first step runs without a graph, which compiles and loads its kernels; the second is captured. Where that fails, steps
 stay without graphs. Nothing in a step waits for the device; who takes the logits to the host does.
 
+Steps hold tensors and graphs, and not the model: so a cache can be kept with its model from call to call (`generate.py`).
+
 On a CPU the same steps run without graphs: that is how they are tested without a GPU.
 """
 
@@ -141,9 +143,9 @@ class StaticSteps:
     """
 
     def __init__(
-        self, run: Run, most: int, linears: int, dtype: torch.dtype, device: torch.device, capture: Capture | None = None
+        self, most: int, linears: int, dtype: torch.dtype, device: torch.device, capture: Capture | None = None
     ) -> None:  # fmt: skip
-        self._run, self._device = run, device
+        self._device = device
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self._capture = capture or (CudaCapture() if device.type == "cuda" else None)
         self.obstacle = "" if self._capture else f"there are none on '{device.type}'"
@@ -154,9 +156,9 @@ class StaticSteps:
         """By rows and whether there are adapters; None: the shape has run once."""
 
     def __call__(
-        self, tokens: Sequence[int], slots: Sequence[int], positions: Sequence[int], adapters: Sequence[Adapter | None]
+        self, tokens: Sequence[int], slots: Sequence[int], positions: Sequence[int], adapters: Sequence[Adapter | None], run: Run
     ) -> Tensor:
-        """(B, vocabulary) logits, valid until the next step."""
+        """(B, vocabulary) logits, valid until the next step. `run`: the pass; a graph of an earlier one is taken for it."""
         distinct = list({id(one): one for one in adapters if one}.values())
         places = {id(one): place for place, one in enumerate(distinct)}
         of_rows = [-1 if one is None else places[id(one)] for one in adapters]
@@ -169,14 +171,14 @@ class StaticSteps:
                 with torch.inference_mode(False):
                     self._inputs[rows] = torch.empty_like(inputs, device=self._device)
             self._inputs[rows].copy_(to_device(inputs, self._device))
-            return self._logits(rows, bool(distinct))[:B]
+            return self._logits(rows, bool(distinct), run)[:B]
 
-    def _logits(self, rows: int, adapted: bool) -> Tensor:
+    def _logits(self, rows: int, adapted: bool, run_pass: Run) -> Tensor:
         inputs, key = self._inputs[rows], (rows, adapted)
 
         def run() -> Tensor:
             adapters = self._tables.rows(inputs[_PLACES]) if adapted else None
-            return self._run(inputs[_TOKENS], inputs[_SLOTS], inputs[_POSITIONS], adapters)
+            return run_pass(inputs[_TOKENS], inputs[_SLOTS], inputs[_POSITIONS], adapters)
 
         if self._capture is None or self.obstacle or key not in self._graphs:
             self._graphs.setdefault(key, None)

@@ -22,6 +22,7 @@ from lownibble.data import Dataset, cut, encoder_ids, end_tokens, prompts
 from lownibble.decoding import RefusedError, choose, decode
 from lownibble.errors import DataError
 from lownibble.models.info import pass_device
+from lownibble.models.kept import KEPT
 from lownibble.study import metrics
 from lownibble.study.tasks import KINDS
 
@@ -59,6 +60,7 @@ def write_answers(
             for i, text in zip(rows, tokenizer.batch_decode(written[:, first:], skip_special_tokens=True), strict=True):
                 answers[i] = _until(text, stop)
     model.train(was_training)
+    KEPT.pop(model, None)  # the memory is for what comes next
     return answers
 
 

@@ -26,6 +26,7 @@ from lownibble.memory import usage
 from lownibble.models import compute, load, pick_device, resolve, skeleton
 from lownibble.models.head import Head
 from lownibble.models.info import info, pass_device
+from lownibble.models.kept import KEPT
 from lownibble.models.load import load_tokenizer
 from lownibble.quant import QuantLinear
 from lownibble.registry import OBJECTIVES
@@ -164,6 +165,7 @@ def make_trainer(
     model: Any, tokenizer: Any, sides: tuple[Dataset, Dataset], data: DataConfig, config: TrainConfig, ranks: Ranks = ALONE
 ) -> tuple[Trainer, list[Encoded]]:
     """The trainer over the rows of both splits, and the encoded rows."""
+    KEPT.pop(model, None)
     objective: Objective = OBJECTIVES[config.objective].of(config)
     encoded = [objective.encode(side, tokenizer, data, config.max_length) for side in sides]
     objective.check(model, encoded, data)
