@@ -319,6 +319,14 @@ def test_graphs_on_a_gpu_give_the_tokens_of_each_sequence_alone(kind):
     assert "with CUDA graphs" in decoder.note
     held = {name: adapter_of(model, decoder, name) for name in ("one", "two")}
     assert decoded(decoder, rows(), [held.get(name) for name in names]) == expected
+    kept = []
+    for _ in range(2):  # `lownibble.decode` replays the graphs of its last call
+        ids = torch.tensor([rows()[0]], device="cuda")
+        found = model.generate(ids, max_new_tokens=NEW, do_sample=False, pad_token_id=0, eos_token_id=None,
+                               custom_generate=ln.decode)  # fmt: skip
+        assert found[0, ids.shape[1] :].tolist() == expected[0]
+        kept.append(KEPT[model].cache)
+    assert kept[0] is kept[1]
 
 
 @pytest.mark.gpu

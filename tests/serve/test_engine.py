@@ -87,7 +87,9 @@ def test_prompts_that_begin_alike_are_read_once(base, adapters, engine, ask):
     made.submit(*(request for request, _ in told))
     ends = [one.wait() for _, one in told]
     assert [one.tokens for _, one in told] == [alone(base, adapters, prompt, 8, name) for prompt, name in cases]
-    assert [end.reused_tokens for end in ends] == [0, 0, 37, 37, 38, 38]
+    reused = [end.reused_tokens for end in ends]
+    assert reused[:4] == [0, 0, 37, 37]
+    assert {*reused[4:]} <= {37, 38}, "37 where the first has ended, and its slot gone to the second, before the third came"
     again = ask(made, [*prefix, 50, 70, 71], adapter="one")[1]
     assert again.wait().reused_tokens == 39
 
