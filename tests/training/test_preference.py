@@ -1,6 +1,7 @@
 """Preference objectives. Oracle: TRL's DPOTrainer, ORPOTrainer and KTOTrainer on PEFT's model with the same adapter weights."""
 
 import json
+import re
 
 import pytest
 import torch
@@ -9,14 +10,18 @@ from tiny_folders import tiny_model  # noqa: F401
 import lownibble as ln
 from lownibble.config import SMOOTHED
 from lownibble.data import load as load_data
+from lownibble.data import sequences_of
 from lownibble.errors import ConfigError, TrainingError
 from lownibble.lora.active import adapter_off
+from lownibble.memory.planned import plan_of
 from lownibble.registry import OBJECTIVES
 from lownibble.training.events import Stepped
 from lownibble.training.loop import Trainer
 from lownibble.training.loss import chunks_of, token_logps
+from lownibble.training.passes import Passes
 from lownibble.training.preference_losses import DPO_LOSSES
 from lownibble.training.reference import FILE
+from lownibble.training.sinks import ProgressSink
 
 ANSWERS = [("film", "very good", "bad"), ("plot", "fine", "awful"), ("actor", "good", "not"), ("a scene", "good", "a")]
 PAIRS = [
@@ -52,8 +57,8 @@ def _trainer(model, tokenizer, data, **options):
 def begun(tiny_model, tmp_path):  # noqa: F811
     """`begun(objective, random=..., rows=..., **options)`: a trainer; `random`: the adapter does not begin at zero."""
 
-    def make(objective, *, random=False, rows=None, quant=None, **options):
-        model, tokenizer = ln.load(str(tiny_model), device="cpu", quant=quant)
+    def make(objective, *, random=False, rows=None, quant=None, model=None, **options):
+        model, tokenizer = ln.load(model or str(tiny_model), device="cpu", quant=quant)
         ln.add_lora(model, ln.LoraConfig(r=4, init_lora_weights=not random), seed=3)
         data = _write(tmp_path / objective, ROWS[objective] if rows is None else rows)
         return _trainer(model, tokenizer, data, objective=objective, **options)
@@ -246,6 +251,81 @@ def test_a_step_is_the_same_however_its_rows_are_dealt(objective, begun):
             assert step.grad_norm == pytest.approx(found[0].grad_norm, rel=1e-4)
 
 
+@pytest.fixture
+def apart(monkeypatch):
+    """`apart(make)`: what `make` makes, where no token is computed once for two sequences."""
+
+    def make(made):
+        with monkeypatch.context() as patch:
+            patch.setattr(Passes, "share_prefixes", lambda self: False)
+            return made()
+
+    return make
+
+
+@pytest.mark.parametrize("objective", ["dpo", "orpo", "kto"])
+@pytest.mark.parametrize(("method", "wide"), [("lora", False), ("lora", True), ("qlora", True)])
+def test_what_sequences_begin_with_alike_is_computed_once(objective, method, wide, begun, apart, widen):
+    """Oracle: each sequence padded. Wide: on our attention kernel, where there is one."""
+    quant = ln.QuantConfig(block_size=32, compute="exact") if method == "qlora" else None
+
+    def made():
+        model = str(widen()) if wide else None
+        trainer = begun(objective, random=True, model=model, quant=quant, gradient_checkpointing=wide and method == "lora")
+        trainer.set_up()
+        _move(trainer.model)
+        return trainer
+
+    shared, padded = made(), apart(made)
+    assert (shared.micro.shares, padded.micro.shares) == (True, False)
+    sequences = [ids for rows in (next(shared.micro.steps()),) for row in rows[0] for ids, _ in sequences_of(row)]
+    beginnings = {tuple(ids[:n]) for ids in sequences for n in range(1, len(ids) + 1)}
+    tokens = shared.micro.computed(shared.micro.batch(shared.micro.rows))
+    assert tokens == len(beginnings) < sum(map(len, sequences))
+    assert shared.shared == {"tokens": 10 * sum(map(len, sequences)), "computed_tokens": 10 * tokens}
+    assert padded.shared is None
+    (loss, found), (expected_loss, expected) = _gradients(shared), _gradients(padded)
+    assert loss == pytest.approx(expected_loss, rel=1e-6)
+    assert found.keys() == expected.keys()
+    for name, gradient in expected.items():
+        torch.testing.assert_close(found[name], gradient, rtol=0, atol=1e-5 * float(gradient.abs().max()), msg=name)
+    scores = [trainer.evaluate(0).scores for trainer in (shared, padded)]
+    assert scores[0] == pytest.approx(scores[1], rel=1e-5, abs=1e-6)
+
+
+@pytest.mark.slow
+def test_compiled_layers_compute_once_too(begun, apart, widen):
+    def losses(compiled):
+        return _taken(begun("dpo", model=str(widen()), batch_size=2, max_steps=4, torch_compile=compiled))
+
+    assert losses(True) == pytest.approx(apart(lambda: losses(False)), rel=1e-4)
+
+
+def test_no_microbatch_is_larger_than_the_dry_runs(begun):
+    """Oracle: the microbatches themselves, in tokens computed, tokens that attention sees, and labels."""
+    for objective in ("dpo", "orpo", "kto"):
+        trainer = begun(objective, batch_size=2, gradient_accumulation_steps=2)
+        trainer.set_up()
+        micro = trainer.micro
+        for tokens in sorted({micro.longest_row, micro.longest_row + 3, 17, micro.whole}):
+            largest = micro.largest(tokens)
+            assert micro.size(tokens) == micro.computed(largest) <= tokens
+            micro.max_tokens = tokens
+            for _, rows in zip(range(10), micro.steps(), strict=False):
+                assert sorted(row.origin for batch in micro.dealt(rows) for row in batch) == sorted(
+                    row.origin for batch in rows for row in batch
+                )
+                for dealt, batch in zip(micro.dealt(rows), micro.batches(rows), strict=True):
+                    assert micro.computed(batch) <= micro.tokens(dealt) <= micro.computed(largest)
+                    assert micro.shape(dealt) == (1, micro.tokens(dealt), batch.n_label_tokens)
+                    assert len(batch.prefixes.spread) <= len(largest.prefixes.spread)
+                    assert batch.n_label_tokens <= largest.n_label_tokens
+        micro.max_tokens = None
+        planned, _ = plan_of(trainer)
+        steps = [rows for _, rows in zip(range(10), micro.steps(), strict=False)]
+        assert planned.rows * planned.length == max(micro.tokens(batch) for rows in steps for batch in rows)
+
+
 @pytest.mark.parametrize("objective", ["dpo", "kto"])
 def test_the_reference_is_the_same_before_the_first_step_and_with_each(objective, begun):
     before, each = begun(objective), begun(objective, precompute_ref_log_probs=False)
@@ -311,16 +391,21 @@ def test_a_resumed_run_has_the_same_bits(objective, method, widen, tmp_path):
         assert (known["computed"], known["adapter"]) == ("before", "as it begins" if method == "full" else "off")
         assert known["rows"] + known["kept_rows"] == 2 * len(ROWS[objective])
         assert known["kept_rows"] >= len(ROWS[objective]) + 2
+    counted = whole.record["shared_prefixes"]
+    assert resumed.record["shared_prefixes"] == counted
+    assert counted["tokens"] == sum(step["tokens"] for step in whole.record["steps"]) > counted["computed_tokens"] > 0
+    assert whole.record["speed"]["padding_share"] == 0
     first, last = (whole.record["evaluations"][n]["scores"]["rewards/margins"] for n in (0, -1))
     assert last > first
 
 
-def test_a_trained_model_is_no_reference_for_a_resumed_run_and_its_merge_is_measured(widen, tmp_path):
+def test_a_trained_model_is_no_reference_for_a_resumed_run_and_its_merge_is_measured(widen, tmp_path, capsys):
     data, options = _write(tmp_path / "rows", PAIRS), {**TRAIN, "objective": "dpo", "batch_size": 2}
     model, tokenizer = ln.load(str(widen()), quant=None)
     ln.add_lora(model, ln.LoraConfig(r=4))
     config = ln.TrainConfig(**{**options, "max_steps": 2, "output_dir": str(tmp_path / "run")})
-    ln.train(model, tokenizer, data, config)
+    ln.train(model, tokenizer, data, config, sinks=[ProgressSink("lora")])
+    assert re.search(r"lora: what sequences begin with alike is computed once: \d\d% of their tokens", capsys.readouterr().err)
     with pytest.raises(TrainingError, match="Load the model again"):
         ln.train(model, tokenizer, data, config.with_options(max_steps=4, resume=True))
     merged = ln.merge(str(tmp_path / "run" / "adapter"), str(tmp_path / "merged"))

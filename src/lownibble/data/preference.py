@@ -10,7 +10,8 @@ the prompt.
 
 *A pair is one example*, so that batches, microbatches and memory budgets deal with pairs as with any row: its tokens are the
 chosen sequence, then the rejected one, each filled up with `GAP` to the length of the longer. So its length is what it takes in a
-padded batch, where it becomes two sequences: first all chosen ones, then all rejected ones.
+padded batch, where it becomes two sequences: first all chosen ones, then all rejected ones. Beside these a batch holds their tree
+(`models/prefixes.py`), for models that compute what sequences begin with alike once.
 
 *KTO* compares with the mean of log-ratios of prompts with answers to other prompts. As in TRL the answers of each `group` rows
 (the batch size), in the order of the data, move on by one row. That does not depend on the order of training, so the reference
@@ -36,6 +37,8 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedTokenizerBase
 
+    from lownibble.models.prefixes import Prefixes
+
 TAKEN_APART = 1000
 """Pairs that are taken apart together, into good answers and bad ones after them."""
 
@@ -51,6 +54,7 @@ class Beside:
         n_prompt: tokens of the prompt, which its sequences share.
         label: of KTO, whether the answer is good.
         mismatched: of KTO, the prompt with the answer to another one.
+        n_computed: of a pair, its tokens, of which those that both sequences begin with count once; 0: not counted.
         reference: log-probabilities under the reference model of the chosen and the rejected answer; of KTO, of the answer and
             the mismatched one. None: not computed.
     """
@@ -58,6 +62,7 @@ class Beside:
     n_prompt: int
     label: bool | None = None
     mismatched: Example | None = None
+    n_computed: int = 0
     reference: tuple[float, float] | None = None
 
 
@@ -228,7 +233,8 @@ def _pair(prompt: list[int], answers: list[list[int]], origin: str, *, whole_cho
         gap = length - len(prompt) - len(answer)
         ids += [*prompt, *answer, *[GAP] * gap]
         is_label += [*[False] * bool(prompt), *[whole] * (len(prompt) - 1), *[True] * len(answer), *[False] * gap]
-    return Example(ids, is_label, origin, Beside(len(prompt)))
+    alike = sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], zip(*answers, strict=False)))
+    return Example(ids, is_label, origin, Beside(len(prompt), n_computed=len(prompt) + sum(map(len, answers)) - alike))
 
 
 def _mismatch(examples: list[Example], group: int, max_length: int) -> None:
@@ -267,6 +273,7 @@ class PreferenceBatch(Batch):
         mismatched: of KTO, the prompts with the answers to others.
         pairs: whether the sequences are pairs.
         of_step: what ties the rows of a step together (`training/preference.py`), () float32, or None.
+        prefixes: the sequences' tree.
     """
 
     n_prompt: torch.Tensor | None = None
@@ -275,6 +282,7 @@ class PreferenceBatch(Batch):
     mismatched: PreferenceBatch | None = None
     pairs: bool = True
     of_step: torch.Tensor | None = None
+    prefixes: Prefixes | None = None
 
     @property
     def n_rows(self) -> int:
@@ -290,22 +298,25 @@ class PreferenceBatch(Batch):
         for name in ("n_prompt", "reference", "desirable", "of_step"):
             value = getattr(self, name)
             setattr(moved, name, None if value is None else to_device(value, device))
+        moved.prefixes = None if self.prefixes is None else self.prefixes.to(device)
         return moved
 
 
 def collate_preferences(examples: Sequence[Example], pad_token_id: int, *, pairs: bool) -> PreferenceBatch:
-    """Collate examples of `encode_preferences`; others (of a dry run) are halves of pairs whose gaps count as tokens."""
+    """Collate examples of `encode_preferences`; others (of a dry run) are halves of pairs whose gaps count as tokens, and share
+    nothing with other examples."""
     import torch
 
+    rows = None if all(isinstance(example.beside, Beside) for example in examples) else list(range(len(examples)))
     if not pairs:
-        batch = _collated(list(examples), pad_token_id, pairs=False)
+        batch = _collated(list(examples), pad_token_id, rows, pairs=False)
         beside = [example.beside for example in examples]
         if all(isinstance(each, Beside) for each in beside):
             batch.n_prompt = torch.tensor([each.n_prompt for each in beside])
             batch.reference = _references(beside)
             batch.desirable = torch.tensor([bool(each.label) for each in beside])
             if all(each.mismatched is not None for each in beside):
-                batch.mismatched = _collated([each.mismatched for each in beside], pad_token_id, pairs=False)
+                batch.mismatched = _collated([each.mismatched for each in beside], pad_token_id, None, pairs=False)
         return batch
     parts: tuple[list[Example], list[Example]] = ([], [])
     for example in examples:
@@ -313,7 +324,7 @@ def collate_preferences(examples: Sequence[Example], pad_token_id: int, *, pairs
         whole = example if known else example._replace(input_ids=[max(0, token) for token in example.input_ids])
         for part, (ids, flags) in zip(parts, _halves(whole), strict=True):
             part.append(Example(ids, flags, example.origin))
-    batch = _collated([*parts[0], *parts[1]], pad_token_id, pairs=True)
+    batch = _collated([*parts[0], *parts[1]], pad_token_id, rows and rows * 2, pairs=True)
     beside = [example.beside for example in examples]
     if all(isinstance(each, Beside) for each in beside):
         batch.n_prompt = torch.tensor([each.n_prompt for each in beside] * 2)
@@ -321,9 +332,13 @@ def collate_preferences(examples: Sequence[Example], pad_token_id: int, *, pairs
     return batch
 
 
-def _collated(examples: list[Example], pad_token_id: int, *, pairs: bool) -> PreferenceBatch:
-    plain = collate(examples, pad_token_id)
-    return PreferenceBatch(plain.input_ids, plain.attention_mask, plain.labels, pairs=pairs)
+def _collated(
+    examples: list[Example], pad_token_id: int, groups: list[int] | None, *, pairs: bool
+) -> PreferenceBatch:  # fmt: skip
+    from lownibble.models.prefixes import tree
+
+    plain, prefixes = collate(examples, pad_token_id), tree([example.input_ids for example in examples], groups)
+    return PreferenceBatch(plain.input_ids, plain.attention_mask, plain.labels, pairs=pairs, prefixes=prefixes)
 
 
 def _references(beside: list[Beside]) -> torch.Tensor | None:

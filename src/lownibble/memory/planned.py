@@ -9,7 +9,7 @@ import torch
 
 from lownibble import launch
 from lownibble.arch import all_paths, read_shape
-from lownibble.config import Checkpointing, LoraConfig, Method, QuantConfig, TrainConfig
+from lownibble.config import LoraConfig, Method, QuantConfig, TrainConfig
 from lownibble.errors import ConfigError, InputError
 from lownibble.lora.active import adapter_configs
 from lownibble.lora.layer import LoraLinear
@@ -48,11 +48,11 @@ class RunPlan:
 
     def __init__(self, run: TrainingRun) -> None:
         self._run = run
-        self._made: dict[tuple[int | None, bool, Checkpointing, bool], tuple[Batch, MemoryPlan] | InputError] = {}
+        self._made: dict[tuple[Any, ...], tuple[Batch, MemoryPlan] | InputError] = {}
 
     def _plan(self) -> tuple[Batch, MemoryPlan] | InputError:
         fit = self._run.fit
-        key = fit.max_tokens, fit.paged, fit.gradient_checkpointing, self._run.passes.compiled
+        key = fit.max_tokens, fit.paged, fit.gradient_checkpointing, self._run.passes.compiled, self._run.micro.shares
         if key not in self._made:
             try:
                 self._made[key] = plan_of(self._run)

@@ -1,15 +1,18 @@
-"""Attention over segments of tokens, each attending only to itself: packed rows concatenated into one sequence, or the rows of a
-padded batch.
+"""Attention over segments of tokens, each attending only to itself: packed rows concatenated into one sequence, the rows of a
+padded batch, or sequences whose common beginnings are computed once.
 
 transformers lets a function be registered as an attention implementation and passes the keyword arguments of a model's forward
 to it; a model that is set to one of ours gets no mask (there is no mask function of that name, so none is built) and its layers
 call the function with the cu_seqlens of the segments, under the names that transformers' flash attention uses. Nothing else in
-the model changes. There are two for segments, and one for right-padded rows on GPUs:
+the model changes. There are two for segments, each also for sequences that begin alike, and one for right-padded rows on GPUs:
 
 - `lownibble_rows` is our kernel (`kernels/ops.py`), for float32 on CPUs that have it: packed or padded, also in compiled layers.
 - `lownibble_packed` is for packed rows everywhere else. On CUDA, if torch supports it (half precision, capability 8.0, same head
   sizes), it is one variable-length kernel; elsewhere one SDPA call per run of rows of equal length, which is why a batch keeps
   its rows sorted.
+- `lownibble_prefixed_rows` and `lownibble_prefixed_packed` are these two for the nodes of a tree of sequences (`prefixes.py`):
+  they gather queries, keys and values of whole sequences, attend as above, and take each node's output from the first sequence
+  that has it. With our kernel only nodes are kept for backward, and sequences gathered again.
 - `lownibble_causal` is torch's SDPA, causal and without a mask, which right-padded rows do not need. With its own, transformers
   looks for packed rows in the positions of each pass, for which the host waits, and in a pass that is captured as a CUDA graph,
   where it must not wait, it makes a full mask, which no fast kernel takes.
@@ -40,9 +43,11 @@ from transformers import AttentionInterface
 from lownibble.errors import BackendError, ModelError
 from lownibble.kernels import ops
 from lownibble.models.info import body
+from lownibble.models.prefixes import Prefixes
 from lownibble.transfers import to_device
 
 PACKED, ROWS, CAUSAL = "lownibble_packed", "lownibble_rows", "lownibble_causal"
+PREFIXED = {PACKED: "lownibble_prefixed_packed", ROWS: "lownibble_prefixed_rows"}
 
 _REFUSED = ("softcap", "s_aux", "position_bias")
 """Attention arguments that neither SDPA nor the variable-length kernel supports: capped scores, sinks, position biases."""
@@ -75,6 +80,17 @@ def inputs(model: Any, mask_BT: Tensor, segments: Sequence[int] | None) -> dict[
         **dict.fromkeys(("cu_seq_lens_q", "cu_seq_lens_k"), cu_seqlens),
         **dict.fromkeys(("max_length_q", "max_length_k"), max(segments)),
     }
+
+
+def prefix_inputs(model: Any, prefixes: Prefixes) -> dict[str, Any]:
+    """The same for a tree of sequences, inside `prefix_attention`."""
+    of_rows = _implementation(model) == PREFIXED[ROWS]
+    cu_seqlens = prefixes.begins if of_rows else prefixes.begins.to(torch.int32)
+    lengths = {} if of_rows else dict.fromkeys(("max_length_q", "max_length_k"), max(prefixes.lengths))
+    return {
+        "position_ids": prefixes.positions, "prefix_spread": prefixes.spread, "prefix_first": prefixes.first,
+        "cu_seq_lens_q": cu_seqlens, **lengths,
+    }  # fmt: skip
 
 
 def kernel_obstacle(model: Any) -> str:
@@ -121,11 +137,26 @@ def segment_attention(model: Any) -> Iterator[None]:
     Raises:
         ModelError: the model's attention implementation cannot be replaced.
     """
+    with swapped(model, _for_segments(model)):
+        yield
+
+
+@contextmanager
+def prefix_attention(model: Any) -> Iterator[None]:
+    """Set our attention inside the block: forward and backward require `Prefixes`.
+
+    Raises:
+        ModelError: the model's attention implementation cannot be replaced.
+    """
+    with swapped(model, PREFIXED[_for_segments(model)]):
+        yield
+
+
+def _for_segments(model: Any) -> str:
     parameters = inspect.signature(body(model).forward).parameters
     if "position_ids" not in parameters or not any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
         raise refusal(type(model).__name__, "its forward takes no position_ids or hands no arguments on to attention")
-    with swapped(model, PACKED if kernel_obstacle(model) else ROWS):
-        yield
+    return PACKED if kernel_obstacle(model) else ROWS
 
 
 @contextmanager
@@ -174,6 +205,11 @@ def causal_obstacle(model: Any, longest: int) -> str:
 def takes_segments(model: Any) -> bool:
     """Whether the model is inside `segment_attention`."""
     return _implementation(model) in (PACKED, ROWS)
+
+
+def takes_prefixes(model: Any) -> bool:
+    """Whether the model is inside `prefix_attention`."""
+    return _implementation(model) in PREFIXED.values()
 
 
 def _implementation(model: Any) -> str:
@@ -238,9 +274,73 @@ def _differentiate(ctx: Any, dout: Tensor, _: None) -> tuple[Any, ...]:
 _attention.register_autograd(_differentiate, setup_context=_save)
 
 
+def spread_out(x: Tensor, dim: int, index: Tensor) -> Tensor:
+    """`x.index_select(dim, index)` of an index with repeats, whose backward adds up in a fixed order: on CUDA that of
+    index_select does not, and on a CPU that of indexing."""
+    return x[(slice(None),) * dim + (index,)] if x.is_cuda else x.index_select(dim, index)
+
+
+def _of_sequences(x: Tensor, spread: Tensor) -> Tensor:
+    """(1, heads, N, D) of the sequences' tokens, from (1, heads, U, D)."""
+    return x.transpose(1, 2).index_select(1, spread).transpose(1, 2)
+
+
+@torch.library.custom_op("lownibble::prefix_attention", mutates_args=())
+def _prefix_attention(
+    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, spread: Tensor, first: Tensor, scaling: float
+) -> tuple[Tensor, Tensor]:
+    q, k, v = (_of_sequences(t, spread) for t in (q, k, v))
+    out, lse = ops.attention(q, k, v, cu_seqlens, scaling)
+    return out.index_select(1, first), lse.index_select(0, first)
+
+
+@_prefix_attention.register_fake
+def _(q, k, v, cu_seqlens, spread, first, scaling):  # type: ignore[no-untyped-def]
+    B, heads, T, D = q.shape
+    return q.new_empty(B, T, heads, D), q.new_empty(B * T, heads)
+
+
+@torch.library.custom_op("lownibble::prefix_attention_backward", mutates_args=())
+def _prefix_attention_backward(
+    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, cu_seqlens: Tensor, spread: Tensor, first: Tensor,
+    scaling: float,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    q, k, v = (_of_sequences(t, spread) for t in (q, k, v))
+    dout = dout.new_zeros(1, len(spread), *dout.shape[2:]).index_copy_(1, first, dout)
+    out, lse = out.index_select(1, spread), lse.index_select(0, spread)
+    dq, dk, dv = ops.attention_backward(dout, q, k, v, out, lse, cu_seqlens, scaling)
+    again = torch.ones(len(spread), dtype=torch.bool).index_fill_(0, first, False).nonzero()[:, 0]
+    dq, dk, dv = (t.transpose(1, 2) for t in (dq, dk, dv))
+    dq_U, dk_U, dv_U = (t.index_select(1, first) for t in (dq, dk, dv))  # of what is not read, queries have no gradient
+    for into, whole in ((dk_U, dk), (dv_U, dv)):
+        into.index_add_(1, spread.index_select(0, again), whole.index_select(1, again))
+    return dq_U.transpose(1, 2), dk_U.transpose(1, 2), dv_U.transpose(1, 2)
+
+
+@_prefix_attention_backward.register_fake
+def _(dout, q, k, v, out, lse, cu_seqlens, spread, first, scaling):  # type: ignore[no-untyped-def]
+    return tuple(t.new_empty(t.shape[0], t.shape[2], t.shape[1], t.shape[3]).transpose(1, 2) for t in (q, k, v))
+
+
+def _save_prefixed(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    q, k, v, *others, ctx.scaling = inputs
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(q, k, v, *output, *others)
+    ctx.backend = ops.chosen()
+
+
+def _differentiate_prefixed(ctx: Any, dout: Tensor, _: None) -> tuple[Any, ...]:
+    with ops.keeping(ctx.backend):
+        return (*_prefix_attention_backward(dout, *ctx.saved_tensors, ctx.scaling), None, None, None, None)
+
+
+_prefix_attention.register_autograd(_differentiate_prefixed, setup_context=_save_prefixed)
+
+
 def _attend_rows(
     module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, scaling: float | None = None,
-    cu_seq_lens_q: Tensor | None = None, is_causal: bool | None = None, **others: Any,
+    cu_seq_lens_q: Tensor | None = None, is_causal: bool | None = None, prefixes: tuple[Tensor, Tensor] | None = None,
+    **others: Any,
 ) -> tuple[Tensor, None]:  # fmt: skip
     """transformers' attention function: query (B, heads, T, D), key and value (B, key heads, T, D) -> (B, T, heads, D)."""
     _refuse(module, attention_mask, is_causal, others)
@@ -248,7 +348,11 @@ def _attend_rows(
         raise refusal(type(module).__name__, "the cu_seqlens of the rows do not arrive at its attention")
     if others.get("dropout") or others.get("sliding_window") is not None or value.shape != key.shape:
         raise refusal(type(module).__name__, "its attention has dropout, a window, or values of another size")
-    output, _ = _attention(query, key, value, cu_seq_lens_q, query.shape[-1] ** -0.5 if scaling is None else scaling)
+    scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+    if prefixes is None:
+        output, _ = _attention(query, key, value, cu_seq_lens_q, scaling)
+    else:
+        output, _ = _prefix_attention(query, key, value, cu_seq_lens_q, *prefixes, scaling)
     return output, None
 
 
@@ -272,6 +376,38 @@ def _attend_packed(
 AttentionInterface.register(PACKED, _attend_packed)
 
 
+def _arrived(module: Any, spread: Tensor | None, first: Tensor | None) -> tuple[Tensor, Tensor]:
+    if spread is None or first is None:
+        raise refusal(type(module).__name__, "what its sequences share does not arrive at its attention")
+    return spread, first
+
+
+def _attend_prefixed_rows(
+    module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None,
+    prefix_spread: Tensor | None = None, prefix_first: Tensor | None = None, **others: Any,
+) -> tuple[Tensor, None]:  # fmt: skip
+    """transformers' attention function: query (1, heads, U, D), key and value (1, key heads, U, D) -> (1, U, heads, D)."""
+    found = _arrived(module, prefix_spread, prefix_first)
+    return _attend_rows(module, query, key, value, attention_mask, prefixes=found, **others)
+
+
+AttentionInterface.register(PREFIXED[ROWS], _attend_prefixed_rows)
+
+
+def _attend_prefixed_packed(
+    module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None,
+    prefix_spread: Tensor | None = None, prefix_first: Tensor | None = None, **others: Any,
+) -> tuple[Tensor, None]:  # fmt: skip
+    """transformers' attention function: query (1, heads, U, D), key and value (1, key heads, U, D) -> (1, U, heads, D)."""
+    spread, first = _arrived(module, prefix_spread, prefix_first)
+    query, key, value = (spread_out(t, 2, spread) for t in (query, key, value))
+    output, _ = _attend_packed(module, query, key, value, attention_mask, **others)
+    return output.index_select(1, first), None
+
+
+AttentionInterface.register(PREFIXED[PACKED], _attend_prefixed_packed)
+
+
 def _attend_causal(
     module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, dropout: float = 0.0,
     scaling: float | None = None, is_causal: bool | None = None, **others: Any,
@@ -286,8 +422,9 @@ AttentionInterface.register(CAUSAL, _attend_causal)
 
 
 def keep_out_of_graphs() -> None:
-    """Exclude `lownibble_packed` from torch.compile: its calls depend on the row lengths, which change in each batch."""
+    """Exclude attention of packed rows from torch.compile: its calls depend on the row lengths, which change in each batch."""
     AttentionInterface.register(PACKED, torch.compiler.disable(_attend_packed))
+    AttentionInterface.register(PREFIXED[PACKED], torch.compiler.disable(_attend_prefixed_packed))
 
 
 @cache

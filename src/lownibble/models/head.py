@@ -18,6 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from lownibble.errors import ModelError
 from lownibble.models import attention
 from lownibble.models.info import body, info, pass_device
+from lownibble.models.prefixes import Prefixes
 from lownibble.quant import QuantLinear, exact_products, is_plain_linear
 from lownibble.quant.dense import DenseProducts, code_type_for
 
@@ -86,14 +87,15 @@ class Head:
 
 def hidden_states(
     model: Any, input_ids_BT: Tensor, attention_mask_BT: Tensor | None, segments: Sequence[int] | None = None,
-    source: tuple[Tensor, Tensor] | None = None, routers: list[Tensor] | None = None,
+    source: tuple[Tensor, Tensor] | None = None, routers: list[Tensor] | None = None, prefixes: Prefixes | None = None,
 ) -> Tensor:  # fmt: skip
     """Last hidden states (B, T, H) of the model without its head; of an encoder-decoder model, those of its decoder.
 
     `source`: ids and mask (B, S) of the encoder. No attention mask means all ones; without one attention takes its causal fast
     path. With `segments`, the lengths of packed rows, B
     is 1, and forward and backward must run inside `segment_attention`. Other rows are right-padded. `routers`: takes the logits
-    of the routers of a mixture of experts, by layer.
+    of the routers of a mixture of experts, by layer. `prefixes`: the tree of sequences whose `input_ids` these are; then forward
+    and backward must run inside `prefix_attention`.
     """
     if source is not None:
         ids_BS, mask_BS = source
@@ -103,7 +105,9 @@ def hidden_states(
             encoder_attention_mask=mask_BS, use_cache=False,
         )  # fmt: skip
         return written.last_hidden_state  # type: ignore[no-any-return]
-    if attention.takes_segments(model):
+    if prefixes is not None:
+        extra = attention.prefix_inputs(model, prefixes)
+    elif attention.takes_segments(model):
         mask_BT = torch.ones_like(input_ids_BT) if attention_mask_BT is None else attention_mask_BT
         extra = attention.inputs(model, mask_BT, segments)
     else:

@@ -14,7 +14,8 @@ from lownibble.config import Checkpointing
 @dataclass(frozen=True)
 class Started:
     """Before the first step. `first_step` is above 0 after a resume; `compile_seconds` is the time to compile the layers;
-    `compute` is the frozen-base matmul precision that 'auto' chose, and why; `adapted` counts the adapted layers by kind."""
+    `compute` is the frozen-base matmul precision that 'auto' chose, and why; `adapted` counts the adapted layers by kind;
+    `shared` is `Trainer.shared` where it counts tokens."""
 
     total_steps: int
     first_step: int
@@ -27,6 +28,7 @@ class Started:
     compile_reason: str = ""
     compute: str = ""
     adapted: dict[str, int] = field(default_factory=dict)
+    shared: dict[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

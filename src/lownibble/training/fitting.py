@@ -123,7 +123,7 @@ class Fitting:
             return
         peak = self._ranks.most(usage.held_peak_bytes(self.device))
         if peak > CLOSE * self._process_budget and self._ranks.most(max((batch.n_rows for batch in batches), default=0)) > 1:
-            tokens = int(0.9 * self._ranks.most(max((batch.input_ids.numel() for batch in batches), default=0)))
+            tokens = int(0.9 * self._ranks.most(max(map(self.micro.computed, batches), default=0)))
             self.take(replace(self.fit, max_tokens=tokens))
             self.warnings.append(
                 f"a step took {peak / 1e9:.2f} GB, close to the memory budget: forward passes have at most {tokens} tokens from "

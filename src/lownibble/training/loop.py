@@ -57,6 +57,9 @@ from lownibble.training.stream import on_own_stream
 MAX_SKIPPED = 3
 """Consecutive skipped steps (loss or gradient not finite) after which a run ends: the weights no longer change."""
 
+COUNTED_STEPS = 20
+"""Steps at the beginning of a run over which it is counted how many tokens are computed once."""
+
 COMPILER_BYTES = 10**9
 """Free bytes within the memory budget required for compiling. A guess from its use on the embedded model."""
 
@@ -92,6 +95,8 @@ class Trainer:
         stop_signal: called between steps; a non-zero signal number saves and ends the run.
         warnings: messages for the user that no event has reported yet.
         reference: how the reference model's log-probabilities were computed, or None.
+        shared: of preferences in the first steps, tokens of the sequences, and those that are computed; or why all are computed.
+            None: no preferences.
         stream: the CUDA stream on which the run works, or None.
         total_steps: optimiser steps of the whole run.
     """
@@ -127,6 +132,7 @@ class Trainer:
         self.evaluator = self.objective.evaluator(evaluation, choices, collate, 2 * self.micro.batch_size, self.device)
         self.evaluator.ranks, self.evaluator.passes = ranks, self.passes
         self.reference: dict[str, Any] | None = None
+        self.shared: dict[str, int] | str | None = None
         self.total_steps = config.max_steps or self.micro.steps_of_epochs(config.num_train_epochs)
         self.identity = {"train": config.to_dict(), "total_steps": self.total_steps, **(identity or {})}
         self.fitting = Fitting(config, self.micro, self.passes, self.evaluator, self.device, ranks)
@@ -203,6 +209,7 @@ class Trainer:
             self.total_steps, first, len(self.micro.rows), self.cut_rows, *count_parameters(self.model),
             compiled=self.passes.compiled, compile_seconds=self.passes.compile_seconds,
             compile_reason=self.passes.compile_reason, compute=info(self.model).compute, adapted=adapted_layers(self.model),
+            shared=self.shared if isinstance(self.shared, dict) else {},
         )  # fmt: skip
         if first in (0, self.total_steps):
             yield self.evaluate(first)
@@ -258,6 +265,7 @@ class Trainer:
         with sharding.rest_gathered(self.model, self.ranks):
             check_head(self.model)
             self.passes.check()
+            self.shared = self._count_shared() if self.micro.shares else self.passes.prefix_reason
             balanced = balance.set_up(self.model, self.config.router_aux_loss_coef)
         plain_loss = type(self.objective).loss is Objective.loss and not balanced
         self.passes.refuse_graphs(self.config.cuda_graphs, plain_loss)
@@ -280,6 +288,12 @@ class Trainer:
             self._compile(past)
         self.passes.choose_graphs(self.config.cuda_graphs, plain_loss, self.config.memory_budget is not None)
         return past.step if past else 0
+
+    def _count_shared(self) -> dict[str, int]:
+        steps = islice(self.micro.steps(), min(COUNTED_STEPS, self.total_steps))
+        batches = [batch for rows in steps for batch in self.micro.batches(rows)]
+        tokens, computed = sum(batch.n_tokens for batch in batches), sum(map(self.micro.computed, batches))
+        return dict(zip(("tokens", "computed_tokens"), self.ranks.total(tokens, computed), strict=True))
 
     def _refer(self, resumed: bool) -> None:
         """Compute the reference model's log-probabilities, if the objective has one; the model is as it begins."""
@@ -416,7 +430,8 @@ class Trainer:
         the loss of each (of several ranks: their sum), and the gradient's norm before clipping."""
         batches, ranks = self.micro.batches(rows), self.ranks
         counts = Counts(*ranks.total(
-            sum(batch.n_tokens for batch in batches), sum(batch.n_padded_tokens for batch in batches),
+            sum(batch.n_tokens for batch in batches),
+            sum(batch.n_tokens if self.micro.shares else batch.n_padded_tokens for batch in batches),
             sum(batch.n_label_tokens for batch in batches), sum(batch.n_rows for batch in batches),
             sum(self.objective.weight(batch) for batch in batches),
         ))  # fmt: skip

@@ -30,6 +30,7 @@ from lownibble.kernels.decoded import scratch
 from lownibble.models import attention
 from lownibble.models.head import Head, for_comparing, hidden_states
 from lownibble.models.info import info, pass_device
+from lownibble.models.prefixes import Prefixes, tree
 from lownibble.planning.linear import chunk_bytes
 from lownibble.quant.dense import DenseProducts
 
@@ -204,15 +205,18 @@ def loss_at(
 
 
 def token_logps(
-    model: Any, input_ids_BT: Tensor, attention_mask_BT: Tensor | None, places_L: Tensor, labels_L: Tensor
+    model: Any, input_ids_BT: Tensor, attention_mask_BT: Tensor | None, places_L: Tensor, labels_L: Tensor,
+    prefixes: Prefixes | None = None,
 ) -> Tensor:  # fmt: skip
     """Log-probability of each of L label tokens, (L,) float32, for losses that are no sum over tokens; differentiable once.
 
-    Arguments are those of `loss_at`. A frozen head is read once, as for `label_loss`; a trained one again in backward, since the
-    gradient of its weights needs the tokens' weights.
+    Arguments are those of `loss_at`; places may repeat. `prefixes`: see `hidden_states`. A frozen head is read once, as for
+    `label_loss`; a trained one again in backward, since the gradient of its weights needs the tokens' weights.
     """
     head = Head(model)
-    hidden_LH = hidden_states(model, input_ids_BT, attention_mask_BT).flatten(0, 1).index_select(0, places_L)
+    hidden_BTH = hidden_states(model, input_ids_BT, attention_mask_BT, prefixes=prefixes)
+    hidden_LH = attention.spread_out(hidden_BTH.flatten(0, 1), 0, places_L)
+    del hidden_BTH
     if not (torch.is_grad_enabled() and head.trained):
         if not hidden_LH.requires_grad:
             return -_frozen_losses(hidden_LH, labels_L, head, None)
@@ -264,12 +268,35 @@ def check_packing(model: Any, rows: Sequence[Sequence[int]]) -> None:
         raise attention.refusal(type(model).__name__, "its rows are not the same packed as alone")
 
 
-def _as_in_training(model: Any, input_ids_BT: Tensor, attention_mask_BT: Tensor) -> None:
+def check_prefixes(model: Any, one: Sequence[int], other: Sequence[int]) -> str:
+    """Why tokens that sequences begin with alike cannot be computed once, or "". Compares hidden states so with those of each
+    sequence alone under the model's own attention: of two given ones (token ids), first the longest of the data (see
+    `check_packing`), and of one that begins as that."""
+    sequences = [one, other, [*one[: len(one) // 2], *other][: len(one)]]
+    device = model.get_input_embeddings().weight.device
+    prefixes = tree(sequences).to(device)
+    with for_comparing(model):
+        alone = [hidden_states(model, torch.tensor([ids], device=device), None)[0] for ids in sequences]
+        try:
+            with attention.prefix_attention(model):
+                nodes = hidden_states(model, prefixes.input_ids, None, prefixes=prefixes)[0]
+                _as_in_training(model, prefixes.input_ids, None, prefixes)
+        except Exception as error:  # of ours, which says why, or the model's own code, which has just run with its own attention
+            return str(error).partition("\n")[0] or type(error).__name__
+    pairs = zip(nodes.index_select(0, prefixes.spread).float().split(prefixes.lengths), alone, strict=True)
+    if max(float((a - b).norm() / b.float().norm()) for a, b in pairs) > PACKING_TOLERANCE[nodes.dtype]:
+        return "its hidden states are not the same so"
+    return ""
+
+
+def _as_in_training(
+    model: Any, input_ids_BT: Tensor, attention_mask_BT: Tensor | None, prefixes: Prefixes | None = None
+) -> None:  # fmt: skip
     """A pass with dropout, which some models ask of attention under names of their own."""
     devices = [input_ids_BT.device] if input_ids_BT.device.type == "cuda" else []
     with torch.random.fork_rng(devices):
         model.train()
-        hidden_states(model, input_ids_BT, attention_mask_BT)
+        hidden_states(model, input_ids_BT, attention_mask_BT, prefixes=prefixes)
         model.eval()
 
 

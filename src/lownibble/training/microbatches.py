@@ -6,6 +6,9 @@ together, longest first. The step's rows stay the same, and so do its loss and g
 label tokens of the whole step. The limit is in tokens because memory scales with tokens: a limit in rows that fits the longest
 rows would leave most of the memory unused on all others.
 
+Of preferences, tokens that sequences begin with alike may be computed once (`share_prefixes`). Then a row counts for the tokens
+that are computed of it alone, and nothing is padded; what rows share with each other makes a microbatch smaller than its limit.
+
 On several ranks each has its share of the same step's rows (`Ranks.deal`).
 """
 
@@ -19,7 +22,18 @@ from heapq import heappop, heappush
 from typing import Any
 
 from lownibble.config import TrainConfig
-from lownibble.data import IGNORE, Batch, Example, collate, collate_pairs, cut, epoch_batches, flatten
+from lownibble.data import (
+    IGNORE,
+    Batch,
+    Example,
+    PreferenceBatch,
+    collate,
+    collate_pairs,
+    cut,
+    epoch_batches,
+    flatten,
+    sequences_of,
+)
 from lownibble.errors import ModelError
 from lownibble.planning.step import Batch as Shape
 from lownibble.training.distributed import ALONE, Ranks
@@ -53,6 +67,7 @@ class MicroBatches:
 
     Attributes:
         max_tokens: maximum tokens per microbatch, padding included (a longer row gets its own); None: batches as configured.
+        shares: tokens that sequences begin with alike are computed once.
         ranks: the processes of the run.
         batch_size, n_batches: rows (packs) of a batch, and batches of a step, on this rank.
     """
@@ -62,8 +77,25 @@ class MicroBatches:
         self.batch_size, self.n_batches = ranks.deal(config)
         self.pack_to = config.max_length if config.packing else None
         self.max_tokens: int | None = None
-        self._by_length = sorted(rows, key=lambda row: len(row.input_ids), reverse=True)
-        self._lengths = [len(row.input_ids) for row in self._by_length]
+        self.shares = False
+        self._sort()
+
+    def _sort(self) -> None:
+        self._by_length = sorted(self.rows, key=self.length, reverse=True)
+        self._lengths = [self.length(row) for row in self._by_length]
+
+    def share_prefixes(self) -> None:
+        """Count tokens that sequences begin with alike once; before anything else is asked."""
+        self.shares = True
+        self._sort()
+
+    def length(self, row: Example) -> int:
+        """Tokens that are computed of a row."""
+        return (self.shares and row.beside.n_computed) or len(row.input_ids)
+
+    @property
+    def _is_padded(self) -> bool:
+        return self.pack_to is None and not self.shares
 
     def steps(self, first_step: int = 0) -> Iterator[Rows]:
         """This rank's rows of each step from `first_step` on, endlessly. An epoch's last step has the remaining batches; a short
@@ -96,15 +128,20 @@ class MicroBatches:
 
     def tokens(self, batch: list[Example]) -> int:
         """Number of tokens of a microbatch of these rows, padding included."""
-        lengths = [len(row.input_ids) for row in batch]
-        return sum(lengths) if self.pack_to is not None else len(batch) * max(lengths)
+        lengths = [self.length(row) for row in batch]
+        return len(batch) * max(lengths) if self._is_padded else sum(lengths)
+
+    def computed(self, batch: Batch) -> int:
+        """Number of tokens that the layers see of a microbatch, padding included."""
+        prefixes = batch.prefixes if self.shares and isinstance(batch, PreferenceBatch) else None
+        return (batch if prefixes is None else prefixes).input_ids.numel()
 
     def shape(self, batch: list[Example]) -> Shape:
-        """The shape of a microbatch of these rows, for the planner."""
+        """The shape of a microbatch of these rows, for the planner; what rows share with each other is not taken off."""
         padded = self.batch(batch)
         if padded.source_ids is not None:  # the planner takes labels / rows as the decoder's length
             return Shape(len(batch), padded.source_ids.shape[1], padded.input_ids.numel())
-        sequences, length = padded.input_ids.shape
+        sequences, length = (1, self.tokens(batch)) if self.shares else padded.input_ids.shape
         return Shape(sequences, length, sum(sum(row.is_label[1:]) for row in batch))
 
     def dealt(self, rows: Rows) -> Rows:
@@ -112,7 +149,7 @@ class MicroBatches:
         if self.max_tokens is None:
             return rows
         flat = [row for batch in rows for row in batch]
-        dealt = cut([len(row.input_ids) for row in flat], self.max_tokens, packed=self.pack_to is not None)
+        dealt = cut([self.length(row) for row in flat], self.max_tokens, packed=not self._is_padded)
         return [[flat[i] for i in batch] for batch in dealt]
 
     def batch(self, rows: list[Example]) -> Batch:
@@ -146,20 +183,22 @@ class MicroBatches:
     @property
     def whole(self) -> int:
         """Maximum tokens of a batch as configured, padding included."""
-        if self.pack_to is None:
+        if self._is_padded:
             return min(self.batch_size, len(self.rows)) * self.longest_row
+        if self.pack_to is None:
+            return sum(self._lengths[: self.batch_size])
         return min(self.batch_size * self.pack_to, sum(self._lengths))
 
     def size(self, tokens: int) -> int:
         """Tokens of the largest microbatch of at most `tokens` tokens, padding included."""
         rows = self._longest(tokens)
         packed = sum(len(row.input_ids) for row in rows)
-        return packed if self.pack_to is not None or not rows else len(rows) * len(rows[0].input_ids)
+        return len(rows) * len(rows[0].input_ids) if rows and self._is_padded else packed
 
     def largest(self, tokens: int) -> Batch:
         """The largest microbatch of at most `tokens` tokens that `batches` can make, with the maximum label tokens of any;
         if `tokens` is below the longest row's, the beginning of that row."""
-        rows = [row.input_ids for row in self._longest(tokens)]
+        rows = [row.input_ids * self._sequences for row in self._longest(tokens)]
         batch = self.batch([Example(ids, [False] * len(ids), "dry run") for ids in rows])
         places = batch.attention_mask.clone()
         places[:, 0] = 0
@@ -168,13 +207,14 @@ class MicroBatches:
         return batch
 
     def _longest(self, tokens: int) -> list[Example]:
+        """Rows of so many tokens, longest first; of pairs whose tokens are computed once, one sequence of as many for both."""
         rows = self._by_length
         if tokens < self.longest_row:
             return [Example(rows[0].input_ids[:tokens], rows[0].is_label[:tokens], rows[0].origin)]
-        if self.pack_to is not None:
+        if not self._is_padded:
             chosen, left = [], tokens
             for row in rows:
-                taken = min(left, len(row.input_ids))
+                taken = min(left, self.length(row))
                 chosen += [Example(row.input_ids[:taken], row.is_label[:taken], row.origin)] * (taken > 0)
                 left -= taken
             return chosen
@@ -190,12 +230,12 @@ class MicroBatches:
     def _most_labels(self, tokens: int) -> int:
         """Upper limit for the label tokens of a microbatch of `tokens` tokens."""
         labels = used = most = 0
-        if self.pack_to is not None:
+        if not self._is_padded:
             for count, length in self._densest:
                 labels, used = labels + count, used + length
                 if used >= tokens:
                     break
-            return min(labels, tokens)
+            return min(labels, tokens * self._sequences)
         tokens = max(tokens, self.longest_row)
         kept: list[int] = []
         for count, length in reversed(self._label_counts):  # shortest first: the number that fits falls; keep the most labels
@@ -206,10 +246,15 @@ class MicroBatches:
             most = max(most, labels)
         return most
 
+    @property
+    def _sequences(self) -> int:
+        """Sequences of a row that share tokens."""
+        return len(sequences_of(self.rows[0])) if self.shares else 1
+
     @cached_property
     def _label_counts(self) -> list[tuple[int, int]]:
         """(label tokens, tokens) of all rows, longest first."""
-        return [(sum(row.is_label[1:]), len(row.input_ids)) for row in self._by_length]
+        return [(sum(row.is_label[1:]), self.length(row)) for row in self._by_length]
 
     @cached_property
     def _densest(self) -> list[tuple[int, int]]:

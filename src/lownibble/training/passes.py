@@ -13,20 +13,27 @@ from typing import Any, Literal
 
 import torch
 
-from lownibble.config import Checkpointing
-from lownibble.data import Batch, Example
+from lownibble.config import PREFERENCE, Checkpointing
+from lownibble.data import Batch, Example, sequences_of
 from lownibble.errors import ConfigError, TrainingError
 from lownibble.lora import LowRank
 from lownibble.lora.layer import RoundedAdapters
 from lownibble.memory import usage
 from lownibble.memory.dryrun import COMPILED_TOKENS
-from lownibble.models.attention import causal_attention, causal_obstacle, kernel_obstacle, refusal, segment_attention
+from lownibble.models.attention import (
+    causal_attention,
+    causal_obstacle,
+    kernel_obstacle,
+    prefix_attention,
+    refusal,
+    segment_attention,
+)
 from lownibble.models.info import info
 from lownibble.planning.tiles import is_long, tile_lengths
 from lownibble.training import compiling
 from lownibble.training.graphs import Graphs, decided, draws_random
 from lownibble.training.graphs import obstacle as obstacle_to_graphs
-from lownibble.training.loss import check_packing, check_rows, check_unmasked
+from lownibble.training.loss import check_packing, check_prefixes, check_rows, check_unmasked
 from lownibble.training.microbatches import MicroBatches
 from lownibble.training.offload import COPIES, Offloaded, obstacle
 from lownibble.training.sharding import rest_gathered
@@ -47,6 +54,7 @@ class Passes:
     Attributes:
         attention_reason: why attention does not run on Lownibble's kernel; empty if it does.
         mask_reason: why transformers makes masks for each pass on a GPU; empty if it does not.
+        prefix_reason: of preferences, why tokens that sequences begin with alike are not computed once; empty if they are.
         compiled, compile_reason, compile_seconds, compile_peak_bytes: whether the layers are compiled, why, how long it took and
             the peak memory up to the end of compilation.
         saved_activation_bytes: bytes that autograd saved in the last `measured` forward pass.
@@ -60,6 +68,7 @@ class Passes:
         self._of_batch = loss
         self.model, self.micro, self.device = model, micro, device
         self.attention_reason = self.mask_reason = ""
+        self.prefix_reason: str | None = None
         self.compiled, self.compile_reason, self.compile_seconds, self.compile_peak_bytes = False, "", 0.0, 0
         self.saved_activation_bytes = 0
         self._attention = segment_attention if micro.pack_to else nullcontext
@@ -90,6 +99,8 @@ class Passes:
             check_packing(self.model, [by_length[-1], by_length[0]])
             self.attention_reason = kernel_obstacle(self.model)
             return
+        if self.micro.config.objective in PREFERENCE and self.share_prefixes():
+            return
         rows = self.micro.rows
         batch = self.micro.batch([rows[0], min(rows, key=lambda row: len(row.input_ids))]).to(self.device)
         self.attention_reason = check_rows(self.model, batch.input_ids, batch.attention_mask)
@@ -97,6 +108,16 @@ class Passes:
             self._attention = segment_attention
         elif self.device.type != "cpu":
             self._check_masks(batch)
+
+    def share_prefixes(self) -> bool:
+        """Compute tokens that sequences begin with alike once, if the model can; returns whether it can."""
+        rows = [pick(self.micro.rows, key=lambda row: len(row.input_ids)) for pick in (max, min)]
+        longest, shortest = (max((ids for ids, _ in sequences_of(row)), key=len) for row in rows)
+        self.prefix_reason = check_prefixes(self.model, longest, shortest)
+        if not self.prefix_reason:
+            self._attention, self.attention_reason = prefix_attention, kernel_obstacle(self.model)
+            self.micro.share_prefixes()
+        return self.micro.shares
 
     def _check_masks(self, batch: Batch) -> None:
         """Find out whether right-padded rows can do without masks, best with attention that never makes any."""
@@ -197,7 +218,8 @@ class Passes:
         Raises:
             TrainingError: a layer cannot be compiled.
         """
-        new = {kind(batch): batch for batch in batches if kind(batch) not in self._kinds and not self._runs_in_tiles(batch)}
+        short = (batch for batch in batches if not self._runs_in_tiles(batch))
+        new = {found: batch for batch in short if (found := self._kind(batch)) not in self._kinds}
         if self.micro.ranks.sharded:  # all ranks take part in each pass
             kinds = sorted(set().union(*self.micro.ranks.of_all(set(new))))
             new = {each: new.get(each) or self._batch_of(each, COMPILED_TOKENS) for each in kinds}
@@ -220,7 +242,11 @@ class Passes:
 
     def compile_for(self, batch: Batch, tokens: int) -> None:
         """Compile the layers for this batch's kind, by a pass over a batch of about `tokens` tokens."""
-        self.compile([self._batch_of(kind(batch), tokens)])
+        self.compile([self._batch_of(self._kind(batch), tokens)])
+
+    def _kind(self, batch: Batch) -> Kind:
+        """The kind of a batch; a tree of sequences is one row without padding."""
+        return (False, False) if self.micro.shares else kind(batch)
 
     def _batch_of(self, wanted: Kind, tokens: int) -> Batch:
         """A batch of a kind, of about `tokens` tokens."""
@@ -284,7 +310,7 @@ class Passes:
             bool(self._checkpointing)
             and not self.model.config.is_encoder_decoder
             and is_long(self.micro.whole)
-            and len(tile_lengths(batch.input_ids.numel())) > 1
+            and len(tile_lengths(self.micro.computed(batch))) > 1
         )
 
     def _rounding(self) -> AbstractContextManager[Any]:

@@ -6,8 +6,10 @@ number, and what ties rows together is fixed before the first pass (`of_step`): 
 KTO the KL term. So both are those of the whole step, where TRL takes them for each microbatch; without accumulation they are the
 same. An evaluation's are those of all its rows: it collects the same figures.
 
-Log-probabilities go through the head in chunks (`loss.token_logps`). The reference model is the policy before the first step; see
-`reference.py`. Not supported: packed rows, encoder-decoder models, shards, a mixture's load-balancing loss.
+Log-probabilities go through the head in chunks (`loss.token_logps`). Where the model can (`Passes.share_prefixes`), tokens that
+the sequences of a pass begin with alike, such as the prompt of a pair, are computed once. The reference model is the policy
+before the first step; see `reference.py`. Not supported: packed rows, encoder-decoder models, shards, a mixture's load-balancing
+loss.
 """
 
 from __future__ import annotations
@@ -32,6 +34,7 @@ from lownibble.data import (
 )
 from lownibble.errors import ConfigError
 from lownibble.lora.active import adapter_off
+from lownibble.models.attention import takes_prefixes
 from lownibble.training.distributed import Ranks
 from lownibble.training.evaluate import Evaluation, Evaluator, Sums
 from lownibble.training.loss import token_logps
@@ -54,7 +57,12 @@ def answers(model: Any, batch: PreferenceBatch) -> Answers:
     """Run the sequences of a batch on the model's device."""
     places_L, labels_L = batch.label_places
     shape = batch.input_ids.shape
-    flat = token_logps(model, batch.input_ids, batch.mask, places_L, labels_L)
+    if takes_prefixes(model):
+        assert batch.prefixes is not None
+        at_L = batch.prefixes.places(places_L, shape[1])
+        flat = token_logps(model, batch.prefixes.input_ids, None, at_L, labels_L, batch.prefixes)
+    else:
+        flat = token_logps(model, batch.input_ids, batch.mask, places_L, labels_L)
     whole_ST = flat.new_zeros(shape.numel()).index_copy(0, places_L, flat).view(shape)
     is_label_ST = flat.new_zeros(shape.numel()).index_fill(0, places_L, 1).view(shape)
     n_prompt_S = torch.zeros_like(batch.input_ids[:, 0]) if batch.n_prompt is None else batch.n_prompt

@@ -190,6 +190,7 @@ def _train(
             "warnings": warned,
             "evaluations": [asdict(e) for e in events if isinstance(e, Evaluated)],
             **({} if trainer.reference is None else {"reference": trainer.reference}),
+            **({} if trainer.shared is None else {"shared_prefixes": trainer.shared}),
             "seconds": next((e.seconds for e in events if isinstance(e, Finished)), None),
         }
         told = len(result["warnings"])

@@ -64,6 +64,11 @@ class ProgressSink(Sink):
             if event.adapted.get(EXPERTS):
                 said = " and ".join(f"{count} {kind}" for kind, count in event.adapted.items())
                 self.console.print(f"{self.label}: adapters on {said} (--target-experts false leaves experts out)")
+            if event.shared:
+                of, computed = (event.shared[key] for key in ("tokens", "computed_tokens"))
+                self.console.print(
+                    f"{self.label}: what sequences begin with alike is computed once: {computed / of:.0%} of their tokens"
+                )
             if event.compiled:
                 self.console.print(f"{self.label}: layers compiled in {event.compile_seconds:.0f} s ({event.compile_reason})")
             elif event.compile_reason.startswith(IMPOSSIBLE):

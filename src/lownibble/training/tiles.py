@@ -35,6 +35,7 @@ from lownibble.kernels import ops
 from lownibble.models import attention
 from lownibble.models.head import for_comparing, hidden_states
 from lownibble.models.info import body, decoder_layers
+from lownibble.models.prefixes import tree
 from lownibble.planning.tiles import tile_lengths
 from lownibble.training.forwards import Forward, replaced_forwards
 
@@ -70,7 +71,9 @@ class Tiled:
         ids_1T = ids_T[:COMPARED_TOKENS].unsqueeze(0)
         try:
             with for_comparing(model):
-                hidden_states(model, ids_1T, None, [ids_1T.shape[1]] if attention.takes_segments(model) else None)
+                segments = [ids_1T.shape[1]] if attention.takes_segments(model) else None
+                alone = tree(ids_1T.tolist()).to(ids_1T.device) if attention.takes_prefixes(model) else None
+                hidden_states(model, ids_1T, None, segments, prefixes=alone)
         finally:
             for hook in hooks:
                 hook.remove()
