@@ -179,7 +179,7 @@ def test_a_run_of_long_batches_tiles_the_shorter_ones_too_and_compiles_none_of_t
     ))  # fmt: skip
     assert result.record["speed"]["compiled"] is False
     assert "run in tiles of tokens" in result.record["speed"]["compile_reason"]
-    micro = SimpleNamespace(whole=11, pack_to=None)
+    micro = SimpleNamespace(whole=11, pack_to=None, computed=lambda batch: batch.input_ids.numel())
     passes = Passes(result.model, micro, torch.device("cpu"), None)
     passes._checkpointing = True
     batch = Batch(*[torch.ones(1, 6, dtype=torch.int64)] * 3)
