@@ -293,6 +293,17 @@ def test_what_sequences_begin_with_alike_is_computed_once(objective, method, wid
     assert scores[0] == pytest.approx(scores[1], rel=1e-5, abs=1e-6)
 
 
+def test_an_answer_and_the_mismatched_one_share_their_prompt(begun):
+    trainer, seen = begun("kto"), []
+    trainer.set_up()
+    trainer.model.get_input_embeddings().register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].tolist()[0]))
+    trainer.evaluate(0)
+    rows = trainer.evaluator.examples
+    sequences = [row.input_ids for row in (*rows, *(row.beside.mismatched for row in rows))]
+    beginnings = {tuple(ids[:n]) for ids in sequences for n in range(1, len(ids) + 1)}
+    assert [sorted(ids) for ids in seen] == [sorted(beginning[-1] for beginning in beginnings)]
+
+
 @pytest.mark.slow
 def test_compiled_layers_compute_once_too(begun, apart, widen):
     def losses(compiled):

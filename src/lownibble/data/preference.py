@@ -26,7 +26,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from lownibble.config import PREFERENCE, DataConfig, TrainConfig
-from lownibble.data.batches import Batch, collate
+from lownibble.data.batches import IGNORE, Batch, collate
 from lownibble.data.forms import Form, as_turns, messages_problem, text_problem, value_problem
 from lownibble.data.pairs import Preference, Said, labelled_of, pair_of
 from lownibble.data.rows import Dataset, Problems, Row
@@ -300,6 +300,24 @@ class PreferenceBatch(Batch):
             setattr(moved, name, None if value is None else to_device(value, device))
         moved.prefixes = None if self.prefixes is None else self.prefixes.to(device)
         return moved
+
+    def joined(self, other: PreferenceBatch) -> PreferenceBatch:
+        """The sequences of this batch and then those of another, both of collated rows, as one batch on the host."""
+        import torch
+        from torch.nn.functional import pad
+
+        from lownibble.models.prefixes import tree
+
+        batches = [batch.to("cpu") for batch in (self, other)]
+        T = max(batch.input_ids.shape[1] for batch in batches)
+
+        def all_of(name: str, value: int) -> torch.Tensor:
+            parts = [getattr(batch, name) for batch in batches]
+            return torch.cat([pad(part, (0, T - part.shape[1]), value=value) for part in parts])
+
+        ids_ST, mask_ST = all_of("input_ids", 0), all_of("attention_mask", 0)
+        sequences = [ids[:n] for ids, n in zip(ids_ST.tolist(), mask_ST.sum(1).tolist(), strict=True)]
+        return PreferenceBatch(ids_ST, mask_ST, all_of("labels", IGNORE), pairs=self.pairs, prefixes=tree(sequences))
 
 
 def collate_preferences(examples: Sequence[Example], pad_token_id: int, *, pairs: bool) -> PreferenceBatch:

@@ -16,6 +16,7 @@ from torch.nn.functional import logsigmoid
 from lownibble.config import DataConfig
 from lownibble.data import Dataset, Encoded, PreferenceBatch, encode_preferences
 from lownibble.errors import ConfigError
+from lownibble.models.attention import takes_prefixes
 from lownibble.training.distributed import Ranks
 from lownibble.training.passes import Passes
 from lownibble.training.preference import Preferences, answers
@@ -192,8 +193,15 @@ class Kto(Preferences):
 
     def references(self, model: Any, batch: PreferenceBatch) -> Tensor:
         """Log-probabilities of the answers and of the mismatched ones."""
-        found = answers(model, batch).logps
-        return torch.stack([found, self._mismatched(model, batch)], 1)
+        return torch.stack(self._both(model, batch), 1)
+
+    def _both(self, model: Any, batch: PreferenceBatch) -> tuple[Tensor, Tensor]:
+        """The same, without gradients: in one pass if the prompt, which they share, is computed once."""
+        if batch.mismatched is None or not takes_prefixes(model):
+            return answers(model, batch).logps, self._mismatched(model, batch)
+        both = batch.joined(batch.mismatched).to(batch.input_ids.device)
+        logps, mismatched = answers(model, both).logps.chunk(2)
+        return logps, mismatched
 
     def _mismatched(self, model: Any, batch: PreferenceBatch) -> Tensor:
         if batch.mismatched is None:
@@ -202,14 +210,17 @@ class Kto(Preferences):
 
     def columns(self, model: Any, batch: PreferenceBatch) -> Tensor:
         """Log-probabilities of the answers, the reference's, and the labels."""
-        logps = answers(model, batch).logps
+        return self._columns(answers(model, batch).logps, batch)
+
+    def _columns(self, logps: Tensor, batch: PreferenceBatch) -> Tensor:
         label = torch.zeros_like(logps) if batch.desirable is None else batch.desirable.to(logps.dtype)
         return torch.stack([logps, self.reference_of(batch)[:, 0], label], 1)
 
     def evaluated_columns(self, model: Any, batch: PreferenceBatch) -> Tensor:
         """And the log-ratio of the mismatched answer."""
-        ratio = self._mismatched(model, batch) - self.reference_of(batch)[:, 1]
-        return torch.cat([self.columns(model, batch), ratio.unsqueeze(1)], 1)
+        logps, mismatched = self._both(model, batch)
+        ratio = mismatched - self.reference_of(batch)[:, 1]
+        return torch.cat([self._columns(logps, batch), ratio.unsqueeze(1)], 1)
 
     def tie(self, batches: list[PreferenceBatch], passes: Passes, ranks: Ranks) -> Tensor | None:
         """The KL term: mean log-ratio of the step's mismatched answers, at least 0."""
