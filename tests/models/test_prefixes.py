@@ -91,9 +91,10 @@ REFUSED = {
     "gemma2": ({}, "asks for softcap"),
     "bloom": ({"n_head": 4}, "takes no position_ids"),
     "jamba": ({"num_experts": 4, "use_mamba_kernels": False}, "not the same so"),
+    "lfm2": ({"layer_types": ["conv", "full_attention"]}, "not the same so"),
     "stablelm": ({}, "does not arrive"),
 }
-"""Capped scores, positions in attention's bias, recurrent states, attention that is not handed arguments."""
+"""Capped scores, positions in attention's bias, recurrent states, convolutions, attention that is not handed arguments."""
 
 
 @pytest.mark.parametrize("family", REFUSED)

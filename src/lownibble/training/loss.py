@@ -282,7 +282,7 @@ def check_prefixes(model: Any, one: Sequence[int], other: Sequence[int]) -> str:
                 nodes = hidden_states(model, prefixes.input_ids, None, prefixes=prefixes)[0]
                 _as_in_training(model, prefixes.input_ids, None, prefixes)
         except Exception as error:  # of ours, which says why, or the model's own code, which has just run with its own attention
-            return str(error).partition("\n")[0] or type(error).__name__
+            return str(error).partition("\n")[0].partition(". Use packing=False")[0] or type(error).__name__
     pairs = zip(nodes.index_select(0, prefixes.spread).float().split(prefixes.lengths), alone, strict=True)
     if max(float((a - b).norm() / b.float().norm()) for a, b in pairs) > PACKING_TOLERANCE[nodes.dtype]:
         return "its hidden states are not the same so"
