@@ -2,9 +2,13 @@
 
 import pytest
 
-from lownibble.config import TrainConfig
+from lownibble.config import LoraConfig, QuantConfig, TrainConfig
+from lownibble.planning import hardware
+from lownibble.planning.memory import plan_memory
+from lownibble.planning.models import find_shape
 from lownibble.planning.plan import plan
 from lownibble.planning.speed import forwards_without_gradients
+from lownibble.planning.step import Batch
 
 OPTIONS = {"gpu": "rtx-4090", "method": "qlora", "max_length": 128, "cuda_graphs": False}
 
@@ -32,3 +36,19 @@ def test_a_pair_is_two_sequences_in_bytes_and_time():
 )  # fmt: skip
 def test_forward_passes_without_gradients(options, count):
     assert forwards_without_gradients(TrainConfig(**options)) == count
+
+
+def test_attention_keeps_whole_sequences_on_cuda():
+    """Queries, keys, values and the output of 3 tokens for every 2 that are computed, in 16 bits, and a sum of scores in 32."""
+    tokens, shape = 512, find_shape("llama-3-8b")
+
+    def activations(spread):
+        plan = plan_memory(
+            shape, hardware.device("rtx-4090"), "qlora", quant=QuantConfig(), lora=LoraConfig(),
+            train=TrainConfig(objective="dpo", max_length=256), batch=Batch(1, tokens, 100, spread),
+        )  # fmt: skip
+        return plan.kinds["activations"]
+
+    width, keys = shape.heads * shape.head_dim, shape.key_heads * shape.head_dim
+    more = 2 * (0.5 * (width + 2 * keys) + 1.5 * width) + 4 * 0.5 * shape.heads
+    assert activations(1.5) - activations(0.0) == pytest.approx(shape.layers * tokens * more, rel=0.05)

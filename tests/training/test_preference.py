@@ -328,13 +328,14 @@ def test_no_microbatch_is_larger_than_the_dry_runs(begun):
                 )
                 for dealt, batch in zip(micro.dealt(rows), micro.batches(rows), strict=True):
                     assert micro.computed(batch) <= micro.tokens(dealt) <= micro.computed(largest)
-                    assert micro.shape(dealt) == (1, micro.tokens(dealt), batch.n_label_tokens)
+                    planned = micro.shape(dealt)
+                    assert planned[:3] == (1, micro.tokens(dealt), batch.n_label_tokens)
+                    assert planned.spread * planned.length == pytest.approx(len(batch.prefixes.spread))
                     assert len(batch.prefixes.spread) <= len(largest.prefixes.spread)
                     assert batch.n_label_tokens <= largest.n_label_tokens
         micro.max_tokens = None
-        planned, _ = plan_of(trainer)
         steps = [rows for _, rows in zip(range(10), micro.steps(), strict=False)]
-        assert planned.rows * planned.length == max(micro.tokens(batch) for rows in steps for batch in rows)
+        assert plan_of(trainer)[0].length == max(micro.tokens(batch) for rows in steps for batch in rows)
 
 
 @pytest.mark.parametrize("objective", ["dpo", "kto"])

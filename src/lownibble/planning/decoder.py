@@ -59,7 +59,7 @@ class Decoder:
             self._parameter(shape.vocab)
         self._frequencies = [tape.new(shape.head_dim // 2, FLOAT32, "weights") for _ in range(2)]
         self._tiles = [0]
-        self._in_graph = False
+        self._in_graph, self._spread = False, 0.0
         self.groups = self._grouped() if run.shards else None
 
     def _grouped(self) -> Groups:
@@ -87,9 +87,9 @@ class Decoder:
         linears += [linear for mixture in self.mixtures for linear in mixture.linears]
         return self._all + [p for linear in linears for p in linear.parameters]
 
-    def forward(self, rows: int, length: int, checkpointing: Checkpointing) -> Value:
-        """Last hidden states (rows x length tokens)."""
-        tape, shape = self.tape, self.shape
+    def forward(self, rows: int, length: int, checkpointing: Checkpointing, spread: float = 0.0) -> Value:
+        """Last hidden states (rows x length tokens); `spread`: see `Batch`."""
+        tape, shape, self._spread = self.tape, self.shape, spread
         cut = bool(checkpointing) and is_long(rows * length)
         self._tiles = tile_lengths(rows * length) if cut else [rows * length]
         inputs = LayerInputs(tape) if checkpointing == "offload" else None
@@ -233,6 +233,10 @@ class Decoder:
             out = self._plain_attention(query, key, value, rows)
         elif self.run.kernel_attention and shape.window is None:
             out = op.attention(tape, query, key, value, query.n // shape.head_dim)
+        elif self._spread:
+            n = query.n
+            query, key, value = (op.gather(tape, each, round(self._spread * each.n)) for each in (query, key, value))
+            out = op.gather(tape, self._torchs_attention(query, key, value), n)
         else:
             length = query.n // (shape.heads * shape.head_dim * rows)
             if self._masked(length) and shape.key_heads != shape.heads:  # with a mask, K and V are repeated for each query head

@@ -129,6 +129,13 @@ def narrow(tape: Tape, a: Value, n: int) -> Value:
     return out
 
 
+def gather(tape: Tape, a: Value, n: int) -> Value:
+    """n elements of a, by indices that are held elsewhere."""
+    out, whole, itemsize = tape.new(n, a.itemsize), a.n, a.itemsize
+    tape.record([out], [a], [], lambda grads, _: [tape.new(whole, itemsize)])
+    return out
+
+
 def concatenate(tape: Tape, parts: list[Value]) -> Value:
     """Concatenate tensors."""
     out = tape.new(sum(part.n for part in parts), parts[0].itemsize)

@@ -14,11 +14,13 @@ from lownibble.planning.tape import FLOAT32, INT64, Tape, Value
 
 
 class Batch(NamedTuple):
-    """The batch of a microbatch: rows, tokens per row (padding included), label tokens of all rows."""
+    """The batch of a microbatch: rows, tokens per row (padding included), label tokens of all rows; and where what sequences
+    begin with alike is computed once, the tokens that attention sees for each one that is computed."""
 
     rows: int
     length: int
     labels: int
+    spread: float = 0.0
 
 
 def run_step(
@@ -50,7 +52,7 @@ def _loss(tape: Tape, model: Decoder | EncoderDecoder, batch: Batch, checkpointi
     if isinstance(model, EncoderDecoder):
         hidden = model.forward(batch.rows, batch.length, -(-batch.labels // batch.rows), bool(checkpointing))
     else:
-        hidden = model.forward(batch.rows, batch.length, checkpointing)
+        hidden = model.forward(batch.rows, batch.length, checkpointing, batch.spread)
     tape.mark("forward")
     gathered = _gather(tape, hidden, batch.labels, model.shape.hidden)
     del hidden

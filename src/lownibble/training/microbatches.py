@@ -141,8 +141,11 @@ class MicroBatches:
         padded = self.batch(batch)
         if padded.source_ids is not None:  # the planner takes labels / rows as the decoder's length
             return Shape(len(batch), padded.source_ids.shape[1], padded.input_ids.numel())
-        sequences, length = (1, self.tokens(batch)) if self.shares else padded.input_ids.shape
-        return Shape(sequences, length, sum(sum(row.is_label[1:]) for row in batch))
+        labels, tokens = sum(sum(row.is_label[1:]) for row in batch), self.tokens(batch)
+        if self.shares:
+            return Shape(1, tokens, labels, padded.n_tokens / tokens)
+        sequences, length = padded.input_ids.shape
+        return Shape(sequences, length, labels)
 
     def dealt(self, rows: Rows) -> Rows:
         """The rows of each microbatch of a step."""
