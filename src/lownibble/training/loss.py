@@ -273,7 +273,7 @@ def check_prefixes(model: Any, one: Sequence[int], other: Sequence[int]) -> str:
     sequence alone under the model's own attention: of two given ones (token ids), first the longest of the data (see
     `check_packing`), and of one that begins as that."""
     sequences = [one, other, [*one[: len(one) // 2], *other][: len(one)]]
-    device = model.get_input_embeddings().weight.device
+    device = pass_device(model)
     prefixes = tree(sequences).to(device)
     with for_comparing(model):
         alone = [hidden_states(model, torch.tensor([ids], device=device), None)[0] for ids in sequences]
