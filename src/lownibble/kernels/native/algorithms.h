@@ -394,8 +394,8 @@ inline void rotate(const float* x, const float* cosine, const float* sine, std::
 }
 
 // e^x to about two units in the last place, without a branch so that loops become vectors: 2^n e^r with |r| <= ln(2) / 2. Below
-// -87 it is e^-87. NaN stays NaN.
-inline float exponential(float x) {
+// -87 it is e^-87. NaN stays NaN. Inlined by force: with so many calls GCC does not do it everywhere by itself.
+[[gnu::always_inline]] inline float exponential(float x) {
     const float low = x < -87.0f ? -87.0f : x, bounded = low > 88.0f ? 88.0f : low;
     const float shifted = bounded * 1.44269504f + 12582912.0f;  // 1.5 * 2^23: the integer is in the low bits
     const float n = shifted - 12582912.0f;
@@ -430,7 +430,7 @@ float softmax_row(float* x, std::int64_t n, float scale) {
     return largest + __builtin_logf(total);
 }
 
-// GELU's tanh is a logistic function, too: x / 2 (1 + tanh z) = x / (1 + e^-2z), with 2z = sqrt(8 / pi) (x + 0.044715 x^3).
+// GELU in tanh's form, by the logistic function: x / 2 (1 + tanh z) = x / (1 + e^-2z), with 2z = sqrt(8 / pi) (x + 0.044715 x^3).
 inline void activate_multiply(Activation activation, const float* gate, const float* up, std::int64_t n, float* out) {
     if (activation == Activation::silu) {
         for (std::int64_t i = 0; i < n; ++i) out[i] = gate[i] / (1.0f + exponential(-gate[i])) * up[i];
@@ -442,14 +442,22 @@ inline void activate_multiply(Activation activation, const float* gate, const fl
     }
 }
 
+// x := cap * tanh(x / cap), by the logistic function. Not inlined: in the middle of `attend` it would slow down models without.
+[[gnu::noinline]] void cap_scores(float* x, std::int64_t n, float cap) {
+    for (std::int64_t i = 0; i < n; ++i) x[i] = cap * (2.0f / (1.0f + exponential(-2.0f / cap * x[i])) - 1.0f);
+}
+
 template <class Simd>
 void attend(const float* q, const float* keys, const float* values, std::int64_t count, std::int64_t n, float scaling,
             float softcap, float* scores, float* out) {
     float largest = -__builtin_inff();
     for (std::int64_t i = 0; i < count; ++i) {
         scores[i] = scaling * dot<Simd>(q, keys + i * n, n);
-        if (softcap != 0.0f) scores[i] = softcap * (2.0f / (1.0f + exponential(-2.0f / softcap * scores[i])) - 1.0f);
         largest = scores[i] > largest ? scores[i] : largest;
+    }
+    if (softcap != 0.0f) {  // tanh rises, so the largest stays the largest
+        cap_scores(scores, count, softcap);
+        cap_scores(&largest, 1, softcap);
     }
     for (std::int64_t i = 0; i < count; ++i) scores[i] = exponential(scores[i] - largest);
     float total = 0.0f;
