@@ -1,15 +1,25 @@
 """One rank of a test, over the backend that is its argument: reads runs from standard input, one JSON object a line, trains each,
-and answers with a line of JSON."""
+and answers with a line of JSON; where they are traced, with what FSDP2 does, in order."""
 
 import json
 import sys
 
 import torch
 import torch.distributed as dist
+from torch.profiler import ProfilerActivity, profile
 
 from lownibble.config import RunConfig
 from lownibble.errors import LownibbleError
 from lownibble.training import run
+
+
+def traced(options):
+    """`answer`, and the names of torch's records of what FSDP2 does."""
+    with profile(activities=[ProfilerActivity.CPU]) as profiler:
+        found = answer(options)
+    events = profiler.profiler.kineto_results.events()
+    records = [(each.start_ns(), each.name()) for each in events if each.name().startswith("FSDP::")]
+    return {**found, "records": [name for _, name in sorted(records)]}
 
 
 def answer(options):
@@ -31,6 +41,7 @@ def answer(options):
 torch.set_num_threads(1)
 dist.init_process_group(sys.argv[1])
 for line in sys.stdin:
-    print(json.dumps(answer(json.loads(line))), flush=True)
+    options = json.loads(line)
+    print(json.dumps((traced if options.pop("traced", False) else answer)(options)), flush=True)
     torch._dynamo.reset()
 dist.destroy_process_group()

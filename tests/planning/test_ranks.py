@@ -5,6 +5,7 @@ import json
 import multiprocessing
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import nullcontext
+from functools import partial
 
 import pytest
 import torch
@@ -13,7 +14,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from rich.console import Console
 from test_step import SIZES, as_trained, checkpoint, evenly, needs_kernel, packed, peak_of_events
-from torch import nn
 from torch.distributed.fsdp import fully_shard
 from torch.profiler import ProfilerActivity, profile
 from torch.testing._internal.distributed.fake_pg import FakeStore
@@ -23,6 +23,7 @@ from lownibble.arch import all_paths, read_shape
 from lownibble.config import LoraConfig, QuantConfig, TrainConfig
 from lownibble.errors import ConfigError
 from lownibble.kernels.decoded import release_scratch
+from lownibble.lora import add_lora
 from lownibble.models.attention import kernel_obstacle, segment_attention
 from lownibble.planning import hardware
 from lownibble.planning.exchange import BUFFER_BYTES, REACHED, Exchange, link_of
@@ -34,7 +35,9 @@ from lownibble.planning.show import tables
 from lownibble.planning.speed import HOST_MEMORY, plan_speed
 from lownibble.planning.step import Batch, run_step
 from lownibble.quant.experts import Ends
+from lownibble.training.distributed import Ranks
 from lownibble.training.loss import loss_at
+from lownibble.training.sharding import gather_ahead, rest_gathered
 
 TINY = read_shape({
     "model_type": "llama", "hidden_size": 12, "intermediate_size": 20, "num_hidden_layers": 3, "num_attention_heads": 2,
@@ -128,34 +131,33 @@ def test_more_cards_never_hold_more(model, method):
     assert len(set(needs)) == len(needs)
 
 
-class _Step(nn.Module):
-    """A step's forward pass as one module, as fully_shard wants its root."""
-
-    def __init__(self, model):
-        super().__init__()
-        self.model = model
-
-    def forward(self, ids, places, labels):
-        return loss_at(self.model, ids, None, places, labels)
+def shard(model, ranks):
+    """Shard it as training does; returns the bytes that a rank holds."""
+    mesh = dist.init_device_mesh("cpu", (ranks,))
+    layers = model.get_decoder().layers
+    for layer in layers:
+        fully_shard(layer, mesh=mesh)
+    fully_shard(model, mesh=mesh, reshard_after_forward=False)
+    gather_ahead(layers)
+    return sum(p.to_local().untyped_storage().nbytes() for p in model.parameters()) + sum(b.nbytes for b in model.buffers())
 
 
 def measured(model, batch, passes, ranks):
     """(bytes that a rank holds, then the highest bytes of a step above them)."""
-    mesh = dist.init_device_mesh("cpu", (ranks,))
-    body = model.get_decoder()
-    for layer in body.layers:
-        fully_shard(layer, mesh=mesh)
-    step = fully_shard(_Step(model), mesh=mesh, reshard_after_forward=False)
-    held = sum(p.to_local().untyped_storage().nbytes() for p in model.parameters()) + sum(b.nbytes for b in model.buffers())
+    held = shard(model, ranks)
     ids = torch.zeros(batch.rows, batch.length, dtype=torch.int64)
     places, labels = torch.arange(batch.labels), torch.zeros(batch.labels, dtype=torch.int64)
+    whole = partial(rest_gathered, model, Ranks(0, ranks, "fsdp"))
+    with torch.no_grad(), whole():
+        model(ids[:1, :1])  # as a run's checks do: torch takes the first module that runs for the root
     attention = nullcontext() if kernel_obstacle(model) else segment_attention(model)
     release_scratch()
     with attention, profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         for _ in range(passes):
-            total = step(ids, places, labels)
-            total.backward()
-            del total
+            with whole():
+                total = loss_at(model, ids, None, places, labels)
+                total.backward()
+                del total
     return held, peak_of_events(profiler)
 
 
@@ -168,6 +170,21 @@ def of_a_rank(config, method, checkpointing, batch, passes, ranks):
     if checkpointing:
         checkpoint(model)
     return measured(model, batch, passes, ranks)
+
+
+def held_with(config, init, ranks):
+    """Bytes that a rank holds of an adapted model with this start, in a group as above."""
+    dist.init_process_group("fake", rank=0, world_size=ranks, store=FakeStore())
+    model = AutoModelForCausalLM.from_config(config)
+    return shard(add_lora(model, LoraConfig(r=3, init_lora_weights=init)), ranks)
+
+
+def in_a_process(function, *arguments):
+    """In one of its own: a profile counts what an earlier one saw allocated below zero when it is freed."""
+    forking = multiprocessing.get_context("forkserver")
+    forking.set_forkserver_preload(["lownibble.training", "torch.distributed.fsdp", "hypothesis"])
+    with ProcessPoolExecutor(1, mp_context=forking) as pool:
+        return pool.submit(function, *arguments).result()
 
 
 @needs_kernel
@@ -184,11 +201,7 @@ def test_equals_fully_shard(ranks, model_type, method, checkpointing, passes):
     more = {"num_local_experts": 8, "num_experts_per_tok": 2, "sliding_window": None} if model_type == "mixtral" else {}
     config = AutoConfig.for_model(model_type, **{**SIZES, "num_hidden_layers": 5, **more})
     batch = Batch(2, 64, 100)
-    # in a process of its own: a profile counts what an earlier one saw allocated below zero when it is freed
-    forking = multiprocessing.get_context("forkserver")
-    forking.set_forkserver_preload(["lownibble.training", "torch.distributed.fsdp", "hypothesis"])
-    with ProcessPoolExecutor(1, mp_context=forking) as pool:
-        held, peak = pool.submit(of_a_rank, config, method, checkpointing, batch, passes, ranks).result()
+    held, peak = in_a_process(of_a_rank, config, method, checkpointing, batch, passes, ranks)
     shape = read_shape(config.to_dict())
     adapted = {} if method == "full" else dict.fromkeys(all_paths(shape), 16)
     run = Runtime(4, fused=True, kernel_attention=True, decode_buffers=1, shards=ranks)
@@ -201,6 +214,15 @@ def test_equals_fully_shard(ranks, model_type, method, checkpointing, passes):
         ours = max(ours, used)
     assert weights == pytest.approx(held, abs=100)
     assert ours == pytest.approx(peak, rel=0.01)
+
+
+def test_every_rank_has_the_whole_start_that_was_taken_out_of_the_base():
+    config = AutoConfig.for_model("llama", **SIZES)
+    found = plan_memory(
+        read_shape(config.to_dict()), CPU, "lora", quant=QuantConfig(), lora=LoraConfig(r=3, init_lora_weights="pissa"),
+        train=TrainConfig(batch_size=1, max_length=8), parallel="fsdp", ranks=4,
+    )  # fmt: skip
+    assert found.kinds["weights"] + found.kinds["adapters"] == pytest.approx(in_a_process(held_with, config, "pissa", 4), abs=100)
 
 
 def test_offloaded_parts_are_in_host_memory_by_hand():
@@ -339,6 +361,14 @@ def test_auto_takes_fsdp_where_the_model_does_not_fit_a_card():
     ]  # fmt: skip
 
 
+def test_checkpoints_are_not_offloaded_on_shards():
+    found = plan("llama-65b", gpu="a100-80gb", gpus=[2], method="lora", batch_size=8, max_length=512).rows
+    assert {row.ranks.parallel: row.verdict.train.gradient_checkpointing for row in found}["fsdp"] is True
+    found = plan("llama-2-7b", gpu="t4", gpus=[2], method="lora", gradient_checkpointing="offload")
+    assert [row.ranks.parallel for row in found.rows] == ["ddp"]
+    assert "checkpoints are not offloaded" in found.refused["fsdp"]
+
+
 def test_without_a_known_link_there_is_no_speed():
     gpu = "memory=24,bandwidth=1000,tflops=165"
     assert plan("demo", gpu=gpu, gpus=[2], parallel="ddp", method="lora").rows[0].speed is None
@@ -363,6 +393,11 @@ def test_a_model_that_cannot_be_sharded_is_planned_with_ddp():
         ("demo", {"gpus": [2], "gpu": "cpu"}, "processes on a CPU share its memory"),
         ("demo", {"gpus": [12], "gpu": "t4"}, "12 GPUs are no whole nodes of 8"),
         ("demo", {"parallel": "fsdp", "fsdp_cpu_offload": True}, "The 'parallel' of TrainConfig is for several GPUs"),
+        (
+            "demo",
+            {"gpus": [2], "parallel": "fsdp", "gradient_checkpointing": "offload"},
+            "with fsdp: checkpoints are not offloaded",
+        ),
         ("t5-base", {"gpus": [2], "gpu": "t4", "parallel": "fsdp"}, "'t5-base' cannot be planned with fsdp: .* has an encoder"),
     ],
 )

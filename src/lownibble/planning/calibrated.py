@@ -53,7 +53,8 @@ def run_calibration(shape: ModelShape, method: Method, run: Runtime, rows: Rows,
         last = max(i for i in range(shape.layers) if any(path.startswith(f"model.layers.{i}.") for path in method.ranks))
         part = Value(states.storage, few * rows.length * shape.hidden, run.itemsize)
         if model.groups:
-            model.groups.gather(last)
+            model.groups.hold(last)
+            model.groups.hold(shape.layers)  # the rest, which is read first
         measured = [linear for linear in shape.linears if f"model.layers.{last}.{linear.name}" in method.ranks]
         widths = _widths(measured)
         late = widths[-1:] if measured[-1:] == [*shape.linears[-1:]] else []  # the MLP's last, after its widest tensors

@@ -117,8 +117,6 @@ class Decoder:
         del masks
         self._in_graph = False
         last = self._tiled_norm(hidden, self.last_norm)
-        if self.groups:
-            self.groups.forwarded()
         del embedded
         return last
 

@@ -196,7 +196,7 @@ def plan_memory(
     if train.objective in PREFERENCE and shape.decoder_layers:
         raise ConfigError(f"'{shape.name}' has an encoder, which objective '{train.objective}' is not for. Leave it out.")
     shards = ranks if parallel == "fsdp" else 0
-    if shards and (why := not_sharded(shape, traced=step is not None)):
+    if shards and (why := not_sharded(shape, train, traced=step is not None)):
         raise ConfigError(f"'{shape.name}' cannot be planned with fsdp: {why}. Use --parallel ddp.")
     size = itemsize(device, method, dtype)
     adapted = {} if method == "full" or shape.counts else _ranks(shape, lora)
@@ -228,9 +228,9 @@ def plan_memory(
         tape = run_step(shape, ways, run, batch, checkpointing=train.gradient_checkpointing, passes=passes)
     else:
         tape = step(method, run, batch, train.gradient_checkpointing, passes)
-    trained = tape.parts if shards else trained
     if method != "full" and lora.init_lora_weights in KEEP_THEIR_START:
-        tape.hold([n * each for n, each in trained], "adapters")
+        tape.hold([n * each for n, each in trained], "adapters")  # buffers, which every rank has whole
+    trained = tape.parts if shards else trained
     if device.kind == "cuda" and method != "full" and not shards:
         tape.hold([n * size for n, each in trained if each > size], "adapters")  # rounded once a pass
         if tape.compiled and _replays(train, lora):
@@ -256,8 +256,10 @@ def plan_memory(
     return found.after("calibration", before)
 
 
-def not_sharded(shape: ModelShape, *, traced: bool) -> str:
+def not_sharded(shape: ModelShape, train: TrainConfig, *, traced: bool) -> str:
     """Why the planner cannot plan a model with fsdp, or ''. `traced`: its step is."""
+    if train.gradient_checkpointing == "offload":
+        return "checkpoints are not offloaded there"
     if traced or shape.counts is not None:
         return "the planner knows it for the families of its own tape, not for a step that is traced"
     return "the planner knows it for decoders, and this model has an encoder" if shape.decoder_layers else ""

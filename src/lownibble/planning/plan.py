@@ -183,7 +183,7 @@ def _ways(config: PlanConfig, shape: ModelShape, *, traced: bool) -> tuple[tuple
     """The ways of training on several GPUs to plan, and those of 'auto' that cannot be -> why."""
     if config.train.parallel != "auto":
         return (config.train.parallel,), {}
-    why = not_sharded(shape, traced=traced)
+    why = not_sharded(shape, config.train, traced=traced)
     return (("ddp",), {"fsdp": why}) if why else (PARALLEL, {})
 
 
@@ -209,7 +209,8 @@ def _rows_of_ranks(
                 return planned(device, method, train, way, gpus)
 
             for method in methods:
-                verdicts[way, method] = judge(method, device, train, of_rank, _offloads(device, shape))
+                offloads = way == "ddp" and _offloads(device, shape)
+                verdicts[way, method] = judge(method, device, train, of_rank, offloads)
         auto = {method: chosen({way: verdicts[way, method] for way in ways}) for method in methods}
         for (way, method), verdict in verdicts.items():
             speed = plan_speed(

@@ -1,11 +1,14 @@
 """FSDP2 on a `Tape`: parameters held in parts, by group gathered while they are used, gradients reduced to parts.
 
 As torch's `fully_shard` with each decoder layer a group, gathered again in backward, and one group for the rest (embedding, last
-norm, head), gathered from a pass's first use of it to its end. A rank holds the first dimension of each tensor divided by the
-number of ranks, rounded up, and a gathered tensor has that many times the part's elements. A group is received in a flat buffer
-and copied out of it. In forward the buffer is kept until the next layer has copied its own; in backward it is given back at
-once, and the next layer's is there while a layer runs. Gradients are whole within a layer's backward; then they go to a flat
+norm, head), gathered for a pass. A rank holds the first dimension of each tensor divided by the number of ranks, rounded up, and
+a gathered tensor has that many times the part's elements. A group is received in a flat buffer and copied out of it. While a
+layer runs, the next one's buffer is there, in forward (`training.sharding.gather_ahead`) and in backward; in forward its own one,
+too, which torch keeps for a copy that is still on its way. Gradients are whole within a layer's backward; then they go to a flat
 buffer, which is kept until the next layer's is made, and come out as this rank's part.
+
+Buffers are allocated and freed where torch issues gathers, in the same order on a CPU, which waits for each, and on CUDA, which
+goes on on streams of their own. There a freed buffer is used again by later gathers only: that is in what is reserved.
 
 Offloaded shards are copied to the device tensor by tensor, from there into a group's flat buffer, and freed. Gradients' parts go
 to the host as soon as they are there.
@@ -33,7 +36,6 @@ class Groups:
         self._whole: dict[int, list[Value]] = {}
         self._ahead: dict[int, Value] = {}
         self._parts: dict[int, Value] = {}
-        self._received: Value | None = None
         self._reduced: Value | None = None
         trained = sum(self._flat_bytes(number, trained=True) for number in range(len(self._groups)))
         in_layers = sum(self._flat_bytes(number) for number in range(self._last))
@@ -41,26 +43,23 @@ class Groups:
 
     def start(self) -> None:
         """Gather the group of the rest, for forward and backward."""
-        self.gather(self._last)
+        if self._last not in self._whole:
+            self._gather(self._last)
 
-    def gather(self, number: int) -> None:
-        """Gather a group for forward."""
-        if number not in self._whole:
-            received = self._buffer(number)
-            self._copy_out(number)
-            self._received = received
+    def hold(self, number: int) -> None:
+        """Have a group whole, as it is read."""
+        shards = self._tape.shards
+        self._whole[number] = [self._tape.new(shards * each.part, each.itemsize, "gathered") for each in self._groups[number]]
 
     def run(self, number: int, x: Value, layer: Callable[[Value], Value]) -> Value:
         """`layer(x)`, gathered meanwhile, as it is for its backward."""
-        self.gather(number)
+        received = self._gather(number)
+        if number + 1 < self._last:
+            self._ahead[number + 1] = self._buffer(number + 1)
         x = self._then(x, lambda: self._end(number))
         out = layer(x)
-        del self._whole[number]
+        del self._whole[number], received
         return self._then(out, lambda: self._begin(number))
-
-    def forwarded(self) -> None:
-        """The model has returned: the last layer's buffer is given back."""
-        self._received = None
 
     def finish(self) -> None:
         """Backward has ended: of groups whose inputs need no gradient, and of the rest."""
@@ -80,15 +79,15 @@ class Groups:
         del copies
         return received
 
-    def _copy_out(self, number: int) -> None:
-        shards = self._tape.shards
-        self._whole[number] = [self._tape.new(shards * each.part, each.itemsize, "gathered") for each in self._groups[number]]
+    def _gather(self, number: int) -> Value:
+        """Have a group whole; returns the buffer that it was copied out of."""
+        received = self._ahead.pop(number, None) or self._buffer(number)
+        self.hold(number)
+        return received
 
     def _begin(self, number: int) -> None:
         """A layer's backward begins."""
-        received = self._ahead.pop(number, None) or self._buffer(number)
-        self._copy_out(number)
-        del received
+        self._gather(number)
         if number:
             self._ahead[number - 1] = self._buffer(number - 1)
 

@@ -2,7 +2,9 @@
 
 Layers are sharded by torch's `fully_shard`: each tensor, packed ones too, along its first dimension, gathered when its layer runs
 and freed after it, forward and backward; the next layer is gathered meanwhile. Embeddings, final norm and head are one more
-group, gathered for a whole pass, since the loss reads the head's weight itself (`rest_gathered`).
+group, gathered for a whole pass, since the loss reads the head's weight itself (`rest_gathered`). Passes call a model's body and
+head, not the module that is FSDP2's root, so that torch takes each layer for the first of a pass, whose gather waits for what the
+device is doing: layers are told which one is next (`gather_ahead`).
 
 Loading puts adapters on each layer and shards it as soon as its weights are there, so that a rank holds its shards and one layer
 (`Sharding.finish_layer`, called by `models.load`).
@@ -22,6 +24,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -138,6 +141,14 @@ def rest_gathered(model: Any, ranks: Ranks) -> Iterator[None]:
         yield
     finally:
         model.reshard()
+
+
+def gather_ahead(layers: Sequence[Any]) -> None:
+    """While a sharded layer runs, gather the next one: in forward the following, in backward the one before."""
+    for layer, following in pairwise(layers):
+        layer.set_modules_to_forward_prefetch([following])
+        following.set_modules_to_backward_prefetch([layer])
+    layers[0].set_modules_to_backward_prefetch([layers[0]])  # which is there: with none torch takes the last of an evaluation
 
 
 def offload_policy(config: TrainConfig, device: torch.device) -> OffloadPolicy:
@@ -303,6 +314,7 @@ class Sharding:
         else:
             model.requires_grad_(True)
         self._shard(model, reshard_after_forward=False)
+        gather_ahead([*decoder_layers(model).values()])
 
     def _shard(self, module: Any, *, reshard_after_forward: bool) -> None:
         kind = type(module)
