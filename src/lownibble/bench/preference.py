@@ -5,7 +5,8 @@ rejected one, about 130 tokens; KTO gets their answers labelled. Contenders of a
 compiled as a run of some length is, with the reference's log-probabilities computed before; TRL's defaults, which compute them in
 each step; and TRL with precompute_ref_log_probs. What is computed before the first step is not timed. All have the same rows in
 the same order, and no row twice: rates are in rows/s, so a step of longer rows must be one for all. `first_losses` shows that
-they are: at its first step each is the same model (ORPO's loss depends on the rows; DPO's is log 2 and KTO's 1/2).
+they are: at its first step each is the same model (ORPO's loss depends on the rows; DPO's is log 2 and KTO's 1/2). TRL's ORPO
+begins each prompt with the tokenizer's bos token, which this tokenizer itself does not, so its first loss is another one.
 """
 
 from __future__ import annotations
