@@ -50,7 +50,10 @@ def test_every_group_is_given_its_place_and_passes_theirs(train, tiny_model, mon
 
     def fully_shard(module, **options):
         calls.append((module, options["offload_policy"]))
-        module.set_gradient_divide_factor = module.set_force_sum_reduction_for_comms = lambda value: None
+        for setting in ("gradient_divide_factor", "force_sum_reduction_for_comms"):
+            setattr(module, f"set_{setting}", lambda value: None)
+        for way in ("forward", "backward"):
+            setattr(module, f"set_modules_to_{way}_prefetch", lambda modules: None)
 
     monkeypatch.setattr(torch.distributed.fsdp, "fully_shard", fully_shard)
     monkeypatch.setattr(sharding, "init_device_mesh", lambda *_: None)
