@@ -126,7 +126,7 @@ def test_finished_cells_run_once_more_agree(study, tmp_path, here, monkeypatch):
     other = jobs.JOBS["cell"]  # a machine of other numbers, far beyond what seeds differ by, and one that fails
     monkeypatch.setitem(jobs.JOBS, "cell", lambda job: _elsewhere(other(job)))
     run_study(study(**few), tmp_path / "out", again=1)
-    monkeypatch.setitem(jobs.JOBS, "cell", lambda job: {"status": "failed", "error": "no memory", "created": "2027-01-01T"})
+    monkeypatch.setitem(jobs.JOBS, "cell", lambda job: {"status": "failed", "error": "no memory"})
     run_study(study(**few), tmp_path / "out", again=1)
     found = [run for run in analyse(tmp_path / "out")["again"] if run["digest"] == ran[0]["cell"]["digest"]]
     assert [run.get("same") for run in found] == [True, False, None]

@@ -74,6 +74,7 @@ const taken = (command) => Object.fromEntries(options(command).filter((each) => 
 function set(name) { return (text) => { values[name] = text; changed(name); }; }
 const refresh = later(() => { check(); plan(); }, 250);
 function changed(name) {
+  if (name === "data.path" && lengthened && values[EPOCHS] === lengthened) { values[EPOCHS] = lengthened = ""; all(`[data-option="${EPOCHS}"]`).forEach((each) => { each.value = ""; }); }
   if (name === "model" || name.startsWith("data.") || ["train.max_length", "train.objective"].includes(name)) stale();
   if (what() === "study") study();
   refresh();

@@ -198,15 +198,20 @@ class _Study:
         finished = [cell.digest for cell in compared if _peak(self.folder, cell) is not None]
         chosen = reruns.choose(compared, finished, count)
         failed = self._bases(chosen)
+        for cell in chosen:
+            if cell.base in failed:
+                self._ran_again(cell, failed[cell.base])
         work = [cell for cell in chosen if cell.base not in failed]
         if count:
             self.shown.say(f"{len(work)} finished cells are run once more")
         for index, found in EXECUTORS[self.executor]([self._job(cell) for cell in work], self.jobs, self.gpus):
-            cell = work[index]
-            shutil.rmtree(self._work(cell), ignore_errors=True)
-            self._keep(str(reruns.file_of(self.folder, cell.digest).relative_to(self.folder)), _of_cell(cell, found))
-            how = found.get("error") or ", ".join(f"{name} {value:.3f}" for name, value in found["result"]["scores"].items())
-            self.shown.say(f"again: {cell.task} x {cell.method} x seed {cell.seed}: {how}")
+            shutil.rmtree(self._work(work[index]), ignore_errors=True)
+            self._ran_again(work[index], found)
+
+    def _ran_again(self, cell: Cell, found: dict[str, Any]) -> None:
+        self._keep(str(reruns.file_of(self.folder, cell.digest).relative_to(self.folder)), _of_cell(cell, found))
+        how = found.get("error") or ", ".join(f"{name} {value:.3f}" for name, value in found["result"]["scores"].items())
+        self.shown.say(f"again: {cell.task} x {cell.method} x seed {cell.seed}: {how}")
 
     def _bases(self, wanted: Sequence[Cell]) -> dict[str | None, dict[str, Any]]:
         """Pack the bases of these cells that are not there; returns the records of those that failed, by name."""
@@ -279,7 +284,7 @@ def _of_cell(cell: Cell, found: dict[str, Any]) -> dict[str, Any]:
     """The record of a cell's run."""
     own = {**_labels(cell), "digest": cell.digest, "contents": cell.contents, "config": cell.config.to_dict()}
     own |= {"quantize": dict(cell.quantize)} if cell.quantize else {}
-    return {**found, "kind": "study-cell", "cell": own}
+    return {**record.new("study-cell"), **found, "kind": "study-cell", "cell": own}
 
 
 def _labels(cell: Cell) -> dict[str, Any]:
