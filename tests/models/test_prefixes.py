@@ -13,6 +13,7 @@ from lownibble.models import attention
 from lownibble.models.attention import prefix_attention, spread_out
 from lownibble.models.head import hidden_states
 from lownibble.models.prefixes import tree
+from lownibble.training import loss
 from lownibble.training.loss import check_prefixes
 
 SEQUENCES = st.lists(st.lists(st.integers(0, 2), min_size=1, max_size=6), min_size=1, max_size=6)
@@ -104,3 +105,14 @@ def test_models_that_cannot(tiny, family):
     before = model.config._attn_implementation
     assert why in check_prefixes(model, *some_sequences()[:2])
     assert model.config._attn_implementation == before
+
+
+def test_out_of_memory_is_not_for_the_model_to_answer(tiny, monkeypatch):
+    def exhausted(model, ids, mask, *, prefixes=None):
+        if prefixes is not None:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return hidden_states(model, ids, mask)
+
+    monkeypatch.setattr(loss, "hidden_states", exhausted)
+    with pytest.raises(torch.OutOfMemoryError):
+        check_prefixes(tiny(), *some_sequences()[:2])

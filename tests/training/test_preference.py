@@ -2,6 +2,7 @@
 
 import json
 import re
+from dataclasses import replace
 
 import pytest
 import torch
@@ -15,7 +16,9 @@ from lownibble.errors import ConfigError, TrainingError
 from lownibble.lora.active import adapter_off
 from lownibble.memory.planned import plan_of
 from lownibble.registry import OBJECTIVES
+from lownibble.training.distributed import Ranks
 from lownibble.training.events import Stepped
+from lownibble.training.fitting import Fitting
 from lownibble.training.loop import Trainer
 from lownibble.training.loss import chunks_of, token_logps
 from lownibble.training.passes import Passes
@@ -282,7 +285,7 @@ def test_what_sequences_begin_with_alike_is_computed_once(objective, method, wid
     beginnings = {tuple(ids[:n]) for ids in sequences for n in range(1, len(ids) + 1)}
     tokens = shared.micro.computed(shared.micro.batch(shared.micro.rows))
     assert tokens == len(beginnings) < sum(map(len, sequences))
-    assert shared.shared == {"tokens": 10 * sum(map(len, sequences)), "computed_tokens": 10 * tokens}
+    assert shared.shared == {"steps": 10, "tokens": 10 * sum(map(len, sequences)), "computed_tokens": 10 * tokens}
     assert padded.shared is None
     (loss, found), (expected_loss, expected) = _gradients(shared), _gradients(padded)
     assert loss == pytest.approx(expected_loss, rel=1e-6)
@@ -321,6 +324,7 @@ def test_no_microbatch_is_larger_than_the_dry_runs(begun):
         for tokens in sorted({micro.longest_row, micro.longest_row + 3, 17, micro.whole}):
             largest = micro.largest(tokens)
             assert micro.size(tokens) == micro.computed(largest) <= tokens
+            assert max(largest.prefixes.lengths) <= max(len(ids) for row in micro.rows for ids, _ in sequences_of(row))
             micro.max_tokens = tokens
             for _, rows in zip(range(10), micro.steps(), strict=False):
                 assert sorted(row.origin for batch in micro.dealt(rows) for row in batch) == sorted(
@@ -336,6 +340,45 @@ def test_no_microbatch_is_larger_than_the_dry_runs(begun):
         micro.max_tokens = None
         steps = [rows for _, rows in zip(range(10), micro.steps(), strict=False)]
         assert plan_of(trainer)[0].length == max(micro.tokens(batch) for rows in steps for batch in rows)
+
+
+SYSTEM = [{"prompt": "the film was not " * 5 + pair["prompt"], **{k: pair[k] for k in ("chosen", "rejected")}} for pair in PAIRS]
+
+
+def _fitted(monkeypatch, begun, tokens, **options):
+    """A trainer of rows with one long beginning; the memory budget gives microbatches of `tokens(micro)` tokens."""
+    monkeypatch.setattr(Fitting, "choose", lambda self, *_: replace(self.fit, max_tokens=tokens(self.micro)))
+    trainer = begun("orpo", rows=SYSTEM, **options)
+    trainer.set_up()
+    return trainer
+
+
+def test_what_is_computed_once_is_counted_in_microbatches_as_they_are_fitted(begun, monkeypatch):
+    trainer = _fitted(monkeypatch, begun, lambda micro: micro.longest_row, max_steps=30)
+    each = [trainer.micro.computed(trainer.micro.batch([row])) for row in trainer.micro.rows]
+    assert sum(each) > 2 * trainer.micro.computed(trainer.micro.batch(trainer.micro.rows))
+    assert (trainer.shared["steps"], trainer.shared["computed_tokens"]) == (20, 20 * sum(each))
+
+
+def test_microbatches_get_a_tenth_smaller_in_the_tokens_of_their_limit(begun, monkeypatch):
+    trainer = _fitted(monkeypatch, begun, lambda _: None)
+    rows = next(trainer.micro.steps())
+    monkeypatch.setattr(trainer.fitting, "_process_budget", 1)  # the peak is above it
+    trainer.fitting.keep_within(rows)
+    assert trainer.fit.max_tokens == trainer.micro.max_tokens == int(0.9 * sum(map(trainer.micro.length, trainer.micro.rows)))
+    assert len(trainer.micro.dealt(rows)) == 2
+
+
+def test_all_ranks_share_prefixes_or_none(begun, monkeypatch):
+    class Two(Ranks):
+        def of_all(self, value):
+            return [value, "another rank's reason"]
+
+    trainer = begun("orpo")
+    monkeypatch.setattr(trainer.micro, "ranks", Two())
+    assert not trainer.passes.share_prefixes()
+    assert not trainer.micro.shares
+    assert trainer.passes.prefix_reason == "another rank's reason"
 
 
 @pytest.mark.parametrize("objective", ["dpo", "kto"])

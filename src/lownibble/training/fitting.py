@@ -20,7 +20,6 @@ import psutil
 import torch
 
 from lownibble.config import CHECKPOINTING, Checkpointing, TrainConfig
-from lownibble.data import Batch
 from lownibble.errors import TrainingError
 from lownibble.kernels.decoded import release_scratch
 from lownibble.memory import usage
@@ -117,13 +116,21 @@ class Fitting:
         if self._process_budget and usage.used_bytes(self.device) + self.fit.room_bytes > AIM * self._process_budget:
             usage.trim_heap()
 
-    def keep_within(self, batches: list[Batch]) -> None:
+    def _largest(self, rows: Rows) -> tuple[int, int]:
+        """Tokens of a step's largest microbatch as its limit counts them, and the most rows of one, on any rank."""
+        dealt = self.micro.dealt(rows)
+        return self._ranks.most(max(map(self.micro.tokens, dealt), default=0)), self._ranks.most(max(map(len, dealt), default=0))
+
+    def keep_within(self, rows: Rows) -> None:
         """Shrink microbatches after a step whose peak nearly reached the process's memory budget, contrary to the dry run."""
         if not self._process_budget:
             return
         peak = self._ranks.most(usage.held_peak_bytes(self.device))
-        if peak > CLOSE * self._process_budget and self._ranks.most(max((batch.n_rows for batch in batches), default=0)) > 1:
-            tokens = int(0.9 * self._ranks.most(max(map(self.micro.computed, batches), default=0)))
+        if peak <= CLOSE * self._process_budget:
+            return
+        largest, most_rows = self._largest(rows)
+        if most_rows > 1:
+            tokens = int(0.9 * largest)
             self.take(replace(self.fit, max_tokens=tokens))
             self.warnings.append(
                 f"a step took {peak / 1e9:.2f} GB, close to the memory budget: forward passes have at most {tokens} tokens from "
@@ -142,9 +149,8 @@ class Fitting:
         if self._gave_up_graphs(f"step {step + 1}"):
             return
         usage.settle(self.device)
-        batches = self.micro.batches(rows)
-        tokens = self._ranks.most(max((self.micro.tokens(passed) for passed in self.micro.dealt(rows)), default=0))
-        if self._ranks.most(max((batch.n_rows for batch in batches), default=0)) > 1:
+        tokens, most_rows = self._largest(rows)
+        if most_rows > 1:
             self.take(replace(self.fit, max_tokens=tokens // 2))
             what = f"forward passes have at most {tokens // 2} tokens from now on"
         elif more := self._checkpointing(self.fit.gradient_checkpointing)[1:]:

@@ -95,8 +95,8 @@ class Trainer:
         stop_signal: called between steps; a non-zero signal number saves and ends the run.
         warnings: messages for the user that no event has reported yet.
         reference: how the reference model's log-probabilities were computed, or None.
-        shared: of preferences in the first steps, tokens of the sequences, and those that are computed; or why all are computed.
-            None: no preferences.
+        shared: of preferences, a number of first steps, the tokens of their sequences, and those that are computed in their
+            microbatches as fitted; or why all are computed. None: no preferences.
         stream: the CUDA stream on which the run works, or None.
         total_steps: optimiser steps of the whole run.
     """
@@ -265,7 +265,6 @@ class Trainer:
         with sharding.rest_gathered(self.model, self.ranks):
             check_head(self.model)
             self.passes.check()
-            self.shared = self._count_shared() if self.micro.shares else self.passes.prefix_reason
             balanced = balance.set_up(self.model, self.config.router_aux_loss_coef)
         plain_loss = type(self.objective).loss is Objective.loss and not balanced
         self.passes.refuse_graphs(self.config.cuda_graphs, plain_loss)
@@ -277,6 +276,7 @@ class Trainer:
         if fit.paged != self.fit.paged:
             self.optimizer = self._make_optimizer(fit.paged)
         self.fitting.take(fit)
+        self.shared = self._count_shared() if self.micro.shares else self.passes.prefix_reason
         self._refer(past is not None)
         if past:
             checkpoint.restore(past, self.parts, self.optimizer, self.identity, self.ranks)
@@ -290,10 +290,10 @@ class Trainer:
         return past.step if past else 0
 
     def _count_shared(self) -> dict[str, int]:
-        steps = islice(self.micro.steps(), min(COUNTED_STEPS, self.total_steps))
-        batches = [batch for rows in steps for batch in self.micro.batches(rows)]
+        steps = min(COUNTED_STEPS, self.total_steps)
+        batches = [batch for rows in islice(self.micro.steps(), steps) for batch in self.micro.batches(rows)]
         tokens, computed = sum(batch.n_tokens for batch in batches), sum(map(self.micro.computed, batches))
-        return dict(zip(("tokens", "computed_tokens"), self.ranks.total(tokens, computed), strict=True))
+        return {"steps": steps, **dict(zip(("tokens", "computed_tokens"), self.ranks.total(tokens, computed), strict=True))}
 
     def _refer(self, resumed: bool) -> None:
         """Compute the reference model's log-probabilities, if the objective has one; the model is as it begins."""
@@ -419,7 +419,7 @@ class Trainer:
         sharding.drop_gradients(self.parts.values())
         if lost := self.passes.lost_graphs():
             self.warnings.append(f"passes are no longer replayed as CUDA graphs: {lost}")
-        self.fitting.keep_within(batches)
+        self.fitting.keep_within(rows)
         return Stepped(
             step + 1, loss, rate, norm, counts.tokens, counts.padded_tokens, counts.labels, counts.rows,
             time.perf_counter() - began,

@@ -27,6 +27,7 @@ from lownibble.data import label_places
 from lownibble.errors import ModelError
 from lownibble.kernels import ops
 from lownibble.kernels.decoded import scratch
+from lownibble.memory.usage import is_exhausted
 from lownibble.models import attention
 from lownibble.models.head import Head, for_comparing, hidden_states
 from lownibble.models.info import info, pass_device
@@ -271,7 +272,7 @@ def check_packing(model: Any, rows: Sequence[Sequence[int]]) -> None:
 def check_prefixes(model: Any, one: Sequence[int], other: Sequence[int]) -> str:
     """Why tokens that sequences begin with alike cannot be computed once, or "". Compares hidden states so with those of each
     sequence alone under the model's own attention: of two given ones (token ids), first the longest of the data (see
-    `check_packing`), and of one that begins as that."""
+    `check_packing`), and of one that begins as that. Out of memory says nothing about the model, and is raised."""
     sequences = [one, other, [*one[: len(one) // 2], *other][: len(one)]]
     device = pass_device(model)
     prefixes = tree(sequences).to(device)
@@ -282,6 +283,8 @@ def check_prefixes(model: Any, one: Sequence[int], other: Sequence[int]) -> str:
                 nodes = hidden_states(model, prefixes.input_ids, None, prefixes=prefixes)[0]
                 _as_in_training(model, prefixes.input_ids, None, prefixes)
         except Exception as error:  # of ours, which says why, or the model's own code, which has just run with its own attention
+            if is_exhausted(error):
+                raise
             return str(error).partition("\n")[0].partition(". Use packing=False")[0] or type(error).__name__
     pairs = zip(nodes.index_select(0, prefixes.spread).float().split(prefixes.lengths), alone, strict=True)
     if max(float((a - b).norm() / b.float().norm()) for a, b in pairs) > PACKING_TOLERANCE[nodes.dtype]:

@@ -210,17 +210,19 @@ class MicroBatches:
         return batch
 
     def _longest(self, tokens: int) -> list[Example]:
-        """Rows of so many tokens, longest first; of pairs whose tokens are computed once, one sequence of as many for both."""
+        """Rows of so many tokens, longest first; of pairs whose tokens are computed once, one sequence of as many for both, in
+        pieces no longer than theirs: positions and masks go no further."""
         rows = self._by_length
-        if tokens < self.longest_row:
-            return [Example(rows[0].input_ids[:tokens], rows[0].is_label[:tokens], rows[0].origin)]
         if not self._is_padded:
             chosen, left = [], tokens
             for row in rows:
-                taken = min(left, self.length(row))
-                chosen += [Example(row.input_ids[:taken], row.is_label[:taken], row.origin)] * (taken > 0)
+                taken, most = min(left, self.length(row)), len(row.input_ids) // self._sequences
+                pieces = [slice(start, min(start + most, taken)) for start in range(0, taken, most)]
+                chosen += [Example(row.input_ids[piece], row.is_label[piece], row.origin) for piece in pieces]
                 left -= taken
             return chosen
+        if tokens < self.longest_row:
+            return [Example(rows[0].input_ids[:tokens], rows[0].is_label[:tokens], rows[0].origin)]
         return max(
             (rows[first : first + min(tokens // n, self._rows_of_a_step)] for n, first in _firsts(self._lengths)),
             key=lambda found: len(found) * len(found[0].input_ids),

@@ -110,10 +110,11 @@ class Passes:
             self._check_masks(batch)
 
     def share_prefixes(self) -> bool:
-        """Compute tokens that sequences begin with alike once, if the model can; returns whether it can."""
+        """Compute tokens that sequences begin with alike once, if the model can on all ranks; returns whether it can."""
         rows = [pick(self.micro.rows, key=lambda row: len(row.input_ids)) for pick in (max, min)]
         longest, shortest = (max((ids for ids, _ in sequences_of(row)), key=len) for row in rows)
-        self.prefix_reason = check_prefixes(self.model, longest, shortest)
+        reasons = self.micro.ranks.of_all(check_prefixes(self.model, longest, shortest))
+        self.prefix_reason = next(filter(None, reasons), "")
         if not self.prefix_reason:
             self._attention, self.attention_reason = prefix_attention, kernel_obstacle(self.model)
             self.micro.share_prefixes()
