@@ -10,9 +10,9 @@ import lownibble as ln
 PUBLIC = {
     "Codec", "CompareConfig", "DataConfig", "LoraConfig", "Objective", "OptimizerSpec", "PackedWeight", "PlanConfig",
     "QuantConfig", "QuantLinear", "QuantizedTensor", "RunConfig",
-    "TrainConfig", "TrainResult", "__version__", "add_lora", "compare", "decode", "dequantize", "export", "load", "load_adapter",
-    "merge", "plan", "push", "quantize", "quantize_model", "run", "save_adapter", "set_adapter", "train", "trainable_summary",
-    "use_backend",
+    "TrainConfig", "TrainResult", "__version__", "add_lora", "compare", "decode", "dequantize", "drop_cache", "export", "load",
+    "load_adapter", "merge", "plan", "push", "quantize", "quantize_model", "run", "save_adapter", "set_adapter", "train",
+    "trainable_summary", "use_backend",
 }  # fmt: skip
 
 

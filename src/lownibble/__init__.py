@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from lownibble.config import CompareConfig, DataConfig, LoraConfig, PlanConfig, QuantConfig, RunConfig, TrainConfig
-    from lownibble.decoding.generate import decode
+    from lownibble.decoding.generate import decode, drop_cache
     from lownibble.exporting.convert import export
     from lownibble.exporting.merge import merge
     from lownibble.exporting.quantize import quantize_model
@@ -35,8 +35,8 @@ _HOME = {
     **dict.fromkeys(("Codec", "PackedWeight", "QuantLinear", "QuantizedTensor", "dequantize", "quantize"), "quant"),
     **dict.fromkeys(("add_lora", "load_adapter", "save_adapter", "set_adapter", "trainable_summary"), "lora"),
     **dict.fromkeys(("TrainResult", "run", "train"), "training"), "Objective": "training.objectives", "OptimizerSpec": "optim",
-    "compare": "study.compare", "decode": "decoding.generate", "export": "exporting.convert", "load": "models",
-    "merge": "exporting.merge", "plan": "rehearsal.plan", "push": "hub.push",
+    **dict.fromkeys(("decode", "drop_cache"), "decoding.generate"), "compare": "study.compare", "export": "exporting.convert",
+    "load": "models", "merge": "exporting.merge", "plan": "rehearsal.plan", "push": "hub.push",
     "quantize_model": "exporting.quantize", "use_backend": "kernels.ops",
 }  # fmt: skip
 """Public name -> its module."""
@@ -44,8 +44,8 @@ _HOME = {
 __all__ = [
     "Codec", "CompareConfig", "DataConfig", "LoraConfig", "Objective", "OptimizerSpec", "PackedWeight", "PlanConfig",
     "QuantConfig", "QuantLinear", "QuantizedTensor", "RunConfig", "TrainConfig", "TrainResult", "__version__", "add_lora",
-    "compare", "decode", "dequantize", "export", "load", "load_adapter", "merge", "plan", "push", "quantize",
-    "quantize_model",    "run", "save_adapter", "set_adapter", "train", "trainable_summary", "use_backend",
+    "compare", "decode", "dequantize", "drop_cache", "export", "load", "load_adapter", "merge", "plan", "push", "quantize",
+    "quantize_model", "run", "save_adapter", "set_adapter", "train", "trainable_summary", "use_backend",
 ]  # fmt: skip
 
 

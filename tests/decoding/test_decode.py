@@ -276,7 +276,8 @@ def test_a_step_is_described_on_the_host_and_sampled_on_the_device(monkeypatch):
         options = SimpleNamespace(num_beams=1, max_length=5, _pad_token_tensor=pad, do_sample=False, output_scores=False,
                                   output_logits=False, return_dict_in_generate=False)  # fmt: skip
         mask = torch.tensor([[0, 1], [1, 1]], device="cuda")
-        found = ln.decode(None, ids, lambda ids, scores: scores, stopping, options, chat_tokenizer=True, attention_mask=mask)
+        model = nn.Identity()  # nobody asks it
+        found = ln.decode(model, ids, lambda ids, scores: scores, stopping, options, chat_tokenizer=True, attention_mask=mask)
         assert found.device.type == "cuda"
     assert found.tolist() == [[0, 7, 3, 5, 5], [8, 7, 4, 0, 0]]
     assert seen == [[7], [8, 7], ([3], [0], [1]), ([5], [0], [2])], "a row that has ended takes no part"

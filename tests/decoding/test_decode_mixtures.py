@@ -2,7 +2,10 @@
 
 import pytest
 import torch
+from architectures import config_of
+from families import louder, quiet
 from mixtures import folder_of
+from transformers import AutoConfig, AutoModelForCausalLM
 
 import lownibble as ln
 from lownibble.decoding import CpuDecoder
@@ -83,6 +86,23 @@ def test_mixtures_of_another_attention_run_on_transformers_modules(kind, says, t
     expected, found = model.generate(**asked()), model.generate(**asked(), custom_generate=ln.decode)
     assert torch.equal(found.sequences, expected.sequences)
     torch.testing.assert_close(found.logits[-1], expected.logits[-1], **CLOSE)
+
+
+def test_windows_that_only_the_mask_has_are_not_left_out(tokenizer, tmp_path):
+    """Qwen2-MoE's attention is not told of them. It is longer than what the decoder compares, the prompt longer still."""
+    with quiet():
+        config = config_of("qwen2_moe", len(tokenizer)).to_dict()
+        config |= {"use_sliding_window": True, "sliding_window": 16, "layer_types": ["sliding_attention", "full_attention"]}
+        louder(AutoModelForCausalLM.from_config(AutoConfig.for_model(**config))).save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    model = adapted(tmp_path, ())
+    with pytest.raises(ModelError, match="its attention is not told of the window"):
+        CpuDecoder(model)
+    prompts = {name: asked()[name][1:].repeat(1, 4) for name in ("input_ids", "attention_mask")}
+    expected, found = (model.generate(**asked() | prompts, **loop) for loop in ({}, {"custom_generate": ln.decode}))
+    assert torch.equal(found.sequences, expected.sequences)
+    for ours, theirs in zip(found.logits, expected.logits, strict=True):
+        torch.testing.assert_close(ours, theirs, **CLOSE)
 
 
 def test_dense_experts_are_refused_by_name(tokenizer, tmp_path):

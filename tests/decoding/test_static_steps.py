@@ -4,6 +4,7 @@ operations of a step, whose replay sees its tensors and nothing that the host ha
 import gc
 import weakref
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from waits import Waits
 
 import lownibble as ln
 from lownibble.decoding import choose
+from lownibble.decoding.generate import _cache
 from lownibble.decoding.modules import ModulesDecoder
 from lownibble.decoding.static import StaticSteps, prepared
 from lownibble.kernels import ops
@@ -270,7 +272,56 @@ def test_generation_again_captures_nothing_until_what_its_graphs_depend_on_chang
         layer.adapters["one"].scale *= 3
         assert captured(short)[0] == 1, "another scale"
         assert captured(short)[0] == 0
+        first = model.model.layers[0]
+        hooks = [first.register_forward_hook(lambda module, args, y: y * -2)]
+        assert captured(short)[0] == 1, "a hook"
+        hooks.append(first.mlp.register_forward_pre_hook(lambda module, args: (args[0] * 3,)))
+        assert captured(short)[0] == 1, "a hook of inputs"
+        assert captured(short)[0] == 0
+        for hook in hooks:
+            hook.remove()
+        assert captured(short)[0] == 1, "no hooks"
+        first.self_attn.scaling *= 3
+        assert captured(short)[0] == 1, "a number of a module"
+        for kind in (torch.nn.Tanh, torch.nn.Sigmoid):
+            first.mlp.act_fn = kind()
+            assert captured(short)[0] == 1, "another activation"
+        model.config.final_logit_softcapping = 0.5
+        assert captured(short)[0] == 1, "a setting"
+        first.mlp.forward = lambda x: -x
+        assert captured(short)[0] == 1, "another forward"
+        assert captured(short)[0] == 0
     assert captured(short)[0] == 1, "other kernels"
+
+
+def generate(model):
+    with quiet():
+        model.generate(torch.tensor([[5, 6]]), max_new_tokens=3, pad_token_id=0, eos_token_id=None, custom_generate=ln.decode)
+
+
+def test_what_is_kept_is_dropped_where_nothing_is_captured_and_on_request(monkeypatch):
+    model = louder(build("qwen3", 96))
+    plain, drawing = choose(model), static(model, capture=lambda run: (lambda: None, run()))
+
+    def kept(decoder):
+        monkeypatch.setattr("lownibble.decoding.generate.choose", lambda model: decoder)
+        generate(model)
+        return weakref.ref(KEPT[model].cache) if model in KEPT else None
+
+    cache = kept(drawing)
+    assert cache().capacity == 5
+    assert kept(plain) is None, "as after model.cpu()"
+    assert cache() is None
+    cache = kept(drawing)
+    ln.drop_cache(model)
+    assert cache() is None
+
+
+def test_contexts_are_rounded_up_by_less_than_a_quarter():
+    decoder = SimpleNamespace(draws=True, cache=lambda slots, capacity: capacity)
+    found = [_cache(decoder, None, None, 1, n) for n in range(1, 5000)]
+    assert all(n <= rounded < 1.25 * n for n, rounded in enumerate(found, 1))
+    assert len(set(found[1024:2048])) == 4
 
 
 def test_what_is_kept_goes_with_its_model(monkeypatch):
@@ -278,8 +329,7 @@ def test_what_is_kept_goes_with_its_model(monkeypatch):
         model = louder(build("qwen3", 96))
         decoder = static(model, capture=lambda run: (lambda: None, run()))
         monkeypatch.setattr("lownibble.decoding.generate.choose", lambda model: decoder)
-        with quiet():
-            model.generate(torch.tensor([[5, 6]]), max_new_tokens=3, pad_token_id=0, custom_generate=ln.decode)
+        generate(model)
         return weakref.ref(model), weakref.ref(KEPT[model].cache)
 
     held = generated()

@@ -2,10 +2,12 @@
 (`choice.py`).
 
 **Kept.** A cache whose steps are captured in CUDA graphs stays with the model for its next call, which then captures nothing: as
-long as it is large enough, and the model is what it was. Graphs hold addresses of weights, and which adapter was active; so any
-tensor of the model that is changed, moved or replaced, another active adapter and another precision end it. Contexts are rounded
-up to a power of two, so that a chat that grows does not capture anew each turn. Training drops it, too (`models/kept.py`). Caches
-without graphs are made anew: that costs nothing.
+long as it is large enough, and the model is what it was. Graphs hold addresses of weights, and all that Python decided; so any
+tensor or module of the model that is changed, moved or replaced, another active adapter, number, flag or text that a module has,
+hook, replaced `forward` or setting of the configuration ends it. Not noticed: attributes of modules of any other type, what hooks
+read elsewhere, and methods that are replaced in a class; `drop_cache` is for those. A call with a long context leaves its large
+cache to shorter ones, until `drop_cache`. Contexts are rounded up, by less than a quarter, so that a chat that grows does not
+capture anew each turn. Training drops it, too (`models/kept.py`). Caches without graphs are made anew: that costs nothing.
 
 Options, logits processors and stopping criteria stay transformers'. Only a streamer must be passed as `token_streamer`, and the
 tokenizer as `chat_tokenizer`: `generate` does not forward `streamer` and `tokenizer` to a custom loop.
@@ -15,6 +17,7 @@ from __future__ import annotations
 
 from contextlib import suppress
 from typing import Any, NamedTuple
+from weakref import ref
 
 import torch
 from torch import Tensor
@@ -25,9 +28,7 @@ from lownibble.decoding.caches import SlotCache
 from lownibble.decoding.choice import choose
 from lownibble.decoding.decoder import Cache, Decoder, RefusedError
 from lownibble.kernels import ops
-from lownibble.lora.layer import LoraLinear, LowRank, TrainedCopy
 from lownibble.models.kept import KEPT
-from lownibble.quant import QuantLinear
 
 
 class _Kept(NamedTuple):
@@ -37,15 +38,26 @@ class _Kept(NamedTuple):
     cache: SlotCache
 
 
+_SETTINGS = (int, float, str, type(None))
+"""Types of the attributes of modules that are compared by their values."""
+
+
+def drop_cache(model: Any) -> None:
+    """Free the memory on a CUDA device that `decode` keeps with a model for its next call: its cache and graphs, if there are."""
+    KEPT.pop(model, None)
+
+
 def _state(model: Any) -> object:
-    """What graphs of a model's steps depend on: its tensors, what is active, and the kernels."""
+    """What graphs of a model's steps depend on: its tensors, its modules, their hooks and settings, and the kernels."""
     tensors = [
         (t.data_ptr(), t.shape, t.dtype, 0 if t.is_inference() else t._version) for t in (*model.parameters(), *model.buffers())
     ]
-    active = [m.active for m in model.modules() if isinstance(m, (LoraLinear, TrainedCopy))]
-    scales = [m.scale for m in model.modules() if isinstance(m, LowRank)]
-    compute = [m.compute for m in model.modules() if isinstance(m, QuantLinear)]
-    return tensors, active, scales, compute, ops.current(model.device).name
+    modules = [
+        (ref(m), [*m._forward_pre_hooks, *m._forward_hooks], id(vars(m).get("forward")),
+         {name: value for name, value in vars(m).items() if isinstance(value, _SETTINGS)})
+        for m in model.modules()
+    ]  # fmt: skip
+    return tensors, modules, model.config.to_dict(), ops.current(model.device).name
 
 
 def _cache(decoder: Decoder, kept: _Kept | None, state: object, slots: int, capacity: int) -> Cache:
@@ -54,7 +66,8 @@ def _cache(decoder: Decoder, kept: _Kept | None, state: object, slots: int, capa
         return kept.cache
     if decoder.draws:  # may be kept
         with suppress(RefusedError):  # beyond what the rotary angles allow
-            return decoder.cache(slots, 1 << (capacity - 1).bit_length())
+            eighth = max(1, (1 << (capacity - 1).bit_length()) // 8)
+            return decoder.cache(slots, -(-capacity // eighth) * eighth)
     return decoder.cache(slots, capacity)
 
 
@@ -81,12 +94,13 @@ def decode(
         raise RefusedError(model, "it cannot go on from a cache of transformers'")
     if token_streamer is not None:
         token_streamer.put(input_ids)
+    kept = KEPT.pop(model, None)  # nobody else has it until the end
     decoder = choose(model)
     B = len(input_ids)
     mask = model_kwargs.get("attention_mask")
     mask = torch.ones_like(input_ids) if mask is None else mask
     lengths = mask.sum(dim=1).cpu()
-    state, kept = (_state(model), KEPT.pop(model, None)) if decoder.draws else (None, None)  # nobody else has it until the end
+    state = _state(model) if decoder.draws else None
     cache = _cache(decoder, kept, state, B, generation_config.max_length)
     del kept
     logits = torch.cat([decoder.prompt(input_ids[row][mask[row] != 0].cpu(), row, cache) for row in range(B)])

@@ -292,11 +292,7 @@ class ModulesDecoder(Decoder):
             failed = self._failure()
         if failed:
             return failed
-        window, windows = attention.window(self.model), self._windows
-        expected = sum(kind == "sliding_attention" for kind in layers) if layers else len(windows)
-        if window is not None and sum(size is not None for size in windows) != expected:
-            return "its attention is not told of the window"
-        return ""
+        return "its attention is not told of the window" if attention.windows_untold(self.model, self._windows) else ""
 
     @torch.inference_mode()
     def _failure(self) -> str:

@@ -130,6 +130,13 @@ def window(model: Any) -> int | None:
     return getattr(config, "sliding_window", None)
 
 
+def windows_untold(model: Any, windows: Sequence[int | None]) -> bool:
+    """Whether layers have other windows than the `windows` that their attention is told: masks have them then (Qwen2-MoE)."""
+    layers = getattr(model.config.get_text_config(), "layer_types", None) or ()
+    expected = sum(kind == "sliding_attention" for kind in layers) if layers else len(windows)
+    return window(model) is not None and sum(size is not None for size in windows) != expected
+
+
 @contextmanager
 def segment_attention(model: Any) -> Iterator[None]:
     """Set our attention inside the block: forward and backward require segments; padded rows need the kernel.
