@@ -111,7 +111,7 @@ def test_cells_are_run_once_and_learning_rates_found_first(study, tmp_path, here
 
 
 def test_finished_cells_run_once_more_agree(study, tmp_path, here, monkeypatch):
-    few = {"learning_rates = [1e-3, 1e-2]": "learning_rates = []"}
+    few = {"learning_rates = [1e-3, 1e-2]": "learning_rates = []", "max_steps = 3": "max_steps = 1"}
     run_study(study(**few), tmp_path / "out")
     before = records(tmp_path / "out")
     run_study(study(**few), tmp_path / "out", again=2)
