@@ -169,6 +169,14 @@ def compare() -> str:
     return f"{markdown(record['methods'])}\n\n{advice}\n\n({_where(record)}; `benchmarks/results/compare-cpu.json`)"
 
 
+def compare_seeds() -> str:
+    """The same with several seeds: what it can tell."""
+    record = _record("compare-seeds-cpu")
+    lines = [f"Recommendation: **{record['advice']['method']}**.", "", *(f"- {reason}" for reason in record["advice"]["reasons"])]
+    source = f"{record['config']['seeds']} seeds; {_where(record)}; `benchmarks/results/compare-seeds-cpu.json`"
+    return "\n".join(lines) + f"\n\n({source})"
+
+
 def _turns(name: str, what: Callable[[dict[str, Any]], str], peak: bool = True) -> str:
     """Contenders that took turns: their rates, and the ratios within a round."""
     record = _record(name)
@@ -904,6 +912,7 @@ SECTIONS: dict[str, Callable[[], str]] = {
     "memory-summary": memory_summary,
     "quality-summary": quality_summary,
     "compare": compare,
+    "compare-seeds": compare_seeds,
     "study": study,
     "train": train,
     "train-real": train_real,
