@@ -276,7 +276,8 @@ def new_user() -> str:
     return (
         f"Measured, from `pip install` in a new environment to the answers of base and adapter, trained on {record['rows']} rows "
         f"by the page alone: {record['total_seconds'] / 60:.1f} minutes ({steps}); evaluation loss {before:.2f} before and "
-        f"{after:.2f} after. The machine's load was {min(record['load']):.0f} to "
+        f'{after:.2f} after. To "{record["question"]}", of which no row speaks, the adapter answers: '
+        f'"{record["answers"]["adapter"]}" The machine\'s load was {min(record["load"]):.0f} to '
         f"{max(record['load']):.0f} on {record['cpus']} processors. ({_where(record)}; `benchmarks/results/new-user-cpu.json`)"
     )
 
