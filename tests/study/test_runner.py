@@ -133,7 +133,7 @@ def test_finished_cells_run_once_more_agree(study, tmp_path, here, monkeypatch):
     assert found[1]["scores"]["loss"]["difference"] == pytest.approx(100)
     assert not found[1]["scores"]["loss"]["agrees"]
     page = study_page.write(tmp_path / "out") and (tmp_path / "out" / "report.md").read_text()
-    assert "4 runs were repeated; 2 gave the same numbers throughout. 1 failed." in page
+    assert "Of 4 repeated runs 2 gave the same numbers throughout. 1 failed." in page
     assert "failed: no memory" in page
 
 

@@ -75,7 +75,7 @@ def words(found: Sequence[Mapping[str, Any]]) -> str:
     same, agree = sum(run["same"] for run in ran), sum(of["agrees"] for of in judged)
     failed = f" {len(found) - len(ran)} failed." if len(found) > len(ran) else ""
     return (
-        f"{len(found)} runs were repeated; {same} gave the same numbers throughout.{failed} {agree} of {len(judged)} scores "
+        f"Of {len(found)} repeated runs {same} gave the same numbers throughout.{failed} {agree} of {len(judged)} scores "
         "differ by no more than two seeds of a method do (in 95 of 100 cases)."
     )
 
