@@ -96,7 +96,7 @@ def test_windows_that_only_the_mask_has_are_not_left_out(tokenizer, tmp_path):
         louder(AutoModelForCausalLM.from_config(AutoConfig.for_model(**config))).save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
     model = adapted(tmp_path, ())
-    with pytest.raises(ModelError, match="its attention is not told of the window"):
+    with pytest.raises(ModelError, match="only its attention mask has the sliding window"):
         CpuDecoder(model)
     prompts = {name: asked()[name][1:].repeat(1, 4) for name in ("input_ids", "attention_mask")}
     expected, found = (model.generate(**asked() | prompts, **loop) for loop in ({}, {"custom_generate": ln.decode}))

@@ -37,7 +37,7 @@ from lownibble.planning.step import Batch, run_step
 from lownibble.quant.experts import Ends
 from lownibble.training.distributed import Ranks
 from lownibble.training.loss import loss_at
-from lownibble.training.sharding import gather_ahead, rest_gathered
+from lownibble.training.sharding import prefetch, rest_gathered
 
 TINY = read_shape({
     "model_type": "llama", "hidden_size": 12, "intermediate_size": 20, "num_hidden_layers": 3, "num_attention_heads": 2,
@@ -138,7 +138,7 @@ def shard(model, ranks):
     for layer in layers:
         fully_shard(layer, mesh=mesh)
     fully_shard(model, mesh=mesh, reshard_after_forward=False)
-    gather_ahead(layers)
+    prefetch(layers)
     return sum(p.to_local().untyped_storage().nbytes() for p in model.parameters()) + sum(b.nbytes for b in model.buffers())
 
 

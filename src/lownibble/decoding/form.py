@@ -26,7 +26,7 @@ from lownibble.kernels.decoder import ACTIVATIONS, PROJECTIONS, Adapter, Decoder
 from lownibble.kernels.rows import Attending
 from lownibble.lora.experts import ExpertsLoRA
 from lownibble.lora.layer import LoraLinear
-from lownibble.models.attention import windows_untold
+from lownibble.models.attention import windows_only_in_mask
 from lownibble.models.experts import containers
 from lownibble.quant import QuantLinear
 
@@ -64,8 +64,8 @@ def read_layers(model: Any) -> DecoderLayers:
         raise RefusedError(model, "its attention does not go by transformers' interface, or is not plainly causal")
     if any(how.sinks is not None for how in told.values()):
         raise RefusedError(model, "its attention has sinks")
-    if windows_untold(model, [how.window for how in told.values()]):
-        raise RefusedError(model, "its attention is not told of the window")
+    if windows_only_in_mask(model, [how.window for how in told.values()]):
+        raise RefusedError(model, "only its attention mask has the sliding window")
     for index, layer in enumerate(found):
         scaling, window, softcap, _ = told[index]
         scaling = layer.scaling if scaling is None else scaling

@@ -292,7 +292,8 @@ class ModulesDecoder(Decoder):
             failed = self._failure()
         if failed:
             return failed
-        return "its attention is not told of the window" if attention.windows_untold(self.model, self._windows) else ""
+        only_mask = attention.windows_only_in_mask(self.model, self._windows)
+        return "only its attention mask has the sliding window" if only_mask else ""
 
     @torch.inference_mode()
     def _failure(self) -> str:

@@ -130,8 +130,8 @@ def window(model: Any) -> int | None:
     return getattr(config, "sliding_window", None)
 
 
-def windows_untold(model: Any, windows: Sequence[int | None]) -> bool:
-    """Whether layers have other windows than the `windows` that their attention is told: masks have them then (Qwen2-MoE)."""
+def windows_only_in_mask(model: Any, windows: Sequence[int | None]) -> bool:
+    """Whether layers have other sliding windows than the `windows` passed to attention: their masks apply them (Qwen2-MoE)."""
     layers = getattr(model.config.get_text_config(), "layer_types", None) or ()
     expected = sum(kind == "sliding_attention" for kind in layers) if layers else len(windows)
     return window(model) is not None and sum(size is not None for size in windows) != expected

@@ -3,7 +3,7 @@
 As torch's `fully_shard` with each decoder layer a group, gathered again in backward, and one group for the rest (embedding, last
 norm, head), gathered for a pass. A rank holds the first dimension of each tensor divided by the number of ranks, rounded up, and
 a gathered tensor has that many times the part's elements. A group is received in a flat buffer and copied out of it. While a
-layer runs, the next one's buffer is there, in forward (`training.sharding.gather_ahead`) and in backward; in forward its own one,
+layer runs, the next one's buffer is there, in forward (`training.sharding.prefetch`) and in backward; in forward its own one,
 too, which torch keeps for a copy that is still on its way. Gradients are whole within a layer's backward; then they go to a flat
 buffer, which is kept until the next layer's is made, and come out as this rank's part.
 

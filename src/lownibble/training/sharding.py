@@ -4,7 +4,7 @@ Layers are sharded by torch's `fully_shard`: each tensor, packed ones too, along
 and freed after it, forward and backward; the next layer is gathered meanwhile. Embeddings, final norm and head are one more
 group, gathered for a whole pass, since the loss reads the head's weight itself (`rest_gathered`). Passes call a model's body and
 head, not the module that is FSDP2's root, so that torch takes each layer for the first of a pass, whose gather waits for what the
-device is doing: layers are told which one is next (`gather_ahead`).
+device is doing: so prefetching the next layer is set explicitly (`prefetch`).
 
 Loading puts adapters on each layer and shards it as soon as its weights are there, so that a rank holds its shards and one layer
 (`Sharding.finish_layer`, called by `models.load`).
@@ -143,7 +143,7 @@ def rest_gathered(model: Any, ranks: Ranks) -> Iterator[None]:
         model.reshard()
 
 
-def gather_ahead(layers: Sequence[Any]) -> None:
+def prefetch(layers: Sequence[Any]) -> None:
     """While a sharded layer runs, gather the next one: in forward the following, in backward the one before."""
     for layer, following in pairwise(layers):
         layer.set_modules_to_forward_prefetch([following])
@@ -314,7 +314,7 @@ class Sharding:
         else:
             model.requires_grad_(True)
         self._shard(model, reshard_after_forward=False)
-        gather_ahead([*decoder_layers(model).values()])
+        prefetch([*decoder_layers(model).values()])
 
     def _shard(self, module: Any, *, reshard_after_forward: bool) -> None:
         kind = type(module)
