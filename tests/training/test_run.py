@@ -13,9 +13,12 @@ from safetensors.torch import load_file
 
 import lownibble as ln
 from lownibble.config import DataConfig, LoraConfig, QuantConfig, RunConfig, TrainConfig
+from lownibble.data import choices, encode
+from lownibble.data import load as load_data
 from lownibble.errors import AdapterError, ConfigError, ModelError, OutputError, TargetError, TrainingError
 from lownibble.lora.active import adapter_configs
-from lownibble.training import Evaluated, Finished, JsonlSink, Saved, Sink, Started, Stepped, run
+from lownibble.training import Evaluated, Finished, JsonlSink, Saved, Sink, Started, Stepped, evaluate, run
+from lownibble.training.microbatches import collator
 from lownibble.training.output import claim
 
 DATA_TEMPLATES = {"prompt_template": "review : {text} sentiment :", "completion_template": " {label}"}
@@ -331,22 +334,50 @@ def test_evaluation_is_the_mean_over_label_tokens(tiny_model, tiny_data):
     assert last["scores"]["accuracy"] == pytest.approx(right / len(last["correct"]))
 
 
-def test_longer_candidates_are_scored_by_all_their_tokens(tiny_model, tiny_data):
+@pytest.mark.parametrize("shared", [True, False])
+def test_longer_candidates_are_scored_by_all_their_tokens(tiny_model, tiny_data, monkeypatch, shared):
+    """Prompts computed once for all candidates, or for each of them; oracle: each sequence alone."""
+    if not shared:
+        monkeypatch.setattr(evaluate, "check_prefixes", lambda *_: "its hidden states are not the same so")
     templates = {"prompt_template": "review : {text} sentiment :", "completion_template": " very {label}"}
     config = _config(tiny_model, tiny_data, max_steps=1)
     result = run(config.with_options(data=DataConfig(path=str(tiny_data), **templates)))
     model, tokenizer = result.model.eval(), result.tokenizer
-    right = []
+    right, probabilities, of_answers = [], [], []
+
+    def logps(prompt, answer):
+        with torch.no_grad():
+            logits = model(input_ids=torch.tensor([prompt + answer])).logits[0, len(prompt) - 1 : -1].log_softmax(1)
+        return [logits[i, token].item() for i, token in enumerate(answer)]
+
     for line in (tiny_data / "test.jsonl").read_text().splitlines():
-        row, scores = json.loads(line), {}
+        row = json.loads(line)
         prompt = tokenizer(f"review : {row['text']} sentiment :")["input_ids"]
-        for label in ("negative", "positive"):
-            answer = tokenizer(f" very {label}")["input_ids"]
-            with torch.no_grad():
-                logits = model(input_ids=torch.tensor([prompt + answer])).logits[0, len(prompt) - 1 : -1].log_softmax(1)
-            scores[label] = sum(logits[i, token].item() for i, token in enumerate(answer))
+        answers = {label: tokenizer(f" very {label}")["input_ids"] for label in ("negative", "positive")}
+        scores = {label: sum(logps(prompt, answer)) for label, answer in answers.items()}
         right.append(max(scores, key=scores.get) == row["label"])
-    assert result.record["evaluations"][-1]["correct"] == right
+        probabilities.append(torch.tensor(list(scores.values())).softmax(0)[list(scores).index(row["label"])].item())
+        of_answers += logps(prompt, [*answers[row["label"]], tokenizer.eos_token_id])
+    last = result.record["evaluations"][-1]
+    assert last["correct"] == right
+    assert last["scores"]["label_probability"] == pytest.approx(sum(probabilities) / len(probabilities), rel=1e-5)
+    assert last["loss"] == pytest.approx(-sum(of_answers) / len(of_answers), rel=1e-5)
+    assert last["label_tokens"] == len(of_answers)
+
+
+def test_a_prompt_is_computed_once_for_all_its_candidates(tiny_model, tiny_data):
+    templates = {"prompt_template": "review : {text} sentiment :", "completion_template": " very {label}"}
+    data = DataConfig(path=str(tiny_data), **templates)
+    model, tokenizer = ln.load(str(tiny_model))
+    train_rows, rows = load_data(data)
+    asked = choices(train_rows, rows, tokenizer, data, 32)
+    examples = encode(rows, tokenizer, data, 32).examples
+    found = evaluate.Evaluator(examples, asked, collator(model, tokenizer), 4, model.device)
+    found(model)
+    computed = []
+    model.model.register_forward_pre_hook(lambda _, __, kwargs: computed.append(kwargs["input_ids"].numel()), with_kwargs=True)
+    found(model)
+    assert sum(computed) <= sum(len(example.input_ids) + 2 for example in examples), "a row, and the end of its other answer"
 
 
 def test_training_goes_on_from_a_loaded_adapter(tiny_model, tiny_data, tmp_path):

@@ -1,8 +1,9 @@
 """Evaluation: loss over the label tokens of the held-out rows and, for classification data, accuracy.
 
 The predicted label is the candidate completion with the highest likelihood after the prompt. If every candidate is one token,
-the forward pass for the loss also gives the prediction (logits at the last prompt position); otherwise each candidate of each row
-is another sequence to run.
+the forward pass for the loss also gives the prediction (logits at the last prompt position). Otherwise each candidate of a row is
+another sequence. What they begin with alike is computed once (`models/prefixes.py`) where the model can, so that a row with three
+candidates takes about one pass, and not four.
 """
 
 from __future__ import annotations
@@ -16,9 +17,12 @@ import torch
 from torch import Tensor
 
 from lownibble.data import Choice, Example, cut
+from lownibble.memory.usage import is_exhausted
+from lownibble.models.attention import prefix_attention
 from lownibble.models.head import Head, hidden_states
+from lownibble.models.prefixes import tree
 from lownibble.training.distributed import ALONE
-from lownibble.training.loss import token_losses
+from lownibble.training.loss import check_prefixes, token_losses
 from lownibble.training.microbatches import Collate
 from lownibble.training.passes import Passes
 from lownibble.training.sharding import rest_gathered
@@ -52,6 +56,7 @@ class Evaluator:
         passes: the run's, for what is computed as in training; None outside of one.
         before_pass: called before each forward pass.
         max_tokens: maximum tokens per forward pass, padding included (a longer row runs alone); None: only `batch_size` applies.
+        prefix_reason: why a prompt is computed for each of its candidates, "" if it is computed once; None: not known yet.
     """
 
     def __init__(
@@ -64,6 +69,7 @@ class Evaluator:
         self.max_tokens: int | None = None
         self.before_pass: Callable[[], None] = lambda: None
         self.single_token = choices is not None and all(len(c) == 1 for c in choices[0].candidates)
+        self.prefix_reason: str | None = None
 
     def halve(self) -> int:
         """Halve the size of forward passes; returns the new `max_tokens`, or 0 if a pass is already a single row."""
@@ -77,6 +83,9 @@ class Evaluator:
     def __call__(self, model: Any) -> Evaluation:
         """Evaluate; restores the model's training mode."""
         with rest_gathered(model, self.ranks):
+            if self.choices is not None and not self.single_token and self.prefix_reason is None:
+                reasons = self.ranks.of_all(self._against_prefixes(model))
+                self.prefix_reason = next(filter(None, reasons), "")
             sums = self.ranks.together(lambda: self._share(model))
         total, scores_NC = torch.tensor(sums.loss, dtype=torch.float64), sums.scores
         self.ranks.add_up([total, scores_NC] if scores_NC.numel() else [total])
@@ -93,10 +102,24 @@ class Evaluator:
         finally:
             model.train(was_training)
 
+    def _against_prefixes(self, model: Any) -> str:
+        """Why a prompt cannot be computed once for all candidates here, or ""."""
+        if model.config.is_encoder_decoder:
+            return "it has an encoder"
+        by_length = sorted((example.input_ids for row in range(len(self.examples)) for example in self._sequences(row)), key=len)
+        try:
+            return check_prefixes(model, by_length[-1], by_length[0])
+        except Exception as error:
+            if not is_exhausted(error):
+                raise
+            return "there is no memory to try it"
+
     def _sums(self, model: Any) -> Sums:
+        if self.choices is not None and not self.single_token:
+            return self._sums_of_candidates(model)
         head, total, n_labels = Head(model), 0.0, 0
         scores_NC = torch.zeros(len(self.examples), len(self.choices[0].candidates) if self.choices else 0)
-        for rows, counts in self._batches(self.examples):
+        for rows, counts in self._batches([len(example.input_ids) for example in self.examples]):
             self.before_pass()
             batch = self.collate([self.examples[i] for i in rows]).to(self.device)
             hidden_BTH = hidden_states(model, batch.input_ids, batch.mask, source=batch.source)
@@ -106,7 +129,7 @@ class Evaluator:
             losses_L = token_losses(head, hidden_BTH[:, :-1][is_label_BT], batch.labels[:, 1:][is_label_BT])
             total += float(losses_L.sum(dtype=torch.float64))
             n_labels += len(losses_L)
-            if self.choices is not None and self.single_token:
+            if self.choices is not None:
                 paired = batch.source is not None  # an encoder-decoder predicts the answer at the decoder's first position
                 last_prompt = torch.tensor(
                     [0 if paired else len(self.choices[i].prompt_ids) - 1 for i in rows], device=self.device
@@ -114,37 +137,61 @@ class Evaluator:
                 logits_BV = head(hidden_BTH[torch.arange(len(rows), device=self.device), last_prompt]).float()
                 candidates = torch.tensor([c[0] for c in self.choices[0].candidates], device=self.device)
                 scores_NC[rows] = logits_BV.log_softmax(1)[:, candidates].cpu()
-        if self.choices is not None and not self.single_token:
-            scores_NC = self._candidate_likelihoods(model, head)
         return Sums(total, n_labels, scores_NC)
 
-    def _batches(self, examples: list[Example]) -> list[tuple[list[int], bool]]:
+    def _batches(self, lengths: list[int]) -> list[tuple[list[int], bool]]:
         """This rank's batches, and whether they count: with sharded weights all ranks run as many passes."""
-        batches = cut([len(example.input_ids) for example in examples], self.max_tokens, most=self.batch_size)
+        batches = cut(lengths, self.max_tokens, most=self.batch_size)
         mine = [(rows, True) for rows in batches[self.ranks.rank :: self.ranks.world]]
         missing = -(-len(batches) // self.ranks.world) - len(mine) if self.ranks.sharded else 0
         return mine + [(batches[-1][-1:], False)] * missing
 
-    def _candidate_likelihoods(self, model: Any, head: Head) -> Tensor:
-        """(rows, candidates): log-probability of each candidate's tokens after the prompt."""
+    def _sequences(self, row: int) -> list[Example]:
+        """A row, and its prompt with each candidate."""
         assert self.choices is not None
-        rows = [
-            Example(c.prompt_ids + candidate, [False] * len(c.prompt_ids) + [True] * len(candidate), c.origin)
-            for c in self.choices for candidate in c.candidates
-        ]  # fmt: skip
-        scores = torch.zeros(len(rows))
-        for batch_rows, counts in self._batches(rows):
+        prompt_ids, candidates, _, origin = self.choices[row]
+        flags = [False] * len(prompt_ids)
+        return [self.examples[row], *(Example(prompt_ids + c, flags + [True] * len(c), origin) for c in candidates)]
+
+    def _sums_of_candidates(self, model: Any) -> Sums:
+        head, n_labels, rows = Head(model), 0, [self._sequences(row) for row in range(len(self.examples))]
+        sequences, size = [each for row in rows for each in row], len(rows[0])
+        together = size if self.prefix_reason == "" else 1  # sequences of a row that a pass takes as one
+        units = [range(start, start + together) for start in range(0, len(sequences), together)]
+        losses_S = torch.zeros(len(sequences), dtype=torch.float64)
+        for chosen, counts in self._batches([self._n_computed([sequences[i] for i in unit]) for unit in units]):
             self.before_pass()
-            batch = self.collate([rows[i] for i in batch_rows]).to(self.device)
+            of_pass = [i for unit in chosen for i in units[unit]]
+            found_S = self._losses(model, head, [sequences[i] for i in of_pass])
+            if counts:
+                losses_S[of_pass] = found_S.cpu()
+                n_labels += sum(sum(sequences[i].is_label[1:]) for i in of_pass if i % size == 0)
+        losses_NS = losses_S.view(len(rows), size)
+        return Sums(float(losses_NS[:, 0].sum()), n_labels, -losses_NS[:, 1:].float())
+
+    @staticmethod
+    def _n_computed(sequences: list[Example]) -> int:
+        """Tokens that are computed of sequences that share a prompt, at most."""
+        return len(sequences[0].input_ids) + sum(sum(example.is_label) for example in sequences[1:])
+
+    def _losses(self, model: Any, head: Head, sequences: list[Example]) -> Tensor:
+        """(S,) float64: the sum of the losses over each sequence's label tokens."""
+        if self.prefix_reason == "":
+            prefixes = tree([example.input_ids for example in sequences]).to(self.device)
+            flags = [flag for example in sequences for flag in (False, *example.is_label[1:])]
+            at_L = torch.tensor(flags, device=self.device).nonzero()[:, 0]
+            with prefix_attention(model):
+                hidden_UH = hidden_states(model, prefixes.input_ids, None, prefixes=prefixes)[0]
+            hidden_LH, labels_L = hidden_UH[prefixes.spread[at_L - 1]], prefixes.input_ids[0, prefixes.spread[at_L]]
+            owner_L = torch.searchsorted(prefixes.begins, at_L, right=True) - 1
+        else:
+            batch = self.collate(sequences).to(self.device)
             hidden_BTH = hidden_states(model, batch.input_ids, batch.mask, source=batch.source)[:, :-1]
-            if not counts:
-                continue
             is_label_BT = batch.labels[:, 1:] != -100
-            losses_L = token_losses(head, hidden_BTH[is_label_BT], batch.labels[:, 1:][is_label_BT])
+            hidden_LH, labels_L = hidden_BTH[is_label_BT], batch.labels[:, 1:][is_label_BT]
             owner_L = is_label_BT.nonzero()[:, 0]
-            sums_B = torch.zeros(len(batch_rows), device=self.device).index_add_(0, owner_L, -losses_L)
-            scores[batch_rows] = sums_B.cpu()
-        return scores.view(len(self.choices), -1)
+        sums_S = torch.zeros(len(sequences), dtype=torch.float64, device=self.device)
+        return sums_S.index_add_(0, owner_L, token_losses(head, hidden_LH, labels_L).double())
 
     def _result(self, loss: float, n_labels: int, scores_NC: Tensor) -> Evaluation:
         if self.choices is None:

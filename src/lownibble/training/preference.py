@@ -209,7 +209,7 @@ class PreferenceEvaluator(Evaluator):
         """The columns of this rank's rows, zeros for the others'."""
         table = torch.zeros(len(self.examples), self.objective.n_columns, dtype=torch.float64)
         n_labels = 0
-        for rows, _ in self._batches(self.examples):
+        for rows, _ in self._batches([len(example.input_ids) for example in self.examples]):
             self.before_pass()
             batch = self.collate([self.examples[i] for i in rows])
             assert isinstance(batch, PreferenceBatch)
