@@ -78,6 +78,17 @@ def test_the_grid_is_run_at_a_seed_of_its_own_and_what_it_found_wins(study):
     assert {c.config.train.learning_rate for c in cells(spec, rates)} == {0.25}
 
 
+def test_the_grid_may_be_evaluated_on_fewer_rows(study):
+    contents = Contents({"small": "m"}, {"sentiment": ("a", "b"), "inference": ("c", "d")})
+    given = {"train = { max_steps = 10 }": "train = { max_steps = 10 }\nmax_eval_rows = 50"}
+    for known in (None, contents):
+        before, spec = read_study(study()), read_study(study(**given))
+        assert {c.config.data.max_eval_rows for c in tuning_cells(spec, known)} == {50}
+        assert {c.config.data.max_eval_rows for c in cells(spec, None, known)} == {before.tasks["inference"].data.max_eval_rows}
+        assert [c.digest for c in cells(spec, None, known)] == [c.digest for c in cells(before, None, known)]
+        assert not {c.digest for c in tuning_cells(spec, known)} & {c.digest for c in tuning_cells(before, known)}
+
+
 def test_a_cell_is_named_by_what_decides_its_result(study):
     def digests(**replaced):
         return [cell.digest for cell in cells(read_study(study(**replaced)))]

@@ -96,6 +96,7 @@ class TuningSpec(Options):
     learning_rates: list[Annotated[float, Gt(0)]] = Field([], description="the grid; empty: as in [train]")
     seed: Annotated[int, Ge(0)] = Field(1000, description="seed of these runs")
     train: dict[str, Any] = Field({}, description="options of [train] for these runs only, e.g. fewer steps")
+    max_eval_rows: Annotated[int, Ge(1)] | None = Field(None, description="use at most this many evaluation rows in these runs")
 
 
 class DecideSpec(Options):
@@ -265,7 +266,13 @@ def _cell(
     tuning: bool = False,
 ) -> Cell:  # fmt: skip
     how, what = spec.methods[method], spec.tasks[task]
-    shared = {"model": spec.models[model], "data": with_templates(what.kind, what.data).model_dump(exclude_unset=True)}
+    data, fewer = (
+        with_templates(what.kind, what.data).model_dump(exclude_unset=True),
+        spec.tuning.max_eval_rows if tuning else None,
+    )
+    if fewer is not None:
+        data["max_eval_rows"] = min(fewer, what.data.max_eval_rows or fewer)
+    shared = {"model": spec.models[model], "data": data}
     own = {name: getattr(how, name) for name in ("method", "dtype", "lora", "quant", "merge_aware")}
     layers = [{"train": each} for each in (spec.train, what.train, how.train, *own_train)]
     try:
@@ -276,4 +283,6 @@ def _cell(
     except ConfigError as error:
         raise ConfigError(f"The cell {model} x {method} x {task}: {error}") from None
     of = (contents.models[model], *contents.data[task]) if contents is not None else ("", "", "")
+    if of[2] and fewer is not None:
+        of = (*of[:2], f"{of[2]}, {fewer} rows")
     return Cell(model, method, task, what.kind, config, tuning, of, how.quantize)
