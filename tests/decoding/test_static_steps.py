@@ -3,6 +3,7 @@ operations of a step, whose replay sees its tensors and nothing that the host ha
 
 import gc
 import weakref
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from types import SimpleNamespace
 
@@ -17,8 +18,8 @@ import lownibble as ln
 from lownibble.decoding import choose
 from lownibble.decoding.generate import _cache
 from lownibble.decoding.modules import ModulesDecoder
-from lownibble.decoding.static import StaticSteps, prepared
-from lownibble.kernels import ops
+from lownibble.decoding.static import StaticSteps, _Streams, prepared
+from lownibble.kernels import ops, proven
 from lownibble.kernels.decoder import Adapter, LowRank, Segment
 from lownibble.models.kept import KEPT
 from lownibble.quant import QuantLinear
@@ -156,10 +157,13 @@ def test_adapters_come_and_go_and_larger_ranks_are_captured_anew(backend):
     assert seen[-1].pointers[0, 1].tolist() == [held.A.data_ptr(), held.B.data_ptr()]
 
 
-def test_without_triton_a_graph_has_only_the_adapters_that_it_was_captured_with():
+@pytest.mark.parametrize("backend", [name for name in ("reference", "triton") if ops.backend_status()[name] == "ok"])
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the tensors are on the CPU")
+def test_without_the_kernel_a_graph_has_only_the_adapters_that_it_was_captured_with(backend, monkeypatch):
+    monkeypatch.setitem(proven.refused, "low_rank_rows", "it is a test")
     capture = Recorded()
     steps, _ = linear_steps(capture=capture)
-    with ln.use_backend("reference"):
+    with ln.use_backend(backend):
         for one in (adapter(1, 2), adapter(2, 2), adapter(1, 2)):
             y = torch.full((5,), 3.0) @ one.of[1][0].A.t() @ one.of[1][0].B.t() * 0.5
             for _ in range(3):
@@ -176,7 +180,7 @@ def test_an_adapter_of_another_scale_shares_the_matrices_on_the_device():
     assert (its.scales.tolist(), ours.scales.tolist()) == ([0.0, 0.5], [0.0, 2.0])
 
 
-def test_a_step_that_cannot_be_captured_goes_on_without_graphs():
+def test_a_step_that_cannot_be_captured_goes_on_without_graphs(caplog):
     def capture(run):
         raise RuntimeError("operation not permitted when stream is capturing")
 
@@ -186,6 +190,34 @@ def test_a_step_that_cannot_be_captured_goes_on_without_graphs():
     assert torch.equal(first, second)
     assert torch.equal(first, third)
     assert "cannot be captured (operation not permitted" in steps.func.obstacle
+    assert caplog.text.count("cannot be captured (operation not permitted") == 1
+
+
+def test_a_step_that_failed_is_not_taken_for_one_whose_kernels_are_loaded():
+    captured = []
+    steps, _ = linear_steps(capture=lambda run: captured.append(1) or (lambda: None, run()))
+    failing = [MemoryError("out of memory")]
+
+    def run(tokens, *_):
+        if failing:
+            raise failing.pop()
+        return torch.zeros(len(tokens), 3)
+
+    with pytest.raises(MemoryError):
+        steps([3], [0], [0], [None], run=run)
+    steps([3], [0], [0], [None], run=run)
+    assert not captured
+    steps([3], [0], [0], [None], run=run)
+    assert captured
+
+
+def test_caches_of_a_thread_share_a_stream(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: object())
+    streams, device = _Streams(), torch.device("cuda", 0)
+    with ThreadPoolExecutor(1) as other:
+        elsewhere = other.submit(streams.of, device).result()
+    assert streams.of(device) is streams.of(device) is not elsewhere
+    assert streams.of(torch.device("cuda", 1)) is not streams.of(device)
 
 
 def test_nothing_in_a_step_waits_for_the_device():

@@ -18,6 +18,8 @@ On a CPU the same steps run without graphs: that is how they are tested without 
 
 from __future__ import annotations
 
+import logging
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple, Protocol
@@ -25,7 +27,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from lownibble.kernels import ops
+from lownibble.kernels import ops, proven
 from lownibble.kernels.capture import Capture, CudaCapture
 from lownibble.kernels.decoded import scratch_buffers
 from lownibble.kernels.decoder import Adapter, LowRank
@@ -33,6 +35,7 @@ from lownibble.kernels.rows import RANK_STEP, RowAdapters
 from lownibble.transfers import to_device
 
 _TOKENS, _SLOTS, _POSITIONS, _PLACES = range(4)
+_log = logging.getLogger(__name__)
 
 
 class Run(Protocol):
@@ -116,13 +119,30 @@ class _Tables:
         before = self.largest_r, self.touched
         self.largest_r = max(self.largest_r, *(int(one.ranks.max()) * RANK_STEP for one in lines))
         self.touched |= {i for one in lines for i, branch in enumerate(one.branches) if branch}
-        # without Triton a pass holds the branches themselves, not where their addresses are
-        return (self.largest_r, self.touched) != before or ops.current(self._device).name != "triton"
+        # without the kernel a pass holds the branches themselves, not where their addresses are
+        by_address = ops.current(self._device).name == "triton" and "low_rank_rows" not in proven.refused
+        return (self.largest_r, self.touched) != before or not by_address
 
     def rows(self, places_B: Tensor) -> RowAdapters:
         """The adapters of rows, by their places."""
         tables = self.pointers, self.ranks, self.scales
         return RowAdapters(places_B, *tables, self.largest_r, self._dtype, self.touched, self._branches)
+
+
+class _Streams(threading.local):
+    """This thread's stream of each device. Not one for each cache: cuBLAS keeps a workspace of some 32 MB for every stream that
+    it has worked on. Not one for all threads: a graph that is captured would take up what another thread queues."""
+
+    def __init__(self) -> None:
+        self._of: dict[torch.device, Any] = {}
+
+    def of(self, device: torch.device) -> Any:
+        if device not in self._of:
+            self._of[device] = torch.cuda.Stream(device)
+        return self._of[device]
+
+
+_streams = _Streams()
 
 
 class _Captured(NamedTuple):
@@ -146,7 +166,6 @@ class StaticSteps:
         self, most: int, linears: int, dtype: torch.dtype, device: torch.device, capture: Capture | None = None
     ) -> None:  # fmt: skip
         self._device = device
-        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self._capture = capture or (CudaCapture() if device.type == "cuda" else None)
         self.obstacle = "" if self._capture else f"there are none on '{device.type}'"
         with torch.inference_mode(False):
@@ -181,8 +200,9 @@ class StaticSteps:
             return run_pass(inputs[_TOKENS], inputs[_SLOTS], inputs[_POSITIONS], adapters)
 
         if self._capture is None or self.obstacle or key not in self._graphs:
+            logits = run()
             self._graphs.setdefault(key, None)
-            return run()
+            return logits
         graph = self._graphs[key]
         if graph is None:
             held = scratch_buffers()
@@ -191,6 +211,7 @@ class StaticSteps:
             except RuntimeError as error:
                 self.obstacle = f"a step cannot be captured ({str(error).partition(chr(10))[0][:120]})"
                 self._graphs.clear()
+                _log.warning("Decoding goes on without CUDA graphs, more slowly: %s.", self.obstacle)
                 return run()
             graph = self._graphs[key] = _Captured(replay, logits, [*held, *scratch_buffers()])
         graph.replay()
@@ -200,11 +221,14 @@ class StaticSteps:
     def _own_stream(self) -> Iterator[None]:
         """Work of the block is on a stream of its own, after all that was queued before and before all that is queued after it:
         graphs are not captured from the default stream."""
-        if self._stream is None:
+        if self._device.type != "cuda":
             yield
             return
         before: Any = torch.cuda.current_stream(self._device)
-        self._stream.wait_stream(before)
-        with torch.cuda.stream(self._stream):
-            yield
-        before.wait_stream(self._stream)
+        own = _streams.of(self._device)
+        own.wait_stream(before)
+        try:
+            with torch.cuda.stream(own):
+                yield
+        finally:
+            before.wait_stream(own)

@@ -9,7 +9,7 @@ stream of the tensors' device and are asynchronous.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cache, partial
 from typing import Any
 
@@ -20,7 +20,8 @@ from torch import Tensor
 from triton.runtime.interpreter import InterpretedFunction
 
 from lownibble.errors import BackendError, InputError
-from lownibble.kernels import decoded, decoder, plain, triton_few
+from lownibble.kernels import decoded, decoder, plain, proven, triton_decode, triton_few
+from lownibble.kernels import rows as plain_rows
 from lownibble.kernels import triton_programs as jit
 from lownibble.kernels.attention import attention as attention
 from lownibble.kernels.attention import attention_backward as attention_backward
@@ -39,12 +40,11 @@ from lownibble.kernels.plain import gemv_bf16 as gemv_bf16
 from lownibble.kernels.plain import low_rank as low_rank
 from lownibble.kernels.plain import low_rank_backward as low_rank_backward
 from lownibble.kernels.plain import matmul_dense as matmul_dense
+from lownibble.kernels.rows import Attending, RowAdapters
 from lownibble.kernels.triton_adamw import adamw_8bit as adamw_8bit
-from lownibble.kernels.triton_decode import add_low_rank_rows as add_low_rank_rows
-from lownibble.kernels.triton_decode import attend_slots as attend_slots
 from lownibble.kernels.triton_experts import matmul_experts as matmul_experts
 from lownibble.kernels.triton_experts import outer_experts as outer_experts
-from lownibble.kernels.types import LARGEST_CODE, Epilogue, FourBit, Grouped, Rows8bit, Scaled8bit, row_sizes
+from lownibble.kernels.types import LARGEST_CODE, NO_EPILOGUE, Epilogue, FourBit, Grouped, Rows8bit, Scaled8bit, row_sizes
 
 name = "triton"
 
@@ -161,7 +161,8 @@ def gemv_4bit(x_TK: Tensor, weight: FourBit) -> Tensor:
     if triton_few.takes(T, K, x_TK.dtype, block_size):
         (codes, absmax, values, *nested), sizes = _pointers(weight)
         constants = {"ZERO": False, "NESTED_BLOCK": sizes["NESTED_BLOCK"]}
-        return triton_few.product(x_TK, triton_few.Codes((codes, values, absmax, absmax, *nested), constants, block_size), N)
+        few = triton_few.Codes((codes, values, absmax, absmax, *nested), constants, block_size)
+        return _few(x_TK, few, N, partial(matmul_4bit, x_TK, weight, False, NO_EPILOGUE))
     out_TN = torch.empty((T, N), dtype=x_TK.dtype, device=device)
     whole = K % block_size == 0
     ts = min(triton.next_power_of_2(max(T, 1)), GEMV_ROWS)
@@ -171,6 +172,14 @@ def gemv_4bit(x_TK: Tensor, weight: FourBit) -> Tensor:
     programs = triton.cdiv(T, ts) * triton.cdiv(N, ns)
     _launch(jit.gemv_4bit, programs, x_TK, *pointers, out_TN, T, N, K, TS=ts, NS=ns, KS=ks, **sizes, WHOLE=whole)
     return out_TN
+
+
+def _few(x_TK: Tensor, weight: triton_few.Codes, N: int, plain: Callable[[], Tensor]) -> Tensor:
+    """`x @ W.T` by the kernels of few rows, or by `plain` where they cannot be trusted."""
+    kernel, tile = triton_few.kernel_of(len(x_TK))
+    form = (tile, N, x_TK.shape[1], x_TK.dtype, x_TK.device, weight.group, *weight.constants.values())
+    fast = partial(triton_few.product, x_TK, weight, N)
+    return fast() if proven.trusted(kernel, form, x_TK.device) else proven.prove(kernel, form, fast, plain)
 
 
 def takes_few(x_TK: Tensor, weight: FourBit | Grouped | None) -> bool:
@@ -212,8 +221,8 @@ def gemv_grouped(x_TK: Tensor, weight: Grouped) -> Tensor:
     check_tensor(x_TK, "x_TK", x_TK.dtype, T * K, device)
     if triton_few.takes(T, K, x_TK.dtype, weight.group_size, weight.bits):
         tensors, sizes = _grouped_pointers(weight)
-        constants = {name: sizes[name] for name in ("ZERO", "NESTED_BLOCK")}
-        return triton_few.product(x_TK, triton_few.Codes(tensors, constants, weight.group_size), N)
+        few = triton_few.Codes(tensors, {name: sizes[name] for name in ("ZERO", "NESTED_BLOCK")}, weight.group_size)
+        return _few(x_TK, few, N, partial(matmul_grouped, x_TK, weight, False, NO_EPILOGUE))
     out_TN = torch.empty((T, N), dtype=x_TK.dtype, device=device)
     ts, ns = min(triton.next_power_of_2(max(T, 1)), GEMV_ROWS), GEMV_TILE // GEMV_COLUMNS
     pointers, sizes = _grouped_pointers(weight)
@@ -361,3 +370,37 @@ def decoder_layers(
 ) -> None:
     """As `ops.decoder_layers`: in plain torch around the matrix-vector kernel."""
     decoder.decoder_layers(gemv_4bit, x_TH, layers, keys, values, step, segments)
+
+
+def attend_slots(
+    q_BHD: Tensor, keys: Tensor, values: Tensor, slots_B: Tensor, positions_B: Tensor, how: Attending
+) -> Tensor:  # fmt: skip
+    """As `ops.attend_slots`: contexts are split among programs."""
+    form = (q_BHD.shape, keys.shape, values.shape[3], q_BHD.dtype, q_BHD.device, how.window, how.softcap, how.sinks is None)
+    fast = partial(triton_decode.attend_slots, q_BHD, keys, values, slots_B, positions_B, how)
+    if proven.trusted("attend_slots", form, q_BHD.device):
+        return fast()
+
+    def last_row() -> Tensor:  # in float32, as 16-bit scores are coarse, and one slot, as torch copies it
+        own_keys, own_values = (held.index_select(0, slots_B[-1:]).float() for held in (keys, values))
+        return plain_rows.attend_slots(
+            q_BHD[-1:].float(), own_keys, own_values, torch.zeros_like(slots_B[-1:]), positions_B[-1:], how
+        )
+
+    plain = partial(plain_rows.attend_slots, q_BHD, keys, values, slots_B, positions_B, how)
+    return proven.prove("attend_slots", form, fast, plain, last_row)
+
+
+def add_low_rank_rows(y_TN: Tensor, x_TK: Tensor, adapters: RowAdapters, linear: int) -> None:
+    """As `ops.add_low_rank_rows`: two launches for all rows."""
+    form = (y_TN.shape, x_TK.shape[1], x_TK.dtype, x_TK.device, adapters.largest_r)
+    if proven.trusted("low_rank_rows", form, x_TK.device):
+        triton_decode.add_low_rank_rows(y_TN, x_TK, adapters, linear)
+        return
+
+    def added(by: Callable[..., None]) -> Tensor:
+        by(alone := torch.zeros_like(y_TN), x_TK, adapters, linear)
+        return alone
+
+    fast, plain = (partial(added, by) for by in (triton_decode.add_low_rank_rows, plain_rows.add_low_rank_rows))
+    y_TN.add_(proven.prove("low_rank_rows", form, fast, plain))

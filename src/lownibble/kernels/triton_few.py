@@ -178,6 +178,11 @@ def takes(T: int, K: int, dtype: torch.dtype, group: int, bits: int = 4) -> bool
     return dtype.itemsize == 2 and bits == 4 and whole and K > 0 and 0 < T <= MOST_ROWS
 
 
+def kernel_of(T: int) -> tuple[str, int]:
+    """The kernel for T rows, and the rows of its tile."""
+    return ("one_row", 1) if T == 1 else ("few_rows", max(16, triton.next_power_of_2(T)))
+
+
 def _launch(kernel: Any, programs: int, *arguments: Any, **constants: Any) -> None:
     if programs:
         with torch.cuda.device_of(arguments[0]):
@@ -204,7 +209,7 @@ def product(x_TK: Tensor, weight: Codes, N: int) -> Tensor:
     n_parts = triton.cdiv(row_words, per_part)
     to = out_TN if n_parts == 1 else torch.empty((n_parts, T, N), dtype=torch.float32, device=x_TK.device)
     _launch(
-        few_rows, tiles * n_parts, *tensors, to, T, N, row_words, per_part, TS=max(16, triton.next_power_of_2(T)),
+        few_rows, tiles * n_parts, *tensors, to, T, N, row_words, per_part, TS=kernel_of(T)[1],
         ROWS=few.rows, WORDS=few.words, STAGES=few.stages, num_warps=few.warps, **common,
     )  # fmt: skip
     if n_parts > 1:
