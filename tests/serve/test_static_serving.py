@@ -11,9 +11,11 @@ from lownibble.decoding import Drawer, most_bytes
 from lownibble.decoding.modules import ModulesDecoder
 from lownibble.decoding.static import StaticSteps
 from lownibble.errors import ConfigError
-from lownibble.serve.engine import Engine
+from lownibble.serve import engine as engines
+from lownibble.serve.engine import DeviceLostError, Engine
 from lownibble.serve.registry import Registry
 from lownibble.serve.sampling import Sampling
+from lownibble.serve.service import as_api
 
 
 @pytest.fixture
@@ -101,3 +103,53 @@ def test_what_drawing_takes_is_counted_in_the_budget(base, serving):
     assert less.cache.slots == 2
     with pytest.raises(ConfigError, match="to draw tokens"):
         Engine(one.decoder, one.tokenizer, one.registry, cache_budget=a_slot, **options)
+
+
+def test_the_rest_goes_on_where_the_one_ahead_was_cancelled(base, serving, ask, monkeypatch):
+    """Its slot is copied between steps, where tensors that a step has made may not be changed."""
+    monkeypatch.setattr(engines, "PROMPT_TOKENS", 4)
+    made, prefix = serving(base, None), list(range(3, 40))
+    first, gone = ask(made, [*prefix, 50], 6, submit=False)
+    other, told = ask(made, [*prefix, 60], 6, submit=False)
+    step, steps = made.decoder.step, []
+
+    def counted(*arguments, **options):
+        steps.append(1)
+        if len(steps) == 5:
+            made.cancel(first)
+        return step(*arguments, **options)
+
+    monkeypatch.setattr(made.decoder, "step", counted)
+    made.submit(first, other)
+    assert gone.wait().reason == "cancelled"
+    assert told.wait().reused_tokens == 20
+    assert told.tokens == alone(base, None, [*prefix, 60], 6, None)
+
+
+def test_a_step_that_fails_is_logged_and_a_lost_device_is_said_to_be_lost(base, serving, ask, monkeypatch, caplog):
+    made = serving(base, None)
+
+    def step(*arguments, **options):
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    monkeypatch.setattr(made.decoder, "step", step)
+    assert "illegal memory access" in str(ask(made, PROMPTS[1], 6)[1].wait().error)
+    assert "illegal memory access" in caplog.text
+    monkeypatch.undo()
+    assert ask(made, PROMPTS[1], 6)[1].wait().reason == "length", "the server goes on"
+    monkeypatch.setattr(made.decoder, "step", step)
+    monkeypatch.setattr(engines.proven, "is_lost", lambda device: True)
+    error = ask(made, PROMPTS[1], 6)[1].wait().error
+    assert (type(error), as_api(error).status) == (DeviceLostError, 503)
+    made._thread.join(10)
+    with pytest.raises(DeviceLostError, match="start the server again"):
+        ask(made, PROMPTS[1], 6)
+
+
+def test_steps_are_compiled_and_captured_before_the_first_request(base, serving, calls, monkeypatch):
+    made = serving(base, None)
+    assert calls[StaticSteps][-6:] == [1, 1, 2, 2, 3, 3]
+    assert len(made.cache.layers) == 2
+    monkeypatch.setattr(ModulesDecoder, "warm_up", lambda *_: (_ for _ in ()).throw(torch.OutOfMemoryError("out of memory")))
+    with pytest.raises(ConfigError, match=r"no room for 3 sequences of 64 tokens.*--cache-budget"):
+        serving(base, None)

@@ -81,6 +81,9 @@ class Decoder(ABC):
     def slot_bytes(self, capacity: int) -> int:
         """Bytes of a cache's slot."""
 
+    def warm_up(self, cache: Any) -> None:  # noqa: B027 - optional
+        """Compile, load and capture what steps on an empty cache will need, so that no sequence waits for it."""
+
     @abstractmethod
     def step(
         self, tokens: Tensor, slots: Tensor, positions: Tensor, cache: Any, *, segments: Sequence[Segment] | None = None,

@@ -35,11 +35,12 @@ import torch
 from torch import Tensor, nn
 
 from lownibble.decoding.caches import PastCache, SlotCache
-from lownibble.decoding.decoder import Decoder, RefusedError
+from lownibble.decoding.decoder import PROMPT_TOKENS, Decoder, RefusedError
 from lownibble.decoding.form import ROPE_TYPES
 from lownibble.decoding.mixture import Tokens
 from lownibble.decoding.slots import Part, Rows, attending, parts_of
 from lownibble.decoding.static import StaticSteps, prepared, takes
+from lownibble.kernels import proven
 from lownibble.kernels.capture import Capture
 from lownibble.kernels.decoder import Adapter, LowRank, Segment
 from lownibble.kernels.rows import RowAdapters
@@ -122,7 +123,7 @@ class ModulesDecoder(Decoder):
         if self._device.type == "cuda" and self.together:
             obstacle = found.not_static or found.no_graphs
             how += f", without graphs, as {obstacle}" if obstacle else ", with CUDA graphs"
-        self.note = f"transformers' modules, {how}; not the CPU's decoder, as {why}"
+        self.note = "; ".join(filter(None, (f"transformers' modules, {how}", proven.words(), f"not the CPU's decoder, as {why}")))
 
     def cache(self, slots: int, capacity: int) -> SlotCache | PastCache:
         """As `Decoder.cache`."""
@@ -134,6 +135,18 @@ class ModulesDecoder(Decoder):
                 f"{capacity} were asked for (--max-context, max_new_tokens)",
             )
         return SlotCache(slots, capacity) if self.together else PastCache(slots, capacity)
+
+    @torch.inference_mode()
+    def warm_up(self, cache: SlotCache | PastCache) -> None:
+        """As `Decoder.warm_up`: a part of a prompt, then steps of as many rows as there are graphs for, each twice."""
+        if self._not_static or not self.together:
+            return
+        part = torch.zeros(min(PROMPT_TOKENS, cache.capacity), dtype=torch.int64)
+        self.prompt(part, 0, cache)
+        for rows in sorted({min(1 << n, cache.slots) for n in range(cache.slots.bit_length() + 1)}):
+            slots, first = torch.arange(rows), part[:1].expand(rows)
+            for _ in range(2):  # as it is, captured
+                self.step(first, slots, first, cache)
 
     def slot_bytes(self, capacity: int) -> int:
         """As `Decoder.slot_bytes`; estimated from the trial."""

@@ -83,7 +83,8 @@ def _attend_slots(
     layer = cache.layers.get(module.layer_idx)
     if layer is None:
         shape = (cache.slots, key.shape[1], cache.capacity)
-        layer = Layer(key.new_zeros(*shape, key.shape[3]), value.new_zeros(*shape, value.shape[3]))
+        with torch.inference_mode(False):  # the engine also copies slots between steps
+            layer = Layer(key.new_zeros(*shape, key.shape[3]), value.new_zeros(*shape, value.shape[3]))
         cache.layers[module.layer_idx], cache.told[module.layer_idx] = layer, how
     if isinstance(parts, Rows):
         slots, positions = parts

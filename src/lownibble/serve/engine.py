@@ -16,6 +16,7 @@ prompt, its keys and values are copied; a prompt waits for the one that is just 
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
 from collections import OrderedDict, deque
@@ -27,13 +28,23 @@ from torch import Tensor
 
 from lownibble.data import end_tokens
 from lownibble.decoding import Decoder, Drawer, Forking, most_bytes
-from lownibble.errors import ConfigError, InputError
+from lownibble.decoding.caches import SlotCache
+from lownibble.errors import ConfigError, InputError, LownibbleError
+from lownibble.kernels import proven
 from lownibble.kernels.decoder import Segment
+from lownibble.memory.usage import is_exhausted
 from lownibble.serve.registry import Loaded, NoRoomError, PinnedError, Registry
 from lownibble.serve.request import End, Failed, Request, Running
 
 PROMPT_TOKENS = 128
 """Maximum prompt tokens per step, over all sequences; bounds how long prefill delays running sequences."""
+
+
+_log = logging.getLogger(__name__)
+
+
+class DeviceLostError(LownibbleError, RuntimeError):
+    """The process's CUDA context has ended, so the server cannot answer any more."""
 
 
 class QueueFullError(InputError):
@@ -58,9 +69,14 @@ class Engine:
         max_queue: maximum waiting requests; further ones are rejected.
         prefix_cache: reuse keys and values of prompts that begin alike.
     Raises:
-        ConfigError: `cache_budget` does not hold one sequence.
+        ConfigError: `cache_budget` does not hold one sequence, or the device does not hold `cache_budget`.
         ModelError: the model cannot attend to as many tokens.
+
+    Attributes:
+        lost: why nothing can be answered any more, or None.
     """
+
+    lost: DeviceLostError | None = None
 
     def __init__(
         self,
@@ -98,7 +114,17 @@ class Engine:
         self._closing = self._full = False  # full: adapters in use fill the budget, until a request ends
         self._loader = ThreadPoolExecutor(1, "adapters")
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+        self._ready: Future[None] = Future()
         self._thread.start()
+        try:
+            self._ready.result()
+        except (RuntimeError, MemoryError) as error:
+            if not is_exhausted(error):
+                raise
+            raise ConfigError(
+                f"The device has no room for {slots} sequences of {max_context} tokens beside the model. Lower --cache-budget "
+                f"({cache_budget / 1e6:.0f} MB), --max-batch or --max-context."
+            ) from error
 
     @property
     def waiting(self) -> int:
@@ -111,13 +137,22 @@ class Engine:
         """Number of requests in a slot."""
         return len(self._running)
 
+    @property
+    def has_graphs(self) -> bool:
+        """Whether steps are replayed as CUDA graphs, as far as they can be."""
+        steps = self.cache.steps if isinstance(self.cache, SlotCache) else None
+        return steps is not None and not steps.obstacle
+
     def submit(self, *requests: Request) -> None:
         """Queue requests, all or none.
 
         Raises:
             QueueFullError: too many are waiting, or the engine is closing.
+            DeviceLostError: nothing can be answered any more.
         """
         with self._changed:
+            if self.lost:
+                raise self.lost
             if self._closing:
                 raise QueueFullError("The server is shutting down. Ask another one, or try again later.")
             if self.waiting + len(requests) > self.max_queue + len(self._idle):  # idle slots count as places
@@ -150,20 +185,39 @@ class Engine:
         self._loader.shutdown()
 
     def _run(self) -> None:
-        while True:
-            with self._changed:
-                self._drop_cancelled()
-                self._admit()
-                if not self._running:
-                    if self._closing and not self._lines and not self._loading:
-                        return
-                    self._changed.wait(1.0)
-                    continue
+        try:
+            self.decoder.warm_up(self.cache)  # in the thread that will work: libraries keep handles and memory for each
+        except BaseException as error:
+            self._ready.set_exception(error)
+            return
+        self._ready.set_result(None)
+        while self.lost is None:
             try:
+                with self._changed:
+                    self._drop_cancelled()
+                    self._admit()
+                    if not self._running:
+                        if self._closing and not self._lines and not self._loading:
+                            return
+                        self._changed.wait(1.0)
+                        continue
                 self._step()
-            except Exception as error:  # fail the running requests; the server keeps running
-                for one in list(self._running):
-                    self._leave(one, Failed(error), keep=False)
+            except Exception as error:
+                self._fail(error)
+
+    def _fail(self, error: Exception) -> None:
+        """Fail the running requests; the server keeps running, unless its device does not."""
+        _log.error("A step of the server failed: %s", error, exc_info=error)
+        with self._changed:
+            if proven.is_lost(self.decoder.model.device):
+                self.lost = DeviceLostError(f"The GPU cannot be used any more; start the server again. {error}")
+                waiting = [request for line in self._lines.values() for request in line]
+                for request in waiting + [request for request, _ in self._loading]:
+                    request.tell(Failed(self.lost))
+                self._lines.clear()
+                self._loading.clear()
+        for one in list(self._running):
+            self._leave(one, Failed(self.lost or error), keep=False)
 
     def _drop_cancelled(self) -> None:
         for name, line in list(self._lines.items()):
@@ -264,15 +318,15 @@ class Engine:
 
     def _leave(self, one: Running, last: End | Failed, *, keep: bool = True) -> None:
         self._running.remove(one)
-        for other in self._running:
-            if other.ahead is one:
-                self._take_over(other, min(other.shared, one.done) if keep else 0)
         self._full = False
-        keep = keep and self.prefix_cache
-        self._idle[one.slot] = _Kept(_key(one.request, one.loaded), one.tokens[: one.done]) if keep else _Kept(None, [])
+        kept = _Kept(_key(one.request, one.loaded), one.tokens[: one.done]) if keep and self.prefix_cache else _Kept(None, [])
+        self._idle[one.slot] = kept
         if one.loaded:
             self.registry.release(one.loaded)
         one.request.tell(last)
+        for other in self._running:
+            if other.ahead is one:
+                self._take_over(other, min(other.shared, one.done) if keep else 0)
 
     def _parts(self) -> list[tuple[Running, int]]:
         """The sequences of a step, and of how many tokens each."""

@@ -76,6 +76,8 @@ def app(service: Service) -> FastAPI:
 
     @made.get("/health")
     async def health() -> dict[str, Any]:
+        if service.engine.lost:
+            raise as_api(service.engine.lost)
         return {"status": "ok", "running": service.engine.running, "waiting": service.engine.waiting}
 
     @made.get("/metrics", response_class=PlainTextResponse)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import psutil
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Summary, disable_created_metrics, generate_latest
 
+from lownibble.kernels import proven
 from lownibble.serve.engine import Engine
 from lownibble.serve.registry import Registry
 from lownibble.serve.request import End
@@ -45,6 +46,8 @@ class Metrics:
             "adapters_not_taken": "Folders of adapters that cannot be served; /v1/models says why.",
             "cache_bytes": "Bytes of the key-value cache.",
             "drawing_bytes": "Bytes that drawing tokens on the device takes at most.",
+            "graphs": "Whether steps on CUDA are replayed as graphs (0 or 1; on a CPU 0).",
+            "plain_kernel_calls": "Calls that plain torch computes in place of kernels that failed here; the log says which.",
             "process_bytes": "Resident memory of the process.",
         }  # fmt: skip
         self._gauges = {name: Gauge(f"lownibble_{name}", text, registry=self._all) for name, text in gauges.items()}
@@ -76,6 +79,7 @@ class Metrics:
             "adapters_held": len(registry.held), "adapter_loads": registry.loads, "adapter_hits": registry.hits,
             "adapter_evictions": registry.evictions, "adapters_not_taken": len(registry.not_taken),
             "cache_bytes": engine.cache.nbytes, "drawing_bytes": engine.drawing_bytes,
+            "graphs": int(engine.has_graphs), "plain_kernel_calls": sum(proven.calls.values()),
             "process_bytes": self._process.memory_info().rss,
         }  # fmt: skip
         for name, value in now.items():

@@ -14,6 +14,7 @@ import uvicorn
 from lownibble.config import ServeConfig
 from lownibble.decoding import choose
 from lownibble.errors import ConfigError, ModelError
+from lownibble.kernels import proven
 from lownibble.listening import Server, ask_for_key, listen
 from lownibble.models import load
 from lownibble.options import n_bytes
@@ -94,6 +95,8 @@ def _report(service: Service, tell: Callable[[str], None]) -> None:
     """Tell which decoder there is and how many adapters are in memory; check all, and tell which are not taken and why."""
     registry = service.registry
     tell(f"decoder: {service.engine.decoder.note}; adapters in memory: {len(registry.held)} ({registry.nbytes / 1e6:.1f} MB)")
+    for kernel, why in proven.refused.items():
+        tell(f"plain torch in place of the kernel '{kernel}': {why}")
     registry.examine()
     for name, why in registry.not_taken.items():
         tell(f"not taken: '{name}': {why}")

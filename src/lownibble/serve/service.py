@@ -12,7 +12,7 @@ from fastapi.responses import JSONResponse, Response
 from lownibble.data.chat import ChatRenderer
 from lownibble.errors import InputError
 from lownibble.serve.constraint import ConstraintError, Grammars
-from lownibble.serve.engine import Engine, QueueFullError
+from lownibble.serve.engine import DeviceLostError, Engine, QueueFullError
 from lownibble.serve.metrics import Metrics
 from lownibble.serve.registry import NoRoomError, Registry, UnknownAdapterError
 from lownibble.serve.texts import TokenTexts
@@ -46,6 +46,8 @@ def as_api(error: Exception) -> ApiError:
         return ApiError(404, str(error), code="model_not_found", param="model")
     if isinstance(error, QueueFullError):
         return ApiError(429, str(error), code="queue_full")
+    if isinstance(error, DeviceLostError):
+        return ApiError(503, str(error), code="device_lost")
     if isinstance(error, NoRoomError):
         return ApiError(429, str(error), code="no_room")
     if isinstance(error, ConstraintError):
