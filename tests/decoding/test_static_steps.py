@@ -193,6 +193,36 @@ def test_a_step_that_cannot_be_captured_goes_on_without_graphs(caplog):
     assert caplog.text.count("cannot be captured (operation not permitted") == 1
 
 
+def test_steps_of_fixed_shapes_that_fail_are_passes_of_any_shape_from_then_on(monkeypatch, caplog):
+    model = louder(build("qwen3", 96))
+    decoder, expected = static(model), [alone(model, prompt) for prompt in rows()]
+    run = StaticSteps.__call__
+
+    def failing(self, ids, *rest):
+        if len(ids) > 2:
+            raise RuntimeError("CUDA error: invalid configuration argument\nmore")
+        return run(self, ids, *rest)
+
+    monkeypatch.setattr(StaticSteps, "__call__", failing)
+    assert decoded(decoder, rows(), [None] * 4) == expected
+    assert caplog.text.count("without steps of fixed shapes, more slowly: a step of") == 1
+    assert "invalid configuration argument)" in decoder._not_static
+    monkeypatch.setattr(StaticSteps, "__call__", lambda *_: 1 / 0)
+    with quiet():
+        assert "ZeroDivisionError" in ModulesDecoder(model, "it is a test", static=True)._not_static, "in the trial, too"
+
+
+def test_dora_and_branches_of_experts_are_copied_to_the_device_once():
+    decoder = static(louder(build("qwen3", 96)))
+    branch = LowRank(torch.ones(2, 3), torch.ones(4, 2), 1.0, torch.ones(4))
+    one = Adapter([[branch, None]])
+    decoder._device = torch.device("meta")
+    found = decoder._on_device(one)
+    assert found is decoder._on_device(one)
+    assert {t.device.type for t in (found[0].A, found[0].B, found[0].gain)} == {"meta"}
+    assert found[1] is None
+
+
 def test_a_step_that_failed_is_not_taken_for_one_whose_kernels_are_loaded():
     captured = []
     steps, _ = linear_steps(capture=lambda run: captured.append(1) or (lambda: None, run()))

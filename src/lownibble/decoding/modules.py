@@ -24,6 +24,7 @@ with them, or with branches of experts' weights, has no static pass.
 from __future__ import annotations
 
 import inspect
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -40,6 +41,7 @@ from lownibble.decoding.form import ROPE_TYPES
 from lownibble.decoding.mixture import Tokens
 from lownibble.decoding.slots import Part, Rows, attending, parts_of
 from lownibble.decoding.static import StaticSteps, prepared, takes
+from lownibble.errors import LownibbleError
 from lownibble.kernels import proven
 from lownibble.kernels.capture import Capture
 from lownibble.kernels.decoder import Adapter, LowRank, Segment
@@ -47,11 +49,13 @@ from lownibble.kernels.rows import RowAdapters
 from lownibble.lora.begin import output_head
 from lownibble.lora.inject import named_linears
 from lownibble.lora.layer import LoraLinear
+from lownibble.memory.usage import is_exhausted
 from lownibble.models import attention, experts
 from lownibble.models.info import body
 from lownibble.quant.experts import Ends, QuantExperts
 from lownibble.transfers import to_device
 
+_log = logging.getLogger(__name__)
 _TRIED = (12, 9), 7
 """Tokens of the two sequences of the trial, and of the first part of the first."""
 
@@ -179,7 +183,15 @@ class ModulesDecoder(Decoder):
         adapters: list[Adapter | None] = [None] * len(tokens)
         for segment in segments:
             adapters[segment.begin : segment.end] = [segment.adapter] * (segment.end - segment.begin)
-        found = [self._static_pass(tokens, ones, cache, [adapters[part.begin] for part in ones])]
+        try:
+            found = [self._static_pass(tokens, ones, cache, [adapters[part.begin] for part in ones])]
+        except Exception as error:
+            if isinstance(error, LownibbleError) or is_exhausted(error):
+                raise
+            self._not_static = f"a step of {len(ones)} rows failed ({_first_line(error)})"
+            _log.warning("Decoding goes on without steps of fixed shapes, more slowly: %s.", self._not_static)
+            cache.steps = None
+            return self._pass(tokens, positions, parts, cache, segments, wanted)  # writes the same keys and values
         row_of = torch.zeros(len(tokens), dtype=torch.int64)
         row_of[[part.begin for part in ones]] = torch.arange(len(ones))
         if len(ones) < len(parts):
@@ -270,10 +282,16 @@ class ModulesDecoder(Decoder):
             self._tokens.branches = ()
 
     def _on_device(self, adapter: Adapter) -> Sequence[LowRank | None]:
-        """An adapter's branches; where static passes need them on the device, those."""
-        if self._not_static or not takes(adapter):
+        """An adapter's branches, on another device than the host as copies that are kept."""
+        if not self.draws:
             return adapter.of[0]
-        return prepared(adapter, self._dtype, self._device).branches
+        if takes(adapter):
+            return prepared(adapter, self._dtype, self._device).branches
+        key = f"on {self._device}"
+        if key not in adapter.prepared:
+            adapter.prepared[key] = [branch and _moved(branch, self._device) for branch in adapter.of[0]]
+        found: list[LowRank | None] = adapter.prepared[key]
+        return found
 
     def _trial(self, weights: tuple[torch.device, torch.dtype], why: str) -> _Trial:
         """Try the ways of running the model, the fastest first; RefusedError if none gives the model's logits."""
@@ -332,7 +350,7 @@ class ModulesDecoder(Decoder):
                     torch.stack([row[-1] for row in rows]), torch.arange(2), torch.tensor([longer - 1, shorter - 1]), cache
                 )
         except Exception as error:  # of the model's own code, which was not made for this
-            return f"its forward pass fails ({type(error).__name__}: {str(error).partition(chr(10))[0][:120]})"
+            return f"its forward pass fails ({_first_line(error)})"
         found = [torch.cat([begun[shorter - 1 :], ended, last[:1]]), torch.cat([begun[: shorter - 1], last[1:]])]
         difference = max(float((a - b).abs().max() / b.abs().max()) for a, b in zip(found, expected, strict=True))
         if not difference <= _TOLERANCE.get(expected[0].dtype, 0.05):
@@ -346,6 +364,10 @@ class ModulesDecoder(Decoder):
             per_token = (cache.slot_bytes(0) - cache.slot_bytes(1)) / (longer - shorter)
             self._slot_bytes = cache.slot_bytes(0) - longer * per_token, per_token
         return ""
+
+
+def _first_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {str(error).partition(chr(10))[0][:120]}"
 
 
 def _ropes(config: Any) -> list[dict[str, Any]]:
@@ -365,6 +387,11 @@ def _rope_limit(config: Any) -> tuple[str, int | None]:
 
 def _base(module: Any) -> Any:
     return module.base if isinstance(module, LoraLinear) else module
+
+
+def _moved(branch: LowRank, device: torch.device) -> LowRank:
+    gain = None if branch.gain is None else branch.gain.to(device)
+    return LowRank(branch.A.to(device), branch.B.to(device), branch.scale, gain)
 
 
 def _segments(adapters: Sequence[Adapter | None]) -> list[Segment]:
