@@ -3,6 +3,7 @@ operations of a step, whose replay sees its tensors and nothing that the host ha
 
 import gc
 import weakref
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from types import SimpleNamespace
@@ -15,7 +16,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from waits import Waits
 
 import lownibble as ln
-from lownibble.decoding import choose
+from lownibble.decoding import Drawer, How, choose
 from lownibble.decoding.generate import _cache
 from lownibble.decoding.modules import ModulesDecoder
 from lownibble.decoding.static import StaticSteps, _Streams, prepared
@@ -210,6 +211,77 @@ def test_steps_of_fixed_shapes_that_fail_are_passes_of_any_shape_from_then_on(mo
     monkeypatch.setattr(StaticSteps, "__call__", lambda *_: 1 / 0)
     with quiet():
         assert "ZeroDivisionError" in ModulesDecoder(model, "it is a test", static=True)._not_static, "in the trial, too"
+
+
+@pytest.mark.parametrize("kind", ["qwen3", "gemma2"])
+def test_no_tensor_of_a_step_is_on_another_device_than_the_model(kind):
+    """The device is torch's 'meta', which mixes with the host's as little as CUDA does, and whose values nobody can read."""
+    model = louder(build(kind, 96))
+    decoder, device, ids = static(model), torch.device("meta"), torch.arange(3)
+    model.to(device)
+    decoder._device = device
+    branches = [LowRank(torch.ones(2, m.in_features), torch.ones(m.out_features, 2), 1.0) for m in decoder._modules]
+    one, drawer = Adapter([branches]), Drawer(4, 96, device)
+    with ln.use_backend("reference"), torch.inference_mode():
+        cache = decoder.cache(4, 32)
+        cache.steps = StaticSteps(4, len(branches), torch.float32, device, lambda run: (lambda: None, run()))
+        for segments in ([], [Segment(0, 2, one)]):
+            for position in range(3):
+                logits = decoder.step(ids, ids, torch.full_like(ids, position), cache, segments=segments)
+                assert (logits.device, logits.shape, decoder._not_static) == (device, (3, 96), "")
+        assert decoder.prompt(torch.arange(20), 3, cache, adapter=one).device == device
+        cache.fork(0, 1, 2)
+        for slot, how in enumerate((How(), How(1.0), How(0.7, 0.9, 0.1, 5, 0.1, 0.1, 1.2))):
+            drawer.begin(slot, how, [1, 2], 3)
+        assert drawer(logits, [0, 1, 2]).device == device
+
+
+@pytest.mark.skipif(ops.backend_status()["triton"] != "ok" or torch.cuda.is_available(), reason="launches are only noted")
+def test_no_kernel_is_compiled_for_a_later_step(tiny, monkeypatch):
+    """What Triton compiles a kernel for: constants, types, integers that are 1 or divisible by 16, alignment of tensors."""
+    from lownibble.kernels import triton_decode, triton_few
+
+    model = tiny("llama", hidden_size=256, intermediate_size=512, dtype=torch.bfloat16)
+    for name, module in list(model.named_modules()):
+        if isinstance(module, torch.nn.Linear) and name != "lm_head":
+            model.set_submodule(name, QuantLinear.from_linear(module))
+    with ln.use_backend("reference"):
+        decoder = static(model)
+    compiled = set()
+
+    def noted(kernel, programs, *given, **constants):
+        names, free = kernel.arg_names, kernel.kwargs.get("do_not_specialize") or ()
+        compiled.add((kernel.fn.__name__, *sorted(constants.items()), *(
+            (value.dtype, value.data_ptr() % 16 == 0) if isinstance(value, torch.Tensor)
+            else type(value) if isinstance(value, float) or name in free
+            else (value == 1, value % 16 == 0)
+            for name, value in zip(names, given, strict=False)
+        )))  # fmt: skip
+
+    for module in (triton_few, triton_decode):
+        monkeypatch.setattr(module, "_launch", noted)
+
+    def adapters(rank):
+        branches = [LowRank(torch.ones(rank, m.in_features), torch.ones(m.out_features, rank), 1.0) for m in decoder._modules]
+        return [Adapter([branches]) for _ in range(4)]
+
+    def steps(rank, order, begin):
+        for count in range(1, 5):
+            slots, given = torch.tensor(order[:count]), adapters(rank)
+            segments = [Segment(row, row + 1, given[row]) for row in range(0, count, 2)]
+            for position in (begin, begin + 17):
+                for now in ([], segments):
+                    decoder.step(slots + 3, slots, torch.full_like(slots, position), cache, segments=now)
+
+    with ln.use_backend("triton"), torch.inference_mode():
+        cache = decoder.cache(4, 128)
+        steps(8, [0, 1, 2, 3], 0)
+        first = set(compiled)
+        steps(5, [3, 1, 0, 2], 64)
+    assert compiled == first
+    found = Counter(name for name, *_ in first)
+    assert {*found} == {"one_row", "few_rows", "add_parts", "attend_part", "attend_whole", "shrink", "expand"}
+    assert found["shrink"] <= 4, "by rows' alignment and sizes, not by layer"
 
 
 def test_dora_and_branches_of_experts_are_copied_to_the_device_once():
