@@ -14,6 +14,7 @@ from lownibble.bench.subject import subject
 from lownibble.cli.main import main
 from lownibble.decoding.modules import ModulesDecoder
 from lownibble.errors import ConfigError
+from lownibble.kernels import proven
 from lownibble.measuring.turns import ratio, ratio_apart
 from lownibble.models import load
 
@@ -180,6 +181,7 @@ def test_eight_requests_have_an_adapter_each(tmp_path, monkeypatch):
     """What a process on CUDA does in a turn, and how its two parts become contenders."""
     with subject(write_shape(tmp_path)) as found:
         model, _ = load(found.folder, quant="nf4")
+    monkeypatch.setitem(proven.refused, "few_rows", "it failed")
     decoders = []
     monkeypatch.setattr(decode, "choose", lambda *_: decoders.append(ModulesDecoder(model, "a test", static=True)) or decoders[0])
     steps = []
@@ -194,8 +196,8 @@ def test_eight_requests_have_an_adapter_each(tmp_path, monkeypatch):
     assert [len({id(one.adapter) for one in segments}) for segments in together] == [1] * 4 + [8] * 4
     with pytest.raises(ConfigError, match="Ask for at most 1019"):
         decode._several(model, torch.arange(5))(1020)
-    both = decode._both(
-        Measured({}, {"eight_adapters": [answer] * 2, "nf4": [{"tokens": 1, "seconds": 2.0, "text": None}] * 2}, {})
-    )
+    alone = {"tokens": 1, "seconds": 2.0, "text": None, "plain_kernels": {}}
+    both = decode._both(Measured({}, {"eight_adapters": [answer] * 2, "nf4": [alone] * 2}, {}))
     record = decode._record(both, lambda a, b: {"median": a[0] / b[0]})
     assert record["ratios"]["eight_adapters_vs_eight_of_one"]["median"] == pytest.approx(answer["of_one"] / answer["seconds"])
+    assert [record["contenders"][name]["plain_kernels"] for name in ("eight_of_one", "nf4")] == [{"few_rows": "it failed"}, {}]

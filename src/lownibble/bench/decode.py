@@ -7,7 +7,8 @@ Random weights (`subject.py`) continue random token ids.
 
 On CUDA one process more decodes eight requests at once, step by step as a server does: in each turn first with one adapter for
 all (`eight_of_one`), then with an adapter for each (`eight_adapters`). Adapters are random, of rank 16 on all linear layers. Its
-cache, and so its graphs, last for all turns, as a server's; `generate` has a new one in each turn, and captures anew.
+cache, and so its graphs, last for all turns, as a server's; `lownibble.decode` keeps those of the turn before, too. What plain
+torch computed in the place of a kernel that failed there (`kernels/proven.py`) is in a contender's `plain_kernels`.
 
 Run as a program (`python -m lownibble.bench.decode NAME MODEL`), this module is one of the processes.
 """
@@ -27,6 +28,7 @@ from lownibble.bench.processes import Command, Measured, Save, in_turns, one_aft
 from lownibble.bench.subject import RANDOM, random_ids, subject
 from lownibble.decoding import Decoder, choose, decode
 from lownibble.errors import ConfigError, TrainingError
+from lownibble.kernels import proven
 from lownibble.kernels.decoder import Adapter, LowRank, Segment
 from lownibble.measuring.turns import answer_turns, ratio, ratio_apart, reserved_stdout, spread
 from lownibble.models import load, load_tokenizer, pick_device, pick_dtype, resolve
@@ -98,7 +100,8 @@ def _record(measured: Measured, divide: Callable[..., dict[str, float]]) -> dict
     rates = {name: [a["tokens"] / a["seconds"] for a in given[1:]] for name, given in measured.answers.items()}
     ratios = {f"{a}_vs_{b}": divide(rates[a], rates[b]) for a, b in RATIOS if a in rates and b in rates}
     figures = {
-        name: {"tokens_per_s": spread(rates[name]), "text": given[-1]["text"]} for name, given in measured.answers.items()
+        name: {"tokens_per_s": spread(rates[name]), "text": given[-1]["text"], "plain_kernels": given[-1]["plain_kernels"]}
+        for name, given in measured.answers.items()
     }  # fmt: skip
     headlines = {f"{n}: tokens/s": f["tokens_per_s"]["median"] for n, f in figures.items()}
     headlines |= {f"{n} (tokens/s)": r["median"] for n, r in ratios.items()}
@@ -166,7 +169,8 @@ def _several(model: Any, prompt: torch.Tensor) -> Callable[[int], dict[str, Any]
                 f"{tokens} new tokens are more than eight requests have room for. Ask for at most {MOST_TOKENS - n}."
             )
         of_one = seconds(adapters[:1] * REQUESTS, tokens)
-        return {"tokens": REQUESTS * tokens, "seconds": seconds(adapters, tokens), "of_one": of_one, "text": None}
+        took = {"seconds": seconds(adapters, tokens), "of_one": of_one}
+        return {"tokens": REQUESTS * tokens, **took, "text": None, "plain_kernels": dict(proven.refused)}
 
     return do
 
@@ -185,7 +189,8 @@ def _one(model: Any, ids: torch.Tensor, tokenizer: Any, *, ours: bool, random: b
             )  # fmt: skip
         new = output[0, ids.shape[1] :].tolist()  # synchronises with the GPU
         seconds = time.perf_counter() - began
-        return {"tokens": len(new), "seconds": seconds, "text": None if random else tokenizer.decode(new)}
+        text = None if random else tokenizer.decode(new)
+        return {"tokens": len(new), "seconds": seconds, "text": text, "plain_kernels": dict(proven.refused)}
 
     return do
 

@@ -26,8 +26,9 @@ from lownibble.errors import BackendError, ConfigError
 VARIABLE = "LOWNIBBLE_PLAIN_KERNELS"
 KERNELS = ("one_row", "few_rows", "attend_slots", "low_rank_rows")
 
-_TOLERANCE = {torch.float32: 1e-3}
-"""dtype -> largest difference relative to the largest value; 0.02 in 16 bits, where roundings differ by a few thousandths."""
+_TOLERANCE = {torch.float32: 5e-3}
+"""dtype -> largest difference relative to the largest value, with room for products in TF32; 0.02 in 16 bits, whose roundings
+differ by a few thousandths."""
 
 _log = logging.getLogger(__name__)
 
