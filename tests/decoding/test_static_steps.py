@@ -236,6 +236,21 @@ def test_no_tensor_of_a_step_is_on_another_device_than_the_model(kind):
         assert drawer(logits, [0, 1, 2]).device == device
 
 
+def test_logits_of_16_bit_models_are_processed_in_float32():
+    """Oracle: transformers' loop. In bfloat16 the sums of what top_p keeps would be wrong."""
+    model, seen = louder(build("qwen3", 96)).bfloat16(), []
+    ids = torch.tensor([rows()[0], rows()[0]])
+    options = {
+        "attention_mask": torch.ones_like(ids), "max_new_tokens": 3, "do_sample": False, "pad_token_id": 0, "eos_token_id": None,
+        "logits_processor": [lambda ids, scores: seen.append(scores.dtype) or scores], "output_logits": True,
+        "return_dict_in_generate": True,
+    }  # fmt: skip
+    with quiet():
+        found, expected = (model.generate(ids, **options, **loop) for loop in ({"custom_generate": ln.decode}, {}))
+    assert seen == [torch.float32] * 6
+    assert [one.dtype for one in found.logits] == [one.dtype for one in expected.logits]
+
+
 @pytest.mark.skipif(ops.backend_status()["triton"] != "ok" or torch.cuda.is_available(), reason="launches are only noted")
 def test_no_kernel_is_compiled_for_a_later_step(tiny, monkeypatch):
     """What Triton compiles a kernel for: constants, types, integers that are 1 or divisible by 16, alignment of tensors."""

@@ -495,3 +495,21 @@ def test_missing_library_says_why(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     (tmp_path / "_native.txt").write_text("no C++ compiler was found at install time ('g++'); install one and reinstall.\n")
     with pytest.raises(BackendError, match=r"missing: no C\+\+ compiler was found at install time"):
         missing()
+
+
+def test_a_card_whose_kernels_cannot_be_built_computes_in_plain_torch_and_says_so_once(monkeypatch, caplog):
+    def load():
+        raise BackendError("Triton cannot build what launches its kernels (Failed to find C compiler). Install a C compiler.")
+
+    monkeypatch.setitem(ops.BACKENDS, "triton", load)
+    monkeypatch.delitem(ops._loaded, "triton", raising=False)
+    monkeypatch.setattr(ops, "_warned", set())
+    assert ops.active_backend("cuda") == "reference"
+    if not torch.cuda.is_available():
+        assert not caplog.text, "nothing computes there"
+    ops._warned.clear()
+    caplog.clear()
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert [ops.active_backend("cuda") for _ in range(2)] == ["reference"] * 2
+    assert caplog.text.count("Install a C compiler") == 1
+    monkeypatch.delitem(ops._loaded, "triton")

@@ -103,7 +103,10 @@ def decode(
     state = _state(model) if decoder.draws else None
     cache = _cache(decoder, kept, state, B, generation_config.max_length)
     del kept
-    logits = torch.cat([decoder.prompt(input_ids[row][mask[row] != 0].cpu(), row, cache) for row in range(B)])
+    # in float32 like transformers': sums of 16-bit probabilities would cut the wrong tokens
+    as_theirs: dict[str, Any] = {"dtype": torch.float32, "device": input_ids.device}
+    prompts = [decoder.prompt(input_ids[row][mask[row] != 0].cpu(), row, cache) for row in range(B)]
+    logits = torch.cat(prompts).to(**as_theirs)
 
     pad, sample = generation_config._pad_token_tensor, generation_config.do_sample
     with_scores, with_logits = generation_config.output_scores, generation_config.output_logits
@@ -128,7 +131,7 @@ def decode(
             break
         goes_on = unfinished.nonzero()[:, 0] if skips else slots
         rows = goes_on.cpu()
-        step = decoder.step(chosen.cpu()[rows], rows, lengths[rows], cache)
+        step = decoder.step(chosen.cpu()[rows], rows, lengths[rows], cache).to(**as_theirs)
         logits = step if len(rows) == B else logits.index_copy(0, goes_on, step)
         lengths = lengths + 1
     if isinstance(cache, SlotCache) and cache.steps is not None and not cache.steps.obstacle:

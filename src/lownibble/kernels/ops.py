@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import logging
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -134,6 +135,8 @@ _FASTEST = {"cpu": "cpu", "cuda": "triton"}
 """device type -> the backend to use if it loads; else, and for other device types, the reference."""
 
 _loaded: dict[str, Backend | BackendError] = {}
+_warned: set[str] = set()
+_log = logging.getLogger(__name__)
 _forced: ContextVar[Backend | None] = ContextVar("lownibble_backend", default=None)
 
 
@@ -205,7 +208,12 @@ def current(device: torch.device | str = "cpu") -> Backend:
 
 def _automatic(device_type: str) -> str:
     fastest = _FASTEST.get(device_type, "reference")
-    return "reference" if isinstance(_try_load(fastest), BackendError) else fastest
+    if not isinstance(error := _try_load(fastest), BackendError):
+        return fastest
+    if device_type == "cuda" and fastest not in _warned and torch.cuda.is_available():
+        _warned.add(fastest)
+        _log.warning("Plain torch computes in place of all kernels on CUDA, several times more slowly: %s", error)
+    return "reference"
 
 
 def backend_status() -> dict[str, str]:

@@ -67,6 +67,14 @@ if _interpreted != isinstance(tl.interleave, InterpretedFunction):
     raise BackendError(
         "TRITON_INTERPRET was set or unset after triton had been imported. Set it before Python starts, or leave it unset."
     )
+if not _interpreted:
+    try:
+        triton.runtime.driver.active.get_current_target()  # builds what launches kernels, with a C compiler
+    except Exception as error:
+        raise BackendError(
+            f"Triton cannot build what launches its kernels ({' '.join(str(error).split())[:200]}). Install a C compiler and "
+            "Python's headers (gcc, python3-dev)."
+        ) from error
 device_types = ("cpu", "cuda") if _interpreted else ("cuda",)
 row_part = None
 experts_at_once = True

@@ -208,8 +208,9 @@ class Engine:
     def _fail(self, error: Exception) -> None:
         """Fail the running requests; the server keeps running, unless its device does not."""
         _log.error("A step of the server failed: %s", error, exc_info=error)
+        lost = proven.is_lost(self.decoder.model.device)
         with self._changed:
-            if proven.is_lost(self.decoder.model.device):
+            if lost:
                 self.lost = DeviceLostError(f"The GPU cannot be used any more; start the server again. {error}")
                 waiting = [request for line in self._lines.values() for request in line]
                 for request in waiting + [request for request, _ in self._loading]:
