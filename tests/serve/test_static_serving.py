@@ -1,5 +1,7 @@
 """The server on a decoder as on CUDA: fixed shapes, tokens drawn where the logits are. Oracle: transformers' greedy loop."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from mixtures import folder_of
@@ -11,10 +13,12 @@ from lownibble.decoding import Drawer, most_bytes
 from lownibble.decoding.modules import ModulesDecoder
 from lownibble.decoding.static import StaticSteps
 from lownibble.errors import ConfigError
+from lownibble.kernels import proven
 from lownibble.serve import engine as engines
 from lownibble.serve.engine import DeviceLostError, Engine
 from lownibble.serve.registry import Registry
 from lownibble.serve.sampling import Sampling
+from lownibble.serve.server import _report
 from lownibble.serve.service import as_api
 
 
@@ -153,3 +157,16 @@ def test_steps_are_compiled_and_captured_before_the_first_request(base, serving,
     monkeypatch.setattr(ModulesDecoder, "warm_up", lambda *_: (_ for _ in ()).throw(torch.OutOfMemoryError("out of memory")))
     with pytest.raises(ConfigError, match=r"no room for 3 sequences of 64 tokens.*--cache-budget"):
         serving(base, None)
+
+
+def test_the_start_says_what_is_less_than_was_asked_for(base, serving, monkeypatch):
+    made, lines = serving(base, None), []
+    _report(SimpleNamespace(engine=made, registry=made.registry), lines.append)
+    assert len(lines) == 1
+    monkeypatch.setattr(made, "max_batch", 9)
+    monkeypatch.setitem(proven.refused, "few_rows", "it failed: OutOfResources")
+    _report(SimpleNamespace(engine=made, registry=made.registry), lines.append)
+    assert lines[-2:] == [
+        "at most 3 requests run at once: --cache-budget has no room for --max-batch 9",
+        "plain torch in place of the kernel 'few_rows': it failed: OutOfResources",
+    ]

@@ -148,9 +148,9 @@ class ModulesDecoder(Decoder):
         part = torch.zeros(min(PROMPT_TOKENS, cache.capacity), dtype=torch.int64)
         self.prompt(part, 0, cache)
         for rows in sorted({min(1 << n, cache.slots) for n in range(cache.slots.bit_length() + 1)}):
-            slots, first = torch.arange(rows), part[:1].expand(rows)
+            slots = torch.arange(rows)
             for _ in range(2):  # as it is, captured
-                self.step(first, slots, first, cache)
+                self.step(part[:1].expand(rows), slots, torch.full_like(slots, len(part) - 1), cache)
 
     def slot_bytes(self, capacity: int) -> int:
         """As `Decoder.slot_bytes`; estimated from the trial."""

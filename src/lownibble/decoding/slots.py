@@ -100,7 +100,8 @@ def _attend_slots(
         layer.values[slot, :, position:length] = value[0, :, begin:end]
         first = 0 if sliding_window is None else max(0, position - sliding_window + 1)
         keys, values = layer.keys[slot, :, first:length], layer.values[slot, :, first:length]
-        scores = (query[0, :, begin:end].reshape(H, G * n, -1) @ keys.transpose(1, 2)).view(H, G, n, -1) * scale
+        own = query[0, :, begin:end].reshape(H, G * n, -1).float()  # of 16 bits a score of 50 would be off by an eighth
+        scores = (own @ keys.transpose(1, 2).float()).view(H, G, n, -1) * scale
         if softcap is not None:
             scores = torch.tanh(scores / softcap) * softcap
         if n > 1:
@@ -111,7 +112,7 @@ def _attend_slots(
             scores = scores.masked_fill(unseen, -torch.inf)
         if s_aux is not None:  # sinks take a share of the weight, and have no value
             scores = torch.cat([scores, s_aux.to(scores).view(H, G, 1, 1).expand(H, G, n, 1)], dim=-1)
-        weights = scores.softmax(-1, dtype=torch.float32).to(query.dtype)[..., : length - first]
+        weights = scores.softmax(-1).to(query.dtype)[..., : length - first]
         output[0, begin:end] = (weights.reshape(H, G * n, -1) @ values).view(H * G, n, -1).transpose(0, 1)
     return output, None
 

@@ -103,6 +103,7 @@ class Engine:
                 f"--cache-budget is {cache_budget / 1e6:.0f} MB. Allow more, or shorter sequences (--max-context)."
             )
         self.cache, self.drawing_bytes = decoder.cache(slots, max_context), most_bytes(slots, vocabulary)
+        self.max_batch = max_batch
         self.max_queue, self.prefix_cache = max_queue, prefix_cache
         self._drawer: Drawer | None = None
         self.eos = end_tokens(model, tokenizer)

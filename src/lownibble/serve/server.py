@@ -95,6 +95,8 @@ def _report(service: Service, tell: Callable[[str], None]) -> None:
     """Tell which decoder there is and how many adapters are in memory; check all, and tell which are not taken and why."""
     registry = service.registry
     tell(f"decoder: {service.engine.decoder.note}; adapters in memory: {len(registry.held)} ({registry.nbytes / 1e6:.1f} MB)")
+    if (slots := service.engine.cache.slots) < service.engine.max_batch:
+        tell(f"at most {slots} requests run at once: --cache-budget has no room for --max-batch {service.engine.max_batch}")
     for kernel, why in proven.refused.items():
         tell(f"plain torch in place of the kernel '{kernel}': {why}")
     registry.examine()
