@@ -170,3 +170,15 @@ def test_the_start_says_what_is_less_than_was_asked_for(base, serving, monkeypat
         "at most 3 requests run at once: --cache-budget has no room for --max-batch 9",
         "plain torch in place of the kernel 'few_rows': it failed: OutOfResources",
     ]
+
+
+def test_prompts_are_read_in_parts_as_large_as_the_decoder_may_as_well_have(base, serving, ask, monkeypatch):
+    made, read = serving(base, None), []
+    step = made.decoder.step
+    monkeypatch.setattr(engines, "PROMPT_TOKENS", 4)
+    monkeypatch.setattr(made.decoder, "step", lambda tokens, *a, **k: read.append(len(tokens)) or step(tokens, *a, **k))
+    for tokens, expected in ((0, [4, 4, 4, 1]), (10, [10, 3])):
+        made.decoder.prompt_tokens = tokens
+        read.clear()
+        assert ask(made, [tokens + 5, *range(3, 15)], 1)[1].wait().reason == "length"
+        assert read == expected

@@ -62,12 +62,14 @@ class Decoder(ABC):
         paths: by layer, the paths of the linear layers and experts' weights that adapters may change, in the order of an
             adapter's branches.
         draws: logits are on another device than the host, which had better get tokens only (`drawing.py`).
+        prompt_tokens: tokens of prompts that a step may as well have: with fewer it takes as long.
     """
 
     model: Any
     note: str
     paths: Sequence[Sequence[str]]
     draws: bool = False
+    prompt_tokens: int = 0
 
     @abstractmethod
     def cache(self, slots: int, capacity: int) -> Cache:
@@ -104,8 +106,9 @@ class Decoder(ABC):
         self, tokens: Tensor, slot: int, cache: Any, *, position: int = 0, adapter: Adapter | None = None
     ) -> Tensor:  # fmt: skip
         """Prefill `slot` with a prompt (T,), T > 0, from `position` on; returns (1, vocabulary) logits after its last token."""
-        for begin in range(0, len(tokens), PROMPT_TOKENS):
-            part = tokens[begin : begin + PROMPT_TOKENS]
+        at_once = max(PROMPT_TOKENS, self.prompt_tokens)
+        for begin in range(0, len(tokens), at_once):
+            part = tokens[begin : begin + at_once]
             positions = torch.arange(position + begin, position + begin + len(part))
             segments = None if adapter is None else [Segment(0, len(part), adapter)]
             last = torch.tensor([len(part) - 1])

@@ -59,6 +59,9 @@ _log = logging.getLogger(__name__)
 _TRIED = (12, 9), 7
 """Tokens of the two sequences of the trial, and of the first part of the first."""
 
+ON_CUDA_TOKENS = 512
+"""Tokens of a prompt at once: some 2,000 launches from Python take longer than the device needs for them."""
+
 _TOLERANCE = {torch.float32: 1e-3}
 """dtype -> maximum logit difference relative to the largest logit; rounding stays far below it."""
 
@@ -114,6 +117,8 @@ class ModulesDecoder(Decoder):
         self._modules = [_base(module) for module in adaptable.values()]
         self._tokens: Tokens | None = None  # of the hooks, set with them by the first step that needs them
         self.draws = self._device.type == "cuda" if static is None else static
+        if self._device.type == "cuda":
+            self.prompt_tokens = ON_CUDA_TOKENS
         self._dtype, self._capture, self._no_graphs = weight.dtype, capture, ""
         self._not_static = "" if self.draws else "they are for CUDA"
         found, weights = _trials.get(model), (weight.device, weight.dtype)
@@ -145,7 +150,7 @@ class ModulesDecoder(Decoder):
         """As `Decoder.warm_up`: a part of a prompt, then steps of as many rows as there are graphs for, each twice."""
         if self._not_static or not self.together:
             return
-        part = torch.zeros(min(PROMPT_TOKENS, cache.capacity), dtype=torch.int64)
+        part = torch.zeros(min(max(PROMPT_TOKENS, self.prompt_tokens), cache.capacity), dtype=torch.int64)
         self.prompt(part, 0, cache)
         for rows in sorted({min(1 << n, cache.slots) for n in range(cache.slots.bit_length() + 1)}):
             slots = torch.arange(rows)

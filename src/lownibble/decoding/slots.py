@@ -109,7 +109,7 @@ def _attend_slots(
                 torch.arange(first, length, device=query.device) - torch.arange(position, length, device=query.device)[:, None]
             )
             unseen = ahead > 0 if sliding_window is None else (ahead > 0) | (ahead <= -sliding_window)
-            scores = scores.masked_fill(unseen, -torch.inf)
+            scores.masked_fill_(unseen, -torch.inf)
         if s_aux is not None:  # sinks take a share of the weight, and have no value
             scores = torch.cat([scores, s_aux.to(scores).view(H, G, 1, 1).expand(H, G, n, 1)], dim=-1)
         weights = scores.softmax(-1).to(query.dtype)[..., : length - first]

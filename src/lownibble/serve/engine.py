@@ -37,7 +37,8 @@ from lownibble.serve.registry import Loaded, NoRoomError, PinnedError, Registry
 from lownibble.serve.request import End, Failed, Request, Running
 
 PROMPT_TOKENS = 128
-"""Maximum prompt tokens per step, over all sequences; bounds how long prefill delays running sequences."""
+"""Maximum prompt tokens per step, over all sequences; bounds how long prefill delays running sequences. A decoder may take more
+in the same time (`Decoder.prompt_tokens`)."""
 
 
 _log = logging.getLogger(__name__)
@@ -337,9 +338,9 @@ class Engine:
         for one in prompts:
             if one.ahead is not None and one.ahead.done >= one.shared:
                 self._take_over(one, one.shared)
-        left = PROMPT_TOKENS
+        left = most = max(PROMPT_TOKENS, self.decoder.prompt_tokens)
         for one in sorted(prompts, key=lambda one: one.unread):
-            if one.unread > left - PROMPT_TOKENS // 2:
+            if one.unread > left - most // 2:
                 break
             parts[one] = one.unread
             left -= one.unread
