@@ -13,6 +13,7 @@ import pytest
 
 import lownibble as ln
 from lownibble.errors import ConfigError
+from lownibble.serve.engine import DeviceLostError
 
 GREEDY = {"temperature": 0, "max_tokens": 8}
 SAID = [{"role": "user", "content": "w1 w5 w9"}]
@@ -233,6 +234,17 @@ def test_giant_bodies_are_refused_announced_or_not(live):
 
         assert client.post("/v1/completions", content=parts()).status_code == 413
         assert client.get("/health").json()["status"] == "ok"
+
+
+def test_a_lost_gpu_is_told_to_clients_and_to_who_watches(live):
+    made = live()
+    made.service.engine.lost = DeviceLostError("The GPU cannot be used any more; start the server again.")
+    with httpx.Client(base_url=made.url) as client:
+        answers = client.get("/health"), client.post("/v1/completions", json={"model": "base", "prompt": [5, 6], "max_tokens": 2})
+        assert [(answer.status_code, answer.json()["error"]["code"]) for answer in answers] == [(503, "device_lost")] * 2
+        metrics = client.get("/metrics").text
+        assert "lownibble_graphs 0.0" in metrics
+        assert "lownibble_plain_kernel_calls 0.0" in metrics
 
 
 def test_limits_of_prompt_and_answer(live):

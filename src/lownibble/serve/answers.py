@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 from fastapi import Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 
-from lownibble.serve.engine import QueueFullError
+from lownibble.serve.engine import DeviceLostError, QueueFullError
 from lownibble.serve.protocol import Generation
 from lownibble.serve.replies import Asked, Choice, Reply
 from lownibble.serve.request import End, Event, Failed, Scored
@@ -66,6 +66,8 @@ async def answer(service: Service, request: Request, body: Generation, asked: As
         service.engine.submit(*(choice.request for choice in choices))
     except QueueFullError as error:
         service.metrics.refused()
+        raise as_api(error) from None
+    except DeviceLostError as error:
         raise as_api(error) from None
     if body.stream:
         first = await _unless_gone(request, _next(service, choices, events))
