@@ -73,7 +73,7 @@ if not _interpreted:
     except Exception as error:
         raise BackendError(
             f"Triton cannot build what launches its kernels ({' '.join(str(error).split())[:200]}). Install a C compiler and "
-            "Python's headers (gcc, python3-dev)."
+            "Python's headers (gcc, python3-dev), and let TRITON_CACHE_DIR be a folder that can be written."
         ) from error
 device_types = ("cpu", "cuda") if _interpreted else ("cuda",)
 row_part = None
