@@ -18,7 +18,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
 import lownibble as ln
-from lownibble.kernels import cpu, ops
+from lownibble.kernels import cpu, ops, proven
 
 TINY = {
     "hidden_size": 32, "intermediate_size": 80, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
@@ -117,6 +117,15 @@ def pytest_terminal_summary(terminalreporter, config):
     absent = [f"cpu-{isa}" for isa in ("scalar", "avx2", "avx512", "neon") if isa not in isas]
     absent += [f"{name} ({reason})" for name, reason in status.items() if reason != "ok"]
     terminalreporter.write_line(f"Kernels that cannot run here, so without cases: {', '.join(absent) or 'none'}")
+
+
+@pytest.fixture(autouse=True)
+def no_kernel_was_replaced():
+    """On a card a kernel that fails is replaced by plain torch, with which its test would pass."""
+    yield
+    replaced = proven.words()
+    proven.refused.clear()
+    assert not replaced, replaced
 
 
 @pytest.fixture

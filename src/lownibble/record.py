@@ -18,14 +18,14 @@ from typing import Any
 import psutil
 import torch
 
-from lownibble.kernels import ops
+from lownibble.kernels import ops, proven
 
 SCHEMA = 1
 _PACKAGES = ("lownibble", "torch", "transformers", "safetensors", "peft", "bitsandbytes", "trl", "triton")
 
 
 def environment(device: torch.device | None = None) -> dict[str, Any]:
-    """Machine, device, package versions and the kernels in use."""
+    """Machine, device, package versions and the kernels in use; `plain_kernels`: those that plain torch has replaced so far."""
     device = device or torch.device("cpu")
     versions = {}
     for package in _PACKAGES:
@@ -45,6 +45,8 @@ def environment(device: torch.device | None = None) -> dict[str, Any]:
         "kernels": ops.active_backend(device),
         "kernel_status": ops.backend_status(),
     }
+    if proven.refused:
+        found["plain_kernels"] = dict(proven.refused)
     if found["kernels"] == "cpu":
         from lownibble.kernels import cpu
 

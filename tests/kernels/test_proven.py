@@ -6,6 +6,7 @@ import torch
 from test_few_rows import WEIGHTS, tables
 
 import lownibble as ln
+from lownibble import record
 from lownibble.errors import BackendError, ConfigError
 from lownibble.kernels import ops, proven, reference, rows
 from lownibble.kernels.decoder import LowRank
@@ -146,3 +147,9 @@ def test_kernels_that_the_environment_names_do_not_run(monkeypatch):
     monkeypatch.setenv(proven.VARIABLE, "gemv")
     with pytest.raises(ConfigError, match="names 'gemv'"):
         proven._named()
+
+
+def test_records_say_which_kernels_were_replaced(monkeypatch):
+    assert "plain_kernels" not in record.environment()
+    monkeypatch.setitem(proven.refused, "one_row", "it failed")
+    assert record.environment()["plain_kernels"] == {"one_row": "it failed"}
