@@ -1,6 +1,9 @@
 """Kernels that are held against plain torch before they are trusted: here on a CPU, where they run in Triton's interpreter and
 are taken for untried ones. Faults are put into what they give."""
 
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 from test_few_rows import WEIGHTS, tables
@@ -9,6 +12,7 @@ import lownibble as ln
 from lownibble import record
 from lownibble.errors import BackendError, ConfigError
 from lownibble.kernels import ops, proven, reference, rows
+from lownibble.kernels.capture import ALONE
 from lownibble.kernels.decoder import LowRank
 from lownibble.kernels.rows import Attending
 
@@ -153,3 +157,16 @@ def test_records_say_which_kernels_were_replaced(monkeypatch):
     assert "plain_kernels" not in record.environment()
     monkeypatch.setitem(proven.refused, "one_row", "it failed")
     assert record.environment()["plain_kernels"] == {"one_row": "it failed"}
+
+
+def test_nobody_waits_for_the_device_while_a_graph_is_captured(monkeypatch):
+    waited, device = threading.Event(), torch.device("cuda", 0)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: waited.set())
+    with ThreadPoolExecutor(1) as other:
+        with ALONE:
+            lost = other.submit(proven.is_lost, device)
+            assert not waited.wait(0.05)
+        assert lost.result(10) is False
+    assert waited.is_set()
+    monkeypatch.setattr(torch.cuda, "synchronize", fails)
+    assert proven.is_lost(device)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 
 import torch
@@ -9,6 +10,10 @@ from torch import Tensor
 
 Capture = Callable[[Callable[[], Tensor]], tuple[Callable[[], object], Tensor]]
 """Captures a pass: -> a function that replays it, and the tensor that its result is in afterwards."""
+
+
+ALONE = threading.RLock()
+"""Held for a capture, and for waiting for a whole device: CUDA refuses to wait while any thread captures, whose capture fails."""
 
 
 class CudaCapture:
@@ -23,6 +28,10 @@ class CudaCapture:
         Raises:
             RuntimeError: the first error of those that a failed capture raises; torch's last is that it was not completed.
         """
+        with ALONE:
+            return self._captured(run)
+
+    def _captured(self, run: Callable[[], Tensor]) -> tuple[Callable[[], object], Tensor]:
         graph, stream = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
         generator = torch.cuda.default_generators[stream.device.index]
         before, first = generator.get_state(), None

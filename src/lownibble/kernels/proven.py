@@ -23,6 +23,7 @@ from torch import Tensor
 from torch._subclasses import FakeTensor
 
 from lownibble.errors import BackendError, ConfigError
+from lownibble.kernels.capture import ALONE
 
 VARIABLE = "LOWNIBBLE_PLAIN_KERNELS"
 KERNELS = ("one_row", "few_rows", "attend_slots", "low_rank_rows")
@@ -125,7 +126,8 @@ def is_lost(device: torch.device) -> bool:
     if device.type != "cuda":
         return False
     try:
-        torch.cuda.synchronize(device)
+        with ALONE:
+            torch.cuda.synchronize(device)
     except RuntimeError:
         return True
     return False
