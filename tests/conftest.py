@@ -125,6 +125,7 @@ def no_kernel_was_replaced():
     yield
     replaced = proven.words()
     proven.refused.clear()
+    proven.calls.clear()
     assert not replaced, replaced
 
 
