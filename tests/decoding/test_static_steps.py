@@ -39,7 +39,9 @@ def test_rows_give_the_tokens_of_each_sequence_alone(kind, monkeypatch):
     """Grouped heads, windows, caps, sinks, values of another size, Conv1D; prompts in parts beside sequences that generate."""
     passes = []
     call = StaticSteps.__call__
-    monkeypatch.setattr(StaticSteps, "__call__", lambda self, ids, *rest: passes.append(len(ids)) or call(self, ids, *rest))
+    monkeypatch.setattr(
+        StaticSteps, "__call__", lambda self, lines, *rest: passes.append(len(lines[0])) or call(self, lines, *rest)
+    )
     model = louder(build(kind, 96))
     decoder = static(model)
     passes.clear()
@@ -107,7 +109,8 @@ def linear_steps(places=4, capture=None):
     """Steps of a "model" that is a linear layer's branch: the tables are all there is to see."""
     seen = []
 
-    def run(tokens, slots, positions, adapters):
+    def run(lines, adapters):
+        tokens = lines[0]
         y = torch.zeros(len(tokens), 3)
         if adapters is not None:
             seen.append(adapters)
@@ -148,7 +151,7 @@ def test_adapters_come_and_go_and_larger_ranks_are_captured_anew(backend):
     ):  # fmt: skip
         tokens = list(range(1, 1 + len(of_rows)))
         with ln.use_backend(backend):
-            found = steps(tokens, tokens, tokens, of_rows)
+            found = steps([tokens], of_rows)
         torch.testing.assert_close(found, expected(of_rows, tokens))
         assert len(calls) == (captured if backend == "triton" else 0), of_rows
     assert seen[0].largest_r == 16
@@ -168,7 +171,7 @@ def test_without_the_kernel_a_graph_has_only_the_adapters_that_it_was_captured_w
         for one in (adapter(1, 2), adapter(2, 2), adapter(1, 2)):
             y = torch.full((5,), 3.0) @ one.of[1][0].A.t() @ one.of[1][0].B.t() * 0.5
             for _ in range(3):
-                torch.testing.assert_close(steps([3], [0], [0], [one])[0], y)
+                torch.testing.assert_close(steps([[3]], [one])[0], y)
     assert (capture.captured, capture.replays) == (3, 6)
 
 
@@ -187,7 +190,7 @@ def test_a_step_that_cannot_be_captured_goes_on_without_graphs(caplog):
 
     steps, _ = linear_steps(capture=capture)
     one = adapter(1, 2)
-    first, second, third = (steps([3], [0], [0], [one]) for _ in range(3))
+    first, second, third = (steps([[3]], [one]) for _ in range(3))
     assert torch.equal(first, second)
     assert torch.equal(first, third)
     assert "cannot be captured (operation not permitted" in steps.func.obstacle
@@ -349,7 +352,7 @@ def test_nothing_in_a_step_waits_for_the_device():
         assert not torch.equal(plain[0], adapted[0])
         assert torch.equal(plain[1], adapted[1])
         for adapters in ([None, None], [one, None]):
-            step = partial(cache.steps, [7, 8], [0, 1], [1, 1], adapters, partial(decoder._rows_pass, cache))
+            step = partial(cache.steps, [[7, 8], [0, 1], [1, 1], [1, 1]], adapters, partial(decoder._rows_pass, cache))
             with Waits(model) as waits:
                 step()
             assert waits.found == []

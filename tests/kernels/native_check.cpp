@@ -452,13 +452,14 @@ Floats decode(std::int64_t T, std::int64_t D, std::int64_t inner, std::int32_t b
     layer.q_norm = layer.k_norm = head_norm.data();
     layer.hidden = hidden, layer.heads = heads, layer.key_heads = key_heads, layer.head_dim = D;
     layer.eps = 1e-5f, layer.scaling = 0.3f, layer.softcap = 2.0f;
-    layer.window = T / 2, layer.rope = 1, layer.activation = Activation::gelu_tanh;
+    layer.window = T / 2, layer.rope = 1, layer.context = 1, layer.activation = Activation::gelu_tanh;
     Floats x = floats(T * hidden), keys = floats(n_slots * kv * capacity), values = floats(n_slots * kv * capacity);
-    std::vector<std::int64_t> slots(T, 1), positions(T);
-    for (std::int64_t t = 0; t < T; ++t) positions[t] = t + 1;
+    std::vector<std::int64_t> slots(T, 1), places(2 * T, -1);
+    for (std::int64_t t = 0; t < T; ++t) places[T + t] = t + 1;
     const Segment segment{T / 3, T, branches};
-    const Tokens tokens{x.data(),    T,        cosine.data(), sine.data(),      keys.data(), values.data(),
-                        n_slots,     capacity, slots.data(),  positions.data(), &segment,    1};
+    const Context contexts[2] = {{nullptr, nullptr, 1}, {keys.data(), values.data(), capacity}};
+    const Tokens tokens{x.data(), T,        cosine.data(), sine.data(),   contexts,
+                        n_slots,  capacity, slots.data(),  places.data(), &segment, 1};
     Floats workspace(lownibble_decoder_workspace(&layer, T, r, capacity, kThreads));
     if (lownibble_decoder_layers(&layer, 1, &tokens, r, workspace.data(), kThreads)) std::abort();
     for (const Floats* more : {&keys, &values}) x.insert(x.end(), more->begin(), more->end());

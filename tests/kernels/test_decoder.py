@@ -9,7 +9,17 @@ from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config, Qwen3Co
 from lownibble.config import QuantConfig
 from lownibble.errors import BackendError, InputError
 from lownibble.kernels import cpu, ops
-from lownibble.kernels.decoder import PROJECTIONS, Adapter, DecoderLayer, DecoderLayers, LowRank, Projection, Segment, Step
+from lownibble.kernels.decoder import (
+    PROJECTIONS,
+    Adapter,
+    Context,
+    DecoderLayer,
+    DecoderLayers,
+    LowRank,
+    Projection,
+    Segment,
+    Step,
+)
 from lownibble.quant import quantize
 
 BACKENDS = ["reference"]
@@ -70,7 +80,7 @@ def _step(slots, positions, head_dim):
     )
     return Step(
         torch.tensor(slots, dtype=torch.long),
-        torch.tensor(positions, dtype=torch.long),
+        torch.tensor([positions], dtype=torch.long),
         torch.cat([angles.cos()] * 2, 2),
         torch.cat([angles.sin()] * 2, 2),
     )
@@ -82,7 +92,7 @@ def _run(layers, slots, positions, segments=(), capacity=40):
     layer = layers.of[0]
     keys, values = torch.randn(2, len(layers.of), 3, layer.key_heads, capacity, layer.head_dim).unbind()
     x = torch.randn(len(slots), layer.input_norm.numel())
-    ops.decoder_layers(x, layers, keys, values, _step(slots, positions, layer.head_dim), segments)
+    ops.decoder_layers(x, layers, [Context(keys, values)], _step(slots, positions, layer.head_dim), segments)
     return x, keys, values
 
 
@@ -118,6 +128,24 @@ def test_equals_plain_torch(backend, form, case):
         expected = _run(layers, slots, positions)
     for a, b in zip(found, expected, strict=True):
         torch.testing.assert_close(a, b, **CLOSE)
+
+
+def test_layers_with_a_window_need_no_more_than_it(backend):
+    """Slots in which the windowed layers' positions begin at another place. Oracle: all positions, at places of their own."""
+    layers = DecoderLayers([_layer(0, window=7), _layer(1), _layer(2, window=7)._replace(rope=1)])
+    assert layers.windows == [7, None]
+    slots, positions, first = [0] + [1] * 5 + [2], [9, 30, 31, 32, 33, 34, 39], [0, 24, 33]
+    torch.manual_seed(1)
+    x, whole = torch.randn(7, 128), torch.randn(3, 2, 3, 2, 40, 32)
+    contexts = [Context(*held.contiguous()) for held in (whole[::2].transpose(0, 1), whole[1:2].transpose(0, 1))]
+    expected, step = x.clone(), _step(slots, positions, 32)
+    ops.decoder_layers(expected, layers, contexts, Step(step.slots, step.places.repeat(2, 1), step.cosine, step.sine))
+    few = torch.full((2, 2, 3, 2, 11, 32), float("nan"))
+    for slot, begin in enumerate(first):
+        few[:, :, slot, :, : min(11, 40 - begin)] = whole[::2].transpose(0, 1)[:, :, slot, :, begin : begin + 11]
+    places = step.places - torch.tensor([first, [0] * 3])[:, step.slots]
+    ops.decoder_layers(x, layers, [Context(*few), contexts[1]], Step(step.slots, places, step.cosine, step.sine))
+    assert torch.equal(x, expected)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
@@ -202,19 +230,29 @@ def test_equals_transformers_layer(backend, family):
     keys, values = torch.zeros(2, 1, 1, 2, 9, 16).unbind()
     found = x[0].clone()
     ops.decoder_layers(
-        found, DecoderLayers([layer]), keys, values, Step(torch.zeros(9, dtype=torch.long), positions, cosine, sine)
+        found,
+        DecoderLayers([layer]),
+        [Context(keys, values)],
+        Step(torch.zeros(9, dtype=torch.long), positions[None], cosine, sine),
     )
     torch.testing.assert_close(found, expected[0] if expected.dim() == 3 else expected, **CLOSE)
 
 
 @pytest.mark.parametrize(
-    ("slots", "positions", "says"), [([3], [0], "3 slots"), ([0], [40], "40 positions"), ([-1], [0], "negative")]
+    ("slots", "positions", "says"), [([3], [0], "3 slots"), ([0], [40], "40 places"), ([-1], [0], "negative")]
 )
 def test_a_place_outside_the_cache_is_refused(slots, positions, says):
     if "cpu" not in ops.active_backend():
         pytest.skip("needs the compiled kernels")
     with pytest.raises(InputError, match=says):
         _run(_layers(), slots, positions)
+
+
+def test_a_context_for_each_window_is_needed():
+    if "cpu" not in ops.active_backend():
+        pytest.skip("needs the compiled kernels")
+    with pytest.raises(InputError, match="2 windows, the cache 1"):
+        _run(DecoderLayers([_layer(0, window=7), _layer(1)]), [0], [0])
 
 
 def test_a_branch_of_the_wrong_size_is_refused():

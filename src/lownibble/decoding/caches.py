@@ -2,50 +2,90 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor
 from transformers.cache_utils import DynamicLayer
 
+from lownibble.decoding.spans import Part, Span
 from lownibble.decoding.static import StaticSteps
+from lownibble.errors import InputError
 from lownibble.kernels.rows import Attending
 
 
 @dataclass
 class Layer:
-    """Keys (slots, key heads, capacity, head_dim) and values of a layer."""
+    """Keys (slots, key heads, places, head_dim) and values of a layer, and which positions they are of."""
 
     keys: Tensor
     values: Tensor
+    span: Span
 
 
-@dataclass
 class SlotCache:
-    """Keys and values of all sequences, by layer; allocated when a layer first runs."""
+    """Keys and values of all sequences, by layer; allocated when a layer first runs.
 
-    slots: int
-    capacity: int
-    layers: dict[int, Layer] = field(default_factory=dict)
-    told: dict[int, Attending] = field(default_factory=dict)
-    """How each layer has asked to attend, when it first ran."""
-    steps: StaticSteps | None = None
-    """What runs steps of one token of each row, made by the first of them."""
+    Args:
+        windows: of the layers; those of another window keep all positions.
+    Attributes:
+        spans: by window, which positions are kept.
+        told: how each layer has asked to attend, when it first ran.
+        steps: what runs steps of one token of each row, made by the first of them.
+    """
+
+    def __init__(self, slots: int, capacity: int, windows: Iterable[int | None] = (None,)) -> None:
+        self.slots, self.capacity = slots, capacity
+        self.spans = {window: Span(window, slots, capacity) for window in windows}
+        self.layers: dict[int, Layer] = {}
+        self.told: dict[int, Attending] = {}
+        self.steps: StaticSteps | None = None
 
     @property
     def nbytes(self) -> int:
         """Bytes of all keys and values."""
         return sum(layer.keys.nbytes + layer.values.nbytes for layer in self.layers.values())
 
+    def enter(self, parts: Sequence[Part]) -> None:
+        """Make room for a step's tokens, before any layer writes them.
+
+        Raises:
+            InputError: it is not there, or earlier positions that the tokens see are lost.
+        """
+        for part in parts:
+            if (end := part.position + part.end - part.begin) > self.capacity:
+                raise InputError(f"A slot of the cache takes {self.capacity} tokens; the step needs {end}.")
+            for span in self.spans.values():
+                begin, end = span.enter(part)
+                if begin:
+                    self._copy(span, part.slot, part.slot, begin, end)
+
+    def places(self, slots: Tensor, positions: Tensor) -> Tensor:
+        """(windows, T) int64: where tokens are in their slots, by window."""
+        return positions - torch.tensor([span.first for span in self.spans.values()])[:, slots]
+
+    def keeps(self, slot: int, n: int) -> bool:
+        """As `Cache.keeps`."""
+        return all(span.keeps(slot, n) for span in self.spans.values())
+
     def resume(self, slot: int, n: int) -> int:
         """Later keys and values are written over."""
-        return n
+        return n if self.keeps(slot, n) else 0
 
-    def fork(self, source: int, slot: int, n: int) -> None:
-        """Copy the first n tokens of another slot."""
-        for layer in self.layers.values():
-            layer.keys[slot, :, :n] = layer.keys[source, :, :n]
-            layer.values[slot, :, :n] = layer.values[source, :, :n]
+    def fork(self, source: int, target: int, n: int) -> None:
+        """As `Forking.fork`."""
+        for span in self.spans.values():
+            span.first[target] = span.first[source]
+            self._copy(span, source, target, 0, n - span.first[source])
+
+    def _copy(self, span: Span, source: int, target: int, begin: int, end: int) -> None:
+        """Copy places [begin, end) of a slot to the front of another, or its own."""
+        for layer in (layer for layer in self.layers.values() if layer.span is span):
+            for held in (layer.keys, layer.values):
+                piece = held[source, :, begin:end]
+                held[target, :, : end - begin] = piece.clone() if source == target else piece  # they may overlap
 
 
 @dataclass
@@ -66,19 +106,22 @@ class PastCache:
         """Bytes of what a sequence holds now."""
         return _bytes_within(self.past[slot])
 
-    def resume(self, slot: int, n: int) -> int:
-        """Cut what is beyond n tokens; a cache of windows or recurrent states cannot be cut, and starts anew."""
-        if n and n == self.lengths.get(slot, 0):
-            return n
+    def keeps(self, slot: int, n: int) -> bool:
+        """As `Cache.keeps`: a cache of windows or recurrent states cannot be cut."""
         layers: Any = getattr(self.past.get(slot), "layers", None)
-        if n and layers and all(type(layer) is DynamicLayer for layer in layers):
-            for layer in layers:
+        return n in (0, self.lengths.get(slot, 0)) or (bool(layers) and all(type(layer) is DynamicLayer for layer in layers))
+
+    def resume(self, slot: int, n: int) -> int:
+        """Cut what is beyond n tokens, or start anew."""
+        if not n or not self.keeps(slot, n):
+            self.past.pop(slot, None)
+            self.lengths.pop(slot, None)
+            return 0
+        if n < self.lengths[slot]:
+            for layer in self.past[slot].layers:
                 layer.keys, layer.values = (t[..., :n, :] for t in (layer.keys, layer.values))
             self.lengths[slot] = n
-            return n
-        self.past.pop(slot, None)
-        self.lengths.pop(slot, None)
-        return 0
+        return n
 
 
 def _bytes_within(value: Any) -> int:

@@ -5,7 +5,7 @@ qualify may still compute something else with them (a scaled residual), so befor
 compared with the model's own; a difference beyond rounding is an error. So no list of supported models is needed; packing is
 checked the same way (`models/attention.py`).
 
-Layers with a window keep all keys and values, so that a slot goes on after any prefix, and can be copied.
+Layers with a window keep what they read, and room for a step (`spans.py`).
 
 Everything is float32. 8-bit matmul precision (`compute`) is for training: decode steps are exact.
 
@@ -23,10 +23,12 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
+from lownibble.decoding.caches import Layer, SlotCache
 from lownibble.decoding.decoder import Decoder, RefusedError
 from lownibble.decoding.form import branch_paths, read_adapter, read_layers, rope_types
+from lownibble.decoding.spans import parts_of, places_of
 from lownibble.kernels import ops
-from lownibble.kernels.decoder import Segment, Step
+from lownibble.kernels.decoder import Context, DecoderLayers, Segment, Step
 from lownibble.models.head import logit_transforms
 
 _CHECKED_TOKENS, _TOLERANCE = 12, 1e-3
@@ -51,28 +53,18 @@ _refused: WeakKeyDictionary[Any, str] = WeakKeyDictionary()
 """Why models failed the check, which so runs once per model."""
 
 
-class CpuCache:
-    """KV cache of `slots` sequences of up to `capacity` tokens: (layers, slots, KV heads, capacity, head_dim) float32 each."""
+class CpuCache(SlotCache):
+    """Keys and values in float32, of the layers of each window together."""
 
-    def __init__(self, decoder: CpuDecoder, slots: int, capacity: int) -> None:
-        layer = decoder.layers.of[0]
-        shape = (2, len(decoder.layers.of), slots, layer.key_heads, capacity, layer.head_dim)
-        self.slots, self.capacity = slots, capacity
-        self.keys, self.values = torch.zeros(shape).unbind()
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of all keys and values."""
-        return self.keys.nbytes + self.values.nbytes
-
-    def resume(self, slot: int, n: int) -> int:
-        """Later keys and values are written over."""
-        return n
-
-    def fork(self, source: int, target: int, n: int) -> None:
-        """As `Forking.fork`."""
-        for held in (self.keys, self.values):
-            held[:, target, :, :n] = held[:, source, :, :n]
+    def __init__(self, layers: DecoderLayers, slots: int, capacity: int) -> None:
+        super().__init__(slots, capacity, layers.windows)
+        heads, head_dim, self.contexts = layers.of[0].key_heads, layers.of[0].head_dim, []
+        for window, span in self.spans.items():
+            shape = (2, sum(layer.window == window for layer in layers.of), slots, heads, span.length, head_dim)
+            self.contexts.append(Context(*torch.zeros(shape).unbind()))
+        for index, (layer, (window, row)) in enumerate(zip(layers.of, layers.kept, strict=True)):
+            keys, values = self.contexts[window]
+            self.layers[index] = Layer(keys[row], values[row], self.spans[layer.window])
 
 
 class CpuDecoder(Decoder):
@@ -109,12 +101,12 @@ class CpuDecoder(Decoder):
 
     def cache(self, slots: int, capacity: int) -> CpuCache:
         """As `Decoder.cache`."""
-        return CpuCache(self, slots, capacity)
+        return CpuCache(self.layers, slots, capacity)
 
     def slot_bytes(self, capacity: int) -> int:
         """As `Decoder.slot_bytes`."""
-        layer = self.layers.of[0]
-        return 2 * 4 * len(self.layers.of) * layer.key_heads * layer.head_dim * capacity
+        places = sum(places_of(layer.window, capacity) for layer in self.layers.of)
+        return 2 * 4 * self.layers.of[0].key_heads * self.layers.of[0].head_dim * places
 
     def step(
         self, tokens: Tensor, slots: Tensor, positions: Tensor, cache: CpuCache, *, segments: Sequence[Segment] | None = None,
@@ -125,7 +117,8 @@ class CpuDecoder(Decoder):
         if segments is None:
             segments = [Segment(0, len(tokens), self.adapter)] if self.adapter else []
         x_TH = self.model.get_input_embeddings()(tokens)
-        ops.decoder_layers(x_TH, self.layers, cache.keys, cache.values, Step(slots, positions, cosine, sine), segments)
+        cache.enter(parts_of(slots, positions))
+        ops.decoder_layers(x_TH, self.layers, cache.contexts, Step(slots, cache.places(slots, positions), cosine, sine), segments)
         x_WH = self.model.base_model.norm(x_TH if wanted is None else x_TH[wanted])
         half = self._half if len(x_WH) <= _HEAD_ROWS else None
         logits: Tensor = self.model.get_output_embeddings()(x_WH) if half is None else ops.gemv_bf16(x_WH, half)
@@ -162,7 +155,7 @@ class CpuDecoder(Decoder):
     def _check(self) -> None:
         tokens = torch.arange(_CHECKED_TOKENS) * 37 % self.model.config.get_text_config().vocab_size
         places = torch.arange(len(tokens))
-        found = self.step(tokens, torch.zeros_like(places), places, CpuCache(self, 1, len(tokens)))
+        found = self.step(tokens, torch.zeros_like(places), places, CpuCache(self.layers, 1, len(tokens)))
         expected = self.model(tokens.unsqueeze(0), use_cache=False).logits[0]
         difference = float((found - expected).abs().max() / expected.abs().max())
         if not difference <= _TOLERANCE:

@@ -19,7 +19,7 @@ from lownibble.errors import ModelError
 from lownibble.kernels.decoder import Adapter, Segment
 
 PROMPT_TOKENS = 256
-"""Prompt tokens per prefill step; bounds the workspace."""
+"""Prompt tokens per prefill step; bounds the workspace, and what layers with a window keep beyond it."""
 
 
 class RefusedError(ModelError):
@@ -42,6 +42,9 @@ class Cache(Protocol):
     def nbytes(self) -> int:
         """Bytes held."""
 
+    def keeps(self, slot: int, n: int) -> bool:
+        """Whether a sequence can go on after the first n tokens of a slot, of those that it has."""
+
     def resume(self, slot: int, n: int) -> int:
         """Prepare a slot to go on after its first n tokens; returns after how many it can, n or 0."""
 
@@ -51,7 +54,7 @@ class Forking(Protocol):
     """A cache in which a sequence can begin as another does."""
 
     def fork(self, source: int, target: int, n: int) -> None:
-        """Copy the first n tokens of a slot to another."""
+        """Copy the first n tokens of a slot to another; it keeps them."""
 
 
 class Decoder(ABC):
@@ -95,7 +98,7 @@ class Decoder(ABC):
 
         Args:
             tokens, slots, positions: (T,) int64 on the host: token ids, and the cache slot and position of each. A slot's tokens
-                lie together, in order.
+                lie together, in order, at most `PROMPT_TOKENS` of them.
             segments: token ranges and their adapters; default: the model's active adapter for all tokens.
             wanted: (W,) int64 on the host, indices of the tokens whose logits are needed; default: all.
         Returns:

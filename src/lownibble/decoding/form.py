@@ -20,7 +20,8 @@ from torch import Tensor, nn
 from lownibble.decoding.caches import SlotCache
 from lownibble.decoding.decoder import RefusedError
 from lownibble.decoding.mixture import Mixture
-from lownibble.decoding.slots import Part, attending
+from lownibble.decoding.slots import attending
+from lownibble.decoding.spans import Part
 from lownibble.errors import ModelError
 from lownibble.kernels.decoder import ACTIVATIONS, PROJECTIONS, Adapter, DecoderLayer, DecoderLayers, LowRank, Projection
 from lownibble.kernels.rows import Attending

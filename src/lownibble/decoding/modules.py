@@ -25,7 +25,7 @@ from __future__ import annotations
 
 import inspect
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from itertools import groupby
@@ -39,7 +39,8 @@ from lownibble.decoding.caches import PastCache, SlotCache
 from lownibble.decoding.decoder import PROMPT_TOKENS, Decoder, RefusedError
 from lownibble.decoding.form import ROPE_TYPES
 from lownibble.decoding.mixture import Tokens
-from lownibble.decoding.slots import Part, Rows, attending, parts_of
+from lownibble.decoding.slots import Rows, attending
+from lownibble.decoding.spans import Part, parts_of, places_of
 from lownibble.decoding.static import StaticSteps, prepared, takes
 from lownibble.errors import LownibbleError
 from lownibble.kernels import proven
@@ -66,6 +67,13 @@ _TOLERANCE = {torch.float32: 1e-3}
 """dtype -> maximum logit difference relative to the largest logit; rounding stays far below it."""
 
 
+class _SlotBytes(NamedTuple):
+    """Bytes of a slot: a constant, and by window of the layers those of each position that they keep."""
+
+    constant: float
+    of_places: Mapping[int | None, float]
+
+
 class _Trial(NamedTuple):
     """What the trial of a model found."""
 
@@ -75,8 +83,7 @@ class _Trial(NamedTuple):
     """Why sequences cannot run together, or ''."""
     in_parts: bool
     """Whether a sequence goes on by more than one token at once."""
-    slot_bytes: tuple[float, float]
-    """Of a slot: a constant, and what each token adds."""
+    slot_bytes: _SlotBytes
     not_static: str
     """Why there are no static passes, or ''."""
     no_graphs: str
@@ -122,6 +129,7 @@ class ModulesDecoder(Decoder):
         self._dtype, self._capture, self._no_graphs = weight.dtype, capture, ""
         self._not_static = "" if self.draws else "they are for CUDA"
         found, weights = _trials.get(model), (weight.device, weight.dtype)
+        self._slot_bytes = _SlotBytes(0.0, {None: 0.0})  # of the trial's cache: all positions
         if found is None or found.weights != weights or static is not None:
             found = self._trial(weights, why)
             if static is None:
@@ -143,7 +151,7 @@ class ModulesDecoder(Decoder):
                 f"the angles of its rotary embedding '{kind}' change beyond {most} tokens, so cached keys would be wrong, and "
                 f"{capacity} were asked for (--max-context, max_new_tokens)",
             )
-        return SlotCache(slots, capacity) if self.together else PastCache(slots, capacity)
+        return SlotCache(slots, capacity, self._slot_bytes.of_places) if self.together else PastCache(slots, capacity)
 
     @torch.inference_mode()
     def warm_up(self, cache: SlotCache | PastCache) -> None:
@@ -159,8 +167,8 @@ class ModulesDecoder(Decoder):
 
     def slot_bytes(self, capacity: int) -> int:
         """As `Decoder.slot_bytes`; estimated from the trial."""
-        constant, per_token = self._slot_bytes
-        return int(constant + per_token * capacity)
+        constant, of_places = self._slot_bytes
+        return int(constant + sum(each * places_of(window, capacity) for window, each in of_places.items()))
 
     def step(
         self, tokens: Tensor, slots: Tensor, positions: Tensor, cache: Any, *, segments: Sequence[Segment] | None = None,
@@ -181,6 +189,7 @@ class ModulesDecoder(Decoder):
         self, tokens: Tensor, slots: Tensor, positions: Tensor, parts: list[Part], cache: SlotCache, segments: Sequence[Segment],
         wanted: Tensor,
     ) -> Tensor:  # fmt: skip
+        cache.enter(parts)
         static = not self._not_static and all(takes(segment.adapter) for segment in segments)
         ones = [part for part in parts if part.end == part.begin + 1] if static else []
         if not ones:
@@ -226,13 +235,18 @@ class ModulesDecoder(Decoder):
         if cache.steps is None:
             most = 1 << (cache.slots - 1).bit_length()
             cache.steps = StaticSteps(most, len(self._modules), self._dtype, self._device, self._capture)
-        ids, run = tokens[[part.begin for part in parts]].tolist(), partial(self._rows_pass, cache)
-        return cache.steps(ids, [part.slot for part in parts], [part.position for part in parts], adapters, run)
+        lines = [
+            tokens[[part.begin for part in parts]].tolist(),
+            [part.slot for part in parts],
+            [part.position for part in parts],
+        ]
+        lines += [[part.position - span.first[part.slot] for part in parts] for span in cache.spans.values()]
+        return cache.steps(lines, adapters, partial(self._rows_pass, cache))
 
-    def _rows_pass(
-        self, cache: SlotCache, tokens_B: Tensor, slots_B: Tensor, positions_B: Tensor, adapters: RowAdapters | None
-    ) -> Tensor:  # fmt: skip
-        with attending(self.model, cache, Rows(slots_B, positions_B)), self._rows(adapters, len(tokens_B)):
+    def _rows_pass(self, cache: SlotCache, lines_LB: Tensor, adapters: RowAdapters | None) -> Tensor:
+        tokens_B, slots_B, positions_B, *places = lines_LB
+        rows = Rows(slots_B, dict(zip(cache.spans.values(), places, strict=True)))
+        with attending(self.model, cache, rows), self._rows(adapters, len(tokens_B)):
             output = self.model(tokens_B.unsqueeze(0), position_ids=positions_B.unsqueeze(0), use_cache=False)
         logits: Tensor = output.logits[0]
         return logits
@@ -363,11 +377,15 @@ class ModulesDecoder(Decoder):
         if isinstance(cache, SlotCache):
             if not cache.layers:
                 return "its attention does not go by transformers' interface"
-            self._windows, self._slot_bytes = [how.window for how in cache.told.values()], (0.0, cache.nbytes / (2 * longer))
+            self._windows = [how.window for how in cache.told.values()]
+            of_places: dict[int | None, float] = {None: 0.0}
+            for window, layer in zip(self._windows, cache.layers.values(), strict=True):
+                of_places[window] = of_places.get(window, 0.0) + (layer.keys.nbytes + layer.values.nbytes) / (2 * longer)
+            self._slot_bytes = _SlotBytes(0.0, of_places)
             self._no_graphs = "" if cache.steps is None else cache.steps.obstacle
         else:  # recurrent states do not grow; for windows this is more than they take
             per_token = (cache.slot_bytes(0) - cache.slot_bytes(1)) / (longer - shorter)
-            self._slot_bytes = cache.slot_bytes(0) - longer * per_token, per_token
+            self._slot_bytes = _SlotBytes(cache.slot_bytes(0) - longer * per_token, {None: per_token})
         return ""
 
 

@@ -8,7 +8,7 @@ depend on the contexts, nothing is read by the host, and the step can be capture
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any, NamedTuple
@@ -18,6 +18,7 @@ from torch import Tensor
 from transformers import AttentionInterface
 
 from lownibble.decoding.caches import Layer, SlotCache
+from lownibble.decoding.spans import Part, Span
 from lownibble.errors import ModelError
 from lownibble.kernels import ops
 from lownibble.kernels.rows import Attending
@@ -27,31 +28,11 @@ SLOTS = "lownibble_slots"
 """Our attention's name among transformers' implementations."""
 
 
-class Part(NamedTuple):
-    """Tokens [begin, end) of a step: those of one slot, at positions from `position` on."""
-
-    slot: int
-    begin: int
-    end: int
-    position: int
-
-
 class Rows(NamedTuple):
-    """One token of each row: its slot and position, (B,) int64 on the device."""
+    """One token of each row: its slot, and by span of the cache its place there, (B,) int64 on the device."""
 
     slots: Tensor
-    positions: Tensor
-
-
-def parts_of(slots: Tensor, positions: Tensor) -> list[Part]:
-    """The runs of tokens of the same slot."""
-    found: list[Part] = []
-    for i, (slot, position) in enumerate(zip(slots.tolist(), positions.tolist(), strict=True)):
-        if found and found[-1].slot == slot:
-            found[-1] = found[-1]._replace(end=i + 1)
-        else:
-            found.append(Part(slot, i, i + 1, position))
-    return found
+    places: Mapping[Span, Tensor]
 
 
 _step: ContextVar[tuple[SlotCache, list[Part] | Rows]] = ContextVar("lownibble_slots")
@@ -82,32 +63,32 @@ def _attend_slots(
     how = Attending(scaling, sliding_window, softcap, s_aux)
     layer = cache.layers.get(module.layer_idx)
     if layer is None:
-        shape = (cache.slots, key.shape[1], cache.capacity)
+        span = cache.spans.get(sliding_window) or cache.spans[None]
+        shape = (cache.slots, key.shape[1], span.length)
         with torch.inference_mode(False):  # the engine also copies slots between steps
-            layer = Layer(key.new_zeros(*shape, key.shape[3]), value.new_zeros(*shape, value.shape[3]))
+            layer = Layer(key.new_zeros(*shape, key.shape[3]), value.new_zeros(*shape, value.shape[3]), span)
         cache.layers[module.layer_idx], cache.told[module.layer_idx] = layer, how
     if isinstance(parts, Rows):
-        slots, positions = parts
-        layer.keys[slots, :, positions] = key[0].transpose(0, 1)
-        layer.values[slots, :, positions] = value[0].transpose(0, 1)
+        slots, places = parts.slots, parts.places[layer.span]
+        layer.keys[slots, :, places] = key[0].transpose(0, 1)
+        layer.values[slots, :, places] = value[0].transpose(0, 1)
         query_BHD = query[0].transpose(0, 1).contiguous()
-        return ops.attend_slots(query_BHD, layer.keys, layer.values, slots, positions, how).unsqueeze(0), None
+        return ops.attend_slots(query_BHD, layer.keys, layer.values, slots, places, how).unsqueeze(0), None
     H, G, scale = key.shape[1], query.shape[1] // key.shape[1], query.shape[3] ** -0.5 if scaling is None else scaling
     output = query.new_empty(1, query.shape[2], query.shape[1], value.shape[3])
     for slot, begin, end, position in parts:
-        n, length = end - begin, position + end - begin
-        layer.keys[slot, :, position:length] = key[0, :, begin:end]
-        layer.values[slot, :, position:length] = value[0, :, begin:end]
-        first = 0 if sliding_window is None else max(0, position - sliding_window + 1)
+        n, place = end - begin, position - layer.span.first[slot]
+        length = place + n
+        layer.keys[slot, :, place:length] = key[0, :, begin:end]
+        layer.values[slot, :, place:length] = value[0, :, begin:end]
+        first = 0 if sliding_window is None else max(0, place - sliding_window + 1)
         keys, values = layer.keys[slot, :, first:length], layer.values[slot, :, first:length]
         own = query[0, :, begin:end].reshape(H, G * n, -1).float()  # of 16 bits a score of 50 would be off by an eighth
         scores = (own @ keys.transpose(1, 2).float()).view(H, G, n, -1) * scale
         if softcap is not None:
             scores = torch.tanh(scores / softcap) * softcap
         if n > 1:
-            ahead = (
-                torch.arange(first, length, device=query.device) - torch.arange(position, length, device=query.device)[:, None]
-            )
+            ahead = torch.arange(first, length, device=query.device) - torch.arange(place, length, device=query.device)[:, None]
             unseen = ahead > 0 if sliding_window is None else (ahead > 0) | (ahead <= -sliding_window)
             scores.masked_fill_(unseen, -torch.inf)
         if s_aux is not None:  # sinks take a share of the weight, and have no value

@@ -4,7 +4,7 @@ A step of an 8B model launches some 2,000 kernels, for each of which the host ru
 device needs a few. A graph takes the host out of it. It repeats the same kernels on the same memory, so
 
 - rows are padded to a power of two with copies of the first one, which write the same keys and values to the same place;
-- tokens, slots, positions and the adapters of the rows are copied to tensors of the graph, in one copy from pinned memory;
+- tokens, slots, positions and the adapters of the rows are copied to a tensor of the graph, in one copy from pinned memory;
 - adapters are found through tables of addresses, so they come and go without a new graph. A larger rank than before, or a linear
   layer that no adapter had changed before, needs a new one.
 
@@ -34,15 +34,14 @@ from lownibble.kernels.decoder import Adapter, LowRank
 from lownibble.kernels.rows import RANK_STEP, RowAdapters
 from lownibble.transfers import to_device
 
-_TOKENS, _SLOTS, _POSITIONS, _PLACES = range(4)
 _log = logging.getLogger(__name__)
 
 
 class Run(Protocol):
     """A pass of the model over one token of each row; returns (B, vocabulary) logits."""
 
-    def __call__(self, tokens_B: Tensor, slots_B: Tensor, positions_B: Tensor, adapters: RowAdapters | None) -> Tensor:
-        """All arguments are on the device."""
+    def __call__(self, lines_LB: Tensor, adapters: RowAdapters | None) -> Tensor:
+        """`lines_LB`: of the step, int64. All arguments are on the device."""
 
 
 class Prepared(NamedTuple):
@@ -174,15 +173,18 @@ class StaticSteps:
         self._graphs: dict[tuple[int, bool], _Captured | None] = {}
         """By rows and whether there are adapters; None: the shape has run once."""
 
-    def __call__(
-        self, tokens: Sequence[int], slots: Sequence[int], positions: Sequence[int], adapters: Sequence[Adapter | None], run: Run
-    ) -> Tensor:
-        """(B, vocabulary) logits, valid until the next step. `run`: the pass; a graph of an earlier one is taken for it."""
+    def __call__(self, lines: Sequence[Sequence[int]], adapters: Sequence[Adapter | None], run: Run) -> Tensor:
+        """(B, vocabulary) logits, valid until the next step.
+
+        Args:
+            lines: what the pass takes of each row: its token, its slot, and so on; as many in every step.
+            run: the pass; a graph of an earlier one is taken for it.
+        """
         distinct = list({id(one): one for one in adapters if one}.values())
         places = {id(one): place for place, one in enumerate(distinct)}
         of_rows = [-1 if one is None else places[id(one)] for one in adapters]
-        B, rows = len(tokens), 1 << (len(tokens) - 1).bit_length()
-        inputs = torch.tensor([[*line, *[line[0]] * (rows - B)] for line in (tokens, slots, positions, of_rows)])
+        B, rows = len(adapters), 1 << (len(adapters) - 1).bit_length()
+        inputs = torch.tensor([[*line, *[line[0]] * (rows - B)] for line in (*lines, of_rows)])
         with self._own_stream():
             if distinct and self._tables.take(distinct):
                 self._graphs = {key: graph for key, graph in self._graphs.items() if not key[1]}
@@ -196,8 +198,7 @@ class StaticSteps:
         inputs, key = self._inputs[rows], (rows, adapted)
 
         def run() -> Tensor:
-            adapters = self._tables.rows(inputs[_PLACES]) if adapted else None
-            return run_pass(inputs[_TOKENS], inputs[_SLOTS], inputs[_POSITIONS], adapters)
+            return run_pass(inputs[:-1], self._tables.rows(inputs[-1]) if adapted else None)
 
         if self._capture is None or self.obstacle or key not in self._graphs:
             logits = run()

@@ -119,6 +119,17 @@ class DecoderLayers:
         """Whether every projection is 4-bit, as the compiled kernels require."""
         return all(isinstance(each.weight, FourBit) for layer in self.of for each in layer.projections)
 
+    @cached_property
+    def windows(self) -> list[int | None]:
+        """The windows that layers have, each once."""
+        return list(dict.fromkeys(layer.window for layer in self.of))
+
+    @cached_property
+    def kept(self) -> list[tuple[int, int]]:
+        """By layer: which of the windows is its own, and which of the layers with that window it is."""
+        of = [self.windows.index(layer.window) for layer in self.of]
+        return [(window, of[:index].count(window)) for index, window in enumerate(of)]
+
 
 class LowRank(NamedTuple):
     """Low-rank branch of one projection, `scale * B A`: A (r, K), contiguous, and B (N, r); both float32 or of one 16-bit dtype.
@@ -167,38 +178,47 @@ class Segment(NamedTuple):
 class Step:
     """The tokens of one decoder pass.
 
-    slots, positions: (T,) int64, a token's slot (sequence) in the KV cache and its position there. cosine, sine: (angles, T,
-    head_dim) float32. All earlier positions of a token's sequence must be in the cache or in the pass.
+    slots: (T,) int64, a token's slot (sequence) in the KV cache. places: (windows, T) int64, by window of the layers its place in
+    the slot; places differ as positions do. cosine, sine: (angles, T, head_dim) float32. All earlier positions of a token's
+    sequence that a layer sees must be in the cache or in the pass.
     """
 
     slots: Tensor
-    positions: Tensor
+    places: Tensor
     cosine: Tensor
     sine: Tensor
 
     @cached_property
-    def fits(self) -> tuple[int, int]:
-        """Minimum number of slots and of positions that the KV cache must have."""
-        slots, positions = self.slots.tolist(), self.positions.tolist()
-        if min(slots, default=0) < 0 or min(positions, default=0) < 0:
-            raise InputError("Slots and positions must not be negative.")
-        return max(slots, default=-1) + 1, max(positions, default=-1) + 1
+    def fits(self) -> tuple[int, list[int]]:
+        """Minimum number of slots, and by window of places, that the KV cache must have."""
+        slots, *places = [self.slots.tolist(), *self.places.tolist()]
+        if min(min(each, default=0) for each in (slots, *places)) < 0:
+            raise InputError("Slots and places must not be negative.")
+        return max(slots, default=-1) + 1, [max(each, default=-1) + 1 for each in places]
+
+
+class Context(NamedTuple):
+    """Keys and values of the layers with one window, (layers, slots, key_heads, places, head_dim) float32, contiguous."""
+
+    keys: Tensor
+    values: Tensor
 
 
 Gemv = Callable[[Tensor, FourBit], Tensor]
 
 
 def decoder_layers(
-    gemv: Gemv, x_TH: Tensor, layers: DecoderLayers, keys: Tensor, values: Tensor, step: Step, segments: Sequence[Segment]
+    gemv: Gemv, x_TH: Tensor, layers: DecoderLayers, contexts: Sequence[Context], step: Step, segments: Sequence[Segment]
 ) -> None:
     """`ops.decoder_layers` in plain torch; `gemv` multiplies with 4-bit weights."""
-    for index, layer in enumerate(layers.of):
+    for index, (layer, (window, row)) in enumerate(zip(layers.of, layers.kept, strict=True)):
         branches = [(begin, end, adapter.of[index]) for begin, end, adapter in segments]
-        _decoder_layer(gemv, x_TH, layer, keys[index], values[index], step, branches)
+        keys, values = (held[row] for held in contexts[window])
+        _decoder_layer(gemv, x_TH, layer, keys, values, step, step.places[window], branches)
 
 
 def _decoder_layer(
-    gemv: Gemv, x_TH: Tensor, layer: DecoderLayer, keys: Tensor, values: Tensor, step: Step, branches: Branches
+    gemv: Gemv, x_TH: Tensor, layer: DecoderLayer, keys: Tensor, values: Tensor, step: Step, places: Tensor, branches: Branches
 ) -> None:  # fmt: skip
     T, D = len(x_TH), layer.head_dim
 
@@ -229,11 +249,11 @@ def _decoder_layer(
     if layer.k_norm is not None:
         k = norm(k, layer.k_norm)
     q = turn(q)
-    keys[step.slots, :, step.positions] = turn(k)
-    values[step.slots, :, step.positions] = v
+    keys[step.slots, :, places] = turn(k)
+    values[step.slots, :, places] = v
     attended = x_TH.new_empty(T, layer.heads * D)
-    for t, (slot, position) in enumerate(zip(step.slots.tolist(), step.positions.tolist(), strict=True)):
-        seen = slice(0 if layer.window is None else max(0, position + 1 - layer.window), position + 1)
+    for t, (slot, place) in enumerate(zip(step.slots.tolist(), places.tolist(), strict=True)):
+        seen = slice(0 if layer.window is None else max(0, place + 1 - layer.window), place + 1)
         past_keys, past_values = (
             cache[slot, :, seen].repeat_interleave(layer.heads // layer.key_heads, dim=0) for cache in (keys, values)
         )

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from lownibble.errors import BackendError
 from lownibble.kernels.adamw import AdamPart, CodeMap
-from lownibble.kernels.decoder import DecoderLayers, Segment, Step
+from lownibble.kernels.decoder import Context, DecoderLayers, Segment, Step
 from lownibble.kernels.rows import PLAIN_ATTENTION, Attending, RowAdapters
 from lownibble.kernels.types import NO_EPILOGUE, Epilogue, FourBit, Grouped, Rows8bit, Scaled8bit, Stack
 
@@ -97,7 +97,7 @@ class Backend(Protocol):
     def gemv_bf16(self, x_TK: Tensor, weight_NK: Tensor) -> Tensor: ...
 
     def decoder_layers(
-        self, x_TH: Tensor, layers: DecoderLayers, keys: Tensor, values: Tensor, step: Step, segments: Sequence[Segment]
+        self, x_TH: Tensor, layers: DecoderLayers, contexts: Sequence[Context], step: Step, segments: Sequence[Segment]
     ) -> None: ...
 
     def attend_slots(
@@ -443,16 +443,16 @@ def gemv_bf16(x_TK: Tensor, weight_NK: Tensor) -> Tensor:
 
 
 def decoder_layers(
-    x_TH: Tensor, layers: DecoderLayers, keys: Tensor, values: Tensor, step: Step, segments: Sequence[Segment] = ()
+    x_TH: Tensor, layers: DecoderLayers, contexts: Sequence[Context], step: Step, segments: Sequence[Segment] = ()
 ) -> None:
     """Run tokens through the decoder layers, in place, and write their keys and values to the KV cache. No gradient.
 
     Args:
         x_TH: (T, hidden) float32, contiguous; replaced by the last layer's output.
-        keys, values: (layers, slots, key_heads, capacity, head_dim) float32, contiguous; positions are below `capacity`.
+        contexts: by window of the layers (`layers.windows`).
         segments: in order, non-overlapping; tokens outside all of them have no adapter.
     """
-    _for(x_TH).decoder_layers(x_TH, layers, keys, values, step, segments)
+    _for(x_TH).decoder_layers(x_TH, layers, contexts, step, segments)
 
 
 def attend_slots(
@@ -464,7 +464,8 @@ def attend_slots(
 
     Args:
         q_BHD: (B, heads, D). keys, values: (slots, key_heads, capacity, D) and (..., D of values), contiguous, of q's dtype.
-        slots_B, positions_B: (B,) int64; below the numbers of slots and the capacity.
+        slots_B, positions_B: (B,) int64; below the numbers of slots and the capacity. Of positions only differences matter: where
+            early ones are no longer kept, those that are begin at 0.
     """
     return _for(q_BHD).attend_slots(q_BHD, keys, values, slots_B, positions_B, how)
 

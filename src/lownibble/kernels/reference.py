@@ -17,7 +17,7 @@ from torch import Tensor
 from lownibble.kernels import adamw, decoded, decoder, plain
 from lownibble.kernels.attention import attention as attention
 from lownibble.kernels.attention import attention_backward as attention_backward
-from lownibble.kernels.decoder import DecoderLayers, Segment, Step
+from lownibble.kernels.decoder import Context, DecoderLayers, Segment, Step
 from lownibble.kernels.plain import cross_entropy as cross_entropy
 from lownibble.kernels.plain import gemv_bf16 as gemv_bf16
 from lownibble.kernels.plain import low_rank as low_rank
@@ -239,9 +239,9 @@ def matmul_8bit_dense(x: Rows8bit, weight_NK: Tensor, row_scale: Tensor, transpo
 
 
 def decoder_layers(
-    x_TH: Tensor, layers: DecoderLayers, keys: Tensor, values: Tensor, step: Step, segments: Sequence[Segment]
+    x_TH: Tensor, layers: DecoderLayers, contexts: Sequence[Context], step: Step, segments: Sequence[Segment]
 ) -> None:
-    decoder.decoder_layers(gemv_4bit, x_TH, layers, keys, values, step, segments)
+    decoder.decoder_layers(gemv_4bit, x_TH, layers, contexts, step, segments)
 
 
 adamw_8bit = partial(adamw.adamw_8bit, dequantize_8bit)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from lownibble.kernels import decoded, plain
 from lownibble.kernels.adamw import AdamPart, CodeMap
-from lownibble.kernels.decoder import DecoderLayers, Segment, Step
+from lownibble.kernels.decoder import Context, DecoderLayers, Segment, Step
 from lownibble.kernels.rows import Attending, RowAdapters
 from lownibble.kernels.types import PART, Epilogue, FourBit, Grouped, Rows8bit, Scaled8bit, Stack, row_sizes
 
@@ -174,7 +174,7 @@ class Traced:
         return x_TK.new_empty(len(x_TK), len(weight_NK))
 
     def decoder_layers(
-        self, x_TH: Tensor, layers: DecoderLayers, keys: Tensor, values: Tensor, step: Step, segments: Sequence[Segment]
+        self, x_TH: Tensor, layers: DecoderLayers, contexts: Sequence[Context], step: Step, segments: Sequence[Segment]
     ) -> None:
         """As `ops.decoder_layers`: in place, so nothing is allocated."""
 

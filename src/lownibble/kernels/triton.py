@@ -35,7 +35,7 @@ from lownibble.kernels.checks import (
     check_weight,
     check_weight_8bit,
 )
-from lownibble.kernels.decoder import DecoderLayers, Segment, Step
+from lownibble.kernels.decoder import Context, DecoderLayers, Segment, Step
 from lownibble.kernels.plain import gemv_bf16 as gemv_bf16
 from lownibble.kernels.plain import low_rank as low_rank
 from lownibble.kernels.plain import low_rank_backward as low_rank_backward
@@ -374,10 +374,10 @@ def cross_entropy(logits_LV: Tensor, labels_L: Tensor, scale: float | Tensor, wa
 
 
 def decoder_layers(
-    x_TH: Tensor, layers: DecoderLayers, keys: Tensor, values: Tensor, step: Step, segments: Sequence[Segment]
+    x_TH: Tensor, layers: DecoderLayers, contexts: Sequence[Context], step: Step, segments: Sequence[Segment]
 ) -> None:
     """As `ops.decoder_layers`: in plain torch around the matrix-vector kernel."""
-    decoder.decoder_layers(gemv_4bit, x_TH, layers, keys, values, step, segments)
+    decoder.decoder_layers(gemv_4bit, x_TH, layers, contexts, step, segments)
 
 
 def attend_slots(

@@ -279,7 +279,8 @@ class Engine:
         key = _key(request, loaded)
         # the slot with the longest common prefix; without any, the one idle longest. To be scored a prompt must be read
         prompt = request.prompt if request.score is None and self.prefix_cache else []
-        shared = {slot: _in_common(kept, key, prompt) for slot, kept in self._idle.items()}
+        common = {slot: _in_common(kept, key, prompt) for slot, kept in self._idle.items()}
+        shared = {slot: n if self.cache.keeps(slot, n) else 0 for slot, n in common.items()}
         slot = max(shared, key=lambda one: shared[one])
         ahead, n = self._ahead(key, prompt)
         if n > shared[slot]:  # not over what another prompt may begin with, if there is a slot without
@@ -303,13 +304,14 @@ class Engine:
         if not isinstance(self.cache, Forking):
             return None, 0
         found = [(one, _in_common(_Kept(_key(one.request, one.loaded), one.tokens), key, prompt)) for one in self._running]
-        return max(found, key=lambda pair: (pair[1], pair[0].done), default=(None, 0))
+        kept = [(one, n) for one, n in found if n > one.done or self.cache.keeps(one.slot, n)]
+        return max(kept, key=lambda pair: (pair[1], pair[0].done), default=(None, 0))
 
     def _take_over(self, one: Running, n: int) -> None:
         """Copy what the sequence ahead has of the prompt, its first n tokens, if that is more than is there."""
         assert one.ahead is not None
         assert isinstance(self.cache, Forking)
-        if n > one.done:
+        if n > one.done and self.cache.keeps(one.ahead.slot, n):
             self.cache.fork(one.ahead.slot, one.slot, n)
             one.done = one.reused = n
         one.ahead = None

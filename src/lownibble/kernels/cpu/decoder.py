@@ -16,7 +16,17 @@ from lownibble.kernels import decoder
 from lownibble.kernels.checks import DTYPES, check_block_size, check_float, check_tensor, check_weight
 from lownibble.kernels.cpu.fourbit import gemv_4bit
 from lownibble.kernels.cpu.loading import library
-from lownibble.kernels.decoder import ACTIVATIONS, PROJECTIONS, Adapter, DecoderLayer, DecoderLayers, Projection, Segment, Step
+from lownibble.kernels.decoder import (
+    ACTIVATIONS,
+    PROJECTIONS,
+    Adapter,
+    Context,
+    DecoderLayer,
+    DecoderLayers,
+    Projection,
+    Segment,
+    Step,
+)
 from lownibble.kernels.types import FourBit
 
 _CPU = torch.device("cpu")
@@ -37,7 +47,7 @@ class _DecoderLayer(ctypes.Structure):
     _fields_ = [
         ("projections", _Linear4bit * len(PROJECTIONS)),
         *((name, _pointer) for name in _NORMS),
-        *((name, _int64) for name in ("hidden", "heads", "key_heads", "head_dim", "window", "rope")),
+        *((name, _int64) for name in ("hidden", "heads", "key_heads", "head_dim", "window", "rope", "context", "row")),
         *((name, _float) for name in ("eps", "scaling", "softcap")), ("activation", _int32),
     ]  # fmt: skip
 
@@ -50,12 +60,16 @@ class _Segment(ctypes.Structure):
     _fields_ = [("begin", _int64), ("end", _int64), ("branches", _pointer)]
 
 
+class _Context(ctypes.Structure):
+    _fields_ = [("keys", _pointer), ("values", _pointer), ("capacity", _int64)]
+
+
 class _Tokens(ctypes.Structure):
     _fields_ = [
         ("x", _pointer), ("T", _int64),
-        *((name, _pointer) for name in ("cosine", "sine", "keys", "values")),
-        ("n_slots", _int64), ("capacity", _int64),
-        *((name, _pointer) for name in ("slots", "positions", "segments")), ("n_segments", _int64),
+        *((name, _pointer) for name in ("cosine", "sine", "contexts")),
+        ("n_slots", _int64), ("longest", _int64),
+        *((name, _pointer) for name in ("slots", "places", "segments")), ("n_segments", _int64),
     ]  # fmt: skip
 
 
@@ -84,7 +98,7 @@ def _linear(name: str, projection: Projection, N: int, K: int) -> _Linear4bit:
     )  # fmt: skip
 
 
-def _layer(layer: DecoderLayer) -> _DecoderLayer:
+def _layer(layer: DecoderLayer, kept: tuple[int, int]) -> _DecoderLayer:
     hidden, inner = layer.input_norm.numel(), 0 if layer.feed_forward else layer.projections[4].weight.shape[0]
     q, kv = layer.heads * layer.head_dim, layer.key_heads * layer.head_dim
     if layer.heads % layer.key_heads or layer.head_dim % 2:
@@ -98,7 +112,8 @@ def _layer(layer: DecoderLayer) -> _DecoderLayer:
     ]  # fmt: skip
     return _DecoderLayer(
         (_Linear4bit * len(PROJECTIONS))(*linears), *norms, hidden, layer.heads, layer.key_heads, layer.head_dim,
-        layer.window or 0, layer.rope, layer.eps, layer.scaling, layer.softcap or 0.0, [*ACTIVATIONS].index(layer.activation),
+        layer.window or 0, layer.rope, *kept, layer.eps, layer.scaling, layer.softcap or 0.0,
+        [*ACTIVATIONS].index(layer.activation),
     )  # fmt: skip
 
 
@@ -106,7 +121,7 @@ def _layers(layers: DecoderLayers) -> Any:
     """The layers as ctypes structures, those of a mixture with projections 4 to 6 empty, which the kernels take for a layer of
     attention only; they point to tensors that `layers` keeps alive."""
     if "cpu" not in layers.prepared:
-        made = [_layer(layer) for layer in layers.of]
+        made = [_layer(layer, kept) for layer, kept in zip(layers.of, layers.kept, strict=True)]
         inner = {one.projections[4].N for one in made} - {0}  # none in a layer of a mixture
         if len({(one.hidden, one.heads, one.key_heads, one.head_dim) for one in made}) != 1 or len(inner) > 1:
             raise InputError("All decoder layers must be of the same sizes, and there must be one.")
@@ -147,7 +162,7 @@ def _adapter(adapter: Adapter, layers: DecoderLayers) -> Any:
 @cache
 def _checked_library() -> Any:
     """The library, after checking that its structures have the sizes of these."""
-    for which, structure in enumerate((_Linear4bit, _DecoderLayer, _LowRank, _Segment, _Tokens)):
+    for which, structure in enumerate((_Linear4bit, _DecoderLayer, _LowRank, _Segment, _Context, _Tokens)):
         if library().decoder_sizes(which) != ctypes.sizeof(structure):
             raise BackendError("The compiled library has other structures than this package. Reinstall lownibble.")
     return library()
@@ -167,38 +182,34 @@ _EMPTY = torch.empty(0)
 
 
 def decoder_layers(
-    x_TH: Tensor, layers: DecoderLayers, keys: Tensor, values: Tensor, step: Step, segments: Sequence[Segment]
+    x_TH: Tensor, layers: DecoderLayers, contexts: Sequence[Context], step: Step, segments: Sequence[Segment]
 ) -> None:
     """As `ops.decoder_layers`; in plain torch if any projection is not 4-bit or any adapter scales the base's output."""
     if not layers.in_4bit or any(segment.adapter.has_gains for segment in segments):
-        decoder.decoder_layers(gemv_4bit, x_TH, layers, keys, values, step, segments)
+        decoder.decoder_layers(gemv_4bit, x_TH, layers, contexts, step, segments)
         return
     library = _checked_library()
     made, T = _layers(layers), len(x_TH)
-    slots, capacity, D = keys.shape[1], keys.shape[3], made[0].head_dim
-    shape = (len(made), slots, made[0].key_heads, capacity, D)
-    if keys.shape != shape or values.shape != shape:
-        raise InputError(
-            f"Keys and values must be (layers, slots, key heads, capacity, head_dim) = {shape}. Got {tuple(keys.shape)}."
-        )
-    if step.fits[0] > slots or step.fits[1] > capacity:
-        raise InputError(f"The cache has {slots} slots of {capacity} positions; the step needs {step.fits[0]} of {step.fits[1]}.")
+    D, slots = made[0].head_dim, _slots(layers, contexts, step)
+    longest = max(context.keys.shape[3] for context in contexts)
     for begin, end, _ in segments:
         if not 0 <= begin <= end <= T:
             raise InputError(f"A segment must lie within {T} tokens. Got {begin} to {end}.")
     branches = [_adapter(adapter, layers) for _, _, adapter in segments]
     largest_r = max((adapter.largest_r for _, _, adapter in segments), default=0)
-    for name in ("slots", "positions"):
-        check_tensor(getattr(step, name), name, torch.int64, T, _CPU)
+    check_tensor(step.slots, "slots", torch.int64, T, _CPU)
+    check_tensor(step.places, "places", torch.int64, len(contexts) * T, _CPU)
     threads = torch.get_num_threads()
     widest = max(made, key=lambda one: one.projections[4].N)
-    workspace = _workspace(library.decoder_workspace(ctypes.byref(widest), T, largest_r, capacity, threads))
+    workspace = _workspace(library.decoder_workspace(ctypes.byref(widest), T, largest_r, longest, threads))
     if len(step.cosine) <= (rope := max(one.rope for one in made)):
         raise InputError(f"The layers need {rope + 1} rotary angles, and the step has {len(step.cosine)}.")
     x, n_angles = _floats(x_TH, "x_TH", T * made[0].hidden), len(step.cosine) * T * D
     angles = [_floats(getattr(step, name), name, n_angles) for name in ("cosine", "sine")]
-    for name, held in (("keys", keys), ("values", values)):
-        _floats(held, name, keys.numel())
+    held = (_Context * len(contexts))(*(
+        _Context(_floats(keys, "keys", keys.numel()), _floats(values, "values", keys.numel()), keys.shape[3])
+        for keys, values in contexts
+    ))  # fmt: skip
     begin = 0
     for end in _ends(layers):
         array = (_Segment * len(segments))()
@@ -206,8 +217,8 @@ def decoder_layers(
             of_these = ctypes.addressof(of_all) + begin * len(PROJECTIONS) * ctypes.sizeof(_LowRank)
             array[index] = _Segment(segment.begin, segment.end, of_these)
         tokens = _Tokens(
-            x, T, *angles, *(each[begin:end].data_ptr() for each in (keys, values)), slots, capacity,
-            step.slots.data_ptr(), step.positions.data_ptr(), ctypes.addressof(array), len(segments),
+            x, T, *angles, ctypes.addressof(held), slots, longest,
+            step.slots.data_ptr(), step.places.data_ptr(), ctypes.addressof(array), len(segments),
         )  # fmt: skip
         if library.decoder_layers(ctypes.byref(made[begin]), end - begin, ctypes.byref(tokens), largest_r, workspace, threads):
             raise MemoryError("No memory for the decoded panels of a weight.")
@@ -215,6 +226,27 @@ def decoder_layers(
         if last.feed_forward is not None:
             last.add_feed_forward(x_TH, [(s.begin, s.end, s.adapter.of[end - 1]) for s in segments])
         begin = end
+
+
+def _slots(layers: DecoderLayers, contexts: Sequence[Context], step: Step) -> int:
+    """The number of slots of the contexts, after checking that they are the layers' and hold the step."""
+    if len(contexts) != len(layers.windows) or len(step.places) != len(contexts):
+        raise InputError(
+            f"The layers have {len(layers.windows)} windows, the cache {len(contexts)}, the step {len(step.places)}."
+        )
+    slots, of = contexts[0].keys.shape[1], [window for window, _ in layers.kept]
+    for index, (keys, values) in enumerate(contexts):
+        places = keys.shape[3]
+        shape = (of.count(index), slots, layers.of[0].key_heads, places, layers.of[0].head_dim)
+        if keys.shape != shape or values.shape != shape:
+            raise InputError(
+                f"Keys and values must be (layers, slots, key heads, places, head_dim) = {shape}. Got {tuple(keys.shape)}."
+            )
+        if step.fits[0] > slots or step.fits[1][index] > places:
+            raise InputError(
+                f"The cache has {slots} slots of {places} places; the step needs {step.fits[0]} of {step.fits[1][index]}."
+            )
+    return int(slots)
 
 
 def _ends(layers: DecoderLayers) -> list[int]:

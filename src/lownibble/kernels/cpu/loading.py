@@ -23,7 +23,7 @@ import torch  # noqa: F401 - before the library, see above
 
 from lownibble.errors import BackendError
 
-_ABI = 11
+_ABI = 12
 _FOLDER = Path(__file__).parent.parent
 
 _pointer, _int64, _int32 = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32

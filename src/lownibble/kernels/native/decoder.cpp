@@ -49,9 +49,11 @@ void decoder_layer(const DecoderLayer& layer, std::int64_t index, const Tokens& 
     float* const v = k + T * kv_size;
     float* const gate = v + T * kv_size;
     float* const up = gate + T * inner;
-    const std::int64_t cache_size = tokens.n_slots * layer.key_heads * tokens.capacity * D;
-    float *const keys = tokens.keys + index * cache_size, *const values = tokens.values + index * cache_size;
-    float* const scores = up + T * inner + worker.index * tokens.capacity;
+    const Context& context = tokens.contexts[layer.context];
+    const std::int64_t* const places = tokens.places + layer.context * T;
+    const std::int64_t cache_size = tokens.n_slots * layer.key_heads * context.capacity * D;
+    float *const keys = context.keys + layer.row * cache_size, *const values = context.values + layer.row * cache_size;
+    float* const scores = up + T * inner + worker.index * tokens.longest;
 
     const auto norm = [&](const float* weight) {
         const Range rows = share(T, 1, worker);
@@ -128,7 +130,7 @@ void decoder_layer(const DecoderLayer& layer, std::int64_t index, const Tokens& 
             continue;
         }
         const std::int64_t key_head = (head - layer.heads) % layer.key_heads;
-        const std::int64_t place = ((tokens.slots[t] * layer.key_heads + key_head) * tokens.capacity + tokens.positions[t]) * D;
+        const std::int64_t place = ((tokens.slots[t] * layer.key_heads + key_head) * context.capacity + places[t]) * D;
         if (head < layer.heads + layer.key_heads) {
             float* const at = k + t * kv_size + key_head * D;
             if (layer.k_norm) kernels.rms_norm(at, layer.k_norm, D, layer.eps, at);
@@ -141,12 +143,12 @@ void decoder_layer(const DecoderLayer& layer, std::int64_t index, const Tokens& 
 
     std::int64_t turn = 0;  // in turns, since later tokens of a prompt attend to more
     for (std::int64_t t = 0; t < T; ++t) {
-        const std::int64_t length = tokens.positions[t] + 1, count = layer.window ? smaller(length, layer.window) : length;
+        const std::int64_t length = places[t] + 1, count = layer.window ? smaller(length, layer.window) : length;
         for (std::int64_t head = 0; head < layer.heads; ++head) {
             if (turn++ % worker.count != worker.index) continue;
             const std::int64_t key_head = head / (layer.heads / layer.key_heads);
             const std::int64_t slot = tokens.slots[t] * layer.key_heads + key_head;
-            const std::int64_t place = (slot * tokens.capacity + length - count) * D;
+            const std::int64_t place = (slot * context.capacity + length - count) * D;
             kernels.attend(q + t * q_size + head * D, keys + place, values + place, count, D, layer.scaling, layer.softcap,
                            scores, attended + t * q_size + head * D);
         }

@@ -38,6 +38,7 @@ struct DecoderLayer {
     std::int64_t hidden, heads, key_heads, head_dim;
     std::int64_t window;          // last tokens that are seen, the own one among them; 0: all
     std::int64_t rope;            // which of the angles
+    std::int64_t context, row;    // where its keys and values are: in which of the contexts, and which of its layers it is
     float eps, scaling, softcap;  // softcap 0: scores are not capped
     Activation activation;
 };
@@ -56,13 +57,19 @@ struct Segment {
     const LowRank* branches;  // (layers, kProjections)
 };
 
+// Keys and values of the layers that keep as many places.
+struct Context {
+    float *keys, *values;  // (layers, slots, key_heads, capacity, head_dim)
+    std::int64_t capacity;
+};
+
 struct Tokens {
-    float* x;                        // (T, hidden), replaced by the last layer's output
+    float* x;                      // (T, hidden), replaced by the last layer's output
     std::int64_t T;
-    const float *cosine, *sine;      // (angles, T, head_dim)
-    float *keys, *values;            // (layers, slots, key_heads, capacity, head_dim)
-    std::int64_t n_slots, capacity;
-    const std::int64_t *slots, *positions;  // (T,); the keys and values of a token are written before any token attends
+    const float *cosine, *sine;    // (angles, T, head_dim)
+    const Context* contexts;
+    std::int64_t n_slots, longest;  // longest: the largest capacity
+    const std::int64_t *slots, *places;  // (T,), (contexts, T); a token's keys and values are written before any token attends
     const Segment* segments;
     std::int64_t n_segments;
 };
@@ -70,10 +77,10 @@ struct Tokens {
 // Floats that a call needs as working memory: norm and attention output, the projections' outputs, the branches' r values, and a
 // row of scores a thread.
 static inline std::int64_t decoder_workspace(const DecoderLayer& layer, std::int64_t T, std::int64_t largest_r,
-                                             std::int64_t capacity, std::int64_t threads) {
+                                             std::int64_t longest, std::int64_t threads) {
     const std::int64_t q = layer.heads * layer.head_dim, kv = layer.key_heads * layer.head_dim;
     const std::int64_t inner = layer.projections[kGate].N;
-    return T * (layer.hidden + 2 * q + 2 * kv + 2 * inner + kProjections * largest_r) + threads * capacity;
+    return T * (layer.hidden + 2 * q + 2 * kv + 2 * inner + kProjections * largest_r) + threads * longest;
 }
 
 // One thread's part of the work. `meet` waits for the other threads; `scratch` is matmul_scratch(0) bytes, aligned to 64, or null

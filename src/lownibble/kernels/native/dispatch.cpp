@@ -208,7 +208,7 @@ std::int32_t with_float32(const void* x, DType dtype, std::int64_t n, Body body)
 }  // namespace
 
 // Incremented whenever a signature below changes; kernels/cpu/loading.py rejects another number.
-LOWNIBBLE_EXPORT std::int32_t lownibble_abi() { return 11; }
+LOWNIBBLE_EXPORT std::int32_t lownibble_abi() { return 12; }
 
 // Comma-separated names of the instruction sets that run here, fastest first.
 LOWNIBBLE_EXPORT const char* lownibble_available() { return available().names; }
@@ -491,13 +491,14 @@ LOWNIBBLE_EXPORT std::int32_t lownibble_low_rank_backward(const float* dy, const
 
 // Bytes of the structures in decoder.h, in order, for kernels/cpu/decoder.py to compare with its own.
 LOWNIBBLE_EXPORT std::int32_t lownibble_decoder_sizes(std::int32_t which) {
-    const std::size_t sizes[] = {sizeof(Linear4bit), sizeof(DecoderLayer), sizeof(LowRank), sizeof(Segment), sizeof(Tokens)};
+    const std::size_t sizes[] = {sizeof(Linear4bit), sizeof(DecoderLayer), sizeof(LowRank),
+                                 sizeof(Segment),    sizeof(Context),      sizeof(Tokens)};
     return static_cast<std::int32_t>(sizes[which]);
 }
 
 LOWNIBBLE_EXPORT std::int64_t lownibble_decoder_workspace(const DecoderLayer* layer, std::int64_t T, std::int64_t largest_r,
-                                                          std::int64_t capacity, std::int32_t num_threads) {
-    return decoder_workspace(*layer, T, largest_r, capacity, num_threads);
+                                                          std::int64_t longest, std::int32_t num_threads) {
+    return decoder_workspace(*layer, T, largest_r, longest, num_threads);
 }
 
 // 0, or -1 when there is no memory for a group of panels a thread; then nothing was computed.
