@@ -6,7 +6,8 @@ all before that is lost. So keys and values stay in one piece and in order, and 
 moved once in `PROMPT_TOKENS` tokens. A ring needs no moves, but lies in two pieces, and would take the same room: the tokens of a
 part of a prompt are written before the first of them reads.
 
-A sequence can go on after n tokens where what token n reads is still there: anywhere before the first move, then from the last one on.
+A sequence can go on after n tokens where what token n reads is still there: anywhere before the first move, then from the last
+one on.
 """
 
 from __future__ import annotations
