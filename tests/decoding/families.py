@@ -8,9 +8,9 @@ import torch
 from lownibble.kernels.decoder import Adapter, LowRank, Segment
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "models"))
-from architectures import build, quiet
+from architectures import build, config_of, quiet
 
-__all__ = ["NEW", "adapter_of", "alone", "build", "decoded", "louder", "quiet", "rows"]
+__all__ = ["NEW", "adapter_of", "alone", "build", "config_of", "decoded", "louder", "quiet", "rows"]
 
 NEW = 6
 

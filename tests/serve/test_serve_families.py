@@ -13,12 +13,12 @@ TARGETS = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("kind", ["gemma3_text", "gpt2", "phi", "falcon", "gpt_oss"])
+@pytest.mark.parametrize("kind", ["gemma3_text", "gemma3", "gpt2", "phi", "falcon", "gpt_oss"])
 def test_adapters_of_every_family_share_the_server(kind, tokenizer, tmp_path, adapters_of, serving, ask):
     base = folder_of(kind, tmp_path / "base", tokenizer)
     adapters = adapters_of(base, TARGETS)
     made = serving(base, adapters)
-    assert isinstance(made.decoder, CpuDecoder) == (kind == "gemma3_text")
+    assert isinstance(made.decoder, CpuDecoder) == (kind in ("gemma3_text", "gemma3"))
     cases = [(prompt, name) for prompt in PROMPTS[1:] for name in (None, *TARGETS)]
     expected = [alone(base, adapters, prompt, 6, name) for prompt, name in cases]
     assert len({tuple(tokens) for tokens in expected}) > 5, "the adapters make a difference"

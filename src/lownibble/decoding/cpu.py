@@ -1,6 +1,7 @@
 """CpuDecoder: decoding of a causal model on a packed base on the CPU, with all decoder layers in one operation.
 
-transformers' layers are read once (`form.py`); embedding, final norm and head stay transformers' modules. A model whose modules
+transformers' layers are read once (`form.py`); embedding, final norm and head stay transformers' modules. Of a model that takes
+images, too, it is the language model's layers, for text; what an adapter changes beside them is left out. A model whose modules
 qualify may still compute something else with them (a scaled residual), so before its first use the logits of a few tokens are
 compared with the model's own; a difference beyond rounding is an error. So no list of supported models is needed; packing is
 checked the same way (`models/attention.py`).
@@ -25,7 +26,7 @@ from torch import Tensor, nn
 
 from lownibble.decoding.caches import Layer, SlotCache
 from lownibble.decoding.decoder import Decoder, RefusedError
-from lownibble.decoding.form import branch_paths, read_adapter, read_layers, rope_types
+from lownibble.decoding.form import branch_paths, language_model, paths_beside_text, read_adapter, read_layers, rope_types
 from lownibble.decoding.spans import parts_of, places_of
 from lownibble.kernels import ops
 from lownibble.kernels.decoder import Context, DecoderLayers, Segment, Step
@@ -82,8 +83,9 @@ class CpuDecoder(Decoder):
         if model.training:
             raise RefusedError(model, "it is in training mode (model.eval() ends that)")
         self.model, self.layers, self.adapter = model, read_layers(model), read_adapter(model)
-        self.paths = branch_paths(model)
+        self.paths, self.unread, self._body = branch_paths(model), paths_beside_text(model), language_model(model)
         self.note = f"the CPU's decoder with {'compiled' if self.layers.in_4bit else 'plain'} layers"
+        self.note += "" if self._body is model.base_model else ", of the language model alone: for text"
         self._angles = (torch.empty(1, 0, self.layers.of[0].head_dim),) * 2
         self._transforms = logit_transforms(model)
         if why := _refused.get(model):
@@ -119,7 +121,7 @@ class CpuDecoder(Decoder):
         x_TH = self.model.get_input_embeddings()(tokens)
         cache.enter(parts_of(slots, positions))
         ops.decoder_layers(x_TH, self.layers, cache.contexts, Step(slots, cache.places(slots, positions), cosine, sine), segments)
-        x_WH = self.model.base_model.norm(x_TH if wanted is None else x_TH[wanted])
+        x_WH = self._body.norm(x_TH if wanted is None else x_TH[wanted])
         half = self._half if len(x_WH) <= _HEAD_ROWS else None
         logits: Tensor = self.model.get_output_embeddings()(x_WH) if half is None else ops.gemv_bf16(x_WH, half)
         for transform, value in self._transforms:
@@ -145,7 +147,7 @@ class CpuDecoder(Decoder):
         if needed > known:
             places = torch.arange(max(needed, 2 * known, 256)).unsqueeze(0)
             kinds = [() if kind is None else (kind,) for kind in rope_types(self.model)]
-            found = [self.model.base_model.rotary_emb(torch.empty(1), places, *kind) for kind in kinds]
+            found = [self._body.rotary_emb(torch.empty(1), places, *kind) for kind in kinds]
             if any(cosine.shape[-1] != self.layers.of[0].head_dim for cosine, _ in found):
                 raise RefusedError(self.model, "only a part of each head is rotated")
             self._angles = (torch.cat([cosine for cosine, _ in found]), torch.cat([sine for _, sine in found]))

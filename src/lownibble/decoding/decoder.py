@@ -9,7 +9,7 @@ caches and logits are is the decoder's business, and an adapter has `prepared` f
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -64,6 +64,7 @@ class Decoder(ABC):
         note: one line for the user: which decoder this is, and why.
         paths: by layer, the paths of the linear layers and experts' weights that adapters may change, in the order of an
             adapter's branches.
+        unread: paths of linear layers that no text passes through, whose branches in an adapter change nothing here.
         draws: logits are on another device than the host, which had better get tokens only (`drawing.py`).
         prompt_tokens: tokens of prompts that a step may as well have: with fewer it takes as long.
     """
@@ -71,6 +72,7 @@ class Decoder(ABC):
     model: Any
     note: str
     paths: Sequence[Sequence[str]]
+    unread: Set[str] = frozenset()
     draws: bool = False
     prompt_tokens: int = 0
 

@@ -26,6 +26,7 @@ from lownibble.errors import ModelError
 from lownibble.kernels.decoder import ACTIVATIONS, PROJECTIONS, Adapter, DecoderLayer, DecoderLayers, LowRank, Projection
 from lownibble.kernels.rows import Attending
 from lownibble.lora.experts import ExpertsLoRA
+from lownibble.lora.inject import named_linears
 from lownibble.lora.layer import LoraLinear
 from lownibble.models.attention import windows_only_in_mask
 from lownibble.models.experts import containers
@@ -49,7 +50,7 @@ def read_layers(model: Any) -> DecoderLayers:
     Raises:
         ModelError: the architecture does not qualify.
     """
-    base = model.base_model
+    base = language_model(model)
     layers = getattr(base, "layers", None)
     if layers is None or not all(hasattr(base, name) for name in ("norm", "rotary_emb")):
         raise RefusedError(model, "its parts are not called 'layers', 'norm' and 'rotary_emb'")
@@ -74,9 +75,14 @@ def read_layers(model: Any) -> DecoderLayers:
     return DecoderLayers(found)
 
 
+def language_model(model: Any) -> Any:
+    """The module with the decoder layers: the body, or what is its language model where it takes images, too."""
+    return getattr(model.base_model, "language_model", model.base_model)
+
+
 def rope_types(model: Any) -> Mapping[str | None, str]:
     """Kind of layers -> type of their rotary embedding; None: of all layers."""
-    found: str | dict[str | None, str] = model.base_model.rotary_emb.rope_type
+    found: str | dict[str | None, str] = language_model(model).rotary_emb.rope_type
     return found if isinstance(found, dict) else {None: found}
 
 
@@ -99,7 +105,7 @@ def read_adapter(model: Any, adapter: str | None = None) -> Adapter | None:
     Raises:
         ModelError: the adapter's variant is more than a plain low-rank sum.
     """
-    found = [[_branch(module, adapter) for module in linears(layer).values()] for layer in model.base_model.layers]
+    found = [[_branch(module, adapter) for module in linears(layer).values()] for layer in language_model(model).layers]
     return Adapter(found) if any(branch for branches in found for branch in branches) else None
 
 
@@ -127,7 +133,14 @@ def linears(layer: Any) -> Mapping[str, nn.Module]:
 def branch_paths(model: Any) -> list[list[str]]:
     """By layer: the paths in the model of its linear layers and experts' weights, in the order of an adapter's branches."""
     paths = {id(module): path for path, module in model.named_modules()}
-    return [[f"{paths[id(layer)]}.{path}" for path in linears(layer)] for layer in model.base_model.layers]
+    return [[f"{paths[id(layer)]}.{path}" for path in linears(layer)] for layer in language_model(model).layers]
+
+
+def paths_beside_text(model: Any) -> frozenset[str]:
+    """The paths of linear layers that no text passes through: a vision model's."""
+    body = {*model.base_model.modules()}
+    beside = body - {*language_model(model).modules()}
+    return frozenset(path for path, module in named_linears(model).items() if module in beside)
 
 
 def runs_itself(block: nn.Module) -> bool:

@@ -47,6 +47,15 @@ def drop_cache(model: Any) -> None:
     KEPT.pop(model, None)
 
 
+def _is_input(name: str, value: object) -> bool:
+    """Whether an argument of the model's forward is more than text (images, embeddings, an encoder's output)."""
+    if name == "token_type_ids" and isinstance(value, Tensor):
+        return bool(value.any())
+    return name not in ("attention_mask", "position_ids", "cache_position") and (
+        isinstance(value, Tensor) or (isinstance(value, dict) and bool(value))
+    )
+
+
 def _state(model: Any) -> object:
     """What graphs of a model's steps depend on: its tensors, its modules, their hooks and settings, and the kernels."""
     tensors = [
@@ -86,7 +95,7 @@ def decode(
     """
     refused = [name for name in ("output_attentions", "output_hidden_states") if getattr(generation_config, name, False)]
     refused += ["num_beams"] if (generation_config.num_beams or 1) > 1 else []
-    refused += [name for name in ("inputs_embeds", "encoder_outputs") if model_kwargs.get(name) is not None]
+    refused += [name for name, value in model_kwargs.items() if _is_input(name, value)]
     if refused:
         raise RefusedError(model, f"it does not do {', '.join(refused)}")
     past = model_kwargs.get("past_key_values")

@@ -20,7 +20,7 @@ import logging
 import mmap
 import re
 import threading
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Set
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -355,7 +355,7 @@ class Registry:
 
     def _checked(self, name: str) -> tuple[AdapterFile, dict[str, torch.Size]]:
         """What an adapter's configuration and its file's header say, after checking that it can be served: the file, and the
-        shapes that it must have."""
+        shapes of what is read of it."""
         assert self.folder is not None
         file = AdapterFile(self.folder / name)
         if not (variant := variant_of(file.config)).plain and variant is not DORA:
@@ -373,14 +373,19 @@ class Registry:
             raise AdapterError(f"Adapter '{name}' has rank {largest}, above {self.max_rank}. Start with a larger --max-rank.")
         expected = file.expected(self._model)
         file.check_fit(expected, set())
-        self._check_size(name, self._size(expected))
         layers = file.layers(self._model)
-        here = {path for of_layer in self._paths for path in of_layer} & layers.keys()
-        if beyond := sorted(expected.keys() - {key for path in here for key in layers[path][1].values()}):
+
+        def keys_of(paths: Set[str]) -> set[str]:
+            return {key for path in paths & layers.keys() for key in layers[path][1].values()}
+
+        here = keys_of({path for of_layer in self._paths for path in of_layer})
+        if beyond := sorted(expected.keys() - here - keys_of(self.decoder.unread)):
             raise AdapterError(
                 f"Adapter '{name}' changes '{beyond[0]}', which is not shared by requests with other adapters. Merge it "
                 "(lownibble merge) and serve the result."
             )
+        expected = {key: shape for key, shape in expected.items() if key in here}
+        self._check_size(name, self._size(expected))
         return file, expected
 
     def _size(self, expected: Mapping[str, torch.Size]) -> int:
@@ -391,11 +396,12 @@ class Registry:
         file, expected = self._checked(name)
         try:
             content = file.path.read_bytes()
-            tensors = {key: file.read(key) for key in expected} if file.made else parse_safetensors(content)
+            read = {key: file.read(key) for key in expected} if file.made else parse_safetensors(content)
         except (OSError, SafetensorError) as error:
             raise AdapterError(f"Adapter '{name}' cannot be read: {error}. Copy it again.") from None
+        tensors = {key: tensor for key, tensor in read.items() if key in expected}
         for key, tensor in tensors.items():
-            if tensor.shape != expected.get(key):
+            if tensor.shape != expected[key]:
                 raise AdapterError(f"'{key}' of adapter '{name}' has another shape than its header says. Copy it again.")
             if not torch.isfinite(tensor).all():
                 raise AdapterError(f"'{key}' of adapter '{name}' holds NaN or infinite values. Train it again with a lower rate.")
