@@ -55,5 +55,5 @@ def test_images_are_refused(model):
     ids[:, : model.config.mm_tokens_per_image] = model.config.image_token_id
     model.generate(ids, **ASKED, pixel_values=pixels)
     for images in ({"pixel_values": pixels}, {"token_type_ids": (ids == model.config.image_token_id).long()}):
-        with pytest.raises(ModelError, match="does not do .*(mm_encoder_outputs|pixel_values|token_type_ids)"):
+        with pytest.raises(ModelError, match=r"does not do .*(mm_encoder_outputs|pixel_values|token_type_ids)"):
             model.generate(ids, **ASKED, **images, custom_generate=ln.decode)
