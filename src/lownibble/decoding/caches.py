@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import DynamicLayer
 
-from lownibble.decoding.spans import Part, Span
+from lownibble.decoding.spans import Copied, Part, Span
 from lownibble.decoding.static import StaticSteps
 from lownibble.errors import InputError
 from lownibble.kernels.rows import Attending
@@ -58,34 +58,39 @@ class SlotCache:
             if (end := part.position + part.end - part.begin) > self.capacity:
                 raise InputError(f"A slot of the cache takes {self.capacity} tokens; the step needs {end}.")
             for span in self.spans.values():
-                begin, end = span.enter(part)
-                if begin:
-                    self._copy(span, part.slot, part.slot, begin, end)
+                for copied in span.enter(part):
+                    self._copy(span, part.slot, part.slot, copied)
 
     def places(self, slots: Tensor, positions: Tensor) -> Tensor:
         """(windows, T) int64: where tokens are in their slots, by window."""
         return positions - torch.tensor([span.first for span in self.spans.values()])[:, slots]
 
-    def keeps(self, slot: int, n: int) -> bool:
-        """As `Cache.keeps`."""
-        return all(span.keeps(slot, n) for span in self.spans.values())
+    def reach(self, slot: int, n: int) -> int:
+        """As `Cache.reach`."""
+        found = min(span.reach(slot, n) for span in self.spans.values())
+        return found if all(span.keeps(slot, found) for span in self.spans.values()) else 0
 
     def resume(self, slot: int, n: int) -> int:
         """Later keys and values are written over."""
-        return n if self.keeps(slot, n) else 0
+        return self.reach(slot, n)
+
+    def mark(self, slot: int, n: int) -> None:
+        """As `Forking.mark`."""
+        for span in self.spans.values():
+            span.mark[slot] = n
 
     def fork(self, source: int, target: int, n: int) -> None:
         """As `Forking.fork`."""
         for span in self.spans.values():
-            span.first[target] = span.first[source]
-            self._copy(span, source, target, 0, n - span.first[source])
+            self._copy(span, source, target, span.fork(source, target, n))
 
-    def _copy(self, span: Span, source: int, target: int, begin: int, end: int) -> None:
-        """Copy places [begin, end) of a slot to the front of another, or its own."""
+    def _copy(self, span: Span, source: int, target: int, copied: Copied) -> None:
+        """Copy places of a slot to another, or within it."""
+        begin, end, to = copied
         for layer in (layer for layer in self.layers.values() if layer.span is span):
             for held in (layer.keys, layer.values):
                 piece = held[source, :, begin:end]
-                held[target, :, : end - begin] = piece.clone() if source == target else piece  # they may overlap
+                held[target, :, to : to + end - begin] = piece.clone() if source == target else piece  # they may overlap
 
 
 @dataclass
@@ -106,14 +111,16 @@ class PastCache:
         """Bytes of what a sequence holds now."""
         return _bytes_within(self.past[slot])
 
-    def keeps(self, slot: int, n: int) -> bool:
-        """As `Cache.keeps`: a cache of windows or recurrent states cannot be cut."""
+    def reach(self, slot: int, n: int) -> int:
+        """As `Cache.reach`: a cache of windows or recurrent states cannot be cut."""
         layers: Any = getattr(self.past.get(slot), "layers", None)
-        return n in (0, self.lengths.get(slot, 0)) or (bool(layers) and all(type(layer) is DynamicLayer for layer in layers))
+        can_cut = bool(layers) and all(type(layer) is DynamicLayer for layer in layers)
+        return n if can_cut or n == self.lengths.get(slot, 0) else 0
 
     def resume(self, slot: int, n: int) -> int:
         """Cut what is beyond n tokens, or start anew."""
-        if not n or not self.keeps(slot, n):
+        n = self.reach(slot, n)
+        if not n:
             self.past.pop(slot, None)
             self.lengths.pop(slot, None)
             return 0

@@ -6,7 +6,7 @@ qualify may still compute something else with them (a scaled residual), so befor
 compared with the model's own; a difference beyond rounding is an error. So no list of supported models is needed; packing is
 checked the same way (`models/attention.py`).
 
-Layers with a window keep what they read, and room for a step (`spans.py`).
+Layers with a window keep what is read of it (`spans.py`).
 
 Everything is float32. 8-bit matmul precision (`compute`) is for training: decode steps are exact.
 
@@ -61,7 +61,7 @@ class CpuCache(SlotCache):
         super().__init__(slots, capacity, layers.windows)
         heads, head_dim, self.contexts = layers.of[0].key_heads, layers.of[0].head_dim, []
         for window, span in self.spans.items():
-            shape = (2, sum(layer.window == window for layer in layers.of), slots, heads, span.length, head_dim)
+            shape = (2, sum(layer.window == window for layer in layers.of), slots, heads, span.places, head_dim)
             self.contexts.append(Context(*torch.zeros(shape).unbind()))
         for index, (layer, (window, row)) in enumerate(zip(layers.of, layers.kept, strict=True)):
             keys, values = self.contexts[window]

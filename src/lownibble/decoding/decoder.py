@@ -42,11 +42,11 @@ class Cache(Protocol):
     def nbytes(self) -> int:
         """Bytes held."""
 
-    def keeps(self, slot: int, n: int) -> bool:
-        """Whether a sequence can go on after the first n tokens of a slot, of those that it has."""
+    def reach(self, slot: int, n: int) -> int:
+        """After how many of a slot's first n tokens a sequence can go on."""
 
     def resume(self, slot: int, n: int) -> int:
-        """Prepare a slot to go on after its first n tokens; returns after how many it can, n or 0."""
+        """Prepare a slot to go on after its first n tokens; returns after how many it can: `reach`."""
 
 
 @runtime_checkable
@@ -54,7 +54,10 @@ class Forking(Protocol):
     """A cache in which a sequence can begin as another does."""
 
     def fork(self, source: int, target: int, n: int) -> None:
-        """Copy the first n tokens of a slot to another; it keeps them."""
+        """Copy the first n tokens of a slot, which must be in reach, to another."""
+
+    def mark(self, slot: int, n: int) -> None:
+        """Let sequences go on after the first n tokens of the one that begins in a slot, however long it gets."""
 
 
 class Decoder(ABC):

@@ -64,7 +64,7 @@ def _attend_slots(
     layer = cache.layers.get(module.layer_idx)
     if layer is None:
         span = cache.spans.get(sliding_window) or cache.spans[None]
-        shape = (cache.slots, key.shape[1], span.length)
+        shape = (cache.slots, key.shape[1], span.places)
         with torch.inference_mode(False):  # the engine also copies slots between steps
             layer = Layer(key.new_zeros(*shape, key.shape[3]), value.new_zeros(*shape, value.shape[3]), span)
         cache.layers[module.layer_idx], cache.told[module.layer_idx] = layer, how

@@ -280,15 +280,18 @@ class Engine:
         # the slot with the longest common prefix; without any, the one idle longest. To be scored a prompt must be read
         prompt = request.prompt if request.score is None and self.prefix_cache else []
         common = {slot: _in_common(kept, key, prompt) for slot, kept in self._idle.items()}
-        shared = {slot: n if self.cache.keeps(slot, n) else 0 for slot, n in common.items()}
+        shared = {slot: self.cache.reach(slot, n) for slot, n in common.items()}
         slot = max(shared, key=lambda one: shared[one])
-        ahead, n = self._ahead(key, prompt)
+        running = [(one, _in_common(_Kept(_key(one.request, one.loaded), one.tokens), key, prompt)) for one in self._running]
+        ahead, n = self._ahead(running)
         if n > shared[slot]:  # not over what another prompt may begin with, if there is a slot without
             slot = next((free for free, kept in self._idle.items() if not kept.tokens), next(iter(self._idle)))
         else:
             ahead = None
         try:
             reused = self.cache.resume(slot, shared[slot] if ahead is None else 0)
+            if isinstance(self.cache, Forking) and not reused and ahead is None:
+                self.cache.mark(slot, max([*common.values(), *(n for _, n in running)]))  # others may begin so, too
             one = Running(request, slot, loaded, reused, self.tokenizer.backend_tokenizer)
         except Exception as error:  # keep the slot idle and release the adapter
             if loaded:
@@ -299,19 +302,18 @@ class Engine:
         del self._idle[slot]
         self._running.append(one)
 
-    def _ahead(self, key: tuple[str, float], prompt: list[int]) -> tuple[Running | None, int]:
-        """The running sequence that begins with most of the prompt, and with how much of it."""
+    def _ahead(self, running: list[tuple[Running, int]]) -> tuple[Running | None, int]:
+        """Of sequences that begin with some of a prompt that which has most of it to copy, and how much."""
         if not isinstance(self.cache, Forking):
             return None, 0
-        found = [(one, _in_common(_Kept(_key(one.request, one.loaded), one.tokens), key, prompt)) for one in self._running]
-        kept = [(one, n) for one, n in found if n > one.done or self.cache.keeps(one.slot, n)]
-        return max(kept, key=lambda pair: (pair[1], pair[0].done), default=(None, 0))
+        found = [(one, n if n > one.done else self.cache.reach(one.slot, n)) for one, n in running]
+        return max(found, key=lambda pair: (pair[1], pair[0].done), default=(None, 0))
 
     def _take_over(self, one: Running, n: int) -> None:
         """Copy what the sequence ahead has of the prompt, its first n tokens, if that is more than is there."""
         assert one.ahead is not None
         assert isinstance(self.cache, Forking)
-        if n > one.done and self.cache.keeps(one.ahead.slot, n):
+        if n > one.done and self.cache.reach(one.ahead.slot, n) == n:
             self.cache.fork(one.ahead.slot, one.slot, n)
             one.done = one.reused = n
         one.ahead = None
