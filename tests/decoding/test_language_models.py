@@ -3,12 +3,13 @@
 import pytest
 import torch
 from families import config_of, louder, quiet
+from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoModelForCausalLM
 
 import lownibble as ln
 from lownibble.decoding import CpuDecoder, choose
-from lownibble.errors import ModelError
+from lownibble.errors import AdapterError, ModelError
 from lownibble.quant import QuantLinear
 
 IDS = torch.randint(3, 96, (2, 40), generator=torch.Generator().manual_seed(1))
@@ -57,3 +58,30 @@ def test_images_are_refused(model):
     for images in ({"pixel_values": pixels}, {"token_type_ids": (ids == model.config.image_token_id).long()}):
         with pytest.raises(ModelError, match=r"does not do .*(mm_encoder_outputs|pixel_values|token_type_ids)"):
             model.generate(ids, **ASKED, **images, custom_generate=ln.decode)
+
+
+def test_adapters_under_earlier_names_are_read(model, clone, tmp_path):
+    """Of transformers 4.50, as checkpoints still have them. Names of no layer are refused as before."""
+    adapted = ln.add_lora(clone(model), ln.LoraConfig(r=2, target_modules=["q_proj", "fc1"], init_lora_weights=False))
+    ln.save_adapter(adapted, tmp_path)
+    file, here = tmp_path / "adapter_model.safetensors", "base_model.model.model."
+    saved = load_file(file)
+    earlier = {
+        f"{here}language_model.": "base_model.model.language_model.model.",
+        f"{here}vision_tower.": "base_model.model.vision_tower.vision_model.",
+    }
+    for names in (earlier, dict.fromkeys(earlier, "base_model.model.another.")):
+        tensors = dict(saved)
+        for new, old in names.items():
+            tensors = {key.replace(new, old): tensor for key, tensor in tensors.items()}
+        assert not any(key.startswith(here) for key in tensors)
+        save_file(tensors, file, {"format": "pt"})
+        if names is earlier:
+            ln.load_adapter(again := clone(model), tmp_path)
+            ln.save_adapter(again, tmp_path / "again")
+            found = load_file(tmp_path / "again" / file.name)
+            assert found.keys() == saved.keys()
+            assert all(torch.equal(found[key], saved[key]) for key in saved)
+        else:
+            with pytest.raises(AdapterError, match="does not fit this model: lacks"):
+                ln.load_adapter(model, tmp_path)

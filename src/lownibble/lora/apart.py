@@ -1,7 +1,11 @@
-"""Adapters whose experts are stored one by one: `experts.3.gate_proj.lora_A.weight`, a pair of matrices for each expert's layer.
+"""Adapters in another layout than the model's.
 
-That is how adapters look that were trained before transformers fused experts, or by tools that keep experts as modules, and what
-vLLM and SGLang read for most mixtures (docs/train.md). Which part of a fused weight a name stands for is asked of transformers'
+**Names.** A file may have the names that the model's modules had in an earlier transformers (`language_model.model.layers`, now
+`model.language_model.layers`); they are renamed as checkpoints' tensors are.
+
+**Experts** may be stored one by one: `experts.3.gate_proj.lora_A.weight`, a pair of matrices for each expert's layer. That is how
+adapters look that were trained before transformers fused experts, or by tools that keep experts as modules, and what vLLM and
+SGLang read for most mixtures (docs/train.md). Which part of a fused weight a name stands for is asked of transformers'
 own rules, which split a tensor of row numbers as they split the weight. Fused, gate and up have one A: that of the two below each
 other, and B in blocks beside each other, as PEFT converts such files; apart, both have the fused A.
 
@@ -37,7 +41,7 @@ from lownibble.lora.provenance import to_metadata
 from lownibble.lora.targets import match_experts, rank_of, scale_of, scaling
 from lownibble.matching import fits
 from lownibble.models import experts
-from lownibble.models.conversion import stored_names
+from lownibble.models.conversion import names_in_model, stored_names
 
 if TYPE_CHECKING:
     from lownibble.lora.adapter_file import AdapterFile
@@ -67,11 +71,13 @@ def parts(model: Any) -> dict[str, Part]:
 
 
 def fitted(stored: AdapterFile, model: Any) -> AdapterFile:
-    """The file as one of fused experts, if it has experts one by one and the model has them fused; else the file itself.
+    """The file under the model's names, and as one of fused experts if it has experts one by one and the model has them fused;
+    the file itself if that is what it is.
 
     Raises:
         AdapterError: an expert lacks a tensor or has one of another shape (named), or experts differ in rank or scale.
     """
+    stored = _renamed(stored, model)
     ends = tuple(f".{key}" for key in ExpertsLoRA.keys.values())
     held = {key.removeprefix(PREFIX).rpartition(".lora_")[0] for key in stored.shapes if key.endswith(ends)}
     if not any(re.search(r"\.\d+\.[^.]+$", path) and ".experts." in path for path in held):
@@ -82,7 +88,7 @@ def fitted(stored: AdapterFile, model: Any) -> AdapterFile:
         fused.setdefault(known[path].weight, {})[path] = known[path]
     if not fused:
         return stored
-    made, shapes, ranks, alphas = dict[str, Callable[[], Tensor]](), dict(stored.shapes), dict[str, int](), dict[str, float]()
+    made, shapes, ranks, alphas = dict(stored.made), dict(stored.shapes), dict[str, int](), dict[str, float]()
     paths = file_paths((), fused)
     for weight, those in fused.items():
         n_experts, n_out, n_in = experts.shapes(model)[weight]
@@ -100,6 +106,23 @@ def fitted(stored: AdapterFile, model: Any) -> AdapterFile:
                 shapes.pop(f"{PREFIX}{path}.{key}", None)
     result = copy.copy(stored)
     result.shapes, result.made, result.config = shapes, made, _config_of(stored, model, fused, ranks, alphas)
+    return result
+
+
+def _renamed(stored: AdapterFile, model: Any) -> AdapterFile:
+    """The file with the names of layers that the model does not have as transformers renames them, if it has those."""
+    modules = {path for path, _ in model.named_modules()}
+    layer_of = {key: key.removeprefix(PREFIX).rpartition(".lora_")[0] for key in stored.shapes}
+    if not (unknown := {path for path in layer_of.values() if path} - modules):
+        return stored
+    found = {path: name for path, name in names_in_model(model, unknown).items() if name in modules}
+    keys = {PREFIX + found[path] + key.removeprefix(PREFIX + path): key for key, path in layer_of.items() if path in found}
+    if not keys:
+        return stored
+    result = copy.copy(stored)
+    result.made = {key: partial(stored.read, old) for key, old in keys.items()}
+    result.shapes = {key: shape for key, shape in stored.shapes.items() if key not in keys.values()}
+    result.shapes |= {key: stored.shapes[old] for key, old in keys.items()}
     return result
 
 

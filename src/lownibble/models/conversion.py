@@ -12,7 +12,7 @@ Shapes are known before anything is read: a group is converted on the meta devic
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from copy import deepcopy
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -323,6 +323,12 @@ def fuses_experts(model: Any) -> bool:
         return False
     converters = (entry for entry in get_model_conversion_mapping(model) if isinstance(entry, WeightConverter))
     return any(target.endswith("gate_up_proj") for converter in converters for target in converter.target_patterns)
+
+
+def names_in_model(model: Any, keys: Iterable[str]) -> dict[str, str]:
+    """Name in a checkpoint, of any layout that transformers knows of this kind of model -> its name in the model."""
+    renamings = [entry for entry in get_model_conversion_mapping(model) if isinstance(entry, WeightRenaming)]
+    return {key: rename_source_key(key, renamings, [])[0] for key in keys}
 
 
 def untie(model: Any, names: list[str]) -> None:
