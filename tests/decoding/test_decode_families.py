@@ -13,7 +13,7 @@ from lownibble.decoding import choose
 from lownibble.decoding.modules import ModulesDecoder, PastCache
 from lownibble.errors import ModelError
 
-TOGETHER = ("gemma3_text", "gemma2", "phi", "gpt2", "glm", "qwen3", "opt", "gpt_oss", "deepseek_v3", "cohere2")
+TOGETHER = ("gemma3_text", "gemma2", "phi", "gpt2", "glm", "qwen3", "opt", "gpt_oss", "deepseek_v3", "cohere2", "gemma4")
 APART = {
     "falcon": "interface", "bloom": "no positions", "mamba": "no positions", "qwen3_next": "kind 'linear_attention'",
     "llama4_text": "chunk", "jamba": "kind 'linear_attention'",

@@ -34,7 +34,7 @@ def static(model, **options):
     return decoder
 
 
-@pytest.mark.parametrize("kind", ["qwen3", "gemma3_text", "gemma2", "gpt_oss", "deepseek_v3", "gpt2"])
+@pytest.mark.parametrize("kind", ["qwen3", "gemma3_text", "gemma4_text", "gemma2", "gpt_oss", "deepseek_v3", "gpt2"])
 def test_rows_give_the_tokens_of_each_sequence_alone(kind, monkeypatch):
     """Grouped heads, windows, caps, sinks, values of another size, Conv1D; prompts in parts beside sequences that generate."""
     passes = []

@@ -32,7 +32,7 @@ from lownibble.models.attention import windows_only_in_mask
 from lownibble.models.experts import containers
 from lownibble.quant import QuantLinear
 
-ROPE_TYPES = ("default", "linear", "llama3", "yarn")
+ROPE_TYPES = ("default", "linear", "llama3", "yarn", "proportional")
 """RoPE types whose angles depend on the position only."""
 
 _NORMS = (
