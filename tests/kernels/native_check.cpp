@@ -444,7 +444,8 @@ Floats decode(std::int64_t T, std::int64_t D, std::int64_t inner, std::int32_t b
                 factors[i] = halves.back().data();
             }
         }
-        branches[p] = {factors[0], factors[1], r, 0.5f, dtype};
+        if (p % 2) kept.push_back(floats(N));
+        branches[p] = {factors[0], factors[1], p % 2 ? kept.back().data() : nullptr, r, 0.5f, dtype};
     }
     const Floats norm = floats(hidden), head_norm = floats(D), cosine = floats(2 * T * D), sine = floats(2 * T * D);
     layer.input_norm = layer.feed_forward_norm = norm.data();

@@ -65,11 +65,11 @@ def _layer(
     )  # fmt: skip
 
 
-def _adapter(layers, r, dtype=torch.float32):
+def _adapter(layers, r, dtype=torch.float32, gains=False):
     def branch(index, N, K):
         rank = r + index  # rank 7 is left out: a projection without a branch
         a, b = (torch.randn(shape).div(8).to(dtype) for shape in ((rank, K), (N, rank)))
-        return None if rank == 7 else LowRank(a, b, 0.5 + index)
+        return None if rank == 7 else LowRank(a, b, 0.5 + index, torch.rand(N) + 0.5 if gains and index % 2 else None)
 
     return Adapter([[branch(i, *linear.weight.shape) for i, linear in enumerate(layer.projections)] for layer in layers.of])
 
@@ -163,6 +163,22 @@ def test_adapters_by_segment(backend, r, dtype):
         size = alone.abs().max().item()  # hundreds with large ranks: what float32 rounds grows with it
         torch.testing.assert_close(mixed[rows], alone[rows], rtol=2e-4, atol=max(2e-4, 2e-6 * size))
     assert not torch.allclose(mixed[:4], _run(layers, slots, positions)[0][:4], atol=0.1)
+
+
+@pytest.mark.parametrize("biases", [False, True])
+def test_adapters_that_scale_the_bases_output(backend, biases):
+    """DoRA's, beside others: in a compiled step, too."""
+    layers = _layers(biases=biases)
+    segments = [Segment(0, 2, _adapter(layers, 4, gains=True)), Segment(2, 4, _adapter(layers, 4))]
+    slots, positions = [0, 1, 1, 1, 2], [5, 2, 3, 4, 8]
+    with pytest.MonkeyPatch.context() as patch:
+        if backend == "cpu":
+            patch.setattr("lownibble.kernels.decoder.decoder_layers", lambda *_: pytest.fail("plain torch"))
+        found = _run(layers, slots, positions, segments)
+    with ops.use_backend("reference"):
+        expected = _run(layers, slots, positions, segments)
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=2e-4, atol=2e-4 * b.abs().max().item())
 
 
 def test_a_branch_that_lies_by_columns_is_not_copied():

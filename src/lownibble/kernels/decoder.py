@@ -4,9 +4,8 @@ A layer is `x += O attention(rotate(Q norm(x)), rotate(K norm(x)), V norm(x))`, 
 with RMS norms and seven packed projections, each with an optional low-rank branch. What else a layer may have is data: norms of
 queries and keys (Qwen3) and of both outputs (Gemma 2 and 3), a window and a cap of attention's scores, one of several rotary
 angles, the activation. In a mixture of experts a layer has the four projections of attention, and its second half is a
-`FeedForward`, which is called between the layers. Compiled kernels support only 4-bit projections and low-rank sums: with other
-codecs, and in steps with DoRA adapters, the layers run here. `native/decoder.h` explains why the layers are one operation;
-`decoding/` determines which models have this form.
+`FeedForward`, which is called between the layers. Compiled kernels support only 4-bit projections: with other codecs the layers
+run here. `native/decoder.h` explains why the layers are one operation; `decoding/` determines which models have this form.
 """
 
 from __future__ import annotations
@@ -162,7 +161,7 @@ class Adapter:
 
     @cached_property
     def has_gains(self) -> bool:
-        """Whether some branches scale the base's output, which the compiled kernels do not do."""
+        """Whether some branches scale the base's output."""
         return any(branch.gain is not None for branches in self.of for branch in branches if branch)
 
 

@@ -53,7 +53,9 @@ class _DecoderLayer(ctypes.Structure):
 
 
 class _LowRank(ctypes.Structure):
-    _fields_ = [("A", _pointer), ("B_transposed", _pointer), ("r", _int64), ("scale", _float), ("dtype", _int32)]
+    _fields_ = [
+        *((name, _pointer) for name in ("A", "B_transposed", "gain")), ("r", _int64), ("scale", _float), ("dtype", _int32),
+    ]  # fmt: skip
 
 
 class _Segment(ctypes.Structure):
@@ -154,7 +156,10 @@ def _adapter(adapter: Adapter, layers: DecoderLayers) -> Any:
                 for role, tensor, length in (("A", branch.A, r * K), ("B", transposed, r * N)):
                     check_tensor(tensor, f"{name}.{role}", branch.A.dtype, length, _CPU)
                 address = i * len(PROJECTIONS) + p
-                made[address] = _LowRank(branch.A.data_ptr(), transposed.data_ptr(), r, branch.scale, DTYPES[branch.A.dtype])
+                gain = None if branch.gain is None else _floats(branch.gain, f"{name}'s gain", N)
+                made[address] = _LowRank(
+                    branch.A.data_ptr(), transposed.data_ptr(), gain, r, branch.scale, DTYPES[branch.A.dtype]
+                )
         adapter.prepared["cpu"] = made, copies
     return adapter.prepared["cpu"][0]
 
@@ -184,8 +189,8 @@ _EMPTY = torch.empty(0)
 def decoder_layers(
     x_TH: Tensor, layers: DecoderLayers, contexts: Sequence[Context], step: Step, segments: Sequence[Segment]
 ) -> None:
-    """As `ops.decoder_layers`; in plain torch if any projection is not 4-bit or any adapter scales the base's output."""
-    if not layers.in_4bit or any(segment.adapter.has_gains for segment in segments):
+    """As `ops.decoder_layers`; in plain torch if any projection is not 4-bit."""
+    if not layers.in_4bit:
         decoder.decoder_layers(gemv_4bit, x_TH, layers, contexts, step, segments)
         return
     library = _checked_library()

@@ -91,6 +91,12 @@ void decoder_layer(const DecoderLayer& layer, std::int64_t index, const Tokens& 
             const Segment& segment = tokens.segments[s];
             const LowRank& branch = segment.branches[index * kProjections + p];
             if (!branch.A) continue;
+            for (std::int64_t t = segment.begin; branch.gain && t < segment.end; ++t) {
+                for (std::int64_t n = rows.begin; n < rows.end; ++n) {
+                    const float bias = linear.bias ? linear.bias[n] : 0.0f;
+                    out[t * linear.N + n] = (out[t * linear.N + n] - bias) * branch.gain[n] + bias;
+                }
+            }
             kernels.add_low_rank(low + (p * T + segment.begin) * r, r, segment.end - segment.begin, branch.r, branch.dtype,
                                  branch.B_transposed, out + segment.begin * linear.N, linear.N, rows);
         }

@@ -46,6 +46,7 @@ struct DecoderLayer {
 // A low-rank branch of one projection: scale * B A, A being (r, K) and B, given as its transpose, (r, N); without one, A is null.
 struct LowRank {
     const void *A, *B_transposed;
+    const float* gain;  // (N,) or null: what the base's output without its bias is multiplied by
     std::int64_t r;
     float scale;
     DType dtype;  // of both
