@@ -33,8 +33,8 @@ def quantized(tiny):
     return make
 
 
-def _adapt(model, r=4):
-    ln.add_lora(model, ln.LoraConfig(r=r, target_modules=["q_proj", "down_proj", "v_proj"]))
+def _adapt(model, r=4, **options):
+    ln.add_lora(model, ln.LoraConfig(r=r, target_modules=["q_proj", "down_proj", "v_proj"], **options))
     generator = torch.Generator().manual_seed(5)
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
@@ -102,11 +102,13 @@ def test_same_tokens_with_other_codecs(tiny, quant, adapted):
         torch.testing.assert_close(a, b, **CLOSE)
 
 
+@pytest.mark.parametrize("options", [{}, {"use_dora": True}], ids=["lora", "dora"])
 @pytest.mark.parametrize("family", ["llama", "gemma"])
-def test_with_an_adapter(quantized, family):
+def test_with_an_adapter(quantized, family, options):
     model = quantized(family, head_dim=8)
     plain = model.generate(**_prompts(), max_new_tokens=10, do_sample=False, custom_generate=ln.decode)
-    _adapt(model)
+    _adapt(model, **options)
+    CpuDecoder(model)
     expected = model.generate(**_prompts(), max_new_tokens=10, do_sample=False)
     found = model.generate(**_prompts(), max_new_tokens=10, do_sample=False, custom_generate=ln.decode)
     assert torch.equal(found, expected)

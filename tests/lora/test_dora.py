@@ -11,8 +11,7 @@ from torch.utils._pytree import tree_iter
 from transformers.pytorch_utils import Conv1D
 
 import lownibble as ln
-from lownibble.decoding import CpuDecoder
-from lownibble.errors import AdapterError, ModelError
+from lownibble.errors import AdapterError
 from lownibble.lora.dora import DORA
 from lownibble.lora.init import kaiming
 from lownibble.lora.layer import LoraLinear, LowRank
@@ -242,14 +241,11 @@ def test_the_product_kept_apart_gives_the_same_gradients(kind):
 @pytest.mark.parametrize("quant", ["nf4", None])
 def test_what_takes_low_rank_sums_only_refuses_it(write, adapt, tmp_path, quant):
     folder = write("llama", hidden_size=64, intermediate_size=128, head_dim=16)
-    model, adapter = adapt(folder, quant, use_dora=True)
+    _, adapter = adapt(folder, quant, use_dora=True)
     with pytest.raises(
         AdapterError, match=r"low-rank sums only, and .* has '?base_model.*lora_magnitude_vector.* Merge it instead"
     ):
         ln.export(adapter, tmp_path / "adapter.gguf", "gguf")
-    if quant:
-        with pytest.raises(ModelError, match="more than a low-rank sum"):
-            CpuDecoder(model)
 
 
 @pytest.mark.parametrize("head", [False, True])

@@ -25,6 +25,7 @@ from lownibble.decoding.spans import Part
 from lownibble.errors import ModelError
 from lownibble.kernels.decoder import ACTIVATIONS, PROJECTIONS, Adapter, DecoderLayer, DecoderLayers, LowRank, Projection
 from lownibble.kernels.rows import Attending
+from lownibble.lora.dora import DORA, row_gains
 from lownibble.lora.experts import ExpertsLoRA
 from lownibble.lora.inject import named_linears
 from lownibble.lora.layer import LoraLinear
@@ -103,7 +104,7 @@ def read_adapter(model: Any, adapter: str | None = None) -> Adapter | None:
     """Read the low-rank branches of the named adapter (default: the active one); None if there are none.
 
     Raises:
-        ModelError: the adapter's variant is more than a plain low-rank sum.
+        ModelError: the adapter's variant is neither a plain low-rank sum nor DoRA.
     """
     found = [[_branch(module, adapter) for module in linears(layer).values()] for layer in language_model(model).layers]
     return Adapter(found) if any(branch for branches in found for branch in branches) else None
@@ -116,6 +117,10 @@ def _branch(module: nn.Module, adapter: str | None) -> LowRank | None:
     if name is None or name not in module.adapters:
         return None
     low = module.adapter(name)
+    if low.variant is DORA:
+        parts = {own: getattr(low, own).detach() for own in DORA.keys}
+        gain = row_gains(module.base, parts, low.scale, low.row_squares)
+        return LowRank(parts["lora_A"], parts["lora_B"] * gain.unsqueeze(1), low.scale, gain)
     if not (low.variant.plain or isinstance(low.variant, ExpertsLoRA)):
         raise RefusedError(low, "its adapter is more than a low-rank sum")
     return LowRank(low.lora_A.detach(), low.lora_B.detach(), low.scale)
