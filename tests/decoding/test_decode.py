@@ -63,6 +63,7 @@ FAMILIES = {
     "mistral": {"sliding_window": 5},
     "qwen2": {},
     "qwen3": {"head_dim": 8},
+    "granite": {"embedding_multiplier": 3.0, "residual_multiplier": 0.5, "attention_multiplier": 0.2, "logits_scaling": 2.0},
     "llama with gelu": {"hidden_act": "gelu"},
     "gemma": {"head_dim": 8},
     "gemma2": {"sliding_window": 8, "query_pre_attn_scalar": 12, "attn_logit_softcapping": 2.0, "final_logit_softcapping": 1.5},
@@ -192,7 +193,8 @@ REFUSED = {
     "olmo2": ({}, "is made of"),
     "gpt2": ({}, "not called 'layers'"),
     "llama long": ({"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}}, "dynamic"),
-    "granite": ({"residual_multiplier": 0.5}, "something else"),
+    "helium": ({"head_dim": 8}, "something else"),
+    "granitemoehybrid": ({"layer_types": ["attention"] * 2, "num_local_experts": 0, "mamba_n_heads": 4}, "not called 'layers'"),
     "mixtral": ({"num_local_experts": 2}, "experts.gate_up_proj of layer 0 is not on packed weights"),
 }
 
@@ -209,7 +211,7 @@ def test_models_of_another_form_run_on_transformers_modules(quantized, family):
 
 
 def test_a_model_that_fails_the_check_is_checked_once(quantized, monkeypatch):
-    model = quantized("granite", residual_multiplier=0.5)
+    model = quantized("helium", head_dim=8)
     for _ in range(2):
         with pytest.raises(ModelError, match="something else"):
             CpuDecoder(model)

@@ -452,7 +452,7 @@ Floats decode(std::int64_t T, std::int64_t D, std::int64_t inner, std::int32_t b
     layer.attention_output_norm = layer.feed_forward_output_norm = norm.data();
     layer.q_norm = layer.k_norm = head_norm.data();
     layer.hidden = hidden, layer.heads = heads, layer.key_heads = key_heads, layer.head_dim = D;
-    layer.eps = 1e-5f, layer.scaling = 0.3f, layer.softcap = 2.0f;
+    layer.eps = 1e-5f, layer.scaling = 0.3f, layer.softcap = 2.0f, layer.residual_scale = 0.5f;
     layer.window = T / 2, layer.rope = 1, layer.context = 1, layer.activation = Activation::gelu_tanh;
     Floats x = floats(T * hidden), keys = floats(n_slots * kv * capacity), values = floats(n_slots * kv * capacity);
     std::vector<std::int64_t> slots(T, 1), places(2 * T, -1);

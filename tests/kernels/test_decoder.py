@@ -115,6 +115,7 @@ FORMS = {
         "activation": "gelu_tanh",
         "window": 7,
         "softcap": 0.5,
+        "residual_scale": 0.7,
     },
 }
 

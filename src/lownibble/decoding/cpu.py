@@ -2,7 +2,7 @@
 
 transformers' layers are read once (`form.py`); embedding, final norm and head stay transformers' modules. Of a model that takes
 images, too, it is the language model's layers, for text; what an adapter changes beside them is left out. A model whose modules
-qualify may still compute something else with them (a scaled residual), so before its first use the logits of a few tokens are
+qualify may still compute something else with them (other pairs that are rotated), so before its first use the logits of a few tokens are
 compared with the model's own; a difference beyond rounding is an error. So no list of supported models is needed; packing is
 checked the same way (`models/attention.py`).
 
@@ -118,7 +118,7 @@ class CpuDecoder(Decoder):
         cosine, sine = self._rotary(positions)
         if segments is None:
             segments = [Segment(0, len(tokens), self.adapter)] if self.adapter else []
-        x_TH = self.model.get_input_embeddings()(tokens)
+        x_TH = self.model.get_input_embeddings()(tokens) * getattr(self._body, "embedding_multiplier", 1.0)
         cache.enter(parts_of(slots, positions))
         ops.decoder_layers(x_TH, self.layers, cache.contexts, Step(slots, cache.places(slots, positions), cosine, sine), segments)
         x_WH = self._body.norm(x_TH if wanted is None else x_TH[wanted])

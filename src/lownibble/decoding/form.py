@@ -53,7 +53,7 @@ def read_layers(model: Any) -> DecoderLayers:
     """
     base = language_model(model)
     layers = getattr(base, "layers", None)
-    if layers is None or not all(hasattr(base, name) for name in ("norm", "rotary_emb")):
+    if layers is None or not all(getattr(base, name, None) for name in ("norm", "rotary_emb")):
         raise RefusedError(model, "its parts are not called 'layers', 'norm' and 'rotary_emb'")
     ropes = rope_types(model)
     if other := {*ropes.values()} - {*ROPE_TYPES}:
@@ -72,7 +72,10 @@ def read_layers(model: Any) -> DecoderLayers:
     for index, layer in enumerate(found):
         scaling, window, softcap, _ = told[index]
         scaling = layer.scaling if scaling is None else scaling
-        found[index] = layer._replace(scaling=scaling, window=window, softcap=softcap, rope=[*ropes].index(kinds[index]))
+        found[index] = layer._replace(
+            scaling=scaling, window=window, softcap=softcap, rope=[*ropes].index(kinds[index]),
+            residual_scale=getattr(layers[index], "residual_multiplier", 1.0),
+        )  # fmt: skip
     return DecoderLayers(found)
 
 

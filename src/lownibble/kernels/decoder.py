@@ -70,7 +70,8 @@ class DecoderLayer(NamedTuple):
     Norms are float32: (hidden,), and (head_dim,) for `q_norm` and `k_norm`. Those that may be None: of queries and keys, and of
     what attention and the feed-forward part add to x.
     scaling: of scores. softcap: scores are `softcap * tanh(scores / softcap)`. window: last tokens that are seen, the own one
-    among them. rope: which of a step's angles. activation: in `ACTIVATIONS`, for layers of seven projections.
+    among them. rope: which of a step's angles. residual_scale: what is added to x is multiplied by it. activation: in
+    `ACTIVATIONS`, for layers of seven projections.
     """
 
     projections: Sequence[Projection]
@@ -90,6 +91,7 @@ class DecoderLayer(NamedTuple):
     window: int | None = None
     softcap: float | None = None
     rope: int = 0
+    residual_scale: float = 1.0
 
     def norm(self, x: Tensor, weight: Tensor) -> Tensor:
         """The RMS norm of x's last dimension."""
@@ -102,8 +104,8 @@ class DecoderLayer(NamedTuple):
         self.add(x_TH, self.feed_forward(self.norm(x_TH, self.feed_forward_norm), of_linears), self.feed_forward_output_norm)
 
     def add(self, x_TH: Tensor, y_TH: Tensor, weight: Tensor | None) -> None:
-        """x += y, or its norm."""
-        x_TH += y_TH if weight is None else self.norm(y_TH, weight)
+        """x += residual_scale * y, or its norm."""
+        x_TH.add_(y_TH if weight is None else self.norm(y_TH, weight), alpha=self.residual_scale)
 
 
 @dataclass(frozen=True, eq=False)

@@ -48,7 +48,7 @@ class _DecoderLayer(ctypes.Structure):
         ("projections", _Linear4bit * len(PROJECTIONS)),
         *((name, _pointer) for name in _NORMS),
         *((name, _int64) for name in ("hidden", "heads", "key_heads", "head_dim", "window", "rope", "context", "row")),
-        *((name, _float) for name in ("eps", "scaling", "softcap")), ("activation", _int32),
+        *((name, _float) for name in ("eps", "scaling", "softcap", "residual_scale")), ("activation", _int32),
     ]  # fmt: skip
 
 
@@ -115,7 +115,7 @@ def _layer(layer: DecoderLayer, kept: tuple[int, int]) -> _DecoderLayer:
     return _DecoderLayer(
         (_Linear4bit * len(PROJECTIONS))(*linears), *norms, hidden, layer.heads, layer.key_heads, layer.head_dim,
         layer.window or 0, layer.rope, *kept, layer.eps, layer.scaling, layer.softcap or 0.0,
-        [*ACTIVATIONS].index(layer.activation),
+        layer.residual_scale, [*ACTIVATIONS].index(layer.activation),
     )  # fmt: skip
 
 

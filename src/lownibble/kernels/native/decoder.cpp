@@ -102,7 +102,7 @@ void decoder_layer(const DecoderLayer& layer, std::int64_t index, const Tokens& 
         }
         return rows;
     };
-    // x += the projection of `input`, whose output lies in `out`, or its norm.
+    // x += residual_scale times the projection of `input`, whose output lies in `out`, or its norm.
     const auto add_projection = [&](int p, const float* input, float* out, const float* out_norm) {
         Range columns = project(p, input, out), rows{0, T};
         if (out_norm) {
@@ -111,7 +111,7 @@ void decoder_layer(const DecoderLayer& layer, std::int64_t index, const Tokens& 
         }
         for (std::int64_t t = rows.begin; t < rows.end; ++t) {
             if (out_norm) kernels.rms_norm(out + t * H, out_norm, H, layer.eps, out + t * H);
-            for (std::int64_t n = columns.begin; n < columns.end; ++n) tokens.x[t * H + n] += out[t * H + n];
+            for (std::int64_t n = columns.begin; n < columns.end; ++n) tokens.x[t * H + n] += layer.residual_scale * out[t * H + n];
         }
         worker.meet();
     };

@@ -39,7 +39,7 @@ struct DecoderLayer {
     std::int64_t window;          // last tokens that are seen, the own one among them; 0: all
     std::int64_t rope;            // which of the angles
     std::int64_t context, row;    // where its keys and values are: in which of the contexts, and which of its layers it is
-    float eps, scaling, softcap;  // softcap 0: scores are not capped
+    float eps, scaling, softcap, residual_scale;  // softcap 0: scores are not capped
     Activation activation;
 };
 
