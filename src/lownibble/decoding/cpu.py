@@ -2,11 +2,11 @@
 
 transformers' layers are read once (`form.py`); embedding, final norm and head stay transformers' modules. Of a model that takes
 images, too, it is the language model's layers, for text; what an adapter changes beside them is left out. A model whose modules
-qualify may still compute something else with them (other pairs that are rotated), so before its first use the logits of a few tokens are
+qualify may still compute something else with them (rotate other pairs), so before its first use the logits of a few tokens are
 compared with the model's own; a difference beyond rounding is an error. So no list of supported models is needed; packing is
 checked the same way (`models/attention.py`).
 
-Layers with a window keep what is read of it (`spans.py`).
+Layers with a window keep what may still be read, and little more (`spans.py`).
 
 Everything is float32. 8-bit matmul precision (`compute`) is for training: decode steps are exact.
 
