@@ -318,16 +318,16 @@ def test_a_step_that_failed_is_not_taken_for_one_whose_kernels_are_loaded():
     steps, _ = linear_steps(capture=lambda run: captured.append(1) or (lambda: None, run()))
     failing = [MemoryError("out of memory")]
 
-    def run(tokens, *_):
+    def run(lines, _):
         if failing:
             raise failing.pop()
-        return torch.zeros(len(tokens), 3)
+        return torch.zeros(lines.shape[1], 3)
 
     with pytest.raises(MemoryError):
-        steps([3], [0], [0], [None], run=run)
-    steps([3], [0], [0], [None], run=run)
+        steps([[3]], [None], run=run)
+    steps([[3]], [None], run=run)
     assert not captured
-    steps([3], [0], [0], [None], run=run)
+    steps([[3]], [None], run=run)
     assert captured
 
 

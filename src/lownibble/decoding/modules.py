@@ -124,8 +124,6 @@ class ModulesDecoder(Decoder):
         self._modules = [_base(module) for module in adaptable.values()]
         self._tokens: Tokens | None = None  # of the hooks, set with them by the first step that needs them
         self.draws = self._device.type == "cuda" if static is None else static
-        if self._device.type == "cuda":
-            self.prompt_tokens = ON_CUDA_TOKENS
         self._dtype, self._capture, self._no_graphs = weight.dtype, capture, ""
         self._not_static = "" if self.draws else "they are for CUDA"
         found, weights = _trials.get(model), (weight.device, weight.dtype)
@@ -136,6 +134,9 @@ class ModulesDecoder(Decoder):
                 _trials[model] = found
         self.together, self._in_parts, self._slot_bytes = not found.obstacle, found.in_parts, found.slot_bytes
         self._not_static = found.not_static
+        if self._device.type == "cuda":  # a slot of a window has room for no more
+            windows = any(window is not None for window in self._slot_bytes.of_places)
+            self.prompt_tokens = PROMPT_TOKENS if windows else ON_CUDA_TOKENS
         how = "all sequences at once" if self.together else f"one sequence after another, as {found.obstacle}"
         if self._device.type == "cuda" and self.together:
             obstacle = found.not_static or found.no_graphs
