@@ -11,6 +11,8 @@ of workers, each of which imports torch, is for Triton's kernels.
 import os
 import sys
 
+import lownibble  # noqa: F401 - says how threads wait
+
 os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
 workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "0"))
 if workers:

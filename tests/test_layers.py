@@ -9,7 +9,7 @@ import pytest
 
 SOURCE = Path(__file__).parent.parent / "src" / "lownibble"
 LAYERS = {
-    "errors": 0, "launch": 0, "lazy": 0, "transfers": 0, "registry": 1, "matching": 1, "options": 2,
+    "errors": 0, "waiting": 0, "launch": 0, "lazy": 0, "transfers": 0, "registry": 1, "matching": 1, "options": 2,
     "config": 3, "leaves": 4, "stored": 4, "flags": 5, "listening": 4,
     "embedded": 1, "arch": 1, "tensorfile": 1,
     "kernels": 4, "quant": 5, "models": 6, "calibration": 7, "lora": 8, "optim": 8, "data": 8, "record": 8, "planning": 9,

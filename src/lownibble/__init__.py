@@ -9,6 +9,8 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from lownibble.waiting import wait_briefly
+
 if TYPE_CHECKING:
     from lownibble.config import CompareConfig, DataConfig, LoraConfig, PlanConfig, QuantConfig, RunConfig, TrainConfig
     from lownibble.decoding.generate import decode, drop_cache
@@ -28,6 +30,8 @@ if TYPE_CHECKING:
     from lownibble.training.run import TrainResult, run, train
 
 __version__ = "0.1.0"
+
+wait_briefly()
 
 _HOME = {
     **dict.fromkeys(("CompareConfig", "DataConfig", "LoraConfig", "PlanConfig", "QuantConfig"), "config"),

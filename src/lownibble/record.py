@@ -19,6 +19,7 @@ import psutil
 import torch
 
 from lownibble.kernels import ops, proven
+from lownibble.waiting import GIVEN
 
 SCHEMA = 1
 _PACKAGES = ("lownibble", "torch", "transformers", "safetensors", "peft", "bitsandbytes", "trl", "triton")
@@ -38,6 +39,7 @@ def environment(device: torch.device | None = None) -> dict[str, Any]:
         "device_type": device.type,
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "threads": torch.get_num_threads(),
+        "thread_waiting": {name: os.environ[name] for name in GIVEN if name in os.environ},
         "ram_bytes": psutil.virtual_memory().total,
         "platform": platform.platform(),
         "python": platform.python_version(),
