@@ -62,8 +62,12 @@ def test_images_are_refused(model):
 
 def test_adapters_under_earlier_names_are_read(model, clone, tmp_path):
     """Of transformers 4.50, as checkpoints still have them. Names of no layer are refused as before."""
-    adapted = ln.add_lora(clone(model), ln.LoraConfig(r=2, target_modules=["q_proj", "fc1"], init_lora_weights=False))
+    own = "model.language_model.layers.0.self_attn.q_proj"
+    options = {"r": 2, "target_modules": [own, "v_proj", "fc1"], "alpha_pattern": {own: 64.0}, "init_lora_weights": False}
+    adapted = ln.add_lora(clone(model), ln.LoraConfig(**options))
     ln.save_adapter(adapted, tmp_path)
+    options_file = tmp_path / "adapter_config.json"
+    options_file.write_text(options_file.read_text().replace("model.language_model.", "language_model.model."))
     file, here = tmp_path / "adapter_model.safetensors", "base_model.model.model."
     saved = load_file(file)
     earlier = {
@@ -78,6 +82,7 @@ def test_adapters_under_earlier_names_are_read(model, clone, tmp_path):
         save_file(tensors, file, {"format": "pt"})
         if names is earlier:
             ln.load_adapter(again := clone(model), tmp_path)
+            assert [one.get_submodule(own).adapters["default"].scale for one in (again, adapted)] == [32, 32]
             ln.save_adapter(again, tmp_path / "again")
             found = load_file(tmp_path / "again" / file.name)
             assert found.keys() == saved.keys()

@@ -202,10 +202,10 @@ def test_steps_of_fixed_shapes_that_fail_are_passes_of_any_shape_from_then_on(mo
     decoder, expected = static(model), [alone(model, prompt) for prompt in rows()]
     run = StaticSteps.__call__
 
-    def failing(self, ids, *rest):
-        if len(ids) > 2:
+    def failing(self, lines, *rest):
+        if len(lines[0]) > 2:
             raise RuntimeError("CUDA error: invalid configuration argument\nmore")
-        return run(self, ids, *rest)
+        return run(self, lines, *rest)
 
     monkeypatch.setattr(StaticSteps, "__call__", failing)
     assert decoded(decoder, rows(), [None] * 4) == expected

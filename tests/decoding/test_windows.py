@@ -8,8 +8,8 @@ from families import build, louder, quiet
 from torch import nn
 
 import lownibble as ln
-from lownibble.decoding import CpuDecoder, spans
-from lownibble.decoding.modules import ModulesDecoder
+from lownibble.decoding import CpuDecoder, slots, spans
+from lownibble.decoding.modules import ON_CUDA_TOKENS, ModulesDecoder, _prompt_tokens
 from lownibble.decoding.spans import Part, Span
 from lownibble.errors import InputError
 from lownibble.quant import QuantLinear
@@ -189,3 +189,20 @@ def test_any_course_of_slots():
                 seen = max(0, end - window)
                 assert held[slot][seen - first : end - first] == known[slot][seen:end], (seed, turn)
     assert found > 100
+
+
+def test_parts_of_prompts_fit_into_the_room_of_a_window():
+    assert _prompt_tokens("cpu", [None, 8]) == 0
+    assert _prompt_tokens("cuda", [None]) == ON_CUDA_TOKENS
+    decoder = decoder_of("static")
+    most = _prompt_tokens("cuda", decoder._slot_bytes.of_places)
+    cache = decoder.cache(1, 4 * ON_CUDA_TOKENS)
+    for begin in (0, most, 2 * most):
+        decoder.step(torch.arange(most) % 90, torch.zeros(most, dtype=torch.int64), torch.arange(begin, begin + most), cache)
+
+
+def test_scores_of_a_part_are_computed_a_few_tokens_at_once(monkeypatch):
+    decoder, tokens = decoder_of("static"), torch.arange(3 * WINDOW) % 90
+    whole = decoder.prompt(tokens, 0, decoder.cache(1, 4 * WINDOW))
+    monkeypatch.setattr(slots, "SCORE_BYTES", 5000)
+    torch.testing.assert_close(decoder.prompt(tokens, 0, decoder.cache(1, 4 * WINDOW)), whole)

@@ -380,6 +380,23 @@ def test_a_prompt_is_computed_once_for_all_its_candidates(tiny_model, tiny_data)
     assert sum(computed) <= sum(len(example.input_ids) + 2 for example in examples), "a row, and the end of its other answer"
 
 
+def test_an_evaluation_without_memory_for_all_candidates_takes_them_apart(tiny_model, tiny_data):
+    templates = {"prompt_template": "review : {text} sentiment :", "completion_template": " very {label}"}
+    data = DataConfig(path=str(tiny_data), **templates)
+    model, tokenizer = ln.load(str(tiny_model))
+    rows = load_data(data)
+    examples = encode(rows[1], tokenizer, data, 32).examples
+    found = evaluate.Evaluator(examples, choices(*rows, tokenizer, data, 32), collator(model, tokenizer), 1, model.device)
+    before, longest = found(model), max(len(example.input_ids) for example in examples)
+    assert found.prefix_reason == ""
+    assert found.halve() == longest
+    assert found.prefix_reason
+    after = found(model)
+    assert after.loss == pytest.approx(before.loss, rel=1e-6)
+    assert (after.correct, after.label_tokens) == (before.correct, before.label_tokens)
+    assert found.halve() == 0
+
+
 def test_training_goes_on_from_a_loaded_adapter(tiny_model, tiny_data, tmp_path):
     first = run(_config(tiny_model, tiny_data, max_steps=20, output_dir=str(tmp_path / "out")))
     model, tokenizer = ln.load(str(tiny_model))

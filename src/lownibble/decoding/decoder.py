@@ -103,7 +103,7 @@ class Decoder(ABC):
 
         Args:
             tokens, slots, positions: (T,) int64 on the host: token ids, and the cache slot and position of each. A slot's tokens
-                lie together, in order, at most `PROMPT_TOKENS` of them.
+                lie together, in order, at most `PROMPT_TOKENS` or `prompt_tokens` of them.
             segments: token ranges and their adapters; default: the model's active adapter for all tokens.
             wanted: (W,) int64 on the host, indices of the tokens whose logits are needed; default: all.
         Returns:

@@ -49,7 +49,7 @@ def drop_cache(model: Any) -> None:
 
 def _is_input(name: str, value: object) -> bool:
     """Whether an argument of the model's forward is more than text (images, embeddings, an encoder's output)."""
-    if name == "token_type_ids" and isinstance(value, Tensor):
+    if name in ("token_type_ids", "mm_token_type_ids") and isinstance(value, Tensor):  # zeros are text
         return bool(value.any())
     return name not in ("attention_mask", "position_ids", "cache_position") and (
         isinstance(value, Tensor) or (isinstance(value, dict) and bool(value))

@@ -25,7 +25,7 @@ from __future__ import annotations
 
 import inspect
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from itertools import groupby
@@ -134,9 +134,7 @@ class ModulesDecoder(Decoder):
                 _trials[model] = found
         self.together, self._in_parts, self._slot_bytes = not found.obstacle, found.in_parts, found.slot_bytes
         self._not_static = found.not_static
-        if self._device.type == "cuda":  # a slot of a window has room for no more
-            windows = any(window is not None for window in self._slot_bytes.of_places)
-            self.prompt_tokens = PROMPT_TOKENS if windows else ON_CUDA_TOKENS
+        self.prompt_tokens = _prompt_tokens(self._device.type, self._slot_bytes.of_places)
         how = "all sequences at once" if self.together else f"one sequence after another, as {found.obstacle}"
         if self._device.type == "cuda" and self.together:
             obstacle = found.not_static or found.no_graphs
@@ -309,7 +307,11 @@ class ModulesDecoder(Decoder):
             return prepared(adapter, self._dtype, self._device).branches
         key = f"on {self._device}"
         if key not in adapter.prepared:
-            adapter.prepared[key] = [branch and _moved(branch, self._device) for branch in adapter.of[0]]
+            same = self._on_device(adapter.unscaled) if adapter.unscaled else adapter.of[0]
+            adapter.prepared[key] = [
+                own and _moved(own if own.gain is not None or held is None else own._replace(A=held.A, B=held.B), self._device)
+                for own, held in zip(adapter.of[0], same, strict=True)
+            ]  # matrices of another scale are shared, but DoRA's, whose gain is in them
         found: list[LowRank | None] = adapter.prepared[key]
         return found
 
@@ -411,6 +413,13 @@ def _rope_limit(config: Any) -> tuple[str, int | None]:
 
 def _base(module: Any) -> Any:
     return module.base if isinstance(module, LoraLinear) else module
+
+
+def _prompt_tokens(device_type: str, windows: Iterable[int | None]) -> int:
+    """`Decoder.prompt_tokens` on a device, with layers of these windows, whose slots have room for `PROMPT_TOKENS` only."""
+    if device_type != "cuda":
+        return 0
+    return ON_CUDA_TOKENS if all(window is None for window in windows) else PROMPT_TOKENS
 
 
 def _moved(branch: LowRank, device: torch.device) -> LowRank:

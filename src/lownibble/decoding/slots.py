@@ -27,6 +27,10 @@ from lownibble.models import attention
 SLOTS = "lownibble_slots"
 """Our attention's name among transformers' implementations."""
 
+SCORE_BYTES = 64 << 20
+"""Of the float32 scores of some of a prompt's tokens, of all heads: those of a whole part would grow with the context. The
+softmax and the weights take as much again."""
+
 
 class Rows(NamedTuple):
     """One token of each row: its slot, and by span of the cache its place there, (B,) int64 on the device."""
@@ -81,20 +85,27 @@ def _attend_slots(
         length = place + n
         layer.keys[slot, :, place:length] = key[0, :, begin:end]
         layer.values[slot, :, place:length] = value[0, :, begin:end]
-        first = 0 if sliding_window is None else max(0, place - sliding_window + 1)
-        keys, values = layer.keys[slot, :, first:length], layer.values[slot, :, first:length]
-        own = query[0, :, begin:end].reshape(H, G * n, -1).float()  # of 16 bits a score of 50 would be off by an eighth
-        scores = (own @ keys.transpose(1, 2).float()).view(H, G, n, -1) * scale
-        if softcap is not None:
-            scores = torch.tanh(scores / softcap) * softcap
-        if n > 1:
-            ahead = torch.arange(first, length, device=query.device) - torch.arange(place, length, device=query.device)[:, None]
-            unseen = ahead > 0 if sliding_window is None else (ahead > 0) | (ahead <= -sliding_window)
-            scores.masked_fill_(unseen, -torch.inf)
-        if s_aux is not None:  # sinks take a share of the weight, and have no value
-            scores = torch.cat([scores, s_aux.to(scores).view(H, G, 1, 1).expand(H, G, n, 1)], dim=-1)
-        weights = scores.softmax(-1).to(query.dtype)[..., : length - first]
-        output[0, begin:end] = (weights.reshape(H, G * n, -1) @ values).view(H * G, n, -1).transpose(0, 1)
+        rows = max(1, SCORE_BYTES // (4 * H * G * length))
+        for done in range(0, n, rows):
+            m = min(rows, n - done)
+            at, to = place + done, place + done + m
+            first = 0 if sliding_window is None else max(0, at - sliding_window + 1)
+            keys, values = layer.keys[slot, :, first:to], layer.values[slot, :, first:to]
+            own = (
+                query[0, :, begin + done : begin + done + m].reshape(H, G * m, -1).float()
+            )  # 16 bits put a score of 50 off by 1/8
+            scores = (own @ keys.transpose(1, 2).float()).view(H, G, m, -1) * scale
+            if softcap is not None:
+                scores = torch.tanh(scores / softcap) * softcap
+            if m > 1:
+                ahead = torch.arange(first, to, device=query.device) - torch.arange(at, to, device=query.device)[:, None]
+                unseen = ahead > 0 if sliding_window is None else (ahead > 0) | (ahead <= -sliding_window)
+                scores.masked_fill_(unseen, -torch.inf)
+            if s_aux is not None:  # sinks take a share of the weight, and have no value
+                scores = torch.cat([scores, s_aux.to(scores).view(H, G, 1, 1).expand(H, G, m, 1)], dim=-1)
+            weights = scores.softmax(-1).to(query.dtype)[..., : to - first]
+            found = (weights.reshape(H, G * m, -1) @ values).view(H * G, m, -1).transpose(0, 1)
+            output[0, begin + done : begin + done + m] = found
     return output, None
 
 

@@ -25,7 +25,7 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import accumulate
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -39,12 +39,14 @@ from lownibble.lora.inject import named_linears
 from lownibble.lora.portable import CONFIG_FILE, PREFIX, TAKEN_FOR_EXPERTS, WEIGHTS_FILE
 from lownibble.lora.provenance import to_metadata
 from lownibble.lora.targets import match_experts, rank_of, scale_of, scaling
-from lownibble.matching import fits
+from lownibble.matching import by_pattern, fits
 from lownibble.models import experts
 from lownibble.models.conversion import names_in_model, stored_names
 
 if TYPE_CHECKING:
     from lownibble.lora.adapter_file import AdapterFile
+
+_T = TypeVar("_T")
 
 
 @dataclass(frozen=True)
@@ -119,11 +121,25 @@ def _renamed(stored: AdapterFile, model: Any) -> AdapterFile:
     keys = {PREFIX + found[path] + key.removeprefix(PREFIX + path): key for key, path in layer_of.items() if path in found}
     if not keys:
         return stored
-    result = copy.copy(stored)
+    result, config, targets = copy.copy(stored), stored.config, stored.config.target_modules
+    result.config = config.with_options(
+        target_modules=[found.get(name, name) for name in targets] if isinstance(targets, list) else targets,
+        rank_pattern=_patterns(config.rank_pattern, found), alpha_pattern=_patterns(config.alpha_pattern, found),
+    )  # fmt: skip
     result.made = {key: partial(stored.read, old) for key, old in keys.items()}
     result.shapes = {key: shape for key, shape in stored.shapes.items() if key not in keys.values()}
     result.shapes |= {key: stored.shapes[old] for key, old in keys.items()}
     return result
+
+
+def _patterns(given: Mapping[str, _T], renamed: Mapping[str, str]) -> dict[str, _T]:
+    """Patterns with a line for each renamed layer (earlier path -> path), without those that earlier paths alone match."""
+    own = {re.escape(path): by_pattern(old, given, None) for old, path in renamed.items()}
+    kept = {
+        pattern: value for pattern, value in given.items()
+        if any(fits(path, pattern) for path in renamed.values()) or not any(fits(old, pattern) for old in renamed)
+    }  # fmt: skip
+    return {path: value for path, value in own.items() if value is not None} | kept
 
 
 def _name(path: str) -> str:

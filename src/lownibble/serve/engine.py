@@ -154,7 +154,7 @@ class Engine:
         """
         with self._changed:
             if self.lost:
-                raise self.lost
+                raise DeviceLostError(str(self.lost))
             if self._closing:
                 raise QueueFullError("The server is shutting down. Ask another one, or try again later.")
             if self.waiting + len(requests) > self.max_queue + len(self._idle):  # idle slots count as places

@@ -72,8 +72,13 @@ class Evaluator:
         self.prefix_reason: str | None = None
 
     def halve(self) -> int:
-        """Halve the size of forward passes; returns the new `max_tokens`, or 0 if a pass is already a single row."""
+        """Make forward passes smaller: candidates apart if they were together (even in a tree attention sees each whole), else of
+        half the tokens. Returns the new `max_tokens`, or 0 if a pass is already a single row."""
         longest = max(len(example.input_ids) for example in self.examples)
+        if self.choices is not None and self.prefix_reason == "":
+            self.prefix_reason = "it took more memory than there is"
+            self.max_tokens = max(longest, self.max_tokens or self.batch_size * longest)
+            return self.max_tokens
         tokens = min(self.max_tokens or sys.maxsize, min(self.batch_size, len(self.examples)) * longest)
         if tokens <= longest:
             return 0
@@ -106,11 +111,12 @@ class Evaluator:
         """Why a prompt cannot be computed once for all candidates here, or ""."""
         if model.config.is_encoder_decoder:
             return "it has an encoder"
+        self.before_pass()
         by_length = sorted((example.input_ids for row in range(len(self.examples)) for example in self._sequences(row)), key=len)
         try:
             return check_prefixes(model, by_length[-1], by_length[0])
-        except Exception as error:
-            if not is_exhausted(error):
+        except Exception as error:  # with shards, other ranks would wait for this one's part of the next pass
+            if self.ranks.sharded or not is_exhausted(error):
                 raise
             return "there is no memory to try it"
 
