@@ -14,6 +14,7 @@ from lownibble.serve import server
 from lownibble.serve.server import make_service
 
 
+@pytest.mark.slow
 def test_a_batch_says_what_each_adapter_says_alone(tmp_path, monkeypatch):
     serve.write_adapters(tmp_path, serve.BATCH)
     services = []

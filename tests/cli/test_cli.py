@@ -50,6 +50,7 @@ def test_doctor_prints_one_json_document():
     assert found["versions"]["torch"] in err
 
 
+@pytest.mark.slow
 def test_train_leaves_the_contract_files_and_resumes(tiny_model, tiny_data, tmp_path, forked, capsys):
     output = tmp_path / "out"
     arguments = ["train", "--model", tiny_model, "--data", tiny_data, "--method", "qlora", "--output", output, *SMALL, "--json"]

@@ -12,6 +12,7 @@ OFFLOADED = {"fsdp_cpu_offload": True}
 STATE = "checkpoints/step-000004/state.safetensors"
 
 
+@pytest.mark.slow
 def test_offloaded_shards_train_as_others_and_checkpoints_are_exchanged(two, options, tmp_path):  # noqa: F811
     wanted = options(max_steps=4, save_steps=2)
     plain, offloaded = (tmp_path / name for name in ("plain", "offloaded"))

@@ -105,6 +105,7 @@ def test_ranks_train_as_one_process(two, options, tmp_path, case):
         assert_close(*held, atol=2e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", ["ddp", "fsdp"])
 def test_resuming_is_bit_identical_and_another_number_of_ranks_goes_on(two, options, tmp_path, mode):
     wanted = in_ranks(options(max_steps=6, save_steps=3), mode, tmp_path)
@@ -152,6 +153,7 @@ def test_ranks_hold_their_shards(two, wider_model, options, tmp_path):
         assert max(rank[key] for rank in held) <= 0.52 * whole["kinds"][key], key
 
 
+@pytest.mark.slow
 def test_loading_takes_the_shards_and_one_layer(two, deep_model, options, tmp_path):
     wanted = in_ranks({**options("lora", max_steps=1), "model": str(deep_model)}, "fsdp", tmp_path)
     two.train(wanted)  # libraries that a first run imports are none of loading's memory

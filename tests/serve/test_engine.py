@@ -387,6 +387,7 @@ def decoded(prompt, tokens):
     return "".join(piece.text for piece in told)
 
 
+@pytest.mark.slow
 def test_text_within_a_character():
     _, tokenizer = ln.load("demo")
     ids = tokenizer("so \U0001f9ff it is").input_ids

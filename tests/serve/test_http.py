@@ -327,6 +327,7 @@ def test_an_empty_key_is_none_that_would_let_everyone_in(live, monkeypatch, name
         live()
 
 
+@pytest.mark.slow
 def test_a_client_that_does_not_read_is_let_go(live, monkeypatch):
     monkeypatch.setattr("lownibble.serve.http.SEND_SECONDS", 0.5)
     made = live(max_requests=1, max_context=2000)

@@ -4,6 +4,7 @@ import json
 from collections import Counter
 
 import httpx
+import pytest
 import schemathesis
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -12,6 +13,7 @@ from lownibble.serve.protocol import ChatRequest, CompletionRequest, DetokenizeR
 from lownibble.serve.responses import ResponsesRequest
 
 
+@pytest.mark.slow
 def test_the_server_does_not_fall_over(live):
     schema = schemathesis.openapi.from_url(f"{live(max_output=8).url}/openapi.json")
     seen = {}

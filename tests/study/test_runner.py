@@ -84,6 +84,7 @@ def here(no_turns, monkeypatch):
     monkeypatch.setitem(jobs.JOBS, "cell", cell.work)
 
 
+@pytest.mark.slow
 def test_cells_are_run_once_and_learning_rates_found_first(study, tmp_path, here, capsys):
     told = run_study(study(), tmp_path / "out")
     found = records(tmp_path / "out")
@@ -110,6 +111,7 @@ def test_cells_are_run_once_and_learning_rates_found_first(study, tmp_path, here
     assert len(records(tmp_path / "out")) == 10
 
 
+@pytest.mark.slow
 def test_finished_cells_run_once_more_agree(study, tmp_path, here, monkeypatch):
     few = {"learning_rates = [1e-3, 1e-2]": "learning_rates = []", "max_steps = 3": "max_steps = 1"}
     run_study(study(**few), tmp_path / "out")
@@ -284,6 +286,7 @@ def test_long_runs_go_on_from_their_checkpoint(study, tmp_path, here):
     assert not list((tmp_path / "saved").glob("work/*"))  # no longer needed
 
 
+@pytest.mark.slow
 def test_every_kind_is_scored_and_encoder_decoders_too(study, tmp_path, here, monkeypatch):
     for kind, found in KINDS.items():
         monkeypatch.setitem(KINDS, kind, found._replace(max_new_tokens=min(found.max_new_tokens, 6)))
@@ -412,6 +415,7 @@ def far_apart(monkeypatch):
     monkeypatch.setitem(jobs.JOBS, "cell", scored)
 
 
+@pytest.mark.slow
 def test_without_looks_no_seed_is_left_out(study, tmp_path, here, far_apart):
     """Also where a study is extended, or was interrupted, after seeds that would decide."""
     short = {"learning_rates = [1e-3, 1e-2]": "learning_rates = []", "max_steps = 3": "max_steps = 1"}
@@ -420,6 +424,7 @@ def test_without_looks_no_seed_is_left_out(study, tmp_path, here, far_apart):
     assert {record["cell"]["seed"] for record in records(tmp_path / "out").values()} == {0, 1, 2}
 
 
+@pytest.mark.slow
 def test_cells_of_comparisons_that_are_decided_are_not_run(study, tmp_path, here, far_apart):
     """The look after three of five seeds decides."""
     looks = {

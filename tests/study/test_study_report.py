@@ -227,6 +227,7 @@ def test_memory_speed_grid_and_front(tmp_path):
     }
 
 
+@pytest.mark.slow
 def test_a_difference_beyond_its_interval_decides(tmp_path, monkeypatch):
     monkeypatch.setitem(ACCURACY, "qlora", [0.60, 0.61, 0.60])
     summary = analyse(made(tmp_path / "s"))
@@ -285,6 +286,7 @@ def test_turns_that_were_left_out_decide_nothing(tmp_path, monkeypatch):
     assert (group["advice"], group["reason"].rpartition("; ")[2]) == ("qlora", "least memory among these.")
 
 
+@pytest.mark.slow
 def test_models_are_told_apart(tmp_path):
     folder = made(tmp_path / "s")
     study = json.loads((folder / "study.json").read_text())

@@ -35,6 +35,7 @@ def config_of(model, data, quant, output, **train):
     return RunConfig(model=str(model), data=str(data), method="qlora", device="cpu", quant=quant, train=options)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", QUANT)
 def test_trains_resumes_plans_and_merges(wide, tiny_data, tmp_path, name):
     quant = QUANT[name]

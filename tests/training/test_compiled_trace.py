@@ -53,6 +53,7 @@ def saved_bytes(recompute):
     return watch.bytes
 
 
+@pytest.mark.slow
 def test_elementwise_results_are_computed_again_in_real_steps_and_in_traces():
     real = {recompute: saved_bytes(recompute) for recompute in (False, True)}
     config = AutoConfig.for_model("llama", **SIZES).to_dict()

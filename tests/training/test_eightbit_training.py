@@ -41,6 +41,7 @@ def train(model, data, output, compute, **options):
     ))  # fmt: skip
 
 
+@pytest.mark.slow
 @needs_vnni
 @pytest.mark.parametrize("packing", [False, True])
 @pytest.mark.parametrize("gradient_checkpointing", [False, True])
@@ -59,6 +60,7 @@ def test_losses_follow_exact_compute_and_repeat_bit_for_bit(wide_model, tiny_dat
     assert all(torch.equal(tensor, files[1][key]) for key, tensor in files[0].items())
 
 
+@pytest.mark.slow
 def test_going_on_in_another_compute_is_told(wide_model, tiny_data, tmp_path):
     with ln.use_backend("reference"):
         train(wide_model, tiny_data, tmp_path / "run", "fp8", max_steps=2, save_steps=1)
@@ -70,6 +72,7 @@ def test_going_on_in_another_compute_is_told(wide_model, tiny_data, tmp_path):
             assert [warning for warning in again.record["warnings"] if "compute" in warning] == told
 
 
+@pytest.mark.slow
 def test_fp8_follows_exact_compute_on_the_reference_kernels(wide_model, tiny_data, tmp_path):
     """No CPU has float8 units; the kernels' equality with the reference is held elsewhere. Observed: 0.3 % at most, and less than
     0.1 % at the first step, from products that are 4 % apart."""
@@ -82,6 +85,7 @@ def test_fp8_follows_exact_compute_on_the_reference_kernels(wide_model, tiny_dat
     assert fp8.losses[-1] < 0.8 * fp8.losses[0]
 
 
+@pytest.mark.slow
 @needs_vnni
 def test_auto_takes_what_is_proven_where_it_runs_and_says_why(wide_model, tiny_model, tiny_data, tmp_path, monkeypatch):
     wide = train(wide_model, tiny_data, tmp_path / "wide", "auto").record["model"]

@@ -60,6 +60,7 @@ def made():
     return backend(SimpleNamespace(fused=False), join=True)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", [{"quant": None}, {}, {"target_modules": ["q_proj", "v_proj", "up_proj"], "r": 20}])
 def test_gradients_are_those_of_the_layers_apart(how, widen, operators):
     model = adapted(widen(num_hidden_layers=LAYERS, attention_bias=True), **how)
@@ -70,6 +71,7 @@ def test_gradients_are_those_of_the_layers_apart(how, widen, operators):
     assert all(each["low_ranks"] == each["low_ranks_backward"] > 0 for each in operators)
 
 
+@pytest.mark.slow
 def test_each_input_is_read_once_and_each_product_is_there_once(widen, operators):
     """q, k, v share an input, gate and up one; o and down have their own."""
     model = adapted(widen(num_hidden_layers=LAYERS))
@@ -79,6 +81,7 @@ def test_each_input_is_read_once_and_each_product_is_there_once(widen, operators
     assert all(each == counts | {f"{name}_backward": count for name, count in counts.items()} for each in operators)
 
 
+@pytest.mark.slow
 def test_with_dropout_nothing_is_joined(widen, operators):
     model = adapted(widen(num_hidden_layers=LAYERS), lora_dropout=0.5)
     gradients(model, Compiled(model, backend=made()))
@@ -86,6 +89,7 @@ def test_with_dropout_nothing_is_joined(widen, operators):
     assert all(each["lora_matmul"] == each["lora_matmul_backward"] == 7 for each in operators)
 
 
+@pytest.mark.slow
 def test_8bit_rows_of_a_shared_input_are_joined_too(widen, operators):
     with ln.use_backend("reference"):
         model = adapted(widen(num_hidden_layers=LAYERS), compute="fp8")

@@ -59,6 +59,7 @@ class Keep(Sink):
         self.events.append(event)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("packing", [False, True])
 @pytest.mark.parametrize("method", ["full", "lora", "qlora"])
 def test_smaller_passes_give_the_same_losses(tiny_model, tiny_data, made_up, method, packing):
@@ -78,6 +79,7 @@ def test_smaller_passes_give_the_same_losses(tiny_model, tiny_data, made_up, met
     assert told.max_tokens == fit["max_tokens"]
 
 
+@pytest.mark.slow
 def test_a_budget_that_suffices_changes_nothing(tiny_model, tiny_data, made_up):
     plain = run(config_of(tiny_model, tiny_data))
     fitted = run(config_of(tiny_model, tiny_data, memory_budget="2GB"))
@@ -112,6 +114,7 @@ class Stop(Sink):
             raise KeyboardInterrupt
 
 
+@pytest.mark.slow
 def test_a_run_resumed_keeps_its_fit_and_its_bits(tiny_model, tiny_data, made_up, tmp_path):
     options = {"memory_budget": "150MB", "save_steps": 2}
     whole = run(config_of(tiny_model, tiny_data, output_dir=str(tmp_path / "whole"), **options))
@@ -124,6 +127,7 @@ def test_a_run_resumed_keeps_its_fit_and_its_bits(tiny_model, tiny_data, made_up
     assert isinstance(read_events(tmp_path / "cut" / "events.jsonl")[0], Fitted)
 
 
+@pytest.mark.slow
 def test_a_smaller_budget_on_resuming_is_kept_to(tiny_model, tiny_data, made_up, tmp_path):
     whole = run(config_of(tiny_model, tiny_data))
     options = {"save_steps": 2, "output_dir": str(tmp_path / "cut")}
@@ -163,6 +167,7 @@ def small_machine(monkeypatch):
     return limit
 
 
+@pytest.mark.slow
 def test_a_step_without_memory_begins_again_with_smaller_passes(tiny_model, tiny_data, small_machine, tmp_path):
     small_machine["tokens"] = 10**9
     whole = run(config_of(tiny_model, tiny_data, gradient_accumulation_steps=2))

@@ -186,6 +186,7 @@ def test_the_merged_model_has_the_codes_that_were_trained(config, tmp_path, name
     assert trained.record["evaluations"][0]["loss"] > trained.eval_loss
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["nf4", "int4"])
 def test_resumes_bit_for_bit_and_is_planned(config, tmp_path, name):
     whole = run(config(QUANT[name], "whole"))

@@ -37,6 +37,7 @@ def config_of(folder, data, output, method="qlora", lora=None, **options):
     )  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["lora", "qlora"])
 @pytest.mark.parametrize("kind", MIXTURES)
 def test_the_saved_adapter_changes_the_logits_where_it_is_loaded(peft, kind, method, tokenizer, tmp_path, rows_of):
@@ -58,6 +59,7 @@ def weights(folder):
     return load_file(folder / "adapter" / WEIGHTS_FILE)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [{"gradient_checkpointing": True}, {"gradient_accumulation_steps": 2}], ids=str)
 def test_options_that_change_no_values(options, tokenizer, tmp_path, rows_of):
     folder = folder_of("qwen3_moe", tmp_path / "model", tokenizer)
@@ -72,6 +74,7 @@ def test_options_that_change_no_values(options, tokenizer, tmp_path, rows_of):
         torch.testing.assert_close(found[key], value, rtol=1e-2, atol=2e-4)
 
 
+@pytest.mark.slow
 def test_packed_rows_learn_as_well(tokenizer, tmp_path, rows_of):
     folder = folder_of("qwen3_moe", tmp_path / "model", tokenizer)
     plain, packed = (
@@ -80,6 +83,7 @@ def test_packed_rows_learn_as_well(tokenizer, tmp_path, rows_of):
     assert packed == pytest.approx(plain, abs=0.1)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not HAS_INT8, reason="no AVX-512 VNNI")
 def test_products_of_experts_in_eight_bits(tokenizer, tmp_path, rows_of):
     folder = folder_of("qwen3_moe", tmp_path / "model", tokenizer)
@@ -95,6 +99,7 @@ def test_products_of_experts_in_eight_bits(tokenizer, tmp_path, rows_of):
     assert results["int8"].losses == pytest.approx(results["exact"].losses, rel=0.01)
 
 
+@pytest.mark.slow
 def test_a_resumed_run_has_the_bits_of_one_that_was_not_interrupted(tokenizer, tmp_path, rows_of):
     folder = folder_of("gpt_oss", tmp_path / "model", tokenizer)
     run(config_of(folder, rows_of(16), tmp_path / "whole", save_steps=2))
@@ -115,6 +120,7 @@ def test_what_is_adapted_is_said(tokenizer, tmp_path, rows_of):
     assert record["model"]["adapted"] == {"linear layers": 8, "weights of experts": 4}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["mixtral", "gpt_oss"])
 def test_full_fine_tuning_is_saved_under_the_checkpoints_names(kind, tokenizer, tmp_path, rows_of):
     folder = folder_of(kind, tmp_path / "model", tokenizer)

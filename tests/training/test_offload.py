@@ -173,6 +173,7 @@ def test_a_run_has_the_bits_of_one_that_checkpoints_on_the_device(options, widen
     assert stores % 3 == 0
 
 
+@pytest.mark.slow
 def test_a_full_run_too(tiny_model, tiny_data, tmp_path, on_cpu):
     ours, theirs = (trained(tiny_model, tiny_data, tmp_path / str(how), how, method="full")[0] for how in ("offload", True))
     assert ours.losses == theirs.losses
@@ -230,6 +231,7 @@ class NoRoom(OtherBuffers):
         raise PinnedMemoryError("1.00 GB of pinned host memory could not be had")
 
 
+@pytest.mark.slow
 def test_a_host_without_room_is_out_of_memory_and_loses_no_step(widen, tiny_data, tmp_path, monkeypatch):
     assert is_exhausted(PinnedMemoryError("..."))
     folder, calls, plain = tmp_path / "run", [], Passes.backward

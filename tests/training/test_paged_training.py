@@ -54,6 +54,7 @@ def _same(one, other):
     )  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["full", "lora", "qlora"])
 @pytest.mark.parametrize("bits", ["", "_8bit"])
 def test_a_paged_run_is_the_unpaged_run(tiny_model, tiny_data, tmp_path, method, bits):
@@ -72,6 +73,7 @@ def test_a_paged_run_is_the_unpaged_run(tiny_model, tiny_data, tmp_path, method,
     assert names <= {"adapter", "model", "checkpoints", "events.jsonl", "record.json", ".lock"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["full", "qlora"])
 @pytest.mark.parametrize("bits", ["", "_8bit"])
 def test_a_paged_run_cut_and_resumed_gives_the_same_bits(tiny_model, tiny_data, tmp_path, method, bits):
@@ -80,6 +82,7 @@ def test_a_paged_run_cut_and_resumed_gives_the_same_bits(tiny_model, tiny_data, 
     assert _same(whole, _interrupted(_config(tiny_model, tiny_data, method, output_dir=str(tmp_path / "cut"), **options)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("bits", ["", "_8bit"])
 @pytest.mark.parametrize("paged_first", [True, False])
 def test_either_kind_goes_on_from_the_others_checkpoint(tiny_model, tiny_data, tmp_path, bits, paged_first):
@@ -90,11 +93,13 @@ def test_either_kind_goes_on_from_the_others_checkpoint(tiny_model, tiny_data, t
     assert _same(whole, _interrupted(_config(tiny_model, tiny_data, output_dir=str(tmp_path / "cut"), **before), after))
 
 
+@pytest.mark.slow
 def test_8_bit_states_do_not_go_on_as_32_bit_ones(tiny_model, tiny_data, tmp_path):
     with pytest.raises(OutputError, match=r"train.optim: 'adamw_8bit' -> 'adamw'"):
         _interrupted(_config(tiny_model, tiny_data, output_dir=str(tmp_path / "cut"), optim="adamw_8bit"), {"optim": "adamw"})
 
 
+@pytest.mark.slow
 def test_a_disk_that_fills_up_ends_the_run_and_spares_its_checkpoint(tiny_model, tiny_data, tmp_path, monkeypatch):
     options = {"optim": "paged_adamw", "optim_page_budget": f"{2 * PAGE}B"}
     whole = run(_config(tiny_model, tiny_data, **options))

@@ -418,6 +418,7 @@ def test_an_adapter_is_off_inside_the_block_only(tiny_run):
     assert [name for name, p in model.named_parameters() if p.requires_grad] == trained
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("objective", "method"), [("dpo", "lora"), ("dpo", "int8"), ("dpo", "full"), ("orpo", "qlora"), ("kto", "qlora")]
 )

@@ -76,6 +76,7 @@ def test_the_same_seed_gives_the_same_bits(tiny_model, tiny_data, tmp_path):
     assert all(torch.equal(one[key], two[key]) for key in one)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["full", "lora", "qlora"])
 @pytest.mark.parametrize("accumulation", [1, 2])
 def test_a_run_cut_and_resumed_gives_the_same_bits(tiny_model, tiny_data, tmp_path, method, accumulation):
@@ -117,6 +118,7 @@ def test_dora_resumes_to_the_same_bits_and_trains_on(tiny_model, tiny_data, tmp_
     assert run(more).record["evaluations"][0]["loss"] == pytest.approx(whole.eval_loss, rel=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("optim", ["adamw", "paged_adamw", "adamw_8bit"])
 def test_loraplus_resumes_to_the_same_bits_and_not_with_another_ratio(tiny_model, tiny_data, tmp_path, optim):
     options = {"loraplus_lr_ratio": 4, "save_steps": 2, "max_steps": 4, "optim": optim, "max_grad_norm": None}
@@ -133,6 +135,7 @@ def test_loraplus_resumes_to_the_same_bits_and_not_with_another_ratio(tiny_model
         run(config.with_options(train=config.train.with_options(resume=True, loraplus_lr_ratio=8)))
 
 
+@pytest.mark.slow
 def test_resuming_a_complete_run_keeps_what_was_measured(tiny_model, tiny_data, tmp_path):
     config = _config(tiny_model, tiny_data, output_dir=str(tmp_path / "out"), max_steps=3)
     whole = run(config)
@@ -152,6 +155,7 @@ def test_resume_refuses_other_options(tiny_model, tiny_data, tmp_path):
         run(changed)
 
 
+@pytest.mark.slow
 def test_resume_refuses_another_mask_and_tells_of_other_tokens(tiny_model, tiny_data, tmp_path, monkeypatch):
     config = _config(tiny_model, tiny_data, output_dir=str(tmp_path / "out"), max_steps=4, lr_scheduler_type="constant")
     run(config)
@@ -163,6 +167,7 @@ def test_resume_refuses_another_mask_and_tells_of_other_tokens(tiny_model, tiny_
     assert [m for m in told.record["warnings"] if m.startswith("the rows have other tokens or labels than when the run began")]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["lora", "qlora"])
 def test_a_run_trains_on_from_an_adapter(tiny_model, tiny_data, tmp_path, method):
     """It starts where the adapter ended, with the adapter's own configuration, and may be resumed."""
@@ -199,6 +204,7 @@ def test_rows_that_are_too_long_are_told(tiny_model, tiny_data, tmp_path, overle
     assert all(message.endswith(f"rows are longer than max_length 11 and are {what}") for message in told)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("warmup", [0.0, 0.2])
 def test_a_run_at_a_constant_rate_can_be_given_more_steps(tiny_model, tiny_data, tmp_path, warmup):
     """Resumed with more steps, it is the longer run: to the bit without a warm-up; with one, the short one's steps differ."""

@@ -69,6 +69,7 @@ DAMAGE = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("damage", DAMAGE)
 def test_a_damaged_checkpoint_is_passed_over(tiny_model, tiny_data, tmp_path, damage):
     whole = run(config_of(tiny_model, tiny_data, tmp_path / "whole"))

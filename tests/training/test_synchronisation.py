@@ -59,6 +59,7 @@ CASES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", CASES)
 def test_a_step_waits_once_for_its_loss_and_norm(case, widen, tiny_data):
     with ln.use_backend("reference"):
