@@ -8,7 +8,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 import lownibble as ln
-from lownibble.decoding import CpuDecoder, choose
+from lownibble.decoding import CpuDecoder, choose, generate
 from lownibble.errors import AdapterError, ModelError
 from lownibble.quant import QuantLinear
 
@@ -90,3 +90,9 @@ def test_adapters_under_earlier_names_are_read(model, clone, tmp_path):
         else:
             with pytest.raises(AdapterError, match="does not fit this model: lacks"):
                 ln.load_adapter(model, tmp_path)
+
+
+@pytest.mark.parametrize("name", ["token_type_ids", "mm_token_type_ids"])
+def test_processors_mark_text_with_zeros(name):
+    assert not generate._is_input(name, torch.zeros(1, 4, dtype=torch.int64))
+    assert generate._is_input(name, torch.ones(1, 4, dtype=torch.int64))
