@@ -209,7 +209,7 @@ def test_steps_of_fixed_shapes_that_fail_are_passes_of_any_shape_from_then_on(mo
 
     monkeypatch.setattr(StaticSteps, "__call__", failing)
     assert decoded(decoder, rows(), [None] * 4) == expected
-    assert caplog.text.count("without steps of fixed shapes, more slowly: a step of") == 1
+    assert caplog.text.count("falls back to eager passes of dynamic shapes, which are slower: a step of") == 1
     assert "invalid configuration argument)" in decoder._not_static
     monkeypatch.setattr(StaticSteps, "__call__", lambda *_: 1 / 0)
     with quiet():

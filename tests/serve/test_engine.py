@@ -94,11 +94,10 @@ def test_prompts_that_begin_alike_are_read_once(base, adapters, engine, ask):
     assert again.wait().reused_tokens == 39
 
 
-def test_the_rest_goes_on_where_the_one_ahead_was_cancelled(base, adapters, engine, ask, monkeypatch):
-    monkeypatch.setattr(engines, "PROMPT_TOKENS", 4)
-    made, prefix = engine(max_batch=3), list(range(3, 40))
-    first, gone = ask(made, [*prefix, 50], submit=False)
-    other, told = ask(made, [*prefix, 60], submit=False)
+def cancel_the_one_ahead(made, ask, monkeypatch, expected):
+    """Of two prompts that begin alike the first is cancelled halfway; the other goes on from there to its eight tokens."""
+    first, gone = ask(made, [*range(3, 40), 50], 8, submit=False)
+    other, told = ask(made, [*range(3, 40), 60], 8, submit=False)
     step, steps = made.decoder.step, []
 
     def counted(*arguments, **options):
@@ -111,7 +110,12 @@ def test_the_rest_goes_on_where_the_one_ahead_was_cancelled(base, adapters, engi
     made.submit(first, other)
     assert gone.wait().reason == "cancelled"
     assert told.wait().reused_tokens == 20
-    assert told.tokens == alone(base, adapters, [*prefix, 60], 8)
+    assert told.tokens == expected
+
+
+def test_the_rest_goes_on_where_the_one_ahead_was_cancelled(base, adapters, engine, ask, monkeypatch):
+    monkeypatch.setattr(engines, "PROMPT_TOKENS", 4)
+    cancel_the_one_ahead(engine(max_batch=3), ask, monkeypatch, alone(base, adapters, [*range(3, 40), 60], 8))
 
 
 def test_without_the_prefix_cache_nothing_is_reused(engine, ask):

@@ -5,6 +5,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from mixtures import folder_of
+from test_engine import cancel_the_one_ahead
 from test_serve_families import TARGETS
 from test_serve_mixtures import PROMPTS, alone
 
@@ -112,22 +113,7 @@ def test_what_drawing_takes_is_counted_in_the_budget(base, serving):
 def test_the_rest_goes_on_where_the_one_ahead_was_cancelled(base, serving, ask, monkeypatch):
     """Its slot is copied between steps, where tensors that a step has made may not be changed."""
     monkeypatch.setattr(engines, "PROMPT_TOKENS", 4)
-    made, prefix = serving(base, None), list(range(3, 40))
-    first, gone = ask(made, [*prefix, 50], 6, submit=False)
-    other, told = ask(made, [*prefix, 60], 6, submit=False)
-    step, steps = made.decoder.step, []
-
-    def counted(*arguments, **options):
-        steps.append(1)
-        if len(steps) == 5:
-            made.cancel(first)
-        return step(*arguments, **options)
-
-    monkeypatch.setattr(made.decoder, "step", counted)
-    made.submit(first, other)
-    assert gone.wait().reason == "cancelled"
-    assert told.wait().reused_tokens == 20
-    assert told.tokens == alone(base, None, [*prefix, 60], 6, None)
+    cancel_the_one_ahead(serving(base, None), ask, monkeypatch, alone(base, None, [*range(3, 40), 60], 8, None))
 
 
 def test_a_step_that_fails_is_logged_and_a_lost_device_is_said_to_be_lost(base, serving, ask, monkeypatch, caplog):

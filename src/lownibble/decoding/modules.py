@@ -202,7 +202,7 @@ class ModulesDecoder(Decoder):
             if isinstance(error, LownibbleError) or is_exhausted(error):
                 raise
             self._not_static = f"a step of {len(ones)} rows failed ({_first_line(error)})"
-            _log.warning("Decoding goes on without steps of fixed shapes, more slowly: %s.", self._not_static)
+            _log.warning("Decoding falls back to eager passes of dynamic shapes, which are slower: %s.", self._not_static)
             cache.steps = None
             return self._pass(tokens, positions, parts, cache, segments, wanted)  # writes the same keys and values
         row_of = torch.zeros(len(tokens), dtype=torch.int64)

@@ -212,7 +212,7 @@ class StaticSteps:
             except RuntimeError as error:
                 self.obstacle = f"a step cannot be captured ({str(error).partition(chr(10))[0][:120]})"
                 self._graphs.clear()
-                _log.warning("Decoding goes on without CUDA graphs, more slowly: %s.", self.obstacle)
+                _log.warning("Decoding falls back to eager execution without CUDA graphs, which is slower: %s.", self.obstacle)
                 return run()
             graph = self._graphs[key] = _Captured(replay, logits, [*held, *scratch_buffers()])
         graph.replay()

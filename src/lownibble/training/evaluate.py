@@ -75,7 +75,7 @@ class Evaluator:
         """Make forward passes smaller: candidates apart if they were together (even in a tree attention sees each whole), else of
         half the tokens. Returns the new `max_tokens`, or 0 if a pass is already a single row."""
         longest = max(len(example.input_ids) for example in self.examples)
-        if self.choices is not None and self.prefix_reason == "":
+        if self.prefix_reason == "":
             self.prefix_reason = "it took more memory than there is"
             self.max_tokens = max(longest, self.max_tokens or self.batch_size * longest)
             return self.max_tokens
