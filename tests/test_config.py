@@ -40,7 +40,7 @@ VALUES = {
     "precompute_ref_log_probs": True,
     "r": 3, "lora_alpha": 5.0, "lora_dropout": 0.25, "target_modules": ["q_proj", "v_proj"],
     "target_parameters": ["experts.down_proj"], "target_experts": False, "bias": "all", "use_rslora": True,
-    "use_dora": True,
+    "use_dora": True, "alora_invocation_tokens": [7, 8],
     "init_lora_weights": "gaussian", "modules_to_save": ["lm_head"], "layers_to_transform": [0, 2],
     "exclude_modules": ["k_proj", "o_proj"], "layers_pattern": "layers", "rank_pattern": {"q_proj": 2},
     "alpha_pattern": {"v_proj": 9.0}, "learning_rate": 0.5, "max_steps": 11, "num_train_epochs": 2.5, "batch_size": 3,
@@ -220,7 +220,7 @@ def test_values_cover_exactly_the_leaves():
 def test_leaf_names_and_flags_are_unique(config):
     flags = [flag_name(path, field) for path, field in leaves(config)]
     assert len(flags) == len(set(flags))
-    assert len(flags) <= 79  # 73, and 6 of the objectives over preferences, which TRL has as options of each of its trainers
+    assert len(flags) <= 80  # 74, and 6 of the objectives over preferences, which TRL has as options of each of its trainers
 
 
 def test_flags_win_over_toml_and_both_over_defaults(tmp_path):

@@ -339,6 +339,8 @@ def prefix() -> str:
     names = {
         "without": "without the prefix cache", "cold": "with it, a prefix that nobody has sent before",
         "warm": "with it, a prefix that each adapter has read before",
+        "activated without": "activated adapters, without the prefix cache",
+        "activated": "activated adapters with it, a prefix that nobody has sent before",
     }  # fmt: skip
     columns = ["", "median time to first token, s", "last, s", "/ without", "prompt tokens read", "same greedy tokens"]
     lines = [f"| {' | '.join(columns)} |", "| --- | ---: | ---: | ---: | ---: | ---: |"]

@@ -2,7 +2,7 @@
 
     CODECS       `QuantConfig.quant_type`        weight packing                  quant/packed.py
     INITS        `LoraConfig.init_lora_weights`  adapter initialisation          lora/init.py
-    VARIANTS     `LoraConfig.use_dora`           computation of adapted layers   lora/variants.py
+    VARIANTS     `LoraConfig.use_dora`, ...      computation of adapted layers   lora/variants.py
     OPTIMIZERS   `TrainConfig.optim`             optimiser                       optim/specs.py
     OBJECTIVES   `TrainConfig.objective`         training objective              training/objectives.py
     TRACKERS     `TrainConfig.report_to`         tracker of experiments          training/trackers/tracker.py
@@ -131,8 +131,9 @@ INITS = Registry(
 )
 
 VARIANTS = Registry(
-    "variant of adapters", {"lora": "lownibble.lora.variants:LORA", "dora": "lownibble.lora.dora:DORA"}
-)  # fmt: skip
+    "variant of adapters",
+    {"lora": "lownibble.lora.variants:LORA", "dora": "lownibble.lora.dora:DORA", "alora": "lownibble.lora.activated:UNBOUND"},
+)
 
 OPTIMIZERS = Registry(
     "optimiser",

@@ -11,8 +11,9 @@ from torch.utils._pytree import tree_leaves
 from transformers import TextStreamer
 
 import lownibble as ln
-from lownibble.decoding import CpuDecoder, choose
+from lownibble.decoding import CpuDecoder, choose, decoder
 from lownibble.errors import ModelError
+from lownibble.lora.active import adapter_off
 from lownibble.quant import QuantLinear
 
 CLOSE = {"rtol": 1e-4, "atol": 1e-4}
@@ -260,12 +261,13 @@ def test_a_step_is_described_on_the_host_and_sampled_on_the_device(monkeypatch):
         def cache(self, slots, capacity):
             return None
 
-        def prompt(self, tokens, slot, cache):
+        def prompt(self, tokens, slot, cache, adapter, active_from):
+            assert adapter is None
             assert tokens.device.type == "cpu"
             seen.append(tokens.tolist())
             return torch.nn.functional.one_hot(torch.tensor([3 + slot], device="cuda"), 9).float()
 
-        def step(self, tokens, slots, positions, cache):
+        def step(self, tokens, slots, positions, cache, segments):
             assert {t.device.type for t in (tokens, slots, positions)} == {"cpu"}
             seen.append((tokens.tolist(), slots.tolist(), positions.tolist()))
             return torch.nn.functional.one_hot(torch.tensor([5, 6], device="cuda")[slots.tolist()], 9).float()
@@ -291,3 +293,52 @@ def test_a_step_is_described_on_the_host_and_sampled_on_the_device(monkeypatch):
 def test_options_that_are_not_done_are_refused(quantized, option):
     with pytest.raises(ModelError, match=next(iter(option))):
         quantized().generate(**_prompts(), max_new_tokens=2, do_sample=False, custom_generate=ln.decode, **option)
+
+
+ACTIVATED = {"alora_invocation_tokens": [7, 8]}
+
+
+def _invoking(length=9):
+    """Rows, of different lengths and so padded on the left, that invoke in the middle, at the end, at once, and not at all."""
+    rows = [[5, 6, 7, 8, 9, 10, 7, 8, 11], [20, 21, 7, 8], [7, 8, 30, 31, 32], [40, 41, 8, 7, 42, 43]]
+    ids = torch.tensor([[0] * (length - len(row)) + row for row in rows])
+    return {"input_ids": ids, "attention_mask": (ids != 0).long()}
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gemma2"])
+def test_an_activated_adapter_is_on_from_the_prompts_invocation_on(quantized, family):
+    """On both decoders as in transformers' own loop, which runs the modules."""
+    model, prompts = quantized(family), _invoking()
+    ln.add_lora(model, ln.LoraConfig(r=4, init_lora_weights=False, **ACTIVATED))
+    model.eval()
+    options = {"max_new_tokens": 10, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
+    expected = model.generate(**prompts, **options)
+    assert torch.equal(model.generate(**prompts, **options, custom_generate=ln.decode), expected)
+    with torch.no_grad(), adapter_off(model):
+        base = model.generate(**prompts, **options)
+    assert torch.equal(base[3], expected[3])
+    assert not torch.equal(base[:3], expected[:3])
+    with torch.no_grad():
+        again = model.generate(**prompts, **options)
+    assert torch.equal(again, expected), "the adapter is on again"
+
+
+def test_a_long_prompt_is_on_from_the_right_token_of_its_part_on(quantized, monkeypatch):
+    model = quantized()
+    ln.add_lora(model, ln.LoraConfig(r=4, init_lora_weights=False, **ACTIVATED))
+    model.eval()
+    ids = torch.tensor([[*range(10, 31), 7, 8, 40, 41]])
+    expected = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=6, do_sample=False)
+    for at_once in (1, 5, 21, 22, 24):
+        monkeypatch.setattr(decoder, "PROMPT_TOKENS", at_once)
+        found = model.generate(
+            ids, attention_mask=torch.ones_like(ids), max_new_tokens=6, do_sample=False, custom_generate=ln.decode
+        )
+        assert torch.equal(found, expected)
+
+
+def test_a_decoder_alone_does_not_take_an_activated_adapter(quantized):
+    model = quantized()
+    ln.add_lora(model, ln.LoraConfig(r=4, **ACTIVATED))
+    with pytest.raises(ModelError, match="on some tokens only"):
+        CpuDecoder(model.eval())

@@ -124,7 +124,8 @@ def test_the_base_for_vllm_in_compressed_tensors(base, adapt, tmp_path):
 
 def test_what_vllm_does_not_load_is_refused(base, adapt, tmp_path):
     for name, options, says in (
-        ("dora", {"use_dora": True}, "'dora' is no plain LoRA"),
+        ("dora", {"use_dora": True}, "'dora' is no plain LoRA.*Merge it"),
+        ("activated", {"alora_invocation_tokens": [3]}, "'activated' is no plain LoRA.*Serve it"),
         ("head", {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]}, "'head' changes .*lm_head"),
     ):
         with pytest.raises(AdapterError, match=says):

@@ -281,6 +281,23 @@ LORA = {
 }
 
 
+def test_an_activated_adapters_invocation_goes_to_gguf_and_back(model_folder, adapt, tmp_path):
+    """Under llama.cpp's key; the matrices are those of an adapter that is always on."""
+    folder = model_folder("llama")
+    for name, options in (("plain", {}), ("activated", {"alora_invocation_tokens": [5, 7]})):
+        ln.export(adapt(folder, None, name=name, **options)[1], tmp_path / f"{name}.gguf", "gguf")
+    readers = [gguf.GGUFReader(tmp_path / f"{name}.gguf") for name in ("plain", "activated")]
+    for one, two in zip(*(reader.tensors for reader in readers), strict=True):
+        assert one.name == two.name
+        assert (one.data == two.data).all()
+    assert [int(token) for token in readers[1].fields["adapter.alora.invocation_tokens"].contents()] == [5, 7]
+    assert "adapter.alora.invocation_tokens" not in readers[0].fields
+    ln.export(tmp_path / "activated.gguf", tmp_path / "again", "peft")
+    assert AdapterFile(tmp_path / "again").config.alora_invocation_tokens == [5, 7]
+    ln.export(tmp_path / "plain.gguf", tmp_path / "plain again", "peft")
+    assert AdapterFile(tmp_path / "plain again").config.alora_invocation_tokens is None
+
+
 @pytest.mark.parametrize("family", ["llama", "qwen2"])
 @pytest.mark.parametrize("case", LORA)
 def test_adapters_to_gguf_and_back(model_folder, adapt, batch, tmp_path, case, family):

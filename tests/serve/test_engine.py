@@ -385,7 +385,7 @@ def decoded(prompt, tokens):
     _, tokenizer = ln.load("demo")
     told = []
     request = requests.Request(prompt, len(tokens), told.append, continues=True)
-    running = requests.Running(request, 0, None, 0, tokenizer.backend_tokenizer)
+    running = requests.Running(request, None, tokenizer.backend_tokenizer)
     for token in tokens:
         running.take(Chosen(token), set())
     return "".join(piece.text for piece in told)

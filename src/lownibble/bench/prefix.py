@@ -8,9 +8,15 @@ turns in one engine, each round with a prefix of its own:
     cold      nobody has sent the prefix before: each adapter reads it once, and the adapter's other requests wait for it
     warm      the prefix of the wave before, with other ends: only these are read
 
+and two with adapters of the same size that are active from an invocation after the prefix on (activated LoRA), so that the
+prefix is the base's for all of them:
+
+    activated without   the prefix cache is off
+    activated           nobody has sent the prefix before: one request reads it, and all others wait for it
+
 A cold wave cannot come far below the share of prompt tokens that it has to read (`read`), whatever the order: half and a little
-where two requests share an adapter. `same` is the share of greedy tokens of the same prompts that are those without the cache. A
-wave of short prompts, not counted, loads the adapters.
+where two requests share an adapter; with activated ones a 32nd and a little. `same` is the share of greedy tokens that are those
+of the same prompts without the cache. A wave of short prompts, not counted, loads the adapters.
 """
 
 from __future__ import annotations
@@ -30,7 +36,10 @@ from lownibble.serve.server import make_service
 
 REQUESTS, EACH, PREFIX_TOKENS, OWN_TOKENS = 32, 2, 512, 32
 
-WAVES = ("without", "cold", "warm")
+INVOCATION = [1, 520]
+"""The first of an activated adapter's own tokens."""
+
+WAVES = ("without", "cold", "warm", "activated without", "activated")
 
 
 class Wave(NamedTuple):
@@ -54,16 +63,25 @@ def bench_prefix(*, peers: bool = False, repeats: int = 3, tokens: int = 8) -> d
     rounds: list[dict[str, Wave]] = []
     with tempfile.TemporaryDirectory(prefix="lownibble-prefix-") as folder:
         write_adapters(Path(folder), REQUESTS // EACH)
+        write_adapters(Path(folder), REQUESTS // EACH, "b", alora_invocation_tokens=INVOCATION)
         context = PREFIX_TOKENS + OWN_TOKENS + tokens
         service = make_service(
             ServeConfig(model="demo", adapters=folder, max_batch=REQUESTS, max_context=context, cache_budget="4GB")
         )
-        _wave(service.engine, _prompts(0, 0, prefix=1), tokens, cached=False)
+        for kind in ("a", "b"):
+            _wave(service.engine, kind, _prompts(0, 0, prefix=1), tokens, cached=False)
         for seed in range(1, 1 + repeats):
             same, other = (_prompts(seed, ends, PREFIX_TOKENS) for ends in (0, 1))
-            plain = _wave(service.engine, same, tokens, cached=False) if seed % 2 else None
-            cached = {"cold": _wave(service.engine, same, tokens), "warm": _wave(service.engine, other, tokens)}
-            rounds.append({"without": plain or _wave(service.engine, same, tokens, cached=False), **cached})
+            fresh = _prompts(-seed, 0, PREFIX_TOKENS)
+            waves = {
+                "without": ("a", same, False), "cold": ("a", same, True), "warm": ("a", other, True),
+                "activated without": ("b", fresh, False), "activated": ("b", fresh, True),
+            }  # fmt: skip
+            order = WAVES if seed % 2 else ("cold", "warm", "without", "activated", "activated without")
+            rounds.append({
+                name: _wave(service.engine, kind, prompts, tokens, cached=cached)
+                for name in order for kind, prompts, cached in [waves[name]]
+            })  # fmt: skip
         service.engine.close(0)
     medians = {name: [statistics.median(each[name].first_s) for each in rounds] for name in WAVES}
     figures: dict[str, dict[str, Any]] = {
@@ -73,8 +91,10 @@ def bench_prefix(*, peers: bool = False, repeats: int = 3, tokens: int = 8) -> d
         }
         for name in WAVES
     }  # fmt: skip
-    figures["cold"]["same"] = min(_same(each["cold"].outputs, each["without"].outputs) for each in rounds)
+    for name, plain in (("cold", "without"), ("activated", "activated without")):
+        figures[name]["same"] = min(_same(each[name].outputs, each[plain].outputs) for each in rounds)
     ratios = {f"{name}_vs_without": ratio(medians[name], medians["without"]) for name in ("cold", "warm")}
+    ratios["activated_vs_without"] = ratio(medians["activated"], medians["activated without"])
     workload = {
         "model": "demo", "requests": REQUESTS, "adapters": REQUESTS // EACH, "prefix_tokens": PREFIX_TOKENS,
         "own_tokens": OWN_TOKENS, "new_tokens": tokens, "rounds": repeats, "r": 16,
@@ -91,15 +111,17 @@ def _same(ones: list[list[int]], others: list[list[int]]) -> float:
 
 def _prompts(seed: int, ends: int, prefix: int) -> list[list[int]]:
     """The prompts of a wave: `prefix` tokens of this seed, then tokens of their own."""
-    draw = random.Random(seed)
+    draw = random.Random(f"prefix {seed}")
     common = [draw.randrange(100, 40_000) for _ in range(prefix)]
-    draw = random.Random(1000 * seed + ends)
-    return [common + [draw.randrange(100, 40_000) for _ in range(OWN_TOKENS)] for _ in range(REQUESTS)]
+    draw = random.Random(f"ends {seed} {ends}")
+    own = OWN_TOKENS - len(INVOCATION)
+    return [common + INVOCATION + [draw.randrange(100, 40_000) for _ in range(own)] for _ in range(REQUESTS)]
 
 
-def _wave(engine: Engine, prompts: list[list[int]], tokens: int, *, cached: bool = True) -> Wave:
-    """All requests at once, until the last has ended."""
+def _wave(engine: Engine, kind: str, prompts: list[list[int]], tokens: int, *, cached: bool = True) -> Wave:
+    """All requests at once, of adapters of this kind, until the last has ended."""
     engine.prefix_cache = cached
-    outputs, ends = answers(engine, prompts, [f"a{index % (REQUESTS // EACH)}" for index in range(len(prompts))], tokens)
+    names = [f"{kind}{index % (REQUESTS // EACH)}" for index in range(len(prompts))]
+    outputs, ends = answers(engine, prompts, names, tokens)
     reused = sum(end.reused_tokens for end in ends)
     return Wave([end.first_s for end in ends], 1 - reused / sum(map(len, prompts)), outputs)

@@ -98,17 +98,20 @@ def _same(ones: list[dict[str, Any]], others: list[dict[str, Any]]) -> float:
     return float(sum(a == b for a, b in pairs) / len(pairs))
 
 
-def write_adapters(folder: Path, n: int) -> int:
-    """Write n different adapters with small weights, 'a0' and on; returns the bytes of one in float16."""
+def write_adapters(folder: Path, n: int, kind: str = "a", **options: Any) -> int:
+    """Write n different adapters with small weights, 'a0' and on; returns the bytes of one in float16.
+
+    kind: what their names begin with. options: of `LoraConfig`.
+    """
     model, _ = load("demo", quant="nf4", dtype=torch.float32)
-    add_lora(model, LoraConfig(r=16))
+    add_lora(model, LoraConfig(r=16, **options))
     trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     for number in range(n):
         generator = torch.Generator().manual_seed(number)
         with torch.no_grad():
             for parameter in trained.values():
                 parameter.copy_((0.02 * torch.randn(parameter.shape, generator=generator)).half())
-        save_adapter(model, folder / f"a{number}")
+        save_adapter(model, folder / f"{kind}{number}")
     return sum(2 * parameter.numel() for parameter in trained.values())
 
 

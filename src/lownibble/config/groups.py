@@ -151,6 +151,13 @@ def _a_word_is_a_name(value: str | list[str] | None) -> str | list[str] | None:
     return [value] if isinstance(value, str) and re.fullmatch(r"[\w.]+", value) else value
 
 
+def _numbers_are_tokens(value: Any) -> Any:
+    """Token ids as a command line has them; anything else is a text, or what it is."""
+    given = value.split() if isinstance(value, str) else value
+    numbers = isinstance(given, list) and given and all(isinstance(each, str) and each.isdecimal() for each in given)
+    return [int(each) for each in given] if numbers else value
+
+
 class LoraConfig(Options):
     """Low-rank adapters; names and meanings are PEFT's `LoraConfig`."""
 
@@ -183,6 +190,26 @@ class LoraConfig(Options):
     )
     rank_pattern: dict[str, Annotated[int, Ge(1)]] = Field({}, description="rank by module name or regular expression")
     alpha_pattern: dict[str, Annotated[float, Gt(0)]] = Field({}, description="lora_alpha by module name or regular expression")
+    alora_invocation_tokens: Annotated[list[Annotated[int, Ge(0)]] | str | None, BeforeValidator(_numbers_are_tokens)] = Field(
+        None,
+        description="activated LoRA: the adapter is active from the last occurrence of these tokens on (ids, or their text, such "
+        "as the header of the assistant's turn); what comes before is the base's, and a server reads it once for all adapters",
+    )
+
+    @model_validator(mode="after")
+    def _activated_adapters_leave_the_base(self) -> LoraConfig:
+        if self.alora_invocation_tokens is None:
+            return self
+        if not self.alora_invocation_tokens:
+            raise ConfigError("The 'alora_invocation_tokens' of LoraConfig must not be empty. Got none. Leave it out.")
+        others = {"use_dora": self.use_dora, "bias": self.bias != "none", "modules_to_save": self.modules_to_save,
+                  "target_parameters": self.target_parameters}  # fmt: skip
+        if wrong := [name for name, given in others.items() if given]:
+            raise ConfigError(
+                f"The 'alora_invocation_tokens' of LoraConfig cannot be combined with {', '.join(wrong)}: before its invocation "
+                "an activated adapter changes nothing. Leave one of them out."
+            )
+        return self
 
 
 class DataConfig(Options):

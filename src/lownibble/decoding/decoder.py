@@ -111,14 +111,16 @@ class Decoder(ABC):
         """
 
     def prompt(
-        self, tokens: Tensor, slot: int, cache: Any, *, position: int = 0, adapter: Adapter | None = None
-    ) -> Tensor:  # fmt: skip
-        """Prefill `slot` with a prompt (T,), T > 0, from `position` on; returns (1, vocabulary) logits after its last token."""
+        self, tokens: Tensor, slot: int, cache: Any, *, position: int = 0, adapter: Adapter | None = None, active_from: int = 0
+    ) -> Tensor:
+        """Prefill `slot` with a prompt (T,), T > 0, from `position` on; returns (1, vocabulary) logits after its last token.
+        `adapter`: on the tokens from `active_from` on; default: the model's active one."""
         at_once = max(PROMPT_TOKENS, self.prompt_tokens)
         for begin in range(0, len(tokens), at_once):
             part = tokens[begin : begin + at_once]
             positions = torch.arange(position + begin, position + begin + len(part))
-            segments = None if adapter is None else [Segment(0, len(part), adapter)]
+            active = max(0, active_from - begin)
+            segments = None if adapter is None else [Segment(active, len(part), adapter)] * (active < len(part))
             last = torch.tensor([len(part) - 1])
             logits = self.step(part, torch.full_like(positions, slot), positions, cache, segments=segments, wanted=last)
         return logits

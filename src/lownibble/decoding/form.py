@@ -9,7 +9,7 @@ an activation that the kernels do not have is run by the model's own code, as a 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -25,6 +25,8 @@ from lownibble.decoding.spans import Part
 from lownibble.errors import ModelError
 from lownibble.kernels.decoder import ACTIVATIONS, PROJECTIONS, Adapter, DecoderLayer, DecoderLayers, LowRank, Projection
 from lownibble.kernels.rows import Attending
+from lownibble.lora.activated import ActivatedLoRA, activated
+from lownibble.lora.active import lora_layers
 from lownibble.lora.dora import DORA, row_gains
 from lownibble.lora.experts import ExpertsLoRA
 from lownibble.lora.inject import named_linears
@@ -109,8 +111,18 @@ def read_adapter(model: Any, adapter: str | None = None) -> Adapter | None:
     Raises:
         ModelError: the adapter's variant is neither a plain low-rank sum nor DoRA.
     """
+    if adapter is None and activated(model) is not None:
+        raise RefusedError(model, "its active adapter is on some tokens only (alora_invocation_tokens)")
     found = [[_branch(module, adapter) for module in linears(layer).values()] for layer in language_model(model).layers]
     return Adapter(found) if any(branch for branches in found for branch in branches) else None
+
+
+def activated_adapter(model: Any, paths: Sequence[Sequence[str]], name: str) -> Adapter:
+    """The branches of a model's activated adapter at a decoder's paths."""
+    variant = next(layer.adapter(name).variant for _, layer in lora_layers(model, name))
+    assert isinstance(variant, ActivatedLoRA)
+    found = [[_branch(model.get_submodule(path), name) for path in of_layer] for of_layer in paths]
+    return Adapter(found, invocation=variant.tokens)
 
 
 def _branch(module: nn.Module, adapter: str | None) -> LowRank | None:
@@ -124,7 +136,7 @@ def _branch(module: nn.Module, adapter: str | None) -> LowRank | None:
         parts = {own: getattr(low, own).detach() for own in DORA.keys}
         gain = row_gains(module.base, parts, low.scale, low.row_squares)
         return LowRank(parts["lora_A"], parts["lora_B"] * gain.unsqueeze(1), low.scale, gain)
-    if not (low.variant.plain or isinstance(low.variant, ExpertsLoRA)):
+    if not (low.variant.plain or isinstance(low.variant, (ExpertsLoRA, ActivatedLoRA))):
         raise RefusedError(low, "its adapter is more than a low-rank sum")
     return LowRank(low.lora_A.detach(), low.lora_B.detach(), low.scale)
 

@@ -27,7 +27,11 @@ from lownibble.data import end_tokens
 from lownibble.decoding.caches import SlotCache
 from lownibble.decoding.choice import choose
 from lownibble.decoding.decoder import Cache, Decoder, RefusedError
+from lownibble.decoding.form import activated_adapter
 from lownibble.kernels import ops
+from lownibble.kernels.decoder import Segment
+from lownibble.lora.activated import activated, begin_of
+from lownibble.lora.active import active_adapter, adapter_off
 from lownibble.models.kept import KEPT
 
 
@@ -101,12 +105,23 @@ def decode(
     past = model_kwargs.get("past_key_values")
     if past is not None and past.get_seq_length():
         raise RefusedError(model, "it cannot go on from a cache of transformers'")
+    name = active_adapter(model) if activated(model) is not None else None
+    with adapter_off(model, off=name is not None):  # the branches of an activated adapter are given for the tokens that have them
+        return _decode(
+            model, name, input_ids, logits_processor, stopping_criteria, generation_config, token_streamer, chat_tokenizer,
+            model_kwargs.get("attention_mask"),
+        )  # fmt: skip
+
+
+def _decode(
+    model: Any, activated_name: str | None, input_ids: Tensor, logits_processor: Any, stopping_criteria: Any,
+    generation_config: Any, token_streamer: Any, chat_tokenizer: Any, mask: Tensor | None,
+) -> Any:  # fmt: skip
     if token_streamer is not None:
         token_streamer.put(input_ids)
     kept = KEPT.pop(model, None)  # nobody else has it until the end
     decoder = choose(model)
     B = len(input_ids)
-    mask = model_kwargs.get("attention_mask")
     mask = torch.ones_like(input_ids) if mask is None else mask
     lengths = mask.sum(dim=1).cpu()
     state = _state(model) if decoder.draws else None
@@ -114,7 +129,13 @@ def decode(
     del kept
     # in float32 like transformers': sums of 16-bit probabilities would cut the wrong tokens
     as_theirs: dict[str, Any] = {"dtype": torch.float32, "device": input_ids.device}
-    prompts = [decoder.prompt(input_ids[row][mask[row] != 0].cpu(), row, cache) for row in range(B)]
+    adapter = None if activated_name is None else activated_adapter(model, decoder.paths, activated_name)
+    prompts, invoked = [], torch.zeros(B, dtype=torch.bool)
+    for row in range(B):
+        ids = input_ids[row][mask[row] != 0].cpu()
+        begin = begin_of(ids.tolist(), adapter.invocation) if adapter is not None else None
+        invoked[row] = begin is not None
+        prompts.append(decoder.prompt(ids, row, cache, adapter=adapter, active_from=len(ids) if begin is None else begin))
     logits = torch.cat(prompts).to(**as_theirs)
 
     pad, sample = generation_config._pad_token_tensor, generation_config.do_sample
@@ -140,7 +161,8 @@ def decode(
             break
         goes_on = unfinished.nonzero()[:, 0] if skips else slots
         rows = goes_on.cpu()
-        step = decoder.step(chosen.cpu()[rows], rows, lengths[rows], cache).to(**as_theirs)
+        segments = None if adapter is None else [Segment(i, i + 1, adapter) for i in invoked[rows].nonzero()[:, 0].tolist()]
+        step = decoder.step(chosen.cpu()[rows], rows, lengths[rows], cache, segments=segments).to(**as_theirs)
         logits = step if len(rows) == B else logits.index_copy(0, goes_on, step)
         lengths = lengths + 1
     if isinstance(cache, SlotCache) and cache.steps is not None and not cache.steps.obstacle:

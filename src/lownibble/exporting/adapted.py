@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from lownibble.config import QuantConfig
 from lownibble.errors import AdapterError, ModelError
+from lownibble.lora import activated
 from lownibble.lora.adapter_file import AdapterFile
 from lownibble.lora.apart import fitted
 from lownibble.lora.portable import PREFIX
@@ -103,6 +104,7 @@ class AdaptedBase:
         return sorted({*linears, *self.experts} - packed)
 
     def _edit(self, adapter: AdapterFile) -> None:
+        activated.check_merging(adapter.config)
         embedding, head = self._names_of("get_input_embeddings"), self._names_of("get_output_embeddings")
         self._resize(adapter, [name for name in (embedding, head) if name])
         expected = adapter.expected(self.model)

@@ -196,7 +196,8 @@ def write_vllm(
 
 def _check_for_vllm(name: str, adapter: AdapterFile, base: Any) -> None:
     if variant_of(adapter.config) is not LORA:
-        raise AdapterError(f"'{name}' is no plain LoRA, which is all that vLLM loads. Merge it (lownibble merge).")
+        how = "Serve it with lownibble serve" if adapter.config.alora_invocation_tokens else "Merge it (lownibble merge)"
+        raise AdapterError(f"'{name}' is no plain LoRA, which is all that vLLM loads. {how}.")
     file = fitted(adapter, base)
     expected = file.expected(base)
     file.check_fit(expected, set())

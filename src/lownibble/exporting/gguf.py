@@ -86,6 +86,9 @@ def _every(n: int) -> Callable[[Any], list[str]]:
 _EXPERTS: Mapping[str, Any] = {"norm_topk_prob": True, "decoder_sparse_step": 1, "mlp_only_layers": []}
 _CAPS = {"attn_logit_softcapping": "add_attn_logit_softcapping", "final_logit_softcapping": "add_final_logit_softcapping"}
 _GELU = {"hidden_activation": "gelu_pytorch_tanh"}
+INVOCATION = "adapter.alora.invocation_tokens"
+"""llama.cpp's key; gguf 0.17 has no name for it."""
+
 ARCHITECTURES = {
     "llama": Architecture("llama", pairs=True),
     "mistral": Architecture("llama", pairs=True, window=True),
@@ -198,6 +201,8 @@ def write_adapter(adapter: AdapterFile, base: Any, path: Path) -> dict[str, Any]
     writer.add_name(adapter.folder.name)
     writer.add_string(gguf.Keys.Adapter.TYPE, "lora")
     writer.add_float32(gguf.Keys.Adapter.LORA_ALPHA, float(adapter.config.lora_alpha))
+    if isinstance(tokens := adapter.config.alora_invocation_tokens, list):
+        writer.add_array(INVOCATION, tokens)
     if adapter.trained_on:
         for key, value in to_metadata(adapter.trained_on).items():
             writer.add_string(key, value)
@@ -270,7 +275,10 @@ def read_adapter(path: Path, base: Any, output: Path) -> dict[str, Any]:
     usual = max(set(ranks.values()), key=list(ranks.values()).count)
     other = {name: rank for name, rank in ranks.items() if rank != usual}
     # llama.cpp and PEFT both divide the global alpha by each layer's own rank
-    config = LoraConfig(r=usual, lora_alpha=alpha, target_modules=sorted(ranks), rank_pattern=other)
+    tokens = [int(token) for token in reader.fields[INVOCATION].contents()] if INVOCATION in reader.fields else None
+    config = LoraConfig(
+        r=usual, lora_alpha=alpha, target_modules=sorted(ranks), rank_pattern=other, alora_invocation_tokens=tokens
+    )  # fmt: skip
     facts = trained_on(path) or {}
     model = {"base_model_name_or_path": facts.get("model"), "revision": facts.get("revision")}
     written = {"peft_type": "LORA", "task_type": "CAUSAL_LM", **model, **config.to_dict()}

@@ -150,11 +150,14 @@ class LowRank(NamedTuple):
 @dataclass(frozen=True, eq=False)
 class Adapter:
     """A low-rank branch, or None, for each projection of each layer, then for each of its `feed_forward`'s linear layers.
-    `prepared` as in `DecoderLayers`. `unscaled`: the adapter that differs in its scales only, whose preparation serves both."""
+    `prepared` as in `DecoderLayers`. `unscaled`: the adapter that differs in its scales only, whose preparation serves both.
+    `invocation`: tokens from whose last occurrence in a prompt on it is active (`lora/activated.py`); none: it is on all tokens.
+    Decoders are told by segments where it is."""
 
     of: Sequence[Sequence[LowRank | None]]
     prepared: dict[str, Any] = field(default_factory=dict)
     unscaled: Adapter | None = None
+    invocation: tuple[int, ...] = ()
 
     @cached_property
     def largest_r(self) -> int:

@@ -122,6 +122,8 @@ def remove_adapter(model: nn.Module, name: str) -> None:
         set_adapter(model, next((other for other in state.configs if other != name), None))
     del state.configs[name], state.biases[name]
     state.corrects.pop(name, None)
+    for hook in state.hooks.pop(name, []):
+        hook.remove()
     for path, module in list(model.named_modules()):
         if isinstance(module, (LoraLinear, TrainedCopy)):
             parts = module.adapters if isinstance(module, LoraLinear) else module.copies

@@ -12,7 +12,7 @@ from lownibble.lora import portable
 from lownibble.lora.portable import CONFIG_FILE
 
 _INERT: dict[str, Any] = {
-    "alora_invocation_tokens": None, "arrow_config": None, "auto_mapping": ..., "base_model_name_or_path": ...,
+    "arrow_config": None, "auto_mapping": ..., "base_model_name_or_path": ...,
     "corda_config": None, "ensure_weight_tying": False, "eva_config": None, "fan_in_fan_out": ...,
     "inference_mode": ..., "layer_replication": None, "loftq_config": ..., "lora_bias": False,
     "megatron_config": None, "megatron_core": ..., "peft_type": "LORA", "peft_version": ..., "qalora_group_size": ...,

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from lownibble.calibration import Moments
 from lownibble.config import LoraConfig
 from lownibble.errors import TargetError
-from lownibble.lora import targets
+from lownibble.lora import activated, targets
 from lownibble.lora.active import adapter_configs, replace_module, set_adapter
 from lownibble.lora.begin import adapt, output_head, take_back
 from lownibble.lora.experts import is_experts, named_experts
@@ -180,6 +180,7 @@ def plan(model: nn.Module, config: LoraConfig, name: str, *, of_file: bool = Fal
     if config.bias != "none" and biased:
         raise TargetError(f"Adapter '{biased[0]}' trains biases already, and only one can. Use bias='none' or remove it.")
     matched, saved = match_targets(model, config, of_file=of_file), _match_saved(model, config)
+    activated.check(model, config, matched)
     return Plan(matched, saved, _biases(model, config, matched, saved))
 
 
@@ -278,6 +279,7 @@ class Addition:
         state.configs[self._name] = self._config
         if find(self._config.init_lora_weights).corrects:
             state.corrects[self._name] = str(self._config.init_lora_weights)
+        activated.bind(self._model, self._config, self._name)
         biases = self._planned.biases.items()
         state.biases[self._name] = {path: (bias, bias.detach().clone()) for path, bias in biases}
         set_adapter(self._model, self._name)

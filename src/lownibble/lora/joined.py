@@ -7,7 +7,7 @@ the low-rank branches give to dx is one product, which the compiler adds in the 
 `JoinLowRank` rewrites the graph of a layer's forward and backward before torch splits it: `lora_matmul` nodes of one x become
 one `low_ranks` and a `lora_product` each, and their backwards one `low_ranks_backward` and a `lora_product_backward` each. No
 layer knows of it, so nothing has to be found out about the model. With dropout each layer has an input of its own, so nothing is
-joined.
+joined; nor is it where only some rows have the branch (`activated.py`).
 """
 
 from __future__ import annotations
@@ -102,7 +102,7 @@ class JoinLowRank(CustomGraphPass):
         """Join what can be joined, in place; torch sorts the nodes afterwards."""
         forwards, backwards = defaultdict(list), defaultdict(list)
         for node in graph.nodes:
-            if node.target is _FORWARD and _arguments(node)["dropout"] == 0:
+            if node.target is _FORWARD and _arguments(node)["dropout"] == 0 and _arguments(node).get("active") is None:
                 forwards[_itself(node.args[0])].append(node)
             elif node.target is _BACKWARD:
                 backwards[_itself(_arguments(node)["low"])].append(node)

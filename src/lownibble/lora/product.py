@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from lownibble.kernels import ops
+from lownibble.kernels import ops, plain
 from lownibble.kernels.decoded import matmul_dense
 from lownibble.kernels.types import NO_EPILOGUE, Epilogue, Rows8bit
 from lownibble.quant import eightbit
@@ -72,12 +72,15 @@ def input_gradient(dy: Tensor, weight: Tensor | PackedWeight, epilogue: Epilogue
 
 def forward(
     x: Tensor, weight: Tensor | PackedWeight, bias: Tensor | None, lora_A: Tensor, lora_B: Tensor, scale: float,
-    dropout: float, seed: int, rows: Rows8bit | None,
+    dropout: float, seed: int, rows: Rows8bit | None, active: Tensor | None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """x (T, K) -> y (T, N) and dropout(x) A^T (T, r). `rows`: x in 8 bits, for 8-bit matmuls, or None."""
+    """x (T, K) -> y (T, N) and dropout(x) A^T (T, r). `rows`: x in 8 bits, for 8-bit matmuls, or None. `active`: (T, 1) bool,
+    the rows that have the low-rank branch; None: all."""
     x = x.contiguous()
     dropped = x if dropout == 0 else x * _keep_mask(x, dropout, seed)
     low = ops.low_rank(dropped, lora_A.t())
+    if active is not None:
+        low = low.mul_(active)
     return with_low(x, weight, bias, low, lora_B, scale, rows), low
 
 
@@ -96,12 +99,17 @@ def with_low(
 
 def backward(
     dy: Tensor, x: Tensor, weight: Tensor | PackedWeight, lora_A: Tensor, lora_B: Tensor, low: Tensor, scale: float,
-    dropout: float, seed: int, code_type: torch.dtype | None, wants_dx: bool,
+    dropout: float, seed: int, code_type: torch.dtype | None, wants_dx: bool, active: Tensor | None,
 ) -> tuple[Tensor | None, Tensor, Tensor]:  # fmt: skip
     """dy (T, N) -> dx (T, K) if wanted, dA and dB. `code_type`: the forward's code dtype for 8-bit matmuls, or None."""
     dy, x = dy.contiguous(), x.contiguous()
     mask = _keep_mask(x, dropout, seed) if dropout else None
-    dlow, dA, dB = ops.low_rank_backward(dy, x if mask is None else x * mask, low, lora_B, scale)
+    read = x if mask is None else x * mask
+    if active is None:
+        dlow, dA, dB = ops.low_rank_backward(dy, read, low, lora_B, scale)
+    else:  # `low` is zero in the other rows, so they add nothing to dB
+        dlow, dB = ops.low_rank(dy, lora_B, scale).mul_(active), plain.outer(low, dy).mul_(scale).t().contiguous()
+        dA = plain.outer(dlow, read)
     if not wants_dx:
         return None, dA, dB
     dx = input_gradient(dy, weight, Epilogue(low=dlow, factor=lora_A) if mask is None else NO_EPILOGUE, code_type)
@@ -116,13 +124,13 @@ class LoraMatmul(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, x: Tensor, weight: Tensor | PackedWeight, bias: Tensor | None, lora_A: Tensor, lora_B: Tensor,
-        scale: float, dropout: float, seed: int, rows: Rows8bit | None, rounded: Rounded,
+        scale: float, dropout: float, seed: int, rows: Rows8bit | None, rounded: Rounded, active: Tensor | None,
     ) -> Tensor:  # fmt: skip
         """The module-level `forward`; returns y only. `rounded`: A and B in x's dtype, or none."""
         A, B = rounded or (lora_A, lora_B)
-        y, low = forward(x, weight, bias, A, B, scale, dropout, seed, rows)
+        y, low = forward(x, weight, bias, A, B, scale, dropout, seed, rows, active)
         tensors = {"": weight} if isinstance(weight, Tensor) else weight.tensors()
-        ctx.save_for_backward(x, A, B, low, *tensors.values())
+        ctx.save_for_backward(x, A, B, low, active, *tensors.values())
         ctx.packed = None if isinstance(weight, Tensor) else (weight.facts(), tuple(tensors))
         ctx.rest = scale, dropout, seed, None if rows is None else rows.codes.dtype
         ctx.backend = ops.chosen()
@@ -132,16 +140,16 @@ class LoraMatmul(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         """The module-level `backward`, and the bias gradient if needed."""
-        x, lora_A, lora_B, low, *tensors = ctx.saved_tensors
+        x, lora_A, lora_B, low, active, *tensors = ctx.saved_tensors
         facts, names = ctx.packed or (None, ())
         weight = tensors[0] if facts is None else restore(facts, dict(zip(names, tensors, strict=True)))
         scale, dropout, seed, code_type = ctx.rest
         with ops.keeping(ctx.backend):
             dx, dA, dB = backward(
-                dy, x, weight, lora_A, lora_B, low, scale, dropout, seed, code_type, ctx.needs_input_grad[0]
+                dy, x, weight, lora_A, lora_B, low, scale, dropout, seed, code_type, ctx.needs_input_grad[0], active
             )  # fmt: skip
         dbias = dy.sum(0) if ctx.needs_input_grad[2] else None
-        return dx, None, dbias, dA, dB, None, None, None, None, None
+        return dx, None, dbias, dA, dB, None, None, None, None, None, None
 
 
 def frozen_weight(tensors: list[Tensor], spec: str) -> Tensor | PackedWeight:
@@ -152,62 +160,62 @@ def frozen_weight(tensors: list[Tensor], spec: str) -> Tensor | PackedWeight:
 @torch.library.custom_op("lownibble::lora_matmul", mutates_args=())
 def lora_matmul(
     x: Tensor, weight: list[Tensor], spec: str, bias: Tensor | None, lora_A: Tensor, lora_B: Tensor, scale: float,
-    dropout: float, seed: Tensor | None, rows: list[Tensor], rounded: list[Tensor],
+    dropout: float, seed: Tensor | None, rows: list[Tensor], rounded: list[Tensor], active: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Custom operator for torch.compile: x (..., K) -> y (..., N) and dropout(x) A^T (T, r).
 
     `weight`: one dense tensor, or with a `spec` the `flat` of a `QuantLinear`. `seed`: () int64, with dropout. `rows`: x in
-    8 bits from `eightbit.rows_of`, or empty. `rounded`: A and B in x's dtype, or empty.
+    8 bits from `eightbit.rows_of`, or empty. `rounded`: A and B in x's dtype, or empty. `active`: as in `forward`.
     """
     x_TK = x.reshape(-1, x.shape[-1])
     frozen, as_rows = frozen_weight(weight, spec), eightbit.of_tensors(rows, x_TK)
     A, B = rounded or (lora_A, lora_B)
-    y, low = forward(x_TK, frozen, bias, A, B, scale, dropout, 0 if seed is None else int(seed), as_rows)
+    y, low = forward(x_TK, frozen, bias, A, B, scale, dropout, 0 if seed is None else int(seed), as_rows, active)
     return y.view(*x.shape[:-1], -1), low
 
 
 @lora_matmul.register_fake
-def _(x, weight, spec, bias, lora_A, lora_B, scale, dropout, seed, rows, rounded):  # type: ignore[no-untyped-def]
+def _(x, weight, spec, bias, lora_A, lora_B, scale, dropout, seed, rows, rounded, active=None):  # type: ignore[no-untyped-def]
     return x.new_empty((*x.shape[:-1], lora_B.shape[0])), x.new_empty((x.numel() // x.shape[-1], lora_A.shape[0]))
 
 
 @torch.library.custom_op("lownibble::lora_matmul_backward", mutates_args=())
 def lora_matmul_backward(
     dy: Tensor, x: Tensor, weight: list[Tensor], spec: str, lora_A: Tensor, lora_B: Tensor, low: Tensor, scale: float,
-    dropout: float, seed: Tensor | None, code_type: torch.dtype | None, wants_dx: bool,
+    dropout: float, seed: Tensor | None, code_type: torch.dtype | None, wants_dx: bool, active: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """The gradients of x (nothing if not wanted), A and B; see `backward`."""
     dy_TN, x_TK = dy.reshape(-1, dy.shape[-1]), x.reshape(-1, x.shape[-1])
     frozen, drawn = frozen_weight(weight, spec), 0 if seed is None else int(seed)
-    dx, dA, dB = backward(dy_TN, x_TK, frozen, lora_A, lora_B, low, scale, dropout, drawn, code_type, wants_dx)
+    dx, dA, dB = backward(dy_TN, x_TK, frozen, lora_A, lora_B, low, scale, dropout, drawn, code_type, wants_dx, active)
     return x.new_empty(0) if dx is None else dx.view(x.shape), dA, dB
 
 
 @lora_matmul_backward.register_fake
-def _(dy, x, weight, spec, lora_A, lora_B, low, scale, dropout, seed, code_type, wants_dx):  # type: ignore[no-untyped-def]
+def _(dy, x, weight, spec, lora_A, lora_B, low, scale, dropout, seed, code_type, wants_dx, active=None):  # type: ignore[no-untyped-def]
     dA, dB = (x.new_empty(factor.shape, dtype=torch.promote_types(factor.dtype, torch.float32)) for factor in (lora_A, lora_B))
     return x.new_empty(x.shape if wants_dx else 0), dA, dB
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    x, weight, spec, _, lora_A, lora_B, scale, dropout, seed, rows, rounded = inputs
+    x, weight, spec, _, lora_A, lora_B, scale, dropout, seed, rows, rounded, active = inputs
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(x, *(rounded or (lora_A, lora_B)), output[1], seed, *weight)
+    ctx.save_for_backward(x, *(rounded or (lora_A, lora_B)), output[1], seed, active, *weight)
     ctx.rest = spec, scale, dropout, len(weight), [tensor.dtype for tensor in rows], len(rounded)
     ctx.backend = ops.chosen()
 
 
 def _differentiate(ctx: Any, dy: Tensor, _: None) -> tuple[Any, ...]:
-    x, lora_A, lora_B, low, seed, *weight = ctx.saved_tensors
+    x, lora_A, lora_B, low, seed, active, *weight = ctx.saved_tensors
     spec, scale, dropout, n_weight, row_types, n_rounded = ctx.rest
     wants_dx, code_type = ctx.needs_input_grad[0], row_types[0] if row_types else None
     with ops.keeping(ctx.backend):
         dx, dA, dB = lora_matmul_backward(
-            dy, x, weight, spec, lora_A, lora_B, low, scale, dropout, seed, code_type, wants_dx
+            dy, x, weight, spec, lora_A, lora_B, low, scale, dropout, seed, code_type, wants_dx, active
         )  # fmt: skip
     dbias = dy.flatten(0, -2).sum(0) if ctx.needs_input_grad[3] else None
     without = [None] * n_weight, [None] * len(row_types), [None] * n_rounded
-    return dx if wants_dx else None, without[0], None, dbias, dA, dB, None, None, None, *without[1:]
+    return dx if wants_dx else None, without[0], None, dbias, dA, dB, None, None, None, *without[1:], None
 
 
 lora_matmul.register_autograd(_differentiate, setup_context=_save)

@@ -3,7 +3,7 @@
 A variant defines the parameters an adapter adds to a layer, the layer's forward pass, the merged weight, and the parameters' keys
 in PEFT's files. `LowRank` (layer.py) holds the parameters, an initialisation (init.py) sets them, and training, evaluation,
 adapter files and merging call the variant. Batched decoding and serving apply the low-rank branches of many adapters in one
-operation, so they support only `plain` variants. DoRA is in `dora.py`.
+operation, so they support only `plain` variants. DoRA is in `dora.py`, activated LoRA in `activated.py`.
 
 Sources: LoRA, Hu et al. 2021 (arXiv:2106.09685); the file keys are PEFT's.
 """
@@ -65,9 +65,10 @@ class Variant(ABC):
 
 
 def low_rank_sum(
-    base: nn.Linear | QuantLinear, adapter: LowRank, x: Tensor, bias: Tensor | None, dropout: float
+    base: nn.Linear | QuantLinear, adapter: LowRank, x: Tensor, bias: Tensor | None, dropout: float, active: Tensor | None = None
 ) -> Tensor:  # fmt: skip
-    """x W^T + bias + scale (dropout(x) A^T) B^T, (T, out) or, compiled, (..., out)."""
+    """x W^T + bias + scale (dropout(x) A^T) B^T, (T, out) or, compiled, (..., out). `active`: (T, 1) bool, the rows that have the
+    low-rank branch; None: all."""
     lora_A, lora_B, scale, rounded = adapter.lora_A, adapter.lora_B, adapter.scale, adapter.rounded
     code_type = base.code_type if isinstance(base, QuantLinear) else None
     seed = torch.randint(2**62, ()) if dropout else None
@@ -75,13 +76,13 @@ def low_rank_sum(
     if torch.compiler.is_compiling():
         weight, spec = (base.flat, base.spec) if isinstance(base, QuantLinear) else ([matrix(base)], "")
         rows_8bit = eightbit.rows_of(x, code_type)
-        y, _ = lora_matmul(x, weight, spec, bias, lora_A, lora_B, scale, dropout, seed, rows_8bit, rounded)
+        y, _ = lora_matmul(x, weight, spec, bias, lora_A, lora_B, scale, dropout, seed, rows_8bit, rounded, active)
         return y
     frozen = base.weight if isinstance(base, QuantLinear) else matrix(base)
     rows = None if code_type is None else eightbit.shared_rows(x, code_type)
     y = LoraMatmul.apply(
         x.reshape(-1, x.shape[-1]), frozen, bias, lora_A, lora_B, scale, dropout, 0 if seed is None else int(seed), rows,
-        rounded,
+        rounded, active,
     )  # fmt: skip
     return y
 
@@ -110,5 +111,5 @@ LORA = _LoRA()
 
 def variant_of(config: LoraConfig) -> Variant:
     """The variant of an adapter's configuration."""
-    found: Variant = VARIANTS["dora" if config.use_dora else "lora"]
+    found: Variant = VARIANTS["dora" if config.use_dora else "alora" if config.alora_invocation_tokens else "lora"]
     return found

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from lownibble.config import LoraConfig, QuantConfig
 
@@ -27,12 +28,14 @@ class Adapters:
             while the adapter is active, else the trained ones).
         corrects: name -> its initialisation, for those that start at what packing the base lost (`Initialisation.corrects`).
         active: name of the active one.
+        hooks: name -> what is removed from the model with the adapter (`lora/activated.py`).
     """
 
     configs: dict[str, LoraConfig] = field(default_factory=dict)
     biases: dict[str, dict[str, tuple[nn.Parameter, Tensor]]] = field(default_factory=dict)
     corrects: dict[str, str] = field(default_factory=dict)
     active: str | None = None
+    hooks: dict[str, list[RemovableHandle]] = field(default_factory=dict)
 
 
 @dataclass

@@ -10,7 +10,8 @@ oldest goes on in every step. Another thread loads adapters, so that loading doe
 
 Prefix cache: a finished slot keeps its keys and values with their tokens, under (digest of the adapter, scale). A request with
 the same adapter and scale whose prompt starts with the same tokens reuses them. The digest is of the adapter's contents, so the
-prefix is never reused for another adapter or for a newer version under the same name. If a running sequence has more of the
+prefix is never reused for another adapter or for a newer version under the same name. What comes before the invocation of an
+activated adapter is the base's, and reused by all of them (`in_common`). If a running sequence has more of the
 prompt, its keys and values are copied; a prompt waits for the one that is just reading what both begin with.
 """
 
@@ -21,7 +22,7 @@ import threading
 import time
 from collections import OrderedDict, deque
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -34,7 +35,7 @@ from lownibble.kernels import proven
 from lownibble.kernels.decoder import Segment
 from lownibble.memory.usage import is_exhausted
 from lownibble.serve.registry import Loaded, NoRoomError, PinnedError, Registry
-from lownibble.serve.request import End, Failed, Request, Running
+from lownibble.serve.request import NOTHING, End, Failed, Kept, Request, Running, in_common
 
 PROMPT_TOKENS = 128
 """Maximum prompt tokens per step, over all sequences; bounds how long prefill delays running sequences. A decoder may take more
@@ -50,13 +51,6 @@ class DeviceLostError(LownibbleError, RuntimeError):
 
 class QueueFullError(InputError):
     """The queue is full, or the engine is shutting down."""
-
-
-class _Kept(NamedTuple):
-    """The adapter (digest, scale) and the tokens of an idle slot's keys and values."""
-
-    key: tuple[str, float] | None
-    tokens: list[int]
 
 
 class Engine:
@@ -108,7 +102,7 @@ class Engine:
         self.max_queue, self.prefix_cache = max_queue, prefix_cache
         self._drawer: Drawer | None = None
         self.eos = end_tokens(model, tokenizer)
-        self._idle: OrderedDict[int, _Kept] = OrderedDict((slot, _Kept(None, [])) for slot in range(self.cache.slots))
+        self._idle: OrderedDict[int, Kept] = OrderedDict((slot, NOTHING) for slot in range(self.cache.slots))
         self._lines: OrderedDict[str | None, deque[Request]] = OrderedDict()
         self._loading: list[tuple[Request, Future[Loaded]]] = []
         self._running: list[Running] = []
@@ -276,28 +270,31 @@ class Engine:
                 self.registry.release(loaded)
             request.tell(End("cancelled", len(request.prompt), 0, 0, None, time.monotonic() - request.submitted))
             return
-        key = _key(request, loaded)
-        # the slot with the longest common prefix; without any, the one idle longest. To be scored a prompt must be read
-        prompt = request.prompt if request.score is None and self.prefix_cache else []
-        common = {slot: _in_common(kept, key, prompt) for slot, kept in self._idle.items()}
+        try:
+            one = Running(request, loaded, self.tokenizer.backend_tokenizer)
+            self._place(one)
+        except Exception as error:  # the slot stays idle
+            if loaded:
+                self.registry.release(loaded)
+            request.tell(Failed(error))
+
+    def _place(self, one: Running) -> None:
+        """Give a sequence the slot with the longest common prefix; without any, the one idle longest."""
+        # to be scored a prompt must be read
+        wanted = one.kept if one.request.score is None and self.prefix_cache else NOTHING
+        common = {slot: in_common(kept, wanted) for slot, kept in self._idle.items()}
         shared = {slot: self.cache.reach(slot, n) for slot, n in common.items()}
         slot = max(shared, key=lambda one: shared[one])
-        running = [(one, _in_common(_Kept(_key(one.request, one.loaded), one.tokens), key, prompt)) for one in self._running]
+        running = [(other, in_common(other.kept, wanted)) for other in self._running]
         ahead, n = self._ahead(running)
         if n > shared[slot]:  # not over what another prompt may begin with, if there is a slot without
             slot = next((free for free, kept in self._idle.items() if not kept.tokens), next(iter(self._idle)))
         else:
             ahead = None
-        try:
-            reused = self.cache.resume(slot, shared[slot] if ahead is None else 0)
-            if isinstance(self.cache, Forking) and not reused and ahead is None:
-                self.cache.mark(slot, max([*common.values(), *(n for _, n in running)]))  # others may begin so, too
-            one = Running(request, slot, loaded, reused, self.tokenizer.backend_tokenizer)
-        except Exception as error:  # keep the slot idle and release the adapter
-            if loaded:
-                self.registry.release(loaded)
-            request.tell(Failed(error))
-            return
+        reused = self.cache.resume(slot, shared[slot] if ahead is None else 0)
+        if isinstance(self.cache, Forking) and not reused and ahead is None:
+            self.cache.mark(slot, max([*common.values(), *(n for _, n in running)]))  # others may begin so, too
+        one.slot, one.done, one.reused = slot, reused, reused
         one.ahead, one.shared = ahead, n
         del self._idle[slot]
         self._running.append(one)
@@ -326,8 +323,7 @@ class Engine:
     def _leave(self, one: Running, last: End | Failed, *, keep: bool = True) -> None:
         self._running.remove(one)
         self._full = False
-        kept = _Kept(_key(one.request, one.loaded), one.tokens[: one.done]) if keep and self.prefix_cache else _Kept(None, [])
-        self._idle[one.slot] = kept
+        self._idle[one.slot] = one.kept._replace(tokens=one.tokens[: one.done]) if keep and self.prefix_cache else NOTHING
         if one.loaded:
             self.registry.release(one.loaded)
         one.request.tell(last)
@@ -348,9 +344,12 @@ class Engine:
                 break
             parts[one] = one.unread
             left -= one.unread
+        waiting = set[Running]()
         for one in prompts:  # in order of admission
-            waits = one.ahead is not None and (one.ahead in parts or one.ahead.done > one.done)
-            if left and one not in parts and not waits:
+            ahead = one.ahead
+            if ahead is not None and (ahead in parts or ahead in waiting or ahead.done > one.done):
+                waiting.add(one)
+            elif left and one not in parts:
                 parts[one] = min(one.unread, left)
                 left -= parts[one]
         return list(parts.items())
@@ -359,7 +358,7 @@ class Engine:
     def _step(self) -> None:
         """Advance every running sequence by one token, or by a chunk of its prompt."""
         parts = self._parts()
-        parts.sort(key=lambda part: id(part[0].adapter))  # one segment per adapter
+        parts.sort(key=lambda part: (id(part[0].adapter), part[0].active_from <= part[0].done))  # few segments of an adapter
         tokens: list[int] = []
         slots: list[int] = []
         positions: list[int] = []
@@ -371,11 +370,12 @@ class Engine:
             tokens += one.tokens[one.done : one.done + n]
             slots += [one.slot] * n
             positions += range(one.done, one.done + n)
-            if one.adapter is not None:
-                if segments and segments[-1].adapter is one.adapter and segments[-1].end == begin:
+            active = begin + max(0, one.active_from - one.done)
+            if one.adapter is not None and active < begin + n:
+                if segments and segments[-1].adapter is one.adapter and segments[-1].end == active:
                     segments[-1] = Segment(segments[-1].begin, begin + n, one.adapter)
                 else:
-                    segments.append(Segment(begin, begin + n, one.adapter))
+                    segments.append(Segment(active, begin + n, one.adapter))
             first = one.done + 1 if one.request.score is not None and one.made == 0 else len(one.tokens)
             for read in range(first, one.done + n + 1):
                 wanted.append(begin + read - one.done - 1)
@@ -414,20 +414,3 @@ class Engine:
         its = logits_WV if len(rows) == len(logits_WV) else logits_WV[rows]
         tokens = self._drawer(its, [takers[row][0].slot for row in rows])
         return dict(zip(rows, tokens.tolist(), strict=True))
-
-
-def _key(request: Request, loaded: Loaded | None) -> tuple[str, float]:
-    """Under which keys and values can be reused."""
-    return (loaded.digest, request.scale) if loaded else ("", 1.0)
-
-
-def _in_common(kept: _Kept, key: tuple[str, float], prompt: list[int]) -> int:
-    """Prompt tokens whose keys and values can be reused; never the last token, whose logits are needed."""
-    if kept.key != key:
-        return 0
-    n = 0
-    for ours, theirs in zip(kept.tokens, prompt[:-1], strict=False):
-        if ours != theirs:
-            break
-        n += 1
-    return n

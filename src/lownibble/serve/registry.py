@@ -35,6 +35,7 @@ from lownibble.config import LoraConfig
 from lownibble.decoding import Decoder
 from lownibble.errors import AdapterError, InputError
 from lownibble.kernels.decoder import Adapter, LowRank
+from lownibble.lora.activated import UNBOUND
 from lownibble.lora.adapter_file import AdapterFile
 from lownibble.lora.apart import fitted
 from lownibble.lora.dora import DORA, row_gains, row_squares
@@ -97,8 +98,8 @@ class Loaded:
                 self._scaled.clear()
             self._scaled[by] = Adapter(
                 [[low and LowRank(low.A, low.B, low.scale * by) for low in layer] for layer in self.adapter.of],
-                unscaled=self.adapter,
-            )
+                unscaled=self.adapter, invocation=self.adapter.invocation,
+            )  # fmt: skip
         return self._scaled[by]
 
 
@@ -358,7 +359,7 @@ class Registry:
         shapes of what is read of it."""
         assert self.folder is not None
         file = AdapterFile(self.folder / name)
-        if not (variant := variant_of(file.config)).plain and variant is not DORA:
+        if not (variant := variant_of(file.config)).plain and variant not in (DORA, UNBOUND):
             raise AdapterError(
                 f"Adapter '{name}' is of a variant that is neither LoRA nor DoRA, so requests cannot share the base. Merge it "
                 "(lownibble merge) and serve the result."
@@ -441,7 +442,9 @@ class Registry:
             return LowRank(keep(read["lora_A"]), keep(read["lora_B"].transpose(-2, -1)).transpose(-2, -1), scale, gain)
 
         gains: list[Tensor] = []
-        adapter = Adapter([[branch(path) for path in of_layer] for of_layer in self._paths])
+        invocation = file.config.alora_invocation_tokens or ()
+        assert not isinstance(invocation, str), "checked with its targets"
+        adapter = Adapter([[branch(path) for path in of_layer] for of_layer in self._paths], invocation=tuple(invocation))
         return adapter, held.nbytes + sum(gain.nbytes for gain in gains)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Callable, Container
 from dataclasses import dataclass, field
@@ -11,7 +12,9 @@ from tokenizers.decoders import DecodeStream
 from torch import Tensor
 
 from lownibble.decoding import How
+from lownibble.errors import InputError
 from lownibble.kernels.decoder import Adapter
+from lownibble.lora.activated import begin_of
 from lownibble.serve.registry import Loaded
 from lownibble.serve.sampling import Chosen, Constraint, Sampler, Sampling, check_finite, scored
 
@@ -88,14 +91,57 @@ class Request:
     submitted: float = field(default_factory=time.monotonic)
 
 
+def active_from(prompt: list[int], adapter: Adapter | None) -> int:
+    """From which position of a sequence on its adapter is active; what comes before is the base's.
+
+    Raises:
+        InputError: the prompt does not have the tokens that activate the adapter.
+    """
+    if adapter is None:
+        return sys.maxsize
+    if not adapter.invocation:
+        return 0
+    begin = begin_of(prompt, adapter.invocation)
+    if begin is None:
+        raise InputError(
+            f"The prompt does not have the tokens {list(adapter.invocation)} that activate this adapter (its "
+            "alora_invocation_tokens). Send them, or leave the adapter out."
+        )
+    return begin
+
+
+class Kept(NamedTuple):
+    """What keys and values are of: the tokens, and the adapter (digest, scale) with the position from which on it is active."""
+
+    key: tuple[str, float] | None
+    tokens: list[int]
+    active_from: int
+
+
+NOTHING = Kept(None, [], 0)
+
+
+def in_common(kept: Kept, wanted: Kept) -> int:
+    """Tokens of a prompt whose keys and values can be reused; never the last one, whose logits are needed."""
+    n = 0
+    for ours, theirs in zip(kept.tokens, wanted.tokens[:-1], strict=False):
+        if ours != theirs:
+            break
+        n += 1
+    same = (kept.key, kept.active_from) == (wanted.key, wanted.active_from)
+    return n if same else min(n, kept.active_from, wanted.active_from)  # up to there both are the base's
+
+
 class Running:
     """A running sequence: a request in its slot of the key-value cache."""
 
-    def __init__(self, request: Request, slot: int, loaded: Loaded | None, reused: int, tokenizer: Any) -> None:
-        self.request, self.slot, self.loaded, self.reused = request, slot, loaded, reused
+    def __init__(self, request: Request, loaded: Loaded | None, tokenizer: Any) -> None:
+        self.request, self.loaded = request, loaded
+        self.slot = self.reused = 0  # until it is given a slot
         self.adapter: Adapter | None = loaded.scaled(request.scale) if loaded else None
+        self.active_from = active_from(request.prompt, self.adapter)
         self.tokens = list(request.prompt)
-        self.done = reused  # tokens whose keys and values are in the cache
+        self.done = 0  # tokens whose keys and values are in the cache
         self.ahead: Running | None = None  # the sequence that has the first `shared` tokens of the prompt, or is reading them
         self.shared = 0
         self.sampler = Sampler(request.sampling, request.prompt, request.constraint)
@@ -109,6 +155,12 @@ class Running:
         self.text = ""  # decoded, not yet sent
         self.told = 0  # characters sent
         self.first: float | None = None
+
+    @property
+    def kept(self) -> Kept:
+        """What the keys and values of all its tokens are of."""
+        key = (self.loaded.digest, self.request.scale) if self.loaded else ("", 1.0)
+        return Kept(key, self.tokens, self.active_from)
 
     @property
     def made(self) -> int:

@@ -27,6 +27,7 @@ from lownibble.data import label_places
 from lownibble.errors import ModelError
 from lownibble.kernels import ops
 from lownibble.kernels.decoded import scratch
+from lownibble.lora.activated import activated
 from lownibble.memory.usage import is_exhausted
 from lownibble.models import attention
 from lownibble.models.head import Head, for_comparing, hidden_states
@@ -273,6 +274,8 @@ def check_prefixes(model: Any, one: Sequence[int], other: Sequence[int]) -> str:
     """Why tokens that sequences begin with alike cannot be computed once, or "". Compares hidden states so with those of each
     sequence alone under the model's own attention: of two given ones (token ids), first the longest of the data (see
     `check_packing`), and of one that begins as that. Out of memory says nothing about the model, and is raised."""
+    if activated(model) is not None:
+        return "its adapter is activated by each sequence's own tokens"
     sequences = [one, other, [*one[: len(one) // 2], *other][: len(one)]]
     device = pass_device(model)
     prefixes = tree(sequences).to(device)

@@ -17,6 +17,7 @@ from lownibble.data import load as load_data
 from lownibble.data.inspect import SHORT_RUN, suggested_epochs, warnings_of
 from lownibble.errors import ModelError
 from lownibble.lora import add_lora, load_adapter, match_targets, read_config
+from lownibble.lora.activated import activated, check_rows
 from lownibble.lora.active import adapter_configs
 from lownibble.lora.init import find
 from lownibble.lora.merge_aware import check_adapter, facts_of, held_as
@@ -181,6 +182,10 @@ def make_trainer(
         choices=_kept(objective.choices(*sides, tokenizer, data, config.max_length), encoded[1]), cut_rows=encoded[0].n_cut,
         identity=identity, ranks=ranks,
     )  # fmt: skip
+    if (variant := activated(model)) is not None:
+        trainer.warnings += check_rows(
+            variant.tokens, (each for example in encoded[0].examples for each in sequences_of(example))
+        )
     trainer.warnings += warnings_of(encoded, tokenizer, config.max_length)
     if epochs := suggested_epochs(rows := len(encoded[0].examples), config):
         trainer.warnings.append(SHORT_RUN.format(rows, epochs))

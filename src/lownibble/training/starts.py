@@ -14,8 +14,10 @@ from __future__ import annotations
 import torch
 
 from lownibble.config import RunConfig
+from lownibble.errors import ConfigError
 from lownibble.models import ModelSource, resolve, skeleton
 from lownibble.models.dense_origin import has_dense
+from lownibble.models.load import load_tokenizer
 
 WIDTH = 576
 RATES = {"qera": 5e-4, True: 2e-3}
@@ -23,13 +25,17 @@ RATES = {"qera": 5e-4, True: 2e-3}
 
 
 def decide(config: RunConfig) -> tuple[RunConfig, str]:
-    """The configuration with 'auto' decided, and what was decided in words; as it is, and no words, where nothing is to decide.
+    """The configuration with 'auto' decided and a text for `alora_invocation_tokens` as tokens, and what was decided in words; as
+    it is, and no words, where nothing is to decide.
 
     Raises:
-        ModelError: as `skeleton`.
+        ModelError: as `skeleton`. ConfigError: the tokenizer gives the text no tokens.
     """
-    if config.method == "full" or config.lora.init_lora_weights != "auto":
+    if config.method == "full":
         return config, ""
+    config, invocation = _with_tokens(config)
+    if config.lora.init_lora_weights != "auto":
+        return config, invocation
     source = resolve(config.model, config.revision)
     model = skeleton(source, torch.float32)
     text = model.config.get_text_config(decoder=True)
@@ -40,7 +46,20 @@ def decide(config: RunConfig) -> tuple[RunConfig, str]:
         rate = float(f"{RATES[start] * WIDTH / width:.2g}")
         changes["train"] = config.train.with_options(learning_rate=rate)
     decided: RunConfig = config.with_options(**changes)
-    return decided, f"adapters start as {start!r}: {why}; learning rate {decided.train.learning_rate:g}"
+    start_in_words = f"adapters start as {start!r}: {why}; learning rate {decided.train.learning_rate:g}"
+    return decided, "; ".join(filter(None, (invocation, start_in_words)))
+
+
+def _with_tokens(config: RunConfig) -> tuple[RunConfig, str]:
+    """The configuration with the invocation of an activated adapter as the model's tokens, and that in words."""
+    text = config.lora.alora_invocation_tokens
+    if not isinstance(text, str):
+        return config, ""
+    tokens = load_tokenizer(resolve(config.model, config.revision))(text, add_special_tokens=False).input_ids
+    if not tokens:
+        raise ConfigError(f"The alora_invocation_tokens {text!r} are no token of '{config.model}'. Give another text.")
+    changed: RunConfig = config.with_options(lora=config.lora.with_options(alora_invocation_tokens=tokens))
+    return changed, f"the adapter is active from the tokens {tokens} on ({text!r})"
 
 
 def _start(config: RunConfig, source: ModelSource, *, only_text: bool, encoder: bool) -> tuple[str | bool, str]:
@@ -48,6 +67,8 @@ def _start(config: RunConfig, source: ModelSource, *, only_text: bool, encoder: 
         return True, "a dense base has nothing to correct"
     if config.merge_aware:
         return True, "merge-aware training packs anew at every step"
+    if config.lora.alora_invocation_tokens:
+        return True, "an activated adapter starts at the base"
     if encoder or not only_text:
         return True, "calibration is for models with a text decoder alone"
     if not has_dense(source):

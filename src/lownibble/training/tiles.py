@@ -23,7 +23,7 @@ lengths are in `planning/tiles.py`.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -32,6 +32,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from lownibble.kernels import ops
+from lownibble.lora.activated import activated
 from lownibble.models import attention
 from lownibble.models.head import for_comparing, hidden_states
 from lownibble.models.info import body, decoder_layers
@@ -62,7 +63,7 @@ class Tiled:
     def __init__(self, model: Any, ids_T: Tensor, *, compare: bool = True) -> None:
         self.untiled: dict[str, str] = {}
         self.modules: dict[str, list[nn.Module]] = {}
-        self._compare = compare
+        self._compare, self._activated = compare, activated(model)
         layers = list(decoder_layers(model).values())
         hooks = [
             child.register_forward_hook(partial(self._look_at, name), with_kwargs=True)
@@ -99,23 +100,31 @@ class Tiled:
             return "it is made of several parts, such as a mixture of experts"
         if not self._compare:
             return ""
-        parts = torch.cat([module.forward(tile) for tile in x.split(-(-x.shape[1] // 2), 1)], 1)
+        halves = x.split(-(-x.shape[1] // 2), 1)
+        places = (slice(0, halves[0].shape[1]), slice(halves[0].shape[1], None))
+        parts = torch.cat([self._run(module.forward, *each) for each in zip(halves, places, strict=False)], 1)
         difference = float((parts - output).float().norm() / output.float().norm().clamp(min=1e-30))
         return "" if difference <= TOLERANCE[x.dtype] else "its output for a token depends on other tokens"
+
+    def _run(self, forward: Forward, tile: Tensor, part: slice) -> Tensor:
+        """`forward` of some tokens of the pass."""
+        with nullcontext() if self._activated is None else self._activated.seeing(part):
+            out: Tensor = forward(tile)
+        return out
 
     @contextmanager
     def __call__(self) -> Iterator[None]:
         """Inside the block the modules run in tiles."""
         modules = [module for found in self.modules.values() for module in found]
-        with replaced_forwards((module, partial(_in_tiles, module, module.forward)) for module in modules):
+        with replaced_forwards((module, partial(_in_tiles, module, partial(self._run, module.forward))) for module in modules):
             yield
 
 
-def _in_tiles(module: nn.Module, forward: Forward, x: Tensor) -> Tensor:
-    """`forward(x)`, x (B, T, H), over tiles of the B * T tokens."""
+def _in_tiles(module: nn.Module, run: Callable[[Tensor, slice], Tensor], x: Tensor) -> Tensor:
+    """The module's output for x (B, T, H), by `run` over tiles of the B * T tokens."""
     parameters = [p for p in module.parameters() if p.requires_grad]
     kept: Tensor = _Keep.apply(x, *parameters)
-    out: Tensor = _Tiles.apply(kept, kept.grad_fn, x.requires_grad, forward, *parameters)
+    out: Tensor = _Tiles.apply(kept, kept.grad_fn, x.requires_grad, run, *parameters)
     return out
 
 
@@ -147,7 +156,7 @@ class _Tiles(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, keep: Any, wants_x: bool, run: Callable[[Tensor], Tensor], *parameters: Tensor
+        ctx: Any, x: Tensor, keep: Any, wants_x: bool, run: Callable[[Tensor, slice], Tensor], *parameters: Tensor
     ) -> Tensor:  # fmt: skip
         ctx.keep, ctx.wants_x, ctx.run, ctx.parameters = keep, wants_x, run, parameters
         ctx.backend, ctx.random = ops.chosen(), _random_state(x.device)
@@ -155,7 +164,7 @@ class _Tiles(torch.autograd.Function):
         ctx.autocast = kind, torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind)
         out: Tensor | None = None
         for part, tile in _tiles(x):
-            of_tile = run(tile)
+            of_tile = run(tile, part)
             if out is None:
                 out = of_tile.new_empty(x.shape)  # under autocast not of x's dtype
             out.view(-1, x.shape[-1])[part] = of_tile[0]
@@ -176,7 +185,7 @@ class _Tiles(torch.autograd.Function):
             for part, tile in _tiles(x):
                 with torch.enable_grad():
                     tile = tile.detach().requires_grad_(wants_x)
-                    out = ctx.run(tile)
+                    out = ctx.run(tile, part)
                 wanted = [*[tile] * wants_x, *ctx.parameters]
                 found = list(torch.autograd.grad(out, wanted, dout_1TH[:, part], allow_unused=True))
                 if dx is not None:

@@ -1,0 +1,299 @@
+"""Activated LoRA. Oracles: PEFT; a search in each sequence by hand; the two models that a row's parts go through; one sequence
+alone, whole, for packed, tiled and cached ones."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import lownibble as ln
+from lownibble.errors import AdapterError, ConfigError, DataError, ModelError, TargetError
+from lownibble.lora import lora_layers, remove_adapter, set_adapter
+from lownibble.lora.activated import activated, begin_of, check_rows, find_active
+from lownibble.lora.active import adapter_off
+from lownibble.models.attention import segment_attention
+from lownibble.models.head import hidden_states
+from lownibble.training.loss import check_prefixes, label_loss
+
+INVOCATION = [7, 8]
+ROWS = torch.tensor([
+    [5, 6, 7, 8, 9, 10, 7, 8, 11, 12],  # twice: the last one counts
+    [7, 8, 20, 21, 22, 23, 24, 25, 26, 27],  # at once
+    [30, 31, 32, 33, 34, 35, 36, 37, 7, 8],  # at the end
+    [40, 41, 42, 43, 44, 45, 8, 7, 46, 7],  # never
+])  # fmt: skip
+BEGINS = [6, 0, 8, None]
+
+
+@pytest.fixture
+def adapted(tiny):
+    def make(tokens=INVOCATION, family="llama", **options):
+        model = ln.add_lora(tiny(family), ln.LoraConfig(r=4, init_lora_weights=False, alora_invocation_tokens=tokens, **options))
+        return model.eval()
+
+    return make
+
+
+def by_hand(ids, breaks, tokens):
+    """Where the adapter is active, sequence by sequence."""
+    found, ends = [], [*breaks, len(ids)]
+    for begin, end in zip([0, *breaks], ends, strict=True):
+        piece = ids[begin:end]
+        at = [i for i in range(len(piece)) if piece[i : i + len(tokens)] == tokens]
+        found += [bool(at) and i >= at[-1] for i in range(len(piece))]
+    return found
+
+
+@settings(deadline=None, max_examples=200)
+@given(st.data())
+def test_where_it_is_active(data):
+    rows = data.draw(st.integers(1, 3))
+    length = data.draw(st.integers(1, 14))
+    tokens = data.draw(st.lists(st.integers(0, 1), min_size=1, max_size=3))
+    ids = [data.draw(st.lists(st.integers(0, 2), min_size=length, max_size=length)) for _ in range(rows)]
+    breaks = [sorted(data.draw(st.sets(st.integers(1, length - 1)))) if length > 1 else [] for _ in range(rows)]
+    positions = torch.tensor([[i - max(b for b in [0, *row] if b <= i) for i in range(length)] for row in breaks])
+    expected = [by_hand(row, cuts, tokens) for row, cuts in zip(ids, breaks, strict=True)]
+    assert find_active(torch.tensor(ids), positions, tokens).tolist() == expected
+    whole = [by_hand(row, [], tokens) for row in ids]
+    assert find_active(torch.tensor(ids), None, tokens).tolist() == whole
+    assert [begin_of(row, tokens) for row in ids] == [row.index(True) if True in row else None for row in whole]
+
+
+def test_before_the_invocation_it_is_the_base_and_after_it_reads_the_bases_keys(adapted, tiny):
+    model = adapted()
+    with torch.no_grad():
+        found, base = model(ROWS).logits, tiny()(ROWS).logits
+    for row, begin in enumerate(BEGINS):
+        assert torch.equal(found[row, :begin], base[row, :begin])
+    assert (found - base).abs()[0, 6:].min(-1).values.max() > 1e-3
+    assert torch.equal(found[3], base[3])
+
+
+def test_it_is_pefts_logits_gradients_and_generation(adapted, tiny, peft, tmp_path):
+    ours = adapted()
+    ln.save_adapter(ours, tmp_path)
+    theirs = peft.PeftModel.from_pretrained(tiny(), tmp_path, is_trainable=True).eval()
+    torch.testing.assert_close(ours(ROWS).logits, theirs(input_ids=ROWS).logits, rtol=1e-5, atol=1e-5)
+    for model in (ours, theirs):
+        model(input_ids=ROWS, labels=ROWS).loss.backward()
+    name = {key.replace("base_model.model.", "").replace(".default.weight", ""): p for key, p in theirs.named_parameters()}
+    trained = {key.replace(".adapters.default", ""): p for key, p in ours.named_parameters() if p.requires_grad}
+    assert len(trained) == 28
+    for key, parameter in trained.items():
+        assert float((parameter.grad - name[key].grad).norm() / name[key].grad.norm()) < 1e-4
+    options = {"max_new_tokens": 12, "do_sample": False, "eos_token_id": None, "attention_mask": torch.ones_like(ROWS)}
+    found, expected = ours.generate(ROWS, **options), theirs.generate(input_ids=ROWS, **options)
+    assert torch.equal(found, expected)
+    assert not torch.equal(found[:3], tiny().generate(ROWS, **options)[:3])
+
+
+def test_pefts_file_is_read(adapted, tiny, peft, tmp_path):
+    config = peft.LoraConfig(
+        r=4, target_modules=["q_proj", "down_proj"], alora_invocation_tokens=INVOCATION, task_type="CAUSAL_LM", lora_alpha=40
+    )
+    theirs = peft.get_peft_model(tiny(), config).eval()
+    with torch.no_grad():
+        for key, parameter in theirs.named_parameters():
+            if "lora_B" in key:
+                parameter.normal_()
+    theirs.save_pretrained(tmp_path)
+    ours = ln.load_adapter(tiny(), tmp_path)
+    assert activated(ours).tokens == (7, 8)
+    with torch.no_grad():
+        torch.testing.assert_close(ours(ROWS).logits, theirs(input_ids=ROWS).logits, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("options", [{}, {"lora_dropout": 0.3}])
+@pytest.mark.parametrize("quant", [None, "nf4", "int8"])
+def test_the_product_is_that_of_the_masked_input(quant, options, write, tmp_path):
+    """y = x W^T + scale (dropout(x) m A^T) B^T for a layer of its own: forward, backward and without gradients."""
+    model, _ = ln.load(str(write(intermediate_size=96)), quant=quant and ln.QuantConfig(quant_type=quant, block_size=32))
+    ln.add_lora(model, ln.LoraConfig(r=4, init_lora_weights=False, alora_invocation_tokens=INVOCATION, **options))
+    layer = model.model.layers[1].mlp.down_proj.train()
+    adapter, x = layer.adapter("default"), torch.randn(2, 5, layer.in_features, requires_grad=True)
+    active = torch.tensor([[0, 0, 1, 1, 1], [0, 0, 0, 0, 1]], dtype=torch.bool)
+    adapter.variant.active = active.view(-1, 1)
+    torch.manual_seed(1)
+    found = layer(x)
+    torch.manual_seed(1)
+    seed = int(torch.randint(2**62, ())) if options else 0
+    keep = torch.empty(10, layer.in_features).bernoulli_(0.7, generator=torch.Generator().manual_seed(seed)) / 0.7
+    read = x * active.unsqueeze(2) * (keep.view_as(x) if options else 1)
+    expected = layer.base(x) + adapter.scale * read @ adapter.lora_A.t() @ adapter.lora_B.t()
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+    dy, trained = torch.randn_like(found), [x, adapter.lora_A, adapter.lora_B]
+    for one, two in zip(torch.autograd.grad(found, trained, dy), torch.autograd.grad(expected, trained, dy), strict=True):
+        torch.testing.assert_close(one, two, rtol=1e-4, atol=1e-5)
+    with torch.no_grad():
+        layer.eval()
+        read = x * active.unsqueeze(2)
+        expected = layer.base(x) + adapter.scale * read @ adapter.lora_A.t() @ adapter.lora_B.t()
+        torch.testing.assert_close(layer(x), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_packed_rows_are_as_each_alone(adapted):
+    model = adapted()
+    rows = [ROWS[0], ROWS[3, :6], ROWS[2], ROWS[1, :4]]
+    with torch.no_grad():
+        alone = [hidden_states(model, row.unsqueeze(0), None)[0] for row in rows]
+        with segment_attention(model):
+            packed = hidden_states(model, torch.cat(rows).unsqueeze(0), None, [len(row) for row in rows])[0]
+    torch.testing.assert_close(packed, torch.cat(alone), rtol=1e-4, atol=1e-5)
+
+
+def test_padded_rows_are_as_each_alone(adapted):
+    model, mask = adapted(), torch.ones(2, 10, dtype=torch.int64)
+    ids = ROWS[:2].clone()
+    ids[0, 8:], mask[0, 8:] = 0, 0
+    with torch.no_grad():
+        found = model(ids, attention_mask=mask).logits
+        torch.testing.assert_close(found[0, :8], model(ids[:1, :8]).logits[0], rtol=1e-4, atol=1e-5)
+        left, mask = torch.cat([torch.zeros(1, 3, dtype=torch.int64), ROWS[:1]], 1), torch.ones(1, 13, dtype=torch.int64)
+        mask[:, :3] = 0
+        places = (mask.cumsum(1) - 1).clamp(min=0)
+        found = model(left, attention_mask=mask, position_ids=places).logits[0, 3:]
+        torch.testing.assert_close(found, model(ROWS[:1]).logits[0], rtol=1e-4, atol=1e-5)
+
+
+def test_a_cache_goes_on_with_what_was_invoked(adapted):
+    """Token by token, in parts, and from a cache that the model made itself: as the whole row."""
+    model = adapted()
+    with torch.no_grad():
+        whole = model(ROWS).logits
+        for cuts in ([9], [8, 9], list(range(8, 10))):
+            cache, found = None, []
+            for begin, end in zip([0, *cuts], [*cuts, 10], strict=True):
+                out = model(ROWS[:3, begin:end][[0, 1]], past_key_values=cache, use_cache=True)
+                cache = out.past_key_values
+                found.append(out.logits)
+            torch.testing.assert_close(torch.cat(found, 1), whole[[0, 1]], rtol=1e-4, atol=1e-5)
+
+
+def test_a_generated_invocation_invokes_nothing(adapted, tiny):
+    model, base = adapted([9]), tiny()
+    with torch.no_grad():
+        cache = model(ROWS[3:], use_cache=True).past_key_values
+        other = base(ROWS[3:], use_cache=True).past_key_values
+        found, expected = (m(torch.tensor([[9]]), past_key_values=c).logits for m, c in ((model, cache), (base, other)))
+    assert torch.equal(found, expected)
+
+
+def test_two_adapters_and_the_base_take_turns(adapted, tiny):
+    model, base = adapted(), tiny()
+    one = model(ROWS).logits
+    ln.add_lora(model, ln.LoraConfig(r=2, init_lora_weights=False, alora_invocation_tokens=[12]), name="other", seed=3).eval()
+    two = model(ROWS).logits
+    assert torch.equal(two[1:], base(ROWS).logits[1:]), "only the first row has 12"
+    assert not torch.equal(two[0, 9], base(ROWS).logits[0, 9])
+    set_adapter(model, "default")
+    assert torch.equal(model(ROWS).logits, one)
+    with torch.no_grad(), adapter_off(model):
+        assert activated(model) is None
+        assert torch.equal(model(ROWS).logits, base(ROWS).logits)
+    remove_adapter(model, "default")
+    assert torch.equal(model(ROWS).logits, two)
+    remove_adapter(model, "other")
+    assert torch.equal(model(ROWS).logits, base(ROWS).logits)
+    assert not model.model._forward_pre_hooks
+    assert not model.model._forward_hooks
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))], ids=["deepcopy", "pickle"])
+def test_a_copy_is_of_its_own(adapted, copied):
+    model = adapted()
+    with torch.no_grad():
+        expected = model(ROWS).logits
+        other = copied(model)
+        model(ROWS[:1, :4])
+        assert torch.equal(other(ROWS).logits, expected)
+        remove_adapter(other, "default")
+        assert torch.equal(model(ROWS).logits, expected)
+        assert not torch.equal(other(ROWS).logits, expected)
+
+
+def test_a_checkpointed_step_is_the_plain_one(adapted):
+    plain, model = adapted().train(), adapted().train()
+    model.activation_checkpointing_enable({"use_reentrant": False})
+    for each in (plain, model):
+        label_loss(each, ROWS, torch.ones_like(ROWS), ROWS).backward()
+    for one, two in zip(plain.parameters(), model.parameters(), strict=True):
+        assert (one.grad is None) == (two.grad is None)
+        if one.grad is not None:
+            assert torch.equal(one.grad, two.grad)
+
+
+def test_prompts_are_not_shared(adapted):
+    """A tree of sequences has tokens of several after one another."""
+    assert "activated" in check_prefixes(adapted(), [5, 6, 7, 8, 9], [5, 6, 7])
+
+
+def test_rows_are_counted():
+    rows = [([1, 7, 8, 2], [False, False, False, True]), ([1, 2, 3], [False, True, True])]
+    assert check_rows(INVOCATION, rows) == [
+        "1 of 2 training rows do not have the tokens that activate the adapter, and train nothing",
+        "2 of 3 label tokens come before the adapter is active, untrained: try --trained-turns last",
+    ]
+    assert check_rows(INVOCATION, rows[:1]) == []
+    with pytest.raises(DataError, match=r"No training row has the tokens \[7, 8\]"):
+        check_rows(INVOCATION, rows[1:])
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"target_modules": ["q_proj", "lm_head"]}, "the output head"),
+        ({"init_lora_weights": "pissa"}, "starts at more than the base"),
+        ({"init_lora_weights": "eva"}, "starts at more than the base"),
+        ({"alora_invocation_tokens": [3, 96]}, "has 96, and the model's vocabulary 96"),
+        ({"alora_invocation_tokens": "go on"}, "is the text 'go on'"),
+    ],
+)
+def test_what_cannot_be_activated_is_named(options, message, tiny):
+    model = tiny()
+    with pytest.raises(TargetError, match=message):
+        ln.add_lora(model, ln.LoraConfig(**{"alora_invocation_tokens": INVOCATION, **options}))
+    assert not list(lora_layers(model, "default"))
+
+
+def test_experts_and_encoders_cannot(tiny):
+    config = ln.LoraConfig(alora_invocation_tokens=INVOCATION)
+    with pytest.raises(TargetError, match="experts"):
+        ln.add_lora(tiny("qwen3_moe", num_experts=4, moe_intermediate_size=16, head_dim=8), config)
+
+
+@pytest.mark.parametrize(
+    "options", [{"use_dora": True}, {"bias": "all"}, {"modules_to_save": ["norm"]}, {"target_parameters": ["gate_up_proj"]}]
+)
+def test_what_changes_other_tokens_is_refused(options):
+    with pytest.raises(ConfigError, match=f"cannot be combined with {next(iter(options))}"):
+        ln.LoraConfig(alora_invocation_tokens=INVOCATION, **options)
+
+
+def test_tokens_may_be_numbers_or_a_text():
+    given = [[3, 4], ["3", "4"], "3 4", "go on", ["3"]]
+    assert [ln.LoraConfig(alora_invocation_tokens=each).alora_invocation_tokens for each in given] == [
+        [3, 4], [3, 4], [3, 4], "go on", [3],
+    ]  # fmt: skip
+    for wrong in ([], "", [-1], ["a"]):
+        with pytest.raises(ConfigError, match="alora_invocation_tokens"):
+            ln.LoraConfig(alora_invocation_tokens=wrong)
+
+
+def test_a_pass_without_token_ids_and_a_layer_alone_are_named(adapted):
+    model = adapted()
+    with pytest.raises(ModelError, match="needs the model's input_ids"):
+        model(inputs_embeds=torch.zeros(1, 3, 32))
+    with pytest.raises(ModelError, match="other rows than the tokens"):
+        model.model.layers[0].mlp(torch.zeros(1, 3, 32))
+
+
+def test_it_cannot_be_merged(write, adapt, tmp_path):
+    base = write()
+    _, folder = adapt(base, "nf4", alora_invocation_tokens=INVOCATION)
+    with pytest.raises(AdapterError, match="no merged weight is equal"):
+        ln.merge(folder, tmp_path / "merged", base=str(base), onto="dequantized", measure_tokens=0)
+    assert not (tmp_path / "merged").exists()
