@@ -52,7 +52,7 @@ def test_gradcheck_dense(bias, dropout):
         tensor.requires_grad_()
     b = None if bias is None else b
     assert torch.autograd.gradcheck(
-        lambda *t: LoraMatmul.apply(t[0], weight, b if bias != "trained" else t[3], t[1], t[2], 1.5, dropout, 7, None, ()),
+        lambda *t: LoraMatmul.apply(t[0], weight, b if bias != "trained" else t[3], t[1], t[2], 1.5, dropout, 7, None, (), None),
         (x, lora_A, lora_B, *([b] if bias == "trained" else [])),
     )
 

@@ -130,11 +130,11 @@ def test_the_operator_keeps_torchs_rules(kind, dropout):
         adapter, x = adapted.adapters["a"], torch.randn(2, 13, 64, requires_grad=True)
         weight, codec = ([adapted.base.weight], "") if kind == "dense" else (adapted.base.flat, adapted.base.spec)
         rows = eightbit.rows_of(x, code_type)
-        for rounded in ([], [adapter.lora_A.detach().clone(), adapter.lora_B.detach().clone()]):
-            torch.library.opcheck(
-                lora_matmul, (x, weight, codec, adapted.bias, adapter.lora_A, adapter.lora_B, 0.5, dropout, seed, rows, rounded),
-                test_utils=checks,
-            )  # fmt: skip
+        A, B = adapter.lora_A, adapter.lora_B
+        some = (torch.arange(26) % 3 == 0).unsqueeze(1)
+        for rounded, active in (([], None), ([A.detach().clone(), B.detach().clone()], some)):
+            given = (x, weight, codec, adapted.bias, A, B, 0.5, dropout, seed, rows, rounded, active)
+            torch.library.opcheck(lora_matmul, given, test_utils=checks)
         if kind != "dense" and not dropout:
             flat = x.detach().view(-1, 64).requires_grad_()
             torch.library.opcheck(frozen_matmul, (flat, weight, codec, 96, eightbit.rows_of(flat, code_type)), test_utils=checks)

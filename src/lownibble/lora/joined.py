@@ -102,7 +102,7 @@ class JoinLowRank(CustomGraphPass):
         """Join what can be joined, in place; torch sorts the nodes afterwards."""
         forwards, backwards = defaultdict(list), defaultdict(list)
         for node in graph.nodes:
-            if node.target is _FORWARD and _arguments(node)["dropout"] == 0 and _arguments(node).get("active") is None:
+            if node.target is _FORWARD and _arguments(node)["dropout"] == 0 and _arguments(node)["active"] is None:
                 forwards[_itself(node.args[0])].append(node)
             elif node.target is _BACKWARD:
                 backwards[_itself(_arguments(node)["low"])].append(node)

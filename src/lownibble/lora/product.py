@@ -160,7 +160,7 @@ def frozen_weight(tensors: list[Tensor], spec: str) -> Tensor | PackedWeight:
 @torch.library.custom_op("lownibble::lora_matmul", mutates_args=())
 def lora_matmul(
     x: Tensor, weight: list[Tensor], spec: str, bias: Tensor | None, lora_A: Tensor, lora_B: Tensor, scale: float,
-    dropout: float, seed: Tensor | None, rows: list[Tensor], rounded: list[Tensor], active: Tensor | None = None,
+    dropout: float, seed: Tensor | None, rows: list[Tensor], rounded: list[Tensor], active: Tensor | None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Custom operator for torch.compile: x (..., K) -> y (..., N) and dropout(x) A^T (T, r).
 
@@ -175,14 +175,14 @@ def lora_matmul(
 
 
 @lora_matmul.register_fake
-def _(x, weight, spec, bias, lora_A, lora_B, scale, dropout, seed, rows, rounded, active=None):  # type: ignore[no-untyped-def]
+def _(x, weight, spec, bias, lora_A, lora_B, scale, dropout, seed, rows, rounded, active):  # type: ignore[no-untyped-def]
     return x.new_empty((*x.shape[:-1], lora_B.shape[0])), x.new_empty((x.numel() // x.shape[-1], lora_A.shape[0]))
 
 
 @torch.library.custom_op("lownibble::lora_matmul_backward", mutates_args=())
 def lora_matmul_backward(
     dy: Tensor, x: Tensor, weight: list[Tensor], spec: str, lora_A: Tensor, lora_B: Tensor, low: Tensor, scale: float,
-    dropout: float, seed: Tensor | None, code_type: torch.dtype | None, wants_dx: bool, active: Tensor | None = None,
+    dropout: float, seed: Tensor | None, code_type: torch.dtype | None, wants_dx: bool, active: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """The gradients of x (nothing if not wanted), A and B; see `backward`."""
     dy_TN, x_TK = dy.reshape(-1, dy.shape[-1]), x.reshape(-1, x.shape[-1])
@@ -192,7 +192,7 @@ def lora_matmul_backward(
 
 
 @lora_matmul_backward.register_fake
-def _(dy, x, weight, spec, lora_A, lora_B, low, scale, dropout, seed, code_type, wants_dx, active=None):  # type: ignore[no-untyped-def]
+def _(dy, x, weight, spec, lora_A, lora_B, low, scale, dropout, seed, code_type, wants_dx, active):  # type: ignore[no-untyped-def]
     dA, dB = (x.new_empty(factor.shape, dtype=torch.promote_types(factor.dtype, torch.float32)) for factor in (lora_A, lora_B))
     return x.new_empty(x.shape if wants_dx else 0), dA, dB
 
