@@ -136,6 +136,13 @@ def test_preferences(tiny_model, tmp_path):
     assert "activated" in str(result.record["shared_prefixes"])
 
 
+def test_candidates_of_several_tokens_each_have_their_prompt(tiny_model, tiny_data):
+    config = config_of(tiny_model, tiny_data, max_steps=1)
+    config = config.with_options(data=config.data.with_options(completion_template=" very {label}"))
+    assert "activated" in run(config).record["candidates"]["reason"]
+    assert "candidates" not in run(config_of(tiny_model, tiny_data, max_steps=1)).record, "of one token each"
+
+
 def test_rows_without_the_invocation(tiny_model, tiny_data):
     with pytest.raises(DataError, match="No training row has the tokens"):
         run(config_of(tiny_model, tiny_data, {"alora_invocation_tokens": "awful awful"}))

@@ -384,6 +384,7 @@ def test_a_prompt_is_computed_once_for_all_its_candidates(tiny_model, tiny_data)
     model.model.register_forward_pre_hook(lambda _, __, kwargs: computed.append(kwargs["input_ids"].numel()), with_kwargs=True)
     found(model)
     assert sum(computed) <= sum(len(example.input_ids) + 2 for example in examples), "a row, and the end of its other answer"
+    assert found.facts() == {"candidates": {"share_their_prompt": True, "reason": ""}}
 
 
 def test_an_evaluation_without_memory_for_all_candidates_takes_them_apart(tiny_model, tiny_data):
@@ -401,6 +402,7 @@ def test_an_evaluation_without_memory_for_all_candidates_takes_them_apart(tiny_m
     assert after.loss == pytest.approx(before.loss, rel=1e-6)
     assert (after.correct, after.label_tokens) == (before.correct, before.label_tokens)
     assert found.halve() == 0
+    assert found.facts() == {"candidates": {"share_their_prompt": False, "reason": "it took more memory than there is"}}
 
 
 def test_training_goes_on_from_a_loaded_adapter(tiny_model, tiny_data, tmp_path):

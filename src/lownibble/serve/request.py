@@ -91,7 +91,7 @@ class Request:
     submitted: float = field(default_factory=time.monotonic)
 
 
-def active_from(prompt: list[int], adapter: Adapter | None) -> int:
+def active_from(prompt: list[int], adapter: Adapter | None, tokenizer: Any) -> int:
     """From which position of a sequence on its adapter is active; what comes before is the base's.
 
     Raises:
@@ -103,8 +103,9 @@ def active_from(prompt: list[int], adapter: Adapter | None) -> int:
         return 0
     begin = begin_of(prompt, adapter.invocation)
     if begin is None:
+        text = tokenizer.decode(list(adapter.invocation), skip_special_tokens=False)
         raise InputError(
-            f"The prompt does not have the tokens {list(adapter.invocation)} that activate this adapter (its "
+            f"The prompt does not have the tokens {list(adapter.invocation)} ({text!r}) that activate this adapter (its "
             "alora_invocation_tokens). Send them, or leave the adapter out."
         )
     return begin
@@ -139,7 +140,7 @@ class Running:
         self.request, self.loaded = request, loaded
         self.slot = self.reused = 0  # until it is given a slot
         self.adapter: Adapter | None = loaded.scaled(request.scale) if loaded else None
-        self.active_from = active_from(request.prompt, self.adapter)
+        self.active_from = active_from(request.prompt, self.adapter, tokenizer)
         self.tokens = list(request.prompt)
         self.done = 0  # tokens whose keys and values are in the cache
         self.ahead: Running | None = None  # the sequence that has the first `shared` tokens of the prompt, or is reading them

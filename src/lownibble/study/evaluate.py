@@ -89,7 +89,7 @@ def _task(config: EvalConfig, model: Any, tokenizer: Any) -> dict[str, Any]:
         scores[name] = _score(math.fsum(values) / len(values), stats.standard_error(values), len(values))
     return {
         "data": {"name": rows.name, "rows": len(rows.rows), "digest": rows.digest, "label_tokens": evaluated.label_tokens},
-        "scores": {kind: scores}, "row_scores": by_row, "answers": answered.get("answers", []),
+        "scores": {kind: scores}, "row_scores": by_row, "answers": answered.get("answers", []), **evaluator.facts(),
     }  # fmt: skip
 
 

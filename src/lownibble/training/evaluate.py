@@ -71,6 +71,12 @@ class Evaluator:
         self.single_token = choices is not None and all(len(c) == 1 for c in choices[0].candidates)
         self.prefix_reason: str | None = None
 
+    def facts(self) -> dict[str, Any]:
+        """For records: whether a prompt is computed once for all its candidates, and why not; nothing where there are none."""
+        if self.choices is None or self.single_token or self.prefix_reason is None:
+            return {}
+        return {"candidates": {"share_their_prompt": not self.prefix_reason, "reason": self.prefix_reason}}
+
     def halve(self) -> int:
         """Make forward passes smaller: candidates apart if they were together (even in a tree attention sees each whole), else of
         half the tokens. Returns the new `max_tokens`, or 0 if a pass is already a single row."""

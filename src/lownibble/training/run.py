@@ -189,6 +189,7 @@ def _train(
             "skipped": [asdict(e) for e in events if isinstance(e, Skipped)],
             "warnings": warned,
             "evaluations": [asdict(e) for e in events if isinstance(e, Evaluated)],
+            **trainer.evaluator.facts(),
             **({} if trainer.reference is None else {"reference": trainer.reference}),
             **({} if trainer.shared is None else {"shared_prefixes": trainer.shared}),
             "seconds": next((e.seconds for e in events if isinstance(e, Finished)), None),
