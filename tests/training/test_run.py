@@ -17,7 +17,7 @@ from lownibble.data import choices, encode
 from lownibble.data import load as load_data
 from lownibble.errors import AdapterError, ConfigError, ModelError, OutputError, TargetError, TrainingError
 from lownibble.lora.active import adapter_configs
-from lownibble.training import Evaluated, Finished, JsonlSink, Saved, Sink, Started, Stepped, evaluate, run
+from lownibble.training import Evaluated, Finished, JsonlSink, Saved, Sink, Started, Stepped, evaluate, run, sinks
 from lownibble.training.microbatches import collator
 from lownibble.training.output import claim
 
@@ -412,6 +412,21 @@ def test_training_goes_on_from_a_loaded_adapter(tiny_model, tiny_data, tmp_path)
     data = DataConfig(path=str(tiny_data), **DATA_TEMPLATES)
     again = ln.train(model, tokenizer, data, TrainConfig(max_steps=2, max_length=32, learning_rate=1e-4))
     assert again.record["evaluations"][0]["loss"] == pytest.approx(first.eval_loss, rel=1e-5)
+
+
+@pytest.mark.parametrize(("limit", "said"), [(24, True), (25, False)])
+def test_a_long_first_evaluation_is_announced(limit, said, tiny_model, tiny_data, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(sinks, "MANY_ROWS", limit)
+    config = _config(tiny_model, tiny_data, max_steps=2, save_steps=1, output_dir=str(tmp_path / "out"))
+    run(config, sinks=[sinks.ProgressSink("lora")])
+    lines = capsys.readouterr().err.splitlines()
+    announced = [line for line in lines if "evaluating 24 rows first" in line]
+    assert len(announced) == said
+    if said:
+        assert lines.index(announced[0]) < next(i for i, line in enumerate(lines) if "step 0: evaluation loss" in line)
+    shutil.rmtree(tmp_path / "out" / "checkpoints" / "step-000002")
+    run(config.with_options(train=config.train.with_options(resume=True)), sinks=[sinks.ProgressSink("lora")])
+    assert "rows first" not in capsys.readouterr().err, "a resumed run goes on with its next step"
 
 
 def test_the_jsonl_sink_writes_each_event_at_once(tmp_path):

@@ -114,13 +114,16 @@ def _times(config: LoraConfig, factor: float) -> LoraConfig:
 
 def _config_json(model: nn.Module, config: LoraConfig, name: str) -> dict[str, Any]:
     base = getattr(getattr(model, "config", None), "_name_or_path", None)
+    options = {key: value for key, value in config.to_dict().items() if key != "target_experts"}  # PEFT's names
+    if config.alora_invocation_tokens is None:
+        del options["alora_invocation_tokens"]  # unknown to PEFT before 0.18
     return {
         "peft_type": "LORA",
         "task_type": "SEQ_2_SEQ_LM" if getattr(getattr(model, "config", None), "is_encoder_decoder", False) else "CAUSAL_LM",
         "base_model_name_or_path": base or None,
         "inference_mode": True,
         "fan_in_fan_out": any(is_transposed(layer.base) for _, layer in lora_layers(model, name)),
-        **{key: value for key, value in config.to_dict().items() if key != "target_experts"},  # PEFT's names
+        **options,
         **portable.named(model, config, name),
         "modules_to_save": config.modules_to_save or None,
     }

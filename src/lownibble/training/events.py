@@ -15,7 +15,7 @@ from lownibble.config import Checkpointing
 class Started:
     """Before the first step. `first_step` is above 0 after a resume; `compile_seconds` is the time to compile the layers;
     `compute` is the frozen-base matmul precision that 'auto' chose, and why; `adapted` counts the adapted layers by kind;
-    `shared` is `Trainer.shared` where it counts tokens."""
+    `shared` is `Trainer.shared` where it counts tokens; `eval_rows` are evaluated next (0: none before the first step)."""
 
     total_steps: int
     first_step: int
@@ -29,6 +29,7 @@ class Started:
     compute: str = ""
     adapted: dict[str, int] = field(default_factory=dict)
     shared: dict[str, int] = field(default_factory=dict)
+    eval_rows: int = 0
 
 
 @dataclass(frozen=True)

@@ -205,13 +205,14 @@ class Trainer:
                 self.fit.gradient_checkpointing, time.perf_counter() - began,
             )  # fmt: skip
         yield from self._told()
+        evaluates = first in (0, self.total_steps)
         yield Started(
             self.total_steps, first, len(self.micro.rows), self.cut_rows, *count_parameters(self.model),
             compiled=self.passes.compiled, compile_seconds=self.passes.compile_seconds,
             compile_reason=self.passes.compile_reason, compute=info(self.model).compute, adapted=adapted_layers(self.model),
-            shared=self.shared if isinstance(self.shared, dict) else {},
+            shared=self.shared if isinstance(self.shared, dict) else {}, eval_rows=len(self.evaluator.examples) * evaluates,
         )  # fmt: skip
-        if first in (0, self.total_steps):
+        if evaluates:
             yield self.evaluate(first)
         skipped, done = 0, first
         try:

@@ -24,6 +24,10 @@ from lownibble.training.compiling import IMPOSSIBLE
 from lownibble.training.events import Evaluated, Event, Finished, Fitted, Skipped, Started, Stepped, Warned
 
 
+MANY_ROWS = 500
+"""Evaluation rows from which on the first evaluation, before any step, is announced."""
+
+
 class Sink(AbstractContextManager["Sink"]):
     """Takes events until it is closed."""
 
@@ -73,6 +77,8 @@ class ProgressSink(Sink):
                 self.console.print(f"{self.label}: layers compiled in {event.compile_seconds:.0f} s ({event.compile_reason})")
             elif event.compile_reason.startswith(IMPOSSIBLE):
                 self.console.print(f"{self.label}: layers are not compiled, which would pay: {event.compile_reason}")
+            if event.eval_rows >= MANY_ROWS:
+                self.console.print(f"{self.label}: evaluating {event.eval_rows:,} rows first (--max-eval-rows takes fewer)")
             self.task = self.progress.add_task(self.label, total=event.total_steps, completed=event.first_step, figures="")
         elif isinstance(event, Stepped):
             figures = f"loss {event.loss:.3f}  {event.tokens / event.seconds:.0f} tok/s"
