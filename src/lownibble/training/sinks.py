@@ -23,7 +23,6 @@ from lownibble.memory.budget import Setting
 from lownibble.training.compiling import IMPOSSIBLE
 from lownibble.training.events import Evaluated, Event, Finished, Fitted, Skipped, Started, Stepped, Warned
 
-
 MANY_ROWS = 500
 """Evaluation rows from which on the first evaluation, before any step, is announced."""
 
