@@ -301,3 +301,13 @@ def test_paired_difference_is_the_textbook_formula():
     error = math.sqrt(sum((d - mean) ** 2 for d in differences) / 3 / 4)
     assert found == {"mean": mean, "standard_error": pytest.approx(error), "rows": 4}
     assert advice.paired_difference([], []) is None
+
+
+@pytest.mark.slow
+def test_activated_adapters_are_compared(tiny_model, tiny_data, tmp_path, forked):
+    """The tokens' text becomes tokens in each method's run; before that only shapes are looked at."""
+    lora = LoraConfig(r=2, alora_invocation_tokens="sentiment :")
+    result = compare(_config(tiny_model, tiny_data, tmp_path / "cmp", methods=["lora"], lora=lora))
+    assert [s["status"] for s in result["methods"]] == ["ok"]
+    options = json.loads((tmp_path / "cmp" / "lora" / "record.json").read_text())["config"]["lora"]
+    assert all(isinstance(token, int) for token in options["alora_invocation_tokens"])

@@ -161,3 +161,13 @@ def test_what_it_cannot_be_trained_with(tiny_model, tiny_data):
 def test_auto_starts_at_the_base(tiny_model, tiny_data):
     result = run(config_of(tiny_model, tiny_data, {"init_lora_weights": "auto"}, "qlora", max_steps=1))
     assert result.record["config"]["lora"]["init_lora_weights"] is True
+
+
+def test_a_plan_takes_a_text_for_the_tokens(tiny_model):
+    """Only shapes matter; of a step an activated adapter keeps a byte a token more."""
+    plain, activated_plan = (
+        ln.plan(str(tiny_model), exact=True, method="lora", max_length=32, lora=lora).to_dict()["rows"]
+        for lora in ({"r": 4}, {"r": 4, "alora_invocation_tokens": TEXT})
+    )
+    for one, two in zip(plain, activated_plan, strict=True):
+        assert two["memory"]["allocated_bytes"] == pytest.approx(one["memory"]["allocated_bytes"], rel=0.01)

@@ -156,6 +156,13 @@ def begin_of(ids: Sequence[int], tokens: Sequence[int]) -> int | None:
     return next(found, None)
 
 
+def for_shapes(config: LoraConfig) -> LoraConfig:
+    """The configuration for a model that is only looked at, without a tokenizer: any token in the place of a text."""
+    text = isinstance(config.alora_invocation_tokens, str)
+    found: LoraConfig = config.with_options(alora_invocation_tokens=[0]) if text else config
+    return found
+
+
 def check(model: nn.Module, config: LoraConfig, targets: Mapping[str, nn.Module]) -> None:
     """Check that an adapter of this configuration can be activated, if it is to be.
 

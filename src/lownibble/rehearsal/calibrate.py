@@ -21,6 +21,7 @@ from lownibble.config import METHODS, Method, PlanConfig
 from lownibble.data import Example
 from lownibble.errors import ConfigError
 from lownibble.lora import add_lora
+from lownibble.lora.activated import for_shapes
 from lownibble.memory.planned import device_of
 from lownibble.models import pick_device, pick_dtype
 from lownibble.models.load import quantizable
@@ -149,7 +150,7 @@ def _model(config: PlanConfig, method: Method, contents: Mapping[str, Any], devi
             setattr(parent, name, QuantLinear.from_linear(getattr(parent, name), config.quant))
     model.to(device)
     if method != "full":
-        add_lora(model, config.lora)
+        add_lora(model, for_shapes(config.lora))
     return model
 
 

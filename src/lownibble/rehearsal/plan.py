@@ -102,6 +102,7 @@ class _Built:
         import torch
 
         from lownibble.lora import add_lora
+        from lownibble.lora.activated import for_shapes
         from lownibble.models.experts import number_in
         from lownibble.models.skeleton import empty_model
         from lownibble.quant import is_linear, matrix
@@ -123,7 +124,7 @@ class _Built:
             """Of n elements of all experts, those that a token passes through."""
             return n * active // every if every else n
 
-        add_lora(model, self.lora)
+        add_lora(model, for_shapes(self.lora))
         trained = [p for p in model.parameters() if p.requires_grad]
         adapters, of_experts = tuple(p.numel() for p in trained), sum(p.numel() for p in trained if p.ndim == 3)
         embeddings = model.get_input_embeddings().weight

@@ -33,6 +33,7 @@ from lownibble.kernels import ops
 from lownibble.kernels.decoded import release_scratch
 from lownibble.kernels.traced import Traced
 from lownibble.lora import add_lora
+from lownibble.lora.activated import for_shapes
 from lownibble.memory.usage import kind_of
 from lownibble.models.attention import CAUSAL, causal_obstacle, kernel_obstacle, segment_attention
 from lownibble.models.head import check_head_unseen
@@ -184,7 +185,7 @@ def trace_step(
         if method == "full":
             model.requires_grad_(True)
         else:
-            add_lora(model, lora)
+            add_lora(model, for_shapes(lora))
         _name_parameters(recorder, model)
         model.train()
         if checkpointing is True:

@@ -31,6 +31,7 @@ from lownibble.data import encode_for
 from lownibble.data import load as load_data
 from lownibble.errors import ConfigError, OutputError, TrainingError
 from lownibble.lora import plan
+from lownibble.lora.activated import for_shapes
 from lownibble.measuring.stats import crossing
 from lownibble.models import load_tokenizer, pick_device, resolve, skeleton
 from lownibble.study import advice, bases, devices, digests, jobs, report
@@ -170,7 +171,7 @@ def _check_inputs(config: CompareConfig, gpus: int) -> dict[str, str]:
         encode_for(side, tokenizer, config.data, config.train)
     for name, spec in specs.items():
         if spec.method != "full" and name not in left_out:
-            plan(skeleton(source, torch.float32), _run_config(config, name, Path()).lora, "default")
+            plan(skeleton(source, torch.float32), for_shapes(_run_config(config, name, Path()).lora), "default")
     return left_out
 
 

@@ -17,6 +17,7 @@ from lownibble.config import DataConfig
 from lownibble.data import Dataset, choices, encode, load, read
 from lownibble.errors import ConfigError, DataError
 from lownibble.lora import plan
+from lownibble.lora.activated import for_shapes
 from lownibble.models import load_tokenizer, resolve, skeleton
 from lownibble.study import bases, digests
 from lownibble.study.answers import score_answers
@@ -45,7 +46,7 @@ def look(cells: Iterable[Cell]) -> Contents:
         if why := bases.why_not(how, config.method, repacked=repacked):
             raise ConfigError(f"'{config.model}' cannot be trained with the method '{cell.method}': {why}")
         if config.method != "full" and (cell.model, cell.method) not in seen:
-            plan(skeleton(source, torch.float32), config.lora, "default")
+            plan(skeleton(source, torch.float32), for_shapes(config.lora), "default")
         key = (cell.model, cell.task, config.train.max_length)
         if key not in seen:
             sides = load_rows(cell.task, cell.kind, config.data)
