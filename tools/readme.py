@@ -613,7 +613,7 @@ def soak() -> str:
 
 def cuda() -> str:
     """All that was measured on a CUDA device; empty without records."""
-    parts = (_train_cuda, _decode_cuda, _kernels_cuda, _plan_cuda, _tests_cuda)
+    parts = (_train_cuda, _decode_cuda, _kernels_cuda, _plan_cuda, _contact_cuda, _tests_cuda)
     return "\n\n".join(text for text in (part() for part in parts) if text)
 
 
@@ -695,6 +695,16 @@ def _plan_cuda() -> str:
         how = "compiled" if run.get("compiled") else "not compiled"
         lines.append(f"| {run['method']} {run['batch_size']} x {run['max_length']}, {how} | {' | '.join(bytes_)} |")
     return "\n".join([*lines, "", f"({_of_model(record['workload'])}; {_device('plan-cuda', record)})"])
+
+
+def _contact_cuda() -> str:
+    if (record := _there("contact-cuda")) is None:
+        return ""
+    counts = Counter(each["status"] for each in record["checks"])
+    failed = [f"`{each['name']}`" for each in record["checks"] if each["status"] == "failed"]
+    told = ", ".join(f"{count} {status}" for status, count in counts.items())
+    names = f" ({', '.join(failed)})" * bool(failed)
+    return f"Checks of `bench contact`: {told}{names}. ({_device('contact-cuda', record)})"
 
 
 def _tests_cuda() -> str:

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from shapes import write_shape
 
-from lownibble.bench import gpu
+from lownibble.bench import gpu, processes
 from lownibble.bench.gpu import Part, run_parts
 from lownibble.cli.main import _parser, main
 
@@ -74,7 +74,7 @@ def test_a_part_out_of_time_is_ended_with_all_that_it_started_and_keeps_its_reco
 
 @pytest.mark.slow
 def test_one_that_does_not_listen_is_killed(tmp_path, monkeypatch):
-    monkeypatch.setattr(gpu, "GRACE_S", 0.5)
+    monkeypatch.setattr(processes, "GRACE_S", 0.5)
     deaf = "import signal\nsignal.signal(signal.SIGTERM, signal.SIG_IGN)\n" + SLOW
     assert _run([_part(tmp_path, "deaf", deaf)], 6)["deaf"]["status"] == "out of time"
     assert not _is_there(json.loads((tmp_path / "deaf-cuda.json").read_text())[0])
@@ -99,6 +99,7 @@ def test_shares_are_kept_for_later_parts_and_passed_on(tmp_path, monkeypatch):
 
 def test_without_a_gpu_it_is_one_error(capsys, monkeypatch):
     monkeypatch.setattr(gpu, "subject", lambda model: pytest.fail("nothing should be made"))
+    monkeypatch.setattr(gpu, "run_parts", lambda *_: pytest.fail("nothing should run"))
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     assert main(["bench", "gpu"]) == 2
     told = capsys.readouterr()
@@ -110,9 +111,11 @@ def test_its_parts_are_commands_of_ours(tmp_path, monkeypatch):
     parts = gpu.parts_of("model", tmp_path, ["--batch-size", "4", "--max-length", "1024"], ["--peers", "--repeats", "3"])
     assert [part.name for part in parts] == ["train", "kernels", "plan", "decode", "gpu-tests"]
     assert sum(part.share for part in parts) == pytest.approx(1)
-    for part in parts[:-1]:
+    for part in (first := gpu.contact_part(tmp_path, 570), *parts[:-1]):
         arguments = _parser().parse_args(part.command[3:])
         assert (arguments.command, arguments.what, arguments.output) == ("bench", part.name, str(part.output))
+    assert _parser().parse_args(first.command[3:]).time_limit == 90
+    assert _parser().parse_args(gpu.contact_part(tmp_path, 60).command[3:]).time_limit == 15, "a part of a short time"
     monkeypatch.chdir(tmp_path)
     assert [part.name for part in gpu.parts_of("model", tmp_path, [], [])][-1] == "decode", "no tests here"
 
@@ -124,6 +127,8 @@ def test_the_command_tells_what_became_of_each_part(tmp_path, monkeypatch, capsy
         made.update(model=Path(model), work=work, asked=asked, there=Path(model, "model.safetensors").exists())
         return [_part(tmp_path, "works", WRITES), _part(tmp_path, "fails", "sys.exit(2)")]
 
+    fails = WRITES + "\nprint(json.dumps({'error': '1 of 3 checks failed: step'})); sys.exit(1)"
+    monkeypatch.setattr(gpu, "contact_part", lambda folder, limit: _part(tmp_path, "contact", fails))
     monkeypatch.setattr(gpu, "pick_device", lambda: type("Device", (), {"type": "cuda"}))
     monkeypatch.setattr(gpu, "parts_of", parts_of)
     shape = write_shape(tmp_path)
@@ -144,7 +149,9 @@ def test_the_command_tells_what_became_of_each_part(tmp_path, monkeypatch, capsy
     assert made["there"]
     assert not made["model"].exists(), "the weights are gone"
     assert (made["work"], made["asked"]) == (["--batch-size", "2", "--max-length", "64"], ["--peers"])
-    assert {name: each["status"] for name, each in told["parts"].items()} == {"works": "ok", "fails": "failed"}
+    parts = {name: each["status"] for name, each in told["parts"].items()}
+    assert parts == {"contact": "failed", "works": "ok", "fails": "failed"}, "what failed first does not end the rest"
+    assert told["parts"]["contact"]["error"] == "1 of 3 checks failed: step"
     assert told["workload"] == {"model": shape, "random_weights": True, "time_limit_s": 60, "peers": True}
 
 

@@ -66,7 +66,7 @@ def test_without_a_limit_there_is_no_share():
             ["kernels", "--model", "demo"],
             "--model is for 'bench train', 'bench experts', 'bench decode', 'bench plan', 'bench preference' and 'bench gpu'",
         ),
-        (["train", "--time-limit", "9"], "--time-limit is for 'bench gpu';"),
+        (["train", "--time-limit", "9"], "--time-limit is for 'bench contact' and 'bench gpu';"),
         (["train", "--batch-size", "0"], "must be an integer >= 1. Got '0'"),
         (["train", "--data", "x.jsonl", "--model", "llama-3-8b"], "Leave --model or --data out"),
         (["train", "--only", "lora,unsloth"], "There is no contender 'unsloth' here. There are: lora, lora_eager,"),

@@ -29,6 +29,7 @@ BENCHES = (
     "chats",
     "parallel",
     "preference",
+    "contact",
     "gpu",
 )
 """Benchmarks of `lownibble bench`. Each is a module of this package, imported when it runs, with a function `bench_NAME`."""
@@ -38,12 +39,13 @@ OPTIONS = {
     "model": ("train", "experts", "decode", "plan", "preference", "gpu"),
     "batch_size": ("train", "experts", "plan", "gpu"),
     "max_length": ("train", "experts", "plan", "gpu"),
-    "only": ("train",),
-    "time_limit": ("gpu",),
+    "only": ("train", "contact"),
+    "time_limit": ("contact", "gpu"),
+    "stand_in": ("contact",),
 }
 """Option -> the benchmarks that have it; all have `peers` and `repeats`."""
 
-SAVES = ("train", "decode", "plan")
+SAVES = ("train", "decode", "plan", "contact")
 """Benchmarks that take `save`, called with the record so far."""
 
 

@@ -1,18 +1,17 @@
 """`lownibble bench gpu`: everything worth measuring on a CUDA device in one run of limited time (`make gpu`).
 
-Parts run in the order of what they are worth, each in a process of its own: training step, kernels, plan against measured,
-decoding, the tests marked `gpu`. A part may take what is left of the time, less a share kept for each part after it, so that slow
-peers cannot use all of it. Training, decoding and plans save their records as they go; a part that runs out of time, or fails,
-leaves what it had measured, and the next one starts. Random weights are made once, for all parts.
+Parts run in the order of what they are worth, each in a process of its own: first whether what runs on CUDA only computes what
+it should (`contact.py`), then training step, kernels, plan against measured, decoding, the tests marked `gpu`. A part may take
+what is left of the time, less a share kept for each part after it, so that slow peers cannot use all of it. Checks, training,
+decoding and plans save their records as they go; a part that runs out of time, or fails, leaves what it had measured, and the
+next one starts. Random weights are made once, for all parts.
 """
 
 from __future__ import annotations
 
 import importlib.util
 import json
-import os
 import re
-import signal
 import subprocess
 import sys
 import tempfile
@@ -22,13 +21,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from lownibble import record
+from lownibble.bench.contact import TIME_LIMIT_S as CONTACT_S
+from lownibble.bench.processes import end
 from lownibble.bench.subject import subject
 from lownibble.errors import ConfigError
 from lownibble.models import pick_device
 
-MODEL, TIME_LIMIT_S = "llama-3-8b", 480
-GRACE_S = 10.0
-"""Seconds in which a part must end after it was asked to (SIGTERM), before it is killed."""
+MODEL, TIME_LIMIT_S = "llama-3-8b", 570
 LEAST_S = 5.0
 """A part is not begun with less time than this."""
 _OUTCOME = re.compile(r"^\S+::.* (PASSED|FAILED|ERROR|SKIPPED|XFAIL|XPASS)\b", re.MULTILINE)
@@ -52,7 +51,7 @@ def bench_gpu(
     Args:
         peers: measure the installed peers, too.
         repeats: counted rounds of the parts that have rounds; None: their own defaults.
-        output: folder of the records: `{train,kernels,plan,decode,gpu-tests}-cuda.json`.
+        output: folder of the records: `{contact,train,kernels,plan,decode,gpu-tests}-cuda.json`.
         time_limit: seconds for all parts together, making the weights included.
         model: what to train, plan and decode with; see `subject.py`.
         batch_size, length: rows and tokens per row of a training step.
@@ -65,20 +64,29 @@ def bench_gpu(
         raise ConfigError(
             "'bench gpu' measures a CUDA device, and torch sees none. Run it on a machine with one; 'bench train' measures a CPU."
         )
-    began = time.monotonic()
+    until, folder = time.monotonic() + time_limit, Path(output)
+    outcomes = run_parts([contact_part(folder, time_limit)], until, time_limit)
     with subject(model) as found:
-        folder, work = Path(output), ["--batch-size", str(batch_size), "--max-length", str(length)]
+        work = ["--batch-size", str(batch_size), "--max-length", str(length)]
         asked = ["--peers"] * peers + (["--repeats", str(repeats)] if repeats else [])
         parts = parts_of(str(found.folder), folder, work, asked)
-        outcomes = run_parts(parts, began + time_limit, time_limit)
+        outcomes |= run_parts(parts, until, max(0.0, until - time.monotonic()))
     headlines = {name: f"{each['status']}, {each['seconds']:.0f} s" for name, each in outcomes.items()}
     workload = {"model": found.name, "random_weights": found.random, "time_limit_s": time_limit, "peers": peers}
     status = "failed" if any(each["status"] == "failed" for each in outcomes.values()) else "ok"
     return {"status": status, "workload": workload, "parts": outcomes, "headlines": headlines}
 
 
+def contact_part(folder: Path, time_limit: float) -> Part:
+    """The first part, which needs no weights; it keeps to its time by itself."""
+    output = folder / "contact-cuda.json"
+    seconds = max(1, int(min(CONTACT_S, time_limit / 4)))
+    command = [sys.executable, "-m", "lownibble", "bench", "contact", "--time-limit", str(seconds)]
+    return Part("contact", [*command, "--json", "--output", str(output)], output, 1.0)
+
+
 def parts_of(model: str, folder: Path, work: list[str], asked: list[str]) -> list[Part]:
-    """The parts, in order; tests only where the working folder has them and pytest is installed."""
+    """The parts that measure, in order; tests only where the working folder has them and pytest is installed."""
     bench, of_model = [sys.executable, "-m", "lownibble", "bench"], ["--model", model]
     commands = (
         ("train", [*bench, "train", *of_model, *work, *asked], 0.5),
@@ -125,7 +133,7 @@ def _run(part: Part, seconds: float) -> dict[str, Any]:
         except subprocess.TimeoutExpired:
             status = "out of time"
         finally:
-            _end(process)
+            end(process)
         answer.seek(0)
         told = answer.read()
     written = str(part.output) if _stamp(part.output) != before else None
@@ -145,20 +153,6 @@ def _stamp(path: Path) -> tuple[int, int] | None:
     """What changes when a record is written anew."""
     found = path.stat() if path.exists() else None
     return found and (found.st_ino, found.st_mtime_ns)
-
-
-def _end(process: subprocess.Popen[bytes]) -> None:
-    """End a process and all that it has started."""
-    for number, patience in ((signal.SIGTERM, GRACE_S), (signal.SIGKILL, None)):
-        try:
-            os.killpg(process.pid, number)
-        except ProcessLookupError:  # nothing of its group is left
-            process.wait()
-            return
-        try:
-            process.wait(patience)
-        except subprocess.TimeoutExpired:
-            continue
 
 
 def run_tests(output: str) -> int:

@@ -7,6 +7,9 @@ its two contenders allow. There a contender that fails is recorded with its erro
 
 from __future__ import annotations
 
+import os
+import signal
+import subprocess
 import sys
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -14,6 +17,9 @@ from typing import Any, NamedTuple
 
 from lownibble.errors import TrainingError
 from lownibble.measuring.turns import TurnTaker, play
+
+GRACE_S = 10.0
+"""Seconds in which a process must end after it was asked to (SIGTERM), before it is killed."""
 
 Save = Callable[[dict[str, Any]], object]
 """Called with a benchmark's record as far as it is measured."""
@@ -33,6 +39,20 @@ class Measured(NamedTuple):
     facts: dict[str, dict[str, Any]]
     answers: dict[str, list[dict[str, Any]]]
     failed: dict[str, str]
+
+
+def end(process: subprocess.Popen[Any]) -> None:
+    """End a process that has a session of its own, and all that it has started."""
+    for number, patience in ((signal.SIGTERM, GRACE_S), (signal.SIGKILL, None)):
+        try:
+            os.killpg(process.pid, number)
+        except ProcessLookupError:  # nothing of its group is left
+            process.wait()
+            return
+        try:
+            process.wait(patience)
+        except subprocess.TimeoutExpired:
+            continue
 
 
 def in_turns(commands: dict[str, Command], repeats: int, steps: int) -> Measured:

@@ -116,7 +116,11 @@ def write_random(empty: Any, config: dict[str, Any], folder: Path, name: str) ->
     special = {"bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 2}
     whole = {**special, **config, "architectures": [type(empty).__name__], "dtype": "bfloat16", RANDOM: name}
     (folder / "config.json").write_text(json.dumps(whole), encoding="utf-8")
-    words = min(_WORDS, empty.get_input_embeddings().weight.shape[0])
+    write_tokenizer(folder, min(_WORDS, empty.get_input_embeddings().weight.shape[0]))
+
+
+def write_tokenizer(folder: Path, words: int) -> None:
+    """Write a tokenizer of the words w0, w1, ... into a model's folder."""
     backend = Tokenizer(models.WordLevel({f"w{number}": number for number in range(words)}, unk_token="w3"))
     backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     names = {"bos_token": "w0", "eos_token": "w1", "pad_token": "w2", "unk_token": "w3"}

@@ -190,8 +190,18 @@ def _parser() -> argparse.ArgumentParser:
         metavar="N",
         help="train, experts, plan, gpu: tokens in a row (default: 1024 on CUDA, else 256)",
     )
-    bench.add_argument("--only", metavar="NAMES", help="train: contenders to measure, separated by commas (default: all)")
-    bench.add_argument("--time-limit", type=_count, metavar="SECONDS", help="gpu: for all parts together (default: 480)")
+    bench.add_argument(
+        "--only", metavar="NAMES", help="train: contenders to measure; contact: checks; separated by commas (default: all)"
+    )
+    bench.add_argument(
+        "--time-limit",
+        type=_count,
+        metavar="SECONDS",
+        help="contact: for all checks (default: 90); gpu: for all parts (default: 570)",
+    )
+    bench.add_argument(
+        "--stand-in", action="store_true", default=None, help="contact: run on the CPU what can be, and say why the rest cannot"
+    )
     bench.add_argument("--repeats", type=_count, metavar="N", help="interleaved repeats; quality: seeds; soak: minutes")
     bench.add_argument(
         "--output", help="write the record to this .json file; gpu: folder of the records (default: benchmarks/results)"
