@@ -139,7 +139,10 @@ def test_records_of_cuda_are_rendered_as_far_as_they_are_there(rendering):
           failed={}, missing={"nf4": "CPUs only"})  # fmt: skip
     write("gpu-tests", "failed", tests={"passed": 9, "failed": 1}, failed=["tests/a.py::b"])
     write("contact", "failed", checks=[{"name": "sampling", "status": "passed"}, {"name": "step", "status": "failed"}])
+    parts = {"contact": {"status": "failed", "seconds": 71.2}, "train": {"status": "out of time", "seconds": 240.4}}
+    write("parts", "failed", workload=work, parts=parts)
     text = rendering.cuda()
+    assert "took: contact 71 s (failed), train 240 s (out of time). (llama-3-8b, random weights; A card, torch 9; " in text
     assert "Checks of `bench contact`: 1 passed, 1 failed (`step`). (A card, torch 9; " in text
     assert "| dequantize 14336x4096 / fill of the same memory | 1.25 |" in text
     assert "| qlora 4 x 1024, not compiled | 3.00 | +0.2% | 4.00 | -1.0% |" in text

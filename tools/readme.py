@@ -613,7 +613,7 @@ def soak() -> str:
 
 def cuda() -> str:
     """All that was measured on a CUDA device; empty without records."""
-    parts = (_train_cuda, _decode_cuda, _kernels_cuda, _plan_cuda, _contact_cuda, _tests_cuda)
+    parts = (_train_cuda, _decode_cuda, _kernels_cuda, _plan_cuda, _contact_cuda, _tests_cuda, _parts_cuda)
     return "\n\n".join(text for text in (part() for part in parts) if text)
 
 
@@ -705,6 +705,13 @@ def _contact_cuda() -> str:
     told = ", ".join(f"{count} {status}" for status, count in counts.items())
     names = f" ({', '.join(failed)})" * bool(failed)
     return f"Checks of `bench contact`: {told}{names}. ({_device('contact-cuda', record)})"
+
+
+def _parts_cuda() -> str:
+    if (record := _there("parts-cuda")) is None:
+        return ""
+    told = ", ".join(f"{name} {part['seconds']:.0f} s ({part['status']})" for name, part in record["parts"].items())
+    return f"The parts of `bench gpu` took: {told}. ({_of_model(record['workload'])}; {_device('parts-cuda', record)})"
 
 
 def _tests_cuda() -> str:

@@ -130,6 +130,7 @@ def test_the_command_tells_what_became_of_each_part(tmp_path, monkeypatch, capsy
     fails = WRITES + "\nprint(json.dumps({'error': '1 of 3 checks failed: step'})); sys.exit(1)"
     monkeypatch.setattr(gpu, "contact_part", lambda folder, limit: _part(tmp_path, "contact", fails))
     monkeypatch.setattr(gpu, "pick_device", lambda: type("Device", (), {"type": "cuda"}))
+    monkeypatch.setattr(gpu.record, "environment", lambda device: {"device": "a card"})
     monkeypatch.setattr(gpu, "parts_of", parts_of)
     shape = write_shape(tmp_path)
     arguments = [
@@ -152,6 +153,8 @@ def test_the_command_tells_what_became_of_each_part(tmp_path, monkeypatch, capsy
     parts = {name: each["status"] for name, each in told["parts"].items()}
     assert parts == {"contact": "failed", "works": "ok", "fails": "failed"}, "what failed first does not end the rest"
     assert told["parts"]["contact"]["error"] == "1 of 3 checks failed: step"
+    kept = json.loads((tmp_path / "out" / "parts-cuda.json").read_text())
+    assert (kept["kind"], kept["parts"]) == ("bench-gpu", told["parts"])
     assert told["workload"] == {"model": shape, "random_weights": True, "time_limit_s": 60, "peers": True}
 
 

@@ -51,7 +51,8 @@ def bench_gpu(
     Args:
         peers: measure the installed peers, too.
         repeats: counted rounds of the parts that have rounds; None: their own defaults.
-        output: folder of the records: `{contact,train,kernels,plan,decode,gpu-tests}-cuda.json`.
+        output: folder of the records: `{contact,train,kernels,plan,decode,gpu-tests}-cuda.json`, and of what this returns,
+            `parts-cuda.json`.
         time_limit: seconds for all parts together, making the weights included.
         model: what to train, plan and decode with; see `subject.py`.
         batch_size, length: rows and tokens per row of a training step.
@@ -74,7 +75,10 @@ def bench_gpu(
     headlines = {name: f"{each['status']}, {each['seconds']:.0f} s" for name, each in outcomes.items()}
     workload = {"model": found.name, "random_weights": found.random, "time_limit_s": time_limit, "peers": peers}
     status = "failed" if any(each["status"] == "failed" for each in outcomes.values()) else "ok"
-    return {"status": status, "workload": workload, "parts": outcomes, "headlines": headlines}
+    told = {"status": status, "workload": workload, "parts": outcomes, "headlines": headlines}
+    environment = record.environment(pick_device())
+    record.write(folder / "parts-cuda.json", {**record.new("bench-gpu"), "environment": environment, **told})
+    return told
 
 
 def contact_part(folder: Path, time_limit: float) -> Part:
