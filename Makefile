@@ -92,7 +92,7 @@ bench-prefix: $(VENV)/.ready-dev
 bench-soak: $(VENV)/.ready-dev  ## a quarter of an hour and 11 GB of disk
 	$(BIN)/lownibble bench soak --output benchmarks/results/soak-cpu.json
 
-gpu: $(VENV)/.ready-dev  ## on a machine with a CUDA device, ten minutes: every record that there is for one
+gpu: $(VENV)/.ready-dev  ## on a machine with a CUDA device, eight minutes: every record that there is for one
 	$(BIN)/lownibble bench gpu --peers --output benchmarks/results
 
 study: $(VENV)/.ready-dev  ## what is missing of the articles' study (hours), and its report in docs/

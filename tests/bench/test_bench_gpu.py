@@ -111,7 +111,7 @@ def test_its_parts_are_commands_of_ours(tmp_path, monkeypatch):
     parts = gpu.parts_of("model", tmp_path, ["--batch-size", "4", "--max-length", "1024"], ["--peers", "--repeats", "3"])
     assert [part.name for part in parts] == ["train", "kernels", "plan", "decode", "gpu-tests"]
     assert sum(part.share for part in parts) == pytest.approx(1)
-    for part in (first := gpu.contact_part(tmp_path, 570), *parts[:-1]):
+    for part in (first := gpu.contact_part(tmp_path, 480), *parts[:-1]):
         arguments = _parser().parse_args(part.command[3:])
         assert (arguments.command, arguments.what, arguments.output) == ("bench", part.name, str(part.output))
     assert _parser().parse_args(first.command[3:]).time_limit == 90

@@ -27,7 +27,7 @@ from lownibble.bench.subject import subject
 from lownibble.errors import ConfigError
 from lownibble.models import pick_device
 
-MODEL, TIME_LIMIT_S = "llama-3-8b", 570
+MODEL, TIME_LIMIT_S = "llama-3-8b", 480
 LEAST_S = 5.0
 """A part is not begun with less time than this."""
 _OUTCOME = re.compile(r"^\S+::.* (PASSED|FAILED|ERROR|SKIPPED|XFAIL|XPASS)\b", re.MULTILINE)

@@ -197,7 +197,7 @@ def _parser() -> argparse.ArgumentParser:
         "--time-limit",
         type=_count,
         metavar="SECONDS",
-        help="contact: for all checks (default: 90); gpu: for all parts (default: 570)",
+        help="contact: for all checks (default: 90); gpu: for all parts (default: 480)",
     )
     bench.add_argument(
         "--stand-in", action="store_true", default=None, help="contact: run on the CPU what can be, and say why the rest cannot"
