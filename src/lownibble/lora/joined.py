@@ -7,7 +7,7 @@ the low-rank branches give to dx is one product, which the compiler adds in the 
 `JoinLowRank` rewrites the graph of a layer's forward and backward before torch splits it: `lora_matmul` nodes of one x become
 one `low_ranks` and a `lora_product` each, and their backwards one `low_ranks_backward` and a `lora_product_backward` each. No
 layer knows of it, so nothing has to be found out about the model. With dropout each layer has an input of its own, so nothing is
-joined; nor is it where only some rows have the branch (`activated.py`).
+joined. Where only some rows have the branches (`activated.py`), x A^T and its gradient are zero in the others.
 """
 
 from __future__ import annotations
@@ -102,7 +102,7 @@ class JoinLowRank(CustomGraphPass):
         """Join what can be joined, in place; torch sorts the nodes afterwards."""
         forwards, backwards = defaultdict(list), defaultdict(list)
         for node in graph.nodes:
-            if node.target is _FORWARD and _arguments(node)["dropout"] == 0 and _arguments(node)["active"] is None:
+            if node.target is _FORWARD and _arguments(node)["dropout"] == 0:
                 forwards[_itself(node.args[0])].append(node)
             elif node.target is _BACKWARD:
                 backwards[_itself(_arguments(node)["low"])].append(node)
@@ -156,6 +156,7 @@ def _join(graph: fx.Graph, x: fx.Node, forwards: Sequence[fx.Node], backwards: S
     with graph.inserting_before(forwards[0]):
         low = _call(graph, low_ranks._opoverload, (x, factors), forwards[0])
         lows = [_rows_or_columns(graph, low, 1, start, rank, forwards[0]) for start, rank in zip(starts, ranks, strict=True)]
+        lows = [_in_active_rows(graph, node, own) for node, own in zip(forwards, lows, strict=True)]
     for node, own in zip(forwards, lows, strict=True):
         given = _arguments(node)
         arguments = (
@@ -175,6 +176,7 @@ def _join(graph: fx.Graph, x: fx.Node, forwards: Sequence[fx.Node], backwards: S
         with graph.inserting_before(node):
             done = _call(graph, lora_product_backward._opoverload, gradient, node)
             dx, dlow, dB = (_item(graph, done, index, node) for index in range(3))
+            dlow = _in_active_rows(graph, node, dlow)
         dxs.append(dx)
         dlows.append(dlow)
         _replace(graph, node, {2: dB}, keep=True)
@@ -188,6 +190,12 @@ def _join(graph: fx.Graph, x: fx.Node, forwards: Sequence[fx.Node], backwards: S
             dxs[at] = _call(graph, torch.ops.aten.add.Tensor, (dxs[at], dx_low), last)
     for node, dx, own in zip(backwards, dxs, dAs, strict=True):
         _replace(graph, node, {0: dx, 1: own})
+
+
+def _in_active_rows(graph: fx.Graph, node: fx.Node, low: fx.Node) -> fx.Node:
+    """`low`, zero in the rows that do not have the branch of a forward or backward node."""
+    active = _arguments(node)["active"]
+    return low if active is None else _call(graph, torch.ops.aten.mul.Tensor, (low, active), node)
 
 
 def _call(graph: fx.Graph, target: Any, arguments: tuple[Any, ...], like: fx.Node) -> fx.Node:
