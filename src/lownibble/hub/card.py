@@ -106,6 +106,8 @@ def _what(subject: Subject) -> str:
     by = f", trained by {method}" if method else ""
     if subject.kind == "adapter":
         text = f"A LoRA adapter for {base}{by} with Lownibble."
+        if tokens := _config(subject).get("lora", {}).get("alora_invocation_tokens"):
+            text += f" It is active from the last occurrence of the tokens {tokens} in a prompt on (activated LoRA)."
     elif subject.merge is not None and subject.merge["kind"] == "quantize":
         text = f"{base}, packed by Lownibble."
     elif subject.merge is not None:
