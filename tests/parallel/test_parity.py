@@ -67,6 +67,7 @@ CASES = {
     "by-length": {"group_by_length": True},
     "checkpointing": {"gradient_checkpointing": True},
     "dora": {"lora": {"use_dora": True}},
+    "activated": {"lora": {"alora_invocation_tokens": "the"}},  # each row begins with it
     "head-in-full": {"lora": {"modules_to_save": ["norm"]}},
     "loftq": {"lora": {"init_lora_weights": "loftq"}},
     "qera": {"lora": {"init_lora_weights": "qera"}},
