@@ -4,6 +4,7 @@ warnings that a comparison with peers cannot avoid."""
 import copy
 import gc
 import importlib
+import importlib.util
 import subprocess
 import sys
 import warnings
@@ -19,6 +20,12 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFa
 
 import lownibble as ln
 from lownibble.kernels import cpu, ops, proven
+
+if importlib.util.find_spec("hypothesis"):  # not on a machine that runs the tests marked gpu only
+    hypothesis = importlib.import_module("hypothesis")
+    patient = {"deadline": None, "suppress_health_check": [hypothesis.HealthCheck.too_slow]}
+    hypothesis.settings.register_profile("busy", **patient)  # beside other work each example takes its time
+    hypothesis.settings.load_profile("busy")
 
 TINY = {
     "hidden_size": 32, "intermediate_size": 80, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,

@@ -47,7 +47,7 @@ def by_hand(ids, breaks, tokens):
     return found
 
 
-@settings(deadline=None, max_examples=200)
+@settings(max_examples=200)
 @given(st.data())
 def test_where_it_is_active(data):
     rows = data.draw(st.integers(1, 3))

@@ -84,7 +84,7 @@ def test_paged_adamw_is_torchs_bit_for_bit(dtype, pages, threads, tmp_path):
 
 
 @given(sizes=st.lists(st.integers(1, 5000), min_size=1, max_size=6), pages=st.integers(1, 6), eight=st.booleans())
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_any_sizes_and_budgets(sizes, pages, eight):
     shapes = [(size,) for size in sizes]
     ours, theirs = _parameters(shapes=shapes), _parameters(shapes=shapes)

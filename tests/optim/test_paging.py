@@ -31,7 +31,7 @@ def _filled(value):
     ),
     spare=st.integers(0, PAGE - 1),
 )
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 def test_the_store_is_a_dict_of_bytes(n_pages, slots, steps, spare):
     held, budget = {}, slots * PAGE + spare
     with PageStore(n_pages, PAGE, budget) as store:

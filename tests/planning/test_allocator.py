@@ -47,7 +47,7 @@ def test_the_smallest_block_that_suffices_is_taken():
     assert reserved_bytes(came) == 90 * MIB
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(st.lists(st.tuples(st.booleans(), st.integers(0, 64 * MIB)), max_size=80))
 def test_whatever_comes_and_goes(steps):
     allocator, live, highest, before = Allocator(), {}, 0, 0

@@ -18,7 +18,7 @@ from lownibble.planning.speed import HOST_BANDWIDTH, plan_speed
 GIB = 2**30
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(st.integers(0, 10**6), st.integers(1, 10**4), st.integers(1, 10**7), st.integers(1, 3), st.integers(3, 5000))
 def test_the_largest_is_the_largest(start, slope, limit, least, most):
     found = largest(least, most, limit, lambda n: start + slope * n)

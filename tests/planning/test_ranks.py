@@ -298,7 +298,7 @@ def test_time_of_an_exchange_by_hand():
 
 
 @given(st.integers(2, 8), st.floats(1, 1000))
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 def test_a_step_takes_as_long_as_computing_and_sending(cards, gb_per_s):
     shape, train = find_shape("demo"), TrainConfig(batch_size=2, max_length=64)
     link = link_of(H100, cards, 8, gb_per_s)

@@ -4,7 +4,7 @@ from collections import Counter
 from itertools import islice
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from lownibble.config import TrainConfig
@@ -25,7 +25,6 @@ def rows_of(step):
     return [row.input_ids[0] for batch in step for row in batch]
 
 
-@settings(deadline=None)
 @given(lengths=LENGTHS, batch_size=st.integers(1, 5), count=st.integers(1, 4), options=OPTIONS)
 def test_an_epoch_has_every_row_once_whatever_is_accumulated(lengths, batch_size, count, options):
     micro = micro_batches(lengths, batch_size, count, options)
@@ -37,7 +36,6 @@ def test_an_epoch_has_every_row_once_whatever_is_accumulated(lengths, batch_size
         assert 1 <= len(epoch[-1]) <= count
 
 
-@settings(deadline=None)
 @given(lengths=LENGTHS, batch_size=st.integers(1, 3), count=st.integers(1, 3), start=st.integers(0, 30), options=OPTIONS)
 def test_steps_can_start_anywhere(lengths, batch_size, count, start, options):
     micro = micro_batches(lengths, batch_size, count, options)
