@@ -17,6 +17,7 @@ from lownibble.bench.contact_kernels import Contact, SkippedError, WrongError
 from lownibble.cli.main import main
 from lownibble.errors import OutputError
 from lownibble.kernels import ops, proven
+from lownibble.lora import joined
 
 NOT_ON_A_CPU = {"product-fp8", "offload", "graphs", "budget"}
 WORKER = (
@@ -65,6 +66,12 @@ def test_where_no_process_starts_all_checks_have_failed():
     found = run(["a", "b"], "raise ImportError('no torch here')")
     assert {each["status"] for each in found.values()} == {"failed"}
     assert found["b"]["error"].endswith("ImportError: no torch here")
+
+
+def test_if_nothing_was_checked_it_has_failed(monkeypatch):
+    found = contact.bench_contact(stand_in=True, only="step", time_limit=0.1)
+    assert found["status"] == "failed"
+    assert found["error"] == "none of 1 checks passed; they were skipped: the time was up"
 
 
 def test_a_record_that_cannot_be_written_is_an_error():
@@ -151,6 +158,14 @@ def test_a_check_passes_and_finds_a_fault(name, at, monkeypatch):
     assert "WrongError" in found["error"]
 
 
+@pytest.mark.slow
+def test_rows_before_the_invocation_must_have_no_branch(at, monkeypatch):
+    assert contact.outcome_of("activated-step", at)["status"] == "passed"
+    monkeypatch.setattr(joined, "_in_active_rows", lambda graph, node, low: low)
+    torch._dynamo.reset()
+    assert contact.outcome_of("activated-step", Contact(at.device, at.folder))["status"] == "failed"
+
+
 def test_without_triton_its_checks_are_skipped_on_a_cpu(at, monkeypatch):
     def absent(name):
         raise contact.BackendError("triton is not installed")
@@ -165,6 +180,8 @@ def test_without_triton_its_checks_are_skipped_on_a_cpu(at, monkeypatch):
         ([], "'bench contact' checks what runs on a CUDA device, and torch sees none"),
         (["--stand-in", "--only", "step,steps"], "There is no check 'steps'. There are: codec-nf4, "),
         (["--model", "demo"], "--model is for"),
+        (["--stand-in", "--peers"], "'bench contact' times nothing"),
+        (["--stand-in", "--repeats", "3"], "'bench contact' times nothing"),
     ],
 )
 def test_what_is_refused(arguments, message, monkeypatch, capsys):

@@ -290,7 +290,9 @@ def test_an_activated_adapters_invocation_goes_to_gguf_and_back(model_folder, ad
     for one, two in zip(*(reader.tensors for reader in readers), strict=True):
         assert one.name == two.name
         assert (one.data == two.data).all()
-    assert [int(token) for token in readers[1].fields["adapter.alora.invocation_tokens"].contents()] == [5, 7]
+    invocation = readers[1].fields["adapter.alora.invocation_tokens"]
+    assert [int(token) for token in invocation.contents()] == [5, 7]
+    assert invocation.types == [gguf.GGUFValueType.ARRAY, gguf.GGUFValueType.UINT32], "llama.cpp takes no other"
     assert "adapter.alora.invocation_tokens" not in readers[0].fields
     ln.export(tmp_path / "activated.gguf", tmp_path / "again", "peft")
     assert AdapterFile(tmp_path / "again").config.alora_invocation_tokens == [5, 7]

@@ -132,10 +132,8 @@ def test_the_folder_may_be_the_working_directory_and_the_record_is_of_a_runs_own
 
 
 def test_a_card_of_an_activated_adapter_says_from_where_on_it_is_active(adapter, hub):
-    file = adapter / "record.json"
-    record = json.loads(file.read_text())
-    record["config"]["lora"]["alora_invocation_tokens"] = [5, 7]
-    file.write_text(json.dumps(record))
+    file = adapter / "adapter" / "adapter_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "alora_invocation_tokens": [5, 7]}))
     push(adapter, "me/activated", base="org/base")
     assert "active from the last occurrence of the tokens [5, 7]" in hub.repos["me/activated"]["files"]["README.md"].decode()
 

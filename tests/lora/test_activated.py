@@ -2,6 +2,7 @@
 alone, whole, for packed, tiled and cached ones."""
 
 import copy
+import json
 import pickle
 
 import pytest
@@ -12,8 +13,9 @@ from hypothesis import strategies as st
 import lownibble as ln
 from lownibble.errors import AdapterError, ConfigError, DataError, ModelError, TargetError
 from lownibble.lora import lora_layers, remove_adapter, set_adapter
-from lownibble.lora.activated import activated, begin_of, check_rows, find_active
+from lownibble.lora.activated import activated, check_rows, warning_of_evaluation
 from lownibble.lora.active import adapter_off
+from lownibble.lora.invocation import begin_of, find_active
 from lownibble.models.attention import segment_attention
 from lownibble.models.head import hidden_states
 from lownibble.training.loss import check_prefixes, label_loss
@@ -91,6 +93,14 @@ def test_it_is_pefts_logits_gradients_and_generation(adapted, tiny, peft, tmp_pa
     assert not torch.equal(found[:3], tiny().generate(ROWS, **options)[:3])
 
 
+def test_no_tokens_are_plain_lora_to_peft(adapt, write, tmp_path):
+    base = write()
+    _, folder = adapt(base, None)
+    file = folder / "adapter_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "alora_invocation_tokens": []}))
+    assert activated(ln.load_adapter(ln.load(str(base))[0], folder)) is None
+
+
 def test_pefts_file_is_read(adapted, tiny, peft, tmp_path):
     config = peft.LoraConfig(
         r=4, target_modules=["q_proj", "down_proj"], alora_invocation_tokens=INVOCATION, task_type="CAUSAL_LM", lora_alpha=40
@@ -159,18 +169,120 @@ def test_padded_rows_are_as_each_alone(adapted):
         torch.testing.assert_close(found, model(ROWS[:1]).logits[0], rtol=1e-4, atol=1e-5)
 
 
-def test_a_cache_goes_on_with_what_was_invoked(adapted):
-    """Token by token, in parts, and from a cache that the model made itself: as the whole row."""
+@pytest.mark.parametrize(("cuts", "rows"), [([9], [1]), ([7], [1, 2]), ([3, 6], [1, 2]), ([8, 9], [1]), ([2, 4, 6, 8], [1, 2])])
+def test_a_cache_goes_on_with_what_was_invoked(cuts, rows, adapted):
+    """In parts, from a cache that the model made itself; the last part may be one token, and an invocation in two parts."""
+    model, ids = adapted(), ROWS[rows].roll(1, 1) if cuts == [7] else ROWS[rows]
+    with torch.no_grad():
+        whole, cache, found = model(ids).logits, None, []
+        for begin, end in zip([0, *cuts], [*cuts, 10], strict=True):
+            out = model(ids[:, begin:end], past_key_values=cache, use_cache=True)
+            cache = out.past_key_values
+            found.append(out.logits)
+        torch.testing.assert_close(torch.cat(found, 1), whole, rtol=1e-4, atol=1e-5)
+
+
+def test_an_invocation_may_be_cut_by_two_passes(adapted):
+    model, ids = adapted(), torch.tensor([[20, 21, 22, 7, 8, 23, 24]])
+    with torch.no_grad():
+        cache = model(ids[:, :4], use_cache=True).past_key_values
+        found = model(ids[:, 4:], past_key_values=cache).logits
+        whole = model(ids).logits
+    begun = model(ids[:, :4]).logits
+    assert not torch.allclose(begun[:, 3], whole[:, 3], atol=1e-3), "what was read before the invocation was whole is the base's"
+    assert not torch.allclose(found[:, 1], model(ids[:, [0, 1, 2, 4, 5]]).logits[:, 4], atol=1e-3)
+    with torch.no_grad(), adapter_off(model):
+        cache = model(ids[:, :4], use_cache=True).past_key_values
+    with torch.no_grad():
+        assert torch.equal(model(ids[:, 4:], past_key_values=cache).logits, found)
+
+
+def test_a_chat_that_goes_on_from_its_cache_is_active_from_its_last_invocation_on(adapted, tiny):
+    """The new turn's tokens before its invocation are the base's, as with PEFT."""
+    model, first, second = adapted(), torch.tensor([[5, 7, 8, 9]]), torch.tensor([[20, 21, 7, 8, 22]])
+    with torch.no_grad():
+        cache = model(first, use_cache=True).past_key_values
+        found = model(second, past_key_values=copy.deepcopy(cache)).logits
+        with adapter_off(model):
+            expected = model(second[:, :2], past_key_values=cache).logits
+        torch.testing.assert_close(found[:, :2], expected, rtol=1e-4, atol=1e-5)
+        again = model(second[:, 2:], past_key_values=cache).logits
+    torch.testing.assert_close(found[:, 2:], again, rtol=1e-4, atol=1e-5)
+
+
+def test_a_cut_cache_is_of_what_is_left(adapted, tiny):
+    model, base = adapted(), tiny()
+    with torch.no_grad():
+        caches = [m(ROWS[:1], use_cache=True).past_key_values for m in (model, base)]
+        for cache in caches:
+            cache.crop(-9)
+        one = torch.tensor([[50]])
+        found, expected = (m(one, past_key_values=cache).logits for m, cache in zip((model, base), caches, strict=True))
+    assert torch.equal(found, expected)
+
+
+def test_a_cache_of_unknown_tokens_is_refused(adapted, tiny):
     model = adapted()
     with torch.no_grad():
-        whole = model(ROWS).logits
-        for cuts in ([9], [8, 9], list(range(8, 10))):
-            cache, found = None, []
-            for begin, end in zip([0, *cuts], [*cuts, 10], strict=True):
-                out = model(ROWS[:3, begin:end][[0, 1]], past_key_values=cache, use_cache=True)
-                cache = out.past_key_values
-                found.append(out.logits)
-            torch.testing.assert_close(torch.cat(found, 1), whole[[0, 1]], rtol=1e-4, atol=1e-5)
+        unknown, others = tiny()(ROWS[:1], use_cache=True).past_key_values, model(ROWS, use_cache=True).past_key_values
+        for cache, rows in ((unknown, 1), (others, 2)):
+            with pytest.raises(ModelError, match="Begin with an empty cache"):
+                model(ROWS[:rows, :2], past_key_values=cache)
+
+
+def test_padding_is_part_of_no_invocation(adapted):
+    model, row = adapted(), torch.tensor([[8, 20, 21, 22]])
+    padded, mask = torch.tensor([[7, 8, 20, 21, 22]]), torch.tensor([[0, 1, 1, 1, 1]])
+    with torch.no_grad():
+        found = model(padded, attention_mask=mask).logits
+        with adapter_off(model):
+            assert torch.equal(found, model(padded, attention_mask=mask).logits)
+        found = model(padded, attention_mask=mask, position_ids=torch.tensor([[1, 0, 1, 2, 3]])).logits
+        torch.testing.assert_close(found[:, 1:], model(row).logits, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_two_passes_and_then_one_backward(checkpointing, adapted):
+    """A layer that is run once more in backward has the rows of its own pass; a pass without gradients comes between."""
+    model, one, two = adapted().train(), ROWS[:2], ROWS[2:]
+    trained, expected = [p for p in model.parameters() if p.requires_grad], []
+    for rows in (one, two):
+        expected.append(torch.autograd.grad(label_loss(model, rows, torch.ones_like(rows), rows), trained))
+    if checkpointing:
+        model.activation_checkpointing_enable({"use_reentrant": False})
+    losses = [label_loss(model, rows, torch.ones_like(rows), rows) for rows in (one, two)]
+    with torch.no_grad():
+        model(ROWS[3:].expand(2, -1))
+    for each, a, b in zip(torch.autograd.grad(sum(losses), trained), *expected, strict=True):
+        torch.testing.assert_close(each, a + b, rtol=1e-4, atol=1e-5)
+
+
+def test_an_adapter_that_is_not_active_asks_for_nothing(adapted, tiny):
+    model, embeddings = adapted(), torch.randn(1, 3, 32)
+    ln.add_lora(model, ln.LoraConfig(r=2), name="plain").eval()
+    with torch.no_grad():
+        expected = tiny()(inputs_embeds=embeddings).logits
+        assert torch.equal(model(inputs_embeds=embeddings).logits, expected)
+        set_adapter(model, "default")
+        with adapter_off(model):
+            assert torch.equal(model(inputs_embeds=embeddings).logits, expected)
+
+
+def test_models_that_call_parts_of_their_body_past_it(adapted, tiny):
+    sizes = {"ffn_dim": 64, "word_embed_proj_dim": 32}
+    base = tiny("opt", **sizes)
+    model = ln.add_lora(
+        tiny("opt", **sizes), ln.LoraConfig(r=4, init_lora_weights=False, alora_invocation_tokens=INVOCATION)
+    ).eval()
+    with torch.no_grad():
+        found, expected = model(ROWS).logits, base(ROWS).logits
+        hidden_states(model, ROWS.flip(0), None)
+        assert torch.equal(model(ROWS).logits, found), "nothing of a pass is left to the next one"
+    for row, begin in enumerate(BEGINS):
+        assert torch.equal(found[row, :begin], expected[row, :begin])
+    assert not torch.equal(found[0, 6:], expected[0, 6:])
+    with pytest.raises(ModelError, match="other rows than the tokens"):
+        model.model.decoder.layers[0].fc1(torch.zeros(4, 10, 32))
 
 
 def test_a_generated_invocation_invokes_nothing(adapted, tiny):
@@ -238,6 +350,10 @@ def test_rows_are_counted():
         "2 of 3 label tokens come before the adapter is active, untrained: try --trained-turns last",
     ]
     assert check_rows(INVOCATION, rows[:1]) == []
+    first = ([1, 7, 8, 2], [False, True, True, True])  # the label at 7 is seen from the token before, where it is not active
+    assert check_rows(INVOCATION, [first])[0].startswith("1 of 3 label tokens")
+    assert warning_of_evaluation(INVOCATION, [ids for ids, _ in rows]).startswith("1 of 2 evaluation rows do not have")
+    assert not warning_of_evaluation(INVOCATION, [[7, 8]])
     with pytest.raises(DataError, match=r"No training row has the tokens \[7, 8\]"):
         check_rows(INVOCATION, rows[1:])
 
@@ -259,7 +375,7 @@ def test_what_cannot_be_activated_is_named(options, message, tiny):
     assert not list(lora_layers(model, "default"))
 
 
-def test_experts_and_encoders_cannot(tiny):
+def test_experts_cannot(tiny):
     config = ln.LoraConfig(alora_invocation_tokens=INVOCATION)
     with pytest.raises(TargetError, match="experts"):
         ln.add_lora(tiny("qwen3_moe", num_experts=4, moe_intermediate_size=16, head_dim=8), config)
@@ -274,11 +390,11 @@ def test_what_changes_other_tokens_is_refused(options):
 
 
 def test_tokens_may_be_numbers_or_a_text():
-    given = [[3, 4], ["3", "4"], "3 4", "go on", ["3"]]
+    given = [[3, 4], ["3", "4"], "3 4", "go on", ["3"], ["go", "on"]]
     assert [ln.LoraConfig(alora_invocation_tokens=each).alora_invocation_tokens for each in given] == [
-        [3, 4], [3, 4], [3, 4], "go on", [3],
+        [3, 4], [3, 4], [3, 4], "go on", [3], "go on",
     ]  # fmt: skip
-    for wrong in ([], "", [-1], ["a"]):
+    for wrong in ([], "", [-1], ["a", 3]):
         with pytest.raises(ConfigError, match="alora_invocation_tokens"):
             ln.LoraConfig(alora_invocation_tokens=wrong)
 

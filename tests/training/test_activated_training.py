@@ -7,13 +7,14 @@ import pytest
 import torch
 
 import lownibble as ln
-from lownibble.config import DataConfig, LoraConfig, QuantConfig, RunConfig, TrainConfig
+from lownibble.config import DataConfig, EvalConfig, LoraConfig, QuantConfig, RunConfig, TrainConfig
 from lownibble.data import collate
 from lownibble.errors import ConfigError, DataError, OutputError
 from lownibble.lora.activated import activated
 from lownibble.models.load import load_tokenizer
 from lownibble.models.sources import resolve
 from lownibble.planning import tiles as lengths
+from lownibble.study.evaluate import evaluate
 from lownibble.training import run
 from lownibble.training.loss import label_loss
 from lownibble.training.making import prepare
@@ -148,6 +149,21 @@ def test_rows_without_the_invocation(tiny_model, tiny_data):
         run(config_of(tiny_model, tiny_data, {"alora_invocation_tokens": "awful awful"}))
     result = run(config_of(tiny_model, tiny_data, {"alora_invocation_tokens": "very"}))
     assert any("training rows do not have the tokens that activate the adapter" in line for line in result.record["warnings"])
+
+
+def test_an_invocation_that_padding_could_end_is_refused(tiny_model, tiny_data):
+    with pytest.raises(ConfigError, match="the token that rows are padded with"):
+        run(config_of(tiny_model, tiny_data, {"alora_invocation_tokens": [5, 0]}))
+
+
+def test_an_evaluation_says_which_rows_are_the_bases(tiny_model, tiny_data, tmp_path):
+    result = run(config_of(tiny_model, tiny_data, {"alora_invocation_tokens": "very"}, output_dir=str(tmp_path / "out")))
+    assert any("evaluation rows do not have the tokens" in line for line in result.record["warnings"])
+    data = {"path": str(tiny_data), **DATA}
+    options = {"model": str(tiny_model), "task": "classification", "data": data, "train": {"batch_size": 4, "max_length": 32}}
+    found = evaluate(EvalConfig(**options, adapter=str(result.adapter_dir)))
+    assert "their scores are the base's" in found["warnings"][0]
+    assert "warnings" not in evaluate(EvalConfig(**options))
 
 
 def test_what_it_cannot_be_trained_with(tiny_model, tiny_data):

@@ -64,15 +64,17 @@ def bench_contact(
     """Run the checks.
 
     Args:
-        peers, repeats: no effect: nothing is timed.
+        peers, repeats: refused: nothing is timed.
         only: names of checks, separated by commas; default: all.
         stand_in: on a CPU, as far as they can be.
         time_limit: seconds for all; checks that have not ended by then are skipped.
     Returns:
-        `checks`: an entry each; `status` is failed if a check has failed.
+        `checks`: an entry each; `status` is failed if a check has failed, or none has passed.
     Raises:
-        ConfigError: there is no CUDA device, or no check of a name.
+        ConfigError: there is no CUDA device, or no check of a name; or `peers` or `repeats` are given.
     """
+    if peers or repeats != 1:
+        raise ConfigError("'bench contact' times nothing. Leave --peers and --repeats out.")
     names = _chosen(only)
     if not stand_in and pick_device().type != "cuda":
         raise ConfigError(
@@ -85,9 +87,12 @@ def bench_contact(
     def result(outcomes: Mapping[str, dict[str, Any]]) -> dict[str, Any]:
         checks = [{"name": name, **outcomes[name]} for name in names if name in outcomes]
         failed = [each["name"] for each in checks if each["status"] == "failed"]
-        error = {"error": f"{len(failed)} of {len(names)} checks failed: {', '.join(failed)}"} if failed else {}
+        wrong = f"{len(failed)} of {len(names)} checks failed: {', '.join(failed)}" if failed else ""
+        if not wrong and not any(each["status"] == "passed" for each in checks):
+            wrong = f"none of {len(names)} checks passed; they were skipped: {checks[0]['reason'] if checks else TIME_UP}"
+        error = {"error": wrong} if wrong else {}
         headlines = {each["name"]: _words(each) for each in checks}
-        return {"status": "failed" if failed else "ok", **error, "workload": workload, "checks": checks, "headlines": headlines}
+        return {"status": "failed" if wrong else "ok", **error, "workload": workload, "checks": checks, "headlines": headlines}
 
     def tell(outcomes: Mapping[str, dict[str, Any]], name: str) -> None:
         print(f"bench contact: {name}: {_words(outcomes[name])}", file=sys.stderr)

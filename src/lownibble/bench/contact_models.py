@@ -68,13 +68,15 @@ def folder_of(at: Contact, family: str = "llama", **options: Any) -> str:
     return str(folder)
 
 
-def adapted(at: Contact, how: str = "exact", names: Sequence[str] = ("default",), folder: str | None = None) -> tuple[Any, Any]:
+def adapted(
+    at: Contact, how: str = "exact", names: Sequence[str] = ("default",), folder: str | None = None, **lora: Any
+) -> tuple[Any, Any]:
     """A packed model with random adapters, whose ranks differ by name, and its tokenizer."""
     asked: Any = QuantConfig(compute=how)  # type: ignore[arg-type]
     model, tokenizer = load(folder or folder_of(at), quant=asked, dtype=at.dtype, device=at.device.type)
     for number, name in enumerate(names):
         rank = 8 * (1 + 2 * number)
-        add_lora(model, LoraConfig(r=rank, lora_alpha=2 * rank, init_lora_weights=False), name=name, seed=number)
+        add_lora(model, LoraConfig(r=rank, lora_alpha=2 * rank, init_lora_weights=False, **lora), name=name, seed=number)
     return model, tokenizer
 
 
@@ -117,6 +119,16 @@ def compiled_step(at: Contact) -> None:
     """A compiled pass, with low-rank products joined, against the same one uncompiled."""
     model, given = adapted(at)[0], batch(at)
     expected = gradients(model, given)
+    with torchs_own_warnings_off():
+        same(at, gradients(model, given, Compiled(model, join=True)()), expected, ROUNDED)
+
+
+def activated_step(at: Contact) -> None:
+    """A compiled and joined pass with an adapter that is active from the middle of each row on, against the reference's."""
+    model, given = adapted(at, alora_invocation_tokens=[3, 4])[0], batch(at)
+    given[0][:, 20:22] = torch.tensor([3, 4], device=at.device)
+    with ops.use_backend("reference"):
+        expected = gradients(model, given)
     with torchs_own_warnings_off():
         same(at, gradients(model, given, Compiled(model, join=True)()), expected, ROUNDED)
 
@@ -345,5 +357,6 @@ MODELS: dict[str, Callable[[Contact], None]] = {
     "graphs": graphs,
     "budget": budget,
     "compiled-step": compiled_step,
+    "activated-step": activated_step,
 }
 """Name -> check; on a CPU they run on the compiled kernels."""

@@ -151,11 +151,14 @@ def _a_word_is_a_name(value: str | list[str] | None) -> str | list[str] | None:
     return [value] if isinstance(value, str) and re.fullmatch(r"[\w.]+", value) else value
 
 
-def _numbers_are_tokens(value: Any) -> Any:
-    """Token ids as a command line has them; anything else is a text, or what it is."""
-    given = value.split() if isinstance(value, str) else value
-    numbers = isinstance(given, list) and given and all(isinstance(each, str) and each.isdecimal() for each in given)
-    return [int(each) for each in given] if numbers else value
+def _words_are_tokens(value: Any) -> Any:
+    """What a command line has for token ids, all of them numbers, or for a text."""
+    words = value.split() if isinstance(value, str) else value
+    if not (isinstance(words, list) and words and all(isinstance(each, str) for each in words)):
+        return value
+    if all(each.isdecimal() for each in words):
+        return [int(each) for each in words]
+    return value if isinstance(value, str) else " ".join(value)
 
 
 class LoraConfig(Options):
@@ -190,7 +193,7 @@ class LoraConfig(Options):
     )
     rank_pattern: dict[str, Annotated[int, Ge(1)]] = Field({}, description="rank by module name or regular expression")
     alpha_pattern: dict[str, Annotated[float, Gt(0)]] = Field({}, description="lora_alpha by module name or regular expression")
-    alora_invocation_tokens: Annotated[list[Annotated[int, Ge(0)]] | str | None, BeforeValidator(_numbers_are_tokens)] = Field(
+    alora_invocation_tokens: Annotated[list[Annotated[int, Ge(0)]] | str | None, BeforeValidator(_words_are_tokens)] = Field(
         None,
         description="activated LoRA: the adapter is active from the last occurrence of these tokens on (ids, or their text, such "
         "as the header of the assistant's turn); what comes before is the base's, and a server reads it once for all adapters",

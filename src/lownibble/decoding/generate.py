@@ -30,8 +30,9 @@ from lownibble.decoding.decoder import Cache, Decoder, RefusedError
 from lownibble.decoding.form import activated_adapter
 from lownibble.kernels import ops
 from lownibble.kernels.decoder import Segment
-from lownibble.lora.activated import activated, begin_of
+from lownibble.lora.activated import activated
 from lownibble.lora.active import active_adapter, adapter_off
+from lownibble.lora.invocation import begin_of
 from lownibble.models.kept import KEPT
 
 

@@ -87,7 +87,7 @@ _EXPERTS: Mapping[str, Any] = {"norm_topk_prob": True, "decoder_sparse_step": 1,
 _CAPS = {"attn_logit_softcapping": "add_attn_logit_softcapping", "final_logit_softcapping": "add_final_logit_softcapping"}
 _GELU = {"hidden_activation": "gelu_pytorch_tanh"}
 INVOCATION = "adapter.alora.invocation_tokens"
-"""llama.cpp's key; gguf 0.17 has no name for it."""
+"""llama.cpp's key, for an array of unsigned numbers."""
 
 ARCHITECTURES = {
     "llama": Architecture("llama", pairs=True),
@@ -202,7 +202,7 @@ def write_adapter(adapter: AdapterFile, base: Any, path: Path) -> dict[str, Any]
     writer.add_string(gguf.Keys.Adapter.TYPE, "lora")
     writer.add_float32(gguf.Keys.Adapter.LORA_ALPHA, float(adapter.config.lora_alpha))
     if isinstance(tokens := adapter.config.alora_invocation_tokens, list):
-        writer.add_array(INVOCATION, tokens)
+        writer.add_key_value(INVOCATION, tokens, gguf.GGUFValueType.ARRAY, gguf.GGUFValueType.UINT32)
     if adapter.trained_on:
         for key, value in to_metadata(adapter.trained_on).items():
             writer.add_string(key, value)

@@ -8,7 +8,7 @@ The licence of the base is what the base's own card says; a licence for the uplo
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -35,7 +35,7 @@ _OF_FILES = (".gguf", ".jsonl", ".json", ".csv", ".parquet", ".txt")
 class Subject:
     """What a card is of. `base`: hub id, None if not known; `run`, `merge`: records of `train`, and of `merge` or `quantize`.
 
-    `seq2seq`: it is, or is for, an encoder-decoder model.
+    `seq2seq`: it is, or is for, an encoder-decoder model. `invocation`: tokens that activate it.
     """
 
     name: str
@@ -45,6 +45,7 @@ class Subject:
     run: Mapping[str, Any] | None
     merge: Mapping[str, Any] | None
     seq2seq: bool = False
+    invocation: Sequence[int] = ()
 
 
 def hub_id(name: str | None) -> str | None:
@@ -106,7 +107,7 @@ def _what(subject: Subject) -> str:
     by = f", trained by {method}" if method else ""
     if subject.kind == "adapter":
         text = f"A LoRA adapter for {base}{by} with Lownibble."
-        if tokens := _config(subject).get("lora", {}).get("alora_invocation_tokens"):
+        if tokens := subject.invocation:
             text += f" It is active from the last occurrence of the tokens {tokens} in a prompt on (activated LoRA)."
     elif subject.merge is not None and subject.merge["kind"] == "quantize":
         text = f"{base}, packed by Lownibble."

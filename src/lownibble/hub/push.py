@@ -126,7 +126,9 @@ def _subject(folder: Path, config: PushConfig) -> Subject:
     base = config.base or hub_id(named)
     if kind == "adapter":
         _check_base(base, named, "Name it with --base")
-    return Subject(config.repo.rpartition("/")[2], kind, base, named, run, merge, seq2seq)
+    return Subject(
+        config.repo.rpartition("/")[2], kind, base, named, run, merge, seq2seq, described.get("alora_invocation_tokens") or ()
+    )
 
 
 def _run_of(folder: Path, kind: str) -> dict[str, Any] | None:

@@ -6,12 +6,10 @@ The invocation may be the header of the assistant's turn, or a marker of one's o
 values, whichever adapter follows: a server reads a document or a system prompt once for all of them (`serve/engine.py`), and a
 chat can change adapters from turn to turn without reading anything again. LoRA's keys differ from its first layer on.
 
-Where an adapter is active follows from token ids, which layers do not see. A hook before the model's body finds it out for each
-pass, so training, evaluation, transformers' own loops and a caller's code all get the same. In packed rows each sequence has an
-invocation of its own: it begins where positions do not count on. It is found by operations of fixed shapes without waiting for a
-device, so that passes can be captured. Of a sequence that goes on from a cache the hook remembers whether it was invoked; a
-single token never invokes, since in generation the prompt decides. A layer computes all rows' low-rank products and drops those
-before the invocation: few of a long prompt's, but a choice of rows would be of another size in each pass.
+Where an adapter is active follows from token ids (`invocation.py`), which layers do not see. Hooks around the model's passes find
+it out, so training, evaluation, transformers' own loops and a caller's code all get the same. A layer computes all rows' low-rank
+products and drops those before the invocation: few of a long prompt's, but a choice of rows would be of another size in each
+pass. What a pass found is there again in its backward pass, where checkpointed layers are run once more.
 
 PEFT's semantics and file format. Sequences without the invocation pass through the base alone there, silently; here training
 counts such rows (`check_rows`), and a server refuses such requests.
@@ -23,14 +21,15 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 
 from lownibble.config import LoraConfig
 from lownibble.errors import AdapterError, DataError, ModelError, TargetError
+from lownibble.lora import invocation
 from lownibble.lora.active import lora_layers
 from lownibble.lora.begin import output_head
 from lownibble.lora.experts import is_experts
@@ -41,32 +40,28 @@ from lownibble.models.info import body, info
 from lownibble.quant import QuantLinear
 
 if TYPE_CHECKING:
-    from lownibble.lora.layer import LowRank
+    from lownibble.lora.layer import LoraLinear, LowRank
 
 
 class ActivatedLoRA(Variant):
     """The variant of one adapter; its layers share it.
 
     Attributes:
-        tokens: the invocation; empty: not bound to a model yet.
-        active: (tokens of the pass, 1) bool, where the adapter is active in the pass that is going on.
+        tokens: the invocation.
+        active: (tokens of the pass, 1) bool, where the adapter is active in the pass that is going on, or in backward.
         part: of those, the tokens that layers see now; None: all (`training/tiles.py`).
     """
 
     keys: ClassVar[dict[str, str]] = LORA.keys
 
-    def __init__(self, tokens: Sequence[int] = ()) -> None:
-        self.tokens = tuple(tokens)
+    def __init__(self, tokens: Sequence[int] = (), name: str = "", layer: LoraLinear | None = None) -> None:
+        self.tokens, self._name, self._layer = tuple(tokens), name, layer
         self.active: Tensor | None = None
         self.part: slice | None = None
-        self._rows = 0
-        self._invoked: WeakKeyDictionary[Any, Tensor] = WeakKeyDictionary()  # cache -> (B, 1), whether its rows were invoked
+        self._within, self._n_held = False, 0  # of a pass of the whole model, and of the cache that it goes on from
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"tokens": self.tokens}  # the rest is of passes, which no copy goes on with
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__init__(**state)  # type: ignore[misc]
+        return {**vars(self), "active": None, "_within": False}  # of a pass, which no copy goes on with
 
     def shapes(self, n_in: int, n_out: int, r: int) -> dict[str, tuple[int, ...]]:
         """As `Variant.shapes`: LoRA's."""
@@ -98,62 +93,41 @@ class ActivatedLoRA(Variant):
         finally:
             self.part = None
 
-    def before_pass(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """The hook before the body: finds out where the adapter is active in this pass."""
+    def before_pass(self, outer: bool, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """The hook before a pass of the model (`outer`) or of its body, which may be within one: finds out where the adapter is
+        active, if it is the model's active one."""
+        if outer or not self._within:
+            self._within, self._n_held = outer, invocation.n_held(kwargs)
+        if self._layer is None or self._layer.active != self._name:
+            return
         ids_BT = kwargs.get("input_ids", args[0] if args else None)
         if not isinstance(ids_BT, Tensor):
-            raise ModelError("An activated adapter (alora_invocation_tokens) needs the model's input_ids. Got embeddings.")
-        active_BT = find_active(ids_BT, kwargs.get("position_ids"), self.tokens)
-        before = self._invoked.get(_cache(kwargs)) if _cache(kwargs) is not None else None
-        if before is not None and len(before) == len(active_BT):
-            active_BT = before.expand_as(active_BT) if ids_BT.shape[1] == 1 else active_BT | before
-        self.active, self._rows = active_BT.reshape(-1, 1), len(active_BT)
+            raise ModelError(
+                "An activated adapter (alora_invocation_tokens) needs the model's input_ids. Got none. Give them instead of "
+                "embeddings, or turn the adapter off with set_adapter(model, None)."
+            )
+        self.active = invocation.in_pass(ids_BT, kwargs, self._n_held, self.tokens).reshape(-1, 1)
 
-    def after_pass(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        """The hook after the body: remembers of a cache, which the body may have made, which of its rows were invoked."""
-        cache = _cache(kwargs) or _cache(output if isinstance(output, Mapping) else {})
-        if cache is not None and self.active is not None:
-            self._invoked[cache] = self.active.view(self._rows, -1)[:, -1:]
+    def after_pass(self, outer: bool, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        """The hook after it: a backward pass through it will find its `active` again, also where layers are run once more."""
+        active, inner = self.active, self._within and not outer
+        if not inner:
+            self.active, self._within = None, False
+        if output is None:  # it failed
+            return
+        if not inner:
+            invocation.remember(kwargs.get("input_ids", args[0] if args else None), kwargs, output, self._n_held)
+        values = output.values() if isinstance(output, Mapping) else output
+        out = next((each for each in values if isinstance(each, Tensor) and each.ndim == 3), None)
+        if out is not None and out.requires_grad and active is not None:
+            out.register_hook(partial(self._go_back_to, active))
 
-
-def _cache(values: Mapping[str, Any]) -> Any:
-    """The cache among a body's arguments or outputs."""
-    return next((values[name] for name in ("past_key_values", "cache_params") if values.get(name) is not None), None)
+    def _go_back_to(self, active: Tensor, gradient: Tensor) -> None:
+        self.active = active
 
 
 UNBOUND = ActivatedLoRA()
 """The variant of adapters that are on no model: for shapes and keys of files."""
-
-
-def find_active(ids_BT: Tensor, positions: Tensor | None, tokens: Sequence[int]) -> Tensor:
-    """(B, T) bool: the tokens from the last occurrence of `tokens` in their sequence on.
-
-    positions: (B or 1, T), or by axis with another dimension before; where they do not count on, another sequence begins. None: a
-    row is one sequence.
-    """
-    B, T = ids_BT.shape
-    n, device = len(tokens), ids_BT.device
-    if n > T:
-        return torch.zeros(B, T, dtype=torch.bool, device=device)
-    wanted = [ids_BT[:, i : T - n + 1 + i] == token for i, token in enumerate(tokens)]
-    here = nn.functional.pad(torch.stack(wanted).all(0), (0, n - 1)).long()
-    begins = torch.zeros_like(here)
-    if positions is not None:
-        places = positions[0] if positions.ndim == 3 else positions
-        begins[:, 1:] = (places[:, 1:] != places[:, :-1] + 1).long().expand(B, -1)
-    sequence = begins.cumsum(1)
-    if n > 1:  # an occurrence lies in one sequence
-        here[:, : T - n + 1] *= sequence[:, : T - n + 1] == sequence[:, n - 1 :]
-    of_sequence = torch.zeros_like(here).scatter_add_(1, sequence, here)
-    up_to_its_end = of_sequence.cumsum(1).gather(1, sequence)
-    return (here.cumsum(1) == up_to_its_end) & (of_sequence.gather(1, sequence) > 0)
-
-
-def begin_of(ids: Sequence[int], tokens: Sequence[int]) -> int | None:
-    """Where the last occurrence of `tokens` in a sequence begins; None: there is none."""
-    wanted, n = list(tokens), len(tokens)
-    found = (at for at in range(len(ids) - n, -1, -1) if ids[at] == wanted[0] and list(ids[at : at + n]) == wanted)
-    return next(found, None)
 
 
 def for_shapes(config: LoraConfig) -> LoraConfig:
@@ -217,7 +191,7 @@ def check_rows(tokens: Sequence[int], sequences: Iterable[tuple[Sequence[int], S
     Raises:
         DataError: none has it.
     """
-    begins = [(begin_of(ids, tokens), is_label) for ids, is_label in sequences]
+    begins = [(invocation.begin_of(ids, tokens), is_label) for ids, is_label in sequences]
     without = sum(begin is None for begin, _ in begins)
     if without == len(begins):
         raise DataError(
@@ -225,7 +199,7 @@ def check_rows(tokens: Sequence[int], sequences: Iterable[tuple[Sequence[int], S
             "rows with lownibble data; rows longer than max_length may have lost them."
         )
     labels = sum(sum(is_label) for _, is_label in begins)
-    early = sum(sum(is_label[:begin]) for begin, is_label in begins)  # [:None]: all
+    early = sum(sum(is_label[: None if begin is None else begin + 1]) for begin, is_label in begins)  # seen from the one before
     found = {
         f"{without} of {len(begins)} training rows do not have the tokens that activate the adapter, and train nothing": without,
         f"{early} of {labels} label tokens come before the adapter is active, untrained: try --trained-turns last": early,
@@ -233,18 +207,27 @@ def check_rows(tokens: Sequence[int], sequences: Iterable[tuple[Sequence[int], S
     return [warning for warning, count in found.items() if count]
 
 
+def warning_of_evaluation(tokens: Sequence[int], sequences: Iterable[Sequence[int]]) -> str:
+    """What to say of evaluation rows without an adapter's invocation, or ""."""
+    found = [invocation.begin_of(ids, tokens) is None for ids in sequences]
+    what = f"{sum(found)} of {len(found)} evaluation rows do not have the tokens {list(tokens)} that activate the adapter"
+    return f"{what}: their scores are the base's" if any(found) else ""
+
+
 def bind(model: Any, config: LoraConfig, name: str) -> None:
     """Bind a new adapter's layers to the tokens of the model's passes."""
     if config.alora_invocation_tokens is None:
         return
-    variant = ActivatedLoRA(config.alora_invocation_tokens)  # type: ignore[arg-type] # `check` refuses a text
-    for _, layer in lora_layers(model, name):
+    assert not isinstance(config.alora_invocation_tokens, str), "refused by `check`"
+    layers = [layer for _, layer in lora_layers(model, name)]
+    variant = ActivatedLoRA(config.alora_invocation_tokens, name, layers[0])
+    for layer in layers:
         layer.adapter(name).variant = variant
-    owner = body(model)
-    info(model).adapters.hooks[name] = [
-        owner.register_forward_pre_hook(variant.before_pass, with_kwargs=True),
-        owner.register_forward_hook(variant.after_pass, with_kwargs=True),
-    ]
+    for owner in dict.fromkeys((model, body(model))):  # some models call parts of their body, past it
+        info(model).adapters.hooks.setdefault(name, []).extend((
+            owner.register_forward_pre_hook(partial(variant.before_pass, owner is model), with_kwargs=True),
+            owner.register_forward_hook(partial(variant.after_pass, owner is model), with_kwargs=True, always_call=True),
+        ))  # fmt: skip
 
 
 def activated(model: Any) -> ActivatedLoRA | None:

@@ -60,6 +60,8 @@ def to_config(path: Path, values: dict[str, Any]) -> LoraConfig:
     """
     values = portable.read_patterns(values)
     known = {key: value for key, value in values.items() if key in LoraConfig.model_fields and value is not None}
+    if known.get("alora_invocation_tokens") == []:  # plain LoRA to PEFT
+        del known["alora_invocation_tokens"]
     for key, value in values.items():
         off = _INERT.get(key)
         if key not in known and off is not ... and value != off and value not in (None, False, [], {}):

@@ -14,7 +14,7 @@ from torch import Tensor
 from lownibble.decoding import How
 from lownibble.errors import InputError
 from lownibble.kernels.decoder import Adapter
-from lownibble.lora.activated import begin_of
+from lownibble.lora.invocation import begin_of
 from lownibble.serve.registry import Loaded
 from lownibble.serve.sampling import Chosen, Constraint, Sampler, Sampling, check_finite, scored
 

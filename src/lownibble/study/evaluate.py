@@ -17,6 +17,7 @@ from lownibble.config import DataConfig, EvalConfig, QuantConfig
 from lownibble.data import choices, encode, end_tokens
 from lownibble.errors import ConfigError, InputError, TrainingError
 from lownibble.lora import load_adapter
+from lownibble.lora.activated import activated, warning_of_evaluation
 from lownibble.measuring import stats
 from lownibble.models import load as load_model
 from lownibble.study.answers import answer_rows
@@ -77,6 +78,8 @@ def _task(config: EvalConfig, model: Any, tokenizer: Any) -> dict[str, Any]:
     evaluator = Evaluator(
         encode(rows, tokenizer, data, length).examples, asked, collator(model, tokenizer), config.train.batch_size, model.device
     )
+    variant = activated(model)
+    without = "" if variant is None else warning_of_evaluation(variant.tokens, [e.input_ids for e in evaluator.examples])
     evaluated = evaluator(model)
     if not math.isfinite(evaluated.loss):
         raise TrainingError(f"The evaluation loss is {evaluated.loss}. Take --dtype float32, or look at the adapter.")
@@ -90,6 +93,7 @@ def _task(config: EvalConfig, model: Any, tokenizer: Any) -> dict[str, Any]:
     return {
         "data": {"name": rows.name, "rows": len(rows.rows), "digest": rows.digest, "label_tokens": evaluated.label_tokens},
         "scores": {kind: scores}, "row_scores": by_row, "answers": answered.get("answers", []), **evaluator.facts(),
+        **({"warnings": [without]} if without else {}),
     }  # fmt: skip
 
 

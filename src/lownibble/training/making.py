@@ -15,9 +15,9 @@ from lownibble.config import PREFERENCE, DataConfig, QuantConfig, RunConfig, Tra
 from lownibble.data import Choice, Dataset, Encoded, digest_of, sequences_of
 from lownibble.data import load as load_data
 from lownibble.data.inspect import SHORT_RUN, suggested_epochs, warnings_of
-from lownibble.errors import ModelError
+from lownibble.errors import ConfigError, ModelError
 from lownibble.lora import add_lora, load_adapter, match_targets, read_config
-from lownibble.lora.activated import activated, check_rows
+from lownibble.lora.activated import activated, check_rows, warning_of_evaluation
 from lownibble.lora.active import adapter_configs
 from lownibble.lora.init import find
 from lownibble.lora.merge_aware import check_adapter, facts_of, held_as
@@ -183,13 +183,27 @@ def make_trainer(
         identity=identity, ranks=ranks,
     )  # fmt: skip
     if (variant := activated(model)) is not None:
-        trainer.warnings += check_rows(
-            variant.tokens, (each for example in encoded[0].examples for each in sequences_of(example))
-        )
+        trainer.warnings += _warnings_of_invocation(variant.tokens, tokenizer, encoded)
     trainer.warnings += warnings_of(encoded, tokenizer, config.max_length)
     if epochs := suggested_epochs(rows := len(encoded[0].examples), config):
         trainer.warnings.append(SHORT_RUN.format(rows, epochs))
     return trainer, encoded
+
+
+def _warnings_of_invocation(tokens: tuple[int, ...], tokenizer: Any, encoded: list[Encoded]) -> list[str]:
+    """Warnings about rows, for an activated adapter.
+
+    Raises:
+        ConfigError: padding could be the invocation's end. DataError: no training row has the invocation.
+    """
+    if tokens[-1] == tokenizer.pad_token_id:
+        raise ConfigError(
+            f"alora_invocation_tokens ends with {tokens[-1]}, which is the token that rows are padded with. End it with another "
+            "one, or give the tokenizer another pad_token."
+        )
+    training, evaluation = ([each for example in side.examples for each in sequences_of(example)] for side in encoded)
+    without = warning_of_evaluation(tokens, [ids for ids, _ in evaluation])
+    return check_rows(tokens, training) + ([without] if without else [])
 
 
 def _kept(choices: list[Choice] | None, evaluation: Encoded) -> list[Choice] | None:
