@@ -9,11 +9,18 @@ from architectures import build, quiet
 import lownibble as ln
 from lownibble.config import DataConfig, QuantConfig, TrainConfig
 from lownibble.lora import load_adapter, lora_layers, save_adapter
+from lownibble.models import direct
 from lownibble.models.direct import read_directly, without_effect
 from lownibble.quant import QuantLinear
 
 MAMBA = {"state_size": 8, "time_step_rank": 4, "num_hidden_layers": 2, "hidden_size": 32}
 QUANT = QuantConfig(block_size=32)
+
+
+@pytest.fixture(autouse=True)
+def nothing_known(monkeypatch):
+    """No test lives on what another has found."""
+    monkeypatch.setattr(direct, "_known", {})
 
 
 @pytest.mark.parametrize(
@@ -77,6 +84,13 @@ def test_a_model_is_not_touched_by_looking(write):
     assert without_effect(model, ["model.layers.0.self_attn.q_proj"]) == []
     assert not called
     assert torch.equal(torch.random.get_rng_state(), state)
+
+
+def test_an_architecture_is_looked_at_once_wherever_its_folder_is(write):
+    for name, layers, known in (("one", 2, 1), ("other", 2, 1), ("deeper", 3, 2)):
+        model, _ = ln.load(str(write("llama", name=name, num_hidden_layers=layers)))
+        assert without_effect(model, ["model.layers.0.self_attn.q_proj"]) == []
+        assert len(direct._known) == known
 
 
 @pytest.mark.parametrize("model_type", ["rwkv", "gemma3n_text", "llama"])

@@ -11,6 +11,7 @@ as Mamba 2's out_proj, which would stay dense for nothing).
 from __future__ import annotations
 
 import copy
+import json
 import logging
 import re
 import warnings
@@ -41,7 +42,7 @@ class _Found:
 
 
 _known: dict[tuple[type, str], _Found] = {}
-"""Class and configuration of a model -> what was found."""
+"""Class and configuration of a model, wherever its folder is -> what was found."""
 
 
 def left_dense(model: Any, linears: Iterable[str]) -> set[str]:
@@ -87,7 +88,8 @@ def without_effect(model: Any, paths: Iterable[str]) -> list[str]:
 
 
 def _look(model: Any, find: Callable[[Any], _Found]) -> _Found:
-    key = type(model), model.config.to_json_string(use_diff=False)
+    wanted = {name: value for name, value in model.config.to_dict().items() if name != "_name_or_path"}
+    key = type(model), json.dumps(wanted, sort_keys=True, default=str)
     if key not in _known:
         with torch.random.fork_rng(devices=[]):  # constructors draw random numbers
             _known[key] = find(model)
