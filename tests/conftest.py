@@ -84,10 +84,29 @@ def pytest_collection_modifyitems(items):
     items.sort(key=lambda item: item.path not in long)  # what is left to share out at the end takes seconds
 
 
-def pytest_collection_finish():
-    """What was imported and collected is not looked through again by each `gc.collect()` of each run: six seconds became one."""
-    gc.collect()
-    gc.freeze()
+IMPORTED = pytest.StashKey[int]()
+"""How many modules there were when the garbage collector last froze what there is."""
+
+
+def _freeze(config):
+    """What was collected and imported is not looked through again by each `gc.collect()` of each run. That was more than half of
+    the time of training's tests once one of them had compiled layers, which imports as much as everything before it."""
+    if len(sys.modules) != config.stash.get(IMPORTED, 0):
+        gc.collect()
+        gc.freeze()
+        config.stash[IMPORTED] = len(sys.modules)
+
+
+def pytest_collection_finish(session):
+    _freeze(session.config)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item):
+    """After a test, whose own fixtures are gone."""
+    done = yield
+    _freeze(item.config)
+    return done
 
 
 LEFT_OUT = pytest.StashKey[Counter]()
