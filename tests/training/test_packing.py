@@ -7,6 +7,7 @@ from collections import Counter
 
 import pytest
 import torch
+from pairwise import pairwise
 from torch.nn import functional as F
 
 import lownibble as ln
@@ -78,10 +79,11 @@ def assert_same_gradients(found, expected):
         torch.testing.assert_close(found[name], gradient, rtol=0, atol=1e-4 * float(gradient.abs().max()), msg=name)
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
-@pytest.mark.parametrize("method", ["full", "lora", "qlora"])
-@pytest.mark.parametrize(("form", "mask_prompt"), [("labels", True), ("labels", False), ("text", True), ("messages", True)])
-def test_a_packed_batch_has_the_loss_and_gradients_of_its_rows(tiny_model, uneven_data, form, mask_prompt, method, checkpointing):
+@pytest.mark.parametrize(("rows", "method", "checkpointing"), pairwise(
+    [("labels", True), ("labels", False), ("text", True), ("messages", True)], ["full", "lora", "qlora"], [False, True],
+), ids=str)  # fmt: skip
+def test_a_packed_batch_has_the_loss_and_gradients_of_its_rows(tiny_model, uneven_data, rows, method, checkpointing):
+    form, mask_prompt = rows
     examples = encoded(tiny_model, data_of(uneven_data, form, mask_prompt=mask_prompt))[:9]
     plain, packed = models(tiny_model, method)
     if checkpointing:
@@ -180,8 +182,7 @@ def test_accumulated_epochs_are_whole_steps(tiny_model):
     assert steps == pairs[0] + pairs[1] + math.ceil(pairs[2] * 0.5)
 
 
-@pytest.mark.parametrize("method", ["lora", "qlora"])
-@pytest.mark.parametrize("accumulation", [1, 2])
+@pytest.mark.parametrize(("method", "accumulation"), [("lora", 2), ("qlora", 1)])
 def test_a_packed_run_cut_and_resumed_gives_the_same_bits(tiny_model, uneven_data, tmp_path, method, accumulation):
     class _Stop(Sink):
         def __call__(self, event):

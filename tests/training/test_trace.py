@@ -3,6 +3,7 @@
 import time
 
 import pytest
+from pairwise import pairwise
 from transformers import AutoConfig
 
 from lownibble.arch import read_shape
@@ -21,6 +22,7 @@ SIZES = {
 }  # fmt: skip
 CPU = Runtime(4, fused=True, kernel_attention=True, decode_buffers=1)
 KINDS = ("llama", "qwen2", "qwen3", "gemma", "phi")
+BATCHES = [Batch(1, 64, 63), Batch(4, 32, 20)]
 
 
 def config_of(model_type):
@@ -55,10 +57,9 @@ def test_fake_tensors_give_the_bytes_of_real_ones(method, use_dora, checkpointin
     assert [used for _, _, used in tapes[0].marks] == [used for _, _, used in tapes[1].marks]
 
 
-@pytest.mark.parametrize("batch", [Batch(1, 64, 63), Batch(4, 32, 20)], ids=str)
-@pytest.mark.parametrize("checkpointing", [False, True], ids=["", "checkpointing"])
-@pytest.mark.parametrize("method", ["full", "lora", "qlora"])
-@pytest.mark.parametrize("model_type", KINDS)
+@pytest.mark.parametrize(
+    ("model_type", "method", "checkpointing", "batch"), pairwise(KINDS, ["full", "lora", "qlora"], [False, True], BATCHES), ids=str
+)
 def test_the_planners_tape_is_within_half_a_percent(model_type, method, checkpointing, batch):
     config = config_of(model_type)
     shape = read_shape(config)
@@ -92,14 +93,13 @@ def short_tiles(monkeypatch):
     monkeypatch.setattr(tiles, "LONG_TOKENS", 32)
 
 
-@pytest.mark.parametrize("batch", [Batch(1, 64, 63), Batch(4, 32, 20)], ids=str)
-@pytest.mark.parametrize("model_type", KINDS[:3])
 @pytest.mark.parametrize(
-    ("method", "checkpointing"), [("full", True), ("lora", "offload"), ("qlora", True), ("qlora", "offload")]
+    ("model_type", "how", "batch"),
+    pairwise(KINDS[:3], [("full", True), ("lora", "offload"), ("qlora", True), ("qlora", "offload")], BATCHES), ids=str,
 )
-def test_tiles_and_offloaded_checkpoints_are_within_half_a_percent(model_type, method, checkpointing, batch, short_tiles):
+def test_tiles_and_offloaded_checkpoints_are_within_half_a_percent(model_type, how, batch, short_tiles):
     """Phi's are not: in its layers attention and MLP read one norm, whose input the planner has freed earlier."""
-    config = config_of(model_type)
+    (method, checkpointing), config = how, config_of(model_type)
     shape = read_shape(config)
     ranks = {} if method == "full" else {f"model.layers.{i}.{linear.name}": 16 for i in range(3) for linear in shape.linears}
     packed = packed_layers(shape, QuantConfig()) if method == "qlora" else {}
