@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from pairwise import pairwise
 from safetensors.torch import load_file, save_file
 from tiny_folders import write_t5
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -67,9 +68,7 @@ LORA = {
 }
 
 
-@pytest.mark.parametrize("tied", [False, True])
-@pytest.mark.parametrize("case", LORA)
-@pytest.mark.parametrize("quant", ["nf4", None])
+@pytest.mark.parametrize(("case", "quant", "tied"), pairwise(list(LORA), ["nf4", None], [False, True]))
 def test_every_kind_of_adapter(write, adapt, batch, tmp_path, quant, case, tied):
     folder = write("llama", shards=True, attention_bias=True, tie_word_embeddings=tied)
     live, adapter = adapt(folder, quant, **LORA[case])

@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from pairwise import pairwise
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoModelForCausalLM
@@ -41,9 +42,7 @@ def dequantised(model, reference):
     return reference
 
 
-@pytest.mark.parametrize("dtype", LOGITS, ids=str)
-@pytest.mark.parametrize("shards", [False, True])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(("family", "shards", "dtype"), pairwise(list(FAMILIES), [False, True], list(LOGITS)), ids=str)
 def test_dense_equals_transformers(write, batch, family, shards, dtype):
     folder = write(family.split()[0], shards=shards, **FAMILIES[family])
     assert len(list(folder.glob("*.safetensors"))) > 1 if shards else (folder / "model.safetensors").exists()
@@ -59,9 +58,7 @@ def test_dense_equals_transformers(write, batch, family, shards, dtype):
     assert not any(t.is_meta for t in (*model.parameters(), *model.buffers()))
 
 
-@pytest.mark.parametrize("dtype", LOGITS, ids=str)
-@pytest.mark.parametrize("shards", [False, True])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(("family", "shards", "dtype"), pairwise(list(FAMILIES), [False, True], list(LOGITS)), ids=str)
 def test_quantised_equals_quantize_of_each_weight(write, batch, family, shards, dtype):
     folder = write(family.split()[0], shards=shards, **FAMILIES[family])
     config = ln.QuantConfig(quant_type="nf4", block_size=32)

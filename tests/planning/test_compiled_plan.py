@@ -55,11 +55,9 @@ def peak(tape, phase):
     return max(used[begin:])
 
 
-QUICK = (
-    ("qwen3-8b", "qlora", (4, 1024), False), ("small llama", "lora", (8, 1024), False), ("small llama", "full", (2, 512), True),
-    ("gemma3", "qlora", (4, 512), False),
-)  # fmt: skip
+QUICK = (("qwen3-8b", "qlora", (4, 1024), False), ("small llama", "full", (2, 512), True))
 MORE = (
+    ("small llama", "lora", (8, 1024), False), ("gemma3", "qlora", (4, 512), False),
     ("llama-3-8b", "qlora", (4, 1024), False), ("llama-3-8b", "lora", (16, 1024), False), ("qwen3-8b", "lora", (2, 4096), False),
     ("qwen3-8b", "lora", (2, 1024), "offload"), ("small llama", "qlora", (4, 512), False), ("qwen2", "qlora", (2, 512), False),
     ("gemma", "qlora", (4, 512), False), ("gemma", "lora", (8, 1024), False), ("gemma3", "full", (2, 512), False),

@@ -4,6 +4,7 @@ reference's, the formulas of `kernels/ops.py`, and the exact layer for what 8-bi
 import numpy as np
 import pytest
 import torch
+from pairwise import pairwise
 from triton_interpreter import INTERPRETED
 
 import lownibble as ln
@@ -108,10 +109,12 @@ def same_bytes(one, two):
 
 
 @needs_triton
-@code_types
-@pytest.mark.parametrize("codec", [(64, True, "nf4"), (32, False, "fp4"), (4096, True, "nf4")], ids=str)
-@pytest.mark.parametrize(("T", "N", "K"), LIBRARY_SHAPES)
-def test_library_products_equal_the_reference(T, N, K, codec, code_type):
+@pytest.mark.parametrize(
+    ("shape", "codec", "code_type"),
+    pairwise(LIBRARY_SHAPES, [(64, True, "nf4"), (32, False, "fp4"), (4096, True, "nf4")], [INT8, FP8]), ids=str,
+)  # fmt: skip
+def test_library_products_equal_the_reference(shape, codec, code_type):
+    T, N, K = shape
     if CUDA and code_type == FP8 and torch.cuda.get_device_capability() < (9, 0):
         pytest.skip("no float8, or rounded to it through float16")
     there = torch.device("cuda" if CUDA else "cpu")
@@ -263,9 +266,10 @@ fp8: with three bits of mantissa rounding has a root mean square of 2.7 % (2^-3 
 both operands 3.8 %. In bfloat16 the output's rounding is added, 0.2 %."""
 
 
-@pytest.mark.parametrize(("backend", "code_type"), KERNELS)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("dropout", [0.0, 0.3])
+@pytest.mark.parametrize(("backend", "code_type", "dtype", "dropout"), [
+    pytest.param(*kernel.values, *others, marks=kernel.marks)
+    for kernel, *others in pairwise(KERNELS, [torch.float32, torch.bfloat16], [0.0, 0.3])
+])  # fmt: skip
 def test_adapter_is_exact_and_the_base_is_close(backend, code_type, dtype, dropout):
     T, N, K, r = 50, 96, 192, 8
     layers, eight_bit = {}, next(name for name, kind in eightbit.CODE_TYPES.items() if kind == code_type)

@@ -58,7 +58,9 @@ def test_fake_tensors_give_the_bytes_of_real_ones(method, use_dora, checkpointin
 
 
 @pytest.mark.parametrize(
-    ("model_type", "method", "checkpointing", "batch"), pairwise(KINDS, ["full", "lora", "qlora"], [False, True], BATCHES), ids=str
+    ("model_type", "method", "checkpointing", "batch"),
+    pairwise(KINDS, ["full", "lora", "qlora"], [False, True], BATCHES),
+    ids=str,
 )
 def test_the_planners_tape_is_within_half_a_percent(model_type, method, checkpointing, batch):
     config = config_of(model_type)
@@ -95,7 +97,8 @@ def short_tiles(monkeypatch):
 
 @pytest.mark.parametrize(
     ("model_type", "how", "batch"),
-    pairwise(KINDS[:3], [("full", True), ("lora", "offload"), ("qlora", True), ("qlora", "offload")], BATCHES), ids=str,
+    pairwise(KINDS[:3], [("full", True), ("lora", "offload"), ("qlora", True), ("qlora", "offload")], BATCHES),
+    ids=str,
 )
 def test_tiles_and_offloaded_checkpoints_are_within_half_a_percent(model_type, how, batch, short_tiles):
     """Phi's are not: in its layers attention and MLP read one norm, whose input the planner has freed earlier."""
