@@ -1,6 +1,7 @@
 """One rank of a test, over the backend that is its argument: reads runs from standard input, one JSON object a line, trains each,
 and answers with a line of JSON; where they are traced, with what FSDP2 does, in order."""
 
+import gc
 import json
 import sys
 
@@ -44,4 +45,6 @@ for line in sys.stdin:
     options = json.loads(line)
     print(json.dumps((traced if options.pop("traced", False) else answer)(options)), flush=True)
     torch._dynamo.reset()
+    gc.collect()
+    gc.freeze()  # what a run imported is not looked through by each of the next ones
 dist.destroy_process_group()

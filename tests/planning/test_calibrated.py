@@ -3,6 +3,7 @@
 import gc
 
 import pytest
+from pairwise import pairwise
 from test_step import SIZES, model_of, needs_kernel, packed, peak_of_events
 from torch.profiler import ProfilerActivity, profile
 from transformers import AutoConfig
@@ -45,11 +46,13 @@ def measured(model_type, init, quant, targets, n_tokens, length):
 
 
 @needs_kernel
-@pytest.mark.parametrize(("init", "quant"), [("eva", False), ("eva", True), ("qera", True), ("qera_approx", True)])
-@pytest.mark.parametrize("targets", ["all-linear", ["q_proj", "v_proj"]], ids=["all", "q and v"])
-@pytest.mark.parametrize(("n_tokens", "length"), [(9000, 250), (600, 50)], ids=["many tokens", "few tokens"])
-def test_a_pass_has_the_bytes_of_the_real_one(init, quant, targets, n_tokens, length):
+@pytest.mark.parametrize(("start", "targets", "tokens"), pairwise(
+    [("eva", False), ("eva", True), ("qera", True), ("qera_approx", True)], ["all-linear", ["q_proj", "v_proj"]],
+    [(9000, 250), (600, 50)],
+), ids=str)  # fmt: skip
+def test_a_pass_has_the_bytes_of_the_real_one(start, targets, tokens):
     """Of many tokens the hidden states decide, of few the closed form."""
+    (init, quant), (n_tokens, length) = start, tokens
     shape, peak = measured("llama", init, quant, targets, n_tokens, length)
     names = {linear.name.rpartition(".")[2] for linear in shape.linears} if targets == "all-linear" else set(targets)
     ranks = {

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from pairwise import pairwise
 from test_step import SIZES, TOLERANCE, checkpoint, measured, model_of, needs_kernel
 from transformers import AutoConfig, T5Config
 
@@ -38,9 +39,9 @@ def merge_aware_model(config, quant, lora, dtype):
 
 
 @needs_kernel
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
-@pytest.mark.parametrize("checkpointing", [False, True], ids=["", "checkpointing"])
-@pytest.mark.parametrize("name", QUANT)
+@pytest.mark.parametrize(
+    ("name", "checkpointing", "dtype"), pairwise(list(QUANT), [False, True], [torch.float32, torch.bfloat16]), ids=str
+)
 def test_a_plan_has_the_bytes_of_the_real_step(name, checkpointing, dtype):
     """Weights, and the highest bytes of a step in which the packed weights are made."""
     quant, lora, batch = QuantConfig(**QUANT[name]), LoraConfig(), Batch(2, 64, 100)
