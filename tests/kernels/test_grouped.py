@@ -18,6 +18,8 @@ CODECS = [name for name in layouts.GROUPED if not name.endswith("_act")]
 SHAPES = [((3, 64), 32), ((5, 192), 64), ((2, 24), 24), ((7, 40), 40), ((2, 4096), 4096), ((70, 1024), 128), ((3, 5, 64), 64)]
 """Shape and group size: groups with a part of 16 left, one group a row, one large group, several threads, experts."""
 
+GEMVS = [((3, 64), 32), ((2, 24), 24), ((9, 40), 40), ((259, 576), 64)]
+
 
 def weight(quant_type: str, shape: tuple[int, ...], size: int, *, doubly: bool = False, ordered: bool = False) -> Grouped:
     """Random bits; every code occurs, NaN of fp8 too."""
@@ -68,8 +70,10 @@ def test_reference_is_the_formula(quant_type: str, ordered: bool) -> None:
         assert out[i // 48, column] == value
 
 
-@pytest.mark.parametrize(("quant_type", "doubly", "ordered"), pairwise(CODECS, [False, True], [False, True]), ids=str)
-@pytest.mark.parametrize(("shape", "size"), SHAPES, ids=str)
+@pytest.mark.parametrize(
+    ("shape", "size", "quant_type", "doubly", "ordered"),
+    [(*sizes, *how) for sizes, *how in pairwise(SHAPES, CODECS, [False, True], [False, True])], ids=str,
+)  # fmt: skip
 def test_grouped_equals_reference(
     kernels: ops.Backend, shape: tuple[int, ...], size: int, quant_type: str, doubly: bool, ordered: bool
 ) -> None:
@@ -92,8 +96,10 @@ def test_large_grouped_outputs_equal_reference(kernels: ops.Backend, quant_type:
     assert_same_bits(out, reference.dequantize_grouped(packed, torch.empty(2049 * 4096)))
 
 
-@pytest.mark.parametrize(("quant_type", "dtype", "doubly"), pairwise(CODECS, DTYPES, [False, True]), ids=str)
-@pytest.mark.parametrize(("shape", "size"), [((3, 64), 32), ((2, 24), 24), ((9, 40), 40), ((259, 576), 64)], ids=str)
+@pytest.mark.parametrize(
+    ("shape", "size", "quant_type", "dtype", "doubly"),
+    [(*sizes, *how) for sizes, *how in pairwise(GEMVS, CODECS, DTYPES, [False, True])], ids=str,
+)  # fmt: skip
 def test_gemv_grouped(
     kernels: ops.Backend, shape: tuple[int, int], size: int, quant_type: str, dtype: torch.dtype, doubly: bool
 ) -> None:
