@@ -24,7 +24,7 @@ def _tensors(shapes):
     part=st.integers(1, 9),
     backwards=st.booleans(),
 )
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_files_written_and_read_in_parts_are_safetensors(tmp_path_factory, shapes, part, backwards):
     folder, tensors = tmp_path_factory.mktemp("files"), _tensors(shapes)
     parts = [

@@ -21,7 +21,7 @@ from lownibble.data.files import read_file
 from lownibble.errors import ConfigError, DataError
 
 ROWS = [{"text": f"film number {n}", "label": ("bad", "good")[n >= 50]} for n in range(100)]
-quick = settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+quick = settings(max_examples=30, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
 words = st.text(st.characters(exclude_categories=["Cs"]))
 
 

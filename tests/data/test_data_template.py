@@ -109,7 +109,7 @@ def test_messages_equal_apply_chat_template_and_its_generation_mask(any_tokenize
     assert any_tokenizer.decode(labels(example)) == "positive<|im_end|>negative, I think<|im_end|>"
 
 
-@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
 @given(st.lists(st.text(min_size=1).filter(str.strip), min_size=2, max_size=4))
 def test_messages_of_any_text_train_just_what_the_assistant_said(tokenizer, contents):
     chat = [{"role": ("user", "assistant")[n % 2], "content": text} for n, text in enumerate(contents)]

@@ -89,7 +89,7 @@ def made(tmp_path_factory):
 
 
 @pytest.mark.slow
-@settings(max_examples=1000, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
+@settings(max_examples=1000, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
 @given(rows=ROWS, template=st.sampled_from(TEMPLATES), array=st.booleans(), chat=st.booleans())
 def test_a_drawn_file_is_encoded_or_refused(made, rows, template, array, chat):
     tokenizer, path = made

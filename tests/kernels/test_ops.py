@@ -365,7 +365,7 @@ def test_values_equal_bitsandbytes(kernels: ops.Backend, quant_type: str, dtype:
     assert torch.equal(out, bitsandbytes.dequantize_4bit(codes, state))
 
 
-@settings(deadline=None, max_examples=100)
+@settings(max_examples=100)
 @given(
     values=st.lists(st.floats(-(2.0**100), 2.0**100, width=32, allow_subnormal=False), min_size=1, max_size=200),
     quant_type=st.sampled_from(QUANT_TYPES),

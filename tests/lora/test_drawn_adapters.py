@@ -31,7 +31,7 @@ OPTIONS = st.fixed_dictionaries(
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 @settings(
-    max_examples=300, deadline=None,
+    max_examples=300,
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow, HealthCheck.filter_too_much],
 )  # fmt: skip
 @given(options=OPTIONS)

@@ -5,7 +5,7 @@ import copy
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from lownibble.kernels import ops
@@ -23,7 +23,6 @@ def beginnings(sequences):
     return [tuple(sequence[: n + 1]) for sequence in sequences for n in range(len(sequence))]
 
 
-@settings(deadline=None)
 @given(sequences=SEQUENCES)
 def test_a_tree_has_each_beginning_once(sequences):
     found, expected = tree(sequences), beginnings(sequences)

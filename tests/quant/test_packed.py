@@ -201,7 +201,7 @@ def to_mxfp4(values):
 EIGHTHS = st.integers(-64, 64).map(lambda n: n / 8)  # ties and saturation
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(values=st.lists(st.one_of(EIGHTHS, st.floats(-1e4, 1e4, width=32)), min_size=32, max_size=32), power=st.integers(-60, 60))
 def test_mxfp4_is_the_conversion_of_the_specification(values, power):
     weight = torch.tensor(values).ldexp(torch.tensor(power))
@@ -274,7 +274,7 @@ def test_act_order_groups_columns_by_their_inputs(quant_type):
     assert torch.equal(ln.quantize(weight, f"{quant_type}_act").dequantize(), ln.quantize(weight, quant_type).dequantize())
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(bits=st.integers(1, 8), codes=st.lists(st.integers(0, 255), min_size=1, max_size=70), seed=st.integers(0, 9))
 def test_words_of_other_tools_are_unpacked(bits, codes, seed):
     """32-bit words with the first code in the lowest bits, codes going on in the next word: as arithmetic on one large number."""
@@ -290,7 +290,7 @@ def test_words_of_other_tools_are_unpacked(bits, codes, seed):
 
 
 @pytest.mark.parametrize("quant_type", ["int8", "int4"])
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(
     values=st.lists(st.floats(-1e4, 1e4, width=32, allow_subnormal=False), min_size=64, max_size=64), double_quant=st.booleans()
 )

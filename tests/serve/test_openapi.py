@@ -30,7 +30,7 @@ def answers_to(cases):
     """Statuses of the answers to such requests, each of which must be one that a client can use."""
     statuses = set()
 
-    @settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True, database=None)
+    @settings(max_examples=60, suppress_health_check=list(HealthCheck), derandomize=True, database=None)
     @given(case=cases)
     def ask(case):
         answer = case.call()
@@ -88,7 +88,7 @@ def test_hostile_bodies_are_answered_and_the_server_stays_up(live, bytes_base):
     url, statuses = live(bytes_base, max_output=8, max_context=512).url, Counter()
     with httpx.Client(base_url=url, timeout=60) as client:
 
-        @settings(max_examples=400, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True, database=None)
+        @settings(max_examples=400, suppress_health_check=list(HealthCheck), derandomize=True, database=None)
         @given(asked=bodies())
         def ask(asked):
             path, body = asked
