@@ -106,7 +106,7 @@ def test_add_lora_starts_by_qera_and_needs_rows(base):
 
 
 @pytest.mark.slow
-def test_a_comparison_keeps_its_rate_and_resumes(base, rows, tmp_path):
+def test_a_comparison_keeps_its_rate_and_resumes(base, rows, tmp_path, forked):
     options = {"model": base, "methods": ["lora+auto", "qlora+auto"], "quant": QUANT, "data": rows}
     train = COMPARE_TRAIN.with_options(**TRAIN, eval_steps=2, output_dir=str(tmp_path / "out"))
     options |= {"train": train, "device": "cpu"}
