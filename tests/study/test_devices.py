@@ -147,7 +147,10 @@ def test_no_rank_outlives_its_parent(module, tmp_path, how):
         "import os, sys, time\nfrom lownibble.study.processes import end_with_standard_input\n"
         "end_with_standard_input()\nopen(sys.argv[1] + os.environ['RANK'], 'w').write(str(os.getpid()))\ntime.sleep(600)"
     )
-    program = f"from lownibble.study.processes import run_module; run_module({name!r}, {str(tmp_path / 'pid')!r}, ranks=2)"
+    program = (
+        "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # a shell's background jobs ignore it
+        f"from lownibble.study.processes import run_module; run_module({name!r}, {str(tmp_path / 'pid')!r}, ranks=2)"
+    )
     parent = subprocess.Popen([sys.executable, "-c", program], stderr=subprocess.DEVNULL, start_new_session=True)
     files = [tmp_path / f"pid{rank}" for rank in range(2)]
     try:
