@@ -114,7 +114,7 @@ def test_dropout_is_drawn_again_in_backward(short_tiles, adapted):
         x = torch.randn(2, 9, 32, generator=torch.Generator().manual_seed(0)).requires_grad_()
         torch.manual_seed(5)
         if tiled:
-            out = _in_tiles(mlp, mlp.forward, x)
+            out = _in_tiles(mlp, lambda tile, _, run=mlp.forward: run(tile), x)
         else:
             parts = x.reshape(1, 18, 32).split(lengths.tile_lengths(18), 1)
             out = torch.cat([mlp(part) for part in parts], 1).view_as(x)
@@ -132,7 +132,7 @@ def test_autocast_is_that_of_the_forward_pass(short_tiles, adapted):
         mlp = adapted(trained="full").model.layers[0].mlp
         x = torch.randn(2, 9, 32, generator=torch.Generator().manual_seed(0)).requires_grad_()
         with torch.autocast("cpu", torch.bfloat16):
-            out = _in_tiles(mlp, mlp.forward, x) if tiled else mlp(x)
+            out = _in_tiles(mlp, lambda tile, _, run=mlp.forward: run(tile), x) if tiled else mlp(x)
         assert out.dtype == torch.bfloat16
         out.float().square().sum().backward()
         found.append([out.detach().float(), x.grad, *[p.grad for p in mlp.parameters()]])
