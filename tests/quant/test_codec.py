@@ -1,12 +1,16 @@
 """quantize and dequantize. Oracles: bitsandbytes' quantize_4bit, byte for byte; the codebook's widest gap for the error."""
 
+from functools import partial
+
 import pytest
 import torch
 from safetensors import safe_open
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import lownibble as ln
 from lownibble.errors import ModelError, QuantizationError
 from lownibble.models import resolve
+from lownibble.quant import codebook as codebooks
 from lownibble.quant.codebook import codebook
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -154,3 +158,19 @@ def test_bytes_of_a_large_tensor(options, bits):
 
 def test_gradients_do_not_follow():
     assert not ln.quantize(random((4, 64)).requires_grad_()).absmax.requires_grad
+
+
+@pytest.mark.parametrize(
+    ("mode", "name"), [(FakeTensorMode, "levels"), (partial(torch.device, "meta"), "e8m0"), (torch.inference_mode, "dynamic8")]
+)
+def test_a_table_made_first_while_a_step_is_traced_is_there_for_all(mode, name):
+    """A plan that traces a step came before GPTQ in one process, which then met tensors without values."""
+    getattr(codebooks, name).cache_clear()
+    given = ("int4",) if name == "levels" else ()
+    with mode():
+        getattr(codebooks, name)(*given)
+    table = getattr(codebooks, name)(*given)
+    assert type(table) is torch.Tensor
+    assert table.device.type == "cpu"
+    assert not table.is_inference()
+    assert table.isfinite().sum() > 8

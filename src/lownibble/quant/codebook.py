@@ -11,11 +11,27 @@ for the second moment.
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import cache, partial
-from typing import NamedTuple
+from functools import cache, partial, wraps
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
+
+_Made = TypeVar("_Made")
+
+
+def _table(make: Callable[..., _Made]) -> Callable[..., _Made]:
+    """Cache what `make` gives for its arguments, as ordinary tensors: ones made first while a step is traced on tensors without
+    values, or in inference mode, would be there for all that comes after."""
+
+    @cache
+    @wraps(make)
+    def made(*arguments: str) -> _Made:
+        with _disable_current_modes(), torch.device("cpu"), torch.inference_mode(False):
+            return make(*arguments)
+
+    return made
 
 
 class Codebook(NamedTuple):
@@ -48,7 +64,7 @@ def _fp4_values() -> Tensor:
 _TABLES: dict[str, Callable[[], Tensor]] = {"nf4": partial(normal_float, 4), "fp4": _fp4_values}
 
 
-@cache
+@_table
 def codebook(quant_type: str, device: str = "cpu") -> Codebook:
     """The codebook of a 4-bit codec (`nf4` or `fp4`) on `device`. Cached; do not modify."""
     values = _TABLES[quant_type]()
@@ -81,19 +97,19 @@ _LEVELS: dict[str, Callable[[], Tensor]] = {
 }  # fmt: skip
 
 
-@cache
+@_table
 def levels(quant_type: str, device: str = "cpu") -> Tensor:
     """The value of each code of a grouped codec before zero point and scale, (2^bits,) float32. Cached; do not modify."""
     return _LEVELS[quant_type.removesuffix("_act")]().to(device)
 
 
-@cache
+@_table
 def e8m0(device: str = "cpu") -> Tensor:
     """The powers of two that a byte stands for as a scale of MX formats, (256,) float32; the last is NaN. Cached."""
     return torch.tensor([2.0 ** (code - 127) for code in range(255)] + [float("nan")]).to(device)
 
 
-@cache
+@_table
 def dynamic8_lookup(device: str = "cpu") -> Tensor:
     """(65536,) uint8: the code of the value nearest to each point of a uniform grid over [-1, 1]. Cached.
 
@@ -105,7 +121,7 @@ def dynamic8_lookup(device: str = "cpu") -> Tensor:
     return torch.bucketize(grid.float(), (values[1:] + values[:-1]) / 2).to(torch.uint8).to(device)
 
 
-@cache
+@_table
 def dynamic8(device: str = "cpu") -> Tensor:
     """The signed dynamic 8-bit map, ascending, (256,) float32. Cached; do not modify."""
     positive = []
@@ -116,7 +132,7 @@ def dynamic8(device: str = "cpu") -> Tensor:
     return torch.cat([-magnitudes, torch.tensor([0.0, 1.0]), magnitudes]).sort().values.to(device)
 
 
-@cache
+@_table
 def dynamic8_unsigned(device: str = "cpu") -> Tensor:
     """The unsigned dynamic 8-bit map, from 0 to 1, ascending, (256,) float32. Cached; do not modify."""
     values = [torch.tensor([0.0, 1.0])]
