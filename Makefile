@@ -11,7 +11,7 @@ unexport PYTHONDONTWRITEBYTECODE
 demo: $(VENV)/.ready  ## set up, then compare LoRA and QLoRA on the embedded model and data
 	$(BIN)/lownibble compare --output $(OUTPUT) --resume
 
-test: $(VENV)/.ready-dev  ## set up, then run the tests that are quick: about a quarter of an hour on two cores
+test: $(VENV)/.ready-dev  ## set up, then run the tests that are quick: six or seven minutes on two cores
 	$(BIN)/python -m pytest -n auto --dist worksteal -m "not slow"
 
 check: $(VENV)/.ready-dev  ## format, lint, types, every test; at the end which are the slowest

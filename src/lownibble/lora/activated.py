@@ -3,8 +3,8 @@
     y_t = x_t W^T + bias + a_t scale (dropout(x_t) A^T) B^T        a_t = 1 from the last occurrence of the invocation tokens on
 
 The invocation may be the header of the assistant's turn, or a marker of one's own. What comes before it has the base's keys and
-values, whichever adapter follows: a server reads a document or a system prompt once for all of them (`serve/engine.py`), and a
-chat can change adapters from turn to turn without reading anything again. LoRA's keys differ from its first layer on.
+values, whichever adapter follows: a server reads a document or a system prompt once for all of them (`serve/engine.py`). LoRA's
+keys differ from its first layer on.
 
 Where an adapter is active follows from token ids (`invocation.py`), which layers do not see. Hooks around the model's passes find
 it out, so training, evaluation, transformers' own loops and a caller's code all get the same. A layer computes all rows' low-rank

@@ -71,7 +71,7 @@ def n_held(given: Mapping[str, Any]) -> int:
         return int(cache.get_seq_length())
     except (AttributeError, ValueError):  # recurrent states do not count, but tell whether there are any
         held = getattr(cache, _ATTRIBUTE, None)
-        return held.ids.shape[1] if held is not None and cache.has_previous_state() else 0
+        return held.ids.shape[1] if held is not None and getattr(cache, "has_previous_state", lambda: True)() else 0
 
 
 def in_pass(ids_BT: Tensor, given: Mapping[str, Any], n: int, tokens: Sequence[int]) -> Tensor:
@@ -99,7 +99,9 @@ def in_pass(ids_BT: Tensor, given: Mapping[str, Any], n: int, tokens: Sequence[i
 
 def remember(ids_BT: Any, given: Mapping[str, Any], output: Any, n: int) -> None:
     """Keep the tokens of a pass with the cache that it filled, which held n before; the model may have made it."""
-    cache = _cache(given) or _cache(output if isinstance(output, Mapping) else {})
+    cache = _cache(given)
+    if cache is None and isinstance(output, Mapping):
+        cache = _cache(output)
     if cache is None:
         return
     held = getattr(cache, _ATTRIBUTE, None)
