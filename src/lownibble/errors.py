@@ -19,7 +19,13 @@ a caller would expect (`ValueError`, `RuntimeError`), so `except ValueError` kee
 
 
 class LownibbleError(Exception):
-    """Base of every error raised on purpose."""
+    """Base of every error raised on purpose.
+
+    Attributes:
+        leaves_threads: threads of a library wait for ever, which would abort the process as it ends in peace.
+    """
+
+    leaves_threads = False
 
 
 class InputError(LownibbleError, ValueError):

@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 import time
+from contextlib import suppress
 
 import pytest
 from forked import Forked
@@ -17,6 +18,18 @@ NAMES, ADDRESSES = ("lownibble-a", "lownibble-b"), ("10.77.0.1", "10.77.0.2")
 
 def ip(*arguments):
     return subprocess.run(["ip", *arguments], capture_output=True, text=True)
+
+
+@pytest.fixture
+def started():
+    """Ranks that a test has started; they end with it."""
+    ranks = []
+    yield ranks
+    for rank in ranks:
+        if rank.poll() is None:
+            rank.kill()
+        with suppress(ValueError):  # the test has read all
+            rank.communicate()
 
 
 @pytest.fixture
@@ -60,10 +73,10 @@ def start(model, data, folder, *extra, timeout="20", apart=True):
     return ranks
 
 
-def test_two_machines_train_and_survive_a_cut_cable(machines, tiny_model, tiny_data, tmp_path):
+def test_two_machines_train_and_survive_a_cut_cable(machines, started, tiny_model, tiny_data, tmp_path):
     (tmp_path / "cut").mkdir()
     (tmp_path / "whole").mkdir()
-    ranks = start(tiny_model, tiny_data, tmp_path / "cut", "--max-steps", "60")
+    started += (ranks := start(tiny_model, tiny_data, tmp_path / "cut", "--max-steps", "60"))
     out = tmp_path / "cut" / NAMES[0] / "out"
     while not list(out.glob("checkpoints/step-*")):
         assert all(rank.poll() is None for rank in ranks), [rank.communicate()[1] for rank in ranks]
@@ -75,10 +88,10 @@ def test_two_machines_train_and_survive_a_cut_cable(machines, tiny_model, tiny_d
         assert "Another process of the run ended or cannot be reached" in errors
         assert "Traceback" not in errors
     machines("up")
-    again = start(tiny_model, tiny_data, tmp_path / "cut", "--max-steps", "60", "--resume", timeout="200")
+    started += (again := start(tiny_model, tiny_data, tmp_path / "cut", "--max-steps", "60", "--resume", timeout="200"))
     assert all(rank.communicate(timeout=400) and rank.returncode == 0 for rank in again)
     assert not list((tmp_path / "cut" / NAMES[1] / "out").iterdir())  # the second machine needed nothing
-    whole = start(tiny_model, tiny_data, tmp_path / "whole", "--max-steps", "60", timeout="200", apart=False)
+    started += (whole := start(tiny_model, tiny_data, tmp_path / "whole", "--max-steps", "60", timeout="200", apart=False))
     assert all(rank.communicate(timeout=400) and rank.returncode == 0 for rank in whole)
     found, expected = (
         load_file(tmp_path / name / NAMES[0] / "out/adapter/adapter_model.safetensors") for name in ("cut", "whole")

@@ -233,7 +233,12 @@ def _main(argv: list[str] | None) -> int:
     except InputError as error:
         return _fail(error, 2, as_json)
     except LownibbleError as error:
-        return _fail(error, 1, as_json)
+        code = _fail(error, 1, as_json)
+        if error.leaves_threads:
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(code)
+        return code
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0

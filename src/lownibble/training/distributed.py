@@ -55,6 +55,8 @@ _LOST = ("gloo", "NCCL", "Connection closed", "Connection reset", "Timed out wai
 class RankLostError(TrainingError):
     """A collective failed: another rank has ended, or cannot be reached."""
 
+    leaves_threads = True
+
 
 @dataclass(frozen=True)
 class Ranks:
