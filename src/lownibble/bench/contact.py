@@ -5,7 +5,7 @@ by its name: passed, failed with the error and where it came from, or skipped wi
 
 Checks run in processes of their own. What a check leaves behind is not for the next one to suffer: one that does not answer in
 its time, or ends its process or the process's CUDA context, has failed, and a new process goes on with the rest. Most of the time
-Triton compiles, so several processes share the checks where there are processors for them.
+goes into compiling Triton's kernels, so several processes share the checks where there are processors for them.
 
 `--stand-in` runs the same checks on a CPU, the kernels in Triton's interpreter; what cannot be run there is skipped by name. So
 the checks themselves are tested without a card.
@@ -136,8 +136,9 @@ class _Worker:
         Raises:
             TrainingError: it has ended, or does not answer in time.
         """
-        stdin: IO[str] = self._process.stdin  # type: ignore[assignment]
-        stdout: IO[str] = self._process.stdout  # type: ignore[assignment]
+        stdin, stdout = self._process.stdin, self._process.stdout
+        assert stdin is not None
+        assert stdout is not None
         if name:
             with suppress(BrokenPipeError):  # its output has ended, too
                 print(name, file=stdin, flush=True)
@@ -158,8 +159,9 @@ class _Worker:
         """End the process."""
         end(self._process)
         for file in (self._process.stdin, self._process.stdout, self._messages):
+            assert file is not None
             with suppress(BrokenPipeError):
-                file.close()  # type: ignore[union-attr]
+                file.close()
 
 
 def run_all(

@@ -69,11 +69,11 @@ def folder_of(at: Contact, family: str = "llama", **options: Any) -> str:
 
 
 def adapted(
-    at: Contact, how: str = "exact", names: Sequence[str] = ("default",), folder: str | None = None, **lora: Any
+    at: Contact, how: Any = "exact", names: Sequence[str] = ("default",), folder: str | None = None, **lora: Any
 ) -> tuple[Any, Any]:
     """A packed model with random adapters, whose ranks differ by name, and its tokenizer."""
-    asked: Any = QuantConfig(compute=how)  # type: ignore[arg-type]
-    model, tokenizer = load(folder or folder_of(at), quant=asked, dtype=at.dtype, device=at.device.type)
+    quant = QuantConfig(compute=how)
+    model, tokenizer = load(folder or folder_of(at), quant=quant, dtype=at.dtype, device=at.device.type)
     for number, name in enumerate(names):
         rank = 8 * (1 + 2 * number)
         add_lora(model, LoraConfig(r=rank, lora_alpha=2 * rank, init_lora_weights=False, **lora), name=name, seed=number)
@@ -162,8 +162,14 @@ def trainer_of(at: Contact, rows: int = 4, length: int = 48, **options: Any) -> 
     """A run that is set up."""
     model, tokenizer = adapted(at)
     data = [Example(row, [True] * length, "contact") for row in random_ids(VOCABULARY, 1, 2 * rows, length)[0].tolist()]
-    config = {"batch_size": rows, "max_length": length, "max_steps": 6, "learning_rate": 1e-3, "torch_compile": False}
-    trainer = Trainer(model, tokenizer, data, data[:1], TrainConfig(**{**config, **options}))  # type: ignore[arg-type]
+    config: dict[str, Any] = {
+        "batch_size": rows,
+        "max_length": length,
+        "max_steps": 6,
+        "learning_rate": 1e-3,
+        "torch_compile": False,
+    }
+    trainer = Trainer(model, tokenizer, data, data[:1], TrainConfig(**{**config, **options}))
     trainer.set_up()
     return trainer
 
@@ -212,12 +218,12 @@ def budget(at: Contact) -> None:
 
 
 def automatic(at: Contact) -> None:
-    """`compute="auto"`: every packed layer has the choice that is told, and computes with it as the reference does."""
+    """`compute="auto"`: all packed layers have one matmul precision, and compute with it as the reference does."""
     model, given = adapted(at, "auto")[0], batch(at)
     compute.decide(model, training=True)
     chosen = {module.compute for module in model.modules() if isinstance(module, QuantLinear)}
     at.notes["compute"] = told = info(model).compute
-    at.true(f"layers compute in {chosen}, as is told: {told}", len(chosen) == 1)
+    at.true(f"all layers have one matmul precision ({chosen}; {told})", len(chosen) == 1)
     found = gradients(model, given)
     if chosen == {"exact"}:
         with ops.use_backend("reference"):

@@ -152,7 +152,7 @@ class Adapter:
     """A low-rank branch, or None, for each projection of each layer, then for each of its `feed_forward`'s linear layers.
     `prepared` as in `DecoderLayers`. `unscaled`: the adapter that differs in its scales only, whose preparation serves both.
     `invocation`: tokens from whose last occurrence in a prompt on it is active (`lora/activated.py`); none: it is on all tokens.
-    Decoders are told by segments where it is."""
+    The segments of a step are of the tokens on which it is."""
 
     of: Sequence[Sequence[LowRank | None]]
     prepared: dict[str, Any] = field(default_factory=dict)

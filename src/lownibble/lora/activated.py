@@ -61,7 +61,7 @@ class ActivatedLoRA(Variant):
         self._within, self._n_held = False, 0  # of a pass of the whole model, and of the cache that it goes on from
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**vars(self), "active": None, "_within": False}  # of a pass, which no copy goes on with
+        return {**vars(self), "active": None, "_within": False}  # state of a pass, not for copies
 
     def shapes(self, n_in: int, n_out: int, r: int) -> dict[str, tuple[int, ...]]:
         """As `Variant.shapes`: LoRA's."""

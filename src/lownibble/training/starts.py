@@ -7,6 +7,8 @@ where the dense weights are not to be had, or calibration knows no such model.
 
 Rates were measured at a width of `WIDTH` and are scaled by 1 / width, as changes of a layer's output by Adam grow with its inputs
 (tensor programs V, Yang et al. 2022; not measured here). A rate that is given stands.
+
+What else of a configuration needs the model's folder is decided here, too: a text for `alora_invocation_tokens` becomes tokens.
 """
 
 from __future__ import annotations
