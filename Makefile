@@ -20,7 +20,7 @@ check: $(VENV)/.ready-dev  ## format, lint, types, every test; at the end which 
 	$(BIN)/mypy
 	$(BIN)/python -m pytest -n auto --dist worksteal --durations=25
 
-matrix:  ## every Python, the scalar kernels, the lowest torch: make matrix ROWS="--rows scalar --select tests/kernels"
+matrix:  ## every Python, the scalar kernels, the lowest and the newest versions of libraries: make matrix ROWS="--rows scalar --select tests/kernels"
 	$(PYTHON) tools/matrix.py $(ROWS)
 
 format: $(VENV)/.ready-dev

@@ -1,5 +1,6 @@
-"""Create the virtual environment and install Lownibble into it: `python tools/install.py VENV [--dev] [--torch=VERSION]`. Needs
-Python alone. With --torch that version takes the place of the pinned one (e.g. 2.11.*), and triton is whichever it wants.
+"""Create the virtual environment and install Lownibble into it: `python tools/install.py VENV [--dev] [--lowest | --newest]`.
+Needs Python alone. Versions are those of constraints.txt; with --lowest the lowest that pyproject.toml declares, but for the
+tests' own tools; with --newest whatever pip finds. setuptools and triton are then those that torch wants.
 
 torch is installed first and by itself: from whatever index pip is set up for if that offers the pinned version as a CPU build,
 else from PyTorch's CPU index, else plain. Otherwise a machine without a GPU would fetch gigabytes of CUDA libraries.
@@ -8,6 +9,7 @@ else from PyTorch's CPU index, else plain. Otherwise a machine without a GPU wou
 from __future__ import annotations
 
 import platform
+import re
 import shutil
 import subprocess
 import sys
@@ -16,6 +18,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 CPU_INDEX = "https://download.pytorch.org/whl/cpu"
+LOWEST = re.compile(r"([\w.-]+)>=([\d.]+)")
 
 
 def main(folder: str, *flags: str) -> int:
@@ -29,11 +32,9 @@ def main(folder: str, *flags: str) -> int:
         print(f"creating {folder}", file=sys.stderr)
         venv.create(target, with_pip=True, symlinks=True)
     pip = [str(python), "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--no-compile"]
-    constraints, pinned = ROOT / "constraints.txt", (ROOT / "constraints.txt").read_text().split()
-    wanted = next(line for line in pinned if line.startswith("torch=="))
-    if other := next((flag.removeprefix("--torch=") for flag in flags if flag.startswith("--torch=")), ""):
-        wanted, constraints = f"torch=={other}", target / "constraints.txt"
-        constraints.write_text("\n".join([wanted, *(line for line in pinned if not line.startswith(("torch==", "triton==")))]))
+    constraints = target / "constraints.txt"
+    constraints.write_text("\n".join(f"{name}{version}" for name, version in versions(flags).items()))
+    wanted = f"torch{versions(flags).get('torch', '')}"
     if subprocess.call([str(python), "-c", "import torch"], stderr=subprocess.DEVNULL) != 0:
         print("installing torch", file=sys.stderr)
         ways = [[wanted]] if shutil.which("nvidia-smi") else [[wanted, "--index-url", CPU_INDEX], [wanted]]
@@ -45,6 +46,25 @@ def main(folder: str, *flags: str) -> int:
     print("installing lownibble", file=sys.stderr)
     extra = "[dev]" if "--dev" in flags else ""
     return subprocess.call([*pip, "--constraint", str(constraints), "--editable", f"{ROOT}{extra}"])
+
+
+def versions(flags: tuple[str, ...]) -> dict[str, str]:
+    """Name -> the versions that are allowed of it."""
+    import tomllib  # not in a Python that is refused
+
+    pinned = (line.split("==") for line in (ROOT / "constraints.txt").read_text(encoding="utf-8").split())
+    allowed = {name.replace("_", "-"): f"=={version}" for name, version in pinned}
+    if "--newest" in flags:
+        return {}
+    if "--lowest" not in flags:
+        return allowed
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    extras = {name: wanted for name, wanted in project["optional-dependencies"].items() if name not in ("dev", "release")}
+    declared = [
+        match for wanted in (project["dependencies"], *extras.values()) for each in wanted if (match := LOWEST.match(each))
+    ]
+    lowest = {match[1].replace("_", "-"): f"=={match[2]}.*" for match in declared}
+    return {name: allowed[name] for name in allowed.keys() - lowest.keys() - {"setuptools", "triton"}} | lowest
 
 
 def _pip_has_local_torch(python: Path, wanted: str) -> bool:

@@ -1,4 +1,5 @@
-"""The tests on every Python, on the scalar kernels and on the lowest torch: `python tools/matrix.py [--rows ...] [--select ...]`.
+"""The tests on every Python, on the scalar kernels, and on the lowest and newest versions of what is needed:
+`python tools/matrix.py [--rows ...] [--select ...]`.
 
 A row is a virtual environment of its own under .cache/matrix, made by tools/install.py and kept, in which the default tier of the
 tests runs (`make test`'s). A row that cannot be run here is named in the table with its reason. Exit code 1: a row failed, or
@@ -9,12 +10,10 @@ from __future__ import annotations
 
 import argparse
 import os
-import re
 import shutil
 import subprocess
 import sys
 import time
-import tomllib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -31,7 +30,7 @@ class Row:
     name: str
     pythons: tuple[str, ...]
     venv: str
-    torch: str = ""
+    versions: str = ""
     environment: dict[str, str] = field(default_factory=dict)
     found: str = ""
     failed: bool = False
@@ -39,13 +38,13 @@ class Row:
 
 
 def rows() -> list[Row]:
-    """Every row: the scalar kernels and the lowest torch run on the first Python that is here."""
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-    lowest = next(match[1] for wanted in project["dependencies"] if (match := re.fullmatch(r"torch>=([\d.]+)", wanted)))
+    """Every row: the scalar kernels run on the first Python that is here, the lowest versions on the one that most GPU machines
+    have, the newest on the newest."""
     return [
         *(Row(f"python{version}", (version,), f"python{version}") for version in PYTHONS),
         Row("scalar", PYTHONS, "", environment={"LOWNIBBLE_ISA": "scalar"}),
-        Row("torch-lowest", PYTHONS, f"torch{lowest}", torch=f"{lowest}.*"),
+        Row("lowest", ("3.12", "3.11"), "lowest", versions="--lowest"),
+        Row("newest", PYTHONS[::-1], "newest", versions="--newest"),
     ]
 
 
@@ -78,7 +77,7 @@ def run(row: Row, select: list[str]) -> None:
     venv, log = FOLDER / (row.venv or f"python{version}"), FOLDER / f"{row.name}.log"
     FOLDER.mkdir(parents=True, exist_ok=True)
     environment = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "VIRTUAL_ENV")}
-    install = [python, str(ROOT / "tools" / "install.py"), str(venv), "--dev", *([f"--torch={row.torch}"] if row.torch else [])]
+    install = [python, str(ROOT / "tools" / "install.py"), str(venv), "--dev", *filter(None, [row.versions])]
     test = [str(venv / "bin" / "python"), "-m", "pytest", "-n", "auto", "-m", "not slow", *select]
     print(f"{row.name}: Python {version} at {python}; see {log.relative_to(ROOT)}", file=sys.stderr, flush=True)
     start = time.monotonic()
