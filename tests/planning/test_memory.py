@@ -172,6 +172,15 @@ def test_the_published_peak_of_qlora_65b_is_within_reach():
     assert 36 * 2**30 < found.device.low < found.device.high < 48 * 2**30
 
 
+def test_a_process_of_a_torch_with_cuda_holds_its_libraries(monkeypatch):
+    assert hardware._has_cuda_libraries() == (torch.version.cuda is not None)
+    found = []
+    for has in (False, True):
+        monkeypatch.setattr(hardware, "_has_cuda_libraries", lambda has=has: has)
+        found.append(hardware.this_machine().process_bytes)
+    assert [more - base for base, more in zip(*found, strict=True)] == list(hardware.CUDA_LIBRARIES)
+
+
 def test_planning_does_not_import_torch():
     code = "import sys, lownibble; lownibble.plan('llama-2-7b', gpu='rtx-4090'); sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import importlib.util
 import os
 import re
 import tomllib
@@ -25,6 +26,9 @@ PROCESS = (480 << 20, 560 << 20, 660 << 20)
 HEAP = (0.045, 0.068, 0.1)
 """Low, likely, high of intercept and slope: a linear fit to `bench plan` (process minus allocated) on one machine with glibc,
 with bounds that contain all of its settings. Allocations and frees of a microbatch fragment the heap."""
+CUDA_LIBRARIES = (330 << 20, 350 << 20, 460 << 20)
+"""What a process without a GPU holds in addition where torch is built with CUDA: 2.11 and 2.15 beside 2.13 without it, one run of
+the embedded model each."""
 
 
 @dataclass(frozen=True)
@@ -149,6 +153,12 @@ def _by_hand(text: str) -> Device:
     )  # fmt: skip
 
 
+def _has_cuda_libraries() -> bool:
+    """Whether the torch that is installed is built with CUDA; it is not imported, which takes seconds."""
+    torch = importlib.util.find_spec("torch")
+    return torch is not None and torch.origin is not None and (Path(torch.origin).parent / "lib" / "libtorch_cuda.so").exists()
+
+
 def this_machine() -> Device:
     """This machine's CPU: its memory, and whether it has the AVX-512 instructions that the kernels need."""
     flags = ""
@@ -156,7 +166,10 @@ def this_machine() -> Device:
         lines = (line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("flags"))
         flags = next(lines, "")
     pages, size = os.sysconf("SC_PHYS_PAGES"), os.sysconf("SC_PAGE_SIZE")
+    low, likely, high = (
+        base + more for base, more in zip(PROCESS, CUDA_LIBRARIES if _has_cuda_libraries() else (0, 0, 0), strict=True)
+    )
     return Device(
         "cpu", "this machine", "cpu", pages * size, avx512=all(f" avx512{part}" in flags for part in ("f", "bw", "vl", "dq")),
-        context_bytes=0, workspace_bytes=0, allocated_error=(0.02, 0.02), process_bytes=PROCESS, heap_share=HEAP,
+        context_bytes=0, workspace_bytes=0, allocated_error=(0.02, 0.02), process_bytes=(low, likely, high), heap_share=HEAP,
     )  # fmt: skip
