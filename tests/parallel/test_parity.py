@@ -17,7 +17,7 @@ from lownibble.errors import TrainingError
 from lownibble.training import gradients, run
 from lownibble.training.distributed import Ranks
 from lownibble.training.loop import Trainer
-from lownibble.training.sharding import Part
+from lownibble.training.sharding import SHARDS_PACKED, Part
 
 RESULT = "adapter/adapter_model.safetensors"
 
@@ -38,6 +38,8 @@ def options(tiny_model, tiny_data, tmp_path):
 
 def in_ranks(options, mode, tmp_path, **train):
     """The options of the same run on ranks."""
+    if mode == "fsdp" and options["method"] == "qlora" and not SHARDS_PACKED:
+        pytest.skip("this torch shards floats only")
     changed = copy.deepcopy(options)
     changed["train"] |= {"parallel": mode, "output_dir": str(tmp_path / mode), **train}
     return changed

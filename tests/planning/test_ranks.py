@@ -13,7 +13,7 @@ import torch.distributed as dist
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from rich.console import Console
-from test_step import SIZES, as_trained, checkpoint, evenly, needs_kernel, packed, peak_of_events
+from test_step import SIZES, as_trained, evenly, needs_kernel, packed, peak_of_events
 from torch.distributed.fsdp import fully_shard
 from torch.profiler import ProfilerActivity, profile
 from torch.testing._internal.distributed.fake_pg import FakeStore
@@ -25,6 +25,7 @@ from lownibble.errors import ConfigError
 from lownibble.kernels.decoded import release_scratch
 from lownibble.lora import add_lora
 from lownibble.models.attention import kernel_obstacle, segment_attention
+from lownibble.models.info import compute_again
 from lownibble.planning import hardware
 from lownibble.planning.exchange import BUFFER_BYTES, REACHED, Exchange, link_of
 from lownibble.planning.linear import Method, Runtime
@@ -37,7 +38,7 @@ from lownibble.planning.step import Batch, run_step
 from lownibble.quant.experts import Ends
 from lownibble.training.distributed import Ranks
 from lownibble.training.loss import loss_at
-from lownibble.training.sharding import prefetch, rest_gathered
+from lownibble.training.sharding import SHARDS_PACKED, prefetch, rest_gathered
 
 TINY = read_shape({
     "model_type": "llama", "hidden_size": 12, "intermediate_size": 20, "num_hidden_layers": 3, "num_attention_heads": 2,
@@ -168,7 +169,7 @@ def of_a_rank(config, method, checkpointing, batch, passes, ranks):
     torch.manual_seed(0)
     model = as_trained(AutoModelForCausalLM.from_config(config).train(), method)
     if checkpointing:
-        checkpoint(model)
+        compute_again(model)
     return measured(model, batch, passes, ranks)
 
 
@@ -198,6 +199,8 @@ def in_a_process(function, *arguments):
     ],
 )  # fmt: skip
 def test_equals_fully_shard(ranks, model_type, method, checkpointing, passes):
+    if method == "qlora" and not SHARDS_PACKED:
+        pytest.skip("this torch shards floats only")
     more = {"num_local_experts": 8, "num_experts_per_tok": 2, "sliding_window": None} if model_type == "mixtral" else {}
     config = AutoConfig.for_model(model_type, **{**SIZES, "num_hidden_layers": 5, **more})
     batch = Batch(2, 64, 100)

@@ -51,6 +51,9 @@ from lownibble.training.distributed import Mode, Ranks
 if TYPE_CHECKING:
     from torch.distributed.fsdp import OffloadPolicy
 
+SHARDS_PACKED = torch.__version__ >= "2.12"
+"""Whether torch can shard tensors that are not floats."""
+
 
 @dataclass(frozen=True)
 class Part:
@@ -164,10 +167,11 @@ def check(config: RunConfig) -> None:
     Raises:
         ConfigError: names the option and a remedy.
     """
-    lora, train = config.lora, config.train
+    lora, train, packs = config.lora, config.train, config.method == "qlora"
     for wrong, what, remedy in (
         (config.merge_aware, "merge_aware, which packs whole layers between steps", "Leave it out"),
         (lora.bias != "none", f"bias={lora.bias!r}, which swaps biases in place", "Use bias='none'"),
+        (packs and not SHARDS_PACKED, f"packed weights by torch {torch.__version__}", "Use torch 2.12 or later"),
     ):  # fmt: skip
         if wrong:
             raise ConfigError(f"parallel='fsdp' cannot be done with {what}. {remedy}, or use --parallel ddp.")
