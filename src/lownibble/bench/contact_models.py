@@ -29,7 +29,7 @@ from lownibble.lora import add_lora, save_adapter, set_adapter
 from lownibble.memory import usage
 from lownibble.models import compute, load
 from lownibble.models.attention import segment_attention
-from lownibble.models.info import info
+from lownibble.models.info import compute_again, info
 from lownibble.quant import QuantLinear
 from lownibble.serve.engine import Engine
 from lownibble.serve.registry import Registry
@@ -139,8 +139,7 @@ def offload(at: Contact) -> None:
     if not at.on_cuda:
         raise SkippedError(obstacle(model, at.device))
     found = gradients(model, given, Offloaded(model, at.device)())
-    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
-    enable({"use_reentrant": False})  # transformers 5.23 renamed it
+    compute_again(model)
     same(at, found, gradients(model, given), 0.0)
 
 

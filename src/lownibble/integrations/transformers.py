@@ -29,7 +29,7 @@ from typing import Any
 import torch
 from safetensors import safe_open
 from torch import Tensor, nn
-from transformers.core_model_loading import ConversionOps
+from transformers.core_model_loading import ConversionOps, WeightConverter
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
 from transformers.quantizers.base import HfQuantizer
 from transformers.quantizers.quantizers_utils import should_convert_module
@@ -262,7 +262,7 @@ class NF4Quantizer(HfQuantizer):  # type: ignore[misc]
                 how = QuantConfig(quant_type=kind, double_quant=double_quant)
                 stored = CODECS[kind].written("LAYER", (4096, 4096), how)
                 found |= dict.fromkeys(key.removeprefix("LAYER.") for key in stored)
-        return {"weight": list(found)}
+        return {"weight": sorted(found, key=len, reverse=True)}  # the first that a key begins with counts
 
     def validate_environment(self, *_: Any, device_map: Any = None, **__: Any) -> None:
         """Reject a device map that offloads part of the model to CPU or disk."""
@@ -285,6 +285,8 @@ class NF4Quantizer(HfQuantizer):  # type: ignore[misc]
             n_out, n_in = matrix(linear).shape
             layer = NF4Linear(n_in, n_out, linear.bias is not None, config, path)
             layer.transposed = is_transposed(linear)
+            if not self.pre_quantized:  # before 5.23 transformers casts a dense weight to this dtype before it is packed
+                layer.weight = nn.Parameter(layer.weight.to(linear.weight.dtype), requires_grad=False)
             model.set_submodule(path, layer.requires_grad_(False))
         return model
 
@@ -332,9 +334,10 @@ class NF4Quantizer(HfQuantizer):  # type: ignore[misc]
         """The operation that packs a dense weight."""
         return _Quantize(self)
 
-    def get_load_operations(self) -> dict[str, Any]:
-        """The operation that loads a packed weight."""
-        return {"deserialize": _Deserialize}
+    def get_weight_conversions(self) -> list[WeightConverter]:
+        """The operations that load packed weights."""
+        names = self.serialized_names.items() if self.pre_quantized else ()
+        return [WeightConverter(stored, target, [_Deserialize(self)]) for target, stored in names]
 
     def is_serializable(self) -> bool:
         """`save_pretrained` works."""

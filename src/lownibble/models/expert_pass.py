@@ -41,7 +41,7 @@ class Sides(NamedTuple):
 def sides_of(container: Any, held: Sequence[Any]) -> Sides | None:
     """What the pass computes with, or None where it is not for a container: it normalises outputs, or trains something else than
     adapters. `held`: its two weights, dense parameters or modules."""
-    if container.has_post_expert_norm:
+    if getattr(container, "has_post_expert_norm", False):
         return None
     found = []
     for each in held:

@@ -30,7 +30,7 @@ WEIGHTS = ("gate_up_proj", "up_proj", "down_proj")
 IMPLEMENTATION = "lownibble"
 """Our name among transformers' implementations of the experts' pass."""
 
-_MARKS = ("is_transposed", "has_gate", "has_bias", "has_post_expert_norm", "_apply_gate")
+_MARKS = ("is_transposed", "has_gate", "has_bias", "_apply_gate")
 
 
 def is_container(module: nn.Module) -> bool:
@@ -178,7 +178,7 @@ def experts_forward(container: Any, hidden_states: Tensor, top_k_index: Tensor, 
     x_SF = project("gate_up_proj" if container.has_gate else "up_proj", hidden_states[order_S // k])
     x_SF = container._apply_gate(x_SF) if container.has_gate else container.act_fn(x_SF)
     y_SK = project("down_proj", x_SF)
-    if container.has_post_expert_norm:
+    if getattr(container, "has_post_expert_norm", False):  # not before transformers 5.18
         y_SK = container.post_expert_norm(y_SK)
     y_SK = y_SK * top_k_weights.reshape(-1)[order_S].unsqueeze(-1)
     sorted_place = torch.empty_like(order_S).scatter_(0, order_S, torch.arange(len(order_S), device=order_S.device))

@@ -96,6 +96,12 @@ def body(model: Any) -> Any:
     return next((part for part in parts if part is not model), model)
 
 
+def compute_again(model: Any) -> None:
+    """Have transformers' model keep its layers' inputs only, and compute the layers again in backward."""
+    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable  # before 5.23
+    enable({"use_reentrant": False})
+
+
 def decoder_layers(model: Any) -> dict[str, nn.Module]:
     """Path -> decoder layer: modules of the classes in transformers' `_no_split_modules`; empty if it names none."""
     names = set(getattr(model, "_no_split_modules", None) or ())

@@ -18,6 +18,7 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import unset_fake_temporarily
 from transformers import AutoTokenizer
 
 from lownibble import stored
@@ -193,7 +194,8 @@ def uninitialised(config: Mapping[str, Any], quant: QuantConfig | None, dtype: t
             _place_quantized(model, path, CODECS[how.quant_type].quantize(tensor, how).with_dtype(dtype), device)
         else:
             _set_tensor(model, key, tensor)
-    model.tie_weights()
+    with unset_fake_temporarily():  # of tied tensors one is on the meta device still
+        model.tie_weights()
     for key, buffer in list(model.named_buffers()):
         _set_tensor(model, key, torch.empty(buffer.shape, dtype=buffer.dtype))
     return model

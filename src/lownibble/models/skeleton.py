@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from accelerate import init_empty_weights
 from huggingface_hub.errors import StrictDataclassError
+from torch._subclasses.fake_tensor import unset_fake_temporarily
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, GenerationConfig
 
 from lownibble import stored
@@ -36,6 +37,7 @@ def skeleton(source: ModelSource, dtype: torch.dtype) -> Any:
             model = _auto(config).from_config(config, dtype=dtype, trust_remote_code=False)
     except ValueError as error:
         raise ModelError(f"'{source.name}' is not a language model transformers knows: {reason(error)}") from None
+    _keep_caps(model)
     model.tie_weights()
     if (source.folder / "generation_config.json").is_file():
         try:
@@ -55,12 +57,21 @@ def empty_model(config: Mapping[str, Any], dtype: torch.dtype) -> Any:
         with TemporaryDirectory() as folder:  # transformers' reader, which knows infinities written as text
             (Path(folder) / "config.json").write_text(json.dumps({k: v for k, v in config.items() if k not in stored.KEYS}))
             wanted = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-        with init_empty_weights(include_buffers=False):
-            model = _auto(wanted).from_config(wanted, dtype=dtype, trust_remote_code=False)
+        # Not under a caller's fake mode: parameters are moved to the meta device, which torch 2.11 cannot do with fake tensors.
+        with unset_fake_temporarily():
+            with init_empty_weights(include_buffers=False):
+                model = _auto(wanted).from_config(wanted, dtype=dtype, trust_remote_code=False)
+            _keep_caps(model)
+            model.tie_weights()
     except (OSError, ValueError, TypeError, AttributeError, KeyError, StrictDataclassError) as error:
         raise ModelError(f"This configuration is of no language model transformers knows: {reason(error)}") from None
-    model.tie_weights()
     return model
+
+
+def _keep_caps(model: Any) -> None:
+    """Capped attention scores by transformers' code: torch's SDPA has no cap, and transformers 5.17 lets it drop Gemma 2's."""
+    if getattr(model.config.get_text_config(), "attn_logit_softcapping", None) and model.config._attn_implementation == "sdpa":
+        model.set_attn_implementation("eager")
 
 
 def _auto(config: Any) -> Any:

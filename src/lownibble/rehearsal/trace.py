@@ -37,7 +37,7 @@ from lownibble.lora.activated import for_shapes
 from lownibble.memory.usage import kind_of
 from lownibble.models.attention import CAUSAL, causal_obstacle, kernel_obstacle, segment_attention
 from lownibble.models.head import check_head_unseen
-from lownibble.models.info import body
+from lownibble.models.info import body, compute_again
 from lownibble.models.load import uninitialised
 from lownibble.planning.linear import Runtime
 from lownibble.planning.memory import StepOf
@@ -189,8 +189,7 @@ def trace_step(
         _name_parameters(recorder, model)
         model.train()
         if checkpointing is True:
-            enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
-            enable({"use_reentrant": False})
+            compute_again(model)
         recorder.tape.mark("model")
         _leave_out_masks(recorder, model, batch.length)
         tiled = _tiled(recorder, model) if checkpointing and is_long(batch.rows * batch.length) else None
