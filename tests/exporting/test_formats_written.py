@@ -182,7 +182,8 @@ def test_compressed_tensors(base, tmp_path, case):
             theirs.append(AutoModelForCausalLM.from_pretrained(out, quantization_config=how))
     tolerance = 2e-5 if dtype_of(base) == torch.float32 else 0.02
     for model in theirs:
-        torch.testing.assert_close(logits(ours), logits(model), rtol=0, atol=tolerance)
+        same_type = model.to(dtype_of(base)) if case == "mxfp4" else model  # transformers 5.17 decodes it into bfloat16
+        torch.testing.assert_close(logits(ours), logits(same_type), rtol=0, atol=tolerance)
         for path, layer in held.items():
             weight = model.get_submodule(path).weight
             assert weight.dtype == layer.weight.dtype

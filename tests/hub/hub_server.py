@@ -42,7 +42,8 @@ class Hub:
             if repo in self.forbidden:
                 return 403, {"error": "You don't have the rights"}
             there = repo in self.repos
-            self.repos.setdefault(repo, {"visibility": asked[0].get("visibility", "public"), "files": {}})
+            asked_for = "private" if asked[0].get("private") else "public"  # what huggingface_hub 1 says it with
+            self.repos.setdefault(repo, {"visibility": asked[0].get("visibility", asked_for), "files": {}})
             return 409 if there else 200, {"url": f"https://huggingface.co/{repo}", "id": repo}
         if path == "/api/validate-yaml":
             return 200, {"warnings": [], "errors": []} if asked[0]["content"].startswith("---\n") else (400, {"errors": []})

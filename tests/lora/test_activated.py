@@ -18,6 +18,7 @@ from lownibble.lora.active import adapter_off
 from lownibble.lora.invocation import begin_of, find_active
 from lownibble.models.attention import segment_attention
 from lownibble.models.head import hidden_states
+from lownibble.models.info import compute_again
 from lownibble.training.loss import check_prefixes, label_loss
 
 INVOCATION = [7, 8]
@@ -249,7 +250,7 @@ def test_two_passes_and_then_one_backward(checkpointing, adapted):
     for rows in (one, two):
         expected.append(torch.autograd.grad(label_loss(model, rows, torch.ones_like(rows), rows), trained))
     if checkpointing:
-        model.activation_checkpointing_enable({"use_reentrant": False})
+        compute_again(model)
     losses = [label_loss(model, rows, torch.ones_like(rows), rows) for rows in (one, two)]
     with torch.no_grad():
         model(ROWS[3:].expand(2, -1))
@@ -329,7 +330,7 @@ def test_a_copy_is_of_its_own(adapted, copied):
 
 def test_a_checkpointed_step_is_the_plain_one(adapted):
     plain, model = adapted().train(), adapted().train()
-    model.activation_checkpointing_enable({"use_reentrant": False})
+    compute_again(model)
     for each in (plain, model):
         label_loss(each, ROWS, torch.ones_like(ROWS), ROWS).backward()
     for one, two in zip(plain.parameters(), model.parameters(), strict=True):

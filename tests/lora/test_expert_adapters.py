@@ -6,7 +6,7 @@ import warnings
 
 import pytest
 import torch
-from mixtures import ATTENTION, MIXTURES, build, decode_into, folder_of, logits, quiet, some_ids, theirs
+from mixtures import ATTENTION, MIXTURES, build, decode_into, folder_of, known, logits, quiet, some_ids, theirs
 from safetensors.torch import load_file
 
 import lownibble as ln
@@ -304,6 +304,7 @@ def test_tensors_that_peft_would_misplace_are_said(peft, kind, tmp_path):
     """Oracle: what PEFT's conversion of the file's tensors leaves of their names."""
     from peft.utils.transformers_weight_conversion import convert_peft_adapter_state_dict_for_transformers as convert
 
+    known(kind)
     with quiet():
         model = ln.add_lora(build(kind, 96), ln.LoraConfig(r=2))
     with warnings.catch_warnings(record=True) as told:

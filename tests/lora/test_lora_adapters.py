@@ -12,6 +12,7 @@ import lownibble as ln
 from lownibble.errors import AdapterError, TargetError
 from lownibble.lora import LoraLinear, remove_adapter
 from lownibble.lora.adapter_file import AdapterFile
+from lownibble.models.info import compute_again
 from lownibble.registry import INITS
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -111,8 +112,7 @@ def test_recomputed_activations_give_the_same_gradients(tiny, batch, case):
     for recompute in (False, True):
         model = ln.add_lora(tiny(attention_bias=True), ln.LoraConfig(**OPTIONS[case], lora_dropout=0.2)).train()
         if recompute:
-            enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
-            enable({"use_reentrant": False})
+            compute_again(model)
         torch.manual_seed(0)
         model(input_ids=ids, attention_mask=mask, labels=labels, use_cache=False).loss.backward()
         found.append({name: p.grad for name, p in model.named_parameters() if p.requires_grad})

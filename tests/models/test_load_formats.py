@@ -167,7 +167,7 @@ def write_gguf(path, model, quantise=None) -> None:
     writer.add_tokenizer_pre("smollm")
     writer.add_token_list(tokens)
     writer.add_token_types([3] * 3 + [1] * (config.vocab_size - 3))
-    writer.add_token_merges(["a b"])
+    writer.add_token_merges(["a b", "a b"])  # transformers 5.17 cannot read a single one
     writer.add_bos_token_id(1)
     writer.add_eos_token_id(2)
     for name, parameter in model.named_parameters():

@@ -80,7 +80,9 @@ def load(folder, **options):
 def transformers_reading(folder):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+        return (
+            AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).float().eval()
+        )  # 5.17 decodes MXFP4 into bfloat16
 
 
 def dense_model(folder, dense):

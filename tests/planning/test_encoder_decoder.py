@@ -3,12 +3,13 @@
 import pytest
 import torch
 from pairwise import pairwise
-from test_step import as_trained, checkpoint, packed, peak_of_events
+from test_step import as_trained, packed, peak_of_events
 from torch.profiler import ProfilerActivity, profile
 from transformers import AutoConfig, AutoModelForSeq2SeqLM
 
 from lownibble.arch import paths, read_shape
 from lownibble.models.head import Head
+from lownibble.models.info import compute_again
 from lownibble.planning.linear import Method, Runtime
 from lownibble.planning.step import Batch, run_step
 from lownibble.training.loss import _LabelLoss
@@ -73,7 +74,7 @@ def test_equals_the_real_step(method, activation, dropout, checkpointing):
     config = AutoConfig.for_model("t5", **SIZES, feed_forward_proj=activation, dropout_rate=dropout)
     model, batch = model_of(config, method), Batch(2, 96, 128)
     if checkpointing:
-        checkpoint(model)
+        compute_again(model)
     weights, peak = measured(model, batch)
     our_weights, ours = planned(read_shape(config.to_dict()), method, batch, checkpointing)
     assert our_weights == pytest.approx(weights, abs=1000)

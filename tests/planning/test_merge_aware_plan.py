@@ -3,7 +3,7 @@
 import pytest
 import torch
 from pairwise import pairwise
-from test_step import SIZES, TOLERANCE, checkpoint, measured, model_of, needs_kernel
+from test_step import SIZES, TOLERANCE, measured, model_of, needs_kernel
 from transformers import AutoConfig, T5Config
 
 from lownibble.arch import paths, read_shape
@@ -12,7 +12,7 @@ from lownibble.errors import ConfigError
 from lownibble.lora import add_lora
 from lownibble.lora.inject import match_targets
 from lownibble.lora.merge_aware import held_as
-from lownibble.models.info import info
+from lownibble.models.info import compute_again, info
 from lownibble.models.load import quantizable
 from lownibble.models.skeleton import empty_model
 from lownibble.planning import hardware, plan
@@ -48,7 +48,7 @@ def test_a_plan_has_the_bytes_of_the_real_step(name, checkpointing, dtype):
     config = AutoConfig.for_model("llama", **SIZES)
     model = merge_aware_model(config, quant, lora, dtype)
     if checkpointing:
-        checkpoint(model)
+        compute_again(model)
     weights, peak = measured(model, batch, 2)
     shape = read_shape(config.to_dict())
     held, rounded = merge_aware(shape, quant, lora)

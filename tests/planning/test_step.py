@@ -15,6 +15,7 @@ from lownibble.kernels.decoded import release_scratch
 from lownibble.lora import add_lora
 from lownibble.models import experts
 from lownibble.models.attention import kernel_obstacle, segment_attention
+from lownibble.models.info import compute_again
 from lownibble.models.load import quantizable
 from lownibble.planning.linear import Method, Runtime
 from lownibble.planning.memory import packed_layers
@@ -65,16 +66,10 @@ def as_trained(model, method):
     return add_lora(model, LoraConfig(use_dora=method in DORA, target_experts=method != "lora, not on experts"))
 
 
-def checkpoint(model):
-    """Compute activations again in backward; transformers 5.23 renamed the call."""
-    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
-    enable({"use_reentrant": False})
-
-
 def assert_planned(config, model, method, batch, checkpointing, tolerance):
     """The planner's weights and highest bytes are those of the real step."""
     if checkpointing:
-        checkpoint(model)
+        compute_again(model)
     weights, peak = measured(model, batch, 1)
     our_weights, ours = planned(read_shape(config.to_dict()), method, batch, 1, checkpointing)
     assert our_weights == pytest.approx(weights, abs=1000)

@@ -13,6 +13,7 @@ from lownibble.config import DataConfig, LoraConfig, RunConfig, TrainConfig
 from lownibble.errors import ConfigError
 from lownibble.lora import add_lora
 from lownibble.memory.usage import is_exhausted
+from lownibble.models.info import compute_again
 from lownibble.training import offload, run
 from lownibble.training.distributed import ALONE
 from lownibble.training.fitting import MemoryGoneError
@@ -86,7 +87,7 @@ def test_gradients_are_those_of_checkpointing_on_the_device(on_cpu, adapted, bat
         model = adapted(family=family, lora_dropout=0.2)
         torch.manual_seed(2)
         if how is True:
-            model.activation_checkpointing_enable({"use_reentrant": False})
+            compute_again(model)
             label_loss(model, *batch()).backward()
         else:
             with Offloaded(model, CPU)():
@@ -206,7 +207,7 @@ def test_pinned_copies_have_the_bits_and_leave_the_device(adapted, batch):
         model = adapted(layers=8).to(device)
         rows = [each.to(device) for each in batch(rows=64, length=64)]
         if how is True:
-            model.activation_checkpointing_enable({"use_reentrant": False})
+            compute_again(model)
         wrapped = Offloaded(model, device) if how == "offload" else None
         for _ in range(2):
             model.zero_grad()

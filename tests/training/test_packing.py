@@ -16,6 +16,7 @@ from lownibble.data import Example, collate, encode, epoch_batches, flatten
 from lownibble.data import load as load_data
 from lownibble.errors import ModelError
 from lownibble.models.attention import segment_attention
+from lownibble.models.info import compute_again
 from lownibble.training import Evaluated, Sink, Stepped, run
 from lownibble.training.loop import Trainer
 from lownibble.training.loss import label_loss
@@ -87,7 +88,7 @@ def test_a_packed_batch_has_the_loss_and_gradients_of_its_rows(tiny_model, uneve
     examples = encoded(tiny_model, data_of(uneven_data, form, mask_prompt=mask_prompt))[:9]
     plain, packed = models(tiny_model, method)
     if checkpointing:
-        packed.activation_checkpointing_enable({"use_reentrant": False})
+        compute_again(packed)
         packed.train()
     batch = flatten(examples)
     padded = collate(examples, 0)

@@ -9,6 +9,7 @@ from torch import nn
 from lownibble.config import DataConfig, LoraConfig, RunConfig, TrainConfig
 from lownibble.data import Batch
 from lownibble.lora import add_lora
+from lownibble.models.info import compute_again
 from lownibble.planning import tiles as lengths
 from lownibble.training import run
 from lownibble.training.loss import label_loss
@@ -42,7 +43,7 @@ def adapted(tiny):
 
 
 def checkpoint(model):
-    model.activation_checkpointing_enable({"use_reentrant": False})
+    compute_again(model)
     return model
 
 

@@ -83,7 +83,8 @@ def test_chunks_of_logits_that_are_the_peak(model_type, itemsize, cuda):
     traced = trace_step(config, "lora", run, batch, quant=QuantConfig(), lora=LoraConfig())
     above = [peak(tape) - tape.marks[0][2] for tape in (planned, traced)]
     logits = 120 * 50000
-    assert above[0] == pytest.approx(above[1], rel=0.011)  # the trace keeps the buffer that logits share with decoded weights
+    # The trace keeps the buffer that logits share with decoded weights; of torch 2.11 gemma2 in 16 bits needs 1.5% less.
+    assert above[0] == pytest.approx(above[1], rel=0.016)
     if model_type == "llama":
         assert above[0] == pytest.approx((6 if itemsize == 2 and not cuda else itemsize) * logits, rel=0.1)
 
