@@ -12,6 +12,7 @@ import lownibble as ln
 from lownibble.decoding import choose
 from lownibble.decoding.modules import ModulesDecoder, PastCache
 from lownibble.errors import ModelError
+from lownibble.models.caches import cache_argument, cache_in
 
 TOGETHER = ("gemma3_text", "gemma2", "phi", "gpt2", "glm", "qwen3", "opt", "gpt_oss", "deepseek_v3", "cohere2", "gemma4")
 APART = {
@@ -146,3 +147,14 @@ def test_a_model_is_tried_once(monkeypatch):
 def test_training_mode_is_refused():
     with pytest.raises(ModelError, match="training mode"):
         choose(build("gpt2", 96).train())
+
+
+@pytest.mark.parametrize("kind", ["gemma3_text", "mamba"])
+def test_a_cache_that_holds_something_is_refused(kind):
+    model, prompt = build(kind, 96), torch.tensor([[5, 6, 7]])
+    asked = {"max_new_tokens": 2, "do_sample": False, "pad_token_id": 0, "custom_generate": ln.decode}
+    with quiet(), torch.no_grad():
+        begun = {cache_argument(model): cache_in(model(prompt, use_cache=True))}
+        with pytest.raises(ModelError, match="go on from a cache"):
+            model.generate(torch.cat([prompt, prompt], 1), **asked, **begun)
+        assert model.generate(prompt, **asked).shape == (1, 5)

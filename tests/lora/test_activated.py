@@ -17,6 +17,7 @@ from lownibble.lora.activated import activated, check_rows, warning_of_evaluatio
 from lownibble.lora.active import adapter_off
 from lownibble.lora.invocation import begin_of, find_active
 from lownibble.models.attention import segment_attention
+from lownibble.models.caches import cache_argument, cache_in
 from lownibble.models.head import hidden_states
 from lownibble.models.info import compute_again
 from lownibble.training.loss import check_prefixes, label_loss
@@ -38,6 +39,12 @@ def adapted(tiny):
         return model.eval()
 
     return make
+
+
+def go_on(model, ids, cache=None):
+    """The logits of a pass that goes on from a cache, and the cache after it."""
+    output = model(ids, **{cache_argument(model): cache}, use_cache=True)
+    return output.logits, cache_in(output)
 
 
 def by_hand(ids, breaks, tokens):
@@ -177,58 +184,67 @@ def test_a_cache_goes_on_with_what_was_invoked(cuts, rows, adapted):
     with torch.no_grad():
         whole, cache, found = model(ids).logits, None, []
         for begin, end in zip([0, *cuts], [*cuts, 10], strict=True):
-            out = model(ids[:, begin:end], past_key_values=cache, use_cache=True)
-            cache = out.past_key_values
-            found.append(out.logits)
+            logits, cache = go_on(model, ids[:, begin:end], cache)
+            found.append(logits)
         torch.testing.assert_close(torch.cat(found, 1), whole, rtol=1e-4, atol=1e-5)
 
 
 def test_an_invocation_may_be_cut_by_two_passes(adapted):
     model, ids = adapted(), torch.tensor([[20, 21, 22, 7, 8, 23, 24]])
     with torch.no_grad():
-        cache = model(ids[:, :4], use_cache=True).past_key_values
-        found = model(ids[:, 4:], past_key_values=cache).logits
+        _, cache = go_on(model, ids[:, :4])
+        found, _ = go_on(model, ids[:, 4:], cache)
         whole = model(ids).logits
     begun = model(ids[:, :4]).logits
     assert not torch.allclose(begun[:, 3], whole[:, 3], atol=1e-3), "what was read before the invocation was whole is the base's"
     assert not torch.allclose(found[:, 1], model(ids[:, [0, 1, 2, 4, 5]]).logits[:, 4], atol=1e-3)
     with torch.no_grad(), adapter_off(model):
-        cache = model(ids[:, :4], use_cache=True).past_key_values
+        _, cache = go_on(model, ids[:, :4])
     with torch.no_grad():
-        assert torch.equal(model(ids[:, 4:], past_key_values=cache).logits, found)
+        assert torch.equal(go_on(model, ids[:, 4:], cache)[0], found)
 
 
 def test_a_chat_that_goes_on_from_its_cache_is_active_from_its_last_invocation_on(adapted, tiny):
     """The new turn's tokens before its invocation are the base's, as with PEFT."""
     model, first, second = adapted(), torch.tensor([[5, 7, 8, 9]]), torch.tensor([[20, 21, 7, 8, 22]])
     with torch.no_grad():
-        cache = model(first, use_cache=True).past_key_values
-        found = model(second, past_key_values=copy.deepcopy(cache)).logits
+        _, cache = go_on(model, first)
+        found, _ = go_on(model, second, copy.deepcopy(cache))
         with adapter_off(model):
-            expected = model(second[:, :2], past_key_values=cache).logits
+            expected, _ = go_on(model, second[:, :2], cache)
         torch.testing.assert_close(found[:, :2], expected, rtol=1e-4, atol=1e-5)
-        again = model(second[:, 2:], past_key_values=cache).logits
+        again, _ = go_on(model, second[:, 2:], cache)
     torch.testing.assert_close(found[:, 2:], again, rtol=1e-4, atol=1e-5)
 
 
 def test_a_cut_cache_is_of_what_is_left(adapted, tiny):
     model, base = adapted(), tiny()
     with torch.no_grad():
-        caches = [m(ROWS[:1], use_cache=True).past_key_values for m in (model, base)]
+        caches = [go_on(m, ROWS[:1])[1] for m in (model, base)]
         for cache in caches:
             cache.crop(-9)
         one = torch.tensor([[50]])
-        found, expected = (m(one, past_key_values=cache).logits for m, cache in zip((model, base), caches, strict=True))
+        found, expected = (go_on(m, one, cache)[0] for m, cache in zip((model, base), caches, strict=True))
     assert torch.equal(found, expected)
 
 
-def test_a_cache_of_unknown_tokens_is_refused(adapted, tiny):
-    model = adapted()
+@pytest.mark.parametrize(("family", "targets"), [("llama", "all-linear"), ("mamba", ["in_proj"])])  # states that do not count
+def test_a_cache_of_unknown_tokens_is_refused(family, targets, adapted, tiny):
+    model = adapted(family=family, target_modules=targets)
     with torch.no_grad():
-        unknown, others = tiny()(ROWS[:1], use_cache=True).past_key_values, model(ROWS, use_cache=True).past_key_values
+        (_, unknown), (_, others) = go_on(tiny(family), ROWS[:1]), go_on(model, ROWS)
         for cache, rows in ((unknown, 1), (others, 2)):
             with pytest.raises(ModelError, match="Begin with an empty cache"):
-                model(ROWS[:rows, :2], past_key_values=cache)
+                go_on(model, ROWS[:rows, :2], cache)
+
+
+@pytest.mark.filterwarnings("ignore:.past_key_values. is deprecated:FutureWarning")  # of transformers 5.24
+def test_a_cache_by_its_former_name_is_seen(adapted):
+    model = adapted()
+    with torch.no_grad():
+        _, cache = go_on(model, ROWS[:1, :9])
+        found = model(ROWS[:1, 9:], past_key_values=cache).logits
+        torch.testing.assert_close(found, model(ROWS[:1]).logits[:, 9:], rtol=1e-4, atol=1e-5)
 
 
 def test_padding_is_part_of_no_invocation(adapted):
@@ -289,9 +305,8 @@ def test_models_that_call_parts_of_their_body_past_it(adapted, tiny):
 def test_a_generated_invocation_invokes_nothing(adapted, tiny):
     model, base = adapted([9]), tiny()
     with torch.no_grad():
-        cache = model(ROWS[3:], use_cache=True).past_key_values
-        other = base(ROWS[3:], use_cache=True).past_key_values
-        found, expected = (m(torch.tensor([[9]]), past_key_values=c).logits for m, c in ((model, cache), (base, other)))
+        caches = [go_on(m, ROWS[3:])[1] for m in (model, base)]
+        found, expected = (go_on(m, torch.tensor([[9]]), c)[0] for m, c in zip((model, base), caches, strict=True))
     assert torch.equal(found, expected)
 
 

@@ -33,6 +33,7 @@ from lownibble.kernels.decoder import Segment
 from lownibble.lora.activated import activated
 from lownibble.lora.active import active_adapter, adapter_off
 from lownibble.lora.invocation import begin_of
+from lownibble.models.caches import cache_in, n_cached
 from lownibble.models.kept import KEPT
 
 
@@ -103,8 +104,8 @@ def decode(
     refused += [name for name, value in model_kwargs.items() if _is_input(name, value)]
     if refused:
         raise RefusedError(model, f"it does not do {', '.join(refused)}")
-    past = model_kwargs.get("past_key_values")
-    if past is not None and past.get_seq_length():
+    past = cache_in(model_kwargs)
+    if past is not None and n_cached(past) != 0:
         raise RefusedError(model, "it cannot go on from a cache of transformers'")
     name = active_adapter(model) if activated(model) is not None else None
     with adapter_off(model, off=name is not None):  # the branches of an activated adapter are given for the tokens that have them

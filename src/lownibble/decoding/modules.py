@@ -52,6 +52,7 @@ from lownibble.lora.inject import named_linears
 from lownibble.lora.layer import LoraLinear
 from lownibble.memory.usage import is_exhausted
 from lownibble.models import attention, experts
+from lownibble.models.caches import cache_argument, cache_in
 from lownibble.models.info import body
 from lownibble.quant.experts import Ends, QuantExperts
 from lownibble.transfers import to_device
@@ -110,9 +111,8 @@ class ModulesDecoder(Decoder):
         if model.config.is_encoder_decoder:
             raise RefusedError(model, "it has an encoder")
         self.model = model
-        parameters = inspect.signature(model.forward).parameters
-        self._takes_wanted = "logits_to_keep" in parameters
-        self._past = next((name for name in ("past_key_values", "cache_params") if name in parameters), "")
+        self._takes_wanted = "logits_to_keep" in inspect.signature(model.forward).parameters
+        self._past = cache_argument(model)
         weight = model.get_input_embeddings().weight
         self._device = weight.device
         head = output_head(model)
@@ -270,7 +270,7 @@ class ModulesDecoder(Decoder):
             its = wanted[(wanted >= begin) & (wanted < begin + n)] - begin
             with self._branches(segments, part.begin + begin, part.begin + begin + n):
                 logits, output = self._logits(tokens[begin : begin + n], its, **{self._past: held}, use_cache=True)
-            held = getattr(output, self._past)
+            held = cache_in(output)
             found.append(logits)
         cache.past[part.slot], cache.lengths[part.slot] = held, part.position + len(tokens)
         return torch.cat(found)

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from lownibble.errors import ModelError
+from lownibble.models.caches import cache_in, n_cached
 
 _ATTRIBUTE = "_lownibble_tokens"
 
@@ -63,15 +64,13 @@ def begin_of(ids: Sequence[int], tokens: Sequence[int]) -> int | None:
 
 
 def n_held(given: Mapping[str, Any]) -> int:
-    """How many tokens the cache among a pass's arguments holds before the pass."""
-    cache = _cache(given)
-    if cache is None:
-        return 0
-    try:
-        return int(cache.get_seq_length())
-    except (AttributeError, ValueError):  # recurrent states do not count, but tell whether there are any
-        held = getattr(cache, _ATTRIBUTE, None)
-        return held.ids.shape[1] if held is not None and getattr(cache, "has_previous_state", lambda: True)() else 0
+    """How many tokens the cache among a pass's arguments holds before the pass; 1: some, and which is not known."""
+    cache = cache_in(given)
+    n = 0 if cache is None else n_cached(cache)
+    if n is not None:
+        return n
+    held = getattr(cache, _ATTRIBUTE, None)
+    return 1 if held is None else held.ids.shape[1]
 
 
 def in_pass(ids_BT: Tensor, given: Mapping[str, Any], n: int, tokens: Sequence[int]) -> Tensor:
@@ -83,7 +82,7 @@ def in_pass(ids_BT: Tensor, given: Mapping[str, Any], n: int, tokens: Sequence[i
     """
     if not n:
         return find_active(ids_BT, given.get("position_ids"), tokens, given.get("attention_mask"))
-    held = getattr(_cache(given), _ATTRIBUTE, None)
+    held = getattr(cache_in(given), _ATTRIBUTE, None)
     if held is None or held.ids.shape[1] < n or len(held.ids) != len(ids_BT):
         raise ModelError(
             "An activated adapter (alora_invocation_tokens) goes by the tokens that a cache holds, and those of this one are not "
@@ -99,9 +98,9 @@ def in_pass(ids_BT: Tensor, given: Mapping[str, Any], n: int, tokens: Sequence[i
 
 def remember(ids_BT: Any, given: Mapping[str, Any], output: Any, n: int) -> None:
     """Keep the tokens of a pass with the cache that it filled, which held n before; the model may have made it."""
-    cache = _cache(given)
+    cache = cache_in(given)
     if cache is None and isinstance(output, Mapping):
-        cache = _cache(output)
+        cache = cache_in(output)
     if cache is None:
         return
     held = getattr(cache, _ATTRIBUTE, None)
@@ -111,8 +110,3 @@ def remember(ids_BT: Any, given: Mapping[str, Any], output: Any, n: int) -> None
     whole = torch.cat([held.ids[:, :n].to(ids_BT.device), ids_BT], 1) if n and held is not None else ids_BT
     prompt = min(held.prompt, n) if n and held is not None and ids_BT.shape[1] == 1 else whole.shape[1]
     setattr(cache, _ATTRIBUTE, _Held(whole, prompt))
-
-
-def _cache(values: Mapping[str, Any]) -> Any:
-    """The cache among a pass's arguments or outputs."""
-    return next((values[name] for name in ("past_key_values", "cache_params") if values.get(name) is not None), None)
