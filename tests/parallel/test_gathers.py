@@ -3,7 +3,7 @@
 import pytest
 from test_parity import in_ranks, options  # noqa: F401
 
-NAMES = {"all_gather": "gather", "post_forward": "ran", "post_backward": "back"}
+NAMES = {"all_gather": "gather", "post_forward": "ran", "post_backward_reshard": "back"}
 
 
 def passes(records):
@@ -11,7 +11,7 @@ def passes(records):
     found = []
     for record in records:
         what, _, path = record.removeprefix("FSDP::").partition(" ")
-        step = NAMES.get(what.removesuffix("_accumulate")), int(path.strip("()").rpartition(".")[2] or -1)
+        step = NAMES.get(what), int(path.strip("()").rpartition(".")[2] or -1)
         if step == ("gather", -1):
             found.append([])
         if step[0] and found and step != ("back", -1):
