@@ -1,6 +1,7 @@
 """Tiny models of several families, the marks that follow from a test's fixtures, what is left out of a run, and the third-party
 warnings that a comparison with peers cannot avoid."""
 
+import atexit
 import copy
 import gc
 import importlib
@@ -95,6 +96,9 @@ def _freeze(config):
         gc.collect()
         gc.freeze()
         config.stash[IMPORTED] = len(sys.modules)
+
+
+atexit.register(gc.unfreeze)  # else triton 3.9 tells at the end that its objects are left
 
 
 def pytest_collection_finish(session):

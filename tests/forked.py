@@ -99,6 +99,7 @@ server = functools.cache(Server)
 
 def serve(connection):
     """Fork until nobody asks any more; returns in each new process, with what it is to be."""
+    atexit.register(gc.unfreeze)  # else triton 3.9 tells at a process's end that its objects are left
     for name in PRELOADED:
         importlib.import_module(name)
     gc.collect()

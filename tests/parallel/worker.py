@@ -1,6 +1,7 @@
 """One rank of a test, over the backend that is its argument: reads runs from standard input, one JSON object a line, trains each,
 and answers with a line of JSON; where they are traced, with what FSDP2 does, in order."""
 
+import atexit
 import gc
 import json
 import sys
@@ -40,6 +41,7 @@ def answer(options):
 
 
 torch.set_num_threads(1)
+atexit.register(gc.unfreeze)  # else triton 3.9 tells at the end that its objects are left
 dist.init_process_group(sys.argv[1])
 for line in sys.stdin:
     options = json.loads(line)
