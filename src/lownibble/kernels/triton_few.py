@@ -16,8 +16,9 @@ codes are. int4 takes no table.
 
 Counted for 14336 x 4096 in NF4 with double quantisation: 29.4 MB of codes and 0.9 MB of constants are 0.52 bytes a weight, 9 us
 at 3.35 TB/s, 6.3 us at 4.8 TB/s. In the machine code for capability 9.0 (`nvdisasm`) one row takes 5.7 instructions a weight:
-shift, mask, address, lookup, multiply-add, and 0.7 for x, copies and constants; few rows take 7.5, of which one scales and the
-rest rounds and moves to the tensor cores. At four instructions a clock of 132 multiprocessors at 1.75 GHz that is 11 and 15 us.
+shift, mask, address, lookup, multiply-add, and 0.7 for x, copies and constants (half a one more since Triton 3.8, which adds the
+products in pairs); few rows take 7.5, of which one scales and the rest rounds and moves to the tensor cores. At four instructions
+a clock of 132 multiprocessors at 1.75 GHz that is 11 and 15 us.
 """
 
 from __future__ import annotations

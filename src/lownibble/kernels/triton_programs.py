@@ -17,8 +17,8 @@ Grouped weights: one element of the tile per code, whatever its bits; neighbours
 
 8-bit matmuls are the vendor's (`triton.py`); the programs here make their operands. Weights go from 4 to 8 bits through the same
 table, each value times its block's constant over the row's scale, as rows or transposed, so that both directions have the summed
-dimension last. Codes equal the reference's, except that on capability 8.9 float8 is rounded through float16, so a value next to a
-tie may get the other neighbour.
+dimension last. Codes equal the reference's, except that on capability 8.9 Triton before 3.9 rounds to float8 through float16, so
+a value next to a tie may get the other neighbour.
 
 The cross-entropy reads a row of logits twice and writes it once, where torch's operations on a float32 copy take a dozen passes.
 Its exponentials and logarithms are the device's, so it equals the reference to float32 rounding, not bit for bit.
