@@ -189,6 +189,13 @@ def test_a_cache_goes_on_with_what_was_invoked(cuts, rows, adapted):
         torch.testing.assert_close(torch.cat(found, 1), whole, rtol=1e-4, atol=1e-5)
 
 
+def test_generation_that_reads_its_prompt_in_parts(adapted):
+    """The first row invokes twice, in two parts: not as in a whole."""
+    model, ids = adapted(), ROWS[1:]
+    options = {"attention_mask": torch.ones_like(ids), "max_new_tokens": 8, "do_sample": False, "eos_token_id": None}
+    assert torch.equal(model.generate(ids, **options, prefill_chunk_size=4), model.generate(ids, **options))
+
+
 def test_an_invocation_may_be_cut_by_two_passes(adapted):
     model, ids = adapted(), torch.tensor([[20, 21, 22, 7, 8, 23, 24]])
     with torch.no_grad():
