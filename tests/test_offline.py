@@ -63,7 +63,7 @@ def test_a_folder_has_the_source_and_what_it_needs(offline, fetched, tmp_path):
 
 def test_peers_and_tests_in_a_tarball(offline, fetched, tmp_path, capsys):
     assert offline.main([str(tmp_path / "deep" / "pack.tar.gz"), "--peers", "--tests"]) == 0
-    assert fetched == {**offline.CARRIED, **offline.PEERS, "python": "3.12"}
+    assert fetched == {**offline.CARRIED, **offline.TESTS, **offline.PEERS, "python": "3.12"}
     with tarfile.open(tmp_path / "deep" / "pack.tar.gz") as archive:
         archive.extractall(tmp_path, filter="data")
     pack = tmp_path / "pack"
@@ -163,6 +163,6 @@ def test_wheels_are_fetched_for_the_machine_and_pinned(offline, tmp_path, monkey
 
 def test_pins_are_those_of_the_tests_but_for_what_a_peer_refuses(offline):
     pins = dict(line.split("==") for line in (ROOT / "constraints.txt").read_text().split())
-    carried = offline.CARRIED | offline.PEERS
+    carried = offline.CARRIED | offline.TESTS | offline.PEERS
     assert {name for name in carried.keys() & pins.keys() if carried[name] != pins[name]} == {"trl", "datasets"}
     assert not offline.CARRIED.keys() & offline.PEERS.keys()

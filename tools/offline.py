@@ -7,12 +7,12 @@ folder, or a compressed tarball of one (.tar.gz). In it:
     src/       this package without compiled files: its CPU kernels are plain torch there
     site/      wheels, unpacked: what this package needs beside torch and transformers
     peers/     with --peers, wheels of the benchmarks' peers; seen by commands with the option --peers only
-    tests/     with --tests, beside pyproject.toml
+    tests/     with --tests, beside pyproject.toml; pytest is in site/ then
 
-What is carried comes before what the machine has. `CARRIED` and `PEERS` are all that is carried, by name and version; `ASSUMED`
-is what is too large, or comes with torch and transformers: `run.sh` says what of it is missing. Of bitsandbytes only the library
-of one CUDA is carried, of Unsloth the library without its studio. What peers ask for and do not import is not carried (diffusers,
-hf_transfer, xformers).
+What is carried comes before what the machine has. `CARRIED`, `PEERS` and, with --tests, `TESTS` are all that is carried, by name
+and version; `ASSUMED` is what is too large, or comes with torch and transformers: `run.sh` says what of it is missing. Of
+bitsandbytes only the library of one CUDA is carried, of Unsloth the library without its studio. What peers ask for and do not
+import is not carried (diffusers, hf_transfer, xformers).
 
 --python is the version of that machine's Python: wheels of compiled packages are for one. Sizes are told, and an output above
 --limit is refused: what travels is often limited.
@@ -38,7 +38,7 @@ from lownibble.options import n_bytes
 ROOT = Path(__file__).resolve().parent.parent
 CARRIED = {
     "accelerate": "1.15.0", "annotated-types": "0.8.0", "gguf": "0.19.0", "markdown-it-py": "4.3.0", "mdurl": "0.1.2",
-    "psutil": "7.2.2", "pydantic": "2.14.3", "pydantic-core": "2.50.4", "Pygments": "2.21.0", "rich": "15.0.0",
+    "psutil": "7.2.2", "pydantic": "2.14.4", "pydantic-core": "2.50.5", "Pygments": "2.21.0", "rich": "15.0.0",
     "typing-inspection": "0.4.5", "typing_extensions": "4.16.0",
 }  # fmt: skip
 """What this package needs and torch and transformers do not."""
@@ -52,6 +52,8 @@ PEERS = {
     "typeguard": "4.6.1", "tyro": "1.0.17", "xxhash": "4.1.0",
 }  # fmt: skip
 """The peers of `bench train`, then what importing them needs."""
+TESTS = {"hypothesis": "6.170.17", "iniconfig": "2.3.1", "pluggy": "1.7.0", "pytest": "9.2.0", "sortedcontainers": "2.4.0"}
+"""What the tests marked gpu need."""
 ASSUMED = {"torch": "", "transformers": "", "triton": "", "numpy": "", "scipy": "statistics", "jinja2": "chat templates"}
 ASSUMED_BY_PEERS = {"pyarrow": "datasets", "pandas": "datasets", "requests": "datasets", "PIL": "Unsloth"}
 """Modules that the machine is to have -> what needs them."""
@@ -123,7 +125,8 @@ def pack(folder: Path, python: str, *, peers: bool, tests: bool) -> None:
     if tests:
         shutil.copytree(ROOT / "tests", folder / "tests", ignore=ignored)
         shutil.copy(ROOT / "pyproject.toml", folder)
-    for name, wanted in (("site", CARRIED), ("peers", PEERS)) if peers else (("site", CARRIED),):
+    carried = CARRIED | (TESTS if tests else {})
+    for name, wanted in (("site", carried), ("peers", PEERS)) if peers else (("site", carried),):
         with tempfile.TemporaryDirectory() as wheels:
             download(wanted, python, Path(wheels))
             unpack(sorted(Path(wheels).glob("*.whl")), folder / name)
