@@ -76,7 +76,7 @@ FAMILIES = {
 def test_same_tokens_as_transformers(quantized, family):
     model = quantized(family.split()[0], **FAMILIES[family])
     if family == "gemma2":
-        model.set_attn_implementation("eager")  # as `load` does: transformers 5.17 computes it by SDPA, without the cap
+        model.set_attn_implementation("eager")  # transformers 5.17 computes it by SDPA, without the cap
     asked = {**_prompts(), "max_new_tokens": 12, "do_sample": False, "return_dict_in_generate": True, "output_logits": True}
     CpuDecoder(model)
     expected, found = model.generate(**asked), model.generate(**asked, custom_generate=ln.decode)

@@ -24,6 +24,13 @@ CUDA = torch.cuda.is_available()
 INT8, FP8 = torch.int8, torch.float8_e4m3fn
 code_types = pytest.mark.parametrize("code_type", [INT8, FP8], ids=str)
 
+
+def scales_rows(code_type):
+    """Skip the test where the product of this type, in the interpreter a CPU's, knows one scale for a whole matrix only."""
+    if code_type == FP8 and not CUDA and torch.__version__ < "2.12":
+        pytest.skip("this torch multiplies float8 on CPUs with one scale only")
+
+
 KERNELS = [
     pytest.param("reference", INT8, id="reference-int8"),
     pytest.param("reference", FP8, id="reference-fp8"),
@@ -115,6 +122,7 @@ def same_bytes(one, two):
 )  # fmt: skip
 def test_library_products_equal_the_reference(shape, codec, code_type):
     T, N, K = shape
+    scales_rows(code_type)
     if CUDA and code_type == FP8 and torch.cuda.get_device_capability() < (9, 0):
         pytest.skip("no float8, or rounded to it through float16")
     there = torch.device("cuda" if CUDA else "cpu")
@@ -246,6 +254,8 @@ def test_products_of_nothing(backend, code_type, T, N, K):
 
 @pytest.mark.parametrize(("backend", "code_type"), KERNELS)
 def test_special_rows(backend, code_type):
+    if backend == "triton":
+        scales_rows(code_type)
     weight = quantize(torch.cat([torch.zeros(3, 64), random(13, 64)]), "nf4")
     x = random(4, 64)
     x[1] = 0
@@ -271,6 +281,8 @@ both operands 3.8 %. In bfloat16 the output's rounding is added, 0.2 %."""
     for kernel, *others in pairwise(KERNELS, [torch.float32, torch.bfloat16], [0.0, 0.3])
 ])  # fmt: skip
 def test_adapter_is_exact_and_the_base_is_close(backend, code_type, dtype, dropout):
+    if backend == "triton":
+        scales_rows(code_type)
     T, N, K, r = 50, 96, 192, 8
     layers, eight_bit = {}, next(name for name, kind in eightbit.CODE_TYPES.items() if kind == code_type)
     for compute in ("exact", eight_bit):

@@ -37,7 +37,6 @@ def skeleton(source: ModelSource, dtype: torch.dtype) -> Any:
             model = _auto(config).from_config(config, dtype=dtype, trust_remote_code=False)
     except ValueError as error:
         raise ModelError(f"'{source.name}' is not a language model transformers knows: {reason(error)}") from None
-    _keep_caps(model)
     model.tie_weights()
     if (source.folder / "generation_config.json").is_file():
         try:
@@ -61,17 +60,10 @@ def empty_model(config: Mapping[str, Any], dtype: torch.dtype) -> Any:
         with unset_fake_temporarily():
             with init_empty_weights(include_buffers=False):
                 model = _auto(wanted).from_config(wanted, dtype=dtype, trust_remote_code=False)
-            _keep_caps(model)
             model.tie_weights()
     except (OSError, ValueError, TypeError, AttributeError, KeyError, StrictDataclassError) as error:
         raise ModelError(f"This configuration is of no language model transformers knows: {reason(error)}") from None
     return model
-
-
-def _keep_caps(model: Any) -> None:
-    """Capped attention scores by transformers' code: torch's SDPA has no cap, and transformers 5.17 lets it drop Gemma 2's."""
-    if getattr(model.config.get_text_config(), "attn_logit_softcapping", None) and model.config._attn_implementation == "sdpa":
-        model.set_attn_implementation("eager")
 
 
 def _auto(config: Any) -> Any:

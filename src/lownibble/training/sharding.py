@@ -167,7 +167,8 @@ def check(config: RunConfig) -> None:
     Raises:
         ConfigError: names the option and a remedy.
     """
-    lora, train, packs = config.lora, config.train, config.method == "qlora"
+    check_training(config.train)
+    lora, packs = config.lora, config.method == "qlora"
     for wrong, what, remedy in (
         (config.merge_aware, "merge_aware, which packs whole layers between steps", "Leave it out"),
         (lora.bias != "none", f"bias={lora.bias!r}, which swaps biases in place", "Use bias='none'"),
@@ -175,7 +176,6 @@ def check(config: RunConfig) -> None:
     ):  # fmt: skip
         if wrong:
             raise ConfigError(f"parallel='fsdp' cannot be done with {what}. {remedy}, or use --parallel ddp.")
-    check_training(train)
 
 
 def check_training(config: TrainConfig) -> None:
