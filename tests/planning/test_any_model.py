@@ -69,9 +69,10 @@ def test_experts_count_by_their_share_in_a_tokens_way(folder, monkeypatch):
     assert traced.rows[0].speed.flops == known.rows[0].speed.flops
 
 
-@pytest.mark.parametrize("model_type", ["gpt_neox", "falcon", "gpt_oss", "mamba2", "deepseek_v3"])
+@pytest.mark.parametrize("model_type", ["gpt_neox", "falcon", "gpt_oss", "mamba2", "deepseek_v3", "gpt2"])
 def test_models_of_other_families_are_planned(folder, model_type):
-    """mamba2: its configuration has an infinity, which config.json cannot; falcon: linears with a forward of their own."""
+    """mamba2: its configuration has an infinity, which config.json cannot; falcon: linears with a forward of their own; gpt2:
+    weights held turned."""
     rows = ln.plan(str(folder(model_type)), **SMALL).rows
     assert {"lora", "qlora"} <= {row.verdict.method for row in rows}
     memory = {row.verdict.method: row.verdict.memory for row in rows}

@@ -41,7 +41,7 @@ from lownibble.models import experts
 from lownibble.models import packed as packed_files
 from lownibble.models.direct import left_dense
 from lownibble.models.load import DTYPES
-from lownibble.quant import PackedWeight, eightbit, is_linear, is_transposed, layouts, matrix, quantize
+from lownibble.quant import PackedWeight, eightbit, is_linear, is_transposed, layouts, matrix_shape, quantize
 from lownibble.quant.linear import frozen_linear, frozen_matmul
 from lownibble.quant.packed import restore, to_spec
 from lownibble.registry import CODECS
@@ -280,9 +280,9 @@ class NF4Quantizer(HfQuantizer):  # type: ignore[misc]
         ]  # fmt: skip
         direct = left_dense(model, [path for path, _ in chosen])
         chosen = [(path, linear) for path, linear in chosen if path not in direct]
-        layouts.choose({path: matrix(linear).shape for path, linear in chosen}, config.options.with_options(skip_modules=[]))
+        layouts.choose({path: matrix_shape(linear) for path, linear in chosen}, config.options.with_options(skip_modules=[]))
         for path, linear in chosen:
-            n_out, n_in = matrix(linear).shape
+            n_out, n_in = matrix_shape(linear)
             layer = NF4Linear(n_in, n_out, linear.bias is not None, config, path)
             layer.transposed = is_transposed(linear)
             if not self.pre_quantized:  # before 5.23 transformers casts a dense weight to this dtype before it is packed

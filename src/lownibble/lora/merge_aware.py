@@ -31,7 +31,7 @@ from lownibble.lora.held import held
 from lownibble.lora.variants import LORA, Variant
 from lownibble.models.info import info
 from lownibble.models.load import quantizable, repacked
-from lownibble.quant import PackedWeight, QuantLinear, is_transposed, matrix
+from lownibble.quant import PackedWeight, QuantLinear, is_transposed, matrix_shape
 from lownibble.quant.linear import frozen_linear
 from lownibble.quant.packed import restore
 from lownibble.quant.sums import pack_sum
@@ -57,7 +57,7 @@ def held_as(model: nn.Module, quant: QuantConfig, adapted: Collection[str]) -> Q
     for path in rounded:
         if is_transposed(model.get_submodule(path)):
             raise TargetError(f"'{path}' is a Conv1D, which no packed checkpoint holds. Train without --merge-aware.")
-    shapes = {path: matrix(model.get_submodule(path)).shape for path in leaves}
+    shapes = {path: matrix_shape(model.get_submodule(path)) for path in leaves}
     return QuantConfig.of_layers(held(leaves, shapes, rounded), quant.skip_modules).with_options(compute=quant.compute)
 
 

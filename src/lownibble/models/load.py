@@ -33,7 +33,7 @@ from lownibble.models.direct import left_dense
 from lownibble.models.info import decoder_layers, info
 from lownibble.models.skeleton import empty_model, reason, skeleton
 from lownibble.models.sources import ModelSource, resolve
-from lownibble.quant import PackedWeight, QuantLinear, eightbit, is_linear, is_transposed, layouts, matrix, quantize
+from lownibble.quant import PackedWeight, QuantLinear, eightbit, is_linear, is_transposed, layouts, matrix_shape, quantize
 from lownibble.quant.codecs import quantize_experts
 from lownibble.quant.experts import QuantExperts
 from lownibble.quant.packed import PackedExperts
@@ -179,7 +179,8 @@ def uninitialised(config: Mapping[str, Any], quant: QuantConfig | None, dtype: t
     Raises:
         ModelError: transformers does not support it.
     """
-    model = empty_model(config, dtype)
+    with unset_fake_temporarily():  # torch 2.11 cannot move fake parameters to the meta device
+        model = empty_model(config, dtype)
     to_quantize, device = quantizable(model, quant) if quant is not None else {}, torch.device("cpu")
     for key, parameter in list(model.named_parameters()):
         path, _, last = key.rpartition(".")
@@ -225,7 +226,7 @@ def quantizable(model: nn.Module, config: QuantConfig) -> dict[str, QuantConfig]
     tied = [path for path, linear in linears.items() if id(linear.weight) in tied_parameters]
     may = (path for path in linears if path not in tied and not is_part(path, config.skip_modules))
     never = [*tied, *left_dense(model, may)]
-    shapes: dict[str, Sequence[int]] = {path: matrix(linear).shape for path, linear in linears.items()}
+    shapes: dict[str, Sequence[int]] = {path: matrix_shape(linear) for path, linear in linears.items()}
     shapes |= experts.shapes(model)
     experts.tell_unknown(model)
     found = layouts.choose(shapes, config, ["lm_head"], never)
@@ -391,7 +392,7 @@ def _place_experts(model: nn.Module, key: str, weight: PackedWeight, device: tor
 
 def _place_quantized(model: nn.Module, path: str, weight: PackedWeight, device: torch.device) -> None:
     linear: Any = model.get_submodule(path)
-    if weight.shape != matrix(linear).shape:
+    if weight.shape != matrix_shape(linear):
         raise ModelError(f"The packed weight of '{path}' has shape {tuple(weight.shape)}; config.json says otherwise.")
     parent, _, last = path.rpartition(".")
     layer = QuantLinear(weight).to(device)

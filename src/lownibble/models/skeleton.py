@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from accelerate import init_empty_weights
 from huggingface_hub.errors import StrictDataclassError
-from torch._subclasses.fake_tensor import unset_fake_temporarily
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, GenerationConfig
 
 from lownibble import stored
@@ -56,13 +55,11 @@ def empty_model(config: Mapping[str, Any], dtype: torch.dtype) -> Any:
         with TemporaryDirectory() as folder:  # transformers' reader, which knows infinities written as text
             (Path(folder) / "config.json").write_text(json.dumps({k: v for k, v in config.items() if k not in stored.KEYS}))
             wanted = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-        # Not under a caller's fake mode: parameters are moved to the meta device, which torch 2.11 cannot do with fake tensors.
-        with unset_fake_temporarily():
-            with init_empty_weights(include_buffers=False):
-                model = _auto(wanted).from_config(wanted, dtype=dtype, trust_remote_code=False)
-            model.tie_weights()
+        with init_empty_weights(include_buffers=False):
+            model = _auto(wanted).from_config(wanted, dtype=dtype, trust_remote_code=False)
     except (OSError, ValueError, TypeError, AttributeError, KeyError, StrictDataclassError) as error:
         raise ModelError(f"This configuration is of no language model transformers knows: {reason(error)}") from None
+    model.tie_weights()
     return model
 
 

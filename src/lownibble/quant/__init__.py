@@ -11,14 +11,22 @@ from lownibble.lazy import lazily
 
 if TYPE_CHECKING:
     from lownibble.quant.codecs import dequantize, quantize
-    from lownibble.quant.linear import QuantLinear, exact_products, is_linear, is_plain_linear, is_transposed, matrix
+    from lownibble.quant.linear import (
+        QuantLinear,
+        exact_products,
+        is_linear,
+        is_plain_linear,
+        is_transposed,
+        matrix,
+        matrix_shape,
+    )
     from lownibble.quant.packed import Codec, PackedWeight
     from lownibble.quant.packed import PackedWeight as QuantizedTensor
 
 _HOME = {
     "Codec": "packed", "PackedWeight": "packed", "QuantLinear": "linear", "QuantizedTensor": "packed:PackedWeight",
     "dequantize": "codecs", "quantize": "codecs",
-    **dict.fromkeys(("exact_products", "is_linear", "is_plain_linear", "is_transposed", "matrix"), "linear"),
+    **dict.fromkeys(("exact_products", "is_linear", "is_plain_linear", "is_transposed", "matrix", "matrix_shape"), "linear"),
 }  # fmt: skip
 
 __all__ = [
@@ -32,6 +40,7 @@ __all__ = [
     "is_plain_linear",
     "is_transposed",
     "matrix",
+    "matrix_shape",
     "quantize",
 ]
 

@@ -56,6 +56,12 @@ def matrix(linear: nn.Module) -> Tensor:
     return weight.t() if is_transposed(linear) else weight
 
 
+def matrix_shape(linear: nn.Module) -> tuple[int, int]:
+    """(out, in) of a linear layer; computes nothing, also where its weight is on the meta device and tensors have no values."""
+    one, other = linear.weight.shape  # type: ignore[union-attr, misc]
+    return (other, one) if is_transposed(linear) else (one, other)
+
+
 @cache
 def _computes_linear(kind: Any) -> bool:
     """Whether a subclass with a forward of its own computes x W^T + bias all the same (Falcon's), found by trying: routers and
