@@ -32,9 +32,9 @@ def main(folder: str, *flags: str) -> int:
         print(f"creating {folder}", file=sys.stderr)
         venv.create(target, with_pip=True, symlinks=True)
     pip = [str(python), "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--no-compile"]
-    constraints = target / "constraints.txt"
-    constraints.write_text("\n".join(f"{name}{version}" for name, version in versions(flags).items()))
-    wanted = f"torch{versions(flags).get('torch', '')}"
+    constraints, allowed = target / "constraints.txt", versions(flags)
+    constraints.write_text("\n".join(f"{name}{version}" for name, version in allowed.items()))
+    wanted = f"torch{allowed.get('torch', '')}"
     if subprocess.call([str(python), "-c", "import torch"], stderr=subprocess.DEVNULL) != 0:
         print("installing torch", file=sys.stderr)
         ways = [[wanted]] if shutil.which("nvidia-smi") else [[wanted, "--index-url", CPU_INDEX], [wanted]]

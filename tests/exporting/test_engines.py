@@ -88,6 +88,8 @@ def test_the_folder_for_ollama(base, adapt, tmp_path, capsys):
     assert "trained on quantised weights" in said
     assert sorted(path.name for path in (tmp_path / "Out").iterdir()) == ["Modelfile", "adapter.gguf", "model.gguf"]
     assert len(gguf.GGUFReader(tmp_path / "Out" / "adapter.gguf").tensors) == 8
+    assert main(["export", str(base), "--format", "gguf", "--output", str(tmp_path / "out.gguf")]) == 0
+    assert "Serve it with" not in capsys.readouterr().out
     model = ln.export(base, tmp_path / "model", "ollama")
     assert "ADAPTER" not in (tmp_path / "model" / "Modelfile").read_text()
     assert model["tensors"] == 21

@@ -241,7 +241,7 @@ def test_the_example_runs(peft, tmp_path, forked):
 @pytest.mark.filterwarnings("ignore")
 def test_trl_trains_with_peft_on_top(peft, tmp_path):
     """TRL's own trainer, on text: the loss falls, and the adapter it saves changes what the model says."""
-    trl = pytest.importorskip("trl")
+    trl = pytest.importorskip("trl", "1.16", reason="TRL 1.15 asks for Triton's kernels on a CPU, too")
     folder = write_model(tmp_path / "model")
     rows = Dataset.from_list([{"text": "the film was good : positive"}, {"text": "the plot was bad : not positive"}] * 16)
     trainer = trl.SFTTrainer(

@@ -189,6 +189,13 @@ def test_a_cache_goes_on_with_what_was_invoked(cuts, rows, adapted):
         torch.testing.assert_close(torch.cat(found, 1), whole, rtol=1e-4, atol=1e-5)
 
 
+def test_a_cache_may_be_given_by_position(adapted):
+    model, ids = adapted(), ROWS[:2]
+    with torch.no_grad():
+        whole, (_, cache) = model(ids).logits, go_on(model, ids[:, :8])
+        torch.testing.assert_close(model(ids[:, 8:], None, None, cache).logits, whole[:, 8:], rtol=1e-4, atol=1e-5)
+
+
 def test_generation_that_reads_its_prompt_in_parts(adapted):
     """The first row invokes twice, in two parts: not as in a whole."""
     model, ids = adapted(), ROWS[1:]

@@ -80,9 +80,8 @@ def load(folder, **options):
 def transformers_reading(folder):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        return (
-            AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).float().eval()
-        )  # 5.17 decodes MXFP4 into bfloat16
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+        return model.float().eval()  # transformers 5.17 decodes MXFP4 into bfloat16
 
 
 def dense_model(folder, dense):

@@ -89,7 +89,7 @@ def test_what_compiled_layers_save_and_the_peak_of_their_backward_are_those_of_t
     saved, ours = (next(used for mark, _, used in tape.marks if mark == "loss") for tape in (traced, planned))
     tolerance = TOLERANCE.get(f"{name} in {method}", TOLERANCE.get(name, 0.005))
     assert ours == pytest.approx(saved, rel=tolerance)
-    if torch.__version__ < "2.12" and method == "full":
+    if torch.__version__ < "2.12" and (name, method) == ("small llama", "full"):
         tolerance = 0.05  # 4% more than what torch 2.11 compiles backward to
     assert peak(planned, "backward") == pytest.approx(peak(traced, "backward"), rel=tolerance)
 

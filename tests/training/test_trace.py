@@ -4,7 +4,7 @@ import time
 
 import pytest
 from pairwise import pairwise
-from transformers import AutoConfig
+from transformers import AutoConfig, Gemma2ForCausalLM
 
 from lownibble.arch import read_shape
 from lownibble.config import LoraConfig, QuantConfig, TrainConfig
@@ -83,8 +83,9 @@ def test_chunks_of_logits_that_are_the_peak(model_type, itemsize, cuda):
     traced = trace_step(config, "lora", run, batch, quant=QuantConfig(), lora=LoraConfig())
     above = [peak(tape) - tape.marks[0][2] for tape in (planned, traced)]
     logits = 120 * 50000
-    # The trace keeps the buffer that logits share with decoded weights; of torch 2.11 gemma2 in 16 bits needs 1.5% less.
-    assert above[0] == pytest.approx(above[1], rel=0.016)
+    # The trace keeps the buffer that logits share with decoded weights; transformers 5.17 runs Gemma 2 by SDPA, without its cap.
+    uncapped = model_type == "gemma2" and Gemma2ForCausalLM._supports_sdpa
+    assert above[0] == pytest.approx(above[1], rel=0.016 if uncapped else 0.011)
     if model_type == "llama":
         assert above[0] == pytest.approx((6 if itemsize == 2 and not cuda else itemsize) * logits, rel=0.1)
 

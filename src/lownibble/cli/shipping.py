@@ -68,8 +68,8 @@ def export(arguments: argparse.Namespace) -> dict[str, Any]:
     console.print(f"{result['tensors']} tensors as {config.format}: {result['output']}", soft_wrap=True, markup=False)
     if warning := result.get("warning"):
         console.print(warning, soft_wrap=True, markup=False)
-    if command := result.get("command"):
-        console.print(f"Serve it with:\n{command}", soft_wrap=True, markup=False)
+    if isinstance(serve := result["command"], str):  # of formats without a server it is the record's list, this command
+        console.print(f"Serve it with:\n{serve}", soft_wrap=True, markup=False)
     return result
 
 

@@ -19,6 +19,7 @@ Source: Greenewald et al. 2025 (arXiv:2504.12397); PEFT's `alora_invocation_toke
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -96,17 +97,18 @@ class ActivatedLoRA(Variant):
     def before_pass(self, outer: bool, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """The hook before a pass of the model (`outer`) or of its body, which may be within one: finds out where the adapter is
         active, if it is the model's active one."""
+        given = _by_name(module, args, kwargs)
         if outer or not self._within:
-            self._within, self._n_held = outer, invocation.n_held(kwargs)
+            self._within, self._n_held = outer, invocation.n_held(given)
         if self._layer is None or self._layer.active != self._name:
             return
-        ids_BT = kwargs.get("input_ids", args[0] if args else None)
+        ids_BT = given.get("input_ids")
         if not isinstance(ids_BT, Tensor):
             raise ModelError(
                 "An activated adapter (alora_invocation_tokens) needs the model's input_ids. Got none. Give them instead of "
                 "embeddings, or turn the adapter off with set_adapter(model, None)."
             )
-        self.active = invocation.in_pass(ids_BT, kwargs, self._n_held, self.tokens).reshape(-1, 1)
+        self.active = invocation.in_pass(ids_BT, given, self._n_held, self.tokens).reshape(-1, 1)
 
     def after_pass(self, outer: bool, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         """The hook after it: a backward pass through it will find its `active` again, also where layers are run once more."""
@@ -116,7 +118,8 @@ class ActivatedLoRA(Variant):
         if output is None:  # it failed
             return
         if not inner:
-            invocation.remember(kwargs.get("input_ids", args[0] if args else None), kwargs, output, self._n_held)
+            given = _by_name(module, args, kwargs)
+            invocation.remember(given.get("input_ids"), given, output, self._n_held)
         values = output.values() if isinstance(output, Mapping) else output
         out = next((each for each in values if isinstance(each, Tensor) and each.ndim == 3), None)
         if out is not None and out.requires_grad and active is not None:
@@ -124,6 +127,12 @@ class ActivatedLoRA(Variant):
 
     def _go_back_to(self, active: Tensor, gradient: Tensor) -> None:
         self.active = active
+
+
+def _by_name(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of a pass by their names, those that were given by position too."""
+    names = inspect.signature(module.forward).parameters if len(args) > 1 else ("input_ids",)
+    return dict(zip(names, args, strict=False)) | kwargs
 
 
 UNBOUND = ActivatedLoRA()

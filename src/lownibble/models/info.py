@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -98,8 +98,15 @@ def body(model: Any) -> Any:
 
 def compute_again(model: Any) -> None:
     """Have transformers' model keep its layers' inputs only, and compute the layers again in backward."""
-    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable  # before 5.23
-    enable({"use_reentrant": False})
+    call = checkpointing_call(model, "enable")
+    assert call is not None, f"{type(model).__name__} has no gradient checkpointing"
+    call({"use_reentrant": False})
+
+
+def checkpointing_call(model: Any, verb: Literal["enable", "disable"]) -> Callable[..., None] | None:
+    """The model's method that turns gradient checkpointing on or off; None: it has none."""
+    found: Callable[..., None] | None = getattr(model, f"activation_checkpointing_{verb}", None)  # transformers 5.23 renamed it
+    return found or getattr(model, f"gradient_checkpointing_{verb}", None)
 
 
 def decoder_layers(model: Any) -> dict[str, nn.Module]:

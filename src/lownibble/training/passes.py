@@ -28,7 +28,7 @@ from lownibble.models.attention import (
     refusal,
     segment_attention,
 )
-from lownibble.models.info import info
+from lownibble.models.info import checkpointing_call, info
 from lownibble.planning.tiles import is_long, tile_lengths
 from lownibble.training import compiling
 from lownibble.training.graphs import Graphs, decided, draws_random
@@ -266,9 +266,7 @@ class Passes:
         """
         if how == self._checkpointing:
             return
-        verb = "enable" if how is True else "disable"
-        call = getattr(self.model, f"activation_checkpointing_{verb}", None)  # transformers 5.23 renamed it
-        call = call or getattr(self.model, f"gradient_checkpointing_{verb}", None)
+        call = checkpointing_call(self.model, "enable" if how is True else "disable")
         if not self.can_checkpoint or call is None:
             raise ConfigError(f"{type(self.model).__name__} has no gradient checkpointing. Leave gradient_checkpointing out.")
         self._offloaded = Offloaded(self.model, self.device) if how == "offload" else None

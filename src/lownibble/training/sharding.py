@@ -53,6 +53,7 @@ if TYPE_CHECKING:
 
 SHARDS_PACKED = torch.__version__ >= "2.12"
 """Whether torch can shard tensors that are not floats."""
+UNSHARDED = (f"packed weights by torch {torch.__version__}", "Use torch 2.12 or later")
 
 
 @dataclass(frozen=True)
@@ -172,10 +173,10 @@ def check(config: RunConfig) -> None:
     for wrong, what, remedy in (
         (config.merge_aware, "merge_aware, which packs whole layers between steps", "Leave it out"),
         (lora.bias != "none", f"bias={lora.bias!r}, which swaps biases in place", "Use bias='none'"),
-        (packs and not SHARDS_PACKED, f"packed weights by torch {torch.__version__}", "Use torch 2.12 or later"),
+        (packs and not SHARDS_PACKED, *UNSHARDED),
     ):  # fmt: skip
         if wrong:
-            raise ConfigError(f"parallel='fsdp' cannot be done with {what}. {remedy}, or use --parallel ddp.")
+            raise _refusal(what, remedy)
 
 
 def check_training(config: TrainConfig) -> None:
@@ -189,7 +190,11 @@ def check_training(config: TrainConfig) -> None:
         (config.cuda_graphs is True, "cuda_graphs=True, for which passes must not communicate", "Leave it out"),
     ):  # fmt: skip
         if wrong:
-            raise ConfigError(f"parallel='fsdp' cannot be done with {what}. {remedy}, or use --parallel ddp.")
+            raise _refusal(what, remedy)
+
+
+def _refusal(what: str, remedy: str) -> ConfigError:
+    return ConfigError(f"parallel='fsdp' cannot be done with {what}. {remedy}, or use --parallel ddp.")
 
 
 def check_blocks(model: nn.Module, optim: str) -> None:
@@ -322,6 +327,8 @@ class Sharding:
 
     def _shard(self, module: Any, *, reshard_after_forward: bool) -> None:
         kind = type(module)
+        if not (SHARDS_PACKED or all(parameter.is_floating_point() for parameter in module.parameters())):
+            raise _refusal(*UNSHARDED)  # of a checkpoint that is stored packed, whatever the method
         whole = sum(p.nbytes for p in module.parameters() if not isinstance(p, DTensor))
         self.largest_bytes = max(self.largest_bytes, whole)
         self._fully_shard(
