@@ -97,6 +97,8 @@ def _shrunk(kind: Any, vocab_size: int) -> dict[str, Any]:
         given["num_hidden_layers"] = len(given["layer_types"])
     if "vocab_size" in vars(default):
         given |= {"vocab_size": vocab_size, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 1}
+    if "unpadded_vocab_size" in vars(default):  # rows of the head that are used: all
+        given["unpadded_vocab_size"] = vocab_size
     for name, inner in getattr(kind, "sub_configs", {}).items():
         if isinstance(inner, type) and inner.__name__ == "AutoConfig":
             inner = type(held.get(name))
