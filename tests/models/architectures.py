@@ -43,11 +43,17 @@ SIZES: dict[str, Any] = {
 }  # fmt: skip
 """Names of sizes in configurations -> a small value."""
 
+ROTARY = {"rope_type": "default", "rope_theta": 10000.0}
 SPECIAL: dict[str, dict[str, Any]] = {
     "bailing_hybrid": {"n_group": 1, "topk_group": 1, "num_expert_group": 1},
     "bamba": {"attn_layer_indices": [1]},
+    "cohere_compass_text": {"rope_parameters": dict.fromkeys(("full_attention", "sliding_attention"), ROTARY)},
     "deepseek_v2": {"num_experts_per_tok": 2, "n_shared_experts": 1},
     "dots1": {"num_experts_per_tok": 2, "n_shared_experts": 1},
+    "dots3_note_text": {
+        "per_layer_config": {}, "head_dim": 32, "index_head_dim": 16, "index_n_heads": 4, "index_topk": 8,
+        "shared_experts_intermediate_size": 32,
+    },
     "falcon_h1": {"mamba_d_ssm": 128},
     "gemma3n_text": {"num_kv_shared_layers": 0},
     "gemma4_unified_assistant": {"num_kv_shared_layers": 0},
@@ -58,14 +64,22 @@ SPECIAL: dict[str, dict[str, Any]] = {
     "mamba2": {"num_heads": 8},
     "nemotron": {"num_key_value_heads": 2},
     "nemotron_h": {"n_groups": 1, "mamba_num_heads": 4, "mamba_head_dim": 32},
+    "qwen4_exp_text": {
+        "indexer_n_heads": 4, "indexer_kv_heads": 1, "indexer_head_dim": 16, "indexer_budget": 16, "indexer_compress_ratio": 4,
+        "hc_count": 2, "hc_lowrank": 16, "ple_layer_ids": [1], "ple_embed_dim": 32, "ngram_size": 2, "ngram_vocab_size_base": 97,
+        "heads_per_ngram": 2, "split_ngram_parts": 2, "make_ngram_vocab_size_divisible_by": 8,
+    },
     "recurrent_gemma": {"num_hidden_layers": 3},
     "reformer": {"is_decoder": True, "axial_pos_embds": False},
     "xmod": {"default_language": "en_XX"},
     "zamba": {"num_hidden_layers": 3},
-    "zamba2": {"num_hidden_layers": 3, "layers_block_type": ["mamba", "hybrid", "mamba"]},
+    "zamba2": {
+        "num_hidden_layers": 3, "layers_block_type": ["mamba", "hybrid", "mamba"], "attention_hidden_size": 128,
+        "attention_head_dim": 32, "n_mamba_heads": 8, "mamba_headdim": 16,
+    },
     "zaya": {"num_experts_per_tok": 1},
     "gemma4_assistant": {"hidden_size_per_layer_input": 0},
-}
+}  # fmt: skip
 """Sizes that names alone do not give, by `model_type`."""
 
 
