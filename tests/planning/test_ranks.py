@@ -20,7 +20,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from lownibble.arch import all_paths, read_shape
-from lownibble.config import LoraConfig, QuantConfig, TrainConfig
+from lownibble.config import LoraConfig, QuantConfig, RunConfig, TrainConfig
 from lownibble.errors import ConfigError
 from lownibble.kernels.decoded import release_scratch
 from lownibble.lora import add_lora
@@ -36,6 +36,7 @@ from lownibble.planning.show import tables
 from lownibble.planning.speed import HOST_MEMORY, plan_speed
 from lownibble.planning.step import Batch, run_step
 from lownibble.quant.experts import Ends
+from lownibble.training import sharding
 from lownibble.training.distributed import Ranks
 from lownibble.training.loss import loss_at
 from lownibble.training.sharding import SHARDS_PACKED, prefetch, rest_gathered
@@ -362,6 +363,16 @@ def test_auto_takes_fsdp_where_the_model_does_not_fit_a_card():
     assert [(row.ranks.parallel, row.ranks.is_auto, row.verdict.fits) for row in found] == [
         ("ddp", False, False), ("fsdp", True, True),
     ]  # fmt: skip
+
+
+@pytest.mark.parametrize(("memory_bytes", "bias", "mode"), [(1 << 40, "all", "ddp"), (1, "none", "fsdp"), (1, "all", "ddp")])
+def test_auto_says_why_a_run_that_does_not_fit_is_not_sharded(monkeypatch, memory_bytes, bias, mode):
+    config = RunConfig(model="demo", method="lora", lora={"bias": bias})
+    here = dataclasses.replace(hardware.this_machine(), memory_bytes=memory_bytes)
+    monkeypatch.setattr(sharding, "device_of", lambda _: here)
+    said = pytest.warns(UserWarning, match=r"does not fit a device, and it cannot be sharded: parallel='fsdp' .* bias='all'")
+    with said if (memory_bytes, bias) == (1, "all") else nullcontext():
+        assert sharding.mode_of(config, torch.device("cpu"), 2) == mode
 
 
 def test_checkpoints_are_not_offloaded_on_shards():

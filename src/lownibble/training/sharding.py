@@ -21,6 +21,7 @@ blocks, codes and checkpoints are those of one process; where one would be cut, 
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -219,10 +220,14 @@ def check_blocks(model: nn.Module, optim: str) -> None:
 def mode_of(config: RunConfig, device: torch.device, world: int) -> Mode:
     """How `world` ranks share the model where that is left open: 'ddp' where the run fits a device by the plan, else 'fsdp'.
 
-    'ddp' too where the planner does not know the model, or the run cannot be sharded.
+    'ddp' too where the planner does not know the model, or the run cannot be sharded, which is warned of if it does not fit.
     """
+    refusal = ""
     try:
         check(config)
+    except ConfigError as error:
+        refusal = str(error)
+    try:
         shape, there = find_shape(config.model), device_of(device)
         if shape.decoder_layers:  # it has an encoder, and cannot be sharded
             return "ddp"
@@ -230,7 +235,11 @@ def mode_of(config: RunConfig, device: torch.device, world: int) -> Mode:
         needed = plan_memory(shape, there, config.method, quant=quant, lora=config.lora, train=train, dtype=config.dtype).device
     except InputError:
         return "ddp"
-    return "ddp" if needed.likely * launch.sharing(device.type) <= there.memory_bytes else "fsdp"
+    if needed.likely * launch.sharing(device.type) <= there.memory_bytes:
+        return "ddp"
+    if refusal:
+        warnings.warn(f"By the plan the run does not fit a device, and it cannot be sharded: {refusal}", stacklevel=2)
+    return "ddp" if refusal else "fsdp"
 
 
 class Sharding:
