@@ -365,14 +365,16 @@ def test_auto_takes_fsdp_where_the_model_does_not_fit_a_card():
     ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("memory_bytes", "bias", "mode"), [(1 << 40, "all", "ddp"), (1, "none", "fsdp"), (1, "all", "ddp")])
-def test_auto_says_why_a_run_that_does_not_fit_is_not_sharded(monkeypatch, memory_bytes, bias, mode):
-    config = RunConfig(model="demo", method="lora", lora={"bias": bias})
+@pytest.mark.parametrize(
+    ("memory_bytes", "shards_packed", "mode"), [(1 << 40, False, "ddp"), (1, True, "fsdp"), (1, False, "ddp")]
+)
+def test_auto_says_why_a_run_that_does_not_fit_is_not_sharded(monkeypatch, memory_bytes, shards_packed, mode):
     here = dataclasses.replace(hardware.this_machine(), memory_bytes=memory_bytes)
     monkeypatch.setattr(sharding, "device_of", lambda _: here)
-    said = pytest.warns(UserWarning, match=r"does not fit a device, and it cannot be sharded: parallel='fsdp' .* bias='all'")
-    with said if (memory_bytes, bias) == (1, "all") else nullcontext():
-        assert sharding.mode_of(config, torch.device("cpu"), 2) == mode
+    monkeypatch.setattr(sharding, "SHARDS_PACKED", shards_packed)
+    said = pytest.warns(UserWarning, match=r"does not fit a device, and it cannot be sharded: parallel='fsdp' .* packed weights")
+    with said if (memory_bytes, mode) == (1, "ddp") else nullcontext():
+        assert sharding.mode_of(RunConfig(model="demo", method="qlora"), torch.device("cpu"), 2) == mode
 
 
 def test_checkpoints_are_not_offloaded_on_shards():
