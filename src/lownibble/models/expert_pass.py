@@ -38,10 +38,15 @@ class Sides(NamedTuple):
     gate: Callable[[Tensor], Tensor]
 
 
+def normalises(container: Any) -> bool:
+    """Whether a container normalises what its experts give; transformers 5.17 has none that could."""
+    return bool(getattr(container, "has_post_expert_norm", False))
+
+
 def sides_of(container: Any, held: Sequence[Any]) -> Sides | None:
     """What the pass computes with, or None where it is not for a container: it normalises outputs, or trains something else than
     adapters. `held`: its two weights, dense parameters or modules."""
-    if getattr(container, "has_post_expert_norm", False):
+    if normalises(container):
         return None
     found = []
     for each in held:

@@ -21,7 +21,7 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from lownibble.errors import ModelError
 from lownibble.kernels import ops
-from lownibble.models.expert_pass import expert_pass, sides_of
+from lownibble.models.expert_pass import expert_pass, normalises, sides_of
 from lownibble.quant.experts import DenseExperts, Ends, dense_product
 
 WEIGHTS = ("gate_up_proj", "up_proj", "down_proj")
@@ -178,7 +178,7 @@ def experts_forward(container: Any, hidden_states: Tensor, top_k_index: Tensor, 
     x_SF = project("gate_up_proj" if container.has_gate else "up_proj", hidden_states[order_S // k])
     x_SF = container._apply_gate(x_SF) if container.has_gate else container.act_fn(x_SF)
     y_SK = project("down_proj", x_SF)
-    if getattr(container, "has_post_expert_norm", False):  # not before transformers 5.18
+    if normalises(container):
         y_SK = container.post_expert_norm(y_SK)
     y_SK = y_SK * top_k_weights.reshape(-1)[order_S].unsqueeze(-1)
     sorted_place = torch.empty_like(order_S).scatter_(0, order_S, torch.arange(len(order_S), device=order_S.device))
