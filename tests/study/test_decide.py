@@ -1,18 +1,23 @@
-"""Decisions over looks and comparisons. Oracles: published boundaries, simulated studies of known truth, arithmetic by hand."""
+"""Decisions over looks and comparisons. Oracles: scipy's multivariate normal, simulated studies of known truth, arithmetic."""
 
 import numpy as np
 import pytest
-from scipy.stats import norm
+from scipy.stats import multivariate_normal, norm
 
 from lownibble.measuring import mixed, sequential
 from lownibble.study import decide as deciding
 from lownibble.study.decide import DIFFERENT, EQUIVALENT, Comparison, decide, is_shown, still_needed, tails
 
 
-def test_boundaries_are_the_published_ones():
-    """Five equal looks, two-sided 5%: Reboussin, DeMets, Kim and Lan, Control Clin Trials 21 (2000); two looks, and one."""
-    assert norm.isf(sequential.tails((1, 2, 3, 4, 5), 0.025)) == pytest.approx([4.877, 3.357, 2.680, 2.290, 2.031], abs=1e-3)
-    assert norm.isf(sequential.tails((4, 8), 0.025)) == pytest.approx([2.963, 1.969], abs=1e-3)
+@pytest.mark.parametrize("level", [0.025, 0.05 / 18])
+def test_looks_spend_the_third_power_of_their_share(level):
+    """Oracle: scipy's integral of the normal distribution of several looks, correlated as partial sums are."""
+    looks = (2, 3, 5, 8)
+    crossed = norm.isf(sequential.tails(looks, level))
+    together = np.sqrt(np.minimum.outer(looks, looks) / np.maximum.outer(looks, looks))
+    for n in range(1, len(looks) + 1):
+        below = multivariate_normal(cov=together[:n, :n], seed=0, abseps=1e-7, releps=1e-7, maxpts=2_000_000).cdf(crossed[:n])
+        assert 1 - below == pytest.approx(level * (looks[n - 1] / 8) ** 3, abs=2e-6)
     assert sequential.tails((7,), 0.05) == pytest.approx((0.05,))
 
 
@@ -29,6 +34,27 @@ def test_looks_do_not_add_errors(parts):
             for n, tail in zip(looks, tails(kind, looks, 1), strict=True)
         ]
         assert np.mean(np.any(shown, axis=0)) <= 0.0535
+
+
+def test_looks_do_not_add_errors_of_one_of_many_comparisons():
+    """At the level of one of 18, where tails are far out and the first looks have few degrees of freedom."""
+    looks, level, generator = (5, 8, 12), 0.05 / 18, np.random.default_rng(3)
+    data = [mixed.draw(mixed.Variances(0.02**2, 0.05**2, 0.1), looks[-1], 400, 40000, generator) for _ in range(3)]
+    shown = [
+        [
+            is_shown(DIFFERENT, mixed.estimate(of.first(n)), 1.0, tail)
+            for n, tail in zip(looks, tails(DIFFERENT, looks, 18), strict=True)
+        ]
+        for of in data
+    ]
+    assert 0.5 * level < np.mean(np.any(shown, axis=1)) < 1.2 * level
+
+
+def test_an_early_look_of_many_comparisons_can_decide():
+    """A difference of three standard deviations over seeds, one of 18: most such studies have shown it before the last look."""
+    looks, generator = (5, 8, 12, 20), np.random.default_rng(4)
+    found = mixed.estimate(mixed.draw(mixed.Variances(0.01**2, 0, 0), 20, 1, 4000, generator, 0.03).first(8))
+    assert np.mean(is_shown(DIFFERENT, found, 1.0, tails(DIFFERENT, looks, 18)[1])) > 0.7
 
 
 def test_looks_do_not_narrow_intervals_too_far():

@@ -39,15 +39,22 @@ def plan_tables(plan: Mapping[str, Any]) -> Iterator[RenderableType]:
     hours = "unknown hours" if plan["hours"] is None else f"about {plan['hours']:.1f} hours"
     yield Text(f"{plan['name']}: {plan['cells']} cells, {plan['left']} of them to run, {hours}", style="bold")
     shown = Table(title=Text(f"{plan['comparisons']} comparisons, looks after {plan['looks']} seeds"), title_justify="left")
-    for name in ("task", "score", "margin", "seeds x rows", "power", "shows from"):
+    for name in ("task", "score", "margin", "seeds x rows", "power", "decided after", "shows from"):
         shown.add_column(name, justify="left" if name in ("task", "score") else "right")
     for of in plan["tasks"]:
         detectable = "-" if of["detectable"] is None else f"{of['detectable']:.3g}"
-        figures = (f"{of['margin']:.3g}", f"{of['seeds']} x {of['rows']}", f"{of['power']:.0%}", detectable)
+        figures = (
+            f"{of['margin']:.3g}",
+            f"{of['seeds']} x {of['rows']}",
+            f"{of['power']:.0%}",
+            f"{of['seeds_until_decided']:.1f}",
+            detectable,
+        )
         shown.add_row(*map(Text, (of["task"], of["metric"], *figures)))
     yield shown
     yield Text(
-        "power: the probability that equivalence of equal methods is shown. shows from: a difference that is shown in 80%."
+        "power: the probability that equivalence of equal methods is shown. decided after: so many seeds, in the mean. "
+        "shows from: a difference that is shown in 80%."
     )
     for source in dict.fromkeys(of["source"] for of in plan["tasks"]):
         yield Text(f"variances of {', '.join(of['task'] for of in plan['tasks'] if of['source'] == source)}: {source}")
