@@ -103,6 +103,9 @@ def test_cells_are_run_once_and_learning_rates_found_first(study, tmp_path, here
     shown = capsys.readouterr().err
     assert "[8/8]" in shown
     assert "left" in shown
+    begun = [line.split(": ")[0] for line in shown.splitlines() if "it has begun" in line]
+    kinds = [f"sentiment x {method} x {which}" for which in ("learning rate 0.001", "seed 0") for method in ("lora", "qlora")]
+    assert begun == kinds  # the first of each method's search, and of its compared runs
 
     before = {file: file.stat().st_mtime_ns for file in (tmp_path / "out").glob("cells/*.json")}
     run_study(study("moved.toml", small="renamed"), tmp_path / "out")  # another name is the same study

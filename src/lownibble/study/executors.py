@@ -15,11 +15,20 @@ from typing import Any
 from lownibble.errors import ConfigError
 from lownibble.study import devices, jobs, processes
 
-Executor = Callable[[Sequence[dict[str, Any]], int, int], Iterator[tuple[int, dict[str, Any]]]]
-"""(jobs, maximum concurrent jobs, GPUs of each) -> (index, record) in order of completion."""
+Started = Callable[[int], None]
+
+Executor = Callable[[Sequence[dict[str, Any]], int, int, Started], Iterator[tuple[int, dict[str, Any]]]]
+"""(jobs, maximum concurrent jobs, GPUs of each, called with the index of a job that starts, from any thread) -> (index, record)
+in order of completion."""
 
 
-def local(work: Sequence[dict[str, Any]], workers: int, gpus: int = 1) -> Iterator[tuple[int, dict[str, Any]]]:
+def _not_told(index: int) -> None:
+    """Nobody asked which jobs start."""
+
+
+def local(
+    work: Sequence[dict[str, Any]], workers: int, gpus: int = 1, started: Started = _not_told
+) -> Iterator[tuple[int, dict[str, Any]]]:  # fmt: skip
     """Run jobs on this machine, in processes of their own.
 
     Raises:
@@ -29,15 +38,16 @@ def local(work: Sequence[dict[str, Any]], workers: int, gpus: int = 1) -> Iterat
     for slot in devices.slots(workers, gpus):
         free.put(slot)
 
-    def perform(job: dict[str, Any]) -> dict[str, Any]:
+    def perform(index: int, job: dict[str, Any]) -> dict[str, Any]:
         slot = free.get()
         try:
+            started(index)
             return jobs.perform({**job, "devices": slot})
         finally:
             free.put(slot)
 
     with ThreadPoolExecutor(workers) as pool:
-        futures = {pool.submit(perform, job): index for index, job in enumerate(work)}
+        futures = {pool.submit(perform, index, job): index for index, job in enumerate(work)}
         try:
             for future in as_completed(futures):
                 yield futures[future], future.result()
@@ -47,7 +57,9 @@ def local(work: Sequence[dict[str, Any]], workers: int, gpus: int = 1) -> Iterat
                 process.kill()
 
 
-def on_ray(work: Sequence[dict[str, Any]], workers: int, gpus: int = 1) -> Iterator[tuple[int, dict[str, Any]]]:
+def on_ray(
+    work: Sequence[dict[str, Any]], workers: int, gpus: int = 1, started: Started = _not_told
+) -> Iterator[tuple[int, dict[str, Any]]]:  # fmt: skip
     """Run jobs on a Ray cluster; each is a task that requests so many GPUs, or as many CPUs where the cluster has no GPUs.
 
     Raises:
@@ -67,6 +79,7 @@ def on_ray(work: Sequence[dict[str, Any]], workers: int, gpus: int = 1) -> Itera
             while waiting and len(running) < workers:
                 index, job = waiting.pop(0)
                 running[task.remote(job)] = index
+                started(index)
             done, _ = ray.wait(list(running), num_returns=1)
             index = running.pop(done[0])
             try:

@@ -20,7 +20,7 @@ import math
 import shutil
 import statistics
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +32,7 @@ from lownibble.errors import ConfigError, OutputError
 from lownibble.study import bases, devices, reruns
 from lownibble.study.contents import look
 from lownibble.study.decide import comparisons, decide, planned_looks, still_needed
-from lownibble.study.executors import EXECUTORS
+from lownibble.study.executors import EXECUTORS, Started
 from lownibble.study.power import plan_study
 from lownibble.study.records import peak_bytes, read_record
 from lownibble.study.spec import Cell, Contents, StudySpec, cells, read_study, tuning_cells
@@ -184,10 +184,16 @@ class _Study:
                 self._ended(cell, failed[cell.base])
         missing = [cell for cell in missing if cell.base not in failed]
         work = [self._job(cell) for cell in missing]
-        for index, found in EXECUTORS[self.executor](work, self.jobs, self.gpus):
+        for index, found in self._execute(work, lambda index: self.shown.began(missing[index], missing[:index])):
             if found["status"] == "ok":
                 shutil.rmtree(self._work(missing[index]), ignore_errors=True)
             self._ended(missing[index], found)
+
+    def _execute(
+        self, work: Sequence[dict[str, Any]], started: Started = lambda index: None, jobs: int | None = None
+    ) -> Iterator[tuple[int, dict[str, Any]]]:  # fmt: skip
+        """(index, record) of each job as it ends."""
+        return EXECUTORS[self.executor](work, jobs or self.jobs, self.gpus, started)
 
     def _ended(self, cell: Cell, found: dict[str, Any]) -> None:
         self._keep(f"cells/{cell.digest}.json", _of_cell(cell, found))
@@ -204,7 +210,7 @@ class _Study:
         work = [cell for cell in chosen if cell.base not in failed]
         if count:
             self.shown.say(f"{len(work)} finished cells are run once more")
-        for index, found in EXECUTORS[self.executor]([self._job(cell) for cell in work], self.jobs, self.gpus):
+        for index, found in self._execute([self._job(cell) for cell in work]):
             shutil.rmtree(self._work(work[index]), ignore_errors=True)
             self._ran_again(work[index], found)
 
@@ -219,7 +225,7 @@ class _Study:
         missing = {name: cell for name, cell in needed.items() if not bases.is_packed(self._base(name))}
         work = [bases.job(cell.config, cell.quantize, self._base(name)) for name, cell in missing.items()]
         failed: dict[str | None, dict[str, Any]] = {}
-        for index, found in EXECUTORS[self.executor](work, self.jobs, self.gpus):
+        for index, found in self._execute(work, lambda index: self.shown.say(f"base {list(missing)[index]}: it is being packed")):
             name, cell = list(missing.items())[index]
             if found["status"] != "ok":
                 failed[name] = {**found, "error": f"Its base could not be packed: {found['error']}"}
@@ -272,7 +278,7 @@ class _Study:
             for config in configs.values():
                 config["train"]["output_dir"], config["train"]["resume"] = None, False
             job = {"job": "speed", "methods": list(finished), "configs": configs, "peaks": list(finished.values())}
-            for _, found in EXECUTORS[self.executor]([job], 1, self.gpus):
+            for _, found in self._execute([job], jobs=1):
                 self._keep_speed(digest, found, model, task, list(finished))
 
     def _keep_speed(self, digest: str, found: dict[str, Any], model: str, task: str, methods: list[str]) -> None:
@@ -310,6 +316,16 @@ def best_rates(folder: Path, grid: Sequence[Cell]) -> Rates:
     return {key: min(of, key=of.__getitem__) for key, of in losses.items()}
 
 
+def _kind(cell: Cell) -> tuple[str, str, bool]:
+    """Cells of a kind take about the same time."""
+    return (cell.method, cell.task, cell.tuning)
+
+
+def _name(cell: Cell) -> str:
+    which = f"learning rate {cell.config.train.learning_rate:g}" if cell.tuning else f"seed {cell.seed}"
+    return f"{cell.task} x {cell.method} x {which}"
+
+
 class _Shown:
     """Progress of a study on standard error: a bar on a terminal, and a line for each cell that ends."""
 
@@ -333,10 +349,10 @@ class _Shown:
     def count(self, all_cells: Sequence[Cell]) -> None:
         """Count the finished and the missing cells."""
         first, self.total, self.done = not self.total, len(all_cells), 0
-        self.left = {(cell.method, cell.task, cell.tuning): 0 for cell in all_cells}
+        self.left = {_kind(cell): 0 for cell in all_cells}
         self.seconds = {key: [] for key in self.left}
         for cell in all_cells:
-            key = (cell.method, cell.task, cell.tuning)
+            key = _kind(cell)
             found = read_record(self.folder / "cells" / f"{cell.digest}.json")
             self.left[key] += found is None
             self.done += found is not None
@@ -349,13 +365,17 @@ class _Shown:
     def __exit__(self, *_: object) -> None:
         self.progress.stop()
 
+    def began(self, cell: Cell, before: Sequence[Cell]) -> None:
+        """Show that a cell has begun, if it is the first of its kind: it may take an hour in silence."""
+        if not self.seconds[_kind(cell)] and _kind(cell) not in map(_kind, before):
+            self.say(f"{_name(cell)}: it has begun; how long it takes is not known yet")
+
     def ended(self, cell: Cell, found: dict[str, Any]) -> None:
         """Show that a cell has ended, and how."""
-        key = (cell.method, cell.task, cell.tuning)
+        key = _kind(cell)
         self.done += 1
         self.left[key] -= 1
-        rate = f"learning rate {cell.config.train.learning_rate:g}"
-        name = f"[{self.done}/{self.total}] {cell.task} x {cell.method} x {rate if cell.tuning else f'seed {cell.seed}'}"
+        name = f"[{self.done}/{self.total}] {_name(cell)}"
         if found["status"] == "ok":
             seconds, scores = found["measured"]["seconds"], found["result"]["scores"]
             self.seconds[key].append(seconds)
