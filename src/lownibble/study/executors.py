@@ -22,12 +22,12 @@ Executor = Callable[[Sequence[dict[str, Any]], int, int, Started], Iterator[tupl
 in order of completion."""
 
 
-def _not_told(index: int) -> None:
-    """Nobody asked which jobs start."""
+def nobody_told(index: int) -> None:
+    """For who does not ask which jobs start."""
 
 
 def local(
-    work: Sequence[dict[str, Any]], workers: int, gpus: int = 1, started: Started = _not_told
+    work: Sequence[dict[str, Any]], workers: int, gpus: int = 1, started: Started = nobody_told
 ) -> Iterator[tuple[int, dict[str, Any]]]:  # fmt: skip
     """Run jobs on this machine, in processes of their own.
 
@@ -58,7 +58,7 @@ def local(
 
 
 def on_ray(
-    work: Sequence[dict[str, Any]], workers: int, gpus: int = 1, started: Started = _not_told
+    work: Sequence[dict[str, Any]], workers: int, gpus: int = 1, started: Started = nobody_told
 ) -> Iterator[tuple[int, dict[str, Any]]]:  # fmt: skip
     """Run jobs on a Ray cluster; each is a task that requests so many GPUs, or as many CPUs where the cluster has no GPUs.
 

@@ -32,7 +32,7 @@ from lownibble.errors import ConfigError, OutputError
 from lownibble.study import bases, devices, reruns
 from lownibble.study.contents import look
 from lownibble.study.decide import comparisons, decide, planned_looks, still_needed
-from lownibble.study.executors import EXECUTORS, Started
+from lownibble.study.executors import EXECUTORS, Started, nobody_told
 from lownibble.study.power import plan_study
 from lownibble.study.records import peak_bytes, read_record
 from lownibble.study.spec import Cell, Contents, StudySpec, cells, read_study, tuning_cells
@@ -190,7 +190,7 @@ class _Study:
             self._ended(missing[index], found)
 
     def _execute(
-        self, work: Sequence[dict[str, Any]], started: Started = lambda index: None, jobs: int | None = None
+        self, work: Sequence[dict[str, Any]], started: Started = nobody_told, jobs: int | None = None
     ) -> Iterator[tuple[int, dict[str, Any]]]:  # fmt: skip
         """(index, record) of each job as it ends."""
         return EXECUTORS[self.executor](work, jobs or self.jobs, self.gpus, started)
