@@ -140,7 +140,7 @@ def test_a_comparison_and_a_study_are_watched_and_their_reports_opened(browser, 
         browser.value(f"(() => {{ const e = document.querySelector('#toml'); e.value = {json.dumps(toml)}; "
                       "e.dispatchEvent(new Event('input')); })()")  # fmt: skip
         click(browser, "Start the study")
-        until(browser, "document.querySelector('#j-progress')?.textContent.includes('study: 1 cells')")
+        until(browser, "document.querySelector('#j-progress')?.textContent.includes('it has begun')")
         until(browser, badge("done"))
         assert len(list((tmp_path / "runs/study-1/cells").glob("*.json"))) == 1
         check_quiet(browser, address)
