@@ -22,7 +22,7 @@ import numpy as np
 from scipy import optimize
 from scipy.stats import norm
 
-POWER = 3
+EXPONENT = 3
 """Of the share of seeds until a look: what is spent until then is the level times that."""
 
 NODES, FAR = 240, 8.0
@@ -45,7 +45,7 @@ def _tails(shares: tuple[float, ...], level: float) -> tuple[float, ...]:
     found: list[float] = []
     spent, before, at, density = 0.0, 0.0, np.zeros(1), np.ones(1)  # all of it at 0 at the beginning
     for share in shares:
-        now, step = level * share**POWER, np.sqrt(share - before)
+        now, step = level * share**EXPONENT, np.sqrt(share - before)
 
         bound = optimize.brentq(lambda b: density @ norm.sf((b - at) / step) - (now - spent), -FAR, 2 * FAR)  # noqa: B023
         found.append(float(norm.sf(bound / np.sqrt(share))))
