@@ -35,8 +35,8 @@ def methods(summary: Mapping[str, Any]) -> list[str]:
     if len(looks) > 1:
         found.append(
             f"The study looks after {', '.join(map(str, looks[:-1]))} and {looks[-1]} seeds. Of the error a look may have spent "
-            f"the share of seeds to the power of {sequential.EXPONENT} (Lan and DeMets 1983, Kim and DeMets 1987); intervals hold "
-            "over all looks. A method whose comparisons are all decided on a task is trained with no more seeds: "
+            f"the share of seeds to the power of {sequential.EXPONENT} (Lan and DeMets 1983, Kim and DeMets 1987); intervals "
+            "hold over all looks. A method whose comparisons are all decided on a task is trained with no more seeds: "
             f"{summary['counts']['stopped']} runs were not needed. A "
             "decided comparison is reported as of the look that decided it."
         )
