@@ -59,8 +59,10 @@ std::int32_t lownibble_matmul_grouped(const float*, std::int64_t, const std::uin
                                       const float*, const float*, const float*, std::int32_t, const std::uint8_t*, std::int64_t,
                                       std::int64_t, std::int64_t, std::int32_t, const float*, const float*, const float*,
                                       std::int64_t, std::int64_t, std::int64_t, float, float*, std::int32_t);
-std::int32_t lownibble_matmul_dense(const float*, std::int64_t, const float*, std::int64_t, std::int64_t, std::int32_t, float*,
-                                    std::int32_t);
+std::int32_t lownibble_matmul_dense(const float*, std::int64_t, const float*, std::int64_t, std::int64_t, std::int32_t,
+                                    const float*, const float*, const float*, std::int64_t, std::int64_t, std::int64_t, float,
+                                    float*, std::int32_t);
+std::int32_t lownibble_outer(const float*, const float*, std::int64_t, std::int64_t, std::int64_t, std::int32_t, float*, std::int32_t);
 std::int64_t lownibble_decoder_workspace(const lownibble::DecoderLayer*, std::int64_t, std::int64_t, std::int64_t, std::int32_t);
 std::int32_t lownibble_decoder_layers(const lownibble::DecoderLayer*, std::int64_t, const lownibble::Tokens*, std::int64_t, float*,
                                       std::int32_t);
@@ -253,9 +255,27 @@ bool products_hold(std::int64_t T, std::int64_t N, std::int64_t K, std::int32_t 
     for (std::int64_t i = 0; i < n; ++i) {
         dense[i] = tables.values[i & 1 ? codes[i / 2] & 15 : codes[i / 2] >> 4] * absmax[i >> block_shift];
     }
+    Floats left(N * T), outer(T * K), more(T * K, 1.0f);  // left^T dense, and that added to ones
+    for (float& value : left) value = random_float();
+    if (lownibble_outer(left.data(), dense.data(), N, T, K, 0, outer.data(), kThreads) ||
+        lownibble_outer(left.data(), dense.data(), N, T, K, 1, more.data(), kThreads)) {
+        return false;
+    }
+    for (std::int64_t t = 0; t < T; ++t) {
+        for (std::int64_t k = 0; k < K; ++k) {
+            double sum = 0.0, magnitudes = 1.0;
+            for (std::int64_t row = 0; row < N; ++row) {
+                const double term = static_cast<double>(left[row * T + t]) * dense[row * K + k];
+                sum += term;
+                magnitudes += std::fabs(term);
+            }
+            const double bound = (N + 1) * std::ldexp(magnitudes, -24);
+            if (std::fabs(outer[t * K + k] - sum) > bound || std::fabs(more[t * K + k] - 1.0 - sum) > bound) return false;
+        }
+    }
     for (bool transposed : {false, true}) {
         const std::int64_t terms = transposed ? N : K, columns = transposed ? K : N;
-        Floats x(T * terms), bias(columns), low(T * r), factor(r * columns), out(T * columns), plain(T * columns);
+        Floats x(T * terms), bias(columns), low(T * r), factor(r * columns), out(T * columns), plain(T * columns), added(T * columns);
         for (Floats* values : {&x, &bias, &low, &factor}) {
             for (float& value : *values) value = random_float();
         }
@@ -264,7 +284,12 @@ bool products_hold(std::int64_t T, std::int64_t N, std::int64_t K, std::int32_t 
                                   out.data(), kThreads)) {
             return false;
         }
-        if (lownibble_matmul_dense(x.data(), T, dense.data(), N, K, transposed, plain.data(), kThreads)) return false;
+        if (lownibble_matmul_dense(x.data(), T, dense.data(), N, K, transposed, nullptr, nullptr, nullptr, 0, 0, 0, 0.0f,
+                                   plain.data(), kThreads) ||
+            lownibble_matmul_dense(x.data(), T, dense.data(), N, K, transposed, bias.data(), low.data(), factor.data(), r, columns,
+                                   1, 0.5f, added.data(), kThreads)) {
+            return false;
+        }
         for (std::int64_t t = 0; t < T; ++t) {
             for (std::int64_t c = 0; c < columns; ++c) {
                 double sum = 0.0, magnitudes = 0.0;
@@ -281,7 +306,9 @@ bool products_hold(std::int64_t T, std::int64_t N, std::int64_t K, std::int32_t 
                     sum += term;
                     magnitudes += std::fabs(term);
                 }
-                if (std::fabs(out[t * columns + c] - sum) > (terms + r + 3) * std::ldexp(magnitudes, -24)) return false;
+                for (const Floats* found : {&out, &added}) {
+                    if (std::fabs((*found)[t * columns + c] - sum) > (terms + r + 3) * std::ldexp(magnitudes, -24)) return false;
+                }
             }
         }
     }

@@ -7,6 +7,7 @@ import torch
 import lownibble as ln
 from lownibble.errors import BackendError, InputError
 from lownibble.kernels import cpu, ops, reference
+from lownibble.kernels.types import Epilogue
 from lownibble.quant.dense import DenseProducts, code_type_for, forget
 
 try:
@@ -86,6 +87,60 @@ def test_exact_products_are_torchs(T, N, K, threads):
         torch.set_num_threads(before)
 
 
+@pytest.mark.parametrize("backend", ["reference", pytest.param("cpu", marks=needs_kernels)])
+@pytest.mark.parametrize("biased", [False, True])
+@pytest.mark.parametrize("r", [0, 5])
+@pytest.mark.parametrize(("T", "N", "K"), [(1, 1, 64), (13, 33, 192), (21, 650, 64), (9, 130, 704), (0, 5, 64), (4, 7, 50)])
+def test_products_with_something_added(T, N, K, r, biased, backend):
+    """Bound: as above; a bias and r more terms."""
+    weight = random(N, K)
+    for transposed, columns in ((False, N), (True, K)):
+        x, low, factor = random(T, N + K - columns, seed=1), random(T, r, seed=2), random(columns, r, seed=3).t()
+        bias = random(columns, seed=4) if biased else None
+        epilogue = Epilogue(bias, low, factor, 0.5) if r else Epilogue(bias)
+        matrix = weight if transposed else weight.t()
+        expected = x.double() @ matrix.double() + 0.5 * (low.double() @ factor.double()) + (0 if bias is None else bias.double())
+        sizes = x.abs().double() @ matrix.abs().double() + low.abs().double() @ factor.abs().double() + 4 * biased
+        with ln.use_backend(backend):
+            found, out = ops.matmul_dense(x, weight, transposed, epilogue), torch.full((T, columns), float("nan"))
+            assert ops.matmul_dense(x, weight, transposed, epilogue, out) is out
+        assert torch.equal(found, out)
+        assert ((out - expected).abs() <= (len(matrix) + r + 3) * 2**-24 * sizes).all()
+
+
+@pytest.mark.parametrize("backend", ["reference", pytest.param("cpu", marks=needs_kernels)])
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize(
+    ("T", "P", "Q"), [(1, 1, 64), (13, 33, 192), (1500, 7, 64), (650, 50, 128), (5, 2049, 64), (0, 5, 64), (7, 0, 64), (3, 8, 50)]
+)
+def test_outer_products_are_torchs(T, P, Q, threads, backend):
+    a, b, held = random(T, P), random(T, Q, seed=1), random(P, Q, seed=2)
+    expected, sizes = a.double().t() @ b.double(), a.abs().double().t() @ b.abs().double()
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        with ln.use_backend(backend):
+            found, out = ops.outer(a, b), torch.full((P, Q), float("nan"))
+            assert ops.outer(a, b, out) is out
+            more = held.clone()
+            assert ops.outer(a, b, more, adds=True) is more
+    finally:
+        torch.set_num_threads(before)
+    assert torch.equal(found, out)
+    assert ((found - expected).abs() <= (T + 1) * 2**-24 * sizes).all()
+    assert ((more - held - expected).abs() <= (T + 2) * 2**-24 * (sizes + held.abs())).all()
+
+
+@needs_kernels
+def test_an_outer_product_takes_any_values():
+    a, b = random(9, 20), random(9, 64, seed=1)
+    a[3, 5], b[2, 7] = float("nan"), float("inf")
+    found = cpu.outer(a, b)
+    assert not found[5].isfinite().any()
+    assert not found[:, 7].isfinite().any()
+    assert found[:5, :7].isfinite().all()
+
+
 @pytest.mark.parametrize("weight", [random(70, 64).bfloat16(), random(64, 70).t()], ids=["16 bits", "transposed"])
 def test_other_matrices_are_left_to_torch(weight):
     x = random(5, 64, seed=1).to(weight.dtype)
@@ -148,6 +203,9 @@ def test_wrong_arguments_of_exact_products_are_refused():
     for message, changed in wrong.items():
         with pytest.raises(InputError, match=message):
             cpu.matmul_dense(**{**good, **changed})
+    for changed in ({"a_TP": random(3, 5)}, {"b_TQ": random(64, 2).t()}, {"out": torch.empty(6, 64)}):
+        with pytest.raises(InputError, match="must be a contiguous tensor"):
+            cpu.outer(**{"a_TP": random(2, 5), "b_TQ": random(2, 64), "out": torch.empty(5, 64)} | changed)
 
 
 @needs_vnni

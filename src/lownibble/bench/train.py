@@ -193,7 +193,9 @@ def _limit(given: list[Record], flops_per_token: float | None) -> Record:
     if not given:
         return {}
     rates = [answer["flops"] / answer["seconds"] for answer in given[1:]]
-    return {"flops_per_s": spread(rates), "rounds": rates, "flops_per_token": flops_per_token}
+    return {
+        "flops_per_s": spread(rates), "rounds": rates, "flops_per_token": flops_per_token, "library": given[-1].get("library")
+    }  # fmt: skip
 
 
 def _figures(given: list[Record], facts: Record, limit: Record, divide: Callable[..., dict[str, float]]) -> Record:

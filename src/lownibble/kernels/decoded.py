@@ -17,7 +17,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from lownibble.kernels.types import Epilogue
+from lownibble.kernels.types import NO_EPILOGUE, Epilogue
 
 
 class _Buffers(dict[tuple[torch.dtype, torch.device], Tensor]):
@@ -72,8 +72,10 @@ def matmul(decode: Callable[[Tensor], Tensor], shape: torch.Size, x_TC: Tensor, 
     return matmul_dense(x_TC, decode(scratch(shape, x_TC.dtype, x_TC.device)), transposed, epilogue)
 
 
-def matmul_dense(x_TC: Tensor, weight_NK: Tensor, transposed: bool, epilogue: Epilogue) -> Tensor:
-    """`x @ W.T` or, transposed, `x @ W`, plus `epilogue`, by torch; in x's dtype.
+def matmul_dense(
+    x_TC: Tensor, weight_NK: Tensor, transposed: bool, epilogue: Epilogue = NO_EPILOGUE, out: Tensor | None = None
+) -> Tensor:  # fmt: skip
+    """`x @ W.T` or, transposed, `x @ W`, plus `epilogue`, by torch; in x's dtype, into `out` if given.
 
     The low-rank term is written first and the large product added to it, which reads it while it multiplies; the other way
     round is one more pass over the output.
@@ -81,13 +83,19 @@ def matmul_dense(x_TC: Tensor, weight_NK: Tensor, transposed: bool, epilogue: Ep
     factor_CM, dtype = weight_NK if transposed else weight_NK.t(), x_TC.dtype
     bias = None if epilogue.bias is None else epilogue.bias.to(dtype)
     if epilogue.low is None or epilogue.factor is None:
-        return x_TC @ factor_CM if bias is None else torch.addmm(bias, x_TC, factor_CM)
+        return torch.mm(x_TC, factor_CM, out=out) if bias is None else torch.addmm(bias, x_TC, factor_CM, out=out)
     low, factor = epilogue.low.to(dtype), epilogue.factor.to(dtype)
     if bias is None:
-        out = x_TC.new_empty(len(x_TC), factor.shape[1]).addmm_(low, factor, beta=0, alpha=epilogue.scale)
+        out = x_TC.new_empty(len(x_TC), factor.shape[1]) if out is None else out
+        out.addmm_(low, factor, beta=0, alpha=epilogue.scale)
     else:
-        out = torch.addmm(bias, low, factor, alpha=epilogue.scale)
+        out = torch.addmm(bias, low, factor, alpha=epilogue.scale, out=out)
     return out.addmm_(x_TC, factor_CM)
+
+
+def outer(a_TP: Tensor, b_TQ: Tensor, out: Tensor | None = None, adds: bool = False) -> Tensor:
+    """As `ops.outer`, by torch."""
+    return out.addmm_(a_TP.t(), b_TQ) if adds and out is not None else torch.mm(a_TP.t(), b_TQ, out=out)
 
 
 def add_low_rank(out: Tensor, epilogue: Epilogue) -> Tensor:

@@ -62,7 +62,11 @@ class Backend(Protocol):
 
     def matmul_4bit(self, x_TC: Tensor, weight: FourBit, transposed: bool, epilogue: Epilogue) -> Tensor: ...
 
-    def matmul_dense(self, x_TC: Tensor, weight_NK: Tensor, transposed: bool, out: Tensor) -> Tensor: ...
+    def matmul_dense(
+        self, x_TC: Tensor, weight_NK: Tensor, transposed: bool, epilogue: Epilogue, out: Tensor | None
+    ) -> Tensor: ...  # fmt: skip
+
+    def outer(self, a_TP: Tensor, b_TQ: Tensor, out: Tensor | None, adds: bool) -> Tensor: ...
 
     def row_scales(self, weight: FourBit, code_type: torch.dtype = torch.int8) -> Tensor: ...
 
@@ -304,12 +308,20 @@ def matmul_4bit(x_TC: Tensor, weight: FourBit, transposed: bool, epilogue: Epilo
     return _for(x_TC).matmul_4bit(x_TC, weight, transposed, epilogue)
 
 
-def matmul_dense(x_TC: Tensor, weight_NK: Tensor, transposed: bool, out: Tensor) -> Tensor:
-    """`x @ W.T` (T, N) or, transposed, `x @ W` (T, K), with a dense W (N, K), into `out`; all of one dtype.
+def matmul_dense(
+    x_TC: Tensor, weight_NK: Tensor, transposed: bool, epilogue: Epilogue = NO_EPILOGUE, out: Tensor | None = None
+) -> Tensor:  # fmt: skip
+    """`x @ W.T` (T, N) or, transposed, `x @ W` (T, K), with a dense W (N, K), plus `epilogue`, into `out` if given; all of one
+    dtype, but that the tensors of `epilogue` may be float32.
 
     x and out: contiguous.
     """
-    return _for(x_TC).matmul_dense(x_TC, weight_NK, transposed, out)
+    return _for(x_TC).matmul_dense(x_TC, weight_NK, transposed, epilogue, out)
+
+
+def outer(a_TP: Tensor, b_TQ: Tensor, out: Tensor | None = None, adds: bool = False) -> Tensor:
+    """`a.T @ b` (P, Q), into `out` if given, or `adds` to what `out` holds; all of one dtype, and contiguous."""
+    return _for(a_TP).outer(a_TP, b_TQ, out, adds)
 
 
 def row_scales(weight: FourBit, code_type: torch.dtype = torch.int8) -> Tensor:

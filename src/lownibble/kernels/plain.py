@@ -12,11 +12,6 @@ from lownibble.kernels import decoded
 from lownibble.kernels.types import IGNORED, Epilogue, FourBit, Grouped, Scaled8bit, Stack, of_expert
 
 
-def matmul_dense(x_TC: Tensor, weight_NK: Tensor, transposed: bool, out: Tensor) -> Tensor:
-    """As `ops.matmul_dense`."""
-    return torch.mm(x_TC, weight_NK if transposed else weight_NK.t(), out=out)
-
-
 def sum_8bit(base: Scaled8bit, low_Nr: Tensor, lora_A: Tensor) -> Tensor:
     """decode(base) + low_Nr @ lora_A, (N, K) float32, in the buffer that all layers share."""
     total = decoded.scratch(base.codes.shape, torch.float32, base.codes.device)

@@ -16,7 +16,7 @@ from lownibble.kernels import decoded, plain
 from lownibble.kernels.adamw import AdamPart, CodeMap
 from lownibble.kernels.decoder import Context, DecoderLayers, Segment, Step
 from lownibble.kernels.rows import Attending, RowAdapters
-from lownibble.kernels.types import PART, Epilogue, FourBit, Grouped, Rows8bit, Scaled8bit, Stack, row_sizes
+from lownibble.kernels.types import NO_EPILOGUE, PART, Epilogue, FourBit, Grouped, Rows8bit, Scaled8bit, Stack, row_sizes
 
 _PRODUCTS = {torch.int8: torch.int32, torch.float8_e4m3fn: torch.bfloat16}
 """Dtype of the codes -> what the vendor's product of them comes in."""
@@ -87,9 +87,19 @@ class Traced:
             return x_TC.new_empty(len(x_TC), weight.shape[1] if transposed else weight.shape[0])
         return decoded.matmul(partial(self.dequantize_grouped, weight), weight.shape, x_TC, transposed, epilogue)
 
-    def matmul_dense(self, x_TC: Tensor, weight_NK: Tensor, transposed: bool, out: Tensor) -> Tensor:
+    def matmul_dense(
+        self, x_TC: Tensor, weight_NK: Tensor, transposed: bool, epilogue: Epilogue = NO_EPILOGUE, out: Tensor | None = None
+    ) -> Tensor:  # fmt: skip
         """As `ops.matmul_dense`."""
-        return out
+        if self._fused and x_TC.dtype == torch.float32:
+            return x_TC.new_empty(len(x_TC), weight_NK.shape[1] if transposed else weight_NK.shape[0]) if out is None else out
+        return decoded.matmul_dense(x_TC, weight_NK, transposed, epilogue, out)
+
+    def outer(self, a_TP: Tensor, b_TQ: Tensor, out: Tensor | None = None, adds: bool = False) -> Tensor:
+        """As `ops.outer`."""
+        if self._fused and a_TP.dtype == torch.float32:
+            return a_TP.new_empty(a_TP.shape[1], b_TQ.shape[1]) if out is None else out
+        return decoded.outer(a_TP, b_TQ, out, adds)
 
     def matmul_experts(self, x_SC: Tensor, weights: Stack, ends_E: Tensor, transposed: bool, epilogue: Epilogue) -> Tensor:
         """As `ops.matmul_experts`."""

@@ -23,7 +23,6 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from lownibble.kernels import ops, plain
-from lownibble.kernels.decoded import matmul_dense
 from lownibble.kernels.types import NO_EPILOGUE, Epilogue, Rows8bit
 from lownibble.quant import eightbit
 from lownibble.quant.packed import PackedWeight, from_spec, restore
@@ -64,7 +63,7 @@ dropped.register_autograd(_drop_gradient, setup_context=_save_seed)
 def input_gradient(dy: Tensor, weight: Tensor | PackedWeight, epilogue: Epilogue, code_type: torch.dtype | None) -> Tensor:
     """dy (T, N) -> dy W (T, K), plus `epilogue`. `code_type`: that of 8-bit products, or None."""
     if isinstance(weight, Tensor):
-        return matmul_dense(dy, weight.to(dy.dtype), True, epilogue)
+        return ops.matmul_dense(dy, weight.to(dy.dtype), True, epilogue)
     if code_type is not None:
         return eightbit.backward(dy, weight, epilogue, code_type)
     return weight.matmul(dy, transposed=True, epilogue=epilogue)
@@ -91,7 +90,7 @@ def with_low(
     """x (T, K) -> y (T, N), with `low` for x A^T (T, r)."""
     epilogue = Epilogue(None if bias is None else bias.to(x.dtype), low, lora_B.t(), scale)
     if isinstance(weight, Tensor):
-        return matmul_dense(x, weight.to(x.dtype), False, epilogue)
+        return ops.matmul_dense(x, weight.to(x.dtype), False, epilogue)
     if rows is None:
         return weight.matmul(x, epilogue=epilogue)
     return eightbit.forward(rows, weight, epilogue, x.dtype)

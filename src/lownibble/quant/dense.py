@@ -75,13 +75,13 @@ class DenseProducts:
     def forward(self, x_TK: Tensor, out_TN: Tensor) -> Tensor:
         """x W^T into `out_TN`."""
         if self._scale is None or self.code_type is None:
-            return ops.matmul_dense(x_TK.contiguous(), self.weight, False, out_TN)
+            return ops.matmul_dense(x_TK.contiguous(), self.weight, False, out=out_TN)
         rows = ops.quantize_rows(x_TK.contiguous(), None, self.code_type)
         return ops.matmul_8bit_dense(rows, self.weight, self._scale, False, out_TN)
 
     def backward(self, dy_TN: Tensor, out_TK: Tensor) -> Tensor:
         """dy W into `out_TK`."""
         if self._scale is None or self.code_type is None:
-            return ops.matmul_dense(dy_TN, self.weight, True, out_TK)
+            return ops.matmul_dense(dy_TN, self.weight, True, out=out_TK)
         rows = ops.quantize_rows(dy_TN, self._scale, self.code_type)
         return ops.matmul_8bit_dense(rows, self.weight, self._scale, True, out_TK)

@@ -25,7 +25,6 @@ from torch.autograd.function import once_differentiable
 
 from lownibble.kernels import ops
 from lownibble.kernels.checks import DTYPES
-from lownibble.kernels.decoded import matmul_dense
 from lownibble.kernels.types import NO_EPILOGUE, Epilogue, Stack
 from lownibble.quant import eightbit
 from lownibble.quant.linear import MATVEC_MAX_ROWS, QuantLinear
@@ -102,7 +101,7 @@ def expert_product(
 ) -> Tensor:
     """`x W^T` or, transposed, `x W`, plus `epilogue`, for one expert's weight (N, K); in 8 bits if `code_type` is given."""
     if isinstance(weight, Tensor):
-        return matmul_dense(x_TC, weight.to(x_TC.dtype), transposed, epilogue)
+        return ops.matmul_dense(x_TC, weight.to(x_TC.dtype), transposed, epilogue)
     if code_type is None:
         return weight.matmul(x_TC, transposed=transposed, epilogue=epilogue)
     if transposed:

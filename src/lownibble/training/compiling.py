@@ -102,7 +102,7 @@ def _operators() -> str:
     """A digest of the custom operators' source. torch caches compiled graphs on disk keyed by operator names: without this, a
     graph compiled with another version of Lownibble could be reused."""
     folder = Path(lownibble.__file__).parent
-    files = sorted(file for room in ("kernels", "quant", "lora") for file in (folder / room).rglob("*.py"))
+    files = sorted(file for room in ("kernels", "quant", "lora", "training") for file in (folder / room).rglob("*.py"))
     return "lownibble-" + hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:16]
 
 

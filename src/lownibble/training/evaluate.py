@@ -22,6 +22,7 @@ from lownibble.models.attention import prefix_attention
 from lownibble.models.head import Head, hidden_states
 from lownibble.models.prefixes import tree
 from lownibble.training.distributed import ALONE
+from lownibble.training.linears import on_own_kernels
 from lownibble.training.loss import check_prefixes, token_losses
 from lownibble.training.microbatches import Collate
 from lownibble.training.passes import Passes
@@ -109,7 +110,8 @@ class Evaluator:
         was_training = model.training
         model.eval()
         try:
-            return self._sums(model)
+            with on_own_kernels(model):
+                return self._sums(model)
         finally:
             model.train(was_training)
 

@@ -48,6 +48,7 @@ from lownibble.training.distributed import ALONE, Ranks
 from lownibble.training.events import Evaluated, Event, Finished, Fitted, Saved, Skipped, Started, Stepped, Warned
 from lownibble.training.fitting import Fitting, MemoryGoneError, recorded_fit
 from lownibble.training.interrupt import RunInterrupted
+from lownibble.training.linears import on_own_kernels
 from lownibble.training.microbatches import MicroBatches, Rows
 from lownibble.training.objectives import Objective
 from lownibble.training.passes import Passes
@@ -189,7 +190,7 @@ class Trainer:
         devices = [self.device] if self.device.type == "cuda" else []
         try:
             # dropout draws from torch's global generators, whose state is restored for the caller
-            with usage.oom_becomes_error(self._out_of_memory), torch.random.fork_rng(devices):
+            with usage.oom_becomes_error(self._out_of_memory), torch.random.fork_rng(devices), on_own_kernels(self.model):
                 yield from self._events()
         finally:
             close_states(self.optimizer)

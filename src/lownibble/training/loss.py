@@ -70,7 +70,7 @@ class _LabelLoss(torch.autograd.Function):
                 if dhidden is not None:
                     plain.backward(dlogits, dhidden[part])
                 for dweight_VH in dparameters:
-                    dweight_VH.addmm_(dlogits.t(), hidden_LH[part])
+                    ops.outer(dlogits, hidden_LH[part].contiguous(), dweight_VH, adds=True)
         else:
             size = _chunk_tokens(4 * head.vocab_size, hidden_LH.device)
             for start in range(0, len(labels_L), size):

@@ -14,6 +14,7 @@ from lownibble.kernels.cpu.fourbit import (
     gemv_bf16,
     matmul_4bit,
     matmul_dense,
+    outer,
     quantize_4bit,
     quantize_8bit,
     quantize_sum_4bit,
@@ -37,6 +38,6 @@ __all__ = [
     "decoder_layers", "dequantize_4bit",
     "dequantize_8bit", "dequantize_grouped", "device_types", "experts_at_once", "gemv_4bit", "gemv_bf16", "gemv_grouped",
     "has_attention", "has_int8", "isa", "library", "low_rank", "low_rank_backward", "matmul_4bit", "matmul_8bit",
-    "matmul_8bit_dense", "matmul_dense", "matmul_experts", "matmul_grouped", "name", "need_int8", "outer_experts",
+    "matmul_8bit_dense", "matmul_dense", "matmul_experts", "matmul_grouped", "name", "need_int8", "outer", "outer_experts",
     "quantize_4bit", "quantize_8bit", "quantize_rows", "quantize_sum_4bit", "row_part", "row_scales", "select_isa",
 ]  # fmt: skip

@@ -11,7 +11,7 @@ from torch import Tensor
 from lownibble.kernels import decoded, plain
 from lownibble.kernels.cpu.arguments import address, block_shift, epilogue_addresses, type_number, weight_addresses
 from lownibble.kernels.cpu.loading import library
-from lownibble.kernels.types import Epilogue, FourBit, Scaled8bit
+from lownibble.kernels.types import NO_EPILOGUE, Epilogue, FourBit, Scaled8bit
 
 
 def quantize_4bit(x: Tensor, bounds: Tensor, order: Tensor, block_size: int) -> tuple[Tensor, Tensor]:
@@ -129,19 +129,40 @@ def matmul_4bit(x_TC: Tensor, weight: FourBit, transposed: bool, epilogue: Epilo
     return out
 
 
-def matmul_dense(x_TC: Tensor, weight_NK: Tensor, transposed: bool, out: Tensor) -> Tensor:
+def matmul_dense(
+    x_TC: Tensor, weight_NK: Tensor, transposed: bool, epilogue: Epilogue = NO_EPILOGUE, out: Tensor | None = None
+) -> Tensor:  # fmt: skip
     """As `ops.matmul_dense`: with the kernel of `matmul_4bit` where it runs, else by torch."""
-    N, K = weight_NK.shape
+    (N, K), T = weight_NK.shape, len(x_TC)
     suits = x_TC.dtype == torch.float32 and K % 64 == 0 and N * K > 0 and weight_NK.is_contiguous()
     if not suits or not library().has_matmul():
-        return plain.matmul_dense(x_TC, weight_NK, transposed, out)
-    T, terms, columns = len(x_TC), N if transposed else K, K if transposed else N
+        return decoded.matmul_dense(x_TC, weight_NK, transposed, epilogue, out)
+    terms, columns = (N, K) if transposed else (K, N)
+    bias, low_branch = epilogue_addresses(epilogue, T, columns)
+    out = torch.empty((T, columns), dtype=torch.float32) if out is None else out
     failed = library().matmul_dense(
         address(x_TC, "x_TC", torch.float32, T * terms), T, address(weight_NK, "weight_NK", torch.float32, N * K), N, K,
-        int(transposed), address(out, "out", torch.float32, T * columns), torch.get_num_threads(),
+        int(transposed), bias, *low_branch, epilogue.scale, address(out, "out", torch.float32, T * columns),
+        torch.get_num_threads(),
     )  # fmt: skip
     if failed:
         raise MemoryError("No memory for the panels of a weight.")
+    return out
+
+
+def outer(a_TP: Tensor, b_TQ: Tensor, out: Tensor | None = None, adds: bool = False) -> Tensor:
+    """As `ops.outer`: with the kernel of `matmul_4bit` where it runs, else by torch."""
+    (T, P), Q = a_TP.shape, b_TQ.shape[1]
+    suits = a_TP.dtype == torch.float32 and Q % 64 == 0 and T * P * Q > 0
+    if not suits or not library().has_matmul():
+        return decoded.outer(a_TP, b_TQ, out, adds)
+    out = torch.empty((P, Q), dtype=torch.float32) if out is None else out
+    failed = library().outer(
+        address(a_TP, "a_TP", torch.float32, T * P), address(b_TQ, "b_TQ", torch.float32, T * Q), T, P, Q, int(adds),
+        address(out, "out", torch.float32, P * Q), torch.get_num_threads(),
+    )  # fmt: skip
+    if failed:
+        raise MemoryError("No memory for the panels of a matrix.")
     return out
 
 

@@ -23,7 +23,7 @@ import torch  # noqa: F401 - before the library, see above
 
 from lownibble.errors import BackendError
 
-_ABI = 12
+_ABI = 13
 _FOLDER = Path(__file__).parent.parent
 
 _pointer, _int64, _int32 = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32
@@ -48,7 +48,10 @@ _SIGNATURES = {
         _pointer, _int64, *_WEIGHT, _int64, _int64, _int32, _int32, _int32, *[_pointer] * 3, *[_int64] * 3,
         ctypes.c_float, _pointer, _int32,
     ],
-    "matmul_dense": [_pointer, _int64, _pointer, _int64, _int64, _int32, _pointer, _int32],
+    "matmul_dense": [
+        _pointer, _int64, _pointer, _int64, _int64, _int32, *[_pointer] * 3, *[_int64] * 3, ctypes.c_float, _pointer, _int32
+    ],
+    "outer": [_pointer, _pointer, _int64, _int64, _int64, _int32, _pointer, _int32],
     "gemv_4bit": [_pointer, _int32, _int64, _int64, *_WEIGHT, _int64, _int32, _int32, _pointer, _int32],
     "dequantize_grouped": [_pointer, _int32, *[_pointer] * 5, _int32, *[_pointer] * 2, *[_int64] * 3, _int32, _pointer, _int32],
     "gemv_grouped": [
@@ -85,6 +88,7 @@ _RESULTS = {
             "matmul_4bit",
             "matmul_grouped",
             "matmul_dense",
+            "outer",
             "matmul_int8",
             "matmul_int8_dense",
         ),

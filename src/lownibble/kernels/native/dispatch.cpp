@@ -208,7 +208,7 @@ std::int32_t with_float32(const void* x, DType dtype, std::int64_t n, Body body)
 }  // namespace
 
 // Incremented whenever a signature below changes; kernels/cpu/loading.py rejects another number.
-LOWNIBBLE_EXPORT std::int32_t lownibble_abi() { return 12; }
+LOWNIBBLE_EXPORT std::int32_t lownibble_abi() { return 13; }
 
 // Comma-separated names of the instruction sets that run here, fastest first.
 LOWNIBBLE_EXPORT const char* lownibble_available() { return available().names; }
@@ -429,11 +429,22 @@ LOWNIBBLE_EXPORT std::int32_t lownibble_matmul_grouped(
     });
 }
 
-// The same with a dense float32 W (N, K), K a multiple of 64, and nothing added.
-LOWNIBBLE_EXPORT std::int32_t lownibble_matmul_dense(const float* x, std::int64_t T, const float* w, std::int64_t N, std::int64_t K,
-                                                     std::int32_t transposed, float* out, std::int32_t num_threads) {
-    return share_panels(T, N, K, transposed ? K : N, 0, num_threads, [&](void* memory, Range panels, Range rows) {
-        active_matmul()->matmul_dense(x, w, N, K, transposed != 0, out, memory, panels, rows);
+// The same with a dense float32 W (N, K), K a multiple of 64.
+LOWNIBBLE_EXPORT std::int32_t lownibble_matmul_dense(
+    const float* x, std::int64_t T, const float* w, std::int64_t N, std::int64_t K, std::int32_t transposed, const float* bias,
+    const float* low, const float* factor, std::int64_t r, std::int64_t factor_step, std::int64_t factor_stride, float factor_scale,
+    float* out, std::int32_t num_threads) {
+    const Addition addition{bias, low, factor, r, factor_step, factor_stride, factor_scale};
+    return share_panels(T, N, K, transposed ? K : N, r, num_threads, [&](void* memory, Range panels, Range rows) {
+        active_matmul()->matmul_dense(x, w, N, K, transposed != 0, addition, out, memory, panels, rows);
+    });
+}
+
+// out (P, Q) = a^T b, with a (T, P) and b (T, Q), or with `adds` more by it; Q a multiple of 64. 0, or -1 as above.
+LOWNIBBLE_EXPORT std::int32_t lownibble_outer(const float* a, const float* b, std::int64_t T, std::int64_t P, std::int64_t Q,
+                                              std::int32_t adds, float* out, std::int32_t num_threads) {
+    return share_panels(P, T, Q, Q, 0, num_threads, [&](void* memory, Range panels, Range rows) {
+        active_matmul()->outer(a, b, T, P, Q, adds != 0, out, memory, panels, rows);
     });
 }
 

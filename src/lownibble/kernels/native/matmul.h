@@ -26,9 +26,12 @@ struct MatmulKernels {
     // The same with a grouped W without an order; a group is a multiple of 16 long.
     void (*matmul_grouped)(const float* x, const WeightGrouped& w, bool transposed, const Addition& addition, float* out,
                            void* scratch, Range panels, Range rows);
-    // The same with a dense W, and nothing added.
-    void (*matmul_dense)(const float* x, const float* w, std::int64_t N, std::int64_t K, bool transposed, float* out,
-                         void* scratch, Range panels, Range rows);
+    // The same with a dense W.
+    void (*matmul_dense)(const float* x, const float* w, std::int64_t N, std::int64_t K, bool transposed,
+                         const Addition& addition, float* out, void* scratch, Range panels, Range rows);
+    // out (P, Q) = a^T b, with a (T, P) and b (T, Q), or `adds` more by it; Q is a multiple of 64. Rows are of `out`.
+    void (*outer)(const float* a, const float* b, std::int64_t T, std::int64_t P, std::int64_t Q, bool adds, float* out,
+                  void* scratch, Range panels, Range rows);
 };
 
 // Bytes of a group of panels with r more terms for the low-rank branch.

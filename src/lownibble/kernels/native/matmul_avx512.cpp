@@ -101,29 +101,46 @@ void append_factor(const Addition& addition, std::int64_t first, std::int64_t co
     }
 }
 
+// Rows of the left factor: one after another, or side by side, as the rows of a transposed matrix are.
 template <int Rows>
-inline void add_term(__m512 (&sums)[Rows][kVectors], const float* const (&rows)[Rows], std::int64_t k, const float* panel) {
+struct Apart {
+    const float* rows[Rows];
+
+    Apart(const float* x, std::int64_t stride) {
+#pragma GCC unroll 8
+        for (int i = 0; i < Rows; ++i) rows[i] = x + i * stride;
+    }
+    float at(int i, std::int64_t k) const { return rows[i][k]; }
+};
+
+template <int Rows>
+struct SideBySide {
+    const float* x;
+    std::int64_t stride;
+
+    float at(int i, std::int64_t k) const { return x[k * stride + i]; }
+};
+
+template <int Rows, class Left>
+inline void add_term(__m512 (&sums)[Rows][kVectors], const Left& left, std::int64_t k, const float* panel) {
     const __m512 columns[kVectors] = {_mm512_load_ps(panel), _mm512_load_ps(panel + 16), _mm512_load_ps(panel + 32)};
 #pragma GCC unroll 8
     for (int i = 0; i < Rows; ++i) {
-        const __m512 x = _mm512_set1_ps(rows[i][k]);
+        const __m512 x = _mm512_set1_ps(left.at(i, k));
 #pragma GCC unroll 3
         for (int v = 0; v < kVectors; ++v) sums[i][v] = _mm512_fmadd_ps(x, columns[v], sums[i][v]);
     }
 }
 
-// `count` terms from `x`, whose rows are `stride` apart. Meanwhile the lines at `ahead`, where the tile will be stored, are
+// `count` terms. Meanwhile the lines at `ahead`, where the tile will be stored, are
 // fetched: all at once at the end, they would keep the panel's own lines waiting.
-template <int Rows>
-inline void add_terms(__m512 (&sums)[Rows][kVectors], const float* x, std::int64_t stride, std::int64_t count, const float* panel,
+template <int Rows, class Left>
+inline void add_terms(__m512 (&sums)[Rows][kVectors], const Left& left, std::int64_t count, const float* panel,
                       const float* ahead = nullptr, std::int64_t ahead_stride = 0) {
-    const float* rows[Rows];
-#pragma GCC unroll 8
-    for (int i = 0; i < Rows; ++i) rows[i] = x + i * stride;
     std::int64_t k = 0;
     const auto four_terms = [&] {
 #pragma GCC unroll 4
-        for (int step = 0; step < 4; ++step) add_term<Rows>(sums, rows, k + step, panel + step * kPanel);
+        for (int step = 0; step < 4; ++step) add_term<Rows>(sums, left, k + step, panel + step * kPanel);
         k += 4;
         panel += 4 * kPanel;
     };
@@ -134,7 +151,7 @@ inline void add_terms(__m512 (&sums)[Rows][kVectors], const float* x, std::int64
         }
     }
     while (k + 4 <= count) four_terms();
-    for (; k < count; ++k, panel += kPanel) add_term<Rows>(sums, rows, k, panel);
+    for (; k < count; ++k, panel += kPanel) add_term<Rows>(sums, left, k, panel);
 }
 
 // What all tiles of a panel share: `depth` terms of x, then r of low, added to the bias or to what `out` holds: parts of long
@@ -147,7 +164,7 @@ struct Job {
     bool first;
 };
 
-template <int Rows>
+template <int Rows, bool Across>
 void multiply_tile(const Job& job, std::int64_t t, const float* panel, std::int64_t column, const __mmask16 (&masks)[kVectors],
                    float* out) {
     __m512 sums[Rows][kVectors];
@@ -157,8 +174,12 @@ void multiply_tile(const Job& job, std::int64_t t, const float* panel, std::int6
         for (int v = 0; v < kVectors; ++v) sums[i][v] = _mm512_setzero_ps();
     }
     out += t * job.out_stride + column;
-    add_terms<Rows>(sums, job.x + t * job.x_stride, job.x_stride, job.depth, panel, out, job.out_stride);
-    if (job.r) add_terms<Rows>(sums, job.low + t * job.r, job.r, job.r, panel + job.depth * kPanel);
+    if constexpr (Across) {
+        add_terms<Rows>(sums, SideBySide<Rows>{job.x + t, job.x_stride}, job.depth, panel, out, job.out_stride);
+    } else {
+        add_terms<Rows>(sums, Apart<Rows>(job.x + t * job.x_stride, job.x_stride), job.depth, panel, out, job.out_stride);
+    }
+    if (job.r) add_terms<Rows>(sums, Apart<Rows>(job.low + t * job.r, job.r), job.r, panel + job.depth * kPanel);
     const bool adds = !job.first || job.bias;
     const float* before = job.first && job.bias ? job.bias + column : out;
     const std::int64_t stride = job.first ? 0 : job.out_stride;
@@ -173,16 +194,25 @@ void multiply_tile(const Job& job, std::int64_t t, const float* panel, std::int6
 }
 
 using MultiplyTile = void (*)(const Job&, std::int64_t, const float*, std::int64_t, const __mmask16 (&)[kVectors], float*);
+template <bool Across>
 constexpr MultiplyTile kMultiplyTile[kMatmulRows + 1] = {
-    nullptr,          multiply_tile<1>, multiply_tile<2>, multiply_tile<3>, multiply_tile<4>,
-    multiply_tile<5>, multiply_tile<6>, multiply_tile<7>, multiply_tile<8>,
+    nullptr,
+    multiply_tile<1, Across>,
+    multiply_tile<2, Across>,
+    multiply_tile<3, Across>,
+    multiply_tile<4, Across>,
+    multiply_tile<5, Across>,
+    multiply_tile<6, Across>,
+    multiply_tile<7, Across>,
+    multiply_tile<8, Across>,
 };
 
+// The left factor, (T, terms), or `Across` its transpose, whose rows are x_stride apart; `adds`: to what `out` holds.
 // `fill(first, begin, count, panel)` makes the panel of terms [begin, begin + count) of columns [first, first + 48).
-template <class Fill>
-void product(const float* x, const Fill& fill, std::int64_t N, std::int64_t K, bool transposed, const Addition& addition,
-             float* out, void* scratch, Range panels, Range rows) {
-    const std::int64_t terms = transposed ? N : K, columns = transposed ? K : N, r = addition.r;
+template <bool Across, class Fill>
+void product(const float* x, std::int64_t x_stride, const Fill& fill, std::int64_t terms, std::int64_t columns, bool adds,
+             const Addition& addition, float* out, void* scratch, Range panels, Range rows) {
+    const std::int64_t r = addition.r;
     const std::int64_t parts = (terms + kMatmulDepth - 1) / kMatmulDepth, depth = ((terms + parts - 1) / parts + 63) / 64 * 64;
     const std::int64_t panel_size = (depth + r) * kPanel;
     float* const group = static_cast<float*>(scratch);
@@ -190,7 +220,8 @@ void product(const float* x, const Fill& fill, std::int64_t N, std::int64_t K, b
         const std::int64_t p1 = smaller(p0 + kMatmulGroup, panels.end);
         for (std::int64_t c = 0; c < terms; c += depth) {
             const std::int64_t count = smaller(depth, terms - c);
-            const Job job{x + c, addition.low, addition.bias, terms, count, c + count == terms ? r : 0, columns, c == 0};
+            const float* left = x + (Across ? c * x_stride : c);
+            const Job job{left, addition.low, addition.bias, x_stride, count, c + count == terms ? r : 0, columns, c == 0 && !adds};
             for (std::int64_t p = p0; p < p1; ++p) {
                 float* panel = group + (p - p0) * panel_size;
                 const std::int64_t first = p * kPanel;
@@ -198,7 +229,7 @@ void product(const float* x, const Fill& fill, std::int64_t N, std::int64_t K, b
                 if (job.r) append_factor(addition, first, smaller(kPanel, columns - first), panel + count * kPanel);
             }
             for (std::int64_t t = rows.begin; t < rows.end; t += kMatmulRows) {
-                const MultiplyTile multiply = kMultiplyTile[smaller(kMatmulRows, rows.end - t)];
+                const MultiplyTile multiply = kMultiplyTile<Across>[smaller(kMatmulRows, rows.end - t)];
                 for (std::int64_t p = p0; p < p1; ++p) {
                     const std::uint64_t mask = (std::uint64_t{1} << smaller(kPanel, columns - p * kPanel)) - 1;
                     const __mmask16 masks[kVectors] = {static_cast<__mmask16>(mask), static_cast<__mmask16>(mask >> 16),
@@ -215,7 +246,8 @@ void matmul_4bit(const float* x, const Weight4bit& w, std::int64_t N, std::int64
     const auto fill = [&](std::int64_t first, std::int64_t begin, std::int64_t count, float* panel) {
         transposed ? decode_columns(w, K, first, begin, count, panel) : decode_rows(w, N, K, first, begin, count, panel);
     };
-    product(x, fill, N, K, transposed, addition, out, scratch, panels, rows);
+    const std::int64_t terms = transposed ? N : K;
+    product<false>(x, terms, fill, terms, transposed ? K : N, false, addition, out, scratch, panels, rows);
 }
 
 template <class Load>
@@ -224,7 +256,8 @@ void product_of(const float* x, const Load& load, std::int64_t N, std::int64_t K
     const auto fill = [&](std::int64_t first, std::int64_t begin, std::int64_t count, float* panel) {
         transposed ? load_columns(load, K, first, begin, count, panel) : load_rows(load, N, first, begin, count, panel);
     };
-    product(x, fill, N, K, transposed, addition, out, scratch, panels, rows);
+    const std::int64_t terms = transposed ? N : K;
+    product<false>(x, terms, fill, terms, transposed ? K : N, false, addition, out, scratch, panels, rows);
 }
 
 void matmul_grouped(const float* x, const WeightGrouped& w, bool transposed, const Addition& addition, float* out, void* scratch,
@@ -239,15 +272,24 @@ void matmul_grouped(const float* x, const WeightGrouped& w, bool transposed, con
     });
 }
 
-void matmul_dense(const float* x, const float* w, std::int64_t N, std::int64_t K, bool transposed, float* out, void* scratch,
-                  Range panels, Range rows) {
+void matmul_dense(const float* x, const float* w, std::int64_t N, std::int64_t K, bool transposed, const Addition& addition,
+                  float* out, void* scratch, Range panels, Range rows) {
     const auto load = [&](std::int64_t n, std::int64_t k) { return _mm512_loadu_ps(w + n * K + k); };
-    product_of(x, load, N, K, transposed, Addition{}, out, scratch, panels, rows);
+    product_of(x, load, N, K, transposed, addition, out, scratch, panels, rows);
+}
+
+void outer(const float* a, const float* b, std::int64_t T, std::int64_t P, std::int64_t Q, bool adds, float* out, void* scratch,
+           Range panels, Range rows) {
+    const auto load = [&](std::int64_t t, std::int64_t q) { return _mm512_loadu_ps(b + t * Q + q); };
+    const auto fill = [&](std::int64_t first, std::int64_t begin, std::int64_t count, float* panel) {
+        load_columns(load, Q, first, begin, count, panel);
+    };
+    product<true>(a, P, fill, T, Q, adds, Addition{}, out, scratch, panels, rows);
 }
 
 }  // namespace
 
-const MatmulKernels kAvx512MatmulKernels = {matmul_4bit, matmul_grouped, matmul_dense};
+const MatmulKernels kAvx512MatmulKernels = {matmul_4bit, matmul_grouped, matmul_dense, outer};
 
 }  // namespace lownibble
 

@@ -1,0 +1,124 @@
+"""Dense linear layers of a model on Lownibble's kernels, installed for a run on a CPU and removed after it.
+
+torch multiplies float32 matrices by MKL, which uses AVX-512 on Intel's processors alone. On an AMD Zen 5, whose AVX-512 units are
+as wide, it reaches less than half of what the kernels of the packed base reach with a dense matrix (docs/adr/0050). Adapted
+layers call those by themselves; here is the rest: what full fine-tuning trains, and linear layers without an adapter.
+
+Layers stay torch's `nn.Linear`; only their forward function is another one meanwhile. What is saved for backward is what torch's
+own saves: x if the weight is trained, the weight if x has a gradient. Not installed: where the kernels are not the compiled ones
+with AVX-512, on layers whose rows are no multiple of 64 long, that are no float32, or that someone else gave a forward
+function, and on weights that are sharded.
+"""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from lownibble.kernels import cpu, ops
+from lownibble.kernels.types import Epilogue
+from lownibble.quant.linear import is_plain_linear
+from lownibble.training.forwards import replaced_forwards
+
+
+def on_own_kernels(model: nn.Module) -> AbstractContextManager[None]:
+    """Inside the block the model's dense linear layers compute with Lownibble's kernels where those are faster than torch's."""
+    if ops.active_backend("cpu") != "cpu" or not cpu.library().has_matmul():
+        return nullcontext()
+    return replaced_forwards((module, partial(_forward, module)) for module in model.modules() if _suits(module))
+
+
+def _suits(module: nn.Module) -> bool:
+    if not is_plain_linear(module) or "forward" in vars(module):
+        return False
+    weight: Tensor = module.weight  # type: ignore[assignment]
+    whole = type(weight.data) is Tensor and weight.device.type == "cpu" and weight.is_contiguous()  # shards are DTensors
+    return whole and weight.dtype == torch.float32 and weight.shape[1] % 64 == 0
+
+
+def _forward(module: Any, x: Tensor) -> Tensor:
+    weight, bias = module.weight, module.bias
+    if x.dtype != torch.float32 or weight.dtype != torch.float32 or torch.is_autocast_enabled("cpu"):
+        return nn.functional.linear(x, weight, bias)
+    y: Tensor = (linear if torch.compiler.is_compiling() else _Linear.apply)(x, weight, bias)
+    return y
+
+
+def _product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    x_TK = x.reshape(-1, x.shape[-1]).contiguous()
+    return ops.matmul_dense(x_TK, weight, False, Epilogue(bias)).view(*x.shape[:-1], weight.shape[0])
+
+
+def _gradients(
+    dy: Tensor, x: Tensor | None, weight: Tensor | None, wants_dbias: bool
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
+    """dx if there is a `weight`, dW if there is an `x`, and the bias's."""
+    dy_TN = dy.reshape(-1, dy.shape[-1]).contiguous()
+    dx = None if weight is None else ops.matmul_dense(dy_TN, weight, True).view(*dy.shape[:-1], weight.shape[1])
+    dweight = None if x is None else ops.outer(dy_TN, x.reshape(-1, x.shape[-1]).contiguous())
+    return dx, dweight, dy_TN.sum(0) if wants_dbias else None
+
+
+class _Linear(torch.autograd.Function):
+    """x (..., K), W (N, K), bias (N,) -> (..., N)."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, weight if ctx.needs_input_grad[0] else None)
+        ctx.backend = ops.chosen()
+        return _product(x, weight, bias)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        with ops.keeping(ctx.backend):
+            x, weight = ctx.saved_tensors
+            return _gradients(dy, x, weight, ctx.needs_input_grad[2])
+
+
+@torch.library.custom_op("lownibble::linear", mutates_args=())
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """`_Linear` for torch.compile."""
+    return _product(x, weight, bias)
+
+
+@linear.register_fake
+def _(x, weight, bias):  # type: ignore[no-untyped-def]
+    return x.new_empty((*x.shape[:-1], weight.shape[0]))
+
+
+@torch.library.custom_op("lownibble::linear_backward", mutates_args=())
+def linear_backward(dy: Tensor, x: Tensor | None, weight: Tensor | None, wants_dbias: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradients of x, W and bias; those that are not wanted are empty."""
+    dx, dweight, dbias = (dy.new_empty(0) if grad is None else grad for grad in _gradients(dy, x, weight, wants_dbias))
+    return dx, dweight, dbias
+
+
+@linear_backward.register_fake
+def _(dy, x, weight, wants_dbias):  # type: ignore[no-untyped-def]
+    N = dy.shape[-1]
+    return (
+        dy.new_empty(0 if weight is None else (*dy.shape[:-1], weight.shape[1])),
+        dy.new_empty(0 if x is None else (N, x.shape[-1])),
+        dy.new_empty(N if wants_dbias else 0),
+    )
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, weight, _ = inputs
+    ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, weight if ctx.needs_input_grad[0] else None)
+    ctx.backend = ops.chosen()
+
+
+def _differentiate(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+    with ops.keeping(ctx.backend):
+        grads = linear_backward(dy, *ctx.saved_tensors, ctx.needs_input_grad[2])
+    return tuple(grad if wanted else None for grad, wanted in zip(grads, ctx.needs_input_grad, strict=True))
+
+
+linear.register_autograd(_differentiate, setup_context=_save)

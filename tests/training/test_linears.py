@@ -1,0 +1,142 @@
+"""Dense linear layers on Lownibble's kernels. Oracles: torch's own layer in double precision, and runs without the kernels."""
+
+import pytest
+import torch
+from torch import nn
+
+import lownibble as ln
+from lownibble.config import DataConfig, EvalConfig, LoraConfig, RunConfig, TrainConfig
+from lownibble.errors import BackendError
+from lownibble.kernels import cpu
+from lownibble.study.evaluate import evaluate
+from lownibble.training import run
+from lownibble.training.linears import linear, on_own_kernels
+
+try:
+    HAS_MATMUL = bool(cpu.library().has_matmul())
+except BackendError:
+    HAS_MATMUL = False
+needs_kernels = pytest.mark.skipif(not HAS_MATMUL, reason="no compiled kernels, or no AVX-512")
+
+
+def gradients(layer, x, dy):
+    y = layer(x)
+    trained = [tensor for tensor in (x, *layer.parameters()) if tensor.requires_grad]
+    return y, *torch.autograd.grad(y, trained, dy)
+
+
+@needs_kernels
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("shape", [(3, 11), (40,), (0,)])
+def test_outputs_and_gradients_are_torchs(shape, bias, compiled):
+    torch.manual_seed(0)
+    layer = nn.Linear(128, 50, bias=bias)
+    x, dy = torch.randn(*shape, 128, requires_grad=True), torch.randn(*shape, 50)
+    expected = gradients(layer.double(), x.detach().double().requires_grad_(), dy.double())
+    layer.float()
+    run_layer = torch.compile(layer, backend="aot_eager", dynamic=True) if compiled else layer
+    with on_own_kernels(layer):
+        assert "forward" in vars(layer)
+        found = gradients(run_layer, x, dy)
+    assert "forward" not in vars(layer)
+    for ours, exact in zip(found, expected, strict=True):
+        torch.testing.assert_close(ours.double(), exact, rtol=0, atol=1e-5 * max([1.0, *exact.detach().abs().flatten().tolist()]))
+
+
+@needs_kernels
+def test_transposed_inputs_and_expanded_gradients():
+    torch.manual_seed(0)
+    layer, x = nn.Linear(64, 9), torch.randn(64, 7)
+    expected = torch.autograd.grad(layer(x.t()).sum(), list(layer.parameters()))
+    with on_own_kernels(layer):
+        found = torch.autograd.grad(layer(x.t()).sum(), list(layer.parameters()))
+    torch.testing.assert_close(found, expected)
+
+
+@needs_kernels
+def test_only_what_backward_needs_is_saved():
+    def saved(layer, x):
+        kept = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor.shape) or tensor, lambda tensor: tensor):
+            layer(x)
+        return sorted(map(tuple, kept))
+
+    for trained, wanted in ((True, False), (False, True), (True, True)):
+        layer, x = nn.Linear(64, 9).requires_grad_(trained), torch.randn(5, 64, requires_grad=wanted)
+        with on_own_kernels(layer):
+            assert saved(layer, x) == [(5, 64)] * trained + [(9, 64)] * wanted
+
+
+@needs_kernels
+def test_the_operators_keep_torchs_rules():
+    for trained, wanted in ((True, True), (True, False), (False, True)):
+        for bias in (None, torch.randn(9, requires_grad=True)):
+            x, weight = torch.randn(2, 5, 64, requires_grad=wanted), torch.randn(9, 64, requires_grad=trained)
+            torch.library.opcheck(linear, (x, weight, bias))
+
+
+@needs_kernels
+def test_what_does_not_suit_is_left_to_torch():
+    class Router(nn.Linear):
+        def forward(self, x):
+            return super().forward(x).softmax(-1)
+
+    class Shard(torch.Tensor):
+        pass
+
+    sharded = nn.Linear(64, 8)
+    sharded.weight = nn.Parameter(torch.randn(8, 64).as_subclass(Shard))
+    hooked = nn.Linear(64, 8)
+    hooked.forward = lambda x: x
+    layers = {
+        "suits": nn.Linear(64, 8), "odd": nn.Linear(65, 8), "16-bit": nn.Linear(64, 8).bfloat16(), "router": Router(64, 8),
+        "hooked": hooked, "packed": ln.QuantLinear.from_linear(nn.Linear(64, 64), "nf4"),
+        "elsewhere": nn.Linear(64, 8, device="meta"), "sharded": sharded,
+    }  # fmt: skip
+    before = {name: vars(layer).get("forward") for name, layer in layers.items()}
+    with on_own_kernels(nn.ModuleDict(layers)):
+        changed = {name for name, layer in layers.items() if vars(layer).get("forward") is not before[name]}
+        with torch.autocast("cpu", torch.bfloat16):
+            assert layers["suits"](torch.randn(2, 64)).dtype == torch.bfloat16
+    assert changed == {"suits"}
+    with ln.use_backend("reference"), on_own_kernels(layers["suits"]):
+        assert "forward" not in vars(layers["suits"])
+
+
+@needs_kernels
+@pytest.mark.parametrize(("method", "targets"), [("full", "all-linear"), ("lora", ["q_proj"])])
+def test_a_run_is_that_without_them(widen, tiny_data, tmp_path, monkeypatch, method, targets):
+    """Full fine-tuning, and LoRA's layers without an adapter, by the kernels and by torch: as far apart as rounding puts them."""
+    model = widen()
+    calls, steps = [], []
+    product, outer = cpu.matmul_dense, cpu.outer
+    monkeypatch.setattr(cpu, "matmul_dense", lambda *given, **named: calls.append("product") or product(*given, **named))
+    monkeypatch.setattr(cpu, "outer", lambda *given, **named: calls.append("outer") or outer(*given, **named))
+    for backend in ("cpu", "reference"):
+        with ln.use_backend(backend):
+            result = run(RunConfig(
+                model=str(model), method=method,
+                data=DataConfig(path=str(tiny_data), prompt_template="review : {text} :", completion_template=" {label}"),
+                lora=LoraConfig(r=4, target_modules=targets),
+                train=TrainConfig(max_steps=4, batch_size=4, max_length=32, output_dir=str(tmp_path / backend)),
+            ))  # fmt: skip
+        steps.append(torch.tensor(result.losses))
+        if backend == "cpu":
+            assert calls.count("product") > 4 * 2 * 7
+            assert ("outer" in calls) == (method == "full")
+            counted = len(calls)
+    assert len(calls) == counted
+    torch.testing.assert_close(steps[0], steps[1], rtol=1e-4, atol=0)
+
+
+@needs_kernels
+def test_the_caller_gets_torchs_layers_back(widen, tiny_data, monkeypatch):
+    folder = widen()
+    model, tokenizer = ln.load(str(folder), device="cpu")
+    ln.train(model, tokenizer, ln.DataConfig(path=str(tiny_data)), ln.TrainConfig(max_steps=1, max_length=16))
+    calls, product = [], cpu.matmul_dense
+    monkeypatch.setattr(cpu, "matmul_dense", lambda *given, **named: calls.append(given) or product(*given, **named))
+    evaluate(EvalConfig(model=str(folder), task="classification", data=str(tiny_data), train={"max_length": 16}))
+    assert len(calls) >= 7, "an evaluation by itself, too"
+    assert not any("forward" in vars(module) for module in model.modules())
