@@ -230,7 +230,14 @@ def study() -> str:
 
 def train() -> str:
     """The training step next to peers, at fixed work."""
-    return _turns("train-cpu", lambda w: f"{w['batch_size']} x {w['length']} tokens a step, r={w['r']} {w['targets']}")
+    found = _turns("train-cpu", lambda w: f"{w['batch_size']} x {w['length']} tokens a step, r={w['r']} {w['targets']}")
+    earlier = _record("train-intel-cpu")
+    pairs = ("qlora_vs_peft_bnb_qlora", "qlora_int8_vs_peft_bnb_qlora", "lora_vs_peft_lora")
+    ratios = "; ".join(f"{_pair('train-cpu', pair)} {_spread(earlier['ratios'][pair], 2)}" for pair in pairs)
+    return found + (
+        f"\n\nAn earlier version on a processor for which torch's MKL uses AVX-512: {ratios} "
+        f"({_where(earlier)}; `benchmarks/results/train-intel-cpu.json`)."
+    )
 
 
 def train_real() -> str:

@@ -32,6 +32,7 @@ from lownibble.planning.memory import MemoryPlan, plan_memory
 from lownibble.planning.models import find_config
 from lownibble.planning.speed import moved_bytes, step_flops
 from lownibble.quant import QuantLinear
+from lownibble.rehearsal.products import fastest
 from lownibble.training.loop import Trainer
 
 LAYERS, STEPS, SHARE = 4, 3, 0.5
@@ -156,9 +157,8 @@ def _model(config: PlanConfig, method: Method, contents: Mapping[str, Any], devi
 
 def _product(device: torch.device) -> float:
     """FLOP/s of a large matrix product."""
-    a = torch.randn((2048, 2048) if device.type == "cpu" else (8192, 8192), device=device, dtype=pick_dtype("auto", device))
-    out = torch.empty_like(a)
-    return 2.0 * len(a) ** 3 / _least_seconds(lambda: torch.mm(a, a, out=out))
+    product = fastest(device)
+    return product.flops / _least_seconds(product.multiply)
 
 
 def _copy(device: torch.device) -> float:
