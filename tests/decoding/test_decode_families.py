@@ -12,6 +12,7 @@ import lownibble as ln
 from lownibble.decoding import choose
 from lownibble.decoding.modules import ModulesDecoder, PastCache
 from lownibble.errors import ModelError
+from lownibble.kernels import cpu, ops
 from lownibble.models.caches import cache_argument, cache_in
 
 TOGETHER = ("gemma3_text", "gemma2", "phi", "gpt2", "glm", "qwen3", "opt", "gpt_oss", "deepseek_v3", "cohere2", "gemma4")
@@ -54,6 +55,26 @@ def test_adapters_are_mixed_in_a_step(kind):
     held = {name: adapter_of(model, decoder, name) for name in ("one", "two")}
     assert decoded(decoder, rows(), [held.get(name) for name in adapters]) == expected
     assert decoded(decoder, rows(), [None] * 4) == [alone(model, prompt) for prompt in rows()], "nothing is left behind"
+
+
+def test_dense_layers_compute_with_the_kernels(monkeypatch):
+    """For a step, and with a forward function that someone else gave a layer meanwhile left alone."""
+    if ops.active_backend("cpu") != "cpu" or not cpu.library().has_matmul():
+        pytest.skip("no compiled kernels, or no AVX-512")
+    model, calls, product = louder(build("phi", 96)), [], cpu.matmul_dense
+    expected = [alone(model, prompt) for prompt in rows()]
+    monkeypatch.setattr(cpu, "matmul_dense", lambda *given, **named: calls.append(given) or product(*given, **named))
+    with quiet():
+        decoder = choose(model)
+    assert len(calls) > len(list(model.model.layers)), "the trial, too"
+    calls.clear()
+    layer = model.model.layers[0].self_attn.q_proj
+    layer.forward = own = lambda x: torch.nn.functional.linear(x, layer.weight, layer.bias)
+    assert decoded(decoder, rows(), [None] * 4) == expected
+    assert calls
+    assert all(given[1].data_ptr() != layer.weight.data_ptr() for given in calls)
+    assert {name for name, module in model.named_modules() if "forward" in vars(module)} == {"model.layers.0.self_attn.q_proj"}
+    assert layer.forward is own
 
 
 def test_what_decode_runs_is_the_models_own_adapter():

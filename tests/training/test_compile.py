@@ -228,7 +228,7 @@ def test_hooks_on_a_layer_stay(wide_model):
 def test_graphs_of_other_versions_are_not_used(tmp_path, monkeypatch):
     """torch's cache on disk knows an operator by its name; the digest of the code behind it is part of the key."""
     rooms = tmp_path / "lownibble"
-    for room in ("kernels", "quant", "lora", "training"):
+    for room in ("kernels", "quant", "lora", "models"):
         shutil.copytree(Path(ln.__file__).parent / room, rooms / room, ignore=shutil.ignore_patterns("*.so", "native"))
     tags = [compiling._operators.__wrapped__()]
     monkeypatch.setattr(ln, "__file__", str(rooms / "__init__.py"))

@@ -8,9 +8,9 @@ import lownibble as ln
 from lownibble.config import DataConfig, EvalConfig, LoraConfig, RunConfig, TrainConfig
 from lownibble.errors import BackendError
 from lownibble.kernels import cpu
+from lownibble.models.linears import linear, on_own_kernels
 from lownibble.study.evaluate import evaluate
 from lownibble.training import run
-from lownibble.training.linears import linear, on_own_kernels
 
 try:
     HAS_MATMUL = bool(cpu.library().has_matmul())

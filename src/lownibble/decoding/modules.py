@@ -54,6 +54,7 @@ from lownibble.memory.usage import is_exhausted
 from lownibble.models import attention, experts
 from lownibble.models.caches import cache_argument, cache_in
 from lownibble.models.info import body
+from lownibble.models.linears import installed, own_forwards
 from lownibble.quant.experts import Ends, QuantExperts
 from lownibble.transfers import to_device
 
@@ -114,7 +115,7 @@ class ModulesDecoder(Decoder):
         self._takes_wanted = "logits_to_keep" in inspect.signature(model.forward).parameters
         self._past = cache_argument(model)
         weight = model.get_input_embeddings().weight
-        self._device = weight.device
+        self._device, self._linears = weight.device, own_forwards(model) if weight.device.type == "cpu" else []
         head = output_head(model)
         adaptable = {path: module for path, module in named_linears(model).items() if module is not head}
         adaptable |= {
@@ -280,7 +281,8 @@ class ModulesDecoder(Decoder):
         at = wanted.to(self._device)
         # a model may not take none: then of one token, for nothing
         some = {"logits_to_keep": at if len(at) else 1} if self._takes_wanted else {}
-        output = self.model(tokens.unsqueeze(0).to(self._device), **options, **some)
+        with installed(self._linears):
+            output = self.model(tokens.unsqueeze(0).to(self._device), **options, **some)
         logits: Tensor = output.logits[0]
         return (logits[: len(at)] if self._takes_wanted else logits[at]), output
 

@@ -33,9 +33,9 @@ import lownibble
 from lownibble.errors import ConfigError, TrainingError
 from lownibble.lora import count_parameters
 from lownibble.models import attention, experts
+from lownibble.models.forwards import Forward, replaced_forwards
 from lownibble.models.info import decoder_layers, info, pass_device
 from lownibble.planning.memory import PAYS_AFTER_FLOPS
-from lownibble.training.forwards import Forward, replaced_forwards
 
 RECOMPUTED = {"ban_recompute_materialized_backward": False}
 """Options of `torch._functorch.config`: elementwise results that a matmul of backward reads are computed again, not saved."""
@@ -102,7 +102,7 @@ def _operators() -> str:
     """A digest of the custom operators' source. torch caches compiled graphs on disk keyed by operator names: without this, a
     graph compiled with another version of Lownibble could be reused."""
     folder = Path(lownibble.__file__).parent
-    files = sorted(file for room in ("kernels", "quant", "lora", "training") for file in (folder / room).rglob("*.py"))
+    files = sorted(file for room in ("kernels", "quant", "lora", "models") for file in (folder / room).rglob("*.py"))
     return "lownibble-" + hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:16]
 
 

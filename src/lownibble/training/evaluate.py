@@ -20,9 +20,9 @@ from lownibble.data import Choice, Example, cut
 from lownibble.memory.usage import is_exhausted
 from lownibble.models.attention import prefix_attention
 from lownibble.models.head import Head, hidden_states
+from lownibble.models.linears import on_own_kernels
 from lownibble.models.prefixes import tree
 from lownibble.training.distributed import ALONE
-from lownibble.training.linears import on_own_kernels
 from lownibble.training.loss import check_prefixes, token_losses
 from lownibble.training.microbatches import Collate
 from lownibble.training.passes import Passes

@@ -26,6 +26,7 @@ from lownibble.memory import usage
 from lownibble.memory.budget import Fit, Setting
 from lownibble.models.head import check_head
 from lownibble.models.info import info, pass_device
+from lownibble.models.linears import on_own_kernels
 from lownibble.optim import (
     close_states,
     learning_rate,
@@ -48,7 +49,6 @@ from lownibble.training.distributed import ALONE, Ranks
 from lownibble.training.events import Evaluated, Event, Finished, Fitted, Saved, Skipped, Started, Stepped, Warned
 from lownibble.training.fitting import Fitting, MemoryGoneError, recorded_fit
 from lownibble.training.interrupt import RunInterrupted
-from lownibble.training.linears import on_own_kernels
 from lownibble.training.microbatches import MicroBatches, Rows
 from lownibble.training.objectives import Objective
 from lownibble.training.passes import Passes

@@ -32,8 +32,8 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from lownibble.errors import ConfigError, TrainingError
+from lownibble.models.forwards import Forward, replaced_forwards
 from lownibble.models.info import decoder_layers
-from lownibble.training.forwards import Forward, replaced_forwards
 
 REMEDY = "Use --gradient-checkpointing true."
 

@@ -34,11 +34,11 @@ from torch.autograd.function import once_differentiable
 from lownibble.kernels import ops
 from lownibble.lora.activated import activated
 from lownibble.models import attention
+from lownibble.models.forwards import Forward, replaced_forwards
 from lownibble.models.head import for_comparing, hidden_states
 from lownibble.models.info import body, decoder_layers
 from lownibble.models.prefixes import tree
 from lownibble.planning.tiles import tile_lengths
-from lownibble.training.forwards import Forward, replaced_forwards
 
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 3e-3, torch.bfloat16: 2e-2}
 """Maximum relative difference between a module's output for parts of a row and for the row: roundings of products in another

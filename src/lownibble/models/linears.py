@@ -1,4 +1,4 @@
-"""Dense linear layers of a model on Lownibble's kernels, installed for a run on a CPU and removed after it.
+"""Dense linear layers of a model on the CPU kernels of Lownibble, installed for a run, an evaluation or a pass, and then removed.
 
 torch multiplies float32 matrices by MKL, which uses AVX-512 on Intel's processors alone. On an AMD Zen 5, whose AVX-512 units are
 as wide, it reaches less than half of what the kernels of the packed base reach with a dense matrix (docs/adr/0050). Adapted
@@ -12,7 +12,7 @@ function, and on weights that are sharded.
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from functools import partial
 from typing import Any
 
@@ -22,15 +22,25 @@ from torch.autograd.function import once_differentiable
 
 from lownibble.kernels import cpu, ops
 from lownibble.kernels.types import Epilogue
+from lownibble.models.forwards import Forward, replaced_forwards
 from lownibble.quant.linear import is_plain_linear
-from lownibble.training.forwards import replaced_forwards
+
+
+def own_forwards(model: nn.Module) -> list[tuple[nn.Module, Forward]]:
+    """The model's dense linear layers that can compute with Lownibble's kernels, each with the forward function that does."""
+    if ops.active_backend("cpu") != "cpu" or not cpu.library().has_matmul():
+        return []
+    return [(module, partial(_forward, module)) for module in model.modules() if _suits(module)]
+
+
+def installed(forwards: list[tuple[nn.Module, Forward]]) -> AbstractContextManager[None]:
+    """Inside the block the layers run these forward functions, but those that were given another one since."""
+    return replaced_forwards(pair for pair in forwards if "forward" not in vars(pair[0]))
 
 
 def on_own_kernels(model: nn.Module) -> AbstractContextManager[None]:
-    """Inside the block the model's dense linear layers compute with Lownibble's kernels where those are faster than torch's."""
-    if ops.active_backend("cpu") != "cpu" or not cpu.library().has_matmul():
-        return nullcontext()
-    return replaced_forwards((module, partial(_forward, module)) for module in model.modules() if _suits(module))
+    """Inside the block the model's dense linear layers compute with Lownibble's kernels, where those can."""
+    return installed(own_forwards(model))
 
 
 def _suits(module: nn.Module) -> bool:
