@@ -1,16 +1,22 @@
 """Dense linear layers on Lownibble's kernels. Oracles: torch's own layer in double precision, and runs without the kernels."""
 
+from collections import Counter
+
 import pytest
 import torch
 from torch import nn
 
 import lownibble as ln
 from lownibble.config import DataConfig, EvalConfig, LoraConfig, RunConfig, TrainConfig
+from lownibble.data import encode
+from lownibble.data import load as load_data
 from lownibble.errors import BackendError
 from lownibble.kernels import cpu
-from lownibble.models.linears import linear, on_own_kernels
-from lownibble.study.evaluate import evaluate
+from lownibble.models.linears import installed, linear, on_own_kernels, own_forwards
+from lownibble.study import evaluate as evaluation
 from lownibble.training import run
+from lownibble.training.compiling import Compiled, torchs_own_warnings_off
+from lownibble.training.loop import Trainer
 
 try:
     HAS_MATMUL = bool(cpu.library().has_matmul())
@@ -50,7 +56,7 @@ def test_transposed_inputs_and_expanded_gradients():
     layer, x = nn.Linear(64, 9), torch.randn(64, 7)
     expected = torch.autograd.grad(layer(x.t()).sum(), list(layer.parameters()))
     with on_own_kernels(layer):
-        found = torch.autograd.grad(layer(x.t()).sum(), list(layer.parameters()))
+        found = torch.autograd.grad(layer(input=x.t()).sum(), list(layer.parameters()))
     torch.testing.assert_close(found, expected)
 
 
@@ -72,7 +78,7 @@ def test_only_what_backward_needs_is_saved():
 def test_the_operators_keep_torchs_rules():
     for trained, wanted in ((True, True), (True, False), (False, True)):
         for bias in (None, torch.randn(9, requires_grad=True)):
-            x, weight = torch.randn(2, 5, 64, requires_grad=wanted), torch.randn(9, 64, requires_grad=trained)
+            x, weight = torch.randn(5, 64, requires_grad=wanted), torch.randn(9, 64, requires_grad=trained)
             torch.library.opcheck(linear, (x, weight, bias))
 
 
@@ -87,12 +93,19 @@ def test_what_does_not_suit_is_left_to_torch():
 
     sharded = nn.Linear(64, 8)
     sharded.weight = nn.Parameter(torch.randn(8, 64).as_subclass(Shard))
-    hooked = nn.Linear(64, 8)
+
+    class Other(nn.Linear):
+        def forward(self, x, scale=1.0):
+            return scale * super().forward(x)
+
+    empty, hooked = nn.Linear(64, 1, bias=False), nn.Linear(64, 8)
+    empty.weight = nn.Parameter(torch.empty(0, 64))
     hooked.forward = lambda x: x
     layers = {
         "suits": nn.Linear(64, 8), "odd": nn.Linear(65, 8), "16-bit": nn.Linear(64, 8).bfloat16(), "router": Router(64, 8),
         "hooked": hooked, "packed": ln.QuantLinear.from_linear(nn.Linear(64, 64), "nf4"),
         "elsewhere": nn.Linear(64, 8, device="meta"), "sharded": sharded,
+        "empty": empty, "other": Other(64, 8),
     }  # fmt: skip
     before = {name: vars(layer).get("forward") for name, layer in layers.items()}
     with on_own_kernels(nn.ModuleDict(layers)):
@@ -105,38 +118,96 @@ def test_what_does_not_suit_is_left_to_torch():
 
 
 @needs_kernels
+def test_outputs_may_be_changed_in_place():
+    """As OLMo's layers do with `clip_qkv`."""
+    torch.manual_seed(0)
+    layer, x = nn.Linear(64, 9), torch.randn(2, 5, 64)
+
+    def trained():
+        return torch.autograd.grad(layer(x).clamp_(-0.3, 0.3).square().sum(), list(layer.parameters()))
+
+    expected = trained()
+    with on_own_kernels(layer):
+        torch.testing.assert_close(trained(), expected)
+
+
+@needs_kernels
+def test_a_bias_may_lie_apart():
+    layer, x = nn.Linear(64, 9), torch.randn(5, 64)
+    layer.bias = nn.Parameter(torch.randn(9, 2)[:, 0])
+    expected = layer(x)
+    with on_own_kernels(layer):
+        torch.testing.assert_close(layer(x), expected)
+
+
+@needs_kernels
+def test_layers_share_a_graph(widen):
+    """Of all layers of a model, and of the next run's."""
+    model, _ = ln.load(str(widen(num_hidden_layers=4)), device="cpu")
+    model.requires_grad_(True).train()
+    graphs = []
+
+    def count(graph, given):
+        graphs.append(graph)
+        return graph.forward
+
+    torch._dynamo.reset()
+    for _ in range(2):
+        with installed(own_forwards(model)), torchs_own_warnings_off(), Compiled(model, backend=count)():
+            model(torch.tensor([[1, 2, 3, 4]]), use_cache=False).logits.sum().backward()
+    assert len(graphs) == 1
+    assert "lownibble.linear" in str(graphs[0].code)
+
+
+@needs_kernels
 @pytest.mark.parametrize(("method", "targets"), [("full", "all-linear"), ("lora", ["q_proj"])])
 def test_a_run_is_that_without_them(widen, tiny_data, tmp_path, monkeypatch, method, targets):
     """Full fine-tuning, and LoRA's layers without an adapter, by the kernels and by torch: as far apart as rounding puts them."""
-    model = widen()
-    calls, steps = [], []
-    product, outer = cpu.matmul_dense, cpu.outer
-    monkeypatch.setattr(cpu, "matmul_dense", lambda *given, **named: calls.append("product") or product(*given, **named))
-    monkeypatch.setattr(cpu, "outer", lambda *given, **named: calls.append("outer") or outer(*given, **named))
+    model, steps, losses = widen(num_hidden_layers=2), 4, []
+    gradients_of, product, outer = Counter(), cpu.matmul_dense, cpu.outer
+
+    def multiply(x, weight, transposed, *given, **named):
+        gradients_of["x"] += transposed
+        return product(x, weight, transposed, *given, **named)
+
+    monkeypatch.setattr(cpu, "matmul_dense", multiply)
+    monkeypatch.setattr(cpu, "outer", lambda *given, **named: gradients_of.update(["weight"]) or outer(*given, **named))
     for backend in ("cpu", "reference"):
         with ln.use_backend(backend):
             result = run(RunConfig(
                 model=str(model), method=method,
                 data=DataConfig(path=str(tiny_data), prompt_template="review : {text} :", completion_template=" {label}"),
                 lora=LoraConfig(r=4, target_modules=targets),
-                train=TrainConfig(max_steps=4, batch_size=4, max_length=32, output_dir=str(tmp_path / backend)),
+                train=TrainConfig(max_steps=steps, batch_size=4, max_length=32, output_dir=str(tmp_path / backend)),
             ))  # fmt: skip
-        steps.append(torch.tensor(result.losses))
-        if backend == "cpu":
-            assert calls.count("product") > 4 * 2 * 7
-            assert ("outer" in calls) == (method == "full")
-            counted = len(calls)
-    assert len(calls) == counted
-    torch.testing.assert_close(steps[0], steps[1], rtol=1e-4, atol=0)
+        losses.append(torch.tensor(result.losses))
+        if backend == "cpu":  # seven layers, of which the first decoder layer's q, k, v need no gradient of x under adapters
+            assert gradients_of["x"] >= steps * (2 * 7 if method == "full" else 7 + 3)
+            assert gradients_of["weight"] >= steps * 2 * 7 * (method == "full")
+            counted = gradients_of.copy()
+    assert gradients_of == counted
+    torch.testing.assert_close(losses[0], losses[1], rtol=1e-4, atol=0)
 
 
 @needs_kernels
-def test_the_caller_gets_torchs_layers_back(widen, tiny_data, monkeypatch):
-    folder = widen()
+@pytest.mark.parametrize("how", ["run", "steps", "evaluation"])
+def test_they_are_there_for_passes_only(widen, tiny_data, monkeypatch, how):
+    """Of a run, of steps that are taken one by one (as measurements in turns take them), and of an evaluation."""
+    folder, calls, product = widen(), [], cpu.matmul_dense
     model, tokenizer = ln.load(str(folder), device="cpu")
-    ln.train(model, tokenizer, ln.DataConfig(path=str(tiny_data)), ln.TrainConfig(max_steps=1, max_length=16))
-    calls, product = [], cpu.matmul_dense
-    monkeypatch.setattr(cpu, "matmul_dense", lambda *given, **named: calls.append(given) or product(*given, **named))
-    evaluate(EvalConfig(model=str(folder), task="classification", data=str(tiny_data), train={"max_length": 16}))
-    assert len(calls) >= 7, "an evaluation by itself, too"
+    monkeypatch.setattr(cpu, "matmul_dense", lambda x, weight, *given, **named: (
+        calls.append(len(weight)) or product(x, weight, *given, **named)
+    ))  # fmt: skip
+    data, options = ln.DataConfig(path=str(tiny_data)), ln.TrainConfig(max_steps=1, max_length=16)
+    if how == "run":
+        ln.train(model, tokenizer, data, options)
+    elif how == "steps":
+        trainer = Trainer(model, tokenizer, encode(load_data(data)[0], tokenizer, data, 16).examples, [], options)
+        trainer.set_up()
+        calls.clear()
+        trainer.step(0, next(iter(trainer.micro.steps(0))))
+    else:
+        monkeypatch.setattr(evaluation, "load_model", lambda *_, **__: (model.eval(), tokenizer))
+        evaluation.evaluate(EvalConfig(model=str(folder), task="classification", data=str(tiny_data), train={"max_length": 16}))
+    assert calls.count(128) >= 2, "gate and up of an MLP"
     assert not any("forward" in vars(module) for module in model.modules())

@@ -321,7 +321,7 @@ def matmul_dense(
 
 def outer(a_TP: Tensor, b_TQ: Tensor, out: Tensor | None = None, adds: bool = False) -> Tensor:
     """`a.T @ b` (P, Q), into `out` if given, or `adds` to what `out` holds; all of one dtype, and contiguous."""
-    return _for(a_TP).outer(a_TP, b_TQ, out, adds)
+    return _for(a_TP).outer(a_TP, b_TQ, out, adds and out is not None)
 
 
 def row_scales(weight: FourBit, code_type: torch.dtype = torch.int8) -> Tensor:

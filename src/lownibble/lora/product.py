@@ -88,7 +88,7 @@ def with_low(
     rows: Rows8bit | None,
 ) -> Tensor:  # fmt: skip
     """x (T, K) -> y (T, N), with `low` for x A^T (T, r)."""
-    epilogue = Epilogue(None if bias is None else bias.to(x.dtype), low, lora_B.t(), scale)
+    epilogue = Epilogue(None if bias is None else bias.to(x.dtype).contiguous(), low, lora_B.t(), scale)
     if isinstance(weight, Tensor):
         return ops.matmul_dense(x, weight.to(x.dtype), False, epilogue)
     if rows is None:

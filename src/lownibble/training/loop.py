@@ -26,7 +26,6 @@ from lownibble.memory import usage
 from lownibble.memory.budget import Fit, Setting
 from lownibble.models.head import check_head
 from lownibble.models.info import info, pass_device
-from lownibble.models.linears import on_own_kernels
 from lownibble.optim import (
     close_states,
     learning_rate,
@@ -190,7 +189,7 @@ class Trainer:
         devices = [self.device] if self.device.type == "cuda" else []
         try:
             # dropout draws from torch's global generators, whose state is restored for the caller
-            with usage.oom_becomes_error(self._out_of_memory), torch.random.fork_rng(devices), on_own_kernels(self.model):
+            with usage.oom_becomes_error(self._out_of_memory), torch.random.fork_rng(devices):
                 yield from self._events()
         finally:
             close_states(self.optimizer)

@@ -60,7 +60,7 @@ class _LabelLoss(torch.autograd.Function):
         wants_hidden = ctx.needs_input_grad[0]
         wants_any = wants_hidden or n_parameters > 0
         dhidden = torch.empty_like(hidden_LH) if wants_hidden else None
-        dparameters = [torch.zeros_like(p) for p in parameters]
+        dparameters = [torch.zeros_like(p, memory_format=torch.contiguous_format) for p in parameters]
         total = torch.zeros((), dtype=torch.float32, device=hidden_LH.device)
         plain = head.plain
         if plain is not None and plain.weight.dtype == hidden_LH.dtype:

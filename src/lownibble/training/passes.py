@@ -28,7 +28,9 @@ from lownibble.models.attention import (
     refusal,
     segment_attention,
 )
+from lownibble.models.forwards import Forward
 from lownibble.models.info import checkpointing_call, info
+from lownibble.models.linears import installed, own_forwards
 from lownibble.planning.tiles import is_long, tile_lengths
 from lownibble.training import compiling
 from lownibble.training.graphs import Graphs, decided, draws_random
@@ -73,6 +75,7 @@ class Passes:
         self.saved_activation_bytes = 0
         self._attention = segment_attention if micro.pack_to else nullcontext
         self._layers: compiling.Compiled | None = None
+        self._linears: list[tuple[torch.nn.Module, Forward]] | None = None
         self._kinds: set[Kind] = set()
         self._checkpointing: Checkpointing = False
         self._offloaded: Offloaded | None = None
@@ -291,6 +294,14 @@ class Passes:
         return True
 
     @contextmanager
+    def _kernels(self) -> Iterator[None]:
+        """Attention, and dense linear layers, by Lownibble's kernels where they can."""
+        if self._linears is None:
+            self._linears = own_forwards(self.model)
+        with self._attention(self.model), installed(self._linears):
+            yield
+
+    @contextmanager
     def _in_place(self, batch: Batch) -> Iterator[None]:
         """Compiled layers, or tiles for a long batch, and offloaded checkpoints."""
         with ExitStack() as stack:
@@ -328,7 +339,7 @@ class Passes:
     def loss(self, batch: Batch, n_total: int) -> torch.Tensor:
         """Sum of the batch's losses divided by `n_total`, without compiled layers; in tiles where `backward` was."""
         tiles = self.tiled() if self.tiled and self._runs_in_tiles(batch) else nullcontext()
-        with rest_gathered(self.model, self.micro.ranks), self._attention(self.model), tiles:
+        with rest_gathered(self.model, self.micro.ranks), self._kernels(), tiles:
             return self._loss(batch, n_total)
 
     def _loss(self, batch: Batch, n_total: int | torch.Tensor) -> torch.Tensor:
@@ -341,7 +352,7 @@ class Passes:
         was_training = self.model.training
         self.model.eval()
         try:
-            with torch.no_grad(), self._attention(self.model), self._precision():
+            with torch.no_grad(), self._kernels(), self._precision():
                 yield
         finally:
             self.model.train(was_training)
@@ -362,7 +373,7 @@ class Passes:
     def _run(self, batch: Batch, n_total: int | torch.Tensor, measured: bool = False) -> torch.Tensor:
         watch = usage.SavedActivations()
         self.model.train()
-        with rest_gathered(self.model, self.micro.ranks), self._attention(self.model), self._in_place(batch), self._rounding():
+        with rest_gathered(self.model, self.micro.ranks), self._kernels(), self._in_place(batch), self._rounding():
             with watch.watch(self.model) if measured else nullcontext():
                 loss = self._loss(batch, n_total)
             if measured:
