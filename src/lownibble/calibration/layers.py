@@ -29,6 +29,7 @@ from torch import Tensor, nn
 from lownibble.calibration.moments import Moments
 from lownibble.calibration.rows import positions
 from lownibble.errors import ModelError
+from lownibble.models.forwards import replaced_forwards
 from lownibble.models.head import Head, for_comparing, hidden_states
 from lownibble.models.info import decoder_layers, pass_device
 
@@ -74,7 +75,7 @@ def walk(model: Any, rows_BT: Tensor, paths: list[str], visit: Visit, around: Ar
         for path, layer in layers.items():
             own = [each for each in paths if each.startswith(f"{path}.")]
             work = _Layer(model, layer, own, visit, len(rows_BT), partial(around, path))
-            stack.enter_context(_instead(layer, work))
+            stack.enter_context(replaced_forwards([(layer, work)]))
         if layers:
             hidden_states(model, rows_BT, None)
     if rest:
@@ -159,18 +160,6 @@ def _put(part: Any, whole: Any, first: int) -> int:
             whole[first : first + len(part)] = part
         return len(part)
     return max((_put(*each, first) for each in zip(part, whole, strict=True)), default=0) if isinstance(part, tuple) else 0
-
-
-@contextmanager
-def _instead(layer: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
-    before = vars(layer).get("forward")
-    layer.forward = forward
-    try:
-        yield
-    finally:
-        del layer.forward
-        if before is not None:
-            layer.forward = before
 
 
 class _Sum:
