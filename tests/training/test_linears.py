@@ -75,6 +75,7 @@ def test_only_what_backward_needs_is_saved():
 
 
 @needs_kernels
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
 def test_the_operators_keep_torchs_rules():
     for trained, wanted in ((True, True), (True, False), (False, True)):
         for bias in (None, torch.randn(9, requires_grad=True)):
