@@ -121,6 +121,15 @@ def test_what_is_trained(tiny, batch, trained, tied):
         compare(TRAINED[trained](tiny(tie_word_embeddings=tied)), batch)
 
 
+def test_a_head_that_lies_transposed(tiny, batch):
+    """Its gradient is summed up in one that does not."""
+    model = full(tiny(hidden_size=64))
+    head = model.get_output_embeddings()
+    head.weight = nn.Parameter(head.weight.detach().t().contiguous().t())
+    assert not head.weight.is_contiguous()
+    compare(model, batch)
+
+
 @pytest.mark.parametrize("trained", ["everything", "lora", "lora on the head", "head copied"])
 @pytest.mark.parametrize("name", ["llama", "llama tied", "gemma2"])
 def test_bfloat16(tiny, batch, name, trained):
