@@ -93,11 +93,6 @@ def matmul_dense(
     return out.addmm_(x_TC, factor_CM)
 
 
-def outer(a_TP: Tensor, b_TQ: Tensor, out: Tensor | None = None, adds: bool = False) -> Tensor:
-    """As `ops.outer`, by torch."""
-    return out.addmm_(a_TP.t(), b_TQ) if adds and out is not None else torch.mm(a_TP.t(), b_TQ, out=out)
-
-
 def add_low_rank(out: Tensor, epilogue: Epilogue) -> Tensor:
     """Add the low-rank terms of `epilogue`, if it has any, to `out` in place."""
     if epilogue.low is not None and epilogue.factor is not None:

@@ -69,7 +69,12 @@ def low_rank_backward(dy_TN: Tensor, x_TK: Tensor, low_Tr: Tensor, lora_B: Tenso
     return dlow_Tr, (dlow_Tr.t() @ x_TK).to(dtype), dB
 
 
-def outer(a_TP: Tensor, b_TQ: Tensor) -> Tensor:
+def outer(a_TP: Tensor, b_TQ: Tensor, out: Tensor | None = None, adds: bool = False) -> Tensor:
+    """As `ops.outer`."""
+    return out.addmm_(a_TP.t(), b_TQ) if adds and out is not None else torch.mm(a_TP.t(), b_TQ, out=out)
+
+
+def outer_float32(a_TP: Tensor, b_TQ: Tensor) -> Tensor:
     """a^T b (P, Q) in float32; on CUDA it is not rounded to 16 bits before."""
     if a_TP.is_cuda and a_TP.dtype != torch.float32:
         return torch.mm(a_TP.t(), b_TQ, out_dtype=torch.float32)

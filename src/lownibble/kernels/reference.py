@@ -18,12 +18,12 @@ from lownibble.kernels import adamw, decoded, decoder, plain
 from lownibble.kernels.attention import attention as attention
 from lownibble.kernels.attention import attention_backward as attention_backward
 from lownibble.kernels.decoded import matmul_dense as matmul_dense
-from lownibble.kernels.decoded import outer as outer
 from lownibble.kernels.decoder import Context, DecoderLayers, Segment, Step
 from lownibble.kernels.plain import cross_entropy as cross_entropy
 from lownibble.kernels.plain import gemv_bf16 as gemv_bf16
 from lownibble.kernels.plain import low_rank as low_rank
 from lownibble.kernels.plain import low_rank_backward as low_rank_backward
+from lownibble.kernels.plain import outer as outer
 from lownibble.kernels.plain import outer_experts as outer_experts
 from lownibble.kernels.rows import add_low_rank_rows as add_low_rank_rows
 from lownibble.kernels.rows import attend_slots as attend_slots

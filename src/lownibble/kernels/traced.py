@@ -99,7 +99,7 @@ class Traced:
         """As `ops.outer`."""
         if self._fused and a_TP.dtype == torch.float32:
             return a_TP.new_empty(a_TP.shape[1], b_TQ.shape[1]) if out is None else out
-        return decoded.outer(a_TP, b_TQ, out, adds)
+        return plain.outer(a_TP, b_TQ, out, adds)
 
     def matmul_experts(self, x_SC: Tensor, weights: Stack, ends_E: Tensor, transposed: bool, epilogue: Epilogue) -> Tensor:
         """As `ops.matmul_experts`."""

@@ -36,11 +36,11 @@ from lownibble.kernels.checks import (
     check_weight_8bit,
 )
 from lownibble.kernels.decoded import matmul_dense as matmul_dense
-from lownibble.kernels.decoded import outer as outer
 from lownibble.kernels.decoder import Context, DecoderLayers, Segment, Step
 from lownibble.kernels.plain import gemv_bf16 as gemv_bf16
 from lownibble.kernels.plain import low_rank as low_rank
 from lownibble.kernels.plain import low_rank_backward as low_rank_backward
+from lownibble.kernels.plain import outer as outer
 from lownibble.kernels.rows import Attending, RowAdapters
 from lownibble.kernels.triton_adamw import adamw_8bit as adamw_8bit
 from lownibble.kernels.triton_experts import matmul_experts as matmul_experts

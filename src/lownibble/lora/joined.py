@@ -49,7 +49,7 @@ def low_ranks_backward(x: Tensor, dlows: list[Tensor], factors: list[Tensor], wa
     """The gradients of `low_ranks`: dx like x, or nothing, and of the factors one below the other, float32."""
     x_TK, dlow_TR = x.reshape(-1, x.shape[-1]).contiguous(), torch.cat(dlows, 1)
     dx = (dlow_TR @ _together(factors, x.dtype)).view(x.shape) if wants_dx else x.new_empty(0)
-    return dx, plain.outer(dlow_TR, x_TK)
+    return dx, plain.outer_float32(dlow_TR, x_TK)
 
 
 @low_ranks_backward.register_fake
@@ -82,7 +82,7 @@ def lora_product_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """dy (..., N) -> the base's part of dx (..., columns), or nothing; the gradient of x A^T (T, r); dB in float32."""
     dy_TN = dy.reshape(-1, dy.shape[-1]).contiguous()
-    dlow, dB = ops.low_rank(dy_TN, lora_B, scale), plain.outer(low, dy_TN).mul_(scale).t().contiguous()
+    dlow, dB = ops.low_rank(dy_TN, lora_B, scale), plain.outer_float32(low, dy_TN).mul_(scale).t().contiguous()
     if not wants_dx:
         return dy.new_empty(0), dlow, dB
     dx = input_gradient(dy_TN, frozen_weight(weight, spec), NO_EPILOGUE, code_type)

@@ -107,8 +107,8 @@ def backward(
     if active is None:
         dlow, dA, dB = ops.low_rank_backward(dy, read, low, lora_B, scale)
     else:  # `low` is zero in the other rows, so they add nothing to dB
-        dlow, dB = ops.low_rank(dy, lora_B, scale).mul_(active), plain.outer(low, dy).mul_(scale).t().contiguous()
-        dA = plain.outer(dlow, read)
+        dlow, dB = ops.low_rank(dy, lora_B, scale).mul_(active), plain.outer_float32(low, dy).mul_(scale).t().contiguous()
+        dA = plain.outer_float32(dlow, read)
     if not wants_dx:
         return None, dA, dB
     dx = input_gradient(dy, weight, Epilogue(low=dlow, factor=lora_A) if mask is None else NO_EPILOGUE, code_type)

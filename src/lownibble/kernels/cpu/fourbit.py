@@ -155,7 +155,7 @@ def outer(a_TP: Tensor, b_TQ: Tensor, out: Tensor | None = None, adds: bool = Fa
     (T, P), Q = a_TP.shape, b_TQ.shape[1]
     suits = a_TP.dtype == torch.float32 and Q % 64 == 0 and T * P * Q > 0
     if not suits or not library().has_matmul():
-        return decoded.outer(a_TP, b_TQ, out, adds)
+        return plain.outer(a_TP, b_TQ, out, adds)
     out = torch.empty((P, Q), dtype=torch.float32) if out is None else out
     failed = library().outer(
         address(a_TP, "a_TP", torch.float32, T * P), address(b_TQ, "b_TQ", torch.float32, T * Q), T, P, Q, int(adds),

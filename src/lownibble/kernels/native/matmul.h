@@ -1,4 +1,4 @@
-// Exact (float32) products with the frozen packed base, and with a dense head: the interface that dispatch.cpp calls and each
+// Exact (float32) products with the frozen packed base, and with dense matrices: the interface that dispatch.cpp calls and each
 // instruction set implements.
 //
 // Method. Panels of 48 output columns of the weight are decoded into a buffer that stays in the second-level cache, up to 640
