@@ -162,7 +162,7 @@ def test_a_token_counts_the_experts_that_it_passes_through():
     def flops(**changes):
         shape = read_shape(config_of("qwen3_moe", **changes))
         train = TrainConfig(batch_size=1, max_length=256)
-        return flops_per_token(shape, "lora", plan_of(shape, "lora", LoraConfig(r=8)), train)
+        return flops_per_token(shape, "lora", plan_of(shape, "lora", LoraConfig(r=8)).adapters_per_token, train)
 
     one, two, three = (flops(num_experts_per_tok=k) for k in (1, 2, 3))
     assert two - one == three - two > 0

@@ -9,7 +9,7 @@ from test_study_report import made
 
 from lownibble.errors import ConfigError
 from lownibble.measuring import mixed
-from lownibble.study import power
+from lownibble.study import durations, power
 from lownibble.study.runner import run_study
 
 STUDY = """
@@ -79,10 +79,16 @@ def test_a_plan_says_cells_hours_and_power_from_a_pilot(planned, tmp_path):
     assert (own["left"], own["hours"]) == (0, 0)
 
 
-def test_a_plan_without_records_says_what_it_assumes(planned, tmp_path):
+def test_a_plan_without_records_says_what_it_assumes(planned, tmp_path, monkeypatch):
     plan = power.plan_study(planned("hours = 1"), tmp_path / "out")
-    assert (plan["hours"], plan["tasks"][0]["source"]) == (None, "assumed")
+    assert (plan["hours_estimated"], plan["seeds_in_time"], plan["tasks"][0]["source"]) == (True, 3, "assumed")
+    assert plan["hours"] == pytest.approx(6 * durations.START_S / 3600, rel=0.05)  # the model is tiny
     assert mixed.Variances(**plan["tasks"][0]["variances"]) == power.ASSUMED
+    assert not any("Nothing is known" in text for text in plan["told"])
+    assert power.plan_study(planned("hours = 0.01"), tmp_path / "out")["seeds_in_time"] == 2
+    monkeypatch.setattr(durations, "is_known", lambda contents: False)  # a family that the planner has not written down
+    plan = power.plan_study(planned("hours = 1"), tmp_path / "out")
+    assert (plan["hours"], plan["hours_estimated"]) == (None, False)
     assert any("Nothing is known of how long" in text for text in plan["told"])
 
 

@@ -37,7 +37,7 @@ def config(tiny_model, tiny_data):
 @pytest.fixture
 def cache(tmp_path, monkeypatch):
     """Where calibrations are kept; what they measure first takes 16 times as long otherwise."""
-    monkeypatch.setattr("lownibble.rehearsal.calibrate.REPEATS", 1)
+    monkeypatch.setattr("lownibble.rehearsal.products.REPEATS", 1)
     monkeypatch.setattr("lownibble.rehearsal.calibrate.COPY_BYTES", 2**20)
     monkeypatch.setenv("LOWNIBBLE_CACHE", str(tmp_path / "cache"))
     return tmp_path / "cache"

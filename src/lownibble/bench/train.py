@@ -157,7 +157,7 @@ def _flops_per_token(folder: str, batch_size: int, length: int) -> float:
     """FLOPs of a step's matrix products per token, the same for all contenders, by the planner's formula."""
     shape, train = find_shape(folder), TrainConfig(batch_size=batch_size, max_length=length)
     plan = plan_memory(shape, device_of(pick_device()), "lora", quant=QuantConfig(), lora=LoraConfig(r=16), train=train)
-    return flops_per_token(shape, "lora", plan, train)
+    return flops_per_token(shape, "lora", plan.adapters_per_token, train)
 
 
 def _real_rows(

@@ -171,7 +171,7 @@ def _time(claim: Mapping[str, Any]) -> tuple[str, list[str]]:
     seconds, found = float(claim["step_s"]), []
     for way, train, lora in ((one, *each) for one in _ways(claim, method) for each in _usual(claim, one)):
         memory = _plan(claim, method, way, train, lora)
-        flops = train.batch_size * train.max_length * flops_per_token(shape, method, memory, train)
+        flops = train.batch_size * train.max_length * flops_per_token(shape, method, memory.adapters_per_token, train)
         found.append((flops / seconds / device.flops, memory.device.low / device.memory_bytes, train))
     share, _, train = min(found, key=lambda each: each[0])
     most = max(each[0] for each in found)

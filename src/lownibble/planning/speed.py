@@ -110,23 +110,33 @@ def forwards_without_gradients(train: TrainConfig) -> float:
 
 def step_flops(shape: ModelShape, method: Method, memory: MemoryPlan, train: TrainConfig) -> float:
     """FLOPs of a step."""
-    return _tokens(train) * flops_per_token(shape, method, memory, train)
+    return _tokens(train) * flops_per_token(shape, method, memory.adapters_per_token, train)
 
 
-def flops_per_token(shape: ModelShape, method: Method, memory: MemoryPlan, train: TrainConfig) -> float:
+def flops_per_token(shape: ModelShape, method: Method, adapters: int, train: TrainConfig) -> float:
     """FLOPs of a step per token: per weight 2 in forward, 2 for the input gradient, and 2 for its own gradient if trained;
     attention over half the row (all of it if bidirectional); a second forward pass with checkpointing. An encoder-decoder model
     is assumed to read and write rows of `max_length`. Objectives over preferences have passes without gradients besides.
-    Of a mixture count the experts that a token passes through."""
-    layers = 2 * (shape.linear_parameters + shape.active_expert_parameters)
-    halves = shape.layers + 3 * shape.decoder_layers + (shape.layers if shape.decoder_layers else 0)
-    attention = 2 * halves * shape.heads * shape.head_dim * train.max_length
-    head = 2 * shape.vocab * shape.hidden
-    adapters = 2 * memory.adapters_per_token
-    forward = layers + attention + adapters
-    backward = layers * (2 if method == "full" else 1) + 2.5 * attention + 2 * adapters
+    Of a mixture count the experts that a token passes through, and so of the parameters in `adapters`."""
+    layers, attention, low_rank, head = _forward_flops(shape, adapters, train.max_length)
+    forward = layers + attention + low_rank
+    backward = layers * (2 if method == "full" else 1) + 2.5 * attention + 2 * low_rank
     more = forwards_without_gradients(train) * (forward + head)
     return forward * (2 if train.gradient_checkpointing else 1) + backward + head * (3 if method == "full" else 2) + more
+
+
+def forward_flops_per_token(shape: ModelShape, adapters: int, length: int) -> float:
+    """FLOPs per token of a forward pass over rows of so many tokens."""
+    return sum(_forward_flops(shape, adapters, length))
+
+
+def _forward_flops(shape: ModelShape, adapters: int, length: int) -> tuple[int, int, int, int]:
+    """Of the layers' weights, attention, adapters and the head."""
+    halves = shape.layers + 3 * shape.decoder_layers + (shape.layers if shape.decoder_layers else 0)
+    return (
+        2 * (shape.linear_parameters + shape.active_expert_parameters), 2 * halves * shape.heads * shape.head_dim * length,
+        2 * adapters, 2 * shape.vocab * shape.hidden,
+    )  # fmt: skip
 
 
 HOST_BANDWIDTH = 20e9

@@ -8,8 +8,7 @@ bytes: the inverse of `planning/speed.py`. It is stored for later plans (`planni
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -32,14 +31,14 @@ from lownibble.planning.memory import MemoryPlan, plan_memory
 from lownibble.planning.models import find_config
 from lownibble.planning.speed import moved_bytes, step_flops
 from lownibble.quant import QuantLinear
-from lownibble.rehearsal.products import fastest
+from lownibble.rehearsal.products import flops_per_s, least_seconds
 from lownibble.training.loop import Trainer
 
 LAYERS, STEPS, SHARE = 4, 3, 0.5
 """Maximum number of layers; timed steps, after one warm-up step; share of the device's memory that they may use."""
 
-REPEATS, COPY_BYTES = 7, 2**28
-"""Timed repeats of the matrix product and of the copy; bytes of the tensor copied."""
+COPY_BYTES = 2**28
+"""Bytes of the tensor that is copied."""
 
 MARGIN = 0.2
 """Relative widening of the measured interval on both sides, for more layers, other lengths and batches, and other times."""
@@ -57,7 +56,7 @@ def calibrate(config: PlanConfig) -> dict[str, Any]:
     name = "cpu" if torch_device.type == "cpu" else hardware.known_as(device.name)
     in_table = name == "cpu" or name in hardware.names()
     known = calibration.calibrated(hardware.device(name) if in_table else device)
-    flops, bandwidth = known.flops or _product(torch_device), known.bandwidth or _copy(torch_device)
+    flops, bandwidth = known.flops or flops_per_s(torch_device), known.bandwidth or _copy(torch_device)
     if not in_table:  # such a GPU is named by its figures
         name = f"memory={device.memory_bytes / 2**30:.1f},bandwidth={bandwidth / 1e9:.0f},tflops={flops / 1e12:.0f}"
     if config.gpu not in ("all", name):
@@ -155,24 +154,8 @@ def _model(config: PlanConfig, method: Method, contents: Mapping[str, Any], devi
     return model
 
 
-def _product(device: torch.device) -> float:
-    """FLOP/s of a large matrix product."""
-    product = fastest(device)
-    return product.flops / _least_seconds(product.multiply)
-
-
 def _copy(device: torch.device) -> float:
     """Bytes/s of a large copy, reads plus writes."""
     a = torch.ones(COPY_BYTES // 4, device=device)
     out = torch.empty_like(a)
-    return 2.0 * a.nbytes / _least_seconds(lambda: out.copy_(a))
-
-
-def _least_seconds(do: Callable[[], torch.Tensor]) -> float:
-    """Minimum time of `REPEATS` calls, after one warm-up call."""
-    seconds = []
-    for _ in range(REPEATS + 1):
-        began = time.perf_counter()
-        do().view(-1)[0].item()  # synchronises with the GPU
-        seconds.append(time.perf_counter() - began)
-    return min(seconds[1:])
+    return 2.0 * a.nbytes / least_seconds(lambda: out.copy_(a))

@@ -14,7 +14,8 @@ import torch
 
 from lownibble.models import pick_dtype
 
-SIZE, SIZE_CUDA, TRIES = 2048, 8192, 3
+SIZE, SIZE_CUDA, TRIES, REPEATS = 2048, 8192, 3, 7
+"""Rows of the matrices; timed products by each library, before one is chosen, and of the chosen one."""
 
 
 class Product(NamedTuple):
@@ -41,6 +42,22 @@ def fastest(device: torch.device, size: int | None = None) -> Product:
     """The product by the library that is fastest on `device`, tried if there are several."""
     found = products(device, size)
     return found[0] if len(found) == 1 else min(found, key=lambda each: min(_seconds(each.multiply) for _ in range(TRIES)))
+
+
+def flops_per_s(device: torch.device, size: int | None = None) -> float:
+    """FLOP/s of the fastest product."""
+    product = fastest(device, size)
+    return product.flops / least_seconds(product.multiply)
+
+
+def least_seconds(do: Callable[[], torch.Tensor]) -> float:
+    """Minimum time of `REPEATS` calls, after one warm-up call."""
+
+    def synchronised() -> None:
+        do().view(-1)[0].item()
+
+    synchronised()
+    return min(_seconds(synchronised) for _ in range(REPEATS))
 
 
 def _seconds(do: Callable[[], Any]) -> float:

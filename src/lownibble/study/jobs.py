@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 import tempfile
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -38,6 +39,7 @@ def _run(job: dict[str, Any]) -> dict[str, Any]:
     ranks = job.get("ranks", 1)
     with tempfile.TemporaryDirectory(prefix="cell-") as folder:
         log, paths = Path(folder) / "log", [Path(folder) / f"record-{rank}.json" for rank in range(ranks)]
+        began = time.monotonic()
         with log.open("w") as messages:
             codes = run_module(
                 "lownibble.study.cell", ranks=ranks, devices=job.get("devices"), output=messages,
@@ -45,6 +47,8 @@ def _run(job: dict[str, Any]) -> dict[str, Any]:
             )  # fmt: skip
         left: dict[int, dict[str, Any]] = {r: json.loads(path.read_text()) for r, path in enumerate(paths) if path.exists()}
         found = left.get(0, {"status": "failed"})
+        if "measured" in found:
+            found["measured"]["seconds"] = time.monotonic() - began  # the process's start and end, too
         if found["status"] != "ok":
             errors = {rank: record["error"] for rank, record in left.items() if record["status"] != "ok"}
             found = {**found, "error": why_failed(codes, errors, ranks)}

@@ -7,6 +7,8 @@ its [decide] names; of the same comparisons if these have any, else of the task,
 are none, `ASSUMED` stands in, and the plan says so. Variances from few seeds are uncertain, and so is the power.
 
 `detectable` is a difference that would be shown in 80% of studies with it.
+
+Hours are those of records, too, and where there are none by operations (`durations.py`).
 """
 
 from __future__ import annotations
@@ -34,6 +36,7 @@ from lownibble.study.decide import (
     planned_pairs,
     tails,
 )  # fmt: skip
+from lownibble.study.durations import Durations, Kind, kind_of
 from lownibble.study.records import read_record
 from lownibble.study.spec import Cell, StudySpec, cells, read_study, tuning_cells
 from lownibble.study.tasks import KINDS
@@ -86,9 +89,12 @@ def plan_study(path: str | Path, output: str | Path, jobs: int = 1) -> dict[str,
     if spec.decide.pilot is not None:
         folders.append(Path(spec.decide.pilot))
     known = [_Earlier(folder) for folder in folders]
-    seconds = [each for earlier in known for each in earlier.seconds]
+    all_cells = [*tuning_cells(spec), *cells(spec)]
+    durations = Durations(all_cells)
+    for kind, seconds in (each for earlier in known for each in earlier.seconds):
+        durations.learn(kind, seconds)
     finished = known[0].places if folders and folders[0] == Path(output) else set()
-    left = [(cell, _seconds(cell, seconds)) for cell in (*tuning_cells(spec), *cells(spec)) if _place(cell) not in finished]
+    left = [(cell, durations.seconds(kind_of(cell))) for cell in all_cells if _place(cell) not in finished]
     fitting = _fitting(spec, left, jobs)
     pairs = planned_pairs(spec.decide.model_dump(), list(spec.methods))
     n = len(pairs) * len(spec.tasks) * len(spec.models)
@@ -100,9 +106,10 @@ def plan_study(path: str | Path, output: str | Path, jobs: int = 1) -> dict[str,
         **record.new("study-plan"),
         "status": "ok",
         "name": spec.name,
-        "cells": len([*tuning_cells(spec), *cells(spec)]),
+        "cells": len(all_cells),
         "left": len(left),
         "hours": hours,
+        "hours_estimated": any(durations.is_estimated(kind_of(cell)) for cell, _ in left),
         "hours_given": spec.decide.hours,
         "seeds": len(spec.seeds),
         "seeds_in_time": fitting,
@@ -119,7 +126,7 @@ class _Earlier:
     """What the records in a study's folder say.
 
     Attributes:
-        seconds: (task, method, whether of the learning rate search, seconds) of each. places: its cells with a record.
+        seconds: kind and seconds of each. places: its cells with a record.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -130,7 +137,9 @@ class _Earlier:
         records = {cell["digest"]: read_record(folder / "cells" / f"{cell['digest']}.json") for cell in of}
         ended = [(cell, found) for cell in of if (found := records[cell["digest"]]) is not None]
         self.seconds = [
-            (c["task"], c["method"], c["tuning"], found["measured"]["seconds"]) for c, found in ended if found["status"] == "ok"
+            (Kind(c["model"], c["task"], c["method"], c["tuning"]), float(found["measured"]["seconds"]))
+            for c, found in ended
+            if found["status"] == "ok"
         ]
         names = ("model", "method", "task", "seed", "learning_rate", "tuning")
         self.places: set[tuple[Any, ...]] = {
@@ -144,20 +153,6 @@ def _place(cell: Cell) -> tuple[Any, ...]:
     """A cell by its names: compared ones have learning rates that are not known yet."""
     rate = (cell.config.train.learning_rate,) if cell.tuning else ()
     return (cell.model, cell.method, cell.task, cell.seed, *rate, cell.tuning)
-
-
-def _seconds(cell: Cell, known: Sequence[tuple[str, str, bool, float]]) -> float | None:
-    """What a cell will take: the mean of those that are most like it; None: nothing is known."""
-    like: list[Callable[[str, str, bool], bool]] = [
-        lambda task, method, tuning: (task, method, tuning) == (cell.task, cell.method, cell.tuning),
-        lambda task, _, tuning: (task, tuning) == (cell.task, cell.tuning),
-        lambda _, __, tuning: tuning == cell.tuning,
-        lambda *_: True,
-    ]
-    for is_like in like:
-        if found := [seconds for task, method, tuning, seconds in known if is_like(task, method, tuning)]:
-            return statistics.fmean(found)
-    return None
 
 
 def _hours(left: Sequence[tuple[Cell, float | None]], jobs: int) -> float | None:

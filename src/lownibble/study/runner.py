@@ -18,7 +18,6 @@ from __future__ import annotations
 import hashlib
 import math
 import shutil
-import statistics
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -32,6 +31,7 @@ from lownibble.errors import ConfigError, OutputError
 from lownibble.study import bases, devices, reruns
 from lownibble.study.contents import look
 from lownibble.study.decide import comparisons, decide, planned_looks, still_needed
+from lownibble.study.durations import Durations, Kind, kind_of
 from lownibble.study.executors import EXECUTORS, Started, nobody_told
 from lownibble.study.power import plan_study
 from lownibble.study.records import peak_bytes, read_record
@@ -104,7 +104,7 @@ class _Study:
         self.spec, self.contents, self.folder, self.jobs = spec, contents, folder, jobs
         self.gpus, self.executor = gpus, executor
         self.grid = list(tuning_cells(spec, contents))
-        self.shown = _Shown(folder, jobs)
+        self.shown = _Shown(folder, jobs, Durations([*self.grid, *cells(spec)], here=executor == "local" and gpus == 1))
 
     def run(self, again: int) -> dict[str, Any]:
         self._write(best_rates(self.folder, self.grid))
@@ -316,11 +316,6 @@ def best_rates(folder: Path, grid: Sequence[Cell]) -> Rates:
     return {key: min(of, key=of.__getitem__) for key, of in losses.items()}
 
 
-def _kind(cell: Cell) -> tuple[str, str, bool]:
-    """Cells of a kind take about the same time."""
-    return (cell.method, cell.task, cell.tuning)
-
-
 def _name(cell: Cell) -> str:
     which = f"learning rate {cell.config.train.learning_rate:g}" if cell.tuning else f"seed {cell.seed}"
     return f"{cell.task} x {cell.method} x {which}"
@@ -329,13 +324,13 @@ def _name(cell: Cell) -> str:
 class _Shown:
     """Progress of a study on standard error: a bar on a terminal, and a line for each cell that ends."""
 
-    def __init__(self, folder: Path, jobs: int) -> None:
+    def __init__(self, folder: Path, jobs: int, durations: Durations) -> None:
         self.console = Console(file=sys.stderr, highlight=False, soft_wrap=True)
         columns = (TextColumn("study"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[left]}"))
         self.progress = Progress(*columns, console=self.console, disable=not self.console.is_terminal)
         self.folder, self.jobs, self.total, self.done = folder, jobs, 0, 0
-        self.left: dict[tuple[str, str, bool], int] = {}
-        self.seconds: dict[tuple[str, str, bool], list[float]] = {}
+        self.left: dict[Kind, int] = {}
+        self.durations = durations
         self.bar = self.progress.add_task("study", left="")
 
     def __enter__(self) -> _Shown:
@@ -349,15 +344,15 @@ class _Shown:
     def count(self, all_cells: Sequence[Cell]) -> None:
         """Count the finished and the missing cells."""
         first, self.total, self.done = not self.total, len(all_cells), 0
-        self.left = {_kind(cell): 0 for cell in all_cells}
-        self.seconds = {key: [] for key in self.left}
+        self.left = {kind_of(cell): 0 for cell in all_cells}
+        self.durations.known.clear()
         for cell in all_cells:
-            key = _kind(cell)
+            key = kind_of(cell)
             found = read_record(self.folder / "cells" / f"{cell.digest}.json")
             self.left[key] += found is None
             self.done += found is not None
             if found is not None and found["status"] == "ok":
-                self.seconds[key].append(found["measured"]["seconds"])
+                self.durations.learn(key, found["measured"]["seconds"])
         if first:
             self.console.print(f"study: {self.total} cells, {self.done} of them are there already")
         self.progress.update(self.bar, total=self.total, completed=self.done, left=self._time_left())
@@ -367,18 +362,21 @@ class _Shown:
 
     def began(self, cell: Cell, before: Sequence[Cell]) -> None:
         """Show that a cell has begun, if it is the first of its kind: it may take an hour in silence."""
-        if not self.seconds[_kind(cell)] and _kind(cell) not in map(_kind, before):
-            self.say(f"{_name(cell)}: it has begun; how long it takes is not known yet")
+        kind = kind_of(cell)
+        if kind not in self.durations.known and kind not in map(kind_of, before):
+            seconds = self.durations.seconds(kind)
+            how_long = "how long it takes is not known yet" if seconds is None else f"it takes about {_time(seconds)}"
+            self.say(f"{_name(cell)}: it has begun; {how_long}")
 
     def ended(self, cell: Cell, found: dict[str, Any]) -> None:
         """Show that a cell has ended, and how."""
-        key = _kind(cell)
+        key = kind_of(cell)
         self.done += 1
         self.left[key] -= 1
         name = f"[{self.done}/{self.total}] {_name(cell)}"
         if found["status"] == "ok":
             seconds, scores = found["measured"]["seconds"], found["result"]["scores"]
-            self.seconds[key].append(seconds)
+            self.durations.learn(key, seconds)
             figures = ", ".join(f"{metric} {value:.3f}" for metric, value in scores.items())
             text = f"{name}: {figures} ({seconds:.0f} s); {self._time_left()}"
         else:
@@ -387,10 +385,11 @@ class _Shown:
         self.progress.update(self.bar, completed=self.done, left=self._time_left())
 
     def _time_left(self) -> str:
-        known = [value for values in self.seconds.values() for value in values]
-        if not known:
+        seconds = [(n, self.durations.seconds(kind)) for kind, n in self.left.items() if n]
+        if any(each is None for _, each in seconds):
             return "time left unknown"
-        mean = statistics.fmean(known)
-        left = sum(n * (statistics.fmean(self.seconds[key]) if self.seconds[key] else mean) for key, n in self.left.items())
-        left /= self.jobs
-        return f"about {left / 60:.0f} min left" if left >= 90 else f"about {left:.0f} s left"
+        return f"about {_time(sum(n * (each or 0.0) for n, each in seconds) / self.jobs)} left"
+
+
+def _time(seconds: float) -> str:
+    return f"{seconds / 60:.0f} min" if seconds >= 90 else f"{seconds:.0f} s"

@@ -37,6 +37,7 @@ def tables(summary: Mapping[str, Any]) -> Iterator[RenderableType]:
 def plan_tables(plan: Mapping[str, Any]) -> Iterator[RenderableType]:
     """A study's plan: its tasks with their power, then what is to be said of it."""
     hours = "unknown hours" if plan["hours"] is None else f"about {plan['hours']:.1f} hours"
+    hours += " (by their operations: a factor of two either way)" if plan["hours_estimated"] else ""
     yield Text(f"{plan['name']}: {plan['cells']} cells, {plan['left']} of them to run, {hours}", style="bold")
     shown = Table(title=Text(f"{plan['comparisons']} comparisons, looks after {plan['looks']} seeds"), title_justify="left")
     for name in ("task", "score", "margin", "seeds x rows", "power", "decided after", "shows from"):
