@@ -52,6 +52,19 @@ def test_completions_are_what_transformers_says(live, base, adapters, name):
     assert tokens.choices[0].text == answer.choices[0].text
 
 
+def test_what_is_no_unicode_is_told_back_in_escapes(live, bytes_base):
+    made = live(bytes_base)
+    said = '"model": "bytes", "messages": [{"role": "user", "content": "hi"}], "max_tokens": 1'
+    for path, body, status in (
+        ("chat/completions", f'{{{said}, "chat_template_kwargs": {{"\\ud800": 1}}}}', 400),
+        ("chat/completions", f'{{{said}, "\\ud800": 1}}', 400),
+        ("responses", '{"model": "bytes", "input": "hi", "max_output_tokens": 1, "metadata": {"a": "\\ud800"}}', 200),
+    ):
+        answer = httpx.post(f"{made.url}/v1/{path}", content=body, headers={"Content-Type": "application/json"})
+        assert answer.status_code == status, answer.text
+        assert answer.json()
+
+
 def test_a_completion_goes_on_from_its_prompt(live, base):
     """Prompt and answer together are the text of all tokens, space between them and all; a chat's answer begins anew."""
     client = live().client()
@@ -409,6 +422,7 @@ def test_clients_that_leave_free_their_slot(live, monkeypatch):
         assert made.client().completions.create(model="one", prompt="w2", max_tokens=2, temperature=0).choices
         assert time.monotonic() - began < 20
     assert made.service.registry.held["one"].users == 0
+    assert 'lownibble_requests_total{model="one",reason="cancelled"} 2.0' in httpx.get(f"{made.url}/metrics").text
 
 
 def slow(made, monkeypatch):

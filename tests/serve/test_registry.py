@@ -1,9 +1,12 @@
 """Adapters in memory. Oracle: what the folder holds, and sums of tensor sizes."""
 
+import errno
 import json
+import os
 import shutil
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 import torch
@@ -254,6 +257,28 @@ def test_what_is_not_taken_is_said(registry, adapters, base, adapt):
     shutil.copy(adapters / "one" / "adapter_model.safetensors", adapters / "damaged")
     made.release(made.acquire("damaged"))
     assert "damaged" not in made.not_taken, "it has been mended"
+
+
+def test_folders_that_cannot_be_looked_into(registry, adapters, monkeypatch):
+    """Such as lost+found of a mounted volume; root may look into it, so what the system says is simulated."""
+    (adapters / "lost+found").mkdir()
+    own = Path.is_file
+
+    def is_file(path):
+        if path.parent.name == "lost+found":
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+        return own(path)
+
+    monkeypatch.setattr(Path, "is_file", is_file)
+    made = registry()
+    made.examine()
+    assert made.not_taken == {"lost+found": "it cannot be read: Permission denied"}
+    assert "lost+found" not in made
+    names = made.names()
+    assert names
+    assert "lost+found" not in names
+    adapters.rename(adapters.with_name("elsewhere"))
+    assert made.names() == made.examine() == []
 
 
 def test_preloading_goes_on_while_the_budget_lasts(registry, adapters):

@@ -6,9 +6,12 @@ import httpx
 import openai
 import pytest
 import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 import lownibble as ln
 from lownibble.data import end_tokens
+from lownibble.serve.texts import TokenTexts
 
 PROMPTS = ["w1 w5 w9 w11 w3", "w7 w8", "w40 w2 w2 w2 w17 w33"]
 
@@ -24,6 +27,66 @@ def log_probabilities(model, ids):
     """(T - 1, V): of each token after the first."""
     with torch.no_grad():
         return model(torch.tensor([ids])).logits[0, :-1].double().log_softmax(1)
+
+
+WORDS = ["▁The", "▁capital", "▁is", "▁Paris", "▁x"]
+
+
+@pytest.fixture
+def spaced(write):
+    """A tiny model's folder whose tokenizer keeps spaces at the beginning of words and adds a first token, as Llama 2's does."""
+    vocab = {word: i for i, word in enumerate(["<unk>", "<s>", "</s>", *WORDS])}
+    core = Tokenizer(models.WordLevel(vocab, unk_token="<unk>"))
+    core.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first")
+    core.decoder = decoders.Metaspace(prepend_scheme="first")
+    core.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    made = PreTrainedTokenizerFast(tokenizer_object=core, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
+    made.chat_template = "{% for m in messages %}{{ m['content'] }}{% if not loop.last %} {% endif %}{% endfor %}"
+    folder = write("llama", name="spaced", max_position_embeddings=256)
+    made.save_pretrained(folder)
+    return folder, {str(vocab["▁Paris"]): 100}
+
+
+def test_where_tokens_begin_in_the_text(live, spaced):
+    folder, bias = spaced
+    client = live(folder).client()
+    asked = {"model": "spaced", "echo": True, "logprobs": 0, "max_tokens": 1, "logit_bias": bias}
+    choice = client.completions.create(prompt="The capital is", **asked).choices[0]
+    assert (choice.text, choice.logprobs.text_offset) == ("The capital is Paris", [0, 0, 3, 11, 14])
+    choice = client.completions.create(prompt=[1, 3, 4, 5], **asked).choices[0]  # its text has the special token
+    assert choice.text == "<s> The capital is Paris"
+    pieces = zip(choice.logprobs.text_offset, [*choice.logprobs.text_offset[1:], None], strict=True)
+    assert [choice.text[a:b] for a, b in pieces] == ["<s>", " The", " capital", " is", " Paris"]
+
+
+def test_an_answer_that_goes_on_keeps_the_space_before_it(live, spaced):
+    folder, bias = spaced
+    client = live(folder).client()
+    talk = [{"role": "user", "content": "x"}, {"role": "assistant", "content": "The capital is"}]
+    asked = {"model": "spaced", "messages": talk, "max_tokens": 2, "logit_bias": bias}
+    going_on = {"continue_final_message": True, "add_generation_prompt": False}
+    assert client.chat.completions.create(**asked, extra_body=going_on).choices[0].message.content == " Paris Paris"
+    assert client.chat.completions.create(**asked).choices[0].message.content == "Paris Paris"
+
+
+def test_bytes_of_tokens_that_are_part_of_a_character(live, bytes_base):
+    client = live(bytes_base).client()
+    first, second = (str(token) for token in AutoTokenizer.from_pretrained(bytes_base)("Ȼ").input_ids)
+    said = [{"role": "user", "content": "hi"}]
+    found = b""
+    for token in (first, second):
+        asked = {"model": "bytes", "messages": said, "logprobs": True, "max_tokens": 1, "logit_bias": {token: 100}}
+        found += bytes(client.chat.completions.create(**asked).choices[0].logprobs.content[0].bytes)
+    assert found.decode() == "Ȼ"
+    choice = client.completions.create(model="bytes", prompt="é x", echo=True, logprobs=0, max_tokens=1).choices[0]
+    assert choice.logprobs.text_offset == [0, 0, 1, 2, 3]
+
+
+@pytest.mark.parametrize("byte", [0x0A, 0xC8])
+def test_bytes_of_fallback_tokens(byte):
+    core = Tokenizer(models.BPE(vocab={"a": 0, f"<0x{byte:02X}>": 1}, merges=[], byte_fallback=True))
+    core.decoder = decoders.ByteFallback()
+    assert TokenTexts(PreTrainedTokenizerFast(tokenizer_object=core)).utf8(1) == bytes([byte])
 
 
 @pytest.mark.parametrize("name", ["base", "one"])

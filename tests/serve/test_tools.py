@@ -10,6 +10,7 @@ import pytest
 from transformers import AutoTokenizer
 
 from lownibble.data.chat import ChatRenderer
+from lownibble.serve.constraint import Grammars
 from lownibble.serve.protocol import Tool
 from lownibble.serve.tools import Call, CallReader, call_form, call_grammar
 
@@ -88,6 +89,8 @@ OUTPUTS = {
     "not finished": ("hermes", HERMES[:-14], [], HERMES[:-14]),
     "no JSON": ("hermes", "<tool_call>\nweather\n</tool_call>", [], "<tool_call>\nweather\n</tool_call>"),
     "another function": ("hermes", HERMES.replace("weather", "rm"), [], HERMES.replace("weather", "rm")),
+    "no name of a function": ("hermes", HERMES.replace('"weather"', '{"a": 1}'), [], HERMES.replace('"weather"', '{"a": 1}')),
+    "white space and a mark": ("hermes", "5 \n<tool_call>\n", [], "5 \n<tool_call>\n"),
     "the mark in an argument": ("hermes", HERMES.replace("Paris", "</tool_call>"), [("weather", '{"city": "</tool_call>"}')], ""),
     "no arguments": ("hermes", '<tool_call>{"name": "time"}</tool_call>', [("time", "{}")], ""),
     "arguments as text": ("hermes", HERMES.replace(CITY, json.dumps(CITY)), [("weather", CITY)], ""),
@@ -174,6 +177,38 @@ def test_a_call_that_is_required_is_made(live, speaks, form):
             assert json.loads(call.function.arguments)["city"] in ("Paris", "Rome")
             assert found.message.content is None
             assert found.finish_reason == "tool_calls"
+
+
+TREE = {
+    "type": "object", "properties": {"v": {"type": "integer"}, "child": {"$ref": "#"}}, "required": ["v"],
+    "additionalProperties": False,
+}  # fmt: skip
+PLACED = {
+    "type": "object", "properties": {"place": {"$ref": "#/$defs/Place"}}, "required": ["place"], "additionalProperties": False,
+    "$defs": {"Place": {"type": "object", "properties": {"x": {"type": "integer"}}, "additionalProperties": False}},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_references_in_a_schema_are_to_that_schema(speaks, form):
+    pytest.importorskip("llguidance")
+    tokenizer = speaks(form)[1]
+    of = call_form(ChatRenderer(tokenizer))
+    tools = [
+        Tool(type="function", function={"name": name, "parameters": schema}) for name, schema in (("tree", TREE), ("go", PLACED))
+    ]
+    matcher = Grammars(tokenizer, 416, frozenset([0])).lark(call_grammar(of, tools, several=False, tokenizer=tokenizer))
+
+    def follows(name, arguments):
+        call = json.dumps({"name": name, of.key: arguments})
+        one, text = matcher.copy(), of.before + (f"[{call}]" if of.listed else call) + of.after
+        return all(one.allowed()[token] and one.accept(token) in (True, False) for token in tokenizer(text).input_ids)
+
+    assert follows("tree", {"v": 1, "child": {"v": 2, "child": {"v": 3}}})
+    assert not follows("tree", {"v": 1, "child": {"name": "tree", of.key: {"v": 2}}})
+    assert follows("go", {"place": {"x": 1}})
+    assert not follows("go", {"place": {"v": 1}})
+    assert not follows("go", {"v": 1})
 
 
 def test_several_calls_may_be_required(speaks):

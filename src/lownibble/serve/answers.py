@@ -11,7 +11,7 @@ from collections.abc import AsyncIterator, Coroutine
 from typing import Any, TypeVar
 
 from fastapi import Request
-from fastapi.responses import JSONResponse, Response, StreamingResponse
+from fastapi.responses import Response, StreamingResponse
 
 from lownibble.serve.engine import DeviceLostError, QueueFullError
 from lownibble.serve.protocol import Generation
@@ -19,7 +19,7 @@ from lownibble.serve.replies import Asked, Choice, Reply
 from lownibble.serve.request import End, Event, Failed, Scored
 from lownibble.serve.request import Request as EngineRequest
 from lownibble.serve.sampling import Sampling
-from lownibble.serve.service import ApiError, Service, as_api
+from lownibble.serve.service import ApiError, Json, Service, as_api
 from lownibble.serve.tools import Call
 
 _T = TypeVar("_T")
@@ -52,16 +52,18 @@ async def answer(service: Service, request: Request, body: Generation, asked: As
             index = len(choices)
 
             def tell(event: Event, index: int = index) -> None:
+                if isinstance(event, End):  # counted also when its client is gone
+                    service.metrics.ended(adapter or service.names[0], event)
                 with contextlib.suppress(RuntimeError):  # the loop is closed: no listener
                     loop.call_soon_threadsafe(events.put_nowait, (index, event))
 
             wanted = EngineRequest(
                 prompt, tokens, tell, adapter, body.lora_scale, _sampling(service, body, asked.logprobs, number), stop,
-                stop_tokens, body.ignore_eos, continues=not asked.chat,
+                stop_tokens, body.ignore_eos, continues=asked.continues,
                 keeps_special=asked.calls is not None and asked.calls.special, score=score,
                 constraint=None if asked.matcher is None else asked.matcher.copy(),
             )  # fmt: skip
-            choices.append(Choice(index, wanted, echo, asked.reader()))
+            choices.append(Choice(index, wanted, echo, [] if asked.starts is None else asked.starts[place], asked.reader()))
     try:
         service.engine.submit(*(choice.request for choice in choices))
     except QueueFullError as error:
@@ -74,7 +76,7 @@ async def answer(service: Service, request: Request, body: Generation, asked: As
         return StreamingResponse(_stream(service, reply, choices, events, first), media_type="text/event-stream",
                                  headers={"Cache-Control": "no-store", "X-Accel-Buffering": "no"})  # fmt: skip
     await _unless_gone(request, _rest(service, reply, choices, events))
-    return JSONResponse(reply.whole(choices))
+    return Json(reply.whole(choices))
 
 
 def _sampling(service: Service, body: Generation, logprobs: int | None, number: int) -> Sampling:
@@ -176,16 +178,14 @@ async def _next(
         index, event = await events.get()
         if isinstance(event, Failed):
             raise as_api(event.error)
+        choice, new = choices[index], list[str | Call]()
+        if isinstance(event, Scored):
+            choice.scored = event.tokens
+        else:
+            new = choice.add(event)
     except BaseException:
         _cancel(service, choices)
         raise
-    choice, new = choices[index], list[str | Call]()
-    if isinstance(event, Scored):
-        choice.scored = event.tokens
-    else:
-        new = choice.add(event)
-    if isinstance(event, End):
-        service.metrics.ended(choice.request.adapter or service.names[0], event)
     return choice, event, new
 
 

@@ -181,7 +181,13 @@ def _asked(service: Service, body: CompletionRequest) -> Asked:
     for prompt in prompts:
         check_tokens(service, prompt, "prompt")
     texts = [one if isinstance(one, str) else service.texts.all(one) for one in given] if body.echo else None
-    return Asked(prompts, body.max_tokens, body.wanted_logprobs, chat=False, texts=texts, matcher=_matcher(service, body))
+    starts = None
+    if body.echo and body.wanted_logprobs is not None:
+        starts = [service.texts.starts(one, special=body.add_special_tokens) for one in given]
+    return Asked(
+        prompts, body.max_tokens, body.wanted_logprobs, chat=False, texts=texts, starts=starts, continues=True,
+        matcher=_matcher(service, body),
+    )  # fmt: skip
 
 
 def _asked_in_chat(service: Service, body: ChatRequest) -> Asked:
@@ -201,8 +207,10 @@ def _asked_in_chat(service: Service, body: ChatRequest) -> Asked:
     noted = (
         f"messages.{n}.name" for n, one in enumerate(body.messages) if one.name and one.role != "tool" and one.name not in text
     )
-    return Asked([prompt], limit, body.wanted_logprobs, chat=True, matcher=matcher, calls=form, names=names,
-                 most=None if several else 1, noted=tuple(noted))  # fmt: skip
+    return Asked(
+        [prompt], limit, body.wanted_logprobs, chat=True, continues=body.continue_final_message, matcher=matcher, calls=form,
+        names=names, most=None if several else 1, noted=tuple(noted),
+    )  # fmt: skip
 
 
 def _matcher(service: Service, body: Generation) -> Matcher | None:

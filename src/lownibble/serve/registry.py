@@ -148,23 +148,40 @@ class Registry:
 
     def names(self) -> list[str]:
         """The names of all available adapters, sorted."""
-        return [] if self.folder is None else sorted(path.name for path in self.folder.iterdir() if path.name in self)
+        return [path.name for path in self._folders() if path.name in self]
+
+    def _folders(self) -> list[Path]:
+        """What is in the folder, sorted; nothing once it is gone."""
+        try:
+            return [] if self.folder is None else sorted(self.folder.iterdir())
+        except OSError:
+            return []
 
     def __contains__(self, name: str) -> bool:
         if self.folder is None or not _is_name(name) or name in self._reserved or name in self._withdrawn:
             return False
-        return (self.folder / name / CONFIG_FILE).is_file()
+        try:
+            return (self.folder / name / CONFIG_FILE).is_file()
+        except OSError:  # it may not be looked into
+            return False
 
     def examine(self, *, preload: bool = False) -> list[str]:
         """Check all adapters, so that `not_taken` is complete, and with `preload` hold them while the budget lasts; returns the
         names of those held."""
         if self.folder is None:
             return []
-        for path in sorted(self.folder.iterdir()):
-            if not path.is_dir() or path.name.startswith("."):
+        for path in self._folders():
+            if path.name.startswith("."):
                 continue
             name = path.name
-            if not (path / CONFIG_FILE).is_file():
+            try:
+                if not path.is_dir():
+                    continue
+                is_there = (path / CONFIG_FILE).is_file()
+            except OSError as error:
+                self.not_taken[name] = f"it cannot be read: {error.strerror}"
+                continue
+            if not is_there:
                 self.not_taken[name] = f"it has no {CONFIG_FILE}"
             elif not _is_name(name):
                 self.not_taken[name.encode("unicode_escape", "surrogatepass").decode()] = "its name cannot be printed"

@@ -28,6 +28,8 @@ class Asked:
     Attributes:
         prompts: token ids of each prompt. texts: what `echo` repeats of each; None: no echo.
         limit: tokens of each output; None: the default. logprobs: number of top tokens; None: no log probabilities.
+        starts: where the tokens of each prompt begin in those texts, for log probabilities.
+        continues: outputs go on within the prompt's text.
         matcher: what outputs must follow. calls: how they may call tools; names: which; most: how many times (None: any).
         noted: what was taken and changes nothing.
     """
@@ -37,6 +39,8 @@ class Asked:
     logprobs: int | None
     chat: bool
     texts: list[str] | None = None
+    starts: list[list[int]] | None = None
+    continues: bool = False
     matcher: Matcher | None = None
     calls: CallForm | None = None
     names: frozenset[str] = frozenset()
@@ -60,6 +64,7 @@ class Choice:
     index: int
     request: EngineRequest
     echo: str | None
+    starts: list[int]
     reader: CallReader | None
     scored: list[Chosen] = field(default_factory=list)
     pieces: list[Piece] = field(default_factory=list)
@@ -198,10 +203,7 @@ class Reply:
 
     def told_prompt(self, choice: Choice) -> dict[str, Any]:
         """Log probabilities of the prompt's tokens; the first has none."""
-        ends = [0]
-        for one in choice.scored:
-            ends.append(ends[-1] + len(self.text(one.token)))
-        lists = self._lists([one._replace(top=one.top[: self.asked.logprobs]) for one in choice.scored], ends[:-1])
+        lists = self._lists([one._replace(top=one.top[: self.asked.logprobs]) for one in choice.scored], choice.starts)
         return {**lists, "top_logprobs": [None, *lists["top_logprobs"][1:]]}
 
     def _lists(self, tokens: list[Chosen], offsets: list[int]) -> dict[str, Any]:
@@ -221,5 +223,4 @@ class Reply:
         return found
 
     def _token(self, token: int, logprob: float | None) -> dict[str, Any]:
-        text = self.text(token)
-        return {"token": text, "logprob": logprob, "bytes": list(text.encode())}
+        return {"token": self.text(token), "logprob": logprob, "bytes": list(self.text.utf8(token))}

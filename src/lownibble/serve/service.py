@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -17,6 +18,17 @@ from lownibble.serve.metrics import Metrics
 from lownibble.serve.registry import NoRoomError, Registry, UnknownAdapterError
 from lownibble.serve.texts import TokenTexts
 from lownibble.serve.tools import CallForm, call_form
+
+
+class Json(JSONResponse):
+    """A JSON response; a text that is no valid Unicode, as a client may send one, is told back in escapes."""
+
+    def render(self, content: Any) -> bytes:
+        """The body."""
+        try:
+            return super().render(content)
+        except UnicodeEncodeError:
+            return json.dumps(content, allow_nan=False).encode()
 
 
 class ApiError(Exception):
@@ -37,7 +49,7 @@ class ApiError(Exception):
         """The HTTP response."""
         headers = {"Retry-After": "1"} if self.status in (429, 503) else {}
         headers |= {"WWW-Authenticate": "Bearer"} if self.status == 401 else {}
-        return JSONResponse(self.body, self.status, headers)
+        return Json(self.body, self.status, headers)
 
 
 def as_api(error: Exception) -> ApiError:

@@ -75,19 +75,19 @@ def call_form(chat: ChatRenderer) -> CallForm | None:
 
 def call_grammar(form: CallForm, tools: list[Tool], *, several: bool, tokenizer: Any) -> str:
     """A grammar (llguidance's Lark) of outputs that call one or several of the tools and say nothing else."""
-    calls = [
-        {
-            "type": "object", "required": ["name", form.key], "additionalProperties": False,
-            "properties": {"name": {"const": tool.function.name}, form.key: tool.function.parameters or {"type": "object"}},
-        }
-        for tool in tools
-    ]  # fmt: skip
-    one: dict[str, Any] = {"anyOf": calls}
     several = several and bool(form.before)
-    body = {"type": "array", "items": one, "minItems": 1, **({} if several else {"maxItems": 1})} if form.listed else one
-    parts = [*_literals(form.before, tokenizer), "body", *_literals(form.after, tokenizer)]
-    more = ' ("\\n" call)*' if several and not form.listed else ""
-    return f"start: call{more}\ncall: {' '.join(parts)}\nbody: %json {as_schema(body)}"
+    more_calls, more_of_list = (' ("\\n" call)*' * (several and not form.listed), ' (", " one)*' * several)
+    lines = [
+        f"start: call{more_calls}",
+        f"call: {' '.join([*_literals(form.before, tokenizer), 'body', *_literals(form.after, tokenizer)])}",
+        f'body: "[" one{more_of_list} "]"' if form.listed else "body: one",
+        f"one: {' | '.join(f'one_{number}' for number in range(len(tools)))}",
+    ]
+    for number, tool in enumerate(tools):  # a rule of its own for each schema: its references are to its own root
+        head = f'{{"name": {json.dumps(tool.function.name)}, {json.dumps(form.key)}: '
+        lines.append(f'one_{number}: {json.dumps(head)} arguments_{number} "}}"')
+        lines.append(f"arguments_{number}: %json {as_schema(tool.function.parameters or {'type': 'object'})}")
+    return "\n".join(lines)
 
 
 def _literals(text: str, tokenizer: Any) -> list[str]:
@@ -155,8 +155,7 @@ class CallReader:
         while (at := self.held.find(self.begin)) >= 0:
             if said := self.held[:at].rstrip():
                 yield said
-            self.held = self.held[at:]
-            body = self.held[len(self.begin) :].lstrip()
+            body, self.held = self.held[at + len(self.begin) :].lstrip(), self.held[len(said) :]
             found: list[Call] = []
             if self.end in body:
                 try:
@@ -182,11 +181,12 @@ class CallReader:
     def _as_calls(self, value: Any) -> list[Call]:
         found = []
         for each in value if isinstance(value, list) else [value]:
-            if not isinstance(each, dict) or each.get("name") not in self.names:
+            name = each.get("name") if isinstance(each, dict) else None
+            if not isinstance(name, str) or name not in self.names:
                 return []
             arguments: Any = next((each[key] for key in _KEYS if key in each), {})
             text = arguments if isinstance(arguments, str) else json.dumps(arguments, ensure_ascii=False)
-            found.append(Call(each["name"], text))
+            found.append(Call(name, text))
         return found
 
 
