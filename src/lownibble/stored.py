@@ -311,8 +311,12 @@ def contradiction(asked: QuantConfig, held: Collection[str], how: Callable[[str]
         return ""
     for path in held:
         wanted, found = asked.for_layer(path), how(path)
-        for key in PER_LAYER:
-            value = getattr(wanted, key)
-            if value != getattr(found, key) and (key == "quant_type" or value != getattr(default, key)):
-                return f"'{path}' is stored with {key} {getattr(found, key)}, and {value} is asked for"
+        differ = [key for key in PER_LAYER if getattr(wanted, key) != getattr(found, key)]
+        if asked_for := [key for key in differ if getattr(wanted, key) != getattr(default, key)]:
+            key = asked_for[0]
+            return f"'{path}' is stored with {key} {getattr(found, key)}, and {getattr(wanted, key)} is asked for"
+        if "quant_type" in differ:
+            return (
+                f"'{path}' is stored with quant_type {found.quant_type}, and the options are for {wanted.quant_type}, the default"
+            )
     return ""

@@ -199,7 +199,7 @@ def test_removing_an_adapter_leaves_the_model_as_it_was(quant, tokenizer, tmp_pa
         ),
         ({"target_parameters": ["q_proj.bias"]}, "match no weight of experts"),
         ({"target_parameters": ["x_proj.weight"]}, "match no linear module's weight"),
-        ({"lora_dropout": 0.1}, r"cannot be combined with lora_dropout = 0.1.*--target-experts false"),
+        ({"lora_dropout": 0.1}, r"cannot be combined with lora_dropout = 0.1.*--no-target-experts"),
         ({"use_dora": True}, "cannot be combined with use_dora"),
         ({"init_lora_weights": "pissa"}, "cannot be combined with init_lora_weights = 'pissa'"),
         ({"rank_pattern": {"w1": 3}}, "rank_pattern 'w1' matches no targeted module"),

@@ -1,7 +1,9 @@
 """Jobs: found again, stopped, resumed, dead; and curves from files that grow. Oracle: the processes, and the lines written."""
 
+import fcntl
 import json
 import os
+import threading
 import time
 from pathlib import Path
 
@@ -12,6 +14,7 @@ import pytest
 from lownibble.errors import ConfigError, OutputError
 from lownibble.studio.launched import Jobs, opened
 from lownibble.studio.tracks import POINTS, Track
+from lownibble.training.output import hold
 
 
 def until(jobs, id_, status, seconds=20):
@@ -121,6 +124,35 @@ def test_runs_of_a_terminal_are_listed(jobs):
     described = jobs.describe(found)
     assert (described["status"], described["command"], described["own"]) == ("ok", "lownibble train --r 4", False)
     assert described["runs"][0]["loss"] == 2.5
+
+
+def test_runs_from_a_terminal_that_are_alive(client, jobs):
+    """A run and a comparison whose folders are held, as `train` and `compare` hold them."""
+    (jobs.folder / "alone").mkdir()
+    (jobs.folder / "alone" / "events.jsonl").write_text(line(1, 2.5))
+    (jobs.folder / "both" / "lora").mkdir(parents=True)
+    (jobs.folder / "both" / "lora" / "events.jsonl").write_text(line(1, 2.5))
+
+    def listed():
+        return {each["id"]: (each["kind"], each["status"]) for each in client.get("/api/jobs").json()["jobs"]}
+
+    with hold(jobs.folder / "alone"), hold(jobs.folder / "both"):
+        assert listed() == {"run:alone": ("train", "running"), "run:both": ("compare", "running")}
+        assert client.get("/api/jobs/run:both").json()["runs"][0]["loss"] == 2.5
+        refused = client.post("/api/jobs/run:alone/stop", json={})
+        assert (refused.status_code, "where it was started" in refused.text) == (400, True)
+    assert listed() == {"run:alone": ("train", "interrupted")}  # a folder of runs is none itself
+
+
+def test_asking_whether_a_run_is_alive_keeps_none_from_starting(jobs):
+    folder = jobs.folder / "asked"
+    folder.mkdir()
+    (folder / ".lock").touch()
+    with (folder / ".lock").open() as asking:
+        fcntl.flock(asking, fcntl.LOCK_SH)
+        threading.Timer(0.03, asking.close).start()
+        with hold(folder):
+            assert jobs.all() == []
 
 
 def test_records_and_folders_that_cannot_be_read(client, jobs, monkeypatch):

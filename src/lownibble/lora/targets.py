@@ -176,8 +176,8 @@ def check_experts(config: LoraConfig, paths: Sequence[str], *, merge_aware: bool
     if paths and wrong:
         raise TargetError(
             f"Adapters on experts ({', '.join(paths[:2])}{', ...' * (len(paths) > 2)}) cannot be combined with "
-            f"{', '.join(wrong)}, nor can PEFT load that. Leave it out, or the experts: target_experts=false (--target-experts "
-            "false)."
+            f"{', '.join(wrong)}, nor can PEFT load that. Leave it out, or the experts: target_experts=False "
+            "(--no-target-experts)."
         )
 
 

@@ -192,10 +192,16 @@ class Jobs:
         return job
 
     def stop(self, id_: str) -> Job:
-        """Ask a job to stop; asked again, end it with all of its processes."""
+        """Ask a job to stop; asked again, end it with all of its processes.
+
+        Raises:
+            ConfigError: it runs, and was not started here.
+        """
         with self.lock:
             job = self.job(id_)
             if self.status(job) == "running":
+                if not job.pid:
+                    raise ConfigError("Only a job that was started here can be stopped. Stop this one where it was started.")
                 with suppress(ProcessLookupError):
                     if job.asked:
                         os.killpg(job.pid, signal.SIGKILL)
@@ -254,10 +260,12 @@ class Jobs:
             if Path.cwd() / folder in outputs or folder.name.startswith("."):
                 continue
             with suppress(OSError, ValueError):  # it may not be read, or is no run: max of nothing
-                written = max(each.stat().st_mtime for name in _OF_A_RUN if (each := folder / name).exists())
+                files = [each for name in _OF_A_RUN if (each := folder / name).exists()]
+                methods = sorted(folder.glob("*/events.jsonl")) if not files and _is_held(folder) else []
+                written = max(each.stat().st_mtime for each in (*files, *methods))
                 record = self._parsed(folder / "record.json")
                 command = record.get("command") if isinstance(record, dict) else None
-                words = list(map(str, command[1:])) if isinstance(command, list) else ["train"]
+                words = list(map(str, command[1:])) if isinstance(command, list) else ["compare" if methods else "train"]
                 found.append(Job(f"run:{folder.name}", words, str(Path.cwd()), str(folder), started=written))
         return sorted(found, key=lambda job: -job.started)
 
@@ -287,7 +295,7 @@ class Jobs:
         """'running', 'ok', 'failed', 'interrupted' or 'died'."""
         if child := self.children.get(job.id):
             child.poll()
-        if job.pid and _lives(job):
+        if _lives(job) if job.pid else _is_held(job.folder):
             return "running"
         result = self.result(job)
         if result is None:
@@ -354,6 +362,20 @@ class Jobs:
 
 
 _OF_A_RUN = ("record.json", "events.jsonl")
+
+
+def _is_held(folder: Path | None) -> bool:
+    """Whether a process writes its run there (`training/output.py`)."""
+    if folder is None:
+        return False
+    try:
+        with (folder / ".lock").open() as lock:
+            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:
+        return False
+    return False
 
 
 def _lives(job: Job) -> bool:

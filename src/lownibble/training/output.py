@@ -17,6 +17,7 @@ from __future__ import annotations
 import fcntl
 import os
 import platform
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -24,6 +25,9 @@ from pathlib import Path
 from safetensors import SafetensorError
 
 from lownibble.errors import OutputError
+
+_TRIES = 5
+"""More tries of locking: a studio that asks whether a run is alive has the lock for a moment."""
 
 _RUN_FILES = ("record.json", "adapter", "model", "checkpoints")
 
@@ -42,10 +46,15 @@ def hold(folder: str | Path) -> Iterator[Path]:
     except OSError as error:
         raise OutputError(f"Cannot write to the output folder '{folder}': {error.strerror}. Choose another --output.") from None
     with lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise OutputError(f"Another process is using '{folder}'. Wait for it, or choose another --output.") from None
+        for tries in range(_TRIES + 1):
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except OSError:
+                if tries == _TRIES:
+                    message = f"Another process is using '{folder}'. Wait for it, or choose another --output."
+                    raise OutputError(message) from None
+                time.sleep(0.02)
         yield folder
 
 

@@ -66,7 +66,7 @@ class ProgressSink(Sink):
                 self.console.print(f"{self.label}: frozen-base matmul precision: {event.compute}")
             if event.adapted.get(EXPERTS):
                 said = " and ".join(f"{count} {kind}" for kind, count in event.adapted.items())
-                self.console.print(f"{self.label}: adapters on {said} (--target-experts false leaves experts out)")
+                self.console.print(f"{self.label}: adapters on {said} (--no-target-experts leaves experts out)")
             if event.shared:
                 of, computed = (event.shared[key] for key in ("tokens", "computed_tokens"))
                 self.console.print(
