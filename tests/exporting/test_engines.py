@@ -12,7 +12,7 @@ from transformers import AutoTokenizer
 
 import lownibble as ln
 from lownibble.cli.main import main
-from lownibble.errors import AdapterError, ConfigError
+from lownibble.errors import AdapterError, ConfigError, ModelError
 from lownibble.exporting.engines import chat_pieces, modelfile
 
 TEMPLATES = {
@@ -128,6 +128,8 @@ def test_what_vllm_does_not_load_is_refused(base, adapt, tmp_path):
     for name, options, says in (
         ("dora", {"use_dora": True}, "'dora' is no plain LoRA.*Merge it"),
         ("activated", {"alora_invocation_tokens": [3]}, "'activated' is no plain LoRA.*Serve it"),
+        ("rank", {"r": 513, "target_modules": ["q_proj"]}, "ranks up to 512, and these have 513. Merge"),
+        ("pattern", {"target_modules": ["q_proj", "k_proj"], "rank_pattern": {"k_proj": 600}}, "and these have 600"),
         ("head", {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]}, "'head' changes .*lm_head"),
     ):
         with pytest.raises(AdapterError, match=says):
@@ -135,3 +137,57 @@ def test_what_vllm_does_not_load_is_refused(base, adapt, tmp_path):
     with pytest.raises(ConfigError, match="--base is for adapters"):
         ln.export(base, tmp_path / "out", "vllm", base=str(base))
     assert not (tmp_path / "out").exists()
+
+
+def unknown_splits(base, monkeypatch):
+    """Refused when the adapter is written already."""
+    found = json.loads((base / "tokenizer.json").read_text())
+    found["pre_tokenizer"]["use_regex"] = False
+    (base / "tokenizer.json").write_text(json.dumps(found))
+
+
+def full_disk(base, monkeypatch):
+    def split(adapter, model, folder, **_):
+        folder.mkdir(parents=True)
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("lownibble.exporting.engines.split", split)
+
+
+@pytest.mark.parametrize(("form", "fault"), [("ollama", unknown_splits), ("vllm", full_disk)])
+@pytest.mark.parametrize("was_there", [False, True])
+def test_what_fails_leaves_the_output_free(base, adapt, tmp_path, monkeypatch, form, fault, was_there):
+    _, adapter = adapt(base, None, target_modules=["q_proj"])
+    fault(base, monkeypatch)
+    output = tmp_path / "out"
+    if was_there:
+        output.mkdir()
+    for _ in range(2):  # the same error again, not that the output holds something
+        with pytest.raises((ModelError, OSError), match=r"not known here|No space left"):
+            ln.export(adapter, output, form)
+        assert output.is_dir() == was_there
+        assert not list(output.glob("*"))
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_an_adapter_on_a_tied_head_is_refused(tiny, adapt, tmp_path, tied):
+    """llama.cpp wants a tensor of the base for each tensor of an adapter. What the checkpoint has counts."""
+    base = tmp_path / "base"
+    base.mkdir()
+    options = {"vocab_size": byte_level_bpe(base, "gpt-2"), "hidden_size": 64, "bos_token_id": 0, "eos_token_id": 1}
+    tiny("llama", tie_word_embeddings=tied, **options).save_pretrained(base)
+    config = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps({**config, "tie_word_embeddings": True}))
+    ln.export(base, tmp_path / "model.gguf", "gguf")
+    held = {tensor.name for tensor in gguf.GGUFReader(tmp_path / "model.gguf").tensors}
+    assert ("output.weight" in held) != tied
+    _, adapter = adapt(base, None, target_modules=["q_proj", "lm_head"])
+    for form, output in (("gguf", tmp_path / "adapter.gguf"), ("ollama", tmp_path / "out")):
+        if tied:
+            with pytest.raises(AdapterError, match=r"adapts 'lm_head', which is tied to the embedding.*: lownibble merge"):
+                ln.export(adapter, output, form)
+            assert not output.exists()
+        else:
+            ln.export(adapter, output, form)
+            file = output / "adapter.gguf" if form == "ollama" else output
+            assert {tensor.name.rpartition(".lora_")[0] for tensor in gguf.GGUFReader(file).tensors} <= held

@@ -30,7 +30,9 @@ from lownibble.lora.portable import CONFIG_FILE
 from lownibble.lora.provenance import other_weights
 from lownibble.models import ModelSource, resolve, skeleton
 from lownibble.models.checkpoint import Checkpoint
+from lownibble.models.conversion import ModelTensors, untie
 from lownibble.models.formats.write import BNB_TYPES, leave_dense
+from lownibble.models.load import tied_aliases
 
 
 def export(source: str | Path, output: str | Path, format: str, **options: Any) -> dict[str, Any]:
@@ -142,7 +144,7 @@ def _adapter(config: ExportConfig, source: Path, output: Path, is_file: bool) ->
     adapter = None if is_file else AdapterFile(source)
     facts = (adapter.trained_on if adapter else gguf.trained_on(source)) or {}
     source_of_base = _base_of(config, source, facts, adapter.base if adapter else None)
-    base = skeleton(source_of_base, torch.float32)
+    base = _bare(source_of_base)
     if adapter is None:
         return gguf.read_adapter(source, base, output)
     if config.format == "peft-per-expert":
@@ -161,6 +163,14 @@ def _base_of(config: ExportConfig, source: Path, facts: dict[str, Any], named: s
     return found
 
 
+def _bare(source: ModelSource) -> Any:
+    """transformers' skeleton of an adapter's base, with a head of its own where the checkpoint has one."""
+    base = skeleton(source, torch.float32)
+    if tied_aliases(base):
+        untie(base, ModelTensors(base, Checkpoint(source)).untied)
+    return base
+
+
 def _engine(config: ExportConfig, source: Path, output: Path, tell: Tell) -> dict[str, Any]:
     """Write a folder for Ollama or vLLM, from a model, an adapter or (vLLM) a folder of adapters."""
     adapters = {name: AdapterFile(folder) for name, folder in engines.adapters_of(source).items()}
@@ -172,7 +182,7 @@ def _engine(config: ExportConfig, source: Path, output: Path, tell: Tell) -> dic
     if len({one.folder.resolve() for one in bases}) > 1:
         raise AdapterError(f"The adapters of '{source}' are of several bases. Export those of one base together.")
     model = bases[0] if bases else resolve(config.source, config.revision)
-    base = skeleton(model, torch.float32) if adapters else None
+    base = _bare(model) if adapters else None
     if config.format == "vllm":
         if config.dtype != "auto":
             raise ConfigError("--format vllm keeps the types that weights are stored in. Leave --dtype out.")

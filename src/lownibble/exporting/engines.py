@@ -15,7 +15,9 @@ from __future__ import annotations
 
 import json
 import shlex
-from collections.abc import Sequence
+import shutil
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -30,7 +32,7 @@ from lownibble.exporting.weights import Tell, Weights, say_nothing
 from lownibble.lora.adapter_file import AdapterFile
 from lownibble.lora.apart import fitted, parts, split
 from lownibble.lora.portable import CONFIG_FILE
-from lownibble.lora.targets import match_experts
+from lownibble.lora.targets import match_experts, rank_of
 from lownibble.lora.variants import LORA, variant_of
 from lownibble.models import ModelSource, experts, load_tokenizer
 
@@ -124,6 +126,20 @@ def modelfile(tokenizer: Any, adapter: bool) -> tuple[str, str | None]:
     return "\n".join(lines) + "\n", warning
 
 
+@contextmanager
+def _all_or_nothing(output: Path) -> Iterator[None]:
+    """Remove what an attempt that failed has written into `output`, which was empty or not there: the next finds it free."""
+    was_there = output.is_dir()
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+        yield
+    except BaseException:
+        shutil.rmtree(output, ignore_errors=True)
+        if was_there:
+            output.mkdir(exist_ok=True)
+        raise
+
+
 def write_ollama(
     model: ModelSource, adapter: AdapterFile | None, base: Any, output: Path, dtype: str, tell: Tell = say_nothing
 ) -> dict[str, Any]:
@@ -131,12 +147,13 @@ def write_ollama(
     `gguf.write_adapter`."""
     tokenizer = load_tokenizer(model)
     weights = Weights(model, None, None, QuantConfig(), "float32")
-    output.mkdir(parents=True, exist_ok=True)
-    if adapter is not None:  # first: what it refuses is found before the model is written
-        gguf.write_adapter(adapter, base, output / "adapter.gguf")
-    result = gguf.write_model(weights, "dequantized" if weights.packed else "original", output / "model.gguf", dtype, model, tell)
-    text, warning = modelfile(tokenizer, adapter is not None)
-    (output / "Modelfile").write_text(text, encoding="utf-8")
+    onto = "dequantized" if weights.packed else "original"
+    with _all_or_nothing(output):
+        if adapter is not None:  # first: what it refuses is found before the model is written
+            gguf.write_adapter(adapter, base, output / "adapter.gguf")
+        result = gguf.write_model(weights, onto, output / "model.gguf", dtype, model, tell)
+        text, warning = modelfile(tokenizer, adapter is not None)
+        (output / "Modelfile").write_text(text, encoding="utf-8")
     name, of_quantised = output.name.lower(), adapter is not None and (adapter.trained_on or {}).get("quant")
     told = "The adapter was trained on quantised weights, and the file has the checkpoint's: outputs differ a little."
     warnings = " ".join(text for text in (warning, told if of_quantised else None) if text)
@@ -159,39 +176,48 @@ def write_vllm(
     Args:
         base: transformers' skeleton of the model.
     Raises:
-        AdapterError: an adapter has what vLLM does not load (named).
+        AdapterError: an adapter has what vLLM does not load (named), or too high a rank.
         ConfigError: the base is packed already, and options of the quantisation are given.
     """
     for name, adapter in adapters.items():
         _check_for_vllm(name, adapter, base)
-    where, tensors, rank = str(model.folder), 0, 0
-    if quant != QuantConfig():
-        if stored.of_folder(model.folder):
-            raise ConfigError(f"'{model.name}' is quantised already. Leave quant options out.")
-        where = str(output / "base")
-        options = {"rounding": "rtn", "format": "compressed-tensors", "quant": quant}
-        run_quantize(QuantizeConfig(model=str(model.folder), output=where, **options), tell)
-    output.mkdir(parents=True, exist_ok=True)
-    for name, adapter in adapters.items():
-        folder = output / "adapters" / name
-        one_by_one = {part.weight for part in parts(base).values()}
-        adapted = match_experts(experts.shapes(base), adapter.config, of_file=True)
-        if adapted and not one_by_one:  # held fused: PEFT's own layout
-            folder.mkdir(parents=True)
-            for file in (adapter.path, adapter.folder / CONFIG_FILE):
-                (folder / file.name).write_bytes(file.read_bytes())
-        else:
-            split(fitted(adapter, base), base, folder, needs_experts=False)
-        written = AdapterFile(folder)
-        tensors, rank = tensors + len(written.shapes), max(rank, written.config.r, *written.config.rank_pattern.values())
+    if quant != QuantConfig() and stored.of_folder(model.folder):
+        raise ConfigError(f"'{model.name}' is quantised already. Leave quant options out.")
+    files = {name: fitted(adapter, base) for name, adapter in adapters.items()}
+    shapes = experts.shapes(base) if adapters else {}
+    fused = bool(shapes) and not parts(base)
+    whole = {name for name, one in adapters.items() if fused and match_experts(shapes, one.config, of_file=True)}
+    rank = max((_rank(file, base, name in whole) for name, file in files.items()), default=0)
+    most = next((size for size in MAX_RANKS if size >= rank), None)
+    if most is None:
+        raise AdapterError(f"vLLM takes ranks up to {MAX_RANKS[-1]}, and these have {rank}. Merge them (lownibble merge).")
+    where, tensors = str(model.folder), 0
+    with _all_or_nothing(output):
+        if quant != QuantConfig():
+            where = str(output / "base")
+            options = {"rounding": "rtn", "format": "compressed-tensors", "quant": quant}
+            run_quantize(QuantizeConfig(model=str(model.folder), output=where, **options), tell)
+        for name, adapter in adapters.items():
+            folder = output / "adapters" / name
+            if name in whole:  # experts that are held fused: PEFT's own layout
+                folder.mkdir(parents=True)
+                for file in (adapter.path, adapter.folder / CONFIG_FILE):
+                    (folder / file.name).write_bytes(file.read_bytes())
+            else:
+                split(files[name], base, folder, needs_experts=False)
+            tensors += len(AdapterFile(folder).shapes)
     command = ["vllm", "serve", where]
     if adapters:
-        most = next((size for size in MAX_RANKS if size >= rank), None)
-        if most is None:
-            raise AdapterError(f"vLLM takes ranks up to {MAX_RANKS[-1]}, and these have {rank}. Merge them (lownibble merge).")
         command += ["--enable-lora", "--max-loras", str(len(adapters)), "--max-lora-rank", str(most), "--lora-modules"]
         command += [f"{name}={output / 'adapters' / name}" for name in adapters]
     return {"tensors": tensors, "adapters": sorted(adapters), "base": where, "command": shlex.join(command)}
+
+
+def _rank(file: AdapterFile, base: Any, whole: bool) -> int:
+    """The highest rank that an adapter's configuration names, as it is written: one for all layers, or (`whole`) as it is."""
+    if whole:
+        return max(file.config.r, *file.config.rank_pattern.values())
+    return max(rank_of(path, file.config) for path in file.layers(base))
 
 
 def _check_for_vllm(name: str, adapter: AdapterFile, base: Any) -> None:

@@ -50,6 +50,7 @@ from lownibble.lora.provenance import METADATA_KEY, from_metadata, to_metadata
 from lownibble.lora.targets import scale_of
 from lownibble.lora.variants import LORA, Variant
 from lownibble.models import ModelSource, experts
+from lownibble.models.load import tied_aliases
 
 
 class Architecture(NamedTuple):
@@ -181,10 +182,10 @@ def write_model(
 
 
 def write_adapter(adapter: AdapterFile, base: Any, path: Path) -> dict[str, Any]:
-    """Write an adapter for llama.cpp's --lora; `base` is transformers' skeleton of its base model.
+    """Write an adapter for llama.cpp's --lora; `base` is transformers' skeleton of its base model, tied as its checkpoint is.
 
     Raises:
-        AdapterError: it holds more than low-rank matrices.
+        AdapterError: it holds more than low-rank matrices, or adapts a tied head.
         ModelError: the architecture is not supported.
     """
     adapter = fitted(adapter, base)
@@ -195,6 +196,12 @@ def write_adapter(adapter: AdapterFile, base: Any, path: Path) -> dict[str, Any]
     if beyond := sorted(expected.keys() - matrices):
         raise AdapterError(f"A GGUF adapter holds low-rank sums only, and '{adapter.folder}' has {beyond[0]}. Merge it instead.")
     _, architecture = _architecture(base.config)
+    tied = tied_aliases(base)
+    if alone := [layer for layer in layers if f"{layer}.weight" in tied]:
+        raise AdapterError(
+            f"'{adapter.folder}' adapts '{alone[0]}', which is tied to the embedding: GGUF models hold no such tensor, and "
+            f"llama.cpp needs it. Merge it first: lownibble merge {adapter.folder}"
+        )
     places, of_experts = _places(base.config, architecture), experts.shapes(base)
     writer = gguf.GGUFWriter(None, architecture.name)
     writer.add_type(gguf.GGUFType.ADAPTER)
