@@ -1,5 +1,6 @@
 """The drop-in for transformers, PEFT and TRL. Oracles: our own loader, bitsandbytes' bytes, PEFT over the decoded weights."""
 
+import copy
 import json
 import subprocess
 import sys
@@ -76,9 +77,10 @@ def test_bytes_are_those_of_bitsandbytes(bitsandbytes, folder, tmp_path):
             assert torch.equal(ours[key], value), key
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_saved_and_loaded_again(folder, batch, tmp_path, tokenizer, dtype):
-    model = AutoModelForCausalLM.from_pretrained(folder, quantization_config=NF4Config(), dtype=dtype).eval()
+@pytest.mark.parametrize(("dtype", "codec"), [(torch.float32, "nf4"), (torch.bfloat16, "nf4"), (torch.float32, "int8")])
+def test_saved_and_loaded_again(folder, batch, tmp_path, tokenizer, dtype, codec):
+    config = NF4Config(quant_type=codec)
+    model = AutoModelForCausalLM.from_pretrained(folder, quantization_config=config, dtype=dtype).eval()
     model.save_pretrained(tmp_path / "saved", max_shard_size="20KB")
     tokenizer.save_pretrained(tmp_path / "saved")
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "saved", dtype=dtype).eval()
@@ -94,10 +96,15 @@ def test_saved_and_loaded_again(folder, batch, tmp_path, tokenizer, dtype):
     assert torch.equal(logits(ours, batch), logits(model, batch))
 
 
-def test_a_state_goes_into_another_model(folder, batch):
-    model, other = load(folder), load(folder, quant_type="fp4")
+@pytest.mark.parametrize("codec", ["nf4", "int8"])
+def test_a_state_goes_into_another_model(folder, batch, codec):
+    model, other = load(folder, quant_type=codec), load(folder, quant_type="fp4")
     other.load_state_dict(model.state_dict())
     assert torch.equal(logits(other, batch), logits(model, batch))
+    assert torch.equal(logits(copy.deepcopy(model), batch), logits(model, batch))
+    one, another = (each.model.layers[0].mlp.up_proj for each in (model, load(folder, quant_type="fp4")))
+    another.load_state_dict(one.state_dict())
+    assert torch.equal(another.dequantize(), one.dequantize())
 
 
 def test_codes_without_their_constants_are_missing_keys(folder):
@@ -107,8 +114,9 @@ def test_codes_without_their_constants_are_missing_keys(folder):
         model.load_state_dict(state)
 
 
-def test_compiled_without_a_break(folder, batch):
-    model = load(folder)
+@pytest.mark.parametrize("codec", ["nf4", "int8"])
+def test_compiled_without_a_break(folder, codec):
+    model = load(folder, quant_type=codec)
     x = torch.randn(7, 64, requires_grad=True)
     layer = model.model.layers[0].mlp.up_proj
     expected = layer(x)
@@ -132,16 +140,19 @@ def test_casts_leave_codes_and_constants(folder, batch):
     assert logits(model, batch).dtype == torch.bfloat16
 
 
+def decoded(model):
+    """The model with dense layers of the weights that the packed ones compute with."""
+    for path, layer in packed(model).items():
+        linear = torch.nn.Linear(layer.in_features, layer.out_features, bias=False)
+        linear.weight.data = layer.packed.dequantize(torch.float32)
+        model.set_submodule(path, linear)
+    return model
+
+
 def test_peft_trains_on_it_as_on_the_decoded_weights(peft, folder, batch):
     config = peft.LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False)
     found = []
-    for decoded in (False, True):
-        model = load(folder)
-        if decoded:
-            for path, layer in packed(model).items():
-                linear = torch.nn.Linear(layer.in_features, layer.out_features, bias=False)
-                linear.weight.data = layer.packed.dequantize(torch.float32)
-                model.set_submodule(path, linear)
+    for model in (load(folder), decoded(load(folder))):
         torch.manual_seed(0)
         adapted = peft.get_peft_model(model, config).train()
         ids, mask, labels = batch()
@@ -154,6 +165,64 @@ def test_peft_trains_on_it_as_on_the_decoded_weights(peft, folder, batch):
     assert len(gradients) == 28
     for name, gradient in expected_gradients.items():
         torch.testing.assert_close(gradients[name], gradient, rtol=1e-3, atol=1e-5)
+
+
+CODECS = {
+    "nf4": {}, "int8": {"quant_type": "int8"}, "fp8": {"quant_type": "fp8"}, "int4": {"quant_type": "int4"},
+    "mxfp4": {"quant_type": "mxfp4", "block_size": 32, "double_quant": False},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("codec", CODECS)
+def test_peft_trains_dora_as_on_the_decoded_weights(peft, folder, batch, tmp_path, codec):
+    """It takes the norms of the weight's rows, from the layer. Our own DoRA computes what was trained."""
+    config = peft.LoraConfig(r=4, target_modules="all-linear", use_dora=True, lora_dropout=0.1)
+    (ids, mask, labels), losses = batch(), []
+    for model in (load(folder, **CODECS[codec]), decoded(load(folder, **CODECS[codec]))):
+        torch.manual_seed(0)
+        adapted = peft.get_peft_model(model, config).train()
+        optimizer = torch.optim.SGD([p for p in adapted.parameters() if p.requires_grad], lr=1.0)
+        losses.append([])
+        for _ in range(4):
+            loss = adapted(input_ids=ids, attention_mask=mask, labels=labels).loss
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            losses[-1].append(float(loss.detach()))
+        if len(losses) == 1:
+            adapted.save_pretrained(tmp_path / "adapter")
+            trained = logits(adapted.eval(), batch)
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+    assert losses[0][-1] < losses[0][0] - 0.01
+    ours, _ = ln.load(str(folder), quant=ln.QuantConfig(**CODECS[codec]))
+    ln.load_adapter(ours, tmp_path / "adapter")
+    torch.testing.assert_close(logits(ours, batch), trained, rtol=0, atol=2e-5)
+
+
+MERGED = {
+    "lora": ("LoraConfig", {}),
+    "dora": ("LoraConfig", {"use_dora": True}),
+    "ia3": ("IA3Config", {"feedforward_modules": []}),
+}
+
+
+@pytest.mark.parametrize("codec", ["nf4", "int8", "fp8"])
+@pytest.mark.parametrize("method", MERGED)
+@pytest.mark.parametrize("safe", [False, True])
+def test_codes_are_not_merged_into_silently(peft, folder, batch, codec, method, safe):
+    """PEFT fails to add to them, or puts the sum in their place, and the layer refuses to compute."""
+    name, options = MERGED[method]
+    model = peft.get_peft_model(load(folder, **CODECS[codec]), getattr(peft, name)(target_modules=["down_proj"], **options))
+    with pytest.raises((RuntimeError, ConfigError), match=r"size of tensor a|codes of a packed layer were replaced"):
+        logits(model.merge_and_unload(safe_merge=safe), batch)
+
+
+@pytest.mark.parametrize("codec", ["nf4", "int8", "fp8"])
+def test_codes_are_not_taken_for_the_weight(peft, folder, batch, codec):
+    """HiRA multiplies the weight by what it learns, and asks no layer but bitsandbytes' for its values."""
+    config = peft.HiraConfig(r=4, target_modules=["down_proj"])
+    with pytest.raises(RuntimeError, match="size of tensor a"):
+        logits(peft.get_peft_model(load(folder, **CODECS[codec]), config), batch)
 
 
 def test_prepared_for_kbit_training_with_checkpointing(peft, folder, batch):

@@ -8,7 +8,9 @@ It also accepts BitsAndBytesConfig's option names, so that existing code changes
 it, for other codecs: `PackedConfig(quant_type="int8", pattern={"down_proj": {"quant_type": "nf4"}})`.
 
 Importing this module registers a quantizer with transformers, through its public extension point. The layer is an `nn.Linear`
-whose `weight` is the packed codes, as in bitsandbytes, because PEFT looks for that; it computes as `QuantLinear` does. Saved
+whose `weight` is the packed codes, as in bitsandbytes, because PEFT looks for that; it computes as `QuantLinear` does. The codes
+are one column, whatever the codec: those of 8 bits as a matrix are taken for the weight by methods that read it, silently. What
+asks for the weight's values (PEFT's DoRA) finds `dequantize`, by HQQ's names. Saved
 checkpoints hold the codec's own tensors (nf4, fp4: bitsandbytes' tensors and names), so there is one format of packed files, and
 `lownibble.load` reads them; their `quant_method` is 'lownibble', so this module must be imported before transformers loads them.
 
@@ -127,27 +129,46 @@ class NF4Linear(nn.Linear):
         self.options, self.compute = config.options.for_layer(path), "exact"
         self.compute_dtype = None if config.compute_dtype is None else DTYPES[config.compute_dtype]
         codes = next(iter(layouts.layout((out_features, in_features), self.options).values()))
-        empty = torch.empty(codes.shape, dtype=getattr(torch, codes.dtype), device="meta")
+        empty = torch.empty((math.prod(codes.shape), 1), dtype=getattr(torch, codes.dtype), device="meta")
         self.weight = nn.Parameter(empty, requires_grad=False)
         self._packed: PackedWeight | None = None
         self._spec = ""
         self.transposed = False
 
     def hold(self, packed: PackedWeight) -> Tensor:
-        """Set the packed weight; returns its codes, to be assigned to `weight`."""
+        """Set the packed weight; returns its codes (n, 1), to be assigned to `weight`."""
         self._packed, self.compute, self._spec = packed, eightbit.choose(self.options.compute, packed.device), to_spec(packed)
         if self.compute in eightbit.CODE_TYPES:
             eightbit.check_weight(packed, "a linear layer", self.compute)
-        return next(iter(packed.tensors().values()))
+        return _column(packed)
 
     @property
     def packed(self) -> PackedWeight:
-        """The packed weight."""
+        """The packed weight.
+
+        Raises:
+            ConfigError: something has put other values into `weight`.
+        """
         assert self._packed is not None, "the weights are not loaded yet"
         name, codes = next(iter(self._packed.tensors().items()))
-        if codes.data_ptr() != self.weight.data_ptr():
-            self._packed = restore(self._packed.facts(), {**self._packed.tensors(), name: self.weight.data})
+        found = self.weight.data
+        if codes.data_ptr() != found.data_ptr():  # moved or copied
+            if found.dtype != codes.dtype or not torch.equal(found, _column(self._packed).to(found.device)):
+                raise ConfigError(
+                    "The codes of a packed layer were replaced, as by PEFT's merge, which needs a dense weight. Load the model "
+                    "again, and merge the saved adapter with lownibble merge."
+                )
+            self._packed = restore(self._packed.facts(), {**self._packed.tensors(), name: found.view(codes.shape)})
         return self._packed
+
+    @property
+    def W_q(self) -> Tensor:  # noqa: N802 - HQQ's
+        """The codes by HQQ's name: layers that have it are asked to `dequantize` by PEFT, which else takes `weight` as it is."""
+        return self.weight
+
+    def dequantize(self) -> Tensor:
+        """The weight (out_features, in_features) that the layer computes with, float32."""
+        return self.packed.dequantize(torch.float32)
 
     def forward(self, x: Tensor) -> Tensor:
         """x (..., in_features) -> (..., out_features), in x's dtype."""
@@ -155,9 +176,9 @@ class NF4Linear(nn.Linear):
         if not torch.compiler.is_compiling():
             return frozen_linear(cast, self.packed, self.bias, code_type).to(x.dtype)
         assert self._packed is not None
-        _, *constants = self._packed.tensors().values()
+        codes, *constants = self._packed.tensors().values()
         rows = eightbit.rows_of(cast, code_type)
-        parts = [self.weight, *constants]
+        parts = [self.weight.view(codes.shape), *constants]
         y: Tensor = frozen_matmul(cast.reshape(-1, self.in_features), parts, self._spec, self.out_features, rows)
         return (y if self.bias is None else y + self.bias.to(y.dtype)).view(*x.shape[:-1], self.out_features).to(x.dtype)
 
@@ -167,7 +188,7 @@ class NF4Linear(nn.Linear):
             super()._apply(fn, recurse)
             return self
         self._packed = self.packed.to(fn(self.packed.tensors()[next(iter(self.packed.tensors()))]).device)
-        self.weight.data = next(iter(self._packed.tensors().values()))
+        self.weight.data = _column(self._packed)
         if self.bias is not None:
             self.bias.data = fn(self.bias.data)
         return self
@@ -175,25 +196,43 @@ class NF4Linear(nn.Linear):
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
         if self._packed is not None:
-            parts = packed_files.pack(prefix.removesuffix("."), self.packed)
-            destination.update({key: tensor.clone() for key, tensor in parts.items() if key != f"{prefix}weight"})
+            parts, codes = self._parts(prefix), f"{prefix}weight"
+            own = destination[codes].view(parts[codes].shape)
+            destination.update({**{key: tensor.clone() for key, tensor in parts.items() if key != codes}, codes: own})
+
+    def _parts(self, prefix: str) -> dict[str, Tensor]:
+        """The tensors of the packed weight as checkpoints have them, under keys that begin with `prefix`."""
+        path = _path(prefix)
+        return {prefix + key.removeprefix(f"{path}."): part for key, part in packed_files.pack(path, self.packed).items()}
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
         parts = {key: value for key, value in state_dict.items() if key.startswith(f"{prefix}weight")}
         if len(parts) > 1:
-            path, quant_type = next(iter(packed_files.packed_modules(parts).items()), (prefix.removesuffix("."), "nf4"))
-            held = self.hold(packed_files.unpack(parts, path, quant_type, torch.float32, "the state"))
-            self.weight.data = held.to(self.weight.device)
+            path = _path(prefix)
+            stored = {f"{path}.{key.removeprefix(prefix)}": value for key, value in parts.items()}
+            quant_type = packed_files.packed_modules(stored).get(path, "nf4")
+            held = self.hold(packed_files.unpack(stored, path, quant_type, torch.float32, "the state"))
+            self.weight.data = state_dict[f"{prefix}weight"] = held.to(self.weight.device)
             for key in parts.keys() - {f"{prefix}weight"}:
                 del state_dict[key]
         elif parts and self._packed is not None:  # codes without the constants that belong to them
             missing_keys: list[str] = rest[2]
-            missing_keys += sorted(packed_files.pack(prefix.removesuffix("."), self.packed).keys() - parts.keys())
+            missing_keys += sorted(self._parts(prefix).keys() - parts.keys())
         super()._load_from_state_dict(state_dict, prefix, *rest)
 
     def extra_repr(self) -> str:
         """Shown by `print(model)`."""
         return f"{self.in_features}, {self.out_features}, bias={self.bias is not None}, {self.options.quant_type}"
+
+
+def _path(prefix: str) -> str:
+    """The path of a layer whose entries of a state begin with `prefix`; of one on its own, 'layer'."""
+    return prefix.removesuffix(".") or "layer"
+
+
+def _column(packed: PackedWeight) -> Tensor:
+    """The codes (n, 1) of a packed weight."""
+    return next(iter(packed.tensors().values())).view(-1, 1)
 
 
 class _Quantize(ConversionOps):  # type: ignore[misc]
