@@ -796,25 +796,18 @@ def memory_summary() -> str:
 
 
 def quality_summary() -> str:
-    """README: LoRA against QLoRA over tasks, and int8 against exact compute."""
-    summary = json.loads((ROOT / "studies" / "articles" / "summary.json").read_text())
+    """README: the methods' losses by task, LoRA against QLoRA, and int8 against exact compute."""
+    summary = json.loads((ROOT / "studies" / "two-cores" / "summary.json").read_text())
+    names = {"full": "full", "lora": "LoRA", "qlora": "QLoRA", "qlora-int8": "QLoRA int8"}
     lines = [
-        "| task | score | LoRA | QLoRA | LoRA - QLoRA (95% interval) | verdict |",
-        "| --- | --- | ---: | ---: | ---: | --- |",
+        f"| task | {' | '.join(names.values())} | LoRA - QLoRA (95% interval) | shown |",
+        f"| --- |{' ---: |' * (len(names) + 1)} --- |",
     ]
     for group in summary["groups"]:
         pair = next(p for p in group["pairs"] if (p["a"], p["b"]) == ("lora", "qlora"))
-        metric = pair["equivalence"]["metric"]
-        means = {each["method"]: each["scores"][metric]["mean"] for each in group["methods"]}
-        said = study_page.verdict(pair)
-        cells = [
-            group["task"],
-            metric,
-            f"{means['lora']:.3f}",
-            f"{means['qlora']:.3f}",
-            study_page.signed(pair["scores"][metric]),
-        ]
-        lines.append(f"| {' | '.join(cells)} | {said} |")
+        means = {each["method"]: each["scores"]["loss"]["mean"] for each in group["methods"]}
+        cells = [group["task"], *(f"{means[name]:.3f}" for name in names), study_page.signed(pair["scores"]["loss"])]
+        lines.append(f"| {' | '.join(cells)} | {study_page.verdict(pair)} |")
     record = _record("quality-cpu")
     figures = [figure for task in record["tasks"].values() for figure in task["figures"].values()]
     within, seeds = sum(figure["within"] for figure in figures), record["workload"]["seeds"]
@@ -822,9 +815,32 @@ def quality_summary() -> str:
         f"`--compute int8` against exact compute: {within} of {len(figures)} mean differences in loss, accuracy and label\n"
         f"probability are below the standard deviation over seeds ({seeds} seeds, {len(record['tasks'])} tasks)."
     )
-    seeds = ", ".join(map(str, pair["seeds"]))
-    source = f"(SmolLM2-135M; QLoRA with `--compute exact`; seeds {seeds}; `studies/articles/`)"
+    source = f"(SmolLM2-135M; loss of held-out answers; QLoRA computed exactly; {len(pair['seeds'])} seeds; `studies/two-cores/`)"
     return "\n".join(lines) + f"\n\n{facts}\n\n{source}"
+
+
+def two_cores() -> str:
+    """The study that two cores can decide: each planned comparison, task by task."""
+    summary = json.loads((ROOT / "studies" / "two-cores" / "summary.json").read_text())
+    lines = [
+        "| task | A | B | loss A | loss B | A - B (95% interval) | shown | steps to a common loss, A / B | peak memory, A / B |",
+        "| --- | --- | --- | ---: | ---: | ---: | --- | ---: | ---: |",
+    ]
+    for group in summary["groups"]:
+        means = {each["method"]: each["scores"]["loss"]["mean"] for each in group["methods"]}
+        for pair in (pair for pair in group["pairs"] if pair["decision"] is not None):
+            a, b = pair["a"], pair["b"]
+            ratios = [study_page.ratio(pair[f"{name}_ratio"]) for name in ("steps", "memory")]
+            cells = [group["task"], a, b, f"{means[a]:.3f}", f"{means[b]:.3f}", study_page.signed(pair["scores"]["loss"])]
+            lines.append(f"| {' | '.join([*cells, study_page.verdict(pair), *ratios])} |")
+    rates = []
+    for group in summary["groups"]:
+        of = [f"{m['method']} {m['learning_rate']:g}{'*' * m['at_edge']}" for m in group["methods"]]
+        rates.append(f"{group['task']} {', '.join(of)}")
+    counts, seeds = summary["counts"], len(pair["seeds"])
+    told = f"Learning rates (* at the edge of the grid): {'; '.join(rates)}."
+    ended = f"({counts['finished']} runs, {seeds} of {len(summary['seeds'])} seeds; `studies/two-cores/summary.json`)"
+    return "\n".join(lines) + f"\n\n{told}\n\n{ended}"
 
 
 def codecs() -> str:
@@ -941,6 +957,7 @@ SECTIONS: dict[str, Callable[[], str]] = {
     "compare": compare,
     "compare-seeds": compare_seeds,
     "study": study,
+    "two-cores": two_cores,
     "train": train,
     "train-real": train_real,
     "decode": decode,
