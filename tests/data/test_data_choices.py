@@ -1,5 +1,7 @@
 """Multiple choice. Oracle: the right candidate after the prompt is the training example without its end of sequence."""
 
+import copy
+
 import pytest
 
 from lownibble.config import DataConfig
@@ -26,6 +28,47 @@ def test_right_candidate_is_the_training_completion(any_tokenizer, options):
         assert scored == example.input_ids[:last]
         assert question.origin == example.origin
         assert len(question.candidates) == 2
+
+
+HEADED = "{% for m in messages %}{{ m.role }}:\n{{ m.content }}<|im_end|>\n{% endfor %}"
+TEMPLATES = {
+    "the generation prompt opens a reasoning": HEADED + "{% if add_generation_prompt %}assistant:\n<think>\n{% endif %}",
+    "the end of sequence is printed after the loop": "{% for m in messages %}{{ m.role }}:\n{{ m.content }}\n{% endfor %}"
+    "{% if add_generation_prompt %}assistant:\n{% else %}<|im_end|>{% endif %}",
+    "the answer begins with a special token": HEADED.replace("{{ m.content }}", "{{ m.role == 'user' and m.content or "
+    "'<|endoftext|>' + m.content }}") + "{% if add_generation_prompt %}assistant:\n{% endif %}",
+    "marks that hold what follows the end": HEADED.replace("{{ m.content }}<|im_end|>\n", "{% if m.role == 'assistant' %}"
+    "{% generation %}{{ m.content }}<|im_end|>\n{% endgeneration %}{% else %}{{ m.content }}<|im_end|>\n{% endif %}"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("max_length", [512, 24])
+@pytest.mark.parametrize("template", TEMPLATES)
+def test_a_question_is_its_row_whatever_the_template_prints(tokenizer, template, max_length):
+    """Oracle: the row's own labels, up to the token that ends the turn."""
+    own = copy.deepcopy(tokenizer)
+    own.chat_template = TEMPLATES[template]
+    config, ids = DataConfig(use_chat_template=True), own.convert_tokens_to_ids
+    train, evaluation = (
+        data(*[{**row.fields, "label": {"bad": "0", "very good": "1"}[row.fields["label"]]} for row in side.rows])
+        for side in (TRAIN, EVAL)
+    )
+    questions = choices(train, evaluation, own, config, max_length)
+    for question, example in zip(questions, encode(evaluation, own, config, max_length).examples, strict=True):
+        first = example.is_label.index(True)
+        assert question.prompt_ids == example.input_ids[:first]
+        end = example.input_ids.index(ids("<|im_end|>"), first)
+        answer = own.decode(example.input_ids[first:end]).rstrip()
+        assert [own.decode(candidate).rstrip() for candidate in question.candidates] == [answer[:-1] + label for label in "01"]
+        assert answer == own.decode(question.candidates[question.answer]).rstrip()
+        assert ids("<|im_end|>") not in [token for candidate in question.candidates for token in candidate]
+
+
+def test_a_label_may_be_a_special_token(any_tokenizer):
+    rows = data(*[{"text": f"film {n}", "label": ("<|endoftext|>", "bad")[n % 2]} for n in range(8)])
+    for options in ({"use_chat_template": True}, {"completion_template": "{label}"}):
+        found = choices(rows, rows, any_tokenizer, DataConfig(**options), 512)
+        assert found[0].candidates == any_tokenizer(["<|endoftext|>", "bad"], add_special_tokens=False)["input_ids"]
 
 
 def test_long_prompt_leaves_room_for_the_longest_candidate(any_tokenizer):

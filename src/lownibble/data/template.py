@@ -88,7 +88,7 @@ def encode(dataset: Dataset, tokenizer: PreTrainedTokenizerBase, config: DataCon
     problems = Problems(dataset.name)
     examples: list[Example] = []
     n_cut = n_dropped = n_last_only = 0
-    for row, tokens in zip(dataset.rows, _tokenise(dataset.rows, recipe, coder, problems), strict=True):
+    for row, tokens in zip(dataset.rows, tokenise(dataset.rows, recipe, coder, problems), strict=True):
         ids, is_label = _fit(tokens, coder, recipe.form, max_length)
         if not config.mask_prompt:
             is_label = [True] * len(ids)
@@ -132,7 +132,7 @@ def prompts(dataset: Dataset, tokenizer: PreTrainedTokenizerBase, config: DataCo
     return [coder.cut_left(prompt, room) for prompt in ids]
 
 
-class _Tokens(NamedTuple):
+class Tokens(NamedTuple):
     """A row before truncation: a prompt without labels, and the rest with its label flags."""
 
     prompt: list[int]
@@ -221,7 +221,7 @@ def tokenise_chats(coder: TokenCoder, chats: list[Rendered]) -> list[tuple[list[
             places = list(itertools.accumulate(len(piece) for piece in tokenised))[:-1]
             ids = list(itertools.chain.from_iterable(tokenised))
         spans = [
-            (start, end if chat.marked else _turn_end(coder, ids, start, end), number)
+            (start, end if chat.marked else turn_end(coder, ids, start, end), number)
             for start, end, (_, _, number) in zip(places[::2], places[1::2], chat.spans, strict=True)
         ]
         result.append((ids, spans))
@@ -236,13 +236,18 @@ def _places(ends: list[tuple[int, int]], bounds: list[int]) -> list[int] | None:
     return None if across else places
 
 
-def _turn_end(coder: TokenCoder, ids: list[int], start: int, end: int) -> int:
+def turn_end(coder: TokenCoder, ids: list[int], start: int, end: int) -> int:
     """The end of a turn, excluding white space after its closing token."""
     closing = next((n for n in range(end - 1, start - 1, -1) if ids[n] in coder.special_ids), end - 1)
     return closing + 1 if not coder.tokenizer.decode(ids[closing + 1 : end]).strip() else end
 
 
-def _tokenise(rows: list[Row], recipe: Recipe, coder: TokenCoder, problems: Problems) -> list[_Tokens]:
+def tokenise(rows: list[Row], recipe: Recipe, coder: TokenCoder, problems: Problems) -> list[Tokens]:
+    """Each row's tokens; rows that the chat template refuses are added to `problems`, and raised.
+
+    Raises:
+        DataError, ModelError: as `encode`.
+    """
     if recipe.chat:
         chats = []
         for row in rows:
@@ -257,22 +262,22 @@ def _tokenise(rows: list[Row], recipe: Recipe, coder: TokenCoder, problems: Prob
         ]
     if recipe.form == "text":
         texts = coder.prompts([row.fields["text"] for row in rows])
-        return [_Tokens([], ended, [True] * len(ended)) for ended in map(coder.ended, texts)]
+        return [Tokens([], ended, [True] * len(ended)) for ended in map(coder.ended, texts)]
     pairs = [recipe.pair(row) for row in rows]
     prompts = coder.prompts([prompt for prompt, _ in pairs])
     completions = [coder.ended(ids) for ids in coder.batch([completion for _, completion in pairs])]
-    return [_Tokens(prompt, rest, [True] * len(rest)) for prompt, rest in zip(prompts, completions, strict=True)]
+    return [Tokens(prompt, rest, [True] * len(rest)) for prompt, rest in zip(prompts, completions, strict=True)]
 
 
-def _chat_tokens(ids: list[int], spans: list[Span], form: Form) -> _Tokens:
+def _chat_tokens(ids: list[int], spans: list[Span], form: Form) -> Tokens:
     is_label = [False] * len(ids)
     for start, end, _ in spans:
         is_label[start:end] = [True] * (end - start)
     n_prompt = 0 if form == "messages" else spans[0][0]
-    return _Tokens(ids[:n_prompt], ids[n_prompt:], is_label[n_prompt:])
+    return Tokens(ids[:n_prompt], ids[n_prompt:], is_label[n_prompt:])
 
 
-def _fit(tokens: _Tokens, coder: TokenCoder, form: Form, max_length: int) -> tuple[list[int], list[bool]]:
+def _fit(tokens: Tokens, coder: TokenCoder, form: Form, max_length: int) -> tuple[list[int], list[bool]]:
     prompt = tokens.prompt
     if form not in ("messages", "text"):
         prompt = coder.cut_left(prompt, max_length - len(tokens.rest))

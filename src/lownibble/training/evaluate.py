@@ -1,9 +1,9 @@
 """Evaluation: loss over the label tokens of the held-out rows and, for classification data, accuracy.
 
-The predicted label is the candidate completion with the highest likelihood after the prompt. If every candidate is one token,
-the forward pass for the loss also gives the prediction (logits at the last prompt position). Otherwise each candidate of a row is
-another sequence. What they begin with alike is computed once (`models/prefixes.py`) where the model can, so that a row with three
-candidates takes about one pass, and not four.
+The predicted label is the candidate completion with the highest likelihood after the prompt. If every candidate is one token, and
+every row begins with its question's prompt, the forward pass for the loss also gives the prediction (logits at the last prompt
+position). Otherwise each candidate of a row is another sequence. What they begin with alike is computed once
+(`models/prefixes.py`) where the model can, so that a row with three candidates takes about one pass, and not four.
 """
 
 from __future__ import annotations
@@ -50,7 +50,8 @@ class Sums:
 
 
 class Evaluator:
-    """Evaluates a model on fixed rows; `choices` are the same rows as questions, or None.
+    """Evaluates a model on fixed rows; `choices` are the same rows as questions, or None. Questions of other rows (such as those
+    that were too long) are left out.
 
     Attributes:
         ranks: the processes that share the rows.
@@ -63,13 +64,14 @@ class Evaluator:
     def __init__(
         self, examples: list[Example], choices: list[Choice] | None, collate: Collate, batch_size: int, device: torch.device
     ) -> None:
-        self.examples, self.choices, self.collate, self.device = examples, choices, collate, device
-        self.batch_size = batch_size
+        origins = {example.origin for example in examples}
+        self.choices = None if choices is None else [choice for choice in choices if choice.origin in origins]
+        self.examples, self.collate, self.device, self.batch_size = examples, collate, device, batch_size
         self.ranks = ALONE
         self.passes: Passes | None = None
         self.max_tokens: int | None = None
         self.before_pass: Callable[[], None] = lambda: None
-        self.single_token = choices is not None and all(len(c) == 1 for c in choices[0].candidates)
+        self.single_token = self.choices is not None and _predicted_by_rows(examples, self.choices)
         self.prefix_reason: str | None = None
 
     def facts(self) -> dict[str, Any]:
@@ -215,3 +217,11 @@ class Evaluator:
         probability = scores_NC.softmax(1).gather(1, answers.unsqueeze(1)).mean().item()
         accuracy = sum(correct) / len(correct)
         return Evaluation(loss, n_labels, {"accuracy": accuracy, "label_probability": probability}, correct)
+
+
+def _predicted_by_rows(examples: list[Example], choices: list[Choice]) -> bool:
+    """Whether the passes over the rows themselves hold the logits of every question."""
+    return all(len(candidate) == 1 for candidate in choices[0].candidates) and all(
+        example.input_ids[: len(choice.prompt_ids)] == choice.prompt_ids
+        for example, choice in zip(examples, choices, strict=True)
+    )
