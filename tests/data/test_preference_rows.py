@@ -1,11 +1,14 @@
 """Preference rows: what the columns mean, how they are tokenised and padded, what is refused. Oracle: by hand."""
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from tiny_folders import tiny_model  # noqa: F401
 from transformers import AutoTokenizer
 
 from lownibble.config import DataConfig, TrainConfig
 from lownibble.data import Dataset, Row, check_rows, collate_preferences, encode, encode_preferences, sequences_of
+from lownibble.data.files import read_file
 from lownibble.data.pairs import Preference, labelled_of, pair_of
 from lownibble.errors import ConfigError, DataError
 
@@ -33,7 +36,6 @@ def test_what_the_columns_mean():
         {"prompt": [USER], "chosen": [GOOD], "rejected": [BAD]}, {"chosen": [USER, GOOD], "rejected": [USER, BAD]},
         {"prompt": [USER], "chosen": [USER, GOOD], "rejected": [USER, BAD]},
         {"prompt": "film", "chosen": [GOOD], "rejected": [BAD]},
-        {"prompt": "film", "chosen": [USER, {**GOOD, "name": None}], "rejected": [USER, BAD]},
     ):  # fmt: skip
         assert pair_of(fields) == chat
     labelled = Preference("the film was", (" good",), None, True)
@@ -43,6 +45,33 @@ def test_what_the_columns_mean():
     joined = Row({"prompt": [USER], "completion": [GOOD], "label": False}, "x")
     fields = Dataset("d", [joined]).rows[0].fields
     assert labelled_of(fields) == [Preference([USER], ([GOOD],), None, False)]
+
+
+def test_labels_of_a_csv_file_are_words(tmp_path):
+    path = tmp_path / "rows.csv"
+    path.write_text("prompt,completion,label\na,b,true\nc,d,False\ne,f,TRUE\n")
+    found = check_rows(Dataset("d", read_file(path)), DataConfig(), "kto")
+    assert [preference.label for _, preference in found] == [True, False, True]
+
+
+def _call(arguments):
+    return {**GOOD, "content": "", "tool_calls": [{"type": "function", "function": {"name": "f", "arguments": arguments}}]}
+
+
+def test_nulls_that_parquet_adds_are_not_said(tmp_path):
+    """Parquet gives every object the keys of all others. Oracle: the rows before they were written."""
+    tools = [{"name": "f", "parameters": {"city": {"type": "string"}}}, {"name": "f", "parameters": {"zip": {"type": "string"}}}]
+    rows = [{"prompt": [USER], "chosen": [_call({name: "x"})], "rejected": [BAD], "tools": tools} for name in ("city", "zip")]
+    labelled = [{"prompt": "film", "completion": [BAD, *row["chosen"]], "label": True, "tools": tools} for row in rows]
+    implicit = [{name: [USER, *row[name]] for name in ("chosen", "rejected")} | {"tools": tools} for row in rows]
+    for fields, read in (
+        (rows, pair_of),
+        (implicit, pair_of),
+        (labelled, lambda fields: [fields["completion"], fields["tools"]]),
+    ):
+        pq.write_table(pa.Table.from_pylist(fields), tmp_path / "rows.parquet")
+        found = Dataset("d", read_file(tmp_path / "rows.parquet")).rows
+        assert [read(row.fields) for row in found] == [read(before) for before in fields]
 
 
 BAD_ROWS = [
@@ -59,7 +88,7 @@ BAD_ROWS = [
     ("dpo", {"prompt": [USER], "chosen": [{"role": "assistant"}], "rejected": [BAD]}, "'chosen': the content of message 1"),
     ("dpo", {"chosen": [USER], "rejected": [USER, BAD]}, "'chosen' has no message of its own"),
     ("kto", {"prompt": "a", "completion": "b", "label": 1}, "the label must be true or false, and is 1"),
-    ("kto", {"prompt": "a", "completion": "b", "label": "true"}, "the label must be true or false, and is 'true'"),
+    ("kto", {"prompt": "a", "completion": "b", "label": "good"}, "the label must be true or false, and is 'good'"),
     ("kto", {"prompt": "a", "completion": "b"}, "the field 'label' is missing"),
     ("kto", {"prompt": "a", "completion": " ", "label": True}, "'completion' is empty"),
     ("kto", {"prompt": "a", "completion": [GOOD], "label": True}, "one of 'prompt' and 'completion' is text"),

@@ -20,6 +20,9 @@ ROLES = {
 }  # fmt: skip
 """ShareGPT's names for who speaks -> chat templates'; others are kept."""
 
+CONVERSATIONS = ("messages", "prompt", "completion", "chosen", "rejected")
+"""Columns that may be lists of messages."""
+
 TRAIN = "train"
 """Key of a message that says whether its turn is trained."""
 
@@ -36,10 +39,11 @@ def standard(fields: dict[str, Any]) -> dict[str, Any]:
         found = _joined(found)
     elif _is_alpaca(found):
         found = _alpaca(found)
-    if isinstance(found.get("messages"), list):
-        found["messages"] = [_without_nulls(turn) if isinstance(turn, dict) else turn for turn in found["messages"]]
-        if isinstance(found.get("tools"), list):
-            found["tools"] = _without_inner_nulls(found["tools"])
+    conversations = [key for key in CONVERSATIONS if isinstance(found.get(key), list)]
+    for key in conversations:
+        found[key] = [_without_nulls(turn) if isinstance(turn, dict) else turn for turn in found[key]]
+    if conversations and isinstance(found.get("tools"), list):
+        found["tools"] = _without_inner_nulls(found["tools"])
     return found
 
 

@@ -98,6 +98,8 @@ def labelled_of(fields: dict[str, Any]) -> list[Preference]:
             listed = ", ".join(fields) or "none"
             raise DataError(f"the field '{name}' is missing; the row has {listed}. Give prompt, completion and label.")
     label = fields["label"]
+    if isinstance(label, str):  # all cells of a CSV file are text
+        label = {"true": True, "false": False}.get(label.strip().lower(), label)
     if not isinstance(label, bool):
         raise DataError(f"the label must be true or false, and is {label!r}. Write true for a good answer, false for a bad one.")
     if joined:
@@ -113,7 +115,7 @@ def _said(value: Any, name: str) -> Said | None:
     if value is None or isinstance(value, str):
         return value
     if isinstance(value, list) and value and all(isinstance(turn, dict) for turn in value):
-        return [{key: inner for key, inner in turn.items() if inner is not None} for turn in value]
+        return value
     what = "an empty list" if value == [] else f"{type(value).__name__} ({str(value)[:40]})"
     raise DataError(f"the field '{name}' must be text or a list of messages, and is {what}. Mend or remove the row.")
 
