@@ -182,8 +182,27 @@ def test_eval_path(tmp_path):
 
 
 def test_splits_do_not_apply_to_a_file(tmp_path):
-    with pytest.raises(ConfigError, match="do not apply"):
-        load(DataConfig(path=jsonl(tmp_path / "a.jsonl"), split="test"))
+    path = jsonl(tmp_path / "a.jsonl")
+    for name in ("split", "eval_split"):
+        with pytest.raises(ConfigError, match=f"The '{name}' of DataConfig does not apply"):
+            load(DataConfig(path=path, **{name: "dev"}))
+    with pytest.raises(ConfigError, match="The 'eval_split' of DataConfig does not apply"):
+        load(DataConfig(path=path, eval_path=path, eval_split="dev"))
+
+
+def test_each_side_has_its_own_splits(tmp_path):
+    """`split` is of the training data, `eval_split` of the evaluation data, whichever of them is a file."""
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    jsonl(folder / "train_sft.jsonl", ROWS[:5])
+    jsonl(folder / "test_sft.jsonl", ROWS[5:7])
+    path = jsonl(tmp_path / "a.jsonl", ROWS[:9])
+    sides = load(DataConfig(path=str(folder), split="train_sft", eval_path=path))
+    assert [fields(side) for side in sides] == [ROWS[:5], ROWS[:9]]
+    sides = load(DataConfig(path=path, eval_path=str(folder), eval_split="test_sft"))
+    assert [fields(side) for side in sides] == [ROWS[:9], ROWS[5:7]]
+    sides = load(DataConfig(path=str(folder), split="train_sft", eval_path=str(folder), eval_split="test_sft"))
+    assert [fields(side) for side in sides] == [ROWS[:5], ROWS[5:7]]
 
 
 @quick
@@ -249,6 +268,13 @@ def test_hub_layout_with_class_names(hub_folder):
     assert evaluation.rows == [Row({"text": "test 1", "label": "pos"}, f"{hub_folder}/test:1")]
     with pytest.raises(DataError, match="has no 'validation' side; it has train, test"):
         load(DataConfig(path=str(hub_folder), eval_split="validation"))
+
+
+def test_hub_layout_in_the_home_folder(hub_folder, monkeypatch):
+    monkeypatch.setenv("HOME", str(hub_folder.parent))
+    assert [fields(side) for side in load(DataConfig(path="~/reviews"))] == [
+        fields(side) for side in load(DataConfig(path=str(hub_folder)))
+    ]
 
 
 def test_hub_id_with_configuration_and_hidden_labels(monkeypatch):

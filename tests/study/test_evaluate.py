@@ -36,6 +36,19 @@ def test_the_scores_of_a_run_are_found_again_in_its_adapter(tiny_model, tiny_dat
     assert json.loads(json.dumps(found, allow_nan=False)) == found
 
 
+def test_all_rows_of_a_file_are_scored_that_are_not_too_long(tiny_model, tiny_data, monkeypatch):
+    monkeypatch.setenv("HOME", str(tiny_data))
+    config = EvalConfig(model=str(tiny_model), task="classification", data="~/test.jsonl", train={"max_length": 32})
+    rows = [json.loads(line) for line in (tiny_data / "test.jsonl").read_text().splitlines()]
+    whole = evaluate(config)
+    assert whole["data"]["rows"] == len(rows)
+    lengths = sorted(len(row["text"].split()) for row in rows)
+    assert lengths[0] < lengths[-1]
+    short = config.with_options(data=config.data.with_options(overlength="drop"), train=config.train.with_options(max_length=8))
+    found = evaluate(short)
+    assert 0 < len(found["row_scores"]["accuracy"]) < len(rows)
+
+
 def test_a_program_is_completed_and_run(tiny_model, tmp_path, monkeypatch):
     """HumanEval's format, answers given: the right body passes, another does not."""
     from lownibble.study import answers

@@ -24,7 +24,7 @@ from lownibble.data.preference import (
     sequences_of,
 )
 from lownibble.data.rows import Dataset, Row
-from lownibble.data.sources import load, read
+from lownibble.data.sources import load, read, read_sides
 from lownibble.data.template import Encoded, Example, digest_of, encode, prompts
 
 __all__ = [
@@ -54,6 +54,7 @@ __all__ = [
     "load",
     "prompts",
     "read",
+    "read_sides",
     "recipe_for",
     "sequences_of",
     "split_pair",

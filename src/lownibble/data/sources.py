@@ -30,9 +30,9 @@ from lownibble.data.forms import Recipe, recipe_for
 from lownibble.data.rows import Dataset, Row, canonical
 from lownibble.errors import ConfigError, DataError
 
-__all__ = ["Dataset", "Row", "load", "read"]
+__all__ = ["Dataset", "Row", "load", "read", "read_sides"]
 
-DEFAULT_EVAL_SPLIT = DataConfig.model_fields["eval_split"].default
+DEFAULT_SPLIT, DEFAULT_EVAL_SPLIT = (DataConfig.model_fields[name].default for name in ("split", "eval_split"))
 EVAL_FALLBACKS = ("validation", "eval")
 """Split names tried if the default evaluation split does not exist; a split named by the user is never replaced."""
 
@@ -50,12 +50,7 @@ def load(config: DataConfig) -> tuple[Dataset, Dataset]:
         DataError: the data does not exist, a file is damaged or empty, or rows are bad (with file and line).
         ConfigError: the options do not fit the data.
     """
-    train, evaluation = read(config.path, config.split, config.eval_split)
-    if train is None:
-        raise DataError(f"The data '{config.path}' has no '{config.split}' side. Name one that it has with 'split'.")
-    if config.eval_path is not None:
-        other, test_side = read(config.eval_path, config.split, config.eval_split)
-        evaluation = test_side or other
+    train, evaluation = read_sides(config)
     recipe = recipe_for(train, config)
     if evaluation is None:
         train, evaluation = _hold_out(train, recipe, config.eval_fraction)
@@ -69,18 +64,41 @@ def load(config: DataConfig) -> tuple[Dataset, Dataset]:
     return _sample(train, config.max_rows), _sample(evaluation, config.max_eval_rows)
 
 
-def read(path: str, split: str = "train", eval_split: str = DEFAULT_EVAL_SPLIT) -> tuple[Dataset | None, Dataset | None]:
+def read_sides(config: DataConfig) -> tuple[Dataset, Dataset | None]:
+    """Training rows and evaluation rows, as stored; None where the rows for evaluation are to be held out.
+
+    Beside an `eval_path`, `split` is of `path`, and `eval_split` of `eval_path`.
+
+    Raises:
+        DataError, ConfigError: as `load`.
+    """
+    apart = config.eval_path is not None
+    train, evaluation = read(config.path, config.split, DEFAULT_EVAL_SPLIT if apart else config.eval_split)
+    if train is None:
+        raise DataError(f"The data '{config.path}' has no '{config.split}' side. Name one that it has with 'split'.")
+    if config.eval_path is not None:
+        split = DEFAULT_SPLIT if _is_whole(config.eval_path) else config.split
+        other, test_side = read(config.eval_path, split, config.eval_split)
+        evaluation = test_side or other
+    return train, evaluation
+
+
+def _is_whole(path: str) -> bool:
+    """Whether a source has no named splits."""
+    return path == "demo" or Path(path).expanduser().is_file()
+
+
+def read(path: str, split: str = DEFAULT_SPLIT, eval_split: str = DEFAULT_EVAL_SPLIT) -> tuple[Dataset | None, Dataset | None]:
     """Read (training split, test split) of one source, as stored; a single file is a training split only.
 
     Raises:
         DataError, ConfigError: as `load`.
     """
     local = Path(path).expanduser()
-    if path == "demo" or local.is_file():
-        if (split, eval_split) != ("train", DEFAULT_EVAL_SPLIT):
-            raise ConfigError(
-                f"'split' and 'eval_split' of DataConfig do not apply to '{path}': it has no named splits. Unset them."
-            )
+    if _is_whole(path):
+        for name, given, default in (("split", split, DEFAULT_SPLIT), ("eval_split", eval_split, DEFAULT_EVAL_SPLIT)):
+            if given != default:
+                raise ConfigError(f"The '{name}' of DataConfig does not apply to '{path}', which has no named splits. Unset it.")
         return load_demo() if path == "demo" else (Dataset(local.name, read_file(local)), None)
     if local.is_dir():
         files = _split_files(local)
@@ -88,7 +106,7 @@ def read(path: str, split: str = "train", eval_split: str = DEFAULT_EVAL_SPLIT) 
             return _pick(path, files, lambda name: Dataset(f"{path}/{name}", read_file(files[name])), split, eval_split)
     elif path.endswith(SUFFIXES) or path.startswith((".", "/", "~")) or not _HUB_ID.fullmatch(path):
         raise DataError(f"There is no data file or folder '{path}' (looked in '{Path.cwd()}'). Check the path.")
-    splits = _load_hub(path, local.is_dir())
+    splits = _load_hub(str(local) if local.is_dir() else path, local.is_dir())
     return _pick(path, splits, splits.__getitem__, split, eval_split)
 
 

@@ -14,7 +14,7 @@ import torch
 
 from lownibble import stored
 from lownibble.config import DataConfig
-from lownibble.data import Dataset, choices, encode, load, read
+from lownibble.data import Dataset, choices, encode, load, read_sides
 from lownibble.errors import ConfigError, DataError
 from lownibble.lora import plan
 from lownibble.lora.activated import for_shapes
@@ -62,11 +62,9 @@ def load_rows(task: str, kind: str, data: DataConfig) -> tuple[Dataset, Dataset]
     Raises:
         DataError: they are missing, invalid, or lack columns of the kind.
     """
-    for path in (data.path, data.eval_path):
-        if path is not None:
-            for side in read(path, data.split, data.eval_split):
-                if side is not None:
-                    check_columns(task, kind, side)
+    for side in read_sides(data):
+        if side is not None:
+            check_columns(task, kind, side)
     return load(data)
 
 

@@ -69,7 +69,7 @@ def evaluate(config: EvalConfig) -> dict[str, Any]:
 def _task(config: EvalConfig, model: Any, tokenizer: Any) -> dict[str, Any]:
     kind = str(config.task)
     data, length = with_templates(kind, config.data), config.train.max_length
-    if Path(data.path).is_file() and data.eval_path is None:
+    if Path(data.path).expanduser().is_file() and data.eval_path is None:
         data = data.with_options(eval_path=data.path)  # all rows of a single file are scored
     sides = load_rows(kind, kind, data)
     check_rows(kind, kind, sides, tokenizer, data, length)
