@@ -230,6 +230,18 @@ def test_one_row_cannot_be_split(tmp_path, row):
         load(DataConfig(path=jsonl(tmp_path / "a.jsonl", [row, row])))
 
 
+@pytest.mark.parametrize(
+    ("rows", "options"),
+    [
+        ([{"title": f"t{n}"} for n in range(20)], {"prompt_template": "Poem:", "completion_template": "{title}"}),
+        ([{"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": f"a{n}"}]} for n in range(20)], {}),
+    ],
+)
+def test_different_rows_of_one_prompt_cannot_be_split(tmp_path, rows, options):
+    with pytest.raises(DataError, match=r"has one prompt only, and rows of one prompt stay on one side: .* eval_path"):
+        load(DataConfig(path=jsonl(tmp_path / "a.jsonl", rows), **options))
+
+
 def test_limits_take_a_nested_sample_in_file_order(tmp_path):
     path = jsonl(tmp_path / "a.jsonl")
     _, small = load(DataConfig(path=path, eval_path=path, max_eval_rows=20))
@@ -275,6 +287,40 @@ def test_hub_layout_in_the_home_folder(hub_folder, monkeypatch):
     assert [fields(side) for side in load(DataConfig(path="~/reviews"))] == [
         fields(side) for side in load(DataConfig(path=str(hub_folder)))
     ]
+
+
+CELLS = 'text,label\nNA,1\n"007",0\nnull,1\n'
+READ = [{"text": "NA", "label": "1"}, {"text": "007", "label": "0"}, {"text": "null", "label": "1"}]
+
+
+@pytest.mark.parametrize("name", ["reviews.csv", "data/train-00000-of-00001.csv", "train/a.csv", "data/train.csv.gz"])
+def test_cells_of_a_folder_in_hub_layout_stay_text(hub_folder, monkeypatch, name):
+    folder = hub_folder.parent / "cells"
+    (path := folder / name).parent.mkdir(parents=True)
+    path.write_bytes(gzip.compress(CELLS.encode()) if name.endswith("gz") else CELLS.encode())
+    (folder / "README.md").write_text("Reviews.")
+    (hub_folder.parent / "link").symlink_to(folder)
+    monkeypatch.chdir(hub_folder.parent)
+    for asked in (str(folder), "cells", "link"):
+        train, evaluation = load(DataConfig(path=asked))
+        found = sorted(train.rows + evaluation.rows, key=lambda row: row.origin)
+        assert [row.fields for row in found] == READ
+        assert [row.origin for row in found] == [f"{name}:{line}" for line in (2, 3, 4)]
+
+
+def test_a_folder_in_hub_layout_may_say_how_it_is_read(hub_folder):
+    features = "dataset_info:\n  features:\n  - name: text\n    dtype: string\n  - name: label\n    dtype:\n      class_label:\n"
+    features += '        names:\n          "0": neg\n          "1": pos\n'
+    separator = "configs:\n- config_name: default\n  sep: ;\n  data_files: reviews.csv\n"
+    for number, (card, sep) in enumerate([(features, ","), (separator, ";")]):
+        folder = hub_folder.parent / str(number)
+        folder.mkdir()
+        (folder / "reviews.csv").write_text(f"text{sep}label\na{sep}1\nb{sep}0\n")
+        (folder / "README.md").write_text(f"---\n{card}---\n")
+        train, evaluation = load(DataConfig(path=str(folder)))
+        found = sorted(fields(train) + fields(evaluation), key=lambda row: row["text"])
+        assert [row["text"] for row in found] == ["a", "b"]
+        assert [row["label"] for row in found] == (["pos", "neg"] if card == features else [1, 0])
 
 
 def test_hub_id_with_configuration_and_hidden_labels(monkeypatch):

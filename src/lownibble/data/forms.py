@@ -10,7 +10,7 @@ The form is detected from the fields of the first row; all rows must have the sa
 
 If a row fits several forms, the first in this list wins. Templates are `str.format` over the row's fields; a template in the
 configuration takes precedence over the data set's own (`demo`), and that over the form's default. Only the fields that are used
-are checked, so an empty or NaN cell elsewhere in the row is ignored.
+are checked, so an empty, null or NaN cell elsewhere in the row is ignored. (JSON has no NaN: `files.py` refuses it anywhere.)
 
 Rows in other tools' formats have been converted before (`dialects.py`). This module handles strings only; `template` tokenises
 them.

@@ -1,13 +1,17 @@
 """Load the training and evaluation data sets of a `DataConfig`.
 
 An existing path is read here; a path that does not exist, or a folder without files named after the splits, goes to the
-`datasets` library (imported lazily). Every row is checked when it is loaded, so a bad row stops a run before a model is loaded.
+`datasets` library (imported lazily). Of such a folder it says which files are which split; CSV and JSON files are then read here
+all the same, unless the folder declares how to read them (a README.md with features or a separator). Every row is checked when it
+is loaded, so a bad row stops a run before a model is loaded.
 
 The evaluation split is, in this order: `eval_path`; the source's own test split; `eval_fraction` of the training rows. The
 last, and sampling by `max_rows` and `max_eval_rows`, hash each row's content:
 
 - rows with the same prompt are never in both splits, whatever their other fields (see `Recipe.identity`);
-- neither added rows nor another training seed move a row to the other split, so results of different runs stay comparable;
+- neither added rows nor another training seed move a row to the other split, so results of different runs stay comparable
+  (unless the fraction holds none of the prompts, or all of them: one is then held out, or trained, all the same, and which one
+  depends on the others);
 - a limit takes a random sample, kept in file order: a file sorted by label still gives a mixed sample, and a smaller
   limit's sample is a subset of a larger one's.
 
@@ -17,6 +21,7 @@ A seeded shuffle, the usual way, has none of these properties. The cost: the fra
 from __future__ import annotations
 
 import hashlib
+import os
 import re
 from collections.abc import Callable, Collection
 from dataclasses import replace
@@ -142,7 +147,8 @@ def _load_hub(path: str, is_folder: bool) -> dict[str, Dataset]:
 
     name, _, configuration = (path, "", "") if is_folder else path.partition(":")
     try:
-        loaded = datasets.load_dataset(name, configuration or None)
+        files = _text_files(datasets.load_dataset_builder(name)) if is_folder else {}
+        loaded = {} if files else datasets.load_dataset(name, configuration or None)
     except Exception as error:  # anything a loader, a parser or the network raises: the reason is in the message
         reason = next(iter(str(error).splitlines()), type(error).__name__)
         if is_folder:
@@ -152,7 +158,7 @@ def _load_hub(path: str, is_folder: bool) -> dict[str, Dataset]:
             looked = f"There is no file or folder '{path}' in '{Path.cwd()}'"
             remedy = "Check the spelling (owner/name, or owner/name:configuration) and the network."
         raise DataError(f"{looked}, and the datasets library cannot load '{name}': {reason}. {remedy}") from error
-    splits = {}
+    splits = {split: _read_all(Path(path), split, of_split) for split, of_split in files.items()}
     for split, table in loaded.items():
         names = {key: kind.names for key, kind in table.features.items() if isinstance(kind, datasets.ClassLabel)}
         records = [{key: _class_name(value, names.get(key)) for key, value in record.items()} for record in table.to_list()]
@@ -162,6 +168,26 @@ def _load_hub(path: str, is_folder: bool) -> dict[str, Dataset]:
     if not splits:
         raise DataError(f"The data '{path}' holds no rows. Check that it is the right one.")
     return splits
+
+
+def _text_files(builder: Any) -> dict[str, list[Path]]:
+    """CSV or JSON files by split, as the datasets library finds them in a folder; {} where others are among them or the folder
+    declares how they are to be read."""
+    config = builder.config
+    found = ("name", "version", "data_dir", "data_files", "description")
+    if builder.info.features is not None or config != type(config)(**{name: getattr(config, name) for name in found}):
+        return {}
+    files = {str(split): [Path(file) for file in of_split] for split, of_split in (config.data_files or {}).items()}
+    texts = tuple(suffix for suffix in SUFFIXES if suffix != ".parquet")
+    ours = all(file.name.lower().endswith(texts) and file.is_file() for of_split in files.values() for file in of_split)
+    return files if ours else {}
+
+
+def _read_all(folder: Path, split: str, files: list[Path]) -> Dataset:
+    """The rows of a split's files, their origins below the folder."""
+    below = {file: Path(os.path.relpath(file, folder.resolve())).parent for file in files}
+    rows = [replace(row, origin=str(below[file] / row.origin)) for file in files for row in read_file(file)]
+    return Dataset(f"{folder}/{split}", rows)
 
 
 def _class_name(value: Any, names: list[str] | None) -> Any:
@@ -174,9 +200,9 @@ def _class_name(value: Any, names: list[str] | None) -> Any:
 def _hold_out(dataset: Dataset, recipe: Recipe, fraction: float) -> tuple[Dataset, Dataset]:
     keys = [_hash("split", recipe.identity(row)) for row in dataset.rows]
     if len(set(keys)) < 2:
-        raise DataError(
-            f"'{dataset.name}' has no two different rows to split. Add rows, or give the evaluation rows with eval_path."
-        )
+        alike = len({canonical(row.fields) for row in dataset.rows}) == 1
+        what = "no two different rows" if alike else "one prompt only, and rows of one prompt stay on one side: there is nothing"
+        raise DataError(f"'{dataset.name}' has {what} to split. Add rows, or give the evaluation rows with eval_path.")
     limit = int(fraction * 2**64)
     held = {key for key in keys if key < limit} or {min(keys)}
     if len(held) == len(set(keys)):
