@@ -274,6 +274,21 @@ def test_contents_that_look_like_the_header(tokenizer, template, content):
         assert "".join(trained_text(made, example).split()) == "".join(f"{content}<|im_end|>fine<|im_end|>".split())
 
 
+QUESTION_INSIDE = (
+    "{% set asked = namespace(text='') %}{% for m in messages %}{% if m.role == 'user' %}{% set asked.text = m.content %}"
+    "{% else %}Q: {{ asked.text }}\nA: {{ m.content }}<|im_end|>\n{% endif %}{% endfor %}"
+)
+
+
+@pytest.mark.parametrize("asks", ["", "{% if add_generation_prompt %}Q: {{ asked.text }}\nA: {% endif %}"])
+@pytest.mark.parametrize("said", ["Hi", "A: yes", "yes", "Q", "a"])
+def test_a_question_that_is_printed_inside_the_answer_s_turn_is_not_trained(tokenizer, said, asks):
+    made = copy.deepcopy(tokenizer)
+    made.chat_template = QUESTION_INSIDE + asks
+    example = encoded(made, [user(said), assistant("yes"), user(said), assistant("no")])
+    assert trained_text(made, example) == "yes<|im_end|>no<|im_end|>"
+
+
 def test_a_template_that_changes_contents_trains_the_last_turn_and_says_so(tokenizer):
     made = copy.deepcopy(tokenizer)
     made.chat_template = BY_INDEX.replace("messages[i].content", "messages[i].content | replace('y', 'Y')")

@@ -5,6 +5,8 @@ import copy
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from transformers import PreTrainedTokenizerFast
 
 from lownibble.config import DataConfig
 from lownibble.data import Dataset, Row, encode
@@ -126,6 +128,32 @@ def test_a_merge_over_the_border_is_tokenised_in_pieces(tokenizer):
     header = plain(tokenizer, "<|im_start|>user\na<|im_end|>\n<|im_start|>assistant\n")
     assert example.input_ids[: len(header)] == header
     assert labels(example) == plain(tokenizer, "\nfilm<|im_end|>")
+
+
+@pytest.mark.parametrize("trim", [False, True])
+@pytest.mark.parametrize("content", ["film", "  film", "\n a bad film", "?"])
+def test_a_merge_over_the_space_at_a_header_s_end_is_tokenised_in_pieces(content, trim):
+    """Also where places of tokens leave out their space (GPT-NeoX, Pythia)."""
+    core = Tokenizer(models.BPE())
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    core.post_processor = processors.ByteLevel(trim_offsets=trim)
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(special_tokens=["<|im_end|>"], initial_alphabet=alphabet, show_progress=False)
+    core.train_from_iterator(["a bad film ? film"] * 2, trainer)
+    core.decoder = decoders.ByteLevel()
+    bare = PreTrainedTokenizerFast(tokenizer_object=core, eos_token="<|im_end|>")
+    assert bare.tokenize("assistant: film")[-1] == "Ġfilm"
+    bare.chat_template = (
+        "{% for m in messages %}{{ m.role }}: {{ m.content }}<|im_end|>\n{% endfor %}"
+        "{% if add_generation_prompt %}assistant: {% endif %}"
+    )
+    chat = [{"role": "user", "content": "a"}, {"role": "assistant", "content": content}]
+    example = one(bare, {"messages": chat})
+    asked = bare.apply_chat_template(chat[:1], add_generation_prompt=True, return_dict=False)
+    assert example.input_ids[: len(asked)] == asked
+    answer = plain(bare, f"{content}<|im_end|>")
+    assert example.input_ids[len(asked) :] == answer + plain(bare, "\n")
+    assert labels(example) == answer
 
 
 def test_chat_template_around_prompt_and_completion(any_tokenizer):

@@ -42,6 +42,7 @@ from lownibble.data.turns import (
     is_text,
     owner_of,
     plain_content,
+    question_end,
     regions_by_contents,
     shared_length,
 )
@@ -242,7 +243,8 @@ class ChatRenderer:
         (start, end), *others = regions[number]
         if holds_answers(messages, number, text[start:end], regions):
             end = start + self._length_alone(messages, tools, number, text[start:end])
-        start += header_end(header, text[start:end], plain_content(messages[number]).strip())
+        own = header_end(header, text[start:end], plain_content(messages[number]).strip())
+        start += max(own, question_end(messages, number, text[start:end], regions))
         found, last = [(start, end), *others], (others or [(start, end)])[-1][1]
         rest = text[last:].lstrip()
         closed = text[start:last].rstrip().endswith(tuple(self.special_tokens))

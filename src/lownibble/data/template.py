@@ -161,6 +161,11 @@ class TokenCoder:
         found = self.tokenizer(texts, add_special_tokens=False, verbose=False, return_offsets_mapping=True)
         return list(zip(found["input_ids"], found["offset_mapping"], strict=True))
 
+    def alone(self, token: int) -> str:
+        """The text of one token, with its white space."""
+        text: str = self.tokenizer.decode([token], clean_up_tokenization_spaces=False)
+        return text
+
     @cached_property
     def front(self) -> list[int]:
         """Leading special tokens: those the tokenizer puts before a text (often BOS, often none)."""
@@ -214,7 +219,7 @@ def tokenise_chats(coder: TokenCoder, chats: list[Rendered]) -> list[tuple[list[
     result = []
     for chat, (ids, ends) in zip(chats, coder.with_ends([chat.text for chat in chats]), strict=True):
         bounds = [bound for start, end, _ in chat.spans for bound in (start, end)]
-        places = None if ends is None else _places(ends, bounds)
+        places = None if ends is None else _places(coder, ids, ends, bounds)
         if places is None:
             pieces = [chat.text[a:b] for a, b in itertools.pairwise([0, *bounds, len(chat.text)])]
             tokenised = coder.batch(pieces)
@@ -228,12 +233,18 @@ def tokenise_chats(coder: TokenCoder, chats: list[Rendered]) -> list[tuple[list[
     return result
 
 
-def _places(ends: list[tuple[int, int]], bounds: list[int]) -> list[int] | None:
+def _places(coder: TokenCoder, ids: list[int], ends: list[tuple[int, int]], bounds: list[int]) -> list[int] | None:
     """Number of tokens before each of some places in the text; None where a token reaches across one."""
     lasts = [end for _, end in ends]
     places = [bisect_right(lasts, bound) for bound in bounds]
-    across = any(place < len(ends) and ends[place][0] < bound for place, bound in zip(places, bounds, strict=True))
-    return None if across else places
+
+    def across(place: int, bound: int) -> bool:
+        if place == len(ends) or ends[place][0] < bound:
+            return place < len(ends)
+        # some tokenizers' places leave out the space that a token begins with
+        return (lasts[place - 1] if place else 0) < bound and coder.alone(ids[place])[:1].isspace()
+
+    return None if any(map(across, places, bounds)) else places
 
 
 def turn_end(coder: TokenCoder, ids: list[int], start: int, end: int) -> int:

@@ -29,6 +29,17 @@ def header_end(header: str, region: str, content: str) -> int:
     return next((n for n in range(shared_length(header, region), 0, -1) if header[n - 1] in PART_ENDS), 0)
 
 
+def question_end(messages: list[dict[str, Any]], number: int, region: str, regions: Regions) -> int:
+    """Where a turn's own content begins if the template prints inside of the turn what the user said before it, having printed
+    nothing in the user's own pass; 0 if it does not."""
+    at, first = 0, max((n for n in range(number) if messages[n]["role"] == "assistant"), default=0)
+    for n in range(first, number):
+        content = plain_content(messages[n]).strip()
+        if messages[n]["role"] == "user" and n not in regions and content and (found := region.find(content, at)) >= 0:
+            at = found + len(content)
+    return max(at, region.find(plain_content(messages[number]).strip(), at)) if at else 0
+
+
 def owner_of(at: int, regions: Regions, speaking: list[int]) -> int | None:
     """The assistant's message that printed a place in the text; None where none is known."""
     return next((n for n in speaking if any(start <= at < end for start, end in regions.get(n, []))), None)
