@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 import lownibble as ln
 from lownibble.config import DataConfig, LoraConfig, RunConfig, TrainConfig
 from lownibble.errors import OutputError, TrainingError
-from lownibble.training import run, verify
+from lownibble.training import checkpoint, run, sharding, verify
 from lownibble.training.events import Evaluated, Finished, Skipped, Stepped
 from lownibble.training.sinks import Sink, read_events
 
@@ -90,6 +90,16 @@ def test_damaged_checkpoints_only_are_an_error(tiny_model, tiny_data, tmp_path):
         flip(folder / "state.safetensors")
     with pytest.raises(OutputError, match=r"no whole checkpoint.*step-000006.*step-000004.*new --output"):
         run(resumed(config))
+
+
+def test_checkpoints_are_in_the_order_of_their_steps(tmp_path):
+    model = torch.nn.Linear(2, 2)
+    optimizer = torch.optim.AdamW(model.parameters())
+    for step in (999_000, 999_500, 1_000_000, 1_000_500):
+        checkpoint.save(tmp_path, step, sharding.parts(model), optimizer, {}, {})
+    (tmp_path / "step-copied by hand").mkdir()
+    assert [path.name for path in checkpoint.complete(tmp_path)] == ["step-1000000", "step-1000500"]
+    assert checkpoint.newest(tmp_path)[0].step == 1_000_500
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])

@@ -169,7 +169,8 @@ def _all_parts(held: Held, optimizer: torch.optim.Optimizer, ranks: Ranks) -> Pa
 
 def complete(folder: Path) -> list[Path]:
     """The complete checkpoints below `folder`, oldest first."""
-    return sorted(folder.glob("step-*"))
+    steps = {path: path.name.removeprefix("step-") for path in folder.glob("step-*")}
+    return sorted((path for path, step in steps.items() if step.isdecimal()), key=lambda path: int(steps[path]))
 
 
 def _digest(path: Path) -> str:
