@@ -1,4 +1,4 @@
-"""Which rows go through the model together. Oracle: the rows themselves, counted."""
+"""Which rows go through the model together. Oracles: the rows themselves, counted; the same run with other padding."""
 
 from collections import Counter
 from itertools import islice
@@ -7,9 +7,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+import lownibble as ln
 from lownibble.config import TrainConfig
 from lownibble.data import Example
-from lownibble.training.microbatches import MicroBatches
+from lownibble.errors import ModelError
+from lownibble.registry import OBJECTIVES
+from lownibble.training.microbatches import MicroBatches, padding
 
 LENGTHS = st.lists(st.integers(2, 12), min_size=1, max_size=20)
 OPTIONS = st.sampled_from([{}, {"group_by_length": True}, {"packing": True}])
@@ -46,3 +49,16 @@ def test_steps_can_start_anywhere(lengths, batch_size, count, start, options):
 @pytest.mark.parametrize(("epochs", "steps"), [(1, 2), (0.5, 1), (2, 4), (1.5, 3)])
 def test_steps_of_epochs(epochs, steps):
     assert micro_batches([3] * 5, 1, 3, {}).steps_of_epochs(epochs) == steps  # 5 batches: a step of 3 and one of 2
+
+
+def test_a_tokenizer_without_a_pad_token_pads_with_its_end(tiny_run, clone):
+    model, tokenizer, data = tiny_run
+    config = TrainConfig(batch_size=4, max_steps=2, max_length=24, eval_steps=None)
+    padded = ln.train(clone(model), tokenizer, data, config).losses
+    tokenizer.pad_token = None
+    assert padding(tokenizer) == tokenizer.eos_token_id
+    assert ln.train(clone(model), tokenizer, data, config).losses == padded
+    tokenizer.eos_token = None
+    for name in ("next-token", "dpo", "kto"):
+        with pytest.raises(ModelError, match="neither a pad_token nor an eos_token"):
+            OBJECTIVES[name].collate(model, tokenizer)

@@ -34,6 +34,7 @@ from lownibble.registry import OBJECTIVES
 from lownibble.training.checkpoint import CHECKPOINTS, complete
 from lownibble.training.distributed import ALONE, Ranks
 from lownibble.training.loop import Trainer
+from lownibble.training.microbatches import padding
 from lownibble.training.objectives import Objective
 from lownibble.training.sharding import Sharding
 from lownibble.training.starts import decide
@@ -196,7 +197,7 @@ def _warnings_of_invocation(tokens: tuple[int, ...], tokenizer: Any, encoded: li
     Raises:
         ConfigError: padding could be the invocation's end. DataError: no training row has the invocation.
     """
-    if tokens[-1] == tokenizer.pad_token_id:
+    if tokens[-1] == padding(tokenizer):
         raise ConfigError(
             f"alora_invocation_tokens ends with {tokens[-1]}, which is the token that rows are padded with. End it with another "
             "one, or give the tokenizer another pad_token."

@@ -46,13 +46,26 @@ Collate = Callable[[list[Example]], Batch]
 """Collates rows into one padded batch."""
 
 
+def padding(tokenizer: Any) -> int:
+    """The token that rows are padded with: the tokenizer's, or the end-of-sequence token (padding is masked by position).
+
+    Raises:
+        ModelError: the tokenizer has neither.
+    """
+    for token in (tokenizer.pad_token_id, tokenizer.eos_token_id):
+        if token is not None:
+            return int(token)
+    raise ModelError("The tokenizer has neither a pad_token nor an eos_token to pad rows with. Set its pad_token.")
+
+
 def collator(model: Any, tokenizer: Any) -> Collate:
     """The collate function for a model.
 
     Raises:
-        ModelError: an encoder-decoder model lacks its decoder start or end-of-sequence token.
+        ModelError: the tokenizer has no token to pad with; or an encoder-decoder model lacks its decoder start or
+            end-of-sequence token.
     """
-    pad = int(tokenizer.pad_token_id)
+    pad = padding(tokenizer)
     if not model.config.is_encoder_decoder:
         return partial(collate, pad_token_id=pad)
     start, end = model.config.decoder_start_token_id, tokenizer.eos_token_id

@@ -11,16 +11,23 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from lownibble.calibration.rows import positions
 from lownibble.config import DataConfig, TrainConfig
-from lownibble.data import Batch, Choice, Dataset, Encoded, Example, choices, encode, split_pair
+from lownibble.data import Batch, Choice, Dataset, Encoded, Example, choices, encode, sequences_of, split_pair
 from lownibble.errors import ConfigError, DataError
 from lownibble.training.distributed import Ranks
 from lownibble.training.evaluate import Evaluator
 from lownibble.training.loss import loss_at
 from lownibble.training.microbatches import Collate, collator
 from lownibble.training.passes import Passes
+
+COMPUTED_ONCE = ("embed_positions", "pos_encoding")
+"""Names that transformers gives to tables of positions that are not learned (GPT-J, CodeGen, CTRL)."""
+
+MOST_BEFORE = 2
+"""Rows that a table of positions may have before the first (OPT, BART)."""
 
 
 class Objective:
@@ -45,11 +52,12 @@ class Objective:
         """Check that the rows of both splits suit the model.
 
         Raises:
-            ConfigError, DataError: rows for an encoder-decoder model have no prompt, or several answers; or a token has no row in
-                the embeddings.
+            ConfigError, DataError: rows for an encoder-decoder model have no prompt, or several answers; a token has no row in
+                the embeddings, or a position none in the model's table.
         """
         check_tokens(model, encoded)
         if not model.config.is_encoder_decoder:
+            check_positions(model, encoded)
             return
         if encoded[0].form == "text" or not data.mask_prompt:
             raise ConfigError(
@@ -59,6 +67,7 @@ class Objective:
         for side in encoded:
             for example in side.examples:
                 split_pair(example)
+        check_positions(model, encoded)
 
     def choices(
         self, train: Dataset, evaluation: Dataset, tokenizer: Any, data: DataConfig, max_length: int
@@ -107,6 +116,37 @@ def check_tokens(model: Any, encoded: list[Encoded]) -> None:
                     "more tokens than the model. Use the model's own tokenizer, or, in Python, resize the embeddings "
                     f"(model.resize_token_embeddings({largest + 1}) or more) before add_lora, with modules_to_save naming them."
                 )
+
+
+def check_positions(model: Any, encoded: list[Encoded]) -> None:
+    """Check that all positions of a model with a table of them are in it: on CUDA one that is not ends the process.
+
+    Raises:
+        DataError: a row is too long.
+    """
+    if (held := table_of_positions(model)) is None:
+        return
+    for side in encoded:
+        for example in side.examples:
+            if model.config.is_encoder_decoder:  # both of its inputs get one token more
+                n_tokens = max(map(len, split_pair(example))) + 1
+            else:
+                others = [other] if (other := getattr(example.beside, "mismatched", None)) else []
+                n_tokens = max(len(ids) for each in (example, *others) for ids, _ in sequences_of(each))
+            if n_tokens > held:
+                raise DataError(
+                    f"{example.origin}: a row of {n_tokens} tokens, and {type(model).__name__} has {held} positions. Set "
+                    f"max_length={held} (--max-length {held}), or less."
+                )
+
+
+def table_of_positions(model: Any) -> int | None:
+    """The number of positions of a model that looks them up in a table (learned, or computed once for all), or None."""
+    held, decoder = positions(model), model.get_decoder()
+    n_tokens = model.get_input_embeddings().weight.shape[0]
+    rows = {module.num_embeddings for module in decoder.modules() if isinstance(module, nn.Embedding)} - {n_tokens}
+    rows |= {table.shape[0] for name, table in decoder.named_buffers() if name.rpartition(".")[2] in COMPUTED_ONCE}
+    return held if held and any(0 <= n - held <= MOST_BEFORE for n in rows) else None
 
 
 NEXT_TOKEN = Objective()

@@ -38,8 +38,8 @@ from lownibble.models.attention import takes_prefixes
 from lownibble.training.distributed import Ranks
 from lownibble.training.evaluate import Evaluation, Evaluator, Sums
 from lownibble.training.loss import token_logps
-from lownibble.training.microbatches import Collate
-from lownibble.training.objectives import Objective, check_tokens
+from lownibble.training.microbatches import Collate, padding
+from lownibble.training.objectives import Objective, check_positions, check_tokens
 from lownibble.training.passes import Passes
 
 
@@ -105,11 +105,13 @@ class Preferences(Objective):
         """Check that the model can be trained so.
 
         Raises:
-            ConfigError: it has an encoder, or trains its routers' balance. DataError: tokens have no embeddings.
+            ConfigError: it has an encoder, or trains its routers' balance. DataError: tokens have no embeddings, or rows are
+                longer than the model's table of positions.
         """
         check_tokens(model, encoded)
         if model.config.is_encoder_decoder:
             raise ConfigError(f"Objective '{self.name}' is not for {type(model).__name__}, which has an encoder.")
+        check_positions(model, encoded)
         asked = getattr(model.config.get_text_config(), "output_router_logits", False)
         if asked and self.config.router_aux_loss_coef is None:
             raise ConfigError(
@@ -125,7 +127,7 @@ class Preferences(Objective):
 
     def collate(self, model: Any, tokenizer: Any) -> Collate:
         """The function that collates rows into one batch."""
-        return partial(collate_preferences, pad_token_id=int(tokenizer.pad_token_id), pairs=self.pairs)
+        return partial(collate_preferences, pad_token_id=padding(tokenizer), pairs=self.pairs)
 
     def weight(self, batch: Batch) -> int:
         """A step's loss is a mean over rows."""
