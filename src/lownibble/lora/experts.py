@@ -201,6 +201,12 @@ def named_experts(model: nn.Module) -> dict[str, nn.Module]:
     return found
 
 
+def copied_weights(model: nn.Module) -> list[str]:
+    """Paths, in the model without adapters, of the experts' weights in modules that an adapter trains in full."""
+    inner = [path for path in experts.expert_weights(model) if inside(path, model, TrainedCopy)]
+    return [path.replace(".original.", ".", 1) for path in inner if ".original." in path]
+
+
 def is_experts(module: nn.Module) -> bool:
     """Whether a module holds the weights of a mixture's experts."""
     return isinstance(module, (LoraExperts, QuantExperts, DenseExperts))

@@ -20,7 +20,7 @@ from lownibble.errors import TargetError
 from lownibble.lora import activated, targets
 from lownibble.lora.active import adapter_configs, replace_module, set_adapter
 from lownibble.lora.begin import adapt, output_head, take_back
-from lownibble.lora.experts import is_experts, named_experts
+from lownibble.lora.experts import copied_weights, is_experts, named_experts
 from lownibble.lora.init import find
 from lownibble.lora.layer import LoraLinear, TrainedCopy, inside
 from lownibble.lora.portable import TAKEN_FOR_EXPERTS
@@ -48,17 +48,42 @@ def _inside_wrapper(path: str, model: nn.Module) -> bool:
     return inside(path, model, (LoraLinear, TrainedCopy))
 
 
+def _in_copies(model: nn.Module) -> dict[str, nn.Module]:
+    """Path in the model without adapters -> module, of all that an adapter trains in full and of their parts."""
+    found: dict[str, nn.Module] = {}
+    for path, module in model.named_modules():
+        if isinstance(module, TrainedCopy):
+            found |= {f"{path}.{part}".rstrip("."): each for part, each in module.original.named_modules()}
+    return found
+
+
+def _check_apart(model: nn.Module, paths: Collection[str]) -> None:
+    """Raise TargetError for the first of `paths`, which are among or in those of `_in_copies`."""
+    for path in paths:
+        outer, copies = next(
+            (outer, list(module.copies)) for outer, module in model.named_modules()
+            if isinstance(module, TrainedCopy) and f"{path}.".startswith(f"{outer}.")
+        )  # fmt: skip
+        raise TargetError(
+            f"Adapter '{copies[0]}' trains '{outer}' in full (modules_to_save), so that no other adapter can change '{path}'. "
+            "Leave it out, or remove that adapter first."
+        )
+
+
 def match_targets(model: nn.Module, config: LoraConfig, *, of_file: bool = False) -> dict[str, nn.Module]:
     """Path -> module of every linear layer, and of every mixture's experts, that `config` targets.
 
     Raises:
-        TargetError: nothing matches, or options contradict each other; lists the candidates.
+        TargetError: nothing matches, options contradict each other, or what is named is trained in full by another adapter;
+            lists the candidates.
     """
     linears, of_experts, head = named_linears(model), named_experts(model), output_head(model)
     _check_names(config, linears, of_experts)
     saved = [path for path, _ in model.named_modules() if path.endswith(tuple(config.modules_to_save))]
     of_head = next((path for path, module in linears.items() if module is head), None)
-    matched = targets.match_targets(linears, config, head=of_head, excluded=saved, of_file=of_file)
+    copied = [] if config.target_modules == "all-linear" else [p for p, m in _in_copies(model).items() if is_linear(m)]
+    matched = targets.match_targets([*linears, *copied], config, head=of_head, excluded=saved, of_file=of_file)
+    _check_apart(model, [path for path in matched if path in copied])
     idle = set() if of_file else set(without_effect(model, matched))
     if idle:
         what = f"{len(idle)} layers of {type(model).__name__} ({targets.candidates(idle)})"
@@ -66,7 +91,9 @@ def match_targets(model: nn.Module, config: LoraConfig, *, of_file: bool = False
         if config.target_modules != "all-linear":
             raise TargetError(f"{what} cannot carry an adapter: {why}. Leave them out of target_modules.")
         warnings.warn(f"{what} get no adapter: {why}.", stacklevel=2)
-    adapted = targets.match_experts(of_experts, config, excluded=saved, of_file=of_file)
+    copied = [path for path in copied_weights(model) if names(path, config.target_parameters)]
+    adapted = targets.match_experts([*of_experts, *copied], config, excluded=saved, of_file=of_file)
+    _check_apart(model, [path for path in adapted if path in copied])
     targets.check_ranks(config, [*matched, *adapted], of_file)
     targets.check_experts(config, adapted, merge_aware=info(model).merge_aware is not None, of_file=of_file)
     if not of_file:
@@ -122,7 +149,15 @@ def _match_saved(model: nn.Module, config: LoraConfig) -> dict[str, nn.Module]:
             if not list(original.parameters()):
                 raise TargetError(f"modules_to_save '{path}' has no parameters to train. Leave it out.")
             found[path] = original
-    return {p: m for p, m in found.items() if not any(p.startswith(f"{outer}.") for outer in found)}
+    found = {p: m for p, m in found.items() if not any(p.startswith(f"{outer}.") for outer in found)}
+    parts = [path for path in _in_copies(model) if path.endswith(tuple(config.modules_to_save))]
+    _check_apart(model, [path for path in parts if not _is_in(path, found)])
+    return found
+
+
+def _is_in(path: str, outer: Collection[str]) -> bool:
+    """Whether a path is one of `outer`, or below one."""
+    return any(path == each or path.startswith(f"{each}.") for each in outer)
 
 
 def _check_dense(path: str, module: nn.Module) -> None:
@@ -143,10 +178,12 @@ def _biases(
     adapted = {f"{path}.base_layer.bias": m.bias for path, m in matched.items() if isinstance(m.bias, nn.Parameter)}
     if config.bias == "lora_only":
         return adapted
+    copied = [path for path, module in _in_copies(model).items() if isinstance(getattr(module, "bias", None), nn.Parameter)]
+    _check_apart(model, [path for path in copied if not _is_in(path, saved)])
     return adapted | {
         f"{path}.bias": m.bias for path, m in model.named_modules()
         if isinstance(getattr(m, "bias", None), nn.Parameter) and path not in matched and not isinstance(m, TrainedCopy)
-        and not _inside_wrapper(path, model) and not any(path == s or path.startswith(f"{s}.") for s in saved)
+        and not _inside_wrapper(path, model) and not _is_in(path, saved)
     }  # fmt: skip
 
 

@@ -20,7 +20,7 @@ from transformers.core_model_loading import WeightRenaming, rename_source_key
 
 from lownibble.config import LoraConfig
 from lownibble.lora.active import lora_layers
-from lownibble.lora.experts import is_experts, named_experts
+from lownibble.lora.experts import copied_weights, is_experts, named_experts
 from lownibble.lora.targets import OF_LINEAR, alpha_of, rank_of
 from lownibble.models.conversion import fuses_experts
 
@@ -40,7 +40,10 @@ def named(model: nn.Module, config: LoraConfig, name: str) -> dict[str, Any]:
     experts = {path for path, layer in layers.items() if is_experts(layer)}
     linears = layers.keys() - experts
     mistaken = set(_mistaken(model, config, linears))
-    parameters = [*_short(experts, set(named_experts(model))), *_short(mistaken, _weights(model), OF_LINEAR)]
+    parameters = [
+        *_short(experts, {*named_experts(model), *copied_weights(model)}),
+        *_short(mistaken, _weights(model), OF_LINEAR),
+    ]
     if config.target_modules != "all-linear" and not mistaken:
         parameters += [wanted for wanted in config.target_parameters if wanted.endswith(OF_LINEAR)]
     found: dict[str, Any] = {
