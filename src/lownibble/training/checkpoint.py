@@ -57,9 +57,13 @@ _FREE = {
     "deterministic",
     "compute",
     "head_compute",
+    "dtype",
     "tokens",
 }
 """Options that may change on resume."""
+
+_LATER = {"total_steps", "weights", "double_quant", "skip_modules", "pattern"}
+"""Options compared where both are known: older checkpoints record none of them, and weights are known of `load`'s models."""
 
 
 def sync(path: Path) -> None:
@@ -274,7 +278,7 @@ def _readable(found: Facts, shapes: dict[str, states.Shape], config: dict[str, A
 
 
 def changed(found: Facts, config: dict[str, Any]) -> list[str]:
-    """Warnings about what changed since the checkpoint and is allowed: the matmul precision, and the rows' tokens."""
+    """Warnings about what changed since the checkpoint and is allowed: dtype and matmul precision, and the rows' tokens."""
     told = []
     if found.config.get("tokens") not in (None, config.get("tokens")):
         told.append(
@@ -282,8 +286,12 @@ def changed(found: Facts, config: dict[str, Any]) -> list[str]:
             "has changed; steps from here on are trained on the new ones"
         )
     return told + [
-        f"the run started with {what} in compute '{before}' and resumes with '{config.get(key)}'"
-        for key, what in (("compute", "the frozen base"), ("head_compute", "the head"))
+        f"the run started with {what} '{before}' and resumes with '{config.get(key)}'"
+        for key, what in (
+            ("dtype", "the model in"),
+            ("compute", "the frozen base in compute"),
+            ("head_compute", "the head in compute"),
+        )
         if (before := found.config.get(key)) and before != config.get(key)
     ]
 
@@ -307,8 +315,8 @@ def _check(found: Facts, shapes: dict[str, states.Shape], config: dict[str, Any]
 
 
 def _differ(key: str, ours: Any, theirs: Any) -> bool:
-    if key == "total_steps":
-        return theirs is not None and bool(ours != theirs)  # older checkpoints do not record it
+    if key in _LATER:
+        return None not in (ours, theirs) and bool(ours != theirs)
     if key == "train.optim" and ours and theirs:
         return plain_name(ours) != plain_name(theirs)
     return bool(ours != theirs and key.split(".")[-1] not in _FREE)

@@ -305,8 +305,10 @@ class Trainer:
             reference.check_steps(self.model)
             self.reference = {"computed": "with each step", "adapter": "off"}
             return
-        keys = ("tokens", "lora", "quant", "compute", "head_compute", "started_from", "merge_aware")
-        identity = {key: self.identity.get(key) for key in keys} | {"seed": self.config.seed}
+        packed = ("quant", "double_quant", "skip_modules", "pattern", "compute", "head_compute", "merge_aware")
+        identity = {key: self.identity.get(key) for key in ("tokens", "lora", "started_from", *packed)} | {
+            "seed": self.config.seed
+        }
         self.reference = usage.retry_on_oom(
             lambda: reference.before(
                 objective, self.passes, self.micro, evaluator.examples, evaluator.collate,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from lownibble.lora.active import adapter_configs
 from lownibble.lora.init import find
 from lownibble.lora.merge_aware import check_adapter, facts_of, held_as
 from lownibble.lora.portable import WEIGHTS_FILE
+from lownibble.lora.provenance import base_facts
 from lownibble.lora.variants import variant_of
 from lownibble.memory import usage
 from lownibble.models import compute, load, pick_device, resolve, skeleton
@@ -216,12 +218,19 @@ def _kept(choices: list[Choice] | None, evaluation: Encoded) -> list[Choice] | N
 
 
 def _subject(model: Any) -> dict[str, Any]:
-    """Model identity that must match on resume, and the matmul precision, which may differ on another machine."""
+    """Model identity that must match on resume, and dtype and matmul precision, which may differ on another machine."""
     quantized, leaves = [m for m in model.modules() if isinstance(m, QuantLinear)], info(model).merge_aware
+    facts = base_facts(model)
+    packed = facts["quant"] or {}
     return {
         "base": getattr(model.config, "_name_or_path", ""),
+        "weights": facts["digest"],
+        "dtype": str(model.dtype).removeprefix("torch."),
         "lora": {name: config.to_dict() for name, config in adapter_configs(model).items()},
         "quant": sorted({m.codec for m in quantized}),
+        "double_quant": packed.get("double_quant"),
+        "skip_modules": packed.get("skip_modules"),
+        "pattern": json.dumps(packed.get("pattern", {}), sort_keys=True),
         "compute": ", ".join(sorted({m.compute for m in quantized})),
         "head_compute": Head(model).compute,
         "started_from": info(model).started_from,
