@@ -20,7 +20,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from lownibble.arch import all_paths, read_shape
-from lownibble.config import LoraConfig, QuantConfig, RunConfig, TrainConfig
+from lownibble.config import LoraConfig, QuantConfig, TrainConfig
 from lownibble.errors import ConfigError
 from lownibble.kernels.decoded import release_scratch
 from lownibble.lora import add_lora
@@ -36,7 +36,6 @@ from lownibble.planning.show import tables
 from lownibble.planning.speed import HOST_MEMORY, plan_speed
 from lownibble.planning.step import Batch, run_step
 from lownibble.quant.experts import Ends
-from lownibble.training import sharding
 from lownibble.training.distributed import Ranks
 from lownibble.training.loss import loss_at
 from lownibble.training.sharding import SHARDS_PACKED, prefetch, rest_gathered
@@ -365,24 +364,12 @@ def test_auto_takes_fsdp_where_the_model_does_not_fit_a_card():
     ]  # fmt: skip
 
 
-@pytest.mark.parametrize(
-    ("memory_bytes", "shards_packed", "mode"), [(1 << 40, False, "ddp"), (1, True, "fsdp"), (1, False, "ddp")]
-)
-def test_auto_says_why_a_run_that_does_not_fit_is_not_sharded(monkeypatch, memory_bytes, shards_packed, mode):
-    here = dataclasses.replace(hardware.this_machine(), memory_bytes=memory_bytes)
-    monkeypatch.setattr(sharding, "device_of", lambda _: here)
-    monkeypatch.setattr(sharding, "SHARDS_PACKED", shards_packed)
-    said = pytest.warns(UserWarning, match=r"does not fit a device, and it cannot be sharded: parallel='fsdp' .* packed weights")
-    with said if (memory_bytes, mode) == (1, "ddp") else nullcontext():
-        assert sharding.mode_of(RunConfig(model="demo", method="qlora"), torch.device("cpu"), 2) == mode
-
-
 def test_checkpoints_are_not_offloaded_on_shards():
     found = plan("llama-65b", gpu="a100-80gb", gpus=[2], method="lora", batch_size=8, max_length=512).rows
     assert {row.ranks.parallel: row.verdict.train.gradient_checkpointing for row in found}["fsdp"] is True
     found = plan("llama-2-7b", gpu="t4", gpus=[2], method="lora", gradient_checkpointing="offload")
     assert [row.ranks.parallel for row in found.rows] == ["ddp"]
-    assert "checkpoints are not offloaded" in found.refused["fsdp"]
+    assert found.refused["fsdp"] == "it does not go with gradient_checkpointing='offload'"
 
 
 def test_without_a_known_link_there_is_no_speed():
@@ -412,7 +399,7 @@ def test_a_model_that_cannot_be_sharded_is_planned_with_ddp():
         (
             "demo",
             {"gpus": [2], "parallel": "fsdp", "gradient_checkpointing": "offload"},
-            "with fsdp: checkpoints are not offloaded",
+            "with fsdp: it does not go with gradient_checkpointing='offload'",
         ),
         ("t5-base", {"gpus": [2], "gpu": "t4", "parallel": "fsdp"}, "'t5-base' cannot be planned with fsdp: .* has an encoder"),
     ],

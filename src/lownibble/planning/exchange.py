@@ -20,7 +20,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from lownibble.config import Parallel, TrainConfig
+from lownibble.config import PREFERENCE, LoraConfig, Parallel, TrainConfig
 from lownibble.errors import ConfigError
 from lownibble.planning.hardware import Device
 
@@ -51,6 +51,21 @@ def share(train: TrainConfig, ranks: int) -> TrainConfig:
         )
     found: TrainConfig = train.with_options(batch_size=rows, gradient_accumulation_steps=batches)
     return found
+
+
+def not_on_shards(train: TrainConfig, lora: LoraConfig | None = None, *, merge_aware: bool = False) -> tuple[str, str] | None:
+    """The first of a run's options that fsdp does not go with, and a remedy, in words; None: it goes with all."""
+    bias = "none" if lora is None else lora.bias
+    for wrong, what, remedy in (
+        (train.objective in PREFERENCE, f"objective='{train.objective}'", "Leave it out"),
+        (train.gradient_checkpointing == "offload", "gradient_checkpointing='offload'", "Use gradient_checkpointing=true"),
+        (train.cuda_graphs is True, "cuda_graphs=True, for which passes must not communicate", "Leave it out"),
+        (merge_aware, "merge_aware, which packs whole layers between steps", "Leave it out"),
+        (bias != "none", f"bias={bias!r}, which swaps biases in place", "Use bias='none'"),
+    ):  # fmt: skip
+        if wrong:
+            return what, remedy
+    return None
 
 
 class Exchange(NamedTuple):

@@ -97,9 +97,15 @@ def judge(method: Method, device: Device, train: TrainConfig, plan_of: PlanOf, o
     return nearest
 
 
-def chosen(verdicts: Mapping[Parallel, Verdict]) -> Parallel:
+def fits_as_given(verdict: Verdict, train: TrainConfig) -> bool:
+    """Whether it fits with the options that were given, without more memory saving."""
+    saving = verdict.train.optim, verdict.train.gradient_checkpointing
+    return verdict.fits and saving == (train.optim, train.gradient_checkpointing)
+
+
+def chosen(verdicts: Mapping[Parallel, Verdict], train: TrainConfig) -> Parallel:
     """What 'auto' is on several GPUs: ddp where the whole model fits one of them as it is, else fsdp if that can be planned."""
-    return "ddp" if "fsdp" not in verdicts or ("ddp" in verdicts and _plain(verdicts["ddp"])) else "fsdp"
+    return "ddp" if "fsdp" not in verdicts or ("ddp" in verdicts and fits_as_given(verdicts["ddp"], train)) else "fsdp"
 
 
 def largest(least: int, most: int, limit: int, need: Callable[[int], int]) -> int:

@@ -38,7 +38,7 @@ from lownibble.optim import specs
 from lownibble.options import n_bytes
 from lownibble.planning.allocator import reserved_bytes
 from lownibble.planning.calibrated import Rows, run_calibration
-from lownibble.planning.exchange import BUFFER_BYTES, Exchange
+from lownibble.planning.exchange import BUFFER_BYTES, Exchange, not_on_shards
 from lownibble.planning.experts import goes_by_expert
 from lownibble.planning.hardware import Device
 from lownibble.planning.linear import Method, Runtime, chunk_bytes
@@ -196,7 +196,7 @@ def plan_memory(
     if train.objective in PREFERENCE and shape.decoder_layers:
         raise ConfigError(f"'{shape.name}' has an encoder, which objective '{train.objective}' is not for. Leave it out.")
     shards = ranks if parallel == "fsdp" else 0
-    if shards and (why := not_sharded(shape, train, traced=step is not None)):
+    if shards and (why := not_sharded(shape, train, lora, merge_aware=bool(rounded), traced=step is not None)):
         raise ConfigError(f"'{shape.name}' cannot be planned with fsdp: {why}. Use --parallel ddp.")
     size = itemsize(device, method, dtype)
     adapted = {} if method == "full" or shape.counts else _ranks(shape, lora)
@@ -256,10 +256,10 @@ def plan_memory(
     return found.after("calibration", before)
 
 
-def not_sharded(shape: ModelShape, train: TrainConfig, *, traced: bool) -> str:
-    """Why the planner cannot plan a model with fsdp, or ''. `traced`: its step is."""
-    if train.gradient_checkpointing == "offload":
-        return "checkpoints are not offloaded there"
+def not_sharded(shape: ModelShape, train: TrainConfig, lora: LoraConfig, *, merge_aware: bool, traced: bool) -> str:
+    """Why a run cannot be done, or planned, with fsdp, or ''. `traced`: its step is."""
+    if found := not_on_shards(train, lora, merge_aware=merge_aware):
+        return f"it does not go with {found[0]}"
     if traced or shape.counts is not None:
         return "the planner knows it for the families of its own tape, not for a step that is traced"
     return "the planner knows it for decoders, and this model has an encoder" if shape.decoder_layers else ""

@@ -19,7 +19,7 @@ from lownibble.planning import hardware, records
 from lownibble.planning.calibrated import rows_of
 from lownibble.planning.calibration import calibrated
 from lownibble.planning.exchange import link_of, share
-from lownibble.planning.fit import Verdict, chosen, judge, largest, recommend
+from lownibble.planning.fit import Verdict, chosen, fits_as_given, judge, largest, recommend
 from lownibble.planning.hardware import Device
 from lownibble.planning.memory import MemoryPlan, StepOf, compiles, merge_aware, not_sharded, plan_memory
 from lownibble.planning.models import find_config, find_shape
@@ -183,8 +183,41 @@ def _ways(config: PlanConfig, shape: ModelShape, *, traced: bool) -> tuple[tuple
     """The ways of training on several GPUs to plan, and those of 'auto' that cannot be -> why."""
     if config.train.parallel != "auto":
         return (config.train.parallel,), {}
-    why = not_sharded(shape, config.train, traced=traced)
+    why = not_sharded(shape, config.train, config.lora, merge_aware=config.merge_aware, traced=traced)
     return (("ddp",), {"fsdp": why}) if why else (PARALLEL, {})
+
+
+class Auto(NamedTuple):
+    """What 'auto' is on several devices: the way; whether each can hold the whole run as it is; why fsdp cannot be, or ''."""
+
+    parallel: Parallel
+    fits: bool
+    refusal: str
+
+
+def auto(config: PlanConfig, device: Device, gpus: int) -> Auto:
+    """What 'auto' is for a run by one method on so many devices, as `plan` marks it.
+
+    Raises:
+        as `plan`.
+    """
+    shape = find_shape(config.model)
+    config, _ = as_stored(config, shape)
+    ways, refused = _ways(config, shape, traced=False)
+    assert config.method != "all"
+    train, planned = share(config.train, gpus), _Memories(config, shape, None)
+    verdict = _verdict_of_ranks(shape, device, config.method, train, "ddp", gpus, planned)
+    found = chosen(dict.fromkeys(ways, verdict), train)  # it is fsdp whether that fits or not
+    return Auto(found, fits_as_given(verdict, train), refused.get("fsdp", ""))
+
+
+def _verdict_of_ranks(
+    shape: ModelShape, device: Device, method: Method, train: TrainConfig, way: Parallel, gpus: int, planned: _Memories
+) -> Verdict:  # fmt: skip
+    def of_rank(method: Method, train: TrainConfig) -> MemoryPlan:
+        return planned(device, method, train, way, gpus)
+
+    return judge(method, device, train, of_rank, offloads=way == "ddp" and _offloads(device, shape))
 
 
 def _rows_of_ranks(
@@ -202,22 +235,17 @@ def _rows_of_ranks(
         )
     for gpus in dict.fromkeys(config.gpus):
         link, train = link_of(device, gpus, config.gpus_per_node, config.link_gb_per_s), share(config.train, gpus)
-        verdicts: dict[tuple[Parallel, Method], Verdict] = {}
-        for way in ways:
-
-            def of_rank(method: Method, train: TrainConfig, way: Parallel = way, gpus: int = gpus) -> MemoryPlan:
-                return planned(device, method, train, way, gpus)
-
-            for method in methods:
-                offloads = way == "ddp" and _offloads(device, shape)
-                verdicts[way, method] = judge(method, device, train, of_rank, offloads)
-        auto = {method: chosen({way: verdicts[way, method] for way in ways}) for method in methods}
+        verdicts = {
+            (way, method): _verdict_of_ranks(shape, device, method, train, way, gpus, planned)
+            for way in ways for method in methods
+        }  # fmt: skip
+        of_auto = {method: chosen({way: verdicts[way, method] for way in ways}, train) for method in methods}
         for (way, method), verdict in verdicts.items():
             speed = plan_speed(
                 shape, device, method, verdict.train, verdict.memory, tokens=config.tokens, price=config.price, cards=gpus,
                 link=link,
             )  # fmt: skip
-            ranks = Ranks(gpus, way, _dollars_per_million(config, device, speed, gpus), auto[method] == way)
+            ranks = Ranks(gpus, way, _dollars_per_million(config, device, speed, gpus), of_auto[method] == way)
             yield Row(verdict, speed, None, None, ranks)
 
 

@@ -24,7 +24,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
@@ -35,7 +35,7 @@ from torch.distributed.tensor import DTensor
 
 from lownibble import launch
 from lownibble.calibration import Moments, walk
-from lownibble.config import RunConfig, TrainConfig
+from lownibble.config import PlanConfig, RunConfig, TrainConfig
 from lownibble.errors import ConfigError, InputError, ModelError, TargetError
 from lownibble.lora.adapter import StoredAddition
 from lownibble.lora.inject import Addition
@@ -43,9 +43,8 @@ from lownibble.memory.planned import device_of
 from lownibble.models.info import decoder_layers, info
 from lownibble.optim import plain_name
 from lownibble.optim.specs import BLOCK_8BIT, SMALLEST_8BIT
-from lownibble.planning.exchange import share
-from lownibble.planning.memory import plan_memory
-from lownibble.planning.models import find_shape
+from lownibble.planning.exchange import not_on_shards
+from lownibble.planning.plan import auto
 from lownibble.quant.linear import exact_products
 from lownibble.training.distributed import Mode, Ranks
 
@@ -169,15 +168,10 @@ def check(config: RunConfig) -> None:
     Raises:
         ConfigError: names the option and a remedy.
     """
-    check_training(config.train)
-    lora, packs = config.lora, config.method == "qlora"
-    for wrong, what, remedy in (
-        (config.merge_aware, "merge_aware, which packs whole layers between steps", "Leave it out"),
-        (lora.bias != "none", f"bias={lora.bias!r}, which swaps biases in place", "Use bias='none'"),
-        (packs and not SHARDS_PACKED, *UNSHARDED),
-    ):  # fmt: skip
-        if wrong:
-            raise _refusal(what, remedy)
+    if found := not_on_shards(config.train, config.lora, merge_aware=config.merge_aware):
+        raise _refusal(*found)
+    if config.method == "qlora" and not SHARDS_PACKED:
+        raise _refusal(*UNSHARDED)
 
 
 def check_training(config: TrainConfig) -> None:
@@ -186,12 +180,8 @@ def check_training(config: TrainConfig) -> None:
     Raises:
         ConfigError: names the option and a remedy.
     """
-    for wrong, what, remedy in (
-        (config.gradient_checkpointing == "offload", "gradient_checkpointing='offload'", "Use gradient_checkpointing=true"),
-        (config.cuda_graphs is True, "cuda_graphs=True, for which passes must not communicate", "Leave it out"),
-    ):  # fmt: skip
-        if wrong:
-            raise _refusal(what, remedy)
+    if found := not_on_shards(config):
+        raise _refusal(*found)
 
 
 def _refusal(what: str, remedy: str) -> ConfigError:
@@ -218,7 +208,7 @@ def check_blocks(model: nn.Module, optim: str) -> None:
 
 
 def mode_of(config: RunConfig, device: torch.device, world: int) -> Mode:
-    """How `world` ranks share the model where that is left open: 'ddp' where the run fits a device by the plan, else 'fsdp'.
+    """How `world` ranks share the model where that is left open: as `lownibble plan` marks it (`planning.plan.auto`).
 
     'ddp' too where the planner does not know the model, or the run cannot be sharded, which is warned of if it does not fit.
     """
@@ -227,19 +217,18 @@ def mode_of(config: RunConfig, device: torch.device, world: int) -> Mode:
         check(config)
     except ConfigError as error:
         refusal = str(error)
+    options = {name: getattr(config, name) for name in RunConfig.model_fields.keys() & PlanConfig.model_fields.keys()}
     try:
-        shape, there = find_shape(config.model), device_of(device)
-        if shape.decoder_layers:  # it has an encoder, and cannot be sharded
-            return "ddp"
-        quant, train = config.quant, share(config.train, world)
-        needed = plan_memory(shape, there, config.method, quant=quant, lora=config.lora, train=train, dtype=config.dtype).device
+        there = device_of(device)
+        there = replace(there, memory_bytes=there.memory_bytes // launch.sharing(device.type))
+        planned = auto(PlanConfig(**options), there, world)
     except InputError:
         return "ddp"
-    if needed.likely * launch.sharing(device.type) <= there.memory_bytes:
-        return "ddp"
-    if refusal:
-        warnings.warn(f"By the plan the run does not fit a device, and it cannot be sharded: {refusal}", stacklevel=2)
-    return "ddp" if refusal else "fsdp"
+    refusal = refusal or planned.refusal
+    if planned.fits or not refusal:
+        return planned.parallel
+    warnings.warn(f"By the plan the run does not fit a device, and it cannot be sharded: {refusal}", stacklevel=2)
+    return "ddp"
 
 
 class Sharding:
