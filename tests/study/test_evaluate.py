@@ -152,3 +152,10 @@ def test_answers_end_with_the_turn_of_the_chat_template(write):
 def test_what_cannot_be_scored_is_refused(tiny_model, tiny_data, options, kind, words):
     with pytest.raises(kind, match=words):
         evaluate(EvalConfig(**{"model": str(tiny_model), "data": str(tiny_data), **options}))
+
+
+def test_rows_without_a_position_are_refused(write, tmp_path):
+    folder = write("gpt2", n_positions=16, max_position_embeddings=16)
+    (tmp_path / "rows.jsonl").write_text('{"text": "' + "w1 " * 17 + '"}\n')
+    with pytest.raises(DataError, match=r"rows.jsonl:1: a row of \d+ tokens, and GPT2LMHeadModel has 16 positions"):
+        evaluate(EvalConfig(model=str(folder), task="language-modelling", data=str(tmp_path / "rows.jsonl")))

@@ -25,6 +25,7 @@ from lownibble.study.contents import check_rows, load_rows
 from lownibble.study.tasks import KINDS, check_kind, with_templates
 from lownibble.training.evaluate import Evaluator
 from lownibble.training.microbatches import collator
+from lownibble.training.objectives import check_positions, check_tokens
 
 Scores = dict[str, dict[str, Any]]
 
@@ -75,9 +76,10 @@ def _task(config: EvalConfig, model: Any, tokenizer: Any) -> dict[str, Any]:
     check_rows(kind, kind, sides, tokenizer, data, length)
     rows = sides[1]
     asked = choices(*sides, tokenizer, data, length) if KINDS[kind].scored_by == "likelihood" else None
-    evaluator = Evaluator(
-        encode(rows, tokenizer, data, length).examples, asked, collator(model, tokenizer), config.train.batch_size, model.device
-    )
+    encoded = encode(rows, tokenizer, data, length)
+    check_tokens(model, [encoded])
+    check_positions(model, [encoded])
+    evaluator = Evaluator(encoded.examples, asked, collator(model, tokenizer), config.train.batch_size, model.device)
     variant = activated(model)
     without = "" if variant is None else warning_of_evaluation(variant.tokens, [e.input_ids for e in evaluator.examples])
     evaluated = evaluator(model)

@@ -13,7 +13,7 @@ import torch
 from lownibble import stored
 from lownibble.calibration import join_rows, row_length
 from lownibble.config import PREFERENCE, DataConfig, QuantConfig, RunConfig, TrainConfig
-from lownibble.data import Choice, Dataset, Encoded, digest_of, sequences_of
+from lownibble.data import Dataset, Encoded, digest_of, sequences_of
 from lownibble.data import load as load_data
 from lownibble.data.inspect import SHORT_RUN, suggested_epochs, warnings_of
 from lownibble.errors import ConfigError, ModelError
@@ -182,7 +182,7 @@ def make_trainer(
     }
     trainer = Trainer(
         model, tokenizer, encoded[0].examples, encoded[1].examples, config,
-        choices=_kept(objective.choices(*sides, tokenizer, data, config.max_length), encoded[1]), cut_rows=encoded[0].n_cut,
+        choices=objective.choices(*sides, tokenizer, data, config.max_length), cut_rows=encoded[0].n_cut,
         identity=identity, ranks=ranks,
     )  # fmt: skip
     if (variant := activated(model)) is not None:
@@ -207,14 +207,6 @@ def _warnings_of_invocation(tokens: tuple[int, ...], tokenizer: Any, encoded: li
     training, evaluation = ([each for example in side.examples for each in sequences_of(example)] for side in encoded)
     without = warning_of_evaluation(tokens, [ids for ids, _ in evaluation])
     return check_rows(tokens, training) + ([without] if without else [])
-
-
-def _kept(choices: list[Choice] | None, evaluation: Encoded) -> list[Choice] | None:
-    """The questions of the rows that were not dropped."""
-    if choices is None or not evaluation.n_dropped:
-        return choices
-    kept = {example.origin for example in evaluation.examples}
-    return [choice for choice in choices if choice.origin in kept]
 
 
 def _subject(model: Any) -> dict[str, Any]:
