@@ -52,9 +52,8 @@ def padding(tokenizer: Any) -> int:
     Raises:
         ModelError: the tokenizer has neither.
     """
-    for token in (tokenizer.pad_token_id, tokenizer.eos_token_id):
-        if token is not None:
-            return int(token)
+    if (token := tokenizer.pad_token_id) is not None or (token := tokenizer.eos_token_id) is not None:
+        return int(token)
     raise ModelError("The tokenizer has neither a pad_token nor an eos_token to pad rows with. Set its pad_token.")
 
 
