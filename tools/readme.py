@@ -796,18 +796,25 @@ def memory_summary() -> str:
 
 
 def quality_summary() -> str:
-    """README: the methods' losses by task, LoRA against QLoRA, and int8 against exact compute."""
-    summary = json.loads((ROOT / "studies" / "two-cores" / "summary.json").read_text())
-    names = {"full": "full", "lora": "LoRA", "qlora": "QLoRA", "qlora-int8": "QLoRA int8"}
+    """README: LoRA against QLoRA over tasks, and int8 against exact compute."""
+    summary = json.loads((ROOT / "studies" / "articles" / "summary.json").read_text())
     lines = [
-        f"| task | {' | '.join(names.values())} | LoRA - QLoRA (95% interval) | shown |",
-        f"| --- |{' ---: |' * (len(names) + 1)} --- |",
+        "| task | score | LoRA | QLoRA | LoRA - QLoRA (95% interval) | verdict |",
+        "| --- | --- | ---: | ---: | ---: | --- |",
     ]
     for group in summary["groups"]:
         pair = next(p for p in group["pairs"] if (p["a"], p["b"]) == ("lora", "qlora"))
-        means = {each["method"]: each["scores"]["loss"]["mean"] for each in group["methods"]}
-        cells = [group["task"], *(f"{means[name]:.3f}" for name in names), study_page.signed(pair["scores"]["loss"])]
-        lines.append(f"| {' | '.join(cells)} | {study_page.verdict(pair)} |")
+        metric = pair["equivalence"]["metric"]
+        means = {each["method"]: each["scores"][metric]["mean"] for each in group["methods"]}
+        said = study_page.verdict(pair)
+        cells = [
+            group["task"],
+            metric,
+            f"{means['lora']:.3f}",
+            f"{means['qlora']:.3f}",
+            study_page.signed(pair["scores"][metric]),
+        ]
+        lines.append(f"| {' | '.join(cells)} | {said} |")
     record = _record("quality-cpu")
     figures = [figure for task in record["tasks"].values() for figure in task["figures"].values()]
     within, seeds = sum(figure["within"] for figure in figures), record["workload"]["seeds"]
@@ -815,7 +822,8 @@ def quality_summary() -> str:
         f"`--compute int8` against exact compute: {within} of {len(figures)} mean differences in loss, accuracy and label\n"
         f"probability are below the standard deviation over seeds ({seeds} seeds, {len(record['tasks'])} tasks)."
     )
-    source = f"(SmolLM2-135M; loss of held-out answers; QLoRA computed exactly; {len(pair['seeds'])} seeds; `studies/two-cores/`)"
+    seeds = ", ".join(map(str, pair["seeds"]))
+    source = f"(SmolLM2-135M; QLoRA with `--compute exact`; seeds {seeds}; `studies/articles/`)"
     return "\n".join(lines) + f"\n\n{facts}\n\n{source}"
 
 

@@ -186,7 +186,20 @@ def test_what_cannot_be_pushed_is_refused(trained, hub, tmp_path):
         push(trained, "me/x/y")
     with pytest.raises(ConfigError, match=r"base is '.*' on this machine, which others cannot load. Name it with --base"):
         push(trained, "me/x")
+    for base in (str(tmp_path), "no id"):
+        with pytest.raises(ConfigError, match="is no id on the hub"):
+            push(trained, "me/x", base=base)
     assert hub.calls == []
+
+
+def test_damaged_files_and_records_of_runs_that_failed(adapter, hub):
+    (adapter / "record.json").write_text('{"kind": "train", "status": "failed", "error": "boom"}')
+    push(adapter, "me/x", base="org/base")
+    assert "boom" not in hub.repos["me/x"]["files"]["README.md"].decode()
+    for text in ("{", "[]"):
+        (adapter / "adapter" / "adapter_config.json").write_text(text)
+        with pytest.raises(ConfigError, match=r"adapter_config.json' (cannot be read|is no JSON object)"):
+            push(adapter, "me/y", base="org/base")
 
 
 def test_errors_of_the_hub_are_one_sentence(trained, hub, monkeypatch):

@@ -2,12 +2,17 @@
 
 import json
 import math
+import shutil
+from argparse import Namespace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from lownibble import record
+from lownibble.cli.said import console_of
 from lownibble.config import CompareConfig, DataConfig, LoraConfig, QuantConfig, RunConfig, TrainConfig
+from lownibble.data import load
 from lownibble.errors import ConfigError, DataError, OutputError, TargetError
 from lownibble.exporting.convert import export
 from lownibble.measuring import mixed
@@ -17,8 +22,9 @@ from lownibble.study import compare as comparing
 from lownibble.study.compare import compare, computed_in
 from lownibble.study.paired import paired_speed
 from lownibble.study.processes import run_module
-from lownibble.study.table import markdown
+from lownibble.study.table import comparison_table, markdown
 from lownibble.study.worker import failed
+from lownibble.training.output import hold
 from lownibble.training.run import run
 
 
@@ -138,6 +144,47 @@ def test_a_comparison_that_was_interrupted_is_refused_without_resume(tiny_model,
         compare(_config(tiny_model, tiny_data, tmp_path / "cmp"))
 
 
+def test_a_comparison_in_a_folder_that_another_one_uses(tiny_model, tiny_data, tmp_path):
+    config = _config(tiny_model, tiny_data, tmp_path / "cmp")
+    with hold(tmp_path / "cmp"), pytest.raises(OutputError, match="Another process is using"):
+        compare(config.with_options(train=config.train.with_options(resume=True)))
+    assert [path.name for path in (tmp_path / "cmp").iterdir()] == [".lock"]
+
+
+def test_a_comparison_of_other_rows_does_not_go_on(tiny_model, tiny_data, tmp_path, monkeypatch):
+    shutil.copytree(tiny_data, tmp_path / "rows")
+    ran = []
+
+    def stand_in(run, ranks=1):
+        rows = {f"{n}_digest": side.digest for n, side in zip(("train", "eval"), load(run.data), strict=True)}
+        ran.append(run.method)
+        status = "ok" if run.method == "lora" else "failed"
+        found = {"status": status, "error": "boom", "config": run.to_dict(), "data": rows}
+        record.write(Path(run.train.output_dir) / "record.json", found)
+        raise OutputError("interrupted")
+
+    monkeypatch.setattr(comparing, "run_in_processes", stand_in)
+    config = _config(tiny_model, tmp_path / "rows", tmp_path / "cmp", methods=["lora", "qlora"])
+    again = config.with_options(train=config.train.with_options(resume=True))
+    with pytest.raises(OutputError, match="interrupted"):
+        compare(config)
+    with pytest.raises(OutputError, match="interrupted"):
+        compare(again)
+    assert ran == ["lora", "qlora"]
+    [file] = (tmp_path / "rows").glob("train.*")
+    file.write_text(file.read_text().replace("film", "book"))
+    with pytest.raises(OutputError, match=r"other rows: those of .*rows' have changed"):
+        compare(again)
+    assert ran == ["lora", "qlora"]
+
+
+def test_errors_with_brackets_are_shown_as_they_are(capsys):
+    error = "ends with [/INST] [enforce fail at alloc_cpu.cpp:113]"
+    console_of(Namespace(json=False)).print(comparison_table([{"method": "lora", "status": "failed", "error": error}]))
+    shown = capsys.readouterr().out
+    assert all(word in shown for word in error.split())
+
+
 @pytest.mark.slow
 def test_worker_exit_code_says_that_the_run_failed(tiny_model, tiny_data, tmp_path, forked):
     config = _config(tiny_model, tiny_data, tmp_path / "out")
@@ -255,7 +302,7 @@ def test_seeds_are_paired_and_exact_qlora_is_added_where_qlora_computes_in_8_bit
     monkeypatch.setattr(comparing, "_run", lambda name, config, dense, gpus: asked.append((name, config.train)) or finished(name))
     asked.clear()
     configs = {name: comparing._run_config(config, name, tmp_path) for name in ("lora", "qlora+exact")}
-    pairs = comparing._over_seeds(config, configs, configs, [finished(name) for name in configs], 1)
+    pairs = comparing._over_seeds(config, configs, configs, [finished(name) for name in configs], {}, 1)
     assert [(name, train.seed, Path(train.output_dir).name) for name, train in asked] == [
         (name, seed, f"seed-{seed}") for seed in (1, 2) for name in configs
     ]

@@ -92,6 +92,11 @@ def test_a_plan_without_records_says_what_it_assumes(planned, tmp_path, monkeypa
     assert any("Nothing is known of how long" in text for text in plan["told"])
 
 
+def test_a_number_of_jobs_that_is_none_is_refused(planned, tmp_path):
+    with pytest.raises(ConfigError, match=r"must be an integer >= 1. Got 0"):
+        power.plan_study(planned(""), tmp_path / "out", jobs=0)
+
+
 def test_a_study_that_cannot_reach_its_power_is_refused_before_it_starts(planned, tmp_path):
     words = r"2 of 3 seeds end(.|\n)*power is \d+% and should be 90%(.|\n)*3 seeds x \d+ rows(.|\n)*Nothing was run"
     with pytest.raises(ConfigError, match=words):

@@ -149,6 +149,7 @@ def test_paths_are_beside_the_file(study, tmp_path):
         ("block_size = 128", "block_size = 100", "block_size"),
         ('[models]\nsmall = "demo"', "[models]", "models"),
         ("learning_rates = [1e-4, 1e-3]", "learning_rates = [1e-4, 1e-4]", "distinct"),
+        ("learning_rates = [1e-4, 1e-3]", "", "would not count without 'learning_rates'"),
         ("train = { max_steps = 10 }", "train = { max_stpes = 10 }", "max_stpes"),
         ("[train]", "[trian]", "Did you mean 'train'"),
         ("name = ", "name == ", "TOML"),

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
@@ -58,7 +57,7 @@ def doctor(arguments: argparse.Namespace) -> dict[str, Any]:
         console.print(f"  {package:<14}{version}")
     for package, purpose in (("peft", "peer"), ("bitsandbytes", "peer")):
         if package not in found["versions"]:
-            console.print(f"  {package:<14}missing ({purpose}; pip install 'lownibble\\[peers]')")
+            console.print(f"  {package:<14}missing ({purpose}; pip install 'lownibble[peers]')")
     return {"status": "ok", **found}
 
 
@@ -119,7 +118,7 @@ def _pushed(folder: str, repo: str, console: Console) -> dict[str, Any]:
         message = f"{error} The run is complete; to push it: lownibble push {folder} {repo}"
         print(f"error: {message}", file=sys.stderr)
         return {"status": "failed", "error": message, "kind": type(error).__name__}
-    console.print(f"Pushed to {found['url']}", soft_wrap=True, markup=False)
+    console.print(f"Pushed to {found['url']}", soft_wrap=True)
     return {"push": found}
 
 
@@ -154,7 +153,7 @@ def _dry_run(config: RunConfig, console: Console) -> dict[str, Any]:
         soft_wrap=True,
     )
     for warning in found["warnings"]:
-        console.print(f"warning: {warning}", soft_wrap=True, markup=False)
+        console.print(f"warning: {warning}", soft_wrap=True)
     console.print("Nothing was written.")
     return found
 
@@ -256,9 +255,9 @@ def claims(arguments: argparse.Namespace) -> dict[str, Any]:
     console = console_of(arguments)
     colours = {"impossible": "red", "implausible": "yellow", "consistent": "green", "not decided": "bright_black"}
     for each in judged:
-        console.print(f"[{colours[each.verdict]}]{each.verdict:<12}[/] {escape(each.text)}", soft_wrap=True)
+        console.print(Text(f"{each.verdict:<12}", colours[each.verdict]).append(f" {each.text}", "default"), soft_wrap=True)
         for line in each.arithmetic:
-            console.print(f"             {line}", soft_wrap=True, markup=False)
+            console.print(f"             {line}", soft_wrap=True)
     return {"kind": "claims", "status": "ok", "claims": [each.to_dict() for each in judged]}
 
 
@@ -268,13 +267,13 @@ def evaluate(arguments: argparse.Namespace) -> dict[str, Any]:
     from lownibble.study.evaluate import evaluate as score
 
     result = score(config)
-    table = Table(title=escape(f"{config.model}{f' with {config.adapter}' if config.adapter else ''}"), title_justify="left")
+    table = Table(title=f"{config.model}{f' with {config.adapter}' if config.adapter else ''}", title_justify="left")
     for name in ("task", "score", "value", "standard error", "rows"):
         table.add_column(name, justify="left" if name in ("task", "score") else "right")
     for task, scores in result["scores"].items():
         for name, found in scores.items():
             error = "-" if found["standard_error"] is None else f"{found['standard_error']:.4f}"
-            table.add_row(escape(task), escape(name), f"{found['value']:.4f}", error, str(found["rows"] or "-"))
+            table.add_row(task, name, f"{found['value']:.4f}", error, str(found["rows"] or "-"))
     console_of(arguments).print(table)
     return result
 
@@ -287,7 +286,7 @@ def data(arguments: argparse.Namespace) -> dict[str, Any]:
     from lownibble.data.inspect import SHORT_RUN, inspect
 
     found, console = inspect(config), console_of(arguments)
-    console.print(f"{found['data']}: {found['form']} rows, tokenised for {found['model']}", markup=False, soft_wrap=True)
+    console.print(f"{found['data']}: {found['form']} rows, tokenised for {found['model']}", soft_wrap=True)
     for side in ("training", "evaluation"):
         of = found[side]
         console.print(
@@ -296,9 +295,9 @@ def data(arguments: argparse.Namespace) -> dict[str, Any]:
         )  # fmt: skip
     most = max(count for _, count in found["training"]["histogram"])
     for upto, count in found["training"]["histogram"]:
-        console.print(f"{upto:>7} {'█' * round(40 * count / most):<40} {count}", markup=False)
+        console.print(f"{upto:>7} {'█' * round(40 * count / most):<40} {count}")
     for row in found["rows"]:
-        console.print(f"\n{row['origin']}, {row['tokens']} tokens; trained is marked:", markup=False)
+        console.print(f"\n{row['origin']}, {row['tokens']} tokens; trained is marked:")
         if "label" in row:
             console.print(f"label: {'good' if row['label'] else 'bad'}")
         text = Text()

@@ -12,14 +12,14 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 
 
 def console_of(arguments: argparse.Namespace) -> Console:
-    """Standard output; with --json, which has that for itself, standard error."""
-    return Console(file=sys.stderr if arguments.json else sys.stdout, highlight=False)
+    """Standard output; with --json, which has that for itself, standard error. Brackets are text: paths and errors have them."""
+    return Console(file=sys.stderr if arguments.json else sys.stdout, highlight=False, markup=False)
 
 
 @contextmanager
 def progress() -> Iterator[Callable[[str, int, int], None]]:
     """Progress bar with remaining time on standard error, if that is a terminal."""
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    columns = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=Console(stderr=True), disable=not sys.stderr.isatty(), transient=True) as bar:
         tasks: dict[str, TaskID] = {}
 

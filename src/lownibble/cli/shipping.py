@@ -22,7 +22,7 @@ def push(arguments: argparse.Namespace) -> dict[str, Any]:
 
     result = run_push(config)
     said = f"Card: {result['card']}. Nothing was uploaded." if config.dry_run else f"Pushed to {result['url']}"
-    console_of(arguments).print(said, soft_wrap=True, markup=False)
+    console_of(arguments).print(said, soft_wrap=True)
     return result
 
 
@@ -38,7 +38,7 @@ def merge(arguments: argparse.Namespace) -> dict[str, Any]:
         console.print(_merge_table(result["measured"]["models"]))
         console.print(f"Compared on {result['measured']['tokens']} tokens of {result['measured']['data']}.", soft_wrap=True)
     for line in result["advice"]:
-        console.print(f"  {line}", soft_wrap=True, markup=False)
+        console.print(f"  {line}", soft_wrap=True)
     console.print(f"Merged onto {result['onto']}: {result['output']}", soft_wrap=True)
     return result
 
@@ -65,11 +65,11 @@ def export(arguments: argparse.Namespace) -> dict[str, Any]:
     with progress() as tell:
         result = run_export(config, tell)
     console = console_of(arguments)
-    console.print(f"{result['tensors']} tensors as {config.format}: {result['output']}", soft_wrap=True, markup=False)
+    console.print(f"{result['tensors']} tensors as {config.format}: {result['output']}", soft_wrap=True)
     if warning := result.get("warning"):
-        console.print(warning, soft_wrap=True, markup=False)
+        console.print(warning, soft_wrap=True)
     if isinstance(serve := result["command"], str):  # of formats without a server it is the record's list, this command
-        console.print(f"Serve it with:\n{serve}", soft_wrap=True, markup=False)
+        console.print(f"Serve it with:\n{serve}", soft_wrap=True)
     return result
 
 
@@ -90,14 +90,14 @@ def quantize(arguments: argparse.Namespace) -> dict[str, Any]:
         console.print(f"error of the layers' outputs: {ratio:.2f} x that of rounding to nearest (median)", soft_wrap=True)
     for path in result.get("rounded_to_nearest", ()):
         why = "experts, or not in a decoder layer, or not reached"
-        console.print(f"  {path} was rounded to nearest: {why}", soft_wrap=True, markup=False)
+        console.print(f"  {path} was rounded to nearest: {why}", soft_wrap=True)
     if share := result["dense_experts"]:
-        console.print(f"experts stay dense, {share:.0%} of the model: skip_modules", soft_wrap=True, markup=False)
+        console.print(f"experts stay dense, {share:.0%} of the model: skip_modules", soft_wrap=True)
     if result["format"] == "lownibble" and config.format == "auto":
-        console.print(f"No other layout holds it ({result['other_formats']})", soft_wrap=True, markup=False)
+        console.print(f"No other layout holds it ({result['other_formats']})", soft_wrap=True)
     if config.quant.double_quant and not result["quant"]["double_quant"]:
-        console.print(f"{result['format']} holds scales in float: they are not quantised again", soft_wrap=True, markup=False)
-    console.print(f"{result['layers']} layers packed as {result['format']}: {result['output']}", soft_wrap=True, markup=False)
+        console.print(f"{result['format']} holds scales in float: they are not quantised again", soft_wrap=True)
+    console.print(f"{result['layers']} layers packed as {result['format']}: {result['output']}", soft_wrap=True)
     return result
 
 

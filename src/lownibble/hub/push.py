@@ -60,7 +60,7 @@ def run_push(config: PushConfig) -> dict[str, Any]:
         where = api.create_repo(config.repo, private=not config.public, exist_ok=True)
         operations = [CommitOperationAdd(path.name, path) for path in files if path.name not in (CARD, ADAPTER)]
         if subject.kind == "adapter":
-            adapter = json.loads((folder / ADAPTER).read_text()) | {"base_model_name_or_path": subject.base}
+            adapter = _described(folder / ADAPTER) | {"base_model_name_or_path": subject.base}
             operations.append(CommitOperationAdd(ADAPTER, (json.dumps(adapter, indent=2) + "\n").encode()))
         operations.append(CommitOperationAdd(CARD, text))
         what = "Adapter" if subject.kind == "adapter" else "Model"
@@ -113,7 +113,7 @@ def _find(folder: Path) -> Path:
 def _subject(folder: Path, config: PushConfig) -> Subject:
     kind: Literal["adapter", "model"] = "adapter" if (folder / ADAPTER).is_file() else "model"
     merge, run = _record(folder / MERGE), _run_of(folder, kind)
-    described = json.loads((folder / (ADAPTER if kind == "adapter" else "config.json")).read_text(encoding="utf-8"))
+    described = _described(folder / (ADAPTER if kind == "adapter" else "config.json"))
     if merge is not None:
         run = _run_of(Path(merge["config"].get("adapter") or ""), "adapter")
     if kind == "adapter":
@@ -123,12 +123,24 @@ def _subject(folder: Path, config: PushConfig) -> Subject:
     else:
         named = run["config"]["model"] if run else "a model"
     seq2seq = described.get("task_type") == "SEQ_2_SEQ_LM" or bool(described.get("is_encoder_decoder"))
-    base = config.base or hub_id(named)
+    base = hub_id(config.base or named)
+    if config.base and base is None:
+        raise ConfigError(f"'{config.base}' is no id on the hub. Name the base with --base OWNER/NAME.")
     if kind == "adapter":
         _check_base(base, named, "Name it with --base")
     return Subject(
         config.repo.rpartition("/")[2], kind, base, named, run, merge, seq2seq, described.get("alora_invocation_tokens") or ()
     )
+
+
+def _described(path: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"'{path}' cannot be read: {error}. Write the adapter or the model again.") from None
+    if not isinstance(found, dict):
+        raise ConfigError(f"'{path}' is no JSON object. Write the adapter or the model again.")
+    return found
 
 
 def _run_of(folder: Path, kind: str) -> dict[str, Any] | None:
@@ -141,7 +153,8 @@ def _record(path: Path) -> dict[str, Any] | None:
         found = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
-    return found if isinstance(found, dict) and found.get("kind") in ("train", "merge", "quantize") else None
+    kinds = ("train", "merge", "quantize")
+    return found if isinstance(found, dict) and found.get("kind") in kinds and found.get("status", "ok") == "ok" else None
 
 
 def _card(subject: Subject, repo: str) -> str:

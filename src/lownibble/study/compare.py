@@ -37,7 +37,9 @@ from lownibble.models import load_tokenizer, pick_device, resolve, skeleton
 from lownibble.study import advice, bases, devices, digests, jobs, report
 from lownibble.study.paired import paired_speed
 from lownibble.study.processes import run_module, why_failed
+from lownibble.study.records import read_record
 from lownibble.study.worker import failed, failure_file
+from lownibble.training.output import hold
 from lownibble.training.starts import decide
 
 
@@ -49,7 +51,8 @@ def compare(config: CompareConfig | None = None, *, gpus_per_cell: int = 1) -> d
             take turns.
     Raises:
         InputError: the configuration, the data or the model cannot be used by any method; nothing was run.
-        OutputError: the output folder holds another run and `resume` is off, or a finished run with other options.
+        OutputError: the output folder holds another run and `resume` is off, or a finished run with other options, of other rows
+            or another base; or another process is using it.
     """
     config = config or CompareConfig()
     folder = Path(config.train.output_dir or f"runs/compare-{datetime.now():%Y%m%d-%H%M%S}")
@@ -57,10 +60,16 @@ def compare(config: CompareConfig | None = None, *, gpus_per_cell: int = 1) -> d
     if held and not config.train.resume:
         raise OutputError(f"'{folder}' holds another run ({', '.join(held)}). Choose another --output, or go on with --resume.")
     left_out = _check_inputs(config, gpus_per_cell)
+    with hold(folder):
+        return _compare(config, folder, left_out, gpus_per_cell)
+
+
+def _compare(config: CompareConfig, folder: Path, left_out: dict[str, str], gpus_per_cell: int) -> dict[str, Any]:
+    rows = {f"{name}_digest": side.digest for name, side in zip(("train", "eval"), load_data(config.data), strict=True)}
     dense = {method: _run_config(config, method, folder) for method in config.methods}
     configs = _on_bases(config, dense, folder)
     for method, run in configs.items():
-        _check_finished(run, method, on_base=run.model != config.model)
+        _check_finished(run, method, rows, on_base=run.model != config.model)
     runs = [
         {"config": run.to_dict(), "status": "left out", "error": left_out[method]} if method in left_out
         else _run(method, run, dense[method], gpus_per_cell)
@@ -68,11 +77,11 @@ def compare(config: CompareConfig | None = None, *, gpus_per_cell: int = 1) -> d
     ]  # fmt: skip
     if _is_added(config, dict(zip(configs, runs, strict=True))):
         added = _run_config(config, advice.EXACT, folder)
-        _check_finished(added, advice.EXACT, on_base=False)
+        _check_finished(added, advice.EXACT, rows, on_base=False)
         runs.append(_run(advice.EXACT, added, added, gpus_per_cell))
         configs[advice.EXACT] = dense[advice.EXACT] = added
     summaries = [{**summarize(run), "method": method} for method, run in zip(configs, runs, strict=True)]
-    pairs = _over_seeds(config, configs, dense, runs, gpus_per_cell) if config.seeds > 1 else None
+    pairs = _over_seeds(config, configs, dense, runs, rows, gpus_per_cell) if config.seeds > 1 else None
     add_steps_to_target(summaries, runs)
     finished = [s for s in summaries if s["status"] == "ok"]
     taking_turns = {s["method"]: configs[s["method"]] for s in finished}
@@ -105,14 +114,15 @@ def _is_added(config: CompareConfig, runs: dict[str, dict[str, Any]]) -> bool:
 
 
 def _over_seeds(
-    config: CompareConfig, configs: dict[str, RunConfig], dense: dict[str, RunConfig], first: list[dict[str, Any]], gpus: int
+    config: CompareConfig, configs: dict[str, RunConfig], dense: dict[str, RunConfig], first: list[dict[str, Any]],
+    rows: dict[str, str], gpus: int,
 ) -> list[dict[str, Any]]:  # fmt: skip
     """Run the other seeds of the methods whose first finished, seed by seed; returns the differences over seeds."""
     results = {name: {config.train.seed: _scores(run)} for name, run in zip(configs, first, strict=True) if run["status"] == "ok"}
     for seed in range(config.train.seed + 1, config.train.seed + config.seeds):
         for name in results:
             again, unpacked = (_with_seed(of[name], seed) for of in (configs, dense))
-            _check_finished(again, name, on_base=again.model != config.model)
+            _check_finished(again, name, rows, on_base=again.model != config.model)
             run = _run(name, again, unpacked, gpus)
             if run["status"] == "ok":
                 results[name][seed] = _scores(run)
@@ -137,7 +147,7 @@ def _scores(run: dict[str, Any]) -> dict[str, Any]:
 def _paired_speed(folder: Path, configs: dict[str, RunConfig], peaks: list[int], gpus: int) -> dict[str, Any]:
     """Interleaved speed, kept in paired.json: a resumed comparison of the same methods reuses it."""
     path, methods = folder / "paired.json", sorted(configs)
-    known = json.loads(path.read_text()) if path.exists() else None
+    known = stored.read_json(path) or None
     if gpus > 1:
         return {"skipped": devices.ALONE}
     if known is None or known.get("methods", methods) != methods:
@@ -219,9 +229,11 @@ _FREE = ("output_dir", "report_to", "resume", "save_steps", "memory_budget", "pa
 """Options of [train] that a resumed comparison may change."""
 
 
-def _check_finished(config: RunConfig, name: str, *, on_base: bool) -> None:
-    """Refuse a finished run with other options. `on_base`: its model is a base of the comparison, whose folder may have moved.
+def _check_finished(config: RunConfig, name: str, rows: dict[str, str], *, on_base: bool) -> None:
+    """Refuse a finished run with other options or of other rows.
 
+    Args:
+        rows: digests of this comparison's. on_base: its model is a base of the comparison, whose folder may have moved.
     Raises:
         OutputError: it has; names them.
     """
@@ -232,11 +244,11 @@ def _check_finished(config: RunConfig, name: str, *, on_base: bool) -> None:
     if on_base:
         ours["model"], theirs["model"] = Path(ours["model"]).name, Path(theirs["model"]).name
     changed = [f"{key}: {theirs[key]!r} -> {ours[key]!r}" for key in ours if key in theirs and ours[key] != theirs[key]]
+    where = f"The run of '{name}' in '{Path(config.train.output_dir or '.').parent}' was made with other"
     if changed:
-        raise OutputError(
-            f"The run of '{name}' in '{Path(config.train.output_dir or '.').parent}' was made with other options "
-            f"({', '.join(changed[:5])}). Resume with the same ones, or use a new --output."
-        )
+        raise OutputError(f"{where} options ({', '.join(changed[:5])}). Resume with the same ones, or use a new --output.")
+    if any(found["data"][key] != digest for key, digest in rows.items()):
+        raise OutputError(f"{where} rows: those of '{config.data.path}' have changed since. Use a new --output.")
 
 
 def _flat(config: dict[str, Any]) -> dict[str, Any]:
@@ -250,8 +262,8 @@ def _finished(config: RunConfig) -> dict[str, Any] | None:
     """The record of a finished run that is resumed."""
     path = Path(config.train.output_dir or ".") / "record.json"
     if config.train.resume and path.exists():
-        found: dict[str, Any] = json.loads(path.read_text())
-        if found["status"] == "ok":
+        found = read_record(path)
+        if found is not None and found["status"] == "ok":
             return found
     return None
 

@@ -84,6 +84,8 @@ def plan_study(path: str | Path, output: str | Path, jobs: int = 1) -> dict[str,
     Raises:
         InputError: the file, its data or its pilot cannot be used.
     """
+    if jobs < 1:
+        raise ConfigError(f"The number of jobs must be an integer >= 1. Got {jobs}.")
     spec = read_study(path)
     folders = [Path(output)] if (Path(output) / "study.json").exists() else []
     if spec.decide.pilot is not None:

@@ -325,7 +325,7 @@ class _Shown:
     """Progress of a study on standard error: a bar on a terminal, and a line for each cell that ends."""
 
     def __init__(self, folder: Path, jobs: int, durations: Durations) -> None:
-        self.console = Console(file=sys.stderr, highlight=False, soft_wrap=True)
+        self.console = Console(file=sys.stderr, highlight=False, soft_wrap=True, markup=False)
         columns = (TextColumn("study"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[left]}"))
         self.progress = Progress(*columns, console=self.console, disable=not self.console.is_terminal)
         self.folder, self.jobs, self.total, self.done = folder, jobs, 0, 0
@@ -339,7 +339,7 @@ class _Shown:
 
     def say(self, text: str) -> None:
         """Show a line."""
-        self.console.print(text, markup=False)
+        self.console.print(text)
 
     def count(self, all_cells: Sequence[Cell]) -> None:
         """Count the finished and the missing cells."""
@@ -381,7 +381,7 @@ class _Shown:
             text = f"{name}: {figures} ({seconds:.0f} s); {self._time_left()}"
         else:
             text = f"{name}: failed: {found['error']}"
-        self.console.print(text, markup=False)
+        self.console.print(text)
         self.progress.update(self.bar, completed=self.done, left=self._time_left())
 
     def _time_left(self) -> str:

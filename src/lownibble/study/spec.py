@@ -146,6 +146,9 @@ class StudySpec(Options):
                 raise ValueError(f"The '{name}' in {where} is set by the study itself. {remedy}.")
             if tuned in options:
                 raise ValueError(f"The 'learning_rate' in {where} would not count: [tuning] finds one. Leave one of them out.")
+        given = self.tuning.model_fields_set
+        if "learning_rates" not in given and (idle := sorted(given)):
+            raise ValueError(f"The {', '.join(map(repr, idle))} of [tuning] would not count without 'learning_rates'. Give some.")
         if self.quant and all(method.method != "qlora" for method in self.methods.values()):
             raise ValueError("The [quant] of a study is for qlora, and no method is that. Leave it out.")
         if len(set(self.tuning.learning_rates)) != len(self.tuning.learning_rates):

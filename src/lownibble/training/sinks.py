@@ -42,7 +42,7 @@ class ProgressSink(Sink):
     """A progress bar with throughput and time left on a terminal; elsewhere text lines only. Writes to standard error."""
 
     def __init__(self, label: str = "train", file: IO[str] | None = None) -> None:
-        self.console = Console(file=file or sys.stderr, highlight=False, soft_wrap=True)
+        self.console = Console(file=file or sys.stderr, highlight=False, soft_wrap=True, markup=False)
         self.label = label
         columns = (
             TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[figures]}"),
