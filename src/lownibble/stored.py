@@ -22,6 +22,9 @@ KEYS = ("quantization_config", "compression_config")
 ORIGIN = "quantized_from"
 """Key of config.json in checkpoints that `lownibble quantize` makes: the dense model's name, revision and digest."""
 
+TRAINED_ON = "lownibble_trained_on"
+"""Key of an adapter's safetensors metadata: JSON facts of the base that it was trained on (`lora/provenance.py`)."""
+
 MX_GROUP = 32
 """Weights that share an exponent in the MX formats."""
 

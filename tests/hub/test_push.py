@@ -9,11 +9,13 @@ import tomllib
 import hub_server
 import pytest
 from huggingface_hub import ModelCard, constants
+from safetensors.torch import load, load_file
 
 from lownibble import merge, push
 from lownibble.cli.main import main
-from lownibble.config import DataConfig, LoraConfig, RunConfig, TrainConfig
+from lownibble.config import DataConfig, LoraConfig, QuantizeConfig, RunConfig, TrainConfig
 from lownibble.errors import ConfigError, HubError, OutputError
+from lownibble.exporting.quantize import run_quantize
 from lownibble.hub.card import hub_id
 from lownibble.training import run
 
@@ -51,17 +53,30 @@ def adapter(trained, tmp_path):
     return tmp_path / "first"
 
 
-def test_a_run_is_pushed_with_a_card_of_its_record(trained, hub):
+def facts_in(file):
+    """What an adapter's file says of its base."""
+    header = json.loads(file[8 : 8 + int.from_bytes(file[:8], "little")])
+    return json.loads(header["__metadata__"]["lownibble_trained_on"])
+
+
+def test_a_run_is_pushed_with_a_card_of_its_record(trained, hub, tiny_model):
     done = push(trained, "first", base="org/base")
     there = hub.repos["me/first"]
     assert done["repo"] == "me/first"
     assert done["commit"] == "abc"
     assert there["visibility"] == "private"
     assert set(there["files"]) == set(done["files"]) == {"README.md", "adapter_config.json", "adapter_model.safetensors"}
-    assert there["files"]["adapter_model.safetensors"] == (trained / "adapter" / "adapter_model.safetensors").read_bytes()
+    mine, uploaded = trained / "adapter" / "adapter_model.safetensors", there["files"]["adapter_model.safetensors"]
+    assert {name: tensor.tolist() for name, tensor in load(uploaded).items()} == {
+        name: tensor.tolist() for name, tensor in load_file(mine).items()
+    }
+    before, after = (facts_in(each) for each in (mine.read_bytes(), uploaded))
+    assert before["model"] == str(tiny_model)
+    assert after == before | {"model": "org/base"}
     ours = json.loads((trained / "adapter" / "adapter_config.json").read_text())
     assert json.loads(there["files"]["adapter_config.json"]) == ours | {"base_model_name_or_path": "org/base"}
-    assert str(trained.parent).encode() not in b"".join(there["files"].values()), "no local path leaves the machine"
+    for local in (trained.parent, tiny_model):
+        assert str(local).encode() not in b"".join(there["files"].values()), "no local path leaves the machine"
 
     text = there["files"]["README.md"].decode()
     record = json.loads((trained / "record.json").read_text())
@@ -75,7 +90,7 @@ def test_a_run_is_pushed_with_a_card_of_its_record(trained, hub):
     assert f"{last['scores']['accuracy']:.3f} ± {error:.3f} |" in text
     assert record["data"]["train_digest"] in text
     assert 'PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained("org/base"), "me/first")' in text
-    assert 'ln.load("org/base", quant="nf4")' in text
+    assert 'ln.load("org/base", quant=ln.QuantConfig(block_size=32))' in text
     options = tomllib.loads(text.partition("```toml\n")[2].partition("```")[0])
     asked = record["config"]
     assert options["quant"] == {name: value for name, value in asked["quant"].items() if value is not None}
@@ -190,6 +205,18 @@ def test_what_cannot_be_pushed_is_refused(trained, hub, tmp_path):
         with pytest.raises(ConfigError, match="is no id on the hub"):
             push(trained, "me/x", base=base)
     assert hub.calls == []
+
+
+def test_a_packed_model_does_not_tell_where_it_was_made(hub, tiny_model, tmp_path):
+    run_quantize(QuantizeConfig(model=str(tiny_model), output=str(tmp_path / "packed"), rounding="rtn"))
+    before = json.loads((tmp_path / "packed" / "config.json").read_text())
+    for options, name in (({}, tiny_model.name), ({"base": "org/base"}, "org/base")):
+        push(tmp_path / "packed", "me/packed", **options)
+        files = hub.repos["me/packed"]["files"]
+        after = json.loads(files["config.json"])
+        assert before["quantized_from"]["model"] == str(tiny_model)
+        assert after == before | {"quantized_from": before["quantized_from"] | {"model": name}}
+        assert str(tiny_model).encode() not in b"".join(files.values())
 
 
 def test_damaged_files_and_records_of_runs_that_failed(adapter, hub):

@@ -46,11 +46,12 @@ from lownibble.exporting.weights import Tell, Weights, say_nothing
 from lownibble.lora.adapter_file import AdapterFile
 from lownibble.lora.apart import fitted
 from lownibble.lora.portable import CONFIG_FILE, PREFIX, WEIGHTS_FILE
-from lownibble.lora.provenance import METADATA_KEY, from_metadata, to_metadata
+from lownibble.lora.provenance import from_metadata, to_metadata
 from lownibble.lora.targets import scale_of
 from lownibble.lora.variants import LORA, Variant
 from lownibble.models import ModelSource, experts
 from lownibble.models.load import tied_aliases
+from lownibble.stored import TRAINED_ON
 
 
 class Architecture(NamedTuple):
@@ -237,7 +238,7 @@ def write_adapter(adapter: AdapterFile, base: Any, path: Path) -> dict[str, Any]
 
 def trained_on(path: Path) -> dict[str, Any] | None:
     """Provenance of the adapter in a .gguf file (see `lora/provenance.py`), or None if it has none."""
-    return from_metadata({METADATA_KEY: _string(_reader(path), METADATA_KEY) or ""})
+    return from_metadata({TRAINED_ON: _string(_reader(path), TRAINED_ON) or ""})
 
 
 def is_adapter(path: Path) -> bool:

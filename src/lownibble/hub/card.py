@@ -16,7 +16,7 @@ from typing import Any, Literal
 from huggingface_hub import HfApi, ModelCardData, metadata_load
 from huggingface_hub.utils._validators import validate_repo_id
 
-from lownibble.config import NEXT_TOKEN
+from lownibble.config import NEXT_TOKEN, PACKED, QuantConfig
 from lownibble.measuring.stats import standard_error
 from lownibble.planning.show import beside
 
@@ -133,14 +133,23 @@ tokenizer = AutoTokenizer.from_pretrained("{repo}")"""
 from transformers import {auto}
 
 model = PeftModel.from_pretrained({auto}.from_pretrained("{base}"), "{repo}")"""
-    quant = (subject.run or {}).get("config", {}).get("quant", {}).get("quant_type") if "qlora" in _methods(subject) else None
+    quant = _packed(_config(subject).get("quant", {})) if "qlora" in _methods(subject) else None
     ours = f"import lownibble as ln\nfrom huggingface_hub import snapshot_download\n\n{_ours(base, quant)}"
     ours += f'\nmodel = ln.load_adapter(model, snapshot_download("{repo}"))'
     return f"## How to load\n\nWith PEFT:\n\n```python\n{code}\n```\n\nWith Lownibble:\n\n```python\n{ours}\n```"
 
 
+def _packed(options: Mapping[str, Any]) -> str:
+    """Python of the codec options by which the base was packed."""
+    default = QuantConfig().to_dict()
+    given = {name: options[name] for name in PACKED if name in options and options[name] != default[name]}
+    if given.keys() <= {"quant_type"}:
+        return f'"{options.get("quant_type", default["quant_type"])}"'
+    return f"ln.QuantConfig({', '.join(f'{name}={value!r}' for name, value in given.items())})"
+
+
 def _ours(model: str, quant: str | None) -> str:
-    packed = f', quant="{quant}"' if quant else ""
+    packed = f", quant={quant}" if quant else ""
     return f'model, tokenizer = ln.load("{model}"{packed})'
 
 

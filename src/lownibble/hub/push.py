@@ -2,7 +2,8 @@
 
 Repositories are made private: what was trained on one's own rows is published by a decision, not by a default. One that is
 there already keeps its visibility. Local names stay local: records (which hold paths) are not uploaded, what they say is on the
-card; and an adapter whose base is a local folder is refused until `base` names it, since nobody else could load it.
+card; an adapter whose base is a local folder is refused until `base` names it, since nobody else could load it; and where files
+name the local model that they were made from, they are uploaded with `base`, or the last part of the path. Digests stay.
 
 A README.md beside the weights is uploaded as it is; `dry_run` writes the rendered one there, to be looked at and edited.
 """
@@ -22,8 +23,10 @@ from huggingface_hub.utils._validators import validate_repo_id
 from lownibble.config import PushConfig, RunConfig
 from lownibble.errors import ConfigError, HubError, OutputError
 from lownibble.hub.card import Subject, hub_id, licence_of, render
+from lownibble.stored import ORIGIN, TRAINED_ON
 
 ADAPTER, CARD, MERGE, RUN = "adapter_config.json", "README.md", "merge.json", "record.json"
+WEIGHTS = "adapter_model.safetensors"
 
 
 def push(source: str | Path, repo: str, **options: Any) -> dict[str, Any]:
@@ -58,10 +61,8 @@ def run_push(config: PushConfig) -> dict[str, Any]:
         repo = config.repo if "/" in config.repo else f"{api.whoami()['name']}/{config.repo}"
         text = card.read_bytes() if card.exists() else _card(subject, repo).encode()
         where = api.create_repo(config.repo, private=not config.public, exist_ok=True)
-        operations = [CommitOperationAdd(path.name, path) for path in files if path.name not in (CARD, ADAPTER)]
-        if subject.kind == "adapter":
-            adapter = _described(folder / ADAPTER) | {"base_model_name_or_path": subject.base}
-            operations.append(CommitOperationAdd(ADAPTER, (json.dumps(adapter, indent=2) + "\n").encode()))
+        changed = _without_paths(folder, subject)
+        operations = [CommitOperationAdd(path.name, changed.get(path.name, path)) for path in files if path.name != CARD]
         operations.append(CommitOperationAdd(CARD, text))
         what = "Adapter" if subject.kind == "adapter" else "Model"
         commit = api.create_commit(where.repo_id, operations, commit_message=f"{what} and card by Lownibble")
@@ -69,6 +70,37 @@ def run_push(config: PushConfig) -> dict[str, Any]:
         **done, "repo": where.repo_id, "url": str(where), "commit": commit.oid,
         "files": sorted(each.path_in_repo for each in operations),
     }  # fmt: skip
+
+
+def _without_paths(folder: Path, subject: Subject) -> dict[str, bytes]:
+    """Name of each file that names a local model -> what is uploaded in its place."""
+    if subject.kind == "adapter":
+        described = _described(folder / ADAPTER) | {"base_model_name_or_path": subject.base}
+        weights = {WEIGHTS: _renamed(folder / WEIGHTS, str(subject.base))} if (folder / WEIGHTS).is_file() else {}
+        return {ADAPTER: _json(described), **weights}
+    described = _described(folder / "config.json")
+    origin = described.get(ORIGIN)
+    if not isinstance(origin, dict) or hub_id(name := str(origin.get("model"))) is not None:
+        return {}
+    return {"config.json": _json(described | {ORIGIN: origin | {"model": subject.base or Path(name).name}})}
+
+
+def _json(content: dict[str, Any]) -> bytes:
+    return (json.dumps(content, indent=2) + "\n").encode()
+
+
+def _renamed(path: Path, base: str) -> bytes:
+    """An adapter's file whose metadata (`lora/provenance.py`) name its base by its id on the hub."""
+    held = path.read_bytes()
+    size = 8 + int.from_bytes(held[:8], "little")
+    header = json.loads(held[8:size])
+    facts = json.loads(header.get("__metadata__", {}).get(TRAINED_ON, "null"))
+    if not isinstance(facts, dict) or hub_id(facts.get("model")) is not None:
+        return held
+    header["__metadata__"][TRAINED_ON] = json.dumps({**facts, "model": base}, sort_keys=True)
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # tensors are aligned
+    return len(text).to_bytes(8, "little") + text + held[size:]
 
 
 def check(repo: str, config: RunConfig) -> None:

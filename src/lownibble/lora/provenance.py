@@ -30,8 +30,7 @@ from lownibble.models.experts import expert_weights
 from lownibble.models.info import info
 from lownibble.models.packed import config_of
 from lownibble.quant import QuantLinear, is_linear
-
-METADATA_KEY = "lownibble_trained_on"
+from lownibble.stored import TRAINED_ON
 
 Facts = Mapping[str, Any]
 
@@ -77,13 +76,13 @@ def _linears(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 def to_metadata(facts: Facts) -> dict[str, str]:
     """The facts as safetensors metadata."""
-    return {METADATA_KEY: json.dumps(dict(facts), sort_keys=True)}
+    return {TRAINED_ON: json.dumps(dict(facts), sort_keys=True)}
 
 
 def from_metadata(metadata: Mapping[str, str] | None) -> dict[str, Any] | None:
     """The facts in a file's metadata, or None if they are missing or invalid."""
     try:
-        facts = json.loads((metadata or {})[METADATA_KEY])
+        facts = json.loads((metadata or {})[TRAINED_ON])
     except (KeyError, ValueError):
         return None
     if not isinstance(facts, dict) or not {"model", "digest", "quant"} <= facts.keys():
