@@ -9,7 +9,7 @@ from test_study_report import made
 
 from lownibble.errors import ConfigError
 from lownibble.measuring import mixed
-from lownibble.study import durations, power
+from lownibble.study import durations, jobs, power
 from lownibble.study.runner import run_study
 
 STUDY = """
@@ -90,6 +90,29 @@ def test_a_plan_without_records_says_what_it_assumes(planned, tmp_path, monkeypa
     plan = power.plan_study(planned("hours = 1"), tmp_path / "out")
     assert (plan["hours"], plan["hours_estimated"]) == (None, False)
     assert any("Nothing is known of how long" in text for text in plan["told"])
+
+
+def test_a_plan_counts_what_has_run_with_these_options(planned, tmp_path, monkeypatch):
+    """Runs stand in for themselves; the study goes on by digests, which the plan does not have."""
+    text = "looks = []\n[tuning]\nlearning_rates = [1e-4, 1e-3]\n[train]\nmax_steps = 2"
+    file = planned(text)
+    random = np.random.default_rng(0)
+    measured = {"memory": {"train_peak_bytes": 1, "load_peak_bytes": 1}, "seconds": 2.0, "speed": {"tokens_per_s": 1.0}}
+
+    def stand_in(job):
+        rows = random.integers(0, 2, 20).astype(float).tolist()
+        scores = {"loss": random.random(), "accuracy": float(np.mean(rows))}
+        result = {"scores": scores, "row_scores": {"accuracy": rows}, "evaluations": [{"step": 0, "loss": 1.0, "scores": {}}]}
+        return {"status": "ok", "result": result, "measured": measured}
+
+    monkeypatch.setitem(jobs.JOBS, "cell", stand_in)
+    monkeypatch.setitem(jobs.JOBS, "speed", lambda job: {"status": "ok", "skipped": "left out by the test"})
+    run_study(file, tmp_path / "out")
+    for changed, left in {"": 0, "max_steps = 3": 10, "max_steps = 2\neval_steps = 1": 10}.items():
+        planned(text.replace("max_steps = 2", changed or "max_steps = 2"))
+        assert power.plan_study(file, tmp_path / "out")["left"] == left
+    file.write_text(file.read_text().replace("kind = ", "train = { max_length = 64 }, kind = "))
+    assert power.plan_study(file, tmp_path / "out")["left"] == 10
 
 
 def test_a_number_of_jobs_that_is_none_is_refused(planned, tmp_path):

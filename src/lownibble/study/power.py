@@ -15,12 +15,14 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from lownibble import record
+from lownibble.config import RunConfig
 from lownibble.errors import ConfigError
 from lownibble.measuring import mixed
 from lownibble.study.analysis import POWER
@@ -95,8 +97,9 @@ def plan_study(path: str | Path, output: str | Path, jobs: int = 1) -> dict[str,
     durations = Durations(all_cells)
     for kind, seconds in (each for earlier in known for each in earlier.seconds):
         durations.learn(kind, seconds)
-    finished = known[0].places if folders and folders[0] == Path(output) else set()
-    left = [(cell, durations.seconds(kind_of(cell))) for cell in all_cells if _place(cell) not in finished]
+    finished = known[0].configs if folders and folders[0] == Path(output) else {}
+    ended = {_place(cell): cell for cell in all_cells if _has_ended(cell, finished)}
+    left = [(cell, durations.seconds(kind_of(cell))) for cell in all_cells if _place(cell) not in ended]
     fitting = _fitting(spec, left, jobs)
     pairs = planned_pairs(spec.decide.model_dump(), list(spec.methods))
     n = len(pairs) * len(spec.tasks) * len(spec.models)
@@ -119,7 +122,7 @@ def plan_study(path: str | Path, output: str | Path, jobs: int = 1) -> dict[str,
         "comparisons": n,
         "power": wanted,
         "tasks": tasks,
-        "started": any(not tuning for *_, tuning in finished),
+        "started": any(not cell.tuning for cell in ended.values()),
         "told": _told(spec, short, hours, fitting, wanted),
     }
 
@@ -128,7 +131,7 @@ class _Earlier:
     """What the records in a study's folder say.
 
     Attributes:
-        seconds: kind and seconds of each. places: its cells with a record.
+        seconds: kind and seconds of each. configs: of its cells with a record, by their names; None: the record does not say.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -144,8 +147,9 @@ class _Earlier:
             if found["status"] == "ok"
         ]
         names = ("model", "method", "task", "seed", "learning_rate", "tuning")
-        self.places: set[tuple[Any, ...]] = {
-            tuple(c[name] for name in names if c["tuning"] or name != "learning_rate") for c, _ in ended
+        self.configs: dict[tuple[Any, ...], dict[str, Any] | None] = {
+            tuple(c[name] for name in names if c["tuning"] or name != "learning_rate"): found.get("cell", {}).get("config")
+            for c, found in ended
         }
         every = {**study, "spec": {**study["spec"], "decide": {}}}
         self.comparisons = [c for c in comparisons(every, records) if c.data is not None and len(c.seeds) > 1]
@@ -155,6 +159,19 @@ def _place(cell: Cell) -> tuple[Any, ...]:
     """A cell by its names: compared ones have learning rates that are not known yet."""
     rate = (cell.config.train.learning_rate,) if cell.tuning else ()
     return (cell.model, cell.method, cell.task, cell.seed, *rate, cell.tuning)
+
+
+def _has_ended(cell: Cell, finished: Mapping[tuple[Any, ...], dict[str, Any] | None]) -> bool:
+    """Whether a cell has a record with its options. Not looked at are files, which may have moved, and the learning rate that the
+    search found."""
+    if (config := finished.get(_place(cell), {})) is None:
+        return True
+    if not config:
+        return False
+    before, now = RunConfig(**config), replace(cell, contents=("", "", ""))
+    data = before.data.with_options(path=cell.config.data.path, eval_path=cell.config.data.eval_path)
+    train = before.train if cell.tuning else before.train.with_options(learning_rate=cell.config.train.learning_rate)
+    return now.digest == replace(now, config=before.with_options(model=cell.config.model, data=data, train=train)).digest
 
 
 def _hours(left: Sequence[tuple[Cell, float | None]], jobs: int) -> float | None:
