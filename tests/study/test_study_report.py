@@ -237,6 +237,24 @@ def test_a_difference_beyond_its_interval_decides(tmp_path, monkeypatch):
     assert next(c for t, c in claims.items() if t.startswith("SST-2"))["verdict"] == "disagrees"
 
 
+def test_what_is_worse_in_a_comparison_that_was_not_planned_is_not_recommended(tmp_path, monkeypatch):
+    def advised(planned):
+        folder = made(tmp_path / f"{len(planned)}")
+        study = json.loads((folder / "study.json").read_text())
+        study["spec"]["decide"] = {"pairs": planned}
+        (folder / "study.json").write_text(json.dumps(study))
+        return analyse(folder)["groups"][0]
+
+    monkeypatch.setitem(ACCURACY, "lora", [0.70, 0.80, 0.60])  # too scattered to be told from either
+    monkeypatch.setitem(ACCURACY, "full", [0.80, 0.82, 0.81])
+    monkeypatch.setitem(ACCURACY, "qlora", [0.60, 0.61, 0.62])
+    group = advised([["full", "lora"], ["lora", "qlora"]])
+    assert all(found["decision"]["shown"] is None for found in group["pairs"] if found["decision"])
+    assert group["advice"] == "lora"
+    assert "qlora worse by the 95% interval of a comparison that was not planned" in group["reason"]
+    assert "no difference in accuracy shown to full" in group["reason"]
+
+
 def test_claims_are_judged_by_intervals(tmp_path):
     claims = {c["text"]: c for c in compare_claims(analyse(made(tmp_path / "s"))["groups"])}
     speed = claims["LoRA trains 33 to 66% faster than QLoRA"]

@@ -355,7 +355,8 @@ def _advice(methods: Sequence[dict[str, Any]], pairs: Sequence[dict[str, Any]], 
     if not finished:
         return {"advice": None, "reason": "No method finished."}
     beaten = {loser for pair in pairs if (loser := shown_worse(pair, metric)) is not None}
-    equal = [name for name in finished if name not in beaten] or list(finished)
+    apart = {loser for pair in pairs if (loser := _worse_unplanned(pair, metric)) is not None} - beaten
+    equal = [name for name in finished if name not in beaten | apart] or list(finished)
     lean = min(equal, key=lambda name: float(finished[name]["peak_bytes"]["mean"]))
     timed = all(finished[name]["rates"] for name in equal)
     fast = max(equal, key=lambda name: float(finished[name]["rates"]["median"])) if timed else lean
@@ -365,6 +366,8 @@ def _advice(methods: Sequence[dict[str, Any]], pairs: Sequence[dict[str, Any]], 
     words = []
     if beaten:
         words.append(f"{', '.join(sorted(beaten))} shown to be worse in {metric}")
+    if apart:
+        words.append(f"{', '.join(sorted(apart))} worse by the 95% interval of a comparison that was not planned")
     others = [name for name in equal if name != chosen]
     if others:
         words.append(f"no difference in {metric} shown to {', '.join(others)}")
@@ -377,5 +380,17 @@ def shown_worse(pair: Mapping[str, Any], metric: str) -> str | None:
     """The worse method of a pair that was decided as different; None: none was."""
     if pair["decision"] is None or pair["decision"]["shown"] != DIFFERENT:
         return None
+    return _worse(pair, metric)
+
+
+def _worse_unplanned(pair: Mapping[str, Any], metric: str) -> str | None:
+    """The method of a pair that was not planned which is worse by its interval and by more than the margin may be; None: none."""
+    test = pair["equivalence"]
+    found = pair["scores"][test["metric"]]
+    is_open = pair["decision"] is not None or found["low"] is None or found["low"] <= 0 <= found["high"] or test["p"] <= LEVEL
+    return None if is_open else _worse(pair, metric)
+
+
+def _worse(pair: Mapping[str, Any], metric: str) -> str:
     first_is_better = (pair["scores"][pair["equivalence"]["metric"]]["mean"] < 0) == (metric in LESS_IS_BETTER)
     return str(pair["b"] if first_is_better else pair["a"])
