@@ -279,6 +279,7 @@ def test_folders_that_cannot_be_looked_into(registry, adapters, monkeypatch):
     assert "lost+found" not in names
     adapters.rename(adapters.with_name("elsewhere"))
     assert made.names() == made.examine() == []
+    assert made.not_taken["adapters"] == "it cannot be read: No such file or directory"
 
 
 def test_preloading_goes_on_while_the_budget_lasts(registry, adapters):

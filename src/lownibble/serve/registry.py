@@ -148,13 +148,9 @@ class Registry:
 
     def names(self) -> list[str]:
         """The names of all available adapters, sorted."""
-        return [path.name for path in self._folders() if path.name in self]
-
-    def _folders(self) -> list[Path]:
-        """What is in the folder, sorted; nothing once it is gone."""
         try:
-            return [] if self.folder is None else sorted(self.folder.iterdir())
-        except OSError:
+            return [] if self.folder is None else sorted(path.name for path in self.folder.iterdir() if path.name in self)
+        except OSError:  # it is gone
             return []
 
     def __contains__(self, name: str) -> bool:
@@ -170,7 +166,12 @@ class Registry:
         names of those held."""
         if self.folder is None:
             return []
-        for path in self._folders():
+        try:
+            paths = sorted(self.folder.iterdir())
+        except OSError as error:
+            self.not_taken[self.folder.name] = f"it cannot be read: {error.strerror}"
+            return list(self.held)
+        for path in paths:
             if path.name.startswith("."):
                 continue
             name = path.name

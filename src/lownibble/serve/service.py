@@ -21,7 +21,7 @@ from lownibble.serve.tools import CallForm, call_form
 
 
 class Json(JSONResponse):
-    """A JSON response; a text that is no valid Unicode, as a client may send one, is told back in escapes."""
+    """A JSON response. Lone surrogates, which a client may have sent, are escaped: UTF-8 has no encoding of them."""
 
     def render(self, content: Any) -> bytes:
         """The body."""

@@ -51,8 +51,8 @@ def compare(config: CompareConfig | None = None, *, gpus_per_cell: int = 1) -> d
             take turns.
     Raises:
         InputError: the configuration, the data or the model cannot be used by any method; nothing was run.
-        OutputError: the output folder holds another run and `resume` is off, or a finished run with other options, of other rows
-            or another base; or another process is using it.
+        OutputError: the output folder holds another run and `resume` is off, or a finished run with other options or of other
+            rows; or another process is using it.
     """
     config = config or CompareConfig()
     folder = Path(config.train.output_dir or f"runs/compare-{datetime.now():%Y%m%d-%H%M%S}")

@@ -168,7 +168,11 @@ def _has_ended(cell: Cell, finished: Mapping[tuple[Any, ...], dict[str, Any] | N
         return True
     if not config:
         return False
-    before, now = RunConfig(**config), replace(cell, contents=("", "", ""))
+    try:
+        before = RunConfig(**config)
+    except ConfigError:  # of a version with other options
+        return False
+    now = replace(cell, contents=("", "", ""))
     data = before.data.with_options(path=cell.config.data.path, eval_path=cell.config.data.eval_path)
     train = before.train if cell.tuning else before.train.with_options(learning_rate=cell.config.train.learning_rate)
     return now.digest == replace(now, config=before.with_options(model=cell.config.model, data=data, train=train)).digest
