@@ -86,8 +86,7 @@ def plan_study(path: str | Path, output: str | Path, jobs: int = 1) -> dict[str,
     Raises:
         InputError: the file, its data or its pilot cannot be used.
     """
-    if jobs < 1:
-        raise ConfigError(f"The number of jobs must be an integer >= 1. Got {jobs}.")
+    check_jobs(jobs)
     spec = read_study(path)
     folders = [Path(output)] if (Path(output) / "study.json").exists() else []
     if spec.decide.pilot is not None:
@@ -125,6 +124,12 @@ def plan_study(path: str | Path, output: str | Path, jobs: int = 1) -> dict[str,
         "started": any(not cell.tuning for cell in ended.values()),
         "told": _told(spec, short, hours, fitting, wanted),
     }
+
+
+def check_jobs(jobs: int) -> None:
+    """Refuse a number of jobs below one (ConfigError)."""
+    if jobs < 1:
+        raise ConfigError(f"The number of jobs must be an integer >= 1. Got {jobs}.")
 
 
 class _Earlier:

@@ -33,7 +33,7 @@ from lownibble.study.contents import look
 from lownibble.study.decide import comparisons, decide, planned_looks, still_needed
 from lownibble.study.durations import Durations, Kind, kind_of
 from lownibble.study.executors import EXECUTORS, Started, nobody_told
-from lownibble.study.power import plan_study
+from lownibble.study.power import check_jobs, plan_study
 from lownibble.study.records import peak_bytes, read_record
 from lownibble.study.spec import Cell, Contents, StudySpec, cells, read_study, tuning_cells
 from lownibble.training.output import hold
@@ -61,8 +61,7 @@ def run_study(
     """
     if executor not in EXECUTORS:
         raise ConfigError(f"There is no executor '{executor}'. Give one of {', '.join(EXECUTORS)}.")
-    if jobs < 1:
-        raise ConfigError(f"The number of jobs must be an integer >= 1. Got {jobs}.")
+    check_jobs(jobs)
     spec = read_study(path)
     for cell in (*tuning_cells(spec), *cells(spec)):
         devices.check(cell.config, gpus_per_cell)
