@@ -335,10 +335,6 @@ def read_config(path: str | Path) -> dict[str, Any]:
     """
     path = Path(path)
     path = path / "config.json" if path.is_dir() else path
-    if path.suffix == ".gguf":
-        raise ModelError(
-            f"'{path}' is a GGUF file, which has no config.json. Name the model that it was made from, or its config."
-        )
     try:
         contents = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:

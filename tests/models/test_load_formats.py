@@ -15,6 +15,7 @@ from lownibble import embedded
 from lownibble.errors import ModelError
 from lownibble.models import resolve
 from lownibble.models.info import info
+from lownibble.planning.models import find_shape
 from lownibble.quant import QuantLinear
 
 FAMILIES = {"llama": {"hidden_size": 64, "intermediate_size": 128}, "qwen2": {"hidden_size": 64, "intermediate_size": 128}}
@@ -211,6 +212,9 @@ def rounded(model):
 def test_gguf(tiny, batch, cache, tmp_path, tied):
     original = rounded(tiny(tie_word_embeddings=tied))
     write_gguf(tmp_path / "tiny.gguf", original)
+    planned = find_shape(str(tmp_path / "tiny.gguf"))
+    assert not cache.exists(), "planning converts nothing"
+    assert planned.parameters == sum(p.numel() for p in original.parameters())
     model, tokenizer = ln.load(str(tmp_path / "tiny.gguf"))
     torch.testing.assert_close(logits(model, batch), logits(original, batch), rtol=0, atol=LOGITS[torch.float32])
     assert (model.lm_head.weight is model.model.embed_tokens.weight) == tied
@@ -218,6 +222,7 @@ def test_gguf(tiny, batch, cache, tmp_path, tied):
     packed, _ = ln.load(str(tmp_path / "tiny.gguf"), quant="nf4")
     expected = ln.quantize(original.model.layers[1].mlp.down_proj.weight.bfloat16())
     assert torch.equal(packed.model.layers[1].mlp.down_proj.codes.data, expected.codes)
+    assert find_shape(str(tmp_path / "tiny.gguf")) == planned, "of the converted folder"
 
 
 def test_quantised_gguf(tiny, batch, cache, tmp_path, monkeypatch):
@@ -308,8 +313,9 @@ def test_damaged_gguf(tiny, cache, tmp_path, case):
     path = tmp_path / "tiny.gguf"
     write_gguf(path, tiny())
     path.write_bytes(GGUF_DAMAGE[case](path.read_bytes()))
-    with pytest.raises(ModelError, match=r"Cannot read '.*tiny\.gguf'.*The file is damaged, or"):
-        ln.load(str(path))
+    for read in (ln.load, find_shape):
+        with pytest.raises(ModelError, match=r"Cannot read '.*tiny\.gguf'.*The file is damaged, or"):
+            read(str(path))
     assert list((cache / "models").iterdir()) == []
 
 

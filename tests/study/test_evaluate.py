@@ -11,7 +11,7 @@ from lownibble.decoding import CpuDecoder
 from lownibble.decoding.modules import ModulesDecoder
 from lownibble.errors import ConfigError, DataError, ModelError
 from lownibble.study.answers import write_answers
-from lownibble.study.evaluate import evaluate
+from lownibble.study.evaluate import _figures, evaluate
 
 TEMPLATES = {"prompt_template": "review : {text} sentiment :", "completion_template": " {label}"}
 
@@ -78,6 +78,14 @@ doc_to_target: "{{['negative', 'positive'].index(label)}}"
 metric_list:
   - metric: acc
 """
+
+
+def test_figures_of_the_harness_that_are_not_finite():
+    """A record of them can be written as JSON."""
+    found = {"results": {"wiki": {"word_perplexity,none": float("inf"), "acc,none": 0.5, "acc_stderr,none": float("nan")}}}
+    scores = _figures("wiki", found)
+    assert [scores[name]["value"] for name in ("word_perplexity", "acc")] == [None, 0.5]
+    assert json.loads(json.dumps(scores, allow_nan=False))["acc"]["standard_error"] is None
 
 
 @pytest.mark.slow

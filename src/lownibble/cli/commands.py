@@ -273,7 +273,8 @@ def evaluate(arguments: argparse.Namespace) -> dict[str, Any]:
     for task, scores in result["scores"].items():
         for name, found in scores.items():
             error = "-" if found["standard_error"] is None else f"{found['standard_error']:.4f}"
-            table.add_row(task, name, f"{found['value']:.4f}", error, str(found["rows"] or "-"))
+            value = "not finite" if found["value"] is None else f"{found['value']:.4f}"
+            table.add_row(task, name, value, error, str(found["rows"] or "-"))
     console_of(arguments).print(table)
     return result
 

@@ -34,7 +34,7 @@ from lownibble.config import (
 from lownibble.errors import ConfigError, InputError, LownibbleError
 from lownibble.flags import add_flags
 
-_MODELS = "'demo', a bundled model (llama-3-8b, qwen2.5-7b, ...), a config.json, a model folder or a hub id"
+_MODELS = "'demo', a bundled model (llama-3-8b, qwen2.5-7b, ...), a config.json, a model folder, a .gguf file or a hub id"
 
 
 _GPUS = "GPUs that a run is trained on, one process each; processes where there are no GPUs"

@@ -14,6 +14,8 @@ import os
 import shutil
 import struct
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -93,9 +95,7 @@ def _download(repo: str, revision: str | None) -> Path:
 
 def from_gguf(path: Path) -> Path:
     """The Hugging Face folder (bfloat16) of a GGUF file; converted once and cached by content hash."""
-    with path.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-    folder = embedded.cache_dir() / "models" / f"gguf-{digest[:16]}"
+    folder = _folder_of(path)
     if folder.is_dir():
         return folder
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -112,19 +112,46 @@ def from_gguf(path: Path) -> Path:
     return folder
 
 
-def _convert(path: Path, folder: Path) -> None:
-    import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+def gguf_config(path: Path) -> dict[str, Any]:
+    """The contents of config.json of a GGUF file: those of its conversion if there is one, else as transformers reads them.
 
+    Raises:
+        ModelError: the file is damaged, or of an architecture that transformers does not know.
+    """
+    file = _folder_of(path) / "config.json"
+    if file.is_file():
+        return dict(json.loads(file.read_text(encoding="utf-8")))
+    from transformers import AutoConfig
+
+    with _readable(path):
+        return dict(AutoConfig.from_pretrained(path.parent, gguf_file=path.name).to_dict())
+
+
+def _folder_of(path: Path) -> Path:
+    with path.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    return embedded.cache_dir() / "models" / f"gguf-{digest[:16]}"
+
+
+@contextmanager
+def _readable(path: Path) -> Iterator[None]:
     try:
-        model = AutoModelForCausalLM.from_pretrained(
-            path.parent, gguf_file=path.name, quantization_config=GgufConfig(dequantize=True), dtype=torch.bfloat16
-        )
-        tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+        yield
     except (ValueError, KeyError, IndexError, OSError, NotImplementedError, struct.error) as error:
         raise ModelError(
             f"Cannot read '{path}': {error}. The file is damaged, or transformers does not know its architecture."
         ) from error
+
+
+def _convert(path: Path, folder: Path) -> None:
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+
+    with _readable(path):
+        model = AutoModelForCausalLM.from_pretrained(
+            path.parent, gguf_file=path.name, quantization_config=GgufConfig(dequantize=True), dtype=torch.bfloat16
+        )
+        tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     pre_tokenizer = _PRE_TOKENIZERS.get(_gguf_pre_tokenizer(path))

@@ -1,4 +1,4 @@
-"""Resolve a model's configuration: bundled (`models.toml`), a config.json or its folder, or on the hub."""
+"""Resolve a model's configuration: bundled (`models.toml`), a config.json or its folder, a GGUF file, or on the hub."""
 
 from __future__ import annotations
 
@@ -47,23 +47,28 @@ def find_shape(model: str) -> ModelShape:
 
 
 def find_config(model: str) -> dict[str, Any]:
-    """The contents of config.json of 'demo', a bundled model by its name or hub id, a config.json or its folder, or any hub id.
+    """The contents of config.json of 'demo', a bundled model by its name or hub id, a config.json or its folder, a GGUF file, or
+    any hub id.
 
     Raises:
-        ModelError: there is no such model (names the nearest), or its configuration cannot be downloaded.
+        ModelError: there is no such model (names the nearest), or its configuration cannot be downloaded or read.
     """
     ids = {each.lower(): name for name, entry in _table().items() for each in (name, *entry["ids"])}
     name = DEMO if model == "demo" else ids.get(model.lower())
     if name is not None:
         return {key: value for key, value in _table()[name].items() if key not in ("ids", "parameters")}
     path = Path(model).expanduser()
+    if path.suffix == ".gguf" and path.is_file():
+        from lownibble.models.sources import gguf_config
+
+        return gguf_config(path)
     if path.exists():
         return read_config(path)
     if path.is_absolute() or model.startswith((".", "~")) or model.count("/") != 1:
         near = difflib.get_close_matches(model.lower(), ids, n=1, cutoff=0.3)
         raise ModelError(
             f"There is no model '{model}'. {f'Did you mean {near[0]!r}? ' if near else ''}Give 'demo', a bundled model "
-            f"({', '.join(names())}), a config.json, a model folder or a hub id (owner/name)."
+            f"({', '.join(names())}), a config.json, a model folder, a .gguf file or a hub id (owner/name)."
         )
     return read_config(_download(model))
 

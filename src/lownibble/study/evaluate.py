@@ -99,7 +99,7 @@ def _task(config: EvalConfig, model: Any, tokenizer: Any) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _score(value: float, error: float | None = None, rows: int | None = None) -> dict[str, Any]:
+def _score(value: float | None, error: float | None = None, rows: int | None = None) -> dict[str, Any]:
     return {"value": value, "standard_error": error, "rows": rows}
 
 
@@ -139,7 +139,8 @@ def _harness(config: EvalConfig) -> Any:
 
 
 def _figures(task: str, found: dict[str, Any]) -> Scores:
-    """Convert lm-eval's 'acc,none' and 'acc_stderr,none' to scores."""
+    """Convert lm-eval's 'acc,none' and 'acc_stderr,none' to scores; a figure that is not finite, such as a perplexity of many
+    words, has the value None, since records are JSON."""
     values = found["results"][task]
     rows = found.get("n-samples", {}).get(task, {}).get("effective")
     scores: Scores = {}
@@ -148,5 +149,6 @@ def _figures(task: str, found: dict[str, Any]) -> Scores:
         if isinstance(value, int | float) and variant and not name.endswith("_stderr"):
             error = values.get(f"{name}_stderr,{variant}")
             known = isinstance(error, int | float) and math.isfinite(error)
-            scores[name if variant == "none" else key] = _score(float(value), float(error) if known else None, rows)
+            finite = float(value) if math.isfinite(value) else None
+            scores[name if variant == "none" else key] = _score(finite, float(error) if known else None, rows)
     return scores
