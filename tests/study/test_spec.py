@@ -9,6 +9,7 @@ from lownibble.config import DataConfig, RunConfig
 from lownibble.data.rows import Dataset, Row
 from lownibble.errors import ConfigError, DataError
 from lownibble.study import spec as spec_module
+from lownibble.study.digests import of_model
 from lownibble.study.spec import Contents, cells, read_study, tuning_cells
 from lownibble.study.tasks import KINDS, check_columns, with_templates
 
@@ -179,3 +180,16 @@ def test_templates_use_the_columns_that_are_checked(kind):
     if found.prompt_template is not None:
         row = dict.fromkeys(found.columns, "value")
         assert "{" not in found.prompt_template.format(**row) + found.completion_template.format(**row)
+
+
+def test_a_gguf_file_is_known_by_its_bytes(tmp_path):
+    """Its conversion names the version of transformers: another version would run a study's cells again."""
+    file, folder = tmp_path / "model.gguf", tmp_path / "converted"
+    file.write_bytes(b"GGUF and weights")
+    folder.mkdir()
+    found = []
+    for version in ("5.17", "5.24"):
+        (folder / "config.json").write_text(f'{{"transformers_version": "{version}"}}')
+        found.append((of_model(str(file), folder), of_model(str(folder), folder)))
+    assert found[0][0] == found[1][0] == hashlib.sha256(b"GGUF and weights").hexdigest()
+    assert found[0][1] != found[1][1]

@@ -15,10 +15,14 @@ def of_values(what: Mapping[str, Any]) -> str:
 
 
 def of_model(model: str, folder: Path) -> str:
-    """A hub id or 'demo' as it is; of a local model the SHA-256 over the names and bytes of its weights, configuration and
-    tokenizer in `folder`."""
-    if model == "demo" or not Path(model).expanduser().exists():
+    """A hub id or 'demo' as it is; of a GGUF file its SHA-256; of another local model that over the names and bytes of its
+    weights, configuration and tokenizer in `folder`."""
+    path = Path(model).expanduser()
+    if model == "demo" or not path.exists():
         return model
+    if path.is_file():  # not of its conversion, whose config.json names the version of transformers
+        with path.open("rb") as opened:
+            return hashlib.file_digest(opened, "sha256").hexdigest()
     state = hashlib.sha256()
     for file in sorted(folder.iterdir()):
         if file.suffix in (".safetensors", ".json", ".txt", ".model", ".jinja") and file.is_file():
