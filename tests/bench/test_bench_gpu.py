@@ -163,11 +163,13 @@ def test_outcomes_of_tests_are_read_as_they_come():
         "collected 3 items\n",
         "tests/kernels/test_triton.py::test_a[a b-cuda] PASSED                                      [ 33%]\n",
         "tests/kernels/test_triton.py::test_b FAILED                                                [ 66%]\n",
+        "tests/kernels/test_triton.py::test_b[nf4, long rows] FAILED                                [ 67%]\n",
         "tests/lora/test_dora.py::test_c SKIPPED (no CUDA device)                                   [100%]\n",
         "FAILED tests/kernels/test_triton.py::test_b - AssertionError\n",
     ]
     assert gpu._outcomes(lines) == {
-        "tests": {"passed": 1, "failed": 1, "skipped": 1}, "failed": ["tests/kernels/test_triton.py::test_b"],
+        "tests": {"passed": 1, "failed": 2, "skipped": 1},
+        "failed": ["tests/kernels/test_triton.py::test_b", "tests/kernels/test_triton.py::test_b[nf4, long rows]"],
     }  # fmt: skip
 
 
@@ -177,6 +179,7 @@ def test_tests_are_recorded_even_if_they_end_early(tmp_path, monkeypatch):
     (tmp_path / "tests" / "test_made_up.py").write_text(
         "import os, pytest\npytestmark = pytest.mark.gpu\ndef test_a(): pass\ndef test_b(): assert 0\ndef test_c(): os._exit(9)\n"
     )
+    (tmp_path / "tests" / "test_of_others.py").write_text("import a_library_that_is_not_there\ndef test_d(): pass\n")
     (tmp_path / "pytest.ini").write_text("[pytest]\nmarkers = gpu\n")
     monkeypatch.chdir(tmp_path)
     assert gpu.run_tests(str(tmp_path / "record.json")) == 9

@@ -5,6 +5,7 @@ import sys
 
 import pytest
 
+from lownibble.bench import processes
 from lownibble.bench.processes import Command, in_turns, one_after_another
 from lownibble.errors import TrainingError
 
@@ -20,6 +21,8 @@ if mode == "tells":
     sys.exit(1)
 if mode == "killed":
     os.kill(os.getpid(), signal.SIGKILL)
+if mode == "hangs":
+    signal.pause()
 print(json.dumps({"others": others}), flush=True)
 if mode == "gone":
     os.kill(os.getpid(), signal.SIGKILL)
@@ -29,7 +32,8 @@ for turn, line in enumerate(sys.stdin):
     if mode == "halfway" and turn:
         print('{"mode": "half', end="", flush=True)
         os.kill(os.getpid(), signal.SIGKILL)
-    print(json.dumps({"mode": mode, "steps": int(line)}), flush=True)
+    loss = {"losses": [float("nan")]} if mode == "nan" and turn else {}
+    print(json.dumps({"mode": mode, "steps": int(line), **loss}), flush=True)
 """
 
 
@@ -51,6 +55,19 @@ def test_one_that_fails_alone_is_recorded_with_its_error_and_the_rest_go_on(comm
     assert found.failed["tells"] == "'tells' failed: OutOfMemoryError: too large"
     assert found.failed["breaks"].startswith("The process 'breaks' ended with exit code 4")
     assert [len(answers) + len(failed) for _, answers, failed in saved] == [1, 2, 3, 4, 5]
+
+
+def test_one_whose_loss_is_not_finite_or_that_hangs_is_left_out(command, monkeypatch):
+    """A record of the first could not be written as JSON; the second would use up all the time there is."""
+    commands, saved = {name: command(name, may_fail=True) for name in ("nan", "hangs", "last")}, []
+    with monkeypatch.context() as patched:
+        patched.setattr(processes, "ANSWER_S", 3.0)
+        found = one_after_another(commands, 2, 5, lambda so_far: saved.append(json.dumps(so_far, allow_nan=False)))
+    assert (list(found.answers), list(found.facts), len(saved)) == (["last"], ["last"], 3)
+    assert found.failed["nan"].startswith("'nan' gave no answer that can be used (a value is NaN): {")
+    assert found.failed["hangs"] == "'hangs' gave no answer within 3 s."
+    del commands["hangs"]
+    assert in_turns(commands, 2, 5).failed.keys() == {"nan"}
 
 
 def test_by_turns_a_peer_may_fail_and_others_may_not(command):

@@ -12,7 +12,9 @@ from transformers import TextStreamer
 
 import lownibble as ln
 from lownibble.decoding import CpuDecoder, choose, decoder
+from lownibble.decoding.generate import _state
 from lownibble.errors import ModelError
+from lownibble.lora import remove_adapter
 from lownibble.lora.active import adapter_off
 from lownibble.quant import QuantLinear
 
@@ -323,6 +325,24 @@ def test_an_activated_adapter_is_on_from_the_prompts_invocation_on(quantized, fa
     with torch.no_grad():
         again = model.generate(**prompts, **options)
     assert torch.equal(again, expected), "the adapter is on again"
+
+
+def test_hooks_of_adapters_are_registered_once(quantized):
+    """By transformers' modules each call has a decoder of its own; what graphs depend on stays as it was."""
+    model, prompts = quantized("gpt2"), _invoking()
+    ln.add_lora(model, ln.LoraConfig(r=4, init_lora_weights=False, **ACTIVATED))
+    model.eval()
+    seen = []
+    for _ in range(3):
+        found = model.generate(**prompts, max_new_tokens=3, do_sample=False, pad_token_id=0, custom_generate=ln.decode)
+        seen.append((found.tolist(), sum(len(module._forward_hooks) for module in model.modules()), _state(model)))
+    assert seen[0] == seen[1] == seen[2]
+    assert seen[0][1] > 0
+    remove_adapter(model, "default")
+    ln.add_lora(model, ln.LoraConfig(r=4, init_lora_weights=False, target_modules=["c_proj"], **ACTIVATED), seed=5)
+    model.eval()
+    asked = {**prompts, "max_new_tokens": 3, "do_sample": False, "pad_token_id": 0}
+    assert torch.equal(model.generate(**asked, custom_generate=ln.decode), model.generate(**asked)), "other modules"
 
 
 def test_a_long_prompt_is_on_from_the_right_token_of_its_part_on(quantized, monkeypatch):

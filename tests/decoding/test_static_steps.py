@@ -20,6 +20,7 @@ from lownibble.decoding import Drawer, How, choose
 from lownibble.decoding.generate import _cache
 from lownibble.decoding.modules import ModulesDecoder
 from lownibble.decoding.static import StaticSteps, _Streams, prepared
+from lownibble.errors import BackendError
 from lownibble.kernels import ops, proven
 from lownibble.kernels.decoder import Adapter, LowRank, Segment
 from lownibble.models.kept import KEPT
@@ -214,6 +215,18 @@ def test_steps_of_fixed_shapes_that_fail_are_passes_of_any_shape_from_then_on(mo
     monkeypatch.setattr(StaticSteps, "__call__", lambda *_: 1 / 0)
     with quiet():
         assert "ZeroDivisionError" in ModulesDecoder(model, "it is a test", static=True)._not_static, "in the trial, too"
+
+
+def test_a_kernel_that_ends_the_cuda_context_in_the_trial_is_named(monkeypatch):
+    """Its message says how to start again; every later call fails with another."""
+
+    def lost(*_, **__):
+        raise BackendError("The kernel 'attend_slots' failed and has ended this process's CUDA context. Start again with X.")
+
+    model = louder(build("qwen3", 96))
+    monkeypatch.setattr(ops, "attend_slots", lost)
+    with quiet(), pytest.raises(BackendError, match=r"'attend_slots' failed .*Start again"):
+        ModulesDecoder(model, "it is a test", static=True)
 
 
 @pytest.mark.parametrize("kind", ["qwen3", "gemma2"])

@@ -51,6 +51,22 @@ def test_products_of_experts_are_measured_both_ways_next_to_a_loop_and_torchs():
         assert min(figures["ratio_vs_loop"], figures["ratio_vs_torch_on_decoded"], figures["TFLOPps"]) > 0
 
 
+def test_groups_of_cuda_that_fail_do_not_lose_the_rest(monkeypatch):
+    """On a CPU in the place of a card."""
+    saved = []
+    monkeypatch.setattr(bench, "SHAPES_NK", [(32, 64), (16, 64)])
+    monkeypatch.setattr(bench, "CUDA_LOGITS_LV", (16, 1000))
+    monkeypatch.setattr(bench, "CUDA_EXPERTS_ENK", (4, 64, 128))
+    monkeypatch.setattr(bench, "CUDA_EXPERT_ROWS", 40)
+    monkeypatch.setattr(bench, "_bench_cross_entropy", lambda *_: 1 / 0)
+    groups = bench._cuda_groups(1, torch.device("cpu"))
+    record = {"grouped": {}}
+    failed = bench._measure(record, groups, lambda: saved.append(json.dumps(record)))
+    assert failed == {"cross_entropy": "ZeroDivisionError: division by zero"}
+    assert list(record["experts"]) == ["40x4x64x128"]
+    assert saved == ['{"grouped": {}}'] * 2
+
+
 def test_without_peers_the_record_says_so(monkeypatch):
     monkeypatch.setattr(bench, "SHAPES_NK", [(32, 64), (16, 64)])
     record = bench.bench_kernels(repeats=1, peers=False, device="cpu")

@@ -3,9 +3,10 @@
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses import FakeTensorMode
 
 from lownibble.errors import BackendError, InputError
-from lownibble.kernels import cpu, ops
+from lownibble.kernels import cpu, ops, plain
 
 SHAPES = [(1, 3, 5, 1), (77, 100, 130, 7), (300, 48, 33, 16), (513, 192, 576, 40), (64, 64, 64, 64), (2049, 17, 33, 16)]
 """T, N, K, r: one of each, nothing a multiple of anything, more than one share of rows, more than 16 of a rank, many shares."""
@@ -63,6 +64,23 @@ def test_16_bit_operands_give_gradients_in_the_adapters_type(kernels: ops.Backen
     dlow, dA, dB = kernels.low_rank_backward(dy, x, low, lora_B, 0.5)
     assert (low.dtype, dlow.dtype, dA.dtype, dB.dtype) == (torch.bfloat16, torch.bfloat16, torch.float32, torch.float32)
     torch.testing.assert_close(dB, 0.5 * (dy.float().t() @ low.float()), rtol=0.02, atol=0.02)
+
+
+@pytest.mark.parametrize("factors", [torch.bfloat16, torch.float32])
+def test_on_cuda_16_bit_operands_give_the_gradients_that_the_operators_promise(factors: torch.dtype) -> None:
+    """The real functions on fake CUDA tensors against what they promise to a trace. Autograd would cast back silently."""
+    with FakeTensorMode():
+        x, dy, low, lora_A, lora_B = (
+            torch.empty(shape, dtype=dtype, device="cuda")
+            for shape, dtype in (
+                ((64, 128), torch.bfloat16), ((64, 96), torch.bfloat16), ((64, 8), torch.bfloat16), ((8, 128), factors),
+                ((96, 8), factors),
+            )
+        )  # fmt: skip
+        _, dA, dB = plain.low_rank_backward(dy, x, low, lora_B, 2.0)
+        assert (dA.dtype, dB.dtype) == (torch.float32, torch.float32)
+        assert (dA.shape, dB.shape) == (lora_A.shape, lora_B.shape)
+        assert plain.outer_float32(low, dy).dtype == torch.float32
 
 
 def test_no_rows_give_no_gradient(kernels: ops.Backend) -> None:

@@ -45,7 +45,7 @@ OPTIONS = {
 }
 """Option -> the benchmarks that have it; all have `peers` and `repeats`."""
 
-SAVES = ("train", "decode", "plan", "contact")
+SAVES = ("train", "decode", "plan", "contact", "kernels")
 """Benchmarks that take `save`, called with the record so far."""
 
 

@@ -184,7 +184,7 @@ def run_all(
     def asked(name: str, worker: _Worker) -> dict[str, Any]:
         began = time.monotonic()
         try:
-            return worker.ask(name, min(CHECK_S, until - began))
+            return worker.ask(name, max(0.0, min(CHECK_S, until - began)))
         except TrainingError as error:
             close(worker)
             if time.monotonic() >= until:

@@ -176,7 +176,9 @@ def product_8bit(compute: str, at: Contact) -> None:
     weight = here.to(at.device).four_bit
     assert weight is not None
     scale = ops.row_scales(weight, code_type)
-    at.near("scales of the weight", scale, reference.row_scales(weight, code_type))
+    assert here.four_bit is not None
+    expected = reference.row_scales(here.four_bit, code_type)  # on the CPU: CUDA divides by a number as by its rounded reciprocal
+    at.near("scales of the weight", scale, expected.to(at.device))
     for transposed in (False, True):
         columns, terms = (K, N) if transposed else (N, K)
         x, low, factor = at.random(T, terms), at.random(T, 8, seed=1), at.random(8, columns, seed=2)
@@ -186,6 +188,18 @@ def product_8bit(compute: str, at: Contact) -> None:
         rows = reference.quantize_rows(x, by, code_type, None)
         expected = reference.matmul_8bit(rows, weight, scale, transposed, epilogue)
         at.near("backward" if transposed else "forward", y, expected, 2.0**-7 if code_type.is_floating_point else SUMS)
+
+
+def low_rank_gradients(at: Contact) -> None:
+    """Gradients of a low-rank branch from 16-bit operands: in float32, and not rounded to 16 bits before."""
+    T, N, K, r = 300, 144, 1104, 16
+    dy, x, low, lora_B = (at.random(*shape, seed=n, dtype=at.half) for n, shape in enumerate(((T, N), (T, K), (T, r), (N, r))))
+    dlow, dA, dB = ops.low_rank_backward(dy, x, low, lora_B, 0.5)
+    at.true("gradients of the factors are in float32", (dA.dtype, dB.dtype) == (torch.float32, torch.float32))
+    tolerance = SUMS if at.on_cuda else SUMS_16  # a CPU's own 16-bit products are rounded
+    at.near("of the rows", dlow, 0.5 * (dy.double() @ lora_B.double()), SUMS_16)
+    at.near("of A", dA, dlow.double().t() @ x.double(), tolerance)
+    at.near("of B", dB, 0.5 * (dy.double().t() @ low.double()), tolerance)
 
 
 def low_rank_rows(at: Contact) -> None:
@@ -334,6 +348,7 @@ KERNELS: dict[str, Callable[[Contact], None]] = {
     "quantise": quantise,
     "rows-8bit": rows_8bit,
     **{f"product-{compute}": partial(product_8bit, compute) for compute in eightbit.CODE_TYPES},
+    "low-rank-gradients": low_rank_gradients,
     "low-rank-rows": low_rank_rows,
     "attention-slots": attention_slots,
     **{f"experts-{name}": partial(experts, name) for name in ("nf4", "int8", "int4", "mxfp4", "dense")},

@@ -32,7 +32,7 @@ GRACE_S = 30.0
 """Seconds beyond its own time limit after which the first part is ended."""
 LEAST_S = 5.0
 """A part is not begun with less time than this."""
-_OUTCOME = re.compile(r"^\S+::.* (PASSED|FAILED|ERROR|SKIPPED|XFAIL|XPASS)\b", re.MULTILINE)
+_OUTCOME = re.compile(r"^(\S+::.*) (PASSED|FAILED|ERROR|SKIPPED|XFAIL|XPASS)\b", re.MULTILINE)
 
 
 class Part(NamedTuple):
@@ -161,12 +161,24 @@ def _stamp(path: Path) -> tuple[int, int] | None:
     return found and (found.st_ino, found.st_mtime_ns)
 
 
+def gpu_tests(tests: Path) -> list[str]:
+    """The test files with the mark `gpu`, and the folders whose conftest sets it, relative to the folder that holds `tests`.
+
+    Others may need what a machine with a card lacks, and a file that cannot be imported is an error of the whole run.
+    """
+    marked = {path for path in tests.rglob("test_*.py") if "mark.gpu" in path.read_text(encoding="utf-8")}
+    by_folder = {path.parent for path in tests.rglob("conftest.py") if "mark.gpu" in path.read_text(encoding="utf-8")}
+    rest = {path for path in marked if path.parent not in by_folder}
+    return sorted(str(path.relative_to(tests.parent)) for path in by_folder - {tests} | rest)
+
+
 def run_tests(output: str) -> int:
     """Run the tests marked `gpu` of the working folder, and write their record after each; returns pytest's exit code.
 
     Its own process, so that it can be ended: what had run by then is in the record.
     """
-    command = [sys.executable, "-m", "pytest", "tests", "-m", "gpu", "-vv", "-p", "no:cacheprovider"]
+    options = ["-m", "gpu", "-vv", "-p", "no:cacheprovider", "--continue-on-collection-errors"]
+    command = [sys.executable, "-m", "pytest", *gpu_tests(Path("tests")), *options]
     base = {**record.new("bench-gpu-tests"), "environment": record.environment(pick_device())}
     lines: list[str] = []
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
@@ -183,7 +195,7 @@ def run_tests(output: str) -> int:
 
 def _outcomes(lines: list[str]) -> dict[str, Any]:
     """Tests by outcome, and the names of those that failed, from pytest's lines."""
-    found = [(line.split(" ", 1)[0], match[1].lower()) for line in lines if (match := _OUTCOME.match(line))]
+    found = [(match[1], match[2].lower()) for line in lines if (match := _OUTCOME.match(line))]
     return {
         "tests": dict(Counter(outcome for _, outcome in found)),
         "failed": [name for name, outcome in found if outcome in ("failed", "error")],

@@ -41,6 +41,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from lownibble import record as records
+from lownibble.bench.processes import Save
 from lownibble.config import QuantConfig
 from lownibble.kernels import cpu, ops, plain, reference
 from lownibble.kernels.types import NO_EPILOGUE, FourBit, Nested
@@ -338,16 +339,19 @@ def _bench_experts(shape_ENK: tuple[int, int, int], rows: int, repeats: int, dev
 
 
 @torch.no_grad()
-def bench_kernels(repeats: int = 15, peers: bool = True, device: str = "auto") -> Record:
+def bench_kernels(
+    repeats: int = 15, peers: bool = True, device: str = "auto", save: Save = lambda record: None
+) -> Record:  # fmt: skip
     """Measure the kernels of a device; a CPU's with one thread and with torch's number of threads. Under a minute on two cores.
 
     Args:
         repeats: turns of each group; groups with the slow plain-torch reference, and quantising, get a fifth of them.
         peers: also measure bitsandbytes if installed; otherwise its ratios are None and `peers_missing` says why.
         device: auto (CUDA if available, else the CPU), cpu, cuda or cuda:N.
+        save: called with the record so far, before the groups that are measured on CUDA alone, and between them.
     Returns:
         A JSON-able record: `threads` -> count -> operation -> shape -> figures, each with its unit in its name. A ratio is
-        other time / native time: above 1 the native kernel is faster.
+        other time / native time: above 1 the native kernel is faster. `failed` has the errors of those groups, by name.
     Raises:
         BackendError: the device's kernels are missing or cannot load; the message says why.
     """
@@ -361,7 +365,28 @@ def bench_kernels(repeats: int = 15, peers: bool = True, device: str = "auto") -
     layers = [_bitsandbytes_layer(bitsandbytes, weight.dense_NK) if bitsandbytes else None for weight in weights]
     grouped = [_grouped_weights(weight.dense_NK) for weight in weights]
     by_threads: Record = {}
+    failed: dict[str, str] = {}
     start = time.perf_counter()
+
+    def result() -> Record:
+        return {
+            "environment": records.environment(place),
+            "isa": cpu.isa() if place.type == "cpu" else None,
+            "dtype": str(NATIVE[place.type][1]).removeprefix("torch."),
+            "quant_type": "nf4",
+            "block_size_elements": BLOCK_SIZE,
+            "repeats": repeats,
+            "method": "calls take turns; medians with minimum and maximum; ratios within a turn, then the median",
+            "versions": {"torch": torch.__version__, "bitsandbytes": getattr(bitsandbytes, "__version__", None)},
+            "peers_missing": peers_missing,
+            "load_average_1min": os.getloadavg()[0],
+            "elapsed_s": time.perf_counter() - start,
+            "threads": by_threads,
+            "failed": failed,
+            "headlines": _headlines(by_threads[str(all_threads)], NATIVE[place.type][1])
+            | {f"{name}: failed": why for name, why in failed.items()},
+        }
+
     try:
         for threads in sorted({1, all_threads}) if place.type == "cpu" else [all_threads]:
             torch.set_num_threads(threads)
@@ -377,28 +402,33 @@ def bench_kernels(repeats: int = 15, peers: bool = True, device: str = "auto") -
                 record["grouped"][f"{N}x{K}"] = {
                     quant_type: _bench_grouped(each, weight.dense_NK, repeats) for quant_type, each in packed.items()
                 }
-            if place.type == "cuda":
-                L, V = CUDA_LOGITS_LV
-                record["cross_entropy"] = {f"{L}x{V}": _bench_cross_entropy(L, V, repeats, place)}
-                experts = "x".join(map(str, (CUDA_EXPERT_ROWS, *CUDA_EXPERTS_ENK)))
-                record["experts"] = {experts: _bench_experts(CUDA_EXPERTS_ENK, CUDA_EXPERT_ROWS, repeats, place)}
             by_threads[str(threads)] = record
+            if place.type == "cuda":
+                failed |= _measure(record, _cuda_groups(repeats, place), lambda: save(result()))
     finally:
         torch.set_num_threads(all_threads)
+    return result()
+
+
+def _measure(record: Record, groups: dict[str, tuple[str, Callable[[], Record]]], save: Callable[[], object]) -> dict[str, str]:
+    """Add groups to the record, which is saved before each; returns the errors of those that fail, by name."""
+    failed = {}
+    for name, (shape, measure) in groups.items():
+        save()
+        try:
+            record[name] = {shape: measure()}
+        except Exception as error:  # of a kernel, or of torch's: the rest is worth having
+            failed[name] = f"{type(error).__name__}: {error}"
+    return failed
+
+
+def _cuda_groups(repeats: int, device: torch.device) -> dict[str, tuple[str, Callable[[], Record]]]:
+    """Name -> shape, and what measures it, of the groups that are measured on CUDA alone."""
+    L, V = CUDA_LOGITS_LV
+    experts = "x".join(map(str, (CUDA_EXPERT_ROWS, *CUDA_EXPERTS_ENK)))
     return {
-        "environment": records.environment(place),
-        "isa": cpu.isa() if place.type == "cpu" else None,
-        "dtype": str(NATIVE[place.type][1]).removeprefix("torch."),
-        "quant_type": "nf4",
-        "block_size_elements": BLOCK_SIZE,
-        "repeats": repeats,
-        "method": "calls take turns; medians with minimum and maximum; ratios within a turn, then the median",
-        "versions": {"torch": torch.__version__, "bitsandbytes": getattr(bitsandbytes, "__version__", None)},
-        "peers_missing": peers_missing,
-        "load_average_1min": os.getloadavg()[0],
-        "elapsed_s": time.perf_counter() - start,
-        "threads": by_threads,
-        "headlines": _headlines(by_threads[str(all_threads)], NATIVE[place.type][1]),
+        "cross_entropy": (f"{L}x{V}", lambda: _bench_cross_entropy(L, V, repeats, device)),
+        "experts": (experts, lambda: _bench_experts(CUDA_EXPERTS_ENK, CUDA_EXPERT_ROWS, repeats, device)),
     }
 
 

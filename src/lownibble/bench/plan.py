@@ -30,7 +30,7 @@ from typing import Any, Literal, TypeVar
 from lownibble.bench.processes import Save
 from lownibble.bench.subject import subject
 from lownibble.config import DataConfig, LoraConfig, Method, RunConfig, TrainConfig
-from lownibble.errors import ConfigError
+from lownibble.errors import ConfigError, LownibbleError, TrainingError
 from lownibble.memory.planned import device_of
 from lownibble.models import pick_device
 from lownibble.planning.memory import compiles, plan_memory
@@ -92,6 +92,7 @@ def bench_plan(
     Raises:
         ConfigError: `peers` or `repeats` is given; neither applies. Or a size is given for the many settings.
         ModelError, ConfigError: the model cannot be measured.
+        TrainingError: no setting could be run. On CUDA one that cannot is in `failed`.
     """
     if peers or repeats != 1:
         raise ConfigError("'bench plan' compares a plan with a run, once each. Leave --peers and --repeats out.")
@@ -103,6 +104,7 @@ def bench_plan(
     one_model = _on_a_card(size) if cuda else [_setting(method, *size) for method in ("lora", "qlora")]
     settings = SETTINGS if many else one_model
     runs: list[dict[str, Any]] = []
+    failed: list[str] = []
     seconds: dict[str, float] = {}
     with subject(model) as found, tempfile.TemporaryDirectory() as folder:
         workload = {"model": found.name, "random_weights": found.random, "settings": len(settings)}
@@ -111,13 +113,22 @@ def bench_plan(
         data.write_text("".join(json.dumps({"text": f"{number} {words}"}) + "\n" for number in range(64)))
         for setting in settings:
             options = {} if many else {"model": str(found.folder)}
-            runs.append(_compare(setting.with_options(data=setting.data.with_options(path=str(data)), **options)))
-            save({"workload": workload, "runs": runs, "headlines": _headlines(runs)})
+            try:
+                runs.append(_compare(setting.with_options(data=setting.data.with_options(path=str(data)), **options)))
+            except (RuntimeError, LownibbleError) as error:  # BrokenProcessPool is the first
+                if not cuda:
+                    raise
+                failed.append(f"{setting.method}: {type(error).__name__}: {error}")
+                print(f"bench plan: {failed[-1]}", file=sys.stderr)
+            if runs:
+                save({"workload": workload, "runs": runs, "failed": failed, "headlines": _headlines(runs)})
+    if not runs:
+        raise TrainingError(f"No setting could be run. {' '.join(failed)}")
     if many:
         seconds = {name: _seconds(command) for name, command in COMMANDS.items()}
     timed = {f"seconds: {name}": each for name, each in seconds.items()}
     plans = {"commands": COMMANDS, "seconds": seconds} if many else {}
-    return {"workload": workload, "runs": runs, **plans, "headlines": {**_headlines(runs), **timed}}
+    return {"workload": workload, "runs": runs, "failed": failed, **plans, "headlines": {**_headlines(runs), **timed}}
 
 
 def _headlines(runs: list[dict[str, Any]]) -> dict[str, Any]:

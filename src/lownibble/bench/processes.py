@@ -20,6 +20,8 @@ from lownibble.measuring.turns import TurnTaker, play
 
 GRACE_S = 10.0
 """Seconds in which a process must end after it was asked to (SIGTERM), before it is killed."""
+ANSWER_S = 150.0
+"""Seconds in which a contender that runs alone must be set up, and do a turn: one that hangs leaves time for others."""
 
 Save = Callable[[dict[str, Any]], object]
 """Called with a benchmark's record as far as it is measured."""
@@ -90,7 +92,7 @@ def one_after_another(
     found = Measured({}, {}, {})
     for name, command in commands.items():
         try:
-            with TurnTaker(name, command.module, *command.arguments) as taker:
+            with TurnTaker(name, command.module, *command.arguments, limit_s=ANSWER_S) as taker:
                 taker.ready()
                 found.answers[name] = play([taker], repeats, steps)[name]
         except TrainingError as error:

@@ -168,7 +168,7 @@ def _decode(
         logits = step if len(rows) == B else logits.index_copy(0, goes_on, step)
         lengths = lengths + 1
     if isinstance(cache, SlotCache) and cache.steps is not None and not cache.steps.obstacle:
-        KEPT[model] = _Kept(state, cache)
+        KEPT[model] = _Kept(state if adapter is None else _state(model), cache)  # the first adapter has brought hooks
     if token_streamer is not None:
         token_streamer.end()
     if not generation_config.return_dict_in_generate:

@@ -16,16 +16,16 @@ a whole. A model that fails all is refused. What was found is kept for the model
 Angles of some rotary embeddings change for all positions once a sequence passes a length; keys cached before would be wrong, so
 a cache of more tokens is refused.
 
-Low-rank branches are added by hooks to what linear layers and experts' weights return, so a step mixes adapters; the model's
-modules stay as they are, and a model's own active adapter computes as ever. DoRA's branches rescale the base's output; a step
-with them, or with branches of experts' weights, has no static pass.
+Low-rank branches are added by hooks (`hooks.py`) to what linear layers and experts' weights return, so a step mixes adapters;
+the model's modules stay as they are, and a model's own active adapter computes as ever. DoRA's branches rescale the base's
+output; a step with them, or with branches of experts' weights, has no static pass.
 """
 
 from __future__ import annotations
 
 import inspect
 import logging
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from itertools import groupby
@@ -33,16 +33,17 @@ from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from lownibble.decoding.caches import PastCache, SlotCache
 from lownibble.decoding.decoder import PROMPT_TOKENS, Decoder, RefusedError
 from lownibble.decoding.form import ROPE_TYPES
+from lownibble.decoding.hooks import hooked
 from lownibble.decoding.mixture import Tokens
 from lownibble.decoding.slots import Rows, attending
 from lownibble.decoding.spans import Part, parts_of, places_of
 from lownibble.decoding.static import StaticSteps, prepared, takes
-from lownibble.errors import LownibbleError
+from lownibble.errors import BackendError, LownibbleError
 from lownibble.kernels import proven
 from lownibble.kernels.capture import Capture
 from lownibble.kernels.decoder import Adapter, LowRank, Segment
@@ -55,7 +56,7 @@ from lownibble.models import attention, experts
 from lownibble.models.caches import cache_argument, cache_in
 from lownibble.models.info import body
 from lownibble.models.linears import installed, own_forwards
-from lownibble.quant.experts import Ends, QuantExperts
+from lownibble.quant.experts import QuantExperts
 from lownibble.transfers import to_device
 
 _log = logging.getLogger(__name__)
@@ -231,7 +232,7 @@ class ModulesDecoder(Decoder):
     def _static_pass(self, tokens: Tensor, parts: list[Part], cache: SlotCache, adapters: Sequence[Adapter | None]) -> Tensor:
         """A pass over tokens that are alone in their sequence: the logits of all."""
         if any(adapters) and self._tokens is None:
-            self._tokens = _hooked(self.model, self._modules)
+            self._tokens = hooked(self.model, self._modules)
         if cache.steps is None:
             most = 1 << (cache.slots - 1).bit_length()
             cache.steps = StaticSteps(most, len(self._modules), self._dtype, self._device, self._capture)
@@ -290,7 +291,7 @@ class ModulesDecoder(Decoder):
     def _branches(self, segments: Sequence[Segment], begin: int, end: int) -> Iterator[None]:
         """Inside the block linear layers add the branches of the segments' adapters to tokens [begin, end) of a step."""
         if segments and self._tokens is None:
-            self._tokens = _hooked(self.model, self._modules)
+            self._tokens = hooked(self.model, self._modules)
         if self._tokens is None:
             yield
             return
@@ -373,6 +374,8 @@ class ModulesDecoder(Decoder):
                 last = self.step(
                     torch.stack([row[-1] for row in rows]), torch.arange(2), torch.tensor([longer - 1, shorter - 1]), cache
                 )
+        except BackendError:  # a kernel has ended the CUDA context: its message says which, and how to start again
+            raise
         except Exception as error:  # of the model's own code, which was not made for this
             return f"its forward pass fails ({_first_line(error)})"
         found = [torch.cat([begun[shorter - 1 :], ended, last[:1]]), torch.cat([begun[: shorter - 1], last[1:]])]
@@ -438,29 +441,3 @@ def _segments(adapters: Sequence[Adapter | None]) -> list[Segment]:
         found += [] if one is None else [Segment(begin, end, one)]
         begin = end
     return found
-
-
-def _hooked(model: Any, modules: Sequence[nn.Module]) -> Tokens:
-    """Register the hooks that add branches, for the model's lifetime; they do nothing but in a step with adapters."""
-    tokens = Tokens()
-
-    def sort(container: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if tokens.branches:
-            tokens.sort(args[1] if len(args) > 1 else kwargs["top_k_index"], container.num_experts)
-
-    for index, module in enumerate(modules):
-        hook: Callable[..., Any] = _add_of_experts if isinstance(module, QuantExperts) else _add
-        module.register_forward_hook(partial(hook, tokens, index))
-    for _, container in experts.containers(model):
-        container.register_forward_pre_hook(sort, with_kwargs=True)
-    return tokens
-
-
-def _add(tokens: Tokens, index: int, module: Any, args: tuple[Tensor, ...], y: Tensor) -> Tensor:
-    if tokens.rows is not None:
-        tokens.add_rows(index, args[0], y)
-    return tokens.add(index, module.bias, args[0], y) if tokens.branches else y
-
-
-def _add_of_experts(tokens: Tokens, index: int, module: Any, args: tuple[Tensor, Ends], y_SN: Tensor) -> Tensor:
-    return tokens.add_of_experts(index, args[0], y_SN) if tokens.branches else y_SN

@@ -64,7 +64,7 @@ def low_rank_backward(dy_TN: Tensor, x_TK: Tensor, low_Tr: Tensor, lora_B: Tenso
     dlow_Tr = low_rank(dy_TN, lora_B, scale)
     dtype = torch.promote_types(lora_B.dtype, torch.float32)
     if dy_TN.is_cuda and dy_TN.dtype != dtype:
-        return dlow_Tr, outer(dlow_Tr, x_TK), outer(dy_TN, low_Tr).mul_(scale)
+        return dlow_Tr, outer_float32(dlow_Tr, x_TK), outer_float32(dy_TN, low_Tr).mul_(scale)
     dB = (low_Tr.t() @ dy_TN).mul_(scale).t().to(dtype).contiguous()
     return dlow_Tr, (dlow_Tr.t() @ x_TK).to(dtype), dB
 

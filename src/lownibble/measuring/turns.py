@@ -2,7 +2,8 @@
 
 A child answers each line `N` on its standard input with one JSON line on its standard output; the parent gives turns in an order
 that rotates from round to round. Ratios are taken within a round; their median, minimum and maximum are reported. An answer
-`{"error": ...}` says why a child cannot go on.
+`{"error": ...}` says why a child cannot go on; one with a value that is not finite is an error, too. A child may be given a time
+within which it must answer.
 
 Run as a program (`python -m lownibble.measuring.turns SPEC.json`), this module is such a child: a training run that takes steps
 until it is stopped.
@@ -13,6 +14,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import select
 import signal
 import statistics
 import subprocess
@@ -31,10 +33,13 @@ from lownibble.errors import TrainingError
 
 
 class TurnTaker:
-    """Context manager for a child process that works only during its turns; `facts` is its first answer."""
+    """Context manager for a child process that works only during its turns; `facts` is its first answer.
 
-    def __init__(self, name: str, module: str, *arguments: str) -> None:
-        self.name = name
+    limit_s: seconds for each answer, or None.
+    """
+
+    def __init__(self, name: str, module: str, *arguments: str, limit_s: float | None = None) -> None:
+        self.name, self.limit_s = name, limit_s
         command = [sys.executable, "-m", module, *arguments]
         self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
         self.facts: dict[str, Any] = {}
@@ -60,13 +65,22 @@ class TurnTaker:
 
     def _answer(self) -> dict[str, Any]:
         stdout: IO[str] = self.process.stdout  # type: ignore[assignment]
+        if self.limit_s is not None and not select.select([stdout], [], [], self.limit_s)[0]:
+            raise TrainingError(f"'{self.name}' gave no answer within {self.limit_s:.0f} s.")
         line = stdout.readline()
         if not line.endswith("\n"):
             raise TrainingError(f"The process '{self.name}' {_ended(self.process.wait())}. Its messages are above.")
-        answer: dict[str, Any] = json.loads(line)
+        try:
+            answer: dict[str, Any] = json.loads(line, parse_constant=_not_finite)
+        except ValueError as error:
+            raise TrainingError(f"'{self.name}' gave no answer that can be used ({error}): {line[:200]}") from None
         if "error" in answer:
             raise TrainingError(f"'{self.name}' failed: {answer['error']}")
         return answer
+
+
+def _not_finite(constant: str) -> float:
+    raise ValueError(f"a value is {constant}")
 
 
 def _ended(code: int) -> str:
