@@ -279,8 +279,18 @@ class ModelShape:
 
 
 def is_known(config: Mapping[str, Any]) -> bool:
-    """Whether the contents of a config.json, or of its text model's, are of a family in `FAMILIES`."""
-    return str(config.get("text_config", config).get("model_type", "")) in FAMILIES
+    """Whether the contents of a config.json, or of its text model's, are of a family in `FAMILIES`, with layers all alike."""
+    config = config.get("text_config", config)
+    return str(config.get("model_type", "")) in FAMILIES and not _mixed(config)
+
+
+def _mixed(config: Mapping[str, Any]) -> str:
+    """The key by which some layers of a known mixture have no experts, or ''."""
+    if not FAMILIES[str(config["model_type"])].experts:
+        return ""
+    if config.get("mlp_only_layers"):
+        return "mlp_only_layers"
+    return "decoder_sparse_step" if config.get("decoder_sparse_step") not in (None, 1) else ""
 
 
 def read_shape(config: str | Path | Mapping[str, Any], name: str = "") -> ModelShape:
@@ -303,6 +313,10 @@ def read_shape(config: str | Path | Mapping[str, Any], name: str = "") -> ModelS
             f"{f'The nearest that it knows is {near[0]!r}. ' if near else ''}Known: {', '.join(FAMILIES)}."
         )
     family = FAMILIES[model_type]
+    if key := _mixed(contents):
+        raise ModelError(
+            f"'{name}' has layers without experts ({key}), which the planner's own shapes do not. Trace it: --exact."
+        )
     given = {key: value for key, value in contents.items() if value is not None}
     if "num_experts" in family.defaults and "num_local_experts" in given:
         given.setdefault("num_experts", given["num_local_experts"])  # as transformers writes it

@@ -231,3 +231,10 @@ def test_study_runs_reports_and_says_what_is_wrong(tiny_model, tiny_data, tmp_pa
         told = capsys.readouterr()
         assert told.out == ""
         assert words in told.err
+
+
+def test_a_dry_run_is_of_one_process(monkeypatch, capsys):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "0")
+    assert main(["train", "--dry-run", "--parallel", "fsdp"]) == 2
+    assert "A dry run is of one process" in capsys.readouterr().err

@@ -6,12 +6,14 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "models"))
 from architectures import config_of, quiet
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 import lownibble as ln
+from lownibble.arch import read_shape
 from lownibble.cli.main import main
 from lownibble.errors import ConfigError, ModelError, TargetError
 from lownibble.models.head import check_head, check_head_unseen
@@ -67,6 +69,20 @@ def test_experts_count_by_their_share_in_a_tokens_way(folder, monkeypatch):
     traced = ln.plan(str(folder("qwen3_moe")), method="lora", **SMALL)
     assert traced.shape.active_expert_parameters == known.shape.active_expert_parameters
     assert traced.rows[0].speed.flops == known.rows[0].speed.flops
+
+
+@pytest.mark.parametrize("options", [{"mlp_only_layers": [0]}, {"decoder_sparse_step": 2}], ids=str)
+def test_a_mixture_with_layers_of_another_kind_is_traced(folder, options):
+    path = folder("qwen3_moe")
+    config = json.loads((path / "config.json").read_text())
+    (path / "config.json").write_text(json.dumps({**config, **options}))
+    plan = ln.plan(str(path), method="lora", **SMALL)
+    assert plan.to_dict()["traced"] is True
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(path))
+    assert plan.shape.parameters == sum(parameter.numel() for parameter in model.parameters())
+    with pytest.raises(ModelError, match=f"layers without experts .{next(iter(options))}"):
+        read_shape(path)
 
 
 @pytest.mark.parametrize("model_type", ["gpt_neox", "falcon", "gpt_oss", "mamba2", "deepseek_v3", "gpt2"])

@@ -47,7 +47,13 @@ def test_an_unknown_gpu_names_the_nearest():
         hardware.device("rtx-4900")
 
 
-@pytest.mark.parametrize("text", ["memory=24", "memory=24,bandwidth=1,tflops=x", "memory=0,bandwidth=1,tflops=1", "size=1"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "memory=24", "memory=24,bandwidth=1,tflops=x", "memory=0,bandwidth=1,tflops=1", "size=1",
+        "memory=nan,bandwidth=1,tflops=1", "memory=24,bandwidth=inf,tflops=1", "memory=24,memory=80,bandwidth=1,tflops=1",
+    ],
+)  # fmt: skip
 def test_a_gpu_by_hand_needs_all_its_figures(text):
     with pytest.raises(ConfigError, match=r"--gpu"):
         hardware.device(text)

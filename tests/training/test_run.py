@@ -155,6 +155,15 @@ def test_resume_refuses_other_options(tiny_model, tiny_data, tmp_path):
         run(changed)
 
 
+def test_a_run_of_fewer_steps_than_its_checkpoint_says_so(tiny_model, tiny_data, tmp_path):
+    config = _config(tiny_model, tiny_data, output_dir=str(tmp_path / "out"), max_steps=3, lr_scheduler_type="constant")
+    run(config)
+    for steps, told in ((3, 0), (2, 1)):
+        again = run(config.with_options(train=config.train.with_options(resume=True, max_steps=steps)))
+        warnings = [w for w in again.record["warnings"] if "is of step 3, and the run has 2 steps: nothing more is trained" in w]
+        assert len(warnings) == told
+
+
 @pytest.mark.slow
 def test_resume_refuses_another_mask_and_tells_of_other_tokens(tiny_model, tiny_data, tmp_path, monkeypatch):
     config = _config(tiny_model, tiny_data, output_dir=str(tmp_path / "out"), max_steps=4, lr_scheduler_type="constant")

@@ -102,6 +102,19 @@ def test_checkpoints_are_in_the_order_of_their_steps(tmp_path):
     assert checkpoint.newest(tmp_path)[0].step == 1_000_500
 
 
+def test_damaged_checkpoints_are_none_of_those_that_are_kept(tmp_path):
+    """A run that began with one before them has saved another since."""
+    model = torch.nn.Linear(2, 2)
+    optimizer = torch.optim.AdamW(model.parameters())
+    for step in (10, 20):
+        checkpoint.save(tmp_path, step, sharding.parts(model), optimizer, {}, {})
+    for step in (20, 30):
+        (tmp_path / f"step-{step:06d}").mkdir(exist_ok=True)
+        (tmp_path / f"step-{step:06d}" / "state.json").write_text("{")
+    checkpoint.save(tmp_path, 12, sharding.parts(model), optimizer, {}, {})
+    assert [path.name for path in checkpoint.complete(tmp_path)] == ["step-000010", "step-000012"]
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_saves_and_stops(tiny_model, tiny_data, tmp_path, forked, number):
     command = [

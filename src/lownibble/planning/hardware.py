@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import importlib.util
+import math
 import os
 import re
 import tomllib
@@ -136,12 +137,15 @@ def _by_hand(text: str) -> Device:
     found: dict[str, float] = {}
     for part in text.split(","):
         key, _, value = part.partition("=")
+        key = key.strip()
+        if key in found:
+            raise ConfigError(f"The {key!r} of --gpu is given twice.")
         try:
-            found[key.strip()] = float(value)
+            found[key] = float(value)
         except ValueError:
-            raise ConfigError(f"The {key.strip()!r} of --gpu must be a number. Got {value!r}.") from None
+            raise ConfigError(f"The {key!r} of --gpu must be a number. Got {value!r}.") from None
     unknown, missing = [key for key in found if key not in wanted], [key for key in wanted if key not in found]
-    if unknown or missing or min(found.values()) <= 0:
+    if unknown or missing or not all(0 < value < math.inf for value in found.values()):
         raise ConfigError(
             f"--gpu by hand takes {', '.join(wanted)}, all above 0 (GiB, GB/s, TFLOP/s), e.g. "
             f"'memory=24,bandwidth=1000,tflops=165'. Got '{text}'."

@@ -137,7 +137,9 @@ def _write(folder: Path, step: int, entries: dict[str, Entry], parts: Parts, sta
     shutil.rmtree(final, ignore_errors=True)
     aside.rename(final)
     sync(folder)
-    for old in complete(folder)[:-KEEP]:
+    found = complete(folder)
+    n = found.index(final) + 1
+    for old in [*found[: max(0, n - KEEP)], *found[n:]]:  # later ones are damaged: the run began with one before them
         shutil.rmtree(old)
     return final
 

@@ -282,6 +282,11 @@ class Trainer:
         if past:
             checkpoint.restore(past, self.parts, self.optimizer, self.identity, self.ranks)
             self.warnings += checkpoint.changed(past, self.identity)
+            if past.step > self.total_steps:
+                self.warnings.append(
+                    f"The checkpoint is of step {past.step}, and the run has {self.total_steps} steps: nothing more is trained, "
+                    f"and its result is that of step {past.step}."
+                )
         elif not self.ranks.sharded:  # as they are by the seed, but for machines that round otherwise
             self.ranks.as_first(part.parameter.detach() for part in self.parts.values())
         open_states(self.optimizer)
