@@ -49,6 +49,23 @@ def test_what_train_refuses_to_shard_is_not_planned_and_not_taken(monkeypatch, c
         assert sharding.mode_of(RunConfig(model="demo", **options), torch.device("cuda"), 2) == "ddp"
 
 
+def test_parts_that_cut_blocks_of_8_bit_moments_are_not_planned_and_not_taken(monkeypatch):
+    """As `sharding.check_blocks`, which sees the tensors once they are loaded: 6 parts of 4096 x 16 begin within a block."""
+    config = PlanConfig(
+        model="llama-3-8b", gpu="rtx-4090", gpus=[4, 6], method="lora", train=TrainConfig(batch_size=12, optim="adamw_8bit")
+    )
+    found = plan(config)
+    assert [(row.ranks.gpus, row.ranks.parallel) for row in found.rows] == [(4, "ddp"), (4, "fsdp"), (6, "ddp")]
+    assert found.refused["fsdp"].startswith("6 processes would cut blocks of adamw_8bit's moments")
+    with pytest.raises(ConfigError, match="6 processes would cut blocks"):
+        plan(config.with_options(train=config.train.with_options(parallel="fsdp")))
+    monkeypatch.setattr(sharding, "device_of", lambda _: dataclasses.replace(hardware.device("t4"), memory_bytes=1 << 33))
+    run = RunConfig(model="llama-3-8b", method="lora", train=config.train)
+    assert sharding.mode_of(run, torch.device("cuda"), 4) == "fsdp"
+    with pytest.warns(UserWarning, match="cannot be sharded: 6 processes would cut blocks"):
+        assert sharding.mode_of(run, torch.device("cuda"), 6) == "ddp"
+
+
 def test_biases_are_not_trained_on_shards():
     with pytest.raises(ConfigError, match="parallel='fsdp' cannot be done with bias='all'"):
         sharding.check(RunConfig(model="demo", lora=LoraConfig(bias="all")))

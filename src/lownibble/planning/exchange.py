@@ -22,6 +22,7 @@ from typing import NamedTuple
 
 from lownibble.config import PREFERENCE, LoraConfig, Parallel, TrainConfig
 from lownibble.errors import ConfigError
+from lownibble.optim.specs import BLOCK_8BIT, SMALLEST_8BIT, plain_name
 from lownibble.planning.hardware import Device
 
 BUFFER_BYTES = 64 << 20
@@ -66,6 +67,15 @@ def not_on_shards(train: TrainConfig, lora: LoraConfig | None = None, *, merge_a
         if wrong:
             return what, remedy
     return None
+
+
+class CutError(ConfigError):
+    """A rank's part of a tensor does not begin with a block of an optimiser's 8-bit moments."""
+
+
+def cuts_a_block(part: int, ranks: int, optim: str) -> bool:
+    """Whether parts of a tensor, of so many elements on each rank but the last, cut blocks of the optimiser's moments."""
+    return "8bit" in plain_name(optim) and ranks > 1 and part * ranks >= SMALLEST_8BIT and part % BLOCK_8BIT != 0
 
 
 class Exchange(NamedTuple):

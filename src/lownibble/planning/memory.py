@@ -38,7 +38,7 @@ from lownibble.optim import specs
 from lownibble.options import n_bytes
 from lownibble.planning.allocator import reserved_bytes
 from lownibble.planning.calibrated import Rows, run_calibration
-from lownibble.planning.exchange import BUFFER_BYTES, Exchange, not_on_shards
+from lownibble.planning.exchange import BUFFER_BYTES, CutError, Exchange, cuts_a_block, not_on_shards
 from lownibble.planning.experts import goes_by_expert
 from lownibble.planning.hardware import Device
 from lownibble.planning.linear import Method, Runtime, chunk_bytes
@@ -186,7 +186,7 @@ def plan_memory(
             used, not once a pass, and passes are not replayed as CUDA graphs: tensors come and go.
     Raises:
         TargetError: LoRA's targets match nothing in this model.
-        ConfigError: an option that the planner does not support.
+        ConfigError: an option that the planner does not support. CutError: parts would cut blocks of an 8-bit optimiser.
     """
     if train.gradient_checkpointing == "offload" and (device.kind != "cuda" or shape.decoder_layers):
         why = "it has an encoder" if shape.decoder_layers else "a CPU has no other memory"
@@ -231,6 +231,8 @@ def plan_memory(
     if method != "full" and lora.init_lora_weights in KEEP_THEIR_START:
         tape.hold([n * each for n, each in trained], "adapters")  # buffers, which every rank has whole
     trained = tape.parts if shards else trained
+    if shards and any(cuts_a_block(n, shards, train.optim) for n, _ in trained):
+        raise CutError(f"{shards} processes would cut blocks of {train.optim}'s moments. Use adamw, or --parallel ddp.")
     if device.kind == "cuda" and method != "full" and not shards:
         tape.hold([n * size for n, each in trained if each > size], "adapters")  # rounded once a pass
         if tape.compiled and _replays(train, lora):

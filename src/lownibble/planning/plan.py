@@ -6,6 +6,7 @@ import gc
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,7 +19,7 @@ from lownibble.options import Options
 from lownibble.planning import hardware, records
 from lownibble.planning.calibrated import rows_of
 from lownibble.planning.calibration import calibrated
-from lownibble.planning.exchange import link_of, share
+from lownibble.planning.exchange import CutError, link_of, share
 from lownibble.planning.fit import Verdict, chosen, fits_as_given, judge, largest, recommend
 from lownibble.planning.hardware import Device
 from lownibble.planning.memory import MemoryPlan, StepOf, compiles, merge_aware, not_sharded, plan_memory
@@ -145,7 +146,7 @@ def _plan(config: PlanConfig, step: StepOf | None, shape: ModelShape, refused: M
     planned = _Memories(config, shape, step)
     if _several(config):
         ways, no_way = _ways(config, shape, traced=planned.traced)
-        of_ranks = [row for device in devices for row in _rows_of_ranks(config, shape, device, methods, ways, planned)]
+        of_ranks = [row for device in devices for row in _rows_of_ranks(config, shape, device, methods, ways, planned, no_way)]
         return Plan(config, shape, tuple(devices), tuple(of_ranks), {}, stored_as, not_planned | no_way)
     rows: list[Row] = []
     advice: dict[str, tuple[Method | None, list[str]]] = {}
@@ -207,8 +208,13 @@ def auto(config: PlanConfig, device: Device, gpus: int) -> Auto:
     assert config.method != "all"
     train, planned = share(config.train, gpus), _Memories(config, shape, None)
     verdict = _verdict_of_ranks(shape, device, config.method, train, "ddp", gpus, planned)
-    found = chosen(dict.fromkeys(ways, verdict), train)  # it is fsdp whether that fits or not
-    return Auto(found, fits_as_given(verdict, train), refused.get("fsdp", ""))
+    found, fits = chosen(dict.fromkeys(ways, verdict), train), fits_as_given(verdict, train)  # fsdp whether that fits or not
+    if found == "fsdp":
+        try:
+            planned(device, config.method, train, found, gpus)
+        except CutError as error:
+            return Auto("ddp", fits, str(error))
+    return Auto(found, fits, refused.get("fsdp", ""))
 
 
 def _verdict_of_ranks(
@@ -222,9 +228,9 @@ def _verdict_of_ranks(
 
 def _rows_of_ranks(
     config: PlanConfig, shape: ModelShape, device: Device, methods: tuple[Method, ...], ways: tuple[Parallel, ...],
-    planned: _Memories,
+    planned: _Memories, refused: dict[str, str],
 ) -> Iterator[Row]:  # fmt: skip
-    """Numbers of GPUs x ways x methods on one kind of device.
+    """Numbers of GPUs x ways x methods on one kind of device. `refused`: gets fsdp -> why, where one of 'auto' cannot be.
 
     Raises:
         ConfigError: the device is this machine's CPU, whose memory ranks share.
@@ -235,11 +241,17 @@ def _rows_of_ranks(
         )
     for gpus in dict.fromkeys(config.gpus):
         link, train = link_of(device, gpus, config.gpus_per_node, config.link_gb_per_s), share(config.train, gpus)
-        verdicts = {
-            (way, method): _verdict_of_ranks(shape, device, method, train, way, gpus, planned)
-            for way in ways for method in methods
+        verdicts: dict[tuple[Parallel, Method], Verdict] = {}
+        for way, method in product(ways, methods):
+            try:
+                verdicts[way, method] = _verdict_of_ranks(shape, device, method, train, way, gpus, planned)
+            except CutError as error:
+                if len(ways) == 1:
+                    raise
+                refused[way] = str(error)
+        of_auto = {
+            method: chosen({way: verdicts[way, method] for way in ways if (way, method) in verdicts}, train) for method in methods
         }  # fmt: skip
-        of_auto = {method: chosen({way: verdicts[way, method] for way in ways}, train) for method in methods}
         for (way, method), verdict in verdicts.items():
             speed = plan_speed(
                 shape, device, method, verdict.train, verdict.memory, tokens=config.tokens, price=config.price, cards=gpus,

@@ -41,9 +41,8 @@ from lownibble.lora.adapter import StoredAddition
 from lownibble.lora.inject import Addition
 from lownibble.memory.planned import device_of
 from lownibble.models.info import decoder_layers, info
-from lownibble.optim import plain_name
 from lownibble.optim.specs import BLOCK_8BIT, SMALLEST_8BIT
-from lownibble.planning.exchange import not_on_shards
+from lownibble.planning.exchange import cuts_a_block, not_on_shards
 from lownibble.planning.plan import auto
 from lownibble.quant.linear import exact_products
 from lownibble.training.distributed import Mode, Ranks
@@ -194,13 +193,11 @@ def check_blocks(model: nn.Module, optim: str) -> None:
     Raises:
         ConfigError: names the tensor.
     """
-    if "8bit" not in plain_name(optim):
-        return
     for name, parameter in model.named_parameters():
         if not (parameter.requires_grad and isinstance(parameter, DTensor)) or parameter.numel() < SMALLEST_8BIT:
             continue
         ranks, rows = parameter.device_mesh.size(), parameter.shape[0]
-        if ranks > 1 and -(-rows // ranks) * (parameter.numel() // rows) % BLOCK_8BIT:
+        if cuts_a_block(-(-rows // ranks) * (parameter.numel() // rows), ranks, optim):
             raise ConfigError(
                 f"optim={optim!r} keeps moments in blocks of {BLOCK_8BIT} values, and {ranks} processes would cut a block of "
                 f"'{name}' {tuple(parameter.shape)}. Use adamw or paged_adamw, another number of processes, or --parallel ddp."
