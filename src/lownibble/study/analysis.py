@@ -363,14 +363,14 @@ def _advice(methods: Sequence[dict[str, Any]], pairs: Sequence[dict[str, Any]], 
     saved = 1 - finished[lean]["peak_bytes"]["mean"] / finished[fast]["peak_bytes"]["mean"]
     chosen = lean if saved >= MEMORY_MATTERS else fast
     left = [name for name in finished if name != chosen]
-    words = []
+    words, compared = [], next((pair["equivalence"]["metric"] for pair in pairs), metric)
     if beaten:
-        words.append(f"{', '.join(sorted(beaten))} shown to be worse in {metric}")
+        words.append(f"{', '.join(sorted(beaten))} shown to be worse in {compared}")
     if apart:
         words.append(f"{', '.join(sorted(apart))} worse by the 95% interval of a comparison that was not planned")
     others = [name for name in equal if name != chosen]
     if others:
-        words.append(f"no difference in {metric} shown to {', '.join(others)}")
+        words.append(f"no difference in {compared} shown to {', '.join(others)}")
         why = "least memory" if chosen == lean and (saved >= MEMORY_MATTERS or not timed) else "fastest"
         words.append(f"{why} among these")
     return {"advice": chosen, "reason": "; ".join(words) + "." if left and words else "It is the only one that finished."}
