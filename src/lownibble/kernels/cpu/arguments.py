@@ -18,6 +18,11 @@ from lownibble.kernels.types import Epilogue, FourBit
 _CPU = torch.device("cpu")
 
 
+def empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Memory for a kernel to write to, on the CPU and of `dtype` whatever torch's defaults and `torch.device` blocks say."""
+    return torch.empty(shape, dtype=dtype, device=_CPU)
+
+
 def block_shift(block_size: int) -> int:
     """Log2 of a supported block size."""
     check_block_size(block_size)

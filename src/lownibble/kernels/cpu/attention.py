@@ -11,6 +11,7 @@ from torch import Tensor
 
 from lownibble.errors import InputError
 from lownibble.kernels.checks import check_tensor
+from lownibble.kernels.cpu.arguments import empty
 from lownibble.kernels.cpu.loading import library
 
 _CPU = torch.device("cpu")
@@ -50,7 +51,7 @@ def _shape(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor) -> tuple[int, in
 def attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, scaling: float) -> tuple[Tensor, Tensor]:
     """As `ops.attention`."""
     T, heads, key_heads, D = _shape(q, k, v, cu_seqlens)
-    out, lse = torch.empty(len(q), T, heads, D), torch.empty(len(q) * T, heads)
+    out, lse = empty(len(q), T, heads, D), empty(len(q) * T, heads)
     addresses, strides = _heads({"q": q, "k": k, "v": v, "out": out.transpose(1, 2)}, T)
     failed = library().attention(
         *addresses, strides, lse.data_ptr(), cu_seqlens.data_ptr(), len(cu_seqlens) - 1, T, heads, key_heads, D, scaling,
@@ -69,7 +70,7 @@ def attention_backward(
     if dout.shape != out.shape or out.shape != (len(q), T, heads, D):
         raise InputError(f"'dout' and 'out' must be {(len(q), T, heads, D)}. Got {tuple(dout.shape)} and {tuple(out.shape)}.")
     check_tensor(lse, "lse", torch.float32, len(q) * T * heads, _CPU)
-    gradients = {f"d{role}": torch.empty(len(q), T, t.shape[1], D).transpose(1, 2) for role, t in (("q", q), ("k", k), ("v", v))}
+    gradients = {f"d{role}": empty(len(q), T, t.shape[1], D).transpose(1, 2) for role, t in (("q", q), ("k", k), ("v", v))}
     given = {"dout": dout.contiguous().transpose(1, 2), "q": q, "k": k, "v": v, "out": out.transpose(1, 2)}
     addresses, strides = _heads({**given, **gradients}, T)
     failed = library().attention_backward(

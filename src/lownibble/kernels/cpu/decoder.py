@@ -14,6 +14,7 @@ from torch import Tensor
 from lownibble.errors import BackendError, InputError
 from lownibble.kernels import decoder
 from lownibble.kernels.checks import DTYPES, check_block_size, check_float, check_tensor, check_weight
+from lownibble.kernels.cpu.arguments import empty
 from lownibble.kernels.cpu.fourbit import gemv_4bit
 from lownibble.kernels.cpu.loading import library
 from lownibble.kernels.decoder import (
@@ -179,11 +180,11 @@ _memory = threading.local()
 def _workspace(floats: int) -> int:
     """Address of the calling thread's workspace of at least `floats` floats; reused between calls."""
     if getattr(_memory, "workspace", _EMPTY).numel() < floats:
-        _memory.workspace = torch.empty(floats)
+        _memory.workspace = empty(floats)
     return int(_memory.workspace.data_ptr())
 
 
-_EMPTY = torch.empty(0)
+_EMPTY = empty(0)
 
 
 def decoder_layers(

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lownibble.kernels import decoded, plain
-from lownibble.kernels.cpu.arguments import address, block_shift, epilogue_addresses, type_number, weight_addresses
+from lownibble.kernels.cpu.arguments import address, block_shift, empty, epilogue_addresses, type_number, weight_addresses
 from lownibble.kernels.cpu.loading import library
 from lownibble.kernels.types import NO_EPILOGUE, Epilogue, FourBit, Scaled8bit
 
@@ -17,8 +17,8 @@ from lownibble.kernels.types import NO_EPILOGUE, Epilogue, FourBit, Scaled8bit
 def quantize_4bit(x: Tensor, bounds: Tensor, order: Tensor, block_size: int) -> tuple[Tensor, Tensor]:
     """As `ops.quantize_4bit`."""
     n, shift, dtype = x.numel(), block_shift(block_size), type_number(x, "x")
-    codes = torch.empty((n + 1) // 2, dtype=torch.uint8)
-    absmax = torch.empty(-(-n // block_size), dtype=torch.float32)
+    codes = empty((n + 1) // 2, dtype=torch.uint8)
+    absmax = empty(-(-n // block_size))
     library().quantize_4bit(
         address(x, "x", x.dtype, n),
         dtype,
@@ -38,8 +38,8 @@ def quantize_sum_4bit(
 ) -> tuple[Tensor, Tensor]:
     """As `ops.quantize_sum_4bit`, a tile at a time."""
     (N, K), r, shift = base.codes.shape, len(lora_A), block_shift(block_size)
-    codes = torch.empty((N * K + 1) // 2, dtype=torch.uint8)
-    absmax = torch.empty(-(-N * K // block_size), dtype=torch.float32)
+    codes = empty((N * K + 1) // 2, dtype=torch.uint8)
+    absmax = empty(-(-N * K // block_size))
     if not N * K:
         return codes, absmax
     failed = library().quantize_sum_4bit(
@@ -65,8 +65,8 @@ def dequantize_4bit(weight: FourBit, out: Tensor) -> Tensor:
 def quantize_8bit(x: Tensor, lookup: Tensor, block_size: int) -> tuple[Tensor, Tensor]:
     """As `ops.quantize_8bit`."""
     n, shift = x.numel(), block_shift(block_size)
-    codes = torch.empty(n, dtype=torch.uint8)
-    absmax = torch.empty(-(-n // block_size), dtype=torch.float32)
+    codes = empty(n, dtype=torch.uint8)
+    absmax = empty(-(-n // block_size))
     library().quantize_8bit(
         address(x, "x", torch.float32, n),
         n,
@@ -82,7 +82,7 @@ def quantize_8bit(x: Tensor, lookup: Tensor, block_size: int) -> tuple[Tensor, T
 def dequantize_8bit(codes: Tensor, absmax: Tensor, values: Tensor, block_size: int) -> Tensor:
     """As `ops.dequantize_8bit`."""
     n, shift = codes.numel(), block_shift(block_size)
-    out = torch.empty(n, dtype=torch.float32)
+    out = empty(n)
     library().dequantize_8bit(
         address(codes, "codes", torch.uint8, n),
         address(absmax, "absmax", torch.float32, -(-n // block_size)),
@@ -101,7 +101,7 @@ def gemv_4bit(x_TK: Tensor, weight: FourBit) -> Tensor:
     shift, dtype = block_shift(weight.block_size), type_number(x_TK, "x_TK")
     *addresses, nested_shift = weight_addresses(weight)
     x_data = address(x_TK, "x_TK", x_TK.dtype, T * weight.shape[1])
-    out_TN = torch.empty((T, N), dtype=x_TK.dtype)
+    out_TN = empty(T, N, dtype=x_TK.dtype)
     failed = library().gemv_4bit(
         x_data, dtype, T, K, *addresses, N, shift, nested_shift, out_TN.data_ptr(), torch.get_num_threads()
     )
@@ -119,7 +119,7 @@ def matmul_4bit(x_TC: Tensor, weight: FourBit, transposed: bool, epilogue: Epilo
     *addresses, nested_shift = weight_addresses(weight)
     bias, low_branch = epilogue_addresses(epilogue, T, columns)
     x_data = address(x_TC, "x_TC", torch.float32, T * terms)
-    out = torch.empty((T, columns), dtype=torch.float32)
+    out = empty(T, columns)
     failed = library().matmul_4bit(
         x_data, T, *addresses, N, K, block_shift(weight.block_size), nested_shift, int(transposed),
         bias, *low_branch, epilogue.scale, out.data_ptr(), torch.get_num_threads(),
@@ -139,7 +139,7 @@ def matmul_dense(
         return decoded.matmul_dense(x_TC, weight_NK, transposed, epilogue, out)
     terms, columns = (N, K) if transposed else (K, N)
     bias, low_branch = epilogue_addresses(epilogue, T, columns)
-    out = torch.empty((T, columns), dtype=torch.float32) if out is None else out
+    out = empty(T, columns) if out is None else out
     failed = library().matmul_dense(
         address(x_TC, "x_TC", torch.float32, T * terms), T, address(weight_NK, "weight_NK", torch.float32, N * K), N, K,
         int(transposed), bias, *low_branch, epilogue.scale, address(out, "out", torch.float32, T * columns),
@@ -156,7 +156,7 @@ def outer(a_TP: Tensor, b_TQ: Tensor, out: Tensor | None = None, adds: bool = Fa
     suits = a_TP.dtype == torch.float32 and Q % 64 == 0 and T * P * Q > 0
     if not suits or not library().has_matmul():
         return plain.outer(a_TP, b_TQ, out, adds)
-    out = torch.empty((P, Q), dtype=torch.float32) if out is None else out
+    out = empty(P, Q) if out is None else out
     failed = library().outer(
         address(a_TP, "a_TP", torch.float32, T * P), address(b_TQ, "b_TQ", torch.float32, T * Q), T, P, Q, int(adds),
         address(out, "out", torch.float32, P * Q), torch.get_num_threads(),
@@ -169,7 +169,7 @@ def outer(a_TP: Tensor, b_TQ: Tensor, out: Tensor | None = None, adds: bool = Fa
 def gemv_bf16(x_TK: Tensor, weight_NK: Tensor) -> Tensor:
     """As `ops.gemv_bf16`."""
     (T, K), N = x_TK.shape, len(weight_NK)
-    out_TN = torch.empty((T, N))
+    out_TN = empty(T, N)
     x_data, weight = address(x_TK, "x_TK", torch.float32, T * K), address(weight_NK, "weight_NK", torch.bfloat16, N * K)
     library().gemv_bf16(x_data, T, K, weight, out_TN.data_ptr(), N, torch.get_num_threads())
     return out_TN
@@ -178,7 +178,7 @@ def gemv_bf16(x_TK: Tensor, weight_NK: Tensor) -> Tensor:
 def _softmax_rows(x_LV: Tensor, scale: float | Tensor) -> Tensor:
     """As `plain.softmax_rows`."""
     (L, V), x_data = x_LV.shape, address(x_LV, "logits_LV", torch.float32, x_LV.numel())
-    lse = torch.empty(L)
+    lse = empty(L)
     library().softmax_rows(x_data, L, V, float(scale), lse.data_ptr(), torch.get_num_threads())
     return lse
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from lownibble.errors import InputError
 from lownibble.kernels import decoded
 from lownibble.kernels.checks import check_grouped, check_unordered
-from lownibble.kernels.cpu.arguments import address, block_shift, epilogue_addresses, type_number
+from lownibble.kernels.cpu.arguments import address, block_shift, empty, epilogue_addresses, type_number
 from lownibble.kernels.cpu.loading import library
 from lownibble.kernels.types import Epilogue, Grouped
 
@@ -56,7 +56,7 @@ def gemv_grouped(x_TK: Tensor, weight: Grouped) -> Tensor:
     check_unordered(weight)
     dtype, codes, rows, T = type_number(x_TK, "x_TK"), _codes(weight), _rows(weight), len(x_TK)
     N, K = weight.shape
-    x_data, out_TN = address(x_TK, "x_TK", x_TK.dtype, T * K), torch.empty((T, N), dtype=x_TK.dtype)
+    x_data, out_TN = address(x_TK, "x_TK", x_TK.dtype, T * K), empty(T, N, dtype=x_TK.dtype)
     if library().gemv_grouped(x_data, dtype, T, *codes, *rows, out_TN.data_ptr(), torch.get_num_threads()):
         raise MemoryError(f"No memory for {T * K * 4} bytes: x_TK in float32.")
     return out_TN
@@ -71,7 +71,7 @@ def matmul_grouped(x_TC: Tensor, weight: Grouped, transposed: bool, epilogue: Ep
         return decoded.matmul(partial(dequantize_grouped, weight), weight.shape, x_TC, transposed, epilogue)
     T, terms, columns = len(x_TC), N if transposed else K, K if transposed else N
     codes, (bias, low_branch) = _codes(weight), epilogue_addresses(epilogue, T, columns)
-    x_data, out = address(x_TC, "x_TC", torch.float32, T * terms), torch.empty((T, columns), dtype=torch.float32)
+    x_data, out = address(x_TC, "x_TC", torch.float32, T * terms), empty(T, columns)
     failed = library().matmul_grouped(
         x_data, T, *codes, *_rows(weight), int(transposed), bias, *low_branch, epilogue.scale, out.data_ptr(),
         torch.get_num_threads(),

@@ -8,7 +8,7 @@ from torch import Tensor
 from lownibble.errors import BackendError, InputError
 from lownibble.kernels import decoded
 from lownibble.kernels.checks import check_weight_8bit
-from lownibble.kernels.cpu.arguments import address, block_shift, epilogue_addresses, weight_addresses
+from lownibble.kernels.cpu.arguments import address, block_shift, empty, epilogue_addresses, weight_addresses
 from lownibble.kernels.cpu.loading import library
 from lownibble.kernels.types import PART, Epilogue, FourBit, Rows8bit, row_sizes
 
@@ -40,7 +40,7 @@ def row_scales(weight: FourBit, code_type: torch.dtype = torch.int8) -> Tensor:
     """As `ops.row_scales`, for int8."""
     need_int8(code_type)
     N, K, shift, addresses, nested_shift = _weight(weight)
-    scale = torch.empty(N, dtype=torch.float32)
+    scale = empty(N)
     library().row_scales(*addresses, N, K, shift, nested_shift, scale.data_ptr(), torch.get_num_threads())
     return scale
 
@@ -59,8 +59,8 @@ def quantize_rows(x_TC: Tensor, column_scale: Tensor | None = None, code_type: t
     x_TC = x_TC.float()
     T, C = x_TC.shape
     n_codes, n_scales = row_sizes(T, C)
-    codes, scale = torch.empty(n_codes, dtype=torch.int8), torch.empty(n_scales)
-    rows = Rows8bit(codes, scale, torch.empty(n_scales, dtype=torch.int32), T, C)
+    codes, scale = empty(n_codes, dtype=torch.int8), empty(n_scales)
+    rows = Rows8bit(codes, scale, empty(n_scales, dtype=torch.int32), T, C)
     library().quantize_rows(
         address(x_TC, "x_TC", torch.float32, T * C),
         None if column_scale is None else address(column_scale, "column_scale", torch.float32, C),
@@ -88,9 +88,9 @@ def matmul_8bit(
     own_bias, low = (None if tensor is None else tensor.float() for tensor in (epilogue.bias, epilogue.low))
     epilogue = epilogue._replace(bias=own_bias, low=low)
     bias, low_branch = epilogue_addresses(epilogue, T, columns)
-    out = torch.empty((T, columns), dtype=torch.float32)
+    out = empty(T, columns)
     if N * K == 0:
-        return decoded.matmul_dense(torch.zeros(T, 1), torch.zeros(1, columns), True, epilogue).to(dtype)
+        return decoded.matmul_dense(empty(T, 0), empty(0, columns), True, epilogue).to(dtype)
     failed = library().matmul_int8(
         *rows, T, *addresses, N, K, shift, nested_shift, int(transposed), address(row_scale, "row_scale", torch.float32, N),
         bias, *low_branch, epilogue.scale, out.data_ptr(), torch.get_num_threads(),

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from lownibble.kernels import plain
 from lownibble.kernels.checks import check_factor, check_tensor
+from lownibble.kernels.cpu.arguments import empty
 from lownibble.kernels.cpu.loading import library
 
 _CPU = torch.device("cpu")
@@ -28,7 +29,7 @@ def low_rank(x_TC: Tensor, factor_Cr: Tensor, scale: float) -> Tensor:
     if not _runs(x_TC, r):
         return plain.low_rank(x_TC, factor_Cr, scale)
     check_tensor(x_TC, "x_TC", torch.float32, T * C, _CPU)
-    factor, out_Tr = _factor(factor_Cr, (C, r)), torch.empty(T, r)
+    factor, out_Tr = _factor(factor_Cr, (C, r)), empty(T, r)
     if library().low_rank(x_TC.data_ptr(), T, C, *factor, scale, out_Tr.data_ptr(), torch.get_num_threads()):
         raise MemoryError("No memory for a packed low-rank factor.")
     return out_Tr
@@ -43,8 +44,8 @@ def low_rank_backward(dy_TN: Tensor, x_TK: Tensor, low_Tr: Tensor, lora_B: Tenso
     check_tensor(x_TK, "x_TK", torch.float32, T * K, _CPU)
     check_tensor(low_Tr, "low_Tr", torch.float32, T * r, _CPU)
     factor = _factor(lora_B, (N, r))
-    dlow_Tr, dB, dA = torch.empty(T, r), torch.empty(N, r), torch.empty(r, K)
-    sums = torch.empty(library().low_rank_sums(T, N, K, r))
+    dlow_Tr, dB, dA = empty(T, r), empty(N, r), empty(r, K)
+    sums = empty(library().low_rank_sums(T, N, K, r))
     failed = library().low_rank_backward(
         dy_TN.data_ptr(), x_TK.data_ptr(), low_Tr.data_ptr(), T, N, K, *factor, scale,
         dlow_Tr.data_ptr(), dB.data_ptr(), dA.data_ptr(), sums.data_ptr(), torch.get_num_threads(),
