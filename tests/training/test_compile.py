@@ -10,6 +10,7 @@ import torch
 from mixtures import build, quiet
 from safetensors.torch import load_file
 from torch import nn
+from torch._dynamo.testing import CompileCounterWithBackend
 
 import lownibble as ln
 from lownibble.config import DataConfig, LoraConfig, QuantConfig, RunConfig, TrainConfig
@@ -17,6 +18,7 @@ from lownibble.errors import BackendError, ConfigError, OutputError, TrainingErr
 from lownibble.kernels import cpu
 from lownibble.lora.layer import LoraLinear
 from lownibble.lora.product import lora_matmul
+from lownibble.models.linears import on_own_kernels
 from lownibble.quant import QuantLinear, eightbit
 from lownibble.quant.linear import frozen_matmul
 from lownibble.training import compiling, run
@@ -140,6 +142,20 @@ def test_the_operator_keeps_torchs_rules(kind, dropout):
         if kind != "dense" and not dropout:
             flat = x.detach().view(-1, 64).requires_grad_()
             torch.library.opcheck(frozen_matmul, (flat, weight, codec, 96, eightbit.rows_of(flat, code_type)), test_utils=checks)
+
+
+@pytest.mark.parametrize("adapted", [False, True])
+@pytest.mark.parametrize("kind", ["dense", "nf4", pytest.param("int8", marks=needs_vnni)])
+def test_batches_of_other_lengths_take_the_same_graphs(kind, adapted):
+    torch._dynamo.reset()
+    made = layer(kind != "dense", "int8" if kind == "int8" else "exact")
+    counter, frames = CompileCounterWithBackend("aot_eager"), []
+    compiled = torch.compile((made if adapted else made.base).forward, backend=counter, dynamic=True)
+    with on_own_kernels(made):
+        for T in (9, 10, 13):
+            compiled(torch.randn(2, T, 64, requires_grad=True)).sum().backward()
+            frames.append(counter.frame_count)
+    assert frames == [frames[0]] * 3
 
 
 def test_when_it_is_chosen(wide_model):

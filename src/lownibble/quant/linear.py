@@ -121,7 +121,7 @@ def frozen_matmul(x_TK: Tensor, weight: list[Tensor], spec: str, out_features: i
 
 @frozen_matmul.register_fake
 def _(x_TK, weight, spec, out_features, rows):  # type: ignore[no-untyped-def]
-    return x_TK.new_empty((len(x_TK), out_features))
+    return x_TK.new_empty((x_TK.shape[0], out_features))  # `len` would make a number of a symbol, and a graph of each
 
 
 @torch.library.custom_op("lownibble::frozen_matmul_backward", mutates_args=())
@@ -136,7 +136,7 @@ def _frozen_matmul_backward(
 
 @_frozen_matmul_backward.register_fake
 def _(dy_TN, weight, spec, in_features, code_type):  # type: ignore[no-untyped-def]
-    return dy_TN.new_empty((len(dy_TN), in_features))
+    return dy_TN.new_empty((dy_TN.shape[0], in_features))
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
