@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokeni
 import lownibble as ln
 from lownibble.errors import ConfigError, QuantizationError
 from lownibble.integrations.transformers import NF4Config, NF4Linear
+from lownibble.quant import QuantLinear, linear
 
 
 @pytest.fixture
@@ -50,6 +51,19 @@ def test_the_same_weights_as_our_own_loader(write, batch, case, tied):
     assert torch.equal(logits(model, batch), logits(ours, batch))
     assert model.num_parameters() < ours.num_parameters()
     assert (model.lm_head.weight is model.model.embed_tokens.weight) == tied
+
+
+def test_linear_layers_with_a_forward_of_their_own_are_packed(write):
+    """What they compute is tried out while transformers makes a model without values, in its dtype."""
+    linear._computes_linear.cache_clear()
+    folder = write("falcon")
+    for dtype in (torch.bfloat16, torch.float32):
+        model = AutoModelForCausalLM.from_pretrained(folder, quantization_config=NF4Config(), dtype=dtype)
+        assert {path.rpartition(".")[2] for path in packed(model)} == {
+            "query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h"
+        }  # fmt: skip
+    ours, _ = ln.load(str(folder), quant="nf4")
+    assert sum(isinstance(module, QuantLinear) for module in ours.modules()) == len(packed(model))
 
 
 def test_layers_whose_weights_the_model_reads_itself_stay_dense(write, batch, tmp_path):

@@ -2,11 +2,11 @@
 their results with torch's own defaults."""
 
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
+from functools import partial
 
 import pytest
 import torch
+from defaults import default_dtype
 from oracles import assert_same_bits, random
 from torch.utils._pytree import tree_map
 
@@ -24,21 +24,11 @@ except BackendError as error:
     pytest.skip(str(error), allow_module_level=True)
 
 
-@contextmanager
-def _surroundings(which: str) -> Iterator[None]:
-    if which == "meta":
-        with torch.device("meta"):
-            yield
-        return
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(getattr(torch, which))
-    try:
-        yield
-    finally:
-        torch.set_default_dtype(before)
-
-
-SURROUNDINGS = ["float64", "bfloat16", "meta"]
+SURROUNDINGS = {
+    "float64": partial(default_dtype, torch.float64),
+    "bfloat16": partial(default_dtype, torch.bfloat16),
+    "meta": partial(torch.device, "meta"),
+}
 
 T, N, K, R = 21, 48, 64, 5
 TABLE = codebook("nf4")
@@ -90,7 +80,7 @@ CALLS = {
 @pytest.mark.parametrize("name", CALLS)
 def test_defaults_do_not_change_a_result(name, which):
     expected = CALLS[name]()
-    with _surroundings(which):
+    with SURROUNDINGS[which]():
         found = CALLS[name]()
     tree_map(lambda a, b: assert_same_bits(a, b) if isinstance(a, torch.Tensor) else None, found, expected)
 
@@ -98,6 +88,6 @@ def test_defaults_do_not_change_a_result(name, which):
 @pytest.mark.parametrize("which", SURROUNDINGS)
 def test_defaults_do_not_change_the_decoders_workspace(monkeypatch, which):
     monkeypatch.setattr(decoder, "_memory", threading.local())
-    with _surroundings(which):
+    with SURROUNDINGS[which]():
         assert decoder._workspace(1000)
     assert (decoder._memory.workspace.nbytes, decoder._memory.workspace.device.type) == (4000, "cpu")

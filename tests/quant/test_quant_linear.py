@@ -1,19 +1,22 @@
 """QuantLinear. Oracle: `nn.Linear` on the dequantised weight."""
 
 import copy
+from functools import partial
 
 import pytest
 import torch
+from defaults import default_dtype
 from pairwise import pairwise
 from safetensors.torch import load_file, save_file
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.checkpoint import checkpoint
 
 import lownibble as ln
 from lownibble.kernels.decoded import release_scratch, scratch
-from lownibble.quant import QuantLinear
+from lownibble.quant import QuantLinear, is_plain_linear
 from lownibble.quant.codecs.fourbit import FourBitWeight
-from lownibble.quant.linear import MATVEC_MAX_ROWS
+from lownibble.quant.linear import MATVEC_MAX_ROWS, _computes_linear
 
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2**-6, torch.float16: 2**-9}
 """Relative to the largest output: sums of 80 products in another order; half types round the weight, the sum and the bias."""
@@ -200,3 +203,26 @@ def test_the_view_of_the_weight_follows_the_parameters():
     packed.codes.data = other.codes.data.clone()  # moved: another place, the same parameter
     assert torch.equal(packed.weight.four_bit.codes, other.codes.view(-1))
     torch.testing.assert_close(twin(x), before, rtol=0, atol=0)
+
+
+class _Own(nn.Linear):
+    """As Falcon's."""
+
+    def forward(self, input):
+        return input @ self.weight.T + self.bias
+
+
+class _Router(nn.Linear):
+    def forward(self, input):
+        return super().forward(input).softmax(-1)
+
+
+@pytest.mark.parametrize(
+    "mode", [FakeTensorMode, partial(torch.device, "meta"), torch.inference_mode, partial(default_dtype, torch.bfloat16)],
+    ids=["fake", "meta", "inference", "bfloat16"],
+)  # fmt: skip
+def test_what_a_layer_computes_is_found_out_in_any_mode(mode):
+    _computes_linear.cache_clear()
+    with mode():
+        assert is_plain_linear(_Own(5, 3))
+        assert not is_plain_linear(_Router(5, 3))

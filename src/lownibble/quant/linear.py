@@ -66,17 +66,18 @@ def matrix_shape(linear: nn.Module) -> tuple[int, int]:
 def _computes_linear(kind: Any) -> bool:
     """Whether a subclass with a forward of its own computes x W^T + bias all the same (Falcon's), found by trying: routers and
     their like do something else, or need more than a weight and a bias."""
-    with _disable_current_modes():  # not on fake tensors
+    with _disable_current_modes(), torch.device("cpu"), torch.inference_mode(False):  # what is found is kept for all that follows
+        numbers = torch.linspace(-1, 1, 20, dtype=torch.float32)
+        x, weight, bias = numbers.view(4, 5), numbers[:15].view(3, 5).square(), numbers[:3].exp()
         probe = kind.__new__(kind)
         nn.Module.__init__(probe)
         probe.in_features, probe.out_features = 5, 3
-        probe.weight, probe.bias = nn.Parameter(torch.arange(15.0).view(3, 5) / 7), nn.Parameter(torch.arange(3.0))
-        x = torch.linspace(-1, 1, 20).view(4, 5)
+        probe.weight, probe.bias = nn.Parameter(weight), nn.Parameter(bias)
         try:
             y = kind.forward(probe, x)
+            return isinstance(y, Tensor) and torch.allclose(y, nn.functional.linear(x, weight, bias))
         except Exception:
             return False
-        return isinstance(y, Tensor) and torch.allclose(y, nn.functional.linear(x, probe.weight, probe.bias))
 
 
 def is_plain_linear(module: nn.Module) -> bool:
