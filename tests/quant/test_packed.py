@@ -4,21 +4,26 @@ dense layer with the decoded weight; the weight itself after a round trip throug
 import copy
 import itertools
 import math
+from functools import partial
 
 import numpy as np
 import pytest
 import scipy.stats
 import torch
+from defaults import default_dtype
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
+from torch.utils._pytree import tree_leaves
 
 import lownibble as ln
 from lownibble.config import QuantConfig
 from lownibble.errors import ConfigError, ModelError, QuantizationError
 from lownibble.kernels import reference
 from lownibble.kernels.reference import unpack
+from lownibble.optim.eight_bit import code_maps
 from lownibble.quant import QuantLinear, layouts
+from lownibble.quant import codebook as codebooks
 from lownibble.quant.bits import pack, unpack_words
 from lownibble.quant.codebook import codebook, e8m0, levels, normal_float
 from lownibble.quant.packed import from_spec, restore, to_spec
@@ -116,6 +121,37 @@ def test_casts_copies_and_state_keep_the_packed_tensors(way):
         assert {k: t.dtype for k, t in each.weight.tensors().items()} == {k: t.dtype for k, t in before.items()}
         assert all(torch.equal(t, before[k]) for k, t in each.weight.tensors().items())
     assert other.bias.dtype == torch.bfloat16
+
+
+def forget_tables():
+    for each in (*vars(codebooks).values(), code_maps):
+        getattr(each, "cache_clear", lambda: None)()
+
+
+@pytest.fixture
+def no_tables():
+    """The tables are made anew after the test."""
+    yield
+    forget_tables()
+
+
+@pytest.mark.parametrize(
+    "defaults", [partial(default_dtype, torch.bfloat16), partial(default_dtype, torch.float64), partial(torch.device, "meta")],
+    ids=["bfloat16", "float64", "meta"],
+)  # fmt: skip
+def test_tables_made_under_other_defaults_are_the_same(no_tables, defaults):
+    def results():
+        packed = [ln.quantize(weight, way) for way in WAYS]
+        return packed, [each.dequantize(torch.float32) for each in packed], code_maps("cpu")
+
+    weight = random(3, 128)
+    expected = results()
+    forget_tables()
+    with defaults():
+        found = results()
+    assert all(map(same, found[0], expected[0]))
+    assert all(map(torch.equal, found[1], expected[1]))
+    assert all(torch.equal(a, b) for a, b in zip(tree_leaves(found[2]), tree_leaves(expected[2]), strict=True) if a is not b)
 
 
 def test_int8_is_its_formula():

@@ -125,13 +125,14 @@ class CodeMap(NamedTuple):
 
 
 def _bits(value: float) -> int:
-    return int(torch.tensor(value).view(torch.int32))
+    return int(torch.tensor(value, dtype=torch.float32, device="cpu").view(torch.int32))
 
 
 def code_map(values: Tensor, device: torch.device | str) -> CodeMap:
     """The tables of a code book, (256,) float32 on the CPU, from 0 or -1 to 1. A cell has at most one bound in it."""
-    bounds = torch.cat([(values[1:] + values[:-1]) / 2, torch.tensor([torch.inf])])
-    edges = torch.arange(_bits(_LOWEST) >> _CELL_BITS, (_bits(1.0) >> _CELL_BITS) + 2, dtype=torch.int32) << _CELL_BITS
+    bounds = torch.cat([(values[1:] + values[:-1]) / 2, values.new_tensor([torch.inf])])
+    cells = torch.arange(_bits(_LOWEST) >> _CELL_BITS, (_bits(1.0) >> _CELL_BITS) + 2, dtype=torch.int32, device="cpu")
+    edges = cells << _CELL_BITS
     low, high = edges[:-1].view(torch.float32).clone(), (edges[1:] - 1).view(torch.float32)
     low[0] = 0
     first, last = torch.bucketize(low, bounds), torch.bucketize(high, bounds)

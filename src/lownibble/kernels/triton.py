@@ -348,7 +348,7 @@ def _int8_product(
 
 @cache
 def _ones(n: int, device: torch.device) -> Tensor:
-    return torch.ones(n, device=device)
+    return torch.ones(n, dtype=torch.float32, device=device)
 
 
 def matmul_8bit_dense(x: Rows8bit, weight_NK: Tensor, row_scale: Tensor, transposed: bool, out: Tensor) -> Tensor:

@@ -48,16 +48,16 @@ def normal_float(bits: int) -> Tensor:
     offset = round(((1 - 1 / (2 * n)) + (1 - 1 / (2 * (n - 1)))) / 2, 7)  # of NF4 as bitsandbytes rounds it
 
     def quantiles(count: int) -> Tensor:  # float32 before and after, as in the authors' code: the last bits depend on it
-        probabilities = torch.linspace(offset, 0.5, count + 1)[:-1]
+        probabilities = torch.linspace(offset, 0.5, count + 1, dtype=torch.float32)[:-1]
         values: Tensor = torch.special.ndtri(probabilities.double())
         return values.float()
 
-    values: Tensor = torch.cat([-quantiles(n // 2 - 1), torch.zeros(1), quantiles(n // 2)]).sort().values
+    values: Tensor = torch.cat([-quantiles(n // 2 - 1), torch.zeros(1, dtype=torch.float32), quantiles(n // 2)]).sort().values
     return values / values.max()
 
 
 def _fp4_values() -> Tensor:
-    magnitudes = torch.tensor([0, 0.0625, 8, 12, 4, 6, 2, 3])
+    magnitudes = torch.tensor([0, 0.0625, 8, 12, 4, 6, 2, 3], dtype=torch.float32)
     return torch.cat([magnitudes, -magnitudes]) / 12
 
 
@@ -73,14 +73,14 @@ def codebook(quant_type: str, device: str = "cpu") -> Codebook:
     return Codebook(values.to(device), bounds.to(device), order.to(torch.uint8).to(device))
 
 
-def _e2m1_values() -> Tensor:
-    magnitudes = torch.tensor([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0])
+def _e2m1_values(device: torch.device | str = "cpu") -> Tensor:
+    magnitudes = torch.tensor([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0], dtype=torch.float32, device=device)
     return torch.cat([magnitudes, -magnitudes])
 
 
 def to_e2m1(values: Tensor) -> Tensor:
     """The codes of the nearest E2M1 values, uint8: ties to the even code, larger magnitudes to 6, zeros with their sign."""
-    magnitudes = _e2m1_values()[:8].to(values.device)
+    magnitudes = _e2m1_values(values.device)[:8]
     bounds = (magnitudes[1:] + magnitudes[:-1]) / 2
     bounds[1::2] = bounds[1::2].nextafter(bounds.new_zeros(()))  # a value on such a bound rounds up, to the even code
     return torch.bucketize(values.abs(), bounds, out_int32=True).to(torch.uint8) | values.signbit().to(torch.uint8) << 3
@@ -106,7 +106,7 @@ def levels(quant_type: str, device: str = "cpu") -> Tensor:
 @_table
 def e8m0(device: str = "cpu") -> Tensor:
     """The powers of two that a byte stands for as a scale of MX formats, (256,) float32; the last is NaN. Cached."""
-    return torch.tensor([2.0 ** (code - 127) for code in range(255)] + [float("nan")]).to(device)
+    return torch.tensor([2.0 ** (code - 127) for code in range(255)] + [float("nan")], dtype=torch.float32).to(device)
 
 
 @_table
@@ -126,17 +126,17 @@ def dynamic8(device: str = "cpu") -> Tensor:
     """The signed dynamic 8-bit map, ascending, (256,) float32. Cached; do not modify."""
     positive = []
     for exponent in range(7):
-        boundaries = torch.linspace(0.1, 1, 2**exponent + 1)
+        boundaries = torch.linspace(0.1, 1, 2**exponent + 1, dtype=torch.float32)
         positive.append(10.0 ** (exponent - 6) * (boundaries[:-1] + boundaries[1:]) / 2)
     magnitudes = torch.cat(positive)
-    return torch.cat([-magnitudes, torch.tensor([0.0, 1.0]), magnitudes]).sort().values.to(device)
+    return torch.cat([-magnitudes, torch.tensor([0.0, 1.0], dtype=torch.float32), magnitudes]).sort().values.to(device)
 
 
 @_table
 def dynamic8_unsigned(device: str = "cpu") -> Tensor:
     """The unsigned dynamic 8-bit map, from 0 to 1, ascending, (256,) float32. Cached; do not modify."""
-    values = [torch.tensor([0.0, 1.0])]
+    values = [torch.tensor([0.0, 1.0], dtype=torch.float32)]
     for exponent in range(7):
-        boundaries = torch.linspace(0.1, 1, 2 ** (exponent + 1) + 1)
+        boundaries = torch.linspace(0.1, 1, 2 ** (exponent + 1) + 1, dtype=torch.float32)
         values.append(10.0 ** (exponent - 6) * (boundaries[:-1] + boundaries[1:]) / 2)
     return torch.cat(values).sort().values.to(device)

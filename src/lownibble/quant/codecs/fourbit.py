@@ -233,7 +233,7 @@ class _FourBit(Codec):
                     f"'{prefix}' has nested blocks of {state['nested_blocksize']}; only {NESTED_BLOCK_SIZE} is known."
                 )
             nested_absmax = part("nested_absmax")
-            offset = torch.tensor([float(state["nested_offset"])], device=nested_absmax.device)
+            offset = torch.tensor([float(state["nested_offset"])], dtype=torch.float32, device=nested_absmax.device)
         codes, absmax = part("").view(torch.uint8).view(-1, 1), part("absmax")
         n_blocks = -(-shape.numel() // block_size)
         n_nested = -(-n_blocks // NESTED_BLOCK_SIZE)

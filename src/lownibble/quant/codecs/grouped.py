@@ -106,8 +106,8 @@ class GroupedWeight(PackedWeight):
         """What decodes the scales: exponents are codes of powers of two whose constants are 1."""
         if kind.exponents:
             *experts, n = self.scale.shape  # of a stack there are constants for each expert
-            ones = torch.ones(*experts, -(-n // _EXPONENTS_BLOCK), device=device)
-            return Nested(e8m0(device), ones, torch.zeros(*experts, 1, device=device), _EXPONENTS_BLOCK)
+            ones = torch.ones(*experts, -(-n // _EXPONENTS_BLOCK), dtype=torch.float32, device=device)
+            return Nested(e8m0(device), ones, ones.new_zeros(*experts, 1), _EXPONENTS_BLOCK)
         if self.nested_scale is None or self.offset is None:
             return None
         return Nested(dynamic8(device), self.nested_scale, self.offset, NESTED_BLOCK_SIZE)
@@ -206,7 +206,7 @@ def _codes(groups: Tensor, scale: Tensor, zeros: Tensor | None, quant_type: str)
     else:
         made = torch.empty(n, size, dtype=torch.uint8 if kind.is_float else torch.int8, device=groups.device)
     step = max(1, CODED_ELEMENTS // max(1, size))
-    divisor, buffer = _divisor(scale), torch.empty(min(n, step), size, device=groups.device)
+    divisor, buffer = _divisor(scale), groups.new_empty(min(n, step), size)
     for first in range(0, n, step):
         rows = slice(first, min(n, first + step))
         values = torch.div(groups[rows], divisor[rows], out=buffer[: rows.stop - first])
@@ -273,7 +273,7 @@ def to_groups(tensor: Tensor, config: QuantConfig, statistics: Tensor | None = N
     rows, order = tensor.float(), None
     if kind.act_order:
         n = tensor.shape[1]
-        order = torch.arange(n) if statistics is None else statistics.argsort(descending=True, stable=True)
+        order = torch.arange(n, device=tensor.device) if statistics is None else statistics.argsort(descending=True, stable=True)
         order = order.to(device=tensor.device, dtype=torch.int32)
         rows = rows[:, order.long()]
     groups = rows.reshape(-1, max(1, size))
