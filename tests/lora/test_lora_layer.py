@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from defaults import default_dtype
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -176,6 +177,12 @@ def test_casting_the_model_leaves_master_weights():
     layer = make("nf4").to(torch.bfloat16)
     assert {p.dtype for p in layer.adapters.parameters()} == {torch.float32}
     assert layer(random(T, K, dtype=torch.bfloat16)).dtype == torch.bfloat16
+
+
+def test_master_weights_are_float32_whatever_the_default():
+    with default_dtype(torch.bfloat16):
+        fresh = make().add("other", R, 6.0, 0.0, False)
+        assert {p.dtype for p in fresh.parameters()} == {torch.float32}
 
 
 @pytest.mark.parametrize(("rslora", "scale"), [(False, 2.0), (True, 6 / 3**0.5)])

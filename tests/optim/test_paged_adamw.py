@@ -3,6 +3,7 @@ bitsandbytes and its formula in float64 for the 8-bit one itself."""
 
 import pytest
 import torch
+from defaults import default_dtype
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
@@ -378,3 +379,12 @@ def test_states_made_ahead_are_torchs_own(dtype):
         assert {k: (v.dtype, v.shape) for k, v in ahead.state[mine].items()} == {
             k: (v.dtype, v.shape) for k, v in plain.state[its].items()
         }
+
+
+def test_steps_are_counted_in_float32_whatever_the_default():
+    """In bfloat16 the count would end at 256."""
+    parameters = _parameters(shapes=[(64, 64)])
+    with default_dtype(torch.bfloat16):
+        open_states(optimizer := make_optimizer("adamw", parameters, 1e-3, 0.0))
+        steps = [optimizer.state[parameters[0]]["step"], *(kind.new_step(parameters[0]) for kind in (Fused(), EightBit()))]
+    assert {step.dtype for step in steps} == {torch.float32}

@@ -102,13 +102,13 @@ def initialisation(
 def kaiming(adapter: LowRank, start: Start) -> None:
     """A kaiming-uniform with a = sqrt 5, as PEFT and nn.Linear; B zero."""
     bound = 1 / math.sqrt(adapter.lora_A.shape[1])
-    adapter.lora_A.data.copy_(torch.empty(adapter.lora_A.shape).uniform_(-bound, bound, generator=start.generator))
+    adapter.lora_A.data.copy_(torch.empty_like(adapter.lora_A, device="cpu").uniform_(-bound, bound, generator=start.generator))
     adapter.lora_B.data.zero_()
 
 
 def gaussian(adapter: LowRank, start: Start) -> None:
     """A normal with standard deviation 1 / r; B zero."""
-    adapter.lora_A.data.copy_(torch.empty(adapter.lora_A.shape).normal_(0, 1 / adapter.r, generator=start.generator))
+    adapter.lora_A.data.copy_(torch.empty_like(adapter.lora_A, device="cpu").normal_(0, 1 / adapter.r, generator=start.generator))
     adapter.lora_B.data.zero_()
 
 
@@ -116,7 +116,7 @@ def random(adapter: LowRank, start: Start) -> None:
     """As `kaiming`, and B uniform: the adapter changes the output from the start."""
     kaiming(adapter, start)
     bound = 1 / math.sqrt(adapter.r)
-    adapter.lora_B.data.copy_(torch.empty(adapter.lora_B.shape).uniform_(-bound, bound, generator=start.generator))
+    adapter.lora_B.data.copy_(torch.empty_like(adapter.lora_B, device="cpu").uniform_(-bound, bound, generator=start.generator))
 
 
 @initialisation(calibrated=True, keeps_base=True)

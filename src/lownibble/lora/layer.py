@@ -42,7 +42,7 @@ class LowRank(nn.Module):
         self.output_changes = False
         self.rounded: list[Tensor] = []
         for name, shape in variant.shapes(in_features, out_features, r).items():
-            self.register_parameter(name, nn.Parameter(torch.zeros(shape, device=device)))
+            self.register_parameter(name, nn.Parameter(torch.zeros(shape, dtype=torch.float32, device=device)))
 
     def keep_start(self, lora_A: Tensor, lora_B: Tensor) -> None:
         """Keep copies of A and B at the start, which the initialisation took out of the base."""

@@ -151,7 +151,7 @@ def open_states(optimizer: torch.optim.Optimizer) -> None:
         return  # other optimisers' states are unknown before their first step
     for parameter in (p for group in optimizer.param_groups for p in group["params"] if not optimizer.state.get(p)):
         optimizer.state[parameter] = {
-            "step": torch.zeros((), device=parameter.device),
+            "step": torch.zeros((), dtype=torch.float32, device=parameter.device),
             "exp_avg": torch.zeros_like(parameter),
             "exp_avg_sq": torch.zeros_like(parameter),
         }

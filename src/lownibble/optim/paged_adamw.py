@@ -103,7 +103,7 @@ class Fused:
 
     def new_step(self, parameter: nn.Parameter) -> Tensor:
         """A step counter on the parameter's device, as the fused operation requires."""
-        return torch.zeros((), device=parameter.device)
+        return torch.zeros((), dtype=torch.float32, device=parameter.device)
 
     def hold(self, states: list[Tensor]) -> list[Tensor]:
         """As they are."""
@@ -138,7 +138,7 @@ class EightBit:
 
     def new_step(self, parameter: nn.Parameter) -> Tensor:
         """A step counter on the CPU, where it is read."""
-        return torch.zeros(())
+        return torch.zeros((), dtype=torch.float32, device="cpu")
 
     def hold(self, states: list[Tensor]) -> Moments:
         """For the operation."""
