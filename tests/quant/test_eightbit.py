@@ -252,6 +252,17 @@ def test_products_of_nothing(backend, code_type, T, N, K):
         assert (dx == 0).all()
 
 
+@pytest.mark.parametrize("backend", ["reference", pytest.param("cpu", marks=needs_vnni)])
+def test_the_terms_added_may_be_of_the_outputs_dtype(backend):
+    weight, low, factor, bias = make(48, 64), random(5, 3).bfloat16(), random(3, 48, seed=1).bfloat16(), random(48).bfloat16()
+    with ln.use_backend(backend):
+        rows, found = ops.quantize_rows(random(5, 64)), []
+        for added in (Epilogue(bias, low, factor, 0.5), Epilogue(bias.float(), low.float(), factor.float(), 0.5)):
+            scales = ops.row_scales(weight.four_bit)
+            found.append(ops.matmul_8bit(rows, weight.four_bit, scales, False, added, torch.bfloat16))
+    assert torch.equal(*found)
+
+
 @pytest.mark.parametrize(("backend", "code_type"), KERNELS)
 def test_special_rows(backend, code_type):
     if backend == "triton":

@@ -85,8 +85,9 @@ def matmul_8bit(
     N, K, shift, addresses, nested_shift = _weight(weight)
     T, columns = x.rows, K if transposed else N
     rows = _rows(x, N if transposed else K)
-    own_bias, low = (None if tensor is None else tensor.float() for tensor in (epilogue.bias, epilogue.low))
-    epilogue = epilogue._replace(bias=own_bias, low=low)
+    added = epilogue.bias, epilogue.low, epilogue.factor
+    own_bias, low, factor = (None if tensor is None else tensor.float() for tensor in added)
+    epilogue = Epilogue(own_bias, low, factor, epilogue.scale)
     bias, low_branch = epilogue_addresses(epilogue, T, columns)
     out = empty(T, columns)
     if N * K == 0:
