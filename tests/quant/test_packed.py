@@ -43,7 +43,7 @@ every_way = pytest.mark.parametrize("way", WAYS_BY_ID.values(), ids=WAYS_BY_ID)
 
 
 def random(*shape, seed=0):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
 def same(a, b):
@@ -325,6 +325,17 @@ def test_words_of_other_tools_are_unpacked(bits, codes, seed):
     assert unpack(pack(torch.tensor(rows[0]), bits), bits)[: len(codes)].tolist() == rows[0]
 
 
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
+@pytest.mark.parametrize("shape", [(64,), (2, 3, 64)])
+def test_act_order_takes_weights_of_any_dimensions(shape, backend):
+    weight, config = random(*shape), QuantConfig(quant_type="int4_act")
+    strengths = torch.rand(64, generator=torch.Generator().manual_seed(1))
+    with ln.use_backend(backend):
+        packed = ln.quantize(weight, config, statistics=strengths)
+        alike = ln.quantize(weight.view(-1, 64), config, statistics=strengths)
+        assert torch.equal(packed.dequantize(), alike.dequantize().view(shape))
+
+
 @pytest.mark.parametrize("quant_type", ["int8", "int4"])
 @settings(max_examples=60)
 @given(
@@ -361,6 +372,7 @@ BAD = [
     ("mxfp4", 32, (4, 72), QuantizationError, r"multiple of 32 long\. Got 72\. Use another"),
     ("nf3", "row", (4, 100), QuantizationError, r"multiple of 8 long\. Got 100\. Use another"),
     ("int8", 64, (4, 100), QuantizationError, r"multiple of 64 long\. Got 100\. Use block_size row, or another"),
+    ("int8", 64, (), QuantizationError, r"takes rows of weights\. Got a single number"),
 ]
 
 

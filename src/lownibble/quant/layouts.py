@@ -109,9 +109,11 @@ def group_size(shape: Sequence[int], config: QuantConfig) -> int:
     """Group size (weights that share a scale), for codecs whose groups lie within rows.
 
     Raises:
-        ConfigError: the block size is not one of `GROUP_SIZES` or 'row'. QuantizationError: the row length is not a multiple of
-            it, or packed codes of a row would not fill whole bytes.
+        ConfigError: the block size is not one of `GROUP_SIZES` or 'row'. QuantizationError: there is no row, its length is not a
+            multiple of it, or packed codes of a row would not fill whole bytes.
     """
+    if not shape:
+        raise QuantizationError(f"{config.quant_type} takes rows of weights. Got a single number. Add it to skip_modules.")
     size, row = config.block_size, int(shape[-1])
     if size != "row" and size not in GROUP_SIZES:
         sizes = ", ".join(map(str, GROUP_SIZES))

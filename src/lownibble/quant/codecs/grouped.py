@@ -8,7 +8,8 @@
 
 A group is a power of two from 32 to 4096 of neighbouring weights in a row, or the row. The range of a group with a zero point
 includes 0, so that zeros stay zeros. With double quantisation the scales are quantised to 8 bits first (`nested.py`), and
-weights are rounded with the dequantised scales, which keeps the added error below one code.
+weights are rounded with the dequantised scales. Where such a scale is too small, the group's largest weights are cut, in int8 by
+several codes; scales that are far below others of their block of 256 may decode to 0, and their weights are lost.
 
 `int4_act` and its like are GPTQ's act-order: the groups are of columns that are alike in how strong their inputs are, not of
 neighbours. `order` lists the columns as the codes hold them.
@@ -272,10 +273,10 @@ def to_groups(tensor: Tensor, config: QuantConfig, statistics: Tensor | None = N
     size, kind = layouts.group_size(tensor.shape, config), layouts.GROUPED[config.quant_type]
     rows, order = tensor.float(), None
     if kind.act_order:
-        n = tensor.shape[1]
+        n = tensor.shape[-1]
         order = torch.arange(n, device=tensor.device) if statistics is None else statistics.argsort(descending=True, stable=True)
         order = order.to(device=tensor.device, dtype=torch.int32)
-        rows = rows[:, order.long()]
+        rows = rows[..., order.long()]
     groups = rows.reshape(-1, max(1, size))
     zeros = None
     if kind.zero:
