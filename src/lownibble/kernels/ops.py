@@ -253,7 +253,8 @@ def quantize_sum_4bit(
 ) -> tuple[Tensor, Tensor]:
     """As `quantize_4bit` of `decode(base) + low_Nr @ lora_A`, for low (N, r) and A (r, K) float32.
 
-    The sum over r is added to the base's value, both in float32. A sum that is not finite gives an absmax that is not.
+    The sum over r is added to the base's value, both in float32. An infinite sum gives an absmax that is not finite; one that is
+    NaN may not, so the caller checks low and A. (Finite ones give NaN where products overflow to both infinities.)
     """
     return _for(base.codes).quantize_sum_4bit(base, low_Nr, lora_A, bounds, order, block_size)
 

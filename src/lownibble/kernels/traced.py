@@ -1,7 +1,8 @@
 """A backend that computes nothing: uninitialised results of the right shapes and dtypes, and only the real kernels' allocations.
 
-For tracing the memory of a training step on fake tensors (`rehearsal/trace.py`). What the CPU kernels allocate outside torch
-(panels of a dequantised weight, a few hundred KiB per thread) is not counted.
+For tracing the memory of a training step on fake tensors (`rehearsal/trace.py`). What the CPU kernels allocate outside torch is
+not counted. Each thread keeps panels of a dequantised weight, a few hundred KiB, and from attention's backward some 8 (D + 96)
+bytes for each token of the longest segment, with heads of D (`native/attention_avx512.cpp`).
 """
 
 from __future__ import annotations
