@@ -179,6 +179,12 @@ def test_casting_the_model_leaves_master_weights():
     assert layer(random(T, K, dtype=torch.bfloat16)).dtype == torch.bfloat16
 
 
+def test_the_meta_device_takes_a_layer():
+    layer = make("nf4").to("meta")
+    assert {tensor.device.type for tensor in layer.state_dict().values()} == {"meta"}
+    assert all(p.requires_grad for p in layer.adapters.parameters())
+
+
 def test_master_weights_are_float32_whatever_the_default():
     with default_dtype(torch.bfloat16):
         fresh = make().add("other", R, 6.0, 0.0, False)

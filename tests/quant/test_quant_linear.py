@@ -10,6 +10,7 @@ from pairwise import pairwise
 from safetensors.torch import load_file, save_file
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.autograd import forward_ad
 from torch.utils.checkpoint import checkpoint
 
 import lownibble as ln
@@ -226,3 +227,25 @@ def test_what_a_layer_computes_is_found_out_in_any_mode(mode):
     with mode():
         assert is_plain_linear(_Own(5, 3))
         assert not is_plain_linear(_Router(5, 3))
+
+
+def test_the_meta_device_takes_and_gives_layers():
+    packed, _ = pair()
+    away = packed.to("meta")
+    assert away is packed
+    assert {tensor.device.type for tensor in away.state_dict().values()} == {"meta"}
+    with pytest.raises(NotImplementedError):
+        away.bfloat16().to("cpu")
+    again, whole = away.to_empty(device="cpu"), pair()[0]
+    again.load_state_dict(whole.state_dict())
+    x = torch.randn(7, 80)
+    assert again.absmax.dtype == whole.absmax.dtype
+    assert torch.equal(again(x).float(), whole.bfloat16()(x).float())
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated:DeprecationWarning")  # torch's own, at the first use
+@pytest.mark.parametrize("rows", [2, 8])
+def test_a_derivative_forward_is_refused_not_lost(rows):
+    packed, x = pair()[0], torch.randn(rows, 80)
+    with forward_ad.dual_level(), pytest.raises(NotImplementedError, match="jvp"):
+        packed(forward_ad.make_dual(x, x))

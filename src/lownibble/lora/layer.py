@@ -17,6 +17,7 @@ from lownibble.lora.targets import scaling
 from lownibble.lora.variants import LORA, Variant
 from lownibble.quant import PackedWeight, QuantLinear, matrix
 from lownibble.quant.experts import DenseExperts
+from lownibble.quant.linear import with_data
 
 
 class LowRank(nn.Module):
@@ -57,8 +58,10 @@ class LowRank(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> LowRank:
         # Master weights and norms stay float32 when the model is cast; moves between devices pass through.
-        for parameter in self.parameters(recurse=False):
-            parameter.data = parameter.data.to(fn(parameter.data).device)
+        for name, parameter in list(self.named_parameters(recurse=False)):
+            moved = fn(parameter.data)
+            as_it_is = moved.dtype == parameter.dtype
+            setattr(self, name, with_data(parameter, moved if as_it_is else parameter.data.to(moved.device)))
         for name, buffer in self.named_buffers(recurse=False):
             self._buffers[name] = buffer.to(fn(buffer).device)
         return self

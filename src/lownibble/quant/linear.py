@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.forward_ad import unpack_dual
 from torch.autograd.function import once_differentiable
 from torch.utils._python_dispatch import _disable_current_modes
 
@@ -164,7 +165,8 @@ def frozen_linear(x: Tensor, weight: PackedWeight, bias: Tensor | None, code_typ
     """
     N, K = weight.shape
     x_TK = x.reshape(-1, K)
-    if not (torch.is_grad_enabled() and x.requires_grad) and _is_few(x_TK, weight):
+    without_gradient = not (torch.is_grad_enabled() and x.requires_grad) and unpack_dual(x).tangent is None
+    if without_gradient and _is_few(x_TK, weight):
         y_TN = weight.matvec(x_TK)
     else:
         y_TN = _FrozenMatmul.apply(x_TK, weight, None if code_type is None else eightbit.shared_rows(x, code_type))
@@ -196,12 +198,22 @@ def exact_products(model: nn.Module) -> Iterator[None]:
             layer.compute = compute
 
 
+def with_data(parameter: nn.Parameter, data: Tensor) -> nn.Parameter:
+    """The parameter with this data; another one where torch cannot exchange them, as to and from the meta device."""
+    if not torch._has_compatible_shallow_copy_type(parameter.data, data):
+        return nn.Parameter(data, requires_grad=parameter.requires_grad)
+    parameter.data = data
+    return parameter
+
+
 class QuantLinear(nn.Module):
     """`nn.Linear` with a frozen packed weight.
 
     Parameters (all without gradient): the codec's tensors by its own names, the codes first (for nf4 and fp4 `codes` and
     `absmax`, with double quantisation `nested_absmax` and `offset`), and `bias` (out_features,) when there is one. `compute`:
     'exact' (in the activations' dtype), 'int8' or 'fp8' (see `eightbit.py`; few rows without gradient are exact regardless).
+
+    A state dict does not name its codec: that of an fp4 layer is loaded into one of nf4, and read as nf4. Files name theirs.
     """
 
     bias: nn.Parameter | None
@@ -274,10 +286,10 @@ class QuantLinear(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantLinear:
         # Packed tensors keep their dtypes whatever the model is cast to; moves between devices pass through.
-        for name, parameter in self.named_parameters(recurse=False):
+        for name, parameter in list(self.named_parameters(recurse=False)):
             moved = fn(parameter.data)
-            kept = moved if name == "bias" else parameter.data.to(moved.device)
-            parameter.data = kept
+            as_it_is = name == "bias" or moved.dtype == parameter.dtype
+            setattr(self, name, with_data(parameter, moved if as_it_is else parameter.data.to(moved.device)))
         return self
 
     def extra_repr(self) -> str:
