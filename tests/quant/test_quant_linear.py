@@ -14,6 +14,7 @@ from torch.autograd import forward_ad
 from torch.utils.checkpoint import checkpoint
 
 import lownibble as ln
+from lownibble.errors import InputError
 from lownibble.kernels.decoded import release_scratch, scratch
 from lownibble.quant import QuantLinear, is_plain_linear
 from lownibble.quant.codecs.fourbit import FourBitWeight
@@ -249,3 +250,11 @@ def test_a_derivative_forward_is_refused_not_lost(rows):
     packed, x = pair()[0], torch.randn(rows, 80)
     with forward_ad.dual_level(), pytest.raises(NotImplementedError, match="jvp"):
         packed(forward_ad.make_dual(x, x))
+
+
+@pytest.mark.parametrize("rows", [2, 8])
+@pytest.mark.parametrize("quant_type", ["nf4", "int8"])
+def test_float64_is_refused_by_name(quant_type, rows):
+    packed = QuantLinear.from_linear(nn.Linear(64, 8), quant_type)
+    with pytest.raises(InputError, match=r"'x\w*' must be .*Got torch\.float64\. Convert it"):
+        packed(torch.randn(rows, 64).double())

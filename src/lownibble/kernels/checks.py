@@ -32,7 +32,9 @@ def check_block_size(block_size: int) -> None:
 def check_float(tensor: Tensor, role: str) -> None:
     """Require float32, bfloat16 or float16."""
     if tensor.dtype not in DTYPES:
-        raise InputError(f"'{role}' must be float32, bfloat16 or float16. Got {tensor.dtype}.")
+        raise InputError(
+            f"'{role}' must be float32, bfloat16 or float16. Got {tensor.dtype}. Convert it, or use the 'reference' backend."
+        )
 
 
 def check_tensor(tensor: Tensor, role: str, dtype: torch.dtype, length: int, device: torch.device) -> None:

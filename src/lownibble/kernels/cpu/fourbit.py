@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from lownibble.kernels import decoded, plain
+from lownibble.kernels.checks import check_float
 from lownibble.kernels.cpu.arguments import address, block_shift, empty, epilogue_addresses, type_number, weight_addresses
 from lownibble.kernels.cpu.loading import library
 from lownibble.kernels.types import NO_EPILOGUE, Epilogue, FourBit, Scaled8bit
@@ -113,6 +114,7 @@ def gemv_4bit(x_TK: Tensor, weight: FourBit) -> Tensor:
 def matmul_4bit(x_TC: Tensor, weight: FourBit, transposed: bool, epilogue: Epilogue) -> Tensor:
     """As `ops.matmul_4bit`: a fused float32 kernel on AVX-512 (`native/matmul.h`), else the weight is dequantised first."""
     N, K = weight.shape
+    check_float(x_TC, "x")
     if x_TC.dtype != torch.float32 or K % 64 or N * K == 0 or weight.block_size < 32 or not library().has_matmul():
         return decoded.matmul(partial(dequantize_4bit, weight), weight.shape, x_TC, transposed, epilogue)
     T, terms, columns = len(x_TC), N if transposed else K, K if transposed else N

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lownibble.errors import InputError
 from lownibble.kernels import decoded
-from lownibble.kernels.checks import check_grouped, check_unordered
+from lownibble.kernels.checks import check_float, check_grouped, check_unordered
 from lownibble.kernels.cpu.arguments import address, block_shift, empty, epilogue_addresses, type_number
 from lownibble.kernels.cpu.loading import library
 from lownibble.kernels.types import Epilogue, Grouped
@@ -66,6 +66,7 @@ def matmul_grouped(x_TC: Tensor, weight: Grouped, transposed: bool, epilogue: Ep
     """As `ops.matmul_grouped`: a fused float32 kernel on AVX-512 (`native/matmul.h`), else the weight is dequantised first."""
     check_unordered(weight)
     N, K = weight.shape
+    check_float(x_TC, "x")
     suits = x_TC.dtype == torch.float32 and K % 64 == 0 and N * K > 0 and weight.group_size % 16 == 0
     if not suits or not library().has_matmul():
         return decoded.matmul(partial(dequantize_grouped, weight), weight.shape, x_TC, transposed, epilogue)
