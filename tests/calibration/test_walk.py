@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from defaults import default_dtype
 from torch import nn
 
 import lownibble.calibration.layers as walking
@@ -167,3 +168,9 @@ def test_the_root_is_a_factor_and_singular_moments_are_damped():
     for factor in (Moments(torch.zeros(4, 4), 9).root, lambda: Moments(torch.zeros(4, 4), 9).inverse_root(torch.arange(4))):
         with pytest.raises(QuantizationError, match="cannot be factored"):
             factor()
+
+
+def test_moments_are_summed_in_float32_whatever_the_default():
+    with default_dtype(torch.bfloat16):
+        (moments := walking._Sum()).add(torch.ones(1000, 2, dtype=torch.bfloat16))
+    assert torch.equal(moments.matrix, torch.full((2, 2), 1000.0))

@@ -5,6 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from defaults import default_dtype
 from torch import nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
@@ -85,6 +86,17 @@ def test_same_tokens_as_transformers(quantized, family):
     assert torch.equal(found.sequences, expected.sequences)
     for a, b in zip(found.logits, expected.logits, strict=True):
         torch.testing.assert_close(a, b, **CLOSE)
+
+
+def test_default_dtypes_do_not_matter(quantized):
+    model = _adapt(quantized())
+    with torch.no_grad():
+        expected = model(**_prompts()).logits[:, -1]
+    asked = {**_prompts(), "max_new_tokens": 1, "do_sample": False, "return_dict_in_generate": True, "output_logits": True}
+    with default_dtype(torch.bfloat16):
+        CpuDecoder(model)
+        found = model.generate(**asked, custom_generate=ln.decode)
+    torch.testing.assert_close(found.logits[0], expected, **CLOSE)
 
 
 @pytest.mark.parametrize("adapted", [False, True])

@@ -172,7 +172,7 @@ class _Sum:
     def add(self, x: Tensor) -> None:
         x_TK = x.reshape(-1, x.shape[-1]).float()
         if self.matrix is None:
-            self.matrix = torch.zeros(x_TK.shape[1], x_TK.shape[1], device=x.device)
+            self.matrix = x_TK.new_zeros(x_TK.shape[1], x_TK.shape[1])
         self.matrix.addmm_(x_TK.t(), x_TK)
         self.tokens += len(x_TK)
 

@@ -62,7 +62,7 @@ class CpuCache(SlotCache):
         heads, head_dim, self.contexts = layers.of[0].key_heads, layers.of[0].head_dim, []
         for window, span in self.spans.items():
             shape = (2, sum(layer.window == window for layer in layers.of), slots, heads, span.places, head_dim)
-            self.contexts.append(Context(*torch.zeros(shape).unbind()))
+            self.contexts.append(Context(*torch.zeros(shape, dtype=torch.float32).unbind()))
         for index, (layer, (window, row)) in enumerate(zip(layers.of, layers.kept, strict=True)):
             keys, values = self.contexts[window]
             self.layers[index] = Layer(keys[row], values[row], self.spans[layer.window])
@@ -86,7 +86,7 @@ class CpuDecoder(Decoder):
         self.paths, self.unread, self._body = branch_paths(model), paths_beside_text(model), language_model(model)
         self.note = f"the CPU's decoder with {'compiled' if self.layers.in_4bit else 'plain'} layers"
         self.note += "" if self._body is model.base_model else ", of the language model alone: for text"
-        self._angles = (torch.empty(1, 0, self.layers.of[0].head_dim),) * 2
+        self._angles = (torch.empty(1, 0, self.layers.of[0].head_dim, dtype=torch.float32),) * 2
         self._transforms = logit_transforms(model)
         if why := _refused.get(model):
             raise RefusedError(model, why)
@@ -147,7 +147,7 @@ class CpuDecoder(Decoder):
         if needed > known:
             places = torch.arange(max(needed, 2 * known, 256)).unsqueeze(0)
             kinds = [() if kind is None else (kind,) for kind in rope_types(self.model)]
-            found = [self._body.rotary_emb(torch.empty(1), places, *kind) for kind in kinds]
+            found = [self._body.rotary_emb(torch.empty(1, dtype=torch.float32), places, *kind) for kind in kinds]
             if any(cosine.shape[-1] != self.layers.of[0].head_dim for cosine, _ in found):
                 raise RefusedError(self.model, "only a part of each head is rotated")
             self._angles = (torch.cat([cosine for cosine, _ in found]), torch.cat([sine for _, sine in found]))

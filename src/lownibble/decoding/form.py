@@ -172,7 +172,7 @@ def runs_itself(block: nn.Module) -> bool:
 @torch.no_grad()
 def _activation(block: Any) -> str | None:
     """Which of `ACTIVATIONS` a feed-forward part has."""
-    own, probe = getattr(block, "act_fn", None), torch.linspace(-6, 6, 65)
+    own, probe = getattr(block, "act_fn", None), torch.linspace(-6, 6, 65, dtype=torch.float32)
     same = (name for name, ours in ACTIVATIONS.items() if own and torch.allclose(own(probe), ours(probe), atol=1e-6))
     return next(same, None)
 
@@ -214,7 +214,7 @@ def _norm(model: Any, norm: nn.Module) -> Tensor:
     """What an RMS norm multiplies by: its weight, or 1 + its weight."""
     weight = getattr(norm, "weight", None)
     if isinstance(weight, Tensor) and weight.ndim == 1:
-        weight, probe = weight.detach(), torch.linspace(-1, 2, len(weight))
+        weight, probe = weight.detach(), torch.linspace(-1, 2, len(weight), dtype=torch.float32)
         normed = probe * torch.rsqrt(probe.pow(2).mean() + _eps(norm))
         with torch.no_grad():
             output = norm(probe)

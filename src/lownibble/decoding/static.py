@@ -67,7 +67,7 @@ def prepared(adapter: Adapter, dtype: torch.dtype, device: torch.device) -> Prep
     if key not in adapter.prepared and adapter.unscaled:
         same, of = prepared(adapter.unscaled, dtype, device), [branch for of_layer in adapter.of for branch in of_layer]
         branches = [held and own and LowRank(held.A, held.B, own.scale) for held, own in zip(same.branches, of, strict=True)]
-        scales = torch.tensor([own.scale if own else 0.0 for own in of])
+        scales = torch.tensor([own.scale if own else 0.0 for own in of], dtype=torch.float32)
         adapter.prepared[key] = Prepared(branches, same.pointers, same.ranks, scales)
     elif key not in adapter.prepared:
         branches = []
@@ -81,7 +81,7 @@ def prepared(adapter: Adapter, dtype: torch.dtype, device: torch.device) -> Prep
             branches.append(LowRank(_held(A, dtype, device), _held(B, dtype, device), branch.scale))
         pointers = [[one.A.data_ptr(), one.B.data_ptr()] if one else [0, 0] for one in branches]
         ranks = [len(one.A) // RANK_STEP if one else 0 for one in branches]
-        scales = torch.tensor([one.scale if one else 0.0 for one in branches])
+        scales = torch.tensor([one.scale if one else 0.0 for one in branches], dtype=torch.float32)
         tables = torch.tensor(pointers), torch.tensor(ranks, dtype=torch.int32), scales
         adapter.prepared[key] = Prepared(branches, *tables)
     found: Prepared = adapter.prepared[key]
@@ -101,7 +101,7 @@ class _Tables:
         self._dtype, self._device = dtype, device
         self.pointers = torch.zeros(places, linears, 2, dtype=torch.int64, device=device)
         self.ranks = torch.zeros(places, linears, dtype=torch.int32, device=device)
-        self.scales = torch.zeros(places, linears, device=device)
+        self.scales = torch.zeros(places, linears, dtype=torch.float32, device=device)
         self.largest_r, self.touched = 0, frozenset[int]()
         self._held: list[Adapter] = []
         self._branches: list[list[LowRank | None]] = []  # holds the memory that the addresses point to
