@@ -110,6 +110,11 @@ def test_saved_and_loaded_again(folder, batch, tmp_path, tokenizer, dtype, codec
     assert torch.equal(logits(ours, batch), logits(model, batch))
 
 
+def test_the_meta_device_takes_a_model(folder):
+    model = load(folder).to("meta")
+    assert {tensor.device.type for tensor in model.parameters()} == {"meta"}
+
+
 @pytest.mark.parametrize("codec", ["nf4", "int8"])
 def test_a_state_goes_into_another_model(folder, batch, codec):
     model, other = load(folder, quant_type=codec), load(folder, quant_type="fp4")

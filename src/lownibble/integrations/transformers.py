@@ -44,7 +44,7 @@ from lownibble.models import packed as packed_files
 from lownibble.models.direct import left_dense
 from lownibble.models.load import DTYPES
 from lownibble.quant import PackedWeight, eightbit, is_linear, is_transposed, layouts, matrix_shape, quantize
-from lownibble.quant.linear import frozen_linear, frozen_matmul
+from lownibble.quant.linear import frozen_linear, frozen_matmul, with_data
 from lownibble.quant.packed import restore, to_spec
 from lownibble.registry import CODECS
 
@@ -188,9 +188,9 @@ class NF4Linear(nn.Linear):
             super()._apply(fn, recurse)
             return self
         self._packed = self.packed.to(fn(self.packed.tensors()[next(iter(self.packed.tensors()))]).device)
-        self.weight.data = _column(self._packed)
+        self.weight = with_data(self.weight, _column(self._packed))  # type: ignore[arg-type]
         if self.bias is not None:
-            self.bias.data = fn(self.bias.data)
+            self.bias = with_data(self.bias, fn(self.bias.data))
         return self
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
