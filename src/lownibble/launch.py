@@ -1,7 +1,8 @@
 """What torchrun told this process: its rank, and whether it was started again. Imports no torch, because every command asks.
 
 The processes of a run usually fail alike, over their options, and print one message (`should_tell`): the first rank its own, and
-another one only if it says something else. They compare over the store that torchrun keeps for its processes.
+another one only if it says something else. They compare over the store that torchrun keeps for its processes, and for those that
+it starts again: what the first rank said is dropped when all of a later start have found each other (`distributed.py`).
 """
 
 from __future__ import annotations
@@ -10,6 +11,9 @@ import os
 from contextlib import suppress
 from datetime import timedelta
 from typing import Any
+
+PREFIX, ERROR = "lownibble", "error"
+"""Of what the processes of a run keep in torchrun's store; and, below it, the key of the first rank's message."""
 
 _SECONDS = 5
 """Seconds that a rank waits for the first one's message before it prints its own."""
@@ -26,7 +30,7 @@ def rank() -> int:
 
 
 def restarts() -> int:
-    """How often the processes were started again, because one of them failed."""
+    """How often this machine's processes were started again because one of them failed: another number on each machine."""
     return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
 
 
@@ -39,7 +43,7 @@ def should_tell(message: str) -> bool:
     """Whether this process should print its error, `message`."""
     if not is_several():
         return True
-    store, key = _store(), f"lownibble/error/{restarts()}"
+    store, key = _store(), f"{PREFIX}/{ERROR}"
     with suppress(RuntimeError):
         if rank() == 0 and store is not None:
             store.set(key, message)

@@ -92,6 +92,31 @@ def test_a_killed_rank_and_max_restarts(whole, tiny_model, tiny_data, tmp_path):
     assert all(found[key].equal(value) for key, value in expected.items())
 
 
+def test_a_killed_rank_on_one_of_two_machines(whole, tiny_model, tiny_data, tmp_path, monkeypatch):
+    """Two agents: the one whose rank is killed counts a restart, the other one does not."""
+    monkeypatch.setenv("LOWNIBBLE_PARALLEL_TIMEOUT", "60")
+    options = ["--nnodes", "2", "--nproc-per-node", "1", "--max-restarts", "2", "--rdzv-backend", "c10d", "--rdzv-endpoint",
+               f"127.0.0.1:{free_port()}"]  # fmt: skip
+    folders = [tmp_path / name for name in ("one", "two")]
+    agents = []
+    for folder in folders:
+        folder.mkdir()
+        agents.append(torchrun(*options, *command(tiny_model, tiny_data, "out", "--parallel", "ddp", steps=60), cwd=folder))
+    deadline = time.monotonic() + 200
+    while not (writes := [folder for folder in folders if list(folder.glob("out/checkpoints/step-*"))]):
+        assert time.monotonic() < deadline
+        assert all(agent.poll() is None for agent in agents)
+        time.sleep(0.02)
+    other = agents[folders[0] in writes]
+    os.kill(children(other)[0], signal.SIGKILL)
+    ended = [agent.communicate(timeout=300)[1] for agent in agents]
+    assert [agent.returncode for agent in agents] == [0, 0], ended
+    events = [json.loads(line) for line in (writes[0] / "out/events.jsonl").read_text().splitlines()]
+    assert [event["first_step"] for event in events if event["event"] == "Started"][-1] > 0
+    found, expected = (load_file(folder / "adapter/adapter_model.safetensors") for folder in (writes[0] / "out", whole[0]))
+    assert all(found[key].equal(value) for key, value in expected.items())
+
+
 def test_a_rank_that_was_asked_to_stop_is_not_started_again(tiny_model, tiny_data, tmp_path):
     run = torchrun("--max-restarts", "1", *command(tiny_model, tiny_data, tmp_path / "out", steps=2000))
     deadline = time.monotonic() + 200

@@ -14,6 +14,10 @@ to know (counts, stop requests, lack of memory) goes over gloo, which does not w
 
 A rank that ends takes the others with it: their next collective fails. `joined` says so in one sentence, and torchrun's
 `--max-restarts` starts all of them again, which then resume.
+
+Processes that are started again find each other by names that no process had before (`_meet`). torchrun's store stays, with the
+addresses of the dead, and nothing that torchrun tells a process is the same for all of a start and another in the next: its agent
+on each machine counts the failures of its own processes, and not those starts that it makes because another machine's failed.
 """
 
 from __future__ import annotations
@@ -21,6 +25,8 @@ from __future__ import annotations
 import hashlib
 import os
 import platform
+import secrets
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -31,7 +37,7 @@ from typing import Any, Literal, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed import PrefixStore, TCPStore  # type: ignore[attr-defined]
+from torch.distributed import PrefixStore, Store, TCPStore  # type: ignore[attr-defined]
 
 import lownibble
 from lownibble import launch
@@ -47,6 +53,9 @@ Mode = Literal["alone", "ddp", "fsdp"]
 TIMEOUT = "LOWNIBBLE_PARALLEL_TIMEOUT"
 """Environment variable: seconds that a rank waits for the others before the run ends; 600 by default, for slow evaluations and
 files."""
+
+_CALL = "call"
+"""Key of the store: the name by which the first rank calls the others."""
 
 _LOST = ("gloo", "NCCL", "Connection closed", "Connection reset", "Timed out waiting", "Broken pipe", "Socket")
 """Parts of what torch says when a collective fails because a rank is gone or silent."""
@@ -309,10 +318,9 @@ def _join(device: torch.device) -> None:
         rank, world = launch.rank(), int(os.environ["WORLD_SIZE"])
         host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
         of_agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
-        store = TCPStore(host, port, world, is_master=rank == 0 and not of_agent, timeout=patience)
-        # torchrun may keep its store for processes that it starts again, with the addresses of those that are dead
+        store = PrefixStore(launch.PREFIX, TCPStore(host, port, world, is_master=rank == 0 and not of_agent, timeout=patience))
         dist.init_process_group(
-            backend, store=PrefixStore(f"lownibble/{launch.restarts()}", store), rank=rank, world_size=world,
+            backend, store=PrefixStore(_meet(store, rank, world, patience), store), rank=rank, world_size=world,
             timeout=patience, device_id=device if device.type == "cuda" else None,
         )  # fmt: skip
     except (RuntimeError, ValueError, KeyError) as error:
@@ -320,6 +328,31 @@ def _join(device: torch.device) -> None:
             f"The processes of the run do not find each other ({_first_line(error)}). Start them with torchrun, and on several "
             "machines with the same --rdzv-endpoint."
         ) from error
+
+
+def _meet(store: Store, rank: int, world: int, patience: timedelta) -> str:
+    """A name of this start of the processes, the same on all of them; no process of another start gets it.
+
+    Each has a name of its own. The first calls by it, the others answer with theirs, and it answers each when it has heard all.
+    What an earlier start left in the store is a call without end, or an answer to another name.
+
+    Raises:
+        RuntimeError: a process does not come.
+    """
+    own, latest = secrets.token_hex(8), time.monotonic() + patience.total_seconds()
+    if rank == 0:
+        store.set(_CALL, own)
+        names = [store.get(f"{own}/{other}").decode() for other in range(1, world)]
+        store.delete_key(launch.ERROR)  # an earlier start's
+        for name in names:
+            store.set(name, own)
+        return own
+    while not store.check([own]):
+        if time.monotonic() > latest:
+            raise RuntimeError(f"rank 0 did not answer in {patience.total_seconds():.0f} seconds")
+        store.set(f"{store.get(_CALL).decode()}/{rank}", own)
+        time.sleep(0.05)
+    return str(store.get(own).decode())
 
 
 @contextmanager

@@ -121,7 +121,7 @@ def _for_ranks(config: RunConfig, ranks: Ranks) -> RunConfig:
         check_sharded(config)
     ranks.deal(config.train)
     folder = config.train.output_dir
-    again = bool(launch.restarts() and folder) and ranks.from_first(lambda: began(folder or ""))
+    again = bool(ranks.most(launch.restarts()) and folder) and ranks.from_first(lambda: began(folder or ""))
     if again and (signal_number := ranks.from_first(lambda: stopped(folder or ""))):
         raise interrupt.RunInterrupted(
             "The run was asked to stop, and is not started again. Resume with --resume.", signal_number
