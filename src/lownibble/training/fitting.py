@@ -4,10 +4,13 @@ The effective batch size never changes: a step's rows are split into smaller mic
 on, then (CUDA) its checkpoints are offloaded. The choice is stored in checkpoints, so a run that is resumed on as many ranks
 splits its rows the same way; on another number each has other shares of rows and weights, and the run is fitted again.
 
-Several ranks make the dry run together and go by the one that needs most. With shards a rank whose memory runs out in a pass
-cannot tell the others, which wait for its weights: so the device's allocator is not limited to the budget, the dry run stops
-short of it by its own prediction, and a step that comes close is followed by smaller ones, as on a CPU. Memory that does run
-out ends the run.
+Several ranks make the dry run together and go by the one that needs most. Whatever gets smaller does so on all of them, since a
+rank that split its rows otherwise, or began a step again without the others, would be out of step: what one rank alone knows
+(whether it holds CUDA graphs, whether memory can be pinned) is asked of all before it is acted on.
+
+With shards a rank whose memory runs out in a pass cannot tell the others, which wait for its weights: so the device's allocator
+is not limited to the budget, the dry run stops short of it by its own prediction, and a step that comes close is followed by
+smaller ones, as on a CPU. Memory that does run out ends the run.
 """
 
 from __future__ import annotations
@@ -86,10 +89,10 @@ class Fitting:
             torch.cuda.set_per_process_memory_fraction(min(1.0, limit / total), self.device)
         elif self.device.type == "cpu" and limit > psutil.virtual_memory().total:
             self.warnings.append(f"the memory budget of {budget} is more than this machine has")
+        kinds = self._checkpointing(asked.gradient_checkpointing)
         of_states = {
             setting: state_bytes(setting) for setting in SETTINGS
-            if setting.paged >= asked.paged and (not setting.paged or self._pages)
-            and setting.gradient_checkpointing in self._checkpointing(asked.gradient_checkpointing)
+            if setting.paged >= asked.paged and (not setting.paged or self._pages) and setting.gradient_checkpointing in kinds
         }  # fmt: skip
         needs = Needs(self.micro.longest_row, self.micro.whole, ENOUGH_TOKENS[self.device.type], of_states)
         with DryRun(self.passes, self.micro, self.device, self._ranks.most, may_fail=not self._ranks.sharded) as bench:
@@ -101,9 +104,10 @@ class Fitting:
         return paged_name(self.config.optim) is not None and not self.config.fsdp_cpu_offload
 
     def _checkpointing(self, least: Checkpointing) -> list[Checkpointing]:
-        """Kinds of gradient checkpointing that the model has here, from `least` on."""
+        """Kinds of gradient checkpointing that the model has on all ranks, from `least` on."""
         can: dict[Checkpointing, bool] = {False: True, True: self.passes.can_checkpoint, "offload": self.passes.can_offload}
-        return [how for how in CHECKPOINTING[CHECKPOINTING.index(least) :] if can[how] or how == least]
+        lacking = dict(zip(can, self._ranks.total(*(int(not has) for has in can.values())), strict=True))
+        return [how for how in CHECKPOINTING[CHECKPOINTING.index(least) :] if not lacking[how] or how == least]
 
     def take(self, fit: Fit) -> None:
         """Apply a fit to microbatches, evaluation and checkpointing."""
@@ -166,8 +170,8 @@ class Fitting:
         self.warnings.append(f"memory ran out in step {step + 1}, which began again: {what}")
 
     def _gave_up_graphs(self, where: str) -> bool:
-        """Free the memory of CUDA graphs, if there are any, before anything gets smaller; the loop tells of it."""
-        dropped = self.passes.drop_graphs(f"memory ran out in {where}")
+        """Free the memory of CUDA graphs, if any rank has some, before anything gets smaller; the loop tells of it."""
+        dropped = bool(self._ranks.most(int(self.passes.drop_graphs(f"memory ran out in {where}"))))
         if dropped:
             usage.settle(self.device)
         return dropped
