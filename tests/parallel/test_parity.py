@@ -6,18 +6,20 @@ Oracle: the same run in this process. Ranks add up in another order: a few round
 import copy
 import re
 import shutil
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import BartForCausalLM, OPTForCausalLM
 
 from lownibble.config import RunConfig
-from lownibble.errors import TrainingError
+from lownibble.errors import ModelError, TrainingError
 from lownibble.training import gradients, run
 from lownibble.training.distributed import Ranks
 from lownibble.training.loop import Trainer
-from lownibble.training.sharding import SHARDS_PACKED, Part
+from lownibble.training.sharding import SHARDS_PACKED, Part, Sharding
 
 RESULT = "adapter/adapter_model.safetensors"
 
@@ -222,6 +224,26 @@ def test_out_of_memory_on_a_shard_ends_the_run():
         Trainer._end_if_sharded(trainer, "step 3")
     trainer.ranks = Ranks(1, 2, "ddp")
     Trainer._end_if_sharded(trainer, "step 3")
+
+
+@pytest.mark.parametrize(
+    ("kind", "name", "sizes"),
+    [
+        (
+            OPTForCausalLM,
+            "layerdrop",
+            {"hidden_size": 16, "word_embed_proj_dim": 16, "num_hidden_layers": 2, "num_attention_heads": 2},
+        ),
+        (BartForCausalLM, "decoder_layerdrop", {"d_model": 16, "decoder_layers": 2}),
+    ],
+)
+@pytest.mark.parametrize("rate", [0.0, 0.5])
+def test_layers_that_each_rank_would_leave_out_are_refused(kind, name, sizes, rate):
+    with torch.device("meta"):
+        model = kind(kind.config_class(vocab_size=32, max_position_embeddings=16, **sizes, **{name: rate}))
+    sharding = SimpleNamespace(_device=torch.device("cpu"), _config=RunConfig(method="full"))
+    with pytest.raises(ModelError, match=f"by {name}=0.5 .*--parallel ddp") if rate else nullcontext():
+        Sharding.begin(sharding, model)
 
 
 def test_what_gradients_need_is_allocated_before_anything_is_summed(monkeypatch):

@@ -52,6 +52,8 @@ if TYPE_CHECKING:
 
 SHARDS_PACKED = torch.__version__ >= "2.12"
 """Whether torch can shard tensors that are not floats."""
+_LEFT_OUT = ("layerdrop", "decoder_layerdrop")
+"""In configurations (OPT, XGLM, BART): the share of layers that are left out at random of each pass of training."""
 UNSHARDED = (f"packed weights by torch {torch.__version__}", "Use torch 2.12 or later")
 
 
@@ -256,11 +258,17 @@ class Sharding:
         """Take up a model whose weights are not there yet.
 
         Raises:
-            ModelError: nothing is known of its layers. Also raises as `add_lora`.
+            ModelError: nothing is known of its layers, or it leaves out some while it is trained. Also raises as `add_lora`.
         """
         if model.config.is_encoder_decoder or not decoder_layers(model):
             what = "it has an encoder" if model.config.is_encoder_decoder else "its decoder layers are not known"
             raise ModelError(f"{type(model).__name__} cannot be sharded: {what}. Use --parallel ddp.")
+        for name in _LEFT_OUT:
+            if rate := getattr(model.config.get_text_config(), name, 0):
+                raise ModelError(
+                    f"{type(model).__name__} cannot be sharded: by {name}={rate} each process would leave out other layers, and "
+                    "they gather each layer together. Use --parallel ddp, or set it to 0 in the model's config.json."
+                )
         info(model).device = self._device
         if self._config.adapter is not None:
             self._addition = StoredAddition(model, self._config.adapter, self._ranks.from_first)
