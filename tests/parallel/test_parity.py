@@ -218,12 +218,24 @@ def test_mixtures_train_as_one_process(two, mixture, options, tmp_path):
         assert_close(tensors(tmp_path / mode), tensors(tmp_path / "one"), atol=1e-5)
 
 
-def test_out_of_memory_on_a_shard_ends_the_run():
-    trainer = SimpleNamespace(ranks=Ranks(1, 2, "fsdp"), _kept=lambda: "Nothing was saved")
+@pytest.mark.parametrize("mode", ["ddp", "fsdp"])
+def test_out_of_memory_of_which_the_others_do_not_know_ends_the_run(mode):
+    trainer = SimpleNamespace(ranks=Ranks(1, 2, mode), _kept=lambda: "Nothing was saved")
+
+    def attempt():
+        raise MemoryError
+
     with pytest.raises(TrainingError, match=r"Memory ran out on rank 1 in step 3\. Nothing was saved"):
-        Trainer._end_if_sharded(trainer, "step 3")
-    trainer.ranks = Ranks(1, 2, "ddp")
-    Trainer._end_if_sharded(trainer, "step 3")
+        Trainer._retry(trainer, attempt, lambda: pytest.fail("it began again alone"), "step 3")
+
+
+def test_out_of_memory_that_all_know_of_is_tried_again(monkeypatch):
+    ranks, of_ranks = Ranks(1, 2, "ddp"), [1, 0]
+    monkeypatch.setattr(Ranks, "most", lambda self, count: max(count, of_ranks.pop(0)))  # the other rank's first attempt fails
+    shrunk = []
+    trainer = SimpleNamespace(ranks=ranks)
+    assert Trainer._retry(trainer, lambda: ranks.together(lambda: "done"), lambda: shrunk.append(True), "step 3") == "done"
+    assert shrunk == [True]
 
 
 @pytest.mark.parametrize(

@@ -67,6 +67,10 @@ class RankLostError(TrainingError):
     leaves_threads = True
 
 
+class AllExhaustedError(MemoryError):
+    """Memory ran out on one rank or more, and all know it: each raises this."""
+
+
 @dataclass(frozen=True)
 class Ranks:
     """This process among those of a run.
@@ -170,7 +174,7 @@ class Ranks:
         return values
 
     def together(self, attempt: Callable[[], _T]) -> _T:
-        """Return `attempt()`, without communication in it; if memory runs out on one rank, all raise MemoryError."""
+        """Return `attempt()`, without communication in it; if memory runs out on one rank, all raise `AllExhaustedError`."""
         if not self.several or self.sharded:
             return attempt()
         result: Any = None
@@ -182,7 +186,7 @@ class Ranks:
                 raise
             why = error.with_traceback(None)  # frees what the failed pass held
         if self.most(int(why is not None)):
-            raise MemoryError("out of memory on another rank") if why is None else why
+            raise AllExhaustedError("out of memory on another rank" if why is None else str(why)) from why
         found: _T = result
         return found
 

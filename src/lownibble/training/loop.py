@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Iterator
 from itertools import islice
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, TypeVar
 
 import torch
 
@@ -44,7 +44,7 @@ from lownibble.options import n_bytes
 from lownibble.quant import QuantLinear, dense
 from lownibble.registry import OBJECTIVES
 from lownibble.training import balance, checkpoint, compiling, diagnose, gradients, reference, sharding
-from lownibble.training.distributed import ALONE, Ranks
+from lownibble.training.distributed import ALONE, AllExhaustedError, Ranks
 from lownibble.training.events import Evaluated, Event, Finished, Fitted, Saved, Skipped, Started, Stepped, Warned
 from lownibble.training.fitting import Fitting, MemoryGoneError, recorded_fit
 from lownibble.training.interrupt import RunInterrupted
@@ -53,6 +53,8 @@ from lownibble.training.objectives import Objective
 from lownibble.training.passes import Passes
 from lownibble.training.preference import Preferences
 from lownibble.training.stream import on_own_stream
+
+_T = TypeVar("_T")
 
 MAX_SKIPPED = 3
 """Consecutive skipped steps (loss or gradient not finite) after which a run ends: the weights no longer change."""
@@ -314,13 +316,13 @@ class Trainer:
         identity = {key: self.identity.get(key) for key in ("tokens", "lora", "started_from", *packed)} | {
             "seed": self.config.seed
         }
-        self.reference = usage.retry_on_oom(
+        self.reference = self._retry(
             lambda: reference.before(
                 objective, self.passes, self.micro, evaluator.examples, evaluator.collate,
                 lambda: (evaluator.batch_size, evaluator.max_tokens), self.total_steps, identity,
                 Path(self.config.output_dir) if self.config.output_dir else None, self.ranks, self.fitting.make_room, resumed,
             ),
-            lambda: self._shrink_evaluation(0),
+            lambda: self.fitting.shrink_evaluation(0), "the evaluation before the first step",
         )  # fmt: skip
 
     def _past(self) -> checkpoint.Facts | None:
@@ -365,7 +367,9 @@ class Trainer:
             MemoryGoneError: a pass is already a single row.
         """
         began = time.perf_counter()
-        found = usage.retry_on_oom(lambda: self.evaluator(self.model), lambda: self._shrink_evaluation(step))
+        found = self._retry(
+            lambda: self.evaluator(self.model), lambda: self.fitting.shrink_evaluation(step), f"the evaluation after step {step}"
+        )
         return Evaluated(step, found.loss, found.label_tokens, time.perf_counter() - began, found.scores, found.correct)
 
     def _out_of_memory(self) -> str:
@@ -403,7 +407,9 @@ class Trainer:
         """
         began = time.perf_counter()
         config = self.config
-        batches, counts, values = usage.retry_on_oom(lambda: self._gradients(step, rows), lambda: self._shrink(step, rows))
+        batches, counts, values = self._retry(
+            lambda: self._gradients(step, rows), lambda: self._shrink(step, rows), f"step {step + 1}"
+        )
         warmup = warmup_steps(self.total_steps, config.warmup_ratio)
         rate = learning_rate(config.lr_scheduler_type, config.learning_rate, step, self.total_steps, warmup)
         set_learning_rate(self.optimizer, rate)
@@ -461,20 +467,28 @@ class Trainer:
             losses.append(self.passes.backward(batch, weight, measured=measured and index == 0, replay=True))
         return losses
 
-    def _shrink_evaluation(self, step: int) -> None:
-        self._end_if_sharded(f"the evaluation after step {step}")
-        self.fitting.shrink_evaluation(step)
+    def _retry(self, attempt: Callable[[], _T], shrink: Callable[[], None], where: str) -> _T:
+        """Return `attempt()`; whenever memory runs out, on all ranks that know of it, `shrink` and begin again.
 
-    def _end_if_sharded(self, where: str) -> None:
-        """Other ranks wait in the middle of a pass for this one, which cannot begin again without them."""
-        if self.ranks.sharded:
-            raise TrainingError(
-                f"Memory ran out on rank {self.ranks.rank} in {where}. {self._kept()}. Lower --batch-size, set "
-                "--gradient-checkpointing true, or take more GPUs; --resume continues from a checkpoint."
-            )
+        Raises:
+            TrainingError: it ran out on this rank alone (in a pass with shards, or between passes): the others wait for it in
+                the middle of the attempt, and it cannot begin again without them.
+        """
+
+        def known_to_all() -> _T:
+            try:
+                return attempt()
+            except (RuntimeError, MemoryError) as error:
+                if not self.ranks.several or isinstance(error, AllExhaustedError) or not usage.is_exhausted(error):
+                    raise
+                raise TrainingError(
+                    f"Memory ran out on rank {self.ranks.rank} in {where}. {self._kept()}. Lower --batch-size, set "
+                    "--gradient-checkpointing true, or take more GPUs; --resume continues from a checkpoint."
+                ) from error
+
+        return usage.retry_on_oom(known_to_all, shrink)
 
     def _shrink(self, step: int, rows: Rows) -> None:
-        self._end_if_sharded(f"step {step + 1}")
         sharding.drop_gradients(self.parts.values())
         self.fitting.shrink_step(step, rows)
 
