@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 from ranks import environment, free_port
@@ -54,6 +55,11 @@ def by_hand(forked):
 def children(process):
     found = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True)
     return [int(pid) for pid in found.stdout.split()]
+
+
+def has_pending(pid, signal_number):
+    status = Path(f"/proc/{pid}/status").read_text()
+    return bool(int(status.split("ShdPnd:")[1].split()[0], 16) >> (signal_number - 1) & 1)
 
 
 @pytest.fixture(scope="module")
@@ -107,8 +113,14 @@ def test_a_killed_rank_on_one_of_two_machines(whole, tiny_model, tiny_data, tmp_
         assert time.monotonic() < deadline
         assert all(agent.poll() is None for agent in agents)
         time.sleep(0.02)
-    other = agents[folders[0] in writes]
-    os.kill(children(other)[0], signal.SIGKILL)
+    of_other = folders[0] in writes
+    first, other = children(agents[not of_other])[0], children(agents[of_other])[0]
+    os.kill(first, signal.SIGSTOP)  # so that it is alive when its agent hears of the other, whose failure it then does not count
+    os.kill(other, signal.SIGKILL)
+    while not has_pending(first, signal.SIGTERM):
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    os.kill(first, signal.SIGCONT)
     ended = [agent.communicate(timeout=300)[1] for agent in agents]
     assert [agent.returncode for agent in agents] == [0, 0], ended
     events = [json.loads(line) for line in (writes[0] / "out/events.jsonl").read_text().splitlines()]
