@@ -190,6 +190,24 @@ def test_weights_under_other_names_beside_the_model(write, batch):
     assert torch.equal(logits(ln.load(str(folder))[0], batch), expected)
 
 
+@pytest.mark.parametrize("shards_left", [False, True])
+def test_a_model_saved_over_its_shards(write, batch, shards_left):
+    """transformers deletes the shards and leaves their index; other tools leave both."""
+    folder = write(shards=True)
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    with torch.no_grad():
+        model.model.norm.weight.mul_(2)
+    if shards_left:
+        weights = {key: value.contiguous() for key, value in model.state_dict().items()}
+        save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    else:
+        model.save_pretrained(folder)
+    assert (folder / "model.safetensors.index.json").is_file()
+    assert bool([*folder.glob("model-*")]) == shards_left
+    expected = logits(AutoModelForCausalLM.from_pretrained(folder), batch)
+    torch.testing.assert_close(logits(ln.load(str(folder))[0], batch), expected, rtol=0, atol=LOGITS[torch.float32])
+
+
 @pytest.mark.parametrize("first", ["weight", "bias"])
 def test_biases_in_another_shard_than_their_weights(write, batch, first):
     folder = write(attention_bias=True)

@@ -67,14 +67,16 @@ class Checkpoint:
 
     @staticmethod
     def _files(folder: Path) -> list[Path]:
-        """The shards that the index names, else model.safetensors, else every safetensors file."""
+        """model.safetensors, else the shards that the index names, else every safetensors file: transformers' order."""
         index, whole = folder / INDEX, folder / "model.safetensors"
+        if whole.is_file():  # saved over shards, whose index transformers leaves
+            return [whole]
         if index.is_file():
             try:
                 return sorted({folder / file for file in json.loads(index.read_text())["weight_map"].values()})
             except (ValueError, KeyError, TypeError, AttributeError) as error:
                 raise ModelError(f"'{index}' is damaged ({type(error).__name__}: {error}). Download the model again.") from None
-        return [whole] if whole.is_file() else sorted(folder.glob("*.safetensors"))
+        return sorted(folder.glob("*.safetensors"))
 
     def read(self, key: str) -> Tensor:
         """Read one tensor, through its own memory map."""
