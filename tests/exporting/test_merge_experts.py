@@ -55,6 +55,18 @@ def test_onto_the_dense_base_it_is_pefts_merge(peft, kind, targets, tokenizer, t
         torch.testing.assert_close(merged.get_parameter(name), parameter, rtol=0, atol=1e-5)
 
 
+def test_a_routers_buffer_is_the_adapters(tokenizer, tmp_path):
+    """DeepSeek's correction of scores, which PEFT's files hold beside the weight of a trained router."""
+    model, _ = ln.load(str(folder_of("deepseek_v3", tmp_path / "model", tokenizer)))
+    random_adapter(model, tmp_path / "adapter", target_modules=["o_proj"], modules_to_save=["gate"])
+    (router,) = (module for path, module in model.named_modules() if path.endswith("mlp.gate"))
+    correction = router.current.e_score_correction_bias
+    correction.copy_(torch.linspace(-1, 1, len(correction)))
+    ln.save_adapter(model, tmp_path / "adapter")
+    ln.merge(tmp_path / "adapter", tmp_path / "merged", onto="original", measure_tokens=0)
+    torch.testing.assert_close(logits(theirs(tmp_path / "merged"), some_ids()), logits(model, some_ids()), **FP32)
+
+
 @pytest.mark.parametrize("kind", MIXTURES)
 def test_onto_the_decoded_base_it_computes_what_the_live_model_does(kind, tokenizer, tmp_path):
     folder = folder_of(kind, tmp_path / "model", tokenizer)

@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import lownibble as ln
 from lownibble.errors import AdapterError
@@ -190,6 +190,37 @@ def test_files_move_between_lownibble_and_peft(tiny, batch, clone, peft, case, t
     torch.testing.assert_close(logits(read, batch), logits(mine, batch), **LOGITS)
     again = ln.load_adapter(clone(base), tmp_path / "ours")
     torch.testing.assert_close(logits(again, batch), logits(mine, batch), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("older", [False, True])
+def test_files_of_routers_have_their_buffers(tiny, batch, clone, peft, older, tmp_path):
+    """DeepSeek-V3's router: PEFT's file has the correction of its scores beside its weight. `older`: ours had it not."""
+    sizes = {"moe_intermediate_size": 32, "n_routed_experts": 4, "num_experts_per_tok": 2, "n_group": 1, "topk_group": 1}
+    ranks = {"kv_lora_rank": 16, "q_lora_rank": 24, "qk_nope_head_dim": 16, "qk_rope_head_dim": 16, "v_head_dim": 16}
+    base = tiny("deepseek_v3", **sizes, **ranks, num_key_value_heads=4, first_k_dense_replace=1)
+    corrections = {path: buffer for path, buffer in base.named_buffers() if path.endswith("e_score_correction_bias")}
+    for buffer in corrections.values():
+        buffer.copy_(0.1 * torch.randn(buffer.shape, generator=torch.Generator().manual_seed(1)))
+    router = {"r": 2, "target_modules": ["o_proj"], "modules_to_save": ["gate"]}
+    theirs = peft.get_peft_model(clone(base), peft.LoraConfig(**router))
+    randomise_trained(theirs)
+    for path, buffer in theirs.named_buffers():
+        if "modules_to_save" in path:
+            buffer.add_(0.3 * torch.randn(buffer.shape, generator=torch.Generator().manual_seed(2)))
+    theirs.save_pretrained(tmp_path / "theirs")
+    ours = ln.load_adapter(clone(base), tmp_path / "theirs", trainable=True)
+    torch.testing.assert_close(logits(ours, batch), logits(theirs, batch), **LOGITS)
+    ln.save_adapter(ours, tmp_path / "ours")
+    file = tmp_path / "ours" / "adapter_model.safetensors"
+    stored = load_file(file)
+    assert len(corrections) == 1 and {f"base_model.model.{path}" for path in corrections} <= stored.keys()
+    if older:
+        save_file({key: t for key, t in stored.items() if "correction" not in key}, file)
+        again, at = ln.load_adapter(clone(base), tmp_path / "ours"), next(iter(corrections))
+        assert torch.equal(again.get_submodule(at.rpartition(".")[0]).current.e_score_correction_bias, corrections[at])
+        return
+    read = peft.PeftModel.from_pretrained(clone(base), tmp_path / "ours")
+    torch.testing.assert_close(logits(read, batch), logits(ours, batch), **LOGITS)
 
 
 @pytest.mark.parametrize("case", ["all-linear", "bias all", "head copied"])

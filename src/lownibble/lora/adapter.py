@@ -1,8 +1,8 @@
 """Read and write adapter files in PEFT's format.
 
 A folder with `adapter_config.json` and `adapter_model.safetensors`. Keys are `base_model.model.<path>.` plus the variant's key of
-each parameter (`lora_A.weight`, `lora_B.weight`), `base_layer.bias` for trained biases of adapted layers, or the parameter's own
-name for modules_to_save. The safetensors metadata records the base (`provenance.py`). Files are written under a temporary name
+each parameter (`lora_A.weight`, `lora_B.weight`), `base_layer.bias` for trained biases of adapted layers, or the own name of
+each parameter and persistent buffer for modules_to_save. The safetensors metadata records the base (`provenance.py`). Files are written under a temporary name
 and renamed, so that a reader never sees a partial file. `adapter_file.py` is the file itself.
 """
 
@@ -43,6 +43,7 @@ from lownibble.lora.layer import LowRank
 from lownibble.lora.portable import CONFIG_FILE, PREFIX, WEIGHTS_FILE
 from lownibble.lora.provenance import base_facts, other_codec, other_weights, to_metadata
 from lownibble.lora.targets import unmatched
+from lownibble.models.conversion import persistent_buffers
 from lownibble.models.info import info
 from lownibble.quant import is_transposed
 
@@ -72,9 +73,11 @@ def _others(model: nn.Module, name: str) -> dict[str, Tensor]:
 
 
 def _saved(model: nn.Module, name: str) -> dict[str, Tensor]:
-    """File key -> the live tensor of what `modules_to_save` trains."""
-    modules = saved_modules(model, name)
-    return {f"{PREFIX}{path}.{key}": value for path, module in modules for key, value in module.named_parameters()}
+    """File key -> the live tensor of what `modules_to_save` trains, and of its buffers."""
+    return {
+        f"{PREFIX}{path}.{key}": value for path, module in saved_modules(model, name)
+        for key, value in (*module.named_parameters(), *persistent_buffers(module).items())
+    }  # fmt: skip
 
 
 def file_tensors(model: nn.Module, name: str) -> dict[str, Tensor]:
@@ -199,8 +202,8 @@ def load_adapter(
     add_lora(model, _times(stored.config, 0.5) if changed else stored.config, name=name, of_file=True)
     parts, others = _parts(model, name), _others(model, name)
     try:
-        for key, tensor in others.items():
-            tensor.data.copy_(stored.read(key))
+        for key in others.keys() & expected.keys():
+            others[key].data.copy_(stored.read(key))
         if changed:  # last, as it changes the base
             take_out(model, name, {part.path: _set_parted(part, stored) for part in parts}, changed)
         else:
@@ -217,7 +220,8 @@ def load_adapter(
             raise AdapterError(f"'{stored.path}' is damaged: {error}. Copy or save it again.") from None
         raise
     for tensor in (*(getattr(part.adapter, own) for part in parts for own in part.keys), *others.values()):
-        tensor.requires_grad_(trainable)
+        if isinstance(tensor, nn.Parameter):
+            tensor.requires_grad_(trainable)
     if corrects := (stored.trained_on or {}).get("corrects"):
         info(model).adapters.corrects[name] = corrects
     return model

@@ -22,6 +22,7 @@ from lownibble.lora.portable import CONFIG_FILE, PREFIX, WEIGHTS_FILE
 from lownibble.lora.provenance import base_facts, from_metadata, other_codec
 from lownibble.lora.targets import rank_of
 from lownibble.lora.variants import Variant, variant_of
+from lownibble.models.conversion import persistent_buffers
 
 
 class AdapterFile:
@@ -73,12 +74,18 @@ class AdapterFile:
             return tensor.clone()
 
     def expected(self, model: nn.Module, name: str = "default") -> dict[str, torch.Size]:
-        """Key -> shape of every tensor that the file must hold for this model.
+        """Key -> shape of every tensor that the file must hold for this model, and of the buffers that it may hold and does.
 
         Raises:
             AdapterError: the adapter's targets do not fit the model.
         """
-        return _expected_shapes(self._plan(model, name), self.config)
+        planned = self._plan(model, name)
+        buffers = {
+            f"{PREFIX}{path}.{key}": buffer.shape for path, module in planned.saved.items()
+            for key, buffer in persistent_buffers(module).items()
+        }  # fmt: skip
+        held = {key: shape for key, shape in buffers.items() if key in self.shapes}  # not in our files of before
+        return _expected_shapes(planned, self.config) | held
 
     def layers(self, model: nn.Module, name: str = "default") -> dict[str, tuple[Variant, dict[str, str]]]:
         """Path of every adapted layer -> its variant, and its parameters' names -> keys in the file.

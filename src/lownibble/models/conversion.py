@@ -247,7 +247,7 @@ class ModelTensors:
         model = self.model
         given = {*self.names, *self.shared}
         missing = {name for name, _ in model.named_parameters() if name not in given}
-        missing |= {name for name in _persistent_buffers(model) if name not in self._facts}
+        missing |= persistent_buffers(model).keys() - self._facts.keys()
         info = SimpleNamespace(missing_keys=missing, unexpected_keys=unexpected)  # what transformers' rule looks at
         model._adjust_missing_and_unexpected_keys(info)
         absent = sorted(name for name in info.missing_keys)
@@ -344,11 +344,12 @@ def untie(model: Any, names: list[str]) -> None:
         model.config.tie_word_embeddings = False
 
 
-def _persistent_buffers(model: nn.Module) -> Iterator[str]:
-    for path, module in model.named_modules():
-        for name in module._buffers:
-            if name not in module._non_persistent_buffers_set:
-                yield f"{path}.{name}" if path else name
+def persistent_buffers(model: nn.Module) -> dict[str, Tensor]:
+    """Name -> buffer, of those that checkpoints hold."""
+    return {
+        f"{path}.{name}".lstrip("."): buffer for path, module in model.named_modules() for name, buffer in module._buffers.items()
+        if buffer is not None and name not in module._non_persistent_buffers_set
+    }  # fmt: skip
 
 
 def dtype_of(model: Any, dtype: torch.dtype) -> Callable[[str, torch.dtype], torch.dtype]:
