@@ -9,6 +9,7 @@ from safetensors.torch import load_file, save_file
 import lownibble as ln
 from lownibble.errors import AdapterError
 from lownibble.lora import lora_layers, match_targets
+from lownibble.lora.adapter import StoredAddition
 from lownibble.quant import QuantLinear
 
 HEAD_COPY = {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]}
@@ -221,6 +222,90 @@ def test_files_of_routers_have_their_buffers(tiny, batch, clone, peft, older, tm
         return
     read = peft.PeftModel.from_pretrained(clone(base), tmp_path / "ours")
     torch.testing.assert_close(logits(read, batch), logits(ours, batch), **LOGITS)
+
+
+REPEATED = {"q_proj": ["model.embed_tokens.weight", "lm_head.weight"], "lm_head": ["lm_head.base_layer.weight"]}
+"""Adapted layer -> what PEFT's file repeats of the base, with `save_embedding_layers`."""
+
+
+def repeating(peft, model, target, folder):
+    """PEFT's model with an adapter on one kind of layer, whose file repeats the embeddings."""
+    theirs = peft.get_peft_model(model, peft.LoraConfig(r=4, target_modules=[target]))
+    randomise_trained(theirs)
+    theirs.save_pretrained(folder, save_embedding_layers=True)
+    held = load_file(folder / "adapter_model.safetensors")
+    assert {key.removeprefix("base_model.model.") for key in held if ".lora_" not in key} == {*REPEATED[target]}
+    return theirs
+
+
+def change(folder, key):
+    """Another value in a tensor of the adapter's file that repeats the base."""
+    file = folder / "adapter_model.safetensors"
+    tensors = load_file(file)
+    tensors[f"base_model.model.{key}"][0] += 1
+    save_file(tensors, file)
+
+
+@pytest.mark.parametrize("trained_in", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("beside", [False, True])
+@pytest.mark.parametrize("target", REPEATED)
+def test_what_pefts_files_repeat_of_the_base_is_no_part_of_the_adapter(tiny, clone, peft, target, beside, trained_in, tmp_path):
+    """In the dtype of the training; `beside` another adapter on the same modules."""
+    base = tiny()
+    theirs = repeating(peft, clone(base).to(trained_in), target, tmp_path)
+    ours = clone(base)
+    if beside:
+        ln.add_lora(ours, ln.LoraConfig(r=2, target_modules=["lm_head"], modules_to_save=["embed_tokens"]), name="first")
+    ln.load_adapter(ours, tmp_path)
+    for path, layer in lora_layers(ours, "default"):
+        trained = theirs.base_model.model.get_submodule(path).lora_B["default"].weight
+        assert torch.equal(layer.adapter("default").lora_B, trained.float())
+    change(tmp_path, REPEATED[target][0])
+    with pytest.raises(AdapterError, match=rf"has no place for 'base_model\.model\.{REPEATED[target][0]}'"):
+        ln.load_adapter(clone(base), tmp_path)
+
+
+def test_a_vocabulary_that_peft_resized_fits_a_base_that_has_it(tiny, batch, clone, peft, tmp_path):
+    base = tiny()
+    base.resize_token_embeddings(101)
+    theirs = repeating(peft, clone(base), "q_proj", tmp_path)
+    torch.testing.assert_close(logits(ln.load_adapter(base, tmp_path), batch), logits(theirs, batch), **LOGITS)
+    with pytest.raises(AdapterError, match="has no place for"):
+        ln.load_adapter(tiny(), tmp_path)
+
+
+def test_pefts_adapter_of_a_head_fits_a_packed_one(clone, peft, write, tmp_path):
+    folder = str(write())
+    repeating(peft, clone(ln.load(folder)[0]), "lm_head", tmp_path)
+    packed = ln.QuantConfig(skip_modules=[])
+    ours, _ = ln.load(folder, quant=packed)
+    ln.load_adapter(clone(ours), tmp_path)
+    change(tmp_path, "lm_head.base_layer.weight")
+    with pytest.raises(AdapterError, match=r"has no place for .*lm_head\.base_layer"):
+        ln.load_adapter(ours, tmp_path)
+
+
+@pytest.mark.parametrize("target", REPEATED)
+def test_what_pefts_files_repeat_is_compared_when_a_base_is_loaded_in_parts(tiny, batch, clone, peft, target, tmp_path):
+    """As shards load it: its values come after the file was opened."""
+    base = tiny()
+    theirs = repeating(peft, clone(base), target, tmp_path)
+
+    def in_parts():
+        ours = clone(base).to("meta")
+        stored = StoredAddition(ours, tmp_path, lambda read: read())
+        ours = ours.to_empty(device="cpu")
+        ours.load_state_dict(base.state_dict())
+        ours.model.rotary_emb = clone(base.model.rotary_emb)
+        for path in ("model.layers.0", "model.layers.1", ""):
+            stored.add(path)
+        stored.finish()
+        return ours
+
+    torch.testing.assert_close(logits(in_parts(), batch), logits(theirs, batch), **LOGITS)
+    change(tmp_path, REPEATED[target][0])
+    with pytest.raises(AdapterError, match=rf"has no place for .*{REPEATED[target][0]}"):
+        in_parts()
 
 
 @pytest.mark.parametrize("case", ["all-linear", "bias all", "head copied"])

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from lownibble.config import QuantConfig
 from lownibble.errors import AdapterError, ModelError
 from lownibble.lora import activated
-from lownibble.lora.adapter_file import AdapterFile
+from lownibble.lora.adapter_file import AdapterFile, same_values
 from lownibble.lora.apart import fitted
 from lownibble.lora.portable import PREFIX
 from lownibble.lora.targets import scale_of
@@ -154,12 +154,11 @@ class AdaptedBase:
             self.changes["vocab_size"] = rows.pop()
 
     def _same_as_base(self, name: str, tensor: Tensor) -> bool:
-        """Whether a tensor equals the base's with either cast to the other's dtype (the base's may differ from training)."""
+        """Whether a tensor equals the base's."""
         key = self.resolve(name)
         if key.removesuffix(".weight") in self.packed or self.tensors.facts(key)[1] != tensor.shape:
             return False
-        base = self.tensors.read(key)
-        return torch.equal(base.to(tensor.dtype), tensor) or torch.equal(tensor.to(base.dtype), base)
+        return same_values(self.tensors.read(key), tensor)
 
     def _untie(self, carried: Mapping[str, str], embedding: str | None, head: str | None) -> None:
         """Untie modules that share a tensor if the adapter changes them differently."""

@@ -12,7 +12,7 @@ import hashlib
 import json
 import os
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Set
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,18 +34,19 @@ from lownibble.lora.active import (
     set_adapter,
     trained_biases,
 )
-from lownibble.lora.adapter_file import AdapterFile, parted
+from lownibble.lora.adapter_file import AdapterFile, parted, same_values
 from lownibble.lora.apart import fitted
 from lownibble.lora.begin import take_out
 from lownibble.lora.experts import file_paths, is_experts
 from lownibble.lora.inject import Addition, add_lora, match_targets, named_linears
-from lownibble.lora.layer import LowRank
+from lownibble.lora.layer import LoraLinear, LowRank, TrainedCopy
 from lownibble.lora.portable import CONFIG_FILE, PREFIX, WEIGHTS_FILE
 from lownibble.lora.provenance import base_facts, other_codec, other_weights, to_metadata
 from lownibble.lora.targets import unmatched
 from lownibble.models.conversion import persistent_buffers
+from lownibble.models.dense_origin import DenseOrigin
 from lownibble.models.info import info
-from lownibble.quant import is_transposed
+from lownibble.quant import PackedWeight, is_transposed
 
 
 @dataclass(frozen=True)
@@ -193,8 +194,7 @@ def load_adapter(
     """
     stored = fitted(AdapterFile(folder), model)
     expected = stored.expected(model, name)
-    extra = stored.shapes.keys() - expected.keys()
-    stored.check_fit(expected, {key for key in extra if _repeats_base(model, key, stored.read(key))})
+    stored.check_fit(expected, {key for key in stored.shapes.keys() - expected.keys() if _repeats_base(model, key, stored)})
     changed = stored.changed_base(model)
     _check_base(model, stored, any_base, changed)
     _check_targets(model, stored, trainable)
@@ -250,6 +250,8 @@ class StoredAddition:
     def __init__(self, model: nn.Module, folder: str | Path, from_first: Callable[[Callable[[], Any]], Any]) -> None:
         self._model, self._folder, self._from_first = model, folder, from_first
         self._stored: AdapterFile | None = None
+        self._expected: dict[str, torch.Size] = {}
+        self._extra: set[str] = set()  # of the file, to be compared with the base when it is there
         config, self._corrects, info(model).started_from = from_first(self._open)
         self._addition = Addition(model, config, of_file=True)
         self._set: set[str] = set()
@@ -263,7 +265,10 @@ class StoredAddition:
         ):
             if wrong:
                 raise AdapterError(f"'{self._folder}' {what}, which cannot be done with shards. Use --parallel ddp.")
-        stored.check_fit(stored.expected(self._model), set())
+        self._expected = stored.expected(self._model)
+        extra = stored.shapes.keys() - self._expected.keys()
+        self._extra = {key for key in extra if _may_repeat_base(self._model, key, stored.shapes[key])}
+        stored.check_fit(self._expected, self._extra)
         _check_targets(self._model, stored, trainable=True)
         with stored.path.open("rb") as file:
             return stored.config, facts.get("corrects"), hashlib.file_digest(file, "sha256").hexdigest()
@@ -273,7 +278,7 @@ class StoredAddition:
         self._addition.add(path)
         of_layers = {key: (part.adapter, own) for part in _parts(self._model, "default") for own, key in part.keys.items()}
         others = _saved(self._model, "default")
-        values = self._from_first(lambda: self._read({*of_layers, *others} - self._set))
+        values = self._from_first(lambda: self._read(path, {*of_layers, *others} - self._set))
         self._set |= values.keys()
         for key, value in values.items():
             if key in others:
@@ -282,12 +287,17 @@ class StoredAddition:
                 adapter, own = of_layers[key]
                 getattr(adapter, own).data.copy_(adapter.variant.from_file(own, value))
 
-    def _read(self, keys: Iterable[str]) -> dict[str, Tensor]:
-        assert self._stored is not None, "on the first process"
+    def _read(self, path: str, keys: Set[str]) -> dict[str, Tensor]:
+        stored = self._stored
+        assert stored is not None, "on the first process"
+        due = {key for key in self._extra if not path or key.startswith(f"{PREFIX}{path}.")}
+        self._extra -= due
         try:
-            return {key: self._stored.read(key) for key in keys}
+            other = {key for key in due if not _repeats_base(self._model, key, stored)}
+            stored.check_fit(self._expected, stored.shapes.keys() - self._expected.keys() - other)
+            return {key: stored.read(key) for key in keys & self._expected.keys()}
         except SafetensorError as error:
-            raise AdapterError(f"'{self._stored.path}' is damaged: {error}. Copy or save it again.") from None
+            raise AdapterError(f"'{stored.path}' is damaged: {error}. Copy or save it again.") from None
 
     def finish(self) -> None:
         """Check that the base is the adapter's, and make the adapter the active one."""
@@ -327,10 +337,38 @@ def _check_base(model: nn.Module, stored: AdapterFile, any_base: bool, changed: 
         warnings.warn(f"'{stored.folder}': {difference}; its outputs will differ from those in training.", stacklevel=3)
 
 
-def _repeats_base(model: nn.Module, key: str, tensor: Tensor) -> bool:
-    """Whether a stored tensor duplicates the base: PEFT adds the base weight of an adapted head, and biases a second time."""
+def _repeats_base(model: nn.Module, key: str, stored: AdapterFile) -> bool:
+    """Whether a stored tensor duplicates the base: PEFT adds the weights of adapted heads and of embeddings, and biases a second
+    time."""
+    if not _may_repeat_base(model, key, stored.shapes[key]):
+        return False
+    own = _of_base(model, key)
+    if isinstance(own, PackedWeight):
+        return _is_dense_weight(model, key, stored)
+    return own is None or same_values(own.detach(), stored.read(key).to(own.device))
+
+
+def _may_repeat_base(model: nn.Module, key: str, shape: torch.Size) -> bool:
+    """The same by the key and the shape alone, where the base's values are not there yet."""
     if ".modules_to_save." in key or ".original_module." in key:
         return True
-    path, _, last = key.removeprefix(PREFIX).replace(".base_layer.", ".").rpartition(".")
-    own = getattr(named_linears(model).get(path), last, None)
-    return isinstance(own, Tensor) and own.shape == tensor.shape and torch.equal(tensor.to(own), own)
+    own = _of_base(model, key)
+    return own is not None and own.shape == shape
+
+
+def _of_base(model: nn.Module, key: str) -> Tensor | PackedWeight | None:
+    """The base's tensor that has a key's name, or None."""
+    found: Any = model
+    for part in key.removeprefix(PREFIX).replace(".base_layer.", ".").split("."):
+        found = getattr(found, part, None)
+        if isinstance(found, LoraLinear):
+            found = found.base
+        elif isinstance(found, TrainedCopy):
+            found = found.original
+    return found if isinstance(found, (Tensor, PackedWeight)) else None
+
+
+def _is_dense_weight(model: nn.Module, key: str, stored: AdapterFile) -> bool:
+    """Whether a stored tensor is the weight that a packed one was made of; where the checkpoint has it not, it is taken to be."""
+    read, path = info(model).read_dense, key.removeprefix(PREFIX).replace(".base_layer.", ".").removesuffix(".weight")
+    return read is None or isinstance(read, DenseOrigin) or same_values(read(path), stored.read(key))

@@ -110,6 +110,12 @@ class AdapterFile:
         _check_fit(expected, {key: shape for key, shape in self.shapes.items() if key not in ignored}, self.path)
 
 
+def same_values(one: Tensor, other: Tensor) -> bool:
+    """Whether two tensors of one shape are equal with either cast to the other's dtype (a base may be loaded in another dtype
+    than it was trained on in)."""
+    return torch.equal(one.to(other.dtype), other) or torch.equal(other.to(one.dtype), one)
+
+
 def parted(lora_A: Tensor, lora_B: Tensor) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
     """(A, B) as trained and as at the start, of an adapter whose file has both."""
     r = len(lora_A) // 2
